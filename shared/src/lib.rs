@@ -1,0 +1,23 @@
+//! The domain of the conversation control plane: its records, its rules, and the AWS clients behind them.
+//!
+//! Functions (`functions/*`) and `cargo local` (`infra/local`) are built on this crate; it knows nothing of Lambda
+//! events. One folder is one subject: `conversation`, `start`, `sandbox`, `agent_server`, `event`, `user`, `http`.
+
+#![recursion_limit = "256"]
+
+pub mod agent_server;
+pub mod aws;
+pub mod clock;
+pub mod config;
+pub mod conversation;
+pub mod dynamo;
+pub mod error;
+pub mod http;
+pub mod id;
+pub mod sandbox;
+pub mod start;
+pub mod telemetry;
+pub mod user;
+
+pub use clock::Time;
+pub use error::{Error, Result};

@@ -1,0 +1,103 @@
+//! `GET /api/v1/app-conversations` and `…/search`: conversations with their live status.
+
+use axum::extract::{RawQuery, State};
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use futures::future::try_join_all;
+use serde_json::json;
+use shared::agent_server::AgentServer;
+use shared::aws::Aws;
+use shared::config::Config;
+use shared::conversation::AppConversation;
+use shared::conversation::live::LiveStatus;
+use shared::conversation::store::ConversationStore;
+use shared::error::Error;
+use shared::http::caller::Caller;
+use shared::http::page_id;
+use shared::http::query::{Bounds, Query, lenient_uuids};
+use shared::sandbox;
+use shared::sandbox::store::SandboxStore;
+use shared::user::UserId;
+use shared::user::seal::Sealer;
+use uuid::Uuid;
+
+/// The most ids that one request may name.
+const MAX_IDS: usize = 99;
+
+/// What this function may touch: it reads conversations, and looks at sandboxes and their agent servers.
+#[derive(Clone, Debug)]
+pub struct Context {
+    conversations: ConversationStore,
+    live: LiveStatus,
+}
+
+impl Context {
+    /// A context on the configured tables and sandboxes.
+    ///
+    /// # Errors
+    /// When TLS cannot be set up.
+    pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Self, Error> {
+        let names = &config.names;
+        let store = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
+        let http = AgentServer::http_client().map_err(Error::internal)?;
+        Ok(Self {
+            conversations: ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone()),
+            live: LiveStatus::new(sandbox::service(&config.sandbox, store), http, config.live_status_budget),
+        })
+    }
+}
+
+/// The routes of this function.
+pub fn router(context: Context) -> Router {
+    Router::new()
+        .route("/api/v1/app-conversations", get(batch_get))
+        .route("/api/v1/app-conversations/search", get(search))
+        .with_state(context)
+}
+
+async fn batch_get(
+    State(context): State<Context>,
+    Caller(user): Caller,
+    RawQuery(query): RawQuery,
+) -> Result<Json<Vec<Option<AppConversation>>>, Error> {
+    let mut query = Query::parse(query.as_deref());
+    let ids = query.strings("ids");
+    query.finish().map_err(Error::Invalid)?;
+    if ids.len() > MAX_IDS {
+        return Err(Error::Refused(format!("Too many ids requested. Maximum is {MAX_IDS}.")));
+    }
+    let ids = lenient_uuids(&ids).map_err(Error::Refused)?;
+    context.batch_get(&user, &ids).await.map(Json)
+}
+
+async fn search(State(context): State<Context>, Caller(user): Caller, RawQuery(query): RawQuery) -> Result<Response, Error> {
+    let mut query = Query::parse(query.as_deref());
+    let page = query.string("page_id");
+    let limit = query.integer("limit", 100, Bounds::PAGE);
+    let include_sub_conversations = query.boolean("include_sub_conversations", false);
+    query.finish().map_err(Error::Invalid)?;
+    let list = ("conversations".to_owned(), include_sub_conversations);
+    let after = page.map(|page| page_id::decode(&page, &list)).transpose()?;
+    let limit = usize::try_from(limit).unwrap_or(100);
+    let found = context.conversations.list(&user, include_sub_conversations, after.as_ref(), limit).await?;
+    let next = found.next.map(|next| page_id::encode(&list, &next)).transpose()?;
+    let items = context.live.show(&user, found.records).await?;
+    Ok(Json(json!({"items": items, "next_page_id": next})).into_response())
+}
+
+impl Context {
+    async fn batch_get(&self, user: &UserId, ids: &[Uuid]) -> Result<Vec<Option<AppConversation>>, Error> {
+        let records = self.conversations.batch_get(user, ids).await?;
+        let mut known: Vec<_> = records.iter().flatten().cloned().collect();
+        known.sort_by_key(|record| record.id);
+        known.dedup_by_key(|record| record.id);
+        let mut shown = self.live.show(user, known).await?;
+        let children =
+            try_join_all(shown.iter().map(|conversation| self.conversations.sub_conversations(user, conversation.id))).await?;
+        for (conversation, children) in shown.iter_mut().zip(children) {
+            conversation.sub_conversation_ids = children;
+        }
+        Ok(ids.iter().map(|id| shown.iter().find(|conversation| conversation.id == *id).cloned()).collect())
+    }
+}

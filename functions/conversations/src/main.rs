@@ -1,1 +1,12 @@
-fn main() {}
+//! The Lambda function around [`conversations::router`].
+
+use shared::user::seal::Sealer;
+
+#[tokio::main]
+async fn main() -> Result<(), lambda::Error> {
+    lambda::serve(async |config, aws| {
+        let sealer = Sealer::from_file(&config.sealing_key_file)?;
+        Ok(conversations::router(conversations::Context::new(&config, &aws, &sealer)?))
+    })
+    .await
+}

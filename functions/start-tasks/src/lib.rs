@@ -1,0 +1,89 @@
+//! `GET /api/v1/app-conversations/start-tasks`, `…/search`, `…/count`: how far starts are.
+
+use axum::extract::{RawQuery, State};
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use serde_json::json;
+use shared::aws::Aws;
+use shared::config::Config;
+use shared::error::Error;
+use shared::http::caller::Caller;
+use shared::http::page_id;
+use shared::http::query::{Bounds, Query};
+use shared::start::store::{Filter, SortOrder, StartTaskStore};
+use shared::start::task::{AppConversationStartTask, StartTaskRecord};
+use shared::user::seal::Sealer;
+
+/// The most ids that one request may name.
+const MAX_IDS: usize = 100;
+
+/// What this function may touch: it reads start tasks.
+#[derive(Clone, Debug)]
+pub struct Context {
+    tasks: StartTaskStore,
+}
+
+impl Context {
+    /// A context on the configured tables.
+    #[must_use]
+    pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
+        let names = &config.names;
+        let (dynamodb, s3) = (aws.dynamodb.clone(), aws.s3.clone());
+        Self { tasks: StartTaskStore::new(dynamodb, names.start_tasks.clone(), s3, names.bucket.clone(), sealer.clone()) }
+    }
+}
+
+/// The routes of this function.
+pub fn router(context: Context) -> Router {
+    Router::new()
+        .route("/api/v1/app-conversations/start-tasks", get(batch_get))
+        .route("/api/v1/app-conversations/start-tasks/search", get(search))
+        .route("/api/v1/app-conversations/start-tasks/count", get(count))
+        .with_state(context)
+}
+
+async fn batch_get(
+    State(context): State<Context>,
+    Caller(user): Caller,
+    RawQuery(query): RawQuery,
+) -> Result<Json<Vec<Option<AppConversationStartTask>>>, Error> {
+    let mut query = Query::parse(query.as_deref());
+    let ids = query.uuids("ids");
+    query.finish().map_err(Error::Invalid)?;
+    if ids.len() > MAX_IDS {
+        return Err(Error::Refused(format!("Cannot request more than {MAX_IDS} start tasks at once, got {}", ids.len())));
+    }
+    let records = context.tasks.batch_get(&user, &ids).await?;
+    Ok(Json(records.iter().map(|record| record.as_ref().map(StartTaskRecord::show)).collect()))
+}
+
+async fn search(State(context): State<Context>, Caller(user): Caller, RawQuery(query): RawQuery) -> Result<Response, Error> {
+    let mut query = Query::parse(query.as_deref());
+    let filter = filter(&mut query);
+    let order: SortOrder = query.choice("sort_order").unwrap_or(SortOrder::CreatedAtDesc);
+    let page = query.string("page_id");
+    let limit = query.integer("limit", 100, Bounds::PAGE);
+    query.finish().map_err(Error::Invalid)?;
+    let list = ("start-tasks".to_owned(), filter, order);
+    let after = page.map(|page| page_id::decode(&page, &list)).transpose()?;
+    let limit = usize::try_from(limit).unwrap_or(100);
+    let (records, next) = context.tasks.list(&user, &list.1, order, after.as_ref(), limit).await?;
+    let next = next.map(|next| page_id::encode(&list, &next)).transpose()?;
+    let items: Vec<_> = records.iter().map(StartTaskRecord::show).collect();
+    Ok(Json(json!({"items": items, "next_page_id": next})).into_response())
+}
+
+async fn count(State(context): State<Context>, Caller(user): Caller, RawQuery(query): RawQuery) -> Result<Json<u64>, Error> {
+    let mut query = Query::parse(query.as_deref());
+    let filter = filter(&mut query);
+    query.finish().map_err(Error::Invalid)?;
+    Ok(Json(context.tasks.count(&user, &filter).await?))
+}
+
+fn filter(query: &mut Query) -> Filter {
+    Filter {
+        conversation_id: query.uuid("conversation_id__eq"),
+        created_at_gte: query.datetime("created_at__gte").map(Into::into),
+    }
+}

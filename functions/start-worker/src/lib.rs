@@ -1,0 +1,98 @@
+//! The worker behind the queue: advances starts, sweeps up forgotten ones, and gives up honestly.
+
+use aws_lambda_events::event::sqs::{BatchItemFailure, SqsBatchResponse, SqsEvent, SqsMessage};
+use futures::future::join_all;
+use serde_json::Value;
+use shared::agent_server::AgentServer;
+use shared::aws::Aws;
+use shared::config::Config;
+use shared::conversation::store::ConversationStore;
+use shared::error::Error;
+use shared::sandbox;
+use shared::sandbox::store::SandboxStore;
+use shared::start::queue::{Job, StartQueue};
+use shared::start::saga::Saga;
+use shared::start::store::StartTaskStore;
+use shared::user::seal::Sealer;
+use shared::user::settings::SettingsStore;
+
+/// The end of a dead-letter queue's name, by which its messages are told from those of the queue.
+pub const DEAD_LETTER_SUFFIX: &str = "-dead-letters";
+
+/// What this function may touch: everything that a start touches.
+#[derive(Clone, Debug)]
+pub struct Context {
+    saga: Saga,
+}
+
+impl Context {
+    /// A context on the configured tables, queue and sandboxes.
+    ///
+    /// # Errors
+    /// When TLS cannot be set up.
+    pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Self, Error> {
+        let (names, dynamodb) = (&config.names, &aws.dynamodb);
+        let sandboxes = SandboxStore::new(dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
+        Ok(Self::with_saga(Saga {
+            tasks: StartTaskStore::new(
+                dynamodb.clone(),
+                names.start_tasks.clone(),
+                aws.s3.clone(),
+                names.bucket.clone(),
+                sealer.clone(),
+            ),
+            conversations: ConversationStore::new(dynamodb.clone(), names.conversations.clone(), names.users.clone()),
+            sandboxes: sandbox::service(&config.sandbox, sandboxes),
+            settings: SettingsStore::new(dynamodb.clone(), names.users.clone(), sealer.clone()),
+            queue: StartQueue::new(aws.sqs.clone(), names.start_queue_url.clone()),
+            http: AgentServer::http_client().map_err(Error::internal)?,
+            sealer: sealer.clone(),
+            config: config.start.clone(),
+        }))
+    }
+
+    /// A context around a saga.
+    #[must_use]
+    pub fn with_saga(saga: Saga) -> Self {
+        Self { saga }
+    }
+}
+
+/// Handles whatever the function is invoked with: messages of the queue or of its dead-letter queue, or the schedule.
+/// Of a batch, only the messages that failed are delivered again.
+///
+/// # Errors
+/// When a scheduled sweep fails.
+pub async fn handle(context: &Context, event: Value) -> Result<SqsBatchResponse, Error> {
+    if event.get("Records").is_none() {
+        let rung = context.saga.sweep().await?;
+        if rung > 0 {
+            tracing::warn!(rung, "start_worker.swept");
+        }
+        return Ok(SqsBatchResponse::default());
+    }
+    let event: SqsEvent = serde_json::from_value(event).map_err(Error::internal)?;
+    let handled = event.records.iter().map(async |message| match handle_message(context, message).await {
+        Ok(()) => None,
+        Err(error) => {
+            tracing::error!(message = message.message_id, error = %error.context(), "start_worker.failed");
+            let mut failure = BatchItemFailure::default();
+            failure.item_identifier = message.message_id.clone().unwrap_or_default();
+            Some(failure)
+        }
+    });
+    let mut response = SqsBatchResponse::default();
+    response.batch_item_failures = join_all(handled).await.into_iter().flatten().collect();
+    Ok(response)
+}
+
+async fn handle_message(context: &Context, message: &SqsMessage) -> Result<(), Error> {
+    let Job::AdvanceStart { user, task } = Job::from_body(message.body.as_deref().unwrap_or_default())?;
+    let dead = message.event_source_arn.as_deref().is_some_and(|arn| arn.ends_with(DEAD_LETTER_SUFFIX));
+    if dead {
+        return context.saga.give_up(&user, task).await;
+    }
+    let turn = context.saga.advance(&user, task).await?;
+    tracing::debug!(%task, ?turn, "start_worker.turn");
+    Ok(())
+}

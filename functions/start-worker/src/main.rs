@@ -1,1 +1,15 @@
-fn main() {}
+//! The Lambda function around [`start_worker::handle`].
+
+use lambda_runtime::{LambdaEvent, service_fn};
+use serde_json::Value;
+use shared::user::seal::Sealer;
+
+#[tokio::main]
+async fn main() -> Result<(), lambda::Error> {
+    let (config, aws) = lambda::set_up().await?;
+    let sealer = Sealer::from_file(&config.sealing_key_file)?;
+    let context = start_worker::Context::new(&config, &aws, &sealer)?;
+    let context = &context;
+    let handle = async |event: LambdaEvent<Value>| start_worker::handle(context, event.payload).await.map_err(lambda::Error::from);
+    lambda_runtime::run(service_fn(handle)).await
+}

@@ -1,0 +1,81 @@
+//! `POST /api/v1/app-conversations`: begins a start.
+
+use axum::extract::{DefaultBodyLimit, State};
+use axum::routing::post;
+use axum::{Json, Router};
+use bytes::Bytes;
+use http::HeaderMap;
+use http::header::CONTENT_TYPE;
+use shared::aws::Aws;
+use shared::config::Config;
+use shared::conversation::store::ConversationStore;
+use shared::error::Error;
+use shared::http::caller::Caller;
+use shared::start::begin::StartBeginner;
+use shared::start::queue::StartQueue;
+use shared::start::request::StartRequest;
+use shared::start::store::StartTaskStore;
+use shared::start::task::AppConversationStartTask;
+use shared::user::seal::Sealer;
+
+/// Lambda takes no larger payload.
+pub const BODY_LIMIT: usize = 6 * 1024 * 1024;
+
+/// What this function may touch: it reads conversations, writes start tasks, and rings the bell.
+#[derive(Clone, Debug)]
+pub struct Context {
+    beginner: StartBeginner,
+}
+
+impl Context {
+    /// A context on the configured tables and queue.
+    #[must_use]
+    pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
+        Self { beginner: beginner(config, aws, sealer) }
+    }
+}
+
+/// What begins starts, on the configured tables and queue.
+#[must_use]
+pub fn beginner(config: &Config, aws: &Aws, sealer: &Sealer) -> StartBeginner {
+    let names = &config.names;
+    StartBeginner {
+        conversations: ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone()),
+        tasks: StartTaskStore::new(
+            aws.dynamodb.clone(),
+            names.start_tasks.clone(),
+            aws.s3.clone(),
+            names.bucket.clone(),
+            sealer.clone(),
+        ),
+        queue: StartQueue::new(aws.sqs.clone(), names.start_queue_url.clone()),
+        step_timeout: config.start.step_timeout,
+    }
+}
+
+/// The routes of this function.
+pub fn router(context: Context) -> Router {
+    Router::new()
+        .route("/api/v1/app-conversations", post(start))
+        .layer(DefaultBodyLimit::max(BODY_LIMIT))
+        .with_state(context)
+}
+
+/// Reads the body of a start.
+///
+/// # Errors
+/// [`Error::Invalid`] with every violation.
+pub fn request_from(headers: &HeaderMap, body: &[u8]) -> Result<StartRequest, Error> {
+    let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    StartRequest::from_body(content_type, body).map_err(Error::Invalid)
+}
+
+async fn start(
+    State(context): State<Context>,
+    Caller(user): Caller,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Result<Json<AppConversationStartTask>, Error> {
+    let request = request_from(&headers, &body)?;
+    Ok(Json(context.beginner.begin(&user, request).await?.show()))
+}

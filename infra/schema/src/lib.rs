@@ -1,0 +1,263 @@
+//! Tables, indexes, bucket and queues, defined once: made from here locally and in tests, and the measure for the
+//! deployed template.
+
+use std::time::Duration;
+
+use aws_sdk_dynamodb::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
+use aws_sdk_dynamodb::types::{
+    AttributeDefinition, BillingMode, GlobalSecondaryIndex, KeySchemaElement, KeyType, Projection, ProjectionType,
+    ScalarAttributeType,
+};
+use aws_sdk_sqs::types::QueueAttributeName;
+use shared::aws::Aws;
+use shared::config::Names;
+use shared::{conversation, sandbox, start};
+
+/// What an index holds of its rows beside the keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Projected {
+    /// Everything.
+    All,
+    /// The keys alone.
+    Keys,
+}
+
+/// A global secondary index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Index {
+    /// Its name.
+    pub name: &'static str,
+    /// The attribute it is partitioned by; rows without it are not in the index.
+    pub partition_key: &'static str,
+    /// The attribute it is sorted by.
+    pub sort_key: Option<&'static str>,
+    /// What it holds.
+    pub projected: Projected,
+}
+
+/// A table. All keys are strings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Table {
+    /// Its name, without a deployment's prefix.
+    pub name: &'static str,
+    /// The attribute it is partitioned by.
+    pub partition_key: &'static str,
+    /// The attribute it is sorted by.
+    pub sort_key: &'static str,
+    /// Its indexes.
+    pub indexes: &'static [Index],
+}
+
+const fn index(name: &'static str, partition_key: &'static str, sort_key: &'static str, projected: Projected) -> Index {
+    Index { name, partition_key, sort_key: Some(sort_key), projected }
+}
+
+/// All tables.
+pub const TABLES: [Table; 4] = [
+    Table {
+        name: "conversations",
+        partition_key: "user",
+        sort_key: "id",
+        indexes: &[
+            index(conversation::store::ALL_BY_CREATED, "user", "created_sort", Projected::All),
+            index(conversation::store::TOP_LEVEL_BY_CREATED, "top_level_user", "created_sort", Projected::All),
+            index(conversation::store::BY_SANDBOX, "sandbox_key", "created_sort", Projected::Keys),
+            index(conversation::store::BY_PARENT, "parent_key", "created_sort", Projected::Keys),
+        ],
+    },
+    Table {
+        name: "start-tasks",
+        partition_key: "user",
+        sort_key: "id",
+        indexes: &[
+            index(start::store::BY_CREATED, "user", "created_sort", Projected::All),
+            index(start::store::BY_UPDATED, "user", "updated_sort", Projected::All),
+            index(start::store::BY_CONVERSATION, "conversation_key", "created_sort", Projected::All),
+            index(start::store::UNFINISHED, "unfinished_shard", "due_at", Projected::Keys),
+        ],
+    },
+    Table {
+        name: "sandboxes",
+        partition_key: "user",
+        sort_key: "id",
+        indexes: &[
+            Index {
+                name: sandbox::store::BY_SESSION_KEY,
+                partition_key: "session_key_hash",
+                sort_key: None,
+                projected: Projected::All,
+            },
+            index(sandbox::store::BY_CREATED, "user", "created_at", Projected::All),
+        ],
+    },
+    Table { name: "users", partition_key: "user", sort_key: "kind", indexes: &[] },
+];
+
+/// A queue and its dead-letter queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Queue {
+    /// Its name, without a deployment's prefix.
+    pub name: &'static str,
+    /// How long a received message stays hidden: six times a worker's time limit, as AWS advises for Lambda.
+    pub visibility_timeout: Duration,
+    /// How often a message is delivered before it is a dead letter.
+    pub max_receive_count: u32,
+}
+
+/// The time limit of one worker invocation.
+pub const WORKER_TIMEOUT: Duration = Duration::from_secs(150);
+
+/// The queue of starts. Its dead-letter queue has the same name with `-dead-letters`.
+pub const START_QUEUE: Queue =
+    Queue { name: "starts", visibility_timeout: WORKER_TIMEOUT.saturating_mul(6), max_receive_count: 5 };
+
+/// The end of dead-letter queues' names.
+pub const DEAD_LETTER_SUFFIX: &str = "-dead-letters";
+
+/// Something could not be made.
+#[derive(Debug, thiserror::Error)]
+#[error("{what} could not be made: {context}")]
+pub struct SchemaError {
+    what: String,
+    context: String,
+}
+
+impl SchemaError {
+    fn new(what: impl Into<String>, context: impl std::fmt::Display) -> Self {
+        Self { what: what.into(), context: context.to_string() }
+    }
+}
+
+/// The URLs of the queues.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QueueUrls {
+    /// The queue of starts.
+    pub starts: String,
+    /// Its dead-letter queue.
+    pub dead_letters: String,
+}
+
+/// Makes everything that is not there yet. A table that is there keeps its rows; indexes it lacks are not added.
+///
+/// # Errors
+/// Names what could not be made and why.
+pub async fn make_all(aws: &Aws, names: &Names, prefix: &str) -> Result<QueueUrls, SchemaError> {
+    for table in &TABLES {
+        make_table(aws, table, &format!("{prefix}{}", table.name)).await?;
+    }
+    make_bucket(aws, &names.bucket).await?;
+    make_queues(aws, prefix).await
+}
+
+fn known<E: ProvideErrorMetadata, R>(error: &SdkError<E, R>, codes: &[&str]) -> bool {
+    error.as_service_error().and_then(ProvideErrorMetadata::code).is_some_and(|code| codes.contains(&code))
+}
+
+async fn make_table(aws: &Aws, table: &Table, name: &str) -> Result<(), SchemaError> {
+    let failed = |error: &dyn std::fmt::Display| SchemaError::new(format!("table {name}"), error);
+    let mut attributes: Vec<&str> = vec![table.partition_key, table.sort_key];
+    for index in table.indexes {
+        attributes.push(index.partition_key);
+        attributes.extend(index.sort_key);
+    }
+    attributes.sort_unstable();
+    attributes.dedup();
+    let attributes: Vec<AttributeDefinition> = attributes
+        .into_iter()
+        .map(|name| {
+            AttributeDefinition::builder().attribute_name(name).attribute_type(ScalarAttributeType::S).build()
+        })
+        .collect::<Result<_, _>>()
+        .map_err(|error| failed(&error))?;
+    let keys = key_schema(table.partition_key, Some(table.sort_key)).map_err(|error| failed(&error))?;
+    let indexes: Vec<GlobalSecondaryIndex> = table
+        .indexes
+        .iter()
+        .map(|index| {
+            let projection = Projection::builder()
+                .projection_type(match index.projected {
+                    Projected::All => ProjectionType::All,
+                    Projected::Keys => ProjectionType::KeysOnly,
+                })
+                .build();
+            GlobalSecondaryIndex::builder()
+                .index_name(index.name)
+                .set_key_schema(Some(key_schema(index.partition_key, index.sort_key)?))
+                .projection(projection)
+                .build()
+        })
+        .collect::<Result<_, _>>()
+        .map_err(|error| failed(&error))?;
+    let made = aws
+        .dynamodb
+        .create_table()
+        .table_name(name)
+        .billing_mode(BillingMode::PayPerRequest)
+        .set_attribute_definitions(Some(attributes))
+        .set_key_schema(Some(keys))
+        .set_global_secondary_indexes((!indexes.is_empty()).then_some(indexes))
+        .send()
+        .await;
+    match made {
+        Err(error) if !known(&error, &["ResourceInUseException"]) => Err(failed(&DisplayErrorContext(&error))),
+        _ => Ok(()),
+    }
+}
+
+fn key_schema(
+    partition_key: &str,
+    sort_key: Option<&str>,
+) -> Result<Vec<KeySchemaElement>, aws_sdk_dynamodb::error::BuildError> {
+    let element = |name: &str, kind| KeySchemaElement::builder().attribute_name(name).key_type(kind).build();
+    let mut keys = vec![element(partition_key, KeyType::Hash)?];
+    if let Some(sort_key) = sort_key {
+        keys.push(element(sort_key, KeyType::Range)?);
+    }
+    Ok(keys)
+}
+
+async fn make_bucket(aws: &Aws, name: &str) -> Result<(), SchemaError> {
+    let made = aws.s3.create_bucket().bucket(name).send().await;
+    match made {
+        Err(error) if !known(&error, &["BucketAlreadyOwnedByYou"]) => {
+            Err(SchemaError::new(format!("bucket {name}"), DisplayErrorContext(&error)))
+        }
+        _ => Ok(()),
+    }
+}
+
+async fn make_queues(aws: &Aws, prefix: &str) -> Result<QueueUrls, SchemaError> {
+    let name = format!("{prefix}{}", START_QUEUE.name);
+    let dead_name = format!("{name}{DEAD_LETTER_SUFFIX}");
+    let hidden = START_QUEUE.visibility_timeout.as_secs().to_string();
+    let make = async |name: &str, redrive: Option<String>| {
+        let made = aws
+            .sqs
+            .create_queue()
+            .queue_name(name)
+            .attributes(QueueAttributeName::VisibilityTimeout, &hidden)
+            .set_attributes(redrive.map(|policy| {
+                [(QueueAttributeName::VisibilityTimeout, hidden.clone()), (QueueAttributeName::RedrivePolicy, policy)].into()
+            }))
+            .send()
+            .await
+            .map_err(|error| SchemaError::new(format!("queue {name}"), DisplayErrorContext(&error)))?;
+        made.queue_url.ok_or_else(|| SchemaError::new(format!("queue {name}"), "it has no URL"))
+    };
+    let dead_letters = make(&dead_name, None).await?;
+    let attributes = aws
+        .sqs
+        .get_queue_attributes()
+        .queue_url(&dead_letters)
+        .attribute_names(QueueAttributeName::QueueArn)
+        .send()
+        .await
+        .map_err(|error| SchemaError::new(format!("queue {dead_name}"), DisplayErrorContext(&error)))?;
+    let arn = attributes
+        .attributes
+        .and_then(|mut attributes| attributes.remove(&QueueAttributeName::QueueArn))
+        .ok_or_else(|| SchemaError::new(format!("queue {dead_name}"), "it has no ARN"))?;
+    let redrive =
+        format!(r#"{{"deadLetterTargetArn":"{arn}","maxReceiveCount":{}}}"#, START_QUEUE.max_receive_count);
+    Ok(QueueUrls { starts: make(&name, Some(redrive)).await?, dead_letters })
+}

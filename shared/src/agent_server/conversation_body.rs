@@ -1,0 +1,498 @@
+//! The body of `POST /api/conversations`: what the reference sends for the same settings and the same request.
+//!
+//! The agent server fills in defaults, yet the body is written out in full, as the reference does: what a conversation
+//! runs with is then decided here and does not change with the agent server's version.
+
+use secrecy::{ExposeSecret as _, SecretString};
+use serde_json::{Map, Value, json};
+use uuid::Uuid;
+
+use super::SkillInfo;
+use crate::clock::Time;
+use crate::config::StartConfig;
+use crate::error::Result;
+use crate::id;
+use crate::start::request::{AgentType, Content, ProviderType, Secrets, SendMessageRequest, StartRequest};
+use crate::user::seal::Sealer;
+use crate::user::settings::{McpConfig, McpUrlServer, Settings};
+use crate::user::token::secret_access_token;
+use crate::user::UserId;
+
+/// Sent as the version of this control plane in trace metadata.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Default of `condenser_max_size`.
+const CONDENSER_MAX_SIZE: u32 = 240;
+
+const MAX_ITERATIONS: u32 = 500;
+
+/// What a body is made of.
+#[derive(Debug)]
+pub struct ConversationInputs<'a> {
+    /// Whose conversation it is.
+    pub user: &'a UserId,
+    /// Its id.
+    pub conversation_id: Uuid,
+    /// What was asked for.
+    pub request: &'a StartRequest,
+    /// The user's settings.
+    pub settings: &'a Settings,
+    /// The folder that the agent works in.
+    pub project_dir: &'a str,
+    /// The skills that apply, disabled ones included.
+    pub skills: &'a [SkillInfo],
+    /// The project's hooks in the agent server's form.
+    pub hooks: Option<Value>,
+    /// Whether the sandbox has a browser.
+    pub browser: bool,
+    /// Configuration.
+    pub config: &'a StartConfig,
+    /// Signs the tokens with which agents look secrets up.
+    pub sealer: &'a Sealer,
+    /// The current instant.
+    pub now: Time,
+}
+
+/// A body, and what is to be remembered of it.
+#[derive(Debug)]
+pub struct ConversationBody {
+    /// The body; it holds secrets in clear text.
+    pub json: Value,
+    /// The model as the agent uses it.
+    pub llm_model: String,
+}
+
+/// Why there can be no body.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MissingModel {
+    /// Neither the request nor the settings name a model.
+    #[error("No model: set LLM_MODEL (or llm_model in the settings), or name one in the request's llm_model")]
+    NoModel,
+}
+
+/// Builds the body.
+///
+/// # Errors
+/// [`MissingModel`] inside, when no model is known; [`crate::Error::Internal`] when a token cannot be signed.
+pub fn conversation_body(inputs: &ConversationInputs<'_>) -> Result<std::result::Result<ConversationBody, MissingModel>> {
+    let ConversationInputs { request, settings, config, .. } = inputs;
+    let Some(model) = given(request.llm_model.as_deref()).or_else(|| given(settings.llm_model.as_deref())) else {
+        return Ok(Err(MissingModel::NoModel));
+    };
+    let plan = request.agent_type == AgentType::Plan;
+    let agent_llm = llm(inputs, model, "agent");
+    let llm_model = agent_llm["model"].as_str().unwrap_or(model).to_owned();
+    let secrets = secrets(inputs)?;
+    let (tools, prompt, prompt_arguments) = if plan {
+        let path = format!("{}/{}/PLAN.md", inputs.project_dir, plan_folder(request.git_provider));
+        (
+            json!([tool("glob"), tool("grep"), {"name": "planning_file_editor", "params": {"plan_path": path}}]),
+            "system_prompt_planning.j2",
+            json!({"plan_structure": PLAN_STRUCTURE, "llm_security_analyzer": true}),
+        )
+    } else {
+        let names = ["terminal", "file_editor", "task_tracker"].into_iter().chain(inputs.browser.then_some("browser_tool_set"));
+        (names.map(tool).collect(), "system_prompt.j2", json!({"cli_mode": false, "llm_security_analyzer": true}))
+    };
+    let json = json!({
+        "workspace": {"working_dir": inputs.project_dir, "kind": "LocalWorkspace"},
+        "conversation_id": id::dashed(inputs.conversation_id),
+        "confirmation_policy": confirmation_policy(settings),
+        "initial_message": initial_message(request),
+        "max_iterations": MAX_ITERATIONS,
+        "stuck_detection": true,
+        "secrets": secrets,
+        "tool_module_qualnames": {},
+        "agent_definitions": [],
+        "plugins": plugins(request),
+        "hook_config": inputs.hooks,
+        "autotitle": true,
+        "agent": {
+            "llm": agent_llm,
+            "tools": tools,
+            "mcp_config": mcp_config(settings, config, inputs.conversation_id),
+            "filter_tools_regex": null,
+            "include_default_tools": ["FinishTool", "ThinkTool"],
+            "agent_context": {
+                "skills": wire_skills(inputs.skills, settings),
+                "system_message_suffix": system_message_suffix(request),
+                "user_message_suffix": null,
+                "load_user_skills": false,
+                "load_public_skills": false,
+                "marketplace_path": "marketplaces/default.json",
+                "secrets": secrets,
+                "current_datetime": inputs.now.naive(),
+            },
+            "system_prompt_filename": prompt,
+            "security_policy_filename": "security_policy.j2",
+            "system_prompt_kwargs": prompt_arguments,
+            "condenser": {
+                "llm": llm(inputs, model, if plan { "planning_condenser" } else { "condenser" }),
+                "max_size": settings.condenser_max_size.unwrap_or(CONDENSER_MAX_SIZE),
+                "max_tokens": null,
+                "keep_first": 2,
+                "minimum_progress": 0.1,
+                "hard_context_reset_max_retries": 5,
+                "hard_context_reset_context_scaling": 0.8,
+                "kind": "LLMSummarizingCondenser",
+            },
+            "critic": null,
+            "tool_concurrency_limit": 1,
+            "kind": "Agent",
+        },
+    });
+    Ok(Ok(ConversationBody { json, llm_model }))
+}
+
+fn given(text: Option<&str>) -> Option<&str> {
+    text.filter(|text| !text.trim().is_empty())
+}
+
+fn tool(name: &str) -> Value {
+    json!({"name": name, "params": {}})
+}
+
+fn exposed(secret: Option<&SecretString>) -> Option<&str> {
+    given(secret.map(|secret| secret.expose_secret()))
+}
+
+fn llm(inputs: &ConversationInputs<'_>, model: &str, usage_id: &str) -> Value {
+    let ConversationInputs { settings, config, .. } = inputs;
+    let mut base_url = given(settings.llm_base_url.as_deref()).map(ToOwned::to_owned);
+    let mut model = model.to_owned();
+    if let Some(name) = model.strip_prefix("openhands/") {
+        base_url = base_url
+            .or_else(|| config.openhands_provider_base_url.clone())
+            .or_else(|| Some("https://llm-proxy.app.all-hands.dev/".to_owned()));
+        model = format!("litellm_proxy/{name}");
+    }
+    let api_version = model.starts_with("azure").then_some("2024-12-01-preview");
+    let extra_body = if model.contains("openhands/") || model.contains("litellm_proxy/") {
+        let host = config.web_host.as_deref().unwrap_or("unspecified");
+        let mut metadata = json!({
+            "trace_version": VERSION,
+            "tags": [
+                "app:openhands",
+                format!("model:{model}"),
+                format!("type:{usage_id}"),
+                format!("web_host:{host}"),
+                format!("openhands_version:{VERSION}"),
+                "conversation_version:V1",
+            ],
+            "session_id": id::dashed(inputs.conversation_id),
+        });
+        if let Some(user) = inputs.user.shown() {
+            metadata["trace_user_id"] = user.into();
+        }
+        json!({"metadata": metadata})
+    } else {
+        json!({})
+    };
+    json!({
+        "model": model,
+        "api_key": exposed(settings.llm_api_key.as_ref()),
+        "base_url": base_url,
+        "api_version": api_version,
+        "aws_access_key_id": null,
+        "aws_secret_access_key": null,
+        "aws_region_name": null,
+        "openrouter_site_url": "https://docs.all-hands.dev/",
+        "openrouter_app_name": "OpenHands",
+        "num_retries": 5,
+        "retry_multiplier": 8.0,
+        "retry_min_wait": 8,
+        "retry_max_wait": 64,
+        "timeout": 300,
+        "max_message_chars": 30000,
+        "temperature": null,
+        "top_p": null,
+        "top_k": null,
+        "max_input_tokens": null,
+        "max_output_tokens": null,
+        "model_canonical_name": null,
+        "extra_headers": null,
+        "input_cost_per_token": null,
+        "output_cost_per_token": null,
+        "ollama_base_url": null,
+        "stream": false,
+        "drop_params": true,
+        "modify_params": true,
+        "disable_vision": null,
+        "disable_stop_word": false,
+        "caching_prompt": true,
+        "log_completions": false,
+        "log_completions_folder": "logs/completions",
+        "custom_tokenizer": null,
+        "native_tool_calling": true,
+        "force_string_serializer": null,
+        "reasoning_effort": "high",
+        "reasoning_summary": null,
+        "enable_encrypted_reasoning": true,
+        "prompt_cache_retention": "24h",
+        "extended_thinking_budget": 200_000,
+        "seed": null,
+        "safety_settings": null,
+        "usage_id": usage_id,
+        "litellm_extra_body": extra_body,
+    })
+}
+
+/// Custom secrets, then the request's own, then provider tokens under `<PROVIDER>_TOKEN`; later ones win.
+fn secrets(inputs: &ConversationInputs<'_>) -> Result<Map<String, Value>> {
+    let ConversationInputs { request, settings, config, .. } = inputs;
+    let fixed = |value: &SecretString, description: Option<&str>| {
+        json!({"description": description, "value": value.expose_secret(), "kind": "StaticSecret"})
+    };
+    let mut secrets = Map::new();
+    for (name, secret) in &settings.custom_secrets {
+        secrets.insert(name.clone(), fixed(&secret.secret, given(secret.description.as_deref())));
+    }
+    for (name, value) in request.secrets.iter().flat_map(Secrets::values) {
+        secrets.insert(name.to_owned(), fixed(value, None));
+    }
+    for (provider, token) in &settings.provider_tokens.0 {
+        let Some(value) = token.token.as_ref().filter(|token| !token.expose_secret().is_empty()) else { continue };
+        let provider_name = provider.as_str().to_uppercase();
+        let description = format!("{provider_name} authentication token");
+        let source = match &config.web_url {
+            // Looked up when it is used, so that a renewed token reaches running agents.
+            Some(web_url) => {
+                let token = secret_access_token(inputs.sealer, inputs.user, *provider, config.access_token_lifetime)?;
+                json!({
+                    "description": description,
+                    "url": format!("{web_url}/api/v1/webhooks/secrets"),
+                    "headers": {"X-Access-Token": token.expose_secret()},
+                    "kind": "LookupSecret",
+                })
+            }
+            None => fixed(value, Some(&description)),
+        };
+        secrets.insert(format!("{provider_name}_TOKEN"), source);
+    }
+    Ok(secrets)
+}
+
+fn mcp_config(settings: &Settings, config: &StartConfig, conversation: Uuid) -> Value {
+    let mut servers = Map::new();
+    if let Some(web_url) = &config.web_url {
+        servers.insert(
+            "default".into(),
+            json!({
+                "url": format!("{web_url}/mcp/mcp"),
+                "headers": {"X-OpenHands-ServerConversation-ID": id::dashed(conversation)},
+            }),
+        );
+        let key = exposed(settings.search_api_key.as_ref()).or_else(|| exposed(config.tavily_api_key.as_ref()));
+        if let Some(key) = key {
+            servers.insert("tavily".into(), json!({"url": format!("https://mcp.tavily.com/mcp/?tavilyApiKey={key}")}));
+        }
+    }
+    if let Some(McpConfig { sse_servers, stdio_servers, shttp_servers }) = &settings.mcp_config {
+        for server in sse_servers {
+            servers.insert(random_name("sse"), url_server(server, "sse"));
+        }
+        for server in shttp_servers {
+            let mut described = url_server(server, "streamable-http");
+            if let Some(timeout) = server.timeout {
+                described["timeout"] = timeout.into();
+            }
+            servers.insert(random_name("shttp"), described);
+        }
+        for server in stdio_servers {
+            let mut described = json!({"command": server.command, "args": server.args});
+            if !server.env.is_empty() {
+                described["env"] = json!(server.env);
+            }
+            servers.insert(server.name.clone(), described);
+        }
+    }
+    if servers.is_empty() { json!({}) } else { json!({"mcpServers": servers}) }
+}
+
+fn random_name(kind: &str) -> String {
+    format!("{kind}_{}", &id::hex(id::new_uuid())[..8])
+}
+
+fn url_server(server: &McpUrlServer, transport: &str) -> Value {
+    let mut described = json!({"url": server.url, "transport": transport});
+    if let Some(key) = exposed(server.api_key.as_ref()) {
+        described["headers"] = json!({"Authorization": format!("Bearer {key}")});
+    }
+    described
+}
+
+fn confirmation_policy(settings: &Settings) -> Value {
+    if !settings.confirmation_mode.unwrap_or_default() {
+        return json!({"kind": "NeverConfirm"});
+    }
+    if uses_llm_analyzer(settings) {
+        return json!({"kind": "ConfirmRisky", "threshold": "HIGH", "confirm_unknown": true});
+    }
+    json!({"kind": "AlwaysConfirm"})
+}
+
+/// Whether the user wants the model itself to judge risks.
+#[must_use]
+pub fn uses_llm_analyzer(settings: &Settings) -> bool {
+    settings.security_analyzer.as_deref().is_some_and(|analyzer| analyzer.eq_ignore_ascii_case("llm"))
+}
+
+fn wire_skills(skills: &[SkillInfo], settings: &Settings) -> Vec<Value> {
+    let disabled = settings.disabled_skills.as_deref().unwrap_or_default();
+    let mut by_name: Vec<&SkillInfo> = Vec::new();
+    for skill in skills.iter().filter(|skill| !disabled.contains(&skill.name)) {
+        match by_name.iter_mut().find(|known| known.name == skill.name) {
+            Some(known) => *known = skill,
+            None => by_name.push(skill),
+        }
+    }
+    by_name.into_iter().map(wire_skill).collect()
+}
+
+fn wire_skill(skill: &SkillInfo) -> Value {
+    let trigger = if skill.triggers.is_empty() {
+        Value::Null
+    } else if skill.triggers.iter().any(|trigger| trigger.starts_with('/')) {
+        json!({"type": "task", "triggers": skill.triggers})
+    } else {
+        json!({"type": "keyword", "keywords": skill.triggers})
+    };
+    json!({
+        "name": skill.name,
+        "content": skill.content,
+        "trigger": trigger,
+        "source": skill.source,
+        "mcp_tools": null,
+        "inputs": [],
+        "is_agentskills_format": skill.is_agentskills_format,
+        "description": skill.description,
+        "license": null,
+        "compatibility": null,
+        "metadata": null,
+        "allowed_tools": null,
+        "resources": null,
+    })
+}
+
+fn plugins(request: &StartRequest) -> Value {
+    let Some(plugins) = request.plugins.as_ref().filter(|plugins| !plugins.is_empty()) else { return Value::Null };
+    plugins.iter().map(|plugin| json!({"source": plugin.source, "ref": plugin.r#ref, "repo_path": plugin.repo_path})).collect()
+}
+
+/// The first message, with the plugins' parameters behind it; only they if there is none.
+fn initial_message(request: &StartRequest) -> Value {
+    let Some(parameters) = plugin_parameters(request) else { return json!(request.initial_message) };
+    let Some(message) = &request.initial_message else {
+        return json!({
+            "role": "user",
+            "content": [{"cache_prompt": false, "type": "text", "text": parameters.trim()}],
+            "run": true,
+        });
+    };
+    let SendMessageRequest { role, content, run } = message.clone();
+    let mut content = content;
+    match content.last_mut() {
+        Some(Content::Text(text)) => text.text.push_str(&parameters),
+        _ => content.push(Content::Text(crate::start::request::TextContent {
+            cache_prompt: false,
+            text: parameters.trim().to_owned(),
+        })),
+    }
+    json!(SendMessageRequest { role, content, run })
+}
+
+fn plugin_parameters(request: &StartRequest) -> Option<String> {
+    let plugins = request.plugins.as_deref()?;
+    let with_parameters: Vec<_> = plugins
+        .iter()
+        .filter_map(|plugin| Some((plugin, plugin.parameters.as_ref().filter(|parameters| !parameters.is_empty())?)))
+        .collect();
+    if with_parameters.is_empty() {
+        return None;
+    }
+    let line = |(key, value): (&String, &Value)| format!("- {key}: {}", python_text(value));
+    let lines: Vec<String> = match with_parameters.as_slice() {
+        [(_, parameters)] => parameters.iter().map(line).collect(),
+        several => several
+            .iter()
+            .flat_map(|(plugin, parameters)| {
+                std::iter::once(format!("{}:", plugin.display_name()))
+                    .chain(parameters.iter().map(|entry| format!("  {}", line(entry))))
+            })
+            .collect(),
+    };
+    Some(format!("\n\nPlugin Configuration Parameters:\n{}", lines.join("\n")))
+}
+
+/// A value as Python's `str` shows it, which is how agents were told parameters so far.
+fn python_text(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        other => python_repr(other),
+    }
+}
+
+fn python_repr(value: &Value) -> String {
+    match value {
+        Value::Null => "None".to_owned(),
+        Value::Bool(true) => "True".to_owned(),
+        Value::Bool(false) => "False".to_owned(),
+        Value::Number(number) => number.to_string(),
+        Value::String(text) if text.contains('\'') && !text.contains('"') => format!("\"{text}\""),
+        Value::String(text) => format!("'{}'", text.replace('\\', "\\\\").replace('\'', "\\'").replace('\n', "\\n")),
+        Value::Array(items) => format!("[{}]", items.iter().map(python_repr).collect::<Vec<_>>().join(", ")),
+        Value::Object(entries) => {
+            let entries: Vec<_> = entries
+                .iter()
+                .map(|(key, value)| format!("{}: {}", python_repr(&Value::String(key.clone())), python_repr(value)))
+                .collect();
+            format!("{{{}}}", entries.join(", "))
+        }
+    }
+}
+
+fn system_message_suffix(request: &StartRequest) -> Option<String> {
+    let suffix = request.system_message_suffix.clone();
+    if request.agent_type != AgentType::Plan {
+        return suffix;
+    }
+    Some(match given(suffix.as_deref()) {
+        Some(suffix) => format!("{PLANNING_BOUNDARIES}\n\n{suffix}"),
+        None => PLANNING_BOUNDARIES.to_owned(),
+    })
+}
+
+/// The folder of the project in which the plan is kept.
+#[must_use]
+pub fn plan_folder(provider: Option<ProviderType>) -> &'static str {
+    match provider {
+        // These hide folders whose name starts with a dot from some of their views.
+        Some(ProviderType::Gitlab | ProviderType::AzureDevops) => "agents-tmp-config",
+        _ => ".agents_tmp",
+    }
+}
+
+const PLANNING_BOUNDARIES: &str = "<IMPORTANT_PLANNING_BOUNDARIES>
+You write plans in this conversation, and nothing else. Read, ask and think, then put the plan into PLAN.md.
+Do not carry the plan out, do not change any other file, and do not offer to do so: you have no means for it here.
+Once the plan is complete, or whenever the user asks you to carry it out, tell them to press the **Build** button, or to
+switch to the code agent with Shift+Tab: that agent will do the work that the plan describes.
+</IMPORTANT_PLANNING_BOUNDARIES>";
+
+const PLAN_STRUCTURE: &str = "The plan must follow this structure exactly:
+
+1. OBJECTIVE
+   - What is to be reached, in one or two sentences
+   - What counts as done
+2. CONTEXT SUMMARY
+   - The parts of the project that matter here, with their paths
+   - Constraints and conventions to keep
+3. APPROACH OVERVIEW
+   - The way chosen, and why
+   - Other ways, and why they were not chosen
+4. IMPLEMENTATION STEPS
+   - The steps in order, each with its goal, its files and what it changes
+   - What depends on what
+5. TESTING AND VALIDATION
+   - How each step is checked
+   - Which commands show that the whole works";

@@ -1,0 +1,281 @@
+//! Configuration: everything that differs between deployments, read from the environment once a process.
+
+use std::env;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use secrecy::SecretString;
+
+/// Names of tables, bucket and queue.
+#[derive(Clone, Debug)]
+pub struct Names {
+    /// `CONVERSATIONS_TABLE`
+    pub conversations: String,
+    /// `START_TASKS_TABLE`
+    pub start_tasks: String,
+    /// `SANDBOXES_TABLE`
+    pub sandboxes: String,
+    /// `EVENTS_TABLE`
+    pub events: String,
+    /// `USERS_TABLE`
+    pub users: String,
+    /// `BUCKET`
+    pub bucket: String,
+    /// `START_QUEUE_URL`
+    pub start_queue_url: String,
+}
+
+impl Names {
+    /// The names below a common prefix; the queue's URL must be filled in.
+    #[must_use]
+    pub fn with_prefix(prefix: &str) -> Self {
+        Self {
+            conversations: format!("{prefix}conversations"),
+            start_tasks: format!("{prefix}start-tasks"),
+            sandboxes: format!("{prefix}sandboxes"),
+            events: format!("{prefix}events"),
+            users: format!("{prefix}users"),
+            bucket: format!("{prefix}data"),
+            start_queue_url: String::new(),
+        }
+    }
+}
+
+/// How starts behave. The defaults are the contract's.
+#[derive(Clone, Debug)]
+pub struct StartConfig {
+    /// How long a sandbox may take to answer (`SANDBOX_STARTUP_TIMEOUT`, seconds, 120).
+    pub sandbox_startup_timeout: Duration,
+    /// How long a clone and checkout may take (`CLONE_TIMEOUT`, seconds, 300).
+    pub clone_timeout: Duration,
+    /// How long `.openhands/setup.sh` may take (`SETUP_SCRIPT_TIMEOUT`, seconds, 600).
+    pub setup_script_timeout: Duration,
+    /// How long any other step may take (`STEP_TIMEOUT`, seconds, 300).
+    pub step_timeout: Duration,
+    /// How long one request to an agent server may take (`AGENT_REQUEST_TIMEOUT`, seconds, 120).
+    pub agent_request_timeout: Duration,
+    /// How long a worker waits in its own process before it gives the task back to the queue
+    /// (`START_PATIENCE_MS`, 2000). On Lambda waiting is paid for; locally it is free.
+    pub patience: Duration,
+    /// How long a worker's claim on a task lasts without being renewed (`START_LEASE_SECONDS`, 15).
+    pub lease: Duration,
+    /// Pause between two looks at something that is waited for (`START_POLL_MS`, 100).
+    pub poll: Duration,
+    /// Conversations that grouping puts into one sandbox at most (`MAX_CONVERSATIONS_PER_SANDBOX`, 20).
+    pub max_conversations_per_sandbox: usize,
+    /// Whether a workspace without repository becomes an empty one (`INIT_GIT_IN_EMPTY_WORKSPACE`, true).
+    pub init_git_in_empty_workspace: bool,
+    /// Whether git hosts may be reached over plain http when their setting says so (`ALLOW_INSECURE_GIT_ACCESS`, false).
+    pub allow_insecure_git_access: bool,
+    /// The public address of this API (`OH_WEB_URL`, or `https://$WEB_HOST`), for secrets looked up by agents and MCP.
+    pub web_url: Option<String>,
+    /// `TAVILY_API_KEY` or `SEARCH_API_KEY`
+    pub tavily_api_key: Option<SecretString>,
+    /// `OPENHANDS_PROVIDER_BASE_URL`
+    pub openhands_provider_base_url: Option<String>,
+    /// `WEB_HOST`, for trace metadata.
+    pub web_host: Option<String>,
+    /// Life of a token with which an agent looks up secrets (`ACCESS_TOKEN_HARD_TIMEOUT`, seconds, 14 days).
+    pub access_token_lifetime: Duration,
+}
+
+impl Default for StartConfig {
+    fn default() -> Self {
+        Self {
+            sandbox_startup_timeout: Duration::from_secs(120),
+            clone_timeout: Duration::from_secs(300),
+            setup_script_timeout: Duration::from_secs(600),
+            step_timeout: Duration::from_secs(300),
+            agent_request_timeout: Duration::from_secs(120),
+            patience: Duration::from_secs(2),
+            lease: Duration::from_secs(15),
+            poll: Duration::from_millis(100),
+            max_conversations_per_sandbox: 20,
+            init_git_in_empty_workspace: true,
+            allow_insecure_git_access: false,
+            web_url: None,
+            tavily_api_key: None,
+            openhands_provider_base_url: None,
+            web_host: None,
+            access_token_lifetime: Duration::from_secs(14 * 24 * 3600),
+        }
+    }
+}
+
+/// Which sandboxes are made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SandboxConfig {
+    /// One agent-server process each, on this machine.
+    Process(ProcessSandboxConfig),
+    /// None: starts end in an ERROR that says so.
+    None,
+}
+
+/// Where and how agent-server processes are run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProcessSandboxConfig {
+    /// The folder with one folder a sandbox (`SANDBOX_FOLDER`).
+    pub folder: PathBuf,
+    /// A Python that can import `openhands.agent_server` (`AGENT_SERVER_PYTHON`).
+    pub python: PathBuf,
+    /// Where agent servers post their events (`WEBHOOK_BASE_URL`), e.g. `http://127.0.0.1:3000/api/v1/webhooks`.
+    pub webhook_base_url: String,
+    /// Origins that agent servers accept beside those on localhost.
+    pub allow_cors_origins: Vec<String>,
+}
+
+/// The whole configuration of a process.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Tables, bucket, queue.
+    pub names: Names,
+    /// Starts.
+    pub start: StartConfig,
+    /// Sandboxes.
+    pub sandbox: SandboxConfig,
+    /// The file that holds the sealing key (`SEALING_KEY_FILE`).
+    pub sealing_key_file: PathBuf,
+    /// Whether every request is the one local user's (`SINGLE_USER`), instead of the authorizer's.
+    pub single_user: bool,
+    /// The time that one page may spend on asking agent servers for live status (`LIVE_STATUS_BUDGET_MS`, 1500).
+    pub live_status_budget: Duration,
+}
+
+/// A variable that is missing or does not read as what it should be.
+#[derive(Debug, thiserror::Error)]
+#[error("environment variable {name}: {problem}")]
+pub struct ConfigError {
+    name: &'static str,
+    problem: String,
+}
+
+impl Config {
+    /// Reads the environment.
+    ///
+    /// # Errors
+    /// Names the first variable that is missing or malformed.
+    pub fn from_env() -> Result<Self, ConfigError> {
+        let names = Names {
+            conversations: required("CONVERSATIONS_TABLE")?,
+            start_tasks: required("START_TASKS_TABLE")?,
+            sandboxes: required("SANDBOXES_TABLE")?,
+            events: required("EVENTS_TABLE")?,
+            users: required("USERS_TABLE")?,
+            bucket: required("BUCKET")?,
+            start_queue_url: required("START_QUEUE_URL")?,
+        };
+        let sandbox = match required("SANDBOX_KIND")?.as_str() {
+            "process" => SandboxConfig::Process(ProcessSandboxConfig {
+                folder: required("SANDBOX_FOLDER")?.into(),
+                python: required("AGENT_SERVER_PYTHON")?.into(),
+                webhook_base_url: required("WEBHOOK_BASE_URL")?,
+                allow_cors_origins: permitted_origins(),
+            }),
+            "none" => SandboxConfig::None,
+            other => {
+                return Err(ConfigError { name: "SANDBOX_KIND", problem: format!("`{other}` is not one of process, none") });
+            }
+        };
+        Ok(Self {
+            names,
+            start: StartConfig::from_env()?,
+            sandbox,
+            sealing_key_file: required("SEALING_KEY_FILE")?.into(),
+            single_user: flag("SINGLE_USER", false)?,
+            live_status_budget: Duration::from_millis(parsed("LIVE_STATUS_BUDGET_MS")?.unwrap_or(1500)),
+        })
+    }
+
+    /// The variables that make [`Config::from_env`] give this configuration in another process: tables, queue, sandboxes.
+    #[must_use]
+    pub fn to_env(&self) -> Vec<(&'static str, String)> {
+        let names = &self.names;
+        let mut variables = vec![
+            ("CONVERSATIONS_TABLE", names.conversations.clone()),
+            ("START_TASKS_TABLE", names.start_tasks.clone()),
+            ("SANDBOXES_TABLE", names.sandboxes.clone()),
+            ("EVENTS_TABLE", names.events.clone()),
+            ("USERS_TABLE", names.users.clone()),
+            ("BUCKET", names.bucket.clone()),
+            ("START_QUEUE_URL", names.start_queue_url.clone()),
+            ("SEALING_KEY_FILE", self.sealing_key_file.display().to_string()),
+            ("SINGLE_USER", self.single_user.to_string()),
+        ];
+        match &self.sandbox {
+            SandboxConfig::None => variables.push(("SANDBOX_KIND", "none".into())),
+            SandboxConfig::Process(process) => variables.extend([
+                ("SANDBOX_KIND", "process".into()),
+                ("SANDBOX_FOLDER", process.folder.display().to_string()),
+                ("AGENT_SERVER_PYTHON", process.python.display().to_string()),
+                ("WEBHOOK_BASE_URL", process.webhook_base_url.clone()),
+            ]),
+        }
+        variables
+    }
+}
+
+impl StartConfig {
+    /// Reads the environment; what is not set keeps its default.
+    ///
+    /// # Errors
+    /// Names the first variable that is malformed.
+    pub fn from_env() -> Result<Self, ConfigError> {
+        let default = Self::default();
+        let seconds = |name, default| Ok::<_, ConfigError>(parsed(name)?.map_or(default, Duration::from_secs));
+        let milliseconds = |name, default| Ok::<_, ConfigError>(parsed(name)?.map_or(default, Duration::from_millis));
+        let web_host = text("WEB_HOST");
+        Ok(Self {
+            sandbox_startup_timeout: seconds("SANDBOX_STARTUP_TIMEOUT", default.sandbox_startup_timeout)?,
+            clone_timeout: seconds("CLONE_TIMEOUT", default.clone_timeout)?,
+            setup_script_timeout: seconds("SETUP_SCRIPT_TIMEOUT", default.setup_script_timeout)?,
+            step_timeout: seconds("STEP_TIMEOUT", default.step_timeout)?,
+            agent_request_timeout: seconds("AGENT_REQUEST_TIMEOUT", default.agent_request_timeout)?,
+            patience: milliseconds("START_PATIENCE_MS", default.patience)?,
+            lease: seconds("START_LEASE_SECONDS", default.lease)?,
+            poll: milliseconds("START_POLL_MS", default.poll)?,
+            max_conversations_per_sandbox: parsed("MAX_CONVERSATIONS_PER_SANDBOX")?
+                .unwrap_or(default.max_conversations_per_sandbox),
+            init_git_in_empty_workspace: flag("INIT_GIT_IN_EMPTY_WORKSPACE", default.init_git_in_empty_workspace)?,
+            allow_insecure_git_access: flag("ALLOW_INSECURE_GIT_ACCESS", false)?,
+            web_url: text("OH_WEB_URL").or_else(|| web_host.as_ref().map(|host| format!("https://{host}"))),
+            tavily_api_key: text("TAVILY_API_KEY").or_else(|| text("SEARCH_API_KEY")).map(SecretString::from),
+            openhands_provider_base_url: text("OPENHANDS_PROVIDER_BASE_URL"),
+            web_host,
+            access_token_lifetime: seconds("ACCESS_TOKEN_HARD_TIMEOUT", default.access_token_lifetime)?,
+        })
+    }
+}
+
+/// Origins of hosted front ends: `PERMITTED_CORS_ORIGINS`, a comma-separated list.
+#[must_use]
+pub fn permitted_origins() -> Vec<String> {
+    text("PERMITTED_CORS_ORIGINS")
+        .map(|list| list.split(',').map(|origin| origin.trim().to_owned()).filter(|origin| !origin.is_empty()).collect())
+        .unwrap_or_default()
+}
+
+/// A variable that is set and not blank.
+#[must_use]
+pub fn text(name: &str) -> Option<String> {
+    env::var(name).ok().filter(|value| !value.trim().is_empty())
+}
+
+fn required(name: &'static str) -> Result<String, ConfigError> {
+    text(name).ok_or_else(|| ConfigError { name, problem: "is not set".into() })
+}
+
+fn parsed<T: FromStr>(name: &'static str) -> Result<Option<T>, ConfigError> {
+    text(name)
+        .map(|value| value.trim().parse().map_err(|_| ConfigError { name, problem: format!("`{value}` is not a number") }))
+        .transpose()
+}
+
+fn flag(name: &'static str, default: bool) -> Result<bool, ConfigError> {
+    match text(name).map(|value| value.trim().to_ascii_lowercase()).as_deref() {
+        None => Ok(default),
+        Some("1" | "true" | "yes" | "on") => Ok(true),
+        Some("0" | "false" | "no" | "off") => Ok(false),
+        Some(other) => Err(ConfigError { name, problem: format!("`{other}` is neither true nor false") }),
+    }
+}

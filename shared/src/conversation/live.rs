@@ -1,0 +1,92 @@
+//! Live status: what sandboxes and their agent servers say of a page of conversations.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::join_all;
+use secrecy::ExposeSecret as _;
+use uuid::Uuid;
+
+use super::{AppConversation, ConversationRecord};
+use crate::agent_server::AgentServer;
+use crate::error::Result;
+use crate::id;
+use crate::sandbox::{Sandbox, SandboxService, SandboxStatus};
+use crate::user::UserId;
+
+/// An agent server takes fewer than 100 ids in one request.
+const IDS_PER_REQUEST: usize = 99;
+
+/// Adds live status to records.
+#[derive(Clone, Debug)]
+pub struct LiveStatus {
+    sandboxes: Arc<dyn SandboxService>,
+    http: reqwest::Client,
+    budget: Duration,
+}
+
+impl LiveStatus {
+    /// `budget` is the time that agent servers have for one page, all together.
+    #[must_use]
+    pub fn new(sandboxes: Arc<dyn SandboxService>, http: reqwest::Client, budget: Duration) -> Self {
+        Self { sandboxes, http, budget }
+    }
+
+    /// The records as the contract shows them. An agent server that does not answer in time costs its own
+    /// conversations their `execution_status`, nothing else.
+    ///
+    /// # Errors
+    /// When the sandboxes cannot be looked up.
+    pub async fn show(&self, user: &UserId, records: Vec<ConversationRecord>) -> Result<Vec<AppConversation>> {
+        let mut by_sandbox: HashMap<String, Vec<Uuid>> = HashMap::new();
+        for record in &records {
+            by_sandbox.entry(record.sandbox_id.clone()).or_default().push(record.id);
+        }
+        let ids: Vec<String> = by_sandbox.keys().cloned().collect();
+        let sandboxes: HashMap<String, Sandbox> = self
+            .sandboxes
+            .batch_get(user, &ids)
+            .await?
+            .into_iter()
+            .flatten()
+            .map(|sandbox| (sandbox.id.clone(), sandbox))
+            .collect();
+        let asked = sandboxes
+            .values()
+            .filter(|sandbox| sandbox.status == SandboxStatus::Running)
+            .filter_map(|sandbox| Some((sandbox, sandbox.agent_server_url()?, by_sandbox.get(&sandbox.id)?)))
+            .flat_map(|(sandbox, url, ids)| ids.chunks(IDS_PER_REQUEST).map(move |ids| (sandbox, url, ids)))
+            .map(async |(sandbox, url, ids)| {
+                let agent_server = AgentServer::new(self.http.clone(), url, sandbox.session_api_key.clone());
+                agent_server.conversations(ids, self.budget).await.unwrap_or_else(|error| {
+                    tracing::warn!(sandbox = %sandbox.id, %error, "conversation.live_status_unknown");
+                    Vec::new()
+                })
+            });
+        let statuses: HashMap<Uuid, Option<String>> = join_all(asked)
+            .await
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|conversation| (conversation.id, conversation.execution_status))
+            .collect();
+        Ok(records
+            .into_iter()
+            .map(|record| {
+                let mut shown = AppConversation::without_sandbox(record);
+                if let Some(sandbox) = sandboxes.get(&shown.sandbox_id) {
+                    shown.sandbox_status = sandbox.status;
+                    shown.execution_status = statuses.get(&shown.id).cloned().flatten();
+                    shown.conversation_url =
+                        sandbox.agent_server_url().map(|url| format!("{url}/api/conversations/{}", id::hex(shown.id)));
+                    if sandbox.exposed_urls.as_ref().is_some_and(|urls| !urls.is_empty()) {
+                        shown.session_api_key =
+                            sandbox.session_api_key.as_ref().map(|key| key.expose_secret().to_owned());
+                    }
+                }
+                shown
+            })
+            .collect())
+    }
+}

@@ -1,0 +1,160 @@
+//! Conversations: their records, the store, and how they show their live status.
+
+pub mod live;
+pub mod store;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::clock::{Time, sortable};
+use crate::id::as_hex;
+use crate::sandbox::SandboxStatus;
+use crate::start::request::{Trigger, ProviderType};
+use crate::user::UserId;
+
+/// What a conversation has cost so far.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MetricsSnapshot {
+    /// Always `default`, as in the reference.
+    pub model_name: String,
+    /// US dollars.
+    pub accumulated_cost: f64,
+    /// US dollars.
+    pub max_budget_per_task: Option<f64>,
+    /// Tokens.
+    pub accumulated_token_usage: Option<TokenUsage>,
+}
+
+impl Default for MetricsSnapshot {
+    fn default() -> Self {
+        Self {
+            model_name: "default".to_owned(),
+            accumulated_cost: 0.0,
+            max_budget_per_task: None,
+            accumulated_token_usage: Some(TokenUsage::default()),
+        }
+    }
+}
+
+/// Tokens used so far.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+#[expect(missing_docs, reason = "the names are the contract's and say all")]
+pub struct TokenUsage {
+    pub model: String,
+    pub prompt_tokens: u64,
+    pub completion_tokens: u64,
+    pub cache_read_tokens: u64,
+    pub cache_write_tokens: u64,
+    pub reasoning_tokens: u64,
+    pub context_window: u64,
+    pub per_turn_token: u64,
+    pub response_id: String,
+}
+
+/// The record of a conversation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ConversationRecord {
+    /// Its owner.
+    pub user: UserId,
+    /// Its id.
+    #[serde(with = "as_hex")]
+    pub id: Uuid,
+    /// The sandbox it runs in.
+    pub sandbox_id: String,
+    /// `owner/name`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub selected_repository: Option<String>,
+    /// A branch of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub selected_branch: Option<String>,
+    /// Where the repository is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub git_provider: Option<ProviderType>,
+    /// Its title.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub title: Option<String>,
+    /// What started it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trigger: Option<Trigger>,
+    /// Pull requests that it is about.
+    #[serde(default)]
+    pub pr_number: Vec<i64>,
+    /// The model that the agent really uses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub llm_model: Option<String>,
+    /// What it has cost so far.
+    #[serde(default)]
+    pub metrics: MetricsSnapshot,
+    /// The conversation that it is a sub-conversation of.
+    #[serde(default, with = "as_hex::option", skip_serializing_if = "Option::is_none")]
+    pub parent_conversation_id: Option<Uuid>,
+    /// Whether others may read it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub public: Option<bool>,
+    /// When it was made.
+    #[serde(serialize_with = "sortable::serialize")]
+    pub created_at: Time,
+    /// When it changed last.
+    #[serde(serialize_with = "sortable::serialize")]
+    pub updated_at: Time,
+}
+
+/// `AppConversation` of the contract, in its order of fields.
+#[derive(Clone, Debug, Serialize)]
+#[expect(missing_docs, reason = "the contract's fields, described at `ConversationRecord`")]
+pub struct AppConversation {
+    #[serde(with = "as_hex")]
+    pub id: Uuid,
+    pub created_by_user_id: Option<String>,
+    pub sandbox_id: String,
+    pub selected_repository: Option<String>,
+    pub selected_branch: Option<String>,
+    pub git_provider: Option<ProviderType>,
+    pub title: Option<String>,
+    pub trigger: Option<Trigger>,
+    pub pr_number: Vec<i64>,
+    pub llm_model: Option<String>,
+    pub metrics: MetricsSnapshot,
+    #[serde(with = "as_hex::option")]
+    pub parent_conversation_id: Option<Uuid>,
+    #[serde(with = "as_hex::list")]
+    pub sub_conversation_ids: Vec<Uuid>,
+    pub public: Option<bool>,
+    pub created_at: Time,
+    pub updated_at: Time,
+    pub sandbox_status: SandboxStatus,
+    pub execution_status: Option<String>,
+    pub conversation_url: Option<String>,
+    pub session_api_key: Option<String>,
+}
+
+impl AppConversation {
+    /// A record as it shows while its sandbox is not there.
+    #[must_use]
+    pub fn without_sandbox(record: ConversationRecord) -> Self {
+        Self {
+            id: record.id,
+            created_by_user_id: record.user.shown().map(ToOwned::to_owned),
+            sandbox_id: record.sandbox_id,
+            selected_repository: record.selected_repository,
+            selected_branch: record.selected_branch,
+            git_provider: record.git_provider,
+            title: record.title,
+            trigger: record.trigger,
+            pr_number: record.pr_number,
+            llm_model: record.llm_model,
+            metrics: record.metrics,
+            parent_conversation_id: record.parent_conversation_id,
+            sub_conversation_ids: Vec::new(),
+            public: record.public,
+            created_at: record.created_at,
+            updated_at: record.updated_at,
+            sandbox_status: SandboxStatus::Missing,
+            execution_status: None,
+            conversation_url: None,
+            session_api_key: None,
+        }
+    }
+}

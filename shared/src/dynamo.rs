@@ -1,0 +1,114 @@
+//! Small helpers around the DynamoDB client: attribute values, items as records, errors.
+
+use std::collections::HashMap;
+
+use aws_sdk_dynamodb::Client;
+use aws_sdk_dynamodb::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_dynamodb::types::{AttributeValue, KeysAndAttributes};
+use serde::de::DeserializeOwned;
+use serde::Serialize;
+
+use crate::error::{Error, Result, StoreError};
+
+/// DynamoDB takes at most this many keys in one `BatchGetItem`.
+pub const BATCH_GET_LIMIT: usize = 100;
+
+/// A DynamoDB item.
+pub type Item = HashMap<String, AttributeValue>;
+
+/// A string attribute.
+pub fn text(value: impl Into<String>) -> AttributeValue {
+    AttributeValue::S(value.into())
+}
+
+/// A number attribute.
+pub fn number(value: impl ToString) -> AttributeValue {
+    AttributeValue::N(value.to_string())
+}
+
+/// A record as an item.
+///
+/// # Errors
+/// [`Error::Internal`] when the record has no form as an item, which is a fault in its type.
+pub fn to_item<T: Serialize>(record: &T) -> Result<Item> {
+    serde_dynamo::to_item(record).map_err(|error| Error::internal(format!("a record has no form as an item: {error}")))
+}
+
+/// An item as a record; unknown attributes are left alone.
+///
+/// # Errors
+/// [`Error::Internal`] when the item is not of that kind.
+pub fn from_item<T: DeserializeOwned>(item: Item) -> Result<T> {
+    serde_dynamo::from_item(item).map_err(|error| Error::internal(format!("an item does not read as its record: {error}")))
+}
+
+/// Turns a failed AWS call into a [`StoreError`], keeping what is known of whether a write happened.
+pub fn store_error<E>(operation: &'static str) -> impl FnOnce(SdkError<E>) -> Error
+where
+    E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
+{
+    move |error| {
+        let code = error.as_service_error().and_then(|service| service.code()).unwrap_or_default().to_owned();
+        let cancelled_by_condition = code == "TransactionCanceledException"
+            && error
+                .as_service_error()
+                .and_then(|service| service.message())
+                .is_some_and(|message| message.contains("ConditionalCheckFailed"));
+        let condition_failed = code == "ConditionalCheckFailedException" || cancelled_by_condition;
+        let certainly_not_written = match &error {
+            SdkError::ConstructionFailure(_) => true,
+            SdkError::ServiceError(service) => !service.raw().status().is_server_error(),
+            SdkError::DispatchFailure(failure) => failure.is_user(),
+            _ => false,
+        };
+        let context = format!("{operation}: {}", aws_sdk_dynamodb::error::DisplayErrorContext(&error));
+        Error::Store(StoreError { operation, context, condition_failed, certainly_not_written })
+    }
+}
+
+/// Whether a write was refused because its condition did not hold.
+#[must_use]
+pub fn is_condition_failure(error: &Error) -> bool {
+    matches!(error, Error::Store(store) if store.condition_failed)
+}
+
+/// Reads up to 100 items by key, asking again for those that DynamoDB left out under load.
+///
+/// # Errors
+/// [`Error::Store`].
+pub async fn batch_get_items(dynamodb: &Client, table: &str, keys: Vec<Item>, operation: &'static str) -> Result<Vec<Item>> {
+    const ATTEMPTS: u32 = 8;
+    let mut items = Vec::new();
+    let mut left = keys;
+    for attempt in 0..ATTEMPTS {
+        if left.is_empty() {
+            break;
+        }
+        if attempt > 0 {
+            tokio::time::sleep(std::time::Duration::from_millis(10 << attempt)).await;
+        }
+        let wanted = KeysAndAttributes::builder()
+            .set_keys(Some(std::mem::take(&mut left)))
+            .consistent_read(true)
+            .build()
+            .map_err(Error::internal)?;
+        let answer =
+            dynamodb.batch_get_item().request_items(table, wanted).send().await.map_err(store_error(operation))?;
+        items.extend(answer.responses.unwrap_or_default().remove(table).unwrap_or_default());
+        left = answer
+            .unprocessed_keys
+            .unwrap_or_default()
+            .remove(table)
+            .map(|unprocessed| unprocessed.keys)
+            .unwrap_or_default();
+    }
+    if left.is_empty() {
+        return Ok(items);
+    }
+    Err(Error::Store(StoreError {
+        operation,
+        context: format!("{operation}: {} keys stayed unprocessed", left.len()),
+        condition_failed: false,
+        certainly_not_written: true,
+    }))
+}

@@ -1,0 +1,83 @@
+//! What can go wrong, told apart by what happened, not by HTTP status: `http::response` maps it once, at the edge.
+
+use std::fmt;
+
+use crate::http::validation::Violation;
+
+/// The result of everything that can fail in this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What happened. Each variant's message is for the caller; context for the log is kept apart and never shown.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The request does not fit its model: every violation, in the order of the fields.
+    #[error("the request is not valid")]
+    Invalid(Vec<Violation>),
+    /// The request is well-formed, but asks for something that cannot be; the text says what.
+    #[error("{0}")]
+    Refused(String),
+    /// The caller did not say who they are, or not credibly.
+    #[error("{0}")]
+    Unauthenticated(String),
+    /// No such thing, or not the caller's: the two are not told apart.
+    #[error("{0}")]
+    NotFound(String),
+    /// The request is larger than is accepted.
+    #[error("{0}")]
+    TooLarge(String),
+    /// The store, the bucket or the queue failed.
+    #[error("{0}")]
+    Store(#[from] StoreError),
+    /// Another service that this one needs (an agent server, a sandbox provider) failed.
+    #[error("{message}")]
+    Upstream {
+        /// For the caller: which service and, in general terms, what.
+        message: String,
+        /// For the log.
+        context: String,
+    },
+    /// A fault of our own.
+    #[error("Internal Server Error")]
+    Internal {
+        /// For the log.
+        context: String,
+    },
+}
+
+impl Error {
+    /// A fault of our own, with context for the log.
+    pub fn internal(context: impl fmt::Display) -> Self {
+        Self::Internal { context: context.to_string() }
+    }
+
+    /// What the log should hold: the context where there is one, else the message.
+    #[must_use]
+    pub fn context(&self) -> String {
+        match self {
+            Self::Internal { context } | Self::Upstream { context, .. } => context.clone(),
+            Self::Store(error) => error.context.clone(),
+            other => other.to_string(),
+        }
+    }
+}
+
+/// A failed call to DynamoDB, S3 or SQS.
+#[derive(Debug)]
+pub struct StoreError {
+    /// The call that failed, e.g. `PutItem start-tasks`.
+    pub operation: &'static str,
+    /// For the log.
+    pub context: String,
+    /// Whether a condition of the write did not hold.
+    pub condition_failed: bool,
+    /// Whether the write certainly did not happen. When false it may or may not have.
+    pub certainly_not_written: bool,
+}
+
+impl fmt::Display for StoreError {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "The store is not available right now")
+    }
+}
+
+impl std::error::Error for StoreError {}

@@ -1,0 +1,8 @@
+//! HTTP at the edge: reading requests in the contract's way, and answering in its shapes.
+
+pub mod body;
+pub mod caller;
+pub mod page_id;
+pub mod query;
+pub mod response;
+pub mod validation;

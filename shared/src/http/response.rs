@@ -1,0 +1,58 @@
+//! Errors as answers, in the contract's shapes; and what every answer has in common.
+
+use axum::Json;
+use axum::Router;
+use axum::extract::Request;
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use http::header::{CACHE_CONTROL, EXPIRES, PRAGMA};
+use http::{HeaderValue, StatusCode};
+use serde_json::json;
+
+use crate::error::{Error, StoreError};
+
+impl IntoResponse for Error {
+    fn into_response(self) -> Response {
+        let status = match &self {
+            Self::Invalid(_) => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::Refused(_) => StatusCode::BAD_REQUEST,
+            Self::Unauthenticated(_) => StatusCode::UNAUTHORIZED,
+            Self::NotFound(_) => StatusCode::NOT_FOUND,
+            Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Store(StoreError { .. }) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Upstream { .. } => StatusCode::BAD_GATEWAY,
+            Self::Internal { .. } => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        if status.is_server_error() {
+            // Here, and nowhere below: an error is logged once, where it leaves.
+            tracing::error!(status = status.as_u16(), error = %self.context(), "http.failed");
+        }
+        match self {
+            Self::Invalid(violations) => (status, Json(json!({"detail": violations}))).into_response(),
+            told => (status, Json(json!({"detail": told.to_string()}))).into_response(),
+        }
+    }
+}
+
+/// Gives a router the contract's answers for unknown paths and wrong methods, and the headers that all answers carry.
+pub fn with_common_answers(router: Router) -> Router {
+    router
+        .fallback(async || detail(StatusCode::NOT_FOUND))
+        .method_not_allowed_fallback(async || detail(StatusCode::METHOD_NOT_ALLOWED))
+        .layer(middleware::from_fn(never_cached))
+}
+
+/// `{"detail": <the status's own words>}`
+#[must_use]
+pub fn detail(status: StatusCode) -> Response {
+    (status, Json(json!({"detail": status.canonical_reason().unwrap_or_default()}))).into_response()
+}
+
+async fn never_cached(request: Request, next: Next) -> Response {
+    let mut response = next.run(request).await;
+    let headers = response.headers_mut();
+    headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-cache, no-store, must-revalidate, max-age=0"));
+    headers.entry(PRAGMA).or_insert(HeaderValue::from_static("no-cache"));
+    headers.entry(EXPIRES).or_insert(HeaderValue::from_static("0"));
+    response
+}

@@ -1,0 +1,137 @@
+//! Identifiers: how they are made, and the two ways in which the contract writes them.
+
+use rand::RngExt as _;
+use uuid::Uuid;
+
+const BASE62: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+
+/// A new random UUID (version 4).
+#[must_use]
+pub fn new_uuid() -> Uuid {
+    Uuid::new_v4()
+}
+
+/// 32 lower-case hex digits, the contract's usual form of an id.
+#[must_use]
+pub fn hex(id: Uuid) -> String {
+    id.simple().to_string()
+}
+
+/// 8-4-4-4-12, the form that agent servers, file names and messages use.
+#[must_use]
+pub fn dashed(id: Uuid) -> String {
+    id.hyphenated().to_string()
+}
+
+/// A random sandbox id: 22 base-62 digits (128 bits and a little more).
+#[must_use]
+pub fn new_sandbox_id() -> String {
+    random_base62(22)
+}
+
+/// A random session key: 43 base-62 digits (256 bits).
+#[must_use]
+pub fn new_session_key() -> String {
+    random_base62(43)
+}
+
+/// `length` random base-62 digits from the thread's cryptographic generator.
+#[must_use]
+pub fn random_base62(length: usize) -> String {
+    let mut generator = rand::rng();
+    (0..length).map(|_| char::from(BASE62[generator.random_range(0..BASE62.len())])).collect()
+}
+
+/// Serde for ids that the wire shows as 32 hex digits.
+pub mod as_hex {
+    use serde::{Deserialize, Deserializer, Serializer};
+    use uuid::Uuid;
+
+    /// Writes 32 hex digits.
+    ///
+    /// # Errors
+    /// Those of the serializer.
+    pub fn serialize<S: Serializer>(id: &Uuid, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&id.simple())
+    }
+
+    /// Reads any form of a UUID.
+    ///
+    /// # Errors
+    /// When the text is no UUID.
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Uuid, D::Error> {
+        Uuid::parse_str(&String::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+    }
+
+    /// The same for an optional id.
+    pub mod option {
+        use serde::{Deserialize, Deserializer, Serializer};
+        use uuid::Uuid;
+
+        /// Writes 32 hex digits or null.
+        ///
+        /// # Errors
+        /// Those of the serializer.
+        #[expect(clippy::ref_option, reason = "the signature that serde calls")]
+        pub fn serialize<S: Serializer>(id: &Option<Uuid>, serializer: S) -> Result<S::Ok, S::Error> {
+            match id {
+                Some(id) => serializer.collect_str(&id.simple()),
+                None => serializer.serialize_none(),
+            }
+        }
+
+        /// Reads any form of a UUID, or null.
+        ///
+        /// # Errors
+        /// When the text is no UUID.
+        pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Uuid>, D::Error> {
+            Option::<String>::deserialize(deserializer)?
+                .map(|text| Uuid::parse_str(&text).map_err(serde::de::Error::custom))
+                .transpose()
+        }
+    }
+
+    /// The same for a list of ids.
+    pub mod list {
+        use serde::ser::SerializeSeq as _;
+        use serde::{Deserialize, Deserializer, Serializer};
+        use uuid::Uuid;
+
+        /// Writes a list of 32 hex digits each.
+        ///
+        /// # Errors
+        /// Those of the serializer.
+        pub fn serialize<S: Serializer>(ids: &[Uuid], serializer: S) -> Result<S::Ok, S::Error> {
+            let mut list = serializer.serialize_seq(Some(ids.len()))?;
+            for id in ids {
+                list.serialize_element(&super::super::hex(*id))?;
+            }
+            list.end()
+        }
+
+        /// Reads a list of UUIDs in any form.
+        ///
+        /// # Errors
+        /// When one of the texts is no UUID.
+        pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Uuid>, D::Error> {
+            Vec::<String>::deserialize(deserializer)?
+                .iter()
+                .map(|text| Uuid::parse_str(text).map_err(serde::de::Error::custom))
+                .collect()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn random_ids_have_their_length_and_alphabet() {
+        let id = new_sandbox_id();
+        assert_eq!(id.len(), 22);
+        assert!(id.bytes().all(|byte| BASE62.contains(&byte)));
+        assert_ne!(new_session_key(), new_session_key());
+        assert_eq!(new_uuid().get_version_num(), 4);
+    }
+}

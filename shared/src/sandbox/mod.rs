@@ -1,0 +1,141 @@
+//! Sandboxes: machines that run an agent server. One trait, one file an implementation, one place that chooses.
+
+pub mod none;
+pub mod process;
+pub mod store;
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use secrecy::SecretString;
+use serde::{Deserialize, Serialize};
+
+use crate::clock::Time;
+use crate::config::SandboxConfig;
+use crate::error::Result;
+use crate::user::UserId;
+use store::SandboxStore;
+
+/// The state of a sandbox, as the contract names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum SandboxStatus {
+    /// Made, and its agent server does not answer yet.
+    Starting,
+    /// Its agent server answers.
+    Running,
+    /// Stopped so that it can be resumed.
+    Paused,
+    /// It failed; `detail` says how.
+    Error,
+    /// It is gone.
+    Missing,
+}
+
+/// An address of a sandbox.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExposedUrl {
+    /// `AGENT_SERVER`, `VSCODE`, `WORKER_1`, `WORKER_2`
+    pub name: String,
+    /// The address.
+    pub url: String,
+    /// The port inside the sandbox.
+    pub port: u16,
+}
+
+/// The name of the agent server among a sandbox's addresses.
+pub const AGENT_SERVER: &str = "AGENT_SERVER";
+
+/// A sandbox as its service sees it now.
+#[derive(Clone, Debug)]
+pub struct Sandbox {
+    /// Its id, unique among its owner's.
+    pub id: String,
+    /// What it was made from.
+    pub spec_id: String,
+    /// What state it is in.
+    pub status: SandboxStatus,
+    /// The key of its agent server.
+    pub session_api_key: Option<SecretString>,
+    /// Its addresses; `None` unless it runs.
+    pub exposed_urls: Option<Vec<ExposedUrl>>,
+    /// When it was made.
+    pub created_at: Time,
+    /// When a conversation was last started in it.
+    pub used_at: Time,
+    /// The absolute folder in which conversations work.
+    pub working_dir: String,
+    /// What is wrong, for a person, when it failed or is gone.
+    pub detail: Option<String>,
+}
+
+impl Sandbox {
+    /// The address of its agent server, if it runs.
+    #[must_use]
+    pub fn agent_server_url(&self) -> Option<&str> {
+        self.exposed_urls.as_ref()?.iter().find(|exposed| exposed.name == AGENT_SERVER).map(|exposed| exposed.url.as_str())
+    }
+}
+
+/// Makes and looks after sandboxes. Every operation may be repeated: the outcome is as if it was done once.
+#[async_trait]
+pub trait SandboxService: Send + Sync + std::fmt::Debug {
+    /// Makes the sandbox with this id, or does nothing when there is one; returns before its agent server answers.
+    ///
+    /// # Errors
+    /// [`crate::Error::Refused`] when none can be made here, whose text is for the user; others may be tried again.
+    async fn start(&self, user: &UserId, id: &str) -> Result<()>;
+
+    /// The user's sandboxes with these ids, in the same order, `None` for unknown ones.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`] or [`crate::Error::Upstream`].
+    async fn batch_get(&self, user: &UserId, ids: &[String]) -> Result<Vec<Option<Sandbox>>>;
+
+    /// All sandboxes of the user, newest first.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`] or [`crate::Error::Upstream`].
+    async fn list(&self, user: &UserId) -> Result<Vec<Sandbox>>;
+
+    /// Stops a sandbox so that it can be resumed. False when there is none, or nothing of it is left to pause.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`] or [`crate::Error::Upstream`].
+    async fn pause(&self, user: &UserId, id: &str) -> Result<bool>;
+
+    /// Lets a paused sandbox go on; returns before its agent server answers. False when there is none.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`] or [`crate::Error::Upstream`].
+    async fn resume(&self, user: &UserId, id: &str) -> Result<bool>;
+
+    /// Ends a sandbox and removes all that is in it. False when there is none.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`] or [`crate::Error::Upstream`].
+    async fn delete(&self, user: &UserId, id: &str) -> Result<bool>;
+
+    /// Notes that a conversation was started in the sandbox now.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    async fn mark_used(&self, user: &UserId, id: &str) -> Result<()>;
+
+    /// One sandbox of the user.
+    ///
+    /// # Errors
+    /// Those of [`SandboxService::batch_get`].
+    async fn get(&self, user: &UserId, id: &str) -> Result<Option<Sandbox>> {
+        Ok(self.batch_get(user, &[id.to_owned()]).await?.pop().flatten())
+    }
+}
+
+/// The service that the configuration asks for. A new kind of sandbox is a file beside this one and a line here.
+#[must_use]
+pub fn service(config: &SandboxConfig, store: SandboxStore) -> Arc<dyn SandboxService> {
+    match config {
+        SandboxConfig::Process(process) => Arc::new(process::ProcessSandboxes::new(process.clone(), store)),
+        SandboxConfig::None => Arc::new(none::NoSandboxes::new(store)),
+    }
+}

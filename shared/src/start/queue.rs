@@ -1,0 +1,101 @@
+//! The doorbell: messages that say which start to look at. Losing one delays a start, no more.
+
+use std::time::Duration;
+
+use aws_sdk_sqs::Client;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::dynamo::store_error;
+use crate::error::{Error, Result};
+use crate::id::as_hex;
+use crate::user::UserId;
+
+/// The version of messages that this code writes.
+const VERSION: u32 = 1;
+
+/// What a worker is asked to do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Job {
+    /// Go on with a start.
+    AdvanceStart {
+        /// Its owner.
+        user: UserId,
+        /// Its id.
+        #[serde(with = "as_hex")]
+        task: Uuid,
+    },
+}
+
+#[derive(Serialize, Deserialize)]
+struct Message {
+    v: u32,
+    #[serde(flatten)]
+    job: Job,
+}
+
+impl Job {
+    /// Reads a message's body.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] when it is not a message of a version that this code knows.
+    pub fn from_body(body: &str) -> Result<Self> {
+        let message: Message =
+            serde_json::from_str(body).map_err(|error| Error::internal(format!("a queue message does not read: {error}")))?;
+        if message.v != VERSION {
+            return Err(Error::internal(format!("a queue message has version {}, not {VERSION}", message.v)));
+        }
+        Ok(message.job)
+    }
+
+    fn to_body(&self) -> Result<String> {
+        serde_json::to_string(&Message { v: VERSION, job: self.clone() }).map_err(Error::internal)
+    }
+}
+
+/// The queue that start workers are driven by.
+#[derive(Clone, Debug)]
+pub struct StartQueue {
+    sqs: Client,
+    url: String,
+}
+
+impl StartQueue {
+    /// The queue at `url`.
+    #[must_use]
+    pub fn new(sqs: Client, url: String) -> Self {
+        Self { sqs, url }
+    }
+
+    /// Sends a job, to be delivered after `delay`, which is rounded to whole seconds.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn send(&self, job: &Job, delay: Duration) -> Result<()> {
+        self.sqs
+            .send_message()
+            .queue_url(&self.url)
+            .message_body(job.to_body()?)
+            .delay_seconds(i32::try_from(delay.as_secs_f64().round() as u64).unwrap_or(900).min(900))
+            .send()
+            .await
+            .map_err(store_error("SendMessage"))?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_is_tagged_and_versioned() {
+        let job = Job::AdvanceStart { user: UserId::new("u"), task: Uuid::from_u128(1) };
+        let body = job.to_body().expect("a body");
+        assert_eq!(body, r#"{"v":1,"type":"advance_start","user":"u","task":"00000000000000000000000000000001"}"#);
+        assert_eq!(Job::from_body(&body).expect("a job"), job);
+        assert!(Job::from_body(&body.replace("\"v\":1", "\"v\":2")).is_err());
+        assert!(Job::from_body("{}").is_err());
+    }
+}

@@ -1,0 +1,893 @@
+//! `AppConversationStartRequest`: what a client sends to start a conversation, and what a start task shows of it.
+
+use secrecy::{ExposeSecret, SecretString};
+use serde::ser::{SerializeMap, SerializeStruct};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::{Map, Value, json};
+use uuid::Uuid;
+
+use crate::http::body;
+use crate::http::validation::{
+    Checked, Checker, Fields, boolean, choice, constant, dictionary, first_of, integer, list,
+    literal, string, uuid, wire_enum,
+};
+
+/// Stands for a secret's value wherever one is shown.
+const MASK: &str = "**********";
+const MAX_SECRETS: usize = 50;
+/// In characters.
+const MAX_SECRET_NAME: usize = 256;
+/// In bytes.
+const MAX_SECRET_VALUE: usize = 64 * 1024;
+
+wire_enum! {
+    /// Which agent runs the conversation.
+    #[derive(Default)]
+    pub enum AgentType {
+        /// Writes code.
+        #[default]
+        Default = "default",
+        /// Writes a plan.
+        Plan = "plan",
+    }
+}
+
+wire_enum! {
+    /// What made somebody start the conversation.
+    pub enum Trigger {
+        /// The resolver of issues.
+        Resolver = "resolver",
+        /// The web UI.
+        Gui = "gui",
+        /// A task the UI suggested.
+        SuggestedTask = "suggested_task",
+        /// The API.
+        OpenhandsApi = "openhands_api",
+        /// Slack.
+        Slack = "slack",
+        /// The UI's microagent management.
+        MicroagentManagement = "microagent_management",
+        /// Jira Cloud.
+        Jira = "jira",
+        /// Jira Data Center.
+        JiraDc = "jira_dc",
+        /// Linear.
+        Linear = "linear",
+        /// Bitbucket.
+        Bitbucket = "bitbucket",
+    }
+}
+
+wire_enum! {
+    /// A git hosting service.
+    pub enum ProviderType {
+        /// GitHub.
+        Github = "github",
+        /// GitLab.
+        Gitlab = "gitlab",
+        /// Bitbucket Cloud.
+        Bitbucket = "bitbucket",
+        /// Bitbucket Data Center.
+        BitbucketDataCenter = "bitbucket_data_center",
+        /// Forgejo.
+        Forgejo = "forgejo",
+        /// Azure DevOps.
+        AzureDevops = "azure_devops",
+        /// Single sign-on of an enterprise.
+        EnterpriseSso = "enterprise_sso",
+    }
+}
+
+wire_enum! {
+    /// Kind of a suggested task.
+    pub enum TaskType {
+        /// A pull request conflicts with its target.
+        MergeConflicts = "MERGE_CONFLICTS",
+        /// Checks of a pull request fail.
+        FailingChecks = "FAILING_CHECKS",
+        /// A pull request has open comments.
+        UnresolvedComments = "UNRESOLVED_COMMENTS",
+        /// An issue is open.
+        OpenIssue = "OPEN_ISSUE",
+        /// A pull request is open.
+        OpenPr = "OPEN_PR",
+        /// A repository should get a microagent.
+        CreateMicroagent = "CREATE_MICROAGENT",
+    }
+}
+
+wire_enum! {
+    /// Author of a message.
+    pub enum Role {
+        /// A person.
+        User = "user",
+        /// The system prompt.
+        System = "system",
+        /// The agent.
+        Assistant = "assistant",
+        /// A tool's answer.
+        Tool = "tool",
+    }
+}
+
+/// The request, its fields in the order of the contract.
+///
+/// Serialises to the form in which a start task shows it: every field present, null if not given, and `secrets`, masked, only
+/// if given. Deserialises from that form; use [`StartRequest::from_body`] for what a client sent.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct StartRequest {
+    /// Sandbox to use. None or empty: one is chosen.
+    pub sandbox_id: Option<String>,
+    /// Id wished for the conversation; on the wire with dashes.
+    pub conversation_id: Option<Uuid>,
+    /// First message to the agent. Not together with `suggested_task`.
+    pub initial_message: Option<SendMessageRequest>,
+    /// Added to the system prompt.
+    pub system_message_suffix: Option<String>,
+    /// What to do on events of the conversation.
+    pub processors: Option<Vec<EventCallbackProcessor>>,
+    /// Model to use instead of the user's.
+    pub llm_model: Option<String>,
+    /// Repository to clone, `owner/repo`. Not checked at this point.
+    pub selected_repository: Option<String>,
+    /// Branch to check out. Not checked at this point.
+    pub selected_branch: Option<String>,
+    /// Where the repository is hosted.
+    pub git_provider: Option<ProviderType>,
+    /// A task to make the first message from.
+    pub suggested_task: Option<SuggestedTask>,
+    /// Title of the conversation.
+    pub title: Option<String>,
+    /// What made somebody start it.
+    pub trigger: Option<Trigger>,
+    /// Pull requests it is about.
+    pub pr_number: Vec<i64>,
+    /// Conversation that this one is a part of; on the wire without dashes.
+    #[serde(with = "uuid::serde::simple::option")]
+    pub parent_conversation_id: Option<Uuid>,
+    /// Which agent runs it.
+    pub agent_type: AgentType,
+    /// Whether everybody may read it.
+    pub public: Option<bool>,
+    /// Plugins to load.
+    pub plugins: Option<Vec<PluginSpec>>,
+    /// Secrets for the sandbox. Not in the contract's own version: the key is absent unless a client sent it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub secrets: Option<Secrets>,
+}
+
+impl StartRequest {
+    /// Reads the body of a start.
+    ///
+    /// # Errors
+    /// Every violation, at `["body", …]`; see [`body::json`] for those of the body as a whole.
+    pub fn from_body(content_type: Option<&str>, body: &[u8]) -> Checked<Self> {
+        let value = body::json(content_type, body)?;
+        let mut check = Checker::new("body");
+        let request = Self::read(&mut check, &value);
+        check.finish(request)
+    }
+
+    fn read(check: &mut Checker, value: &Value) -> Option<Self> {
+        let fields = Fields::of(check, value)?;
+        let sandbox_id = fields.nullable(check, "sandbox_id", string);
+        let conversation_id = fields.nullable(check, "conversation_id", uuid);
+        let initial_message = fields.nullable(check, "initial_message", SendMessageRequest::read);
+        let system_message_suffix = fields.nullable(check, "system_message_suffix", string);
+        let processors = fields.nullable(check, "processors", |check, value| {
+            list(check, value, EventCallbackProcessor::read)
+        });
+        let llm_model = fields.nullable(check, "llm_model", string);
+        let selected_repository = fields.nullable(check, "selected_repository", string);
+        let selected_branch = fields.nullable(check, "selected_branch", string);
+        let git_provider = fields.nullable(check, "git_provider", choice);
+        let suggested_task = fields.nullable(check, "suggested_task", SuggestedTask::read);
+        let title = fields.nullable(check, "title", string);
+        let trigger = fields.nullable(check, "trigger", choice);
+        let pr_number = fields.or(check, "pr_number", Vec::new(), |check, value| {
+            list(check, value, integer)
+        });
+        let parent_conversation_id = fields.nullable(check, "parent_conversation_id", uuid);
+        let agent_type = fields.or(check, "agent_type", AgentType::Default, choice);
+        let public = fields.nullable(check, "public", boolean);
+        let plugins = fields.nullable(check, "plugins", |check, value| {
+            list(check, value, PluginSpec::read)
+        });
+        let secrets = fields.nullable(check, "secrets", Secrets::read);
+        Some(Self {
+            sandbox_id: sandbox_id?,
+            conversation_id: conversation_id?,
+            initial_message: initial_message?,
+            system_message_suffix: system_message_suffix?,
+            processors: processors?,
+            llm_model: llm_model?,
+            selected_repository: selected_repository?,
+            selected_branch: selected_branch?,
+            git_provider: git_provider?,
+            suggested_task: suggested_task?,
+            title: title?,
+            trigger: trigger?,
+            pr_number: pr_number?,
+            parent_conversation_id: parent_conversation_id?,
+            agent_type: agent_type?,
+            public: public?,
+            plugins: plugins?,
+            secrets: secrets?,
+        })
+    }
+}
+
+/// A message to the agent.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SendMessageRequest {
+    /// Its author; `user` unless given.
+    pub role: Role,
+    /// Its parts; may be empty.
+    pub content: Vec<Content>,
+    /// Whether the agent should run. Of no effect in a start: the agent then always runs.
+    pub run: bool,
+}
+
+impl SendMessageRequest {
+    /// Reads a message in which every field is optional.
+    pub fn read(check: &mut Checker, value: &Value) -> Option<Self> {
+        let fields = Fields::of(check, value)?;
+        let role = fields.or(check, "role", Role::User, literal);
+        let content = fields.or(check, "content", Vec::new(), Content::read_list);
+        let run = fields.or(check, "run", false, boolean);
+        Some(Self {
+            role: role?,
+            content: content?,
+            run: run?,
+        })
+    }
+}
+
+/// A part of a message. On the wire `{cache_prompt, type, text}` or `{cache_prompt, type, image_urls}`.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(untagged)]
+pub enum Content {
+    /// `type` is `text`.
+    Text(TextContent),
+    /// `type` is `image`.
+    Image(ImageContent),
+}
+
+/// Text in a message.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct TextContent {
+    /// Whether the model's provider should cache the prompt up to here.
+    #[serde(default)]
+    pub cache_prompt: bool,
+    /// The text.
+    pub text: String,
+}
+
+/// Images in a message.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct ImageContent {
+    /// Whether the model's provider should cache the prompt up to here.
+    #[serde(default)]
+    pub cache_prompt: bool,
+    /// Where the images are, or the images themselves as `data:` URLs.
+    pub image_urls: Vec<String>,
+}
+
+impl Content {
+    /// Reads a list of parts.
+    pub fn read_list(check: &mut Checker, value: &Value) -> Option<Vec<Self>> {
+        list(check, value, Self::read)
+    }
+
+    /// Reads a part: a text if it is a valid one, else an image. Failing both, reports the violations of both, under
+    /// `TextContent` and `ImageContent`.
+    pub fn read(check: &mut Checker, value: &Value) -> Option<Self> {
+        let current = without_legacy_keys(value);
+        let value = current.as_ref().unwrap_or(value);
+        first_of(
+            check,
+            [
+                ("TextContent", &|check| Self::read_text(check, value)),
+                ("ImageContent", &|check| Self::read_image(check, value)),
+            ],
+        )
+    }
+
+    fn read_text(check: &mut Checker, value: &Value) -> Option<Self> {
+        let fields = Fields::of(check, value)?;
+        let cache_prompt = fields.or(check, "cache_prompt", false, boolean);
+        let kind = fields.or(check, "type", (), |check, value| {
+            constant(check, value, "text")
+        });
+        let text = fields.required(check, "text", string);
+        let clean = fields.forbid_others(check, &["cache_prompt", "type", "text"]);
+        kind.filter(|()| clean)?;
+        Some(Self::Text(TextContent {
+            cache_prompt: cache_prompt?,
+            text: text?,
+        }))
+    }
+
+    fn read_image(check: &mut Checker, value: &Value) -> Option<Self> {
+        let fields = Fields::of(check, value)?;
+        let cache_prompt = fields.or(check, "cache_prompt", false, boolean);
+        let kind = fields.or(check, "type", (), |check, value| {
+            constant(check, value, "image")
+        });
+        let image_urls = fields.required(check, "image_urls", |check, value| {
+            list(check, value, string)
+        });
+        kind?;
+        Some(Self::Image(ImageContent {
+            cache_prompt: cache_prompt?,
+            image_urls: image_urls?,
+        }))
+    }
+}
+
+/// Old clients send `enable_truncation`. The original takes it out before looking at either kind of part, so that the violations
+/// of both show the part without it.
+fn without_legacy_keys(value: &Value) -> Option<Value> {
+    let mut entries = value
+        .as_object()
+        .filter(|entries| entries.contains_key("enable_truncation"))?
+        .clone();
+    entries.shift_remove("enable_truncation");
+    Some(Value::Object(entries))
+}
+
+impl Serialize for Content {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut out = serializer.serialize_struct("Content", 3)?;
+        match self {
+            Self::Text(text) => {
+                out.serialize_field("cache_prompt", &text.cache_prompt)?;
+                out.serialize_field("type", "text")?;
+                out.serialize_field("text", &text.text)?;
+            }
+            Self::Image(image) => {
+                out.serialize_field("cache_prompt", &image.cache_prompt)?;
+                out.serialize_field("type", "image")?;
+                out.serialize_field("image_urls", &image.image_urls)?;
+            }
+        }
+        out.end()
+    }
+}
+
+/// What to do on events of a conversation: `{"kind": …}`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind")]
+pub enum EventCallbackProcessor {
+    /// Logs them.
+    #[serde(rename = "LoggingCallbackProcessor")]
+    Logging,
+    /// Gives the conversation a title.
+    #[serde(rename = "SetTitleCallbackProcessor")]
+    SetTitle,
+}
+
+impl EventCallbackProcessor {
+    /// Violations: `value_error` for an unknown or missing kind, `model_attributes_type` for anything but an object (the
+    /// original answers 500 to that).
+    fn read(check: &mut Checker, value: &Value) -> Option<Self> {
+        Fields::of(check, value)?;
+        let kind = value.get("kind").unwrap_or(&Value::Null);
+        match kind.as_str() {
+            Some("LoggingCallbackProcessor") => return Some(Self::Logging),
+            Some("SetTitleCallbackProcessor") => return Some(Self::SetTitle),
+            _ => {}
+        }
+        let kind = match kind {
+            Value::Null => String::new(),
+            Value::String(kind) => kind.clone(),
+            Value::Bool(true) => "True".to_owned(),
+            Value::Bool(false) => "False".to_owned(),
+            other => other.to_string(),
+        };
+        // The original has taken the kind out by the time it knows better.
+        let mut rest = value.as_object().cloned().unwrap_or_default();
+        rest.shift_remove("kind");
+        let error = format_args!(
+            "Unknown kind '{kind}' for openhands.app_server.event_callback.event_callback_models.EventCallbackProcessor; \
+             Expected one of: ['LoggingCallbackProcessor', 'SetTitleCallbackProcessor']"
+        );
+        check.report_value_error(error, Value::Object(rest));
+        None
+    }
+}
+
+/// A task that a client suggests to the user.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SuggestedTask {
+    /// Where the repository is hosted.
+    pub git_provider: ProviderType,
+    /// Kind of the task.
+    pub task_type: TaskType,
+    /// `owner/repo`.
+    pub repo: String,
+    /// Number of the issue or pull request.
+    pub issue_number: i64,
+    /// Its title.
+    pub title: String,
+}
+
+impl SuggestedTask {
+    fn read(check: &mut Checker, value: &Value) -> Option<Self> {
+        let fields = Fields::of(check, value)?;
+        let git_provider = fields.required(check, "git_provider", choice);
+        let task_type = fields.required(check, "task_type", choice);
+        let repo = fields.required(check, "repo", string);
+        let issue_number = fields.required(check, "issue_number", integer);
+        let title = fields.required(check, "title", string);
+        Some(Self {
+            git_provider: git_provider?,
+            task_type: task_type?,
+            repo: repo?,
+            issue_number: issue_number?,
+            title: title?,
+        })
+    }
+}
+
+/// A plugin to load into the conversation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PluginSpec {
+    /// `github:owner/repo`, a git URL or a path.
+    pub source: String,
+    /// Branch, tag or commit.
+    pub r#ref: Option<String>,
+    /// Folder in the repository: relative, and not upwards.
+    pub repo_path: Option<String>,
+    /// What the user set for the plugin's inputs.
+    pub parameters: Option<Map<String, Value>>,
+}
+
+impl PluginSpec {
+    /// Name to show: the source from its last slash on.
+    #[must_use]
+    pub fn display_name(&self) -> &str {
+        self.source
+            .rsplit_once('/')
+            .map_or(&self.source, |(_, name)| name)
+    }
+
+    fn read(check: &mut Checker, value: &Value) -> Option<Self> {
+        let fields = Fields::of(check, value)?;
+        let source = fields.required(check, "source", string);
+        let r#ref = fields.nullable(check, "ref", string);
+        let repo_path = fields.nullable(check, "repo_path", read_repo_path);
+        let parameters = fields.nullable(check, "parameters", dictionary);
+        Some(Self {
+            source: source?,
+            r#ref: r#ref?,
+            repo_path: repo_path?,
+            parameters: parameters?,
+        })
+    }
+}
+
+fn read_repo_path(check: &mut Checker, value: &Value) -> Option<String> {
+    let path = string(check, value)?;
+    if path.starts_with('/') {
+        check.report_value_error("repo_path must be relative, not absolute", value.clone());
+        return None;
+    }
+    if path.split('/').any(|part| part == "..") {
+        check.report_value_error(
+            "repo_path cannot contain '..' (parent directory traversal)",
+            value.clone(),
+        );
+        return None;
+    }
+    Some(path)
+}
+
+/// Secrets by name, in the order sent.
+///
+/// Their values are never serialised, only a mask is. Deserialised secrets therefore have names and no values; whoever needs the
+/// values later has to keep them elsewhere.
+#[derive(Clone, Debug, Default)]
+pub struct Secrets(Vec<(String, Option<SecretString>)>);
+
+impl Secrets {
+    /// All names.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(|(name, _)| name.as_str())
+    }
+
+    /// The secrets whose values are at hand.
+    pub fn values(&self) -> impl Iterator<Item = (&str, &SecretString)> {
+        self.0
+            .iter()
+            .filter_map(|(name, value)| Some((name.as_str(), value.as_ref()?)))
+    }
+
+    /// Violations: `dict_type`, `string_type`, and for what is too much `too_long` or `string_too_long`. None shows a value.
+    fn read(check: &mut Checker, value: &Value) -> Option<Self> {
+        let Value::Object(entries) = value else {
+            check.report(
+                "dict_type",
+                "Input should be a valid dictionary",
+                MASK.into(),
+                None,
+            );
+            return None;
+        };
+        if entries.len() > MAX_SECRETS {
+            report_too_long(check, "Dictionary", MAX_SECRETS, entries.len());
+            return None;
+        }
+        let read: Vec<_> = entries
+            .iter()
+            .map(|(name, value)| {
+                let value = check.within(name.clone(), |check| read_secret(check, name, value))?;
+                Some((name.clone(), Some(value)))
+            })
+            .collect();
+        read.into_iter().collect::<Option<_>>().map(Self)
+    }
+}
+
+fn read_secret(check: &mut Checker, name: &str, value: &Value) -> Option<SecretString> {
+    if name.chars().count() > MAX_SECRET_NAME {
+        let msg = format!("String should have at most {MAX_SECRET_NAME} characters");
+        let ctx = json!({"max_length": MAX_SECRET_NAME});
+        check.within("[key]", |check| {
+            check.report("string_too_long", msg, name.into(), Some(ctx));
+        });
+        return None;
+    }
+    let Value::String(text) = value else {
+        check.report(
+            "string_type",
+            "Input should be a valid string",
+            MASK.into(),
+            None,
+        );
+        return None;
+    };
+    if text.len() > MAX_SECRET_VALUE {
+        report_too_long(check, "Value", MAX_SECRET_VALUE, text.len());
+        return None;
+    }
+    Some(text.as_str().into())
+}
+
+fn report_too_long(check: &mut Checker, what: &str, most: usize, found: usize) {
+    let msg = format!("{what} should have at most {most} items after validation, not {found}");
+    let ctx = json!({"field_type": what, "max_length": most, "actual_length": found});
+    check.report("too_long", msg, MASK.into(), Some(ctx));
+}
+
+impl FromIterator<(String, SecretString)> for Secrets {
+    fn from_iter<I: IntoIterator<Item = (String, SecretString)>>(secrets: I) -> Self {
+        Self(
+            secrets
+                .into_iter()
+                .map(|(name, value)| (name, Some(value)))
+                .collect(),
+        )
+    }
+}
+
+impl Serialize for Secrets {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut out = serializer.serialize_map(Some(self.0.len()))?;
+        for (name, value) in &self.0 {
+            // An empty secret is shown as empty, as pydantic shows it.
+            let empty = value
+                .as_ref()
+                .is_some_and(|value| value.expose_secret().is_empty());
+            out.serialize_entry(name, if empty { "" } else { MASK })?;
+        }
+        out.end()
+    }
+}
+
+impl<'de> Deserialize<'de> for Secrets {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let masked: Map<String, Value> = Map::deserialize(deserializer)?;
+        let secret =
+            |(name, value): (String, Value)| (name, (value == "").then(SecretString::default));
+        Ok(Self(masked.into_iter().map(secret).collect()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::http::validation::{Violation, float};
+
+    const JSON: Option<&str> = Some("application/json");
+
+    fn lines(file: &str) -> impl Iterator<Item = Value> {
+        file.lines().map(|line| serde_json::from_str(line).unwrap())
+    }
+
+    fn coercions() -> impl Iterator<Item = Value> {
+        lines(include_str!(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../tests/data/contract/coercions.jsonl"
+        )))
+    }
+
+    fn detail(violations: Vec<Violation>) -> Value {
+        serde_json::to_value(violations).unwrap()
+    }
+
+    fn read(body: &Value) -> Checked<StartRequest> {
+        StartRequest::from_body(JSON, body.to_string().as_bytes())
+    }
+
+    #[test]
+    fn answers_recorded_requests() {
+        let file = include_str!(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../tests/data/contract/replay-post.jsonl"
+        ));
+        let mut refused = 0;
+        for case in lines(file) {
+            let label = case["label"].as_str().unwrap();
+            let body = &case["request"]["body"];
+            let bytes = match body {
+                Value::Null => String::new(),
+                // These cases hold the body as it was sent.
+                Value::String(raw) if label.starts_with("raw: ") => raw.clone(),
+                body => body.to_string(),
+            };
+            let content_type = case["request"]["headers"]
+                .get("content-type")
+                .and_then(Value::as_str);
+            let read = StartRequest::from_body(content_type, bytes.as_bytes());
+            let response = &case["response"];
+            match (response["status"].as_i64().unwrap(), read) {
+                (422, Err(violations)) => {
+                    assert_eq!(detail(violations), response["body"]["detail"], "{label}");
+                    refused += 1;
+                }
+                (200, Ok(mut request)) => {
+                    if label == "parent ok" {
+                        // The sandbox is the parent's.
+                        request.sandbox_id = Some("sbx-a".to_owned());
+                    }
+                    let shown = serde_json::to_string(&request).unwrap();
+                    assert_eq!(shown, response["body"]["request"].to_string(), "{label}");
+                    let again: StartRequest = serde_json::from_str(&shown).unwrap();
+                    assert_eq!(serde_json::to_string(&again).unwrap(), shown, "{label}");
+                }
+                // Fails while the task is made, not while the body is read.
+                (500, Ok(request)) => assert!(request.suggested_task.is_some(), "{label}"),
+                (status, read) => panic!("{label}: {status}, {read:?}"),
+            }
+        }
+        assert!(refused > 15, "only {refused}");
+    }
+
+    /// The rules of bodies and fields hold for every route; this one reads the contract's update of a conversation.
+    #[test]
+    fn answers_recorded_updates() {
+        let file = include_str!(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../tests/data/contract/replay-patch.jsonl"
+        ));
+        let read = |content_type: Option<&str>, bytes: &[u8]| {
+            let value = body::json(content_type, bytes)?;
+            let mut check = Checker::new("body");
+            if let Some(fields) = Fields::of(&mut check, &value) {
+                fields.nullable(&mut check, "public", boolean);
+                fields.nullable(&mut check, "selected_repository", string);
+                fields.nullable(&mut check, "selected_branch", string);
+                fields.nullable(&mut check, "git_provider", choice::<ProviderType>);
+            }
+            let clean = check.is_clean().then_some(());
+            check.finish(clean)
+        };
+        let mut refused = 0;
+        for case in lines(file).filter(|case| case["request"]["method"] == "PATCH") {
+            let label = case["label"].as_str().unwrap();
+            let bytes: Vec<u8> = match &case["request"]["body"] {
+                Value::Null => Vec::new(),
+                // Recorded byte by byte.
+                Value::String(raw) => raw
+                    .chars()
+                    .map(|c| u8::try_from(u32::from(c)).unwrap())
+                    .collect(),
+                body => body.to_string().into_bytes(),
+            };
+            let content_type = case["request"]["headers"]
+                .get("content-type")
+                .and_then(Value::as_str);
+            match (
+                case["response"]["status"].as_i64().unwrap(),
+                read(content_type, &bytes),
+            ) {
+                (422, Err(violations)) => {
+                    assert_eq!(
+                        detail(violations),
+                        case["response"]["body"]["detail"],
+                        "{label}"
+                    );
+                    refused += 1;
+                }
+                // The original cannot show a NaN in its answer.
+                (500, Err(violations)) => {
+                    assert_eq!((label, violations[0].kind), ("raw: NaN", "json_invalid"))
+                }
+                (200 | 500, Ok(())) => {}
+                (status, read) => panic!("{label}: {status}, {read:?}"),
+            }
+        }
+        assert!(refused > 10, "only {refused}");
+    }
+
+    /// Recorded with pydantic 2.12.5 under FastAPI 0.128, from models with the contract's fields.
+    #[test]
+    fn coerces_as_recorded() {
+        let mut wrong = Vec::new();
+        for case in coercions().filter(|case| case["at"] == "start") {
+            let body = case["body"].as_str().unwrap();
+            let content_type = case.get("type").map_or("application/json", |content_type| {
+                content_type.as_str().unwrap()
+            });
+            let found = match StartRequest::from_body(Some(content_type), body.as_bytes()) {
+                Ok(request) => serde_json::to_value(request).unwrap(),
+                Err(violations) => detail(violations),
+            };
+            let expected = match case.get("value") {
+                Some(value) => {
+                    let mut expected = serde_json::to_value(StartRequest::default()).unwrap();
+                    expected
+                        .as_object_mut()
+                        .unwrap()
+                        .extend(value.as_object().unwrap().clone());
+                    expected
+                }
+                None => case["detail"].clone(),
+            };
+            if found != expected {
+                wrong.push(format!("{body}: {found} instead of {expected}"));
+            }
+        }
+        assert!(wrong.is_empty(), "{}:\n{}", wrong.len(), wrong.join("\n"));
+    }
+
+    #[test]
+    fn reads_floats_as_recorded() {
+        for case in coercions().filter(|case| case["at"] == "float") {
+            let body: Value = serde_json::from_str(case["body"].as_str().unwrap()).unwrap();
+            let Some(value) = body.get("f").filter(|value| !value.is_null()) else {
+                continue;
+            };
+            let mut check = Checker::new("body");
+            let read = check.within("f", |check| float(check, value));
+            match check.finish(read) {
+                Ok(float) => assert_eq!(Some(float), case["value"].as_f64(), "{body}"),
+                Err(violations) => assert_eq!(detail(violations), case["detail"], "{body}"),
+            }
+        }
+    }
+
+    #[test]
+    fn refuses_what_python_reads_and_we_cannot() {
+        let cases: [(&[u8], i64); 6] = [
+            (b"{\"a\": NaN}", 6),
+            (b"{\"a\": -Infinity}", 6),
+            (b"[1e999]", 1),
+            (b"\"\\ud800\"", 2),
+            (b"{\"\xc3\xa9\": \"\xff\"}", 7),
+            // A body in UTF-16.
+            (b"\xff\xfe{}", 0),
+        ];
+        for (body, at) in cases {
+            let violations = detail(StartRequest::from_body(JSON, body).unwrap_err());
+            assert_eq!(violations[0]["type"], "json_invalid");
+            assert_eq!(violations[0]["loc"], json!(["body", at]), "{body:?}");
+        }
+    }
+
+    #[test]
+    fn survives_deep_nesting() {
+        for body in ["[".repeat(1_000_000), "{\"a\":".repeat(1_000_000)] {
+            let violations = StartRequest::from_body(JSON, body.as_bytes()).unwrap_err();
+            assert_eq!(violations[0].kind, "json_invalid");
+        }
+        let fine = format!("{{\"x\":{}{}}}", "[".repeat(120), "]".repeat(120));
+        StartRequest::from_body(JSON, fine.as_bytes()).unwrap();
+    }
+
+    #[test]
+    fn never_shows_a_secret() {
+        let request = read(&json!({"secrets": {"B": "hunter2", "A": ""}, "title": "t"})).unwrap();
+        let values: Vec<(&str, &str)> = request
+            .secrets
+            .iter()
+            .flat_map(Secrets::values)
+            .map(|(name, value)| (name, value.expose_secret()))
+            .collect();
+        assert_eq!(values, [("B", "hunter2"), ("A", "")]);
+        let shown = serde_json::to_string(&request).unwrap();
+        assert!(
+            shown.ends_with(r#""plugins":null,"secrets":{"B":"**********","A":""}}"#),
+            "{shown}"
+        );
+        assert!(!format!("{request:?}").contains("hunter2"));
+
+        let again: StartRequest = serde_json::from_str(&shown).unwrap();
+        assert_eq!(serde_json::to_string(&again).unwrap(), shown);
+        let secrets = again.secrets.unwrap();
+        assert_eq!(secrets.names().collect::<Vec<_>>(), ["B", "A"]);
+        assert_eq!(secrets.values().count(), 1, "a mask is not a value");
+
+        let absent = serde_json::to_string(&read(&json!({"secrets": null})).unwrap()).unwrap();
+        assert!(!absent.contains("secrets"));
+    }
+
+    #[test]
+    fn limits_secrets() {
+        let many: Map<String, Value> = (0..51)
+            .map(|i| (format!("S{i}"), "hunter2".into()))
+            .collect();
+        let cases = [
+            (json!(many), "too_long", json!(["body", "secrets"])),
+            (json!("hunter2"), "dict_type", json!(["body", "secrets"])),
+            (
+                json!({"A": "hunter2".repeat(10_000)}),
+                "too_long",
+                json!(["body", "secrets", "A"]),
+            ),
+            (
+                json!({"A": ["hunter2"]}),
+                "string_type",
+                json!(["body", "secrets", "A"]),
+            ),
+            (
+                json!({"A".repeat(257): "x"}),
+                "string_too_long",
+                json!(["body", "secrets", "A".repeat(257), "[key]"]),
+            ),
+        ];
+        for (secrets, kind, loc) in cases {
+            let violations = detail(read(&json!({"secrets": secrets})).unwrap_err());
+            assert_eq!(violations[0]["type"], kind);
+            assert_eq!(violations[0]["loc"], loc);
+            assert!(!violations.to_string().contains("hunter2"), "{violations}");
+        }
+        let most: Map<String, Value> = (0..50)
+            .map(|i| (format!("S{i}"), "x".repeat(65536).into()))
+            .collect();
+        read(&json!({"secrets": most})).unwrap();
+    }
+
+    #[test]
+    fn refuses_processors_that_are_no_objects() {
+        for value in [
+            json!(1),
+            json!(null),
+            json!([]),
+            json!("SetTitleCallbackProcessor"),
+        ] {
+            let violations = detail(read(&json!({"processors": [value]})).unwrap_err());
+            assert_eq!(violations[0]["type"], "model_attributes_type");
+            assert_eq!(violations[0]["loc"], json!(["body", "processors", 0]));
+        }
+    }
+
+    #[test]
+    fn names_plugins_by_the_end_of_their_source() {
+        for (source, name) in [
+            ("github:owner/repo", "repo"),
+            ("plain", "plain"),
+            ("/a/b/", ""),
+        ] {
+            let plugin = PluginSpec {
+                source: source.into(),
+                r#ref: None,
+                repo_path: None,
+                parameters: None,
+            };
+            assert_eq!(plugin.display_name(), name);
+        }
+    }
+}

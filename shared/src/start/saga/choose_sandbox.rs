@@ -1,0 +1,118 @@
+//! WORKING: the sandbox that was asked for, or one that grouping picks, or a new one.
+
+use futures::future::try_join_all;
+
+use super::{Step, StepError, Work};
+use crate::dynamo::text;
+use crate::sandbox::{Sandbox, SandboxStatus};
+use crate::start::store::Change;
+use crate::start::task::StartStatus;
+use crate::user::settings::SandboxGroupingStrategy;
+
+impl Work<'_> {
+    pub(super) async fn choose_sandbox(&mut self) -> Result<Step, StepError> {
+        let id = self.sandbox_to_use().await?;
+        self.task.record.now.sandbox_id = Some(id.clone());
+        Ok(Step::Next(StartStatus::WaitingForSandbox, Change::default().set("sandbox_id", text(id))))
+    }
+
+    async fn sandbox_to_use(&mut self) -> Result<String, StepError> {
+        let user = self.task.record.user.clone();
+        let sandboxes = &self.saga.sandboxes;
+        if let Some(id) = self.task.request.sandbox_id.clone().filter(|id| !id.is_empty()) {
+            return match sandboxes.get(&user, &id).await? {
+                Some(_) => Ok(id),
+                None => Err(StepError::Fatal(format!("Sandbox not found: {id}"))),
+            };
+        }
+        let new_id = self.task.record.new_sandbox_id.clone();
+        // Made by an earlier attempt at this step, or by an earlier start of the same conversation.
+        if let Some(made) = sandboxes.get(&user, &new_id).await?
+            && matches!(made.status, SandboxStatus::Starting | SandboxStatus::Running | SandboxStatus::Paused)
+        {
+            return Ok(new_id);
+        }
+        // A conversation that exists goes on where it is, as long as that is there.
+        if let Some(existing) = self.saga.conversations.get(&user, self.task.record.conversation_id).await?
+            && let Some(home) = sandboxes.get(&user, &existing.sandbox_id).await?
+            && matches!(home.status, SandboxStatus::Starting | SandboxStatus::Running | SandboxStatus::Paused)
+        {
+            return Ok(home.id);
+        }
+        if let Some(shared) = self.sandbox_to_share().await? {
+            return Ok(shared);
+        }
+        sandboxes.start(&user, &new_id).await?;
+        Ok(new_id)
+    }
+
+    /// The running sandbox that the user's grouping strategy picks.
+    async fn sandbox_to_share(&mut self) -> Result<Option<String>, StepError> {
+        let strategy = self.settings().await?.sandbox_grouping_strategy;
+        if strategy == SandboxGroupingStrategy::NoGrouping {
+            return Ok(None);
+        }
+        let user = &self.task.record.user;
+        let running = self.saga.sandboxes.list(user).await?.into_iter().filter(|sandbox| sandbox.status == SandboxStatus::Running);
+        let counted = try_join_all(running.map(async |sandbox| {
+            let count = self.saga.conversations.count_in_sandbox(user, &sandbox.id).await?;
+            Ok::<_, crate::Error>((sandbox, count))
+        }))
+        .await?;
+        let limit = self.saga.config.max_conversations_per_sandbox;
+        let with_room = counted.into_iter().filter(|(_, count)| *count < limit).collect();
+        Ok(pick(strategy, with_room))
+    }
+}
+
+/// Picks among sandboxes, newest first, with the number of their conversations.
+fn pick(strategy: SandboxGroupingStrategy, sandboxes: Vec<(Sandbox, usize)>) -> Option<String> {
+    let sandboxes = sandboxes.into_iter();
+    let picked = match strategy {
+        SandboxGroupingStrategy::NoGrouping => None,
+        SandboxGroupingStrategy::AddToAny => sandboxes.into_iter().next(),
+        SandboxGroupingStrategy::GroupByNewest => sandboxes.max_by_key(|(sandbox, _)| sandbox.created_at),
+        SandboxGroupingStrategy::LeastRecentlyUsed => sandboxes.min_by_key(|(sandbox, _)| sandbox.used_at),
+        SandboxGroupingStrategy::FewestConversations => sandboxes.min_by_key(|(_, count)| *count),
+    };
+    picked.map(|(sandbox, _)| sandbox.id)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::clock::Time;
+
+    fn sandbox(id: &str, created: u64, used: u64) -> Sandbox {
+        let start: Time = serde_json::from_str("\"2025-01-01T00:00:00Z\"").expect("a time");
+        Sandbox {
+            id: id.into(),
+            spec_id: String::new(),
+            status: SandboxStatus::Running,
+            session_api_key: None,
+            exposed_urls: None,
+            created_at: start.plus(Duration::from_secs(created)),
+            used_at: start.plus(Duration::from_secs(used)),
+            working_dir: "/w".into(),
+            detail: None,
+        }
+    }
+
+    #[test]
+    fn every_strategy_picks_what_its_name_says() {
+        let sandboxes = || vec![(sandbox("new", 30, 31), 3), (sandbox("middle", 20, 99), 1), (sandbox("old", 10, 40), 2)];
+        for (strategy, expected) in [
+            (SandboxGroupingStrategy::NoGrouping, None),
+            (SandboxGroupingStrategy::AddToAny, Some("new")),
+            (SandboxGroupingStrategy::GroupByNewest, Some("new")),
+            // Not the oldest one: that was used after it.
+            (SandboxGroupingStrategy::LeastRecentlyUsed, Some("new")),
+            (SandboxGroupingStrategy::FewestConversations, Some("middle")),
+        ] {
+            assert_eq!(pick(strategy, sandboxes()).as_deref(), expected, "{strategy:?}");
+            assert_eq!(pick(strategy, Vec::new()), None);
+        }
+    }
+}

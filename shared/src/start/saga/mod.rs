@@ -1,0 +1,447 @@
+//! The saga of a start: one file a step, and here the engine that does them in order.
+//!
+//! A worker claims the task with a short lease that it renews while it works, does the step that the task's status
+//! names, writes down what came of it, and goes on. Whatever happens to a worker, the row says what is to be done next,
+//! and every step may be done again: ids are chosen before anything is made, and commands in the sandbox recognise
+//! themselves (see [`command`]).
+
+mod choose_sandbox;
+pub mod command;
+mod prepare_repository;
+mod run_setup_script;
+mod set_up_git_hooks;
+mod start_conversation;
+mod wait_for_sandbox;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+use uuid::Uuid;
+
+use super::queue::{Job, StartQueue};
+use super::store::{Change, Claim, LeaseLost, StartTaskStore, attempts};
+use super::task::{Snapshot, StartStatus, StartTask};
+use crate::agent_server::{AgentServer, AgentServerError, SkillInfo};
+use crate::clock::Time;
+use crate::config::StartConfig;
+use crate::conversation::store::ConversationStore;
+use crate::error::{Error, Result};
+use crate::id;
+use crate::sandbox::{Sandbox, SandboxService, SandboxStatus};
+use crate::user::UserId;
+use crate::user::seal::Sealer;
+use crate::user::settings::{SandboxGroupingStrategy, Settings, SettingsStore};
+
+/// A step that fails this often in a row has failed.
+const MAX_ATTEMPTS: u32 = 8;
+const FIRST_RETRY_DELAY: Duration = Duration::from_millis(250);
+const MAX_RETRY_DELAY: Duration = Duration::from_secs(5);
+/// The shortest delay of a queue.
+const QUEUE_DELAY: Duration = Duration::from_secs(1);
+
+/// All that starts need.
+#[derive(Clone, Debug)]
+pub struct Saga {
+    /// The tasks.
+    pub tasks: StartTaskStore,
+    /// Where conversations are recorded.
+    pub conversations: ConversationStore,
+    /// Where conversations run.
+    pub sandboxes: Arc<dyn SandboxService>,
+    /// What users have set.
+    pub settings: SettingsStore,
+    /// The bell.
+    pub queue: StartQueue,
+    /// For agent servers.
+    pub http: reqwest::Client,
+    /// Signs tokens.
+    pub sealer: Sealer,
+    /// Limits and addresses.
+    pub config: StartConfig,
+}
+
+/// What a worker's turn came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// The task is READY or ERROR.
+    Finished,
+    /// Something is waited for; the bell will ring again.
+    Waiting,
+    /// Another worker has the task.
+    Busy,
+    /// There is no such task.
+    Unknown,
+}
+
+/// What a step came to.
+enum Step {
+    /// It is done: go to the next status with these changes.
+    Next(StartStatus, Change),
+    /// It has to wait for something.
+    Wait,
+    /// The start is done, and recorded.
+    Ready,
+}
+
+/// Why a step did not do its work.
+enum StepError {
+    /// It never will: the text is for the user.
+    Fatal(String),
+    /// It may when it is tried again: the text is for the user, should it not.
+    Retry(String),
+    /// The task is another worker's now.
+    LeaseLost,
+}
+
+impl From<LeaseLost> for StepError {
+    fn from(_: LeaseLost) -> Self {
+        Self::LeaseLost
+    }
+}
+
+impl From<Error> for StepError {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Store(_) | Error::Upstream { .. } => {
+                tracing::warn!(error = %error.context(), "start.step_failed");
+                Self::Retry(error.to_string())
+            }
+            Error::Internal { context } => {
+                tracing::error!(error = %context, "start.step_failed");
+                Self::Fatal("The start failed because of a fault in this server; its log says more".into())
+            }
+            told => Self::Fatal(told.to_string()),
+        }
+    }
+}
+
+impl From<AgentServerError> for StepError {
+    fn from(error: AgentServerError) -> Self {
+        if error.is_transient() { Self::Retry(error.to_string()) } else { Self::Fatal(error.to_string()) }
+    }
+}
+
+/// One worker's work on one task, and what it need not look up again while it is at it.
+struct Work<'a> {
+    saga: &'a Saga,
+    worker: String,
+    task: StartTask,
+    sandbox: Option<Sandbox>,
+    settings: Option<Settings>,
+    skills: Option<Vec<SkillInfo>>,
+}
+
+impl Saga {
+    /// Goes on with a start as far as it gets without long waits.
+    ///
+    /// # Errors
+    /// [`Error::Store`] when not even the outcome could be written: the same message should be delivered again.
+    pub async fn advance(&self, user: &UserId, id: Uuid) -> Result<Turn> {
+        let worker = id::random_base62(12);
+        let task = match self.tasks.claim(user, id, &worker, self.config.lease).await? {
+            Claim::Claimed(task) => *task,
+            Claim::Held => return Ok(Turn::Busy),
+            Claim::Finished => return Ok(Turn::Finished),
+            Claim::Unknown => return Ok(Turn::Unknown),
+        };
+        let mut work = Work { saga: self, worker, task, sandbox: None, settings: None, skills: None };
+        work.run().await
+    }
+
+    /// Rings for every task that nobody is about to look at. Returns how many there were.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn sweep(&self) -> Result<usize> {
+        let forgotten = self.tasks.forgotten().await?;
+        for (user, task) in &forgotten {
+            tracing::info!(%task, "start.rung_again");
+            self.queue.send(&Job::AdvanceStart { user: user.clone(), task: *task }, Duration::ZERO).await?;
+        }
+        Ok(forgotten.len())
+    }
+
+    /// Ends a start that workers keep failing at, honestly.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn give_up(&self, user: &UserId, id: Uuid) -> Result<()> {
+        let detail = "The start was given up: every attempt to go on with it failed. Please start again";
+        if self.tasks.give_up(user, id, detail).await? {
+            tracing::error!(task = %id, "start.given_up");
+        }
+        Ok(())
+    }
+
+    fn budget(&self, status: StartStatus) -> Duration {
+        match status {
+            StartStatus::WaitingForSandbox => self.config.sandbox_startup_timeout,
+            StartStatus::PreparingRepository => self.config.clone_timeout,
+            StartStatus::RunningSetupScript => self.config.setup_script_timeout,
+            _ => self.config.step_timeout,
+        }
+    }
+}
+
+impl Work<'_> {
+    async fn run(&mut self) -> Result<Turn> {
+        let mut waiting_since = None;
+        loop {
+            if let Some(failure) = self.task.record.failure.clone() {
+                return self.fail(&failure).await;
+            }
+            let (pause, change) = match self.step().await {
+                Ok(Step::Ready) => return Ok(Turn::Finished),
+                Ok(Step::Next(status, change)) => {
+                    waiting_since = None;
+                    match self.enter(status, change).await? {
+                        Ok(()) => continue,
+                        Err(LeaseLost) => return Ok(Turn::Busy),
+                    }
+                }
+                Ok(Step::Wait) if self.is_overdue() => return self.fail(&self.overdue_text()).await,
+                Ok(Step::Wait) => (self.saga.config.poll, Change::default()),
+                Err(StepError::LeaseLost) => return Ok(Turn::Busy),
+                Err(StepError::Fatal(text)) => return self.fail(&text).await,
+                Err(StepError::Retry(text)) => {
+                    self.task.record.attempts += 1;
+                    let count = self.task.record.attempts;
+                    tracing::warn!(task = %self.task.record.id, status = ?self.status(), attempt = count, reason = %text, "start.step_retried");
+                    if count >= MAX_ATTEMPTS || self.is_overdue() {
+                        return self.fail(&text).await;
+                    }
+                    // What was known of the sandbox may be the reason.
+                    self.sandbox = None;
+                    let delay = FIRST_RETRY_DELAY.saturating_mul(1 << (count - 1)).min(MAX_RETRY_DELAY);
+                    (delay, Change::default().set("attempts", attempts(count)))
+                }
+            };
+            let waiting_since = waiting_since.get_or_insert_with(Instant::now);
+            if waiting_since.elapsed() + pause > self.saga.config.patience {
+                return self.suspend(pause.max(QUEUE_DELAY), change).await;
+            }
+            if self.keep_lease_during(sleep(pause)).await.is_err() {
+                return Ok(Turn::Busy);
+            }
+        }
+    }
+
+    fn status(&self) -> StartStatus {
+        self.task.record.now.status
+    }
+
+    fn is_overdue(&self) -> bool {
+        self.task.record.deadline.is_some_and(|deadline| Time::now() > deadline)
+    }
+
+    fn overdue_text(&self) -> String {
+        let seconds = self.saga.budget(self.status()).as_secs();
+        match self.status() {
+            StartStatus::WaitingForSandbox => {
+                let sandbox = self.task.record.now.sandbox_id.as_deref().unwrap_or_default();
+                format!("Sandbox failed to start within {seconds}s: {sandbox}")
+            }
+            status => format!("The step {status:?} was not done within {seconds}s"),
+        }
+    }
+
+    /// Does the step that the status names, while the lease is kept.
+    async fn step(&mut self) -> Result<Step, StepError> {
+        let (saga, user, id, worker) =
+            (self.saga, self.task.record.user.clone(), self.task.record.id, self.worker.clone());
+        let step = async {
+            match self.status() {
+                StartStatus::Working => self.choose_sandbox().await,
+                StartStatus::WaitingForSandbox => self.wait_for_sandbox().await,
+                StartStatus::PreparingRepository => self.prepare_repository().await,
+                StartStatus::RunningSetupScript => self.run_setup_script().await,
+                StartStatus::SettingUpGitHooks => self.set_up_git_hooks().await,
+                StartStatus::SettingUpSkills => self.set_up_skills().await,
+                StartStatus::StartingConversation => self.start_conversation().await,
+                StartStatus::Ready | StartStatus::Error => Ok(Step::Ready),
+            }
+        };
+        match keep_lease_during(saga, &user, id, &worker, step).await {
+            Ok(done) => done,
+            Err(LeaseLost) => Err(StepError::LeaseLost),
+        }
+    }
+
+    async fn keep_lease_during<T>(&self, work: impl Future<Output = T>) -> Result<T, LeaseLost> {
+        let record = &self.task.record;
+        keep_lease_during(self.saga, &record.user, record.id, &self.worker, work).await
+    }
+
+    /// Writes down that a step is done and which one is next.
+    async fn enter(&mut self, status: StartStatus, change: Change) -> Result<Result<(), LeaseLost>> {
+        let record = &mut self.task.record;
+        let now = Time::now();
+        let deadline = now.plus(self.saga.budget(status));
+        record.now = Snapshot { status, updated_at: now, ..record.now.clone() };
+        (record.deadline, record.attempts, record.command) = (Some(deadline), 0, None);
+        let change = change
+            .state(record.id, &record.now)?
+            .set("deadline", crate::dynamo::text(deadline.sortable()))
+            .set("attempts", attempts(0))
+            .remove("command");
+        tracing::info!(task = %record.id, ?status, "start.advanced");
+        self.saga.tasks.save(&record.user, record.id, &self.worker, &change).await
+    }
+
+    /// Gives the task back until the bell rings again.
+    async fn suspend(&self, delay: Duration, change: Change) -> Result<Turn> {
+        let record = &self.task.record;
+        let mut change = change;
+        if let Some(command) = &record.command {
+            change = change.command(command)?;
+        }
+        let released =
+            self.saga.tasks.release(&record.user, record.id, &self.worker, Time::now().plus(delay), change).await?;
+        if released.is_err() {
+            return Ok(Turn::Busy);
+        }
+        let job = Job::AdvanceStart { user: record.user.clone(), task: record.id };
+        if let Err(error) = self.saga.queue.send(&job, delay).await {
+            tracing::warn!(task = %record.id, error = %error.context(), "start.bell_not_rung");
+        }
+        Ok(Turn::Waiting)
+    }
+
+    /// Ends the start with ERROR: first the reason is written down, then what the start made is cleaned up.
+    async fn fail(&mut self, reason: &str) -> Result<Turn> {
+        let record = &self.task.record;
+        if record.failure.is_none() {
+            let change = Change::default().set("failure", crate::dynamo::text(reason));
+            if self.saga.tasks.save(&record.user, record.id, &self.worker, &change).await?.is_err() {
+                return Ok(Turn::Busy);
+            }
+        }
+        let left_behind = match self.keep_lease_during(self.clean_up()).await {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => {
+                tracing::warn!(task = %record.id, error = %error.context(), "start.not_cleaned_up");
+                Some(format!("\nIts sandbox {} could not be removed and may still run", record.new_sandbox_id))
+            }
+            Err(LeaseLost) => return Ok(Turn::Busy),
+        };
+        let detail: String = [record.notes.join("\n"), format!("{reason}{}", left_behind.unwrap_or_default())]
+            .into_iter()
+            .filter(|text| !text.is_empty())
+            .collect::<Vec<_>>()
+            .join("\n");
+        let snapshot =
+            Snapshot { status: StartStatus::Error, updated_at: Time::now(), detail: Some(detail), ..record.now.clone() };
+        let change = Change::default().state(record.id, &snapshot)?.finished();
+        tracing::warn!(task = %record.id, status = ?record.now.status, reason, "start.failed");
+        match self.saga.tasks.save(&record.user, record.id, &self.worker, &change).await? {
+            Ok(()) => Ok(Turn::Finished),
+            Err(LeaseLost) => Ok(Turn::Busy),
+        }
+    }
+
+    /// Removes the sandbox that this start made, unless a conversation lives in it.
+    async fn clean_up(&self) -> Result<()> {
+        let record = &self.task.record;
+        let (user, id) = (&record.user, &record.new_sandbox_id);
+        if self.saga.sandboxes.get(user, id).await?.is_none() {
+            return Ok(());
+        }
+        if self.saga.conversations.count_in_sandbox(user, id).await? > 0 {
+            return Ok(());
+        }
+        self.saga.sandboxes.delete(user, id).await.map(|_| ())
+    }
+
+    /// The user's settings, read once a turn.
+    async fn settings(&mut self) -> Result<Settings, StepError> {
+        if self.settings.is_none() {
+            self.settings = Some(self.saga.settings.get(&self.task.record.user).await?.unwrap_or_default());
+        }
+        Ok(self.settings.clone().unwrap_or_default())
+    }
+
+    /// The running sandbox and its agent server; `None` while it has to be waited for.
+    async fn running_sandbox(&mut self) -> Result<Option<(Sandbox, AgentServer)>, StepError> {
+        if self.sandbox.is_none() {
+            let id = self.task.record.now.sandbox_id.clone().unwrap_or_default();
+            let found = self.saga.sandboxes.get(&self.task.record.user, &id).await?;
+            let sandbox = found.ok_or_else(|| StepError::Fatal(format!("Sandbox not found: {id}")))?;
+            match sandbox.status {
+                SandboxStatus::Running => self.sandbox = Some(sandbox),
+                SandboxStatus::Starting | SandboxStatus::Paused => return Ok(None),
+                SandboxStatus::Error | SandboxStatus::Missing => {
+                    return Err(StepError::Fatal(with_detail(format!("The sandbox {id} ended during the start"), &sandbox)));
+                }
+            }
+        }
+        let Some(sandbox) = self.sandbox.clone() else { return Ok(None) };
+        let url = sandbox.agent_server_url().ok_or_else(|| {
+            StepError::Fatal(format!("The sandbox {} has no address of an agent server", sandbox.id))
+        })?;
+        let agent_server = AgentServer::new(self.saga.http.clone(), url, sandbox.session_api_key.clone());
+        Ok(Some((sandbox, agent_server)))
+    }
+
+    /// Where this conversation works: with grouping, conversations of one sandbox have a folder each.
+    async fn folders(&mut self, sandbox: &Sandbox) -> Result<Folders, StepError> {
+        let grouped = self.settings().await?.sandbox_grouping_strategy != SandboxGroupingStrategy::NoGrouping;
+        let root = sandbox.working_dir.trim_end_matches('/');
+        let working_dir =
+            if grouped { format!("{root}/{}", id::hex(self.task.record.conversation_id)) } else { root.to_owned() };
+        let repository = self.task.request.selected_repository.as_deref().filter(|name| !name.is_empty());
+        let name = repository.and_then(|name| name.rsplit('/').next()).map(ToOwned::to_owned);
+        let parent = root.rsplit_once('/').map_or("/", |(parent, _)| if parent.is_empty() { "/" } else { parent });
+        Ok(Folders {
+            project_dir: name.as_ref().map_or_else(|| working_dir.clone(), |name| format!("{working_dir}/{name}")),
+            state: format!("{}/.openhands-start/{}", parent.trim_end_matches('/'), id::hex(self.task.record.id)),
+            parent: parent.to_owned(),
+            working_dir,
+        })
+    }
+}
+
+/// Absolute folders in the sandbox.
+struct Folders {
+    /// Where the conversation works, or where its repository is cloned into.
+    working_dir: String,
+    /// Where the agent works: the clone if there is one.
+    project_dir: String,
+    /// A folder that exists in every sandbox.
+    parent: String,
+    /// Where the start's commands keep what they did.
+    state: String,
+}
+
+async fn keep_lease_during<T>(
+    saga: &Saga,
+    user: &UserId,
+    id: Uuid,
+    worker: &str,
+    work: impl Future<Output = T>,
+) -> Result<T, LeaseLost> {
+    let mut work = std::pin::pin!(work);
+    let mut renewed_at = Instant::now();
+    loop {
+        tokio::select! {
+            done = &mut work => return Ok(done),
+            () = sleep(saga.config.lease / 3) => {}
+        }
+        match saga.tasks.renew(user, id, worker, saga.config.lease).await {
+            Ok(Ok(())) => renewed_at = Instant::now(),
+            Ok(Err(LeaseLost)) => return Err(LeaseLost),
+            // The lease still holds for a while: there is time for another attempt.
+            Err(error) if renewed_at.elapsed() < saga.config.lease => {
+                tracing::warn!(task = %id, error = %error.context(), "start.lease_not_renewed");
+            }
+            Err(_) => return Err(LeaseLost),
+        }
+    }
+}
+
+fn with_detail(text: String, sandbox: &Sandbox) -> String {
+    match &sandbox.detail {
+        Some(detail) => format!("{text}. {detail}"),
+        None => text,
+    }
+}

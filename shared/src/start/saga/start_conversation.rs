@@ -1,0 +1,212 @@
+//! SETTING_UP_SKILLS and STARTING_CONVERSATION: the agent server is given all it needs, and the conversation is recorded.
+
+use serde_json::json;
+use tokio::time::{Instant, sleep};
+
+use super::{Step, StepError, Work};
+use crate::agent_server::conversation_body::{ConversationBody, ConversationInputs, conversation_body, uses_llm_analyzer};
+use crate::agent_server::{AgentServer, AgentServerError, ConversationInfo, Failure, SkillInfo, SkillsQuery};
+use crate::clock::Time;
+use crate::conversation::{ConversationRecord, MetricsSnapshot};
+use crate::dynamo::text;
+use crate::id;
+use crate::sandbox::Sandbox;
+use crate::start::request::AgentType;
+use crate::start::store::{Change, LeaseLost, StartTaskStore};
+use crate::start::task::{Snapshot, StartStatus};
+
+impl Work<'_> {
+    pub(super) async fn set_up_skills(&mut self) -> Result<Step, StepError> {
+        let Some((sandbox, agent_server)) = self.running_sandbox().await? else { return Ok(Step::Wait) };
+        let url = sandbox.agent_server_url().unwrap_or_default().to_owned();
+        // Read now, used in the next step: in the same turn they are at hand, after a crash they are read again.
+        self.skills = Some(self.load_skills(&sandbox, &agent_server).await?);
+        self.task.record.now.agent_server_url = Some(url.clone());
+        Ok(Step::Next(StartStatus::StartingConversation, Change::default().set("agent_server_url", text(url))))
+    }
+
+    pub(super) async fn start_conversation(&mut self) -> Result<Step, StepError> {
+        let Some((sandbox, agent_server)) = self.running_sandbox().await? else { return Ok(Step::Wait) };
+        if self.skills.is_none() {
+            self.skills = Some(self.load_skills(&sandbox, &agent_server).await?);
+        }
+        let body = self.body(&sandbox, &agent_server).await?;
+        self.create(&agent_server, &body).await?;
+        let settings = self.settings().await?;
+        if uses_llm_analyzer(&settings)
+            && let Err(error) = agent_server.set_llm_security_analyzer(self.task.record.conversation_id).await
+        {
+            self.task.record.notes.push(format!("The security analyzer was not set: {error}"));
+        }
+        self.record_conversation(&sandbox, body.llm_model).await
+    }
+
+    async fn load_skills(&mut self, sandbox: &Sandbox, agent_server: &AgentServer) -> Result<Vec<SkillInfo>, StepError> {
+        let folders = self.folders(sandbox).await?;
+        let query = SkillsQuery {
+            project_dir: folders.project_dir,
+            org_config: None,
+            sandbox_config: sandbox.exposed_urls.as_ref().map(|urls| json!({"exposed_urls": urls})),
+        };
+        match agent_server.skills(&query).await {
+            Ok(skills) => Ok(skills),
+            Err(error) if error.is_transient() && self.task.record.attempts < 2 => Err(error.into()),
+            // As in the reference, a conversation without skills is better than none; but it says so.
+            Err(error) => {
+                self.add_note(format!("The conversation has no skills: {error}"));
+                Ok(Vec::new())
+            }
+        }
+    }
+
+    async fn body(&mut self, sandbox: &Sandbox, agent_server: &AgentServer) -> Result<ConversationBody, StepError> {
+        let folders = self.folders(sandbox).await?;
+        let settings = self.settings().await?;
+        let hooks = match agent_server.hooks(&folders.project_dir).await {
+            Ok(hooks) => hooks,
+            Err(error) if error.is_transient() && self.task.record.attempts < 2 => return Err(error.into()),
+            Err(error) => {
+                self.add_note(format!("The conversation has no hooks: {error}"));
+                None
+            }
+        };
+        let browser = self.task.record.browser.unwrap_or(true);
+        if !browser && self.task.request.agent_type == AgentType::Default {
+            self.add_note("The agent has no browser tool: no Chromium was found in its sandbox".to_owned());
+        }
+        let body = conversation_body(&ConversationInputs {
+            user: &self.task.record.user,
+            conversation_id: self.task.record.conversation_id,
+            request: &self.task.request,
+            settings: &settings,
+            project_dir: &folders.project_dir,
+            skills: self.skills.as_deref().unwrap_or_default(),
+            hooks,
+            browser,
+            config: &self.saga.config,
+            sealer: &self.saga.sealer,
+            now: Time::now(),
+        })?;
+        body.map_err(|missing| StepError::Fatal(missing.to_string()))
+    }
+
+    /// Creates the conversation once, and makes sure that its first message is there.
+    async fn create(&mut self, agent_server: &AgentServer, body: &ConversationBody) -> Result<(), StepError> {
+        let timeout = self.saga.config.agent_request_timeout;
+        // Behind an attempt whose outcome is unknown, it may be there or be about to be: the agent server recognises a
+        // conversation's id only once it has finished making it.
+        let mut info = None;
+        if self.task.record.attempts > 0 {
+            info = self.find(agent_server).await?;
+        }
+        let info = match info {
+            Some(info) => info,
+            None => match agent_server.create_conversation(&body.json, timeout).await {
+                Ok(info) => info,
+                Err(error) if error.is_ambiguous() => match self.find(agent_server).await? {
+                    Some(info) => info,
+                    None => return Err(error.into()),
+                },
+                Err(AgentServerError { failure: Failure::Status(_, said), .. })
+                    if said.contains("Chromium") && self.task.record.browser != Some(false) =>
+                {
+                    // It looked in other places than our probe did. Its word counts.
+                    self.task.record.browser = Some(false);
+                    return Err(StepError::Retry(said));
+                }
+                Err(error) => return Err(error.into()),
+            },
+        };
+        if self.task.record.attempts > 0 && !body.json["initial_message"].is_null() {
+            self.ensure_first_message(agent_server, info, &body.json["initial_message"]).await?;
+        }
+        Ok(())
+    }
+
+    /// Sends the first message if an attempt was cut off between making the conversation and giving it its message. An
+    /// attempt that is still being worked on gets the time to do so itself.
+    async fn ensure_first_message(
+        &self,
+        agent_server: &AgentServer,
+        mut info: ConversationInfo,
+        message: &serde_json::Value,
+    ) -> Result<(), StepError> {
+        let deadline = Instant::now() + self.saga.config.agent_request_timeout / 8;
+        while info.last_user_message_id.is_none() {
+            if Instant::now() > deadline {
+                let role = message["role"].as_str().unwrap_or("user");
+                return Ok(agent_server.send_message(info.id, role, &message["content"], true).await?);
+            }
+            sleep(self.saga.config.poll).await;
+            info = self.find(agent_server).await?.unwrap_or(info);
+        }
+        Ok(())
+    }
+
+    async fn find(&self, agent_server: &AgentServer) -> Result<Option<ConversationInfo>, StepError> {
+        let id = self.task.record.conversation_id;
+        Ok(agent_server.conversations(&[id], self.saga.config.agent_request_timeout).await?.pop().flatten())
+    }
+
+    /// Records the conversation and the task's end in one transaction.
+    async fn record_conversation(&mut self, sandbox: &Sandbox, llm_model: String) -> Result<Step, StepError> {
+        let saga = self.saga;
+        let (record, request) = (&self.task.record, &self.task.request);
+        let (user, conversation_id) = (&record.user, record.conversation_id);
+        let now = Time::now();
+        let hex = id::hex(conversation_id);
+        let conversation = ConversationRecord {
+            user: user.clone(),
+            id: conversation_id,
+            sandbox_id: sandbox.id.clone(),
+            selected_repository: request.selected_repository.clone(),
+            selected_branch: request.selected_branch.clone(),
+            git_provider: request.git_provider,
+            title: Some(request.title.clone().unwrap_or_else(|| format!("Conversation {}", &hex[..5]))),
+            trigger: request.trigger,
+            pr_number: request.pr_number.clone(),
+            llm_model: Some(llm_model),
+            metrics: MetricsSnapshot::default(),
+            parent_conversation_id: request.parent_conversation_id,
+            public: request.public,
+            created_at: now,
+            updated_at: now,
+        };
+        let detail = (!record.notes.is_empty()).then(|| record.notes.join("\n"));
+        let snapshot = Snapshot {
+            status: StartStatus::Ready,
+            updated_at: now,
+            detail,
+            app_conversation_id: Some(conversation_id),
+            ..record.now.clone()
+        };
+        let ready = StartTaskStore::ready(user, record.id, conversation_id, &snapshot)?;
+        let known = saga.conversations.get(user, conversation_id).await?.is_some();
+        let saved = if known {
+            // Started before: it keeps its record and its history, and is only where it is now.
+            saga.conversations.set_sandbox(user, conversation_id, &sandbox.id).await?;
+            saga.tasks.save(user, record.id, &self.worker, &ready).await?
+        } else {
+            let writes = saga.conversations.put_new(&conversation)?;
+            saga.tasks.save_with(user, record.id, &self.worker, &ready, writes).await?
+        };
+        match saved {
+            Ok(()) => {
+                tracing::info!(task = %record.id, conversation = %conversation_id, "start.ready");
+                Ok(Step::Ready)
+            }
+            // Another start of the same conversation may have been quicker, rather than another worker of this one.
+            Err(LeaseLost) if !known && saga.conversations.get(user, conversation_id).await?.is_some() => {
+                Err(StepError::Retry("The conversation was recorded by another start of it".into()))
+            }
+            Err(LeaseLost) => Err(StepError::LeaseLost),
+        }
+    }
+
+    /// Adds a note unless an earlier attempt did.
+    fn add_note(&mut self, note: String) {
+        if !self.task.record.notes.contains(&note) {
+            self.task.record.notes.push(note);
+        }
+    }
+}

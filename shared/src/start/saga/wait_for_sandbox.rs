@@ -1,0 +1,35 @@
+//! WAITING_FOR_SANDBOX: until the sandbox's agent server answers.
+
+use super::{Step, StepError, Work, with_detail};
+use crate::sandbox::SandboxStatus;
+use crate::start::store::Change;
+use crate::start::task::StartStatus;
+
+impl Work<'_> {
+    pub(super) async fn wait_for_sandbox(&mut self) -> Result<Step, StepError> {
+        let user = self.task.record.user.clone();
+        let id = self.task.record.now.sandbox_id.clone().unwrap_or_default();
+        let found = self.saga.sandboxes.get(&user, &id).await?;
+        let sandbox = found.ok_or_else(|| StepError::Fatal(format!("Sandbox not found: {id}")))?;
+        match sandbox.status {
+            SandboxStatus::Starting => Ok(Step::Wait),
+            SandboxStatus::Paused => {
+                self.saga.sandboxes.resume(&user, &id).await?;
+                Ok(Step::Wait)
+            }
+            SandboxStatus::Error => {
+                Err(StepError::Fatal(with_detail(format!("Sandbox entered error state: {id}"), &sandbox)))
+            }
+            SandboxStatus::Missing => Err(StepError::Fatal(with_detail(format!("Sandbox not startable: {id}"), &sandbox))),
+            SandboxStatus::Running => {
+                self.sandbox = Some(sandbox);
+                let Some((_, agent_server)) = self.running_sandbox().await? else { return Ok(Step::Wait) };
+                if !agent_server.is_alive().await {
+                    return Ok(Step::Wait);
+                }
+                self.saga.sandboxes.mark_used(&user, &id).await?;
+                Ok(Step::Next(StartStatus::PreparingRepository, Change::default()))
+            }
+        }
+    }
+}

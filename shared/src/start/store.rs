@@ -1,0 +1,734 @@
+//! The store of start tasks. Workers share it: whoever writes a start's progress must hold its lease.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use aws_sdk_dynamodb::Client;
+use aws_sdk_dynamodb::types::{AttributeValue, ReturnValue, Select, TransactWriteItem, Update};
+use futures::future::{join_all, try_join_all};
+use secrecy::{ExposeSecret as _, SecretString};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::request::StartRequest;
+use super::task::{PendingCommand, Snapshot, StartStatus, StartTask, StartTaskRecord};
+use crate::clock::Time;
+use crate::dynamo::{BATCH_GET_LIMIT, Item, batch_get_items, from_item, is_condition_failure, number, store_error, text, to_item};
+use crate::error::{Error, Result};
+use crate::http::validation::wire_enum;
+use crate::id;
+use crate::user::UserId;
+use crate::user::seal::Sealer;
+
+/// Index: a user's tasks by creation.
+pub const BY_CREATED: &str = "by-created";
+/// Index: a user's tasks by last change.
+pub const BY_UPDATED: &str = "by-updated";
+/// Index: tasks that made a conversation ready.
+pub const BY_CONVERSATION: &str = "by-conversation";
+/// Index: unfinished tasks by when somebody must have looked at them. Sparse; in [`SHARDS`] partitions.
+pub const UNFINISHED: &str = "unfinished";
+
+/// Partitions of the index of unfinished tasks: one hex digit of the task's id.
+pub const SHARDS: &str = "0123456789abcdef";
+
+/// A request longer than this is kept in the bucket: every change of the record would pay for it again.
+const INLINE_REQUEST_LIMIT: usize = 8 * 1024;
+
+/// How long after its time a task counts as forgotten.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(2);
+
+/// What became of the attempt to claim a task.
+#[derive(Debug)]
+pub enum Claim {
+    /// It is the caller's until the lease runs out.
+    Claimed(Box<StartTask>),
+    /// Another worker has it.
+    Held,
+    /// There is nothing to do.
+    Finished,
+    /// There is no such task.
+    Unknown,
+}
+
+/// The caller's lease ran out and the task may be another worker's now.
+#[derive(Debug, PartialEq, Eq)]
+pub struct LeaseLost;
+
+/// A change of a record's attributes.
+#[derive(Clone, Debug, Default)]
+pub struct Change {
+    set: Vec<(&'static str, AttributeValue)>,
+    append: Vec<(&'static str, AttributeValue)>,
+    remove: Vec<&'static str>,
+}
+
+impl Change {
+    /// Sets an attribute.
+    #[must_use]
+    pub fn set(mut self, name: &'static str, value: AttributeValue) -> Self {
+        self.set.push((name, value));
+        self
+    }
+
+    /// Removes an attribute.
+    #[must_use]
+    pub fn remove(mut self, name: &'static str) -> Self {
+        self.remove.push(name);
+        self
+    }
+
+    /// Adds a note for the user.
+    #[must_use]
+    pub fn note(mut self, note: impl Into<String>) -> Self {
+        self.append.push(("notes", AttributeValue::L(vec![text(note)])));
+        self
+    }
+
+    /// Sets the command that is waited for.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] when it has no form as an attribute.
+    pub fn command(self, command: &PendingCommand) -> Result<Self> {
+        Ok(self.set("command", AttributeValue::M(to_item(command)?)))
+    }
+
+    /// Goes to another state: the current attributes and the history change together.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] when the snapshot has no form as an item.
+    pub fn state(mut self, id: Uuid, snapshot: &Snapshot) -> Result<Self> {
+        let item = to_item(snapshot)?;
+        for name in ["detail", "app_conversation_id", "sandbox_id", "agent_server_url"] {
+            if let Some(value) = item.get(name) {
+                self = self.set(name, value.clone());
+            }
+        }
+        self = self
+            .set("status", item["status"].clone())
+            .set("updated_at", item["updated_at"].clone())
+            .set("updated_sort", text(sort_key(snapshot.updated_at, id)));
+        self.append.push(("history", AttributeValue::L(vec![AttributeValue::M(item)])));
+        Ok(self)
+    }
+
+    /// Ends the task: nobody needs to look at it again.
+    #[must_use]
+    pub fn finished(mut self) -> Self {
+        self.remove.extend(["unfinished_shard", "due_at", "lease_owner", "lease_until", "command", "deadline", "failure", "secrets_sealed"]);
+        self
+    }
+
+    fn expression(&self) -> (String, HashMap<String, String>, HashMap<String, AttributeValue>) {
+        let (mut names, mut values, mut sets) = (HashMap::new(), HashMap::new(), Vec::new());
+        for (index, (name, value)) in self.set.iter().enumerate() {
+            names.insert(format!("#s{index}"), (*name).to_owned());
+            values.insert(format!(":s{index}"), value.clone());
+            sets.push(format!("#s{index} = :s{index}"));
+        }
+        // Several additions to one list must be one.
+        let mut lists: Vec<(&str, Vec<AttributeValue>)> = Vec::new();
+        for (name, value) in &self.append {
+            let more = value.as_l().cloned().unwrap_or_default();
+            match lists.iter_mut().find(|(known, _)| known == name) {
+                Some((_, list)) => list.extend(more),
+                None => lists.push((name, more)),
+            }
+        }
+        for (index, (name, list)) in lists.into_iter().enumerate() {
+            names.insert(format!("#a{index}"), name.to_owned());
+            values.insert(format!(":a{index}"), AttributeValue::L(list));
+            values.insert(":none".to_owned(), AttributeValue::L(Vec::new()));
+            sets.push(format!("#a{index} = list_append(if_not_exists(#a{index}, :none), :a{index})"));
+        }
+        let mut removes = Vec::new();
+        for (index, name) in self.remove.iter().enumerate() {
+            names.insert(format!("#r{index}"), (*name).to_owned());
+            removes.push(format!("#r{index}"));
+        }
+        let mut expression = String::new();
+        if !sets.is_empty() {
+            expression = format!("SET {}", sets.join(", "));
+        }
+        if !removes.is_empty() {
+            expression = format!("{expression} REMOVE {}", removes.join(", "));
+        }
+        (expression, names, values)
+    }
+}
+
+wire_enum! {
+    /// The order of a list of tasks.
+    pub enum SortOrder {
+        /// Oldest first.
+        CreatedAt = "CREATED_AT",
+        /// Newest first.
+        CreatedAtDesc = "CREATED_AT_DESC",
+        /// Longest unchanged first.
+        UpdatedAt = "UPDATED_AT",
+        /// Last changed first.
+        UpdatedAtDesc = "UPDATED_AT_DESC",
+    }
+}
+
+impl SortOrder {
+    fn index(self) -> (&'static str, &'static str) {
+        match self {
+            Self::CreatedAt | Self::CreatedAtDesc => (BY_CREATED, "created_sort"),
+            Self::UpdatedAt | Self::UpdatedAtDesc => (BY_UPDATED, "updated_sort"),
+        }
+    }
+
+    fn is_ascending(self) -> bool {
+        matches!(self, Self::CreatedAt | Self::UpdatedAt)
+    }
+}
+
+/// Which tasks a list holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Filter {
+    /// Those that made this conversation ready.
+    pub conversation_id: Option<Uuid>,
+    /// Those asked for at this instant or later.
+    pub created_at_gte: Option<Time>,
+}
+
+/// Where in a list a page starts: behind this task.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct After {
+    /// The value of the attribute that the list is sorted by.
+    pub sort: String,
+    /// The task's id.
+    pub id: Uuid,
+}
+
+/// The records of all start tasks.
+#[derive(Clone, Debug)]
+pub struct StartTaskStore {
+    dynamodb: Client,
+    table: String,
+    s3: aws_sdk_s3::Client,
+    bucket: String,
+    sealer: Sealer,
+}
+
+impl StartTaskStore {
+    /// A store on the `start-tasks` table, with large requests in `bucket`.
+    #[must_use]
+    pub fn new(dynamodb: Client, table: String, s3: aws_sdk_s3::Client, bucket: String, sealer: Sealer) -> Self {
+        Self { dynamodb, table, s3, bucket, sealer }
+    }
+
+    /// Stores a new task in state WORKING; from here on it ends READY or ERROR, whatever happens to its makers.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn create(&self, user: &UserId, request: &StartRequest, deadline: Time) -> Result<StartTaskRecord> {
+        let created_at = Time::now();
+        let id = id::new_uuid();
+        let conversation_id = request.conversation_id.unwrap_or_else(id::new_uuid);
+        let now = Snapshot {
+            status: StartStatus::Working,
+            updated_at: created_at,
+            detail: None,
+            app_conversation_id: None,
+            sandbox_id: None,
+            agent_server_url: None,
+        };
+        let json = serde_json::to_string(request).map_err(Error::internal)?;
+        let mut record = StartTaskRecord {
+            user: user.clone(),
+            id,
+            history: vec![now.clone()],
+            now,
+            created_at,
+            conversation_id,
+            // As in the reference, a conversation with a given id gets a sandbox of the same id.
+            new_sandbox_id: request.conversation_id.map_or_else(id::new_sandbox_id, id::hex),
+            notes: Vec::new(),
+            browser: None,
+            command: None,
+            failure: None,
+            attempts: 0,
+            deadline: Some(deadline),
+            request: json,
+            request_object: None,
+            secrets_sealed: self.seal_secrets(user, id, request)?,
+        };
+        let mut item = to_item(&record)?;
+        if record.request.len() > INLINE_REQUEST_LIMIT {
+            // Before the row, so that there is no row without its request. An object without a row is found by no one.
+            let key = format!("start-requests/{}/{}.json", id::hex(id), crate::user::seal::hash(user.as_str()));
+            self.s3
+                .put_object()
+                .bucket(&self.bucket)
+                .key(&key)
+                .content_type("application/json")
+                .body(record.request.clone().into_bytes().into())
+                .send()
+                .await
+                .map_err(store_error("PutObject start-requests"))?;
+            item.insert("request".into(), text(""));
+            item.insert("request_object".into(), text(&key));
+            record.request_object = Some(key);
+        }
+        item.insert("created_sort".into(), text(sort_key(created_at, id)));
+        item.insert("updated_sort".into(), text(sort_key(created_at, id)));
+        item.insert("unfinished_shard".into(), text(shard(id)));
+        item.insert("due_at".into(), text(created_at.plus(FORGOTTEN_AFTER).sortable()));
+        self.dynamodb
+            .put_item()
+            .table_name(&self.table)
+            .set_item(Some(item))
+            .condition_expression("attribute_not_exists(id)")
+            .send()
+            .await
+            .map_err(store_error("PutItem start-tasks"))?;
+        Ok(record)
+    }
+
+    /// Records in the order of the ids, `None` for those that the user does not have.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn batch_get(&self, user: &UserId, ids: &[Uuid]) -> Result<Vec<Option<StartTaskRecord>>> {
+        let mut found = HashMap::new();
+        let mut wanted = ids.to_vec();
+        wanted.sort_unstable();
+        wanted.dedup();
+        for chunk in wanted.chunks(BATCH_GET_LIMIT) {
+            let keys = chunk.iter().map(|id| key(user, *id)).collect();
+            let items = batch_get_items(&self.dynamodb, &self.table, keys, "BatchGetItem start-tasks").await?;
+            for record in self.read(items).await? {
+                found.insert(record.id, record);
+            }
+        }
+        Ok(ids.iter().map(|id| found.get(id).cloned()).collect())
+    }
+
+    /// One record.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn get(&self, user: &UserId, id: Uuid) -> Result<Option<StartTaskRecord>> {
+        Ok(self.batch_get(user, &[id]).await?.pop().flatten())
+    }
+
+    /// A page of the user's tasks, and where the next one starts if there is one.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn list(
+        &self,
+        user: &UserId,
+        filter: &Filter,
+        order: SortOrder,
+        after: Option<&After>,
+        limit: usize,
+    ) -> Result<(Vec<StartTaskRecord>, Option<After>)> {
+        if let Some(conversation) = filter.conversation_id {
+            // A conversation has as many tasks as it was started times: hardly ever more than one.
+            return self.list_of_conversation(user, conversation, filter, order, after, limit).await;
+        }
+        let (index, sort) = order.index();
+        let mut records: Vec<StartTaskRecord> = Vec::new();
+        let mut next = after.cloned();
+        loop {
+            let start = next.take().map(|after| {
+                let mut start = key(user, after.id);
+                start.insert(sort.into(), text(after.sort));
+                start
+            });
+            let answer = self
+                .query(user, filter, index)
+                .scan_index_forward(order.is_ascending())
+                // One more than wanted, so that the last page knows that it is the last.
+                .limit(i32::try_from(limit + 1 - records.len()).unwrap_or(i32::MAX))
+                .set_exclusive_start_key(start)
+                .send()
+                .await
+                .map_err(store_error("Query start-tasks"))?;
+            records.extend(self.read(answer.items.unwrap_or_default()).await?);
+            next = match answer.last_evaluated_key {
+                Some(last) => Some(after_key(&last, sort)?),
+                None => None,
+            };
+            if records.len() > limit || next.is_none() {
+                break;
+            }
+        }
+        Ok(cut(records, limit, order))
+    }
+
+    /// How many of the user's tasks the filter lets through.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn count(&self, user: &UserId, filter: &Filter) -> Result<u64> {
+        if let Some(conversation) = filter.conversation_id {
+            let order = SortOrder::CreatedAtDesc;
+            return Ok(self.list_of_conversation(user, conversation, filter, order, None, usize::MAX).await?.0.len() as u64);
+        }
+        let mut pages = self.query(user, filter, BY_CREATED).select(Select::Count).into_paginator().send();
+        let mut count = 0;
+        while let Some(page) = pages.next().await {
+            count += u64::try_from(page.map_err(store_error("Query start-tasks"))?.count).unwrap_or_default();
+        }
+        Ok(count)
+    }
+
+    async fn list_of_conversation(
+        &self,
+        user: &UserId,
+        conversation: Uuid,
+        filter: &Filter,
+        order: SortOrder,
+        after: Option<&After>,
+        limit: usize,
+    ) -> Result<(Vec<StartTaskRecord>, Option<After>)> {
+        let mut items = Vec::new();
+        let mut pages = self
+            .dynamodb
+            .query()
+            .table_name(&self.table)
+            .index_name(BY_CONVERSATION)
+            .key_condition_expression("conversation_key = :conversation")
+            .expression_attribute_values(":conversation", text(conversation_key(user, conversation)))
+            .into_paginator()
+            .items()
+            .send();
+        while let Some(item) = pages.next().await {
+            items.push(item.map_err(store_error("Query start-tasks"))?);
+        }
+        let mut records = self.read(items).await?;
+        records.retain(|record| filter.created_at_gte.is_none_or(|earliest| record.created_at >= earliest));
+        records.sort_by_key(|record| sort_value(record, order));
+        if !order.is_ascending() {
+            records.reverse();
+        }
+        if let Some(after) = after {
+            records.retain(|record| {
+                let value = sort_value(record, order);
+                if order.is_ascending() { value > after.sort } else { value < after.sort }
+            });
+        }
+        Ok(cut(records, limit, order))
+    }
+
+    fn query(&self, user: &UserId, filter: &Filter, index: &str) -> aws_sdk_dynamodb::operation::query::builders::QueryFluentBuilder {
+        let query = self
+            .dynamodb
+            .query()
+            .table_name(&self.table)
+            .index_name(index)
+            .expression_attribute_names("#user", "user")
+            .expression_attribute_values(":user", text(user.as_str()));
+        let Some(earliest) = filter.created_at_gte else { return query.key_condition_expression("#user = :user") };
+        if index == BY_CREATED {
+            query
+                .key_condition_expression("#user = :user AND created_sort >= :earliest")
+                .expression_attribute_values(":earliest", text(earliest.sortable()))
+        } else {
+            query
+                .key_condition_expression("#user = :user")
+                .filter_expression("created_at >= :earliest")
+                .expression_attribute_values(":earliest", text(earliest.sortable()))
+        }
+    }
+
+    /// Claims an unfinished task for `lease`, unless another worker has it.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn claim(&self, user: &UserId, id: Uuid, worker: &str, lease: Duration) -> Result<Claim> {
+        let now = Time::now();
+        let claimed = self
+            .lease_update(user, id, worker, now.plus(lease))
+            .condition_expression("attribute_exists(unfinished_shard) AND (attribute_not_exists(lease_until) OR lease_until < :now OR lease_owner = :worker)")
+            .expression_attribute_values(":now", text(now.sortable()))
+            .return_values(ReturnValue::AllNew)
+            .send()
+            .await
+            .map_err(store_error("UpdateItem start-tasks"));
+        match claimed {
+            Ok(answer) => {
+                let item = answer.attributes.ok_or_else(|| Error::internal("a claimed task came back empty"))?;
+                let record = self.read(vec![item]).await?.pop().ok_or_else(|| Error::internal("a claimed task is gone"))?;
+                Ok(Claim::Claimed(Box::new(self.open(record)?)))
+            }
+            Err(error) if is_condition_failure(&error) => Ok(match self.get(user, id).await? {
+                None => Claim::Unknown,
+                Some(record) if record.now.status.is_final() => Claim::Finished,
+                Some(_) => Claim::Held,
+            }),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Renews a lease.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn renew(&self, user: &UserId, id: Uuid, worker: &str, lease: Duration) -> Result<Result<(), LeaseLost>> {
+        let renewed = self
+            .lease_update(user, id, worker, Time::now().plus(lease))
+            .condition_expression("attribute_exists(unfinished_shard) AND lease_owner = :worker")
+            .send()
+            .await
+            .map_err(store_error("UpdateItem start-tasks"));
+        held(renewed)
+    }
+
+    fn lease_update(
+        &self,
+        user: &UserId,
+        id: Uuid,
+        worker: &str,
+        until: Time,
+    ) -> aws_sdk_dynamodb::operation::update_item::builders::UpdateItemFluentBuilder {
+        self.dynamodb
+            .update_item()
+            .table_name(&self.table)
+            .set_key(Some(key(user, id)))
+            .update_expression("SET lease_owner = :worker, lease_until = :until, due_at = :due")
+            .expression_attribute_values(":worker", text(worker))
+            .expression_attribute_values(":until", text(until.sortable()))
+            .expression_attribute_values(":due", text(until.plus(FORGOTTEN_AFTER).sortable()))
+    }
+
+    /// Writes a change of a task that `worker` has.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn save(&self, user: &UserId, id: Uuid, worker: &str, change: &Change) -> Result<Result<(), LeaseLost>> {
+        let (expression, names, values) = change.expression();
+        let saved = self
+            .dynamodb
+            .update_item()
+            .table_name(&self.table)
+            .set_key(Some(key(user, id)))
+            .update_expression(expression)
+            .condition_expression("lease_owner = :worker")
+            .set_expression_attribute_names((!names.is_empty()).then_some(names))
+            .set_expression_attribute_values(Some(values))
+            .expression_attribute_values(":worker", text(worker))
+            .send()
+            .await
+            .map_err(store_error("UpdateItem start-tasks"));
+        held(saved)
+    }
+
+    /// Gives a task back, to be looked at again at `wake_at`.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn release(&self, user: &UserId, id: Uuid, worker: &str, wake_at: Time, change: Change) -> Result<Result<(), LeaseLost>> {
+        let change = change
+            .set("due_at", text(wake_at.plus(FORGOTTEN_AFTER).sortable()))
+            .remove("lease_owner")
+            .remove("lease_until");
+        self.save(user, id, worker, &change).await
+    }
+
+    /// Writes a change together with others, all or nothing; `LeaseLost` also when one of their conditions failed.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn save_with(
+        &self,
+        user: &UserId,
+        id: Uuid,
+        worker: &str,
+        change: &Change,
+        others: impl IntoIterator<Item = TransactWriteItem>,
+    ) -> Result<Result<(), LeaseLost>> {
+        let (expression, names, mut values) = change.expression();
+        values.insert(":worker".to_owned(), text(worker));
+        let update = Update::builder()
+            .table_name(&self.table)
+            .set_key(Some(key(user, id)))
+            .update_expression(expression)
+            .condition_expression("lease_owner = :worker")
+            .set_expression_attribute_names((!names.is_empty()).then_some(names))
+            .set_expression_attribute_values(Some(values))
+            .build()
+            .map_err(Error::internal)?;
+        let mut items: Vec<TransactWriteItem> = others.into_iter().collect();
+        items.push(TransactWriteItem::builder().update(update).build());
+        let saved = self
+            .dynamodb
+            .transact_write_items()
+            .set_transact_items(Some(items))
+            .send()
+            .await
+            .map_err(store_error("TransactWriteItems start-tasks"));
+        held(saved)
+    }
+
+    /// Unfinished tasks, of all users, whose lease or wait has run out: nobody is about to look at them.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn forgotten(&self) -> Result<Vec<(UserId, Uuid)>> {
+        let now = Time::now().sortable();
+        let shards = SHARDS.chars().map(async |shard| {
+            let mut due = Vec::new();
+            let mut items = self
+                .dynamodb
+                .query()
+                .table_name(&self.table)
+                .index_name(UNFINISHED)
+                .key_condition_expression("unfinished_shard = :shard AND due_at < :now")
+                .expression_attribute_values(":shard", text(shard.to_string()))
+                .expression_attribute_values(":now", text(&now))
+                .into_paginator()
+                .items()
+                .send();
+            while let Some(item) = items.next().await {
+                let item = item.map_err(store_error("Query start-tasks"))?;
+                let attribute = |name: &str| item.get(name).and_then(|value| value.as_s().ok());
+                if let (Some(user), Some(Ok(id))) = (attribute("user"), attribute("id").map(|id| Uuid::parse_str(id))) {
+                    due.push((UserId::new(user.as_str()), id));
+                }
+            }
+            Ok::<_, Error>(due)
+        });
+        Ok(join_all(shards).await.into_iter().collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
+    }
+
+    /// Ends an unfinished task with ERROR whoever has it. False when it is finished already, or unknown.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn give_up(&self, user: &UserId, id: Uuid, detail: &str) -> Result<bool> {
+        let Some(record) = self.get(user, id).await? else { return Ok(false) };
+        let snapshot =
+            Snapshot { status: StartStatus::Error, updated_at: Time::now(), detail: Some(detail.to_owned()), ..record.now };
+        let (expression, names, values) = Change::default().state(id, &snapshot)?.finished().expression();
+        let ended = self
+            .dynamodb
+            .update_item()
+            .table_name(&self.table)
+            .set_key(Some(key(user, id)))
+            .update_expression(expression)
+            .condition_expression("attribute_exists(unfinished_shard)")
+            .set_expression_attribute_names(Some(names))
+            .set_expression_attribute_values(Some(values))
+            .send()
+            .await
+            .map_err(store_error("UpdateItem start-tasks"));
+        match ended {
+            Ok(_) => Ok(true),
+            Err(error) if is_condition_failure(&error) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The change that makes a task READY.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] when the snapshot has no form as an item.
+    pub fn ready(user: &UserId, id: Uuid, conversation: Uuid, snapshot: &Snapshot) -> Result<Change> {
+        let conversation = text(conversation_key(user, conversation));
+        Ok(Change::default().state(id, snapshot)?.set("conversation_key", conversation).finished())
+    }
+
+    /// Items as records, with requests that are in the bucket fetched.
+    async fn read(&self, items: Vec<Item>) -> Result<Vec<StartTaskRecord>> {
+        try_join_all(items.into_iter().map(async |item| {
+            let mut record: StartTaskRecord = from_item(item)?;
+            if let Some(key) = &record.request_object {
+                let object = self
+                    .s3
+                    .get_object()
+                    .bucket(&self.bucket)
+                    .key(key)
+                    .send()
+                    .await
+                    .map_err(store_error("GetObject start-requests"))?;
+                let bytes = object.body.collect().await.map_err(Error::internal)?.into_bytes();
+                record.request = String::from_utf8(bytes.into()).map_err(Error::internal)?;
+            }
+            Ok(record)
+        }))
+        .await
+    }
+
+    fn open(&self, record: StartTaskRecord) -> Result<StartTask> {
+        let mut request: StartRequest = serde_json::from_str(&record.request)
+            .map_err(|error| Error::internal(format!("a stored start request does not read: {error}")))?;
+        if let Some(sealed) = &record.secrets_sealed {
+            let json = self.sealer.open(&secrets_purpose(&record.user, record.id), sealed)?;
+            let secrets: HashMap<String, String> = serde_json::from_str(json.expose_secret())
+                .map_err(|_| Error::internal("sealed secrets of a start do not read"))?;
+            request.secrets = Some(secrets.into_iter().map(|(name, value)| (name, value.into())).collect());
+        }
+        Ok(StartTask { record, request })
+    }
+
+    fn seal_secrets(&self, user: &UserId, id: Uuid, request: &StartRequest) -> Result<Option<String>> {
+        let Some(secrets) = &request.secrets else { return Ok(None) };
+        let exposed: HashMap<&str, &str> = secrets.values().map(|(name, value)| (name, value.expose_secret())).collect();
+        if exposed.is_empty() {
+            return Ok(None);
+        }
+        let json = SecretString::from(serde_json::to_string(&exposed).map_err(Error::internal)?);
+        self.sealer.seal(&secrets_purpose(user, id), &json).map(Some)
+    }
+}
+
+fn held<T>(written: Result<T>) -> Result<Result<(), LeaseLost>> {
+    match written {
+        Ok(_) => Ok(Ok(())),
+        Err(error) if is_condition_failure(&error) => Ok(Err(LeaseLost)),
+        Err(error) => Err(error),
+    }
+}
+
+fn cut(mut records: Vec<StartTaskRecord>, limit: usize, order: SortOrder) -> (Vec<StartTaskRecord>, Option<After>) {
+    let more = records.len() > limit;
+    records.truncate(limit);
+    let next = records.last().filter(|_| more).map(|last| After { sort: sort_value(last, order), id: last.id });
+    (records, next)
+}
+
+fn sort_value(record: &StartTaskRecord, order: SortOrder) -> String {
+    match order {
+        SortOrder::CreatedAt | SortOrder::CreatedAtDesc => sort_key(record.created_at, record.id),
+        SortOrder::UpdatedAt | SortOrder::UpdatedAtDesc => sort_key(record.now.updated_at, record.id),
+    }
+}
+
+fn after_key(key: &Item, sort: &str) -> Result<After> {
+    let attribute = |name: &str| key.get(name).and_then(|value| value.as_s().ok()).cloned();
+    let (Some(sort), Some(Ok(id))) = (attribute(sort), attribute("id").map(|id| Uuid::parse_str(&id))) else {
+        return Err(Error::internal("a page's last key is not one of a task"));
+    };
+    Ok(After { sort, id })
+}
+
+fn sort_key(at: Time, id: Uuid) -> String {
+    format!("{}#{}", at.sortable(), id::hex(id))
+}
+
+fn shard(id: Uuid) -> String {
+    id::hex(id)[..1].to_owned()
+}
+
+fn key(user: &UserId, id: Uuid) -> Item {
+    Item::from([("user".into(), text(user.as_str())), ("id".into(), text(id::hex(id)))])
+}
+
+fn conversation_key(user: &UserId, conversation: Uuid) -> String {
+    format!("{}:{user}#{}", user.as_str().len(), id::hex(conversation))
+}
+
+fn secrets_purpose(user: &UserId, id: Uuid) -> String {
+    format!("start-secrets:{user}:{}", id::hex(id))
+}
+
+/// An attempt counter as an attribute.
+#[must_use]
+pub fn attempts(count: u32) -> AttributeValue {
+    number(count)
+}

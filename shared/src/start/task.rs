@@ -1,0 +1,184 @@
+//! The start task: what a client polls, and what a worker needs to go on with the start.
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::request::StartRequest;
+use crate::clock::{Time, sortable};
+use crate::id::as_hex;
+use crate::user::UserId;
+
+/// How far a start is. The status is also the step that is to be done next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum StartStatus {
+    /// A sandbox is chosen, and made if need be.
+    Working,
+    /// Its agent server is waited for.
+    WaitingForSandbox,
+    /// The repository is cloned, or an empty one made.
+    PreparingRepository,
+    /// `.openhands/setup.sh` runs.
+    RunningSetupScript,
+    /// `.openhands/pre-commit.sh` is installed as a git hook.
+    SettingUpGitHooks,
+    /// Skills and hooks are read.
+    SettingUpSkills,
+    /// The agent server creates the conversation.
+    StartingConversation,
+    /// Done.
+    Ready,
+    /// Failed; `detail` says why.
+    Error,
+}
+
+impl StartStatus {
+    /// Whether nothing more will happen.
+    #[must_use]
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Ready | Self::Error)
+    }
+}
+
+/// The parts of a task that change, as they were at one change of status.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// The status from then on.
+    pub status: StartStatus,
+    /// When it changed.
+    #[serde(serialize_with = "sortable::serialize")]
+    pub updated_at: Time,
+    /// For a person: why it failed, or what is to know of a start that did not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
+    /// The conversation, once it is ready.
+    #[serde(default, with = "as_hex::option", skip_serializing_if = "Option::is_none")]
+    pub app_conversation_id: Option<Uuid>,
+    /// The sandbox, once it is chosen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sandbox_id: Option<String>,
+    /// Its agent server, once the conversation is being created.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent_server_url: Option<String>,
+}
+
+/// A command that runs in the sandbox while no worker waits for it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PendingCommand {
+    /// Which of the start's commands it is.
+    pub name: String,
+    /// The agent server's id of it.
+    pub id: String,
+}
+
+/// The record of a start.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StartTaskRecord {
+    /// Its owner.
+    pub user: UserId,
+    /// Its id.
+    #[serde(with = "as_hex")]
+    pub id: Uuid,
+    /// The current state.
+    #[serde(flatten)]
+    pub now: Snapshot,
+    /// When it was asked for.
+    #[serde(serialize_with = "sortable::serialize")]
+    pub created_at: Time,
+    /// The states up to now, oldest first.
+    #[serde(default)]
+    pub history: Vec<Snapshot>,
+    /// The conversation to be; chosen before anything is done, so that a repeated step makes no second one.
+    #[serde(default = "Uuid::nil", with = "as_hex")]
+    pub conversation_id: Uuid,
+    /// The sandbox to be, should a new one be needed; chosen likewise.
+    #[serde(default)]
+    pub new_sandbox_id: String,
+    /// What is to know of the start although it goes on.
+    #[serde(default)]
+    pub notes: Vec<String>,
+    /// Whether the sandbox has a browser, once that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub browser: Option<bool>,
+    /// A command that is waited for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub command: Option<PendingCommand>,
+    /// Why the start fails, while what it made is cleaned up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<String>,
+    /// How often the current step has failed.
+    #[serde(default)]
+    pub attempts: u32,
+    /// When the current step must be done.
+    #[serde(default, serialize_with = "sortable_option", skip_serializing_if = "Option::is_none")]
+    pub deadline: Option<Time>,
+    /// The request as JSON; empty while it is in [`StartTaskRecord::request_object`].
+    #[serde(default)]
+    pub(super) request: String,
+    /// The key of the bucket's object that holds a large request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) request_object: Option<String>,
+    /// Secrets of the request, sealed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) secrets_sealed: Option<String>,
+}
+
+#[expect(clippy::ref_option, reason = "the signature that serde calls")]
+fn sortable_option<S: serde::Serializer>(time: &Option<Time>, serializer: S) -> Result<S::Ok, S::Error> {
+    match time {
+        Some(time) => sortable::serialize(time, serializer),
+        None => serializer.serialize_none(),
+    }
+}
+
+/// A start with its request read.
+#[derive(Clone, Debug)]
+pub struct StartTask {
+    /// The record.
+    pub record: StartTaskRecord,
+    /// What was asked for, with what it inherited from its parent.
+    pub request: StartRequest,
+}
+
+/// `AppConversationStartTask` of the contract, in its order of fields.
+#[derive(Clone, Debug, Serialize)]
+#[expect(missing_docs, reason = "the contract's fields, described at `StartTaskRecord`")]
+pub struct AppConversationStartTask {
+    #[serde(with = "as_hex")]
+    pub id: Uuid,
+    pub created_by_user_id: Option<String>,
+    pub status: StartStatus,
+    pub detail: Option<String>,
+    #[serde(with = "as_hex::option")]
+    pub app_conversation_id: Option<Uuid>,
+    pub sandbox_id: Option<String>,
+    pub agent_server_url: Option<String>,
+    pub request: serde_json::Value,
+    pub created_at: Time,
+    pub updated_at: Time,
+}
+
+impl StartTaskRecord {
+    /// The record as the contract shows it.
+    #[must_use]
+    pub fn show(&self) -> AppConversationStartTask {
+        self.show_at(&self.now)
+    }
+
+    /// The record as it was at one of its states.
+    #[must_use]
+    pub fn show_at(&self, at: &Snapshot) -> AppConversationStartTask {
+        AppConversationStartTask {
+            id: self.id,
+            created_by_user_id: self.user.shown().map(ToOwned::to_owned),
+            status: at.status,
+            detail: at.detail.clone(),
+            app_conversation_id: at.app_conversation_id,
+            sandbox_id: at.sandbox_id.clone(),
+            agent_server_url: at.agent_server_url.clone(),
+            request: serde_json::from_str(&self.request).unwrap_or_default(),
+            created_at: self.created_at,
+            updated_at: at.updated_at,
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! Who calls, and what is known of them: settings, secrets, git providers.
+
+pub mod git;
+pub mod seal;
+pub mod settings;
+pub mod token;
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// The owner of records, and the first part of every key in the store.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct UserId(String);
+
+/// The single user of a local server. The id never shows: answers say `null`, as the reference does.
+const LOCAL: &str = "local";
+
+impl UserId {
+    /// A user by the id that the authorizer gave.
+    pub fn new(id: impl Into<String>) -> Self {
+        Self(id.into())
+    }
+
+    /// The single user of a local server.
+    #[must_use]
+    pub fn local() -> Self {
+        Self(LOCAL.to_owned())
+    }
+
+    /// The id, for keys in the store.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The id as answers show it: `None` for the single local user.
+    #[must_use]
+    pub fn shown(&self) -> Option<&str> {
+        (self.0 != LOCAL).then_some(self.0.as_str())
+    }
+}
+
+impl fmt::Display for UserId {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(&self.0)
+    }
+}

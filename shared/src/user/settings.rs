@@ -1,0 +1,302 @@
+//! A user's settings and secrets: one sealed record.
+
+use std::collections::BTreeMap;
+
+use aws_sdk_dynamodb::Client;
+use secrecy::{ExposeSecret as _, SecretString};
+use serde::{Deserialize, Serialize};
+
+use super::UserId;
+use super::seal::Sealer;
+use crate::dynamo::{store_error, text};
+use crate::error::{Error, Result};
+use crate::start::request::ProviderType;
+
+/// How a start chooses among the user's running sandboxes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum SandboxGroupingStrategy {
+    /// A sandbox of its own for every conversation.
+    #[default]
+    NoGrouping,
+    /// The sandbox that was made last.
+    GroupByNewest,
+    /// The sandbox in which nothing was started for the longest time.
+    LeastRecentlyUsed,
+    /// The sandbox with the fewest conversations.
+    FewestConversations,
+    /// The first that has room.
+    AddToAny,
+}
+
+/// A user's settings, in the contract's shape (`settings-auth`): fields that a start does not use are kept as they came.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Settings {
+    /// The model that agents use unless a start names another.
+    pub llm_model: Option<String>,
+    /// Its key.
+    pub llm_api_key: Option<SecretString>,
+    /// Where it is served.
+    pub llm_base_url: Option<String>,
+    /// Whether the agent asks before it acts.
+    pub confirmation_mode: Option<bool>,
+    /// `llm` lets the model judge its own actions' risk.
+    pub security_analyzer: Option<String>,
+    /// The size at which a conversation's history is condensed.
+    pub condenser_max_size: Option<u32>,
+    /// Skills that are left out of new conversations.
+    pub disabled_skills: Option<Vec<String>>,
+    /// Key of the search service.
+    pub search_api_key: Option<SecretString>,
+    /// MCP servers.
+    pub mcp_config: Option<McpConfig>,
+    /// git identity in new sandboxes.
+    pub git_user_name: Option<String>,
+    /// git identity in new sandboxes.
+    pub git_user_email: Option<String>,
+    /// How a start chooses its sandbox.
+    #[serde(deserialize_with = "null_is_default")]
+    pub sandbox_grouping_strategy: SandboxGroupingStrategy,
+    /// Tokens of git providers.
+    #[serde(deserialize_with = "null_is_default")]
+    pub provider_tokens: ProviderTokens,
+    /// Secrets that agents may use, by name.
+    #[serde(deserialize_with = "null_is_default")]
+    pub custom_secrets: BTreeMap<String, CustomSecret>,
+    /// The settings file's other place for tokens and secrets.
+    #[serde(deserialize_with = "null_is_default")]
+    secrets_store: SecretsStore,
+}
+
+/// Tokens in the order in which they were given: it is the order in which they are tried.
+#[derive(Clone, Debug, Default)]
+pub struct ProviderTokens(pub Vec<(ProviderType, ProviderToken)>);
+
+/// A git provider's token.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct ProviderToken {
+    /// The token; `user:password` for some providers.
+    pub token: Option<SecretString>,
+    /// Another host than the provider's own.
+    pub host: Option<String>,
+    /// The user's id there.
+    pub user_id: Option<String>,
+}
+
+/// A secret that agents may use.
+#[derive(Clone, Debug, Deserialize)]
+pub struct CustomSecret {
+    /// Its value.
+    #[serde(alias = "value")]
+    pub secret: SecretString,
+    /// What it is for.
+    #[serde(default)]
+    pub description: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+struct SecretsStore {
+    #[serde(deserialize_with = "null_is_default")]
+    provider_tokens: ProviderTokens,
+    #[serde(deserialize_with = "null_is_default")]
+    custom_secrets: BTreeMap<String, CustomSecret>,
+}
+
+/// MCP servers of a user.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct McpConfig {
+    /// Servers over server-sent events.
+    pub sse_servers: Vec<McpUrlServer>,
+    /// Servers run as processes in the sandbox.
+    pub stdio_servers: Vec<McpStdioServer>,
+    /// Servers over streamable HTTP.
+    pub shttp_servers: Vec<McpUrlServer>,
+}
+
+/// An MCP server with a URL; a bare string is its URL.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(from = "McpUrlServerInput")]
+pub struct McpUrlServer {
+    /// Its address.
+    pub url: String,
+    /// Its key.
+    pub api_key: Option<SecretString>,
+    /// Seconds; only for streamable HTTP.
+    pub timeout: Option<u32>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum McpUrlServerInput {
+    Url(String),
+    Server {
+        url: String,
+        #[serde(default)]
+        api_key: Option<SecretString>,
+        #[serde(default = "default_mcp_timeout")]
+        timeout: Option<u32>,
+    },
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "the type of the field that serde fills")]
+fn default_mcp_timeout() -> Option<u32> {
+    Some(60)
+}
+
+impl From<McpUrlServerInput> for McpUrlServer {
+    fn from(input: McpUrlServerInput) -> Self {
+        match input {
+            McpUrlServerInput::Url(url) => Self { url, api_key: None, timeout: default_mcp_timeout() },
+            McpUrlServerInput::Server { url, api_key, timeout } => Self { url, api_key, timeout },
+        }
+    }
+}
+
+/// An MCP server that is run as a process.
+#[derive(Clone, Debug, Deserialize)]
+pub struct McpStdioServer {
+    /// Its name in the agent's configuration.
+    pub name: String,
+    /// The program.
+    pub command: String,
+    /// Its arguments.
+    #[serde(default)]
+    pub args: Vec<String>,
+    /// Its environment.
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+}
+
+impl<'de> Deserialize<'de> for ProviderTokens {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let given = serde_json::Map::deserialize(deserializer)?;
+        let mut tokens = Vec::new();
+        for (name, value) in given {
+            // Providers that this version does not know are skipped, as the reference does.
+            let Ok(provider) = serde_json::from_value::<ProviderType>(serde_json::Value::String(name)) else { continue };
+            let token: ProviderToken = serde_json::from_value(value).map_err(serde::de::Error::custom)?;
+            tokens.push((provider, token));
+        }
+        Ok(Self(tokens))
+    }
+}
+
+fn null_is_default<'de, D: serde::Deserializer<'de>, T: Default + Deserialize<'de>>(deserializer: D) -> Result<T, D::Error> {
+    Option::<T>::deserialize(deserializer).map(Option::unwrap_or_default)
+}
+
+impl Settings {
+    /// Reads settings in the contract's JSON shape; tokens and secrets may stand at the top or under `secrets_store`.
+    ///
+    /// # Errors
+    /// Says which field is not as it should be.
+    pub fn from_json(json: &str) -> Result<Self, serde_json::Error> {
+        let mut settings: Self = serde_json::from_str(json)?;
+        let SecretsStore { provider_tokens, custom_secrets } = std::mem::take(&mut settings.secrets_store);
+        settings.provider_tokens.0.extend(provider_tokens.0);
+        settings.custom_secrets.extend(custom_secrets);
+        Ok(settings)
+    }
+
+    /// The secret values in these settings, for masking them where they must not appear.
+    pub fn secrets(&self) -> impl Iterator<Item = &SecretString> {
+        self.llm_api_key
+            .iter()
+            .chain(&self.search_api_key)
+            .chain(self.provider_tokens.0.iter().filter_map(|(_, token)| token.token.as_ref()))
+            .chain(self.custom_secrets.values().map(|secret| &secret.secret))
+    }
+}
+
+const KIND: &str = "settings";
+
+/// The settings of all users, sealed.
+#[derive(Clone, Debug)]
+pub struct SettingsStore {
+    dynamodb: Client,
+    table: String,
+    sealer: Sealer,
+}
+
+impl SettingsStore {
+    /// A store on the `users` table.
+    #[must_use]
+    pub fn new(dynamodb: Client, table: String, sealer: Sealer) -> Self {
+        Self { dynamodb, table, sealer }
+    }
+
+    /// The user's settings, or `None` when none were ever stored.
+    ///
+    /// # Errors
+    /// [`Error::Store`], or [`Error::Internal`] when they were sealed under another key.
+    pub async fn get(&self, user: &UserId) -> Result<Option<Settings>> {
+        let found = self
+            .dynamodb
+            .get_item()
+            .table_name(&self.table)
+            .key("user", text(user.as_str()))
+            .key("kind", text(KIND))
+            .send()
+            .await
+            .map_err(store_error("GetItem users"))?;
+        let Some(sealed) = found.item.as_ref().and_then(|item| item.get("sealed")).and_then(|value| value.as_s().ok()) else {
+            return Ok(None);
+        };
+        let json = self.sealer.open(&purpose(user), sealed)?;
+        Settings::from_json(json.expose_secret()).map(Some).map_err(|_| {
+            // The error's text could quote a secret.
+            Error::internal("stored settings do not read as settings")
+        })
+    }
+
+    /// Stores settings given in the contract's JSON shape, which is kept as it came, sealed.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] when they do not read as settings, [`Error::Store`] when they were not stored.
+    pub async fn put(&self, user: &UserId, json: &SecretString) -> Result<()> {
+        Settings::from_json(json.expose_secret())
+            .map_err(|error| Error::Refused(format!("The settings are not valid: {error}")))?;
+        self.dynamodb
+            .put_item()
+            .table_name(&self.table)
+            .item("user", text(user.as_str()))
+            .item("kind", text(KIND))
+            .item("sealed", text(self.sealer.seal(&purpose(user), json)?))
+            .send()
+            .await
+            .map_err(store_error("PutItem users"))?;
+        Ok(())
+    }
+}
+
+fn purpose(user: &UserId) -> String {
+    format!("settings:{user}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_read_in_the_contracts_shape() {
+        let settings = Settings::from_json(
+            r#"{"llm_model":"openai/x","llm_api_key":"sk-1","language":"en","disabled_skills":null,
+                "sandbox_grouping_strategy":"FEWEST_CONVERSATIONS",
+                "mcp_config":{"sse_servers":["http://a"],"shttp_servers":[{"url":"http://b","api_key":"k"}]},
+                "secrets_store":{"provider_tokens":{"gitlab":{"token":"t1"},"nowhere":{"token":"x"},"github":{"token":"t2","host":"h"}},
+                                 "custom_secrets":{"A":{"secret":"s","description":""}}}}"#,
+        )
+        .expect("settings");
+        assert_eq!(settings.sandbox_grouping_strategy, SandboxGroupingStrategy::FewestConversations);
+        let providers: Vec<_> = settings.provider_tokens.0.iter().map(|(provider, _)| *provider).collect();
+        assert_eq!(providers, [ProviderType::Gitlab, ProviderType::Github]);
+        let mcp = settings.mcp_config.as_ref().expect("mcp");
+        assert_eq!((mcp.sse_servers[0].url.as_str(), mcp.shttp_servers[0].timeout), ("http://a", Some(60)));
+        assert_eq!(settings.secrets().count(), 4);
+        assert!(!format!("{settings:?}").contains("sk-1"));
+    }
+}

@@ -1,0 +1,11 @@
+//! What the tests run against: servers that play the language model, the git host and the agent
+//! server, each on a port of its own, gone when its value is dropped.
+
+// No single test uses all of it.
+#![allow(dead_code)]
+
+pub mod git_server;
+pub mod scripted_llm;
+pub mod server;
+pub mod stand_in_agent;
+pub mod wait;

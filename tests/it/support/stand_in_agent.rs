@@ -1,0 +1,1058 @@
+//! A stand-in for the agent server, to make go wrong what the real one cannot be made to. It keeps
+//! to version 1.15: routes, statuses, texts and shapes; it really runs commands and really stores
+//! files, but has no agent.
+
+use std::collections::HashMap;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use axum::response::Response;
+use http::{Method, StatusCode};
+use serde_json::{Map, Value, json};
+use tempfile::TempDir;
+use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::process::Command;
+use tokio::task::JoinSet;
+use uuid::Uuid;
+
+use super::server::{self, Cut, Request, Server};
+
+/// Something to go wrong.
+#[derive(Clone, Debug)]
+pub struct Fault {
+    /// Such as `POST /api/conversations` or `GET /api/conversations/{id}`.
+    pub route: String,
+    pub nth: Nth,
+    pub kind: Kind,
+}
+
+/// Which requests to the route, counted from the injection on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Nth {
+    Next,
+    /// The first is 1.
+    On(usize),
+    Always,
+}
+
+/// How it goes wrong. "The effect" is what the request does: a conversation, a file, a command.
+#[derive(Clone, Debug)]
+pub enum Kind {
+    /// The effect and the answer come late.
+    Slow(Duration),
+    /// The effect comes at once, the answer late.
+    SlowReply(Duration),
+    /// This status and body instead of the effect.
+    Status(u16, String),
+    /// This status and body after the effect.
+    StatusAfter(u16, String),
+    /// The connection closes without a byte, there is no effect.
+    CutBefore,
+    /// There is the effect, but the connection closes in the middle of the answer.
+    CutAfter,
+    /// There is the effect, but the answer is 200 and no JSON.
+    Garbage,
+    /// No effect and no answer; the connection stays open.
+    Hang,
+}
+
+impl Fault {
+    pub fn new(route: &str, nth: Nth, kind: Kind) -> Self {
+        Self {
+            route: route.to_owned(),
+            nth,
+            kind,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Injected {
+    fault: Fault,
+    seen: usize,
+}
+
+impl Injected {
+    /// Whether it is this request's turn; counts it.
+    fn strikes(&mut self, request: &Request) -> bool {
+        if !request.is(&self.fault.route) {
+            return false;
+        }
+        self.seen += 1;
+        match self.fault.nth {
+            Nth::Next => self.seen == 1,
+            Nth::On(n) => self.seen == n,
+            Nth::Always => true,
+        }
+    }
+}
+
+/// A conversation the stand-in was asked to start.
+#[derive(Clone, Debug)]
+pub struct Conversation {
+    pub id: Uuid,
+    /// The body it was created with, secrets included.
+    pub body: Value,
+    /// How often it was posted: the creation and every repetition.
+    pub posts: usize,
+    pub title: Option<String>,
+    pub execution_status: String,
+    /// The last analyzer set.
+    pub security_analyzer: Value,
+    created_at: jiff::Timestamp,
+    updated_at: jiff::Timestamp,
+    last_message: Option<Uuid>,
+}
+
+#[derive(Debug)]
+struct BashEvent {
+    /// What the real server sorts by: a file name of second, kind, command and event id.
+    name: String,
+    command: Option<Uuid>,
+    body: Value,
+}
+
+#[derive(Debug)]
+struct State {
+    session_key: String,
+    root: PathBuf,
+    alive: bool,
+    started: Instant,
+    faults: Vec<Injected>,
+    requests: Vec<Request>,
+    conversations: Vec<Conversation>,
+    delivered: HashMap<Uuid, Vec<Value>>,
+    skills: Value,
+    hooks: Option<Value>,
+    bash_events: Vec<BashEvent>,
+    commands: JoinSet<()>,
+}
+
+/// The server. Dropping it closes its connections, kills its commands and removes its files.
+#[derive(Debug)]
+pub struct StandInAgent {
+    server: Server,
+    state: Arc<Mutex<State>>,
+    root: TempDir,
+}
+
+impl StandInAgent {
+    /// Starts alive, empty and without faults; `/api` asks for `session_key`.
+    pub async fn start(session_key: &str) -> Self {
+        let root = TempDir::new().expect("a folder for the sandbox");
+        for folder in ["home", "workspace"] {
+            std::fs::create_dir(root.path().join(folder)).expect("the sandbox's folders");
+        }
+        let state = Arc::new(Mutex::new(State {
+            session_key: session_key.to_owned(),
+            root: root.path().to_owned(),
+            alive: true,
+            started: Instant::now(),
+            faults: Vec::new(),
+            requests: Vec::new(),
+            conversations: Vec::new(),
+            delivered: HashMap::new(),
+            skills: json!([]),
+            hooks: None,
+            bash_events: Vec::new(),
+            commands: JoinSet::new(),
+        }));
+        let shared = Arc::clone(&state);
+        let server = Server::start(move |request| answer(request, Arc::clone(&shared))).await;
+        Self {
+            server,
+            state,
+            root,
+        }
+    }
+
+    /// `http://127.0.0.1:PORT`.
+    pub fn url(&self) -> String {
+        self.server.url()
+    }
+
+    /// The sandbox's file system: every path and working directory given to the stand-in has to
+    /// lie below. Commands have `home` in it as home directory.
+    pub fn root(&self) -> &Path {
+        self.root.path()
+    }
+
+    /// The working directory to configure: `workspace/project` below [`Self::root`], not there yet.
+    pub fn working_dir(&self) -> String {
+        self.root().join("workspace/project").display().to_string()
+    }
+
+    /// Lets something go wrong. Of several faults for a request the one injected first wins.
+    pub fn inject(&self, fault: Fault) {
+        self.state().faults.push(Injected { fault, seen: 0 });
+    }
+
+    /// Nothing goes wrong any more.
+    pub fn clear_faults(&self) {
+        self.state().faults.clear();
+    }
+
+    /// While not alive every connection closes without an answer and nothing is recorded.
+    pub fn set_alive(&self, alive: bool) {
+        self.state().alive = alive;
+    }
+
+    /// The skills to answer with, as the agent server spells them.
+    pub fn set_skills(&self, skills: Value) {
+        self.state().skills = skills;
+    }
+
+    /// The hook configuration to answer with, whatever the project holds.
+    pub fn set_hooks(&self, hook_config: Value) {
+        self.state().hooks = Some(hook_config);
+    }
+
+    /// The status the conversation has from now on. Untold it is `finished` after a message,
+    /// before `idle`.
+    pub fn set_execution_status(&self, id: Uuid, status: &str) {
+        let mut state = self.state();
+        let conversation = state.conversation(id).expect("the conversation is there");
+        conversation.execution_status = status.to_owned();
+    }
+
+    /// Every request so far, refused and faulty ones too.
+    pub fn requests(&self) -> Vec<Request> {
+        self.state().requests.clone()
+    }
+
+    /// The requests so far to a route, such as `POST /api/conversations/{id}/events`.
+    pub fn requests_to(&self, route: &str) -> Vec<Request> {
+        self.requests()
+            .into_iter()
+            .filter(|request| request.is(route))
+            .collect()
+    }
+
+    /// The commands so far, in order.
+    pub fn commands(&self) -> Vec<String> {
+        let started = self.requests_to("POST /api/bash/start_bash_command");
+        started
+            .iter()
+            .filter_map(|request| request.json()["command"].as_str().map(str::to_owned))
+            .collect()
+    }
+
+    /// The conversations there are, oldest first.
+    pub fn conversations(&self) -> Vec<Conversation> {
+        self.state().conversations.clone()
+    }
+
+    /// The messages an agent would have got, in order: the initial one once per creation, then
+    /// those posted as events. Outlives the conversation's deletion.
+    pub fn messages_delivered(&self, id: Uuid) -> Vec<Value> {
+        self.state().delivered.get(&id).cloned().unwrap_or_default()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("the stand-in's state")
+    }
+}
+
+impl Drop for StandInAgent {
+    fn drop(&mut self) {
+        // A running command holds the state it reports to: nothing else would end it.
+        self.state().commands.abort_all();
+    }
+}
+
+impl State {
+    fn conversation(&mut self, id: Uuid) -> Option<&mut Conversation> {
+        self.conversations
+            .iter_mut()
+            .find(|conversation| conversation.id == id)
+    }
+
+    fn deliver(&mut self, id: Uuid, message: Value) {
+        self.delivered.entry(id).or_default().push(message);
+        if let Some(conversation) = self.conversation(id) {
+            conversation.last_message = Some(Uuid::new_v4());
+            conversation.updated_at = now();
+            conversation.execution_status = "finished".to_owned();
+        }
+    }
+
+    /// Below the root, so that a test's mistake stays in the test's folder.
+    fn holds(&self, path: &Path) -> bool {
+        path.starts_with(&self.root) && !path.components().any(|part| part.as_os_str() == "..")
+    }
+
+    fn add_bash_event(&mut self, kind: &str, command: Option<Uuid>, mut fields: Value) -> Value {
+        let (id, time) = (Uuid::new_v4(), now());
+        let parent = command
+            .map(|command| format!("{}_", command.simple()))
+            .unwrap_or_default();
+        fields["id"] = json!(id.simple().to_string());
+        fields["timestamp"] = json!(text(time));
+        fields["kind"] = json!(kind);
+        self.bash_events.push(BashEvent {
+            name: format!(
+                "{}_{kind}_{parent}{}",
+                time.strftime("%Y%m%d%H%M%S"),
+                id.simple()
+            ),
+            command: command.or(Some(id)),
+            body: fields.clone(),
+        });
+        fields
+    }
+}
+
+fn now() -> jiff::Timestamp {
+    jiff::Timestamp::now()
+}
+
+fn text(time: jiff::Timestamp) -> String {
+    format!("{time:.6}")
+}
+
+async fn answer(request: Request, state: Arc<Mutex<State>>) -> Result<Response, Cut> {
+    let fault = {
+        let mut state = state.lock().expect("the stand-in's state");
+        if !state.alive {
+            return Err(Cut);
+        }
+        state.requests.push(request.clone());
+        let mut fault = None;
+        // All of them count the request, also those that come too late for it.
+        for injected in &mut state.faults {
+            if injected.strikes(&request) && fault.is_none() {
+                fault = Some(injected.fault.kind.clone());
+            }
+        }
+        fault
+    };
+    let status = |code: u16| StatusCode::from_u16(code).expect("a status code");
+    match fault {
+        None => Ok(handle(&request, &state)),
+        Some(Kind::Slow(delay)) => {
+            tokio::time::sleep(delay).await;
+            Ok(handle(&request, &state))
+        }
+        Some(Kind::SlowReply(delay)) => {
+            let response = handle(&request, &state);
+            tokio::time::sleep(delay).await;
+            Ok(response)
+        }
+        Some(Kind::Status(code, body)) => Ok(server::raw(status(code), "application/json", body)),
+        Some(Kind::StatusAfter(code, body)) => {
+            handle(&request, &state);
+            Ok(server::raw(status(code), "application/json", body))
+        }
+        Some(Kind::CutBefore) => Err(Cut),
+        Some(Kind::CutAfter) => Ok(server::cut_in_half(handle(&request, &state)).await),
+        Some(Kind::Garbage) => {
+            handle(&request, &state);
+            Ok(server::raw(
+                StatusCode::OK,
+                "application/json",
+                "<html>not what you asked for",
+            ))
+        }
+        Some(Kind::Hang) => server::hang().await,
+    }
+}
+
+/// An error of the real server's own making.
+fn detail(status: StatusCode, detail: &str) -> Response {
+    server::json(status, &json!({"detail": detail}))
+}
+
+/// Refused by validation.
+fn invalid(loc: &[&str], kind: &str, message: &str) -> Response {
+    let error = json!({"type": kind, "loc": loc, "msg": message, "input": null});
+    server::json(
+        StatusCode::UNPROCESSABLE_ENTITY,
+        &json!({"detail": [error]}),
+    )
+}
+
+fn missing(loc: &[&str]) -> Response {
+    invalid(loc, "missing", "Field required")
+}
+
+fn broken(what: &str) -> Response {
+    let body = json!({"detail": "Internal Server Error", "exception": what});
+    server::json(StatusCode::INTERNAL_SERVER_ERROR, &body)
+}
+
+fn ok(body: &Value) -> Response {
+    server::json(StatusCode::OK, body)
+}
+
+fn success(success: bool) -> Response {
+    ok(&json!({"success": success}))
+}
+
+fn handle(request: &Request, shared: &Arc<Mutex<State>>) -> Response {
+    let mut guard = shared.lock().expect("the stand-in's state");
+    let state = &mut *guard;
+    let segments = request.segments();
+    let get = request.method == Method::GET;
+    match segments[..] {
+        ["alive"] if get => return ok(&json!({"status": "ok"})),
+        ["health"] if get => return ok(&json!("OK")),
+        ["ready"] if get => return ok(&json!({"status": "ready"})),
+        ["server_info"] if get => return server_info(state),
+        ["api", ..] => {}
+        _ => return detail(StatusCode::NOT_FOUND, "Not Found"),
+    }
+    if request.header("x-session-api-key") != Some(&state.session_key) {
+        return detail(StatusCode::UNAUTHORIZED, "Unauthorized");
+    }
+    let body = request.json();
+    match (request.method.as_str(), &segments[1..]) {
+        ("POST", ["bash", "start_bash_command"]) => start_command(&body, state, shared),
+        ("GET", ["bash", "bash_events", "search"]) => search_bash_events(request, state),
+        ("POST", ["file", "upload"]) => upload(request, state),
+        ("GET", ["file", "download"]) => download(request, state),
+        ("POST", ["skills"]) => skills(state),
+        ("POST", ["hooks"]) => hooks(&body, state),
+        ("POST", ["conversations"]) => start_conversation(body, state),
+        ("GET", ["conversations"]) => conversations(request, state),
+        ("GET", ["conversations", "count"]) => ok(&json!(state.conversations.len())),
+        (method, ["conversations", id, rest @ ..]) => {
+            let Ok(id) = Uuid::parse_str(id) else {
+                return invalid(
+                    &["path", "conversation_id"],
+                    "uuid_parsing",
+                    "Input should be a valid UUID",
+                );
+            };
+            conversation(method, id, rest, body, state)
+        }
+        _ => detail(StatusCode::NOT_FOUND, "Not Found"),
+    }
+}
+
+fn server_info(state: &State) -> Response {
+    ok(&json!({
+        "uptime": state.started.elapsed().as_secs() as f64,
+        "idle_time": 0.0,
+        "title": "OpenHands Agent Server",
+        "version": "1.15.0",
+        "sdk_version": "1.15.0",
+        "tools_version": "1.15.0",
+        "workspace_version": "1.15.0",
+        "build_git_sha": "unknown",
+        "build_git_ref": "unknown",
+        "python_version": "3.12.0",
+        "docs": "/docs",
+        "redoc": "/redoc",
+    }))
+}
+
+// Commands
+
+/// Longer output is handed over in pieces of this size.
+const PIECE: usize = 1024 * 1024;
+
+fn start_command(body: &Value, state: &mut State, shared: &Arc<Mutex<State>>) -> Response {
+    let Some(command) = body["command"].as_str().map(str::to_owned) else {
+        return missing(&["body", "command"]);
+    };
+    let timeout = body["timeout"].as_u64().unwrap_or(300);
+    let cwd = body["cwd"].as_str().map(PathBuf::from);
+    let event = state.add_bash_event(
+        "BashCommand",
+        None,
+        json!({"command": command, "cwd": cwd, "timeout": timeout, "id": null, "timestamp": null, "kind": null}),
+    );
+    let id = Uuid::parse_str(event["id"].as_str().expect("an event's id")).expect("an event's id");
+    let started = start_shell(&command, cwd.as_deref(), state);
+    let shared = Arc::clone(shared);
+    state.commands.spawn(async move {
+        let output = Arc::new(Mutex::new(Output {
+            id,
+            order: 0,
+            shared,
+        }));
+        match started {
+            Ok(shell) => shell.run(Duration::from_secs(timeout), output).await,
+            Err(error) => {
+                let text = format!("Error executing command: {error}");
+                output
+                    .lock()
+                    .expect("the output")
+                    .add(Some(-1), None, Some(text));
+            }
+        }
+    });
+    ok(&event)
+}
+
+fn start_shell(command: &str, cwd: Option<&Path>, state: &State) -> Result<Shell, String> {
+    let cwd = cwd.unwrap_or(&state.root);
+    if !state.holds(cwd) {
+        return Err(format!(
+            "'{}' is outside of the stand-in's folder",
+            cwd.display()
+        ));
+    }
+    let child = Command::new("/bin/sh")
+        .args(["-c", command])
+        .current_dir(cwd)
+        .env("HOME", state.root.join("home"))
+        .env_remove("XDG_CONFIG_HOME")
+        .env("GIT_CONFIG_NOSYSTEM", "1")
+        // A sandbox has no terminal to ask on.
+        .env("GIT_TERMINAL_PROMPT", "0")
+        .env_remove("GIT_ASKPASS")
+        .env_remove("SSH_ASKPASS")
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => {
+                format!("[Errno 2] No such file or directory: '{}'", cwd.display())
+            }
+            _ => error.to_string(),
+        })?;
+    Ok(Shell { child, done: false })
+}
+
+/// A running command. Dropping it kills it and what it started, unless it has ended by itself.
+struct Shell {
+    child: tokio::process::Child,
+    done: bool,
+}
+
+impl Shell {
+    async fn run(mut self, timeout: Duration, output: Arc<Mutex<Output>>) {
+        let stdout = self.child.stdout.take().expect("the command's stdout");
+        let stderr = self.child.stderr.take().expect("the command's stderr");
+        let rest = Arc::new(Mutex::new([String::new(), String::new()]));
+        let ended = tokio::time::timeout(timeout, async {
+            let streams = async {
+                tokio::join!(
+                    read(stdout, 0, Arc::clone(&rest), Arc::clone(&output)),
+                    read(stderr, 1, Arc::clone(&rest), Arc::clone(&output)),
+                )
+            };
+            tokio::join!(streams, self.child.wait()).1
+        })
+        .await;
+        let exit_code = match ended {
+            Ok(status) => {
+                use std::os::unix::process::ExitStatusExt;
+                self.done = true;
+                let status = status.expect("the command's exit status");
+                status
+                    .code()
+                    .or(status.signal().map(|signal| -signal))
+                    .unwrap_or(-1)
+            }
+            Err(_) => -1,
+        };
+        drop(self);
+        let [stdout, stderr] = std::mem::take(&mut *rest.lock().expect("the output's rest"));
+        let some = |text: String| (!text.is_empty()).then_some(text);
+        output
+            .lock()
+            .expect("the output")
+            .add(Some(exit_code), some(stdout), some(stderr));
+    }
+}
+
+impl Drop for Shell {
+    fn drop(&mut self) {
+        if !self.done
+            && let Some(id) = self.child.id()
+            && let Some(group) = rustix::process::Pid::from_raw(id.cast_signed())
+        {
+            // Gone already is as good.
+            let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+        }
+    }
+}
+
+/// Where a command's output goes.
+struct Output {
+    id: Uuid,
+    order: u64,
+    shared: Arc<Mutex<State>>,
+}
+
+impl Output {
+    fn add(&mut self, exit_code: Option<i32>, stdout: Option<String>, stderr: Option<String>) {
+        let fields = json!({
+            "id": null,
+            "timestamp": null,
+            "command_id": self.id.simple().to_string(),
+            "order": self.order,
+            "exit_code": exit_code,
+            "stdout": stdout,
+            "stderr": stderr,
+            "kind": null,
+        });
+        self.order += 1;
+        let mut state = self.shared.lock().expect("the stand-in's state");
+        state.add_bash_event("BashOutput", Some(self.id), fields);
+    }
+}
+
+/// Reads stdout (0) or stderr (1) to its end; what makes no whole piece stays in `rest`.
+async fn read(
+    mut stream: impl AsyncRead + Unpin,
+    which: usize,
+    rest: Arc<Mutex<[String; 2]>>,
+    output: Arc<Mutex<Output>>,
+) {
+    let mut bytes = [0; 8192];
+    while let Ok(read @ 1..) = stream.read(&mut bytes).await {
+        let mut rest = rest.lock().expect("the output's rest");
+        rest[which].push_str(&String::from_utf8_lossy(&bytes[..read]));
+        while rest[which].len() > PIECE {
+            let at = rest[which].floor_char_boundary(PIECE);
+            let later = rest[which].split_off(at);
+            let piece = Some(std::mem::replace(&mut rest[which], later));
+            let (stdout, stderr) = if which == 0 {
+                (piece, None)
+            } else {
+                (None, piece)
+            };
+            output.lock().expect("the output").add(None, stdout, stderr);
+        }
+    }
+}
+
+fn search_bash_events(request: &Request, state: &State) -> Response {
+    let kind = request.query_value("kind__eq");
+    let command = request
+        .query_value("command_id__eq")
+        .map(|id| Uuid::parse_str(&id));
+    let after = request
+        .query_value("order__gt")
+        .and_then(|order| order.parse::<i64>().ok());
+    let limit = request
+        .query_value("limit")
+        .and_then(|limit| limit.parse().ok())
+        .unwrap_or(100);
+    let Ok(command) = command.transpose() else {
+        return invalid(
+            &["query", "command_id__eq"],
+            "uuid_parsing",
+            "Input should be a valid UUID",
+        );
+    };
+    let mut events: Vec<&BashEvent> = state.bash_events.iter().collect();
+    events.retain(|event| kind.is_none() || event.body["kind"].as_str() == kind.as_deref());
+    events.retain(|event| command.is_none() || event.command == command);
+    events.sort_by(|a, b| a.name.cmp(&b.name));
+    if request.query_value("sort_order").as_deref() == Some("TIMESTAMP_DESC") {
+        events.reverse();
+    }
+    let page = request.query_value("page_id");
+    let start = events
+        .iter()
+        .position(|event| Some(&event.name) == page.as_ref())
+        .unwrap_or(0);
+    let next = events.get(start + limit).map(|event| event.name.clone());
+    // The real server drops what is too old from the page, not from the search.
+    let items: Vec<&Value> = events[start..]
+        .iter()
+        .take(limit)
+        .map(|event| &event.body)
+        .filter(|event| {
+            after.is_none_or(|after| event["order"].as_i64().is_none_or(|order| order > after))
+        })
+        .collect();
+    ok(&json!({"items": items, "next_page_id": next}))
+}
+
+// Files
+
+/// The query's `path`, or the answer if it is none to use.
+fn path_of(request: &Request, state: &State) -> Result<PathBuf, Box<Response>> {
+    let path = request
+        .query_value("path")
+        .ok_or_else(|| Box::new(missing(&["query", "path"])))?;
+    let path = PathBuf::from(path);
+    if !path.is_absolute() {
+        return Err(Box::new(detail(
+            StatusCode::BAD_REQUEST,
+            "Path must be absolute",
+        )));
+    }
+    match state.holds(&path) {
+        true => Ok(path),
+        false => {
+            let refused = format!(
+                "500: '{}' is outside of the stand-in's folder",
+                path.display()
+            );
+            Err(Box::new(broken(&refused)))
+        }
+    }
+}
+
+fn upload(request: &Request, state: &State) -> Response {
+    let Some(content) = multipart_field(request, "file") else {
+        return missing(&["body", "file"]);
+    };
+    let path = match path_of(request, state) {
+        Ok(path) => path,
+        Err(refusal) => return *refusal,
+    };
+    let written = std::fs::create_dir_all(path.parent().unwrap_or(&path))
+        .and_then(|()| std::fs::write(&path, content));
+    match written {
+        Ok(()) => success(true),
+        Err(error) => broken(&format!("500: Failed to upload file: {error}")),
+    }
+}
+
+fn download(request: &Request, state: &State) -> Response {
+    let path = match path_of(request, state) {
+        Ok(path) => path,
+        Err(refusal) => return *refusal,
+    };
+    if !path.exists() {
+        return detail(StatusCode::NOT_FOUND, "File not found");
+    }
+    if !path.is_file() {
+        return detail(StatusCode::BAD_REQUEST, "Path is not a file");
+    }
+    match std::fs::read(&path) {
+        Ok(content) => {
+            let mut response = server::raw(StatusCode::OK, "application/octet-stream", content);
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if let Ok(value) = format!("attachment; filename=\"{name}\"").parse() {
+                response.headers_mut().insert("content-disposition", value);
+            }
+            response
+        }
+        Err(error) => broken(&error.to_string()),
+    }
+}
+
+/// The content of a field of a `multipart/form-data` body, if the field is a file.
+fn multipart_field<'a>(request: &'a Request, field: &str) -> Option<&'a [u8]> {
+    let content_type = request.header("content-type")?;
+    let boundary = content_type
+        .strip_prefix("multipart/form-data")?
+        .split("boundary=")
+        .nth(1)?;
+    let delimiter = format!("\r\n--{}", boundary.split(';').next()?.trim_matches('"'));
+    let body = &request.body[..];
+    // The first delimiter stands at the very start, without its line break.
+    let mut at = find(body, &delimiter.as_bytes()[2..])? + delimiter.len() - 2;
+    loop {
+        let part = body.get(at..)?.strip_prefix(b"\r\n")?;
+        let head_end = find(part, b"\r\n\r\n")?;
+        let head = String::from_utf8_lossy(&part[..head_end]).to_ascii_lowercase();
+        let content = &part[head_end + 4..];
+        let length = find(content, delimiter.as_bytes())?;
+        if head.contains(&format!("name=\"{field}\"")) && head.contains("filename") {
+            return Some(&content[..length]);
+        }
+        at = body.len() - content.len() + length + delimiter.len();
+    }
+}
+
+fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
+    haystack
+        .windows(needle.len())
+        .position(|window| window == needle)
+}
+
+// Skills and hooks
+
+fn skills(state: &State) -> Response {
+    let count = state.skills.as_array().map_or(0, Vec::len);
+    let sources = json!({"sandbox": 0, "sdk_base": 0, "org": 0, "project": count});
+    ok(&json!({"skills": state.skills, "sources": sources}))
+}
+
+const HOOK_EVENTS: [(&str, &str); 6] = [
+    ("pre_tool_use", "PreToolUse"),
+    ("post_tool_use", "PostToolUse"),
+    ("user_prompt_submit", "UserPromptSubmit"),
+    ("session_start", "SessionStart"),
+    ("session_end", "SessionEnd"),
+    ("stop", "Stop"),
+];
+
+fn hooks(body: &Value, state: &State) -> Response {
+    let hook_config = state.hooks.clone().or_else(|| {
+        let file = Path::new(body["project_dir"].as_str()?).join(".openhands/hooks.json");
+        let read = state.holds(&file).then(|| std::fs::read(file).ok())??;
+        hook_config(serde_json::from_slice(&read).ok()?)
+    });
+    ok(&json!({"hook_config": hook_config}))
+}
+
+/// A `hooks.json` with its defaults filled in; none if it is invalid or empty.
+fn hook_config(mut file: Value) -> Option<Value> {
+    if let Some(wrapped) = file.get_mut("hooks") {
+        file = wrapped.take();
+    }
+    let mut given = Map::new();
+    for (key, matchers) in file.as_object()? {
+        let (field, _) = HOOK_EVENTS
+            .iter()
+            .find(|(field, event)| key == field || key == event)?;
+        let matchers: Option<Vec<Value>> = matchers.as_array()?.iter().map(hook_matcher).collect();
+        if given
+            .insert((*field).to_owned(), json!(matchers?))
+            .is_some()
+        {
+            return None;
+        }
+    }
+    let config: Map<String, Value> = HOOK_EVENTS
+        .iter()
+        .map(|(field, _)| {
+            (
+                (*field).to_owned(),
+                given.remove(*field).unwrap_or_else(|| json!([])),
+            )
+        })
+        .collect();
+    config
+        .values()
+        .any(|matchers| *matchers != json!([]))
+        .then_some(Value::Object(config))
+}
+
+fn hook_matcher(matcher: &Value) -> Option<Value> {
+    let hooks = matcher
+        .get("hooks")
+        .map_or(Some(&[][..]), |hooks| hooks.as_array().map(Vec::as_slice))?;
+    let hooks: Option<Vec<Value>> = hooks
+        .iter()
+        .map(|hook| {
+            Some(json!({
+                "type": hook.get("type").unwrap_or(&json!("command")),
+                "command": hook.get("command")?,
+                "timeout": hook.get("timeout").unwrap_or(&json!(60)),
+                "async": hook.get("async").or(hook.get("async_")).unwrap_or(&json!(false)),
+            }))
+        })
+        .collect();
+    Some(json!({"matcher": matcher.get("matcher").unwrap_or(&json!("*")), "hooks": hooks?}))
+}
+
+// Conversations
+
+fn start_conversation(body: Value, state: &mut State) -> Response {
+    for field in ["workspace", "agent"] {
+        if !body[field].is_object() {
+            return missing(&["body", field]);
+        }
+    }
+    let id = match &body["conversation_id"] {
+        Value::Null => Uuid::new_v4(),
+        id => match id.as_str().map(Uuid::parse_str) {
+            Some(Ok(id)) => id,
+            _ => {
+                return invalid(
+                    &["body", "conversation_id"],
+                    "uuid_parsing",
+                    "Input should be a valid UUID",
+                );
+            }
+        },
+    };
+    if let Some(conversation) = state.conversation(id) {
+        conversation.posts += 1;
+        return ok(&conversation.info());
+    }
+    let (time, message) = (now(), body["initial_message"].clone());
+    state.conversations.push(Conversation {
+        id,
+        body,
+        posts: 1,
+        title: None,
+        execution_status: "idle".to_owned(),
+        security_analyzer: Value::Null,
+        created_at: time,
+        updated_at: time,
+        last_message: None,
+    });
+    if message.is_object() {
+        state.deliver(id, message);
+    }
+    let mut info = state.conversation(id).expect("just added").info();
+    // The agent has hardly begun.
+    info["execution_status"] = json!("idle");
+    server::json(StatusCode::CREATED, &info)
+}
+
+fn conversations(request: &Request, state: &mut State) -> Response {
+    let ids = request.query_values("ids");
+    if ids.is_empty() {
+        return missing(&["query", "ids"]);
+    }
+    let infos: Result<Vec<Value>, _> = ids
+        .iter()
+        .map(|id| {
+            Ok(state
+                .conversation(Uuid::parse_str(id)?)
+                .map_or(Value::Null, |found| found.info()))
+        })
+        .collect();
+    match infos {
+        Err(uuid::Error { .. }) => invalid(
+            &["query", "ids"],
+            "uuid_parsing",
+            "Input should be a valid UUID",
+        ),
+        Ok(infos) if infos.len() >= 100 => broken(""),
+        Ok(infos) => ok(&json!(infos)),
+    }
+}
+
+fn conversation(method: &str, id: Uuid, rest: &[&str], body: Value, state: &mut State) -> Response {
+    let found = state.conversation(id);
+    match (method, rest, found) {
+        ("GET", [], Some(conversation)) => ok(&conversation.info()),
+        ("DELETE", [], Some(_)) => {
+            state
+                .conversations
+                .retain(|conversation| conversation.id != id);
+            success(true)
+        }
+        ("DELETE", [], None) => detail(StatusCode::BAD_REQUEST, "Bad Request"),
+        ("PATCH", [], found) => match body["title"].as_str() {
+            None => missing(&["body", "title"]),
+            Some("") => invalid(
+                &["body", "title"],
+                "string_too_short",
+                "String should have at least 1 character",
+            ),
+            Some(title) if title.chars().count() > 200 => invalid(
+                &["body", "title"],
+                "string_too_long",
+                "String should have at most 200 characters",
+            ),
+            Some(title) => {
+                let there = found.is_some();
+                if let Some(conversation) = found {
+                    conversation.title = Some(title.trim().to_owned());
+                    conversation.updated_at = now();
+                }
+                success(there)
+            }
+        },
+        ("POST", ["events"], Some(_)) => {
+            let roles = ["user", "system", "assistant", "tool"];
+            if body
+                .get("role")
+                .is_some_and(|role| !roles.iter().any(|known| role == known))
+            {
+                return invalid(
+                    &["body", "role"],
+                    "literal_error",
+                    "Input should be a known role",
+                );
+            }
+            state.deliver(id, body);
+            success(true)
+        }
+        ("POST", ["events"], None) => detail(
+            StatusCode::NOT_FOUND,
+            &format!("Conversation not found: {}", id.hyphenated()),
+        ),
+        ("POST", ["security_analyzer"], Some(conversation)) => {
+            match body.get("security_analyzer") {
+                None => missing(&["body", "security_analyzer"]),
+                Some(analyzer) => {
+                    conversation.security_analyzer = analyzer.clone();
+                    success(true)
+                }
+            }
+        }
+        _ => detail(StatusCode::NOT_FOUND, "Not Found"),
+    }
+}
+
+impl Conversation {
+    /// As the agent server tells of it: what it was created with, the secrets taken out.
+    fn info(&self) -> Value {
+        let body = &self.body;
+        let or = |field: &str, default: Value| match &body[field] {
+            Value::Null => default,
+            given => given.clone(),
+        };
+        let mut agent = body["agent"].clone();
+        let mut usage_to_metrics = Map::new();
+        for llm in ["/llm", "/condenser/llm"] {
+            let Some(llm) = agent.pointer_mut(llm).filter(|llm| llm.is_object()) else {
+                continue;
+            };
+            llm["api_key"] = Value::Null;
+            let usage = llm["usage_id"].as_str().unwrap_or("default").to_owned();
+            usage_to_metrics.insert(usage, no_metrics(&llm["model"]));
+        }
+        let mut secrets = or("secrets", json!({}));
+        for secret in secrets
+            .as_object_mut()
+            .into_iter()
+            .flat_map(|secrets| secrets.values_mut())
+        {
+            if secret["kind"] == "StaticSecret" {
+                secret["value"] = Value::Null;
+            }
+        }
+        json!({
+            "id": self.id.hyphenated().to_string(),
+            "workspace": body["workspace"],
+            "persistence_dir": format!("workspace/conversations/{}", self.id.simple()),
+            "max_iterations": or("max_iterations", json!(500)),
+            "stuck_detection": or("stuck_detection", json!(true)),
+            "execution_status": self.execution_status,
+            "confirmation_policy": or("confirmation_policy", json!({"kind": "NeverConfirm"})),
+            "security_analyzer": self.security_analyzer,
+            "activated_knowledge_skills": [],
+            "blocked_actions": {},
+            "blocked_messages": {},
+            "last_user_message_id": self.last_message.map(|id| id.hyphenated().to_string()),
+            "stats": {"usage_to_metrics": usage_to_metrics},
+            "secret_registry": {"secret_sources": secrets},
+            "agent_state": {},
+            "hook_config": body["hook_config"],
+            "title": self.title,
+            "metrics": null,
+            "created_at": text(self.created_at),
+            "updated_at": text(self.updated_at),
+            "agent": agent,
+        })
+    }
+}
+
+fn no_metrics(model: &Value) -> Value {
+    json!({
+        "model_name": model,
+        "accumulated_cost": 0.0,
+        "max_budget_per_task": null,
+        "accumulated_token_usage": {
+            "model": model,
+            "prompt_tokens": 0,
+            "completion_tokens": 0,
+            "cache_read_tokens": 0,
+            "cache_write_tokens": 0,
+            "reasoning_tokens": 0,
+            "context_window": 0,
+            "per_turn_token": 0,
+            "response_id": "",
+        },
+        "costs": [],
+        "response_latencies": [],
+        "token_usages": [],
+    })
+}
+
+/// Whether a file of the sandbox can be executed.
+pub fn is_executable(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|file| file.permissions().mode() & 0o111 != 0)
+}

@@ -1,0 +1,49 @@
+//! Waiting without guessing how long.
+
+use std::panic::Location;
+use std::time::{Duration, Instant};
+
+/// Asks `condition` every 20 ms until it holds. Panics with `what`, at the caller's line, once
+/// `timeout` has passed.
+#[track_caller]
+pub fn wait_until<F>(what: &str, timeout: Duration, mut condition: F) -> impl Future<Output = ()>
+where
+    F: AsyncFnMut() -> bool,
+{
+    let caller = Location::caller();
+    async move {
+        let found = poll(timeout, async || condition().await.then_some(())).await;
+        assert!(
+            found.is_some(),
+            "{caller}: still not so after {timeout:?}: {what}"
+        );
+    }
+}
+
+/// As [`wait_until`], for a condition that yields something: returns the first `Some`.
+#[track_caller]
+pub fn wait_for<T, F>(what: &str, timeout: Duration, probe: F) -> impl Future<Output = T>
+where
+    F: AsyncFnMut() -> Option<T>,
+{
+    let caller = Location::caller();
+    async move {
+        match poll(timeout, probe).await {
+            Some(value) => value,
+            None => panic!("{caller}: still missing after {timeout:?}: {what}"),
+        }
+    }
+}
+
+async fn poll<T>(timeout: Duration, mut probe: impl AsyncFnMut() -> Option<T>) -> Option<T> {
+    let started = Instant::now();
+    loop {
+        if let Some(value) = probe().await {
+            return Some(value);
+        }
+        if started.elapsed() >= timeout {
+            return None;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
