@@ -10,14 +10,11 @@ use shared::conversation::store::ConversationStore;
 use shared::error::Error;
 use shared::sandbox;
 use shared::sandbox::store::SandboxStore;
-use shared::start::queue::{Job, StartQueue};
+use shared::start::queue::{DEAD_LETTER_SUFFIX, Job, StartQueue};
 use shared::start::saga::Saga;
 use shared::start::store::StartTaskStore;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
-
-/// The end of a dead-letter queue's name, by which its messages are told from those of the queue.
-pub const DEAD_LETTER_SUFFIX: &str = "-dead-letters";
 
 /// What this function may touch: everything that a start touches.
 #[derive(Clone, Debug)]

@@ -1,0 +1,9 @@
+//! The whole product in one process: every function's router on one port, on embedded engines, with the queue polled
+//! into the worker and agent servers as processes of this machine.
+
+pub mod agent_server;
+pub mod edge;
+pub mod engines;
+pub mod options;
+pub mod server;
+pub mod worker;

@@ -11,6 +11,7 @@ use aws_sdk_dynamodb::types::{
 use aws_sdk_sqs::types::QueueAttributeName;
 use shared::aws::Aws;
 use shared::config::Names;
+use shared::start::queue::DEAD_LETTER_SUFFIX;
 use shared::{conversation, sandbox, start};
 
 /// What an index holds of its rows beside the keys.
@@ -110,9 +111,6 @@ pub const WORKER_TIMEOUT: Duration = Duration::from_secs(150);
 /// The queue of starts. Its dead-letter queue has the same name with `-dead-letters`.
 pub const START_QUEUE: Queue =
     Queue { name: "starts", visibility_timeout: WORKER_TIMEOUT.saturating_mul(6), max_receive_count: 5 };
-
-/// The end of dead-letter queues' names.
-pub const DEAD_LETTER_SUFFIX: &str = "-dead-letters";
 
 /// Something could not be made.
 #[derive(Debug, thiserror::Error)]

@@ -14,6 +14,9 @@ use crate::user::UserId;
 /// The version of messages that this code writes.
 const VERSION: u32 = 1;
 
+/// The end of a dead-letter queue's name, by which its messages are told from those of the queue.
+pub const DEAD_LETTER_SUFFIX: &str = "-dead-letters";
+
 /// What a worker is asked to do.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]

@@ -1,0 +1,77 @@
+//! What API Gateway does on AWS: who may call, from which pages, and whose request it is.
+
+use axum::Router;
+use axum::extract::Request;
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse as _, Response};
+use http::{HeaderValue, StatusCode, header};
+use secrecy::{ExposeSecret as _, SecretString};
+use shared::http::caller::Caller;
+use shared::http::response::{detail, with_common_answers};
+use shared::user::UserId;
+use shared::user::seal::hash;
+use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer};
+
+/// The header that holds the instance's key.
+const SESSION_API_KEY: &str = "x-session-api-key";
+
+/// Puts the edge around the functions' routers: the single user, the instance's key if there is one, CORS.
+pub fn around(functions: Router, key: Option<SecretString>, origins: Vec<String>) -> Router {
+    let guarded = functions.layer(middleware::from_fn(as_local_user)).route_layer(middleware::from_fn(
+        move |request: Request, next: Next| {
+            let refused = key.as_ref().is_some_and(|key| !carries(&request, key));
+            async move {
+                if refused { detail(StatusCode::UNAUTHORIZED).into_response() } else { next.run(request).await }
+            }
+        },
+    ));
+    with_common_answers(guarded).layer(cors(origins))
+}
+
+async fn as_local_user(mut request: Request, next: Next) -> Response {
+    request.extensions_mut().insert(Caller(UserId::local()));
+    next.run(request).await
+}
+
+/// Compares hashes, so that the time it takes tells nothing of the key.
+fn carries(request: &Request, key: &SecretString) -> bool {
+    let given = request.headers().get(SESSION_API_KEY).and_then(|value| value.to_str().ok());
+    given.is_some_and(|given| hash(given) == hash(key.expose_secret()))
+}
+
+/// Pages on this machine, and those that the operator names. Not every page of the web: this server runs agents with
+/// the user's keys for whoever may call it.
+fn cors(origins: Vec<String>) -> CorsLayer {
+    CorsLayer::new()
+        .allow_credentials(true)
+        .allow_methods(AllowMethods::mirror_request())
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers([header::CONTENT_DISPOSITION])
+        .allow_origin(AllowOrigin::predicate(move |origin: &HeaderValue, _| {
+            origin.to_str().is_ok_and(|origin| is_local(origin) || origins.iter().any(|allowed| allowed == origin))
+        }))
+}
+
+fn is_local(origin: &str) -> bool {
+    let Some((_, rest)) = origin.split_once("://") else { return false };
+    let host = match rest.rsplit_once(':') {
+        Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => host,
+        _ => rest,
+    };
+    matches!(host, "localhost" | "127.0.0.1" | "[::1]") || host.ends_with(".localhost")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_pages_of_this_machine_are_local() {
+        for origin in ["http://localhost", "http://localhost:3001", "https://127.0.0.1:8443", "http://[::1]:3000", "http://app.localhost:1"] {
+            assert!(is_local(origin), "{origin}");
+        }
+        for origin in ["http://example.org", "http://localhost.example.org", "null", "http://127.0.0.1.example.org:80", "file://"] {
+            assert!(!is_local(origin), "{origin}");
+        }
+    }
+}

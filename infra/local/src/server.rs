@@ -1,0 +1,346 @@
+//! The server: set-up, run, clean end.
+
+use std::fs;
+use std::io::{self, Write as _};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use http::StatusCode;
+use secrecy::SecretString;
+use serde_json::{Map, Value, json};
+use shared::aws::Aws;
+use shared::config::{self, Config, Names, ProcessSandboxConfig, SandboxConfig, StartConfig};
+use shared::sandbox::SandboxService as _;
+use shared::sandbox::process::ProcessSandboxes;
+use shared::sandbox::store::SandboxStore;
+use shared::user::UserId;
+use shared::user::seal::Sealer;
+use shared::user::settings::SettingsStore;
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+use crate::agent_server::{self, EnsureError, Terminal};
+use crate::engines::{EngineError, EnginePorts, Engines};
+use crate::options::{CommonOptions, SandboxKind};
+use crate::worker::{Worker, poll, sweep};
+use crate::edge;
+
+const PREFIX: &str = "openhands-";
+/// How long requests in flight may take to end.
+const GRACE: Duration = Duration::from_secs(3);
+/// Waiting in this process costs nothing, so starts are given back to the queue only when they take long.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Why the server did not start. Each one reads as a sentence.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// A file or folder.
+    #[error("{path} cannot be used: {source}", path = path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The port is taken.
+    #[error("Port {port} on 127.0.0.1 cannot be listened on: {source}. Choose another with --port.")]
+    Port {
+        /// Which.
+        port: u16,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The engines.
+    #[error(transparent)]
+    Engines(#[from] EngineError),
+    /// The tables.
+    #[error(transparent)]
+    Schema(#[from] schema::SchemaError),
+    /// The environment.
+    #[error(transparent)]
+    Config(#[from] config::ConfigError),
+    /// Anything of the domain.
+    #[error("{}", .0.context())]
+    Domain(#[from] shared::Error),
+}
+
+/// A running server.
+#[derive(Debug)]
+pub struct Server {
+    /// Where the API is served, or will be by others.
+    pub address: SocketAddr,
+    /// The configuration of the functions.
+    pub config: Config,
+    /// Clients of the embedded engines.
+    pub aws: Aws,
+    engines: Engines,
+    sealer: Sealer,
+    tasks: Vec<JoinHandle<()>>,
+    stop_serving: Option<(oneshot::Sender<()>, JoinHandle<()>)>,
+    readiness: Readiness,
+}
+
+/// What is still coming.
+#[derive(Clone, Debug, Default)]
+pub struct Readiness(Arc<Mutex<Map<String, Value>>>);
+
+impl Readiness {
+    fn set(&self, part: &str, state: impl Into<Value>) {
+        if let Ok(mut parts) = self.0.lock() {
+            parts.insert(part.to_owned(), state.into());
+        }
+    }
+
+    fn parts(&self) -> Map<String, Value> {
+        self.0.lock().map(|parts| parts.clone()).unwrap_or_default()
+    }
+
+    /// Whether everything works.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.parts().values().all(|state| state == "ready")
+    }
+}
+
+impl Server {
+    /// Starts everything. With `invoke_url`, the worker and the API are others' business: functions under
+    /// `cargo lambda watch`.
+    ///
+    /// # Errors
+    /// A sentence that says what is wrong.
+    pub async fn start(options: &CommonOptions, serve: bool, invoke_url: Option<String>) -> Result<Self, ServerError> {
+        let data = make_data_folder(&options.data)?;
+        let settings = settings(options)?;
+        let listener = if serve { Some(listen(options.port).await?) } else { None };
+        let port = listener.as_ref().and_then(|listener| listener.local_addr().ok()).map_or(options.port, |address| address.port());
+        let engines = Engines::start(&data, EnginePorts::default()).await?;
+        let aws = Aws::new(&engines.sdk_config().await);
+        let sealing_key_file = data.join("sealing-key");
+        let sealer = Sealer::from_file(&sealing_key_file).map_err(file_error(&sealing_key_file))?;
+        let mut names = Names::with_prefix(PREFIX);
+        let queues = schema::make_all(&aws, &names, PREFIX).await?;
+        names.start_queue_url.clone_from(&queues.starts);
+        let agent_server_folder = options.agent_server.clone().unwrap_or_else(|| data.join("agent-server"));
+        let config = Config {
+            start: start_config()?,
+            sandbox: match options.sandbox {
+                SandboxKind::None => SandboxConfig::None,
+                SandboxKind::Process => SandboxConfig::Process(ProcessSandboxConfig {
+                    folder: data.join("sandboxes"),
+                    python: data.join("agent-server-python"),
+                    webhook_base_url: format!("http://127.0.0.1:{port}/api/v1/webhooks"),
+                    allow_cors_origins: config::permitted_origins(),
+                }),
+            },
+            names,
+            sealing_key_file,
+            single_user: true,
+            live_status_budget: Duration::from_millis(1500),
+        };
+        let user = UserId::local();
+        if let Some(json) = settings {
+            SettingsStore::new(aws.dynamodb.clone(), config.names.users.clone(), sealer.clone()).put(&user, &json).await?;
+        }
+        let worker = match invoke_url {
+            Some(url) => Worker::At(reqwest::Client::new(), url),
+            None => Worker::Here(Arc::new(start_worker::Context::new(&config, &aws, &sealer)?)),
+        };
+        let readiness = Readiness::default();
+        let mut server = Self {
+            address: SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
+            config,
+            aws,
+            engines,
+            sealer,
+            tasks: Vec::new(),
+            stop_serving: None,
+            readiness: readiness.clone(),
+        };
+        if let Some(sandboxes) = server.process_sandboxes() {
+            take_over(&sandboxes, &user).await?;
+            readiness.set("agent_server", "being installed");
+        }
+        if let Some(listener) = listener {
+            server.serve(listener)?;
+        }
+        let (python, launcher) = (options.python.clone(), data.join("agent-server-python"));
+        let install = matches!(server.config.sandbox, SandboxConfig::Process(_));
+        let sqs = server.aws.sqs.clone();
+        server.tasks.push(tokio::spawn(async move {
+            if install && let Err(text) = install_agent_server(&agent_server_folder, python.as_deref(), &launcher).await {
+                // The API goes on: records can be read, and starts wait until the next run.
+                tracing::error!("{text}");
+                readiness.set("agent_server", format!("failed: {text}"));
+                return;
+            }
+            if install {
+                readiness.set("agent_server", "ready");
+            }
+            // Only now: a start that is polled earlier would fail for want of an agent server.
+            let starts = poll(sqs.clone(), queues.starts, worker.clone());
+            let dead_letters = poll(sqs, queues.dead_letters, worker.clone());
+            tokio::join!(starts, dead_letters, sweep(worker));
+        }));
+        Ok(server)
+    }
+
+    /// What is still coming.
+    #[must_use]
+    pub fn readiness(&self) -> &Readiness {
+        &self.readiness
+    }
+
+    /// The variables with which functions in other processes work on these engines.
+    #[must_use]
+    pub fn environment(&self) -> Vec<(String, String)> {
+        let mut variables = self.engines.environment();
+        variables.extend(self.config.to_env().into_iter().map(|(name, value)| (name.to_owned(), value)));
+        variables
+    }
+
+    /// Ends cleanly: no new requests, no more work on starts, sandboxes stopped so that they can be resumed, engines
+    /// closed.
+    pub async fn shutdown(mut self) {
+        if let Some((stop, mut served)) = self.stop_serving.take() {
+            // The receiver is gone if serving has ended by itself.
+            let _gone = stop.send(());
+            if tokio::time::timeout(GRACE, &mut served).await.is_err() {
+                served.abort();
+            }
+        }
+        for task in self.tasks.drain(..) {
+            task.abort();
+            // Cancelled is what it should be.
+            let _cancelled = task.await;
+        }
+        if let Some(sandboxes) = self.process_sandboxes()
+            && let Err(error) = sandboxes.stop_all(&UserId::local()).await
+        {
+            tracing::error!(error = %error.context(), "local.sandboxes_not_stopped");
+        }
+        self.engines.shutdown().await;
+    }
+
+    fn process_sandboxes(&self) -> Option<ProcessSandboxes> {
+        let SandboxConfig::Process(process) = &self.config.sandbox else { return None };
+        let store =
+            SandboxStore::new(self.aws.dynamodb.clone(), self.config.names.sandboxes.clone(), self.sealer.clone());
+        Some(ProcessSandboxes::new(process.clone(), store))
+    }
+
+    fn serve(&mut self, listener: TcpListener) -> Result<(), ServerError> {
+        let (config, aws, sealer) = (&self.config, &self.aws, &self.sealer);
+        let functions = Router::new()
+            .merge(conversations::router(conversations::Context::new(config, aws, sealer)?))
+            .merge(start::router(start::Context::new(config, aws, sealer)))
+            .merge(stream_start::router(stream_start::Context::new(config, aws, sealer)))
+            .merge(start_tasks::router(start_tasks::Context::new(config, aws, sealer)));
+        let key = config::text("SESSION_API_KEY").map(SecretString::from);
+        let health = Router::new()
+            .route("/alive", get(alive))
+            .route("/health", get(async || "OK"))
+            .route("/ready", get(ready))
+            .with_state(self.readiness.clone());
+        let router = edge::around(functions, key, config::permitted_origins()).merge(health);
+        let (stop, stopped) = oneshot::channel::<()>();
+        let served = tokio::spawn(async move {
+            let serving = axum::serve(listener, router).with_graceful_shutdown(async {
+                // Also when the sender is dropped: the server is gone then.
+                let _stop = stopped.await;
+            });
+            if let Err(error) = serving.await {
+                tracing::error!(%error, "local.serving_failed");
+            }
+        });
+        self.stop_serving = Some((stop, served));
+        Ok(())
+    }
+}
+
+async fn alive(State(readiness): State<Readiness>) -> Response {
+    if readiness.is_ready() {
+        return Json(json!({"status": "ok"})).into_response();
+    }
+    (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"status": "starting", "parts": readiness.parts()}))).into_response()
+}
+
+async fn ready(State(readiness): State<Readiness>) -> Response {
+    let status = if readiness.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(json!({"ready": readiness.is_ready(), "parts": readiness.parts()}))).into_response()
+}
+
+async fn listen(port: u16) -> Result<TcpListener, ServerError> {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await.map_err(|source| ServerError::Port { port, source })
+}
+
+/// The folder, absolute, and its owner's alone: it holds keys.
+fn make_data_folder(folder: &Path) -> Result<PathBuf, ServerError> {
+    let folder = std::path::absolute(folder).map_err(file_error(folder))?;
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder).map_err(file_error(&folder))?;
+    Ok(folder)
+}
+
+fn file_error(path: &Path) -> impl FnOnce(io::Error) -> ServerError {
+    move |source| ServerError::File { path: path.to_owned(), source }
+}
+
+fn start_config() -> Result<StartConfig, ServerError> {
+    let mut start = StartConfig::from_env()?;
+    if config::text("START_PATIENCE_MS").is_none() {
+        start.patience = PATIENCE;
+    }
+    Ok(start)
+}
+
+/// Settings from the file and, over them, the environment; `None` when there are neither: then what is stored stays.
+fn settings(options: &CommonOptions) -> Result<Option<SecretString>, ServerError> {
+    let mut settings = match &options.settings {
+        None => Map::new(),
+        Some(path) => {
+            let text = fs::read_to_string(path).map_err(file_error(path))?;
+            serde_json::from_str(&text)
+                .map_err(|error| file_error(path)(io::Error::new(io::ErrorKind::InvalidData, error)))?
+        }
+    };
+    for (variable, field) in [("LLM_MODEL", "llm_model"), ("LLM_API_KEY", "llm_api_key"), ("LLM_BASE_URL", "llm_base_url")] {
+        if let Some(value) = config::text(variable) {
+            settings.insert(field.to_owned(), value.into());
+        }
+    }
+    Ok((!settings.is_empty()).then(|| Value::Object(settings).to_string().into()))
+}
+
+/// Finds the agent servers of earlier runs by their records: the living are ours again, those without one are ended.
+async fn take_over(sandboxes: &ProcessSandboxes, user: &UserId) -> Result<(), ServerError> {
+    let orphans = sandboxes.end_orphans(user).await?;
+    if orphans > 0 {
+        tracing::warn!(orphans, "local.orphans_ended");
+    }
+    for sandbox in sandboxes.list(user).await? {
+        tracing::info!(sandbox = %sandbox.id, status = ?sandbox.status, "local.sandbox_found");
+    }
+    Ok(())
+}
+
+/// Installs the agent server if need be, and writes the launcher by which sandboxes find its Python.
+async fn install_agent_server(folder: &Path, python: Option<&Path>, launcher: &Path) -> Result<(), String> {
+    let agent_server = agent_server::ensure(folder, python, Terminal::new()).await.map_err(|error: EnsureError| error.to_string())?;
+    let written = || {
+        let temporary = launcher.with_extension("new");
+        let mut file = fs::File::create(&temporary)?;
+        let python = agent_server.python.display().to_string().replace('\'', r"'\''");
+        writeln!(file, "#!/bin/sh\nexec '{python}' \"$@\"")?;
+        file.set_permissions(fs::Permissions::from_mode(0o700))?;
+        file.sync_all()?;
+        fs::rename(&temporary, launcher)
+    };
+    written().map_err(|error| format!("{} cannot be written: {error}", launcher.display()))
+}

@@ -1,0 +1,136 @@
+//! What SQS, Lambda and the scheduler do on AWS: messages become invocations of the start worker, and a clock rings.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use aws_sdk_sqs::Client;
+use aws_sdk_sqs::types::Message;
+use serde_json::{Value, json};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::{MissedTickBehavior, interval, sleep};
+
+/// Invocations at a time.
+const CONCURRENCY: usize = 64;
+const LONG_POLL_SECONDS: i32 = 20;
+const AFTER_FAILED_POLL: Duration = Duration::from_secs(1);
+/// Every minute on AWS, where a sweep costs money.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Where the start worker is.
+#[derive(Clone, Debug)]
+pub enum Worker {
+    /// In this process.
+    Here(Arc<start_worker::Context>),
+    /// Behind the invocation API that `cargo lambda watch` serves at this address.
+    At(reqwest::Client, String),
+}
+
+impl Worker {
+    /// Invokes the worker; returns the ids of the messages that are to be delivered again.
+    async fn invoke(&self, event: Value) -> Result<Vec<String>, String> {
+        let failures = match self {
+            Self::Here(context) => {
+                let response = start_worker::handle(context, event).await.map_err(|error| error.context())?;
+                response.batch_item_failures.into_iter().map(|failure| failure.item_identifier).collect()
+            }
+            Self::At(http, url) => {
+                let url = format!("{}/2015-03-31/functions/start-worker/invocations", url.trim_end_matches('/'));
+                let answer = http.post(url).json(&event).send().await.map_err(|error| error.to_string())?;
+                let answer = answer.error_for_status().map_err(|error| error.to_string())?;
+                let response: Value = answer.json().await.map_err(|error| error.to_string())?;
+                let failures = response["batchItemFailures"].as_array().cloned().unwrap_or_default();
+                failures.iter().filter_map(|failure| failure["itemIdentifier"].as_str().map(ToOwned::to_owned)).collect()
+            }
+        };
+        Ok(failures)
+    }
+}
+
+/// Sweeps at once, for what an earlier run left unfinished, and then on schedule. Runs until it is dropped.
+pub async fn sweep(worker: Worker) {
+    let mut clock = interval(SWEEP_INTERVAL);
+    clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        clock.tick().await;
+        if let Err(error) = worker.invoke(json!({"source": "aws.scheduler"})).await {
+            tracing::warn!(%error, "local.sweep_failed");
+        }
+    }
+}
+
+/// Polls a queue into the worker. Runs until it is dropped; what is being handled then is dropped with it.
+pub async fn poll(sqs: Client, queue_url: String, worker: Worker) {
+    let permits = Arc::new(Semaphore::new(CONCURRENCY));
+    let mut running = JoinSet::new();
+    loop {
+        while let Some(done) = running.try_join_next() {
+            if let Err(error) = done {
+                tracing::error!(%error, "local.worker_panicked");
+            }
+        }
+        let Ok(permit) = permits.clone().acquire_owned().await else { return };
+        let received = sqs
+            .receive_message()
+            .queue_url(&queue_url)
+            .max_number_of_messages(1)
+            .wait_time_seconds(LONG_POLL_SECONDS)
+            .message_system_attribute_names(aws_sdk_sqs::types::MessageSystemAttributeName::All)
+            .send()
+            .await;
+        let message = match received {
+            Ok(received) => received.messages.unwrap_or_default().pop(),
+            Err(error) => {
+                tracing::warn!(error = %aws_sdk_sqs::error::DisplayErrorContext(&error), "local.poll_failed");
+                sleep(AFTER_FAILED_POLL).await;
+                None
+            }
+        };
+        let Some(message) = message else { continue };
+        let (sqs, queue_url, worker) = (sqs.clone(), queue_url.clone(), worker.clone());
+        running.spawn(async move {
+            handle(&sqs, &queue_url, &worker, message).await;
+            drop(permit);
+        });
+    }
+}
+
+async fn handle(sqs: &Client, queue_url: &str, worker: &Worker, message: Message) {
+    let event = json!({"Records": [record(queue_url, &message)]});
+    match worker.invoke(event).await {
+        Ok(failures) if failures.is_empty() => {
+            let receipt = message.receipt_handle.unwrap_or_default();
+            if let Err(error) = sqs.delete_message().queue_url(queue_url).receipt_handle(receipt).send().await {
+                // It will be delivered again, and find that there is nothing to do.
+                tracing::warn!(error = %aws_sdk_sqs::error::DisplayErrorContext(&error), "local.message_not_deleted");
+            }
+        }
+        // It stays, hidden, and is delivered again; the sweep is quicker.
+        Ok(_) => {}
+        Err(error) => tracing::warn!(%error, "local.worker_failed"),
+    }
+}
+
+/// A message as Lambda gets it.
+fn record(queue_url: &str, message: &Message) -> Value {
+    let queue = queue_url.rsplit('/').next().unwrap_or_default();
+    let attributes: HashMap<String, String> = message
+        .attributes
+        .iter()
+        .flatten()
+        .map(|(name, value)| (name.as_str().to_owned(), value.clone()))
+        .collect();
+    json!({
+        "messageId": message.message_id,
+        "receiptHandle": message.receipt_handle,
+        "body": message.body,
+        "attributes": attributes,
+        "messageAttributes": {},
+        "md5OfBody": message.md5_of_body,
+        "eventSource": "aws:sqs",
+        "eventSourceARN": format!("arn:aws:sqs:{}:000000000000:{queue}", crate::engines::REGION),
+        "awsRegion": crate::engines::REGION,
+    })
+}
+
