@@ -174,7 +174,10 @@ impl Config {
             }),
             "none" => SandboxConfig::None,
             other => {
-                return Err(ConfigError { name: "SANDBOX_KIND", problem: format!("`{other}` is not one of process, none") });
+                return Err(ConfigError {
+                    name: "SANDBOX_KIND",
+                    problem: format!("`{other}` is not one of process, none"),
+                });
             }
         };
         Ok(Self {
@@ -251,7 +254,9 @@ impl StartConfig {
 #[must_use]
 pub fn permitted_origins() -> Vec<String> {
     text("PERMITTED_CORS_ORIGINS")
-        .map(|list| list.split(',').map(|origin| origin.trim().to_owned()).filter(|origin| !origin.is_empty()).collect())
+        .map(|list| {
+            list.split(',').map(|origin| origin.trim().to_owned()).filter(|origin| !origin.is_empty()).collect()
+        })
         .unwrap_or_default()
 }
 
@@ -267,7 +272,9 @@ fn required(name: &'static str) -> Result<String, ConfigError> {
 
 fn parsed<T: FromStr>(name: &'static str) -> Result<Option<T>, ConfigError> {
     text(name)
-        .map(|value| value.trim().parse().map_err(|_| ConfigError { name, problem: format!("`{value}` is not a number") }))
+        .map(|value| {
+            value.trim().parse().map_err(|_| ConfigError { name, problem: format!("`{value}` is not a number") })
+        })
         .transpose()
 }
 

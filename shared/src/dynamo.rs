@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_dynamodb::types::{AttributeValue, KeysAndAttributes};
-use serde::de::DeserializeOwned;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result, StoreError};
 
@@ -39,7 +39,8 @@ pub fn to_item<T: Serialize>(record: &T) -> Result<Item> {
 /// # Errors
 /// [`Error::Internal`] when the item is not of that kind.
 pub fn from_item<T: DeserializeOwned>(item: Item) -> Result<T> {
-    serde_dynamo::from_item(item).map_err(|error| Error::internal(format!("an item does not read as its record: {error}")))
+    serde_dynamo::from_item(item)
+        .map_err(|error| Error::internal(format!("an item does not read as its record: {error}")))
 }
 
 /// Turns a failed AWS call into a [`StoreError`], keeping what is known of whether a write happened.
@@ -61,7 +62,10 @@ where
             SdkError::DispatchFailure(failure) => failure.is_user(),
             _ => false,
         };
-        let context = format!("{operation}: {}", aws_sdk_dynamodb::error::DisplayErrorContext(&error));
+        let context = match error.as_service_error() {
+            Some(service) => format!("{operation}: {code}: {}", service.message().unwrap_or_default()),
+            None => format!("{operation}: {}", aws_sdk_dynamodb::error::DisplayErrorContext(&error)),
+        };
         Error::Store(StoreError { operation, context, condition_failed, certainly_not_written })
     }
 }
@@ -76,7 +80,12 @@ pub fn is_condition_failure(error: &Error) -> bool {
 ///
 /// # Errors
 /// [`Error::Store`].
-pub async fn batch_get_items(dynamodb: &Client, table: &str, keys: Vec<Item>, operation: &'static str) -> Result<Vec<Item>> {
+pub async fn batch_get_items(
+    dynamodb: &Client,
+    table: &str,
+    keys: Vec<Item>,
+    operation: &'static str,
+) -> Result<Vec<Item>> {
     const ATTEMPTS: u32 = 8;
     let mut items = Vec::new();
     let mut left = keys;

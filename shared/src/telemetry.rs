@@ -16,7 +16,11 @@ pub enum LogFormat {
 /// A second call does nothing.
 pub fn init(format: LogFormat) {
     let level = std::env::var("RUST_LOG").or_else(|_| std::env::var("LOG_LEVEL")).unwrap_or_default();
-    let level = if level.is_empty() { "info,aws_config=warn,aws_smithy=warn,dynoxide=warn".to_owned() } else { level };
+    let level = if level.is_empty() {
+        "info,aws_config=warn,aws_smithy=warn,dynoxide=error,s3s=warn,s3s_fs=warn".to_owned()
+    } else {
+        level
+    };
     let builder = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(level))
         .with_writer(std::io::stderr)

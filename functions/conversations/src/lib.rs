@@ -42,7 +42,11 @@ impl Context {
         let store = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
         let http = AgentServer::http_client().map_err(Error::internal)?;
         Ok(Self {
-            conversations: ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone()),
+            conversations: ConversationStore::new(
+                aws.dynamodb.clone(),
+                names.conversations.clone(),
+                names.users.clone(),
+            ),
             live: LiveStatus::new(sandbox::service(&config.sandbox, store), http, config.live_status_budget),
         })
     }
@@ -71,7 +75,11 @@ async fn batch_get(
     context.batch_get(&user, &ids).await.map(Json)
 }
 
-async fn search(State(context): State<Context>, Caller(user): Caller, RawQuery(query): RawQuery) -> Result<Response, Error> {
+async fn search(
+    State(context): State<Context>,
+    Caller(user): Caller,
+    RawQuery(query): RawQuery,
+) -> Result<Response, Error> {
     let mut query = Query::parse(query.as_deref());
     let page = query.string("page_id");
     let limit = query.integer("limit", 100, Bounds::PAGE);
@@ -94,7 +102,8 @@ impl Context {
         known.dedup_by_key(|record| record.id);
         let mut shown = self.live.show(user, known).await?;
         let children =
-            try_join_all(shown.iter().map(|conversation| self.conversations.sub_conversations(user, conversation.id))).await?;
+            try_join_all(shown.iter().map(|conversation| self.conversations.sub_conversations(user, conversation.id)))
+                .await?;
         for (conversation, children) in shown.iter_mut().zip(children) {
             conversation.sub_conversation_ids = children;
         }

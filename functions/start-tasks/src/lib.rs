@@ -30,7 +30,9 @@ impl Context {
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
         let names = &config.names;
         let (dynamodb, s3) = (aws.dynamodb.clone(), aws.s3.clone());
-        Self { tasks: StartTaskStore::new(dynamodb, names.start_tasks.clone(), s3, names.bucket.clone(), sealer.clone()) }
+        Self {
+            tasks: StartTaskStore::new(dynamodb, names.start_tasks.clone(), s3, names.bucket.clone(), sealer.clone()),
+        }
     }
 }
 
@@ -52,13 +54,20 @@ async fn batch_get(
     let ids = query.uuids("ids");
     query.finish().map_err(Error::Invalid)?;
     if ids.len() > MAX_IDS {
-        return Err(Error::Refused(format!("Cannot request more than {MAX_IDS} start tasks at once, got {}", ids.len())));
+        return Err(Error::Refused(format!(
+            "Cannot request more than {MAX_IDS} start tasks at once, got {}",
+            ids.len()
+        )));
     }
     let records = context.tasks.batch_get(&user, &ids).await?;
     Ok(Json(records.iter().map(|record| record.as_ref().map(StartTaskRecord::show)).collect()))
 }
 
-async fn search(State(context): State<Context>, Caller(user): Caller, RawQuery(query): RawQuery) -> Result<Response, Error> {
+async fn search(
+    State(context): State<Context>,
+    Caller(user): Caller,
+    RawQuery(query): RawQuery,
+) -> Result<Response, Error> {
     let mut query = Query::parse(query.as_deref());
     let filter = filter(&mut query);
     let order: SortOrder = query.choice("sort_order").unwrap_or(SortOrder::CreatedAtDesc);
@@ -74,7 +83,11 @@ async fn search(State(context): State<Context>, Caller(user): Caller, RawQuery(q
     Ok(Json(json!({"items": items, "next_page_id": next})).into_response())
 }
 
-async fn count(State(context): State<Context>, Caller(user): Caller, RawQuery(query): RawQuery) -> Result<Json<u64>, Error> {
+async fn count(
+    State(context): State<Context>,
+    Caller(user): Caller,
+    RawQuery(query): RawQuery,
+) -> Result<Json<u64>, Error> {
     let mut query = Query::parse(query.as_deref());
     let filter = filter(&mut query);
     query.finish().map_err(Error::Invalid)?;

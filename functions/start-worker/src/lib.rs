@@ -72,7 +72,7 @@ pub async fn handle(context: &Context, event: Value) -> Result<SqsBatchResponse,
     let handled = event.records.iter().map(async |message| match handle_message(context, message).await {
         Ok(()) => None,
         Err(error) => {
-            tracing::error!(message = message.message_id, error = %error.context(), "start_worker.failed");
+            tracing::error!(message_id = message.message_id, error = %error.context(), "start_worker.failed");
             let mut failure = BatchItemFailure::default();
             failure.item_identifier = message.message_id.clone().unwrap_or_default();
             Some(failure)

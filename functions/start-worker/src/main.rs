@@ -10,6 +10,8 @@ async fn main() -> Result<(), lambda::Error> {
     let sealer = Sealer::from_file(&config.sealing_key_file)?;
     let context = start_worker::Context::new(&config, &aws, &sealer)?;
     let context = &context;
-    let handle = async |event: LambdaEvent<Value>| start_worker::handle(context, event.payload).await.map_err(lambda::Error::from);
+    let handle = async |event: LambdaEvent<Value>| {
+        start_worker::handle(context, event.payload).await.map_err(lambda::Error::from)
+    };
     lambda_runtime::run(service_fn(handle)).await
 }

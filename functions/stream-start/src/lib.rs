@@ -84,20 +84,22 @@ fn snapshots(
     let ready = VecDeque::from([Bytes::from_static(b"[\n")]);
     let until = Instant::now() + PATIENCE;
     let progress = Progress { tasks, user, record, told: 0, ready, closed: false, until };
-    stream::unfold(progress, async |mut progress| loop {
-        if let Some(chunk) = progress.ready.pop_front() {
-            return Some((Ok(chunk), progress));
-        }
-        if progress.closed {
-            return None;
-        }
-        progress.tell();
-        if progress.record.now.status.is_final() || Instant::now() > progress.until {
-            progress.closed = true;
-            progress.ready.push_back(Bytes::from_static(b"]"));
-        } else if progress.ready.is_empty() {
-            sleep(POLL).await;
-            progress.look().await;
+    stream::unfold(progress, async |mut progress| {
+        loop {
+            if let Some(chunk) = progress.ready.pop_front() {
+                return Some((Ok(chunk), progress));
+            }
+            if progress.closed {
+                return None;
+            }
+            progress.tell();
+            if progress.record.now.status.is_final() || Instant::now() > progress.until {
+                progress.closed = true;
+                progress.ready.push_back(Bytes::from_static(b"]"));
+            } else if progress.ready.is_empty() {
+                sleep(POLL).await;
+                progress.look().await;
+            }
         }
     })
 }

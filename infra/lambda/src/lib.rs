@@ -28,7 +28,9 @@ pub async fn set_up() -> Result<(Config, Aws), Error> {
 ///
 /// # Errors
 /// When the set-up or the runtime fails.
-pub async fn serve<F: Future<Output = Result<Router, Error>>>(make: impl FnOnce(Config, Aws) -> F) -> Result<(), Error> {
+pub async fn serve<F: Future<Output = Result<Router, Error>>>(
+    make: impl FnOnce(Config, Aws) -> F,
+) -> Result<(), Error> {
     lambda_http::run(edge(make).await?).await
 }
 

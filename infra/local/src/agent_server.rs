@@ -77,11 +77,7 @@ pub struct PythonVersion {
 
 impl PythonVersion {
     const fn new(major: u32, minor: u32, patch: u32) -> Self {
-        Self {
-            major,
-            minor,
-            patch,
-        }
+        Self { major, minor, patch }
     }
 
     fn tested(self) -> bool {
@@ -111,13 +107,8 @@ impl FromStr for PythonVersion {
     /// Reads `3.12.1`, `3.12`, `Python 3.13.0rc1`, `cpython-3.12.4-linux-x86_64-gnu`.
     fn from_str(text: &str) -> Result<Self, ()> {
         let text = text.trim();
-        let text = text
-            .strip_prefix("Python ")
-            .or_else(|| text.strip_prefix("cpython-"))
-            .unwrap_or(text);
-        let end = text
-            .find(|c: char| !c.is_ascii_digit() && c != '.')
-            .unwrap_or(text.len());
+        let text = text.strip_prefix("Python ").or_else(|| text.strip_prefix("cpython-")).unwrap_or(text);
+        let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
         let mut parts = text[..end].split('.');
         let mut next = || parts.next().and_then(|part| part.parse().ok());
         let (major, minor) = (next().ok_or(())?, next().ok_or(())?);
@@ -156,10 +147,9 @@ impl fmt::Display for Rejection {
             Self::Other(name, version) => {
                 write!(f, "is {name} {version}; CPython is needed")
             }
-            Self::NoVenv(PythonVersion { major, minor, .. }) => write!(
-                f,
-                "is Python {major}.{minor} without venv; install it (apt install python{major}.{minor}-venv)"
-            ),
+            Self::NoVenv(PythonVersion { major, minor, .. }) => {
+                write!(f, "is Python {major}.{minor} without venv; install it (apt install python{major}.{minor}-venv)")
+            }
             Self::DoesNotRun(said) if said.is_empty() => f.write_str("does not run"),
             Self::DoesNotRun(said) => write!(f, "does not run: {said}"),
             Self::TooSlow => write!(f, "did not answer within {} seconds", PROBE_LIMIT.as_secs()),
@@ -183,9 +173,7 @@ pub enum PythonError {
 
 fn not_found(seen: &[(PathBuf, Rejection)]) -> String {
     let mut text = String::from("No Python 3.12 or newer was found. Ways to get one:\n");
-    text.push_str(
-        "  package manager: apt install python3.12-venv, dnf install python3.12, brew install python@3.12\n",
-    );
+    text.push_str("  package manager: apt install python3.12-venv, dnf install python3.12, brew install python@3.12\n");
     text.push_str("  pyenv: pyenv install 3.12\n");
     text.push_str("  uv: uv python install 3.12\n");
     text.push_str("Or name one with --python PATH. `--sandbox none` works without Python.");
@@ -216,11 +204,7 @@ struct Places {
 impl Places {
     fn from_env() -> Self {
         let home = env::home_dir().filter(|home| !home.as_os_str().is_empty());
-        let folder = |variable: &str| {
-            env::var_os(variable)
-                .filter(|value| !value.is_empty())
-                .map(PathBuf::from)
-        };
+        let folder = |variable: &str| env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
         let path = search_path();
         let uv = on_path(&path, "uv").next();
         Self {
@@ -235,10 +219,7 @@ impl Places {
 
     /// Files that may be an interpreter, in the order they are to be tried.
     fn candidates(&self) -> Vec<PathBuf> {
-        let mut names: Vec<String> = TESTED_MINORS
-            .iter()
-            .map(|n| format!("python3.{n}"))
-            .collect();
+        let mut names: Vec<String> = TESTED_MINORS.iter().map(|n| format!("python3.{n}")).collect();
         names.extend(["python3".to_owned(), "python".to_owned()]);
         let mut found: Vec<PathBuf> = Vec::new();
         for name in &names {
@@ -265,17 +246,12 @@ impl Places {
 }
 
 fn search_path() -> Vec<PathBuf> {
-    env::var_os("PATH")
-        .map(|path| env::split_paths(&path).collect())
-        .unwrap_or_default()
+    env::var_os("PATH").map(|path| env::split_paths(&path).collect()).unwrap_or_default()
 }
 
 /// The files of that name in the folders of a PATH.
 fn on_path<'a>(path: &'a [PathBuf], name: &'a str) -> impl Iterator<Item = PathBuf> + 'a {
-    path.iter()
-        .filter(|folder| folder.is_absolute())
-        .map(move |folder| folder.join(name))
-        .filter(|file| file.is_file())
+    path.iter().filter(|folder| folder.is_absolute()).map(move |folder| folder.join(name)).filter(|file| file.is_file())
 }
 
 /// The interpreters in a folder of installed versions, by the names of the versions: those too old
@@ -312,9 +288,7 @@ pub async fn find_python(wanted: Option<&Path>) -> Result<Python, PythonError> {
 async fn find_python_in(places: &Places, wanted: Option<&Path>) -> Result<Python, PythonError> {
     if let Some(wanted) = wanted {
         let path = match wanted.to_str() {
-            Some(name) if !name.contains('/') && !wanted.is_file() => {
-                on_path(&places.path, name).next()
-            }
+            Some(name) if !name.contains('/') && !wanted.is_file() => on_path(&places.path, name).next(),
             _ => Some(wanted.to_owned()).filter(|path| path.is_file()),
         };
         let Some(path) = path else {
@@ -322,9 +296,7 @@ async fn find_python_in(places: &Places, wanted: Option<&Path>) -> Result<Python
         };
         // A relative name would be looked for on PATH.
         let path = std::path::absolute(&path).unwrap_or(path);
-        return probe(&path)
-            .await
-            .map_err(|why| PythonError::Rejected { path, why });
+        return probe(&path).await.map_err(|why| PythonError::Rejected { path, why });
     }
 
     let mut newer: Option<Python> = None;
@@ -398,10 +370,7 @@ print('interpreter %s %d.%d.%d %s %s' % ((name,) + tuple(sys.version_info[:3]) +
     command.args(["-I", "-c", SCRIPT]);
     let output = output_of(command, PROBE_LIMIT).await?;
     let stdout = String::from_utf8_lossy(&output.stdout);
-    let answer = stdout
-        .lines()
-        .rev()
-        .find_map(|line| line.strip_prefix("interpreter "));
+    let answer = stdout.lines().rev().find_map(|line| line.strip_prefix("interpreter "));
     let Some((name, version, able, executable)) = answer.and_then(parse_probe) else {
         // Python 2 knows no `-I`; say that it is too old rather than that it does not run.
         let mut command = Command::new(path);
@@ -429,10 +398,7 @@ print('interpreter %s %d.%d.%d %s %s' % ((name,) + tuple(sys.version_info[:3]) +
     if able != "venv" {
         return Err(Rejection::NoVenv(version));
     }
-    Ok(Python {
-        path: PathBuf::from(executable),
-        version,
-    })
+    Ok(Python { path: PathBuf::from(executable), version })
 }
 
 fn parse_probe(answer: &str) -> Option<(&str, PythonVersion, &str, &str)> {
@@ -443,10 +409,7 @@ fn parse_probe(answer: &str) -> Option<(&str, PythonVersion, &str, &str)> {
 }
 
 /// Runs a short command to its end; it is killed at the limit.
-async fn output_of(
-    mut command: Command,
-    limit: Duration,
-) -> Result<std::process::Output, Rejection> {
+async fn output_of(mut command: Command, limit: Duration) -> Result<std::process::Output, Rejection> {
     clean(&mut command).stdin(Stdio::null());
     match tokio::time::timeout(limit, command.output()).await {
         Ok(Ok(output)) => Ok(output),
@@ -476,11 +439,7 @@ pub enum Event {
     /// Another process is installing into the same folder.
     Waiting,
     /// Installing; the count is of packages and an estimate.
-    Installing {
-        line: String,
-        done: usize,
-        of: usize,
-    },
+    Installing { line: String, done: usize, of: usize },
     /// Trying what was installed.
     Verifying,
     /// The agent server is there, whether now installed or before.
@@ -541,8 +500,7 @@ fn new_bar() -> ProgressBar {
 }
 
 fn spinner_style() -> ProgressStyle {
-    ProgressStyle::with_template("{spinner} {msg}")
-        .unwrap_or_else(|_| ProgressStyle::default_spinner())
+    ProgressStyle::with_template("{spinner} {msg}").unwrap_or_else(|_| ProgressStyle::default_spinner())
 }
 
 fn bar_style() -> ProgressStyle {
@@ -604,9 +562,7 @@ fn describe(event: &Event) -> String {
     match event {
         Event::Searching => "Looking for Python 3.12 or newer".to_owned(),
         Event::Found(python) => format!("Python {} ({})", python.version, python.path.display()),
-        Event::Waiting => {
-            "Another process is installing the agent server; waiting for it".to_owned()
-        }
+        Event::Waiting => "Another process is installing the agent server; waiting for it".to_owned(),
         Event::Installing { line, done, of } => {
             format!("Installing the agent server ({done}/{of}): {line}")
         }
@@ -645,11 +601,7 @@ struct Counter {
 
 impl Counter {
     fn new(of: usize) -> Self {
-        Self {
-            names: HashSet::new(),
-            done: 0,
-            of,
-        }
+        Self { names: HashSet::new(), done: 0, of }
     }
 
     /// The event a line stands for; most lines stand for none.
@@ -692,11 +644,7 @@ impl Counter {
             _ => return None,
         };
         self.done = self.done.min(self.of);
-        Some(Event::Installing {
-            line: said,
-            done: self.done,
-            of: self.of,
-        })
+        Some(Event::Installing { line: said, done: self.done, of: self.of })
     }
 }
 
@@ -725,11 +673,7 @@ pub struct AgentServer {
 pub enum InstallError {
     /// The folder or a file in it cannot be written, read or locked.
     #[error("Cannot {doing} {}: {}", path.display(), io_text(source))]
-    File {
-        doing: &'static str,
-        path: PathBuf,
-        source: io::Error,
-    },
+    File { doing: &'static str, path: PathBuf, source: io::Error },
     /// A command of the install cannot be run.
     #[error("Cannot run {}: {source}", program.display())]
     Run { program: PathBuf, source: io::Error },
@@ -790,11 +734,7 @@ fn failed_text(step: &str, cause: &Cause, quote: &[String], log: &Path) -> Strin
 
 /// Guesses the cause from the output.
 fn cause_of(output: &str) -> Option<Cause> {
-    const DISK: [&str; 3] = [
-        "No space left on device",
-        "os error 28",
-        "Disk quota exceeded",
-    ];
+    const DISK: [&str; 3] = ["No space left on device", "os error 28", "Disk quota exceeded"];
     const NETWORK: [&str; 13] = [
         "Temporary failure in name resolution",
         "Name or service not known",
@@ -839,10 +779,7 @@ impl Plan {
         Self {
             version: VERSION.to_owned(),
             constraints: CONSTRAINTS.to_owned(),
-            requirements: PACKAGES
-                .iter()
-                .map(|name| format!("{name}=={VERSION}"))
-                .collect(),
+            requirements: PACKAGES.iter().map(|name| format!("{name}=={VERSION}")).collect(),
             smoke: SMOKE.to_owned(),
             smoke_limit: SMOKE_LIMIT,
             uv: uv.filter(|_| uv_fits(set, pip_files_exist())),
@@ -850,10 +787,7 @@ impl Plan {
     }
 
     fn packages(&self) -> usize {
-        self.constraints
-            .lines()
-            .filter(|line| line.contains("=="))
-            .count()
+        self.constraints.lines().filter(|line| line.contains("==")).count()
     }
 
     fn hash(&self) -> String {
@@ -871,13 +805,7 @@ impl Plan {
     }
 
     fn home(&self, folder: &Path, version: PythonVersion) -> PathBuf {
-        folder.join(format!(
-            "agent-server-{}-py{}.{}-{}",
-            self.version,
-            version.major,
-            version.minor,
-            self.hash()
-        ))
+        folder.join(format!("agent-server-{}-py{}.{}-{}", self.version, version.major, version.minor, self.hash()))
     }
 
     /// The finished install in a folder of its own, by its marker. Runs nothing.
@@ -889,10 +817,7 @@ impl Plan {
         }
         let python = home.join(name).join("bin/python");
         // Follows links: false also when the Python it was made from has gone.
-        python.exists().then(|| AgentServer {
-            python,
-            version: self.version.clone(),
-        })
+        python.exists().then(|| AgentServer { python, version: self.version.clone() })
     }
 
     /// A finished install for any Python.
@@ -916,14 +841,8 @@ impl Plan {
 /// uv is faster, but knows nothing of pip's settings. Where there are some that say where packages
 /// come from, and none of uv's own, pip it is.
 fn uv_fits(set: impl Fn(&str) -> bool, pip_files: bool) -> bool {
-    const UV: [&str; 6] = [
-        "UV_DEFAULT_INDEX",
-        "UV_INDEX",
-        "UV_INDEX_URL",
-        "UV_EXTRA_INDEX_URL",
-        "UV_FIND_LINKS",
-        "UV_CONFIG_FILE",
-    ];
+    const UV: [&str; 6] =
+        ["UV_DEFAULT_INDEX", "UV_INDEX", "UV_INDEX_URL", "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS", "UV_CONFIG_FILE"];
     const PIP: [&str; 10] = [
         "PIP_INDEX_URL",
         "PIP_EXTRA_INDEX_URL",
@@ -949,11 +868,7 @@ fn pip_files_exist() -> bool {
         files.push(PathBuf::from(config).join("pip/pip.conf"));
     }
     if let Some(home) = env::home_dir() {
-        for name in [
-            ".pip/pip.conf",
-            ".config/pip/pip.conf",
-            "Library/Application Support/pip/pip.conf",
-        ] {
+        for name in [".pip/pip.conf", ".config/pip/pip.conf", "Library/Application Support/pip/pip.conf"] {
             files.push(home.join(name));
         }
     }
@@ -981,11 +896,7 @@ pub enum EnsureError {
 /// # Errors
 ///
 /// Those of [`find_python`] and [`install`].
-pub async fn ensure(
-    folder: &Path,
-    wanted: Option<&Path>,
-    progress: impl Progress,
-) -> Result<AgentServer, EnsureError> {
+pub async fn ensure(folder: &Path, wanted: Option<&Path>, progress: impl Progress) -> Result<AgentServer, EnsureError> {
     if wanted.is_none()
         && let Some(server) = installed(folder)
     {
@@ -1006,11 +917,7 @@ pub async fn ensure(
 ///
 /// The folder cannot be written, or a command failed: the error quotes the end of its output and
 /// names the file that has all of it.
-pub async fn install(
-    folder: &Path,
-    python: &Python,
-    progress: impl Progress,
-) -> Result<AgentServer, InstallError> {
+pub async fn install(folder: &Path, python: &Python, progress: impl Progress) -> Result<AgentServer, InstallError> {
     install_plan(&Plan::pinned(), folder, python, &progress).await
 }
 
@@ -1048,10 +955,7 @@ async fn install_plan(
     fs::write(&draft, format!("{name}\n")).map_err(file_error("write", &draft))?;
     fs::rename(&draft, &marker).map_err(file_error("write", &marker))?;
     progress.report(Event::Done);
-    Ok(AgentServer {
-        python: venv.join("bin/python"),
-        version: plan.version.clone(),
-    })
+    Ok(AgentServer { python: venv.join("bin/python"), version: plan.version.clone() })
 }
 
 /// Makes the virtual environment, installs into it and tries it.
@@ -1064,11 +968,7 @@ async fn build(
     progress: &dyn Progress,
 ) -> Result<(), InstallError> {
     let of = plan.packages();
-    let start = |line: &str| Event::Installing {
-        line: line.to_owned(),
-        done: 0,
-        of,
-    };
+    let start = |line: &str| Event::Installing { line: line.to_owned(), done: 0, of };
     let constraints = home.join("constraints.txt");
     fs::write(&constraints, &plan.constraints).map_err(file_error("write", &constraints))?;
     let mut log = Log::create(&folder.join("agent-server-install.log"))?;
@@ -1080,8 +980,7 @@ async fn build(
         command.arg("--without-pip");
     }
     command.arg(venv);
-    log.run("Making a virtual environment", command, None, |_| {})
-        .await?;
+    log.run("Making a virtual environment", command, None, |_| {}).await?;
 
     progress.report(start("choosing versions"));
     let interpreter = venv.join("bin/python");
@@ -1099,10 +998,7 @@ async fn build(
 
     progress.report(Event::Verifying);
     let mut command = Command::new(&interpreter);
-    command
-        .args(["-I", "-c", &plan.smoke])
-        .env("OPENHANDS_SUPPRESS_BANNER", "1")
-        .current_dir(home);
+    command.args(["-I", "-c", &plan.smoke]).env("OPENHANDS_SUPPRESS_BANNER", "1").current_dir(home);
     // The agent server's settings, which it reads on import; a sandbox is given its own.
     for (name, _) in env::vars_os() {
         if name.as_encoded_bytes().starts_with(b"OH_") {
@@ -1110,22 +1006,14 @@ async fn build(
         }
     }
     let limit = Some(plan.smoke_limit);
-    log.run("Trying the agent server", command, limit, |_| {})
-        .await
+    log.run("Trying the agent server", command, limit, |_| {}).await
 }
 
 /// The command that installs, but for what.
 fn installer(plan: &Plan, interpreter: &Path) -> Command {
     if let Some(uv) = &plan.uv {
         let mut command = Command::new(uv);
-        command.args([
-            "pip",
-            "install",
-            "--color",
-            "never",
-            "--no-progress",
-            "--python",
-        ]);
+        command.args(["pip", "install", "--color", "never", "--no-progress", "--python"]);
         command.arg(interpreter);
         return command;
     }
@@ -1142,46 +1030,22 @@ fn installer(plan: &Plan, interpreter: &Path) -> Command {
     command.args(["--progress-bar", "off"]);
     // The user's settings hold, but for those that would put the packages elsewhere, leave some
     // out, or be silent. (A variable set to 0 also counters the settings file.)
-    for variable in [
-        "PIP_TARGET",
-        "PIP_PREFIX",
-        "PIP_ROOT",
-        "PIP_PYTHON",
-        "PIP_REQUIREMENT",
-    ] {
+    for variable in ["PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_PYTHON", "PIP_REQUIREMENT"] {
         command.env_remove(variable);
     }
-    for variable in [
-        "PIP_USER",
-        "PIP_DRY_RUN",
-        "PIP_NO_DEPS",
-        "PIP_QUIET",
-        "PIP_VERBOSE",
-    ] {
+    for variable in ["PIP_USER", "PIP_DRY_RUN", "PIP_NO_DEPS", "PIP_QUIET", "PIP_VERBOSE"] {
         command.env(variable, "0");
     }
     command
 }
 
-fn file_error<'a>(
-    doing: &'static str,
-    path: &'a Path,
-) -> impl FnOnce(io::Error) -> InstallError + 'a {
-    move |source| InstallError::File {
-        doing,
-        path: path.to_owned(),
-        source,
-    }
+fn file_error<'a>(doing: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> InstallError + 'a {
+    move |source| InstallError::File { doing, path: path.to_owned(), source }
 }
 
 /// Takes the lock, waiting for whoever has it.
 async fn lock(path: &Path, progress: &dyn Progress) -> Result<File, InstallError> {
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(path)
-        .map_err(file_error("open", path))?;
+    let file = File::options().create(true).truncate(false).write(true).open(path).map_err(file_error("open", path))?;
     let mut told = false;
     loop {
         match file.try_lock() {
@@ -1230,10 +1094,7 @@ struct Log {
 
 impl Log {
     fn create(path: &Path) -> Result<Self, InstallError> {
-        Ok(Self {
-            path: path.to_owned(),
-            file: File::create(path).map_err(file_error("create", path))?,
-        })
+        Ok(Self { path: path.to_owned(), file: File::create(path).map_err(file_error("create", path))? })
     }
 
     fn write(&mut self, line: &str) {
@@ -1250,18 +1111,12 @@ impl Log {
         mut on_line: impl FnMut(&str),
     ) -> Result<(), InstallError> {
         let program = PathBuf::from(command.as_std().get_program());
-        let cannot_run = |source| InstallError::Run {
-            program: program.clone(),
-            source,
-        };
+        let cannot_run = |source| InstallError::Run { program: program.clone(), source };
         self.write(&format!("== {step}: {:?}", command.as_std()));
 
         let (reader, writer) = io::pipe().map_err(cannot_run)?;
         let reader = pipe::Receiver::from_owned_fd(OwnedFd::from(reader)).map_err(cannot_run)?;
-        clean(&mut command)
-            .stdin(Stdio::null())
-            .stdout(writer.try_clone().map_err(cannot_run)?)
-            .stderr(writer);
+        clean(&mut command).stdin(Stdio::null()).stdout(writer.try_clone().map_err(cannot_run)?).stderr(writer);
         let mut child = command.spawn().map_err(cannot_run)?;
         // It holds the writing end, without which there would be no end of the output.
         drop(command);
@@ -1304,12 +1159,7 @@ impl Log {
                 Cause::TooSlow
             }
         };
-        Err(InstallError::Failed {
-            step,
-            cause,
-            quote: quote.into(),
-            log: self.path.clone(),
-        })
+        Err(InstallError::Failed { step, cause, quote: quote.into(), log: self.path.clone() })
     }
 }
 
@@ -1334,17 +1184,11 @@ mod tests {
 
     /// An interpreter that answers the probe.
     fn fake(path: &Path, answer: &str) {
-        script(
-            path,
-            &format!("#!/bin/sh\necho noise\necho \"interpreter {answer} $0\"\n"),
-        );
+        script(path, &format!("#!/bin/sh\necho noise\necho \"interpreter {answer} $0\"\n"));
     }
 
     fn on(folders: &[PathBuf]) -> Places {
-        Places {
-            path: folders.to_vec(),
-            ..Places::default()
-        }
+        Places { path: folders.to_vec(), ..Places::default() }
     }
 
     fn version(text: &str) -> PythonVersion {
@@ -1361,11 +1205,7 @@ mod tests {
             ("cpython-3.12.4-linux-x86_64-gnu", (3, 12, 4)),
             ("3.14-dev", (3, 14, 0)),
         ] {
-            let PythonVersion {
-                major,
-                minor,
-                patch,
-            } = version(text);
+            let PythonVersion { major, minor, patch } = version(text);
             assert_eq!((major, minor, patch), wanted, "{text}");
         }
         for text in ["", "3", "pypy3.10-7.3.12", "miniconda3-latest", "system"] {
@@ -1381,40 +1221,25 @@ mod tests {
         fake(&a.join("python3"), "cpython 3.14.0 venv");
         fake(&a.join("python3.13"), "cpython 3.13.1 venv");
         // A shim of a version manager with that version not chosen.
-        script(
-            &a.join("python3.12"),
-            "#!/bin/sh\necho 'command not found' >&2\nexit 127\n",
-        );
+        script(&a.join("python3.12"), "#!/bin/sh\necho 'command not found' >&2\nexit 127\n");
         fake(&b.join("python3.12"), "cpython 3.12.5 venv");
-        let found = find_python_in(&on(&[a.clone(), b.clone()]), None)
-            .await
-            .unwrap();
+        let found = find_python_in(&on(&[a.clone(), b.clone()]), None).await.unwrap();
         assert_eq!(found.path, b.join("python3.12"));
         assert_eq!(found.version, version("3.12.5"));
 
-        let found = find_python_in(&on(std::slice::from_ref(&a)), None)
-            .await
-            .unwrap();
+        let found = find_python_in(&on(std::slice::from_ref(&a)), None).await.unwrap();
         assert_eq!(found.version, version("3.13.1"));
 
         // A newer one only when there is no tested one anywhere.
         fs::remove_file(a.join("python3.13")).unwrap();
-        let found = find_python_in(&on(std::slice::from_ref(&a)), None)
-            .await
-            .unwrap();
+        let found = find_python_in(&on(std::slice::from_ref(&a)), None).await.unwrap();
         assert_eq!(found.version, version("3.14.0"));
         let pyenv = root.path().join("pyenv");
         for name in ["3.11.7", "3.15.0", "3.12.2", "3.12.10", "pypy3.10"] {
             let number = name.trim_start_matches("pypy");
-            fake(
-                &pyenv.join("versions").join(name).join("bin/python"),
-                &format!("cpython {number} venv"),
-            );
+            fake(&pyenv.join("versions").join(name).join("bin/python"), &format!("cpython {number} venv"));
         }
-        let places = Places {
-            pyenv: Some(pyenv),
-            ..on(&[a])
-        };
+        let places = Places { pyenv: Some(pyenv), ..on(&[a]) };
         let found = find_python_in(&places, None).await.unwrap();
         assert_eq!(found.version, version("3.12.10"));
     }
@@ -1425,17 +1250,8 @@ mod tests {
         let python = root.path().join("hidden/python3.13");
         fake(&python, "cpython 3.13.2 venv");
         let uv = root.path().join("uv");
-        script(
-            &uv,
-            &format!(
-                "#!/bin/sh\ncase \"$*\" in *3.13) echo {};; *) exit 2;; esac\n",
-                python.display()
-            ),
-        );
-        let places = Places {
-            uv: Some(uv),
-            ..Places::default()
-        };
+        script(&uv, &format!("#!/bin/sh\ncase \"$*\" in *3.13) echo {};; *) exit 2;; esac\n", python.display()));
+        let places = Places { uv: Some(uv), ..Places::default() };
         let found = find_python_in(&places, None).await.unwrap();
         assert_eq!(found.path, python);
     }
@@ -1450,38 +1266,21 @@ mod tests {
             ("cpython 3.12.3 bare", "apt install python3.12-venv"),
         ] {
             fake(&path, answer);
-            let error = find_python_in(&Places::default(), Some(&path))
-                .await
-                .unwrap_err();
+            let error = find_python_in(&Places::default(), Some(&path)).await.unwrap_err();
             let text = error.to_string();
-            assert!(
-                text.starts_with(&format!("--python {}", path.display())),
-                "{text}"
-            );
+            assert!(text.starts_with(&format!("--python {}", path.display())), "{text}");
             assert!(text.contains(wanted), "{text}");
         }
-        script(
-            &path,
-            "#!/bin/sh\n[ \"$1\" = --version ] && { echo Python 2.7.18 >&2; exit; }\nexit 2\n",
-        );
-        let error = find_python_in(&Places::default(), Some(&path))
-            .await
-            .unwrap_err();
+        script(&path, "#!/bin/sh\n[ \"$1\" = --version ] && { echo Python 2.7.18 >&2; exit; }\nexit 2\n");
+        let error = find_python_in(&Places::default(), Some(&path)).await.unwrap_err();
         assert!(error.to_string().contains("is Python 2.7.18"), "{error}");
 
         script(&path, "#!/bin/sh\necho broken >&2\nexit 1\n");
-        let error = find_python_in(&Places::default(), Some(&path))
-            .await
-            .unwrap_err();
-        assert!(
-            error.to_string().contains("does not run: broken"),
-            "{error}"
-        );
+        let error = find_python_in(&Places::default(), Some(&path)).await.unwrap_err();
+        assert!(error.to_string().contains("does not run: broken"), "{error}");
 
         let missing = root.path().join("none");
-        let error = find_python_in(&Places::default(), Some(&missing))
-            .await
-            .unwrap_err();
+        let error = find_python_in(&Places::default(), Some(&missing)).await.unwrap_err();
         assert_eq!(error, PythonError::Missing(missing));
     }
 
@@ -1491,9 +1290,7 @@ mod tests {
         let path = root.path().join("python-mine");
         fake(&path, "cpython 3.14.2 venv");
         let places = on(&[root.path().to_owned()]);
-        let found = find_python_in(&places, Some(Path::new("python-mine")))
-            .await
-            .unwrap();
+        let found = find_python_in(&places, Some(Path::new("python-mine"))).await.unwrap();
         assert_eq!(found.path, path);
     }
 
@@ -1502,9 +1299,7 @@ mod tests {
         let root = TempDir::new().unwrap();
         fake(&root.path().join("python3"), "cpython 3.10.12 venv");
         fake(&root.path().join("python3.12"), "cpython 3.12.3 bare");
-        let error = find_python_in(&on(&[root.path().to_owned()]), None)
-            .await
-            .unwrap_err();
+        let error = find_python_in(&on(&[root.path().to_owned()]), None).await.unwrap_err();
         let text = error.to_string();
         for wanted in [
             "package manager: apt install",
@@ -1541,19 +1336,10 @@ mod tests {
                 shown.push((line, done));
             }
         }
-        let shown: Vec<_> = shown
-            .iter()
-            .map(|(line, done)| (line.as_str(), *done))
-            .collect();
+        let shown: Vec<_> = shown.iter().map(|(line, done)| (line.as_str(), *done)).collect();
         assert_eq!(
             shown,
-            [
-                ("openhands-sdk", 1),
-                ("jinja2", 2),
-                ("jinja2", 2),
-                ("writing files", 3),
-                ("packages installed", 3)
-            ]
+            [("openhands-sdk", 1), ("jinja2", 2), ("jinja2", 2), ("writing files", 3), ("packages installed", 3)]
         );
     }
 
@@ -1576,10 +1362,7 @@ mod tests {
                 shown.push((line, done));
             }
         }
-        let shown: Vec<_> = shown
-            .iter()
-            .map(|(line, done)| (line.as_str(), *done))
-            .collect();
+        let shown: Vec<_> = shown.iter().map(|(line, done)| (line.as_str(), *done)).collect();
         assert_eq!(
             shown,
             [
@@ -1598,53 +1381,26 @@ mod tests {
     fn plain_lines_are_few() {
         let mut lines = PlainLines::default();
         let now = Instant::now();
-        let event = |done| Event::Installing {
-            line: "x".to_owned(),
-            done,
-            of: 9,
-        };
+        let event = |done| Event::Installing { line: "x".to_owned(), done, of: 9 };
         assert!(lines.line(&Event::Searching, None, now).is_none());
         assert!(lines.line(&event(1), None, now).unwrap().contains("(1/9)"));
-        assert!(
-            lines
-                .line(&event(2), None, now + Duration::from_secs(1))
-                .is_none()
-        );
-        assert!(
-            lines
-                .line(&event(3), None, now + Duration::from_secs(6))
-                .is_some()
-        );
-        assert!(
-            lines
-                .line(&Event::Verifying, None, now + Duration::from_secs(7))
-                .is_some()
-        );
+        assert!(lines.line(&event(2), None, now + Duration::from_secs(1)).is_none());
+        assert!(lines.line(&event(3), None, now + Duration::from_secs(6)).is_some());
+        assert!(lines.line(&Event::Verifying, None, now + Duration::from_secs(7)).is_some());
         // Nothing was installed, so nothing is said.
         assert!(lines.line(&Event::Done, None, now).is_none());
-        assert!(
-            lines
-                .line(&Event::Done, Some(Duration::from_secs(9)), now)
-                .is_some()
-        );
+        assert!(lines.line(&Event::Done, Some(Duration::from_secs(9)), now).is_some());
     }
 
     #[test]
     fn the_constraints_are_pins_and_name_what_is_installed() {
         for line in CONSTRAINTS.lines().filter(|line| !line.starts_with('#')) {
             let (name, version) = line.split_once("==").unwrap();
-            assert!(
-                !name.is_empty() && version.starts_with(|c: char| c.is_ascii_digit()),
-                "{line}"
-            );
+            assert!(!name.is_empty() && version.starts_with(|c: char| c.is_ascii_digit()), "{line}");
             assert!(!line.contains(['/', '@', ' ']), "{line}");
         }
         for name in PACKAGES {
-            assert!(
-                CONSTRAINTS
-                    .lines()
-                    .any(|line| line == format!("{name}=={VERSION}"))
-            );
+            assert!(CONSTRAINTS.lines().any(|line| line == format!("{name}=={VERSION}")));
         }
         assert!(CONSTRAINTS.lines().any(|line| line == "fastapi==0.135.1"));
         assert!(Plan::pinned().packages() > 100);
@@ -1655,10 +1411,7 @@ mod tests {
         assert!(uv_fits(|_| false, false));
         assert!(!uv_fits(|_| false, true));
         assert!(!uv_fits(|name| name == "PIP_INDEX_URL", false));
-        assert!(uv_fits(
-            |name| name == "PIP_INDEX_URL" || name == "UV_DEFAULT_INDEX",
-            true
-        ));
+        assert!(uv_fits(|name| name == "PIP_INDEX_URL" || name == "UV_DEFAULT_INDEX", true));
     }
 
     #[test]
@@ -1669,15 +1422,9 @@ mod tests {
             failed_text("Installing", &cause, &quote, Path::new("/f/install.log"))
         };
         assert!(text("OSError: [Errno 28] No space left on device").contains("disk is full"));
-        assert!(
-            text("<...>: Failed to resolve: Name or service not known")
-                .contains("cannot be reached")
-        );
+        assert!(text("<...>: Failed to resolve: Name or service not known").contains("cannot be reached"));
         let other = text("ERROR: ResolutionImpossible");
-        assert!(
-            other.contains("\n  ERROR: ResolutionImpossible\n"),
-            "{other}"
-        );
+        assert!(other.contains("\n  ERROR: ResolutionImpossible\n"), "{other}");
         assert!(other.ends_with("/f/install.log"), "{other}");
     }
 
@@ -1723,10 +1470,7 @@ esac
                     smoke_limit: Duration::from_secs(30),
                     uv: None,
                 },
-                python: Python {
-                    path,
-                    version: version("3.12.1"),
-                },
+                python: Python { path, version: version("3.12.1") },
                 root,
             }
         }
@@ -1755,9 +1499,7 @@ esac
 
         fn venvs(&self) -> usize {
             let entries = fs::read_dir(self.home()).unwrap().flatten();
-            entries
-                .filter(|entry| entry.file_name().to_string_lossy().starts_with("venv-"))
-                .count()
+            entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("venv-")).count()
         }
 
         async fn install(&self, progress: &dyn Progress) -> Result<AgentServer, InstallError> {
@@ -1790,11 +1532,7 @@ esac
         assert!(server.python.is_absolute() && server.python.exists());
         assert_eq!(server.version, "1.0.0");
         let events = progress.events();
-        assert!(events.contains(&Event::Installing {
-            line: "a".to_owned(),
-            done: 1,
-            of: 2
-        }));
+        assert!(events.contains(&Event::Installing { line: "a".to_owned(), done: 1, of: 2 }));
         assert_eq!(events[events.len() - 2..], [Event::Verifying, Event::Done]);
         let log = fs::read_to_string(stage.folder().join("agent-server-install.log")).unwrap();
         assert!(log.contains("Collecting a==1"), "{log}");
@@ -1803,10 +1541,7 @@ esac
         assert_eq!(stage.install(&progress).await.unwrap(), server);
         assert_eq!(stage.calls(), "venv pip smoke");
         assert_eq!(progress.events(), [Event::Done]);
-        assert_eq!(
-            stage.plan.find_complete(&stage.folder()),
-            Some(server.clone())
-        );
+        assert_eq!(stage.plan.find_complete(&stage.folder()), Some(server.clone()));
 
         // Its interpreter has gone.
         fs::remove_file(&server.python).unwrap();
@@ -1908,10 +1643,7 @@ esac
         let mut stage = Stage::new();
         let file = stage.root.path().join("file");
         fs::write(&file, "").unwrap();
-        let text = install_plan(&stage.plan, &file.join("x"), &stage.python, &())
-            .await
-            .unwrap_err()
-            .to_string();
+        let text = install_plan(&stage.plan, &file.join("x"), &stage.python, &()).await.unwrap_err().to_string();
         assert!(text.starts_with("Cannot create "), "{text}");
         stage.python.path = stage.root.path().join("gone");
         let text = stage.install(&()).await.unwrap_err().to_string();

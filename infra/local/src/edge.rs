@@ -17,14 +17,15 @@ const SESSION_API_KEY: &str = "x-session-api-key";
 
 /// Puts the edge around the functions' routers: the single user, the instance's key if there is one, CORS.
 pub fn around(functions: Router, key: Option<SecretString>, origins: Vec<String>) -> Router {
-    let guarded = functions.layer(middleware::from_fn(as_local_user)).route_layer(middleware::from_fn(
-        move |request: Request, next: Next| {
-            let refused = key.as_ref().is_some_and(|key| !carries(&request, key));
-            async move {
-                if refused { detail(StatusCode::UNAUTHORIZED).into_response() } else { next.run(request).await }
-            }
-        },
-    ));
+    let guarded =
+        functions.layer(middleware::from_fn(as_local_user)).route_layer(middleware::from_fn(
+            move |request: Request, next: Next| {
+                let refused = key.as_ref().is_some_and(|key| !carries(&request, key));
+                async move {
+                    if refused { detail(StatusCode::UNAUTHORIZED).into_response() } else { next.run(request).await }
+                }
+            },
+        ));
     with_common_answers(guarded).layer(cors(origins))
 }
 
@@ -67,10 +68,18 @@ mod tests {
 
     #[test]
     fn only_pages_of_this_machine_are_local() {
-        for origin in ["http://localhost", "http://localhost:3001", "https://127.0.0.1:8443", "http://[::1]:3000", "http://app.localhost:1"] {
+        for origin in [
+            "http://localhost",
+            "http://localhost:3001",
+            "https://127.0.0.1:8443",
+            "http://[::1]:3000",
+            "http://app.localhost:1",
+        ] {
             assert!(is_local(origin), "{origin}");
         }
-        for origin in ["http://example.org", "http://localhost.example.org", "null", "http://127.0.0.1.example.org:80", "file://"] {
+        for origin in
+            ["http://example.org", "http://localhost.example.org", "null", "http://127.0.0.1.example.org:80", "file://"]
+        {
             assert!(!is_local(origin), "{origin}");
         }
     }

@@ -41,7 +41,9 @@ async fn run(options: Options) -> Result<(), ServerError> {
                 lines
             });
             match env_file {
-                Some(path) => std::fs::write(&path, environment).map_err(|source| ServerError::File { path, source })?,
+                Some(path) => {
+                    std::fs::write(&path, environment).map_err(|source| ServerError::File { path, source })?
+                }
                 None => print!("{environment}"),
             }
             server

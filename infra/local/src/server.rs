@@ -28,10 +28,10 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use crate::agent_server::{self, EnsureError, Terminal};
+use crate::edge;
 use crate::engines::{EngineError, EnginePorts, Engines};
 use crate::options::{CommonOptions, SandboxKind};
 use crate::worker::{Worker, poll, sweep};
-use crate::edge;
 
 const PREFIX: &str = "openhands-";
 /// How long requests in flight may take to end.
@@ -120,7 +120,10 @@ impl Server {
         let data = make_data_folder(&options.data)?;
         let settings = settings(options)?;
         let listener = if serve { Some(listen(options.port).await?) } else { None };
-        let port = listener.as_ref().and_then(|listener| listener.local_addr().ok()).map_or(options.port, |address| address.port());
+        let port = listener
+            .as_ref()
+            .and_then(|listener| listener.local_addr().ok())
+            .map_or(options.port, |address| address.port());
         let engines = Engines::start(&data, EnginePorts::default()).await?;
         let aws = Aws::new(&engines.sdk_config().await);
         let sealing_key_file = data.join("sealing-key");
@@ -147,7 +150,9 @@ impl Server {
         };
         let user = UserId::local();
         if let Some(json) = settings {
-            SettingsStore::new(aws.dynamodb.clone(), config.names.users.clone(), sealer.clone()).put(&user, &json).await?;
+            SettingsStore::new(aws.dynamodb.clone(), config.names.users.clone(), sealer.clone())
+                .put(&user, &json)
+                .await?;
         }
         let worker = match invoke_url {
             Some(url) => Worker::At(reqwest::Client::new(), url),
@@ -175,7 +180,8 @@ impl Server {
         let install = matches!(server.config.sandbox, SandboxConfig::Process(_));
         let sqs = server.aws.sqs.clone();
         server.tasks.push(tokio::spawn(async move {
-            if install && let Err(text) = install_agent_server(&agent_server_folder, python.as_deref(), &launcher).await {
+            if install && let Err(text) = install_agent_server(&agent_server_folder, python.as_deref(), &launcher).await
+            {
                 // The API goes on: records can be read, and starts wait until the next run.
                 tracing::error!("{text}");
                 readiness.set("agent_server", format!("failed: {text}"));
@@ -310,7 +316,9 @@ fn settings(options: &CommonOptions) -> Result<Option<SecretString>, ServerError
                 .map_err(|error| file_error(path)(io::Error::new(io::ErrorKind::InvalidData, error)))?
         }
     };
-    for (variable, field) in [("LLM_MODEL", "llm_model"), ("LLM_API_KEY", "llm_api_key"), ("LLM_BASE_URL", "llm_base_url")] {
+    for (variable, field) in
+        [("LLM_MODEL", "llm_model"), ("LLM_API_KEY", "llm_api_key"), ("LLM_BASE_URL", "llm_base_url")]
+    {
         if let Some(value) = config::text(variable) {
             settings.insert(field.to_owned(), value.into());
         }
@@ -332,7 +340,8 @@ async fn take_over(sandboxes: &ProcessSandboxes, user: &UserId) -> Result<(), Se
 
 /// Installs the agent server if need be, and writes the launcher by which sandboxes find its Python.
 async fn install_agent_server(folder: &Path, python: Option<&Path>, launcher: &Path) -> Result<(), String> {
-    let agent_server = agent_server::ensure(folder, python, Terminal::new()).await.map_err(|error: EnsureError| error.to_string())?;
+    let agent_server =
+        agent_server::ensure(folder, python, Terminal::new()).await.map_err(|error: EnsureError| error.to_string())?;
     let written = || {
         let temporary = launcher.with_extension("new");
         let mut file = fs::File::create(&temporary)?;

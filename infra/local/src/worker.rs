@@ -41,7 +41,10 @@ impl Worker {
                 let answer = answer.error_for_status().map_err(|error| error.to_string())?;
                 let response: Value = answer.json().await.map_err(|error| error.to_string())?;
                 let failures = response["batchItemFailures"].as_array().cloned().unwrap_or_default();
-                failures.iter().filter_map(|failure| failure["itemIdentifier"].as_str().map(ToOwned::to_owned)).collect()
+                failures
+                    .iter()
+                    .filter_map(|failure| failure["itemIdentifier"].as_str().map(ToOwned::to_owned))
+                    .collect()
             }
         };
         Ok(failures)
@@ -115,12 +118,8 @@ async fn handle(sqs: &Client, queue_url: &str, worker: &Worker, message: Message
 /// A message as Lambda gets it.
 fn record(queue_url: &str, message: &Message) -> Value {
     let queue = queue_url.rsplit('/').next().unwrap_or_default();
-    let attributes: HashMap<String, String> = message
-        .attributes
-        .iter()
-        .flatten()
-        .map(|(name, value)| (name.as_str().to_owned(), value.clone()))
-        .collect();
+    let attributes: HashMap<String, String> =
+        message.attributes.iter().flatten().map(|(name, value)| (name.as_str().to_owned(), value.clone())).collect();
     json!({
         "messageId": message.message_id,
         "receiptHandle": message.receipt_handle,
@@ -133,4 +132,3 @@ fn record(queue_url: &str, message: &Message) -> Value {
         "awsRegion": crate::engines::REGION,
     })
 }
-

@@ -162,9 +162,7 @@ async fn make_table(aws: &Aws, table: &Table, name: &str) -> Result<(), SchemaEr
     attributes.dedup();
     let attributes: Vec<AttributeDefinition> = attributes
         .into_iter()
-        .map(|name| {
-            AttributeDefinition::builder().attribute_name(name).attribute_type(ScalarAttributeType::S).build()
-        })
+        .map(|name| AttributeDefinition::builder().attribute_name(name).attribute_type(ScalarAttributeType::S).build())
         .collect::<Result<_, _>>()
         .map_err(|error| failed(&error))?;
     let keys = key_schema(table.partition_key, Some(table.sort_key)).map_err(|error| failed(&error))?;
@@ -215,6 +213,9 @@ fn key_schema(
 }
 
 async fn make_bucket(aws: &Aws, name: &str) -> Result<(), SchemaError> {
+    if aws.s3.head_bucket().bucket(name).send().await.is_ok() {
+        return Ok(());
+    }
     let made = aws.s3.create_bucket().bucket(name).send().await;
     match made {
         Err(error) if !known(&error, &["BucketAlreadyOwnedByYou"]) => {
@@ -235,7 +236,8 @@ async fn make_queues(aws: &Aws, prefix: &str) -> Result<QueueUrls, SchemaError> 
             .queue_name(name)
             .attributes(QueueAttributeName::VisibilityTimeout, &hidden)
             .set_attributes(redrive.map(|policy| {
-                [(QueueAttributeName::VisibilityTimeout, hidden.clone()), (QueueAttributeName::RedrivePolicy, policy)].into()
+                [(QueueAttributeName::VisibilityTimeout, hidden.clone()), (QueueAttributeName::RedrivePolicy, policy)]
+                    .into()
             }))
             .send()
             .await
@@ -255,7 +257,6 @@ async fn make_queues(aws: &Aws, prefix: &str) -> Result<QueueUrls, SchemaError> 
         .attributes
         .and_then(|mut attributes| attributes.remove(&QueueAttributeName::QueueArn))
         .ok_or_else(|| SchemaError::new(format!("queue {dead_name}"), "it has no ARN"))?;
-    let redrive =
-        format!(r#"{{"deadLetterTargetArn":"{arn}","maxReceiveCount":{}}}"#, START_QUEUE.max_receive_count);
+    let redrive = format!(r#"{{"deadLetterTargetArn":"{arn}","maxReceiveCount":{}}}"#, START_QUEUE.max_receive_count);
     Ok(QueueUrls { starts: make(&name, Some(redrive)).await?, dead_letters })
 }

@@ -13,10 +13,10 @@ use crate::config::StartConfig;
 use crate::error::Result;
 use crate::id;
 use crate::start::request::{AgentType, Content, ProviderType, Secrets, SendMessageRequest, StartRequest};
+use crate::user::UserId;
 use crate::user::seal::Sealer;
 use crate::user::settings::{McpConfig, McpUrlServer, Settings};
 use crate::user::token::secret_access_token;
-use crate::user::UserId;
 
 /// Sent as the version of this control plane in trace metadata.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -74,7 +74,9 @@ pub enum MissingModel {
 ///
 /// # Errors
 /// [`MissingModel`] inside, when no model is known; [`crate::Error::Internal`] when a token cannot be signed.
-pub fn conversation_body(inputs: &ConversationInputs<'_>) -> Result<std::result::Result<ConversationBody, MissingModel>> {
+pub fn conversation_body(
+    inputs: &ConversationInputs<'_>,
+) -> Result<std::result::Result<ConversationBody, MissingModel>> {
     let ConversationInputs { request, settings, config, .. } = inputs;
     let Some(model) = given(request.llm_model.as_deref()).or_else(|| given(settings.llm_model.as_deref())) else {
         return Ok(Err(MissingModel::NoModel));
@@ -91,7 +93,8 @@ pub fn conversation_body(inputs: &ConversationInputs<'_>) -> Result<std::result:
             json!({"plan_structure": PLAN_STRUCTURE, "llm_security_analyzer": true}),
         )
     } else {
-        let names = ["terminal", "file_editor", "task_tracker"].into_iter().chain(inputs.browser.then_some("browser_tool_set"));
+        let names =
+            ["terminal", "file_editor", "task_tracker"].into_iter().chain(inputs.browser.then_some("browser_tool_set"));
         (names.map(tool).collect(), "system_prompt.j2", json!({"cli_mode": false, "llm_security_analyzer": true}))
     };
     let json = json!({
@@ -240,9 +243,7 @@ fn llm(inputs: &ConversationInputs<'_>, model: &str, usage_id: &str) -> Value {
 /// Custom secrets, then the request's own, then provider tokens under `<PROVIDER>_TOKEN`; later ones win.
 fn secrets(inputs: &ConversationInputs<'_>) -> Result<Map<String, Value>> {
     let ConversationInputs { request, settings, config, .. } = inputs;
-    let fixed = |value: &SecretString, description: Option<&str>| {
-        json!({"description": description, "value": value.expose_secret(), "kind": "StaticSecret"})
-    };
+    let fixed = |value: &SecretString, description: Option<&str>| json!({"description": description, "value": value.expose_secret(), "kind": "StaticSecret"});
     let mut secrets = Map::new();
     for (name, secret) in &settings.custom_secrets {
         secrets.insert(name.clone(), fixed(&secret.secret, given(secret.description.as_deref())));
@@ -376,7 +377,10 @@ fn wire_skill(skill: &SkillInfo) -> Value {
 
 fn plugins(request: &StartRequest) -> Value {
     let Some(plugins) = request.plugins.as_ref().filter(|plugins| !plugins.is_empty()) else { return Value::Null };
-    plugins.iter().map(|plugin| json!({"source": plugin.source, "ref": plugin.r#ref, "repo_path": plugin.repo_path})).collect()
+    plugins
+        .iter()
+        .map(|plugin| json!({"source": plugin.source, "ref": plugin.r#ref, "repo_path": plugin.repo_path}))
+        .collect()
 }
 
 /// The first message, with the plugins' parameters behind it; only they if there is none.

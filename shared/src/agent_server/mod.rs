@@ -58,7 +58,9 @@ impl AgentServerError {
         match &self.failure {
             Failure::Unreachable | Failure::TimedOut | Failure::CutOff | Failure::Malformed(_) => true,
             Failure::Status(status, _) => {
-                status.is_server_error() || *status == StatusCode::TOO_MANY_REQUESTS || *status == StatusCode::REQUEST_TIMEOUT
+                status.is_server_error()
+                    || *status == StatusCode::TOO_MANY_REQUESTS
+                    || *status == StatusCode::REQUEST_TIMEOUT
             }
         }
     }
@@ -77,7 +79,9 @@ impl fmt::Display for AgentServerError {
             Failure::Unreachable => write!(out, "The agent server cannot be reached ({request})"),
             Failure::TimedOut => write!(out, "The agent server did not answer in time ({request})"),
             Failure::CutOff => write!(out, "The agent server's answer was cut off ({request})"),
-            Failure::Status(status, text) if text.is_empty() => write!(out, "The agent server answered {status} to {request}"),
+            Failure::Status(status, text) if text.is_empty() => {
+                write!(out, "The agent server answered {status} to {request}")
+            }
             Failure::Status(status, text) => write!(out, "The agent server answered {status} to {request}: {text}"),
             Failure::Malformed(what) => write!(out, "The agent server's answer to {request} makes no sense: {what}"),
         }
@@ -192,8 +196,9 @@ impl AgentServer {
             id: String,
         }
         let body = json!({"command": command, "timeout": timeout.as_secs(), "cwd": cwd});
-        let started: Started =
-            self.call(Method::POST, "/api/bash/start_bash_command", COMMAND_START_TIMEOUT, |request| request.json(&body)).await?;
+        let started: Started = self
+            .call(Method::POST, "/api/bash/start_bash_command", COMMAND_START_TIMEOUT, |request| request.json(&body))
+            .await?;
         Ok(started.id)
     }
 
@@ -222,7 +227,12 @@ impl AgentServer {
             let page: Page = self
                 .call(Method::GET, "/api/bash/bash_events/search", LOOK_TIMEOUT, |request| {
                     request
-                        .query(&[("command_id__eq", command_id), ("sort_order", "TIMESTAMP"), ("limit", "100"), ("kind__eq", "BashOutput")])
+                        .query(&[
+                            ("command_id__eq", command_id),
+                            ("sort_order", "TIMESTAMP"),
+                            ("limit", "100"),
+                            ("kind__eq", "BashOutput"),
+                        ])
                         .query(&page_id.as_ref().map(|id| [("page_id", id)]))
                 })
                 .await?;
@@ -269,7 +279,8 @@ impl AgentServer {
             "load_public": true, "load_user": true, "load_project": true, "load_org": true,
             "project_dir": query.project_dir, "org_config": query.org_config, "sandbox_config": query.sandbox_config,
         });
-        let found: Found = self.call(Method::POST, "/api/skills", SKILLS_TIMEOUT, |request| request.json(&body)).await?;
+        let found: Found =
+            self.call(Method::POST, "/api/skills", SKILLS_TIMEOUT, |request| request.json(&body)).await?;
         Ok(found
             .skills
             .into_iter()

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use crate::clock::{Time, sortable};
 use crate::id::as_hex;
 use crate::sandbox::SandboxStatus;
-use crate::start::request::{Trigger, ProviderType};
+use crate::start::request::{ProviderType, Trigger};
 use crate::user::UserId;
 
 /// What a conversation has cost so far.

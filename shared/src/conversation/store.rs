@@ -9,7 +9,9 @@ use uuid::Uuid;
 
 use super::ConversationRecord;
 use crate::clock::Time;
-use crate::dynamo::{BATCH_GET_LIMIT, Item, batch_get_items, from_item, is_condition_failure, number, store_error, text, to_item};
+use crate::dynamo::{
+    BATCH_GET_LIMIT, Item, batch_get_items, from_item, is_condition_failure, number, store_error, text, to_item,
+};
 use crate::error::{Error, Result};
 use crate::id;
 use crate::user::UserId;
@@ -90,12 +92,15 @@ impl ConversationStore {
     ///
     /// # Errors
     /// [`Error::Store`].
-    pub async fn list(&self, user: &UserId, include_sub_conversations: bool, after: Option<&After>, limit: usize) -> Result<Page> {
-        let (index, owner) = if include_sub_conversations {
-            (ALL_BY_CREATED, "user")
-        } else {
-            (TOP_LEVEL_BY_CREATED, "top_level_user")
-        };
+    pub async fn list(
+        &self,
+        user: &UserId,
+        include_sub_conversations: bool,
+        after: Option<&After>,
+        limit: usize,
+    ) -> Result<Page> {
+        let (index, owner) =
+            if include_sub_conversations { (ALL_BY_CREATED, "user") } else { (TOP_LEVEL_BY_CREATED, "top_level_user") };
         let start = after.map(|after| {
             let mut start = key(user, after.id);
             start.insert(owner.into(), text(user.as_str()));

@@ -28,9 +28,7 @@ pub fn json(content_type: Option<&str>, body: &[u8]) -> Checked<Value> {
     let text = match std::str::from_utf8(body) {
         Ok(text) => text.strip_prefix('\u{feff}').unwrap_or(text),
         Err(error) => {
-            let before = String::from_utf8_lossy(&body[..error.valid_up_to()])
-                .chars()
-                .count();
+            let before = String::from_utf8_lossy(&body[..error.valid_up_to()]).chars().count();
             return Err(invalid(before, EXPECTING_VALUE));
         }
     };
@@ -53,28 +51,16 @@ fn missing() -> Vec<Violation> {
 fn invalid(at: usize, what: &'static str) -> Vec<Violation> {
     let mut check = Checker::new("body");
     check.within(at, |check| {
-        check.report(
-            "json_invalid",
-            "JSON decode error",
-            json!({}),
-            Some(json!({"error": what})),
-        );
+        check.report("json_invalid", "JSON decode error", json!({}), Some(json!({"error": what})));
     });
     check.finish::<()>(None).err().unwrap_or_default()
 }
 
 fn is_json(content_type: &str) -> bool {
-    let media_type = content_type
-        .split(';')
-        .next()
-        .unwrap_or_default()
-        .trim()
-        .to_ascii_lowercase();
+    let media_type = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
     media_type
         .strip_prefix("application/")
-        .is_some_and(|subtype| {
-            !subtype.contains('/') && (subtype == "json" || subtype.ends_with("+json"))
-        })
+        .is_some_and(|subtype| !subtype.contains('/') && (subtype == "json" || subtype.ends_with("+json")))
 }
 
 const EXPECTING_VALUE: &str = "Expecting value";
@@ -97,25 +83,16 @@ struct Fault {
 /// Where the original's parser would stop. Only runs on text that `serde_json` has refused: its errors name other places.
 fn find_fault(text: &str) -> Fault {
     let chars: Vec<char> = text.chars().collect();
-    let mut scan = Scan {
-        chars: &chars,
-        refused: None,
-    };
+    let mut scan = Scan { chars: &chars, refused: None };
     let start = scan.skip_space(0);
     let end = match scan.value(start, 0) {
         Ok(end) => scan.skip_space(end),
         Err(fault) => return fault,
     };
     if end < chars.len() {
-        return Fault {
-            at: end,
-            what: EXTRA_DATA,
-        };
+        return Fault { at: end, what: EXTRA_DATA };
     }
-    scan.refused.unwrap_or(Fault {
-        at: 0,
-        what: EXPECTING_VALUE,
-    })
+    scan.refused.unwrap_or(Fault { at: 0, what: EXPECTING_VALUE })
 }
 
 /// Each method starts at an index and answers the index behind what it recognised.
@@ -144,10 +121,7 @@ impl Scan<'_> {
     fn value(&mut self, start: usize, depth: usize) -> Result<usize, Fault> {
         match self.at(start) {
             Some('"') => self.string(start),
-            Some('{' | '[') if depth >= MAX_DEPTH => Err(Fault {
-                at: start,
-                what: TOO_DEEP,
-            }),
+            Some('{' | '[') if depth >= MAX_DEPTH => Err(Fault { at: start, what: TOO_DEEP }),
             Some('{') => self.object(start, depth + 1),
             Some('[') => self.array(start, depth + 1),
             Some('n') => self.word(start, "null"),
@@ -167,18 +141,12 @@ impl Scan<'_> {
         }
         loop {
             if self.at(index) != Some('"') {
-                return Err(Fault {
-                    at: index,
-                    what: EXPECTING_NAME,
-                });
+                return Err(Fault { at: index, what: EXPECTING_NAME });
             }
             index = self.string(index)?;
             index = self.skip_space(index);
             if self.at(index) != Some(':') {
-                return Err(Fault {
-                    at: index,
-                    what: EXPECTING_COLON,
-                });
+                return Err(Fault { at: index, what: EXPECTING_COLON });
             }
             index = self.skip_space(index + 1);
             index = self.value(index, depth)?;
@@ -187,10 +155,7 @@ impl Scan<'_> {
                 Some('}') => return Ok(index + 1),
                 Some(',') => index = self.skip_space(index + 1),
                 _ => {
-                    return Err(Fault {
-                        at: index,
-                        what: EXPECTING_COMMA,
-                    });
+                    return Err(Fault { at: index, what: EXPECTING_COMMA });
                 }
             }
         }
@@ -208,28 +173,15 @@ impl Scan<'_> {
                 Some(']') => return Ok(index + 1),
                 Some(',') => index = self.skip_space(index + 1),
                 _ => {
-                    return Err(Fault {
-                        at: index,
-                        what: EXPECTING_COMMA,
-                    });
+                    return Err(Fault { at: index, what: EXPECTING_COMMA });
                 }
             }
         }
     }
 
     fn word(&self, start: usize, word: &str) -> Result<usize, Fault> {
-        let found = word
-            .chars()
-            .enumerate()
-            .all(|(offset, expected)| self.at(start + offset) == Some(expected));
-        if found {
-            Ok(start + word.len())
-        } else {
-            Err(Fault {
-                at: start,
-                what: EXPECTING_VALUE,
-            })
-        }
+        let found = word.chars().enumerate().all(|(offset, expected)| self.at(start + offset) == Some(expected));
+        if found { Ok(start + word.len()) } else { Err(Fault { at: start, what: EXPECTING_VALUE }) }
     }
 
     fn not_finite(&mut self, start: usize, word: &str) -> Result<usize, Fault> {
@@ -246,31 +198,20 @@ impl Scan<'_> {
     }
 
     fn number(&mut self, start: usize) -> Result<usize, Fault> {
-        let first = if self.at(start) == Some('-') {
-            start + 1
-        } else {
-            start
-        };
+        let first = if self.at(start) == Some('-') { start + 1 } else { start };
         let mut end = match self.at(first) {
             // A number ends behind a leading zero: what follows is then the fault.
             Some('0') => first + 1,
             Some('1'..='9') => self.digits(first),
             _ => {
-                return Err(Fault {
-                    at: start,
-                    what: EXPECTING_VALUE,
-                });
+                return Err(Fault { at: start, what: EXPECTING_VALUE });
             }
         };
         if self.at(end) == Some('.') && self.digits(end + 1) > end + 1 {
             end = self.digits(end + 1);
         }
         if matches!(self.at(end), Some('e' | 'E')) {
-            let exponent = if matches!(self.at(end + 1), Some('+' | '-')) {
-                end + 2
-            } else {
-                end + 1
-            };
+            let exponent = if matches!(self.at(end + 1), Some('+' | '-')) { end + 2 } else { end + 1 };
             if self.digits(exponent) > exponent {
                 end = self.digits(exponent);
             }
@@ -288,17 +229,11 @@ impl Scan<'_> {
         loop {
             match self.at(index) {
                 None => {
-                    return Err(Fault {
-                        at: start,
-                        what: UNTERMINATED,
-                    });
+                    return Err(Fault { at: start, what: UNTERMINATED });
                 }
                 Some('"') => return Ok(index + 1),
                 Some('\u{0}'..='\u{1f}') => {
-                    return Err(Fault {
-                        at: index,
-                        what: CONTROL_CHARACTER,
-                    });
+                    return Err(Fault { at: index, what: CONTROL_CHARACTER });
                 }
                 Some('\\') => index = self.escape(start, index)?,
                 Some(_) => index += 1,
@@ -308,34 +243,22 @@ impl Scan<'_> {
 
     fn escape(&mut self, string: usize, backslash: usize) -> Result<usize, Fault> {
         match self.at(backslash + 1) {
-            None => Err(Fault {
-                at: string,
-                what: UNTERMINATED,
-            }),
+            None => Err(Fault { at: string, what: UNTERMINATED }),
             Some('"' | '\\' | '/' | 'b' | 'f' | 'n' | 'r' | 't') => Ok(backslash + 2),
             Some('u') => self.unicode_escape(backslash + 1),
-            Some(_) => Err(Fault {
-                at: backslash,
-                what: BAD_ESCAPE,
-            }),
+            Some(_) => Err(Fault { at: backslash, what: BAD_ESCAPE }),
         }
     }
 
     fn unicode_escape(&mut self, u: usize) -> Result<usize, Fault> {
-        let unit = self.code_unit(u).ok_or(Fault {
-            at: u,
-            what: BAD_UNICODE_ESCAPE,
-        })?;
+        let unit = self.code_unit(u).ok_or(Fault { at: u, what: BAD_UNICODE_ESCAPE })?;
         let escape_follows = self.at(u + 5) == Some('\\') && self.at(u + 6) == Some('u');
         match unit {
             0xd800..=0xdbff if escape_follows => match self.code_unit(u + 6) {
                 Some(0xdc00..=0xdfff) => return Ok(u + 11),
                 Some(_) => self.refuse(u, BAD_UNICODE_ESCAPE),
                 None => {
-                    return Err(Fault {
-                        at: u + 6,
-                        what: BAD_UNICODE_ESCAPE,
-                    });
+                    return Err(Fault { at: u + 6, what: BAD_UNICODE_ESCAPE });
                 }
             },
             0xd800..=0xdfff => self.refuse(u, BAD_UNICODE_ESCAPE),
@@ -347,8 +270,6 @@ impl Scan<'_> {
     /// The four hex digits behind a `u`, if the text goes on behind them.
     fn code_unit(&self, u: usize) -> Option<u32> {
         self.at(u + 5)?;
-        self.chars[u + 1..u + 5]
-            .iter()
-            .try_fold(0, |unit, c| Some(unit * 16 + c.to_digit(16)?))
+        self.chars[u + 1..u + 5].iter().try_fold(0, |unit, c| Some(unit * 16 + c.to_digit(16)?))
     }
 }

@@ -36,7 +36,9 @@ pub fn decode<L: DeserializeOwned + PartialEq, P: DeserializeOwned>(page_id: &st
         .ok()
         .and_then(|json| serde_json::from_slice(&json).ok())
         .filter(|token: &Token<L, P>| token.v == VERSION)
-        .ok_or_else(|| refused("page_id is not one that this server gave out: leave it out to start at the first page"))?;
+        .ok_or_else(|| {
+            refused("page_id is not one that this server gave out: leave it out to start at the first page")
+        })?;
     if token.list != *list {
         return Err(refused("page_id belongs to a list with other filters: leave it out to start at the first page"));
     }
@@ -50,9 +52,12 @@ mod tests {
     #[test]
     fn a_page_id_leads_back_to_its_place_in_its_list_alone() {
         let page_id = encode(&("tasks", "CREATED_AT"), &"x").expect("a page id");
-        let decode = |text: &str, order: &str| decode::<(String, String), String>(text, &("tasks".into(), order.into()));
+        let decode =
+            |text: &str, order: &str| decode::<(String, String), String>(text, &("tasks".into(), order.into()));
         assert_eq!(decode(&page_id, "CREATED_AT").expect("a place"), "x");
-        for (text, order) in [(page_id.as_str(), "UPDATED_AT"), ("3", "CREATED_AT"), ("", "CREATED_AT"), (&page_id[1..], "CREATED_AT")] {
+        for (text, order) in
+            [(page_id.as_str(), "UPDATED_AT"), ("3", "CREATED_AT"), ("", "CREATED_AT"), (&page_id[1..], "CREATED_AT")]
+        {
             assert!(matches!(decode(text, order), Err(Error::Refused(_))), "{text}");
         }
     }

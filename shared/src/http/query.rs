@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::validation::{
-    Checked, Checker, Choice, IntegerText, boolean_from_text, choice, parse_integer,
-    report_int_parsing, report_int_size, report_not_one_of, uuid_from_text,
+    Checked, Checker, Choice, IntegerText, boolean_from_text, choice, parse_integer, report_int_parsing,
+    report_int_size, report_not_one_of, uuid_from_text,
 };
 
 /// Unix times beyond this, either way, are milliseconds, others seconds.
@@ -38,11 +38,7 @@ pub struct Bounds {
 
 impl Bounds {
     /// Those of `limit`: 1 to 100.
-    pub const PAGE: Self = Self {
-        le: Some(100),
-        ge: None,
-        gt: Some(0),
-    };
+    pub const PAGE: Self = Self { le: Some(100), ge: None, gt: Some(0) };
 }
 
 impl Query {
@@ -51,12 +47,7 @@ impl Query {
     #[must_use]
     pub fn parse(raw: Option<&str>) -> Self {
         let raw = raw.unwrap_or_default();
-        Self {
-            pairs: form_urlencoded::parse(raw.as_bytes())
-                .into_owned()
-                .collect(),
-            check: Checker::new("query"),
-        }
+        Self { pairs: form_urlencoded::parse(raw.as_bytes()).into_owned().collect(), check: Checker::new("query") }
     }
 
     /// # Errors
@@ -98,8 +89,7 @@ impl Query {
     /// An integer as [`parse_integer`] reads it, within bounds; violations `int_parsing`, `int_parsing_size` and those of
     /// [`Bounds`]. What does not fit into 64 bits counts as the nearest that does.
     pub fn integer(&mut self, name: &'static str, default: i64, bounds: Bounds) -> i64 {
-        self.read(name, |check, text| read_integer(check, text, bounds))
-            .unwrap_or(default)
+        self.read(name, |check, text| read_integer(check, text, bounds)).unwrap_or(default)
     }
 
     /// A point in time, see [`read_datetime`]; violations `datetime_from_date_parsing` and `datetime_parsing`.
@@ -116,21 +106,15 @@ impl Query {
     pub fn uuids(&mut self, name: &'static str) -> Vec<Uuid> {
         let texts = self.strings(name);
         self.check.within(name, |check| {
-            let read = |(index, text): (usize, &String)| {
-                check.within(index, |check| uuid_from_text(check, text))
-            };
+            let read = |(index, text): (usize, &String)| check.within(index, |check| uuid_from_text(check, text));
             texts.iter().enumerate().filter_map(read).collect()
         })
     }
 
     /// A repeated text that must be there at least once; violation `missing`.
     pub fn strings(&mut self, name: &'static str) -> Vec<String> {
-        let texts: Vec<String> = self
-            .pairs
-            .iter()
-            .filter(|(key, _)| key == name)
-            .map(|(_, text)| text.clone())
-            .collect();
+        let texts: Vec<String> =
+            self.pairs.iter().filter(|(key, _)| key == name).map(|(_, text)| text.clone()).collect();
         if texts.is_empty() {
             self.report_missing(name);
         }
@@ -154,25 +138,16 @@ impl Query {
     }
 
     fn last(&self, name: &str) -> Option<&str> {
-        self.pairs
-            .iter()
-            .rev()
-            .find(|(key, _)| key == name)
-            .map(|(_, text)| text.as_str())
+        self.pairs.iter().rev().find(|(key, _)| key == name).map(|(_, text)| text.as_str())
     }
 
-    fn read<T>(
-        &mut self,
-        name: &'static str,
-        read: impl FnOnce(&mut Checker, &str) -> Option<T>,
-    ) -> Option<T> {
+    fn read<T>(&mut self, name: &'static str, read: impl FnOnce(&mut Checker, &str) -> Option<T>) -> Option<T> {
         let text = self.string(name)?;
         self.check.within(name, |check| read(check, &text))
     }
 
     fn report_missing(&mut self, name: &'static str) {
-        self.check
-            .within(name, |check| check.report_missing(Value::Null));
+        self.check.within(name, |check| check.report_missing(Value::Null));
     }
 }
 
@@ -191,12 +166,7 @@ fn read_integer(check: &mut Checker, text: &str, bounds: Bounds) -> Option<i64> 
         }
     };
     let mut broken = |kind, words: &str, name: &str, limit: i64| {
-        check.report(
-            kind,
-            format!("Input should be {words} {limit}"),
-            text.into(),
-            Some(json!({ name: limit })),
-        );
+        check.report(kind, format!("Input should be {words} {limit}"), text.into(), Some(json!({ name: limit })));
         None
     };
     if let Some(le) = bounds.le.filter(|le| integer > *le) {
@@ -231,12 +201,7 @@ pub fn read_datetime(check: &mut Checker, text: &str) -> Option<Timestamp> {
         YEAR_ZERO => ("datetime_parsing", "a valid datetime"),
         _ => ("datetime_from_date_parsing", "a valid datetime or date"),
     };
-    check.report(
-        kind,
-        format!("Input should be {what}, {error}"),
-        text.into(),
-        Some(json!({"error": error})),
-    );
+    check.report(kind, format!("Input should be {what}, {error}"), text.into(), Some(json!({"error": error})));
     None
 }
 
@@ -254,10 +219,7 @@ fn parse_datetime(text: &str) -> Result<Timestamp, &'static str> {
     }
     let (date, rest) = parse_date(text.as_bytes())?;
     let (datetime, offset) = if rest.is_empty() {
-        (
-            DateTime::from_parts(date, jiff::civil::Time::midnight()),
-            Offset::UTC,
-        )
+        (DateTime::from_parts(date, jiff::civil::Time::midnight()), Offset::UTC)
     } else {
         parse_time(date, rest).ok_or(EXTRA_CHARACTERS)?
     };
@@ -287,11 +249,7 @@ impl UnixTime {
         }
         // The magnitude must fit by itself, which leaves i64::MIN out.
         let magnitude: i64 = unsigned.parse().ok()?;
-        Some(Self::Integer(if text.starts_with('-') {
-            -magnitude
-        } else {
-            magnitude
-        }))
+        Some(Self::Integer(if text.starts_with('-') { -magnitude } else { magnitude }))
     }
 
     fn timestamp(self) -> Result<Timestamp, &'static str> {
@@ -302,12 +260,8 @@ impl UnixTime {
                 let milliseconds = float.abs() > MILLISECONDS_FROM as f64;
                 let seconds = if milliseconds { float / 1000.0 } else { float };
                 let whole = seconds.floor();
-                #[expect(
-                    clippy::cast_possible_truncation,
-                    reason = "saturates, and is then out of range"
-                )]
-                let (whole, microseconds) =
-                    (whole as i64, ((seconds - whole) * 1e6).round() as i64);
+                #[expect(clippy::cast_possible_truncation, reason = "saturates, and is then out of range")]
+                let (whole, microseconds) = (whole as i64, ((seconds - whole) * 1e6).round() as i64);
                 unix_timestamp(whole, microseconds)
             }
         }
@@ -320,10 +274,7 @@ fn unix_timestamp(number: i64, microseconds: i64) -> Result<Timestamp, &'static 
     const FIRST_OF_YEAR_1: i64 = -62_135_596_800;
     const LAST_OF_YEAR_9999: i64 = 253_402_300_799;
     let (seconds, microseconds) = if number.unsigned_abs() > MILLISECONDS_FROM.unsigned_abs() {
-        (
-            number.div_euclid(1000),
-            number.rem_euclid(1000) * 1000 + microseconds,
-        )
+        (number.div_euclid(1000), number.rem_euclid(1000) * 1000 + microseconds)
     } else {
         (number, microseconds)
     };
@@ -393,9 +344,7 @@ fn parse_time(date: Date, rest: &[u8]) -> Option<(DateTime, Offset)> {
                 return None;
             }
             let microseconds = (0..6).fold(0, |micros, place| {
-                let digit = fraction[..length]
-                    .get(place)
-                    .map_or(0, |b| i32::from(b - b'0'));
+                let digit = fraction[..length].get(place).map_or(0, |b| i32::from(b - b'0'));
                 micros * 10 + digit
             });
             nanosecond = microseconds * 1000;
@@ -420,10 +369,7 @@ fn parse_offset(text: &[u8]) -> Option<Offset> {
         [_, _, _, _] => (&digits[..2], &digits[2..]),
         _ => return None,
     };
-    let (hours, minutes) = (
-        i32::from(small_number(hours)?),
-        i32::from(small_number(minutes)?),
-    );
+    let (hours, minutes) = (i32::from(small_number(hours)?), i32::from(small_number(minutes)?));
     if hours > 23 || minutes > 59 {
         return None;
     }
@@ -450,19 +396,11 @@ pub fn lenient_uuid(text: &str) -> Option<Uuid> {
 /// The text of the 400 answer: `Invalid UUID format for ids: ['zz', '123']`.
 pub fn lenient_uuids(ids: &[String]) -> Result<Vec<Uuid>, String> {
     let read: Vec<Option<Uuid>> = ids.iter().map(|id| lenient_uuid(id)).collect();
-    let bad: Vec<&str> = ids
-        .iter()
-        .zip(&read)
-        .filter(|(_, uuid)| uuid.is_none())
-        .map(|(id, _)| id.as_str())
-        .collect();
+    let bad: Vec<&str> = ids.iter().zip(&read).filter(|(_, uuid)| uuid.is_none()).map(|(id, _)| id.as_str()).collect();
     if bad.is_empty() {
         return Ok(read.into_iter().flatten().collect());
     }
-    Err(format!(
-        "Invalid UUID format for ids: {}",
-        python_list(&bad)
-    ))
+    Err(format!("Invalid UUID format for ids: {}", python_list(&bad)))
 }
 
 /// Texts as Python prints a list of them: `['a', "it's", 'new\nline']`.
@@ -473,11 +411,7 @@ pub fn python_list(items: &[&str]) -> String {
 }
 
 fn python_string(text: &str) -> String {
-    let quote = if text.contains('\'') && !text.contains('"') {
-        '"'
-    } else {
-        '\''
-    };
+    let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
     let mut out = String::with_capacity(text.len() + 2);
     out.push(quote);
     for c in text.chars() {
@@ -541,10 +475,7 @@ mod tests {
     }
 
     fn text<'v>(value: &'v Value, pointer: &str) -> &'v str {
-        value
-            .pointer(pointer)
-            .and_then(Value::as_str)
-            .unwrap_or_default()
+        value.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
     }
 
     /// Reads what the route declares, in its order.
@@ -552,12 +483,7 @@ mod tests {
         let mut query = Query::parse(Some(raw));
         match route {
             "search" | "count" => {
-                for name in [
-                    "created_at__gte",
-                    "created_at__lt",
-                    "updated_at__gte",
-                    "updated_at__lt",
-                ] {
+                for name in ["created_at__gte", "created_at__lt", "updated_at__gte", "updated_at__lt"] {
                     query.datetime(name);
                 }
                 if route == "search" {
@@ -586,36 +512,16 @@ mod tests {
     #[test]
     fn answers_recorded_requests() {
         let files = [
-            include_str!(concat!(
-                env!("CARGO_MANIFEST_DIR"),
-                "/../tests/data/contract/replay-search.jsonl"
-            )),
-            include_str!(concat!(
-                env!("CARGO_MANIFEST_DIR"),
-                "/../tests/data/contract/replay-count.jsonl"
-            )),
-            include_str!(concat!(
-                env!("CARGO_MANIFEST_DIR"),
-                "/../tests/data/contract/replay-start-tasks.jsonl"
-            )),
-            include_str!(concat!(
-                env!("CARGO_MANIFEST_DIR"),
-                "/../tests/data/contract/replay-byid.jsonl"
-            )),
-            include_str!(concat!(
-                env!("CARGO_MANIFEST_DIR"),
-                "/../tests/data/contract/replay-tz.jsonl"
-            )),
-            include_str!(concat!(
-                env!("CARGO_MANIFEST_DIR"),
-                "/../tests/data/contract/replay-batch.jsonl"
-            )),
+            include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/contract/replay-search.jsonl")),
+            include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/contract/replay-count.jsonl")),
+            include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/contract/replay-start-tasks.jsonl")),
+            include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/contract/replay-byid.jsonl")),
+            include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/contract/replay-tz.jsonl")),
+            include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/contract/replay-batch.jsonl")),
         ];
         let mut refused = 0;
         for case in files.into_iter().flat_map(lines) {
-            let path = text(&case, "/request/path")
-                .strip_prefix("/api/v1/app-conversations")
-                .unwrap();
+            let path = text(&case, "/request/path").strip_prefix("/api/v1/app-conversations").unwrap();
             let route = path.trim_start_matches('/');
             if text(&case, "/request/method") != "GET" || route.ends_with("download") {
                 continue;
@@ -626,11 +532,7 @@ mod tests {
             let label = format!("{route}?{raw}");
             match (status, read) {
                 (422, Err(violations)) => {
-                    assert_eq!(
-                        detail(violations),
-                        case["response"]["body"]["detail"],
-                        "{label}"
-                    );
+                    assert_eq!(detail(violations), case["response"]["body"]["detail"], "{label}");
                     refused += 1;
                 }
                 (422, Ok(())) => panic!("{label} passed"),
@@ -644,10 +546,7 @@ mod tests {
     /// Recorded with pydantic 2.12.5 under FastAPI 0.128.
     #[test]
     fn coerces_as_recorded() {
-        let file = include_str!(concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/../tests/data/contract/coercions.jsonl"
-        ));
+        let file = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/contract/coercions.jsonl"));
         let mut wrong = Vec::new();
         for case in lines(file).filter(|case| case.get("query").is_some()) {
             let raw = text(&case, "/query");
@@ -656,14 +555,7 @@ mod tests {
                 "int" => json!(query.integer("limit", 100, Bounds::PAGE)),
                 // `lt` is not among our bounds: no parameter of the contract has it.
                 "intge" if raw != "limit=9" && raw != "limit=9.0" => {
-                    json!(query.integer(
-                        "limit",
-                        1,
-                        Bounds {
-                            ge: Some(-5),
-                            ..Bounds::default()
-                        }
-                    ))
+                    json!(query.integer("limit", 1, Bounds { ge: Some(-5), ..Bounds::default() }))
                 }
                 "intge" => continue,
                 "bool" => json!(query.boolean("b", false)),
@@ -695,17 +587,12 @@ mod tests {
 
     #[test]
     fn reads_ids_as_python_does() {
-        let file = include_str!(concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/../tests/data/contract/coercions.jsonl"
-        ));
+        let file = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/contract/coercions.jsonl"));
         for case in lines(file).filter(|case| case["at"] == "pyuuid") {
             let id = text(&case, "/text");
             let expected = case["value"].as_str();
             let found = lenient_uuid(id).map(|uuid| uuid.simple().to_string());
-            let plain = id
-                .chars()
-                .all(|c| c.is_ascii_hexdigit() || "-{}urnid:".contains(c));
+            let plain = id.chars().all(|c| c.is_ascii_hexdigit() || "-{}urnid:".contains(c));
             // Not taken over: what Python's integers allow.
             if plain || expected.is_none() {
                 assert_eq!(found.as_deref(), expected, "{id:?}");
@@ -717,10 +604,7 @@ mod tests {
 
     #[test]
     fn lists_bad_ids_as_recorded() {
-        let file = include_str!(concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/../tests/data/contract/replay-batch.jsonl"
-        ));
+        let file = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/contract/replay-batch.jsonl"));
         let mut bad = 0;
         for case in lines(file).filter(|case| text(case, "/request/method") == "GET") {
             let mut query = Query::parse(Some(text(&case, "/request/query")));
@@ -738,17 +622,8 @@ mod tests {
 
     #[test]
     fn escapes_what_python_does_not_print() {
-        let list = python_list(&[
-            "\u{0}\u{7f}\u{a0}",
-            "\u{200b}\u{2028}",
-            "\u{e0001}\u{1f642}",
-            "\t\r",
-            "",
-        ]);
-        assert_eq!(
-            list,
-            r"['\x00\x7f\xa0', '\u200b\u2028', '\U000e0001🙂', '\t\r', '']"
-        );
+        let list = python_list(&["\u{0}\u{7f}\u{a0}", "\u{200b}\u{2028}", "\u{e0001}\u{1f642}", "\t\r", ""]);
+        assert_eq!(list, r"['\x00\x7f\xa0', '\u200b\u2028', '\U000e0001🙂', '\t\r', '']");
     }
 
     #[test]
@@ -758,12 +633,7 @@ mod tests {
         query.required_string("absent");
         query.literal("kind", &["A", "B"]);
         query.integer("limit", 100, Bounds::PAGE);
-        let kinds: Vec<&str> = query
-            .finish()
-            .unwrap_err()
-            .iter()
-            .map(|violation| violation.kind)
-            .collect();
+        let kinds: Vec<&str> = query.finish().unwrap_err().iter().map(|violation| violation.kind).collect();
         assert_eq!(kinds, ["missing", "literal_error", "greater_than"]);
     }
 }

@@ -75,10 +75,7 @@ pub trait Choice: Copy + Sized + 'static {
 
     /// The value with this spelling.
     fn from_wire(text: &str) -> Option<Self> {
-        Self::ALL
-            .iter()
-            .copied()
-            .find(|choice| choice.as_str() == text)
+        Self::ALL.iter().copied().find(|choice| choice.as_str() == text)
     }
 }
 
@@ -127,10 +124,7 @@ impl Checker {
     /// Starts at a part of the request: `body`, `query` or `path`.
     #[must_use]
     pub fn new(part: &'static str) -> Self {
-        Self {
-            loc: vec![part.into()],
-            violations: Vec::new(),
-        }
+        Self { loc: vec![part.into()], violations: Vec::new() }
     }
 
     /// Reads something one step further down.
@@ -142,20 +136,8 @@ impl Checker {
     }
 
     /// Reports a violation at the current place.
-    pub fn report(
-        &mut self,
-        kind: &'static str,
-        msg: impl Into<String>,
-        input: Value,
-        ctx: Option<Value>,
-    ) {
-        self.violations.push(Violation {
-            kind,
-            loc: self.loc.clone(),
-            msg: msg.into(),
-            input,
-            ctx,
-        });
+    pub fn report(&mut self, kind: &'static str, msg: impl Into<String>, input: Value, ctx: Option<Value>) {
+        self.violations.push(Violation { kind, loc: self.loc.clone(), msg: msg.into(), input, ctx });
     }
 
     /// Reports `missing`. `parent` is what lacks the value: the object, or null for a parameter.
@@ -166,12 +148,7 @@ impl Checker {
     /// Reports a rule of our own making, the way pydantic reports an exception of a validator.
     pub fn report_value_error(&mut self, text: impl Display, input: Value) {
         // pydantic puts the exception into `ctx`; as JSON that is an empty object.
-        self.report(
-            "value_error",
-            format!("Value error, {text}"),
-            input,
-            Some(json!({"error": {}})),
-        );
+        self.report("value_error", format!("Value error, {text}"), input, Some(json!({"error": {}})));
     }
 
     /// Whether nothing was wrong so far.
@@ -193,12 +170,7 @@ impl Checker {
 /// Reads a string. Violation: `string_type`.
 pub fn string(check: &mut Checker, value: &Value) -> Option<String> {
     let Value::String(text) = value else {
-        check.report(
-            "string_type",
-            "Input should be a valid string",
-            value.clone(),
-            None,
-        );
+        check.report("string_type", "Input should be a valid string", value.clone(), None);
         return None;
     };
     Some(text.clone())
@@ -227,12 +199,7 @@ pub fn boolean(check: &mut Checker, value: &Value) -> Option<bool> {
             None
         }
         None => {
-            check.report(
-                "bool_type",
-                "Input should be a valid boolean",
-                value.clone(),
-                None,
-            );
+            check.report("bool_type", "Input should be a valid boolean", value.clone(), None);
             None
         }
     }
@@ -273,12 +240,7 @@ pub fn integer(check: &mut Checker, value: &Value) -> Option<i64> {
             }
         },
         _ => {
-            check.report(
-                "int_type",
-                "Input should be a valid integer",
-                value.clone(),
-                None,
-            );
+            check.report("int_type", "Input should be a valid integer", value.clone(), None);
             None
         }
     }
@@ -309,10 +271,7 @@ fn whole(float: f64) -> Option<i64> {
     if float.fract() != 0.0 || !(-LIMIT..LIMIT).contains(&float) {
         return None;
     }
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "whole and in range, checked above"
-    )]
+    #[expect(clippy::cast_possible_truncation, reason = "whole and in range, checked above")]
     let integer = float as i64;
     Some(integer)
 }
@@ -360,29 +319,17 @@ pub fn parse_integer(text: &str) -> IntegerText {
         Some(_) => return IntegerText::Invalid,
         None => rest,
     };
-    let groups_are_digits = digits
-        .split('_')
-        .all(|group| !group.is_empty() && group.bytes().all(|b| b.is_ascii_digit()));
+    let groups_are_digits =
+        digits.split('_').all(|group| !group.is_empty() && group.bytes().all(|b| b.is_ascii_digit()));
     if !groups_are_digits {
         return IntegerText::Invalid;
     }
     let mut value: i64 = 0;
-    for digit in digits
-        .bytes()
-        .filter(u8::is_ascii_digit)
-        .map(|b| i64::from(b - b'0'))
-    {
+    for digit in digits.bytes().filter(u8::is_ascii_digit).map(|b| i64::from(b - b'0')) {
         // Counted downwards when negative, for i64::MIN has no positive counterpart.
         let signed = if negative { -digit } else { digit };
-        let Some(next) = value
-            .checked_mul(10)
-            .and_then(|value| value.checked_add(signed))
-        else {
-            return if negative {
-                IntegerText::TooSmall
-            } else {
-                IntegerText::TooLarge
-            };
+        let Some(next) = value.checked_mul(10).and_then(|value| value.checked_add(signed)) else {
+            return if negative { IntegerText::TooSmall } else { IntegerText::TooLarge };
         };
         value = next;
     }
@@ -397,24 +344,14 @@ pub fn float(check: &mut Checker, value: &Value) -> Option<f64> {
         Value::Number(number) => number.as_f64(),
         Value::String(text) => float_from_text(text),
         _ => {
-            check.report(
-                "float_type",
-                "Input should be a valid number",
-                value.clone(),
-                None,
-            );
+            check.report("float_type", "Input should be a valid number", value.clone(), None);
             return None;
         }
     };
     match parsed {
         Some(float) if float.is_finite() => Some(float),
         Some(_) => {
-            check.report(
-                "finite_number",
-                "Input should be a finite number",
-                value.clone(),
-                None,
-            );
+            check.report("finite_number", "Input should be a finite number", value.clone(), None);
             None
         }
         None => {
@@ -438,12 +375,7 @@ fn float_from_text(text: &str) -> Option<f64> {
 /// Reads a UUID: dashed, 32 hex digits, in braces or after `urn:uuid:`. Violations: `uuid_type`, `uuid_parsing`.
 pub fn uuid(check: &mut Checker, value: &Value) -> Option<Uuid> {
     let Value::String(text) = value else {
-        check.report(
-            "uuid_type",
-            "UUID input should be a string, bytes or UUID object",
-            value.clone(),
-            None,
-        );
+        check.report("uuid_type", "UUID input should be a string, bytes or UUID object", value.clone(), None);
         return None;
     };
     uuid_from_text(check, text)
@@ -474,14 +406,10 @@ fn parse_uuid(text: &str) -> Result<Uuid, String> {
         45 => text.strip_prefix("urn:uuid:").unwrap_or(text),
         _ => text,
     };
-    let wrapped = in_braces(text)
-        .map(|inner| (inner, 1))
-        .or_else(|| text.strip_prefix("urn:uuid:").map(|inner| (inner, 9)));
+    let wrapped =
+        in_braces(text).map(|inner| (inner, 1)).or_else(|| text.strip_prefix("urn:uuid:").map(|inner| (inner, 9)));
     let (inner, prefix) = wrapped.unwrap_or((text, 0));
-    if let Some((index, c)) = inner
-        .char_indices()
-        .find(|(_, c)| *c != '-' && !c.is_ascii_hexdigit())
-    {
+    if let Some((index, c)) = inner.char_indices().find(|(_, c)| *c != '-' && !c.is_ascii_hexdigit()) {
         let at = prefix + index + 1;
         return Err(format!(
             "invalid character: expected an optional prefix of `urn:uuid:` followed by [0-9a-fA-F-], found `{c}` at {at}"
@@ -491,28 +419,17 @@ fn parse_uuid(text: &str) -> Result<Uuid, String> {
     if groups.len() == 1 && wrapped.is_none() {
         return match text.len() {
             32 => uuid_from_hex(text),
-            found => Err(format!(
-                "invalid length: expected length 32 for simple format, found {found}"
-            )),
+            found => Err(format!("invalid length: expected length 32 for simple format, found {found}")),
         };
     }
     if groups.len() != GROUPS.len() {
-        return Err(format!(
-            "invalid group count: expected {}, found {}",
-            GROUPS.len(),
-            groups.len()
-        ));
+        return Err(format!("invalid group count: expected {}, found {}", GROUPS.len(), groups.len()));
     }
     let mut lengths: Vec<usize> = groups.iter().map(|group| group.len()).collect();
     lengths[4] += text.len() - inner.len();
-    if let Some(group) = (0..5)
-        .find(|group| lengths[*group] != GROUPS[*group])
-        .or(wrapped.map(|_| 4))
-    {
+    if let Some(group) = (0..5).find(|group| lengths[*group] != GROUPS[*group]).or(wrapped.map(|_| 4)) {
         let (expected, found) = (GROUPS[group], lengths[group]);
-        return Err(format!(
-            "invalid group length in group {group}: expected {expected}, found {found}"
-        ));
+        return Err(format!("invalid group length in group {group}: expected {expected}, found {found}"));
     }
     uuid_from_hex(&groups.concat())
 }
@@ -523,9 +440,7 @@ fn in_braces(text: &str) -> Option<&str> {
 
 /// 32 hex digits, checked before.
 fn uuid_from_hex(digits: &str) -> Result<Uuid, String> {
-    u128::from_str_radix(digits, 16)
-        .map(Uuid::from_u128)
-        .map_err(|error| error.to_string())
+    u128::from_str_radix(digits, 16).map(Uuid::from_u128).map_err(|error| error.to_string())
 }
 
 /// Reads the UUID in a path, e.g. `conversation_id`.
@@ -551,12 +466,7 @@ pub fn literal<T: Choice>(check: &mut Checker, value: &Value) -> Option<T> {
 fn one_of<T: Choice>(kind: &'static str, check: &mut Checker, value: &Value) -> Option<T> {
     let known = value.as_str().and_then(T::from_wire);
     if known.is_none() {
-        report_not_one_of(
-            kind,
-            T::ALL.iter().map(|choice| choice.as_str()),
-            check,
-            value.clone(),
-        );
+        report_not_one_of(kind, T::ALL.iter().map(|choice| choice.as_str()), check, value.clone());
     }
     known
 }
@@ -595,12 +505,7 @@ pub fn report_not_one_of(
     input: Value,
 ) {
     let expected = quoted_list(expected);
-    check.report(
-        kind,
-        format!("Input should be {expected}"),
-        input,
-        Some(json!({"expected": expected})),
-    );
+    check.report(kind, format!("Input should be {expected}"), input, Some(json!({"expected": expected})));
 }
 
 /// `'a', 'b' or 'c'`
@@ -614,38 +519,21 @@ fn quoted_list(items: impl IntoIterator<Item = &'static str>) -> String {
 }
 
 /// Reads a list and each of its items. Violation: `list_type`, besides those of the items.
-pub fn list<T>(
-    check: &mut Checker,
-    value: &Value,
-    read: impl Fn(&mut Checker, &Value) -> Option<T>,
-) -> Option<Vec<T>> {
+pub fn list<T>(check: &mut Checker, value: &Value, read: impl Fn(&mut Checker, &Value) -> Option<T>) -> Option<Vec<T>> {
     let Value::Array(items) = value else {
-        check.report(
-            "list_type",
-            "Input should be a valid list",
-            value.clone(),
-            None,
-        );
+        check.report("list_type", "Input should be a valid list", value.clone(), None);
         return None;
     };
     // Every item is read, also after a faulty one.
-    let read: Vec<Option<T>> = items
-        .iter()
-        .enumerate()
-        .map(|(index, item)| check.within(index, |check| read(check, item)))
-        .collect();
+    let read: Vec<Option<T>> =
+        items.iter().enumerate().map(|(index, item)| check.within(index, |check| read(check, item))).collect();
     read.into_iter().collect()
 }
 
 /// Reads an object with any content. Violation: `dict_type`.
 pub fn dictionary(check: &mut Checker, value: &Value) -> Option<Map<String, Value>> {
     let Value::Object(entries) = value else {
-        check.report(
-            "dict_type",
-            "Input should be a valid dictionary",
-            value.clone(),
-            None,
-        );
+        check.report("dict_type", "Input should be a valid dictionary", value.clone(), None);
         return None;
     };
     Some(entries.clone())
@@ -666,10 +554,7 @@ impl<'v> Fields<'v> {
             check.report("model_attributes_type", msg, value.clone(), None);
             return None;
         };
-        Some(Self {
-            whole: value,
-            entries,
-        })
+        Some(Self { whole: value, entries })
     }
 
     /// A field that must be there. Violation: `missing`, besides those of `read`.
@@ -724,18 +609,9 @@ impl<'v> Fields<'v> {
     /// Reports `extra_forbidden` for every field not among `known`, in the order sent. Answers whether there was none.
     pub fn forbid_others(&self, check: &mut Checker, known: &[&str]) -> bool {
         let mut clean = true;
-        for (name, value) in self
-            .entries
-            .iter()
-            .filter(|(name, _)| !known.contains(&name.as_str()))
-        {
+        for (name, value) in self.entries.iter().filter(|(name, _)| !known.contains(&name.as_str())) {
             check.within(name.clone(), |check| {
-                check.report(
-                    "extra_forbidden",
-                    "Extra inputs are not permitted",
-                    value.clone(),
-                    None,
-                );
+                check.report("extra_forbidden", "Extra inputs are not permitted", value.clone(), None);
             });
             clean = false;
         }

@@ -73,7 +73,11 @@ impl Sandbox {
     /// The address of its agent server, if it runs.
     #[must_use]
     pub fn agent_server_url(&self) -> Option<&str> {
-        self.exposed_urls.as_ref()?.iter().find(|exposed| exposed.name == AGENT_SERVER).map(|exposed| exposed.url.as_str())
+        self.exposed_urls
+            .as_ref()?
+            .iter()
+            .find(|exposed| exposed.name == AGENT_SERVER)
+            .map(|exposed| exposed.url.as_str())
     }
 }
 

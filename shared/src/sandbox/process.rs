@@ -37,12 +37,31 @@ const LAUNCHER: &str = r#"echo $$ > "$1" && shift && exec "$@""#;
 
 /// What of this process's environment an agent server may see. All else stays here: it holds keys.
 const PASSED_ON: [&str; 20] = [
-    "PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TERM", "TMPDIR", "USER", "LOGNAME", "SHELL", "HTTP_PROXY", "HTTPS_PROXY",
-    "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "DYLD_LIBRARY_PATH",
+    "PATH",
+    "LANG",
+    "LC_ALL",
+    "LC_CTYPE",
+    "TZ",
+    "TERM",
+    "TMPDIR",
+    "USER",
+    "LOGNAME",
+    "SHELL",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "REQUESTS_CA_BUNDLE",
+    "DYLD_LIBRARY_PATH",
 ];
 
 /// Folders of the user's home that a sandbox's own home shows: skills of the user, and browsers, which are large.
-const SHARED_HOME: [&str; 4] = [".agents/skills", ".openhands/skills", ".openhands/microagents", ".cache/ms-playwright"];
+const SHARED_HOME: [&str; 4] =
+    [".agents/skills", ".openhands/skills", ".openhands/microagents", ".cache/ms-playwright"];
 
 const TERMINATION_PATIENCE: Duration = Duration::from_secs(10);
 const ALIVE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -219,8 +238,9 @@ impl ProcessSandboxes {
         }
         // The operator's word on what sandboxes see; it wins.
         if let Some(given) = crate::config::text("OH_AGENT_SERVER_ENV") {
-            let given: std::collections::BTreeMap<String, String> = serde_json::from_str(&given)
-                .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, format!("OH_AGENT_SERVER_ENV: {error}")))?;
+            let given: std::collections::BTreeMap<String, String> = serde_json::from_str(&given).map_err(|error| {
+                io::Error::new(io::ErrorKind::InvalidInput, format!("OH_AGENT_SERVER_ENV: {error}"))
+            })?;
             command.envs(given);
         }
         // Dropped, not killed: the runtime reaps it when it ends, and it outlives us if it must.

@@ -8,7 +8,9 @@ use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, Serialize};
 
 use crate::clock::{Time, sortable};
-use crate::dynamo::{BATCH_GET_LIMIT, Item, batch_get_items, from_item, is_condition_failure, store_error, text, to_item};
+use crate::dynamo::{
+    BATCH_GET_LIMIT, Item, batch_get_items, from_item, is_condition_failure, store_error, text, to_item,
+};
 use crate::error::Result;
 use crate::user::UserId;
 use crate::user::seal::{Sealer, hash};

@@ -44,8 +44,8 @@ impl Job {
     /// # Errors
     /// [`Error::Internal`] when it is not a message of a version that this code knows.
     pub fn from_body(body: &str) -> Result<Self> {
-        let message: Message =
-            serde_json::from_str(body).map_err(|error| Error::internal(format!("a queue message does not read: {error}")))?;
+        let message: Message = serde_json::from_str(body)
+            .map_err(|error| Error::internal(format!("a queue message does not read: {error}")))?;
         if message.v != VERSION {
             return Err(Error::internal(format!("a queue message has version {}, not {VERSION}", message.v)));
         }

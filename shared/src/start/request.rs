@@ -8,8 +8,8 @@ use uuid::Uuid;
 
 use crate::http::body;
 use crate::http::validation::{
-    Checked, Checker, Fields, boolean, choice, constant, dictionary, first_of, integer, list,
-    literal, string, uuid, wire_enum,
+    Checked, Checker, Fields, boolean, choice, constant, dictionary, first_of, integer, list, literal, string, uuid,
+    wire_enum,
 };
 
 /// Stands for a secret's value wherever one is shown.
@@ -175,9 +175,8 @@ impl StartRequest {
         let conversation_id = fields.nullable(check, "conversation_id", uuid);
         let initial_message = fields.nullable(check, "initial_message", SendMessageRequest::read);
         let system_message_suffix = fields.nullable(check, "system_message_suffix", string);
-        let processors = fields.nullable(check, "processors", |check, value| {
-            list(check, value, EventCallbackProcessor::read)
-        });
+        let processors =
+            fields.nullable(check, "processors", |check, value| list(check, value, EventCallbackProcessor::read));
         let llm_model = fields.nullable(check, "llm_model", string);
         let selected_repository = fields.nullable(check, "selected_repository", string);
         let selected_branch = fields.nullable(check, "selected_branch", string);
@@ -185,15 +184,11 @@ impl StartRequest {
         let suggested_task = fields.nullable(check, "suggested_task", SuggestedTask::read);
         let title = fields.nullable(check, "title", string);
         let trigger = fields.nullable(check, "trigger", choice);
-        let pr_number = fields.or(check, "pr_number", Vec::new(), |check, value| {
-            list(check, value, integer)
-        });
+        let pr_number = fields.or(check, "pr_number", Vec::new(), |check, value| list(check, value, integer));
         let parent_conversation_id = fields.nullable(check, "parent_conversation_id", uuid);
         let agent_type = fields.or(check, "agent_type", AgentType::Default, choice);
         let public = fields.nullable(check, "public", boolean);
-        let plugins = fields.nullable(check, "plugins", |check, value| {
-            list(check, value, PluginSpec::read)
-        });
+        let plugins = fields.nullable(check, "plugins", |check, value| list(check, value, PluginSpec::read));
         let secrets = fields.nullable(check, "secrets", Secrets::read);
         Some(Self {
             sandbox_id: sandbox_id?,
@@ -236,11 +231,7 @@ impl SendMessageRequest {
         let role = fields.or(check, "role", Role::User, literal);
         let content = fields.or(check, "content", Vec::new(), Content::read_list);
         let run = fields.or(check, "run", false, boolean);
-        Some(Self {
-            role: role?,
-            content: content?,
-            run: run?,
-        })
+        Some(Self { role: role?, content: content?, run: run? })
     }
 }
 
@@ -297,42 +288,27 @@ impl Content {
     fn read_text(check: &mut Checker, value: &Value) -> Option<Self> {
         let fields = Fields::of(check, value)?;
         let cache_prompt = fields.or(check, "cache_prompt", false, boolean);
-        let kind = fields.or(check, "type", (), |check, value| {
-            constant(check, value, "text")
-        });
+        let kind = fields.or(check, "type", (), |check, value| constant(check, value, "text"));
         let text = fields.required(check, "text", string);
         let clean = fields.forbid_others(check, &["cache_prompt", "type", "text"]);
         kind.filter(|()| clean)?;
-        Some(Self::Text(TextContent {
-            cache_prompt: cache_prompt?,
-            text: text?,
-        }))
+        Some(Self::Text(TextContent { cache_prompt: cache_prompt?, text: text? }))
     }
 
     fn read_image(check: &mut Checker, value: &Value) -> Option<Self> {
         let fields = Fields::of(check, value)?;
         let cache_prompt = fields.or(check, "cache_prompt", false, boolean);
-        let kind = fields.or(check, "type", (), |check, value| {
-            constant(check, value, "image")
-        });
-        let image_urls = fields.required(check, "image_urls", |check, value| {
-            list(check, value, string)
-        });
+        let kind = fields.or(check, "type", (), |check, value| constant(check, value, "image"));
+        let image_urls = fields.required(check, "image_urls", |check, value| list(check, value, string));
         kind?;
-        Some(Self::Image(ImageContent {
-            cache_prompt: cache_prompt?,
-            image_urls: image_urls?,
-        }))
+        Some(Self::Image(ImageContent { cache_prompt: cache_prompt?, image_urls: image_urls? }))
     }
 }
 
 /// Old clients send `enable_truncation`. The original takes it out before looking at either kind of part, so that the violations
 /// of both show the part without it.
 fn without_legacy_keys(value: &Value) -> Option<Value> {
-    let mut entries = value
-        .as_object()
-        .filter(|entries| entries.contains_key("enable_truncation"))?
-        .clone();
+    let mut entries = value.as_object().filter(|entries| entries.contains_key("enable_truncation"))?.clone();
     entries.shift_remove("enable_truncation");
     Some(Value::Object(entries))
 }
@@ -448,9 +424,7 @@ impl PluginSpec {
     /// Name to show: the source from its last slash on.
     #[must_use]
     pub fn display_name(&self) -> &str {
-        self.source
-            .rsplit_once('/')
-            .map_or(&self.source, |(_, name)| name)
+        self.source.rsplit_once('/').map_or(&self.source, |(_, name)| name)
     }
 
     fn read(check: &mut Checker, value: &Value) -> Option<Self> {
@@ -459,12 +433,7 @@ impl PluginSpec {
         let r#ref = fields.nullable(check, "ref", string);
         let repo_path = fields.nullable(check, "repo_path", read_repo_path);
         let parameters = fields.nullable(check, "parameters", dictionary);
-        Some(Self {
-            source: source?,
-            r#ref: r#ref?,
-            repo_path: repo_path?,
-            parameters: parameters?,
-        })
+        Some(Self { source: source?, r#ref: r#ref?, repo_path: repo_path?, parameters: parameters? })
     }
 }
 
@@ -475,10 +444,7 @@ fn read_repo_path(check: &mut Checker, value: &Value) -> Option<String> {
         return None;
     }
     if path.split('/').any(|part| part == "..") {
-        check.report_value_error(
-            "repo_path cannot contain '..' (parent directory traversal)",
-            value.clone(),
-        );
+        check.report_value_error("repo_path cannot contain '..' (parent directory traversal)", value.clone());
         return None;
     }
     Some(path)
@@ -499,20 +465,13 @@ impl Secrets {
 
     /// The secrets whose values are at hand.
     pub fn values(&self) -> impl Iterator<Item = (&str, &SecretString)> {
-        self.0
-            .iter()
-            .filter_map(|(name, value)| Some((name.as_str(), value.as_ref()?)))
+        self.0.iter().filter_map(|(name, value)| Some((name.as_str(), value.as_ref()?)))
     }
 
     /// Violations: `dict_type`, `string_type`, and for what is too much `too_long` or `string_too_long`. None shows a value.
     fn read(check: &mut Checker, value: &Value) -> Option<Self> {
         let Value::Object(entries) = value else {
-            check.report(
-                "dict_type",
-                "Input should be a valid dictionary",
-                MASK.into(),
-                None,
-            );
+            check.report("dict_type", "Input should be a valid dictionary", MASK.into(), None);
             return None;
         };
         if entries.len() > MAX_SECRETS {
@@ -540,12 +499,7 @@ fn read_secret(check: &mut Checker, name: &str, value: &Value) -> Option<SecretS
         return None;
     }
     let Value::String(text) = value else {
-        check.report(
-            "string_type",
-            "Input should be a valid string",
-            MASK.into(),
-            None,
-        );
+        check.report("string_type", "Input should be a valid string", MASK.into(), None);
         return None;
     };
     if text.len() > MAX_SECRET_VALUE {
@@ -563,12 +517,7 @@ fn report_too_long(check: &mut Checker, what: &str, most: usize, found: usize) {
 
 impl FromIterator<(String, SecretString)> for Secrets {
     fn from_iter<I: IntoIterator<Item = (String, SecretString)>>(secrets: I) -> Self {
-        Self(
-            secrets
-                .into_iter()
-                .map(|(name, value)| (name, Some(value)))
-                .collect(),
-        )
+        Self(secrets.into_iter().map(|(name, value)| (name, Some(value))).collect())
     }
 }
 
@@ -577,9 +526,7 @@ impl Serialize for Secrets {
         let mut out = serializer.serialize_map(Some(self.0.len()))?;
         for (name, value) in &self.0 {
             // An empty secret is shown as empty, as pydantic shows it.
-            let empty = value
-                .as_ref()
-                .is_some_and(|value| value.expose_secret().is_empty());
+            let empty = value.as_ref().is_some_and(|value| value.expose_secret().is_empty());
             out.serialize_entry(name, if empty { "" } else { MASK })?;
         }
         out.end()
@@ -589,8 +536,7 @@ impl Serialize for Secrets {
 impl<'de> Deserialize<'de> for Secrets {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let masked: Map<String, Value> = Map::deserialize(deserializer)?;
-        let secret =
-            |(name, value): (String, Value)| (name, (value == "").then(SecretString::default));
+        let secret = |(name, value): (String, Value)| (name, (value == "").then(SecretString::default));
         Ok(Self(masked.into_iter().map(secret).collect()))
     }
 }
@@ -607,10 +553,7 @@ mod tests {
     }
 
     fn coercions() -> impl Iterator<Item = Value> {
-        lines(include_str!(concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/../tests/data/contract/coercions.jsonl"
-        )))
+        lines(include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/contract/coercions.jsonl")))
     }
 
     fn detail(violations: Vec<Violation>) -> Value {
@@ -623,10 +566,7 @@ mod tests {
 
     #[test]
     fn answers_recorded_requests() {
-        let file = include_str!(concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/../tests/data/contract/replay-post.jsonl"
-        ));
+        let file = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/contract/replay-post.jsonl"));
         let mut refused = 0;
         for case in lines(file) {
             let label = case["label"].as_str().unwrap();
@@ -637,9 +577,7 @@ mod tests {
                 Value::String(raw) if label.starts_with("raw: ") => raw.clone(),
                 body => body.to_string(),
             };
-            let content_type = case["request"]["headers"]
-                .get("content-type")
-                .and_then(Value::as_str);
+            let content_type = case["request"]["headers"].get("content-type").and_then(Value::as_str);
             let read = StartRequest::from_body(content_type, bytes.as_bytes());
             let response = &case["response"];
             match (response["status"].as_i64().unwrap(), read) {
@@ -668,10 +606,7 @@ mod tests {
     /// The rules of bodies and fields hold for every route; this one reads the contract's update of a conversation.
     #[test]
     fn answers_recorded_updates() {
-        let file = include_str!(concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/../tests/data/contract/replay-patch.jsonl"
-        ));
+        let file = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/contract/replay-patch.jsonl"));
         let read = |content_type: Option<&str>, bytes: &[u8]| {
             let value = body::json(content_type, bytes)?;
             let mut check = Checker::new("body");
@@ -690,25 +625,13 @@ mod tests {
             let bytes: Vec<u8> = match &case["request"]["body"] {
                 Value::Null => Vec::new(),
                 // Recorded byte by byte.
-                Value::String(raw) => raw
-                    .chars()
-                    .map(|c| u8::try_from(u32::from(c)).unwrap())
-                    .collect(),
+                Value::String(raw) => raw.chars().map(|c| u8::try_from(u32::from(c)).unwrap()).collect(),
                 body => body.to_string().into_bytes(),
             };
-            let content_type = case["request"]["headers"]
-                .get("content-type")
-                .and_then(Value::as_str);
-            match (
-                case["response"]["status"].as_i64().unwrap(),
-                read(content_type, &bytes),
-            ) {
+            let content_type = case["request"]["headers"].get("content-type").and_then(Value::as_str);
+            match (case["response"]["status"].as_i64().unwrap(), read(content_type, &bytes)) {
                 (422, Err(violations)) => {
-                    assert_eq!(
-                        detail(violations),
-                        case["response"]["body"]["detail"],
-                        "{label}"
-                    );
+                    assert_eq!(detail(violations), case["response"]["body"]["detail"], "{label}");
                     refused += 1;
                 }
                 // The original cannot show a NaN in its answer.
@@ -728,9 +651,8 @@ mod tests {
         let mut wrong = Vec::new();
         for case in coercions().filter(|case| case["at"] == "start") {
             let body = case["body"].as_str().unwrap();
-            let content_type = case.get("type").map_or("application/json", |content_type| {
-                content_type.as_str().unwrap()
-            });
+            let content_type =
+                case.get("type").map_or("application/json", |content_type| content_type.as_str().unwrap());
             let found = match StartRequest::from_body(Some(content_type), body.as_bytes()) {
                 Ok(request) => serde_json::to_value(request).unwrap(),
                 Err(violations) => detail(violations),
@@ -738,10 +660,7 @@ mod tests {
             let expected = match case.get("value") {
                 Some(value) => {
                     let mut expected = serde_json::to_value(StartRequest::default()).unwrap();
-                    expected
-                        .as_object_mut()
-                        .unwrap()
-                        .extend(value.as_object().unwrap().clone());
+                    expected.as_object_mut().unwrap().extend(value.as_object().unwrap().clone());
                     expected
                 }
                 None => case["detail"].clone(),
@@ -808,10 +727,7 @@ mod tests {
             .collect();
         assert_eq!(values, [("B", "hunter2"), ("A", "")]);
         let shown = serde_json::to_string(&request).unwrap();
-        assert!(
-            shown.ends_with(r#""plugins":null,"secrets":{"B":"**********","A":""}}"#),
-            "{shown}"
-        );
+        assert!(shown.ends_with(r#""plugins":null,"secrets":{"B":"**********","A":""}}"#), "{shown}");
         assert!(!format!("{request:?}").contains("hunter2"));
 
         let again: StartRequest = serde_json::from_str(&shown).unwrap();
@@ -826,27 +742,13 @@ mod tests {
 
     #[test]
     fn limits_secrets() {
-        let many: Map<String, Value> = (0..51)
-            .map(|i| (format!("S{i}"), "hunter2".into()))
-            .collect();
+        let many: Map<String, Value> = (0..51).map(|i| (format!("S{i}"), "hunter2".into())).collect();
         let cases = [
             (json!(many), "too_long", json!(["body", "secrets"])),
             (json!("hunter2"), "dict_type", json!(["body", "secrets"])),
-            (
-                json!({"A": "hunter2".repeat(10_000)}),
-                "too_long",
-                json!(["body", "secrets", "A"]),
-            ),
-            (
-                json!({"A": ["hunter2"]}),
-                "string_type",
-                json!(["body", "secrets", "A"]),
-            ),
-            (
-                json!({"A".repeat(257): "x"}),
-                "string_too_long",
-                json!(["body", "secrets", "A".repeat(257), "[key]"]),
-            ),
+            (json!({"A": "hunter2".repeat(10_000)}), "too_long", json!(["body", "secrets", "A"])),
+            (json!({"A": ["hunter2"]}), "string_type", json!(["body", "secrets", "A"])),
+            (json!({"A".repeat(257): "x"}), "string_too_long", json!(["body", "secrets", "A".repeat(257), "[key]"])),
         ];
         for (secrets, kind, loc) in cases {
             let violations = detail(read(&json!({"secrets": secrets})).unwrap_err());
@@ -854,20 +756,13 @@ mod tests {
             assert_eq!(violations[0]["loc"], loc);
             assert!(!violations.to_string().contains("hunter2"), "{violations}");
         }
-        let most: Map<String, Value> = (0..50)
-            .map(|i| (format!("S{i}"), "x".repeat(65536).into()))
-            .collect();
+        let most: Map<String, Value> = (0..50).map(|i| (format!("S{i}"), "x".repeat(65536).into())).collect();
         read(&json!({"secrets": most})).unwrap();
     }
 
     #[test]
     fn refuses_processors_that_are_no_objects() {
-        for value in [
-            json!(1),
-            json!(null),
-            json!([]),
-            json!("SetTitleCallbackProcessor"),
-        ] {
+        for value in [json!(1), json!(null), json!([]), json!("SetTitleCallbackProcessor")] {
             let violations = detail(read(&json!({"processors": [value]})).unwrap_err());
             assert_eq!(violations[0]["type"], "model_attributes_type");
             assert_eq!(violations[0]["loc"], json!(["body", "processors", 0]));
@@ -876,17 +771,8 @@ mod tests {
 
     #[test]
     fn names_plugins_by_the_end_of_their_source() {
-        for (source, name) in [
-            ("github:owner/repo", "repo"),
-            ("plain", "plain"),
-            ("/a/b/", ""),
-        ] {
-            let plugin = PluginSpec {
-                source: source.into(),
-                r#ref: None,
-                repo_path: None,
-                parameters: None,
-            };
+        for (source, name) in [("github:owner/repo", "repo"), ("plain", "plain"), ("/a/b/", "")] {
+            let plugin = PluginSpec { source: source.into(), r#ref: None, repo_path: None, parameters: None };
             assert_eq!(plugin.display_name(), name);
         }
     }

@@ -13,7 +13,9 @@ use uuid::Uuid;
 use super::request::StartRequest;
 use super::task::{PendingCommand, Snapshot, StartStatus, StartTask, StartTaskRecord};
 use crate::clock::Time;
-use crate::dynamo::{BATCH_GET_LIMIT, Item, batch_get_items, from_item, is_condition_failure, number, store_error, text, to_item};
+use crate::dynamo::{
+    BATCH_GET_LIMIT, Item, batch_get_items, from_item, is_condition_failure, number, store_error, text, to_item,
+};
 use crate::error::{Error, Result};
 use crate::http::validation::wire_enum;
 use crate::id;
@@ -115,7 +117,16 @@ impl Change {
     /// Ends the task: nobody needs to look at it again.
     #[must_use]
     pub fn finished(mut self) -> Self {
-        self.remove.extend(["unfinished_shard", "due_at", "lease_owner", "lease_until", "command", "deadline", "failure", "secrets_sealed"]);
+        self.remove.extend([
+            "unfinished_shard",
+            "due_at",
+            "lease_owner",
+            "lease_until",
+            "command",
+            "deadline",
+            "failure",
+            "secrets_sealed",
+        ]);
         self
     }
 
@@ -367,7 +378,9 @@ impl StartTaskStore {
     pub async fn count(&self, user: &UserId, filter: &Filter) -> Result<u64> {
         if let Some(conversation) = filter.conversation_id {
             let order = SortOrder::CreatedAtDesc;
-            return Ok(self.list_of_conversation(user, conversation, filter, order, None, usize::MAX).await?.0.len() as u64);
+            return Ok(
+                self.list_of_conversation(user, conversation, filter, order, None, usize::MAX).await?.0.len() as u64
+            );
         }
         let mut pages = self.query(user, filter, BY_CREATED).select(Select::Count).into_paginator().send();
         let mut count = 0;
@@ -415,7 +428,12 @@ impl StartTaskStore {
         Ok(cut(records, limit, order))
     }
 
-    fn query(&self, user: &UserId, filter: &Filter, index: &str) -> aws_sdk_dynamodb::operation::query::builders::QueryFluentBuilder {
+    fn query(
+        &self,
+        user: &UserId,
+        filter: &Filter,
+        index: &str,
+    ) -> aws_sdk_dynamodb::operation::query::builders::QueryFluentBuilder {
         let query = self
             .dynamodb
             .query()
@@ -453,7 +471,8 @@ impl StartTaskStore {
         match claimed {
             Ok(answer) => {
                 let item = answer.attributes.ok_or_else(|| Error::internal("a claimed task came back empty"))?;
-                let record = self.read(vec![item]).await?.pop().ok_or_else(|| Error::internal("a claimed task is gone"))?;
+                let record =
+                    self.read(vec![item]).await?.pop().ok_or_else(|| Error::internal("a claimed task is gone"))?;
                 Ok(Claim::Claimed(Box::new(self.open(record)?)))
             }
             Err(error) if is_condition_failure(&error) => Ok(match self.get(user, id).await? {
@@ -522,7 +541,14 @@ impl StartTaskStore {
     ///
     /// # Errors
     /// [`Error::Store`].
-    pub async fn release(&self, user: &UserId, id: Uuid, worker: &str, wake_at: Time, change: Change) -> Result<Result<(), LeaseLost>> {
+    pub async fn release(
+        &self,
+        user: &UserId,
+        id: Uuid,
+        worker: &str,
+        wake_at: Time,
+        change: Change,
+    ) -> Result<Result<(), LeaseLost>> {
         let change = change
             .set("due_at", text(wake_at.plus(FORGOTTEN_AFTER).sortable()))
             .remove("lease_owner")
@@ -602,8 +628,12 @@ impl StartTaskStore {
     /// [`Error::Store`].
     pub async fn give_up(&self, user: &UserId, id: Uuid, detail: &str) -> Result<bool> {
         let Some(record) = self.get(user, id).await? else { return Ok(false) };
-        let snapshot =
-            Snapshot { status: StartStatus::Error, updated_at: Time::now(), detail: Some(detail.to_owned()), ..record.now };
+        let snapshot = Snapshot {
+            status: StartStatus::Error,
+            updated_at: Time::now(),
+            detail: Some(detail.to_owned()),
+            ..record.now
+        };
         let (expression, names, values) = Change::default().state(id, &snapshot)?.finished().expression();
         let ended = self
             .dynamodb
@@ -668,7 +698,8 @@ impl StartTaskStore {
 
     fn seal_secrets(&self, user: &UserId, id: Uuid, request: &StartRequest) -> Result<Option<String>> {
         let Some(secrets) = &request.secrets else { return Ok(None) };
-        let exposed: HashMap<&str, &str> = secrets.values().map(|(name, value)| (name, value.expose_secret())).collect();
+        let exposed: HashMap<&str, &str> =
+            secrets.values().map(|(name, value)| (name, value.expose_secret())).collect();
         if exposed.is_empty() {
             return Ok(None);
         }

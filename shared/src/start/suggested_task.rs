@@ -97,7 +97,9 @@ mod tests {
             assert!(github.contains(word), "{word} in {github}");
         }
         let gitlab = prompt(&task(ProviderType::Gitlab, TaskType::OpenIssue)).expect("a prompt");
-        assert!(gitlab.contains("open a merge request") && gitlab.contains("issue #7") && gitlab.contains("GITLAB_TOKEN"));
+        assert!(
+            gitlab.contains("open a merge request") && gitlab.contains("issue #7") && gitlab.contains("GITLAB_TOKEN")
+        );
     }
 
     #[test]

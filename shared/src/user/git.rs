@@ -41,7 +41,11 @@ pub fn clone_sources(
 ) -> Result<Vec<CloneSource>, GitError> {
     let segments: Vec<&str> = repository.split('/').collect();
     let odd = |segment: &&str| {
-        segment.is_empty() || *segment == "." || *segment == ".." || segment.starts_with('-') || segment.chars().any(char::is_control)
+        segment.is_empty()
+            || *segment == "."
+            || *segment == ".."
+            || segment.starts_with('-')
+            || segment.chars().any(char::is_control)
     };
     if segments.len() < 2 || segments.iter().any(odd) {
         return Err(GitError::Name(repository.to_owned()));
@@ -53,7 +57,10 @@ pub fn clone_sources(
         None if tokens.0.is_empty() => vec![(ProviderType::Github, &no_token)],
         None => tokens.0.iter().map(|(provider, token)| (*provider, token)).collect(),
     };
-    candidates.into_iter().map(|(provider, token)| source(repository, &segments, provider, token, allow_insecure)).collect()
+    candidates
+        .into_iter()
+        .map(|(provider, token)| source(repository, &segments, provider, token, allow_insecure))
+        .collect()
 }
 
 fn source(
@@ -124,7 +131,8 @@ mod tests {
             given
                 .iter()
                 .map(|(provider, token, host)| {
-                    let token = ProviderToken { token: Some((*token).into()), host: host.map(Into::into), user_id: None };
+                    let token =
+                        ProviderToken { token: Some((*token).into()), host: host.map(Into::into), user_id: None };
                     (*provider, token)
                 })
                 .collect(),
@@ -136,13 +144,38 @@ mod tests {
         for (provider, token, repository, url, credential) in [
             (ProviderType::Github, "t", "o/r", "https://github.com/o/r.git", "https://x-access-token:t@github.com"),
             (ProviderType::Gitlab, "t", "g/s/r", "https://gitlab.com/g/s/r.git", "https://oauth2:t@gitlab.com"),
-            (ProviderType::Bitbucket, "t", "o/r", "https://bitbucket.org/o/r.git", "https://x-token-auth:t@bitbucket.org"),
+            (
+                ProviderType::Bitbucket,
+                "t",
+                "o/r",
+                "https://bitbucket.org/o/r.git",
+                "https://x-token-auth:t@bitbucket.org",
+            ),
             (ProviderType::Bitbucket, "u:p@", "o/r", "https://bitbucket.org/o/r.git", "https://u:p%40@bitbucket.org"),
-            (ProviderType::BitbucketDataCenter, "u:p", "PRJ/r", "https://bitbucket.org/scm/prj/r.git", "https://u:p@bitbucket.org"),
-            (ProviderType::AzureDevops, "t", "o/p q/r", "https://dev.azure.com/o/p%20q/_git/r", "https://o:t@dev.azure.com"),
-            (ProviderType::Forgejo, "t", "o/r", "https://codeberg.org/o/r.git", "https://x-access-token:t@codeberg.org"),
+            (
+                ProviderType::BitbucketDataCenter,
+                "u:p",
+                "PRJ/r",
+                "https://bitbucket.org/scm/prj/r.git",
+                "https://u:p@bitbucket.org",
+            ),
+            (
+                ProviderType::AzureDevops,
+                "t",
+                "o/p q/r",
+                "https://dev.azure.com/o/p%20q/_git/r",
+                "https://o:t@dev.azure.com",
+            ),
+            (
+                ProviderType::Forgejo,
+                "t",
+                "o/r",
+                "https://codeberg.org/o/r.git",
+                "https://x-access-token:t@codeberg.org",
+            ),
         ] {
-            let sources = clone_sources(repository, Some(provider), &tokens(&[(provider, token, None)]), false).expect("sources");
+            let sources =
+                clone_sources(repository, Some(provider), &tokens(&[(provider, token, None)]), false).expect("sources");
             assert_eq!(sources.len(), 1);
             assert_eq!(sources[0].url, url);
             assert_eq!(sources[0].credential.as_ref().map(|secret| secret.expose_secret()), Some(credential));
@@ -152,7 +185,8 @@ mod tests {
     #[test]
     fn without_a_named_provider_every_token_is_tried_in_order() {
         let tokens = tokens(&[(ProviderType::Gitlab, "a", None), (ProviderType::Github, "b", Some("ghe.example"))]);
-        let urls: Vec<_> = clone_sources("o/r", None, &tokens, false).expect("sources").into_iter().map(|source| source.url).collect();
+        let urls: Vec<_> =
+            clone_sources("o/r", None, &tokens, false).expect("sources").into_iter().map(|source| source.url).collect();
         assert_eq!(urls, ["https://gitlab.com/o/r.git", "https://ghe.example/o/r.git"]);
         let public = clone_sources("o/r", None, &ProviderTokens::default(), false).expect("sources");
         assert_eq!(public[0].url, "https://github.com/o/r.git");

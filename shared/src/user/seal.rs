@@ -39,7 +39,10 @@ impl Sealer {
         match fs::read_to_string(path) {
             Ok(text) => {
                 let key = BASE64.decode(text.trim()).ok().filter(|key| key.len() == KEY_BYTES).ok_or_else(|| {
-                    io::Error::new(io::ErrorKind::InvalidData, format!("{} does not hold a sealing key", path.display()))
+                    io::Error::new(
+                        io::ErrorKind::InvalidData,
+                        format!("{} does not hold a sealing key", path.display()),
+                    )
                 })?;
                 Ok(Self { key: key.into() })
             }
@@ -104,7 +107,8 @@ impl Sealer {
     }
 
     fn cipher(&self) -> Result<Aes256Gcm> {
-        Aes256Gcm::new_from_slice(self.key.expose_secret()).map_err(|_| Error::internal("the sealing key has the wrong length"))
+        Aes256Gcm::new_from_slice(self.key.expose_secret())
+            .map_err(|_| Error::internal("the sealing key has the wrong length"))
     }
 }
 

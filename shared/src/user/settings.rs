@@ -177,7 +177,9 @@ impl<'de> Deserialize<'de> for ProviderTokens {
         let mut tokens = Vec::new();
         for (name, value) in given {
             // Providers that this version does not know are skipped, as the reference does.
-            let Ok(provider) = serde_json::from_value::<ProviderType>(serde_json::Value::String(name)) else { continue };
+            let Ok(provider) = serde_json::from_value::<ProviderType>(serde_json::Value::String(name)) else {
+                continue;
+            };
             let token: ProviderToken = serde_json::from_value(value).map_err(serde::de::Error::custom)?;
             tokens.push((provider, token));
         }
@@ -185,7 +187,9 @@ impl<'de> Deserialize<'de> for ProviderTokens {
     }
 }
 
-fn null_is_default<'de, D: serde::Deserializer<'de>, T: Default + Deserialize<'de>>(deserializer: D) -> Result<T, D::Error> {
+fn null_is_default<'de, D: serde::Deserializer<'de>, T: Default + Deserialize<'de>>(
+    deserializer: D,
+) -> Result<T, D::Error> {
     Option::<T>::deserialize(deserializer).map(Option::unwrap_or_default)
 }
 
@@ -243,7 +247,8 @@ impl SettingsStore {
             .send()
             .await
             .map_err(store_error("GetItem users"))?;
-        let Some(sealed) = found.item.as_ref().and_then(|item| item.get("sealed")).and_then(|value| value.as_s().ok()) else {
+        let Some(sealed) = found.item.as_ref().and_then(|item| item.get("sealed")).and_then(|value| value.as_s().ok())
+        else {
             return Ok(None);
         };
         let json = self.sealer.open(&purpose(user), sealed)?;

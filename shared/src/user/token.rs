@@ -19,7 +19,12 @@ use crate::start::request::ProviderType;
 ///
 /// # Errors
 /// [`Error::Internal`] when it cannot be signed, which does not happen with a sealer's key.
-pub fn secret_access_token(sealer: &Sealer, user: &UserId, provider: ProviderType, lifetime: Duration) -> Result<SecretString> {
+pub fn secret_access_token(
+    sealer: &Sealer,
+    user: &UserId,
+    provider: ProviderType,
+    lifetime: Duration,
+) -> Result<SecretString> {
     let key = sealer.derived_key("secret-access-token");
     let now = Time::now();
     let header = json!({"alg": "HS256", "kid": key_id(key.expose_secret()), "typ": "JWT"});

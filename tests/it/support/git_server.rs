@@ -54,11 +54,7 @@ impl GitServer {
         }));
         let shared = Arc::clone(&state);
         let server = Server::start(move |request| handle(request, Arc::clone(&shared))).await;
-        Self {
-            server,
-            state,
-            folder,
-        }
+        Self { server, state, folder }
     }
 
     /// `http://127.0.0.1:PORT`; repositories are at `/owner/name.git` (or without `.git`), the
@@ -75,19 +71,13 @@ impl GitServer {
     /// Makes `owner/name` with one commit of these files (path, content, executable) on
     /// [`DEFAULT_BRANCH`], and further branches, each with one commit more: `branch.txt`, which
     /// holds the branch's name.
-    pub async fn create_repository(
-        &self,
-        full_name: &str,
-        files: &[(&str, &str, bool)],
-        branches: &[&str],
-    ) {
+    pub async fn create_repository(&self, full_name: &str, files: &[(&str, &str, bool)], branches: &[&str]) {
         let work = tempfile::tempdir_in(self.folder.path()).expect("a folder to commit in");
         let work = work.path();
         run(git(work).args(["init", "--quiet", "--initial-branch", DEFAULT_BRANCH])).await;
         for (path, content, executable) in files {
             let file = work.join(path);
-            std::fs::create_dir_all(file.parent().expect("a file has a folder"))
-                .expect("the file's folder");
+            std::fs::create_dir_all(file.parent().expect("a file has a folder")).expect("the file's folder");
             std::fs::write(&file, content).expect("the file");
             run(git(work).args(["add", path])).await;
             if *executable {
@@ -104,10 +94,7 @@ impl GitServer {
         // A clone of it would take over what is checked out: the default branch has to be.
         run(git(work).args(["checkout", "--quiet", "--force", DEFAULT_BRANCH])).await;
         let bare = self.state().repository(full_name);
-        run(git(work)
-            .args(["clone", "--quiet", "--bare", "."])
-            .arg(&bare))
-        .await;
+        run(git(work).args(["clone", "--quiet", "--bare", "."]).arg(&bare)).await;
         run(git(&bare).args(["config", "http.receivepack", "true"])).await;
     }
 
@@ -115,10 +102,7 @@ impl GitServer {
     /// token with the user `oauth2`, `x-access-token` or `x-token-auth`, or as the user name, is
     /// as good), the API for the token as `Bearer` or `token`.
     pub fn require(&self, user: &str, token: &str) {
-        self.state().credentials = Some(Credentials {
-            user: user.to_owned(),
-            token: token.to_owned(),
-        });
+        self.state().credentials = Some(Credentials { user: user.to_owned(), token: token.to_owned() });
     }
 
     /// Every request so far, refused ones too.
@@ -133,8 +117,7 @@ impl GitServer {
 
 impl State {
     fn repository(&self, full_name: &str) -> PathBuf {
-        self.root
-            .join(format!("{}.git", full_name.trim_end_matches(".git")))
+        self.root.join(format!("{}.git", full_name.trim_end_matches(".git")))
     }
 }
 
@@ -149,22 +132,14 @@ impl Credentials {
         let Some((user, password)) = pair.split_once(':') else {
             return false;
         };
-        let known = [
-            self.user.as_str(),
-            "oauth2",
-            "x-access-token",
-            "x-token-auth",
-        ];
+        let known = [self.user.as_str(), "oauth2", "x-access-token", "x-token-auth"];
         user == self.token || (password == self.token && known.contains(&user))
     }
 
     fn admit_api(&self, authorization: &str) -> bool {
-        authorization
-            .split_once(' ')
-            .is_some_and(|(scheme, token)| {
-                (scheme.eq_ignore_ascii_case("bearer") || scheme.eq_ignore_ascii_case("token"))
-                    && token == self.token
-            })
+        authorization.split_once(' ').is_some_and(|(scheme, token)| {
+            (scheme.eq_ignore_ascii_case("bearer") || scheme.eq_ignore_ascii_case("token")) && token == self.token
+        })
     }
 }
 
@@ -176,18 +151,13 @@ fn git(folder: &Path) -> Command {
         .env("GIT_CONFIG_NOSYSTEM", "1")
         .env("GIT_TERMINAL_PROMPT", "0");
     for role in ["AUTHOR", "COMMITTER"] {
-        git.env(format!("GIT_{role}_NAME"), "Tests")
-            .env(format!("GIT_{role}_EMAIL"), "tests@example.com");
+        git.env(format!("GIT_{role}_NAME"), "Tests").env(format!("GIT_{role}_EMAIL"), "tests@example.com");
     }
     git
 }
 
 async fn run(command: &mut Command) -> String {
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .await
-        .expect("git runs");
+    let output = command.stdin(Stdio::null()).output().await.expect("git runs");
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{command:?} failed: {stderr}");
     String::from_utf8(output.stdout).expect("git's output is text")
@@ -197,30 +167,18 @@ async fn handle(request: Request, state: Arc<Mutex<State>>) -> Result<Response, 
     let (root, exec_path, credentials) = {
         let mut state = state.lock().expect("the git server's state");
         state.requests.push(request.clone());
-        (
-            state.root.clone(),
-            state.exec_path.clone(),
-            state.credentials.clone(),
-        )
+        (state.root.clone(), state.exec_path.clone(), state.credentials.clone())
     };
     let authorization = request.header("authorization");
     if let ["api", "v3", "repos", owner, name] = request.segments()[..] {
-        let refused =
-            credentials.map(|credentials| authorization.map(|sent| credentials.admit_api(sent)));
+        let refused = credentials.map(|credentials| authorization.map(|sent| credentials.admit_api(sent)));
         return Ok(find_repository(&request, &root, refused, owner, name));
     }
     if let Some(credentials) = credentials
         && !authorization.is_some_and(|sent| credentials.admit_git(sent))
     {
-        let mut refusal = server::raw(
-            StatusCode::UNAUTHORIZED,
-            "text/plain",
-            "Authentication required",
-        );
-        refusal.headers_mut().insert(
-            "www-authenticate",
-            "Basic realm=\"git\"".parse().expect("a header"),
-        );
+        let mut refusal = server::raw(StatusCode::UNAUTHORIZED, "text/plain", "Authentication required");
+        refusal.headers_mut().insert("www-authenticate", "Basic realm=\"git\"".parse().expect("a header"));
         return Ok(refusal);
     }
     Ok(http_backend(&request, &root, &exec_path).await)
@@ -234,9 +192,7 @@ fn find_repository(
     owner: &str,
     name: &str,
 ) -> Response {
-    let message = |status, text: &str| {
-        server::json(status, &json!({"message": text, "status": status.as_str()}))
-    };
+    let message = |status, text: &str| server::json(status, &json!({"message": text, "status": status.as_str()}));
     match admitted {
         Some(Some(false)) => return message(StatusCode::UNAUTHORIZED, "Bad credentials"),
         // A private repository does not exist for a stranger.
@@ -267,11 +223,7 @@ async fn http_backend(request: &Request, root: &Path, exec_path: &Path) -> Respo
     if let [owner, name, ..] = request.segments()[..]
         && !name.ends_with(".git")
     {
-        path = path.replacen(
-            &format!("/{owner}/{name}"),
-            &format!("/{owner}/{name}.git"),
-            1,
-        );
+        path = path.replacen(&format!("/{owner}/{name}"), &format!("/{owner}/{name}.git"), 1);
     }
     let mut backend = Command::new(exec_path.join("git-http-backend"));
     backend
@@ -310,17 +262,11 @@ async fn http_backend(request: &Request, root: &Path, exec_path: &Path) -> Respo
 fn cgi_answer(output: Bytes) -> Response {
     let ends = [&b"\r\n\r\n"[..], b"\n\n"];
     let end = ends.iter().find_map(|end| {
-        let at = output
-            .windows(end.len())
-            .position(|window| window == *end)?;
+        let at = output.windows(end.len()).position(|window| window == *end)?;
         Some((at, at + end.len()))
     });
     let Some((head, body)) = end else {
-        return server::raw(
-            StatusCode::BAD_GATEWAY,
-            "text/plain",
-            "git http-backend gave no answer",
-        );
+        return server::raw(StatusCode::BAD_GATEWAY, "text/plain", "git http-backend gave no answer");
     };
     let mut response = Response::builder();
     for line in String::from_utf8_lossy(&output[..head]).lines() {
@@ -333,7 +279,5 @@ fn cgi_answer(output: Bytes) -> Response {
             false => response.header(name, value),
         };
     }
-    response
-        .body(Body::from(output.slice(body..)))
-        .expect("the backend's headers are headers")
+    response.body(Body::from(output.slice(body..))).expect("the backend's headers are headers")
 }

@@ -32,10 +32,7 @@ impl Reply {
     }
 
     pub fn tool_call(name: impl Into<String>, arguments: Value) -> Self {
-        Self::ToolCall {
-            name: name.into(),
-            arguments,
-        }
+        Self::ToolCall { name: name.into(), arguments }
     }
 
     pub fn after(self, delay: Duration) -> Self {
@@ -108,8 +105,7 @@ impl ScriptedLlm {
 async fn handle(request: Request, state: Arc<Mutex<State>>) -> Result<Response, Cut> {
     Ok(match (&request.method, request.path.as_str()) {
         (&Method::GET, "/v1/models") => {
-            let models =
-                [json!({"id": "scripted", "object": "model", "created": 0, "owned_by": "tests"})];
+            let models = [json!({"id": "scripted", "object": "model", "created": 0, "owned_by": "tests"})];
             server::json(StatusCode::OK, &json!({"object": "list", "data": models}))
         }
         (&Method::POST, "/v1/chat/completions") => {
@@ -134,38 +130,27 @@ fn next_reply(body: &Value, state: &mut State) -> Reply {
         return Reply::text(state.title.as_deref().unwrap_or(DEFAULT_TITLE));
     }
     state.requests.push(body.clone());
-    state
-        .script
-        .pop_front()
-        .unwrap_or_else(|| Reply::text(DEFAULT_TEXT))
+    state.script.pop_front().unwrap_or_else(|| Reply::text(DEFAULT_TEXT))
 }
 
 /// The agent server asks for titles with a system prompt of its own and without tools.
 fn asks_for_title(body: &Value) -> bool {
     let system = &body["messages"][0];
-    let tools = body["tools"]
-        .as_array()
-        .is_some_and(|tools| !tools.is_empty());
-    system["role"] == "system"
-        && !tools
-        && text_of(&system["content"]).contains("titles for conversations")
+    let tools = body["tools"].as_array().is_some_and(|tools| !tools.is_empty());
+    system["role"] == "system" && !tools && text_of(&system["content"]).contains("titles for conversations")
 }
 
 /// A message's text, given as a string or as parts.
 fn text_of(content: &Value) -> String {
     match content {
         Value::String(text) => text.clone(),
-        Value::Array(parts) => parts
-            .iter()
-            .filter_map(|part| part["text"].as_str())
-            .collect(),
+        Value::Array(parts) => parts.iter().filter_map(|part| part["text"].as_str()).collect(),
         _ => String::new(),
     }
 }
 
 fn failure(status: StatusCode, message: &str) -> Response {
-    let error =
-        json!({"message": message, "type": "scripted", "param": null, "code": status.as_u16()});
+    let error = json!({"message": message, "type": "scripted", "param": null, "code": status.as_u16()});
     server::json(status, &json!({"error": error}))
 }
 
@@ -178,10 +163,7 @@ fn complete(request: &Value, reply: Reply) -> Response {
                 "type": "function",
                 "function": {"name": name, "arguments": arguments.to_string()},
             });
-            (
-                json!({"role": "assistant", "content": null, "tool_calls": [call]}),
-                "tool_calls",
-            )
+            (json!({"role": "assistant", "content": null, "tool_calls": [call]}), "tool_calls")
         }
         Reply::Status(status) => {
             let status = StatusCode::from_u16(status).expect("a status code");
@@ -204,8 +186,7 @@ fn complete(request: &Value, reply: Reply) -> Response {
     });
     if request["stream"] != true {
         let mut answer = head("chat.completion");
-        answer["choices"] =
-            json!([{"index": 0, "message": message, "finish_reason": finish_reason}]);
+        answer["choices"] = json!([{"index": 0, "message": message, "finish_reason": finish_reason}]);
         answer["usage"] = usage;
         return server::json(StatusCode::OK, &answer);
     }
@@ -216,14 +197,8 @@ fn complete(request: &Value, reply: Reply) -> Response {
     }
     let mut events = String::new();
     for (choices, usage) in [
-        (
-            json!([{"index": 0, "delta": delta, "finish_reason": null}]),
-            Value::Null,
-        ),
-        (
-            json!([{"index": 0, "delta": {}, "finish_reason": finish_reason}]),
-            Value::Null,
-        ),
+        (json!([{"index": 0, "delta": delta, "finish_reason": null}]), Value::Null),
+        (json!([{"index": 0, "delta": {}, "finish_reason": finish_reason}]), Value::Null),
         (json!([]), usage),
     ] {
         let mut event = chunk.clone();

@@ -58,10 +58,7 @@ impl Request {
 
     /// The path's segments.
     pub fn segments(&self) -> Vec<&str> {
-        self.path
-            .split('/')
-            .filter(|segment| !segment.is_empty())
-            .collect()
+        self.path.split('/').filter(|segment| !segment.is_empty()).collect()
     }
 
     /// Whether this is the route, such as `POST /api/conversations/{id}/events`: a segment in
@@ -70,17 +67,11 @@ impl Request {
         let Some((method, path)) = route.split_once(' ') else {
             panic!("a route is a method and a path: {route}");
         };
-        let wanted: Vec<&str> = path
-            .split('/')
-            .filter(|segment| !segment.is_empty())
-            .collect();
+        let wanted: Vec<&str> = path.split('/').filter(|segment| !segment.is_empty()).collect();
         let got = self.segments();
         method == self.method.as_str()
             && wanted.len() == got.len()
-            && wanted
-                .iter()
-                .zip(got)
-                .all(|(wanted, got)| wanted.starts_with('{') || *wanted == got)
+            && wanted.iter().zip(got).all(|(wanted, got)| wanted.starts_with('{') || *wanted == got)
     }
 }
 
@@ -198,15 +189,9 @@ pub fn raw(status: StatusCode, content_type: &str, body: impl Into<Bytes>) -> Re
 /// The same answer broken off: head and half of the body arrive, then the connection closes.
 pub async fn cut_in_half(response: Response) -> Response {
     let (mut parts, body) = response.into_parts();
-    let whole = body
-        .collect()
-        .await
-        .expect("a body held in memory")
-        .to_bytes();
+    let whole = body.collect().await.expect("a body held in memory").to_bytes();
     // At least one byte has to be missing for the break to be one.
-    parts
-        .headers
-        .insert(header::CONTENT_LENGTH, whole.len().max(1).into());
+    parts.headers.insert(header::CONTENT_LENGTH, whole.len().max(1).into());
     let half = whole.slice(..whole.len() / 2);
     let stream = futures::stream::unfold(Some(half), |half| async {
         match half {
@@ -223,7 +208,5 @@ pub async fn cut_in_half(response: Response) -> Response {
 
 /// Never answers.
 pub async fn hang() -> Result<Response, Cut> {
-    std::future::pending::<Result<Infallible, Cut>>()
-        .await
-        .map(|never| match never {})
+    std::future::pending::<Result<Infallible, Cut>>().await.map(|never| match never {})
 }

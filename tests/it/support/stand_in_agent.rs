@@ -61,11 +61,7 @@ pub enum Kind {
 
 impl Fault {
     pub fn new(route: &str, nth: Nth, kind: Kind) -> Self {
-        Self {
-            route: route.to_owned(),
-            nth,
-            kind,
-        }
+        Self { route: route.to_owned(), nth, kind }
     }
 }
 
@@ -162,11 +158,7 @@ impl StandInAgent {
         }));
         let shared = Arc::clone(&state);
         let server = Server::start(move |request| answer(request, Arc::clone(&shared))).await;
-        Self {
-            server,
-            state,
-            root,
-        }
+        Self { server, state, root }
     }
 
     /// `http://127.0.0.1:PORT`.
@@ -225,19 +217,13 @@ impl StandInAgent {
 
     /// The requests so far to a route, such as `POST /api/conversations/{id}/events`.
     pub fn requests_to(&self, route: &str) -> Vec<Request> {
-        self.requests()
-            .into_iter()
-            .filter(|request| request.is(route))
-            .collect()
+        self.requests().into_iter().filter(|request| request.is(route)).collect()
     }
 
     /// The commands so far, in order.
     pub fn commands(&self) -> Vec<String> {
         let started = self.requests_to("POST /api/bash/start_bash_command");
-        started
-            .iter()
-            .filter_map(|request| request.json()["command"].as_str().map(str::to_owned))
-            .collect()
+        started.iter().filter_map(|request| request.json()["command"].as_str().map(str::to_owned)).collect()
     }
 
     /// The conversations there are, oldest first.
@@ -265,9 +251,7 @@ impl Drop for StandInAgent {
 
 impl State {
     fn conversation(&mut self, id: Uuid) -> Option<&mut Conversation> {
-        self.conversations
-            .iter_mut()
-            .find(|conversation| conversation.id == id)
+        self.conversations.iter_mut().find(|conversation| conversation.id == id)
     }
 
     fn deliver(&mut self, id: Uuid, message: Value) {
@@ -286,18 +270,12 @@ impl State {
 
     fn add_bash_event(&mut self, kind: &str, command: Option<Uuid>, mut fields: Value) -> Value {
         let (id, time) = (Uuid::new_v4(), now());
-        let parent = command
-            .map(|command| format!("{}_", command.simple()))
-            .unwrap_or_default();
+        let parent = command.map(|command| format!("{}_", command.simple())).unwrap_or_default();
         fields["id"] = json!(id.simple().to_string());
         fields["timestamp"] = json!(text(time));
         fields["kind"] = json!(kind);
         self.bash_events.push(BashEvent {
-            name: format!(
-                "{}_{kind}_{parent}{}",
-                time.strftime("%Y%m%d%H%M%S"),
-                id.simple()
-            ),
+            name: format!("{}_{kind}_{parent}{}", time.strftime("%Y%m%d%H%M%S"), id.simple()),
             command: command.or(Some(id)),
             body: fields.clone(),
         });
@@ -350,11 +328,7 @@ async fn answer(request: Request, state: Arc<Mutex<State>>) -> Result<Response, 
         Some(Kind::CutAfter) => Ok(server::cut_in_half(handle(&request, &state)).await),
         Some(Kind::Garbage) => {
             handle(&request, &state);
-            Ok(server::raw(
-                StatusCode::OK,
-                "application/json",
-                "<html>not what you asked for",
-            ))
+            Ok(server::raw(StatusCode::OK, "application/json", "<html>not what you asked for"))
         }
         Some(Kind::Hang) => server::hang().await,
     }
@@ -368,10 +342,7 @@ fn detail(status: StatusCode, detail: &str) -> Response {
 /// Refused by validation.
 fn invalid(loc: &[&str], kind: &str, message: &str) -> Response {
     let error = json!({"type": kind, "loc": loc, "msg": message, "input": null});
-    server::json(
-        StatusCode::UNPROCESSABLE_ENTITY,
-        &json!({"detail": [error]}),
-    )
+    server::json(StatusCode::UNPROCESSABLE_ENTITY, &json!({"detail": [error]}))
 }
 
 fn missing(loc: &[&str]) -> Response {
@@ -420,11 +391,7 @@ fn handle(request: &Request, shared: &Arc<Mutex<State>>) -> Response {
         ("GET", ["conversations", "count"]) => ok(&json!(state.conversations.len())),
         (method, ["conversations", id, rest @ ..]) => {
             let Ok(id) = Uuid::parse_str(id) else {
-                return invalid(
-                    &["path", "conversation_id"],
-                    "uuid_parsing",
-                    "Input should be a valid UUID",
-                );
+                return invalid(&["path", "conversation_id"], "uuid_parsing", "Input should be a valid UUID");
             };
             conversation(method, id, rest, body, state)
         }
@@ -469,19 +436,12 @@ fn start_command(body: &Value, state: &mut State, shared: &Arc<Mutex<State>>) ->
     let started = start_shell(&command, cwd.as_deref(), state);
     let shared = Arc::clone(shared);
     state.commands.spawn(async move {
-        let output = Arc::new(Mutex::new(Output {
-            id,
-            order: 0,
-            shared,
-        }));
+        let output = Arc::new(Mutex::new(Output { id, order: 0, shared }));
         match started {
             Ok(shell) => shell.run(Duration::from_secs(timeout), output).await,
             Err(error) => {
                 let text = format!("Error executing command: {error}");
-                output
-                    .lock()
-                    .expect("the output")
-                    .add(Some(-1), None, Some(text));
+                output.lock().expect("the output").add(Some(-1), None, Some(text));
             }
         }
     });
@@ -491,10 +451,7 @@ fn start_command(body: &Value, state: &mut State, shared: &Arc<Mutex<State>>) ->
 fn start_shell(command: &str, cwd: Option<&Path>, state: &State) -> Result<Shell, String> {
     let cwd = cwd.unwrap_or(&state.root);
     if !state.holds(cwd) {
-        return Err(format!(
-            "'{}' is outside of the stand-in's folder",
-            cwd.display()
-        ));
+        return Err(format!("'{}' is outside of the stand-in's folder", cwd.display()));
     }
     let child = Command::new("/bin/sh")
         .args(["-c", command])
@@ -546,20 +503,14 @@ impl Shell {
                 use std::os::unix::process::ExitStatusExt;
                 self.done = true;
                 let status = status.expect("the command's exit status");
-                status
-                    .code()
-                    .or(status.signal().map(|signal| -signal))
-                    .unwrap_or(-1)
+                status.code().or(status.signal().map(|signal| -signal)).unwrap_or(-1)
             }
             Err(_) => -1,
         };
         drop(self);
         let [stdout, stderr] = std::mem::take(&mut *rest.lock().expect("the output's rest"));
         let some = |text: String| (!text.is_empty()).then_some(text);
-        output
-            .lock()
-            .expect("the output")
-            .add(Some(exit_code), some(stdout), some(stderr));
+        output.lock().expect("the output").add(Some(exit_code), some(stdout), some(stderr));
     }
 }
 
@@ -615,11 +566,7 @@ async fn read(
             let at = rest[which].floor_char_boundary(PIECE);
             let later = rest[which].split_off(at);
             let piece = Some(std::mem::replace(&mut rest[which], later));
-            let (stdout, stderr) = if which == 0 {
-                (piece, None)
-            } else {
-                (None, piece)
-            };
+            let (stdout, stderr) = if which == 0 { (piece, None) } else { (None, piece) };
             output.lock().expect("the output").add(None, stdout, stderr);
         }
     }
@@ -627,22 +574,11 @@ async fn read(
 
 fn search_bash_events(request: &Request, state: &State) -> Response {
     let kind = request.query_value("kind__eq");
-    let command = request
-        .query_value("command_id__eq")
-        .map(|id| Uuid::parse_str(&id));
-    let after = request
-        .query_value("order__gt")
-        .and_then(|order| order.parse::<i64>().ok());
-    let limit = request
-        .query_value("limit")
-        .and_then(|limit| limit.parse().ok())
-        .unwrap_or(100);
+    let command = request.query_value("command_id__eq").map(|id| Uuid::parse_str(&id));
+    let after = request.query_value("order__gt").and_then(|order| order.parse::<i64>().ok());
+    let limit = request.query_value("limit").and_then(|limit| limit.parse().ok()).unwrap_or(100);
     let Ok(command) = command.transpose() else {
-        return invalid(
-            &["query", "command_id__eq"],
-            "uuid_parsing",
-            "Input should be a valid UUID",
-        );
+        return invalid(&["query", "command_id__eq"], "uuid_parsing", "Input should be a valid UUID");
     };
     let mut events: Vec<&BashEvent> = state.bash_events.iter().collect();
     events.retain(|event| kind.is_none() || event.body["kind"].as_str() == kind.as_deref());
@@ -652,19 +588,14 @@ fn search_bash_events(request: &Request, state: &State) -> Response {
         events.reverse();
     }
     let page = request.query_value("page_id");
-    let start = events
-        .iter()
-        .position(|event| Some(&event.name) == page.as_ref())
-        .unwrap_or(0);
+    let start = events.iter().position(|event| Some(&event.name) == page.as_ref()).unwrap_or(0);
     let next = events.get(start + limit).map(|event| event.name.clone());
     // The real server drops what is too old from the page, not from the search.
     let items: Vec<&Value> = events[start..]
         .iter()
         .take(limit)
         .map(|event| &event.body)
-        .filter(|event| {
-            after.is_none_or(|after| event["order"].as_i64().is_none_or(|order| order > after))
-        })
+        .filter(|event| after.is_none_or(|after| event["order"].as_i64().is_none_or(|order| order > after)))
         .collect();
     ok(&json!({"items": items, "next_page_id": next}))
 }
@@ -673,23 +604,15 @@ fn search_bash_events(request: &Request, state: &State) -> Response {
 
 /// The query's `path`, or the answer if it is none to use.
 fn path_of(request: &Request, state: &State) -> Result<PathBuf, Box<Response>> {
-    let path = request
-        .query_value("path")
-        .ok_or_else(|| Box::new(missing(&["query", "path"])))?;
+    let path = request.query_value("path").ok_or_else(|| Box::new(missing(&["query", "path"])))?;
     let path = PathBuf::from(path);
     if !path.is_absolute() {
-        return Err(Box::new(detail(
-            StatusCode::BAD_REQUEST,
-            "Path must be absolute",
-        )));
+        return Err(Box::new(detail(StatusCode::BAD_REQUEST, "Path must be absolute")));
     }
     match state.holds(&path) {
         true => Ok(path),
         false => {
-            let refused = format!(
-                "500: '{}' is outside of the stand-in's folder",
-                path.display()
-            );
+            let refused = format!("500: '{}' is outside of the stand-in's folder", path.display());
             Err(Box::new(broken(&refused)))
         }
     }
@@ -703,8 +626,7 @@ fn upload(request: &Request, state: &State) -> Response {
         Ok(path) => path,
         Err(refusal) => return *refusal,
     };
-    let written = std::fs::create_dir_all(path.parent().unwrap_or(&path))
-        .and_then(|()| std::fs::write(&path, content));
+    let written = std::fs::create_dir_all(path.parent().unwrap_or(&path)).and_then(|()| std::fs::write(&path, content));
     match written {
         Ok(()) => success(true),
         Err(error) => broken(&format!("500: Failed to upload file: {error}")),
@@ -738,10 +660,7 @@ fn download(request: &Request, state: &State) -> Response {
 /// The content of a field of a `multipart/form-data` body, if the field is a file.
 fn multipart_field<'a>(request: &'a Request, field: &str) -> Option<&'a [u8]> {
     let content_type = request.header("content-type")?;
-    let boundary = content_type
-        .strip_prefix("multipart/form-data")?
-        .split("boundary=")
-        .nth(1)?;
+    let boundary = content_type.strip_prefix("multipart/form-data")?.split("boundary=").nth(1)?;
     let delimiter = format!("\r\n--{}", boundary.split(';').next()?.trim_matches('"'));
     let body = &request.body[..];
     // The first delimiter stands at the very start, without its line break.
@@ -760,9 +679,7 @@ fn multipart_field<'a>(request: &'a Request, field: &str) -> Option<&'a [u8]> {
 }
 
 fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
-    haystack
-        .windows(needle.len())
-        .position(|window| window == needle)
+    haystack.windows(needle.len()).position(|window| window == needle)
 }
 
 // Skills and hooks
@@ -798,36 +715,21 @@ fn hook_config(mut file: Value) -> Option<Value> {
     }
     let mut given = Map::new();
     for (key, matchers) in file.as_object()? {
-        let (field, _) = HOOK_EVENTS
-            .iter()
-            .find(|(field, event)| key == field || key == event)?;
+        let (field, _) = HOOK_EVENTS.iter().find(|(field, event)| key == field || key == event)?;
         let matchers: Option<Vec<Value>> = matchers.as_array()?.iter().map(hook_matcher).collect();
-        if given
-            .insert((*field).to_owned(), json!(matchers?))
-            .is_some()
-        {
+        if given.insert((*field).to_owned(), json!(matchers?)).is_some() {
             return None;
         }
     }
     let config: Map<String, Value> = HOOK_EVENTS
         .iter()
-        .map(|(field, _)| {
-            (
-                (*field).to_owned(),
-                given.remove(*field).unwrap_or_else(|| json!([])),
-            )
-        })
+        .map(|(field, _)| ((*field).to_owned(), given.remove(*field).unwrap_or_else(|| json!([]))))
         .collect();
-    config
-        .values()
-        .any(|matchers| *matchers != json!([]))
-        .then_some(Value::Object(config))
+    config.values().any(|matchers| *matchers != json!([])).then_some(Value::Object(config))
 }
 
 fn hook_matcher(matcher: &Value) -> Option<Value> {
-    let hooks = matcher
-        .get("hooks")
-        .map_or(Some(&[][..]), |hooks| hooks.as_array().map(Vec::as_slice))?;
+    let hooks = matcher.get("hooks").map_or(Some(&[][..]), |hooks| hooks.as_array().map(Vec::as_slice))?;
     let hooks: Option<Vec<Value>> = hooks
         .iter()
         .map(|hook| {
@@ -855,11 +757,7 @@ fn start_conversation(body: Value, state: &mut State) -> Response {
         id => match id.as_str().map(Uuid::parse_str) {
             Some(Ok(id)) => id,
             _ => {
-                return invalid(
-                    &["body", "conversation_id"],
-                    "uuid_parsing",
-                    "Input should be a valid UUID",
-                );
+                return invalid(&["body", "conversation_id"], "uuid_parsing", "Input should be a valid UUID");
             }
         },
     };
@@ -895,18 +793,10 @@ fn conversations(request: &Request, state: &mut State) -> Response {
     }
     let infos: Result<Vec<Value>, _> = ids
         .iter()
-        .map(|id| {
-            Ok(state
-                .conversation(Uuid::parse_str(id)?)
-                .map_or(Value::Null, |found| found.info()))
-        })
+        .map(|id| Ok(state.conversation(Uuid::parse_str(id)?).map_or(Value::Null, |found| found.info())))
         .collect();
     match infos {
-        Err(uuid::Error { .. }) => invalid(
-            &["query", "ids"],
-            "uuid_parsing",
-            "Input should be a valid UUID",
-        ),
+        Err(uuid::Error { .. }) => invalid(&["query", "ids"], "uuid_parsing", "Input should be a valid UUID"),
         Ok(infos) if infos.len() >= 100 => broken(""),
         Ok(infos) => ok(&json!(infos)),
     }
@@ -917,24 +807,16 @@ fn conversation(method: &str, id: Uuid, rest: &[&str], body: Value, state: &mut 
     match (method, rest, found) {
         ("GET", [], Some(conversation)) => ok(&conversation.info()),
         ("DELETE", [], Some(_)) => {
-            state
-                .conversations
-                .retain(|conversation| conversation.id != id);
+            state.conversations.retain(|conversation| conversation.id != id);
             success(true)
         }
         ("DELETE", [], None) => detail(StatusCode::BAD_REQUEST, "Bad Request"),
         ("PATCH", [], found) => match body["title"].as_str() {
             None => missing(&["body", "title"]),
-            Some("") => invalid(
-                &["body", "title"],
-                "string_too_short",
-                "String should have at least 1 character",
-            ),
-            Some(title) if title.chars().count() > 200 => invalid(
-                &["body", "title"],
-                "string_too_long",
-                "String should have at most 200 characters",
-            ),
+            Some("") => invalid(&["body", "title"], "string_too_short", "String should have at least 1 character"),
+            Some(title) if title.chars().count() > 200 => {
+                invalid(&["body", "title"], "string_too_long", "String should have at most 200 characters")
+            }
             Some(title) => {
                 let there = found.is_some();
                 if let Some(conversation) = found {
@@ -946,32 +828,22 @@ fn conversation(method: &str, id: Uuid, rest: &[&str], body: Value, state: &mut 
         },
         ("POST", ["events"], Some(_)) => {
             let roles = ["user", "system", "assistant", "tool"];
-            if body
-                .get("role")
-                .is_some_and(|role| !roles.iter().any(|known| role == known))
-            {
-                return invalid(
-                    &["body", "role"],
-                    "literal_error",
-                    "Input should be a known role",
-                );
+            if body.get("role").is_some_and(|role| !roles.iter().any(|known| role == known)) {
+                return invalid(&["body", "role"], "literal_error", "Input should be a known role");
             }
             state.deliver(id, body);
             success(true)
         }
-        ("POST", ["events"], None) => detail(
-            StatusCode::NOT_FOUND,
-            &format!("Conversation not found: {}", id.hyphenated()),
-        ),
-        ("POST", ["security_analyzer"], Some(conversation)) => {
-            match body.get("security_analyzer") {
-                None => missing(&["body", "security_analyzer"]),
-                Some(analyzer) => {
-                    conversation.security_analyzer = analyzer.clone();
-                    success(true)
-                }
-            }
+        ("POST", ["events"], None) => {
+            detail(StatusCode::NOT_FOUND, &format!("Conversation not found: {}", id.hyphenated()))
         }
+        ("POST", ["security_analyzer"], Some(conversation)) => match body.get("security_analyzer") {
+            None => missing(&["body", "security_analyzer"]),
+            Some(analyzer) => {
+                conversation.security_analyzer = analyzer.clone();
+                success(true)
+            }
+        },
         _ => detail(StatusCode::NOT_FOUND, "Not Found"),
     }
 }
@@ -995,11 +867,7 @@ impl Conversation {
             usage_to_metrics.insert(usage, no_metrics(&llm["model"]));
         }
         let mut secrets = or("secrets", json!({}));
-        for secret in secrets
-            .as_object_mut()
-            .into_iter()
-            .flat_map(|secrets| secrets.values_mut())
-        {
+        for secret in secrets.as_object_mut().into_iter().flat_map(|secrets| secrets.values_mut()) {
             if secret["kind"] == "StaticSecret" {
                 secret["value"] = Value::Null;
             }

@@ -13,10 +13,7 @@ where
     let caller = Location::caller();
     async move {
         let found = poll(timeout, async || condition().await.then_some(())).await;
-        assert!(
-            found.is_some(),
-            "{caller}: still not so after {timeout:?}: {what}"
-        );
+        assert!(found.is_some(), "{caller}: still not so after {timeout:?}: {what}");
     }
 }
 

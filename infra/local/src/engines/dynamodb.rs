@@ -29,26 +29,21 @@ pub(super) async fn start(
     let (ready, is_ready) = oneshot::channel();
     let (closed, is_closed) = oneshot::channel();
     let named = path.clone();
-    let failed = move |reason: String| EngineError::Database {
-        path: named,
-        reason,
-    };
-    let thread = std::thread::Builder::new()
-        .name("dynamodb".to_owned())
-        .spawn(move || {
-            match open(&path) {
-                Ok((database, runtime)) => {
-                    let _ = ready.send(Ok(()));
-                    run(database, runtime, listener, stop);
-                }
-                Err(reason) => {
-                    let _ = ready.send(Err(reason));
-                }
+    let failed = move |reason: String| EngineError::Database { path: named, reason };
+    let thread = std::thread::Builder::new().name("dynamodb".to_owned()).spawn(move || {
+        match open(&path) {
+            Ok((database, runtime)) => {
+                let _ = ready.send(Ok(()));
+                run(database, runtime, listener, stop);
             }
-            // In this order: the folder is free only now, and whoever waits for the end may take it.
-            drop(lock);
-            drop(closed);
-        });
+            Err(reason) => {
+                let _ = ready.send(Err(reason));
+            }
+        }
+        // In this order: the folder is free only now, and whoever waits for the end may take it.
+        drop(lock);
+        drop(closed);
+    });
     match thread {
         Err(error) => Err(failed(error.to_string())),
         Ok(_) => match is_ready.await {
@@ -65,21 +60,15 @@ fn open(path: &Path) -> Result<(Database, tokio::runtime::Runtime), String> {
             "another program has it locked".to_owned()
         }
         Some(rusqlite::ErrorCode::NotADatabase | rusqlite::ErrorCode::DatabaseCorrupt) => {
-            format!(
-                "it is damaged ({error}). Put a backup in its place, or move it away to start empty"
-            )
+            format!("it is damaged ({error}). Put a backup in its place, or move it away to start empty")
         }
         _ => error.to_string(),
     })?;
     let path = path.to_str().ok_or("its path is not valid UTF-8")?;
     let database = Database::new(path).map_err(|error| error.to_string())?;
-    database
-        .database_info()
-        .map_err(|error| error.to_string())?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| error.to_string())?;
+    database.database_info().map_err(|error| error.to_string())?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| error.to_string())?;
     Ok((database, runtime))
 }
 
@@ -90,12 +79,7 @@ fn probe(path: &Path) -> rusqlite::Result<()> {
     connection.execute_batch("BEGIN IMMEDIATE; SELECT count(*) FROM sqlite_master; ROLLBACK;")
 }
 
-fn run(
-    database: Database,
-    runtime: tokio::runtime::Runtime,
-    listener: TcpListener,
-    stop: watch::Receiver<bool>,
-) {
+fn run(database: Database, runtime: tokio::runtime::Runtime, listener: TcpListener, stop: watch::Receiver<bool>) {
     runtime.block_on(async {
         let listener = match tokio::net::TcpListener::from_std(listener) {
             Ok(listener) => listener,

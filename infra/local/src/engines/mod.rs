@@ -97,10 +97,7 @@ pub enum EngineError {
 
 impl EngineError {
     fn folder(path: &Path, source: io::Error) -> Self {
-        Self::Folder {
-            path: path.to_owned(),
-            source,
-        }
+        Self::Folder { path: path.to_owned(), source }
     }
 }
 
@@ -116,9 +113,7 @@ pub struct EngineCredentials {
 
 impl fmt::Debug for EngineCredentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("EngineCredentials")
-            .field("access_key_id", &self.access_key_id)
-            .finish_non_exhaustive()
+        f.debug_struct("EngineCredentials").field("access_key_id", &self.access_key_id).finish_non_exhaustive()
     }
 }
 
@@ -154,27 +149,13 @@ impl Engines {
         let (sqs_listener, sqs) = listen("SQS", ports.sqs)?;
 
         let (stop, stopped) = watch::channel(false);
-        let database_closed = dynamodb::start(
-            data.join("dynamodb.sqlite"),
-            dynamodb_listener,
-            lock,
-            stopped.clone(),
-        )
-        .await?;
+        let database_closed =
+            dynamodb::start(data.join("dynamodb.sqlite"), dynamodb_listener, lock, stopped.clone()).await?;
         let servers = [
             s3::start(&buckets, s3_listener, &credentials, stopped.clone())?,
             sqs::start(sqs_listener, &sqs, &credentials.access_key_id, stopped)?,
         ];
-        Ok(Self {
-            dynamodb,
-            s3,
-            sqs,
-            credentials,
-            buckets,
-            stop,
-            database_closed,
-            servers,
-        })
+        Ok(Self { dynamodb, s3, sqs, credentials, buckets, stop, database_closed, servers })
     }
 
     /// What another process needs in its environment to use these engines.
@@ -213,20 +194,14 @@ impl Engines {
         let mut config = loader.load().await.into_builder();
         config.set_endpoint_url(None);
         config
-            .service_config(Endpoints {
-                dynamodb: self.dynamodb.clone(),
-                s3: self.s3.clone(),
-                sqs: self.sqs.clone(),
-            })
+            .service_config(Endpoints { dynamodb: self.dynamodb.clone(), s3: self.s3.clone(), sqs: self.sqs.clone() })
             .build()
     }
 
     /// Makes a bucket, if it is not there yet.
     pub fn ensure_bucket(&self, name: &str) -> Result<(), EngineError> {
         if !::s3s::path::check_bucket_name(name) {
-            return Err(EngineError::BucketName {
-                name: name.to_owned(),
-            });
+            return Err(EngineError::BucketName { name: name.to_owned() });
         }
         make_folder(&self.buckets.join(name))
     }
@@ -282,16 +257,9 @@ fn serve(
 ) -> Result<JoinHandle<()>, EngineError> {
     let port = listener.local_addr().map_or(0, |address| address.port());
     let listener =
-        tokio::net::TcpListener::from_std(listener).map_err(|source| EngineError::Port {
-            engine,
-            port,
-            source,
-        })?;
+        tokio::net::TcpListener::from_std(listener).map_err(|source| EngineError::Port { engine, port, source })?;
     Ok(tokio::spawn(async move {
-        if let Err(error) = axum::serve(listener, router)
-            .with_graceful_shutdown(stopped(stop))
-            .await
-        {
+        if let Err(error) = axum::serve(listener, router).with_graceful_shutdown(stopped(stop)).await {
             tracing::error!(engine, %error, "an embedded engine stopped");
         }
     }))
@@ -304,11 +272,7 @@ fn listen(engine: &'static str, port: u16) -> Result<(TcpListener, String), Engi
         let url = format!("http://{}", listener.local_addr()?);
         Ok((listener, url))
     };
-    open().map_err(|source| EngineError::Port {
-        engine,
-        port,
-        source,
-    })
+    open().map_err(|source| EngineError::Port { engine, port, source })
 }
 
 /// Makes a folder that only its owner can look into; one that is there is left as it is.
@@ -317,9 +281,7 @@ fn make_folder(path: &Path) -> Result<(), EngineError> {
     builder.recursive(true);
     #[cfg(unix)]
     std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-    builder
-        .create(path)
-        .map_err(|source| EngineError::folder(path, source))
+    builder.create(path).map_err(|source| EngineError::folder(path, source))
 }
 
 /// Takes the data folder for this process. SQLite would share its file, but the folder that S3 keeps is not made
@@ -340,9 +302,7 @@ async fn lock(data: &Path) -> Result<File, EngineError> {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
             Err(TryLockError::WouldBlock) => {
-                return Err(EngineError::InUse {
-                    path: data.to_owned(),
-                });
+                return Err(EngineError::InUse { path: data.to_owned() });
             }
             Err(TryLockError::Error(source)) => return Err(EngineError::Folder { path, source }),
         }
@@ -353,10 +313,8 @@ async fn lock(data: &Path) -> Result<File, EngineError> {
 /// that signs them, and any web page can send requests to a loopback port.
 fn credentials(path: &Path) -> Result<EngineCredentials, EngineError> {
     match fs::read(path) {
-        Ok(text) => serde_json::from_slice(&text).map_err(|error| EngineError::Credentials {
-            path: path.to_owned(),
-            reason: error.to_string(),
-        }),
+        Ok(text) => serde_json::from_slice(&text)
+            .map_err(|error| EngineError::Credentials { path: path.to_owned(), reason: error.to_string() }),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let random = || uuid::Uuid::new_v4().simple().to_string();
             let made = EngineCredentials {

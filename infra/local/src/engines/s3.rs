@@ -13,9 +13,7 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use s3s::access::{S3Access, S3AccessContext};
 use s3s::auth::SimpleAuth;
-use s3s::dto::{
-    CompleteMultipartUploadInput, CreateBucketInput, DeleteObjectInput, DeleteObjectsInput,
-};
+use s3s::dto::{CompleteMultipartUploadInput, CreateBucketInput, DeleteObjectInput, DeleteObjectsInput};
 use s3s::service::{S3Service, S3ServiceBuilder};
 use s3s::{S3Request, S3Result, s3_error};
 use s3s_fs::FileSystem;
@@ -37,13 +35,8 @@ pub(super) fn start(
     let files = FileSystem::new(root)
         .map_err(|error| EngineError::folder(root, std::io::Error::other(format!("{error:?}"))))?;
     let mut builder = S3ServiceBuilder::new(files);
-    builder.set_auth(SimpleAuth::from_single(
-        credentials.access_key_id.clone(),
-        credentials.secret_access_key.clone(),
-    ));
-    builder.set_access(Rules {
-        root: root.to_owned(),
-    });
+    builder.set_auth(SimpleAuth::from_single(credentials.access_key_id.clone(), credentials.secret_access_key.clone()));
+    builder.set_access(Rules { root: root.to_owned() });
     let service = builder.build();
 
     let answer = tower::service_fn(move |request: Request| {
@@ -62,12 +55,7 @@ pub(super) fn start(
             header::CONTENT_RANGE,
             HeaderName::from_static("x-amz-request-id"),
         ]);
-    serve(
-        "S3",
-        listener,
-        Router::new().fallback_service(answer).layer(cors),
-        stop,
-    )
+    serve("S3", listener, Router::new().fallback_service(answer).layer(cors), stop)
 }
 
 async fn call(service: &S3Service, request: Request) -> Response {
@@ -106,11 +94,7 @@ impl Rules {
 }
 
 fn note_name(bucket: &str, key: &str, kind: &str) -> String {
-    format!(
-        ".bucket-{}.object-{}.{kind}.json",
-        URL_SAFE_NO_PAD.encode(bucket),
-        URL_SAFE_NO_PAD.encode(key)
-    )
+    format!(".bucket-{}.object-{}.{kind}.json", URL_SAFE_NO_PAD.encode(bucket), URL_SAFE_NO_PAD.encode(key))
 }
 
 #[async_trait::async_trait]
@@ -124,10 +108,7 @@ impl S3Access for Rules {
         };
         // Such a key would lead into another bucket.
         if key.split('/').any(|part| part == ".." || part == ".") {
-            return Err(s3_error!(
-                InvalidArgument,
-                "The embedded S3 takes no key with a part that is . or .."
-            ));
+            return Err(s3_error!(InvalidArgument, "The embedded S3 takes no key with a part that is . or .."));
         }
         // s3s-fs makes one file name of bucket, key and, for a multipart upload, the upload's id.
         let longest = note_name(
@@ -147,16 +128,10 @@ impl S3Access for Rules {
         let folder = self.root.join(bucket);
         // A write would make the bucket, and hide that a set-up forgot to.
         if !folder.is_dir() {
-            return Err(s3_error!(
-                NoSuchBucket,
-                "The specified bucket does not exist"
-            ));
+            return Err(s3_error!(NoSuchBucket, "The specified bucket does not exist"));
         }
         // A folder on the way to other objects is not an object.
-        if matches!(cx.s3_op().name(), "GetObject" | "HeadObject")
-            && !key.ends_with('/')
-            && folder.join(key).is_dir()
-        {
+        if matches!(cx.s3_op().name(), "GetObject" | "HeadObject") && !key.ends_with('/') && folder.join(key).is_dir() {
             return Err(s3_error!(NoSuchKey, "The specified key does not exist."));
         }
         Ok(())
@@ -170,29 +145,18 @@ impl S3Access for Rules {
         Ok(())
     }
 
-    async fn complete_multipart_upload(
-        &self,
-        request: &mut S3Request<CompleteMultipartUploadInput>,
-    ) -> S3Result<()> {
+    async fn complete_multipart_upload(&self, request: &mut S3Request<CompleteMultipartUploadInput>) -> S3Result<()> {
         // Else the new object would be given the checksum of the one that it replaces, and clients would refuse it.
         self.forget(&request.input.bucket, &request.input.key, &["internal"])
     }
 
     async fn delete_object(&self, request: &mut S3Request<DeleteObjectInput>) -> S3Result<()> {
-        self.forget(
-            &request.input.bucket,
-            &request.input.key,
-            &["internal", "metadata"],
-        )
+        self.forget(&request.input.bucket, &request.input.key, &["internal", "metadata"])
     }
 
     async fn delete_objects(&self, request: &mut S3Request<DeleteObjectsInput>) -> S3Result<()> {
         for object in &request.input.delete.objects {
-            self.forget(
-                &request.input.bucket,
-                &object.key,
-                &["internal", "metadata"],
-            )?;
+            self.forget(&request.input.bucket, &object.key, &["internal", "metadata"])?;
         }
         Ok(())
     }

@@ -51,10 +51,7 @@ pub(super) fn start(
         queues: Mutex::default(),
         stop: stop.clone(),
     });
-    let router = Router::new()
-        .route("/", post(handle))
-        .layer(DefaultBodyLimit::max(MAX_REQUEST))
-        .with_state(sqs);
+    let router = Router::new().route("/", post(handle)).layer(DefaultBodyLimit::max(MAX_REQUEST)).with_state(sqs);
     serve("SQS", listener, router, stop)
 }
 
@@ -62,30 +59,16 @@ async fn handle(State(sqs): State<Arc<Sqs>>, headers: HeaderMap, body: Bytes) ->
     let (status, error, body) = match sqs.call(&headers, &body).await {
         Ok(body) => (StatusCode::OK, None, body),
         Err(failure) => {
-            let fault = if failure.status.is_server_error() {
-                "Receiver"
-            } else {
-                "Sender"
-            };
+            let fault = if failure.status.is_server_error() { "Receiver" } else { "Sender" };
             let body = json!({ "__type": failure.shape, "message": failure.message });
-            (
-                failure.status,
-                Some(format!("{};{fault}", failure.code)),
-                body,
-            )
+            (failure.status, Some(format!("{};{fault}", failure.code)), body)
         }
     };
     let mut response = (
         status,
         [
-            (
-                header::CONTENT_TYPE,
-                "application/x-amz-json-1.0".to_owned(),
-            ),
-            (
-                HeaderName::from_static("x-amzn-requestid"),
-                Uuid::new_v4().to_string(),
-            ),
+            (header::CONTENT_TYPE, "application/x-amz-json-1.0".to_owned()),
+            (HeaderName::from_static("x-amzn-requestid"), Uuid::new_v4().to_string()),
         ],
         body.to_string(),
     )
@@ -110,12 +93,7 @@ struct Failure {
 
 impl Failure {
     fn new(shape: &'static str, code: &'static str, message: impl Into<String>) -> Self {
-        Self {
-            status: StatusCode::BAD_REQUEST,
-            shape,
-            code,
-            message: message.into(),
-        }
+        Self { status: StatusCode::BAD_REQUEST, shape, code, message: message.into() }
     }
 
     fn no_queue() -> Self {
@@ -127,11 +105,7 @@ impl Failure {
     }
 
     fn parameter(message: impl Into<String>) -> Self {
-        Self::new(
-            "com.amazon.coral.service#InvalidParameterValueException",
-            "InvalidParameterValue",
-            message,
-        )
+        Self::new("com.amazon.coral.service#InvalidParameterValueException", "InvalidParameterValue", message)
     }
 
     fn missing(name: &str) -> Self {
@@ -146,9 +120,7 @@ impl Failure {
         Self::new(
             "com.amazonaws.sqs#InvalidAttributeValue",
             "InvalidAttributeValue",
-            format!("Invalid value for the parameter {name}. {reason}")
-                .trim_end()
-                .to_owned(),
+            format!("Invalid value for the parameter {name}. {reason}").trim_end().to_owned(),
         )
     }
 
@@ -175,12 +147,7 @@ type Queues = BTreeMap<String, Queue>;
 
 impl Sqs {
     async fn call(&self, headers: &HeaderMap, body: &[u8]) -> Answer {
-        let text = |name| {
-            headers
-                .get(name)
-                .and_then(|value| value.to_str().ok())
-                .unwrap_or_default()
-        };
+        let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
         // The signature is not checked: this keeps out strays, such as a web page that found the port.
         if !text("authorization").contains(&self.credential) {
             return Err(Failure {
@@ -194,11 +161,7 @@ impl Sqs {
         }
         let target = text("x-amz-target");
         let Some(operation) = target.strip_prefix("AmazonSQS.") else {
-            return Err(unknown(if target.is_empty() {
-                "a request without x-amz-target"
-            } else {
-                target
-            }));
+            return Err(unknown(if target.is_empty() { "a request without x-amz-target" } else { target }));
         };
         match operation {
             "CreateQueue" => self.create_queue(read(body)?),
@@ -231,9 +194,7 @@ impl Sqs {
     fn create_queue(&self, input: CreateQueue) -> Answer {
         let name = input.queue_name;
         let fits = (1..=80).contains(&name.len())
-            && name
-                .bytes()
-                .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_');
+            && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_');
         if name.ends_with(".fifo") || input.attributes.contains_key("FifoQueue") {
             return Err(Failure::new(
                 "com.amazonaws.sqs#UnsupportedOperation",
@@ -278,25 +239,12 @@ impl Sqs {
         let queue = find(&mut queues, &input.queue_url)?;
         queue.catch_up();
         let all = queue.attributes();
-        if let Some(name) = input
-            .attribute_names
-            .iter()
-            .find(|name| *name != "All" && !known_attribute(name))
-        {
+        if let Some(name) = input.attribute_names.iter().find(|name| *name != "All" && !known_attribute(name)) {
             return Err(unknown_attribute(name));
         }
-        let asked = |name: &String| {
-            input
-                .attribute_names
-                .iter()
-                .any(|asked| asked == "All" || asked == name)
-        };
+        let asked = |name: &String| input.attribute_names.iter().any(|asked| asked == "All" || asked == name);
         let attributes: Map<_, _> = all.into_iter().filter(|(name, _)| asked(name)).collect();
-        Ok(if attributes.is_empty() {
-            json!({})
-        } else {
-            json!({ "Attributes": attributes })
-        })
+        Ok(if attributes.is_empty() { json!({}) } else { json!({ "Attributes": attributes }) })
     }
 
     fn set_queue_attributes(&self, input: &SetQueueAttributes) -> Answer {
@@ -319,16 +267,11 @@ impl Sqs {
         let queues = self.queues();
         let after = input.next_token.as_deref().unwrap_or_default();
         let prefix = input.queue_name_prefix.as_deref().unwrap_or_default();
-        let mut names = queues
-            .keys()
-            .filter(|name| name.starts_with(prefix) && name.as_str() > after)
-            .peekable();
+        let mut names = queues.keys().filter(|name| name.starts_with(prefix) && name.as_str() > after).peekable();
         let page: Vec<_> = names.by_ref().take(limit).collect();
         let mut answer = json!({ "QueueUrls": page.iter().map(|name| self.queue_url(name)).collect::<Vec<_>>() });
         // As on AWS, pages are for those who ask for them.
-        if let (Some(last), Some(_), true) =
-            (page.last(), names.peek(), input.max_results.is_some())
-        {
+        if let (Some(last), Some(_), true) = (page.last(), names.peek(), input.max_results.is_some()) {
             answer["NextToken"] = json!(last);
         }
         Ok(answer)
@@ -363,9 +306,7 @@ impl Sqs {
             return Err(Failure::new(
                 "com.amazonaws.sqs#BatchRequestTooLong",
                 "AWS.SimpleQueueService.BatchRequestTooLong",
-                format!(
-                    "Batch requests cannot be longer than {MAX_BYTES} bytes. You have sent {bytes} bytes."
-                ),
+                format!("Batch requests cannot be longer than {MAX_BYTES} bytes. You have sent {bytes} bytes."),
             ));
         }
         Ok(each(input.entries, |message| queue.send(message)))
@@ -378,14 +319,9 @@ impl Sqs {
                 "Value {most} for parameter MaxNumberOfMessages is invalid. Reason: Must be between 1 and 10, if provided."
             ))
         })?;
-        let visibility = input
-            .visibility_timeout
-            .map(|n| seconds("VisibilityTimeout", n, MAX_VISIBILITY))
-            .transpose()?;
-        let wait = input
-            .wait_time_seconds
-            .map(|n| seconds("WaitTimeSeconds", n, MAX_WAIT))
-            .transpose()?;
+        let visibility =
+            input.visibility_timeout.map(|n| seconds("VisibilityTimeout", n, MAX_VISIBILITY)).transpose()?;
+        let wait = input.wait_time_seconds.map(|n| seconds("WaitTimeSeconds", n, MAX_WAIT)).transpose()?;
         let start = Instant::now();
         let (name, bell) = {
             let mut queues = self.queues();
@@ -436,9 +372,7 @@ impl Sqs {
         let mut queues = self.queues();
         let queue = find(&mut queues, &input.queue_url)?;
         check_batch(&input.entries)?;
-        Ok(each(input.entries, |change| {
-            queue.change_visibility(&change)
-        }))
+        Ok(each(input.entries, |change| queue.change_visibility(&change)))
     }
 }
 
@@ -451,26 +385,15 @@ fn unknown(what: &str) -> Failure {
 }
 
 fn unknown_attribute(name: &str) -> Failure {
-    Failure::new(
-        "com.amazonaws.sqs#InvalidAttributeName",
-        "InvalidAttributeName",
-        format!("Unknown Attribute {name}."),
-    )
+    Failure::new("com.amazonaws.sqs#InvalidAttributeName", "InvalidAttributeName", format!("Unknown Attribute {name}."))
 }
 
 fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
     serde_json::from_slice(body).map_err(|error| {
         let message = error.to_string();
-        match message
-            .strip_prefix("missing field `")
-            .and_then(|rest| rest.split_once('`'))
-        {
+        match message.strip_prefix("missing field `").and_then(|rest| rest.split_once('`')) {
             Some((name, _)) => Failure::missing(name),
-            None => Failure::new(
-                "com.amazon.coral.service#SerializationException",
-                "MalformedInput",
-                message,
-            ),
+            None => Failure::new("com.amazon.coral.service#SerializationException", "MalformedInput", message),
         }
     })
 }
@@ -494,9 +417,7 @@ fn seconds(name: &str, value: i64, most: u64) -> Result<Duration, Failure> {
 }
 
 fn now_millis() -> u64 {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
@@ -512,19 +433,12 @@ fn check_batch<T>(entries: &[Entry<T>]) -> Result<(), Failure> {
         return Err(Failure::new(
             "com.amazonaws.sqs#TooManyEntriesInBatchRequest",
             "AWS.SimpleQueueService.TooManyEntriesInBatchRequest",
-            format!(
-                "Maximum number of entries per request are {MAX_BATCH}. You have sent {}.",
-                entries.len()
-            ),
+            format!("Maximum number of entries per request are {MAX_BATCH}. You have sent {}.", entries.len()),
         ));
     }
     let mut seen = HashSet::new();
     for Entry { id, .. } in entries {
-        if !(1..=80).contains(&id.len())
-            || !id
-                .bytes()
-                .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
-        {
+        if !(1..=80).contains(&id.len()) || !id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_') {
             return Err(Failure::new(
                 "com.amazonaws.sqs#InvalidBatchEntryId",
                 "AWS.SimpleQueueService.InvalidBatchEntryId",
@@ -569,11 +483,7 @@ fn take(
 ) -> Result<Vec<Value>, Failure> {
     let queue = queues.get(name).ok_or_else(Failure::no_queue)?;
     // Without its target a policy cannot be followed, and messages stay.
-    let redrive = queue
-        .settings
-        .redrive
-        .clone()
-        .filter(|redrive| queues.contains_key(redrive.target_name()));
+    let redrive = queue.settings.redrive.clone().filter(|redrive| queues.contains_key(redrive.target_name()));
     let queue = queues.get_mut(name).ok_or_else(Failure::no_queue)?;
     queue.catch_up();
     let visibility = visibility.unwrap_or(queue.settings.visibility());
@@ -582,14 +492,8 @@ fn take(
         let Some(&seq) = queue.ready.first() else {
             break;
         };
-        let receives = queue
-            .messages
-            .get(&seq)
-            .map_or(0, |message| message.receives);
-        if redrive
-            .as_ref()
-            .is_some_and(|redrive| receives >= redrive.max)
-        {
+        let receives = queue.messages.get(&seq).map_or(0, |message| message.receives);
+        if redrive.as_ref().is_some_and(|redrive| receives >= redrive.max) {
             dead.extend(queue.remove(seq));
         } else if let Some(message) = queue.receive(seq, visibility, input) {
             taken.push(message);
@@ -655,20 +559,10 @@ const NUMBERS: [(&str, u64, u64, u64); 5] = [
     ("DelaySeconds", 0, MAX_DELAY, 0),
     ("ReceiveMessageWaitTimeSeconds", 0, MAX_WAIT, 0),
     ("MessageRetentionPeriod", 60, 1_209_600, 345_600),
-    (
-        "MaximumMessageSize",
-        1024,
-        MAX_BYTES as u64,
-        MAX_BYTES as u64,
-    ),
+    ("MaximumMessageSize", 1024, MAX_BYTES as u64, MAX_BYTES as u64),
 ];
-const INERT: [&str; 5] = [
-    "Policy",
-    "RedriveAllowPolicy",
-    "KmsMasterKeyId",
-    "KmsDataKeyReusePeriodSeconds",
-    "SqsManagedSseEnabled",
-];
+const INERT: [&str; 5] =
+    ["Policy", "RedriveAllowPolicy", "KmsMasterKeyId", "KmsDataKeyReusePeriodSeconds", "SqsManagedSseEnabled"];
 const COMPUTED: [&str; 6] = [
     "QueueArn",
     "CreatedTimestamp",
@@ -682,45 +576,24 @@ fn known_attribute(name: &str) -> bool {
     NUMBERS.iter().any(|(known, ..)| *known == name)
         || INERT.contains(&name)
         || COMPUTED.contains(&name)
-        || [
-            "RedrivePolicy",
-            "FifoQueue",
-            "ContentBasedDeduplication",
-            "DeduplicationScope",
-            "FifoThroughputLimit",
-        ]
-        .contains(&name)
+        || ["RedrivePolicy", "FifoQueue", "ContentBasedDeduplication", "DeduplicationScope", "FifoThroughputLimit"]
+            .contains(&name)
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        let numbers = NUMBERS
-            .iter()
-            .map(|(name, _, _, default)| (*name, *default))
-            .collect();
-        Self {
-            numbers,
-            redrive: None,
-            inert: BTreeMap::new(),
-        }
+        let numbers = NUMBERS.iter().map(|(name, _, _, default)| (*name, *default)).collect();
+        Self { numbers, redrive: None, inert: BTreeMap::new() }
     }
 }
 
 impl Settings {
-    fn change(
-        &mut self,
-        attributes: &BTreeMap<String, String>,
-        queues: &Queues,
-    ) -> Result<(), Failure> {
+    fn change(&mut self, attributes: &BTreeMap<String, String>, queues: &Queues) -> Result<(), Failure> {
         for (name, value) in attributes {
             if let Some((name, least, most, _)) = NUMBERS.iter().find(|(known, ..)| known == name) {
-                let number = value
-                    .parse()
-                    .ok()
-                    .filter(|number| (least..=most).contains(&number));
-                let number = number.ok_or_else(|| {
-                    Failure::attribute_value(name, &format!("Must be between {least} and {most}."))
-                })?;
+                let number = value.parse().ok().filter(|number| (least..=most).contains(&number));
+                let number = number
+                    .ok_or_else(|| Failure::attribute_value(name, &format!("Must be between {least} and {most}.")))?;
                 self.numbers.insert(name, number);
             } else if name == "RedrivePolicy" {
                 self.redrive = match value.as_str() {
@@ -732,9 +605,7 @@ impl Settings {
                                 "It needs deadLetterTargetArn and maxReceiveCount, from 1 to 1000.",
                             )
                         })?;
-                        if redrive.target != arn(redrive.target_name())
-                            || !queues.contains_key(redrive.target_name())
-                        {
+                        if redrive.target != arn(redrive.target_name()) || !queues.contains_key(redrive.target_name()) {
                             return Err(Failure::parameter(format!(
                                 "Value {text} for parameter RedrivePolicy is invalid. Reason: Dead letter target does not exist."
                             )));
@@ -898,52 +769,29 @@ impl Queue {
             self.places.insert(seq, Place::Ready);
         }
         let oldest = now_millis().saturating_sub(self.settings.retention_millis());
-        while let Some((&seq, _)) = self
-            .messages
-            .first_key_value()
-            .filter(|(_, message)| message.sent < oldest)
-        {
+        while let Some((&seq, _)) = self.messages.first_key_value().filter(|(_, message)| message.sent < oldest) {
             self.remove(seq);
         }
     }
 
     fn attributes(&self) -> BTreeMap<String, Value> {
-        let delayed = self
-            .places
-            .values()
-            .filter(|place| matches!(place, Place::Delayed(_)))
-            .count();
+        let delayed = self.places.values().filter(|place| matches!(place, Place::Delayed(_))).count();
         let mut all: BTreeMap<_, _> = [
             ("QueueArn", arn(&self.name)),
             ("CreatedTimestamp", (self.created / 1000).to_string()),
             ("LastModifiedTimestamp", (self.modified / 1000).to_string()),
             ("ApproximateNumberOfMessages", self.ready.len().to_string()),
-            (
-                "ApproximateNumberOfMessagesNotVisible",
-                (self.waiting.len() - delayed).to_string(),
-            ),
+            ("ApproximateNumberOfMessagesNotVisible", (self.waiting.len() - delayed).to_string()),
             ("ApproximateNumberOfMessagesDelayed", delayed.to_string()),
         ]
         .into();
-        all.extend(
-            self.settings
-                .numbers
-                .iter()
-                .map(|(name, number)| (*name, number.to_string())),
-        );
-        all.extend(
-            self.settings
-                .inert
-                .iter()
-                .map(|(name, value)| (*name, value.clone())),
-        );
+        all.extend(self.settings.numbers.iter().map(|(name, number)| (*name, number.to_string())));
+        all.extend(self.settings.inert.iter().map(|(name, value)| (*name, value.clone())));
         if let Some(Redrive { target, max }) = &self.settings.redrive {
             let policy = json!({ "deadLetterTargetArn": target, "maxReceiveCount": max });
             all.insert("RedrivePolicy", policy.to_string());
         }
-        all.into_iter()
-            .map(|(name, value)| (name.to_owned(), Value::String(value)))
-            .collect()
+        all.into_iter().map(|(name, value)| (name.to_owned(), Value::String(value))).collect()
     }
 
     fn send(&mut self, new: NewMessage) -> Answer {
@@ -965,10 +813,7 @@ impl Queue {
             ));
         }
         check_attributes(&new.message_attributes)?;
-        let delay = new
-            .delay_seconds
-            .map(|n| seconds("DelaySeconds", n, MAX_DELAY))
-            .transpose()?;
+        let delay = new.delay_seconds.map(|n| seconds("DelaySeconds", n, MAX_DELAY)).transpose()?;
         let delay = delay.unwrap_or(self.settings.delay());
         let message = Message {
             id: Uuid::new_v4(),
@@ -981,23 +826,14 @@ impl Queue {
             receipt: None,
             source: None,
         };
-        let mut answer =
-            json!({ "MessageId": message.id, "MD5OfMessageBody": digest(message.body.as_bytes()) });
+        let mut answer = json!({ "MessageId": message.id, "MD5OfMessageBody": digest(message.body.as_bytes()) });
         if !message.attributes.is_empty() {
             answer["MD5OfMessageAttributes"] = json!(digest_attributes(message.attributes.iter()));
         }
         if !message.system.is_empty() {
-            answer["MD5OfMessageSystemAttributes"] =
-                json!(digest_attributes(message.system.iter()));
+            answer["MD5OfMessageSystemAttributes"] = json!(digest_attributes(message.system.iter()));
         }
-        self.add(
-            message,
-            if delay.is_zero() {
-                Place::Ready
-            } else {
-                Place::Delayed(Instant::now() + delay)
-            },
-        );
+        self.add(message, if delay.is_zero() { Place::Ready } else { Place::Delayed(Instant::now() + delay) });
         Ok(answer)
     }
 
@@ -1013,34 +849,19 @@ impl Queue {
             ("SenderId", ACCOUNT.to_owned()),
             ("SentTimestamp", message.sent.to_string()),
             ("ApproximateReceiveCount", message.receives.to_string()),
-            (
-                "ApproximateFirstReceiveTimestamp",
-                first_received.to_string(),
-            ),
+            ("ApproximateFirstReceiveTimestamp", first_received.to_string()),
         ]);
         if let Some(source) = &message.source {
             system.insert("DeadLetterQueueSourceArn", source.clone());
         }
-        if let Some(trace) = message
-            .system
-            .get("AWSTraceHeader")
-            .and_then(|trace| trace.string_value.clone())
-        {
+        if let Some(trace) = message.system.get("AWSTraceHeader").and_then(|trace| trace.string_value.clone()) {
             system.insert("AWSTraceHeader", trace);
         }
         let asked = |name: &str| {
-            input
-                .attribute_names
-                .iter()
-                .chain(&input.message_system_attribute_names)
-                .any(|a| a == "All" || a == name)
+            input.attribute_names.iter().chain(&input.message_system_attribute_names).any(|a| a == "All" || a == name)
         };
         system.retain(|name, _| asked(name));
-        let own: Vec<_> = message
-            .attributes
-            .iter()
-            .filter(|(name, _)| input.wants(name))
-            .collect();
+        let own: Vec<_> = message.attributes.iter().filter(|(name, _)| input.wants(name)).collect();
 
         let handle = STANDARD.encode(format!("{}/{seq}/{receipt}", self.name));
         let mut answer = json!({
@@ -1068,14 +889,10 @@ impl Queue {
             let text = String::from_utf8(STANDARD.decode(handle).ok()?).ok()?;
             let mut parts = text.split('/');
             let (queue, seq, receipt) = (parts.next()?, parts.next()?, parts.next()?);
-            (queue == self.name)
-                .then_some((seq.parse::<u64>().ok()?, receipt.parse::<Uuid>().ok()?))
+            (queue == self.name).then_some((seq.parse::<u64>().ok()?, receipt.parse::<Uuid>().ok()?))
         };
         let (seq, receipt) = parse().ok_or_else(|| Failure::receipt(handle))?;
-        let current = self
-            .messages
-            .get(&seq)
-            .is_some_and(|message| message.receipt == Some(receipt));
+        let current = self.messages.get(&seq).is_some_and(|message| message.receipt == Some(receipt));
         Ok(current.then_some(seq))
     }
 
@@ -1090,11 +907,7 @@ impl Queue {
 
     fn change_visibility(&mut self, input: &Change) -> Answer {
         self.catch_up();
-        let visibility = seconds(
-            "VisibilityTimeout",
-            input.visibility_timeout,
-            MAX_VISIBILITY,
-        )?;
+        let visibility = seconds("VisibilityTimeout", input.visibility_timeout, MAX_VISIBILITY)?;
         let handle = &input.receipt.receipt_handle;
         let Some(seq) = self.held(handle)? else {
             return Err(Failure::parameter(format!(
@@ -1108,14 +921,7 @@ impl Queue {
                 "The message is not in flight.",
             ));
         }
-        self.put(
-            seq,
-            if visibility.is_zero() {
-                Place::Ready
-            } else {
-                Place::InFlight(Instant::now() + visibility)
-            },
-        );
+        self.put(seq, if visibility.is_zero() { Place::Ready } else { Place::InFlight(Instant::now() + visibility) });
         Ok(json!({}))
     }
 }
@@ -1127,21 +933,15 @@ fn allowed(c: char) -> bool {
 
 fn check_attributes(attributes: &BTreeMap<String, MessageAttribute>) -> Result<(), Failure> {
     if attributes.len() > 10 {
-        return Err(Failure::parameter(
-            "Number of message attributes exceeds the allowed maximum of 10.",
-        ));
+        return Err(Failure::parameter("Number of message attributes exceeds the allowed maximum of 10."));
     }
     for (name, attribute) in attributes {
         let kind = attribute.data_type.split('.').next().unwrap_or_default();
         let there = match kind {
-            "String" | "Number" => attribute
-                .string_value
-                .as_ref()
-                .is_some_and(|value| !value.is_empty()),
-            "Binary" => attribute
-                .binary_value
-                .as_ref()
-                .is_some_and(|value| STANDARD.decode(value).is_ok_and(|v| !v.is_empty())),
+            "String" | "Number" => attribute.string_value.as_ref().is_some_and(|value| !value.is_empty()),
+            "Binary" => {
+                attribute.binary_value.as_ref().is_some_and(|value| STANDARD.decode(value).is_ok_and(|v| !v.is_empty()))
+            }
             _ => {
                 return Err(Failure::parameter(format!(
                     "The type of message (user) attribute '{name}' is invalid. You must use only the following supported type prefixes: Binary, Number, String."
@@ -1166,9 +966,7 @@ fn digest(bytes: &[u8]) -> String {
 }
 
 /// The digest of attributes as the developer guide lays it down: sorted by name, every part after its length.
-fn digest_attributes<'a>(
-    attributes: impl Iterator<Item = (&'a String, &'a MessageAttribute)>,
-) -> String {
+fn digest_attributes<'a>(attributes: impl Iterator<Item = (&'a String, &'a MessageAttribute)>) -> String {
     let mut md5 = Md5::new();
     for (name, attribute) in attributes {
         let (transport, value) = attribute.value();
@@ -1253,8 +1051,7 @@ impl NewMessage {
     /// What counts against the size limits.
     fn bytes(&self) -> usize {
         let attributes = self.message_attributes.iter();
-        let attributes =
-            attributes.map(|(name, a)| name.len() + a.data_type.len() + a.value().1.len());
+        let attributes = attributes.map(|(name, a)| name.len() + a.data_type.len() + a.value().1.len());
         self.message_body.len() + attributes.sum::<usize>()
     }
 }
@@ -1297,12 +1094,10 @@ struct ReceiveMessage {
 
 impl ReceiveMessage {
     fn wants(&self, name: &str) -> bool {
-        self.message_attribute_names
-            .iter()
-            .any(|asked| match asked.strip_suffix(".*") {
-                Some(prefix) => name.starts_with(prefix),
-                None => asked == "All" || asked == name,
-            })
+        self.message_attribute_names.iter().any(|asked| match asked.strip_suffix(".*") {
+            Some(prefix) => name.starts_with(prefix),
+            None => asked == "All" || asked == name,
+        })
     }
 }
 

@@ -21,9 +21,7 @@ use super::{EngineError, EnginePorts, Engines};
 
 async fn start() -> (TempDir, Engines, SdkConfig) {
     let data = TempDir::new().unwrap();
-    let engines = Engines::start(data.path(), EnginePorts::default())
-        .await
-        .unwrap();
+    let engines = Engines::start(data.path(), EnginePorts::default()).await.unwrap();
     let config = engines.sdk_config().await;
     (data, engines, config)
 }
@@ -40,13 +38,7 @@ async fn make_table(client: &aws_sdk_dynamodb::Client) {
             .build()
             .unwrap()
     };
-    let key = |name: &str, kind| {
-        ddb::KeySchemaElement::builder()
-            .attribute_name(name)
-            .key_type(kind)
-            .build()
-            .unwrap()
-    };
+    let key = |name: &str, kind| ddb::KeySchemaElement::builder().attribute_name(name).key_type(kind).build().unwrap();
     client
         .create_table()
         .table_name("things")
@@ -65,24 +57,10 @@ async fn dynamodb_keeps_its_records_over_a_restart() {
     let (data, engines, config) = start().await;
     let client = aws_sdk_dynamodb::Client::new(&config);
     make_table(&client).await;
-    let put = |id: &str| {
-        client
-            .put_item()
-            .table_name("things")
-            .item("user", s("u"))
-            .item("id", s(id))
-    };
+    let put = |id: &str| client.put_item().table_name("things").item("user", s("u")).item("id", s(id));
     put("a").send().await.unwrap();
-    let again = put("a")
-        .condition_expression("attribute_not_exists(id)")
-        .send()
-        .await
-        .unwrap_err();
-    assert!(
-        again
-            .into_service_error()
-            .is_conditional_check_failed_exception()
-    );
+    let again = put("a").condition_expression("attribute_not_exists(id)").send().await.unwrap_err();
+    assert!(again.into_service_error().is_conditional_check_failed_exception());
 
     let write = |id: &str, condition: &str| {
         let put = ddb::Put::builder()
@@ -108,11 +86,7 @@ async fn dynamodb_keeps_its_records_over_a_restart() {
     else {
         panic!("{refused:?}")
     };
-    let codes: Vec<_> = cancelled
-        .cancellation_reasons()
-        .iter()
-        .map(|reason| reason.code().unwrap())
-        .collect();
+    let codes: Vec<_> = cancelled.cancellation_reasons().iter().map(|reason| reason.code().unwrap()).collect();
     assert_eq!(codes, ["None", "ConditionalCheckFailed"]);
     client
         .transact_write_items()
@@ -124,18 +98,10 @@ async fn dynamodb_keeps_its_records_over_a_restart() {
 
     let credentials = engines.credentials.clone();
     engines.shutdown().await;
-    assert!(
-        !data.path().join("dynamodb.sqlite-wal").exists(),
-        "the log has gone into the file"
-    );
+    assert!(!data.path().join("dynamodb.sqlite-wal").exists(), "the log has gone into the file");
 
-    let engines = Engines::start(data.path(), EnginePorts::default())
-        .await
-        .unwrap();
-    assert_eq!(
-        engines.credentials.secret_access_key,
-        credentials.secret_access_key
-    );
+    let engines = Engines::start(data.path(), EnginePorts::default()).await.unwrap();
+    assert_eq!(engines.credentials.secret_access_key, credentials.secret_access_key);
     let client = aws_sdk_dynamodb::Client::new(&engines.sdk_config().await);
     let query = client
         .query()
@@ -146,11 +112,7 @@ async fn dynamodb_keeps_its_records_over_a_restart() {
         .send()
         .await
         .unwrap();
-    let ids: Vec<_> = query
-        .items()
-        .iter()
-        .map(|item| item["id"].as_s().unwrap().as_str())
-        .collect();
+    let ids: Vec<_> = query.items().iter().map(|item| item["id"].as_s().unwrap().as_str()).collect();
     assert_eq!(ids, ["a", "b", "c"]);
     engines.shutdown().await;
 }
@@ -160,116 +122,43 @@ async fn s3_puts_gets_and_refuses() {
     let (_data, engines, config) = start().await;
     let client = aws_sdk_s3::Client::new(&config);
     client.create_bucket().bucket("files").send().await.unwrap();
-    let again = client
-        .create_bucket()
-        .bucket("files")
-        .send()
-        .await
-        .unwrap_err()
-        .into_service_error();
+    let again = client.create_bucket().bucket("files").send().await.unwrap_err().into_service_error();
     assert!(again.is_bucket_already_owned_by_you(), "{again:?}");
     engines.ensure_bucket("files").unwrap();
     engines.ensure_bucket("others").unwrap();
-    assert!(matches!(
-        engines.ensure_bucket("No/Bucket"),
-        Err(EngineError::BucketName { .. })
-    ));
+    assert!(matches!(engines.ensure_bucket("No/Bucket"), Err(EngineError::BucketName { .. })));
 
     let put = |bucket: &str, key: &str| {
-        client
-            .put_object()
-            .bucket(bucket)
-            .key(key)
-            .body(b"hello".to_vec().into())
-            .content_type("text/plain")
+        client.put_object().bucket(bucket).key(key).body(b"hello".to_vec().into()).content_type("text/plain")
     };
-    put("files", "dir/a.txt")
-        .metadata("kind", "test")
-        .send()
-        .await
-        .unwrap();
-    let got = client
-        .get_object()
-        .bucket("files")
-        .key("dir/a.txt")
-        .send()
-        .await
-        .unwrap();
+    put("files", "dir/a.txt").metadata("kind", "test").send().await.unwrap();
+    let got = client.get_object().bucket("files").key("dir/a.txt").send().await.unwrap();
     assert_eq!(got.content_type(), Some("text/plain"));
     assert_eq!(got.metadata().unwrap()["kind"], "test");
     assert_eq!(got.body.collect().await.unwrap().to_vec(), b"hello");
 
-    let exists = put("files", "dir/a.txt")
-        .if_none_match("*")
-        .send()
-        .await
-        .unwrap_err();
+    let exists = put("files", "dir/a.txt").if_none_match("*").send().await.unwrap_err();
     assert_eq!(exists.code(), Some("PreconditionFailed"));
     let no_bucket = put("nowhere", "a").send().await.unwrap_err();
     assert_eq!(no_bucket.code(), Some("NoSuchBucket"));
     for key in ["dir", "other"] {
-        let missing = client
-            .get_object()
-            .bucket("files")
-            .key(key)
-            .send()
-            .await
-            .unwrap_err()
-            .into_service_error();
+        let missing = client.get_object().bucket("files").key(key).send().await.unwrap_err().into_service_error();
         assert!(missing.is_no_such_key(), "{key}: {missing:?}");
-        let missing = client
-            .head_object()
-            .bucket("files")
-            .key(key)
-            .send()
-            .await
-            .unwrap_err()
-            .into_service_error();
+        let missing = client.head_object().bucket("files").key(key).send().await.unwrap_err().into_service_error();
         assert!(missing.is_not_found(), "{key}: {missing:?}");
     }
     // A client resolves dots in a path or does not; either way none reach another bucket.
     assert!(put("files", "../others/x").send().await.is_err());
-    assert_eq!(
-        client
-            .list_objects_v2()
-            .bucket("others")
-            .send()
-            .await
-            .unwrap()
-            .contents()
-            .len(),
-        0
-    );
+    assert_eq!(client.list_objects_v2().bucket("others").send().await.unwrap().contents().len(), 0);
 
     put("files", &"k".repeat(140)).send().await.unwrap();
     let long = put("files", &"k".repeat(200)).send().await.unwrap_err();
     assert_eq!(long.code(), Some("KeyTooLongError"));
 
-    client
-        .delete_object()
-        .bucket("files")
-        .key("dir/a.txt")
-        .send()
-        .await
-        .unwrap();
-    client
-        .delete_object()
-        .bucket("files")
-        .key("dir/a.txt")
-        .send()
-        .await
-        .unwrap();
-    client
-        .delete_object()
-        .bucket("files")
-        .key("k".repeat(140))
-        .send()
-        .await
-        .unwrap();
-    let left: Vec<_> = std::fs::read_dir(engines.buckets.as_path())
-        .unwrap()
-        .map(|e| e.unwrap().file_name())
-        .collect();
+    client.delete_object().bucket("files").key("dir/a.txt").send().await.unwrap();
+    client.delete_object().bucket("files").key("dir/a.txt").send().await.unwrap();
+    client.delete_object().bucket("files").key("k".repeat(140)).send().await.unwrap();
+    let left: Vec<_> = std::fs::read_dir(engines.buckets.as_path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left.len(), 2, "only the buckets are left: {left:?}");
     engines.shutdown().await;
 }
@@ -281,14 +170,7 @@ async fn s3_multipart_replaces_an_object_whole() {
     let client = aws_sdk_s3::Client::new(&config);
     let at = |key: &str| (key.to_owned(), "files".to_owned());
     let (key, bucket) = at("big.zip");
-    client
-        .put_object()
-        .bucket(&bucket)
-        .key(&key)
-        .body(b"small".to_vec().into())
-        .send()
-        .await
-        .unwrap();
+    client.put_object().bucket(&bucket).key(&key).body(b"small".to_vec().into()).send().await.unwrap();
 
     let upload = client
         .create_multipart_upload()
@@ -312,12 +194,7 @@ async fn s3_multipart_replaces_an_object_whole() {
             .send()
             .await
             .unwrap();
-        done = done.parts(
-            CompletedPart::builder()
-                .part_number(number)
-                .set_e_tag(sent.e_tag)
-                .build(),
-        );
+        done = done.parts(CompletedPart::builder().part_number(number).set_e_tag(sent.e_tag).build());
     }
     client
         .complete_multipart_upload()
@@ -328,24 +205,11 @@ async fn s3_multipart_replaces_an_object_whole() {
         .send()
         .await
         .unwrap();
-    let got = client
-        .get_object()
-        .bucket(&bucket)
-        .key(&key)
-        .send()
-        .await
-        .unwrap();
+    let got = client.get_object().bucket(&bucket).key(&key).send().await.unwrap();
     assert_eq!(got.content_type(), Some("application/zip"));
     // Reading checks the checksum where one is given.
     assert_eq!(got.body.collect().await.unwrap().to_vec(), parts.concat());
-    let range = client
-        .get_object()
-        .bucket(&bucket)
-        .key(&key)
-        .range("bytes=5242878-5242881")
-        .send()
-        .await
-        .unwrap();
+    let range = client.get_object().bucket(&bucket).key(&key).range("bytes=5242878-5242881").send().await.unwrap();
     assert_eq!(range.body.collect().await.unwrap().to_vec(), [1, 1, 2, 2]);
     engines.shutdown().await;
 }
@@ -358,17 +222,8 @@ async fn s3_presigned_links_work_in_browsers() {
     let web = reqwest::Client::new();
     let soon = || PresigningConfig::expires_in(Duration::from_secs(60)).unwrap();
 
-    let put = client
-        .put_object()
-        .bucket("files")
-        .key("up load.bin")
-        .presigned(soon())
-        .await
-        .unwrap();
-    let mut request = web
-        .put(put.uri())
-        .header("origin", "https://app.example")
-        .body("bytes");
+    let put = client.put_object().bucket("files").key("up load.bin").presigned(soon()).await.unwrap();
+    let mut request = web.put(put.uri()).header("origin", "https://app.example").body("bytes");
     for (name, value) in put.headers() {
         request = request.header(name, value);
     }
@@ -384,18 +239,10 @@ async fn s3_presigned_links_work_in_browsers() {
         .presigned(soon())
         .await
         .unwrap();
-    let response = web
-        .get(get.uri())
-        .header("origin", "https://app.example")
-        .send()
-        .await
-        .unwrap();
+    let response = web.get(get.uri()).header("origin", "https://app.example").send().await.unwrap();
     assert_eq!(response.status(), 200);
     let header = |name: &str| response.headers()[name].to_str().unwrap().to_lowercase();
-    assert_eq!(
-        header("content-disposition"),
-        "attachment; filename=\"x.zip\""
-    );
+    assert_eq!(header("content-disposition"), "attachment; filename=\"x.zip\"");
     assert_eq!(header("content-type"), "application/zip");
     assert_eq!(header("content-length"), "5");
     assert_eq!(header("access-control-allow-origin"), "*");
@@ -408,23 +255,10 @@ async fn s3_presigned_links_work_in_browsers() {
     let digit = if signature.starts_with('0') { '1' } else { '0' };
     let forged = format!("{before}X-Amz-Signature={digit}{}", &signature[1..]);
     assert_eq!(web.get(forged).send().await.unwrap().status(), 403);
-    assert_eq!(
-        web.get(format!("{}/files/up%20load.bin", engines.s3))
-            .send()
-            .await
-            .unwrap()
-            .status(),
-        403
-    );
+    assert_eq!(web.get(format!("{}/files/up%20load.bin", engines.s3)).send().await.unwrap().status(), 403);
 
     let brief = PresigningConfig::expires_in(Duration::from_secs(1)).unwrap();
-    let expired = client
-        .get_object()
-        .bucket("files")
-        .key("up load.bin")
-        .presigned(brief)
-        .await
-        .unwrap();
+    let expired = client.get_object().bucket("files").key("up load.bin").presigned(brief).await.unwrap();
     tokio::time::sleep(Duration::from_millis(2100)).await;
     assert_eq!(web.get(expired.uri()).send().await.unwrap().status(), 403);
 
@@ -438,12 +272,7 @@ async fn s3_presigned_links_work_in_browsers() {
         .unwrap();
     assert_eq!(preflight.status(), 200);
     assert_eq!(preflight.headers()["access-control-allow-origin"], "*");
-    assert!(
-        preflight.headers()["access-control-allow-methods"]
-            .to_str()
-            .unwrap()
-            .contains("PUT")
-    );
+    assert!(preflight.headers()["access-control-allow-methods"].to_str().unwrap().contains("PUT"));
     assert_eq!(preflight.headers()["access-control-allow-headers"], "*");
     engines.shutdown().await;
 }
@@ -466,13 +295,7 @@ impl Queue {
     }
 
     async fn send(&self, body: &str) {
-        self.client
-            .send_message()
-            .queue_url(&self.url)
-            .message_body(body)
-            .send()
-            .await
-            .unwrap();
+        self.client.send_message().queue_url(&self.url).message_body(body).send().await.unwrap();
     }
 
     async fn receive(&self, wait: i32) -> Vec<sqs_types::Message> {
@@ -491,40 +314,20 @@ impl Queue {
     }
 
     async fn delete(&self, handle: &str) {
-        self.client
-            .delete_message()
-            .queue_url(&self.url)
-            .receipt_handle(handle)
-            .send()
-            .await
-            .unwrap();
+        self.client.delete_message().queue_url(&self.url).receipt_handle(handle).send().await.unwrap();
     }
 
     async fn hide(
         &self,
         handle: &str,
         seconds: i32,
-    ) -> Result<
-        (),
-        SdkError<aws_sdk_sqs::operation::change_message_visibility::ChangeMessageVisibilityError>,
-    > {
+    ) -> Result<(), SdkError<aws_sdk_sqs::operation::change_message_visibility::ChangeMessageVisibilityError>> {
         let change = self.client.change_message_visibility().queue_url(&self.url);
-        change
-            .receipt_handle(handle)
-            .visibility_timeout(seconds)
-            .send()
-            .await
-            .map(|_| ())
+        change.receipt_handle(handle).visibility_timeout(seconds).send().await.map(|_| ())
     }
 
     async fn attribute(&self, name: Attribute) -> String {
-        let got = self
-            .client
-            .get_queue_attributes()
-            .queue_url(&self.url)
-            .attribute_names(Attribute::All)
-            .send()
-            .await;
+        let got = self.client.get_queue_attributes().queue_url(&self.url).attribute_names(Attribute::All).send().await;
         got.unwrap().attributes.unwrap()[&name].clone()
     }
 
@@ -532,10 +335,8 @@ impl Queue {
     async fn counts(&self) -> [String; 3] {
         [
             self.attribute(Attribute::ApproximateNumberOfMessages).await,
-            self.attribute(Attribute::ApproximateNumberOfMessagesNotVisible)
-                .await,
-            self.attribute(Attribute::ApproximateNumberOfMessagesDelayed)
-                .await,
+            self.attribute(Attribute::ApproximateNumberOfMessagesNotVisible).await,
+            self.attribute(Attribute::ApproximateNumberOfMessagesDelayed).await,
         ]
     }
 }
@@ -554,28 +355,20 @@ async fn sqs_hides_delays_and_deletes() {
     let queue = Queue::new(&config, "q", &[(Attribute::VisibilityTimeout, "1")]).await;
 
     let send = queue.client.send_message().queue_url(&queue.url);
-    send.message_body("late")
-        .delay_seconds(1)
-        .send()
-        .await
-        .unwrap();
+    send.message_body("late").delay_seconds(1).send().await.unwrap();
     assert_eq!(queue.counts().await, ["0", "0", "1"]);
     assert!(queue.receive(0).await.is_empty());
     let started = Instant::now();
     let first = queue.receive(5).await;
     assert!(started.elapsed() < Duration::from_secs(2));
-    assert_eq!(
-        (first[0].body().unwrap(), receive_count(&first[0])),
-        ("late", "1")
-    );
+    assert_eq!((first[0].body().unwrap(), receive_count(&first[0])), ("late", "1"));
     assert_eq!(queue.counts().await, ["0", "1", "0"]);
 
     // It comes back by itself, and the handle from before no longer deletes it.
     let second = queue.receive(5).await;
     assert_eq!(receive_count(&second[0]), "2");
-    let times = |message: &sqs_types::Message| {
-        message.attributes().unwrap()[&System::ApproximateFirstReceiveTimestamp].clone()
-    };
+    let times =
+        |message: &sqs_types::Message| message.attributes().unwrap()[&System::ApproximateFirstReceiveTimestamp].clone();
     assert_eq!(times(&first[0]), times(&second[0]));
     queue.delete(handle(&first[0])).await;
     assert!(queue.hide(handle(&first[0]), 0).await.is_err());
@@ -589,51 +382,24 @@ async fn sqs_hides_delays_and_deletes() {
     queue.delete(handle(&third[0])).await;
     queue.delete(handle(&third[0])).await;
     assert_eq!(queue.counts().await, ["0", "0", "0"]);
-    let malformed = queue
-        .client
-        .delete_message()
-        .queue_url(&queue.url)
-        .receipt_handle("x")
-        .send()
-        .await;
-    assert!(
-        malformed
-            .unwrap_err()
-            .into_service_error()
-            .is_receipt_handle_is_invalid()
-    );
+    let malformed = queue.client.delete_message().queue_url(&queue.url).receipt_handle("x").send().await;
+    assert!(malformed.unwrap_err().into_service_error().is_receipt_handle_is_invalid());
 
     // Past its time in flight a message can still be deleted, but not hidden, while nobody else has it.
     queue.send("slow").await;
     let slow = queue.receive(0).await;
     tokio::time::sleep(Duration::from_millis(1200)).await;
     let hidden = queue.hide(handle(&slow[0]), 5).await.unwrap_err();
-    assert_eq!(
-        hidden.code(),
-        Some("AWS.SimpleQueueService.MessageNotInflight")
-    );
+    assert_eq!(hidden.code(), Some("AWS.SimpleQueueService.MessageNotInflight"));
     queue.delete(handle(&slow[0])).await;
     assert_eq!(queue.counts().await, ["0", "0", "0"]);
 
     // Received for no time at all, a message is in one receive once.
     queue.send("peek").await;
-    let peek = || {
-        queue
-            .client
-            .receive_message()
-            .queue_url(&queue.url)
-            .visibility_timeout(0)
-            .max_number_of_messages(10)
-    };
+    let peek = || queue.client.receive_message().queue_url(&queue.url).visibility_timeout(0).max_number_of_messages(10);
     assert_eq!(peek().send().await.unwrap().messages().len(), 1);
     assert_eq!(peek().send().await.unwrap().messages().len(), 1);
-    queue
-        .client
-        .purge_queue()
-        .queue_url(&queue.url)
-        .send()
-        .await
-        .unwrap();
+    queue.client.purge_queue().queue_url(&queue.url).send().await.unwrap();
     assert_eq!(queue.counts().await, ["0", "0", "0"]);
     engines.shutdown().await;
 }
@@ -641,23 +407,14 @@ async fn sqs_hides_delays_and_deletes() {
 #[tokio::test]
 async fn sqs_wakes_a_waiting_receive() {
     let (_data, engines, config) = start().await;
-    let queue = Queue::new(
-        &config,
-        "q",
-        &[(Attribute::ReceiveMessageWaitTimeSeconds, "20")],
-    )
-    .await;
+    let queue = Queue::new(&config, "q", &[(Attribute::ReceiveMessageWaitTimeSeconds, "20")]).await;
     let started = Instant::now();
     let (received, ()) = tokio::join!(queue.receive(20), async {
         tokio::time::sleep(Duration::from_millis(200)).await;
         queue.send("now").await;
     });
     assert_eq!(received[0].body(), Some("now"));
-    assert!(
-        started.elapsed() < Duration::from_secs(2),
-        "{:?}",
-        started.elapsed()
-    );
+    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
     assert!(queue.receive(1).await.is_empty());
 
     // A message that was hidden is handed over the moment that it is not.
@@ -666,11 +423,7 @@ async fn sqs_wakes_a_waiting_receive() {
         queue.hide(handle(&received[0]), 1).await.unwrap();
     });
     assert_eq!(receive_count(&again[0]), "2");
-    assert!(
-        started.elapsed() < Duration::from_secs(5),
-        "{:?}",
-        started.elapsed()
-    );
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
 
     // The queue's own wait applies where a receive names none, and a stop ends it.
     let started = Instant::now();
@@ -679,11 +432,7 @@ async fn sqs_wakes_a_waiting_receive() {
     assert!(!waiting.is_finished());
     engines.shutdown().await;
     assert!(waiting.await.unwrap().unwrap().messages().is_empty());
-    assert!(
-        started.elapsed() < Duration::from_secs(2),
-        "{:?}",
-        started.elapsed()
-    );
+    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
 }
 
 #[tokio::test]
@@ -691,94 +440,41 @@ async fn sqs_takes_batches_and_attributes() {
     let (_data, engines, config) = start().await;
     let queue = Queue::new(&config, "q", &[]).await;
     let entry = |id: &str, body: &str| {
-        sqs_types::SendMessageBatchRequestEntry::builder()
-            .id(id)
-            .message_body(body)
-            .build()
-            .unwrap()
+        sqs_types::SendMessageBatchRequestEntry::builder().id(id).message_body(body).build().unwrap()
     };
     let batch = || queue.client.send_message_batch().queue_url(&queue.url);
-    let sent = batch()
-        .entries(entry("a", "one"))
-        .entries(entry("b", "\u{1}"))
-        .entries(entry("c", "three"))
-        .send();
+    let sent = batch().entries(entry("a", "one")).entries(entry("b", "\u{1}")).entries(entry("c", "three")).send();
     let sent = sent.await.unwrap();
     assert_eq!((sent.successful().len(), sent.failed().len()), (2, 1));
-    assert_eq!(
-        (sent.failed()[0].id(), sent.failed()[0].code()),
-        ("b", "InvalidMessageContents")
-    );
-    let twice = batch()
-        .entries(entry("a", "1"))
-        .entries(entry("a", "2"))
-        .send()
-        .await
-        .unwrap_err();
+    assert_eq!((sent.failed()[0].id(), sent.failed()[0].code()), ("b", "InvalidMessageContents"));
+    let twice = batch().entries(entry("a", "1")).entries(entry("a", "2")).send().await.unwrap_err();
     assert!(twice.into_service_error().is_batch_entry_ids_not_distinct());
     let many = (0..11).map(|n| entry(&n.to_string(), "x")).collect();
     let many = batch().set_entries(Some(many)).send().await.unwrap_err();
-    assert_eq!(
-        many.code(),
-        Some("AWS.SimpleQueueService.TooManyEntriesInBatchRequest")
-    );
+    assert_eq!(many.code(), Some("AWS.SimpleQueueService.TooManyEntriesInBatchRequest"));
     let half = "x".repeat(600 * 1024);
-    let long = batch()
-        .entries(entry("a", &half))
-        .entries(entry("b", &half))
-        .send()
-        .await
-        .unwrap_err();
+    let long = batch().entries(entry("a", &half)).entries(entry("b", &half)).send().await.unwrap_err();
     assert!(long.into_service_error().is_batch_request_too_long());
 
     let received = queue.receive(0).await;
     assert_eq!(received.len(), 2);
-    let mut hide = queue
-        .client
-        .change_message_visibility_batch()
-        .queue_url(&queue.url);
+    let mut hide = queue.client.change_message_visibility_batch().queue_url(&queue.url);
     let mut delete = queue.client.delete_message_batch().queue_url(&queue.url);
     for (id, message) in received.iter().enumerate() {
         let change = sqs_types::ChangeMessageVisibilityBatchRequestEntry::builder();
-        hide = hide.entries(
-            change
-                .id(id.to_string())
-                .receipt_handle(handle(message))
-                .visibility_timeout(60)
-                .build()
-                .unwrap(),
-        );
+        hide = hide
+            .entries(change.id(id.to_string()).receipt_handle(handle(message)).visibility_timeout(60).build().unwrap());
         let gone = sqs_types::DeleteMessageBatchRequestEntry::builder();
-        delete = delete.entries(
-            gone.id(id.to_string())
-                .receipt_handle(handle(message))
-                .build()
-                .unwrap(),
-        );
+        delete = delete.entries(gone.id(id.to_string()).receipt_handle(handle(message)).build().unwrap());
     }
-    let bad = sqs_types::DeleteMessageBatchRequestEntry::builder()
-        .id("bad")
-        .receipt_handle("bad")
-        .build()
-        .unwrap();
+    let bad = sqs_types::DeleteMessageBatchRequestEntry::builder().id("bad").receipt_handle("bad").build().unwrap();
     assert_eq!(hide.send().await.unwrap().successful().len(), 2);
     let deleted = delete.entries(bad).send().await.unwrap();
-    assert_eq!(
-        (deleted.successful().len(), deleted.failed()[0].code()),
-        (2, "ReceiptHandleIsInvalid")
-    );
+    assert_eq!((deleted.successful().len(), deleted.failed()[0].code()), (2, "ReceiptHandleIsInvalid"));
     assert_eq!(queue.counts().await, ["0", "0", "0"]);
 
-    let text = MessageAttributeValue::builder()
-        .data_type("String")
-        .string_value("v")
-        .build()
-        .unwrap();
-    let bytes = MessageAttributeValue::builder()
-        .data_type("Binary")
-        .binary_value(Blob::new([0, 255]))
-        .build()
-        .unwrap();
+    let text = MessageAttributeValue::builder().data_type("String").string_value("v").build().unwrap();
+    let bytes = MessageAttributeValue::builder().data_type("Binary").binary_value(Blob::new([0, 255])).build().unwrap();
     let sent = queue
         .client
         .send_message()
@@ -789,25 +485,13 @@ async fn sqs_takes_batches_and_attributes() {
         .send()
         .await
         .unwrap();
-    assert_eq!(
-        sent.md5_of_message_body(),
-        Some("841a2d689ad86bd1611447453c22c6fc")
-    );
-    assert_eq!(
-        sent.md5_of_message_attributes(),
-        Some("529ef292ffa2ce2f2010a02bdea5f565")
-    );
+    assert_eq!(sent.md5_of_message_body(), Some("841a2d689ad86bd1611447453c22c6fc"));
+    assert_eq!(sent.md5_of_message_attributes(), Some("529ef292ffa2ce2f2010a02bdea5f565"));
     let got = &queue.receive(0).await[0];
-    assert_eq!(
-        got.md5_of_message_attributes(),
-        sent.md5_of_message_attributes()
-    );
+    assert_eq!(got.md5_of_message_attributes(), sent.md5_of_message_attributes());
     let attributes = got.message_attributes().unwrap();
     assert_eq!(attributes["text"].string_value(), Some("v"));
-    assert_eq!(
-        attributes["bytes"].binary_value().unwrap().as_ref(),
-        [0, 255]
-    );
+    assert_eq!(attributes["bytes"].binary_value().unwrap().as_ref(), [0, 255]);
     engines.shutdown().await;
 }
 
@@ -828,25 +512,14 @@ async fn sqs_gives_up_to_the_dead_letter_queue() {
     // The third receive would be one too many; whoever waits at the dead letter queue hears of it at once.
     let (nothing, letters) = tokio::join!(queue.receive(0), dead.receive(5));
     assert!(nothing.is_empty());
-    assert_eq!(
-        (letters[0].body().unwrap(), receive_count(&letters[0])),
-        ("poison", "1")
-    );
+    assert_eq!((letters[0].body().unwrap(), receive_count(&letters[0])), ("poison", "1"));
     let source = &letters[0].attributes().unwrap()[&System::DeadLetterQueueSourceArn];
     assert_eq!(*source, queue.attribute(Attribute::QueueArn).await);
     assert_eq!(queue.counts().await, ["0", "0", "0"]);
 
-    let nowhere =
-        r#"{"deadLetterTargetArn":"arn:aws:sqs:us-east-1:000000000000:none","maxReceiveCount":2}"#;
-    let set = queue
-        .client
-        .set_queue_attributes()
-        .queue_url(&queue.url)
-        .attributes(Attribute::RedrivePolicy, nowhere);
-    assert_eq!(
-        set.send().await.unwrap_err().code(),
-        Some("InvalidParameterValue")
-    );
+    let nowhere = r#"{"deadLetterTargetArn":"arn:aws:sqs:us-east-1:000000000000:none","maxReceiveCount":2}"#;
+    let set = queue.client.set_queue_attributes().queue_url(&queue.url).attributes(Attribute::RedrivePolicy, nowhere);
+    assert_eq!(set.send().await.unwrap_err().code(), Some("InvalidParameterValue"));
     engines.shutdown().await;
 }
 
@@ -856,11 +529,7 @@ async fn sqs_gives_each_message_to_one_of_many_receivers() {
     let queue = Queue::new(&config, "q", &[]).await;
     let receivers: Vec<_> = (0..50)
         .map(|_| {
-            let receive = queue
-                .client
-                .receive_message()
-                .queue_url(&queue.url)
-                .wait_time_seconds(10);
+            let receive = queue.client.receive_message().queue_url(&queue.url).wait_time_seconds(10);
             tokio::spawn(async move { receive.send().await.unwrap().messages.unwrap_or_default() })
         })
         .collect();
@@ -882,121 +551,43 @@ async fn sqs_refuses_with_typed_errors() {
     let (_data, engines, config) = start().await;
     let queue = Queue::new(&config, "q", &[(Attribute::VisibilityTimeout, "60")]).await;
     let client = &queue.client;
-    let create = |timeout: &str| {
-        client
-            .create_queue()
-            .queue_name("q")
-            .attributes(Attribute::VisibilityTimeout, timeout)
-    };
-    assert_eq!(
-        create("60").send().await.unwrap().queue_url(),
-        Some(queue.url.as_str())
-    );
-    assert!(
-        create("61")
-            .send()
-            .await
-            .unwrap_err()
-            .into_service_error()
-            .is_queue_name_exists()
-    );
-    assert!(
-        create("x")
-            .send()
-            .await
-            .unwrap_err()
-            .into_service_error()
-            .is_invalid_attribute_value()
-    );
+    let create =
+        |timeout: &str| client.create_queue().queue_name("q").attributes(Attribute::VisibilityTimeout, timeout);
+    assert_eq!(create("60").send().await.unwrap().queue_url(), Some(queue.url.as_str()));
+    assert!(create("61").send().await.unwrap_err().into_service_error().is_queue_name_exists());
+    assert!(create("x").send().await.unwrap_err().into_service_error().is_invalid_attribute_value());
 
     let full = "x".repeat(1024 * 1024);
     queue.send(&full).await;
-    let long = client
-        .send_message()
-        .queue_url(&queue.url)
-        .message_body(full + "x")
-        .send()
-        .await
-        .unwrap_err();
+    let long = client.send_message().queue_url(&queue.url).message_body(full + "x").send().await.unwrap_err();
     assert_eq!(long.code(), Some("InvalidParameterValue"));
-    assert!(
-        long.message().unwrap().contains("1048576"),
-        "{:?}",
-        long.message()
-    );
+    assert!(long.message().unwrap().contains("1048576"), "{:?}", long.message());
 
-    let missing = client
-        .get_queue_url()
-        .queue_name("none")
-        .send()
-        .await
-        .unwrap_err()
-        .into_service_error();
+    let missing = client.get_queue_url().queue_name("none").send().await.unwrap_err().into_service_error();
     assert!(missing.is_queue_does_not_exist(), "{missing:?}");
     let url = queue.url.replace("/q", "/none");
-    let missing = client
-        .send_message()
-        .queue_url(url)
-        .message_body("x")
-        .send()
-        .await
-        .unwrap_err();
+    let missing = client.send_message().queue_url(url).message_body("x").send().await.unwrap_err();
     assert!(missing.into_service_error().is_queue_does_not_exist());
-    let tags = client
-        .list_queue_tags()
-        .queue_url(&queue.url)
-        .send()
-        .await
-        .unwrap_err();
-    assert!(
-        tags.message()
-            .unwrap()
-            .contains("does not know ListQueueTags")
-    );
+    let tags = client.list_queue_tags().queue_url(&queue.url).send().await.unwrap_err();
+    assert!(tags.message().unwrap().contains("does not know ListQueueTags"));
 
     Queue::new(&config, "r", &[]).await;
-    let listed = client
-        .list_queues()
-        .queue_name_prefix("r")
-        .send()
-        .await
-        .unwrap();
+    let listed = client.list_queues().queue_name_prefix("r").send().await.unwrap();
     assert!(listed.queue_urls()[0].ends_with("/r"));
     let page = client.list_queues().max_results(1).send().await.unwrap();
-    let rest = client
-        .list_queues()
-        .max_results(1)
-        .set_next_token(page.next_token)
-        .send()
-        .await
-        .unwrap();
+    let rest = client.list_queues().max_results(1).set_next_token(page.next_token).send().await.unwrap();
     assert!(rest.queue_urls()[0].ends_with("/r") && rest.next_token().is_none());
 
     // A queue deleted under a waiting receive ends it.
-    let receive = client
-        .receive_message()
-        .queue_url(&queue.url)
-        .wait_time_seconds(20)
-        .max_number_of_messages(10);
+    let receive = client.receive_message().queue_url(&queue.url).wait_time_seconds(20).max_number_of_messages(10);
     receive.clone().send().await.unwrap();
     let waiting = tokio::spawn(receive.send());
     tokio::time::sleep(Duration::from_millis(200)).await;
-    client
-        .delete_queue()
-        .queue_url(&queue.url)
-        .send()
-        .await
-        .unwrap();
+    client.delete_queue().queue_url(&queue.url).send().await.unwrap();
     let gone = waiting.await.unwrap().unwrap_err().into_service_error();
-    assert!(
-        matches!(gone, ReceiveMessageError::QueueDoesNotExist(_)),
-        "{gone:?}"
-    );
+    assert!(matches!(gone, ReceiveMessageError::QueueDoesNotExist(_)), "{gone:?}");
 
-    let stray = reqwest::Client::new()
-        .post(&engines.sqs)
-        .header("x-amz-target", "AmazonSQS.ListQueues")
-        .body("{}");
+    let stray = reqwest::Client::new().post(&engines.sqs).header("x-amz-target", "AmazonSQS.ListQueues").body("{}");
     assert_eq!(stray.send().await.unwrap().status(), 403);
     engines.shutdown().await;
 }
@@ -1009,78 +600,40 @@ async fn refused(data: &Path, ports: EnginePorts) -> String {
 async fn engines_say_why_they_cannot_start() {
     let (data, engines, _) = start().await;
     let text = refused(data.path(), EnginePorts::default()).await;
-    assert!(
-        text.contains(data.path().to_str().unwrap()) && text.contains("in use by another process"),
-        "{text}"
-    );
+    assert!(text.contains(data.path().to_str().unwrap()) && text.contains("in use by another process"), "{text}");
 
     let other = TempDir::new().unwrap();
     let taken: u16 = engines.sqs.rsplit(':').next().unwrap().parse().unwrap();
-    let text = refused(
-        other.path(),
-        EnginePorts {
-            sqs: taken,
-            ..EnginePorts::default()
-        },
-    )
-    .await;
-    assert!(
-        text.contains(&format!(
-            "Port {taken} on 127.0.0.1 cannot be opened for SQS"
-        )),
-        "{text}"
-    );
+    let text = refused(other.path(), EnginePorts { sqs: taken, ..EnginePorts::default() }).await;
+    assert!(text.contains(&format!("Port {taken} on 127.0.0.1 cannot be opened for SQS")), "{text}");
 
     // The same folder and ports are free as soon as a shutdown says so, and soon after a drop.
     engines.shutdown().await;
-    let ports = EnginePorts {
-        sqs: taken,
-        ..EnginePorts::default()
-    };
+    let ports = EnginePorts { sqs: taken, ..EnginePorts::default() };
     let engines = Engines::start(data.path(), ports).await.unwrap();
     assert_eq!(engines.sqs, format!("http://127.0.0.1:{taken}"));
-    assert!(
-        engines
-            .environment()
-            .contains(&("AWS_ENDPOINT_URL_SQS".to_owned(), engines.sqs.clone()))
-    );
+    assert!(engines.environment().contains(&("AWS_ENDPOINT_URL_SQS".to_owned(), engines.sqs.clone())));
     drop(engines);
-    Engines::start(data.path(), EnginePorts::default())
-        .await
-        .unwrap()
-        .shutdown()
-        .await;
+    Engines::start(data.path(), EnginePorts::default()).await.unwrap().shutdown().await;
 
     let file = data.path().join("dynamodb.sqlite");
     let locker = rusqlite::Connection::open(&file).unwrap();
     locker.execute_batch("BEGIN EXCLUSIVE").unwrap();
     let text = refused(data.path(), EnginePorts::default()).await;
-    assert!(
-        text.contains(file.to_str().unwrap()) && text.contains("another program has it locked"),
-        "{text}"
-    );
+    assert!(text.contains(file.to_str().unwrap()) && text.contains("another program has it locked"), "{text}");
     drop(locker);
 
     std::fs::write(&file, vec![7; 8192]).unwrap();
     let text = refused(data.path(), EnginePorts::default()).await;
-    assert!(
-        text.contains(file.to_str().unwrap()) && text.contains("damaged"),
-        "{text}"
-    );
+    assert!(text.contains(file.to_str().unwrap()) && text.contains("damaged"), "{text}");
 
     std::fs::write(other.path().join("engine-credentials.json"), "{}").unwrap();
     let text = refused(other.path(), EnginePorts::default()).await;
-    assert!(
-        text.contains("engine-credentials.json does not hold"),
-        "{text}"
-    );
+    assert!(text.contains("engine-credentials.json does not hold"), "{text}");
 
     let inside = other.path().join("engine-credentials.json/data");
     let text = refused(&inside, EnginePorts::default()).await;
-    assert!(
-        text.contains(inside.to_str().unwrap()) && text.contains("cannot be used"),
-        "{text}"
-    );
+    assert!(text.contains(inside.to_str().unwrap()) && text.contains("cannot be used"), "{text}");
 }
 
 #[cfg(unix)]
@@ -1088,10 +641,7 @@ async fn engines_say_why_they_cannot_start() {
 async fn credentials_are_for_the_owner_alone() {
     use std::os::unix::fs::PermissionsExt;
     let (data, engines, _) = start().await;
-    let mode = std::fs::metadata(data.path().join("engine-credentials.json"))
-        .unwrap()
-        .permissions()
-        .mode();
+    let mode = std::fs::metadata(data.path().join("engine-credentials.json")).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
     assert!(!format!("{engines:?}").contains(&engines.credentials.secret_access_key));
     engines.shutdown().await;

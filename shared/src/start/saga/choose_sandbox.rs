@@ -3,7 +3,6 @@
 use futures::future::try_join_all;
 
 use super::{Step, StepError, Work};
-use crate::dynamo::text;
 use crate::sandbox::{Sandbox, SandboxStatus};
 use crate::start::store::Change;
 use crate::start::task::StartStatus;
@@ -12,8 +11,8 @@ use crate::user::settings::SandboxGroupingStrategy;
 impl Work<'_> {
     pub(super) async fn choose_sandbox(&mut self) -> Result<Step, StepError> {
         let id = self.sandbox_to_use().await?;
-        self.task.record.now.sandbox_id = Some(id.clone());
-        Ok(Step::Next(StartStatus::WaitingForSandbox, Change::default().set("sandbox_id", text(id))))
+        self.task.record.now.sandbox_id = Some(id);
+        Ok(Step::Next(StartStatus::WaitingForSandbox, Change::default()))
     }
 
     async fn sandbox_to_use(&mut self) -> Result<String, StepError> {
@@ -53,7 +52,13 @@ impl Work<'_> {
             return Ok(None);
         }
         let user = &self.task.record.user;
-        let running = self.saga.sandboxes.list(user).await?.into_iter().filter(|sandbox| sandbox.status == SandboxStatus::Running);
+        let running = self
+            .saga
+            .sandboxes
+            .list(user)
+            .await?
+            .into_iter()
+            .filter(|sandbox| sandbox.status == SandboxStatus::Running);
         let counted = try_join_all(running.map(async |sandbox| {
             let count = self.saga.conversations.count_in_sandbox(user, &sandbox.id).await?;
             Ok::<_, crate::Error>((sandbox, count))
@@ -102,7 +107,8 @@ mod tests {
 
     #[test]
     fn every_strategy_picks_what_its_name_says() {
-        let sandboxes = || vec![(sandbox("new", 30, 31), 3), (sandbox("middle", 20, 99), 1), (sandbox("old", 10, 40), 2)];
+        let sandboxes =
+            || vec![(sandbox("new", 30, 31), 3), (sandbox("middle", 20, 99), 1), (sandbox("old", 10, 40), 2)];
         for (strategy, expected) in [
             (SandboxGroupingStrategy::NoGrouping, None),
             (SandboxGroupingStrategy::AddToAny, Some("new")),

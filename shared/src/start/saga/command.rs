@@ -134,7 +134,8 @@ mod tests {
     fn ten_copies_at_once_run_the_script_once_and_all_tell_its_outcome() {
         let scratch = Scratch::new();
         let runs = scratch.path("runs");
-        let script = once(&scratch.path("state"), "x", &format!("echo run >>{runs}; sleep 0.3; echo out; echo err >&2; exit 7"));
+        let script =
+            once(&scratch.path("state"), "x", &format!("echo run >>{runs}; sleep 0.3; echo out; echo err >&2; exit 7"));
         let copies: Vec<_> = (0..10).map(|_| shell(&script).spawn().expect("a shell")).collect();
         for copy in copies {
             let output = copy.wait_with_output().expect("output");

@@ -13,10 +13,10 @@ mod set_up_git_hooks;
 mod start_conversation;
 mod wait_for_sandbox;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 use uuid::Uuid;
 
 use super::queue::{Job, StartQueue};
@@ -125,7 +125,7 @@ impl From<AgentServerError> for StepError {
 /// One worker's work on one task, and what it need not look up again while it is at it.
 struct Work<'a> {
     saga: &'a Saga,
-    worker: String,
+    lease: Lease<'a>,
     task: StartTask,
     sandbox: Option<Sandbox>,
     settings: Option<Settings>,
@@ -145,7 +145,9 @@ impl Saga {
             Claim::Finished => return Ok(Turn::Finished),
             Claim::Unknown => return Ok(Turn::Unknown),
         };
-        let mut work = Work { saga: self, worker, task, sandbox: None, settings: None, skills: None };
+        let lease =
+            Lease { saga: self, user: user.clone(), id, worker, renewed_at: Arc::new(Mutex::new(Instant::now())) };
+        let mut work = Work { saga: self, lease, task, sandbox: None, settings: None, skills: None };
         work.run().await
     }
 
@@ -221,7 +223,7 @@ impl Work<'_> {
             if waiting_since.elapsed() + pause > self.saga.config.patience {
                 return self.suspend(pause.max(QUEUE_DELAY), change).await;
             }
-            if self.keep_lease_during(sleep(pause)).await.is_err() {
+            if self.lease.keep_during(sleep(pause)).await.is_err() {
                 return Ok(Turn::Busy);
             }
         }
@@ -248,8 +250,7 @@ impl Work<'_> {
 
     /// Does the step that the status names, while the lease is kept.
     async fn step(&mut self) -> Result<Step, StepError> {
-        let (saga, user, id, worker) =
-            (self.saga, self.task.record.user.clone(), self.task.record.id, self.worker.clone());
+        let lease = self.lease.clone();
         let step = async {
             match self.status() {
                 StartStatus::Working => self.choose_sandbox().await,
@@ -262,15 +263,10 @@ impl Work<'_> {
                 StartStatus::Ready | StartStatus::Error => Ok(Step::Ready),
             }
         };
-        match keep_lease_during(saga, &user, id, &worker, step).await {
+        match lease.keep_during(step).await {
             Ok(done) => done,
             Err(LeaseLost) => Err(StepError::LeaseLost),
         }
-    }
-
-    async fn keep_lease_during<T>(&self, work: impl Future<Output = T>) -> Result<T, LeaseLost> {
-        let record = &self.task.record;
-        keep_lease_during(self.saga, &record.user, record.id, &self.worker, work).await
     }
 
     /// Writes down that a step is done and which one is next.
@@ -285,8 +281,11 @@ impl Work<'_> {
             .set("deadline", crate::dynamo::text(deadline.sortable()))
             .set("attempts", attempts(0))
             .remove("command");
-        tracing::info!(task = %record.id, ?status, "start.advanced");
-        self.saga.tasks.save(&record.user, record.id, &self.worker, &change).await
+        let saved = self.saga.tasks.save(&record.user, record.id, &self.lease.worker, &change).await?;
+        if saved.is_ok() {
+            tracing::info!(task = %record.id, ?status, "start.advanced");
+        }
+        Ok(saved)
     }
 
     /// Gives the task back until the bell rings again.
@@ -296,8 +295,11 @@ impl Work<'_> {
         if let Some(command) = &record.command {
             change = change.command(command)?;
         }
-        let released =
-            self.saga.tasks.release(&record.user, record.id, &self.worker, Time::now().plus(delay), change).await?;
+        let released = self
+            .saga
+            .tasks
+            .release(&record.user, record.id, &self.lease.worker, Time::now().plus(delay), change)
+            .await?;
         if released.is_err() {
             return Ok(Turn::Busy);
         }
@@ -313,11 +315,11 @@ impl Work<'_> {
         let record = &self.task.record;
         if record.failure.is_none() {
             let change = Change::default().set("failure", crate::dynamo::text(reason));
-            if self.saga.tasks.save(&record.user, record.id, &self.worker, &change).await?.is_err() {
+            if self.saga.tasks.save(&record.user, record.id, &self.lease.worker, &change).await?.is_err() {
                 return Ok(Turn::Busy);
             }
         }
-        let left_behind = match self.keep_lease_during(self.clean_up()).await {
+        let left_behind = match self.lease.keep_during(self.clean_up()).await {
             Ok(Ok(())) => None,
             Ok(Err(error)) => {
                 tracing::warn!(task = %record.id, error = %error.context(), "start.not_cleaned_up");
@@ -330,11 +332,15 @@ impl Work<'_> {
             .filter(|text| !text.is_empty())
             .collect::<Vec<_>>()
             .join("\n");
-        let snapshot =
-            Snapshot { status: StartStatus::Error, updated_at: Time::now(), detail: Some(detail), ..record.now.clone() };
+        let snapshot = Snapshot {
+            status: StartStatus::Error,
+            updated_at: Time::now(),
+            detail: Some(detail),
+            ..record.now.clone()
+        };
         let change = Change::default().state(record.id, &snapshot)?.finished();
         tracing::warn!(task = %record.id, status = ?record.now.status, reason, "start.failed");
-        match self.saga.tasks.save(&record.user, record.id, &self.worker, &change).await? {
+        match self.saga.tasks.save(&record.user, record.id, &self.lease.worker, &change).await? {
             Ok(()) => Ok(Turn::Finished),
             Err(LeaseLost) => Ok(Turn::Busy),
         }
@@ -371,14 +377,17 @@ impl Work<'_> {
                 SandboxStatus::Running => self.sandbox = Some(sandbox),
                 SandboxStatus::Starting | SandboxStatus::Paused => return Ok(None),
                 SandboxStatus::Error | SandboxStatus::Missing => {
-                    return Err(StepError::Fatal(with_detail(format!("The sandbox {id} ended during the start"), &sandbox)));
+                    return Err(StepError::Fatal(with_detail(
+                        format!("The sandbox {id} ended during the start"),
+                        &sandbox,
+                    )));
                 }
             }
         }
         let Some(sandbox) = self.sandbox.clone() else { return Ok(None) };
-        let url = sandbox.agent_server_url().ok_or_else(|| {
-            StepError::Fatal(format!("The sandbox {} has no address of an agent server", sandbox.id))
-        })?;
+        let url = sandbox
+            .agent_server_url()
+            .ok_or_else(|| StepError::Fatal(format!("The sandbox {} has no address of an agent server", sandbox.id)))?;
         let agent_server = AgentServer::new(self.saga.http.clone(), url, sandbox.session_api_key.clone());
         Ok(Some((sandbox, agent_server)))
     }
@@ -413,28 +422,50 @@ struct Folders {
     state: String,
 }
 
-async fn keep_lease_during<T>(
-    saga: &Saga,
-    user: &UserId,
+/// A worker's claim on a task, renewed while it works.
+#[derive(Clone)]
+struct Lease<'a> {
+    saga: &'a Saga,
+    user: UserId,
     id: Uuid,
-    worker: &str,
-    work: impl Future<Output = T>,
-) -> Result<T, LeaseLost> {
-    let mut work = std::pin::pin!(work);
-    let mut renewed_at = Instant::now();
-    loop {
-        tokio::select! {
-            done = &mut work => return Ok(done),
-            () = sleep(saga.config.lease / 3) => {}
-        }
-        match saga.tasks.renew(user, id, worker, saga.config.lease).await {
-            Ok(Ok(())) => renewed_at = Instant::now(),
-            Ok(Err(LeaseLost)) => return Err(LeaseLost),
-            // The lease still holds for a while: there is time for another attempt.
-            Err(error) if renewed_at.elapsed() < saga.config.lease => {
-                tracing::warn!(task = %id, error = %error.context(), "start.lease_not_renewed");
+    worker: String,
+    /// Shared by clones, so that many short pieces of work renew it as one long one does.
+    renewed_at: Arc<Mutex<Instant>>,
+}
+
+impl Lease<'_> {
+    /// Does the work unless the lease is lost meanwhile; the work is dropped then.
+    async fn keep_during<T>(&self, work: impl Future<Output = T>) -> Result<T, LeaseLost> {
+        let mut work = std::pin::pin!(work);
+        let duration = self.saga.config.lease;
+        loop {
+            let renewed_at = self.renewed_at();
+            // A third of the lease leaves time for two failed attempts.
+            let next = renewed_at + duration / 3;
+            tokio::select! {
+                biased;
+                done = &mut work => return Ok(done),
+                () = sleep_until(next) => {}
             }
-            Err(_) => return Err(LeaseLost),
+            match self.saga.tasks.renew(&self.user, self.id, &self.worker, duration).await {
+                Ok(Ok(())) => self.note_renewal(),
+                Ok(Err(LeaseLost)) => return Err(LeaseLost),
+                Err(error) if renewed_at.elapsed() < duration => {
+                    tracing::warn!(task = %self.id, error = %error.context(), "start.lease_not_renewed");
+                    sleep(duration / 10).await;
+                }
+                Err(_) => return Err(LeaseLost),
+            }
+        }
+    }
+
+    fn renewed_at(&self) -> Instant {
+        self.renewed_at.lock().map_or_else(|_| Instant::now(), |at| *at)
+    }
+
+    fn note_renewal(&self) {
+        if let Ok(mut at) = self.renewed_at.lock() {
+            *at = Instant::now();
         }
     }
 }

@@ -73,7 +73,8 @@ impl Work<'_> {
         let identity = [("user.name", &settings.git_user_name), ("user.email", &settings.git_user_email)];
         for (key, value) in identity {
             if let Some(value) = value.as_deref().filter(|value| !value.trim().is_empty()) {
-                script += &format!("git config --global {key} {} || echo 'git identity was not set' >&2\n", quoted(value));
+                script +=
+                    &format!("git config --global {key} {} || echo 'git identity was not set' >&2\n", quoted(value));
             }
         }
         script += BROWSER_PROBE;
@@ -147,4 +148,3 @@ for b in /usr/bin/google-chrome /usr/bin/google-chrome-stable /usr/bin/chromium 
 done
 echo "openhands-browser:$browser"
 "#;
-

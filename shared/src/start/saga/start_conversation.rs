@@ -4,11 +4,12 @@ use serde_json::json;
 use tokio::time::{Instant, sleep};
 
 use super::{Step, StepError, Work};
-use crate::agent_server::conversation_body::{ConversationBody, ConversationInputs, conversation_body, uses_llm_analyzer};
+use crate::agent_server::conversation_body::{
+    ConversationBody, ConversationInputs, conversation_body, uses_llm_analyzer,
+};
 use crate::agent_server::{AgentServer, AgentServerError, ConversationInfo, Failure, SkillInfo, SkillsQuery};
 use crate::clock::Time;
 use crate::conversation::{ConversationRecord, MetricsSnapshot};
-use crate::dynamo::text;
 use crate::id;
 use crate::sandbox::Sandbox;
 use crate::start::request::AgentType;
@@ -21,8 +22,8 @@ impl Work<'_> {
         let url = sandbox.agent_server_url().unwrap_or_default().to_owned();
         // Read now, used in the next step: in the same turn they are at hand, after a crash they are read again.
         self.skills = Some(self.load_skills(&sandbox, &agent_server).await?);
-        self.task.record.now.agent_server_url = Some(url.clone());
-        Ok(Step::Next(StartStatus::StartingConversation, Change::default().set("agent_server_url", text(url))))
+        self.task.record.now.agent_server_url = Some(url);
+        Ok(Step::Next(StartStatus::StartingConversation, Change::default()))
     }
 
     pub(super) async fn start_conversation(&mut self) -> Result<Step, StepError> {
@@ -41,7 +42,11 @@ impl Work<'_> {
         self.record_conversation(&sandbox, body.llm_model).await
     }
 
-    async fn load_skills(&mut self, sandbox: &Sandbox, agent_server: &AgentServer) -> Result<Vec<SkillInfo>, StepError> {
+    async fn load_skills(
+        &mut self,
+        sandbox: &Sandbox,
+        agent_server: &AgentServer,
+    ) -> Result<Vec<SkillInfo>, StepError> {
         let folders = self.folders(sandbox).await?;
         let query = SkillsQuery {
             project_dir: folders.project_dir,
@@ -185,10 +190,10 @@ impl Work<'_> {
         let saved = if known {
             // Started before: it keeps its record and its history, and is only where it is now.
             saga.conversations.set_sandbox(user, conversation_id, &sandbox.id).await?;
-            saga.tasks.save(user, record.id, &self.worker, &ready).await?
+            saga.tasks.save(user, record.id, &self.lease.worker, &ready).await?
         } else {
             let writes = saga.conversations.put_new(&conversation)?;
-            saga.tasks.save_with(user, record.id, &self.worker, &ready, writes).await?
+            saga.tasks.save_with(user, record.id, &self.lease.worker, &ready, writes).await?
         };
         match saved {
             Ok(()) => {

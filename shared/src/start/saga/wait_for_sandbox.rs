@@ -20,7 +20,9 @@ impl Work<'_> {
             SandboxStatus::Error => {
                 Err(StepError::Fatal(with_detail(format!("Sandbox entered error state: {id}"), &sandbox)))
             }
-            SandboxStatus::Missing => Err(StepError::Fatal(with_detail(format!("Sandbox not startable: {id}"), &sandbox))),
+            SandboxStatus::Missing => {
+                Err(StepError::Fatal(with_detail(format!("Sandbox not startable: {id}"), &sandbox)))
+            }
             SandboxStatus::Running => {
                 self.sandbox = Some(sandbox);
                 let Some((_, agent_server)) = self.running_sandbox().await? else { return Ok(Step::Wait) };
