@@ -1,6 +1,14 @@
 //! The AWS clients, made once a process.
 
+use std::time::Duration;
+
 use aws_config::SdkConfig;
+use aws_config::timeout::TimeoutConfig;
+
+/// By default the SDK waits for ever for an answer. A call to DynamoDB is done in milliseconds, or was lost.
+const DYNAMODB_ATTEMPT: Duration = Duration::from_secs(5);
+/// Longer than a long poll.
+const SQS_ATTEMPT: Duration = Duration::from_secs(30);
 
 /// The clients that stores and queues are built on. Which of them a function uses is decided by its context.
 #[derive(Clone, Debug)]
@@ -24,10 +32,17 @@ impl Aws {
     pub fn new(config: &SdkConfig) -> Self {
         // Path style works for every endpoint, an embedded one on loopback included.
         let s3 = aws_sdk_s3::config::Builder::from(config).force_path_style(true).build();
+        let dynamodb =
+            aws_sdk_dynamodb::config::Builder::from(config).timeout_config(timeouts(DYNAMODB_ATTEMPT)).build();
+        let sqs = aws_sdk_sqs::config::Builder::from(config).timeout_config(timeouts(SQS_ATTEMPT)).build();
         Self {
-            dynamodb: aws_sdk_dynamodb::Client::new(config),
+            dynamodb: aws_sdk_dynamodb::Client::from_conf(dynamodb),
             s3: aws_sdk_s3::Client::from_conf(s3),
-            sqs: aws_sdk_sqs::Client::new(config),
+            sqs: aws_sdk_sqs::Client::from_conf(sqs),
         }
     }
+}
+
+fn timeouts(attempt: Duration) -> TimeoutConfig {
+    TimeoutConfig::builder().connect_timeout(Duration::from_secs(3)).operation_attempt_timeout(attempt).build()
 }

@@ -70,8 +70,11 @@ const NEWER_MINORS: std::ops::RangeInclusive<u32> = 14..=19;
 /// A version of Python. Ordered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PythonVersion {
+    /// 3 of 3.12.1.
     pub major: u32,
+    /// 12 of 3.12.1.
     pub minor: u32,
+    /// 1 of 3.12.1.
     pub patch: u32,
 }
 
@@ -122,6 +125,7 @@ impl FromStr for PythonVersion {
 pub struct Python {
     /// The interpreter itself, never a shim.
     pub path: PathBuf,
+    /// What it says it is.
     pub version: PythonVersion,
 }
 
@@ -165,7 +169,12 @@ pub enum PythonError {
     Missing(PathBuf),
     /// The one asked for is no use.
     #[error("--python {}: {why}", path.display())]
-    Rejected { path: PathBuf, why: Rejection },
+    Rejected {
+        /// The one asked for.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: Rejection,
+    },
     /// None asked for, and none found; with the ones seen that are no use.
     #[error("{}", not_found(.0))]
     NotFound(Vec<(PathBuf, Rejection)>),
@@ -287,16 +296,22 @@ pub async fn find_python(wanted: Option<&Path>) -> Result<Python, PythonError> {
 
 async fn find_python_in(places: &Places, wanted: Option<&Path>) -> Result<Python, PythonError> {
     if let Some(wanted) = wanted {
-        let path = match wanted.to_str() {
-            Some(name) if !name.contains('/') && !wanted.is_file() => on_path(&places.path, name).next(),
-            _ => Some(wanted.to_owned()).filter(|path| path.is_file()),
+        let files: Vec<PathBuf> = match wanted.to_str() {
+            Some(name) if !name.contains('/') && !wanted.is_file() => on_path(&places.path, name).collect(),
+            _ => Some(wanted.to_owned()).filter(|path| path.is_file()).into_iter().collect(),
         };
-        let Some(path) = path else {
-            return Err(PythonError::Missing(wanted.to_owned()));
-        };
-        // A relative name would be looked for on PATH.
-        let path = std::path::absolute(&path).unwrap_or(path);
-        return probe(&path).await.map_err(|why| PythonError::Rejected { path, why });
+        let mut first_error = None;
+        for path in files {
+            // A relative name would be looked for on PATH.
+            let path = std::path::absolute(&path).unwrap_or(path);
+            match probe(&path).await {
+                Ok(python) => return Ok(python),
+                Err(why) => {
+                    first_error.get_or_insert(PythonError::Rejected { path, why });
+                }
+            }
+        }
+        return Err(first_error.unwrap_or_else(|| PythonError::Missing(wanted.to_owned())));
     }
 
     let mut newer: Option<Python> = None;
@@ -439,7 +454,14 @@ pub enum Event {
     /// Another process is installing into the same folder.
     Waiting,
     /// Installing; the count is of packages and an estimate.
-    Installing { line: String, done: usize, of: usize },
+    Installing {
+        /// What is done now, in a few words.
+        line: String,
+        /// Packages so far.
+        done: usize,
+        /// Packages in all.
+        of: usize,
+    },
     /// Trying what was installed.
     Verifying,
     /// The agent server is there, whether now installed or before.
@@ -448,6 +470,7 @@ pub enum Event {
 
 /// Told what an install is at. Called from the install itself, so it should not take long.
 pub trait Progress: Send + Sync {
+    /// Called at every event.
     fn report(&self, event: Event);
 }
 
@@ -482,6 +505,7 @@ impl Default for Terminal {
 }
 
 impl Terminal {
+    /// Looks now whether stderr is a terminal.
     pub fn new() -> Self {
         Self {
             state: Mutex::new(TerminalState {
@@ -664,6 +688,7 @@ fn package_name(requirement: &str) -> String {
 pub struct AgentServer {
     /// The interpreter of the virtual environment, an absolute path.
     pub python: PathBuf,
+    /// The agent server's version.
     pub version: String,
 }
 
@@ -673,14 +698,28 @@ pub struct AgentServer {
 pub enum InstallError {
     /// The folder or a file in it cannot be written, read or locked.
     #[error("Cannot {doing} {}: {}", path.display(), io_text(source))]
-    File { doing: &'static str, path: PathBuf, source: io::Error },
+    File {
+        /// What could not be done, as `write`.
+        doing: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// A command of the install cannot be run.
     #[error("Cannot run {}: {source}", program.display())]
-    Run { program: PathBuf, source: io::Error },
+    Run {
+        /// The command.
+        program: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// A command of the install failed.
-    #[error("{}", failed_text(.step, .cause, .quote, .log))]
+    #[error("{}", failed_text(.step, *.cause, .quote, .log))]
     Failed {
+        /// What the command was for.
         step: &'static str,
+        /// The cause, as far as it can be told.
         cause: Cause,
         /// The last lines of its output.
         quote: Vec<String>,
@@ -692,11 +731,13 @@ pub enum InstallError {
 /// What a failed command of the install failed of, as far as its output tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cause {
+    /// No space is left where it is installed, or for temporary files.
     DiskFull,
     /// The package index could not be reached.
     Network,
     /// It did not end within its time limit.
     TooSlow,
+    /// Something else; the quoted output tells.
     Unknown,
 }
 
@@ -709,10 +750,10 @@ fn io_text(error: &io::Error) -> String {
     }
 }
 
-fn failed_text(step: &str, cause: &Cause, quote: &[String], log: &Path) -> String {
+fn failed_text(step: &str, cause: Cause, quote: &[String], log: &Path) -> String {
     let mut text = match cause {
         Cause::DiskFull => {
-            format!("{step} failed: the disk is full. The agent server needs about 1 GB.")
+            format!("{step} failed: the disk is full. The agent server needs about 700 MB.")
         }
         Cause::Network => format!(
             "{step} failed: the package index cannot be reached. The first start needs the \
@@ -735,7 +776,7 @@ fn failed_text(step: &str, cause: &Cause, quote: &[String], log: &Path) -> Strin
 /// Guesses the cause from the output.
 fn cause_of(output: &str) -> Option<Cause> {
     const DISK: [&str; 3] = ["No space left on device", "os error 28", "Disk quota exceeded"];
-    const NETWORK: [&str; 13] = [
+    const NETWORK: [&str; 15] = [
         "Temporary failure in name resolution",
         "Name or service not known",
         "nodename nor servname",
@@ -744,6 +785,8 @@ fn cause_of(output: &str) -> Option<Cause> {
         "ConnectTimeoutError",
         "ReadTimeoutError",
         "ProxyError",
+        "SSLError",
+        "Could not fetch URL",
         "Network is unreachable",
         "Connection refused",
         "dns error",
@@ -877,6 +920,7 @@ fn pip_files_exist() -> bool {
 
 /// The agent server installed in a folder, for any Python, if it is. Runs nothing and needs no
 /// network; only looks whether the install was finished and its interpreter is still there.
+#[must_use]
 pub fn installed(folder: &Path) -> Option<AgentServer> {
     Plan::pinned().find_complete(&std::path::absolute(folder).ok()?)
 }
@@ -884,8 +928,10 @@ pub fn installed(folder: &Path) -> Option<AgentServer> {
 /// Why there is no agent server.
 #[derive(Debug, thiserror::Error)]
 pub enum EnsureError {
+    /// There is no Python to use.
     #[error(transparent)]
     Python(#[from] PythonError),
+    /// There is one, but the install failed.
     #[error(transparent)]
     Install(#[from] InstallError),
 }
@@ -943,7 +989,7 @@ async fn install_plan(
     }
     remove_old_tries(&home).await;
 
-    let name = format!("venv-{:.8}", Uuid::new_v4().simple());
+    let name = format!("venv-{:08x}", Uuid::new_v4().as_fields().0);
     let venv = home.join(&name);
     let built = build(plan, &folder, &home, &venv, python, progress).await;
     if let Err(error) = built {
@@ -1292,6 +1338,9 @@ mod tests {
         let places = on(&[root.path().to_owned()]);
         let found = find_python_in(&places, Some(Path::new("python-mine"))).await.unwrap();
         assert_eq!(found.path, path);
+        let missing = Path::new("python-yours");
+        let error = find_python_in(&places, Some(missing)).await.unwrap_err();
+        assert_eq!(error.to_string(), "--python python-yours: no such file");
     }
 
     #[tokio::test]
@@ -1419,7 +1468,7 @@ mod tests {
         let text = |output: &str| {
             let cause = cause_of(output).unwrap_or(Cause::Unknown);
             let quote = [output.to_owned()];
-            failed_text("Installing", &cause, &quote, Path::new("/f/install.log"))
+            failed_text("Installing", cause, &quote, Path::new("/f/install.log"))
         };
         assert!(text("OSError: [Errno 28] No space left on device").contains("disk is full"));
         assert!(text("<...>: Failed to resolve: Name or service not known").contains("cannot be reached"));

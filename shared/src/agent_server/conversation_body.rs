@@ -500,3 +500,208 @@ const PLAN_STRUCTURE: &str = "The plan must follow this structure exactly:
 5. TESTING AND VALIDATION
    - How each step is checked
    - Which commands show that the whole works";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RECORDED: &str =
+        include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/agent-server/create-conversation.json"));
+
+    struct Case {
+        request: Value,
+        settings: Value,
+        config: StartConfig,
+        skills: Vec<SkillInfo>,
+        browser: bool,
+    }
+
+    impl Case {
+        fn new(request: Value, settings: Value) -> Self {
+            Self { request, settings, config: StartConfig::default(), skills: Vec::new(), browser: true }
+        }
+
+        fn body(&self) -> Value {
+            let request = self.request.to_string();
+            let request = StartRequest::from_body(Some("application/json"), request.as_bytes()).expect("a request");
+            let key_file = std::env::temp_dir().join(id::new_sandbox_id());
+            let sealer = Sealer::from_file(&key_file).expect("a key");
+            std::fs::remove_file(key_file).expect("removed");
+            let inputs = ConversationInputs {
+                user: &UserId::local(),
+                conversation_id: Uuid::parse_str("0513cae8-43c0-4dd7-aebc-f1c2dc0f9b8f").expect("an id"),
+                request: &request,
+                settings: &Settings::from_json(&self.settings.to_string()).expect("settings"),
+                project_dir: "/workspace/project",
+                skills: &self.skills,
+                hooks: None,
+                browser: self.browser,
+                config: &self.config,
+                sealer: &sealer,
+                now: serde_json::from_str("\"2026-11-22T15:38:03.220904Z\"").expect("a time"),
+            };
+            conversation_body(&inputs).expect("a body").expect("a model").json
+        }
+    }
+
+    fn settings() -> Value {
+        json!({"llm_model": "openai/stub", "llm_api_key": "sk-fake", "llm_base_url": "http://127.0.0.1:8099/v1"})
+    }
+
+    fn skill(name: &str, triggers: &[&str]) -> SkillInfo {
+        SkillInfo {
+            name: name.into(),
+            content: format!("about {name}"),
+            triggers: triggers.iter().map(ToString::to_string).collect(),
+            source: None,
+            description: None,
+            is_agentskills_format: false,
+        }
+    }
+
+    #[test]
+    fn the_body_is_the_recorded_one_for_the_same_settings_and_request() {
+        let recorded: Value = serde_json::from_str(RECORDED).expect("the recorded body");
+        let case = Case::new(json!({"initial_message": {"content": [{"type": "text", "text": "hi"}]}}), settings());
+        assert_eq!(case.body(), recorded);
+    }
+
+    #[test]
+    fn without_a_browser_its_tool_is_left_out() {
+        let mut case = Case::new(json!({}), settings());
+        case.browser = false;
+        let tools = case.body()["agent"]["tools"].clone();
+        assert_eq!(tools.as_array().map(Vec::len), Some(3));
+        assert!(!tools.to_string().contains("browser"));
+    }
+
+    #[test]
+    fn a_plan_agent_has_its_own_tools_prompt_and_place_for_the_plan() {
+        let suffix = "Answer in German.";
+        let request = json!({"agent_type": "plan", "git_provider": "gitlab", "system_message_suffix": suffix});
+        let agent = Case::new(request, settings()).body()["agent"].clone();
+        let names: Vec<_> = agent["tools"].as_array().expect("tools").iter().map(|tool| &tool["name"]).collect();
+        assert_eq!(names, ["glob", "grep", "planning_file_editor"]);
+        assert_eq!(agent["tools"][2]["params"]["plan_path"], "/workspace/project/agents-tmp-config/PLAN.md");
+        assert_eq!(agent["system_prompt_filename"], "system_prompt_planning.j2");
+        assert_eq!(agent["condenser"]["llm"]["usage_id"], "planning_condenser");
+        let told = agent["agent_context"]["system_message_suffix"].as_str().expect("a suffix");
+        assert!(told.starts_with("<IMPORTANT_PLANNING_BOUNDARIES>") && told.ends_with(suffix), "{told}");
+    }
+
+    #[test]
+    fn models_of_the_openhands_provider_are_rewritten_and_traced() {
+        let mut case = Case::new(json!({"llm_model": "openhands/m"}), settings());
+        let llm = case.body()["agent"]["llm"].clone();
+        assert_eq!((&llm["model"], &llm["base_url"]), (&json!("litellm_proxy/m"), &json!("http://127.0.0.1:8099/v1")));
+        assert_eq!(llm["litellm_extra_body"]["metadata"]["session_id"], "0513cae8-43c0-4dd7-aebc-f1c2dc0f9b8f");
+        case.settings = json!({});
+        assert_eq!(case.body()["agent"]["llm"]["base_url"], "https://llm-proxy.app.all-hands.dev/");
+        case.request = json!({"llm_model": "azure/gpt"});
+        assert_eq!(case.body()["agent"]["llm"]["api_version"], "2024-12-01-preview");
+    }
+
+    #[test]
+    fn confirmation_follows_the_settings() {
+        for (mode, analyzer, kind) in [
+            (json!(false), json!("llm"), "NeverConfirm"),
+            (json!(null), json!(null), "NeverConfirm"),
+            (json!(true), json!("LLM"), "ConfirmRisky"),
+            (json!(true), json!("none"), "AlwaysConfirm"),
+        ] {
+            let mut settings = settings();
+            settings["confirmation_mode"] = mode;
+            settings["security_analyzer"] = analyzer;
+            assert_eq!(Case::new(json!({}), settings).body()["confirmation_policy"]["kind"], kind);
+        }
+    }
+
+    #[test]
+    fn plugin_parameters_follow_the_first_message() {
+        let plugin = |parameters: Value| json!({"source": "github:o/p", "parameters": parameters});
+        let message = json!({"content": [{"type": "text", "text": "go", "cache_prompt": true}]});
+        let text = |plugins: Value, message: Value| {
+            let body = Case::new(json!({"plugins": plugins, "initial_message": message}), settings()).body();
+            body["initial_message"]["content"][0]["text"].as_str().expect("a text").to_owned()
+        };
+        assert_eq!(
+            text(json!([plugin(json!({"a": 1, "b": true}))]), message.clone()),
+            "go\n\nPlugin Configuration Parameters:\n- a: 1\n- b: True"
+        );
+        assert_eq!(
+            text(json!([plugin(json!({"a": "x"})), plugin(json!({"b": null}))]), json!(null)),
+            "Plugin Configuration Parameters:\np:\n  - a: x\np:\n  - b: None"
+        );
+        assert_eq!(text(json!([{"source": "github:o/p"}]), message), "go");
+    }
+
+    #[test]
+    fn secrets_are_looked_up_where_there_is_a_public_address_and_given_where_there_is_none() {
+        let mut settings = settings();
+        settings["provider_tokens"] = json!({"github": {"token": "ghp"}, "gitlab": {"token": ""}});
+        settings["custom_secrets"] =
+            json!({"A": {"secret": "s", "description": ""}, "GITHUB_TOKEN": {"secret": "old"}});
+        let mut case = Case::new(json!({"secrets": {"B": "t"}}), settings);
+        let fixed = case.body()["secrets"].clone();
+        assert_eq!(fixed["A"], json!({"description": null, "value": "s", "kind": "StaticSecret"}));
+        assert_eq!(fixed["B"]["value"], "t");
+        assert_eq!(fixed["GITHUB_TOKEN"]["value"], "ghp");
+        assert_eq!(fixed["GITHUB_TOKEN"]["description"], "GITHUB authentication token");
+        assert!(fixed.get("GITLAB_TOKEN").is_none());
+
+        case.config.web_url = Some("https://app.example".into());
+        let looked_up = case.body()["secrets"]["GITHUB_TOKEN"].clone();
+        assert_eq!(looked_up["url"], "https://app.example/api/v1/webhooks/secrets");
+        assert_eq!(looked_up["headers"]["X-Access-Token"].as_str().expect("a token").split('.').count(), 3);
+        assert!(!looked_up.to_string().contains("ghp"));
+    }
+
+    #[test]
+    fn mcp_servers_come_from_the_address_the_search_key_and_the_settings() {
+        let mut settings = settings();
+        settings["search_api_key"] = "tav".into();
+        settings["mcp_config"] = json!({
+            "sse_servers": [{"url": "http://sse", "api_key": "k"}],
+            "shttp_servers": ["http://shttp"],
+            "stdio_servers": [{"name": "tool", "command": "npx", "args": ["x"]}],
+        });
+        let mut case = Case::new(json!({}), settings);
+        let servers =
+            |case: &Case| case.body()["agent"]["mcp_config"]["mcpServers"].as_object().expect("servers").clone();
+        let local = servers(&case);
+        assert_eq!(local.len(), 3);
+        assert_eq!(local["tool"], json!({"command": "npx", "args": ["x"]}));
+        let sse = local.iter().find(|(name, _)| name.starts_with("sse_")).expect("sse").1;
+        assert_eq!(sse, &json!({"url": "http://sse", "transport": "sse", "headers": {"Authorization": "Bearer k"}}));
+        case.config.web_url = Some("https://app.example".into());
+        let public = servers(&case);
+        assert_eq!(public["default"]["url"], "https://app.example/mcp/mcp");
+        assert_eq!(public["tavily"]["url"], "https://mcp.tavily.com/mcp/?tavilyApiKey=tav");
+    }
+
+    #[test]
+    fn disabled_skills_are_left_out_and_later_ones_replace_earlier_ones() {
+        let mut settings = settings();
+        settings["disabled_skills"] = json!(["off"]);
+        let mut case = Case::new(json!({}), settings);
+        case.skills = vec![
+            skill("a", &[]),
+            skill("off", &[]),
+            skill("b", &["word"]),
+            skill("c", &["/do", "x"]),
+            skill("a", &["new"]),
+        ];
+        let skills = case.body()["agent"]["agent_context"]["skills"].clone();
+        let triggers: Vec<_> =
+            skills.as_array().expect("skills").iter().map(|skill| (&skill["name"], &skill["trigger"])).collect();
+        let name = |name: &'static str| json!(name);
+        assert_eq!(
+            triggers,
+            [
+                (&name("a"), &json!({"type": "keyword", "keywords": ["new"]})),
+                (&name("b"), &json!({"type": "keyword", "keywords": ["word"]})),
+                (&name("c"), &json!({"type": "task", "triggers": ["/do", "x"]})),
+            ]
+        );
+    }
+}

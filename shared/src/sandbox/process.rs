@@ -107,6 +107,13 @@ impl Folder {
         self.0.join("home")
     }
 
+    /// The folder of the sandbox's own tmux server: by default all sandboxes of a user would share one, and with it the
+    /// environment of the first. A socket's path must be short, so it is not below the sandbox's folder.
+    fn tmux(&self) -> PathBuf {
+        let id = self.0.file_name().unwrap_or_default().to_string_lossy();
+        std::env::temp_dir().join(format!("openhands-{id}"))
+    }
+
     fn open_lock(&self) -> io::Result<File> {
         OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(self.lock())
     }
@@ -225,6 +232,7 @@ impl ProcessSandboxes {
             .env_clear()
             .envs(PASSED_ON.iter().filter_map(|name| Some((name, std::env::var_os(name)?))))
             .env("HOME", folder.home())
+            .env("TMUX_TMPDIR", folder.tmux())
             .env("PYTHONUNBUFFERED", "1")
             .env("OH_SESSION_API_KEYS_0", key.expose_secret())
             .env("OH_SECRET_KEY", key.expose_secret())
@@ -362,7 +370,7 @@ impl SandboxService for ProcessSandboxes {
 
 /// Ends the folder's agent server and all of its process group; returns when it is gone.
 async fn terminate(folder: &Folder) {
-    let Some(pid) = folder.living() else { return };
+    let Some(pid) = folder.living() else { return end_terminals(folder).await };
     // A frozen process takes no other signal before it goes on. A failed signal means that nobody is left to take it.
     for signal in [Signal::CONT, Signal::TERM] {
         let _gone = kill_process_group(pid, signal);
@@ -375,6 +383,30 @@ async fn terminate(folder: &Folder) {
     let _gone = kill_process_group(pid, Signal::KILL);
     while folder.living().is_some() {
         sleep(Duration::from_millis(20)).await;
+    }
+    end_terminals(folder).await;
+}
+
+/// Ends the terminals of an agent server that did not end them itself: their tmux server is in a session of its own.
+async fn end_terminals(folder: &Folder) {
+    if !folder.tmux().exists() {
+        return;
+    }
+    let ended = Command::new("tmux")
+        .args(["-L", "openhands", "kill-server"])
+        .env("TMUX_TMPDIR", folder.tmux())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .await;
+    if let Err(error) = ended
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(folder = %folder.0.display(), %error, "sandbox.terminals_not_ended");
+    }
+    if let Err(error) = fs::remove_dir_all(folder.tmux()) {
+        tracing::warn!(folder = %folder.tmux().display(), %error, "sandbox.terminals_folder_left");
     }
 }
 
@@ -396,6 +428,7 @@ fn make_folders(folder: &Folder, root: &Path) -> io::Result<()> {
     let make = |path: &Path| fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
     make(&folder.working_dir())?;
     make(&folder.home())?;
+    make(&folder.tmux())?;
     // One cache of public skills for all sandboxes: they are cloned on first use.
     let cache = root.join(".cache");
     make(&cache)?;

@@ -4,7 +4,9 @@
 // No single test uses all of it.
 #![allow(dead_code)]
 
+pub mod gate;
 pub mod git_server;
+pub mod rig;
 pub mod scripted_llm;
 pub mod server;
 pub mod stand_in_agent;

@@ -37,6 +37,8 @@ use crate::user::settings::{SandboxGroupingStrategy, Settings, SettingsStore};
 const MAX_ATTEMPTS: u32 = 8;
 const FIRST_RETRY_DELAY: Duration = Duration::from_millis(250);
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(5);
+/// What a step may take beyond its deadline to end by itself.
+const OVERTIME: Duration = Duration::from_secs(30);
 /// The shortest delay of a queue.
 const QUEUE_DELAY: Duration = Duration::from_secs(1);
 
@@ -190,8 +192,8 @@ impl Work<'_> {
     async fn run(&mut self) -> Result<Turn> {
         let mut waiting_since = None;
         loop {
-            if let Some(failure) = self.task.record.failure.clone() {
-                return self.fail(&failure).await;
+            if self.task.record.failure.is_some() {
+                return self.clean_up_and_end().await;
             }
             let (pause, change) = match self.step().await {
                 Ok(Step::Ready) => return Ok(Turn::Finished),
@@ -250,7 +252,8 @@ impl Work<'_> {
 
     /// Does the step that the status names, while the lease is kept.
     async fn step(&mut self) -> Result<Step, StepError> {
-        let lease = self.lease.clone();
+        let (lease, overdue) = (self.lease.clone(), self.overdue_text());
+        let time_left = self.task.record.deadline.map_or(OVERTIME, |deadline| deadline.since(Time::now()));
         let step = async {
             match self.status() {
                 StartStatus::Working => self.choose_sandbox().await,
@@ -263,8 +266,10 @@ impl Work<'_> {
                 StartStatus::Ready | StartStatus::Error => Ok(Step::Ready),
             }
         };
-        match lease.keep_during(step).await {
-            Ok(done) => done,
+        // Whatever hangs in a step, the step ends: the lease would be renewed for ever otherwise.
+        match lease.keep_during(tokio::time::timeout(time_left + OVERTIME, step)).await {
+            Ok(Ok(done)) => done,
+            Ok(Err(_elapsed)) => Err(StepError::Retry(overdue)),
             Err(LeaseLost) => Err(StepError::LeaseLost),
         }
     }
@@ -310,28 +315,32 @@ impl Work<'_> {
         Ok(Turn::Waiting)
     }
 
-    /// Ends the start with ERROR: first the reason is written down, then what the start made is cleaned up.
+    /// Ends the start with ERROR: first the reason is written down, so that a crash does not change it, then what the
+    /// start made is cleaned up.
     async fn fail(&mut self, reason: &str) -> Result<Turn> {
-        let record = &self.task.record;
-        if record.failure.is_none() {
-            let change = Change::default().set("failure", crate::dynamo::text(reason));
-            if self.saga.tasks.save(&record.user, record.id, &self.lease.worker, &change).await?.is_err() {
-                return Ok(Turn::Busy);
-            }
+        let record = &mut self.task.record;
+        tracing::warn!(task = %record.id, status = ?record.now.status, reason, "start.failed");
+        let notes = record.notes.iter().map(String::as_str);
+        let failure = notes.chain([reason]).collect::<Vec<_>>().join("\n");
+        let change = Change::default().set("failure", crate::dynamo::text(&failure));
+        if self.saga.tasks.save(&record.user, record.id, &self.lease.worker, &change).await?.is_err() {
+            return Ok(Turn::Busy);
         }
-        let left_behind = match self.lease.keep_during(self.clean_up()).await {
-            Ok(Ok(())) => None,
+        record.failure = Some(failure);
+        self.clean_up_and_end().await
+    }
+
+    async fn clean_up_and_end(&self) -> Result<Turn> {
+        let record = &self.task.record;
+        let mut detail = record.failure.clone().unwrap_or_default();
+        match self.lease.keep_during(self.clean_up()).await {
+            Ok(Ok(())) => {}
             Ok(Err(error)) => {
                 tracing::warn!(task = %record.id, error = %error.context(), "start.not_cleaned_up");
-                Some(format!("\nIts sandbox {} could not be removed and may still run", record.new_sandbox_id))
+                detail += &format!("\nIts sandbox {} could not be removed and may still run", record.new_sandbox_id);
             }
             Err(LeaseLost) => return Ok(Turn::Busy),
-        };
-        let detail: String = [record.notes.join("\n"), format!("{reason}{}", left_behind.unwrap_or_default())]
-            .into_iter()
-            .filter(|text| !text.is_empty())
-            .collect::<Vec<_>>()
-            .join("\n");
+        }
         let snapshot = Snapshot {
             status: StartStatus::Error,
             updated_at: Time::now(),
@@ -339,7 +348,6 @@ impl Work<'_> {
             ..record.now.clone()
         };
         let change = Change::default().state(record.id, &snapshot)?.finished();
-        tracing::warn!(task = %record.id, status = ?record.now.status, reason, "start.failed");
         match self.saga.tasks.save(&record.user, record.id, &self.lease.worker, &change).await? {
             Ok(()) => Ok(Turn::Finished),
             Err(LeaseLost) => Ok(Turn::Busy),

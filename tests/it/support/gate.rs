@@ -1,0 +1,161 @@
+//! A gate between a worker and everything that it talks to: it counts the calls, and stops one of them, before it has its
+//! effect or after. A worker that is dropped while its call stands at the gate has crashed at exactly that point.
+
+use std::sync::{Arc, Mutex};
+
+use axum::body::Body;
+use axum::response::Response;
+use http::StatusCode;
+use tokio::sync::watch;
+
+use super::server::{Cut, Request, Server, hang, raw};
+
+/// On which side of its effect a call is stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    Before,
+    After,
+}
+
+/// What happens to the call that is stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// It stands there for ever.
+    Hang(Moment),
+    /// It stands there until the gate is opened, and so does every later one: its worker is stuck.
+    Hold(Moment),
+    /// It is refused without an effect, in a way that SDKs do not retry. Only calls to AWS are.
+    Refuse,
+}
+
+#[derive(Debug)]
+struct State {
+    calls: Mutex<Vec<String>>,
+    plan: Mutex<Option<(usize, Stop)>>,
+    reached: watch::Sender<bool>,
+    open: watch::Sender<bool>,
+    http: reqwest::Client,
+}
+
+/// Counts calls and stops one. Clones are the same gate.
+#[derive(Clone, Debug)]
+pub struct Gate(Arc<State>);
+
+impl Gate {
+    pub fn new() -> Self {
+        Self(Arc::new(State {
+            calls: Mutex::default(),
+            plan: Mutex::default(),
+            reached: watch::Sender::new(false),
+            open: watch::Sender::new(false),
+            http: reqwest::Client::new(),
+        }))
+    }
+
+    /// A way through the gate to a server.
+    pub async fn to(&self, upstream: &str) -> Server {
+        let (gate, upstream) = (self.clone(), upstream.to_owned());
+        Server::start(move |request| {
+            let (gate, upstream) = (gate.clone(), upstream.clone());
+            async move { gate.pass(request, &upstream).await }
+        })
+        .await
+    }
+
+    /// Counts from 1 again, and stops the call with this number.
+    pub fn arm(&self, call: usize, stop: Stop) {
+        self.0.calls.lock().expect("calls").clear();
+        self.0.reached.send_replace(false);
+        self.0.open.send_replace(false);
+        *self.0.plan.lock().expect("plan") = Some((call, stop));
+    }
+
+    /// Stops nothing any more; what stands at the gate stays there.
+    pub fn disarm(&self) {
+        *self.0.plan.lock().expect("plan") = None;
+    }
+
+    /// Lets what is held go on.
+    pub fn open(&self) {
+        self.0.open.send_replace(true);
+    }
+
+    /// Waits until the call of the plan has come.
+    pub async fn reached(&self) {
+        let mut reached = self.0.reached.subscribe();
+        // The sender is ours: it cannot be gone.
+        reached.wait_for(|reached| *reached).await.expect("a gate");
+    }
+
+    pub fn is_reached(&self) -> bool {
+        *self.0.reached.borrow()
+    }
+
+    /// The calls since the gate was armed, by name.
+    pub fn calls(&self) -> Vec<String> {
+        self.0.calls.lock().expect("calls").clone()
+    }
+
+    async fn pass(&self, request: Request, upstream: &str) -> Result<Response, Cut> {
+        let name = match request.header("x-amz-target") {
+            Some(target) => target.rsplit('.').next().unwrap_or(target).to_owned(),
+            None => format!("{} {}", request.method, request.path),
+        };
+        let stop = {
+            let mut calls = self.0.calls.lock().expect("calls");
+            calls.push(name);
+            let plan = self.0.plan.lock().expect("plan");
+            plan.filter(|(call, stop)| match stop {
+                Stop::Hold(_) => *call <= calls.len(),
+                Stop::Hang(_) => *call == calls.len(),
+                Stop::Refuse => *call == calls.len() && request.header("x-amz-target").is_some(),
+            })
+            .map(|(_, stop)| stop)
+        };
+        if stop.is_some() {
+            self.0.reached.send_replace(true);
+        }
+        match stop {
+            None => self.forward(request, upstream).await,
+            Some(Stop::Refuse) => {
+                let body = r#"{"__type":"com.amazonaws.dynamodb.v20120810#ValidationException","message":"refused by a test"}"#;
+                Ok(raw(StatusCode::BAD_REQUEST, "application/x-amz-json-1.0", body))
+            }
+            Some(Stop::Hang(Moment::Before)) => hang().await,
+            Some(Stop::Hang(Moment::After)) => {
+                let _answer = self.forward(request, upstream).await;
+                hang().await
+            }
+            Some(Stop::Hold(moment)) => {
+                let mut open = self.0.open.subscribe();
+                if moment == Moment::Before {
+                    open.wait_for(|open| *open).await.expect("a gate");
+                }
+                let answer = self.forward(request, upstream).await;
+                open.wait_for(|open| *open).await.expect("a gate");
+                answer
+            }
+        }
+    }
+
+    async fn forward(&self, request: Request, upstream: &str) -> Result<Response, Cut> {
+        let query = if request.query.is_empty() { String::new() } else { format!("?{}", request.query) };
+        let mut headers = request.headers.clone();
+        headers.remove(http::header::HOST);
+        let answer = self
+            .0
+            .http
+            .request(request.method.clone(), format!("{upstream}{}{query}", request.path))
+            .headers(headers)
+            .body(request.body.clone())
+            .send()
+            .await
+            .map_err(|_| Cut)?;
+        let mut response = Response::builder().status(answer.status());
+        for (name, value) in answer.headers() {
+            response = response.header(name, value);
+        }
+        let body = answer.bytes().await.map_err(|_| Cut)?;
+        response.body(Body::from(body)).map_err(|_| Cut)
+    }
+}

@@ -1,0 +1,478 @@
+//! A start worker on real engines and a stand-in agent server, with a gate between them. It fails a test that leaves
+//! messages in the queue.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use aws_sdk_sqs::types::{Message, QueueAttributeName};
+use local::engines::{EnginePorts, Engines};
+use serde_json::{Value, json};
+use shared::agent_server::AgentServer;
+use shared::aws::Aws;
+use shared::config::{Names, StartConfig};
+use shared::conversation::store::ConversationStore;
+use shared::sandbox::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus};
+use shared::start::begin::StartBeginner;
+use shared::start::queue::{DEAD_LETTER_SUFFIX, StartQueue};
+use shared::start::request::StartRequest;
+use shared::start::saga::Saga;
+use shared::start::store::StartTaskStore;
+use shared::start::task::{StartStatus, StartTaskRecord};
+use shared::user::UserId;
+use shared::user::seal::Sealer;
+use shared::user::settings::SettingsStore;
+use shared::{Result, Time};
+use start_worker::Context;
+use tempfile::TempDir;
+use tokio::time::{Instant, sleep};
+use uuid::Uuid;
+
+use super::gate::{Gate, Stop};
+use super::server::Server;
+use super::stand_in_agent::StandInAgent;
+
+pub const SESSION_KEY: &str = "session-key-of-the-stand-in";
+const PREFIX: &str = "rig-";
+const END_WITHIN: Duration = Duration::from_secs(60);
+
+/// Sandboxes that are records in memory; all of them have the same agent server.
+#[derive(Clone, Debug)]
+pub struct StandInSandboxes {
+    url: String,
+    working_dir: String,
+    state: Arc<Mutex<BTreeMap<String, Made>>>,
+    /// What new ones are.
+    pub begins_as: Arc<Mutex<SandboxStatus>>,
+}
+
+/// What is known of a sandbox that was made.
+#[derive(Clone, Debug)]
+pub struct Made {
+    pub status: SandboxStatus,
+    pub deleted: bool,
+    pub resumed: usize,
+    created_at: Time,
+    used_at: Time,
+}
+
+impl StandInSandboxes {
+    /// Every sandbox that was ever made.
+    pub fn made(&self) -> BTreeMap<String, Made> {
+        self.state.lock().expect("sandboxes").clone()
+    }
+
+    pub fn set_status(&self, id: &str, status: SandboxStatus) {
+        self.state.lock().expect("sandboxes").get_mut(id).expect("a sandbox").status = status;
+    }
+
+    fn show(&self, id: &str, made: &Made) -> Sandbox {
+        let running = made.status == SandboxStatus::Running;
+        Sandbox {
+            id: id.to_owned(),
+            spec_id: "stand-in".to_owned(),
+            status: made.status,
+            session_api_key: running.then(|| SESSION_KEY.into()),
+            exposed_urls: running
+                .then(|| vec![ExposedUrl { name: AGENT_SERVER.to_owned(), url: self.url.clone(), port: 8000 }]),
+            created_at: made.created_at,
+            used_at: made.used_at,
+            working_dir: self.working_dir.clone(),
+            detail: (made.status == SandboxStatus::Missing).then(|| "It was ended by a test".to_owned()),
+        }
+    }
+}
+
+#[async_trait]
+impl SandboxService for StandInSandboxes {
+    async fn start(&self, _user: &UserId, id: &str) -> Result<()> {
+        let now = Time::now();
+        let status = *self.begins_as.lock().expect("status");
+        self.state.lock().expect("sandboxes").entry(id.to_owned()).or_insert(Made {
+            status,
+            deleted: false,
+            resumed: 0,
+            created_at: now,
+            used_at: now,
+        });
+        Ok(())
+    }
+
+    async fn batch_get(&self, _user: &UserId, ids: &[String]) -> Result<Vec<Option<Sandbox>>> {
+        let state = self.state.lock().expect("sandboxes");
+        Ok(ids.iter().map(|id| state.get(id).filter(|made| !made.deleted).map(|made| self.show(id, made))).collect())
+    }
+
+    async fn list(&self, _user: &UserId) -> Result<Vec<Sandbox>> {
+        let state = self.state.lock().expect("sandboxes");
+        let mut all: Vec<Sandbox> =
+            state.iter().filter(|(_, made)| !made.deleted).map(|(id, made)| self.show(id, made)).collect();
+        all.sort_by_key(|sandbox| std::cmp::Reverse(sandbox.created_at));
+        Ok(all)
+    }
+
+    async fn pause(&self, _user: &UserId, id: &str) -> Result<bool> {
+        self.set_status(id, SandboxStatus::Paused);
+        Ok(true)
+    }
+
+    async fn resume(&self, _user: &UserId, id: &str) -> Result<bool> {
+        let mut state = self.state.lock().expect("sandboxes");
+        let made = state.get_mut(id).expect("a sandbox");
+        (made.status, made.resumed) = (SandboxStatus::Running, made.resumed + 1);
+        Ok(true)
+    }
+
+    async fn delete(&self, _user: &UserId, id: &str) -> Result<bool> {
+        self.state.lock().expect("sandboxes").get_mut(id).expect("a sandbox").deleted = true;
+        Ok(true)
+    }
+
+    async fn mark_used(&self, _user: &UserId, id: &str) -> Result<()> {
+        self.state.lock().expect("sandboxes").get_mut(id).expect("a sandbox").used_at = Time::now();
+        Ok(())
+    }
+}
+
+/// The rig. End every test with [`Rig::finish`].
+pub struct Rig {
+    pub user: UserId,
+    pub gate: Gate,
+    pub agent: StandInAgent,
+    pub sandboxes: Arc<StandInSandboxes>,
+    pub tasks: StartTaskStore,
+    pub conversations: ConversationStore,
+    pub settings: SettingsStore,
+    /// The worker behind the gate.
+    pub context: Arc<Context>,
+    /// A worker that the gate does not concern.
+    pub other_worker: Context,
+    beginner: StartBeginner,
+    aws: Aws,
+    queues: schema::QueueUrls,
+    finished: bool,
+    engines: Option<Engines>,
+    _ways: Vec<Server>,
+    _folder: TempDir,
+}
+
+/// Short times, so that what runs out in a test does so soon.
+pub fn quick() -> StartConfig {
+    StartConfig {
+        sandbox_startup_timeout: Duration::from_secs(20),
+        agent_request_timeout: Duration::from_secs(3),
+        patience: Duration::from_secs(5),
+        lease: Duration::from_millis(900),
+        poll: Duration::from_millis(20),
+        ..StartConfig::default()
+    }
+}
+
+impl Rig {
+    pub async fn start(config: StartConfig) -> Self {
+        let folder = TempDir::new().expect("a folder");
+        let engines = Engines::start(folder.path(), EnginePorts::default()).await.expect("engines");
+        let sdk = engines.sdk_config().await;
+        let aws = Aws::new(&sdk);
+        let mut names = Names::with_prefix(PREFIX);
+        let queues = schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
+        names.start_queue_url.clone_from(&queues.starts);
+        // A message of a crashed worker comes back soon.
+        aws.sqs
+            .set_queue_attributes()
+            .queue_url(&queues.starts)
+            .attributes(QueueAttributeName::VisibilityTimeout, "1")
+            .attributes(
+                QueueAttributeName::RedrivePolicy,
+                format!(
+                    r#"{{"deadLetterTargetArn":"arn:aws:sqs:us-east-1:000000000000:{PREFIX}starts{DEAD_LETTER_SUFFIX}","maxReceiveCount":100}}"#
+                ),
+            )
+            .send()
+            .await
+            .expect("attributes");
+
+        let gate = Gate::new();
+        let agent = StandInAgent::start(SESSION_KEY).await;
+        let ways = vec![gate.to(&engines.dynamodb).await, gate.to(&engines.sqs).await, gate.to(&agent.url()).await];
+        // Without the product's time limits: what stands at the gate is to stand there.
+        let gated = Aws {
+            dynamodb: aws_sdk_dynamodb::Client::from_conf(
+                aws_sdk_dynamodb::config::Builder::from(&sdk).endpoint_url(ways[0].url()).build(),
+            ),
+            sqs: aws_sdk_sqs::Client::from_conf(
+                aws_sdk_sqs::config::Builder::from(&sdk).endpoint_url(ways[1].url()).build(),
+            ),
+            s3: aws.s3.clone(),
+        };
+        let sealer = Sealer::from_file(&folder.path().join("sealing-key")).expect("a key");
+        let sandboxes = Arc::new(StandInSandboxes {
+            url: ways[2].url(),
+            working_dir: agent.working_dir(),
+            state: Arc::default(),
+            begins_as: Arc::new(Mutex::new(SandboxStatus::Running)),
+        });
+        let beside_the_gate = Arc::new(StandInSandboxes { url: agent.url(), ..StandInSandboxes::clone(&sandboxes) });
+        let tasks = |aws: &Aws| {
+            let (dynamodb, s3) = (aws.dynamodb.clone(), aws.s3.clone());
+            StartTaskStore::new(dynamodb, names.start_tasks.clone(), s3, names.bucket.clone(), sealer.clone())
+        };
+        let conversations =
+            |aws: &Aws| ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone());
+        let settings = |aws: &Aws| SettingsStore::new(aws.dynamodb.clone(), names.users.clone(), sealer.clone());
+        let queue = |aws: &Aws| StartQueue::new(aws.sqs.clone(), queues.starts.clone());
+        let worker = |aws: &Aws, sandboxes: &Arc<StandInSandboxes>| {
+            Context::with_saga(Saga {
+                tasks: tasks(aws),
+                conversations: conversations(aws),
+                sandboxes: sandboxes.clone(),
+                settings: settings(aws),
+                queue: queue(aws),
+                http: AgentServer::http_client().expect("a client"),
+                sealer: sealer.clone(),
+                config: config.clone(),
+            })
+        };
+        let rig = Self {
+            user: UserId::new("user-of-the-rig"),
+            gate,
+            agent,
+            sandboxes: sandboxes.clone(),
+            tasks: tasks(&aws),
+            conversations: conversations(&aws),
+            settings: settings(&aws),
+            context: Arc::new(worker(&gated, &sandboxes)),
+            other_worker: worker(&aws, &beside_the_gate),
+            beginner: StartBeginner {
+                conversations: conversations(&aws),
+                tasks: tasks(&aws),
+                queue: queue(&aws),
+                step_timeout: config.step_timeout,
+            },
+            aws,
+            queues,
+            finished: false,
+            engines: Some(engines),
+            _ways: ways,
+            _folder: folder,
+        };
+        rig.set_settings(json!({"llm_model": "openai/scripted", "llm_api_key": "sk-rig"})).await;
+        rig
+    }
+
+    pub async fn set_settings(&self, settings: Value) {
+        self.settings.put(&self.user, &settings.to_string().into()).await.expect("settings");
+    }
+
+    /// Begins a start with this body, as the POST does.
+    pub async fn begin(&self, body: &Value) -> StartTaskRecord {
+        let request =
+            StartRequest::from_body(Some("application/json"), body.to_string().as_bytes()).expect("a request");
+        self.beginner.begin(&self.user, request).await.expect("a start")
+    }
+
+    pub async fn task(&self, id: Uuid) -> StartTaskRecord {
+        self.tasks.get(&self.user, id).await.expect("the store").expect("the task")
+    }
+
+    /// Takes a message from the queue; waits a second at most.
+    pub async fn receive(&self) -> Option<Message> {
+        self.receive_from(&self.queues.starts, 1).await
+    }
+
+    async fn receive_from(&self, url: &str, wait: i32) -> Option<Message> {
+        let received = self.aws.sqs.receive_message().queue_url(url).wait_time_seconds(wait).send().await;
+        received.expect("the queue").messages.unwrap_or_default().pop()
+    }
+
+    pub async fn purge(&self) {
+        self.aws.sqs.purge_queue().queue_url(&self.queues.starts).send().await.expect("purged");
+    }
+
+    /// The event with which Lambda would hand the message to a worker.
+    pub fn event(&self, message: &Message) -> Value {
+        Self::event_of("starts", message)
+    }
+
+    fn event_of(queue: &str, message: &Message) -> Value {
+        json!({"Records": [{
+            "messageId": message.message_id, "receiptHandle": message.receipt_handle, "body": message.body,
+            "attributes": {}, "messageAttributes": {}, "eventSource": "aws:sqs",
+            "eventSourceARN": format!("arn:aws:sqs:us-east-1:000000000000:{PREFIX}{queue}"), "awsRegion": "us-east-1",
+        }]})
+    }
+
+    /// Hands a message to a worker as one of the dead-letter queue.
+    pub async fn bury(&self, message: &Message) {
+        let event = Self::event_of(&format!("starts{DEAD_LETTER_SUFFIX}"), message);
+        let response = start_worker::handle(&self.context, event).await.expect("handled");
+        assert!(response.batch_item_failures.is_empty());
+        self.delete(message).await;
+    }
+
+    pub async fn delete(&self, message: &Message) {
+        let receipt = message.receipt_handle.clone().unwrap_or_default();
+        self.aws
+            .sqs
+            .delete_message()
+            .queue_url(&self.queues.starts)
+            .receipt_handle(receipt)
+            .send()
+            .await
+            .expect("deleted");
+    }
+
+    /// Handles a message as the queue's poller does: it is deleted unless the worker wants it again.
+    pub async fn handle(&self, message: &Message) {
+        self.handle_with(&self.context, message).await;
+    }
+
+    async fn handle_with(&self, worker: &Context, message: &Message) {
+        let response = start_worker::handle(worker, self.event(message)).await.expect("handled");
+        if response.batch_item_failures.is_empty() {
+            self.delete(message).await;
+        }
+    }
+
+    pub async fn sweep(&self) {
+        // Through the gate a sweep may fail, as it may on schedule: the next one comes.
+        let _swept = start_worker::handle(&self.context, json!({"source": "aws.scheduler"})).await;
+    }
+
+    /// Delivers messages, and sweeps where there are none, until the task is finished.
+    pub async fn drive(&self, task: Uuid) -> StartTaskRecord {
+        self.drive_with(&self.context, task).await
+    }
+
+    /// The same with another worker.
+    pub async fn drive_with(&self, worker: &Context, task: Uuid) -> StartTaskRecord {
+        let deadline = Instant::now() + END_WITHIN;
+        loop {
+            let now = self.task(task).await;
+            if now.now.status.is_final() {
+                return now;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "the start is still {:?}: {now:?}\ncalls {:?}",
+                now.now.status,
+                self.gate.calls()
+            );
+            match self.receive().await {
+                Some(message) => self.handle_with(worker, &message).await,
+                None => drop(start_worker::handle(worker, json!({"source": "aws.scheduler"})).await),
+            }
+        }
+    }
+
+    /// Works on the task until the armed call stands at the gate, then drops the worker: a crash at that point. Returns
+    /// whether the call came at all.
+    pub async fn crash_at(&self, task: Uuid, call: usize, stop: Stop) -> bool {
+        self.gate.arm(call, stop);
+        let deadline = Instant::now() + END_WITHIN;
+        while !self.task(task).await.now.status.is_final() {
+            assert!(Instant::now() < deadline, "call {call} neither came nor did the start end");
+            let Some(message) = self.receive().await else {
+                self.sweep().await;
+                continue;
+            };
+            let (context, event) = (self.context.clone(), self.event(&message));
+            let mut worker = tokio::spawn(async move { start_worker::handle(&context, event).await });
+            tokio::select! {
+                handled = &mut worker => {
+                    if handled.expect("no panic").expect("handled").batch_item_failures.is_empty() {
+                        self.delete(&message).await;
+                    }
+                }
+                () = self.gate.reached() => {
+                    worker.abort();
+                    let _dropped = worker.await;
+                    break;
+                }
+            }
+        }
+        self.gate.disarm();
+        self.gate.is_reached()
+    }
+
+    /// Asserts that the task is READY and that everything there is one of: sandbox, conversation, record, first message.
+    pub async fn assert_one(&self, task: Uuid, messages: usize, case: &str) {
+        let record = self.task(task).await;
+        assert_eq!(record.now.status, StartStatus::Ready, "{case}: {:?}", record.now.detail);
+        let id = record.now.app_conversation_id.expect("a READY task has its conversation");
+        assert_eq!(id, record.conversation_id, "{case}");
+        let made = self.sandboxes.made();
+        assert_eq!(made.len(), 1, "{case}: sandboxes {made:?}");
+        assert!(made.values().all(|made| !made.deleted), "{case}");
+        let conversations: Vec<Uuid> = self.agent.conversations().iter().map(|conversation| conversation.id).collect();
+        assert_eq!(conversations, [id], "{case}");
+        assert_eq!(self.agent.messages_delivered(id).len(), messages, "{case}: messages");
+        let page = self.conversations.list(&self.user, true, None, 10).await.expect("a list");
+        assert_eq!(page.records.iter().map(|record| record.id).collect::<Vec<_>>(), [id], "{case}");
+        assert_eq!(self.conversations.count(&self.user).await.expect("a count"), 1, "{case}");
+        let statuses: Vec<StartStatus> = record.history.iter().map(|snapshot| snapshot.status).collect();
+        assert_eq!(statuses, ALL_STATUSES, "{case}: each status once, in order");
+    }
+
+    /// Delivers what is still in the queue, and fails if any of it stays.
+    pub async fn finish(mut self) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            while let Some(message) = self.receive_from(&self.queues.starts, 0).await {
+                self.handle(&message).await;
+            }
+            if self.left_in_queues().await == 0 {
+                break;
+            }
+            assert!(Instant::now() < deadline, "messages were left in the queue");
+            sleep(Duration::from_millis(100)).await;
+        }
+        assert!(self.tasks.forgotten().await.expect("the store").is_empty(), "a task is left unfinished");
+        self.finished = true;
+        if let Some(engines) = self.engines.take() {
+            engines.shutdown().await;
+        }
+    }
+
+    async fn left_in_queues(&self) -> i64 {
+        let mut left = 0;
+        for url in [&self.queues.starts, &self.queues.dead_letters] {
+            let attributes = self
+                .aws
+                .sqs
+                .get_queue_attributes()
+                .queue_url(url)
+                .attribute_names(QueueAttributeName::All)
+                .send()
+                .await;
+            let attributes = attributes.expect("the queue").attributes.unwrap_or_default();
+            for name in [
+                QueueAttributeName::ApproximateNumberOfMessages,
+                QueueAttributeName::ApproximateNumberOfMessagesNotVisible,
+                QueueAttributeName::ApproximateNumberOfMessagesDelayed,
+            ] {
+                left += attributes[&name].parse::<i64>().expect("a number");
+            }
+        }
+        left
+    }
+}
+
+/// The statuses of a start that succeeds.
+pub const ALL_STATUSES: [StartStatus; 8] = [
+    StartStatus::Working,
+    StartStatus::WaitingForSandbox,
+    StartStatus::PreparingRepository,
+    StartStatus::RunningSetupScript,
+    StartStatus::SettingUpGitHooks,
+    StartStatus::SettingUpSkills,
+    StartStatus::StartingConversation,
+    StartStatus::Ready,
+];
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        assert!(self.finished || std::thread::panicking(), "end the test with Rig::finish: it looks into the queue");
+    }
+}
