@@ -22,7 +22,8 @@ pub fn text(value: impl Into<String>) -> AttributeValue {
 }
 
 /// A number attribute.
-pub fn number(value: impl ToString) -> AttributeValue {
+#[must_use]
+pub fn number(value: u32) -> AttributeValue {
     AttributeValue::N(value.to_string())
 }
 

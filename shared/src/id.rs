@@ -72,7 +72,7 @@ pub mod as_hex {
         ///
         /// # Errors
         /// Those of the serializer.
-        #[expect(clippy::ref_option, reason = "the signature that serde calls")]
+        #[allow(clippy::ref_option, reason = "the signature that serde calls")]
         pub fn serialize<S: Serializer>(id: &Option<Uuid>, serializer: S) -> Result<S::Ok, S::Error> {
             match id {
                 Some(id) => serializer.collect_str(&id.simple()),

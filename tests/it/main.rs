@@ -1,6 +1,14 @@
 //! The workspace's integration tests: one binary, because each linked one carries the SDKs and the engines.
 
-#![allow(clippy::expect_used, clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    clippy::needless_pass_by_value,
+    clippy::option_option,
+    clippy::assigning_clones,
+    clippy::cast_precision_loss,
+    reason = "a test fails by panicking"
+)]
 
 mod saga;
 mod support;

@@ -85,7 +85,7 @@ async fn late_everywhere(moment: Moment) {
                 let task = rig.begin(&message()).await;
                 rig.gate.arm(call, Stop::Hold(moment));
                 let first = rig.receive().await.expect("a message");
-                let (context, event) = (rig.context.clone(), rig.event(&first));
+                let (context, event) = (rig.context.clone(), Rig::event(&first));
                 let mut late = tokio::spawn(async move { start_worker::handle(&context, event).await });
                 // The number of calls varies a little: the last ones may not come.
                 let ended = tokio::select! {

@@ -42,7 +42,7 @@ async fn run(options: Options) -> Result<(), ServerError> {
             });
             match env_file {
                 Some(path) => {
-                    std::fs::write(&path, environment).map_err(|source| ServerError::File { path, source })?
+                    std::fs::write(&path, environment).map_err(|source| ServerError::File { path, source })?;
                 }
                 None => print!("{environment}"),
             }

@@ -156,7 +156,7 @@ fn tool(name: &str) -> Value {
 }
 
 fn exposed(secret: Option<&SecretString>) -> Option<&str> {
-    given(secret.map(|secret| secret.expose_secret()))
+    given(secret.map(secrecy::ExposeSecret::expose_secret))
 }
 
 fn llm(inputs: &ConversationInputs<'_>, model: &str, usage_id: &str) -> Value {

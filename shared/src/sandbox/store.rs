@@ -211,7 +211,7 @@ impl SandboxStore {
     /// # Errors
     /// [`crate::Error::Store`].
     pub async fn set_port(&self, user: &UserId, id: &str, port: u16) -> Result<bool> {
-        self.set(user, id, "port", crate::dynamo::number(port)).await
+        self.set(user, id, "port", crate::dynamo::number(u32::from(port))).await
     }
 
     /// Notes that the sandbox is used now. False when there is no record.

@@ -71,7 +71,7 @@ impl StartQueue {
         Self { sqs, url }
     }
 
-    /// Sends a job, to be delivered after `delay`, which is rounded to whole seconds.
+    /// Sends a job, to be delivered after `delay`, which is rounded up to whole seconds.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -80,12 +80,19 @@ impl StartQueue {
             .send_message()
             .queue_url(&self.url)
             .message_body(job.to_body()?)
-            .delay_seconds(i32::try_from(delay.as_secs_f64().round() as u64).unwrap_or(900).min(900))
+            .delay_seconds(whole_seconds(delay))
             .send()
             .await
             .map_err(store_error("SendMessage"))?;
         Ok(())
     }
+}
+
+/// Rounded up; a queue delays by 15 minutes at most.
+fn whole_seconds(delay: Duration) -> i32 {
+    const LONGEST: i32 = 900;
+    let seconds = delay.as_secs() + u64::from(delay.subsec_nanos() > 0);
+    i32::try_from(seconds).unwrap_or(LONGEST).min(LONGEST)
 }
 
 #[cfg(test)]

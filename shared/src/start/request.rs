@@ -636,7 +636,7 @@ mod tests {
                 }
                 // The original cannot show a NaN in its answer.
                 (500, Err(violations)) => {
-                    assert_eq!((label, violations[0].kind), ("raw: NaN", "json_invalid"))
+                    assert_eq!((label, violations[0].kind), ("raw: NaN", "json_invalid"));
                 }
                 (200 | 500, Ok(())) => {}
                 (status, read) => panic!("{label}: {status}, {read:?}"),

@@ -178,7 +178,7 @@ mod tests {
                 clone_sources(repository, Some(provider), &tokens(&[(provider, token, None)]), false).expect("sources");
             assert_eq!(sources.len(), 1);
             assert_eq!(sources[0].url, url);
-            assert_eq!(sources[0].credential.as_ref().map(|secret| secret.expose_secret()), Some(credential));
+            assert_eq!(sources[0].credential.as_ref().map(secrecy::ExposeSecret::expose_secret), Some(credential));
         }
     }
 

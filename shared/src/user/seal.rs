@@ -115,7 +115,10 @@ impl Sealer {
 /// The SHA-256 of a secret in lower-case hex: how a session key is looked up without being stored.
 #[must_use]
 pub fn hash(secret: &str) -> String {
-    Sha256::digest(secret.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
+    Sha256::digest(secret.as_bytes()).iter().fold(String::with_capacity(64), |mut hex, byte| {
+        hex += &format!("{byte:02x}");
+        hex
+    })
 }
 
 #[cfg(test)]

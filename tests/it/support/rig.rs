@@ -291,7 +291,7 @@ impl Rig {
     }
 
     /// The event with which Lambda would hand the message to a worker.
-    pub fn event(&self, message: &Message) -> Value {
+    pub fn event(message: &Message) -> Value {
         Self::event_of("starts", message)
     }
 
@@ -329,7 +329,7 @@ impl Rig {
     }
 
     async fn handle_with(&self, worker: &Context, message: &Message) {
-        let response = start_worker::handle(worker, self.event(message)).await.expect("handled");
+        let response = start_worker::handle(worker, Self::event(message)).await.expect("handled");
         if response.batch_item_failures.is_empty() {
             self.delete(message).await;
         }
@@ -377,7 +377,7 @@ impl Rig {
                 self.sweep().await;
                 continue;
             };
-            let (context, event) = (self.context.clone(), self.event(&message));
+            let (context, event) = (self.context.clone(), Self::event(&message));
             let mut worker = tokio::spawn(async move { start_worker::handle(&context, event).await });
             tokio::select! {
                 handled = &mut worker => {

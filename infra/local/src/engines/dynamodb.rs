@@ -79,6 +79,7 @@ fn probe(path: &Path) -> rusqlite::Result<()> {
     connection.execute_batch("BEGIN IMMEDIATE; SELECT count(*) FROM sqlite_master; ROLLBACK;")
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "the watch is the run's own")]
 fn run(database: Database, runtime: tokio::runtime::Runtime, listener: TcpListener, stop: watch::Receiver<bool>) {
     runtime.block_on(async {
         let listener = match tokio::net::TcpListener::from_std(listener) {

@@ -958,7 +958,7 @@ fn check_attributes(attributes: &BTreeMap<String, MessageAttribute>) -> Result<(
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    bytes.iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"))
 }
 
 fn digest(bytes: &[u8]) -> String {

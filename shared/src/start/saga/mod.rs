@@ -457,12 +457,11 @@ impl Lease<'_> {
             }
             match self.saga.tasks.renew(&self.user, self.id, &self.worker, duration).await {
                 Ok(Ok(())) => self.note_renewal(),
-                Ok(Err(LeaseLost)) => return Err(LeaseLost),
                 Err(error) if renewed_at.elapsed() < duration => {
                     tracing::warn!(task = %self.id, error = %error.context(), "start.lease_not_renewed");
                     sleep(duration / 10).await;
                 }
-                Err(_) => return Err(LeaseLost),
+                Ok(Err(LeaseLost)) | Err(_) => return Err(LeaseLost),
             }
         }
     }

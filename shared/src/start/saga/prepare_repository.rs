@@ -3,7 +3,7 @@
 //! Tokens go into a file of git's credential store, not into a command: the agent server logs and keeps commands. The
 //! clone's own configuration never holds them, and the file is gone when the command ends.
 
-use secrecy::{ExposeSecret as _, SecretString};
+use secrecy::SecretString;
 
 use super::command::{complaint, quoted};
 use super::{Folders, Step, StepError, Work};
@@ -131,8 +131,11 @@ fn trust(folder: &str) -> String {
 }
 
 fn credential_lines(sources: &[CloneSource]) -> SecretString {
-    let lines: Vec<&str> =
-        sources.iter().filter_map(|source| source.credential.as_ref()).map(|line| line.expose_secret()).collect();
+    let lines: Vec<&str> = sources
+        .iter()
+        .filter_map(|source| source.credential.as_ref())
+        .map(secrecy::ExposeSecret::expose_secret)
+        .collect();
     SecretString::from(format!("{}\n", lines.join("\n")))
 }
 
