@@ -1,6 +1,9 @@
 //! `cargo local`: sets up what is missing and runs the product until Ctrl-C.
 
-use std::fmt::Write as _;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -35,16 +38,12 @@ async fn run(options: Options) -> Result<(), ServerError> {
         }
         Some(Command::Engines { invoke_url, env_file }) => {
             let server = Server::start(&options.common, false, invoke_url).await?;
-            let environment = server.environment().into_iter().fold(String::new(), |mut lines, (name, value)| {
-                // Writing to a string does not fail.
-                let _written = writeln!(lines, "{name}={value}");
-                lines
-            });
             match env_file {
                 Some(path) => {
-                    std::fs::write(&path, environment).map_err(|source| ServerError::File { path, source })?
+                    write_private(&path, &lines(&server, |name, value| format!("{name}={value}")))
+                        .map_err(|source| ServerError::File { path, source })?;
                 }
-                None => print!("{environment}"),
+                None => print!("{}", lines(&server, |name, value| format!("export {name}={}", quoted(value)))),
             }
             server
         }
@@ -55,6 +54,23 @@ async fn run(options: Options) -> Result<(), ServerError> {
     eprintln!("Stopping: sandboxes are kept and can be resumed by the next run.");
     server.shutdown().await;
     Ok(())
+}
+
+fn lines(server: &Server, line: impl Fn(&str, &str) -> String) -> String {
+    server.environment().iter().map(|(name, value)| line(name, value) + "\n").collect()
+}
+
+fn quoted(value: &str) -> String {
+    format!("'{}'", value.replace('\'', r"'\''"))
+}
+
+/// Whole or not at all, and for its owner alone: it holds the engines' keys.
+fn write_private(path: &Path, text: &str) -> io::Result<()> {
+    let mut draft = path.as_os_str().to_owned();
+    draft.push(".new");
+    let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&draft)?;
+    file.write_all(text.as_bytes())?;
+    fs::rename(&draft, path)
 }
 
 fn welcome(server: &Server) -> String {

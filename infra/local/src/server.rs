@@ -27,7 +27,7 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use crate::agent_server::{self, EnsureError, Terminal};
+use crate::agent_server::{self, EnsureError, PythonError, Terminal, find_python};
 use crate::edge;
 use crate::engines::{EngineError, EnginePorts, Engines};
 use crate::options::{CommonOptions, SandboxKind};
@@ -64,6 +64,9 @@ pub enum ServerError {
     /// The tables.
     #[error(transparent)]
     Schema(#[from] schema::SchemaError),
+    /// The Python that was asked for.
+    #[error(transparent)]
+    Python(#[from] PythonError),
     /// The environment.
     #[error(transparent)]
     Config(#[from] config::ConfigError),
@@ -119,6 +122,10 @@ impl Server {
     pub async fn start(options: &CommonOptions, serve: bool, invoke_url: Option<String>) -> Result<Self, ServerError> {
         let data = make_data_folder(&options.data)?;
         let settings = settings(options)?;
+        // One that was asked for is looked at before anything runs; one that is looked for may come later.
+        if let (Some(wanted), SandboxKind::Process) = (&options.python, options.sandbox) {
+            find_python(Some(wanted)).await?;
+        }
         let listener = if serve { Some(listen(options.port).await?) } else { None };
         let port = listener
             .as_ref()
