@@ -24,6 +24,9 @@ const BOOT: Duration = Duration::from_secs(150);
 const INSTALL: Duration = Duration::from_secs(900);
 const SOON: Duration = Duration::from_secs(20);
 
+/// For tests that boot agent servers: two at once take longer than one after the other.
+static ONE_AT_A_TIME: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
 /// A data folder and whatever processes come to live on it; they end with it.
 struct Data {
     folder: TempDir,
@@ -101,6 +104,8 @@ impl Data {
             .env("LLM_MODEL", "openai/none")
             .env("LLM_API_KEY", LLM_API_KEY)
             .env("LLM_BASE_URL", "http://127.0.0.1:9")
+            // The next run goes on when the killed one's claims have run out.
+            .env("START_LEASE_SECONDS", "5")
             .env("RUST_LOG", "debug,hyper=info,hyper_util=info")
             .env_remove("SESSION_API_KEY");
         command
@@ -289,6 +294,7 @@ async fn conversations_there(conversation: &Value) -> usize {
 
 #[tokio::test]
 async fn a_start_outlives_two_killed_servers_and_later_runs_adopt_its_agent_server_until_that_dies_too() {
+    let _turn = ONE_AT_A_TIME.lock().await;
     let data = Data::new();
     let server = data.run(&[]);
     server.alive(INSTALL).await;
@@ -333,6 +339,7 @@ async fn a_start_outlives_two_killed_servers_and_later_runs_adopt_its_agent_serv
 
 #[tokio::test]
 async fn a_stopped_server_leaves_no_process_and_keeps_its_sandboxes_and_its_secrets() {
+    let _turn = ONE_AT_A_TIME.lock().await;
     let data = Data::new();
     let server = data.run(&["--log", "json"]);
     server.alive(INSTALL).await;
@@ -434,7 +441,7 @@ fn options_may_stand_before_and_behind_a_command() {
             thread::sleep(Duration::from_millis(20));
         }
         let text = fs::read_to_string(&environment).unwrap();
-        for line in ["SANDBOX_KIND=none\n", "SINGLE_USER=true\n", "AWS_ENDPOINT_URL_SQS=http://127.0.0.1:"] {
+        for line in ["SANDBOX_KIND='none'\n", "SINGLE_USER='true'\n", "AWS_ENDPOINT_URL_SQS='http://127.0.0.1:"] {
             assert!(text.contains(line), "{text}");
         }
         assert!(server.stop(Signal::INT).success());
