@@ -38,12 +38,12 @@ async fn run(options: Options) -> Result<(), ServerError> {
         }
         Some(Command::Engines { invoke_url, env_file }) => {
             let server = Server::start(&options.common, false, invoke_url).await?;
+            let environment = environment(&server);
             match env_file {
                 Some(path) => {
-                    write_private(&path, &lines(&server, |name, value| format!("{name}={value}")))
-                        .map_err(|source| ServerError::File { path, source })?;
+                    write_private(&path, &environment).map_err(|source| ServerError::File { path, source })?;
                 }
-                None => print!("{}", lines(&server, |name, value| format!("export {name}={}", quoted(value)))),
+                None => print!("{environment}"),
             }
             server
         }
@@ -56,12 +56,10 @@ async fn run(options: Options) -> Result<(), ServerError> {
     Ok(())
 }
 
-fn lines(server: &Server, line: impl Fn(&str, &str) -> String) -> String {
-    server.environment().iter().map(|(name, value)| line(name, value) + "\n").collect()
-}
-
-fn quoted(value: &str) -> String {
-    format!("'{}'", value.replace('\'', r"'\''"))
+/// For shells and for `cargo lambda watch --env-file`.
+fn environment(server: &Server) -> String {
+    let line = |(name, value): (String, String)| format!("export {name}='{}'\n", value.replace('\'', r"'\''"));
+    server.environment().into_iter().map(line).collect()
 }
 
 /// Whole or not at all, and for its owner alone: it holds the engines' keys.
