@@ -1,6 +1,9 @@
 //! `cargo local`: sets up what is missing and runs the product until Ctrl-C.
 
-use std::fmt::Write as _;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -35,14 +38,10 @@ async fn run(options: Options) -> Result<(), ServerError> {
         }
         Some(Command::Engines { invoke_url, env_file }) => {
             let server = Server::start(&options.common, false, invoke_url).await?;
-            let environment = server.environment().into_iter().fold(String::new(), |mut lines, (name, value)| {
-                // Writing to a string does not fail.
-                let _written = writeln!(lines, "{name}={value}");
-                lines
-            });
+            let environment = environment(&server);
             match env_file {
                 Some(path) => {
-                    std::fs::write(&path, environment).map_err(|source| ServerError::File { path, source })?;
+                    write_private(&path, &environment).map_err(|source| ServerError::File { path, source })?;
                 }
                 None => print!("{environment}"),
             }
@@ -55,6 +54,21 @@ async fn run(options: Options) -> Result<(), ServerError> {
     eprintln!("Stopping: sandboxes are kept and can be resumed by the next run.");
     server.shutdown().await;
     Ok(())
+}
+
+/// For shells and for `cargo lambda watch --env-file`.
+fn environment(server: &Server) -> String {
+    let line = |(name, value): (String, String)| format!("export {name}='{}'\n", value.replace('\'', r"'\''"));
+    server.environment().into_iter().map(line).collect()
+}
+
+/// Whole or not at all, and for its owner alone: it holds the engines' keys.
+fn write_private(path: &Path, text: &str) -> io::Result<()> {
+    let mut draft = path.as_os_str().to_owned();
+    draft.push(".new");
+    let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&draft)?;
+    file.write_all(text.as_bytes())?;
+    fs::rename(&draft, path)
 }
 
 fn welcome(server: &Server) -> String {

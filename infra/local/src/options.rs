@@ -25,7 +25,7 @@ pub enum Command {
         /// Where `cargo lambda watch` listens: the queue is polled into its start-worker instead of one in this process.
         #[arg(long, value_name = "URL")]
         invoke_url: Option<String>,
-        /// A file to write the environment to, as `NAME=VALUE` lines.
+        /// A file to write the environment to, for `cargo lambda watch --env-file`, instead of standard output.
         #[arg(long, value_name = "FILE")]
         env_file: Option<PathBuf>,
     },

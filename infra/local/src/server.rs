@@ -27,7 +27,7 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use crate::agent_server::{self, EnsureError, Terminal};
+use crate::agent_server::{self, EnsureError, PythonError, Terminal, find_python};
 use crate::edge;
 use crate::engines::{EngineError, EnginePorts, Engines};
 use crate::options::{CommonOptions, SandboxKind};
@@ -64,6 +64,9 @@ pub enum ServerError {
     /// The tables.
     #[error(transparent)]
     Schema(#[from] schema::SchemaError),
+    /// The Python that was asked for.
+    #[error(transparent)]
+    Python(#[from] PythonError),
     /// The environment.
     #[error(transparent)]
     Config(#[from] config::ConfigError),
@@ -119,6 +122,10 @@ impl Server {
     pub async fn start(options: &CommonOptions, serve: bool, invoke_url: Option<String>) -> Result<Self, ServerError> {
         let data = make_data_folder(&options.data)?;
         let settings = settings(options)?;
+        // One that was asked for is looked at before anything runs; one that is looked for may come later.
+        if let (Some(wanted), SandboxKind::Process) = (&options.python, options.sandbox) {
+            find_python(Some(wanted)).await?;
+        }
         let listener = if serve { Some(listen(options.port).await?) } else { None };
         let port = listener
             .as_ref()
@@ -131,6 +138,10 @@ impl Server {
         let mut names = Names::with_prefix(PREFIX);
         let queues = schema::make_all(&aws, &names, PREFIX).await?;
         names.start_queue_url.clone_from(&queues.starts);
+        let web_url = match &invoke_url {
+            Some(url) => url.trim_end_matches('/').to_owned(),
+            None => format!("http://127.0.0.1:{port}"),
+        };
         let agent_server_folder = options.agent_server.clone().unwrap_or_else(|| data.join("agent-server"));
         let config = Config {
             start: start_config()?,
@@ -139,7 +150,7 @@ impl Server {
                 SandboxKind::Process => SandboxConfig::Process(ProcessSandboxConfig {
                     folder: data.join("sandboxes"),
                     python: data.join("agent-server-python"),
-                    webhook_base_url: format!("http://127.0.0.1:{port}/api/v1/webhooks"),
+                    webhook_base_url: format!("{web_url}/api/v1/webhooks"),
                     allow_cors_origins: config::permitted_origins(),
                 }),
             },
@@ -212,16 +223,9 @@ impl Server {
         variables
     }
 
-    /// Ends cleanly: no new requests, no more work on starts, sandboxes stopped so that they can be resumed, engines
-    /// closed.
+    /// Ends cleanly: no more work on starts, sandboxes stopped so that they can be resumed, then no more requests, engines
+    /// closed. Agent servers post their last events as they end, and wait and try again when nobody takes them.
     pub async fn shutdown(mut self) {
-        if let Some((stop, mut served)) = self.stop_serving.take() {
-            // The receiver is gone if serving has ended by itself.
-            let _gone = stop.send(());
-            if tokio::time::timeout(GRACE, &mut served).await.is_err() {
-                served.abort();
-            }
-        }
         for task in self.tasks.drain(..) {
             task.abort();
             // Cancelled is what it should be.
@@ -231,6 +235,13 @@ impl Server {
             && let Err(error) = sandboxes.stop_all(&UserId::local()).await
         {
             tracing::error!(error = %error.context(), "local.sandboxes_not_stopped");
+        }
+        if let Some((stop, mut served)) = self.stop_serving.take() {
+            // The receiver is gone if serving has ended by itself.
+            let _gone = stop.send(());
+            if tokio::time::timeout(GRACE, &mut served).await.is_err() {
+                served.abort();
+            }
         }
         self.engines.shutdown().await;
     }

@@ -84,7 +84,8 @@ impl Sandbox {
 /// Makes and looks after sandboxes. Every operation may be repeated: the outcome is as if it was done once.
 #[async_trait]
 pub trait SandboxService: Send + Sync + std::fmt::Debug {
-    /// Makes the sandbox with this id, or does nothing when there is one; returns before its agent server answers.
+    /// Makes the sandbox with this id, or goes on where an earlier call was cut off; one that runs is left as it is. Returns
+    /// before its agent server answers.
     ///
     /// # Errors
     /// [`crate::Error::Refused`] when none can be made here, whose text is for the user; others may be tried again.

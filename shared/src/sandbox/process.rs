@@ -67,6 +67,8 @@ const TERMINATION_PATIENCE: Duration = Duration::from_secs(10);
 const ALIVE_TIMEOUT: Duration = Duration::from_secs(1);
 /// A record this young without a process is taken to be on its way.
 const LAUNCH_GRACE: Duration = Duration::from_secs(10);
+/// Between the launch of a process and the file with its id there are milliseconds.
+const PID_PATIENCE: Duration = Duration::from_secs(1);
 const LOG_TAIL_LINES: usize = 12;
 const LOG_TAIL_BYTES: u64 = 8 * 1024;
 
@@ -118,18 +120,31 @@ impl Folder {
         OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(self.lock())
     }
 
+    fn is_locked(&self) -> bool {
+        File::open(self.lock()).is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+    }
+
     /// Whether an agent server of this folder lives, and under which process id.
     fn living(&self) -> Option<Pid> {
-        let held = match File::open(self.lock()) {
-            Ok(file) => matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)),
-            Err(_) => false,
-        };
-        if !held {
+        if !self.is_locked() {
             return None;
         }
         // A child of a dead agent server may still hold the lock, so the process itself must be there too.
         let pid = fs::read_to_string(self.pid()).ok()?.trim().parse().ok().and_then(Pid::from_raw)?;
         test_kill_process(pid).ok().map(|()| pid)
+    }
+
+    /// As [`Folder::living`], but one that was launched just now is given the time to write its process id: whoever means
+    /// to end it must not miss it.
+    async fn living_or_launched(&self) -> Option<Pid> {
+        let deadline = Instant::now() + PID_PATIENCE;
+        loop {
+            let living = self.living();
+            if living.is_some() || !self.is_locked() || Instant::now() > deadline {
+                return living;
+            }
+            sleep(Duration::from_millis(5)).await;
+        }
     }
 
     /// The end of the agent server's output, for people, without its session key.
@@ -163,7 +178,7 @@ impl ProcessSandboxes {
     pub async fn stop_all(&self, user: &UserId) -> Result<()> {
         let stopped = join_all(self.store.list(user).await?.into_iter().map(async |record| {
             let folder = self.folder(&record.id);
-            if folder.living().is_none() {
+            if folder.living_or_launched().await.is_none() {
                 return Ok(());
             }
             // First the record: should this run be killed now, the next one sees what was meant.
@@ -187,7 +202,7 @@ impl ProcessSandboxes {
             .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
             .filter(|name| !known.iter().any(|record| record.id == *name))
             .map(|name| self.folder(&name))
-            .filter(|folder| folder.living().is_some())
+            .filter(Folder::is_locked)
             .collect();
         join_all(orphans.iter().map(terminate)).await;
         Ok(orphans.len())
@@ -340,12 +355,14 @@ impl SandboxService for ProcessSandboxes {
 
     async fn resume(&self, user: &UserId, id: &str) -> Result<bool> {
         let Some(record) = self.store.get(user, id).await? else { return Ok(false) };
-        self.store.set_wanted(user, id, Wanted::Running).await?;
-        match self.folder(id).living() {
-            Some(pid) => Ok(kill_process_group(pid, Signal::CONT).is_ok()),
+        let resumed = match self.folder(id).living() {
+            Some(pid) => kill_process_group(pid, Signal::CONT).is_ok(),
             // Ended, by us or by an accident: its folder has all it needs to come back.
-            None => self.launch(&record).await.map(|()| true),
-        }
+            None => self.launch(&record).await.map(|()| true)?,
+        };
+        // Last: a resume that is cut off leaves it paused, to be resumed again, and not missing.
+        self.store.set_wanted(user, id, Wanted::Running).await?;
+        Ok(resumed)
     }
 
     async fn delete(&self, user: &UserId, id: &str) -> Result<bool> {
@@ -370,7 +387,7 @@ impl SandboxService for ProcessSandboxes {
 
 /// Ends the folder's agent server and all of its process group; returns when it is gone.
 async fn terminate(folder: &Folder) {
-    let Some(pid) = folder.living() else { return end_terminals(folder).await };
+    let Some(pid) = folder.living_or_launched().await else { return end_terminals(folder).await };
     // A frozen process takes no other signal before it goes on. A failed signal means that nobody is left to take it.
     for signal in [Signal::CONT, Signal::TERM] {
         let _gone = kill_process_group(pid, signal);

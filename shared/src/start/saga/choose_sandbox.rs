@@ -26,10 +26,16 @@ impl Work<'_> {
         }
         let new_id = self.task.record.new_sandbox_id.clone();
         // Made by an earlier attempt at this step, or by an earlier start of the same conversation.
-        if let Some(made) = sandboxes.get(&user, &new_id).await?
-            && matches!(made.status, SandboxStatus::Starting | SandboxStatus::Running | SandboxStatus::Paused)
-        {
-            return Ok(new_id);
+        if let Some(made) = sandboxes.get(&user, &new_id).await? {
+            match made.status {
+                SandboxStatus::Running | SandboxStatus::Paused => return Ok(new_id),
+                // Perhaps only its record was made. A second start does nothing to a sandbox that is starting.
+                SandboxStatus::Starting => {
+                    sandboxes.start(&user, &new_id).await?;
+                    return Ok(new_id);
+                }
+                SandboxStatus::Error | SandboxStatus::Missing => {}
+            }
         }
         // A conversation that exists goes on where it is, as long as that is there.
         if let Some(existing) = self.saga.conversations.get(&user, self.task.record.conversation_id).await?
