@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""Measures starts on this machine, as a client sees them.
+
+    cargo build -p local && python3 tests/bench_starts.py [--binary target/debug/local] [--starts 10] [--at-once 20]
+
+Runs the program on a new data folder, with the agent server of target/agent-server (or OPENHANDS_AGENT_SERVER_FOLDER),
+and prints a table. No model is asked: the conversations have no first message. Only the standard library is used.
+"""
+import argparse, concurrent.futures, json, os, re, shutil, signal, statistics, subprocess, sys, tempfile, threading, time
+import urllib.error, urllib.request
+
+POLL = 0.02
+
+
+class Server:
+    def __init__(self, binary):
+        self.data = tempfile.mkdtemp(prefix="bench-")
+        self.log = os.path.join(self.data, "log")
+        environment = dict(os.environ, LLM_MODEL="openai/none", LLM_API_KEY="none")
+        environment.setdefault("OPENHANDS_AGENT_SERVER_FOLDER", os.path.abspath("target/agent-server"))
+        environment.pop("SESSION_API_KEY", None)
+        self.process = subprocess.Popen(
+            [binary, "--data", os.path.join(self.data, "data"), "--port", "0", "--log", "json"],
+            stdout=subprocess.PIPE, stderr=open(self.log, "w"), env=environment, text=True)
+        line = self.process.stdout.readline()
+        self.base = re.search(r"http://[\d.:]+", line).group()
+        threading.Thread(target=self.process.stdout.read, daemon=True).start()
+
+    def call(self, path, body=None):
+        request = urllib.request.Request(self.base + path, method="GET" if body is None else "POST",
+                                         data=None if body is None else json.dumps(body).encode(),
+                                         headers={"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    def wait_until_alive(self):
+        while True:
+            try:
+                self.call("/alive")
+                return
+            except urllib.error.HTTPError:
+                time.sleep(0.2)
+
+    def begin(self, body):
+        return self.call("/api/v1/app-conversations", body)
+
+    def wait_for(self, task):
+        """The finished task, and when it was seen to be so."""
+        while True:
+            (now,) = self.call(f"/api/v1/app-conversations/start-tasks?ids={task['id']}")
+            if now["status"] == "READY":
+                return now, time.monotonic()
+            if now["status"] == "ERROR":
+                sys.exit(f"a start failed: {now['detail']}")
+            time.sleep(POLL)
+
+    def port_of(self, sandbox):
+        while True:
+            for line in open(self.log):
+                if "sandbox.launched" in line and sandbox in line:
+                    return json.loads(line)["port"]
+            time.sleep(POLL)
+
+    def memory(self):
+        status = open(f"/proc/{self.process.pid}/status").read()
+        return {name: int(re.search(rf"{name}:\s+(\d+) kB", status).group(1)) / 1024 for name in ("VmRSS", "VmHWM")}
+
+    def stop(self):
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(60)
+        shutil.rmtree(self.data)
+
+
+def row(what, values, unit="ms", scale=1000):
+    values = sorted(value * scale for value in values)
+    worst = values[min(len(values) - 1, int(len(values) * 0.99))]
+    print(f"| {what} | {len(values)} | {statistics.median(values):.0f} {unit} | {worst:.0f} {unit} |", flush=True)
+
+
+def first_answer(port):
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/alive", timeout=1).read()
+            return time.monotonic()
+        except OSError:
+            time.sleep(POLL)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--binary", default="target/debug/local")
+    parser.add_argument("--starts", type=int, default=10, help="starts one after the other")
+    parser.add_argument("--at-once", type=int, default=20, help="starts at once in one sandbox")
+    parser.add_argument("--own", type=int, default=4, help="starts at once with sandboxes of their own")
+    a = parser.parse_args()
+    server = Server(a.binary)
+    try:
+        server.wait_until_alive()
+        at_rest = server.memory()
+        print("| what | n | median | p99 |\n|---|---|---|---|")
+
+        began = time.monotonic()
+        task = server.begin({})
+        while not task["sandbox_id"]:
+            (task,) = server.call(f"/api/v1/app-conversations/start-tasks?ids={task['id']}")
+            time.sleep(POLL)
+        answered = first_answer(server.port_of(task["sandbox_id"]))
+        task, ready = server.wait_for(task)
+        sandbox = task["sandbox_id"]
+        row("POST to READY, a sandbox of its own", [ready - began], "s", 1)
+        row("of that: until the agent server's first `/alive`", [answered - began], "s", 1)
+        row("of that: first `/alive` to READY", [ready - answered])
+
+        posts, readies = [], []
+        for _ in range(a.starts):
+            began = time.monotonic()
+            task = server.begin({"sandbox_id": sandbox})
+            posts.append(time.monotonic() - began)
+            readies.append(server.wait_for(task)[1] - began)
+        row("POST to answer", posts)
+        row("POST to READY, in a running sandbox", readies)
+
+        def one(body):
+            began = time.monotonic()
+            return server.wait_for(server.begin(body))[1] - began
+
+        with concurrent.futures.ThreadPoolExecutor(64) as pool:
+            began = time.monotonic()
+            row(f"{a.at_once} at once in one running sandbox", list(pool.map(one, [{"sandbox_id": sandbox}] * a.at_once)))
+            print(f"| all {a.at_once} READY | 1 | {time.monotonic() - began:.1f} s | |", flush=True)
+            began = time.monotonic()
+            row(f"{a.own} at once with sandboxes of their own", list(pool.map(one, [{}] * a.own)), "s", 1)
+            print(f"| all {a.own} READY | 1 | {time.monotonic() - began:.1f} s | |", flush=True)
+        memory = server.memory()
+        print(f"| memory of the server at rest | 1 | {at_rest['VmRSS']:.0f} MiB | |")
+        print(f"| memory of the server, largest | 1 | {memory['VmHWM']:.0f} MiB | |")
+    finally:
+        server.stop()
+
+
+if __name__ == "__main__":
+    main()
