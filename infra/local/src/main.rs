@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::Parser as _;
 use local::options::{Command, LogKind, Options};
-use local::server::{Server, ServerError};
+use local::server::{Environment, Server, ServerError};
 use shared::telemetry::{self, LogFormat};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -27,14 +27,15 @@ async fn main() -> ExitCode {
 }
 
 async fn run(options: Options) -> Result<(), ServerError> {
+    let environment = Environment::read()?;
     let server = match options.command {
         None => {
-            let server = Server::start(&options.common, true, None).await?;
+            let server = Server::start(&options.common, environment, true, None).await?;
             println!("{}", welcome(&server));
             server
         }
         Some(Command::Engines { invoke_url, env_file }) => {
-            let server = Server::start(&options.common, false, invoke_url).await?;
+            let server = Server::start(&options.common, environment, false, invoke_url).await?;
             let environment = server.environment().into_iter().fold(String::new(), |mut lines, (name, value)| {
                 // Writing to a string does not fail.
                 let _written = writeln!(lines, "{name}={value}");
