@@ -253,16 +253,9 @@ impl Server {
         variables
     }
 
-    /// Ends cleanly: no new requests, no more work on starts, sandboxes stopped so that they can be resumed, engines
+    /// Ends cleanly: no more work on starts, sandboxes stopped so that they can be resumed, no more requests, engines
     /// closed.
     pub async fn shutdown(mut self) {
-        if let Some((stop, mut served)) = self.stop_serving.take() {
-            // The receiver is gone if serving has ended by itself.
-            let _gone = stop.send(());
-            if tokio::time::timeout(GRACE, &mut served).await.is_err() {
-                served.abort();
-            }
-        }
         for task in self.tasks.drain(..) {
             task.abort();
             // Cancelled is what it should be.
@@ -272,6 +265,14 @@ impl Server {
             && let Err(error) = sandboxes.stop_all(&UserId::local()).await
         {
             tracing::error!(error = %error.context(), "local.sandboxes_not_stopped");
+        }
+        // Until here: agent servers that end tell us so, and insist on being heard.
+        if let Some((stop, mut served)) = self.stop_serving.take() {
+            // The receiver is gone if serving has ended by itself.
+            let _gone = stop.send(());
+            if tokio::time::timeout(GRACE, &mut served).await.is_err() {
+                served.abort();
+            }
         }
         self.engines.shutdown().await;
     }
