@@ -5,6 +5,7 @@
 #![allow(dead_code)]
 
 pub mod git_server;
+pub mod product;
 pub mod scripted_llm;
 pub mod server;
 pub mod stand_in_agent;
