@@ -10,6 +10,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod end_to_end;
 mod saga;
 mod support;
 mod support_tests;

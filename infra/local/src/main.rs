@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use clap::Parser as _;
 use local::options::{Command, LogKind, Options};
-use local::server::{Server, ServerError};
+use local::server::{Environment, Server, ServerError};
 use shared::telemetry::{self, LogFormat};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -30,15 +30,16 @@ async fn main() -> ExitCode {
 }
 
 async fn run(options: Options) -> Result<(), ServerError> {
+    let environment = Environment::read()?;
     let server = match options.command {
         None => {
-            let server = Server::start(&options.common, true, None).await?;
+            let server = Server::start(&options.common, environment, true, None).await?;
             println!("{}", welcome(&server));
             server
         }
         Some(Command::Engines { invoke_url, env_file }) => {
-            let server = Server::start(&options.common, false, invoke_url).await?;
-            let environment = environment(&server);
+            let server = Server::start(&options.common, environment, false, invoke_url).await?;
+            let environment = environment_lines(&server);
             match env_file {
                 Some(path) => {
                     write_private(&path, &environment).map_err(|source| ServerError::File { path, source })?;
@@ -57,7 +58,7 @@ async fn run(options: Options) -> Result<(), ServerError> {
 }
 
 /// For shells and for `cargo lambda watch --env-file`.
-fn environment(server: &Server) -> String {
+fn environment_lines(server: &Server) -> String {
     let line = |(name, value): (String, String)| format!("export {name}='{}'\n", value.replace('\'', r"'\''"));
     server.environment().into_iter().map(line).collect()
 }

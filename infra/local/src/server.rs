@@ -75,6 +75,42 @@ pub enum ServerError {
     Domain(#[from] shared::Error),
 }
 
+/// What the environment of the process says.
+#[derive(Clone, Debug, Default)]
+pub struct Environment {
+    /// How starts behave.
+    pub start: StartConfig,
+    /// The user's settings; they win over those of a file.
+    pub settings: Map<String, Value>,
+    /// The instance's key (`SESSION_API_KEY`); without one every request is served.
+    pub session_api_key: Option<SecretString>,
+    /// Origins of hosted front ends (`PERMITTED_CORS_ORIGINS`).
+    pub origins: Vec<String>,
+}
+
+impl Environment {
+    /// Reads it.
+    ///
+    /// # Errors
+    /// Names the first variable that is malformed.
+    pub fn read() -> Result<Self, ServerError> {
+        let mut start = StartConfig::from_env()?;
+        if config::text("START_PATIENCE_MS").is_none() {
+            start.patience = PATIENCE;
+        }
+        let settings = [("LLM_MODEL", "llm_model"), ("LLM_API_KEY", "llm_api_key"), ("LLM_BASE_URL", "llm_base_url")]
+            .into_iter()
+            .filter_map(|(variable, field)| Some((field.to_owned(), config::text(variable)?.into())))
+            .collect();
+        Ok(Self {
+            start,
+            settings,
+            session_api_key: config::text("SESSION_API_KEY").map(SecretString::from),
+            origins: config::permitted_origins(),
+        })
+    }
+}
+
 /// A running server.
 #[derive(Debug)]
 pub struct Server {
@@ -119,9 +155,14 @@ impl Server {
     ///
     /// # Errors
     /// A sentence that says what is wrong.
-    pub async fn start(options: &CommonOptions, serve: bool, invoke_url: Option<String>) -> Result<Self, ServerError> {
+    pub async fn start(
+        options: &CommonOptions,
+        environment: Environment,
+        serve: bool,
+        invoke_url: Option<String>,
+    ) -> Result<Self, ServerError> {
         let data = make_data_folder(&options.data)?;
-        let settings = settings(options)?;
+        let settings = settings(options, environment.settings)?;
         // One that was asked for is looked at before anything runs; one that is looked for may come later.
         if let (Some(wanted), SandboxKind::Process) = (&options.python, options.sandbox) {
             find_python(Some(wanted)).await?;
@@ -144,14 +185,14 @@ impl Server {
         };
         let agent_server_folder = options.agent_server.clone().unwrap_or_else(|| data.join("agent-server"));
         let config = Config {
-            start: start_config()?,
+            start: environment.start,
             sandbox: match options.sandbox {
                 SandboxKind::None => SandboxConfig::None,
                 SandboxKind::Process => SandboxConfig::Process(ProcessSandboxConfig {
                     folder: data.join("sandboxes"),
                     python: data.join("agent-server-python"),
                     webhook_base_url: format!("{web_url}/api/v1/webhooks"),
-                    allow_cors_origins: config::permitted_origins(),
+                    allow_cors_origins: environment.origins.clone(),
                 }),
             },
             names,
@@ -185,7 +226,7 @@ impl Server {
             readiness.set("agent_server", "being installed");
         }
         if let Some(listener) = listener {
-            server.serve(listener)?;
+            server.serve(listener, environment.session_api_key, environment.origins)?;
         }
         let (python, launcher) = (options.python.clone(), data.join("agent-server-python"));
         let install = matches!(server.config.sandbox, SandboxConfig::Process(_));
@@ -246,27 +287,33 @@ impl Server {
         self.engines.shutdown().await;
     }
 
-    fn process_sandboxes(&self) -> Option<ProcessSandboxes> {
+    /// The sandboxes, if they are processes.
+    #[must_use]
+    pub fn process_sandboxes(&self) -> Option<ProcessSandboxes> {
         let SandboxConfig::Process(process) = &self.config.sandbox else { return None };
         let store =
             SandboxStore::new(self.aws.dynamodb.clone(), self.config.names.sandboxes.clone(), self.sealer.clone());
         Some(ProcessSandboxes::new(process.clone(), store))
     }
 
-    fn serve(&mut self, listener: TcpListener) -> Result<(), ServerError> {
+    fn serve(
+        &mut self,
+        listener: TcpListener,
+        key: Option<SecretString>,
+        origins: Vec<String>,
+    ) -> Result<(), ServerError> {
         let (config, aws, sealer) = (&self.config, &self.aws, &self.sealer);
         let functions = Router::new()
             .merge(conversations::router(conversations::Context::new(config, aws, sealer)?))
             .merge(start::router(start::Context::new(config, aws, sealer)))
             .merge(stream_start::router(stream_start::Context::new(config, aws, sealer)))
             .merge(start_tasks::router(start_tasks::Context::new(config, aws, sealer)));
-        let key = config::text("SESSION_API_KEY").map(SecretString::from);
         let health = Router::new()
             .route("/alive", get(alive))
             .route("/health", get(async || "OK"))
             .route("/ready", get(ready))
             .with_state(self.readiness.clone());
-        let router = edge::around(functions, key, config::permitted_origins()).merge(health);
+        let router = edge::around(functions, key, origins).merge(health);
         let (stop, stopped) = oneshot::channel::<()>();
         let served = tokio::spawn(async move {
             let serving = axum::serve(listener, router).with_graceful_shutdown(async {
@@ -309,16 +356,8 @@ fn file_error(path: &Path) -> impl FnOnce(io::Error) -> ServerError {
     move |source| ServerError::File { path: path.to_owned(), source }
 }
 
-fn start_config() -> Result<StartConfig, ServerError> {
-    let mut start = StartConfig::from_env()?;
-    if config::text("START_PATIENCE_MS").is_none() {
-        start.patience = PATIENCE;
-    }
-    Ok(start)
-}
-
 /// Settings from the file and, over them, the environment; `None` when there are neither: then what is stored stays.
-fn settings(options: &CommonOptions) -> Result<Option<SecretString>, ServerError> {
+fn settings(options: &CommonOptions, given: Map<String, Value>) -> Result<Option<SecretString>, ServerError> {
     let mut settings = match &options.settings {
         None => Map::new(),
         Some(path) => {
@@ -327,13 +366,7 @@ fn settings(options: &CommonOptions) -> Result<Option<SecretString>, ServerError
                 .map_err(|error| file_error(path)(io::Error::new(io::ErrorKind::InvalidData, error)))?
         }
     };
-    for (variable, field) in
-        [("LLM_MODEL", "llm_model"), ("LLM_API_KEY", "llm_api_key"), ("LLM_BASE_URL", "llm_base_url")]
-    {
-        if let Some(value) = config::text(variable) {
-            settings.insert(field.to_owned(), value.into());
-        }
-    }
+    settings.extend(given);
     Ok((!settings.is_empty()).then(|| Value::Object(settings).to_string().into()))
 }
 

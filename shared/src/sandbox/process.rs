@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::future::join_all;
-use rustix::process::{Pid, Signal, kill_process_group, test_kill_process};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group, test_kill_process};
 use secrecy::{ExposeSecret as _, SecretString};
 use tokio::process::Command;
 use tokio::time::{Instant, sleep};
@@ -179,6 +179,7 @@ impl ProcessSandboxes {
         let stopped = join_all(self.store.list(user).await?.into_iter().map(async |record| {
             let folder = self.folder(&record.id);
             if folder.living_or_launched().await.is_none() {
+                end_leftovers(&folder).await;
                 return Ok(());
             }
             // First the record: should this run be killed now, the next one sees what was meant.
@@ -223,6 +224,8 @@ impl ProcessSandboxes {
         if !self.store.set_port(&record.user, &record.id, port).await? {
             return Ok(()); // deleted meanwhile
         }
+        // What an agent server that was killed left running.
+        kill_all_of(&folder);
         remove_if_there(&folder.answered()).map_err(|error| cannot_make(&folder, &error))?;
         let key = self.store.session_key(record)?;
         self.spawn(&folder, lock, port, &key).map_err(|error| cannot_make(&folder, &error))?;
@@ -385,9 +388,16 @@ impl SandboxService for ProcessSandboxes {
     }
 }
 
-/// Ends the folder's agent server and all of its process group; returns when it is gone.
+/// Ends the folder's agent server and all that it started; returns when it is gone.
 async fn terminate(folder: &Folder) {
-    let Some(pid) = folder.living_or_launched().await else { return end_terminals(folder).await };
+    if let Some(pid) = folder.living_or_launched().await {
+        end_agent_server(folder, pid).await;
+    }
+    end_leftovers(folder).await;
+    end_terminals(folder).await;
+}
+
+async fn end_agent_server(folder: &Folder, pid: Pid) {
     // A frozen process takes no other signal before it goes on. A failed signal means that nobody is left to take it.
     for signal in [Signal::CONT, Signal::TERM] {
         let _gone = kill_process_group(pid, signal);
@@ -401,7 +411,6 @@ async fn terminate(folder: &Folder) {
     while folder.living().is_some() {
         sleep(Duration::from_millis(20)).await;
     }
-    end_terminals(folder).await;
 }
 
 /// Ends the terminals of an agent server that did not end them itself: their tmux server is in a session of its own.
@@ -424,6 +433,29 @@ async fn end_terminals(folder: &Folder) {
     }
     if let Err(error) = fs::remove_dir_all(folder.tmux()) {
         tracing::warn!(folder = %folder.tmux().display(), %error, "sandbox.terminals_folder_left");
+    }
+}
+
+/// Ends what a dead agent server left running, unless another one lives by now.
+async fn end_leftovers(folder: &Folder) {
+    // Held meanwhile, so that none is launched: its processes would look the same.
+    if let Ok(Some(_lock)) = take_lock(folder).await {
+        kill_all_of(folder);
+    }
+}
+
+/// Kills every process that has the sandbox's home: agents' terminals are sessions of their own, so that no signal to
+/// the agent server's group reaches them. Where the system does not show environments (other than in `/proc`), the agent
+/// server itself has to have ended them.
+fn kill_all_of(folder: &Folder) {
+    let home = format!("HOME={}", folder.home().display());
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| Pid::from_raw(name.parse().ok()?)) else { continue };
+        // Not readable: gone meanwhile, or another user's.
+        let Ok(environment) = fs::read(entry.path().join("environ")) else { continue };
+        if environment.split(|byte| *byte == 0).any(|variable| variable == home.as_bytes()) {
+            let _gone = kill_process(pid, Signal::KILL);
+        }
     }
 }
 

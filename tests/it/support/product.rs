@@ -1,0 +1,468 @@
+//! The whole product in this process, as `cargo local` runs it, on a data folder of its own and on real agent servers.
+
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, Once, PoisonError};
+use std::time::{Duration, Instant};
+
+use local::options::{CommonOptions, LogKind, SandboxKind};
+use local::server::{Environment, Server};
+use reqwest::{Client, RequestBuilder};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use serde_json::{Value, json};
+use shared::config::StartConfig;
+use shared::sandbox::process::ProcessSandboxes;
+use shared::user::UserId;
+use shared::user::seal::Sealer;
+use shared::user::settings::SettingsStore;
+use tempfile::TempDir;
+use tokio::sync::Semaphore;
+use tracing_subscriber::EnvFilter;
+
+use super::wait::{wait_for, wait_until};
+
+/// The statuses of a start that goes well, in their order.
+pub const STATUSES: [&str; 8] = [
+    "WORKING",
+    "WAITING_FOR_SANDBOX",
+    "PREPARING_REPOSITORY",
+    "RUNNING_SETUP_SCRIPT",
+    "SETTING_UP_GIT_HOOKS",
+    "SETTING_UP_SKILLS",
+    "STARTING_CONVERSATION",
+    "READY",
+];
+
+/// The first run of all installs the agent server.
+const INSTALL_LIMIT: Duration = Duration::from_secs(20 * 60);
+/// Booting an agent server takes long where several share few cores.
+const START_LIMIT: Duration = Duration::from_secs(180);
+const TURN_LIMIT: Duration = Duration::from_secs(60);
+/// For processes that end by themselves once their agent server is gone.
+const GONE_LIMIT: Duration = Duration::from_secs(10);
+const API: &str = "/api/v1/app-conversations";
+
+/// Agent servers that may boot at a time: each one keeps a core busy for seconds.
+static BOOTS: Semaphore = Semaphore::const_new(3);
+/// What all products of this process have logged.
+static LOG: Mutex<Vec<u8>> = Mutex::new(Vec::new());
+
+/// A running product. When it is dropped, so are its agent servers and its folder.
+pub struct Product {
+    // Taken by a clean end alone.
+    server: Option<Server>,
+    folder: TempDir,
+    http: Client,
+}
+
+/// A start that has come to its end.
+#[derive(Debug)]
+pub struct Start {
+    /// The task as it was shown last.
+    pub task: Value,
+    /// Every status that was seen, in order.
+    pub statuses: Vec<String>,
+}
+
+impl Start {
+    /// The conversation of a start that went well.
+    #[track_caller]
+    pub fn conversation_id(&self) -> String {
+        assert_eq!(self.task["status"], "READY", "the start failed: {:#}", self.task);
+        text(&self.task["app_conversation_id"])
+    }
+
+    /// The reason of a start that failed.
+    #[track_caller]
+    pub fn error(&self) -> String {
+        assert_eq!(self.task["status"], "ERROR", "the start did not fail: {:#}", self.task);
+        text(&self.task["detail"])
+    }
+
+    /// The sandbox it used.
+    #[track_caller]
+    pub fn sandbox_id(&self) -> String {
+        text(&self.task["sandbox_id"])
+    }
+
+    /// What is to know of it beside its status; empty if nothing is.
+    pub fn detail(&self) -> &str {
+        self.task["detail"].as_str().unwrap_or_default()
+    }
+}
+
+/// A conversation at its agent server, by the address and the key that our API gave.
+#[derive(Clone, Debug)]
+pub struct AgentConversation {
+    http: Client,
+    url: String,
+    key: String,
+}
+
+/// What a command in a sandbox came to.
+#[derive(Debug)]
+pub struct Ran {
+    pub exit_code: i64,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Product {
+    /// Starts on an empty data folder, with these settings for the user. Git hosts without encryption are allowed, and
+    /// nothing else comes from the environment. Returns once all of it works.
+    pub async fn start(settings: Value) -> Self {
+        capture_log();
+        let folder = TempDir::new().expect("a folder for the product");
+        let settings_file = folder.path().join("settings.json");
+        fs::write(&settings_file, settings.to_string()).expect("the settings are written");
+        // On loopback, whatever proxy the machine has.
+        let http = Client::builder().no_proxy().build().expect("a client");
+        let mut product = Self { server: None, folder, http };
+        product.run(Some(settings_file)).await;
+        product
+    }
+
+    /// Ends this run cleanly, and starts another on what it left behind.
+    pub async fn restart(&mut self) {
+        self.stop().await;
+        self.run(None).await;
+    }
+
+    /// Ends cleanly, and makes sure that no process is left behind.
+    pub async fn shutdown(mut self) {
+        self.stop().await;
+    }
+
+    async fn run(&mut self, settings: Option<PathBuf>) {
+        let options = CommonOptions {
+            data: self.data(),
+            port: 0,
+            sandbox: SandboxKind::Process,
+            python: None,
+            agent_server: Some(agent_server_folder()),
+            settings,
+            log: LogKind::Text,
+        };
+        let start = StartConfig {
+            allow_insecure_git_access: true,
+            patience: Duration::from_secs(60),
+            ..StartConfig::default()
+        };
+        let environment = Environment { start, ..Environment::default() };
+        let server = Server::start(&options, environment, true, None).await.expect("the server starts");
+        let url = format!("http://{}/ready", server.address);
+        self.server = Some(server);
+        wait_until("the product is ready", INSTALL_LIMIT, async || {
+            let (_, ready) = send(self.http.get(&url)).await;
+            let part = ready["parts"]["agent_server"].as_str().unwrap_or_default().to_owned();
+            assert!(!part.starts_with("failed"), "the agent server cannot be installed: {part}");
+            ready["ready"] == true
+        })
+        .await;
+    }
+
+    async fn stop(&mut self) {
+        let server = self.server.take().expect("it runs");
+        server.shutdown().await;
+        let limit = Instant::now() + GONE_LIMIT;
+        while !self.processes().is_empty() {
+            let names = || self.processes().into_iter().map(command_line).collect::<Vec<_>>();
+            assert!(Instant::now() < limit, "a clean end left processes behind: {:#?}", names());
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// The data folder.
+    pub fn data(&self) -> PathBuf {
+        self.folder.path().join("data")
+    }
+
+    fn server(&self) -> &Server {
+        self.server.as_ref().expect("it runs")
+    }
+
+    /// The sandboxes, for what has no route.
+    pub fn sandboxes(&self) -> ProcessSandboxes {
+        self.server().process_sandboxes().expect("sandboxes are processes")
+    }
+
+    /// Replaces the user's settings.
+    pub async fn change_settings(&self, settings: &Value) {
+        let Server { config, aws, .. } = self.server();
+        let sealer = Sealer::from_file(&config.sealing_key_file).expect("the sealing key");
+        let store = SettingsStore::new(aws.dynamodb.clone(), config.names.users.clone(), sealer);
+        store.put(&UserId::local(), &settings.to_string().into()).await.expect("the settings are stored");
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("http://{}{API}{path}", self.server().address)
+    }
+
+    /// `GET` below `/api/v1/app-conversations`.
+    pub async fn get(&self, path: &str) -> Value {
+        let (status, body) = send(self.http.get(self.url(path))).await;
+        assert_eq!(status, 200, "GET {path}: {body:#}");
+        body
+    }
+
+    /// `POST` below `/api/v1/app-conversations`, not yet sent.
+    pub fn post(&self, path: &str, body: &Value) -> RequestBuilder {
+        self.http.post(self.url(path)).json(body)
+    }
+
+    /// Starts a conversation and follows the start to its end, as a client does: by polling.
+    pub async fn start_conversation(&self, request: Value) -> Start {
+        let boots = ["sandbox_id", "parent_conversation_id"].iter().all(|field| request[field].is_null());
+        let _permit = if boots { Some(BOOTS.acquire().await.expect("never closed")) } else { None };
+        let (status, task) = send(self.post("", &request)).await;
+        assert_eq!(status, 200, "{task:#}");
+        assert_eq!(task["status"], "WORKING", "{task:#}");
+        self.follow(&text(&task["id"])).await
+    }
+
+    /// Follows a start to its end.
+    pub async fn follow(&self, id: &str) -> Start {
+        let mut statuses: Vec<String> = Vec::new();
+        let what = format!("the start {id} ends");
+        let task = wait_for(&what, START_LIMIT, async || {
+            let task = self.get(&format!("/start-tasks?ids={id}")).await[0].take();
+            let status = text(&task["status"]);
+            if statuses.last() != Some(&status) {
+                statuses.push(status.clone());
+            }
+            (status == "READY" || status == "ERROR").then_some(task)
+        })
+        .await;
+        Start { task, statuses }
+    }
+
+    /// The conversation as our API shows it.
+    pub async fn conversation(&self, id: &str) -> Value {
+        self.get(&format!("?ids={id}")).await[0].take()
+    }
+
+    /// The conversation as our API shows it, once its agent has come to this status.
+    pub async fn conversation_when(&self, id: &str, status: &str) -> Value {
+        self.conversation_within(id, status, TURN_LIMIT).await
+    }
+
+    /// As [`Self::conversation_when`], for agents that take their time.
+    pub async fn conversation_within(&self, id: &str, status: &str, limit: Duration) -> Value {
+        wait_for(&format!("the conversation {id} is {status}"), limit, async || {
+            let conversation = self.conversation(id).await;
+            (conversation["execution_status"] == status).then_some(conversation)
+        })
+        .await
+    }
+
+    /// The conversation at its agent server.
+    pub async fn at_agent(&self, id: &str) -> AgentConversation {
+        let conversation = self.conversation(id).await;
+        assert_eq!(conversation["sandbox_status"], "RUNNING", "{conversation:#}");
+        AgentConversation {
+            http: self.http.clone(),
+            url: text(&conversation["conversation_url"]),
+            key: text(&conversation["session_api_key"]),
+        }
+    }
+
+    /// All files of the data folder, unless they are links.
+    pub fn files(&self) -> Vec<PathBuf> {
+        let (mut files, mut folders) = (Vec::new(), vec![self.data()]);
+        while let Some(folder) = folders.pop() {
+            // What is gone meanwhile is no file any more.
+            for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+                match entry.file_type() {
+                    Ok(kind) if kind.is_dir() => folders.push(entry.path()),
+                    Ok(kind) if kind.is_file() => files.push(entry.path()),
+                    _ => {}
+                }
+            }
+        }
+        files
+    }
+
+    /// Processes that belong to this product's sandboxes: their environment names its folder.
+    pub fn processes(&self) -> Vec<Pid> {
+        let data = self.data();
+        let mut found: Vec<Pid> = agent_servers(&data.join("sandboxes"));
+        let marker = data.display().to_string();
+        // Where there is no such file system, agent servers themselves have to do.
+        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| Pid::from_raw(name.parse().ok()?)) else {
+                continue;
+            };
+            // Not readable: gone, or another user's.
+            let environment = fs::read(entry.path().join("environ")).unwrap_or_default();
+            if contains(&environment, marker.as_bytes()) && !found.contains(&pid) {
+                found.push(pid);
+            }
+        }
+        found
+    }
+}
+
+impl Drop for Product {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("The end of the products' log:\n{}", tail(&logged(), 60));
+            for log in self.files().iter().filter(|path| path.ends_with("agent-server.log")) {
+                let text = fs::read_to_string(log).unwrap_or_default();
+                eprintln!("The end of {}:\n{}", log.display(), tail(&text, 30));
+            }
+        }
+        // Some may have been on their way: nothing new begins any more, since this thread runs the server too.
+        for _ in 0..20 {
+            let left = self.processes();
+            if left.is_empty() {
+                break;
+            }
+            for pid in left {
+                // It may just have ended.
+                let _gone = (kill_process_group(pid, Signal::KILL), kill_process(pid, Signal::KILL));
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+}
+
+impl AgentConversation {
+    async fn send(&self, request: RequestBuilder) -> Value {
+        let (status, body) = send(request.header("X-Session-API-Key", &self.key)).await;
+        assert_eq!(status, 200, "{}: {body:#}", self.url);
+        body
+    }
+
+    /// The conversation as the agent server shows it.
+    pub async fn info(&self) -> Value {
+        self.send(self.http.get(&self.url)).await
+    }
+
+    /// The folder that the agent works in.
+    pub async fn folder(&self) -> PathBuf {
+        text(&self.info().await["workspace"]["working_dir"]).into()
+    }
+
+    /// Its events of this kind, in order.
+    pub async fn events(&self, kind: &str) -> Vec<Value> {
+        let events = self.send(self.http.get(format!("{}/events/search?limit=100", self.url))).await;
+        let events = events["items"].as_array().expect("items").clone();
+        events.into_iter().filter(|event| event["kind"] == kind).collect()
+    }
+
+    /// What was said in it by `user` or `agent`, in order.
+    pub async fn said_by(&self, source: &str) -> Vec<String> {
+        let messages = self.events("MessageEvent").await;
+        let of_source = messages.iter().filter(|message| message["source"] == source);
+        of_source.map(|message| content_text(&message["llm_message"]["content"])).collect()
+    }
+
+    /// Runs a command in a folder of the sandbox.
+    pub async fn run(&self, folder: &Path, command: &str) -> Ran {
+        let base = self.url.split("/api/").next().unwrap_or_default();
+        let body = json!({"command": command, "cwd": folder, "timeout": 30});
+        let ran = self.send(self.http.post(format!("{base}/api/bash/execute_bash_command")).json(&body)).await;
+        Ran {
+            exit_code: ran["exit_code"].as_i64().unwrap_or(-1),
+            stdout: ran["stdout"].as_str().unwrap_or_default().to_owned(),
+            stderr: ran["stderr"].as_str().unwrap_or_default().to_owned(),
+        }
+    }
+}
+
+/// A start's request with a first message.
+pub fn saying(message: &str) -> Value {
+    json!({"initial_message": {"content": [{"type": "text", "text": message}]}})
+}
+
+/// `request` with these fields set too.
+pub fn with(mut request: Value, fields: Value) -> Value {
+    let (Some(request_fields), Value::Object(fields)) = (request.as_object_mut(), fields) else {
+        panic!("both have to be objects");
+    };
+    request_fields.extend(fields);
+    request
+}
+
+/// The string in a value that has to be one.
+#[track_caller]
+pub fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_else(|| panic!("{value} should be a string")).to_owned()
+}
+
+/// A message's text, given as a string or as parts.
+pub fn content_text(content: &Value) -> String {
+    match content {
+        Value::String(text) => text.clone(),
+        parts => parts.as_array().into_iter().flatten().filter_map(|part| part["text"].as_str()).collect(),
+    }
+}
+
+/// What all products of this process have logged so far.
+pub fn logged() -> String {
+    String::from_utf8_lossy(&LOG.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
+}
+
+pub fn contains(haystack: &[u8], needle: &[u8]) -> bool {
+    haystack.windows(needle.len()).any(|window| window == needle)
+}
+
+async fn send(request: RequestBuilder) -> (u16, Value) {
+    let answer = request.send().await.expect("an answer");
+    let status = answer.status().as_u16();
+    let body = answer.text().await.expect("a body");
+    (status, serde_json::from_str(&body).unwrap_or(Value::String(body)))
+}
+
+/// One installation for all tests and all runs.
+fn agent_server_folder() -> PathBuf {
+    shared::config::text("OPENHANDS_AGENT_SERVER_FOLDER")
+        .map_or_else(|| Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("agent-server"), PathBuf::from)
+}
+
+fn capture_log() {
+    struct Buffer;
+    impl io::Write for Buffer {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            LOG.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        tracing_subscriber::fmt()
+            .with_env_filter(EnvFilter::new("warn,shared=trace,local=trace,start_worker=trace,dynoxide=off"))
+            .with_ansi(false)
+            .with_writer(|| Buffer)
+            .init();
+    });
+}
+
+fn tail(text: &str, lines: usize) -> String {
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}
+
+/// Agent servers that hold the lock of a sandbox's folder.
+fn agent_servers(sandboxes: &Path) -> Vec<Pid> {
+    let folders = fs::read_dir(sandboxes).into_iter().flatten().flatten().map(|entry| entry.path());
+    folders
+        .filter(|folder| {
+            File::open(folder.join("agent-server.lock"))
+                .is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+        })
+        .filter_map(|folder| {
+            let pid = fs::read_to_string(folder.join("agent-server.pid")).ok()?;
+            Pid::from_raw(pid.trim().parse().ok()?)
+        })
+        .collect()
+}
+
+fn command_line(pid: Pid) -> String {
+    let words = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).unwrap_or_default();
+    format!("{}: {}", pid.as_raw_nonzero(), String::from_utf8_lossy(&words).replace('\0', " "))
+}
