@@ -1,5 +1,7 @@
 //! Logs: for people on a terminal, JSON for machines. Secrets are `SecretString`s, which print as `[REDACTED]`.
 
+use std::io::IsTerminal as _;
+
 use tracing_subscriber::EnvFilter;
 
 /// How log lines look.
@@ -24,6 +26,7 @@ pub fn init(format: LogFormat) {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(level))
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_target(false);
     // An error here says that a subscriber is set already, by a test or an embedding program: theirs stays.
     let _already_set = match format {

@@ -265,11 +265,12 @@ async fn a_fault_that_stays_is_an_error_that_says_why() {
 #[tokio::test]
 async fn a_crash_while_a_failed_start_is_cleaned_up_keeps_its_reason() {
     let rig = Rig::start(quick()).await;
-    rig.set_settings(json!({})).await;
+    let refusal = Kind::Status(422, r#"{"detail":"no such tool"}"#.into());
+    rig.agent.inject(Fault::new("POST /api/conversations", Nth::Always, refusal));
     rig.gate.arm(usize::MAX, Stop::Refuse);
     let first = rig.begin(&message()).await;
     let detail = rig.drive(first.id).await.now.detail.expect("a detail");
-    assert!(detail.contains("LLM_MODEL"), "{detail}");
+    assert!(detail.contains("no such tool"), "{detail}");
     let calls = rig.gate.calls().len();
     for call in calls.saturating_sub(4)..=calls {
         let task = rig.begin(&message()).await;
@@ -277,6 +278,18 @@ async fn a_crash_while_a_failed_start_is_cleaned_up_keeps_its_reason() {
         let ended = rig.drive(task.id).await;
         assert_eq!(ended.now.detail.as_deref(), Some(detail.as_str()), "a crash after call {call}");
     }
+    assert!(rig.sandboxes.made().values().all(|made| made.deleted));
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn a_missing_model_is_an_error_before_the_sandbox_has_booted() {
+    let rig = Rig::start(quick()).await;
+    rig.set_settings(json!({})).await;
+    *rig.sandboxes.begins_as.lock().expect("status") = SandboxStatus::Starting;
+    let task = rig.begin(&message()).await;
+    let detail = rig.drive(task.id).await.now.detail.expect("a detail");
+    assert!(detail.contains("LLM_MODEL"), "{detail}");
     assert!(rig.sandboxes.made().values().all(|made| made.deleted));
     rig.finish().await;
 }

@@ -84,8 +84,17 @@ pub async fn handle(context: &Context, event: Value) -> Result<SqsBatchResponse,
 }
 
 async fn handle_message(context: &Context, message: &SqsMessage) -> Result<(), Error> {
-    let Job::AdvanceStart { user, task } = Job::from_body(message.body.as_deref().unwrap_or_default())?;
     let dead = message.event_source_arn.as_deref().is_some_and(|arn| arn.ends_with(DEAD_LETTER_SUFFIX));
+    let job = match Job::from_body(message.body.as_deref().unwrap_or_default()) {
+        Ok(job) => job,
+        Err(error) if dead => {
+            // Nobody will ever read it; the start it may have been about is found by the sweep.
+            tracing::error!(message_id = message.message_id, error = %error.context(), "start_worker.message_dropped");
+            return Ok(());
+        }
+        Err(error) => return Err(error),
+    };
+    let Job::AdvanceStart { user, task } = job;
     if dead {
         return context.saga.give_up(&user, task).await;
     }

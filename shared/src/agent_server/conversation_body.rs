@@ -62,24 +62,22 @@ pub struct ConversationBody {
     pub llm_model: String,
 }
 
-/// Why there can be no body.
+/// Neither the request nor the settings name a model.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum MissingModel {
-    /// Neither the request nor the settings name a model.
-    #[error("No model: set LLM_MODEL (or llm_model in the settings), or name one in the request's llm_model")]
-    NoModel,
-}
+#[error("No model: set LLM_MODEL (or llm_model in the settings), or name one in the request's llm_model")]
+pub struct MissingModel;
 
 /// Builds the body.
 ///
 /// # Errors
-/// [`MissingModel`] inside, when no model is known; [`crate::Error::Internal`] when a token cannot be signed.
+/// [`MissingModel`] inside; [`crate::Error::Internal`] when a token cannot be signed.
 pub fn conversation_body(
     inputs: &ConversationInputs<'_>,
 ) -> Result<std::result::Result<ConversationBody, MissingModel>> {
     let ConversationInputs { request, settings, config, .. } = inputs;
-    let Some(model) = given(request.llm_model.as_deref()).or_else(|| given(settings.llm_model.as_deref())) else {
-        return Ok(Err(MissingModel::NoModel));
+    let model = match model(request, settings) {
+        Ok(model) => model,
+        Err(missing) => return Ok(Err(missing)),
     };
     let plan = request.agent_type == AgentType::Plan;
     let agent_llm = llm(inputs, model, "agent");
@@ -145,6 +143,14 @@ pub fn conversation_body(
         },
     });
     Ok(Ok(ConversationBody { json, llm_model }))
+}
+
+/// The model that was asked for, or else the user's.
+///
+/// # Errors
+/// [`MissingModel`] when there is neither.
+pub fn model<'a>(request: &'a StartRequest, settings: &'a Settings) -> std::result::Result<&'a str, MissingModel> {
+    given(request.llm_model.as_deref()).or_else(|| given(settings.llm_model.as_deref())).ok_or(MissingModel)
 }
 
 fn given(text: Option<&str>) -> Option<&str> {

@@ -217,8 +217,19 @@ impl ProcessSandboxes {
     async fn launch(&self, record: &SandboxRecord) -> Result<()> {
         let folder = self.folder(&record.id);
         make_folders(&folder, &self.config.folder).map_err(|error| cannot_make(&folder, &error))?;
-        let Some(lock) = take_lock(&folder).await.map_err(|error| cannot_make(&folder, &error))? else {
-            return Ok(());
+        let take = async || take_lock(&folder).await.map_err(|error| cannot_make(&folder, &error));
+        let mut lock = take().await?;
+        if lock.is_none() {
+            if folder.living_or_launched().await.is_some() {
+                return Ok(());
+            }
+            // Held by a child that a dead agent server left behind.
+            kill_all_of(&folder);
+            lock = take().await?;
+        }
+        let Some(lock) = lock else {
+            let error = io::Error::other("processes of its earlier agent server do not end");
+            return Err(cannot_make(&folder, &error));
         };
         let port = free_port().map_err(|error| cannot_make(&folder, &error))?;
         if !self.store.set_port(&record.user, &record.id, port).await? {

@@ -3,6 +3,7 @@
 use futures::future::try_join_all;
 
 use super::{Step, StepError, Work};
+use crate::agent_server::conversation_body::model;
 use crate::sandbox::{Sandbox, SandboxStatus};
 use crate::start::store::Change;
 use crate::start::task::StartStatus;
@@ -11,6 +12,9 @@ use crate::user::settings::SandboxGroupingStrategy;
 impl Work<'_> {
     pub(super) async fn choose_sandbox(&mut self) -> Result<Step, StepError> {
         let id = self.sandbox_to_use().await?;
+        // Now, and not only when the sandbox has booted and the repository is cloned.
+        let settings = self.settings().await?;
+        model(&self.task.request, &settings).map_err(|missing| StepError::Fatal(missing.to_string()))?;
         self.task.record.now.sandbox_id = Some(id);
         Ok(Step::Next(StartStatus::WaitingForSandbox, Change::default()))
     }

@@ -20,13 +20,14 @@ pub fn quoted(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
 }
 
-/// The script around `script` that makes it run once, however often it is sent.
+/// The script around `script` that makes it run once, however often it is sent. `finally` is done at the end of each copy.
 #[must_use]
-pub fn once(state: &str, name: &str, script: &str) -> String {
+pub fn once(state: &str, name: &str, script: &str, finally: &str) -> String {
     let (state, folder) = (quoted(state), quoted(&format!("{state}/{name}")));
     // The shell that runs `script` is a child, so that nothing it does (exit, set) keeps the exit code from being kept.
     format!(
         r#"umask 077
+trap {finally} EXIT
 mkdir -p {state} || exit 1
 d={folder}
 work() {{
@@ -44,7 +45,20 @@ tail -c {OUTPUT_LIMIT} "$d/out"
 tail -c {OUTPUT_LIMIT} "$d/err" >&2
 exit "$(cat "$d/exit")""#,
         script = quoted(script),
+        finally = quoted(finally),
     )
+}
+
+/// A command of a start.
+pub(super) struct OneCommand<'a> {
+    /// Its name among the start's commands.
+    pub(super) name: &'static str,
+    /// What it does.
+    pub(super) script: &'a str,
+    /// What is done when it has ended, by every copy of it.
+    pub(super) finally: &'a str,
+    /// How long it may take.
+    pub(super) timeout: Duration,
 }
 
 impl Work<'_> {
@@ -53,14 +67,12 @@ impl Work<'_> {
         &mut self,
         agent_server: &AgentServer,
         folders: &Folders,
-        name: &str,
-        script: &str,
-        timeout: Duration,
+        OneCommand { name, script, finally, timeout }: OneCommand<'_>,
     ) -> Result<Option<CommandOutput>, StepError> {
         let id = match &self.task.record.command {
             Some(command) if command.name == name => command.id.clone(),
             _ => {
-                let script = once(&folders.state, name, script);
+                let script = once(&folders.state, name, script, finally);
                 let id = agent_server.start_command(&script, &folders.parent, timeout).await?;
                 self.task.record.command = Some(PendingCommand { name: name.to_owned(), id: id.clone() });
                 id
@@ -134,8 +146,12 @@ mod tests {
     fn ten_copies_at_once_run_the_script_once_and_all_tell_its_outcome() {
         let scratch = Scratch::new();
         let runs = scratch.path("runs");
-        let script =
-            once(&scratch.path("state"), "x", &format!("echo run >>{runs}; sleep 0.3; echo out; echo err >&2; exit 7"));
+        let script = once(
+            &scratch.path("state"),
+            "x",
+            &format!("echo run >>{runs}; sleep 0.3; echo out; echo err >&2; exit 7"),
+            "",
+        );
         let copies: Vec<_> = (0..10).map(|_| shell(&script).spawn().expect("a shell")).collect();
         for copy in copies {
             let output = copy.wait_with_output().expect("output");
@@ -151,7 +167,7 @@ mod tests {
     fn a_killed_copy_is_taken_over() {
         let scratch = Scratch::new();
         let (runs, go) = (scratch.path("runs"), scratch.path("go"));
-        let script = once(&scratch.path("state"), "x", &format!("echo run >>{runs}; [ -f {go} ] || sleep 60"));
+        let script = once(&scratch.path("state"), "x", &format!("echo run >>{runs}; [ -f {go} ] || sleep 60"), "");
         let mut first = shell(&script).spawn().expect("a shell");
         while !std::path::Path::new(&runs).exists() {
             std::thread::sleep(Duration::from_millis(10));

@@ -5,7 +5,7 @@
 
 use secrecy::SecretString;
 
-use super::command::{complaint, quoted};
+use super::command::{OneCommand, complaint, quoted};
 use super::{Folders, Step, StepError, Work};
 use crate::id;
 use crate::start::store::Change;
@@ -43,7 +43,10 @@ impl Work<'_> {
         }
         let script = self.script(&folders, &settings, repository.as_deref(), &sources, &credentials);
         let timeout = self.saga.config.clone_timeout;
-        let Some(output) = self.run_once(&agent_server, &folders, "prepare-repository", &script, timeout).await? else {
+        // By every copy: one that only waited may have come with credentials of its own.
+        let finally = format!("rm -f {}", quoted(&credentials));
+        let command = OneCommand { name: "prepare-repository", script: &script, finally: &finally, timeout };
+        let Some(output) = self.run_once(&agent_server, &folders, command).await? else {
             return Ok(Step::Wait);
         };
         if output.exit_code != 0 {

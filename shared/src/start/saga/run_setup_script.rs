@@ -1,6 +1,6 @@
 //! RUNNING_SETUP_SCRIPT: `.openhands/setup.sh` of the project, if there is one.
 
-use super::command::{complaint, quoted};
+use super::command::{OneCommand, complaint, quoted};
 use super::{Step, StepError, Work};
 use crate::start::store::Change;
 use crate::start::task::StartStatus;
@@ -15,7 +15,8 @@ impl Work<'_> {
             quoted(&folders.project_dir)
         );
         let timeout = self.saga.config.setup_script_timeout;
-        let Some(output) = self.run_once(&agent_server, &folders, "setup-script", &script, timeout).await? else {
+        let command = OneCommand { name: "setup-script", script: &script, finally: "", timeout };
+        let Some(output) = self.run_once(&agent_server, &folders, command).await? else {
             return Ok(Step::Wait);
         };
         let mut change = Change::default();

@@ -1,6 +1,6 @@
 //! SETTING_UP_GIT_HOOKS: `.openhands/pre-commit.sh` of the project becomes git's pre-commit hook.
 
-use super::command::{complaint, quoted};
+use super::command::{OneCommand, complaint, quoted};
 use super::{Step, StepError, Work};
 use crate::start::store::Change;
 use crate::start::task::StartStatus;
@@ -14,7 +14,8 @@ impl Work<'_> {
         let folders = self.folders(&sandbox).await?;
         let script = script(&folders.project_dir);
         let timeout = self.saga.config.step_timeout;
-        let Some(output) = self.run_once(&agent_server, &folders, "git-hooks", &script, timeout).await? else {
+        let command = OneCommand { name: "git-hooks", script: &script, finally: "", timeout };
+        let Some(output) = self.run_once(&agent_server, &folders, command).await? else {
             return Ok(Step::Wait);
         };
         let mut change = Change::default();
