@@ -37,6 +37,8 @@ use crate::user::settings::{SandboxGroupingStrategy, Settings, SettingsStore};
 const MAX_ATTEMPTS: u32 = 8;
 const FIRST_RETRY_DELAY: Duration = Duration::from_millis(250);
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(5);
+/// By how much looks at the same command get rarer.
+const MAX_POLL_FACTOR: u32 = 10;
 /// What a step may take beyond its deadline to end by itself.
 const OVERTIME: Duration = Duration::from_secs(30);
 /// The shortest delay of a queue.
@@ -191,6 +193,7 @@ impl Saga {
 impl Work<'_> {
     async fn run(&mut self) -> Result<Turn> {
         let mut waiting_since = None;
+        let mut looks = 0;
         loop {
             if self.task.record.failure.is_some() {
                 return self.clean_up_and_end().await;
@@ -198,14 +201,17 @@ impl Work<'_> {
             let (pause, change) = match self.step().await {
                 Ok(Step::Ready) => return Ok(Turn::Finished),
                 Ok(Step::Next(status, change)) => {
-                    waiting_since = None;
+                    (waiting_since, looks) = (None, 0);
                     match self.enter(status, change).await? {
                         Ok(()) => continue,
                         Err(LeaseLost) => return Ok(Turn::Busy),
                     }
                 }
                 Ok(Step::Wait) if self.is_overdue() => return self.fail(&self.overdue_text()).await,
-                Ok(Step::Wait) => (self.saga.config.poll, Change::default()),
+                Ok(Step::Wait) => {
+                    looks += 1;
+                    (self.pause_after(looks), Change::default())
+                }
                 Err(StepError::LeaseLost) => return Ok(Turn::Busy),
                 Err(StepError::Fatal(text)) => return self.fail(&text).await,
                 Err(StepError::Retry(text)) => {
@@ -229,6 +235,16 @@ impl Work<'_> {
                 return Ok(Turn::Busy);
             }
         }
+    }
+
+    /// The pause after the n-th look. Each look at a command costs the agent server a scan of all its commands, so what
+    /// takes long is looked at less often. A sandbox that boots is looked at steadily: its first answer is waited for.
+    fn pause_after(&self, looks: u32) -> Duration {
+        let factor = match self.status() {
+            StartStatus::WaitingForSandbox => 1,
+            _ => (looks / 2 + 1).min(MAX_POLL_FACTOR),
+        };
+        self.saga.config.poll * factor
     }
 
     fn status(&self) -> StartStatus {
