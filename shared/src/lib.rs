@@ -12,6 +12,7 @@ pub mod config;
 pub mod conversation;
 pub mod dynamo;
 pub mod error;
+pub mod event;
 pub mod http;
 pub mod id;
 pub mod sandbox;

@@ -139,6 +139,13 @@ async fn a_first_message_is_answered(product: &Product, llm: &ScriptedLlm) -> St
     assert_eq!(requests_with(llm, "Say hello").len(), 1, "the message is told once");
     assert!(agent.folder().await.join(".git").is_dir(), "an empty workspace is a git repository");
 
+    // An agent server sends what it has gathered after half a minute.
+    wait_until("the events arrive in the store", Duration::from_secs(60), async || {
+        let kinds: Vec<String> = product.events_of(&id).await.into_iter().map(|event| event.kind).collect();
+        kinds.iter().filter(|kind| *kind == "MessageEvent").count() == 2
+    })
+    .await;
+
     // Where there is a browser the agent has it, and where there is none the user is told.
     let browser = tools(&info).contains(&"browser_tool_set".to_owned());
     assert_eq!(start.detail().contains("Chromium"), !browser, "tools {:?}, detail {:?}", tools(&info), start.detail());

@@ -14,3 +14,4 @@ mod end_to_end;
 mod saga;
 mod support;
 mod support_tests;
+mod webhooks;

@@ -15,8 +15,9 @@ use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer};
 /// The header that holds the instance's key.
 const SESSION_API_KEY: &str = "x-session-api-key";
 
-/// Puts the edge around the functions' routers: the single user, the instance's key if there is one, CORS.
-pub fn around(functions: Router, key: Option<SecretString>, origins: Vec<String>) -> Router {
+/// Puts the edge around the functions' routers: the single user, the instance's key if there is one, CORS. Sandboxes do not
+/// have that key, and webhooks find out for themselves whose sandbox is calling.
+pub fn around(functions: Router, webhooks: Router, key: Option<SecretString>, origins: Vec<String>) -> Router {
     let guarded =
         functions.layer(middleware::from_fn(as_local_user)).route_layer(middleware::from_fn(
             move |request: Request, next: Next| {
@@ -26,7 +27,7 @@ pub fn around(functions: Router, key: Option<SecretString>, origins: Vec<String>
                 }
             },
         ));
-    with_common_answers(guarded).layer(cors(origins))
+    with_common_answers(guarded.merge(webhooks)).layer(cors(origins))
 }
 
 async fn as_local_user(mut request: Request, next: Next) -> Response {

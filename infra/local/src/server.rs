@@ -308,12 +308,13 @@ impl Server {
             .merge(start::router(start::Context::new(config, aws, sealer)))
             .merge(stream_start::router(stream_start::Context::new(config, aws, sealer)))
             .merge(start_tasks::router(start_tasks::Context::new(config, aws, sealer)));
+        let webhooks = events::router(events::Context::new(config, aws, sealer));
         let health = Router::new()
             .route("/alive", get(alive))
             .route("/health", get(async || "OK"))
             .route("/ready", get(ready))
             .with_state(self.readiness.clone());
-        let router = edge::around(functions, key, origins).merge(health);
+        let router = edge::around(functions, webhooks, key, origins).merge(health);
         let (stop, stopped) = oneshot::channel::<()>();
         let served = tokio::spawn(async move {
             let serving = axum::serve(listener, router).with_graceful_shutdown(async {

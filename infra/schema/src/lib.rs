@@ -54,7 +54,7 @@ const fn index(name: &'static str, partition_key: &'static str, sort_key: &'stat
 }
 
 /// All tables.
-pub const TABLES: [Table; 4] = [
+pub const TABLES: [Table; 5] = [
     Table {
         name: "conversations",
         partition_key: "user",
@@ -91,6 +91,7 @@ pub const TABLES: [Table; 4] = [
             index(sandbox::store::BY_CREATED, "user", "created_at", Projected::All),
         ],
     },
+    Table { name: "events", partition_key: "conversation", sort_key: "position", indexes: &[] },
     Table { name: "users", partition_key: "user", sort_key: "kind", indexes: &[] },
 ];
 

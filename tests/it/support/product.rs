@@ -12,6 +12,7 @@ use reqwest::{Client, RequestBuilder};
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use serde_json::{Value, json};
 use shared::config::StartConfig;
+use shared::event::store::{Event, EventStore};
 use shared::sandbox::process::ProcessSandboxes;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
@@ -19,6 +20,7 @@ use shared::user::settings::SettingsStore;
 use tempfile::TempDir;
 use tokio::sync::Semaphore;
 use tracing_subscriber::EnvFilter;
+use uuid::Uuid;
 
 use super::wait::{wait_for, wait_until};
 
@@ -185,6 +187,14 @@ impl Product {
     /// The sandboxes, for what has no route.
     pub fn sandboxes(&self) -> ProcessSandboxes {
         self.server().process_sandboxes().expect("sandboxes are processes")
+    }
+
+    /// The events of a conversation that have come to our store.
+    pub async fn events_of(&self, id: &str) -> Vec<Event> {
+        let Server { config, aws, .. } = self.server();
+        let (table, bucket) = (config.names.events.clone(), config.names.bucket.clone());
+        let store = EventStore::new(aws.dynamodb.clone(), table, aws.s3.clone(), bucket);
+        store.list(&UserId::local(), Uuid::parse_str(id).expect("an id")).await.expect("the store")
     }
 
     /// Replaces the user's settings.

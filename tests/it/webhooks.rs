@@ -1,0 +1,321 @@
+//! What agent servers post: who may, what is kept, and that nothing is acknowledged that is not.
+
+use futures::future::join_all;
+use local::engines::{EnginePorts, Engines};
+use local::options::{CommonOptions, LogKind, SandboxKind};
+use local::server::{Environment, Server};
+use reqwest::Client;
+use secrecy::SecretString;
+use serde_json::{Value, json};
+use shared::Time;
+use shared::aws::Aws;
+use shared::config::{Config, Names, SandboxConfig, StartConfig};
+use shared::conversation::ConversationRecord;
+use shared::conversation::store::ConversationStore;
+use shared::event::store::{Event, EventStore};
+use shared::sandbox::store::SandboxStore;
+use shared::user::UserId;
+use shared::user::seal::Sealer;
+use tempfile::TempDir;
+use tower::ServiceExt as _;
+use uuid::Uuid;
+
+use crate::support::gate::{Gate, Stop};
+
+const KEY: &str = "session-key-of-one";
+const OTHER_KEY: &str = "session-key-of-another";
+const INSTANCE_KEY: &str = "key-of-the-instance";
+
+/// A user with two sandboxes.
+struct Owner {
+    user: UserId,
+    conversations: ConversationStore,
+    events: EventStore,
+    aws: Aws,
+}
+
+impl Owner {
+    async fn new(aws: &Aws, names: &Names, sealer: &Sealer, user: UserId) -> Self {
+        let sandboxes = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
+        for (id, key) in [("one", KEY), ("another", OTHER_KEY)] {
+            let record = sandboxes.new_record(&user, id, "spec", &SecretString::from(key)).expect("a record");
+            sandboxes.put_new(record).await.expect("stored");
+        }
+        Self {
+            user,
+            conversations: ConversationStore::new(
+                aws.dynamodb.clone(),
+                names.conversations.clone(),
+                names.users.clone(),
+            ),
+            events: EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone()),
+            aws: aws.clone(),
+        }
+    }
+
+    async fn has_conversation(&self, id: Uuid, sandbox: &str) {
+        let now = Time::now();
+        let record = ConversationRecord {
+            user: self.user.clone(),
+            id,
+            sandbox_id: sandbox.to_owned(),
+            selected_repository: None,
+            selected_branch: None,
+            git_provider: None,
+            title: None,
+            trigger: None,
+            pr_number: Vec::new(),
+            llm_model: None,
+            metrics: shared::conversation::MetricsSnapshot::default(),
+            parent_conversation_id: None,
+            public: None,
+            created_at: now,
+            updated_at: now,
+        };
+        let writes = self.conversations.put_new(&record).expect("writes").to_vec();
+        self.aws.dynamodb.transact_write_items().set_transact_items(Some(writes)).send().await.expect("stored");
+    }
+
+    async fn events_of(&self, conversation: Uuid) -> Vec<Event> {
+        self.events.list(&self.user, conversation).await.expect("the store")
+    }
+}
+
+/// The whole server, with a key for everything else.
+struct Rig {
+    server: Server,
+    http: Client,
+    owner: Owner,
+    _folder: TempDir,
+}
+
+impl Rig {
+    async fn start() -> Self {
+        let folder = TempDir::new().expect("a folder");
+        let options = CommonOptions {
+            data: folder.path().join("data"),
+            port: 0,
+            sandbox: SandboxKind::None,
+            python: None,
+            agent_server: None,
+            settings: None,
+            log: LogKind::Text,
+        };
+        let environment =
+            Environment { session_api_key: Some(INSTANCE_KEY.to_owned().into()), ..Environment::default() };
+        let server = Server::start(&options, environment, true, None).await.expect("the server starts");
+        let sealer = Sealer::from_file(&server.config.sealing_key_file).expect("the sealing key");
+        let owner = Owner::new(&server.aws, &server.config.names, &sealer, UserId::local()).await;
+        Self { server, http: Client::builder().no_proxy().build().expect("a client"), owner, _folder: folder }
+    }
+
+    async fn post(&self, path: &str, key: Option<&str>, body: impl Into<reqwest::Body>) -> (u16, Value) {
+        let url = format!("http://{}/api/v1/webhooks/{path}", self.server.address);
+        let mut request = self.http.post(url).header("content-type", "application/json").body(body);
+        if let Some(key) = key {
+            request = request.header("X-Session-API-Key", key);
+        }
+        let answer = request.send().await.expect("an answer");
+        assert!(answer.headers().contains_key("cache-control"), "the answers have what all answers have");
+        (answer.status().as_u16(), answer.json().await.expect("JSON"))
+    }
+
+    async fn post_events(&self, conversation: Uuid, events: &Value) -> (u16, Value) {
+        self.post(&format!("events/{}", conversation.simple()), Some(KEY), events.to_string()).await
+    }
+}
+
+fn event(number: usize) -> Value {
+    json!({"id": format!("event-{number}"), "timestamp": format!("2025-01-01T00:00:{number:02}"), "source": "agent",
+        "kind": "MessageEvent"})
+}
+
+fn success() -> (u16, Value) {
+    (200, json!({"success": true}))
+}
+
+fn refused(text: &str) -> (u16, Value) {
+    (401, json!({"detail": text}))
+}
+
+#[tokio::test]
+async fn only_sandboxes_tell_and_only_of_their_own_conversations() {
+    let rig = Rig::start().await;
+    let (own, foreign, unknown) = (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
+    rig.owner.has_conversation(own, "one").await;
+    rig.owner.has_conversation(foreign, "another").await;
+    let batch = json!([event(1)]).to_string();
+    for (id, expected) in [(own, success()), (unknown, success()), (foreign, refused("Unauthorized"))] {
+        let events = format!("events/{id}");
+        let said = json!({"id": id, "execution_status": "running"}).to_string();
+        for (path, body) in [(events.as_str(), &batch), ("conversations", &said)] {
+            // Who calls is asked before what for.
+            for body in [body.as_str(), "nonsense"] {
+                let missing = refused("X-Session-API-Key header is required");
+                assert_eq!(rig.post(path, None, body.to_owned()).await, missing, "{path}");
+                assert_eq!(rig.post(path, Some(""), body.to_owned()).await, missing, "{path}");
+                for key in ["unknown", INSTANCE_KEY] {
+                    let answer = rig.post(path, Some(key), body.to_owned()).await;
+                    assert_eq!(answer, refused("Invalid session API key"), "{path}");
+                }
+            }
+            assert_eq!(rig.post(path, Some(KEY), body.clone()).await, expected, "{path}");
+        }
+        let kept = rig.owner.events_of(id).await.len();
+        assert_eq!(kept, usize::from(expected.0 == 200));
+    }
+    // What is said of a conversation makes no record, also not when it is being deleted.
+    let deleting = json!({"id": own, "execution_status": "deleting"}).to_string();
+    assert_eq!(rig.post("conversations", Some(KEY), deleting).await, success());
+    assert_eq!(rig.owner.conversations.count(&rig.owner.user).await.expect("a count"), 2);
+    // The session key opens webhooks alone, and there is nothing else at their paths.
+    let url = format!("http://{}/api/v1", rig.server.address);
+    let get = async |path: &str| {
+        rig.http.get(format!("{url}{path}")).header("X-Session-API-Key", KEY).send().await.expect("an answer").status()
+    };
+    assert_eq!(get("/app-conversations/search").await, 401);
+    assert_eq!(get("/webhooks/conversations").await, 405);
+    assert_eq!(get("/webhooks/nothing").await, 404);
+    rig.server.shutdown().await;
+}
+
+#[tokio::test]
+async fn events_are_kept_as_they_came_and_once() {
+    let rig = Rig::start().await;
+    let id = Uuid::new_v4();
+    // More than DynamoDB takes at once, in no order, one of them twice.
+    let mut batch: Vec<Value> = (0..30).rev().map(event).collect();
+    batch.push(event(7));
+    let batch = Value::Array(batch);
+    let answers = join_all((0..5).map(|_| rig.post_events(id, &batch))).await;
+    assert!(answers.iter().all(|answer| *answer == success()), "{answers:?}");
+    assert_eq!(rig.post_events(id, &json!([])).await, success());
+    let ids = async || rig.owner.events_of(id).await.into_iter().map(|event| event.id).collect::<Vec<_>>();
+    let thirty: Vec<String> = (0..30).map(|number| format!("event-{number}")).collect();
+    assert_eq!(ids().await, thirty);
+    assert_eq!(rig.post_events(id, &json!([event(29), event(30)])).await, success());
+    assert_eq!(ids().await.len(), 31);
+
+    // Byte for byte, whatever it is.
+    let other = Uuid::new_v4();
+    let sent = r#"{"timestamp":"2025-01-01T00:00:00.5", "kind":"NobodyKnowsIt","more":[1.10, 1e2,123456789012345678901234567890],
+        "text":"\u00e9é", "id":"strange"}"#;
+    let large = json!({"id": "large", "timestamp": "2025-01-01T00:00:01", "kind": "ObservationEvent",
+        "text": "é".repeat(250_000)})
+    .to_string();
+    assert!(large.len() > 500_000);
+    let path = format!("events/{other}");
+    for _ in 0..2 {
+        assert_eq!(rig.post(&path, Some(KEY), format!("[{sent} , {large}]")).await, success());
+    }
+    let kept = rig.owner.events_of(other).await;
+    assert_eq!(kept.iter().map(|event| event.json.as_str()).collect::<Vec<_>>(), [sent, large.as_str()]);
+    assert_eq!(kept[0].kind, "NobodyKnowsIt");
+    // The large one is in the bucket, under a key that file systems take too.
+    let objects = rig.server.aws.s3.list_objects_v2().bucket(&rig.server.config.names.bucket).prefix("events/");
+    let objects = objects.send().await.expect("a list").contents.unwrap_or_default();
+    let [object] = objects.as_slice() else { panic!("one object: {objects:?}") };
+    let key = object.key().expect("a key");
+    assert!(key.starts_with(&format!("events/{}/", other.simple())) && key.len() < 145, "{key}");
+    rig.server.shutdown().await;
+}
+
+#[tokio::test]
+async fn bad_bodies_are_refused_with_their_faults() {
+    let rig = Rig::start().await;
+    let id = Uuid::new_v4();
+    let events = format!("events/{id}");
+    let long = "x".repeat(1024);
+    for (path, body, faults) in [
+        ("conversations", "", vec![("missing", json!(["body"]))]),
+        ("conversations", "[]", vec![("model_attributes_type", json!(["body"]))]),
+        ("conversations", "{}", vec![("missing", json!(["body", "id"]))]),
+        ("conversations", r#"{"id": "x"}"#, vec![("uuid_parsing", json!(["body", "id"]))]),
+        (events.as_str(), "", vec![("missing", json!(["body"]))]),
+        (&events, "[", vec![("json_invalid", json!(["body", 1]))]),
+        (&events, "{}", vec![("list_type", json!(["body"]))]),
+        (
+            &events,
+            &json!([event(1), 3, {"id": 4, "kind": "K"}]).to_string(),
+            vec![
+                ("model_attributes_type", json!(["body", 1])),
+                ("string_type", json!(["body", 2, "id"])),
+                ("missing", json!(["body", 2, "timestamp"])),
+            ],
+        ),
+        (
+            &events,
+            &json!([{"id": long, "timestamp": "2025", "kind": "K"}]).to_string(),
+            vec![("value_error", json!(["body", 0]))],
+        ),
+        (
+            "events/nothing",
+            "{}",
+            vec![("uuid_parsing", json!(["path", "conversation_id"])), ("list_type", json!(["body"]))],
+        ),
+        ("events/%FF", "[]", vec![("uuid_parsing", json!(["path", "conversation_id"]))]),
+    ] {
+        let (status, answer) = rig.post(path, Some(KEY), body.to_owned()).await;
+        let told: Vec<(&str, Value)> = answer["detail"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .map(|fault| (fault["type"].as_str().unwrap_or_default(), fault["loc"].clone()))
+            .collect();
+        assert_eq!((status, told), (422, faults), "{path} {body}: {answer}");
+    }
+    assert_eq!(rig.owner.events_of(id).await, [], "a batch is kept whole or not at all");
+    rig.server.shutdown().await;
+}
+
+#[tokio::test]
+async fn nothing_is_acknowledged_that_the_store_refuses() {
+    let folder = TempDir::new().expect("a folder");
+    let engines = Engines::start(folder.path(), EnginePorts::default()).await.expect("engines");
+    let sdk = engines.sdk_config().await;
+    let aws = Aws::new(&sdk);
+    let names = Names::with_prefix("webhooks-");
+    schema::make_all(&aws, &names, "webhooks-").await.expect("a schema");
+    let sealing_key_file = folder.path().join("sealing-key");
+    let sealer = Sealer::from_file(&sealing_key_file).expect("a key");
+    let owner = Owner::new(&aws, &names, &sealer, UserId::new("somebody")).await;
+    let gate = Gate::new();
+    let way = gate.to(&engines.dynamodb).await;
+    let gated = Aws {
+        dynamodb: aws_sdk_dynamodb::Client::from_conf(
+            aws_sdk_dynamodb::config::Builder::from(&sdk).endpoint_url(way.url()).build(),
+        ),
+        ..aws.clone()
+    };
+    let config = Config {
+        start: StartConfig::default(),
+        sandbox: SandboxConfig::None,
+        names,
+        sealing_key_file,
+        single_user: false,
+        live_status_budget: std::time::Duration::from_secs(1),
+    };
+    let router = events::router(events::Context::new(&config, &gated, &sealer));
+    let id = Uuid::new_v4();
+    let batch = Value::Array((0..30).map(event).collect()).to_string();
+    let post = async || {
+        let request = http::Request::post(format!("/api/v1/webhooks/events/{id}"))
+            .header("x-session-api-key", KEY)
+            .header("content-type", "application/json")
+            .body(axum::body::Body::from(batch.clone()))
+            .expect("a request");
+        router.clone().oneshot(request).await.expect("an answer").status().as_u16()
+    };
+    // Two lookups, and two writes of which the first holds 25 events.
+    for (call, kept) in [(1, 0), (2, 0), (3, 0), (4, 25)] {
+        gate.arm(call, Stop::Refuse);
+        assert_eq!(post().await, 503, "{:?}", gate.calls());
+        assert_eq!(owner.events_of(id).await.len(), kept, "{:?}", gate.calls());
+    }
+    gate.arm(5, Stop::Refuse);
+    assert_eq!(post().await, 200, "{:?}", gate.calls());
+    assert_eq!(gate.calls(), ["Query", "BatchGetItem", "BatchWriteItem", "BatchWriteItem"]);
+    assert_eq!(owner.events_of(id).await.len(), 30);
+    drop(way);
+    engines.shutdown().await;
+}
