@@ -141,7 +141,7 @@ impl ConversationStore {
             .table_name(&self.table)
             .index_name(BY_SANDBOX)
             .key_condition_expression("sandbox_key = :sandbox")
-            .expression_attribute_values(":sandbox", text(sandbox_key(user, sandbox_id)))
+            .expression_attribute_values(":sandbox", text(user.key_of(sandbox_id)))
             .select(Select::Count)
             .into_paginator()
             .send();
@@ -163,7 +163,7 @@ impl ConversationStore {
             .table_name(&self.table)
             .index_name(BY_PARENT)
             .key_condition_expression("parent_key = :parent")
-            .expression_attribute_values(":parent", text(parent_key(user, parent)))
+            .expression_attribute_values(":parent", text(user.key_of(&id::hex(parent))))
             .into_paginator()
             .items()
             .send();
@@ -228,7 +228,7 @@ impl ConversationStore {
             .update_expression("SET sandbox_id = :sandbox, sandbox_key = :sandbox_key, updated_at = :now")
             .condition_expression("attribute_exists(id)")
             .expression_attribute_values(":sandbox", text(sandbox_id))
-            .expression_attribute_values(":sandbox_key", text(sandbox_key(user, sandbox_id)))
+            .expression_attribute_values(":sandbox_key", text(user.key_of(sandbox_id)))
             .expression_attribute_values(":now", text(Time::now().sortable()))
             .send()
             .await
@@ -245,9 +245,9 @@ impl ConversationStore {
 fn item(record: &ConversationRecord) -> Result<Item> {
     let mut item: HashMap<String, AttributeValue> = to_item(record)?;
     item.insert("created_sort".into(), text(created_sort(record)));
-    item.insert("sandbox_key".into(), text(sandbox_key(&record.user, &record.sandbox_id)));
+    item.insert("sandbox_key".into(), text(record.user.key_of(&record.sandbox_id)));
     match record.parent_conversation_id {
-        Some(parent) => item.insert("parent_key".into(), text(parent_key(&record.user, parent))),
+        Some(parent) => item.insert("parent_key".into(), text(record.user.key_of(&id::hex(parent)))),
         None => item.insert("top_level_user".into(), text(record.user.as_str())),
     };
     Ok(item)
@@ -264,13 +264,4 @@ fn key(user: &UserId, id: Uuid) -> Item {
 
 fn counters_key(user: &UserId) -> Item {
     Item::from([("user".into(), text(user.as_str())), ("kind".into(), text(COUNTERS))])
-}
-
-/// The length keeps two users' keys apart whatever characters their ids hold.
-fn sandbox_key(user: &UserId, sandbox_id: &str) -> String {
-    format!("{}:{user}#{sandbox_id}", user.as_str().len())
-}
-
-fn parent_key(user: &UserId, parent: Uuid) -> String {
-    format!("{}:{user}#{}", user.as_str().len(), id::hex(parent))
 }

@@ -80,7 +80,7 @@ impl EventStore {
     /// # Errors
     /// [`Error::Store`]; some of them may be stored then.
     pub async fn append(&self, user: &UserId, conversation: Uuid, events: Vec<Event>) -> Result<()> {
-        let partition = partition(user, conversation);
+        let partition = user.key_of(&id::hex(conversation));
         // DynamoDB refuses a batch that names a key twice.
         let events: BTreeMap<String, Event> = events.into_iter().map(|event| (event.position(), event)).collect();
         let mut writes = Vec::with_capacity(events.len());
@@ -166,7 +166,7 @@ impl EventStore {
             .query()
             .table_name(&self.table)
             .key_condition_expression("conversation = :conversation")
-            .expression_attribute_values(":conversation", text(partition(user, conversation)))
+            .expression_attribute_values(":conversation", text(user.key_of(&id::hex(conversation))))
             .consistent_read(true)
             .into_paginator()
             .send();
@@ -198,9 +198,4 @@ impl EventStore {
         };
         Ok(Event { id: row.id, timestamp: row.timestamp, kind: row.kind, json })
     }
-}
-
-/// The length keeps two users' keys apart whatever characters their ids hold.
-fn partition(user: &UserId, conversation: Uuid) -> String {
-    format!("{}:{user}#{}", user.as_str().len(), id::hex(conversation))
 }

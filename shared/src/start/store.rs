@@ -406,7 +406,7 @@ impl StartTaskStore {
             .table_name(&self.table)
             .index_name(BY_CONVERSATION)
             .key_condition_expression("conversation_key = :conversation")
-            .expression_attribute_values(":conversation", text(conversation_key(user, conversation)))
+            .expression_attribute_values(":conversation", text(user.key_of(&id::hex(conversation))))
             .into_paginator()
             .items()
             .send();
@@ -659,7 +659,7 @@ impl StartTaskStore {
     /// # Errors
     /// [`Error::Internal`] when the snapshot has no form as an item.
     pub fn ready(user: &UserId, id: Uuid, conversation: Uuid, snapshot: &Snapshot) -> Result<Change> {
-        let conversation = text(conversation_key(user, conversation));
+        let conversation = text(user.key_of(&id::hex(conversation)));
         Ok(Change::default().state(id, snapshot)?.set("conversation_key", conversation).finished())
     }
 
@@ -748,10 +748,6 @@ fn shard(id: Uuid) -> String {
 
 fn key(user: &UserId, id: Uuid) -> Item {
     Item::from([("user".into(), text(user.as_str())), ("id".into(), text(id::hex(id)))])
-}
-
-fn conversation_key(user: &UserId, conversation: Uuid) -> String {
-    format!("{}:{user}#{}", user.as_str().len(), id::hex(conversation))
 }
 
 fn secrets_purpose(user: &UserId, id: Uuid) -> String {

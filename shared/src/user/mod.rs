@@ -35,6 +35,13 @@ impl UserId {
         &self.0
     }
 
+    /// A key for what belongs to one of the user's things. The length keeps two users' keys apart whatever characters
+    /// their ids hold.
+    #[must_use]
+    pub fn key_of(&self, id: &str) -> String {
+        format!("{}:{}#{id}", self.0.len(), self.0)
+    }
+
     /// The id as answers show it: `None` for the single local user.
     #[must_use]
     pub fn shown(&self) -> Option<&str> {

@@ -39,6 +39,8 @@ const FIRST_RETRY_DELAY: Duration = Duration::from_millis(250);
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(5);
 /// By how much looks at the same command get rarer.
 const MAX_POLL_FACTOR: u32 = 10;
+/// The same while a sandbox boots.
+const MAX_BOOT_POLL_FACTOR: u32 = 3;
 /// What a step may take beyond its deadline to end by itself.
 const OVERTIME: Duration = Duration::from_secs(30);
 /// The shortest delay of a queue.
@@ -238,13 +240,13 @@ impl Work<'_> {
     }
 
     /// The pause after the n-th look. Each look at a command costs the agent server a scan of all its commands, so what
-    /// takes long is looked at less often. A sandbox that boots is looked at steadily: its first answer is waited for.
+    /// takes long is looked at less often. A sandbox that boots takes long too, but its first answer is waited for.
     fn pause_after(&self, looks: u32) -> Duration {
-        let factor = match self.status() {
-            StartStatus::WaitingForSandbox => 1,
-            _ => (looks / 2 + 1).min(MAX_POLL_FACTOR),
+        let slowest = match self.status() {
+            StartStatus::WaitingForSandbox => MAX_BOOT_POLL_FACTOR,
+            _ => MAX_POLL_FACTOR,
         };
-        self.saga.config.poll * factor
+        self.saga.config.poll * (looks / 2 + 1).min(slowest)
     }
 
     fn status(&self) -> StartStatus {
