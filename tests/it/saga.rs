@@ -377,6 +377,27 @@ async fn two_starts_of_one_conversation_at_once_are_one_conversation() {
     rig.finish().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn many_starts_at_once_in_one_sandbox_do_not_disturb_each_other() {
+    let rig = Rig::start(quick()).await;
+    rig.set_settings(json!({"llm_model": "openai/x", "git_user_name": "A", "git_user_email": "a@example.org"})).await;
+    let first = rig.begin(&json!({})).await;
+    let sandbox = rig.drive(first.id).await.now.sandbox_id.expect("a sandbox");
+    let mut tasks = Vec::new();
+    for _ in 0..12 {
+        tasks.push(rig.begin(&json!({"sandbox_id": sandbox})).await.id);
+    }
+    let messages: Vec<_> =
+        stream::iter(&tasks).then(|_| rig.receive()).filter_map(async |message| message).collect().await;
+    join_all(messages.iter().map(|message| rig.handle(message))).await;
+    for task in tasks {
+        let done = rig.drive(task).await;
+        assert_eq!(done.now.status, StartStatus::Ready, "{:?}", done.now.detail);
+    }
+    assert_eq!(rig.agent.conversations().len(), 13);
+    rig.finish().await;
+}
+
 #[tokio::test]
 async fn a_request_too_large_for_the_record_is_kept_in_the_bucket() {
     let rig = Rig::start(quick()).await;

@@ -201,10 +201,15 @@ impl Server {
             live_status_budget: Duration::from_millis(1500),
         };
         let user = UserId::local();
+        let stored = SettingsStore::new(aws.dynamodb.clone(), config.names.users.clone(), sealer.clone());
         if let Some(json) = settings {
-            SettingsStore::new(aws.dynamodb.clone(), config.names.users.clone(), sealer.clone())
-                .put(&user, &json)
-                .await?;
+            stored.put(&user, &json).await?;
+        }
+        let model = stored.get(&user).await?.and_then(|settings| settings.llm_model);
+        if options.sandbox == SandboxKind::Process && model.is_none() {
+            tracing::warn!(
+                "No model is set: a start that names no llm_model will end in ERROR. Give LLM_MODEL and LLM_API_KEY, or --settings FILE."
+            );
         }
         let worker = match invoke_url {
             Some(url) => Worker::At(reqwest::Client::new(), url),

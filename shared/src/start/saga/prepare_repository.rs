@@ -72,18 +72,20 @@ impl Work<'_> {
     ) -> String {
         let working_dir = quoted(&folders.working_dir);
         let project_dir = quoted(&folders.project_dir);
-        let mut script = format!("set -e\nmkdir -p {working_dir}\ncd {working_dir}\n");
+        let mut script = format!("{AGAIN}set -e\nmkdir -p {working_dir}\ncd {working_dir}\n");
         let identity = [("user.name", &settings.git_user_name), ("user.email", &settings.git_user_email)];
         for (key, value) in identity {
             if let Some(value) = value.as_deref().filter(|value| !value.trim().is_empty()) {
-                script +=
-                    &format!("git config --global {key} {} || echo 'git identity was not set' >&2\n", quoted(value));
+                script += &format!(
+                    "again 20 git config --global {key} {} || echo 'git identity was not set' >&2\n",
+                    quoted(value)
+                );
             }
         }
         script += BROWSER_PROBE;
         if repository.is_none() {
             if self.saga.config.init_git_in_empty_workspace {
-                script += "command -v git >/dev/null || exit 0\n[ -e .git ] || git init -q\n";
+                script += "command -v git >/dev/null || exit 0\n[ -e .git ] || again 20 git init -q\n";
                 script += &trust(&working_dir);
             }
             return script;
@@ -103,7 +105,8 @@ impl Work<'_> {
             );
         }
         script += &format!(
-            "  [ -n \"$cloned\" ] || exit 1\n  if [ -d {project_dir} ]; then rmdir {project_dir}; fi\n  mv {temporary} {project_dir}\nfi\n"
+            "  [ -n \"$cloned\" ] || exit 1\n  if [ -e {project_dir}/.git ]; then rm -rf {temporary}; else\n    \
+             if [ -d {project_dir} ]; then rmdir {project_dir}; fi\n    mv {temporary} {project_dir}\n  fi\nfi\n"
         );
         script += &trust(&project_dir);
         script += &format!("cd {project_dir}\n");
@@ -112,13 +115,13 @@ impl Work<'_> {
             Some(branch) => {
                 let branch = quoted(branch);
                 script += &format!(
-                    "if [ \"$(git symbolic-ref --short -q HEAD)\" != {branch} ]; then git checkout -q {branch} --; fi\n"
+                    "if [ \"$(git symbolic-ref --short -q HEAD)\" != {branch} ]; then again 5 git checkout -q {branch} --; fi\n"
                 );
             }
             None => {
                 let name = quoted(&format!("openhands-workspace-{}", id::hex(self.task.record.conversation_id)));
                 script += &format!(
-                    "case \"$(git symbolic-ref --short -q HEAD)\" in openhands-workspace-*) ;; *) git checkout -q -b {name};; esac\n"
+                    "case \"$(git symbolic-ref --short -q HEAD)\" in openhands-workspace-*) ;; *) again 5 git checkout -q -b {name};; esac\n"
                 );
             }
         }
@@ -126,10 +129,17 @@ impl Work<'_> {
     }
 }
 
+/// git does not wait for its locks: of several starts in one sandbox at once, all but one would fail.
+const AGAIN: &str = r#"again() {
+  tries=$1; shift
+  until "$@"; do tries=$((tries - 1)); [ "$tries" -gt 0 ] || return 1; sleep 0.1; done
+}
+"#;
+
 /// git refuses to work in folders of other users; in a sandbox that is no danger, and common.
 fn trust(folder: &str) -> String {
     format!(
-        "git config --global --get-all safe.directory 2>/dev/null | grep -qxF {folder} || git config --global --add safe.directory {folder}\n"
+        "git config --global --get-all safe.directory 2>/dev/null | grep -qxF {folder} || again 20 git config --global --add safe.directory {folder}\n"
     )
 }
 
