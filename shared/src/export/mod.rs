@@ -1,0 +1,3 @@
+//! Exports.
+pub mod python_json;
+pub mod zip;
