@@ -1,21 +1,28 @@
-//! `GET /api/v1/app-conversations` and `…/search`: conversations with their live status.
+//! `/api/v1/app-conversations`: conversations with their live status. `GET` for some by id, `…/search` and `…/count` for all that
+//! a filter lets through, `PATCH …/{id}` to change one.
 
-use axum::extract::{RawQuery, State};
+use axum::extract::{DefaultBodyLimit, Path, RawQuery, State};
 use axum::response::{IntoResponse as _, Response};
-use axum::routing::get;
+use axum::routing::{get, patch};
 use axum::{Json, Router};
-use futures::future::try_join_all;
+use bytes::Bytes;
+use futures::future::{try_join, try_join_all};
+use http::HeaderMap;
+use http::header::CONTENT_TYPE;
 use serde_json::json;
 use shared::agent_server::AgentServer;
 use shared::aws::Aws;
 use shared::config::Config;
-use shared::conversation::AppConversation;
 use shared::conversation::live::LiveStatus;
+use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
+use shared::conversation::update_request::UpdateRequest;
+use shared::conversation::{AppConversation, ConversationRecord};
 use shared::error::Error;
 use shared::http::caller::Caller;
 use shared::http::page_id;
 use shared::http::query::{Bounds, Query, lenient_uuids};
+use shared::http::validation::{self, Choice as _};
 use shared::sandbox;
 use shared::sandbox::store::SandboxStore;
 use shared::user::UserId;
@@ -24,6 +31,9 @@ use uuid::Uuid;
 
 /// The most ids that one request may name.
 const MAX_IDS: usize = 99;
+
+/// An update holds a few names.
+const BODY_LIMIT: usize = 1024 * 1024;
 
 /// What this function may touch: it reads conversations, and looks at sandboxes and their agent servers.
 #[derive(Clone, Debug)]
@@ -57,6 +67,9 @@ pub fn router(context: Context) -> Router {
     Router::new()
         .route("/api/v1/app-conversations", get(batch_get))
         .route("/api/v1/app-conversations/search", get(search))
+        .route("/api/v1/app-conversations/count", get(count))
+        .route("/api/v1/app-conversations/{conversation_id}", patch(update))
+        .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .with_state(context)
 }
 
@@ -81,32 +94,104 @@ async fn search(
     RawQuery(query): RawQuery,
 ) -> Result<Response, Error> {
     let mut query = Query::parse(query.as_deref());
+    let mut filter = filter(&mut query);
     let page = query.string("page_id");
     let limit = query.integer("limit", 100, Bounds::PAGE);
-    let include_sub_conversations = query.boolean("include_sub_conversations", false);
+    filter.include_sub_conversations = query.boolean("include_sub_conversations", false);
+    // The reference ignores the parameter, so that what is none of these is no fault.
+    let order =
+        query.string("sort_order").and_then(|order| SortOrder::from_wire(&order)).unwrap_or(SortOrder::CreatedAtDesc);
     query.finish().map_err(Error::Invalid)?;
-    let list = ("conversations".to_owned(), include_sub_conversations);
-    let after = page.map(|page| page_id::decode(&page, &list)).transpose()?;
+    let list = ("conversations".to_owned(), filter, order);
+    let after = page.map(|page| page_id::decode(&user, &page, &list)).transpose()?;
     let limit = usize::try_from(limit).unwrap_or(100);
-    let found = context.conversations.list(&user, include_sub_conversations, after.as_ref(), limit).await?;
-    let next = found.next.map(|next| page_id::encode(&list, &next)).transpose()?;
+    let found = context.conversations.search(&user, &list.1, order, after.as_ref(), limit).await?;
+    let next = found.next.map(|next| page_id::encode(&user, &list, &next)).transpose()?;
     let items = context.live.show(&user, found.records).await?;
     Ok(Json(json!({"items": items, "next_page_id": next})).into_response())
+}
+
+async fn count(
+    State(context): State<Context>,
+    Caller(user): Caller,
+    RawQuery(query): RawQuery,
+) -> Result<Json<u64>, Error> {
+    let mut query = Query::parse(query.as_deref());
+    let mut filter = filter(&mut query);
+    filter.include_sub_conversations = query.boolean("include_sub_conversations", true);
+    query.finish().map_err(Error::Invalid)?;
+    Ok(Json(context.conversations.count(&user, &filter).await?))
+}
+
+async fn update(
+    State(context): State<Context>,
+    Caller(user): Caller,
+    Path(id): Path<String>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Result<Json<AppConversation>, Error> {
+    let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let request = UpdateRequest::from_body(content_type, &body).map_err(Error::Invalid)?;
+    let id = validation::path_uuid("conversation_id", &id).map_err(Error::Invalid)?;
+    context.update(&user, id, &request).await.map(Json)
+}
+
+/// The filters that search and count have in common.
+fn filter(query: &mut Query) -> Filter {
+    Filter {
+        title_contains: query.string("title__contains"),
+        created_at_gte: query.datetime("created_at__gte").map(Into::into),
+        created_at_lt: query.datetime("created_at__lt").map(Into::into),
+        updated_at_gte: query.datetime("updated_at__gte").map(Into::into),
+        updated_at_lt: query.datetime("updated_at__lt").map(Into::into),
+        sandbox_id: query.string("sandbox_id__eq"),
+        include_sub_conversations: false,
+    }
 }
 
 impl Context {
     async fn batch_get(&self, user: &UserId, ids: &[Uuid]) -> Result<Vec<Option<AppConversation>>, Error> {
         let records = self.conversations.batch_get(user, ids).await?;
-        let mut known: Vec<_> = records.iter().flatten().cloned().collect();
+        let mut known: Vec<_> = records.into_iter().flatten().collect();
         known.sort_by_key(|record| record.id);
         known.dedup_by_key(|record| record.id);
-        let mut shown = self.live.show(user, known).await?;
+        let shown = self.show(user, known).await?;
+        Ok(ids.iter().map(|id| shown.iter().find(|conversation| conversation.id == *id).cloned()).collect())
+    }
+
+    /// Changes what the request names, and tells the agent server of a new title.
+    async fn update(&self, user: &UserId, id: Uuid, request: &UpdateRequest) -> Result<AppConversation, Error> {
+        let unknown = || Error::NotFound("unknown_app_conversation".into());
+        if let Err(violations) = request.check() {
+            // What does not exist cannot be changed badly either.
+            return Err(self.conversations.get(user, id).await?.map_or_else(unknown, |_| Error::Invalid(violations)));
+        }
+        let change = request.change();
+        let record = match change.is_empty() {
+            true => self.conversations.get(user, id).await?,
+            false => self.conversations.update(user, id, change).await?,
+        };
+        let record = record.ok_or_else(unknown)?;
+        let title = request.title.as_ref().and_then(Option::as_deref);
+        let told = async {
+            match title {
+                Some(title) => self.live.tell_title(&record, title).await,
+                None => Ok(()),
+            }
+        };
+        let (shown, ()) = try_join(self.show(user, vec![record.clone()]), told).await?;
+        shown.into_iter().next().ok_or_else(unknown)
+    }
+
+    /// Records with their live status and their sub-conversations.
+    async fn show(&self, user: &UserId, records: Vec<ConversationRecord>) -> Result<Vec<AppConversation>, Error> {
+        let mut shown = self.live.show(user, records).await?;
         let children =
             try_join_all(shown.iter().map(|conversation| self.conversations.sub_conversations(user, conversation.id)))
                 .await?;
         for (conversation, children) in shown.iter_mut().zip(children) {
             conversation.sub_conversation_ids = children;
         }
-        Ok(ids.iter().map(|id| shown.iter().find(|conversation| conversation.id == *id).cloned()).collect())
+        Ok(shown)
     }
 }

@@ -1,7 +1,9 @@
 //! Conversations: their records, the store, and how they show their live status.
 
 pub mod live;
+pub mod search;
 pub mod store;
+pub mod update_request;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
