@@ -11,6 +11,7 @@
 )]
 
 mod end_to_end;
+mod events;
 mod saga;
 mod support;
 mod support_tests;
