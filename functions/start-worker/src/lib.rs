@@ -1,4 +1,5 @@
-//! The worker behind the queue: advances starts, sweeps up forgotten ones, and gives up honestly.
+//! The worker behind the queue: advances starts, sweeps up forgotten ones, and gives up honestly; goes on with exports that
+//! outlasted their requests.
 
 use aws_lambda_events::event::sqs::{BatchItemFailure, SqsBatchResponse, SqsEvent, SqsMessage};
 use futures::future::join_all;
@@ -8,6 +9,7 @@ use shared::aws::Aws;
 use shared::config::Config;
 use shared::conversation::store::ConversationStore;
 use shared::error::Error;
+use shared::export::Exporter;
 use shared::sandbox;
 use shared::sandbox::store::SandboxStore;
 use shared::start::queue::{DEAD_LETTER_SUFFIX, Job, StartQueue};
@@ -16,10 +18,11 @@ use shared::start::store::StartTaskStore;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
 
-/// What this function may touch: everything that a start touches.
+/// What this function may touch: everything that a start or an export touches.
 #[derive(Clone, Debug)]
 pub struct Context {
     saga: Saga,
+    exporter: Exporter,
 }
 
 impl Context {
@@ -30,7 +33,9 @@ impl Context {
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Self, Error> {
         let (names, dynamodb) = (&config.names, &aws.dynamodb);
         let sandboxes = SandboxStore::new(dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
-        Ok(Self::with_saga(Saga {
+        let sandboxes = sandbox::service(&config.sandbox, sandboxes);
+        let exporter = Exporter::new(&config.export, names, aws, sandboxes.clone())?;
+        let saga = Saga {
             tasks: StartTaskStore::new(
                 dynamodb.clone(),
                 names.start_tasks.clone(),
@@ -40,19 +45,20 @@ impl Context {
                 sealer.clone(),
             ),
             conversations: ConversationStore::new(dynamodb.clone(), names.conversations.clone(), names.users.clone()),
-            sandboxes: sandbox::service(&config.sandbox, sandboxes),
+            sandboxes,
             settings: SettingsStore::new(dynamodb.clone(), names.users.clone(), sealer.clone()),
             queue: StartQueue::new(aws.sqs.clone(), names.start_queue_url.clone()),
             http: AgentServer::http_client().map_err(Error::internal)?,
             sealer: sealer.clone(),
             config: config.start.clone(),
-        }))
+        };
+        Ok(Self::with(saga, exporter))
     }
 
-    /// A context around a saga.
+    /// A context around a saga and an exporter.
     #[must_use]
-    pub fn with_saga(saga: Saga) -> Self {
-        Self { saga }
+    pub fn with(saga: Saga, exporter: Exporter) -> Self {
+        Self { saga, exporter }
     }
 }
 
@@ -95,11 +101,18 @@ async fn handle_message(context: &Context, message: &SqsMessage) -> Result<(), E
         }
         Err(error) => return Err(error),
     };
-    let Job::AdvanceStart { user, task } = job;
-    if dead {
-        return context.saga.give_up(&user, task).await;
+    match job {
+        Job::AdvanceStart { user, task } if dead => context.saga.give_up(&user, task).await,
+        Job::AdvanceStart { user, task } => {
+            let turn = context.saga.advance(&user, task).await?;
+            tracing::debug!(%task, ?turn, "start_worker.turn");
+            Ok(())
+        }
+        // Whoever asks again rings again.
+        Job::Export { conversation, .. } if dead => {
+            tracing::error!(%conversation, "export.given_up");
+            Ok(())
+        }
+        Job::Export { user, conversation } => context.exporter.go_on(&user, conversation).await,
     }
-    let turn = context.saga.advance(&user, task).await?;
-    tracing::debug!(%task, ?turn, "start_worker.turn");
-    Ok(())
 }

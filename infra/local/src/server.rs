@@ -16,7 +16,7 @@ use http::StatusCode;
 use secrecy::SecretString;
 use serde_json::{Map, Value, json};
 use shared::aws::Aws;
-use shared::config::{self, Config, Names, ProcessSandboxConfig, SandboxConfig, StartConfig};
+use shared::config::{self, Config, ExportConfig, Names, ProcessSandboxConfig, SandboxConfig, StartConfig};
 use shared::sandbox::SandboxService as _;
 use shared::sandbox::process::ProcessSandboxes;
 use shared::sandbox::store::SandboxStore;
@@ -80,6 +80,8 @@ pub enum ServerError {
 pub struct Environment {
     /// How starts behave.
     pub start: StartConfig,
+    /// How conversations are exported.
+    pub export: ExportConfig,
     /// The user's settings; they win over those of a file.
     pub settings: Map<String, Value>,
     /// The instance's key (`SESSION_API_KEY`); without one every request is served.
@@ -104,6 +106,7 @@ impl Environment {
             .collect();
         Ok(Self {
             start,
+            export: ExportConfig::from_env()?,
             settings,
             session_api_key: config::text("SESSION_API_KEY").map(SecretString::from),
             origins: config::permitted_origins(),
@@ -199,6 +202,7 @@ impl Server {
             sealing_key_file,
             single_user: true,
             live_status_budget: Duration::from_millis(1500),
+            export: environment.export,
         };
         let user = UserId::local();
         let stored = SettingsStore::new(aws.dynamodb.clone(), config.names.users.clone(), sealer.clone());
@@ -310,6 +314,7 @@ impl Server {
         let (config, aws, sealer) = (&self.config, &self.aws, &self.sealer);
         let functions = Router::new()
             .merge(conversations::router(conversations::Context::new(config, aws, sealer)?))
+            .merge(download::router(download::Context::new(config, aws, sealer)?))
             .merge(start::router(start::Context::new(config, aws, sealer)))
             .merge(stream_start::router(stream_start::Context::new(config, aws, sealer)))
             .merge(start_tasks::router(start_tasks::Context::new(config, aws, sealer)));

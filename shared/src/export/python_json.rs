@@ -338,9 +338,23 @@ mod tests {
 
     #[test]
     fn what_is_not_json_is_refused() {
-        for given in
-            ["", "[1,]", "{\"a\"}", "{,}", "01", "1.", "-", "\"", "\"\n\"", r#""\x""#, r#""\u12""#, "nul", "1 2", "[1}", "NaN"]
-        {
+        for given in [
+            "",
+            "[1,]",
+            "{\"a\"}",
+            "{,}",
+            "01",
+            "1.",
+            "-",
+            "\"",
+            "\"\n\"",
+            r#""\x""#,
+            r#""\u12""#,
+            "nul",
+            "1 2",
+            "[1}",
+            "NaN",
+        ] {
             assert!(python(given).is_err(), "{given}");
         }
     }

@@ -368,8 +368,14 @@ impl ExportStore {
     /// # Errors
     /// [`Error::Store`].
     pub async fn read(&self, key: &str) -> Result<Bytes> {
-        let object =
-            self.s3.get_object().bucket(&self.bucket).key(key).send().await.map_err(store_error("GetObject exports"))?;
+        let object = self
+            .s3
+            .get_object()
+            .bucket(&self.bucket)
+            .key(key)
+            .send()
+            .await
+            .map_err(store_error("GetObject exports"))?;
         Ok(object.body.collect().await.map_err(Error::internal)?.into_bytes())
     }
 

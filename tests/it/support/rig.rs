@@ -11,9 +11,10 @@ use local::engines::{EnginePorts, Engines};
 use serde_json::{Value, json};
 use shared::agent_server::AgentServer;
 use shared::aws::Aws;
-use shared::config::{Names, StartConfig};
+use shared::config::{ExportConfig, Names, StartConfig};
 use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
+use shared::export::Exporter;
 use shared::sandbox::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus};
 use shared::start::begin::StartBeginner;
 use shared::start::queue::{DEAD_LETTER_SUFFIX, StartQueue};
@@ -59,6 +60,11 @@ pub struct Made {
 }
 
 impl StandInSandboxes {
+    /// None yet; those to come have the agent server at `url`.
+    pub fn at(url: String, working_dir: String) -> Self {
+        Self { url, working_dir, state: Arc::default(), begins_as: Arc::new(Mutex::new(SandboxStatus::Running)) }
+    }
+
     /// Every sandbox that was ever made.
     pub fn made(&self) -> BTreeMap<String, Made> {
         self.state.lock().expect("sandboxes").clone()
@@ -208,12 +214,7 @@ impl Rig {
             s3: aws.s3.clone(),
         };
         let sealer = Sealer::from_file(&folder.path().join("sealing-key")).expect("a key");
-        let sandboxes = Arc::new(StandInSandboxes {
-            url: ways[2].url(),
-            working_dir: agent.working_dir(),
-            state: Arc::default(),
-            begins_as: Arc::new(Mutex::new(SandboxStatus::Running)),
-        });
+        let sandboxes = Arc::new(StandInSandboxes::at(ways[2].url(), agent.working_dir()));
         let beside_the_gate = Arc::new(StandInSandboxes { url: agent.url(), ..StandInSandboxes::clone(&sandboxes) });
         let tasks = |aws: &Aws| {
             let (dynamodb, s3) = (aws.dynamodb.clone(), aws.s3.clone());
@@ -225,7 +226,7 @@ impl Rig {
         let settings = |aws: &Aws| SettingsStore::new(aws.dynamodb.clone(), names.users.clone(), sealer.clone());
         let queue = |aws: &Aws| StartQueue::new(aws.sqs.clone(), queues.starts.clone());
         let worker = |aws: &Aws, sandboxes: &Arc<StandInSandboxes>| {
-            Context::with_saga(Saga {
+            let saga = Saga {
                 tasks: tasks(aws),
                 conversations: conversations(aws),
                 sandboxes: sandboxes.clone(),
@@ -234,7 +235,9 @@ impl Rig {
                 http: AgentServer::http_client().expect("a client"),
                 sealer: sealer.clone(),
                 config: config.clone(),
-            })
+            };
+            let exporter = Exporter::new(&ExportConfig::default(), &names, aws, sandboxes.clone());
+            Context::with(saga, exporter.expect("an exporter"))
         };
         let rig = Self {
             user: UserId::new("user-of-the-rig"),
