@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -30,6 +29,7 @@ use shared::sandbox::SandboxService as _;
 use shared::start::queue::Job;
 use shared::user::UserId;
 use tempfile::TempDir;
+use tokio::process::Command;
 use uuid::Uuid;
 
 use crate::support::gate::{Gate, Moment, Stop};
@@ -243,7 +243,7 @@ with zipfile.ZipFile(sys.argv[1]) as archive:
     assert len({info.date_time for info in archive.infolist()}) == 1
     print(json.dumps([(name, archive.read(name).decode()) for name in archive.namelist()]))
 "#;
-        if let Ok(tested) = Command::new("unzip").args(["-tqq"]).arg(&self.path).output() {
+        if let Ok(tested) = Command::new("unzip").args(["-tqq"]).arg(&self.path).output().await {
             assert!(tested.status.success(), "unzip: {tested:?}");
         }
         serde_json::from_str(&python(SCRIPT, &[&self.path]).await).expect("JSON")
@@ -256,7 +256,7 @@ with zipfile.ZipFile(sys.argv[1]) as archive:
 
 async fn python(script: &str, arguments: &[&Path]) -> String {
     let python = find_python(None).await.expect("a Python");
-    let ran = Command::new(python.path).arg("-c").arg(script).args(arguments).output().expect("run");
+    let ran = Command::new(python.path).arg("-c").arg(script).args(arguments).output().await.expect("run");
     assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
     String::from_utf8(ran.stdout).expect("text")
 }
@@ -626,7 +626,8 @@ async fn a_large_one_is_behind_a_link_that_curl_and_browsers_follow() {
     // The signature is what lets it in.
     let tampered = link.replace("X-Amz-Expires=900", "X-Amz-Expires=90000");
     assert_eq!(client().get(tampered).send().await.expect("an answer").status(), 403);
-    let saved = Command::new("curl").args(["-sSfLOJ", "--noproxy", "*", &url]).current_dir(folder.path()).output();
+    let saved =
+        Command::new("curl").args(["-sSfLOJ", "--noproxy", "*", &url]).current_dir(folder.path()).output().await;
     if let Ok(saved) = saved {
         assert!(saved.status.success(), "{saved:?}");
         let zip = Zip { path: folder.path().join(&name) };
@@ -660,10 +661,10 @@ async fn callers_at_once_cause_one_export() {
 }
 
 /// Events that make several parts, in several pages.
-async fn append_large(rig: &Rig, id: Uuid) -> Vec<(String, String)> {
+async fn append_large(rig: &Rig, id: Uuid, count: usize) -> Vec<(String, String)> {
     let mut dice = Dice(42);
     let mut members = Vec::new();
-    for number in 0..14 {
+    for number in 0..count {
         let noise = dice.noise(1_500_000);
         let json = format!(r#"{{"noise":"{noise}"}}"#);
         rig.append(id, vec![Event { json, ..numbered(number) }]).await;
@@ -677,11 +678,11 @@ async fn a_failure_or_a_crash_at_any_call_leaves_nothing_half_and_the_next_call_
     let lease = Duration::from_secs(1);
     let rig = Rig::new(ExportConfig { lease, inline_limit: 0, ..config() }).await;
     let id = rig.conversation(None).await;
-    let expected = append_large(&rig, id).await;
+    let expected = append_large(&rig, id, 8).await;
     rig.gate.arm(usize::MAX, Stop::Refuse);
     rig.download(id).await;
     let calls = rig.gate.calls();
-    assert!(calls.iter().filter(|call| call.contains("partNumber")).count() >= 3, "{calls:?}");
+    assert!(calls.iter().filter(|call| call.contains("partNumber")).count() == 2, "{calls:?}");
     let begins = |name: &str, call: &str| call.starts_with(name);
     let of_s3 = |call: &str| !call.chars().all(char::is_alphanumeric);
     // Each kind of call once: where it is the first time, and the last.
@@ -709,7 +710,7 @@ async fn a_failure_or_a_crash_at_any_call_leaves_nothing_half_and_the_next_call_
         let call = &calls[number - 1];
         for stop in [
             if of_s3(call) { Stop::RefuseObject } else { Stop::Refuse },
-            Stop::Hang(Moment::Before),
+            // A crash in front of a call is one behind the call before.
             Stop::Hang(Moment::After),
         ] {
             changed().await;
@@ -734,7 +735,7 @@ async fn a_failure_or_a_crash_at_any_call_leaves_nothing_half_and_the_next_call_
             // What is there is whole.
             for key in rig.zips().await.into_iter().skip(before) {
                 let bytes = rig.exporter.store().read(&key).await.expect("an object");
-                assert_eq!(rig.zip(&bytes).members().await.len(), 15, "{case}");
+                assert_eq!(rig.zip(&bytes).names().await.len(), 9, "{case}");
             }
             let zip = rig.download(id).await;
             let mut members = zip.members().await;
@@ -752,7 +753,7 @@ async fn one_that_outlasts_its_request_is_made_by_workers_from_part_to_part() {
     let export = ExportConfig { budget: Duration::ZERO, worker_budget: Duration::ZERO, inline_limit: 0, ..config() };
     let rig = Rig::new(export).await;
     let id = rig.conversation(None).await;
-    let expected = append_large(&rig, id).await;
+    let expected = append_large(&rig, id, 14).await;
     let told = |answer: &Response| (answer.status().as_u16(), answer.headers().get("retry-after").cloned());
     let come_back = (503, Some("5".parse().expect("a value")));
     let answer = rig.get(id).await;
@@ -858,7 +859,7 @@ async fn events_that_have_not_arrived_are_fetched() {
 async fn a_deleted_conversation_leaves_no_export() {
     let rig = Rig::new(ExportConfig { budget: Duration::ZERO, worker_budget: Duration::ZERO, ..config() }).await;
     let (id, other) = (rig.conversation(None).await, rig.conversation(None).await);
-    append_large(&rig, id).await;
+    append_large(&rig, id, 8).await;
     for conversation in [id, other] {
         rig.get(conversation).await;
         rig.exporter.go_on(&rig.user, conversation).await.expect("a turn");

@@ -260,15 +260,41 @@ fn float(number: f64) -> String {
     if number.is_infinite() {
         return if number > 0.0 { "Infinity" } else { "-Infinity" }.to_owned();
     }
-    let shortest = format!("{number:e}");
-    let (digits, exponent) = shortest.split_once('e').unwrap_or((&shortest, "0"));
-    let exponent: i32 = exponent.parse().unwrap_or_default();
-    if !(-4..16).contains(&exponent) {
-        let sign = if exponent < 0 { '-' } else { '+' };
-        return format!("{digits}e{sign}{:02}", exponent.unsigned_abs());
+    // Of two shortest texts that are equally near, Python and serde_json take the even one; Rust's own formatting does not.
+    let shortest = serde_json::to_string(&number).unwrap_or_default();
+    let (sign, shortest) = match shortest.strip_prefix('-') {
+        Some(rest) => ("-", rest),
+        None => ("", shortest.as_str()),
+    };
+    let (mantissa, exponent) = shortest.split_once('e').unwrap_or((shortest, "0"));
+    let (whole, fraction) = mantissa.split_once('.').unwrap_or((mantissa, ""));
+    let all_digits = format!("{whole}{fraction}");
+    let digits = all_digits.trim_start_matches('0');
+    let leading_zeros = all_digits.len() - digits.len();
+    let digits = digits.trim_end_matches('0');
+    if digits.is_empty() {
+        return format!("{sign}0.0");
     }
-    let fixed = format!("{number}");
-    if fixed.contains('.') { fixed } else { fixed + ".0" }
+    // Where the point is: behind so many digits, or so many zeros in front of them.
+    let place = |length: usize| i32::try_from(length).unwrap_or(i32::MAX);
+    let point = exponent.parse::<i32>().unwrap_or_default() + place(whole.len()) - place(leading_zeros);
+    let zeros = |count: i32| "0".repeat(usize::try_from(count).unwrap_or_default());
+    let count = place(digits.len());
+    match point {
+        -3..=0 => format!("{sign}0.{}{digits}", zeros(-point)),
+        1..=16 if count <= point => format!("{sign}{digits}{}.0", zeros(point - count)),
+        1..=16 => {
+            let (whole, fraction) = digits.split_at(usize::try_from(point).unwrap_or_default());
+            format!("{sign}{whole}.{fraction}")
+        }
+        _ => {
+            let (first, rest) = digits.split_at(1);
+            let dot = if rest.is_empty() { "" } else { "." };
+            let exponent = point - 1;
+            let exponent_sign = if exponent < 0 { '-' } else { '+' };
+            format!("{sign}{first}{dot}{rest}e{exponent_sign}{:02}", exponent.unsigned_abs())
+        }
+    }
 }
 
 #[cfg(test)]
@@ -329,6 +355,7 @@ mod tests {
             ("1.7976931348623157e308", "1.7976931348623157e+308"),
             ("5e-324", "5e-324"),
             ("9007199254740993.0", "9007199254740992.0"),
+            ("2101334557016188.223", "2101334557016188.2"),
             ("1e999", "Infinity"),
             ("-1e999", "-Infinity"),
         ] {

@@ -151,8 +151,8 @@ impl Gate {
     async fn forward(&self, request: Request, upstream: &str) -> Result<Response, Cut> {
         let query = if request.query.is_empty() { String::new() } else { format!("?{}", request.query) };
         let mut headers = request.headers.clone();
-        // S3's signatures cover it.
-        if request.header("x-amz-content-sha256").is_none() {
+        // S3's signatures cover it, those of links too.
+        if request.header("x-amz-content-sha256").is_none() && !request.query.contains("X-Amz-Signature") {
             headers.remove(http::header::HOST);
         }
         let answer = self
