@@ -11,6 +11,7 @@
 )]
 
 mod end_to_end;
+mod replay;
 mod saga;
 mod support;
 mod support_tests;

@@ -9,6 +9,8 @@ pub mod git_server;
 pub mod product;
 pub mod rig;
 pub mod scripted_llm;
+pub mod seed;
 pub mod server;
 pub mod stand_in_agent;
 pub mod wait;
+pub mod wire;
