@@ -4,7 +4,8 @@ use std::collections::HashMap;
 
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::{ProvideErrorMetadata, SdkError};
-use aws_sdk_dynamodb::types::{AttributeValue, KeysAndAttributes};
+use aws_sdk_dynamodb::operation::transact_write_items::TransactWriteItemsError;
+use aws_sdk_dynamodb::types::{AttributeValue, KeysAndAttributes, TransactWriteItem};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -75,6 +76,36 @@ where
 #[must_use]
 pub fn is_condition_failure(error: &Error) -> bool {
     matches!(error, Error::Store(store) if store.condition_failed)
+}
+
+/// DynamoDB takes at most this many writes in one transaction.
+pub const TRANSACTION_LIMIT: usize = 100;
+
+/// Writes all of `items` or none of them. A transaction that collides with another one is tried again: two rows of one user
+/// share the item that counts them.
+///
+/// # Errors
+/// [`Error::Store`]; with [`is_condition_failure`] when a condition of one of the writes did not hold.
+pub async fn transact(dynamodb: &Client, items: Vec<TransactWriteItem>, operation: &'static str) -> Result<()> {
+    const ATTEMPTS: u32 = 8;
+    let mut attempt = 0;
+    loop {
+        let written = dynamodb.transact_write_items().set_transact_items(Some(items.clone())).send().await;
+        let Err(error) = written else { return Ok(()) };
+        let reasons: Vec<&str> = match error.as_service_error() {
+            Some(TransactWriteItemsError::TransactionCanceledException(cancelled)) => {
+                cancelled.cancellation_reasons().iter().filter_map(|reason| reason.code()).collect()
+            }
+            _ => Vec::new(),
+        };
+        let collided = reasons.contains(&"TransactionConflict") && !reasons.contains(&"ConditionalCheckFailed");
+        attempt += 1;
+        if !collided || attempt == ATTEMPTS {
+            return Err(store_error(operation)(error));
+        }
+        let longest = 20 << attempt;
+        tokio::time::sleep(std::time::Duration::from_millis(rand::random_range(longest / 2..longest))).await;
+    }
 }
 
 /// Reads up to 100 items by key, asking again for those that DynamoDB left out under load.

@@ -256,7 +256,14 @@ async fn a_fault_that_stays_is_an_error_that_says_why() {
                 rig.sandboxes.made().values().all(|made| made.deleted),
                 "{name}: the sandbox was made for this start"
             );
-            assert_eq!(rig.conversations.count(&rig.user).await.expect("a count"), 0, "{name}");
+            assert_eq!(
+                rig.conversations
+                    .count(&rig.user, &shared::conversation::search::Filter::default())
+                    .await
+                    .expect("a count"),
+                0,
+                "{name}"
+            );
             rig.finish().await;
         })
         .await;

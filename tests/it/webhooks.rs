@@ -11,6 +11,7 @@ use shared::Time;
 use shared::aws::Aws;
 use shared::config::{Config, Names, SandboxConfig, StartConfig};
 use shared::conversation::ConversationRecord;
+use shared::conversation::search::Filter;
 use shared::conversation::store::ConversationStore;
 use shared::event::store::{Event, EventStore};
 use shared::sandbox::store::SandboxStore;
@@ -167,7 +168,7 @@ async fn only_sandboxes_tell_and_only_of_their_own_conversations() {
     // What is said of a conversation makes no record, also not when it is being deleted.
     let deleting = json!({"id": own, "execution_status": "deleting"}).to_string();
     assert_eq!(rig.post("conversations", Some(KEY), deleting).await, success());
-    assert_eq!(rig.owner.conversations.count(&rig.owner.user).await.expect("a count"), 2);
+    assert_eq!(rig.owner.conversations.count(&rig.owner.user, &Filter::default()).await.expect("a count"), 2);
     // The session key opens webhooks alone, and there is nothing else at their paths.
     let url = format!("http://{}/api/v1", rig.server.address);
     let get = async |path: &str| {

@@ -1,4 +1,4 @@
-//! `GET /api/v1/app-conversations` and `…/search`: conversations with their live status.
+//! `GET /api/v1/app-conversations`, `…/search` and `…/count`: conversations with their live status.
 
 use axum::extract::{RawQuery, State};
 use axum::response::{IntoResponse as _, Response};
@@ -11,11 +11,13 @@ use shared::aws::Aws;
 use shared::config::Config;
 use shared::conversation::AppConversation;
 use shared::conversation::live::LiveStatus;
+use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
 use shared::error::Error;
 use shared::http::caller::Caller;
 use shared::http::page_id;
 use shared::http::query::{Bounds, Query, lenient_uuids};
+use shared::http::validation::Choice as _;
 use shared::sandbox;
 use shared::sandbox::store::SandboxStore;
 use shared::user::UserId;
@@ -57,6 +59,7 @@ pub fn router(context: Context) -> Router {
     Router::new()
         .route("/api/v1/app-conversations", get(batch_get))
         .route("/api/v1/app-conversations/search", get(search))
+        .route("/api/v1/app-conversations/count", get(count))
         .with_state(context)
 }
 
@@ -81,17 +84,46 @@ async fn search(
     RawQuery(query): RawQuery,
 ) -> Result<Response, Error> {
     let mut query = Query::parse(query.as_deref());
+    let mut filter = filter(&mut query);
     let page = query.string("page_id");
     let limit = query.integer("limit", 100, Bounds::PAGE);
-    let include_sub_conversations = query.boolean("include_sub_conversations", false);
+    filter.include_sub_conversations = query.boolean("include_sub_conversations", false);
+    // The reference ignores the parameter, so that what is none of these is no fault.
+    let order =
+        query.string("sort_order").and_then(|order| SortOrder::from_wire(&order)).unwrap_or(SortOrder::CreatedAtDesc);
     query.finish().map_err(Error::Invalid)?;
-    let list = ("conversations".to_owned(), include_sub_conversations);
-    let after = page.map(|page| page_id::decode(&page, &list)).transpose()?;
+    let list = ("conversations".to_owned(), filter, order);
+    let after = page.map(|page| page_id::decode(&user, &page, &list)).transpose()?;
     let limit = usize::try_from(limit).unwrap_or(100);
-    let found = context.conversations.list(&user, include_sub_conversations, after.as_ref(), limit).await?;
-    let next = found.next.map(|next| page_id::encode(&list, &next)).transpose()?;
+    let found = context.conversations.search(&user, &list.1, order, after.as_ref(), limit).await?;
+    let next = found.next.map(|next| page_id::encode(&user, &list, &next)).transpose()?;
     let items = context.live.show(&user, found.records).await?;
     Ok(Json(json!({"items": items, "next_page_id": next})).into_response())
+}
+
+async fn count(
+    State(context): State<Context>,
+    Caller(user): Caller,
+    RawQuery(query): RawQuery,
+) -> Result<Json<u64>, Error> {
+    let mut query = Query::parse(query.as_deref());
+    let mut filter = filter(&mut query);
+    filter.include_sub_conversations = query.boolean("include_sub_conversations", true);
+    query.finish().map_err(Error::Invalid)?;
+    Ok(Json(context.conversations.count(&user, &filter).await?))
+}
+
+/// The filters that search and count have in common.
+fn filter(query: &mut Query) -> Filter {
+    Filter {
+        title_contains: query.string("title__contains"),
+        created_at_gte: query.datetime("created_at__gte").map(Into::into),
+        created_at_lt: query.datetime("created_at__lt").map(Into::into),
+        updated_at_gte: query.datetime("updated_at__gte").map(Into::into),
+        updated_at_lt: query.datetime("updated_at__lt").map(Into::into),
+        sandbox_id: query.string("sandbox_id__eq"),
+        include_sub_conversations: false,
+    }
 }
 
 impl Context {

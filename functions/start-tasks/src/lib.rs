@@ -75,10 +75,10 @@ async fn search(
     let limit = query.integer("limit", 100, Bounds::PAGE);
     query.finish().map_err(Error::Invalid)?;
     let list = ("start-tasks".to_owned(), filter, order);
-    let after = page.map(|page| page_id::decode(&page, &list)).transpose()?;
+    let after = page.map(|page| page_id::decode(&user, &page, &list)).transpose()?;
     let limit = usize::try_from(limit).unwrap_or(100);
     let (records, next) = context.tasks.list(&user, &list.1, order, after.as_ref(), limit).await?;
-    let next = next.map(|next| page_id::encode(&list, &next)).transpose()?;
+    let next = next.map(|next| page_id::encode(&user, &list, &next)).transpose()?;
     let items: Vec<_> = records.iter().map(StartTaskRecord::show).collect();
     Ok(Json(json!({"items": items, "next_page_id": next})).into_response())
 }

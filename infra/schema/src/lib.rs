@@ -61,9 +61,12 @@ pub const TABLES: [Table; 5] = [
         sort_key: "id",
         indexes: &[
             index(conversation::store::ALL_BY_CREATED, "user", "created_sort", Projected::All),
+            index(conversation::store::ALL_BY_UPDATED, "user", "updated_sort", Projected::All),
             index(conversation::store::TOP_LEVEL_BY_CREATED, "top_level_user", "created_sort", Projected::All),
-            index(conversation::store::BY_SANDBOX, "sandbox_key", "created_sort", Projected::Keys),
+            index(conversation::store::TOP_LEVEL_BY_UPDATED, "top_level_user", "updated_sort", Projected::All),
+            index(conversation::store::BY_SANDBOX, "sandbox_key", "created_sort", Projected::All),
             index(conversation::store::BY_PARENT, "parent_key", "created_sort", Projected::Keys),
+            index(conversation::store::DELETIONS, "deletion_shard", "due_at", Projected::Keys),
         ],
     },
     Table {
@@ -136,10 +139,10 @@ pub struct QueueUrls {
     pub dead_letters: String,
 }
 
-/// Makes everything that is not there yet. A table that is there keeps its rows; indexes it lacks are not added.
+/// Makes everything that is not there yet. A table that is there keeps its rows.
 ///
 /// # Errors
-/// Names what could not be made and why.
+/// Names what could not be made and why: also a table that lacks an index, for an older version made it.
 pub async fn make_all(aws: &Aws, names: &Names, prefix: &str) -> Result<QueueUrls, SchemaError> {
     for table in &TABLES {
         make_table(aws, table, &format!("{prefix}{}", table.name)).await?;
@@ -196,8 +199,25 @@ async fn make_table(aws: &Aws, table: &Table, name: &str) -> Result<(), SchemaEr
         .send()
         .await;
     match made {
-        Err(error) if !known(&error, &["ResourceInUseException"]) => Err(failed(&DisplayErrorContext(&error))),
-        _ => Ok(()),
+        Err(error) if known(&error, &["ResourceInUseException"]) => check_indexes(aws, table, name).await,
+        Err(error) => Err(failed(&DisplayErrorContext(&error))),
+        Ok(_) => Ok(()),
+    }
+}
+
+/// A read of a missing index fails, and rows without its attributes would be missing in one that is added now.
+async fn check_indexes(aws: &Aws, table: &Table, name: &str) -> Result<(), SchemaError> {
+    let failed = |error: &dyn std::fmt::Display| SchemaError::new(format!("table {name}"), error);
+    let described = aws.dynamodb.describe_table().table_name(name).send().await;
+    let described = described.map_err(|error| failed(&DisplayErrorContext(&error)))?;
+    let indexes = described.table.and_then(|table| table.global_secondary_indexes).unwrap_or_default();
+    let is_there = |wanted: &Index| indexes.iter().any(|index| index.index_name.as_deref() == Some(wanted.name));
+    match table.indexes.iter().find(|index| !is_there(index)) {
+        Some(missing) => Err(failed(&format!(
+            "it lacks the index {}, for an older version of this program made it; use another data folder",
+            missing.name
+        ))),
+        None => Ok(()),
     }
 }
 

@@ -1,6 +1,7 @@
 //! Conversations: their records, the store, and how they show their live status.
 
 pub mod live;
+pub mod search;
 pub mod store;
 
 use serde::{Deserialize, Serialize};

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use shared::agent_server::AgentServer;
 use shared::aws::Aws;
 use shared::config::{Names, StartConfig};
+use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
 use shared::sandbox::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus};
 use shared::start::begin::StartBeginner;
@@ -408,9 +409,14 @@ impl Rig {
         let conversations: Vec<Uuid> = self.agent.conversations().iter().map(|conversation| conversation.id).collect();
         assert_eq!(conversations, [id], "{case}");
         assert_eq!(self.agent.messages_delivered(id).len(), messages, "{case}: messages");
-        let page = self.conversations.list(&self.user, true, None, 10).await.expect("a list");
+        let everything = Filter { include_sub_conversations: true, ..Filter::default() };
+        let page = self
+            .conversations
+            .search(&self.user, &everything, SortOrder::CreatedAtDesc, None, 10)
+            .await
+            .expect("a list");
         assert_eq!(page.records.iter().map(|record| record.id).collect::<Vec<_>>(), [id], "{case}");
-        assert_eq!(self.conversations.count(&self.user).await.expect("a count"), 1, "{case}");
+        assert_eq!(self.conversations.count(&self.user, &everything).await.expect("a count"), 1, "{case}");
         let statuses: Vec<StartStatus> = record.history.iter().map(|snapshot| snapshot.status).collect();
         assert_eq!(statuses, ALL_STATUSES, "{case}: each status once, in order");
     }

@@ -9,6 +9,7 @@ use crate::agent_server::conversation_body::{
 };
 use crate::agent_server::{AgentServer, AgentServerError, ConversationInfo, Failure, SkillInfo, SkillsQuery};
 use crate::clock::Time;
+use crate::conversation::store::ConversationChange;
 use crate::conversation::{ConversationRecord, MetricsSnapshot};
 use crate::id;
 use crate::sandbox::Sandbox;
@@ -37,7 +38,7 @@ impl Work<'_> {
         if uses_llm_analyzer(&settings)
             && let Err(error) = agent_server.set_llm_security_analyzer(self.task.record.conversation_id).await
         {
-            self.task.record.notes.push(format!("The security analyzer was not set: {error}"));
+            self.add_note(format!("The security analyzer was not set: {error}"));
         }
         self.record_conversation(&sandbox, body.llm_model).await
     }
@@ -189,7 +190,8 @@ impl Work<'_> {
         let known = saga.conversations.get(user, conversation_id).await?.is_some();
         let saved = if known {
             // Started before: it keeps its record and its history, and is only where it is now.
-            saga.conversations.set_sandbox(user, conversation_id, &sandbox.id).await?;
+            let moved = ConversationChange::default().sandbox(user, &sandbox.id);
+            saga.conversations.update(user, conversation_id, moved).await?;
             saga.tasks.save(user, record.id, &self.lease.worker, &ready).await?
         } else {
             let writes = saga.conversations.put_new(&conversation)?;

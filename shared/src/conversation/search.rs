@@ -1,0 +1,371 @@
+//! Search and count: one definition of the filters, the indexes that serve them, and what a request may cost.
+//!
+//! A page without filters reads the rows that it returns and one more. The bounds of the attribute that the list is ordered
+//! by, and the sandbox, are conditions on keys: rows outside are not read. The other filters are applied to rows as they are
+//! read, at most [`MAX_EVALUATED`] of them a request: what is found so far is a page then, perhaps an empty one, and
+//! its `next_page_id` goes on from there.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use aws_sdk_dynamodb::operation::query::builders::QueryFluentBuilder;
+use aws_sdk_dynamodb::types::{AttributeValue, Select};
+use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use super::ConversationRecord;
+use super::store::{
+    ALL_BY_CREATED, ALL_BY_UPDATED, BY_SANDBOX, ConversationStore, TOP_LEVEL_BY_CREATED, TOP_LEVEL_BY_UPDATED, key,
+    searchable,
+};
+use crate::clock::Time;
+use crate::dynamo::{Item, from_item, store_error, text};
+use crate::error::{Error, Result};
+use crate::http::page_id;
+use crate::http::validation::wire_enum;
+use crate::user::UserId;
+use crate::user::counters::{self, Counter};
+
+/// The most rows that one search looks at.
+pub const MAX_EVALUATED: usize = 10_000;
+
+/// How long a filtered count may take; API Gateway gives up at 29 s.
+const COUNT_BUDGET: Duration = Duration::from_secs(20);
+
+/// How much more a filtered search reads with each query that did not fill the page.
+const GROWTH: usize = 4;
+
+wire_enum! {
+    /// The order of a list of conversations.
+    pub enum SortOrder {
+        /// Oldest first.
+        CreatedAt = "CREATED_AT",
+        /// Newest first.
+        CreatedAtDesc = "CREATED_AT_DESC",
+        /// Longest unchanged first.
+        UpdatedAt = "UPDATED_AT",
+        /// Last changed first.
+        UpdatedAtDesc = "UPDATED_AT_DESC",
+    }
+}
+
+impl SortOrder {
+    fn by_created(self) -> bool {
+        matches!(self, Self::CreatedAt | Self::CreatedAtDesc)
+    }
+
+    fn is_ascending(self) -> bool {
+        matches!(self, Self::CreatedAt | Self::UpdatedAt)
+    }
+}
+
+/// Which conversations a list holds, or are counted.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Filter {
+    /// Those whose title holds this text; ASCII letters match in either case. Empty: those with a title.
+    pub title_contains: Option<String>,
+    /// Those made at this instant or later.
+    pub created_at_gte: Option<Time>,
+    /// Those made before this instant.
+    pub created_at_lt: Option<Time>,
+    /// Those changed last at this instant or later.
+    pub updated_at_gte: Option<Time>,
+    /// Those changed last before this instant.
+    pub updated_at_lt: Option<Time>,
+    /// Those in this sandbox.
+    pub sandbox_id: Option<String>,
+    /// Whether those with a parent are among them.
+    pub include_sub_conversations: bool,
+}
+
+/// Where in a list a page starts: behind the row with this value of the attribute that the list is ordered by.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct After(String);
+
+/// A page of records.
+#[derive(Clone, Debug)]
+pub struct Page {
+    /// The records; there may be none although there is a next page.
+    pub records: Vec<ConversationRecord>,
+    /// Where the next page starts, if there is one.
+    pub next: Option<After>,
+}
+
+/// The index that is read, the range of its keys, and what is asked of the rows in it.
+struct Plan {
+    index: &'static str,
+    partition: &'static str,
+    owner: String,
+    sort: &'static str,
+    low: Option<String>,
+    high: Option<String>,
+    conditions: Vec<&'static str>,
+    values: HashMap<String, AttributeValue>,
+}
+
+impl Filter {
+    /// Whether it lets everything through but, perhaps, sub-conversations.
+    fn is_open(&self) -> bool {
+        let open = Self { include_sub_conversations: self.include_sub_conversations, ..Self::default() };
+        *self == open
+    }
+
+    /// The order in which counting reads least.
+    fn order_for_counting(&self) -> SortOrder {
+        let created = self.created_at_gte.is_some() || self.created_at_lt.is_some() || self.sandbox_id.is_some();
+        let updated = self.updated_at_gte.is_some() || self.updated_at_lt.is_some();
+        if updated && !created { SortOrder::UpdatedAtDesc } else { SortOrder::CreatedAtDesc }
+    }
+
+    fn plan(&self, user: &UserId, order: SortOrder) -> Plan {
+        let mut conditions = Vec::new();
+        let mut values = HashMap::new();
+        let mut ask = |condition, name: &str, value: String| {
+            conditions.push(condition);
+            values.insert(name.to_owned(), text(value));
+        };
+        let sandbox = self.sandbox_id.as_deref().map(|sandbox| user.key_of(sandbox));
+        let whole = || user.as_str().to_owned();
+        let (index, partition, owner) = match (order.by_created(), self.include_sub_conversations, &sandbox) {
+            (true, _, Some(sandbox)) => (BY_SANDBOX, "sandbox_key", sandbox.clone()),
+            (true, true, None) => (ALL_BY_CREATED, "user", whole()),
+            (true, false, None) => (TOP_LEVEL_BY_CREATED, "top_level_user", whole()),
+            (false, true, _) => (ALL_BY_UPDATED, "user", whole()),
+            (false, false, _) => (TOP_LEVEL_BY_UPDATED, "top_level_user", whole()),
+        };
+        if let Some(sandbox) = sandbox
+            && index != BY_SANDBOX
+        {
+            ask("sandbox_key = :sandbox", ":sandbox", sandbox);
+        }
+        // A row's value is the instant and, behind a `#`, its id: it is never equal to an instant.
+        let sortable = |time: Option<Time>| time.map(Time::sortable);
+        let created = (sortable(self.created_at_gte), sortable(self.created_at_lt));
+        let updated = (sortable(self.updated_at_gte), sortable(self.updated_at_lt));
+        let (sort, (low, high), (from, before)) =
+            if order.by_created() { ("created_sort", created, updated) } else { ("updated_sort", updated, created) };
+        let (from_condition, before_condition) = if order.by_created() {
+            ("updated_sort >= :from", "updated_sort < :before")
+        } else {
+            ("created_sort >= :from", "created_sort < :before")
+        };
+        if let Some(from) = from {
+            ask(from_condition, ":from", from);
+        }
+        if let Some(before) = before {
+            ask(before_condition, ":before", before);
+        }
+        match self.title_contains.as_deref() {
+            Some("") => conditions.push("attribute_exists(title_search)"),
+            Some(part) => {
+                conditions.push("contains(title_search, :title)");
+                values.insert(":title".to_owned(), text(searchable(part)));
+            }
+            None => {}
+        }
+        if index == BY_SANDBOX && !self.include_sub_conversations {
+            conditions.push("attribute_exists(top_level_user)");
+        }
+        Plan { index, partition, owner, sort, low, high, conditions, values }
+    }
+}
+
+impl Plan {
+    /// No row can be in the range: DynamoDB refuses to look.
+    fn is_empty(&self) -> bool {
+        matches!((&self.low, &self.high), (Some(low), Some(high)) if low >= high)
+    }
+
+    fn query(&self, store: &ConversationStore) -> QueryFluentBuilder {
+        // Below and above everything that a time begins with.
+        let low = self.low.clone().unwrap_or_else(|| "!".to_owned());
+        let high = self.high.clone().unwrap_or_else(|| "~".to_owned());
+        let ranged = self.low.is_some() || self.high.is_some();
+        let mut query = store
+            .dynamodb
+            .query()
+            .table_name(&store.table)
+            .index_name(self.index)
+            .expression_attribute_names("#owner", self.partition)
+            .expression_attribute_values(":owner", text(self.owner.clone()));
+        query = if ranged {
+            query
+                .key_condition_expression("#owner = :owner AND #sort BETWEEN :low AND :high")
+                .expression_attribute_names("#sort", self.sort)
+                .expression_attribute_values(":low", text(low))
+                .expression_attribute_values(":high", text(high))
+        } else {
+            query.key_condition_expression("#owner = :owner")
+        };
+        if !self.conditions.is_empty() {
+            query = query.filter_expression(self.conditions.join(" AND "));
+            for (name, value) in &self.values {
+                query = query.expression_attribute_values(name, value.clone());
+            }
+        }
+        query
+    }
+
+    /// The key behind which a page starts.
+    fn start(&self, user: &UserId, after: &After) -> Result<Item> {
+        let id = after.0.rsplit_once('#').and_then(|(_, id)| Uuid::try_parse(id).ok()).ok_or_else(page_id::not_ours)?;
+        let below = self.low.as_ref().is_some_and(|low| after.0 < *low);
+        let above = self.high.as_ref().is_some_and(|high| after.0 > *high);
+        if below || above {
+            return Err(page_id::not_ours());
+        }
+        let mut start = key(user, id);
+        start.insert(self.partition.to_owned(), text(self.owner.clone()));
+        start.insert(self.sort.to_owned(), text(after.0.clone()));
+        Ok(start)
+    }
+
+    fn after(&self, item: &Item) -> Result<After> {
+        let value = item.get(self.sort).and_then(|value| value.as_s().ok());
+        value
+            .cloned()
+            .map(After)
+            .ok_or_else(|| Error::internal(format!("a row of {} is without {}", self.index, self.sort)))
+    }
+}
+
+impl ConversationStore {
+    /// A page of the user's conversations.
+    ///
+    /// # Errors
+    /// [`Error::Store`]; [`Error::Refused`] when `after` is not a place in this list.
+    pub async fn search(
+        &self,
+        user: &UserId,
+        filter: &Filter,
+        order: SortOrder,
+        after: Option<&After>,
+        limit: usize,
+    ) -> Result<Page> {
+        let plan = filter.plan(user, order);
+        let mut start = after.map(|after| plan.start(user, after)).transpose()?;
+        let mut items: Vec<Item> = Vec::new();
+        let mut evaluated = 0;
+        // One more than wanted, so that the last page knows that it is the last.
+        let mut step = limit + 1;
+        let mut next = None;
+        while !plan.is_empty() {
+            let answer = plan
+                .query(self)
+                .scan_index_forward(order.is_ascending())
+                .limit(i32::try_from(step).unwrap_or(i32::MAX))
+                .set_exclusive_start_key(start.take())
+                .send()
+                .await
+                .map_err(store_error("Query conversations"))?;
+            evaluated += usize::try_from(answer.scanned_count).unwrap_or_default();
+            items.extend(answer.items.unwrap_or_default());
+            if items.len() > limit {
+                items.truncate(limit);
+                next = items.last().map(|last| plan.after(last)).transpose()?;
+                break;
+            }
+            let Some(last) = answer.last_evaluated_key else { break };
+            if evaluated >= MAX_EVALUATED {
+                next = Some(plan.after(&last)?);
+                break;
+            }
+            step = if plan.conditions.is_empty() {
+                limit + 1 - items.len()
+            } else {
+                (step * GROWTH).min(MAX_EVALUATED - evaluated)
+            };
+            start = Some(last);
+        }
+        let records = items.into_iter().map(from_item).collect::<Result<_>>()?;
+        Ok(Page { records, next })
+    }
+
+    /// How many of the user's conversations the filter lets through. Without filters that is one item read; otherwise all
+    /// rows are read that the filter's range of keys holds.
+    ///
+    /// # Errors
+    /// [`Error::Store`]; [`Error::Refused`] when there are too many rows to look at in one request.
+    pub async fn count(&self, user: &UserId, filter: &Filter) -> Result<u64> {
+        if filter.is_open() {
+            let counter = match filter.include_sub_conversations {
+                true => Counter::Conversations,
+                false => Counter::TopLevelConversations,
+            };
+            return counters::read(&self.dynamodb, &self.users_table, user, counter).await;
+        }
+        let plan = filter.plan(user, filter.order_for_counting());
+        if plan.is_empty() {
+            return Ok(0);
+        }
+        let deadline = Instant::now() + COUNT_BUDGET;
+        let mut pages = plan.query(self).select(Select::Count).into_paginator().send();
+        let mut count = 0;
+        while let Some(page) = pages.next().await {
+            count += u64::try_from(page.map_err(store_error("Query conversations"))?.count).unwrap_or_default();
+            if Instant::now() > deadline {
+                return Err(Error::Refused(
+                    "There are too many conversations to count with these filters: narrow them with created_at__gte and created_at__lt, or walk the pages of search"
+                        .into(),
+                ));
+            }
+        }
+        Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn time(text: &str) -> Option<Time> {
+        Some(serde_json::from_value(text.into()).expect("a time"))
+    }
+
+    #[test]
+    fn filters_are_conditions_on_keys_where_an_index_has_them() {
+        let user = UserId::new("u");
+        let filter = Filter {
+            title_contains: Some("A_b".into()),
+            created_at_gte: time("2025-01-01T00:00:00Z"),
+            updated_at_lt: time("2025-01-02T00:00:00Z"),
+            ..Filter::default()
+        };
+        let by_created = filter.plan(&user, SortOrder::CreatedAt);
+        assert_eq!((by_created.index, by_created.sort), (TOP_LEVEL_BY_CREATED, "created_sort"));
+        assert_eq!((by_created.low.as_deref(), by_created.high), (Some("2025-01-01T00:00:00.000000Z"), None));
+        assert_eq!(by_created.conditions, ["updated_sort < :before", "contains(title_search, :title)"]);
+        assert_eq!(by_created.values[":title"], text("a_b"));
+        let by_updated = filter.plan(&user, SortOrder::UpdatedAtDesc);
+        assert_eq!((by_updated.index, by_updated.sort), (TOP_LEVEL_BY_UPDATED, "updated_sort"));
+        assert_eq!((by_updated.low, by_updated.high.as_deref()), (None, Some("2025-01-02T00:00:00.000000Z")));
+        assert_eq!(by_updated.conditions, ["created_sort >= :from", "contains(title_search, :title)"]);
+        let in_sandbox = Filter { sandbox_id: Some("s".into()), ..Filter::default() };
+        let plan = in_sandbox.plan(&user, SortOrder::CreatedAtDesc);
+        assert_eq!((plan.index, plan.owner.as_str()), (BY_SANDBOX, "1:u#s"));
+        assert_eq!(plan.conditions, ["attribute_exists(top_level_user)"]);
+    }
+
+    #[test]
+    fn a_range_that_holds_nothing_is_not_asked_for() {
+        let filter = Filter {
+            created_at_gte: time("2025-01-02T00:00:00Z"),
+            created_at_lt: time("2025-01-01T00:00:00Z"),
+            ..Filter::default()
+        };
+        assert!(filter.plan(&UserId::new("u"), SortOrder::CreatedAt).is_empty());
+    }
+
+    #[test]
+    fn only_places_in_the_list_can_be_started_from() {
+        let filter = Filter { created_at_gte: time("2025-01-02T00:00:00Z"), ..Filter::default() };
+        let plan = filter.plan(&UserId::new("u"), SortOrder::CreatedAt);
+        let row = |time: &str| After(format!("{time}#{}", Uuid::from_u128(1).simple()));
+        assert!(plan.start(&UserId::new("u"), &row("2025-01-02T00:00:00.000000Z")).is_ok());
+        for after in [row("2025-01-01T00:00:00.000000Z"), After(String::new()), After("2025#x".into())] {
+            assert!(matches!(plan.start(&UserId::new("u"), &after), Err(Error::Refused(_))), "{after:?}");
+        }
+    }
+}
