@@ -1,23 +1,28 @@
-//! `GET /api/v1/app-conversations`, `…/search` and `…/count`: conversations with their live status.
+//! `/api/v1/app-conversations`: conversations with their live status. `GET` for some by id, `…/search` and `…/count` for all that
+//! a filter lets through, `PATCH …/{id}` to change one.
 
-use axum::extract::{RawQuery, State};
+use axum::extract::{DefaultBodyLimit, Path, RawQuery, State};
 use axum::response::{IntoResponse as _, Response};
-use axum::routing::get;
+use axum::routing::{get, patch};
 use axum::{Json, Router};
-use futures::future::try_join_all;
+use bytes::Bytes;
+use futures::future::{try_join, try_join_all};
+use http::HeaderMap;
+use http::header::CONTENT_TYPE;
 use serde_json::json;
 use shared::agent_server::AgentServer;
 use shared::aws::Aws;
 use shared::config::Config;
-use shared::conversation::AppConversation;
 use shared::conversation::live::LiveStatus;
 use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
+use shared::conversation::update_request::UpdateRequest;
+use shared::conversation::{AppConversation, ConversationRecord};
 use shared::error::Error;
 use shared::http::caller::Caller;
 use shared::http::page_id;
 use shared::http::query::{Bounds, Query, lenient_uuids};
-use shared::http::validation::Choice as _;
+use shared::http::validation::{self, Choice as _};
 use shared::sandbox;
 use shared::sandbox::store::SandboxStore;
 use shared::user::UserId;
@@ -26,6 +31,9 @@ use uuid::Uuid;
 
 /// The most ids that one request may name.
 const MAX_IDS: usize = 99;
+
+/// An update holds a few names.
+const BODY_LIMIT: usize = 1024 * 1024;
 
 /// What this function may touch: it reads conversations, and looks at sandboxes and their agent servers.
 #[derive(Clone, Debug)]
@@ -60,6 +68,8 @@ pub fn router(context: Context) -> Router {
         .route("/api/v1/app-conversations", get(batch_get))
         .route("/api/v1/app-conversations/search", get(search))
         .route("/api/v1/app-conversations/count", get(count))
+        .route("/api/v1/app-conversations/{conversation_id}", patch(update))
+        .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .with_state(context)
 }
 
@@ -113,6 +123,19 @@ async fn count(
     Ok(Json(context.conversations.count(&user, &filter).await?))
 }
 
+async fn update(
+    State(context): State<Context>,
+    Caller(user): Caller,
+    Path(id): Path<String>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Result<Json<AppConversation>, Error> {
+    let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let request = UpdateRequest::from_body(content_type, &body).map_err(Error::Invalid)?;
+    let id = validation::path_uuid("conversation_id", &id).map_err(Error::Invalid)?;
+    context.update(&user, id, &request).await.map(Json)
+}
+
 /// The filters that search and count have in common.
 fn filter(query: &mut Query) -> Filter {
     Filter {
@@ -129,16 +152,46 @@ fn filter(query: &mut Query) -> Filter {
 impl Context {
     async fn batch_get(&self, user: &UserId, ids: &[Uuid]) -> Result<Vec<Option<AppConversation>>, Error> {
         let records = self.conversations.batch_get(user, ids).await?;
-        let mut known: Vec<_> = records.iter().flatten().cloned().collect();
+        let mut known: Vec<_> = records.into_iter().flatten().collect();
         known.sort_by_key(|record| record.id);
         known.dedup_by_key(|record| record.id);
-        let mut shown = self.live.show(user, known).await?;
+        let shown = self.show(user, known).await?;
+        Ok(ids.iter().map(|id| shown.iter().find(|conversation| conversation.id == *id).cloned()).collect())
+    }
+
+    /// Changes what the request names, and tells the agent server of a new title.
+    async fn update(&self, user: &UserId, id: Uuid, request: &UpdateRequest) -> Result<AppConversation, Error> {
+        let unknown = || Error::NotFound("unknown_app_conversation".into());
+        if let Err(violations) = request.check() {
+            // What does not exist cannot be changed badly either.
+            return Err(self.conversations.get(user, id).await?.map_or_else(unknown, |_| Error::Invalid(violations)));
+        }
+        let change = request.change();
+        let record = match change.is_empty() {
+            true => self.conversations.get(user, id).await?,
+            false => self.conversations.update(user, id, change).await?,
+        };
+        let record = record.ok_or_else(unknown)?;
+        let title = request.title.as_ref().and_then(Option::as_deref);
+        let told = async {
+            match title {
+                Some(title) => self.live.tell_title(&record, title).await,
+                None => Ok(()),
+            }
+        };
+        let (shown, ()) = try_join(self.show(user, vec![record.clone()]), told).await?;
+        shown.into_iter().next().ok_or_else(unknown)
+    }
+
+    /// Records with their live status and their sub-conversations.
+    async fn show(&self, user: &UserId, records: Vec<ConversationRecord>) -> Result<Vec<AppConversation>, Error> {
+        let mut shown = self.live.show(user, records).await?;
         let children =
             try_join_all(shown.iter().map(|conversation| self.conversations.sub_conversations(user, conversation.id)))
                 .await?;
         for (conversation, children) in shown.iter_mut().zip(children) {
             conversation.sub_conversation_ids = children;
         }
-        Ok(ids.iter().map(|id| shown.iter().find(|conversation| conversation.id == *id).cloned()).collect())
+        Ok(shown)
     }
 }

@@ -334,6 +334,27 @@ impl AgentServer {
         Ok(())
     }
 
+    /// Gives a conversation a title; it takes up to 200 characters.
+    ///
+    /// # Errors
+    /// See [`Failure`].
+    pub async fn set_title(&self, conversation: Uuid, title: &str, timeout: Duration) -> Result<()> {
+        let path = format!("/api/conversations/{}", id::dashed(conversation));
+        let body = json!({"title": title});
+        let _done: Value = self.call(Method::PATCH, &path, timeout, |request| request.json(&body)).await?;
+        Ok(())
+    }
+
+    /// Ends a conversation and removes what the agent server has of it.
+    ///
+    /// # Errors
+    /// See [`Failure`]; 404 when it has no such conversation.
+    pub async fn delete_conversation(&self, conversation: Uuid, timeout: Duration) -> Result<()> {
+        let path = format!("/api/conversations/{}", id::dashed(conversation));
+        let _done: Value = self.call(Method::DELETE, &path, timeout, |request| request).await?;
+        Ok(())
+    }
+
     /// Lets the conversation's model judge the risk of its own actions.
     ///
     /// # Errors

@@ -33,6 +33,21 @@ impl LiveStatus {
         Self { sandboxes, http, budget }
     }
 
+    /// Tells the record's agent server its title, if it runs; best effort.
+    ///
+    /// # Errors
+    /// When the sandbox cannot be looked up.
+    pub async fn tell_title(&self, record: &ConversationRecord, title: &str) -> Result<()> {
+        let sandbox = self.sandboxes.get(&record.user, &record.sandbox_id).await?;
+        let Some(sandbox) = sandbox.filter(|sandbox| sandbox.status == SandboxStatus::Running) else { return Ok(()) };
+        let Some(url) = sandbox.agent_server_url() else { return Ok(()) };
+        let agent_server = AgentServer::new(self.http.clone(), url, sandbox.session_api_key.clone());
+        if let Err(error) = agent_server.set_title(record.id, title, self.budget).await {
+            tracing::warn!(conversation = %record.id, %error, "conversation.title_not_told");
+        }
+        Ok(())
+    }
+
     /// The records as the contract shows them. An agent server that does not answer in time costs its own
     /// conversations their `execution_status`, nothing else.
     ///

@@ -1,0 +1,215 @@
+//! What may be changed of a conversation: `AppConversationUpdateRequest` of the contract.
+
+use serde_json::{Value, json};
+
+use super::store::ConversationChange;
+use crate::http::body;
+use crate::http::validation::{Checked, Checker, Fields, boolean, choice, string};
+use crate::start::request::ProviderType;
+
+/// The most characters of a title, a repository or a branch: a record must stay far below what DynamoDB takes.
+pub const MAX_TEXT: usize = 10_000;
+
+/// Changes; a field that is `None` was not sent and stays, one that is `Some(None)` is cleared.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UpdateRequest {
+    /// The title.
+    pub title: Option<Option<String>>,
+    /// Whether others may read it.
+    pub public: Option<Option<bool>>,
+    /// `owner/name`
+    pub selected_repository: Option<Option<String>>,
+    /// A branch of it.
+    pub selected_branch: Option<Option<String>>,
+    /// Where the repository is.
+    pub git_provider: Option<Option<ProviderType>>,
+}
+
+impl UpdateRequest {
+    /// Reads the body of a request; fields that are none of the contract's are ignored.
+    ///
+    /// # Errors
+    /// Every violation of the types of fields. Whether their values are acceptable is [`UpdateRequest::check`]'s business.
+    pub fn from_body(content_type: Option<&str>, bytes: &[u8]) -> Checked<Self> {
+        let value = body::json(content_type, bytes)?;
+        let mut check = Checker::new("body");
+        let request = Self::read(&mut check, &value);
+        check.finish(request)
+    }
+
+    fn read(check: &mut Checker, value: &Value) -> Option<Self> {
+        let fields = Fields::of(check, value)?;
+        let public = fields.nullable(check, "public", boolean);
+        let selected_repository = fields.nullable(check, "selected_repository", string);
+        let selected_branch = fields.nullable(check, "selected_branch", string);
+        let git_provider = fields.nullable(check, "git_provider", choice);
+        let title = fields.nullable(check, "title", string);
+        Some(Self {
+            title: fields.has("title").then_some(title?),
+            public: fields.has("public").then_some(public?),
+            selected_repository: fields.has("selected_repository").then_some(selected_repository?),
+            selected_branch: fields.has("selected_branch").then_some(selected_branch?),
+            git_provider: fields.has("git_provider").then_some(git_provider?),
+        })
+    }
+
+    /// Checks the values, as far as the request alone says whether they can be.
+    ///
+    /// # Errors
+    /// Every violation: `value_error` for names that a shell or git would take for something else and for a branch or provider
+    /// without its repository, `string_too_long`.
+    pub fn check(&self) -> Checked<()> {
+        let mut check = Checker::new("body");
+        let texts = [
+            ("title", &self.title),
+            ("selected_repository", &self.selected_repository),
+            ("selected_branch", &self.selected_branch),
+        ];
+        for (name, text) in texts {
+            if let Some(Some(text)) = text {
+                check.within(name, |check| check_length(check, text));
+            }
+        }
+        match &self.selected_repository {
+            Some(Some(repository)) => check.within("selected_repository", |check| {
+                if repository.matches('/').count() != 1 {
+                    check.report_value_error("a repository is written owner/name", repository.as_str().into());
+                } else if repository.contains(DANGEROUS) {
+                    check.report_value_error(NOT_IN_A_NAME, repository.as_str().into());
+                }
+            }),
+            Some(None) => {
+                if let Some(Some(branch)) = &self.selected_branch {
+                    check.within("selected_branch", |check| {
+                        check.report_value_error("there is no branch without a repository", branch.as_str().into());
+                    });
+                }
+                if let Some(Some(provider)) = self.git_provider {
+                    check.within("git_provider", |check| {
+                        check.report_value_error("there is no provider without a repository", provider.as_str().into());
+                    });
+                }
+            }
+            None => {}
+        }
+        if let Some(Some(branch)) = &self.selected_branch
+            && (branch.contains(DANGEROUS) || branch.contains(' '))
+        {
+            check.within("selected_branch", |check| check.report_value_error(NOT_IN_A_NAME, branch.as_str().into()));
+        }
+        let clean = check.is_clean().then_some(());
+        check.finish(clean)
+    }
+
+    /// The change of the record.
+    #[must_use]
+    pub fn change(&self) -> ConversationChange {
+        let mut change = ConversationChange::default();
+        if let Some(title) = &self.title {
+            change = change.title(title.as_deref());
+        }
+        if let Some(public) = self.public {
+            change = change.public(public);
+        }
+        if let Some(repository) = &self.selected_repository {
+            change = change.selected_repository(repository.as_deref());
+        }
+        if let Some(branch) = &self.selected_branch {
+            change = change.selected_branch(branch.as_deref());
+        }
+        if let Some(provider) = self.git_provider {
+            change = change.git_provider(provider);
+        }
+        change
+    }
+}
+
+const DANGEROUS: [char; 7] = [';', '&', '|', '$', '`', '\n', '\r'];
+const NOT_IN_A_NAME: &str = "it holds a character that names do not have";
+
+/// Reports a text of more than [`MAX_TEXT`] characters.
+pub fn check_length(check: &mut Checker, text: &str) {
+    if text.chars().count() > MAX_TEXT {
+        let msg = format!("String should have at most {MAX_TEXT} characters");
+        check.report("string_too_long", msg, text.into(), Some(json!({"max_length": MAX_TEXT})));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(value: &Value) -> Checked<UpdateRequest> {
+        UpdateRequest::from_body(Some("application/json"), value.to_string().as_bytes())
+    }
+
+    #[test]
+    fn absent_null_and_a_value_are_told_apart() {
+        let request = read(&json!({"title": null, "public": "yes", "extra": 1})).expect("a request");
+        let expected = UpdateRequest { title: Some(None), public: Some(Some(true)), ..UpdateRequest::default() };
+        assert_eq!(request, expected);
+        assert!(read(&json!({})).expect("a request").change().is_empty());
+        assert!(!request.change().is_empty());
+    }
+
+    #[test]
+    fn every_bad_value_is_named() {
+        let long = "x".repeat(MAX_TEXT + 1);
+        for (body, fault) in [
+            (json!({"selected_repository": "norepo"}), Some(("value_error", "selected_repository"))),
+            (json!({"selected_repository": "a/b/c"}), Some(("value_error", "selected_repository"))),
+            (json!({"selected_repository": "a/b;c"}), Some(("value_error", "selected_repository"))),
+            (json!({"selected_branch": "a b"}), Some(("value_error", "selected_branch"))),
+            (json!({"selected_branch": "a\nb"}), Some(("value_error", "selected_branch"))),
+            (json!({"selected_repository": null, "selected_branch": "x"}), Some(("value_error", "selected_branch"))),
+            (json!({"selected_repository": null, "git_provider": "github"}), Some(("value_error", "git_provider"))),
+            (json!({"title": long}), Some(("string_too_long", "title"))),
+            (json!({"title": "", "selected_repository": "a/b", "selected_branch": "feature/ä"}), None),
+            (json!({"selected_repository": null, "selected_branch": null, "git_provider": null}), None),
+        ] {
+            let found = read(&body).expect("a request").check().err().map(|violations| {
+                let violation = serde_json::to_value(&violations[0]).expect("JSON");
+                assert_eq!(violations.len(), 1, "{body}");
+                (violations[0].kind, violation["loc"][1].as_str().expect("a field").to_owned())
+            });
+            assert_eq!(found.as_ref().map(|(kind, field)| (*kind, field.as_str())), fault, "{body}");
+        }
+    }
+
+    /// The reference answers 500 where [`UpdateRequest::check`] refuses.
+    #[test]
+    fn answers_recorded_updates() {
+        let file = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/contract/replay-patch.jsonl"));
+        let cases = file.lines().map(|line| serde_json::from_str::<Value>(line).expect("a case"));
+        let (mut refused, mut failed) = (0, 0);
+        for case in cases.filter(|case| case["request"]["method"] == "PATCH") {
+            let label = case["label"].as_str().expect("a label");
+            let bytes: Vec<u8> = match &case["request"]["body"] {
+                Value::Null => Vec::new(),
+                // Recorded byte by byte.
+                Value::String(raw) => raw.chars().map(|c| u8::try_from(u32::from(c)).expect("a byte")).collect(),
+                body => body.to_string().into_bytes(),
+            };
+            let content_type = case["request"]["headers"].get("content-type").and_then(Value::as_str);
+            let read = UpdateRequest::from_body(content_type, &bytes);
+            match (case["response"]["status"].as_i64().expect("a status"), read) {
+                (422, Err(violations)) => {
+                    let detail = serde_json::to_value(violations).expect("JSON");
+                    assert_eq!(detail, case["response"]["body"]["detail"], "{label}");
+                    refused += 1;
+                }
+                // The original cannot show a NaN in its answer.
+                (500, Err(violations)) => {
+                    assert_eq!((label, violations[0].kind), ("raw: NaN", "json_invalid"));
+                }
+                (500, Ok(request)) => {
+                    assert!(request.check().is_err(), "{label}");
+                    failed += 1;
+                }
+                (200, Ok(request)) => assert!(request.check().is_ok(), "{label}"),
+                (status, read) => panic!("{label}: {status}, {read:?}"),
+            }
+        }
+        assert!(refused > 10 && failed > 3, "only {refused} and {failed}");
+    }
+}
