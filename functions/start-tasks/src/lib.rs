@@ -31,7 +31,14 @@ impl Context {
         let names = &config.names;
         let (dynamodb, s3) = (aws.dynamodb.clone(), aws.s3.clone());
         Self {
-            tasks: StartTaskStore::new(dynamodb, names.start_tasks.clone(), s3, names.bucket.clone(), sealer.clone()),
+            tasks: StartTaskStore::new(
+                dynamodb,
+                names.start_tasks.clone(),
+                names.users.clone(),
+                s3,
+                names.bucket.clone(),
+                sealer.clone(),
+            ),
         }
     }
 }

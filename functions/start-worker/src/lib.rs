@@ -34,6 +34,7 @@ impl Context {
             tasks: StartTaskStore::new(
                 dynamodb.clone(),
                 names.start_tasks.clone(),
+                names.users.clone(),
                 aws.s3.clone(),
                 names.bucket.clone(),
                 sealer.clone(),

@@ -44,6 +44,7 @@ pub fn beginner(config: &Config, aws: &Aws, sealer: &Sealer) -> StartBeginner {
         tasks: StartTaskStore::new(
             aws.dynamodb.clone(),
             names.start_tasks.clone(),
+            names.users.clone(),
             aws.s3.clone(),
             names.bucket.clone(),
             sealer.clone(),

@@ -1,10 +1,10 @@
 //! The store of start tasks. Workers share it: whoever writes a start's progress must hold its lease.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
-use aws_sdk_dynamodb::types::{AttributeValue, ReturnValue, Select, TransactWriteItem, Update};
+use aws_sdk_dynamodb::types::{AttributeValue, Put, ReturnValue, Select, TransactWriteItem, Update};
 use futures::future::{join_all, try_join_all};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, Serialize};
@@ -14,12 +14,14 @@ use super::request::StartRequest;
 use super::task::{PendingCommand, Snapshot, StartStatus, StartTask, StartTaskRecord};
 use crate::clock::Time;
 use crate::dynamo::{
-    BATCH_GET_LIMIT, Item, batch_get_items, from_item, is_condition_failure, number, store_error, text, to_item,
+    BATCH_GET_LIMIT, Item, TRANSACTION_LIMIT, batch_get_items, from_item, is_condition_failure, number, store_error,
+    text, to_item, transact,
 };
 use crate::error::{Error, Result};
 use crate::http::validation::wire_enum;
 use crate::id;
 use crate::user::UserId;
+use crate::user::counters::{self, Counter};
 use crate::user::seal::Sealer;
 
 /// Index: a user's tasks by creation.
@@ -36,6 +38,9 @@ pub const SHARDS: &str = "0123456789abcdef";
 
 /// A request longer than this is kept in the bucket: every change of the record would pay for it again.
 const INLINE_REQUEST_LIMIT: usize = 8 * 1024;
+
+/// The most tasks that [`StartTaskStore::import`] takes at once: one transaction, with the counter.
+pub const IMPORT_LIMIT: usize = TRANSACTION_LIMIT - 1;
 
 /// How long after its time a task counts as forgotten.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(2);
@@ -213,21 +218,42 @@ pub struct After {
     pub id: Uuid,
 }
 
+/// A start that another server did, or began. It is kept to be shown; nobody goes on with it here, whatever its status.
+#[derive(Clone, Debug)]
+pub struct ImportedTask {
+    /// Its id.
+    pub id: Uuid,
+    /// Its state.
+    pub now: Snapshot,
+    /// When it was asked for.
+    pub created_at: Time,
+    /// What was asked for. Values of its secrets are not stored, only their names are.
+    pub request: StartRequest,
+}
+
 /// The records of all start tasks.
 #[derive(Clone, Debug)]
 pub struct StartTaskStore {
     dynamodb: Client,
     table: String,
+    users_table: String,
     s3: aws_sdk_s3::Client,
     bucket: String,
     sealer: Sealer,
 }
 
 impl StartTaskStore {
-    /// A store on the `start-tasks` table, with large requests in `bucket`.
+    /// A store on the `start-tasks` table, with its counter in `users` and large requests in `bucket`.
     #[must_use]
-    pub fn new(dynamodb: Client, table: String, s3: aws_sdk_s3::Client, bucket: String, sealer: Sealer) -> Self {
-        Self { dynamodb, table, s3, bucket, sealer }
+    pub fn new(
+        dynamodb: Client,
+        table: String,
+        users_table: String,
+        s3: aws_sdk_s3::Client,
+        bucket: String,
+        sealer: Sealer,
+    ) -> Self {
+        Self { dynamodb, table, users_table, s3, bucket, sealer }
     }
 
     /// Stores a new task in state WORKING; from here on it ends READY or ERROR, whatever happens to its makers.
@@ -246,30 +272,84 @@ impl StartTaskStore {
             sandbox_id: None,
             agent_server_url: None,
         };
-        let json = serde_json::to_string(request).map_err(Error::internal)?;
         let mut record = StartTaskRecord {
-            user: user.clone(),
-            id,
-            history: vec![now.clone()],
-            now,
-            created_at,
+            deadline: Some(deadline),
             conversation_id,
             // As in the reference, a conversation with a given id gets a sandbox of the same id.
             new_sandbox_id: request.conversation_id.map_or_else(id::new_sandbox_id, id::hex),
-            notes: Vec::new(),
-            browser: None,
-            command: None,
-            failure: None,
-            attempts: 0,
-            deadline: Some(deadline),
-            request: json,
-            request_object: None,
             secrets_sealed: self.seal_secrets(user, id, request)?,
+            ..record(user, id, now, created_at, request)?
         };
-        let mut item = to_item(&record)?;
+        let mut item = self.item(&mut record).await?;
+        item.insert("unfinished_shard".into(), text(shard(id)));
+        item.insert("due_at".into(), text(created_at.plus(FORGOTTEN_AFTER).sortable()));
+        let count = counters::add(&self.users_table, user, &[(Counter::StartTasks, 1)])?;
+        transact(&self.dynamodb, vec![self.put_new(item)?, count], "TransactWriteItems start-tasks").await?;
+        Ok(record)
+    }
+
+    /// Adds tasks of another server and counts them: for each, whether it is new; one that is there already is left as it
+    /// is. At most [`IMPORT_LIMIT`] at once. No worker ever takes them, for they are not in the index of unfinished tasks.
+    ///
+    /// # Errors
+    /// [`Error::Store`]; none of them is added then.
+    pub async fn import(&self, user: &UserId, tasks: &[ImportedTask]) -> Result<Vec<bool>> {
+        const ATTEMPTS: usize = 3;
+        let mut outcome = Ok(());
+        for _ in 0..ATTEMPTS {
+            let mut taken = self.taken(user, tasks.iter().map(|task| task.id)).await?;
+            // The first of several with the same id is the one that is added.
+            let new: Vec<bool> = tasks.iter().map(|task| taken.insert(task.id)).collect();
+            let added: Vec<&ImportedTask> =
+                tasks.iter().zip(&new).filter(|(_, new)| **new).map(|(task, _)| task).collect();
+            if added.is_empty() {
+                return Ok(new);
+            }
+            let count = i64::try_from(added.len()).unwrap_or_default();
+            let items = try_join_all(added.into_iter().map(async |task| {
+                let mut record = record(user, task.id, task.now.clone(), task.created_at, &task.request)?;
+                self.item(&mut record).await
+            }));
+            let mut writes =
+                items.await?.into_iter().map(|item| self.put_new(item)).collect::<Result<Vec<TransactWriteItem>>>()?;
+            writes.push(counters::add(&self.users_table, user, &[(Counter::StartTasks, count)])?);
+            outcome = transact(&self.dynamodb, writes, "TransactWriteItems start-tasks").await;
+            match &outcome {
+                Ok(()) => return Ok(new),
+                // Somebody else took one of the ids in the meantime.
+                Err(error) if is_condition_failure(error) => {}
+                Err(_) => break,
+            }
+        }
+        outcome.map(|()| Vec::new())
+    }
+
+    /// Which of these ids have a row.
+    async fn taken(&self, user: &UserId, ids: impl Iterator<Item = Uuid>) -> Result<HashSet<Uuid>> {
+        let ids: HashSet<Uuid> = ids.collect();
+        let keys = ids.into_iter().map(|id| key(user, id)).collect();
+        let items = batch_get_items(&self.dynamodb, &self.table, keys, "BatchGetItem start-tasks").await?;
+        let id = |item: &Item| Uuid::parse_str(item.get("id")?.as_s().ok()?).ok();
+        Ok(items.iter().filter_map(id).collect())
+    }
+
+    fn put_new(&self, item: Item) -> Result<TransactWriteItem> {
+        let put = Put::builder()
+            .table_name(&self.table)
+            .set_item(Some(item))
+            .condition_expression("attribute_not_exists(id)")
+            .build()
+            .map_err(Error::internal)?;
+        Ok(TransactWriteItem::builder().put(put).build())
+    }
+
+    /// A new record as an item, with the attributes that indexes are made of; a large request goes to the bucket.
+    async fn item(&self, record: &mut StartTaskRecord) -> Result<Item> {
+        let mut item = to_item(record)?;
         if record.request.len() > INLINE_REQUEST_LIMIT {
             // Before the row, so that there is no row without its request. An object without a row is found by no one.
-            let key = format!("start-requests/{}/{}.json", id::hex(id), crate::user::seal::hash(user.as_str()));
+            let owner = crate::user::seal::hash(record.user.as_str());
+            let key = format!("start-requests/{}/{owner}.json", id::hex(record.id));
             self.s3
                 .put_object()
                 .bucket(&self.bucket)
@@ -283,19 +363,12 @@ impl StartTaskStore {
             item.insert("request_object".into(), text(&key));
             record.request_object = Some(key);
         }
-        item.insert("created_sort".into(), text(sort_key(created_at, id)));
-        item.insert("updated_sort".into(), text(sort_key(created_at, id)));
-        item.insert("unfinished_shard".into(), text(shard(id)));
-        item.insert("due_at".into(), text(created_at.plus(FORGOTTEN_AFTER).sortable()));
-        self.dynamodb
-            .put_item()
-            .table_name(&self.table)
-            .set_item(Some(item))
-            .condition_expression("attribute_not_exists(id)")
-            .send()
-            .await
-            .map_err(store_error("PutItem start-tasks"))?;
-        Ok(record)
+        item.insert("created_sort".into(), text(sort_key(record.created_at, record.id)));
+        item.insert("updated_sort".into(), text(sort_key(record.now.updated_at, record.id)));
+        if let Some(conversation) = record.now.app_conversation_id {
+            item.insert("conversation_key".into(), text(record.user.key_of(&id::hex(conversation))));
+        }
+        Ok(item)
     }
 
     /// Records in the order of the ids, `None` for those that the user does not have.
@@ -371,11 +444,14 @@ impl StartTaskStore {
         Ok(cut(records, limit, order))
     }
 
-    /// How many of the user's tasks the filter lets through.
+    /// How many of the user's tasks the filter lets through. Without a filter it is one counter, read once.
     ///
     /// # Errors
     /// [`Error::Store`].
     pub async fn count(&self, user: &UserId, filter: &Filter) -> Result<u64> {
+        if *filter == Filter::default() {
+            return counters::read(&self.dynamodb, &self.users_table, user, Counter::StartTasks).await;
+        }
         if let Some(conversation) = filter.conversation_id {
             let order = SortOrder::CreatedAtDesc;
             return Ok(
@@ -706,6 +782,28 @@ impl StartTaskStore {
         let json = SecretString::from(serde_json::to_string(&exposed).map_err(Error::internal)?);
         self.sealer.seal(&secrets_purpose(user, id), &json).map(Some)
     }
+}
+
+/// A record in its first state, with nothing chosen yet. Secrets of the request are masked in it.
+fn record(user: &UserId, id: Uuid, now: Snapshot, created_at: Time, request: &StartRequest) -> Result<StartTaskRecord> {
+    Ok(StartTaskRecord {
+        user: user.clone(),
+        id,
+        history: vec![now.clone()],
+        conversation_id: now.app_conversation_id.or(request.conversation_id).unwrap_or_default(),
+        now,
+        created_at,
+        new_sandbox_id: String::new(),
+        notes: Vec::new(),
+        browser: None,
+        command: None,
+        failure: None,
+        attempts: 0,
+        deadline: None,
+        request: serde_json::to_string(request).map_err(Error::internal)?,
+        request_object: None,
+        secrets_sealed: None,
+    })
 }
 
 fn held<T>(written: Result<T>) -> Result<Result<(), LeaseLost>> {

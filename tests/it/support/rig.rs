@@ -217,7 +217,8 @@ impl Rig {
         let beside_the_gate = Arc::new(StandInSandboxes { url: agent.url(), ..StandInSandboxes::clone(&sandboxes) });
         let tasks = |aws: &Aws| {
             let (dynamodb, s3) = (aws.dynamodb.clone(), aws.s3.clone());
-            StartTaskStore::new(dynamodb, names.start_tasks.clone(), s3, names.bucket.clone(), sealer.clone())
+            let (table, users) = (names.start_tasks.clone(), names.users.clone());
+            StartTaskStore::new(dynamodb, table, users, s3, names.bucket.clone(), sealer.clone())
         };
         let conversations =
             |aws: &Aws| ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone());
