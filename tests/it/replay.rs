@@ -9,9 +9,11 @@ use local::options::{CommonOptions, LogKind, SandboxKind};
 use local::server::{Environment, Server};
 use regex_lite::Regex;
 use serde_json::{Map, Value};
+use shared::user::UserId;
+use shared::user::seal::Sealer;
 use tempfile::TempDir;
 
-use crate::support::seed;
+use crate::support::seed::Stores;
 use crate::support::wire::{Answer, Connection};
 
 /// In this order: the last two change records.
@@ -114,11 +116,15 @@ struct Deviation {
     body: Option<Value>,
     /// Of a page: the ids of its items, in order.
     ids: Option<Value>,
+    /// Of a page: the recorded one, its items in any order.
+    any_order: bool,
+    /// The recorded body, with these values in these places.
+    instead: Option<Map<String, Value>>,
 }
 
 impl Deviation {
     fn read(entry: &Value) -> Self {
-        let known = ["file", "label", "path", "query", "expect", "why", "body", "ids"];
+        let known = ["file", "label", "path", "query", "expect", "why", "body", "ids", "any_order", "instead"];
         for key in entry.as_object().expect("a deviation is an object").keys() {
             assert!(known.contains(&key.as_str()), "deviations.json: nothing reads {key}");
         }
@@ -132,6 +138,8 @@ impl Deviation {
             why: entry["why"].as_str().expect("a reason").to_owned(),
             body: entry.get("body").cloned(),
             ids: entry.get("ids").cloned(),
+            any_order: entry.get("any_order").is_some_and(|any| any == true),
+            instead: entry.get("instead").map(|places| places.as_object().expect("places").clone()),
         }
     }
 
@@ -142,26 +150,48 @@ impl Deviation {
     }
 
     /// What is wrong with an answer.
-    fn difference(&self, status: u16, body: &Value, made: &[&str]) -> Option<String> {
+    fn difference(&self, case: &Case, status: u16, body: &Value) -> Option<String> {
         if status != self.expect {
             return Some(format!("wanted {}, got {status}: {body}", self.expect));
         }
-        let body = normal(body, false, made, "");
-        if let Some(wanted) = &self.body
-            && body.to_string() != normal(wanted, false, made, "").to_string()
-        {
-            return Some(format!("wanted {wanted}, got {body}"));
+        let differ = |wanted: &Value, got: &Value| {
+            let [wanted, got] = [wanted, got].map(|body| normal(body, false, case.made(), "").to_string());
+            (wanted != got).then(|| format!("wanted {wanted}\n    got    {got}"))
+        };
+        if let Some(wanted) = &self.body {
+            return differ(wanted, body);
         }
-        let ids: Value = body["items"].as_array().into_iter().flatten().map(|item| item["id"].clone()).collect();
-        self.ids.as_ref().filter(|wanted| **wanted != ids).map(|wanted| format!("wanted {wanted}, got {ids}"))
+        if let Some(wanted) = &self.ids {
+            let ids = body["items"].as_array().into_iter().flatten().map(|item| item["id"].clone()).collect();
+            return differ(wanted, &ids);
+        }
+        if self.any_order {
+            return differ(&in_order(&case.answer), &in_order(body));
+        }
+        let mut wanted = with_zone(&case.answer);
+        for (place, value) in self.instead.iter().flatten() {
+            *wanted.pointer_mut(place).expect("a place in the recorded body") = value.clone();
+        }
+        differ(&wanted, body)
     }
+}
+
+fn in_order(page: &Value) -> Value {
+    let mut page = page.clone();
+    if let Some(items) = page["items"].as_array_mut() {
+        items.sort_by_key(|item| item["id"].to_string());
+    }
+    page
 }
 
 #[tokio::test]
 async fn every_recorded_exchange_is_answered_as_the_reference_did_or_deviates_by_name() {
     let folder = TempDir::new().expect("a folder");
     let server = serve(&folder.path().join("data")).await;
-    seed::load(&server, &fs::read_to_string(recorded("seed.jsonl")).expect("the seed")).await;
+    let sealer = Sealer::from_file(&server.config.sealing_key_file).expect("the sealing key");
+    let lines = fs::read_to_string(recorded("seed.jsonl")).expect("the seed");
+    let lines = lines.lines().map(|line| serde_json::from_str(line).expect("JSON"));
+    Stores::new(&server.aws, &server.config.names, &sealer).load(&UserId::local(), lines).await;
     let entries: Value =
         serde_json::from_str(&fs::read_to_string(recorded("deviations.json")).expect("deviations")).expect("JSON");
     let deviations: Vec<Deviation> = entries.as_array().expect("a list").iter().map(Deviation::read).collect();
@@ -189,7 +219,7 @@ async fn every_recorded_exchange_is_answered_as_the_reference_did_or_deviates_by
                 Some(index) => {
                     used[index] += 1;
                     let deviation = &deviations[index];
-                    let difference = deviation.difference(answer.status, &body, case.made());
+                    let difference = deviation.difference(&case, answer.status, &body);
                     difference.map(|text| format!("deviation \"{}\": {text}", deviation.why))
                 }
                 None => difference(&case, &answer, &body),
