@@ -11,6 +11,7 @@
 )]
 
 mod end_to_end;
+mod records;
 mod replay;
 mod saga;
 mod support;

@@ -4,6 +4,7 @@
 // No single test uses all of it.
 #![allow(dead_code)]
 
+pub mod api;
 pub mod gate;
 pub mod git_server;
 pub mod product;
