@@ -1,6 +1,6 @@
 //! Lists of records, against what a list in memory says: filters, orders, pages, counts, whatever happens meanwhile.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use futures::future::join_all;
@@ -425,4 +425,283 @@ async fn happen(
 
 async fn change(api: &Api, user: &UserId, id: Uuid, body: &Value) -> (u16, Value) {
     api.call(user, "PATCH", &format!("/api/v1/app-conversations/{id}"), Some(body)).await
+}
+
+/// A start task of the account.
+#[derive(Clone, Debug)]
+struct Task {
+    id: u64,
+    conversation: Option<u64>,
+    created: At,
+    updated: At,
+}
+
+fn tasks() -> impl Strategy<Value = Vec<Task>> {
+    vec((option::weighted(0.6, 0..3_u64), at(), at()), 0..30).prop_map(|tasks| {
+        let task = |(id, (conversation, created, updated))| Task { id, conversation, created, updated };
+        (0..).zip(tasks).map(task).collect()
+    })
+}
+
+#[test]
+fn a_walk_over_start_tasks_is_the_filtered_and_sorted_list_and_counts_are_its_length() {
+    let world = World::new();
+    let orders = vec![Order::Unsaid, Order::Created, Order::CreatedDesc, Order::Updated, Order::UpdatedDesc];
+    let question =
+        (option::weighted(0.3, 0..4_u64), option::weighted(0.4, at()), select(orders), 1..=6_usize, 0..3_usize);
+    world.check(25, (tasks(), vec(question, 5)), async |api, user, (tasks, questions)| {
+        let lines = tasks.iter().map(|task| {
+            let conversation = task.conversation.map(|id| uuid_of(id).simple().to_string());
+            json!({"type": "start_task", "data": {
+                "id": uuid_of(task.id).simple().to_string(),
+                "status": if conversation.is_some() { "READY" } else { "ERROR" },
+                "app_conversation_id": conversation,
+                "request": {},
+                "created_at": task.created.time(),
+                "updated_at": task.updated.time(),
+            }})
+        });
+        api.stores.load(user, lines).await;
+        for (conversation, from, order, limit, way) in questions {
+            let mut expected: Vec<&Task> = tasks
+                .iter()
+                .filter(|task| conversation.is_none() || task.conversation == *conversation)
+                .filter(|task| from.is_none_or(|from| task.created >= from))
+                .collect();
+            match order {
+                Order::Updated | Order::UpdatedDesc => expected.sort_by_key(|task| (task.updated, uuid_of(task.id))),
+                _ => expected.sort_by_key(|task| (task.created, uuid_of(task.id))),
+            }
+            if !matches!(order, Order::Created | Order::Updated) {
+                expected.reverse();
+            }
+            let filters: Vec<(&str, String)> = [
+                conversation.map(|id| ("conversation_id__eq", uuid_of(id).to_string())),
+                from.map(|from| ("created_at__gte", from.written(*way))),
+            ]
+            .into_iter()
+            .flatten()
+            .collect();
+            let mut query = filters.clone();
+            query.extend(order.name().map(|name| ("sort_order", name.to_owned())));
+            query.push(("limit", limit.to_string()));
+            let found = walk(api, user, "/start-tasks/search", &query, *limit).await;
+            let found: Vec<Uuid> = found.iter().map(id_of).collect();
+            assert_eq!(found, expected.iter().map(|task| uuid_of(task.id)).collect::<Vec<_>>(), "{query:?}");
+            let count = api.get(user, "/start-tasks/count", &filters).await;
+            assert_eq!(count, (200, expected.len().into()), "{query:?}");
+        }
+    });
+}
+
+/// Rows in the order of their numbers, a second apart.
+fn plain_rows(count: u64) -> Vec<Row> {
+    (0..count)
+        .map(|id| Row {
+            id,
+            title: Some(format!("row {id}")),
+            sandbox: "s",
+            parent: None,
+            created: At(i64::try_from(id).expect("few") * 1_000_000),
+            updated: At(0),
+        })
+        .collect()
+}
+
+/// Lines of as many start tasks.
+fn plain_tasks(count: u64) -> impl Iterator<Item = Value> {
+    (0..count).map(|id| {
+        json!({"type": "start_task", "data": {
+            "id": uuid_of(id).simple().to_string(),
+            "status": "ERROR",
+            "request": {},
+            "created_at": At(0).time(),
+            "updated_at": At(0).time(),
+        }})
+    })
+}
+
+fn is_refused(answer: &(u16, Value)) -> bool {
+    answer.0 == 400 && answer.1["detail"].is_string() && answer.1.as_object().is_some_and(|body| body.len() == 1)
+}
+
+#[tokio::test]
+async fn a_page_id_that_is_not_ours_or_of_another_list_is_refused() {
+    let folder = TempDir::new().expect("a folder");
+    let api = Api::at(folder.path(), SandboxConfig::None).await;
+    let [me, you] = ["me", "you"].map(UserId::new);
+    for user in [&me, &you] {
+        store(&api, user, &plain_rows(10)).await;
+        api.stores.load(user, plain_tasks(10)).await;
+    }
+    let lists = [
+        ("/search", vec![("limit", "3".to_owned())]),
+        ("/search", vec![("limit", "3".to_owned()), ("title__contains", "row".to_owned())]),
+        ("/search", vec![("limit", "3".to_owned()), ("sort_order", "UPDATED_AT".to_owned())]),
+        ("/search", vec![("limit", "3".to_owned()), ("sandbox_id__eq", "s".to_owned())]),
+        ("/search", vec![("limit", "3".to_owned()), ("include_sub_conversations", "true".to_owned())]),
+        ("/search", vec![("limit", "3".to_owned()), ("created_at__gte", At(0).time().to_string())]),
+        ("/start-tasks/search", vec![("limit", "3".to_owned())]),
+        ("/start-tasks/search", vec![("limit", "3".to_owned()), ("sort_order", "CREATED_AT".to_owned())]),
+    ];
+    let ask = async |user: &UserId, list: usize, page_id: &str| {
+        let (path, mut query) = lists[list].clone();
+        query.push(("page_id", page_id.to_owned()));
+        api.get(user, path, &query).await
+    };
+    let mut page_ids = Vec::new();
+    for (path, query) in &lists {
+        page_ids.push(page(&api, &me, path, query, None).await.1.expect("a next page"));
+    }
+    for (of, page_id) in page_ids.iter().enumerate() {
+        for list in 0..lists.len() {
+            let answer = ask(&me, list, page_id).await;
+            assert!(if list == of { answer.0 == 200 } else { is_refused(&answer) }, "{of} in {list}: {answer:?}");
+        }
+        // A page may have another size than the one before.
+        let (path, mut query) = lists[of].clone();
+        query[0].1 = "5".to_owned();
+        query.push(("page_id", page_id.clone()));
+        assert_eq!(api.get(&me, path, &query).await.0, 200);
+        let answer = ask(&you, of, page_id).await;
+        assert!(is_refused(&answer), "another user's: {answer:?}");
+    }
+    for of in [0, 6] {
+        let page_id = &page_ids[of];
+        for place in 0..page_id.len() {
+            for char in ['A', 'Q', '_', '=', 'é', '\0', '0'] {
+                let mut changed = page_id.clone();
+                changed.replace_range(place..=place, &char.to_string());
+                let answer = ask(&me, of, &changed).await;
+                assert!(changed == *page_id || is_refused(&answer), "{place} {char}: {answer:?}");
+            }
+            let answer = ask(&me, of, &page_id[..place]).await;
+            assert!(is_refused(&answer), "cut at {place}: {answer:?}");
+        }
+        let long = "A".repeat(60_000);
+        for other in ["1", "-1", "", " ", "null", "e30", &format!("{page_id}="), &format!("{page_id}AAAA"), &long] {
+            let answer = ask(&me, of, other).await;
+            assert!(is_refused(&answer), "{other:.20}: {answer:?}");
+        }
+    }
+    api.stop().await;
+}
+
+#[tokio::test]
+async fn a_walk_goes_on_after_a_restart() {
+    let folder = TempDir::new().expect("a folder");
+    let user = UserId::new("somebody");
+    let query = [("limit", "3".to_owned())];
+    let api = Api::at(folder.path(), SandboxConfig::None).await;
+    store(&api, &user, &plain_rows(10)).await;
+    api.stores.load(&user, plain_tasks(10)).await;
+    let mut walks = Vec::new();
+    for path in ["/search", "/start-tasks/search"] {
+        let (items, next) = page(&api, &user, path, &query, None).await;
+        walks.push((path, items, next));
+    }
+    api.stop().await;
+    let api = Api::at(folder.path(), SandboxConfig::None).await;
+    for (path, items, mut next) in walks {
+        let mut seen: Vec<Uuid> = items.iter().map(id_of).collect();
+        while next.is_some() {
+            let (items, following) = page(&api, &user, path, &query, next).await;
+            seen.extend(items.iter().map(id_of));
+            next = following;
+        }
+        let once: BTreeSet<Uuid> = seen.iter().copied().collect();
+        assert_eq!((seen.len(), once.len()), (10, 10), "{path}");
+        let count = format!("{}/count", path.trim_end_matches("/search"));
+        assert_eq!(api.get(&user, &count, &[]).await, (200, 10.into()));
+    }
+    api.stop().await;
+}
+
+#[tokio::test]
+async fn odd_values_of_filters_are_no_fault() {
+    let folder = TempDir::new().expect("a folder");
+    let api = Api::at(folder.path(), SandboxConfig::None).await;
+    let user = UserId::new("somebody");
+    store(&api, &user, &plain_rows(3)).await;
+    let long = "é".repeat(5_000);
+    for (name, value) in [
+        ("sandbox_id__eq", long.as_str()),
+        ("sandbox_id__eq", ""),
+        ("sandbox_id__eq", "\0"),
+        ("title__contains", &long),
+        ("title__contains", "\0"),
+        ("created_at__gte", "9999-12-31T23:59:59.999999Z"),
+        ("created_at__lt", "0001-01-01"),
+        ("updated_at__gte", "9999-12-31T23:59:59.999999Z"),
+        ("updated_at__lt", "0001-01-01T00:00:00+14:00"),
+    ] {
+        for order in ["CREATED_AT", "UPDATED_AT_DESC", "nonsense"] {
+            let query = [(name, value.to_owned()), ("sort_order", order.to_owned())];
+            let (status, answer) = api.get(&user, "/search", &query).await;
+            assert_eq!((status, &answer["items"]), (200, &json!([])), "{name}={value:.30}: {answer}");
+        }
+        let count = api.get(&user, "/count", &[(name, value.to_owned())]).await;
+        assert_eq!(count, (200, 0.into()), "{name}={value:.30}");
+    }
+    api.stop().await;
+}
+
+#[tokio::test]
+async fn racing_updates_of_one_record_lose_nothing() {
+    const ROUNDS: usize = 10;
+    let folder = TempDir::new().expect("a folder");
+    let api = Api::at(folder.path(), SandboxConfig::None).await;
+    let user = UserId::new("somebody");
+    let row = &plain_rows(1)[0];
+    store(&api, &user, std::slice::from_ref(row)).await;
+    let before = api.stores.conversations.get(&user, row.uuid()).await.expect("the store").expect("the row");
+    // Each attribute has one writer a round, so that there is one right end.
+    for round in 0..ROUNDS {
+        let bodies = [
+            json!({"title": format!("title {round}")}),
+            json!({"public": round % 2 == 0}),
+            json!({"selected_repository": format!("owner/{round}")}),
+            json!({"selected_branch": format!("branch-{round}")}),
+        ];
+        let patches = join_all(bodies.iter().map(async |body| {
+            let (status, answer) = change(&api, &user, row.uuid(), body).await;
+            let (name, value) = body.as_object().and_then(|body| body.iter().next()).expect("one field");
+            assert_eq!((status, &answer[name]), (200, value), "its own change is in the answer");
+        }));
+        let sandbox = format!("sandbox {round}");
+        let worker = async {
+            let change = ConversationChange::default().sandbox(&user, &sandbox);
+            let updated = api.stores.conversations.update(&user, row.uuid(), change).await.expect("the store");
+            assert_eq!(updated.expect("the row").sandbox_id, sandbox);
+        };
+        tokio::join!(patches, worker);
+        let now = api.stores.conversations.get(&user, row.uuid()).await.expect("the store").expect("the row");
+        let wanted = ConversationRecord {
+            title: Some(format!("title {round}")),
+            public: Some(round % 2 == 0),
+            selected_repository: Some(format!("owner/{round}")),
+            selected_branch: Some(format!("branch-{round}")),
+            sandbox_id: sandbox,
+            updated_at: now.updated_at,
+            ..before.clone()
+        };
+        assert_eq!(now, wanted);
+        assert!(now.updated_at > before.updated_at);
+    }
+    // All at once: whoever is last, every attribute is one that was sent, and lists find the row under it.
+    let titles: Vec<String> = (0..50).map(|number| format!("racing {number}")).collect();
+    join_all(titles.iter().map(async |title| {
+        let (status, answer) = change(&api, &user, row.uuid(), &json!({"title": title})).await;
+        assert_eq!((status, answer["title"].as_str()), (200, Some(title.as_str())));
+    }))
+    .await;
+    let now = api.stores.conversations.get(&user, row.uuid()).await.expect("the store").expect("the row");
+    let title = now.title.clone().expect("a title");
+    assert!(titles.contains(&title));
+    for order in ["CREATED_AT", "UPDATED_AT"] {
+        let query = [("title__contains", title.clone()), ("sort_order", order.to_owned())];
+        let (items, _) = page(&api, &user, "/search", &query, None).await;
+        assert_eq!(items.iter().map(|item| item["updated_at"].clone()).collect::<Vec<_>>(), [json!(now.updated_at)]);
+    }
+    api.stop().await;
 }
