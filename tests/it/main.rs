@@ -10,6 +10,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod deletion;
 mod end_to_end;
 mod events;
 mod saga;

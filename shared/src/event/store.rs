@@ -444,7 +444,8 @@ impl EventStore {
                 .map_err(store_error("Query events"))?;
             let rows: Vec<Remains> =
                 answer.items.unwrap_or_default().into_iter().map(from_item).collect::<Result<_>>()?;
-            stream::iter(rows.iter().filter_map(|row| row.event_object.clone()))
+            let objects: Vec<String> = rows.iter().filter_map(|row| row.event_object.clone()).collect();
+            stream::iter(objects)
                 .map(|key| self.delete_object(key))
                 .buffer_unordered(PARALLEL_OBJECTS)
                 .try_collect::<()>()
