@@ -10,7 +10,9 @@
     reason = "a test fails by panicking"
 )]
 
+mod deletion;
 mod end_to_end;
+mod events;
 mod records;
 mod replay;
 mod saga;

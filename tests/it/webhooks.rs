@@ -22,6 +22,7 @@ use tower::ServiceExt as _;
 use uuid::Uuid;
 
 use crate::support::gate::{Gate, Stop};
+use crate::support::log::all_events;
 
 const KEY: &str = "session-key-of-one";
 const OTHER_KEY: &str = "session-key-of-another";
@@ -78,7 +79,7 @@ impl Owner {
     }
 
     async fn events_of(&self, conversation: Uuid) -> Vec<Event> {
-        self.events.list(&self.user, conversation).await.expect("the store")
+        all_events(&self.events, &self.user, conversation).await
     }
 }
 

@@ -18,7 +18,7 @@ use shared::aws::Aws;
 use shared::config::Config;
 use shared::conversation::store::ConversationStore;
 use shared::error::Error;
-use shared::event::store::{Event, EventStore, MAX_POSITION};
+use shared::event::store::{Event, EventStore};
 use shared::http::body;
 use shared::http::validation::{self, Checked, Checker, Fields};
 use shared::sandbox::store::{SandboxRecord, SandboxStore};
@@ -153,8 +153,8 @@ fn event(check: &mut Checker, value: &Value) -> Option<Event> {
     let timestamp = fields.required(check, "timestamp", validation::string);
     let kind = fields.required(check, "kind", validation::string);
     let event = Event { id: id?, timestamp: timestamp?, kind: kind?, json: value.to_string() };
-    if event.position().len() > MAX_POSITION {
-        check.report_value_error("id and timestamp are too long", value.clone());
+    if let Some(fault) = event.fault() {
+        check.report_value_error(fault, value.clone());
         return None;
     }
     Some(event)

@@ -1,13 +1,15 @@
-//! The worker behind the queue: advances starts, sweeps up forgotten ones, and gives up honestly.
+//! The worker behind the queue: advances starts, finishes deletions, sweeps up what was forgotten, and gives up honestly.
 
 use aws_lambda_events::event::sqs::{BatchItemFailure, SqsBatchResponse, SqsEvent, SqsMessage};
-use futures::future::join_all;
+use futures::future::{join, join_all};
 use serde_json::Value;
 use shared::agent_server::AgentServer;
 use shared::aws::Aws;
 use shared::config::Config;
+use shared::conversation::deletion::{Deleter, Deletion};
 use shared::conversation::store::ConversationStore;
 use shared::error::Error;
+use shared::event::store::EventStore;
 use shared::sandbox;
 use shared::sandbox::store::SandboxStore;
 use shared::start::queue::{DEAD_LETTER_SUFFIX, Job, StartQueue};
@@ -16,10 +18,13 @@ use shared::start::store::StartTaskStore;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
 
-/// What this function may touch: everything that a start touches.
+/// What this function may touch: everything that a start touches, and everything that goes with a conversation.
 #[derive(Clone, Debug)]
 pub struct Context {
-    saga: Saga,
+    /// Goes on with starts.
+    pub saga: Saga,
+    /// Finishes deletions.
+    pub deletion: Deletion,
 }
 
 impl Context {
@@ -30,7 +35,7 @@ impl Context {
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Self, Error> {
         let (names, dynamodb) = (&config.names, &aws.dynamodb);
         let sandboxes = SandboxStore::new(dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
-        Ok(Self::with_saga(Saga {
+        let saga = Saga {
             tasks: StartTaskStore::new(
                 dynamodb.clone(),
                 names.start_tasks.clone(),
@@ -46,13 +51,22 @@ impl Context {
             http: AgentServer::http_client().map_err(Error::internal)?,
             sealer: sealer.clone(),
             config: config.start.clone(),
-        }))
+        };
+        let events = EventStore::new(dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
+        Ok(Self::new_with(saga, events))
     }
 
-    /// A context around a saga.
+    /// A context around a saga, and the events of the conversations that it makes.
     #[must_use]
-    pub fn with_saga(saga: Saga) -> Self {
-        Self { saga }
+    pub fn new_with(saga: Saga, events: EventStore) -> Self {
+        let deletion = Deletion {
+            deleter: Deleter { conversations: saga.conversations.clone(), queue: saga.queue.clone() },
+            tasks: saga.tasks.clone(),
+            events,
+            sandboxes: saga.sandboxes.clone(),
+            http: saga.http.clone(),
+        };
+        Self { saga, deletion }
     }
 }
 
@@ -63,7 +77,8 @@ impl Context {
 /// When a scheduled sweep fails.
 pub async fn handle(context: &Context, event: Value) -> Result<SqsBatchResponse, Error> {
     if event.get("Records").is_none() {
-        let rung = context.saga.sweep().await?;
+        let (starts, deletions) = join(context.saga.sweep(), context.deletion.sweep()).await;
+        let rung = starts? + deletions?;
         if rung > 0 {
             tracing::warn!(rung, "start_worker.swept");
         }
@@ -95,11 +110,18 @@ async fn handle_message(context: &Context, message: &SqsMessage) -> Result<(), E
         }
         Err(error) => return Err(error),
     };
-    let Job::AdvanceStart { user, task } = job;
-    if dead {
-        return context.saga.give_up(&user, task).await;
+    match job {
+        Job::AdvanceStart { user, task } if dead => context.saga.give_up(&user, task).await,
+        Job::AdvanceStart { user, task } => {
+            let turn = context.saga.advance(&user, task).await?;
+            tracing::debug!(%task, ?turn, "start_worker.turn");
+            Ok(())
+        }
+        Job::DeleteConversation { conversation, .. } if dead => {
+            // The sweep goes on ringing for it: what is left costs money, and somebody wants it gone.
+            tracing::error!(%conversation, "start_worker.deletion_keeps_failing");
+            Ok(())
+        }
+        Job::DeleteConversation { user, conversation } => context.deletion.finish(&user, conversation).await,
     }
-    let turn = context.saga.advance(&user, task).await?;
-    tracing::debug!(%task, ?turn, "start_worker.turn");
-    Ok(())
 }

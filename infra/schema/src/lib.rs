@@ -12,7 +12,7 @@ use aws_sdk_sqs::types::QueueAttributeName;
 use shared::aws::Aws;
 use shared::config::Names;
 use shared::start::queue::DEAD_LETTER_SUFFIX;
-use shared::{conversation, sandbox, start};
+use shared::{conversation, event, sandbox, start};
 
 /// What an index holds of its rows beside the keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +21,8 @@ pub enum Projected {
     All,
     /// The keys alone.
     Keys,
+    /// The keys and one attribute.
+    KeysAnd(&'static str),
 }
 
 /// A global secondary index.
@@ -94,7 +96,15 @@ pub const TABLES: [Table; 5] = [
             index(sandbox::store::BY_CREATED, "user", "created_at", Projected::All),
         ],
     },
-    Table { name: "events", partition_key: "conversation", sort_key: "position", indexes: &[] },
+    Table {
+        name: "events",
+        partition_key: "conversation",
+        sort_key: "id",
+        indexes: &[
+            index(event::store::BY_POSITION, "conversation", "position", Projected::KeysAnd(event::store::ROOM)),
+            index(event::store::BY_KIND, "conversation", "kind_position", Projected::KeysAnd(event::store::ROOM)),
+        ],
+    },
     Table { name: "users", partition_key: "user", sort_key: "kind", indexes: &[] },
 ];
 
@@ -178,6 +188,11 @@ async fn make_table(aws: &Aws, table: &Table, name: &str) -> Result<(), SchemaEr
                 .projection_type(match index.projected {
                     Projected::All => ProjectionType::All,
                     Projected::Keys => ProjectionType::KeysOnly,
+                    Projected::KeysAnd(_) => ProjectionType::Include,
+                })
+                .set_non_key_attributes(match index.projected {
+                    Projected::KeysAnd(attribute) => Some(vec![attribute.to_owned()]),
+                    Projected::All | Projected::Keys => None,
                 })
                 .build();
             GlobalSecondaryIndex::builder()

@@ -1,27 +1,58 @@
-//! Appends and reads the events of conversations. Appending is idempotent on the event's id and timestamp.
+//! Appends and reads the events of conversations.
+//!
+//! An event is a row by its id, so an id is stored once: what comes again replaces what was there, with another timestamp
+//! too, and it moves to its new place then. Two narrow indexes hold the order of the log, as a whole and by kind: paging
+//! reads places there and then the events of the page alone, and counting reads nothing else.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
-use aws_sdk_dynamodb::types::{PutRequest, WriteRequest};
-use futures::future::try_join_all;
+use aws_sdk_dynamodb::operation::query::builders::QueryFluentBuilder;
+use aws_sdk_dynamodb::types::{DeleteRequest, PutRequest, Select, WriteRequest};
+use aws_sdk_s3::operation::get_object::GetObjectError;
+use futures::stream::{self, StreamExt as _, TryStreamExt as _};
+use jiff::Timestamp;
+use jiff::civil::DateTime;
+use jiff::tz::Offset;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::dynamo::{from_item, store_error, text, to_item};
+use crate::clock::Time;
+use crate::dynamo::{BATCH_GET_LIMIT, Item, batch_get_items, from_item, store_error, text, to_item};
 use crate::error::{Error, Result, StoreError};
+use crate::http::validation::wire_enum;
 use crate::id;
 use crate::user::UserId;
 use crate::user::seal::hash;
 
-/// DynamoDB takes no longer sort key: the timestamp, a `#` and the id of an event.
-pub const MAX_POSITION: usize = 1024;
+/// Index: the places of a conversation's events, in the order of time.
+pub const BY_POSITION: &str = "by-position";
+/// Index: the places of a conversation's events, kind by kind, in the order of time.
+pub const BY_KIND: &str = "by-kind";
+/// What both indexes hold beside keys: how much room an event takes in an answer.
+pub const ROOM: &str = "room";
 
+/// How much room the events of one page take together at most, unless it is a single one. Lambda answers with 6 MB at most.
+pub const PAGE_ROOM: u64 = 5 * 1000 * 1000;
+
+/// DynamoDB takes no longer sort key.
+const KEY_LIMIT: usize = 1024;
 /// DynamoDB takes at most this many writes in one `BatchWriteItem`.
 const BATCH_WRITE_LIMIT: usize = 25;
 /// A longer event is kept in the bucket: DynamoDB takes no item over 400 KB.
 const INLINE_EVENT_LIMIT: usize = 300 * 1024;
+/// Objects that are asked for at the same time.
+const PARALLEL_OBJECTS: usize = 8;
+
+/// The first instant whose text has no sign.
+const YEAR_0: Timestamp = Timestamp::constant(-62_167_219_200, 0);
+/// Positions of events whose timestamp does not read begin with this: before every time.
+const UNDATED: &str = "!";
+/// Before every position with a time.
+const FIRST_DATED: &str = "0";
+/// Behind every position.
+const LAST: &str = "~";
 
 /// An event as its agent server sent it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,18 +68,105 @@ pub struct Event {
 }
 
 impl Event {
-    /// Where it stands in the log.
+    /// Where it stands in the log: its instant at a fixed width, then its id. A timestamp without a zone is taken for UTC,
+    /// which orders the events of one agent server, whatever its zone. Events whose timestamp does not read come first,
+    /// in the order of their texts: there they disturb neither time filters nor who asks for the newest.
     #[must_use]
     pub fn position(&self) -> String {
-        format!("{}#{}", self.timestamp, self.id)
+        match instant(&self.timestamp) {
+            Some(instant) => format!("{}#{}", sortable(instant), self.id),
+            None => format!("{UNDATED}{}#{}", self.timestamp, self.id),
+        }
     }
+
+    /// Why it cannot be stored, if so.
+    #[must_use]
+    pub fn fault(&self) -> Option<&'static str> {
+        if self.id.is_empty() {
+            return Some("id is empty");
+        }
+        let longest = self.kind_position().len().max(self.id.len());
+        (longest > KEY_LIMIT).then_some("id, timestamp and kind are too long")
+    }
+
+    fn kind_position(&self) -> String {
+        of_kind(&self.kind, &self.position())
+    }
+
+    /// How much room it takes in an answer: API Gateway gets answers as a JSON string, in which quotes and backslashes are
+    /// escaped.
+    fn room(&self) -> u64 {
+        let length = |byte: u8| match byte {
+            b'"' | b'\\' | b'\n' | b'\r' | b'\t' => 2,
+            0..0x20 => 6,
+            _ => 1,
+        };
+        self.json.bytes().map(length).sum::<u64>() + 1
+    }
+}
+
+/// The instant of an event's timestamp.
+#[must_use]
+pub fn instant(timestamp: &str) -> Option<Timestamp> {
+    let zoned = timestamp.parse().ok();
+    let instant: Timestamp = zoned.or_else(|| Offset::UTC.to_timestamp(timestamp.parse::<DateTime>().ok()?).ok())?;
+    // The text of an earlier one does not sort.
+    (instant >= YEAR_0).then_some(instant)
+}
+
+fn sortable(instant: Timestamp) -> String {
+    format!("{instant:.9}")
+}
+
+/// The length keeps kinds apart, whatever characters they hold.
+fn of_kind(kind: &str, position: &str) -> String {
+    format!("{}:{kind}#{position}", kind.len())
+}
+
+/// Which events are meant; all of them by default.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EventFilter {
+    /// Of this kind.
+    pub kind: Option<String>,
+    /// At this instant or later. Leaves out those whose timestamp does not read.
+    pub timestamp_gte: Option<Time>,
+    /// Before this instant. Leaves out those whose timestamp does not read.
+    pub timestamp_lt: Option<Time>,
+}
+
+wire_enum! {
+    /// The order of a page.
+    pub enum SortOrder {
+        /// Oldest first.
+        Timestamp = "TIMESTAMP",
+        /// Newest first.
+        TimestampDesc = "TIMESTAMP_DESC",
+    }
+}
+
+/// Where in the log a page starts: behind this place, in the order of the page.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct After {
+    /// See [`Event::position`].
+    pub position: String,
+}
+
+/// A page of events.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EventPage {
+    /// The events.
+    pub events: Vec<Event>,
+    /// Where the next page starts, if there is one.
+    pub next: Option<After>,
 }
 
 #[derive(Serialize, Deserialize)]
 struct Row {
     conversation: String,
-    position: String,
     id: String,
+    position: String,
+    kind_position: String,
+    room: u64,
     timestamp: String,
     kind: String,
     /// The event, unless it is in the bucket.
@@ -57,6 +175,80 @@ struct Row {
     /// The key of the object that holds the event.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     event_object: Option<String>,
+}
+
+/// What the indexes hold of a row; each holds one of the two positions.
+#[derive(Deserialize)]
+struct IndexEntry {
+    id: String,
+    position: Option<String>,
+    kind_position: Option<String>,
+    room: u64,
+}
+
+/// An event's place in the log.
+struct Place {
+    id: String,
+    position: String,
+    room: u64,
+}
+
+/// The part of a row that its deletion needs.
+#[derive(Deserialize)]
+struct Remains {
+    id: String,
+    #[serde(default)]
+    event_object: Option<String>,
+}
+
+/// The part of an index in which the events of a filter are, from one position to another, both included.
+struct Range {
+    partition: String,
+    kind: Option<String>,
+    from: String,
+    to: String,
+}
+
+impl Range {
+    fn new(partition: String, filter: &EventFilter) -> Self {
+        let bound = |time: Time| sortable(Timestamp::from(time));
+        let dated = filter.timestamp_gte.is_some() || filter.timestamp_lt.is_some();
+        // A position is longer than the bound of its instant, and so behind it.
+        Self {
+            partition,
+            kind: filter.kind.clone(),
+            from: filter.timestamp_gte.map_or(if dated { FIRST_DATED } else { UNDATED }.to_owned(), bound),
+            to: filter.timestamp_lt.map_or(LAST.to_owned(), bound),
+        }
+    }
+
+    /// Only what is at a place and behind it.
+    fn starting(mut self, after: &After, order: SortOrder) -> Self {
+        match order {
+            SortOrder::Timestamp => self.from = self.from.max(after.position.clone()),
+            SortOrder::TimestampDesc => self.to = self.to.min(after.position.clone()),
+        }
+        self
+    }
+
+    /// DynamoDB takes no range that ends before it begins.
+    fn is_empty(&self) -> bool {
+        self.from > self.to
+    }
+
+    fn ask(&self, query: QueryFluentBuilder) -> QueryFluentBuilder {
+        let (index, key, from, to) = match &self.kind {
+            Some(kind) => (BY_KIND, "kind_position", of_kind(kind, &self.from), of_kind(kind, &self.to)),
+            None => (BY_POSITION, "position", self.from.clone(), self.to.clone()),
+        };
+        query
+            .index_name(index)
+            .key_condition_expression("conversation = :conversation AND #position BETWEEN :from AND :to")
+            .expression_attribute_names("#position", key)
+            .expression_attribute_values(":conversation", text(self.partition.clone()))
+            .expression_attribute_values(":from", text(from))
+            .expression_attribute_values(":to", text(to))
+    }
 }
 
 /// The events of all conversations.
@@ -75,29 +267,30 @@ impl EventStore {
         Self { dynamodb, table, s3, bucket }
     }
 
-    /// Stores all of the events; storing one again changes nothing.
+    /// Stores all of the events; storing one again changes nothing. Of those with one id, the last counts.
     ///
     /// # Errors
     /// [`Error::Store`]; some of them may be stored then.
     pub async fn append(&self, user: &UserId, conversation: Uuid, events: Vec<Event>) -> Result<()> {
-        let partition = user.key_of(&id::hex(conversation));
+        let partition = partition(user, conversation);
         // DynamoDB refuses a batch that names a key twice.
-        let events: BTreeMap<String, Event> = events.into_iter().map(|event| (event.position(), event)).collect();
+        let events: BTreeMap<String, Event> = events.into_iter().map(|event| (event.id.clone(), event)).collect();
         let mut writes = Vec::with_capacity(events.len());
-        for (position, event) in events {
+        for event in events.into_values() {
+            let (position, kind_position, room) = (event.position(), event.kind_position(), event.room());
             let (inline, object) = if event.json.len() > INLINE_EVENT_LIMIT {
                 // Before the row, so that there is no row without its event. An object without a row is found by no one.
-                (
-                    None,
-                    Some(self.put_object(conversation, &hash(&format!("{partition}#{position}")), event.json).await?),
-                )
+                let name = hash(&format!("{partition}#{}", event.id));
+                (None, Some(self.put_object(conversation, &name, event.json).await?))
             } else {
                 (Some(event.json), None)
             };
             let row = Row {
                 conversation: partition.clone(),
-                position,
                 id: event.id,
+                position,
+                kind_position,
+                room,
                 timestamp: event.timestamp,
                 kind: event.kind,
                 event: inline,
@@ -106,6 +299,172 @@ impl EventStore {
             let put = PutRequest::builder().set_item(Some(to_item(&row)?)).build().map_err(Error::internal)?;
             writes.push(WriteRequest::builder().put_request(put).build());
         }
+        self.write_all(&writes).await
+    }
+
+    /// A page of the events that the filter lets through: at most `limit` of them and never more than 100; fewer if they
+    /// would take more than [`PAGE_ROOM`] together. An event that comes while one walks the pages is met if its place is
+    /// still ahead, and none is met twice.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn page(
+        &self,
+        user: &UserId,
+        conversation: Uuid,
+        filter: &EventFilter,
+        order: SortOrder,
+        after: Option<&After>,
+        limit: usize,
+    ) -> Result<EventPage> {
+        let limit = limit.clamp(1, BATCH_GET_LIMIT);
+        let partition = partition(user, conversation);
+        let mut range = Range::new(partition.clone(), filter);
+        if let Some(after) = after {
+            range = range.starting(after, order);
+        }
+        let places = self.places(&range, order, after, limit + 1).await?;
+        let mut room = 0;
+        let fitting = places
+            .iter()
+            .take(limit)
+            .take_while(|place| {
+                let first = room == 0;
+                room += place.room;
+                first || room <= PAGE_ROOM
+            })
+            .count();
+        let places_of_page = &places[..fitting];
+        let next = match places_of_page.last() {
+            Some(last) if fitting < places.len() => Some(After { position: last.position.clone() }),
+            _ => None,
+        };
+        let ids = places_of_page.iter().map(|place| place.id.clone()).collect();
+        let mut rows = self.rows(&partition, ids).await?;
+        // A row that is gone was deleted meanwhile; one that has moved is met at its new place.
+        let rows = places_of_page
+            .iter()
+            .filter_map(|place| rows.remove(&place.id).filter(|row| row.position == place.position));
+        let events = stream::iter(rows.collect::<Vec<_>>())
+            .map(|row| self.read(row))
+            .buffered(PARALLEL_OBJECTS)
+            .try_filter_map(async |event| Ok(event))
+            .try_collect()
+            .await?;
+        Ok(EventPage { events, next })
+    }
+
+    /// The next places of a range, at most `limit`, without the one that the page starts behind.
+    async fn places(&self, range: &Range, order: SortOrder, after: Option<&After>, limit: usize) -> Result<Vec<Place>> {
+        if range.is_empty() {
+            return Ok(Vec::new());
+        }
+        let asked = limit + usize::from(after.is_some());
+        let answer = range
+            .ask(self.dynamodb.query().table_name(&self.table))
+            .scan_index_forward(order == SortOrder::Timestamp)
+            .limit(i32::try_from(asked).unwrap_or(i32::MAX))
+            .send()
+            .await
+            .map_err(store_error("Query events"))?;
+        let prefix = range.kind.as_deref().map_or(0, |kind| of_kind(kind, "").len());
+        let mut places = Vec::with_capacity(asked);
+        for item in answer.items.unwrap_or_default() {
+            let entry: IndexEntry = from_item(item)?;
+            let key = if range.kind.is_some() { entry.kind_position } else { entry.position }.unwrap_or_default();
+            let position = key.get(prefix..).unwrap_or_default().to_owned();
+            if after.is_none_or(|after| after.position != position) {
+                places.push(Place { id: entry.id, position, room: entry.room });
+            }
+        }
+        places.truncate(limit);
+        Ok(places)
+    }
+
+    /// How many events the filter lets through. Reads their places alone, not the events.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn count(&self, user: &UserId, conversation: Uuid, filter: &EventFilter) -> Result<u64> {
+        let range = Range::new(partition(user, conversation), filter);
+        if range.is_empty() {
+            return Ok(0);
+        }
+        let query = range.ask(self.dynamodb.query().table_name(&self.table));
+        let mut pages = query.select(Select::Count).into_paginator().send();
+        let mut count = 0;
+        while let Some(page) = pages.next().await {
+            count += u64::try_from(page.map_err(store_error("Query events"))?.count).unwrap_or_default();
+        }
+        Ok(count)
+    }
+
+    /// Events in the order of the ids, at most 100 of them, `None` for those that the conversation does not have.
+    ///
+    /// # Errors
+    /// [`Error::Store`]; [`Error::TooLarge`] when several take more than [`PAGE_ROOM`] together.
+    pub async fn batch_get(&self, user: &UserId, conversation: Uuid, ids: &[String]) -> Result<Vec<Option<Event>>> {
+        let mut wanted: Vec<String> =
+            ids.iter().filter(|id| !id.is_empty() && id.len() <= KEY_LIMIT).cloned().collect();
+        wanted.sort_unstable();
+        wanted.dedup();
+        let rows = self.rows(&partition(user, conversation), wanted).await?;
+        let room: u64 = ids.iter().filter_map(|id| rows.get(id)).map(|row| row.room).sum();
+        if rows.len() > 1 && room > PAGE_ROOM {
+            return Err(Error::TooLarge("These events are too large for one answer: ask for fewer at once".into()));
+        }
+        let found: HashMap<String, Option<Event>> = stream::iter(rows)
+            .map(async |(id, row)| self.read(row).await.map(|event| (id, event)))
+            .buffered(PARALLEL_OBJECTS)
+            .try_collect()
+            .await?;
+        Ok(ids.iter().map(|id| found.get(id).cloned().flatten()).collect())
+    }
+
+    /// Deletes all events of a conversation, with their objects; a page at a time, objects first, so that what was
+    /// interrupted can be done again.
+    ///
+    /// # Errors
+    /// [`Error::Store`]; some of them may be deleted then.
+    pub async fn delete_all(&self, user: &UserId, conversation: Uuid) -> Result<()> {
+        let partition = partition(user, conversation);
+        let mut start = None;
+        loop {
+            let answer = self
+                .dynamodb
+                .query()
+                .table_name(&self.table)
+                .key_condition_expression("conversation = :conversation")
+                .expression_attribute_values(":conversation", text(partition.clone()))
+                .projection_expression("id, event_object")
+                .consistent_read(true)
+                .set_exclusive_start_key(start)
+                .send()
+                .await
+                .map_err(store_error("Query events"))?;
+            let rows: Vec<Remains> =
+                answer.items.unwrap_or_default().into_iter().map(from_item).collect::<Result<_>>()?;
+            let objects: Vec<String> = rows.iter().filter_map(|row| row.event_object.clone()).collect();
+            stream::iter(objects)
+                .map(|key| self.delete_object(key))
+                .buffer_unordered(PARALLEL_OBJECTS)
+                .try_collect::<()>()
+                .await?;
+            let mut writes = Vec::with_capacity(rows.len());
+            for row in rows {
+                let delete = DeleteRequest::builder().set_key(Some(key(&partition, &row.id))).build();
+                let delete = delete.map_err(Error::internal)?;
+                writes.push(WriteRequest::builder().delete_request(delete).build());
+            }
+            self.write_all(&writes).await?;
+            start = answer.last_evaluated_key;
+            if start.is_none() {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn write_all(&self, writes: &[WriteRequest]) -> Result<()> {
         for chunk in writes.chunks(BATCH_WRITE_LIMIT) {
             self.write(chunk.to_vec()).await?;
         }
@@ -135,10 +494,22 @@ impl EventStore {
         }
         Err(Error::Store(StoreError {
             operation: OPERATION,
-            context: format!("{OPERATION}: {} events stayed unprocessed", left.len()),
+            context: format!("{OPERATION}: {} rows stayed unprocessed", left.len()),
             condition_failed: false,
             certainly_not_written: false,
         }))
+    }
+
+    async fn rows(&self, partition: &str, ids: Vec<String>) -> Result<HashMap<String, Row>> {
+        let mut rows = HashMap::with_capacity(ids.len());
+        for chunk in ids.chunks(BATCH_GET_LIMIT) {
+            let keys = chunk.iter().map(|id| key(partition, id)).collect();
+            for item in batch_get_items(&self.dynamodb, &self.table, keys, "BatchGetItem events").await? {
+                let row: Row = from_item(item)?;
+                rows.insert(row.id.clone(), row);
+            }
+        }
+        Ok(rows)
     }
 
     /// The hash is of the whole key of the row, owner included: two users may have conversations with the same id.
@@ -156,46 +527,44 @@ impl EventStore {
         Ok(key)
     }
 
-    /// All events of a conversation in the order of their timestamps, those in the bucket fetched.
-    ///
-    /// # Errors
-    /// [`Error::Store`].
-    pub async fn list(&self, user: &UserId, conversation: Uuid) -> Result<Vec<Event>> {
-        let mut pages = self
-            .dynamodb
-            .query()
-            .table_name(&self.table)
-            .key_condition_expression("conversation = :conversation")
-            .expression_attribute_values(":conversation", text(user.key_of(&id::hex(conversation))))
-            .consistent_read(true)
-            .into_paginator()
-            .send();
-        let mut events = Vec::new();
-        while let Some(page) = pages.next().await {
-            let items = page.map_err(store_error("Query events"))?.items.unwrap_or_default();
-            let rows = items.into_iter().map(from_item::<Row>).collect::<Result<Vec<_>>>()?;
-            events.extend(try_join_all(rows.into_iter().map(|row| self.read(row))).await?);
-        }
-        Ok(events)
+    async fn delete_object(&self, key: String) -> Result<()> {
+        // Deleting what is not there is a success.
+        self.s3
+            .delete_object()
+            .bucket(&self.bucket)
+            .key(key)
+            .send()
+            .await
+            .map_err(store_error("DeleteObject events"))?;
+        Ok(())
     }
 
-    async fn read(&self, row: Row) -> Result<Event> {
+    /// The event of a row; `None` when its object is gone, because it is just being deleted.
+    async fn read(&self, row: Row) -> Result<Option<Event>> {
         let json = match (row.event, row.event_object) {
             (Some(json), _) => json,
             (None, Some(key)) => {
-                let object = self
-                    .s3
-                    .get_object()
-                    .bucket(&self.bucket)
-                    .key(key)
-                    .send()
-                    .await
-                    .map_err(store_error("GetObject events"))?;
+                let object = match self.s3.get_object().bucket(&self.bucket).key(&key).send().await {
+                    Ok(object) => object,
+                    Err(error) if error.as_service_error().is_some_and(GetObjectError::is_no_such_key) => {
+                        tracing::warn!(key, "event.object_gone");
+                        return Ok(None);
+                    }
+                    Err(error) => return Err(store_error("GetObject events")(error)),
+                };
                 let bytes = object.body.collect().await.map_err(Error::internal)?.into_bytes();
                 String::from_utf8(bytes.into()).map_err(Error::internal)?
             }
             (None, None) => return Err(Error::internal("the row of an event is without the event")),
         };
-        Ok(Event { id: row.id, timestamp: row.timestamp, kind: row.kind, json })
+        Ok(Some(Event { id: row.id, timestamp: row.timestamp, kind: row.kind, json }))
     }
+}
+
+fn partition(user: &UserId, conversation: Uuid) -> String {
+    user.key_of(&id::hex(conversation))
+}
+
+fn key(partition: &str, id: &str) -> Item {
+    Item::from([("conversation".into(), text(partition)), ("id".into(), text(id))])
 }

@@ -7,6 +7,7 @@
 pub mod api;
 pub mod gate;
 pub mod git_server;
+pub mod log;
 pub mod product;
 pub mod rig;
 pub mod scripted_llm;

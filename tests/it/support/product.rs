@@ -22,6 +22,7 @@ use tokio::sync::Semaphore;
 use tracing_subscriber::EnvFilter;
 use uuid::Uuid;
 
+use super::log::all_events;
 use super::wait::{wait_for, wait_until};
 
 /// The statuses of a start that goes well, in their order.
@@ -194,7 +195,7 @@ impl Product {
         let Server { config, aws, .. } = self.server();
         let (table, bucket) = (config.names.events.clone(), config.names.bucket.clone());
         let store = EventStore::new(aws.dynamodb.clone(), table, aws.s3.clone(), bucket);
-        store.list(&UserId::local(), Uuid::parse_str(id).expect("an id")).await.expect("the store")
+        all_events(&store, &UserId::local(), Uuid::parse_str(id).expect("an id")).await
     }
 
     /// Replaces the user's settings.

@@ -1,0 +1,262 @@
+//! The event log: its order, its pages, its counts, and how it is read over HTTP.
+
+use std::collections::HashSet;
+
+use local::engines::{EnginePorts, Engines};
+use serde_json::json;
+use shared::Time;
+use shared::aws::Aws;
+use shared::config::Names;
+use shared::error::Error;
+use shared::event::store::{After, Event, EventFilter, EventStore, PAGE_ROOM, SortOrder};
+use shared::user::UserId;
+use tempfile::TempDir;
+use uuid::Uuid;
+
+use crate::support::log::all_events;
+
+/// The store alone, on engines of its own.
+struct Log {
+    engines: Engines,
+    aws: Aws,
+    names: Names,
+    store: EventStore,
+    user: UserId,
+    conversation: Uuid,
+    _folder: TempDir,
+}
+
+impl Log {
+    async fn new() -> Self {
+        let folder = TempDir::new().expect("a folder");
+        let engines = Engines::start(folder.path(), EnginePorts::default()).await.expect("engines");
+        let aws = Aws::new(&engines.sdk_config().await);
+        let names = Names::with_prefix("events-");
+        schema::make_all(&aws, &names, "events-").await.expect("a schema");
+        let store = EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
+        let (user, conversation) = (UserId::new("somebody"), Uuid::new_v4());
+        Self { engines, aws, names, store, user, conversation, _folder: folder }
+    }
+
+    async fn append(&self, events: Vec<Event>) {
+        self.store.append(&self.user, self.conversation, events).await.expect("stored");
+    }
+
+    async fn page(
+        &self,
+        filter: &EventFilter,
+        order: SortOrder,
+        after: Option<&After>,
+        limit: usize,
+    ) -> (Vec<String>, Option<After>) {
+        let page = self.store.page(&self.user, self.conversation, filter, order, after, limit).await.expect("a page");
+        (page.events.into_iter().map(|event| event.id).collect(), page.next)
+    }
+
+    /// The ids of all pages.
+    async fn walk(&self, filter: &EventFilter, order: SortOrder, limit: usize) -> Vec<String> {
+        let (mut ids, mut after) = (Vec::new(), None);
+        loop {
+            let (more, next) = self.page(filter, order, after.as_ref(), limit).await;
+            assert!(more.len() <= limit);
+            ids.extend(more);
+            after = next;
+            if after.is_none() {
+                return ids;
+            }
+        }
+    }
+
+    async fn count(&self, filter: &EventFilter) -> u64 {
+        self.store.count(&self.user, self.conversation, filter).await.expect("a count")
+    }
+
+    async fn objects(&self) -> usize {
+        let list = self.aws.s3.list_objects_v2().bucket(&self.names.bucket).send().await.expect("a list");
+        list.contents.unwrap_or_default().len()
+    }
+}
+
+fn event(id: &str, timestamp: &str, kind: &str) -> Event {
+    let json = json!({"id": id, "timestamp": timestamp, "kind": kind}).to_string();
+    Event { id: id.into(), timestamp: timestamp.into(), kind: kind.into(), json }
+}
+
+fn large(id: &str, timestamp: &str, bytes: usize) -> Event {
+    let json = json!({"id": id, "timestamp": timestamp, "kind": "ObservationEvent", "text": "x".repeat(bytes)});
+    Event { json: json.to_string(), ..event(id, timestamp, "ObservationEvent") }
+}
+
+fn time(text: &str) -> Time {
+    serde_json::from_value(json!(text)).expect("a time")
+}
+
+fn between(from: Option<&str>, to: Option<&str>) -> EventFilter {
+    EventFilter { kind: None, timestamp_gte: from.map(time), timestamp_lt: to.map(time) }
+}
+
+fn of_kind(kind: &str) -> EventFilter {
+    EventFilter { kind: Some(kind.into()), ..EventFilter::default() }
+}
+
+#[tokio::test]
+async fn the_log_is_in_the_order_of_instants_however_they_are_written() {
+    let log = Log::new().await;
+    let events = [
+        ("undated", "yesterday"),
+        ("a", "2026-11-22T15:31:31"),
+        ("b", "2026-11-22T15:31:31.000001"),
+        ("c", "2026-11-22T17:31:31.05+02:00"),
+        ("d", "2026-11-22T15:31:31.1"),
+        ("e", "2026-11-22T15:31:31.656900Z"),
+        ("f", "2026-11-22 15:31:32"),
+    ];
+    let backwards = events.iter().rev().map(|(id, timestamp)| event(id, timestamp, "MessageEvent")).collect();
+    log.append(backwards).await;
+    let all: Vec<&str> = events.iter().map(|(id, _)| *id).collect();
+    let mut newest_first = all.clone();
+    newest_first.reverse();
+    for filter in [EventFilter::default(), of_kind("MessageEvent")] {
+        for limit in [1, 2, 3, 7, 100] {
+            assert_eq!(log.walk(&filter, SortOrder::Timestamp, limit).await, all);
+            assert_eq!(log.walk(&filter, SortOrder::TimestampDesc, limit).await, newest_first);
+        }
+    }
+    // Filters compare instants; what has none is in no span of time.
+    for (from, to, expected) in [
+        (None, None, &all[..]),
+        (Some("2026-11-22T15:31:31Z"), None, &all[1..]),
+        (Some("2026-11-22T10:01:31.05-05:30"), None, &all[3..]),
+        (None, Some("2026-11-22T15:31:31.1Z"), &all[1..4]),
+        (Some("2026-11-22T15:31:31.000001Z"), Some("2026-11-22T15:31:31.6569Z"), &all[2..5]),
+        (Some("2026-11-22T15:31:32Z"), Some("2026-11-22T15:31:31Z"), &[]),
+        (Some("2027-01-01T00:00:00Z"), None, &[]),
+    ] {
+        for kind in [None, Some("MessageEvent".to_owned())] {
+            let filter = EventFilter { kind, ..between(from, to) };
+            assert_eq!(log.walk(&filter, SortOrder::Timestamp, 2).await, expected, "{filter:?}");
+            let mut backwards = log.walk(&filter, SortOrder::TimestampDesc, 2).await;
+            backwards.reverse();
+            assert_eq!(backwards, expected, "{filter:?}");
+            assert_eq!(log.count(&filter).await, expected.len() as u64, "{filter:?}");
+        }
+    }
+    log.engines.shutdown().await;
+}
+
+#[tokio::test]
+async fn kinds_do_not_mix_whatever_they_are_called() {
+    let log = Log::new().await;
+    let kinds = ["A", "AB", "A#x", "A#2026-01-01T00:00:00.000000000Z#id", "1:A", "Ä", ""];
+    let events = kinds.iter().enumerate();
+    log.append(events.map(|(index, kind)| event(&format!("e{index}"), "2026-01-01T00:00:00", kind)).collect()).await;
+    for (index, kind) in kinds.iter().enumerate() {
+        assert_eq!(log.walk(&of_kind(kind), SortOrder::Timestamp, 100).await, [format!("e{index}")], "{kind}");
+        assert_eq!(log.count(&of_kind(kind)).await, 1, "{kind}");
+    }
+    assert_eq!(log.count(&of_kind("B")).await, 0);
+    log.engines.shutdown().await;
+}
+
+#[tokio::test]
+async fn an_id_is_one_event_and_the_last_one_counts() {
+    let log = Log::new().await;
+    log.append(vec![event("a", "2026-01-01T00:00:00", "K"), event("b", "2026-01-01T00:00:01", "K")]).await;
+    log.append(vec![event("a", "2026-01-01T00:00:00", "K")]).await;
+    assert_eq!(log.walk(&EventFilter::default(), SortOrder::Timestamp, 100).await, ["a", "b"]);
+    log.append(vec![event("a", "2026-01-01T00:00:02", "L")]).await;
+    assert_eq!(log.walk(&EventFilter::default(), SortOrder::Timestamp, 1).await, ["b", "a"]);
+    assert_eq!(log.count(&of_kind("K")).await, 1);
+    assert_eq!(log.count(&EventFilter::default()).await, 2);
+    let ids = ["b", "unknown", "a", "", "a", &"x".repeat(2000)].map(ToOwned::to_owned);
+    let found = log.store.batch_get(&log.user, log.conversation, &ids).await.expect("events");
+    let timestamps: Vec<_> = found.iter().map(|event| event.as_ref().map(|event| event.timestamp.as_str())).collect();
+    let (a, b) = (Some("2026-01-01T00:00:02"), Some("2026-01-01T00:00:01"));
+    assert_eq!(timestamps, [b, None, a, None, a, None]);
+    log.engines.shutdown().await;
+}
+
+#[tokio::test]
+async fn what_comes_during_a_walk_is_met_once_if_it_is_ahead() {
+    let log = Log::new().await;
+    let at = |number: usize| {
+        event(&format!("e{number:03}"), &format!("2026-01-01T00:{:02}:{:02}", number / 60, number % 60), "K")
+    };
+    log.append((0..200).step_by(2).map(at).collect()).await;
+    for order in [SortOrder::Timestamp, SortOrder::TimestampDesc] {
+        let (mut met, mut after, mut extra) = (Vec::new(), None, 300);
+        loop {
+            let (ids, next) = log.page(&EventFilter::default(), order, after.as_ref(), 7).await;
+            met.extend(ids);
+            after = next;
+            let Some(_) = after else { break };
+            // One on either side of everything; only one of them is ahead.
+            extra += 1;
+            let early = format!("2025-01-01T00:00:{:02}", 359 - extra);
+            log.append(vec![at(extra), event(&format!("early-{extra}-{order}"), &early, "K")]).await;
+        }
+        let once: HashSet<&String> = met.iter().collect();
+        assert_eq!(once.len(), met.len(), "none twice");
+        for number in (0..200).step_by(2) {
+            assert!(once.contains(&format!("e{number:03}")), "{order}: {number}");
+        }
+        // They arrived before the end was reached, so all that were ahead were met.
+        let ahead = match order {
+            SortOrder::Timestamp => format!("e{extra}"),
+            SortOrder::TimestampDesc => format!("early-{extra}-{order}"),
+        };
+        assert!(once.contains(&ahead), "{order}: {ahead}");
+    }
+    log.engines.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_page_holds_no_more_than_one_answer_can() {
+    let log = Log::new().await;
+    let million = 1_000_000;
+    let at = |number: usize| format!("2026-01-01T00:00:{number:02}");
+    let mut events: Vec<Event> = (0..9).map(|number| large(&format!("e{number}"), &at(number), million)).collect();
+    events[4] = large("e4", &at(4), 7 * million);
+    log.append(events).await;
+    let mut after = None;
+    let mut pages = Vec::new();
+    loop {
+        let (ids, next) = log.page(&EventFilter::default(), SortOrder::Timestamp, after.as_ref(), 100).await;
+        pages.push(ids.join(" "));
+        after = next;
+        if after.is_none() {
+            break;
+        }
+    }
+    assert_eq!(pages, ["e0 e1 e2 e3", "e4", "e5 e6 e7 e8"]);
+    assert_eq!(log.count(&EventFilter::default()).await, 9);
+    let get = async |ids: &[&str]| {
+        let ids: Vec<String> = ids.iter().map(|id| (*id).to_owned()).collect();
+        log.store.batch_get(&log.user, log.conversation, &ids).await
+    };
+    let single = get(&["e4", "nothing"]).await.expect("one event, however large");
+    assert!(single[0].as_ref().is_some_and(|event| event.json.len() as u64 > PAGE_ROOM) && single[1].is_none());
+    assert_eq!(get(&["e0", "e1", "e2", "e3"]).await.expect("what fits").iter().flatten().count(), 4);
+    assert!(matches!(get(&["e0", "e4"]).await, Err(Error::TooLarge(_))));
+    log.engines.shutdown().await;
+}
+
+#[tokio::test]
+async fn deleting_a_log_leaves_nothing_of_it_and_all_of_others() {
+    let log = Log::new().await;
+    let other = UserId::new("somebody else");
+    let events = || {
+        let small = (0..60).map(|number| event(&format!("e{number}"), "2026-01-01T00:00:00", "K"));
+        small.chain((0..5).map(|number| large(&format!("large{number}"), "2026-01-01T00:00:00", 400_000)))
+    };
+    log.append(events().collect()).await;
+    log.store.append(&other, log.conversation, events().collect()).await.expect("stored");
+    assert_eq!(log.objects().await, 10);
+    for _ in 0..2 {
+        log.store.delete_all(&log.user, log.conversation).await.expect("deleted");
+        assert_eq!(log.count(&EventFilter::default()).await, 0);
+        assert_eq!(log.objects().await, 5);
+    }
+    assert_eq!(all_events(&log.store, &other, log.conversation).await.len(), 65);
+    log.engines.shutdown().await;
+}
