@@ -18,4 +18,5 @@ mod replay;
 mod saga;
 mod support;
 mod support_tests;
+mod tenants;
 mod webhooks;

@@ -8,7 +8,7 @@ use axum::body::Body;
 use http::{Request, header};
 use http_body_util::BodyExt as _;
 use local::engines::{EnginePorts, Engines};
-use serde_json::Value;
+use serde_json::{Value, json};
 use shared::aws::Aws;
 use shared::config::{Config, Names, SandboxConfig, StartConfig};
 use shared::http::caller::Caller;
@@ -21,7 +21,7 @@ use super::seed::Stores;
 
 const PREFIX: &str = "api-";
 
-/// The API. Not a server: nothing listens, nothing works on starts.
+/// The API. Not a server: nothing listens, and what is queued waits until a test works on it.
 #[derive(Debug)]
 pub struct Api {
     pub aws: Aws,
@@ -29,6 +29,8 @@ pub struct Api {
     pub sealer: Sealer,
     pub stores: Stores,
     router: Router,
+    worker: start_worker::Context,
+    queue: String,
     engines: Engines,
 }
 
@@ -39,7 +41,7 @@ impl Api {
         let aws = Aws::new(&engines.sdk_config().await);
         let mut names = Names::with_prefix(PREFIX);
         let queues = schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
-        names.start_queue_url = queues.starts;
+        names.start_queue_url.clone_from(&queues.starts);
         let sealing_key_file = folder.join("sealing-key");
         let sealer = Sealer::from_file(&sealing_key_file).expect("a key");
         let config = Config {
@@ -54,12 +56,26 @@ impl Api {
         let webhooks = events::router(events::Context::new(&config, &aws, &sealer));
         let router = with_common_answers(functions.merge(webhooks));
         let stores = Stores::new(&aws, &names, &sealer);
-        Self { aws, names, sealer, stores, router, engines }
+        let worker = start_worker::Context::new(&config, &aws, &sealer).expect("a worker");
+        Self { aws, names, sealer, stores, router, worker, queue: queues.starts, engines }
     }
 
     pub async fn stop(self) {
         drop(self.router);
         self.engines.shutdown().await;
+    }
+
+    /// Works on what is queued until the queue is empty.
+    pub async fn work(&self) {
+        loop {
+            let received = self.aws.sqs.receive_message().queue_url(&self.queue).send().await.expect("the queue");
+            let Some(message) = received.messages.unwrap_or_default().pop() else { return };
+            let event = json!({"Records": [{"messageId": message.message_id, "body": message.body}]});
+            let handled = start_worker::handle(&self.worker, event).await.expect("handled");
+            assert!(handled.batch_item_failures.is_empty(), "{message:?}");
+            let receipt = message.receipt_handle.expect("a receipt");
+            self.aws.sqs.delete_message().queue_url(&self.queue).receipt_handle(receipt).send().await.expect("deleted");
+        }
     }
 
     /// One request of a user; the answer's body as JSON, or as text where it is none.
