@@ -13,6 +13,8 @@
 mod deletion;
 mod end_to_end;
 mod events;
+mod records;
+mod replay;
 mod saga;
 mod support;
 mod support_tests;

@@ -309,11 +309,7 @@ impl Server {
         origins: Vec<String>,
     ) -> Result<(), ServerError> {
         let (config, aws, sealer) = (&self.config, &self.aws, &self.sealer);
-        let functions = Router::new()
-            .merge(conversations::router(conversations::Context::new(config, aws, sealer)?))
-            .merge(start::router(start::Context::new(config, aws, sealer)))
-            .merge(stream_start::router(stream_start::Context::new(config, aws, sealer)))
-            .merge(start_tasks::router(start_tasks::Context::new(config, aws, sealer)));
+        let functions = functions(config, aws, sealer)?;
         let webhooks = events::router(events::Context::new(config, aws, sealer));
         let health = Router::new()
             .route("/alive", get(alive))
@@ -334,6 +330,18 @@ impl Server {
         self.stop_serving = Some((stop, served));
         Ok(())
     }
+}
+
+/// The routes of all functions but the webhooks. Whoever runs them says who calls, with a `Caller` in each request's extensions.
+///
+/// # Errors
+/// When TLS cannot be set up.
+pub fn functions(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Router, shared::Error> {
+    Ok(Router::new()
+        .merge(conversations::router(conversations::Context::new(config, aws, sealer)?))
+        .merge(start::router(start::Context::new(config, aws, sealer)))
+        .merge(stream_start::router(stream_start::Context::new(config, aws, sealer)))
+        .merge(start_tasks::router(start_tasks::Context::new(config, aws, sealer))))
 }
 
 async fn alive(State(readiness): State<Readiness>) -> Response {
