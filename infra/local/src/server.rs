@@ -33,7 +33,8 @@ use crate::engines::{EngineError, EnginePorts, Engines};
 use crate::options::{CommonOptions, SandboxKind};
 use crate::worker::{Worker, poll, sweep};
 
-const PREFIX: &str = "openhands-";
+/// What the names of the tables on the embedded engines begin with.
+pub(crate) const PREFIX: &str = "openhands-";
 /// How long requests in flight may take to end.
 const GRACE: Duration = Duration::from_secs(3);
 /// Waiting in this process costs nothing, so starts are given back to the queue only when they take long.
@@ -360,7 +361,7 @@ async fn listen(port: u16) -> Result<TcpListener, ServerError> {
 }
 
 /// The folder, absolute, and its owner's alone: it holds keys.
-fn make_data_folder(folder: &Path) -> Result<PathBuf, ServerError> {
+pub(crate) fn make_data_folder(folder: &Path) -> Result<PathBuf, ServerError> {
     let folder = std::path::absolute(folder).map_err(file_error(folder))?;
     fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder).map_err(file_error(&folder))?;
     Ok(folder)
