@@ -413,7 +413,6 @@ async fn happen(
         }
         Event::Delete(index) => {
             let Some(id) = chosen(index) else { return };
-<<<<<<< HEAD
             let path = format!("/api/v1/app-conversations/{id}");
             assert_eq!(api.call(user, "DELETE", &path, None).await, (200, json!({"success": true})));
             // Sub-conversations go with it.
@@ -422,14 +421,6 @@ async fn happen(
                 alive.remove(&gone);
                 family.extend(alive.values().filter(|row| row.parent.map(uuid_of) == Some(gone)).map(Row::uuid));
             }
-=======
-            let record = api.stores.conversations.get(user, id).await.expect("the store").expect("a row");
-            assert!(api.stores.conversations.begin_deletion(user, &[record], Time::now()).await.expect("the store"));
-            if index.index(2) == 0 {
-                api.stores.conversations.end_deletion(user, id).await.expect("the store");
-            }
-            alive.remove(&id);
->>>>>>> c7d6d10950f0920c3b5558e35f1519aeeb5a8826
         }
     }
 }
