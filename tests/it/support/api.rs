@@ -17,7 +17,9 @@ use shared::user::UserId;
 use shared::user::seal::Sealer;
 use tower::ServiceExt as _;
 
+use super::meter::Meter;
 use super::seed::Stores;
+use super::server::Server;
 
 const PREFIX: &str = "api-";
 
@@ -28,6 +30,7 @@ pub struct Api {
     pub names: Names,
     pub sealer: Sealer,
     pub stores: Stores,
+    config: Config,
     router: Router,
     worker: start_worker::Context,
     queue: String,
@@ -52,12 +55,20 @@ impl Api {
             single_user: false,
             live_status_budget: std::time::Duration::from_secs(1),
         };
-        let functions = local::server::functions(&config, &aws, &sealer).expect("routers");
-        let webhooks = events::router(events::Context::new(&config, &aws, &sealer));
-        let router = with_common_answers(functions.merge(webhooks));
+        let router = router(&config, &aws, &sealer);
         let stores = Stores::new(&aws, &names, &sealer);
         let worker = start_worker::Context::new(&config, &aws, &sealer).expect("a worker");
-        Self { aws, names, sealer, stores, router, worker, queue: queues.starts, engines }
+        Self { aws, names, sealer, stores, config, router, worker, queue: queues.starts, engines }
+    }
+
+    /// From now on requests reach DynamoDB by way of a meter.
+    pub async fn measure(&mut self, meter: &Meter) -> Server {
+        let way = meter.to(&self.engines.dynamodb).await;
+        let sdk = self.engines.sdk_config().await;
+        let dynamodb = aws_sdk_dynamodb::config::Builder::from(&sdk).endpoint_url(way.url()).build();
+        let aws = Aws { dynamodb: aws_sdk_dynamodb::Client::from_conf(dynamodb), ..self.aws.clone() };
+        self.router = router(&self.config, &aws, &self.sealer);
+        way
     }
 
     pub async fn stop(self) {
@@ -101,4 +112,9 @@ impl Api {
         let query = form_urlencoded::Serializer::new(String::new()).extend_pairs(query).finish();
         self.call(user, "GET", &format!("/api/v1/app-conversations{path}?{query}"), None).await
     }
+}
+
+fn router(config: &Config, aws: &Aws, sealer: &Sealer) -> Router {
+    let functions = local::server::functions(config, aws, sealer).expect("routers");
+    with_common_answers(functions.merge(events::router(events::Context::new(config, aws, sealer))))
 }
