@@ -1,5 +1,6 @@
 //! Lists of records, against what a list in memory says: filters, orders, pages, counts, whatever happens meanwhile.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -155,8 +156,8 @@ impl Order {
 
     fn sort(self, rows: &mut [&Row]) {
         match self {
-            Self::Updated | Self::UpdatedDesc => rows.sort_by_key(|row| (row.updated, row.uuid())),
-            _ => rows.sort_by_key(|row| (row.created, row.uuid())),
+            Self::Updated | Self::UpdatedDesc => rows.sort_by_key(|row| (row.updated, Reverse(row.uuid()))),
+            _ => rows.sort_by_key(|row| (row.created, Reverse(row.uuid()))),
         }
         if !matches!(self, Self::Created | Self::Updated) {
             rows.reverse();
