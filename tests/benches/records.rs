@@ -136,7 +136,9 @@ fn requests(user: &UserId, size: u64) -> Vec<(String, &'static str, Query)> {
 /// The page id that `/search` gives out with a page that ends with this conversation.
 fn page_behind(user: &UserId, number: u64) -> String {
     let number = if account::is_sub_conversation(number) { number + 1 } else { number };
-    let row = format!("{}#{}", account::created_at(number), account::conversation_id(number).simple());
+    // Behind the instant, rows are told apart by the complements of their ids.
+    let id = uuid::Uuid::from_u128(!account::conversation_id(number).as_u128());
+    let row = format!("{}#{}", account::created_at(number), id.simple());
     let after: After = serde_json::from_value(json!(row)).expect("a place");
     let list = ("conversations".to_owned(), Filter::default(), SortOrder::CreatedAtDesc);
     page_id::encode(user, &list, &after).expect("a page id")
