@@ -1,4 +1,5 @@
-//! The worker behind the queue: advances starts, sweeps up forgotten ones, and gives up honestly.
+//! The worker behind the queue: advances starts, sweeps up forgotten ones, and gives up honestly; fetches titles and
+//! processes events.
 
 use aws_lambda_events::event::sqs::{BatchItemFailure, SqsBatchResponse, SqsEvent, SqsMessage};
 use futures::future::join_all;
@@ -8,6 +9,8 @@ use shared::aws::Aws;
 use shared::config::Config;
 use shared::conversation::store::ConversationStore;
 use shared::error::Error;
+use shared::event::processors::Processors;
+use shared::event::store::EventStore;
 use shared::sandbox;
 use shared::sandbox::store::SandboxStore;
 use shared::start::queue::{DEAD_LETTER_SUFFIX, Job, StartQueue};
@@ -16,10 +19,11 @@ use shared::start::store::StartTaskStore;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
 
-/// What this function may touch: everything that a start touches.
+/// What this function may touch: everything that a start touches, and the event log.
 #[derive(Clone, Debug)]
 pub struct Context {
     saga: Saga,
+    processors: Processors,
 }
 
 impl Context {
@@ -30,7 +34,8 @@ impl Context {
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Self, Error> {
         let (names, dynamodb) = (&config.names, &aws.dynamodb);
         let sandboxes = SandboxStore::new(dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
-        Ok(Self::with_saga(Saga {
+        let events = EventStore::new(dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
+        let saga = Saga {
             tasks: StartTaskStore::new(
                 dynamodb.clone(),
                 names.start_tasks.clone(),
@@ -46,13 +51,21 @@ impl Context {
             http: AgentServer::http_client().map_err(Error::internal)?,
             sealer: sealer.clone(),
             config: config.start.clone(),
-        }))
+        };
+        Ok(Self::with_saga(saga, events))
     }
 
-    /// A context around a saga.
+    /// A context around a saga and the event log.
     #[must_use]
-    pub fn with_saga(saga: Saga) -> Self {
-        Self { saga }
+    pub fn with_saga(saga: Saga, events: EventStore) -> Self {
+        let processors = Processors {
+            conversations: saga.conversations.clone(),
+            events,
+            sandboxes: saga.sandboxes.clone(),
+            queue: saga.queue.clone(),
+            http: saga.http.clone(),
+        };
+        Self { saga, processors }
     }
 }
 
@@ -95,11 +108,19 @@ async fn handle_message(context: &Context, message: &SqsMessage) -> Result<(), E
         }
         Err(error) => return Err(error),
     };
-    let Job::AdvanceStart { user, task } = job;
-    if dead {
-        return context.saga.give_up(&user, task).await;
+    match job {
+        Job::AdvanceStart { user, task } if dead => context.saga.give_up(&user, task).await,
+        Job::AdvanceStart { user, task } => {
+            let turn = context.saga.advance(&user, task).await?;
+            tracing::debug!(%task, ?turn, "start_worker.turn");
+            Ok(())
+        }
+        // The next event of the conversation asks for it again.
+        Job::FetchTitle { conversation, .. } | Job::ProcessEvents { conversation, .. } if dead => {
+            tracing::error!(%conversation, "start_worker.events_not_processed");
+            Ok(())
+        }
+        Job::FetchTitle { user, conversation, look } => context.processors.fetch_title(&user, conversation, look).await,
+        Job::ProcessEvents { user, conversation } => context.processors.process_events(&user, conversation).await,
     }
-    let turn = context.saga.advance(&user, task).await?;
-    tracing::debug!(%task, ?turn, "start_worker.turn");
-    Ok(())
 }

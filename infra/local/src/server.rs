@@ -308,12 +308,14 @@ impl Server {
         origins: Vec<String>,
     ) -> Result<(), ServerError> {
         let (config, aws, sealer) = (&self.config, &self.aws, &self.sealer);
+        let events = events::Context::new(config, aws, sealer);
         let functions = Router::new()
+            .merge(events::router(events.clone()))
             .merge(conversations::router(conversations::Context::new(config, aws, sealer)?))
             .merge(start::router(start::Context::new(config, aws, sealer)))
             .merge(stream_start::router(stream_start::Context::new(config, aws, sealer)))
             .merge(start_tasks::router(start_tasks::Context::new(config, aws, sealer)));
-        let webhooks = events::router(events::Context::new(config, aws, sealer));
+        let webhooks = events::webhooks_router(events.clone());
         let health = Router::new()
             .route("/alive", get(alive))
             .route("/health", get(async || "OK"))
