@@ -10,8 +10,11 @@
     reason = "a test fails by panicking"
 )]
 
+mod deletion;
 mod end_to_end;
 mod events;
+mod records;
+mod replay;
 mod saga;
 mod support;
 mod support_tests;

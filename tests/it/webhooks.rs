@@ -297,7 +297,7 @@ async fn nothing_is_acknowledged_that_the_store_refuses() {
         single_user: false,
         live_status_budget: std::time::Duration::from_secs(1),
     };
-    let router = events::router(events::Context::new(&config, &gated, &sealer));
+    let router = events::webhooks_router(events::Context::new(&config, &gated, &sealer));
     let id = Uuid::new_v4();
     let batch = Value::Array((0..30).map(event).collect()).to_string();
     let post = async || {

@@ -1,12 +1,13 @@
-//! The worker behind the queue: advances starts, sweeps up forgotten ones, and gives up honestly; fetches titles and
-//! processes events.
+//! The worker behind the queue: advances starts, finishes deletions, fetches titles and processes events, sweeps up what was
+//! forgotten, and gives up honestly.
 
 use aws_lambda_events::event::sqs::{BatchItemFailure, SqsBatchResponse, SqsEvent, SqsMessage};
-use futures::future::join_all;
+use futures::future::{join, join_all};
 use serde_json::Value;
 use shared::agent_server::AgentServer;
 use shared::aws::Aws;
 use shared::config::Config;
+use shared::conversation::deletion::{Deleter, Deletion};
 use shared::conversation::store::ConversationStore;
 use shared::error::Error;
 use shared::event::processors::Processors;
@@ -19,11 +20,15 @@ use shared::start::store::StartTaskStore;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
 
-/// What this function may touch: everything that a start touches, and the event log.
+/// What this function may touch: everything that a start touches, and everything that goes with a conversation.
 #[derive(Clone, Debug)]
 pub struct Context {
-    saga: Saga,
-    processors: Processors,
+    /// Goes on with starts.
+    pub saga: Saga,
+    /// Finishes deletions.
+    pub deletion: Deletion,
+    /// Does what is to be done on events.
+    pub processors: Processors,
 }
 
 impl Context {
@@ -34,7 +39,6 @@ impl Context {
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Self, Error> {
         let (names, dynamodb) = (&config.names, &aws.dynamodb);
         let sandboxes = SandboxStore::new(dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
-        let events = EventStore::new(dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
         let saga = Saga {
             tasks: StartTaskStore::new(
                 dynamodb.clone(),
@@ -52,20 +56,28 @@ impl Context {
             sealer: sealer.clone(),
             config: config.start.clone(),
         };
-        Ok(Self::with_saga(saga, events))
+        let events = EventStore::new(dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
+        Ok(Self::new_with(saga, events))
     }
 
-    /// A context around a saga and the event log.
+    /// A context around a saga, and the events of the conversations that it makes.
     #[must_use]
-    pub fn with_saga(saga: Saga, events: EventStore) -> Self {
+    pub fn new_with(saga: Saga, events: EventStore) -> Self {
         let processors = Processors {
             conversations: saga.conversations.clone(),
-            events,
+            events: events.clone(),
             sandboxes: saga.sandboxes.clone(),
             queue: saga.queue.clone(),
             http: saga.http.clone(),
         };
-        Self { saga, processors }
+        let deletion = Deletion {
+            deleter: Deleter { conversations: saga.conversations.clone(), queue: saga.queue.clone() },
+            tasks: saga.tasks.clone(),
+            events,
+            sandboxes: saga.sandboxes.clone(),
+            http: saga.http.clone(),
+        };
+        Self { saga, deletion, processors }
     }
 }
 
@@ -76,7 +88,8 @@ impl Context {
 /// When a scheduled sweep fails.
 pub async fn handle(context: &Context, event: Value) -> Result<SqsBatchResponse, Error> {
     if event.get("Records").is_none() {
-        let rung = context.saga.sweep().await?;
+        let (starts, deletions) = join(context.saga.sweep(), context.deletion.sweep()).await;
+        let rung = starts? + deletions?;
         if rung > 0 {
             tracing::warn!(rung, "start_worker.swept");
         }
@@ -115,8 +128,14 @@ async fn handle_message(context: &Context, message: &SqsMessage) -> Result<(), E
             tracing::debug!(%task, ?turn, "start_worker.turn");
             Ok(())
         }
-        // The next event of the conversation asks for it again.
+        Job::DeleteConversation { conversation, .. } if dead => {
+            // The sweep goes on ringing for it: what is left costs money, and somebody wants it gone.
+            tracing::error!(%conversation, "start_worker.deletion_keeps_failing");
+            Ok(())
+        }
+        Job::DeleteConversation { user, conversation } => context.deletion.finish(&user, conversation).await,
         Job::FetchTitle { conversation, .. } | Job::ProcessEvents { conversation, .. } if dead => {
+            // The next event of the conversation asks for it again.
             tracing::error!(%conversation, "start_worker.events_not_processed");
             Ok(())
         }

@@ -1,4 +1,4 @@
-//! The doorbell: messages that say which start to look at. Losing one delays a start, no more.
+//! The doorbell: messages that say what to look at. Losing one causes delay, no more.
 
 use std::time::Duration;
 
@@ -47,6 +47,14 @@ pub enum Job {
         #[serde(with = "as_hex")]
         conversation: Uuid,
     },
+    /// Finish deleting a conversation.
+    DeleteConversation {
+        /// Its owner.
+        user: UserId,
+        /// Its id.
+        #[serde(with = "as_hex")]
+        conversation: Uuid,
+    },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -75,7 +83,7 @@ impl Job {
     }
 }
 
-/// The queue that start workers are driven by.
+/// The queue that workers are driven by.
 #[derive(Clone, Debug)]
 pub struct StartQueue {
     sqs: Client,
