@@ -270,14 +270,14 @@ impl ConversationStore {
             ),
         };
         let mut set =
-            format!("metrics.accumulated_cost = :cost, metrics.accumulated_token_usage = :usage, {attribute} = :at");
+            format!("#metrics.accumulated_cost = :cost, #metrics.accumulated_token_usage = :usage, {attribute} = :at");
         let mut values = HashMap::from([
             ("cost", AttributeValue::N(stats.accumulated_cost.to_string())),
             ("usage", AttributeValue::M(crate::dynamo::to_item(&stats.token_usage)?)),
             ("at", text(time)),
         ]);
         if let Some(budget) = stats.max_budget_per_task {
-            set += ", metrics.max_budget_per_task = :budget";
+            set += ", #metrics.max_budget_per_task = :budget";
             values.insert("budget", AttributeValue::N(budget.to_string()));
         }
         self.change((user, id), &set, condition, values).await
@@ -325,6 +325,10 @@ impl ConversationStore {
             .condition_expression(format!("{ALIVE} AND {condition}"))
             .expression_attribute_values(":now", text(now.sortable()))
             .expression_attribute_values(":now_sort", text(sort_value(now, id)));
+        // A reserved word.
+        if set.contains("#metrics") {
+            update = update.expression_attribute_names("#metrics", "metrics");
+        }
         for (name, value) in values {
             update = update.expression_attribute_values(format!(":{name}"), value);
         }
