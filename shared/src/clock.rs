@@ -26,6 +26,12 @@ impl Time {
         Self(self.0.saturating_add(later).unwrap_or(Timestamp::MAX))
     }
 
+    /// This instant `earlier`; saturates at the beginning of time.
+    #[must_use]
+    pub fn minus(self, earlier: Duration) -> Self {
+        Self(self.0.saturating_sub(earlier).unwrap_or(Timestamp::MIN))
+    }
+
     /// How long it is from `earlier` to this instant; zero if it is the other way round.
     #[must_use]
     pub fn since(self, earlier: Self) -> Duration {

@@ -118,6 +118,30 @@ pub async fn batch_get_items(
     keys: Vec<Item>,
     operation: &'static str,
 ) -> Result<Vec<Item>> {
+    batch_get(dynamodb, table, keys, None, operation).await
+}
+
+/// As [`batch_get_items`], but of each item nothing but one attribute: the answer is small where items are large.
+///
+/// # Errors
+/// [`Error::Store`].
+pub async fn batch_get_attribute(
+    dynamodb: &Client,
+    table: &str,
+    keys: Vec<Item>,
+    attribute: &str,
+    operation: &'static str,
+) -> Result<Vec<Item>> {
+    batch_get(dynamodb, table, keys, Some(attribute), operation).await
+}
+
+async fn batch_get(
+    dynamodb: &Client,
+    table: &str,
+    keys: Vec<Item>,
+    attribute: Option<&str>,
+    operation: &'static str,
+) -> Result<Vec<Item>> {
     const ATTEMPTS: u32 = 8;
     let mut items = Vec::new();
     let mut left = keys;
@@ -131,6 +155,10 @@ pub async fn batch_get_items(
         let wanted = KeysAndAttributes::builder()
             .set_keys(Some(std::mem::take(&mut left)))
             .consistent_read(true)
+            .set_projection_expression(attribute.map(|_| "#attribute".to_owned()))
+            .set_expression_attribute_names(
+                attribute.map(|name| HashMap::from([("#attribute".to_owned(), name.to_owned())])),
+            )
             .build()
             .map_err(Error::internal)?;
         let answer =

@@ -887,6 +887,42 @@ async fn a_deleted_conversation_leaves_no_export() {
 }
 
 #[tokio::test]
+async fn old_exports_and_uploads_are_removed_where_no_lifecycle_rule_does() {
+    let rig = Rig::new(ExportConfig { budget: Duration::ZERO, worker_budget: Duration::ZERO, ..config() }).await;
+    let (unfinished, finished) = (rig.conversation(None).await, rig.conversation(None).await);
+    append_large(&rig, unfinished, 8).await;
+    for id in [unfinished, finished] {
+        rig.get(id).await;
+        rig.exporter.go_on(&rig.user, id).await.expect("a turn");
+    }
+    let names = || {
+        let entries = fs::read_dir(rig.folder.path().join("s3")).expect("a folder").filter_map(Result::ok);
+        entries
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .filter(|name| name.contains("upload"))
+            .count()
+    };
+    let (day, now) = (Duration::from_secs(24 * 3600), Duration::ZERO);
+    let bucket = &rig.names.bucket;
+    assert_eq!(rig.engines.expire(bucket, "exports/", day, day).expect("expired"), 0);
+    assert!(names() >= 2 && rig.objects().await.len() >= 3);
+    assert!(rig.engines.expire(bucket, "exports/", now, day).expect("expired") >= 3);
+    assert_eq!(rig.objects().await, [""; 0]);
+    assert!(rig.engines.expire(bucket, "exports/", day, now).expect("expired") >= 2);
+    assert_eq!(names(), 0);
+    // Events in the bucket stay, and the export is made anew.
+    loop {
+        rig.exporter.go_on(&rig.user, unfinished).await.ok();
+        let answer = rig.get(unfinished).await;
+        if answer.status() == 302 {
+            break;
+        }
+    }
+    assert_eq!(rig.download(unfinished).await.names().await.len(), 9);
+    rig.end().await;
+}
+
+#[tokio::test]
 async fn more_members_than_16_bits_count_open_everywhere() {
     let mut zip = ZipWriter::new(Time::now());
     for number in 0..70_000 {

@@ -238,6 +238,12 @@ async fn a_planning_sub_conversation_works_beside_its_parent(product: &Product, 
     let branch = branch_of(&parent_folder);
     assert!(branch.starts_with("openhands-workspace-"), "{branch}");
 
+    // Another repository of the same name must not be taken for this one.
+    let request = json!({"sandbox_id": sandbox, "selected_repository": "stranger/project"});
+    let error = product.start_conversation(with(saying("Tear it down"), request)).await.error();
+    assert!(error.contains("stranger/project") && error.contains("holds another repository"), "{error}");
+    assert!(requests_with(llm, "Tear it down").is_empty(), "the model is asked nothing");
+
     let child = product
         .start_conversation(with(
             saying("Plan the bridge"),

@@ -10,10 +10,16 @@
     reason = "a test fails by panicking"
 )]
 
+mod deletion;
 mod download;
+mod effects;
 mod end_to_end;
 mod events;
+mod import;
+mod records;
+mod replay;
 mod saga;
 mod support;
 mod support_tests;
+mod tenants;
 mod webhooks;

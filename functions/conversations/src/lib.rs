@@ -1,5 +1,5 @@
 //! `/api/v1/app-conversations`: conversations with their live status. `GET` for some by id, `…/search` and `…/count` for all that
-//! a filter lets through, `PATCH …/{id}` to change one.
+//! a filter lets through, `PATCH …/{id}` to change one, `DELETE …/{id}` to delete it.
 
 use axum::extract::{DefaultBodyLimit, Path, RawQuery, State};
 use axum::response::{IntoResponse as _, Response};
@@ -9,10 +9,11 @@ use bytes::Bytes;
 use futures::future::{try_join, try_join_all};
 use http::HeaderMap;
 use http::header::CONTENT_TYPE;
-use serde_json::json;
+use serde_json::{Value, json};
 use shared::agent_server::AgentServer;
 use shared::aws::Aws;
 use shared::config::Config;
+use shared::conversation::deletion::Deleter;
 use shared::conversation::live::LiveStatus;
 use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
@@ -21,10 +22,11 @@ use shared::conversation::{AppConversation, ConversationRecord};
 use shared::error::Error;
 use shared::http::caller::Caller;
 use shared::http::page_id;
-use shared::http::query::{Bounds, Query, lenient_uuids};
+use shared::http::query::{Bounds, Query, lenient_uuid, lenient_uuids};
 use shared::http::validation::{self, Choice as _};
 use shared::sandbox;
 use shared::sandbox::store::SandboxStore;
+use shared::start::queue::StartQueue;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use uuid::Uuid;
@@ -35,10 +37,12 @@ const MAX_IDS: usize = 99;
 /// An update holds a few names.
 const BODY_LIMIT: usize = 1024 * 1024;
 
-/// What this function may touch: it reads conversations, and looks at sandboxes and their agent servers.
+/// What this function may touch: it reads and changes conversations, looks at sandboxes and their agent servers, and rings for
+/// the worker that finishes deletions.
 #[derive(Clone, Debug)]
 pub struct Context {
     conversations: ConversationStore,
+    deleter: Deleter,
     live: LiveStatus,
 }
 
@@ -51,12 +55,12 @@ impl Context {
         let names = &config.names;
         let store = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
         let http = AgentServer::http_client().map_err(Error::internal)?;
+        let conversations =
+            ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone());
+        let queue = StartQueue::new(aws.sqs.clone(), names.start_queue_url.clone());
         Ok(Self {
-            conversations: ConversationStore::new(
-                aws.dynamodb.clone(),
-                names.conversations.clone(),
-                names.users.clone(),
-            ),
+            conversations: conversations.clone(),
+            deleter: Deleter { conversations, queue },
             live: LiveStatus::new(sandbox::service(&config.sandbox, store), http, config.live_status_budget),
         })
     }
@@ -68,7 +72,7 @@ pub fn router(context: Context) -> Router {
         .route("/api/v1/app-conversations", get(batch_get))
         .route("/api/v1/app-conversations/search", get(search))
         .route("/api/v1/app-conversations/count", get(count))
-        .route("/api/v1/app-conversations/{conversation_id}", patch(update))
+        .route("/api/v1/app-conversations/{conversation_id}", patch(update).delete(delete))
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .with_state(context)
 }
@@ -134,6 +138,18 @@ async fn update(
     let request = UpdateRequest::from_body(content_type, &body).map_err(Error::Invalid)?;
     let id = validation::path_uuid("conversation_id", &id).map_err(Error::Invalid)?;
     context.update(&user, id, &request).await.map(Json)
+}
+
+async fn delete(
+    State(context): State<Context>,
+    Caller(user): Caller,
+    Path(id): Path<String>,
+) -> Result<Json<Value>, Error> {
+    let id = lenient_uuid(&id).ok_or_else(|| Error::Refused("Invalid conversation ID format".into()))?;
+    match context.deleter.delete(&user, id).await? {
+        true => Ok(Json(json!({"success": true}))),
+        false => Err(Error::NotFound("Conversation not found".into())),
+    }
 }
 
 /// The filters that search and count have in common.

@@ -1,14 +1,17 @@
-//! The worker behind the queue: advances starts, sweeps up forgotten ones, and gives up honestly; goes on with exports that
-//! outlasted their requests.
+//! The worker behind the queue: advances starts, goes on with exports that outlasted their requests, finishes deletions,
+//! fetches titles and processes events, sweeps up what was forgotten, and gives up honestly.
 
 use aws_lambda_events::event::sqs::{BatchItemFailure, SqsBatchResponse, SqsEvent, SqsMessage};
-use futures::future::join_all;
+use futures::future::{join, join_all};
 use serde_json::Value;
 use shared::agent_server::AgentServer;
 use shared::aws::Aws;
 use shared::config::Config;
+use shared::conversation::deletion::{Deleter, Deletion};
 use shared::conversation::store::ConversationStore;
 use shared::error::Error;
+use shared::event::processors::Processors;
+use shared::event::store::EventStore;
 use shared::export::Exporter;
 use shared::sandbox;
 use shared::sandbox::store::SandboxStore;
@@ -18,11 +21,17 @@ use shared::start::store::StartTaskStore;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
 
-/// What this function may touch: everything that a start or an export touches.
+/// What this function may touch: everything that a start touches, and everything that goes with a conversation.
 #[derive(Clone, Debug)]
 pub struct Context {
-    saga: Saga,
-    exporter: Exporter,
+    /// Goes on with starts.
+    pub saga: Saga,
+    /// Finishes deletions.
+    pub deletion: Deletion,
+    /// Does what is to be done on events.
+    pub processors: Processors,
+    /// Goes on with exports.
+    pub exporter: Exporter,
 }
 
 impl Context {
@@ -52,13 +61,29 @@ impl Context {
             sealer: sealer.clone(),
             config: config.start.clone(),
         };
-        Ok(Self::with(saga, exporter))
+        let events = EventStore::new(dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
+        Ok(Self::new_with(saga, events, exporter))
     }
 
-    /// A context around a saga and an exporter.
+    /// A context around a saga, and the events and exports of the conversations that it makes.
     #[must_use]
-    pub fn with(saga: Saga, exporter: Exporter) -> Self {
-        Self { saga, exporter }
+    pub fn new_with(saga: Saga, events: EventStore, exporter: Exporter) -> Self {
+        let processors = Processors {
+            conversations: saga.conversations.clone(),
+            events: events.clone(),
+            sandboxes: saga.sandboxes.clone(),
+            queue: saga.queue.clone(),
+            http: saga.http.clone(),
+        };
+        let deletion = Deletion {
+            deleter: Deleter { conversations: saga.conversations.clone(), queue: saga.queue.clone() },
+            tasks: saga.tasks.clone(),
+            events,
+            exports: exporter.store().clone(),
+            sandboxes: saga.sandboxes.clone(),
+            http: saga.http.clone(),
+        };
+        Self { saga, deletion, processors, exporter }
     }
 }
 
@@ -69,7 +94,8 @@ impl Context {
 /// When a scheduled sweep fails.
 pub async fn handle(context: &Context, event: Value) -> Result<SqsBatchResponse, Error> {
     if event.get("Records").is_none() {
-        let rung = context.saga.sweep().await?;
+        let (starts, deletions) = join(context.saga.sweep(), context.deletion.sweep()).await;
+        let rung = starts? + deletions?;
         if rung > 0 {
             tracing::warn!(rung, "start_worker.swept");
         }
@@ -114,5 +140,18 @@ async fn handle_message(context: &Context, message: &SqsMessage) -> Result<(), E
             Ok(())
         }
         Job::Export { user, conversation } => context.exporter.go_on(&user, conversation).await,
+        Job::DeleteConversation { conversation, .. } if dead => {
+            // The sweep goes on ringing for it: what is left costs money, and somebody wants it gone.
+            tracing::error!(%conversation, "start_worker.deletion_keeps_failing");
+            Ok(())
+        }
+        Job::DeleteConversation { user, conversation } => context.deletion.finish(&user, conversation).await,
+        Job::FetchTitle { conversation, .. } | Job::ProcessEvents { conversation, .. } if dead => {
+            // The next event of the conversation asks for it again.
+            tracing::error!(%conversation, "start_worker.events_not_processed");
+            Ok(())
+        }
+        Job::FetchTitle { user, conversation, look } => context.processors.fetch_title(&user, conversation, look).await,
+        Job::ProcessEvents { user, conversation } => context.processors.process_events(&user, conversation).await,
     }
 }

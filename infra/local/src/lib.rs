@@ -4,6 +4,7 @@
 pub mod agent_server;
 pub mod edge;
 pub mod engines;
+pub mod import;
 pub mod options;
 pub mod server;
 pub mod worker;

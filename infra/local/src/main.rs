@@ -3,12 +3,13 @@
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser as _;
-use local::options::{Command, LogKind, Options};
+use local::import::command;
+use local::options::{Command, CommonOptions, LogKind, Options};
 use local::server::{Environment, Server, ServerError};
 use shared::telemetry::{self, LogFormat};
 use tokio::signal::unix::{SignalKind, signal};
@@ -20,8 +21,22 @@ async fn main() -> ExitCode {
         LogKind::Text => LogFormat::Text,
         LogKind::Json => LogFormat::Json,
     });
-    match run(options).await {
-        Ok(()) => ExitCode::SUCCESS,
+    let data = &options.common.data;
+    let done: Result<bool, Box<dyn std::error::Error>> = match options.command {
+        None => serve(&options.common).await.map(|()| true).map_err(Into::into),
+        Some(Command::Engines { invoke_url, env_file }) => {
+            engines(&options.common, invoke_url, env_file).await.map(|()| true).map_err(Into::into)
+        }
+        Some(Command::Import { files, into }) => {
+            command::import(&files, &into, data, wait_for_signal()).await.map_err(Into::into)
+        }
+        Some(Command::ImportOpenhands { folder, into }) => {
+            command::import_openhands(&folder, &into, data, wait_for_signal()).await.map_err(Into::into)
+        }
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("{error}");
             ExitCode::FAILURE
@@ -29,26 +44,28 @@ async fn main() -> ExitCode {
     }
 }
 
-async fn run(options: Options) -> Result<(), ServerError> {
-    let environment = Environment::read()?;
-    let server = match options.command {
-        None => {
-            let server = Server::start(&options.common, environment, true, None).await?;
-            println!("{}", welcome(&server));
-            server
-        }
-        Some(Command::Engines { invoke_url, env_file }) => {
-            let server = Server::start(&options.common, environment, false, invoke_url).await?;
-            let environment = environment_lines(&server);
-            match env_file {
-                Some(path) => {
-                    write_private(&path, &environment).map_err(|source| ServerError::File { path, source })?;
-                }
-                None => print!("{environment}"),
-            }
-            server
-        }
-    };
+async fn serve(options: &CommonOptions) -> Result<(), ServerError> {
+    let server = Server::start(options, Environment::read()?, true, None).await?;
+    println!("{}", welcome(&server));
+    run(server).await
+}
+
+async fn engines(
+    options: &CommonOptions,
+    invoke_url: Option<String>,
+    env_file: Option<PathBuf>,
+) -> Result<(), ServerError> {
+    let server = Server::start(options, Environment::read()?, false, invoke_url).await?;
+    let environment = environment_lines(&server);
+    match env_file {
+        Some(path) => write_private(&path, &environment).map_err(|source| ServerError::File { path, source })?,
+        None => print!("{environment}"),
+    }
+    run(server).await
+}
+
+/// Until a signal.
+async fn run(server: Server) -> Result<(), ServerError> {
     let told = tokio::spawn(tell_when_ready(server.readiness().clone()));
     wait_for_signal().await;
     told.abort();

@@ -29,6 +29,52 @@ pub enum Command {
         #[arg(long, value_name = "FILE")]
         env_file: Option<PathBuf>,
     },
+    /// Takes conversations, start tasks and events from files of JSON lines.
+    ///
+    /// A line is an object: {"type": "conversation", "data": {…}}, {"type": "start_task", "data": {…}} or
+    /// {"type": "event", "conversation_id": "…", "data": {…}}, the data as the API shows it. Rows that are there already
+    /// are left as they are, so the same command can be run again, also after it was stopped. The server must not run on the
+    /// data folder meanwhile. Ends with 0 when every row was taken or there already, else with 1.
+    Import {
+        /// Files to read; - is standard input.
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+        /// Where to.
+        #[command(flatten)]
+        into: ImportOptions,
+    },
+    /// Takes conversations, start tasks and events from the data folder of an OpenHands app server.
+    ///
+    /// Reads openhands.db, which may be in use, and the event files of its conversations; writes nothing there.
+    /// Conversations of version V0 are not taken. Rows that are there already are left as they are, so the same command can be
+    /// run again, also after it was stopped. The server of this project must not run on its data folder meanwhile. Ends with 0
+    /// when every row was taken or there already, else with 1.
+    ImportOpenhands {
+        /// The folder, ~/.openhands by default there.
+        #[arg(value_name = "FOLDER")]
+        folder: PathBuf,
+        /// Where to.
+        #[command(flatten)]
+        into: ImportOptions,
+    },
+}
+
+/// Where imports go.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ImportOptions {
+    /// Whose the rows are that name no owner. By default the local user's; needed with --stack.
+    #[arg(long, value_name = "ID")]
+    pub user: Option<String>,
+    /// Import into the tables NAME-conversations, NAME-start-tasks, NAME-events and NAME-users and the bucket NAME-data on
+    /// AWS instead of the data folder.
+    #[arg(long, value_name = "NAME")]
+    pub stack: Option<String>,
+    /// The profile of the AWS configuration to use with --stack.
+    #[arg(long, value_name = "PROFILE", requires = "stack")]
+    pub profile: Option<String>,
+    /// The AWS region to use with --stack.
+    #[arg(long, value_name = "REGION", requires = "stack")]
+    pub region: Option<String>,
 }
 
 /// Options that every command takes, before it or behind it.

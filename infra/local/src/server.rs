@@ -33,9 +33,11 @@ use crate::engines::{EngineError, EnginePorts, Engines};
 use crate::options::{CommonOptions, SandboxKind};
 use crate::worker::{Worker, poll, sweep};
 
-const PREFIX: &str = "openhands-";
+/// What the names of the tables on the embedded engines begin with.
+pub(crate) const PREFIX: &str = "openhands-";
 /// How long requests in flight may take to end.
 const GRACE: Duration = Duration::from_secs(3);
+const DAY: Duration = Duration::from_secs(24 * 3600);
 /// Waiting in this process costs nothing, so starts are given back to the queue only when they take long.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -182,6 +184,9 @@ impl Server {
         let mut names = Names::with_prefix(PREFIX);
         let queues = schema::make_all(&aws, &names, PREFIX).await?;
         names.start_queue_url.clone_from(&queues.starts);
+        let expiry = schema::EXPORTS_EXPIRE;
+        let [objects, uploads] = [expiry.days, expiry.incomplete_upload_days].map(|days| DAY * days);
+        engines.expire(&names.bucket, expiry.prefix, objects, uploads)?;
         let web_url = match &invoke_url {
             Some(url) => url.trim_end_matches('/').to_owned(),
             None => format!("http://127.0.0.1:{port}"),
@@ -312,13 +317,8 @@ impl Server {
         origins: Vec<String>,
     ) -> Result<(), ServerError> {
         let (config, aws, sealer) = (&self.config, &self.aws, &self.sealer);
-        let functions = Router::new()
-            .merge(conversations::router(conversations::Context::new(config, aws, sealer)?))
-            .merge(download::router(download::Context::new(config, aws, sealer)?))
-            .merge(start::router(start::Context::new(config, aws, sealer)))
-            .merge(stream_start::router(stream_start::Context::new(config, aws, sealer)))
-            .merge(start_tasks::router(start_tasks::Context::new(config, aws, sealer)));
-        let webhooks = events::router(events::Context::new(config, aws, sealer));
+        let functions = functions(config, aws, sealer)?;
+        let webhooks = events::webhooks_router(events::Context::new(config, aws, sealer));
         let health = Router::new()
             .route("/alive", get(alive))
             .route("/health", get(async || "OK"))
@@ -340,6 +340,20 @@ impl Server {
     }
 }
 
+/// The routes of all functions but the webhooks. Whoever runs them says who calls, with a `Caller` in each request's extensions.
+///
+/// # Errors
+/// When TLS cannot be set up.
+pub fn functions(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Router, shared::Error> {
+    Ok(Router::new()
+        .merge(conversations::router(conversations::Context::new(config, aws, sealer)?))
+        .merge(download::router(download::Context::new(config, aws, sealer)?))
+        .merge(start::router(start::Context::new(config, aws, sealer)))
+        .merge(stream_start::router(stream_start::Context::new(config, aws, sealer)))
+        .merge(start_tasks::router(start_tasks::Context::new(config, aws, sealer)))
+        .merge(events::router(events::Context::new(config, aws, sealer))))
+}
+
 async fn alive(State(readiness): State<Readiness>) -> Response {
     if readiness.is_ready() {
         return Json(json!({"status": "ok"})).into_response();
@@ -357,7 +371,7 @@ async fn listen(port: u16) -> Result<TcpListener, ServerError> {
 }
 
 /// The folder, absolute, and its owner's alone: it holds keys.
-fn make_data_folder(folder: &Path) -> Result<PathBuf, ServerError> {
+pub(crate) fn make_data_folder(folder: &Path) -> Result<PathBuf, ServerError> {
     let folder = std::path::absolute(folder).map_err(file_error(folder))?;
     fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder).map_err(file_error(&folder))?;
     Ok(folder)

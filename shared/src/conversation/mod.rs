@@ -1,8 +1,10 @@
 //! Conversations: their records, the store, and how they show their live status.
 
+pub mod deletion;
 pub mod live;
 pub mod search;
 pub mod store;
+pub mod told;
 pub mod update_request;
 
 use serde::{Deserialize, Serialize};
@@ -13,6 +15,9 @@ use crate::id::as_hex;
 use crate::sandbox::SandboxStatus;
 use crate::start::request::{ProviderType, Trigger};
 use crate::user::UserId;
+
+/// The most characters of a title, a repository or a branch: a record must stay far below what DynamoDB takes.
+pub const MAX_NAME: usize = 10_000;
 
 /// What a conversation has cost so far.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -1,14 +1,12 @@
 //! What may be changed of a conversation: `AppConversationUpdateRequest` of the contract.
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
+use super::MAX_NAME;
 use super::store::ConversationChange;
 use crate::http::body;
-use crate::http::validation::{Checked, Checker, Fields, boolean, choice, string};
+use crate::http::validation::{Checked, Checker, Fields, boolean, choice, string_up_to};
 use crate::start::request::ProviderType;
-
-/// The most characters of a title, a repository or a branch: a record must stay far below what DynamoDB takes.
-pub const MAX_TEXT: usize = 10_000;
 
 /// Changes; a field that is `None` was not sent and stays, one that is `Some(None)` is cleared.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -29,7 +27,7 @@ impl UpdateRequest {
     /// Reads the body of a request; fields that are none of the contract's are ignored.
     ///
     /// # Errors
-    /// Every violation of the types of fields. Whether their values are acceptable is [`UpdateRequest::check`]'s business.
+    /// Every violation of the types and lengths of fields. Whether their values are acceptable is [`UpdateRequest::check`]'s business.
     pub fn from_body(content_type: Option<&str>, bytes: &[u8]) -> Checked<Self> {
         let value = body::json(content_type, bytes)?;
         let mut check = Checker::new("body");
@@ -38,12 +36,13 @@ impl UpdateRequest {
     }
 
     fn read(check: &mut Checker, value: &Value) -> Option<Self> {
+        let name = |check: &mut Checker, value: &Value| string_up_to(MAX_NAME, check, value);
         let fields = Fields::of(check, value)?;
         let public = fields.nullable(check, "public", boolean);
-        let selected_repository = fields.nullable(check, "selected_repository", string);
-        let selected_branch = fields.nullable(check, "selected_branch", string);
+        let selected_repository = fields.nullable(check, "selected_repository", name);
+        let selected_branch = fields.nullable(check, "selected_branch", name);
         let git_provider = fields.nullable(check, "git_provider", choice);
-        let title = fields.nullable(check, "title", string);
+        let title = fields.nullable(check, "title", name);
         Some(Self {
             title: fields.has("title").then_some(title?),
             public: fields.has("public").then_some(public?),
@@ -57,19 +56,9 @@ impl UpdateRequest {
     ///
     /// # Errors
     /// Every violation: `value_error` for names that a shell or git would take for something else and for a branch or provider
-    /// without its repository, `string_too_long`.
+    /// without its repository.
     pub fn check(&self) -> Checked<()> {
         let mut check = Checker::new("body");
-        let texts = [
-            ("title", &self.title),
-            ("selected_repository", &self.selected_repository),
-            ("selected_branch", &self.selected_branch),
-        ];
-        for (name, text) in texts {
-            if let Some(Some(text)) = text {
-                check.within(name, |check| check_length(check, text));
-            }
-        }
         match &self.selected_repository {
             Some(Some(repository)) => check.within("selected_repository", |check| {
                 if repository.matches('/').count() != 1 {
@@ -127,16 +116,10 @@ impl UpdateRequest {
 const DANGEROUS: [char; 7] = [';', '&', '|', '$', '`', '\n', '\r'];
 const NOT_IN_A_NAME: &str = "it holds a character that names do not have";
 
-/// Reports a text of more than [`MAX_TEXT`] characters.
-pub fn check_length(check: &mut Checker, text: &str) {
-    if text.chars().count() > MAX_TEXT {
-        let msg = format!("String should have at most {MAX_TEXT} characters");
-        check.report("string_too_long", msg, text.into(), Some(json!({"max_length": MAX_TEXT})));
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn read(value: &Value) -> Checked<UpdateRequest> {
@@ -154,7 +137,7 @@ mod tests {
 
     #[test]
     fn every_bad_value_is_named() {
-        let long = "x".repeat(MAX_TEXT + 1);
+        let long = "é".repeat(MAX_NAME + 1);
         for (body, fault) in [
             (json!({"selected_repository": "norepo"}), Some(("value_error", "selected_repository"))),
             (json!({"selected_repository": "a/b/c"}), Some(("value_error", "selected_repository"))),
@@ -167,7 +150,7 @@ mod tests {
             (json!({"title": "", "selected_repository": "a/b", "selected_branch": "feature/ä"}), None),
             (json!({"selected_repository": null, "selected_branch": null, "git_provider": null}), None),
         ] {
-            let found = read(&body).expect("a request").check().err().map(|violations| {
+            let found = read(&body).and_then(|request| request.check()).err().map(|violations| {
                 let violation = serde_json::to_value(&violations[0]).expect("JSON");
                 assert_eq!(violations.len(), 1, "{body}");
                 (violations[0].kind, violation["loc"][1].as_str().expect("a field").to_owned())

@@ -4,7 +4,7 @@
 //! too, and it moves to its new place then. Two narrow indexes hold the order of the log, as a whole and by kind: paging
 //! reads places there and then the events of the page alone, and counting reads nothing else.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
@@ -19,7 +19,9 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::clock::{Time, sortable};
-use crate::dynamo::{BATCH_GET_LIMIT, Item, batch_get_items, from_item, store_error, text, to_item};
+use crate::dynamo::{
+    BATCH_GET_LIMIT, Item, batch_get_attribute, batch_get_items, from_item, store_error, text, to_item,
+};
 use crate::error::{Error, Result, StoreError};
 use crate::http::validation::wire_enum;
 use crate::id;
@@ -73,8 +75,8 @@ impl Event {
     /// in the order of their texts: there they disturb neither time filters nor who asks for the newest.
     #[must_use]
     pub fn position(&self) -> String {
-        match instant(&self.timestamp) {
-            Some(instant) => format!("{}#{}", sortable(instant), self.id),
+        match sortable_instant(&self.timestamp) {
+            Some(instant) => format!("{instant}#{}", self.id),
             None => format!("{UNDATED}{}#{}", self.timestamp, self.id),
         }
     }
@@ -107,11 +109,17 @@ impl Event {
 
 /// The instant of an event's timestamp.
 #[must_use]
-pub fn instant(timestamp: &str) -> Option<Timestamp> {
+fn instant(timestamp: &str) -> Option<Timestamp> {
     let zoned = timestamp.parse().ok();
     let instant: Timestamp = zoned.or_else(|| Offset::UTC.to_timestamp(timestamp.parse::<DateTime>().ok()?).ok())?;
     // The text of an earlier one does not sort.
     (instant >= YEAR_0).then_some(instant)
+}
+
+/// The instant of an event's timestamp in a form that sorts.
+#[must_use]
+pub fn sortable_instant(timestamp: &str) -> Option<String> {
+    instant(timestamp).map(sortable)
 }
 
 fn sortable(instant: Timestamp) -> String {
@@ -275,6 +283,24 @@ impl EventStore {
     #[must_use]
     pub fn new(dynamodb: Client, table: String, s3: aws_sdk_s3::Client, bucket: String) -> Self {
         Self { dynamodb, table, s3, bucket }
+    }
+
+    /// Those of the events whose ids are not stored yet; of those with one id, the first.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn unknown(&self, user: &UserId, conversation: Uuid, events: Vec<Event>) -> Result<Vec<Event>> {
+        const OPERATION: &str = "BatchGetItem events";
+        let partition = partition(user, conversation);
+        let ids: HashSet<&str> = events.iter().map(|event| event.id.as_str()).collect();
+        let key = |id: &str| Item::from([("conversation".into(), text(&partition)), ("id".into(), text(id))]);
+        let keys: Vec<Item> = ids.into_iter().map(key).collect();
+        let mut known: HashSet<String> = HashSet::new();
+        for chunk in keys.chunks(BATCH_GET_LIMIT) {
+            let items = batch_get_attribute(&self.dynamodb, &self.table, chunk.to_vec(), "id", OPERATION).await?;
+            known.extend(items.iter().filter_map(|item| item.get("id")?.as_s().ok().cloned()));
+        }
+        Ok(events.into_iter().filter(|event| known.insert(event.id.clone())).collect())
     }
 
     /// Stores all of the events; storing one again changes nothing. Of those with one id, the last counts.
@@ -494,7 +520,8 @@ impl EventStore {
                 .map_err(store_error("Query events"))?;
             let rows: Vec<Remains> =
                 answer.items.unwrap_or_default().into_iter().map(from_item).collect::<Result<_>>()?;
-            stream::iter(rows.iter().filter_map(|row| row.event_object.clone()))
+            let objects: Vec<String> = rows.iter().filter_map(|row| row.event_object.clone()).collect();
+            stream::iter(objects)
                 .map(|key| self.delete_object(key))
                 .buffer_unordered(PARALLEL_OBJECTS)
                 .try_collect::<()>()

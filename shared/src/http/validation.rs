@@ -176,6 +176,17 @@ pub fn string(check: &mut Checker, value: &Value) -> Option<String> {
     Some(text.clone())
 }
 
+/// A text of at most `longest` characters. Violations: those of [`string`], `string_too_long`.
+pub fn string_up_to(longest: usize, check: &mut Checker, value: &Value) -> Option<String> {
+    let text = string(check, value)?;
+    if text.chars().count() > longest {
+        let msg = format!("String should have at most {longest} characters");
+        check.report("string_too_long", msg, value.clone(), Some(json!({"max_length": longest})));
+        return None;
+    }
+    Some(text)
+}
+
 /// Reads a boolean: true and false, 0 and 1 (also as floats), and the words of [`boolean_from_text`].
 /// Violations: `bool_parsing` for integers and words that are neither, `bool_type` for anything else.
 pub fn boolean(check: &mut Checker, value: &Value) -> Option<bool> {

@@ -1,4 +1,4 @@
-//! The doorbell: messages that say which start to look at. Losing one delays a start, no more.
+//! The doorbell: messages that say what to look at. Losing one causes delay, no more.
 
 use std::time::Duration;
 
@@ -37,6 +37,32 @@ pub enum Job {
         #[serde(with = "as_hex")]
         conversation: Uuid,
     },
+    /// Ask a conversation's agent for its title.
+    FetchTitle {
+        /// Its owner.
+        user: UserId,
+        /// Its id.
+        #[serde(with = "as_hex")]
+        conversation: Uuid,
+        /// How many looks there were before.
+        look: usize,
+    },
+    /// Process the new events of a conversation.
+    ProcessEvents {
+        /// Its owner.
+        user: UserId,
+        /// Its id.
+        #[serde(with = "as_hex")]
+        conversation: Uuid,
+    },
+    /// Finish deleting a conversation.
+    DeleteConversation {
+        /// Its owner.
+        user: UserId,
+        /// Its id.
+        #[serde(with = "as_hex")]
+        conversation: Uuid,
+    },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -65,7 +91,7 @@ impl Job {
     }
 }
 
-/// The queue that start workers are driven by.
+/// The queue that workers are driven by.
 #[derive(Clone, Debug)]
 pub struct StartQueue {
     sqs: Client,

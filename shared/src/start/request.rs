@@ -6,10 +6,11 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
+use crate::conversation::MAX_NAME;
 use crate::http::body;
 use crate::http::validation::{
-    Checked, Checker, Fields, boolean, choice, constant, dictionary, first_of, integer, list, literal, string, uuid,
-    wire_enum,
+    Checked, Checker, Fields, boolean, choice, constant, dictionary, first_of, integer, list, literal, string,
+    string_up_to, uuid, wire_enum,
 };
 
 /// Stands for a secret's value wherever one is shown.
@@ -178,11 +179,11 @@ impl StartRequest {
         let processors =
             fields.nullable(check, "processors", |check, value| list(check, value, EventCallbackProcessor::read));
         let llm_model = fields.nullable(check, "llm_model", string);
-        let selected_repository = fields.nullable(check, "selected_repository", string);
-        let selected_branch = fields.nullable(check, "selected_branch", string);
+        let selected_repository = fields.nullable(check, "selected_repository", name);
+        let selected_branch = fields.nullable(check, "selected_branch", name);
         let git_provider = fields.nullable(check, "git_provider", choice);
         let suggested_task = fields.nullable(check, "suggested_task", SuggestedTask::read);
-        let title = fields.nullable(check, "title", string);
+        let title = fields.nullable(check, "title", name);
         let trigger = fields.nullable(check, "trigger", choice);
         let pr_number = fields.or(check, "pr_number", Vec::new(), |check, value| list(check, value, integer));
         let parent_conversation_id = fields.nullable(check, "parent_conversation_id", uuid);
@@ -211,6 +212,11 @@ impl StartRequest {
             secrets: secrets?,
         })
     }
+}
+
+/// A text that becomes part of the conversation's record.
+fn name(check: &mut Checker, value: &Value) -> Option<String> {
+    string_up_to(MAX_NAME, check, value)
 }
 
 /// A message to the agent.

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
-use aws_sdk_dynamodb::types::{AttributeValue, Put, ReturnValue, Select, TransactWriteItem, Update};
+use aws_sdk_dynamodb::types::{AttributeValue, Delete, Put, ReturnValue, Select, TransactWriteItem, Update};
 use futures::future::{join_all, try_join_all};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, Serialize};
@@ -41,6 +41,9 @@ const INLINE_REQUEST_LIMIT: usize = 8 * 1024;
 
 /// The most tasks that [`StartTaskStore::import`] takes at once: one transaction, with the counter.
 pub const IMPORT_LIMIT: usize = TRANSACTION_LIMIT - 1;
+
+/// Longer than any start takes: every step of it has a deadline.
+const LONGEST_START: Duration = Duration::from_secs(24 * 3600);
 
 /// How long after its time a task counts as forgotten.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(2);
@@ -696,6 +699,78 @@ impl StartTaskStore {
             Ok::<_, Error>(due)
         });
         Ok(join_all(shards).await.into_iter().collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
+    }
+
+    /// Whether an unfinished start of the user is going to run in this sandbox.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn is_bound_for(&self, user: &UserId, sandbox_id: &str) -> Result<bool> {
+        let mut pages = self
+            .query(
+                user,
+                &Filter { created_at_gte: Some(Time::now().minus(LONGEST_START)), ..Filter::default() },
+                BY_CREATED,
+            )
+            .filter_expression(
+                "attribute_exists(unfinished_shard) AND (sandbox_id = :sandbox OR new_sandbox_id = :sandbox)",
+            )
+            .expression_attribute_values(":sandbox", text(sandbox_id))
+            .select(Select::Count)
+            .into_paginator()
+            .send();
+        while let Some(page) = pages.next().await {
+            if page.map_err(store_error("Query start-tasks"))?.count > 0 {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Removes the tasks that made a conversation ready, with their requests; again when it was cut off.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn delete_of_conversation(&self, user: &UserId, conversation: Uuid) -> Result<()> {
+        let mut pages = self
+            .dynamodb
+            .query()
+            .table_name(&self.table)
+            .index_name(BY_CONVERSATION)
+            .key_condition_expression("conversation_key = :conversation")
+            .expression_attribute_values(":conversation", text(user.key_of(&id::hex(conversation))))
+            .into_paginator()
+            .items()
+            .send();
+        while let Some(item) = pages.next().await {
+            let record: StartTaskRecord = from_item(item.map_err(store_error("Query start-tasks"))?)?;
+            // Before the row: without it nobody would find the object.
+            if let Some(object) = &record.request_object {
+                let removed = self.s3.delete_object().bucket(&self.bucket).key(object).send().await;
+                removed.map_err(store_error("DeleteObject start-requests"))?;
+            }
+            self.delete(user, record.id).await?;
+        }
+        Ok(())
+    }
+
+    /// Removes a row and takes it off the count, once.
+    async fn delete(&self, user: &UserId, id: Uuid) -> Result<()> {
+        let delete = Delete::builder()
+            .table_name(&self.table)
+            .set_key(Some(key(user, id)))
+            .condition_expression("attribute_exists(id)")
+            .build()
+            .map_err(Error::internal)?;
+        let writes = vec![
+            TransactWriteItem::builder().delete(delete).build(),
+            counters::add(&self.users_table, user, &[(Counter::StartTasks, -1)])?,
+        ];
+        match transact(&self.dynamodb, writes, "TransactWriteItems start-tasks").await {
+            // Somebody else removed it.
+            Err(error) if !is_condition_failure(&error) => Err(error),
+            _ => Ok(()),
+        }
     }
 
     /// Ends an unfinished task with ERROR whoever has it. False when it is finished already, or unknown.

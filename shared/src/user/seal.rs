@@ -64,6 +64,13 @@ impl Sealer {
         }
     }
 
+    /// A key of this process alone: nobody can open later what it seals. For stores that are given nothing to seal.
+    #[must_use]
+    pub fn ephemeral() -> Self {
+        let key: [u8; KEY_BYTES] = rand::random();
+        Self { key: key.to_vec().into() }
+    }
+
     /// Seals a text for one purpose; a text sealed for another purpose does not open.
     ///
     /// # Errors

@@ -14,6 +14,7 @@ use shared::aws::Aws;
 use shared::config::{ExportConfig, Names, StartConfig};
 use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
+use shared::event::store::EventStore;
 use shared::export::Exporter;
 use shared::sandbox::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus};
 use shared::start::begin::StartBeginner;
@@ -223,6 +224,10 @@ impl Rig {
         };
         let conversations =
             |aws: &Aws| ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone());
+        let events = |aws: &Aws| {
+            let (dynamodb, s3) = (aws.dynamodb.clone(), aws.s3.clone());
+            EventStore::new(dynamodb, names.events.clone(), s3, names.bucket.clone())
+        };
         let settings = |aws: &Aws| SettingsStore::new(aws.dynamodb.clone(), names.users.clone(), sealer.clone());
         let queue = |aws: &Aws| StartQueue::new(aws.sqs.clone(), queues.starts.clone());
         let worker = |aws: &Aws, sandboxes: &Arc<StandInSandboxes>| {
@@ -237,7 +242,7 @@ impl Rig {
                 config: config.clone(),
             };
             let exporter = Exporter::new(&ExportConfig::default(), &names, aws, sandboxes.clone());
-            Context::with(saga, exporter.expect("an exporter"))
+            Context::new_with(saga, events(aws), exporter.expect("an exporter"))
         };
         let rig = Self {
             user: UserId::new("user-of-the-rig"),
@@ -314,6 +319,13 @@ impl Rig {
         let response = start_worker::handle(&self.context, event).await.expect("handled");
         assert!(response.batch_item_failures.is_empty());
         self.delete(message).await;
+    }
+
+    /// The keys of everything in the bucket.
+    pub async fn objects(&self) -> Vec<String> {
+        let bucket = Names::with_prefix(PREFIX).bucket;
+        let listed = self.aws.s3.list_objects_v2().bucket(bucket).send().await.expect("the bucket");
+        listed.contents.unwrap_or_default().into_iter().filter_map(|object| object.key).collect()
     }
 
     pub async fn delete(&self, message: &Message) {

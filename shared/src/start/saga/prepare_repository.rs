@@ -110,6 +110,14 @@ impl Work<'_> {
         );
         script += &trust(&project_dir);
         script += &format!("cd {project_dir}\n");
+        // What was cloned earlier may be another repository of the same name. Its address is not shown: an agent may have
+        // put a token into it. Without one it is what an agent made of it.
+        let same: Vec<String> = sources.iter().flat_map(|source| endings(&source.url)).collect();
+        script += &format!(
+            "case \"$(git remote get-url origin 2>/dev/null)\" in ''|{}) ;; *) echo {} >&2; exit 1;; esac\n",
+            same.join("|"),
+            quoted(&format!("{} holds another repository; start in another sandbox", folders.project_dir))
+        );
         match self.task.request.selected_branch.as_deref().filter(|branch| !branch.is_empty()) {
             // Already there: a second conversation in the same folder must not disturb the first.
             Some(branch) => {
@@ -127,6 +135,13 @@ impl Work<'_> {
         }
         script
     }
+}
+
+/// Shell patterns for how the addresses of a repository end, whatever host alias, protocol or token is in front.
+fn endings(url: &str) -> [String; 2] {
+    let path = url.split_once("://").map_or(url, |(_, rest)| rest).split_once('/').map_or(url, |(_, path)| path);
+    let path = path.trim_end_matches(".git");
+    [format!("*[/:]{}", quoted(path)), format!("*[/:]{}", quoted(&format!("{path}.git")))]
 }
 
 /// git does not wait for its locks: of several starts in one sandbox at once, all but one would fail.

@@ -1,0 +1,320 @@
+//! One row of imported data: read strictly, so that nothing is guessed and the store refuses none of it later.
+//!
+//! A row that cannot be taken is answered with the reason, without the values in it: reasons are grouped in a summary, and
+//! values may be secrets.
+
+use serde::Deserialize;
+use serde_json::Value;
+use shared::Time;
+use shared::conversation::{ConversationRecord, MetricsSnapshot, TokenUsage};
+use shared::event::store::Event;
+use shared::http::query::read_datetime;
+use shared::http::validation::{
+    Checker, Fields, Loc, Violation, boolean, choice, float, integer, list, string, uuid, uuid_from_text,
+};
+use shared::start::request::StartRequest;
+use shared::start::store::ImportedTask;
+use shared::start::task::{Snapshot, StartStatus};
+use shared::user::UserId;
+use uuid::Uuid;
+
+/// In bytes. Owners and sandbox ids are parts of keys, which DynamoDB takes up to 1024 or 2048 bytes of.
+const MAX_KEY_PART: usize = 512;
+/// In bytes. DynamoDB takes no item over 400 KB, and a start task holds its `detail` twice.
+const MAX_TEXTS: usize = 150 * 1024;
+const MAX_PULL_REQUESTS: usize = 1000;
+/// DynamoDB takes numbers up to 10^125, and from 10^-130 on.
+const FLOATS: std::ops::RangeInclusive<f64> = 1e-100..=1e100;
+
+/// The owner of a row that names none.
+pub(super) type DefaultOwner<'o> = Option<&'o UserId>;
+
+/// What becomes of a start that was not finished when it was exported.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unfinished {
+    /// It shows as it did.
+    AsGiven,
+    /// It shows as an ERROR that says so.
+    Ended,
+}
+
+/// `AppConversationInfo` of the contract; `AppConversation` will do as well, its live fields are left out.
+pub(super) fn conversation(data: &Value, default: DefaultOwner<'_>) -> Result<ConversationRecord, String> {
+    read("conversation", data, |check, fields| {
+        let user = owner(check, fields, default);
+        let id = fields.required(check, "id", uuid);
+        let sandbox_id = fields.required(check, "sandbox_id", key_part);
+        let selected_repository = fields.nullable(check, "selected_repository", string);
+        let selected_branch = fields.nullable(check, "selected_branch", string);
+        let git_provider = fields.nullable(check, "git_provider", choice);
+        let title = fields.nullable(check, "title", string);
+        let trigger = fields.nullable(check, "trigger", choice);
+        let pr_number = fields.nullable(check, "pr_number", |check, value| list(check, value, integer));
+        let llm_model = fields.nullable(check, "llm_model", string);
+        let metrics = fields.nullable(check, "metrics", metrics);
+        let parent_conversation_id = fields.nullable(check, "parent_conversation_id", uuid);
+        let public = fields.nullable(check, "public", boolean);
+        let created_at = fields.required(check, "created_at", time);
+        let updated_at = fields.nullable(check, "updated_at", time);
+        let record = ConversationRecord {
+            user: user?,
+            id: id?,
+            sandbox_id: sandbox_id?,
+            selected_repository: selected_repository?,
+            selected_branch: selected_branch?,
+            git_provider: git_provider?,
+            title: title?,
+            trigger: trigger?,
+            pr_number: pr_number?.unwrap_or_default(),
+            llm_model: llm_model?,
+            metrics: metrics?.unwrap_or_default(),
+            parent_conversation_id: parent_conversation_id?,
+            public: public?,
+            created_at: created_at?,
+            updated_at: updated_at?.or(created_at)?,
+        };
+        if texts_of(&record) > MAX_TEXTS || record.pr_number.len() > MAX_PULL_REQUESTS {
+            refuse(check, "it is too large for the store");
+        }
+        Some(record)
+    })
+}
+
+/// How much room a conversation's texts take, in bytes.
+pub(super) fn texts_of(record: &ConversationRecord) -> usize {
+    let usage = record.metrics.accumulated_token_usage.as_ref();
+    let texts = [
+        record.title.as_ref(),
+        record.selected_repository.as_ref(),
+        record.selected_branch.as_ref(),
+        record.llm_model.as_ref(),
+        Some(&record.metrics.model_name),
+        usage.map(|usage| &usage.model),
+        usage.map(|usage| &usage.response_id),
+    ];
+    texts.into_iter().flatten().map(String::len).sum()
+}
+
+/// `AppConversationStartTask` of the contract. Of the secrets in its request the names are kept, the values are dropped.
+pub(super) fn start_task(
+    data: &Value,
+    default: DefaultOwner<'_>,
+    unfinished: Unfinished,
+) -> Result<(UserId, ImportedTask), String> {
+    read("start task", data, |check, fields| {
+        let user = owner(check, fields, default);
+        let id = fields.required(check, "id", uuid);
+        let status = fields.required(check, "status", status);
+        let detail = fields.nullable(check, "detail", string);
+        let app_conversation_id = fields.nullable(check, "app_conversation_id", uuid);
+        let sandbox_id = fields.nullable(check, "sandbox_id", string);
+        let agent_server_url = fields.nullable(check, "agent_server_url", string);
+        let request = fields.required(check, "request", request);
+        let created_at = fields.required(check, "created_at", time);
+        let updated_at = fields.nullable(check, "updated_at", time);
+        let mut now = Snapshot {
+            status: status?,
+            updated_at: updated_at?.or(created_at)?,
+            detail: detail?,
+            app_conversation_id: app_conversation_id?,
+            sandbox_id: sandbox_id?,
+            agent_server_url: agent_server_url?,
+        };
+        if unfinished == Unfinished::Ended && !now.status.is_final() {
+            let at = serde_json::to_value(now.status).ok()?;
+            now.detail = Some(format!(
+                "This start was not finished (status {}) when it was imported from another server, and cannot be continued here.",
+                at.as_str().unwrap_or_default()
+            ));
+            now.status = StartStatus::Error;
+        }
+        let task = ImportedTask { id: id?, now, created_at: created_at?, request: request? };
+        if texts_of_task(&task) > MAX_TEXTS {
+            refuse(check, "it is too large for the store");
+        }
+        Some((user?, task))
+    })
+}
+
+/// How much room a task's texts take, in bytes, without its request.
+pub(super) fn texts_of_task(task: &ImportedTask) -> usize {
+    let texts = [&task.now.detail, &task.now.sandbox_id, &task.now.agent_server_url];
+    texts.into_iter().flatten().map(String::len).sum()
+}
+
+/// An event, byte for byte as it is in `json`. Of what kind it is does not matter.
+pub(super) fn event(json: &str) -> Result<Event, String> {
+    /// What every event has.
+    #[derive(Deserialize)]
+    struct Head {
+        id: String,
+        timestamp: String,
+        kind: String,
+    }
+    let Ok(Head { id, timestamp, kind }) = serde_json::from_str(json) else {
+        return Err("event: it is no JSON object whose id, timestamp and kind are texts".into());
+    };
+    let event = Event { id, timestamp, kind, json: json.to_owned() };
+    match event.fault() {
+        None => Ok(event),
+        Some(fault) => Err(format!("event: {fault}")),
+    }
+}
+
+/// The id of an event's conversation.
+pub(super) fn conversation_id(text: &str) -> Result<Uuid, String> {
+    let mut check = Checker::new("line");
+    let id = check.within("conversation_id", |check| uuid_from_text(check, text));
+    check.finish(id).map_err(|violations| reason("event", &violations))
+}
+
+fn read<T>(what: &str, data: &Value, read: impl FnOnce(&mut Checker, &Fields<'_>) -> Option<T>) -> Result<T, String> {
+    let mut check = Checker::new("data");
+    let row = Fields::of(&mut check, data).and_then(|fields| read(&mut check, &fields));
+    check.finish(row).map_err(|violations| reason(what, &violations))
+}
+
+/// The first fault of a row: where, and which rule.
+fn reason(what: &str, violations: &[Violation]) -> String {
+    let Some(first) = violations.first() else { return format!("{what}: it does not read") };
+    // Details quote the value.
+    let detail = first.ctx.as_ref().and_then(|ctx| ctx["error"].as_str()).map(|error| format!(", {error}"));
+    let rule = detail.and_then(|detail| first.msg.strip_suffix(detail.as_str())).unwrap_or(&first.msg);
+    let rule = rule.strip_prefix("Value error, ").unwrap_or(rule);
+    let mut place = String::new();
+    for step in first.loc.iter().skip(1) {
+        match step {
+            Loc::Index(_) => place.push_str("[]"),
+            Loc::Key(key) if place.is_empty() => place.push_str(key),
+            Loc::Key(key) => place = format!("{place}.{key}"),
+        }
+        // What follows are names that somebody chose.
+        if place.ends_with("secrets") {
+            break;
+        }
+    }
+    match place.as_str() {
+        "" => format!("{what}: {rule}"),
+        place => format!("{what}: {place}: {rule}"),
+    }
+}
+
+fn refuse(check: &mut Checker, why: &str) {
+    check.report_value_error(why, Value::Null);
+}
+
+fn owner(check: &mut Checker, fields: &Fields<'_>, default: DefaultOwner<'_>) -> Option<UserId> {
+    match fields.nullable(check, "created_by_user_id", key_part)? {
+        Some(id) => Some(UserId::new(id)),
+        None if default.is_none() => {
+            refuse(check, NO_OWNER);
+            None
+        }
+        None => default.cloned(),
+    }
+}
+
+/// Why a row without an owner is not taken where there is no default.
+pub(super) const NO_OWNER: &str = "it has no owner; say with --user ID whose such rows are";
+
+fn key_part(check: &mut Checker, value: &Value) -> Option<String> {
+    let text = string(check, value)?;
+    if text.is_empty() || text.len() > MAX_KEY_PART {
+        refuse(check, &format!("it must have 1 to {MAX_KEY_PART} bytes"));
+        return None;
+    }
+    Some(text)
+}
+
+fn time(check: &mut Checker, value: &Value) -> Option<Time> {
+    let text = string(check, value)?;
+    read_datetime(check, &text).map(Time::from)
+}
+
+fn status(check: &mut Checker, value: &Value) -> Option<StartStatus> {
+    let status = StartStatus::deserialize(value).ok();
+    if status.is_none() {
+        refuse(check, "it is no status of a start task");
+    }
+    status
+}
+
+fn request(check: &mut Checker, value: &Value) -> Option<StartRequest> {
+    match StartRequest::from_body(Some("application/json"), value.to_string().as_bytes()) {
+        Ok(request) => Some(request),
+        Err(violations) => {
+            // Reported one by one at their places in the row.
+            for violation in violations {
+                let steps = violation.loc.into_iter().skip(1).collect::<Vec<_>>();
+                report_at(check, steps, violation.kind, &violation.msg, violation.ctx);
+            }
+            None
+        }
+    }
+}
+
+fn report_at(check: &mut Checker, mut steps: Vec<Loc>, kind: &'static str, msg: &str, ctx: Option<Value>) {
+    if steps.is_empty() {
+        return check.report(kind, msg, Value::Null, ctx);
+    }
+    let step = steps.remove(0);
+    check.within(step, |check| report_at(check, steps, kind, msg, ctx));
+}
+
+fn metrics(check: &mut Checker, value: &Value) -> Option<MetricsSnapshot> {
+    let fields = Fields::of(check, value)?;
+    let default = MetricsSnapshot::default();
+    let model_name = fields.or(check, "model_name", default.model_name, string);
+    let accumulated_cost = fields.or(check, "accumulated_cost", 0.0, amount);
+    let max_budget_per_task = fields.nullable(check, "max_budget_per_task", amount);
+    let accumulated_token_usage = fields.nullable(check, "accumulated_token_usage", token_usage);
+    Some(MetricsSnapshot {
+        model_name: model_name?,
+        accumulated_cost: accumulated_cost?,
+        max_budget_per_task: max_budget_per_task?,
+        accumulated_token_usage: accumulated_token_usage?,
+    })
+}
+
+/// US dollars.
+fn amount(check: &mut Checker, value: &Value) -> Option<f64> {
+    let amount = float(check, value)?;
+    if amount != 0.0 && !FLOATS.contains(&amount) {
+        refuse(check, "it is no amount of money");
+        return None;
+    }
+    Some(amount)
+}
+
+fn token_usage(check: &mut Checker, value: &Value) -> Option<TokenUsage> {
+    let fields = Fields::of(check, value)?;
+    let mut count = |name| fields.or(check, name, 0, tokens);
+    let prompt_tokens = count("prompt_tokens");
+    let completion_tokens = count("completion_tokens");
+    let cache_read_tokens = count("cache_read_tokens");
+    let cache_write_tokens = count("cache_write_tokens");
+    let reasoning_tokens = count("reasoning_tokens");
+    let context_window = count("context_window");
+    let per_turn_token = count("per_turn_token");
+    let model = fields.or(check, "model", String::new(), string);
+    let response_id = fields.or(check, "response_id", String::new(), string);
+    Some(TokenUsage {
+        model: model?,
+        prompt_tokens: prompt_tokens?,
+        completion_tokens: completion_tokens?,
+        cache_read_tokens: cache_read_tokens?,
+        cache_write_tokens: cache_write_tokens?,
+        reasoning_tokens: reasoning_tokens?,
+        context_window: context_window?,
+        per_turn_token: per_turn_token?,
+        response_id: response_id?,
+    })
+}
+
+fn tokens(check: &mut Checker, value: &Value) -> Option<u64> {
+    let count = u64::try_from(integer(check, value)?).ok();
+    if count.is_none() {
+        refuse(check, "it is no number of tokens");
+    }
+    count
+}

@@ -1,0 +1,710 @@
+//! Lists of records, against what a list in memory says: filters, orders, pages, counts, whatever happens meanwhile.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use futures::future::join_all;
+use proptest::collection::vec;
+use proptest::option;
+use proptest::prelude::*;
+use proptest::sample::{Index, select};
+use proptest::test_runner::{Config, TestRunner};
+use serde_json::{Value, json};
+use shared::Time;
+use shared::config::SandboxConfig;
+use shared::conversation::ConversationRecord;
+use shared::conversation::store::ConversationChange;
+use shared::user::UserId;
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+use uuid::Uuid;
+
+use crate::support::api::Api;
+use crate::support::seed;
+
+/// Engines that all cases of a property share; each case is a tenant of its own.
+struct World {
+    runtime: Runtime,
+    api: Api,
+    tenants: AtomicUsize,
+    _folder: TempDir,
+}
+
+impl World {
+    fn new() -> Self {
+        let folder = TempDir::new().expect("a folder");
+        let runtime = Runtime::new().expect("a runtime");
+        let api = runtime.block_on(Api::at(folder.path(), SandboxConfig::None));
+        Self { runtime, api, tenants: AtomicUsize::new(0), _folder: folder }
+    }
+
+    /// Checks the property for random cases, and finds a small one that breaks it.
+    fn check<S: Strategy>(&self, cases: u32, strategy: S, property: impl AsyncFn(&Api, &UserId, &S::Value))
+    where
+        S::Value: std::fmt::Debug,
+    {
+        let config = Config { cases, max_shrink_iters: 200, failure_persistence: None, ..Config::default() };
+        TestRunner::new(config)
+            .run(&strategy, |case| {
+                let tenant = self.tenants.fetch_add(1, Ordering::Relaxed);
+                self.runtime.block_on(property(&self.api, &UserId::new(format!("tenant {tenant}")), &case));
+                Ok(())
+            })
+            .unwrap_or_else(|error| panic!("{error}"));
+        // Engines end with their runtime.
+    }
+}
+
+/// An instant: microseconds since the beginning of 2025.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct At(i64);
+
+impl At {
+    fn time(self) -> Time {
+        const BEGIN: i64 = 1_735_689_600_000_000;
+        jiff::Timestamp::from_microsecond(BEGIN + self.0).expect("an instant").into()
+    }
+
+    /// In one of the ways in which clients write it.
+    fn written(self, way: usize) -> String {
+        match way % 3 {
+            0 => self.time().to_string(),
+            1 => self.time().naive(),
+            _ => {
+                let zone = jiff::tz::Offset::from_seconds(19_800).expect("an offset");
+                jiff::Timestamp::from(self.time()).display_with_offset(zone).to_string()
+            }
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Row {
+    id: u64,
+    title: Option<String>,
+    sandbox: &'static str,
+    parent: Option<u64>,
+    created: At,
+    updated: At,
+}
+
+impl Row {
+    fn uuid(&self) -> Uuid {
+        uuid_of(self.id)
+    }
+
+    fn record(&self, user: &UserId) -> ConversationRecord {
+        seed::conversation(
+            user,
+            json!({
+                "id": self.uuid().simple().to_string(),
+                "sandbox_id": self.sandbox,
+                "title": self.title,
+                "parent_conversation_id": self.parent.map(|parent| uuid_of(parent).simple().to_string()),
+                "created_at": self.created.time(),
+                "updated_at": self.updated.time(),
+            }),
+        )
+    }
+}
+
+/// Neighbours in number are far apart as ids.
+fn uuid_of(id: u64) -> Uuid {
+    Uuid::from_u64_pair(id.wrapping_mul(0x9E37_79B9_7F4A_7C15), id)
+}
+
+const SANDBOXES: [&str; 5] = ["", "s", "S", "s#1", "sandbox-with-a-longer-name"];
+const TITLE: &str = "[abAB%_'\"\\\\ äÄß😀#:]{0,6}";
+
+/// Few instants, so that many rows share one, and bounds fall on and beside them.
+fn at() -> impl Strategy<Value = At> {
+    const DAY: i64 = 86_400_000_000;
+    (select(vec![0, 1_000_000, 1_500_000, DAY, 40 * DAY]), -1..=1_i64).prop_map(|(at, off)| At(at + off))
+}
+
+fn rows(most: usize) -> impl Strategy<Value = Vec<Row>> {
+    let row = (option::weighted(0.8, TITLE), select(&SANDBOXES[..]), option::weighted(0.25, 0..40_u64), at(), at());
+    vec(row, 0..most).prop_map(|rows| {
+        let row =
+            |(id, (title, sandbox, parent, created, updated))| Row { id, title, sandbox, parent, created, updated };
+        (0..).zip(rows).map(row).collect()
+    })
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    Unsaid,
+    Unknown,
+    Created,
+    CreatedDesc,
+    Updated,
+    UpdatedDesc,
+}
+
+impl Order {
+    fn name(self) -> Option<&'static str> {
+        match self {
+            Self::Unsaid => None,
+            Self::Unknown => Some("BY_NAME"),
+            Self::Created => Some("CREATED_AT"),
+            Self::CreatedDesc => Some("CREATED_AT_DESC"),
+            Self::Updated => Some("UPDATED_AT"),
+            Self::UpdatedDesc => Some("UPDATED_AT_DESC"),
+        }
+    }
+
+    fn sort(self, rows: &mut [&Row]) {
+        match self {
+            Self::Updated | Self::UpdatedDesc => rows.sort_by_key(|row| (row.updated, Reverse(row.uuid()))),
+            _ => rows.sort_by_key(|row| (row.created, Reverse(row.uuid()))),
+        }
+        if !matches!(self, Self::Created | Self::Updated) {
+            rows.reverse();
+        }
+    }
+}
+
+/// A search.
+#[derive(Clone, Debug)]
+struct Question {
+    title: Option<String>,
+    created: [Option<At>; 2],
+    updated: [Option<At>; 2],
+    sandbox: Option<&'static str>,
+    include_sub_conversations: Option<bool>,
+    order: Order,
+    limit: usize,
+    /// In which way times are written.
+    way: usize,
+}
+
+fn question() -> impl Strategy<Value = Question> {
+    let bounds = || [option::weighted(0.3, at()), option::weighted(0.3, at())];
+    let orders =
+        vec![Order::Unsaid, Order::Unknown, Order::Created, Order::CreatedDesc, Order::Updated, Order::UpdatedDesc];
+    (
+        option::weighted(0.3, "[abAB%_'\"\\\\ äÄß😀#:]{0,2}"),
+        bounds(),
+        bounds(),
+        option::weighted(0.3, select(&SANDBOXES[..])),
+        option::of(any::<bool>()),
+        select(orders),
+        1..=8_usize,
+        0..3_usize,
+    )
+        .prop_map(|(title, created, updated, sandbox, include_sub_conversations, order, limit, way)| Question {
+            title,
+            created,
+            updated,
+            sandbox,
+            include_sub_conversations,
+            order,
+            limit,
+            way,
+        })
+}
+
+impl Question {
+    fn filters(&self) -> Vec<(&'static str, String)> {
+        let time = |name, at: Option<At>| at.map(|at| (name, at.written(self.way)));
+        [
+            self.title.clone().map(|title| ("title__contains", title)),
+            time("created_at__gte", self.created[0]),
+            time("created_at__lt", self.created[1]),
+            time("updated_at__gte", self.updated[0]),
+            time("updated_at__lt", self.updated[1]),
+            self.sandbox.map(|sandbox| ("sandbox_id__eq", sandbox.to_owned())),
+            self.include_sub_conversations.map(|include| ("include_sub_conversations", include.to_string())),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+
+    fn query(&self) -> Vec<(&'static str, String)> {
+        let mut query = self.filters();
+        query.extend(self.order.name().map(|name| ("sort_order", name.to_owned())));
+        query.push(("limit", self.limit.to_string()));
+        query
+    }
+
+    fn lets_through(&self, row: &Row, sub_conversations: bool) -> bool {
+        let within = |at: At, [from, before]: [Option<At>; 2]| {
+            from.is_none_or(|from| at >= from) && before.is_none_or(|before| at < before)
+        };
+        let lower = |text: &str| text.to_ascii_lowercase();
+        let titled = self
+            .title
+            .as_deref()
+            .is_none_or(|part| row.title.as_deref().is_some_and(|title| lower(title).contains(&lower(part))));
+        titled
+            && within(row.created, self.created)
+            && within(row.updated, self.updated)
+            && self.sandbox.is_none_or(|sandbox| row.sandbox == sandbox)
+            && (sub_conversations || row.parent.is_none())
+    }
+}
+
+async fn store(api: &Api, user: &UserId, rows: &[Row]) {
+    let records: Vec<ConversationRecord> = rows.iter().map(|row| row.record(user)).collect();
+    let added = api.stores.conversations.import(user, &records).await.expect("stored");
+    assert_eq!(added, vec![true; rows.len()]);
+}
+
+/// The next page of a walk: its ids, and where to go on.
+async fn page(
+    api: &Api,
+    user: &UserId,
+    path: &str,
+    query: &[(&'static str, String)],
+    page_id: Option<String>,
+) -> (Vec<Value>, Option<String>) {
+    let mut query = query.to_vec();
+    query.extend(page_id.map(|page_id| ("page_id", page_id)));
+    let (status, mut answer) = api.get(user, path, &query).await;
+    assert_eq!(status, 200, "{query:?}: {answer}");
+    let Value::Array(items) = answer["items"].take() else { panic!("no items: {answer}") };
+    (items, answer["next_page_id"].as_str().map(str::to_owned))
+}
+
+fn id_of(item: &Value) -> Uuid {
+    item["id"].as_str().and_then(|id| id.parse().ok()).expect("an id")
+}
+
+/// All items, page by page. No page but the last is short: there are fewer rows than one request looks at.
+async fn walk(api: &Api, user: &UserId, path: &str, query: &[(&'static str, String)], limit: usize) -> Vec<Value> {
+    let (mut all, mut next) = (Vec::new(), None);
+    loop {
+        let (items, following) = page(api, user, path, query, next).await;
+        assert!(if following.is_some() { items.len() == limit } else { items.len() <= limit }, "{query:?}");
+        assert!(!items.is_empty() || all.is_empty(), "a page id led to nothing: {query:?}");
+        all.extend(items);
+        next = following;
+        if next.is_none() {
+            return all;
+        }
+    }
+}
+
+#[test]
+fn a_walk_over_pages_is_the_filtered_and_sorted_list_and_counts_are_its_length() {
+    let world = World::new();
+    world.check(40, (rows(40), vec(question(), 6)), async |api, user, (rows, questions)| {
+        store(api, user, rows).await;
+        for question in questions {
+            let mut expected: Vec<&Row> = rows
+                .iter()
+                .filter(|row| question.lets_through(row, question.include_sub_conversations == Some(true)))
+                .collect();
+            question.order.sort(&mut expected);
+            let expected: Vec<Value> = expected.into_iter().map(shown).collect();
+            let found = walk(api, user, "/search", &question.query(), question.limit).await;
+            let found: Vec<Value> = found.iter().map(parts).collect();
+            assert_eq!(found, expected, "{question:?}");
+            // Unlike search, count has sub-conversations in it unless it is told not to.
+            let subs = question.include_sub_conversations != Some(false);
+            let expected = rows.iter().filter(|row| question.lets_through(row, subs)).count();
+            assert_eq!(api.get(user, "/count", &question.filters()).await, (200, expected.into()), "{question:?}");
+        }
+    });
+}
+
+/// What the API must show of a row, as far as the rows differ.
+fn shown(row: &Row) -> Value {
+    json!([
+        row.uuid().simple().to_string(),
+        row.title,
+        row.sandbox,
+        row.parent.map(|parent| uuid_of(parent).simple().to_string()),
+        row.created.time(),
+        row.updated.time()
+    ])
+}
+
+fn parts(item: &Value) -> Value {
+    ["id", "title", "sandbox_id", "parent_conversation_id", "created_at", "updated_at"]
+        .into_iter()
+        .map(|name| item[name].clone())
+        .collect()
+}
+
+/// What happens between two pages.
+#[derive(Clone, Debug)]
+enum Event {
+    Insert(Row),
+    Rename(Index),
+    Delete(Index),
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    // Ids that no row of the account has.
+    let inserted = (rows(2), 1_000..2_000_u64)
+        .prop_filter_map("no row", |(rows, id)| rows.into_iter().next().map(|row| Event::Insert(Row { id, ..row })));
+    prop_oneof![inserted, any::<Index>().prop_map(Event::Rename), any::<Index>().prop_map(Event::Delete)]
+}
+
+/// Rows by the number of times that they were in a walk.
+type Seen = BTreeMap<Uuid, usize>;
+
+#[test]
+fn rows_that_come_go_and_change_during_a_walk_lose_and_repeat_no_other_row() {
+    let world = World::new();
+    let orders = select(vec![Order::Created, Order::CreatedDesc, Order::Updated, Order::UpdatedDesc]);
+    let cases = (rows(30), orders, 1..=5_usize, any::<bool>(), vec(event(), 0..20));
+    world.check(60, cases, async |api, user, (rows, order, limit, subs, events)| {
+        store(api, user, rows).await;
+        let query = [
+            ("sort_order", order.name().expect("an order").to_owned()),
+            ("limit", limit.to_string()),
+            ("include_sub_conversations", subs.to_string()),
+        ];
+        let mut alive: BTreeMap<Uuid, Row> = rows.iter().map(|row| (row.uuid(), row.clone())).collect();
+        let (mut renamed, mut seen, mut next) = (BTreeSet::new(), Seen::new(), None);
+        let mut events = events.iter();
+        loop {
+            let (items, following) = page(api, user, "/search", &query, next).await;
+            for item in &items {
+                assert!(alive.contains_key(&id_of(item)), "a deleted row is shown");
+                *seen.entry(id_of(item)).or_default() += 1;
+            }
+            next = following;
+            if next.is_none() {
+                break;
+            }
+            for event in events.by_ref().take(2) {
+                happen(api, user, event, &mut alive, &mut renamed).await;
+            }
+        }
+        for row in rows.iter().filter(|row| alive.contains_key(&row.uuid()) && (*subs || row.parent.is_none())) {
+            let times = seen.get(&row.uuid()).copied().unwrap_or_default();
+            match (order, renamed.contains(&row.uuid())) {
+                // It moved behind everything: it comes again if it has been there.
+                (Order::Updated, true) => assert!(times >= 1, "{row:?} is missing"),
+                // It moved before everything: it does not come any more if it has not been there.
+                (Order::UpdatedDesc, true) => assert!(times <= 1, "{row:?} came {times} times"),
+                _ => assert_eq!(times, 1, "{row:?} {seen:?}"),
+            }
+        }
+        let count = alive.values().filter(|row| *subs || row.parent.is_none()).count();
+        let asked = [("include_sub_conversations", subs.to_string())];
+        assert_eq!(api.get(user, "/count", &asked).await, (200, count.into()));
+    });
+}
+
+async fn happen(
+    api: &Api,
+    user: &UserId,
+    event: &Event,
+    alive: &mut BTreeMap<Uuid, Row>,
+    renamed: &mut BTreeSet<Uuid>,
+) {
+    let chosen = |index: &Index| (!alive.is_empty()).then(|| *index.get(&alive.keys().copied().collect::<Vec<_>>()));
+    match event {
+        Event::Insert(row) => {
+            let added = api.stores.conversations.import(user, &[row.record(user)]).await.expect("stored");
+            assert_eq!(added, [!alive.contains_key(&row.uuid())]);
+            alive.entry(row.uuid()).or_insert_with(|| row.clone());
+        }
+        Event::Rename(index) => {
+            let Some(id) = chosen(index) else { return };
+            let (status, _) = change(api, user, id, &json!({"title": "renamed"})).await;
+            assert_eq!(status, 200);
+            renamed.insert(id);
+        }
+        Event::Delete(index) => {
+            let Some(id) = chosen(index) else { return };
+            let path = format!("/api/v1/app-conversations/{id}");
+            assert_eq!(api.call(user, "DELETE", &path, None).await, (200, json!({"success": true})));
+            // Sub-conversations go with it.
+            let mut family = vec![id];
+            while let Some(gone) = family.pop() {
+                alive.remove(&gone);
+                family.extend(alive.values().filter(|row| row.parent.map(uuid_of) == Some(gone)).map(Row::uuid));
+            }
+        }
+    }
+}
+
+async fn change(api: &Api, user: &UserId, id: Uuid, body: &Value) -> (u16, Value) {
+    api.call(user, "PATCH", &format!("/api/v1/app-conversations/{id}"), Some(body)).await
+}
+
+/// A start task of the account.
+#[derive(Clone, Debug)]
+struct Task {
+    id: u64,
+    conversation: Option<u64>,
+    created: At,
+    updated: At,
+}
+
+fn tasks() -> impl Strategy<Value = Vec<Task>> {
+    vec((option::weighted(0.6, 0..3_u64), at(), at()), 0..30).prop_map(|tasks| {
+        let task = |(id, (conversation, created, updated))| Task { id, conversation, created, updated };
+        (0..).zip(tasks).map(task).collect()
+    })
+}
+
+#[test]
+fn a_walk_over_start_tasks_is_the_filtered_and_sorted_list_and_counts_are_its_length() {
+    let world = World::new();
+    let orders = vec![Order::Unsaid, Order::Created, Order::CreatedDesc, Order::Updated, Order::UpdatedDesc];
+    let question =
+        (option::weighted(0.3, 0..4_u64), option::weighted(0.4, at()), select(orders), 1..=6_usize, 0..3_usize);
+    world.check(25, (tasks(), vec(question, 5)), async |api, user, (tasks, questions)| {
+        let lines = tasks.iter().map(|task| {
+            let conversation = task.conversation.map(|id| uuid_of(id).simple().to_string());
+            json!({"type": "start_task", "data": {
+                "id": uuid_of(task.id).simple().to_string(),
+                "status": if conversation.is_some() { "READY" } else { "ERROR" },
+                "app_conversation_id": conversation,
+                "request": {},
+                "created_at": task.created.time(),
+                "updated_at": task.updated.time(),
+            }})
+        });
+        api.stores.load(user, lines).await;
+        for (conversation, from, order, limit, way) in questions {
+            let mut expected: Vec<&Task> = tasks
+                .iter()
+                .filter(|task| conversation.is_none() || task.conversation == *conversation)
+                .filter(|task| from.is_none_or(|from| task.created >= from))
+                .collect();
+            match order {
+                Order::Updated | Order::UpdatedDesc => expected.sort_by_key(|task| (task.updated, uuid_of(task.id))),
+                _ => expected.sort_by_key(|task| (task.created, uuid_of(task.id))),
+            }
+            if !matches!(order, Order::Created | Order::Updated) {
+                expected.reverse();
+            }
+            let filters: Vec<(&str, String)> = [
+                conversation.map(|id| ("conversation_id__eq", uuid_of(id).to_string())),
+                from.map(|from| ("created_at__gte", from.written(*way))),
+            ]
+            .into_iter()
+            .flatten()
+            .collect();
+            let mut query = filters.clone();
+            query.extend(order.name().map(|name| ("sort_order", name.to_owned())));
+            query.push(("limit", limit.to_string()));
+            let found = walk(api, user, "/start-tasks/search", &query, *limit).await;
+            let found: Vec<Uuid> = found.iter().map(id_of).collect();
+            assert_eq!(found, expected.iter().map(|task| uuid_of(task.id)).collect::<Vec<_>>(), "{query:?}");
+            let count = api.get(user, "/start-tasks/count", &filters).await;
+            assert_eq!(count, (200, expected.len().into()), "{query:?}");
+        }
+    });
+}
+
+/// Rows in the order of their numbers, a second apart.
+fn plain_rows(count: u64) -> Vec<Row> {
+    (0..count)
+        .map(|id| Row {
+            id,
+            title: Some(format!("row {id}")),
+            sandbox: "s",
+            parent: None,
+            created: At(i64::try_from(id).expect("few") * 1_000_000),
+            updated: At(0),
+        })
+        .collect()
+}
+
+/// Lines of as many start tasks.
+fn plain_tasks(count: u64) -> impl Iterator<Item = Value> {
+    (0..count).map(|id| {
+        json!({"type": "start_task", "data": {
+            "id": uuid_of(id).simple().to_string(),
+            "status": "ERROR",
+            "request": {},
+            "created_at": At(0).time(),
+            "updated_at": At(0).time(),
+        }})
+    })
+}
+
+fn is_refused(answer: &(u16, Value)) -> bool {
+    answer.0 == 400 && answer.1["detail"].is_string() && answer.1.as_object().is_some_and(|body| body.len() == 1)
+}
+
+#[tokio::test]
+async fn a_page_id_that_is_not_ours_or_of_another_list_is_refused() {
+    let folder = TempDir::new().expect("a folder");
+    let api = Api::at(folder.path(), SandboxConfig::None).await;
+    let [me, you] = ["me", "you"].map(UserId::new);
+    for user in [&me, &you] {
+        store(&api, user, &plain_rows(10)).await;
+        api.stores.load(user, plain_tasks(10)).await;
+    }
+    let lists = [
+        ("/search", vec![("limit", "3".to_owned())]),
+        ("/search", vec![("limit", "3".to_owned()), ("title__contains", "row".to_owned())]),
+        ("/search", vec![("limit", "3".to_owned()), ("sort_order", "UPDATED_AT".to_owned())]),
+        ("/search", vec![("limit", "3".to_owned()), ("sandbox_id__eq", "s".to_owned())]),
+        ("/search", vec![("limit", "3".to_owned()), ("include_sub_conversations", "true".to_owned())]),
+        ("/search", vec![("limit", "3".to_owned()), ("created_at__gte", At(0).time().to_string())]),
+        ("/start-tasks/search", vec![("limit", "3".to_owned())]),
+        ("/start-tasks/search", vec![("limit", "3".to_owned()), ("sort_order", "CREATED_AT".to_owned())]),
+    ];
+    let ask = async |user: &UserId, list: usize, page_id: &str| {
+        let (path, mut query) = lists[list].clone();
+        query.push(("page_id", page_id.to_owned()));
+        api.get(user, path, &query).await
+    };
+    let mut page_ids = Vec::new();
+    for (path, query) in &lists {
+        page_ids.push(page(&api, &me, path, query, None).await.1.expect("a next page"));
+    }
+    for (of, page_id) in page_ids.iter().enumerate() {
+        for list in 0..lists.len() {
+            let answer = ask(&me, list, page_id).await;
+            assert!(if list == of { answer.0 == 200 } else { is_refused(&answer) }, "{of} in {list}: {answer:?}");
+        }
+        // A page may have another size than the one before.
+        let (path, mut query) = lists[of].clone();
+        query[0].1 = "5".to_owned();
+        query.push(("page_id", page_id.clone()));
+        assert_eq!(api.get(&me, path, &query).await.0, 200);
+        let answer = ask(&you, of, page_id).await;
+        assert!(is_refused(&answer), "another user's: {answer:?}");
+    }
+    for of in [0, 6] {
+        let page_id = &page_ids[of];
+        for place in 0..page_id.len() {
+            for char in ['A', 'Q', '_', '=', 'é', '\0', '0'] {
+                let mut changed = page_id.clone();
+                changed.replace_range(place..=place, &char.to_string());
+                let answer = ask(&me, of, &changed).await;
+                assert!(changed == *page_id || is_refused(&answer), "{place} {char}: {answer:?}");
+            }
+            let answer = ask(&me, of, &page_id[..place]).await;
+            assert!(is_refused(&answer), "cut at {place}: {answer:?}");
+        }
+        let long = "A".repeat(60_000);
+        for other in ["1", "-1", "", " ", "null", "e30", &format!("{page_id}="), &format!("{page_id}AAAA"), &long] {
+            let answer = ask(&me, of, other).await;
+            assert!(is_refused(&answer), "{other:.20}: {answer:?}");
+        }
+    }
+    api.stop().await;
+}
+
+#[tokio::test]
+async fn a_walk_goes_on_after_a_restart() {
+    let folder = TempDir::new().expect("a folder");
+    let user = UserId::new("somebody");
+    let query = [("limit", "3".to_owned())];
+    let api = Api::at(folder.path(), SandboxConfig::None).await;
+    store(&api, &user, &plain_rows(10)).await;
+    api.stores.load(&user, plain_tasks(10)).await;
+    let mut walks = Vec::new();
+    for path in ["/search", "/start-tasks/search"] {
+        let (items, next) = page(&api, &user, path, &query, None).await;
+        walks.push((path, items, next));
+    }
+    api.stop().await;
+    let api = Api::at(folder.path(), SandboxConfig::None).await;
+    for (path, items, mut next) in walks {
+        let mut seen: Vec<Uuid> = items.iter().map(id_of).collect();
+        while next.is_some() {
+            let (items, following) = page(&api, &user, path, &query, next).await;
+            seen.extend(items.iter().map(id_of));
+            next = following;
+        }
+        let once: BTreeSet<Uuid> = seen.iter().copied().collect();
+        assert_eq!((seen.len(), once.len()), (10, 10), "{path}");
+        let count = format!("{}/count", path.trim_end_matches("/search"));
+        assert_eq!(api.get(&user, &count, &[]).await, (200, 10.into()));
+    }
+    api.stop().await;
+}
+
+#[tokio::test]
+async fn odd_values_of_filters_are_no_fault() {
+    let folder = TempDir::new().expect("a folder");
+    let api = Api::at(folder.path(), SandboxConfig::None).await;
+    let user = UserId::new("somebody");
+    store(&api, &user, &plain_rows(3)).await;
+    let long = "é".repeat(5_000);
+    for (name, value) in [
+        ("sandbox_id__eq", long.as_str()),
+        ("sandbox_id__eq", ""),
+        ("sandbox_id__eq", "\0"),
+        ("title__contains", &long),
+        ("title__contains", "\0"),
+        ("created_at__gte", "9999-12-31T23:59:59.999999Z"),
+        ("created_at__lt", "0001-01-01"),
+        ("updated_at__gte", "9999-12-31T23:59:59.999999Z"),
+        ("updated_at__lt", "0001-01-01T00:00:00+14:00"),
+    ] {
+        for order in ["CREATED_AT", "UPDATED_AT_DESC", "nonsense"] {
+            let query = [(name, value.to_owned()), ("sort_order", order.to_owned())];
+            let (status, answer) = api.get(&user, "/search", &query).await;
+            assert_eq!((status, &answer["items"]), (200, &json!([])), "{name}={value:.30}: {answer}");
+        }
+        let count = api.get(&user, "/count", &[(name, value.to_owned())]).await;
+        assert_eq!(count, (200, 0.into()), "{name}={value:.30}");
+    }
+    api.stop().await;
+}
+
+#[tokio::test]
+async fn racing_updates_of_one_record_lose_nothing() {
+    const ROUNDS: usize = 10;
+    let folder = TempDir::new().expect("a folder");
+    let api = Api::at(folder.path(), SandboxConfig::None).await;
+    let user = UserId::new("somebody");
+    let row = &plain_rows(1)[0];
+    store(&api, &user, std::slice::from_ref(row)).await;
+    let before = api.stores.conversations.get(&user, row.uuid()).await.expect("the store").expect("the row");
+    // Each attribute has one writer a round, so that there is one right end.
+    for round in 0..ROUNDS {
+        let bodies = [
+            json!({"title": format!("title {round}")}),
+            json!({"public": round % 2 == 0}),
+            json!({"selected_repository": format!("owner/{round}")}),
+            json!({"selected_branch": format!("branch-{round}")}),
+        ];
+        let patches = join_all(bodies.iter().map(async |body| {
+            let (status, answer) = change(&api, &user, row.uuid(), body).await;
+            let (name, value) = body.as_object().and_then(|body| body.iter().next()).expect("one field");
+            assert_eq!((status, &answer[name]), (200, value), "its own change is in the answer");
+        }));
+        let sandbox = format!("sandbox {round}");
+        let worker = async {
+            let change = ConversationChange::default().sandbox(&user, &sandbox);
+            let updated = api.stores.conversations.update(&user, row.uuid(), change).await.expect("the store");
+            assert_eq!(updated.expect("the row").sandbox_id, sandbox);
+        };
+        tokio::join!(patches, worker);
+        let now = api.stores.conversations.get(&user, row.uuid()).await.expect("the store").expect("the row");
+        let wanted = ConversationRecord {
+            title: Some(format!("title {round}")),
+            public: Some(round % 2 == 0),
+            selected_repository: Some(format!("owner/{round}")),
+            selected_branch: Some(format!("branch-{round}")),
+            sandbox_id: sandbox,
+            updated_at: now.updated_at,
+            ..before.clone()
+        };
+        assert_eq!(now, wanted);
+        assert!(now.updated_at > before.updated_at);
+    }
+    // All at once: whoever is last, every attribute is one that was sent, and lists find the row under it.
+    let titles: Vec<String> = (0..50).map(|number| format!("racing {number}")).collect();
+    join_all(titles.iter().map(async |title| {
+        let (status, answer) = change(&api, &user, row.uuid(), &json!({"title": title})).await;
+        assert_eq!((status, answer["title"].as_str()), (200, Some(title.as_str())));
+    }))
+    .await;
+    let now = api.stores.conversations.get(&user, row.uuid()).await.expect("the store").expect("the row");
+    let title = now.title.clone().expect("a title");
+    assert!(titles.contains(&title));
+    for order in ["CREATED_AT", "UPDATED_AT"] {
+        let query = [("title__contains", title.clone()), ("sort_order", order.to_owned())];
+        let (items, _) = page(&api, &user, "/search", &query, None).await;
+        assert_eq!(items.iter().map(|item| item["updated_at"].clone()).collect::<Vec<_>>(), [json!(now.updated_at)]);
+    }
+    api.stop().await;
+}
