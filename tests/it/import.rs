@@ -80,7 +80,8 @@ impl Rig {
     }
 
     async fn conversations(&self, user: &UserId) -> u64 {
-        self.stores.conversations.count(user, &Filter::default()).await.expect("a count")
+        let all = Filter { include_sub_conversations: true, ..Filter::default() };
+        self.stores.conversations.count(user, &all).await.expect("a count")
     }
 
     async fn start_tasks(&self, user: &UserId) -> u64 {
@@ -504,7 +505,7 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
     reference.conversation(ids[3], "V1", "the moon", Some("box"));
     reference.conversation(ids[4], "V1", "gui", None);
     let tasks: Vec<Uuid> = (0..4).map(|_| Uuid::new_v4()).collect();
-    let large = json!({"title": "x".repeat(20_000), "secrets": {"TOKEN": SECRET}});
+    let large = json!({"system_message_suffix": "x".repeat(20_000), "secrets": {"TOKEN": SECRET}});
     reference.start_task(tasks[0], "READY", &large);
     reference.start_task(tasks[1], "PREPARING_REPOSITORY", &json!({"secrets": {"TOKEN": SECRET}}));
     reference.start_task(tasks[2], "ERROR", &json!({}));
@@ -565,7 +566,7 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
     assert!(unfinished.now.detail.as_ref().is_some_and(|detail| detail.contains("PREPARING_REPOSITORY")));
     let ready = rig.stores.tasks.get(&user, tasks[0]).await.expect("the store").expect("a task").show();
     assert_eq!(ready.request["secrets"], json!({"TOKEN": "**********"}));
-    assert_eq!(ready.request["title"].as_str().map(str::len), Some(20_000));
+    assert_eq!(ready.request["system_message_suffix"].as_str().map(str::len), Some(20_000));
     assert_eq!(ready.created_at.to_string(), "2025-06-01T10:00:00.000001Z");
 
     let kept = all_events(&rig.events, &user, ids[0]).await;
