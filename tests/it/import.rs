@@ -386,13 +386,13 @@ async fn ten_thousand_events_in_any_order_are_kept_byte_for_byte() {
             number / 3600
         )
     };
-    let text: String = numbers
+    let text: Vec<String> = numbers
         .map(|number| {
             let conversation = conversations[number % conversations.len()].simple();
             format!("{{\"data\": {} ,\"type\":\"event\",\"conversation_id\":\"{conversation}\"}}\n", json(number))
         })
         .collect();
-    let file = rig.file("events", text);
+    let file = rig.file("events", text.concat());
     let summary = rig.take(lines(&[file], Some(UserId::local()))).await;
     assert_eq!((summary.events, summary.skipped_rows()), (taken(EVENTS as u64), 0));
     for (first, conversation) in conversations.iter().enumerate() {
