@@ -13,6 +13,7 @@
 mod deletion;
 mod end_to_end;
 mod events;
+mod import;
 mod records;
 mod replay;
 mod saga;
