@@ -11,6 +11,7 @@
 )]
 
 mod deletion;
+mod effects;
 mod end_to_end;
 mod events;
 mod import;

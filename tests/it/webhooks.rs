@@ -166,10 +166,10 @@ async fn only_sandboxes_tell_and_only_of_their_own_conversations() {
         let kept = rig.owner.events_of(id).await.len();
         assert_eq!(kept, usize::from(expected.0 == 200));
     }
-    // What is said of a conversation makes no record, also not when it is being deleted.
+    // What is said of an unknown conversation made a record; that one is being deleted changes nothing.
     let deleting = json!({"id": own, "execution_status": "deleting"}).to_string();
     assert_eq!(rig.post("conversations", Some(KEY), deleting).await, success());
-    assert_eq!(rig.owner.conversations.count(&rig.owner.user, &Filter::default()).await.expect("a count"), 2);
+    assert_eq!(rig.owner.conversations.count(&rig.owner.user, &Filter::default()).await.expect("a count"), 3);
     // The session key opens webhooks alone, and there is nothing else at their paths.
     let url = format!("http://{}/api/v1", rig.server.address);
     let get = async |path: &str| {
@@ -276,8 +276,9 @@ async fn nothing_is_acknowledged_that_the_store_refuses() {
     let engines = Engines::start(folder.path(), EnginePorts::default()).await.expect("engines");
     let sdk = engines.sdk_config().await;
     let aws = Aws::new(&sdk);
-    let names = Names::with_prefix("webhooks-");
-    schema::make_all(&aws, &names, "webhooks-").await.expect("a schema");
+    let mut names = Names::with_prefix("webhooks-");
+    let queues = schema::make_all(&aws, &names, "webhooks-").await.expect("a schema");
+    names.start_queue_url = queues.starts;
     let sealing_key_file = folder.path().join("sealing-key");
     let sealer = Sealer::from_file(&sealing_key_file).expect("a key");
     let owner = Owner::new(&aws, &names, &sealer, UserId::new("somebody")).await;
@@ -297,9 +298,13 @@ async fn nothing_is_acknowledged_that_the_store_refuses() {
         single_user: false,
         live_status_budget: std::time::Duration::from_secs(1),
     };
-    let router = events::router(events::Context::new(&config, &gated, &sealer));
+    let router = events::webhooks_router(events::Context::new(&config, &gated, &sealer));
     let id = Uuid::new_v4();
-    let batch = Value::Array((0..30).map(event).collect()).to_string();
+    let mut batch: Vec<Value> = (0..29).map(event).collect();
+    batch.push(json!({"id": "stats", "timestamp": "2025-01-01T00:00:29", "kind": "ConversationStateUpdateEvent",
+        "key": "stats", "value": {"usage_to_metrics": {"agent": {"accumulated_cost": 1.5}}}}));
+    let batch = Value::Array(batch).to_string();
+    owner.has_conversation(id, "one").await;
     let post = async || {
         let request = http::Request::post(format!("/api/v1/webhooks/events/{id}"))
             .header("x-session-api-key", KEY)
@@ -308,16 +313,19 @@ async fn nothing_is_acknowledged_that_the_store_refuses() {
             .expect("a request");
         router.clone().oneshot(request).await.expect("an answer").status().as_u16()
     };
-    // Two lookups, and two writes of which the first holds 25 events.
-    for (call, kept) in [(1, 0), (2, 0), (3, 0), (4, 25)] {
+    let cost = async || owner.conversations.get(&owner.user, id).await.expect("the store").expect("it").metrics;
+    // Two lookups, two writes of which the first holds 25 events, and then what follows from them.
+    for (call, kept) in [(1, 0), (2, 0), (3, 0), (4, 25), (5, 30)] {
         gate.arm(call, Stop::Refuse);
         assert_eq!(post().await, 503, "{:?}", gate.calls());
         assert_eq!(owner.events_of(id).await.len(), kept, "{:?}", gate.calls());
     }
-    gate.arm(5, Stop::Refuse);
+    assert!(cost().await.accumulated_cost.abs() < 1e-9);
+    gate.arm(6, Stop::Refuse);
     assert_eq!(post().await, 200, "{:?}", gate.calls());
-    assert_eq!(gate.calls(), ["Query", "BatchGetItem", "BatchWriteItem", "BatchWriteItem"]);
+    assert_eq!(gate.calls(), ["Query", "GetItem", "BatchWriteItem", "BatchWriteItem", "UpdateItem"]);
     assert_eq!(owner.events_of(id).await.len(), 30);
+    assert!((cost().await.accumulated_cost - 1.5).abs() < 1e-9);
     drop(way);
     engines.shutdown().await;
 }

@@ -1,4 +1,4 @@
-//! The Lambda function around [`events::router`].
+//! The Lambda function around [`events::router`] and [`events::webhooks_router`].
 
 use shared::user::seal::Sealer;
 
@@ -6,7 +6,8 @@ use shared::user::seal::Sealer;
 async fn main() -> Result<(), lambda::Error> {
     lambda::serve(async |config, aws| {
         let sealer = Sealer::from_file(&config.sealing_key_file)?;
-        Ok(events::router(events::Context::new(&config, &aws, &sealer)))
+        let context = events::Context::new(&config, &aws, &sealer);
+        Ok(events::router(context.clone()).merge(events::webhooks_router(context)))
     })
     .await
 }

@@ -1,4 +1,5 @@
-//! The worker behind the queue: advances starts, finishes deletions, sweeps up what was forgotten, and gives up honestly.
+//! The worker behind the queue: advances starts, finishes deletions, fetches titles and processes events, sweeps up what was
+//! forgotten, and gives up honestly.
 
 use aws_lambda_events::event::sqs::{BatchItemFailure, SqsBatchResponse, SqsEvent, SqsMessage};
 use futures::future::{join, join_all};
@@ -9,6 +10,7 @@ use shared::config::Config;
 use shared::conversation::deletion::{Deleter, Deletion};
 use shared::conversation::store::ConversationStore;
 use shared::error::Error;
+use shared::event::processors::Processors;
 use shared::event::store::EventStore;
 use shared::sandbox;
 use shared::sandbox::store::SandboxStore;
@@ -25,6 +27,8 @@ pub struct Context {
     pub saga: Saga,
     /// Finishes deletions.
     pub deletion: Deletion,
+    /// Does what is to be done on events.
+    pub processors: Processors,
 }
 
 impl Context {
@@ -59,6 +63,13 @@ impl Context {
     /// A context around a saga, and the events of the conversations that it makes.
     #[must_use]
     pub fn new_with(saga: Saga, events: EventStore) -> Self {
+        let processors = Processors {
+            conversations: saga.conversations.clone(),
+            events: events.clone(),
+            sandboxes: saga.sandboxes.clone(),
+            queue: saga.queue.clone(),
+            http: saga.http.clone(),
+        };
         let deletion = Deletion {
             deleter: Deleter { conversations: saga.conversations.clone(), queue: saga.queue.clone() },
             tasks: saga.tasks.clone(),
@@ -66,7 +77,7 @@ impl Context {
             sandboxes: saga.sandboxes.clone(),
             http: saga.http.clone(),
         };
-        Self { saga, deletion }
+        Self { saga, deletion, processors }
     }
 }
 
@@ -123,5 +134,12 @@ async fn handle_message(context: &Context, message: &SqsMessage) -> Result<(), E
             Ok(())
         }
         Job::DeleteConversation { user, conversation } => context.deletion.finish(&user, conversation).await,
+        Job::FetchTitle { conversation, .. } | Job::ProcessEvents { conversation, .. } if dead => {
+            // The next event of the conversation asks for it again.
+            tracing::error!(%conversation, "start_worker.events_not_processed");
+            Ok(())
+        }
+        Job::FetchTitle { user, conversation, look } => context.processors.fetch_title(&user, conversation, look).await,
+        Job::ProcessEvents { user, conversation } => context.processors.process_events(&user, conversation).await,
     }
 }

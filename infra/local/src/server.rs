@@ -310,7 +310,7 @@ impl Server {
     ) -> Result<(), ServerError> {
         let (config, aws, sealer) = (&self.config, &self.aws, &self.sealer);
         let functions = functions(config, aws, sealer)?;
-        let webhooks = events::router(events::Context::new(config, aws, sealer));
+        let webhooks = events::webhooks_router(events::Context::new(config, aws, sealer));
         let health = Router::new()
             .route("/alive", get(alive))
             .route("/health", get(async || "OK"))
@@ -341,7 +341,8 @@ pub fn functions(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Router, 
         .merge(conversations::router(conversations::Context::new(config, aws, sealer)?))
         .merge(start::router(start::Context::new(config, aws, sealer)))
         .merge(stream_start::router(stream_start::Context::new(config, aws, sealer)))
-        .merge(start_tasks::router(start_tasks::Context::new(config, aws, sealer))))
+        .merge(start_tasks::router(start_tasks::Context::new(config, aws, sealer)))
+        .merge(events::router(events::Context::new(config, aws, sealer))))
 }
 
 async fn alive(State(readiness): State<Readiness>) -> Response {

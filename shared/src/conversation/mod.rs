@@ -4,6 +4,7 @@ pub mod deletion;
 pub mod live;
 pub mod search;
 pub mod store;
+pub mod told;
 pub mod update_request;
 
 use serde::{Deserialize, Serialize};

@@ -45,7 +45,7 @@ pub const DELETION_SHARDS: u128 = 4;
 pub const IMPORT_LIMIT: usize = TRANSACTION_LIMIT - 1;
 
 /// The record is there and is not being deleted.
-const ALIVE: &str = "attribute_exists(id) AND attribute_not_exists(deleting_since)";
+pub(super) const ALIVE: &str = "attribute_exists(id) AND attribute_not_exists(deleting_since)";
 
 /// A change of single attributes of a record; others are left as they are, whoever writes them at the same time.
 #[derive(Clone, Debug, Default)]
@@ -89,6 +89,12 @@ impl ConversationChange {
     #[must_use]
     pub fn git_provider(self, provider: Option<ProviderType>) -> Self {
         self.put("git_provider", provider.map(|provider| text(provider.as_str())))
+    }
+
+    /// Sets the model that the agent uses.
+    #[must_use]
+    pub fn llm_model(self, model: &str) -> Self {
+        self.put("llm_model", Some(text(model)))
     }
 
     /// Sets the user's sandbox that it runs in.
@@ -424,7 +430,7 @@ impl ConversationStore {
         Ok(TransactWriteItem::builder().put(put).build())
     }
 
-    fn add_to_counters<'r>(
+    pub(super) fn add_to_counters<'r>(
         &self,
         user: &UserId,
         records: impl IntoIterator<Item = &'r ConversationRecord>,
@@ -441,7 +447,7 @@ impl ConversationStore {
 }
 
 /// The record with the attributes that indexes and filters are made of.
-fn item(record: &ConversationRecord) -> Result<Item> {
+pub(super) fn item(record: &ConversationRecord) -> Result<Item> {
     let mut item: HashMap<String, AttributeValue> = to_item(record)?;
     item.insert("created_sort".into(), text(sort_value(record.created_at, record.id)));
     item.insert("updated_sort".into(), text(sort_value(record.updated_at, record.id)));
@@ -463,7 +469,7 @@ pub(super) fn searchable(title: &str) -> String {
 
 /// The instant first, and behind it, where two rows have the same, the complement of the id: newest first, such rows come in the
 /// order of their ids, as the reference shows them.
-fn sort_value(at: Time, id: Uuid) -> String {
+pub(super) fn sort_value(at: Time, id: Uuid) -> String {
     format!("{}#{}", at.sortable(), id::hex(complement(id)))
 }
 

@@ -1,3 +1,5 @@
-//! The event log: what agents did, kept as they told it.
+//! The event log: what agents did, kept as they told it; and what follows from it.
 
+pub mod effects;
+pub mod processors;
 pub mod store;

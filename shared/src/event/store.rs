@@ -75,8 +75,8 @@ impl Event {
     /// in the order of their texts: there they disturb neither time filters nor who asks for the newest.
     #[must_use]
     pub fn position(&self) -> String {
-        match instant(&self.timestamp) {
-            Some(instant) => format!("{}#{}", sortable(instant), self.id),
+        match sortable_instant(&self.timestamp) {
+            Some(instant) => format!("{instant}#{}", self.id),
             None => format!("{UNDATED}{}#{}", self.timestamp, self.id),
         }
     }
@@ -109,11 +109,17 @@ impl Event {
 
 /// The instant of an event's timestamp.
 #[must_use]
-pub fn instant(timestamp: &str) -> Option<Timestamp> {
+fn instant(timestamp: &str) -> Option<Timestamp> {
     let zoned = timestamp.parse().ok();
     let instant: Timestamp = zoned.or_else(|| Offset::UTC.to_timestamp(timestamp.parse::<DateTime>().ok()?).ok())?;
     // The text of an earlier one does not sort.
     (instant >= YEAR_0).then_some(instant)
+}
+
+/// The instant of an event's timestamp in a form that sorts.
+#[must_use]
+pub fn sortable_instant(timestamp: &str) -> Option<String> {
+    instant(timestamp).map(sortable)
 }
 
 fn sortable(instant: Timestamp) -> String {

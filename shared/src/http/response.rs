@@ -5,7 +5,7 @@ use axum::Router;
 use axum::extract::Request;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use http::header::{CACHE_CONTROL, EXPIRES, PRAGMA};
+use http::header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, EXPIRES, PRAGMA};
 use http::{HeaderValue, StatusCode};
 use serde_json::json;
 
@@ -40,12 +40,33 @@ pub fn with_common_answers(router: Router) -> Router {
         .fallback(async || detail(StatusCode::NOT_FOUND))
         .method_not_allowed_fallback(async || detail(StatusCode::METHOD_NOT_ALLOWED))
         .layer(middleware::from_fn(never_cached))
+        .layer(middleware::from_fn(in_json))
 }
 
 /// `{"detail": <the status's own words>}`
 #[must_use]
 pub fn detail(status: StatusCode) -> Response {
     (status, Json(json!({"detail": status.canonical_reason().unwrap_or_default()}))).into_response()
+}
+
+/// A body that is too large, or that does not come to its end, is refused by axum before any of our code reads it, as text.
+async fn in_json(request: Request, next: Next) -> Response {
+    let response = next.run(request).await;
+    let is_text = response
+        .headers()
+        .get(CONTENT_TYPE)
+        .is_some_and(|kind| kind.to_str().is_ok_and(|kind| kind.starts_with("text/plain")));
+    if !is_text || !response.status().is_client_error() {
+        return response;
+    }
+    let text = match response.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => "The request is larger than this server takes",
+        status => status.canonical_reason().unwrap_or_default(),
+    };
+    let (mut parts, _) = response.into_parts();
+    parts.headers.remove(CONTENT_LENGTH);
+    parts.headers.remove(CONTENT_TYPE);
+    (parts, Json(json!({"detail": text}))).into_response()
 }
 
 async fn never_cached(request: Request, next: Next) -> Response {

@@ -29,6 +29,24 @@ pub enum Job {
         #[serde(with = "as_hex")]
         task: Uuid,
     },
+    /// Ask a conversation's agent for its title.
+    FetchTitle {
+        /// Its owner.
+        user: UserId,
+        /// Its id.
+        #[serde(with = "as_hex")]
+        conversation: Uuid,
+        /// How many looks there were before.
+        look: usize,
+    },
+    /// Process the new events of a conversation.
+    ProcessEvents {
+        /// Its owner.
+        user: UserId,
+        /// Its id.
+        #[serde(with = "as_hex")]
+        conversation: Uuid,
+    },
     /// Finish deleting a conversation.
     DeleteConversation {
         /// Its owner.

@@ -116,5 +116,5 @@ impl Api {
 
 fn router(config: &Config, aws: &Aws, sealer: &Sealer) -> Router {
     let functions = local::server::functions(config, aws, sealer).expect("routers");
-    with_common_answers(functions.merge(events::router(events::Context::new(config, aws, sealer))))
+    with_common_answers(functions.merge(events::webhooks_router(events::Context::new(config, aws, sealer))))
 }

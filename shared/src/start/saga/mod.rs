@@ -26,6 +26,7 @@ use crate::agent_server::{AgentServer, AgentServerError, SkillInfo};
 use crate::clock::Time;
 use crate::config::StartConfig;
 use crate::conversation::store::ConversationStore;
+use crate::conversation::told::Standing;
 use crate::error::{Error, Result};
 use crate::id;
 use crate::sandbox::{Sandbox, SandboxService, SandboxStatus};
@@ -378,6 +379,13 @@ impl Work<'_> {
         let (user, id) = (&record.user, &record.new_sandbox_id);
         if self.saga.sandboxes.get(user, id).await?.is_none() {
             return Ok(());
+        }
+        // What the agent server told of the conversation is no reason to keep it: it is this start's.
+        if let Standing::Known(known) = self.saga.conversations.standing(user, record.conversation_id).await?
+            && known.is_stub
+            && known.record.sandbox_id == *id
+        {
+            self.saga.conversations.begin_deletion(user, &[known.record], Time::now()).await?;
         }
         if self.saga.conversations.count_in_sandbox(user, id).await? > 0 {
             return Ok(());

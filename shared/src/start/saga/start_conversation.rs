@@ -1,5 +1,7 @@
 //! SETTING_UP_SKILLS and STARTING_CONVERSATION: the agent server is given all it needs, and the conversation is recorded.
 
+use std::time::Duration;
+
 use serde_json::json;
 use tokio::time::{Instant, sleep};
 
@@ -10,11 +12,12 @@ use crate::agent_server::conversation_body::{
 use crate::agent_server::{AgentServer, AgentServerError, ConversationInfo, Failure, SkillInfo, SkillsQuery};
 use crate::clock::Time;
 use crate::conversation::store::ConversationChange;
+use crate::conversation::told::{Standing, default_titles};
 use crate::conversation::{ConversationRecord, MetricsSnapshot};
-use crate::id;
 use crate::sandbox::Sandbox;
-use crate::start::request::AgentType;
-use crate::start::store::{Change, LeaseLost, StartTaskStore};
+use crate::start::queue::Job;
+use crate::start::request::{AgentType, EventCallbackProcessor};
+use crate::start::store::{Change, StartTaskStore};
 use crate::start::task::{Snapshot, StartStatus};
 
 impl Work<'_> {
@@ -160,7 +163,7 @@ impl Work<'_> {
         let (record, request) = (&self.task.record, &self.task.request);
         let (user, conversation_id) = (&record.user, record.conversation_id);
         let now = Time::now();
-        let hex = id::hex(conversation_id);
+        let [default_title, _] = default_titles(conversation_id);
         let conversation = ConversationRecord {
             user: user.clone(),
             id: conversation_id,
@@ -168,7 +171,7 @@ impl Work<'_> {
             selected_repository: request.selected_repository.clone(),
             selected_branch: request.selected_branch.clone(),
             git_provider: request.git_provider,
-            title: Some(request.title.clone().unwrap_or_else(|| format!("Conversation {}", &hex[..5]))),
+            title: Some(request.title.clone().unwrap_or(default_title)),
             trigger: request.trigger,
             pr_number: request.pr_number.clone(),
             llm_model: Some(llm_model),
@@ -187,27 +190,39 @@ impl Work<'_> {
             ..record.now.clone()
         };
         let ready = StartTaskStore::ready(user, record.id, conversation_id, &snapshot)?;
-        let known = saga.conversations.get(user, conversation_id).await?.is_some();
-        let saved = if known {
-            // Started before: it keeps its record and its history, and is only where it is now.
-            let moved = ConversationChange::default().sandbox(user, &sandbox.id);
-            saga.conversations.update(user, conversation_id, moved).await?;
-            saga.tasks.save(user, record.id, &self.lease.worker, &ready).await?
-        } else {
-            let writes = saga.conversations.put_new(&conversation)?;
-            saga.tasks.save_with(user, record.id, &self.lease.worker, &ready, writes).await?
+        let conversations = &saga.conversations;
+        let processors = request.processors.as_deref().unwrap_or_default();
+        let standing = conversations.standing(user, conversation_id).await?;
+        let writes = match &standing {
+            Standing::Known(known) if known.is_stub => conversations.complete_stub(known, &conversation, processors)?,
+            Standing::Known(_) => {
+                // Started before: it keeps its record and its history, and is only where it is now.
+                let moved = ConversationChange::default().sandbox(user, &sandbox.id);
+                conversations.update(user, conversation_id, moved).await?;
+                Vec::new()
+            }
+            Standing::Unknown => conversations.put_started(&conversation, processors)?,
+            Standing::Deleting => {
+                return Err(StepError::Retry("The conversation with this id is being deleted".into()));
+            }
         };
-        match saved {
-            Ok(()) => {
-                tracing::info!(task = %record.id, conversation = %conversation_id, "start.ready");
-                Ok(Step::Ready)
+        if saga.tasks.save_with(user, record.id, &self.lease.worker, &ready, writes).await?.is_err() {
+            // The record may have changed under us (another start of the same conversation was quicker, the agent server told
+            // of it) rather than the lease been lost.
+            if differs(&standing, &conversations.standing(user, conversation_id).await?) {
+                return Err(StepError::Retry("The conversation was recorded by somebody else at the same time".into()));
             }
-            // Another start of the same conversation may have been quicker, rather than another worker of this one.
-            Err(LeaseLost) if !known && saga.conversations.get(user, conversation_id).await?.is_some() => {
-                Err(StepError::Retry("The conversation was recorded by another start of it".into()))
-            }
-            Err(LeaseLost) => Err(StepError::LeaseLost),
+            return Err(StepError::LeaseLost);
         }
+        if processors.contains(&EventCallbackProcessor::Logging) {
+            // Events that came before the record. The next ones ring too.
+            let job = Job::ProcessEvents { user: user.clone(), conversation: conversation_id };
+            if let Err(error) = saga.queue.send(&job, Duration::ZERO).await {
+                tracing::warn!(task = %record.id, error = %error.context(), "start.bell_not_rung");
+            }
+        }
+        tracing::info!(task = %record.id, conversation = %conversation_id, "start.ready");
+        Ok(Step::Ready)
     }
 
     /// Adds a note unless an earlier attempt did.
@@ -215,5 +230,15 @@ impl Work<'_> {
         if !self.task.record.notes.contains(&note) {
             self.task.record.notes.push(note);
         }
+    }
+}
+
+/// Whether a record came or went meanwhile, or a stub is no longer as it was when it was read.
+fn differs(before: &Standing, now: &Standing) -> bool {
+    match (before, now) {
+        (Standing::Known(before), Standing::Known(now)) => {
+            before.is_stub && (!now.is_stub || before.record.title != now.record.title)
+        }
+        (before, now) => before != now,
     }
 }

@@ -1,0 +1,118 @@
+//! What is done on the events of a conversation, off the request that brings them: the agent's title is fetched, and, for
+//! starts that asked for it, events are logged.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use super::store::{After, EventFilter, EventStore, SortOrder};
+use crate::agent_server::AgentServer;
+use crate::conversation::ConversationRecord;
+use crate::conversation::store::ConversationStore;
+use crate::conversation::told::Standing;
+use crate::error::Result;
+use crate::sandbox::{SandboxService, SandboxStatus};
+use crate::start::queue::{Job, StartQueue};
+use crate::start::request::EventCallbackProcessor;
+use crate::user::UserId;
+
+/// How long after a message the agent is first asked for its title.
+pub const FIRST_LOOK_AT_TITLE: Duration = Duration::from_secs(3);
+/// How long after one look the next one is: an agent makes its title without telling. The next message begins anew.
+const LOOKS_AT_TITLE: [Duration; 5] = [
+    Duration::from_secs(3),
+    Duration::from_secs(6),
+    Duration::from_secs(12),
+    Duration::from_secs(30),
+    Duration::from_secs(60),
+];
+const AGENT_SERVER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Events that are claimed at once.
+const PAGE: usize = 100;
+
+/// Does what is to be done on events.
+#[derive(Clone, Debug)]
+pub struct Processors {
+    /// The conversations' records.
+    pub conversations: ConversationStore,
+    /// The log.
+    pub events: EventStore,
+    /// Where conversations run.
+    pub sandboxes: Arc<dyn SandboxService>,
+    /// Where later work is asked for.
+    pub queue: StartQueue,
+    /// For agent servers.
+    pub http: reqwest::Client,
+}
+
+impl Processors {
+    /// Gives the conversation the title that its agent has found for it, unless somebody gave it one. While the agent has
+    /// none, another look is asked for, up to a bound.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`] or what the sandboxes answer; it may be done again.
+    pub async fn fetch_title(&self, user: &UserId, conversation: Uuid, look: usize) -> Result<()> {
+        let title = match self.conversations.standing(user, conversation).await? {
+            Standing::Known(known) if known.has_default_title() => self.agent_title(&known.record).await?,
+            // Its start is about to record it, or nobody ever will.
+            Standing::Unknown => None,
+            Standing::Known(_) | Standing::Deleting => return Ok(()),
+        };
+        if let Some(title) = title {
+            let set = self.conversations.set_agent_title(user, conversation, &title).await?;
+            tracing::info!(%conversation, set, "conversation.title_found");
+            return Ok(());
+        }
+        let Some(delay) = LOOKS_AT_TITLE.get(look) else {
+            tracing::info!(%conversation, "conversation.no_title");
+            return Ok(());
+        };
+        self.queue.send(&Job::FetchTitle { user: user.clone(), conversation, look: look + 1 }, *delay).await
+    }
+
+    async fn agent_title(&self, record: &ConversationRecord) -> Result<Option<String>> {
+        let sandbox = self.sandboxes.get(&record.user, &record.sandbox_id).await?;
+        let Some(sandbox) = sandbox.filter(|sandbox| sandbox.status == SandboxStatus::Running) else { return Ok(None) };
+        let Some(url) = sandbox.agent_server_url() else { return Ok(None) };
+        let agent_server = AgentServer::new(self.http.clone(), url, sandbox.session_api_key.clone());
+        match agent_server.conversations(&[record.id], AGENT_SERVER_TIMEOUT).await {
+            Ok(mut found) => {
+                let title = found.pop().flatten().and_then(|conversation| conversation.title);
+                Ok(title.map(|title| title.trim().to_owned()).filter(|title| !title.is_empty()))
+            }
+            Err(error) => {
+                tracing::warn!(conversation = %record.id, %error, "conversation.title_not_told");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Logs the events that were not logged yet, in their order, if the conversation's start asked for it. Each is claimed
+    /// before it is logged, so it is logged once at most, however often this is called and whoever calls it at the same
+    /// time. An event whose place is before what was claimed already came too late and is not logged.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`]; it may be done again.
+    pub async fn process_events(&self, user: &UserId, conversation: Uuid) -> Result<()> {
+        loop {
+            let Standing::Known(known) = self.conversations.standing(user, conversation).await? else { return Ok(()) };
+            if !known.processors.contains(&EventCallbackProcessor::Logging) {
+                return Ok(());
+            }
+            let from = known.processed_to;
+            let after = from.clone().map(|position| After { position });
+            let everything = EventFilter::default();
+            let order = SortOrder::Timestamp;
+            let page = self.events.page(user, conversation, &everything, order, after.as_ref(), PAGE).await?;
+            let last =
+                page.next.map(|next| next.position).or_else(|| page.events.last().map(super::store::Event::position));
+            let Some(to) = last else { return Ok(()) };
+            if self.conversations.move_processed_to(user, conversation, from.as_deref(), &to).await? {
+                for event in page.events {
+                    tracing::info!(%conversation, event = event.id, kind = event.kind, "event.logged");
+                }
+            }
+        }
+    }
+}

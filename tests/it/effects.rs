@@ -1,0 +1,714 @@
+//! What agent servers tell takes effect on the records of conversations, and nothing else does.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::body::Body;
+use futures::future::join_all;
+use http::Request;
+use secrecy::{ExposeSecret as _, SecretString};
+use serde_json::{Value, json};
+use shared::Time;
+use shared::agent_server::AgentServer;
+use shared::config::SandboxConfig;
+use shared::conversation::ConversationRecord;
+use shared::conversation::search::{Filter, SortOrder};
+use shared::conversation::store::ConversationChange;
+use shared::conversation::told::{AgentStats, Known, Standing, StatsTime};
+use shared::event::store::Event;
+use shared::sandbox::SandboxStatus;
+use shared::sandbox::store::SandboxStore;
+use shared::start::queue::Job;
+use shared::start::request::ProviderType;
+use shared::start::task::StartStatus;
+use shared::user::UserId;
+use shared::user::settings::SettingsStore;
+use shared::user::token::secret_access_token;
+use tempfile::TempDir;
+use uuid::Uuid;
+
+use crate::support::api::Api;
+use crate::support::rig::{Rig, SESSION_KEY, quick};
+use crate::support::seed;
+
+const SANDBOX: &str = "6osgGulToTzNONWACSWMZh";
+
+/// The API, and a sandbox of the local user whose key is its name.
+struct Fixture {
+    api: Api,
+    user: UserId,
+    _folder: TempDir,
+}
+
+impl Fixture {
+    async fn new() -> Self {
+        let folder = TempDir::new().expect("a folder");
+        let api = Api::at(folder.path(), SandboxConfig::None).await;
+        let fixture = Self { api, user: UserId::local(), _folder: folder };
+        fixture.has_sandbox(&fixture.user, SANDBOX).await;
+        fixture
+    }
+
+    async fn has_sandbox(&self, user: &UserId, id: &str) {
+        let api = &self.api;
+        let sandboxes = SandboxStore::new(api.aws.dynamodb.clone(), api.names.sandboxes.clone(), api.sealer.clone());
+        let record = sandboxes.new_record(user, id, "spec", &SecretString::from(id)).expect("a record");
+        sandboxes.put_new(record).await.expect("stored");
+    }
+
+    async fn has_conversation(&self, user: &UserId, id: Uuid, sandbox: &str) -> ConversationRecord {
+        let data = json!({"id": id.simple().to_string(), "sandbox_id": sandbox, "public": true,
+            "title": format!("Conversation {}", &id.simple().to_string()[..5]), "selected_repository": "o/r",
+            "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"});
+        let record = seed::conversation(user, data);
+        assert_eq!(self.api.stores.conversations.import(user, &[record.clone()]).await.expect("stored"), [true]);
+        record
+    }
+
+    /// Posts as the sandbox.
+    async fn post(&self, sandbox: &str, path: &str, body: &Value) -> (u16, Value) {
+        let request = Request::post(format!("/api/v1/webhooks/{path}"))
+            .header("content-type", "application/json")
+            .header("x-session-api-key", sandbox)
+            .body(Body::from(body.to_string()));
+        self.api.send(request.expect("a request")).await
+    }
+
+    async fn post_events(&self, sandbox: &str, id: Uuid, events: &[Value]) {
+        let answer = self.post(sandbox, &format!("events/{id}"), &json!(events)).await;
+        assert_eq!(answer, (200, json!({"success": true})));
+    }
+
+    async fn tell(&self, sandbox: &str, told: &Value) {
+        assert_eq!(self.post(sandbox, "conversations", told).await, (200, json!({"success": true})));
+    }
+
+    async fn record(&self, user: &UserId, id: Uuid) -> ConversationRecord {
+        self.api.stores.conversations.get(user, id).await.expect("the store").expect("a record")
+    }
+
+    async fn count(&self) -> u64 {
+        self.api.stores.conversations.count(&self.user, &Filter::default()).await.expect("a count")
+    }
+
+    async fn events(&self, user: &UserId, id: Uuid) -> Value {
+        let (status, page) =
+            self.api.call(user, "GET", &format!("/api/v1/conversation/{id}/events/search"), None).await;
+        assert_eq!(status, 200, "{page}");
+        page["items"].clone()
+    }
+
+    /// The jobs in the queue, those of later too; takes them out.
+    async fn jobs(&self) -> Vec<Job> {
+        let api = &self.api;
+        let mut jobs = Vec::new();
+        loop {
+            let received = api.aws.sqs.receive_message().queue_url(&api.names.start_queue_url).wait_time_seconds(4);
+            let Some(message) = received.send().await.expect("the queue").messages.unwrap_or_default().pop() else {
+                return jobs;
+            };
+            jobs.push(Job::from_body(&message.body.unwrap_or_default()).expect("a job"));
+        }
+    }
+}
+
+fn metrics(agent: u64, condenser: u64) -> Value {
+    let of = |tokens: u64| {
+        json!({"model_name": "m", "accumulated_cost": tokens as f64 / 1000.0, "max_budget_per_task": null,
+            "accumulated_token_usage": {"model": "m", "prompt_tokens": tokens, "completion_tokens": tokens + 1,
+                "cache_read_tokens": tokens + 2, "cache_write_tokens": tokens + 3, "reasoning_tokens": tokens + 4,
+                "context_window": tokens + 5, "per_turn_token": tokens + 6, "response_id": "r"},
+            "costs": [1], "response_latencies": []})
+    };
+    json!({"usage_to_metrics": {"agent": of(agent), "condenser": of(condenser)}})
+}
+
+fn stats(id: &str, timestamp: &str, tokens: u64) -> Value {
+    json!({"id": id, "timestamp": timestamp, "source": "environment", "key": "stats", "value": metrics(tokens, 7000),
+        "kind": "ConversationStateUpdateEvent"})
+}
+
+fn message(id: &str) -> Value {
+    json!({"id": id, "timestamp": "2026-01-01T00:00:00", "source": "user", "kind": "MessageEvent"})
+}
+
+fn prompt_tokens(record: &ConversationRecord) -> u64 {
+    record.metrics.accumulated_token_usage.as_ref().expect("usage").prompt_tokens
+}
+
+/// The record as it was, apart from what an agent server may change.
+fn untouched(record: &ConversationRecord, before: &ConversationRecord) {
+    let same = ConversationRecord {
+        metrics: before.metrics.clone(),
+        updated_at: before.updated_at,
+        llm_model: before.llm_model.clone(),
+        ..record.clone()
+    };
+    assert_eq!(same, *before);
+}
+
+#[tokio::test]
+async fn recorded_exchanges_have_the_recorded_answers() {
+    let fixture = Fixture::new().await;
+    let lines = include_str!("../data/contract/webhooks.jsonl").lines();
+    for line in lines.map(|line| serde_json::from_str::<Value>(line).expect("a line")) {
+        let (label, path) = (line["label"].as_str().expect("a label"), line["path"].as_str().expect("a path"));
+        let mut expected = line["answer"].clone();
+        if label == "before webhook" {
+            let record = seed::conversation(&fixture.user, expected[0].clone());
+            fixture.api.stores.conversations.import(&fixture.user, &[record]).await.expect("stored");
+        }
+        let (status, mut answer) = if line["method"] == "GET" {
+            fixture.api.call(&fixture.user, "GET", path, None).await
+        } else {
+            let mut request = Request::post(path).header("content-type", "application/json");
+            if line["key"] == true {
+                request = request.header("x-session-api-key", SANDBOX);
+            }
+            fixture.api.send(request.body(Body::from(line["body"].to_string())).expect("a request")).await
+        };
+        match label {
+            // What is not asked for is not missed.
+            "empty body" => expected["detail"].as_array_mut().expect("faults").truncate(1),
+            // The reference names the fault twice.
+            "bad id" => expected["detail"].as_array_mut().expect("faults").truncate(1),
+            "before webhook" | "after webhook" | "created by webhook" => {
+                for name in ["sandbox_status", "execution_status", "conversation_url", "session_api_key", "updated_at"]
+                {
+                    answer[0].as_object_mut().expect("a conversation").remove(name);
+                    expected[0].as_object_mut().expect("a conversation").remove(name);
+                }
+            }
+            _ => {}
+        }
+        if label == "after webhook" {
+            // The reference makes the record anew, and adds up the tokens of all but the last turn's.
+            expected[0]["created_at"] = json!("2026-11-22T15:20:43.871853Z");
+            expected[0]["public"] = json!(true);
+            expected[0]["metrics"]["accumulated_token_usage"]["per_turn_token"] = json!(120);
+        }
+        if label == "created by webhook" {
+            // The reference does not listen to the agent's title.
+            expected[0]["title"] = json!("Stub title");
+            expected[0]["metrics"]["accumulated_token_usage"]["per_turn_token"] = json!(120);
+            expected[0]["created_at"] = answer[0]["created_at"].clone();
+        }
+        assert_eq!((u64::from(status), &answer), (line["status"].as_u64().expect("a status"), &expected), "{label}");
+    }
+    // A whole conversation of a newer agent server has come by: its record says what it used.
+    let newer = Uuid::parse_str("f1f4915452704339b32cd4234496120e").expect("an id");
+    let record = fixture.record(&fixture.user, newer).await;
+    assert_eq!((prompt_tokens(&record), record.llm_model.as_deref()), (200, Some("openai/stub")));
+    assert_eq!(fixture.events(&fixture.user, newer).await.as_array().map(Vec::len), Some(8));
+    fixture.api.stop().await;
+}
+
+#[tokio::test]
+async fn the_newest_stats_stay_whatever_comes_late_or_again() {
+    let fixture = Fixture::new().await;
+    let (id, user) = (Uuid::new_v4(), &fixture.user);
+    let before = fixture.has_conversation(user, id, SANDBOX).await;
+    let budget = |mut event: Value, budget: f64| {
+        event["value"]["usage_to_metrics"]["agent"]["max_budget_per_task"] = json!(budget);
+        event
+    };
+    let (first, second) = (stats("s1", "2026-01-01T00:00:01", 10), stats("s2", "2026-01-01T00:00:01.5", 20));
+    let third = stats("s3", "2026-01-01T00:00:02", 15);
+    for (events, tokens, limit) in [
+        (vec![first.clone(), message("m")], 10, None),
+        // Of several, the last; the order of a batch says nothing.
+        (vec![budget(second.clone(), 3.5), first.clone()], 20, Some(3.5)),
+        (vec![first], 20, Some(3.5)),
+        // Less than before can be newer. No budget is no news.
+        (vec![third], 15, Some(3.5)),
+        (vec![second], 15, Some(3.5)),
+        (vec![stats("s4", "who knows", 99)], 15, Some(3.5)),
+        // Nothing about the agent.
+        (
+            vec![
+                json!({"id": "s5", "timestamp": "2026-01-01T00:00:03", "key": "stats", "kind": "ConversationStateUpdateEvent",
+            "value": {"usage_to_metrics": {"condenser": {"accumulated_cost": 1}}}}),
+            ],
+            15,
+            Some(3.5),
+        ),
+        (
+            vec![json!({"id": "s6", "timestamp": "2026-01-01T00:00:03", "key": "full_state",
+            "kind": "ConversationStateUpdateEvent", "value": {"usage_to_metrics": {"agent": {}}}})],
+            15,
+            Some(3.5),
+        ),
+        (
+            vec![json!({"id": "s7", "timestamp": "2026-01-01T00:00:03", "key": 1, "value": metrics(1, 1),
+            "kind": "ConversationStateUpdateEvent"})],
+            15,
+            Some(3.5),
+        ),
+    ] {
+        fixture.post_events(SANDBOX, id, &events).await;
+        let record = fixture.record(user, id).await;
+        let usage = record.metrics.accumulated_token_usage.clone().expect("usage");
+        assert_eq!(usage.prompt_tokens, tokens, "{events:?}");
+        let shown = [
+            usage.completion_tokens,
+            usage.cache_read_tokens,
+            usage.cache_write_tokens,
+            usage.reasoning_tokens,
+            usage.context_window,
+            usage.per_turn_token,
+        ];
+        assert_eq!(shown, [tokens + 1, tokens + 2, tokens + 3, tokens + 4, tokens + 5, tokens + 6]);
+        assert!((record.metrics.accumulated_cost - tokens as f64 / 1000.0).abs() < 1e-9);
+        assert_eq!((record.metrics.max_budget_per_task, usage.model.as_str()), (limit, ""));
+        untouched(&record, &before);
+        assert!(record.updated_at > before.updated_at);
+    }
+    // What a conversation as a whole tells does not turn them back either.
+    fixture.tell(SANDBOX, &json!({"id": id, "stats": metrics(1, 1), "updated_at": "2030-01-01T00:00:00Z"})).await;
+    assert_eq!(prompt_tokens(&fixture.record(user, id).await), 15);
+    // Stats of nothing make nothing.
+    let unknown = Uuid::new_v4();
+    fixture.post_events(SANDBOX, unknown, &[stats("s1", "2026-01-01T00:00:01", 10)]).await;
+    assert_eq!(fixture.count().await, 1);
+    assert_eq!(fixture.events(user, unknown).await.as_array().map(Vec::len), Some(1));
+    fixture.api.stop().await;
+}
+
+#[tokio::test]
+async fn a_conversation_as_a_whole_brings_model_title_and_stats_and_nothing_else() {
+    let fixture = Fixture::new().await;
+    let (id, user) = (Uuid::new_v4(), &fixture.user);
+    let before = fixture.has_conversation(user, id, SANDBOX).await;
+    let told = |title: Value, updated_at: &str, tokens: u64| {
+        json!({"id": id, "execution_status": "paused", "title": title, "updated_at": updated_at, "stats": metrics(tokens, 3),
+            "agent": {"llm": {"model": "openai/new"}}})
+    };
+    let deleting = json!({"id": id, "execution_status": "deleting", "title": "x", "agent": {"llm": {"model": "x"}}});
+    fixture.tell(SANDBOX, &deleting).await;
+    assert_eq!(fixture.record(user, id).await, before);
+    fixture.tell(SANDBOX, &json!({"id": id})).await;
+    let record = fixture.record(user, id).await;
+    assert_eq!(ConversationRecord { updated_at: before.updated_at, ..record.clone() }, before);
+    assert!(record.updated_at > before.updated_at);
+
+    fixture.tell(SANDBOX, &told(Value::Null, "2026-01-01T00:00:02Z", 50)).await;
+    fixture.tell(SANDBOX, &told(json!(" "), "2026-01-01T00:00:01Z", 40)).await;
+    let record = fixture.record(user, id).await;
+    assert_eq!((prompt_tokens(&record), record.llm_model.as_deref()), (50, Some("openai/new")));
+    untouched(&record, &before);
+
+    // The agent's title is taken once; the user's is never replaced.
+    fixture.tell(SANDBOX, &told(json!("🐛 The agent's"), "2026-01-01T00:00:03Z", 60)).await;
+    fixture.tell(SANDBOX, &told(json!("Another"), "2026-01-01T00:00:03Z", 60)).await;
+    assert_eq!(fixture.record(user, id).await.title.as_deref(), Some("🐛 The agent's"));
+    let found = fixture.api.get(user, "/search", &[("title__contains", "the AGENT".to_owned())]).await.1;
+    assert_eq!(found["items"].as_array().map(Vec::len), Some(1), "the new title is searched: {found}");
+    let store = &fixture.api.stores.conversations;
+    let rename = |title| store.update(user, id, ConversationChange::default().title(title));
+    rename(Some("Mine")).await.expect("renamed");
+    fixture.tell(SANDBOX, &told(json!("Another"), "2026-01-01T00:00:04Z", 60)).await;
+    assert_eq!(fixture.record(user, id).await.title.as_deref(), Some("Mine"));
+    rename(None).await.expect("renamed");
+    fixture.tell(SANDBOX, &told(json!("Another"), "2026-01-01T00:00:04Z", 60)).await;
+    assert_eq!(fixture.record(user, id).await.title.as_deref(), Some("Another"));
+
+    // A sandbox tells of its own conversations alone.
+    fixture.has_sandbox(user, "other").await;
+    let answer = fixture.post("other", "conversations", &told(json!("x"), "2026-01-01T00:00:09Z", 99)).await;
+    assert_eq!(answer, (401, json!({"detail": "Unauthorized"})));
+    assert_eq!(prompt_tokens(&fixture.record(user, id).await), 60);
+
+    // One that is being deleted is told of in vain.
+    let record = fixture.record(user, id).await;
+    assert!(store.begin_deletion(user, &[record], Time::now()).await.expect("the store"));
+    fixture.tell(SANDBOX, &told(json!("x"), "2026-01-01T00:00:09Z", 99)).await;
+    fixture.post_events(SANDBOX, id, &[message("m"), stats("s", "2026-01-01T00:00:09", 9)]).await;
+    assert_eq!(store.standing(user, id).await.expect("the store"), Standing::Deleting);
+    assert_eq!((fixture.count().await, fixture.events(user, id).await), (0, json!([])));
+    fixture.api.stop().await;
+}
+
+#[tokio::test]
+async fn an_unknown_conversation_gets_one_record_however_often_it_is_told_of() {
+    let fixture = Fixture::new().await;
+    let (plain, titled, user) = (Uuid::new_v4(), Uuid::new_v4(), &fixture.user);
+    fixture.tell(SANDBOX, &json!({"id": plain, "execution_status": "deleting"})).await;
+    assert_eq!(fixture.count().await, 0);
+    let told = json!({"id": plain, "stats": metrics(5, 1), "updated_at": "2026-01-01T00:00:00Z",
+        "agent": {"llm": {"model": "openai/x"}}});
+    join_all((0..5).map(|_| fixture.tell(SANDBOX, &told))).await;
+    fixture.tell(SANDBOX, &json!({"id": titled, "title": " Its title "})).await;
+    assert_eq!(fixture.count().await, 2);
+    let record = fixture.record(user, plain).await;
+    assert_eq!(record.title, Some(format!("Conversation {}", plain.simple())));
+    assert_eq!((record.sandbox_id.as_str(), prompt_tokens(&record)), (SANDBOX, 5));
+    assert_eq!((record.llm_model.as_deref(), record.public), (Some("openai/x"), None));
+    assert_eq!(fixture.record(user, titled).await.title.as_deref(), Some("Its title"));
+    // It shows like any other.
+    let (_, shown) = fixture.api.get(user, "/search", &[]).await;
+    assert_eq!(shown["items"].as_array().map(Vec::len), Some(2), "{shown}");
+    fixture.tell(SANDBOX, &json!({"id": plain, "title": "Found later"})).await;
+    assert_eq!(fixture.record(user, plain).await.title.as_deref(), Some("Found later"));
+    fixture.api.stop().await;
+}
+
+#[tokio::test]
+async fn two_tenants_with_the_same_conversation_id_have_nothing_in_common() {
+    let fixture = Fixture::new().await;
+    let id = Uuid::new_v4();
+    let tenants = [UserId::new("a"), UserId::new("b")];
+    for (index, tenant) in tenants.iter().enumerate() {
+        let sandbox = format!("sandbox-of-{tenant}");
+        fixture.has_sandbox(tenant, &sandbox).await;
+        fixture.has_conversation(tenant, id, &sandbox).await;
+        let large = json!({"id": "large", "timestamp": "2026-01-01T00:00:00", "kind": "ObservationEvent",
+            "text": tenant.as_str().repeat(400_000)});
+        let tokens = 10 + index as u64;
+        fixture.post_events(&sandbox, id, &[large, stats("s", "2026-01-01T00:00:01", tokens)]).await;
+    }
+    for (index, tenant) in tenants.iter().enumerate() {
+        assert_eq!(prompt_tokens(&fixture.record(tenant, id).await), 10 + index as u64);
+        let events = fixture.events(tenant, id).await;
+        assert_eq!(events.as_array().map(Vec::len), Some(2));
+        assert!(events[0]["text"].as_str().is_some_and(|text| text.starts_with(tenant.as_str())));
+    }
+    // Nor do they see each other's, or a third anything at all.
+    assert_eq!(fixture.events(&UserId::new("c"), id).await, json!([]));
+    fixture.api.stop().await;
+}
+
+#[tokio::test]
+async fn fifty_racing_changes_of_one_record_lose_nothing() {
+    let fixture = Fixture::new().await;
+    let (id, user) = (Uuid::new_v4(), &fixture.user);
+    let before = fixture.has_conversation(user, id, SANDBOX).await;
+    let store = &fixture.api.stores.conversations;
+    let read = |tokens| AgentStats::read(&metrics(tokens, 1)).expect("stats");
+    join_all((0..50_u64).map(async |number| match number % 5 {
+        0 => {
+            let at = StatsTime::Event(format!("2026-01-01T00:00:{number:02}.000000000Z#s"));
+            let _newest = store.set_stats(user, id, &read(number), &at).await.expect("the store");
+        }
+        1 => {
+            let change = ConversationChange::default().title(Some("Mine"));
+            assert!(store.update(user, id, change).await.expect("the store").is_some());
+        }
+        2 => {
+            let change = ConversationChange::default().sandbox(user, "moved");
+            assert!(store.update(user, id, change).await.expect("the store").is_some());
+        }
+        3 => {
+            let _first = store.set_agent_title(user, id, "The agent's").await.expect("the store");
+        }
+        _ => {
+            let change = ConversationChange::default().llm_model("openai/new");
+            assert!(store.update(user, id, change).await.expect("the store").is_some());
+        }
+    }))
+    .await;
+    let record = fixture.record(user, id).await;
+    assert_eq!((record.title.as_deref(), record.sandbox_id.as_str()), (Some("Mine"), "moved"));
+    assert_eq!((prompt_tokens(&record), record.llm_model.as_deref()), (45, Some("openai/new")));
+    assert_eq!(
+        (record.created_at, record.public, &record.selected_repository),
+        (before.created_at, Some(true), &before.selected_repository)
+    );
+    fixture.api.stop().await;
+}
+
+#[tokio::test]
+async fn a_message_asks_for_a_title_unless_there_is_one() {
+    let fixture = Fixture::new().await;
+    let (id, named, unknown, user) = (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4(), &fixture.user);
+    fixture.has_conversation(user, id, SANDBOX).await;
+    fixture.has_conversation(user, named, SANDBOX).await;
+    let change = ConversationChange::default().title(Some("Mine"));
+    fixture.api.stores.conversations.update(user, named, change).await.expect("renamed");
+    for id in [id, named, unknown] {
+        fixture.post_events(SANDBOX, id, &[]).await;
+        fixture.post_events(SANDBOX, id, &[stats("s", "2026-01-01T00:00:00", 1)]).await;
+        fixture.post_events(SANDBOX, id, &[message("m")]).await;
+    }
+    let mut asked: Vec<Uuid> = fixture
+        .jobs()
+        .await
+        .into_iter()
+        .map(|job| match job {
+            Job::FetchTitle { conversation, look: 0, .. } => conversation,
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    asked.sort_unstable();
+    let mut expected = [id, unknown];
+    expected.sort_unstable();
+    assert_eq!(asked, expected);
+    fixture.api.stop().await;
+}
+
+#[tokio::test]
+async fn an_access_token_gives_the_current_provider_token_and_nothing_else() {
+    let fixture = Fixture::new().await;
+    let api = &fixture.api;
+    let settings = SettingsStore::new(api.aws.dynamodb.clone(), api.names.users.clone(), api.sealer.clone());
+    let (with, without) = (UserId::new("with"), UserId::new("without"));
+    let stored =
+        |token: &str| json!({"provider_tokens": {"github": {"token": token}, "gitlab": {"token": null}}}).to_string();
+    settings.put(&with, &stored("ghp-1").into()).await.expect("stored");
+    settings.put(&fixture.user, &stored("ghp-local").into()).await.expect("stored");
+    let token = |user: &UserId, provider, seconds| {
+        let token = secret_access_token(&api.sealer, user, provider, Duration::from_secs(seconds)).expect("a token");
+        token.expose_secret().to_owned()
+    };
+    let get = async |token: Option<&str>| {
+        let mut request = Request::get("/api/v1/webhooks/secrets");
+        if let Some(token) = token {
+            request = request.header("x-access-token", token);
+        }
+        api.send(request.body(Body::empty()).expect("a request")).await
+    };
+    let valid = token(&with, ProviderType::Github, 60);
+    assert_eq!(get(Some(&valid)).await, (200, json!("ghp-1")));
+    settings.put(&with, &stored("ghp-2").into()).await.expect("stored");
+    assert_eq!(get(Some(&valid)).await, (200, json!("ghp-2")));
+    assert_eq!(get(Some(&token(&fixture.user, ProviderType::Github, 60))).await, (200, json!("ghp-local")));
+    for nobodys in [
+        token(&with, ProviderType::Gitlab, 60),
+        token(&with, ProviderType::Bitbucket, 60),
+        token(&without, ProviderType::Github, 60),
+    ] {
+        assert_eq!(get(Some(&nobodys)).await, (404, json!({"detail": "No such provider"})));
+    }
+    let expired = token(&with, ProviderType::Github, 0);
+    let changed = format!("{}x", &valid[..valid.len() - 1]);
+    for bad in [None, Some(""), Some("x.y.z"), Some(SANDBOX), Some(expired.as_str()), Some(&changed)] {
+        assert_eq!(get(bad).await, (401, json!({"detail": "Unauthorized"})), "{bad:?}");
+    }
+    fixture.api.stop().await;
+}
+
+#[tokio::test]
+async fn a_body_that_is_too_large_is_refused_in_json() {
+    let fixture = Fixture::new().await;
+    let request = Request::post(format!("/api/v1/webhooks/events/{}", Uuid::new_v4()))
+        .header("content-type", "application/json")
+        .header("x-session-api-key", SANDBOX)
+        .body(Body::from(vec![b' '; 33 * 1024 * 1024]));
+    let answer = fixture.api.send(request.expect("a request")).await;
+    assert_eq!(answer, (413, json!({"detail": "The request is larger than this server takes"})));
+    fixture.api.stop().await;
+}
+
+fn known(standing: Standing) -> Known {
+    match standing {
+        Standing::Known(known) => *known,
+        other => panic!("there is no record: {other:?}"),
+    }
+}
+
+fn stub_of(rig: &Rig, id: Uuid, sandbox: &str) -> ConversationRecord {
+    let data = json!({"id": id.simple().to_string(), "sandbox_id": sandbox, "title": format!("Conversation {}", id.simple()),
+        "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"});
+    seed::conversation(&rig.user, data)
+}
+
+#[tokio::test]
+async fn a_start_completes_what_its_agent_server_told_before() {
+    let rig = Rig::start(quick()).await;
+    let (store, user) = (&rig.conversations, &rig.user);
+    let parent = rig.begin(&json!({"title": "Parent"})).await;
+    rig.drive(parent.id).await;
+    for (title, agent_title, expected) in [
+        (None, None, None),
+        (None, Some("The agent's"), Some("The agent's")),
+        (Some("Mine"), None, Some("Mine")),
+        (Some("Mine"), Some("The agent's"), Some("Mine")),
+    ] {
+        for parent in [None, Some(parent.conversation_id)] {
+            let id = Uuid::new_v4();
+            assert!(store.put_stub(&stub_of(&rig, id, "elsewhere"), None).await.expect("stored"));
+            let usage = AgentStats::read(&metrics(77, 1)).expect("stats");
+            let at = StatsTime::Event("2026".to_owned());
+            assert!(store.set_stats(user, id, &usage, &at).await.expect("stored"));
+            if let Some(title) = agent_title {
+                assert!(store.set_agent_title(user, id, title).await.expect("stored"));
+            }
+            let body = json!({"conversation_id": id, "title": title, "trigger": "gui", "pr_number": [7],
+                "public": true, "parent_conversation_id": parent, "processors": [{"kind": "SetTitleCallbackProcessor"}]});
+            let start = rig.begin(&body).await;
+            assert_eq!(rig.drive(start.id).await.now.status, StartStatus::Ready);
+            let known = known(store.standing(user, id).await.expect("the store"));
+            let record = &known.record;
+            let default = format!("Conversation {}", &id.simple().to_string()[..5]);
+            assert_eq!(record.title.as_deref(), Some(expected.unwrap_or(&default)));
+            assert_eq!((prompt_tokens(record), record.public, &record.pr_number[..]), (77, Some(true), &[7][..]));
+            assert_eq!((record.trigger.is_some(), record.parent_conversation_id), (true, parent));
+            assert_ne!(record.sandbox_id, "elsewhere");
+            assert_eq!((known.is_stub, known.processors.len()), (false, 1));
+            for include_sub_conversations in [true, false] {
+                let filter = Filter { include_sub_conversations, ..Filter::default() };
+                let page = store.search(user, &filter, SortOrder::CreatedAtDesc, None, 100).await.expect("a page");
+                let listed = page.records.iter().any(|record| record.id == id);
+                assert_eq!(listed, include_sub_conversations || parent.is_none());
+                let count = store.count(user, &filter).await.expect("a count");
+                assert_eq!(count, page.records.len() as u64, "{include_sub_conversations}");
+            }
+            assert_eq!(
+                store.sub_conversations(user, parent.unwrap_or_default()).await.expect("ids").contains(&id),
+                parent.is_some()
+            );
+            // A second start of it leaves it as it is.
+            let again = rig.begin(&json!({"conversation_id": id, "title": "Again"})).await;
+            assert_eq!(rig.drive(again.id).await.now.status, StartStatus::Ready);
+            assert_eq!(
+                rig.conversations.get(user, id).await.expect("the store").expect("a record").title,
+                known.record.title
+            );
+        }
+    }
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn a_start_that_fails_takes_what_its_agent_server_told_with_it() {
+    let rig = Rig::start(quick()).await;
+    let start = rig.begin(&json!({"title": "Never"})).await;
+    let stub = stub_of(&rig, start.conversation_id, &start.new_sandbox_id);
+    assert!(rig.conversations.put_stub(&stub, None).await.expect("stored"));
+    *rig.sandboxes.begins_as.lock().expect("status") = SandboxStatus::Error;
+    assert_eq!(rig.drive(start.id).await.now.status, StartStatus::Error);
+    assert!(rig.sandboxes.made()[&start.new_sandbox_id].deleted);
+    assert_eq!(rig.conversations.get(&rig.user, start.conversation_id).await.expect("the store"), None);
+    assert_eq!(rig.conversations.count(&rig.user, &Filter::default()).await.expect("a count"), 0);
+    rig.finish().await;
+}
+
+/// A rig with a conversation that runs, and its id.
+async fn with_conversation(body: Value) -> (Rig, Uuid) {
+    let rig = Rig::start(quick()).await;
+    let start = rig.begin(&body).await;
+    assert_eq!(rig.drive(start.id).await.now.status, StartStatus::Ready);
+    (rig, start.conversation_id)
+}
+
+#[tokio::test]
+async fn the_agents_title_is_fetched_and_a_rename_always_wins() {
+    let (rig, id) = with_conversation(json!({})).await;
+    let (user, fetch) = (&rig.user, |look| rig.other_worker.processors.fetch_title(&rig.user, id, look));
+    let title = async || rig.conversations.get(user, id).await.expect("the store").expect("a record").title;
+    let default = format!("Conversation {}", &id.simple().to_string()[..5]);
+    // It has none yet: another look is asked for, but not for ever.
+    fetch(0).await.expect("looked");
+    assert_eq!(title().await.as_deref(), Some(default.as_str()));
+    let again = async || loop {
+        if let Some(message) = rig.receive().await {
+            rig.delete(&message).await;
+            return Job::from_body(&message.body.unwrap_or_default()).expect("a job");
+        }
+    };
+    assert_eq!(again().await, Job::FetchTitle { user: user.clone(), conversation: id, look: 1 });
+    fetch(5).await.expect("looked");
+    // So it is while nobody knows the conversation, or its sandbox is not there.
+    rig.other_worker.processors.fetch_title(user, Uuid::new_v4(), 0).await.expect("looked");
+    assert!(matches!(again().await, Job::FetchTitle { look: 1, .. }));
+
+    let http = AgentServer::http_client().expect("a client");
+    let agent = AgentServer::new(http, &rig.agent.url(), Some(SESSION_KEY.into()));
+    agent.set_title(id, "🐛 Found", Duration::from_secs(5)).await.expect("a title");
+    join_all((0..5).map(fetch)).await.into_iter().for_each(|fetched| fetched.expect("fetched"));
+    assert_eq!(title().await.as_deref(), Some("🐛 Found"));
+    // Whoever of the two is first, the user's stays.
+    for round in 0..10 {
+        rig.conversations.update(user, id, ConversationChange::default().title(None)).await.expect("cleared");
+        let mine = format!("Mine {round}");
+        let rename = rig.conversations.update(user, id, ConversationChange::default().title(Some(&mine)));
+        let (fetched, renamed) = futures::future::join(fetch(0), rename).await;
+        assert!(fetched.is_ok() && renamed.is_ok());
+        assert_eq!(title().await, Some(mine));
+    }
+    rig.finish().await;
+}
+
+/// Keeps what is logged on this thread.
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().expect("lines").extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Lines {
+    /// The events that were logged, in order.
+    fn events(&self) -> Vec<String> {
+        let text = String::from_utf8(self.0.lock().expect("lines").clone()).expect("text");
+        let lines = text.lines().filter(|line| line.contains("event.logged"));
+        lines
+            .map(|line| {
+                line.split("event=\"").nth(1).and_then(|rest| rest.split('"').next()).expect("an id").to_owned()
+            })
+            .collect()
+    }
+}
+
+#[tokio::test]
+async fn events_are_logged_once_and_in_order_if_the_start_asked_for_it() {
+    let lines = Lines::default();
+    let to = lines.clone();
+    let subscriber = tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_env_filter("shared=info")
+        .with_writer(move || to.clone())
+        .finish();
+    let _logging = tracing::subscriber::set_default(subscriber);
+    let logging = json!({"processors": [{"kind": "LoggingCallbackProcessor"}]});
+    for (body, logged) in [(json!({}), false), (logging, true)] {
+        let (rig, id) = with_conversation(body).await;
+        let processors = &rig.other_worker.processors;
+        let at = |number: usize| Event {
+            id: format!("{logged}-{number}"),
+            timestamp: format!("2026-01-01T{:02}:{:02}:00", number / 60, number % 60),
+            kind: "K".into(),
+            json: format!("{{\"secret\":{number}}}"),
+        };
+        let come = async |numbers: &[usize]| {
+            let events = numbers.iter().map(|number| at(*number)).collect();
+            processors.events.append(&rig.user, id, events).await.expect("stored");
+            let process = || processors.process_events(&rig.user, id);
+            join_all((0..5).map(|_| process())).await.into_iter().for_each(|done| done.expect("processed"));
+        };
+        let first: Vec<usize> = (10..260).collect();
+        come(&first).await;
+        // Again, and with one that is late and one that is new.
+        come(&[10, 11, 5, 300]).await;
+        let expected: Vec<String> = first.into_iter().chain([300]).map(|number| at(number).id).collect();
+        assert_eq!(lines.events(), if logged { expected } else { Vec::new() });
+        rig.finish().await;
+    }
+    assert!(!String::from_utf8_lossy(&lines.0.lock().expect("lines")).contains("secret"));
+}
+
+#[tokio::test]
+async fn a_batch_with_processors_rings_for_them() {
+    let fixture = Fixture::new().await;
+    let (id, user) = (Uuid::new_v4(), &fixture.user);
+    let api = &fixture.api;
+    let record = seed::conversation(
+        user,
+        json!({"id": id.simple().to_string(), "sandbox_id": SANDBOX, "title": "Mine",
+        "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}),
+    );
+    let processors = [shared::start::request::EventCallbackProcessor::Logging];
+    let writes = api.stores.conversations.put_started(&record, &processors).expect("writes");
+    api.aws.dynamodb.transact_write_items().set_transact_items(Some(writes)).send().await.expect("stored");
+    fixture.post_events(SANDBOX, id, &[]).await;
+    fixture.post_events(SANDBOX, id, &[message("m")]).await;
+    assert_eq!(fixture.jobs().await, [Job::ProcessEvents { user: user.clone(), conversation: id }]);
+    fixture.api.stop().await;
+}
