@@ -239,10 +239,17 @@ async fn the_newest_stats_stay_whatever_comes_late_or_again() {
             15,
             Some(3.5),
         ),
+        // A part of the whole state.
+        (
+            vec![json!({"id": "s8", "timestamp": "2026-01-01T00:00:02.5", "key": "full_state",
+                "kind": "ConversationStateUpdateEvent", "value": {"agent": {}, "stats": metrics(16, 9)}})],
+            16,
+            Some(3.5),
+        ),
         (
             vec![json!({"id": "s7", "timestamp": "2026-01-01T00:00:03", "key": 1, "value": metrics(1, 1),
             "kind": "ConversationStateUpdateEvent"})],
-            15,
+            16,
             Some(3.5),
         ),
     ] {
@@ -266,7 +273,7 @@ async fn the_newest_stats_stay_whatever_comes_late_or_again() {
     }
     // What a conversation as a whole tells does not turn them back either.
     fixture.tell(SANDBOX, &json!({"id": id, "stats": metrics(1, 1), "updated_at": "2030-01-01T00:00:00Z"})).await;
-    assert_eq!(prompt_tokens(&fixture.record(user, id).await), 15);
+    assert_eq!(prompt_tokens(&fixture.record(user, id).await), 16);
     // Stats of nothing make nothing.
     let unknown = Uuid::new_v4();
     fixture.post_events(SANDBOX, unknown, &[stats("s1", "2026-01-01T00:00:01", 10)]).await;

@@ -74,19 +74,23 @@ impl Batch {
     }
 }
 
-/// The stats that an event tells.
+/// The stats that an event tells, by themselves or as a part of the whole state: version 1.15 tells them in that way alone.
 fn stats(event: &Event) -> Option<AgentStats> {
     #[derive(Deserialize)]
     struct StateUpdate {
         key: String,
         value: Value,
     }
-    // The whole state is told this way too; it is large, and it is not where the contract takes stats from.
+    // Most updates are of something else, and need not be read.
     if event.kind != "ConversationStateUpdateEvent" || !event.json.contains("usage_to_metrics") {
         return None;
     }
     let update: StateUpdate = serde_json::from_str(&event.json).ok()?;
-    (update.key == "stats").then(|| AgentStats::read(&update.value))?
+    match update.key.as_str() {
+        "stats" => AgentStats::read(&update.value),
+        "full_state" => AgentStats::read(update.value.get("stats")?),
+        _ => None,
+    }
 }
 
 /// Takes in what agent servers tell.
