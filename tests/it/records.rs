@@ -1,5 +1,6 @@
 //! Lists of records, against what a list in memory says: filters, orders, pages, counts, whatever happens meanwhile.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -155,8 +156,8 @@ impl Order {
 
     fn sort(self, rows: &mut [&Row]) {
         match self {
-            Self::Updated | Self::UpdatedDesc => rows.sort_by_key(|row| (row.updated, row.uuid())),
-            _ => rows.sort_by_key(|row| (row.created, row.uuid())),
+            Self::Updated | Self::UpdatedDesc => rows.sort_by_key(|row| (row.updated, Reverse(row.uuid()))),
+            _ => rows.sort_by_key(|row| (row.created, Reverse(row.uuid()))),
         }
         if !matches!(self, Self::Created | Self::Updated) {
             rows.reverse();
@@ -413,12 +414,14 @@ async fn happen(
         }
         Event::Delete(index) => {
             let Some(id) = chosen(index) else { return };
-            let record = api.stores.conversations.get(user, id).await.expect("the store").expect("a row");
-            assert!(api.stores.conversations.begin_deletion(user, &[record], Time::now()).await.expect("the store"));
-            if index.index(2) == 0 {
-                api.stores.conversations.end_deletion(user, id).await.expect("the store");
+            let path = format!("/api/v1/app-conversations/{id}");
+            assert_eq!(api.call(user, "DELETE", &path, None).await, (200, json!({"success": true})));
+            // Sub-conversations go with it.
+            let mut family = vec![id];
+            while let Some(gone) = family.pop() {
+                alive.remove(&gone);
+                family.extend(alive.values().filter(|row| row.parent.map(uuid_of) == Some(gone)).map(Row::uuid));
             }
-            alive.remove(&id);
         }
     }
 }

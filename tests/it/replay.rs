@@ -5,15 +5,13 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use local::options::{CommonOptions, LogKind, SandboxKind};
+use local::import::command::import;
+use local::options::{CommonOptions, ImportOptions, LogKind, SandboxKind};
 use local::server::{Environment, Server};
 use regex_lite::Regex;
 use serde_json::{Map, Value};
-use shared::user::UserId;
-use shared::user::seal::Sealer;
 use tempfile::TempDir;
 
-use crate::support::seed::Stores;
 use crate::support::wire::{Answer, Connection};
 
 /// In this order: the last two change records. What deletes comes after all of them.
@@ -120,11 +118,14 @@ struct Deviation {
     any_order: bool,
     /// The recorded body, with these values in these places.
     instead: Option<Map<String, Value>>,
+    /// The recorded page, without the item in this place.
+    without: Option<String>,
 }
 
 impl Deviation {
     fn read(entry: &Value) -> Self {
-        let known = ["file", "label", "path", "query", "expect", "why", "body", "ids", "any_order", "instead"];
+        let known =
+            ["file", "label", "path", "query", "expect", "why", "body", "ids", "any_order", "instead", "without"];
         for key in entry.as_object().expect("a deviation is an object").keys() {
             assert!(known.contains(&key.as_str()), "deviations.json: nothing reads {key}");
         }
@@ -140,6 +141,7 @@ impl Deviation {
             ids: entry.get("ids").cloned(),
             any_order: entry.get("any_order").is_some_and(|any| any == true),
             instead: entry.get("instead").map(|places| places.as_object().expect("places").clone()),
+            without: entry.get("without").map(|place| place.as_str().expect("a place").to_owned()),
         }
     }
 
@@ -172,6 +174,10 @@ impl Deviation {
         for (place, value) in self.instead.iter().flatten() {
             *wanted.pointer_mut(place).expect("a place in the recorded body") = value.clone();
         }
+        if let Some((list, index)) = self.without.as_deref().and_then(|place| place.rsplit_once('/')) {
+            let list = wanted.pointer_mut(list).and_then(Value::as_array_mut).expect("a list in the recorded body");
+            list.remove(index.parse().expect("an index"));
+        }
         differ(&wanted, body)
     }
 }
@@ -187,11 +193,10 @@ fn in_order(page: &Value) -> Value {
 #[tokio::test]
 async fn every_recorded_exchange_is_answered_as_the_reference_did_or_deviates_by_name() {
     let folder = TempDir::new().expect("a folder");
-    let server = serve(&folder.path().join("data")).await;
-    let sealer = Sealer::from_file(&server.config.sealing_key_file).expect("the sealing key");
-    let lines = fs::read_to_string(recorded("seed.jsonl")).expect("the seed");
-    let lines = lines.lines().map(|line| serde_json::from_str(line).expect("JSON"));
-    Stores::new(&server.aws, &server.config.names, &sealer).load(&UserId::local(), lines).await;
+    let data = folder.path().join("data");
+    let imported = import(&[recorded("seed.jsonl")], &ImportOptions::default(), &data, std::future::pending()).await;
+    assert!(imported.expect("an import"), "rows were skipped");
+    let server = serve(&data).await;
     let entries: Value =
         serde_json::from_str(&fs::read_to_string(recorded("deviations.json")).expect("deviations")).expect("JSON");
     let deviations: Vec<Deviation> = entries.as_array().expect("a list").iter().map(Deviation::read).collect();

@@ -12,12 +12,11 @@ use aws_sdk_dynamodb::operation::query::builders::QueryFluentBuilder;
 use aws_sdk_dynamodb::types::{AttributeValue, Select};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
-use uuid::Uuid;
 
 use super::ConversationRecord;
 use super::store::{
-    ALL_BY_CREATED, ALL_BY_UPDATED, BY_SANDBOX, ConversationStore, TOP_LEVEL_BY_CREATED, TOP_LEVEL_BY_UPDATED, key,
-    searchable,
+    ALL_BY_CREATED, ALL_BY_UPDATED, BY_SANDBOX, ConversationStore, TOP_LEVEL_BY_CREATED, TOP_LEVEL_BY_UPDATED,
+    id_in_sort_value, key, searchable,
 };
 use crate::clock::Time;
 use crate::dynamo::{Item, from_item, store_error, text};
@@ -210,7 +209,7 @@ impl Plan {
 
     /// The key behind which a page starts.
     fn start(&self, user: &UserId, after: &After) -> Result<Item> {
-        let id = after.0.rsplit_once('#').and_then(|(_, id)| Uuid::try_parse(id).ok()).ok_or_else(page_id::not_ours)?;
+        let id = id_in_sort_value(&after.0).ok_or_else(page_id::not_ours)?;
         let below = self.low.as_ref().is_some_and(|low| after.0 < *low);
         let above = self.high.as_ref().is_some_and(|high| after.0 > *high);
         if below || above {
@@ -318,6 +317,8 @@ impl ConversationStore {
 
 #[cfg(test)]
 mod tests {
+    use uuid::Uuid;
+
     use super::*;
 
     fn time(text: &str) -> Time {

@@ -467,9 +467,19 @@ pub(super) fn searchable(title: &str) -> String {
     title.to_ascii_lowercase()
 }
 
-/// The instant first, the id where two rows have the same.
+/// The instant first, and behind it, where two rows have the same, the complement of the id: newest first, such rows come in the
+/// order of their ids, as the reference shows them.
 pub(super) fn sort_value(at: Time, id: Uuid) -> String {
-    format!("{}#{}", at.sortable(), id::hex(id))
+    format!("{}#{}", at.sortable(), id::hex(complement(id)))
+}
+
+/// The id in a [`sort_value`], `None` where it is none.
+pub(super) fn id_in_sort_value(value: &str) -> Option<Uuid> {
+    value.rsplit_once('#').and_then(|(_, id)| Uuid::try_parse(id).ok()).map(complement)
+}
+
+fn complement(id: Uuid) -> Uuid {
+    Uuid::from_u128(!id.as_u128())
 }
 
 pub(super) fn key(user: &UserId, id: Uuid) -> Item {

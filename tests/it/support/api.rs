@@ -8,7 +8,7 @@ use axum::body::Body;
 use http::{Request, header};
 use http_body_util::BodyExt as _;
 use local::engines::{EnginePorts, Engines};
-use serde_json::Value;
+use serde_json::{Value, json};
 use shared::aws::Aws;
 use shared::config::{Config, Names, SandboxConfig, StartConfig};
 use shared::http::caller::Caller;
@@ -17,18 +17,23 @@ use shared::user::UserId;
 use shared::user::seal::Sealer;
 use tower::ServiceExt as _;
 
+use super::meter::Meter;
 use super::seed::Stores;
+use super::server::Server;
 
 const PREFIX: &str = "api-";
 
-/// The API. Not a server: nothing listens, nothing works on starts.
+/// The API. Not a server: nothing listens, and what is queued waits until a test works on it.
 #[derive(Debug)]
 pub struct Api {
     pub aws: Aws,
     pub names: Names,
     pub sealer: Sealer,
     pub stores: Stores,
+    config: Config,
     router: Router,
+    worker: start_worker::Context,
+    queue: String,
     engines: Engines,
 }
 
@@ -39,7 +44,7 @@ impl Api {
         let aws = Aws::new(&engines.sdk_config().await);
         let mut names = Names::with_prefix(PREFIX);
         let queues = schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
-        names.start_queue_url = queues.starts;
+        names.start_queue_url.clone_from(&queues.starts);
         let sealing_key_file = folder.join("sealing-key");
         let sealer = Sealer::from_file(&sealing_key_file).expect("a key");
         let config = Config {
@@ -50,16 +55,38 @@ impl Api {
             single_user: false,
             live_status_budget: std::time::Duration::from_secs(1),
         };
-        let functions = local::server::functions(&config, &aws, &sealer).expect("routers");
-        let webhooks = events::webhooks_router(events::Context::new(&config, &aws, &sealer));
-        let router = with_common_answers(functions.merge(webhooks));
+        let router = router(&config, &aws, &sealer);
         let stores = Stores::new(&aws, &names, &sealer);
-        Self { aws, names, sealer, stores, router, engines }
+        let worker = start_worker::Context::new(&config, &aws, &sealer).expect("a worker");
+        Self { aws, names, sealer, stores, config, router, worker, queue: queues.starts, engines }
+    }
+
+    /// From now on requests reach DynamoDB by way of a meter.
+    pub async fn measure(&mut self, meter: &Meter) -> Server {
+        let way = meter.to(&self.engines.dynamodb).await;
+        let sdk = self.engines.sdk_config().await;
+        let dynamodb = aws_sdk_dynamodb::config::Builder::from(&sdk).endpoint_url(way.url()).build();
+        let aws = Aws { dynamodb: aws_sdk_dynamodb::Client::from_conf(dynamodb), ..self.aws.clone() };
+        self.router = router(&self.config, &aws, &self.sealer);
+        way
     }
 
     pub async fn stop(self) {
         drop(self.router);
         self.engines.shutdown().await;
+    }
+
+    /// Works on what is queued until the queue is empty.
+    pub async fn work(&self) {
+        loop {
+            let received = self.aws.sqs.receive_message().queue_url(&self.queue).send().await.expect("the queue");
+            let Some(message) = received.messages.unwrap_or_default().pop() else { return };
+            let event = json!({"Records": [{"messageId": message.message_id, "body": message.body}]});
+            let handled = start_worker::handle(&self.worker, event).await.expect("handled");
+            assert!(handled.batch_item_failures.is_empty(), "{message:?}");
+            let receipt = message.receipt_handle.expect("a receipt");
+            self.aws.sqs.delete_message().queue_url(&self.queue).receipt_handle(receipt).send().await.expect("deleted");
+        }
     }
 
     /// One request of a user; the answer's body as JSON, or as text where it is none.
@@ -94,4 +121,9 @@ impl Api {
         let query = form_urlencoded::Serializer::new(String::new()).extend_pairs(query).finish();
         self.call(user, "GET", &format!("/api/v1/app-conversations{path}?{query}"), None).await
     }
+}
+
+fn router(config: &Config, aws: &Aws, sealer: &Sealer) -> Router {
+    let functions = local::server::functions(config, aws, sealer).expect("routers");
+    with_common_answers(functions.merge(events::webhooks_router(events::Context::new(config, aws, sealer))))
 }

@@ -4,10 +4,12 @@
 // No single test uses all of it.
 #![allow(dead_code)]
 
+pub mod account;
 pub mod api;
 pub mod gate;
 pub mod git_server;
 pub mod log;
+pub mod meter;
 pub mod product;
 pub mod rig;
 pub mod scripted_llm;

@@ -1,0 +1,657 @@
+//! Imports: rows come in once, whatever happens meanwhile, and what cannot be taken is told and ends nothing.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::future::pending;
+use std::path::{Path, PathBuf};
+
+use local::engines::{EnginePorts, Engines};
+use local::import::jsonl::JsonLines;
+use local::import::openhands::DataFolder;
+use local::import::summary::Tally;
+use local::import::{End, Entry, Importer, Pace, Skip, Summary, command};
+use local::options::ImportOptions;
+use rusqlite::{Connection, params};
+use serde_json::{Value, json};
+use shared::aws::Aws;
+use shared::config::Names;
+use shared::conversation::search::Filter;
+use shared::event::store::EventStore;
+use shared::start::store::{Filter as TaskFilter, SortOrder};
+use shared::start::task::StartStatus;
+use shared::user::UserId;
+use shared::user::seal::Sealer;
+use tempfile::TempDir;
+use tokio::sync::oneshot;
+use uuid::Uuid;
+
+use crate::support::gate::{Gate, Moment, Stop};
+use crate::support::log::all_events;
+use crate::support::seed::Stores;
+
+const PREFIX: &str = "import-";
+const SEED: &str = include_str!("../data/contract/seed.jsonl");
+const SECRET: &str = "hunter2-in-clear";
+
+/// Tables on engines of their own, with a gate in front of DynamoDB.
+struct Rig {
+    stores: Stores,
+    events: EventStore,
+    importer: Importer,
+    gated: Importer,
+    gate: Gate,
+    engines: Engines,
+    _way: crate::support::server::Server,
+    folder: TempDir,
+}
+
+impl Rig {
+    async fn start() -> Self {
+        let folder = TempDir::new().expect("a folder");
+        let engines = Engines::start(&folder.path().join("data"), EnginePorts::default()).await.expect("engines");
+        let sdk = engines.sdk_config().await;
+        let aws = Aws::new(&sdk);
+        let names = Names::with_prefix(PREFIX);
+        schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
+        let gate = Gate::new();
+        let way = gate.to(&engines.dynamodb).await;
+        let dynamodb = aws_sdk_dynamodb::config::Builder::from(&sdk).endpoint_url(way.url()).build();
+        let gated = Aws { dynamodb: aws_sdk_dynamodb::Client::from_conf(dynamodb), ..aws.clone() };
+        Self {
+            stores: Stores::new(&aws, &names, &Sealer::ephemeral()),
+            events: EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone()),
+            importer: Importer::new(&aws, &names, Pace::AWS),
+            gated: Importer::new(&gated, &names, Pace { in_flight: 2, per_owner: 1 }),
+            gate,
+            engines,
+            _way: way,
+            folder,
+        }
+    }
+
+    fn file(&self, name: &str, text: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.folder.path().join(name);
+        fs::write(&path, text).expect("a file");
+        path
+    }
+
+    async fn take(&self, entries: impl Iterator<Item = Result<Entry, Skip>> + Send + 'static) -> Summary {
+        complete(self.importer.run(entries, pending(), |_| {}).await)
+    }
+
+    async fn conversations(&self, user: &UserId) -> u64 {
+        self.stores.conversations.count(user, &Filter::default()).await.expect("a count")
+    }
+
+    async fn start_tasks(&self, user: &UserId) -> u64 {
+        self.stores.tasks.count(user, &TaskFilter::default()).await.expect("a count")
+    }
+
+    /// The counters, against the rows one by one.
+    async fn must_have(&self, user: &UserId, conversations: u64, start_tasks: u64) {
+        assert_eq!((self.conversations(user).await, self.start_tasks(user).await), (conversations, start_tasks));
+        let ids: Vec<Uuid> = seed("conversation").iter().map(|line| id(&line["data"]["id"])).collect();
+        let found = self.stores.conversations.batch_get(user, &ids).await.expect("the store");
+        assert_eq!(found.iter().flatten().count() as u64, conversations);
+        let listed = self.stores.tasks.list(user, &TaskFilter::default(), SortOrder::CreatedAt, None, 100).await;
+        assert_eq!(listed.expect("a list").0.len() as u64, start_tasks);
+    }
+}
+
+fn complete((summary, end): (Summary, End)) -> Summary {
+    assert!(matches!(end, End::Complete), "{end:?}");
+    summary
+}
+
+fn seed(kind: &str) -> Vec<Value> {
+    let lines = SEED.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
+    lines.filter(|line| line["type"] == kind).collect()
+}
+
+fn id(value: &Value) -> Uuid {
+    value.as_str().and_then(|id| id.parse().ok()).expect("an id")
+}
+
+fn lines(paths: &[PathBuf], default: Option<UserId>) -> JsonLines {
+    JsonLines::open(paths, default).expect("files")
+}
+
+fn taken(taken: u64) -> Tally {
+    Tally { taken, already_there: 0 }
+}
+
+fn there(already_there: u64) -> Tally {
+    Tally { taken: 0, already_there }
+}
+
+#[tokio::test]
+async fn recorded_rows_come_in_once_and_show_as_they_were() {
+    let rig = Rig::start().await;
+    let (local, other) = (UserId::local(), UserId::new("other-user"));
+    let file = rig.file("seed.jsonl", SEED);
+    let read = || lines(std::slice::from_ref(&file), Some(UserId::local()));
+    assert_eq!(read().total(), 165);
+
+    let summary = rig.take(read()).await;
+    assert_eq!((summary.conversations, summary.start_tasks, summary.events), (taken(155), taken(10), taken(0)));
+    assert_eq!(summary.skipped, []);
+    rig.must_have(&local, 155, 9).await;
+    rig.must_have(&other, 0, 1).await;
+
+    for line in seed("start_task") {
+        let owner = if line["data"]["created_by_user_id"].is_null() { &local } else { &other };
+        let record = rig.stores.tasks.get(owner, id(&line["data"]["id"])).await.expect("the store").expect("a task");
+        assert_eq!(serde_json::to_value(record.show()).expect("JSON"), line["data"]);
+    }
+    assert_eq!(rig.stores.tasks.forgotten().await.expect("the sweep's list"), [], "nobody goes on with them");
+
+    let again = rig.take(read()).await;
+    assert_eq!((again.conversations, again.start_tasks), (there(155), there(10)));
+    rig.must_have(&local, 155, 9).await;
+}
+
+#[tokio::test]
+async fn what_is_there_is_left_as_it_is() {
+    let rig = Rig::start().await;
+    let mut line = seed("conversation").remove(0);
+    let conversation = id(&line["data"]["id"]);
+    let event = |text: &str| {
+        json!({"type": "event", "conversation_id": conversation,
+            "data": {"id": "e", "timestamp": "2025-01-01T00:00:00", "kind": "K", "text": text}})
+    };
+    let first = rig.file("first", format!("{line}\n{}\n", event("first")));
+    rig.take(lines(&[first], Some(UserId::local()))).await;
+    let title = line["data"]["title"].clone();
+    line["data"]["title"] = json!("another");
+    // Twice in one file, too.
+    let second = rig.file("second", format!("{line}\n{line}\n{}\n{0}\n", event("second")));
+    let summary = rig.take(lines(&[second], Some(UserId::local()))).await;
+    assert_eq!((summary.conversations, summary.events), (there(2), there(2)));
+    let record = rig.stores.conversations.get(&UserId::local(), conversation).await.expect("the store");
+    assert_eq!(record.and_then(|record| record.title), title.as_str().map(ToOwned::to_owned));
+    let events = all_events(&rig.events, &UserId::local(), conversation).await;
+    assert!(events.len() == 1 && events[0].json.contains("first"), "{events:?}");
+}
+
+#[tokio::test]
+async fn a_run_that_was_stopped_is_completed_by_the_next() {
+    let rig = Rig::start().await;
+    let file = rig.file("seed.jsonl", SEED);
+    let user = UserId::new("stopped");
+    let read = || lines(std::slice::from_ref(&file), Some(UserId::new("stopped")));
+    let (stop, stopped) = oneshot::channel();
+    let mut stop = Some(stop);
+    let progress = |summary: &Summary| {
+        assert!(summary.settled() > 0);
+        if let Some(stop) = stop.take() {
+            stop.send(()).expect("a run");
+        }
+    };
+    // One batch at a time: after the first, others are left.
+    let stopped = async { stopped.await.expect("told") };
+    let (first, end) = rig.gated.run(read(), stopped, progress).await;
+    assert!(matches!(end, End::Stopped), "{end:?}");
+    assert!(first.settled() < 165, "{first:?}");
+    assert_eq!(rig.conversations(&user).await, first.conversations.taken, "what was told is stored");
+
+    let second = rig.take(read()).await;
+    assert_eq!(second.conversations.already_there, first.conversations.taken);
+    assert_eq!(second.conversations.taken + first.conversations.taken, 155);
+    rig.must_have(&user, 155, 9).await;
+}
+
+#[tokio::test]
+async fn a_failed_or_killed_run_is_completed_by_the_next_wherever_it_ended() {
+    let rig = Rig::start().await;
+    let event = |number: usize| {
+        let data = json!({"id": format!("e{number}"), "timestamp": "2025-01-01T00:00:00", "kind": "K"});
+        json!({"type": "event", "conversation_id": Uuid::nil(), "data": data}).to_string()
+    };
+    let events: Vec<String> = (0..60).map(event).collect();
+    let file = rig.file("seed.jsonl", format!("{SEED}{}", events.join("\n")));
+    let mut stops = 0;
+    for stop in [Stop::Refuse, Stop::Hang(Moment::Before), Stop::Hang(Moment::After)] {
+        for call in 1.. {
+            let user = UserId::new(format!("{stop:?} {call}"));
+            let read = || lines(std::slice::from_ref(&file), Some(user.clone()));
+            rig.gate.arm(call, stop);
+            let run = rig.gated.run(read(), pending(), |_| {});
+            let (counted, reached) = tokio::select! {
+                (summary, end) = run => {
+                    assert_eq!(matches!(end, End::Failed(_)), rig.gate.is_reached(), "{end:?}");
+                    (Some(summary), rig.gate.is_reached())
+                }
+                // Dropped where it stands: killed.
+                () = rig.gate.reached(), if stop != Stop::Refuse => (None, true),
+            };
+            rig.gate.disarm();
+            let second = rig.take(read()).await;
+            if let Some(first) = counted {
+                assert_eq!(second.conversations.already_there, first.conversations.taken, "{user}");
+                assert_eq!(second.conversations.taken + first.conversations.taken, 155, "{user}");
+            }
+            rig.must_have(&user, 155, 9).await;
+            assert_eq!(all_events(&rig.events, &user, Uuid::nil()).await.len(), 60, "{user}");
+            if !reached {
+                break;
+            }
+            stops += 1;
+        }
+    }
+    assert!(stops > 15, "only {stops}");
+    // Owned by name, it came with the first run.
+    assert_eq!(rig.start_tasks(&UserId::new("other-user")).await, 1);
+}
+
+#[tokio::test]
+async fn a_bad_line_is_told_and_ends_nothing() {
+    let rig = Rig::start().await;
+    let good = seed("conversation").remove(0);
+    let with = |field: &str, value: Value| {
+        let mut line = good.clone();
+        line["data"]["id"] = json!(Uuid::new_v4());
+        line["data"][field] = value;
+        line.to_string()
+    };
+    let task = |field: &str, value: Value| {
+        let mut line = seed("start_task").remove(1);
+        line["data"]["id"] = json!(Uuid::new_v4());
+        line["data"][field] = value;
+        line.to_string()
+    };
+    let event = |conversation: &str, data: Value| {
+        json!({"type": "event", "conversation_id": conversation, "data": data}).to_string()
+    };
+    let some = Uuid::new_v4().to_string();
+    let bad: Vec<(String, &str)> = vec![
+        ("{".into(), "line: it is no JSON"),
+        ("[1]".into(), "line: it is no object with a type and data"),
+        (r#"{"type": "conversation"}"#.into(), "line: it is no object with a type and data"),
+        (r#"{"type": "sandbox", "data": {}}"#.into(), "line: its type is none of conversation, start_task, event"),
+        (with("id", json!("not-an-id")), "conversation: id: Input should be a valid UUID"),
+        (with("sandbox_id", Value::Null), "conversation: sandbox_id: Input should be a valid string"),
+        (with("sandbox_id", json!("x".repeat(600))), "conversation: sandbox_id: it must have 1 to 512 bytes"),
+        (with("created_by_user_id", json!("")), "conversation: created_by_user_id: it must have 1 to 512 bytes"),
+        (with("created_at", json!("yesterday")), "conversation: created_at: Input should be a valid datetime or date"),
+        (
+            with("git_provider", json!("sourcehut")),
+            "conversation: git_provider: Input should be 'github', 'gitlab', 'bitbucket', 'bitbucket_data_center', 'forgejo', 'azure_devops' or 'enterprise_sso'",
+        ),
+        (
+            with("metrics", json!({"accumulated_cost": -1})),
+            "conversation: metrics.accumulated_cost: it is no amount of money",
+        ),
+        (
+            with("metrics", json!({"accumulated_cost": 1e300})),
+            "conversation: metrics.accumulated_cost: it is no amount of money",
+        ),
+        (
+            with("metrics", json!({"accumulated_token_usage": {"prompt_tokens": -1}})),
+            "conversation: metrics.accumulated_token_usage.prompt_tokens: it is no number of tokens",
+        ),
+        (with("title", json!("x".repeat(500_000))), "conversation: it is too large for the store"),
+        (task("status", json!("DREAMING")), "start task: status: it is no status of a start task"),
+        (
+            task("request", json!({"agent_type": "spy"})),
+            "start task: request.agent_type: Input should be 'default' or 'plan'",
+        ),
+        (
+            task("request", json!({"secrets": {"TOKEN": [SECRET]}})),
+            "start task: request.secrets: Input should be a valid string",
+        ),
+        (
+            task("request", json!({"secrets": SECRET})),
+            "start task: request.secrets: Input should be a valid dictionary",
+        ),
+        (event("nonsense", json!({})), "event: conversation_id: Input should be a valid UUID"),
+        (
+            event(&some, json!({"id": "e", "kind": "K"})),
+            "event: it is no JSON object whose id, timestamp and kind are texts",
+        ),
+        (event(&some, json!({"id": "", "timestamp": "t", "kind": "K"})), "event: id is empty"),
+        (
+            event(&some, json!({"id": "e".repeat(2000), "timestamp": "t", "kind": "K"})),
+            "event: id, timestamp and kind are too long",
+        ),
+    ];
+    let mut text: Vec<u8> = bad.iter().flat_map(|(line, _)| [line.as_bytes(), b"\n\n"].concat()).collect();
+    text.extend(b"\xff\n");
+    text.extend(good.to_string().bytes());
+    let file = rig.file("lines", &text);
+    let name = file.display().to_string();
+    let summary = rig.take(lines(&[file], Some(UserId::local()))).await;
+    assert_eq!(summary.conversations, taken(1), "{summary}");
+    let mut expected: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    for (index, (_, reason)) in bad.iter().enumerate() {
+        // Every second line is empty.
+        expected.entry(reason).or_default().push(format!("{name}:{}", 2 * index + 1));
+    }
+    expected.entry("line: it is not UTF-8").or_default().push(format!("{name}:{}", 2 * bad.len() + 1));
+    let found: BTreeMap<&str, Vec<String>> =
+        summary.skipped.iter().map(|skipped| (skipped.reason.as_str(), skipped.places.clone())).collect();
+    assert_eq!(found, expected);
+    assert_eq!(summary.skipped_rows(), bad.len() as u64 + 1);
+    assert!(!summary.to_string().contains(SECRET));
+}
+
+#[tokio::test]
+async fn rows_are_their_owners_and_events_their_conversations() {
+    let rig = Rig::start().await;
+    let (one, another, nobodys) = (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
+    let conversation = |id: Uuid, owner: Value| {
+        let mut line = seed("conversation").remove(0);
+        (line["data"]["id"], line["data"]["created_by_user_id"]) = (json!(id), owner);
+        line.to_string()
+    };
+    let event = |id: Uuid, number: usize| {
+        let data = json!({"id": format!("e{number}"), "timestamp": "2025-01-01T00:00:00", "kind": "K"});
+        json!({"type": "event", "conversation_id": id, "data": data}).to_string()
+    };
+    // Events come before their conversations, and in another file.
+    let events = [event(one, 1), event(another, 2), event(nobodys, 3), event(another, 4)].join("\n");
+    let conversations =
+        [conversation(another, json!("ann")), conversation(one, json!("bob")), conversation(nobodys, Value::Null)];
+    let files = [rig.file("events", events), rig.file("conversations", conversations.join("\n"))];
+
+    let strict = rig.take(lines(&files, None)).await;
+    assert_eq!((strict.conversations, strict.events), (taken(2), taken(3)));
+    let reasons: Vec<&str> = strict.skipped.iter().map(|skipped| skipped.reason.as_str()).collect();
+    assert_eq!(reasons.len(), 2);
+    assert!(reasons.iter().all(|reason| reason.contains("--user ID")), "{reasons:?}");
+
+    let summary = rig.take(lines(&files, Some(UserId::local()))).await;
+    assert_eq!(summary.conversations, Tally { taken: 1, already_there: 2 });
+    assert_eq!(summary.events, Tally { taken: 1, already_there: 3 });
+    assert_eq!(summary.skipped, []);
+    for (owner, conversation, count) in
+        [(UserId::new("ann"), another, 2), (UserId::new("bob"), one, 1), (UserId::local(), nobodys, 1)]
+    {
+        assert_eq!(rig.conversations(&owner).await, 1);
+        assert_eq!(all_events(&rig.events, &owner, conversation).await.len(), count, "{owner}");
+    }
+}
+
+#[tokio::test]
+async fn ten_thousand_events_in_any_order_are_kept_byte_for_byte() {
+    const EVENTS: usize = 10_000;
+    let rig = Rig::start().await;
+    let conversations: Vec<Uuid> = (0..7).map(|_| Uuid::new_v4()).collect();
+    // 7919 and the number of events have no common divisor: every number comes once, in disorder.
+    let numbers = (0..EVENTS).map(|index| index * 7919 % EVENTS);
+    let json = |number: usize| {
+        let (minute, second) = (number / 60 % 60, number % 60);
+        format!(
+            r#"{{"b" : {number}, "id":"e-{number}",  "timestamp":"2025-01-01T{:02}:{minute:02}:{second:02}", "text":"\u00e4ä\/", "kind":"K","n":1.50}}"#,
+            number / 3600
+        )
+    };
+    let text: String = numbers
+        .map(|number| {
+            let conversation = conversations[number % conversations.len()].simple();
+            format!("{{\"data\": {} ,\"type\":\"event\",\"conversation_id\":\"{conversation}\"}}\n", json(number))
+        })
+        .collect();
+    let file = rig.file("events", text);
+    let summary = rig.take(lines(&[file], Some(UserId::local()))).await;
+    assert_eq!((summary.events, summary.skipped_rows()), (taken(EVENTS as u64), 0));
+    for (first, conversation) in conversations.iter().enumerate() {
+        let found = all_events(&rig.events, &UserId::local(), *conversation).await;
+        let expected: Vec<String> = (first..EVENTS).step_by(conversations.len()).map(json).collect();
+        assert!(found.iter().map(|event| &event.json).eq(&expected), "conversation {first}");
+    }
+}
+
+/// A data folder of the other server, its database made as its migrations leave it.
+struct Reference {
+    folder: TempDir,
+    database: Connection,
+}
+
+impl Reference {
+    fn new() -> Self {
+        let folder = TempDir::new().expect("a folder");
+        let database = Connection::open(folder.path().join("openhands.db")).expect("a database");
+        database
+            .execute_batch(
+                "CREATE TABLE conversation_metadata (
+                    conversation_id VARCHAR PRIMARY KEY NOT NULL, user_id VARCHAR, selected_repository VARCHAR,
+                    selected_branch VARCHAR, git_provider VARCHAR, title VARCHAR, last_updated_at DATETIME,
+                    created_at DATETIME, \"trigger\" VARCHAR, pr_number JSON, accumulated_cost FLOAT,
+                    prompt_tokens INTEGER, completion_tokens INTEGER, total_tokens INTEGER, max_budget_per_task FLOAT,
+                    cache_read_tokens INTEGER, cache_write_tokens INTEGER, reasoning_tokens INTEGER,
+                    context_window INTEGER, per_turn_token INTEGER, llm_model VARCHAR,
+                    conversation_version VARCHAR NOT NULL, sandbox_id VARCHAR, parent_conversation_id VARCHAR,
+                    public BOOLEAN);
+                CREATE TABLE app_conversation_start_task (
+                    id UUID PRIMARY KEY NOT NULL, created_by_user_id VARCHAR, status VARCHAR(21), detail VARCHAR,
+                    app_conversation_id UUID, sandbox_id VARCHAR, agent_server_url VARCHAR, request JSON,
+                    created_at DATETIME, updated_at DATETIME);",
+            )
+            .expect("tables");
+        Self { folder, database }
+    }
+
+    fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    fn conversation(&self, id: Uuid, version: &str, trigger: &str, sandbox: Option<&str>) {
+        let values = params![id.to_string(), version, trigger, sandbox];
+        self.database
+            .execute(
+                "INSERT INTO conversation_metadata VALUES (?1, NULL, 'o/r', 'main', 'github', 'A title',
+                    '2025-06-01 10:01:00.123456', '2025-06-01 10:00:00', ?3, '[7]', 0.5, 1, 2, 0, NULL, 3, 4, 5, 6, NULL,
+                    'model', ?2, ?4, NULL, 1)",
+                values,
+            )
+            .expect("a row");
+    }
+
+    fn start_task(&self, id: Uuid, status: &str, request: &Value) {
+        let values = params![id.simple().to_string(), status, request.to_string()];
+        self.database
+            .execute(
+                "INSERT INTO app_conversation_start_task VALUES (?1, NULL, ?2, NULL, NULL, 'box', 'http://localhost:1', ?3,
+                    '2025-06-01 10:00:00.000001', '2025-06-01 10:00:02')",
+                values,
+            )
+            .expect("a row");
+    }
+
+    fn event(&self, user: &str, conversation: Uuid, name: &str, json: &str) {
+        let folder = self.path().join(user).join("v1_conversations").join(conversation.simple().to_string());
+        fs::create_dir_all(&folder).expect("a folder");
+        fs::write(folder.join(name), json).expect("an event");
+    }
+
+    /// Every file with its content.
+    fn files(&self) -> BTreeMap<PathBuf, Vec<u8>> {
+        let mut folders = vec![self.path().to_owned()];
+        let mut files = BTreeMap::new();
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(folder).expect("a folder") {
+                let path = entry.expect("an entry").path();
+                if path.is_dir() {
+                    folders.push(path);
+                } else {
+                    // The shared memory of the live connection also holds who reads.
+                    let content = if path.to_string_lossy().ends_with("-shm") {
+                        Vec::new()
+                    } else {
+                        fs::read(&path).expect("a file")
+                    };
+                    files.insert(path, content);
+                }
+            }
+        }
+        files
+    }
+
+    async fn import_into(&self, rig: &Rig) -> Summary {
+        rig.take(DataFolder::open(self.path(), Some(UserId::local())).expect("a data folder")).await
+    }
+}
+
+#[tokio::test]
+async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
+    let rig = Rig::start().await;
+    let user = UserId::local();
+    let reference = Reference::new();
+    let ids: Vec<Uuid> = (0..6).map(|_| Uuid::new_v4()).collect();
+    reference.conversation(ids[0], "V1", "gui", Some("box"));
+    reference.conversation(ids[1], "V1", "slack", Some("box"));
+    reference.conversation(ids[2], "V0", "gui", None);
+    reference.conversation(ids[3], "V1", "the moon", Some("box"));
+    reference.conversation(ids[4], "V1", "gui", None);
+    let tasks: Vec<Uuid> = (0..4).map(|_| Uuid::new_v4()).collect();
+    let large = json!({"title": "x".repeat(20_000), "secrets": {"TOKEN": SECRET}});
+    reference.start_task(tasks[0], "READY", &large);
+    reference.start_task(tasks[1], "PREPARING_REPOSITORY", &json!({"secrets": {"TOKEN": SECRET}}));
+    reference.start_task(tasks[2], "ERROR", &json!({}));
+    reference.start_task(tasks[3], "READY", &json!("no request"));
+    let event = |name: &str| {
+        format!("{{\n  \"id\": \"{name}\",\n  \"timestamp\": \"2025-01-01T00:00:00\",\n  \"kind\": \"K\"\n}}")
+    };
+    reference.event("", ids[0], "a.json", &event("a"));
+    reference.event("", ids[0], "b.json", "{");
+    reference.event("", ids[0], "note.txt", "no event");
+    reference.event("somebody", ids[1], "c.json", &event("c"));
+    reference.event("", ids[2], "d.json", &event("d"));
+    reference.event("", ids[5], "e.json", &event("e"));
+    let files = reference.files();
+
+    let folder = DataFolder::open(reference.path(), Some(UserId::local())).expect("a data folder");
+    assert_eq!(folder.total(), 5 + 4 + 5);
+    let summary = rig.take(folder).await;
+    assert_eq!(
+        (summary.conversations, summary.start_tasks, summary.events),
+        (taken(2), taken(3), taken(2)),
+        "{summary}"
+    );
+    let skipped: Vec<(&str, u64)> =
+        summary.skipped.iter().map(|skipped| (skipped.reason.as_str(), skipped.count)).collect();
+    assert_eq!(skipped.iter().map(|(_, count)| count).sum::<u64>(), 7, "{summary}");
+    for (beginning, count) in [
+        ("conversation: it is of version V0", 1),
+        ("conversation: trigger: Input should be", 1),
+        ("conversation: sandbox_id: Field required", 1),
+        ("start task: request: Input should be", 1),
+        ("event: it is no JSON object", 1),
+        ("event: its conversation is not in the database", 2),
+    ] {
+        assert!(skipped.iter().any(|(reason, found)| reason.starts_with(beginning) && *found == count), "{summary}");
+    }
+
+    let record = rig.stores.conversations.get(&user, ids[0]).await.expect("the store").expect("a conversation");
+    let shown = serde_json::to_value(shared::conversation::AppConversation::without_sandbox(record)).expect("JSON");
+    for (field, value) in [
+        ("created_at", json!("2025-06-01T10:00:00Z")),
+        ("updated_at", json!("2025-06-01T10:01:00.123456Z")),
+        ("selected_repository", json!("o/r")),
+        ("git_provider", json!("github")),
+        ("trigger", json!("gui")),
+        ("pr_number", json!([7])),
+        ("public", json!(true)),
+        ("sandbox_id", json!("box")),
+    ] {
+        assert_eq!(shown[field], value, "{field}");
+    }
+    assert_eq!(shown["metrics"]["accumulated_cost"], 0.5);
+    let usage = &shown["metrics"]["accumulated_token_usage"];
+    assert_eq!((&usage["cache_write_tokens"], &usage["per_turn_token"]), (&json!(4), &json!(0)));
+
+    let unfinished = rig.stores.tasks.get(&user, tasks[1]).await.expect("the store").expect("a task");
+    assert_eq!(unfinished.now.status, StartStatus::Error);
+    assert!(unfinished.now.detail.as_ref().is_some_and(|detail| detail.contains("PREPARING_REPOSITORY")));
+    let ready = rig.stores.tasks.get(&user, tasks[0]).await.expect("the store").expect("a task").show();
+    assert_eq!(ready.request["secrets"], json!({"TOKEN": "**********"}));
+    assert_eq!(ready.request["title"].as_str().map(str::len), Some(20_000));
+    assert_eq!(ready.created_at.to_string(), "2025-06-01T10:00:00.000001Z");
+
+    let kept = all_events(&rig.events, &user, ids[0]).await;
+    assert_eq!(kept.iter().map(|kept| kept.json.as_str()).collect::<Vec<_>>(), [event("a")]);
+    assert_eq!(all_events(&rig.events, &user, ids[1]).await.len(), 1, "the conversation's owner is the events' owner");
+
+    let again = reference.import_into(&rig).await;
+    assert_eq!((again.conversations, again.start_tasks, again.events), (there(2), there(3), there(2)));
+    assert_eq!(reference.files(), files, "nothing is written there");
+    assert_eq!((rig.conversations(&user).await, rig.start_tasks(&user).await), (2, 3));
+
+    let Rig { engines, folder, .. } = rig;
+    engines.shutdown().await;
+    let mut kept = vec![folder.path().to_owned()];
+    while let Some(path) = kept.pop() {
+        if path.is_dir() {
+            kept.extend(fs::read_dir(path).expect("a folder").map(|entry| entry.expect("an entry").path()));
+            continue;
+        }
+        let content = fs::read(&path).expect("a file");
+        assert!(!content.windows(SECRET.len()).any(|part| part == SECRET.as_bytes()), "{}", path.display());
+    }
+}
+
+#[tokio::test]
+async fn a_database_in_wal_mode_is_read_while_it_is_written_and_after_a_crash() {
+    let rig = Rig::start().await;
+    let reference = Reference::new();
+    reference.database.pragma_update(None, "journal_mode", "wal").expect("WAL");
+    reference.database.pragma_update(None, "wal_autocheckpoint", 0).expect("no checkpoints");
+    let ids: Vec<Uuid> = (0..3).map(|_| Uuid::new_v4()).collect();
+    reference.conversation(ids[0], "V1", "gui", Some("box"));
+    let files = reference.files();
+    assert!(files.keys().any(|path| path.to_string_lossy().ends_with("-wal")));
+    assert_eq!(reference.import_into(&rig).await.conversations, taken(1), "from the log of a live server");
+    assert_eq!(reference.files(), files);
+
+    // In the midst of a write.
+    reference.database.execute_batch("BEGIN IMMEDIATE").expect("a transaction");
+    reference.conversation(ids[1], "V1", "gui", Some("box"));
+    assert_eq!(reference.import_into(&rig).await.conversations, there(1), "what is not committed is not there");
+    reference.database.execute_batch("COMMIT").expect("committed");
+    assert_eq!(reference.import_into(&rig).await.conversations, Tally { taken: 1, already_there: 1 });
+
+    // What a killed server leaves, and what a copy without the shared memory has.
+    for (name, suffixes) in [("killed", ["", "-wal", "-shm"].as_slice()), ("copied", &["", "-wal"])] {
+        let folder = TempDir::new().expect("a folder");
+        for suffix in suffixes {
+            let file = format!("openhands.db{suffix}");
+            fs::copy(reference.path().join(&file), folder.path().join(&file)).expect("a copy");
+        }
+        let listed = || {
+            let mut names: Vec<_> = fs::read_dir(folder.path())
+                .expect("a folder")
+                .map(|entry| entry.expect("an entry").file_name())
+                .collect();
+            names.sort();
+            names
+        };
+        let before = listed();
+        let data = DataFolder::open(folder.path(), Some(UserId::local())).expect("a data folder");
+        assert_eq!(rig.take(data).await.conversations, there(2), "{name}");
+        assert_eq!(listed(), before, "{name}");
+    }
+
+    // A clean end leaves the database alone, still in WAL mode.
+    reference.conversation(ids[2], "V1", "gui", Some("box"));
+    let Reference { folder, database } = reference;
+    database.close().expect("closed");
+    let data = DataFolder::open(folder.path(), Some(UserId::local())).expect("a data folder");
+    assert_eq!(rig.take(data).await.conversations, Tally { taken: 1, already_there: 2 });
+    assert_eq!(fs::read_dir(folder.path()).expect("a folder").count(), 1);
+}
+
+#[tokio::test]
+async fn a_data_folder_in_use_and_one_of_nobody_are_refused_with_a_sentence() {
+    let rig = Rig::start().await;
+    let file = rig.file("seed.jsonl", SEED);
+    let data = rig.folder.path().join("data");
+    let into = ImportOptions::default();
+    let refused = command::import(&[file], &into, &data, pending()).await.expect_err("it is in use");
+    assert!(refused.to_string().ends_with("is in use by another process. Stop that one or choose another folder."));
+    let refused =
+        command::import_openhands(rig.folder.path(), &into, &data, pending()).await.expect_err("no such server's");
+    assert!(refused.to_string().starts_with("There is no openhands.db in "), "{refused}");
+    let missing = rig.folder.path().join("missing");
+    let refused = command::import(&[missing], &into, &data, pending()).await.expect_err("no such file");
+    assert!(refused.to_string().contains("missing cannot be read: "), "{refused}");
+}

@@ -1,0 +1,89 @@
+//! A meter between an SDK and DynamoDB: what each kind of request consumes, as DynamoDB counts it.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use axum::body::Body;
+use axum::response::Response;
+use http::header;
+use serde_json::{Value, json};
+
+use super::server::{Cut, Request, Server};
+
+/// What was consumed since the last look.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Cost {
+    pub requests: usize,
+    /// Read units of what reads, write units of what writes.
+    pub units: f64,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    costs: Mutex<BTreeMap<String, Cost>>,
+    http: reqwest::Client,
+}
+
+/// Counts. Clones are the same meter.
+#[derive(Clone, Debug, Default)]
+pub struct Meter(Arc<State>);
+
+impl Meter {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A way through the meter to DynamoDB.
+    pub async fn to(&self, upstream: &str) -> Server {
+        let (meter, upstream) = (self.clone(), upstream.to_owned());
+        Server::start(move |request| {
+            let (meter, upstream) = (meter.clone(), upstream.clone());
+            async move { meter.pass(request, &upstream).await }
+        })
+        .await
+    }
+
+    /// What was consumed since the last call, by operation; counting begins again.
+    pub fn take(&self) -> BTreeMap<String, Cost> {
+        std::mem::take(&mut *self.0.costs.lock().expect("costs"))
+    }
+
+    async fn pass(&self, request: Request, upstream: &str) -> Result<Response, Cut> {
+        let target = request.header("x-amz-target").unwrap_or_default();
+        let operation = target.rsplit('.').next().unwrap_or(target).to_owned();
+        // The engine does not look at the signature, which is of the body as it was.
+        let body = match request.json() {
+            Value::Object(mut body) => {
+                body.insert("ReturnConsumedCapacity".to_owned(), json!("TOTAL"));
+                Value::Object(body).to_string().into()
+            }
+            _ => request.body.clone(),
+        };
+        let mut headers = request.headers.clone();
+        headers.remove(header::HOST);
+        headers.remove(header::CONTENT_LENGTH);
+        let sent = self.0.http.post(format!("{upstream}{}", request.path)).headers(headers).body(body).send();
+        let answer = sent.await.map_err(|_| Cut)?;
+        let mut response = Response::builder().status(answer.status());
+        for (name, value) in answer.headers() {
+            response = response.header(name, value);
+        }
+        let body = answer.bytes().await.map_err(|_| Cut)?;
+        let consumed = serde_json::from_slice::<Value>(&body).unwrap_or_default()["ConsumedCapacity"].take();
+        {
+            let mut costs = self.0.costs.lock().expect("costs");
+            let cost = costs.entry(operation).or_default();
+            cost.requests += 1;
+            cost.units += units(&consumed);
+        }
+        response.body(Body::from(body)).map_err(|_| Cut)
+    }
+}
+
+/// Of one table or of several.
+fn units(consumed: &Value) -> f64 {
+    match consumed {
+        Value::Array(tables) => tables.iter().map(units).sum(),
+        table => table["CapacityUnits"].as_f64().unwrap_or_default(),
+    }
+}

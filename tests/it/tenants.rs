@@ -1,0 +1,348 @@
+//! Tenants whose rows have the same ids: on no route do they see, count, change or delete each other's.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use aws_sdk_dynamodb::types::AttributeValue;
+use axum::body::Body;
+use http::Request;
+use regex_lite::Regex;
+use secrecy::{ExposeSecret as _, SecretString};
+use serde_json::{Value, json};
+use shared::config::SandboxConfig;
+use shared::event::store::{Event, EventStore};
+use shared::sandbox::store::SandboxStore;
+use shared::user::UserId;
+use tempfile::TempDir;
+use uuid::Uuid;
+
+use crate::support::api::Api;
+
+const PARENT: Uuid = Uuid::from_u128(1);
+const CHILD: Uuid = Uuid::from_u128(2);
+const TASK: Uuid = Uuid::from_u128(3);
+const SANDBOX: &str = "one";
+
+/// Who a request shows itself to be from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum By {
+    /// The user.
+    Caller,
+    /// The user's sandbox, by its session key.
+    Sandbox,
+}
+
+/// A route, a request to it about rows that several tenants have, and what each gets.
+struct Route {
+    method: &'static str,
+    /// As in the router table of `Cargo.toml`.
+    path: &'static str,
+    /// What stands for the path's parameters, and the query.
+    target: String,
+    by: By,
+    body: Option<Value>,
+    /// What an owner of such rows gets; `{owner}` stands for their name.
+    owner: (u16, &'static str),
+    /// What one without rows gets: status, and body where it is always the same.
+    stranger: (u16, Option<Value>),
+}
+
+fn routes() -> Vec<Route> {
+    const BASE: &str = "/api/v1/app-conversations";
+    let empty_page = json!({"items": [], "next_page_id": null});
+    let start = json!({"parent_conversation_id": PARENT, "title": "another"});
+    let unknown_parent = (404, None);
+    let row = |method, path: &'static str, target: String, body: Option<Value>, owner, stranger| Route {
+        method,
+        path,
+        target,
+        by: By::Caller,
+        body,
+        owner,
+        stranger,
+    };
+    vec![
+        row(
+            "GET",
+            BASE,
+            format!("{BASE}?ids={PARENT}&ids={CHILD}"),
+            None,
+            (200, "conversation of {owner}"),
+            (200, Some(json!([null, null]))),
+        ),
+        row(
+            "GET",
+            "/api/v1/app-conversations/search",
+            format!("{BASE}/search?include_sub_conversations=true&sandbox_id__eq={SANDBOX}"),
+            None,
+            (200, "conversation of {owner}"),
+            (200, Some(empty_page.clone())),
+        ),
+        row("GET", "/api/v1/app-conversations/count", format!("{BASE}/count"), None, (200, "2"), (200, Some(json!(0)))),
+        row(
+            "GET",
+            "/api/v1/app-conversations/count",
+            format!("{BASE}/count?title__contains=conversation&include_sub_conversations=false"),
+            None,
+            (200, "1"),
+            (200, Some(json!(0))),
+        ),
+        row(
+            "GET",
+            "/api/v1/app-conversations/start-tasks",
+            format!("{BASE}/start-tasks?ids={TASK}"),
+            None,
+            (200, "task of {owner}"),
+            (200, Some(json!([null]))),
+        ),
+        row(
+            "GET",
+            "/api/v1/app-conversations/start-tasks/search",
+            format!("{BASE}/start-tasks/search?conversation_id__eq={PARENT}"),
+            None,
+            (200, "task of {owner}"),
+            (200, Some(empty_page)),
+        ),
+        row(
+            "GET",
+            "/api/v1/app-conversations/start-tasks/count",
+            format!("{BASE}/start-tasks/count"),
+            None,
+            (200, "1"),
+            (200, Some(json!(0))),
+        ),
+        row(
+            "PATCH",
+            "/api/v1/app-conversations/{conversation_id}",
+            format!("{BASE}/{CHILD}"),
+            Some(json!({"public": true})),
+            (200, "conversation of {owner}"),
+            (404, Some(json!({"detail": "unknown_app_conversation"}))),
+        ),
+        Route {
+            by: By::Sandbox,
+            ..row(
+                "POST",
+                "/api/v1/webhooks/conversations",
+                "/api/v1/webhooks/conversations".to_owned(),
+                Some(json!({"id": PARENT, "execution_status": "running"})),
+                (200, "success"),
+                (401, None),
+            )
+        },
+        Route {
+            by: By::Sandbox,
+            ..row(
+                "POST",
+                "/api/v1/webhooks/events/{conversation_id}",
+                format!("/api/v1/webhooks/events/{PARENT}"),
+                Some(json!([{"id": "first", "timestamp": "2025-01-01T00:00:00", "kind": "MessageEvent"}])),
+                (200, "success"),
+                (401, None),
+            )
+        },
+        row("POST", BASE, BASE.to_owned(), Some(start.clone()), (200, "another"), unknown_parent.clone()),
+        row(
+            "POST",
+            "/api/v1/app-conversations/stream-start",
+            format!("{BASE}/stream-start"),
+            Some(start),
+            (200, "another"),
+            unknown_parent,
+        ),
+        // Last: it takes the rows that the others are about.
+        row(
+            "DELETE",
+            "/api/v1/app-conversations/{conversation_id}",
+            format!("{BASE}/{PARENT}"),
+            None,
+            (200, "success"),
+            (404, None),
+        ),
+    ]
+}
+
+/// The rows that each owner has, under the same ids.
+async fn furnish(api: &Api, owner: &UserId) {
+    let time = "2025-01-01T00:00:00Z";
+    let conversation = |id: Uuid, parent: Option<Uuid>| {
+        json!({"type": "conversation", "data": {
+            "id": id.simple().to_string(),
+            "sandbox_id": SANDBOX,
+            "title": format!("conversation of {owner}"),
+            "parent_conversation_id": parent.map(|parent| parent.simple().to_string()),
+            "created_at": time,
+            "updated_at": time,
+        }})
+    };
+    let task = json!({"type": "start_task", "data": {
+        "id": TASK.simple().to_string(),
+        "status": "READY",
+        "app_conversation_id": PARENT.simple().to_string(),
+        "sandbox_id": SANDBOX,
+        "request": {"title": format!("task of {owner}")},
+        "created_at": time,
+        "updated_at": time,
+    }});
+    let rows = [conversation(PARENT, None), conversation(CHILD, Some(PARENT)), task];
+    api.stores.load(owner, rows).await;
+    let sandboxes = SandboxStore::new(api.aws.dynamodb.clone(), api.names.sandboxes.clone(), api.sealer.clone());
+    let record = sandboxes.new_record(owner, SANDBOX, "spec", &key_of(owner)).expect("a record");
+    sandboxes.put_new(record).await.expect("stored");
+    // One event in the row, one in the bucket.
+    let event = |id: &str, size: usize| Event {
+        id: id.to_owned(),
+        timestamp: "2025-01-01T00:00:00".to_owned(),
+        kind: "MessageEvent".to_owned(),
+        json: json!({"id": id, "text": format!("event of {owner} {}", "x".repeat(size))}).to_string(),
+    };
+    let events = vec![event("first", 1), event("second", 400_000)];
+    store_of_events(api).append(owner, PARENT, events).await.expect("stored");
+}
+
+fn store_of_events(api: &Api) -> EventStore {
+    EventStore::new(api.aws.dynamodb.clone(), api.names.events.clone(), api.aws.s3.clone(), api.names.bucket.clone())
+}
+
+fn key_of(user: &UserId) -> SecretString {
+    format!("session-key-of-{user}").into()
+}
+
+/// All rows of all tables, and when all objects were written, by what tells them apart.
+async fn everything(api: &Api) -> BTreeMap<String, HashMap<String, AttributeValue>> {
+    let mut all = BTreeMap::new();
+    for table in schema::TABLES {
+        let name = api.names.conversations.replace("conversations", table.name);
+        let mut items = api.aws.dynamodb.scan().table_name(&name).into_paginator().items().send();
+        while let Some(item) = items.next().await {
+            let item = item.expect("the store");
+            let [partition, sort] =
+                [table.partition_key, table.sort_key].map(|key| item[key].as_s().expect("text").clone());
+            all.insert(format!("{name} {partition} {sort}"), item);
+        }
+    }
+    let objects = api.aws.s3.list_objects_v2().bucket(&api.names.bucket).send().await.expect("the bucket");
+    for object in objects.contents() {
+        let written = AttributeValue::S(format!("{:?} {:?}", object.size(), object.last_modified()));
+        all.insert(
+            format!("object {}", object.key().expect("a key")),
+            HashMap::from([("written".to_owned(), written)]),
+        );
+    }
+    all
+}
+
+/// A request, and what is left to do behind it.
+async fn request(api: &Api, user: &UserId, route: &Route) -> (u16, Value) {
+    let asked = async {
+        match route.by {
+            By::Caller => api.call(user, route.method, &route.target, route.body.as_ref()).await,
+            By::Sandbox => {
+                let body = route.body.as_ref().map_or_else(Body::empty, |body| Body::from(body.to_string()));
+                let request = Request::builder()
+                    .method(route.method)
+                    .uri(&route.target)
+                    .header("content-type", "application/json")
+                    .header("x-session-api-key", key_of(user).expose_secret());
+                api.send(request.body(body).expect("a request")).await
+            }
+        }
+    };
+    let answered = AtomicBool::new(false);
+    let asked = async {
+        let answer = asked.await;
+        answered.store(true, Ordering::Relaxed);
+        answer
+    };
+    // An answer may wait for the worker.
+    let working = async {
+        while !answered.load(Ordering::Relaxed) {
+            api.work().await;
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        api.work().await;
+    };
+    tokio::join!(asked, working).0
+}
+
+#[tokio::test]
+async fn tenants_with_the_same_ids_never_meet() {
+    let folder = TempDir::new().expect("a folder");
+    let api = Api::at(folder.path(), SandboxConfig::None).await;
+    let [actor, bystander, stranger] = ["actor", "bystander", "stranger"].map(UserId::new);
+    let mut before = everything(&api).await;
+    furnish(&api, &bystander).await;
+    let mut untouched = everything(&api).await;
+    untouched.retain(|key, _| before.remove(key).is_none());
+    assert!(untouched.len() >= 8, "{untouched:?}");
+    furnish(&api, &actor).await;
+    for route in routes() {
+        let (method, target) = (route.method, &route.target);
+        let seen = everything(&api).await;
+        let (status, answer) = request(&api, &stranger, &route).await;
+        let expected = route.stranger.1.clone().unwrap_or_else(|| answer.clone());
+        assert_eq!((status, &answer), (route.stranger.0, &expected), "{method} {target}");
+        assert!(!answer.to_string().contains(" of "), "{method} {target}: {answer}");
+        let now = everything(&api).await;
+        let differing: Vec<&String> =
+            seen.iter().filter(|(key, row)| now.get(*key) != Some(*row)).map(|(key, _)| key).collect();
+        assert_eq!(differing, Vec::<&String>::new(), "{method} {target} of a stranger");
+        assert!(
+            now.keys().filter(|key| !seen.contains_key(*key)).all(|key| key.contains("stranger")),
+            "{method} {target}"
+        );
+
+        let (status, answer) = request(&api, &actor, &route).await;
+        let holds = route.owner.1.replace("{owner}", actor.as_str());
+        assert_eq!(status, route.owner.0, "{method} {target}: {answer}");
+        assert!(answer.to_string().contains(&holds), "{method} {target}: {answer}");
+        assert!(!answer.to_string().contains("bystander"), "{method} {target}: {answer}");
+        let now = everything(&api).await;
+        for (key, row) in &untouched {
+            assert_eq!(now.get(key), Some(row), "{method} {target} of another owner changed {key}");
+        }
+    }
+    // What the actor deleted is gone for them, and there for the bystander, as it always was.
+    let read = Route { body: None, ..routes().swap_remove(0) };
+    assert_eq!(request(&api, &actor, &read).await, (200, json!([null, null])));
+    let (_, answer) = request(&api, &bystander, &read).await;
+    assert_eq!(answer[1]["title"], "conversation of bystander");
+    assert_eq!(answer[0]["sub_conversation_ids"], json!([CHILD.simple().to_string()]));
+    api.stop().await;
+}
+
+/// A route that is not in the table would be one whose tenants nobody keeps apart.
+#[tokio::test]
+async fn every_route_is_in_the_table_of_tenants() {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml");
+    let manifest = std::fs::read_to_string(manifest).expect("the workspace's manifest");
+    let (_, router) = manifest.split_once("[workspace.metadata.lambda.watch.router]").expect("a router table");
+    let router = router.split("\n[").next().unwrap_or_default();
+    let paths: Vec<&str> = Regex::new(r#"(?m)^"([^"]+)" ="#)
+        .expect("a pattern")
+        .captures_iter(router)
+        .filter_map(|found| found.get(1).map(|path| path.as_str()))
+        .collect();
+    assert!(paths.len() >= 10, "{paths:?}");
+    let table = routes();
+    for route in &table {
+        assert!(paths.contains(&route.path), "{} is in the table, but not in the router", route.path);
+    }
+    let folder = TempDir::new().expect("a folder");
+    let api = Api::at(folder.path(), SandboxConfig::None).await;
+    let nobody = UserId::new("nobody");
+    let parameter = Regex::new(r"\{[^}]*\}").expect("a pattern");
+    for path in paths {
+        let target = parameter.replace_all(path, "00000000-0000-0000-0000-00000000000f");
+        for method in ["GET", "POST", "PUT", "PATCH", "DELETE"] {
+            let (status, answer) = api.call(&nobody, method, &target, None).await;
+            let detail = answer["detail"].as_str().unwrap_or_default();
+            assert!((status, detail) != (404, "Not Found"), "{path} is in the router, but no function has it");
+            let known = table.iter().any(|route| route.path == path && route.method == method);
+            assert!(status == 405 || known, "{method} {path} ({status}) is not in the table of tenants");
+        }
+    }
+    api.stop().await;
+}
