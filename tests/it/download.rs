@@ -35,7 +35,9 @@ use tokio::process::Command;
 use uuid::Uuid;
 
 use crate::support::gate::{Gate, Moment, Stop};
+use crate::support::product::{Product, saying};
 use crate::support::rig::StandInSandboxes;
+use crate::support::scripted_llm::ScriptedLlm;
 use crate::support::server;
 use crate::support::wait::wait_for;
 
@@ -388,7 +390,7 @@ impl Dice {
                 1 => text += &format!("\\u{:04X}", self.roll(0x100)),
                 2 => {
                     text += ["\\n", "\\t", "\\\"", "\\\\", "\\/", "\\b", "\\f", "\\r"]
-                        [usize::try_from(self.roll(8)).expect("small")]
+                        [usize::try_from(self.roll(8)).expect("small")];
                 }
                 3 => text.push(
                     ['é', '€', '😀', '\u{7f}', '\u{80}', '\u{2028}'][usize::try_from(self.roll(6)).expect("small")],
@@ -794,7 +796,7 @@ async fn one_that_outlasts_its_request_is_made_by_workers_from_part_to_part() {
     let detail: Value = answer.json().await.expect("JSON");
     assert_eq!(detail, json!({"detail": "The export is still being made: ask again in a few seconds"}));
     let job = Job::Export { user: rig.user.clone(), conversation: id };
-    assert_eq!(rig.jobs().await, [job.clone()]);
+    assert_eq!(rig.jobs().await, std::slice::from_ref(&job));
     // Each turn ends with a part, and rings for the next.
     let mut turns = 0;
     loop {
@@ -803,10 +805,10 @@ async fn one_that_outlasts_its_request_is_made_by_workers_from_part_to_part() {
         let record = rig.record(id).await.expect("a record");
         let Some(progress) = record.progress else { break };
         assert_eq!(progress.parts, turns);
-        assert_eq!(rig.jobs().await, [job.clone()]);
+        assert_eq!(rig.jobs().await, std::slice::from_ref(&job));
         assert_eq!(rig.zips().await, [""; 0], "nothing is there before all of it is");
         assert_eq!(told(&rig.get(id).await), come_back);
-        assert_eq!(rig.jobs().await, [job.clone()], "who asks again rings again");
+        assert_eq!(rig.jobs().await, std::slice::from_ref(&job), "who asks again rings again");
         // The conversation goes on; what was asked for is made nevertheless.
         rig.append(id, vec![numbered(20 + usize::try_from(turns).expect("few"))]).await;
     }
@@ -886,6 +888,33 @@ async fn events_that_have_not_arrived_are_fetched() {
     let answer = tower::ServiceExt::oneshot(router, request).await.expect("an answer");
     assert_eq!(answer.headers()["x-export-warning"], WARNING);
     rig.end().await;
+}
+
+#[tokio::test]
+async fn a_real_agents_events_are_in_an_export_before_it_has_posted_them() {
+    let llm = ScriptedLlm::start().await;
+    let settings =
+        json!({"llm_model": "openai/scripted", "llm_api_key": "key-of-the-model", "llm_base_url": llm.base_url()});
+    let product = Product::start(settings).await;
+    let start = product.start_conversation(saying("Say hello")).await;
+    let id = start.conversation_id();
+    product.conversation_when(&id, "finished").await;
+    // What was told least lately is posted up to 30 s later.
+    let told = product.at_agent(&id).await.all_events().await;
+    let id = Uuid::parse_str(&id).expect("an id");
+    let answer = product.download(&id.to_string()).await;
+    assert_eq!((answer.status().as_u16(), answer.headers().get("x-export-warning")), (200, None));
+    let path = product.data().join("export.zip");
+    fs::write(&path, answer.bytes().await.expect("a body")).expect("written");
+    let members = Zip { path }.members().await;
+    assert!(told.len() > 2, "{told:#?}");
+    for event in &told {
+        let id = event["id"].as_str().expect("an id");
+        let member = members.iter().find(|(name, _)| name.ends_with(&format!("_{id}.json")));
+        let (_, text) = member.unwrap_or_else(|| panic!("{id} is missing: {event:#}"));
+        assert_eq!(serde_json::from_str::<Value>(text).expect("JSON"), *event);
+    }
+    product.shutdown().await;
 }
 
 #[tokio::test]

@@ -210,6 +210,11 @@ impl Product {
         format!("http://{}{API}{path}", self.server().address)
     }
 
+    /// The export of a conversation.
+    pub async fn download(&self, id: &str) -> reqwest::Response {
+        self.http.get(self.url(&format!("/{id}/download"))).send().await.expect("an answer")
+    }
+
     /// `GET` below `/api/v1/app-conversations`.
     pub async fn get(&self, path: &str) -> Value {
         let (status, body) = send(self.http.get(self.url(path))).await;
@@ -360,6 +365,12 @@ impl AgentConversation {
     /// The folder that the agent works in.
     pub async fn folder(&self) -> PathBuf {
         text(&self.info().await["workspace"]["working_dir"]).into()
+    }
+
+    /// All of its events.
+    pub async fn all_events(&self) -> Vec<Value> {
+        let events = self.send(self.http.get(format!("{}/events/search?limit=100", self.url))).await;
+        events["items"].as_array().expect("items").clone()
     }
 
     /// Its events of this kind, in order.
