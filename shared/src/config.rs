@@ -103,6 +103,59 @@ impl Default for StartConfig {
     }
 }
 
+/// How conversations are exported.
+#[derive(Clone, Debug)]
+pub struct ExportConfig {
+    /// The largest zip that is the answer itself, in bytes; a larger one is behind a link (`EXPORT_INLINE_LIMIT`, 4 MiB).
+    /// Lambda answers with 6 MB at most, in base64.
+    pub inline_limit: u64,
+    /// How long a request works on an export before it leaves it to the worker (`EXPORT_BUDGET_MS`, 20000). The API gateway
+    /// waits for 29 s.
+    pub budget: Duration,
+    /// How long a worker works on one before it leaves it to the next (`EXPORT_WORKER_BUDGET_MS`, 100000). Lambda ends it
+    /// after 150 s.
+    pub worker_budget: Duration,
+    /// How long agent servers have for events that have not arrived (`EXPORT_CATCH_UP_MS`, 5000).
+    pub catch_up: Duration,
+    /// How long indexes may lag behind a write (`EXPORT_SETTLE_MS`, 5000): an export that was begun sooner after the log
+    /// changed is not used again.
+    pub settle: Duration,
+    /// How long a claim on an export lasts without being renewed (`EXPORT_LEASE_SECONDS`, 30).
+    pub lease: Duration,
+}
+
+impl Default for ExportConfig {
+    fn default() -> Self {
+        Self {
+            inline_limit: 4 * 1024 * 1024,
+            budget: Duration::from_secs(20),
+            worker_budget: Duration::from_secs(100),
+            catch_up: Duration::from_secs(5),
+            settle: Duration::from_secs(5),
+            lease: Duration::from_secs(30),
+        }
+    }
+}
+
+impl ExportConfig {
+    /// Reads the environment; what is not set keeps its default.
+    ///
+    /// # Errors
+    /// Names the first variable that is malformed.
+    pub fn from_env() -> Result<Self, ConfigError> {
+        let default = Self::default();
+        let milliseconds = |name, default| Ok::<_, ConfigError>(parsed(name)?.map_or(default, Duration::from_millis));
+        Ok(Self {
+            inline_limit: parsed("EXPORT_INLINE_LIMIT")?.unwrap_or(default.inline_limit),
+            budget: milliseconds("EXPORT_BUDGET_MS", default.budget)?,
+            worker_budget: milliseconds("EXPORT_WORKER_BUDGET_MS", default.worker_budget)?,
+            catch_up: milliseconds("EXPORT_CATCH_UP_MS", default.catch_up)?,
+            settle: milliseconds("EXPORT_SETTLE_MS", default.settle)?,
+            lease: parsed("EXPORT_LEASE_SECONDS")?.map_or(default.lease, Duration::from_secs),
+        })
+    }
+}
+
 /// Which sandboxes are made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SandboxConfig {
@@ -140,6 +193,8 @@ pub struct Config {
     pub single_user: bool,
     /// The time that one page may spend on asking agent servers for live status (`LIVE_STATUS_BUDGET_MS`, 1500).
     pub live_status_budget: Duration,
+    /// Exports.
+    pub export: ExportConfig,
 }
 
 /// A variable that is missing or does not read as what it should be.
@@ -187,6 +242,7 @@ impl Config {
             sealing_key_file: required("SEALING_KEY_FILE")?.into(),
             single_user: flag("SINGLE_USER", false)?,
             live_status_budget: Duration::from_millis(parsed("LIVE_STATUS_BUDGET_MS")?.unwrap_or(1500)),
+            export: ExportConfig::from_env()?,
         })
     }
 

@@ -13,6 +13,7 @@ pub mod conversation;
 pub mod dynamo;
 pub mod error;
 pub mod event;
+pub mod export;
 pub mod http;
 pub mod id;
 pub mod sandbox;

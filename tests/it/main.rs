@@ -11,6 +11,7 @@
 )]
 
 mod deletion;
+mod download;
 mod effects;
 mod end_to_end;
 mod events;

@@ -9,7 +9,7 @@ use secrecy::SecretString;
 use serde_json::{Value, json};
 use shared::Time;
 use shared::aws::Aws;
-use shared::config::{Config, Names, SandboxConfig, StartConfig};
+use shared::config::{Config, ExportConfig, Names, SandboxConfig, StartConfig};
 use shared::conversation::ConversationRecord;
 use shared::conversation::search::Filter;
 use shared::conversation::store::ConversationStore;
@@ -297,6 +297,7 @@ async fn nothing_is_acknowledged_that_the_store_refuses() {
         sealing_key_file,
         single_user: false,
         live_status_budget: std::time::Duration::from_secs(1),
+        export: ExportConfig::default(),
     };
     let router = events::webhooks_router(events::Context::new(&config, &gated, &sealer));
     let id = Uuid::new_v4();

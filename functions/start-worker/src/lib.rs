@@ -1,5 +1,5 @@
-//! The worker behind the queue: advances starts, finishes deletions, fetches titles and processes events, sweeps up what was
-//! forgotten, and gives up honestly.
+//! The worker behind the queue: advances starts, goes on with exports that outlasted their requests, finishes deletions,
+//! fetches titles and processes events, sweeps up what was forgotten, and gives up honestly.
 
 use aws_lambda_events::event::sqs::{BatchItemFailure, SqsBatchResponse, SqsEvent, SqsMessage};
 use futures::future::{join, join_all};
@@ -12,6 +12,7 @@ use shared::conversation::store::ConversationStore;
 use shared::error::Error;
 use shared::event::processors::Processors;
 use shared::event::store::EventStore;
+use shared::export::Exporter;
 use shared::sandbox;
 use shared::sandbox::store::SandboxStore;
 use shared::start::queue::{DEAD_LETTER_SUFFIX, Job, StartQueue};
@@ -29,6 +30,8 @@ pub struct Context {
     pub deletion: Deletion,
     /// Does what is to be done on events.
     pub processors: Processors,
+    /// Goes on with exports.
+    pub exporter: Exporter,
 }
 
 impl Context {
@@ -39,6 +42,8 @@ impl Context {
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Self, Error> {
         let (names, dynamodb) = (&config.names, &aws.dynamodb);
         let sandboxes = SandboxStore::new(dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
+        let sandboxes = sandbox::service(&config.sandbox, sandboxes);
+        let exporter = Exporter::new(&config.export, names, aws, sandboxes.clone())?;
         let saga = Saga {
             tasks: StartTaskStore::new(
                 dynamodb.clone(),
@@ -49,7 +54,7 @@ impl Context {
                 sealer.clone(),
             ),
             conversations: ConversationStore::new(dynamodb.clone(), names.conversations.clone(), names.users.clone()),
-            sandboxes: sandbox::service(&config.sandbox, sandboxes),
+            sandboxes,
             settings: SettingsStore::new(dynamodb.clone(), names.users.clone(), sealer.clone()),
             queue: StartQueue::new(aws.sqs.clone(), names.start_queue_url.clone()),
             http: AgentServer::http_client().map_err(Error::internal)?,
@@ -57,12 +62,12 @@ impl Context {
             config: config.start.clone(),
         };
         let events = EventStore::new(dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
-        Ok(Self::new_with(saga, events))
+        Ok(Self::new_with(saga, events, exporter))
     }
 
-    /// A context around a saga, and the events of the conversations that it makes.
+    /// A context around a saga, and the events and exports of the conversations that it makes.
     #[must_use]
-    pub fn new_with(saga: Saga, events: EventStore) -> Self {
+    pub fn new_with(saga: Saga, events: EventStore, exporter: Exporter) -> Self {
         let processors = Processors {
             conversations: saga.conversations.clone(),
             events: events.clone(),
@@ -74,10 +79,11 @@ impl Context {
             deleter: Deleter { conversations: saga.conversations.clone(), queue: saga.queue.clone() },
             tasks: saga.tasks.clone(),
             events,
+            exports: exporter.store().clone(),
             sandboxes: saga.sandboxes.clone(),
             http: saga.http.clone(),
         };
-        Self { saga, deletion, processors }
+        Self { saga, deletion, processors, exporter }
     }
 }
 
@@ -128,6 +134,12 @@ async fn handle_message(context: &Context, message: &SqsMessage) -> Result<(), E
             tracing::debug!(%task, ?turn, "start_worker.turn");
             Ok(())
         }
+        // Whoever asks again rings again.
+        Job::Export { conversation, .. } if dead => {
+            tracing::error!(%conversation, "export.given_up");
+            Ok(())
+        }
+        Job::Export { user, conversation } => context.exporter.go_on(&user, conversation).await,
         Job::DeleteConversation { conversation, .. } if dead => {
             // The sweep goes on ringing for it: what is left costs money, and somebody wants it gone.
             tracing::error!(%conversation, "start_worker.deletion_keeps_failing");

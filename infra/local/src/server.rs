@@ -16,7 +16,7 @@ use http::StatusCode;
 use secrecy::SecretString;
 use serde_json::{Map, Value, json};
 use shared::aws::Aws;
-use shared::config::{self, Config, Names, ProcessSandboxConfig, SandboxConfig, StartConfig};
+use shared::config::{self, Config, ExportConfig, Names, ProcessSandboxConfig, SandboxConfig, StartConfig};
 use shared::sandbox::SandboxService as _;
 use shared::sandbox::process::ProcessSandboxes;
 use shared::sandbox::store::SandboxStore;
@@ -37,6 +37,7 @@ use crate::worker::{Worker, poll, sweep};
 pub(crate) const PREFIX: &str = "openhands-";
 /// How long requests in flight may take to end.
 const GRACE: Duration = Duration::from_secs(3);
+const DAY: Duration = Duration::from_secs(24 * 3600);
 /// Waiting in this process costs nothing, so starts are given back to the queue only when they take long.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -81,6 +82,8 @@ pub enum ServerError {
 pub struct Environment {
     /// How starts behave.
     pub start: StartConfig,
+    /// How conversations are exported.
+    pub export: ExportConfig,
     /// The user's settings; they win over those of a file.
     pub settings: Map<String, Value>,
     /// The instance's key (`SESSION_API_KEY`); without one every request is served.
@@ -105,6 +108,7 @@ impl Environment {
             .collect();
         Ok(Self {
             start,
+            export: ExportConfig::from_env()?,
             settings,
             session_api_key: config::text("SESSION_API_KEY").map(SecretString::from),
             origins: config::permitted_origins(),
@@ -180,6 +184,9 @@ impl Server {
         let mut names = Names::with_prefix(PREFIX);
         let queues = schema::make_all(&aws, &names, PREFIX).await?;
         names.start_queue_url.clone_from(&queues.starts);
+        let expiry = schema::EXPORTS_EXPIRE;
+        let [objects, uploads] = [expiry.days, expiry.incomplete_upload_days].map(|days| DAY * days);
+        engines.expire(&names.bucket, expiry.prefix, objects, uploads)?;
         let web_url = match &invoke_url {
             Some(url) => url.trim_end_matches('/').to_owned(),
             None => format!("http://127.0.0.1:{port}"),
@@ -200,6 +207,7 @@ impl Server {
             sealing_key_file,
             single_user: true,
             live_status_budget: Duration::from_millis(1500),
+            export: environment.export,
         };
         let user = UserId::local();
         let stored = SettingsStore::new(aws.dynamodb.clone(), config.names.users.clone(), sealer.clone());
@@ -339,6 +347,7 @@ impl Server {
 pub fn functions(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Router, shared::Error> {
     Ok(Router::new()
         .merge(conversations::router(conversations::Context::new(config, aws, sealer)?))
+        .merge(download::router(download::Context::new(config, aws, sealer)?))
         .merge(start::router(start::Context::new(config, aws, sealer)))
         .merge(stream_start::router(stream_start::Context::new(config, aws, sealer)))
         .merge(start_tasks::router(start_tasks::Context::new(config, aws, sealer)))

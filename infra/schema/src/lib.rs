@@ -108,6 +108,20 @@ pub const TABLES: [Table; 5] = [
     Table { name: "users", partition_key: "user", sort_key: "kind", indexes: &[] },
 ];
 
+/// When S3 removes what is below a prefix: a lifecycle rule of the bucket. Locally it is carried out when the server starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Expiry {
+    /// The beginning of the objects' keys.
+    pub prefix: &'static str,
+    /// Days after which an object is removed.
+    pub days: u32,
+    /// Days after which a multipart upload that was not completed is removed.
+    pub incomplete_upload_days: u32,
+}
+
+/// Exports are made again when they are asked for again.
+pub const EXPORTS_EXPIRE: Expiry = Expiry { prefix: shared::export::store::PREFIX, days: 1, incomplete_upload_days: 1 };
+
 /// A queue and its dead-letter queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Queue {

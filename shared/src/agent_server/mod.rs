@@ -11,6 +11,7 @@ use reqwest::{Method, RequestBuilder, StatusCode};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -152,6 +153,16 @@ pub struct SkillInfo {
     /// Whether it is in the format of agentskills.io.
     #[serde(default)]
     pub is_agentskills_format: bool,
+}
+
+/// A page of an agent server's events.
+#[derive(Debug, Deserialize)]
+pub struct EventPage {
+    /// The events.
+    pub items: Vec<Box<RawValue>>,
+    /// Where the next page starts, if there is one.
+    #[serde(default)]
+    pub next_page_id: Option<String>,
 }
 
 /// One agent server.
@@ -375,6 +386,19 @@ impl AgentServer {
         let body = json!({"security_analyzer": {"kind": "LLMSecurityAnalyzer"}});
         let _done: Value = self.call(Method::POST, &path, HOOKS_TIMEOUT, |request| request.json(&body)).await?;
         Ok(())
+    }
+
+    /// A page of a conversation's events, newest first, each as it came; `page_id` is the earlier page's `next_page_id`.
+    ///
+    /// # Errors
+    /// See [`Failure`].
+    pub async fn newest_events(&self, conversation: Uuid, page_id: Option<&str>, limit: usize) -> Result<EventPage> {
+        let path = format!("/api/conversations/{}/events/search", id::dashed(conversation));
+        self.call(Method::GET, &path, LOOK_TIMEOUT, |request| {
+            let request = request.query(&[("sort_order", "TIMESTAMP_DESC"), ("limit", &limit.to_string())]);
+            request.query(&page_id.map(|id| [("page_id", id)]))
+        })
+        .await
     }
 
     async fn call<T: DeserializeOwned>(

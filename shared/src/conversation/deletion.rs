@@ -14,6 +14,7 @@ use crate::agent_server::{AgentServer, Failure};
 use crate::clock::Time;
 use crate::error::{Error, Result, StoreError};
 use crate::event::store::EventStore;
+use crate::export::store::ExportStore;
 use crate::sandbox::{SandboxService, SandboxStatus};
 use crate::start::queue::{Job, StartQueue};
 use crate::start::store::StartTaskStore;
@@ -95,6 +96,8 @@ pub struct Deletion {
     pub tasks: StartTaskStore,
     /// Their events.
     pub events: EventStore,
+    /// Their exports.
+    pub exports: ExportStore,
     /// The sandboxes that they ran in.
     pub sandboxes: Arc<dyn SandboxService>,
     /// For agent servers.
@@ -116,6 +119,7 @@ impl Deletion {
         self.delete_from_agent_server(&record).await?;
         self.tasks.delete_of_conversation(user, id).await?;
         self.events.delete_all(user, id).await?;
+        self.exports.delete_all(user, id).await?;
         self.delete_unused_sandbox(&record).await?;
         conversations.end_deletion(user, id).await?;
         tracing::info!(conversation = %id, "conversation.deleted");

@@ -18,7 +18,7 @@ use jiff::tz::Offset;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::clock::Time;
+use crate::clock::{Time, sortable};
 use crate::dynamo::{
     BATCH_GET_LIMIT, Item, batch_get_attribute, batch_get_items, from_item, store_error, text, to_item,
 };
@@ -166,6 +166,16 @@ pub struct EventPage {
     pub events: Vec<Event>,
     /// Where the next page starts, if there is one.
     pub next: Option<After>,
+}
+
+/// The state of a log at some time.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogVersion {
+    /// Random: two states have two.
+    pub version: String,
+    /// When it was written last. The indexes follow a little later.
+    #[serde(serialize_with = "sortable::serialize")]
+    pub changed_at: Time,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -325,7 +335,39 @@ impl EventStore {
             let put = PutRequest::builder().set_item(Some(to_item(&row)?)).build().map_err(Error::internal)?;
             writes.push(WriteRequest::builder().put_request(put).build());
         }
-        self.write_all(&writes).await
+        if writes.is_empty() {
+            return Ok(());
+        }
+        let stored = self.write_all(&writes).await;
+        // Behind the events, so that no version is older than what it stands for; also where only some of them are stored.
+        let marked = self.put_version(&partition).await;
+        stored.and(marked)
+    }
+
+    /// What changes whenever the log does; `None` for a log that was never written to.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn version(&self, user: &UserId, conversation: Uuid) -> Result<Option<LogVersion>> {
+        let found = self
+            .dynamodb
+            .get_item()
+            .table_name(&self.table)
+            .set_key(Some(version_key(&partition(user, conversation))))
+            .consistent_read(true)
+            .send()
+            .await
+            .map_err(store_error("GetItem events"))?;
+        found.item.map(from_item).transpose()
+    }
+
+    async fn put_version(&self, partition: &str) -> Result<()> {
+        let version = LogVersion { version: id::random_base62(22), changed_at: Time::now() };
+        let mut item = to_item(&version)?;
+        item.extend(version_key(partition));
+        let put = self.dynamodb.put_item().table_name(&self.table).set_item(Some(item));
+        put.send().await.map_err(store_error("PutItem events"))?;
+        Ok(())
     }
 
     /// A page of the events that the filter lets through: at most `limit` of them and never more than 100; fewer if they
@@ -447,6 +489,14 @@ impl EventStore {
         Ok(ids.iter().map(|id| found.get(id).cloned().flatten()).collect())
     }
 
+    /// Those of the ids, at most 100, that the conversation has events for.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn known(&self, user: &UserId, conversation: Uuid, ids: &[String]) -> Result<Vec<String>> {
+        Ok(self.rows(&partition(user, conversation), ids.to_vec()).await?.into_keys().collect())
+    }
+
     /// Deletes all events of a conversation, with their objects; a page at a time, objects first, so that what was
     /// interrupted can be done again.
     ///
@@ -485,9 +535,12 @@ impl EventStore {
             self.write_all(&writes).await?;
             start = answer.last_evaluated_key;
             if start.is_none() {
-                return Ok(());
+                break;
             }
         }
+        let delete = self.dynamodb.delete_item().table_name(&self.table).set_key(Some(version_key(&partition)));
+        delete.send().await.map_err(store_error("DeleteItem events"))?;
+        Ok(())
     }
 
     async fn write_all(&self, writes: &[WriteRequest]) -> Result<()> {
@@ -589,6 +642,11 @@ impl EventStore {
 
 fn partition(user: &UserId, conversation: Uuid) -> String {
     user.key_of(&id::hex(conversation))
+}
+
+/// In a partition of its own, where no page meets it.
+fn version_key(partition: &str) -> Item {
+    key(&format!("{partition}#version"), "version")
 }
 
 fn key(partition: &str, id: &str) -> Item {

@@ -29,6 +29,14 @@ pub enum Job {
         #[serde(with = "as_hex")]
         task: Uuid,
     },
+    /// Go on with an export.
+    Export {
+        /// The conversation's owner.
+        user: UserId,
+        /// Its id.
+        #[serde(with = "as_hex")]
+        conversation: Uuid,
+    },
     /// Ask a conversation's agent server for what it does not tell by itself.
     LookAtConversation {
         /// Its owner.

@@ -10,7 +10,7 @@ use http_body_util::BodyExt as _;
 use local::engines::{EnginePorts, Engines};
 use serde_json::{Value, json};
 use shared::aws::Aws;
-use shared::config::{Config, Names, SandboxConfig, StartConfig};
+use shared::config::{Config, ExportConfig, Names, SandboxConfig, StartConfig};
 use shared::http::caller::Caller;
 use shared::http::response::with_common_answers;
 use shared::user::UserId;
@@ -54,6 +54,7 @@ impl Api {
             sealing_key_file,
             single_user: false,
             live_status_budget: std::time::Duration::from_secs(1),
+            export: ExportConfig::default(),
         };
         let router = router(&config, &aws, &sealer);
         let stores = Stores::new(&aws, &names, &sealer);

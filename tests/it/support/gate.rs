@@ -26,6 +26,8 @@ pub enum Stop {
     Hold(Moment),
     /// It is refused without an effect, in a way that SDKs do not retry. Only calls to AWS are.
     Refuse,
+    /// The same for calls to S3.
+    RefuseObject,
 }
 
 #[derive(Debug)]
@@ -99,6 +101,9 @@ impl Gate {
     async fn pass(&self, request: Request, upstream: &str) -> Result<Response, Cut> {
         let name = match request.header("x-amz-target") {
             Some(target) => target.rsplit('.').next().unwrap_or(target).to_owned(),
+            None if request.header("x-amz-content-sha256").is_some() && !request.query.is_empty() => {
+                format!("{} {}?{}", request.method, request.path, request.query)
+            }
             None => format!("{} {}", request.method, request.path),
         };
         let stop = {
@@ -109,6 +114,7 @@ impl Gate {
                 Stop::Hold(_) => *call <= calls.len(),
                 Stop::Hang(_) => *call == calls.len(),
                 Stop::Refuse => *call == calls.len() && request.header("x-amz-target").is_some(),
+                Stop::RefuseObject => *call == calls.len() && request.header("x-amz-content-sha256").is_some(),
             })
             .map(|(_, stop)| stop)
         };
@@ -120,6 +126,10 @@ impl Gate {
             Some(Stop::Refuse) => {
                 let body = r#"{"__type":"com.amazonaws.dynamodb.v20120810#ValidationException","message":"refused by a test"}"#;
                 Ok(raw(StatusCode::BAD_REQUEST, "application/x-amz-json-1.0", body))
+            }
+            Some(Stop::RefuseObject) => {
+                let body = "<Error><Code>AccessDenied</Code><Message>refused by a test</Message></Error>";
+                Ok(raw(StatusCode::FORBIDDEN, "application/xml", body))
             }
             Some(Stop::Hang(Moment::Before)) => hang().await,
             Some(Stop::Hang(Moment::After)) => {
@@ -141,7 +151,10 @@ impl Gate {
     async fn forward(&self, request: Request, upstream: &str) -> Result<Response, Cut> {
         let query = if request.query.is_empty() { String::new() } else { format!("?{}", request.query) };
         let mut headers = request.headers.clone();
-        headers.remove(http::header::HOST);
+        // S3's signatures cover it, those of links too.
+        if request.header("x-amz-content-sha256").is_none() && !request.query.contains("X-Amz-Signature") {
+            headers.remove(http::header::HOST);
+        }
         let answer = self
             .0
             .http

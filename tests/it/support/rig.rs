@@ -11,10 +11,11 @@ use local::engines::{EnginePorts, Engines};
 use serde_json::{Value, json};
 use shared::agent_server::AgentServer;
 use shared::aws::Aws;
-use shared::config::{Names, StartConfig};
+use shared::config::{ExportConfig, Names, StartConfig};
 use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
 use shared::event::store::EventStore;
+use shared::export::Exporter;
 use shared::sandbox::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus};
 use shared::start::begin::StartBeginner;
 use shared::start::queue::{DEAD_LETTER_SUFFIX, StartQueue};
@@ -60,6 +61,11 @@ pub struct Made {
 }
 
 impl StandInSandboxes {
+    /// None yet; those to come have the agent server at `url`.
+    pub fn at(url: String, working_dir: String) -> Self {
+        Self { url, working_dir, state: Arc::default(), begins_as: Arc::new(Mutex::new(SandboxStatus::Running)) }
+    }
+
     /// Every sandbox that was ever made.
     pub fn made(&self) -> BTreeMap<String, Made> {
         self.state.lock().expect("sandboxes").clone()
@@ -209,12 +215,7 @@ impl Rig {
             s3: aws.s3.clone(),
         };
         let sealer = Sealer::from_file(&folder.path().join("sealing-key")).expect("a key");
-        let sandboxes = Arc::new(StandInSandboxes {
-            url: ways[2].url(),
-            working_dir: agent.working_dir(),
-            state: Arc::default(),
-            begins_as: Arc::new(Mutex::new(SandboxStatus::Running)),
-        });
+        let sandboxes = Arc::new(StandInSandboxes::at(ways[2].url(), agent.working_dir()));
         let beside_the_gate = Arc::new(StandInSandboxes { url: agent.url(), ..StandInSandboxes::clone(&sandboxes) });
         let tasks = |aws: &Aws| {
             let (dynamodb, s3) = (aws.dynamodb.clone(), aws.s3.clone());
@@ -240,7 +241,8 @@ impl Rig {
                 sealer: sealer.clone(),
                 config: config.clone(),
             };
-            Context::new_with(saga, events(aws))
+            let exporter = Exporter::new(&ExportConfig::default(), &names, aws, sandboxes.clone());
+            Context::new_with(saga, events(aws), exporter.expect("an exporter"))
         };
         let rig = Self {
             user: UserId::new("user-of-the-rig"),

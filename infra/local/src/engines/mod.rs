@@ -206,6 +206,19 @@ impl Engines {
         make_folder(&self.buckets.join(name))
     }
 
+    /// Removes what is older than `objects` below a prefix of a bucket, and multipart uploads that nothing was added to for
+    /// `uploads`; returns how many files that were. Meant for before anything is served.
+    pub fn expire(
+        &self,
+        bucket: &str,
+        prefix: &str,
+        objects: Duration,
+        uploads: Duration,
+    ) -> Result<usize, EngineError> {
+        s3::expire(&self.buckets, bucket, prefix, objects, uploads)
+            .map_err(|source| EngineError::folder(&self.buckets, source))
+    }
+
     /// Stops the engines: requests in flight end, waiting receives return empty, the database is closed with all
     /// its data in the one file, and the data folder is free for the next process.
     pub async fn shutdown(self) {

@@ -1,8 +1,10 @@
 //! S3: s3s and s3s-fs on a folder, with CORS in front and stricter rules where the file system shows through.
 
 use std::convert::Infallible;
+use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
@@ -19,7 +21,7 @@ use s3s::{S3Request, S3Result, s3_error};
 use s3s_fs::FileSystem;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tower_http::cors::{Any, CorsLayer};
+use tower_http::cors::{AllowHeaders, Any, CorsLayer};
 
 use super::{EngineCredentials, EngineError, serve};
 
@@ -47,7 +49,7 @@ pub(super) fn start(
     let cors = CorsLayer::new()
         .allow_origin(Any)
         .allow_methods([Method::GET, Method::HEAD, Method::PUT])
-        .allow_headers(Any)
+        .allow_headers(AllowHeaders::mirror_request())
         .expose_headers([
             header::ETAG,
             header::CONTENT_LENGTH,
@@ -66,6 +68,57 @@ async fn call(service: &S3Service, request: Request) -> Response {
             StatusCode::INTERNAL_SERVER_ERROR.into_response()
         }
     }
+}
+
+/// Removes what is older than `objects` below a prefix of a bucket, and every multipart upload that nothing was added to for
+/// `uploads`: S3 does this by lifecycle rules, s3s-fs does not.
+pub(super) fn expire(
+    root: &Path,
+    bucket: &str,
+    prefix: &str,
+    objects: Duration,
+    uploads: Duration,
+) -> std::io::Result<usize> {
+    let (mut removed, mut folders) = (0, vec![root.join(bucket).join(prefix.trim_end_matches('/'))]);
+    while let Some(folder) = folders.pop() {
+        for entry in entries(&folder)? {
+            if entry.file_type()?.is_dir() {
+                folders.push(entry.path());
+            } else if is_older(&entry, objects) {
+                fs::remove_file(entry.path())?;
+                removed += 1;
+                let path = entry.path();
+                let key = path.strip_prefix(root.join(bucket)).unwrap_or(&path).to_string_lossy().into_owned();
+                for kind in ["internal", "metadata"] {
+                    // Not every object has them.
+                    let _missing = fs::remove_file(root.join(note_name(bucket, &key, kind)));
+                }
+            }
+        }
+    }
+    for entry in entries(root)? {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let of_upload = name.starts_with(".upload") || (name.starts_with(".bucket-") && name.contains(".upload-"));
+        if of_upload && is_older(&entry, uploads) {
+            fs::remove_file(entry.path())?;
+            removed += 1;
+        }
+    }
+    Ok(removed)
+}
+
+/// None where there is no such folder.
+fn entries(folder: &Path) -> std::io::Result<Vec<fs::DirEntry>> {
+    match fs::read_dir(folder) {
+        Ok(entries) => entries.collect(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}
+
+fn is_older(entry: &fs::DirEntry, age: Duration) -> bool {
+    let changed = entry.metadata().and_then(|metadata| metadata.modified());
+    changed.is_ok_and(|changed| changed.elapsed().is_ok_and(|elapsed| elapsed > age))
 }
 
 /// What S3 would refuse and a folder would let through, and the traces that s3s-fs leaves behind.

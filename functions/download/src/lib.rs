@@ -1,0 +1,104 @@
+//! `GET /api/v1/app-conversations/{conversation_id}/download`: a conversation as a zip.
+//!
+//! A small one is the answer itself, a larger one is behind a link to the bucket. One that takes longer than the API gateway
+//! waits goes on in the worker, and the caller is told to come back.
+
+use axum::Router;
+use axum::extract::rejection::PathRejection;
+use axum::extract::{Path, State};
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::get;
+use axum::{Json, body::Body};
+use http::header::{CONTENT_DISPOSITION, CONTENT_TYPE, LOCATION, RETRY_AFTER};
+use http::{HeaderName, HeaderValue, StatusCode};
+use serde_json::json;
+use shared::aws::Aws;
+use shared::config::Config;
+use shared::error::Error;
+use shared::export::store::CONTENT_TYPE as ZIP;
+use shared::export::{Answer, Exporter, Ready};
+use shared::http::caller::Caller;
+use shared::http::validation;
+use shared::sandbox;
+use shared::sandbox::store::SandboxStore;
+use shared::user::seal::Sealer;
+use shared::{Result, id};
+use uuid::Uuid;
+
+/// When to come back for an export that is being made, in seconds.
+const COME_BACK_AFTER: u64 = 5;
+/// What an export may lack.
+const WARNING: HeaderName = HeaderName::from_static("x-export-warning");
+
+/// What this function may touch: it reads conversations and sandboxes, asks agent servers for events and stores them, and
+/// writes exports.
+#[derive(Clone, Debug)]
+pub struct Context {
+    exporter: Exporter,
+    inline_limit: u64,
+}
+
+impl Context {
+    /// A context on the configured tables, bucket, queue and sandboxes.
+    ///
+    /// # Errors
+    /// When TLS cannot be set up.
+    pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Self> {
+        let store = SandboxStore::new(aws.dynamodb.clone(), config.names.sandboxes.clone(), sealer.clone());
+        let sandboxes = sandbox::service(&config.sandbox, store);
+        let exporter = Exporter::new(&config.export, &config.names, aws, sandboxes)?;
+        Ok(Self::with_exporter(exporter, config.export.inline_limit))
+    }
+
+    /// A context around an exporter; zips up to `inline_limit` bytes are answered, larger ones linked to.
+    #[must_use]
+    pub fn with_exporter(exporter: Exporter, inline_limit: u64) -> Self {
+        Self { exporter, inline_limit }
+    }
+}
+
+/// The routes of this function.
+pub fn router(context: Context) -> Router {
+    Router::new().route("/api/v1/app-conversations/{conversation_id}/download", get(download)).with_state(context)
+}
+
+async fn download(
+    State(context): State<Context>,
+    Caller(user): Caller,
+    conversation: std::result::Result<Path<String>, PathRejection>,
+) -> Result<Response> {
+    // A path that is not UTF-8 is no UUID either.
+    let conversation = conversation.map_or_else(|_| char::REPLACEMENT_CHARACTER.into(), |Path(text)| text);
+    let conversation = validation::path_uuid("conversation_id", &conversation).map_err(Error::Invalid)?;
+    match context.exporter.export(&user, conversation).await? {
+        None => Err(Error::NotFound(format!("Conversation not found: {}", id::dashed(conversation)))),
+        Some(Answer::Ready(ready)) => context.deliver(conversation, ready).await,
+        Some(Answer::Pending) => Ok(come_back()),
+    }
+}
+
+impl Context {
+    async fn deliver(&self, conversation: Uuid, ready: Ready) -> Result<Response> {
+        let store = self.exporter.store();
+        let disposition = format!("attachment; filename=\"conversation_{}.zip\"", id::dashed(conversation));
+        let mut response = if ready.length > self.inline_limit {
+            let link = store.link(&ready.key, &disposition).await?;
+            (StatusCode::FOUND, [(LOCATION, link)]).into_response()
+        } else {
+            let zip = match ready.zip {
+                Some(zip) => zip,
+                None => store.read(&ready.key).await?,
+            };
+            ([(CONTENT_TYPE, ZIP), (CONTENT_DISPOSITION, &disposition)], Body::from(zip)).into_response()
+        };
+        if let Some(warning) = ready.warning.and_then(|warning| HeaderValue::from_str(&warning).ok()) {
+            response.headers_mut().insert(WARNING, warning);
+        }
+        Ok(response)
+    }
+}
+
+fn come_back() -> Response {
+    let told = json!({"detail": "The export is still being made: ask again in a few seconds"});
+    (StatusCode::SERVICE_UNAVAILABLE, [(RETRY_AFTER, COME_BACK_AFTER.to_string())], Json(told)).into_response()
+}

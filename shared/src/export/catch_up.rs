@@ -1,0 +1,99 @@
+//! Fetches what an agent server holds and has not told yet: it posts its events some seconds late.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use crate::agent_server::{AgentServer, AgentServerError, EventPage, Failure};
+use crate::conversation::ConversationRecord;
+use crate::error::{Error, Result};
+use crate::event::store::{Event, EventStore};
+use crate::sandbox::{SandboxService, SandboxStatus};
+
+/// What an export says that may lack the latest events.
+pub const WARNING: &str =
+    "The agent server did not tell its latest events in time: they are missing if they had not arrived before.";
+
+/// Events of a request to an agent server. One event can be large, and so can an answer of many.
+const PAGE: usize = 20;
+
+/// Compares an agent server's log with ours, newest first.
+#[derive(Clone, Debug)]
+pub(super) struct CatchUp {
+    pub(super) sandboxes: Arc<dyn SandboxService>,
+    pub(super) http: reqwest::Client,
+    pub(super) events: EventStore,
+}
+
+impl CatchUp {
+    /// Appends what is missing, and returns how much that was. When the newest event is there already, it is one request.
+    ///
+    /// # Errors
+    /// When the agent server or the store does not answer; what was fetched before stays.
+    pub(super) async fn run(&self, record: &ConversationRecord) -> Result<usize> {
+        let Some(sandbox) = self.sandboxes.get(&record.user, &record.sandbox_id).await? else { return Ok(0) };
+        let Some(url) = sandbox.agent_server_url().filter(|_| sandbox.status == SandboxStatus::Running) else {
+            return Ok(0);
+        };
+        let agent_server = AgentServer::new(self.http.clone(), url, sandbox.session_api_key.clone());
+        let ask = async |page: Option<&str>, limit| agent_server.newest_events(record.id, page, limit).await;
+        let newest = match ask(None, 1).await {
+            // It does not know the conversation: it can hold nothing of it.
+            Err(AgentServerError { failure: Failure::Status(status, _), .. })
+                if status == http::StatusCode::NOT_FOUND =>
+            {
+                return Ok(0);
+            }
+            newest => newest.map_err(upstream)?,
+        };
+        if self.append_missing(record, &newest).await? == 0 {
+            return Ok(0);
+        }
+        // Batches come one after the other: behind a page of which nothing is missing, nothing is.
+        let (mut fetched, mut page_id) = (1, newest.next_page_id);
+        while let Some(id) = page_id.take() {
+            let page = ask(Some(&id), PAGE).await.map_err(upstream)?;
+            let missing = self.append_missing(record, &page).await?;
+            fetched += missing;
+            page_id = page.next_page_id.filter(|next| missing > 0 && *next != id);
+        }
+        Ok(fetched)
+    }
+
+    async fn append_missing(&self, record: &ConversationRecord, page: &EventPage) -> Result<usize> {
+        let events: Vec<Event> = page.items.iter().filter_map(|item| event(item)).collect();
+        let ids: Vec<String> = events.iter().map(|event| event.id.clone()).collect();
+        let known = self.events.known(&record.user, record.id, &ids).await?;
+        let known: HashSet<String> = known.into_iter().collect();
+        let missing: Vec<Event> = events.into_iter().filter(|event| !known.contains(&event.id)).collect();
+        let count = missing.len();
+        self.events.append(&record.user, record.id, missing).await?;
+        Ok(count)
+    }
+}
+
+/// An event of an agent server, as it came; `None` for what the log would not take.
+fn event(item: &RawValue) -> Option<Event> {
+    #[derive(Deserialize)]
+    struct Head {
+        id: String,
+        timestamp: String,
+        kind: String,
+    }
+    let head: Head = serde_json::from_str(item.get())
+        .inspect_err(|error| tracing::warn!(%error, "export.event_not_understood"))
+        .ok()?;
+    let event = Event { id: head.id, timestamp: head.timestamp, kind: head.kind, json: item.get().to_owned() };
+    if let Some(fault) = event.fault() {
+        tracing::warn!(fault, "export.event_not_understood");
+        return None;
+    }
+    Some(event)
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "the signature that `map_err` calls")]
+fn upstream(error: AgentServerError) -> Error {
+    Error::Upstream { message: "The agent server did not answer".into(), context: error.to_string() }
+}
