@@ -133,7 +133,11 @@ impl Server {
         cases.extend([
             (format!("search limit=20, page {deep}"), format!("{search}{page}")),
             ("search limit=100".to_owned(), format!("{BASE}/search?limit=100")),
-            ("search title__contains".to_owned(), format!("{search}&title__contains={}", account::RARE)),
+            (
+                "search title__contains, in many titles".to_owned(),
+                format!("{search}&title__contains={}", account::COMMON),
+            ),
+            ("search title__contains, in one of 500".to_owned(), format!("{search}&title__contains={}", account::RARE)),
             ("count".to_owned(), format!("{BASE}/count")),
             ("batch of 10".to_owned(), format!("{BASE}?{}", newest.join("&"))),
             ("start-tasks/search limit=20".to_owned(), format!("{BASE}/start-tasks/search?limit=20")),

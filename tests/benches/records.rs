@@ -116,6 +116,11 @@ fn requests(user: &UserId, size: u64) -> Vec<(String, &'static str, Query)> {
         with("sort_order", "UPDATED_AT_DESC".to_owned()),
     ));
     requests.push((
+        "search, a word of one title in three".to_owned(),
+        "/search",
+        with("title__contains", account::COMMON.to_owned()),
+    ));
+    requests.push((
         "search, a word of one title in 500".to_owned(),
         "/search",
         with("title__contains", account::RARE.to_owned()),

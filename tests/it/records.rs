@@ -20,7 +20,9 @@ use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use uuid::Uuid;
 
+use crate::support::account;
 use crate::support::api::Api;
+use crate::support::meter::Meter;
 use crate::support::seed;
 
 /// Engines that all cases of a property share; each case is a tenant of its own.
@@ -706,5 +708,56 @@ async fn racing_updates_of_one_record_lose_nothing() {
         let (items, _) = page(&api, &user, "/search", &query, None).await;
         assert_eq!(items.iter().map(|item| item["updated_at"].clone()).collect::<Vec<_>>(), [json!(now.updated_at)]);
     }
+    api.stop().await;
+}
+
+#[tokio::test]
+async fn a_page_costs_what_it_returns_at_any_depth_and_an_unfiltered_count_costs_one_item() {
+    let folder = TempDir::new().expect("a folder");
+    let mut api = Api::at(folder.path(), SandboxConfig::None).await;
+    let user = UserId::new("somebody");
+    let lines = || (0..240).map(account::conversation);
+    api.stores.load(&user, lines()).await;
+    let meter = Meter::new();
+    let way = api.measure(&meter).await;
+    let spent =
+        || meter.take().into_values().fold((0, 0.0), |(n, units), cost| (n + cost.requests, units + cost.units));
+    let walks: [&[(&str, String)]; 5] = [
+        &[],
+        &[("include_sub_conversations", "true".to_owned())],
+        &[("sort_order", "UPDATED_AT_DESC".to_owned())],
+        &[("sort_order", "UPDATED_AT".to_owned()), ("updated_at__gte", account::created_at(220))],
+        &[("created_at__gte", account::created_at(230)), ("created_at__lt", account::created_at(10))],
+    ];
+    for filters in walks {
+        let mut query = filters.to_vec();
+        query.push(("limit", "20".to_owned()));
+        let (mut next, mut pages) = (None, 0);
+        loop {
+            (_, next) = page(&api, &user, "/search", &query, next).await;
+            let (requests, units) = spent();
+            // Twenty rows and one more of about 900 bytes, half a unit for each 4 KiB.
+            assert!(requests == 1 && units <= 3.0, "{query:?}, page {pages}: {requests} requests, {units} units");
+            pages += 1;
+            if next.is_none() {
+                break;
+            }
+        }
+        assert!(pages > 9, "{query:?}");
+    }
+    let row = &account::conversation(120)["data"];
+    let sandbox = row["sandbox_id"].as_str().expect("a sandbox").to_owned();
+    for (path, query, most) in [
+        ("/search", vec![("sandbox_id__eq", sandbox.clone())], (1, 2.0)),
+        ("/count", vec![("sandbox_id__eq", sandbox)], (1, 2.0)),
+        ("/count", vec![], (1, 1.0)),
+        ("/count", vec![("include_sub_conversations", "false".to_owned())], (1, 1.0)),
+        ("/start-tasks/count", vec![], (1, 1.0)),
+    ] {
+        assert_eq!(api.get(&user, path, &query).await.0, 200);
+        let (requests, units) = spent();
+        assert!(requests <= most.0 && units <= most.1, "{path} {query:?}: {requests} requests, {units} units");
+    }
+    drop(way);
     api.stop().await;
 }

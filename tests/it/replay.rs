@@ -22,6 +22,9 @@ const MADE_BY_POST: &[&str] = &["id", "created_at", "updated_at", "timestamp"];
 /// Ours moves it with a change, the reference does not.
 const MADE_BY_PATCH: &[&str] = &["updated_at"];
 
+/// A path, and a query without `page_id`.
+type List = (String, Vec<(String, String)>);
+
 /// One recorded exchange.
 struct Case {
     file: String,
@@ -63,8 +66,8 @@ impl Case {
         }
     }
 
-    /// The list that the case reads a page of: the path and the query without `page_id`; and which page.
-    fn walk(&self) -> ((String, Vec<(String, String)>), Option<String>) {
+    /// The list that the case reads a page of, and which page.
+    fn walk(&self) -> (List, Option<String>) {
         let (pages, mut rest): (Vec<_>, Vec<_>) = pairs(&self.query).into_iter().partition(|(key, _)| key == "page_id");
         rest.sort();
         ((self.path.clone(), rest), pages.into_iter().next_back().map(|(_, page)| page))

@@ -81,6 +81,9 @@ pub fn start_task(number: u64) -> Value {
     }})
 }
 
+/// A word that is in about one title of three.
+pub const COMMON: &str = "queue";
+
 /// A word that is in about one title of 500.
 pub const RARE: &str = "flamingo";
 
