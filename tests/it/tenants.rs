@@ -14,7 +14,10 @@ use serde_json::{Value, json};
 use shared::config::SandboxConfig;
 use shared::event::store::{Event, EventStore};
 use shared::sandbox::store::SandboxStore;
+use shared::start::request::ProviderType;
 use shared::user::UserId;
+use shared::user::settings::SettingsStore;
+use shared::user::token::secret_access_token;
 use tempfile::TempDir;
 use uuid::Uuid;
 
@@ -32,6 +35,8 @@ enum By {
     Caller,
     /// The user's sandbox, by its session key.
     Sandbox,
+    /// The user's agent, by an access token.
+    Agent,
 }
 
 /// A route, a request to it about rows that several tenants have, and what each gets.
@@ -121,6 +126,41 @@ fn routes() -> Vec<Route> {
             (200, "conversation of {owner}"),
             (404, Some(json!({"detail": "unknown_app_conversation"}))),
         ),
+        row(
+            "GET",
+            "/api/v1/conversation/{conversation_id}/events",
+            format!("/api/v1/conversation/{PARENT}/events?id=first&id=second"),
+            None,
+            (200, "event of {owner}"),
+            (200, Some(json!([null, null]))),
+        ),
+        row(
+            "GET",
+            "/api/v1/conversation/{conversation_id}/events/search",
+            format!("/api/v1/conversation/{PARENT}/events/search?kind__eq=MessageEvent"),
+            None,
+            (200, "event of {owner}"),
+            (200, Some(json!({"items": [], "next_page_id": null}))),
+        ),
+        row(
+            "GET",
+            "/api/v1/conversation/{conversation_id}/events/count",
+            format!("/api/v1/conversation/{PARENT}/events/count"),
+            None,
+            (200, "2"),
+            (200, Some(json!(0))),
+        ),
+        Route {
+            by: By::Agent,
+            ..row(
+                "GET",
+                "/api/v1/webhooks/secrets",
+                "/api/v1/webhooks/secrets".to_owned(),
+                None,
+                (200, "token of {owner}"),
+                (404, Some(json!({"detail": "No such provider"}))),
+            )
+        },
         Route {
             by: By::Sandbox,
             ..row(
@@ -191,6 +231,9 @@ async fn furnish(api: &Api, owner: &UserId) {
     let sandboxes = SandboxStore::new(api.aws.dynamodb.clone(), api.names.sandboxes.clone(), api.sealer.clone());
     let record = sandboxes.new_record(owner, SANDBOX, "spec", &key_of(owner)).expect("a record");
     sandboxes.put_new(record).await.expect("stored");
+    let settings = json!({"provider_tokens": {"github": {"token": format!("token of {owner}")}}}).to_string();
+    let stored = SettingsStore::new(api.aws.dynamodb.clone(), api.names.users.clone(), api.sealer.clone());
+    stored.put(owner, &settings.into()).await.expect("stored");
     // One event in the row, one in the bucket.
     let event = |id: &str, size: usize| Event {
         id: id.to_owned(),
@@ -247,6 +290,12 @@ async fn request(api: &Api, user: &UserId, route: &Route) -> (u16, Value) {
                     .header("content-type", "application/json")
                     .header("x-session-api-key", key_of(user).expose_secret());
                 api.send(request.body(body).expect("a request")).await
+            }
+            By::Agent => {
+                let lifetime = Duration::from_secs(60);
+                let token = secret_access_token(&api.sealer, user, ProviderType::Github, lifetime).expect("a token");
+                let request = Request::get(&route.target).header("x-access-token", token.expose_secret());
+                api.send(request.body(Body::empty()).expect("a request")).await
             }
         }
     };
