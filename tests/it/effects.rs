@@ -235,7 +235,7 @@ async fn the_newest_stats_stay_whatever_comes_late_or_again() {
         ),
         (
             vec![json!({"id": "s6", "timestamp": "2026-01-01T00:00:03", "key": "full_state",
-            "kind": "ConversationStateUpdateEvent", "value": {"usage_to_metrics": {"agent": {}}}})],
+            "kind": "ConversationStateUpdateEvent", "value": {"stats": metrics(16, 9)}})],
             15,
             Some(3.5),
         ),
@@ -418,6 +418,27 @@ async fn fifty_racing_changes_of_one_record_lose_nothing() {
 }
 
 #[tokio::test]
+async fn a_halt_asks_for_stats_unless_they_are_told() {
+    let fixture = Fixture::new().await;
+    let (quiet, telling, user) = (Uuid::new_v4(), Uuid::new_v4(), &fixture.user);
+    for id in [quiet, telling] {
+        fixture.has_conversation(user, id, SANDBOX).await;
+    }
+    fixture.post_events(SANDBOX, telling, &[stats("s", "2026-01-01T00:00:00", 1)]).await;
+    let status = |status: &str| {
+        json!({"id": format!("status-{status}"), "timestamp": "2026-01-01T00:00:01", "key": "execution_status",
+            "value": status, "kind": "ConversationStateUpdateEvent"})
+    };
+    for id in [quiet, telling] {
+        fixture.post_events(SANDBOX, id, &[status("running")]).await;
+        fixture.post_events(SANDBOX, id, &[status("finished")]).await;
+    }
+    let expected = Job::LookAtConversation { user: user.clone(), conversation: quiet, look: 0 };
+    assert_eq!(fixture.jobs().await, [expected]);
+    fixture.api.stop().await;
+}
+
+#[tokio::test]
 async fn a_message_asks_for_a_title_unless_there_is_one() {
     let fixture = Fixture::new().await;
     let (id, named, unknown, user) = (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4(), &fixture.user);
@@ -435,7 +456,7 @@ async fn a_message_asks_for_a_title_unless_there_is_one() {
         .await
         .into_iter()
         .map(|job| match job {
-            Job::FetchTitle { conversation, look: 0, .. } => conversation,
+            Job::LookAtConversation { conversation, look: 0, .. } => conversation,
             other => panic!("{other:?}"),
         })
         .collect();
@@ -594,7 +615,7 @@ async fn with_conversation(body: Value) -> (Rig, Uuid) {
 #[tokio::test]
 async fn the_agents_title_is_fetched_and_a_rename_always_wins() {
     let (rig, id) = with_conversation(json!({})).await;
-    let (user, fetch) = (&rig.user, |look| rig.other_worker.processors.fetch_title(&rig.user, id, look));
+    let (user, fetch) = (&rig.user, |look| rig.other_worker.processors.look_at(&rig.user, id, look));
     let title = async || rig.conversations.get(user, id).await.expect("the store").expect("a record").title;
     let default = format!("Conversation {}", &id.simple().to_string()[..5]);
     // It has none yet: another look is asked for, but not for ever.
@@ -606,11 +627,11 @@ async fn the_agents_title_is_fetched_and_a_rename_always_wins() {
             return Job::from_body(&message.body.unwrap_or_default()).expect("a job");
         }
     };
-    assert_eq!(again().await, Job::FetchTitle { user: user.clone(), conversation: id, look: 1 });
+    assert_eq!(again().await, Job::LookAtConversation { user: user.clone(), conversation: id, look: 1 });
     fetch(5).await.expect("looked");
     // So it is while nobody knows the conversation, or its sandbox is not there.
-    rig.other_worker.processors.fetch_title(user, Uuid::new_v4(), 0).await.expect("looked");
-    assert!(matches!(again().await, Job::FetchTitle { look: 1, .. }));
+    rig.other_worker.processors.look_at(user, Uuid::new_v4(), 0).await.expect("looked");
+    assert!(matches!(again().await, Job::LookAtConversation { look: 1, .. }));
 
     let http = AgentServer::http_client().expect("a client");
     let agent = AgentServer::new(http, &rig.agent.url(), Some(SESSION_KEY.into()));

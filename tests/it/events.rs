@@ -3,16 +3,17 @@
 use std::collections::HashSet;
 
 use local::engines::{EnginePorts, Engines};
-use serde_json::json;
+use serde_json::{Value, json};
 use shared::Time;
 use shared::aws::Aws;
-use shared::config::Names;
+use shared::config::{Names, SandboxConfig};
 use shared::error::Error;
 use shared::event::store::{After, Event, EventFilter, EventStore, PAGE_ROOM, SortOrder};
 use shared::user::UserId;
 use tempfile::TempDir;
 use uuid::Uuid;
 
+use crate::support::api::Api;
 use crate::support::log::all_events;
 
 /// The store alone, on engines of its own.
@@ -259,4 +260,195 @@ async fn deleting_a_log_leaves_nothing_of_it_and_all_of_others() {
     }
     assert_eq!(all_events(&log.store, &other, log.conversation).await.len(), 65);
     log.engines.shutdown().await;
+}
+
+/// The API, with one conversation's log.
+struct Served {
+    api: Api,
+    store: EventStore,
+    user: UserId,
+    conversation: Uuid,
+    _folder: TempDir,
+}
+
+impl Served {
+    async fn new(events: Vec<Event>) -> Self {
+        let folder = TempDir::new().expect("a folder");
+        let api = Api::at(folder.path(), SandboxConfig::None).await;
+        let (aws, names) = (&api.aws, &api.names);
+        let store = EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
+        let (user, conversation) = (UserId::new("somebody"), Uuid::new_v4());
+        store.append(&user, conversation, events).await.expect("stored");
+        Self { api, store, user, conversation, _folder: folder }
+    }
+
+    async fn get(&self, path: &str) -> (u16, Value) {
+        let target = format!("/api/v1/conversation/{}/events{path}", self.conversation);
+        self.api.call(&self.user, "GET", &target, None).await
+    }
+
+    /// The ids of all pages.
+    async fn walk(&self, query: &str) -> Vec<String> {
+        let (mut ids, mut page_id) = (Vec::new(), String::new());
+        loop {
+            let (status, page) = self.get(&format!("/search?{query}{page_id}")).await;
+            assert_eq!(status, 200, "{page}");
+            let items = page["items"].as_array().expect("items");
+            ids.extend(items.iter().map(|item| item["id"].as_str().expect("an id").to_owned()));
+            match page["next_page_id"].as_str() {
+                Some(next) => page_id = format!("&page_id={next}"),
+                None => return ids,
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn events_are_answered_byte_for_byte() {
+    let sent = r#"{"timestamp":"2025-01-01T00:00:00.5", "kind":"NobodyKnowsIt","more":[1.10, 1e2,123456789012345678901234567890],  "text":"\u00e9é", "id":"strange"}"#;
+    let strange = Event { json: sent.into(), ..event("strange", "2025-01-01T00:00:00.5", "NobodyKnowsIt") };
+    let served = Served::new(vec![strange, event("later", "2025-01-01T00:00:01", "MessageEvent")]).await;
+    for (path, expected) in [
+        ("/search?limit=1".to_owned(), format!(r#"{{"items":[{sent}],"next_page_id":""#)),
+        ("?id=strange&id=nobody&id=strange".to_owned(), format!("[{sent},null,{sent}]")),
+        ("/count".to_owned(), "2".to_owned()),
+        ("/count?kind__eq=MessageEvent".to_owned(), "1".to_owned()),
+        ("/count?timestamp__lt=2025-01-01T00:00:01Z".to_owned(), "1".to_owned()),
+        ("/search?kind__eq=TokenEvent".to_owned(), r#"{"items":[],"next_page_id":null}"#.to_owned()),
+    ] {
+        let target = format!("/api/v1/conversation/{}/events{path}", served.conversation.simple());
+        let (status, text) = served.api.text(&served.user, &target).await;
+        assert_eq!(status, 200);
+        assert!(text.starts_with(&expected), "{path}: {text}");
+    }
+    served.api.stop().await;
+}
+
+#[tokio::test]
+async fn pages_over_http_hold_everything_once_in_either_order() {
+    let kinds = ["MessageEvent", "ActionEvent", "ObservationEvent"];
+    let events = (0..25)
+        .map(|number| event(&format!("e{number:02}"), &format!("2026-01-01T00:00:{number:02}"), kinds[number % 3]));
+    let served = Served::new(events.collect()).await;
+    let all: Vec<String> = (0..25).map(|number| format!("e{number:02}")).collect();
+    let mut newest_first = all.clone();
+    newest_first.reverse();
+    for limit in [1, 7, 25, 100] {
+        assert_eq!(served.walk(&format!("limit={limit}")).await, all);
+        assert_eq!(served.walk(&format!("limit={limit}&sort_order=TIMESTAMP_DESC")).await, newest_first);
+    }
+    // An offset, a fraction, a unix time: instants.
+    let of_kind: Vec<String> = (0..25).filter(|number| number % 3 == 1).map(|number| format!("e{number:02}")).collect();
+    assert_eq!(served.walk("limit=2&kind__eq=ActionEvent").await, of_kind);
+    assert_eq!(served.walk("timestamp__gte=2026-01-01T01:00:20%2B01:00&limit=2").await, all[20..]);
+    assert_eq!(served.walk("timestamp__lt=1767225604.5&limit=2").await, all[..5]);
+    assert_eq!(served.walk("timestamp__gte=2026-01-01&timestamp__lt=2026-01-01T00:00:03.0").await, all[..3]);
+    assert_eq!(served.get("/count?kind__eq=ActionEvent&timestamp__gte=2026-01-01T00:00:05Z").await, (200, json!(6)));
+
+    // A page id is for its list alone.
+    let (_, page) = served.get("/search?limit=5&kind__eq=ActionEvent").await;
+    let page_id = page["next_page_id"].as_str().expect("a next page");
+    let other = Uuid::new_v4();
+    let same = format!("/api/v1/conversation/{}/events/search?kind__eq=ActionEvent&page_id=", served.conversation);
+    let elsewhere = same.replace(&served.conversation.to_string(), &other.to_string());
+    let mut damaged = page_id.to_owned();
+    damaged.replace_range(3..4, if &page_id[3..4] == "A" { "B" } else { "A" });
+    let stranger = UserId::new("stranger");
+    for (user, target, expected) in [
+        (&served.user, format!("{same}{page_id}"), 200),
+        (&served.user, format!("{same}{page_id}&limit=1"), 200),
+        (&served.user, format!("{same}{page_id}&sort_order=TIMESTAMP_DESC"), 400),
+        (&served.user, format!("{same}{page_id}&timestamp__gte=2026-01-01"), 400),
+        (&served.user, format!("{same}{page_id}").replace("kind__eq=ActionEvent&", ""), 400),
+        (&served.user, format!("{elsewhere}{page_id}"), 400),
+        (&served.user, format!("{same}{damaged}"), 400),
+        (&served.user, format!("{same}2"), 400),
+        (&served.user, same.clone(), 400),
+        (&stranger, format!("{same}{page_id}"), 400),
+    ] {
+        let (status, answer) = served.api.call(user, "GET", &target, None).await;
+        assert_eq!(status, expected, "{target}: {answer}");
+        assert!(
+            expected == 200 || answer["detail"].as_str().is_some_and(|detail| detail.contains("page_id")),
+            "{answer}"
+        );
+    }
+    served.api.stop().await;
+}
+
+#[tokio::test]
+async fn bad_requests_for_events_are_told_in_the_contracts_words() {
+    let served = Served::new(vec![event("e", "2026-01-01T00:00:00", "MessageEvent")]).await;
+    let literal = "Input should be 'ACPToolCallEvent', 'Condensation', 'CondensationRequest', 'CondensationSummaryEvent', \
+        'ConversationErrorEvent', 'ConversationStateUpdateEvent', 'HookExecutionEvent', 'LLMCompletionLogEvent', 'ActionEvent', \
+        'MessageEvent', 'AgentErrorEvent', 'ObservationEvent', 'UserRejectObservation', 'SystemPromptEvent', 'TokenEvent' or \
+        'PauseEvent'";
+    for (path, faults) in [
+        ("/search?limit=0", vec![("greater_than", "limit", "Input should be greater than 0")]),
+        ("/search?limit=101", vec![("less_than_equal", "limit", "Input should be less than or equal to 100")]),
+        ("/count?kind__eq=Nope", vec![("literal_error", "kind__eq", literal)]),
+        (
+            "/search?timestamp__lt=x&sort_order=x&limit=x",
+            vec![
+                (
+                    "datetime_from_date_parsing",
+                    "timestamp__lt",
+                    "Input should be a valid datetime or date, input is too short",
+                ),
+                ("enum", "sort_order", "Input should be 'TIMESTAMP' or 'TIMESTAMP_DESC'"),
+                ("int_parsing", "limit", "Input should be a valid integer, unable to parse string as an integer"),
+            ],
+        ),
+        ("", vec![("missing", "id", "Field required")]),
+    ] {
+        let (status, answer) = served.get(path).await;
+        let told: Vec<_> = answer["detail"].as_array().into_iter().flatten().collect();
+        let expected: Vec<_> =
+            faults.iter().map(|(kind, name, text)| (json!(kind), json!(["query", name]), json!(text))).collect();
+        let told: Vec<_> =
+            told.iter().map(|fault| (fault["type"].clone(), fault["loc"].clone(), fault["msg"].clone())).collect();
+        assert_eq!((status, told), (422, expected), "{path}");
+    }
+    for path in ["", "/search", "/count"] {
+        let target = format!("/api/v1/conversation/bad/events{path}?id=x");
+        let (status, answer) = served.api.call(&served.user, "GET", &target, None).await;
+        assert_eq!((status, &answer["detail"][0]["type"]), (422, &json!("uuid_parsing")), "{answer}");
+        assert_eq!(answer["detail"][0]["loc"], json!(["path", "conversation_id"]));
+    }
+    let ids = |count: usize| format!("?{}", vec!["id=e"; count].join("&"));
+    let (status, answer) = served.get(&ids(100)).await;
+    assert_eq!((status, answer.as_array().map(Vec::len)), (200, Some(100)));
+    let many = (400, json!({"detail": "Cannot request more than 100 events at once, got 101"}));
+    assert_eq!(served.get(&ids(101)).await, many);
+    // Nobody else's log is read, and nobody is told whether there is one.
+    for (user, conversation) in [("stranger", served.conversation), ("somebody", Uuid::new_v4())] {
+        let get = async |path: &str| {
+            let target = format!("/api/v1/conversation/{conversation}/events{path}");
+            served.api.call(&UserId::new(user), "GET", &target, None).await
+        };
+        assert_eq!(get("/search").await, (200, json!({"items": [], "next_page_id": null})));
+        assert_eq!(get("/count").await, (200, json!(0)));
+        assert_eq!(get("?id=e").await, (200, json!([null])));
+    }
+    served.api.stop().await;
+}
+
+#[tokio::test]
+async fn large_events_are_answered_a_few_at_a_time() {
+    let million = 1_000_000;
+    let at = |number: usize| format!("2026-01-01T00:00:{number:02}");
+    let served =
+        Served::new((0..3).map(|number| large(&format!("e{number}"), &at(number), 5 * million)).collect()).await;
+    served.store.append(&served.user, served.conversation, vec![event("small", &at(9), "K")]).await.expect("stored");
+    let (status, page) = served.get("/search").await;
+    assert_eq!((status, page["items"].as_array().map(Vec::len)), (200, Some(1)));
+    assert_eq!(served.walk("").await, ["e0", "e1", "e2", "small"]);
+    let (status, answer) = served.get("?id=e0&id=e1").await;
+    assert_eq!(
+        (status, answer),
+        (413, json!({"detail": "These events are too large for one answer: ask for fewer at once"}))
+    );
+    let (status, answer) = served.get("?id=e0&id=nobody").await;
+    assert_eq!((status, answer[0]["text"].as_str().map(str::len)), (200, Some(5 * million)));
+    served.api.stop().await;
 }

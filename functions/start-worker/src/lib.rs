@@ -134,12 +134,14 @@ async fn handle_message(context: &Context, message: &SqsMessage) -> Result<(), E
             Ok(())
         }
         Job::DeleteConversation { user, conversation } => context.deletion.finish(&user, conversation).await,
-        Job::FetchTitle { conversation, .. } | Job::ProcessEvents { conversation, .. } if dead => {
+        Job::LookAtConversation { conversation, .. } | Job::ProcessEvents { conversation, .. } if dead => {
             // The next event of the conversation asks for it again.
             tracing::error!(%conversation, "start_worker.events_not_processed");
             Ok(())
         }
-        Job::FetchTitle { user, conversation, look } => context.processors.fetch_title(&user, conversation, look).await,
+        Job::LookAtConversation { user, conversation, look } => {
+            context.processors.look_at(&user, conversation, look).await
+        }
         Job::ProcessEvents { user, conversation } => context.processors.process_events(&user, conversation).await,
     }
 }

@@ -323,6 +323,17 @@ impl AgentServer {
         self.call(Method::GET, "/api/conversations", timeout, |request| request.query(&ids)).await
     }
 
+    /// A conversation with all that the agent server tells of it, `None` if it does not have it.
+    ///
+    /// # Errors
+    /// See [`Failure`].
+    pub async fn whole_conversation(&self, id: Uuid, timeout: Duration) -> Result<Option<Value>> {
+        let ids = [("ids", id::dashed(id))];
+        let mut found: Vec<Option<Value>> =
+            self.call(Method::GET, "/api/conversations", timeout, |request| request.query(&ids)).await?;
+        Ok(found.pop().flatten())
+    }
+
     /// Sends a message to a conversation; `run` lets the agent answer it.
     ///
     /// # Errors

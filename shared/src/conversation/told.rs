@@ -39,6 +39,8 @@ pub struct Known {
     pub record: ConversationRecord,
     /// Whether it was made because its agent server told of it, and no start has completed it.
     pub is_stub: bool,
+    /// Whether its agent server tells its stats by itself, as newer ones do.
+    pub is_told_stats: bool,
     /// What its start asked to be done on its events.
     pub processors: Vec<EventCallbackProcessor>,
     /// The place in its event log up to which that was done.
@@ -69,6 +71,8 @@ struct Beside {
     processors: Vec<EventCallbackProcessor>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     processed_to: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    stats_at: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     snapshot_at: Option<String>,
 }
@@ -153,6 +157,7 @@ impl ConversationStore {
         Ok(Standing::Known(Box::new(Known {
             record: from_item(item)?,
             is_stub: beside.stub.unwrap_or_default(),
+            is_told_stats: beside.stats_at.is_some(),
             processors: beside.processors,
             processed_to: beside.processed_to,
         })))
@@ -265,7 +270,7 @@ impl ConversationStore {
             StatsTime::Event(time) => ("stats_at", "(attribute_not_exists(stats_at) OR stats_at < :at)", time),
             StatsTime::Snapshot(time) => (
                 "snapshot_at",
-                "attribute_not_exists(stats_at) AND (attribute_not_exists(snapshot_at) OR snapshot_at < :at)",
+                "attribute_not_exists(stats_at) AND (attribute_not_exists(snapshot_at) OR snapshot_at <= :at)",
                 time,
             ),
         };

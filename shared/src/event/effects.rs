@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::processors::FIRST_LOOK_AT_TITLE;
+use super::processors::FIRST_LOOK;
 use super::store::{Event, EventStore, sortable_instant};
 use crate::clock::Time;
 use crate::conversation::store::{ConversationChange, ConversationStore};
@@ -26,9 +26,11 @@ pub struct ToldConversation {
     /// Its id.
     pub id: Uuid,
     execution_status: Option<String>,
-    title: Option<String>,
+    /// Its title, if it has one.
+    pub title: Option<String>,
     llm_model: Option<String>,
-    stats: Option<AgentStats>,
+    /// What its agent has used, if it says.
+    pub stats: Option<AgentStats>,
     updated_at: Option<String>,
 }
 
@@ -49,44 +51,60 @@ impl ToldConversation {
         }
     }
 
-    /// When its stats were taken; a time that does not read is earlier than all others.
-    fn stats_time(&self) -> String {
+    /// When its stats were taken, in a form that sorts; a time that does not read is earlier than all others.
+    #[must_use]
+    pub fn stats_time(&self) -> String {
         self.updated_at.as_deref().and_then(sortable_instant).unwrap_or_else(|| "!".into())
     }
 }
 
 /// What is of interest in a batch of events.
+#[derive(Default)]
 struct Batch {
     /// The newest stats.
     stats: Option<(String, AgentStats)>,
     has_message: bool,
+    /// Whether the agent has come to a halt: finished, paused, failed, waiting for somebody.
+    has_stopped: bool,
     is_empty: bool,
 }
 
 impl Batch {
     fn of(events: &[Event]) -> Self {
-        let stats = events.iter().filter_map(|event| Some((event.position(), stats(event)?)));
-        Self {
-            stats: stats.max_by(|(one, _), (other, _)| one.cmp(other)),
-            has_message: events.iter().any(|event| event.kind == "MessageEvent"),
-            is_empty: events.is_empty(),
+        let mut batch = Self { is_empty: events.is_empty(), ..Self::default() };
+        for event in events {
+            batch.has_message |= event.kind == "MessageEvent";
+            match state_update(event) {
+                Some(StateUpdate { key, value }) if key == "stats" => {
+                    let position = event.position();
+                    if let Some(stats) = AgentStats::read(&value)
+                        && batch.stats.as_ref().is_none_or(|(newest, _)| *newest < position)
+                    {
+                        batch.stats = Some((position, stats));
+                    }
+                }
+                Some(StateUpdate { key, value }) if key == "execution_status" => {
+                    batch.has_stopped |= value.as_str().is_some_and(|status| status != "running");
+                }
+                _ => {}
+            }
         }
+        batch
     }
 }
 
-/// The stats that an event tells.
-fn stats(event: &Event) -> Option<AgentStats> {
-    #[derive(Deserialize)]
-    struct StateUpdate {
-        key: String,
-        value: Value,
-    }
-    // The whole state is told this way too; it is large, and it is not where the contract takes stats from.
-    if event.kind != "ConversationStateUpdateEvent" || !event.json.contains("usage_to_metrics") {
-        return None;
-    }
-    let update: StateUpdate = serde_json::from_str(&event.json).ok()?;
-    (update.key == "stats").then(|| AgentStats::read(&update.value))?
+#[derive(Deserialize)]
+struct StateUpdate {
+    key: String,
+    value: Value,
+}
+
+fn state_update(event: &Event) -> Option<StateUpdate> {
+    // Others need not be read.
+    let is_of_interest = event.json.contains("usage_to_metrics") || event.json.contains("execution_status");
+    (event.kind == "ConversationStateUpdateEvent" && is_of_interest)
+        .then(|| serde_json::from_str(&event.json).ok())
+        .flatten()
 }
 
 /// Takes in what agent servers tell.
@@ -134,14 +152,17 @@ impl Intake {
             Standing::Unknown => None,
         };
         let batch = Batch::of(&events);
+        let has_stats = batch.stats.is_some();
         self.events.append(user, conversation, events).await?;
         if let Some((position, stats)) = batch.stats {
             self.conversations.set_stats(user, conversation, &stats, &StatsTime::Event(position)).await?;
         }
-        // A record that is not there may be about to be.
-        if batch.has_message && known.is_none_or(Known::has_default_title) {
-            let job = Job::FetchTitle { user: user.clone(), conversation, look: 0 };
-            self.queue.send(&job, FIRST_LOOK_AT_TITLE).await?;
+        // A record that is not there may be about to be. Agent servers tell of their titles never, of their stats not always.
+        let wants_title = batch.has_message && known.is_none_or(Known::has_default_title);
+        let wants_stats = batch.has_stopped && !has_stats && known.is_none_or(|known| !known.is_told_stats);
+        if wants_title || wants_stats {
+            let job = Job::LookAtConversation { user: user.clone(), conversation, look: 0 };
+            self.queue.send(&job, FIRST_LOOK).await?;
         }
         let logged = known.is_some_and(|known| known.processors.contains(&EventCallbackProcessor::Logging));
         if logged && !batch.is_empty {

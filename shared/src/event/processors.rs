@@ -1,26 +1,28 @@
-//! What is done on the events of a conversation, off the request that brings them: the agent's title is fetched, and, for
-//! starts that asked for it, events are logged.
+//! What is done on the events of a conversation, off the request that brings them: the agent server is asked for what it does
+//! not tell, and, for starts that asked for it, events are logged.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use uuid::Uuid;
 
+use super::effects::ToldConversation;
 use super::store::{After, EventFilter, EventStore, SortOrder};
 use crate::agent_server::AgentServer;
 use crate::conversation::ConversationRecord;
 use crate::conversation::store::ConversationStore;
-use crate::conversation::told::Standing;
+use crate::conversation::told::{Standing, StatsTime};
 use crate::error::Result;
 use crate::sandbox::{SandboxService, SandboxStatus};
 use crate::start::queue::{Job, StartQueue};
 use crate::start::request::EventCallbackProcessor;
 use crate::user::UserId;
 
-/// How long after a message the agent is first asked for its title.
-pub const FIRST_LOOK_AT_TITLE: Duration = Duration::from_secs(3);
-/// How long after one look the next one is: an agent makes its title without telling. The next message begins anew.
-const LOOKS_AT_TITLE: [Duration; 5] = [
+/// How long after an event that calls for it the agent server is asked first.
+pub const FIRST_LOOK: Duration = Duration::from_secs(3);
+/// How long after one look the next one is, while there is no title: an agent makes its title without telling. The next
+/// message begins anew.
+const LOOKS: [Duration; 5] = [
     Duration::from_secs(3),
     Duration::from_secs(6),
     Duration::from_secs(12),
@@ -47,42 +49,56 @@ pub struct Processors {
 }
 
 impl Processors {
-    /// Gives the conversation the title that its agent has found for it, unless somebody gave it one. While the agent has
-    /// none, another look is asked for, up to a bound.
+    /// Asks the conversation's agent server for what it does not tell by itself: what its agent has used, and the title that
+    /// it has found, which is taken unless somebody gave the conversation one. While there is no title, another look is
+    /// asked for, up to a bound.
     ///
     /// # Errors
     /// [`crate::Error::Store`] or what the sandboxes answer; it may be done again.
-    pub async fn fetch_title(&self, user: &UserId, conversation: Uuid, look: usize) -> Result<()> {
-        let title = match self.conversations.standing(user, conversation).await? {
-            Standing::Known(known) if known.has_default_title() => self.agent_title(&known.record).await?,
+    pub async fn look_at(&self, user: &UserId, conversation: Uuid, look: usize) -> Result<()> {
+        match self.conversations.standing(user, conversation).await? {
+            Standing::Deleting => return Ok(()),
             // Its start is about to record it, or nobody ever will.
-            Standing::Unknown => None,
-            Standing::Known(_) | Standing::Deleting => return Ok(()),
-        };
-        if let Some(title) = title {
-            let set = self.conversations.set_agent_title(user, conversation, &title).await?;
-            tracing::info!(%conversation, set, "conversation.title_found");
-            return Ok(());
+            Standing::Unknown => {}
+            Standing::Known(known) => {
+                let wants_title = known.has_default_title();
+                if look > 0 && !wants_title {
+                    return Ok(());
+                }
+                let told = self.told(&known.record).await?;
+                if let Some(told) = &told
+                    && let Some(stats) = &told.stats
+                {
+                    let time = StatsTime::Snapshot(told.stats_time());
+                    self.conversations.set_stats(user, conversation, stats, &time).await?;
+                }
+                if let Some(title) = told.and_then(|told| told.title).filter(|_| wants_title) {
+                    let set = self.conversations.set_agent_title(user, conversation, &title).await?;
+                    tracing::info!(%conversation, set, "conversation.title_found");
+                    return Ok(());
+                }
+                if !wants_title {
+                    return Ok(());
+                }
+            }
         }
-        let Some(delay) = LOOKS_AT_TITLE.get(look) else {
+        let Some(delay) = LOOKS.get(look) else {
             tracing::info!(%conversation, "conversation.no_title");
             return Ok(());
         };
-        self.queue.send(&Job::FetchTitle { user: user.clone(), conversation, look: look + 1 }, *delay).await
+        let job = Job::LookAtConversation { user: user.clone(), conversation, look: look + 1 };
+        self.queue.send(&job, *delay).await
     }
 
-    async fn agent_title(&self, record: &ConversationRecord) -> Result<Option<String>> {
+    async fn told(&self, record: &ConversationRecord) -> Result<Option<ToldConversation>> {
         let sandbox = self.sandboxes.get(&record.user, &record.sandbox_id).await?;
         let Some(sandbox) = sandbox.filter(|sandbox| sandbox.status == SandboxStatus::Running) else { return Ok(None) };
         let Some(url) = sandbox.agent_server_url() else { return Ok(None) };
         let agent_server = AgentServer::new(self.http.clone(), url, sandbox.session_api_key.clone());
-        match agent_server.conversations(&[record.id], AGENT_SERVER_TIMEOUT).await {
-            Ok(mut found) => {
-                let title = found.pop().flatten().and_then(|conversation| conversation.title);
-                Ok(title.map(|title| title.trim().to_owned()).filter(|title| !title.is_empty()))
-            }
+        match agent_server.whole_conversation(record.id, AGENT_SERVER_TIMEOUT).await {
+            Ok(found) => Ok(found.map(|found| ToldConversation::read(record.id, &found))),
             Err(error) => {
-                tracing::warn!(conversation = %record.id, %error, "conversation.title_not_told");
+                tracing::warn!(conversation = %record.id, %error, "conversation.not_told");
                 Ok(None)
             }
         }

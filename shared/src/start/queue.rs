@@ -29,8 +29,8 @@ pub enum Job {
         #[serde(with = "as_hex")]
         task: Uuid,
     },
-    /// Ask a conversation's agent for its title.
-    FetchTitle {
+    /// Ask a conversation's agent server for what it does not tell by itself.
+    LookAtConversation {
         /// Its owner.
         user: UserId,
         /// Its id.

@@ -100,12 +100,21 @@ impl Api {
     }
 
     pub async fn send(&self, request: Request<Body>) -> (u16, Value) {
+        let (status, text) = self.answer(request).await;
+        (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
+    }
+
+    /// A `GET` of a user; the answer's body as it is.
+    pub async fn text(&self, user: &UserId, target: &str) -> (u16, String) {
+        let request = Request::get(target).extension(Caller(user.clone())).body(Body::empty());
+        self.answer(request.expect("a request")).await
+    }
+
+    async fn answer(&self, request: Request<Body>) -> (u16, String) {
         let answer = self.router.clone().oneshot(request).await.expect("an answer");
         let status = answer.status().as_u16();
         let body = answer.into_body().collect().await.expect("a body").to_bytes();
-        let body = serde_json::from_slice(&body)
-            .unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&body).into_owned()));
-        (status, body)
+        (status, String::from_utf8_lossy(&body).into_owned())
     }
 
     pub async fn get(&self, user: &UserId, path: &str, query: &[(&str, String)]) -> (u16, Value) {

@@ -217,6 +217,13 @@ impl Product {
         body
     }
 
+    /// `GET` of a whole path.
+    pub async fn get_from(&self, path: &str) -> Value {
+        let (status, body) = send(self.http.get(format!("http://{}{path}", self.server().address))).await;
+        assert_eq!(status, 200, "GET {path}: {body:#}");
+        body
+    }
+
     /// `POST` below `/api/v1/app-conversations`, not yet sent.
     pub fn post(&self, path: &str, body: &Value) -> RequestBuilder {
         self.http.post(self.url(path)).json(body)

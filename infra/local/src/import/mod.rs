@@ -14,7 +14,8 @@ pub mod summary;
 mod target;
 
 use std::collections::HashMap;
-use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::collections::hash_map::Entry::{Occupied, Vacant};
+use std::hash::{DefaultHasher, Hash, Hasher as _};
 use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
@@ -305,20 +306,22 @@ struct Group<T> {
 }
 
 /// Adds a row to its group; answers the group when it is full with it.
-fn push<K: Clone + Eq + std::hash::Hash, T>(
+fn push<K: Eq + Hash, T>(
     groups: &mut HashMap<K, Group<T>>,
     key: K,
     row: T,
     room: usize,
     limit: usize,
 ) -> Option<(K, Group<T>)> {
-    let group = groups.entry(key.clone()).or_insert_with(|| Group { rows: Vec::new(), room: 0 });
+    let mut entry = match groups.entry(key) {
+        Occupied(entry) => entry,
+        Vacant(entry) => entry.insert_entry(Group { rows: Vec::new(), room: 0 }),
+    };
+    let group = entry.get_mut();
     group.rows.push(row);
     group.room += room;
-    if group.rows.len() < limit && group.room < BATCH_ROOM {
-        return None;
-    }
-    groups.remove_entry(&key)
+    let full = group.rows.len() >= limit || group.room >= BATCH_ROOM;
+    full.then(|| entry.remove_entry())
 }
 
 /// Rows that wait for others with the same owner.
