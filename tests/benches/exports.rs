@@ -1,0 +1,146 @@
+//! Exports by the length of the log: how long one takes, how large it is, and what memory the process needs that makes it.
+//! The embedded engines, and the log, are in another process.
+//!
+//! ```sh
+//! cargo bench -p tests --bench exports --profile dev -- 1000 10000 100000
+//! ```
+
+#![allow(clippy::expect_used, reason = "a benchmark fails by panicking")]
+
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use local::engines::{EnginePorts, Engines};
+use serde_json::json;
+use shared::Time;
+use shared::aws::Aws;
+use shared::config::{ExportConfig, Names};
+use shared::conversation::store::ConversationStore;
+use shared::conversation::{ConversationRecord, MetricsSnapshot};
+use shared::event::store::{Event, EventStore};
+use shared::export::{Answer, Exporter};
+use shared::sandbox::none::NoSandboxes;
+use shared::sandbox::store::SandboxStore;
+use shared::user::UserId;
+use shared::user::seal::Sealer;
+use tempfile::TempDir;
+use uuid::Uuid;
+
+const PREFIX: &str = "bench-";
+/// In the environment of the process that exports: the conversation.
+const CONVERSATION: &str = "BENCH_CONVERSATION";
+/// The same: a folder.
+const FOLDER: &str = "BENCH_FOLDER";
+/// Long enough for everything.
+const BUDGET: Duration = Duration::from_secs(3600);
+const WORDS: [&str; 8] = ["the", "agent", "reads", "a", "file", "naïve", "and", "writes"];
+
+#[tokio::main]
+async fn main() {
+    if let Ok(conversation) = std::env::var(CONVERSATION) {
+        export(Uuid::parse_str(&conversation).expect("an id")).await;
+        return;
+    }
+    let lengths: Vec<usize> =
+        std::env::args().skip(1).filter_map(|length| length.replace('_', "").parse().ok()).collect();
+    assert!(!lengths.is_empty(), "say how many events there are to be, e.g. 10000");
+    println!(
+        "| events | bytes of JSON | bytes of the zip | seconds | memory before | memory, largest |\n|---|---|---|---|---|---|"
+    );
+    for length in lengths {
+        measure(length).await;
+    }
+}
+
+async fn measure(length: usize) {
+    let folder = TempDir::new().expect("a folder");
+    let engines = Engines::start(folder.path(), EnginePorts::default()).await.expect("engines");
+    let aws = Aws::new(&engines.sdk_config().await);
+    let names = Names::with_prefix(PREFIX);
+    schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
+    let (user, id, now) = (UserId::local(), Uuid::new_v4(), Time::now());
+    let conversations = ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone());
+    let record = ConversationRecord {
+        user: user.clone(),
+        id,
+        sandbox_id: "none".to_owned(),
+        selected_repository: None,
+        selected_branch: None,
+        git_provider: None,
+        title: Some("A benchmark".to_owned()),
+        trigger: None,
+        pr_number: Vec::new(),
+        llm_model: None,
+        metrics: MetricsSnapshot::default(),
+        parent_conversation_id: None,
+        public: None,
+        created_at: now,
+        updated_at: now,
+    };
+    assert_eq!(conversations.import(&user, &[record]).await.expect("stored"), [true]);
+    let store = EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
+    let (mut bytes, mut batch) = (0, Vec::new());
+    for number in 0..length {
+        let event = event(number);
+        bytes += event.json.len();
+        batch.push(event);
+        if batch.len() == 500 || number + 1 == length {
+            store.append(&user, id, std::mem::take(&mut batch)).await.expect("stored");
+        }
+    }
+    let child = tokio::process::Command::new(std::env::current_exe().expect("this program"))
+        .envs(engines.environment())
+        .env(CONVERSATION, id.to_string())
+        .env(FOLDER, folder.path())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("started");
+    let told = child.wait_with_output().await.expect("ended");
+    assert!(told.status.success(), "the export failed");
+    println!("| {length} | {bytes} | {} |", String::from_utf8_lossy(&told.stdout).trim());
+    engines.shutdown().await;
+}
+
+/// About 2 KB, of which some is said again and some is not.
+fn event(number: usize) -> Event {
+    let (minutes, seconds) = (number / 60, number % 60);
+    let timestamp =
+        format!("2025-01-{:02}T{:02}:{:02}:{seconds:02}", 1 + minutes / 1440, minutes / 60 % 24, minutes % 60);
+    let id = Uuid::from_u128(u128::try_from(number).expect("small") * 0x9E37_79B9_7F4A_7C15_F39C_C060_5CED_C835);
+    let text: Vec<&str> = (0..300).map(|word: usize| WORDS[(word * word + number * 7 + word / 3) % 8]).collect();
+    let json = json!({
+        "id": id,
+        "timestamp": timestamp,
+        "source": "agent",
+        "llm_message": {"role": "assistant", "content": [{"type": "text", "text": text.join(" ")}]},
+        "tool_call": {"id": format!("call_{id}"), "arguments": {"command": format!("cat file-{number}.txt")}},
+        "usage": {"cost": f64::from(u32::try_from(number).expect("small")) / 7.0, "tokens": number * 31},
+        "kind": "MessageEvent",
+    });
+    Event { id: id.to_string(), timestamp, kind: "MessageEvent".to_owned(), json: json.to_string() }
+}
+
+/// In a process of its own: as the function does it.
+async fn export(conversation: Uuid) {
+    let aws = Aws::from_env().await;
+    let names = Names::with_prefix(PREFIX);
+    let folder = std::env::var(FOLDER).expect("a folder");
+    let sealer = Sealer::from_file(&std::path::Path::new(&folder).join("sealing-key")).expect("a key");
+    let sandboxes = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer);
+    let config = ExportConfig { budget: BUDGET, ..ExportConfig::default() };
+    let exporter = Exporter::new(&config, &names, &aws, Arc::new(NoSandboxes::new(sandboxes))).expect("an exporter");
+    let before = memory();
+    let started = Instant::now();
+    let answer = exporter.export(&UserId::local(), conversation).await.expect("an export");
+    let took = started.elapsed().as_secs_f64();
+    let Some(Answer::Ready(ready)) = answer else { panic!("no export") };
+    println!("{} | {took:.1} | {before:.1} MiB | {:.1} MiB", ready.length, memory());
+}
+
+/// The most memory that this process has had, in MiB.
+fn memory() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").expect("a system with /proc");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a figure");
+    line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") / 1024.0
+}
