@@ -388,7 +388,7 @@ impl Dice {
                 1 => text += &format!("\\u{:04X}", self.roll(0x100)),
                 2 => {
                     text += ["\\n", "\\t", "\\\"", "\\\\", "\\/", "\\b", "\\f", "\\r"]
-                        [usize::try_from(self.roll(8)).expect("small")]
+                        [usize::try_from(self.roll(8)).expect("small")];
                 }
                 3 => text.push(
                     ['é', '€', '😀', '\u{7f}', '\u{80}', '\u{2028}'][usize::try_from(self.roll(6)).expect("small")],
@@ -794,7 +794,7 @@ async fn one_that_outlasts_its_request_is_made_by_workers_from_part_to_part() {
     let detail: Value = answer.json().await.expect("JSON");
     assert_eq!(detail, json!({"detail": "The export is still being made: ask again in a few seconds"}));
     let job = Job::Export { user: rig.user.clone(), conversation: id };
-    assert_eq!(rig.jobs().await, [job.clone()]);
+    assert_eq!(rig.jobs().await, std::slice::from_ref(&job));
     // Each turn ends with a part, and rings for the next.
     let mut turns = 0;
     loop {
@@ -803,10 +803,10 @@ async fn one_that_outlasts_its_request_is_made_by_workers_from_part_to_part() {
         let record = rig.record(id).await.expect("a record");
         let Some(progress) = record.progress else { break };
         assert_eq!(progress.parts, turns);
-        assert_eq!(rig.jobs().await, [job.clone()]);
+        assert_eq!(rig.jobs().await, std::slice::from_ref(&job));
         assert_eq!(rig.zips().await, [""; 0], "nothing is there before all of it is");
         assert_eq!(told(&rig.get(id).await), come_back);
-        assert_eq!(rig.jobs().await, [job.clone()], "who asks again rings again");
+        assert_eq!(rig.jobs().await, std::slice::from_ref(&job), "who asks again rings again");
         // The conversation goes on; what was asked for is made nevertheless.
         rig.append(id, vec![numbered(20 + usize::try_from(turns).expect("few"))]).await;
     }

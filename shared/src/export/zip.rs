@@ -234,7 +234,7 @@ mod tests {
         zip.add("a", |out| out.write_all(b"first")).expect("added");
         let before = (zip.body.clone(), zip.directory.clone(), zip.members());
         let failed = zip.add("b", |out| {
-            out.write_all(&[7; 100_000])?;
+            out.write_all(&vec![7; 100_000])?;
             Err(io::Error::other("no"))
         });
         assert!(failed.is_err());
