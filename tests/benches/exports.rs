@@ -107,7 +107,8 @@ fn event(number: usize) -> Event {
     let (minutes, seconds) = (number / 60, number % 60);
     let timestamp =
         format!("2025-01-{:02}T{:02}:{:02}:{seconds:02}", 1 + minutes / 1440, minutes / 60 % 24, minutes % 60);
-    let id = Uuid::from_u128(u128::try_from(number).expect("small") * 0x9E37_79B9_7F4A_7C15_F39C_C060_5CED_C835);
+    let id =
+        Uuid::from_u128(u128::try_from(number).expect("small").wrapping_mul(0x9E37_79B9_7F4A_7C15_F39C_C060_5CED_C835));
     let text: Vec<&str> = (0..300).map(|word: usize| WORDS[(word * word + number * 7 + word / 3) % 8]).collect();
     let json = json!({
         "id": id,
