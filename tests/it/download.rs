@@ -899,7 +899,7 @@ async fn a_real_agents_events_are_in_an_export_before_it_has_posted_them() {
     let start = product.start_conversation(saying("Say hello")).await;
     let id = start.conversation_id();
     product.conversation_when(&id, "finished").await;
-    // What was told least lately is posted up to 30 s later.
+    // What happened last is posted up to 30 s later.
     let told = product.at_agent(&id).await.all_events().await;
     let id = Uuid::parse_str(&id).expect("an id");
     let answer = product.download(&id.to_string()).await;

@@ -121,14 +121,28 @@ struct Deviation {
     any_order: bool,
     /// The recorded body, with these values in these places.
     instead: Option<Map<String, Value>>,
+    /// A text that the body holds.
+    holds: Option<String>,
     /// The recorded page, without the item in this place.
     without: Option<String>,
 }
 
 impl Deviation {
     fn read(entry: &Value) -> Self {
-        let known =
-            ["file", "label", "path", "query", "expect", "why", "body", "ids", "any_order", "instead", "without"];
+        let known = [
+            "file",
+            "label",
+            "path",
+            "query",
+            "expect",
+            "why",
+            "body",
+            "ids",
+            "any_order",
+            "instead",
+            "without",
+            "holds",
+        ];
         for key in entry.as_object().expect("a deviation is an object").keys() {
             assert!(known.contains(&key.as_str()), "deviations.json: nothing reads {key}");
         }
@@ -144,6 +158,7 @@ impl Deviation {
             ids: entry.get("ids").cloned(),
             any_order: entry.get("any_order").is_some_and(|any| any == true),
             instead: entry.get("instead").map(|places| places.as_object().expect("places").clone()),
+            holds: entry.get("holds").map(|text| text.as_str().expect("a text").to_owned()),
             without: entry.get("without").map(|place| place.as_str().expect("a place").to_owned()),
         }
     }
@@ -169,6 +184,9 @@ impl Deviation {
         if let Some(wanted) = &self.ids {
             let ids = body["items"].as_array().into_iter().flatten().map(|item| item["id"].clone()).collect();
             return differ(wanted, &ids);
+        }
+        if let Some(text) = &self.holds {
+            return (!body.to_string().contains(text)).then(|| format!("no {text} in it"));
         }
         if self.any_order {
             return differ(&in_order(&case.answer), &in_order(body));

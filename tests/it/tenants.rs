@@ -14,7 +14,10 @@ use serde_json::{Value, json};
 use shared::config::SandboxConfig;
 use shared::event::store::{Event, EventStore};
 use shared::sandbox::store::SandboxStore;
+use shared::start::request::ProviderType;
 use shared::user::UserId;
+use shared::user::settings::SettingsStore;
+use shared::user::token::secret_access_token;
 use tempfile::TempDir;
 use uuid::Uuid;
 
@@ -32,6 +35,8 @@ enum By {
     Caller,
     /// The user's sandbox, by its session key.
     Sandbox,
+    /// An agent, by the token with which it looks up the user's secrets.
+    Agent,
 }
 
 /// A route, a request to it about rows that several tenants have, and what each gets.
@@ -103,7 +108,7 @@ fn routes() -> Vec<Route> {
             format!("{BASE}/start-tasks/search?conversation_id__eq={PARENT}"),
             None,
             (200, "task of {owner}"),
-            (200, Some(empty_page)),
+            (200, Some(empty_page.clone())),
         ),
         row(
             "GET",
@@ -112,6 +117,15 @@ fn routes() -> Vec<Route> {
             None,
             (200, "1"),
             (200, Some(json!(0))),
+        ),
+        // The name of a member is not compressed.
+        row(
+            "GET",
+            "/api/v1/app-conversations/{conversation_id}/download",
+            format!("{BASE}/{PARENT}/download"),
+            None,
+            (200, "meta.json"),
+            (404, None),
         ),
         row(
             "PATCH",
@@ -143,6 +157,41 @@ fn routes() -> Vec<Route> {
                 (401, None),
             )
         },
+        Route {
+            by: By::Agent,
+            ..row(
+                "GET",
+                "/api/v1/webhooks/secrets",
+                "/api/v1/webhooks/secrets".to_owned(),
+                None,
+                (200, "token of {owner}"),
+                (404, None),
+            )
+        },
+        row(
+            "GET",
+            "/api/v1/conversation/{conversation_id}/events",
+            format!("/api/v1/conversation/{PARENT}/events?id=first&id=second"),
+            None,
+            (200, "event of {owner}"),
+            (200, Some(json!([null, null]))),
+        ),
+        row(
+            "GET",
+            "/api/v1/conversation/{conversation_id}/events/search",
+            format!("/api/v1/conversation/{PARENT}/events/search"),
+            None,
+            (200, "event of {owner}"),
+            (200, Some(empty_page)),
+        ),
+        row(
+            "GET",
+            "/api/v1/conversation/{conversation_id}/events/count",
+            format!("/api/v1/conversation/{PARENT}/events/count"),
+            None,
+            (200, "2"),
+            (200, Some(json!(0))),
+        ),
         row("POST", BASE, BASE.to_owned(), Some(start.clone()), (200, "another"), unknown_parent.clone()),
         row(
             "POST",
@@ -191,6 +240,9 @@ async fn furnish(api: &Api, owner: &UserId) {
     let sandboxes = SandboxStore::new(api.aws.dynamodb.clone(), api.names.sandboxes.clone(), api.sealer.clone());
     let record = sandboxes.new_record(owner, SANDBOX, "spec", &key_of(owner)).expect("a record");
     sandboxes.put_new(record).await.expect("stored");
+    let settings = SettingsStore::new(api.aws.dynamodb.clone(), api.names.users.clone(), api.sealer.clone());
+    let tokens = json!({"provider_tokens": {"github": {"token": format!("token of {owner}")}}});
+    settings.put(owner, &tokens.to_string().into()).await.expect("stored");
     // One event in the row, one in the bucket.
     let event = |id: &str, size: usize| Event {
         id: id.to_owned(),
@@ -208,6 +260,10 @@ fn store_of_events(api: &Api) -> EventStore {
 
 fn key_of(user: &UserId) -> SecretString {
     format!("session-key-of-{user}").into()
+}
+
+fn token_of(api: &Api, user: &UserId) -> SecretString {
+    secret_access_token(&api.sealer, user, ProviderType::Github, Duration::from_secs(60)).expect("a token")
 }
 
 /// All rows of all tables, and when all objects were written, by what tells them apart.
@@ -239,13 +295,15 @@ async fn request(api: &Api, user: &UserId, route: &Route) -> (u16, Value) {
     let asked = async {
         match route.by {
             By::Caller => api.call(user, route.method, &route.target, route.body.as_ref()).await,
-            By::Sandbox => {
+            By::Sandbox | By::Agent => {
+                let shown = if route.by == By::Sandbox { "x-session-api-key" } else { "x-access-token" };
+                let secret = if route.by == By::Sandbox { key_of(user) } else { token_of(api, user) };
                 let body = route.body.as_ref().map_or_else(Body::empty, |body| Body::from(body.to_string()));
                 let request = Request::builder()
                     .method(route.method)
                     .uri(&route.target)
                     .header("content-type", "application/json")
-                    .header("x-session-api-key", key_of(user).expose_secret());
+                    .header(shown, secret.expose_secret());
                 api.send(request.body(body).expect("a request")).await
             }
         }

@@ -2,8 +2,8 @@
 //!
 //! A page without filters reads the rows that it returns and one more. The bounds of the attribute that the list is ordered
 //! by, and the sandbox, are conditions on keys: rows outside are not read. The other filters are applied to rows as they are
-//! read, at most [`MAX_EVALUATED`] of them a request: what is found so far is a page then, perhaps an empty one, and
-//! its `next_page_id` goes on from there.
+//! read, at most [`MAX_EVALUATED`] of them a request and for at most five seconds: what is found so far is a page then, perhaps an
+//! empty one, and its `next_page_id` goes on from there.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -29,11 +29,20 @@ use crate::user::counters::{self, Counter};
 /// The most rows that one search looks at.
 pub const MAX_EVALUATED: usize = 10_000;
 
+/// How long a search goes on looking for rows that fit.
+const SEARCH_BUDGET: Duration = Duration::from_secs(5);
+
 /// How long a filtered count may take; API Gateway gives up at 29 s.
 const COUNT_BUDGET: Duration = Duration::from_secs(20);
 
 /// How much more a filtered search reads with each query that did not fill the page.
 const GROWTH: usize = 4;
+
+/// The most rows that one query of a filtered search looks at.
+const LONGEST_STEP: usize = 1_000;
+
+/// DynamoDB takes no longer partition key, in bytes.
+const LONGEST_KEY: usize = 2048;
 
 wire_enum! {
     /// The order of a list of conversations.
@@ -172,9 +181,9 @@ impl Filter {
 }
 
 impl Plan {
-    /// No row can be in the range: DynamoDB refuses to look.
+    /// No row can be in the range, or have such a key: DynamoDB refuses to look.
     fn is_empty(&self) -> bool {
-        matches!((&self.low, &self.high), (Some(low), Some(high)) if low >= high)
+        self.owner.len() > LONGEST_KEY || matches!((&self.low, &self.high), (Some(low), Some(high)) if low >= high)
     }
 
     fn query(&self, store: &ConversationStore) -> QueryFluentBuilder {
@@ -247,6 +256,7 @@ impl ConversationStore {
         let mut start = after.map(|after| plan.start(user, after)).transpose()?;
         let mut items: Vec<Item> = Vec::new();
         let mut evaluated = 0;
+        let deadline = Instant::now() + SEARCH_BUDGET;
         // One more than wanted, so that the last page knows that it is the last.
         let mut step = limit + 1;
         let mut next = None;
@@ -267,14 +277,14 @@ impl ConversationStore {
                 break;
             }
             let Some(last) = answer.last_evaluated_key else { break };
-            if evaluated >= MAX_EVALUATED {
+            if evaluated >= MAX_EVALUATED || Instant::now() > deadline {
                 next = Some(plan.after(&last)?);
                 break;
             }
             step = if plan.conditions.is_empty() {
                 limit + 1 - items.len()
             } else {
-                (step * GROWTH).min(MAX_EVALUATED - evaluated)
+                (step * GROWTH).min(LONGEST_STEP).min(MAX_EVALUATED - evaluated)
             };
             start = Some(last);
         }
@@ -356,6 +366,8 @@ mod tests {
             created_at_lt: Some(time("2025-01-01T00:00:00Z")),
             ..Filter::default()
         };
+        assert!(filter.plan(&UserId::new("u"), SortOrder::CreatedAt).is_empty());
+        let filter = Filter { sandbox_id: Some("x".repeat(2048)), ..Filter::default() };
         assert!(filter.plan(&UserId::new("u"), SortOrder::CreatedAt).is_empty());
     }
 

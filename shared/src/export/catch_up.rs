@@ -46,7 +46,7 @@ impl CatchUp {
             {
                 return Ok(0);
             }
-            newest => newest.map_err(|error| upstream(&error))?,
+            newest => newest.map_err(upstream)?,
         };
         if self.append_missing(record, &newest).await? == 0 {
             return Ok(0);
@@ -54,7 +54,7 @@ impl CatchUp {
         // Batches come one after the other: behind a page of which nothing is missing, nothing is.
         let (mut fetched, mut page_id) = (1, newest.next_page_id);
         while let Some(id) = page_id.take() {
-            let page = ask(Some(&id), PAGE).await.map_err(|error| upstream(&error))?;
+            let page = ask(Some(&id), PAGE).await.map_err(upstream)?;
             let missing = self.append_missing(record, &page).await?;
             fetched += missing;
             page_id = page.next_page_id.filter(|next| missing > 0 && *next != id);
@@ -93,6 +93,7 @@ fn event(item: &RawValue) -> Option<Event> {
     Some(event)
 }
 
-fn upstream(error: &AgentServerError) -> Error {
+#[expect(clippy::needless_pass_by_value, reason = "the signature that `map_err` calls")]
+fn upstream(error: AgentServerError) -> Error {
     Error::Upstream { message: "The agent server did not answer".into(), context: error.to_string() }
 }
