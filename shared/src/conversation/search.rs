@@ -22,7 +22,7 @@ use crate::clock::Time;
 use crate::dynamo::{Item, from_item, store_error, text};
 use crate::error::{Error, Result};
 use crate::http::page_id;
-use crate::http::validation::wire_enum;
+pub use crate::http::sort_order::SortOrder;
 use crate::user::UserId;
 use crate::user::counters::{self, Counter};
 
@@ -43,30 +43,6 @@ const LONGEST_STEP: usize = 1_000;
 
 /// DynamoDB takes no longer partition key, in bytes.
 const LONGEST_KEY: usize = 2048;
-
-wire_enum! {
-    /// The order of a list of conversations.
-    pub enum SortOrder {
-        /// Oldest first.
-        CreatedAt = "CREATED_AT",
-        /// Newest first.
-        CreatedAtDesc = "CREATED_AT_DESC",
-        /// Longest unchanged first.
-        UpdatedAt = "UPDATED_AT",
-        /// Last changed first.
-        UpdatedAtDesc = "UPDATED_AT_DESC",
-    }
-}
-
-impl SortOrder {
-    fn by_created(self) -> bool {
-        matches!(self, Self::CreatedAt | Self::CreatedAtDesc)
-    }
-
-    fn is_ascending(self) -> bool {
-        matches!(self, Self::CreatedAt | Self::UpdatedAt)
-    }
-}
 
 /// Which conversations a list holds, or are counted.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -136,7 +112,7 @@ impl Filter {
         };
         let sandbox = self.sandbox_id.as_deref().map(|sandbox| user.key_of(sandbox));
         let whole = || user.as_str().to_owned();
-        let (index, partition, owner) = match (order.by_created(), self.include_sub_conversations, &sandbox) {
+        let (index, partition, owner) = match (order.is_by_created(), self.include_sub_conversations, &sandbox) {
             (true, _, Some(sandbox)) => (BY_SANDBOX, "sandbox_key", sandbox.clone()),
             (true, true, None) => (ALL_BY_CREATED, "user", whole()),
             (true, false, None) => (TOP_LEVEL_BY_CREATED, "top_level_user", whole()),
@@ -153,8 +129,8 @@ impl Filter {
         let created = (sortable(self.created_at_gte), sortable(self.created_at_lt));
         let updated = (sortable(self.updated_at_gte), sortable(self.updated_at_lt));
         let (sort, (low, high), (from, before)) =
-            if order.by_created() { ("created_sort", created, updated) } else { ("updated_sort", updated, created) };
-        let (from_condition, before_condition) = if order.by_created() {
+            if order.is_by_created() { ("created_sort", created, updated) } else { ("updated_sort", updated, created) };
+        let (from_condition, before_condition) = if order.is_by_created() {
             ("updated_sort >= :from", "updated_sort < :before")
         } else {
             ("created_sort >= :from", "created_sort < :before")

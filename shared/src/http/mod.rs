@@ -5,4 +5,5 @@ pub mod caller;
 pub mod page_id;
 pub mod query;
 pub mod response;
+pub mod sort_order;
 pub mod validation;

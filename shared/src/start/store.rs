@@ -18,7 +18,7 @@ use crate::dynamo::{
     text, to_item, transact,
 };
 use crate::error::{Error, Result};
-use crate::http::validation::wire_enum;
+pub use crate::http::sort_order::SortOrder;
 use crate::id;
 use crate::user::UserId;
 use crate::user::counters::{self, Counter};
@@ -176,31 +176,9 @@ impl Change {
     }
 }
 
-wire_enum! {
-    /// The order of a list of tasks.
-    pub enum SortOrder {
-        /// Oldest first.
-        CreatedAt = "CREATED_AT",
-        /// Newest first.
-        CreatedAtDesc = "CREATED_AT_DESC",
-        /// Longest unchanged first.
-        UpdatedAt = "UPDATED_AT",
-        /// Last changed first.
-        UpdatedAtDesc = "UPDATED_AT_DESC",
-    }
-}
-
-impl SortOrder {
-    fn index(self) -> (&'static str, &'static str) {
-        match self {
-            Self::CreatedAt | Self::CreatedAtDesc => (BY_CREATED, "created_sort"),
-            Self::UpdatedAt | Self::UpdatedAtDesc => (BY_UPDATED, "updated_sort"),
-        }
-    }
-
-    fn is_ascending(self) -> bool {
-        matches!(self, Self::CreatedAt | Self::UpdatedAt)
-    }
+/// The index that has an order, and the attribute that it is sorted by.
+fn index_of(order: SortOrder) -> (&'static str, &'static str) {
+    if order.is_by_created() { (BY_CREATED, "created_sort") } else { (BY_UPDATED, "updated_sort") }
 }
 
 /// Which tasks a list holds.
@@ -417,7 +395,7 @@ impl StartTaskStore {
             // A conversation has as many tasks as it was started times: hardly ever more than one.
             return self.list_of_conversation(user, conversation, filter, order, after, limit).await;
         }
-        let (index, sort) = order.index();
+        let (index, sort) = index_of(order);
         let mut records: Vec<StartTaskRecord> = Vec::new();
         let mut next = after.cloned();
         loop {
