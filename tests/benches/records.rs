@@ -54,7 +54,8 @@ async fn measure(size: u64) {
     let _way = api.measure(&meter).await;
     for (what, path, query) in requests(&user, size) {
         let (status, answer) = api.get(&user, path, &query).await;
-        assert_eq!(status, 200, "{what}: {answer}");
+        // A filtered count of a large account may be refused, once its time is over.
+        assert!(status == 200 || (status == 400 && what.starts_with("count, ")), "{what}: {status} {answer}");
         let rows = match &answer {
             Value::Array(items) => items.len(),
             Value::Object(page) => page["items"].as_array().map_or(0, Vec::len),
