@@ -6,10 +6,14 @@ use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_dynamodb::operation::transact_write_items::TransactWriteItemsError;
 use aws_sdk_dynamodb::types::{AttributeValue, KeysAndAttributes, TransactWriteItem};
+use futures::future::try_join_all;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use uuid::Uuid;
 
+use crate::clock::Time;
 use crate::error::{Error, Result, StoreError};
+use crate::user::UserId;
 
 /// DynamoDB takes at most this many keys in one `BatchGetItem`.
 pub const BATCH_GET_LIMIT: usize = 100;
@@ -76,6 +80,47 @@ where
 #[must_use]
 pub fn is_condition_failure(error: &Error) -> bool {
     matches!(error, Error::Store(store) if store.condition_failed)
+}
+
+/// Rows of all users whose time is over, from a sparse index that is partitioned by `shard_attribute` and sorted by `due_at`.
+///
+/// # Errors
+/// [`Error::Store`].
+pub async fn due_rows(
+    dynamodb: &Client,
+    table: &str,
+    index: &str,
+    shard_attribute: &str,
+    shards: impl IntoIterator<Item = String>,
+    operation: &'static str,
+) -> Result<Vec<(UserId, Uuid)>> {
+    let now = Time::now().sortable();
+    let read = shards.into_iter().map(async |shard| {
+        let mut due = Vec::new();
+        let mut items = dynamodb
+            .query()
+            .table_name(table)
+            .index_name(index)
+            .key_condition_expression("#shard = :shard AND due_at < :now")
+            .expression_attribute_names("#shard", shard_attribute)
+            .expression_attribute_values(":shard", text(shard))
+            .expression_attribute_values(":now", text(&now))
+            .into_paginator()
+            .items()
+            .send();
+        while let Some(item) = items.next().await {
+            let item = item.map_err(store_error(operation))?;
+            let attribute = |name: &str| item.get(name).and_then(|value| value.as_s().ok());
+            let (user, id) = (attribute("user"), attribute("id").and_then(|id| Uuid::try_parse(id).ok()));
+            match (user, id) {
+                (Some(user), Some(id)) => due.push((UserId::new(user), id)),
+                // It must not keep the others from being looked after.
+                _ => tracing::error!(index, "store.row_without_owner_or_id"),
+            }
+        }
+        Ok::<_, Error>(due)
+    });
+    Ok(try_join_all(read).await?.into_iter().flatten().collect())
 }
 
 /// DynamoDB takes at most this many writes in one transaction.

@@ -162,7 +162,7 @@ impl Rig {
 
     async fn conversation(&self, parent: Option<Uuid>) -> Uuid {
         let record = record(&self.user, parent);
-        store(&self.aws, &self.conversations, &record).await;
+        store(&self.conversations, &record).await;
         record.id
     }
 
@@ -313,9 +313,9 @@ fn record(user: &UserId, parent: Option<Uuid>) -> ConversationRecord {
     }
 }
 
-async fn store(aws: &Aws, conversations: &ConversationStore, record: &ConversationRecord) {
-    let writes = conversations.put_new(record).expect("writes").to_vec();
-    aws.dynamodb.transact_write_items().set_transact_items(Some(writes)).send().await.expect("stored");
+async fn store(conversations: &ConversationStore, record: &ConversationRecord) {
+    let added = conversations.import(&record.user, std::slice::from_ref(record)).await.expect("stored");
+    assert_eq!(added, [true]);
 }
 
 fn event(id: &str, timestamp: &str, json: &str) -> Event {
@@ -667,7 +667,7 @@ async fn a_large_one_is_behind_a_link_that_curl_and_browsers_follow() {
     // Small enough, it is the answer itself.
     let small = record(&user, None);
     let conversations = conversations(&product);
-    store(&product.aws, &conversations, &small).await;
+    store(&conversations, &small).await;
     events.append(&user, small.id, vec![]).await.expect("stored");
     let url = format!("http://{}/api/v1/app-conversations/{}/download", product.address, small.id);
     let answer = client().get(url).send().await.expect("an answer");
@@ -1024,7 +1024,7 @@ async fn product_with_events(product: &Server, count: usize) -> (UserId, EventSt
     let names = &config.names;
     let user = UserId::local();
     let record = record(&user, None);
-    store(aws, &conversations(product), &record).await;
+    store(&conversations(product), &record).await;
     let events = EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
     events.append(&user, record.id, (0..count).map(numbered).collect()).await.expect("stored");
     (user, events, record.id)

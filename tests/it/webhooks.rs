@@ -33,7 +33,6 @@ struct Owner {
     user: UserId,
     conversations: ConversationStore,
     events: EventStore,
-    aws: Aws,
 }
 
 impl Owner {
@@ -51,7 +50,6 @@ impl Owner {
                 names.users.clone(),
             ),
             events: EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone()),
-            aws: aws.clone(),
         }
     }
 
@@ -74,8 +72,7 @@ impl Owner {
             created_at: now,
             updated_at: now,
         };
-        let writes = self.conversations.put_new(&record).expect("writes").to_vec();
-        self.aws.dynamodb.transact_write_items().set_transact_items(Some(writes)).send().await.expect("stored");
+        assert_eq!(self.conversations.import(&self.user, &[record]).await.expect("stored"), [true]);
     }
 
     async fn events_of(&self, conversation: Uuid) -> Vec<Event> {

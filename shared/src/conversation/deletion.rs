@@ -10,12 +10,12 @@ use uuid::Uuid;
 
 use super::ConversationRecord;
 use super::store::{ConversationStore, IMPORT_LIMIT};
-use crate::agent_server::{AgentServer, Failure};
+use crate::agent_server::Failure;
 use crate::clock::Time;
 use crate::error::{Error, Result, StoreError};
 use crate::event::store::EventStore;
 use crate::export::store::ExportStore;
-use crate::sandbox::{SandboxService, SandboxStatus};
+use crate::sandbox::SandboxService;
 use crate::start::queue::{Job, StartQueue};
 use crate::start::store::StartTaskStore;
 use crate::user::UserId;
@@ -142,9 +142,7 @@ impl Deletion {
     /// Best effort: a paused sandbox keeps its copy, which nobody can reach, until the sandbox goes.
     async fn delete_from_agent_server(&self, record: &ConversationRecord) -> Result<()> {
         let sandbox = self.sandboxes.get(&record.user, &record.sandbox_id).await?;
-        let Some(sandbox) = sandbox.filter(|sandbox| sandbox.status == SandboxStatus::Running) else { return Ok(()) };
-        let Some(url) = sandbox.agent_server_url() else { return Ok(()) };
-        let agent_server = AgentServer::new(self.http.clone(), url, sandbox.session_api_key.clone());
+        let Some(agent_server) = sandbox.and_then(|sandbox| sandbox.agent_server(&self.http)) else { return Ok(()) };
         match agent_server.delete_conversation(record.id, AGENT_TIMEOUT).await {
             Err(error) if !matches!(error.failure, Failure::Status(status, _) if status == http::StatusCode::NOT_FOUND) =>
             {

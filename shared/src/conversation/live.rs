@@ -9,10 +9,9 @@ use secrecy::ExposeSecret as _;
 use uuid::Uuid;
 
 use super::{AppConversation, ConversationRecord};
-use crate::agent_server::AgentServer;
 use crate::error::Result;
 use crate::id;
-use crate::sandbox::{Sandbox, SandboxService, SandboxStatus};
+use crate::sandbox::{Sandbox, SandboxService};
 use crate::user::UserId;
 
 /// An agent server takes fewer than 100 ids in one request.
@@ -39,9 +38,7 @@ impl LiveStatus {
     /// When the sandbox cannot be looked up.
     pub async fn tell_title(&self, record: &ConversationRecord, title: &str) -> Result<()> {
         let sandbox = self.sandboxes.get(&record.user, &record.sandbox_id).await?;
-        let Some(sandbox) = sandbox.filter(|sandbox| sandbox.status == SandboxStatus::Running) else { return Ok(()) };
-        let Some(url) = sandbox.agent_server_url() else { return Ok(()) };
-        let agent_server = AgentServer::new(self.http.clone(), url, sandbox.session_api_key.clone());
+        let Some(agent_server) = sandbox.and_then(|sandbox| sandbox.agent_server(&self.http)) else { return Ok(()) };
         if let Err(error) = agent_server.set_title(record.id, title, self.budget).await {
             tracing::warn!(conversation = %record.id, %error, "conversation.title_not_told");
         }
@@ -69,11 +66,11 @@ impl LiveStatus {
             .collect();
         let asked = sandboxes
             .values()
-            .filter(|sandbox| sandbox.status == SandboxStatus::Running)
-            .filter_map(|sandbox| Some((sandbox, sandbox.agent_server_url()?, by_sandbox.get(&sandbox.id)?)))
-            .flat_map(|(sandbox, url, ids)| ids.chunks(IDS_PER_REQUEST).map(move |ids| (sandbox, url, ids)))
-            .map(async |(sandbox, url, ids)| {
-                let agent_server = AgentServer::new(self.http.clone(), url, sandbox.session_api_key.clone());
+            .filter_map(|sandbox| Some((sandbox, sandbox.agent_server(&self.http)?, by_sandbox.get(&sandbox.id)?)))
+            .flat_map(|(sandbox, agent_server, ids)| {
+                ids.chunks(IDS_PER_REQUEST).map(move |ids| (sandbox, agent_server.clone(), ids))
+            })
+            .map(async |(sandbox, agent_server, ids)| {
                 agent_server.conversations(ids, self.budget).await.unwrap_or_else(|error| {
                     tracing::warn!(sandbox = %sandbox.id, %error, "conversation.live_status_unknown");
                     Vec::new()

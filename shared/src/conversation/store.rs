@@ -7,14 +7,14 @@ use std::collections::{HashMap, HashSet};
 
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::types::{AttributeValue, Put, ReturnValue, Select, TransactWriteItem, Update};
-use futures::future::{join_all, try_join_all};
+use futures::future::try_join_all;
 use uuid::Uuid;
 
 use super::ConversationRecord;
 use crate::clock::Time;
 use crate::dynamo::{
-    BATCH_GET_LIMIT, Item, TRANSACTION_LIMIT, batch_get_items, from_item, is_condition_failure, store_error, text,
-    to_item, transact,
+    BATCH_GET_LIMIT, Item, TRANSACTION_LIMIT, batch_get_items, due_rows, from_item, is_condition_failure, store_error,
+    text, to_item, transact,
 };
 use crate::error::{Error, Result};
 use crate::id;
@@ -201,14 +201,6 @@ impl ConversationStore {
         Ok(ids)
     }
 
-    /// The writes that add a new record and count it, for a transaction; they fail where the id is taken.
-    ///
-    /// # Errors
-    /// [`Error::Internal`] when the record has no form as an item.
-    pub fn put_new(&self, record: &ConversationRecord) -> Result<[TransactWriteItem; 2]> {
-        Ok([self.put(record)?, self.add_to_counters(&record.user, [record], 1)?])
-    }
-
     /// Adds records of the user that were made elsewhere, and counts them. At most [`IMPORT_LIMIT`] at once. Answers for each
     /// whether it was added: one whose id is taken is left as it is.
     ///
@@ -226,7 +218,7 @@ impl ConversationStore {
             if added().next().is_none() {
                 return Ok(new);
             }
-            let mut writes = added().map(|record| self.put(record)).collect::<Result<Vec<_>>>()?;
+            let mut writes = added().map(|record| self.put(item(record)?)).collect::<Result<Vec<_>>>()?;
             writes.push(self.add_to_counters(user, added(), 1)?);
             outcome = transact(&self.dynamodb, writes, "TransactWriteItems conversations").await;
             match &outcome {
@@ -379,29 +371,8 @@ impl ConversationStore {
     /// # Errors
     /// [`Error::Store`].
     pub async fn forgotten_deletions(&self) -> Result<Vec<(UserId, Uuid)>> {
-        let now = Time::now().sortable();
-        let shards = (0..DELETION_SHARDS).map(async |shard| {
-            let mut due = Vec::new();
-            let mut items = self
-                .dynamodb
-                .query()
-                .table_name(&self.table)
-                .index_name(DELETIONS)
-                .key_condition_expression("deletion_shard = :shard AND due_at < :now")
-                .expression_attribute_values(":shard", text(shard.to_string()))
-                .expression_attribute_values(":now", text(&now))
-                .into_paginator()
-                .items()
-                .send();
-            while let Some(item) = items.next().await {
-                let item = item.map_err(store_error("Query conversations"))?;
-                if let (Some(Ok(user)), Some(id)) = (item.get("user").map(AttributeValue::as_s), id_of(&item)) {
-                    due.push((UserId::new(user), id));
-                }
-            }
-            Ok::<_, Error>(due)
-        });
-        Ok(join_all(shards).await.into_iter().collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
+        let shards = (0..DELETION_SHARDS).map(|shard| shard.to_string());
+        due_rows(&self.dynamodb, &self.table, DELETIONS, "deletion_shard", shards, "Query conversations").await
     }
 
     /// The record and, below it at any depth, its sub-conversations; empty when there is no such record.
@@ -420,10 +391,11 @@ impl ConversationStore {
         Ok(family)
     }
 
-    fn put(&self, record: &ConversationRecord) -> Result<TransactWriteItem> {
+    /// The write of a new row, for a transaction.
+    pub(super) fn put(&self, item: Item) -> Result<TransactWriteItem> {
         let put = Put::builder()
             .table_name(&self.table)
-            .set_item(Some(item(record)?))
+            .set_item(Some(item))
             .condition_expression("attribute_not_exists(id)")
             .build()
             .map_err(Error::internal)?;

@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 
-use aws_sdk_dynamodb::types::{AttributeValue, Put, TransactWriteItem, Update};
+use aws_sdk_dynamodb::types::{AttributeValue, TransactWriteItem, Update};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
@@ -343,14 +343,8 @@ impl ConversationStore {
     fn put_with(&self, record: &ConversationRecord, beside: &Beside) -> Result<Vec<TransactWriteItem>> {
         let mut item: Item = item(record)?;
         item.extend(crate::dynamo::to_item(beside)?);
-        let put = Put::builder()
-            .table_name(&self.table)
-            .set_item(Some(item))
-            .condition_expression("attribute_not_exists(id)")
-            .build()
-            .map_err(Error::internal)?;
         let count = self.add_to_counters(&record.user, [record], 1)?;
-        Ok(vec![TransactWriteItem::builder().put(put).build(), count])
+        Ok(vec![self.put(item)?, count])
     }
 }
 

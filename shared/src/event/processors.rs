@@ -8,12 +8,11 @@ use uuid::Uuid;
 
 use super::effects::ToldConversation;
 use super::store::{After, EventFilter, EventStore, SortOrder};
-use crate::agent_server::AgentServer;
 use crate::conversation::ConversationRecord;
 use crate::conversation::store::ConversationStore;
 use crate::conversation::told::{Standing, StatsTime};
 use crate::error::Result;
-use crate::sandbox::{SandboxService, SandboxStatus};
+use crate::sandbox::SandboxService;
 use crate::start::queue::{Job, StartQueue};
 use crate::start::request::EventCallbackProcessor;
 use crate::user::UserId;
@@ -92,9 +91,7 @@ impl Processors {
 
     async fn told(&self, record: &ConversationRecord) -> Result<Option<ToldConversation>> {
         let sandbox = self.sandboxes.get(&record.user, &record.sandbox_id).await?;
-        let Some(sandbox) = sandbox.filter(|sandbox| sandbox.status == SandboxStatus::Running) else { return Ok(None) };
-        let Some(url) = sandbox.agent_server_url() else { return Ok(None) };
-        let agent_server = AgentServer::new(self.http.clone(), url, sandbox.session_api_key.clone());
+        let Some(agent_server) = sandbox.and_then(|sandbox| sandbox.agent_server(&self.http)) else { return Ok(None) };
         match agent_server.whole_conversation(record.id, AGENT_SERVER_TIMEOUT).await {
             Ok(found) => Ok(found.map(|found| ToldConversation::read(record.id, &found))),
             Err(error) => {

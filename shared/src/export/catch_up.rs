@@ -6,11 +6,11 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::agent_server::{AgentServer, AgentServerError, EventPage, Failure};
+use crate::agent_server::{AgentServerError, EventPage, Failure};
 use crate::conversation::ConversationRecord;
 use crate::error::{Error, Result};
 use crate::event::store::{Event, EventStore};
-use crate::sandbox::{SandboxService, SandboxStatus};
+use crate::sandbox::SandboxService;
 
 /// What an export says that may lack the latest events.
 pub const WARNING: &str =
@@ -33,11 +33,8 @@ impl CatchUp {
     /// # Errors
     /// When the agent server or the store does not answer; what was fetched before stays.
     pub(super) async fn run(&self, record: &ConversationRecord) -> Result<usize> {
-        let Some(sandbox) = self.sandboxes.get(&record.user, &record.sandbox_id).await? else { return Ok(0) };
-        let Some(url) = sandbox.agent_server_url().filter(|_| sandbox.status == SandboxStatus::Running) else {
-            return Ok(0);
-        };
-        let agent_server = AgentServer::new(self.http.clone(), url, sandbox.session_api_key.clone());
+        let sandbox = self.sandboxes.get(&record.user, &record.sandbox_id).await?;
+        let Some(agent_server) = sandbox.and_then(|sandbox| sandbox.agent_server(&self.http)) else { return Ok(0) };
         let ask = async |page: Option<&str>, limit| agent_server.newest_events(record.id, page, limit).await;
         let newest = match ask(None, 1).await {
             // It does not know the conversation: it can hold nothing of it.

@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 
+use crate::agent_server::AgentServer;
 use crate::clock::Time;
 use crate::config::SandboxConfig;
 use crate::error::Result;
@@ -78,6 +79,13 @@ impl Sandbox {
             .iter()
             .find(|exposed| exposed.name == AGENT_SERVER)
             .map(|exposed| exposed.url.as_str())
+    }
+
+    /// Its agent server, if it runs.
+    #[must_use]
+    pub fn agent_server(&self, http: &reqwest::Client) -> Option<AgentServer> {
+        let url = self.agent_server_url().filter(|_| self.status == SandboxStatus::Running)?;
+        Some(AgentServer::new(http.clone(), url, self.session_api_key.clone()))
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::types::{AttributeValue, Delete, Put, ReturnValue, Select, TransactWriteItem, Update};
-use futures::future::{join_all, try_join_all};
+use futures::future::try_join_all;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -14,8 +14,8 @@ use super::request::StartRequest;
 use super::task::{PendingCommand, Snapshot, StartStatus, StartTask, StartTaskRecord};
 use crate::clock::Time;
 use crate::dynamo::{
-    BATCH_GET_LIMIT, Item, TRANSACTION_LIMIT, batch_get_items, from_item, is_condition_failure, number, store_error,
-    text, to_item, transact,
+    BATCH_GET_LIMIT, Item, TRANSACTION_LIMIT, batch_get_items, due_rows, from_item, is_condition_failure, number,
+    store_error, text, to_item, transact,
 };
 use crate::error::{Error, Result};
 pub use crate::http::sort_order::SortOrder;
@@ -638,13 +638,7 @@ impl StartTaskStore {
             .map_err(Error::internal)?;
         let mut items: Vec<TransactWriteItem> = others.into_iter().collect();
         items.push(TransactWriteItem::builder().update(update).build());
-        let saved = self
-            .dynamodb
-            .transact_write_items()
-            .set_transact_items(Some(items))
-            .send()
-            .await
-            .map_err(store_error("TransactWriteItems start-tasks"));
+        let saved = transact(&self.dynamodb, items, "TransactWriteItems start-tasks").await;
         held(saved)
     }
 
@@ -653,30 +647,8 @@ impl StartTaskStore {
     /// # Errors
     /// [`Error::Store`].
     pub async fn forgotten(&self) -> Result<Vec<(UserId, Uuid)>> {
-        let now = Time::now().sortable();
-        let shards = SHARDS.chars().map(async |shard| {
-            let mut due = Vec::new();
-            let mut items = self
-                .dynamodb
-                .query()
-                .table_name(&self.table)
-                .index_name(UNFINISHED)
-                .key_condition_expression("unfinished_shard = :shard AND due_at < :now")
-                .expression_attribute_values(":shard", text(shard.to_string()))
-                .expression_attribute_values(":now", text(&now))
-                .into_paginator()
-                .items()
-                .send();
-            while let Some(item) = items.next().await {
-                let item = item.map_err(store_error("Query start-tasks"))?;
-                let attribute = |name: &str| item.get(name).and_then(|value| value.as_s().ok());
-                if let (Some(user), Some(Ok(id))) = (attribute("user"), attribute("id").map(|id| Uuid::parse_str(id))) {
-                    due.push((UserId::new(user.as_str()), id));
-                }
-            }
-            Ok::<_, Error>(due)
-        });
-        Ok(join_all(shards).await.into_iter().collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
+        let shards = SHARDS.chars().map(String::from);
+        due_rows(&self.dynamodb, &self.table, UNFINISHED, "unfinished_shard", shards, "Query start-tasks").await
     }
 
     /// Whether an unfinished start of the user is going to run in this sandbox.

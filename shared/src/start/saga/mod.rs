@@ -419,10 +419,9 @@ impl Work<'_> {
             }
         }
         let Some(sandbox) = self.sandbox.clone() else { return Ok(None) };
-        let url = sandbox
-            .agent_server_url()
+        let agent_server = sandbox
+            .agent_server(&self.saga.http)
             .ok_or_else(|| StepError::Fatal(format!("The sandbox {} has no address of an agent server", sandbox.id)))?;
-        let agent_server = AgentServer::new(self.saga.http.clone(), url, sandbox.session_api_key.clone());
         Ok(Some((sandbox, agent_server)))
     }
 

@@ -198,7 +198,9 @@ impl Work<'_> {
             Standing::Known(_) => {
                 // Started before: it keeps its record and its history, and is only where it is now.
                 let moved = ConversationChange::default().sandbox(user, &sandbox.id);
-                conversations.update(user, conversation_id, moved).await?;
+                if conversations.update(user, conversation_id, moved).await?.is_none() {
+                    return Err(StepError::Retry("The conversation was deleted at the same time".into()));
+                }
                 Vec::new()
             }
             Standing::Unknown => conversations.put_started(&conversation, processors)?,
