@@ -706,9 +706,9 @@ async fn append_large(rig: &Rig, id: Uuid, count: usize) -> Vec<(String, String)
 
 #[tokio::test]
 async fn a_failure_or_a_crash_at_any_call_leaves_nothing_half_and_the_next_call_succeeds() {
-    // A lease that is renewed by parts alone, so that the calls are the same each time.
-    let lease = Duration::from_secs(3600);
-    let rig = Rig::new(ExportConfig { lease, inline_limit: 0, ..config() }).await;
+    // A lease that is renewed by parts alone, and all the time there is, so that the calls are the same each time.
+    let hour = Duration::from_secs(3600);
+    let rig = Rig::new(ExportConfig { lease: hour, budget: hour, catch_up: hour, inline_limit: 0, ..config() }).await;
     let id = rig.conversation(None).await;
     let expected: Vec<(String, String)> =
         append_large(&rig, id, 8).await.into_iter().map(|(name, text)| (name, hash(&text))).collect();
@@ -747,23 +747,25 @@ async fn a_failure_or_a_crash_at_any_call_leaves_nothing_half_and_the_next_call_
             // A crash in front of a call is one behind the call before.
             Stop::Hang(Moment::After),
         ] {
-            changed().await;
-            let before = rig.zips().await.len();
-            rig.gate.arm(number, stop);
             let case = format!("{stop:?} of call {number}, {call}");
-            match stop {
-                Stop::Hang(_) => {
-                    let request = rig.exporter.export(&rig.user, id);
-                    tokio::select! {
-                        answer = request => panic!("{case}: {answer:?}"),
-                        () = rig.gate.reached() => {}
-                    }
+            let mut before = 0;
+            // A run in which the SDK had to repeat nothing has fewer calls than one in which it had to.
+            for attempt in 1.. {
+                changed().await;
+                before = rig.zips().await.len();
+                rig.gate.arm(number, stop);
+                let answer = match stop {
+                    Stop::Hang(_) => tokio::select! {
+                        answer = rig.exporter.export(&rig.user, id) => format!("{answer:?}"),
+                        () = rig.gate.reached() => String::new(),
+                    },
+                    _ => rig.get(id).await.status().as_u16().to_string(),
+                };
+                if rig.gate.is_reached() {
+                    assert!(["", "302", "503"].contains(&answer.as_str()), "{case}: {answer}");
+                    break;
                 }
-                _ => {
-                    let answer = rig.get(id).await.status().as_u16();
-                    assert!(rig.gate.is_reached(), "{case}");
-                    assert!([302, 503].contains(&answer), "{case}: {answer}");
-                }
+                assert!(attempt < 3, "{case}: {answer}, {:?}", rig.gate.calls());
             }
             rig.gate.disarm();
             // What is there is whole.

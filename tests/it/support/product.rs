@@ -41,7 +41,8 @@ pub const STATUSES: [&str; 8] = [
 const INSTALL_LIMIT: Duration = Duration::from_secs(20 * 60);
 /// Booting an agent server takes long where several share few cores.
 const START_LIMIT: Duration = Duration::from_secs(180);
-const TURN_LIMIT: Duration = Duration::from_secs(60);
+/// Long: a machine that runs all tests at once may give an agent server a tenth of a processor.
+const TURN_LIMIT: Duration = Duration::from_secs(180);
 /// For processes that end by themselves once their agent server is gone.
 const GONE_LIMIT: Duration = Duration::from_secs(10);
 const API: &str = "/api/v1/app-conversations";

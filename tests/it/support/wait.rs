@@ -3,7 +3,7 @@
 use std::panic::Location;
 use std::time::{Duration, Instant};
 
-/// Asks `condition` every 20 ms until it holds. Panics with `what`, at the caller's line, once
+/// Asks `condition` until it holds, less and less often. Panics with `what`, at the caller's line, once
 /// `timeout` has passed.
 #[track_caller]
 pub fn wait_until<F>(what: &str, timeout: Duration, mut condition: F) -> impl Future<Output = ()>
@@ -32,8 +32,12 @@ where
     }
 }
 
+/// Between two looks, at first and at most. Who asks an agent server all the time keeps it from its work.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(300));
+
 async fn poll<T>(timeout: Duration, mut probe: impl AsyncFnMut() -> Option<T>) -> Option<T> {
     let started = Instant::now();
+    let mut pause = PAUSES.0;
     loop {
         if let Some(value) = probe().await {
             return Some(value);
@@ -41,6 +45,7 @@ async fn poll<T>(timeout: Duration, mut probe: impl AsyncFnMut() -> Option<T>) -
         if started.elapsed() >= timeout {
             return None;
         }
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep(pause).await;
+        pause = (pause + pause / 4).min(PAUSES.1);
     }
 }
