@@ -351,6 +351,8 @@ pub fn functions(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Router, 
         .merge(start::router(start::Context::new(config, aws, sealer)))
         .merge(stream_start::router(stream_start::Context::new(config, aws, sealer)))
         .merge(start_tasks::router(start_tasks::Context::new(config, aws, sealer)))
+        .merge(skills::router(skills::Context::new(config, aws, sealer)))
+        .merge(sandboxes::router(sandboxes::Context::new(config, aws, sealer)))
         .merge(events::router(events::Context::new(config, aws, sealer))))
 }
 

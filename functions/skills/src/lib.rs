@@ -1,0 +1,23 @@
+//! What is inside a conversation's sandbox: skills, hooks, files and git.
+
+use axum::Router;
+use shared::aws::Aws;
+use shared::config::Config;
+use shared::user::seal::Sealer;
+
+/// What this function may touch.
+#[derive(Clone, Debug)]
+pub struct Context {}
+
+impl Context {
+    /// A context on the configured tables and sandboxes.
+    #[must_use]
+    pub fn new(_config: &Config, _aws: &Aws, _sealer: &Sealer) -> Self {
+        Self {}
+    }
+}
+
+/// The routes of this function.
+pub fn router(context: Context) -> Router {
+    Router::new().with_state(context)
+}
