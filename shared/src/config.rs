@@ -178,6 +178,9 @@ pub struct ProcessSandboxConfig {
     pub allow_cors_origins: Vec<String>,
 }
 
+/// What [`Config::look_budget`] is unless it is set.
+pub const LOOK_BUDGET: Duration = Duration::from_secs(20);
+
 /// The whole configuration of a process.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -193,6 +196,8 @@ pub struct Config {
     pub single_user: bool,
     /// The time that one page may spend on asking agent servers for live status (`LIVE_STATUS_BUDGET_MS`, 1500).
     pub live_status_budget: Duration,
+    /// The time that a request has which looks into a sandbox (`LOOK_BUDGET_MS`, 20000); API gateways wait for 29 s.
+    pub look_budget: Duration,
     /// Exports.
     pub export: ExportConfig,
 }
@@ -242,6 +247,7 @@ impl Config {
             sealing_key_file: required("SEALING_KEY_FILE")?.into(),
             single_user: flag("SINGLE_USER", false)?,
             live_status_budget: Duration::from_millis(parsed("LIVE_STATUS_BUDGET_MS")?.unwrap_or(1500)),
+            look_budget: parsed("LOOK_BUDGET_MS")?.map_or(LOOK_BUDGET, Duration::from_millis),
             export: ExportConfig::from_env()?,
         })
     }

@@ -22,6 +22,18 @@ pub enum Error {
     /// No such thing, or not the caller's: the two are not told apart.
     #[error("{0}")]
     NotFound(String),
+    /// It cannot be done in the state that things are in; the text says what would change that.
+    #[error("{0}")]
+    Conflict(String),
+    /// It was there, and will not be again.
+    #[error("{0}")]
+    Gone(String),
+    /// There are too many of these already.
+    #[error("{0}")]
+    TooMany(String),
+    /// What it needs does not work now.
+    #[error("{0}")]
+    Unavailable(String),
     /// The request is larger than is accepted.
     #[error("{0}")]
     TooLarge(String),

@@ -294,6 +294,7 @@ async fn nothing_is_acknowledged_that_the_store_refuses() {
         sealing_key_file,
         single_user: false,
         live_status_budget: std::time::Duration::from_secs(1),
+        look_budget: std::time::Duration::from_secs(2),
         export: ExportConfig::default(),
     };
     let router = events::webhooks_router(events::Context::new(&config, &gated, &sealer));

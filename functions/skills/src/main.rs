@@ -6,7 +6,7 @@ use shared::user::seal::Sealer;
 async fn main() -> Result<(), lambda::Error> {
     lambda::serve(async |config, aws| {
         let sealer = Sealer::from_file(&config.sealing_key_file)?;
-        Ok(skills::router(skills::Context::new(&config, &aws, &sealer)))
+        Ok(skills::router(skills::Context::new(&config, &aws, &sealer)?))
     })
     .await
 }

@@ -207,6 +207,7 @@ impl Server {
             sealing_key_file,
             single_user: true,
             live_status_budget: Duration::from_millis(1500),
+            look_budget: config::LOOK_BUDGET,
             export: environment.export,
         };
         let user = UserId::local();
@@ -351,7 +352,7 @@ pub fn functions(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Router, 
         .merge(start::router(start::Context::new(config, aws, sealer)))
         .merge(stream_start::router(stream_start::Context::new(config, aws, sealer)))
         .merge(start_tasks::router(start_tasks::Context::new(config, aws, sealer)))
-        .merge(skills::router(skills::Context::new(config, aws, sealer)))
+        .merge(skills::router(skills::Context::new(config, aws, sealer)?))
         .merge(sandboxes::router(sandboxes::Context::new(config, aws, sealer)))
         .merge(events::router(events::Context::new(config, aws, sealer))))
 }

@@ -53,6 +53,12 @@ pub struct AgentServerError {
 }
 
 impl AgentServerError {
+    /// A request whose answer makes no sense.
+    #[must_use]
+    pub fn malformed(request: &str, what: &str) -> Self {
+        Self { request: request.to_owned(), failure: Failure::Malformed(what.to_owned()) }
+    }
+
     /// Whether the same request may succeed later.
     #[must_use]
     pub fn is_transient(&self) -> bool {
@@ -262,6 +268,68 @@ impl AgentServer {
         }))
     }
 
+    /// Runs a short command and waits for its end.
+    ///
+    /// # Errors
+    /// See [`Failure`].
+    pub async fn run_command(&self, command: &str, timeout: Duration) -> Result<CommandOutput> {
+        #[derive(Deserialize)]
+        struct Output {
+            exit_code: Option<i64>,
+            stdout: Option<String>,
+            stderr: Option<String>,
+        }
+        let body = json!({"command": command, "timeout": timeout.as_secs().max(1)});
+        let output: Output = self
+            .call(Method::POST, "/api/bash/execute_bash_command", timeout + COMMAND_START_TIMEOUT, |request| {
+                request.json(&body)
+            })
+            .await?;
+        Ok(CommandOutput {
+            exit_code: output.exit_code.unwrap_or(-1),
+            stdout: output.stdout.unwrap_or_default(),
+            stderr: output.stderr.unwrap_or_default(),
+        })
+    }
+
+    /// The bytes of the file at an absolute path, or `None` when it has more than `limit`.
+    ///
+    /// # Errors
+    /// See [`Failure`]; 404 when there is no such file.
+    pub async fn download(&self, path: &str, limit: usize) -> Result<Option<Vec<u8>>> {
+        let route = "/api/file/download";
+        let answer = self.send(Method::GET, route, UPLOAD_TIMEOUT, |request| request.query(&[("path", path)])).await?;
+        let (status, body) = answer.read(limit).await?;
+        match body {
+            Body::TooLarge => Ok(None),
+            Body::Whole(body) if status.is_success() => Ok(Some(body)),
+            Body::Whole(body) => Err(fail(&Method::GET, route, Failure::Status(status, error_text(&body)))),
+        }
+    }
+
+    /// What git says has changed in the repository that holds an absolute path: the agent server's own JSON.
+    ///
+    /// # Errors
+    /// See [`Failure`].
+    pub async fn git_changes(&self, path: &str, reference: Option<&str>, timeout: Duration) -> Result<Value> {
+        self.git("/api/git/changes", path, reference, timeout).await
+    }
+
+    /// How the file at an absolute path differs from what was committed: the agent server's own JSON.
+    ///
+    /// # Errors
+    /// See [`Failure`].
+    pub async fn git_diff(&self, path: &str, reference: Option<&str>, timeout: Duration) -> Result<Value> {
+        self.git("/api/git/diff", path, reference, timeout).await
+    }
+
+    async fn git(&self, route: &str, path: &str, reference: Option<&str>, timeout: Duration) -> Result<Value> {
+        self.call(Method::GET, route, timeout, |request| {
+            request.query(&[("path", path)]).query(&reference.map(|reference| [("ref", reference)]))
+        })
+        .await
+    }
+
     /// Writes a file at an absolute path.
     ///
     /// # Errors
@@ -408,26 +476,65 @@ impl AgentServer {
         timeout: Duration,
         fill: impl FnOnce(RequestBuilder) -> RequestBuilder,
     ) -> Result<T> {
-        let name = format!("{method} {path}");
-        let fail = |failure| AgentServerError { request: name.clone(), failure };
-        let mut request = fill(self.http.request(method, format!("{}{path}", self.url))).timeout(timeout);
+        let (status, body) = self.send(method.clone(), path, timeout, fill).await?.read(ANSWER_LIMIT).await?;
+        match body {
+            Body::TooLarge => {
+                Err(fail(&method, path, Failure::Malformed(format!("it is longer than {ANSWER_LIMIT} bytes"))))
+            }
+            Body::Whole(body) if status.is_success() => serde_json::from_slice(&body)
+                .map_err(|error| fail(&method, path, Failure::Malformed(error.to_string()))),
+            Body::Whole(body) => Err(fail(&method, path, Failure::Status(status, error_text(&body)))),
+        }
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        timeout: Duration,
+        fill: impl FnOnce(RequestBuilder) -> RequestBuilder,
+    ) -> Result<Answer> {
+        let mut request = fill(self.http.request(method.clone(), format!("{}{path}", self.url))).timeout(timeout);
         if let Some(key) = &self.key {
             request = request.header("X-Session-API-Key", key.expose_secret());
         }
-        let mut answer = request.send().await.map_err(|error| fail(transport_failure(&error)))?;
-        let status = answer.status();
+        let response = request.send().await;
+        let response = response.map_err(|error| fail(&method, path, transport_failure(&error)))?;
+        Ok(Answer { response, name: format!("{method} {path}") })
+    }
+}
+
+/// An answer whose body is still to come.
+struct Answer {
+    response: reqwest::Response,
+    name: String,
+}
+
+/// A body, unless it was too large to be read on.
+enum Body {
+    Whole(Vec<u8>),
+    TooLarge,
+}
+
+impl Answer {
+    async fn read(mut self, limit: usize) -> Result<(StatusCode, Body)> {
+        let status = self.response.status();
         let mut body = Vec::new();
-        while let Some(chunk) = answer.chunk().await.map_err(|error| fail(transport_failure(&error)))? {
-            body.extend_from_slice(&chunk);
-            if body.len() > ANSWER_LIMIT {
-                return Err(fail(Failure::Malformed(format!("it is longer than {ANSWER_LIMIT} bytes"))));
+        loop {
+            match self.response.chunk().await {
+                Ok(Some(chunk)) if body.len() + chunk.len() > limit => return Ok((status, Body::TooLarge)),
+                Ok(Some(chunk)) => body.extend_from_slice(&chunk),
+                Ok(None) => return Ok((status, Body::Whole(body))),
+                Err(error) => {
+                    return Err(AgentServerError { request: self.name, failure: transport_failure(&error) });
+                }
             }
         }
-        if !status.is_success() {
-            return Err(fail(Failure::Status(status, error_text(&body))));
-        }
-        serde_json::from_slice(&body).map_err(|error| fail(Failure::Malformed(error.to_string())))
     }
+}
+
+fn fail(method: &Method, path: &str, failure: Failure) -> AgentServerError {
+    AgentServerError { request: format!("{method} {path}"), failure }
 }
 
 fn transport_failure(error: &reqwest::Error) -> Failure {

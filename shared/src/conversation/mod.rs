@@ -2,6 +2,7 @@
 
 pub mod deletion;
 pub mod live;
+pub mod place;
 pub mod search;
 pub mod store;
 pub mod told;

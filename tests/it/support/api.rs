@@ -54,6 +54,7 @@ impl Api {
             sealing_key_file,
             single_user: false,
             live_status_budget: std::time::Duration::from_secs(1),
+            look_budget: std::time::Duration::from_secs(2),
             export: ExportConfig::default(),
         };
         let router = router(&config, &aws, &sealer);

@@ -55,6 +55,10 @@ pub enum Kind {
     CutAfter,
     /// There is the effect, but the answer is 200 and no JSON.
     Garbage,
+    /// A redirect to this address instead of the effect.
+    Redirect(String),
+    /// 200 and a JSON string of this many bytes instead of the effect.
+    Huge(usize),
     /// No effect and no answer; the connection stays open.
     Hang,
 }
@@ -309,28 +313,57 @@ async fn answer(request: Request, state: Arc<Mutex<State>>) -> Result<Response, 
     };
     let status = |code: u16| StatusCode::from_u16(code).expect("a status code");
     match fault {
-        None => Ok(handle(&request, &state)),
+        None => Ok(respond(&request, &state).await),
         Some(Kind::Slow(delay)) => {
             tokio::time::sleep(delay).await;
-            Ok(handle(&request, &state))
+            Ok(respond(&request, &state).await)
         }
         Some(Kind::SlowReply(delay)) => {
-            let response = handle(&request, &state);
+            let response = respond(&request, &state).await;
             tokio::time::sleep(delay).await;
             Ok(response)
         }
         Some(Kind::Status(code, body)) => Ok(server::raw(status(code), "application/json", body)),
         Some(Kind::StatusAfter(code, body)) => {
-            handle(&request, &state);
+            drop(respond(&request, &state).await);
             Ok(server::raw(status(code), "application/json", body))
         }
         Some(Kind::CutBefore) => Err(Cut),
-        Some(Kind::CutAfter) => Ok(server::cut_in_half(handle(&request, &state)).await),
+        Some(Kind::CutAfter) => Ok(server::cut_in_half(respond(&request, &state).await).await),
         Some(Kind::Garbage) => {
-            handle(&request, &state);
+            drop(respond(&request, &state).await);
             Ok(server::raw(StatusCode::OK, "application/json", "<html>not what you asked for"))
         }
+        Some(Kind::Redirect(to)) => {
+            let mut response = server::raw(StatusCode::FOUND, "text/plain", "");
+            response.headers_mut().insert("location", to.parse().expect("an address"));
+            Ok(response)
+        }
+        Some(Kind::Huge(length)) => {
+            let body = format!("\"{}\"", "x".repeat(length));
+            Ok(server::raw(StatusCode::OK, "application/json", body))
+        }
         Some(Kind::Hang) => server::hang().await,
+    }
+}
+
+/// What the route answers when nothing goes wrong.
+async fn respond(request: &Request, state: &Arc<Mutex<State>>) -> Response {
+    let response = handle(request, state);
+    if !request.is("POST /api/bash/execute_bash_command") || response.status() != StatusCode::OK {
+        return response;
+    }
+    // It is started like every other command, and waited for.
+    let started = state.lock().expect("the stand-in's state").bash_events.last().map(|event| event.body["id"].clone());
+    let id = started.and_then(|id| Uuid::parse_str(id.as_str()?).ok()).expect("the command");
+    loop {
+        let ended = state.lock().expect("the stand-in's state").bash_events.iter().rev().find_map(|event| {
+            (event.command == Some(id) && event.body["exit_code"].is_i64()).then(|| event.body.clone())
+        });
+        match ended {
+            Some(output) => return ok(&output),
+            None => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
     }
 }
 
@@ -380,7 +413,9 @@ fn handle(request: &Request, shared: &Arc<Mutex<State>>) -> Response {
     }
     let body = request.json();
     match (request.method.as_str(), &segments[1..]) {
-        ("POST", ["bash", "start_bash_command"]) => start_command(&body, state, shared),
+        ("POST", ["bash", "start_bash_command" | "execute_bash_command"]) => start_command(&body, state, shared),
+        ("GET", ["git", "changes"]) => git_changes(request, state),
+        ("GET", ["git", "diff"]) => git_diff(request, state),
         ("GET", ["bash", "bash_events", "search"]) => search_bash_events(request, state),
         ("POST", ["file", "upload"]) => upload(request, state),
         ("GET", ["file", "download"]) => download(request, state),
@@ -680,6 +715,39 @@ fn multipart_field<'a>(request: &'a Request, field: &str) -> Option<&'a [u8]> {
 
 fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
     haystack.windows(needle.len()).position(|window| window == needle)
+}
+
+// Git
+
+/// What has changed, by what git says of the folder; the stand-in knows new and changed files.
+fn git_changes(request: &Request, state: &State) -> Response {
+    let path = match path_of(request, state) {
+        Ok(path) => path,
+        Err(refusal) => return *refusal,
+    };
+    let git = std::process::Command::new("git").args(["status", "--porcelain"]).current_dir(&path).output();
+    match git {
+        Ok(git) if git.status.success() => {
+            let lines = String::from_utf8_lossy(&git.stdout).into_owned();
+            let changes: Vec<Value> = lines
+                .lines()
+                .map(|line| {
+                    let status = if line.starts_with("??") { "ADDED" } else { "UPDATED" };
+                    json!({"status": status, "path": line[3..]})
+                })
+                .collect();
+            ok(&json!(changes))
+        }
+        _ => broken(&format!("Not a git repository: {}", path.display())),
+    }
+}
+
+fn git_diff(request: &Request, state: &State) -> Response {
+    let path = match path_of(request, state) {
+        Ok(path) => path,
+        Err(refusal) => return *refusal,
+    };
+    ok(&json!({"modified": std::fs::read_to_string(&path).ok(), "original": null}))
 }
 
 // Skills and hooks

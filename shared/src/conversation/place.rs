@@ -1,0 +1,235 @@
+//! Where a conversation is: its sandbox, the agent server in it, its folder; and what stands in the way of getting there.
+
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::ConversationRecord;
+use super::store::ConversationStore;
+use crate::agent_server::{AgentServer, AgentServerError};
+use crate::error::Result;
+use crate::sandbox::{Sandbox, SandboxService, SandboxStatus};
+use crate::start::saga::command::quoted;
+use crate::user::UserId;
+
+/// The workspace in the paths that clients know, wherever the sandbox really has it.
+const KNOWN_AS: &str = "/workspace/project";
+/// How long a command may take that only looks.
+const LOOK: std::time::Duration = std::time::Duration::from_secs(10);
+
+/// Finds conversations.
+#[derive(Clone, Debug)]
+pub struct Places {
+    conversations: ConversationStore,
+    sandboxes: Arc<dyn SandboxService>,
+    http: reqwest::Client,
+}
+
+/// Where a conversation is, or why nobody can get there.
+#[derive(Clone, Debug)]
+pub enum Place {
+    /// The user has no such conversation.
+    NoConversation,
+    /// Its sandbox is gone, record and all.
+    NoSandbox,
+    /// Its sandbox does not run.
+    NotRunning(Box<Sandbox>),
+    /// Its sandbox runs, and has no addresses.
+    NoAddresses,
+    /// Its sandbox runs, and none of its addresses is an agent server's.
+    NoAgentServer,
+    /// Here.
+    Here(Box<Inside>),
+}
+
+/// The inside of a conversation's sandbox.
+#[derive(Clone, Debug)]
+pub struct Inside {
+    /// The conversation.
+    pub record: ConversationRecord,
+    /// Its sandbox, which runs.
+    pub sandbox: Sandbox,
+    /// The agent server in it.
+    pub agent_server: AgentServer,
+}
+
+/// What a path leads to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// A file, or something else that is no folder, at this path without links.
+    File(String),
+    /// A folder, likewise.
+    Folder(String),
+    /// Nothing; this is where it would be.
+    Nothing(String),
+    /// Out of the workspace.
+    Outside,
+}
+
+impl Places {
+    /// On these records and sandboxes.
+    #[must_use]
+    pub fn new(conversations: ConversationStore, sandboxes: Arc<dyn SandboxService>, http: reqwest::Client) -> Self {
+        Self { conversations, sandboxes, http }
+    }
+
+    /// Where the user's conversation is.
+    ///
+    /// # Errors
+    /// When the store or the sandboxes' provider does not answer.
+    pub async fn find(&self, user: &UserId, conversation: Uuid) -> Result<Place> {
+        let Some(record) = self.conversations.get(user, conversation).await? else { return Ok(Place::NoConversation) };
+        let Some(sandbox) = self.sandboxes.get(user, &record.sandbox_id).await? else { return Ok(Place::NoSandbox) };
+        if sandbox.status != SandboxStatus::Running {
+            return Ok(Place::NotRunning(Box::new(sandbox)));
+        }
+        if sandbox.exposed_urls.as_ref().is_none_or(Vec::is_empty) {
+            return Ok(Place::NoAddresses);
+        }
+        Ok(match sandbox.agent_server(&self.http) {
+            Some(agent_server) => Place::Here(Box::new(Inside { record, sandbox, agent_server })),
+            None => Place::NoAgentServer,
+        })
+    }
+}
+
+impl Inside {
+    /// The absolute folder in which the conversation's agent works: as its agent server says, or, if that does not have the
+    /// conversation, as it would be without grouping.
+    ///
+    /// # Errors
+    /// When the agent server does not answer.
+    pub async fn folder(&self) -> Result<String, AgentServerError> {
+        let told = self.agent_server.whole_conversation(self.record.id, LOOK).await?;
+        let folder = told.as_ref().and_then(|told| told["workspace"]["working_dir"].as_str());
+        let absolute = folder.filter(|folder| folder.starts_with('/')).map(|folder| folder.trim_end_matches('/'));
+        Ok(absolute.map_or_else(|| self.usual_folder(), ToOwned::to_owned))
+    }
+
+    fn usual_folder(&self) -> String {
+        let root = self.root();
+        let repository = self.record.selected_repository.as_deref().and_then(|name| name.rsplit('/').next());
+        repository.filter(|name| !name.is_empty()).map_or_else(|| root.to_owned(), |name| format!("{root}/{name}"))
+    }
+
+    /// The folder that all conversations of the sandbox work in.
+    #[must_use]
+    pub fn root(&self) -> &str {
+        self.sandbox.working_dir.trim_end_matches('/')
+    }
+
+    /// A path as a client gave it, as the sandbox has it: absolute, and below the workspace by its text. Clients know the
+    /// workspace as `/workspace/project`. `None` for what cannot be one.
+    #[must_use]
+    pub fn path(&self, given: &str) -> Option<String> {
+        if !given.starts_with('/') || given.contains('\0') || given.split('/').any(|part| part == "..") {
+            return None;
+        }
+        let below = |root: &str| {
+            given.strip_prefix(root).filter(|rest| rest.is_empty() || rest.starts_with('/')).map(ToOwned::to_owned)
+        };
+        let rest = below(self.root()).or_else(|| below(KNOWN_AS))?;
+        Some(format!("{}{}", self.root(), rest.trim_end_matches('/')))
+    }
+
+    /// What a path of [`Inside::path`] leads to, links followed.
+    ///
+    /// # Errors
+    /// When the agent server does not answer.
+    pub async fn look(&self, path: &str) -> Result<Found, AgentServerError> {
+        let output = self.agent_server.run_command(&look(self.root(), path), LOOK).await?;
+        let (kind, real) = output.stdout.split_once('\n').unwrap_or_default();
+        // The marker keeps a newline at the end of a name.
+        let real = real.trim_end_matches('\n').strip_suffix('.').unwrap_or_default().to_owned();
+        match kind {
+            "file" if output.exit_code == 0 => Ok(Found::File(real)),
+            "folder" if output.exit_code == 0 => Ok(Found::Folder(real)),
+            "nothing" if output.exit_code == 0 => Ok(Found::Nothing(real)),
+            "outside" if output.exit_code == 0 => Ok(Found::Outside),
+            _ => Err(AgentServerError::malformed("POST /api/bash/execute_bash_command", "a path was not looked up")),
+        }
+    }
+}
+
+/// A command that says what a path leads to: the kind in one line, and where it really is in the rest.
+///
+/// What is not there is judged by the last folder on the way to it that is.
+fn look(root: &str, path: &str) -> String {
+    format!(
+        r#"root=$(readlink -f -- {root}) || exit 1
+path={path} rest=
+while [ ! -e "$path" ] && [ ! -L "$path" ]; do
+  rest="/${{path##*/}}$rest" path=${{path%/*}}
+  [ -n "$path" ] || path=/
+done
+real=$(readlink -f -- "$path" && echo .) || {{ echo outside; exit 0; }}
+real=${{real%??}}
+case "$real/" in "$root"/*) ;; *) echo outside; exit 0 ;; esac
+if [ -n "$rest" ] || [ ! -e "$real" ]; then kind=nothing
+elif [ -d "$real" ]; then kind=folder
+else kind=file; fi
+printf '%s\n%s.\n' "$kind" "$real$rest""#,
+        root = quoted(root),
+        path = quoted(path),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn links_are_followed_and_lead_no_way_out() {
+        let folder = std::env::temp_dir().join(crate::id::new_sandbox_id());
+        let root = folder.join("root");
+        std::fs::create_dir_all(root.join("a b/c")).expect("folders");
+        std::fs::write(root.join("a b/it's $HOME"), "text").expect("a file");
+        std::fs::write(root.join("new\nline\n"), "text").expect("a file");
+        std::fs::write(folder.join("secret"), "text").expect("a file");
+        std::fs::create_dir_all(folder.join("root-too")).expect("a folder");
+        std::fs::write(folder.join("root-too/file"), "text").expect("a file");
+        for (target, link) in [
+            ("a b/c", "inwards"),
+            ("../secret", "outwards"),
+            ("..", "up"),
+            ("/etc", "etc"),
+            ("gone", "dangling"),
+            ("../gone", "dangling-outwards"),
+            ("loop", "loop"),
+            ("../root-too/file", "neighbour"),
+        ] {
+            symlink(target, root.join(link)).expect("a link");
+        }
+        let real = folder.canonicalize().expect("a path").join("root");
+        let at = |path: &str| real.join(path).display().to_string();
+        let found = |path: &str| {
+            let script = look(&root.display().to_string(), &root.join(path).display().to_string());
+            let ran = Command::new("sh").arg("-c").arg(script).output().expect("run");
+            assert!(ran.status.success(), "{path}: {ran:?}");
+            String::from_utf8(ran.stdout).expect("text")
+        };
+        for (path, expected) in [
+            ("a b/it's $HOME", format!("file\n{}.\n", at("a b/it's $HOME"))),
+            ("new\nline\n", format!("file\n{}.\n", at("new\nline\n"))),
+            ("a b", format!("folder\n{}.\n", at("a b"))),
+            ("inwards", format!("folder\n{}.\n", at("a b/c"))),
+            ("inwards/more/yet", format!("nothing\n{}.\n", at("a b/c/more/yet"))),
+            ("none", format!("nothing\n{}.\n", at("none"))),
+            ("dangling", format!("nothing\n{}.\n", at("gone"))),
+            ("outwards", "outside\n".to_owned()),
+            ("up", "outside\n".to_owned()),
+            ("up/secret", "outside\n".to_owned()),
+            ("up/none", "outside\n".to_owned()),
+            ("etc/passwd", "outside\n".to_owned()),
+            ("dangling-outwards", "outside\n".to_owned()),
+            ("loop", "outside\n".to_owned()),
+            ("neighbour", "outside\n".to_owned()),
+        ] {
+            assert_eq!(found(path), expected, "{path}");
+        }
+        std::fs::remove_dir_all(folder).expect("removed");
+    }
+}
