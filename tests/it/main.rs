@@ -16,6 +16,7 @@ mod effects;
 mod end_to_end;
 mod events;
 mod import;
+mod inside;
 mod records;
 mod replay;
 mod saga;

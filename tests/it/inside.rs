@@ -1,0 +1,616 @@
+//! What is inside a conversation's sandbox, over HTTP, with a stand-in for the agent server: what each route answers in every
+//! state of the sandbox, and whatever the agent server does.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::Body;
+use http::{HeaderMap, Request};
+use http_body_util::BodyExt as _;
+use local::engines::{EnginePorts, Engines};
+use serde_json::{Value, json};
+use shared::agent_server::AgentServer;
+use shared::aws::Aws;
+use shared::clock::Time;
+use shared::config::Names;
+use shared::conversation::place::Places;
+use shared::conversation::store::ConversationStore;
+use shared::conversation::{ConversationRecord, MetricsSnapshot};
+use shared::http::caller::Caller;
+use shared::http::response::with_common_answers;
+use shared::sandbox::{SandboxService as _, SandboxStatus};
+use shared::user::UserId;
+use tempfile::TempDir;
+use tower::ServiceExt as _;
+use uuid::Uuid;
+
+use crate::support::rig::{SESSION_KEY, StandInSandboxes};
+use crate::support::stand_in_agent::{Fault, Kind, Nth, StandInAgent};
+
+/// What a request has for all that it asks; short, so that a table of hanging servers is soon through.
+const BUDGET: Duration = Duration::from_secs(3);
+/// What a whole request may take on a busy machine.
+const AT_MOST: Duration = Duration::from_secs(15);
+const SANDBOX: &str = "sandbox";
+
+struct Rig {
+    user: UserId,
+    agent: StandInAgent,
+    sandboxes: Arc<StandInSandboxes>,
+    conversations: ConversationStore,
+    router: Router,
+    engines: Engines,
+    _folder: TempDir,
+}
+
+struct Answer {
+    status: u16,
+    headers: HeaderMap,
+    body: Value,
+}
+
+impl Answer {
+    fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name).map(|value| value.to_str().expect("text"))
+    }
+
+    fn told(self) -> (u16, Value) {
+        (self.status, self.body)
+    }
+}
+
+impl Rig {
+    async fn start() -> Self {
+        let folder = TempDir::new().expect("a folder");
+        let engines = Engines::start(folder.path(), EnginePorts::default()).await.expect("engines");
+        let aws = Aws::new(&engines.sdk_config().await);
+        let names = Names::with_prefix("inside-");
+        schema::make_all(&aws, &names, "inside-").await.expect("a schema");
+        let agent = StandInAgent::start(SESSION_KEY).await;
+        let user = UserId::new("somebody");
+        let sandboxes = Arc::new(StandInSandboxes::at(agent.url(), agent.working_dir()));
+        sandboxes.start(&user, SANDBOX).await.expect("a sandbox");
+        fs::create_dir_all(agent.working_dir()).expect("a workspace");
+        let conversations =
+            ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone());
+        let http = AgentServer::http_client().expect("a client");
+        let places = Places::new(conversations.clone(), sandboxes.clone(), http);
+        let router = with_common_answers(skills::router(skills::Context::with_places(places, BUDGET)));
+        Self { user, agent, sandboxes, conversations, router, engines, _folder: folder }
+    }
+
+    async fn conversation_with(&self, id: Uuid, sandbox: &str, repository: Option<&str>) -> Uuid {
+        let now = Time::now();
+        let record = ConversationRecord {
+            user: self.user.clone(),
+            id,
+            sandbox_id: sandbox.to_owned(),
+            selected_repository: repository.map(str::to_owned),
+            selected_branch: None,
+            git_provider: None,
+            title: None,
+            trigger: None,
+            pr_number: Vec::new(),
+            llm_model: None,
+            metrics: MetricsSnapshot::default(),
+            parent_conversation_id: None,
+            public: None,
+            created_at: now,
+            updated_at: now,
+        };
+        self.conversations.import(&self.user, &[record]).await.expect("stored");
+        id
+    }
+
+    async fn conversation(&self) -> Uuid {
+        self.conversation_with(Uuid::new_v4(), SANDBOX, None).await
+    }
+
+    /// A conversation that the agent server has too, in this folder.
+    async fn conversation_in(&self, folder: &str) -> Uuid {
+        let id = self.conversation().await;
+        let body = json!({
+            "conversation_id": id,
+            "workspace": {"kind": "LocalWorkspace", "working_dir": folder},
+            "agent": {},
+        });
+        let http = AgentServer::http_client().expect("a client");
+        let agent = AgentServer::new(http, &self.agent.url(), Some(SESSION_KEY.into()));
+        agent.create_conversation(&body, BUDGET).await.expect("created");
+        id
+    }
+
+    fn workspace(&self) -> PathBuf {
+        self.agent.working_dir().into()
+    }
+
+    fn write(&self, path: &str, content: impl AsRef<[u8]>) {
+        let path = self.workspace().join(path);
+        fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+        fs::write(path, content).expect("written");
+    }
+
+    async fn send(&self, method: &str, target: &str, body: Option<&Value>) -> Answer {
+        let mut request = Request::builder().method(method).uri(target).extension(Caller(self.user.clone()));
+        if body.is_some() {
+            request = request.header("content-type", "application/json");
+        }
+        let body = body.map_or_else(Body::empty, |body| Body::from(body.to_string()));
+        let answer = self.router.clone().oneshot(request.body(body).expect("a request")).await.expect("an answer");
+        let (parts, body) = answer.into_parts();
+        let bytes = body.collect().await.expect("a body").to_bytes();
+        let body = serde_json::from_slice(&bytes).unwrap_or_else(|_| panic!("no JSON: {bytes:?}"));
+        Answer { status: parts.status.as_u16(), headers: parts.headers, body }
+    }
+
+    async fn get(&self, conversation: Uuid, route: &str) -> Answer {
+        self.send("GET", &format!("/api/v1/app-conversations/{conversation}/{route}"), None).await
+    }
+
+    async fn say(&self, conversation: Uuid, body: &Value) -> Answer {
+        self.send("POST", &format!("/api/v1/app-conversations/{conversation}/send-message"), Some(body)).await
+    }
+
+    /// The text of a file and what is said of it.
+    async fn file(&self, conversation: Uuid, query: &str) -> (String, String) {
+        let answer = self.get(conversation, &format!("file{query}")).await;
+        assert_eq!(answer.status, 200, "{query}");
+        let status = answer.header("x-file-status").expect("a status").to_owned();
+        (answer.body.as_str().expect("text").to_owned(), status)
+    }
+
+    async fn end(self) {
+        self.engines.shutdown().await;
+    }
+}
+
+fn said(text: &str) -> Value {
+    json!({"content": [{"type": "text", "text": text}]})
+}
+
+fn encoded(path: &str) -> String {
+    form_urlencoded::byte_serialize(path.as_bytes()).collect()
+}
+
+#[tokio::test]
+async fn recorded_exchanges_have_the_same_answers() {
+    let rig = Rig::start().await;
+    let recorded = include_str!("../data/contract/example-inside.jsonl");
+    let mut seen = 0;
+    for line in recorded.lines() {
+        let case: Value = serde_json::from_str(line).expect("JSON");
+        let text = |value: &Value| value.as_str().expect("text").to_owned();
+        let (file, label, path) = (text(&case["file"]), text(&case["label"]), text(&case["request"]["path"]));
+        let id: Uuid = path.split('/').nth(4).expect("an id").parse().expect("an id");
+        let what = path.rsplit('/').next().expect("a route");
+        // The situation.
+        let sandbox = if label.contains("deleted sandbox") { "deleted" } else { SANDBOX };
+        rig.conversation_with(id, sandbox, None).await;
+        let paused = label.contains("paused");
+        rig.sandboxes.set_status(SANDBOX, if paused { SandboxStatus::Paused } else { SandboxStatus::Running });
+        rig.agent.clear_faults();
+        rig.agent.set_skills(as_told_by_the_agent_server(&case["response"]["body"]["skills"]));
+        rig.write("PLAN.md", "# Plan ünï\nline2\n");
+        rig.write("bin.dat", [0xff, 0xfe, 0x00]);
+        rig.write("empty.txt", "");
+        let hooks = match label.as_str() {
+            "hooks with hooks.json" => {
+                r#"{"PreToolUse": [{"matcher": "terminal", "hooks": [{"type": "command", "command": "echo pre", "timeout": 10}]}],
+                    "Stop": [{"hooks": [{"type": "command", "command": "echo stop", "async": true}]}]}"#
+            }
+            "hooks: bad json" => "{bad",
+            "hooks: snake case top level" => r#"{"session_start": [{"hooks": [{"command": "true"}]}]}"#,
+            _ => "{}",
+        };
+        rig.write(".openhands/hooks.json", hooks);
+        if let Some(fault) = label.split("agent ").nth(1).filter(|_| file == "example-agent-faults") {
+            let route = match what {
+                "skills" => "POST /api/skills",
+                "hooks" => "POST /api/hooks",
+                _ => "GET /api/file/download",
+            };
+            let kind = match fault {
+                "badjson" => Kind::Status(200, "{bad".to_owned()),
+                "drop" => Kind::Hang,
+                status => Kind::Status(status.parse().expect("a status"), r#"{"detail": "no"}"#.to_owned()),
+            };
+            rig.agent.inject(Fault::new(route, Nth::Always, kind));
+        }
+        let query = text(&case["request"]["query"]);
+        let target = if query.is_empty() { path.clone() } else { format!("{path}?{query}") };
+        let answer = rig.send("GET", &target, None).await;
+        let expected = match label.as_str() {
+            // Named in docs/deviations.md.
+            "outside the workspace" => (200, json!("")),
+            "hooks: agent badjson" => (502, json!({"error": "Agent-server's answer made no sense when loading hooks"})),
+            _ => {
+                let status = u16::try_from(case["response"]["status"].as_u64().expect("a status")).expect("a status");
+                (status, case["response"]["body"].clone())
+            }
+        };
+        assert_eq!(answer.told(), expected, "{file}: {label}: {target}");
+        seen += 1;
+    }
+    assert_eq!(seen, 36);
+    rig.end().await;
+}
+
+/// The recorded skills in the form in which the agent server tells them.
+fn as_told_by_the_agent_server(shown: &Value) -> Value {
+    let skills = shown.as_array().into_iter().flatten().map(|skill| {
+        json!({
+            "name": skill["name"], "type": skill["type"], "content": skill["content"], "triggers": skill["triggers"],
+            "source": null, "description": null, "is_agentskills_format": skill["type"] == "agentskills",
+        })
+    });
+    json!(skills.collect::<Vec<Value>>())
+}
+
+#[tokio::test]
+async fn every_state_of_a_sandbox_has_its_answer() {
+    let rig = Rig::start().await;
+    let id = rig.conversation().await;
+    let lost = rig.conversation_with(Uuid::new_v4(), "none", None).await;
+    let unknown = Uuid::new_v4();
+    let gone = rig.conversation().await;
+    let detail = |text: String| json!({"detail": text});
+    let error = |text: String| json!({"error": text});
+    let answers = async |id: Uuid| {
+        let mut answers = Vec::new();
+        for route in ["skills", "hooks", "files", "git/changes?path=.", "git/diff?path=a"] {
+            answers.push((route, rig.get(id, route).await.told()));
+        }
+        answers.push(("send-message", rig.say(id, &said("Hello")).await.told()));
+        answers
+    };
+    for (what, id, status, older, newer, file) in [
+        (
+            "unknown conversation",
+            unknown,
+            SandboxStatus::Running,
+            (404, error(format!("Conversation {unknown} not found"))),
+            (404, detail(format!("Conversation {unknown} not found"))),
+            "no-conversation",
+        ),
+        (
+            "no sandbox",
+            lost,
+            SandboxStatus::Running,
+            (404, error(format!("Sandbox not found for conversation {lost}"))),
+            (404, detail(format!("Sandbox not found for conversation {lost}"))),
+            "not-running",
+        ),
+        (
+            "starting",
+            id,
+            SandboxStatus::Starting,
+            (404, error(format!("Sandbox not ready for conversation {id}"))),
+            (409, detail(format!("The sandbox of conversation {id} is starting; try again in a few seconds"))),
+            "not-running",
+        ),
+        (
+            "paused",
+            id,
+            SandboxStatus::Paused,
+            (200, Value::Null),
+            (
+                409,
+                detail(format!(
+                    "The sandbox of conversation {id} is paused; POST /api/v1/sandboxes/{SANDBOX}/resume resumes it"
+                )),
+            ),
+            "not-running",
+        ),
+        (
+            "failed",
+            id,
+            SandboxStatus::Error,
+            (404, error(format!("Sandbox not ready for conversation {id}"))),
+            (503, detail(format!("The sandbox of conversation {id} has failed"))),
+            "not-running",
+        ),
+        (
+            "missing",
+            gone,
+            SandboxStatus::Missing,
+            (404, error(format!("Sandbox not ready for conversation {gone}"))),
+            (410, detail(format!("The sandbox of conversation {gone} is gone"))),
+            "not-running",
+        ),
+    ] {
+        rig.sandboxes.set_status(SANDBOX, status);
+        for (route, answer) in answers(id).await {
+            let expected = match route {
+                "skills" if what == "paused" => (200, json!({"skills": []})),
+                "hooks" if what == "paused" => (200, json!({"hooks": []})),
+                "skills" | "hooks" => older.clone(),
+                _ => newer.clone(),
+            };
+            assert_eq!(answer, expected, "{what}: {route}");
+        }
+        assert_eq!(rig.file(id, "").await, (String::new(), file.to_owned()), "{what}");
+    }
+    assert!(rig.agent.requests().is_empty(), "nobody was asked");
+    // What is asked for is looked at first.
+    for route in ["skills", "hooks", "file", "files", "git/changes", "git/diff"] {
+        let answer = rig.send("GET", &format!("/api/v1/app-conversations/bad/{route}"), None).await;
+        assert_eq!((answer.status, &answer.body["detail"][0]["type"]), (422, &json!("uuid_parsing")), "{route}");
+    }
+    for route in ["git/changes", "git/diff"] {
+        let answer = rig.get(id, route).await;
+        assert_eq!(answer.status, 422, "{route}");
+        assert_eq!(answer.body["detail"][0]["loc"], json!(["query", "path"]), "{route}");
+    }
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn files_are_read_from_the_workspace_and_from_nowhere_else() {
+    let rig = Rig::start().await;
+    let id = rig.conversation().await;
+    let workspace = rig.workspace();
+    let ours = |path: &str| format!("?file_path={}", encoded(&workspace.join(path).display().to_string()));
+    let known = |path: &str| format!("?file_path={}", encoded(&format!("/workspace/project/{path}")));
+    let status = |text: &str, status: &str| (text.to_owned(), status.to_owned());
+
+    // Without a path: the conversation's own plan, then the workspace's.
+    assert_eq!(rig.file(id, "").await, status("", "missing"));
+    rig.write("PLAN.md", "the workspace's plan");
+    assert_eq!(rig.file(id, "").await, status("the workspace's plan", "ok"));
+    rig.write(".agents_tmp/PLAN.md", "the plan");
+    assert_eq!(rig.file(id, "").await, status("the plan", "ok"));
+    // Conversations of a grouped sandbox have a folder each.
+    let folder = workspace.join("0123/repository");
+    let grouped = rig.conversation_in(&folder.display().to_string()).await;
+    assert_eq!(rig.file(grouped, "").await, status("the workspace's plan", "ok"));
+    rig.write("0123/repository/.agents_tmp/PLAN.md", "its own plan");
+    assert_eq!(rig.file(grouped, "").await, status("its own plan", "ok"));
+    // One that says it works elsewhere reads nothing there.
+    let elsewhere = rig.conversation_in("/etc").await;
+    assert_eq!(rig.file(elsewhere, "").await, status("the workspace's plan", "ok"));
+
+    rig.write("it's $(a) file", "wörds \"quoted\"\n");
+    rig.write("empty", "");
+    rig.write("binary", [0xff, 0x00]);
+    rig.write("large", vec![b'x'; 5 * 1024 * 1024 + 1]);
+    rig.write("just so", vec![b'x'; 5 * 1024 * 1024]);
+    rig.write("becomes large", vec![b'\n'; 3 * 1024 * 1024]);
+    fs::write(rig.agent.root().join("secret"), "a secret").expect("written");
+    symlink("../../secret", workspace.join("way-out")).expect("a link");
+    symlink("/etc", workspace.join("etc")).expect("a link");
+    symlink("it's $(a) file", workspace.join("link")).expect("a link");
+    let both: [&dyn Fn(&str) -> String; 2] = [&ours, &known];
+    for path in both {
+        for (name, expected) in [
+            ("it's $(a) file", status("wörds \"quoted\"\n", "ok")),
+            ("link", status("wörds \"quoted\"\n", "ok")),
+            ("empty", status("", "ok")),
+            ("binary", status("", "not-text")),
+            ("large", status("", "too-large")),
+            ("becomes large", status("", "too-large")),
+            (".agents_tmp", status("", "missing")),
+            ("", status("", "missing")),
+            ("none", status("", "missing")),
+            ("none/at/all", status("", "missing")),
+            ("way-out", status("", "outside-workspace")),
+            ("etc/hostname", status("", "outside-workspace")),
+            ("../../secret", status("", "outside-workspace")),
+            ("a/../link", status("", "outside-workspace")),
+            ("nul\0", status("", "outside-workspace")),
+        ] {
+            assert_eq!(rig.file(id, &path(name)).await, expected, "{name}");
+        }
+        assert_eq!(rig.file(id, &path("just so")).await.0.len(), 5 * 1024 * 1024);
+    }
+    for path in ["/etc/hostname", "/", "", "PLAN.md", "/workspace/projects/PLAN.md", "/workspace"] {
+        let query = format!("?file_path={}", encoded(path));
+        assert_eq!(rig.file(id, &query).await, status("", "outside-workspace"), "{path}");
+    }
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn skills_hooks_files_and_git_are_those_of_the_conversations_folder() {
+    let rig = Rig::start().await;
+    let folder = rig.workspace().join("0123/repository");
+    let id = rig.conversation_in(&folder.display().to_string()).await;
+    rig.write("0123/repository/src/main.rs", "fn main() {}\n");
+    rig.write("0123/repository/.openhands/hooks.json", r#"{"Stop": [{"hooks": [{"command": "true"}]}]}"#);
+    rig.write("0123/other", "");
+    rig.write("0123/repository/.git-not", "");
+
+    assert_eq!(rig.get(id, "skills").await.header("x-skills-status"), Some("ok"));
+    let asked = rig.agent.requests_to("POST /api/skills").pop().expect("asked").json();
+    assert_eq!(asked["project_dir"], folder.display().to_string());
+    assert_eq!(asked["sandbox_config"]["exposed_urls"][0]["name"], "AGENT_SERVER");
+    let hooks = rig.get(id, "hooks").await.body;
+    assert_eq!(hooks["hooks"][0]["event_type"], "stop", "{hooks}");
+
+    let files = rig.get(id, "files").await;
+    assert_eq!(files.body, json!([".git-not", ".openhands/hooks.json", "src/main.rs"]));
+    assert_eq!(files.header("x-files-truncated"), None);
+    assert_eq!(rig.get(id, "files?path=src").await.body, json!(["main.rs"]));
+    let all = rig.get(id, "files?path=/workspace/project/0123").await.body;
+    assert_eq!(all[0], "other", "{all}");
+    assert_eq!(rig.get(id, "files?path=none").await.told(), (404, json!({"detail": "There is no such folder"})));
+    for outside in ["/etc", "..", "src/../..", "/workspace"] {
+        let answer = rig.get(id, &format!("files?path={outside}")).await;
+        assert_eq!(answer.told(), (400, json!({"detail": "The path must be in the workspace"})), "{outside}");
+    }
+
+    let git = |arguments: &[&str]| {
+        let ran = std::process::Command::new("git").args(arguments).current_dir(&folder).output().expect("git");
+        assert!(ran.status.success(), "{ran:?}");
+    };
+    git(&["init", "-q"]);
+    let expected = json!([{"status": "ADDED", "path": ".git-not"}, {"status": "ADDED", "path": ".openhands/"},
+        {"status": "ADDED", "path": "src/"}]);
+    for path in [".", &folder.display().to_string(), "/workspace/project/0123/repository"] {
+        let path = if path == "." { "" } else { path };
+        let route = format!("git/changes?path={}", encoded(if path.is_empty() { "." } else { path }));
+        assert_eq!(rig.get(id, &route).await.told(), (200, expected.clone()), "{route}");
+    }
+    let diff = rig.get(id, "git/diff?path=src/main.rs&ref=HEAD").await;
+    assert_eq!(diff.told(), (200, json!({"modified": "fn main() {}\n", "original": null})));
+    let asked = rig.agent.requests_to("GET /api/git/diff").pop().expect("asked");
+    assert_eq!(asked.query_value("ref").as_deref(), Some("HEAD"));
+    // What was deleted can be asked for, too.
+    assert_eq!(rig.get(id, "git/diff?path=src/gone/too.rs").await.status, 200);
+    for outside in ["/etc/hostname", "../other", "/workspace"] {
+        for route in ["changes", "diff"] {
+            let answer = rig.get(id, &format!("git/{route}?path={outside}")).await;
+            let expected = json!({"detail": "The path must be absolute, and in the workspace"});
+            assert_eq!(answer.told(), (400, expected), "{route} {outside}");
+        }
+    }
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn messages_go_to_the_agent_as_they_were_sent() {
+    let rig = Rig::start().await;
+    let id = rig.conversation_in(&rig.agent.working_dir()).await;
+    let answer = rig.say(id, &said("Hello")).await;
+    assert_eq!(answer.told(), (200, json!({"success": true, "sandbox_status": "RUNNING", "message": null})));
+    let image = json!({"role": "user", "content": [{"type": "image", "image_urls": ["data:image/png;base64,AA=="]}], "run": false});
+    assert_eq!(rig.say(id, &image).await.status, 200);
+    let sent: Vec<Value> =
+        rig.agent.requests_to("POST /api/conversations/{id}/events").iter().map(|request| request.json()).collect();
+    let text = json!({"cache_prompt": false, "type": "text", "text": "Hello"});
+    let picture = json!({"cache_prompt": false, "type": "image", "image_urls": ["data:image/png;base64,AA=="]});
+    assert_eq!(
+        sent,
+        [
+            json!({"role": "user", "content": [text], "run": true}),
+            json!({"role": "user", "content": [picture], "run": false}),
+        ]
+    );
+    for (body, kind, place) in [
+        (json!({}), "missing", json!(["body", "content"])),
+        (json!({"content": []}), "too_short", json!(["body", "content"])),
+        (json!({"content": "Hello"}), "list_type", json!(["body", "content"])),
+        (json!({"content": [{"type": "text"}]}), "missing", json!(["body", "content", 0, "TextContent", "text"])),
+        (json!({"role": "assistant", "content": [{"text": "x"}]}), "literal_error", json!(["body", "role"])),
+        (json!({"content": [{"text": "x"}], "run": "perhaps"}), "bool_parsing", json!(["body", "run"])),
+        (json!([]), "model_attributes_type", json!(["body"])),
+    ] {
+        let answer = rig.say(id, &body).await;
+        assert_eq!(answer.status, 422, "{body}");
+        let first = &answer.body["detail"][0];
+        assert_eq!((&first["type"], &first["loc"]), (&json!(kind), &place), "{body}");
+    }
+    assert_eq!(rig.agent.requests_to("POST /api/conversations/{id}/events").len(), 2);
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn whatever_an_agent_server_does_each_route_answers_in_time_and_says_what_is_the_matter() {
+    let rig = Rig::start().await;
+    let id = rig.conversation_in(&rig.agent.working_dir()).await;
+    rig.write("PLAN.md", "a plan");
+    let private = StandInAgent::start(SESSION_KEY).await;
+    let routes = [
+        ("skills", "POST /api/skills"),
+        ("hooks", "POST /api/hooks"),
+        ("file", "GET /api/file/download"),
+        ("files", "POST /api/bash/execute_bash_command"),
+        ("git/changes?path=/workspace/project", "GET /api/git/changes"),
+        ("git/diff?path=/workspace/project/PLAN.md", "GET /api/git/diff"),
+        ("send-message", "POST /api/conversations/{id}/events"),
+    ];
+    let faults = [
+        ("hangs", Kind::Hang),
+        ("garbage", Kind::Garbage),
+        ("cut before", Kind::CutBefore),
+        ("cut after", Kind::CutAfter),
+        ("401", Kind::Status(401, r#"{"detail": "Unauthorized: secret words"}"#.to_owned())),
+        ("404", Kind::Status(404, r#"{"detail": "Not Found: secret words"}"#.to_owned())),
+        ("500", Kind::Status(500, r#"{"exception": "secret words"}"#.to_owned())),
+        ("10 MB", Kind::Huge(20 * 1024 * 1024)),
+        ("redirect", Kind::Redirect(format!("{}/api/conversations/count", private.url()))),
+    ];
+    let json_of = |text: &str| json!({"detail": text});
+    for (what, kind) in &faults {
+        // All that the route asks, or only what it is there for.
+        for everything in [false, true] {
+            for (route, asked) in routes {
+                rig.agent.clear_faults();
+                for faulty in routes.iter().map(|(_, asked)| *asked).chain(["GET /api/conversations"]) {
+                    if everything || faulty == asked {
+                        rig.agent.inject(Fault::new(faulty, Nth::Always, kind.clone()));
+                    }
+                }
+                let begun = Instant::now();
+                let answer = match route {
+                    "send-message" => rig.say(id, &said("Hello")).await,
+                    route => rig.get(id, route).await,
+                };
+                let case = format!("{what}, {route}, everything: {everything}: {} {}", answer.status, answer.body);
+                assert!(begun.elapsed() < AT_MOST, "{case} after {:?}", begun.elapsed());
+                assert!(!answer.body.to_string().contains("secret words"), "{case}");
+                let status = match *what {
+                    "401" => Some(401),
+                    "404" => Some(404),
+                    "500" => Some(500),
+                    "redirect" => Some(302),
+                    _ => None,
+                };
+                match route {
+                    "skills" => {
+                        assert_eq!((answer.status, &answer.body), (200, &json!({"skills": []})), "{case}");
+                        assert_eq!(answer.header("x-skills-status"), Some("unreachable"), "{case}");
+                    }
+                    "hooks" => {
+                        let expected = match (*what, status) {
+                            (_, Some(status)) => format!("Agent-server returned status {status} when loading hooks"),
+                            ("garbage" | "10 MB", _) => {
+                                "Agent-server's answer made no sense when loading hooks".to_owned()
+                            }
+                            _ => "Failed to reach agent-server when loading hooks".to_owned(),
+                        };
+                        assert_eq!((answer.status, &answer.body), (502, &json!({"error": expected})), "{case}");
+                    }
+                    "file" => {
+                        let (text, expected) = match *what {
+                            "404" if !everything => ("", "missing"),
+                            "10 MB" if !everything => ("", "too-large"),
+                            "garbage" if !everything => ("<html>not what you asked for", "ok"),
+                            _ => ("", "unreachable"),
+                        };
+                        assert_eq!((answer.status, &answer.body), (200, &json!(text)), "{case}");
+                        assert_eq!(answer.header("x-file-status"), Some(expected), "{case}");
+                    }
+                    _ => {
+                        let expected = match (*what, status) {
+                            (_, Some(status)) => format!("The agent server answered {status}"),
+                            ("garbage" | "10 MB", _) => "The agent server's answer makes no sense".to_owned(),
+                            ("hangs", _) => "The agent server did not answer in time".to_owned(),
+                            _ => "The agent server's answer was cut off".to_owned(),
+                        };
+                        assert_eq!((answer.status, &answer.body), (502, &json_of(&expected)), "{case}");
+                    }
+                }
+            }
+        }
+    }
+    assert!(private.requests().is_empty(), "a redirect was followed");
+    // Where nobody listens.
+    rig.agent.clear_faults();
+    let unreachable = StandInSandboxes::at("http://127.0.0.1:9".to_owned(), rig.agent.working_dir());
+    unreachable.start(&rig.user, SANDBOX).await.expect("a sandbox");
+    let http = AgentServer::http_client().expect("a client");
+    let places = Places::new(rig.conversations.clone(), Arc::new(unreachable), http);
+    let router = with_common_answers(skills::router(skills::Context::with_places(places, BUDGET)));
+    let rig = Rig { router, ..rig };
+    let expected = json_of("The agent server cannot be reached");
+    for (route, status) in [("git/changes?path=.", 404), ("git/diff?path=PLAN.md", 404), ("files", 502)] {
+        assert_eq!(rig.get(id, route).await.told(), (status, expected.clone()), "{route}");
+    }
+    assert_eq!(rig.say(id, &said("Hello")).await.told(), (502, expected));
+    assert_eq!(rig.file(id, "").await, (String::new(), "unreachable".to_owned()));
+    rig.end().await;
+}
