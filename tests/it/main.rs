@@ -14,6 +14,7 @@ mod deletion;
 mod download;
 mod effects;
 mod end_to_end;
+mod end_to_end_inside;
 mod events;
 mod import;
 mod inside;

@@ -1,0 +1,136 @@
+//! What is inside a sandbox, on a real agent server: skills of all sources, hooks, files, git and messages, in a grouped sandbox;
+//! then paused, resumed and deleted.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use shared::sandbox::SandboxService as _;
+use shared::user::UserId;
+
+use crate::support::git_server::GitServer;
+use crate::support::product::{Product, saying, text, with};
+use crate::support::scripted_llm::{Reply, ScriptedLlm};
+use crate::support::wait::wait_until;
+
+const AGENT_SKILL: &str = "---\nname: from-agents\ndescription: A skill of the repository.\n---\nThe skill's body.\n";
+const MICROAGENT: &str = "---\nname: from-microagents\ntriggers:\n- bridge\n- tunnel\n---\nThe microagent's body.\n";
+const HOOKS: &str = r#"{"PreToolUse": [{"matcher": "terminal", "hooks": [{"type": "command", "command": "true", "timeout": 5, "async": true}]}]}"#;
+
+#[tokio::test]
+async fn a_sandbox_shows_what_is_inside_until_it_is_gone() {
+    let llm = ScriptedLlm::start().await;
+    let git = GitServer::start().await;
+    let files = [
+        ("README.md", "Read me\n", false),
+        ("AGENTS.md", "Rules of the repository\n", false),
+        (".agents/skills/from-agents/SKILL.md", AGENT_SKILL, false),
+        (".openhands/microagents/from-microagents.md", MICROAGENT, false),
+        (".openhands/hooks.json", HOOKS, false),
+    ];
+    git.create_repository("owner/project", &files, &[]).await;
+    let product = Product::start(json!({
+        "llm_model": "openai/scripted",
+        "llm_api_key": "key-of-the-model",
+        "llm_base_url": llm.base_url(),
+        "sandbox_grouping_strategy": "ADD_TO_ANY",
+        "provider_tokens": {"github": {"token": null, "host": git.url()}},
+    }))
+    .await;
+    llm.reply_with(vec![Reply::text("Hello")]);
+    let request = with(saying("Look around"), json!({"selected_repository": "owner/project"}));
+    let start = product.start_conversation(request).await;
+    let id = start.conversation_id();
+    product.conversation_when(&id, "finished").await;
+    let agent = product.at_agent(&id).await;
+    let folder = agent.folder().await;
+    let user_skill = "mkdir -p ~/.agents/skills/of-the-user && printf -- '---\\nname: of-the-user\\ndescription: Mine.\\n---\\nMy body.\\n' > ~/.agents/skills/of-the-user/SKILL.md";
+    let work = "echo more >> README.md && mkdir -p src .agents_tmp && echo 'fn main() {}' > src/main.rs && printf '# Plan' > .agents_tmp/PLAN.md && ln -s /etc/hostname way-out";
+    for command in [user_skill, work] {
+        let ran = agent.run(&folder, command).await;
+        assert_eq!(ran.exit_code, 0, "{ran:?}");
+    }
+
+    let skills = product.get(&format!("/{id}/skills")).await;
+    let skill = |name: &str| {
+        let skills = skills["skills"].as_array().expect("skills");
+        skills.iter().find(|skill| skill["name"] == name).unwrap_or_else(|| panic!("no {name} in {skills:#?}")).clone()
+    };
+    assert_eq!(skill("agents")["type"], "repo");
+    assert_eq!(text(&skill("agents")["content"]).trim(), "Rules of the repository");
+    assert_eq!((&skill("from-agents")["type"], &skill("from-agents")["triggers"]), (&json!("agentskills"), &json!([])));
+    let microagent = skill("from-microagents");
+    assert_eq!((&microagent["type"], &microagent["triggers"]), (&json!("knowledge"), &json!(["bridge", "tunnel"])));
+    assert!(text(&skill("of-the-user")["content"]).contains("My body."));
+
+    assert_eq!(
+        product.get(&format!("/{id}/hooks")).await,
+        json!({"hooks": [{"event_type": "pre_tool_use", "matchers": [{"matcher": "terminal", "hooks": [
+            {"type": "command", "command": "true", "timeout": 5, "async": true},
+        ]}]}]})
+    );
+
+    assert_eq!(product.get(&format!("/{id}/file")).await, "# Plan", "its own plan, in the folder of its own");
+    let at = |path: &str| folder.join(path).display().to_string();
+    assert_eq!(product.get(&format!("/{id}/file?file_path={}", at("src/main.rs"))).await, "fn main() {}\n");
+    for outside in [at("way-out"), "/etc/hostname".to_owned()] {
+        assert_eq!(product.get(&format!("/{id}/file?file_path={outside}")).await, "", "{outside}");
+    }
+    let files = product.get(&format!("/{id}/files")).await;
+    for name in ["README.md", "src/main.rs", "way-out", ".openhands/hooks.json"] {
+        assert!(files.as_array().expect("names").contains(&json!(name)), "no {name} in {files}");
+    }
+
+    let changes = product.get(&format!("/{id}/git/changes?path={}", folder.display())).await;
+    let change = |path: &str| {
+        let changes = changes.as_array().expect("changes");
+        changes
+            .iter()
+            .find(|change| change["path"] == path)
+            .unwrap_or_else(|| panic!("no {path} in {changes:?}"))
+            .clone()
+    };
+    assert_eq!(change("README.md")["status"], "UPDATED");
+    assert_eq!(change("src/main.rs")["status"], "ADDED");
+    let diff = product.get(&format!("/{id}/git/diff?path={}", at("README.md"))).await;
+    assert!(text(&diff["original"]).starts_with("Read me") && !text(&diff["original"]).contains("more"), "{diff}");
+    assert!(text(&diff["modified"]).contains("more"), "{diff}");
+
+    llm.reply_with(vec![Reply::text("Welcome back")]);
+    let message = json!({"role": "user", "content": [{"type": "text", "text": "Are you there?"}]});
+    let sent = post(&product, &id, &message).await;
+    assert_eq!(sent, (200, json!({"success": true, "sandbox_status": "RUNNING", "message": null})));
+    wait_until("the agent answers", Duration::from_secs(180), async || {
+        agent.said_by("agent").await.contains(&"Welcome back".to_owned())
+    })
+    .await;
+    assert_eq!(agent.said_by("user").await, ["Look around", "Are you there?"]);
+
+    // Paused: nobody is asked, and everybody is told.
+    let (user, sandbox) = (UserId::local(), start.sandbox_id());
+    assert!(product.sandboxes().pause(&user, &sandbox).await.expect("paused"));
+    assert_eq!(product.get(&format!("/{id}/skills")).await, json!({"skills": []}));
+    assert_eq!(product.get(&format!("/{id}/hooks")).await, json!({"hooks": []}));
+    assert_eq!(product.get(&format!("/{id}/file")).await, "");
+    let (status, told) = post(&product, &id, &message).await;
+    assert_eq!(status, 409, "{told}");
+    assert!(text(&told["detail"]).contains(&format!("/sandboxes/{sandbox}/resume")), "{told}");
+
+    assert!(product.sandboxes().resume(&user, &sandbox).await.expect("resumed"));
+    wait_until("the sandbox runs again", Duration::from_secs(180), async || {
+        product.conversation(&id).await["sandbox_status"] == "RUNNING"
+    })
+    .await;
+    assert_eq!(product.get(&format!("/{id}/file")).await, "# Plan", "what it held is still there");
+
+    assert!(product.sandboxes().delete(&user, &sandbox).await.expect("deleted"));
+    let (status, told) = post(&product, &id, &message).await;
+    assert_eq!(status, 404, "{told}");
+    assert!(text(&told["detail"]).starts_with("Sandbox not found for conversation"), "{told}");
+    assert_eq!(product.get(&format!("/{id}/file")).await, "");
+    product.shutdown().await;
+}
+
+async fn post(product: &Product, id: &str, message: &Value) -> (u16, Value) {
+    let answer = product.post(&format!("/{id}/send-message"), message).send().await.expect("an answer");
+    (answer.status().as_u16(), answer.json().await.expect("JSON"))
+}
