@@ -21,6 +21,16 @@ pub struct Aws {
     pub sqs: aws_sdk_sqs::Client,
 }
 
+/// The DynamoDB client alone, for functions that need no other.
+pub async fn dynamodb_from_env() -> aws_sdk_dynamodb::Client {
+    dynamodb(&aws_config::load_from_env().await)
+}
+
+fn dynamodb(config: &SdkConfig) -> aws_sdk_dynamodb::Client {
+    let config = aws_sdk_dynamodb::config::Builder::from(config).timeout_config(timeouts(DYNAMODB_ATTEMPT)).build();
+    aws_sdk_dynamodb::Client::from_conf(config)
+}
+
 impl Aws {
     /// Clients configured by the environment (region, credentials, `AWS_ENDPOINT_URL_*`).
     pub async fn from_env() -> Self {
@@ -32,11 +42,9 @@ impl Aws {
     pub fn new(config: &SdkConfig) -> Self {
         // Path style works for every endpoint, an embedded one on loopback included.
         let s3 = aws_sdk_s3::config::Builder::from(config).force_path_style(true).build();
-        let dynamodb =
-            aws_sdk_dynamodb::config::Builder::from(config).timeout_config(timeouts(DYNAMODB_ATTEMPT)).build();
         let sqs = aws_sdk_sqs::config::Builder::from(config).timeout_config(timeouts(SQS_ATTEMPT)).build();
         Self {
-            dynamodb: aws_sdk_dynamodb::Client::from_conf(dynamodb),
+            dynamodb: dynamodb(config),
             s3: aws_sdk_s3::Client::from_conf(s3),
             sqs: aws_sdk_sqs::Client::from_conf(sqs),
         }

@@ -280,6 +280,39 @@ impl Config {
     }
 }
 
+/// What the authorizer knows.
+#[derive(Clone, Debug)]
+pub struct AuthorizerConfig {
+    /// The table with the hashes of API keys (`USERS_TABLE`).
+    pub users: String,
+    /// Whose tokens are taken; `None` where API keys are all there is.
+    pub oidc: Option<OidcConfig>,
+}
+
+/// An OpenID Connect issuer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OidcConfig {
+    /// Its name, which is where its metadata are (`OIDC_ISSUER`), e.g. `https://accounts.example.com`.
+    pub issuer: String,
+    /// For whom its tokens must be made (`OIDC_AUDIENCE`).
+    pub audience: String,
+}
+
+impl AuthorizerConfig {
+    /// Reads the environment.
+    ///
+    /// # Errors
+    /// Names the first variable that is missing or malformed. An issuer without an audience would let in whoever has a token
+    /// that was made for another service.
+    pub fn from_env() -> Result<Self, ConfigError> {
+        let oidc = match text("OIDC_ISSUER") {
+            Some(issuer) => Some(OidcConfig { issuer, audience: required("OIDC_AUDIENCE")? }),
+            None => None,
+        };
+        Ok(Self { users: required("USERS_TABLE")?, oidc })
+    }
+}
+
 impl StartConfig {
     /// Reads the environment; what is not set keeps its default.
     ///

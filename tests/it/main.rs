@@ -10,6 +10,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod authorizer;
 mod deletion;
 mod download;
 mod effects;

@@ -2,9 +2,11 @@
 //! into the worker and agent servers as processes of this machine.
 
 pub mod agent_server;
+pub mod api_keys;
 pub mod edge;
 pub mod engines;
 pub mod import;
 pub mod options;
+pub mod place;
 pub mod server;
 pub mod worker;

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser as _;
+use local::api_keys;
 use local::import::command;
 use local::options::{Command, CommonOptions, LogKind, Options};
 use local::server::{Environment, Server, ServerError};
@@ -33,6 +34,13 @@ async fn main() -> ExitCode {
         Some(Command::ImportOpenhands { folder, into }) => {
             command::import_openhands(&folder, &into, data, wait_for_signal()).await.map_err(Into::into)
         }
+        Some(Command::ApiKey { command }) => api_keys::run(&command, data).await.map_err(Into::into).map(|done| {
+            match &done {
+                Some(text) => print!("{text}"),
+                None => eprintln!("There is no such key."),
+            }
+            done.is_some()
+        }),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,

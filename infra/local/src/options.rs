@@ -41,7 +41,7 @@ pub enum Command {
         files: Vec<PathBuf>,
         /// Where to.
         #[command(flatten)]
-        into: ImportOptions,
+        into: PlaceOptions,
     },
     /// Takes conversations, start tasks and events from the data folder of an OpenHands app server.
     ///
@@ -55,18 +55,56 @@ pub enum Command {
         folder: PathBuf,
         /// Where to.
         #[command(flatten)]
-        into: ImportOptions,
+        into: PlaceOptions,
+    },
+    /// Makes, lists and revokes API keys, with which programs say whose they are.
+    ///
+    /// Deployed functions take them as `Authorization: Bearer KEY`, `X-Access-Token: KEY` or `X-Session-API-Key: KEY`. A server on
+    /// this machine serves a single user and takes none.
+    ApiKey {
+        /// What to do.
+        #[command(subcommand)]
+        command: ApiKeyCommand,
     },
 }
 
-/// Where imports go.
+/// What to do with API keys.
+#[derive(Clone, Debug, Subcommand)]
+pub enum ApiKeyCommand {
+    /// Makes a key and prints it: it is shown this once.
+    Create {
+        /// What to call it.
+        #[arg(value_name = "NAME")]
+        name: String,
+        /// Whose, and where.
+        #[command(flatten)]
+        place: PlaceOptions,
+    },
+    /// Lists a user's keys: id, when each was made, how it begins, name.
+    List {
+        /// Whose, and where.
+        #[command(flatten)]
+        place: PlaceOptions,
+    },
+    /// Makes a key worthless, at once.
+    Revoke {
+        /// The id that `list` shows.
+        #[arg(value_name = "ID")]
+        id: uuid::Uuid,
+        /// Whose, and where.
+        #[command(flatten)]
+        place: PlaceOptions,
+    },
+}
+
+/// Whose rows, and where they are.
 #[derive(Args, Clone, Debug, Default)]
-pub struct ImportOptions {
-    /// Whose the rows are that name no owner. By default the local user's; needed with --stack.
+pub struct PlaceOptions {
+    /// Whose the rows are, or those that name no owner. By default the local user's; needed with --stack.
     #[arg(long, value_name = "ID")]
     pub user: Option<String>,
-    /// Import into the tables NAME-conversations, NAME-start-tasks, NAME-events and NAME-users and the bucket NAME-data on
-    /// AWS instead of the data folder.
+    /// Use the tables NAME-conversations, NAME-start-tasks, NAME-events and NAME-users and the bucket NAME-data on AWS
+    /// instead of the data folder.
     #[arg(long, value_name = "NAME")]
     pub stack: Option<String>,
     /// The profile of the AWS configuration to use with --stack.

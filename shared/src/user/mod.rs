@@ -1,5 +1,6 @@
 //! Who calls, and what is known of them: settings, secrets, git providers.
 
+pub mod api_key;
 pub mod counters;
 pub mod git;
 pub mod seal;

@@ -7,7 +7,7 @@ use super::openhands::DataFolder;
 use super::progress::Progress;
 use super::target::{Target, default_owner};
 use super::{End, Entry, ImportError, Skip};
-use crate::options::ImportOptions;
+use crate::options::PlaceOptions;
 
 /// Imports files of JSON lines into what the options say, or into the data folder. Answers whether all rows are there now;
 /// the summary is printed.
@@ -16,7 +16,7 @@ use crate::options::ImportOptions;
 /// Nothing was imported; the text says why.
 pub async fn import(
     files: &[PathBuf],
-    into: &ImportOptions,
+    into: &PlaceOptions,
     data: &Path,
     stop: impl Future<Output = ()>,
 ) -> Result<bool, ImportError> {
@@ -31,7 +31,7 @@ pub async fn import(
 /// Nothing was imported; the text says why.
 pub async fn import_openhands(
     folder: &Path,
-    into: &ImportOptions,
+    into: &PlaceOptions,
     data: &Path,
     stop: impl Future<Output = ()>,
 ) -> Result<bool, ImportError> {
@@ -43,7 +43,7 @@ pub async fn import_openhands(
 async fn run(
     entries: impl Iterator<Item = Result<Entry, Skip>> + Send + 'static,
     total: u64,
-    into: &ImportOptions,
+    into: &PlaceOptions,
     data: &Path,
     stop: impl Future<Output = ()>,
 ) -> Result<bool, ImportError> {

@@ -84,11 +84,8 @@ pub enum ImportError {
     #[error("{0}")]
     Source(String),
     /// What is written to.
-    #[error("{0}")]
-    Target(String),
-    /// The data folder's engines or tables.
     #[error(transparent)]
-    Local(#[from] crate::server::ServerError),
+    Place(#[from] crate::place::PlaceError),
 }
 
 /// How many batches are written at the same time.

@@ -1,0 +1,26 @@
+//! The Lambda function around [`authorizer::Authorizer`].
+
+use authorizer::{Authorizer, Refusal};
+use lambda_runtime::{LambdaEvent, service_fn};
+use serde_json::Value;
+use shared::config::AuthorizerConfig;
+use shared::telemetry::{self, LogFormat};
+use shared::user::api_key::ApiKeyStore;
+
+#[tokio::main]
+async fn main() -> Result<(), lambda::Error> {
+    telemetry::init(LogFormat::Json);
+    let config = AuthorizerConfig::from_env()?;
+    let keys = ApiKeyStore::new(shared::aws::dynamodb_from_env().await, config.users.clone());
+    let authorizer = Authorizer::new(&config, keys)?;
+    let authorizer = &authorizer;
+    lambda_runtime::run(service_fn(async |event: LambdaEvent<Value>| {
+        authorizer.handle(event.payload).await.map_err(|refusal| {
+            if let Refusal::Unknown(error) = &refusal {
+                tracing::error!(error = %error.context(), "authorizer.failed");
+            }
+            refusal.to_string()
+        })
+    }))
+    .await
+}

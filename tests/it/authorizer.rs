@@ -1,0 +1,397 @@
+//! Who is let in: API keys and the tokens of an issuer, against whatever else comes in their place.
+
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use authorizer::{Authorizer, Refusal};
+use aws_lc_rs::encoding::{AsDer as _, Pkcs8V1Der};
+use aws_lc_rs::rsa::{KeyPair, KeySize};
+use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, Ed25519KeyPair};
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
+use http::StatusCode;
+use jsonwebtoken::jwk::{AlgorithmParameters, Jwk, PublicKeyUse};
+use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
+use local::api_keys;
+use local::engines::{EnginePorts, Engines};
+use local::options::{ApiKeyCommand, PlaceOptions};
+use secrecy::{ExposeSecret as _, SecretString};
+use serde_json::{Value, json};
+use shared::aws::Aws;
+use shared::clock::Time;
+use shared::config::{AuthorizerConfig, Names, OidcConfig};
+use shared::user::UserId;
+use shared::user::api_key::{ApiKeyStore, MAX_KEYS};
+use tempfile::TempDir;
+use uuid::Uuid;
+
+use crate::support::server::{Server, json as json_answer, raw};
+
+const AUDIENCE: &str = "openhands";
+
+/// A signing key of an issuer.
+struct Signer {
+    id: &'static str,
+    algorithm: Algorithm,
+    key: EncodingKey,
+}
+
+impl Signer {
+    fn ec(id: &'static str) -> Self {
+        let random = aws_lc_rs::rand::SystemRandom::new();
+        let pair = EcdsaKeyPair::generate_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &random).expect("a key");
+        Self { id, algorithm: Algorithm::ES256, key: EncodingKey::from_ec_der(pair.as_ref()) }
+    }
+
+    fn ed(id: &'static str) -> Self {
+        let random = aws_lc_rs::rand::SystemRandom::new();
+        let pair = Ed25519KeyPair::generate_pkcs8v1(&random).expect("a key");
+        Self { id, algorithm: Algorithm::EdDSA, key: EncodingKey::from_ed_der(pair.as_ref()) }
+    }
+
+    fn rsa(id: &'static str) -> Self {
+        let pair = KeyPair::generate(KeySize::Rsa2048).expect("a key");
+        let pkcs8: Pkcs8V1Der<'_> = pair.as_der().expect("its form");
+        // Behind 26 bytes that say that it is one stands the key in the form of PKCS #1.
+        Self { id, algorithm: Algorithm::RS256, key: EncodingKey::from_rsa_der(&pkcs8.as_ref()[26..]) }
+    }
+
+    fn jwk(&self) -> Jwk {
+        let mut jwk = Jwk::from_encoding_key(&self.key, self.algorithm).expect("a public key");
+        jwk.common.key_id = Some(self.id.to_owned());
+        jwk.common.public_key_use = Some(PublicKeyUse::Signature);
+        jwk
+    }
+
+    fn sign(&self, claims: &Value) -> String {
+        self.sign_with(&Header { kid: Some(self.id.to_owned()), ..Header::new(self.algorithm) }, claims)
+    }
+
+    fn sign_with(&self, header: &Header, claims: &Value) -> String {
+        encode(header, claims, &self.key).expect("a token")
+    }
+}
+
+/// An issuer whose keys can be changed, and which counts how often it is asked for them.
+struct Issuer {
+    server: Server,
+    keys: Arc<Mutex<Value>>,
+    asked: Arc<AtomicUsize>,
+}
+
+impl Issuer {
+    async fn start() -> Self {
+        let (keys, asked) = (Arc::new(Mutex::new(json!({"keys": []}))), Arc::new(AtomicUsize::new(0)));
+        let (served, counted) = (keys.clone(), asked.clone());
+        let server = Server::start(move |request| {
+            let base = format!("http://{}", request.header("host").expect("a host"));
+            let answer = match request.path.as_str() {
+                "/.well-known/openid-configuration" => {
+                    json_answer(StatusCode::OK, &json!({"issuer": base, "jwks_uri": format!("{base}/keys")}))
+                }
+                "/keys" => {
+                    counted.fetch_add(1, Ordering::Relaxed);
+                    match &*served.lock().expect("keys") {
+                        Value::Null => raw(StatusCode::SERVICE_UNAVAILABLE, "text/plain", "not now"),
+                        keys => json_answer(StatusCode::OK, keys),
+                    }
+                }
+                _ => raw(StatusCode::NOT_FOUND, "text/plain", ""),
+            };
+            async move { Ok(answer) }
+        })
+        .await;
+        Self { server, keys, asked }
+    }
+
+    fn publish(&self, signers: &[&Signer]) {
+        let keys: Vec<Jwk> = signers.iter().map(|signer| signer.jwk()).collect();
+        *self.keys.lock().expect("keys") = json!({"keys": keys});
+    }
+
+    fn fail(&self) {
+        *self.keys.lock().expect("keys") = Value::Null;
+    }
+
+    fn claims(&self, subject: &str) -> Value {
+        let now = Time::now().unix_seconds();
+        json!({"iss": self.server.url(), "aud": AUDIENCE, "sub": subject, "iat": now, "exp": now + 60})
+    }
+}
+
+struct Rig {
+    keys: ApiKeyStore,
+    config: AuthorizerConfig,
+    authorizer: Authorizer,
+    engines: Engines,
+    folder: TempDir,
+}
+
+impl Rig {
+    async fn new(issuer: Option<&Issuer>) -> Self {
+        let folder = TempDir::new().expect("a folder");
+        let engines = Engines::start(folder.path(), EnginePorts::default()).await.expect("engines");
+        let aws = Aws::new(&engines.sdk_config().await);
+        let names = Names::with_prefix("authorizer-");
+        schema::make_all(&aws, &names, "authorizer-").await.expect("a schema");
+        let keys = ApiKeyStore::new(aws.dynamodb.clone(), names.users.clone());
+        let oidc = issuer.map(|issuer| OidcConfig { issuer: issuer.server.url(), audience: AUDIENCE.into() });
+        let config = AuthorizerConfig { users: names.users, oidc };
+        let authorizer = Authorizer::new(&config, keys.clone()).expect("an authorizer");
+        Self { keys, config, authorizer, engines, folder }
+    }
+
+    /// The user that a request with this header is let in as; `None` when it is refused with 401.
+    async fn user(&self, header: &str, value: &str) -> Option<String> {
+        let arn = "arn:aws:execute-api:eu-central-1:123456789012:abcdef/live/GET/api/v1/app-conversations";
+        let event =
+            json!({"type": "REQUEST", "methodArn": arn, "headers": {header: value, "X-User-Id": "somebody-else"}});
+        match self.authorizer.handle(event).await {
+            Ok(answer) => {
+                let statement = &answer["policyDocument"]["Statement"];
+                let allowed = json!([{"Action": "execute-api:Invoke", "Effect": "Allow", "Resource": arn}]);
+                assert_eq!(*statement, allowed);
+                assert_eq!(answer["principalId"], answer["context"]["user_id"]);
+                Some(answer["context"]["user_id"].as_str().expect("text").to_owned())
+            }
+            Err(refusal @ Refusal::Unauthorized) => {
+                // API Gateway answers 401 for this text, and 500 for every other one.
+                assert_eq!(refusal.to_string(), "Unauthorized");
+                None
+            }
+            Err(refusal) => panic!("{refusal:?}"),
+        }
+    }
+
+    async fn bearer(&self, token: &str) -> Option<String> {
+        self.user("Authorization", &format!("Bearer {token}")).await
+    }
+}
+
+#[tokio::test]
+async fn tokens_of_the_issuer_are_let_in_and_nothing_like_them() {
+    let issuer = Issuer::start().await;
+    let (rsa, ec, ed, stranger) = (Signer::rsa("one"), Signer::ec("two"), Signer::ed("three"), Signer::ec("two"));
+    issuer.publish(&[&rsa, &ec, &ed]);
+    let rig = Rig::new(Some(&issuer)).await;
+    for signer in [&rsa, &ec, &ed] {
+        let token = signer.sign(&issuer.claims("somebody"));
+        for (header, value) in [
+            ("Authorization", format!("Bearer {token}")),
+            ("authorization", format!("bearer {token}")),
+            ("X-Access-Token", token.clone()),
+            ("x-session-api-key", token.clone()),
+        ] {
+            assert_eq!(rig.user(header, &value).await.as_deref(), Some("somebody"), "{header}");
+        }
+        assert_eq!(rig.user("Cookie", &token).await, None);
+    }
+    assert_eq!(issuer.asked.load(Ordering::Relaxed), 1, "keys are kept");
+
+    let now = Time::now().unix_seconds();
+    let with = |changes: &Value| {
+        let mut claims = issuer.claims("somebody");
+        for (name, value) in changes.as_object().expect("an object") {
+            match value {
+                Value::Null => drop(claims.as_object_mut().expect("an object").remove(name)),
+                value => claims[name] = value.clone(),
+            }
+        }
+        ec.sign(&claims)
+    };
+    // Clocks differ by a few seconds; an audience may be one of several.
+    for changes in [
+        json!({"exp": now - 10}),
+        json!({"nbf": now + 10}),
+        json!({"nbf": now - 10}),
+        json!({"aud": ["others", AUDIENCE]}),
+        json!({"sub": "x".repeat(255)}),
+    ] {
+        assert!(rig.bearer(&with(&changes)).await.is_some(), "{changes}");
+    }
+    for changes in [
+        json!({"exp": now - 60}),
+        json!({"exp": null}),
+        json!({"exp": "never"}),
+        json!({"nbf": now + 60}),
+        json!({"aud": "others"}),
+        json!({"aud": null}),
+        json!({"aud": []}),
+        json!({"iss": "https://accounts.example.com"}),
+        json!({"iss": format!("{}/", issuer.server.url())}),
+        json!({"iss": null}),
+        json!({"sub": null}),
+        json!({"sub": ""}),
+        json!({"sub": 7}),
+        json!({"sub": "x".repeat(256)}),
+        // The local user is nobody here.
+        json!({"sub": "local"}),
+    ] {
+        assert_eq!(rig.bearer(&with(&changes)).await, None, "{changes}");
+    }
+
+    let good = ec.sign(&issuer.claims("somebody"));
+    let [head, body, signature] = good.split('.').collect::<Vec<_>>()[..] else { panic!("three parts") };
+    let part = |value: &Value| BASE64URL.encode(value.to_string());
+    let unsigned = part(&json!({"alg": "none", "typ": "JWT"}));
+    let other = part(&issuer.claims("another"));
+    let hmac = |secret: &[u8], kid: &str| {
+        let header = Header { kid: Some(kid.to_owned()), ..Header::new(Algorithm::HS256) };
+        encode(&header, &issuer.claims("somebody"), &EncodingKey::from_secret(secret)).expect("a token")
+    };
+    let AlgorithmParameters::RSA(public) = rsa.jwk().algorithm else { panic!("an RSA key") };
+    let critical = part(&json!({"alg": "ES256", "kid": "two", "crit": ["exp"]}));
+    let header = |signer: &Signer, algorithm, kid: Option<&str>| {
+        signer.sign_with(&Header { kid: kid.map(str::to_owned), ..Header::new(algorithm) }, &issuer.claims("somebody"))
+    };
+    for (what, token) in [
+        ("alg none", format!("{unsigned}.{body}.")),
+        ("alg none with the signature", format!("{unsigned}.{body}.{signature}")),
+        ("other claims", format!("{head}.{other}.{signature}")),
+        ("no signature", format!("{head}.{body}.")),
+        ("two parts", format!("{head}.{body}")),
+        ("HS256 with the public key", hmac(public.n.as_bytes(), "one")),
+        ("HS256 with the public key's bytes", hmac(&BASE64URL.decode(&public.n).expect("bytes"), "one")),
+        ("HS256 with the issuer's document", hmac(issuer.keys.lock().expect("keys").to_string().as_bytes(), "one")),
+        ("an extension that must be understood", format!("{critical}.{body}.{signature}")),
+        ("a stranger's key under the name of ours", stranger.sign(&issuer.claims("somebody"))),
+        ("the name of another of its keys", header(&ec, Algorithm::ES256, Some("one"))),
+        ("another algorithm than the key is for", header(&rsa, Algorithm::PS256, Some("one"))),
+        ("nothing", ".".to_owned()),
+        ("dots", "..".to_owned()),
+        ("no ASCII", "é.é.é".to_owned()),
+    ] {
+        assert_eq!(rig.bearer(&token).await, None, "{what}");
+    }
+    // Which of several keys it is has to be said, unless only one fits.
+    assert_eq!(rig.bearer(&header(&ec, Algorithm::ES256, None)).await.as_deref(), Some("somebody"));
+    assert_eq!(issuer.asked.load(Ordering::Relaxed), 1, "no refused token made it ask");
+    rig.engines.shutdown().await;
+}
+
+#[tokio::test]
+async fn keys_of_the_issuer_are_read_again_when_they_change_but_not_for_every_made_up_name() {
+    let issuer = Issuer::start().await;
+    let (old, new) = (Signer::ec("old"), Signer::ec("new"));
+    issuer.fail();
+    let mut rig = Rig::new(Some(&issuer)).await;
+    let event = |token: String| json!({"methodArn": "arn", "headers": {"X-Access-Token": token}});
+    // Without keys nobody can say whether a token holds: that is no 401.
+    let refusal = rig.authorizer.handle(event(old.sign(&issuer.claims("somebody")))).await.expect_err("no keys");
+    assert!(matches!(refusal, Refusal::Unknown(_)), "{refusal:?}");
+    assert_ne!(refusal.to_string(), "Unauthorized");
+    issuer.publish(&[&old]);
+    assert!(rig.bearer(&old.sign(&issuer.claims("somebody"))).await.is_some(), "it is asked again at once");
+    let asked = issuer.asked.load(Ordering::Relaxed);
+    for _ in 0..5 {
+        assert_eq!(rig.bearer(&new.sign(&issuer.claims("somebody"))).await, None);
+    }
+    assert_eq!(issuer.asked.load(Ordering::Relaxed), asked, "not again within seconds");
+    // An authorizer that starts later knows the new one.
+    issuer.publish(&[&old, &new]);
+    rig.authorizer = Authorizer::new(&rig.config, rig.keys.clone()).expect("an authorizer");
+    assert!(rig.bearer(&new.sign(&issuer.claims("somebody"))).await.is_some());
+    // A broken issuer does not lock out those whose keys are known.
+    issuer.fail();
+    assert!(rig.bearer(&old.sign(&issuer.claims("somebody"))).await.is_some());
+
+    // An issuer that says it is another one.
+    let oidc = OidcConfig { issuer: format!("{}/tenant", issuer.server.url()), audience: AUDIENCE.into() };
+    rig.authorizer =
+        Authorizer::new(&AuthorizerConfig { oidc: Some(oidc), ..rig.config.clone() }, rig.keys.clone()).expect("one");
+    let refusal = rig.authorizer.handle(event(old.sign(&issuer.claims("somebody")))).await.expect_err("no keys");
+    assert!(matches!(refusal, Refusal::Unknown(_)), "{refusal:?}");
+    rig.engines.shutdown().await;
+}
+
+#[tokio::test]
+async fn api_keys_let_in_until_they_are_revoked_and_are_nowhere_stored() {
+    let rig = Rig::new(None).await;
+    let (ann, bob) = (UserId::new("ann"), UserId::new("bob"));
+    let (key, secret) = rig.keys.create(&ann, " a robot ").await.expect("a key");
+    let (_, bobs) = rig.keys.create(&bob, "another").await.expect("a key");
+    assert_eq!((key.name.as_str(), rig.keys.list(&ann).await.expect("keys")), ("a robot", vec![key.clone()]));
+    for header in ["Authorization", "X-Access-Token", "X-Session-API-Key"] {
+        let value = |secret: &SecretString| match header {
+            "Authorization" => format!("Bearer {}", secret.expose_secret()),
+            _ => secret.expose_secret().to_owned(),
+        };
+        assert_eq!(rig.user(header, &value(&secret)).await.as_deref(), Some("ann"), "{header}");
+        assert_eq!(rig.user(header, &value(&bobs)).await.as_deref(), Some("bob"), "{header}");
+    }
+    let other = format!("oh-{}", shared::id::random_base62(43));
+    for wrong in
+        ["", "x", &other, &secret.expose_secret().to_lowercase(), &format!("{} ", &secret.expose_secret()[..45])]
+    {
+        assert_eq!(rig.bearer(wrong).await, None, "{wrong}");
+    }
+    // Where no issuer is configured no token holds.
+    let signer = Signer::ec("any");
+    let claims = json!({"iss": "", "aud": AUDIENCE, "sub": "ann", "exp": Time::now().unix_seconds() + 60});
+    assert_eq!(rig.bearer(&signer.sign(&claims)).await, None);
+
+    // Another user's key is no key.
+    assert!(!rig.keys.revoke(&bob, key.id).await.expect("the store"));
+    assert!(!rig.keys.revoke(&ann, Uuid::new_v4()).await.expect("the store"));
+    assert_eq!(rig.bearer(secret.expose_secret()).await.as_deref(), Some("ann"));
+    let (one, two) = tokio::join!(rig.keys.revoke(&ann, key.id), rig.keys.revoke(&ann, key.id));
+    assert_eq!([one.expect("the store"), two.expect("the store")].iter().filter(|revoked| **revoked).count(), 1);
+    assert_eq!(rig.bearer(secret.expose_secret()).await, None, "revoked");
+    assert_eq!(rig.keys.list(&ann).await.expect("keys"), []);
+    assert_eq!(rig.bearer(bobs.expose_secret()).await.as_deref(), Some("bob"));
+
+    for name in ["", "  ", &"x".repeat(101)] {
+        let refused = rig.keys.create(&ann, name).await.expect_err("no name");
+        assert!(matches!(refused, shared::Error::Refused(_)), "{refused:?}");
+    }
+    for number in 0..MAX_KEYS {
+        rig.keys.create(&ann, &format!("key {number}")).await.expect("a key");
+    }
+    let refused = rig.keys.create(&ann, "one too many").await.expect_err("too many");
+    assert!(refused.to_string().contains("revoke one"), "{refused}");
+
+    let folder = rig.folder.path().to_owned();
+    rig.engines.shutdown().await;
+    let stored = std::fs::read(folder.join("dynamodb.sqlite")).expect("the store");
+    let holds = |text: &str| stored.windows(text.len()).any(|window| window == text.as_bytes());
+    assert!(holds("another"), "this is where keys are");
+    assert!(!holds(bobs.expose_secret()) && !holds(secret.expose_secret()), "keys in clear");
+}
+
+#[tokio::test]
+async fn a_store_that_fails_is_no_refusal() {
+    let rig = Rig::new(None).await;
+    let (_, secret) = rig.keys.create(&UserId::new("ann"), "a key").await.expect("a key");
+    let event = json!({"methodArn": "arn", "headers": {"X-Access-Token": secret.expose_secret()}});
+    assert!(rig.authorizer.handle(event.clone()).await.is_ok());
+    rig.engines.shutdown().await;
+    let refusal = rig.authorizer.handle(event).await.expect_err("no store");
+    assert!(matches!(refusal, Refusal::Unknown(_)), "{refusal:?}");
+    for event in [json!({}), json!([]), json!({"headers": {}})] {
+        assert!(rig.authorizer.handle(event).await.is_err());
+    }
+    let nobody = rig.authorizer.handle(json!({"methodArn": "arn", "headers": null})).await.expect_err("nobody");
+    assert!(matches!(nobody, Refusal::Unauthorized), "{nobody:?}");
+}
+
+#[tokio::test]
+async fn the_command_makes_lists_and_revokes_keys() {
+    let folder = TempDir::new().expect("a folder");
+    let data = folder.path();
+    let place = PlaceOptions { user: Some("ann".into()), ..PlaceOptions::default() };
+    let run = async |command: ApiKeyCommand| api_keys::run(&command, data).await.expect("done");
+    let made = run(ApiKeyCommand::Create { name: "a robot".into(), place: place.clone() }).await.expect("a key");
+    assert!(ApiKeyStore::looks_like_one(made.trim()), "{made}");
+    let listed = run(ApiKeyCommand::List { place: place.clone() }).await.expect("a list");
+    assert!(listed.trim_end().ends_with(&format!("{}…  a robot", &made[..7])), "{listed}");
+    assert!(!listed.contains(made.trim()));
+    let id: Uuid = listed.split_whitespace().next().expect("an id").parse().expect("an id");
+    assert_eq!(run(ApiKeyCommand::Revoke { id, place: PlaceOptions::default() }).await, None, "another user");
+    assert!(run(ApiKeyCommand::Revoke { id, place: place.clone() }).await.is_some());
+    assert_eq!(run(ApiKeyCommand::Revoke { id, place: place.clone() }).await, None);
+    assert_eq!(run(ApiKeyCommand::List { place }).await.as_deref(), Some(""));
+    let nobody = PlaceOptions { stack: Some("stack".into()), ..PlaceOptions::default() };
+    let error = api_keys::run(&ApiKeyCommand::List { place: nobody }, data).await.expect_err("whose?");
+    assert!(error.to_string().contains("--user"), "{error}");
+}
