@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use secrecy::SecretString;
+use secrecy::{ExposeSecret as _, SecretString};
 
 /// Names of tables, bucket and queue.
 #[derive(Clone, Debug)]
@@ -157,10 +157,12 @@ impl ExportConfig {
 }
 
 /// Which sandboxes are made.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum SandboxConfig {
     /// One agent-server process each, on this machine.
     Process(ProcessSandboxConfig),
+    /// Those of a runtime API.
+    Remote(RemoteSandboxConfig),
     /// None: starts end in an ERROR that says so.
     None,
 }
@@ -176,6 +178,78 @@ pub struct ProcessSandboxConfig {
     pub webhook_base_url: String,
     /// Origins that agent servers accept beside those on localhost.
     pub allow_cors_origins: Vec<String>,
+}
+
+/// Where and how sandboxes of a runtime API are run.
+#[derive(Clone, Debug)]
+pub struct RemoteSandboxConfig {
+    /// Its address (`SANDBOX_REMOTE_RUNTIME_API_URL`).
+    pub api_url: String,
+    /// Its key for us (`SANDBOX_API_KEY`).
+    pub api_key: Option<SecretString>,
+    /// The image to run; see [`crate::sandbox::spec::image`].
+    pub image: String,
+    /// How much of a machine a sandbox gets: 1, 2, 4 or 8 (`SANDBOX_REMOTE_RESOURCE_FACTOR`, 1).
+    pub resource_factor: u32,
+    /// `gvisor` or `sysbox` (`SANDBOX_REMOTE_RUNTIME_CLASS`, `gvisor`).
+    pub runtime_class: String,
+    /// Names of the secrets with which the image is pulled, as the runtime API knows them
+    /// (`SANDBOX_REMOTE_IMAGE_PULL_SECRETS`, comma-separated).
+    pub image_pull_secrets: Vec<String>,
+    /// How many sandboxes of a user may run at the same time (`SANDBOX_MAX_RUNNING`, 10); beyond, the one that was used least
+    /// lately is paused.
+    pub max_sandboxes: usize,
+    /// Our own public address (`OH_WEB_URL` or `WEB_HOST`): without one agent servers cannot tell what happens.
+    pub web_url: Option<String>,
+    /// Origins that agent servers accept beside our own.
+    pub allow_cors_origins: Vec<String>,
+}
+
+impl RemoteSandboxConfig {
+    /// Reads the environment.
+    ///
+    /// # Errors
+    /// Names the first variable that is missing or malformed.
+    pub fn from_env() -> Result<Self, ConfigError> {
+        Ok(Self {
+            api_url: required("SANDBOX_REMOTE_RUNTIME_API_URL")?,
+            api_key: text("SANDBOX_API_KEY").map(SecretString::from),
+            image: crate::sandbox::spec::image(),
+            resource_factor: parsed("SANDBOX_REMOTE_RESOURCE_FACTOR")?.unwrap_or(1),
+            runtime_class: text("SANDBOX_REMOTE_RUNTIME_CLASS").unwrap_or_else(|| "gvisor".into()),
+            image_pull_secrets: list("SANDBOX_REMOTE_IMAGE_PULL_SECRETS"),
+            max_sandboxes: parsed("SANDBOX_MAX_RUNNING")?.unwrap_or(10),
+            web_url: web_url(),
+            allow_cors_origins: permitted_origins(),
+        })
+    }
+
+    fn to_env(&self) -> Vec<(&'static str, String)> {
+        let mut variables = vec![
+            ("SANDBOX_KIND", "remote".to_owned()),
+            ("SANDBOX_REMOTE_RUNTIME_API_URL", self.api_url.clone()),
+            ("SANDBOX_REMOTE_RESOURCE_FACTOR", self.resource_factor.to_string()),
+            ("SANDBOX_REMOTE_RUNTIME_CLASS", self.runtime_class.clone()),
+            ("SANDBOX_REMOTE_IMAGE_PULL_SECRETS", self.image_pull_secrets.join(",")),
+            ("SANDBOX_MAX_RUNNING", self.max_sandboxes.to_string()),
+        ];
+        if let Some(key) = &self.api_key {
+            variables.push(("SANDBOX_API_KEY", key.expose_secret().to_owned()));
+        }
+        variables
+    }
+}
+
+/// Our public address: `OH_WEB_URL`, or `https://` and `WEB_HOST`.
+fn web_url() -> Option<String> {
+    text("OH_WEB_URL").or_else(|| text("WEB_HOST").map(|host| format!("https://{host}")))
+}
+
+/// A comma-separated list.
+fn list(name: &str) -> Vec<String> {
+    text(name)
+        .map(|list| list.split(',').map(|item| item.trim().to_owned()).filter(|item| !item.is_empty()).collect())
+        .unwrap_or_default()
 }
 
 /// What [`Config::look_budget`] is unless it is set.
@@ -232,11 +306,12 @@ impl Config {
                 webhook_base_url: required("WEBHOOK_BASE_URL")?,
                 allow_cors_origins: permitted_origins(),
             }),
+            "remote" => SandboxConfig::Remote(RemoteSandboxConfig::from_env()?),
             "none" => SandboxConfig::None,
             other => {
                 return Err(ConfigError {
                     name: "SANDBOX_KIND",
-                    problem: format!("`{other}` is not one of process, none"),
+                    problem: format!("`{other}` is not one of process, remote, none"),
                 });
             }
         };
@@ -269,6 +344,7 @@ impl Config {
         ];
         match &self.sandbox {
             SandboxConfig::None => variables.push(("SANDBOX_KIND", "none".into())),
+            SandboxConfig::Remote(remote) => variables.extend(remote.to_env()),
             SandboxConfig::Process(process) => variables.extend([
                 ("SANDBOX_KIND", "process".into()),
                 ("SANDBOX_FOLDER", process.folder.display().to_string()),
@@ -336,7 +412,7 @@ impl StartConfig {
                 .unwrap_or(default.max_conversations_per_sandbox),
             init_git_in_empty_workspace: flag("INIT_GIT_IN_EMPTY_WORKSPACE", default.init_git_in_empty_workspace)?,
             allow_insecure_git_access: flag("ALLOW_INSECURE_GIT_ACCESS", false)?,
-            web_url: text("OH_WEB_URL").or_else(|| web_host.as_ref().map(|host| format!("https://{host}"))),
+            web_url: web_url(),
             tavily_api_key: text("TAVILY_API_KEY").or_else(|| text("SEARCH_API_KEY")).map(SecretString::from),
             openhands_provider_base_url: text("OPENHANDS_PROVIDER_BASE_URL"),
             web_host,
@@ -348,11 +424,7 @@ impl StartConfig {
 /// Origins of hosted front ends: `PERMITTED_CORS_ORIGINS`, a comma-separated list.
 #[must_use]
 pub fn permitted_origins() -> Vec<String> {
-    text("PERMITTED_CORS_ORIGINS")
-        .map(|list| {
-            list.split(',').map(|origin| origin.trim().to_owned()).filter(|origin| !origin.is_empty()).collect()
-        })
-        .unwrap_or_default()
+    list("PERMITTED_CORS_ORIGINS")
 }
 
 /// A variable that is set and not blank.

@@ -19,6 +19,9 @@ pub enum Error {
     /// The caller did not say who they are, or not credibly.
     #[error("{0}")]
     Unauthenticated(String),
+    /// The caller is known, and may not do this.
+    #[error("{0}")]
+    Forbidden(String),
     /// No such thing, or not the caller's: the two are not told apart.
     #[error("{0}")]
     NotFound(String),

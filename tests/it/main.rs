@@ -22,6 +22,7 @@ mod inside;
 mod records;
 mod replay;
 mod saga;
+mod sandboxes;
 mod support;
 mod support_tests;
 mod tenants;

@@ -1,4 +1,4 @@
-//! The Lambda function around [`sandboxes::router`].
+//! The Lambda function around [`sandboxes::router`] and [`sandboxes::secrets_router`].
 
 use shared::user::seal::Sealer;
 
@@ -6,7 +6,8 @@ use shared::user::seal::Sealer;
 async fn main() -> Result<(), lambda::Error> {
     lambda::serve(async |config, aws| {
         let sealer = Sealer::from_file(&config.sealing_key_file)?;
-        Ok(sandboxes::router(sandboxes::Context::new(&config, &aws, &sealer)))
+        let context = sandboxes::Context::new(&config, &aws, &sealer);
+        Ok(sandboxes::router(context.clone()).merge(sandboxes::secrets_router(context)))
     })
     .await
 }

@@ -15,9 +15,12 @@ use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer};
 /// The header that holds the instance's key.
 const SESSION_API_KEY: &str = "x-session-api-key";
 
+/// What our answers say in headers of our own.
+const OWN_HEADERS: [&str; 4] = ["x-export-warning", "x-file-status", "x-files-truncated", "x-skills-status"];
+
 /// Puts the edge around the functions' routers: the single user, the instance's key if there is one, CORS. Sandboxes do not
-/// have that key, and webhooks find out for themselves whose sandbox is calling.
-pub fn around(functions: Router, webhooks: Router, key: Option<SecretString>, origins: Vec<String>) -> Router {
+/// have that key; the routes for them find out for themselves whose sandbox is calling.
+pub fn around(functions: Router, for_sandboxes: Router, key: Option<SecretString>, origins: Vec<String>) -> Router {
     let guarded =
         functions.layer(middleware::from_fn(as_local_user)).route_layer(middleware::from_fn(
             move |request: Request, next: Next| {
@@ -27,7 +30,7 @@ pub fn around(functions: Router, webhooks: Router, key: Option<SecretString>, or
                 }
             },
         ));
-    with_common_answers(guarded.merge(webhooks)).layer(cors(origins))
+    with_common_answers(guarded.merge(for_sandboxes)).layer(cors(origins))
 }
 
 async fn as_local_user(mut request: Request, next: Next) -> Response {
@@ -48,7 +51,12 @@ fn cors(origins: Vec<String>) -> CorsLayer {
         .allow_credentials(true)
         .allow_methods(AllowMethods::mirror_request())
         .allow_headers(AllowHeaders::mirror_request())
-        .expose_headers([header::CONTENT_DISPOSITION, header::RETRY_AFTER, HeaderName::from_static("x-export-warning")])
+        .expose_headers(
+            [header::CONTENT_DISPOSITION, header::RETRY_AFTER]
+                .into_iter()
+                .chain(OWN_HEADERS.map(HeaderName::from_static))
+                .collect::<Vec<_>>(),
+        )
         .allow_origin(AllowOrigin::predicate(move |origin: &HeaderValue, _| {
             origin.to_str().is_ok_and(|origin| is_local(origin) || origins.iter().any(|allowed| allowed == origin))
         }))

@@ -146,6 +146,8 @@ pub struct CommonOptions {
 pub enum SandboxKind {
     /// One agent-server process each.
     Process,
+    /// By a runtime API, which the environment names (`SANDBOX_REMOTE_RUNTIME_API_URL`, `SANDBOX_API_KEY`).
+    Remote,
     /// Not at all: the server only keeps records.
     None,
 }

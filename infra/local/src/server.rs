@@ -16,7 +16,9 @@ use http::StatusCode;
 use secrecy::SecretString;
 use serde_json::{Map, Value, json};
 use shared::aws::Aws;
-use shared::config::{self, Config, ExportConfig, Names, ProcessSandboxConfig, SandboxConfig, StartConfig};
+use shared::config::{
+    self, Config, ExportConfig, Names, ProcessSandboxConfig, RemoteSandboxConfig, SandboxConfig, StartConfig,
+};
 use shared::sandbox::SandboxService as _;
 use shared::sandbox::process::ProcessSandboxes;
 use shared::sandbox::store::SandboxStore;
@@ -196,6 +198,7 @@ impl Server {
             start: environment.start,
             sandbox: match options.sandbox {
                 SandboxKind::None => SandboxConfig::None,
+                SandboxKind::Remote => SandboxConfig::Remote(RemoteSandboxConfig::from_env()?),
                 SandboxKind::Process => SandboxConfig::Process(ProcessSandboxConfig {
                     folder: data.join("sandboxes"),
                     python: data.join("agent-server-python"),
@@ -216,7 +219,7 @@ impl Server {
             stored.put(&user, &json).await?;
         }
         let model = stored.get(&user).await?.and_then(|settings| settings.llm_model);
-        if options.sandbox == SandboxKind::Process && model.is_none() {
+        if options.sandbox != SandboxKind::None && model.is_none() {
             tracing::warn!(
                 "No model is set: a start that names no llm_model will end in ERROR. Give LLM_MODEL and LLM_API_KEY, or --settings FILE."
             );
@@ -319,13 +322,13 @@ impl Server {
     ) -> Result<(), ServerError> {
         let (config, aws, sealer) = (&self.config, &self.aws, &self.sealer);
         let functions = functions(config, aws, sealer)?;
-        let webhooks = events::webhooks_router(events::Context::new(config, aws, sealer));
+        let for_sandboxes = functions_for_sandboxes(config, aws, sealer);
         let health = Router::new()
             .route("/alive", get(alive))
             .route("/health", get(async || "OK"))
             .route("/ready", get(ready))
             .with_state(self.readiness.clone());
-        let router = edge::around(functions, webhooks, key, origins).merge(health);
+        let router = edge::around(functions, for_sandboxes, key, origins).merge(health);
         let (stop, stopped) = oneshot::channel::<()>();
         let served = tokio::spawn(async move {
             let serving = axum::serve(listener, router).with_graceful_shutdown(async {
@@ -355,6 +358,14 @@ pub fn functions(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Router, 
         .merge(skills::router(skills::Context::new(config, aws, sealer)?))
         .merge(sandboxes::router(sandboxes::Context::new(config, aws, sealer)))
         .merge(events::router(events::Context::new(config, aws, sealer))))
+}
+
+/// The routers for agent servers and the agents in them, who show keys of their sandboxes.
+#[must_use]
+pub fn functions_for_sandboxes(config: &Config, aws: &Aws, sealer: &Sealer) -> Router {
+    Router::new()
+        .merge(events::webhooks_router(events::Context::new(config, aws, sealer)))
+        .merge(sandboxes::secrets_router(sandboxes::Context::new(config, aws, sealer)))
 }
 
 async fn alive(State(readiness): State<Readiness>) -> Response {

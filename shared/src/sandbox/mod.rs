@@ -2,6 +2,8 @@
 
 pub mod none;
 pub mod process;
+pub mod remote;
+pub mod spec;
 pub mod store;
 
 use std::sync::Arc;
@@ -149,6 +151,7 @@ pub trait SandboxService: Send + Sync + std::fmt::Debug {
 pub fn service(config: &SandboxConfig, store: SandboxStore) -> Arc<dyn SandboxService> {
     match config {
         SandboxConfig::Process(process) => Arc::new(process::ProcessSandboxes::new(process.clone(), store)),
+        SandboxConfig::Remote(remote) => Arc::new(remote::RemoteSandboxes::new(remote.clone(), store)),
         SandboxConfig::None => Arc::new(none::NoSandboxes::new(store)),
     }
 }

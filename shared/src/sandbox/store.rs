@@ -214,6 +214,30 @@ impl SandboxStore {
         self.set(user, id, "port", crate::dynamo::number(u32::from(port))).await
     }
 
+    /// Sets the sandbox's session key. False when there is no record.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`]; [`crate::Error::Internal`] when the key cannot be sealed.
+    pub async fn set_session_key(&self, user: &UserId, id: &str, key: &SecretString) -> Result<bool> {
+        let updated = self
+            .dynamodb
+            .update_item()
+            .table_name(&self.table)
+            .set_key(Some(self.key(user, id)))
+            .update_expression("SET session_key_sealed = :sealed, session_key_hash = :hash")
+            .condition_expression("attribute_exists(id)")
+            .expression_attribute_values(":sealed", text(self.sealer.seal(&purpose(user, id), key)?))
+            .expression_attribute_values(":hash", text(hash(key.expose_secret())))
+            .send()
+            .await
+            .map_err(store_error("UpdateItem sandboxes"));
+        match updated {
+            Ok(_) => Ok(true),
+            Err(error) if is_condition_failure(&error) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Notes that the sandbox is used now. False when there is no record.
     ///
     /// # Errors

@@ -80,15 +80,19 @@ impl Api {
 
     /// Works on what is queued until the queue is empty.
     pub async fn work(&self) {
-        loop {
-            let received = self.aws.sqs.receive_message().queue_url(&self.queue).send().await.expect("the queue");
-            let Some(message) = received.messages.unwrap_or_default().pop() else { return };
-            let event = json!({"Records": [{"messageId": message.message_id, "body": message.body}]});
-            let handled = start_worker::handle(&self.worker, event).await.expect("handled");
-            assert!(handled.batch_item_failures.is_empty(), "{message:?}");
-            let receipt = message.receipt_handle.expect("a receipt");
-            self.aws.sqs.delete_message().queue_url(&self.queue).receipt_handle(receipt).send().await.expect("deleted");
-        }
+        while self.work_once().await {}
+    }
+
+    /// Works on one message; false when there is none.
+    pub async fn work_once(&self) -> bool {
+        let received = self.aws.sqs.receive_message().queue_url(&self.queue).send().await.expect("the queue");
+        let Some(message) = received.messages.unwrap_or_default().pop() else { return false };
+        let event = json!({"Records": [{"messageId": message.message_id, "body": message.body}]});
+        let handled = start_worker::handle(&self.worker, event).await.expect("handled");
+        assert!(handled.batch_item_failures.is_empty(), "{message:?}");
+        let receipt = message.receipt_handle.expect("a receipt");
+        self.aws.sqs.delete_message().queue_url(&self.queue).receipt_handle(receipt).send().await.expect("deleted");
+        true
     }
 
     /// One request of a user; the answer's body as JSON, or as text where it is none.
@@ -127,5 +131,5 @@ impl Api {
 
 fn router(config: &Config, aws: &Aws, sealer: &Sealer) -> Router {
     let functions = local::server::functions(config, aws, sealer).expect("routers");
-    with_common_answers(functions.merge(events::webhooks_router(events::Context::new(config, aws, sealer))))
+    with_common_answers(functions.merge(local::server::functions_for_sandboxes(config, aws, sealer)))
 }

@@ -12,6 +12,7 @@ pub mod log;
 pub mod meter;
 pub mod product;
 pub mod rig;
+pub mod runtime_api;
 pub mod scripted_llm;
 pub mod seed;
 pub mod server;

@@ -1,6 +1,6 @@
 //! WORKING: the sandbox that was asked for, or one that grouping picks, or a new one.
 
-use futures::future::try_join_all;
+use futures::future::{join_all, try_join_all};
 
 use super::{Step, StepError, Work};
 use crate::agent_server::conversation_body::model;
@@ -75,8 +75,13 @@ impl Work<'_> {
         }))
         .await?;
         let limit = self.saga.config.max_conversations_per_sandbox;
-        let with_room = counted.into_iter().filter(|(_, count)| *count < limit).collect();
-        Ok(pick(strategy, with_room))
+        let with_room = counted.into_iter().filter(|(_, count)| *count < limit);
+        // One may have died, or hang, without its service having noticed.
+        let answering = join_all(with_room.map(async |(sandbox, count)| {
+            let agent_server = sandbox.agent_server(&self.saga.http)?;
+            agent_server.is_alive().await.then_some((sandbox, count))
+        }));
+        Ok(pick(strategy, answering.await.into_iter().flatten().collect()))
     }
 }
 

@@ -1,0 +1,85 @@
+//! The secrets of a sandbox's owner, for the agents in it.
+
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::response::{IntoResponse as _, Response};
+use http::HeaderMap;
+use http::header::CONTENT_TYPE;
+use secrecy::{ExposeSecret as _, SecretString};
+use serde_json::{Value, json};
+use shared::error::{Error, Result};
+use shared::user::settings::Settings;
+
+use crate::Context;
+
+/// The header by which an agent server shows which sandbox it is in.
+const SESSION_API_KEY: &str = "x-session-api-key";
+
+pub(crate) async fn list(
+    State(context): State<Context>,
+    Path(sandbox): Path<String>,
+    headers: HeaderMap,
+) -> Result<Json<Value>> {
+    let settings = context.settings_of_owner(&sandbox, &headers).await?;
+    let secrets: Vec<Value> = secrets(&settings)
+        .into_iter()
+        .map(|secret| json!({"name": secret.name, "description": secret.description}))
+        .collect();
+    Ok(Json(json!({"secrets": secrets})))
+}
+
+pub(crate) async fn value(
+    State(context): State<Context>,
+    Path((sandbox, name)): Path<(String, String)>,
+    headers: HeaderMap,
+) -> Result<Response> {
+    let settings = context.settings_of_owner(&sandbox, &headers).await?;
+    let secret = secrets(&settings).into_iter().find(|secret| secret.name == name);
+    let secret = secret.ok_or_else(|| Error::NotFound("Secret not found".to_owned()))?;
+    let value = secret.value.expose_secret();
+    if value.is_empty() {
+        return Err(Error::NotFound("Secret has no value".to_owned()));
+    }
+    Ok(([(CONTENT_TYPE, "text/plain; charset=utf-8")], value.to_owned()).into_response())
+}
+
+struct Secret<'a> {
+    name: String,
+    description: Option<String>,
+    value: &'a SecretString,
+}
+
+/// Custom ones first: they win over tokens of the same name.
+fn secrets(settings: &Settings) -> Vec<Secret<'_>> {
+    let custom = settings.custom_secrets.iter().map(|(name, secret)| Secret {
+        name: name.clone(),
+        description: secret.description.clone(),
+        value: &secret.secret,
+    });
+    let tokens = settings.provider_tokens.0.iter().filter_map(|(provider, token)| {
+        let value = token.token.as_ref().filter(|token| !token.expose_secret().is_empty())?;
+        let provider = provider.as_str();
+        Some(Secret {
+            name: format!("{provider}_token"),
+            description: Some(format!("{provider} provider token")),
+            value,
+        })
+    });
+    custom.chain(tokens).collect()
+}
+
+impl Context {
+    /// The settings of whose sandbox it is, for who shows its session key.
+    async fn settings_of_owner(&self, sandbox: &str, headers: &HeaderMap) -> Result<Settings> {
+        let refused = |text: &str| Error::Unauthenticated(text.to_owned());
+        let key = headers.get(SESSION_API_KEY).filter(|key| !key.is_empty());
+        let key = key.ok_or_else(|| refused("X-Session-API-Key header is required"))?;
+        let invalid = || refused("Invalid session API key");
+        let key = key.to_str().map_err(|_| invalid())?;
+        let record = self.records.find_by_session_key(key).await?.ok_or_else(invalid)?;
+        if record.id != sandbox {
+            return Err(Error::Forbidden("Session API key does not match sandbox".to_owned()));
+        }
+        Ok(self.settings.get(&record.user).await?.unwrap_or_default())
+    }
+}

@@ -1,0 +1,466 @@
+//! Sandboxes of a runtime API: a service that runs images for us. It makes the session keys, and is the only one to know what
+//! runs; the record here says whose a sandbox is.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures::future::try_join_all;
+use reqwest::{Method, StatusCode, Url};
+use secrecy::{ExposeSecret as _, SecretString};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value, json};
+
+use super::store::{SandboxRecord, SandboxStore, Wanted};
+use super::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus};
+use crate::clock::Time;
+use crate::config::RemoteSandboxConfig;
+use crate::error::{Error, Result};
+use crate::id;
+use crate::user::UserId;
+use crate::user::seal::hash;
+
+/// The agent server's command line in the image.
+pub(super) const COMMAND: [&str; 3] = ["/usr/local/bin/openhands-agent-server", "--port", "60000"];
+/// Where conversations work in the image.
+pub(super) const WORKING_DIR: &str = "/workspace/project";
+/// What every sandbox's environment begins with.
+pub(super) const ENVIRONMENT: [(&str, &str); 6] = [
+    ("OPENVSCODE_SERVER_ROOT", "/openhands/.openvscode-server"),
+    ("LOG_JSON", "true"),
+    ("OH_ENABLE_VNC", "0"),
+    ("OH_CONVERSATIONS_PATH", "/workspace/conversations"),
+    ("OH_BASH_EVENTS_DIR", "/workspace/bash_events"),
+    ("OH_VSCODE_PORT", "60001"),
+];
+/// Name, port in the sandbox, and the runtime API's name for the service behind it.
+const SERVICES: [(&str, u16, &str); 3] =
+    [("VSCODE", 60001, "vscode"), ("WORKER_1", 12000, "work-1"), ("WORKER_2", 12001, "work-2")];
+const AGENT_SERVER_PORT: u16 = 60000;
+/// The user that the image runs as.
+const RUN_AS: u32 = 10001;
+
+/// For calls that change something.
+const CHANGE: Duration = Duration::from_secs(15);
+/// For calls that only look: answers to users wait for them.
+const LOOK: Duration = Duration::from_secs(5);
+/// A sandbox this young that the runtime API does not know is on its way.
+const LAUNCH_GRACE: Duration = Duration::from_secs(30);
+/// The most ids in one request.
+const BATCH: usize = 50;
+/// Bytes of an answer.
+const ANSWER_LIMIT: usize = 4 * 1024 * 1024;
+
+/// Runs sandboxes through the runtime API.
+#[derive(Debug)]
+pub struct RemoteSandboxes {
+    config: RemoteSandboxConfig,
+    store: SandboxStore,
+    http: reqwest::Client,
+}
+
+/// A runtime as the API tells it.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+struct Runtime {
+    session_id: Option<String>,
+    #[serde(rename = "runtime_id")]
+    id: Option<String>,
+    session_api_key: Option<SecretString>,
+    url: Option<String>,
+    status: Option<String>,
+}
+
+/// What came of a call.
+enum Told<T> {
+    Answer(T),
+    /// 404: it knows nothing of that.
+    Unknown,
+    /// It will not, and says so with a status of 4xx.
+    Refused(StatusCode),
+}
+
+impl RemoteSandboxes {
+    /// Sandboxes of the configured runtime API.
+    #[must_use]
+    pub fn new(config: RemoteSandboxConfig, store: SandboxStore) -> Self {
+        let http = reqwest::Client::builder()
+            .connect_timeout(LOOK)
+            .redirect(reqwest::redirect::Policy::none())
+            .build()
+            .unwrap_or_default();
+        Self { config, store, http }
+    }
+
+    /// The runtime API's name of a sandbox. Ids are unique among their owner's only, and clients may choose them: two owners'
+    /// must not meet there.
+    fn session_id(user: &UserId, id: &str) -> String {
+        hash(&user.key_of(id))[..32].to_owned()
+    }
+
+    async fn runtime(&self, user: &UserId, id: &str) -> Result<Option<Runtime>> {
+        let path = format!("/sessions/{}", Self::session_id(user, id));
+        match self.call(Method::GET, &path, LOOK, None).await? {
+            Told::Answer(runtime) => Ok(Some(runtime)),
+            Told::Unknown => Ok(None),
+            Told::Refused(status) => Err(upstream(format!("GET /sessions: {status}"))),
+        }
+    }
+
+    /// The runtimes of these records, by session id.
+    async fn runtimes(&self, records: &[&SandboxRecord]) -> Result<HashMap<String, Runtime>> {
+        let ids: Vec<String> = records.iter().map(|record| Self::session_id(&record.user, &record.id)).collect();
+        let asked = ids.chunks(BATCH).map(async |ids| {
+            let query: String =
+                form_urlencoded::Serializer::new(String::new()).extend_pairs(ids.iter().map(|id| ("ids", id))).finish();
+            let path = format!("/sessions/batch?{query}");
+            match self.call::<Vec<Option<Runtime>>>(Method::GET, &path, LOOK, None).await? {
+                Told::Answer(runtimes) => Ok(runtimes),
+                Told::Unknown => Ok(Vec::new()),
+                Told::Refused(status) => Err(upstream(format!("GET /sessions/batch: {status}"))),
+            }
+        });
+        let told = try_join_all(asked).await?.into_iter().flatten().flatten();
+        Ok(told.filter_map(|runtime| Some((runtime.session_id.clone()?, runtime))).collect())
+    }
+
+    /// The sandboxes of records. When the runtime API does not answer, that is what they show: nobody knows whether they run.
+    async fn observe(&self, records: &[&SandboxRecord]) -> Result<Vec<Sandbox>> {
+        if records.is_empty() {
+            return Ok(Vec::new());
+        }
+        let runtimes = self.runtimes(records).await;
+        if let Err(error) = &runtimes {
+            tracing::warn!(error = %error.context(), "sandbox.runtime_api_failed");
+        }
+        try_join_all(records.iter().map(async |record| match &runtimes {
+            Ok(runtimes) => {
+                let runtime = runtimes.get(&Self::session_id(&record.user, &record.id));
+                if let Some(key) = runtime.and_then(|runtime| runtime.session_api_key.as_ref()) {
+                    self.keep_key(record, key).await?;
+                }
+                Ok(show(record, runtime))
+            }
+            Err(_) => Ok(Sandbox {
+                detail: Some("The sandboxes' provider does not answer".to_owned()),
+                ..shown(record, SandboxStatus::Error)
+            }),
+        }))
+        .await
+    }
+
+    /// The key that the runtime API made is the one by which webhooks are recognised.
+    async fn keep_key(&self, record: &SandboxRecord, key: &SecretString) -> Result<()> {
+        if hash(key.expose_secret()) == record.session_key_hash {
+            return Ok(());
+        }
+        self.store.set_session_key(&record.user, &record.id, key).await.map(|_| ())
+    }
+
+    async fn make(&self, record: &SandboxRecord) -> Result<()> {
+        self.make_room(record).await?;
+        let mut body = json!({
+            "image": record.spec_id,
+            "command": COMMAND,
+            "working_dir": "/workspace",
+            "environment": self.environment(),
+            "session_id": Self::session_id(&record.user, &record.id),
+            "resource_factor": self.config.resource_factor,
+            "run_as_user": RUN_AS,
+            "run_as_group": RUN_AS,
+            "fs_group": RUN_AS,
+        });
+        if self.config.runtime_class == "sysbox" {
+            body["runtime_class"] = json!("sysbox-runc");
+        }
+        if !self.config.image_pull_secrets.is_empty() {
+            body["image_pull_secrets"] = json!(self.config.image_pull_secrets);
+        }
+        match self.call::<Runtime>(Method::POST, "/start", CHANGE, Some(&body)).await? {
+            Told::Answer(runtime) => match &runtime.session_api_key {
+                Some(key) => self.keep_key(record, key).await,
+                None => Ok(()),
+            },
+            Told::Unknown => Err(upstream("POST /start: 404")),
+            Told::Refused(status) => {
+                Err(Error::Refused(format!("The sandboxes' provider refused to make one ({})", status.as_u16())))
+            }
+        }
+    }
+
+    fn environment(&self) -> Map<String, Value> {
+        let mut environment: Map<String, Value> =
+            ENVIRONMENT.iter().map(|(name, value)| ((*name).to_owned(), json!(value))).collect();
+        for (name, port, _) in &SERVICES[1..] {
+            environment.insert((*name).to_owned(), json!(port.to_string()));
+        }
+        if let Some(url) = &self.config.web_url {
+            let url = url.trim_end_matches('/');
+            environment.insert("OH_WEBHOOKS_0_BASE_URL".to_owned(), json!(format!("{url}/api/v1/webhooks")));
+            let origins = std::iter::once(url).chain(self.config.allow_cors_origins.iter().map(String::as_str));
+            for (index, origin) in origins.enumerate() {
+                environment.insert(format!("OH_ALLOW_CORS_ORIGINS_{index}"), json!(origin));
+            }
+        }
+        environment
+    }
+
+    /// Pauses the user's sandboxes that were used least lately, until one more may run.
+    async fn make_room(&self, newcomer: &SandboxRecord) -> Result<()> {
+        let records = self.store.list(&newcomer.user).await?;
+        let others: Vec<&SandboxRecord> =
+            records.iter().filter(|record| record.id != newcomer.id && record.wanted == Wanted::Running).collect();
+        if others.len() < self.config.max_sandboxes {
+            return Ok(());
+        }
+        let observed = self.observe(&others).await?;
+        let mut running: Vec<Sandbox> =
+            observed.into_iter().filter(|sandbox| sandbox.status == SandboxStatus::Running).collect();
+        running.sort_by_key(|sandbox| sandbox.used_at);
+        let excess = (running.len() + 1).saturating_sub(self.config.max_sandboxes.max(1));
+        for sandbox in &running[..excess] {
+            tracing::info!(sandbox = %sandbox.id, "sandbox.paused_to_make_room");
+            self.pause(&newcomer.user, &sandbox.id).await?;
+        }
+        Ok(())
+    }
+
+    /// Asks for a change of a sandbox's runtime. False when there is none.
+    async fn change(&self, user: &UserId, id: &str, path: &str) -> Result<bool> {
+        let Some(runtime) = self.runtime(user, id).await? else { return Ok(false) };
+        let Some(runtime_id) = runtime.id else { return Ok(false) };
+        match self.call::<Value>(Method::POST, path, CHANGE, Some(&json!({"runtime_id": runtime_id}))).await? {
+            Told::Answer(_) => Ok(true),
+            Told::Unknown => Ok(false),
+            Told::Refused(status) => Err(upstream(format!("POST {path}: {status}"))),
+        }
+    }
+
+    async fn call<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        timeout: Duration,
+        body: Option<&Value>,
+    ) -> Result<Told<T>> {
+        let url = format!("{}{path}", self.config.api_url.trim_end_matches('/'));
+        let mut request = self.http.request(method.clone(), url).timeout(timeout);
+        if let Some(key) = &self.config.api_key {
+            request = request.header("X-API-Key", key.expose_secret());
+        }
+        if let Some(body) = body {
+            request = request.json(body);
+        }
+        let route = path.split('?').next().unwrap_or_default();
+        // Without the address: it is in the configuration, and errors are logged.
+        let failed = |error: reqwest::Error| upstream(format!("{method} {route}: {}", error.without_url()));
+        let mut answer = request.send().await.map_err(failed)?;
+        let status = answer.status();
+        let mut bytes = Vec::new();
+        while let Some(chunk) = answer.chunk().await.map_err(failed)? {
+            bytes.extend_from_slice(&chunk);
+            if bytes.len() > ANSWER_LIMIT {
+                return Err(upstream(format!("{method} {route}: more than {ANSWER_LIMIT} bytes")));
+            }
+        }
+        match status {
+            StatusCode::NOT_FOUND => Ok(Told::Unknown),
+            status if status.is_success() => {
+                // What answers a change is of no interest, and may be empty.
+                let bytes = if bytes.is_empty() { b"null".as_slice() } else { &bytes };
+                serde_json::from_slice(bytes)
+                    .map(Told::Answer)
+                    .map_err(|error| upstream(format!("{method} {route}: {error}")))
+            }
+            status if status.is_client_error() && status != StatusCode::TOO_MANY_REQUESTS => Ok(Told::Refused(status)),
+            status => Err(upstream(format!("{method} {route}: {status}"))),
+        }
+    }
+}
+
+fn upstream(context: impl std::fmt::Display) -> Error {
+    Error::Upstream {
+        message: "The sandboxes' provider does not answer".to_owned(),
+        context: format!("runtime API: {context}"),
+    }
+}
+
+fn shown(record: &SandboxRecord, status: SandboxStatus) -> Sandbox {
+    Sandbox {
+        id: record.id.clone(),
+        spec_id: record.spec_id.clone(),
+        status,
+        session_api_key: None,
+        exposed_urls: None,
+        created_at: record.created_at,
+        used_at: record.used_at,
+        working_dir: WORKING_DIR.to_owned(),
+        detail: None,
+    }
+}
+
+/// A record with what the runtime API says of it.
+fn show(record: &SandboxRecord, runtime: Option<&Runtime>) -> Sandbox {
+    let said = runtime.and_then(|runtime| runtime.status.as_deref()).map(str::to_ascii_lowercase);
+    let (status, detail) = match said.as_deref() {
+        Some("running") => (SandboxStatus::Running, None),
+        Some("paused") => (SandboxStatus::Paused, None),
+        Some("starting") => (SandboxStatus::Starting, None),
+        Some("error") => (SandboxStatus::Error, Some("Its provider says that it has failed")),
+        None if runtime.is_none() && Time::now().since(record.created_at) < LAUNCH_GRACE => {
+            (SandboxStatus::Starting, None)
+        }
+        Some("stopped") => (SandboxStatus::Missing, Some("Its provider has stopped it")),
+        _ => (SandboxStatus::Missing, Some("Its provider does not know it any more")),
+    };
+    let mut sandbox = Sandbox { detail: detail.map(str::to_owned), ..shown(record, status) };
+    if status == SandboxStatus::Running
+        && let Some(runtime) = runtime
+    {
+        sandbox.session_api_key.clone_from(&runtime.session_api_key);
+        sandbox.exposed_urls = Some(exposed_urls(runtime));
+    }
+    sandbox
+}
+
+/// The addresses of a runtime; none where it has no URL.
+fn exposed_urls(runtime: &Runtime) -> Vec<ExposedUrl> {
+    let Some(url) = runtime.url.as_deref().filter(|url| !url.is_empty()) else { return Vec::new() };
+    let agent = url.trim_end_matches('/').to_owned();
+    let mut urls = vec![ExposedUrl { name: AGENT_SERVER.to_owned(), url: agent, port: AGENT_SERVER_PORT }];
+    let Ok(parsed) = Url::parse(url) else { return urls };
+    for (name, port, service) in SERVICES {
+        let Some(mut url) = service_url(&parsed, runtime.id.as_deref(), service) else { continue };
+        if name == "VSCODE"
+            && let Some(key) = &runtime.session_api_key
+        {
+            url += &format!("?tkn={}&folder=%2Fworkspace%2Fproject", key.expose_secret());
+        }
+        urls.push(ExposedUrl { name: name.to_owned(), url, port });
+    }
+    urls
+}
+
+/// Where a service of a runtime is: below its path where runtimes share a host, else at a host of its own.
+fn service_url(url: &Url, runtime_id: Option<&str>, service: &str) -> Option<String> {
+    let host = match url.port() {
+        Some(port) => format!("{}:{port}", url.host_str()?),
+        None => url.host_str()?.to_owned(),
+    };
+    let (scheme, path) = (url.scheme(), url.path());
+    let own_path = runtime_id.map(|id| format!("/{id}")).filter(|own| path.starts_with(own.as_str()));
+    Some(match own_path {
+        Some(own) => format!("{scheme}://{host}{own}/{service}"),
+        None => format!("{scheme}://{service}-{host}{}", if path.is_empty() { "/" } else { path }),
+    })
+}
+
+#[async_trait]
+impl SandboxService for RemoteSandboxes {
+    async fn start(&self, user: &UserId, id: &str) -> Result<()> {
+        // A key that nobody has, until the runtime API has made one. The record comes first: what it does not know of could
+        // run for ever.
+        let nobodys = SecretString::from(id::new_session_key());
+        let record = self.store.put_new(self.store.new_record(user, id, &self.config.image, &nobodys)?).await?;
+        let status = self.runtime(user, id).await?.and_then(|runtime| runtime.status);
+        match status.as_deref().map(str::to_ascii_lowercase).as_deref() {
+            Some("running" | "starting" | "paused") => Ok(()),
+            _ => self.make(&record).await,
+        }
+    }
+
+    async fn batch_get(&self, user: &UserId, ids: &[String]) -> Result<Vec<Option<Sandbox>>> {
+        let records = self.store.batch_get(user, ids).await?;
+        let mut known: Vec<&SandboxRecord> = records.iter().flatten().collect();
+        known.sort_by(|one, other| one.id.cmp(&other.id));
+        known.dedup_by(|one, other| one.id == other.id);
+        let observed = self.observe(&known).await?;
+        let find = |record: &SandboxRecord| observed.iter().find(|sandbox| sandbox.id == record.id).cloned();
+        Ok(records.iter().map(|record| record.as_ref().and_then(find)).collect())
+    }
+
+    async fn list(&self, user: &UserId) -> Result<Vec<Sandbox>> {
+        let records = self.store.list(user).await?;
+        self.observe(&records.iter().collect::<Vec<_>>()).await
+    }
+
+    async fn pause(&self, user: &UserId, id: &str) -> Result<bool> {
+        if self.store.get(user, id).await?.is_none() || !self.change(user, id, "/pause").await? {
+            return Ok(false);
+        }
+        self.store.set_wanted(user, id, Wanted::Paused).await
+    }
+
+    async fn resume(&self, user: &UserId, id: &str) -> Result<bool> {
+        let Some(record) = self.store.get(user, id).await? else { return Ok(false) };
+        self.make_room(&record).await?;
+        if !self.change(user, id, "/resume").await? {
+            return Ok(false);
+        }
+        self.store.set_wanted(user, id, Wanted::Running).await
+    }
+
+    async fn delete(&self, user: &UserId, id: &str) -> Result<bool> {
+        if self.store.get(user, id).await?.is_none() {
+            return Ok(false);
+        }
+        // One that is gone there is to be gone here. The record goes last, so that a deletion that is cut off can be repeated.
+        self.change(user, id, "/stop").await?;
+        self.store.delete(user, id).await
+    }
+
+    async fn mark_used(&self, user: &UserId, id: &str) -> Result<()> {
+        self.store.mark_used(user, id).await.map(|_| ())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn services_are_below_the_runtimes_path_or_at_hosts_of_their_own() {
+        let urls = |url: &str, runtime_id: &str| {
+            let runtime = Runtime {
+                url: Some(url.to_owned()),
+                id: Some(runtime_id.to_owned()),
+                session_api_key: Some("key".into()),
+                ..Runtime::default()
+            };
+            exposed_urls(&runtime).into_iter().map(|url| (url.name, url.url, url.port)).collect::<Vec<_>>()
+        };
+        let expected =
+            |urls: [(&str, &str, u16); 4]| urls.map(|(name, url, port)| (name.to_owned(), url.to_owned(), port));
+        assert_eq!(
+            urls("https://abc.runtime.example.com", "abc"),
+            expected([
+                ("AGENT_SERVER", "https://abc.runtime.example.com", 60000),
+                ("VSCODE", "https://vscode-abc.runtime.example.com/?tkn=key&folder=%2Fworkspace%2Fproject", 60001),
+                ("WORKER_1", "https://work-1-abc.runtime.example.com/", 12000),
+                ("WORKER_2", "https://work-2-abc.runtime.example.com/", 12001),
+            ])
+        );
+        assert_eq!(
+            urls("http://runtimes.example.com:8080/abc", "abc"),
+            expected([
+                ("AGENT_SERVER", "http://runtimes.example.com:8080/abc", 60000),
+                ("VSCODE", "http://runtimes.example.com:8080/abc/vscode?tkn=key&folder=%2Fworkspace%2Fproject", 60001),
+                ("WORKER_1", "http://runtimes.example.com:8080/abc/work-1", 12000),
+                ("WORKER_2", "http://runtimes.example.com:8080/abc/work-2", 12001),
+            ])
+        );
+        assert_eq!(urls("", "abc"), []);
+        assert_eq!(urls("no url", "abc").len(), 1);
+    }
+
+    #[test]
+    fn no_two_owners_have_a_session_in_common() {
+        let id = |user: &str, id: &str| RemoteSandboxes::session_id(&UserId::new(user), id);
+        assert_eq!(id("a", "one"), id("a", "one"));
+        let ids = [id("a", "one"), id("b", "one"), id("a", "two"), id("a#", "one"), id("", "aone")];
+        for (index, one) in ids.iter().enumerate() {
+            assert!(!ids[index + 1..].contains(one));
+        }
+    }
+}
