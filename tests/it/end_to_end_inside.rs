@@ -1,4 +1,5 @@
-//! What is inside a sandbox, on a real agent server: skills of all sources, hooks, files, git and messages, in a grouped sandbox;
+//! What is inside a sandbox, on a real agent server: messages that came before it, skills of all sources, hooks, files,
+//! git and messages, in a grouped sandbox;
 //! then paused, resumed and deleted.
 
 use std::time::Duration;
@@ -38,10 +39,24 @@ async fn a_sandbox_shows_what_is_inside_until_it_is_gone() {
     .await;
     llm.reply_with(vec![Reply::text("Hello")]);
     let request = with(saying("Look around"), json!({"selected_repository": "owner/project"}));
-    let start = product.start_conversation(request).await;
+    let answer = product.post("", &request).send().await.expect("an answer");
+    let task: Value = answer.json().await.expect("a task");
+    assert_eq!(task["status"], "WORKING", "{task:#}");
+    // Said before the conversation is there.
+    for (position, said) in ["One more thing", "And another"].iter().enumerate() {
+        let message = json!({"content": [{"type": "text", "text": said}]});
+        let to = format!("/api/v1/conversations/task-{}/pending-messages", text(&task["id"]));
+        let answer = product.post_to(&to, &message).send().await.expect("an answer");
+        assert_eq!(answer.status(), 201);
+        let kept: Value = answer.json().await.expect("JSON");
+        assert_eq!((&kept["queued"], &kept["position"]), (&json!(true), &json!(position + 1)), "{kept}");
+    }
+    let start = product.follow(&text(&task["id"])).await;
     let id = start.conversation_id();
-    product.conversation_when(&id, "finished").await;
     let agent = product.at_agent(&id).await;
+    let first = ["Look around", "One more thing", "And another"];
+    wait_until("the messages arrive", Duration::from_secs(180), async || agent.said_by("user").await == first).await;
+    product.conversation_when(&id, "finished").await;
     let folder = agent.folder().await;
     let user_skill = "mkdir -p ~/.agents/skills/of-the-user && printf -- '---\\nname: of-the-user\\ndescription: Mine.\\n---\\nMy body.\\n' > ~/.agents/skills/of-the-user/SKILL.md";
     let work = "echo more >> README.md && mkdir -p src .agents_tmp && echo 'fn main() {}' > src/main.rs && printf '# Plan' > .agents_tmp/PLAN.md && ln -s /etc/hostname way-out";
@@ -103,7 +118,7 @@ async fn a_sandbox_shows_what_is_inside_until_it_is_gone() {
         agent.said_by("agent").await.contains(&"Welcome back".to_owned())
     })
     .await;
-    assert_eq!(agent.said_by("user").await, ["Look around", "Are you there?"]);
+    assert_eq!(agent.said_by("user").await, first.into_iter().chain(["Are you there?"]).collect::<Vec<_>>());
 
     // Paused: nobody is asked, and everybody is told.
     let (user, sandbox) = (UserId::local(), start.sandbox_id());

@@ -19,6 +19,7 @@ mod end_to_end_inside;
 mod events;
 mod import;
 mod inside;
+mod pending_messages;
 mod records;
 mod replay;
 mod saga;

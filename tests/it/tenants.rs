@@ -336,6 +336,14 @@ fn routes() -> Vec<Route> {
                 (401, None),
             )
         },
+        row(
+            "POST",
+            "/api/v1/conversations/{conversation_id}/pending-messages",
+            format!("/api/v1/conversations/{PARENT}/pending-messages"),
+            Some(json!({"content": [{"type": "text", "text": "Hello"}]})),
+            (201, "queued"),
+            (404, Some(json!({"detail": "There is no such conversation"}))),
+        ),
         // Last: it takes the rows that the others are about.
         row(
             "DELETE",

@@ -1,5 +1,7 @@
-//! `/api/v1/sandboxes` and `/api/v1/sandbox-specs`: the machines that conversations run in.
+//! `/api/v1/sandboxes` and `/api/v1/sandbox-specs`: the machines that conversations run in; and messages for conversations that
+//! are not ready.
 
+mod pending_messages;
 mod sandboxes;
 mod secrets;
 mod specs;
@@ -7,36 +9,70 @@ mod specs;
 use std::sync::Arc;
 
 use axum::Router;
+use axum::extract::DefaultBodyLimit;
 use axum::routing::{get, post};
+use shared::agent_server::AgentServer;
 use shared::aws::Aws;
 use shared::config::Config;
+use shared::conversation::store::ConversationStore;
+use shared::error::{Error, Result};
+use shared::pending_message::delivery::{Messages, Timing};
+use shared::pending_message::store::MessageStore;
 use shared::sandbox::spec::{SandboxSpec, specs};
 use shared::sandbox::store::SandboxStore;
 use shared::sandbox::{self, SandboxService};
+use shared::start::queue::StartQueue;
+use shared::start::store::StartTaskStore;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
 
-/// What this function may touch: it makes and changes sandboxes, and reads the settings of their owners for the agents in them.
+/// A message may hold images.
+const BODY_LIMIT: usize = 5 * 1024 * 1024;
+
+/// What this function may touch: it makes and changes sandboxes, reads the settings of their owners for the agents in them, and
+/// keeps messages.
 #[derive(Clone, Debug)]
 pub struct Context {
     sandboxes: Arc<dyn SandboxService>,
     records: SandboxStore,
     settings: SettingsStore,
     specs: Vec<SandboxSpec>,
+    messages: Messages,
 }
 
 impl Context {
     /// A context on the configured tables and sandboxes.
-    #[must_use]
-    pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
-        let names = &config.names;
+    ///
+    /// # Errors
+    /// When TLS cannot be set up.
+    pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Self> {
+        let (names, dynamodb, s3) = (&config.names, &aws.dynamodb, &aws.s3);
         let records = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
-        Self {
-            sandboxes: sandbox::service(&config.sandbox, records.clone()),
+        let sandboxes = sandbox::service(&config.sandbox, records.clone());
+        let (users, bucket) = (names.users.clone(), names.bucket.clone());
+        let messages = Messages {
+            store: MessageStore::new(dynamodb.clone(), users.clone(), s3.clone(), bucket.clone()),
+            tasks: StartTaskStore::new(
+                dynamodb.clone(),
+                names.start_tasks.clone(),
+                users.clone(),
+                s3.clone(),
+                bucket,
+                sealer.clone(),
+            ),
+            conversations: ConversationStore::new(dynamodb.clone(), names.conversations.clone(), users),
+            sandboxes: sandboxes.clone(),
+            queue: StartQueue::new(aws.sqs.clone(), names.start_queue_url.clone()),
+            http: AgentServer::http_client().map_err(Error::internal)?,
+            timing: Timing::default(),
+        };
+        Ok(Self {
+            sandboxes,
+            messages,
             records,
             settings: SettingsStore::new(aws.dynamodb.clone(), names.users.clone(), sealer.clone()),
             specs: specs(&config.sandbox),
-        }
+        })
     }
 }
 
@@ -48,8 +84,10 @@ pub fn router(context: Context) -> Router {
         .route("/api/v1/sandboxes/{sandbox_id}", axum::routing::delete(sandboxes::delete_named))
         .route("/api/v1/sandboxes/{sandbox_id}/pause", post(sandboxes::pause))
         .route("/api/v1/sandboxes/{sandbox_id}/resume", post(sandboxes::resume))
+        .route("/api/v1/conversations/{conversation_id}/pending-messages", post(pending_messages::keep))
         .route("/api/v1/sandbox-specs", get(specs::batch_get))
         .route("/api/v1/sandbox-specs/search", get(specs::search))
+        .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .with_state(context)
 }
 

@@ -6,7 +6,7 @@ use shared::user::seal::Sealer;
 async fn main() -> Result<(), lambda::Error> {
     lambda::serve(async |config, aws| {
         let sealer = Sealer::from_file(&config.sealing_key_file)?;
-        let context = sandboxes::Context::new(&config, &aws, &sealer);
+        let context = sandboxes::Context::new(&config, &aws, &sealer)?;
         Ok(sandboxes::router(context.clone()).merge(sandboxes::secrets_router(context)))
     })
     .await

@@ -1,8 +1,8 @@
 //! The worker behind the queue: advances starts, goes on with exports that outlasted their requests, finishes deletions,
-//! fetches titles and processes events, sweeps up what was forgotten, and gives up honestly.
+//! delivers messages, fetches titles and processes events, sweeps up what was forgotten, and gives up honestly.
 
 use aws_lambda_events::event::sqs::{BatchItemFailure, SqsBatchResponse, SqsEvent, SqsMessage};
-use futures::future::{join, join_all};
+use futures::future::{join_all, join3};
 use serde_json::Value;
 use shared::agent_server::AgentServer;
 use shared::aws::Aws;
@@ -13,10 +13,12 @@ use shared::error::Error;
 use shared::event::processors::Processors;
 use shared::event::store::EventStore;
 use shared::export::Exporter;
+use shared::pending_message::delivery::{Messages, Timing};
+use shared::pending_message::store::MessageStore;
 use shared::sandbox;
 use shared::sandbox::store::SandboxStore;
 use shared::start::queue::{DEAD_LETTER_SUFFIX, Job, StartQueue};
-use shared::start::saga::Saga;
+use shared::start::saga::{Saga, Turn};
 use shared::start::store::StartTaskStore;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
@@ -32,6 +34,8 @@ pub struct Context {
     pub processors: Processors,
     /// Goes on with exports.
     pub exporter: Exporter,
+    /// Delivers messages.
+    pub messages: Messages,
 }
 
 impl Context {
@@ -62,12 +66,13 @@ impl Context {
             config: config.start.clone(),
         };
         let events = EventStore::new(dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
-        Ok(Self::new_with(saga, events, exporter))
+        let messages = MessageStore::new(dynamodb.clone(), names.users.clone(), aws.s3.clone(), names.bucket.clone());
+        Ok(Self::new_with(saga, events, exporter, messages))
     }
 
-    /// A context around a saga, and the events and exports of the conversations that it makes.
+    /// A context around a saga, and the events, exports and waiting messages of the conversations that it makes.
     #[must_use]
-    pub fn new_with(saga: Saga, events: EventStore, exporter: Exporter) -> Self {
+    pub fn new_with(saga: Saga, events: EventStore, exporter: Exporter, messages: MessageStore) -> Self {
         let processors = Processors {
             conversations: saga.conversations.clone(),
             events: events.clone(),
@@ -80,10 +85,20 @@ impl Context {
             tasks: saga.tasks.clone(),
             events,
             exports: exporter.store().clone(),
+            messages: messages.clone(),
             sandboxes: saga.sandboxes.clone(),
             http: saga.http.clone(),
         };
-        Self { saga, deletion, processors, exporter }
+        let messages = Messages {
+            store: messages,
+            tasks: saga.tasks.clone(),
+            conversations: saga.conversations.clone(),
+            sandboxes: saga.sandboxes.clone(),
+            queue: saga.queue.clone(),
+            http: saga.http.clone(),
+            timing: Timing::default(),
+        };
+        Self { saga, deletion, processors, exporter, messages }
     }
 }
 
@@ -94,8 +109,9 @@ impl Context {
 /// When a scheduled sweep fails.
 pub async fn handle(context: &Context, event: Value) -> Result<SqsBatchResponse, Error> {
     if event.get("Records").is_none() {
-        let (starts, deletions) = join(context.saga.sweep(), context.deletion.sweep()).await;
-        let rung = starts? + deletions?;
+        let (starts, deletions, messages) =
+            join3(context.saga.sweep(), context.deletion.sweep(), context.messages.sweep()).await;
+        let rung = starts? + deletions? + messages?;
         if rung > 0 {
             tracing::warn!(rung, "start_worker.swept");
         }
@@ -132,7 +148,10 @@ async fn handle_message(context: &Context, message: &SqsMessage) -> Result<(), E
         Job::AdvanceStart { user, task } => {
             let turn = context.saga.advance(&user, task).await?;
             tracing::debug!(%task, ?turn, "start_worker.turn");
-            Ok(())
+            match turn {
+                Turn::Finished => context.messages.start_ended(&user, task).await,
+                Turn::Waiting | Turn::Busy | Turn::Unknown => Ok(()),
+            }
         }
         // Whoever asks again rings again.
         Job::Export { conversation, .. } if dead => {
@@ -140,6 +159,12 @@ async fn handle_message(context: &Context, message: &SqsMessage) -> Result<(), E
             Ok(())
         }
         Job::Export { user, conversation } => context.exporter.go_on(&user, conversation).await,
+        // The sweep rings again.
+        Job::DeliverMessages { conversation, .. } if dead => {
+            tracing::error!(%conversation, "start_worker.messages_not_delivered");
+            Ok(())
+        }
+        Job::DeliverMessages { user, conversation } => context.messages.deliver(&user, conversation).await,
         Job::DeleteConversation { conversation, .. } if dead => {
             // The sweep goes on ringing for it: what is left costs money, and somebody wants it gone.
             tracing::error!(%conversation, "start_worker.deletion_keeps_failing");

@@ -322,7 +322,7 @@ impl Server {
     ) -> Result<(), ServerError> {
         let (config, aws, sealer) = (&self.config, &self.aws, &self.sealer);
         let functions = functions(config, aws, sealer)?;
-        let for_sandboxes = functions_for_sandboxes(config, aws, sealer);
+        let for_sandboxes = functions_for_sandboxes(config, aws, sealer)?;
         let health = Router::new()
             .route("/alive", get(alive))
             .route("/health", get(async || "OK"))
@@ -356,16 +356,18 @@ pub fn functions(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Router, 
         .merge(stream_start::router(stream_start::Context::new(config, aws, sealer)))
         .merge(start_tasks::router(start_tasks::Context::new(config, aws, sealer)))
         .merge(skills::router(skills::Context::new(config, aws, sealer)?))
-        .merge(sandboxes::router(sandboxes::Context::new(config, aws, sealer)))
+        .merge(sandboxes::router(sandboxes::Context::new(config, aws, sealer)?))
         .merge(events::router(events::Context::new(config, aws, sealer))))
 }
 
 /// The routers for agent servers and the agents in them, who show keys of their sandboxes.
-#[must_use]
-pub fn functions_for_sandboxes(config: &Config, aws: &Aws, sealer: &Sealer) -> Router {
-    Router::new()
+///
+/// # Errors
+/// When TLS cannot be set up.
+pub fn functions_for_sandboxes(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Router, shared::Error> {
+    Ok(Router::new()
         .merge(events::webhooks_router(events::Context::new(config, aws, sealer)))
-        .merge(sandboxes::secrets_router(sandboxes::Context::new(config, aws, sealer)))
+        .merge(sandboxes::secrets_router(sandboxes::Context::new(config, aws, sealer)?)))
 }
 
 async fn alive(State(readiness): State<Readiness>) -> Response {

@@ -12,7 +12,7 @@ use aws_sdk_sqs::types::QueueAttributeName;
 use shared::aws::Aws;
 use shared::config::Names;
 use shared::start::queue::DEAD_LETTER_SUFFIX;
-use shared::{conversation, event, sandbox, start};
+use shared::{conversation, event, pending_message, sandbox, start};
 
 /// What an index holds of its rows beside the keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,7 +105,17 @@ pub const TABLES: [Table; 5] = [
             index(event::store::BY_KIND, "conversation", "kind_position", Projected::KeysAnd(event::store::ROOM)),
         ],
     },
-    Table { name: "users", partition_key: "user", sort_key: "kind", indexes: &[] },
+    Table {
+        name: "users",
+        partition_key: "user",
+        sort_key: "kind",
+        indexes: &[index(
+            pending_message::store::UNDELIVERED,
+            "undelivered_shard",
+            "due_at",
+            Projected::KeysAnd(pending_message::store::CONVERSATION),
+        )],
+    },
 ];
 
 /// When S3 removes what is below a prefix: a lifecycle rule of the bucket. Locally it is carried out when the server starts.

@@ -15,6 +15,7 @@ use crate::clock::Time;
 use crate::error::{Error, Result, StoreError};
 use crate::event::store::EventStore;
 use crate::export::store::ExportStore;
+use crate::pending_message::store::MessageStore;
 use crate::sandbox::SandboxService;
 use crate::start::queue::{Job, StartQueue};
 use crate::start::store::StartTaskStore;
@@ -98,6 +99,8 @@ pub struct Deletion {
     pub events: EventStore,
     /// Their exports.
     pub exports: ExportStore,
+    /// Messages that wait for them.
+    pub messages: MessageStore,
     /// The sandboxes that they ran in.
     pub sandboxes: Arc<dyn SandboxService>,
     /// For agent servers.
@@ -120,6 +123,7 @@ impl Deletion {
         self.tasks.delete_of_conversation(user, id).await?;
         self.events.delete_all(user, id).await?;
         self.exports.delete_all(user, id).await?;
+        self.messages.delete_all(user, id).await?;
         self.delete_unused_sandbox(&record).await?;
         conversations.end_deletion(user, id).await?;
         tracing::info!(conversation = %id, "conversation.deleted");

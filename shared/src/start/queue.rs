@@ -55,6 +55,14 @@ pub enum Job {
         #[serde(with = "as_hex")]
         conversation: Uuid,
     },
+    /// Deliver the messages that wait for a conversation.
+    DeliverMessages {
+        /// Its owner.
+        user: UserId,
+        /// Its id.
+        #[serde(with = "as_hex")]
+        conversation: Uuid,
+    },
     /// Finish deleting a conversation.
     DeleteConversation {
         /// Its owner.

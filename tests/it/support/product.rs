@@ -235,6 +235,11 @@ impl Product {
         self.http.post(self.url(path)).json(body)
     }
 
+    /// `POST` to a whole path, not yet sent.
+    pub fn post_to(&self, path: &str, body: &Value) -> RequestBuilder {
+        self.http.post(format!("http://{}{path}", self.server().address)).json(body)
+    }
+
     /// Starts a conversation and follows the start to its end, as a client does: by polling.
     pub async fn start_conversation(&self, request: Value) -> Start {
         let boots = ["sandbox_id", "parent_conversation_id"].iter().all(|field| request[field].is_null());

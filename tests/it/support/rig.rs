@@ -16,6 +16,8 @@ use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
 use shared::event::store::EventStore;
 use shared::export::Exporter;
+use shared::pending_message::delivery::Timing;
+use shared::pending_message::store::MessageStore;
 use shared::sandbox::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus};
 use shared::start::begin::StartBeginner;
 use shared::start::queue::{DEAD_LETTER_SUFFIX, StartQueue};
@@ -177,6 +179,16 @@ pub fn quick() -> StartConfig {
     }
 }
 
+/// The same for messages that wait.
+pub fn quick_messages() -> Timing {
+    Timing {
+        forgotten_after: Duration::from_millis(300),
+        lease: Duration::from_millis(1500),
+        turn: Duration::from_millis(500),
+        pauses: [Duration::from_millis(100), Duration::from_millis(500), Duration::from_secs(5)],
+    }
+}
+
 impl Rig {
     pub async fn start(config: StartConfig) -> Self {
         let folder = TempDir::new().expect("a folder");
@@ -242,7 +254,11 @@ impl Rig {
                 config: config.clone(),
             };
             let exporter = Exporter::new(&ExportConfig::default(), &names, aws, sandboxes.clone());
-            Context::new_with(saga, events(aws), exporter.expect("an exporter"))
+            let messages =
+                MessageStore::new(aws.dynamodb.clone(), names.users.clone(), aws.s3.clone(), names.bucket.clone());
+            let mut context = Context::new_with(saga, events(aws), exporter.expect("an exporter"), messages);
+            context.messages.timing = quick_messages();
+            context
         };
         let rig = Self {
             user: UserId::new("user-of-the-rig"),
@@ -455,6 +471,22 @@ impl Rig {
         if let Some(engines) = self.engines.take() {
             engines.shutdown().await;
         }
+    }
+
+    /// Works on what is queued until nothing is left for a while.
+    pub async fn settle(&self) {
+        while let Some(message) = self.receive().await {
+            self.handle(&message).await;
+        }
+    }
+
+    /// Whether messages wait for a conversation.
+    pub async fn messages_wait(&self, conversation: Uuid) -> bool {
+        let key = [("user", self.user.as_str().to_owned()), ("kind", format!("messages#{}", conversation.simple()))];
+        let key = key.map(|(name, value)| (name.to_owned(), aws_sdk_dynamodb::types::AttributeValue::S(value)));
+        let table = Names::with_prefix(PREFIX).users;
+        let found = self.aws.dynamodb.get_item().table_name(table).set_key(Some(key.into())).send().await;
+        found.expect("the store").item.is_some()
     }
 
     async fn left_in_queues(&self) -> i64 {

@@ -424,6 +424,7 @@ fn handle(request: &Request, shared: &Arc<Mutex<State>>) -> Response {
         ("POST", ["conversations"]) => start_conversation(body, state),
         ("GET", ["conversations"]) => conversations(request, state),
         ("GET", ["conversations", "count"]) => ok(&json!(state.conversations.len())),
+        ("GET", ["conversations", id, "events", "search"]) => search_events(id, request, state),
         (method, ["conversations", id, rest @ ..]) => {
             let Ok(id) = Uuid::parse_str(id) else {
                 return invalid(&["path", "conversation_id"], "uuid_parsing", "Input should be a valid UUID");
@@ -868,6 +869,22 @@ fn conversations(request: &Request, state: &mut State) -> Response {
         Ok(infos) if infos.len() >= 100 => broken(""),
         Ok(infos) => ok(&json!(infos)),
     }
+}
+
+/// What users have said, newest first, a page at a time.
+fn search_events(id: &str, request: &Request, state: &State) -> Response {
+    let Some(said) = Uuid::parse_str(id).ok().and_then(|id| state.delivered.get(&id)) else {
+        return ok(&json!({"items": [], "next_page_id": null}));
+    };
+    let number = |name: &str| request.query_value(name).and_then(|number| number.parse::<usize>().ok());
+    let (from, limit) = (number("page_id").unwrap_or(0), number("limit").unwrap_or(100));
+    let event = |(index, message): (usize, &Value)| {
+        let message = json!({"role": "user", "content": message["content"]});
+        json!({"id": format!("event-{index}"), "kind": "MessageEvent", "source": "user", "llm_message": message})
+    };
+    let items: Vec<Value> = said.iter().enumerate().rev().skip(from).take(limit).map(event).collect();
+    let next = (from + limit < said.len()).then(|| (from + limit).to_string());
+    ok(&json!({"items": items, "next_page_id": next}))
 }
 
 fn conversation(method: &str, id: Uuid, rest: &[&str], body: Value, state: &mut State) -> Response {

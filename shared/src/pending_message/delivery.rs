@@ -1,0 +1,382 @@
+//! Delivery: every message reaches its agent once, in its order.
+//!
+//! Agent servers have no way to send a message under an id, so a worker that does not know whether one has arrived has to look:
+//! before it sends a message it writes down which one, and the newest event of the conversation; behind an attempt whose outcome is
+//! unknown it reads the events since then, and takes a user's message with the same parts for its own. (Somebody who says the very
+//! same in those moments by another way is then heard once.)
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::Value;
+use uuid::Uuid;
+
+use super::PendingMessage;
+use super::store::{Claim, MessageQueue, MessageStore, Sending};
+use crate::agent_server::AgentServer;
+use crate::clock::Time;
+use crate::conversation::store::ConversationStore;
+use crate::conversation::told::Standing;
+use crate::error::{Error, Result};
+use crate::id;
+use crate::sandbox::{SandboxService, SandboxStatus};
+use crate::start::queue::{Job, StartQueue};
+use crate::start::request::Content;
+use crate::start::store::StartTaskStore;
+use crate::start::task::StartStatus;
+use crate::user::UserId;
+
+/// What looking for a message may take.
+const LOOK: Duration = Duration::from_secs(30);
+
+/// Times of deliveries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timing {
+    /// How long after its message a queue counts as forgotten.
+    pub forgotten_after: Duration,
+    /// How long a worker has a queue.
+    pub lease: Duration,
+    /// What one message may take: looking and sending.
+    pub turn: Duration,
+    /// Between two attempts: at first, at most for an hour, and from then on.
+    pub pauses: [Duration; 3],
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            forgotten_after: Duration::from_secs(20),
+            lease: Duration::from_secs(90),
+            // Looking takes 30 s at most, and so does sending.
+            turn: Duration::from_secs(75),
+            pauses: [Duration::from_secs(2), Duration::from_secs(60), Duration::from_secs(900)],
+        }
+    }
+}
+
+/// Pages of events that are looked through for a message at most.
+const MAX_PAGES: usize = 20;
+const PAGE: usize = 50;
+
+impl Timing {
+    fn pause_after(&self, attempts: u32) -> Duration {
+        let [first, most, from_then_on] = self.pauses;
+        if attempts > 60 { from_then_on } else { most.min(first * 2_u32.saturating_pow(attempts.min(6))) }
+    }
+}
+
+/// Keeps messages, and delivers them.
+#[derive(Clone, Debug)]
+pub struct Messages {
+    /// The queues.
+    pub store: MessageStore,
+    /// The starts that conversations come from.
+    pub tasks: StartTaskStore,
+    /// The conversations.
+    pub conversations: ConversationStore,
+    /// Where they run.
+    pub sandboxes: Arc<dyn SandboxService>,
+    /// The bell.
+    pub queue: StartQueue,
+    /// For agent servers.
+    pub http: reqwest::Client,
+    /// How long things take.
+    pub timing: Timing,
+}
+
+/// To whom a message is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Addressee {
+    /// A start's conversation to be.
+    Task(Uuid),
+    /// A conversation.
+    Conversation(Uuid),
+}
+
+impl Addressee {
+    /// `task-` and the id of a start, or the id of a conversation, in any form.
+    #[must_use]
+    pub fn from_path(text: &str) -> Option<Self> {
+        match text.strip_prefix("task-") {
+            Some(task) => Uuid::try_parse(task).ok().map(Self::Task),
+            None => Uuid::try_parse(text).ok().map(Self::Conversation),
+        }
+    }
+}
+
+/// What became of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Queued {
+    /// Its id.
+    pub id: Uuid,
+    /// Its place in the queue, from 1.
+    pub position: usize,
+}
+
+/// What came of an attempt to deliver.
+enum Outcome {
+    /// There is nothing left to deliver.
+    Empty,
+    /// Try again after a while.
+    Later(&'static str),
+    /// It can never be delivered.
+    Never(&'static str),
+    /// The queue is another worker's.
+    Lost,
+}
+
+impl Messages {
+    /// Keeps a message, and rings for its delivery if the conversation can take it.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] when the user has no such conversation or start; [`Error::Conflict`] when the start has failed;
+    /// [`Error::TooMany`]; [`Error::Store`], and the message may be kept then.
+    pub async fn keep(&self, user: &UserId, to: Addressee, content: &[Content]) -> Result<Queued> {
+        let (conversation, task) = self.conversation(user, to).await?;
+        let id = id::new_uuid();
+        let parts = serde_json::to_string(content).map_err(Error::internal)?;
+        let due_at = Time::now().plus(self.timing.forgotten_after);
+        let position = self.store.append(user, conversation, task, id, parts, due_at).await?.ok_or_else(|| {
+            Error::TooMany("Too many pending messages. Maximum 10 messages per conversation.".to_owned())
+        })?;
+        // Only now: either this sees that the conversation is there, or who makes it sees the message.
+        if let Standing::Known(_) = self.conversations.standing(user, conversation).await? {
+            self.ring(user, conversation, Duration::ZERO).await;
+        }
+        Ok(Queued { id, position })
+    }
+
+    /// The conversation that is meant, and the start if that was named.
+    async fn conversation(&self, user: &UserId, to: Addressee) -> Result<(Uuid, Option<Uuid>)> {
+        match to {
+            Addressee::Task(task) => {
+                let found = self.tasks.get(user, task).await?;
+                let record = found.ok_or_else(|| Error::NotFound("There is no such start".to_owned()))?;
+                if record.now.status == StartStatus::Error {
+                    return Err(Error::Conflict("The start has failed, and takes no messages".to_owned()));
+                }
+                Ok((record.now.app_conversation_id.unwrap_or(record.conversation_id), Some(task)))
+            }
+            Addressee::Conversation(conversation) => match self.conversations.standing(user, conversation).await? {
+                Standing::Known(_) => Ok((conversation, None)),
+                Standing::Unknown | Standing::Deleting => {
+                    Err(Error::NotFound("There is no such conversation".to_owned()))
+                }
+            },
+        }
+    }
+
+    /// Delivers what waits for the conversation of a start that has ended.
+    ///
+    /// # Errors
+    /// [`Error::Store`]; it may be done again.
+    pub async fn start_ended(&self, user: &UserId, task: Uuid) -> Result<()> {
+        let Some(record) = self.tasks.get(user, task).await? else { return Ok(()) };
+        self.deliver(user, record.conversation_id).await
+    }
+
+    /// Rings for queues that nobody looks after, of all users. Answers how many there were.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn sweep(&self) -> Result<usize> {
+        let forgotten = self.store.forgotten().await?;
+        for (user, conversation) in &forgotten {
+            self.ring(user, *conversation, Duration::ZERO).await;
+        }
+        Ok(forgotten.len())
+    }
+
+    /// Delivers what waits for a conversation, unless another worker does. What cannot be delivered now is looked after again
+    /// later.
+    ///
+    /// # Errors
+    /// [`Error::Store`] or what the sandboxes answer; it may be done again.
+    pub async fn deliver(&self, user: &UserId, conversation: Uuid) -> Result<()> {
+        loop {
+            let Some((claim, queue)) = self.store.claim(user, conversation, self.timing.lease).await? else {
+                return Ok(());
+            };
+            let attempts = queue.attempts;
+            match self.send_all(user, conversation, &claim, queue).await {
+                Ok(Outcome::Lost) => return Ok(()),
+                Ok(Outcome::Empty) => {
+                    if self.store.end(user, conversation, &claim).await? {
+                        return Ok(());
+                    }
+                    // Another message came meanwhile.
+                    self.store.postpone(user, conversation, &claim, 0, Some(Time::now())).await?;
+                }
+                Ok(Outcome::Later(why)) => {
+                    let pause = self.timing.pause_after(attempts);
+                    tracing::info!(%conversation, why, attempts, "pending_message.waits");
+                    let due_at = Time::now().plus(pause + self.timing.forgotten_after);
+                    self.store.postpone(user, conversation, &claim, attempts + 1, Some(due_at)).await?;
+                    self.ring(user, conversation, pause).await;
+                    return Ok(());
+                }
+                Ok(Outcome::Never(why)) => {
+                    // They stay with the conversation, should somebody ask what became of them.
+                    tracing::error!(%conversation, why, "pending_message.undeliverable");
+                    return self.store.postpone(user, conversation, &claim, attempts, None).await;
+                }
+                Err(error) => {
+                    // Best effort: the lease runs out by itself.
+                    let due_at = Time::now().plus(self.timing.forgotten_after);
+                    let given_back = self.store.postpone(user, conversation, &claim, attempts + 1, Some(due_at)).await;
+                    if let Err(error) = given_back {
+                        tracing::warn!(%conversation, error = %error.context(), "pending_message.lease_not_given_back");
+                    }
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    async fn send_all(
+        &self,
+        user: &UserId,
+        conversation: Uuid,
+        claim: &Claim,
+        mut queue: MessageQueue,
+    ) -> Result<Outcome> {
+        if queue.messages.is_empty() {
+            return Ok(Outcome::Empty);
+        }
+        let record = match self.conversations.standing(user, conversation).await? {
+            Standing::Known(known) => known.record,
+            Standing::Deleting => return Ok(Outcome::Never("the conversation is being deleted")),
+            Standing::Unknown => {
+                let task = queue.task.as_deref().and_then(|task| Uuid::try_parse(task).ok());
+                let task = match task {
+                    Some(task) => self.tasks.get(user, task).await?,
+                    None => None,
+                };
+                return Ok(match task.map(|task| task.now.status) {
+                    None => Outcome::Never("there is no such conversation any more"),
+                    Some(StartStatus::Error) => Outcome::Never("the start has failed"),
+                    Some(_) => Outcome::Later("the conversation is not ready"),
+                });
+            }
+        };
+        let Some(sandbox) = self.sandboxes.get(user, &record.sandbox_id).await? else {
+            return Ok(Outcome::Never("the sandbox was deleted"));
+        };
+        match sandbox.status {
+            SandboxStatus::Running => {}
+            SandboxStatus::Starting => return Ok(Outcome::Later("the sandbox is starting")),
+            SandboxStatus::Paused => return Ok(Outcome::Later("the sandbox is paused")),
+            SandboxStatus::Error | SandboxStatus::Missing => return Ok(Outcome::Later("the sandbox does not run")),
+        }
+        let Some(agent_server) = sandbox.agent_server(&self.http) else {
+            return Ok(Outcome::Later("the sandbox has no agent server"));
+        };
+        while let Some(message) = queue.messages.first().cloned() {
+            // Whoever comes after the lease must not meet a message that is still on its way.
+            if Time::now().plus(self.timing.turn) > claim.until {
+                return Ok(Outcome::Later("there are many"));
+            }
+            let parts = self.store.content(&message).await?;
+            match self.send(user, conversation, claim, &agent_server, &queue, &message, &parts).await? {
+                Some(outcome) => return Ok(outcome),
+                None => match self.store.arrived(user, conversation, claim, &message).await? {
+                    Some(left) => queue = left,
+                    None => return Ok(Outcome::Lost),
+                },
+            }
+            tracing::info!(%conversation, message = %message.id, "pending_message.delivered");
+        }
+        Ok(Outcome::Empty)
+    }
+
+    /// Sends the first message, unless it has arrived already; `None` when it is there.
+    #[expect(clippy::too_many_arguments, reason = "one step of a loop, which has all of them at hand")]
+    async fn send(
+        &self,
+        user: &UserId,
+        conversation: Uuid,
+        claim: &Claim,
+        agent_server: &AgentServer,
+        queue: &MessageQueue,
+        message: &PendingMessage,
+        parts: &Value,
+    ) -> Result<Option<Outcome>> {
+        const UNREACHABLE: Outcome = Outcome::Later("the agent server does not answer");
+        let message_id = id::hex(message.id);
+        match queue.sending.as_ref().filter(|sending| sending.message == message_id) {
+            Some(sending) => {
+                let looked = has_arrived(agent_server, conversation, sending, parts);
+                match tokio::time::timeout(LOOK, looked).await {
+                    Ok(Ok(true)) => return Ok(None),
+                    Ok(Ok(false)) => {}
+                    Ok(Err(())) | Err(_) => return Ok(Some(UNREACHABLE)),
+                }
+            }
+            None => {
+                let Ok(page) = agent_server.newest_events(conversation, None, 1).await else {
+                    return Ok(Some(UNREACHABLE));
+                };
+                let after = page.items.first().and_then(|event| event_id(event.get()));
+                let sending = Sending { message: message_id, after };
+                if !self.store.begin(user, conversation, claim, &sending).await? {
+                    return Ok(Some(Outcome::Lost));
+                }
+            }
+        }
+        match agent_server.send_message(conversation, "user", parts, true).await {
+            Ok(()) => Ok(None),
+            Err(error) => {
+                tracing::warn!(%conversation, %error, "pending_message.not_sent");
+                Ok(Some(UNREACHABLE))
+            }
+        }
+    }
+
+    /// The row is the truth: the sweep finds it when the bell was not heard.
+    async fn ring(&self, user: &UserId, conversation: Uuid, delay: Duration) {
+        let job = Job::DeliverMessages { user: user.clone(), conversation };
+        if let Err(error) = self.queue.send(&job, delay).await {
+            tracing::warn!(%conversation, error = %error.context(), "pending_message.bell_not_rung");
+        }
+    }
+}
+
+/// Whether a message is among the events since it was first sent.
+async fn has_arrived(
+    agent_server: &AgentServer,
+    conversation: Uuid,
+    sending: &Sending,
+    parts: &Value,
+) -> Result<bool, ()> {
+    let wanted = essence(parts);
+    let mut page_id: Option<String> = None;
+    for _ in 0..MAX_PAGES {
+        let page = agent_server.newest_events(conversation, page_id.as_deref(), PAGE).await.map_err(|error| {
+            tracing::warn!(%conversation, %error, "pending_message.not_looked_for");
+        })?;
+        for event in &page.items {
+            if sending.after.is_some() && event_id(event.get()) == sending.after {
+                return Ok(false);
+            }
+            let Ok(event) = serde_json::from_str::<Value>(event.get()) else { continue };
+            if event["source"] == "user" && essence(&event["llm_message"]["content"]) == wanted {
+                return Ok(true);
+            }
+        }
+        match page.next_page_id {
+            Some(next) if page_id.as_ref() != Some(&next) => page_id = Some(next),
+            _ => return Ok(false),
+        }
+    }
+    Ok(false)
+}
+
+fn event_id(event: &str) -> Option<String> {
+    serde_json::from_str::<Value>(event).ok()?["id"].as_str().map(ToOwned::to_owned)
+}
+
+/// What a message says, without how its parts are written.
+fn essence(parts: &Value) -> Vec<&Value> {
+    let parts = parts.as_array().into_iter().flatten();
+    parts.map(|part| if part["type"] == "image" { &part["image_urls"] } else { &part["text"] }).collect()
+}

@@ -1,0 +1,94 @@
+//! Messages for conversations that cannot take them yet: kept in their order until the agent has them.
+
+pub mod delivery;
+pub mod store;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use uuid::Uuid;
+
+use crate::http::validation::{Checker, Loc, Violation};
+use crate::id::as_hex;
+use crate::start::request::Content;
+
+/// How many messages of a conversation may wait.
+pub const MAX_MESSAGES: usize = 10;
+
+/// A message that waits.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PendingMessage {
+    /// Its id.
+    #[serde(with = "as_hex")]
+    pub id: Uuid,
+    /// Its parts as JSON; `None` where they are in the bucket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content: Option<String>,
+    /// The object with its parts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub object: Option<String>,
+}
+
+/// Reads what a client wants to say: `{content: [at least one part], role: "user"}`.
+///
+/// # Errors
+/// The sentence of the contract for what is wrong.
+pub fn read_body(body: &[u8]) -> Result<Vec<Content>, String> {
+    let given: Value = serde_json::from_slice(body).map_err(|_| "Invalid request body".to_owned())?;
+    let given = given.as_object().ok_or_else(|| "Invalid request body".to_owned())?;
+    let parts = given.get("content").filter(|content| content.as_array().is_some_and(|parts| !parts.is_empty()));
+    let parts = parts.ok_or_else(|| "content must be a non-empty list".to_owned())?;
+    let mut check = Checker::new("content");
+    let read = Content::read_list(&mut check, parts);
+    let content = check.finish(read).map_err(|violations| {
+        let told: Vec<String> = violations.iter().map(told).collect();
+        format!("Invalid content format: {}", told.join("; "))
+    })?;
+    match given.get("role") {
+        None | Some(Value::Null) => Ok(content),
+        // Agents take nobody else's.
+        Some(role) if role == "user" => Ok(content),
+        Some(_) => Err("role must be user".to_owned()),
+    }
+}
+
+/// Where a violation is and what it says, in a line.
+fn told(violation: &Violation) -> String {
+    let place: Vec<String> = violation
+        .loc
+        .iter()
+        .map(|step| match step {
+            Loc::Key(key) => key.clone().into_owned(),
+            Loc::Index(index) => index.to_string(),
+        })
+        .collect();
+    format!("{}: {}", place.join("."), violation.msg)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_message_is_told_in_the_contracts_words() {
+        let read = |body: &str| read_body(body.as_bytes());
+        for (body, expected) in [
+            ("", "Invalid request body"),
+            ("{", "Invalid request body"),
+            ("[1]", "Invalid request body"),
+            ("{}", "content must be a non-empty list"),
+            (r#"{"content": []}"#, "content must be a non-empty list"),
+            (r#"{"content": "Hello"}"#, "content must be a non-empty list"),
+            (
+                r#"{"content": [{"type": "text"}]}"#,
+                "Invalid content format: content.0.TextContent.text: Field required",
+            ),
+            (r#"{"content": [{"text": "x"}], "role": "assistant"}"#, "role must be user"),
+        ] {
+            let told = read(body).expect_err(body);
+            assert!(told.starts_with(expected), "{body}: {told}");
+        }
+        let parts =
+            r#"{"content": [{"type": "text", "text": "x"}, {"type": "image", "image_urls": ["y"]}], "role": null}"#;
+        assert_eq!(read(parts).map(|content| content.len()), Ok(2));
+    }
+}
