@@ -161,6 +161,9 @@ impl ExportConfig {
 pub enum SandboxConfig {
     /// One agent-server process each, on this machine.
     Process(ProcessSandboxConfig),
+    /// One container each, of a Docker engine.
+    #[cfg(feature = "docker")]
+    Docker(DockerSandboxConfig),
     /// Those of a runtime API.
     Remote(RemoteSandboxConfig),
     /// None: starts end in an ERROR that says so.
@@ -178,6 +181,55 @@ pub struct ProcessSandboxConfig {
     pub webhook_base_url: String,
     /// Origins that agent servers accept beside those on localhost.
     pub allow_cors_origins: Vec<String>,
+}
+
+/// Where and how agent servers are run in containers.
+#[cfg(feature = "docker")]
+#[derive(Clone, Debug)]
+pub struct DockerSandboxConfig {
+    /// The engine: `unix://` and the path of its socket, or an HTTP address (`DOCKER_HOST`); `None` is the usual socket.
+    pub host: Option<String>,
+    /// The image to run; see [`crate::sandbox::spec::image`].
+    pub image: String,
+    /// How containers are reached, with `{port}` (`SANDBOX_CONTAINER_URL_PATTERN`, `http://localhost:{port}`).
+    pub url_pattern: String,
+    /// Our own port on this machine, for webhooks (`SANDBOX_HOST_PORT`).
+    pub host_port: u16,
+    /// The beginning of containers' names (`SANDBOX_CONTAINER_NAME_PREFIX`, `oh-agent-server-`).
+    pub container_name_prefix: String,
+    /// How many sandboxes of a user may run at the same time (`SANDBOX_MAX_RUNNING`, 5); beyond, the one that was used least
+    /// lately is paused.
+    pub max_sandboxes: usize,
+    /// `host:container[:mode]` (`SANDBOX_VOLUMES`, comma-separated).
+    pub volumes: Vec<String>,
+    /// How long an agent server may take to answer (`SANDBOX_STARTUP_GRACE_SECONDS`, 60).
+    pub startup_grace: Duration,
+    /// Whether containers share this machine's network (`AGENT_SERVER_USE_HOST_NETWORK`).
+    pub use_host_network: bool,
+    /// Origins that agent servers accept beside those on localhost.
+    pub allow_cors_origins: Vec<String>,
+}
+
+#[cfg(feature = "docker")]
+impl DockerSandboxConfig {
+    /// Reads the environment; `port` is our own unless that says otherwise.
+    ///
+    /// # Errors
+    /// Names the first variable that is malformed.
+    pub fn from_env(port: u16) -> Result<Self, ConfigError> {
+        Ok(Self {
+            host: text("DOCKER_HOST"),
+            image: crate::sandbox::spec::image(),
+            url_pattern: text("SANDBOX_CONTAINER_URL_PATTERN").unwrap_or_else(|| "http://localhost:{port}".into()),
+            host_port: parsed("SANDBOX_HOST_PORT")?.unwrap_or(port),
+            container_name_prefix: text("SANDBOX_CONTAINER_NAME_PREFIX").unwrap_or_else(|| "oh-agent-server-".into()),
+            max_sandboxes: parsed("SANDBOX_MAX_RUNNING")?.unwrap_or(5),
+            volumes: list("SANDBOX_VOLUMES"),
+            startup_grace: Duration::from_secs(parsed("SANDBOX_STARTUP_GRACE_SECONDS")?.unwrap_or(60)),
+            use_host_network: flag("AGENT_SERVER_USE_HOST_NETWORK", false)?,
+            allow_cors_origins: permitted_origins(),
+        })
+    }
 }
 
 /// Where and how sandboxes of a runtime API are run.
@@ -345,6 +397,9 @@ impl Config {
         match &self.sandbox {
             SandboxConfig::None => variables.push(("SANDBOX_KIND", "none".into())),
             SandboxConfig::Remote(remote) => variables.extend(remote.to_env()),
+            // Not for other processes: functions under `cargo lambda watch` are built without it.
+            #[cfg(feature = "docker")]
+            SandboxConfig::Docker(_) => variables.push(("SANDBOX_KIND", "none".into())),
             SandboxConfig::Process(process) => variables.extend([
                 ("SANDBOX_KIND", "process".into()),
                 ("SANDBOX_FOLDER", process.folder.display().to_string()),

@@ -84,7 +84,7 @@ impl Issuer {
     async fn start() -> Self {
         let (keys, asked) = (Arc::new(Mutex::new(json!({"keys": []}))), Arc::new(AtomicUsize::new(0)));
         let (served, counted) = (keys.clone(), asked.clone());
-        let server = Server::start(move |request| {
+        let http = Server::start(move |request| {
             let base = format!("http://{}", request.header("host").expect("a host"));
             let answer = match request.path.as_str() {
                 "/.well-known/openid-configuration" => {
@@ -102,7 +102,7 @@ impl Issuer {
             async move { Ok(answer) }
         })
         .await;
-        Self { server, keys, asked }
+        Self { server: http, keys, asked }
     }
 
     fn publish(&self, signers: &[&Signer]) {
@@ -240,6 +240,7 @@ async fn tokens_of_the_issuer_are_let_in_and_nothing_like_them() {
         let header = Header { kid: Some(kid.to_owned()), ..Header::new(Algorithm::HS256) };
         encode(&header, &issuer.claims("somebody"), &EncodingKey::from_secret(secret)).expect("a token")
     };
+    let document = issuer.keys.lock().expect("keys").to_string();
     let AlgorithmParameters::RSA(public) = rsa.jwk().algorithm else { panic!("an RSA key") };
     let critical = part(&json!({"alg": "ES256", "kid": "two", "crit": ["exp"]}));
     let header = |signer: &Signer, algorithm, kid: Option<&str>| {
@@ -253,7 +254,7 @@ async fn tokens_of_the_issuer_are_let_in_and_nothing_like_them() {
         ("two parts", format!("{head}.{body}")),
         ("HS256 with the public key", hmac(public.n.as_bytes(), "one")),
         ("HS256 with the public key's bytes", hmac(&BASE64URL.decode(&public.n).expect("bytes"), "one")),
-        ("HS256 with the issuer's document", hmac(issuer.keys.lock().expect("keys").to_string().as_bytes(), "one")),
+        ("HS256 with the issuer's document", hmac(document.as_bytes(), "one")),
         ("an extension that must be understood", format!("{critical}.{body}.{signature}")),
         ("a stranger's key under the name of ours", stranger.sign(&issuer.claims("somebody"))),
         ("the name of another of its keys", header(&ec, Algorithm::ES256, Some("one"))),

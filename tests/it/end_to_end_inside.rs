@@ -121,8 +121,15 @@ async fn a_sandbox_shows_what_is_inside_until_it_is_gone() {
     assert_eq!(agent.said_by("user").await, first.into_iter().chain(["Are you there?"]).collect::<Vec<_>>());
 
     // Paused: nobody is asked, and everybody is told.
-    let (user, sandbox) = (UserId::local(), start.sandbox_id());
-    assert!(product.sandboxes().pause(&user, &sandbox).await.expect("paused"));
+    let sandbox = start.sandbox_id();
+    let change = async |what: &str| {
+        let answer = product.post_to(&format!("/api/v1/sandboxes/{sandbox}/{what}"), &json!({})).send().await;
+        let answer: Value = answer.expect("an answer").json().await.expect("JSON");
+        assert_eq!(answer, json!({"success": true}), "{what}");
+    };
+    change("pause").await;
+    let shown = product.get_from(&format!("/api/v1/sandboxes?id={sandbox}")).await;
+    assert_eq!((&shown[0]["status"], &shown[0]["session_api_key"]), (&json!("PAUSED"), &Value::Null), "{shown}");
     assert_eq!(product.get(&format!("/{id}/skills")).await, json!({"skills": []}));
     assert_eq!(product.get(&format!("/{id}/hooks")).await, json!({"hooks": []}));
     assert_eq!(product.get(&format!("/{id}/file")).await, "");
@@ -130,13 +137,14 @@ async fn a_sandbox_shows_what_is_inside_until_it_is_gone() {
     assert_eq!(status, 409, "{told}");
     assert!(text(&told["detail"]).contains(&format!("/sandboxes/{sandbox}/resume")), "{told}");
 
-    assert!(product.sandboxes().resume(&user, &sandbox).await.expect("resumed"));
+    change("resume").await;
     wait_until("the sandbox runs again", Duration::from_secs(180), async || {
         product.conversation(&id).await["sandbox_status"] == "RUNNING"
     })
     .await;
     assert_eq!(product.get(&format!("/{id}/file")).await, "# Plan", "what it held is still there");
 
+    let user = UserId::local();
     assert!(product.sandboxes().delete(&user, &sandbox).await.expect("deleted"));
     let (status, told) = post(&product, &id, &message).await;
     assert_eq!(status, 404, "{told}");

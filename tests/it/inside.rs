@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Body;
-use http::{HeaderMap, Request};
+use http::HeaderMap;
 use http_body_util::BodyExt as _;
 use local::engines::{EnginePorts, Engines};
 use serde_json::{Value, json};
@@ -29,6 +29,7 @@ use tower::ServiceExt as _;
 use uuid::Uuid;
 
 use crate::support::rig::{SESSION_KEY, StandInSandboxes};
+use crate::support::server::Request;
 use crate::support::stand_in_agent::{Fault, Kind, Nth, StandInAgent};
 
 /// What a request has for all that it asks; short, so that a table of hanging servers is soon through.
@@ -135,7 +136,7 @@ impl Rig {
     }
 
     async fn send(&self, method: &str, target: &str, body: Option<&Value>) -> Answer {
-        let mut request = Request::builder().method(method).uri(target).extension(Caller(self.user.clone()));
+        let mut request = http::Request::builder().method(method).uri(target).extension(Caller(self.user.clone()));
         if body.is_some() {
             request = request.header("content-type", "application/json");
         }
@@ -479,7 +480,7 @@ async fn messages_go_to_the_agent_as_they_were_sent() {
     let image = json!({"role": "user", "content": [{"type": "image", "image_urls": ["data:image/png;base64,AA=="]}], "run": false});
     assert_eq!(rig.say(id, &image).await.status, 200);
     let sent: Vec<Value> =
-        rig.agent.requests_to("POST /api/conversations/{id}/events").iter().map(|request| request.json()).collect();
+        rig.agent.requests_to("POST /api/conversations/{id}/events").iter().map(Request::json).collect();
     let text = json!({"cache_prompt": false, "type": "text", "text": "Hello"});
     let picture = json!({"cache_prompt": false, "type": "image", "image_urls": ["data:image/png;base64,AA=="]});
     assert_eq!(
@@ -604,8 +605,8 @@ async fn whatever_an_agent_server_does_each_route_answers_in_time_and_says_what_
     unreachable.start(&rig.user, SANDBOX).await.expect("a sandbox");
     let http = AgentServer::http_client().expect("a client");
     let places = Places::new(rig.conversations.clone(), Arc::new(unreachable), http);
-    let router = with_common_answers(skills::router(skills::Context::with_places(places, BUDGET)));
-    let rig = Rig { router, ..rig };
+    let context = skills::Context::with_places(places, BUDGET);
+    let rig = Rig { router: with_common_answers(skills::router(context)), ..rig };
     let expected = json_of("The agent server cannot be reached");
     for (route, status) in [("git/changes?path=.", 404), ("git/diff?path=PLAN.md", 404), ("files", 502)] {
         assert_eq!(rig.get(id, route).await.told(), (status, expected.clone()), "{route}");

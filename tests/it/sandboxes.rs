@@ -8,14 +8,16 @@ use http::Request;
 use rustix::process::{Signal, kill_process_group};
 use secrecy::ExposeSecret as _;
 use serde_json::{Value, json};
-use shared::config::{RemoteSandboxConfig, SandboxConfig};
+use shared::config::{DockerSandboxConfig, RemoteSandboxConfig, SandboxConfig};
 use shared::sandbox::store::SandboxStore;
 use shared::sandbox::{Sandbox, SandboxService, SandboxStatus, service};
 use shared::user::UserId;
+use shared::user::seal::hash;
 use shared::user::settings::SettingsStore;
 use tempfile::TempDir;
 
 use crate::support::api::Api;
+use crate::support::docker_engine::DockerEngine;
 use crate::support::product::Product;
 use crate::support::rig::SESSION_KEY;
 use crate::support::runtime_api::{API_KEY, Fault, RuntimeApi};
@@ -98,8 +100,8 @@ async fn conforms(service: &dyn SandboxService, user: &UserId, place: &impl Plac
     assert_eq!(status(service, user, "one").await, SandboxStatus::Running);
 
     service.mark_used(user, "one").await.expect("noted");
-    let used = service.get(user, "one").await.expect("an answer").expect("a sandbox");
-    assert!(used.used_at > one.used_at && used.created_at == one.created_at, "{used:?}");
+    let marked = service.get(user, "one").await.expect("an answer").expect("a sandbox");
+    assert!(marked.used_at > one.used_at && marked.created_at == one.created_at, "{marked:?}");
 
     // Paused, twice, and resumed, twice.
     for _ in 0..2 {
@@ -225,6 +227,134 @@ impl Remote {
 async fn those_of_a_runtime_api_conform() {
     let rig = Remote::start().await;
     conforms(&*rig.service(), &rig.user, &rig.runtimes).await;
+    rig.api.stop().await;
+}
+
+fn docker(host: Option<String>) -> DockerSandboxConfig {
+    DockerSandboxConfig {
+        host,
+        image: "registry.example.com/agent-server:1".to_owned(),
+        url_pattern: "http://127.0.0.1:{port}".to_owned(),
+        host_port: 3000,
+        container_name_prefix: "oh-agent-server-".to_owned(),
+        max_sandboxes: 2,
+        volumes: vec!["/data:/data:ro".to_owned()],
+        startup_grace: Duration::from_secs(60),
+        use_host_network: false,
+        allow_cors_origins: vec!["https://ui.example.com".to_owned()],
+    }
+}
+
+impl Place for DockerEngine {
+    async fn let_run(&self, _: &str) {}
+
+    async fn kill(&self, _: &str) {
+        // The conformance suite ends the second of two.
+        let running = self.containers().into_iter().filter(|(_, container)| container.state == "running");
+        let names: Vec<String> = running.map(|(name, _)| name).collect();
+        let user = UserId::new("somebody");
+        let two = names.into_iter().find(|name| name.ends_with(&hash(&user.key_of("two"))[..32]));
+        Self::kill(self, &two.expect("it runs"));
+    }
+}
+
+#[tokio::test]
+async fn containers_conform() {
+    let rig = Remote::start().await;
+    let engine = DockerEngine::start(&rig.agent.url()).await;
+    let config = SandboxConfig::Docker(docker(Some(engine.url())));
+    let service = service(&config, rig.records());
+    conforms(&*service, &rig.user, &engine).await;
+    assert_eq!(engine.pulled(), ["registry.example.com/agent-server:1"], "once");
+    assert!(engine.containers().is_empty(), "nothing is left");
+
+    // What containers are made with.
+    service.start(&rig.user, "one").await.expect("started");
+    let (name, container) = engine.containers().pop_first().expect("a container");
+    assert_eq!(name, format!("oh-agent-server-{}", &hash(&rig.user.key_of("one"))[..32]));
+    let body = &container.body;
+    assert_eq!(body["Cmd"], json!(["--port", "8000"]));
+    assert_eq!(body["WorkingDir"], "/workspace/project");
+    assert_eq!(body["Labels"], json!({"sandbox_spec_id": "registry.example.com/agent-server:1"}));
+    assert_eq!(body["HostConfig"]["Init"], true);
+    assert_eq!(body["HostConfig"]["Binds"], json!(["/data:/data:ro"]));
+    assert_eq!(body["HostConfig"]["ExtraHosts"], json!(["host.docker.internal:host-gateway"]));
+    let binding = json!([{"HostIp": "127.0.0.1", "HostPort": ""}]);
+    for port in ["8000/tcp", "8001/tcp", "8011/tcp", "8012/tcp"] {
+        assert_eq!(body["HostConfig"]["PortBindings"][port], binding, "{port}");
+    }
+    let key = service.get(&rig.user, "one").await.expect("an answer").expect("a sandbox").session_api_key;
+    let key = key.expect("it runs").expose_secret().to_owned();
+    for variable in [
+        format!("OH_SESSION_API_KEYS_0={key}"),
+        "OH_WEBHOOKS_0_BASE_URL=http://host.docker.internal:3000/api/v1/webhooks".to_owned(),
+        "OH_ALLOW_CORS_ORIGINS_0=https://ui.example.com".to_owned(),
+        "WORKER_2=8012".to_owned(),
+    ] {
+        assert!(body["Env"].as_array().expect("variables").contains(&json!(variable)), "no {variable} in {body:#}");
+    }
+    // The one that was used least lately makes room.
+    for id in ["two", "three"] {
+        service.start(&rig.user, id).await.expect("started");
+    }
+    let statuses: Vec<SandboxStatus> =
+        service.list(&rig.user).await.expect("a list").iter().map(|sandbox| sandbox.status).collect();
+    assert_eq!(statuses, [SandboxStatus::Running, SandboxStatus::Running, SandboxStatus::Paused]);
+    // An agent server that does not answer any more, and an engine that does not.
+    rig.agent.set_alive(false);
+    let three = service.get(&rig.user, "three").await.expect("an answer").expect("its record");
+    assert_eq!(three.status, SandboxStatus::Error, "long after its start");
+    assert!(three.exposed_urls.is_none() && three.detail.is_some(), "{three:?}");
+    rig.agent.set_alive(true);
+    engine.break_down(true);
+    let three = service.get(&rig.user, "three").await.expect("an answer").expect("its record");
+    assert_eq!(
+        (three.status, three.detail.as_deref()),
+        (SandboxStatus::Error, Some("The Docker engine does not answer"))
+    );
+    assert!(service.pause(&rig.user, "three").await.is_err());
+    engine.break_down(false);
+
+    // An image that nobody has.
+    let unknown = DockerSandboxConfig { image: "nowhere/none:1".to_owned(), ..docker(Some(engine.url())) };
+    let service = self::service(&SandboxConfig::Docker(unknown), rig.records());
+    let refused = service.start(&rig.user, "four").await.expect_err("no image");
+    assert_eq!(refused.to_string(), "The image nowhere/none:1 cannot be pulled");
+    rig.api.stop().await;
+}
+
+/// A real engine; the beginning of its containers' names.
+struct Real(String);
+impl Place for Real {
+    async fn let_run(&self, _: &str) {}
+
+    async fn kill(&self, id: &str) {
+        let name = format!("{}{}", self.0, &hash(&UserId::new("somebody").key_of(id))[..32]);
+        let killed = tokio::process::Command::new("docker").args(["kill", &name]).output().await.expect("run");
+        assert!(killed.status.success(), "{killed:?}");
+    }
+}
+
+/// The suite on a real engine, with the real image, where there are both.
+#[tokio::test]
+async fn containers_of_a_real_engine_conform() {
+    let image = shared::sandbox::spec::image();
+    let has_image = tokio::process::Command::new("docker").args(["image", "inspect", &image]).output().await;
+    if !has_image.is_ok_and(|output| output.status.success()) {
+        println!("not run: no Docker engine with the image {image} answers here (docker pull {image})");
+        return;
+    }
+    let rig = Remote::start().await;
+    let config = DockerSandboxConfig {
+        image,
+        url_pattern: "http://localhost:{port}".to_owned(),
+        container_name_prefix: format!("oh-test-{}-", shared::id::random_base62(8).to_lowercase()),
+        startup_grace: BOOT,
+        volumes: Vec::new(),
+        ..docker(std::env::var("DOCKER_HOST").ok())
+    };
+    let place = Real(config.container_name_prefix.clone());
+    conforms(&*service(&SandboxConfig::Docker(config), rig.records()), &rig.user, &place).await;
     rig.api.stop().await;
 }
 

@@ -268,12 +268,12 @@ fn routes() -> Vec<Route> {
         row(
             "GET",
             "/api/v1/sandboxes/search",
-            format!("/api/v1/sandboxes/search"),
+            "/api/v1/sandboxes/search".to_owned(),
             None,
             (200, "[]"),
             (200, Some(empty_page.clone())),
         ),
-        row("POST", "/api/v1/sandboxes", format!("/api/v1/sandboxes"), None, (503, "without sandboxes"), (503, None)),
+        row("POST", "/api/v1/sandboxes", "/api/v1/sandboxes".to_owned(), None, (503, "without sandboxes"), (503, None)),
         row(
             "POST",
             "/api/v1/sandboxes/{sandbox_id}/pause",
@@ -293,7 +293,7 @@ fn routes() -> Vec<Route> {
         row(
             "DELETE",
             "/api/v1/sandboxes",
-            format!("/api/v1/sandboxes?sandbox_id=none"),
+            "/api/v1/sandboxes?sandbox_id=none".to_owned(),
             None,
             (404, "Not Found"),
             (404, Some(json!({"detail": "Not Found"}))),
@@ -301,7 +301,7 @@ fn routes() -> Vec<Route> {
         row(
             "GET",
             "/api/v1/sandbox-specs",
-            format!("/api/v1/sandbox-specs?id=none"),
+            "/api/v1/sandbox-specs?id=none".to_owned(),
             None,
             (200, "null"),
             (200, Some(json!([null]))),
@@ -309,7 +309,7 @@ fn routes() -> Vec<Route> {
         row(
             "GET",
             "/api/v1/sandbox-specs/search",
-            format!("/api/v1/sandbox-specs/search"),
+            "/api/v1/sandbox-specs/search".to_owned(),
             None,
             (200, "[]"),
             (200, Some(empty_page.clone())),

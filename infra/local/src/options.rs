@@ -146,6 +146,8 @@ pub struct CommonOptions {
 pub enum SandboxKind {
     /// One agent-server process each.
     Process,
+    /// One container each, of the Docker engine on this machine or at `DOCKER_HOST`.
+    Docker,
     /// By a runtime API, which the environment names (`SANDBOX_REMOTE_RUNTIME_API_URL`, `SANDBOX_API_KEY`).
     Remote,
     /// Not at all: the server only keeps records.

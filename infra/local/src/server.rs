@@ -17,7 +17,8 @@ use secrecy::SecretString;
 use serde_json::{Map, Value, json};
 use shared::aws::Aws;
 use shared::config::{
-    self, Config, ExportConfig, Names, ProcessSandboxConfig, RemoteSandboxConfig, SandboxConfig, StartConfig,
+    self, Config, DockerSandboxConfig, ExportConfig, Names, ProcessSandboxConfig, RemoteSandboxConfig, SandboxConfig,
+    StartConfig,
 };
 use shared::sandbox::SandboxService as _;
 use shared::sandbox::process::ProcessSandboxes;
@@ -198,6 +199,7 @@ impl Server {
             start: environment.start,
             sandbox: match options.sandbox {
                 SandboxKind::None => SandboxConfig::None,
+                SandboxKind::Docker => SandboxConfig::Docker(DockerSandboxConfig::from_env(port)?),
                 SandboxKind::Remote => SandboxConfig::Remote(RemoteSandboxConfig::from_env()?),
                 SandboxKind::Process => SandboxConfig::Process(ProcessSandboxConfig {
                     folder: data.join("sandboxes"),

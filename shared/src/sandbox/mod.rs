@@ -1,5 +1,7 @@
 //! Sandboxes: machines that run an agent server. One trait, one file an implementation, one place that chooses.
 
+#[cfg(feature = "docker")]
+pub mod docker;
 pub mod none;
 pub mod process;
 pub mod remote;
@@ -17,6 +19,7 @@ use crate::clock::Time;
 use crate::config::SandboxConfig;
 use crate::error::Result;
 use crate::user::UserId;
+use crate::user::seal::hash;
 use store::SandboxStore;
 
 /// The state of a sandbox, as the contract names it.
@@ -146,11 +149,19 @@ pub trait SandboxService: Send + Sync + std::fmt::Debug {
     }
 }
 
+/// What a provider that many owners share calls a sandbox. Ids are unique among their owner's only, and clients may choose them:
+/// two owners' must not meet there.
+fn name_of(user: &UserId, id: &str) -> String {
+    hash(&user.key_of(id))[..32].to_owned()
+}
+
 /// The service that the configuration asks for. A new kind of sandbox is a file beside this one and a line here.
 #[must_use]
 pub fn service(config: &SandboxConfig, store: SandboxStore) -> Arc<dyn SandboxService> {
     match config {
         SandboxConfig::Process(process) => Arc::new(process::ProcessSandboxes::new(process.clone(), store)),
+        #[cfg(feature = "docker")]
+        SandboxConfig::Docker(docker) => Arc::new(docker::DockerSandboxes::new(docker.clone(), store)),
         SandboxConfig::Remote(remote) => Arc::new(remote::RemoteSandboxes::new(remote.clone(), store)),
         SandboxConfig::None => Arc::new(none::NoSandboxes::new(store)),
     }

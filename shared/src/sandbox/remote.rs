@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
 use super::store::{SandboxRecord, SandboxStore, Wanted};
-use super::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus};
+use super::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus, name_of};
 use crate::clock::Time;
 use crate::config::RemoteSandboxConfig;
 use crate::error::{Error, Result};
@@ -93,14 +93,8 @@ impl RemoteSandboxes {
         Self { config, store, http }
     }
 
-    /// The runtime API's name of a sandbox. Ids are unique among their owner's only, and clients may choose them: two owners'
-    /// must not meet there.
-    fn session_id(user: &UserId, id: &str) -> String {
-        hash(&user.key_of(id))[..32].to_owned()
-    }
-
     async fn runtime(&self, user: &UserId, id: &str) -> Result<Option<Runtime>> {
-        let path = format!("/sessions/{}", Self::session_id(user, id));
+        let path = format!("/sessions/{}", name_of(user, id));
         match self.call(Method::GET, &path, LOOK, None).await? {
             Told::Answer(runtime) => Ok(Some(runtime)),
             Told::Unknown => Ok(None),
@@ -110,7 +104,7 @@ impl RemoteSandboxes {
 
     /// The runtimes of these records, by session id.
     async fn runtimes(&self, records: &[&SandboxRecord]) -> Result<HashMap<String, Runtime>> {
-        let ids: Vec<String> = records.iter().map(|record| Self::session_id(&record.user, &record.id)).collect();
+        let ids: Vec<String> = records.iter().map(|record| name_of(&record.user, &record.id)).collect();
         let asked = ids.chunks(BATCH).map(async |ids| {
             let query: String =
                 form_urlencoded::Serializer::new(String::new()).extend_pairs(ids.iter().map(|id| ("ids", id))).finish();
@@ -136,7 +130,7 @@ impl RemoteSandboxes {
         }
         try_join_all(records.iter().map(async |record| match &runtimes {
             Ok(runtimes) => {
-                let runtime = runtimes.get(&Self::session_id(&record.user, &record.id));
+                let runtime = runtimes.get(&name_of(&record.user, &record.id));
                 if let Some(key) = runtime.and_then(|runtime| runtime.session_api_key.as_ref()) {
                     self.keep_key(record, key).await?;
                 }
@@ -165,7 +159,7 @@ impl RemoteSandboxes {
             "command": COMMAND,
             "working_dir": "/workspace",
             "environment": self.environment(),
-            "session_id": Self::session_id(&record.user, &record.id),
+            "session_id": name_of(&record.user, &record.id),
             "resource_factor": self.config.resource_factor,
             "run_as_user": RUN_AS,
             "run_as_group": RUN_AS,
@@ -456,7 +450,7 @@ mod tests {
 
     #[test]
     fn no_two_owners_have_a_session_in_common() {
-        let id = |user: &str, id: &str| RemoteSandboxes::session_id(&UserId::new(user), id);
+        let id = |user: &str, id: &str| name_of(&UserId::new(user), id);
         assert_eq!(id("a", "one"), id("a", "one"));
         let ids = [id("a", "one"), id("b", "one"), id("a", "two"), id("a#", "one"), id("", "aone")];
         for (index, one) in ids.iter().enumerate() {

@@ -52,6 +52,11 @@ pub fn specs(config: &SandboxConfig) -> Vec<SandboxSpec> {
             let command = ["python", "-m", "openhands.agent_server"];
             vec![spec(super::process::SPEC_ID.to_owned(), &command, "", &[("OH_ENABLE_VSCODE", "0")])]
         }
+        #[cfg(feature = "docker")]
+        SandboxConfig::Docker(docker) => {
+            let environment = super::docker::ENVIRONMENT;
+            vec![spec(docker.image.clone(), &["--port", "8000"], super::docker::WORKING_DIR, &environment)]
+        }
         SandboxConfig::Remote(remote) => {
             let (command, environment) = (super::remote::COMMAND, super::remote::ENVIRONMENT);
             vec![spec(remote.image.clone(), &command, super::remote::WORKING_DIR, &environment)]

@@ -6,6 +6,7 @@
 
 pub mod account;
 pub mod api;
+pub mod docker_engine;
 pub mod gate;
 pub mod git_server;
 pub mod log;

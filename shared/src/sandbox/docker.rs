@@ -1,0 +1,456 @@
+//! Sandboxes as containers of a Docker engine, reached through its socket.
+
+use std::collections::HashMap;
+use std::net::{Ipv4Addr, TcpListener};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bollard::errors::Error as DockerError;
+use bollard::models::{
+    ContainerCreateBody, ContainerInspectResponse, ContainerStateStatusEnum, HostConfig, PortBinding, PortMap,
+};
+use bollard::query_parameters::{
+    CreateContainerOptions, CreateImageOptions, RemoveContainerOptions, RemoveVolumeOptions, StopContainerOptions,
+};
+use bollard::{API_DEFAULT_VERSION, Docker};
+use futures::future::{join_all, try_join_all};
+use futures::stream::TryStreamExt as _;
+use secrecy::{ExposeSecret as _, SecretString};
+use tokio::time::timeout;
+
+use super::store::{SandboxRecord, SandboxStore, Wanted};
+use super::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus, name_of};
+use crate::clock::Time;
+use crate::config::DockerSandboxConfig;
+use crate::error::{Error, Result};
+use crate::id;
+use crate::user::UserId;
+
+/// Where conversations work in the image.
+pub(super) const WORKING_DIR: &str = "/workspace/project";
+/// What every sandbox's environment begins with.
+pub(super) const ENVIRONMENT: [(&str, &str); 7] = [
+    ("OPENVSCODE_SERVER_ROOT", "/openhands/.openvscode-server"),
+    ("OH_ENABLE_VNC", "0"),
+    ("LOG_JSON", "true"),
+    ("OH_CONVERSATIONS_PATH", "/workspace/conversations"),
+    ("OH_BASH_EVENTS_DIR", "/workspace/bash_events"),
+    ("PYTHONUNBUFFERED", "1"),
+    ("ENV_LOG_LEVEL", "20"),
+];
+/// Name and port inside the container.
+const PORTS: [(&str, u16); 4] = [(AGENT_SERVER, 8000), ("VSCODE", 8001), ("WORKER_1", 8011), ("WORKER_2", 8012)];
+/// The variable that holds the agent server's key.
+const KEY_VARIABLE: &str = "OH_SESSION_API_KEYS_0";
+/// The label that says what a container was made from.
+const SPEC_LABEL: &str = "sandbox_spec_id";
+/// By which name containers reach the machine that they run on.
+const HOST: &str = "host.docker.internal";
+
+/// What the engine may take for anything but pulling an image and stopping a container.
+const CALL: Duration = Duration::from_secs(10);
+const STOP_PATIENCE: Duration = Duration::from_secs(10);
+const HEALTH: Duration = Duration::from_secs(3);
+/// A record this young without a container is on its way.
+const LAUNCH_GRACE: Duration = Duration::from_secs(30);
+
+/// Runs agent servers in containers.
+#[derive(Debug)]
+pub struct DockerSandboxes {
+    config: DockerSandboxConfig,
+    store: SandboxStore,
+    http: reqwest::Client,
+}
+
+impl DockerSandboxes {
+    /// Containers of the configured engine.
+    #[must_use]
+    pub fn new(config: DockerSandboxConfig, store: SandboxStore) -> Self {
+        Self { config, store, http: reqwest::Client::new() }
+    }
+
+    fn container(&self, user: &UserId, id: &str) -> String {
+        format!("{}{}", self.config.container_name_prefix, name_of(user, id))
+    }
+
+    /// A connection is made with each use: an engine may be started after us.
+    async fn engine(&self) -> Result<Docker> {
+        let engine = match self.config.host.as_deref() {
+            Some(host) if !host.starts_with("unix://") => {
+                Docker::connect_with_http(host, CALL.as_secs(), API_DEFAULT_VERSION)
+            }
+            Some(host) => Docker::connect_with_unix(host, CALL.as_secs(), API_DEFAULT_VERSION),
+            None => Docker::connect_with_unix_defaults(),
+        };
+        let engine = engine.map_err(|error| failed("connect", &error))?;
+        // Older engines speak older versions.
+        let negotiated =
+            timeout(CALL, engine.negotiate_version()).await.map_err(|_| failed("connect", &"no answer"))?;
+        negotiated.map_err(|error| failed("connect", &error))
+    }
+
+    /// A container, or `None` when there is none of this name.
+    async fn inspect(&self, engine: &Docker, name: &str) -> Result<Option<ContainerInspectResponse>> {
+        let asked = timeout(CALL, engine.inspect_container(name, None)).await;
+        match asked.map_err(|_| failed("inspect", &"no answer in time"))? {
+            Ok(container) => Ok(Some(container)),
+            Err(error) if status_of(&error) == Some(404) => Ok(None),
+            Err(error) => Err(failed("inspect", &error)),
+        }
+    }
+
+    async fn observe(&self, records: &[&SandboxRecord]) -> Result<Vec<Sandbox>> {
+        if records.is_empty() {
+            return Ok(Vec::new());
+        }
+        let engine = self.engine().await;
+        try_join_all(records.iter().map(async |record| {
+            let name = self.container(&record.user, &record.id);
+            let container = match &engine {
+                Ok(engine) => self.inspect(engine, &name).await,
+                Err(error) => Err(failed("connect", &error.context())),
+            };
+            match container {
+                Ok(container) => self.show(record, container.as_ref()).await,
+                Err(error) => {
+                    tracing::warn!(sandbox = %record.id, error = %error.context(), "sandbox.engine_failed");
+                    let detail = Some("The Docker engine does not answer".to_owned());
+                    Ok(Sandbox { detail, ..shown(record, SandboxStatus::Error) })
+                }
+            }
+        }))
+        .await
+    }
+
+    /// A record with what the engine says of its container.
+    async fn show(&self, record: &SandboxRecord, container: Option<&ContainerInspectResponse>) -> Result<Sandbox> {
+        let (status, detail) = match container {
+            Some(container) => status(container, record.wanted),
+            None if Time::now().since(record.created_at) < LAUNCH_GRACE => (SandboxStatus::Starting, None),
+            None => (SandboxStatus::Missing, Some("Its container is gone".to_owned())),
+        };
+        let mut sandbox = Sandbox { detail, ..shown(record, status) };
+        let Some(container) = container.filter(|_| status == SandboxStatus::Running) else { return Ok(sandbox) };
+        let key = self.store.session_key(record)?;
+        let urls = self.exposed_urls(record, container, &key);
+        let agent = urls.iter().find(|url| url.name == AGENT_SERVER).map(|url| url.url.clone());
+        if self.is_healthy(agent.as_deref()).await {
+            sandbox.session_api_key = Some(key);
+            sandbox.exposed_urls = Some(urls);
+        } else if started_at(container).is_none_or(|at| Time::now().since(at) < self.config.startup_grace) {
+            sandbox.status = SandboxStatus::Starting;
+        } else {
+            sandbox.status = SandboxStatus::Error;
+            sandbox.detail = Some("Its container runs, and its agent server does not answer".to_owned());
+        }
+        Ok(sandbox)
+    }
+
+    async fn is_healthy(&self, url: Option<&str>) -> bool {
+        let Some(url) = url else { return false };
+        let asked = self.http.get(format!("{url}/health")).timeout(HEALTH).send().await;
+        asked.is_ok_and(|answer| answer.status().is_success())
+    }
+
+    fn exposed_urls(
+        &self,
+        record: &SandboxRecord,
+        container: &ContainerInspectResponse,
+        key: &SecretString,
+    ) -> Vec<ExposedUrl> {
+        let published = container.network_settings.as_ref().and_then(|network| network.ports.as_ref());
+        let host_port = |port: u16| match self.config.use_host_network {
+            true => record.port.filter(|_| port == PORTS[0].1),
+            false => published?.get(&format!("{port}/tcp"))?.as_ref()?.first()?.host_port.as_ref()?.parse().ok(),
+        };
+        let urls = PORTS.iter().filter_map(|(name, port)| {
+            let mut url = self.config.url_pattern.replace("{port}", &host_port(*port)?.to_string());
+            if *name == "VSCODE" {
+                url += &format!("/?tkn={}&folder={WORKING_DIR}", key.expose_secret());
+            }
+            Some(ExposedUrl { name: (*name).to_owned(), url, port: *port })
+        });
+        urls.collect()
+    }
+
+    /// The container of a record, made if it is not there, and running.
+    async fn launch(&self, record: &SandboxRecord) -> Result<()> {
+        let engine = self.engine().await?;
+        let name = self.container(&record.user, &record.id);
+        if self.inspect(&engine, &name).await?.is_none() {
+            self.make_room(&engine, record).await?;
+            let mut record = record.clone();
+            if self.config.use_host_network && record.port.is_none() {
+                let port = free_port()?;
+                self.store.set_port(&record.user, &record.id, port).await?;
+                record.port = Some(port);
+            }
+            let body = self.body(&record, &self.store.session_key(&record)?);
+            self.create(&engine, &name, body).await?;
+        }
+        run(&engine, &name).await
+    }
+
+    /// Makes the container; pulls its image first where it is not there.
+    async fn create(&self, engine: &Docker, name: &str, body: ContainerCreateBody) -> Result<()> {
+        let mut made = engine.create_container(Some(options_of(name)), body.clone()).await;
+        if made.as_ref().is_err_and(|error| status_of(error) == Some(404)) {
+            let image = body.image.clone().unwrap_or_default();
+            tracing::info!(image, "sandbox.image_pulled");
+            let options = CreateImageOptions { from_image: Some(image.clone()), ..CreateImageOptions::default() };
+            let pulled = engine.create_image(Some(options), None, None).try_collect::<Vec<_>>().await;
+            if let Err(error) = pulled {
+                tracing::warn!(image, %error, "sandbox.image_not_pulled");
+                return Err(Error::Refused(format!("The image {image} cannot be pulled")));
+            }
+            made = engine.create_container(Some(options_of(name)), body).await;
+        }
+        match made {
+            Ok(_) => Ok(()),
+            // Somebody else was quicker.
+            Err(error) if status_of(&error) == Some(409) => Ok(()),
+            Err(error) if status_of(&error).is_some_and(|status| status < 500) => {
+                Err(Error::Refused(format!("The Docker engine refused to make the sandbox: {error}")))
+            }
+            Err(error) => Err(failed("create", &error)),
+        }
+    }
+
+    fn body(&self, record: &SandboxRecord, key: &SecretString) -> ContainerCreateBody {
+        let config = &self.config;
+        let agent_port = record.port.filter(|_| config.use_host_network).unwrap_or(PORTS[0].1);
+        let webhooks = match config.use_host_network {
+            true => format!("http://localhost:{}/api/v1/webhooks", config.host_port),
+            false => format!("http://{HOST}:{}/api/v1/webhooks", config.host_port),
+        };
+        let mut environment: Vec<String> = ENVIRONMENT.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        environment.push(format!("{KEY_VARIABLE}={}", key.expose_secret()));
+        environment.push(format!("OH_SECRET_KEY={}", key.expose_secret()));
+        environment.push(format!("OH_WEBHOOKS_0_BASE_URL={webhooks}"));
+        let origins = config.allow_cors_origins.iter().enumerate();
+        environment.extend(origins.map(|(index, origin)| format!("OH_ALLOW_CORS_ORIGINS_{index}={origin}")));
+        environment.extend(PORTS[1..].iter().map(|(name, port)| format!("{name}={port}")));
+        environment.push(format!("{AGENT_SERVER}={agent_port}"));
+        let network = if config.use_host_network {
+            HostConfig { network_mode: Some("host".to_owned()), ..HostConfig::default() }
+        } else {
+            // On this machine alone, at ports that the engine chooses.
+            let binding = PortBinding { host_ip: Some("127.0.0.1".to_owned()), host_port: Some(String::new()) };
+            let ports: PortMap =
+                PORTS.iter().map(|(_, port)| (format!("{port}/tcp"), Some(vec![binding.clone()]))).collect();
+            HostConfig {
+                port_bindings: Some(ports),
+                extra_hosts: Some(vec![format!("{HOST}:host-gateway")]),
+                ..HostConfig::default()
+            }
+        };
+        ContainerCreateBody {
+            image: Some(record.spec_id.clone()),
+            cmd: Some(vec!["--port".to_owned(), agent_port.to_string()]),
+            env: Some(environment),
+            working_dir: Some(WORKING_DIR.to_owned()),
+            exposed_ports: (!config.use_host_network)
+                .then(|| PORTS.iter().map(|(_, port)| format!("{port}/tcp")).collect()),
+            labels: Some(HashMap::from([(SPEC_LABEL.to_owned(), record.spec_id.clone())])),
+            host_config: Some(HostConfig {
+                init: Some(true),
+                binds: (!config.volumes.is_empty()).then(|| config.volumes.clone()),
+                ..network
+            }),
+            ..ContainerCreateBody::default()
+        }
+    }
+
+    /// Pauses the user's sandboxes that were used least lately, until one more may run.
+    async fn make_room(&self, engine: &Docker, newcomer: &SandboxRecord) -> Result<()> {
+        let mut records = self.store.list(&newcomer.user).await?;
+        records.retain(|record| record.id != newcomer.id && record.wanted == Wanted::Running);
+        let inspected = join_all(records.iter().map(async |record| {
+            let found = self.inspect(engine, &self.container(&record.user, &record.id)).await;
+            let running = found.ok().flatten().is_some_and(|found| state(&found) == ContainerStateStatusEnum::RUNNING);
+            running.then_some(record)
+        }));
+        let mut running: Vec<&SandboxRecord> = inspected.await.into_iter().flatten().collect();
+        running.sort_by_key(|record| record.used_at);
+        let excess = (running.len() + 1).saturating_sub(self.config.max_sandboxes.max(1));
+        for record in &running[..excess] {
+            tracing::info!(sandbox = %record.id, "sandbox.paused_to_make_room");
+            self.pause(&record.user, &record.id).await?;
+        }
+        Ok(())
+    }
+}
+
+fn options_of(name: &str) -> CreateContainerOptions {
+    CreateContainerOptions { name: Some(name.to_owned()), ..CreateContainerOptions::default() }
+}
+
+/// Lets a container run, whatever it does now.
+async fn run(engine: &Docker, name: &str) -> Result<()> {
+    let Some(container) = inspect_state(engine, name).await? else { return Err(failed("start", &"it is gone")) };
+    let done = match container {
+        ContainerStateStatusEnum::RUNNING | ContainerStateStatusEnum::RESTARTING => return Ok(()),
+        ContainerStateStatusEnum::PAUSED => engine.unpause_container(name).await,
+        _ => engine.start_container(name, None).await,
+    };
+    match done {
+        Ok(()) => Ok(()),
+        // It was done meanwhile.
+        Err(error) if matches!(status_of(&error), Some(304 | 409)) => Ok(()),
+        Err(error) if status_of(&error).is_some_and(|status| status < 500) => {
+            Err(Error::Refused(format!("The Docker engine refused to start the sandbox: {error}")))
+        }
+        Err(error) => Err(failed("start", &error)),
+    }
+}
+
+async fn inspect_state(engine: &Docker, name: &str) -> Result<Option<ContainerStateStatusEnum>> {
+    match engine.inspect_container(name, None).await {
+        Ok(container) => Ok(Some(state(&container))),
+        Err(error) if status_of(&error) == Some(404) => Ok(None),
+        Err(error) => Err(failed("inspect", &error)),
+    }
+}
+
+fn state(container: &ContainerInspectResponse) -> ContainerStateStatusEnum {
+    container.state.as_ref().and_then(|state| state.status).unwrap_or(ContainerStateStatusEnum::EMPTY)
+}
+
+fn started_at(container: &ContainerInspectResponse) -> Option<Time> {
+    let text = container.state.as_ref()?.started_at.as_ref()?;
+    serde_json::from_value(serde_json::Value::String(text.clone())).ok()
+}
+
+/// What a container's state means, and what is to be said of it.
+fn status(container: &ContainerInspectResponse, wanted: Wanted) -> (SandboxStatus, Option<String>) {
+    let exit_code = container.state.as_ref().and_then(|state| state.exit_code).unwrap_or_default();
+    match (state(container), wanted) {
+        (ContainerStateStatusEnum::RUNNING, _) => (SandboxStatus::Running, None),
+        (ContainerStateStatusEnum::PAUSED, _)
+        | (ContainerStateStatusEnum::EXITED, Wanted::Paused | Wanted::Stopped) => (SandboxStatus::Paused, None),
+        (ContainerStateStatusEnum::CREATED | ContainerStateStatusEnum::RESTARTING, _) => {
+            (SandboxStatus::Starting, None)
+        }
+        (ContainerStateStatusEnum::EXITED, Wanted::Running) => {
+            (SandboxStatus::Missing, Some(format!("Its container has ended, with exit code {exit_code}")))
+        }
+        (ContainerStateStatusEnum::REMOVING, _) => {
+            (SandboxStatus::Missing, Some("Its container is being removed".to_owned()))
+        }
+        (state, _) => (SandboxStatus::Error, Some(format!("Its container is {state}"))),
+    }
+}
+
+fn shown(record: &SandboxRecord, status: SandboxStatus) -> Sandbox {
+    Sandbox {
+        id: record.id.clone(),
+        spec_id: record.spec_id.clone(),
+        status,
+        session_api_key: None,
+        exposed_urls: None,
+        created_at: record.created_at,
+        used_at: record.used_at,
+        working_dir: WORKING_DIR.to_owned(),
+        detail: None,
+    }
+}
+
+fn status_of(error: &DockerError) -> Option<u16> {
+    match error {
+        DockerError::DockerResponseServerError { status_code, .. } => Some(*status_code),
+        _ => None,
+    }
+}
+
+fn failed(what: &str, error: &dyn std::fmt::Display) -> Error {
+    Error::Upstream {
+        message: "The Docker engine does not answer".to_owned(),
+        context: format!("Docker engine: {what}: {error}"),
+    }
+}
+
+fn free_port() -> Result<u16> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(Error::internal)?;
+    Ok(listener.local_addr().map_err(Error::internal)?.port())
+}
+
+#[async_trait]
+impl SandboxService for DockerSandboxes {
+    async fn start(&self, user: &UserId, id: &str) -> Result<()> {
+        let key = SecretString::from(id::new_session_key());
+        let record = self.store.put_new(self.store.new_record(user, id, &self.config.image, &key)?).await?;
+        self.launch(&record).await
+    }
+
+    async fn batch_get(&self, user: &UserId, ids: &[String]) -> Result<Vec<Option<Sandbox>>> {
+        let records = self.store.batch_get(user, ids).await?;
+        let mut known: Vec<&SandboxRecord> = records.iter().flatten().collect();
+        known.sort_by(|one, other| one.id.cmp(&other.id));
+        known.dedup_by(|one, other| one.id == other.id);
+        let observed = self.observe(&known).await?;
+        let find = |record: &SandboxRecord| observed.iter().find(|sandbox| sandbox.id == record.id).cloned();
+        Ok(records.iter().map(|record| record.as_ref().and_then(find)).collect())
+    }
+
+    async fn list(&self, user: &UserId) -> Result<Vec<Sandbox>> {
+        let records = self.store.list(user).await?;
+        self.observe(&records.iter().collect::<Vec<_>>()).await
+    }
+
+    async fn pause(&self, user: &UserId, id: &str) -> Result<bool> {
+        if self.store.get(user, id).await?.is_none() {
+            return Ok(false);
+        }
+        let (engine, name) = (self.engine().await?, self.container(user, id));
+        match inspect_state(&engine, &name).await? {
+            Some(ContainerStateStatusEnum::PAUSED | ContainerStateStatusEnum::EXITED) => {}
+            Some(ContainerStateStatusEnum::RUNNING) => match engine.pause_container(&name).await {
+                Err(error) if status_of(&error) != Some(409) => return Err(failed("pause", &error)),
+                _ => {}
+            },
+            _ => return Ok(false),
+        }
+        self.store.set_wanted(user, id, Wanted::Paused).await
+    }
+
+    async fn resume(&self, user: &UserId, id: &str) -> Result<bool> {
+        let Some(record) = self.store.get(user, id).await? else { return Ok(false) };
+        let (engine, name) = (self.engine().await?, self.container(user, id));
+        if inspect_state(&engine, &name).await?.is_none() {
+            return Ok(false);
+        }
+        self.make_room(&engine, &record).await?;
+        run(&engine, &name).await?;
+        self.store.set_wanted(user, id, Wanted::Running).await
+    }
+
+    async fn delete(&self, user: &UserId, id: &str) -> Result<bool> {
+        if self.store.get(user, id).await?.is_none() {
+            return Ok(false);
+        }
+        let (engine, name) = (self.engine().await?, self.container(user, id));
+        // A frozen container takes no signal. Whatever cannot be stopped is removed by force.
+        let _running = engine.unpause_container(&name).await;
+        let patience = i32::try_from(STOP_PATIENCE.as_secs()).unwrap_or_default();
+        let options = StopContainerOptions { t: Some(patience), ..StopContainerOptions::default() };
+        let _stopped = timeout(STOP_PATIENCE + CALL, engine.stop_container(&name, Some(options))).await;
+        let options = RemoveContainerOptions { force: true, v: true, ..RemoveContainerOptions::default() };
+        match engine.remove_container(&name, Some(options)).await {
+            Err(error) if status_of(&error) != Some(404) => return Err(failed("remove", &error)),
+            _ => {}
+        }
+        let volume = format!("openhands-workspace-{name}");
+        match engine.remove_volume(&volume, None::<RemoveVolumeOptions>).await {
+            Err(error) if status_of(&error) != Some(404) => {
+                tracing::warn!(volume, %error, "sandbox.volume_not_removed");
+            }
+            _ => {}
+        }
+        // Last, so that a deletion that is cut off can be repeated.
+        self.store.delete(user, id).await
+    }
+
+    async fn mark_used(&self, user: &UserId, id: &str) -> Result<()> {
+        self.store.mark_used(user, id).await.map(|_| ())
+    }
+}
