@@ -19,7 +19,7 @@ use secrecy::{ExposeSecret as _, SecretString};
 use tokio::time::timeout;
 
 use super::store::{SandboxRecord, SandboxStore, Wanted};
-use super::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus, name_of};
+use super::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus, distinct, in_order, name_of};
 use crate::clock::Time;
 use crate::config::DockerSandboxConfig;
 use crate::error::{Error, Result};
@@ -115,7 +115,7 @@ impl DockerSandboxes {
                 Err(error) => {
                     tracing::warn!(sandbox = %record.id, error = %error.context(), "sandbox.engine_failed");
                     let detail = Some("The Docker engine does not answer".to_owned());
-                    Ok(Sandbox { detail, ..shown(record, SandboxStatus::Error) })
+                    Ok(Sandbox { detail, ..Sandbox::of(record, SandboxStatus::Error, WORKING_DIR) })
                 }
             }
         }))
@@ -129,7 +129,7 @@ impl DockerSandboxes {
             None if Time::now().since(record.created_at) < LAUNCH_GRACE => (SandboxStatus::Starting, None),
             None => (SandboxStatus::Missing, Some("Its container is gone".to_owned())),
         };
-        let mut sandbox = Sandbox { detail, ..shown(record, status) };
+        let mut sandbox = Sandbox { detail, ..Sandbox::of(record, status, WORKING_DIR) };
         let Some(container) = container.filter(|_| status == SandboxStatus::Running) else { return Ok(sandbox) };
         let key = self.store.session_key(record)?;
         let urls = self.exposed_urls(record, container, &key);
@@ -341,20 +341,6 @@ fn status(container: &ContainerInspectResponse, wanted: Wanted) -> (SandboxStatu
     }
 }
 
-fn shown(record: &SandboxRecord, status: SandboxStatus) -> Sandbox {
-    Sandbox {
-        id: record.id.clone(),
-        spec_id: record.spec_id.clone(),
-        status,
-        session_api_key: None,
-        exposed_urls: None,
-        created_at: record.created_at,
-        used_at: record.used_at,
-        working_dir: WORKING_DIR.to_owned(),
-        detail: None,
-    }
-}
-
 fn status_of(error: &DockerError) -> Option<u16> {
     match error {
         DockerError::DockerResponseServerError { status_code, .. } => Some(*status_code),
@@ -384,12 +370,8 @@ impl SandboxService for DockerSandboxes {
 
     async fn batch_get(&self, user: &UserId, ids: &[String]) -> Result<Vec<Option<Sandbox>>> {
         let records = self.store.batch_get(user, ids).await?;
-        let mut known: Vec<&SandboxRecord> = records.iter().flatten().collect();
-        known.sort_by(|one, other| one.id.cmp(&other.id));
-        known.dedup_by(|one, other| one.id == other.id);
-        let observed = self.observe(&known).await?;
-        let find = |record: &SandboxRecord| observed.iter().find(|sandbox| sandbox.id == record.id).cloned();
-        Ok(records.iter().map(|record| record.as_ref().and_then(find)).collect())
+        let observed = self.observe(&distinct(&records)).await?;
+        Ok(in_order(&records, &observed))
     }
 
     async fn list(&self, user: &UserId) -> Result<Vec<Sandbox>> {

@@ -20,7 +20,7 @@ use crate::config::SandboxConfig;
 use crate::error::Result;
 use crate::user::UserId;
 use crate::user::seal::hash;
-use store::SandboxStore;
+use store::{SandboxRecord, SandboxStore};
 
 /// The state of a sandbox, as the contract names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,6 +76,21 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
+    /// A sandbox as its record has it, in this state; nothing is known of its addresses.
+    fn of(record: &SandboxRecord, status: SandboxStatus, working_dir: &str) -> Self {
+        Self {
+            id: record.id.clone(),
+            spec_id: record.spec_id.clone(),
+            status,
+            session_api_key: None,
+            exposed_urls: None,
+            created_at: record.created_at,
+            used_at: record.used_at,
+            working_dir: working_dir.to_owned(),
+            detail: None,
+        }
+    }
+
     /// The address of its agent server, if it runs.
     #[must_use]
     pub fn agent_server_url(&self) -> Option<&str> {
@@ -147,6 +162,20 @@ pub trait SandboxService: Send + Sync + std::fmt::Debug {
     async fn get(&self, user: &UserId, id: &str) -> Result<Option<Sandbox>> {
         Ok(self.batch_get(user, &[id.to_owned()]).await?.pop().flatten())
     }
+}
+
+/// The records that are there, each once.
+fn distinct(records: &[Option<SandboxRecord>]) -> Vec<&SandboxRecord> {
+    let mut known: Vec<&SandboxRecord> = records.iter().flatten().collect();
+    known.sort_by(|one, other| one.id.cmp(&other.id));
+    known.dedup_by(|one, other| one.id == other.id);
+    known
+}
+
+/// What was found of [`distinct`] records, in the order of all of them.
+fn in_order(records: &[Option<SandboxRecord>], observed: &[Sandbox]) -> Vec<Option<Sandbox>> {
+    let find = |record: &SandboxRecord| observed.iter().find(|sandbox| sandbox.id == record.id).cloned();
+    records.iter().map(|record| record.as_ref().and_then(find)).collect()
 }
 
 /// What a provider that many owners share calls a sandbox. Ids are unique among their owner's only, and clients may choose them:

@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
 use super::store::{SandboxRecord, SandboxStore, Wanted};
-use super::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus, name_of};
+use super::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus, distinct, in_order, name_of};
 use crate::clock::Time;
 use crate::config::RemoteSandboxConfig;
 use crate::error::{Error, Result};
@@ -138,7 +138,7 @@ impl RemoteSandboxes {
             }
             Err(_) => Ok(Sandbox {
                 detail: Some("The sandboxes' provider does not answer".to_owned()),
-                ..shown(record, SandboxStatus::Error)
+                ..Sandbox::of(record, SandboxStatus::Error, WORKING_DIR)
             }),
         }))
         .await
@@ -280,20 +280,6 @@ fn upstream(context: impl std::fmt::Display) -> Error {
     }
 }
 
-fn shown(record: &SandboxRecord, status: SandboxStatus) -> Sandbox {
-    Sandbox {
-        id: record.id.clone(),
-        spec_id: record.spec_id.clone(),
-        status,
-        session_api_key: None,
-        exposed_urls: None,
-        created_at: record.created_at,
-        used_at: record.used_at,
-        working_dir: WORKING_DIR.to_owned(),
-        detail: None,
-    }
-}
-
 /// A record with what the runtime API says of it.
 fn show(record: &SandboxRecord, runtime: Option<&Runtime>) -> Sandbox {
     let said = runtime.and_then(|runtime| runtime.status.as_deref()).map(str::to_ascii_lowercase);
@@ -308,7 +294,7 @@ fn show(record: &SandboxRecord, runtime: Option<&Runtime>) -> Sandbox {
         Some("stopped") => (SandboxStatus::Missing, Some("Its provider has stopped it")),
         _ => (SandboxStatus::Missing, Some("Its provider does not know it any more")),
     };
-    let mut sandbox = Sandbox { detail: detail.map(str::to_owned), ..shown(record, status) };
+    let mut sandbox = Sandbox { detail: detail.map(str::to_owned), ..Sandbox::of(record, status, WORKING_DIR) };
     if status == SandboxStatus::Running
         && let Some(runtime) = runtime
     {
@@ -366,12 +352,8 @@ impl SandboxService for RemoteSandboxes {
 
     async fn batch_get(&self, user: &UserId, ids: &[String]) -> Result<Vec<Option<Sandbox>>> {
         let records = self.store.batch_get(user, ids).await?;
-        let mut known: Vec<&SandboxRecord> = records.iter().flatten().collect();
-        known.sort_by(|one, other| one.id.cmp(&other.id));
-        known.dedup_by(|one, other| one.id == other.id);
-        let observed = self.observe(&known).await?;
-        let find = |record: &SandboxRecord| observed.iter().find(|sandbox| sandbox.id == record.id).cloned();
-        Ok(records.iter().map(|record| record.as_ref().and_then(find)).collect())
+        let observed = self.observe(&distinct(&records)).await?;
+        Ok(in_order(&records, &observed))
     }
 
     async fn list(&self, user: &UserId) -> Result<Vec<Sandbox>> {

@@ -203,7 +203,7 @@ impl SandboxStore {
             Wanted::Paused => "paused",
             Wanted::Stopped => "stopped",
         };
-        self.set(user, id, "wanted", text(value)).await
+        self.set(user, id, &[("wanted", text(value))]).await
     }
 
     /// Sets the port of the sandbox's agent server. False when there is no record.
@@ -211,7 +211,7 @@ impl SandboxStore {
     /// # Errors
     /// [`crate::Error::Store`].
     pub async fn set_port(&self, user: &UserId, id: &str, port: u16) -> Result<bool> {
-        self.set(user, id, "port", crate::dynamo::number(u32::from(port))).await
+        self.set(user, id, &[("port", crate::dynamo::number(u32::from(port)))]).await
     }
 
     /// Sets the sandbox's session key. False when there is no record.
@@ -219,23 +219,9 @@ impl SandboxStore {
     /// # Errors
     /// [`crate::Error::Store`]; [`crate::Error::Internal`] when the key cannot be sealed.
     pub async fn set_session_key(&self, user: &UserId, id: &str, key: &SecretString) -> Result<bool> {
-        let updated = self
-            .dynamodb
-            .update_item()
-            .table_name(&self.table)
-            .set_key(Some(self.key(user, id)))
-            .update_expression("SET session_key_sealed = :sealed, session_key_hash = :hash")
-            .condition_expression("attribute_exists(id)")
-            .expression_attribute_values(":sealed", text(self.sealer.seal(&purpose(user, id), key)?))
-            .expression_attribute_values(":hash", text(hash(key.expose_secret())))
-            .send()
-            .await
-            .map_err(store_error("UpdateItem sandboxes"));
-        match updated {
-            Ok(_) => Ok(true),
-            Err(error) if is_condition_failure(&error) => Ok(false),
-            Err(error) => Err(error),
-        }
+        let sealed = self.sealer.seal(&purpose(user, id), key)?;
+        let hash = hash(key.expose_secret());
+        self.set(user, id, &[("session_key_sealed", text(sealed)), ("session_key_hash", text(hash))]).await
     }
 
     /// Notes that the sandbox is used now. False when there is no record.
@@ -243,7 +229,7 @@ impl SandboxStore {
     /// # Errors
     /// [`crate::Error::Store`].
     pub async fn mark_used(&self, user: &UserId, id: &str) -> Result<bool> {
-        self.set(user, id, "used_at", text(Time::now().sortable())).await
+        self.set(user, id, &[("used_at", text(Time::now().sortable()))]).await
     }
 
     /// Removes the record. False when there is none.
@@ -263,16 +249,19 @@ impl SandboxStore {
         Ok(removed.attributes.is_some())
     }
 
-    async fn set(&self, user: &UserId, id: &str, attribute: &str, value: AttributeValue) -> Result<bool> {
+    async fn set(&self, user: &UserId, id: &str, attributes: &[(&str, AttributeValue)]) -> Result<bool> {
+        let parts: Vec<String> = attributes.iter().map(|(name, _)| format!("#{name} = :{name}")).collect();
+        let names = attributes.iter().map(|(name, _)| (format!("#{name}"), (*name).to_owned())).collect();
+        let values = attributes.iter().map(|(name, value)| (format!(":{name}"), value.clone())).collect();
         let updated = self
             .dynamodb
             .update_item()
             .table_name(&self.table)
             .set_key(Some(self.key(user, id)))
-            .update_expression("SET #attribute = :value")
+            .update_expression(format!("SET {}", parts.join(", ")))
             .condition_expression("attribute_exists(id)")
-            .expression_attribute_names("#attribute", attribute)
-            .expression_attribute_values(":value", value)
+            .set_expression_attribute_names(Some(names))
+            .set_expression_attribute_values(Some(values))
             .send()
             .await
             .map_err(store_error("UpdateItem sandboxes"));
