@@ -344,6 +344,30 @@ fn routes() -> Vec<Route> {
             (201, "queued"),
             (404, Some(json!({"detail": "There is no such conversation"}))),
         ),
+        row(
+            "GET",
+            "/api/v1/web-client/config",
+            "/api/v1/web-client/config".to_owned(),
+            None,
+            (200, "oss"),
+            (200, None),
+        ),
+        row(
+            "GET",
+            "/api/v1/skills/search",
+            "/api/v1/skills/search".to_owned(),
+            None,
+            (200, "[]"),
+            (200, Some(empty_page.clone())),
+        ),
+        row(
+            "GET",
+            "/api/agent-profiles",
+            "/api/agent-profiles".to_owned(),
+            None,
+            (200, "profiles"),
+            (200, Some(json!({"profiles": [], "active_agent_profile_id": null}))),
+        ),
         // Last: it takes the rows that the others are about.
         row(
             "DELETE",

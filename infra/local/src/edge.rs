@@ -18,9 +18,9 @@ const SESSION_API_KEY: &str = "x-session-api-key";
 /// What our answers say in headers of our own.
 const OWN_HEADERS: [&str; 4] = ["x-export-warning", "x-file-status", "x-files-truncated", "x-skills-status"];
 
-/// Puts the edge around the functions' routers: the single user, the instance's key if there is one, CORS. Sandboxes do not
-/// have that key; the routes for them find out for themselves whose sandbox is calling.
-pub fn around(functions: Router, for_sandboxes: Router, key: Option<SecretString>, origins: Vec<String>) -> Router {
+/// Puts the edge around the functions' routers: the single user, the instance's key if there is one, CORS. The others
+/// are open, or find out for themselves whose sandbox is calling.
+pub fn around(functions: Router, without_user: Router, key: Option<SecretString>, origins: Vec<String>) -> Router {
     let guarded =
         functions.layer(middleware::from_fn(as_local_user)).route_layer(middleware::from_fn(
             move |request: Request, next: Next| {
@@ -30,7 +30,7 @@ pub fn around(functions: Router, for_sandboxes: Router, key: Option<SecretString
                 }
             },
         ));
-    with_common_answers(guarded.merge(for_sandboxes)).layer(cors(origins))
+    with_common_answers(guarded.merge(without_user)).layer(cors(origins))
 }
 
 async fn as_local_user(mut request: Request, next: Next) -> Response {

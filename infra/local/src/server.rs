@@ -324,13 +324,13 @@ impl Server {
     ) -> Result<(), ServerError> {
         let (config, aws, sealer) = (&self.config, &self.aws, &self.sealer);
         let functions = functions(config, aws, sealer)?;
-        let for_sandboxes = functions_for_sandboxes(config, aws, sealer)?;
+        let without_user = functions_without_user(config, aws, sealer)?;
         let health = Router::new()
             .route("/alive", get(alive))
             .route("/health", get(async || "OK"))
             .route("/ready", get(ready))
             .with_state(self.readiness.clone());
-        let router = edge::around(functions, for_sandboxes, key, origins).merge(health);
+        let router = edge::around(functions, without_user, key, origins).merge(health);
         let (stop, stopped) = oneshot::channel::<()>();
         let served = tokio::spawn(async move {
             let serving = axum::serve(listener, router).with_graceful_shutdown(async {
@@ -362,13 +362,15 @@ pub fn functions(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Router, 
         .merge(events::router(events::Context::new(config, aws, sealer))))
 }
 
-/// The routers for agent servers and the agents in them, who show keys of their sandboxes.
+/// The routers that need no user: those for agent servers and the agents in them, who show keys of their sandboxes, and what a
+/// front end asks for before anybody is known.
 ///
 /// # Errors
 /// When TLS cannot be set up.
-pub fn functions_for_sandboxes(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Router, shared::Error> {
+pub fn functions_without_user(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Router, shared::Error> {
     Ok(Router::new()
         .merge(events::webhooks_router(events::Context::new(config, aws, sealer)))
+        .merge(web_client::router(web_client::Context::from_env()))
         .merge(sandboxes::secrets_router(sandboxes::Context::new(config, aws, sealer)?)))
 }
 

@@ -131,5 +131,5 @@ impl Api {
 
 fn router(config: &Config, aws: &Aws, sealer: &Sealer) -> Router {
     let functions = local::server::functions(config, aws, sealer).expect("routers");
-    with_common_answers(functions.merge(local::server::functions_for_sandboxes(config, aws, sealer).expect("routers")))
+    with_common_answers(functions.merge(local::server::functions_without_user(config, aws, sealer).expect("routers")))
 }

@@ -1,0 +1,80 @@
+//! What a web front end asks for before anybody is known: `GET /api/v1/web-client/config`; and lists that it reads and that are
+//! empty here: `GET /api/v1/skills/search`, `GET /api/agent-profiles`.
+
+use axum::extract::{RawQuery, State};
+use axum::routing::get;
+use axum::{Json, Router};
+use serde_json::{Value, json};
+use shared::clock::Time;
+use shared::config;
+use shared::error::{Error, Result};
+use shared::http::page_id;
+use shared::http::query::{Bounds, Query};
+
+/// What this function knows.
+#[derive(Clone, Debug)]
+pub struct Context {
+    app_mode: String,
+    began: Time,
+}
+
+impl Context {
+    /// Reads `OH_APP_MODE`, by which a front end knows whether there is a login: `oss` (there is none) unless it is set.
+    #[must_use]
+    pub fn from_env() -> Self {
+        Self { app_mode: config::text("OH_APP_MODE").unwrap_or_else(|| "oss".to_owned()), began: Time::now() }
+    }
+}
+
+/// The routes of this function. None of them tells anything of a user.
+pub fn router(context: Context) -> Router {
+    Router::new()
+        .route("/api/v1/web-client/config", get(web_client_config))
+        .route("/api/v1/skills/search", get(search_skills))
+        .route("/api/agent-profiles", get(agent_profiles))
+        .with_state(context)
+}
+
+/// `WebClientConfig`
+async fn web_client_config(State(context): State<Context>) -> Json<Value> {
+    Json(json!({
+        "app_mode": context.app_mode,
+        "posthog_client_key": null,
+        "feature_flags": {
+            "enable_billing": false,
+            "hide_llm_settings": false,
+            "enable_jira": false,
+            "enable_jira_dc": false,
+            "enable_linear": false,
+            "hide_users_page": false,
+            "hide_billing_page": false,
+            "hide_integrations_page": false,
+        },
+        "providers_configured": [],
+        "maintenance_start_time": null,
+        "auth_url": null,
+        "recaptcha_site_key": null,
+        "faulty_models": [],
+        "error_message": null,
+        "updated_at": context.began,
+        "github_app_slug": null,
+        "kind": "WebClientConfig",
+    }))
+}
+
+/// There are no skills on this server: those of agents are in their sandboxes.
+async fn search_skills(RawQuery(query): RawQuery) -> Result<Json<Value>> {
+    let mut query = Query::parse(query.as_deref());
+    let page = query.string("page_id");
+    let _limit = query.integer("limit", 100, Bounds::PAGE);
+    query.finish().map_err(Error::Invalid)?;
+    match page {
+        Some(_) => Err(page_id::not_ours()),
+        None => Ok(Json(json!({"items": [], "next_page_id": null}))),
+    }
+}
+
+/// Later versions have profiles; front ends send their first message only if this answers.
+async fn agent_profiles() -> Json<Value> {
+    Json(json!({"profiles": [], "active_agent_profile_id": null}))
+}

@@ -1,0 +1,6 @@
+//! The Lambda function around [`web_client::router`].
+
+#[tokio::main]
+async fn main() -> Result<(), lambda::Error> {
+    lambda::serve(async |_, _| Ok(web_client::router(web_client::Context::from_env()))).await
+}
