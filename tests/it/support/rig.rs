@@ -183,7 +183,7 @@ pub fn quick() -> StartConfig {
 pub fn quick_messages() -> Timing {
     Timing {
         forgotten_after: Duration::from_millis(300),
-        lease: Duration::from_millis(1500),
+        lease: Duration::from_secs(20),
         turn: Duration::from_millis(500),
         pauses: [Duration::from_millis(100), Duration::from_millis(500), Duration::from_secs(5)],
     }
@@ -478,6 +478,20 @@ impl Rig {
         while let Some(message) = self.receive().await {
             self.handle(&message).await;
         }
+    }
+
+    /// As if the lease on a conversation's messages had run out.
+    pub async fn expire_message_lease(&self, conversation: Uuid) {
+        let text = |text: String| aws_sdk_dynamodb::types::AttributeValue::S(text);
+        let update = self.aws.dynamodb.update_item().table_name(Names::with_prefix(PREFIX).users);
+        let update = update
+            .key("user", text(self.user.as_str().to_owned()))
+            .key("kind", text(format!("messages#{}", conversation.simple())))
+            .update_expression("SET lease_until = :past, due_at = :past")
+            .condition_expression("attribute_exists(lease_owner)")
+            .expression_attribute_values(":past", text("2000-01-01T00:00:00.000000Z".to_owned()));
+        // Refused where there is no lease.
+        drop(update.send().await);
     }
 
     /// Whether messages wait for a conversation.
