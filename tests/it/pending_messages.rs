@@ -220,6 +220,25 @@ async fn an_agent_server_that_fails_is_tried_again_and_never_told_twice() {
 }
 
 #[tokio::test]
+async fn a_message_that_stands_at_the_door_of_an_agent_at_work_is_not_sent_again() {
+    let rig = Rig::start(quick()).await;
+    let (_, conversation) = ready(&rig).await;
+    // The agent thinks for longer than anybody waits for an answer; what was sent comes in when it is done.
+    rig.agent.set_execution_status(conversation, "running");
+    let step = Duration::from_secs(6);
+    rig.agent.inject(Fault::new("POST /api/conversations/{id}/events", Nth::Next, Kind::Slow(step)));
+    for said in ["one", "two"] {
+        keep(&rig, Addressee::Conversation(conversation), said).await.expect("kept");
+    }
+    drive_until_told(&rig, conversation, &["first", "one", "two"], "at work").await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(told(&rig, conversation), ["first", "one", "two"]);
+    assert_eq!(rig.agent.requests_to("POST /api/conversations/{id}/events").len(), 2, "each was sent once");
+    rig.settle().await;
+    rig.finish().await;
+}
+
+#[tokio::test]
 async fn many_workers_and_a_lost_bell_change_nothing() {
     let rig = Rig::start(quick()).await;
     let (_, conversation) = ready(&rig).await;

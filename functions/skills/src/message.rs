@@ -6,6 +6,7 @@ use bytes::Bytes;
 use http::HeaderMap;
 use http::header::CONTENT_TYPE;
 use serde_json::{Value, json};
+use shared::agent_server::Failure;
 use shared::error::{Error, Result};
 use shared::http::body;
 use shared::http::caller::Caller;
@@ -60,6 +61,15 @@ pub(crate) async fn send(
     let inside = inside(context.places.find(&user, id).await?, id)?;
     let parts = serde_json::to_value(&message.content).map_err(Error::internal)?;
     let sent = context.within(inside.agent_server.send_message(id, "user", &parts, message.run)).await;
-    sent.map_err(|error| upstream(&error))?;
+    sent.map_err(|error| match error.failure {
+        // An agent server lets nobody in while its agent thinks.
+        Failure::TimedOut => Error::Upstream {
+            message:
+                "The agent server did not answer in time: its agent may be at work, and the message may still arrive"
+                    .to_owned(),
+            context: error.to_string(),
+        },
+        _ => upstream(&error),
+    })?;
     Ok(Json(json!({"success": true, "sandbox_status": inside.sandbox.status, "message": null})))
 }

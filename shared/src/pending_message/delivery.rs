@@ -4,6 +4,9 @@
 //! before it sends a message it writes down which one, and the newest event of the conversation; behind an attempt whose outcome is
 //! unknown it reads the events since then, and takes a user's message with the same parts for its own. (Somebody who says the very
 //! same in those moments by another way is then heard once.)
+//!
+//! An agent server lets no message in while its agent thinks: a request that was given up after 30 s still stands at the door, and
+//! the message arrives when the step ends. So nothing is sent again as long as the agent is at work, for a quarter of an hour.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,6 +29,8 @@ use crate::start::store::StartTaskStore;
 use crate::start::task::StartStatus;
 use crate::user::UserId;
 
+/// Longer than an agent's step takes: what has not come in by then never will.
+const AT_THE_DOOR: Duration = Duration::from_secs(900);
 /// What looking for a message may take.
 const LOOK: Duration = Duration::from_secs(30);
 
@@ -38,6 +43,8 @@ pub struct Timing {
     pub lease: Duration,
     /// What one message may take: looking and sending.
     pub turn: Duration,
+    /// What sending may take.
+    pub send: Duration,
     /// Between two attempts: at first, at most for an hour, and from then on.
     pub pauses: [Duration; 3],
 }
@@ -49,6 +56,7 @@ impl Default for Timing {
             lease: Duration::from_secs(90),
             // Looking takes 30 s at most, and so does sending.
             turn: Duration::from_secs(75),
+            send: Duration::from_secs(30),
             pauses: [Duration::from_secs(2), Duration::from_secs(60), Duration::from_secs(900)],
         }
     }
@@ -305,10 +313,17 @@ impl Messages {
         let message_id = id::hex(message.id);
         match queue.sending.as_ref().filter(|sending| sending.message == message_id) {
             Some(sending) => {
-                let looked = has_arrived(agent_server, conversation, sending, parts);
+                let looked = async {
+                    // First: an agent that is not at work now lets in who stands at the door before we look.
+                    let at_work = is_at_work(agent_server, conversation).await?;
+                    Ok::<_, ()>((at_work, has_arrived(agent_server, conversation, sending, parts).await?))
+                };
                 match tokio::time::timeout(LOOK, looked).await {
-                    Ok(Ok(true)) => return Ok(None),
-                    Ok(Ok(false)) => {}
+                    Ok(Ok((_, true))) => return Ok(None),
+                    Ok(Ok((true, false))) if Time::now().since(sending.since) < AT_THE_DOOR => {
+                        return Ok(Some(Outcome::Later("the agent is at work, and the message may be at its door")));
+                    }
+                    Ok(Ok((_, false))) => {}
                     Ok(Err(())) | Err(_) => return Ok(Some(UNREACHABLE)),
                 }
             }
@@ -317,18 +332,20 @@ impl Messages {
                     return Ok(Some(UNREACHABLE));
                 };
                 let after = page.items.first().and_then(|event| event_id(event.get()));
-                let sending = Sending { message: message_id, after };
+                let sending = Sending { message: message_id, after, since: Time::now() };
                 if !self.store.begin(user, conversation, claim, &sending).await? {
                     return Ok(Some(Outcome::Lost));
                 }
             }
         }
-        match agent_server.send_message(conversation, "user", parts, true).await {
-            Ok(()) => Ok(None),
-            Err(error) => {
+        let sent = agent_server.send_message(conversation, "user", parts, true);
+        match tokio::time::timeout(self.timing.send, sent).await {
+            Ok(Ok(())) => Ok(None),
+            Ok(Err(error)) => {
                 tracing::warn!(%conversation, %error, "pending_message.not_sent");
                 Ok(Some(UNREACHABLE))
             }
+            Err(_) => Ok(Some(UNREACHABLE)),
         }
     }
 
@@ -339,6 +356,14 @@ impl Messages {
             tracing::warn!(%conversation, error = %error.context(), "pending_message.bell_not_rung");
         }
     }
+}
+
+/// Whether the conversation's agent is at work, as its agent server says.
+async fn is_at_work(agent_server: &AgentServer, conversation: Uuid) -> Result<bool, ()> {
+    let found = agent_server.conversations(&[conversation], LOOK).await.map_err(|error| {
+        tracing::warn!(%conversation, %error, "pending_message.not_looked_for");
+    })?;
+    Ok(found.into_iter().flatten().any(|found| found.execution_status.as_deref() == Some("running")))
 }
 
 /// Whether a message is among the events since it was first sent.

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{MAX_MESSAGES, PendingMessage};
-use crate::clock::Time;
+use crate::clock::{Time, sortable};
 use crate::dynamo::{Item, due_rows, from_item, is_condition_failure, number, store_error, text};
 use crate::error::{Error, Result};
 use crate::id;
@@ -52,6 +52,9 @@ pub struct Sending {
     pub message: String,
     /// The conversation's newest event before it was sent.
     pub after: Option<String>,
+    /// When it was sent first.
+    #[serde(serialize_with = "sortable::serialize")]
+    pub since: Time,
 }
 
 /// A claim on a queue.

@@ -185,6 +185,7 @@ pub fn quick_messages() -> Timing {
         forgotten_after: Duration::from_millis(300),
         lease: Duration::from_secs(20),
         turn: Duration::from_millis(500),
+        send: Duration::from_secs(3),
         pauses: [Duration::from_millis(100), Duration::from_millis(500), Duration::from_secs(5)],
     }
 }
