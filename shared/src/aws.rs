@@ -21,6 +21,11 @@ pub struct Aws {
     pub sqs: aws_sdk_sqs::Client,
 }
 
+/// The SDK's configuration in the environment: region, credentials, `AWS_ENDPOINT_URL_*`.
+pub async fn sdk_config_from_env() -> SdkConfig {
+    aws_config::load_from_env().await
+}
+
 /// The DynamoDB client alone, for functions that need no other.
 pub async fn dynamodb_from_env() -> aws_sdk_dynamodb::Client {
     dynamodb(&aws_config::load_from_env().await)
@@ -32,11 +37,6 @@ fn dynamodb(config: &SdkConfig) -> aws_sdk_dynamodb::Client {
 }
 
 impl Aws {
-    /// Clients configured by the environment (region, credentials, `AWS_ENDPOINT_URL_*`).
-    pub async fn from_env() -> Self {
-        Self::new(&aws_config::load_from_env().await)
-    }
-
     /// Clients on a given configuration.
     #[must_use]
     pub fn new(config: &SdkConfig) -> Self {
@@ -51,6 +51,6 @@ impl Aws {
     }
 }
 
-fn timeouts(attempt: Duration) -> TimeoutConfig {
+pub(crate) fn timeouts(attempt: Duration) -> TimeoutConfig {
     TimeoutConfig::builder().connect_timeout(Duration::from_secs(3)).operation_attempt_timeout(attempt).build()
 }

@@ -307,6 +307,15 @@ fn list(name: &str) -> Vec<String> {
 /// What [`Config::look_budget`] is unless it is set.
 pub const LOOK_BUDGET: Duration = Duration::from_secs(20);
 
+/// Where the key is under which secrets are sealed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SealingConfig {
+    /// In a file on this machine (`SEALING_KEY_FILE`).
+    File(PathBuf),
+    /// In the `users` table, itself encrypted under a key of KMS (`SEALING_KMS_KEY`: its id, alias or ARN).
+    Kms(String),
+}
+
 /// The whole configuration of a process.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -316,8 +325,8 @@ pub struct Config {
     pub start: StartConfig,
     /// Sandboxes.
     pub sandbox: SandboxConfig,
-    /// The file that holds the sealing key (`SEALING_KEY_FILE`).
-    pub sealing_key_file: PathBuf,
+    /// Where the key is under which secrets are sealed.
+    pub sealing: SealingConfig,
     /// Whether every request is the one local user's (`SINGLE_USER`), instead of the authorizer's.
     pub single_user: bool,
     /// The time that one page may spend on asking agent servers for live status (`LIVE_STATUS_BUDGET_MS`, 1500).
@@ -371,7 +380,10 @@ impl Config {
             names,
             start: StartConfig::from_env()?,
             sandbox,
-            sealing_key_file: required("SEALING_KEY_FILE")?.into(),
+            sealing: match text("SEALING_KMS_KEY") {
+                Some(key) => SealingConfig::Kms(key),
+                None => SealingConfig::File(required("SEALING_KEY_FILE")?.into()),
+            },
             single_user: flag("SINGLE_USER", false)?,
             live_status_budget: Duration::from_millis(parsed("LIVE_STATUS_BUDGET_MS")?.unwrap_or(1500)),
             look_budget: parsed("LOOK_BUDGET_MS")?.map_or(LOOK_BUDGET, Duration::from_millis),
@@ -391,7 +403,10 @@ impl Config {
             ("USERS_TABLE", names.users.clone()),
             ("BUCKET", names.bucket.clone()),
             ("START_QUEUE_URL", names.start_queue_url.clone()),
-            ("SEALING_KEY_FILE", self.sealing_key_file.display().to_string()),
+            match &self.sealing {
+                SealingConfig::File(path) => ("SEALING_KEY_FILE", path.display().to_string()),
+                SealingConfig::Kms(key) => ("SEALING_KMS_KEY", key.clone()),
+            },
             ("SINGLE_USER", self.single_user.to_string()),
         ];
         match &self.sandbox {

@@ -14,6 +14,7 @@ use local::server::{Environment, Server};
 use reqwest::Client;
 use secrecy::SecretString;
 use serde_json::{Value, json};
+use shared::config::SealingConfig;
 use shared::event::store::{EventFilter, EventStore};
 use shared::sandbox::store::SandboxStore;
 use shared::user::UserId;
@@ -41,7 +42,8 @@ async fn main() {
     };
     let server = Server::start(&options, Environment::default(), true, None).await.expect("the server starts");
     let (aws, names) = (&server.aws, &server.config.names);
-    let sealer = Sealer::from_file(&server.config.sealing_key_file).expect("the sealing key");
+    let SealingConfig::File(key) = &server.config.sealing else { panic!("a key file") };
+    let sealer = Sealer::from_file(key).expect("the sealing key");
     let sandboxes = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer);
     let user = UserId::local();
     let record = sandboxes.new_record(&user, "sandbox", "spec", &SecretString::from(KEY)).expect("a record");

@@ -9,7 +9,7 @@ use secrecy::SecretString;
 use serde_json::{Value, json};
 use shared::Time;
 use shared::aws::Aws;
-use shared::config::{Config, ExportConfig, Names, SandboxConfig, StartConfig};
+use shared::config::{Config, ExportConfig, Names, SandboxConfig, SealingConfig, StartConfig};
 use shared::conversation::ConversationRecord;
 use shared::conversation::search::Filter;
 use shared::conversation::store::ConversationStore;
@@ -103,7 +103,8 @@ impl Rig {
         let environment =
             Environment { session_api_key: Some(INSTANCE_KEY.to_owned().into()), ..Environment::default() };
         let server = Server::start(&options, environment, true, None).await.expect("the server starts");
-        let sealer = Sealer::from_file(&server.config.sealing_key_file).expect("the sealing key");
+        let SealingConfig::File(key) = &server.config.sealing else { panic!("a key file") };
+        let sealer = Sealer::from_file(key).expect("the sealing key");
         let owner = Owner::new(&server.aws, &server.config.names, &sealer, UserId::local()).await;
         Self { server, http: Client::builder().no_proxy().build().expect("a client"), owner, _folder: folder }
     }
@@ -291,7 +292,7 @@ async fn nothing_is_acknowledged_that_the_store_refuses() {
         start: StartConfig::default(),
         sandbox: SandboxConfig::None,
         names,
-        sealing_key_file,
+        sealing: SealingConfig::File(sealing_key_file),
         single_user: false,
         live_status_budget: std::time::Duration::from_secs(1),
         look_budget: std::time::Duration::from_secs(2),

@@ -1,11 +1,8 @@
 //! The Lambda function around [`conversations::router`].
 
-use shared::user::seal::Sealer;
-
 #[tokio::main]
 async fn main() -> Result<(), lambda::Error> {
-    lambda::serve(async |config, aws| {
-        let sealer = Sealer::from_file(&config.sealing_key_file)?;
+    lambda::serve(async |config, aws, sealer| {
         Ok(conversations::router(conversations::Context::new(&config, &aws, &sealer)?))
     })
     .await

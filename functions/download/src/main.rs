@@ -1,12 +1,7 @@
 //! The Lambda function around [`download::router`].
 
-use shared::user::seal::Sealer;
-
 #[tokio::main]
 async fn main() -> Result<(), lambda::Error> {
-    lambda::serve(async |config, aws| {
-        let sealer = Sealer::from_file(&config.sealing_key_file)?;
-        Ok(download::router(download::Context::new(&config, &aws, &sealer)?))
-    })
-    .await
+    lambda::serve(async |config, aws, sealer| Ok(download::router(download::Context::new(&config, &aws, &sealer)?)))
+        .await
 }

@@ -2,12 +2,10 @@
 
 use lambda_runtime::{LambdaEvent, service_fn};
 use serde_json::Value;
-use shared::user::seal::Sealer;
 
 #[tokio::main]
 async fn main() -> Result<(), lambda::Error> {
-    let (config, aws) = lambda::set_up().await?;
-    let sealer = Sealer::from_file(&config.sealing_key_file)?;
+    let (config, aws, sealer) = lambda::set_up().await?;
     let context = start_worker::Context::new(&config, &aws, &sealer)?;
     let context = &context;
     let handle = async |event: LambdaEvent<Value>| {

@@ -2,5 +2,5 @@
 
 #[tokio::main]
 async fn main() -> Result<(), lambda::Error> {
-    lambda::serve(async |_, _| Ok(web_client::router(web_client::Context::from_env()))).await
+    lambda::serve_open(web_client::router(web_client::Context::from_env())).await
 }

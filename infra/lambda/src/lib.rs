@@ -1,27 +1,44 @@
 //! What the `main` of every function does: logging, configuration, the caller, the runtime. Nothing else knows Lambda.
 
 use std::future::Future;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use axum::Router;
-use axum::extract::Request;
+use axum::extract::{MatchedPath, Request};
 use axum::middleware::{self, Next};
 use axum::response::Response;
+use lambda_http::Context;
 use lambda_http::request::RequestContext;
 pub use lambda_runtime::Error;
 use shared::aws::Aws;
-use shared::config::Config;
+use shared::config::{Config, SealingConfig, permitted_origins};
 use shared::http::caller::Caller;
+use shared::http::cors::cors;
 use shared::http::response::with_common_answers;
 use shared::telemetry::{self, LogFormat};
 use shared::user::UserId;
+use shared::user::data_key::DataKey;
+use shared::user::seal::Sealer;
 
-/// Configuration and clients, read once a process.
+/// Configuration, clients and the sealing key, read once a process.
 ///
 /// # Errors
-/// When the environment is not complete.
-pub async fn set_up() -> Result<(Config, Aws), Error> {
+/// When the environment is not complete, or the key cannot be had.
+pub async fn set_up() -> Result<(Config, Aws, Sealer), Error> {
     telemetry::init(LogFormat::Json);
-    Ok((Config::from_env()?, Aws::from_env().await))
+    let config = Config::from_env()?;
+    let sdk = shared::aws::sdk_config_from_env().await;
+    let aws = Aws::new(&sdk);
+    let sealer = match &config.sealing {
+        SealingConfig::File(path) => Sealer::from_file(path)?,
+        SealingConfig::Kms(key) => {
+            let key = DataKey::new(&sdk, aws.dynamodb.clone(), config.names.users.clone(), key.clone());
+            // The error says what failed in the log alone; Lambda shows it to nobody else.
+            key.sealer().await.map_err(|error| Error::from(error.context()))?
+        }
+    };
+    Ok((config, aws, sealer))
 }
 
 /// Serves a router with whole answers.
@@ -29,9 +46,9 @@ pub async fn set_up() -> Result<(Config, Aws), Error> {
 /// # Errors
 /// When the set-up or the runtime fails.
 pub async fn serve<F: Future<Output = Result<Router, Error>>>(
-    make: impl FnOnce(Config, Aws) -> F,
+    make: impl FnOnce(Config, Aws, Sealer) -> F,
 ) -> Result<(), Error> {
-    lambda_http::run(edge(make).await?).await
+    lambda_http::run(configured(make).await?).await
 }
 
 /// Serves a router whose answers are streamed.
@@ -39,32 +56,77 @@ pub async fn serve<F: Future<Output = Result<Router, Error>>>(
 /// # Errors
 /// When the set-up or the runtime fails.
 pub async fn serve_streaming<F: Future<Output = Result<Router, Error>>>(
-    make: impl FnOnce(Config, Aws) -> F,
+    make: impl FnOnce(Config, Aws, Sealer) -> F,
 ) -> Result<(), Error> {
-    lambda_http::run_with_streaming_response(edge(make).await?).await
+    lambda_http::run_with_streaming_response(configured(make).await?).await
 }
 
-async fn edge<F: Future<Output = Result<Router, Error>>>(make: impl FnOnce(Config, Aws) -> F) -> Result<Router, Error> {
-    let (config, aws) = set_up().await?;
+/// Serves a router that touches nothing.
+///
+/// # Errors
+/// When the runtime fails.
+pub async fn serve_open(router: Router) -> Result<(), Error> {
+    telemetry::init(LogFormat::Json);
+    lambda_http::run(edge(router, false)).await
+}
+
+async fn configured<F: Future<Output = Result<Router, Error>>>(
+    make: impl FnOnce(Config, Aws, Sealer) -> F,
+) -> Result<Router, Error> {
+    let (config, aws, sealer) = set_up().await?;
     let single_user = config.single_user;
-    let router = with_common_answers(make(config, aws).await?);
-    Ok(router.layer(middleware::from_fn(move |request: Request, next: Next| identify(single_user, request, next))))
+    Ok(edge(make(config, aws, sealer).await?, single_user))
+}
+
+fn edge(router: Router, single_user: bool) -> Router {
+    let origins = permitted_origins();
+    with_common_answers(router)
+        .layer(middleware::from_fn(move |request: Request, next: Next| identify(single_user, request, next)))
+        .layer(cors(move |origin| origins.iter().any(|allowed| allowed == origin)))
+        .layer(middleware::from_fn(log))
 }
 
 /// The caller is whom the authorizer named in the request context; no header counts.
 async fn identify(single_user: bool, mut request: Request, next: Next) -> Response {
-    let caller = if single_user {
-        Some(UserId::local())
-    } else {
-        match request.extensions().get::<RequestContext>() {
-            Some(RequestContext::ApiGatewayV1(context)) => {
-                context.authorizer.fields.get("user_id").and_then(|user| user.as_str()).map(UserId::new)
-            }
-            _ => None,
-        }
-    };
-    if let Some(user) = caller {
+    if let Some(user) = caller(single_user, &request) {
         request.extensions_mut().insert(Caller(user));
     }
     next.run(request).await
+}
+
+fn caller(single_user: bool, request: &Request) -> Option<UserId> {
+    if single_user {
+        return Some(UserId::local());
+    }
+    match request.extensions().get::<RequestContext>() {
+        Some(RequestContext::ApiGatewayV1(context)) => {
+            let user = context.authorizer.fields.get("user_id")?.as_str()?;
+            // The single user of local servers is nobody here.
+            Some(UserId::new(user)).filter(|user| !user.as_str().is_empty() && user.shown().is_some())
+        }
+        _ => None,
+    }
+}
+
+/// One line a request: which, whose, how it ended, how long it took. The route is its template: paths and queries may hold what
+/// is nobody's business.
+async fn log(request: Request, next: Next) -> Response {
+    static WARM: AtomicBool = AtomicBool::new(false);
+    let cold_start = !WARM.swap(true, Ordering::Relaxed);
+    let began = Instant::now();
+    let request_id = request.extensions().get::<Context>().map(|context| context.request_id.clone());
+    let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
+    let (method, user) = (request.method().clone(), caller(false, &request));
+    let response = next.run(request).await;
+    tracing::info!(
+        request_id = request_id.unwrap_or_default(),
+        user = user.as_ref().map(UserId::as_str).unwrap_or_default(),
+        %method,
+        route = route.as_deref().unwrap_or("none"),
+        status = response.status().as_u16(),
+        duration_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+        cold_start,
+        "http.request"
+    );
+    response
 }

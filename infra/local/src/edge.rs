@@ -4,19 +4,16 @@ use axum::Router;
 use axum::extract::Request;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Response};
-use http::{HeaderName, HeaderValue, StatusCode, header};
+use http::StatusCode;
 use secrecy::{ExposeSecret as _, SecretString};
 use shared::http::caller::Caller;
+use shared::http::cors::cors;
 use shared::http::response::{detail, with_common_answers};
 use shared::user::UserId;
 use shared::user::seal::hash;
-use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer};
 
 /// The header that holds the instance's key.
 const SESSION_API_KEY: &str = "x-session-api-key";
-
-/// What our answers say in headers of our own.
-const OWN_HEADERS: [&str; 4] = ["x-export-warning", "x-file-status", "x-files-truncated", "x-skills-status"];
 
 /// Puts the edge around the functions' routers: the single user, the instance's key if there is one, CORS. The others
 /// are open, or find out for themselves whose sandbox is calling.
@@ -30,7 +27,9 @@ pub fn around(functions: Router, without_user: Router, key: Option<SecretString>
                 }
             },
         ));
-    with_common_answers(guarded.merge(without_user)).layer(cors(origins))
+    // Pages on this machine, and those that the operator names.
+    with_common_answers(guarded.merge(without_user))
+        .layer(cors(move |origin| is_local(origin) || origins.iter().any(|allowed| allowed == origin)))
 }
 
 async fn as_local_user(mut request: Request, next: Next) -> Response {
@@ -38,28 +37,15 @@ async fn as_local_user(mut request: Request, next: Next) -> Response {
     next.run(request).await
 }
 
-/// Compares hashes, so that the time it takes tells nothing of the key.
+/// Compares hashes, so that the time it takes tells nothing of the key. The key may come in each of the headers that a deployed
+/// server takes keys in: an agent that shows its sandbox's in one of them can still show this one.
 fn carries(request: &Request, key: &SecretString) -> bool {
-    let given = request.headers().get(SESSION_API_KEY).and_then(|value| value.to_str().ok());
-    given.is_some_and(|given| hash(given) == hash(key.expose_secret()))
-}
-
-/// Pages on this machine, and those that the operator names. Not every page of the web: this server runs agents with
-/// the user's keys for whoever may call it.
-fn cors(origins: Vec<String>) -> CorsLayer {
-    CorsLayer::new()
-        .allow_credentials(true)
-        .allow_methods(AllowMethods::mirror_request())
-        .allow_headers(AllowHeaders::mirror_request())
-        .expose_headers(
-            [header::CONTENT_DISPOSITION, header::RETRY_AFTER]
-                .into_iter()
-                .chain(OWN_HEADERS.map(HeaderName::from_static))
-                .collect::<Vec<_>>(),
-        )
-        .allow_origin(AllowOrigin::predicate(move |origin: &HeaderValue, _| {
-            origin.to_str().is_ok_and(|origin| is_local(origin) || origins.iter().any(|allowed| allowed == origin))
-        }))
+    let given = |name: &str| request.headers().get(name).and_then(|value| value.to_str().ok());
+    let bearer = given("authorization")
+        .and_then(|value| value.split_once(' '))
+        .and_then(|(scheme, token)| scheme.eq_ignore_ascii_case("bearer").then_some(token.trim()));
+    let key = hash(key.expose_secret());
+    [given(SESSION_API_KEY), given("x-access-token"), bearer].into_iter().flatten().any(|given| hash(given) == key)
 }
 
 fn is_local(origin: &str) -> bool {

@@ -18,7 +18,7 @@ use serde_json::{Map, Value, json};
 use shared::aws::Aws;
 use shared::config::{
     self, Config, DockerSandboxConfig, ExportConfig, Names, ProcessSandboxConfig, RemoteSandboxConfig, SandboxConfig,
-    StartConfig,
+    SealingConfig, StartConfig,
 };
 use shared::sandbox::SandboxService as _;
 use shared::sandbox::process::ProcessSandboxes;
@@ -209,7 +209,7 @@ impl Server {
                 }),
             },
             names,
-            sealing_key_file,
+            sealing: SealingConfig::File(sealing_key_file),
             single_user: true,
             live_status_budget: Duration::from_millis(1500),
             look_budget: config::LOOK_BUDGET,
@@ -359,6 +359,7 @@ pub fn functions(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Router, 
         .merge(start_tasks::router(start_tasks::Context::new(config, aws, sealer)))
         .merge(skills::router(skills::Context::new(config, aws, sealer)?))
         .merge(sandboxes::router(sandboxes::Context::new(config, aws, sealer)?))
+        .merge(settings::router(settings::Context::new(config, aws, sealer)))
         .merge(events::router(events::Context::new(config, aws, sealer))))
 }
 

@@ -2,6 +2,7 @@
 
 pub mod body;
 pub mod caller;
+pub mod cors;
 pub mod page_id;
 pub mod query;
 pub mod response;

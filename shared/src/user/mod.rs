@@ -2,6 +2,8 @@
 
 pub mod api_key;
 pub mod counters;
+pub mod data_key;
+pub mod document;
 pub mod git;
 pub mod seal;
 pub mod settings;

@@ -64,6 +64,17 @@ impl Sealer {
         }
     }
 
+    /// Seals under a key of 32 bytes.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] for one of another length.
+    pub fn from_key(key: Vec<u8>) -> Result<Self> {
+        if key.len() != KEY_BYTES {
+            return Err(Error::internal(format!("a sealing key has {KEY_BYTES} bytes, not {}", key.len())));
+        }
+        Ok(Self { key: key.into() })
+    }
+
     /// A key of this process alone: nobody can open later what it seals. For stores that are given nothing to seal.
     #[must_use]
     pub fn ephemeral() -> Self {

@@ -1,32 +1,36 @@
 //! A user's settings and secrets: one sealed record.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
 use secrecy::{ExposeSecret as _, SecretString};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use super::UserId;
+use super::document::SettingsDocument;
 use super::seal::Sealer;
-use crate::dynamo::{store_error, text};
+use crate::dynamo::{is_condition_failure, store_error, text};
 use crate::error::{Error, Result};
+use crate::http::validation::wire_enum;
 use crate::start::request::ProviderType;
 
-/// How a start chooses among the user's running sandboxes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
-pub enum SandboxGroupingStrategy {
-    /// A sandbox of its own for every conversation.
-    #[default]
-    NoGrouping,
-    /// The sandbox that was made last.
-    GroupByNewest,
-    /// The sandbox in which nothing was started for the longest time.
-    LeastRecentlyUsed,
-    /// The sandbox with the fewest conversations.
-    FewestConversations,
-    /// The first that has room.
-    AddToAny,
+wire_enum! {
+    /// How a start chooses among the user's running sandboxes.
+    #[derive(Default)]
+    pub enum SandboxGroupingStrategy {
+        /// A sandbox of its own for every conversation.
+        #[default]
+        NoGrouping = "NO_GROUPING",
+        /// The sandbox that was made last.
+        GroupByNewest = "GROUP_BY_NEWEST",
+        /// The sandbox in which nothing was started for the longest time.
+        LeastRecentlyUsed = "LEAST_RECENTLY_USED",
+        /// The sandbox with the fewest conversations.
+        FewestConversations = "FEWEST_CONVERSATIONS",
+        /// The first that has room.
+        AddToAny = "ADD_TO_ANY",
+    }
 }
 
 /// A user's settings, in the contract's shape (`settings-auth`): fields that a start does not use are kept as they came.
@@ -213,10 +217,19 @@ impl Settings {
             .chain(&self.search_api_key)
             .chain(self.provider_tokens.0.iter().filter_map(|(_, token)| token.token.as_ref()))
             .chain(self.custom_secrets.values().map(|secret| &secret.secret))
+            .chain(
+                self.mcp_config
+                    .iter()
+                    .flat_map(|mcp| mcp.sse_servers.iter().chain(&mcp.shttp_servers))
+                    .filter_map(|server| server.api_key.as_ref()),
+            )
     }
 }
 
 const KIND: &str = "settings";
+/// Of a change, when others come first.
+const ATTEMPTS: u32 = 20;
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// The settings of all users, sealed.
 #[derive(Clone, Debug)]
@@ -238,12 +251,70 @@ impl SettingsStore {
     /// # Errors
     /// [`Error::Store`], or [`Error::Internal`] when they were sealed under another key.
     pub async fn get(&self, user: &UserId) -> Result<Option<Settings>> {
+        let Some((json, _)) = self.stored(user, false).await? else { return Ok(None) };
+        Settings::from_json(json.expose_secret()).map(Some).map_err(unreadable)
+    }
+
+    /// The user's settings as the document that clients change, or `None` when none were ever stored.
+    ///
+    /// # Errors
+    /// As [`SettingsStore::get`].
+    pub async fn document(&self, user: &UserId) -> Result<Option<SettingsDocument>> {
+        let Some((json, _)) = self.stored(user, true).await? else { return Ok(None) };
+        SettingsDocument::parse(json.expose_secret()).map(Some).map_err(unreadable)
+    }
+
+    /// Changes the user's document, which is empty when none was ever stored. The change is made on what is stored when it is
+    /// written: changes at the same time lose nothing of each other.
+    ///
+    /// # Errors
+    /// Those of `change`; [`Error::TooLarge`]; [`Error::Store`]; [`Error::Unavailable`] when others' changes kept coming first.
+    pub async fn change<T>(&self, user: &UserId, change: impl Fn(&mut SettingsDocument) -> Result<T>) -> Result<T> {
+        for attempt in 0..ATTEMPTS {
+            if attempt > 0 {
+                tokio::time::sleep(PAUSE * rand::random_range(1..=1 << attempt.min(6))).await;
+            }
+            let stored = self.stored(user, true).await?;
+            let (mut document, before) = match &stored {
+                Some((json, sealed)) => {
+                    (SettingsDocument::parse(json.expose_secret()).map_err(unreadable)?, Some(sealed.clone()))
+                }
+                None => (SettingsDocument::default(), None),
+            };
+            let done = change(&mut document)?;
+            let json = SecretString::from(document.to_json()?);
+            // What does not read later must not be written now.
+            Settings::from_json(json.expose_secret()).map_err(unreadable)?;
+            let put = self
+                .dynamodb
+                .put_item()
+                .table_name(&self.table)
+                .item("user", text(user.as_str()))
+                .item("kind", text(KIND))
+                .item("sealed", text(self.sealer.seal(&purpose(user), &json)?));
+            let put = match before {
+                Some(before) => {
+                    put.condition_expression("sealed = :before").expression_attribute_values(":before", text(before))
+                }
+                None => put.condition_expression("attribute_not_exists(sealed)"),
+            };
+            match put.send().await.map_err(store_error("PutItem users")) {
+                Err(error) if is_condition_failure(&error) => {}
+                written => return written.map(|_| done),
+            }
+        }
+        Err(Error::Unavailable("The settings are being changed by many at once; try again".to_owned()))
+    }
+
+    /// The text, and as it is sealed.
+    async fn stored(&self, user: &UserId, consistent: bool) -> Result<Option<(SecretString, String)>> {
         let found = self
             .dynamodb
             .get_item()
             .table_name(&self.table)
             .key("user", text(user.as_str()))
             .key("kind", text(KIND))
+            .consistent_read(consistent)
             .send()
             .await
             .map_err(store_error("GetItem users"))?;
@@ -251,11 +322,7 @@ impl SettingsStore {
         else {
             return Ok(None);
         };
-        let json = self.sealer.open(&purpose(user), sealed)?;
-        Settings::from_json(json.expose_secret()).map(Some).map_err(|_| {
-            // The error's text could quote a secret.
-            Error::internal("stored settings do not read as settings")
-        })
+        Ok(Some((self.sealer.open(&purpose(user), sealed)?, sealed.clone())))
     }
 
     /// Stores settings given in the contract's JSON shape, which is kept as it came, sealed.
@@ -276,6 +343,11 @@ impl SettingsStore {
             .map_err(store_error("PutItem users"))?;
         Ok(())
     }
+}
+
+/// The error's own text could quote a secret.
+fn unreadable(_: serde_json::Error) -> Error {
+    Error::internal("stored settings do not read as settings")
 }
 
 fn purpose(user: &UserId) -> String {
@@ -301,7 +373,7 @@ mod tests {
         assert_eq!(providers, [ProviderType::Gitlab, ProviderType::Github]);
         let mcp = settings.mcp_config.as_ref().expect("mcp");
         assert_eq!((mcp.sse_servers[0].url.as_str(), mcp.shttp_servers[0].timeout), ("http://a", Some(60)));
-        assert_eq!(settings.secrets().count(), 4);
+        assert_eq!(settings.secrets().count(), 5);
         assert!(!format!("{settings:?}").contains("sk-1"));
     }
 }

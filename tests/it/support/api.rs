@@ -10,7 +10,7 @@ use http_body_util::BodyExt as _;
 use local::engines::{EnginePorts, Engines};
 use serde_json::{Value, json};
 use shared::aws::Aws;
-use shared::config::{Config, ExportConfig, Names, SandboxConfig, StartConfig};
+use shared::config::{Config, ExportConfig, Names, SandboxConfig, SealingConfig, StartConfig};
 use shared::http::caller::Caller;
 use shared::http::response::with_common_answers;
 use shared::user::UserId;
@@ -51,7 +51,7 @@ impl Api {
             start: StartConfig::default(),
             sandbox,
             names: names.clone(),
-            sealing_key_file,
+            sealing: SealingConfig::File(sealing_key_file),
             single_user: false,
             live_status_budget: std::time::Duration::from_secs(1),
             look_budget: std::time::Duration::from_secs(2),

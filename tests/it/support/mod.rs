@@ -9,6 +9,8 @@ pub mod api;
 pub mod docker_engine;
 pub mod gate;
 pub mod git_server;
+pub mod kms;
+pub mod lambda;
 pub mod log;
 pub mod meter;
 pub mod product;

@@ -11,6 +11,7 @@ use local::server::{Environment, Server};
 use reqwest::{Client, RequestBuilder};
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use serde_json::{Value, json};
+use shared::config::SealingConfig;
 use shared::config::StartConfig;
 use shared::event::store::{Event, EventStore};
 use shared::sandbox::process::ProcessSandboxes;
@@ -202,7 +203,8 @@ impl Product {
     /// Replaces the user's settings.
     pub async fn change_settings(&self, settings: &Value) {
         let Server { config, aws, .. } = self.server();
-        let sealer = Sealer::from_file(&config.sealing_key_file).expect("the sealing key");
+        let SealingConfig::File(key) = &config.sealing else { panic!("a key file") };
+        let sealer = Sealer::from_file(key).expect("the sealing key");
         let store = SettingsStore::new(aws.dynamodb.clone(), config.names.users.clone(), sealer);
         store.put(&UserId::local(), &settings.to_string().into()).await.expect("the settings are stored");
     }

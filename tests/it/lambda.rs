@@ -1,0 +1,281 @@
+//! The functions' programs under Lambda's runtime API, with the events of a REST API, a queue and a schedule.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use futures::future::join_all;
+use local::engines::{EnginePorts, Engines};
+use serde_json::{Value, json};
+use shared::aws::Aws;
+use shared::config::{Config, ExportConfig, Names, SandboxConfig, SealingConfig, StartConfig};
+use shared::user::UserId;
+use shared::user::data_key::DataKey;
+use shared::user::seal::Sealer;
+use tempfile::TempDir;
+use tokio::time::timeout;
+use uuid::Uuid;
+
+use crate::support::kms::{KEY, Kms};
+use crate::support::lambda::{Function, Part};
+use crate::support::seed::Stores;
+
+const BASE: &str = "/api/v1/app-conversations";
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// An event as recorded in `tests/data/lambda`.
+fn event(name: &str) -> Value {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/lambda").join(format!("{name}.json"));
+    serde_json::from_str(&fs::read_to_string(path).expect("an event")).expect("JSON")
+}
+
+/// What the functions work on.
+struct Cloud {
+    folder: TempDir,
+    kms: Kms,
+    engines: Engines,
+    aws: Aws,
+    config: Config,
+}
+
+impl Cloud {
+    async fn start() -> Self {
+        let folder = TempDir::new().expect("a folder");
+        let engines = Engines::start(folder.path(), EnginePorts::default()).await.expect("engines");
+        let aws = Aws::new(&engines.sdk_config().await);
+        let mut names = Names::with_prefix("oh-");
+        names.start_queue_url = schema::make_all(&aws, &names, "oh-").await.expect("a schema").starts;
+        let config = Config {
+            start: StartConfig::default(),
+            sandbox: SandboxConfig::None,
+            names,
+            sealing: SealingConfig::Kms(KEY.to_owned()),
+            single_user: false,
+            live_status_budget: Duration::from_secs(1),
+            look_budget: Duration::from_secs(2),
+            export: ExportConfig::default(),
+        };
+        Self { folder, kms: Kms::start().await, engines, aws, config }
+    }
+
+    async fn function(&self, name: &str) -> Function {
+        let mut environment = self.engines.environment();
+        environment.extend(self.config.to_env().into_iter().map(|(name, value)| (name.to_owned(), value)));
+        environment.push(("AWS_ENDPOINT_URL_KMS".to_owned(), self.kms.url()));
+        environment.push(("PERMITTED_CORS_ORIGINS".to_owned(), "https://app.example.org".to_owned()));
+        Function::start(name, self.folder.path(), &environment).await
+    }
+
+    async fn data_key(&self) -> DataKey {
+        let sdk = self.engines.sdk_config().await.to_builder().endpoint_url(self.kms.url()).build();
+        DataKey::new(&sdk, self.aws.dynamodb.clone(), self.config.names.users.clone(), KEY.to_owned())
+    }
+
+    async fn sealer(&self) -> Sealer {
+        self.data_key().await.sealer().await.expect("a key")
+    }
+}
+
+fn status_and_body(answer: &Value) -> (u64, Value) {
+    assert_eq!(answer["isBase64Encoded"], false, "{answer}");
+    let body = answer["body"].as_str().unwrap_or_default();
+    (answer["statusCode"].as_u64().expect("a status"), serde_json::from_str(body).unwrap_or_else(|_| body.into()))
+}
+
+/// A header of an answer; empty when it is not there.
+fn header<'a>(answer: &'a Value, name: &str) -> &'a str {
+    answer["multiValueHeaders"][name][0].as_str().unwrap_or_default()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_caller_is_whom_the_authorizer_named() {
+    let cloud = Cloud::start().await;
+    let function = cloud.function("settings").await;
+    let missing = (404, json!({"detail": "Settings not found"}));
+    assert_eq!(status_and_body(&function.invoke(event("settings-get")).await), missing);
+    let stored = function.invoke(event("settings-post")).await;
+    assert_eq!(status_and_body(&stored), (200, json!({"message": "Settings stored"})));
+    assert_eq!(header(&stored, "cache-control"), "no-cache, no-store, must-revalidate, max-age=0");
+    let (status, shown) = status_and_body(&function.invoke(event("settings-get")).await);
+    assert_eq!((status, &shown["llm_model"], &shown["llm_api_key_set"]), (200, &json!("openai/x"), &json!(true)));
+    assert_eq!(status_and_body(&function.invoke(event("settings-of-another")).await), missing);
+    for nobody in ["settings-of-nobody", "settings-of-the-local-user"] {
+        let answer = status_and_body(&function.invoke(event(nobody)).await);
+        assert_eq!(answer, (401, json!({"detail": "Unauthorized"})), "{nobody}");
+    }
+
+    // One line a request, which tells no secrets.
+    let log = function.logged();
+    let lines: Vec<Value> = log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let requests: Vec<&Value> = lines.iter().filter(|line| line["message"] == "http.request").collect();
+    let told: Vec<_> = requests.iter().map(|line| (line["user"].as_str(), line["status"].as_u64())).collect();
+    let expected = [("u1", 404), ("u1", 200), ("u1", 200), ("u2", 404), ("", 401), ("", 401)];
+    assert_eq!(told, expected.map(|(user, status)| (Some(user), Some(status))), "{log}");
+    assert_eq!((&requests[0]["cold_start"], &requests[1]["cold_start"]), (&json!(true), &json!(false)));
+    for line in &requests {
+        assert_eq!(line["route"], "/api/v1/settings");
+        assert_eq!(line["request_id"].as_str().map(str::len), Some(36), "{line}");
+        assert!(line["duration_ms"].is_u64(), "{line}");
+    }
+    assert!(!log.contains("canary"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn queries_and_bodies_arrive_as_they_were_sent() {
+    let cloud = Cloud::start().await;
+    let start = cloud.function("start").await;
+    // In base64, as the gateway sends what it takes for binary.
+    let answer = start.invoke(event("start-base64")).await;
+    let (status, task) = status_and_body(&answer);
+    assert_eq!((status, &task["status"]), (200, &json!("WORKING")), "{answer}");
+    assert_eq!(task["request"]["initial_message"]["content"][0]["text"], "Grüße 👋");
+    let (status, told) = status_and_body(&start.invoke(event("start-broken")).await);
+    assert_eq!((status, &told["detail"][0]["type"]), (422, &json!("json_invalid")));
+
+    let sealer = cloud.sealer().await;
+    let stores = Stores::new(&cloud.aws, &cloud.config.names, &sealer);
+    let rows = [10_u128, 11].map(|number| {
+        json!({"type": "conversation", "data": {"id": Uuid::from_u128(number).to_string(), "sandbox_id": "s",
+            "title": if number == 10 { "x a b&c=d/é y" } else { "another" },
+            "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}})
+    });
+    stores.load(&UserId::new("u1"), rows).await;
+    let conversations = cloud.function("conversations").await;
+    let (status, rows) = status_and_body(&conversations.invoke(event("batch-get")).await);
+    assert_eq!(
+        (status, rows[0]["title"].as_str(), rows[1]["title"].as_str()),
+        (200, Some("x a b&c=d/é y"), Some("another"))
+    );
+    let (status, page) = status_and_body(&conversations.invoke(event("search")).await);
+    assert_eq!((status, page["items"].as_array().map(Vec::len)), (200, Some(1)), "{page}");
+    let (status, told) = status_and_body(&conversations.invoke(event("unknown-path")).await);
+    assert_eq!((status, told), (404, json!({"detail": "Not Found"})));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn browsers_are_answered_before_anybody_is_known() {
+    let cloud = Cloud::start().await;
+    let function = cloud.function("web-client").await;
+    let preflight = function.invoke(event("preflight")).await;
+    assert_eq!(preflight["statusCode"], 200);
+    assert_eq!(header(&preflight, "access-control-allow-origin"), "https://app.example.org");
+    assert_eq!(header(&preflight, "access-control-allow-methods"), "POST");
+    assert_eq!(header(&preflight, "access-control-allow-headers"), "content-type,authorization");
+    let (status, config) = status_and_body(&function.invoke(event("config")).await);
+    assert_eq!((status, &config["kind"]), (200, &json!("WebClientConfig")));
+    let mut foreign = event("preflight");
+    foreign["headers"]["Origin"] = json!("https://evil.example.org");
+    foreign["multiValueHeaders"]["Origin"] = json!(["https://evil.example.org"]);
+    let refused = function.invoke(foreign).await;
+    assert_eq!(header(&refused, "access-control-allow-origin"), "", "{refused}");
+    assert_eq!(cloud.kms.asked(), (0, 0), "it has no use for the key");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_worker_reports_what_failed_of_a_batch_alone() {
+    let cloud = Cloud::start().await;
+    let start = cloud.function("start").await;
+    let (_, task) = status_and_body(&start.invoke(event("start-base64")).await);
+    let id = task["id"].as_str().expect("an id");
+    let received = cloud.aws.sqs.receive_message().queue_url(&cloud.config.names.start_queue_url).send().await;
+    let message = received.expect("the queue").messages.unwrap_or_default().pop().expect("a message");
+
+    let worker = cloud.function("start-worker").await;
+    let mut batch = event("queue");
+    let mut good = batch["Records"][0].clone();
+    good["messageId"] = json!("the good one");
+    good["body"] = json!(message.body);
+    batch["Records"].as_array_mut().expect("records").insert(1, good);
+    let answer = worker.invoke(batch.clone()).await;
+    let failed: Vec<&Value> =
+        batch["Records"].as_array().expect("records").iter().map(|record| &record["messageId"]).collect();
+    let failed: Vec<Value> = [0, 2, 3].map(|index| json!({"itemIdentifier": failed[index]})).into();
+    assert_eq!(answer, json!({"batchItemFailures": failed}));
+
+    let tasks = cloud.function("start-tasks").await;
+    let mut get = event("batch-get");
+    for part in ["path", "resource"] {
+        get[part] = json!(format!("{BASE}/start-tasks"));
+    }
+    get["multiValueQueryStringParameters"] = json!({"ids": [id]});
+    get["queryStringParameters"] = json!({"ids": id});
+    let (status, rows) = status_and_body(&tasks.invoke(get).await);
+    assert_eq!((status, &rows[0]["status"]), (200, &json!("ERROR")), "there are no sandboxes here: {rows}");
+    // The schedule, and what is dead.
+    assert_eq!(worker.invoke(event("schedule")).await, json!({"batchItemFailures": []}));
+    let mut dead = event("queue");
+    for record in dead["Records"].as_array_mut().expect("records") {
+        record["eventSourceARN"] = json!("arn:aws:sqs:eu-central-1:123456789012:oh-starts-dead-letters");
+    }
+    assert_eq!(worker.invoke(dead).await, json!({"batchItemFailures": []}), "dead letters are not delivered for ever");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stream_start_answers_chunk_by_chunk() {
+    let cloud = Cloud::start().await;
+    let function = cloud.function("stream-start").await;
+    let (id, mut parts) = function.send(event("stream-start"));
+    let mut text = Vec::new();
+    let mut chunks = 0;
+    // The first state comes before anything has been done about the start.
+    while !String::from_utf8_lossy(&text).contains("WORKING") {
+        let Some(Part::Chunk(chunk)) = timeout(PATIENCE, parts.recv()).await.expect("a chunk") else {
+            panic!("an end")
+        };
+        text.extend_from_slice(&chunk);
+        chunks += 1;
+    }
+    let worker = cloud.function("start-worker").await;
+    let received = cloud.aws.sqs.receive_message().queue_url(&cloud.config.names.start_queue_url).send().await;
+    let message = received.expect("the queue").messages.unwrap_or_default().pop().expect("a message");
+    worker.invoke(json!({"Records": [{"messageId": "1", "body": message.body}]})).await;
+    loop {
+        match timeout(PATIENCE, parts.recv()).await.expect("a part").expect("the runtime API runs") {
+            Part::Chunk(chunk) => {
+                text.extend_from_slice(&chunk);
+                chunks += 1;
+            }
+            Part::End => break,
+            Part::Error(error) => panic!("{error}"),
+        }
+    }
+    assert!(function.was_streamed(&id));
+    assert!(chunks > 2, "{chunks}");
+    let separator = text.windows(8).position(|eight| eight == [0; 8]).expect("a separator");
+    let prelude: Value = serde_json::from_slice(&text[..separator]).expect("JSON");
+    assert_eq!(
+        (&prelude["statusCode"], &prelude["headers"]["content-type"]),
+        (&json!(200), &json!("application/json"))
+    );
+    let states: Value = serde_json::from_slice(&text[separator + 8..]).expect("a JSON array");
+    let states: Vec<_> = states.as_array().expect("an array").iter().map(|state| state["status"].as_str()).collect();
+    assert_eq!((states.first(), states.last()), (Some(&Some("WORKING")), Some(&Some("ERROR"))), "{states:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deployment_has_one_data_key_whoever_comes_first() {
+    let cloud = Cloud::start().await;
+    let keys = join_all((0..6).map(|_| cloud.data_key())).await;
+    let sealers = join_all(keys.iter().map(DataKey::sealer)).await;
+    let sealers: Vec<Sealer> = sealers.into_iter().map(|sealer| sealer.expect("a key")).collect();
+    let sealed = sealers[0].seal("p", &"secret".into()).expect("sealed");
+    for sealer in &sealers {
+        sealer.open("p", &sealed).expect("the same key");
+    }
+    let (made, _) = cloud.kms.asked();
+    cloud.sealer().await.open("p", &sealed).expect("the same key");
+    assert_eq!(cloud.kms.asked().0, made, "the second time none is made");
+
+    // Neither another key of KMS nor a changed row opens anything.
+    let sdk = cloud.engines.sdk_config().await.to_builder().endpoint_url(cloud.kms.url()).build();
+    let users = cloud.config.names.users.clone();
+    let wrong = DataKey::new(&sdk, cloud.aws.dynamodb.clone(), users.clone(), "alias/other".to_owned());
+    let refused = wrong.sealer().await.expect_err("refused");
+    assert!(refused.context().contains("AccessDenied") && !refused.to_string().contains("KMS"), "{refused:?}");
+    let rows = cloud.aws.dynamodb.scan().table_name(users).send().await.expect("rows").items.unwrap_or_default();
+    let stored = rows[0]["encrypted"].as_b().expect("bytes").as_ref().to_vec();
+    assert!(!sealed.contains(&BASE64.encode(&stored)));
+    assert_eq!((rows.len(), rows[0]["user"].as_s().map(String::as_str)), (1, Ok("#deployment")));
+}

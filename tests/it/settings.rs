@@ -1,0 +1,230 @@
+//! What users set and keep secret, over the routes.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use axum::body::Body;
+use futures::future::join_all;
+use http::Request;
+use secrecy::ExposeSecret as _;
+use serde_json::{Value, json};
+use shared::config::SandboxConfig;
+use shared::http::caller::Caller;
+use shared::sandbox::store::SandboxStore;
+use shared::user::UserId;
+use shared::user::settings::SettingsStore;
+use tempfile::TempDir;
+
+use crate::support::api::Api;
+
+const MASK: &str = "**********";
+
+async fn api(folder: &TempDir) -> Api {
+    Api::at(folder.path(), SandboxConfig::None).await
+}
+
+fn store(api: &Api) -> SettingsStore {
+    SettingsStore::new(api.aws.dynamodb.clone(), api.names.users.clone(), api.sealer.clone())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn settings_are_stored_merged_masked_and_used() {
+    let folder = TempDir::new().expect("a folder");
+    let api = api(&folder).await;
+    let user = UserId::new("u");
+    let get = async || api.call(&user, "GET", "/api/v1/settings", None).await;
+    let post = async |body: Value| api.call(&user, "POST", "/api/v1/settings", Some(&body)).await;
+    assert_eq!(get().await, (404, json!({"detail": "Settings not found"})));
+
+    let first = json!({"llm_model": "openai/x", "llm_api_key": "sk-1", "search_api_key": "tv-1", "git_user_name": "n",
+        "provider_tokens": {"github": {"token": "gh-1", "host": "git.example.org"}}, "of_another_version": {"a": 1}});
+    assert_eq!(post(first).await, (200, json!({"message": "Settings stored"})));
+    let (status, shown) = get().await;
+    assert_eq!(status, 200);
+    let expected = [
+        ("llm_model", json!("openai/x")),
+        ("llm_api_key", json!(MASK)),
+        ("search_api_key", json!(MASK)),
+        ("sandbox_api_key", Value::Null),
+        ("llm_api_key_set", json!(true)),
+        ("search_api_key_set", json!(true)),
+        ("provider_tokens_set", json!({"github": "git.example.org"})),
+        ("secrets_store", json!({"provider_tokens": {}})),
+        ("enable_sound_notifications", json!(false)),
+        ("condenser_max_size", Value::Null),
+    ];
+    for (name, value) in expected {
+        assert_eq!(shown[name], value, "{name}");
+    }
+
+    // What was shown, sent back by a form with one field changed.
+    let mut form = shown.clone();
+    form["llm_model"] = json!("openai/y");
+    assert_eq!(post(form).await.0, 200);
+    let used = store(&api).get(&user).await.expect("an answer").expect("settings");
+    assert_eq!(used.llm_model.as_deref(), Some("openai/y"));
+    assert_eq!(used.llm_api_key.as_ref().map(|key| key.expose_secret()), Some("sk-1"));
+    assert_eq!(used.provider_tokens.0[0].1.token.as_ref().map(|token| token.expose_secret()), Some("gh-1"));
+
+    // As clients of later versions send it.
+    let later = json!({"agent_settings_diff": {"llm": {"api_key": "sk-2"}, "condenser": {"max_size": 99}},
+        "conversation_settings_diff": {"confirmation_mode": true}, "language": "de"});
+    assert_eq!(post(later).await.0, 200);
+    let used = store(&api).get(&user).await.expect("an answer").expect("settings");
+    assert_eq!(used.llm_api_key.as_ref().map(|key| key.expose_secret()), Some("sk-2"));
+    assert_eq!((used.condenser_max_size, used.confirmation_mode), (Some(99), Some(true)));
+
+    // Nothing of what is refused is stored.
+    let (status, told) = post(json!({"language": "fr", "condenser_max_size": 5})).await;
+    assert_eq!((status, &told["detail"][0]["loc"]), (422, &json!(["body", "condenser_max_size"])));
+    assert_eq!(get().await.1["language"], "de");
+    let large = "x".repeat(9_000);
+    let many: Vec<&str> = vec![&large; 40];
+    let (status, told) = post(json!({"disabled_skills": many})).await;
+    assert_eq!((status, told), (413, json!({"detail": "Settings and secrets of a user may be 256 KiB together"})));
+    let (status, told) = post(json!({"language": "x".repeat(600_000)})).await;
+    assert_eq!((status, told), (413, json!({"detail": "The request is larger than this server takes"})));
+    let other = api.call(&UserId::new("other"), "GET", "/api/v1/settings", None).await;
+    assert_eq!(other.0, 404);
+    api.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn changes_at_the_same_time_lose_nothing_of_each_other() {
+    let folder = TempDir::new().expect("a folder");
+    let api = api(&folder).await;
+    let user = UserId::new("u");
+    let put = async |number: usize| {
+        let body = json!({"name": format!("SECRET_{number}"), "value": format!("value {number}")});
+        let (status, answer) = api.call(&user, "POST", "/api/v1/secrets", Some(&body)).await;
+        assert_eq!((status, answer), (201, json!({"message": "Secret stored"})));
+    };
+    join_all((0..12).map(put)).await;
+    let kept = store(&api).get(&user).await.expect("an answer").expect("settings");
+    let names: BTreeSet<_> = kept.custom_secrets.keys().cloned().collect();
+    assert_eq!(names, (0..12).map(|number| format!("SECRET_{number}")).collect());
+    api.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn secrets_are_listed_page_by_page_and_never_shown() {
+    let folder = TempDir::new().expect("a folder");
+    let api = api(&folder).await;
+    let (user, other) = (UserId::new("u"), UserId::new("other"));
+    let call = async |method: &str, target: &str, body: Option<Value>| {
+        api.call(&user, method, &format!("/api/v1/secrets{target}"), body.as_ref()).await
+    };
+    for name in ["B", "A", "C/x", "", "=", "c c"] {
+        let (status, _) = call("POST", "", Some(json!({"name": name, "value": "v", "description": "d"}))).await;
+        assert_eq!(status, if ["A", "B", "c c"].contains(&name) { 201 } else { 422 }, "{name}");
+    }
+    assert_eq!(call("POST", "", Some(json!({"name": "B", "value": "w"}))).await.0, 200);
+    let (_, page) = call("GET", "/search?limit=2", None).await;
+    assert_eq!(page["items"], json!([{"name": "A", "description": "d"}, {"name": "B", "description": "d"}]));
+    let next = page["next_page_id"].as_str().expect("a page id").to_owned();
+    let (_, page) = call("GET", &format!("/search?limit=2&page_id={next}"), None).await;
+    assert_eq!(page, json!({"items": [{"name": "c c", "description": "d"}], "next_page_id": null}));
+    let foreign = api.call(&other, "GET", &format!("/api/v1/secrets/search?page_id={next}"), None).await;
+    assert_eq!(foreign.0, 400);
+    assert_eq!(call("GET", "/search?name__contains=b", None).await.1["items"].as_array().map(Vec::len), Some(1));
+
+    assert_eq!(call("PUT", "/A", Some(json!({"name": "B"}))).await.0, 409);
+    assert_eq!(call("PUT", "/A", Some(json!({"name": "D", "description": "e", "value": null}))).await.0, 200);
+    assert_eq!(call("PUT", "/A", Some(json!({"name": "E"}))).await.0, 404);
+    assert_eq!(call("DELETE", "/c%20c", None).await.0, 200);
+    assert_eq!(call("DELETE", "/c%20c", None).await, (404, json!({"detail": "Secret c c not found"})));
+    assert_eq!(api.call(&other, "DELETE", "/api/v1/secrets/D", None).await.0, 404);
+    let kept = store(&api).get(&user).await.expect("an answer").expect("settings").custom_secrets;
+    let kept: Vec<_> = kept.iter().map(|(name, secret)| (name.as_str(), secret.secret.expose_secret())).collect();
+    assert_eq!(kept, [("B", "w"), ("D", "v")]);
+    api.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn users_me_shows_secrets_to_the_users_own_sandboxes_alone() {
+    let folder = TempDir::new().expect("a folder");
+    let api = api(&folder).await;
+    let (user, other) = (UserId::new("u"), UserId::new("other"));
+    let (status, me) = api.call(&user, "GET", "/api/v1/users/me", None).await;
+    assert_eq!((status, &me["id"], &me["llm_api_key"]), (200, &json!("u"), &Value::Null));
+    assert_eq!(api.call(&UserId::local(), "GET", "/api/v1/users/me", None).await.1["id"], Value::Null);
+    api.call(&user, "POST", "/api/v1/settings", Some(&json!({"llm_api_key": "sk-1"}))).await;
+    assert_eq!(api.call(&user, "GET", "/api/v1/users/me", None).await.1["llm_api_key"], MASK);
+
+    let sandboxes = SandboxStore::new(api.aws.dynamodb.clone(), api.names.sandboxes.clone(), api.sealer.clone());
+    for (owner, key) in [(&user, "key of u"), (&other, "key of other")] {
+        let record = sandboxes.new_record(owner, "s", "spec", &key.into()).expect("a record");
+        sandboxes.put_new(record).await.expect("stored");
+    }
+    for (key, expected) in [
+        (None, (401, json!("X-Session-API-Key header is required"))),
+        (Some("no key"), (401, json!("Invalid session API key"))),
+        (Some("key of other"), (403, json!("Session API key does not belong to the authenticated user"))),
+        (Some("key of u"), (200, json!("sk-1"))),
+    ] {
+        let mut request = Request::get("/api/v1/users/me?expose_secrets=true").extension(Caller(user.clone()));
+        if let Some(key) = key {
+            request = request.header("x-session-api-key", key);
+        }
+        let (status, answer) = api.send(request.body(Body::empty()).expect("a request")).await;
+        let told = if status == 200 { &answer["llm_api_key"] } else { &answer["detail"] };
+        assert_eq!((status, told), (expected.0, &expected.1), "{key:?}");
+    }
+    api.stop().await;
+}
+
+/// Every door for secrets here, and every byte that is stored or answered.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_secret_is_stored_or_answered_in_clear() {
+    let folder = TempDir::new().expect("a folder");
+    let api = api(&folder).await;
+    let user = UserId::new("u");
+    let mut answers = String::new();
+    let canary = |number: usize| format!("canary-{number}-f3b1");
+    let settings = json!({
+        "llm_api_key": canary(1), "search_api_key": canary(2), "sandbox_api_key": canary(3),
+        "provider_tokens": {"github": {"token": canary(4)}},
+        "mcp_config": {"sse_servers": [{"url": "http://a", "api_key": canary(5)}],
+                       "stdio_servers": [{"name": "s", "command": "c", "env": {"T": canary(6)}}]},
+    });
+    let wrong =
+        json!({"llm_api_key": {"a": canary(7)}, "provider_tokens": {"github": canary(8)}, "mcp_config": canary(9)});
+    let later = json!({"agent_settings_diff": {"llm": {"api_key": canary(10)}}});
+    for (method, path, body) in [
+        ("POST", "/api/v1/settings", Some(settings)),
+        ("POST", "/api/v1/settings", Some(wrong)),
+        ("POST", "/api/v1/settings", Some(later)),
+        ("POST", "/api/v1/secrets", Some(json!({"name": "A", "value": canary(11)}))),
+        ("POST", "/api/v1/secrets", Some(json!({"value": canary(12)}))),
+        ("PUT", "/api/v1/secrets/A", Some(json!({"value": canary(13), "name": 1}))),
+        ("PUT", "/api/v1/secrets/A", Some(json!({"value": canary(14)}))),
+        ("GET", "/api/v1/settings", None),
+        ("GET", "/api/v1/secrets/search", None),
+        ("GET", "/api/v1/users/me", None),
+    ] {
+        let (status, answer) = api.call(&user, method, path, body.as_ref()).await;
+        answers += &format!("{method} {path} {status} {answer}\n");
+    }
+    let used = store(&api).get(&user).await.expect("an answer").expect("settings");
+    assert!(used.secrets().any(|secret| secret.expose_secret() == canary(14)), "what was kept opens");
+    api.stop().await;
+    assert!(!answers.contains("canary"), "{answers}");
+    let mut files = 0;
+    each_file(folder.path(), &mut |path, bytes| {
+        files += 1;
+        assert!(!bytes.windows(6).any(|six| six == b"canary"), "{}", path.display());
+    });
+    assert!(files > 1, "the folder holds what was stored");
+}
+
+fn each_file(folder: &Path, visit: &mut impl FnMut(&Path, &[u8])) {
+    for entry in fs::read_dir(folder).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() {
+            each_file(&path, visit);
+        } else if path.is_file() {
+            visit(&path, &fs::read(&path).expect("a file"));
+        }
+    }
+}

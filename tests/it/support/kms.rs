@@ -1,0 +1,84 @@
+//! A stand-in for KMS: makes data keys and decrypts them, for who names the right key and context.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use axum::response::Response;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use http::StatusCode;
+use serde_json::{Value, json};
+
+use super::server::{Cut, Request, Server};
+
+/// The key's id.
+pub const KEY: &str = "alias/test";
+
+/// The server, and what it was asked.
+#[derive(Debug)]
+pub struct Kms {
+    server: Server,
+    made: Arc<AtomicUsize>,
+    decrypted: Arc<AtomicUsize>,
+}
+
+impl Kms {
+    pub async fn start() -> Self {
+        let (made, decrypted) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let counters = (made.clone(), decrypted.clone());
+        let server = Server::start(move |request| {
+            let counters = counters.clone();
+            async move { Ok::<_, Cut>(answer(&request, &counters.0, &counters.1)) }
+        })
+        .await;
+        Self { server, made, decrypted }
+    }
+
+    pub fn url(&self) -> String {
+        self.server.url()
+    }
+
+    /// How many keys were made, and how many decrypted.
+    pub fn asked(&self) -> (usize, usize) {
+        (self.made.load(Ordering::SeqCst), self.decrypted.load(Ordering::SeqCst))
+    }
+}
+
+/// What stands for encryption: the key's bytes are turned around behind a mark.
+const MARK: u8 = 0xA5;
+
+fn answer(request: &Request, made: &AtomicUsize, decrypted: &AtomicUsize) -> Response {
+    let asked = request.json();
+    let refused = |kind: &str| reply(StatusCode::BAD_REQUEST, &json!({"__type": kind, "message": "refused"}));
+    if asked["KeyId"] != KEY || asked["EncryptionContext"] != json!({"purpose": "openhands-secrets"}) {
+        return refused("AccessDeniedException");
+    }
+    match request.header("x-amz-target") {
+        Some("TrentService.GenerateDataKey") => {
+            made.fetch_add(1, Ordering::SeqCst);
+            let plain: Vec<u8> = uuid::Uuid::new_v4().as_bytes().repeat(2);
+            let mut encrypted = vec![MARK];
+            encrypted.extend(plain.iter().rev());
+            let (plain, encrypted) = (BASE64.encode(plain), BASE64.encode(encrypted));
+            reply(StatusCode::OK, &json!({"KeyId": KEY, "Plaintext": plain, "CiphertextBlob": encrypted}))
+        }
+        Some("TrentService.Decrypt") => {
+            decrypted.fetch_add(1, Ordering::SeqCst);
+            let encrypted = BASE64.decode(asked["CiphertextBlob"].as_str().unwrap_or_default()).unwrap_or_default();
+            let Some((&MARK, reversed)) = encrypted.split_first() else {
+                return refused("InvalidCiphertextException");
+            };
+            let plain: Vec<u8> = reversed.iter().rev().copied().collect();
+            reply(StatusCode::OK, &json!({"KeyId": KEY, "Plaintext": BASE64.encode(plain)}))
+        }
+        _ => refused("UnsupportedOperationException"),
+    }
+}
+
+fn reply(status: StatusCode, body: &Value) -> Response {
+    Response::builder()
+        .status(status)
+        .header("content-type", "application/x-amz-json-1.1")
+        .body(body.to_string().into())
+        .expect("a response")
+}

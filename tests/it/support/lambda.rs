@@ -1,0 +1,187 @@
+//! Lambda as a function sees it: the runtime API, over which a function's process polls events and posts what it answers, whole or
+//! chunk by chunk. The processes are those that `cargo build` makes.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::{Path as InPath, State};
+use axum::response::Response;
+use axum::routing::{get, post};
+use futures::StreamExt as _;
+use http::{HeaderMap, StatusCode};
+use serde_json::Value;
+use tokio::net::TcpListener;
+use tokio::sync::{Mutex as AsyncMutex, mpsc};
+use tokio::task::AbortHandle;
+use tokio::time::timeout;
+use uuid::Uuid;
+
+/// What an answer may take on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Makes the functions' programs, once, and answers the folder with them.
+fn programs() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let built = Command::new(env!("CARGO"))
+            .args(["build", "--workspace", "--bins", "--locked"])
+            .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+            .output()
+            .expect("cargo runs");
+        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+        // …/debug/deps/it-…
+        let this = std::env::current_exe().expect("this program");
+        this.ancestors().nth(2).expect("a target folder").to_owned()
+    })
+}
+
+/// A part of an answer.
+#[derive(Debug, PartialEq)]
+pub enum Part {
+    /// Bytes of it as they came.
+    Chunk(Bytes),
+    /// It is complete.
+    End,
+    /// Instead of an answer.
+    Error(Value),
+}
+
+#[derive(Debug)]
+struct Shared {
+    events: mpsc::UnboundedSender<(String, Value)>,
+    waiting: AsyncMutex<mpsc::UnboundedReceiver<(String, Value)>>,
+    answers: Mutex<HashMap<String, mpsc::UnboundedSender<Part>>>,
+    /// Whether answers came as streams.
+    streamed: Mutex<HashMap<String, bool>>,
+}
+
+/// A function that runs.
+#[derive(Debug)]
+pub struct Function {
+    shared: Arc<Shared>,
+    process: Child,
+    log: PathBuf,
+    serving: AbortHandle,
+}
+
+impl Function {
+    /// Starts the program with this name and environment; the log goes to a file in the folder.
+    pub async fn start(name: &str, folder: &Path, environment: &[(String, String)]) -> Self {
+        let programs = tokio::task::spawn_blocking(programs).await.expect("programs");
+        let (events, waiting) = mpsc::unbounded_channel();
+        let shared = Arc::new(Shared {
+            events,
+            waiting: AsyncMutex::new(waiting),
+            answers: Mutex::default(),
+            streamed: Mutex::default(),
+        });
+        let router = Router::new()
+            .route("/2018-06-01/runtime/invocation/next", get(next))
+            .route("/2018-06-01/runtime/invocation/{id}/response", post(respond))
+            .route("/2018-06-01/runtime/invocation/{id}/error", post(fail))
+            .with_state(shared.clone());
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address").to_string();
+        let serving = tokio::spawn(async move { axum::serve(listener, router).await }).abort_handle();
+        let log = folder.join(format!("{name}.log"));
+        let process = Command::new(programs.join(name))
+            .env_clear()
+            .envs(environment.iter().map(|(name, value)| (name, value)))
+            .env("AWS_LAMBDA_RUNTIME_API", address)
+            .env("AWS_LAMBDA_FUNCTION_NAME", name)
+            .env("AWS_LAMBDA_FUNCTION_VERSION", "$LATEST")
+            .env("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "256")
+            .env("AWS_LAMBDA_LOG_GROUP_NAME", "group")
+            .env("AWS_LAMBDA_LOG_STREAM_NAME", "stream")
+            .env("AWS_LAMBDA_HTTP_IGNORE_STAGE_IN_PATH", "true")
+            .stdout(Stdio::null())
+            .stderr(File::create(&log).expect("a log"))
+            .spawn()
+            .expect("the function starts");
+        Self { shared, process, log, serving }
+    }
+
+    /// Sends an event and answers the parts of what comes back, as they come.
+    pub fn send(&self, event: Value) -> (String, mpsc::UnboundedReceiver<Part>) {
+        let id = Uuid::new_v4().to_string();
+        let (sender, parts) = mpsc::unbounded_channel();
+        self.shared.answers.lock().expect("unpoisoned").insert(id.clone(), sender);
+        self.shared.events.send((id.clone(), event)).expect("the runtime API runs");
+        (id, parts)
+    }
+
+    /// Sends an event and answers what comes back as JSON.
+    pub async fn invoke(&self, event: Value) -> Value {
+        let (_, mut parts) = self.send(event);
+        let mut whole = Vec::new();
+        loop {
+            let part = timeout(PATIENCE, parts.recv()).await.unwrap_or_else(|_| panic!("no answer: {}", self.logged()));
+            match part.expect("the runtime API runs") {
+                Part::Chunk(bytes) => whole.extend_from_slice(&bytes),
+                Part::End => return serde_json::from_slice(&whole).expect("JSON"),
+                Part::Error(error) => panic!("{error}"),
+            }
+        }
+    }
+
+    /// Whether the answer with this id came as a stream.
+    pub fn was_streamed(&self, id: &str) -> bool {
+        self.shared.streamed.lock().expect("unpoisoned").get(id).copied().unwrap_or_default()
+    }
+
+    /// What the function has logged.
+    pub fn logged(&self) -> String {
+        fs::read_to_string(&self.log).expect("a log")
+    }
+}
+
+impl Drop for Function {
+    fn drop(&mut self) {
+        self.serving.abort();
+        // It may have ended by itself.
+        let _gone = self.process.kill();
+        let _waited = self.process.wait();
+    }
+}
+
+async fn next(State(shared): State<Arc<Shared>>) -> Response {
+    let (id, event) = shared.waiting.lock().await.recv().await.expect("the function's handle is there");
+    Response::builder()
+        .header("lambda-runtime-aws-request-id", id)
+        .header("lambda-runtime-deadline-ms", "4102444800000")
+        .header("lambda-runtime-invoked-function-arn", "arn:aws:lambda:eu-central-1:123456789012:function:f")
+        .header("lambda-runtime-trace-id", "Root=1-65a1-0123456789abcdef01234567")
+        .header("content-type", "application/json")
+        .body(Body::from(event.to_string()))
+        .expect("a response")
+}
+
+async fn respond(
+    State(shared): State<Arc<Shared>>,
+    InPath(id): InPath<String>,
+    headers: HeaderMap,
+    body: Body,
+) -> StatusCode {
+    let mode = headers.get("lambda-runtime-function-response-mode").and_then(|mode| mode.to_str().ok());
+    shared.streamed.lock().expect("unpoisoned").insert(id.clone(), mode == Some("streaming"));
+    let answer = shared.answers.lock().expect("unpoisoned").remove(&id).expect("an id that was given out");
+    let mut chunks = body.into_data_stream();
+    while let Some(Ok(chunk)) = chunks.next().await {
+        // Whoever asked may have seen enough.
+        let _gone = answer.send(Part::Chunk(chunk));
+    }
+    let _gone = answer.send(Part::End);
+    StatusCode::ACCEPTED
+}
+
+async fn fail(State(shared): State<Arc<Shared>>, InPath(id): InPath<String>, body: Bytes) -> StatusCode {
+    let answer = shared.answers.lock().expect("unpoisoned").remove(&id).expect("an id that was given out");
+    let _gone = answer.send(Part::Error(serde_json::from_slice(&body).unwrap_or_default()));
+    StatusCode::ACCEPTED
+}
