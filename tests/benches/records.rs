@@ -12,6 +12,8 @@
 mod support {
     pub mod account;
     pub mod api;
+    pub mod gate;
+    pub mod guard;
     pub mod meter;
     pub mod seed;
     pub mod server;

@@ -28,5 +28,6 @@ mod sandboxes;
 mod settings;
 mod support;
 mod support_tests;
+mod template;
 mod tenants;
 mod webhooks;

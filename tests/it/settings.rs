@@ -7,7 +7,7 @@ use std::path::Path;
 use axum::body::Body;
 use futures::future::join_all;
 use http::Request;
-use secrecy::ExposeSecret as _;
+use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use shared::config::SandboxConfig;
 use shared::http::caller::Caller;
@@ -62,18 +62,18 @@ async fn settings_are_stored_merged_masked_and_used() {
     let mut form = shown.clone();
     form["llm_model"] = json!("openai/y");
     assert_eq!(post(form).await.0, 200);
-    let used = store(&api).get(&user).await.expect("an answer").expect("settings");
-    assert_eq!(used.llm_model.as_deref(), Some("openai/y"));
-    assert_eq!(used.llm_api_key.as_ref().map(|key| key.expose_secret()), Some("sk-1"));
-    assert_eq!(used.provider_tokens.0[0].1.token.as_ref().map(|token| token.expose_secret()), Some("gh-1"));
+    let kept = store(&api).get(&user).await.expect("an answer").expect("settings");
+    assert_eq!(kept.llm_model.as_deref(), Some("openai/y"));
+    assert_eq!(kept.llm_api_key.as_ref().map(ExposeSecret::expose_secret), Some("sk-1"));
+    assert_eq!(kept.provider_tokens.0[0].1.token.as_ref().map(ExposeSecret::expose_secret), Some("gh-1"));
 
     // As clients of later versions send it.
     let later = json!({"agent_settings_diff": {"llm": {"api_key": "sk-2"}, "condenser": {"max_size": 99}},
         "conversation_settings_diff": {"confirmation_mode": true}, "language": "de"});
     assert_eq!(post(later).await.0, 200);
-    let used = store(&api).get(&user).await.expect("an answer").expect("settings");
-    assert_eq!(used.llm_api_key.as_ref().map(|key| key.expose_secret()), Some("sk-2"));
-    assert_eq!((used.condenser_max_size, used.confirmation_mode), (Some(99), Some(true)));
+    let kept = store(&api).get(&user).await.expect("an answer").expect("settings");
+    assert_eq!(kept.llm_api_key.as_ref().map(ExposeSecret::expose_secret), Some("sk-2"));
+    assert_eq!((kept.condenser_max_size, kept.confirmation_mode), (Some(99), Some(true)));
 
     // Nothing of what is refused is stored.
     let (status, told) = post(json!({"language": "fr", "condenser_max_size": 5})).await;
@@ -206,8 +206,8 @@ async fn no_secret_is_stored_or_answered_in_clear() {
         let (status, answer) = api.call(&user, method, path, body.as_ref()).await;
         answers += &format!("{method} {path} {status} {answer}\n");
     }
-    let used = store(&api).get(&user).await.expect("an answer").expect("settings");
-    assert!(used.secrets().any(|secret| secret.expose_secret() == canary(14)), "what was kept opens");
+    let kept = store(&api).get(&user).await.expect("an answer").expect("settings");
+    assert!(kept.secrets().any(|secret| secret.expose_secret() == canary(14)), "what was kept opens");
     api.stop().await;
     assert!(!answers.contains("canary"), "{answers}");
     let mut files = 0;

@@ -30,7 +30,7 @@ const SANDBOX: &str = "one";
 
 /// Who a request shows itself to be from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum By {
+pub enum By {
     /// The user.
     Caller,
     /// The user's sandbox, by its session key.
@@ -40,13 +40,13 @@ enum By {
 }
 
 /// A route, a request to it about rows that several tenants have, and what each gets.
-struct Route {
-    method: &'static str,
+pub struct Route {
+    pub method: &'static str,
     /// As in the router table of `Cargo.toml`.
-    path: &'static str,
+    pub path: &'static str,
     /// What stands for the path's parameters, and the query.
     target: String,
-    by: By,
+    pub by: By,
     body: Option<Value>,
     /// What an owner of such rows gets; `{owner}` stands for their name.
     owner: (u16, &'static str),
@@ -54,7 +54,7 @@ struct Route {
     stranger: (u16, Option<Value>),
 }
 
-fn routes() -> Vec<Route> {
+pub fn routes() -> Vec<Route> {
     const BASE: &str = "/api/v1/app-conversations";
     let empty_page = json!({"items": [], "next_page_id": null});
     let start = json!({"parent_conversation_id": PARENT, "title": "another"});
@@ -438,7 +438,7 @@ fn routes() -> Vec<Route> {
 }
 
 /// The rows that each owner has, under the same ids.
-async fn furnish(api: &Api, owner: &UserId) {
+pub async fn furnish(api: &Api, owner: &UserId) {
     let time = "2025-01-01T00:00:00Z";
     let conversation = |id: Uuid, parent: Option<Uuid>| {
         json!({"type": "conversation", "data": {
@@ -518,7 +518,7 @@ async fn everything(api: &Api) -> BTreeMap<String, HashMap<String, AttributeValu
 }
 
 /// A request, and what is left to do behind it.
-async fn request(api: &Api, user: &UserId, route: &Route) -> (u16, Value) {
+pub async fn request(api: &Api, user: &UserId, route: &Route) -> (u16, Value) {
     let asked = async {
         match route.by {
             By::Caller => api.call(user, route.method, &route.target, route.body.as_ref()).await,

@@ -1,6 +1,7 @@
 //! The routers of all functions on embedded engines, for many tenants: requests go in with their caller, as the API gateway
 //! hands them over.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use axum::Router;
@@ -17,11 +18,12 @@ use shared::user::UserId;
 use shared::user::seal::Sealer;
 use tower::ServiceExt as _;
 
+use super::guard::Guard;
 use super::meter::Meter;
 use super::seed::Stores;
 use super::server::Server;
 
-const PREFIX: &str = "api-";
+pub const PREFIX: &str = "api-";
 
 /// The API. Not a server: nothing listens, and what is queued waits until a test works on it.
 #[derive(Debug)]
@@ -61,6 +63,42 @@ impl Api {
         let stores = Stores::new(&aws, &names, &sealer);
         let worker = start_worker::Context::new(&config, &aws, &sealer).expect("a worker");
         Self { aws, names, sealer, stores, config, router, worker, queue: queues.starts, engines }
+    }
+
+    /// From now on each function, the worker included, does only what its policy allows.
+    pub async fn guard(&mut self, guard: &Guard) -> Vec<Server> {
+        let (config, sealer, engines) = (&self.config, &self.sealer, &self.engines);
+        let mut ways = Vec::new();
+        let mut aws = HashMap::new();
+        for function in guard.functions() {
+            let mut way = async |upstream: &str| {
+                let server = guard.to(function, upstream).await;
+                let url = server.url();
+                ways.push(server);
+                url
+            };
+            let urls = [way(&engines.dynamodb).await, way(&engines.s3).await, way(&engines.sqs).await];
+            aws.insert(function.clone(), clients(&engines.sdk_config().await, &urls));
+        }
+        let aws = |function: &str| &aws[function];
+        let routers = Router::new()
+            .merge(conversations::router(
+                conversations::Context::new(config, aws("conversations"), sealer).expect("it"),
+            ))
+            .merge(download::router(download::Context::new(config, aws("download"), sealer).expect("it")))
+            .merge(start::router(start::Context::new(config, aws("start"), sealer)))
+            .merge(stream_start::router(stream_start::Context::new(config, aws("stream-start"), sealer)))
+            .merge(start_tasks::router(start_tasks::Context::new(config, aws("start-tasks"), sealer)))
+            .merge(skills::router(skills::Context::new(config, aws("skills"), sealer).expect("it")))
+            .merge(sandboxes::router(sandboxes::Context::new(config, aws("sandboxes"), sealer).expect("it")))
+            .merge(sandboxes::secrets_router(sandboxes::Context::new(config, aws("sandboxes"), sealer).expect("it")))
+            .merge(settings::router(settings::Context::new(config, aws("settings"), sealer)))
+            .merge(events::router(events::Context::new(config, aws("events"), sealer)))
+            .merge(events::webhooks_router(events::Context::new(config, aws("events"), sealer)))
+            .merge(web_client::router(web_client::Context::from_env()));
+        self.worker = start_worker::Context::new(config, aws("start-worker"), sealer).expect("a worker");
+        self.router = with_common_answers(routers);
+        ways
     }
 
     /// From now on requests reach DynamoDB by way of a meter.
@@ -126,6 +164,18 @@ impl Api {
     pub async fn get(&self, user: &UserId, path: &str, query: &[(&str, String)]) -> (u16, Value) {
         let query = form_urlencoded::Serializer::new(String::new()).extend_pairs(query).finish();
         self.call(user, "GET", &format!("/api/v1/app-conversations{path}?{query}"), None).await
+    }
+}
+
+/// Clients of DynamoDB, S3 and SQS at these addresses.
+fn clients(sdk: &aws_types::SdkConfig, [dynamodb, s3, sqs]: &[String; 3]) -> Aws {
+    let dynamodb = aws_sdk_dynamodb::config::Builder::from(sdk).endpoint_url(dynamodb).build();
+    let s3 = aws_sdk_s3::config::Builder::from(sdk).endpoint_url(s3).force_path_style(true).build();
+    let sqs = aws_sdk_sqs::config::Builder::from(sdk).endpoint_url(sqs).build();
+    Aws {
+        dynamodb: aws_sdk_dynamodb::Client::from_conf(dynamodb),
+        s3: aws_sdk_s3::Client::from_conf(s3),
+        sqs: aws_sdk_sqs::Client::from_conf(sqs),
     }
 }
 

@@ -147,28 +147,30 @@ impl Gate {
             }
         }
     }
-
     async fn forward(&self, request: Request, upstream: &str) -> Result<Response, Cut> {
-        let query = if request.query.is_empty() { String::new() } else { format!("?{}", request.query) };
-        let mut headers = request.headers.clone();
-        // S3's signatures cover it, those of links too.
-        if request.header("x-amz-content-sha256").is_none() && !request.query.contains("X-Amz-Signature") {
-            headers.remove(http::header::HOST);
-        }
-        let answer = self
-            .0
-            .http
-            .request(request.method.clone(), format!("{upstream}{}{query}", request.path))
-            .headers(headers)
-            .body(request.body.clone())
-            .send()
-            .await
-            .map_err(|_| Cut)?;
-        let mut response = Response::builder().status(answer.status());
-        for (name, value) in answer.headers() {
-            response = response.header(name, value);
-        }
-        let body = answer.bytes().await.map_err(|_| Cut)?;
-        response.body(Body::from(body)).map_err(|_| Cut)
+        forward(&self.0.http, request, upstream).await
     }
+}
+
+/// Hands a request on to a server, and its answer back.
+pub async fn forward(http: &reqwest::Client, request: Request, upstream: &str) -> Result<Response, Cut> {
+    let query = if request.query.is_empty() { String::new() } else { format!("?{}", request.query) };
+    let mut headers = request.headers.clone();
+    // S3's signatures cover it, those of links too.
+    if request.header("x-amz-content-sha256").is_none() && !request.query.contains("X-Amz-Signature") {
+        headers.remove(http::header::HOST);
+    }
+    let answer = http
+        .request(request.method.clone(), format!("{upstream}{}{query}", request.path))
+        .headers(headers)
+        .body(request.body.clone())
+        .send()
+        .await
+        .map_err(|_| Cut)?;
+    let mut response = Response::builder().status(answer.status());
+    for (name, value) in answer.headers() {
+        response = response.header(name, value);
+    }
+    let body = answer.bytes().await.map_err(|_| Cut)?;
+    response.body(Body::from(body)).map_err(|_| Cut)
 }

@@ -9,6 +9,7 @@ pub mod api;
 pub mod docker_engine;
 pub mod gate;
 pub mod git_server;
+pub mod guard;
 pub mod kms;
 pub mod lambda;
 pub mod log;

@@ -1,7 +1,7 @@
 //! A start worker on real engines and a stand-in agent server, with a gate between them. It fails a test that leaves
 //! messages in the queue.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -35,11 +35,14 @@ use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use super::gate::{Gate, Stop};
+use super::guard::Guard;
 use super::server::Server;
 use super::stand_in_agent::StandInAgent;
+use crate::template::{policies, template};
 
 pub const SESSION_KEY: &str = "session-key-of-the-stand-in";
 const PREFIX: &str = "rig-";
+const WORKER: &str = "start-worker";
 const END_WITHIN: Duration = Duration::from_secs(60);
 
 /// Sandboxes that are records in memory; all of them have the same agent server.
@@ -149,6 +152,7 @@ impl SandboxService for StandInSandboxes {
 pub struct Rig {
     pub user: UserId,
     pub gate: Gate,
+    guard: Guard,
     pub agent: StandInAgent,
     pub sandboxes: Arc<StandInSandboxes>,
     pub tasks: StartTaskStore,
@@ -216,7 +220,9 @@ impl Rig {
 
         let gate = Gate::new();
         let agent = StandInAgent::start(SESSION_KEY).await;
-        let ways = vec![gate.to(&engines.dynamodb).await, gate.to(&engines.sqs).await, gate.to(&agent.url()).await];
+        let guard = Guard::new(policies(&template()), PREFIX);
+        let held = [guard.to(WORKER, &engines.dynamodb).await, guard.to(WORKER, &engines.sqs).await];
+        let mut ways = vec![gate.to(&held[0].url()).await, gate.to(&held[1].url()).await, gate.to(&agent.url()).await];
         // Without the product's time limits: what stands at the gate is to stand there.
         let gated = Aws {
             dynamodb: aws_sdk_dynamodb::Client::from_conf(
@@ -227,6 +233,7 @@ impl Rig {
             ),
             s3: aws.s3.clone(),
         };
+        ways.extend(held);
         let sealer = Sealer::from_file(&folder.path().join("sealing-key")).expect("a key");
         let sandboxes = Arc::new(StandInSandboxes::at(ways[2].url(), agent.working_dir()));
         let beside_the_gate = Arc::new(StandInSandboxes { url: agent.url(), ..StandInSandboxes::clone(&sandboxes) });
@@ -264,6 +271,7 @@ impl Rig {
         let rig = Self {
             user: UserId::new("user-of-the-rig"),
             gate,
+            guard,
             agent,
             sandboxes: sandboxes.clone(),
             tasks: tasks(&aws),
@@ -468,6 +476,7 @@ impl Rig {
             sleep(Duration::from_millis(100)).await;
         }
         assert!(self.tasks.forgotten().await.expect("the store").is_empty(), "a task is left unfinished");
+        assert_eq!(self.guard.refused(), BTreeSet::new(), "the worker's policy lacks this");
         self.finished = true;
         if let Some(engines) = self.engines.take() {
             engines.shutdown().await;
