@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::outbound::Reach;
 use secrecy::{ExposeSecret as _, SecretString};
 
 /// Names of tables, bucket and queue.
@@ -335,6 +336,8 @@ pub struct Config {
     pub look_budget: Duration,
     /// Exports.
     pub export: ExportConfig,
+    /// Where agent servers may be (`ALLOW_PRIVATE_AGENT_SERVERS`, false): at public addresses, or anywhere.
+    pub reach: Reach,
 }
 
 /// A variable that is missing or does not read as what it should be.
@@ -388,6 +391,7 @@ impl Config {
             live_status_budget: Duration::from_millis(parsed("LIVE_STATUS_BUDGET_MS")?.unwrap_or(1500)),
             look_budget: parsed("LOOK_BUDGET_MS")?.map_or(LOOK_BUDGET, Duration::from_millis),
             export: ExportConfig::from_env()?,
+            reach: if flag("ALLOW_PRIVATE_AGENT_SERVERS", false)? { Reach::Anywhere } else { Reach::Public },
         })
     }
 
@@ -408,6 +412,7 @@ impl Config {
                 SealingConfig::Kms(key) => ("SEALING_KMS_KEY", key.clone()),
             },
             ("SINGLE_USER", self.single_user.to_string()),
+            ("ALLOW_PRIVATE_AGENT_SERVERS", (self.reach == Reach::Anywhere).to_string()),
         ];
         match &self.sandbox {
             SandboxConfig::None => variables.push(("SANDBOX_KIND", "none".into())),

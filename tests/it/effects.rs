@@ -17,6 +17,7 @@ use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationChange;
 use shared::conversation::told::{AgentStats, Known, Standing, StatsTime};
 use shared::event::store::Event;
+use shared::outbound::{Outbound, Reach};
 use shared::sandbox::SandboxStatus;
 use shared::sandbox::store::SandboxStore;
 use shared::start::queue::Job;
@@ -634,7 +635,7 @@ async fn the_agents_title_is_fetched_and_a_rename_always_wins() {
     rig.other_worker.processors.look_at(user, Uuid::new_v4(), 0).await.expect("looked");
     assert!(matches!(again().await, Job::LookAtConversation { look: 1, .. }));
 
-    let http = AgentServer::http_client().expect("a client");
+    let http = Outbound::new(Reach::Anywhere).expect("a client");
     let agent = AgentServer::new(http, &rig.agent.url(), Some(SESSION_KEY.into()));
     agent.set_title(id, "🐛 Found", Duration::from_secs(5)).await.expect("a title");
     join_all((0..5).map(fetch)).await.into_iter().for_each(|fetched| fetched.expect("fetched"));

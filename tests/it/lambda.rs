@@ -55,6 +55,7 @@ impl Cloud {
             single_user: false,
             live_status_budget: Duration::from_secs(1),
             look_budget: Duration::from_secs(2),
+            reach: shared::outbound::Reach::Anywhere,
             export: ExportConfig::default(),
         };
         Self { folder, kms: Kms::start().await, engines, aws, config }

@@ -296,6 +296,7 @@ async fn nothing_is_acknowledged_that_the_store_refuses() {
         single_user: false,
         live_status_budget: std::time::Duration::from_secs(1),
         look_budget: std::time::Duration::from_secs(2),
+        reach: shared::outbound::Reach::Anywhere,
         export: ExportConfig::default(),
     };
     let router = events::webhooks_router(events::Context::new(&config, &gated, &sealer));

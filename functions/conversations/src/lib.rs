@@ -10,7 +10,6 @@ use futures::future::{try_join, try_join_all};
 use http::HeaderMap;
 use http::header::CONTENT_TYPE;
 use serde_json::{Value, json};
-use shared::agent_server::AgentServer;
 use shared::aws::Aws;
 use shared::config::Config;
 use shared::conversation::deletion::Deleter;
@@ -24,6 +23,7 @@ use shared::http::caller::Caller;
 use shared::http::page_id;
 use shared::http::query::{Bounds, Query, lenient_uuid, lenient_uuids};
 use shared::http::validation::{self, Choice as _};
+use shared::outbound::Outbound;
 use shared::sandbox;
 use shared::sandbox::store::SandboxStore;
 use shared::start::queue::StartQueue;
@@ -54,7 +54,7 @@ impl Context {
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Self, Error> {
         let names = &config.names;
         let store = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
-        let http = AgentServer::http_client().map_err(Error::internal)?;
+        let http = Outbound::new(config.reach)?;
         let conversations =
             ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone());
         let queue = StartQueue::new(aws.sqs.clone(), names.start_queue_url.clone());

@@ -19,6 +19,7 @@ use shared::export::store::CONTENT_TYPE as ZIP;
 use shared::export::{Answer, Exporter, Ready};
 use shared::http::caller::Caller;
 use shared::http::validation;
+use shared::outbound::Outbound;
 use shared::sandbox;
 use shared::sandbox::store::SandboxStore;
 use shared::user::seal::Sealer;
@@ -46,7 +47,7 @@ impl Context {
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Self> {
         let store = SandboxStore::new(aws.dynamodb.clone(), config.names.sandboxes.clone(), sealer.clone());
         let sandboxes = sandbox::service(&config.sandbox, store);
-        let exporter = Exporter::new(&config.export, &config.names, aws, sandboxes)?;
+        let exporter = Exporter::new(&config.export, &config.names, aws, sandboxes, Outbound::new(config.reach)?);
         Ok(Self::with_exporter(exporter, config.export.inline_limit))
     }
 

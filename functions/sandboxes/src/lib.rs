@@ -11,11 +11,11 @@ use std::sync::Arc;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::routing::{get, post};
-use shared::agent_server::AgentServer;
 use shared::aws::Aws;
 use shared::config::Config;
 use shared::conversation::store::ConversationStore;
-use shared::error::{Error, Result};
+use shared::error::Result;
+use shared::outbound::Outbound;
 use shared::pending_message::delivery::{Messages, Timing};
 use shared::pending_message::store::MessageStore;
 use shared::sandbox::spec::{SandboxSpec, specs};
@@ -63,7 +63,7 @@ impl Context {
             conversations: ConversationStore::new(dynamodb.clone(), names.conversations.clone(), users),
             sandboxes: sandboxes.clone(),
             queue: StartQueue::new(aws.sqs.clone(), names.start_queue_url.clone()),
-            http: AgentServer::http_client().map_err(Error::internal)?,
+            http: Outbound::new(config.reach)?,
             timing: Timing::default(),
         };
         Ok(Self {

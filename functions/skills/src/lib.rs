@@ -19,7 +19,7 @@ use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 use http::StatusCode;
 use serde_json::json;
-use shared::agent_server::{AgentServer, AgentServerError, Failure};
+use shared::agent_server::{AgentServerError, Failure};
 use shared::aws::Aws;
 use shared::config::Config;
 use shared::conversation::place::{Inside, Place, Places};
@@ -27,6 +27,7 @@ use shared::conversation::store::ConversationStore;
 use shared::error::{Error, Result};
 use shared::http::validation;
 use shared::id;
+use shared::outbound::Outbound;
 use shared::sandbox::store::SandboxStore;
 use shared::sandbox::{self, SandboxStatus};
 use shared::user::seal::Sealer;
@@ -52,7 +53,7 @@ impl Context {
         let store = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
         let conversations =
             ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone());
-        let http = AgentServer::http_client().map_err(Error::internal)?;
+        let http = Outbound::new(config.reach)?;
         let places = Places::new(conversations, sandbox::service(&config.sandbox, store), http);
         Ok(Self::with_places(places, config.look_budget))
     }

@@ -4,7 +4,6 @@
 use aws_lambda_events::event::sqs::{BatchItemFailure, SqsBatchResponse, SqsEvent, SqsMessage};
 use futures::future::{join_all, join3};
 use serde_json::Value;
-use shared::agent_server::AgentServer;
 use shared::aws::Aws;
 use shared::config::Config;
 use shared::conversation::deletion::{Deleter, Deletion};
@@ -13,6 +12,7 @@ use shared::error::Error;
 use shared::event::processors::Processors;
 use shared::event::store::EventStore;
 use shared::export::Exporter;
+use shared::outbound::Outbound;
 use shared::pending_message::delivery::{Messages, Timing};
 use shared::pending_message::store::MessageStore;
 use shared::sandbox;
@@ -47,7 +47,8 @@ impl Context {
         let (names, dynamodb) = (&config.names, &aws.dynamodb);
         let sandboxes = SandboxStore::new(dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
         let sandboxes = sandbox::service(&config.sandbox, sandboxes);
-        let exporter = Exporter::new(&config.export, names, aws, sandboxes.clone())?;
+        let http = Outbound::new(config.reach)?;
+        let exporter = Exporter::new(&config.export, names, aws, sandboxes.clone(), http.clone());
         let saga = Saga {
             tasks: StartTaskStore::new(
                 dynamodb.clone(),
@@ -61,7 +62,7 @@ impl Context {
             sandboxes,
             settings: SettingsStore::new(dynamodb.clone(), names.users.clone(), sealer.clone()),
             queue: StartQueue::new(aws.sqs.clone(), names.start_queue_url.clone()),
-            http: AgentServer::http_client().map_err(Error::internal)?,
+            http,
             sealer: sealer.clone(),
             config: config.start.clone(),
         };

@@ -20,6 +20,7 @@ use shared::config::{
     self, Config, DockerSandboxConfig, ExportConfig, Names, ProcessSandboxConfig, RemoteSandboxConfig, SandboxConfig,
     SealingConfig, StartConfig,
 };
+use shared::outbound::Reach;
 use shared::sandbox::SandboxService as _;
 use shared::sandbox::process::ProcessSandboxes;
 use shared::sandbox::store::SandboxStore;
@@ -213,6 +214,7 @@ impl Server {
             single_user: true,
             live_status_budget: Duration::from_millis(1500),
             look_budget: config::LOOK_BUDGET,
+            reach: Reach::Anywhere,
             export: environment.export,
         };
         let user = UserId::local();

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::id;
+use crate::outbound::Outbound;
 
 const ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 const COMMAND_START_TIMEOUT: Duration = Duration::from_secs(15);
@@ -174,7 +175,7 @@ pub struct EventPage {
 /// One agent server.
 #[derive(Clone, Debug)]
 pub struct AgentServer {
-    http: reqwest::Client,
+    http: Outbound,
     url: String,
     key: Option<SecretString>,
 }
@@ -182,24 +183,13 @@ pub struct AgentServer {
 impl AgentServer {
     /// The agent server at `url`; `key` is its session key.
     #[must_use]
-    pub fn new(http: reqwest::Client, url: &str, key: Option<SecretString>) -> Self {
+    pub fn new(http: Outbound, url: &str, key: Option<SecretString>) -> Self {
         Self { http, url: url.trim_end_matches('/').to_owned(), key }
-    }
-
-    /// The HTTP client that agent servers are asked with: it follows no redirects.
-    ///
-    /// # Errors
-    /// When TLS cannot be set up.
-    pub fn http_client() -> std::result::Result<reqwest::Client, reqwest::Error> {
-        reqwest::Client::builder()
-            .connect_timeout(Duration::from_secs(5))
-            .redirect(reqwest::redirect::Policy::none())
-            .build()
     }
 
     /// `GET /alive`: whether it answers.
     pub async fn is_alive(&self) -> bool {
-        let asked = self.http.get(format!("{}/alive", self.url)).timeout(ALIVE_TIMEOUT).send().await;
+        let asked = self.http.request(Method::GET, &format!("{}/alive", self.url)).timeout(ALIVE_TIMEOUT).send().await;
         asked.is_ok_and(|answer| answer.status().is_success())
     }
 
@@ -494,7 +484,7 @@ impl AgentServer {
         timeout: Duration,
         fill: impl FnOnce(RequestBuilder) -> RequestBuilder,
     ) -> Result<Answer> {
-        let mut request = fill(self.http.request(method.clone(), format!("{}{path}", self.url))).timeout(timeout);
+        let mut request = fill(self.http.request(method.clone(), &format!("{}{path}", self.url))).timeout(timeout);
         if let Some(key) = &self.key {
             request = request.header("X-Session-API-Key", key.expose_secret());
         }

@@ -15,6 +15,7 @@ use crate::clock::Time;
 use crate::error::{Error, Result, StoreError};
 use crate::event::store::EventStore;
 use crate::export::store::ExportStore;
+use crate::outbound::Outbound;
 use crate::pending_message::store::MessageStore;
 use crate::sandbox::SandboxService;
 use crate::start::queue::{Job, StartQueue};
@@ -104,7 +105,7 @@ pub struct Deletion {
     /// The sandboxes that they ran in.
     pub sandboxes: Arc<dyn SandboxService>,
     /// For agent servers.
-    pub http: reqwest::Client,
+    pub http: Outbound,
 }
 
 impl Deletion {

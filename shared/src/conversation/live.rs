@@ -11,6 +11,7 @@ use uuid::Uuid;
 use super::{AppConversation, ConversationRecord};
 use crate::error::Result;
 use crate::id;
+use crate::outbound::Outbound;
 use crate::sandbox::{Sandbox, SandboxService};
 use crate::user::UserId;
 
@@ -21,14 +22,14 @@ const IDS_PER_REQUEST: usize = 99;
 #[derive(Clone, Debug)]
 pub struct LiveStatus {
     sandboxes: Arc<dyn SandboxService>,
-    http: reqwest::Client,
+    http: Outbound,
     budget: Duration,
 }
 
 impl LiveStatus {
     /// `budget` is the time that agent servers have for one page, all together.
     #[must_use]
-    pub fn new(sandboxes: Arc<dyn SandboxService>, http: reqwest::Client, budget: Duration) -> Self {
+    pub fn new(sandboxes: Arc<dyn SandboxService>, http: Outbound, budget: Duration) -> Self {
         Self { sandboxes, http, budget }
     }
 

@@ -8,6 +8,7 @@ use super::ConversationRecord;
 use super::store::ConversationStore;
 use crate::agent_server::{AgentServer, AgentServerError};
 use crate::error::Result;
+use crate::outbound::Outbound;
 use crate::sandbox::{Sandbox, SandboxService, SandboxStatus};
 use crate::start::saga::command::quoted;
 use crate::user::UserId;
@@ -22,7 +23,7 @@ const LOOK: std::time::Duration = std::time::Duration::from_secs(10);
 pub struct Places {
     conversations: ConversationStore,
     sandboxes: Arc<dyn SandboxService>,
-    http: reqwest::Client,
+    http: Outbound,
 }
 
 /// Where a conversation is, or why nobody can get there.
@@ -69,7 +70,7 @@ pub enum Found {
 impl Places {
     /// On these records and sandboxes.
     #[must_use]
-    pub fn new(conversations: ConversationStore, sandboxes: Arc<dyn SandboxService>, http: reqwest::Client) -> Self {
+    pub fn new(conversations: ConversationStore, sandboxes: Arc<dyn SandboxService>, http: Outbound) -> Self {
         Self { conversations, sandboxes, http }
     }
 

@@ -12,6 +12,7 @@ use crate::conversation::ConversationRecord;
 use crate::conversation::store::ConversationStore;
 use crate::conversation::told::{Standing, StatsTime};
 use crate::error::Result;
+use crate::outbound::Outbound;
 use crate::sandbox::SandboxService;
 use crate::start::queue::{Job, StartQueue};
 use crate::start::request::EventCallbackProcessor;
@@ -44,7 +45,7 @@ pub struct Processors {
     /// Where later work is asked for.
     pub queue: StartQueue,
     /// For agent servers.
-    pub http: reqwest::Client,
+    pub http: Outbound,
 }
 
 impl Processors {

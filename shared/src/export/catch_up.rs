@@ -10,6 +10,7 @@ use crate::agent_server::{AgentServerError, EventPage, Failure};
 use crate::conversation::ConversationRecord;
 use crate::error::{Error, Result};
 use crate::event::store::{Event, EventStore};
+use crate::outbound::Outbound;
 use crate::sandbox::SandboxService;
 
 /// What an export says that may lack the latest events.
@@ -23,7 +24,7 @@ const PAGE: usize = 20;
 #[derive(Clone, Debug)]
 pub(super) struct CatchUp {
     pub(super) sandboxes: Arc<dyn SandboxService>,
-    pub(super) http: reqwest::Client,
+    pub(super) http: Outbound,
     pub(super) events: EventStore,
 }
 

@@ -11,7 +11,6 @@ use uuid::Uuid;
 use super::catch_up::{CatchUp, WARNING};
 use super::making::{Limit, Made, Making};
 use super::store::{ExportRecord, ExportStore, Lease, Stored};
-use crate::agent_server::AgentServer;
 use crate::aws::Aws;
 use crate::clock::Time;
 use crate::config::{ExportConfig, Names};
@@ -19,6 +18,7 @@ use crate::conversation::store::ConversationStore;
 use crate::conversation::{AppConversation, ConversationRecord};
 use crate::error::{Error, Result};
 use crate::event::store::EventStore;
+use crate::outbound::Outbound;
 use crate::sandbox::SandboxService;
 use crate::start::queue::{Job, StartQueue};
 use crate::user::UserId;
@@ -72,22 +72,25 @@ pub struct Exporter {
 }
 
 impl Exporter {
-    /// An exporter on the named tables, bucket and queue.
-    ///
-    /// # Errors
-    /// When TLS cannot be set up.
-    pub fn new(config: &ExportConfig, names: &Names, aws: &Aws, sandboxes: Arc<dyn SandboxService>) -> Result<Self> {
+    /// An exporter on the named tables, bucket and queue, which asks agent servers by way of `http`.
+    #[must_use]
+    pub fn new(
+        config: &ExportConfig,
+        names: &Names,
+        aws: &Aws,
+        sandboxes: Arc<dyn SandboxService>,
+        http: Outbound,
+    ) -> Self {
         let (dynamodb, s3) = (&aws.dynamodb, &aws.s3);
         let events = EventStore::new(dynamodb.clone(), names.events.clone(), s3.clone(), names.bucket.clone());
-        let http = AgentServer::http_client().map_err(Error::internal)?;
-        Ok(Self {
+        Self {
             conversations: ConversationStore::new(dynamodb.clone(), names.conversations.clone(), names.users.clone()),
             exports: ExportStore::new(dynamodb.clone(), names.users.clone(), s3.clone(), names.bucket.clone()),
             queue: StartQueue::new(aws.sqs.clone(), names.start_queue_url.clone()),
             catch_up: CatchUp { sandboxes, http, events: events.clone() },
             events,
             config: config.clone(),
-        })
+        }
     }
 
     /// The objects.

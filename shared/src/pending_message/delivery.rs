@@ -22,6 +22,7 @@ use crate::conversation::store::ConversationStore;
 use crate::conversation::told::Standing;
 use crate::error::{Error, Result};
 use crate::id;
+use crate::outbound::Outbound;
 use crate::sandbox::{SandboxService, SandboxStatus};
 use crate::start::queue::{Job, StartQueue};
 use crate::start::request::Content;
@@ -87,7 +88,7 @@ pub struct Messages {
     /// The bell.
     pub queue: StartQueue,
     /// For agent servers.
-    pub http: reqwest::Client,
+    pub http: Outbound,
     /// How long things take.
     pub timing: Timing,
 }

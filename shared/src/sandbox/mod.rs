@@ -18,6 +18,7 @@ use crate::agent_server::AgentServer;
 use crate::clock::Time;
 use crate::config::SandboxConfig;
 use crate::error::Result;
+use crate::outbound::Outbound;
 use crate::user::UserId;
 use crate::user::seal::hash;
 use store::{SandboxRecord, SandboxStore};
@@ -103,7 +104,7 @@ impl Sandbox {
 
     /// Its agent server, if it runs.
     #[must_use]
-    pub fn agent_server(&self, http: &reqwest::Client) -> Option<AgentServer> {
+    pub fn agent_server(&self, http: &Outbound) -> Option<AgentServer> {
         let url = self.agent_server_url().filter(|_| self.status == SandboxStatus::Running)?;
         Some(AgentServer::new(http.clone(), url, self.session_api_key.clone()))
     }

@@ -57,6 +57,7 @@ impl Api {
             single_user: false,
             live_status_budget: std::time::Duration::from_secs(1),
             look_budget: std::time::Duration::from_secs(2),
+            reach: shared::outbound::Reach::Anywhere,
             export: ExportConfig::default(),
         };
         let router = router(&config, &aws, &sealer);

@@ -9,13 +9,13 @@ use async_trait::async_trait;
 use aws_sdk_sqs::types::{Message, QueueAttributeName};
 use local::engines::{EnginePorts, Engines};
 use serde_json::{Value, json};
-use shared::agent_server::AgentServer;
 use shared::aws::Aws;
 use shared::config::{ExportConfig, Names, StartConfig};
 use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
 use shared::event::store::EventStore;
 use shared::export::Exporter;
+use shared::outbound::{Outbound, Reach};
 use shared::pending_message::delivery::Timing;
 use shared::pending_message::store::MessageStore;
 use shared::sandbox::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus};
@@ -257,14 +257,14 @@ impl Rig {
                 sandboxes: sandboxes.clone(),
                 settings: settings(aws),
                 queue: queue(aws),
-                http: AgentServer::http_client().expect("a client"),
+                http: Outbound::new(Reach::Anywhere).expect("a client"),
                 sealer: sealer.clone(),
                 config: config.clone(),
             };
-            let exporter = Exporter::new(&ExportConfig::default(), &names, aws, sandboxes.clone());
+            let exporter = Exporter::new(&ExportConfig::default(), &names, aws, sandboxes.clone(), saga.http.clone());
             let messages =
                 MessageStore::new(aws.dynamodb.clone(), names.users.clone(), aws.s3.clone(), names.bucket.clone());
-            let mut context = Context::new_with(saga, events(aws), exporter.expect("an exporter"), messages);
+            let mut context = Context::new_with(saga, events(aws), exporter, messages);
             context.messages.timing = quick_messages();
             context
         };

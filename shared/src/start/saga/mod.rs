@@ -29,6 +29,7 @@ use crate::conversation::store::ConversationStore;
 use crate::conversation::told::Standing;
 use crate::error::{Error, Result};
 use crate::id;
+use crate::outbound::Outbound;
 use crate::sandbox::{Sandbox, SandboxService, SandboxStatus};
 use crate::user::UserId;
 use crate::user::seal::Sealer;
@@ -61,7 +62,7 @@ pub struct Saga {
     /// The bell.
     pub queue: StartQueue,
     /// For agent servers.
-    pub http: reqwest::Client,
+    pub http: Outbound,
     /// Signs tokens.
     pub sealer: Sealer,
     /// Limits and addresses.
