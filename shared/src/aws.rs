@@ -5,6 +5,8 @@ use std::time::Duration;
 use aws_config::SdkConfig;
 use aws_config::timeout::TimeoutConfig;
 
+use crate::measure::Units;
+
 /// By default the SDK waits for ever for an answer. A call to DynamoDB is done in milliseconds, or was lost.
 const DYNAMODB_ATTEMPT: Duration = Duration::from_secs(5);
 /// Longer than a long poll.
@@ -32,7 +34,10 @@ pub async fn dynamodb_from_env() -> aws_sdk_dynamodb::Client {
 }
 
 fn dynamodb(config: &SdkConfig) -> aws_sdk_dynamodb::Client {
-    let config = aws_sdk_dynamodb::config::Builder::from(config).timeout_config(timeouts(DYNAMODB_ATTEMPT)).build();
+    let config = aws_sdk_dynamodb::config::Builder::from(config)
+        .timeout_config(timeouts(DYNAMODB_ATTEMPT))
+        .interceptor(Units)
+        .build();
     aws_sdk_dynamodb::Client::from_conf(config)
 }
 

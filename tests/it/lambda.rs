@@ -65,6 +65,7 @@ impl Cloud {
         let mut environment = self.engines.environment();
         environment.extend(self.config.to_env().into_iter().map(|(name, value)| (name.to_owned(), value)));
         environment.push(("AWS_ENDPOINT_URL_KMS".to_owned(), self.kms.url()));
+        environment.push(("METRICS_NAMESPACE".to_owned(), "test".to_owned()));
         environment.push(("PERMITTED_CORS_ORIGINS".to_owned(), "https://app.example.org".to_owned()));
         Function::start(name, self.folder.path(), &environment).await
     }
@@ -204,6 +205,22 @@ async fn the_worker_reports_what_failed_of_a_batch_alone() {
     get["queryStringParameters"] = json!({"ids": id});
     let (status, rows) = status_and_body(&tasks.invoke(get).await);
     assert_eq!((status, &rows[0]["status"]), (200, &json!("ERROR")), "there are no sandboxes here: {rows}");
+    // What was measured, as CloudWatch reads it from the log.
+    let metric = |name: &str| {
+        let documents = worker.measured();
+        let found = documents.into_iter().find(|document| document.get(name).is_some());
+        found.unwrap_or_else(|| panic!("{name} is not measured: {:?}", worker.measured()))
+    };
+    let ended = metric("StartsEnded");
+    let format = &ended["_aws"]["CloudWatchMetrics"][0];
+    assert_eq!((&format["Namespace"], &ended["Function"]), (&json!("test"), &json!("start-worker")));
+    assert_eq!((&ended["Outcome"], &ended["StartsEnded"]), (&json!("ERROR"), &json!(1)));
+    assert!(
+        format["Metrics"].as_array().is_some_and(|all| all.contains(&json!({"Name": "StartsEnded", "Unit": "Count"})))
+    );
+    assert_eq!(metric("StartStepDuration")["Step"], "WORKING");
+    assert!(metric("ReadUnits")["_aws"].is_object() && metric("WriteUnits")["_aws"].is_object());
+
     // The schedule, and what is dead.
     assert_eq!(worker.invoke(event("schedule")).await, json!({"batchItemFailures": []}));
     let mut dead = event("queue");

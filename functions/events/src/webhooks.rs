@@ -20,6 +20,7 @@ use shared::event::effects::ToldConversation;
 use shared::event::store::Event;
 use shared::http::body;
 use shared::http::validation::{self, Checked, Checker, Fields};
+use shared::measure;
 use shared::sandbox::store::SandboxRecord;
 use shared::user::token::read_secret_access_token;
 
@@ -88,7 +89,10 @@ async fn events(
         Err(_) => None,
     };
     match (conversation, standing, batch(&headers, &body)) {
-        (Ok(id), Some(standing), Ok(events)) => context.intake.take_events(&sandbox, id, &standing, events).await?,
+        (Ok(id), Some(standing), Ok(events)) => {
+            measure::batch_received(events.len());
+            context.intake.take_events(&sandbox, id, &standing, events).await?;
+        }
         (conversation, _, events) => {
             let mut violations = conversation.err().unwrap_or_default();
             violations.extend(events.err().unwrap_or_default());

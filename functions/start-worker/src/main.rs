@@ -9,7 +9,9 @@ async fn main() -> Result<(), lambda::Error> {
     let context = start_worker::Context::new(&config, &aws, &sealer)?;
     let context = &context;
     let handle = async |event: LambdaEvent<Value>| {
-        start_worker::handle(context, event.payload).await.map_err(lambda::Error::from)
+        let handled = start_worker::handle(context, event.payload).await.map_err(lambda::Error::from);
+        lambda::flush_metrics();
+        handled
     };
     lambda_runtime::run(service_fn(handle)).await
 }

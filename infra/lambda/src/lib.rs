@@ -1,6 +1,7 @@
 //! What the `main` of every function does: logging, configuration, the caller, the runtime. Nothing else knows Lambda.
 
 use std::future::Future;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -11,11 +12,13 @@ use axum::response::Response;
 use lambda_http::Context;
 use lambda_http::request::RequestContext;
 pub use lambda_runtime::Error;
+use metrics_cloudwatch_embedded::{Builder, Collector};
 use shared::aws::Aws;
-use shared::config::{Config, SealingConfig, permitted_origins};
+use shared::config::{Config, SealingConfig, permitted_origins, text};
 use shared::http::caller::Caller;
 use shared::http::cors::cors;
 use shared::http::response::with_common_answers;
+use shared::measure;
 use shared::telemetry::{self, LogFormat};
 use shared::user::UserId;
 use shared::user::data_key::DataKey;
@@ -27,6 +30,8 @@ use shared::user::seal::Sealer;
 /// When the environment is not complete, or the key cannot be had.
 pub async fn set_up() -> Result<(Config, Aws, Sealer), Error> {
     telemetry::init(LogFormat::Json);
+    // Before anything is measured.
+    let _collector = metrics();
     let config = Config::from_env()?;
     let sdk = shared::aws::sdk_config_from_env().await;
     let aws = Aws::new(&sdk);
@@ -86,6 +91,25 @@ fn edge(router: Router, single_user: bool) -> Router {
         .layer(middleware::from_fn(log))
 }
 
+/// Where metrics go: into the log, in CloudWatch's embedded metric format, below the namespace `METRICS_NAMESPACE`.
+fn metrics() -> Option<&'static Collector> {
+    static COLLECTOR: OnceLock<Option<&'static Collector>> = OnceLock::new();
+    *COLLECTOR.get_or_init(|| {
+        let namespace = text("METRICS_NAMESPACE")?;
+        let function = text("AWS_LAMBDA_FUNCTION_NAME").unwrap_or_default();
+        let made = Builder::new().cloudwatch_namespace(namespace).with_dimension("Function", function).init();
+        measure::describe();
+        made.inspect_err(|error| tracing::error!(%error, "lambda.no_metrics")).ok()
+    })
+}
+
+/// Writes down what was measured since the last time. Behind each invocation: a process may be frozen at any time then.
+pub fn flush_metrics() {
+    if let Some(Err(error)) = metrics().map(|metrics| metrics.flush(std::io::stdout())) {
+        tracing::warn!(%error, "lambda.metrics_not_written");
+    }
+}
+
 /// The caller is whom the authorizer named in the request context; no header counts.
 async fn identify(single_user: bool, mut request: Request, next: Next) -> Response {
     if let Some(user) = caller(single_user, &request) {
@@ -128,5 +152,6 @@ async fn log(request: Request, next: Next) -> Response {
         cold_start,
         "http.request"
     );
+    flush_metrics();
     response
 }

@@ -18,6 +18,7 @@ use crate::conversation::store::ConversationStore;
 use crate::conversation::{AppConversation, ConversationRecord};
 use crate::error::{Error, Result};
 use crate::event::store::EventStore;
+use crate::measure;
 use crate::outbound::Outbound;
 use crate::sandbox::SandboxService;
 use crate::start::queue::{Job, StartQueue};
@@ -168,6 +169,7 @@ impl Exporter {
         match made.await {
             Ok(Some((key, Made::Whole { length, .. }))) => {
                 tracing::info!(key, length, "export.made");
+                measure::export_made(length);
                 self.exports.finish_for_others(&lease, &key).await
             }
             Ok(Some((_, Made::OutOfTime))) => self.hand_over(&lease, None).await,

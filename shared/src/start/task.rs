@@ -5,31 +5,32 @@ use uuid::Uuid;
 
 use super::request::StartRequest;
 use crate::clock::{Time, sortable};
+use crate::http::validation::wire_enum;
 use crate::id::as_hex;
 use crate::user::UserId;
 
-/// How far a start is. The status is also the step that is to be done next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
-pub enum StartStatus {
-    /// A sandbox is chosen, and made if need be.
-    Working,
-    /// Its agent server is waited for.
-    WaitingForSandbox,
-    /// The repository is cloned, or an empty one made.
-    PreparingRepository,
-    /// `.openhands/setup.sh` runs.
-    RunningSetupScript,
-    /// `.openhands/pre-commit.sh` is installed as a git hook.
-    SettingUpGitHooks,
-    /// Skills and hooks are read.
-    SettingUpSkills,
-    /// The agent server creates the conversation.
-    StartingConversation,
-    /// Done.
-    Ready,
-    /// Failed; `detail` says why.
-    Error,
+wire_enum! {
+    /// How far a start is. The status is also the step that is to be done next.
+    pub enum StartStatus {
+        /// A sandbox is chosen, and made if need be.
+        Working = "WORKING",
+        /// Its agent server is waited for.
+        WaitingForSandbox = "WAITING_FOR_SANDBOX",
+        /// The repository is cloned, or an empty one made.
+        PreparingRepository = "PREPARING_REPOSITORY",
+        /// `.openhands/setup.sh` runs.
+        RunningSetupScript = "RUNNING_SETUP_SCRIPT",
+        /// `.openhands/pre-commit.sh` is installed as a git hook.
+        SettingUpGitHooks = "SETTING_UP_GIT_HOOKS",
+        /// Skills and hooks are read.
+        SettingUpSkills = "SETTING_UP_SKILLS",
+        /// The agent server creates the conversation.
+        StartingConversation = "STARTING_CONVERSATION",
+        /// Done.
+        Ready = "READY",
+        /// Failed; `detail` says why.
+        Error = "ERROR",
+    }
 }
 
 impl StartStatus {

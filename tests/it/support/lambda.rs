@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -100,7 +100,7 @@ impl Function {
             .env("AWS_LAMBDA_LOG_GROUP_NAME", "group")
             .env("AWS_LAMBDA_LOG_STREAM_NAME", "stream")
             .env("AWS_LAMBDA_HTTP_IGNORE_STAGE_IN_PATH", "true")
-            .stdout(Stdio::null())
+            .stdout(File::create(folder.join(format!("{name}.metrics"))).expect("a file"))
             .stderr(File::create(&log).expect("a log"))
             .spawn()
             .expect("the function starts");
@@ -133,6 +133,12 @@ impl Function {
     /// Whether the answer with this id came as a stream.
     pub fn was_streamed(&self, id: &str) -> bool {
         self.shared.streamed.lock().expect("unpoisoned").get(id).copied().unwrap_or_default()
+    }
+
+    /// The documents with metrics that the function has written.
+    pub fn measured(&self) -> Vec<Value> {
+        let text = fs::read_to_string(self.log.with_extension("metrics")).expect("a file");
+        text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
     }
 
     /// What the function has logged.

@@ -29,6 +29,7 @@ use crate::conversation::store::ConversationStore;
 use crate::conversation::told::Standing;
 use crate::error::{Error, Result};
 use crate::id;
+use crate::measure;
 use crate::outbound::Outbound;
 use crate::sandbox::{Sandbox, SandboxService, SandboxStatus};
 use crate::user::UserId;
@@ -179,6 +180,7 @@ impl Saga {
     pub async fn give_up(&self, user: &UserId, id: Uuid) -> Result<()> {
         let detail = "The start was given up: every attempt to go on with it failed. Please start again";
         if self.tasks.give_up(user, id, detail).await? {
+            measure::start_ended(StartStatus::Error.as_str());
             tracing::error!(task = %id, "start.given_up");
         }
         Ok(())
@@ -299,6 +301,7 @@ impl Work<'_> {
         let record = &mut self.task.record;
         let now = Time::now();
         let deadline = now.plus(self.saga.budget(status));
+        let (step, took) = (record.now.status, now.since(record.now.updated_at));
         record.now = Snapshot { status, updated_at: now, ..record.now.clone() };
         (record.deadline, record.attempts, record.command) = (Some(deadline), 0, None);
         let change = change
@@ -309,6 +312,7 @@ impl Work<'_> {
         let saved = self.saga.tasks.save(&record.user, record.id, &self.lease.worker, &change).await?;
         if saved.is_ok() {
             tracing::info!(task = %record.id, ?status, "start.advanced");
+            measure::step_ended(step.as_str(), took);
         }
         Ok(saved)
     }
@@ -369,7 +373,11 @@ impl Work<'_> {
         };
         let change = Change::default().state(record.id, &snapshot)?.finished();
         match self.saga.tasks.save(&record.user, record.id, &self.lease.worker, &change).await? {
-            Ok(()) => Ok(Turn::Finished),
+            Ok(()) => {
+                measure::step_ended(record.now.status.as_str(), snapshot.updated_at.since(record.now.updated_at));
+                measure::start_ended(snapshot.status.as_str());
+                Ok(Turn::Finished)
+            }
             Err(LeaseLost) => Ok(Turn::Busy),
         }
     }

@@ -14,6 +14,7 @@ use crate::clock::Time;
 use crate::conversation::store::ConversationChange;
 use crate::conversation::told::{Standing, default_titles};
 use crate::conversation::{ConversationRecord, MetricsSnapshot};
+use crate::measure;
 use crate::sandbox::Sandbox;
 use crate::start::queue::Job;
 use crate::start::request::{AgentType, EventCallbackProcessor};
@@ -223,6 +224,8 @@ impl Work<'_> {
                 tracing::warn!(task = %record.id, error = %error.context(), "start.bell_not_rung");
             }
         }
+        measure::step_ended(record.now.status.as_str(), now.since(record.now.updated_at));
+        measure::start_ended(snapshot.status.as_str());
         tracing::info!(task = %record.id, conversation = %conversation_id, "start.ready");
         Ok(Step::Ready)
     }
