@@ -220,7 +220,8 @@ impl Server {
         let user = UserId::local();
         let stored = SettingsStore::new(aws.dynamodb.clone(), config.names.users.clone(), sealer.clone());
         if let Some(json) = settings {
-            stored.put(&user, &json).await?;
+            // Over what was set by way of the API, secrets before all.
+            stored.lay_over(&user, &json).await?;
         }
         let model = stored.get(&user).await?.and_then(|settings| settings.llm_model);
         if options.sandbox != SandboxKind::None && model.is_none() {

@@ -492,6 +492,20 @@ impl SettingsDocument {
         Ok(Self(document))
     }
 
+    /// Lays another document over this one: its fields replace, its tokens and secrets are added.
+    pub fn lay_over(&mut self, other: &Self) {
+        for (name, value) in &other.0 {
+            match (name.as_str(), value) {
+                (TOKENS, Value::Object(entries)) => self.part(TOKENS).extend(entries.clone()),
+                (SECRETS, Value::Object(entries)) => self.part(SECRETS).extend(entries.clone()),
+                (TOKENS | SECRETS, _) => {}
+                _ => {
+                    self.0.insert(name.clone(), value.clone());
+                }
+            }
+        }
+    }
+
     /// The text to be stored.
     ///
     /// # Errors
@@ -770,6 +784,22 @@ mod tests {
         let json = document.to_json().expect("small");
         assert!(json.contains(r#""token":"t1""#) && !json.contains("gitlab") && !json.contains("azure"), "{json}");
         assert_eq!(document.secrets().collect::<Vec<_>>(), [("A", None)]);
+    }
+
+    #[test]
+    fn a_document_is_laid_over_another() {
+        let parse = |json: &str| SettingsDocument::parse(json).expect("a document");
+        let mut document = parse(
+            r#"{"llm_model": "a", "language": "de", "custom_secrets": {"A": {"secret": "1"}, "B": {"secret": "2"}}}"#,
+        );
+        document.lay_over(&parse(
+            r#"{"llm_model": "b", "provider_tokens": null,
+                "secrets_store": {"custom_secrets": {"B": {"secret": "3"}}, "provider_tokens": {"github": {"token": "t"}}}}"#,
+        ));
+        let json: Value = serde_json::from_str(&document.to_json().expect("small")).expect("JSON");
+        assert_eq!((&json["llm_model"], &json["language"]), (&json!("b"), &json!("de")));
+        assert_eq!(json["custom_secrets"], json!({"A": {"secret": "1"}, "B": {"secret": "3"}}));
+        assert_eq!(json["provider_tokens"], json!({"github": {"token": "t"}}));
     }
 
     #[test]

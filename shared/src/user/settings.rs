@@ -306,6 +306,21 @@ impl SettingsStore {
         Err(Error::Unavailable("The settings are being changed by many at once; try again".to_owned()))
     }
 
+    /// Lays settings in the contract's JSON shape over what is stored: what they name is replaced, all else stays.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] when they do not read as settings; those of [`SettingsStore::change`].
+    pub async fn lay_over(&self, user: &UserId, json: &SecretString) -> Result<()> {
+        let refused = |error: serde_json::Error| Error::Refused(format!("The settings are not valid: {error}"));
+        Settings::from_json(json.expose_secret()).map_err(refused)?;
+        let over = SettingsDocument::parse(json.expose_secret()).map_err(refused)?;
+        self.change(user, |document| {
+            document.lay_over(&over);
+            Ok(())
+        })
+        .await
+    }
+
     /// The text, and as it is sealed.
     async fn stored(&self, user: &UserId, consistent: bool) -> Result<Option<(SecretString, String)>> {
         let found = self
