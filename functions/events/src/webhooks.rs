@@ -19,6 +19,7 @@ use shared::error::Error;
 use shared::event::effects::ToldConversation;
 use shared::event::store::Event;
 use shared::http::body;
+use shared::http::caller;
 use shared::http::validation::{self, Checked, Checker, Fields};
 use shared::measure;
 use shared::sandbox::store::SandboxRecord;
@@ -26,8 +27,6 @@ use shared::user::token::read_secret_access_token;
 
 use crate::{Context, conversation_id};
 
-/// The header by which an agent server shows which sandbox it is in.
-const SESSION_API_KEY: &str = "x-session-api-key";
 /// The header by which an agent shows that it may have a provider token.
 const ACCESS_TOKEN: &str = "x-access-token";
 /// A batch holds what was buffered in the meantime, with a snapshot of the whole state. Lambda itself takes 6 MB at most.
@@ -51,12 +50,7 @@ impl FromRequestParts<Context> for FromSandbox {
     type Rejection = Error;
 
     async fn from_request_parts(parts: &mut Parts, context: &Context) -> Result<Self, Error> {
-        let refused = |text: &str| Error::Unauthenticated(text.to_owned());
-        let key = parts.headers.get(SESSION_API_KEY).filter(|key| !key.is_empty());
-        let key = key.ok_or_else(|| refused("X-Session-API-Key header is required"))?;
-        let invalid = || refused("Invalid session API key");
-        let key = key.to_str().map_err(|_| invalid())?;
-        context.sandboxes.find_by_session_key(key).await?.map(Self).ok_or_else(invalid)
+        caller::sandbox(&context.sandboxes, &parts.headers).await.map(Self)
     }
 }
 

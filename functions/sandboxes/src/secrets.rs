@@ -8,12 +8,10 @@ use http::header::CONTENT_TYPE;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Value, json};
 use shared::error::{Error, Result};
+use shared::http::caller;
 use shared::user::settings::Settings;
 
 use crate::Context;
-
-/// The header by which an agent server shows which sandbox it is in.
-const SESSION_API_KEY: &str = "x-session-api-key";
 
 pub(crate) async fn list(
     State(context): State<Context>,
@@ -71,12 +69,7 @@ fn secrets(settings: &Settings) -> Vec<Secret<'_>> {
 impl Context {
     /// The settings of whose sandbox it is, for who shows its session key.
     async fn settings_of_owner(&self, sandbox: &str, headers: &HeaderMap) -> Result<Settings> {
-        let refused = |text: &str| Error::Unauthenticated(text.to_owned());
-        let key = headers.get(SESSION_API_KEY).filter(|key| !key.is_empty());
-        let key = key.ok_or_else(|| refused("X-Session-API-Key header is required"))?;
-        let invalid = || refused("Invalid session API key");
-        let key = key.to_str().map_err(|_| invalid())?;
-        let record = self.records.find_by_session_key(key).await?.ok_or_else(invalid)?;
+        let record = caller::sandbox(&self.records, headers).await?;
         if record.id != sandbox {
             return Err(Error::Forbidden("Session API key does not match sandbox".to_owned()));
         }

@@ -12,7 +12,7 @@ use shared::aws::Aws;
 use shared::config::Config;
 use shared::error::{Error, Result};
 use shared::http::body;
-use shared::http::caller::Caller;
+use shared::http::caller::{self, Caller};
 use shared::http::page_id;
 use shared::http::query::{Bounds, Query};
 use shared::sandbox::store::SandboxStore;
@@ -25,9 +25,6 @@ use shared::user::settings::SettingsStore;
 const BODY_LIMIT: usize = 512 * 1024;
 /// Which list page ids are of.
 const LIST: &str = "secrets";
-/// The header by which an agent shows which sandbox it is in.
-const SESSION_API_KEY: &str = "x-session-api-key";
-
 /// What this function may touch: settings, and sandboxes' session keys.
 #[derive(Clone, Debug)]
 pub struct Context {
@@ -167,12 +164,7 @@ async fn me(
 
 impl Context {
     async fn check_session_key(&self, user: &UserId, headers: &HeaderMap) -> Result<()> {
-        let refused = |text: &str| Error::Unauthenticated(text.to_owned());
-        let key = headers.get(SESSION_API_KEY).filter(|key| !key.is_empty());
-        let key = key.ok_or_else(|| refused("X-Session-API-Key header is required"))?;
-        let invalid = || refused("Invalid session API key");
-        let key = key.to_str().map_err(|_| invalid())?;
-        let sandbox = self.sandboxes.find_by_session_key(key).await?.ok_or_else(invalid)?;
+        let sandbox = caller::sandbox(&self.sandboxes, headers).await?;
         if sandbox.user != *user {
             let text = "Session API key does not belong to the authenticated user";
             return Err(Error::Forbidden(text.to_owned()));

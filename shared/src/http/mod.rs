@@ -6,5 +6,6 @@ pub mod cors;
 pub mod page_id;
 pub mod query;
 pub mod response;
+pub mod secret;
 pub mod sort_order;
 pub mod validation;

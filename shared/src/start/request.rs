@@ -8,18 +8,11 @@ use uuid::Uuid;
 
 use crate::conversation::MAX_NAME;
 use crate::http::body;
+use crate::http::secret::{self, MASK, MAX_SECRETS};
 use crate::http::validation::{
     Checked, Checker, Fields, boolean, choice, constant, dictionary, first_of, integer, list, literal, string,
     string_up_to, uuid, wire_enum,
 };
-
-/// Stands for a secret's value wherever one is shown.
-const MASK: &str = "**********";
-const MAX_SECRETS: usize = 50;
-/// In characters.
-const MAX_SECRET_NAME: usize = 256;
-/// In bytes.
-const MAX_SECRET_VALUE: usize = 64 * 1024;
 
 wire_enum! {
     /// Which agent runs the conversation.
@@ -481,7 +474,7 @@ impl Secrets {
             return None;
         };
         if entries.len() > MAX_SECRETS {
-            report_too_long(check, "Dictionary", MAX_SECRETS, entries.len());
+            secret::report_too_long(check, "Dictionary", MAX_SECRETS, entries.len());
             return None;
         }
         let read: Vec<_> = entries
@@ -496,29 +489,16 @@ impl Secrets {
 }
 
 fn read_secret(check: &mut Checker, name: &str, value: &Value) -> Option<SecretString> {
-    if name.chars().count() > MAX_SECRET_NAME {
-        let msg = format!("String should have at most {MAX_SECRET_NAME} characters");
-        let ctx = json!({"max_length": MAX_SECRET_NAME});
+    if name.chars().count() > secret::MAX_NAME {
+        let most = secret::MAX_NAME;
+        let msg = format!("String should have at most {most} characters");
+        let ctx = json!({"max_length": most});
         check.within("[key]", |check| {
             check.report("string_too_long", msg, name.into(), Some(ctx));
         });
         return None;
     }
-    let Value::String(text) = value else {
-        check.report("string_type", "Input should be a valid string", MASK.into(), None);
-        return None;
-    };
-    if text.len() > MAX_SECRET_VALUE {
-        report_too_long(check, "Value", MAX_SECRET_VALUE, text.len());
-        return None;
-    }
-    Some(text.as_str().into())
-}
-
-fn report_too_long(check: &mut Checker, what: &str, most: usize, found: usize) {
-    let msg = format!("{what} should have at most {most} items after validation, not {found}");
-    let ctx = json!({"field_type": what, "max_length": most, "actual_length": found});
-    check.report("too_long", msg, MASK.into(), Some(ctx));
+    secret::value(check, value).map(Into::into)
 }
 
 impl FromIterator<(String, SecretString)> for Secrets {

@@ -14,8 +14,8 @@ use super::seal::Sealer;
 use crate::dynamo::{is_condition_failure, store_error, text};
 use crate::error::{Error, Result};
 
-/// The row's user, which no policy lets functions write other rows of, and its kind.
-pub const USER: &str = "#deployment";
+/// The row's key. Functions that have no business with rows of users may still read and write those of this one.
+const USER: &str = "#deployment";
 const KIND: &str = "data-key";
 /// KMS decrypts the key only for who says the same.
 const CONTEXT: (&str, &str) = ("purpose", "openhands-secrets");

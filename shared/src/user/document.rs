@@ -7,21 +7,14 @@ use serde_json::{Map, Value, json};
 
 use super::settings::SandboxGroupingStrategy;
 use crate::error::{Error, Result};
+use crate::http::secret::{self, MASK, MAX_SECRETS};
 use crate::http::validation::{self, Checked, Checker, Fields, Loc};
 use crate::start::request::ProviderType;
 
-/// What stands for a secret in answers. Sent back, it leaves the secret as it is.
-pub const MASK: &str = "**********";
 /// Characters of a text.
 const MAX_TEXT: usize = 10_000;
-/// Bytes of a secret's value.
-const MAX_SECRET: usize = 64 * 1024;
-/// Characters of a secret's name, and of what it is for.
-const MAX_SECRET_NAME: usize = 256;
 /// Entries of a list.
 const MAX_LIST: usize = 1_000;
-/// Secrets of a user.
-const MAX_SECRETS: usize = 50;
 /// Bytes of a whole document: a row of the store has 400 KB, and sealing adds a third.
 const MAX_DOCUMENT: usize = 256 * 1024;
 
@@ -168,7 +161,7 @@ fn read_field(check: &mut Checker, kind: Kind, value: &Value) -> Option<Value> {
     }
     match kind {
         Kind::Text => validation::string_up_to(MAX_TEXT, check, value).map(Value::from),
-        Kind::Secret => read_secret(check, value).map(Value::from),
+        Kind::Secret => read_key(check, value).map(Value::from),
         Kind::Flag => validation::boolean(check, value).map(Value::from),
         Kind::Float => validation::float(check, value).map(Value::from),
         Kind::Grouping => validation::choice::<SandboxGroupingStrategy>(check, value).map(|choice| json!(choice)),
@@ -185,7 +178,7 @@ fn read_field(check: &mut Checker, kind: Kind, value: &Value) -> Option<Value> {
         Kind::Texts => {
             let texts = validation::list(check, value, |check, text| validation::string_up_to(MAX_TEXT, check, text))?;
             if texts.len() > MAX_LIST {
-                report_too_long(check, "List", MAX_LIST, texts.len());
+                secret::report_too_long(check, "List", MAX_LIST, texts.len());
                 return None;
             }
             Some(texts.into())
@@ -193,23 +186,9 @@ fn read_field(check: &mut Checker, kind: Kind, value: &Value) -> Option<Value> {
     }
 }
 
-/// A secret's text. Violations do not show it.
-fn read_secret(check: &mut Checker, value: &Value) -> Option<String> {
-    let Value::String(text) = value else {
-        check.report("string_type", "Input should be a valid string", MASK.into(), None);
-        return None;
-    };
-    if text.len() > MAX_SECRET {
-        report_too_long(check, "Value", MAX_SECRET, text.len());
-        return None;
-    }
-    Some(text.trim().to_owned())
-}
-
-fn report_too_long(check: &mut Checker, what: &str, most: usize, found: usize) {
-    let msg = format!("{what} should have at most {most} items after validation, not {found}");
-    let ctx = json!({"field_type": what, "max_length": most, "actual_length": found});
-    check.report("too_long", msg, MASK.into(), Some(ctx));
+/// A key or token; blanks around it are none of it.
+fn read_key(check: &mut Checker, value: &Value) -> Option<String> {
+    secret::value(check, value).map(|text| text.trim().to_owned())
 }
 
 fn read_tokens(check: &mut Checker, value: &Value) -> Option<Map<String, Value>> {
@@ -231,7 +210,7 @@ fn read_tokens(check: &mut Checker, value: &Value) -> Option<Map<String, Value>>
             let mut read = Map::new();
             for (key, value) in given.iter().filter(|(_, value)| !value.is_null()) {
                 let text = match key.as_str() {
-                    "token" => check.within("token", |check| read_secret(check, value)),
+                    "token" => check.within("token", |check| read_key(check, value)),
                     "host" => check.within("host", |check| validation::string_up_to(MAX_TEXT, check, value)),
                     "user_id" => check.within("user_id", |check| validation::string_up_to(MAX_TEXT, check, value)),
                     _ => None,
@@ -271,7 +250,7 @@ fn read_mcp(check: &mut Checker, value: &Value) -> Option<Value> {
                 return;
             };
             if servers.len() > MAX_LIST {
-                report_too_long(check, "List", MAX_LIST, servers.len());
+                secret::report_too_long(check, "List", MAX_LIST, servers.len());
                 return;
             }
             let read: Vec<Value> = servers
@@ -299,7 +278,7 @@ fn read_mcp_server(check: &mut Checker, list: &str, server: &Value) -> Option<Va
     let harmless = without(server, "api_key");
     let fields = Fields::of(check, &harmless)?;
     let url = fields.required(check, "url", read_mcp_url);
-    let key = Fields::of(check, server)?.nullable(check, "api_key", read_secret);
+    let key = Fields::of(check, server)?.nullable(check, "api_key", read_key);
     let (url, key) = (url?, key?);
     if list == "sse_servers" {
         return Some(json!({"url": url, "api_key": key}));
@@ -340,7 +319,7 @@ fn read_mcp_process(check: &mut Checker, server: &Value) -> Option<Value> {
     let harmless = without(server, "env");
     let fields = Fields::of(check, &harmless)?;
     let name = fields.required(check, "name", |check, value| {
-        let name = validation::string_up_to(MAX_SECRET_NAME, check, value)?;
+        let name = validation::string_up_to(secret::MAX_NAME, check, value)?;
         let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-');
         if name.is_empty() || !name.bytes().all(plain) {
             check
@@ -366,7 +345,7 @@ fn read_mcp_process(check: &mut Checker, server: &Value) -> Option<Value> {
             return None;
         };
         let read = variables.iter().filter_map(|(name, value)| {
-            let value = check.within(name.clone(), |check| read_secret(check, value))?;
+            let value = check.within(name.clone(), |check| read_key(check, value))?;
             Some((name.clone(), value.into()))
         });
         Some(read.collect())
@@ -444,8 +423,7 @@ impl SecretChange {
             // Whoever sends back what was shown has no new value.
             Some(Value::String(text)) if text == MASK && name_of_path.is_some() => Some(None),
             // Not trimmed: a key file ends with a line break for a reason.
-            Some(Value::String(text)) if text.len() <= MAX_SECRET => Some(Some(text.clone())),
-            Some(value) => read_secret(check, value).map(Some),
+            Some(value) => secret::value(check, value).map(|text| Some(text.to_owned())),
         });
         let description =
             fields.nullable(check, "description", |check, value| validation::string_up_to(MAX_TEXT, check, value));
@@ -455,7 +433,7 @@ impl SecretChange {
 
 /// Names become variables in sandboxes.
 fn read_name(check: &mut Checker, value: &Value) -> Option<String> {
-    let name = validation::string_up_to(MAX_SECRET_NAME, check, value)?;
+    let name = validation::string_up_to(secret::MAX_NAME, check, value)?;
     if name.trim().is_empty() || name.contains(|c: char| c.is_control() || matches!(c, '=' | '/')) {
         check.report_value_error(
             "A secret's name must not be blank and has no control characters, = or /",
