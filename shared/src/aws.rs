@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use aws_config::SdkConfig;
 use aws_config::timeout::TimeoutConfig;
+use aws_smithy_http_client::tls;
+use aws_smithy_runtime_api::client::http::{HttpClient as _, SharedHttpClient, http_client_fn};
 
 use crate::measure::Units;
 
@@ -25,12 +27,21 @@ pub struct Aws {
 
 /// The SDK's configuration in the environment: region, credentials, `AWS_ENDPOINT_URL_*`.
 pub async fn sdk_config_from_env() -> SdkConfig {
-    aws_config::load_from_env().await
+    aws_config::from_env().http_client(http_client()).timeout_config(connect_timeout().build()).load().await
 }
 
 /// The DynamoDB client alone, for functions that need no other.
 pub async fn dynamodb_from_env() -> aws_sdk_dynamodb::Client {
-    dynamodb(&aws_config::load_from_env().await)
+    dynamodb(&sdk_config_from_env().await)
+}
+
+/// One set-up of TLS and one pool of connections for all clients, made for the first request. The SDK's own sets TLS up for each
+/// client anew, and once more as each is made, which is most of what a cold start takes. What clients share goes by their time
+/// to connect: it has to be the same.
+fn http_client() -> SharedHttpClient {
+    let crypto = tls::rustls_provider::CryptoMode::AwsLc;
+    let client = aws_smithy_http_client::Builder::new().tls_provider(tls::Provider::Rustls(crypto)).build_https();
+    http_client_fn(move |settings, components| client.http_connector(settings, components))
 }
 
 fn dynamodb(config: &SdkConfig) -> aws_sdk_dynamodb::Client {
@@ -57,5 +68,9 @@ impl Aws {
 }
 
 pub(crate) fn timeouts(attempt: Duration) -> TimeoutConfig {
-    TimeoutConfig::builder().connect_timeout(Duration::from_secs(3)).operation_attempt_timeout(attempt).build()
+    connect_timeout().operation_attempt_timeout(attempt).build()
+}
+
+fn connect_timeout() -> aws_config::timeout::TimeoutConfigBuilder {
+    TimeoutConfig::builder().connect_timeout(Duration::from_secs(3))
 }

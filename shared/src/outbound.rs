@@ -5,14 +5,12 @@
 //! gains nothing. Redirects are not followed.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::redirect::Policy;
 use reqwest::{Method, RequestBuilder, Url};
-
-use crate::error::{Error, Result};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// An address that no request can be made to.
@@ -28,33 +26,65 @@ pub enum Reach {
     Anywhere,
 }
 
+/// A client that is made when it is first used: to set up TLS takes longer than all else that a process does as it starts, and many
+/// requests need no client. Clones are the same client.
+#[derive(Clone, Debug)]
+pub struct LazyClient {
+    builder: fn() -> reqwest::ClientBuilder,
+    made: Arc<OnceLock<reqwest::Client>>,
+}
+
+impl LazyClient {
+    /// A client that is to be built so.
+    #[must_use]
+    pub fn new(builder: fn() -> reqwest::ClientBuilder) -> Self {
+        Self { builder, made: Arc::default() }
+    }
+
+    /// The client.
+    ///
+    /// # Errors
+    /// When TLS cannot be set up.
+    pub fn get(&self) -> reqwest::Result<&reqwest::Client> {
+        if let Some(client) = self.made.get() {
+            return Ok(client);
+        }
+        let made = (self.builder)().build()?;
+        Ok(self.made.get_or_init(|| made))
+    }
+}
+
 /// The client for such requests.
 #[derive(Clone, Debug)]
 pub struct Outbound {
-    client: reqwest::Client,
+    client: LazyClient,
     reach: Reach,
 }
 
 impl Outbound {
     /// A client that reaches so far.
-    ///
-    /// # Errors
-    /// When TLS cannot be set up.
-    pub fn new(reach: Reach) -> Result<Self> {
-        let builder = reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).redirect(Policy::none());
-        let builder = match reach {
-            Reach::Anywhere => builder,
+    #[must_use]
+    pub fn new(reach: Reach) -> Self {
+        let client = match reach {
+            Reach::Anywhere => LazyClient::new(builder),
             // A proxy would resolve names in our place.
-            Reach::Public => builder.no_proxy().dns_resolver(Arc::new(PublicAddresses)),
+            Reach::Public => LazyClient::new(|| builder().no_proxy().dns_resolver(Arc::new(PublicAddresses))),
         };
-        Ok(Self { client: builder.build().map_err(Error::internal)?, reach })
+        Self { client, reach }
     }
 
     /// Begins a request. To an address that must not be reached it fails when it is sent.
-    pub fn request(&self, method: Method, url: &str) -> RequestBuilder {
+    ///
+    /// # Errors
+    /// When TLS cannot be set up.
+    pub fn request(&self, method: Method, url: &str) -> reqwest::Result<RequestBuilder> {
         let may = self.reach == Reach::Anywhere || Url::parse(url).is_ok_and(|url| may_name(&url));
-        self.client.request(method, if may { url } else { REFUSED })
+        Ok(self.client.get()?.request(method, if may { url } else { REFUSED }))
     }
+}
+
+fn builder() -> reqwest::ClientBuilder {
+    reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).redirect(Policy::none())
 }
 
 /// Whether a URL's host is a name, which is looked at when it is resolved, or a public address.
@@ -266,15 +296,15 @@ mod tests {
         // Something listens there, and is not asked.
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let port = listener.local_addr().expect("an address").port();
-        let outbound = Outbound::new(Reach::Public).expect("a client");
+        let outbound = Outbound::new(Reach::Public);
         for host in ["localhost", "127.0.0.1", "[::ffff:127.0.0.1]"] {
-            let sent = outbound.request(Method::GET, &format!("http://{host}:{port}/")).send().await;
+            let sent = outbound.request(Method::GET, &format!("http://{host}:{port}/")).expect("a client").send().await;
             assert!(sent.is_err(), "{host}");
         }
         let nobody = tokio::time::timeout(Duration::from_millis(50), listener.accept()).await;
         assert!(nobody.is_err(), "nothing was connected to");
-        let anywhere = Outbound::new(Reach::Anywhere).expect("a client");
-        let request = anywhere.request(Method::GET, &format!("http://localhost:{port}/")).send();
+        let anywhere = Outbound::new(Reach::Anywhere);
+        let request = anywhere.request(Method::GET, &format!("http://localhost:{port}/")).expect("a client").send();
         let asked = tokio::select! { accepted = listener.accept() => accepted.is_ok(), _ = request => false };
         assert!(asked, "where it is allowed, it is reached");
     }

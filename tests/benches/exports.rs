@@ -131,13 +131,8 @@ async fn export(conversation: Uuid) {
     let sealer = Sealer::from_file(&std::path::Path::new(&folder).join("sealing-key")).expect("a key");
     let sandboxes = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer);
     let config = ExportConfig { budget: BUDGET, ..ExportConfig::default() };
-    let exporter = Exporter::new(
-        &config,
-        &names,
-        &aws,
-        Arc::new(NoSandboxes::new(sandboxes)),
-        Outbound::new(Reach::Public).expect("a client"),
-    );
+    let exporter =
+        Exporter::new(&config, &names, &aws, Arc::new(NoSandboxes::new(sandboxes)), Outbound::new(Reach::Public));
     let before = memory();
     let started = Instant::now();
     let answer = exporter.export(&UserId::local(), conversation).await.expect("an export");

@@ -46,7 +46,7 @@ async fn main() {
     let sealer = Sealer::from_file(key).expect("the sealing key");
     let sandboxes = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer);
     let user = UserId::local();
-    let record = sandboxes.new_record(&user, "sandbox", "spec", &SecretString::from(KEY)).expect("a record");
+    let record = sandboxes.new_record(&user, "sandbox", "spec", &SecretString::from(KEY)).await.expect("a record");
     sandboxes.put_new(record).await.expect("stored");
     let events = EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
     println!("| events in a batch | connections | events/s |\n|---|---|---|");

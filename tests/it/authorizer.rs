@@ -28,17 +28,17 @@ use uuid::Uuid;
 
 use crate::support::server::{Server, json as json_answer, raw};
 
-const AUDIENCE: &str = "openhands";
+pub const AUDIENCE: &str = "openhands";
 
 /// A signing key of an issuer.
-struct Signer {
+pub struct Signer {
     id: &'static str,
     algorithm: Algorithm,
     key: EncodingKey,
 }
 
 impl Signer {
-    fn ec(id: &'static str) -> Self {
+    pub fn ec(id: &'static str) -> Self {
         let random = aws_lc_rs::rand::SystemRandom::new();
         let pair = EcdsaKeyPair::generate_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &random).expect("a key");
         Self { id, algorithm: Algorithm::ES256, key: EncodingKey::from_ec_der(pair.as_ref()) }
@@ -50,7 +50,7 @@ impl Signer {
         Self { id, algorithm: Algorithm::EdDSA, key: EncodingKey::from_ed_der(pair.as_ref()) }
     }
 
-    fn rsa(id: &'static str) -> Self {
+    pub fn rsa(id: &'static str) -> Self {
         let pair = KeyPair::generate(KeySize::Rsa2048).expect("a key");
         let pkcs8: Pkcs8V1Der<'_> = pair.as_der().expect("its form");
         // Behind 26 bytes that say that it is one stands the key in the form of PKCS #1.
@@ -64,7 +64,7 @@ impl Signer {
         jwk
     }
 
-    fn sign(&self, claims: &Value) -> String {
+    pub fn sign(&self, claims: &Value) -> String {
         self.sign_with(&Header { kid: Some(self.id.to_owned()), ..Header::new(self.algorithm) }, claims)
     }
 
@@ -74,14 +74,14 @@ impl Signer {
 }
 
 /// An issuer whose keys can be changed, and which counts how often it is asked for them.
-struct Issuer {
-    server: Server,
+pub struct Issuer {
+    pub server: Server,
     keys: Arc<Mutex<Value>>,
     asked: Arc<AtomicUsize>,
 }
 
 impl Issuer {
-    async fn start() -> Self {
+    pub async fn start() -> Self {
         let (keys, asked) = (Arc::new(Mutex::new(json!({"keys": []}))), Arc::new(AtomicUsize::new(0)));
         let (served, counted) = (keys.clone(), asked.clone());
         let http = Server::start(move |request| {
@@ -105,7 +105,7 @@ impl Issuer {
         Self { server: http, keys, asked }
     }
 
-    fn publish(&self, signers: &[&Signer]) {
+    pub fn publish(&self, signers: &[&Signer]) {
         let keys: Vec<Jwk> = signers.iter().map(|signer| signer.jwk()).collect();
         *self.keys.lock().expect("keys") = json!({"keys": keys});
     }
@@ -114,10 +114,84 @@ impl Issuer {
         *self.keys.lock().expect("keys") = Value::Null;
     }
 
-    fn claims(&self, subject: &str) -> Value {
+    pub fn claims(&self, subject: &str) -> Value {
         let now = Time::now().unix_seconds();
         json!({"iss": self.server.url(), "aud": AUDIENCE, "sub": subject, "iat": now, "exp": now + 60})
     }
+
+    /// Those of somebody, changed; `null` takes one out.
+    fn claims_with(&self, changes: &Value) -> Value {
+        let mut claims = self.claims("somebody");
+        for (name, value) in changes.as_object().expect("an object") {
+            match value {
+                Value::Null => drop(claims.as_object_mut().expect("an object").remove(name)),
+                value => claims[name] = value.clone(),
+            }
+        }
+        claims
+    }
+}
+
+/// Tokens of the issuer, signed by this key of its, that do not hold: whose, when and for whom they are is not as it should be.
+pub fn invalid(issuer: &Issuer, signer: &Signer) -> Vec<(String, String)> {
+    let now = Time::now().unix_seconds();
+    let claims = [
+        json!({"exp": now - 60}),
+        json!({"exp": null}),
+        json!({"exp": "never"}),
+        json!({"nbf": now + 60}),
+        json!({"aud": "others"}),
+        json!({"aud": null}),
+        json!({"aud": []}),
+        json!({"iss": "https://accounts.example.com"}),
+        json!({"iss": format!("{}/", issuer.server.url())}),
+        json!({"iss": null}),
+        json!({"sub": null}),
+        json!({"sub": ""}),
+        json!({"sub": 7}),
+        json!({"sub": "x".repeat(256)}),
+        // The local user is nobody here.
+        json!({"sub": "local"}),
+    ];
+    claims.iter().map(|changes| (changes.to_string(), signer.sign(&issuer.claims_with(changes)))).collect()
+}
+
+/// What looks like tokens of the issuer, whose keys `one` and `two` these are, and was not made by it.
+pub fn forged(issuer: &Issuer, rsa: &Signer, ec: &Signer) -> Vec<(String, String)> {
+    let stranger = Signer::ec("two");
+    let good = ec.sign(&issuer.claims("somebody"));
+    let [head, body, signature] = good.split('.').collect::<Vec<_>>()[..] else { panic!("three parts") };
+    let part = |value: &Value| BASE64URL.encode(value.to_string());
+    let unsigned = part(&json!({"alg": "none", "typ": "JWT"}));
+    let other = part(&issuer.claims("another"));
+    let hmac = |secret: &[u8], kid: &str| {
+        let header = Header { kid: Some(kid.to_owned()), ..Header::new(Algorithm::HS256) };
+        encode(&header, &issuer.claims("somebody"), &EncodingKey::from_secret(secret)).expect("a token")
+    };
+    let document = issuer.keys.lock().expect("keys").to_string();
+    let AlgorithmParameters::RSA(public) = rsa.jwk().algorithm else { panic!("an RSA key") };
+    let critical = part(&json!({"alg": "ES256", "kid": "two", "crit": ["exp"]}));
+    let header = |signer: &Signer, algorithm, kid: Option<&str>| {
+        signer.sign_with(&Header { kid: kid.map(str::to_owned), ..Header::new(algorithm) }, &issuer.claims("somebody"))
+    };
+    let forged = [
+        ("alg none", format!("{unsigned}.{body}.")),
+        ("alg none with the signature", format!("{unsigned}.{body}.{signature}")),
+        ("other claims", format!("{head}.{other}.{signature}")),
+        ("no signature", format!("{head}.{body}.")),
+        ("two parts", format!("{head}.{body}")),
+        ("HS256 with the public key", hmac(public.n.as_bytes(), "one")),
+        ("HS256 with the public key's bytes", hmac(&BASE64URL.decode(&public.n).expect("bytes"), "one")),
+        ("HS256 with the issuer's document", hmac(document.as_bytes(), "one")),
+        ("an extension that must be understood", format!("{critical}.{body}.{signature}")),
+        ("a stranger's key under the name of ours", stranger.sign(&issuer.claims("somebody"))),
+        ("the name of another of its keys", header(ec, Algorithm::ES256, Some("one"))),
+        ("another algorithm than the key is for", header(rsa, Algorithm::PS256, Some("one"))),
+        ("nothing", ".".to_owned()),
+        ("dots", "..".to_owned()),
+        ("no ASCII", "é.é.é".to_owned()),
+    ];
+    forged.map(|(what, token)| (what.to_owned(), token)).into()
 }
 
 struct Rig {
@@ -138,7 +212,7 @@ impl Rig {
         let keys = ApiKeyStore::new(aws.dynamodb.clone(), names.users.clone());
         let oidc = issuer.map(|issuer| OidcConfig { issuer: issuer.server.url(), audience: AUDIENCE.into() });
         let config = AuthorizerConfig { users: names.users, oidc };
-        let authorizer = Authorizer::new(&config, keys.clone()).expect("an authorizer");
+        let authorizer = Authorizer::new(&config, keys.clone());
         Self { keys, config, authorizer, engines, folder }
     }
 
@@ -172,7 +246,7 @@ impl Rig {
 #[tokio::test]
 async fn tokens_of_the_issuer_are_let_in_and_nothing_like_them() {
     let issuer = Issuer::start().await;
-    let (rsa, ec, ed, stranger) = (Signer::rsa("one"), Signer::ec("two"), Signer::ed("three"), Signer::ec("two"));
+    let (rsa, ec, ed) = (Signer::rsa("one"), Signer::ec("two"), Signer::ed("three"));
     issuer.publish(&[&rsa, &ec, &ed]);
     let rig = Rig::new(Some(&issuer)).await;
     for signer in [&rsa, &ec, &ed] {
@@ -189,18 +263,8 @@ async fn tokens_of_the_issuer_are_let_in_and_nothing_like_them() {
     }
     assert_eq!(issuer.asked.load(Ordering::Relaxed), 1, "keys are kept");
 
-    let now = Time::now().unix_seconds();
-    let with = |changes: &Value| {
-        let mut claims = issuer.claims("somebody");
-        for (name, value) in changes.as_object().expect("an object") {
-            match value {
-                Value::Null => drop(claims.as_object_mut().expect("an object").remove(name)),
-                value => claims[name] = value.clone(),
-            }
-        }
-        ec.sign(&claims)
-    };
     // Clocks differ by a few seconds; an audience may be one of several.
+    let now = Time::now().unix_seconds();
     for changes in [
         json!({"exp": now - 10}),
         json!({"nbf": now + 10}),
@@ -208,63 +272,14 @@ async fn tokens_of_the_issuer_are_let_in_and_nothing_like_them() {
         json!({"aud": ["others", AUDIENCE]}),
         json!({"sub": "x".repeat(255)}),
     ] {
-        assert!(rig.bearer(&with(&changes)).await.is_some(), "{changes}");
+        assert!(rig.bearer(&ec.sign(&issuer.claims_with(&changes))).await.is_some(), "{changes}");
     }
-    for changes in [
-        json!({"exp": now - 60}),
-        json!({"exp": null}),
-        json!({"exp": "never"}),
-        json!({"nbf": now + 60}),
-        json!({"aud": "others"}),
-        json!({"aud": null}),
-        json!({"aud": []}),
-        json!({"iss": "https://accounts.example.com"}),
-        json!({"iss": format!("{}/", issuer.server.url())}),
-        json!({"iss": null}),
-        json!({"sub": null}),
-        json!({"sub": ""}),
-        json!({"sub": 7}),
-        json!({"sub": "x".repeat(256)}),
-        // The local user is nobody here.
-        json!({"sub": "local"}),
-    ] {
-        assert_eq!(rig.bearer(&with(&changes)).await, None, "{changes}");
+    for (what, token) in invalid(&issuer, &ec).into_iter().chain(forged(&issuer, &rsa, &ec)) {
+        assert_eq!(rig.bearer(&token).await, None, "{what}");
     }
-
-    let good = ec.sign(&issuer.claims("somebody"));
-    let [head, body, signature] = good.split('.').collect::<Vec<_>>()[..] else { panic!("three parts") };
-    let part = |value: &Value| BASE64URL.encode(value.to_string());
-    let unsigned = part(&json!({"alg": "none", "typ": "JWT"}));
-    let other = part(&issuer.claims("another"));
-    let hmac = |secret: &[u8], kid: &str| {
-        let header = Header { kid: Some(kid.to_owned()), ..Header::new(Algorithm::HS256) };
-        encode(&header, &issuer.claims("somebody"), &EncodingKey::from_secret(secret)).expect("a token")
-    };
-    let document = issuer.keys.lock().expect("keys").to_string();
-    let AlgorithmParameters::RSA(public) = rsa.jwk().algorithm else { panic!("an RSA key") };
-    let critical = part(&json!({"alg": "ES256", "kid": "two", "crit": ["exp"]}));
     let header = |signer: &Signer, algorithm, kid: Option<&str>| {
         signer.sign_with(&Header { kid: kid.map(str::to_owned), ..Header::new(algorithm) }, &issuer.claims("somebody"))
     };
-    for (what, token) in [
-        ("alg none", format!("{unsigned}.{body}.")),
-        ("alg none with the signature", format!("{unsigned}.{body}.{signature}")),
-        ("other claims", format!("{head}.{other}.{signature}")),
-        ("no signature", format!("{head}.{body}.")),
-        ("two parts", format!("{head}.{body}")),
-        ("HS256 with the public key", hmac(public.n.as_bytes(), "one")),
-        ("HS256 with the public key's bytes", hmac(&BASE64URL.decode(&public.n).expect("bytes"), "one")),
-        ("HS256 with the issuer's document", hmac(document.as_bytes(), "one")),
-        ("an extension that must be understood", format!("{critical}.{body}.{signature}")),
-        ("a stranger's key under the name of ours", stranger.sign(&issuer.claims("somebody"))),
-        ("the name of another of its keys", header(&ec, Algorithm::ES256, Some("one"))),
-        ("another algorithm than the key is for", header(&rsa, Algorithm::PS256, Some("one"))),
-        ("nothing", ".".to_owned()),
-        ("dots", "..".to_owned()),
-        ("no ASCII", "é.é.é".to_owned()),
-    ] {
-        assert_eq!(rig.bearer(&token).await, None, "{what}");
-    }
     // Which of several keys it is has to be said, unless only one fits.
     assert_eq!(rig.bearer(&header(&ec, Algorithm::ES256, None)).await.as_deref(), Some("somebody"));
     assert_eq!(issuer.asked.load(Ordering::Relaxed), 1, "no refused token made it ask");
@@ -291,7 +306,7 @@ async fn keys_of_the_issuer_are_read_again_when_they_change_but_not_for_every_ma
     assert_eq!(issuer.asked.load(Ordering::Relaxed), asked, "not again within seconds");
     // An authorizer that starts later knows the new one.
     issuer.publish(&[&old, &new]);
-    rig.authorizer = Authorizer::new(&rig.config, rig.keys.clone()).expect("an authorizer");
+    rig.authorizer = Authorizer::new(&rig.config, rig.keys.clone());
     assert!(rig.bearer(&new.sign(&issuer.claims("somebody"))).await.is_some());
     // A broken issuer does not lock out those whose keys are known.
     issuer.fail();
@@ -299,8 +314,7 @@ async fn keys_of_the_issuer_are_read_again_when_they_change_but_not_for_every_ma
 
     // An issuer that says it is another one.
     let oidc = OidcConfig { issuer: format!("{}/tenant", issuer.server.url()), audience: AUDIENCE.into() };
-    rig.authorizer =
-        Authorizer::new(&AuthorizerConfig { oidc: Some(oidc), ..rig.config.clone() }, rig.keys.clone()).expect("one");
+    rig.authorizer = Authorizer::new(&AuthorizerConfig { oidc: Some(oidc), ..rig.config.clone() }, rig.keys.clone());
     let refusal = rig.authorizer.handle(event(old.sign(&issuer.claims("somebody")))).await.expect_err("no keys");
     assert!(matches!(refusal, Refusal::Unknown(_)), "{refusal:?}");
     rig.engines.shutdown().await;

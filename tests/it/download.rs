@@ -128,13 +128,7 @@ impl Rig {
             ..aws.clone()
         };
         let sandboxes = Arc::new(StandInSandboxes::at(agent_server.url(), "/nowhere".to_owned()));
-        let exporter = Exporter::new(
-            &config,
-            &names,
-            &gated,
-            sandboxes.clone(),
-            Outbound::new(Reach::Anywhere).expect("a client"),
-        );
+        let exporter = Exporter::new(&config, &names, &gated, sandboxes.clone(), Outbound::new(Reach::Anywhere));
         let context = download::Context::with_exporter(exporter.clone(), config.inline_limit);
         let router = download::router(context).layer(middleware::from_fn(async |mut request: Request, next: Next| {
             let user = request.headers().get(USER_HEADER).map_or(USER, |user| user.to_str().expect("text"));
@@ -883,13 +877,7 @@ async fn events_that_have_not_arrived_are_fetched() {
     // One that cannot be reached: the export says so, and is exact else.
     let gone = StandInSandboxes::at("http://127.0.0.1:1".to_owned(), "/nowhere".to_owned());
     gone.start(&rig.user, SANDBOX).await.expect("a sandbox");
-    let exporter = Exporter::new(
-        &config(),
-        &rig.names,
-        &rig.aws,
-        Arc::new(gone),
-        Outbound::new(Reach::Anywhere).expect("a client"),
-    );
+    let exporter = Exporter::new(&config(), &rig.names, &rig.aws, Arc::new(gone), Outbound::new(Reach::Anywhere));
     let Some(shared::export::Answer::Ready(ready)) = exporter.export(&rig.user, id).await.expect("an export") else {
         panic!("an export")
     };

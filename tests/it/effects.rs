@@ -25,7 +25,7 @@ use shared::start::request::ProviderType;
 use shared::start::task::StartStatus;
 use shared::user::UserId;
 use shared::user::settings::SettingsStore;
-use shared::user::token::secret_access_token;
+use shared::user::token::TokenKey;
 use tempfile::TempDir;
 use uuid::Uuid;
 
@@ -54,7 +54,7 @@ impl Fixture {
     async fn has_sandbox(&self, user: &UserId, id: &str) {
         let api = &self.api;
         let sandboxes = SandboxStore::new(api.aws.dynamodb.clone(), api.names.sandboxes.clone(), api.sealer.clone());
-        let record = sandboxes.new_record(user, id, "spec", &SecretString::from(id)).expect("a record");
+        let record = sandboxes.new_record(user, id, "spec", &SecretString::from(id)).await.expect("a record");
         sandboxes.put_new(record).await.expect("stored");
     }
 
@@ -479,8 +479,9 @@ async fn an_access_token_gives_the_current_provider_token_and_nothing_else() {
         |token: &str| json!({"provider_tokens": {"github": {"token": token}, "gitlab": {"token": null}}}).to_string();
     settings.put(&with, &stored("ghp-1").into()).await.expect("stored");
     settings.put(&fixture.user, &stored("ghp-local").into()).await.expect("stored");
+    let key = TokenKey::of(&api.sealer).await.expect("a key");
     let token = |user: &UserId, provider, seconds| {
-        let token = secret_access_token(&api.sealer, user, provider, Duration::from_secs(seconds)).expect("a token");
+        let token = key.sign(user, provider, Duration::from_secs(seconds)).expect("a token");
         token.expose_secret().to_owned()
     };
     let get = async |token: Option<&str>| {
@@ -635,7 +636,7 @@ async fn the_agents_title_is_fetched_and_a_rename_always_wins() {
     rig.other_worker.processors.look_at(user, Uuid::new_v4(), 0).await.expect("looked");
     assert!(matches!(again().await, Job::LookAtConversation { look: 1, .. }));
 
-    let http = Outbound::new(Reach::Anywhere).expect("a client");
+    let http = Outbound::new(Reach::Anywhere);
     let agent = AgentServer::new(http, &rig.agent.url(), Some(SESSION_KEY.into()));
     agent.set_title(id, "🐛 Found", Duration::from_secs(5)).await.expect("a title");
     join_all((0..5).map(fetch)).await.into_iter().for_each(|fetched| fetched.expect("fetched"));

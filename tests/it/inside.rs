@@ -82,7 +82,7 @@ impl Rig {
         fs::create_dir_all(agent.working_dir()).expect("a workspace");
         let conversations =
             ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone());
-        let http = Outbound::new(Reach::Anywhere).expect("a client");
+        let http = Outbound::new(Reach::Anywhere);
         let places = Places::new(conversations.clone(), sandboxes.clone(), http);
         let router = router(&places, BUDGET);
         Self { user, agent, sandboxes, conversations, places, router, engines, _folder: folder }
@@ -127,7 +127,7 @@ impl Rig {
             "workspace": {"kind": "LocalWorkspace", "working_dir": folder},
             "agent": {},
         });
-        let http = Outbound::new(Reach::Anywhere).expect("a client");
+        let http = Outbound::new(Reach::Anywhere);
         let agent = AgentServer::new(http, &self.agent.url(), Some(SESSION_KEY.into()));
         agent.create_conversation(&body, BUDGET).await.expect("created");
         id
@@ -620,7 +620,7 @@ async fn whatever_an_agent_server_does_each_route_answers_in_time_and_says_what_
     rig.agent.clear_faults();
     let unreachable = StandInSandboxes::at("http://127.0.0.1:9".to_owned(), rig.agent.working_dir());
     unreachable.start(&rig.user, SANDBOX).await.expect("a sandbox");
-    let http = Outbound::new(Reach::Anywhere).expect("a client");
+    let http = Outbound::new(Reach::Anywhere);
     let places = Places::new(rig.conversations.clone(), Arc::new(unreachable), http);
     rig.router = router(&places, BUDGET);
     let expected = json_of("The agent server cannot be reached");

@@ -76,7 +76,7 @@ impl Cloud {
     }
 
     async fn sealer(&self) -> Sealer {
-        self.data_key().await.sealer().await.expect("a key")
+        Sealer::from_data_key(self.data_key().await)
     }
 }
 
@@ -275,22 +275,25 @@ async fn stream_start_answers_chunk_by_chunk() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deployment_has_one_data_key_whoever_comes_first() {
     let cloud = Cloud::start().await;
-    let keys = join_all((0..6).map(|_| cloud.data_key())).await;
-    let sealers = join_all(keys.iter().map(DataKey::sealer)).await;
-    let sealers: Vec<Sealer> = sealers.into_iter().map(|sealer| sealer.expect("a key")).collect();
-    let sealed = sealers[0].seal("p", &"secret".into()).expect("sealed");
-    for sealer in &sealers {
-        sealer.open("p", &sealed).expect("the same key");
+    let sealers = join_all((0..6).map(|_| cloud.sealer())).await;
+    let secret = "secret".into();
+    let sealed = join_all(sealers.iter().map(|sealer| sealer.seal("p", &secret))).await;
+    let sealed: Vec<String> = sealed.into_iter().map(|sealed| sealed.expect("sealed")).collect();
+    for (sealer, sealed) in sealers.iter().zip(sealed.iter().rev()) {
+        sealer.open("p", sealed).await.expect("the same key");
     }
-    let (made, _) = cloud.kms.asked();
-    cloud.sealer().await.open("p", &sealed).expect("the same key");
+    let [sealed, ..] = &sealed[..] else { panic!("six") };
+    let (made, asked) = cloud.kms.asked();
+    let another = cloud.sealer().await;
+    assert_eq!(cloud.kms.asked(), (made, asked), "a sealer that seals nothing asks for no key");
+    another.open("p", sealed).await.expect("the same key");
     assert_eq!(cloud.kms.asked().0, made, "the second time none is made");
 
     // Neither another key of KMS nor a changed row opens anything.
     let sdk = cloud.engines.sdk_config().await.to_builder().endpoint_url(cloud.kms.url()).build();
     let users = cloud.config.names.users.clone();
     let wrong = DataKey::new(&sdk, cloud.aws.dynamodb.clone(), users.clone(), "alias/other".to_owned());
-    let refused = wrong.sealer().await.expect_err("refused");
+    let refused = wrong.key().await.expect_err("refused");
     assert!(refused.context().contains("AccessDenied") && !refused.to_string().contains("KMS"), "{refused:?}");
     let rows = cloud.aws.dynamodb.scan().table_name(users).send().await.expect("rows").items.unwrap_or_default();
     let stored = rows[0]["encrypted"].as_b().expect("bytes").as_ref().to_vec();

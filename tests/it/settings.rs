@@ -154,7 +154,7 @@ async fn users_me_shows_secrets_to_the_users_own_sandboxes_alone() {
 
     let sandboxes = SandboxStore::new(api.aws.dynamodb.clone(), api.names.sandboxes.clone(), api.sealer.clone());
     for (owner, key) in [(&user, "key of u"), (&other, "key of other")] {
-        let record = sandboxes.new_record(owner, "s", "spec", &key.into()).expect("a record");
+        let record = sandboxes.new_record(owner, "s", "spec", &key.into()).await.expect("a record");
         sandboxes.put_new(record).await.expect("stored");
     }
     for (key, expected) in [

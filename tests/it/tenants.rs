@@ -17,7 +17,7 @@ use shared::sandbox::store::SandboxStore;
 use shared::start::request::ProviderType;
 use shared::user::UserId;
 use shared::user::settings::SettingsStore;
-use shared::user::token::secret_access_token;
+use shared::user::token::TokenKey;
 use tempfile::TempDir;
 use uuid::Uuid;
 
@@ -45,13 +45,13 @@ pub struct Route {
     /// As in the router table of `Cargo.toml`.
     pub path: &'static str,
     /// What stands for the path's parameters, and the query.
-    target: String,
+    pub target: String,
     pub by: By,
-    body: Option<Value>,
+    pub body: Option<Value>,
     /// What an owner of such rows gets; `{owner}` stands for their name.
-    owner: (u16, &'static str),
+    pub owner: (u16, &'static str),
     /// What one without rows gets: status, and body where it is always the same.
-    stranger: (u16, Option<Value>),
+    pub stranger: (u16, Option<Value>),
 }
 
 pub fn routes() -> Vec<Route> {
@@ -462,7 +462,7 @@ pub async fn furnish(api: &Api, owner: &UserId) {
     let rows = [conversation(PARENT, None), conversation(CHILD, Some(PARENT)), task];
     api.stores.load(owner, rows).await;
     let sandboxes = SandboxStore::new(api.aws.dynamodb.clone(), api.names.sandboxes.clone(), api.sealer.clone());
-    let record = sandboxes.new_record(owner, SANDBOX, "spec", &key_of(owner)).expect("a record");
+    let record = sandboxes.new_record(owner, SANDBOX, "spec", &key_of(owner)).await.expect("a record");
     sandboxes.put_new(record).await.expect("stored");
     let settings = SettingsStore::new(api.aws.dynamodb.clone(), api.names.users.clone(), api.sealer.clone());
     let tokens = json!({
@@ -485,16 +485,17 @@ fn store_of_events(api: &Api) -> EventStore {
     EventStore::new(api.aws.dynamodb.clone(), api.names.events.clone(), api.aws.s3.clone(), api.names.bucket.clone())
 }
 
-fn key_of(user: &UserId) -> SecretString {
+pub fn key_of(user: &UserId) -> SecretString {
     format!("session-key-of-{user}").into()
 }
 
-fn token_of(api: &Api, user: &UserId) -> SecretString {
-    secret_access_token(&api.sealer, user, ProviderType::Github, Duration::from_secs(60)).expect("a token")
+pub async fn token_of(api: &Api, user: &UserId) -> SecretString {
+    let key = TokenKey::of(&api.sealer).await.expect("a key");
+    key.sign(user, ProviderType::Github, Duration::from_secs(60)).expect("a token")
 }
 
 /// All rows of all tables, and when all objects were written, by what tells them apart.
-async fn everything(api: &Api) -> BTreeMap<String, HashMap<String, AttributeValue>> {
+pub async fn everything(api: &Api) -> BTreeMap<String, HashMap<String, AttributeValue>> {
     let mut all = BTreeMap::new();
     for table in schema::TABLES {
         let name = api.names.conversations.replace("conversations", table.name);
@@ -517,14 +518,14 @@ async fn everything(api: &Api) -> BTreeMap<String, HashMap<String, AttributeValu
     all
 }
 
-/// A request, and what is left to do behind it.
+/// A request of a route's.
 pub async fn request(api: &Api, user: &UserId, route: &Route) -> (u16, Value) {
     let asked = async {
         match route.by {
             By::Caller => api.call(user, route.method, &route.target, route.body.as_ref()).await,
             By::Sandbox | By::Agent => {
                 let shown = if route.by == By::Sandbox { "x-session-api-key" } else { "x-access-token" };
-                let secret = if route.by == By::Sandbox { key_of(user) } else { token_of(api, user) };
+                let secret = if route.by == By::Sandbox { key_of(user) } else { token_of(api, user).await };
                 let body = route.body.as_ref().map_or_else(Body::empty, |body| Body::from(body.to_string()));
                 let request = Request::builder()
                     .method(route.method)
@@ -535,6 +536,11 @@ pub async fn request(api: &Api, user: &UserId, route: &Route) -> (u16, Value) {
             }
         }
     };
+    with_worker(api, asked).await
+}
+
+/// What was asked for, and what is left to do behind it.
+pub async fn with_worker<T>(api: &Api, asked: impl Future<Output = T>) -> T {
     let answered = AtomicBool::new(false);
     let asked = async {
         let answer = asked.await;

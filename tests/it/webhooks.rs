@@ -39,7 +39,7 @@ impl Owner {
     async fn new(aws: &Aws, names: &Names, sealer: &Sealer, user: UserId) -> Self {
         let sandboxes = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
         for (id, key) in [("one", KEY), ("another", OTHER_KEY)] {
-            let record = sandboxes.new_record(&user, id, "spec", &SecretString::from(key)).expect("a record");
+            let record = sandboxes.new_record(&user, id, "spec", &SecretString::from(key)).await.expect("a record");
             sandboxes.put_new(record).await.expect("stored");
         }
         Self {

@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use shared::config::OidcConfig;
 use shared::error::{Error, Result};
+use shared::outbound::LazyClient;
 use shared::user::UserId;
 use tokio::sync::Mutex;
 
@@ -51,7 +52,7 @@ struct Keys {
 #[derive(Debug)]
 pub struct Tokens {
     config: OidcConfig,
-    http: reqwest::Client,
+    http: LazyClient,
     keys: Mutex<Keys>,
 }
 
@@ -68,12 +69,11 @@ struct Discovery {
 
 impl Tokens {
     /// For tokens of one issuer and one audience.
-    ///
-    /// # Errors
-    /// When TLS cannot be set up.
-    pub fn new(config: OidcConfig) -> std::result::Result<Self, reqwest::Error> {
-        let http = reqwest::Client::builder().redirect(reqwest::redirect::Policy::none()).timeout(TIMEOUT).build()?;
-        Ok(Self { config, http, keys: Mutex::default() })
+    #[must_use]
+    pub fn new(config: OidcConfig) -> Self {
+        let http =
+            LazyClient::new(|| reqwest::Client::builder().redirect(reqwest::redirect::Policy::none()).timeout(TIMEOUT));
+        Self { config, http, keys: Mutex::default() }
     }
 
     /// Whose token it is; `None` when it does not hold.
@@ -144,7 +144,16 @@ impl Tokens {
     }
 
     async fn read<T: DeserializeOwned>(&self, url: &str) -> Result<T> {
-        let mut answer = self.http.get(url).send().await.map_err(upstream)?.error_for_status().map_err(upstream)?;
+        let mut answer = self
+            .http
+            .get()
+            .map_err(Error::internal)?
+            .get(url)
+            .send()
+            .await
+            .map_err(upstream)?
+            .error_for_status()
+            .map_err(upstream)?;
         if !answer.status().is_success() {
             return Err(upstream(format!("{url} answered {}", answer.status())));
         }

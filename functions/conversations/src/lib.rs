@@ -17,15 +17,15 @@ use shared::conversation::live::LiveStatus;
 use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
 use shared::conversation::update_request::UpdateRequest;
-use shared::conversation::{AppConversation, ConversationRecord};
+use shared::conversation::{AppConversation, ConversationRecord, MAX_NAME};
 use shared::error::Error;
 use shared::http::caller::Caller;
 use shared::http::page_id;
 use shared::http::query::{Bounds, Query, lenient_uuid, lenient_uuids};
 use shared::http::validation::{self, Choice as _};
 use shared::outbound::Outbound;
-use shared::sandbox;
 use shared::sandbox::store::SandboxStore;
+use shared::sandbox::{self, MAX_ID};
 use shared::start::queue::StartQueue;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
@@ -48,21 +48,19 @@ pub struct Context {
 
 impl Context {
     /// A context on the configured tables and sandboxes.
-    ///
-    /// # Errors
-    /// When TLS cannot be set up.
-    pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Self, Error> {
+    #[must_use]
+    pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
         let names = &config.names;
         let store = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
-        let http = Outbound::new(config.reach)?;
+        let http = Outbound::new(config.reach);
         let conversations =
             ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone());
         let queue = StartQueue::new(aws.sqs.clone(), names.start_queue_url.clone());
-        Ok(Self {
+        Self {
             conversations: conversations.clone(),
             deleter: Deleter { conversations, queue },
             live: LiveStatus::new(sandbox::service(&config.sandbox, store), http, config.live_status_budget),
-        })
+        }
     }
 }
 
@@ -155,12 +153,12 @@ async fn delete(
 /// The filters that search and count have in common.
 fn filter(query: &mut Query) -> Filter {
     Filter {
-        title_contains: query.string("title__contains"),
+        title_contains: query.string_up_to(MAX_NAME, "title__contains"),
         created_at_gte: query.datetime("created_at__gte").map(Into::into),
         created_at_lt: query.datetime("created_at__lt").map(Into::into),
         updated_at_gte: query.datetime("updated_at__gte").map(Into::into),
         updated_at_lt: query.datetime("updated_at__lt").map(Into::into),
-        sandbox_id: query.string("sandbox_id__eq"),
+        sandbox_id: query.string_up_to(MAX_ID, "sandbox_id__eq"),
         include_sub_conversations: false,
     }
 }

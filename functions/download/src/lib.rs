@@ -41,14 +41,12 @@ pub struct Context {
 
 impl Context {
     /// A context on the configured tables, bucket, queue and sandboxes.
-    ///
-    /// # Errors
-    /// When TLS cannot be set up.
-    pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Self> {
+    #[must_use]
+    pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
         let store = SandboxStore::new(aws.dynamodb.clone(), config.names.sandboxes.clone(), sealer.clone());
         let sandboxes = sandbox::service(&config.sandbox, store);
-        let exporter = Exporter::new(&config.export, &config.names, aws, sandboxes, Outbound::new(config.reach)?);
-        Ok(Self::with_exporter(exporter, config.export.inline_limit))
+        let exporter = Exporter::new(&config.export, &config.names, aws, sandboxes, Outbound::new(config.reach));
+        Self::with_exporter(exporter, config.export.inline_limit)
     }
 
     /// A context around an exporter; zips up to `inline_limit` bytes are answered, larger ones linked to.

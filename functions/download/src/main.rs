@@ -2,6 +2,6 @@
 
 #[tokio::main]
 async fn main() -> Result<(), lambda::Error> {
-    lambda::serve(async |config, aws, sealer| Ok(download::router(download::Context::new(&config, &aws, &sealer)?)))
+    lambda::serve(async |config, aws, sealer| Ok(download::router(download::Context::new(&config, &aws, &sealer))))
         .await
 }

@@ -23,7 +23,7 @@ use shared::http::caller;
 use shared::http::validation::{self, Checked, Checker, Fields};
 use shared::measure;
 use shared::sandbox::store::SandboxRecord;
-use shared::user::token::read_secret_access_token;
+use shared::user::token::TokenKey;
 
 use crate::{Context, conversation_id};
 
@@ -100,7 +100,7 @@ async fn events(
 async fn secret(State(context): State<Context>, headers: HeaderMap) -> Result<String, Error> {
     let refused = || Error::Unauthenticated("Unauthorized".into());
     let token = headers.get(ACCESS_TOKEN).and_then(|token| token.to_str().ok()).ok_or_else(refused)?;
-    let (user, provider) = read_secret_access_token(&context.sealer, token).ok_or_else(refused)?;
+    let (user, provider) = TokenKey::of(&context.sealer).await?.read(token).ok_or_else(refused)?;
     let settings = context.settings.get(&user).await?.unwrap_or_default();
     let mut tokens = settings.provider_tokens.0.into_iter().filter(|(name, _)| *name == provider);
     let token = tokens.find_map(|(_, token)| token.token).filter(|token| !token.expose_secret().is_empty());

@@ -14,7 +14,6 @@ use axum::routing::{get, post};
 use shared::aws::Aws;
 use shared::config::Config;
 use shared::conversation::store::ConversationStore;
-use shared::error::Result;
 use shared::outbound::Outbound;
 use shared::pending_message::delivery::{Messages, Timing};
 use shared::pending_message::store::MessageStore;
@@ -42,10 +41,8 @@ pub struct Context {
 
 impl Context {
     /// A context on the configured tables and sandboxes.
-    ///
-    /// # Errors
-    /// When TLS cannot be set up.
-    pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Self> {
+    #[must_use]
+    pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
         let (names, dynamodb, s3) = (&config.names, &aws.dynamodb, &aws.s3);
         let records = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
         let sandboxes = sandbox::service(&config.sandbox, records.clone());
@@ -63,16 +60,16 @@ impl Context {
             conversations: ConversationStore::new(dynamodb.clone(), names.conversations.clone(), users),
             sandboxes: sandboxes.clone(),
             queue: StartQueue::new(aws.sqs.clone(), names.start_queue_url.clone()),
-            http: Outbound::new(config.reach)?,
+            http: Outbound::new(config.reach),
             timing: Timing::default(),
         };
-        Ok(Self {
+        Self {
             sandboxes,
             messages,
             records,
             settings: SettingsStore::new(aws.dynamodb.clone(), names.users.clone(), sealer.clone()),
             specs: specs(&config.sandbox),
-        })
+        }
     }
 }
 

@@ -15,6 +15,7 @@ use shared::http::body;
 use shared::http::caller::{self, Caller};
 use shared::http::page_id;
 use shared::http::query::{Bounds, Query};
+use shared::http::secret;
 use shared::sandbox::store::SandboxStore;
 use shared::user::UserId;
 use shared::user::document::{SecretChange, SettingsChanges};
@@ -86,7 +87,7 @@ async fn search_secrets(
     RawQuery(query): RawQuery,
 ) -> Result<Json<Value>> {
     let mut query = Query::parse(query.as_deref());
-    let contains = query.string("name__contains");
+    let contains = query.string_up_to(secret::MAX_NAME, "name__contains");
     let page = query.string("page_id");
     let limit = query.integer("limit", 100, Bounds::PAGE);
     query.finish().map_err(Error::Invalid)?;

@@ -45,17 +45,15 @@ pub struct Context {
 
 impl Context {
     /// A context on the configured tables and sandboxes.
-    ///
-    /// # Errors
-    /// When TLS cannot be set up.
-    pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Self> {
+    #[must_use]
+    pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
         let names = &config.names;
         let store = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
         let conversations =
             ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone());
-        let http = Outbound::new(config.reach)?;
+        let http = Outbound::new(config.reach);
         let places = Places::new(conversations, sandbox::service(&config.sandbox, store), http);
-        Ok(Self::with_places(places, config.look_budget))
+        Self::with_places(places, config.look_budget)
     }
 
     /// A context that finds conversations in these places; each request has `budget` for what it asks of them.

@@ -40,14 +40,12 @@ pub struct Context {
 
 impl Context {
     /// A context on the configured tables, queue and sandboxes.
-    ///
-    /// # Errors
-    /// When TLS cannot be set up.
-    pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Self, Error> {
+    #[must_use]
+    pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
         let (names, dynamodb) = (&config.names, &aws.dynamodb);
         let sandboxes = SandboxStore::new(dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
         let sandboxes = sandbox::service(&config.sandbox, sandboxes);
-        let http = Outbound::new(config.reach)?;
+        let http = Outbound::new(config.reach);
         let exporter = Exporter::new(&config.export, names, aws, sandboxes.clone(), http.clone());
         let saga = Saga {
             tasks: StartTaskStore::new(
@@ -68,7 +66,7 @@ impl Context {
         };
         let events = EventStore::new(dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
         let messages = MessageStore::new(dynamodb.clone(), names.users.clone(), aws.s3.clone(), names.bucket.clone());
-        Ok(Self::new_with(saga, events, exporter, messages))
+        Self::new_with(saga, events, exporter, messages)
     }
 
     /// A context around a saga, and the events, exports and waiting messages of the conversations that it makes.

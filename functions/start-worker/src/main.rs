@@ -6,7 +6,7 @@ use serde_json::Value;
 #[tokio::main]
 async fn main() -> Result<(), lambda::Error> {
     let (config, aws, sealer) = lambda::set_up().await?;
-    let context = start_worker::Context::new(&config, &aws, &sealer)?;
+    let context = start_worker::Context::new(&config, &aws, &sealer);
     let context = &context;
     let handle = async |event: LambdaEvent<Value>| {
         let handled = start_worker::handle(context, event.payload).await.map_err(lambda::Error::from);

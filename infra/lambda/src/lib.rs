@@ -27,7 +27,7 @@ use shared::user::seal::Sealer;
 /// Configuration, clients and the sealing key, read once a process.
 ///
 /// # Errors
-/// When the environment is not complete, or the key cannot be had.
+/// When the environment is not complete.
 pub async fn set_up() -> Result<(Config, Aws, Sealer), Error> {
     telemetry::init(LogFormat::Json);
     // Before anything is measured.
@@ -38,9 +38,8 @@ pub async fn set_up() -> Result<(Config, Aws, Sealer), Error> {
     let sealer = match &config.sealing {
         SealingConfig::File(path) => Sealer::from_file(path)?,
         SealingConfig::Kms(key) => {
-            let key = DataKey::new(&sdk, aws.dynamodb.clone(), config.names.users.clone(), key.clone());
-            // The error says what failed in the log alone; Lambda shows it to nobody else.
-            key.sealer().await.map_err(|error| Error::from(error.context()))?
+            let users = config.names.users.clone();
+            Sealer::from_data_key(DataKey::new(&sdk, aws.dynamodb.clone(), users, key.clone()))
         }
     };
     Ok((config, aws, sealer))

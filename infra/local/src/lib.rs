@@ -3,6 +3,7 @@
 
 pub mod agent_server;
 pub mod api_keys;
+pub mod docs;
 pub mod edge;
 pub mod engines;
 pub mod import;

@@ -32,6 +32,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use crate::agent_server::{self, EnsureError, PythonError, Terminal, find_python};
+use crate::docs;
 use crate::edge;
 use crate::engines::{EngineError, EnginePorts, Engines};
 use crate::options::{CommonOptions, SandboxKind};
@@ -231,7 +232,7 @@ impl Server {
         }
         let worker = match invoke_url {
             Some(url) => Worker::At(reqwest::Client::new(), url),
-            None => Worker::Here(Arc::new(start_worker::Context::new(&config, &aws, &sealer)?)),
+            None => Worker::Here(Arc::new(start_worker::Context::new(&config, &aws, &sealer))),
         };
         let readiness = Readiness::default();
         let mut server = Self {
@@ -249,7 +250,7 @@ impl Server {
             readiness.set("agent_server", "being installed");
         }
         if let Some(listener) = listener {
-            server.serve(listener, environment.session_api_key, environment.origins)?;
+            server.serve(listener, environment.session_api_key, environment.origins);
         }
         let (python, launcher) = (options.python.clone(), data.join("agent-server-python"));
         let install = matches!(server.config.sandbox, SandboxConfig::Process(_));
@@ -319,21 +320,16 @@ impl Server {
         Some(ProcessSandboxes::new(process.clone(), store))
     }
 
-    fn serve(
-        &mut self,
-        listener: TcpListener,
-        key: Option<SecretString>,
-        origins: Vec<String>,
-    ) -> Result<(), ServerError> {
+    fn serve(&mut self, listener: TcpListener, key: Option<SecretString>, origins: Vec<String>) {
         let (config, aws, sealer) = (&self.config, &self.aws, &self.sealer);
-        let functions = functions(config, aws, sealer)?;
-        let without_user = functions_without_user(config, aws, sealer)?;
+        let functions = functions(config, aws, sealer);
+        let without_user = functions_without_user(config, aws, sealer);
         let health = Router::new()
             .route("/alive", get(alive))
             .route("/health", get(async || "OK"))
             .route("/ready", get(ready))
             .with_state(self.readiness.clone());
-        let router = edge::around(functions, without_user, key, origins).merge(health);
+        let router = edge::around(functions, without_user, key, origins).merge(health).merge(docs::router());
         let (stop, stopped) = oneshot::channel::<()>();
         let served = tokio::spawn(async move {
             let serving = axum::serve(listener, router).with_graceful_shutdown(async {
@@ -345,37 +341,30 @@ impl Server {
             }
         });
         self.stop_serving = Some((stop, served));
-        Ok(())
     }
 }
 
 /// The routes of all functions but the webhooks. Whoever runs them says who calls, with a `Caller` in each request's extensions.
-///
-/// # Errors
-/// When TLS cannot be set up.
-pub fn functions(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Router, shared::Error> {
-    Ok(Router::new()
-        .merge(conversations::router(conversations::Context::new(config, aws, sealer)?))
-        .merge(download::router(download::Context::new(config, aws, sealer)?))
+pub fn functions(config: &Config, aws: &Aws, sealer: &Sealer) -> Router {
+    Router::new()
+        .merge(conversations::router(conversations::Context::new(config, aws, sealer)))
+        .merge(download::router(download::Context::new(config, aws, sealer)))
         .merge(start::router(start::Context::new(config, aws, sealer)))
         .merge(stream_start::router(stream_start::Context::new(config, aws, sealer)))
         .merge(start_tasks::router(start_tasks::Context::new(config, aws, sealer)))
-        .merge(skills::router(skills::Context::new(config, aws, sealer)?))
-        .merge(sandboxes::router(sandboxes::Context::new(config, aws, sealer)?))
+        .merge(skills::router(skills::Context::new(config, aws, sealer)))
+        .merge(sandboxes::router(sandboxes::Context::new(config, aws, sealer)))
         .merge(settings::router(settings::Context::new(config, aws, sealer)))
-        .merge(events::router(events::Context::new(config, aws, sealer))))
+        .merge(events::router(events::Context::new(config, aws, sealer)))
 }
 
 /// The routers that need no user: those for agent servers and the agents in them, who show keys of their sandboxes, and what a
 /// front end asks for before anybody is known.
-///
-/// # Errors
-/// When TLS cannot be set up.
-pub fn functions_without_user(config: &Config, aws: &Aws, sealer: &Sealer) -> Result<Router, shared::Error> {
-    Ok(Router::new()
+pub fn functions_without_user(config: &Config, aws: &Aws, sealer: &Sealer) -> Router {
+    Router::new()
         .merge(events::webhooks_router(events::Context::new(config, aws, sealer)))
         .merge(web_client::router(web_client::Context::from_env()))
-        .merge(sandboxes::secrets_router(sandboxes::Context::new(config, aws, sealer)?)))
+        .merge(sandboxes::secrets_router(sandboxes::Context::new(config, aws, sealer)))
 }
 
 async fn alive(State(readiness): State<Readiness>) -> Response {

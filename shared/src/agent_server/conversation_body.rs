@@ -14,9 +14,8 @@ use crate::error::Result;
 use crate::id;
 use crate::start::request::{AgentType, Content, ProviderType, Secrets, SendMessageRequest, StartRequest};
 use crate::user::UserId;
-use crate::user::seal::Sealer;
 use crate::user::settings::{McpConfig, McpUrlServer, Settings};
-use crate::user::token::secret_access_token;
+use crate::user::token::TokenKey;
 
 /// Sent as the version of this control plane in trace metadata.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -48,7 +47,7 @@ pub struct ConversationInputs<'a> {
     /// Configuration.
     pub config: &'a StartConfig,
     /// Signs the tokens with which agents look secrets up.
-    pub sealer: &'a Sealer,
+    pub token_key: &'a TokenKey,
     /// The current instant.
     pub now: Time,
 }
@@ -264,7 +263,7 @@ fn secrets(inputs: &ConversationInputs<'_>) -> Result<Map<String, Value>> {
         let source = match &config.web_url {
             // Looked up when it is used, so that a renewed token reaches running agents.
             Some(web_url) => {
-                let token = secret_access_token(inputs.sealer, inputs.user, *provider, config.access_token_lifetime)?;
+                let token = inputs.token_key.sign(inputs.user, *provider, config.access_token_lifetime)?;
                 json!({
                     "description": description,
                     "url": format!("{web_url}/api/v1/webhooks/secrets"),
@@ -509,6 +508,8 @@ const PLAN_STRUCTURE: &str = "The plan must follow this structure exactly:
 
 #[cfg(test)]
 mod tests {
+    use secrecy::SecretSlice;
+
     use super::*;
 
     const RECORDED: &str =
@@ -530,9 +531,6 @@ mod tests {
         fn body(&self) -> Value {
             let request = self.request.to_string();
             let request = StartRequest::from_body(Some("application/json"), request.as_bytes()).expect("a request");
-            let key_file = std::env::temp_dir().join(id::new_sandbox_id());
-            let sealer = Sealer::from_file(&key_file).expect("a key");
-            std::fs::remove_file(key_file).expect("removed");
             let inputs = ConversationInputs {
                 user: &UserId::local(),
                 conversation_id: Uuid::parse_str("0513cae8-43c0-4dd7-aebc-f1c2dc0f9b8f").expect("an id"),
@@ -543,7 +541,7 @@ mod tests {
                 hooks: None,
                 browser: self.browser,
                 config: &self.config,
-                sealer: &sealer,
+                token_key: &SecretSlice::from(vec![7; 32]).into(),
                 now: serde_json::from_str("\"2026-11-22T15:38:03.220904Z\"").expect("a time"),
             };
             conversation_body(&inputs).expect("a body").expect("a model").json

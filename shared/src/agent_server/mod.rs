@@ -189,7 +189,8 @@ impl AgentServer {
 
     /// `GET /alive`: whether it answers.
     pub async fn is_alive(&self) -> bool {
-        let asked = self.http.request(Method::GET, &format!("{}/alive", self.url)).timeout(ALIVE_TIMEOUT).send().await;
+        let Ok(request) = self.http.request(Method::GET, &format!("{}/alive", self.url)) else { return false };
+        let asked = request.timeout(ALIVE_TIMEOUT).send().await;
         asked.is_ok_and(|answer| answer.status().is_success())
     }
 
@@ -484,7 +485,9 @@ impl AgentServer {
         timeout: Duration,
         fill: impl FnOnce(RequestBuilder) -> RequestBuilder,
     ) -> Result<Answer> {
-        let mut request = fill(self.http.request(method.clone(), &format!("{}{path}", self.url))).timeout(timeout);
+        let request = self.http.request(method.clone(), &format!("{}{path}", self.url));
+        let request = request.map_err(|error| fail(&method, path, transport_failure(&error)))?;
+        let mut request = fill(request).timeout(timeout);
         if let Some(key) = &self.key {
             request = request.header("X-Session-API-Key", key.expose_secret());
         }

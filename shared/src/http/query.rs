@@ -13,6 +13,8 @@ use super::validation::{
 
 /// Unix times beyond this, either way, are milliseconds, others seconds.
 const MILLISECONDS_FROM: i64 = 20_000_000_000;
+/// How many characters a violation shows of a text that has too many.
+const SHOWN_OF_TOO_LONG: usize = 100;
 
 /// A decoded query string and what was wrong with the parameters read so far.
 ///
@@ -61,6 +63,19 @@ impl Query {
     #[must_use]
     pub fn string(&self, name: &str) -> Option<String> {
         self.last(name).map(str::to_owned)
+    }
+
+    /// A text of so many characters; violation `string_too_long`, which shows how the text begins.
+    pub fn string_up_to(&mut self, longest: usize, name: &'static str) -> Option<String> {
+        self.read(name, |check, text| {
+            if text.chars().count() <= longest {
+                return Some(text.to_owned());
+            }
+            let beginning: String = text.chars().take(SHOWN_OF_TOO_LONG).chain(['…']).collect();
+            let msg = format!("String should have at most {longest} characters");
+            check.report("string_too_long", msg, beginning.into(), Some(json!({"max_length": longest})));
+            None
+        })
     }
 
     /// A text that must be there; violation `missing`.

@@ -11,6 +11,9 @@ use serde_json::json;
 
 use crate::error::{Error, StoreError};
 
+/// Bytes of a request's headers, names and values. API Gateway itself takes 10 KB.
+pub const MAX_HEADERS: usize = 16 * 1024;
+
 impl IntoResponse for Error {
     fn into_response(self) -> Response {
         let status = match &self {
@@ -43,8 +46,15 @@ pub fn with_common_answers(router: Router) -> Router {
     router
         .fallback(async || detail(StatusCode::NOT_FOUND))
         .method_not_allowed_fallback(async || detail(StatusCode::METHOD_NOT_ALLOWED))
+        .layer(middleware::from_fn(headers_in_bounds))
         .layer(middleware::from_fn(never_cached))
         .layer(middleware::from_fn(in_json))
+}
+
+/// Refuses headers over [`MAX_HEADERS`].
+async fn headers_in_bounds(request: Request, next: Next) -> Response {
+    let bytes: usize = request.headers().iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+    if bytes > MAX_HEADERS { detail(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE) } else { next.run(request).await }
 }
 
 /// `{"detail": <the status's own words>}`

@@ -131,7 +131,7 @@ impl DockerSandboxes {
         };
         let mut sandbox = Sandbox { detail, ..Sandbox::of(record, status, WORKING_DIR) };
         let Some(container) = container.filter(|_| status == SandboxStatus::Running) else { return Ok(sandbox) };
-        let key = self.store.session_key(record)?;
+        let key = self.store.session_key(record).await?;
         let urls = self.exposed_urls(record, container, &key);
         let agent = urls.iter().find(|url| url.name == AGENT_SERVER).map(|url| url.url.clone());
         if self.is_healthy(agent.as_deref()).await {
@@ -185,7 +185,7 @@ impl DockerSandboxes {
                 self.store.set_port(&record.user, &record.id, port).await?;
                 record.port = Some(port);
             }
-            let body = self.body(&record, &self.store.session_key(&record)?);
+            let body = self.body(&record, &self.store.session_key(&record).await?);
             self.create(&engine, &name, body).await?;
         }
         run(&engine, &name).await
@@ -364,7 +364,7 @@ fn free_port() -> Result<u16> {
 impl SandboxService for DockerSandboxes {
     async fn start(&self, user: &UserId, id: &str) -> Result<()> {
         let key = SecretString::from(id::new_session_key());
-        let record = self.store.put_new(self.store.new_record(user, id, &self.config.image, &key)?).await?;
+        let record = self.store.put_new(self.store.new_record(user, id, &self.config.image, &key).await?).await?;
         self.launch(&record).await
     }
 

@@ -53,6 +53,9 @@ pub struct ExposedUrl {
 /// The name of the agent server among a sandbox's addresses.
 pub const AGENT_SERVER: &str = "AGENT_SERVER";
 
+/// The longest id of a sandbox, in bytes. Longer ones are of none.
+pub const MAX_ID: usize = 255;
+
 /// A sandbox as its service sees it now.
 #[derive(Clone, Debug)]
 pub struct Sandbox {

@@ -238,7 +238,7 @@ impl ProcessSandboxes {
         // What an agent server that was killed left running.
         kill_all_of(&folder);
         remove_if_there(&folder.answered()).map_err(|error| cannot_make(&folder, &error))?;
-        let key = self.store.session_key(record)?;
+        let key = self.store.session_key(record).await?;
         self.spawn(&folder, lock, port, &key).map_err(|error| cannot_make(&folder, &error))?;
         tracing::info!(sandbox = %record.id, port, "sandbox.launched");
         Ok(())
@@ -286,7 +286,7 @@ impl ProcessSandboxes {
 
     async fn observe(&self, record: &SandboxRecord) -> Result<Sandbox> {
         let folder = self.folder(&record.id);
-        let key = self.store.session_key(record)?;
+        let key = self.store.session_key(record).await?;
         let url = record.port.map(|port| ExposedUrl {
             name: AGENT_SERVER.to_owned(),
             url: format!("http://127.0.0.1:{port}"),
@@ -341,7 +341,7 @@ impl ProcessSandboxes {
 impl SandboxService for ProcessSandboxes {
     async fn start(&self, user: &UserId, id: &str) -> Result<()> {
         let key = SecretString::from(id::new_session_key());
-        let record = self.store.put_new(self.store.new_record(user, id, SPEC_ID, &key)?).await?;
+        let record = self.store.put_new(self.store.new_record(user, id, SPEC_ID, &key).await?).await?;
         self.launch(&record).await
     }
 

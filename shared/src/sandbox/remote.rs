@@ -18,6 +18,7 @@ use crate::clock::Time;
 use crate::config::RemoteSandboxConfig;
 use crate::error::{Error, Result};
 use crate::id;
+use crate::outbound::LazyClient;
 use crate::user::UserId;
 use crate::user::seal::hash;
 
@@ -57,7 +58,7 @@ const ANSWER_LIMIT: usize = 4 * 1024 * 1024;
 pub struct RemoteSandboxes {
     config: RemoteSandboxConfig,
     store: SandboxStore,
-    http: reqwest::Client,
+    http: LazyClient,
 }
 
 /// A runtime as the API tells it.
@@ -85,11 +86,9 @@ impl RemoteSandboxes {
     /// Sandboxes of the configured runtime API.
     #[must_use]
     pub fn new(config: RemoteSandboxConfig, store: SandboxStore) -> Self {
-        let http = reqwest::Client::builder()
-            .connect_timeout(LOOK)
-            .redirect(reqwest::redirect::Policy::none())
-            .build()
-            .unwrap_or_default();
+        let http = LazyClient::new(|| {
+            reqwest::Client::builder().connect_timeout(LOOK).redirect(reqwest::redirect::Policy::none())
+        });
         Self { config, store, http }
     }
 
@@ -239,7 +238,8 @@ impl RemoteSandboxes {
         body: Option<&Value>,
     ) -> Result<Told<T>> {
         let url = format!("{}{path}", self.config.api_url.trim_end_matches('/'));
-        let mut request = self.http.request(method.clone(), url).timeout(timeout);
+        let client = self.http.get().map_err(Error::internal)?;
+        let mut request = client.request(method.clone(), url).timeout(timeout);
         if let Some(key) = &self.config.api_key {
             request = request.header("X-API-Key", key.expose_secret());
         }
@@ -342,7 +342,7 @@ impl SandboxService for RemoteSandboxes {
         // A key that nobody has, until the runtime API has made one. The record comes first: what it does not know of could
         // run for ever.
         let nobodys = SecretString::from(id::new_session_key());
-        let record = self.store.put_new(self.store.new_record(user, id, &self.config.image, &nobodys)?).await?;
+        let record = self.store.put_new(self.store.new_record(user, id, &self.config.image, &nobodys).await?).await?;
         let status = self.runtime(user, id).await?.and_then(|runtime| runtime.status);
         match status.as_deref().map(str::to_ascii_lowercase).as_deref() {
             Some("running" | "starting" | "paused") => Ok(()),

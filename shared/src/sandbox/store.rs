@@ -12,6 +12,7 @@ use crate::dynamo::{
     BATCH_GET_LIMIT, Item, batch_get_items, from_item, is_condition_failure, store_error, text, to_item,
 };
 use crate::error::Result;
+use crate::sandbox::MAX_ID;
 use crate::user::UserId;
 use crate::user::seal::{Sealer, hash};
 
@@ -77,13 +78,19 @@ impl SandboxStore {
     ///
     /// # Errors
     /// [`crate::Error::Internal`] when the key cannot be sealed.
-    pub fn new_record(&self, user: &UserId, id: &str, spec_id: &str, key: &SecretString) -> Result<SandboxRecord> {
+    pub async fn new_record(
+        &self,
+        user: &UserId,
+        id: &str,
+        spec_id: &str,
+        key: &SecretString,
+    ) -> Result<SandboxRecord> {
         let now = Time::now();
         Ok(SandboxRecord {
             user: user.clone(),
             id: id.to_owned(),
             spec_id: spec_id.to_owned(),
-            session_key_sealed: self.sealer.seal(&purpose(user, id), key)?,
+            session_key_sealed: self.sealer.seal(&purpose(user, id), key).await?,
             session_key_hash: hash(key.expose_secret()),
             created_at: now,
             used_at: now,
@@ -96,8 +103,8 @@ impl SandboxStore {
     ///
     /// # Errors
     /// [`crate::Error::Internal`] when it was sealed under another key.
-    pub fn session_key(&self, record: &SandboxRecord) -> Result<SecretString> {
-        self.sealer.open(&purpose(&record.user, &record.id), &record.session_key_sealed)
+    pub async fn session_key(&self, record: &SandboxRecord) -> Result<SecretString> {
+        self.sealer.open(&purpose(&record.user, &record.id), &record.session_key_sealed).await
     }
 
     /// Stores a new record, or returns the one that is there under this id.
@@ -137,7 +144,7 @@ impl SandboxStore {
     /// [`crate::Error::Store`].
     pub async fn batch_get(&self, user: &UserId, ids: &[String]) -> Result<Vec<Option<SandboxRecord>>> {
         let mut found: HashMap<String, SandboxRecord> = HashMap::new();
-        let mut wanted: Vec<&String> = ids.iter().filter(|id| !id.is_empty()).collect();
+        let mut wanted: Vec<&String> = ids.iter().filter(|id| is_id(id)).collect();
         wanted.sort_unstable();
         wanted.dedup();
         for chunk in wanted.chunks(BATCH_GET_LIMIT) {
@@ -219,7 +226,7 @@ impl SandboxStore {
     /// # Errors
     /// [`crate::Error::Store`]; [`crate::Error::Internal`] when the key cannot be sealed.
     pub async fn set_session_key(&self, user: &UserId, id: &str, key: &SecretString) -> Result<bool> {
-        let sealed = self.sealer.seal(&purpose(user, id), key)?;
+        let sealed = self.sealer.seal(&purpose(user, id), key).await?;
         let hash = hash(key.expose_secret());
         self.set(user, id, &[("session_key_sealed", text(sealed)), ("session_key_hash", text(hash))]).await
     }
@@ -237,6 +244,9 @@ impl SandboxStore {
     /// # Errors
     /// [`crate::Error::Store`].
     pub async fn delete(&self, user: &UserId, id: &str) -> Result<bool> {
+        if !is_id(id) {
+            return Ok(false);
+        }
         let removed = self
             .dynamodb
             .delete_item()
@@ -250,6 +260,9 @@ impl SandboxStore {
     }
 
     async fn set(&self, user: &UserId, id: &str, attributes: &[(&str, AttributeValue)]) -> Result<bool> {
+        if !is_id(id) {
+            return Ok(false);
+        }
         let parts: Vec<String> = attributes.iter().map(|(name, _)| format!("#{name} = :{name}")).collect();
         let names = attributes.iter().map(|(name, _)| (format!("#{name}"), (*name).to_owned())).collect();
         let values = attributes.iter().map(|(name, value)| (format!(":{name}"), value.clone())).collect();
@@ -276,6 +289,11 @@ impl SandboxStore {
     fn key(&self, user: &UserId, id: &str) -> Item {
         Item::from([("user".into(), text(user.as_str())), ("id".into(), text(id))])
     }
+}
+
+/// Whether a text can be an id at all; DynamoDB refuses keys that are empty, or longer than 1 KB.
+fn is_id(text: &str) -> bool {
+    (1..=MAX_ID).contains(&text.len())
 }
 
 fn purpose(user: &UserId, id: &str) -> String {

@@ -258,7 +258,7 @@ impl StartTaskStore {
             conversation_id,
             // As in the reference, a conversation with a given id gets a sandbox of the same id.
             new_sandbox_id: request.conversation_id.map_or_else(id::new_sandbox_id, id::hex),
-            secrets_sealed: self.seal_secrets(user, id, request)?,
+            secrets_sealed: self.seal_secrets(user, id, request).await?,
             ..record(user, id, now, created_at, request)?
         };
         let mut item = self.item(&mut record).await?;
@@ -530,7 +530,7 @@ impl StartTaskStore {
                 let item = answer.attributes.ok_or_else(|| Error::internal("a claimed task came back empty"))?;
                 let record =
                     self.read(vec![item]).await?.pop().ok_or_else(|| Error::internal("a claimed task is gone"))?;
-                Ok(Claim::Claimed(Box::new(self.open(record)?)))
+                Ok(Claim::Claimed(Box::new(self.open(record).await?)))
             }
             Err(error) if is_condition_failure(&error) => Ok(match self.get(user, id).await? {
                 None => Claim::Unknown,
@@ -785,11 +785,11 @@ impl StartTaskStore {
         .await
     }
 
-    fn open(&self, record: StartTaskRecord) -> Result<StartTask> {
+    async fn open(&self, record: StartTaskRecord) -> Result<StartTask> {
         let mut request: StartRequest = serde_json::from_str(&record.request)
             .map_err(|error| Error::internal(format!("a stored start request does not read: {error}")))?;
         if let Some(sealed) = &record.secrets_sealed {
-            let json = self.sealer.open(&secrets_purpose(&record.user, record.id), sealed)?;
+            let json = self.sealer.open(&secrets_purpose(&record.user, record.id), sealed).await?;
             let secrets: HashMap<String, String> = serde_json::from_str(json.expose_secret())
                 .map_err(|_| Error::internal("sealed secrets of a start do not read"))?;
             request.secrets = Some(secrets.into_iter().map(|(name, value)| (name, value.into())).collect());
@@ -797,7 +797,7 @@ impl StartTaskStore {
         Ok(StartTask { record, request })
     }
 
-    fn seal_secrets(&self, user: &UserId, id: Uuid, request: &StartRequest) -> Result<Option<String>> {
+    async fn seal_secrets(&self, user: &UserId, id: Uuid, request: &StartRequest) -> Result<Option<String>> {
         let Some(secrets) = &request.secrets else { return Ok(None) };
         let exposed: HashMap<&str, &str> =
             secrets.values().map(|(name, value)| (name, value.expose_secret())).collect();
@@ -805,7 +805,7 @@ impl StartTaskStore {
             return Ok(None);
         }
         let json = SecretString::from(serde_json::to_string(&exposed).map_err(Error::internal)?);
-        self.sealer.seal(&secrets_purpose(user, id), &json).map(Some)
+        self.sealer.seal(&secrets_purpose(user, id), &json).await.map(Some)
     }
 }
 

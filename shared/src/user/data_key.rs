@@ -10,7 +10,6 @@ use aws_sdk_kms::error::DisplayErrorContext;
 use aws_sdk_kms::primitives::Blob;
 use aws_sdk_kms::types::DataKeySpec;
 
-use super::seal::Sealer;
 use crate::dynamo::{is_condition_failure, store_error, text};
 use crate::error::{Error, Result};
 
@@ -40,11 +39,11 @@ impl DataKey {
         Self { dynamodb, table, kms: aws_sdk_kms::Client::from_conf(config), kms_key }
     }
 
-    /// What seals under it. The first process of a deployment makes the key; of several that are first at the same time, one.
+    /// Its bytes. The first process of a deployment makes the key; of several that are first at the same time, one.
     ///
     /// # Errors
     /// [`Error::Store`], or [`Error::Internal`] when KMS refuses or fails.
-    pub async fn sealer(&self) -> Result<Sealer> {
+    pub async fn key(&self) -> Result<Vec<u8>> {
         if let Some(encrypted) = self.stored().await? {
             return self.decrypt(encrypted).await;
         }
@@ -72,7 +71,7 @@ impl DataKey {
             .await
             .map_err(store_error("PutItem users"));
         match put {
-            Ok(_) => Sealer::from_key(plain.into_inner()),
+            Ok(_) => Ok(plain.into_inner()),
             // Another process was quicker; its key is the key.
             Err(error) if is_condition_failure(&error) => {
                 let encrypted = self.stored().await?;
@@ -97,7 +96,7 @@ impl DataKey {
         Ok(encrypted.and_then(|value| value.as_b().ok()).map(|blob| blob.as_ref().to_vec()))
     }
 
-    async fn decrypt(&self, encrypted: Vec<u8>) -> Result<Sealer> {
+    async fn decrypt(&self, encrypted: Vec<u8>) -> Result<Vec<u8>> {
         let decrypted = self
             .kms
             .decrypt()
@@ -107,7 +106,6 @@ impl DataKey {
             .send()
             .await
             .map_err(|error| Error::internal(format!("KMS Decrypt: {}", DisplayErrorContext(&error))))?;
-        let plain = decrypted.plaintext.ok_or_else(|| Error::internal("KMS decrypted to nothing"))?;
-        Sealer::from_key(plain.into_inner())
+        decrypted.plaintext.map(Blob::into_inner).ok_or_else(|| Error::internal("KMS decrypted to nothing"))
     }
 }

@@ -291,7 +291,7 @@ impl SettingsStore {
                 .table_name(&self.table)
                 .item("user", text(user.as_str()))
                 .item("kind", text(KIND))
-                .item("sealed", text(self.sealer.seal(&purpose(user), &json)?));
+                .item("sealed", text(self.sealer.seal(&purpose(user), &json).await?));
             let put = match before {
                 Some(before) => {
                     put.condition_expression("sealed = :before").expression_attribute_values(":before", text(before))
@@ -337,7 +337,7 @@ impl SettingsStore {
         else {
             return Ok(None);
         };
-        Ok(Some((self.sealer.open(&purpose(user), sealed)?, sealed.clone())))
+        Ok(Some((self.sealer.open(&purpose(user), sealed).await?, sealed.clone())))
     }
 
     /// Stores settings given in the contract's JSON shape, which is kept as it came, sealed.
@@ -352,7 +352,7 @@ impl SettingsStore {
             .table_name(&self.table)
             .item("user", text(user.as_str()))
             .item("kind", text(KIND))
-            .item("sealed", text(self.sealer.seal(&purpose(user), json)?))
+            .item("sealed", text(self.sealer.seal(&purpose(user), json).await?))
             .send()
             .await
             .map_err(store_error("PutItem users"))?;

@@ -62,7 +62,7 @@ impl Api {
         };
         let router = router(&config, &aws, &sealer);
         let stores = Stores::new(&aws, &names, &sealer);
-        let worker = start_worker::Context::new(&config, &aws, &sealer).expect("a worker");
+        let worker = start_worker::Context::new(&config, &aws, &sealer);
         Self { aws, names, sealer, stores, config, router, worker, queue: queues.starts, engines }
     }
 
@@ -83,21 +83,19 @@ impl Api {
         }
         let aws = |function: &str| &aws[function];
         let routers = Router::new()
-            .merge(conversations::router(
-                conversations::Context::new(config, aws("conversations"), sealer).expect("it"),
-            ))
-            .merge(download::router(download::Context::new(config, aws("download"), sealer).expect("it")))
+            .merge(conversations::router(conversations::Context::new(config, aws("conversations"), sealer)))
+            .merge(download::router(download::Context::new(config, aws("download"), sealer)))
             .merge(start::router(start::Context::new(config, aws("start"), sealer)))
             .merge(stream_start::router(stream_start::Context::new(config, aws("stream-start"), sealer)))
             .merge(start_tasks::router(start_tasks::Context::new(config, aws("start-tasks"), sealer)))
-            .merge(skills::router(skills::Context::new(config, aws("skills"), sealer).expect("it")))
-            .merge(sandboxes::router(sandboxes::Context::new(config, aws("sandboxes"), sealer).expect("it")))
-            .merge(sandboxes::secrets_router(sandboxes::Context::new(config, aws("sandboxes"), sealer).expect("it")))
+            .merge(skills::router(skills::Context::new(config, aws("skills"), sealer)))
+            .merge(sandboxes::router(sandboxes::Context::new(config, aws("sandboxes"), sealer)))
+            .merge(sandboxes::secrets_router(sandboxes::Context::new(config, aws("sandboxes"), sealer)))
             .merge(settings::router(settings::Context::new(config, aws("settings"), sealer)))
             .merge(events::router(events::Context::new(config, aws("events"), sealer)))
             .merge(events::webhooks_router(events::Context::new(config, aws("events"), sealer)))
             .merge(web_client::router(web_client::Context::from_env()));
-        self.worker = start_worker::Context::new(config, aws("start-worker"), sealer).expect("a worker");
+        self.worker = start_worker::Context::new(config, aws("start-worker"), sealer);
         self.router = with_common_answers(routers);
         ways
     }
@@ -181,6 +179,6 @@ fn clients(sdk: &aws_types::SdkConfig, [dynamodb, s3, sqs]: &[String; 3]) -> Aws
 }
 
 fn router(config: &Config, aws: &Aws, sealer: &Sealer) -> Router {
-    let functions = local::server::functions(config, aws, sealer).expect("routers");
-    with_common_answers(functions.merge(local::server::functions_without_user(config, aws, sealer).expect("routers")))
+    let functions = local::server::functions(config, aws, sealer);
+    with_common_answers(functions.merge(local::server::functions_without_user(config, aws, sealer)))
 }

@@ -242,6 +242,26 @@ impl Product {
         self.http.post(format!("http://{}{path}", self.server().address)).json(body)
     }
 
+    /// What any request is answered: status, headers, body.
+    pub async fn answer_to(&self, method: &str, target: &str, headers: &[(&str, &str)], body: Option<&str>) -> String {
+        let method = reqwest::Method::from_bytes(method.as_bytes()).expect("a method");
+        let mut request = self.http.request(method, format!("http://{}{target}", self.server().address));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        if let Some(body) = body {
+            request = request.header("content-type", "application/json").body(body.to_owned());
+        }
+        let answer = request.send().await.expect("an answer");
+        let head = format!("{} {:?}", answer.status(), answer.headers());
+        format!("{head} {}", String::from_utf8_lossy(&answer.bytes().await.expect("a body")))
+    }
+
+    /// Stops the agent servers, as the end of the program does.
+    pub async fn stop_sandboxes(&self) {
+        self.sandboxes().stop_all(&UserId::local()).await.expect("stopped");
+    }
+
     /// Starts a conversation and follows the start to its end, as a client does: by polling.
     pub async fn start_conversation(&self, request: Value) -> Start {
         let boots = ["sandbox_id", "parent_conversation_id"].iter().all(|field| request[field].is_null());

@@ -257,7 +257,7 @@ impl Rig {
                 sandboxes: sandboxes.clone(),
                 settings: settings(aws),
                 queue: queue(aws),
-                http: Outbound::new(Reach::Anywhere).expect("a client"),
+                http: Outbound::new(Reach::Anywhere),
                 sealer: sealer.clone(),
                 config: config.clone(),
             };

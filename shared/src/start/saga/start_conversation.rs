@@ -20,6 +20,7 @@ use crate::start::queue::Job;
 use crate::start::request::{AgentType, EventCallbackProcessor};
 use crate::start::store::{Change, StartTaskStore};
 use crate::start::task::{Snapshot, StartStatus};
+use crate::user::token::TokenKey;
 
 impl Work<'_> {
     pub(super) async fn set_up_skills(&mut self) -> Result<Step, StepError> {
@@ -84,6 +85,7 @@ impl Work<'_> {
         if !browser && self.task.request.agent_type == AgentType::Default {
             self.add_note("The agent has no browser tool: no Chromium was found in its sandbox".to_owned());
         }
+        let token_key = TokenKey::of(&self.saga.sealer).await?;
         let body = conversation_body(&ConversationInputs {
             user: &self.task.record.user,
             conversation_id: self.task.record.conversation_id,
@@ -94,7 +96,7 @@ impl Work<'_> {
             hooks,
             browser,
             config: &self.saga.config,
-            sealer: &self.saga.sealer,
+            token_key: &token_key,
             now: Time::now(),
         })?;
         body.map_err(|missing| StepError::Fatal(missing.to_string()))

@@ -1,0 +1,185 @@
+//! The API's description: it names the routes that there are, and the answers that they give.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use local::agent_server::find_python;
+use local::docs::DOCUMENT;
+use local::options::{CommonOptions, LogKind, SandboxKind};
+use local::server::{Environment, Server};
+use serde_json::{Value, json};
+use shared::config::{SandboxConfig, SealingConfig};
+use shared::user::UserId;
+use shared::user::seal::Sealer;
+use tempfile::TempDir;
+use tokio::process::Command;
+
+use crate::support::api::Api;
+use crate::support::seed::Stores;
+use crate::tenants::{By, furnish, request, routes};
+
+/// What `cargo local` serves beside the functions.
+pub const OF_THIS_MACHINE: [&str; 4] = ["/alive", "/health", "/openapi.json", "/ready"];
+/// The version that the document was last compared with.
+const SCHEMATHESIS: &str = "schemathesis==4.32.5";
+/// What is not checked: the values of `page_id` that hold cannot be described, and what is refused beyond the document is refused by
+/// rules that it names in words.
+const CHECKS: &str = "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,\
+                      response_schema_conformance,unsupported_method";
+const CONVERSATION: &str = "0123456789abcdef0123456789abcdef";
+/// A machine that has other things to do may take long.
+const LIMIT: Duration = Duration::from_secs(20 * 60);
+
+pub fn document() -> Value {
+    serde_json::from_str(DOCUMENT).expect("JSON")
+}
+
+/// Each operation: its method, its path, what it is.
+pub fn operations(document: &Value) -> Vec<(String, &String, &Value)> {
+    let paths = document["paths"].as_object().expect("paths");
+    let operations = paths.iter().flat_map(|(path, methods)| {
+        methods.as_object().expect("methods").iter().map(move |(method, operation)| (path, method, operation))
+    });
+    operations.map(|(path, method, operation)| (method.to_uppercase(), path, operation)).collect()
+}
+
+/// Whom an operation lets in, as the document says.
+fn by(operation: &Value) -> Option<By> {
+    match operation.get("security").map(|security| security[0].as_object().and_then(|one| one.keys().next())) {
+        // As all do.
+        None => Some(By::Caller),
+        Some(None) => None,
+        Some(Some(scheme)) if scheme == "sandbox" => Some(By::Sandbox),
+        Some(Some(scheme)) if scheme == "agent" => Some(By::Agent),
+        Some(Some(scheme)) => panic!("{scheme} is nobody's"),
+    }
+}
+
+#[test]
+fn the_document_has_every_route_and_no_other() {
+    let document = document();
+    let described: BTreeSet<(String, String)> = operations(&document)
+        .into_iter()
+        .filter(|(_, path, _)| !OF_THIS_MACHINE.contains(&path.as_str()))
+        .map(|(method, path, _)| (path.clone(), method))
+        .collect();
+    let there: BTreeSet<(String, String)> =
+        routes().into_iter().map(|route| (route.path.to_owned(), route.method.to_owned())).collect();
+    assert_eq!(described, there);
+    let ids: BTreeSet<&str> =
+        operations(&document).iter().filter_map(|(.., operation)| operation["operationId"].as_str()).collect();
+    assert_eq!(ids.len(), operations(&document).len(), "operations have names of their own");
+    for (method, path, operation) in operations(&document) {
+        let named = operation["parameters"].as_array().into_iter().flatten();
+        let named: BTreeSet<&str> =
+            named.filter(|one| one["in"] == "path").filter_map(|one| one["name"].as_str()).collect();
+        let in_path: BTreeSet<&str> =
+            path.split('/').filter_map(|part| part.strip_prefix('{')?.strip_suffix('}')).collect();
+        assert_eq!(named, in_path, "{method} {path}");
+    }
+}
+
+/// The answers of the whole table of tenants, to owners and to strangers.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_answer_has_a_status_that_the_document_names() {
+    let folder = TempDir::new().expect("a folder");
+    let api = Api::at(folder.path(), SandboxConfig::None).await;
+    let [owner, stranger] = ["owner", "stranger"].map(UserId::new);
+    furnish(&api, &owner).await;
+    let document = document();
+    for route in routes() {
+        let operation = &document["paths"][route.path][route.method.to_lowercase()];
+        assert_eq!(by(operation).unwrap_or(By::Caller), route.by, "{} {}", route.method, route.path);
+        for user in [&stranger, &owner] {
+            let (status, answer) = request(&api, user, &route).await;
+            let named = &operation["responses"][status.to_string()];
+            assert!(!named.is_null(), "{} {}: {status} is not in the document: {answer}", route.method, route.path);
+        }
+    }
+    api.stop().await;
+}
+
+/// Requests that were made up from the document, against the whole server: about conversations that there are not, and about one
+/// that there is. It has no sandboxes, and making one is left out: it would be a 503.
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_made_up_from_the_document_get_the_answers_that_it_names() {
+    let folder = TempDir::new().expect("a folder");
+    let options = CommonOptions {
+        data: folder.path().join("data"),
+        port: 0,
+        sandbox: SandboxKind::None,
+        python: None,
+        agent_server: None,
+        settings: None,
+        log: LogKind::Text,
+    };
+    let server = Server::start(&options, Environment::default(), true, None).await.expect("the server starts");
+    let program = schemathesis().await;
+    let base = format!("http://{}", server.address);
+    let start = reqwest::Client::builder().no_proxy().build().expect("a client");
+    let start = start.post(format!("{base}/api/v1/app-conversations")).json(&json!({"title": "one"})).send().await;
+    let start: Value = start.expect("an answer").json().await.expect("a start");
+    let stores = Stores::new(&server.aws, &server.config.names, &sealer(&server));
+    let row = json!({"type": "conversation", "data": {"id": CONVERSATION, "sandbox_id": "s", "title": "one",
+        "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}});
+    stores.load(&UserId::local(), [row]).await;
+    let known = json!({"path.conversation_id": CONVERSATION, "query.ids": [CONVERSATION, start["id"]]});
+    for (parameters, phases, left_out) in [(json!({}), "examples,coverage,fuzzing", 1), (known, "fuzzing", 2)] {
+        let parameters: Vec<String> = parameters
+            .as_object()
+            .expect("an object")
+            .iter()
+            .map(|(name, value)| format!("\"{name}\" = {value}\n"))
+            .collect();
+        let settings = folder.path().join("schemathesis.toml");
+        std::fs::write(&settings, format!("[parameters]\n{}", parameters.concat())).expect("written");
+        let mut command = Command::new(&program);
+        command
+            .args(["--config-file".as_ref(), settings.as_os_str()])
+            .args(["run", &format!("{base}/openapi.json"), "--phases", phases])
+            .args(["--max-examples", "10", "--seed", "1", "--no-shrink", "--continue-on-failure", "--workers", "2"])
+            .args(["--checks", CHECKS, "--warnings", "off", "--exclude-operation-id", "start_sandbox"])
+            .current_dir(folder.path())
+            .env("NO_COLOR", "1")
+            .env("COLUMNS", "200")
+            .stdin(Stdio::null());
+        if left_out == 2 {
+            // It would be gone for all others.
+            command.args(["--exclude-operation-id", "delete_conversation"]);
+        }
+        let run = tokio::time::timeout(LIMIT, command.output()).await.expect("in time").expect("it runs");
+        let told = String::from_utf8_lossy(&run.stdout);
+        let told: String = told.lines().map(|line| line.chars().take(300).chain(['\n']).collect::<String>()).collect();
+        assert!(run.status.success(), "{told}{}", String::from_utf8_lossy(&run.stderr));
+        // It must have asked: a document without operations has no faults.
+        let tested = format!("Tested: {}", operations(&document()).len() - left_out);
+        assert!(told.contains(&tested), "{told}");
+    }
+    server.shutdown().await;
+}
+
+fn sealer(server: &Server) -> Sealer {
+    let SealingConfig::File(key) = &server.config.sealing else { panic!("a key file") };
+    Sealer::from_file(key).expect("the key")
+}
+
+/// The program, installed on first use into a folder that the next build finds again.
+async fn schemathesis() -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("schemathesis");
+    let (program, installed) = (folder.join("bin/schemathesis"), folder.join("installed"));
+    if std::fs::read_to_string(&installed).is_ok_and(|version| version == SCHEMATHESIS) {
+        return program;
+    }
+    let python = find_python(None).await.expect("a Python");
+    let run = async |program: &Path, arguments: &[&str]| {
+        let ran = Command::new(program).args(arguments).stdin(Stdio::null()).output().await.expect("it runs");
+        assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+    };
+    run(&python.path, &["-m", "venv", "--clear", folder.to_str().expect("a path")]).await;
+    run(&folder.join("bin/python"), &["-m", "pip", "install", "--quiet", "--disable-pip-version-check", SCHEMATHESIS])
+        .await;
+    std::fs::write(installed, SCHEMATHESIS).expect("written");
+    program
+}
