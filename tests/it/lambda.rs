@@ -125,6 +125,38 @@ async fn the_caller_is_whom_the_authorizer_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_callers_show_is_in_no_log() {
+    let cloud = Cloud::start().await;
+    let authorizer = cloud.function("authorizer").await;
+    let canaries = ["canary-0a", "oh-canary0a", "canary.0a.x", "eyJhbGciOiJSUzI1NiIsImtpZCI6ImNhbmFyeSJ9.canary.0a"];
+    for canary in canaries {
+        for (name, value) in [
+            ("Authorization", format!("Bearer {canary}")),
+            ("X-Access-Token", canary.to_owned()),
+            ("X-Session-API-Key", canary.to_owned()),
+            ("Cookie", format!("session={canary}")),
+        ] {
+            let refused = authorizer.fail(json!({"methodArn": "arn", "headers": {name: value}})).await;
+            assert_eq!(refused["errorMessage"], "Unauthorized", "{refused}");
+        }
+    }
+    let function = cloud.function("conversations").await;
+    let mut event = event("search");
+    for canary in canaries {
+        for name in ["Authorization", "X-Access-Token", "X-Session-API-Key", "Cookie"] {
+            event["headers"][name] = canary.into();
+            event["multiValueHeaders"][name] = json!([canary]);
+        }
+        event["multiValueQueryStringParameters"]["session_api_key"] = json!([canary]);
+        assert_eq!(status_and_body(&function.invoke(event.clone()).await).0, 200);
+    }
+    for (name, log) in [("authorizer", authorizer.logged()), ("conversations", function.logged())] {
+        assert!(!log.to_lowercase().contains("canary"), "{name}: {log}");
+    }
+    assert!(function.logged().contains("http.request"), "this is where the log is");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn queries_and_bodies_arrive_as_they_were_sent() {
     let cloud = Cloud::start().await;
     let start = cloud.function("start").await;

@@ -20,6 +20,7 @@ mod events;
 mod import;
 mod inside;
 mod lambda;
+mod limits;
 mod openapi;
 mod pending_messages;
 mod records;

@@ -28,6 +28,8 @@ const SCHEMATHESIS: &str = "schemathesis==4.32.5";
 /// rules that it names in words.
 const CHECKS: &str = "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,\
                       response_schema_conformance,unsupported_method";
+/// The making of sandboxes, and the document itself, which is read and not tried.
+const LEFT_OUT: usize = 2;
 const CONVERSATION: &str = "0123456789abcdef0123456789abcdef";
 /// A machine that has other things to do may take long.
 const LIMIT: Duration = Duration::from_secs(20 * 60);
@@ -118,15 +120,18 @@ async fn requests_made_up_from_the_document_get_the_answers_that_it_names() {
     let server = Server::start(&options, Environment::default(), true, None).await.expect("the server starts");
     let program = schemathesis().await;
     let base = format!("http://{}", server.address);
-    let start = reqwest::Client::builder().no_proxy().build().expect("a client");
-    let start = start.post(format!("{base}/api/v1/app-conversations")).json(&json!({"title": "one"})).send().await;
+    let http = reqwest::Client::builder().no_proxy().build().expect("a client");
+    let api = format!("{base}/api/v1/app-conversations");
+    let start = http.post(&api).json(&json!({"title": "one"})).send().await;
     let start: Value = start.expect("an answer").json().await.expect("a start");
     let stores = Stores::new(&server.aws, &server.config.names, &sealer(&server));
     let row = json!({"type": "conversation", "data": {"id": CONVERSATION, "sandbox_id": "s", "title": "one",
         "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}});
     stores.load(&UserId::local(), [row]).await;
     let known = json!({"path.conversation_id": CONVERSATION, "query.ids": [CONVERSATION, start["id"]]});
-    for (parameters, phases, left_out) in [(json!({}), "examples,coverage,fuzzing", 1), (known, "fuzzing", 2)] {
+    for (parameters, phases, left_out) in
+        [(json!({}), "examples,coverage,fuzzing", LEFT_OUT), (known, "fuzzing", LEFT_OUT + 1)]
+    {
         let parameters: Vec<String> = parameters
             .as_object()
             .expect("an object")
@@ -145,7 +150,7 @@ async fn requests_made_up_from_the_document_get_the_answers_that_it_names() {
             .env("NO_COLOR", "1")
             .env("COLUMNS", "200")
             .stdin(Stdio::null());
-        if left_out == 2 {
+        if left_out > LEFT_OUT {
             // It would be gone for all others.
             command.args(["--exclude-operation-id", "delete_conversation"]);
         }
@@ -157,6 +162,10 @@ async fn requests_made_up_from_the_document_get_the_answers_that_it_names() {
         let tested = format!("Tested: {}", operations(&document()).len() - left_out);
         assert!(told.contains(&tested), "{told}");
     }
+    // The second time it asked for the one that there is: somebody has changed it.
+    let found = http.get(format!("{api}?ids={CONVERSATION}")).send().await.expect("an answer");
+    let found: Value = found.json().await.expect("JSON");
+    assert!(found[0].is_object() && found[0]["updated_at"] != "2025-01-01T00:00:00Z", "{found}");
     server.shutdown().await;
 }
 

@@ -130,6 +130,16 @@ impl Function {
         }
     }
 
+    /// Sends an event and answers the error that comes back.
+    pub async fn fail(&self, event: Value) -> Value {
+        let (_, mut parts) = self.send(event);
+        let part = timeout(PATIENCE, parts.recv()).await.unwrap_or_else(|_| panic!("no answer: {}", self.logged()));
+        match part.expect("the runtime API runs") {
+            Part::Error(error) => error,
+            Part::Chunk(_) | Part::End => panic!("it did not fail"),
+        }
+    }
+
     /// Whether the answer with this id came as a stream.
     pub fn was_streamed(&self, id: &str) -> bool {
         self.shared.streamed.lock().expect("unpoisoned").get(id).copied().unwrap_or_default()

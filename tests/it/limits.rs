@@ -1,0 +1,177 @@
+//! What is too large, too long, too many or too deep, each at its limit and beyond: a 4xx that says so, in the contract's shape.
+
+use axum::body::Body;
+use http::Request;
+use serde_json::{Value, json};
+use shared::config::SandboxConfig;
+use shared::conversation::MAX_NAME;
+use shared::http::caller::Caller;
+use shared::http::response::MAX_HEADERS;
+use shared::sandbox::MAX_ID;
+use shared::user::UserId;
+use tempfile::TempDir;
+use uuid::Uuid;
+
+use crate::support::api::Api;
+use crate::tenants::{furnish, key_of};
+
+const API: &str = "/api/v1/app-conversations";
+const MIB: usize = 1024 * 1024;
+
+struct Rig {
+    api: Api,
+    user: UserId,
+    _folder: TempDir,
+}
+
+impl Rig {
+    async fn new() -> Self {
+        let folder = TempDir::new().expect("a folder");
+        let api = Api::at(folder.path(), SandboxConfig::None).await;
+        let user = UserId::new("u");
+        furnish(&api, &user).await;
+        Self { api, user, _folder: folder }
+    }
+
+    async fn get(&self, target: &str) -> (u16, Value) {
+        self.api.call(&self.user, "GET", target, None).await
+    }
+
+    async fn send(&self, method: &str, target: &str, body: String) -> (u16, Value) {
+        let request = Request::builder().method(method).uri(target).header("content-type", "application/json");
+        let request = request.header("x-session-api-key", secrecy::ExposeSecret::expose_secret(&key_of(&self.user)));
+        self.api.send(request.extension(Caller(self.user.clone())).body(Body::from(body)).expect("a request")).await
+    }
+}
+
+#[track_caller]
+fn is_too_long(answer: &(u16, Value), field: &str, longest: usize) {
+    let (status, body) = answer;
+    let violation = &body["detail"][0];
+    assert_eq!((*status, &violation["type"]), (422, &json!("string_too_long")), "{body}");
+    assert_eq!(violation["loc"].as_array().expect("a place").last(), Some(&json!(field)), "{body}");
+    assert_eq!(violation["msg"], format!("String should have at most {longest} characters"));
+    assert_eq!(violation["ctx"], json!({"max_length": longest}));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bodies_up_to_the_limit_of_their_route() {
+    let rig = Rig::new().await;
+    let conversation = Uuid::from_u128(1);
+    for (method, target, limit) in [
+        ("POST", API.to_owned(), 6 * MIB),
+        ("POST", format!("{API}/stream-start"), 6 * MIB),
+        ("PATCH", format!("{API}/{conversation}"), MIB),
+        ("POST", format!("{API}/{conversation}/send-message"), 5 * MIB),
+        ("POST", format!("/api/v1/conversations/{conversation}/pending-messages"), 5 * MIB),
+        ("POST", "/api/v1/settings".to_owned(), MIB / 2),
+        ("POST", "/api/v1/secrets".to_owned(), MIB / 2),
+        ("PUT", "/api/v1/secrets/SECRET".to_owned(), MIB / 2),
+        ("POST", "/api/v1/webhooks/conversations".to_owned(), 32 * MIB),
+        ("POST", format!("/api/v1/webhooks/events/{conversation}"), 32 * MIB),
+    ] {
+        // White space is no JSON, so that nothing comes of it.
+        let (status, answer) = rig.send(method, &target, " ".repeat(limit)).await;
+        assert!(matches!(status, 400 | 422), "{method} {target}: {status} {answer}");
+        let (status, answer) = rig.send(method, &target, " ".repeat(limit + 1)).await;
+        let told = json!({"detail": "The request is larger than this server takes"});
+        assert_eq!((status, answer), (413, told), "{method} {target}");
+    }
+    rig.api.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_filters_and_ids_up_to_theirs() {
+    let rig = Rig::new().await;
+    let target = format!("{API}/{}", Uuid::from_u128(1));
+    let patch = async |body: Value| rig.send("PATCH", &target, body.to_string()).await;
+    for field in ["title", "selected_branch"] {
+        let of = |length| json!({field: "é".repeat(length), "selected_repository": "a/b"});
+        assert_eq!(patch(of(MAX_NAME)).await.0, 200, "{field}");
+        is_too_long(&patch(of(MAX_NAME + 1)).await, field, MAX_NAME);
+    }
+    let start = |length| json!({"title": "é".repeat(length)}).to_string();
+    assert_eq!(rig.send("POST", API, start(MAX_NAME)).await.0, 200);
+    is_too_long(&rig.send("POST", API, start(MAX_NAME + 1)).await, "title", MAX_NAME);
+
+    for list in ["search", "count"] {
+        for (filter, longest) in [("title__contains", MAX_NAME), ("sandbox_id__eq", MAX_ID)] {
+            let asked = |length| format!("{API}/{list}?{filter}={}", "x".repeat(length));
+            assert_eq!(rig.get(&asked(longest)).await.0, 200, "{filter} of {list}");
+            let refused = rig.get(&asked(longest + 1)).await;
+            is_too_long(&refused, filter, longest);
+            // An answer is not made as long as what it refuses.
+            assert!(refused.1.to_string().len() < 500, "{}", refused.1);
+        }
+    }
+    is_too_long(
+        &rig.get(&format!("/api/v1/secrets/search?name__contains={}", "x".repeat(257))).await,
+        "name__contains",
+        256,
+    );
+
+    // What cannot be an id is nobody's, in whatever place DynamoDB would refuse it as a key.
+    for id in ["".to_owned(), "x".repeat(MAX_ID + 1), "x".repeat(3000)] {
+        assert_eq!(rig.get(&format!("/api/v1/sandboxes?id={id}")).await, (200, json!([null])));
+        for (method, target) in [
+            ("DELETE", format!("/api/v1/sandboxes?sandbox_id={id}")),
+            ("POST", format!("/api/v1/sandboxes/{id}/pause")),
+            ("POST", format!("/api/v1/sandboxes/{id}/resume")),
+        ] {
+            let answer = rig.api.call(&rig.user, method, &target, None).await;
+            assert_eq!(answer, (404, json!({"detail": "Not Found"})), "{method} {}", &target[..30]);
+        }
+        let events = format!("/api/v1/conversation/{}/events?id={id}", Uuid::from_u128(1));
+        assert_eq!(rig.get(&events).await, (200, json!([null])));
+    }
+    rig.api.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ids_in_a_batch_up_to_as_many_as_it_takes() {
+    let rig = Rig::new().await;
+    let conversation = Uuid::from_u128(1);
+    for (target, name, most, told) in [
+        (API.to_owned(), "ids", 99, "Too many ids requested. Maximum is 99."),
+        (format!("{API}/start-tasks"), "ids", 100, "Cannot request more than 100 start tasks at once, got 101"),
+        ("/api/v1/sandboxes".to_owned(), "id", 100, "Cannot request more than 100 sandboxes at once, got 101"),
+        ("/api/v1/sandbox-specs".to_owned(), "id", 100, "Cannot request more than 100 sandbox specs at once, got 101"),
+        (
+            format!("/api/v1/conversation/{conversation}/events"),
+            "id",
+            100,
+            "Cannot request more than 100 events at once, got 101",
+        ),
+    ] {
+        let of = |count: u128| {
+            let ids: Vec<String> = (0..count).map(|number| format!("{name}={}", Uuid::from_u128(number + 9))).collect();
+            format!("{target}?{}", ids.join("&"))
+        };
+        let (status, found) = rig.get(&of(most)).await;
+        assert_eq!((status, found.as_array().map(Vec::len)), (200, usize::try_from(most).ok()), "{target}");
+        assert_eq!(rig.get(&of(most + 1)).await, (400, json!({"detail": told})), "{target}");
+    }
+    rig.api.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn headers_and_nesting_up_to_what_can_be_read() {
+    let rig = Rig::new().await;
+    let with_header = async |length: usize| {
+        let request = Request::get(format!("{API}/count")).header("x-filler", "x".repeat(length));
+        rig.api.send(request.extension(Caller(rig.user.clone())).body(Body::empty()).expect("a request")).await
+    };
+    let name = "x-filler".len();
+    assert_eq!(with_header(MAX_HEADERS - name).await.0, 200);
+    let told = json!({"detail": "Request Header Fields Too Large"});
+    assert_eq!(with_header(MAX_HEADERS - name + 1).await, (431, told));
+
+    let nested = |depth: usize| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
+    let (status, answer) = rig.send("POST", API, nested(127)).await;
+    assert_eq!((status, &answer["detail"][0]["type"]), (422, &json!("model_attributes_type")), "{answer}");
+    for depth in [128, 100_000] {
+        let (status, answer) = rig.send("POST", API, nested(depth)).await;
+        assert_eq!((status, &answer["detail"][0]["ctx"]["error"]), (422, &json!("Nested too deeply")), "{answer}");
+    }
+    rig.api.stop().await;
+}
