@@ -2,11 +2,15 @@
 
 use std::time::Duration;
 
-use aws_config::SdkConfig;
-use aws_config::timeout::TimeoutConfig;
+use aws_config::environment::EnvironmentVariableCredentialsProvider;
+use aws_config::timeout::{TimeoutConfig, TimeoutConfigBuilder};
+use aws_config::{BehaviorVersion, Region, SdkConfig};
 use aws_smithy_http_client::tls;
 use aws_smithy_runtime_api::client::http::{HttpClient as _, SharedHttpClient, http_client_fn};
+use aws_types::sdk_config::SharedCredentialsProvider;
+use aws_types::service_config::{LoadServiceConfig, ServiceConfigKey};
 
+use crate::config::text;
 use crate::measure::Units;
 
 /// By default the SDK waits for ever for an answer. A call to DynamoDB is done in milliseconds, or was lost.
@@ -25,14 +29,37 @@ pub struct Aws {
     pub sqs: aws_sdk_sqs::Client,
 }
 
-/// The SDK's configuration in the environment: region, credentials, `AWS_ENDPOINT_URL_*`.
-pub async fn sdk_config_from_env() -> SdkConfig {
-    aws_config::from_env().http_client(http_client()).timeout_config(connect_timeout().build()).load().await
+/// The SDK's configuration as Lambda gives it, in the environment: `AWS_REGION`, credentials, and `AWS_ENDPOINT_URL_*` where the
+/// services are elsewhere. The SDK's own way also looks into files and asks the machine's metadata, which functions neither need nor
+/// should carry.
+#[must_use]
+pub fn sdk_config_from_env() -> SdkConfig {
+    SdkConfig::builder()
+        .behavior_version(BehaviorVersion::latest())
+        .region(text("AWS_REGION").map(Region::new))
+        .credentials_provider(SharedCredentialsProvider::new(EnvironmentVariableCredentialsProvider::new()))
+        .http_client(http_client())
+        .timeout_config(connect_timeout().build())
+        .service_config(EndpointsFromEnv)
+        .build()
+}
+
+#[derive(Debug)]
+struct EndpointsFromEnv;
+
+impl LoadServiceConfig for EndpointsFromEnv {
+    fn load_config(&self, key: ServiceConfigKey<'_>) -> Option<String> {
+        if key.env() != "AWS_ENDPOINT_URL" {
+            return None;
+        }
+        text(&format!("AWS_ENDPOINT_URL_{}", key.service_id().to_uppercase()))
+    }
 }
 
 /// The DynamoDB client alone, for functions that need no other.
-pub async fn dynamodb_from_env() -> aws_sdk_dynamodb::Client {
-    dynamodb(&sdk_config_from_env().await)
+#[must_use]
+pub fn dynamodb_from_env() -> aws_sdk_dynamodb::Client {
+    dynamodb(&sdk_config_from_env())
 }
 
 /// One set-up of TLS and one pool of connections for all clients, made for the first request. The SDK's own sets TLS up for each
@@ -71,6 +98,6 @@ pub(crate) fn timeouts(attempt: Duration) -> TimeoutConfig {
     connect_timeout().operation_attempt_timeout(attempt).build()
 }
 
-fn connect_timeout() -> aws_config::timeout::TimeoutConfigBuilder {
+fn connect_timeout() -> TimeoutConfigBuilder {
     TimeoutConfig::builder().connect_timeout(Duration::from_secs(3))
 }

@@ -125,7 +125,7 @@ fn event(number: usize) -> Event {
 
 /// In a process of its own: as the function does it.
 async fn export(conversation: Uuid) {
-    let aws = Aws::new(&shared::aws::sdk_config_from_env().await);
+    let aws = Aws::new(&shared::aws::sdk_config_from_env());
     let names = Names::with_prefix(PREFIX);
     let folder = std::env::var(FOLDER).expect("a folder");
     let sealer = Sealer::from_file(&std::path::Path::new(&folder).join("sealing-key")).expect("a key");

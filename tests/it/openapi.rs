@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use local::agent_server::find_python;
 use local::docs::DOCUMENT;
 use local::options::{CommonOptions, LogKind, SandboxKind};
 use local::server::{Environment, Server};
@@ -177,18 +176,10 @@ fn sealer(server: &Server) -> Sealer {
 /// The program, installed on first use into a folder that the next build finds again.
 async fn schemathesis() -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("schemathesis");
-    let (program, installed) = (folder.join("bin/schemathesis"), folder.join("installed"));
-    if std::fs::read_to_string(&installed).is_ok_and(|version| version == SCHEMATHESIS) {
-        return program;
-    }
-    let python = find_python(None).await.expect("a Python");
-    let run = async |program: &Path, arguments: &[&str]| {
-        let ran = Command::new(program).args(arguments).stdin(Stdio::null()).output().await.expect("it runs");
-        assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
-    };
-    run(&python.path, &["-m", "venv", "--clear", folder.to_str().expect("a path")]).await;
-    run(&folder.join("bin/python"), &["-m", "pip", "install", "--quiet", "--disable-pip-version-check", SCHEMATHESIS])
-        .await;
-    std::fs::write(installed, SCHEMATHESIS).expect("written");
-    program
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/python-tools.sh");
+    let installed = Command::new(script).arg(&folder).args(["schemathesis", SCHEMATHESIS]).output().await;
+    let installed = installed.expect("it runs");
+    let (said, failed) = (String::from_utf8_lossy(&installed.stdout), String::from_utf8_lossy(&installed.stderr));
+    assert!(folder.join("installed").is_file(), "{said}{failed}");
+    folder.join("bin/schemathesis")
 }

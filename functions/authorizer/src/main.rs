@@ -11,7 +11,7 @@ use shared::user::api_key::ApiKeyStore;
 async fn main() -> Result<(), lambda::Error> {
     telemetry::init(LogFormat::Json);
     let config = AuthorizerConfig::from_env()?;
-    let keys = ApiKeyStore::new(shared::aws::dynamodb_from_env().await, config.users.clone());
+    let keys = ApiKeyStore::new(shared::aws::dynamodb_from_env(), config.users.clone());
     let authorizer = Authorizer::new(&config, keys);
     let authorizer = &authorizer;
     lambda_runtime::run(service_fn(async |event: LambdaEvent<Value>| {

@@ -2,8 +2,5 @@
 
 #[tokio::main]
 async fn main() -> Result<(), lambda::Error> {
-    lambda::serve(async |config, aws, sealer| {
-        Ok(conversations::router(conversations::Context::new(&config, &aws, &sealer)))
-    })
-    .await
+    lambda::serve(|config, aws, sealer| conversations::router(conversations::Context::new(config, aws, sealer))).await
 }

@@ -2,6 +2,5 @@
 
 #[tokio::main]
 async fn main() -> Result<(), lambda::Error> {
-    lambda::serve(async |config, aws, sealer| Ok(download::router(download::Context::new(&config, &aws, &sealer))))
-        .await
+    lambda::serve(|config, aws, sealer| download::router(download::Context::new(config, aws, sealer))).await
 }

@@ -2,9 +2,9 @@
 
 #[tokio::main]
 async fn main() -> Result<(), lambda::Error> {
-    lambda::serve(async |config, aws, sealer| {
-        let context = events::Context::new(&config, &aws, &sealer);
-        Ok(events::router(context.clone()).merge(events::webhooks_router(context)))
+    lambda::serve(|config, aws, sealer| {
+        let context = events::Context::new(config, aws, sealer);
+        events::router(context.clone()).merge(events::webhooks_router(context))
     })
     .await
 }

@@ -2,9 +2,9 @@
 
 #[tokio::main]
 async fn main() -> Result<(), lambda::Error> {
-    lambda::serve(async |config, aws, sealer| {
-        let context = sandboxes::Context::new(&config, &aws, &sealer);
-        Ok(sandboxes::router(context.clone()).merge(sandboxes::secrets_router(context)))
+    lambda::serve(|config, aws, sealer| {
+        let context = sandboxes::Context::new(config, aws, sealer);
+        sandboxes::router(context.clone()).merge(sandboxes::secrets_router(context))
     })
     .await
 }

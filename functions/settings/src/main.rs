@@ -2,6 +2,5 @@
 
 #[tokio::main]
 async fn main() -> Result<(), lambda::Error> {
-    lambda::serve(async |config, aws, sealer| Ok(settings::router(settings::Context::new(&config, &aws, &sealer))))
-        .await
+    lambda::serve(|config, aws, sealer| settings::router(settings::Context::new(config, aws, sealer))).await
 }

@@ -2,5 +2,5 @@
 
 #[tokio::main]
 async fn main() -> Result<(), lambda::Error> {
-    lambda::serve(async |config, aws, sealer| Ok(skills::router(skills::Context::new(&config, &aws, &sealer)))).await
+    lambda::serve(|config, aws, sealer| skills::router(skills::Context::new(config, aws, sealer))).await
 }

@@ -2,8 +2,5 @@
 
 #[tokio::main]
 async fn main() -> Result<(), lambda::Error> {
-    lambda::serve(async |config, aws, sealer| {
-        Ok(start_tasks::router(start_tasks::Context::new(&config, &aws, &sealer)))
-    })
-    .await
+    lambda::serve(|config, aws, _| start_tasks::router(start_tasks::Context::new(config, aws))).await
 }

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 #[tokio::main]
 async fn main() -> Result<(), lambda::Error> {
-    let (config, aws, sealer) = lambda::set_up().await?;
+    let (config, aws, sealer) = lambda::set_up()?;
     let context = start_worker::Context::new(&config, &aws, &sealer);
     let context = &context;
     let handle = async |event: LambdaEvent<Value>| {

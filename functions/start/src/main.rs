@@ -2,5 +2,5 @@
 
 #[tokio::main]
 async fn main() -> Result<(), lambda::Error> {
-    lambda::serve(async |config, aws, sealer| Ok(start::router(start::Context::new(&config, &aws, &sealer)))).await
+    lambda::serve(|config, aws, sealer| start::router(start::Context::new(config, aws, sealer))).await
 }

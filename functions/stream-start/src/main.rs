@@ -2,8 +2,6 @@
 
 #[tokio::main]
 async fn main() -> Result<(), lambda::Error> {
-    lambda::serve_streaming(async |config, aws, sealer| {
-        Ok(stream_start::router(stream_start::Context::new(&config, &aws, &sealer)))
-    })
-    .await
+    lambda::serve_streaming(|config, aws, sealer| stream_start::router(stream_start::Context::new(config, aws, sealer)))
+        .await
 }

@@ -1,6 +1,5 @@
 //! What the `main` of every function does: logging, configuration, the caller, the runtime. Nothing else knows Lambda.
 
-use std::future::Future;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -28,12 +27,12 @@ use shared::user::seal::Sealer;
 ///
 /// # Errors
 /// When the environment is not complete.
-pub async fn set_up() -> Result<(Config, Aws, Sealer), Error> {
+pub fn set_up() -> Result<(Config, Aws, Sealer), Error> {
     telemetry::init(LogFormat::Json);
     // Before anything is measured.
     let _collector = metrics();
     let config = Config::from_env()?;
-    let sdk = shared::aws::sdk_config_from_env().await;
+    let sdk = shared::aws::sdk_config_from_env();
     let aws = Aws::new(&sdk);
     let sealer = match &config.sealing {
         SealingConfig::File(path) => Sealer::from_file(path)?,
@@ -49,20 +48,16 @@ pub async fn set_up() -> Result<(Config, Aws, Sealer), Error> {
 ///
 /// # Errors
 /// When the set-up or the runtime fails.
-pub async fn serve<F: Future<Output = Result<Router, Error>>>(
-    make: impl FnOnce(Config, Aws, Sealer) -> F,
-) -> Result<(), Error> {
-    lambda_http::run(configured(make).await?).await
+pub async fn serve(make: impl FnOnce(&Config, &Aws, &Sealer) -> Router) -> Result<(), Error> {
+    lambda_http::run(configured(make)?).await
 }
 
 /// Serves a router whose answers are streamed.
 ///
 /// # Errors
 /// When the set-up or the runtime fails.
-pub async fn serve_streaming<F: Future<Output = Result<Router, Error>>>(
-    make: impl FnOnce(Config, Aws, Sealer) -> F,
-) -> Result<(), Error> {
-    lambda_http::run_with_streaming_response(configured(make).await?).await
+pub async fn serve_streaming(make: impl FnOnce(&Config, &Aws, &Sealer) -> Router) -> Result<(), Error> {
+    lambda_http::run_with_streaming_response(configured(make)?).await
 }
 
 /// Serves a router that touches nothing.
@@ -74,12 +69,9 @@ pub async fn serve_open(router: Router) -> Result<(), Error> {
     lambda_http::run(edge(router, false)).await
 }
 
-async fn configured<F: Future<Output = Result<Router, Error>>>(
-    make: impl FnOnce(Config, Aws, Sealer) -> F,
-) -> Result<Router, Error> {
-    let (config, aws, sealer) = set_up().await?;
-    let single_user = config.single_user;
-    Ok(edge(make(config, aws, sealer).await?, single_user))
+fn configured(make: impl FnOnce(&Config, &Aws, &Sealer) -> Router) -> Result<Router, Error> {
+    let (config, aws, sealer) = set_up()?;
+    Ok(edge(make(&config, &aws, &sealer), config.single_user))
 }
 
 fn edge(router: Router, single_user: bool) -> Router {

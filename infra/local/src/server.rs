@@ -351,7 +351,7 @@ pub fn functions(config: &Config, aws: &Aws, sealer: &Sealer) -> Router {
         .merge(download::router(download::Context::new(config, aws, sealer)))
         .merge(start::router(start::Context::new(config, aws, sealer)))
         .merge(stream_start::router(stream_start::Context::new(config, aws, sealer)))
-        .merge(start_tasks::router(start_tasks::Context::new(config, aws, sealer)))
+        .merge(start_tasks::router(start_tasks::Context::new(config, aws)))
         .merge(skills::router(skills::Context::new(config, aws, sealer)))
         .merge(sandboxes::router(sandboxes::Context::new(config, aws, sealer)))
         .merge(settings::router(settings::Context::new(config, aws, sealer)))

@@ -87,7 +87,7 @@ impl Api {
             .merge(download::router(download::Context::new(config, aws("download"), sealer)))
             .merge(start::router(start::Context::new(config, aws("start"), sealer)))
             .merge(stream_start::router(stream_start::Context::new(config, aws("stream-start"), sealer)))
-            .merge(start_tasks::router(start_tasks::Context::new(config, aws("start-tasks"), sealer)))
+            .merge(start_tasks::router(start_tasks::Context::new(config, aws("start-tasks"))))
             .merge(skills::router(skills::Context::new(config, aws("skills"), sealer)))
             .merge(sandboxes::router(sandboxes::Context::new(config, aws("sandboxes"), sealer)))
             .merge(sandboxes::secrets_router(sandboxes::Context::new(config, aws("sandboxes"), sealer)))
