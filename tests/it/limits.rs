@@ -111,7 +111,7 @@ async fn names_filters_and_ids_up_to_theirs() {
     );
 
     // What cannot be an id is nobody's, in whatever place DynamoDB would refuse it as a key.
-    for id in ["".to_owned(), "x".repeat(MAX_ID + 1), "x".repeat(3000)] {
+    for id in [String::new(), "x".repeat(MAX_ID + 1), "x".repeat(3000)] {
         assert_eq!(rig.get(&format!("/api/v1/sandboxes?id={id}")).await, (200, json!([null])));
         for (method, target) in [
             ("DELETE", format!("/api/v1/sandboxes?sandbox_id={id}")),
