@@ -148,6 +148,8 @@ impl Product {
             agent_server: Some(agent_server_folder()),
             settings,
             log: LogKind::Text,
+            ui: false,
+            demo: false,
         };
         let start = StartConfig {
             allow_insecure_git_access: true,
