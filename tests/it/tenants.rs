@@ -502,6 +502,19 @@ pub fn routes() -> Vec<Route> {
         row("GET", "/health", "/health".to_owned(), None, (200, "OK"), (200, Some(json!("OK")))),
         row("GET", "/ready", "/ready".to_owned(), None, (200, "true"), (200, Some(json!({"ready": true})))),
         row("GET", "/server_info", "/server_info".to_owned(), None, (200, "openhands-lambda"), (200, None)),
+        row(
+            "POST",
+            "/api/cloud-proxy",
+            "/api/cloud-proxy".to_owned(),
+            Some(json!({
+                "host": "http://127.0.0.1:1",
+                "method": "GET",
+                "path": "/api/conversations",
+                "headers": {"X-Session-API-Key": "session-key-of-actor"},
+            })),
+            (404, "Sandbox one not found"),
+            (403, Some(json!({"detail": "The X-Session-API-Key in headers is not that of a sandbox of yours"}))),
+        ),
         // Last: it takes the rows that the others are about.
         row(
             "DELETE",

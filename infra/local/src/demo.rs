@@ -15,7 +15,7 @@ pub const FOLDER: &str = "demo";
 /// Where the script is served, below the server's own address.
 const PATH: &str = "/demo/llm/v1";
 /// The title of every conversation.
-const TITLE: &str = "🎬 Demo: a script answers";
+const TITLE: &str = "Demo: a script answers";
 /// How much of a message is quoted.
 const QUOTED: usize = 200;
 const COMMAND: &str = "echo 'Written by an agent that follows a script.' > hello.txt && ls -l && cat hello.txt";

@@ -279,14 +279,16 @@ impl Site {
     }
 }
 
-/// The page runs what came with it, and calls this server and its agent servers. The UI would also call its makers' telemetry.
+/// The page loads nothing from elsewhere, and calls this server and its agent servers alone. By itself the UI would also load fonts,
+/// ask for newer versions of itself, and call its makers' telemetry.
 fn policy(connection: &Connection) -> String {
     let host = connection.host.as_deref().and_then(|host| host.parse::<reqwest::Url>().ok());
     let host = host.map(|host| host.origin().ascii_serialization()).unwrap_or_default();
     let reach = connection.reach;
     format!(
         "<meta http-equiv=\"Content-Security-Policy\" content=\"script-src 'self' 'unsafe-inline' 'wasm-unsafe-eval' blob:; \
-         worker-src 'self' blob:; connect-src 'self' data: blob: {host} {reach}\">"
+         style-src 'self' 'unsafe-inline'; font-src 'self' data:; worker-src 'self' blob:; \
+         connect-src 'self' data: blob: {host} {reach}\">"
     )
 }
 
