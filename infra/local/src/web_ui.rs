@@ -31,11 +31,10 @@ use sha2::{Digest as _, Sha512};
 use tokio::process::Command;
 
 const PACKAGE: &str = "@openhands/agent-canvas";
-/// The newest one that shows the session key in a websocket's address. Later ones send it in a first message, which the agent server
-/// that is pinned here does not read.
-pub const VERSION: &str = "1.6.1";
+/// The version that is fetched.
+pub const VERSION: &str = "1.20.0";
 /// The SHA-512 of the package, in base64, as its registry and every lockfile name it.
-const INTEGRITY: &str = "YNr8xzPGEK0OEU6ISTE5Mzk3MffUxqfzwmd5qu6CCGTwXW+PQpT17/vSlyQkeMh83UPYJTFCEqyelptKDFnIvg==";
+const INTEGRITY: &str = "uq28bmdMapsDN0ltp5ZHYm9xfuk7cHktNkd0NY38w/UTq25wJTqSKSPya+2+ky0+HpGX2vmn0uF3mHuNCoOb2w==";
 
 /// The folder in the data folder where it is kept.
 pub const FOLDER: &str = "web-ui";
