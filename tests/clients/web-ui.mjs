@@ -90,7 +90,8 @@ async function converse(page, url, say) {
 
   // What the agent wrote, beside the conversation.
   await page.getByTestId("right-panel-toggle").click();
-  await page.getByTestId("file-content-viewer-plain").getByText("Written by an agent that follows a script.").waitFor();
+  await page.getByTestId("file-tree-file-hello.txt").click();
+  await page.getByText("Written by an agent that follows a script.", { exact: true }).waitFor();
   await picture("conversation");
   await page.getByTestId("right-panel-toggle").click();
   say("showed the file that the agent wrote");
@@ -111,7 +112,7 @@ async function converse(page, url, say) {
   // Delete.
   await choose("delete-button");
   await picture("delete");
-  await page.getByTestId("confirm-button").click();
+  await page.getByRole("button", { name: "Confirm Delete" }).click();
   await page.getByText("No conversations found").waitFor();
   assert.deepEqual((await api("/search")).items, []);
   await picture("deleted");

@@ -5,9 +5,10 @@
   window.doNotTrack = "1";
   window.__AGENT_CANVAS_DO_NOT_TRACK__ = true;
 
-  // Its first dialog asks for a model: only where there is none yet.
+  // Its first dialog asks for a model: only where there is none yet. Its list of first steps has some that are not possible here.
   try {
     if (server.has_model) localStorage.setItem("openhands-onboarded", "1");
+    localStorage.setItem("openhands-sidebar-onboarding-checklist-dismissed", "true");
   } catch (refused) {
     // Then it asks.
   }
