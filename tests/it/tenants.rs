@@ -513,7 +513,7 @@ pub fn routes() -> Vec<Route> {
                 "headers": {"X-Session-API-Key": "session-key-of-actor"},
             })),
             (404, "Sandbox one not found"),
-            (403, Some(json!({"detail": "The X-Session-API-Key in headers is not that of a sandbox of yours"}))),
+            (403, Some(json!({"detail": "headers must hold your own sandbox's X-Session-API-Key"}))),
         ),
         // Last: it takes the rows that the others are about.
         row(

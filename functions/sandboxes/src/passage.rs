@@ -87,7 +87,7 @@ pub(crate) async fn pass_on(
         None => None,
     };
     // The same answer for a key that is nobody's and for another user's.
-    let refused = || Error::Forbidden("The X-Session-API-Key in headers is not that of a sandbox of yours".to_owned());
+    let refused = || Error::Forbidden("headers must hold your own sandbox's X-Session-API-Key".to_owned());
     let record = record.ok_or_else(refused)?;
     let sandbox = context.sandboxes.get(&user, &record.id).await?;
     let sandbox = sandbox.ok_or_else(|| Error::NotFound(format!("Sandbox {} not found", record.id)))?;

@@ -3,9 +3,13 @@
 //!
 //! Everything else is real: the agent server, its sandbox, the command that the agent runs.
 
+use std::time::{Duration, Instant};
+
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use http::StatusCode;
+use reqwest::RequestBuilder;
+use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Map, Value, json};
 
 use crate::scripted_llm::{self, Reply, answer, asks_for_title, text_of};
@@ -16,6 +20,10 @@ pub const FOLDER: &str = "demo";
 const PATH: &str = "/demo/llm/v1";
 /// The title of every conversation.
 const TITLE: &str = "Demo: a script answers";
+/// What is said in the conversation that the terminal shows.
+const MESSAGE: &str = "Say hello";
+const POLL: Duration = Duration::from_millis(300);
+const ANSWER_LIMIT: Duration = Duration::from_secs(180);
 /// How much of a message is quoted.
 const QUOTED: usize = 200;
 const COMMAND: &str = "echo 'Written by an agent that follows a script.' > hello.txt && ls -l && cat hello.txt";
@@ -77,6 +85,99 @@ fn farewell(said: &str) -> String {
          its sandbox, delete it: all of that works as it does with a model.\n\n\
          For a real one, end this server and run: LLM_MODEL=anthropic/claude-sonnet-4-5 LLM_API_KEY=… cargo local --ui"
     )
+}
+
+/// Why a demo was not shown to its end. Each one reads as a sentence.
+#[derive(Debug, thiserror::Error)]
+pub enum ShowError {
+    /// A request to this server.
+    #[error("The demo's request failed: {}.", .0.to_string().trim_end_matches('.'))]
+    Request(#[from] reqwest::Error),
+    /// The start ended in ERROR.
+    #[error("The demo's conversation did not start: {0}")]
+    Start(String),
+    /// Nothing came.
+    #[error("The demo's agent did not answer within {} seconds.", ANSWER_LIMIT.as_secs())]
+    Silent,
+}
+
+/// Starts a conversation over the API, and tells its course as it becomes known: what a client does.
+///
+/// # Errors
+/// It did not come to its end.
+pub async fn show(base: &str, key: Option<&SecretString>) -> Result<(), ShowError> {
+    let http = reqwest::Client::builder().no_proxy().build()?;
+    let api = format!("{base}/api/v1");
+    let ask = async |request: RequestBuilder| {
+        let request = match key {
+            Some(key) => request.header("X-Session-API-Key", key.expose_secret()),
+            None => request,
+        };
+        request.send().await?.error_for_status()?.json::<Value>().await
+    };
+
+    println!("You: {MESSAGE}");
+    let body = json!({"initial_message": {"content": [{"type": "text", "text": MESSAGE}]}});
+    let mut task = ask(http.post(format!("{api}/app-conversations")).json(&body)).await?;
+    let mut status = String::new();
+    loop {
+        let now = task["status"].as_str().unwrap_or_default();
+        if now != status {
+            println!("Start: {now}");
+            now.clone_into(&mut status);
+        }
+        match now {
+            "READY" => break,
+            "ERROR" => return Err(ShowError::Start(text_of(&task["detail"]))),
+            _ => tokio::time::sleep(POLL).await,
+        }
+        let id = text_of(&task["id"]);
+        task = ask(http.get(format!("{api}/app-conversations/start-tasks?ids={id}"))).await?[0].take();
+    }
+
+    let id = text_of(&task["app_conversation_id"]);
+    let mut told = 0;
+    let begun = Instant::now();
+    loop {
+        let page = ask(http.get(format!("{api}/conversation/{id}/events/search?limit=100"))).await?;
+        let events = page["items"].as_array().map(Vec::as_slice).unwrap_or_default();
+        for event in events.iter().skip(told) {
+            if let Some(line) = line_of(event) {
+                println!("{line}");
+            }
+        }
+        told = told.max(events.len());
+        if events.iter().any(is_answer) {
+            break;
+        }
+        if begun.elapsed() > ANSWER_LIMIT {
+            return Err(ShowError::Silent);
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    println!(
+        "\nThat was a conversation from its start to its answer. It goes on being here:\n  \
+         curl '{api}/app-conversations/search'\n  curl -OJ '{api}/app-conversations/{id}/download'\n\
+         Ctrl-C ends the server."
+    );
+    Ok(())
+}
+
+/// What a person wants to know of an event.
+fn line_of(event: &Value) -> Option<String> {
+    match event["kind"].as_str()? {
+        "ActionEvent" => Some(format!("The agent runs: {}", event["action"]["command"].as_str()?)),
+        "ObservationEvent" => {
+            let text = text_of(&event["observation"]["content"]);
+            Some(format!("  {}", text.trim().replace('\n', "\n  ")))
+        }
+        "MessageEvent" if is_answer(event) => Some(format!("Agent: {}", text_of(&event["llm_message"]["content"]))),
+        _ => None,
+    }
+}
+
+fn is_answer(event: &Value) -> bool {
+    event["kind"] == "MessageEvent" && event["source"] == "agent"
 }
 
 #[cfg(test)]

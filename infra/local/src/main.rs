@@ -10,9 +10,10 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{CommandFactory as _, Parser as _};
 use local::api_keys;
+use local::demo;
 use local::import::command;
 use local::options::{Command, CommonOptions, LogKind, Options};
-use local::server::{Environment, Server, ServerError};
+use local::server::{Environment, Readiness, Server, ServerError};
 use local::web_ui::{self, Connection, WebUiError};
 use shared::telemetry::{self, LogFormat};
 use tokio::signal::unix::{SignalKind, signal};
@@ -62,8 +63,20 @@ async fn main() -> ExitCode {
 }
 
 async fn serve(options: &CommonOptions) -> Result<(), ServerError> {
-    let server = Server::start(options, Environment::read()?, true, None).await?;
+    let environment = Environment::read()?;
+    let key = environment.session_api_key.clone();
+    let server = Server::start(options, environment, true, None).await?;
     println!("{}", welcome(&server, options));
+    // Where there is a web UI, that shows it.
+    if options.demo && !options.ui {
+        let (base, readiness) = (format!("http://{}", server.address), server.readiness().clone());
+        tokio::spawn(async move {
+            until_ready(&readiness).await;
+            if let Err(error) = demo::show(&base, key.as_ref()).await {
+                eprintln!("{error}");
+            }
+        });
+    }
     run(server).await
 }
 
@@ -131,10 +144,14 @@ fn welcome(server: &Server, options: &CommonOptions) -> String {
     )
 }
 
-async fn tell_when_ready(readiness: local::server::Readiness) {
+async fn until_ready(readiness: &Readiness) {
     while !readiness.is_ready() {
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
+}
+
+async fn tell_when_ready(readiness: Readiness) {
+    until_ready(&readiness).await;
     eprintln!("Ready.");
 }
 

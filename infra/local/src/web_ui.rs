@@ -339,14 +339,16 @@ async fn fetch(folder: &Path) -> Result<(), WebUiError> {
         .filter_map(|entry| Some(entry.ok()?.path()))
         .find(|path| path.extension().is_some_and(|extension| extension == "tgz"))
         .ok_or_else(|| WebUiError::Failed { program: "npm", said: "nothing, and it left no package.".to_owned() })?;
-    let bytes = fs::read(&package).map_err(file_error(&package))?;
-    let found = BASE64_STANDARD.encode(Sha512::digest(&bytes));
-    if found != INTEGRITY {
-        return Err(WebUiError::Digest { found });
-    }
+    check(&fs::read(&package).map_err(file_error(&package))?)?;
     let mut tar = Command::new("tar");
     tar.arg("-xzf").arg(&package).arg("-C").arg(folder).args(["package/build", "package/LICENSE"]);
     run("tar", "Every distribution has it.", tar, UNPACK_LIMIT).await
+}
+
+/// Whether it is the package that is pinned here.
+fn check(package: &[u8]) -> Result<(), WebUiError> {
+    let found = BASE64_STANDARD.encode(Sha512::digest(package));
+    if found == INTEGRITY { Ok(()) } else { Err(WebUiError::Digest { found }) }
 }
 
 async fn run(
@@ -377,4 +379,134 @@ fn end_of(output: &Output) -> String {
 
 fn file_error(path: &Path) -> impl FnOnce(io::Error) -> WebUiError {
     move |source| WebUiError::File { path: path.to_owned(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::{Body, to_bytes};
+    use axum::routing::get;
+    use tempfile::TempDir;
+    use tower::ServiceExt as _;
+
+    use super::*;
+
+    const HERE: Connection = Connection { host: None, question: None, has_model: true, reach: LOOPBACK };
+
+    fn built() -> TempDir {
+        let folder = TempDir::new().unwrap();
+        fs::create_dir(folder.path().join("assets")).unwrap();
+        fs::write(folder.path().join(INDEX), "<!DOCTYPE html><html><head><title>UI</title></head></html>").unwrap();
+        fs::write(folder.path().join("assets/app-1.js"), "app()").unwrap();
+        fs::write(folder.path().join("favicon.svg"), "<svg/>").unwrap();
+        folder
+    }
+
+    struct Answer {
+        status: u16,
+        kind: String,
+        caching: String,
+        body: String,
+    }
+
+    async fn ask(ui: &WebUi, method: Method, path: &str, accept: &str) -> Answer {
+        let api = get(async || "the API").post(async || "the API");
+        let routes = Router::new().route("/api/v1/settings", api.clone()).route("/alive", api.clone()).route("/", api);
+        let request = Request::builder().method(method).uri(path).header(ACCEPT, accept).body(Body::empty()).unwrap();
+        let answer = ui.before(routes).oneshot(request).await.unwrap();
+        let header = |name| answer.headers().get(name).map_or("", |value| value.to_str().unwrap()).to_owned();
+        let (status, kind, caching) = (answer.status().as_u16(), header(CONTENT_TYPE), header(CACHE_CONTROL));
+        let body = to_bytes(answer.into_body(), usize::MAX).await.unwrap();
+        Answer { status, kind, caching, body: String::from_utf8(body.to_vec()).unwrap() }
+    }
+
+    const HTML: &str = "text/html,application/xhtml+xml,*/*;q=0.8";
+
+    #[tokio::test]
+    async fn files_pages_and_the_api_are_told_apart() {
+        let ui = WebUi::default();
+        ui.set(Site::read(built().path(), &HERE));
+        for path in ["/", "/index.html", "/conversations/1", "/settings/llm?from=here"] {
+            let page = ask(&ui, Method::GET, path, HTML).await;
+            assert_eq!((page.status, page.kind.as_str()), (200, "text/html; charset=utf-8"), "{path}");
+            assert_eq!(page.caching, "no-store", "{path}: the next run may serve another");
+            assert!(page.body.contains("<title>UI</title>"), "{path}: {}", page.body);
+        }
+        let script = ask(&ui, Method::GET, "/assets/app-1.js", "*/*").await;
+        assert_eq!((script.kind.as_str(), script.body.as_str()), ("text/javascript; charset=utf-8", "app()"));
+        assert!(script.caching.contains("immutable"));
+        let icon = ask(&ui, Method::GET, "/favicon.svg", "image/*").await;
+        assert_eq!((icon.kind.as_str(), icon.caching.as_str()), ("image/svg+xml", "no-cache"));
+        for (method, path) in [(Method::GET, "/api/v1/settings"), (Method::GET, "/alive"), (Method::POST, "/")] {
+            assert_eq!(ask(&ui, method, path, HTML).await.body, "the API", "{path}");
+        }
+        for path in ["/api/v1/none", "/assets/app-2.js", "/assets/../Cargo.toml", "/%2e%2e/etc/passwd.txt"] {
+            assert_eq!(ask(&ui, Method::GET, path, HTML).await.status, 404, "{path}");
+        }
+        assert_eq!(ask(&ui, Method::GET, "/none", "application/json").await.status, 404, "no page was asked for");
+    }
+
+    #[test]
+    fn the_page_is_told_which_server_it_is_of_before_anything_runs() {
+        let index = |connection: &Connection| {
+            let site = Site::read(built().path(), connection).unwrap();
+            String::from_utf8(site.0[INDEX].to_vec()).unwrap()
+        };
+        let page = index(&HERE);
+        assert!(page.starts_with("<!DOCTYPE html><html><head><meta http-equiv=\"Content-Security-Policy\""), "{page}");
+        assert!(page.contains(r#""host":null,"asks_for_key":false"#) && page.contains(LOOPBACK), "{page}");
+        let host = Some("https://api.example.org/v1</script>".to_owned());
+        let page = index(&Connection { host, question: Some("Key?"), has_model: false, reach: ANYWHERE });
+        assert!(page.contains(r#""host":"https://api.example.org/v1\u003c/script>","asks_for_key":true"#), "{page}");
+        assert!(page.contains("blob: https://api.example.org http: ws:"), "{page}");
+        assert_eq!(page.matches("</script>").count(), 1, "{page}");
+    }
+
+    #[test]
+    fn a_page_that_cannot_be_told_is_not_served() {
+        let folder = built();
+        fs::write(folder.path().join(INDEX), "<html></html>").unwrap();
+        assert!(matches!(Site::read(folder.path(), &HERE), Err(WebUiError::Index)));
+    }
+
+    #[tokio::test]
+    async fn until_it_is_there_its_page_says_why_not() {
+        let ui = WebUi::default();
+        let page = ask(&ui, Method::GET, "/", HTML).await;
+        assert!(page.status == 503 && page.body.contains("http-equiv=\"refresh\""), "{}", page.body);
+        let failed = WebUiError::Failed { program: "npm", said: "<b> & more".to_owned() };
+        ui.set(Err(failed));
+        let page = ask(&ui, Method::GET, "/", HTML).await;
+        assert!(page.status == 503 && page.body.contains("npm says: &lt;b> &amp; more"), "{}", page.body);
+        assert!(!page.body.contains("refresh"), "{}", page.body);
+        for (path, accept) in [("/api/v1/settings", HTML), ("/alive", HTML), ("/", "*/*")] {
+            assert_eq!(ask(&ui, Method::GET, path, accept).await.body, "the API", "{path}");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_not_the_pinned_package_is_not_used() {
+        let error = check(b"something else").unwrap_err().to_string();
+        assert!(error.contains(INTEGRITY) && error.contains("Nothing of it is used"), "{error}");
+        let limit = Duration::from_secs(5);
+        let missing = run("npm", "Get it.", Command::new("no-such-program-here"), limit).await.unwrap_err().to_string();
+        assert_eq!(missing, "The web UI is fetched with npm, which is not on PATH. Get it.");
+        let mut fails = Command::new("sh");
+        fails.args(["-c", "echo first >&2; echo last >&2; exit 1"]);
+        let failed = run("npm", "", fails, limit).await.unwrap_err().to_string();
+        assert_eq!(failed, "The web UI could not be fetched: npm says: first last");
+        let mut hangs = Command::new("sleep");
+        hangs.arg("60");
+        let slow = run("npm", "", hangs, Duration::from_millis(10)).await.unwrap_err();
+        assert!(matches!(slow, WebUiError::TooSlow { .. }), "{slow}");
+    }
+
+    #[test]
+    fn it_can_be_written_to_a_folder() {
+        let folder = TempDir::new().unwrap();
+        let site = Site::read(built().path(), &HERE).unwrap();
+        site.write(folder.path()).unwrap();
+        assert_eq!(site.files(), 3);
+        assert_eq!(fs::read_to_string(folder.path().join("assets/app-1.js")).unwrap(), "app()");
+        assert!(fs::read_to_string(folder.path().join(INDEX)).unwrap().contains("openhands-backends"));
+    }
 }
