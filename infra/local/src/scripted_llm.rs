@@ -106,6 +106,7 @@ pub fn text_of(content: &Value) -> String {
 }
 
 /// An error in the form of this interface.
+#[must_use]
 pub fn failure(status: StatusCode, message: &str) -> Response {
     let error = json!({"message": message, "type": "scripted", "param": null, "code": status.as_u16()});
     (status, Json(json!({"error": error}))).into_response()

@@ -236,8 +236,15 @@ impl Server {
             start: environment.start,
             sandbox: match options.sandbox {
                 SandboxKind::None => SandboxConfig::None,
-                SandboxKind::Docker => SandboxConfig::Docker(DockerSandboxConfig::from_env(port)?),
-                SandboxKind::Remote => SandboxConfig::Remote(RemoteSandboxConfig::from_env()?),
+                SandboxKind::Docker => SandboxConfig::Docker(DockerSandboxConfig {
+                    allow_cors_origins: origins_of_agent_servers(&environment.origins, port),
+                    ..DockerSandboxConfig::from_env(port)?
+                }),
+                SandboxKind::Remote => {
+                    let mut remote = RemoteSandboxConfig::from_env()?;
+                    remote.allow_cors_origins.extend(own_origins(port));
+                    SandboxConfig::Remote(remote)
+                }
                 SandboxKind::Process => SandboxConfig::Process(ProcessSandboxConfig {
                     folder: data.join("sandboxes"),
                     python: data.join("agent-server-python"),
@@ -378,7 +385,7 @@ impl Server {
         let without_user = functions_without_user(config, aws, sealer)?;
         let health = Router::new()
             .route("/alive", get(alive))
-            .route("/health", get(async || "OK"))
+            .route("/health", get(async || Json("OK")))
             .route("/ready", get(ready))
             .with_state(self.readiness.clone());
         Ok(edge::around(functions, without_user, key, origins).merge(health))
@@ -450,8 +457,12 @@ fn origins_of_agent_servers(permitted: &[String], port: u16) -> Vec<String> {
     if permitted.is_empty() {
         return Vec::new();
     }
-    let own = ["127.0.0.1", "localhost"].map(|host| format!("http://{host}:{port}"));
-    permitted.iter().cloned().chain(own).collect()
+    permitted.iter().cloned().chain(own_origins(port)).collect()
+}
+
+/// Where pages of this server are from.
+fn own_origins(port: u16) -> [String; 2] {
+    ["127.0.0.1", "localhost"].map(|host| format!("http://{host}:{port}"))
 }
 
 async fn alive(State(readiness): State<Readiness>) -> Response {

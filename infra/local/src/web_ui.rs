@@ -47,7 +47,7 @@ const HEAD: &str = "<head>";
 const FETCH_LIMIT: Duration = Duration::from_secs(300);
 const UNPACK_LIMIT: Duration = Duration::from_secs(60);
 /// How much of what npm says an error quotes.
-const QUOTED_LINES: usize = 6;
+const QUOTED_LINES: usize = 4;
 
 /// Paths of the API, beside all below `/api/`.
 const API_PATHS: [&str; 4] = ["/alive", "/health", "/ready", "/server_info"];
@@ -63,7 +63,7 @@ pub enum WebUiError {
         /// Where it comes from.
         hint: &'static str,
     },
-    /// A program that failed, with the end of what it said.
+    /// A program that failed, with the beginning of what it said.
     #[error("The web UI could not be fetched: {program} says: {said}")]
     Failed {
         /// Which.
@@ -362,19 +362,17 @@ async fn run(
     let output = match ended.await.map_err(|_| WebUiError::TooSlow { program, limit })? {
         Ok(output) => output,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(WebUiError::Missing { program, hint }),
-        Err(error) => return Err(WebUiError::Failed { program, said: error.to_string() }),
+        Err(error) => return Err(WebUiError::Failed { program, said: format!("{error}.") }),
     };
-    if output.status.success() { Ok(()) } else { Err(WebUiError::Failed { program, said: end_of(&output) }) }
+    if output.status.success() { Ok(()) } else { Err(WebUiError::Failed { program, said: beginning_of(&output) }) }
 }
 
-/// The end of what a program said, in one line.
-fn end_of(output: &Output) -> String {
+/// The beginning of what a program said, in one line: npm says first what is wrong, and last what is always good advice.
+fn beginning_of(output: &Output) -> String {
     let said = String::from_utf8_lossy(&output.stderr);
-    let lines: Vec<&str> = said.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    match lines.len() {
-        0 => output.status.to_string(),
-        count => lines[count.saturating_sub(QUOTED_LINES)..].join(" "),
-    }
+    let lines = said.lines().map(|line| line.trim().trim_start_matches("npm error").trim());
+    let lines: Vec<&str> = lines.filter(|line| !line.is_empty()).take(QUOTED_LINES).collect();
+    if lines.is_empty() { format!("{}.", output.status) } else { format!("{}.", lines.join(" ").trim_end_matches('.')) }
 }
 
 fn file_error(path: &Path) -> impl FnOnce(io::Error) -> WebUiError {
@@ -491,9 +489,9 @@ mod tests {
         let missing = run("npm", "Get it.", Command::new("no-such-program-here"), limit).await.unwrap_err().to_string();
         assert_eq!(missing, "The web UI is fetched with npm, which is not on PATH. Get it.");
         let mut fails = Command::new("sh");
-        fails.args(["-c", "echo first >&2; echo last >&2; exit 1"]);
+        fails.args(["-c", "echo npm error first >&2; echo second >&2; exit 1"]);
         let failed = run("npm", "", fails, limit).await.unwrap_err().to_string();
-        assert_eq!(failed, "The web UI could not be fetched: npm says: first last");
+        assert_eq!(failed, "The web UI could not be fetched: npm says: first second.");
         let mut hangs = Command::new("sleep");
         hangs.arg("60");
         let slow = run("npm", "", hangs, Duration::from_millis(10)).await.unwrap_err();
