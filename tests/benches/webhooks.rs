@@ -39,6 +39,8 @@ async fn main() {
         agent_server: None,
         settings: None,
         log: LogKind::Text,
+        ui: false,
+        demo: false,
     };
     let server = Server::start(&options, Environment::default(), true, None).await.expect("the server starts");
     let (aws, names) = (&server.aws, &server.config.names);

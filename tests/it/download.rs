@@ -1025,6 +1025,8 @@ async fn start(folder: &TempDir, environment: Environment) -> Server {
         agent_server: None,
         settings: None,
         log: LogKind::Text,
+        ui: false,
+        demo: false,
     };
     Server::start(&options, environment, true, None).await.expect("the server starts")
 }

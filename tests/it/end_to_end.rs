@@ -75,6 +75,28 @@ fn assert_in_order(seen: &[String]) {
     assert!(places.is_sorted_by(|one, next| one < next), "statuses go back: {seen:?}");
 }
 
+/// Without a model, and without any other setting: a conversation from its start to its answer, which says what it is.
+#[tokio::test]
+async fn a_demo_needs_no_model() {
+    let product = Product::demo().await;
+    product.show_demo().await.expect("it is shown to its end");
+    let id = ids(&product.get("/search").await).pop().expect("a conversation");
+    let conversation = product.conversation_when(&id, "finished").await;
+    assert_eq!(conversation["llm_model"], "openai/scripted-demo", "{conversation:#}");
+    let agent = product.at_agent(&id).await;
+    let said = agent.said_by("agent").await;
+    assert!(said.len() == 1 && said[0].contains("a script wrote this answer"), "{said:?}");
+    let written = product.get(&format!("/{id}/file?file_path=/workspace/project/hello.txt")).await;
+    assert_eq!(written, "Written by an agent that follows a script.\n");
+    wait_until("it has its title", TOLD_LIMIT, async || {
+        product.conversation(&id).await["title"] == "Demo: a script answers"
+    })
+    .await;
+    // Real conversations would be elsewhere.
+    assert!(product.data().join("demo/sandboxes").is_dir() && !product.data().join("sandboxes").exists());
+    product.shutdown().await;
+}
+
 // One sandbox, from its first conversation to the next run of the program.
 
 #[tokio::test]

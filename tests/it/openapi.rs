@@ -20,7 +20,7 @@ use crate::support::seed::Stores;
 use crate::tenants::{By, furnish, request, routes};
 
 /// What `cargo local` serves beside the functions.
-pub const OF_THIS_MACHINE: [&str; 4] = ["/alive", "/health", "/openapi.json", "/ready"];
+pub const OF_THIS_MACHINE: [&str; 1] = ["/openapi.json"];
 /// The version that the document was last compared with.
 const SCHEMATHESIS: &str = "schemathesis==4.32.5";
 /// What is not checked: the values of `page_id` that hold cannot be described, and what is refused beyond the document is refused by
@@ -87,7 +87,7 @@ fn the_document_has_every_route_and_no_other() {
 async fn every_answer_has_a_status_that_the_document_names() {
     let folder = TempDir::new().expect("a folder");
     let api = Api::at(folder.path(), SandboxConfig::None).await;
-    let [owner, stranger] = ["owner", "stranger"].map(UserId::new);
+    let [owner, stranger] = ["actor", "stranger"].map(UserId::new);
     furnish(&api, &owner).await;
     let document = document();
     for route in routes() {
@@ -114,6 +114,8 @@ async fn requests_made_up_from_the_document_get_the_answers_that_it_names() {
         python: None,
         agent_server: None,
         settings: None,
+        ui: false,
+        demo: false,
         log: LogKind::Text,
     };
     let server = Server::start(&options, Environment::default(), true, None).await.expect("the server starts");

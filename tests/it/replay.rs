@@ -356,6 +356,8 @@ async fn serve(data: &Path) -> Server {
         agent_server: None,
         settings: None,
         log: LogKind::Text,
+        ui: false,
+        demo: false,
     };
     Server::start(&options, Environment::default(), true, None).await.expect("the server starts")
 }

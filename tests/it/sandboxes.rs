@@ -21,7 +21,7 @@ use crate::support::docker_engine::DockerEngine;
 use crate::support::product::Product;
 use crate::support::rig::SESSION_KEY;
 use crate::support::runtime_api::{API_KEY, Fault, RuntimeApi};
-use crate::support::stand_in_agent::StandInAgent;
+use crate::support::stand_in_agent::{Fault as AgentFault, Kind, Nth, StandInAgent};
 use crate::support::wait::{wait_for, wait_until};
 
 const BOOT: Duration = Duration::from_secs(180);
@@ -195,8 +195,13 @@ struct Remote {
 
 impl Remote {
     async fn start() -> Self {
+        Self::with_key(SESSION_KEY).await
+    }
+
+    /// With an agent server that takes this session key.
+    async fn with_key(key: &str) -> Self {
         let folder = TempDir::new().expect("a folder");
-        let agent = StandInAgent::start(SESSION_KEY).await;
+        let agent = StandInAgent::start(key).await;
         let runtimes = RuntimeApi::start(agent.url()).await;
         let api = Api::at(folder.path(), SandboxConfig::Remote(remote(&runtimes))).await;
         Self { api, runtimes, agent, user: UserId::new("somebody"), _folder: folder }
@@ -408,6 +413,84 @@ async fn a_runtime_api_is_told_all_that_it_needs() {
             {"name": "WORKER_2", "url": format!("http://work-2-{host}/"), "port": 12001},
         ])
     );
+    rig.api.stop().await;
+}
+
+/// What a web page asks of an agent server by way of us gets to those of the caller's own sandboxes, and nowhere else.
+#[tokio::test]
+async fn requests_of_pages_are_passed_on_to_the_callers_own_sandboxes_alone() {
+    let rig = Remote::with_key("key-of-session-1").await;
+    let (id, session) = rig.sandbox().await;
+    let pass = async |user: &UserId, changes: Value| {
+        let mut body = json!({
+            "host": rig.agent.url(),
+            "method": "POST",
+            "path": "/api/conversations/search?limit=1",
+            "headers": {"x-session-api-key": "key-of-session-1", "x-other": "stays here"},
+            "body": {"asked": "something"},
+            "timeout_seconds": 10,
+        });
+        let (Some(fields), Value::Object(changes)) = (body.as_object_mut(), changes) else { panic!("objects") };
+        fields.extend(changes);
+        rig.api.call(user, "POST", "/api/cloud-proxy", Some(&body)).await
+    };
+
+    // As it comes, whatever the agent server makes of it.
+    let path = "/api/git/changes?path=%2Fworkspace";
+    let (status, _) = pass(&rig.user, json!({"method": "get", "path": path, "body": null})).await;
+    let asked = rig.agent.requests().pop().expect("a request");
+    assert_eq!(
+        (asked.method.as_str(), asked.path.as_str(), asked.query.as_str()),
+        ("GET", "/api/git/changes", "path=%2Fworkspace")
+    );
+    assert_eq!((asked.header("x-session-api-key"), asked.header("x-other")), (Some("key-of-session-1"), None));
+    assert!(status != 401 && status != 403, "{status}");
+    rig.agent.inject(AgentFault::new(
+        "POST /api/conversations/search",
+        Nth::Always,
+        Kind::Status(409, json!({"busy": true}).to_string()),
+    ));
+    for host in [rig.agent.url(), rig.agent.url().replace("http:", "https:") + "/"] {
+        assert_eq!(pass(&rig.user, json!({"host": host})).await, (409, json!({"busy": true})));
+        let asked = rig.agent.requests().pop().expect("a request");
+        assert_eq!((asked.method.as_str(), asked.json()), ("POST", json!({"asked": "something"})));
+    }
+
+    // Nowhere else.
+    let before = rig.agent.requests().len();
+    let stranger = UserId::new("a-stranger");
+    let other_key = json!({"headers": {"X-Session-API-Key": "another"}});
+    for (user, changes, expected) in [
+        (&stranger, json!({}), 403),
+        (&rig.user, other_key, 403),
+        (&rig.user, json!({"headers": {}}), 403),
+        (&rig.user, json!({"headers": null}), 403),
+        (&rig.user, json!({"host": "http://169.254.169.254"}), 403),
+        (&rig.user, json!({"host": format!("{}.example.org", rig.agent.url())}), 403),
+        (&rig.user, json!({"host": null}), 422),
+        (&rig.user, json!({"path": "/alive"}), 422),
+        (&rig.user, json!({"path": "@example.org/api/"}), 422),
+        (&rig.user, json!({"method": "CONNECT"}), 422),
+        (&rig.user, json!({"timeout_seconds": "soon"}), 422),
+    ] {
+        let (status, answer) = pass(user, changes.clone()).await;
+        assert_eq!(status, expected, "{user} {changes}: {answer}");
+        assert!(answer["detail"].is_string() || answer["detail"].is_array(), "{answer}");
+    }
+    assert_eq!(rig.agent.requests().len(), before, "nothing was passed on");
+
+    // A sandbox that does not run, an answer that is too large, and one that does not come.
+    rig.runtimes.set_status(&session, "paused");
+    assert_eq!(pass(&rig.user, json!({})).await, (409, json!({"detail": format!("Sandbox {id} does not run")})));
+    rig.runtimes.set_status(&session, "running");
+    rig.agent.inject(AgentFault::new("GET /api/large", Nth::Always, Kind::Huge(5 * 1024 * 1024)));
+    let (status, answer) = pass(&rig.user, json!({"method": "GET", "path": "/api/large"})).await;
+    assert_eq!(status, 413, "{answer}");
+    rig.agent.inject(AgentFault::new("GET /api/skills", Nth::Always, Kind::Hang));
+    let begun = Instant::now();
+    let slow = pass(&rig.user, json!({"method": "GET", "path": "/api/skills", "timeout_seconds": 0.2})).await;
+    assert_eq!(slow, (502, json!({"detail": "The agent server did not answer in time"})));
+    assert!(begun.elapsed() < AT_MOST);
     rig.api.stop().await;
 }
 

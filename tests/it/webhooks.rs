@@ -99,6 +99,8 @@ impl Rig {
             agent_server: None,
             settings: None,
             log: LogKind::Text,
+            ui: false,
+            demo: false,
         };
         let environment =
             Environment { session_api_key: Some(INSTANCE_KEY.to_owned().into()), ..Environment::default() };

@@ -1,12 +1,14 @@
 //! `/api/v1/sandboxes` and `/api/v1/sandbox-specs`: the machines that conversations run in; and messages for conversations that
-//! are not ready.
+//! are not ready; and a way for web pages to the agent servers in their sandboxes.
 
+mod passage;
 mod pending_messages;
 mod sandboxes;
 mod secrets;
 mod specs;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
@@ -37,6 +39,7 @@ pub struct Context {
     settings: SettingsStore,
     specs: Vec<SandboxSpec>,
     messages: Messages,
+    look_budget: Duration,
 }
 
 impl Context {
@@ -69,6 +72,7 @@ impl Context {
             records,
             settings: SettingsStore::new(aws.dynamodb.clone(), names.users.clone(), sealer.clone()),
             specs: specs(&config.sandbox),
+            look_budget: config.look_budget,
         }
     }
 }
@@ -84,6 +88,7 @@ pub fn router(context: Context) -> Router {
         .route("/api/v1/conversations/{conversation_id}/pending-messages", post(pending_messages::keep))
         .route("/api/v1/sandbox-specs", get(specs::batch_get))
         .route("/api/v1/sandbox-specs/search", get(specs::search))
+        .route("/api/cloud-proxy", post(passage::pass_on))
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .with_state(context)
 }

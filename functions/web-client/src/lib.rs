@@ -1,5 +1,7 @@
-//! What a web front end asks for before anybody is known: `GET /api/v1/web-client/config`; and lists that it reads and that are
-//! empty here: `GET /api/v1/skills/search`, `GET /api/agent-profiles`.
+//! What a web front end asks for before anybody is known: `GET /api/v1/web-client/config`, what settings there are, whether the
+//! server runs; and lists that it reads and that are empty here: models, repositories, profiles, skills.
+
+mod schema;
 
 use axum::extract::{RawQuery, State};
 use axum::routing::get;
@@ -24,15 +26,44 @@ impl Context {
     pub fn from_env() -> Self {
         Self { app_mode: config::text("OH_APP_MODE").unwrap_or_else(|| "oss".to_owned()), began: Time::now() }
     }
+
+    /// What runs, and since when.
+    fn server_info(&self) -> Value {
+        json!({
+            "title": "openhands-lambda",
+            "version": env!("CARGO_PKG_VERSION"),
+            "uptime": Time::now().since(self.began).as_secs_f64(),
+            // Whoever asks ends it.
+            "idle_time": 0,
+        })
+    }
 }
 
 /// The routes of this function. None of them tells anything of a user.
 pub fn router(context: Context) -> Router {
     Router::new()
         .route("/api/v1/web-client/config", get(web_client_config))
-        .route("/api/v1/skills/search", get(search_skills))
+        .route("/api/v1/skills/search", get(empty_page))
+        .route("/api/v1/config/models/search", get(empty_page))
+        .route("/api/v1/config/providers/search", get(empty_page))
+        .route("/api/v1/git/repositories/search", get(empty_page))
+        .route("/api/v1/git/branches/search", get(empty_page))
+        .route("/api/v1/git/installations/search", get(empty_page))
+        .route("/api/v1/git/suggested-tasks/search", get(empty_page))
+        .route("/api/v1/settings/profiles", get(profiles))
+        .route("/api/v1/settings/agent-schema", get(async || Json(schema::agent())))
+        .route("/api/v1/settings/conversation-schema", get(async || Json(schema::conversation())))
         .route("/api/agent-profiles", get(agent_profiles))
+        .route("/server_info", get(server_info))
         .with_state(context)
+}
+
+/// Whether it runs, where nothing else has to come up with it: a function that answers is all there.
+pub fn health_router() -> Router {
+    Router::new()
+        .route("/alive", get(alive))
+        .route("/health", get(async || Json("OK")))
+        .route("/ready", get(async || Json(json!({"ready": true}))))
 }
 
 /// `WebClientConfig`
@@ -62,8 +93,9 @@ async fn web_client_config(State(context): State<Context>) -> Json<Value> {
     }))
 }
 
-/// There are no skills on this server: those of agents are in their sandboxes.
-async fn search_skills(RawQuery(query): RawQuery) -> Result<Json<Value>> {
+/// A list that is empty here: models and providers are what a user types, repositories are named by hand, and the skills of
+/// agents are in their sandboxes.
+async fn empty_page(RawQuery(query): RawQuery) -> Result<Json<Value>> {
     let mut query = Query::parse(query.as_deref());
     let page = query.string("page_id");
     let _limit = query.integer("limit", 100, Bounds::PAGE);
@@ -74,7 +106,22 @@ async fn search_skills(RawQuery(query): RawQuery) -> Result<Json<Value>> {
     }
 }
 
+/// Later versions have profiles of models; here there is one model, in the settings.
+async fn profiles() -> Json<Value> {
+    Json(json!({"profiles": [], "active_profile": null}))
+}
+
 /// Later versions have profiles; front ends send their first message only if this answers.
 async fn agent_profiles() -> Json<Value> {
     Json(json!({"profiles": [], "active_agent_profile_id": null}))
+}
+
+/// Whether the process runs.
+async fn alive() -> Json<Value> {
+    Json(json!({"status": "ok"}))
+}
+
+/// What runs, and since when.
+async fn server_info(State(context): State<Context>) -> Json<Value> {
+    Json(context.server_info())
 }

@@ -2,5 +2,6 @@
 
 #[tokio::main]
 async fn main() -> Result<(), lambda::Error> {
-    lambda::serve_open(web_client::router(web_client::Context::from_env())).await
+    let router = web_client::router(web_client::Context::from_env()).merge(web_client::health_router());
+    lambda::serve_open(router).await
 }

@@ -3,11 +3,14 @@
 
 pub mod agent_server;
 pub mod api_keys;
+pub mod demo;
 pub mod docs;
 pub mod edge;
 pub mod engines;
 pub mod import;
 pub mod options;
 pub mod place;
+pub mod scripted_llm;
 pub mod server;
+pub mod web_ui;
 pub mod worker;

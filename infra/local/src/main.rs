@@ -7,17 +7,24 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Parser as _;
+use clap::error::ErrorKind;
+use clap::{CommandFactory as _, Parser as _};
 use local::api_keys;
+use local::demo;
 use local::import::command;
 use local::options::{Command, CommonOptions, LogKind, Options};
-use local::server::{Environment, Server, ServerError};
+use local::server::{Environment, Readiness, Server, ServerError};
+use local::web_ui::{self, Connection, WebUiError};
 use shared::telemetry::{self, LogFormat};
 use tokio::signal::unix::{SignalKind, signal};
 
 #[tokio::main]
 async fn main() -> ExitCode {
     let options = Options::parse();
+    if options.command.is_some() && (options.common.ui || options.common.demo) {
+        let text = "--ui and --demo are of the server: they go with no command.";
+        Options::command().error(ErrorKind::ArgumentConflict, text).exit();
+    }
     telemetry::init(match options.common.log {
         LogKind::Text => LogFormat::Text,
         LogKind::Json => LogFormat::Json,
@@ -33,6 +40,9 @@ async fn main() -> ExitCode {
         }
         Some(Command::ImportOpenhands { folder, into }) => {
             command::import_openhands(&folder, &into, data, wait_for_signal()).await.map_err(Into::into)
+        }
+        Some(Command::WebUi { folder, api }) => {
+            write_web_ui(data, &folder, api).await.map(|()| true).map_err(Into::into)
         }
         Some(Command::ApiKey { command }) => api_keys::run(&command, data).await.map_err(Into::into).map(|done| {
             match &done {
@@ -53,8 +63,20 @@ async fn main() -> ExitCode {
 }
 
 async fn serve(options: &CommonOptions) -> Result<(), ServerError> {
-    let server = Server::start(options, Environment::read()?, true, None).await?;
-    println!("{}", welcome(&server));
+    let environment = Environment::read()?;
+    let key = environment.session_api_key.clone();
+    let server = Server::start(options, environment, true, None).await?;
+    println!("{}", welcome(&server, options));
+    // Where there is a web UI, that shows it.
+    if options.demo && !options.ui {
+        let (base, readiness) = (format!("http://{}", server.address), server.readiness().clone());
+        tokio::spawn(async move {
+            until_ready(&readiness).await;
+            if let Err(error) = demo::show(&base, key.as_ref()).await {
+                eprintln!("{error}");
+            }
+        });
+    }
     run(server).await
 }
 
@@ -70,6 +92,14 @@ async fn engines(
         None => print!("{environment}"),
     }
     run(server).await
+}
+
+async fn write_web_ui(data: &Path, folder: &Path, api: Option<String>) -> Result<(), WebUiError> {
+    let connection = Connection { host: api, question: Some("API key:"), has_model: false, reach: web_ui::ANYWHERE };
+    let site = web_ui::ensure(&data.join(web_ui::FOLDER), &connection).await?;
+    site.write(folder)?;
+    println!("{} files of the web UI are in {}.", site.files(), folder.display());
+    Ok(())
 }
 
 /// Until a signal.
@@ -97,19 +127,31 @@ fn write_private(path: &Path, text: &str) -> io::Result<()> {
     fs::rename(&draft, path)
 }
 
-fn welcome(server: &Server) -> String {
+fn welcome(server: &Server, options: &CommonOptions) -> String {
     let base = format!("http://{}", server.address);
+    let demo = match options.demo {
+        true => "A demo: a script answers in place of a language model, whatever you ask for.\n\n",
+        false => "",
+    };
+    let ui = match options.ui {
+        true => format!("Open {base} in a browser.\n\n"),
+        false => String::new(),
+    };
     format!(
-        "Listening on {base}\n\nStart a conversation:\n  curl -X POST {base}/api/v1/app-conversations -H 'content-type: application/json' \\\n    \
+        "Listening on {base}\n\n{demo}{ui}Start a conversation:\n  curl -X POST {base}/api/v1/app-conversations -H 'content-type: application/json' \\\n    \
          -d '{{\"initial_message\": {{\"content\": [{{\"type\": \"text\", \"text\": \"Say hello\"}}]}}}}'\n\
          Watch it become READY (with the id of the answer):\n  curl '{base}/api/v1/app-conversations/start-tasks?ids=ID'\n"
     )
 }
 
-async fn tell_when_ready(readiness: local::server::Readiness) {
+async fn until_ready(readiness: &Readiness) {
     while !readiness.is_ready() {
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
+}
+
+async fn tell_when_ready(readiness: Readiness) {
+    until_ready(&readiness).await;
     eprintln!("Ready.");
 }
 

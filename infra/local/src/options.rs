@@ -57,6 +57,18 @@ pub enum Command {
         #[command(flatten)]
         into: PlaceOptions,
     },
+    /// Writes the web UI that --ui serves to a folder, to be hosted elsewhere.
+    ///
+    /// It is fetched once from the npm registry, with npm, into the data folder. Every path that is no file has to be answered with
+    /// index.html.
+    WebUi {
+        /// Where to write it.
+        #[arg(value_name = "FOLDER")]
+        folder: PathBuf,
+        /// The address of the API, as in https://example.org/v1; by default that of the page.
+        #[arg(long, value_name = "URL")]
+        api: Option<String>,
+    },
     /// Makes, lists and revokes API keys, with which programs say whose they are.
     ///
     /// Deployed functions take them as `Authorization: Bearer KEY`, `X-Access-Token: KEY` or `X-Session-API-Key: KEY`. A server on
@@ -139,6 +151,13 @@ pub struct CommonOptions {
     /// How the log is written.
     #[arg(long, global = true, value_enum, default_value_t = LogKind::Text)]
     pub log: LogKind,
+    /// Serve a web UI, too, on the same port. It is fetched once from the npm registry, with npm, into the data folder.
+    #[arg(long)]
+    pub ui: bool,
+    /// Let a script answer in place of a language model: everything can be tried, without a key. Records are kept apart from
+    /// those of real conversations, in the folder `demo` of the data folder.
+    #[arg(long)]
+    pub demo: bool,
 }
 
 /// How sandboxes are made.

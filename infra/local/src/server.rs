@@ -1,5 +1,6 @@
 //! The server: set-up, run, clean end.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Write as _};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -32,10 +33,12 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use crate::agent_server::{self, EnsureError, PythonError, Terminal, find_python};
+use crate::demo;
 use crate::docs;
 use crate::edge;
 use crate::engines::{EngineError, EnginePorts, Engines};
 use crate::options::{CommonOptions, SandboxKind};
+use crate::web_ui::{self, Connection, WebUi};
 use crate::worker::{Worker, poll, sweep};
 
 /// What the names of the tables on the embedded engines begin with.
@@ -77,6 +80,9 @@ pub enum ServerError {
     /// The environment.
     #[error(transparent)]
     Config(#[from] config::ConfigError),
+    /// A demo of what it cannot show.
+    #[error("--demo runs its agents as processes of this machine: leave --sandbox out.")]
+    Demo,
     /// Anything of the domain.
     #[error("{}", .0.context())]
     Domain(#[from] shared::Error),
@@ -139,23 +145,45 @@ pub struct Server {
 
 /// What is still coming.
 #[derive(Clone, Debug, Default)]
-pub struct Readiness(Arc<Mutex<Map<String, Value>>>);
+pub struct Readiness(Arc<Mutex<BTreeMap<&'static str, Part>>>);
+
+/// How far a part is that comes up by itself.
+#[derive(Clone, Debug)]
+enum Part {
+    /// What is being done.
+    Coming(&'static str),
+    Ready,
+    /// Starts wait for it in vain.
+    Failed(String),
+    /// It is not there, and the rest works without it.
+    Without(String),
+}
 
 impl Readiness {
-    fn set(&self, part: &str, state: impl Into<Value>) {
+    fn set(&self, part: &'static str, state: Part) {
         if let Ok(mut parts) = self.0.lock() {
-            parts.insert(part.to_owned(), state.into());
+            parts.insert(part, state);
         }
     }
 
-    fn parts(&self) -> Map<String, Value> {
+    fn parts(&self) -> BTreeMap<&'static str, Part> {
         self.0.lock().map(|parts| parts.clone()).unwrap_or_default()
     }
 
-    /// Whether everything works.
+    fn shown(&self) -> Map<String, Value> {
+        let shown = |part| match part {
+            Part::Coming(what) => what.to_owned(),
+            Part::Ready => "ready".to_owned(),
+            Part::Failed(why) => format!("failed: {why}"),
+            Part::Without(why) => format!("not served: {why}"),
+        };
+        self.parts().into_iter().map(|(name, part)| (name.to_owned(), shown(part).into())).collect()
+    }
+
+    /// Whether everything works that conversations need.
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        self.parts().values().all(|state| state == "ready")
+        self.parts().values().all(|part| matches!(part, Part::Ready | Part::Without(_)))
     }
 }
 
@@ -171,8 +199,13 @@ impl Server {
         serve: bool,
         invoke_url: Option<String>,
     ) -> Result<Self, ServerError> {
-        let data = make_data_folder(&options.data)?;
-        let settings = settings(options, environment.settings)?;
+        if options.demo && options.sandbox != SandboxKind::Process {
+            return Err(ServerError::Demo);
+        }
+        // What is installed is for all, records are not.
+        let installed = make_data_folder(&options.data)?;
+        let data = if options.demo { make_data_folder(&installed.join(demo::FOLDER))? } else { installed.clone() };
+        let mut settings = settings(options, environment.settings)?;
         // One that was asked for is looked at before anything runs; one that is looked for may come later.
         if let (Some(wanted), SandboxKind::Process) = (&options.python, options.sandbox) {
             find_python(Some(wanted)).await?;
@@ -196,18 +229,28 @@ impl Server {
             Some(url) => url.trim_end_matches('/').to_owned(),
             None => format!("http://127.0.0.1:{port}"),
         };
-        let agent_server_folder = options.agent_server.clone().unwrap_or_else(|| data.join("agent-server"));
+        let agent_server_folder = options.agent_server.clone().unwrap_or_else(|| installed.join("agent-server"));
+        if options.demo {
+            settings.extend(demo::settings(&web_url));
+        }
         let config = Config {
             start: environment.start,
             sandbox: match options.sandbox {
                 SandboxKind::None => SandboxConfig::None,
-                SandboxKind::Docker => SandboxConfig::Docker(DockerSandboxConfig::from_env(port)?),
-                SandboxKind::Remote => SandboxConfig::Remote(RemoteSandboxConfig::from_env()?),
+                SandboxKind::Docker => SandboxConfig::Docker(DockerSandboxConfig {
+                    allow_cors_origins: origins_of_agent_servers(&environment.origins, port),
+                    ..DockerSandboxConfig::from_env(port)?
+                }),
+                SandboxKind::Remote => {
+                    let mut remote = RemoteSandboxConfig::from_env()?;
+                    remote.allow_cors_origins.extend(own_origins(port));
+                    SandboxConfig::Remote(remote)
+                }
                 SandboxKind::Process => SandboxConfig::Process(ProcessSandboxConfig {
                     folder: data.join("sandboxes"),
                     python: data.join("agent-server-python"),
                     webhook_base_url: format!("{web_url}/api/v1/webhooks"),
-                    allow_cors_origins: environment.origins.clone(),
+                    allow_cors_origins: origins_of_agent_servers(&environment.origins, port),
                 }),
             },
             names,
@@ -220,12 +263,13 @@ impl Server {
         };
         let user = UserId::local();
         let stored = SettingsStore::new(aws.dynamodb.clone(), config.names.users.clone(), sealer.clone());
-        if let Some(json) = settings {
+        if !settings.is_empty() {
             // Over what was set by way of the API, secrets before all.
-            stored.lay_over(&user, &json).await?;
+            stored.lay_over(&user, &Value::Object(settings).to_string().into()).await?;
         }
         let model = stored.get(&user).await?.and_then(|settings| settings.llm_model);
-        if options.sandbox != SandboxKind::None && model.is_none() {
+        let has_model = model.is_some();
+        if options.sandbox != SandboxKind::None && !has_model {
             tracing::warn!(
                 "No model is set: a start that names no llm_model will end in ERROR. Give LLM_MODEL and LLM_API_KEY, or --settings FILE."
             );
@@ -247,10 +291,26 @@ impl Server {
         };
         if let Some(sandboxes) = server.process_sandboxes() {
             take_over(&sandboxes, &user).await?;
-            readiness.set("agent_server", "being installed");
+            readiness.set("agent_server", Part::Coming("being installed"));
         }
         if let Some(listener) = listener {
-            server.serve(listener, environment.session_api_key, environment.origins);
+            let ui = options.ui.then(WebUi::default);
+            if let Some(ui) = &ui {
+                readiness.set("web_ui", Part::Coming("being fetched"));
+                let question = environment.session_api_key.is_some().then_some("SESSION_API_KEY of this server:");
+                let reach = match options.sandbox {
+                    SandboxKind::Process | SandboxKind::None => web_ui::LOOPBACK,
+                    SandboxKind::Docker | SandboxKind::Remote => web_ui::ANYWHERE,
+                };
+                let connection = Connection { host: None, question, has_model, reach };
+                let fetching = fetch_web_ui(ui.clone(), installed.join(web_ui::FOLDER), connection, readiness.clone());
+                server.tasks.push(tokio::spawn(fetching));
+            }
+            let mut router = server.router(environment.session_api_key, environment.origins);
+            if options.demo {
+                router = router.merge(demo::router());
+            }
+            server.serve(listener, ui.map_or(router.clone(), |ui| ui.before(router)));
         }
         let (python, launcher) = (options.python.clone(), data.join("agent-server-python"));
         let install = matches!(server.config.sandbox, SandboxConfig::Process(_));
@@ -260,11 +320,11 @@ impl Server {
             {
                 // The API goes on: records can be read, and starts wait until the next run.
                 tracing::error!("{text}");
-                readiness.set("agent_server", format!("failed: {text}"));
+                readiness.set("agent_server", Part::Failed(text));
                 return;
             }
             if install {
-                readiness.set("agent_server", "ready");
+                readiness.set("agent_server", Part::Ready);
             }
             // Only now: a start that is polled earlier would fail for want of an agent server.
             let starts = poll(sqs.clone(), queues.starts, worker.clone());
@@ -320,16 +380,19 @@ impl Server {
         Some(ProcessSandboxes::new(process.clone(), store))
     }
 
-    fn serve(&mut self, listener: TcpListener, key: Option<SecretString>, origins: Vec<String>) {
+    fn router(&self, key: Option<SecretString>, origins: Vec<String>) -> Router {
         let (config, aws, sealer) = (&self.config, &self.aws, &self.sealer);
         let functions = functions(config, aws, sealer);
         let without_user = functions_without_user(config, aws, sealer);
         let health = Router::new()
             .route("/alive", get(alive))
-            .route("/health", get(async || "OK"))
+            .route("/health", get(async || Json("OK")))
             .route("/ready", get(ready))
             .with_state(self.readiness.clone());
-        let router = edge::around(functions, without_user, key, origins).merge(health).merge(docs::router());
+        edge::around(functions, without_user, key, origins).merge(health).merge(docs::router())
+    }
+
+    fn serve(&mut self, listener: TcpListener, router: Router) {
         let (stop, stopped) = oneshot::channel::<()>();
         let served = tokio::spawn(async move {
             let serving = axum::serve(listener, router).with_graceful_shutdown(async {
@@ -367,16 +430,46 @@ pub fn functions_without_user(config: &Config, aws: &Aws, sealer: &Sealer) -> Ro
         .merge(sandboxes::secrets_router(sandboxes::Context::new(config, aws, sealer)))
 }
 
+/// Fetches it, and says when there is none: the rest works without it.
+async fn fetch_web_ui(ui: WebUi, folder: PathBuf, connection: Connection, readiness: Readiness) {
+    let outcome = web_ui::ensure(&folder, &connection).await;
+    readiness.set(
+        "web_ui",
+        match &outcome {
+            Ok(_) => Part::Ready,
+            Err(error) => {
+                tracing::error!("{error} The API is served without it.");
+                Part::Without(error.to_string())
+            }
+        },
+    );
+    ui.set(outcome);
+}
+
+/// From which pages browsers may reach agent servers. Those of this machine may unless others are named: then they have to be named,
+/// too.
+fn origins_of_agent_servers(permitted: &[String], port: u16) -> Vec<String> {
+    if permitted.is_empty() {
+        return Vec::new();
+    }
+    permitted.iter().cloned().chain(own_origins(port)).collect()
+}
+
+/// Where pages of this server are from.
+fn own_origins(port: u16) -> [String; 2] {
+    ["127.0.0.1", "localhost"].map(|host| format!("http://{host}:{port}"))
+}
+
 async fn alive(State(readiness): State<Readiness>) -> Response {
     if readiness.is_ready() {
         return Json(json!({"status": "ok"})).into_response();
     }
-    (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"status": "starting", "parts": readiness.parts()}))).into_response()
+    (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"status": "starting", "parts": readiness.shown()}))).into_response()
 }
 
 async fn ready(State(readiness): State<Readiness>) -> Response {
     let status = if readiness.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(json!({"ready": readiness.is_ready(), "parts": readiness.parts()}))).into_response()
+    (status, Json(json!({"ready": readiness.is_ready(), "parts": readiness.shown()}))).into_response()
 }
 
 async fn listen(port: u16) -> Result<TcpListener, ServerError> {
@@ -394,8 +487,8 @@ fn file_error(path: &Path) -> impl FnOnce(io::Error) -> ServerError {
     move |source| ServerError::File { path: path.to_owned(), source }
 }
 
-/// Settings from the file and, over them, the environment; `None` when there are neither: then what is stored stays.
-fn settings(options: &CommonOptions, given: Map<String, Value>) -> Result<Option<SecretString>, ServerError> {
+/// Settings from the file and, over them, the environment; none when there are neither: then what is stored stays.
+fn settings(options: &CommonOptions, given: Map<String, Value>) -> Result<Map<String, Value>, ServerError> {
     let mut settings = match &options.settings {
         None => Map::new(),
         Some(path) => {
@@ -405,7 +498,7 @@ fn settings(options: &CommonOptions, given: Map<String, Value>) -> Result<Option
         }
     };
     settings.extend(given);
-    Ok((!settings.is_empty()).then(|| Value::Object(settings).to_string().into()))
+    Ok(settings)
 }
 
 /// Finds the agent servers of earlier runs by their records: the living are ours again, those without one are ended.

@@ -7,6 +7,7 @@ pub mod conversation_body;
 use std::fmt;
 use std::time::Duration;
 
+use reqwest::header::{CONTENT_TYPE, HeaderValue};
 use reqwest::{Method, RequestBuilder, StatusCode};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::Deserialize;
@@ -476,6 +477,31 @@ impl AgentServer {
                 .map_err(|error| fail(&method, path, Failure::Malformed(error.to_string()))),
             Body::Whole(body) => Err(fail(&method, path, Failure::Status(status, error_text(&body)))),
         }
+    }
+
+    /// Makes a request that somebody else thought of, and gives the answer as it is: status, content type, body; `None` where the
+    /// body is larger than `limit`.
+    ///
+    /// # Errors
+    /// See [`Failure`]; a status is none.
+    pub async fn pass_on(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+        limit: usize,
+        timeout: Duration,
+    ) -> Result<Option<(StatusCode, Option<HeaderValue>, Vec<u8>)>> {
+        let fill = |request: RequestBuilder| match body {
+            Some(body) => request.json(body),
+            None => request,
+        };
+        let answer = self.send(method, path, timeout, fill).await?;
+        let kind = answer.response.headers().get(CONTENT_TYPE).cloned();
+        Ok(match answer.read(limit).await? {
+            (status, Body::Whole(body)) => Some((status, kind, body)),
+            (_, Body::TooLarge) => None,
+        })
     }
 
     async fn send(

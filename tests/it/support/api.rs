@@ -94,7 +94,8 @@ impl Api {
             .merge(settings::router(settings::Context::new(config, aws("settings"), sealer)))
             .merge(events::router(events::Context::new(config, aws("events"), sealer)))
             .merge(events::webhooks_router(events::Context::new(config, aws("events"), sealer)))
-            .merge(web_client::router(web_client::Context::from_env()));
+            .merge(web_client::router(web_client::Context::from_env()))
+            .merge(web_client::health_router());
         self.worker = start_worker::Context::new(config, aws("start-worker"), sealer);
         self.router = with_common_answers(routers);
         ways
@@ -180,5 +181,6 @@ fn clients(sdk: &aws_types::SdkConfig, [dynamodb, s3, sqs]: &[String; 3]) -> Aws
 
 fn router(config: &Config, aws: &Aws, sealer: &Sealer) -> Router {
     let functions = local::server::functions(config, aws, sealer);
-    with_common_answers(functions.merge(local::server::functions_without_user(config, aws, sealer)))
+    let without_user = local::server::functions_without_user(config, aws, sealer);
+    with_common_answers(functions.merge(without_user).merge(web_client::health_router()))
 }

@@ -59,6 +59,7 @@ pub struct Product {
     server: Option<Server>,
     folder: TempDir,
     http: Client,
+    is_demo: bool,
 }
 
 /// A start that has come to its end.
@@ -117,15 +118,26 @@ impl Product {
     /// Starts on an empty data folder, with these settings for the user. Git hosts without encryption are allowed, and
     /// nothing else comes from the environment. Returns once all of it works.
     pub async fn start(settings: Value) -> Self {
-        capture_log();
-        let folder = TempDir::new().expect("a folder for the product");
-        let settings_file = folder.path().join("settings.json");
+        let mut product = Self::new(false);
+        let settings_file = product.folder.path().join("settings.json");
         fs::write(&settings_file, settings.to_string()).expect("the settings are written");
-        // On loopback, whatever proxy the machine has.
-        let http = Client::builder().no_proxy().build().expect("a client");
-        let mut product = Self { server: None, folder, http };
         product.run(Some(settings_file)).await;
         product
+    }
+
+    /// Starts as `cargo local --demo` does, on an empty data folder.
+    pub async fn demo() -> Self {
+        let mut product = Self::new(true);
+        product.run(None).await;
+        product
+    }
+
+    fn new(is_demo: bool) -> Self {
+        capture_log();
+        let folder = TempDir::new().expect("a folder for the product");
+        // On loopback, whatever proxy the machine has.
+        let http = Client::builder().no_proxy().build().expect("a client");
+        Self { server: None, folder, http, is_demo }
     }
 
     /// Ends this run cleanly, and starts another on what it left behind.
@@ -148,6 +160,8 @@ impl Product {
             agent_server: Some(agent_server_folder()),
             settings,
             log: LogKind::Text,
+            ui: false,
+            demo: self.is_demo,
         };
         let start = StartConfig {
             allow_insecure_git_access: true,
@@ -207,6 +221,12 @@ impl Product {
         let sealer = Sealer::from_file(key).expect("the sealing key");
         let store = SettingsStore::new(aws.dynamodb.clone(), config.names.users.clone(), sealer);
         store.put(&UserId::local(), &settings.to_string().into()).await.expect("the settings are stored");
+    }
+
+    /// Shows the demo's conversation, as `cargo local --demo` does in the terminal.
+    pub async fn show_demo(&self) -> Result<(), local::demo::ShowError> {
+        let _permit = BOOTS.acquire().await.expect("never closed");
+        local::demo::show(&format!("http://{}", self.server().address), None).await
     }
 
     fn url(&self, path: &str) -> String {

@@ -1,0 +1,137 @@
+//! `POST /api/cloud-proxy`: a request of a web front end, passed on to the agent server of one of the caller's sandboxes. Pages send
+//! it where they do not call agent servers themselves.
+
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::response::{IntoResponse as _, Response};
+use bytes::Bytes;
+use http::header::CONTENT_TYPE;
+use http::{HeaderMap, Method};
+use serde_json::Value;
+use shared::agent_server::Failure;
+use shared::error::{Error, Result};
+use shared::http::body;
+use shared::http::caller::Caller;
+use shared::http::validation::{Checked, Checker, Fields, dictionary, float, string};
+
+use crate::Context;
+
+/// What of an agent server may be reached this way: not its health, nor its documentation.
+const REACHABLE: &str = "/api/";
+const SESSION_API_KEY: &str = "x-session-api-key";
+const METHODS: [Method; 5] = [Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE];
+/// Lambda answers with 6 MB at most, and what is no text becomes a third larger.
+const ANSWER_LIMIT: usize = 4 * 1024 * 1024;
+
+/// `{host, method, path, headers: {X-Session-API-Key}, body, timeout_seconds}`
+struct Passed {
+    host: String,
+    method: Method,
+    path: String,
+    key: Option<String>,
+    body: Option<Value>,
+    timeout: Option<Duration>,
+}
+
+impl Passed {
+    fn from_body(content_type: Option<&str>, body: &[u8]) -> Checked<Self> {
+        let value = body::json(content_type, body)?;
+        let mut check = Checker::new("body");
+        let passed = Self::read(&mut check, &value);
+        check.finish(passed)
+    }
+
+    fn read(check: &mut Checker, value: &Value) -> Option<Self> {
+        let fields = Fields::of(check, value)?;
+        let host = fields.required(check, "host", string);
+        let method = fields.required(check, "method", |check, value| {
+            let name = string(check, value)?.to_uppercase();
+            let method = METHODS.into_iter().find(|method| method.as_str() == name);
+            if method.is_none() {
+                check.report_value_error("the method has to be GET, POST, PUT, PATCH or DELETE", value.clone());
+            }
+            method
+        });
+        let path = fields.required(check, "path", |check, value| {
+            let path = string(check, value)?;
+            if path.starts_with(REACHABLE) {
+                return Some(path);
+            }
+            check.report_value_error(format!("the path has to begin with {REACHABLE}"), value.clone());
+            None
+        });
+        let headers = fields.nullable(check, "headers", dictionary);
+        let timeout = fields.nullable(check, "timeout_seconds", float);
+        let body = fields.nullable(check, "body", |_, value| Some(value.clone()));
+        let key = headers?.and_then(|headers| {
+            let key = headers.into_iter().find(|(name, _)| name.eq_ignore_ascii_case(SESSION_API_KEY))?.1;
+            key.as_str().map(ToOwned::to_owned)
+        });
+        let timeout = timeout?.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        Some(Self { host: host?, method: method?, path: path?, key, body: body?, timeout })
+    }
+}
+
+/// The request goes to where the sandbox is whose key it shows, if that is the caller's; nobody gets anywhere else by way of us.
+pub(crate) async fn pass_on(
+    State(context): State<Context>,
+    Caller(user): Caller,
+    headers: HeaderMap,
+    bytes: Bytes,
+) -> Result<Response> {
+    let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let request = Passed::from_body(content_type, &bytes).map_err(Error::Invalid)?;
+    let record = match &request.key {
+        Some(key) => context.records.find_by_session_key(key).await?.filter(|record| record.user == user),
+        None => None,
+    };
+    // The same answer for a key that is nobody's and for another user's.
+    let refused = || Error::Forbidden("headers must hold your own sandbox's X-Session-API-Key".to_owned());
+    let record = record.ok_or_else(refused)?;
+    let sandbox = context.sandboxes.get(&user, &record.id).await?;
+    let sandbox = sandbox.ok_or_else(|| Error::NotFound(format!("Sandbox {} not found", record.id)))?;
+    let not_running = || Error::Conflict(format!("Sandbox {} does not run", record.id));
+    let url = sandbox.agent_server_url().ok_or_else(not_running)?;
+    if !is_same_place(&request.host, url) {
+        return Err(Error::Forbidden(format!("{} is not where sandbox {} is", request.host, record.id)));
+    }
+    let agent_server = sandbox.agent_server(&context.messages.http).ok_or_else(not_running)?;
+    let timeout = request.timeout.unwrap_or(context.look_budget).min(context.look_budget);
+    let answer =
+        agent_server.pass_on(request.method, &request.path, request.body.as_ref(), ANSWER_LIMIT, timeout).await;
+    let answer = answer.map_err(|error| Error::Upstream {
+        message: match &error.failure {
+            Failure::TimedOut => "The agent server did not answer in time".to_owned(),
+            _ => "The agent server did not answer".to_owned(),
+        },
+        context: error.to_string(),
+    })?;
+    match answer {
+        Some((status, kind, body)) => Ok((status, kind.map(|kind| [(CONTENT_TYPE, kind)]), body).into_response()),
+        None => Err(Error::TooLarge("The agent server's answer is larger than what can be passed on".to_owned())),
+    }
+}
+
+/// Whether both name the same host and port, whatever the scheme: a page that came by https says so of all hosts.
+fn is_same_place(host: &str, url: &str) -> bool {
+    let place = |url: &str| {
+        let place = url.split_once("://").map_or(url, |(_, place)| place);
+        place.trim_end_matches('/').to_lowercase()
+    };
+    place(host) == place(url)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_compared_without_scheme() {
+        assert!(is_same_place("https://Host:1/", "http://host:1"));
+        assert!(is_same_place("http://host/runtime/1", "http://host/runtime/1/"));
+        for other in ["http://host:2", "http://host", "http://host:1.evil", "http://host:1/api", ""] {
+            assert!(!is_same_place(other, "http://host:1"), "{other}");
+        }
+    }
+}

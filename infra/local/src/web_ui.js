@@ -1,0 +1,92 @@
+// Runs before the web UI does, and tells it which server to talk to: the one that this page is of, so that nobody has to enter it.
+// Servers that the user has added stay.
+(function (server) {
+  // The UI's own telemetry is its makers'; nobody here asked for it.
+  window.doNotTrack = "1";
+  window.__AGENT_CANVAS_DO_NOT_TRACK__ = true;
+
+  // Its first dialog asks for a model: only where there is none yet. Its list of first steps has some that are not possible here.
+  try {
+    if (server.has_model) localStorage.setItem("openhands-onboarded", "1");
+    localStorage.setItem("openhands-sidebar-onboarding-checklist-dismissed", "true");
+  } catch (refused) {
+    // Then it asks.
+  }
+
+  var servers = "openhands-backends";
+  var chosen = "openhands-active-backend";
+  var id = "this-server";
+  var others = [];
+  var mine = null;
+  try {
+    JSON.parse(localStorage.getItem(servers) || "[]").forEach(function (one) {
+      if (one.id === id) mine = one;
+      else others.push(one);
+    });
+  } catch (malformed) {
+    others = [];
+  }
+  var key = "";
+  if (server.asks_for_key) {
+    key = (mine && mine.apiKey) || window.prompt(server.question) || "";
+  }
+  mine = {
+    id: id,
+    name: (mine && mine.name) || "This server",
+    host: server.host || window.location.origin,
+    apiKey: key,
+    kind: "cloud",
+    authMode: server.asks_for_key ? "api-key" : "cookie",
+  };
+  try {
+    localStorage.setItem(servers, JSON.stringify([mine].concat(others)));
+    if (!localStorage.getItem(chosen)) localStorage.setItem(chosen, JSON.stringify({ backendId: id, orgId: null }));
+  } catch (refused) {
+    // Without storage the UI asks for the server itself.
+  }
+
+  // The UI shows the key of a sandbox in the first message of a websocket. Agent servers of its own age read it there; all others in
+  // the address, when the websocket is opened. The key comes with the conversation, by the same answers from which the UI has it.
+  var keys = {};
+  function remember(rows) {
+    rows.forEach(function (row) {
+      if (row && row.conversation_url && row.session_api_key) {
+        keys[new URL(row.conversation_url).host] = row.session_api_key;
+      }
+    });
+  }
+  var fetchAny = window.fetch;
+  window.fetch = function (what) {
+    var answer = fetchAny.apply(window, arguments);
+    var path = new URL(what && what.url ? what.url : what, window.location.href).pathname;
+    if (!/\/api\/v1\/app-conversations(\/search)?$/.test(path)) return answer;
+    return answer.then(function (response) {
+      if (!response.ok) return response;
+      return response
+        .clone()
+        .json()
+        .then(function (body) {
+          remember(Array.isArray(body) ? body : body.items || []);
+        })
+        .catch(function () {})
+        .then(function () {
+          return response;
+        });
+    });
+  };
+  var Plain = window.WebSocket;
+  window.WebSocket = class extends Plain {
+    constructor(address, protocols) {
+      var url = new URL(address, window.location.href);
+      var known = url.pathname.indexOf("/sockets/") >= 0 && keys[url.host];
+      if (known && !url.searchParams.has("session_api_key")) url.searchParams.set("session_api_key", known);
+      super(url.href, protocols || []);
+      this.is_known = Boolean(known);
+    }
+    send(data) {
+      // An older agent server takes every message for one to the agent.
+      if (this.is_known && typeof data === "string" && data.indexOf('{"type":"auth"') === 0) return;
+      super.send(data);
+    }
+  };
+})(__SERVER__);

@@ -1,0 +1,104 @@
+// A server of this workspace for a test: `cargo local --demo` on a data folder and a port of its own.
+
+import { spawn } from "node:child_process";
+import { once } from "node:events";
+import { mkdtemp, readFile, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import path from "node:path";
+import { fileURLToPath } from "node:url";
+
+const root = path.resolve(path.dirname(fileURLToPath(import.meta.url)), "../..");
+const target = process.env.CARGO_TARGET_DIR ?? path.join(root, "target");
+
+/** Long: the first run of all installs the agent server. */
+const READY_LIMIT = 20 * 60 * 1000;
+
+/**
+ * Starts it, and waits until all of it works. `stop()` ends it, and its sandboxes with it; `log()` is what it said.
+ */
+export async function startServer({ options = [], environment = {} } = {}) {
+  const folder = await mkdtemp(path.join(tmpdir(), "clients-"));
+  // Several data folders share one installation of the agent server.
+  const agentServer = process.env.OPENHANDS_AGENT_SERVER_FOLDER ?? path.join(target, "agent-server");
+  const child = spawn(
+    path.join(target, "debug/local"),
+    ["--demo", "--port", "0", "--data", folder, "--agent-server", agentServer, ...options],
+    { env: { ...process.env, ...environment }, stdio: ["ignore", "pipe", "pipe"] },
+  );
+  let said = "";
+  for (const stream of [child.stdout, child.stderr]) stream.on("data", (bytes) => (said += bytes));
+  const exited = once(child, "exit");
+  // Whatever ends this process.
+  process.once("exit", () => child.kill("SIGTERM"));
+  const stop = async () => {
+    if (child.exitCode === null && child.signalCode === null) child.kill("SIGTERM");
+    await exited;
+    await rm(folder, { recursive: true, force: true });
+  };
+  try {
+    const url = await until("the server listens", READY_LIMIT, async () => {
+      if (child.exitCode !== null) throw new Error(`the server ended:\n${said}`);
+      return /^Listening on (\S+)$/m.exec(said)?.[1];
+    });
+    await until("the server is ready", READY_LIMIT, async () => {
+      const ready = await (await fetch(`${url}/ready`)).json();
+      const failed = Object.values(ready.parts).find((part) => /^(failed|not served)/.test(part));
+      if (failed) throw new Error(failed);
+      return ready.ready;
+    });
+    return { url, folder, stop, log: () => said };
+  } catch (error) {
+    await stop();
+    throw error;
+  }
+}
+
+/** Asks again and again, up to a limit in milliseconds, and gives the first answer that is something. */
+export async function until(what, limit, ask, pause = 300) {
+  const end = Date.now() + limit;
+  for (;;) {
+    const answer = await ask();
+    if (answer) return answer;
+    if (Date.now() > end) throw new Error(`still not so after ${limit / 1000} s: ${what}`);
+    await new Promise((done) => setTimeout(done, pause));
+  }
+}
+
+/** The names of the members of a zip, from its directory. */
+export function zipMembers(bytes) {
+  const zip = Buffer.from(bytes);
+  const end = zip.lastIndexOf(Buffer.from([0x50, 0x4b, 5, 6]));
+  if (end < 0) throw new Error("this is no zip");
+  const names = [];
+  let at = zip.readUInt32LE(end + 16);
+  for (let left = zip.readUInt16LE(end + 10); left > 0; left--) {
+    const [name, extra, comment] = [28, 30, 32].map((offset) => zip.readUInt16LE(at + offset));
+    names.push(zip.toString("utf8", at + 46, at + 46 + name));
+    at += 46 + name + extra + comment;
+  }
+  return names;
+}
+
+/** Runs a test against a server, says each step, and ends the process with what came of it. */
+export async function run(name, settings, test) {
+  let server;
+  let failed = false;
+  try {
+    server = await startServer(settings);
+    await test(server, (text) => console.log(`${name}: ${text}`));
+    console.log(`${name}: all is well`);
+  } catch (error) {
+    failed = true;
+    console.error(error);
+    if (server) console.error(`The end of the server's log:\n${server.log().split("\n").slice(-40).join("\n")}`);
+  } finally {
+    await server?.stop();
+  }
+  process.exit(failed ? 1 : 0);
+}
+
+/** The version of a package that is installed here. */
+export async function versionOf(name) {
+  const file = new URL(`node_modules/${name}/package.json`, import.meta.url);
+  return JSON.parse(await readFile(file, "utf8")).version;
+}

@@ -1,0 +1,124 @@
+// The prebuilt web UI that `cargo local --ui` serves, in a real browser, against a real agent server: a conversation from its first
+// message to its end.
+//
+// With SCREENSHOTS=FOLDER pictures of each step are left there.
+
+import assert from "node:assert/strict";
+import { access, readFile } from "node:fs/promises";
+import path from "node:path";
+
+import { chromium } from "playwright-core";
+
+import { run, until, zipMembers } from "./server.mjs";
+
+const TURN = 180_000;
+const CHROMIUM = process.env.CHROMIUM ?? "/usr/bin/chromium";
+// The first one is for users without a sandbox of their own, such as root's; the others keep it from calling its makers.
+const FLAGS =
+  "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync";
+const SIZE = { width: 1280, height: 800 };
+
+await access(CHROMIUM);
+
+await run("web-ui", { options: ["--ui"] }, async (server, say) => {
+  const browser = await chromium.launch({ executablePath: CHROMIUM, args: FLAGS.split(" ") });
+  try {
+    const context = await browser.newContext({ viewport: SIZE, acceptDownloads: true });
+    const page = await context.newPage();
+    await converse(page, server.url, say);
+  } finally {
+    await browser.close();
+  }
+});
+
+async function converse(page, url, say) {
+  page.setDefaultTimeout(TURN);
+  const left = new Set();
+  page.on("request", (request) => {
+    const { protocol, hostname } = new URL(request.url());
+    if (/^(http|ws)/.test(protocol) && hostname !== "127.0.0.1") left.add(hostname);
+  });
+  const stayed = new Set();
+  page.on("requestfailed", (request) => {
+    if (request.failure()?.errorText === "csp") stayed.add(new URL(request.url()).hostname);
+  });
+  const api = async (route) => (await fetch(`${url}/api/v1/app-conversations${route}`)).json();
+  let pictures = 0;
+  const picture = async (name) => {
+    if (!process.env.SCREENSHOTS) return;
+    const file = path.join(process.env.SCREENSHOTS, `${++pictures}-${name}.png`);
+    await page.screenshot({ path: file });
+    say(`a picture: ${file}`);
+  };
+  const write = async (text) => {
+    await page.getByTestId("chat-input").click();
+    await page.keyboard.type(text);
+    await page.keyboard.press("Enter");
+  };
+  const choose = async (button) => {
+    await page.getByTestId("conversation-name").getByTestId("ellipsis-button").click();
+    await page.getByTestId(button).click();
+  };
+
+  // Open: no dialog, no login.
+  await page.goto(url);
+  await page.getByTestId("chat-input").waitFor();
+  await page.getByText("No conversations found").waitFor();
+  await picture("open");
+  say("opens with an empty list, connected to this server");
+
+  // A message starts a conversation, and its answer arrives.
+  await write("Say hello");
+  await page.waitForURL(/\/conversations\/(?!task-)/);
+  await page.getByText("a script wrote this answer").waitFor();
+  await page.getByText("You said: “Say hello”").waitFor();
+  const [row] = (await api("/search")).items;
+  assert.ok(new URL(page.url()).pathname.endsWith(row.id), page.url());
+  say("started a conversation with a message, and showed the answer");
+  await write("And again");
+  await page.getByText("You said: “And again”").waitFor();
+  say("sent a second message, and showed the answer");
+
+  // Rename.
+  await choose("rename-button");
+  await page.getByTestId("conversation-name-input").fill("A name of its own");
+  await page.keyboard.press("Enter");
+  await until("the name is kept", TURN, async () => (await api(`?ids=${row.id}`))[0].title === "A name of its own");
+  const cards = page.getByTestId("conversation-card-title");
+  await cards.getByText("A name of its own").waitFor();
+  say("renamed it");
+
+  // What the agent wrote, beside the conversation.
+  await page.getByTestId("right-panel-toggle").click();
+  await page.getByTestId("file-tree-file-hello.txt").click();
+  await page.getByText("Written by an agent that follows a script.", { exact: true }).waitFor();
+  await picture("conversation");
+  await page.getByTestId("right-panel-toggle").click();
+  say("showed the file that the agent wrote");
+
+  // Another visit: the list, and what was said.
+  await page.goto(url);
+  await cards.getByText("A name of its own").click();
+  await page.getByText("You said: “And again”").waitFor();
+  say("listed it, and opened it again");
+
+  // Download.
+  const downloading = page.waitForEvent("download");
+  await choose("download-trajectory-button");
+  const members = zipMembers(await readFile(await (await downloading).path()));
+  assert.ok(members.includes("meta.json") && members.some((member) => member.startsWith("event_")), members.join());
+  say(`downloaded a zip of ${members.length} members`);
+
+  // Delete.
+  await choose("delete-button");
+  await picture("delete");
+  await page.getByRole("button", { name: "Confirm Delete" }).click();
+  await page.getByText("No conversations found").waitFor();
+  assert.deepEqual((await api("/search")).items, []);
+  await picture("deleted");
+  say("deleted it");
+
+  for (const host of stayed) left.delete(host);
+  assert.deepEqual([...left], [], "the page called others");
+  say("called nobody else");
+}
