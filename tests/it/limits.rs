@@ -167,8 +167,9 @@ async fn headers_and_nesting_up_to_what_can_be_read() {
     assert_eq!(with_header(MAX_HEADERS - name + 1).await, (431, told));
 
     let nested = |depth: usize| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
+    // It is read: what is wrong with it is that it is no object. (The answer shows it, and so is nested as deeply itself.)
     let (status, answer) = rig.send("POST", API, nested(127)).await;
-    assert_eq!((status, &answer["detail"][0]["type"]), (422, &json!("model_attributes_type")), "{answer}");
+    assert!(status == 422 && answer.to_string().contains("model_attributes_type"), "{answer}");
     for depth in [128, 100_000] {
         let (status, answer) = rig.send("POST", API, nested(depth)).await;
         assert_eq!((status, &answer["detail"][0]["ctx"]["error"]), (422, &json!("Nested too deeply")), "{answer}");
