@@ -12,6 +12,7 @@
 mod support {
     pub mod account;
     pub mod api;
+    pub mod engines;
     pub mod gate;
     pub mod guard;
     pub mod meter;

@@ -11,7 +11,6 @@ use axum::extract::Request;
 use axum::middleware::{self, Next};
 use futures::future::join_all;
 use local::agent_server::find_python;
-use local::engines::{EnginePorts, Engines};
 use local::options::{CommonOptions, LogKind, SandboxKind};
 use local::server::{Environment, Server};
 use reqwest::{Client, Response};
@@ -35,6 +34,7 @@ use tempfile::TempDir;
 use tokio::process::Command;
 use uuid::Uuid;
 
+use crate::support::engines::{Engines, skipped_on_ministack};
 use crate::support::gate::{Gate, Moment, Stop};
 use crate::support::product::{Product, saying};
 use crate::support::rig::StandInSandboxes;
@@ -103,10 +103,10 @@ fn config() -> ExportConfig {
 impl Rig {
     async fn new(config: ExportConfig) -> Self {
         let folder = TempDir::new().expect("a folder");
-        let engines = Engines::start(folder.path(), EnginePorts::default()).await.expect("engines");
+        let engines = Engines::start(folder.path()).await;
         let sdk = engines.sdk_config().await;
         let aws = Aws::new(&sdk);
-        let mut names = Names::with_prefix(PREFIX);
+        let mut names = engines.names(PREFIX);
         names.start_queue_url = schema::make_all(&aws, &names, PREFIX).await.expect("a schema").starts;
         let (gate, agent) = (Gate::new(), Arc::new(AgentLog::default()));
         let (dynamodb_way, s3_way) = (gate.to(&engines.dynamodb).await, gate.to(&engines.s3).await);
@@ -965,7 +965,11 @@ async fn a_deleted_conversation_leaves_no_export() {
 
 #[tokio::test]
 async fn old_exports_and_uploads_are_removed_where_no_lifecycle_rule_does() {
+    if skipped_on_ministack("there a lifecycle rule would be the one to do it") {
+        return;
+    }
     let rig = Rig::new(ExportConfig { budget: Duration::ZERO, worker_budget: Duration::ZERO, ..config() }).await;
+    let engines = rig.engines.as_embedded().expect("embedded engines");
     let (unfinished, finished) = (rig.conversation(None).await, rig.conversation(None).await);
     append_large(&rig, unfinished, 8).await;
     for id in [unfinished, finished] {
@@ -981,11 +985,11 @@ async fn old_exports_and_uploads_are_removed_where_no_lifecycle_rule_does() {
     };
     let (day, now) = (Duration::from_secs(24 * 3600), Duration::ZERO);
     let bucket = &rig.names.bucket;
-    assert_eq!(rig.engines.expire(bucket, "exports/", day, day).expect("expired"), 0);
+    assert_eq!(engines.expire(bucket, "exports/", day, day).expect("expired"), 0);
     assert!(names() >= 2 && rig.objects().await.len() >= 3);
-    assert!(rig.engines.expire(bucket, "exports/", now, day).expect("expired") >= 3);
+    assert!(engines.expire(bucket, "exports/", now, day).expect("expired") >= 3);
     assert_eq!(rig.objects().await, [""; 0]);
-    assert!(rig.engines.expire(bucket, "exports/", day, now).expect("expired") >= 2);
+    assert!(engines.expire(bucket, "exports/", day, now).expect("expired") >= 2);
     assert_eq!(names(), 0);
     // Events in the bucket stay, and the export is made anew.
     loop {

@@ -2,7 +2,6 @@
 
 use std::collections::HashSet;
 
-use local::engines::{EnginePorts, Engines};
 use serde_json::{Value, json};
 use shared::Time;
 use shared::aws::Aws;
@@ -14,6 +13,7 @@ use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::support::api::Api;
+use crate::support::engines::Engines;
 use crate::support::log::all_events;
 
 /// The store alone, on engines of its own.
@@ -30,9 +30,9 @@ struct Log {
 impl Log {
     async fn new() -> Self {
         let folder = TempDir::new().expect("a folder");
-        let engines = Engines::start(folder.path(), EnginePorts::default()).await.expect("engines");
+        let engines = Engines::start(folder.path()).await;
         let aws = Aws::new(&engines.sdk_config().await);
-        let names = Names::with_prefix("events-");
+        let names = engines.names("events-");
         schema::make_all(&aws, &names, "events-").await.expect("a schema");
         let store = EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
         let (user, conversation) = (UserId::new("somebody"), Uuid::new_v4());

@@ -11,12 +11,10 @@ use axum::Router;
 use axum::body::Body;
 use http::HeaderMap;
 use http_body_util::BodyExt as _;
-use local::engines::{EnginePorts, Engines};
 use serde_json::{Value, json};
 use shared::agent_server::AgentServer;
 use shared::aws::Aws;
 use shared::clock::Time;
-use shared::config::Names;
 use shared::conversation::place::Places;
 use shared::conversation::store::ConversationStore;
 use shared::conversation::{ConversationRecord, MetricsSnapshot};
@@ -29,6 +27,7 @@ use tempfile::TempDir;
 use tower::ServiceExt as _;
 use uuid::Uuid;
 
+use crate::support::engines::Engines;
 use crate::support::rig::{SESSION_KEY, StandInSandboxes};
 use crate::support::server::Request;
 use crate::support::stand_in_agent::{Fault, Kind, Nth, StandInAgent};
@@ -71,9 +70,9 @@ impl Answer {
 impl Rig {
     async fn start() -> Self {
         let folder = TempDir::new().expect("a folder");
-        let engines = Engines::start(folder.path(), EnginePorts::default()).await.expect("engines");
+        let engines = Engines::start(folder.path()).await;
         let aws = Aws::new(&engines.sdk_config().await);
-        let names = Names::with_prefix("inside-");
+        let names = engines.names("inside-");
         schema::make_all(&aws, &names, "inside-").await.expect("a schema");
         let agent = StandInAgent::start(SESSION_KEY).await;
         let user = UserId::new("somebody");

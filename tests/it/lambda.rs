@@ -7,10 +7,9 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use futures::future::join_all;
-use local::engines::{EnginePorts, Engines};
 use serde_json::{Value, json};
 use shared::aws::Aws;
-use shared::config::{Config, ExportConfig, Names, SandboxConfig, SealingConfig, StartConfig};
+use shared::config::{Config, ExportConfig, SandboxConfig, SealingConfig, StartConfig};
 use shared::user::UserId;
 use shared::user::data_key::DataKey;
 use shared::user::seal::Sealer;
@@ -18,6 +17,7 @@ use tempfile::TempDir;
 use tokio::time::timeout;
 use uuid::Uuid;
 
+use crate::support::engines::Engines;
 use crate::support::kms::{KEY, Kms};
 use crate::support::lambda::{Function, Part};
 use crate::support::seed::Stores;
@@ -43,9 +43,9 @@ struct Cloud {
 impl Cloud {
     async fn start() -> Self {
         let folder = TempDir::new().expect("a folder");
-        let engines = Engines::start(folder.path(), EnginePorts::default()).await.expect("engines");
+        let engines = Engines::start(folder.path()).await;
         let aws = Aws::new(&engines.sdk_config().await);
-        let mut names = Names::with_prefix("oh-");
+        let mut names = engines.names("oh-");
         names.start_queue_url = schema::make_all(&aws, &names, "oh-").await.expect("a schema").starts;
         let config = Config {
             start: StartConfig::default(),

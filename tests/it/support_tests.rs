@@ -5,9 +5,11 @@ use std::time::{Duration, Instant};
 use reqwest::Client;
 use reqwest::multipart::{Form, Part};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 use tokio::process::Command;
 use uuid::Uuid;
 
+use crate::support::engines::{Engines, Ministack, is_ministack};
 use crate::support::git_server::GitServer;
 use crate::support::scripted_llm::{self, Reply, ScriptedLlm};
 use crate::support::stand_in_agent::{self, Fault, Kind, Nth, StandInAgent};
@@ -562,6 +564,36 @@ async fn faults_know_their_turn() {
     assert_eq!(statuses(&path).await, [503, 503, 503]);
     agent.clear_faults();
     assert_eq!(statuses(&path).await, [404, 404, 404]);
+}
+
+// What stands for AWS
+
+#[tokio::test]
+async fn engines_are_those_that_were_asked_for() {
+    let folder = TempDir::new().expect("a folder");
+    let engines = Engines::start(folder.path()).await;
+    for url in [&engines.dynamodb, &engines.s3, &engines.sqs] {
+        assert!(url.starts_with("http://127.0.0.1:"), "{url}");
+        let answer = Client::new().get(format!("{url}/_ministack/health")).send().await.expect("an answer");
+        let text = answer.text().await.expect("a body");
+        assert_eq!(text.contains(r#""services": {"dynamodb": "available""#), is_ministack(), "{url}: {text}");
+    }
+    engines.shutdown().await;
+}
+
+#[tokio::test]
+async fn ministack_ends_with_who_started_it() {
+    if !is_ministack() {
+        println!("not run: a process of ministack (OPENHANDS_TEST_AWS=ministack)");
+        return;
+    }
+    let Ministack { url, mut process, .. } = Ministack::start();
+    let healthy = async || Client::new().get(format!("{url}/_ministack/health")).send().await.is_ok();
+    assert!(healthy().await);
+    // As the system closes it when a process is killed.
+    drop(process.stdin.take());
+    wait_until("it has ended", SOON, async || process.try_wait().expect("a process").is_some()).await;
+    assert!(!healthy().await);
 }
 
 // Waiting

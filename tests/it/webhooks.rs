@@ -1,7 +1,6 @@
 //! What agent servers post: who may, what is kept, and that nothing is acknowledged that is not.
 
 use futures::future::join_all;
-use local::engines::{EnginePorts, Engines};
 use local::options::{CommonOptions, LogKind, SandboxKind};
 use local::server::{Environment, Server};
 use reqwest::Client;
@@ -21,6 +20,7 @@ use tempfile::TempDir;
 use tower::ServiceExt as _;
 use uuid::Uuid;
 
+use crate::support::engines::Engines;
 use crate::support::gate::{Gate, Stop};
 use crate::support::log::all_events;
 
@@ -271,10 +271,10 @@ async fn bad_bodies_are_refused_with_their_faults() {
 #[tokio::test]
 async fn nothing_is_acknowledged_that_the_store_refuses() {
     let folder = TempDir::new().expect("a folder");
-    let engines = Engines::start(folder.path(), EnginePorts::default()).await.expect("engines");
+    let engines = Engines::start(folder.path()).await;
     let sdk = engines.sdk_config().await;
     let aws = Aws::new(&sdk);
-    let mut names = Names::with_prefix("webhooks-");
+    let mut names = engines.names("webhooks-");
     let queues = schema::make_all(&aws, &names, "webhooks-").await.expect("a schema");
     names.start_queue_url = queues.starts;
     let sealing_key_file = folder.path().join("sealing-key");

@@ -8,7 +8,6 @@ use axum::Router;
 use axum::body::Body;
 use http::{Request, header};
 use http_body_util::BodyExt as _;
-use local::engines::{EnginePorts, Engines};
 use serde_json::{Value, json};
 use shared::aws::Aws;
 use shared::config::{Config, ExportConfig, Names, SandboxConfig, SealingConfig, StartConfig};
@@ -18,6 +17,7 @@ use shared::user::UserId;
 use shared::user::seal::Sealer;
 use tower::ServiceExt as _;
 
+use super::engines::Engines;
 use super::guard::Guard;
 use super::meter::Meter;
 use super::seed::Stores;
@@ -42,9 +42,9 @@ pub struct Api {
 impl Api {
     /// On the engines in the folder, which keeps everything when [`Api::stop`] is called.
     pub async fn at(folder: &Path, sandbox: SandboxConfig) -> Self {
-        let engines = Engines::start(folder, EnginePorts::default()).await.expect("engines");
+        let engines = Engines::start(folder).await;
         let aws = Aws::new(&engines.sdk_config().await);
-        let mut names = Names::with_prefix(PREFIX);
+        let mut names = engines.names(PREFIX);
         let queues = schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
         names.start_queue_url.clone_from(&queues.starts);
         let sealing_key_file = folder.join("sealing-key");

@@ -7,6 +7,7 @@
 pub mod account;
 pub mod api;
 pub mod docker_engine;
+pub mod engines;
 pub mod gate;
 pub mod git_server;
 pub mod guard;

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use aws_sdk_sqs::types::{Message, QueueAttributeName};
-use local::engines::{EnginePorts, Engines};
 use serde_json::{Value, json};
 use shared::aws::Aws;
 use shared::config::{ExportConfig, Names, StartConfig};
@@ -34,6 +33,7 @@ use tempfile::TempDir;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
+use super::engines::Engines;
 use super::gate::{Gate, Stop};
 use super::guard::Guard;
 use super::server::Server;
@@ -164,6 +164,7 @@ pub struct Rig {
     pub other_worker: Context,
     beginner: StartBeginner,
     aws: Aws,
+    names: Names,
     queues: schema::QueueUrls,
     finished: bool,
     engines: Option<Engines>,
@@ -197,10 +198,10 @@ pub fn quick_messages() -> Timing {
 impl Rig {
     pub async fn start(config: StartConfig) -> Self {
         let folder = TempDir::new().expect("a folder");
-        let engines = Engines::start(folder.path(), EnginePorts::default()).await.expect("engines");
+        let engines = Engines::start(folder.path()).await;
         let sdk = engines.sdk_config().await;
         let aws = Aws::new(&sdk);
-        let mut names = Names::with_prefix(PREFIX);
+        let mut names = engines.names(PREFIX);
         let queues = schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
         names.start_queue_url.clone_from(&queues.starts);
         // A message of a crashed worker comes back soon.
@@ -211,7 +212,8 @@ impl Rig {
             .attributes(
                 QueueAttributeName::RedrivePolicy,
                 format!(
-                    r#"{{"deadLetterTargetArn":"arn:aws:sqs:us-east-1:000000000000:{PREFIX}starts{DEAD_LETTER_SUFFIX}","maxReceiveCount":100}}"#
+                    r#"{{"deadLetterTargetArn":"arn:aws:sqs:us-east-1:{}:{PREFIX}starts{DEAD_LETTER_SUFFIX}","maxReceiveCount":100}}"#,
+                    engines.account
                 ),
             )
             .send()
@@ -286,6 +288,7 @@ impl Rig {
                 step_timeout: config.step_timeout,
             },
             aws,
+            names,
             queues,
             finished: false,
             engines: Some(engines),
@@ -348,8 +351,7 @@ impl Rig {
 
     /// The keys of everything in the bucket.
     pub async fn objects(&self) -> Vec<String> {
-        let bucket = Names::with_prefix(PREFIX).bucket;
-        let listed = self.aws.s3.list_objects_v2().bucket(bucket).send().await.expect("the bucket");
+        let listed = self.aws.s3.list_objects_v2().bucket(&self.names.bucket).send().await.expect("the bucket");
         listed.contents.unwrap_or_default().into_iter().filter_map(|object| object.key).collect()
     }
 
@@ -493,7 +495,7 @@ impl Rig {
     /// As if the lease on a conversation's messages had run out.
     pub async fn expire_message_lease(&self, conversation: Uuid) {
         let text = |text: String| aws_sdk_dynamodb::types::AttributeValue::S(text);
-        let update = self.aws.dynamodb.update_item().table_name(Names::with_prefix(PREFIX).users);
+        let update = self.aws.dynamodb.update_item().table_name(&self.names.users);
         let update = update
             .key("user", text(self.user.as_str().to_owned()))
             .key("kind", text(format!("messages#{}", conversation.simple())))
@@ -508,8 +510,7 @@ impl Rig {
     pub async fn messages_wait(&self, conversation: Uuid) -> bool {
         let key = [("user", self.user.as_str().to_owned()), ("kind", format!("messages#{}", conversation.simple()))];
         let key = key.map(|(name, value)| (name.to_owned(), aws_sdk_dynamodb::types::AttributeValue::S(value)));
-        let table = Names::with_prefix(PREFIX).users;
-        let found = self.aws.dynamodb.get_item().table_name(table).set_key(Some(key.into())).send().await;
+        let found = self.aws.dynamodb.get_item().table_name(&self.names.users).set_key(Some(key.into())).send().await;
         found.expect("the store").item.is_some()
     }
 
