@@ -17,6 +17,7 @@ use shared::user::settings::SettingsStore;
 use tempfile::TempDir;
 
 use crate::support::api::Api;
+use crate::support::engines::skipped_on_ministack;
 
 const MASK: &str = "**********";
 
@@ -210,6 +211,9 @@ async fn no_secret_is_stored_or_answered_in_clear() {
     assert!(kept.secrets().any(|secret| secret.expose_secret() == canary(14)), "what was kept opens");
     api.stop().await;
     assert!(!answers.contains("canary"), "{answers}");
+    if skipped_on_ministack("what is in the embedded engines' files") {
+        return;
+    }
     let mut files = 0;
     each_file(folder.path(), &mut |path, bytes| {
         files += 1;
