@@ -19,7 +19,6 @@ use uuid::Uuid;
 
 /// The account that the embedded engines are in.
 const EMBEDDED_ACCOUNT: &str = "000000000000";
-const MINISTACK: &str = "ministack==1.5.33";
 
 /// DynamoDB, S3 and SQS with nothing in them.
 #[derive(Debug)]
@@ -183,9 +182,8 @@ fn installed() -> PathBuf {
     // Other test processes may want it, too.
     let lock = File::create(folder.with_extension("lock")).expect("a lock");
     lock.lock().expect("the lock");
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/python-tools.sh");
-    let installed =
-        Command::new(script).arg(&folder).args(["tests on ministack", MINISTACK]).output().expect("it runs");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/install-ministack.sh");
+    let installed = Command::new(script).arg(&folder).output().expect("it runs");
     let said = String::from_utf8_lossy(&installed.stdout);
     let found = fs::exists(folder.join("installed")).expect("the folder is readable");
     assert!(installed.status.success() && found, "{said}{}", String::from_utf8_lossy(&installed.stderr));

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Runs tests of what is stored and queued against ministack, a second implementation of DynamoDB, S3 and SQS, which is
+# installed into target/ministack on first use. docs/second-engine.md
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+chosen=(
+    authorizer::
+    deletion::
+    download::a_failure_or_a_crash_at_any_call_leaves_nothing_half_and_the_next_call_succeeds
+    events::
+    pending_messages::
+    records::
+    saga::
+    support_tests::engines_are_those_that_were_asked_for
+    support_tests::ministack_ends_with_who_started_it
+    webhooks::nothing_is_acknowledged_that_the_store_refuses
+)
+
+tools=${CARGO_TARGET_DIR:-target}/ministack
+tests/install-ministack.sh "$tools"
+[ -e "$tools/installed" ] || exit 0
+
+tests=(cargo test --quiet --workspace --locked --test it --)
+listed=$("${tests[@]}" --list "${chosen[@]}")
+for filter in "${chosen[@]}"; do
+    if ! grep -q "^$filter.*: test$" <<< "$listed"; then
+        echo "failed: no test is called $filter" >&2
+        exit 1
+    fi
+done
+echo "on ministack:"
+OPENHANDS_TEST_AWS=ministack "${tests[@]}" "${chosen[@]}"
