@@ -7,7 +7,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 chosen=(
     authorizer::
     deletion::
-    download::a_failure_or_a_crash_at_any_call_leaves_nothing_half_and_the_next_call_succeeds
+    download::a_deleted_conversation_leaves_no_export
+    download::callers_at_once_cause_one_export
+    download::one_that_outlasts_its_request_is_made_by_workers_from_part_to_part
     events::
     pending_messages::
     records::
