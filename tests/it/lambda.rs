@@ -1,5 +1,6 @@
 //! The functions' programs under Lambda's runtime API, with the events of a REST API, a queue and a schedule.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -7,6 +8,7 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use futures::future::join_all;
+use secrecy::ExposeSecret as _;
 use serde_json::{Value, json};
 use shared::aws::Aws;
 use shared::config::{Config, ExportConfig, SandboxConfig, SealingConfig, StartConfig};
@@ -20,7 +22,10 @@ use uuid::Uuid;
 use crate::support::engines::Engines;
 use crate::support::kms::{KEY, Kms};
 use crate::support::lambda::{Function, Part};
+use crate::support::product::contains;
 use crate::support::seed::Stores;
+use crate::template::function_of;
+use crate::tenants::{By, Route, furnish_in, key_of, routes, token_of};
 
 const BASE: &str = "/api/v1/app-conversations";
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -205,6 +210,94 @@ async fn browsers_are_answered_before_anybody_is_known() {
     let refused = function.invoke(foreign).await;
     assert_eq!(header(&refused, "access-control-allow-origin"), "", "{refused}");
     assert_eq!(cloud.kms.asked(), (0, 0), "it has no use for the key");
+}
+
+/// The event with which the gateway hands a request to a route's function.
+fn event_of(route: &Route, user: &UserId, credential: Option<(&str, &str)>, in_base64: bool) -> Value {
+    let mut event = event("search");
+    let (path, query) = route.target.split_once('?').unwrap_or((&route.target, ""));
+    let mut values: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (name, value) in form_urlencoded::parse(query.as_bytes()).into_owned() {
+        values.entry(name).or_default().push(value);
+    }
+    let last: BTreeMap<&String, &String> =
+        values.iter().filter_map(|(name, values)| Some((name, values.last()?))).collect();
+    let empty = values.is_empty();
+    event["queryStringParameters"] = if empty { Value::Null } else { json!(last) };
+    event["multiValueQueryStringParameters"] = if empty { Value::Null } else { json!(values) };
+    let parameters: BTreeMap<&str, &str> = route
+        .path
+        .split('/')
+        .zip(path.split('/'))
+        .filter_map(|(name, value)| Some((name.strip_prefix('{')?.strip_suffix('}')?, value)))
+        .collect();
+    event["pathParameters"] = if parameters.is_empty() { Value::Null } else { json!(parameters) };
+    event["resource"] = json!(route.path);
+    event["path"] = json!(path);
+    event["httpMethod"] = json!(route.method);
+    let context = &mut event["requestContext"];
+    context["resourcePath"] = json!(route.path);
+    context["httpMethod"] = json!(route.method);
+    context["path"] = json!(format!("/v1{path}"));
+    // Who comes without a user has no authorizer before the route.
+    context["authorizer"] = match route.by {
+        By::Caller => json!({"user_id": user.as_str(), "principalId": user.as_str(), "integrationLatency": 12}),
+        By::Sandbox | By::Agent => Value::Null,
+    };
+    for (name, value) in [Some(("Content-Type", "application/json")), credential].into_iter().flatten() {
+        event["headers"][name] = json!(value);
+        event["multiValueHeaders"][name] = json!([value]);
+    }
+    event["body"] = match &route.body {
+        None => Value::Null,
+        Some(body) if in_base64 => json!(BASE64.encode(body.to_string())),
+        Some(body) => json!(body.to_string()),
+    };
+    event["isBase64Encoded"] = json!(in_base64 && route.body.is_some());
+    event
+}
+
+/// All of them, each in the program that has it. (One that streams has a test of its own.)
+#[tokio::test(flavor = "multi_thread")]
+async fn every_route_is_answered_by_the_program_of_its_function() {
+    let cloud = Cloud::start().await;
+    let (owner, sealer) = (UserId::new("actor"), cloud.sealer().await);
+    furnish_in(&cloud.aws, &cloud.config.names, &sealer, &owner).await;
+    let manifest = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml")).expect("a manifest");
+    let mut functions: BTreeMap<String, Function> = BTreeMap::new();
+    for (number, route) in routes().into_iter().enumerate() {
+        let name = function_of(&manifest, route.path, route.method);
+        if name == "stream-start" {
+            continue;
+        }
+        if !functions.contains_key(&name) {
+            functions.insert(name.clone(), cloud.function(&name).await);
+        }
+        let credential = match route.by {
+            By::Caller => None,
+            By::Sandbox => Some(("X-Session-API-Key", key_of(&owner))),
+            By::Agent => Some(("X-Access-Token", token_of(&sealer, &owner).await)),
+        };
+        let shown = credential.as_ref().map(|(name, secret)| (*name, secret.expose_secret()));
+        let answer = functions[&name].invoke(event_of(&route, &owner, shown, number % 2 == 0)).await;
+        let what = format!("{} {} of {name}", route.method, route.path);
+        assert_eq!(answer["statusCode"], route.owner.0, "{what}: {answer}");
+        let body = answer["body"].as_str().unwrap_or_default();
+        let body = match answer["isBase64Encoded"].as_bool() {
+            Some(true) => BASE64.decode(body).expect("base64"),
+            _ => body.as_bytes().to_vec(),
+        };
+        let holds = route.owner.1.replace("{owner}", owner.as_str());
+        assert!(holds.is_empty() || contains(&body, holds.as_bytes()), "{what}: {}", String::from_utf8_lossy(&body));
+    }
+    let mut expected: BTreeSet<String> = fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../functions"))
+        .expect("functions")
+        .map(|entry| entry.expect("an entry").file_name().into_string().expect("a name"))
+        .collect();
+    for elsewhere in ["authorizer", "start-worker", "stream-start"] {
+        assert!(expected.remove(elsewhere));
+    }
+    assert_eq!(functions.into_keys().collect::<BTreeSet<_>>(), expected);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -116,7 +116,7 @@ async fn every_operation_lets_in_whom_it_should_and_nobody_else() {
     let (revoked, worthless) = keys.create(&owner, "revoked").await.expect("a key");
     assert!(keys.revoke(&owner, revoked.id).await.expect("the store"));
     let (_, of_stranger) = keys.create(&stranger, "a key").await.expect("a key");
-    let agents = token_of(&api, &owner).await.expose_secret().to_owned();
+    let agents = token_of(&api.sealer, &owner).await.expose_secret().to_owned();
     let mut bad = invalid(&issuer, &ec);
     bad.extend(forged(&issuer, &rsa, &ec).into_iter().filter(|(_, token)| token.is_ascii()));
     bad.push(("a revoked key".to_owned(), worthless.expose_secret().to_owned()));
@@ -189,7 +189,7 @@ async fn every_operation_lets_in_whom_it_should_and_nobody_else() {
         let header = match route.by {
             By::Caller => in_header("authorization", &ec.sign(&issuer.claims(owner.as_str()))),
             By::Sandbox => in_header("x-session-api-key", key_of(&owner).expose_secret()),
-            By::Agent => in_header("x-access-token", token_of(&gateway.api, &owner).await.expose_secret()),
+            By::Agent => in_header("x-access-token", token_of(&gateway.api.sealer, &owner).await.expose_secret()),
         };
         let (status, answer) = gateway.send(route, &[header]).await;
         assert_eq!(status, route.owner.0, "{what} of the owner: {answer}");

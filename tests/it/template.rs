@@ -135,7 +135,7 @@ fn integration(method: &Value) -> (String, bool) {
 }
 
 /// Which function has a route, by the table of `cargo lambda watch`.
-fn function_of(manifest: &str, path: &str, method: &str) -> String {
+pub fn function_of(manifest: &str, path: &str, method: &str) -> String {
     let (_, line) = manifest.split_once(&format!("\n\"{path}\" = ")).unwrap_or_else(|| panic!("{path} is no route"));
     let entry = if line.starts_with('[') {
         line.split_once(']').expect("a list").0

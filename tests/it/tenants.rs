@@ -11,17 +11,20 @@ use http::Request;
 use regex_lite::Regex;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Value, json};
-use shared::config::SandboxConfig;
+use shared::aws::Aws;
+use shared::config::{Names, SandboxConfig};
 use shared::event::store::{Event, EventStore};
 use shared::sandbox::store::SandboxStore;
 use shared::start::request::ProviderType;
 use shared::user::UserId;
+use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
 use shared::user::token::TokenKey;
 use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::support::api::Api;
+use crate::support::seed::Stores;
 
 const PARENT: Uuid = Uuid::from_u128(1);
 const CHILD: Uuid = Uuid::from_u128(2);
@@ -537,6 +540,11 @@ pub fn routes() -> Vec<Route> {
 
 /// The rows that each owner has, under the same ids.
 pub async fn furnish(api: &Api, owner: &UserId) {
+    furnish_in(&api.aws, &api.names, &api.sealer, owner).await;
+}
+
+/// As [`furnish`], wherever the tables are.
+pub async fn furnish_in(aws: &Aws, names: &Names, sealer: &Sealer, owner: &UserId) {
     let time = "2025-01-01T00:00:00Z";
     let conversation = |id: Uuid, parent: Option<Uuid>| {
         json!({"type": "conversation", "data": {
@@ -558,11 +566,11 @@ pub async fn furnish(api: &Api, owner: &UserId) {
         "updated_at": time,
     }});
     let rows = [conversation(PARENT, None), conversation(CHILD, Some(PARENT)), task];
-    api.stores.load(owner, rows).await;
-    let sandboxes = SandboxStore::new(api.aws.dynamodb.clone(), api.names.sandboxes.clone(), api.sealer.clone());
+    Stores::new(aws, names, sealer).load(owner, rows).await;
+    let sandboxes = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
     let record = sandboxes.new_record(owner, SANDBOX, "spec", &key_of(owner)).await.expect("a record");
     sandboxes.put_new(record).await.expect("stored");
-    let settings = SettingsStore::new(api.aws.dynamodb.clone(), api.names.users.clone(), api.sealer.clone());
+    let settings = SettingsStore::new(aws.dynamodb.clone(), names.users.clone(), sealer.clone());
     let tokens = json!({
         "provider_tokens": {"github": {"token": format!("token of {owner}"), "host": format!("host of {owner}")}},
         "custom_secrets": {"SECRET": {"secret": "s", "description": format!("secret of {owner}")}},
@@ -576,19 +584,19 @@ pub async fn furnish(api: &Api, owner: &UserId) {
         json: json!({"id": id, "text": format!("event of {owner} {}", "x".repeat(size))}).to_string(),
     };
     let events = vec![event("first", 1), event("second", 400_000)];
-    store_of_events(api).append(owner, PARENT, events).await.expect("stored");
+    store_of_events(aws, names).append(owner, PARENT, events).await.expect("stored");
 }
 
-fn store_of_events(api: &Api) -> EventStore {
-    EventStore::new(api.aws.dynamodb.clone(), api.names.events.clone(), api.aws.s3.clone(), api.names.bucket.clone())
+fn store_of_events(aws: &Aws, names: &Names) -> EventStore {
+    EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone())
 }
 
 pub fn key_of(user: &UserId) -> SecretString {
     format!("session-key-of-{user}").into()
 }
 
-pub async fn token_of(api: &Api, user: &UserId) -> SecretString {
-    let key = TokenKey::of(&api.sealer).await.expect("a key");
+pub async fn token_of(sealer: &Sealer, user: &UserId) -> SecretString {
+    let key = TokenKey::of(sealer).await.expect("a key");
     key.sign(user, ProviderType::Github, Duration::from_secs(60)).expect("a token")
 }
 
@@ -623,7 +631,7 @@ pub async fn request(api: &Api, user: &UserId, route: &Route) -> (u16, Value) {
             By::Caller => api.call(user, route.method, &route.target, route.body.as_ref()).await,
             By::Sandbox | By::Agent => {
                 let shown = if route.by == By::Sandbox { "x-session-api-key" } else { "x-access-token" };
-                let secret = if route.by == By::Sandbox { key_of(user) } else { token_of(api, user).await };
+                let secret = if route.by == By::Sandbox { key_of(user) } else { token_of(&api.sealer, user).await };
                 let body = route.body.as_ref().map_or_else(Body::empty, |body| Body::from(body.to_string()));
                 let request = Request::builder()
                     .method(route.method)
