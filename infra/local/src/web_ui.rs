@@ -279,8 +279,8 @@ impl Site {
     }
 }
 
-/// The page loads nothing from elsewhere, and calls this server and its agent servers alone. By itself the UI would also load fonts,
-/// ask for newer versions of itself, and call its makers' telemetry.
+/// The page loads nothing from elsewhere, and calls this server and its agent servers alone, as far as it is known where those are. By
+/// itself the UI would also load fonts, ask for newer versions of itself, and call its makers' telemetry.
 fn policy(connection: &Connection) -> String {
     let host = connection.host.as_deref().and_then(|host| host.parse::<reqwest::Url>().ok());
     let host = host.map(|host| host.origin().ascii_serialization()).unwrap_or_default();
