@@ -28,6 +28,14 @@ await run("typescript-client", { environment: { SESSION_API_KEY: apiKey } }, asy
   assert.equal((await client.getCurrentApiKey()).org_id, null);
   say("a key lets in, another does not");
 
+  // The demo's own conversation, of which the terminal shows the course.
+  await until("the demo is shown", TURN, async () => /^Ctrl-C ends the server\.$/m.test(server.log()));
+  assert.match(server.log(), /^Start: READY$[^]*^The agent runs: echo[^]*^Agent: This is a demo: a script wrote/m);
+  const shown = await client.searchConversations();
+  assert.equal(shown.items.length, 1);
+  await client.deleteConversation(shown.items[0].id);
+  say("the demo's own conversation was shown, and deleted");
+
   // Settings and lists.
   const settings = await client.getSettingsWithDerivedFields();
   assert.equal(settings.agent_settings.llm.model, "openai/scripted-demo");

@@ -88,10 +88,6 @@ async fn a_demo_needs_no_model() {
     assert!(said.len() == 1 && said[0].contains("a script wrote this answer"), "{said:?}");
     let written = product.get(&format!("/{id}/file?file_path=/workspace/project/hello.txt")).await;
     assert_eq!(written, "Written by an agent that follows a script.\n");
-    wait_until("it has its title", TOLD_LIMIT, async || {
-        product.conversation(&id).await["title"] == "Demo: a script answers"
-    })
-    .await;
     // Real conversations would be elsewhere.
     assert!(product.data().join("demo/sandboxes").is_dir() && !product.data().join("sandboxes").exists());
     product.shutdown().await;

@@ -224,6 +224,41 @@ fn every_route_is_in_the_api_and_asks_who_calls() {
     );
 }
 
+/// The web UI is there only for who asks for it, its bucket is not public, and what is below /api/ is never cached.
+#[test]
+fn a_hosted_web_ui_is_an_option() {
+    let template = template();
+    let resources = template["Resources"].as_object().expect("resources");
+    let of_ui: BTreeSet<&str> =
+        resources.iter().filter(|(_, one)| one["Condition"] == "HasWebUi").map(|(id, _)| id.as_str()).collect();
+    assert_eq!(of_ui, ["WebUi", "WebUiAccess", "WebUiBucket", "WebUiBucketPolicy", "WebUiPages"].into());
+    assert_eq!(template["Parameters"]["HostWebUi"]["Default"], "no");
+    let private =
+        resources["WebUiBucket"]["Properties"]["PublicAccessBlockConfiguration"].as_object().expect("a block");
+    assert!(private.len() == 4 && private.values().all(|value| *value == true));
+    let readers = &resources["WebUiBucketPolicy"]["Properties"]["PolicyDocument"]["Statement"][0];
+    assert_eq!(
+        (&readers["Principal"]["Service"], &readers["Action"]),
+        (&json!("cloudfront.amazonaws.com"), &json!("s3:GetObject"))
+    );
+    assert!(
+        readers["Condition"]["StringEquals"]["AWS:SourceArn"]["Fn::Sub"].as_str().expect("one").ends_with("${WebUi}")
+    );
+    let distribution = &resources["WebUi"]["Properties"]["DistributionConfig"];
+    let api = &distribution["CacheBehaviors"][0];
+    assert_eq!((&api["PathPattern"], &api["TargetOriginId"]), (&json!("/api/*"), &json!("api")));
+    assert_eq!(api["CachePolicyId"], "4135ea2d-6df8-44a3-9df3-4b5a84be39ad", "AWS's policy that caches nothing");
+    assert_eq!(api["AllowedMethods"].as_array().map(Vec::len), Some(7));
+    assert_eq!(
+        distribution["Origins"][1]["OriginPath"],
+        format!("/{}", resources["Api"]["Properties"]["StageName"].as_str().expect("v1"))
+    );
+    // Agent servers, and links to zips, let its pages in.
+    let origins = &template["Globals"]["Function"]["Environment"]["Variables"]["PERMITTED_CORS_ORIGINS"]["Fn::If"];
+    assert_eq!(origins[0], "HasWebUi");
+    assert!(origins[1]["Fn::Sub"][0].as_str().expect("a list").starts_with("https://${WebUi.DomainName},"));
+}
+
 /// What a function's policy allows, one line each: `function action resource`, with the condition where there is one.
 fn policy(template: &Value, function: &Value) -> BTreeSet<Permission> {
     let table = |id: &str| own_name(&template["Resources"][id]["Properties"]["TableName"]).to_owned();

@@ -41,6 +41,7 @@ pub const FOLDER: &str = "web-ui";
 /// What tells the UI which server to talk to.
 const SCRIPT: &str = include_str!("web_ui.js");
 const INDEX: &str = "index.html";
+const LICENSE: &str = "LICENSE";
 /// Behind which the script goes: before any other of the page.
 const HEAD: &str = "<head>";
 /// A registry that does not answer is given up after so long.
@@ -281,8 +282,8 @@ impl Site {
     }
 }
 
-/// The page loads nothing from elsewhere, and calls this server and its agent servers alone. By itself the UI would also load fonts,
-/// ask for newer versions of itself, and call its makers' telemetry.
+/// The page loads nothing from elsewhere, and calls this server and its agent servers alone, as far as it is known where those are. By
+/// itself the UI would also load fonts, ask for newer versions of itself, and call its makers' telemetry.
 fn policy(connection: &Connection) -> String {
     let host = connection.host.as_deref().and_then(|host| host.parse::<reqwest::Url>().ok());
     let host = host.map(|host| host.origin().ascii_serialization()).unwrap_or_default();
@@ -326,7 +327,11 @@ pub async fn ensure(folder: &Path, connection: &Connection) -> Result<Site, WebU
             return Err(WebUiError::File { path: installed, source });
         }
     }
-    Site::read(&installed.join("build"), connection)
+    let mut site = Site::read(&installed.join("build"), connection)?;
+    // It goes wherever the files go.
+    let license = installed.join(LICENSE);
+    site.0.insert(format!("{LICENSE}.txt"), fs::read(&license).map_err(file_error(&license))?.into());
+    Ok(site)
 }
 
 /// Fetches the package, and unpacks what is needed of it into `package/` in this folder.
@@ -344,7 +349,11 @@ async fn fetch(folder: &Path) -> Result<(), WebUiError> {
         .ok_or_else(|| WebUiError::Failed { program: "npm", said: "nothing, and it left no package.".to_owned() })?;
     check(&fs::read(&package).map_err(file_error(&package))?)?;
     let mut tar = Command::new("tar");
-    tar.arg("-xzf").arg(&package).arg("-C").arg(folder).args(["package/build", "package/LICENSE"]);
+    tar.arg("-xzf")
+        .arg(&package)
+        .arg("-C")
+        .arg(folder)
+        .args(["package/build".to_owned(), format!("package/{LICENSE}")]);
     run("tar", "Every distribution has it.", tar, UNPACK_LIMIT).await
 }
 
