@@ -37,7 +37,7 @@ pub fn init(format: LogFormat) {
     // An error here says that a subscriber is set already, by a test or an embedding program: theirs stays.
     let _already_set = match format {
         LogFormat::Text => registry.with(layer).try_init(),
-        LogFormat::Json => registry.with(layer.json().flatten_event(true).with_current_span(true)).try_init(),
+        LogFormat::Json => registry.with(layer.json().flatten_event(true).with_span_list(false)).try_init(),
     };
     if let Some(fault) = fault {
         tracing::warn!(%fault, level, "telemetry.level_not_understood");

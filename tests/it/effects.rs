@@ -636,6 +636,15 @@ async fn the_agents_title_is_fetched_and_a_rename_always_wins() {
     rig.other_worker.processors.look_at(user, Uuid::new_v4(), 0).await.expect("looked");
     assert!(matches!(again().await, Job::LookAtConversation { look: 1, .. }));
 
+    // It may have missed the message from which it would have found one: it is told to find one, once its own is overdue.
+    rig.agent.set_generated_title(" ✨ Made ");
+    fetch(2).await.expect("looked");
+    assert_eq!(title().await.as_deref(), Some(default.as_str()));
+    assert!(matches!(again().await, Job::LookAtConversation { look: 3, .. }));
+    fetch(3).await.expect("looked");
+    assert_eq!(title().await.as_deref(), Some("✨ Made"));
+    rig.conversations.update(user, id, ConversationChange::default().title(None)).await.expect("cleared");
+
     let http = Outbound::new(Reach::Anywhere);
     let agent = AgentServer::new(http, &rig.agent.url(), Some(SESSION_KEY.into()));
     agent.set_title(id, "🐛 Found", Duration::from_secs(5)).await.expect("a title");

@@ -25,6 +25,8 @@ const LOOK_TIMEOUT: Duration = Duration::from_secs(15);
 const UPLOAD_TIMEOUT: Duration = Duration::from_secs(60);
 const SKILLS_TIMEOUT: Duration = Duration::from_secs(60);
 const HOOKS_TIMEOUT: Duration = Duration::from_secs(30);
+/// Characters of a title that is found; agents find theirs within as many.
+const GENERATED_TITLE: usize = 50;
 /// An answer larger than this is not read on.
 const ANSWER_LIMIT: usize = 16 * 1024 * 1024;
 /// How much of an error's body is kept.
@@ -425,6 +427,25 @@ impl AgentServer {
         let body = json!({"title": title});
         let _done: Value = self.call(Method::PATCH, &path, timeout, |request| request.json(&body)).await?;
         Ok(())
+    }
+
+    /// Has the agent's model find a title for a conversation; the agent server itself does not take it on. `None` where it cannot be
+    /// asked for one, as newer versions cannot, or has no such conversation.
+    ///
+    /// # Errors
+    /// See [`Failure`].
+    pub async fn generate_title(&self, conversation: Uuid, timeout: Duration) -> Result<Option<String>> {
+        #[derive(Deserialize)]
+        struct Generated {
+            title: String,
+        }
+        let path = format!("/api/conversations/{}/generate_title", id::dashed(conversation));
+        let body = json!({"max_length": GENERATED_TITLE});
+        match self.call::<Generated>(Method::POST, &path, timeout, |request| request.json(&body)).await {
+            Ok(generated) => Ok(Some(generated.title)),
+            Err(AgentServerError { failure: Failure::Status(StatusCode::NOT_FOUND, _), .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Ends a conversation and removes what the agent server has of it.

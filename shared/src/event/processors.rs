@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use super::effects::ToldConversation;
 use super::store::{After, EventFilter, EventStore, SortOrder};
+use crate::agent_server::AgentServer;
 use crate::conversation::ConversationRecord;
 use crate::conversation::store::ConversationStore;
 use crate::conversation::told::{Standing, StatsTime};
@@ -29,6 +30,11 @@ const LOOKS: [Duration; 5] = [
     Duration::from_secs(30),
     Duration::from_secs(60),
 ];
+/// The look from which on the agent server is asked to find a title: an agent's own comes with the first message within seconds, or,
+/// where version 1.15 has looked for that message before it was saved, never.
+const ASK_FROM: usize = 3;
+/// To find a title takes an answer of the model.
+const GENERATE_TIMEOUT: Duration = Duration::from_secs(30);
 const AGENT_SERVER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Events that are claimed at once.
 const PAGE: usize = 100;
@@ -51,7 +57,7 @@ pub struct Processors {
 impl Processors {
     /// Asks the conversation's agent server for what it does not tell by itself: what its agent has used, and the title that
     /// it has found, which is taken unless somebody gave the conversation one. While there is no title, another look is
-    /// asked for, up to a bound.
+    /// asked for, up to a bound; later ones have it find one.
     ///
     /// # Errors
     /// [`crate::Error::Store`] or what the sandboxes answer; it may be done again.
@@ -65,14 +71,24 @@ impl Processors {
                 if look > 0 && !wants_title {
                     return Ok(());
                 }
-                let told = self.told(&known.record).await?;
+                let agent_server = self.agent_server(&known.record).await?;
+                let told = match &agent_server {
+                    Some(agent_server) => told(agent_server, conversation).await,
+                    None => None,
+                };
                 if let Some(told) = &told
                     && let Some(stats) = &told.stats
                 {
                     let time = StatsTime::Snapshot(told.stats_time());
                     self.conversations.set_stats(user, conversation, stats, &time).await?;
                 }
-                if let Some(title) = told.and_then(|told| told.title).filter(|_| wants_title) {
+                let title = match (told, agent_server) {
+                    (Some(ToldConversation { title: None, .. }), Some(agent_server)) if look >= ASK_FROM => {
+                        generated_title(&agent_server, conversation).await
+                    }
+                    (told, _) => told.and_then(|told| told.title),
+                };
+                if let Some(title) = title.filter(|_| wants_title) {
                     let set = self.conversations.set_agent_title(user, conversation, &title).await?;
                     tracing::info!(%conversation, set, "conversation.title_found");
                     return Ok(());
@@ -90,16 +106,9 @@ impl Processors {
         self.queue.send(&job, *delay).await
     }
 
-    async fn told(&self, record: &ConversationRecord) -> Result<Option<ToldConversation>> {
+    async fn agent_server(&self, record: &ConversationRecord) -> Result<Option<AgentServer>> {
         let sandbox = self.sandboxes.get(&record.user, &record.sandbox_id).await?;
-        let Some(agent_server) = sandbox.and_then(|sandbox| sandbox.agent_server(&self.http)) else { return Ok(None) };
-        match agent_server.whole_conversation(record.id, AGENT_SERVER_TIMEOUT).await {
-            Ok(found) => Ok(found.map(|found| ToldConversation::read(record.id, &found))),
-            Err(error) => {
-                tracing::warn!(conversation = %record.id, %error, "conversation.not_told");
-                Ok(None)
-            }
-        }
+        Ok(sandbox.and_then(|sandbox| sandbox.agent_server(&self.http)))
     }
 
     /// Logs the events that were not logged yet, in their order, if the conversation's start asked for it. Each is claimed
@@ -127,6 +136,26 @@ impl Processors {
                     tracing::info!(%conversation, event = event.id, kind = event.kind, "event.logged");
                 }
             }
+        }
+    }
+}
+
+async fn told(agent_server: &AgentServer, conversation: Uuid) -> Option<ToldConversation> {
+    match agent_server.whole_conversation(conversation, AGENT_SERVER_TIMEOUT).await {
+        Ok(found) => found.map(|found| ToldConversation::read(conversation, &found)),
+        Err(error) => {
+            tracing::warn!(%conversation, %error, "conversation.not_told");
+            None
+        }
+    }
+}
+
+async fn generated_title(agent_server: &AgentServer, conversation: Uuid) -> Option<String> {
+    match agent_server.generate_title(conversation, GENERATE_TIMEOUT).await {
+        Ok(title) => title.map(|title| title.trim().to_owned()).filter(|title| !title.is_empty()),
+        Err(error) => {
+            tracing::warn!(%conversation, %error, "conversation.no_title_generated");
+            None
         }
     }
 }

@@ -127,6 +127,7 @@ struct State {
     delivered: HashMap<Uuid, Vec<Value>>,
     skills: Value,
     hooks: Option<Value>,
+    generated_title: Option<String>,
     bash_events: Vec<BashEvent>,
     commands: JoinSet<()>,
 }
@@ -157,6 +158,7 @@ impl StandInAgent {
             delivered: HashMap::new(),
             skills: json!([]),
             hooks: None,
+            generated_title: None,
             bash_events: Vec::new(),
             commands: JoinSet::new(),
         }));
@@ -204,6 +206,11 @@ impl StandInAgent {
     /// The hook configuration to answer with, whatever the project holds.
     pub fn set_hooks(&self, hook_config: Value) {
         self.state().hooks = Some(hook_config);
+    }
+
+    /// The title that it finds when it is asked to; without one it is a version that cannot be asked.
+    pub fn set_generated_title(&self, title: &str) {
+        self.state().generated_title = Some(title.to_owned());
     }
 
     /// The status the conversation has from now on. Untold it is `finished` after a message,
@@ -888,6 +895,7 @@ fn search_events(id: &str, request: &Request, state: &State) -> Response {
 }
 
 fn conversation(method: &str, id: Uuid, rest: &[&str], body: Value, state: &mut State) -> Response {
+    let generated = state.generated_title.clone();
     let found = state.conversation(id);
     match (method, rest, found) {
         ("GET", [], Some(conversation)) => ok(&conversation.info()),
@@ -895,6 +903,7 @@ fn conversation(method: &str, id: Uuid, rest: &[&str], body: Value, state: &mut 
             state.conversations.retain(|conversation| conversation.id != id);
             success(true)
         }
+        ("POST", ["generate_title"], Some(_)) if generated.is_some() => ok(&json!({"title": generated})),
         ("DELETE", [], None) => detail(StatusCode::BAD_REQUEST, "Bad Request"),
         ("PATCH", [], found) => match body["title"].as_str() {
             None => missing(&["body", "title"]),
