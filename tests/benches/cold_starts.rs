@@ -1,5 +1,5 @@
 //! Cold starts: `cargo bench -p tests --bench cold_starts`, behind
-//! `cargo build --profile lambda --workspace --exclude local --exclude tests --bins --examples`.
+//! `cargo build --profile lambda --target-dir target/cold-starts --workspace --exclude local --exclude tests --bins --examples`.
 //!
 //! Each function's program, and a bare `lambda_http` beside it (`infra/lambda/examples/hello.rs`) of the same profile, in turns: from
 //! the start of the process to its first poll of Lambda's runtime API, to its first answer; memory at rest behind that; size zipped.
@@ -95,7 +95,7 @@ async fn main() {
     environment.push(("AWS_ENDPOINT_URL_KMS".to_owned(), kms.url()));
     environment.push(("AWS_LAMBDA_HTTP_IGNORE_STAGE_IN_PATH".to_owned(), "true".to_owned()));
 
-    let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/lambda");
+    let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/cold-starts/lambda");
     let program = |name: &str| if name == HELLO { target.join("examples/hello") } else { target.join(name) };
     let mut starts: HashMap<&str, Vec<Start>> = HashMap::new();
     // In turns: what else the machine does is everybody's.
