@@ -28,7 +28,8 @@ browser() {
     [ -n "$CHROMIUM" ]
 }
 
-cargo build --locked --quiet --package local
+# As the tests of functions build them, so that nothing is compiled twice.
+cargo build --locked --quiet --workspace --bins
 for test in "${tests[@]}"; do
     if [ "$test" = web-ui ] && ! browser; then
         if [ "${CI:-}" = true ] && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
