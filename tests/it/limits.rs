@@ -95,14 +95,14 @@ async fn names_filters_and_ids_up_to_theirs() {
     is_too_long(&rig.send("POST", API, start(MAX_NAME + 1)).await, "title", MAX_NAME);
 
     for list in ["search", "count"] {
-        for (filter, longest) in [("title__contains", MAX_NAME), ("sandbox_id__eq", MAX_ID)] {
-            let asked = |length| format!("{API}/{list}?{filter}={}", "x".repeat(length));
-            assert_eq!(rig.get(&asked(longest)).await.0, 200, "{filter} of {list}");
-            let refused = rig.get(&asked(longest + 1)).await;
-            is_too_long(&refused, filter, longest);
-            // An answer is not made as long as what it refuses.
-            assert!(refused.1.to_string().len() < 500, "{}", refused.1);
-        }
+        let asked = |filter: &str, length| format!("{API}/{list}?{filter}={}", "x".repeat(length));
+        assert_eq!(rig.get(&asked("title__contains", MAX_NAME)).await.0, 200, "{list}");
+        let refused = rig.get(&asked("title__contains", MAX_NAME + 1)).await;
+        is_too_long(&refused, "title__contains", MAX_NAME);
+        // An answer is not made as long as what it refuses.
+        assert!(refused.1.to_string().len() < 500, "{}", refused.1);
+        let nothing = if list == "search" { json!({"items": [], "next_page_id": null}) } else { json!(0) };
+        assert_eq!(rig.get(&asked("sandbox_id__eq", 3000)).await, (200, nothing), "{list}");
     }
     is_too_long(
         &rig.get(&format!("/api/v1/secrets/search?name__contains={}", "x".repeat(257))).await,

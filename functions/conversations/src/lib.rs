@@ -24,8 +24,8 @@ use shared::http::page_id;
 use shared::http::query::{Bounds, Query, lenient_uuid, lenient_uuids};
 use shared::http::validation::{self, Choice as _};
 use shared::outbound::Outbound;
+use shared::sandbox;
 use shared::sandbox::store::SandboxStore;
-use shared::sandbox::{self, MAX_ID};
 use shared::start::queue::StartQueue;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
@@ -158,7 +158,7 @@ fn filter(query: &mut Query) -> Filter {
         created_at_lt: query.datetime("created_at__lt").map(Into::into),
         updated_at_gte: query.datetime("updated_at__gte").map(Into::into),
         updated_at_lt: query.datetime("updated_at__lt").map(Into::into),
-        sandbox_id: query.string_up_to(MAX_ID, "sandbox_id__eq"),
+        sandbox_id: query.string("sandbox_id__eq"),
         include_sub_conversations: false,
     }
 }
