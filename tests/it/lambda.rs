@@ -397,6 +397,25 @@ async fn stream_start_answers_chunk_by_chunk() {
     assert_eq!((states.first(), states.last()), (Some(&Some("WORKING")), Some(&Some("ERROR"))), "{states:?}");
 }
 
+/// What needs no secrets goes on without KMS, and all else as soon as it is back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_is_disabled_stops_secrets_alone() {
+    let cloud = Cloud::start().await;
+    let before = cloud.function("settings").await;
+    assert_eq!(status_and_body(&before.invoke(event("settings-post")).await).0, 200);
+    cloud.kms.disable(true);
+    assert_eq!(status_and_body(&before.invoke(event("settings-get")).await).0, 200, "whoever has the key keeps it");
+    let settings = cloud.function("settings").await;
+    let refused = status_and_body(&settings.invoke(event("settings-get")).await);
+    assert_eq!(refused, (503, json!({"detail": "The store is not available right now"})));
+    assert!(settings.logged().contains("KMS Decrypt: DisabledException"), "{}", settings.logged());
+    let conversations = cloud.function("conversations").await;
+    assert_eq!(status_and_body(&conversations.invoke(event("search")).await).0, 200);
+    cloud.kms.disable(false);
+    let (status, shown) = status_and_body(&settings.invoke(event("settings-get")).await);
+    assert_eq!((status, &shown["llm_api_key_set"]), (200, &json!(true)));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deployment_has_one_data_key_whoever_comes_first() {
     let cloud = Cloud::start().await;

@@ -6,7 +6,6 @@ use aws_config::SdkConfig;
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::primitives::Blob as DynamoBlob;
 use aws_sdk_dynamodb::types::AttributeValue;
-use aws_sdk_kms::error::DisplayErrorContext;
 use aws_sdk_kms::primitives::Blob;
 use aws_sdk_kms::types::DataKeySpec;
 
@@ -42,7 +41,7 @@ impl DataKey {
     /// Its bytes. The first process of a deployment makes the key; of several that are first at the same time, one.
     ///
     /// # Errors
-    /// [`Error::Store`], or [`Error::Internal`] when KMS refuses or fails.
+    /// [`Error::Store`], also when it is KMS that refuses or fails: what is stored cannot be read or written for now.
     pub async fn key(&self) -> Result<Vec<u8>> {
         if let Some(encrypted) = self.stored().await? {
             return self.decrypt(encrypted).await;
@@ -55,7 +54,7 @@ impl DataKey {
             .encryption_context(CONTEXT.0, CONTEXT.1)
             .send()
             .await
-            .map_err(|error| Error::internal(format!("KMS GenerateDataKey: {}", DisplayErrorContext(&error))))?;
+            .map_err(store_error("KMS GenerateDataKey"))?;
         let (Some(plain), Some(encrypted)) = (made.plaintext, made.ciphertext_blob) else {
             return Err(Error::internal("KMS made a data key without its parts"));
         };
@@ -105,7 +104,7 @@ impl DataKey {
             .encryption_context(CONTEXT.0, CONTEXT.1)
             .send()
             .await
-            .map_err(|error| Error::internal(format!("KMS Decrypt: {}", DisplayErrorContext(&error))))?;
+            .map_err(store_error("KMS Decrypt"))?;
         decrypted.plaintext.map(Blob::into_inner).ok_or_else(|| Error::internal("KMS decrypted to nothing"))
     }
 }

@@ -1,7 +1,7 @@
 //! A stand-in for KMS: makes data keys and decrypts them, for who names the right key and context.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use axum::response::Response;
 use base64::Engine as _;
@@ -20,22 +20,35 @@ pub struct Kms {
     server: Server,
     made: Arc<AtomicUsize>,
     decrypted: Arc<AtomicUsize>,
+    disabled: Arc<AtomicBool>,
 }
 
 impl Kms {
     pub async fn start() -> Self {
         let (made, decrypted) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
-        let counters = (made.clone(), decrypted.clone());
+        let (counters, disabled) = ((made.clone(), decrypted.clone()), Arc::new(AtomicBool::new(false)));
+        let is_disabled = disabled.clone();
         let server = Server::start(move |request| {
-            let counters = counters.clone();
-            async move { Ok::<_, Cut>(answer(&request, &counters.0, &counters.1)) }
+            let (counters, disabled) = (counters.clone(), is_disabled.load(Ordering::SeqCst));
+            async move {
+                Ok::<_, Cut>(if disabled {
+                    refused("DisabledException")
+                } else {
+                    answer(&request, &counters.0, &counters.1)
+                })
+            }
         })
         .await;
-        Self { server, made, decrypted }
+        Self { server, made, decrypted, disabled }
     }
 
     pub fn url(&self) -> String {
         self.server.url()
+    }
+
+    /// Whether the key is disabled from now on, as an administrator can do.
+    pub fn disable(&self, disabled: bool) {
+        self.disabled.store(disabled, Ordering::SeqCst);
     }
 
     /// How many keys were made, and how many decrypted.
@@ -49,7 +62,6 @@ const MARK: u8 = 0xA5;
 
 fn answer(request: &Request, made: &AtomicUsize, decrypted: &AtomicUsize) -> Response {
     let asked = request.json();
-    let refused = |kind: &str| reply(StatusCode::BAD_REQUEST, &json!({"__type": kind, "message": "refused"}));
     if asked["KeyId"] != KEY || asked["EncryptionContext"] != json!({"purpose": "openhands-secrets"}) {
         return refused("AccessDeniedException");
     }
@@ -73,6 +85,10 @@ fn answer(request: &Request, made: &AtomicUsize, decrypted: &AtomicUsize) -> Res
         }
         _ => refused("UnsupportedOperationException"),
     }
+}
+
+fn refused(kind: &str) -> Response {
+    reply(StatusCode::BAD_REQUEST, &json!({"__type": kind, "message": "refused"}))
 }
 
 fn reply(status: StatusCode, body: &Value) -> Response {
