@@ -9,7 +9,7 @@
 use std::time::Instant;
 
 use futures::future::join_all;
-use local::options::{CommonOptions, LogKind, SandboxKind};
+use local::options::{CommonOptions, SandboxKind};
 use local::server::{Environment, Server};
 use reqwest::Client;
 use secrecy::SecretString;
@@ -31,17 +31,7 @@ const TEXT: usize = 1_800;
 #[tokio::main]
 async fn main() {
     let folder = TempDir::new().expect("a folder");
-    let options = CommonOptions {
-        data: folder.path().join("data"),
-        port: 0,
-        sandbox: SandboxKind::None,
-        python: None,
-        agent_server: None,
-        settings: None,
-        log: LogKind::Text,
-        ui: false,
-        demo: false,
-    };
+    let options = CommonOptions::on(folder.path().join("data"), SandboxKind::None);
     let server = Server::start(&options, Environment::default(), true, None).await.expect("the server starts");
     let (aws, names) = (&server.aws, &server.config.names);
     let SealingConfig::File(key) = &server.config.sealing else { panic!("a key file") };

@@ -11,7 +11,7 @@ use axum::extract::Request;
 use axum::middleware::{self, Next};
 use futures::future::join_all;
 use local::agent_server::find_python;
-use local::options::{CommonOptions, LogKind, SandboxKind};
+use local::options::{CommonOptions, SandboxKind};
 use local::server::{Environment, Server};
 use reqwest::{Client, Response};
 use serde_json::{Value, json};
@@ -1017,17 +1017,7 @@ async fn more_members_than_16_bits_count_open_everywhere() {
 }
 
 async fn start(folder: &TempDir, environment: Environment) -> Server {
-    let options = CommonOptions {
-        data: folder.path().join("data"),
-        port: 0,
-        sandbox: SandboxKind::None,
-        python: None,
-        agent_server: None,
-        settings: None,
-        log: LogKind::Text,
-        ui: false,
-        demo: false,
-    };
+    let options = CommonOptions::on(folder.path().join("data"), SandboxKind::None);
     Server::start(&options, environment, true, None).await.expect("the server starts")
 }
 

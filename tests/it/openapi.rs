@@ -6,7 +6,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use local::docs::DOCUMENT;
-use local::options::{CommonOptions, LogKind, SandboxKind};
+use local::options::{CommonOptions, SandboxKind};
 use local::server::{Environment, Server};
 use serde_json::{Value, json};
 use shared::config::{SandboxConfig, SealingConfig};
@@ -107,17 +107,7 @@ async fn every_answer_has_a_status_that_the_document_names() {
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_made_up_from_the_document_get_the_answers_that_it_names() {
     let folder = TempDir::new().expect("a folder");
-    let options = CommonOptions {
-        data: folder.path().join("data"),
-        port: 0,
-        sandbox: SandboxKind::None,
-        python: None,
-        agent_server: None,
-        settings: None,
-        ui: false,
-        demo: false,
-        log: LogKind::Text,
-    };
+    let options = CommonOptions::on(folder.path().join("data"), SandboxKind::None);
     let server = Server::start(&options, Environment::default(), true, None).await.expect("the server starts");
     let program = schemathesis().await;
     let base = format!("http://{}", server.address);

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use local::import::command::import;
-use local::options::{CommonOptions, LogKind, PlaceOptions, SandboxKind};
+use local::options::{CommonOptions, PlaceOptions, SandboxKind};
 use local::server::{Environment, Server};
 use regex_lite::Regex;
 use serde_json::{Map, Value};
@@ -348,17 +348,7 @@ fn normal(value: &Value, loose: bool, made: &[&str], key: &str) -> Value {
 }
 
 async fn serve(data: &Path) -> Server {
-    let options = CommonOptions {
-        data: data.to_owned(),
-        port: 0,
-        sandbox: SandboxKind::None,
-        python: None,
-        agent_server: None,
-        settings: None,
-        log: LogKind::Text,
-        ui: false,
-        demo: false,
-    };
+    let options = CommonOptions::on(data.to_owned(), SandboxKind::None);
     Server::start(&options, Environment::default(), true, None).await.expect("the server starts")
 }
 

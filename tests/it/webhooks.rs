@@ -1,7 +1,7 @@
 //! What agent servers post: who may, what is kept, and that nothing is acknowledged that is not.
 
 use futures::future::join_all;
-use local::options::{CommonOptions, LogKind, SandboxKind};
+use local::options::{CommonOptions, SandboxKind};
 use local::server::{Environment, Server};
 use reqwest::Client;
 use secrecy::SecretString;
@@ -91,17 +91,7 @@ struct Rig {
 impl Rig {
     async fn start() -> Self {
         let folder = TempDir::new().expect("a folder");
-        let options = CommonOptions {
-            data: folder.path().join("data"),
-            port: 0,
-            sandbox: SandboxKind::None,
-            python: None,
-            agent_server: None,
-            settings: None,
-            log: LogKind::Text,
-            ui: false,
-            demo: false,
-        };
+        let options = CommonOptions::on(folder.path().join("data"), SandboxKind::None);
         let environment =
             Environment { session_api_key: Some(INSTANCE_KEY.to_owned().into()), ..Environment::default() };
         let server = Server::start(&options, environment, true, None).await.expect("the server starts");

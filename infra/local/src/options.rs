@@ -160,6 +160,24 @@ pub struct CommonOptions {
     pub demo: bool,
 }
 
+impl CommonOptions {
+    /// Those of a server on any free port, with nothing but what it must have.
+    #[must_use]
+    pub fn on(data: PathBuf, sandbox: SandboxKind) -> Self {
+        Self {
+            data,
+            port: 0,
+            sandbox,
+            python: None,
+            agent_server: None,
+            settings: None,
+            log: LogKind::Text,
+            ui: false,
+            demo: false,
+        }
+    }
+}
+
 /// How sandboxes are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum SandboxKind {

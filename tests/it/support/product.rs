@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, Once, PoisonError};
 use std::time::{Duration, Instant};
 
-use local::options::{CommonOptions, LogKind, SandboxKind};
+use local::options::{CommonOptions, SandboxKind};
 use local::server::{Environment, Server};
 use reqwest::{Client, RequestBuilder};
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
@@ -153,15 +153,10 @@ impl Product {
 
     async fn run(&mut self, settings: Option<PathBuf>) {
         let options = CommonOptions {
-            data: self.data(),
-            port: 0,
-            sandbox: SandboxKind::Process,
-            python: None,
             agent_server: Some(agent_server_folder()),
             settings,
-            log: LogKind::Text,
-            ui: false,
             demo: self.is_demo,
+            ..CommonOptions::on(self.data(), SandboxKind::Process)
         };
         let start = StartConfig {
             allow_insecure_git_access: true,
