@@ -64,6 +64,11 @@ const SHARED_HOME: [&str; 4] =
     [".agents/skills", ".openhands/skills", ".openhands/microagents", ".cache/ms-playwright"];
 
 const TERMINATION_PATIENCE: Duration = Duration::from_secs(10);
+/// Where agent servers listen. Below the ports that a system gives to whoever asks for any: one takes seconds until it listens, and
+/// nobody else must be given its port meanwhile.
+const PORTS: std::ops::RangeInclusive<u16> = 20_000..=32_000;
+/// How many of them are tried.
+const PORT_TRIES: usize = 100;
 const ALIVE_TIMEOUT: Duration = Duration::from_secs(1);
 /// A record this young without a process is taken to be on its way.
 const LAUNCH_GRACE: Duration = Duration::from_secs(10);
@@ -514,7 +519,15 @@ fn link(target: &Path, at: &Path) -> io::Result<()> {
 }
 
 fn free_port() -> io::Result<u16> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
+    let mut fault = io::Error::from(io::ErrorKind::AddrInUse);
+    for _ in 0..PORT_TRIES {
+        let port = rand::random_range(PORTS);
+        match TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
+            Ok(_) => return Ok(port),
+            Err(error) => fault = error,
+        }
+    }
+    Err(fault)
 }
 
 fn remove_if_there(path: &Path) -> io::Result<()> {
