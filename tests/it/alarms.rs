@@ -87,6 +87,8 @@ fn every_alarm_watches_a_metric_that_exists() {
     for (id, alarm) in of_type(&template, "AWS::CloudWatch::Alarm") {
         assert_eq!(alarm["AlarmActions"], json!([{"Ref": "AlarmsTopic"}]), "{id}");
         assert_eq!(alarm["TreatMissingData"], "notBreaching", "{id}: what is idle has no data");
+        // The key policy lets alarms use the topic's key by the name that CloudFormation gives them.
+        assert_eq!(alarm.get("AlarmName"), None, "{id}");
         assert!(alarm["AlarmDescription"].as_str().is_some_and(|text| text.len() > 20), "{id}");
         let metrics = watched(alarm);
         // "Alarms based on metric math expressions can have up to 10 metrics."

@@ -482,6 +482,10 @@ fn every_route_is_in_the_api_and_asks_who_calls() {
         let body = refusal["responseTemplates"]["application/json"].as_str().expect("a body");
         let body: Value = serde_json::from_str(body).expect("JSON");
         assert!(body["detail"].is_string(), "{kind}: {body}");
+        // As functions answer.
+        let headers = &refusal["responseParameters"];
+        assert_eq!(headers["gatewayresponse.header.Strict-Transport-Security"], "'max-age=31536000'", "{kind}");
+        assert_eq!(headers["gatewayresponse.header.X-Content-Type-Options"], "'nosniff'", "{kind}");
     }
     assert_eq!(
         (&refusals["UNAUTHORIZED"]["statusCode"], &refusals["ACCESS_DENIED"]["statusCode"]),
