@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Starts a conversation through `cargo lambda watch`: every function in a process of its own, behind the router of
-# Cargo.toml, on the engines of `cargo local engines`. Then once more with stream-start. No LLM is asked.
-# The agent server is installed into target/agent-server on first use, or OPENHANDS_AGENT_SERVER_FOLDER.
+# Cargo.toml, on the engines of `cargo local engines`. Then starts another one with stream-start. No LLM is called.
+# On first use cargo-lambda is installed into target/cargo-lambda, and the agent server into target/agent-server or
+# OPENHANDS_AGENT_SERVER_FOLDER. Fails where cargo-lambda cannot be installed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-if ! command -v cargo-lambda > /dev/null; then
-    echo "skipped: cargo-lambda is not installed (pip install cargo-lambda)"
-    exit 0
-fi
+tools=${CARGO_TARGET_DIR:-target}/cargo-lambda
+# Without its dependency ziglang, a cross compiler that only `cargo lambda build` needs.
+tests/python-tools.sh "$tools" 'functions under cargo lambda watch' --no-deps cargo-lambda==1.9.2
+[ -e "$tools/installed" ] || exit 1
 
 export OPENHANDS_AGENT_SERVER_FOLDER=${OPENHANDS_AGENT_SERVER_FOLDER:-$PWD/target/agent-server}
 export LLM_MODEL=openai/none LLM_API_KEY=none
@@ -80,12 +81,12 @@ api=$url/api/v1/app-conversations
 
 # Once for all functions, instead of one by one behind the first request to each. The same packages together give the same
 # dependencies as `cargo lambda watch` builds.
-cargo build --quiet
+cargo build --locked --quiet
 target/debug/local --data "$folder/data" engines --env-file "$folder/functions.env" --invoke-url "$url" \
     > "$folder/engines.log" 2>&1 &
 engines=$!
 until_true "the environment is written" test -e "$folder/functions.env"
-cargo-lambda lambda watch --ignore-changes --invoke-address 127.0.0.1 --invoke-port "$port" \
+"$tools/bin/cargo-lambda" lambda watch --ignore-changes --invoke-address 127.0.0.1 --invoke-port "$port" \
     --env-file "$folder/functions.env" > "$folder/watch.log" 2>&1 &
 watch=$!
 until_true "the functions answer" curl -fsS -o /dev/null "$api/start-tasks/count" 2> /dev/null

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lints template.yaml with cfn-lint and the SAM CLI, which are installed into target/template-lint on first use.
+# Lints template.yaml with cfn-lint and the SAM CLI, and checks what SAM makes of it. The tools are installed into
+# target/template-lint on first use.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -9,3 +10,4 @@ tests/python-tools.sh "$tools" 'cfn-lint and sam validate' cfn-lint==1.58.0 aws-
 
 "$tools/bin/cfn-lint" --regions eu-central-1 us-east-1 -- template.yaml
 SAM_CLI_TELEMETRY=0 AWS_DEFAULT_REGION=eu-central-1 "$tools/bin/sam" validate --lint --template template.yaml
+"$tools/bin/python" tests/check-translated-template.py template.yaml

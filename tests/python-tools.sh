@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs packages of Python into a virtual environment, unless they are there: python-tools.sh FOLDER WHAT PACKAGE==VERSION...
-# FOLDER/installed is there afterwards, or else it was said that WHAT is not run, and why.
+# Installs Python packages into a virtual environment unless they are there: python-tools.sh FOLDER WHAT [PIP-OPTION...] PACKAGE==VERSION...
+# Afterwards FOLDER/installed exists, or the script has printed that WHAT is not run, and why.
 set -euo pipefail
 
 folder=$1 what=$2 wanted=${*:3}

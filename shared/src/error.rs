@@ -65,6 +65,16 @@ impl Error {
         Self::Internal { context: context.to_string() }
     }
 
+    /// Whose fault a failed request is. An upstream service is in most cases the user's own sandbox, and what is unavailable
+    /// for a while (an export that is being built) is so by design.
+    #[must_use]
+    pub fn fault(&self) -> Fault {
+        match self {
+            Self::Store(_) | Self::Internal { .. } => Fault::Server,
+            _ => Fault::User,
+        }
+    }
+
     /// What the log should hold: the context where there is one, else the message.
     #[must_use]
     pub fn context(&self) -> String {
@@ -72,6 +82,26 @@ impl Error {
             Self::Internal { context } | Self::Upstream { context, .. } => context.clone(),
             Self::Store(error) => error.context.clone(),
             other => other.to_string(),
+        }
+    }
+}
+
+/// Who can remedy a failure. The log says it, so that alarms leave out what callers can cause by themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The user, or what belongs to them: their request, their settings, their repository, their sandbox.
+    User,
+    /// The operator of this server.
+    Server,
+}
+
+impl Fault {
+    /// The value of the log field `fault`. Metric filters in `template.yaml` match it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::User => "user",
+            Self::Server => "server",
         }
     }
 }

@@ -105,6 +105,8 @@ async fn the_caller_is_whom_the_authorizer_named() {
     let stored = function.invoke(event("settings-post")).await;
     assert_eq!(status_and_body(&stored), (200, json!({"message": "Settings stored"})));
     assert_eq!(header(&stored, "cache-control"), "no-cache, no-store, must-revalidate, max-age=0");
+    assert_eq!(header(&stored, "strict-transport-security"), "max-age=31536000");
+    assert_eq!(header(&stored, "x-content-type-options"), "nosniff");
     let (status, shown) = status_and_body(&function.invoke(event("settings-get")).await);
     assert_eq!((status, &shown["llm_model"], &shown["llm_api_key_set"]), (200, &json!("openai/x"), &json!(true)));
     assert_eq!(status_and_body(&function.invoke(event("settings-of-another")).await), missing);

@@ -10,6 +10,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod alarms;
 mod authorizer;
 mod deletion;
 mod download;

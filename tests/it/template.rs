@@ -5,13 +5,19 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use aws_sdk_dynamodb::types::AttributeValue;
+use regex_lite::Regex;
 use serde_json::{Value, json};
+use shared::aws::Aws;
 use shared::config::SandboxConfig;
 use shared::user::UserId;
+use shared::user::api_key::ApiKeyStore;
 use tempfile::TempDir;
 
 use crate::support::api::{Api, PREFIX};
-use crate::support::guard::{Guard, Permission};
+use crate::support::engines::Engines;
+use crate::support::guard::{Call, Guard, Policies, Statement, allows};
+use crate::support::kms;
 use crate::tenants::{By, furnish, request, routes};
 
 fn root() -> PathBuf {
@@ -113,11 +119,270 @@ fn tables_bucket_and_queues_are_those_of_the_schema() {
         let source = &worker["Events"][source]["Properties"];
         assert_eq!(source["Queue"], json!({"Fn::GetAtt": [queue, "Arn"]}));
         assert_eq!(source["FunctionResponseTypes"], json!(["ReportBatchItemFailures"]));
+        // A worker that crashes takes one message with it.
+        assert_eq!(source["BatchSize"], 1);
     }
     assert_eq!(worker["Events"]["Sweep"]["Type"], "Schedule");
+}
+
+/// One stage, with all that a stage can have.
+#[test]
+fn there_is_one_stage() {
+    let template = template();
+    let apis = of_type(&template, "AWS::Serverless::Api");
+    assert_eq!(apis.keys().collect::<Vec<_>>(), [&"Api"]);
+    for kind in ["AWS::ApiGateway::Stage", "AWS::ApiGateway::Deployment", "AWS::ApiGateway::RestApi"] {
+        assert!(of_type(&template, kind).is_empty(), "{kind}");
+    }
+    let api = &apis["Api"]["Properties"];
+    assert_eq!(api["OpenApiVersion"], "3.0.1", "without it SAM makes a second stage");
+    assert_eq!(api["StageName"], "v1");
+    assert_eq!(api.get("BinaryMediaTypes"), None, "requests' bodies would be sent to functions in base64");
+    assert_eq!(api["DefinitionBody"].get("x-amazon-apigateway-binary-media-types"), None);
+    assert_eq!(api["TracingEnabled"], true);
+    let settings = &api["MethodSettings"][0];
+    assert_eq!((&settings["ResourcePath"], &settings["HttpMethod"]), (&json!("/*"), &json!("*")));
+    assert_eq!(settings["MetricsEnabled"], true);
+    assert!(settings["ThrottlingRateLimit"].is_u64() && settings["ThrottlingBurstLimit"].is_u64(), "{settings}");
+    assert_eq!(
+        api["DisableExecuteApiEndpoint"],
+        json!({"Fn::If": ["IsCustomDomainOnly", true, false]}),
+        "an API without its own address is an option"
+    );
+    let web_acl = &of_type(&template, "AWS::WAFv2::WebACLAssociation")["WebAcl"];
+    assert_eq!(web_acl["Condition"], "HasWebAcl");
+    let stage = web_acl["Properties"]["ResourceArn"]["Fn::Sub"].as_str().expect("an ARN");
+    assert!(stage.ends_with("::/restapis/${Api}/stages/${Api.Stage}"), "{stage}");
+}
+
+/// What one caller, or a burst of work, can take of the account's concurrent executions.
+#[test]
+fn concurrency_is_bounded() {
+    let template = template();
+    let functions = functions(&template);
+    let sources = &functions["start-worker"]["Events"];
+    let starts = &sources["Starts"]["Properties"]["ScalingConfig"];
+    assert_eq!(*starts, json!({"MaximumConcurrency": {"Ref": "WorkerConcurrency"}}));
+    let concurrency = &template["Parameters"]["WorkerConcurrency"];
+    // What Lambda accepts, and what leaves room for requests among the ten executions of a new account.
+    assert_eq!((&concurrency["MinValue"], &concurrency["MaxValue"]), (&json!(2), &json!(1000)));
+    let dead = sources["DeadLetters"]["Properties"]["ScalingConfig"]["MaximumConcurrency"].as_u64().expect("a number");
+    assert!(dead >= 2 && concurrency["Default"].as_u64().expect("a number") + dead < 10);
+    for (name, function) in &functions {
+        let condition = match *name {
+            "start-worker" => ("ReservesWorker", "WorkerReservedConcurrency"),
+            "stream-start" => ("ReservesStreamStart", "StreamStartReservedConcurrency"),
+            _ => {
+                assert_eq!(function.get("ReservedConcurrentExecutions"), None, "{name}");
+                continue;
+            }
+        };
+        let (condition, parameter) = condition;
+        let reserved = json!({"Fn::If": [condition, {"Ref": parameter}, {"Ref": "AWS::NoValue"}]});
+        assert_eq!(function["ReservedConcurrentExecutions"], reserved, "{name}");
+        // A new account can reserve none.
+        assert_eq!(template["Parameters"][parameter]["Default"], 0);
+        let unless_zero = json!({"Fn::Not": [{"Fn::Equals": [{"Ref": parameter}, "0"]}]});
+        assert_eq!(template["Conditions"][condition], unless_zero);
+    }
+}
+
+/// Streams: which, for how long, and from which size on there is a link instead.
+#[test]
+fn streams_have_the_time_they_need() {
+    let template = template();
+    let functions = functions(&template);
+    let definition = &template["Resources"]["Api"]["Properties"]["DefinitionBody"];
+    let mut streamed = BTreeMap::new();
+    for (path, methods) in definition["paths"].as_object().expect("paths") {
+        for method in methods.as_object().expect("methods").values() {
+            let (function, is_streamed) = integration(method);
+            let timeout = method["x-amazon-apigateway-integration"].get("timeoutInMillis");
+            // 29 s is the limit of API Gateway for what is not streamed, 15 min for what is.
+            assert_eq!(is_streamed, timeout.is_some(), "{path}");
+            if let Some(timeout) = timeout.and_then(Value::as_u64) {
+                let own = functions[function.as_str()]["Timeout"].as_u64().expect("a timeout");
+                assert_eq!(timeout, own * 1000, "{path}: the gateway waits as long as the function runs");
+                assert!(timeout <= 900_000);
+                streamed.insert(path.as_str(), function);
+            }
+        }
+    }
+    let expected = [
+        ("/api/v1/app-conversations/stream-start", "stream-start"),
+        ("/api/v1/app-conversations/{conversation_id}/download", "download"),
+    ];
+    assert_eq!(streamed, expected.map(|(path, function)| (path, function.to_owned())).into());
+    // Lambda streams 2 MB/s beyond the first 6 MB, and 200 MB at most.
+    let limit = &template["Parameters"]["InlineDownloadLimit"];
+    assert_eq!(limit["MaxValue"], 200_000_000);
+    assert!(limit["Default"].as_u64().expect("bytes") <= 200_000_000);
+    let build = shared::config::ExportConfig::default().budget.as_secs();
+    assert!(build + 200 / 2 < functions["download"]["Timeout"].as_u64().expect("seconds"));
+}
+
+/// The right ones, and none that would send a key in clear or never match.
+#[test]
+fn parameters_take_what_is_meant_and_nothing_else() {
+    let template = template();
+    let parameters = template["Parameters"].as_object().expect("parameters");
+    let url = (
+        vec!["", "https://a.example.com", "https://a.example.com:8443", "https://a.example.com/base/v1", "https://a"],
+        vec![
+            "http://a.example.com",
+            "https://a.example.com/",
+            "https://a.example.com/base/",
+            "https://a.example.com?x=1",
+            "https://a.example.com#x",
+            "https://user:secret@a.example.com",
+            "https://a.example.com/x y",
+            "https://",
+            "a.example.com",
+            " https://a.example.com",
+            "https://a.example.com\nhttps://b.example.com",
+            "HTTPS://a.example.com",
+        ],
+    );
+    let cases: BTreeMap<&str, (Vec<&str>, Vec<&str>)> = [
+        ("RuntimeApiUrl", url.clone()),
+        ("WebUrl", url),
+        (
+            "OidcIssuer",
+            (
+                vec![
+                    "",
+                    "https://accounts.example.com",
+                    "https://tenant.example.com/",
+                    "https://a.example.com/realms/r",
+                ],
+                vec!["http://accounts.example.com", "accounts.example.com", "https://a.example.com?x", "https://"],
+            ),
+        ),
+        ("OidcAudience", (vec!["", "api://default", "a-client"], vec!["two words", " "])),
+        (
+            "CorsOrigins",
+            (
+                vec!["", "https://app.example.com", "https://app.example.com:8443"],
+                vec![
+                    "http://app.example.com",
+                    "https://app.example.com/",
+                    "https://App.example.com",
+                    "https://app.example.com/page",
+                    "*",
+                    "null",
+                    "https://*.example.com",
+                ],
+            ),
+        ),
+        (
+            "AlarmEmail",
+            (vec!["", "ops@example.com"], vec!["ops", "ops@example", "a@example.com,b@example.com", "a b@example.com"]),
+        ),
+        (
+            "WebAclArn",
+            (
+                vec![
+                    "",
+                    "arn:aws:wafv2:eu-central-1:123456789012:regional/webacl/mine/01234567-89ab-cdef-0123-456789abcdef",
+                ],
+                vec![
+                    "arn:aws:wafv2:us-east-1:123456789012:global/webacl/mine/01234567-89ab-cdef-0123-456789abcdef",
+                    "mine",
+                ],
+            ),
+        ),
+    ]
+    .into();
+    for (name, (accepted, refused)) in &cases {
+        let pattern = parameters[*name]["AllowedPattern"].as_str().expect("a pattern");
+        assert!(pattern.starts_with('^') && pattern.ends_with('$'), "{name}: {pattern}");
+        assert!(parameters[*name]["ConstraintDescription"].is_string(), "{name} says nothing to those it refuses");
+        let pattern = Regex::new(pattern).expect("a pattern");
+        for value in accepted {
+            assert!(pattern.is_match(value), "{name} refuses {value:?}");
+        }
+        for value in refused {
+            assert!(!pattern.is_match(value), "{name} accepts {value:?}");
+        }
+        let default = parameters[*name]["Default"].as_str().expect("a default");
+        assert!(pattern.is_match(default), "{name}: the default");
+    }
+    for (name, parameter) in parameters {
+        let bounded =
+            ["AllowedPattern", "AllowedValues", "MinValue"].iter().any(|bound| parameter.get(bound).is_some());
+        assert!(bounded || name == "RuntimeApiKey", "{name} takes anything");
+        assert_eq!(bounded && parameter.get("AllowedPattern").is_some(), cases.contains_key(name.as_str()), "{name}");
+    }
+    let grouped: BTreeSet<&str> = template["Metadata"]["AWS::CloudFormation::Interface"]["ParameterGroups"]
+        .as_array()
+        .expect("groups")
+        .iter()
+        .flat_map(|group| group["Parameters"].as_array().expect("parameters"))
+        .filter_map(Value::as_str)
+        .collect();
+    assert_eq!(grouped, parameters.keys().map(String::as_str).collect());
+    let operations = fs::read_to_string(root().join("docs/operations.md")).expect("a document");
+    for name in parameters.keys() {
+        assert!(operations.contains(&format!("`{name}`")), "docs/operations.md does not name {name}");
+    }
+}
+
+/// The redirect from the API to the bucket makes browsers say `Origin: null`.
+#[test]
+fn links_to_zips_work_from_every_page() {
+    let template = template();
+    let cors = &template["Resources"]["Bucket"]["Properties"]["CorsConfiguration"]["CorsRules"];
+    assert_eq!(cors.as_array().map(Vec::len), Some(1));
+    assert_eq!((&cors[0]["AllowedOrigins"], &cors[0]["AllowedMethods"]), (&json!(["*"]), &json!(["GET", "HEAD"])));
+    assert_eq!(cors[0]["ExposedHeaders"], json!(["Content-Disposition", "Content-Length"]));
+}
+
+/// Every log has an end; every request is in one, with its address, and without what its caller wrote.
+#[test]
+fn requests_are_logged_with_their_address_and_without_secrets() {
+    let template = template();
     let logs = of_type(&template, "AWS::Logs::LogGroup");
-    assert_eq!(logs.len(), functions.len());
+    assert_eq!(logs.len(), functions(&template).len() + 1);
     assert!(logs.values().all(|log| log["Properties"]["RetentionInDays"] == json!({"Ref": "LogRetentionDays"})));
+    let setting = &template["Resources"]["Api"]["Properties"]["AccessLogSetting"]["Fn::If"];
+    assert_eq!((&setting[0], &setting[2]), (&json!("LogsApiAccess"), &json!({"Ref": "AWS::NoValue"})));
+    let destination = setting[1]["DestinationArn"]["Fn::Sub"].as_str().expect("an ARN");
+    assert!(destination.ends_with(":log-group:${ApiAccessLog}"), "{destination}");
+    let format: Value = serde_json::from_str(setting[1]["Format"].as_str().expect("a format")).expect("JSON");
+    let fields: BTreeMap<&str, &str> = format
+        .as_object()
+        .expect("fields")
+        .iter()
+        .map(|(name, value)| (name.as_str(), value.as_str().expect("a variable")))
+        .collect();
+    // None of these is text of the caller's: no path, query, header, user agent or error message that repeats one.
+    let expected = [
+        ("request_id", "$context.requestId"),
+        ("function_request_id", "$context.integration.requestId"),
+        ("time", "$context.requestTime"),
+        ("ip", "$context.identity.sourceIp"),
+        ("method", "$context.httpMethod"),
+        ("route", "$context.resourcePath"),
+        ("status", "$context.status"),
+        ("response_type", "$context.error.responseType"),
+        ("authorizer_status", "$context.authorizer.status"),
+        ("authorizer_error", "$context.authorizer.error"),
+        ("authorizer_request_id", "$context.authorizer.requestId"),
+        ("integration_status", "$context.integration.status"),
+        ("response_bytes", "$context.responseLength"),
+        ("latency_ms", "$context.responseLatency"),
+    ];
+    assert_eq!(fields, expected.into());
+    // The role is the account's: it is there before the stage, and after the stack.
+    assert_eq!(template["Resources"]["Api"]["DependsOn"], "ApiGatewayAccount");
+    for id in ["ApiGatewayAccount", "ApiGatewayLogRoleResource"] {
+        let resource = &template["Resources"][id];
+        assert_eq!(resource["Condition"], "CreatesApiGatewayLogRole");
+        assert_eq!(
+            (&resource["DeletionPolicy"], &resource["UpdateReplacePolicy"]),
+            (&json!("Retain"), &json!("Retain"))
+        );
+    }
 }
 
 /// Which function an integration invokes, and whether its answer is streamed.
@@ -177,7 +442,7 @@ fn every_route_is_in_the_api_and_asks_who_calls() {
             if path != "/{proxy+}" && method != "x-amazon-apigateway-any-method" {
                 assert_eq!(function, function_of(&manifest, path, &method.to_uppercase()), "{method} {path}");
             }
-            assert_eq!(streamed, function == "stream-start", "{method} {path}");
+            assert_eq!(streamed, ["stream-start", "download"].contains(&function.as_str()), "{method} {path}");
             invoked.insert(function);
             let parameters: Vec<_> =
                 definition["parameters"].as_array().into_iter().flatten().map(|one| one["name"].as_str()).collect();
@@ -193,7 +458,7 @@ fn every_route_is_in_the_api_and_asks_who_calls() {
         let function = permission["FunctionName"]["Ref"].as_str().expect("a function");
         let name = own_name(&template["Resources"][function]["Properties"]["FunctionName"]);
         let source = permission["SourceArn"]["Fn::Sub"].as_str().expect("a source");
-        let end = if name == "authorizer" { "${Api}/authorizers/*" } else { "${Api}/*" };
+        let end = if name == "authorizer" { "${Api}/authorizers/*" } else { "${Api}/v1/*" };
         assert!(source.ends_with(end), "{source}");
         permitted.insert(name.to_owned());
     }
@@ -217,6 +482,10 @@ fn every_route_is_in_the_api_and_asks_who_calls() {
         let body = refusal["responseTemplates"]["application/json"].as_str().expect("a body");
         let body: Value = serde_json::from_str(body).expect("JSON");
         assert!(body["detail"].is_string(), "{kind}: {body}");
+        // As functions answer.
+        let headers = &refusal["responseParameters"];
+        assert_eq!(headers["gatewayresponse.header.Strict-Transport-Security"], "'max-age=31536000'", "{kind}");
+        assert_eq!(headers["gatewayresponse.header.X-Content-Type-Options"], "'nosniff'", "{kind}");
     }
     assert_eq!(
         (&refusals["UNAUTHORIZED"]["statusCode"], &refusals["ACCESS_DENIED"]["statusCode"]),
@@ -231,19 +500,31 @@ fn a_hosted_web_ui_is_an_option() {
     let resources = template["Resources"].as_object().expect("resources");
     let of_ui: BTreeSet<&str> =
         resources.iter().filter(|(_, one)| one["Condition"] == "HasWebUi").map(|(id, _)| id.as_str()).collect();
-    assert_eq!(of_ui, ["WebUi", "WebUiAccess", "WebUiBucket", "WebUiBucketPolicy", "WebUiPages"].into());
+    let expected = [
+        "WebUi",
+        "WebUiAccess",
+        "WebUiBucket",
+        "WebUiBucketPolicy",
+        "WebUiLogBucket",
+        "WebUiLogBucketPolicy",
+        "WebUiPages",
+    ];
+    assert_eq!(of_ui, expected.into());
     assert_eq!(template["Parameters"]["HostWebUi"]["Default"], "no");
-    let private =
-        resources["WebUiBucket"]["Properties"]["PublicAccessBlockConfiguration"].as_object().expect("a block");
-    assert!(private.len() == 4 && private.values().all(|value| *value == true));
-    let readers = &resources["WebUiBucketPolicy"]["Properties"]["PolicyDocument"]["Statement"][0];
-    assert_eq!(
-        (&readers["Principal"]["Service"], &readers["Action"]),
-        (&json!("cloudfront.amazonaws.com"), &json!("s3:GetObject"))
-    );
-    assert!(
-        readers["Condition"]["StringEquals"]["AWS:SourceArn"]["Fn::Sub"].as_str().expect("one").ends_with("${WebUi}")
-    );
+    for bucket in ["WebUiBucket", "WebUiLogBucket"] {
+        let private = resources[bucket]["Properties"]["PublicAccessBlockConfiguration"].as_object().expect("a block");
+        assert!(private.len() == 4 && private.values().all(|value| *value == true));
+    }
+    let statements = &resources["WebUiBucketPolicy"]["Properties"]["PolicyDocument"]["Statement"];
+    // The second one makes a missing file a 404.
+    for (readers, action) in statements.as_array().expect("statements").iter().zip(["s3:GetObject", "s3:ListBucket"]) {
+        assert_eq!(
+            (&readers["Effect"], &readers["Principal"]["Service"], &readers["Action"]),
+            (&json!("Allow"), &json!("cloudfront.amazonaws.com"), &json!(action))
+        );
+        let source = readers["Condition"]["StringEquals"]["AWS:SourceArn"]["Fn::Sub"].as_str().expect("one");
+        assert!(source.ends_with("${WebUi}"), "{source}");
+    }
     let distribution = &resources["WebUi"]["Properties"]["DistributionConfig"];
     let api = &distribution["CacheBehaviors"][0];
     assert_eq!((&api["PathPattern"], &api["TargetOriginId"]), (&json!("/api/*"), &json!("api")));
@@ -253,14 +534,28 @@ fn a_hosted_web_ui_is_an_option() {
         distribution["Origins"][1]["OriginPath"],
         format!("/{}", resources["Api"]["Properties"]["StageName"].as_str().expect("v1"))
     );
-    // Agent servers, and links to zips, let its pages in.
+    // HSTS, nosniff, and no frames of other sites: the UI keeps its API key in the browser.
+    let security_headers = "67f7725c-6f97-4210-82d7-5512b31e9d03";
+    for behavior in [&distribution["DefaultCacheBehavior"], api] {
+        assert_eq!(behavior["ResponseHeadersPolicyId"], security_headers, "AWS's SecurityHeadersPolicy");
+    }
+    // Longer than a stream is ever silent, and than an export is built within its request.
+    let patience = distribution["Origins"][1]["CustomOriginConfig"]["OriginReadTimeout"].as_u64().expect("seconds");
+    assert!(patience > shared::config::ExportConfig::default().budget.as_secs() + 10);
+    assert_eq!(distribution["Logging"]["Bucket"], json!({"Fn::GetAtt": ["WebUiLogBucket", "RegionalDomainName"]}));
+    assert_eq!(distribution["Logging"]["IncludeCookies"], false);
+    let logs = &resources["WebUiLogBucket"]["Properties"];
+    // CloudFront writes its logs by ACL.
+    assert_eq!(logs["OwnershipControls"]["Rules"][0]["ObjectOwnership"], "BucketOwnerPreferred");
+    assert_eq!(logs["LifecycleConfiguration"]["Rules"][0]["ExpirationInDays"], json!({"Ref": "LogRetentionDays"}));
+    // Agent servers let its pages in.
     let origins = &template["Globals"]["Function"]["Environment"]["Variables"]["PERMITTED_CORS_ORIGINS"]["Fn::If"];
     assert_eq!(origins[0], "HasWebUi");
     assert!(origins[1]["Fn::Sub"][0].as_str().expect("a list").starts_with("https://${WebUi.DomainName},"));
 }
 
-/// What a function's policy allows, one line each: `function action resource`, with the condition where there is one.
-fn policy(template: &Value, function: &Value) -> BTreeSet<Permission> {
+/// A function's policy, statement by statement.
+fn policy(template: &Value, function: &Value) -> Vec<Statement> {
     let table = |id: &str| own_name(&template["Resources"][id]["Properties"]["TableName"]).to_owned();
     let resource = |resource: &Value| {
         if let Some(id) = resource["Fn::GetAtt"][0].as_str() {
@@ -278,49 +573,144 @@ fn policy(template: &Value, function: &Value) -> BTreeSet<Permission> {
         let (id, index) = text.strip_prefix("${").and_then(|text| text.split_once(".Arn}")).expect("an index");
         format!("{}{index}", table(id))
     };
-    let mut allowed = BTreeSet::new();
-    for policy in function["Policies"].as_array().expect("policies") {
-        for statement in policy["Statement"].as_array().expect("statements") {
-            assert_eq!(statement["Effect"], "Allow");
-            for action in statement["Action"].as_array().expect("actions") {
-                let action = action.as_str().expect("an action");
-                assert!(!action.contains('*'), "{action}");
-                for one in statement["Resource"].as_array().expect("resources") {
-                    let condition = statement.get("Condition").map(|condition| format!(" if {condition}"));
-                    let line = format!("{action} {}{}", resource(one), condition.unwrap_or_default());
-                    allowed.insert(line);
-                }
+    let Some(policies) = function.get("Policies") else { return Vec::new() };
+    let statements = policies.as_array().expect("policies").iter().flat_map(|policy| {
+        assert_eq!(policy["Version"], "2012-10-17");
+        policy["Statement"].as_array().expect("statements")
+    });
+    statements
+        .map(|statement| {
+            let known = ["Effect", "Action", "Resource", "Condition"];
+            let unknown: Vec<_> = statement
+                .as_object()
+                .expect("a statement")
+                .keys()
+                .filter(|key| !known.contains(&key.as_str()))
+                .collect();
+            assert!(unknown.is_empty(), "{unknown:?}: the proxy of the tests does not know it");
+            let actions = statement["Action"].as_array().expect("actions").iter();
+            let actions: Vec<String> = actions.map(|action| action.as_str().expect("an action").to_owned()).collect();
+            assert!(actions.iter().all(|action| !action.contains('*')), "{actions:?}");
+            Statement {
+                denies: match statement["Effect"].as_str() {
+                    Some("Allow") => false,
+                    Some("Deny") => true,
+                    other => panic!("{other:?} is no effect"),
+                },
+                actions,
+                resources: statement["Resource"].as_array().expect("resources").iter().map(resource).collect(),
+                condition: statement.get("Condition").cloned(),
             }
-        }
-    }
-    allowed
+        })
+        .collect()
 }
 
 /// What each function may do.
-pub fn policies(template: &Value) -> BTreeMap<String, BTreeSet<Permission>> {
+pub fn policies(template: &Value) -> Policies {
     functions(template).into_iter().map(|(name, function)| (name.to_owned(), policy(template, function))).collect()
 }
 
 #[test]
 fn every_policy_is_the_one_that_was_looked_at() {
-    let found: String = policies(&template())
-        .into_iter()
-        .flat_map(|(function, allowed)| allowed.into_iter().map(move |one| format!("{function} {one}\n")))
-        .collect();
+    let mut lines = BTreeSet::new();
+    for (function, statements) in policies(&template()) {
+        for statement in statements {
+            let effect = if statement.denies { "never " } else { "" };
+            let condition = statement.condition.map(|condition| format!(" if {condition}")).unwrap_or_default();
+            for action in &statement.actions {
+                for resource in &statement.resources {
+                    lines.insert(format!("{function} {effect}{action} {resource}{condition}\n"));
+                }
+            }
+        }
+    }
+    let found: String = lines.into_iter().collect();
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/policies.txt");
     let expected = fs::read_to_string(&path).unwrap_or_default();
     assert_eq!(found, expected, "what functions may do has changed: look at it, and change {}", path.display());
 }
 
-/// All routes, and what the worker does behind them, with each function held to its policy.
+/// The rules that the list of policies follows, so that a new statement follows them, too.
+#[test]
+fn policies_grant_no_more_than_they_must() {
+    let template = template();
+    for (name, statements) in policies(&template) {
+        let of = |action: &str| {
+            let found: Vec<&Statement> =
+                statements.iter().filter(|one| !one.denies && one.actions.iter().any(|own| own == action)).collect();
+            found
+        };
+        // KMS encrypts and decrypts for the purpose of this product alone.
+        for action in ["kms:Decrypt", "kms:GenerateDataKey"] {
+            for statement in of(action) {
+                let purpose = json!({"StringEquals": {"kms:EncryptionContext:purpose": kms::PURPOSE}});
+                assert_eq!(statement.condition.as_ref(), Some(&purpose), "{name}");
+            }
+        }
+        // Variables are decrypted by Lambda, with a grant of its own: a function that seals and opens nothing has no use for the key.
+        let may_decrypt = !of("kms:Decrypt").is_empty();
+        assert_eq!(may_decrypt, !["authorizer", "start-tasks", "web-client"].contains(&name.as_str()), "{name}");
+        // Whoever reads objects may learn that one is missing, and lists nothing else.
+        let mut read: BTreeSet<String> =
+            of("s3:GetObject").into_iter().flat_map(|one| one.resources.clone()).map(|prefix| prefix + "*").collect();
+        for statement in of("s3:ListBucket") {
+            let prefixes = statement.condition.as_ref().expect("a condition")["StringLike"]["s3:prefix"].clone();
+            for prefix in prefixes.as_array().expect("prefixes") {
+                assert!(
+                    read.remove(prefix.as_str().expect("a prefix")),
+                    "{name} lists {prefix}, which it does not read"
+                );
+            }
+        }
+        assert_eq!(read, BTreeSet::new(), "{name}: S3 answers 403 for an object that is missing there");
+        // Nobody writes what is no user's: the data key, once it is there, and API keys.
+        for action in ["PutItem", "UpdateItem", "DeleteItem"].map(|action| format!("dynamodb:{action}")) {
+            for (key, is_first) in [("#deployment", action == "dynamodb:PutItem"), ("api-key#0a", false)] {
+                let call = Call {
+                    action: action.clone(),
+                    resource: "users".to_owned(),
+                    context: [("dynamodb:LeadingKeys", Some(vec![key.to_owned()]))].into(),
+                };
+                assert_eq!(allows(&statements, &call), is_first && may_decrypt, "{name} {action} {key}");
+            }
+        }
+    }
+    let key = &template["Resources"]["Key"]["Properties"]["KeyPolicy"]["Statement"];
+    for statement in key.as_array().expect("statements") {
+        if statement["Principal"].get("Service").is_some() {
+            let condition = &statement["Condition"];
+            assert_eq!(condition["StringEquals"], json!({"aws:SourceAccount": {"Ref": "AWS::AccountId"}}));
+            let source = condition["ArnLike"]["aws:SourceArn"]["Fn::Sub"].as_str().expect("a source");
+            assert!(source.ends_with(":${AWS::AccountId}:alarm:${AWS::StackName}-*"), "{source}");
+        }
+    }
+}
+
+/// All routes, and what the worker does behind them, with each function held to its policy: with all objects in the bucket, and
+/// with none.
 #[tokio::test(flavor = "multi_thread")]
 async fn functions_get_along_with_their_policies() {
     let folder = TempDir::new().expect("a folder");
     let mut api = Api::at(folder.path(), SandboxConfig::None).await;
     let (user, other) = (UserId::new("u"), UserId::new("other"));
     furnish(&api, &user).await;
+    // A request that is too large for its row.
+    let large =
+        json!({"title": "large", "initial_message": {"content": [{"type": "text", "text": "x".repeat(100_000)}]}});
+    let (status, task) = api.call(&user, "POST", "/api/v1/app-conversations", Some(&large)).await;
+    assert_eq!(status, 200, "{task}");
     let guard = Guard::new(policies(&template()), PREFIX);
     let _ways = api.guard(&guard).await;
+    for route in routes().into_iter().filter(|route| route.method == "GET") {
+        let (status, answer) = request(&api, &user, &route).await;
+        assert!(status != 500, "{} {} {answer}", route.method, route.path);
+    }
+    let objects = api.aws.s3.list_objects_v2().bucket(&api.names.bucket).send().await.expect("a list");
+    assert!(objects.contents().iter().any(|one| one.key().is_some_and(|key| key.starts_with("start-requests/"))));
+    for object in objects.contents() {
+        let delete = api.aws.s3.delete_object().bucket(&api.names.bucket).set_key(object.key.clone());
+        delete.send().await.expect("deleted");
+    }
     for route in routes() {
         for user in [&user, &other] {
             let (status, answer) = request(&api, user, &route).await;
@@ -329,4 +719,62 @@ async fn functions_get_along_with_their_policies() {
     }
     assert_eq!(guard.refused(), BTreeSet::new());
     drop(api);
+}
+
+/// The authorizer finds an API key, and reads nothing else.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_authorizer_gets_along_with_its_policy() {
+    let folder = TempDir::new().expect("a folder");
+    let engines = Engines::start(folder.path()).await;
+    let sdk = engines.sdk_config().await;
+    let aws = Aws::new(&sdk);
+    let names = engines.names(PREFIX);
+    schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
+    let user = UserId::new("u");
+    let (_, key) = ApiKeyStore::new(aws.dynamodb, names.users.clone()).create(&user, "a key").await.expect("a key");
+    let guard = Guard::new(policies(&template()), PREFIX);
+    let way = guard.to("authorizer", &engines.dynamodb).await;
+    let dynamodb = aws_sdk_dynamodb::config::Builder::from(&sdk).endpoint_url(way.url()).build();
+    let dynamodb = aws_sdk_dynamodb::Client::from_conf(dynamodb);
+    let keys = ApiKeyStore::new(dynamodb.clone(), names.users.clone());
+    assert_eq!(keys.owner(&key).await.expect("the store"), Some(user.clone()));
+    assert_eq!(guard.refused(), BTreeSet::new());
+    let settings = dynamodb.get_item().table_name(&names.users).key("user", AttributeValue::S(user.to_string()));
+    settings.key("kind", AttributeValue::S("settings".to_owned())).send().await.expect("forwarded");
+    assert_eq!(guard.refused().len(), 1, "settings are not for the authorizer");
+}
+
+/// Of a missing object S3 says so only to those who may list it.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_the_right_to_list_a_missing_object_is_forbidden() {
+    let folder = TempDir::new().expect("a folder");
+    let engines = Engines::start(folder.path()).await;
+    let sdk = engines.sdk_config().await;
+    let aws = Aws::new(&sdk);
+    let names = engines.names(PREFIX);
+    schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
+    let statement = |action: &str, resource: &str, condition: Option<Value>| Statement {
+        denies: false,
+        actions: vec![action.to_owned()],
+        resources: vec![resource.to_owned()],
+        condition,
+    };
+    let read = statement("s3:GetObject", "events/", None);
+    let list = statement("s3:ListBucket", "bucket", Some(json!({"StringLike": {"s3:prefix": ["events/*"]}})));
+    let other = statement("s3:ListBucket", "bucket", Some(json!({"StringLike": {"s3:prefix": ["exports/*"]}})));
+    for (name, statements, status) in [
+        ("reads", vec![read.clone()], 403),
+        ("reads and lists", vec![read.clone(), list], 404),
+        ("reads and lists others", vec![read, other], 403),
+    ] {
+        let guard = Guard::new([(name.to_owned(), statements)].into(), PREFIX);
+        let way = guard.to(name, &engines.s3).await;
+        let s3 = aws_sdk_s3::config::Builder::from(&sdk).endpoint_url(way.url()).force_path_style(true).build();
+        let s3 = aws_sdk_s3::Client::from_conf(s3);
+        let head = s3.head_object().bucket(&names.bucket).key("events/none").send().await.expect_err("missing");
+        let get = s3.get_object().bucket(&names.bucket).key("events/none").send().await.expect_err("missing");
+        let found = [head.raw_response(), get.raw_response()].map(|answer| answer.map(|one| one.status().as_u16()));
+        assert_eq!(found, [Some(status); 2], "{name}");
+        assert_eq!(guard.refused().is_empty(), status == 404, "{:?}", guard.refused());
+    }
 }

@@ -6,6 +6,8 @@ use std::time::Instant;
 
 use axum::Router;
 use axum::extract::{MatchedPath, Request};
+use axum::http::HeaderValue;
+use axum::http::header::{STRICT_TRANSPORT_SECURITY, X_CONTENT_TYPE_OPTIONS};
 use axum::middleware::{self, Next};
 use axum::response::Response;
 use lambda_http::Context;
@@ -79,7 +81,17 @@ fn edge(router: Router, single_user: bool) -> Router {
     with_common_answers(router)
         .layer(middleware::from_fn(move |request: Request, next: Next| identify(single_user, request, next)))
         .layer(cors(move |origin| origins.iter().any(|allowed| allowed == origin)))
+        .layer(middleware::from_fn(with_security_headers))
         .layer(middleware::from_fn(log))
+}
+
+/// Browsers use HTTPS from then on, and do not guess a content type. The gateway's own answers carry the same (`template.yaml`).
+async fn with_security_headers(request: Request, next: Next) -> Response {
+    let mut response = next.run(request).await;
+    let headers = response.headers_mut();
+    headers.insert(STRICT_TRANSPORT_SECURITY, HeaderValue::from_static("max-age=31536000"));
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    response
 }
 
 /// Where metrics go: into the log, in CloudWatch's embedded metric format, below the namespace `METRICS_NAMESPACE`.

@@ -32,7 +32,7 @@ impl IntoResponse for Error {
         };
         if status.is_server_error() {
             // Here, and nowhere below: an error is logged once, where it leaves.
-            tracing::error!(status = status.as_u16(), error = %self.context(), "http.failed");
+            tracing::error!(status = status.as_u16(), fault = self.fault().as_str(), error = %self.context(), "http.failed");
         }
         match self {
             Self::Invalid(violations) => (status, Json(json!({"detail": violations}))).into_response(),

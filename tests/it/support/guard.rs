@@ -1,43 +1,128 @@
-//! What stands between a function and AWS: its policy. Each call is one or more actions on resources; which of them IAM would
-//! refuse is kept for a test to look at.
+//! A proxy between a function and AWS that knows the function's IAM policy. Each call is one or more actions on resources; the
+//! proxy records those that IAM would refuse, for a test to assert on. It forwards all calls, so that one run finds everything
+//! that is missing, with one exception: what S3 answers for a missing object depends on the caller's policy, so the proxy
+//! answers it as S3 does.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
 use axum::response::Response;
-use http::Method;
+use http::{Method, StatusCode};
 use serde_json::Value;
 
 use super::gate::forward;
-use super::server::{Cut, Request, Server};
+use super::server::{Cut, Request, Server, raw};
 
-/// An action on a resource, as policies and calls name it: `dynamodb:Query users/index/undelivered`, `s3:GetObject exports/`,
-/// `s3:ListBucket bucket`.
-pub type Permission = String;
+/// One statement of an IAM policy. Resources are named as in [`Call::resource`].
+#[derive(Clone, Debug)]
+pub struct Statement {
+    /// Whether the effect is `Deny`.
+    pub denies: bool,
+    pub actions: Vec<String>,
+    pub resources: Vec<String>,
+    /// As in the policy: operators, condition keys, values.
+    pub condition: Option<Value>,
+}
+
+/// The policies of all functions, by name.
+pub type Policies = BTreeMap<String, Vec<Statement>>;
+
+/// One action on one resource.
+#[derive(Clone, Debug)]
+pub struct Call {
+    /// Such as `dynamodb:Query`.
+    pub action: String,
+    /// A table or an index (`users`, `users/index/undelivered`), `queue`, `key`, `bucket`, or objects by the first folder of
+    /// their key (`exports/`).
+    pub resource: String,
+    /// What conditions refer to. `None` is a key whose values this proxy does not find out.
+    pub context: BTreeMap<&'static str, Option<Vec<String>>>,
+}
+
+impl Call {
+    fn new(action: impl Into<String>, resource: impl Into<String>) -> Self {
+        Self { action: action.into(), resource: resource.into(), context: BTreeMap::new() }
+    }
+
+    fn with(mut self, key: &'static str, values: Option<Vec<String>>) -> Self {
+        self.context.insert(key, values);
+        self
+    }
+}
+
+/// As IAM decides: an explicit deny wins, otherwise one allow is enough.
+pub fn allows(policy: &[Statement], call: &Call) -> bool {
+    let applies = |statement: &&Statement| {
+        statement.actions.contains(&call.action)
+            && statement.resources.contains(&call.resource)
+            && statement.condition.as_ref().is_none_or(|condition| holds(condition, call))
+    };
+    !policy.iter().filter(|statement| statement.denies).any(|statement| applies(&statement))
+        && policy.iter().filter(|statement| !statement.denies).any(|statement| applies(&statement))
+}
+
+/// Whether all operators of a condition hold. One that is not known here fails the test.
+fn holds(condition: &Value, call: &Call) -> bool {
+    condition.as_object().expect("operators").iter().all(|(operator, keys)| {
+        keys.as_object().expect("condition keys").iter().all(|(key, allowed)| {
+            let allowed: Vec<&str> = match allowed {
+                Value::Array(values) => values.iter().map(|value| value.as_str().expect("a text")).collect(),
+                value => vec![value.as_str().expect("a text")],
+            };
+            let found = match call.context.get(key.as_str()) {
+                None => &[][..],
+                Some(Some(values)) => values.as_slice(),
+                Some(None) => panic!("{}: values of {key} are not found out here", call.action),
+            };
+            let (quantifier, comparison) = operator.split_once(':').unwrap_or(("", operator));
+            let matches = |value: &String| match comparison {
+                "StringEquals" => allowed.contains(&value.as_str()),
+                "StringLike" => allowed.iter().any(|pattern| is_like(pattern, value)),
+                _ => panic!("the operator {operator} is not known here"),
+            };
+            match quantifier {
+                // Of a key with one value, which has to be there.
+                "" => !found.is_empty() && found.iter().all(matches),
+                "ForAllValues" => found.iter().all(matches),
+                "ForAnyValue" => found.iter().any(matches),
+                _ => panic!("the operator {operator} is not known here"),
+            }
+        })
+    })
+}
+
+/// With `*` at the end alone, which is all that the template uses.
+fn is_like(pattern: &str, value: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == value,
+        Some((prefix, "")) => value.starts_with(prefix),
+        Some(_) => panic!("{pattern}: only a star at the end is known here"),
+    }
+}
 
 #[derive(Debug)]
 struct State {
-    allowed: BTreeMap<String, BTreeSet<Permission>>,
+    policies: Policies,
     refused: Mutex<BTreeSet<String>>,
     prefix: &'static str,
     http: reqwest::Client,
 }
 
-/// Watches. Clones are the same guard.
+/// The proxy. Clones share what they recorded.
 #[derive(Clone, Debug)]
 pub struct Guard(Arc<State>);
 
 impl Guard {
-    /// With what each function may do; `prefix` is the one of tables' names.
-    pub fn new(allowed: BTreeMap<String, BTreeSet<Permission>>, prefix: &'static str) -> Self {
-        Self(Arc::new(State { allowed, refused: Mutex::default(), prefix, http: reqwest::Client::new() }))
+    /// With each function's policy; `prefix` is the one of tables' names.
+    pub fn new(policies: Policies, prefix: &'static str) -> Self {
+        Self(Arc::new(State { policies, refused: Mutex::default(), prefix, http: reqwest::Client::new() }))
     }
 
     pub fn functions(&self) -> impl Iterator<Item = &String> {
-        self.0.allowed.keys()
+        self.0.policies.keys()
     }
 
-    /// A function's way to one of the engines.
+    /// A function's proxy to one of the engines.
     pub async fn to(&self, function: &str, upstream: &str) -> Server {
         let (guard, function, upstream) = (self.clone(), function.to_owned(), upstream.to_owned());
         Server::start(move |request| {
@@ -47,73 +132,115 @@ impl Guard {
         .await
     }
 
-    /// What IAM would refuse: function, action, resource.
+    /// What IAM would refuse: function, action, resource, and what conditions refer to.
     pub fn refused(&self) -> BTreeSet<String> {
         self.0.refused.lock().expect("unpoisoned").clone()
     }
 
+    fn refuse(&self, function: &str, call: &Call, why: &str) {
+        let context: Vec<_> = call.context.iter().map(|(key, values)| format!(" {key}={values:?}")).collect();
+        let line = format!("{function} {} {}{}{why}", call.action, call.resource, context.concat());
+        self.0.refused.lock().expect("unpoisoned").insert(line);
+    }
+
     async fn pass(&self, function: &str, request: Request, upstream: &str) -> Result<Response, Cut> {
         let state = &*self.0;
-        let needed = needed(&request, state.prefix);
-        for permission in needed {
-            if !state.allowed[function].contains(&permission) {
-                state.refused.lock().expect("unpoisoned").insert(format!("{function} {permission}"));
+        let policy = &state.policies[function];
+        for call in calls(&request, state.prefix) {
+            if !allows(policy, &call) {
+                self.refuse(function, &call, "");
             }
         }
-        // Not refused here: one run tells all that is missing.
-        forward(&state.http, request, upstream).await
+        let read = object_key(&request).filter(|_| matches!(request.method, Method::GET | Method::HEAD));
+        let is_head = request.method == Method::HEAD;
+        let answer = forward(&state.http, request, upstream).await?;
+        // To those who may not list it S3 does not say whether an object exists. It compares s3:prefix with the whole key:
+        // https://github.com/ceph/ceph/pull/68577
+        if let Some(key) = read.filter(|_| answer.status() == StatusCode::NOT_FOUND) {
+            let list = Call::new("s3:ListBucket", "bucket").with("s3:prefix", Some(vec![key]));
+            if !allows(policy, &list) {
+                self.refuse(function, &list, ": a missing object is answered with 403, not 404");
+                let body = "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>";
+                return Ok(raw(StatusCode::FORBIDDEN, "application/xml", if is_head { "" } else { body }));
+            }
+        }
+        Ok(answer)
     }
 }
 
-fn needed(request: &Request, prefix: &str) -> BTreeSet<Permission> {
-    let Some(target) = request.header("x-amz-target") else { return object(request).into_iter().collect() };
+/// What a request to DynamoDB, S3 or SQS does.
+fn calls(request: &Request, prefix: &str) -> Vec<Call> {
+    let Some(target) = request.header("x-amz-target") else { return s3(request).into_iter().collect() };
     let body = request.json();
     let (service, operation) = target.split_once('.').expect("a target");
     if service.starts_with("AmazonSQS") {
-        return [format!("sqs:{operation} queue")].into();
+        // A batch is allowed by the action for one.
+        let action = operation.strip_suffix("Batch").unwrap_or(operation);
+        return vec![Call::new(format!("sqs:{action}"), "queue")];
     }
-    let table = |name: &Value| {
-        let name = name.as_str().expect("a table's name");
-        name.strip_prefix(prefix).expect("a table of this deployment").to_owned()
+    let of = |action: &str, name: &Value, items: &[&Value]| {
+        let name = name.as_str().expect("a table's name").strip_prefix(prefix).expect("a table of this deployment");
+        let table = schema::TABLES.into_iter().find(|table| table.name == name).expect("a table of the schema");
+        let keys = items.iter().map(|item| item[table.partition_key]["S"].as_str().expect("a key").to_owned());
+        Call::new(format!("dynamodb:{action}"), name).with("dynamodb:LeadingKeys", Some(keys.collect()))
     };
     match operation {
         "TransactWriteItems" => {
-            let items = body["TransactItems"]
-                .as_array()
-                .into_iter()
-                .flatten()
-                .flat_map(|item| item.as_object().expect("an item"));
+            let items = body["TransactItems"].as_array().into_iter().flatten();
             items
-                .map(|(kind, item)| {
-                    let action = match kind.as_str() {
-                        "Put" => "PutItem",
-                        "Update" => "UpdateItem",
-                        "Delete" => "DeleteItem",
-                        _ => "ConditionCheckItem",
-                    };
-                    format!("dynamodb:{action} {}", table(&item["TableName"]))
+                .flat_map(|item| item.as_object().expect("an item"))
+                .map(|(kind, item)| match kind.as_str() {
+                    "Put" => of("PutItem", &item["TableName"], &[&item["Item"]]),
+                    "Update" => of("UpdateItem", &item["TableName"], &[&item["Key"]]),
+                    "Delete" => of("DeleteItem", &item["TableName"], &[&item["Key"]]),
+                    _ => of("ConditionCheckItem", &item["TableName"], &[&item["Key"]]),
                 })
                 .collect()
         }
         "BatchGetItem" | "BatchWriteItem" => {
-            let tables = body["RequestItems"].as_object().expect("items").keys();
-            tables.map(|name| format!("dynamodb:{operation} {}", table(&name.as_str().into()))).collect()
+            let tables = body["RequestItems"].as_object().expect("items");
+            tables
+                .iter()
+                .map(|(name, requests)| {
+                    let requests = requests["Keys"].as_array().or(requests.as_array()).expect("requests");
+                    let items: Vec<&Value> = requests
+                        .iter()
+                        .map(|one| match (one.get("PutRequest"), one.get("DeleteRequest")) {
+                            (Some(put), _) => &put["Item"],
+                            (_, Some(delete)) => &delete["Key"],
+                            _ => one,
+                        })
+                        .collect();
+                    of(operation, &name.as_str().into(), &items)
+                })
+                .collect()
         }
-        _ => {
+        "Query" => {
             let index = body["IndexName"].as_str().map(|name| format!("/index/{name}")).unwrap_or_default();
-            [format!("dynamodb:{operation} {}{index}", table(&body["TableName"]))].into()
+            let mut call = of("Query", &body["TableName"], &[]).with("dynamodb:LeadingKeys", None);
+            call.resource += &index;
+            vec![call]
         }
+        "PutItem" => vec![of("PutItem", &body["TableName"], &[&body["Item"]])],
+        _ => vec![of(operation, &body["TableName"], &[&body["Key"]])],
     }
 }
 
 /// Path style: the bucket, then the key.
-fn object(request: &Request) -> Option<Permission> {
-    let key = request.path.trim_start_matches('/').split_once('/').map(|(_, key)| key).unwrap_or_default();
-    let folder =
-        |key: &str| key.replace("%2F", "/").split_once('/').map(|(folder, _)| format!("{folder}/")).unwrap_or_default();
-    if key.is_empty() {
-        return Some("s3:ListBucket bucket".to_owned());
+fn object_key(request: &Request) -> Option<String> {
+    if request.header("x-amz-target").is_some() {
+        return None;
     }
+    let (_, key) = request.path.trim_start_matches('/').split_once('/')?;
+    (!key.is_empty()).then(|| key.replace("%2F", "/"))
+}
+
+fn s3(request: &Request) -> Option<Call> {
+    let Some(key) = object_key(request) else {
+        let prefix = request.query_value("prefix");
+        return Some(Call::new("s3:ListBucket", "bucket").with("s3:prefix", Some(prefix.into_iter().collect())));
+    };
+    let folder = key.split_once('/').map(|(folder, _)| format!("{folder}/")).unwrap_or_default();
     let upload = request.query.contains("uploadId=") || request.query.contains("uploads");
     let action = match (&request.method, upload) {
         (&Method::GET | &Method::HEAD, _) => "GetObject",
@@ -122,5 +249,5 @@ fn object(request: &Request) -> Option<Permission> {
         (&Method::DELETE, false) => "DeleteObject",
         _ => return None,
     };
-    Some(format!("s3:{action} {}", folder(key)))
+    Some(Call::new(format!("s3:{action}"), folder))
 }

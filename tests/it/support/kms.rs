@@ -13,6 +13,8 @@ use super::server::{Cut, Request, Server};
 
 /// The key's id.
 pub const KEY: &str = "alias/test";
+/// `purpose` in the encryption context of every call. The template's policies have it as a condition.
+pub const PURPOSE: &str = "openhands-secrets";
 
 /// The server, and what it was asked.
 #[derive(Debug)]
@@ -62,7 +64,7 @@ const MARK: u8 = 0xA5;
 
 fn answer(request: &Request, made: &AtomicUsize, decrypted: &AtomicUsize) -> Response {
     let asked = request.json();
-    if asked["KeyId"] != KEY || asked["EncryptionContext"] != json!({"purpose": "openhands-secrets"}) {
+    if asked["KeyId"] != KEY || asked["EncryptionContext"] != json!({"purpose": PURPOSE}) {
         return refused("AccessDeniedException");
     }
     match request.header("x-amz-target") {

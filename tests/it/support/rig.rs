@@ -225,7 +225,11 @@ impl Rig {
         let gate = Gate::new();
         let agent = StandInAgent::start(SESSION_KEY).await;
         let guard = Guard::new(policies(&template()), PREFIX);
-        let held = [guard.to(WORKER, &engines.dynamodb).await, guard.to(WORKER, &engines.sqs).await];
+        let held = [
+            guard.to(WORKER, &engines.dynamodb).await,
+            guard.to(WORKER, &engines.sqs).await,
+            guard.to(WORKER, &engines.s3).await,
+        ];
         let mut ways = vec![gate.to(&held[0].url()).await, gate.to(&held[1].url()).await, gate.to(&agent.url()).await];
         // Without the product's time limits: what stands at the gate is to stand there.
         let gated = Aws {
@@ -235,7 +239,9 @@ impl Rig {
             sqs: aws_sdk_sqs::Client::from_conf(
                 aws_sdk_sqs::config::Builder::from(&sdk).endpoint_url(ways[1].url()).build(),
             ),
-            s3: aws.s3.clone(),
+            s3: aws_sdk_s3::Client::from_conf(
+                aws_sdk_s3::config::Builder::from(&sdk).endpoint_url(held[2].url()).force_path_style(true).build(),
+            ),
         };
         ways.extend(held);
         let sealer = Sealer::from_file(&folder.path().join("sealing-key")).expect("a key");

@@ -14,7 +14,7 @@ impl Work<'_> {
         let id = self.sandbox_to_use().await?;
         // Now, and not only when the sandbox has booted and the repository is cloned.
         let settings = self.settings().await?;
-        model(&self.task.request, &settings).map_err(|missing| StepError::Fatal(missing.to_string()))?;
+        model(&self.task.request, &settings).map_err(|missing| StepError::Refused(missing.to_string()))?;
         self.task.record.now.sandbox_id = Some(id);
         Ok(Step::Next(StartStatus::WaitingForSandbox, Change::default()))
     }
@@ -25,7 +25,7 @@ impl Work<'_> {
         if let Some(id) = self.task.request.sandbox_id.clone().filter(|id| !id.is_empty()) {
             return match sandboxes.get(&user, &id).await? {
                 Some(_) => Ok(id),
-                None => Err(StepError::Fatal(format!("Sandbox not found: {id}"))),
+                None => Err(StepError::Refused(format!("Sandbox not found: {id}"))),
             };
         }
         let new_id = self.task.record.new_sandbox_id.clone();

@@ -27,7 +27,7 @@ use crate::clock::Time;
 use crate::config::StartConfig;
 use crate::conversation::store::ConversationStore;
 use crate::conversation::told::Standing;
-use crate::error::{Error, Result};
+use crate::error::{Error, Fault, Result};
 use crate::id;
 use crate::measure;
 use crate::outbound::Outbound;
@@ -95,8 +95,10 @@ enum Step {
 
 /// Why a step did not do its work.
 enum StepError {
-    /// It never will: the text is for the user.
+    /// It never will, because of this server or the sandbox's provider: the text is for the user.
     Fatal(String),
+    /// It never will, because of what the user asked for: the text is for them.
+    Refused(String),
     /// It may when it is tried again: the text is for the user, should it not.
     Retry(String),
     /// The task is another worker's now.
@@ -120,7 +122,8 @@ impl From<Error> for StepError {
                 tracing::error!(error = %context, "start.step_failed");
                 Self::Fatal("The start failed because of a fault in this server; its log says more".into())
             }
-            told => Self::Fatal(told.to_string()),
+            unavailable @ Error::Unavailable(_) => Self::Fatal(unavailable.to_string()),
+            refused => Self::Refused(refused.to_string()),
         }
     }
 }
@@ -213,19 +216,22 @@ impl Work<'_> {
                         Err(LeaseLost) => return Ok(Turn::Busy),
                     }
                 }
-                Ok(Step::Wait) if self.is_overdue() => return self.fail(&self.overdue_text()).await,
+                Ok(Step::Wait) if self.is_overdue() => {
+                    return self.fail(self.fault_of_overdue(), &self.overdue_text()).await;
+                }
                 Ok(Step::Wait) => {
                     looks += 1;
                     (self.pause_after(looks), Change::default())
                 }
                 Err(StepError::LeaseLost) => return Ok(Turn::Busy),
-                Err(StepError::Fatal(text)) => return self.fail(&text).await,
+                Err(StepError::Fatal(text)) => return self.fail(Fault::Server, &text).await,
+                Err(StepError::Refused(text)) => return self.fail(Fault::User, &text).await,
                 Err(StepError::Retry(text)) => {
                     self.task.record.attempts += 1;
                     let count = self.task.record.attempts;
                     tracing::warn!(task = %self.task.record.id, status = ?self.status(), attempt = count, reason = %text, "start.step_retried");
                     if count >= MAX_ATTEMPTS || self.is_overdue() {
-                        return self.fail(&text).await;
+                        return self.fail(Fault::Server, &text).await;
                     }
                     // What was known of the sandbox may be the reason.
                     self.sandbox = None;
@@ -259,6 +265,14 @@ impl Work<'_> {
 
     fn is_overdue(&self) -> bool {
         self.task.record.deadline.is_some_and(|deadline| Time::now() > deadline)
+    }
+
+    /// A clone and a setup script take as long as the user's repository makes them take.
+    fn fault_of_overdue(&self) -> Fault {
+        match self.status() {
+            StartStatus::PreparingRepository | StartStatus::RunningSetupScript => Fault::User,
+            _ => Fault::Server,
+        }
     }
 
     fn overdue_text(&self) -> String {
@@ -341,9 +355,10 @@ impl Work<'_> {
 
     /// Ends the start with ERROR: first the reason is written down, so that a crash does not change it, then what the
     /// start made is cleaned up.
-    async fn fail(&mut self, reason: &str) -> Result<Turn> {
+    async fn fail(&mut self, fault: Fault, reason: &str) -> Result<Turn> {
         let record = &mut self.task.record;
-        tracing::warn!(task = %record.id, status = ?record.now.status, reason, "start.failed");
+        let status = record.now.status;
+        tracing::warn!(task = %record.id, ?status, fault = fault.as_str(), reason, "start.failed");
         let notes = record.notes.iter().map(String::as_str);
         let failure = notes.chain([reason]).collect::<Vec<_>>().join("\n");
         let change = Change::default().set("failure", crate::dynamo::text(&failure));
@@ -410,20 +425,24 @@ impl Work<'_> {
         Ok(self.settings.clone().unwrap_or_default())
     }
 
+    /// The start's sandbox is gone, or in a state that it does not leave. One that the user chose is theirs to look after.
+    fn lost_sandbox(&self, text: String) -> StepError {
+        let chosen = self.task.request.sandbox_id.as_deref().is_some_and(|id| !id.is_empty());
+        if chosen { StepError::Refused(text) } else { StepError::Fatal(text) }
+    }
+
     /// The running sandbox and its agent server; `None` while it has to be waited for.
     async fn running_sandbox(&mut self) -> Result<Option<(Sandbox, AgentServer)>, StepError> {
         if self.sandbox.is_none() {
             let id = self.task.record.now.sandbox_id.clone().unwrap_or_default();
             let found = self.saga.sandboxes.get(&self.task.record.user, &id).await?;
-            let sandbox = found.ok_or_else(|| StepError::Fatal(format!("Sandbox not found: {id}")))?;
+            let sandbox = found.ok_or_else(|| self.lost_sandbox(format!("Sandbox not found: {id}")))?;
             match sandbox.status {
                 SandboxStatus::Running => self.sandbox = Some(sandbox),
                 SandboxStatus::Starting | SandboxStatus::Paused => return Ok(None),
                 SandboxStatus::Error | SandboxStatus::Missing => {
-                    return Err(StepError::Fatal(with_detail(
-                        format!("The sandbox {id} ended during the start"),
-                        &sandbox,
-                    )));
+                    let text = with_detail(format!("The sandbox {id} ended during the start"), &sandbox);
+                    return Err(self.lost_sandbox(text));
                 }
             }
         }

@@ -27,7 +27,7 @@ impl Work<'_> {
             Some(name) => {
                 let insecure = self.saga.config.allow_insecure_git_access;
                 clone_sources(name, self.task.request.git_provider, &settings.provider_tokens, insecure)
-                    .map_err(|error| StepError::Fatal(error.to_string()))?
+                    .map_err(|error| StepError::Refused(error.to_string()))?
             }
         };
         let credentials = format!("{}/credentials", folders.state);
@@ -54,7 +54,8 @@ impl Work<'_> {
                 Some(name) => format!("The repository {name} could not be prepared"),
                 None => "The workspace could not be prepared".to_owned(),
             };
-            return Err(StepError::Fatal(format!("{what}: {}", complaint(&output))));
+            let text = format!("{what}: {}", complaint(&output));
+            return Err(if repository.is_some() { StepError::Refused(text) } else { StepError::Fatal(text) });
         }
         let browser = output.stdout.lines().any(|line| line == format!("{BROWSER}yes"));
         self.task.record.browser = Some(browser);

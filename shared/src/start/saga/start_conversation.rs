@@ -99,7 +99,7 @@ impl Work<'_> {
             token_key: &token_key,
             now: Time::now(),
         })?;
-        body.map_err(|missing| StepError::Fatal(missing.to_string()))
+        body.map_err(|missing| StepError::Refused(missing.to_string()))
     }
 
     /// Creates the conversation once, and makes sure that its first message is there.

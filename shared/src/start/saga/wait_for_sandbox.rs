@@ -10,7 +10,7 @@ impl Work<'_> {
         let user = self.task.record.user.clone();
         let id = self.task.record.now.sandbox_id.clone().unwrap_or_default();
         let found = self.saga.sandboxes.get(&user, &id).await?;
-        let sandbox = found.ok_or_else(|| StepError::Fatal(format!("Sandbox not found: {id}")))?;
+        let sandbox = found.ok_or_else(|| self.lost_sandbox(format!("Sandbox not found: {id}")))?;
         match sandbox.status {
             SandboxStatus::Starting => Ok(Step::Wait),
             SandboxStatus::Paused => {
@@ -18,10 +18,10 @@ impl Work<'_> {
                 Ok(Step::Wait)
             }
             SandboxStatus::Error => {
-                Err(StepError::Fatal(with_detail(format!("Sandbox entered error state: {id}"), &sandbox)))
+                Err(self.lost_sandbox(with_detail(format!("Sandbox entered error state: {id}"), &sandbox)))
             }
             SandboxStatus::Missing => {
-                Err(StepError::Fatal(with_detail(format!("Sandbox not startable: {id}"), &sandbox)))
+                Err(self.lost_sandbox(with_detail(format!("Sandbox not startable: {id}"), &sandbox)))
             }
             SandboxStatus::Running => {
                 self.sandbox = Some(sandbox);
