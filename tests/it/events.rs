@@ -7,7 +7,8 @@ use shared::Time;
 use shared::aws::Aws;
 use shared::config::{Names, SandboxConfig};
 use shared::error::Error;
-use shared::event::store::{After, Event, EventFilter, EventStore, PAGE_ROOM, SortOrder};
+use shared::event::store::{After, Event, EventFilter, EventStore, SortOrder};
+use shared::http::page::PAGE_SIZE;
 use shared::user::UserId;
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -236,7 +237,7 @@ async fn a_page_holds_no_more_than_one_answer_can() {
         log.store.batch_get(&log.user, log.conversation, &ids).await
     };
     let single = get(&["e4", "nothing"]).await.expect("one event, however large");
-    assert!(single[0].as_ref().is_some_and(|event| event.json.len() as u64 > PAGE_ROOM) && single[1].is_none());
+    assert!(single[0].as_ref().is_some_and(|event| event.json.len() as u64 > PAGE_SIZE) && single[1].is_none());
     assert_eq!(get(&["e0", "e1", "e2", "e3"]).await.expect("what fits").iter().flatten().count(), 4);
     assert!(matches!(get(&["e0", "e4"]).await, Err(Error::TooLarge(_))));
     log.engines.shutdown().await;
@@ -446,7 +447,7 @@ async fn large_events_are_answered_a_few_at_a_time() {
     let (status, answer) = served.get("?id=e0&id=e1").await;
     assert_eq!(
         (status, answer),
-        (413, json!({"detail": "These events are too large for one answer: ask for fewer at once"}))
+        (413, json!({"detail": "These events are too large for one answer: request fewer at once"}))
     );
     let (status, answer) = served.get("?id=e0&id=nobody").await;
     assert_eq!((status, answer[0]["text"].as_str().map(str::len)), (200, Some(5 * million)));

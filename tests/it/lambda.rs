@@ -381,7 +381,7 @@ async fn stream_start_answers_chunk_by_chunk() {
                 chunks += 1;
             }
             Part::End => break,
-            Part::Error(error) => panic!("{error}"),
+            other => panic!("{other:?}"),
         }
     }
     assert!(function.was_streamed(&id));
