@@ -112,7 +112,11 @@ pub async fn count(operation: &'static str, query: QueryFluentBuilder, too_many:
     count_within(COUNT_BUDGET, operation, query, too_many).await
 }
 
-async fn count_within(
+/// The same within a budget of the caller's.
+///
+/// # Errors
+/// See [`count`].
+pub async fn count_within(
     budget: Duration,
     operation: &'static str,
     query: QueryFluentBuilder,

@@ -213,6 +213,17 @@ async fn what_comes_during_a_walk_is_met_once_if_it_is_ahead() {
 }
 
 #[tokio::test]
+async fn ids_may_come_twice_in_one_request() {
+    let log = Log::new().await;
+    log.append(vec![event("a", "2026-01-01T00:00:01", "K"), event("a", "2026-01-01T00:00:02", "K")]).await;
+    let ids = ["a", "b", "a", "b"].map(ToOwned::to_owned);
+    assert_eq!(log.store.known(&log.user, log.conversation, &ids).await.expect("the store"), ["a"]);
+    let found = log.store.batch_get(&log.user, log.conversation, &ids).await.expect("the store");
+    assert_eq!(found.iter().map(Option::is_some).collect::<Vec<_>>(), [true, false, true, false]);
+    log.engines.shutdown().await;
+}
+
+#[tokio::test]
 async fn a_page_holds_no_more_than_one_answer_can() {
     let log = Log::new().await;
     let million = 1_000_000;

@@ -1,5 +1,7 @@
 //! What is too large, too long, too many or too deep, each at its limit and beyond: a 4xx that says so, in the contract's shape.
 
+use std::collections::BTreeSet;
+
 use axum::body::Body;
 use http::Request;
 use serde_json::{Value, json};
@@ -12,8 +14,9 @@ use shared::user::UserId;
 use tempfile::TempDir;
 use uuid::Uuid;
 
+use crate::openapi::{document, operations};
 use crate::support::api::Api;
-use crate::tenants::{furnish, key_of};
+use crate::tenants::{furnish, key_of, routes};
 
 const API: &str = "/api/v1/app-conversations";
 const MIB: usize = 1024 * 1024;
@@ -58,7 +61,7 @@ fn is_too_long(answer: &(u16, Value), field: &str, longest: usize) {
 async fn bodies_up_to_the_limit_of_their_route() {
     let rig = Rig::new().await;
     let conversation = Uuid::from_u128(1);
-    for (method, target, limit) in [
+    let limits = [
         ("POST", API.to_owned(), 6 * MIB),
         ("POST", format!("{API}/stream-start"), 6 * MIB),
         ("PATCH", format!("{API}/{conversation}"), MIB),
@@ -69,7 +72,17 @@ async fn bodies_up_to_the_limit_of_their_route() {
         ("PUT", "/api/v1/secrets/SECRET".to_owned(), MIB / 2),
         ("POST", "/api/v1/webhooks/conversations".to_owned(), 32 * MIB),
         ("POST", format!("/api/v1/webhooks/events/{conversation}"), 32 * MIB),
-    ] {
+        ("POST", "/api/cloud-proxy".to_owned(), 5 * MIB),
+    ];
+    let document = document();
+    let with_body = operations(&document).into_iter().filter(|(.., operation)| operation.get("requestBody").is_some());
+    let with_body: BTreeSet<(String, String)> =
+        with_body.map(|(method, path, _)| (method, path.replace("{conversation_id}", &conversation.to_string()))).collect();
+    let with_body: BTreeSet<(String, String)> =
+        with_body.into_iter().map(|(method, path)| (method, path.replace("{secret_name}", "SECRET"))).collect();
+    let tried = limits.iter().map(|(method, target, _)| ((*method).to_owned(), target.clone())).collect();
+    assert_eq!(with_body, tried, "every route that reads a body");
+    for (method, target, limit) in limits {
         // White space is no JSON, so that nothing comes of it.
         let (status, answer) = rig.send(method, &target, " ".repeat(limit)).await;
         assert!(matches!(status, 400 | 422), "{method} {target}: {status} {answer}");
@@ -174,5 +187,53 @@ async fn headers_and_nesting_up_to_what_can_be_read() {
         let (status, answer) = rig.send("POST", API, nested(depth)).await;
         assert_eq!((status, &answer["detail"][0]["ctx"]["error"]), (422, &json!("Nested too deeply")), "{answer}");
     }
+    rig.api.stop().await;
+}
+
+/// What cannot be a request is answered in JSON, too, whatever part of the server finds it out.
+#[tokio::test(flavor = "multi_thread")]
+async fn refusals_of_the_framework_are_json() {
+    let rig = Rig::new().await;
+    let conversation = Uuid::from_u128(1);
+    for (method, target, status) in [
+        ("GET", "/nothing".to_owned(), 404),
+        ("PUT", API.to_owned(), 405),
+        ("DELETE", format!("{API}/stream-start/x"), 404),
+        ("PATCH", format!("{API}/%FF"), 400),
+        ("DELETE", "/api/v1/sandboxes/%FF".to_owned(), 400),
+        ("POST", "/api/v1/sandboxes/%FF/pause".to_owned(), 400),
+        ("PUT", "/api/v1/secrets/%FF".to_owned(), 400),
+        ("POST", "/api/v1/conversations/%FF/pending-messages".to_owned(), 400),
+        ("GET", format!("/api/v1/conversation/{conversation}/events/search?limit=x"), 422),
+    ] {
+        let (found, answer) = rig.send(method, &target, String::new()).await;
+        assert_eq!(found, status, "{method} {target}: {answer}");
+        assert!(!answer["detail"].is_null(), "{method} {target}: {answer}");
+    }
+    rig.api.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_route_with_a_slash_at_its_end_leads_to_the_route() {
+    let rig = Rig::new().await;
+    for route in routes() {
+        let (path, query) = route.target.split_once('?').map_or((route.target.as_str(), ""), |(path, query)| (path, query));
+        let slash = |query: &str| format!("{path}/{}{query}", if query.is_empty() { "" } else { "?" });
+        let request = Request::builder().method(route.method).uri(slash(query));
+        let request = request.extension(Caller(rig.user.clone())).body(Body::empty()).expect("a request");
+        let answer = rig.api.response(request).await;
+        assert_eq!(answer.status(), 307, "{} {}", route.method, slash(query));
+        let location = answer.headers()["location"].to_str().expect("text");
+        // As a client resolves it, here and behind a stage.
+        for base in ["https://host", "https://host/v1/base"] {
+            let from = reqwest::Url::parse(&format!("{base}{}", slash(query))).expect("an address");
+            let to = from.join(location).expect("a reference");
+            assert_eq!(to, reqwest::Url::parse(&format!("{base}{}", route.target)).expect("an address"), "{location}");
+        }
+    }
+    // What there is not is not there either.
+    let answer = rig.api.response(Request::get("/nothing/").body(Body::empty()).expect("a request")).await;
+    assert_eq!((answer.status().as_u16(), &answer.headers()["location"]), (307, &"../nothing".parse().expect("a value")));
+    assert_eq!(rig.get("/").await.0, 404);
     rig.api.stop().await;
 }
