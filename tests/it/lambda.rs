@@ -219,6 +219,12 @@ async fn browsers_are_answered_before_anybody_is_known() {
     assert_eq!(header(&preflight, "access-control-allow-origin"), "https://app.example.org");
     assert_eq!(header(&preflight, "access-control-allow-methods"), "POST");
     assert_eq!(header(&preflight, "access-control-allow-headers"), "content-type,authorization");
+    // Paths that there are not, for which the gateway has no other function.
+    let mut slash = get("/api/v1/app-conversations/", &[("ids", "a b")]);
+    slash["httpMethod"] = json!("POST");
+    let redirect = function.invoke(slash).await;
+    assert_eq!((&redirect["statusCode"], redirect["body"].as_str()), (&json!(307), Some("")));
+    assert_eq!(header(&redirect, "location"), "../app-conversations?ids=a%20b");
     let (status, config) = status_and_body(&function.invoke(event("config")).await);
     assert_eq!((status, &config["kind"]), (200, &json!("WebClientConfig")));
     let mut foreign = event("preflight");

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::future::join_all;
+use http::StatusCode;
 use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
@@ -17,6 +18,7 @@ use shared::config::SandboxConfig;
 use shared::conversation::ConversationRecord;
 use shared::conversation::store::ConversationChange;
 use shared::dynamo::{Item, text};
+use shared::objects;
 use shared::paging::{self, Bounds, MAX_EVALUATED};
 use shared::user::UserId;
 use tempfile::TempDir;
@@ -27,6 +29,7 @@ use crate::support::account;
 use crate::support::api::Api;
 use crate::support::meter::Meter;
 use crate::support::seed;
+use crate::support::server;
 
 /// Engines that all cases of a property share; each case is a tenant of its own.
 struct World {
@@ -772,7 +775,11 @@ async fn a_page_of_filtered_rows_ends_at_its_bounds_and_the_next_one_goes_on() {
     let api = Api::at(folder.path(), SandboxConfig::None).await;
     let user = UserId::new("u");
     api.stores.load(&user, plain_tasks(60)).await;
-    let last = uuid_of(57).simple().to_string();
+    // They were all made at once, and so are in the order of their ids.
+    let mut ids: Vec<String> = (0..60).map(|id| uuid_of(id).simple().to_string()).collect();
+    ids.sort_unstable();
+    let expected = ids.split_off(57);
+    let last = expected[0].clone();
     let query = || {
         let query = api.aws.dynamodb.query().table_name(&api.names.start_tasks).index_name("by-created");
         query
@@ -803,7 +810,6 @@ async fn a_page_of_filtered_rows_ends_at_its_bounds_and_the_next_one_goes_on() {
             }
         }
     };
-    let expected: Vec<String> = (57..60).map(|id| uuid_of(id).simple().to_string()).collect();
     assert_eq!(walk(unbounded).await, (expected.clone(), vec![2, 1]));
     let (found, pages) = walk(Bounds { evaluated: 20, ..unbounded }).await;
     assert_eq!(found, expected);
@@ -847,8 +853,11 @@ async fn a_missing_object_fails_no_list() {
     let user = UserId::new("u");
     let long = json!({"title": "kept", "system_message_suffix": "x".repeat(20_000)});
     let mut lines: Vec<Value> = plain_tasks(3).collect();
-    for line in &mut lines[..2] {
-        line["data"]["request"] = long.clone();
+    for (index, line) in (0..).zip(&mut lines) {
+        line["data"]["created_at"] = json!(At(index).time());
+        if index < 2 {
+            line["data"]["request"] = long.clone();
+        }
     }
     api.stores.load(&user, lines).await;
     let ids: Vec<String> = (0..3).map(|id| uuid_of(id).simple().to_string()).collect();
@@ -877,4 +886,38 @@ async fn a_missing_object_fails_no_list() {
     assert_eq!((&tasks[0]["request"]["title"], &tasks[1]["request"]["title"]), (&json!("kept"), &Value::Null));
     assert_eq!(tasks[1]["request"]["agent_type"], "default", "of the contract's shape");
     api.stop().await;
+}
+
+/// S3 answers 404 for a missing key only to those who may list the bucket, and has no body for `HEAD`.
+#[tokio::test]
+async fn a_missing_object_is_recognised_in_each_form_and_a_failing_bucket_is_not_one() {
+    let error = |code: &str| format!("<?xml version=\"1.0\"?><Error><Code>{code}</Code><Message>m</Message></Error>");
+    for (status, code, is_missing) in [
+        (404, "NoSuchKey", true),
+        (403, "AccessDenied", true),
+        (404, "NoSuchBucket", false),
+        (403, "SignatureDoesNotMatch", false),
+        (500, "InternalError", false),
+    ] {
+        let body = error(code);
+        let bucket = server::Server::start(move |request| {
+            let body = if request.method == "HEAD" { String::new() } else { body.clone() };
+            async move { Ok(server::raw(StatusCode::from_u16(status).expect("a status"), "application/xml", body)) }
+        })
+        .await;
+        let config = aws_sdk_s3::Config::builder()
+            .behavior_version(aws_config::BehaviorVersion::latest())
+            .region(aws_config::Region::new("eu-central-1"))
+            .credentials_provider(aws_sdk_s3::config::Credentials::new("a", "b", None, None, "test"))
+            .retry_config(aws_config::retry::RetryConfig::disabled())
+            .endpoint_url(bucket.url())
+            .force_path_style(true);
+        let s3 = aws_sdk_s3::Client::from_conf(config.build());
+        let opened = objects::open(&s3, "bucket", "key", "GetObject").await;
+        assert_eq!(matches!(opened, Ok(None)), is_missing, "{status} {code}: {opened:?}");
+        assert_eq!(opened.is_err(), !is_missing, "{status} {code}");
+        // Without a body, 403 and 404 are all that is known.
+        let head = objects::head(&s3, "bucket", "key", "HeadObject").await;
+        assert_eq!(matches!(head, Ok(None)), status < 500, "{status} {code}: {head:?}");
+    }
 }

@@ -187,3 +187,43 @@ async fn log(request: Request, next: Next) -> Response {
     flush_metrics();
     response
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::routing::get;
+    use http_body_util::BodyExt as _;
+    use lambda_http::http::StatusCode;
+    use tower::ServiceExt as _;
+
+    use super::*;
+
+    async fn answered(kind: &'static str, body: Vec<u8>) -> (StatusCode, usize) {
+        let answer = get(async move || ([(CONTENT_TYPE, kind)], body.clone()));
+        let router = Router::new().route("/", answer).layer(middleware::from_fn(within_payload_limit));
+        let answer = router.oneshot(Request::new(Body::empty())).await.unwrap_or_else(|never| match never {});
+        let status = answer.status();
+        (status, answer.into_body().collect().await.map(|body| body.to_bytes().len()).unwrap_or_default())
+    }
+
+    #[tokio::test]
+    async fn no_answer_is_larger_than_lambda_returns() {
+        let most = usize::try_from(MAX_BODY).unwrap_or_default();
+        for (kind, byte, size, fits) in [
+            ("application/json", b'x', most, true),
+            ("application/json", b'x', most + 1, false),
+            // Escaped, it is twice as long; and in base64 a third longer.
+            ("application/json", b'"', most / 2, true),
+            ("application/json", b'"', most / 2 + 1, false),
+            ("text/plain; charset=utf-8", 0, most / 6 + 1, false),
+            ("image/png", 0, most / 4 * 3, true),
+            ("image/png", 0, most / 4 * 3 + 4, false),
+        ] {
+            let (status, length) = answered(kind, vec![byte; size]).await;
+            if fits {
+                assert_eq!((status, length), (StatusCode::OK, size), "{kind} {size}");
+            } else {
+                assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE, "{kind} {size}");
+            }
+        }
+    }
+}
