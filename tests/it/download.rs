@@ -874,8 +874,7 @@ async fn a_client_is_told_at_once_to_come_back_while_a_worker_builds_the_export(
     let (lease, _) = store.claim(&rig.user, id, END_WITHIN).await.expect("the store").expect("a lease");
     // A request that would wait had all the time there is.
     let patient = ExportConfig { budget: 10 * END_WITHIN, ..config() };
-    let exporter =
-        Exporter::new(&patient, &rig.names, &rig.aws, rig.sandboxes.clone(), Outbound::new(Reach::Anywhere));
+    let exporter = Exporter::new(&patient, &rig.names, &rig.aws, rig.sandboxes.clone(), Outbound::new(Reach::Anywhere));
     let answer = tokio::time::timeout(END_WITHIN, exporter.export(&rig.user, id)).await.expect("it does not wait");
     assert!(matches!(answer.expect("the store"), Some(shared::export::Answer::Pending)));
     // As soon as the worker gives the lease back, a request may build it.

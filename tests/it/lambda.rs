@@ -224,7 +224,7 @@ async fn browsers_are_answered_before_anybody_is_known() {
     slash["httpMethod"] = json!("POST");
     let redirect = function.invoke(slash).await;
     assert_eq!((&redirect["statusCode"], redirect["body"].as_str()), (&json!(307), Some("")));
-    assert_eq!(header(&redirect, "location"), "../app-conversations?ids=a%20b");
+    assert_eq!(header(&redirect, "location"), "../app-conversations?ids=a+b");
     let (status, config) = status_and_body(&function.invoke(event("config")).await);
     assert_eq!((status, &config["kind"]), (200, &json!("WebClientConfig")));
     let mut foreign = event("preflight");
@@ -480,7 +480,8 @@ async fn an_export_up_to_the_limit_is_streamed_and_a_larger_one_linked() {
     const LIMIT: usize = 60 * 1024 * 1024;
     let cloud = Cloud::start().await;
     let [fits, too_large] = [1, 2].map(Uuid::from_u128);
-    let zip: Vec<u8> = (0_u32..).flat_map(|number| number.wrapping_mul(2_654_435_761).to_le_bytes()).take(LIMIT).collect();
+    let zip: Vec<u8> =
+        (0_u32..).flat_map(|number| number.wrapping_mul(2_654_435_761).to_le_bytes()).take(LIMIT).collect();
     finished_export(&cloud, fits, zip.clone()).await;
     finished_export(&cloud, too_large, [&zip[..], b"x"].concat()).await;
     let function = cloud.function_with("download", &[("EXPORT_INLINE_LIMIT", &LIMIT.to_string())]).await;
@@ -624,7 +625,8 @@ async fn the_largest_start_tasks_fit_into_answers_and_memory() {
     let (items, largest) = walk(&function, &format!("{BASE}/start-tasks/search")).await;
     assert_eq!(items.len(), 106);
     assert!(largest < PAYLOAD, "{largest}");
-    let text_of = |task: &Value| task["request"]["initial_message"]["content"][0]["text"].as_str().map(ToOwned::to_owned);
+    let text_of =
+        |task: &Value| task["request"]["initial_message"]["content"][0]["text"].as_str().map(ToOwned::to_owned);
     let whole = |task: &Value, text: &str| text_of(task).as_deref() == Some(text);
     let by_id = |number: u128| {
         let id = Uuid::from_u128(number).simple().to_string();

@@ -864,7 +864,8 @@ async fn a_missing_object_fails_no_list() {
     // As a version before wrote it: without the short form.
     let update = api.aws.dynamodb.update_item().table_name(&api.names.start_tasks);
     let update = update.key("user", text("u")).key("id", text(&ids[1])).update_expression("SET #request = :none");
-    let update = update.expression_attribute_names("#request", "request").expression_attribute_values(":none", text(""));
+    let update =
+        update.expression_attribute_names("#request", "request").expression_attribute_values(":none", text(""));
     update.send().await.expect("changed");
     let batch: Vec<(&str, String)> = ids.iter().map(|id| ("ids", id.clone())).collect();
     let both = async || {

@@ -18,8 +18,8 @@ use super::{AppConversation, ConversationRecord};
 use crate::clock::Time;
 use crate::dynamo::{Item, from_item, text};
 use crate::error::{Error, Result};
-use crate::http::{page, page_id};
 pub use crate::http::sort_order::SortOrder;
+use crate::http::{page, page_id};
 use crate::paging::{self, Bounds};
 use crate::user::UserId;
 use crate::user::counters::{self, Counter};
@@ -240,7 +240,8 @@ impl ConversationStore {
         let is_filtered = !plan.conditions.is_empty();
         let bounds = Bounds::of_page(limit);
         let (records, next) =
-            paging::page("Query conversations", bounds, start, is_filtered, query, read, |item| plan.after(item)).await?;
+            paging::page("Query conversations", bounds, start, is_filtered, query, read, |item| plan.after(item))
+                .await?;
         Ok(Page { records, next })
     }
 

@@ -461,8 +461,7 @@ impl EventStore {
     /// # Errors
     /// [`Error::Store`]; [`Error::TooLarge`] when several take more than [`PAGE_SIZE`] together.
     pub async fn batch_get(&self, user: &UserId, conversation: Uuid, ids: &[String]) -> Result<Vec<Option<Event>>> {
-        let wanted: Vec<String> =
-            ids.iter().filter(|id| !id.is_empty() && id.len() <= KEY_LIMIT).cloned().collect();
+        let wanted: Vec<String> = ids.iter().filter(|id| !id.is_empty() && id.len() <= KEY_LIMIT).cloned().collect();
         let rows = self.rows(&partition(user, conversation), wanted).await?;
         let room: u64 = ids.iter().filter_map(|id| rows.get(id)).map(|row| row.room).sum();
         if rows.len() > 1 && room > PAGE_SIZE {
@@ -612,15 +611,13 @@ impl EventStore {
     async fn read(&self, row: Row) -> Result<Option<Event>> {
         let json = match (row.event, row.event_object) {
             (Some(json), _) => json,
-            (None, Some(key)) => {
-                match objects::read_text(&self.s3, &self.bucket, &key, "GetObject events").await? {
-                    Some(json) => json,
-                    None => {
-                        tracing::warn!(key, "event.object_missing");
-                        return Ok(None);
-                    }
+            (None, Some(key)) => match objects::read_text(&self.s3, &self.bucket, &key, "GetObject events").await? {
+                Some(json) => json,
+                None => {
+                    tracing::warn!(key, "event.object_missing");
+                    return Ok(None);
                 }
-            }
+            },
             (None, None) => return Err(Error::internal("the row of an event is without the event")),
         };
         Ok(Some(Event { id: row.id, timestamp: row.timestamp, kind: row.kind, json }))

@@ -147,7 +147,8 @@ mod tests {
 
     #[test]
     fn sizes_are_those_of_the_text_in_a_json_string() {
-        for value in [json!({"a": "\u{1}\n\"\\é😀\u{7f}\u{8}\u{c}\r\t/"}), json!([1, null, {"b": [true]}]), json!("")] {
+        for value in [json!({"a": "\u{1}\n\"\\é😀\u{7f}\u{8}\u{c}\r\t/"}), json!([1, null, {"b": [true]}]), json!("")]
+        {
             let text = value.to_string();
             let in_a_string = serde_json::to_string(&text).expect("JSON").len() as u64 - 2;
             assert_eq!(size_of(&value).expect("a size"), in_a_string, "{text}");

@@ -66,7 +66,8 @@ fn without_slash(uri: &Uri) -> Option<String> {
     let path = uri.path();
     let shorter = path.trim_end_matches('/');
     let slashes = path.len() - shorter.len();
-    let last = shorter.rsplit('/').next().filter(|last| slashes > 0 && !last.is_empty() && !matches!(*last, "." | ".."))?;
+    let last =
+        shorter.rsplit('/').next().filter(|last| slashes > 0 && !last.is_empty() && !matches!(*last, "." | ".."))?;
     let query = uri.query().map(|query| format!("?{query}")).unwrap_or_default();
     Some(format!("{}{last}{query}", "../".repeat(slashes)))
 }

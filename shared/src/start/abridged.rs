@@ -121,7 +121,8 @@ mod tests {
 
     /// As a start task shows it.
     fn shown(body: &Value) -> String {
-        let request = StartRequest::from_body(Some("application/json"), body.to_string().as_bytes()).expect("a request");
+        let request =
+            StartRequest::from_body(Some("application/json"), body.to_string().as_bytes()).expect("a request");
         serde_json::to_string(&request).expect("JSON")
     }
 

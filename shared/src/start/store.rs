@@ -457,10 +457,7 @@ impl StartTaskStore {
     ///
     /// # Errors
     /// [`Error::Store`].
-    pub async fn show_all(
-        &self,
-        records: &[Option<StartTaskRecord>],
-    ) -> Result<Vec<Option<AppConversationStartTask>>> {
+    pub async fn show_all(&self, records: &[Option<StartTaskRecord>]) -> Result<Vec<Option<AppConversationStartTask>>> {
         let found = records.iter().flatten().count();
         let mut left = PAGE_SIZE.saturating_sub(ABRIDGED_SIZE * u64::try_from(found).unwrap_or(u64::MAX));
         let keys: Vec<Option<String>> = records.iter().flatten().map(|record| record.request_object.clone()).collect();
@@ -904,12 +901,11 @@ enum OpenRequest {
 /// Reads the request of a record; `None` when it takes more than `room` bytes of an answer.
 async fn read_request(record: &StartTaskRecord, request: OpenRequest, room: u64) -> Result<Option<Box<RawValue>>> {
     let request = match request {
-        OpenRequest::Inline => record.request.clone(),
         OpenRequest::Object(object) if objects::length(&object) > room => return Ok(None),
         OpenRequest::Object(object) => objects::text(*object, "GetObject start-requests").await?,
         // The task is being deleted; its request goes first.
         OpenRequest::Missing if record.request.is_empty() => return Ok(Some(missing_request())),
-        OpenRequest::Missing => record.request.clone(),
+        OpenRequest::Inline | OpenRequest::Missing => record.request.clone(),
     };
     Ok((page::size_of_text(request.as_bytes()) <= room).then(|| raw(request)))
 }
