@@ -828,11 +828,11 @@ impl StartTaskStore {
 
     /// The short form of a record's request.
     async fn abridged_request(&self, record: &StartTaskRecord) -> Result<Box<RawValue>> {
+        let Some(key) = &record.request_object else { return Ok(raw(abridged(&record.request))) };
         if !record.request.is_empty() {
-            return Ok(raw(abridged(&record.request)));
+            return Ok(raw(record.request.clone()));
         }
-        // A record of an earlier version.
-        let Some(key) = &record.request_object else { return Ok(missing_request()) };
+        // A record of an earlier version has none.
         let request = objects::read_text(&self.s3, &self.bucket, key, "GetObject start-requests").await?;
         Ok(request.map_or_else(missing_request, |request| raw(abridged(&request))))
     }
