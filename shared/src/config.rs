@@ -63,6 +63,9 @@ pub struct StartConfig {
     pub lease: Duration,
     /// Pause between two looks at something that is waited for (`START_POLL_MS`, 100).
     pub poll: Duration,
+    /// How long stream-start sends nothing before it sends a newline (`STREAM_KEEP_ALIVE_MS`, 10000). CloudFront ends a stream
+    /// that is idle for 30 s, and API Gateway one that is idle for 5 minutes.
+    pub keep_alive: Duration,
     /// Conversations that grouping puts into one sandbox at most (`MAX_CONVERSATIONS_PER_SANDBOX`, 20).
     pub max_conversations_per_sandbox: usize,
     /// Whether a workspace without repository becomes an empty one (`INIT_GIT_IN_EMPTY_WORKSPACE`, true).
@@ -92,6 +95,7 @@ impl Default for StartConfig {
             patience: Duration::from_secs(2),
             lease: Duration::from_secs(15),
             poll: Duration::from_millis(100),
+            keep_alive: Duration::from_secs(10),
             max_conversations_per_sandbox: 20,
             init_git_in_empty_workspace: true,
             allow_insecure_git_access: false,
@@ -107,8 +111,8 @@ impl Default for StartConfig {
 /// How conversations are exported.
 #[derive(Clone, Debug)]
 pub struct ExportConfig {
-    /// The largest zip that is the answer itself, in bytes; a larger one is behind a link (`EXPORT_INLINE_LIMIT`, 4 MiB).
-    /// Lambda answers with 6 MB at most, in base64.
+    /// The largest zip that is streamed as the answer, in bytes (`EXPORT_INLINE_LIMIT`, 64 MiB). The answer for a larger one is a
+    /// redirect to a link. API Gateway limits a stream to 2 MB/s after its first 10 MB, so that 64 MiB take half a minute.
     pub inline_limit: u64,
     /// How long a request works on an export before it leaves it to the worker (`EXPORT_BUDGET_MS`, 20000). The API gateway
     /// waits for 29 s.
@@ -128,7 +132,7 @@ pub struct ExportConfig {
 impl Default for ExportConfig {
     fn default() -> Self {
         Self {
-            inline_limit: 4 * 1024 * 1024,
+            inline_limit: 64 * 1024 * 1024,
             budget: Duration::from_secs(20),
             worker_budget: Duration::from_secs(100),
             catch_up: Duration::from_secs(5),
@@ -483,6 +487,7 @@ impl StartConfig {
             patience: milliseconds("START_PATIENCE_MS", default.patience)?,
             lease: seconds("START_LEASE_SECONDS", default.lease)?,
             poll: milliseconds("START_POLL_MS", default.poll)?,
+            keep_alive: milliseconds("STREAM_KEEP_ALIVE_MS", default.keep_alive)?,
             max_conversations_per_sandbox: parsed("MAX_CONVERSATIONS_PER_SANDBOX")?
                 .unwrap_or(default.max_conversations_per_sandbox),
             init_git_in_empty_workspace: flag("INIT_GIT_IN_EMPTY_WORKSPACE", default.init_git_in_empty_workspace)?,

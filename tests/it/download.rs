@@ -238,6 +238,20 @@ impl Rig {
         drop(update.send().await);
     }
 
+    /// As if the export had been finished so many minutes ago.
+    async fn age_finished(&self, conversation: Uuid, minutes: u64) {
+        let text = |text: String| aws_sdk_dynamodb::types::AttributeValue::S(text);
+        let at = Time::now().minus(Duration::from_secs(60 * minutes));
+        let update = self.aws.dynamodb.update_item().table_name(&self.names.users);
+        let update = update
+            .key("user", text(USER.to_owned()))
+            .key("kind", text(format!("export#{}", conversation.simple())))
+            .update_expression("SET finished.#at = :at")
+            .expression_attribute_names("#at", "at")
+            .expression_attribute_values(":at", text(at.sortable()));
+        update.send().await.expect("a finished export");
+    }
+
     /// Jobs in the queue.
     async fn jobs(&self) -> Vec<Job> {
         let mut jobs = Vec::new();
@@ -832,11 +846,68 @@ async fn one_that_outlasts_its_request_is_made_by_workers_from_part_to_part() {
     assert_eq!(members.pop().expect("members").0, "meta.json");
     assert!(members.len() > expected.len() && members.starts_with(&expected));
     assert_eq!(rig.objects().await, rig.zips().await, "notes are gone");
-    // It was given out once. What comes next is what there is now.
+    // Everyone gets it, as often as they ask, although the conversation has changed since.
+    let record = rig.record(id).await;
+    let zips = join_all((0..3).map(|_| rig.download(id))).await;
+    for zip in zips {
+        assert_eq!(zip.members().await.len(), members.len() + 1);
+    }
+    assert_eq!(rig.record(id).await, record, "a request changes nothing");
+    assert_eq!(rig.jobs().await, [], "nothing is built");
+    // What comes after its time is what there is then.
+    rig.age_finished(id, 11).await;
     assert_eq!(told(&rig.get(id).await), come_back);
+    assert_eq!(rig.jobs().await, std::slice::from_ref(&job));
     // Late messages do no harm.
     rig.exporter.go_on(&rig.user, id).await.expect("a turn");
     assert_eq!(rig.exporter.go_on(&rig.user, Uuid::new_v4()).await.ok(), Some(()));
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn a_client_is_told_at_once_to_come_back_while_a_worker_builds_the_export() {
+    let rig = Rig::new(ExportConfig { budget: Duration::ZERO, ..config() }).await;
+    let id = rig.conversation(None).await;
+    rig.append(id, vec![numbered(1)]).await;
+    assert_eq!(rig.get(id).await.status(), 503);
+    let store = rig.exporter.store();
+    let (lease, _) = store.claim(&rig.user, id, END_WITHIN).await.expect("the store").expect("a lease");
+    // A request that would wait had all the time there is.
+    let patient = ExportConfig { budget: 10 * END_WITHIN, ..config() };
+    let exporter = Exporter::new(&patient, &rig.names, &rig.aws, rig.sandboxes.clone(), Outbound::new(Reach::Anywhere));
+    let answer = tokio::time::timeout(END_WITHIN, exporter.export(&rig.user, id)).await.expect("it does not wait");
+    assert!(matches!(answer.expect("the store"), Some(shared::export::Answer::Pending)));
+    // As soon as the worker gives the lease back, a request may build it.
+    store.hand_over(&lease, None).await.expect("the store");
+    let answer = exporter.export(&rig.user, id).await.expect("the store");
+    assert!(matches!(answer, Some(shared::export::Answer::Ready(_))), "{answer:?}");
+    // And as others were told to come back, it is kept for them.
+    rig.append(id, vec![numbered(2)]).await;
+    assert_eq!(rig.download(id).await.names().await.len(), 2);
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn a_finished_export_of_the_version_before_is_served_and_one_that_is_gone_is_built_again() {
+    let rig = Rig::new(config()).await;
+    let id = rig.conversation(None).await;
+    rig.append(id, vec![numbered(1)]).await;
+    rig.download(id).await;
+    let zip = rig.zips().await.pop().expect("an export");
+    rig.append(id, vec![numbered(2)]).await;
+    // As it was written: the warning beside what is finished.
+    let item = json!({
+        "user": USER, "kind": format!("export#{}", id.simple()), "wanted": false, "warning": "an old warning",
+        "finished": {"key": zip, "at": Time::now().minus(Duration::from_secs(60)).sortable()},
+    });
+    let item: shared::dynamo::Item = shared::dynamo::to_item(&item).expect("an item");
+    rig.aws.dynamodb.put_item().table_name(&rig.names.users).set_item(Some(item)).send().await.expect("stored");
+    let answer = rig.get(id).await;
+    assert_eq!(answer.headers()["x-export-warning"], "an old warning");
+    assert_eq!(rig.zip(&answer.bytes().await.expect("a body")).names().await.len(), 2);
+    assert_eq!(rig.download(id).await.names().await.len(), 2, "again");
+    rig.aws.s3.delete_object().bucket(&rig.names.bucket).key(&zip).send().await.expect("deleted");
+    assert_eq!(rig.download(id).await.names().await.len(), 3, "anew");
     rig.end().await;
 }
 
@@ -991,7 +1062,7 @@ async fn old_exports_and_uploads_are_removed_where_no_lifecycle_rule_does() {
     loop {
         rig.exporter.go_on(&rig.user, unfinished).await.ok();
         let answer = rig.get(unfinished).await;
-        if answer.status() == 302 {
+        if answer.status() == 200 {
             break;
         }
     }

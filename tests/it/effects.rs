@@ -12,10 +12,10 @@ use serde_json::{Value, json};
 use shared::Time;
 use shared::agent_server::AgentServer;
 use shared::config::SandboxConfig;
-use shared::conversation::ConversationRecord;
 use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationChange;
 use shared::conversation::told::{AgentStats, Known, Standing, StatsTime};
+use shared::conversation::{ConversationRecord, MAX_NAME};
 use shared::event::store::Event;
 use shared::outbound::{Outbound, Reach};
 use shared::sandbox::SandboxStatus;
@@ -328,6 +328,32 @@ async fn a_conversation_as_a_whole_brings_model_title_and_stats_and_nothing_else
     fixture.post_events(SANDBOX, id, &[message("m"), stats("s", "2026-01-01T00:00:09", 9)]).await;
     assert_eq!(store.standing(user, id).await.expect("the store"), Standing::Deleting);
     assert_eq!((fixture.count().await, fixture.events(user, id).await), (0, json!([])));
+    fixture.api.stop().await;
+}
+
+/// If it was refused the agent server would send it forever.
+#[tokio::test]
+async fn titles_and_models_of_any_length_are_no_fault() {
+    let fixture = Fixture::new().await;
+    let (known, unknown, user) = (Uuid::new_v4(), Uuid::new_v4(), &fixture.user);
+    let before = fixture.has_conversation(user, known, SANDBOX).await;
+    let change = ConversationChange::default().title(None);
+    fixture.api.stores.conversations.update(user, known, change).await.expect("the store");
+    let long = "é".repeat(500_000);
+    for id in [known, unknown] {
+        fixture.tell(SANDBOX, &json!({"id": id, "title": long, "agent": {"llm": {"model": long}}})).await;
+        let record = fixture.record(user, id).await;
+        assert_eq!(record.title, Some("é".repeat(MAX_NAME)));
+        assert_eq!(record.llm_model, before.llm_model.clone().filter(|_| id == known));
+        let at_the_limit = "m".repeat(MAX_NAME);
+        fixture.tell(SANDBOX, &json!({"id": id, "agent": {"llm": {"model": at_the_limit}}})).await;
+        assert_eq!(fixture.record(user, id).await.llm_model, Some(at_the_limit));
+    }
+    // What an agent server finds when it is asked.
+    let third = Uuid::new_v4();
+    fixture.tell(SANDBOX, &json!({"id": third})).await;
+    assert!(fixture.api.stores.conversations.set_agent_title(user, third, &long).await.expect("the store"));
+    assert_eq!(fixture.record(user, third).await.title, Some("é".repeat(MAX_NAME)));
     fixture.api.stop().await;
 }
 

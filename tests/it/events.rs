@@ -7,7 +7,8 @@ use shared::Time;
 use shared::aws::Aws;
 use shared::config::{Names, SandboxConfig};
 use shared::error::Error;
-use shared::event::store::{After, Event, EventFilter, EventStore, PAGE_ROOM, SortOrder};
+use shared::event::store::{After, Event, EventFilter, EventStore, SortOrder};
+use shared::http::page::PAGE_SIZE;
 use shared::user::UserId;
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -212,6 +213,17 @@ async fn what_comes_during_a_walk_is_met_once_if_it_is_ahead() {
 }
 
 #[tokio::test]
+async fn ids_may_come_twice_in_one_request() {
+    let log = Log::new().await;
+    log.append(vec![event("a", "2026-01-01T00:00:01", "K"), event("a", "2026-01-01T00:00:02", "K")]).await;
+    let ids = ["a", "b", "a", "b"].map(ToOwned::to_owned);
+    assert_eq!(log.store.known(&log.user, log.conversation, &ids).await.expect("the store"), ["a"]);
+    let found = log.store.batch_get(&log.user, log.conversation, &ids).await.expect("the store");
+    assert_eq!(found.iter().map(Option::is_some).collect::<Vec<_>>(), [true, false, true, false]);
+    log.engines.shutdown().await;
+}
+
+#[tokio::test]
 async fn a_page_holds_no_more_than_one_answer_can() {
     let log = Log::new().await;
     let million = 1_000_000;
@@ -236,7 +248,7 @@ async fn a_page_holds_no_more_than_one_answer_can() {
         log.store.batch_get(&log.user, log.conversation, &ids).await
     };
     let single = get(&["e4", "nothing"]).await.expect("one event, however large");
-    assert!(single[0].as_ref().is_some_and(|event| event.json.len() as u64 > PAGE_ROOM) && single[1].is_none());
+    assert!(single[0].as_ref().is_some_and(|event| event.json.len() as u64 > PAGE_SIZE) && single[1].is_none());
     assert_eq!(get(&["e0", "e1", "e2", "e3"]).await.expect("what fits").iter().flatten().count(), 4);
     assert!(matches!(get(&["e0", "e4"]).await, Err(Error::TooLarge(_))));
     log.engines.shutdown().await;
@@ -446,7 +458,7 @@ async fn large_events_are_answered_a_few_at_a_time() {
     let (status, answer) = served.get("?id=e0&id=e1").await;
     assert_eq!(
         (status, answer),
-        (413, json!({"detail": "These events are too large for one answer: ask for fewer at once"}))
+        (413, json!({"detail": "These events are too large for one answer: request fewer at once"}))
     );
     let (status, answer) = served.get("?id=e0&id=nobody").await;
     assert_eq!((status, answer[0]["text"].as_str().map(str::len)), (200, Some(5 * million)));

@@ -563,9 +563,11 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
     let unfinished = rig.stores.tasks.get(&user, tasks[1]).await.expect("the store").expect("a task");
     assert_eq!(unfinished.now.status, StartStatus::Error);
     assert!(unfinished.now.detail.as_ref().is_some_and(|detail| detail.contains("PREPARING_REPOSITORY")));
-    let ready = rig.stores.tasks.get(&user, tasks[0]).await.expect("the store").expect("a task").show();
-    assert_eq!(ready.request["secrets"], json!({"TOKEN": "**********"}));
-    assert_eq!(ready.request["system_message_suffix"].as_str().map(str::len), Some(20_000));
+    let ready = rig.stores.tasks.batch_get(&user, &tasks[..1]).await.expect("the store");
+    let ready = rig.stores.tasks.show_all(&ready).await.expect("the bucket").pop().flatten().expect("a task");
+    let request: Value = serde_json::from_str(ready.request.get()).expect("JSON");
+    assert_eq!(request["secrets"], json!({"TOKEN": "**********"}));
+    assert_eq!(request["system_message_suffix"].as_str().map(str::len), Some(20_000));
     assert_eq!(ready.created_at.to_string(), "2025-06-01T10:00:00.000001Z");
 
     let kept = all_events(&rig.events, &user, ids[0]).await;

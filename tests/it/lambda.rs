@@ -8,10 +8,14 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use futures::future::join_all;
+use http::StatusCode;
 use secrecy::ExposeSecret as _;
 use serde_json::{Value, json};
+use shared::Time;
 use shared::aws::Aws;
 use shared::config::{Config, ExportConfig, SandboxConfig, SealingConfig, StartConfig};
+use shared::conversation::MAX_NAME;
+use shared::export::store::ExportStore;
 use shared::user::UserId;
 use shared::user::data_key::DataKey;
 use shared::user::seal::Sealer;
@@ -21,14 +25,21 @@ use uuid::Uuid;
 
 use crate::support::engines::Engines;
 use crate::support::kms::{KEY, Kms};
-use crate::support::lambda::{Function, Part};
+use crate::support::lambda::{Function, Part, Streamed};
 use crate::support::product::contains;
 use crate::support::seed::Stores;
+use crate::support::server;
 use crate::template::function_of;
 use crate::tenants::{By, Route, furnish_in, key_of, routes, token_of};
 
 const BASE: &str = "/api/v1/app-conversations";
 const PATIENCE: Duration = Duration::from_secs(60);
+/// The user of the recorded events.
+const CALLER: &str = "u1";
+/// What Lambda returns from an invocation at most, in bytes.
+const PAYLOAD: usize = 6 * 1024 * 1024;
+/// The memory of the functions, in bytes. (Those that answer for exports have more.)
+const MEMORY: u64 = 256 * 1024 * 1024;
 
 /// An event as recorded in `tests/data/lambda`.
 fn event(name: &str) -> Value {
@@ -67,11 +78,17 @@ impl Cloud {
     }
 
     async fn function(&self, name: &str) -> Function {
+        self.function_with(name, &[]).await
+    }
+
+    /// With these variables in its environment.
+    async fn function_with(&self, name: &str, variables: &[(&str, &str)]) -> Function {
         let mut environment = self.engines.environment();
         environment.extend(self.config.to_env().into_iter().map(|(name, value)| (name.to_owned(), value)));
         environment.push(("AWS_ENDPOINT_URL_KMS".to_owned(), self.kms.url()));
         environment.push(("METRICS_NAMESPACE".to_owned(), "test".to_owned()));
         environment.push(("PERMITTED_CORS_ORIGINS".to_owned(), "https://app.example.org".to_owned()));
+        environment.extend(variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
         Function::start(name, self.folder.path(), &environment).await
     }
 
@@ -204,6 +221,12 @@ async fn browsers_are_answered_before_anybody_is_known() {
     assert_eq!(header(&preflight, "access-control-allow-origin"), "https://app.example.org");
     assert_eq!(header(&preflight, "access-control-allow-methods"), "POST");
     assert_eq!(header(&preflight, "access-control-allow-headers"), "content-type,authorization");
+    // Paths that there are not, for which the gateway has no other function.
+    let mut slash = get("/api/v1/app-conversations/", &[("ids", "a b")]);
+    slash["httpMethod"] = json!("POST");
+    let redirect = function.invoke(slash).await;
+    assert_eq!((&redirect["statusCode"], redirect["body"].as_str()), (&json!(307), Some("")));
+    assert_eq!(header(&redirect, "location"), "../app-conversations?ids=a+b");
     let (status, config) = status_and_body(&function.invoke(event("config")).await);
     assert_eq!((status, &config["kind"]), (200, &json!("WebClientConfig")));
     let mut foreign = event("preflight");
@@ -212,6 +235,22 @@ async fn browsers_are_answered_before_anybody_is_known() {
     let refused = function.invoke(foreign).await;
     assert_eq!(header(&refused, "access-control-allow-origin"), "", "{refused}");
     assert_eq!(cloud.kms.asked(), (0, 0), "it has no use for the key");
+}
+
+/// The event of a `GET` by [`CALLER`].
+fn get(path: &str, query: &[(&str, &str)]) -> Value {
+    let mut event = event("search");
+    let mut values: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (name, value) in query {
+        values.entry(name).or_default().push(value);
+    }
+    event["resource"] = json!(path);
+    event["path"] = json!(path);
+    event["queryStringParameters"] = Value::Null;
+    event["multiValueQueryStringParameters"] = if values.is_empty() { Value::Null } else { json!(values) };
+    event["requestContext"]["resourcePath"] = json!(path);
+    event["requestContext"]["path"] = json!(format!("/v1{path}"));
+    event
 }
 
 /// The event with which the gateway hands a request to a route's function.
@@ -360,12 +399,12 @@ async fn the_worker_reports_what_failed_of_a_batch_alone() {
 #[tokio::test(flavor = "multi_thread")]
 async fn stream_start_answers_chunk_by_chunk() {
     let cloud = Cloud::start().await;
-    let function = cloud.function("stream-start").await;
+    let function = cloud.function_with("stream-start", &[("STREAM_KEEP_ALIVE_MS", "20")]).await;
     let (id, mut parts) = function.send(event("stream-start"));
     let mut text = Vec::new();
     let mut chunks = 0;
-    // The first state comes before anything has been done about the start.
-    while !String::from_utf8_lossy(&text).contains("WORKING") {
+    // The first state comes before anything has been done about the start; then newlines, as long as nothing is.
+    while !String::from_utf8_lossy(&text).contains("WORKING") || !text.ends_with(b"\n\n\n") {
         let Some(Part::Chunk(chunk)) = timeout(PATIENCE, parts.recv()).await.expect("a chunk") else {
             panic!("an end")
         };
@@ -383,7 +422,7 @@ async fn stream_start_answers_chunk_by_chunk() {
                 chunks += 1;
             }
             Part::End => break,
-            Part::Error(error) => panic!("{error}"),
+            other => panic!("{other:?}"),
         }
     }
     assert!(function.was_streamed(&id));
@@ -394,9 +433,299 @@ async fn stream_start_answers_chunk_by_chunk() {
         (&prelude["statusCode"], &prelude["headers"]["content-type"]),
         (&json!(200), &json!("application/json"))
     );
+    assert_eq!(prelude["headers"].get("content-length"), None, "nobody knows it");
     let states: Value = serde_json::from_slice(&text[separator + 8..]).expect("a JSON array");
     let states: Vec<_> = states.as_array().expect("an array").iter().map(|state| state["status"].as_str()).collect();
     assert_eq!((states.first(), states.last()), (Some(&Some("WORKING")), Some(&Some("ERROR"))), "{states:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn errors_before_a_stream_begins_have_a_status() {
+    let cloud = Cloud::start().await;
+    let function = cloud.function("stream-start").await;
+    let mut broken = event("stream-start");
+    broken["body"] = json!("{");
+    broken["isBase64Encoded"] = json!(false);
+    let (status, told) = status_and_body(&function.invoke(broken.clone()).await);
+    assert_eq!((status, &told["detail"][0]["type"]), (422, &json!("json_invalid")));
+    broken["body"] = json!(" ".repeat(6 * 1024 * 1024 + 1));
+    let too_large = (413, json!({"detail": "The request is larger than this server takes"}));
+    assert_eq!(status_and_body(&function.invoke(broken).await), too_large);
+    let mut nobody = event("stream-start");
+    nobody["requestContext"]["authorizer"] = Value::Null;
+    let refused = (401, json!({"detail": "Unauthorized"}));
+    assert_eq!(status_and_body(&function.invoke(nobody).await), refused);
+}
+
+/// A finished export of a conversation, in the store and in the bucket.
+async fn finished_export(cloud: &Cloud, conversation: Uuid, zip: Vec<u8>) {
+    let user = UserId::new(CALLER);
+    let stores = Stores::new(&cloud.aws, &cloud.config.names, &cloud.sealer().await);
+    let row = json!({"type": "conversation", "data": {"id": conversation.to_string(), "sandbox_id": "s", "title": "t",
+        "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}});
+    stores.load(&user, [row]).await;
+    let key = ExportStore::key(&user, conversation, "a test");
+    let put = cloud.aws.s3.put_object().bucket(&cloud.config.names.bucket).key(&key).body(zip.into());
+    put.send().await.expect("stored");
+    let item = json!({
+        "user": CALLER, "kind": format!("export#{}", conversation.simple()), "wanted": false,
+        "finished": {"key": key, "at": Time::now().sortable()},
+    });
+    let item = shared::dynamo::to_item(&item).expect("an item");
+    let put = cloud.aws.dynamodb.put_item().table_name(&cloud.config.names.users).set_item(Some(item));
+    put.send().await.expect("stored");
+}
+
+/// The export is larger than the memory that the function is allowed to use for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_export_up_to_the_limit_is_streamed_and_a_larger_one_linked() {
+    const LIMIT: usize = 60 * 1024 * 1024;
+    let cloud = Cloud::start().await;
+    let [fits, too_large] = [1, 2].map(Uuid::from_u128);
+    let zip: Vec<u8> =
+        (0_u32..).flat_map(|number| number.wrapping_mul(2_654_435_761).to_le_bytes()).take(LIMIT).collect();
+    finished_export(&cloud, fits, zip.clone()).await;
+    finished_export(&cloud, too_large, [&zip[..], b"x"].concat()).await;
+    let function = cloud.function_with("download", &[("EXPORT_INLINE_LIMIT", &LIMIT.to_string())]).await;
+    let path = |id: Uuid| format!("{BASE}/{id}/download");
+
+    let before = function.invoke(get(&path(Uuid::nil()), &[])).await;
+    let not_found = (404, json!({"detail": format!("Conversation not found: {}", Uuid::nil())}));
+    assert_eq!(status_and_body(&before), not_found);
+    let memory_before = function.peak_memory();
+
+    let (id, mut parts) = function.send(get(&path(fits), &[]));
+    let (mut bytes, mut chunks) = (Vec::new(), 0);
+    loop {
+        match timeout(PATIENCE, parts.recv()).await.expect("a part").expect("the runtime API runs") {
+            Part::Chunk(chunk) => bytes.extend_from_slice(&chunk),
+            Part::End => break,
+            other => panic!("{other:?}"),
+        }
+        chunks += 1;
+    }
+    assert!(function.was_streamed(&id) && chunks > 100, "{chunks}");
+    let Streamed { prelude, body } = Streamed::read(&bytes);
+    let headers = &prelude["headers"];
+    assert_eq!((&prelude["statusCode"], &headers["content-type"]), (&json!(200), &json!("application/zip")));
+    assert_eq!(headers["content-length"], LIMIT.to_string());
+    assert_eq!(headers["content-disposition"], format!("attachment; filename=\"conversation_{fits}.zip\""));
+    assert!(body == zip, "byte for byte");
+    let memory = function.peak_memory();
+    println!("memory of download: {memory_before} before, {memory} after {LIMIT} bytes");
+    assert!(memory < memory_before + 24 * 1024 * 1024, "{memory_before}, then {memory}");
+
+    let linked = function.invoke(get(&path(too_large), &[])).await;
+    assert_eq!(linked["statusCode"], 302);
+    let link = header(&linked, "location");
+    assert!(link.contains("X-Amz-Signature=") && link.contains("/exports/"), "{link}");
+    let (status, told) = status_and_body(&function.invoke(get(&path(fits).replace("00000001", "x"), &[])).await);
+    assert_eq!((status, &told["detail"][0]["type"]), (422, &json!("uuid_parsing")));
+    let mut head = get(&path(fits), &[]);
+    head["httpMethod"] = json!("HEAD");
+    let answer = function.invoke(head).await;
+    assert_eq!((&answer["statusCode"], answer["body"].as_str()), (&json!(200), Some("")));
+    assert_eq!(header(&answer, "content-length"), LIMIT.to_string());
+
+    // A build that a worker has in hand.
+    let item = json!({
+        "user": CALLER, "kind": format!("export#{}", fits.simple()), "wanted": true,
+        "lease_owner": "worker", "lease_until": Time::now().plus(PATIENCE).sortable(),
+    });
+    let item = shared::dynamo::to_item(&item).expect("an item");
+    let put = cloud.aws.dynamodb.put_item().table_name(&cloud.config.names.users).set_item(Some(item));
+    put.send().await.expect("stored");
+    let pending = function.invoke(get(&path(fits), &[])).await;
+    assert_eq!((&pending["statusCode"], header(&pending, "retry-after")), (&json!(503), "5"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_the_bucket_cuts_off_is_cut_off_and_not_ended() {
+    let cloud = Cloud::start().await;
+    let conversation = Uuid::from_u128(1);
+    finished_export(&cloud, conversation, b"zip".to_vec()).await;
+    let path = format!("{BASE}/{conversation}/download");
+    // A bucket with one large object: of its bytes half arrive, or none.
+    let bucket = |refuses: bool| {
+        server::Server::start(move |request| async move {
+            let whole = server::raw(StatusCode::OK, "application/zip", vec![7; 4_000_000]);
+            match request.method.as_str() {
+                "HEAD" => Ok(whole),
+                _ if refuses => Ok(server::raw(StatusCode::SERVICE_UNAVAILABLE, "application/xml", "")),
+                _ => Ok(server::cut_in_half(whole).await),
+            }
+        })
+    };
+    let cutting = bucket(false).await;
+    let function = cloud.function_with("download", &[("AWS_ENDPOINT_URL_S3", &cutting.url())]).await;
+    let (_, mut parts) = function.send(get(&path, &[]));
+    let mut bytes = Vec::new();
+    loop {
+        match timeout(PATIENCE, parts.recv()).await.expect("a part") {
+            Some(Part::Chunk(chunk)) => bytes.extend_from_slice(&chunk),
+            Some(Part::Cut) => break,
+            other => panic!("{other:?}: {}", function.logged()),
+        }
+    }
+    let Streamed { prelude, body } = Streamed::read(&bytes);
+    assert_eq!((&prelude["statusCode"], &prelude["headers"]["content-length"]), (&json!(200), &json!("4000000")));
+    assert!(body.len() < 4_000_000 && body.iter().all(|byte| *byte == 7), "{}: nothing but the zip", body.len());
+    assert!(function.logged().contains("lambda.stream_aborted"), "{}", function.logged());
+
+    let refusing = bucket(true).await;
+    let function = cloud.function_with("download", &[("AWS_ENDPOINT_URL_S3", &refusing.url())]).await;
+    let answer = status_and_body(&function.invoke(get(&path, &[])).await);
+    assert_eq!(answer, (503, json!({"detail": "The store is not available right now"})));
+}
+
+fn start_task(number: u128, request: &Value) -> Value {
+    json!({"type": "start_task", "data": {
+        "id": Uuid::from_u128(number).to_string(), "status": "WORKING", "request": request,
+        "created_at": format!("2025-01-01T{:02}:{:02}:00Z", number / 60, number % 60),
+        "updated_at": format!("2025-01-01T{:02}:{:02}:00Z", number / 60, number % 60),
+    }})
+}
+
+fn message(text: &str) -> Value {
+    json!({"initial_message": {"content": [{"type": "text", "text": text}]}})
+}
+
+/// Walks a list with the function's program. Returns its items, and the size of the largest answer.
+async fn walk(function: &Function, path: &str) -> (Vec<Value>, usize) {
+    let (mut items, mut largest) = (Vec::new(), 0);
+    let mut page_id: Option<String> = None;
+    loop {
+        let query: Vec<(&str, &str)> = page_id.iter().map(|page| ("page_id", page.as_str())).collect();
+        let (answer, size) = function.invoke_sized(get(path, &query)).await;
+        let (status, mut page) = status_and_body(&answer);
+        assert_eq!(status, 200, "{page}");
+        largest = largest.max(size);
+        let found = page["items"].take();
+        let found = found.as_array().expect("items");
+        assert!(!found.is_empty(), "every page makes progress");
+        items.extend(found.iter().cloned());
+        page_id = page["next_page_id"].as_str().map(ToOwned::to_owned);
+        if page_id.is_none() {
+            return (items, largest);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_largest_start_tasks_fit_into_answers_and_memory() {
+    let cloud = Cloud::start().await;
+    let stores = Stores::new(&cloud.aws, &cloud.config.names, &cloud.sealer().await);
+    let user = UserId::new(CALLER);
+    let large = "x".repeat(1_600_000);
+    // In JSON, and in the JSON around it, this becomes four times as long.
+    let escaped = "\"".repeat(3_000_000);
+    let requests = [&large, &large, &large, &large, &escaped, &large];
+    let tasks = (1..).zip(requests).map(|(number, text)| start_task(number, &message(text)));
+    stores.load(&user, tasks.chain((10..110).map(|number| start_task(number, &message(&"y".repeat(40_000)))))).await;
+    let function = cloud.function("start-tasks").await;
+
+    let (items, largest) = walk(&function, &format!("{BASE}/start-tasks/search")).await;
+    assert_eq!(items.len(), 106);
+    assert!(largest < PAYLOAD, "{largest}");
+    let text_of =
+        |task: &Value| task["request"]["initial_message"]["content"][0]["text"].as_str().map(ToOwned::to_owned);
+    let whole = |task: &Value, text: &str| text_of(task).as_deref() == Some(text);
+    let by_id = |number: u128| {
+        let id = Uuid::from_u128(number).simple().to_string();
+        items.iter().find(|task| task["id"] == id.as_str()).expect("a task")
+    };
+    for number in [1, 2, 3, 4, 6] {
+        assert!(whole(by_id(number), &large), "{number}");
+    }
+    assert!((10..110).all(|number| whole(by_id(number), &"y".repeat(40_000))));
+    let short = text_of(by_id(5)).expect("a text");
+    assert!(short.starts_with("\"\"\"") && short.ends_with("… [3000000 bytes]"), "{short}");
+
+    // One is always answered, whole if it fits at all; of many, those that fit.
+    let batch = async |numbers: &[u128]| {
+        let ids: Vec<String> = numbers.iter().map(|number| Uuid::from_u128(*number).to_string()).collect();
+        let query: Vec<(&str, &str)> = ids.iter().map(|id| ("ids", id.as_str())).collect();
+        let (answer, size) = function.invoke_sized(get(&format!("{BASE}/start-tasks"), &query)).await;
+        assert!(size < PAYLOAD, "{size}");
+        let (status, tasks) = status_and_body(&answer);
+        assert_eq!(status, 200, "{tasks}");
+        let tasks = tasks.as_array().expect("tasks").clone();
+        for (number, task) in numbers.iter().zip(&tasks) {
+            let id = Uuid::from_u128(*number).simple().to_string();
+            assert_eq!((&task["id"], &task["status"]), (&json!(id), &json!("WORKING")));
+        }
+        tasks
+    };
+    assert!(whole(&batch(&[1]).await[0], &large));
+    assert_eq!(text_of(&batch(&[5]).await[0]), Some(short));
+    let four = batch(&[1, 2, 3, 4]).await;
+    assert_eq!(four.iter().map(|task| whole(task, &large)).collect::<Vec<_>>(), [true, true, true, false]);
+    let title = four[3]["request"]["initial_message"]["content"][1]["text"].as_str().expect("a note");
+    assert!(title.starts_with("[1 parts, 1600"), "{title}");
+    batch(&[1; 100]).await;
+    batch(&(10..110).collect::<Vec<_>>()).await;
+    let memory = function.peak_memory();
+    println!("memory of start-tasks: {memory}; the largest page: {largest}");
+    assert!(memory < MEMORY * 3 / 4, "{memory}");
+}
+
+/// A start whose answer would be too large exists all the same, so that its client must get its id.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_largest_start_is_answered() {
+    let cloud = Cloud::start().await;
+    let mut start = event("stream-start");
+    // Each part becomes four times as long where it is shown.
+    let parts = vec!["{\"text\":\"\"}"; 300_000].join(",");
+    start["body"] = json!(format!("{{\"initial_message\":{{\"content\":[{parts}]}}}}"));
+    start["isBase64Encoded"] = json!(false);
+    start["path"] = json!(BASE);
+    let function = cloud.function("start").await;
+    let (answer, size) = function.invoke_sized(start).await;
+    let (status, task) = status_and_body(&answer);
+    assert_eq!((status, &task["status"]), (200, &json!("WORKING")));
+    assert!(size < PAYLOAD, "{size}");
+    let note = task["request"]["initial_message"]["content"][0]["text"].as_str().expect("a note");
+    assert!(note.starts_with("[300000 parts, "), "{note}");
+    let memory = function.peak_memory();
+    println!("memory of start: {memory}");
+    assert!(memory < MEMORY, "{memory}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_largest_conversations_fit_into_answers_and_memory() {
+    let cloud = Cloud::start().await;
+    let stores = Stores::new(&cloud.aws, &cloud.config.names, &cloud.sealer().await);
+    let id = |number: u128| Uuid::from_u128(number + 1).to_string();
+    let rows = (0..100).map(|number| {
+        // Four bytes, or seven where it is escaped twice.
+        let text = if number % 10 == 0 { "\u{1}" } else { "😀" }.repeat(MAX_NAME);
+        json!({"type": "conversation", "data": {"id": id(number), "sandbox_id": "s", "title": text,
+            "selected_repository": text, "selected_branch": text, "llm_model": text,
+            "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}})
+    });
+    for row in rows {
+        // A transaction takes 4 MB.
+        stores.load(&UserId::new(CALLER), [row]).await;
+    }
+    let function = cloud.function("conversations").await;
+    let (items, largest) = walk(&function, &format!("{BASE}/search")).await;
+    let ids: BTreeSet<&str> = items.iter().filter_map(|item| item["id"].as_str()).collect();
+    assert_eq!((items.len(), ids.len()), (100, 100));
+    assert!((PAYLOAD / 2..PAYLOAD).contains(&largest), "{largest}");
+    let batch = async |count: u128| {
+        let ids: Vec<String> = (0..count).map(id).collect();
+        let query: Vec<(&str, &str)> = ids.iter().map(|id| ("ids", id.as_str())).collect();
+        let (answer, size) = function.invoke_sized(get(BASE, &query)).await;
+        assert!(size < PAYLOAD, "{size}");
+        status_and_body(&answer)
+    };
+    let (status, found) = batch(20).await;
+    assert_eq!((status, found.as_array().map(Vec::len)), (200, Some(20)));
+    let told = json!({"detail": "These conversations are too large for one answer: request fewer at once"});
+    assert_eq!(batch(99).await, (413, told));
+    let memory = function.peak_memory();
+    println!("memory of conversations: {memory}; the largest page: {largest}");
+    assert!(memory < MEMORY * 3 / 4, "{memory}");
 }
 
 /// What needs no secrets goes on without KMS, and all else as soon as it is back.

@@ -1,7 +1,10 @@
 //! What is too large, too long, too many or too deep, each at its limit and beyond: a 4xx that says so, in the contract's shape.
 
+use std::collections::BTreeSet;
+
 use axum::body::Body;
 use http::Request;
+use http_body_util::BodyExt as _;
 use serde_json::{Value, json};
 use shared::config::SandboxConfig;
 use shared::conversation::MAX_NAME;
@@ -12,8 +15,9 @@ use shared::user::UserId;
 use tempfile::TempDir;
 use uuid::Uuid;
 
+use crate::openapi::{document, operations};
 use crate::support::api::Api;
-use crate::tenants::{furnish, key_of};
+use crate::tenants::{furnish, key_of, routes};
 
 const API: &str = "/api/v1/app-conversations";
 const MIB: usize = 1024 * 1024;
@@ -58,7 +62,7 @@ fn is_too_long(answer: &(u16, Value), field: &str, longest: usize) {
 async fn bodies_up_to_the_limit_of_their_route() {
     let rig = Rig::new().await;
     let conversation = Uuid::from_u128(1);
-    for (method, target, limit) in [
+    let limits = [
         ("POST", API.to_owned(), 6 * MIB),
         ("POST", format!("{API}/stream-start"), 6 * MIB),
         ("PATCH", format!("{API}/{conversation}"), MIB),
@@ -69,7 +73,18 @@ async fn bodies_up_to_the_limit_of_their_route() {
         ("PUT", "/api/v1/secrets/SECRET".to_owned(), MIB / 2),
         ("POST", "/api/v1/webhooks/conversations".to_owned(), 32 * MIB),
         ("POST", format!("/api/v1/webhooks/events/{conversation}"), 32 * MIB),
-    ] {
+        ("POST", "/api/cloud-proxy".to_owned(), 5 * MIB),
+    ];
+    let document = document();
+    let with_body = operations(&document).into_iter().filter(|(.., operation)| operation.get("requestBody").is_some());
+    let with_body: BTreeSet<(String, String)> = with_body
+        .map(|(method, path, _)| (method, path.replace("{conversation_id}", &conversation.to_string())))
+        .collect();
+    let with_body: BTreeSet<(String, String)> =
+        with_body.into_iter().map(|(method, path)| (method, path.replace("{secret_name}", "SECRET"))).collect();
+    let tried = limits.iter().map(|(method, target, _)| ((*method).to_owned(), target.clone())).collect();
+    assert_eq!(with_body, tried, "every route that reads a body");
+    for (method, target, limit) in limits {
         // White space is no JSON, so that nothing comes of it.
         let (status, answer) = rig.send(method, &target, " ".repeat(limit)).await;
         assert!(matches!(status, 400 | 422), "{method} {target}: {status} {answer}");
@@ -174,5 +189,117 @@ async fn headers_and_nesting_up_to_what_can_be_read() {
         let (status, answer) = rig.send("POST", API, nested(depth)).await;
         assert_eq!((status, &answer["detail"][0]["ctx"]["error"]), (422, &json!("Nested too deeply")), "{answer}");
     }
+    rig.api.stop().await;
+}
+
+/// What cannot be a request is answered in JSON, too, whatever part of the server finds it out.
+#[tokio::test(flavor = "multi_thread")]
+async fn refusals_of_the_framework_are_json() {
+    let rig = Rig::new().await;
+    let conversation = Uuid::from_u128(1);
+    for (method, target, status) in [
+        ("GET", "/nothing".to_owned(), 404),
+        ("PUT", API.to_owned(), 405),
+        ("DELETE", format!("{API}/stream-start/x"), 404),
+        ("PATCH", format!("{API}/%FF"), 400),
+        ("DELETE", "/api/v1/sandboxes/%FF".to_owned(), 400),
+        ("POST", "/api/v1/sandboxes/%FF/pause".to_owned(), 400),
+        ("PUT", "/api/v1/secrets/%FF".to_owned(), 400),
+        ("POST", "/api/v1/conversations/%FF/pending-messages".to_owned(), 400),
+        ("GET", format!("/api/v1/conversation/{conversation}/events/search?limit=x"), 422),
+    ] {
+        let (found, answer) = rig.send(method, &target, String::new()).await;
+        assert_eq!(found, status, "{method} {target}: {answer}");
+        assert!(!answer["detail"].is_null(), "{method} {target}: {answer}");
+    }
+    rig.api.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_route_with_a_slash_at_its_end_leads_to_the_route() {
+    let rig = Rig::new().await;
+    for route in routes() {
+        let (path, query) =
+            route.target.split_once('?').map_or((route.target.as_str(), ""), |(path, query)| (path, query));
+        let slash = |query: &str| format!("{path}/{}{query}", if query.is_empty() { "" } else { "?" });
+        let request = Request::builder().method(route.method).uri(slash(query));
+        let request = request.extension(Caller(rig.user.clone())).body(Body::empty()).expect("a request");
+        let answer = rig.api.response(request).await;
+        assert_eq!(answer.status(), 307, "{} {}", route.method, slash(query));
+        let location = answer.headers()["location"].to_str().expect("text");
+        // As a client resolves it, here and behind a stage.
+        for base in ["https://host", "https://host/v1/base"] {
+            let from = reqwest::Url::parse(&format!("{base}{}", slash(query))).expect("an address");
+            let to = from.join(location).expect("a reference");
+            assert_eq!(to, reqwest::Url::parse(&format!("{base}{}", route.target)).expect("an address"), "{location}");
+        }
+    }
+    // What there is not is not there either.
+    let answer = rig.api.response(Request::get("/nothing/").body(Body::empty()).expect("a request")).await;
+    assert_eq!(
+        (answer.status().as_u16(), &answer.headers()["location"]),
+        (307, &"../nothing".parse().expect("a value"))
+    );
+    assert_eq!(rig.get("/").await.0, 404);
+    rig.api.stop().await;
+}
+
+/// Nobody describes it, and HTTP has it wherever it has GET.
+#[tokio::test(flavor = "multi_thread")]
+async fn head_is_get_without_a_body() {
+    let rig = Rig::new().await;
+    for (method, caller, status) in [("GET", true, 200), ("HEAD", true, 200), ("GET", false, 401), ("HEAD", false, 401)]
+    {
+        let mut request = Request::builder().method(method).uri(format!("{API}/search"));
+        if caller {
+            request = request.extension(Caller(rig.user.clone()));
+        }
+        let answer = rig.api.response(request.body(Body::empty()).expect("a request")).await;
+        assert_eq!(answer.status(), status, "{method}");
+        let length = answer.headers()["content-length"].to_str().expect("text").parse::<usize>().expect("a number");
+        let body = answer.into_body().collect().await.expect("a body").to_bytes();
+        assert_eq!(body.len(), if method == "HEAD" { 0 } else { length }, "{method}");
+    }
+    rig.api.stop().await;
+}
+
+/// The states of a start, as one array.
+async fn states(rig: &Rig, body: &Value, meanwhile: impl AsyncFn()) -> Vec<Value> {
+    let request = Request::post(format!("{API}/stream-start")).header("content-type", "application/json");
+    let request = request.extension(Caller(rig.user.clone())).body(Body::from(body.to_string()));
+    let answer = rig.api.response(request.expect("a request")).await;
+    assert_eq!(answer.status(), 200);
+    let (body, ()) = tokio::join!(answer.into_body().collect(), meanwhile());
+    serde_json::from_slice(&body.expect("a body").to_bytes()).expect("a JSON array")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_of_states_repeats_no_large_request_and_is_closed_whatever_happens() {
+    let rig = Rig::new().await;
+    // There are no sandboxes: the start fails.
+    let work = async || rig.api.work().await;
+    for (length, is_repeated) in [(60_000, true), (2_000_000, false)] {
+        let body = json!({"system_message_suffix": "x".repeat(length)});
+        let states = states(&rig, &body, work).await;
+        assert!(states.len() >= 2, "{states:?}");
+        assert_eq!((&states[0]["status"], &states[states.len() - 1]["status"]), (&json!("WORKING"), &json!("ERROR")));
+        for (index, state) in states.iter().enumerate() {
+            let shown = state["request"]["system_message_suffix"].as_str().expect("a text");
+            let is_whole = shown.len() == length;
+            assert_eq!(is_whole, index == 0 || is_repeated, "state {index} of {length}");
+        }
+    }
+    // Its owner deletes the task.
+    let delete = async || {
+        let dynamodb = &rig.api.aws.dynamodb;
+        let table = &rig.api.names.start_tasks;
+        let rows = dynamodb.scan().table_name(table).send().await.expect("rows").items.unwrap_or_default();
+        for row in rows.into_iter().filter(|row| row["status"].as_s().is_ok_and(|status| status == "WORKING")) {
+            let keys = ["user", "id"].map(|name| (name.to_owned(), row[name].clone())).into();
+            dynamodb.delete_item().table_name(table).set_key(Some(keys)).send().await.expect("deleted");
+        }
+    };
+    let states = states(&rig, &json!({"title": "x"}), delete).await;
+    assert_eq!(states.iter().map(|state| &state["status"]).collect::<Vec<_>>(), ["WORKING"]);
     rig.api.stop().await;
 }

@@ -3,8 +3,10 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use futures::future::join_all;
+use http::StatusCode;
 use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
@@ -15,6 +17,9 @@ use shared::Time;
 use shared::config::SandboxConfig;
 use shared::conversation::ConversationRecord;
 use shared::conversation::store::ConversationChange;
+use shared::dynamo::{Item, text};
+use shared::objects;
+use shared::paging::{self, Bounds, MAX_EVALUATED};
 use shared::user::UserId;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
@@ -24,6 +29,7 @@ use crate::support::account;
 use crate::support::api::Api;
 use crate::support::meter::Meter;
 use crate::support::seed;
+use crate::support::server;
 
 /// Engines that all cases of a property share; each case is a tenant of its own.
 struct World {
@@ -760,4 +766,159 @@ async fn a_page_costs_what_it_returns_at_any_depth_and_an_unfiltered_count_costs
     }
     drop(way);
     api.stop().await;
+}
+
+/// A filter that lets nearly nothing through must not read an account in one request.
+#[tokio::test]
+async fn a_page_of_filtered_rows_ends_at_its_bounds_and_the_next_one_goes_on() {
+    let folder = TempDir::new().expect("a folder");
+    let api = Api::at(folder.path(), SandboxConfig::None).await;
+    let user = UserId::new("u");
+    api.stores.load(&user, plain_tasks(60)).await;
+    // They were all made at once, and so are in the order of their ids.
+    let mut ids: Vec<String> = (0..60).map(|id| uuid_of(id).simple().to_string()).collect();
+    ids.sort_unstable();
+    let expected = ids.split_off(57);
+    let last = expected[0].clone();
+    let query = || {
+        let query = api.aws.dynamodb.query().table_name(&api.names.start_tasks).index_name("by-created");
+        query
+            .key_condition_expression("#user = :user")
+            .filter_expression("id >= :last")
+            .expression_attribute_names("#user", "user")
+            .expression_attribute_values(":user", text("u"))
+            .expression_attribute_values(":last", text(&last))
+    };
+    let usual = Bounds::of_page(2);
+    let unbounded = Bounds { evaluated: usize::MAX, time: Duration::from_secs(3600), ..usual };
+    let walk = async |bounds: Bounds| {
+        let (mut found, mut pages, mut start) = (Vec::new(), Vec::new(), None);
+        loop {
+            let read = |item: Item| Ok((item["id"].as_s().expect("an id").clone(), 10));
+            // All that an index needs to go on.
+            let after = |item: &Item| {
+                let keys = ["user", "id", "created_sort"].map(|name| (name.to_owned(), item[name].clone()));
+                Ok(Item::from(keys))
+            };
+            let page = paging::page("Query", bounds, start.take(), true, query, read, after).await;
+            let (rows, next) = page.expect("the store");
+            pages.push(rows.len());
+            found.extend(rows);
+            start = next;
+            if start.is_none() {
+                return (found, pages);
+            }
+        }
+    };
+    assert_eq!(walk(unbounded).await, (expected.clone(), vec![2, 1]));
+    let (found, pages) = walk(Bounds { evaluated: 20, ..unbounded }).await;
+    assert_eq!(found, expected);
+    assert!(pages.len() > 3 && pages.starts_with(&[0]), "{pages:?}");
+    let (found, pages) = walk(Bounds { time: Duration::ZERO, ..unbounded }).await;
+    assert_eq!(found, expected);
+    assert!(pages.len() > 3 && pages.starts_with(&[0]), "{pages:?}");
+    // Bytes: what does not fit is on the next page, and one row always fits.
+    let (found, pages) = walk(Bounds { bytes: 5, ..unbounded }).await;
+    assert_eq!((found, pages), (expected, vec![1, 1, 1]));
+
+    let too_many = paging::count_within(Duration::ZERO, "Query", query().limit(7), "too many").await;
+    assert!(matches!(too_many, Err(shared::Error::Refused(text)) if text == "too many"));
+    let counted = paging::count_within(Duration::from_secs(3600), "Query", query().limit(7), "too many").await;
+    assert_eq!(counted.expect("a count"), 3);
+    api.stop().await;
+}
+
+/// More tasks than one request evaluates, none of which is wanted.
+#[tokio::test]
+async fn a_search_for_start_tasks_ends_before_it_has_read_the_account() {
+    let folder = TempDir::new().expect("a folder");
+    let api = Api::at(folder.path(), SandboxConfig::None).await;
+    let user = UserId::new("u");
+    let tasks = u64::try_from(MAX_EVALUATED).expect("few") + 100;
+    api.stores.load(&user, plain_tasks(tasks)).await;
+    let mut query = vec![("created_at__gte", At(1).time().to_string()), ("sort_order", "UPDATED_AT".to_owned())];
+    let (status, page) = api.get(&user, "/start-tasks/search", &query).await;
+    assert_eq!((status, &page["items"]), (200, &json!([])));
+    query.push(("page_id", page["next_page_id"].as_str().expect("there is more to read").to_owned()));
+    let (status, page) = api.get(&user, "/start-tasks/search", &query).await;
+    assert_eq!((status, page), (200, json!({"items": [], "next_page_id": null})));
+    api.stop().await;
+}
+
+/// Objects go before their rows where a conversation is deleted; and any may be lost.
+#[tokio::test]
+async fn a_missing_object_fails_no_list() {
+    let folder = TempDir::new().expect("a folder");
+    let api = Api::at(folder.path(), SandboxConfig::None).await;
+    let user = UserId::new("u");
+    let long = json!({"title": "kept", "system_message_suffix": "x".repeat(20_000)});
+    let mut lines: Vec<Value> = plain_tasks(3).collect();
+    for (index, line) in (0..).zip(&mut lines) {
+        line["data"]["created_at"] = json!(At(index).time());
+        if index < 2 {
+            line["data"]["request"] = long.clone();
+        }
+    }
+    api.stores.load(&user, lines).await;
+    let ids: Vec<String> = (0..3).map(|id| uuid_of(id).simple().to_string()).collect();
+    // As a version before wrote it: without the short form.
+    let update = api.aws.dynamodb.update_item().table_name(&api.names.start_tasks);
+    let update = update.key("user", text("u")).key("id", text(&ids[1])).update_expression("SET #request = :none");
+    let update =
+        update.expression_attribute_names("#request", "request").expression_attribute_values(":none", text(""));
+    update.send().await.expect("changed");
+    let batch: Vec<(&str, String)> = ids.iter().map(|id| ("ids", id.clone())).collect();
+    let both = async || {
+        let (status, tasks) = api.get(&user, "/start-tasks", &batch).await;
+        assert_eq!(status, 200, "{tasks}");
+        let (status, page) = api.get(&user, "/start-tasks/search", &[("sort_order", "CREATED_AT".to_owned())]).await;
+        assert_eq!((status, &page["items"]), (200, &tasks));
+        tasks
+    };
+    let tasks = both().await;
+    let suffix = |task: &Value| task["request"]["system_message_suffix"].as_str().map(str::len);
+    assert_eq!([0, 1, 2].map(|index| suffix(&tasks[index])), [Some(20_000), Some(20_000), None]);
+    let objects = api.aws.s3.list_objects_v2().bucket(&api.names.bucket).prefix("start-requests/").send().await;
+    for object in objects.expect("a list").contents.unwrap_or_default() {
+        let delete = api.aws.s3.delete_object().bucket(&api.names.bucket).set_key(object.key);
+        delete.send().await.expect("deleted");
+    }
+    let tasks = both().await;
+    assert_eq!((&tasks[0]["request"]["title"], &tasks[1]["request"]["title"]), (&json!("kept"), &Value::Null));
+    assert_eq!(tasks[1]["request"]["agent_type"], "default", "of the contract's shape");
+    api.stop().await;
+}
+
+/// S3 answers 404 for a missing key only to those who may list the bucket, and has no body for `HEAD`.
+#[tokio::test]
+async fn a_missing_object_is_recognised_in_each_form_and_a_failing_bucket_is_not_one() {
+    let error = |code: &str| format!("<?xml version=\"1.0\"?><Error><Code>{code}</Code><Message>m</Message></Error>");
+    for (status, code, is_missing) in [
+        (404, "NoSuchKey", true),
+        (403, "AccessDenied", true),
+        (404, "NoSuchBucket", false),
+        (403, "SignatureDoesNotMatch", false),
+        (500, "InternalError", false),
+    ] {
+        let body = error(code);
+        let bucket = server::Server::start(move |request| {
+            let body = if request.method == "HEAD" { String::new() } else { body.clone() };
+            async move { Ok(server::raw(StatusCode::from_u16(status).expect("a status"), "application/xml", body)) }
+        })
+        .await;
+        let config = aws_sdk_s3::Config::builder()
+            .behavior_version(aws_config::BehaviorVersion::latest())
+            .region(aws_config::Region::new("eu-central-1"))
+            .credentials_provider(aws_sdk_s3::config::Credentials::new("a", "b", None, None, "test"))
+            .retry_config(aws_config::retry::RetryConfig::disabled())
+            .endpoint_url(bucket.url())
+            .force_path_style(true);
+        let s3 = aws_sdk_s3::Client::from_conf(config.build());
+        let opened = objects::open(&s3, "bucket", "key", "GetObject").await;
+        assert_eq!(matches!(opened, Ok(None)), is_missing, "{status} {code}: {opened:?}");
+        assert_eq!(opened.is_err(), !is_missing, "{status} {code}");
+        // Without a body, 403 and 404 are all that is known.
+        let head = objects::head(&s3, "bucket", "key", "HeadObject").await;
+        assert_eq!(matches!(head, Ok(None)), status < 500, "{status} {code}: {head:?}");
+    }
 }

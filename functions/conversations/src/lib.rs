@@ -2,7 +2,6 @@
 //! a filter lets through, `PATCH …/{id}` to change one, `DELETE …/{id}` to delete it.
 
 use axum::extract::{DefaultBodyLimit, Path, RawQuery, State};
-use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, patch};
 use axum::{Json, Router};
 use bytes::Bytes;
@@ -14,12 +13,13 @@ use shared::aws::Aws;
 use shared::config::Config;
 use shared::conversation::deletion::Deleter;
 use shared::conversation::live::LiveStatus;
-use shared::conversation::search::{Filter, SortOrder};
+use shared::conversation::search::{After, Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
 use shared::conversation::update_request::UpdateRequest;
 use shared::conversation::{AppConversation, ConversationRecord, MAX_NAME};
 use shared::error::Error;
 use shared::http::caller::Caller;
+use shared::http::page::{self, Page};
 use shared::http::page_id;
 use shared::http::query::{Bounds, Query, lenient_uuid, lenient_uuids};
 use shared::http::validation::{self, Choice as _};
@@ -87,17 +87,19 @@ async fn batch_get(
         return Err(Error::Refused(format!("Too many ids requested. Maximum is {MAX_IDS}.")));
     }
     let ids = lenient_uuids(&ids).map_err(Error::Refused)?;
-    context.batch_get(&user, &ids).await.map(Json)
+    let found = context.batch_get(&user, &ids).await?;
+    page::check_batch(&found, "conversations")?;
+    Ok(Json(found))
 }
 
 async fn search(
     State(context): State<Context>,
     Caller(user): Caller,
     RawQuery(query): RawQuery,
-) -> Result<Response, Error> {
+) -> Result<Json<Page>, Error> {
     let mut query = Query::parse(query.as_deref());
     let mut filter = filter(&mut query);
-    let page = query.string("page_id");
+    let page_id = query.string("page_id");
     let limit = query.integer("limit", 100, Bounds::PAGE);
     filter.include_sub_conversations = query.boolean("include_sub_conversations", false);
     // The reference ignores the parameter, so that what is none of these is no fault.
@@ -105,12 +107,18 @@ async fn search(
         query.string("sort_order").and_then(|order| SortOrder::from_wire(&order)).unwrap_or(SortOrder::CreatedAtDesc);
     query.finish().map_err(Error::Invalid)?;
     let list = ("conversations".to_owned(), filter, order);
-    let after = page.map(|page| page_id::decode(&user, &page, &list)).transpose()?;
+    let after = page_id.map(|page| page_id::decode(&user, &page, &list)).transpose()?;
     let limit = usize::try_from(limit).unwrap_or(100);
     let found = context.conversations.search(&user, &list.1, order, after.as_ref(), limit).await?;
-    let next = found.next.map(|next| page_id::encode(&user, &list, &next)).transpose()?;
-    let items = context.live.show(&user, found.records).await?;
-    Ok(Json(json!({"items": items, "next_page_id": next})).into_response())
+    let shown = context.live.show(&user, found.records).await?;
+    // The store has bounded the page, with room for the usual live status.
+    let items = page::fitting(&shown)?;
+    let next = match shown.get(items.len()..) {
+        Some([_, ..]) => shown[..items.len()].last().map(|last| After::of(last, order)),
+        _ => found.next,
+    };
+    let next = next.map(|next| page_id::encode(&user, &list, &next)).transpose()?;
+    Ok(Json(items.into_page(next)))
 }
 
 async fn count(

@@ -1,7 +1,8 @@
 //! `GET /api/v1/app-conversations/{conversation_id}/download`: a conversation as a zip.
 //!
-//! A small one is the answer itself, a larger one is behind a link to the bucket. One that takes longer than the API gateway
-//! waits goes on in the worker, and the caller is told to come back.
+//! An export up to the configured size is streamed from the bucket, a larger one is behind a link to the bucket. What is
+//! streamed is always a finished object, never the build. A build that takes longer than a request may is continued by the
+//! worker, and the client is told to come back.
 
 use axum::Router;
 use axum::extract::rejection::PathRejection;
@@ -9,13 +10,14 @@ use axum::extract::{Path, State};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
 use axum::{Json, body::Body};
-use http::header::{CONTENT_DISPOSITION, CONTENT_TYPE, LOCATION, RETRY_AFTER};
+use futures::TryStreamExt as _;
+use http::header::{CONTENT_DISPOSITION, CONTENT_LENGTH, CONTENT_TYPE, LOCATION, RETRY_AFTER};
 use http::{HeaderName, HeaderValue, StatusCode};
 use serde_json::json;
 use shared::aws::Aws;
 use shared::config::Config;
 use shared::error::Error;
-use shared::export::store::CONTENT_TYPE as ZIP;
+use shared::export::store::{CONTENT_TYPE as ZIP, Open};
 use shared::export::{Answer, Exporter, Ready};
 use shared::http::caller::Caller;
 use shared::http::validation;
@@ -26,7 +28,7 @@ use shared::user::seal::Sealer;
 use shared::{Result, id};
 use uuid::Uuid;
 
-/// When to come back for an export that is being made, in seconds.
+/// When to come back for an export that is being built, in seconds.
 const COME_BACK_AFTER: u64 = 5;
 /// What an export may lack.
 const WARNING: HeaderName = HeaderName::from_static("x-export-warning");
@@ -49,7 +51,7 @@ impl Context {
         Self::with_exporter(exporter, config.export.inline_limit)
     }
 
-    /// A context around an exporter; zips up to `inline_limit` bytes are answered, larger ones linked to.
+    /// A context around an exporter; zips up to `inline_limit` bytes are streamed, larger ones linked to.
     #[must_use]
     pub fn with_exporter(exporter: Exporter, inline_limit: u64) -> Self {
         Self { exporter, inline_limit }
@@ -84,17 +86,33 @@ impl Context {
             let link = store.link(&ready.key, &disposition).await?;
             (StatusCode::FOUND, [(LOCATION, link)]).into_response()
         } else {
-            let zip = match ready.zip {
-                Some(zip) => zip,
-                None => store.read(&ready.key).await?,
+            let (length, body) = match ready.zip {
+                Some(zip) => (zip.len() as u64, Body::from(zip)),
+                None => match store.open(&ready.key).await? {
+                    Some(object) => (object.length, streamed(object)),
+                    // It was removed since it was found.
+                    None => return Ok(come_back()),
+                },
             };
-            ([(CONTENT_TYPE, ZIP), (CONTENT_DISPOSITION, &disposition)], Body::from(zip)).into_response()
+            let mut zip = ([(CONTENT_TYPE, ZIP), (CONTENT_DISPOSITION, &disposition)], body).into_response();
+            // By this a client recognises an answer that was cut off.
+            zip.headers_mut().insert(CONTENT_LENGTH, length.into());
+            zip
         };
         if let Some(warning) = ready.warning.and_then(|warning| HeaderValue::from_str(&warning).ok()) {
             response.headers_mut().insert(WARNING, warning);
         }
         Ok(response)
     }
+}
+
+/// A body that is read from the bucket as it is sent. When the bucket fails, the body fails, and the connection is cut.
+fn streamed(object: Open) -> Body {
+    Body::from_stream(
+        object
+            .into_stream()
+            .inspect_err(|error| tracing::error!(error = %error.context(), "download.stream_interrupted")),
+    )
 }
 
 fn come_back() -> Response {

@@ -2,5 +2,5 @@
 
 #[tokio::main]
 async fn main() -> Result<(), lambda::Error> {
-    lambda::serve(|config, aws, sealer| download::router(download::Context::new(config, aws, sealer))).await
+    lambda::serve_streaming(|config, aws, sealer| download::router(download::Context::new(config, aws, sealer))).await
 }

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use shared::clock::Time;
 use shared::error::{Error, Result};
 use shared::http::caller::Caller;
+use shared::http::page::{self, Page};
 use shared::http::page_id;
 use shared::http::query::{Bounds, Query};
 use shared::id;
@@ -25,23 +26,25 @@ pub(crate) async fn search(
     State(context): State<Context>,
     Caller(user): Caller,
     RawQuery(query): RawQuery,
-) -> Result<Json<Value>> {
+) -> Result<Json<Page>> {
     let mut query = Query::parse(query.as_deref());
-    let page = query.string("page_id");
+    let page_id = query.string("page_id");
     let limit = query.integer("limit", 100, Bounds::PAGE);
     query.finish().map_err(Error::Invalid)?;
     let list = LIST.to_owned();
-    let after: Option<(String, String)> = page.map(|page| page_id::decode(&user, &page, &list)).transpose()?;
+    let after: Option<(String, String)> = page_id.map(|page| page_id::decode(&user, &page, &list)).transpose()?;
     let limit = usize::try_from(limit).unwrap_or(100);
     let mut sandboxes = context.sandboxes.list(&user).await?;
     sandboxes.sort_by_key(|sandbox| std::cmp::Reverse(place(sandbox)));
     sandboxes.retain(|sandbox| after.as_ref().is_none_or(|after| place(sandbox) < *after));
     let more = sandboxes.len() > limit;
     sandboxes.truncate(limit);
-    let end = sandboxes.last().filter(|_| more).map(place);
+    let shown: Vec<Value> = sandboxes.iter().map(|sandbox| shown(&user, sandbox)).collect();
+    let items = page::fitting(&shown)?;
+    let more = more || items.len() < shown.len();
+    let end = sandboxes[..items.len()].last().filter(|_| more).map(place);
     let next = end.map(|end| page_id::encode(&user, &list, &end)).transpose()?;
-    let items: Vec<Value> = sandboxes.iter().map(|sandbox| shown(&user, sandbox)).collect();
-    Ok(Json(json!({"items": items, "next_page_id": next})))
+    Ok(Json(items.into_page(next)))
 }
 
 /// Where a sandbox is in the list, from its end.
@@ -56,7 +59,10 @@ pub(crate) async fn batch_get(
 ) -> Result<Json<Vec<Option<Value>>>> {
     let ids = ids(query.as_deref(), "sandboxes")?;
     let sandboxes = context.sandboxes.batch_get(&user, &ids).await?;
-    Ok(Json(sandboxes.iter().map(|sandbox| sandbox.as_ref().map(|sandbox| shown(&user, sandbox))).collect()))
+    let shown: Vec<Option<Value>> =
+        sandboxes.iter().map(|sandbox| sandbox.as_ref().map(|sandbox| shown(&user, sandbox))).collect();
+    page::check_batch(&shown, "sandboxes")?;
+    Ok(Json(shown))
 }
 
 /// The ids of a batch.

@@ -1,18 +1,17 @@
 //! `GET /api/v1/app-conversations/start-tasks`, `…/search`, `…/count`: how far starts are.
 
 use axum::extract::{RawQuery, State};
-use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
 use axum::{Json, Router};
-use serde_json::json;
 use shared::aws::Aws;
 use shared::config::Config;
 use shared::error::Error;
 use shared::http::caller::Caller;
+use shared::http::page::Page;
 use shared::http::page_id;
 use shared::http::query::{Bounds, Query};
 use shared::start::store::{Filter, SortOrder, StartTaskStore};
-use shared::start::task::{AppConversationStartTask, StartTaskRecord};
+use shared::start::task::AppConversationStartTask;
 use shared::user::seal::Sealer;
 
 /// The most ids that one request may name.
@@ -67,14 +66,14 @@ async fn batch_get(
         )));
     }
     let records = context.tasks.batch_get(&user, &ids).await?;
-    Ok(Json(records.iter().map(|record| record.as_ref().map(StartTaskRecord::show)).collect()))
+    Ok(Json(context.tasks.show_all(&records).await?))
 }
 
 async fn search(
     State(context): State<Context>,
     Caller(user): Caller,
     RawQuery(query): RawQuery,
-) -> Result<Response, Error> {
+) -> Result<Json<Page>, Error> {
     let mut query = Query::parse(query.as_deref());
     let filter = filter(&mut query);
     let order: SortOrder = query.choice("sort_order").unwrap_or(SortOrder::CreatedAtDesc);
@@ -84,10 +83,13 @@ async fn search(
     let list = ("start-tasks".to_owned(), filter, order);
     let after = page.map(|page| page_id::decode(&user, &page, &list)).transpose()?;
     let limit = usize::try_from(limit).unwrap_or(100);
-    let (records, next) = context.tasks.list(&user, &list.1, order, after.as_ref(), limit).await?;
+    let (records, mut next) = context.tasks.list(&user, &list.1, order, after.as_ref(), limit).await?;
+    let items = context.tasks.show_page(&records).await?;
+    if items.len() < records.len() {
+        next = items.len().checked_sub(1).map(|last| StartTaskStore::place(&records[last], order));
+    }
     let next = next.map(|next| page_id::encode(&user, &list, &next)).transpose()?;
-    let items: Vec<_> = records.iter().map(StartTaskRecord::show).collect();
-    Ok(Json(json!({"items": items, "next_page_id": next})).into_response())
+    Ok(Json(items.into_page(next)))
 }
 
 async fn count(

@@ -11,6 +11,7 @@ use shared::config::Config;
 use shared::conversation::store::ConversationStore;
 use shared::error::Error;
 use shared::http::caller::Caller;
+use shared::http::page::PAGE_SIZE;
 use shared::start::begin::StartBeginner;
 use shared::start::queue::StartQueue;
 use shared::start::request::StartRequest;
@@ -78,5 +79,6 @@ async fn start(
     body: Bytes,
 ) -> Result<Json<AppConversationStartTask>, Error> {
     let request = request_from(&headers, &body)?;
-    Ok(Json(context.beginner.begin(&user, request).await?.show()))
+    // The start exists now: its answer must not be too large for Lambda.
+    Ok(Json(context.beginner.begin(&user, request).await?.show_within(PAGE_SIZE)))
 }

@@ -1,6 +1,5 @@
-//! `POST /api/v1/app-conversations/stream-start`: begins a start and tells of every change of its status.
+//! `POST /api/v1/app-conversations/stream-start`: starts a conversation and streams every change of the start's status.
 
-use std::collections::VecDeque;
 use std::time::Duration;
 
 use axum::Router;
@@ -12,33 +11,40 @@ use bytes::Bytes;
 use futures::stream::{self, Stream};
 use http::HeaderMap;
 use http::header::{CONTENT_TYPE, HeaderValue};
+use serde_json::value::RawValue;
 use shared::aws::Aws;
 use shared::config::Config;
 use shared::error::Error;
 use shared::http::caller::Caller;
+use shared::http::page::PAGE_SIZE;
 use shared::start::begin::StartBeginner;
 use shared::start::store::StartTaskStore;
 use shared::start::task::StartTaskRecord;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep_until};
 
-/// Pause between two looks at the task.
-const POLL: Duration = Duration::from_millis(200);
-/// A streamed answer of API Gateway lasts 15 minutes at most; the array is closed before that.
+/// The shortest pause between two reads of the task, after a change of its status.
+const SHORTEST_POLL: Duration = Duration::from_millis(200);
+/// The longest pause, when the status has not changed for a while.
+const LONGEST_POLL: Duration = Duration::from_secs(2);
+/// A stream of API Gateway lasts 15 minutes at most; the array is closed before that.
 const PATIENCE: Duration = Duration::from_secs(14 * 60);
+/// A request larger than this, in bytes, is shown whole in the first element only.
+const REPEATED_REQUEST: u64 = 64 * 1024;
 
-/// What this function may touch: all that a start does, and it reads start tasks.
+/// What this function may access: all that a start needs, and start tasks to read.
 #[derive(Clone, Debug)]
 pub struct Context {
     beginner: StartBeginner,
+    keep_alive: Duration,
 }
 
 impl Context {
     /// A context on the configured tables and queue.
     #[must_use]
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
-        Self { beginner: start::beginner(config, aws, sealer) }
+        Self { beginner: start::beginner(config, aws, sealer), keep_alive: config.start.keep_alive }
     }
 }
 
@@ -57,73 +63,129 @@ async fn stream_start(
     body: Bytes,
 ) -> Result<Response, Error> {
     let request = start::request_from(&headers, &body)?;
+    drop(body);
     // Errors before the task exists are answers like any other, with a status; the reference cuts the stream.
     let record = context.beginner.begin(&user, request).await?;
-    let mut response = Response::new(Body::from_stream(snapshots(context.beginner.tasks, user, record)));
+    let states = States::new(context.beginner.tasks, user, record, context.keep_alive);
+    let mut response = Response::new(Body::from_stream(states.stream()));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     Ok(response)
 }
 
-struct Progress {
+/// The states of a task as a JSON array in pieces. The start continues when the client leaves.
+struct States {
     tasks: StartTaskStore,
     user: UserId,
     record: StartTaskRecord,
-    /// How many of the record's states have been told.
-    told: usize,
-    ready: VecDeque<Bytes>,
-    closed: bool,
+    /// The request as the first element shows it.
+    first_request: Option<Box<RawValue>>,
+    /// The request as all other elements show it.
+    request: Box<RawValue>,
+    /// The number of states that have been sent.
+    sent: usize,
+    stage: Stage,
+    /// The current pause between two reads.
+    poll: Duration,
+    next_poll: Instant,
+    keep_alive: Duration,
+    /// When a newline is due.
+    idle_at: Instant,
+    /// When the array is closed at the latest.
     until: Instant,
 }
 
-/// A JSON array of the task's states, closed whatever happens. The worker goes on when the client leaves.
-fn snapshots(
-    tasks: StartTaskStore,
-    user: UserId,
-    record: StartTaskRecord,
-) -> impl Stream<Item = Result<Bytes, std::convert::Infallible>> {
-    let ready = VecDeque::from([Bytes::from_static(b"[\n")]);
-    let until = Instant::now() + PATIENCE;
-    let progress = Progress { tasks, user, record, told: 0, ready, closed: false, until };
-    stream::unfold(progress, async |mut progress| {
-        loop {
-            if let Some(chunk) = progress.ready.pop_front() {
-                return Some((Ok(chunk), progress));
-            }
-            if progress.closed {
-                return None;
-            }
-            progress.tell();
-            if progress.record.now.status.is_final() || Instant::now() > progress.until {
-                progress.closed = true;
-                progress.ready.push_back(Bytes::from_static(b"]"));
-            } else if progress.ready.is_empty() {
-                sleep(POLL).await;
-                progress.look().await;
-            }
-        }
-    })
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Nothing has been sent.
+    Opening,
+    /// States are sent as they come.
+    Open,
+    /// The array is complete.
+    Closed,
 }
 
-impl Progress {
-    fn tell(&mut self) {
-        for snapshot in &self.record.history[self.told.min(self.record.history.len())..] {
-            let separator = if self.told == 0 { "" } else { ",\n" };
-            let json = serde_json::to_string(&self.record.show_at(snapshot)).unwrap_or_else(|error| {
-                tracing::error!(%error, "stream_start.not_shown");
-                "null".to_owned()
-            });
-            self.ready.push_back(Bytes::from(format!("{separator}{json}")));
-            self.told += 1;
+impl States {
+    fn new(tasks: StartTaskStore, user: UserId, record: StartTaskRecord, keep_alive: Duration) -> Self {
+        let now = Instant::now();
+        Self {
+            first_request: Some(record.request_within(PAGE_SIZE)),
+            request: record.request_within(REPEATED_REQUEST),
+            tasks,
+            user,
+            record,
+            sent: 0,
+            stage: Stage::Opening,
+            poll: SHORTEST_POLL,
+            next_poll: now + SHORTEST_POLL,
+            keep_alive,
+            idle_at: now + keep_alive,
+            until: now + PATIENCE,
         }
     }
 
-    async fn look(&mut self) {
+    /// The array, closed whatever happens.
+    fn stream(self) -> impl Stream<Item = Result<Bytes, std::convert::Infallible>> {
+        stream::unfold(self, async |mut states| {
+            let piece = states.piece().await?;
+            states.idle_at = Instant::now() + states.keep_alive;
+            Some((Ok(piece), states))
+        })
+    }
+
+    /// The next piece, as soon as there is one; `None` after the end.
+    async fn piece(&mut self) -> Option<Bytes> {
+        loop {
+            match self.stage {
+                Stage::Opening => {
+                    self.stage = Stage::Open;
+                    return Some(Bytes::from_static(b"[\n"));
+                }
+                Stage::Closed => return None,
+                Stage::Open => {}
+            }
+            if let Some(state) = self.next_state() {
+                self.poll = SHORTEST_POLL;
+                self.next_poll = Instant::now() + self.poll;
+                return Some(state);
+            }
+            if self.record.now.status.is_final() || Instant::now() >= self.until {
+                self.stage = Stage::Closed;
+                return Some(Bytes::from_static(b"]"));
+            }
+            sleep_until(self.next_poll.min(self.idle_at)).await;
+            if Instant::now() >= self.next_poll {
+                self.read().await;
+                self.poll = (self.poll * 3 / 2).min(LONGEST_POLL);
+                self.next_poll = Instant::now() + self.poll;
+            }
+            if self.sent == self.record.history.len() && Instant::now() >= self.idle_at {
+                // White space is allowed between the elements of an array.
+                return Some(Bytes::from_static(b"\n"));
+            }
+        }
+    }
+
+    /// The next state that has not been sent.
+    fn next_state(&mut self) -> Option<Bytes> {
+        let snapshot = self.record.history.get(self.sent)?;
+        let request = self.first_request.take().unwrap_or_else(|| self.request.clone());
+        let separator = if self.sent == 0 { "" } else { ",\n" };
+        let json = serde_json::to_string(&self.record.show_at(snapshot, request)).unwrap_or_else(|error| {
+            tracing::error!(%error, "stream_start.state_not_serialised");
+            "null".to_owned()
+        });
+        self.sent += 1;
+        Some(Bytes::from(format!("{separator}{json}")))
+    }
+
+    /// Reads the task again; its request is not read, it never changes.
+    async fn read(&mut self) {
         match self.tasks.get(&self.user, self.record.id).await {
             Ok(Some(record)) => self.record = record,
-            // Deleted by its owner: there is nothing more to tell.
+            // Deleted by its owner: no more states will come.
             Ok(None) => self.until = Instant::now(),
-            // The store may be back at the next look; the array ends when the time is up.
-            Err(error) => tracing::warn!(error = %error.context(), "stream_start.not_looked"),
+            // The store may answer the next read; the array ends when the time is over.
+            Err(error) => tracing::warn!(error = %error.context(), "stream_start.read_failed"),
         }
     }
 }

@@ -5,11 +5,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use axum::Router;
+use axum::body::Body;
 use axum::extract::{MatchedPath, Request};
 use axum::http::HeaderValue;
-use axum::http::header::{STRICT_TRANSPORT_SECURITY, X_CONTENT_TYPE_OPTIONS};
+use axum::http::header::{CONTENT_TYPE, STRICT_TRANSPORT_SECURITY, X_CONTENT_TYPE_OPTIONS};
 use axum::middleware::{self, Next};
-use axum::response::Response;
+use axum::response::{IntoResponse as _, Response};
+use futures::TryStreamExt as _;
 use lambda_http::Context;
 use lambda_http::request::RequestContext;
 pub use lambda_runtime::Error;
@@ -18,6 +20,7 @@ use shared::aws::Aws;
 use shared::config::{Config, SealingConfig, permitted_origins, text};
 use shared::http::caller::Caller;
 use shared::http::cors::cors;
+use shared::http::page::{MAX_BODY, size_of_text};
 use shared::http::response::with_common_answers;
 use shared::measure;
 use shared::telemetry::{self, LogFormat};
@@ -46,20 +49,23 @@ pub fn set_up() -> Result<(Config, Aws, Sealer), Error> {
     Ok((config, aws, sealer))
 }
 
-/// Serves a router with whole answers.
+/// Serves a router with whole answers. One that is too large for Lambda is replaced by a 413.
 ///
 /// # Errors
 /// When the set-up or the runtime fails.
 pub async fn serve(make: impl FnOnce(&Config, &Aws, &Sealer) -> Router) -> Result<(), Error> {
-    lambda_http::run(configured(make)?).await
+    lambda_http::run(configured(make, |router| router.layer(middleware::from_fn(within_payload_limit)))?).await
 }
 
-/// Serves a router whose answers are streamed.
+/// Serves a router whose answers are streamed. When a body fails after its answer has begun, the process ends.
 ///
 /// # Errors
 /// When the set-up or the runtime fails.
 pub async fn serve_streaming(make: impl FnOnce(&Config, &Aws, &Sealer) -> Router) -> Result<(), Error> {
-    lambda_http::run_with_streaming_response(configured(make)?).await
+    let router = configured(make, |router| router)?.layer(middleware::map_response(async |response: Response| {
+        response.map(|body| Body::from_stream(body.into_data_stream().inspect_err(abort)))
+    }));
+    lambda_http::run_with_streaming_response(router).await
 }
 
 /// Serves a router that touches nothing.
@@ -68,17 +74,21 @@ pub async fn serve_streaming(make: impl FnOnce(&Config, &Aws, &Sealer) -> Router
 /// When the runtime fails.
 pub async fn serve_open(router: Router) -> Result<(), Error> {
     telemetry::init(LogFormat::Json);
-    lambda_http::run(edge(router, false)).await
+    lambda_http::run(edge(with_common_answers(router), false)).await
 }
 
-fn configured(make: impl FnOnce(&Config, &Aws, &Sealer) -> Router) -> Result<Router, Error> {
+/// The router with configuration, and `inner` around what it answers.
+fn configured(
+    make: impl FnOnce(&Config, &Aws, &Sealer) -> Router,
+    inner: impl FnOnce(Router) -> Router,
+) -> Result<Router, Error> {
     let (config, aws, sealer) = set_up()?;
-    Ok(edge(make(&config, &aws, &sealer), config.single_user))
+    Ok(edge(inner(with_common_answers(make(&config, &aws, &sealer))), config.single_user))
 }
 
 fn edge(router: Router, single_user: bool) -> Router {
     let origins = permitted_origins();
-    with_common_answers(router)
+    router
         .layer(middleware::from_fn(move |request: Request, next: Next| identify(single_user, request, next)))
         .layer(cors(move |origin| origins.iter().any(|allowed| allowed == origin)))
         .layer(middleware::from_fn(with_security_headers))
@@ -92,6 +102,36 @@ async fn with_security_headers(request: Request, next: Next) -> Response {
     headers.insert(STRICT_TRANSPORT_SECURITY, HeaderValue::from_static("max-age=31536000"));
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response
+}
+
+/// Ends the process, and with it the invocation: Lambda then cuts the stream, and the client sees that it is incomplete. The
+/// runtime crate would append the error to the body as text and end the body as if it was complete.
+fn abort(error: &axum::Error) {
+    tracing::error!(%error, "lambda.stream_aborted");
+    flush_metrics();
+    std::process::exit(1);
+}
+
+/// Replaces an answer that Lambda would not accept: API Gateway would answer 502 without saying why. Lists end before that
+/// (`shared::http::page`); this is for answers of a fixed shape, whose size others decide.
+async fn within_payload_limit(request: Request, next: Next) -> Response {
+    let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
+    let (parts, body) = next.run(request).await.into_parts();
+    let bytes = match axum::body::to_bytes(body, usize::MAX).await {
+        Ok(bytes) => bytes,
+        Err(error) => return shared::Error::internal(error).into_response(),
+    };
+    // Others than texts are sent in base64.
+    let kind = parts.headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    let is_text = kind.starts_with("text/") || kind.contains("json");
+    let length = bytes.len() as u64;
+    let size = if is_text && length > MAX_BODY / 6 { size_of_text(&bytes) } else { length * 4 / 3 };
+    if size <= MAX_BODY {
+        return Response::from_parts(parts, Body::from(bytes));
+    }
+    tracing::error!(route = route.as_deref().unwrap_or("none"), size, "lambda.answer_too_large");
+    let text = "The answer is larger than this server can return: request less at once";
+    shared::Error::TooLarge(text.to_owned()).into_response()
 }
 
 /// Where metrics go: into the log, in CloudWatch's embedded metric format, below the namespace `METRICS_NAMESPACE`.
@@ -157,4 +197,44 @@ async fn log(request: Request, next: Next) -> Response {
     );
     flush_metrics();
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::routing::get;
+    use http_body_util::BodyExt as _;
+    use lambda_http::http::StatusCode;
+    use tower::ServiceExt as _;
+
+    use super::*;
+
+    async fn answered(kind: &'static str, body: Vec<u8>) -> (StatusCode, usize) {
+        let answer = get(async move || ([(CONTENT_TYPE, kind)], body.clone()));
+        let router = Router::new().route("/", answer).layer(middleware::from_fn(within_payload_limit));
+        let answer = router.oneshot(Request::new(Body::empty())).await.unwrap_or_else(|never| match never {});
+        let status = answer.status();
+        (status, answer.into_body().collect().await.map(|body| body.to_bytes().len()).unwrap_or_default())
+    }
+
+    #[tokio::test]
+    async fn no_answer_is_larger_than_lambda_returns() {
+        let most = usize::try_from(MAX_BODY).unwrap_or_default();
+        for (kind, byte, size, fits) in [
+            ("application/json", b'x', most, true),
+            ("application/json", b'x', most + 1, false),
+            // Escaped, it is twice as long; and in base64 a third longer.
+            ("application/json", b'"', most / 2, true),
+            ("application/json", b'"', most / 2 + 1, false),
+            ("text/plain; charset=utf-8", 0, most / 6 + 1, false),
+            ("image/png", 0, most / 4 * 3, true),
+            ("image/png", 0, most / 4 * 3 + 4, false),
+        ] {
+            let (status, length) = answered(kind, vec![byte; size]).await;
+            if fits {
+                assert_eq!((status, length), (StatusCode::OK, size), "{kind} {size}");
+            } else {
+                assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE, "{kind} {size}");
+            }
+        }
+    }
 }

@@ -20,6 +20,12 @@ use crate::user::UserId;
 /// The most characters of a title, a repository or a branch: a record must stay far below what DynamoDB takes.
 pub const MAX_NAME: usize = 10_000;
 
+/// The first [`MAX_NAME`] characters of a text. What agent servers report is cut: if it was refused they would send it forever.
+#[must_use]
+pub fn within_max_name(text: &str) -> &str {
+    text.char_indices().nth(MAX_NAME).map_or(text, |(end, _)| &text[..end])
+}
+
 /// What a conversation has cost so far.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]

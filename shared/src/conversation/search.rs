@@ -2,44 +2,33 @@
 //!
 //! A page without filters reads the rows that it returns and one more. The bounds of the attribute that the list is ordered
 //! by, and the sandbox, are conditions on keys: rows outside are not read. The other filters are applied to rows as they are
-//! read, at most [`MAX_EVALUATED`] of them a request and for at most five seconds: what is found so far is a page then, perhaps an
-//! empty one, and its `next_page_id` goes on from there.
+//! read, within the bounds of [`crate::paging`]: a page may be short, even empty, and its `next_page_id` continues from there.
 
 use std::collections::HashMap;
-use std::time::Duration;
 
 use aws_sdk_dynamodb::operation::query::builders::QueryFluentBuilder;
-use aws_sdk_dynamodb::types::{AttributeValue, Select};
+use aws_sdk_dynamodb::types::AttributeValue;
 use serde::{Deserialize, Serialize};
-use tokio::time::Instant;
 
-use super::ConversationRecord;
 use super::store::{
     ALL_BY_CREATED, ALL_BY_UPDATED, BY_SANDBOX, ConversationStore, TOP_LEVEL_BY_CREATED, TOP_LEVEL_BY_UPDATED,
-    id_in_sort_value, key, searchable,
+    id_in_sort_value, key, searchable, sort_value,
 };
+use super::{AppConversation, ConversationRecord};
 use crate::clock::Time;
-use crate::dynamo::{Item, from_item, store_error, text};
+use crate::dynamo::{Item, from_item, text};
 use crate::error::{Error, Result};
-use crate::http::page_id;
 pub use crate::http::sort_order::SortOrder;
+use crate::http::{page, page_id};
+use crate::paging::{self, Bounds};
 use crate::user::UserId;
 use crate::user::counters::{self, Counter};
 
-/// The most rows that one search looks at.
-pub const MAX_EVALUATED: usize = 10_000;
+/// The error for a count that takes too long.
+const TOO_MANY: &str = "There are too many conversations to count with these filters: narrow them with created_at__gte and created_at__lt, or walk the pages of search";
 
-/// How long a search goes on looking for rows that fit.
-const SEARCH_BUDGET: Duration = Duration::from_secs(5);
-
-/// How long a filtered count may take; API Gateway gives up at 29 s.
-const COUNT_BUDGET: Duration = Duration::from_secs(20);
-
-/// How much more a filtered search reads with each query that did not fill the page.
-const GROWTH: usize = 4;
-
-/// The most rows that one query of a filtered search looks at.
-const LONGEST_STEP: usize = 1_000;
+/// The most bytes that the live status adds to a conversation: its address, its key, its states.
+const LIVE_STATUS_SIZE: u64 = 2048;
 
 /// DynamoDB takes no longer partition key, in bytes.
 const LONGEST_KEY: usize = 2048;
@@ -67,6 +56,15 @@ pub struct Filter {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct After(String);
+
+impl After {
+    /// The place of a conversation.
+    #[must_use]
+    pub fn of(conversation: &AppConversation, order: SortOrder) -> Self {
+        let at = if order.is_by_created() { conversation.created_at } else { conversation.updated_at };
+        Self(sort_value(at, conversation.id))
+    }
+}
 
 /// A page of records.
 #[derive(Clone, Debug)]
@@ -229,42 +227,21 @@ impl ConversationStore {
         limit: usize,
     ) -> Result<Page> {
         let plan = filter.plan(user, order);
-        let mut start = after.map(|after| plan.start(user, after)).transpose()?;
-        let mut items: Vec<Item> = Vec::new();
-        let mut evaluated = 0;
-        let deadline = Instant::now() + SEARCH_BUDGET;
-        // One more than wanted, so that the last page knows that it is the last.
-        let mut step = limit + 1;
-        let mut next = None;
-        while !plan.is_empty() {
-            let answer = plan
-                .query(self)
-                .scan_index_forward(order.is_ascending())
-                .limit(i32::try_from(step).unwrap_or(i32::MAX))
-                .set_exclusive_start_key(start.take())
-                .send()
-                .await
-                .map_err(store_error("Query conversations"))?;
-            evaluated += usize::try_from(answer.scanned_count).unwrap_or_default();
-            items.extend(answer.items.unwrap_or_default());
-            if items.len() > limit {
-                items.truncate(limit);
-                next = items.last().map(|last| plan.after(last)).transpose()?;
-                break;
-            }
-            let Some(last) = answer.last_evaluated_key else { break };
-            if evaluated >= MAX_EVALUATED || Instant::now() > deadline {
-                next = Some(plan.after(&last)?);
-                break;
-            }
-            step = if plan.conditions.is_empty() {
-                limit + 1 - items.len()
-            } else {
-                (step * GROWTH).min(LONGEST_STEP).min(MAX_EVALUATED - evaluated)
-            };
-            start = Some(last);
+        let start = after.map(|after| plan.start(user, after)).transpose()?;
+        if plan.is_empty() {
+            return Ok(Page { records: Vec::new(), next: None });
         }
-        let records = items.into_iter().map(from_item).collect::<Result<_>>()?;
+        let query = || plan.query(self).scan_index_forward(order.is_ascending());
+        let read = |item| {
+            let record: ConversationRecord = from_item(item)?;
+            let size = page::size_of(&AppConversation::without_sandbox(record.clone()))? + LIVE_STATUS_SIZE;
+            Ok((record, size))
+        };
+        let is_filtered = !plan.conditions.is_empty();
+        let bounds = Bounds::of_page(limit);
+        let (records, next) =
+            paging::page("Query conversations", bounds, start, is_filtered, query, read, |item| plan.after(item))
+                .await?;
         Ok(Page { records, next })
     }
 
@@ -285,19 +262,7 @@ impl ConversationStore {
         if plan.is_empty() {
             return Ok(0);
         }
-        let deadline = Instant::now() + COUNT_BUDGET;
-        let mut pages = plan.query(self).select(Select::Count).into_paginator().send();
-        let mut count = 0;
-        while let Some(page) = pages.next().await {
-            count += u64::try_from(page.map_err(store_error("Query conversations"))?.count).unwrap_or_default();
-            if Instant::now() > deadline {
-                return Err(Error::Refused(
-                    "There are too many conversations to count with these filters: narrow them with created_at__gte and created_at__lt, or walk the pages of search"
-                        .into(),
-                ));
-            }
-        }
-        Ok(count)
+        paging::count("Query conversations", plan.query(self), TOO_MANY).await
     }
 }
 

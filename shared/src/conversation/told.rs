@@ -12,7 +12,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::store::{ALIVE, ConversationStore, item, key, searchable, sort_value};
-use super::{ConversationRecord, MetricsSnapshot, TokenUsage};
+use super::{ConversationRecord, MetricsSnapshot, TokenUsage, within_max_name};
 use crate::clock::Time;
 use crate::dynamo::{Item, from_item, is_condition_failure, store_error, text, transact};
 use crate::error::{Error, Result};
@@ -245,12 +245,13 @@ impl ConversationStore {
         Ok(writes)
     }
 
-    /// Sets the title that the agent has found, unless somebody has given it one. Whether it did.
+    /// Sets the title that the agent has found, cut to [`super::MAX_NAME`], unless somebody has given it one. Whether it did.
     ///
     /// # Errors
     /// [`Error::Store`].
     pub async fn set_agent_title(&self, user: &UserId, id: Uuid, title: &str) -> Result<bool> {
         let [short, long] = default_titles(id);
+        let title = within_max_name(title);
         let values = [("short", short), ("long", long), ("title", title.to_owned()), ("search", searchable(title))];
         self.change(
             (user, id),

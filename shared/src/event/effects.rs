@@ -11,7 +11,7 @@ use super::store::{Event, EventStore, sortable_instant};
 use crate::clock::Time;
 use crate::conversation::store::{ConversationChange, ConversationStore};
 use crate::conversation::told::{AgentStats, Known, Standing, StatsTime, default_titles};
-use crate::conversation::{ConversationRecord, MetricsSnapshot};
+use crate::conversation::{ConversationRecord, MetricsSnapshot, within_max_name};
 use crate::error::{Error, Result};
 use crate::sandbox::store::SandboxRecord;
 use crate::start::queue::{Job, StartQueue};
@@ -35,17 +35,32 @@ pub struct ToldConversation {
 }
 
 impl ToldConversation {
-    /// Reads what is of interest; what is not there or not as it should be is left alone.
+    /// Reads what is of interest; what is not there or not as it should be is left alone. A title is cut to
+    /// [`crate::conversation::MAX_NAME`] characters, and a longer name of a model ignored: a record with them would exceed what DynamoDB accepts.
     #[must_use]
     pub fn read(id: Uuid, told: &Value) -> Self {
         let text = |value: Option<&Value>| {
             value.and_then(Value::as_str).map(str::trim).filter(|text| !text.is_empty()).map(ToOwned::to_owned)
         };
+        let title = text(told.get("title")).map(|title| {
+            let short = within_max_name(&title);
+            if short.len() < title.len() {
+                tracing::warn!(conversation = %id, bytes = title.len(), "conversation.reported_title_cut");
+            }
+            short.to_owned()
+        });
+        let llm_model = text(told.pointer("/agent/llm/model")).filter(|model| {
+            let fits = within_max_name(model).len() == model.len();
+            if !fits {
+                tracing::warn!(conversation = %id, bytes = model.len(), "conversation.reported_model_ignored");
+            }
+            fits
+        });
         Self {
             id,
             execution_status: text(told.get("execution_status")),
-            title: text(told.get("title")),
-            llm_model: text(told.pointer("/agent/llm/model")),
+            title,
+            llm_model,
             stats: told.get("stats").and_then(AgentStats::read),
             updated_at: text(told.get("updated_at")),
         }

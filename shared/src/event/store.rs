@@ -9,8 +9,7 @@ use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::operation::query::builders::QueryFluentBuilder;
-use aws_sdk_dynamodb::types::{DeleteRequest, PutRequest, Select, WriteRequest};
-use aws_sdk_s3::operation::get_object::GetObjectError;
+use aws_sdk_dynamodb::types::{DeleteRequest, PutRequest, WriteRequest};
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use jiff::Timestamp;
 use jiff::civil::DateTime;
@@ -23,8 +22,11 @@ use crate::dynamo::{
     BATCH_GET_LIMIT, Item, batch_get_attribute, batch_get_items, from_item, store_error, text, to_item,
 };
 use crate::error::{Error, Result, StoreError};
+use crate::http::page::{PAGE_SIZE, size_of_text, too_large};
 use crate::http::validation::wire_enum;
 use crate::id;
+use crate::objects;
+use crate::paging;
 use crate::user::UserId;
 use crate::user::seal::hash;
 
@@ -35,15 +37,14 @@ pub const BY_KIND: &str = "by-kind";
 /// What both indexes hold beside keys: how much room an event takes in an answer.
 pub const ROOM: &str = "room";
 
-/// How much room the events of one page take together at most, unless it is a single one. Lambda answers with 6 MB at most.
-pub const PAGE_ROOM: u64 = 5 * 1000 * 1000;
-
 /// DynamoDB takes no longer sort key.
 const KEY_LIMIT: usize = 1024;
 /// DynamoDB takes at most this many writes in one `BatchWriteItem`.
 const BATCH_WRITE_LIMIT: usize = 25;
 /// A longer event is kept in the bucket: DynamoDB takes no item over 400 KB.
 const INLINE_EVENT_LIMIT: usize = 300 * 1024;
+/// The error for a count that takes too long.
+const TOO_MANY: &str = "There are too many events to count with this filter: narrow it with timestamp__gte and timestamp__lt, or walk the pages of search";
 /// Objects that are asked for at the same time.
 const PARALLEL_OBJECTS: usize = 8;
 
@@ -95,15 +96,9 @@ impl Event {
         of_kind(&self.kind, &self.position())
     }
 
-    /// How much room it takes in an answer: API Gateway gets answers as a JSON string, in which quotes and backslashes are
-    /// escaped.
+    /// Its size in an answer, see [`crate::http::page`].
     fn room(&self) -> u64 {
-        let length = |byte: u8| match byte {
-            b'"' | b'\\' | b'\n' | b'\r' | b'\t' => 2,
-            0..0x20 => 6,
-            _ => 1,
-        };
-        self.json.bytes().map(length).sum::<u64>() + 1
+        size_of_text(self.json.as_bytes()) + 1
     }
 }
 
@@ -371,7 +366,7 @@ impl EventStore {
     }
 
     /// A page of the events that the filter lets through: at most `limit` of them and never more than 100; fewer if they
-    /// would take more than [`PAGE_ROOM`] together. An event that comes while one walks the pages is met if its place is
+    /// would take more than [`PAGE_SIZE`] together. An event that comes while one walks the pages is met if its place is
     /// still ahead, and none is met twice.
     ///
     /// # Errors
@@ -399,7 +394,7 @@ impl EventStore {
             .take_while(|place| {
                 let first = room == 0;
                 room += place.room;
-                first || room <= PAGE_ROOM
+                first || room <= PAGE_SIZE
             })
             .count();
         let places_of_page = &places[..fitting];
@@ -452,34 +447,25 @@ impl EventStore {
     /// How many events the filter lets through. Reads their places alone, not the events.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// [`Error::Store`]; [`Error::Refused`] when there are too many to count in one request.
     pub async fn count(&self, user: &UserId, conversation: Uuid, filter: &EventFilter) -> Result<u64> {
         let range = Range::new(partition(user, conversation), filter);
         if range.is_empty() {
             return Ok(0);
         }
-        let query = range.ask(self.dynamodb.query().table_name(&self.table));
-        let mut pages = query.select(Select::Count).into_paginator().send();
-        let mut count = 0;
-        while let Some(page) = pages.next().await {
-            count += u64::try_from(page.map_err(store_error("Query events"))?.count).unwrap_or_default();
-        }
-        Ok(count)
+        paging::count("Query events", range.ask(self.dynamodb.query().table_name(&self.table)), TOO_MANY).await
     }
 
     /// Events in the order of the ids, at most 100 of them, `None` for those that the conversation does not have.
     ///
     /// # Errors
-    /// [`Error::Store`]; [`Error::TooLarge`] when several take more than [`PAGE_ROOM`] together.
+    /// [`Error::Store`]; [`Error::TooLarge`] when several take more than [`PAGE_SIZE`] together.
     pub async fn batch_get(&self, user: &UserId, conversation: Uuid, ids: &[String]) -> Result<Vec<Option<Event>>> {
-        let mut wanted: Vec<String> =
-            ids.iter().filter(|id| !id.is_empty() && id.len() <= KEY_LIMIT).cloned().collect();
-        wanted.sort_unstable();
-        wanted.dedup();
+        let wanted: Vec<String> = ids.iter().filter(|id| !id.is_empty() && id.len() <= KEY_LIMIT).cloned().collect();
         let rows = self.rows(&partition(user, conversation), wanted).await?;
         let room: u64 = ids.iter().filter_map(|id| rows.get(id)).map(|row| row.room).sum();
-        if rows.len() > 1 && room > PAGE_ROOM {
-            return Err(Error::TooLarge("These events are too large for one answer: ask for fewer at once".into()));
+        if rows.len() > 1 && room > PAGE_SIZE {
+            return Err(too_large("events"));
         }
         let found: HashMap<String, Option<Event>> = stream::iter(rows)
             .map(async |(id, row)| self.read(row).await.map(|event| (id, event)))
@@ -579,7 +565,10 @@ impl EventStore {
         }))
     }
 
-    async fn rows(&self, partition: &str, ids: Vec<String>) -> Result<HashMap<String, Row>> {
+    async fn rows(&self, partition: &str, mut ids: Vec<String>) -> Result<HashMap<String, Row>> {
+        // DynamoDB refuses a batch that names a key twice.
+        ids.sort_unstable();
+        ids.dedup();
         let mut rows = HashMap::with_capacity(ids.len());
         for chunk in ids.chunks(BATCH_GET_LIMIT) {
             let keys = chunk.iter().map(|id| key(partition, id)).collect();
@@ -622,18 +611,13 @@ impl EventStore {
     async fn read(&self, row: Row) -> Result<Option<Event>> {
         let json = match (row.event, row.event_object) {
             (Some(json), _) => json,
-            (None, Some(key)) => {
-                let object = match self.s3.get_object().bucket(&self.bucket).key(&key).send().await {
-                    Ok(object) => object,
-                    Err(error) if error.as_service_error().is_some_and(GetObjectError::is_no_such_key) => {
-                        tracing::warn!(key, "event.object_gone");
-                        return Ok(None);
-                    }
-                    Err(error) => return Err(store_error("GetObject events")(error)),
-                };
-                let bytes = object.body.collect().await.map_err(Error::internal)?.into_bytes();
-                String::from_utf8(bytes.into()).map_err(Error::internal)?
-            }
+            (None, Some(key)) => match objects::read_text(&self.s3, &self.bucket, &key, "GetObject events").await? {
+                Some(json) => json,
+                None => {
+                    tracing::warn!(key, "event.object_missing");
+                    return Ok(None);
+                }
+            },
             (None, None) => return Err(Error::internal("the row of an event is without the event")),
         };
         Ok(Some(Event { id: row.id, timestamp: row.timestamp, kind: row.kind, json }))

@@ -26,8 +26,9 @@ use crate::user::UserId;
 
 /// Part of every fingerprint: another form of exports has another number.
 const FORM: u32 = 1;
-/// Between two looks at an export that another one makes.
-const POLL: Duration = Duration::from_millis(250);
+/// The shortest and the longest pause between two reads of an export that another request builds.
+const SHORTEST_POLL: Duration = Duration::from_millis(100);
+const LONGEST_POLL: Duration = Duration::from_secs(1);
 /// What a call that hangs may add to a request's budget.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -47,9 +48,9 @@ pub struct Ready {
 /// The answer to who wants an export.
 #[derive(Clone, Debug)]
 pub enum Answer {
-    /// Here it is.
+    /// It is in the bucket.
     Ready(Ready),
-    /// It is being made.
+    /// It is being built: come back later.
     Pending,
 }
 
@@ -108,9 +109,8 @@ impl Exporter {
     pub async fn export(&self, user: &UserId, conversation: Uuid) -> Result<Option<Answer>> {
         let deadline = Instant::now() + self.config.budget;
         let Some(record) = self.conversations.get(user, conversation).await? else { return Ok(None) };
-        // One that outlasted its request is given out as it is: a conversation that goes on would else never be exported.
-        if let Some(ready) = self.waiting(user, conversation, self.exports.get(user, conversation).await?).await? {
-            return Ok(Some(Answer::Ready(ready)));
+        if let Some(answer) = self.standing(user, conversation).await? {
+            return Ok(Some(answer));
         }
         let warning = self.catch_up(&record).await;
         let plan = self.plan(record).await?;
@@ -119,26 +119,22 @@ impl Exporter {
             return Ok(Some(Answer::Ready(ready(plan.key, stored.length, None, warning))));
         }
         let before = found.and_then(|stored| stored.began_at);
+        let mut pause = SHORTEST_POLL;
         loop {
             if let Some((lease, record)) = self.exports.claim(user, conversation, self.config.lease).await? {
                 let made = self.make_here(lease, record, &plan, before, deadline, warning);
                 // A call that hangs: the lease runs out, and the next one begins anew.
                 return timeout_at(deadline + GRACE, made).await.unwrap_or(Ok(Answer::Pending)).map(Some);
             }
-            loop {
-                if Instant::now() >= deadline {
-                    return Ok(Some(Answer::Pending));
-                }
-                sleep(POLL).await;
-                let record = self.exports.get(user, conversation).await?;
-                let is_held = record.as_ref().is_some_and(ExportRecord::is_held);
-                if let Some(ready) = self.waiting(user, conversation, record).await? {
-                    return Ok(Some(Answer::Ready(ready)));
-                }
-                if !is_held {
-                    break;
-                }
+            // Another request builds it, which most often is a matter of a second.
+            if let Some(answer) = self.standing(user, conversation).await? {
+                return Ok(Some(answer));
             }
+            if Instant::now() >= deadline {
+                return Ok(Some(Answer::Pending));
+            }
+            sleep(pause).await;
+            pause = (pause * 3 / 2).min(LONGEST_POLL);
         }
     }
 
@@ -170,7 +166,7 @@ impl Exporter {
             Ok(Some((key, Made::Whole { length, .. }))) => {
                 tracing::info!(key, length, "export.made");
                 measure::export_made(length);
-                self.exports.finish_for_others(&lease, &key).await
+                self.exports.finish_for_others(&lease, &key, record.warning).await
             }
             Ok(Some((_, Made::OutOfTime))) => self.hand_over(&lease, None).await,
             Ok(Some((_, Made::LeaseLost))) => Ok(()),
@@ -204,7 +200,12 @@ impl Exporter {
         };
         match made.await {
             Ok((key, Made::Whole { length, zip })) => {
-                self.exports.finish(&lease).await?;
+                if record.wanted {
+                    // Other clients were told to come back for it.
+                    self.exports.finish_for_others(&lease, &key, warning.clone()).await?;
+                } else {
+                    self.exports.finish(&lease).await?;
+                }
                 Ok(Answer::Ready(ready(key, length, zip, warning)))
             }
             Ok((_, Made::OutOfTime)) => {
@@ -261,14 +262,24 @@ impl Exporter {
         }
     }
 
-    /// The export that waits for those who were told to come back.
-    async fn waiting(&self, user: &UserId, conversation: Uuid, record: Option<ExportRecord>) -> Result<Option<Ready>> {
-        let Some(record) = record else { return Ok(None) };
-        let Some(finished) = record.waiting() else { return Ok(None) };
-        let Some(stored) = self.exports.find(&finished.key).await? else { return Ok(None) };
-        let ready = ready(finished.key.clone(), stored.length, None, record.warning.clone());
-        self.exports.fetched(user, conversation).await?;
-        Ok(Some(ready))
+    /// The answer that a record gives by itself: an export that a worker has finished or is building.
+    ///
+    /// The finished one is the answer even if the conversation has changed since; otherwise a conversation that changes all the
+    /// time could never be exported. A request does not change that, so that it can be repeated.
+    async fn standing(&self, user: &UserId, conversation: Uuid) -> Result<Option<Answer>> {
+        let Some(record) = self.exports.get(user, conversation).await? else { return Ok(None) };
+        if record.is_with_a_worker() {
+            return Ok(Some(Answer::Pending));
+        }
+        let Some(finished) = record.kept() else { return Ok(None) };
+        let Some(stored) = self.exports.find(&finished.key).await? else {
+            // Removed before its time: the record must not keep others from building a new one.
+            self.exports.forget(user, conversation, &finished.key).await?;
+            return Ok(None);
+        };
+        // Earlier versions have the warning in the record.
+        let warning = finished.warning.clone().or(record.warning.clone());
+        Ok(Some(Answer::Ready(ready(finished.key.clone(), stored.length, None, warning))))
     }
 
     /// Fetches what the agent server has not told yet. An export is made in any case, and says when that failed.

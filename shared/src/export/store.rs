@@ -1,7 +1,7 @@
 //! The records of exports that are being made, and the objects that they become.
 //!
-//! A record is there while an export is made, or waits to be fetched by those who were told to come back. Whoever makes it
-//! holds a lease. One that was given back within its time may be gone on with from where it stands; one whose lease ran out
+//! A record is there while an export is built, and after a worker has finished one: that one is the answer to every request for
+//! [`KEPT`]. Whoever builds an export holds a lease. One that was given back within its time may be gone on with from where it stands; one whose lease ran out
 //! has crashed, and is begun anew: what a late process of it still sends goes to an upload that is no more.
 
 use std::collections::HashMap;
@@ -9,10 +9,11 @@ use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::types::{AttributeValue, ReturnValue};
-use aws_sdk_s3::operation::head_object::HeadObjectError;
 use aws_sdk_s3::presigning::PresigningConfig;
+use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::{CompletedMultipartUpload, CompletedPart};
 use bytes::Bytes;
+use futures::stream::{self, Stream};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -21,6 +22,7 @@ use crate::dynamo::{Item, from_item, is_condition_failure, store_error, text, to
 use crate::error::{Error, Result};
 use crate::event::store::After;
 use crate::id;
+use crate::objects;
 use crate::user::UserId;
 use crate::user::seal::hash;
 
@@ -31,10 +33,12 @@ pub const LINK_LIFETIME: Duration = Duration::from_secs(15 * 60);
 /// The media type of an export.
 pub const CONTENT_TYPE: &str = "application/zip";
 
-/// How long an export that outlasted its request is kept for those who were told to come back.
-const KEPT: Duration = Duration::from_secs(2 * 60);
+/// How long an export that outlasted its request is the answer to every request, even if the conversation has changed since.
+const KEPT: Duration = Duration::from_secs(10 * 60);
 /// How long one that nobody works on can be gone on with. Later, too much of the log may have changed behind it.
 const RESUMABLE: Duration = Duration::from_secs(5 * 60);
+
+const GET: &str = "GetObject exports";
 
 /// In an object's metadata: when reading the log began.
 const BEGAN_AT: &str = "began-at";
@@ -64,7 +68,7 @@ pub struct Progress {
     pub saved_at: Time,
 }
 
-/// One that is done, for those who were told to come back.
+/// An export that a worker has finished, for the clients that were told to come back.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finished {
     /// The object.
@@ -72,6 +76,9 @@ pub struct Finished {
     /// When it was done.
     #[serde(serialize_with = "sortable::serialize")]
     pub at: Time,
+    /// What it may lack.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warning: Option<String>,
 }
 
 /// The record of a conversation's export.
@@ -86,7 +93,7 @@ pub struct ExportRecord {
     /// Whether somebody was told to come back for it.
     #[serde(default)]
     pub wanted: bool,
-    /// What they are to be told with it.
+    /// What the export that is being built may lack.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warning: Option<String>,
     /// How far it has come.
@@ -98,10 +105,16 @@ pub struct ExportRecord {
 }
 
 impl ExportRecord {
-    /// The export that waits to be fetched.
+    /// The finished export, while it is the answer to every request.
     #[must_use]
-    pub fn waiting(&self) -> Option<&Finished> {
+    pub fn kept(&self) -> Option<&Finished> {
         self.finished.as_ref().filter(|finished| Time::now().since(finished.at) < KEPT)
+    }
+
+    /// Whether a worker builds it: a request has given it up, and clients were told to come back.
+    #[must_use]
+    pub fn is_with_a_worker(&self) -> bool {
+        self.wanted && self.is_held()
     }
 
     /// What can be gone on with, by whoever holds the lease now.
@@ -157,6 +170,31 @@ pub struct Stored {
     pub began_at: Option<Time>,
 }
 
+/// An object that is being read.
+#[derive(Debug)]
+pub struct Open {
+    /// Bytes.
+    pub length: u64,
+    body: ByteStream,
+}
+
+impl Open {
+    /// The body in pieces as they arrive; never more than one is in memory. A body that ends early ends with an error.
+    pub fn into_stream(self) -> impl Stream<Item = Result<Bytes>> {
+        stream::try_unfold((self.body, self.length), async |(mut body, left)| {
+            let piece = body.try_next().await.map_err(|error| objects::interrupted(GET, &error))?;
+            match piece {
+                Some(piece) => {
+                    let left = left.saturating_sub(piece.len() as u64);
+                    Ok(Some((piece, (body, left))))
+                }
+                None if left > 0 => Err(objects::interrupted(GET, &format!("{left} bytes are missing"))),
+                None => Ok(None),
+            }
+        })
+    }
+}
+
 /// What S3 said of a part, kept for the end of its upload.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Part {
@@ -203,7 +241,7 @@ impl ExportStore {
         found.item.map(from_item).transpose()
     }
 
-    /// Takes the lease, with the record as it was before, if nobody holds it.
+    /// Takes the lease, with the record as it was before, if no one holds it and no finished export is kept.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -221,10 +259,16 @@ impl ExportStore {
             .table_name(&self.table)
             .set_key(Some(record_key(user, conversation)))
             .update_expression("SET lease_owner = :me, lease_until = :until REMOVE finished")
-            .condition_expression("attribute_not_exists(lease_owner) OR lease_until < :now")
+            // The SDK repeats a call whose answer was lost: the lease is the caller's own then.
+            .condition_expression(
+                "(attribute_not_exists(lease_owner) OR lease_until < :now OR lease_owner = :me) \
+                 AND (attribute_not_exists(finished) OR finished.#at <= :kept)",
+            )
+            .expression_attribute_names("#at", "at")
             .expression_attribute_values(":me", text(&lease.owner))
             .expression_attribute_values(":until", text(now.plus(lifetime).sortable()))
             .expression_attribute_values(":now", text(now.sortable()))
+            .expression_attribute_values(":kept", text(now.minus(KEPT).sortable()))
             .return_values(ReturnValue::AllOld)
             .send()
             .await
@@ -280,14 +324,14 @@ impl ExportStore {
         Ok(())
     }
 
-    /// Ends the lease: the export is there, for those who were told to come back.
+    /// Ends the lease: the export is there, for the clients that were told to come back.
     ///
     /// # Errors
     /// [`Error::Store`].
-    pub async fn finish_for_others(&self, lease: &Lease, key: &str) -> Result<()> {
-        let finished = Finished { key: key.to_owned(), at: Time::now() };
+    pub async fn finish_for_others(&self, lease: &Lease, key: &str, warning: Option<String>) -> Result<()> {
+        let finished = Finished { key: key.to_owned(), at: Time::now(), warning };
         let values = HashMap::from([(":finished".to_owned(), AttributeValue::M(to_item(&finished)?))]);
-        let update = "SET finished = :finished REMOVE lease_owner, lease_until, progress, wanted";
+        let update = "SET finished = :finished REMOVE lease_owner, lease_until, progress, wanted, warning";
         self.update(lease, update, values).await?;
         Ok(())
     }
@@ -310,20 +354,23 @@ impl ExportStore {
         removed.map(|_| ()).or_else(|error| if is_condition_failure(&error) { Ok(()) } else { Err(error) })
     }
 
-    /// Forgets an export that was fetched, unless the next one is on its way.
+    /// Removes a finished export from the record, whose object is gone.
     ///
     /// # Errors
     /// [`Error::Store`].
-    pub async fn fetched(&self, user: &UserId, conversation: Uuid) -> Result<()> {
+    pub async fn forget(&self, user: &UserId, conversation: Uuid, key: &str) -> Result<()> {
         let removed = self
             .dynamodb
-            .delete_item()
+            .update_item()
             .table_name(&self.table)
             .set_key(Some(record_key(user, conversation)))
-            .condition_expression("attribute_not_exists(lease_owner) AND attribute_not_exists(wanted)")
+            .update_expression("REMOVE finished")
+            .condition_expression("finished.#key = :key")
+            .expression_attribute_names("#key", "key")
+            .expression_attribute_values(":key", text(key))
             .send()
             .await
-            .map_err(store_error("DeleteItem users"));
+            .map_err(store_error("UpdateItem users"));
         removed.map(|_| ()).or_else(|error| if is_condition_failure(&error) { Ok(()) } else { Err(error) })
     }
 
@@ -352,31 +399,31 @@ impl ExportStore {
     /// # Errors
     /// [`Error::Store`].
     pub async fn find(&self, key: &str) -> Result<Option<Stored>> {
-        match self.s3.head_object().bucket(&self.bucket).key(key).send().await {
-            Ok(found) => {
-                let began_at = found.metadata().and_then(|metadata| metadata.get(BEGAN_AT));
-                let began_at = began_at.and_then(|text| text.parse::<jiff::Timestamp>().ok()).map(Time::from);
-                Ok(Some(Stored { length: length(found.content_length()), began_at }))
-            }
-            Err(error) if error.as_service_error().is_some_and(HeadObjectError::is_not_found) => Ok(None),
-            Err(error) => Err(store_error("HeadObject exports")(error)),
-        }
+        let Some(found) = objects::head(&self.s3, &self.bucket, key, "HeadObject exports").await? else {
+            return Ok(None);
+        };
+        let began_at = found.metadata().and_then(|metadata| metadata.get(BEGAN_AT));
+        let began_at = began_at.and_then(|text| text.parse::<jiff::Timestamp>().ok()).map(Time::from);
+        Ok(Some(Stored { length: length(found.content_length()), began_at }))
     }
 
-    /// The whole object.
+    /// The whole object, which must be there.
+    ///
+    /// # Errors
+    /// [`Error::Store`]; [`Error::Internal`] when it is missing.
+    pub async fn read(&self, key: &str) -> Result<Bytes> {
+        let object = self.open(key).await?.ok_or_else(|| Error::internal(format!("{key} is not in the bucket")))?;
+        let body = object.body.collect().await.map_err(|error| objects::interrupted(GET, &error))?;
+        Ok(body.into_bytes())
+    }
+
+    /// Opens the object, if it is there. Its body is read as it is consumed.
     ///
     /// # Errors
     /// [`Error::Store`].
-    pub async fn read(&self, key: &str) -> Result<Bytes> {
-        let object = self
-            .s3
-            .get_object()
-            .bucket(&self.bucket)
-            .key(key)
-            .send()
-            .await
-            .map_err(store_error("GetObject exports"))?;
-        Ok(object.body.collect().await.map_err(Error::internal)?.into_bytes())
+    pub async fn open(&self, key: &str) -> Result<Option<Open>> {
+        let object = objects::open(&self.s3, &self.bucket, key, GET).await?;
+        Ok(object.map(|object| Open { length: objects::length(&object), body: object.body }))
     }
 
     /// A link to the object that needs nothing else for [`LINK_LIFETIME`], and saves it under `disposition`'s name.

@@ -3,6 +3,7 @@
 pub mod body;
 pub mod caller;
 pub mod cors;
+pub mod page;
 pub mod page_id;
 pub mod query;
 pub mod response;

@@ -5,8 +5,8 @@ use axum::Router;
 use axum::extract::Request;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use http::header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, EXPIRES, PRAGMA};
-use http::{HeaderValue, StatusCode};
+use http::header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, EXPIRES, LOCATION, PRAGMA};
+use http::{HeaderValue, StatusCode, Uri};
 use serde_json::json;
 
 use crate::error::{Error, StoreError};
@@ -44,11 +44,32 @@ impl IntoResponse for Error {
 /// Gives a router the contract's answers for unknown paths and wrong methods, and the headers that all answers carry.
 pub fn with_common_answers(router: Router) -> Router {
     router
-        .fallback(async || detail(StatusCode::NOT_FOUND))
+        .fallback(unknown_path)
         .method_not_allowed_fallback(async || detail(StatusCode::METHOD_NOT_ALLOWED))
         .layer(middleware::from_fn(headers_in_bounds))
         .layer(middleware::from_fn(never_cached))
         .layer(middleware::from_fn(in_json))
+}
+
+/// A path with a slash at its end is redirected to the one without, as the reference does; any other is 404. Which paths there
+/// are is not known here: on AWS the function that answers for unknown paths has no routes of other functions.
+async fn unknown_path(uri: Uri) -> Response {
+    match without_slash(&uri).and_then(|location| HeaderValue::from_str(&location).ok()) {
+        Some(location) => (StatusCode::TEMPORARY_REDIRECT, [(LOCATION, location)]).into_response(),
+        None => detail(StatusCode::NOT_FOUND),
+    }
+}
+
+/// The reference from a path that ends with slashes to the one without, with the query. It is relative, so that it is right
+/// behind a stage or a base path, and cannot lead to another host.
+fn without_slash(uri: &Uri) -> Option<String> {
+    let path = uri.path();
+    let shorter = path.trim_end_matches('/');
+    let slashes = path.len() - shorter.len();
+    let last =
+        shorter.rsplit('/').next().filter(|last| slashes > 0 && !last.is_empty() && !matches!(*last, "." | ".."))?;
+    let query = uri.query().map(|query| format!("?{query}")).unwrap_or_default();
+    Some(format!("{}{last}{query}", "../".repeat(slashes)))
 }
 
 /// Refuses headers over [`MAX_HEADERS`].
@@ -90,4 +111,29 @@ async fn never_cached(request: Request, next: Next) -> Response {
     headers.entry(PRAGMA).or_insert(HeaderValue::from_static("no-cache"));
     headers.entry(EXPIRES).or_insert(HeaderValue::from_static("0"));
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slash_at_the_end_is_left_out_by_a_relative_reference() {
+        for (uri, location) in [
+            ("/api/v1/settings/", Some("../settings")),
+            ("/api/v1/app-conversations/search/?limit=1&a=%2F", Some("../search?limit=1&a=%2F")),
+            ("/api/v1/settings//", Some("../../settings")),
+            ("/v1/a%20b/", Some("../a%20b")),
+            ("//evil.example/", Some("../evil.example")),
+            ("//evil.example//", Some("../../evil.example")),
+            ("/a:b/", Some("../a:b")),
+            ("/", None),
+            ("//", None),
+            ("/x/../", None),
+            ("/api/v1/settings", None),
+        ] {
+            let parsed: Uri = format!("http://host{uri}").parse().expect("an address");
+            assert_eq!(without_slash(&parsed).as_deref(), location, "{uri}");
+        }
+    }
 }

@@ -14,6 +14,7 @@ use crate::clock::{Time, sortable};
 use crate::dynamo::{Item, due_rows, from_item, is_condition_failure, number, store_error, text};
 use crate::error::{Error, Result};
 use crate::id;
+use crate::objects;
 use crate::user::UserId;
 use crate::user::seal::hash;
 
@@ -275,9 +276,8 @@ impl MessageStore {
         let json = match (&message.content, &message.object) {
             (Some(content), _) => content.clone().into_bytes(),
             (None, Some(object)) => {
-                let found = self.s3.get_object().bucket(&self.bucket).key(object).send().await;
-                let found = found.map_err(store_error("GetObject messages"))?;
-                found.body.collect().await.map_err(Error::internal)?.to_vec()
+                let found = objects::read_text(&self.s3, &self.bucket, object, "GetObject messages").await?;
+                found.ok_or_else(|| Error::internal(format!("{object} is not in the bucket")))?.into_bytes()
             }
             (None, None) => return Err(Error::internal(format!("the message {} has no content", message.id))),
         };

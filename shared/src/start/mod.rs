@@ -1,5 +1,6 @@
 //! Starting conversations: the request, the task that tells how far a start is, and the saga that carries it out.
 
+pub mod abridged;
 pub mod begin;
 pub mod queue;
 pub mod request;

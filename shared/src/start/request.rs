@@ -171,7 +171,7 @@ impl StartRequest {
         let system_message_suffix = fields.nullable(check, "system_message_suffix", string);
         let processors =
             fields.nullable(check, "processors", |check, value| list(check, value, EventCallbackProcessor::read));
-        let llm_model = fields.nullable(check, "llm_model", string);
+        let llm_model = fields.nullable(check, "llm_model", name);
         let selected_repository = fields.nullable(check, "selected_repository", name);
         let selected_branch = fields.nullable(check, "selected_branch", name);
         let git_provider = fields.nullable(check, "git_provider", choice);

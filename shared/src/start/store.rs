@@ -5,21 +5,30 @@ use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::types::{AttributeValue, Delete, Put, ReturnValue, Select, TransactWriteItem, Update};
+use aws_sdk_s3::operation::get_object::GetObjectOutput;
 use futures::future::try_join_all;
+use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use uuid::Uuid;
 
+use super::abridged::abridged;
 use super::request::StartRequest;
-use super::task::{PendingCommand, Snapshot, StartStatus, StartTask, StartTaskRecord};
+use super::task::{
+    ABRIDGED_SIZE, AppConversationStartTask, PendingCommand, Snapshot, StartStatus, StartTask, StartTaskRecord, raw,
+};
 use crate::clock::Time;
 use crate::dynamo::{
     BATCH_GET_LIMIT, Item, TRANSACTION_LIMIT, batch_get_items, due_rows, from_item, is_condition_failure, number,
     store_error, text, to_item, transact,
 };
 use crate::error::{Error, Result};
+use crate::http::page::{self, Items, PAGE_SIZE};
 pub use crate::http::sort_order::SortOrder;
 use crate::id;
+use crate::objects;
+use crate::paging::{self, Bounds};
 use crate::user::UserId;
 use crate::user::counters::{self, Counter};
 use crate::user::seal::Sealer;
@@ -47,6 +56,12 @@ const LONGEST_START: Duration = Duration::from_secs(24 * 3600);
 
 /// How long after its time a task counts as forgotten.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(2);
+
+/// Requests that are opened in the bucket at the same time. Their bodies are read one after the other.
+const OPEN_REQUESTS: usize = 4;
+
+/// The error for a count that takes too long.
+const TOO_MANY: &str = "There are too many start tasks to count with this filter: narrow it with created_at__gte, or walk the pages of search";
 
 /// What became of the attempt to claim a task.
 #[derive(Debug)]
@@ -340,7 +355,7 @@ impl StartTaskStore {
                 .send()
                 .await
                 .map_err(store_error("PutObject start-requests"))?;
-            item.insert("request".into(), text(""));
+            item.insert("request".into(), text(abridged(&record.request)));
             item.insert("request_object".into(), text(&key));
             record.request_object = Some(key);
         }
@@ -352,7 +367,8 @@ impl StartTaskStore {
         Ok(item)
     }
 
-    /// Records in the order of the ids, `None` for those that the user does not have.
+    /// Records in the order of the ids, `None` for those that the user does not have. Requests that are in the bucket are not
+    /// read.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -364,7 +380,8 @@ impl StartTaskStore {
         for chunk in wanted.chunks(BATCH_GET_LIMIT) {
             let keys = chunk.iter().map(|id| key(user, *id)).collect();
             let items = batch_get_items(&self.dynamodb, &self.table, keys, "BatchGetItem start-tasks").await?;
-            for record in self.read(items).await? {
+            for item in items {
+                let record: StartTaskRecord = from_item(item)?;
                 found.insert(record.id, record);
             }
         }
@@ -379,7 +396,8 @@ impl StartTaskStore {
         Ok(self.batch_get(user, &[id]).await?.pop().flatten())
     }
 
-    /// A page of the user's tasks, and where the next one starts if there is one.
+    /// A page of the user's tasks, within the bounds of [`crate::paging`], and where the next one starts if there is one. Requests
+    /// that are in the bucket are not read.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -396,33 +414,77 @@ impl StartTaskStore {
             return self.list_of_conversation(user, conversation, filter, order, after, limit).await;
         }
         let (index, sort) = index_of(order);
-        let mut records: Vec<StartTaskRecord> = Vec::new();
-        let mut next = after.cloned();
-        loop {
-            let start = next.take().map(|after| {
-                let mut start = key(user, after.id);
-                start.insert(sort.into(), text(after.sort));
-                start
-            });
-            let answer = self
-                .query(user, filter, index)
-                .scan_index_forward(order.is_ascending())
-                // One more than wanted, so that the last page knows that it is the last.
-                .limit(i32::try_from(limit + 1 - records.len()).unwrap_or(i32::MAX))
-                .set_exclusive_start_key(start)
-                .send()
-                .await
-                .map_err(store_error("Query start-tasks"))?;
-            records.extend(self.read(answer.items.unwrap_or_default()).await?);
-            next = match answer.last_evaluated_key {
-                Some(last) => Some(after_key(&last, sort)?),
-                None => None,
+        let start = after.map(|after| {
+            let mut start = key(user, after.id);
+            start.insert(sort.into(), text(after.sort.clone()));
+            start
+        });
+        let is_filtered = filter.created_at_gte.is_some() && index != BY_CREATED;
+        let query = || self.query(user, filter, index).scan_index_forward(order.is_ascending());
+        let read = |item| {
+            let record: StartTaskRecord = from_item(item)?;
+            let size = page::size_of(&record.show())?;
+            Ok((record, size))
+        };
+        let after = |item: &Item| after_key(item, sort);
+        paging::page("Query start-tasks", Bounds::of_page(limit), start, is_filtered, query, read, after).await
+    }
+
+    /// Tasks as the contract shows them, until one does not fit into a page.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn show_page(&self, records: &[StartTaskRecord]) -> Result<Items> {
+        let mut items = Items::default();
+        let keys: Vec<Option<String>> = records.iter().map(|record| record.request_object.clone()).collect();
+        let mut opened = stream::iter(keys).map(|key| self.open_request(key)).buffered(OPEN_REQUESTS);
+        for record in records {
+            let Some(request) = opened.try_next().await? else { break };
+            // A task that has no room in a page of its own is shown with its request abridged.
+            let request = match read_request(record, request, items.left()).await? {
+                Some(request) => request,
+                None if items.is_empty() => self.abridged_request(record).await?,
+                None => break,
             };
-            if records.len() > limit || next.is_none() {
+            if !items.push(&record.show_at(&record.now, request))? {
                 break;
             }
         }
-        Ok(cut(records, limit, order))
+        Ok(items)
+    }
+
+    /// Tasks as the contract shows them, all of them in one answer: requests are abridged where all of them have no room.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn show_all(&self, records: &[Option<StartTaskRecord>]) -> Result<Vec<Option<AppConversationStartTask>>> {
+        let found = records.iter().flatten().count();
+        let mut left = PAGE_SIZE.saturating_sub(ABRIDGED_SIZE * u64::try_from(found).unwrap_or(u64::MAX));
+        let keys: Vec<Option<String>> = records.iter().flatten().map(|record| record.request_object.clone()).collect();
+        let mut opened = stream::iter(keys).map(|key| self.open_request(key)).buffered(OPEN_REQUESTS);
+        let mut shown = Vec::with_capacity(records.len());
+        for record in records {
+            let Some(record) = record else {
+                shown.push(None);
+                continue;
+            };
+            let Some(request) = opened.try_next().await? else { break };
+            let request = match read_request(record, request, left).await? {
+                Some(request) => {
+                    left = left.saturating_sub(page::size_of_text(request.get().as_bytes()));
+                    request
+                }
+                None => self.abridged_request(record).await?,
+            };
+            shown.push(Some(record.show_at(&record.now, request)));
+        }
+        Ok(shown)
+    }
+
+    /// The place of a task in a list.
+    #[must_use]
+    pub fn place(record: &StartTaskRecord, order: SortOrder) -> After {
+        After { sort: sort_value(record, order), id: record.id }
     }
 
     /// How many of the user's tasks the filter lets through. Without a filter it is one counter, read once.
@@ -439,12 +501,7 @@ impl StartTaskStore {
                 self.list_of_conversation(user, conversation, filter, order, None, usize::MAX).await?.0.len() as u64
             );
         }
-        let mut pages = self.query(user, filter, BY_CREATED).select(Select::Count).into_paginator().send();
-        let mut count = 0;
-        while let Some(page) = pages.next().await {
-            count += u64::try_from(page.map_err(store_error("Query start-tasks"))?.count).unwrap_or_default();
-        }
-        Ok(count)
+        paging::count("Query start-tasks", self.query(user, filter, BY_CREATED), TOO_MANY).await
     }
 
     async fn list_of_conversation(
@@ -470,7 +527,7 @@ impl StartTaskStore {
         while let Some(item) = pages.next().await {
             items.push(item.map_err(store_error("Query start-tasks"))?);
         }
-        let mut records = self.read(items).await?;
+        let mut records = items.into_iter().map(from_item).collect::<Result<Vec<StartTaskRecord>>>()?;
         records.retain(|record| filter.created_at_gte.is_none_or(|earliest| record.created_at >= earliest));
         records.sort_by_key(|record| sort_value(record, order));
         if !order.is_ascending() {
@@ -528,9 +585,7 @@ impl StartTaskStore {
         match claimed {
             Ok(answer) => {
                 let item = answer.attributes.ok_or_else(|| Error::internal("a claimed task came back empty"))?;
-                let record =
-                    self.read(vec![item]).await?.pop().ok_or_else(|| Error::internal("a claimed task is gone"))?;
-                Ok(Claim::Claimed(Box::new(self.open(record).await?)))
+                Ok(Claim::Claimed(Box::new(self.open(from_item(item)?).await?)))
             }
             Err(error) if is_condition_failure(&error) => Ok(match self.get(user, id).await? {
                 None => Claim::Unknown,
@@ -764,28 +819,30 @@ impl StartTaskStore {
         Ok(Change::default().state(id, snapshot)?.set("conversation_key", conversation).finished())
     }
 
-    /// Items as records, with requests that are in the bucket fetched.
-    async fn read(&self, items: Vec<Item>) -> Result<Vec<StartTaskRecord>> {
-        try_join_all(items.into_iter().map(async |item| {
-            let mut record: StartTaskRecord = from_item(item)?;
-            if let Some(key) = &record.request_object {
-                let object = self
-                    .s3
-                    .get_object()
-                    .bucket(&self.bucket)
-                    .key(key)
-                    .send()
-                    .await
-                    .map_err(store_error("GetObject start-requests"))?;
-                let bytes = object.body.collect().await.map_err(Error::internal)?.into_bytes();
-                record.request = String::from_utf8(bytes.into()).map_err(Error::internal)?;
-            }
-            Ok(record)
-        }))
-        .await
+    /// Opens the request of a record by its [`StartTaskRecord::request_object`].
+    async fn open_request(&self, key: Option<String>) -> Result<OpenRequest> {
+        let Some(key) = key else { return Ok(OpenRequest::Inline) };
+        let object = objects::open(&self.s3, &self.bucket, &key, "GetObject start-requests").await?;
+        Ok(object.map_or(OpenRequest::Missing, |object| OpenRequest::Object(Box::new(object))))
     }
 
-    async fn open(&self, record: StartTaskRecord) -> Result<StartTask> {
+    /// The short form of a record's request.
+    async fn abridged_request(&self, record: &StartTaskRecord) -> Result<Box<RawValue>> {
+        let Some(key) = &record.request_object else { return Ok(raw(abridged(&record.request))) };
+        if !record.request.is_empty() {
+            return Ok(raw(record.request.clone()));
+        }
+        // A record of an earlier version has none.
+        let request = objects::read_text(&self.s3, &self.bucket, key, "GetObject start-requests").await?;
+        Ok(request.map_or_else(missing_request, |request| raw(abridged(&request))))
+    }
+
+    /// A record that was read from the store, with its whole request.
+    async fn open(&self, mut record: StartTaskRecord) -> Result<StartTask> {
+        if let Some(key) = &record.request_object {
+            let request = objects::read_text(&self.s3, &self.bucket, key, "GetObject start-requests").await?;
+            record.request = request.ok_or_else(|| Error::internal("the request of a start is not in the bucket"))?;
+        }
         let mut request: StartRequest = serde_json::from_str(&record.request)
             .map_err(|error| Error::internal(format!("a stored start request does not read: {error}")))?;
         if let Some(sealed) = &record.secrets_sealed {
@@ -829,6 +886,33 @@ fn record(user: &UserId, id: Uuid, now: Snapshot, created_at: Time, request: &St
         request_object: None,
         secrets_sealed: None,
     })
+}
+
+/// The request of a record that was read from the store.
+enum OpenRequest {
+    /// It is in the record.
+    Inline,
+    /// It is in the bucket.
+    Object(Box<GetObjectOutput>),
+    /// It was in the bucket.
+    Missing,
+}
+
+/// Reads the request of a record; `None` when it takes more than `room` bytes of an answer.
+async fn read_request(record: &StartTaskRecord, request: OpenRequest, room: u64) -> Result<Option<Box<RawValue>>> {
+    let request = match request {
+        OpenRequest::Object(object) if objects::length(&object) > room => return Ok(None),
+        OpenRequest::Object(object) => objects::text(*object, "GetObject start-requests").await?,
+        // The task is being deleted; its request goes first.
+        OpenRequest::Missing if record.request.is_empty() => return Ok(Some(missing_request())),
+        OpenRequest::Inline | OpenRequest::Missing => record.request.clone(),
+    };
+    Ok((page::size_of_text(request.as_bytes()) <= room).then(|| raw(request)))
+}
+
+/// What a task shows whose request is gone.
+fn missing_request() -> Box<RawValue> {
+    raw(serde_json::to_string(&StartRequest::default()).unwrap_or_default())
 }
 
 fn held<T>(written: Result<T>) -> Result<Result<(), LeaseLost>> {

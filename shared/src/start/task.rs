@@ -1,10 +1,13 @@
 //! The start task: what a client polls, and what a worker needs to go on with the start.
 
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use uuid::Uuid;
 
+use super::abridged;
 use super::request::StartRequest;
 use crate::clock::{Time, sortable};
+use crate::http::page::size_of_text;
 use crate::http::validation::wire_enum;
 use crate::id::as_hex;
 use crate::user::UserId;
@@ -113,7 +116,8 @@ pub struct StartTaskRecord {
     /// When the current step must be done.
     #[serde(default, serialize_with = "sortable_option", skip_serializing_if = "Option::is_none")]
     pub deadline: Option<Time>,
-    /// The request as JSON; empty while it is in [`StartTaskRecord::request_object`].
+    /// The request as JSON, in the form in which the contract shows it. If [`StartTaskRecord::request_object`] is set, a record
+    /// that was read from the store has the short form here (see [`super::abridged`]); records of earlier versions have nothing.
     #[serde(default)]
     pub(super) request: String,
     /// The key of the bucket's object that holds a large request.
@@ -154,21 +158,37 @@ pub struct AppConversationStartTask {
     pub app_conversation_id: Option<Uuid>,
     pub sandbox_id: Option<String>,
     pub agent_server_url: Option<String>,
-    pub request: serde_json::Value,
+    pub request: Box<RawValue>,
     pub created_at: Time,
     pub updated_at: Time,
 }
 
+/// The most bytes of a task in an answer with its request abridged, see [`crate::http::page`].
+pub const ABRIDGED_SIZE: u64 = 3 * abridged::MAX_LENGTH as u64;
+
 impl StartTaskRecord {
-    /// The record as the contract shows it.
+    /// The record as the contract shows it, with the request that it holds.
     #[must_use]
     pub fn show(&self) -> AppConversationStartTask {
-        self.show_at(&self.now)
+        self.show_at(&self.now, raw(self.request.clone()))
     }
 
-    /// The record as it was at one of its states.
+    /// The record as the contract shows it. The request is abridged if it takes more than `room` bytes of an answer.
     #[must_use]
-    pub fn show_at(&self, at: &Snapshot) -> AppConversationStartTask {
+    pub fn show_within(&self, room: u64) -> AppConversationStartTask {
+        self.show_at(&self.now, self.request_within(room))
+    }
+
+    /// The request that the record holds, abridged if it takes more than `room` bytes of an answer.
+    #[must_use]
+    pub fn request_within(&self, room: u64) -> Box<RawValue> {
+        let fits = size_of_text(self.request.as_bytes()) <= room;
+        raw(if fits { self.request.clone() } else { abridged::abridged(&self.request) })
+    }
+
+    /// The record as it was at one of its states, with this request.
+    #[must_use]
+    pub fn show_at(&self, at: &Snapshot, request: Box<RawValue>) -> AppConversationStartTask {
         AppConversationStartTask {
             id: self.id,
             created_by_user_id: self.user.shown().map(ToOwned::to_owned),
@@ -177,9 +197,14 @@ impl StartTaskRecord {
             app_conversation_id: at.app_conversation_id,
             sandbox_id: at.sandbox_id.clone(),
             agent_server_url: at.agent_server_url.clone(),
-            request: serde_json::from_str(&self.request).unwrap_or_default(),
+            request,
             created_at: self.created_at,
             updated_at: at.updated_at,
         }
     }
+}
+
+/// A stored request as a part of an answer.
+pub(super) fn raw(request: String) -> Box<RawValue> {
+    RawValue::from_string(request).unwrap_or_else(|_| RawValue::NULL.to_owned())
 }

@@ -154,6 +154,11 @@ impl Api {
         self.answer(request.expect("a request")).await
     }
 
+    /// The answer as it is.
+    pub async fn response(&self, request: Request<Body>) -> axum::response::Response {
+        self.router.clone().oneshot(request).await.expect("an answer")
+    }
+
     async fn answer(&self, request: Request<Body>) -> (u16, String) {
         let answer = self.router.clone().oneshot(request).await.expect("an answer");
         let status = answer.status().as_u16();

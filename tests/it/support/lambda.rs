@@ -13,6 +13,8 @@ use axum::body::{Body, Bytes};
 use axum::extract::{Path as InPath, State};
 use axum::response::Response;
 use axum::routing::{get, post};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use futures::StreamExt as _;
 use http::{HeaderMap, StatusCode};
 use serde_json::Value;
@@ -48,6 +50,8 @@ pub enum Part {
     Chunk(Bytes),
     /// It is complete.
     End,
+    /// The process cut it off.
+    Cut,
     /// Instead of an answer.
     Error(Value),
 }
@@ -116,15 +120,22 @@ impl Function {
         (id, parts)
     }
 
-    /// Sends an event and answers what comes back as JSON.
+    /// Sends an event and answers what comes back as JSON. A stream is put into the form of a whole answer.
     pub async fn invoke(&self, event: Value) -> Value {
-        let (_, mut parts) = self.send(event);
+        self.invoke_sized(event).await.0
+    }
+
+    /// The same, with the bytes that the function sent.
+    pub async fn invoke_sized(&self, event: Value) -> (Value, usize) {
+        let (id, mut parts) = self.send(event);
         let mut whole = Vec::new();
         loop {
             let part = timeout(PATIENCE, parts.recv()).await.unwrap_or_else(|_| panic!("no answer: {}", self.logged()));
             match part.expect("the runtime API runs") {
                 Part::Chunk(bytes) => whole.extend_from_slice(&bytes),
-                Part::End => return serde_json::from_slice(&whole).expect("JSON"),
+                Part::End if self.was_streamed(&id) => return (Streamed::read(&whole).as_whole(), whole.len()),
+                Part::End => return (serde_json::from_slice(&whole).expect("JSON"), whole.len()),
+                Part::Cut => panic!("it was cut off: {}", self.logged()),
                 Part::Error(error) => panic!("{error}"),
             }
         }
@@ -136,7 +147,7 @@ impl Function {
         let part = timeout(PATIENCE, parts.recv()).await.unwrap_or_else(|_| panic!("no answer: {}", self.logged()));
         match part.expect("the runtime API runs") {
             Part::Error(error) => error,
-            Part::Chunk(_) | Part::End => panic!("it did not fail"),
+            Part::Chunk(_) | Part::End | Part::Cut => panic!("it did not fail"),
         }
     }
 
@@ -151,9 +162,49 @@ impl Function {
         text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
     }
 
+    /// The most memory that the process has had so far, in bytes.
+    pub fn peak_memory(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.process.id())).expect("the process runs");
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a line");
+        peak.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+    }
+
     /// What the function has logged.
     pub fn logged(&self) -> String {
         fs::read_to_string(&self.log).expect("a log")
+    }
+}
+
+/// A streamed answer, or its beginning.
+#[derive(Debug)]
+pub struct Streamed {
+    /// Status and headers.
+    pub prelude: Value,
+    /// The body.
+    pub body: Vec<u8>,
+}
+
+impl Streamed {
+    /// Prelude and body are separated by eight NULs.
+    pub fn read(bytes: &[u8]) -> Self {
+        let end = bytes.windows(8).position(|eight| eight == [0; 8]).expect("a separator");
+        // API Gateway looks no further for it.
+        assert!(end < 16 * 1024, "{end}");
+        Self { prelude: serde_json::from_slice(&bytes[..end]).expect("JSON"), body: bytes[end + 8..].to_vec() }
+    }
+
+    fn as_whole(&self) -> Value {
+        let headers = self.prelude["headers"].as_object().expect("headers").iter();
+        let headers: serde_json::Map<String, Value> =
+            headers.map(|(name, value)| (name.clone(), Value::Array(vec![value.clone()]))).collect();
+        let (body, in_base64) = match std::str::from_utf8(&self.body) {
+            Ok(text) => (text.to_owned(), false),
+            Err(_) => (BASE64.encode(&self.body), true),
+        };
+        serde_json::json!({
+            "statusCode": self.prelude["statusCode"], "multiValueHeaders": headers, "body": body,
+            "isBase64Encoded": in_base64,
+        })
     }
 }
 
@@ -188,9 +239,14 @@ async fn respond(
     shared.streamed.lock().expect("unpoisoned").insert(id.clone(), mode == Some("streaming"));
     let answer = shared.answers.lock().expect("unpoisoned").remove(&id).expect("an id that was given out");
     let mut chunks = body.into_data_stream();
-    while let Some(Ok(chunk)) = chunks.next().await {
+    while let Some(chunk) = chunks.next().await {
+        let part = chunk.map_or(Part::Cut, Part::Chunk);
+        let is_cut = part == Part::Cut;
         // Whoever asked may have seen enough.
-        let _gone = answer.send(Part::Chunk(chunk));
+        let _gone = answer.send(part);
+        if is_cut {
+            return StatusCode::BAD_REQUEST;
+        }
     }
     let _gone = answer.send(Part::End);
     StatusCode::ACCEPTED
