@@ -597,7 +597,7 @@ pub fn key_of(user: &UserId) -> SecretString {
 
 pub async fn token_of(sealer: &Sealer, user: &UserId) -> SecretString {
     let key = TokenKey::of(sealer).await.expect("a key");
-    key.sign(user, ProviderType::Github, Duration::from_secs(60)).expect("a token")
+    key.sign(user, ProviderType::Github, SANDBOX, Duration::from_secs(60)).expect("a token")
 }
 
 /// All rows of all tables, and when all objects were written, by what tells them apart.
