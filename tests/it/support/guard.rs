@@ -70,7 +70,8 @@ fn needed(request: &Request, prefix: &str) -> BTreeSet<Permission> {
     let body = request.json();
     let (service, operation) = target.split_once('.').expect("a target");
     if service.starts_with("AmazonSQS") {
-        return [format!("sqs:{operation} queue")].into();
+        // A batch needs the permission of its single operation.
+        return [format!("sqs:{} queue", operation.trim_end_matches("Batch"))].into();
     }
     let table = |name: &Value| {
         let name = name.as_str().expect("a table's name");

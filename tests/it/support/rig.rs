@@ -478,7 +478,8 @@ impl Rig {
             assert!(Instant::now() < deadline, "messages were left in the queue");
             sleep(Duration::from_millis(100)).await;
         }
-        assert!(self.tasks.forgotten().await.expect("the store").is_empty(), "a task is left unfinished");
+        let (unfinished, failed) = self.tasks.unfinished().due(Time::now().plus(Duration::from_secs(3600))).await;
+        assert!(unfinished.is_empty() && failed.is_none(), "a task is left unfinished: {unfinished:?} {failed:?}");
         assert_eq!(self.guard.refused(), BTreeSet::new(), "the worker's policy lacks this");
         self.finished = true;
         if let Some(engines) = self.engines.take() {
