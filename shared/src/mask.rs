@@ -30,7 +30,12 @@ pub fn secrets_in(document: &Value) -> Vec<String> {
 
 fn collect(value: &Value, is_secret: bool, found: &mut BTreeSet<String>) {
     match value {
-        Value::String(text) if is_secret => drop(found.insert(text.clone())),
+        Value::String(text) if is_secret => {
+            // `Bearer TOKEN` may come back without its scheme.
+            found.extend(text.split_once(' ').map(|(_, token)| token.to_owned()));
+            found.insert(text.clone());
+            collect_from_url(text, found);
+        }
         Value::String(text) => collect_from_url(text, found),
         Value::Array(items) => items.iter().for_each(|item| collect(item, is_secret, found)),
         Value::Object(fields) => {
@@ -105,6 +110,7 @@ mod tests {
             "--token=arg-1",
             "Bearer b-1",
             "aws-1",
+            "b-1",
             "env-1",
             "jws-1",
             "npm-1",

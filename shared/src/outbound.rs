@@ -99,8 +99,7 @@ pub fn join(base: &str, path: &str) -> Option<Url> {
     root.set_fragment(None);
     let joined = Url::parse(&format!("{}{path}", root.as_str().trim_end_matches('/'))).ok()?;
     let same_place = joined.origin() == base.origin()
-        && (joined.scheme(), joined.username(), joined.password())
-            == (base.scheme(), base.username(), base.password())
+        && (joined.scheme(), joined.username(), joined.password()) == (base.scheme(), base.username(), base.password())
         && joined.path().strip_prefix(below).is_some_and(|rest| rest.starts_with('/'))
         && joined.fragment().is_none();
     same_place.then_some(joined)

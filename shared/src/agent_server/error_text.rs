@@ -20,9 +20,7 @@ pub(super) fn of(body: &[u8], secrets: &[String]) -> String {
     let text = match serde_json::from_slice::<Value>(body) {
         Ok(json) => match json.get("exception").or_else(|| json.get("detail")).unwrap_or(&json) {
             Value::String(text) => text.clone(),
-            Value::Array(violations) => {
-                Value::from_iter(violations.iter().take(VIOLATIONS).map(violation)).to_string()
-            }
+            Value::Array(violations) => Value::from_iter(violations.iter().take(VIOLATIONS).map(violation)).to_string(),
             other => without_repeated(other).to_string(),
         },
         Err(_) => String::from_utf8_lossy(body).into_owned(),
@@ -117,6 +115,9 @@ mod tests {
         assert_eq!(text, format!("{}**********", "x".repeat(LIMIT - 50)));
         assert_eq!(of("é".repeat(5000).as_bytes(), &[]).chars().count(), LIMIT);
         let many = json!({"detail": vec![json!({"type": "t", "loc": [], "msg": "m"}); 1000]}).to_string();
-        assert_eq!(serde_json::from_str::<Value>(&of(many.as_bytes(), &[])).expect("JSON").as_array().map(Vec::len), Some(20));
+        assert_eq!(
+            serde_json::from_str::<Value>(&of(many.as_bytes(), &[])).expect("JSON").as_array().map(Vec::len),
+            Some(20)
+        );
     }
 }

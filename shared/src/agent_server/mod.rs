@@ -17,7 +17,7 @@ use reqwest::header::{CONTENT_TYPE, HeaderValue};
 use reqwest::{Method, RequestBuilder, StatusCode};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::error::Category;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
@@ -448,13 +448,7 @@ impl AgentServer {
         self.git("/api/git/diff", path, reference, timeout).await
     }
 
-    async fn git(
-        &self,
-        route: &str,
-        path: &str,
-        reference: Option<&str>,
-        timeout: Duration,
-    ) -> Result<Box<RawValue>> {
+    async fn git(&self, route: &str, path: &str, reference: Option<&str>, timeout: Duration) -> Result<Box<RawValue>> {
         let call = Call::get(route).within(timeout).at_most(GIT_LIMIT);
         let asked = self.call_with(&call, |request| {
             request.query(&[("path", path)]).query(&reference.map(|reference| [("ref", reference)]))
@@ -473,7 +467,7 @@ impl AgentServer {
         secrets.push(content.to_owned());
         let call = Call { secrets, ..Call::new(Method::POST, "/api/file/upload") };
         let call = call.within(UPLOAD_TIMEOUT);
-        let done = self.read(&call, |request| {
+        let done = self.call_with::<IgnoredAny>(&call, |request| {
             let part = reqwest::multipart::Part::text(content.to_owned()).file_name("file");
             request.query(&[("path", path)]).multipart(reqwest::multipart::Form::new().part("file", part))
         });
@@ -634,7 +628,7 @@ impl AgentServer {
 
     /// Makes a request of which only the success matters.
     async fn done(&self, call: &Call<'_>) -> Result<()> {
-        self.read(call, |request| request).await.map(drop)
+        self.call::<IgnoredAny>(call).await.map(drop)
     }
 
     /// As [`AgentServer::call`], with more added to the request; also returns the answer's length in bytes.
@@ -644,16 +638,13 @@ impl AgentServer {
         fill: impl FnOnce(RequestBuilder) -> RequestBuilder,
     ) -> Result<(T, usize)> {
         let body = self.read(call, fill).await?;
-        let read = serde_json::from_slice(&body).map_err(|error| call.fail(Failure::Malformed(what_is_wrong(&error))))?;
+        let read =
+            serde_json::from_slice(&body).map_err(|error| call.fail(Failure::Malformed(what_is_wrong(&error))))?;
         Ok((read, body.len()))
     }
 
     /// The body of an answer with success.
-    async fn read(
-        &self,
-        call: &Call<'_>,
-        fill: impl FnOnce(RequestBuilder) -> RequestBuilder,
-    ) -> Result<Vec<u8>> {
+    async fn read(&self, call: &Call<'_>, fill: impl FnOnce(RequestBuilder) -> RequestBuilder) -> Result<Vec<u8>> {
         let mut response = self.send(call, fill).await?;
         let status = response.status();
         let limit = if status.is_success() { call.limit } else { ERROR_LIMIT };

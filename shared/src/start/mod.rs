@@ -5,6 +5,6 @@ pub mod queue;
 pub mod request;
 pub mod saga;
 pub mod store;
-pub mod sweep;
 pub mod suggested_task;
+pub mod sweep;
 pub mod task;

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use futures::stream::{self, StreamExt as _};
+use futures::future::join_all;
 
 use super::queue::{Job, StartQueue};
 use crate::clock::Time;
@@ -25,18 +25,22 @@ const AT_ONCE: usize = 16;
 /// The first failure, after all that could be done was done.
 pub async fn sweep(rows: &DueIndex, queue: &StartQueue, job: impl Fn(&DueRow) -> Job) -> Result<usize> {
     let (due, failed) = rows.due(Time::now()).await;
+    let found = due.len();
     let jobs: Vec<Job> = due.iter().map(job).collect();
     let (sent, not_sent) = queue.send_all(&jobs).await;
     let until = Time::now().plus(POSTPONED);
-    let enqueued: Vec<&DueRow> = due.iter().zip(&sent).filter(|(_, sent)| **sent).map(|(row, _)| row).collect();
-    let postponed = stream::iter(&enqueued).map(|row| rows.postpone(row, until)).buffer_unordered(AT_ONCE);
-    let not_postponed = postponed.filter_map(async |done| done.err()).collect::<Vec<_>>().await;
+    let enqueued: Vec<DueRow> = due.into_iter().zip(sent).filter_map(|(row, sent)| sent.then_some(row)).collect();
+    let mut not_postponed = Vec::new();
+    for rows_at_once in enqueued.chunks(AT_ONCE) {
+        let done = join_all(rows_at_once.iter().map(async |row| rows.postpone(row, until).await)).await;
+        not_postponed.extend(done.into_iter().filter_map(Result::err));
+    }
     if let Some(error) = not_postponed.first() {
         // Those rows are enqueued once more than needed.
         tracing::warn!(index = rows.index, rows = not_postponed.len(), error = %error.context(), "sweep.not_postponed");
     }
     if !enqueued.is_empty() {
-        tracing::info!(index = rows.index, enqueued = enqueued.len(), due = due.len(), "sweep.requeued");
+        tracing::info!(index = rows.index, enqueued = enqueued.len(), due = found, "sweep.requeued");
     }
     match failed.or(not_sent) {
         Some(error) => Err(error),

@@ -166,9 +166,7 @@ impl DataKey {
             .await
             .map_err(store_error("KMS GenerateDataKey"))?;
         match (made.plaintext, made.ciphertext_blob) {
-            (Some(plain), Some(encrypted)) => {
-                Ok(Made { plain: plain.into_inner(), encrypted: encrypted.into_inner() })
-            }
+            (Some(plain), Some(encrypted)) => Ok(Made { plain: plain.into_inner(), encrypted: encrypted.into_inner() }),
             _ => Err(Error::internal("KMS made a data key without its parts")),
         }
     }

@@ -138,11 +138,8 @@ mod tests {
         };
         for user in [UserId::local(), UserId::new("somebody")] {
             let token = make(&ours, &user, 60);
-            let claims = TokenClaims {
-                user: user.clone(),
-                provider: ProviderType::Github,
-                sandbox_id: Some("box".to_owned()),
-            };
+            let claims =
+                TokenClaims { user: user.clone(), provider: ProviderType::Github, sandbox_id: Some("box".to_owned()) };
             assert_eq!(ours.read(&token), Some(claims));
             assert_eq!(theirs.read(&token), None);
             assert_eq!(ours.read(&make(&ours, &user, 0)), None);
