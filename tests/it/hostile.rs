@@ -374,7 +374,7 @@ async fn a_sweep_is_bounded_fair_and_goes_on_behind_a_failure() {
     let rows: Vec<(String, String)> = (0..130)
         .map(|number| ("flood".to_owned(), number))
         .chain([("patient".to_owned(), 130)])
-        .map(|(user, number)| (user, format!("{:032x}", number)))
+        .map(|(user, number)| (user, format!("{number:032x}")))
         .collect();
     for (number, (user, id)) in rows.iter().enumerate() {
         rig.put_due_task(user, id, &format!("2020-01-01T00:00:00.{number:06}Z")).await;

@@ -224,7 +224,8 @@ pub fn routes() -> Vec<Route> {
                 "/api/v1/webhooks/secrets".to_owned(),
                 None,
                 (200, "token of {owner}"),
-                (404, None),
+                // The token is of a sandbox that the stranger does not have.
+                (401, None),
             )
         },
         row(

@@ -74,19 +74,20 @@ mod tests {
 
     use super::*;
 
+    #[derive(Debug, Deserialize, PartialEq)]
+    struct Texts {
+        #[serde(default, deserialize_with = "text::<_, 3>")]
+        text: Option<String>,
+        #[serde(default, deserialize_with = "short::<_, 3>")]
+        short: Option<String>,
+    }
+
     #[test]
     fn lists_and_texts_have_a_greatest_length() {
         assert_eq!(serde_json::from_str::<Bounded<u8, 2>>("[1,2]").expect("a list"), Bounded(vec![1, 2]));
         assert!(serde_json::from_str::<Bounded<u8, 2>>("[1,2,3]").is_err());
         assert!(serde_json::from_str::<Bounded<u8, 2>>("{}").is_err());
 
-        #[derive(Debug, Deserialize, PartialEq)]
-        struct Texts {
-            #[serde(default, deserialize_with = "text::<_, 3>")]
-            text: Option<String>,
-            #[serde(default, deserialize_with = "short::<_, 3>")]
-            short: Option<String>,
-        }
         let read = |json: &str| serde_json::from_str::<Texts>(json);
         let of = |text: Option<&str>, short: Option<&str>| Texts {
             text: text.map(str::to_owned),

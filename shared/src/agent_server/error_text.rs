@@ -20,7 +20,9 @@ pub(super) fn of(body: &[u8], secrets: &[String]) -> String {
     let text = match serde_json::from_slice::<Value>(body) {
         Ok(json) => match json.get("exception").or_else(|| json.get("detail")).unwrap_or(&json) {
             Value::String(text) => text.clone(),
-            Value::Array(violations) => Value::from_iter(violations.iter().take(VIOLATIONS).map(violation)).to_string(),
+            Value::Array(violations) => {
+                violations.iter().take(VIOLATIONS).map(violation).collect::<Value>().to_string()
+            }
             other => without_repeated(other).to_string(),
         },
         Err(_) => String::from_utf8_lossy(body).into_owned(),

@@ -438,8 +438,11 @@ struct Part {
     image_urls: Option<Bounded<String, MAX_PARTS>>,
 }
 
+/// What a part says: its images, or its text.
+type Said = (Option<Vec<String>>, Option<String>);
+
 /// What a message says, without how its parts are written; `None` for what is no list of parts.
-fn essence(parts: &str) -> Option<Vec<(Option<Vec<String>>, Option<String>)>> {
+fn essence(parts: &str) -> Option<Vec<Said>> {
     let parts: Bounded<Part, MAX_PARTS> = serde_json::from_str(parts).ok()?;
     let essence = |part: Part| match part.kind.as_deref() {
         Some("image") => (part.image_urls.map(|urls| urls.0), None),

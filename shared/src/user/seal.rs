@@ -130,12 +130,12 @@ impl Sealer {
             return Err(io::Error::other(format!("{} holds {MAX_KEYS} keys, and may not hold more", path.display())));
         }
         keys.push(rand::random::<[u8; KEY_BYTES]>().to_vec());
-        let lines: String = keys.iter().map(|key| format!("{}\n", BASE64.encode(key))).collect();
+        let lines: Vec<String> = keys.iter().map(|key| BASE64.encode(key)).collect();
         // Whole or not at all: without its keys a deployment has lost its secrets.
         let mut draft = path.as_os_str().to_owned();
         draft.push(".new");
         let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&draft)?;
-        file.write_all(lines.as_bytes())?;
+        file.write_all((lines.join("\n") + "\n").as_bytes())?;
         file.sync_all()?;
         fs::rename(&draft, path)?;
         Ok(keys.len())
@@ -367,8 +367,8 @@ mod tests {
         }
     }
 
-    async fn opened(sealer: &Sealer, purpose: &str, sealed: &str) -> Option<String> {
-        sealer.open(purpose, sealed).await.ok().map(|secret| secret.expose_secret().to_owned())
+    async fn opened(by: &Sealer, purpose: &str, text: &str) -> Option<String> {
+        by.open(purpose, text).await.ok().map(|secret| secret.expose_secret().to_owned())
     }
 
     #[tokio::test]

@@ -8,7 +8,7 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use hmac::{Hmac, KeyInit as _, Mac as _};
-use secrecy::{ExposeSecret as _, SecretSlice, SecretString};
+use secrecy::{ExposeSecret, SecretSlice, SecretString};
 use serde::Deserialize;
 use serde_json::json;
 use sha2::Sha256;
@@ -100,7 +100,7 @@ impl TokenKey {
         if header.alg != "HS256" {
             return None;
         }
-        let key = self.0.accepted.iter().map(|key| key.expose_secret()).find(|key| header.kid == key_id(key))?;
+        let key = self.0.accepted.iter().map(ExposeSecret::expose_secret).find(|key| header.kid == key_id(key))?;
         let mut mac = Hmac::<Sha256>::new_from_slice(key).ok()?;
         mac.update(signed.as_bytes());
         mac.verify_slice(&BASE64URL.decode(signature).ok()?).ok()?;
