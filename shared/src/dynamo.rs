@@ -6,7 +6,7 @@ use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_dynamodb::operation::transact_write_items::TransactWriteItemsError;
 use aws_sdk_dynamodb::types::{AttributeValue, KeysAndAttributes, TransactWriteItem};
-use futures::future::try_join_all;
+use futures::future::join_all;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use uuid::Uuid;
@@ -82,45 +82,139 @@ pub fn is_condition_failure(error: &Error) -> bool {
     matches!(error, Error::Store(store) if store.condition_failed)
 }
 
-/// Rows of all users whose time is over, from a sparse index that is partitioned by `shard_attribute` and sorted by `due_at`.
-///
-/// # Errors
-/// [`Error::Store`].
-pub async fn due_rows(
-    dynamodb: &Client,
-    table: &str,
-    index: &str,
-    shard_attribute: &str,
-    shards: impl IntoIterator<Item = String>,
-    operation: &'static str,
-) -> Result<Vec<(UserId, Uuid)>> {
-    let now = Time::now().sortable();
-    let read = shards.into_iter().map(async |shard| {
-        let mut due = Vec::new();
-        let mut items = dynamodb
-            .query()
-            .table_name(table)
-            .index_name(index)
-            .key_condition_expression("#shard = :shard AND due_at < :now")
-            .expression_attribute_names("#shard", shard_attribute)
-            .expression_attribute_values(":shard", text(shard))
-            .expression_attribute_values(":now", text(&now))
-            .into_paginator()
-            .items()
-            .send();
-        while let Some(item) = items.next().await {
-            let item = item.map_err(store_error(operation))?;
-            let attribute = |name: &str| item.get(name).and_then(|value| value.as_s().ok());
-            let (user, id) = (attribute("user"), attribute("id").and_then(|id| Uuid::try_parse(id).ok()));
-            match (user, id) {
-                (Some(user), Some(id)) => due.push((UserId::new(user), id)),
-                // It must not keep the others from being looked after.
-                _ => tracing::error!(index, "store.row_without_owner_or_id"),
+/// A sparse index of rows that somebody must look after, by when: partitioned by an attribute with a shard, sorted by `due_at`.
+#[derive(Clone, Debug)]
+pub struct DueIndex {
+    /// The client.
+    pub dynamodb: Client,
+    /// The table.
+    pub table: String,
+    /// The index.
+    pub index: &'static str,
+    /// The attribute that holds the shard.
+    pub shard_attribute: &'static str,
+    /// All shards.
+    pub shards: Vec<String>,
+    /// The name of the table's sort key.
+    pub sort_key: &'static str,
+}
+
+/// A row whose time is over.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DueRow {
+    /// Its owner.
+    pub user: UserId,
+    /// What it is about: its attribute `id`.
+    pub id: Uuid,
+    due_at: String,
+    key: Item,
+}
+
+/// The most rows of a shard that are read at once: among them, tenants take turns.
+const DUE_READ: usize = 500;
+/// The most rows of a shard that are returned at once.
+pub const DUE_LIMIT: usize = 100;
+
+impl DueIndex {
+    /// Rows of all users that were due before `now`: of each shard the oldest, up to [`DUE_LIMIT`], users in turn. A shard that
+    /// cannot be read does not keep the others from being looked after: the first error comes beside the rows.
+    pub async fn due(&self, now: Time) -> (Vec<DueRow>, Option<Error>) {
+        let (mut rows, mut failed) = (Vec::new(), None);
+        for read in join_all(self.shards.iter().map(|shard| self.due_in(shard, now))).await {
+            match read {
+                Ok(read) => rows.extend(read),
+                Err(error) => failed = failed.or(Some(error)),
             }
         }
-        Ok::<_, Error>(due)
-    });
-    Ok(try_join_all(read).await?.into_iter().flatten().collect())
+        (rows, failed)
+    }
+
+    async fn due_in(&self, shard: &str, now: Time) -> Result<Vec<DueRow>> {
+        let mut rows = Vec::new();
+        let mut start = None;
+        loop {
+            let left = i32::try_from(DUE_READ - rows.len()).map_err(Error::internal)?;
+            let page = self
+                .dynamodb
+                .query()
+                .table_name(&self.table)
+                .index_name(self.index)
+                .key_condition_expression("#shard = :shard AND due_at < :now")
+                .expression_attribute_names("#shard", self.shard_attribute)
+                .expression_attribute_values(":shard", text(shard))
+                .expression_attribute_values(":now", text(now.sortable()))
+                .limit(left)
+                .set_exclusive_start_key(start)
+                .send()
+                .await
+                .map_err(store_error("Query due rows"))?;
+            let items = page.items.unwrap_or_default();
+            let read = items.len();
+            for item in items {
+                match self.row(&item) {
+                    Some(row) => rows.push(row),
+                    // It must not keep the others from being looked after.
+                    None => tracing::error!(index = self.index, "store.row_without_owner_or_id"),
+                }
+            }
+            start = page.last_evaluated_key.filter(|_| read > 0 && rows.len() < DUE_READ);
+            if start.is_none() {
+                return Ok(in_turn(rows, DUE_LIMIT));
+            }
+        }
+    }
+
+    fn row(&self, item: &Item) -> Option<DueRow> {
+        let attribute = |name: &str| item.get(name).and_then(|value| value.as_s().ok());
+        let user = attribute("user")?;
+        let key = [("user", user), (self.sort_key, attribute(self.sort_key)?)];
+        Some(DueRow {
+            user: UserId::new(user),
+            id: Uuid::try_parse(attribute("id")?).ok()?,
+            due_at: attribute("due_at")?.clone(),
+            key: key.into_iter().map(|(name, value)| (name.to_owned(), text(value))).collect(),
+        })
+    }
+
+    /// Moves a row behind those that are due before `until`, unless somebody has looked after it meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn postpone(&self, row: &DueRow, until: Time) -> Result<()> {
+        let moved = self
+            .dynamodb
+            .update_item()
+            .table_name(&self.table)
+            .set_key(Some(row.key.clone()))
+            .update_expression("SET due_at = :until")
+            .condition_expression("due_at = :seen")
+            .expression_attribute_values(":until", text(until.sortable()))
+            .expression_attribute_values(":seen", text(&row.due_at))
+            .send()
+            .await
+            .map_err(store_error("UpdateItem due rows"));
+        match moved {
+            Err(error) if !is_condition_failure(&error) => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The first `limit` rows when users take turns, each with the rows in the order in which they come.
+fn in_turn(rows: Vec<DueRow>, limit: usize) -> Vec<DueRow> {
+    let mut of_users: HashMap<UserId, usize> = HashMap::new();
+    let mut turns: Vec<(usize, DueRow)> = rows
+        .into_iter()
+        .map(|row| {
+            let turn = of_users.entry(row.user.clone()).or_default();
+            *turn += 1;
+            (*turn, row)
+        })
+        .collect();
+    // Stable: within a turn, the oldest first.
+    turns.sort_by_key(|(turn, _)| *turn);
+    turns.truncate(limit);
+    turns.into_iter().map(|(_, row)| row).collect()
 }
 
 /// DynamoDB takes at most this many writes in one transaction.
@@ -225,4 +319,24 @@ async fn batch_get(
         condition_failed: false,
         certainly_not_written: true,
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_take_turns() {
+        let row = |user: &str, number: u128| DueRow {
+            user: UserId::new(user),
+            id: Uuid::from_u128(number),
+            due_at: String::new(),
+            key: Item::new(),
+        };
+        let rows: Vec<DueRow> =
+            (0..500).map(|number| row("flood", number)).chain([row("a", 500), row("b", 501), row("a", 502)]).collect();
+        let taken: Vec<u128> = in_turn(rows.clone(), 6).iter().map(|row| row.id.as_u128()).collect();
+        assert_eq!(taken, [0, 500, 501, 1, 502, 2]);
+        assert_eq!(in_turn(rows, usize::MAX).len(), 503);
+    }
 }

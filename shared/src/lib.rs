@@ -16,6 +16,7 @@ pub mod event;
 pub mod export;
 pub mod http;
 pub mod id;
+pub mod mask;
 pub mod measure;
 pub mod objects;
 pub mod outbound;

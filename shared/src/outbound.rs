@@ -83,6 +83,45 @@ impl Outbound {
     }
 }
 
+/// Joins a path, with its query if it has one, onto a base URL. `None` unless the result stays on the base's host and below the
+/// base's path, and [`is_plain`] holds for the path.
+///
+/// Every path with an id or a caller's text in it goes through here before it becomes part of a URL.
+#[must_use]
+pub fn join(base: &str, path: &str) -> Option<Url> {
+    if !is_plain(path) {
+        return None;
+    }
+    let base = Url::parse(base).ok()?;
+    let below = base.path().trim_end_matches('/');
+    let mut root = base.clone();
+    root.set_query(None);
+    root.set_fragment(None);
+    let joined = Url::parse(&format!("{}{path}", root.as_str().trim_end_matches('/'))).ok()?;
+    let same_place = joined.origin() == base.origin()
+        && (joined.scheme(), joined.username(), joined.password()) == (base.scheme(), base.username(), base.password())
+        && joined.path().strip_prefix(below).is_some_and(|rest| rest.starts_with('/'))
+        && joined.fragment().is_none();
+    same_place.then_some(joined)
+}
+
+/// Whether every parser reads an absolute path the same way: no `.` or `..` segments, empty segments, backslashes, control
+/// characters or fragments, and no encoded dots, slashes or backslashes, not even if they are encoded twice. A query may hold
+/// anything but control characters, backslashes and fragments.
+#[must_use]
+pub fn is_plain(path: &str) -> bool {
+    let folder = path.split('?').next().unwrap_or_default();
+    let mut lower = folder.to_ascii_lowercase();
+    while lower.contains("%25") {
+        lower = lower.replace("%25", "%");
+    }
+    folder.starts_with('/')
+        && !path.chars().any(|letter| letter.is_control() || matches!(letter, '\\' | '#'))
+        && !folder.contains("//")
+        && !["%2e", "%2f", "%5c", "%0", "%1", "%7f"].iter().any(|encoded| lower.contains(encoded))
+        && !folder.split('/').any(|segment| matches!(segment, "." | ".."))
+}
+
 fn builder() -> reqwest::ClientBuilder {
     reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).redirect(Policy::none())
 }
@@ -283,6 +322,58 @@ mod tests {
             "http://127.0.0.1.example.com/",
         ] {
             assert!(may(url), "{url}");
+        }
+    }
+
+    #[test]
+    fn a_joined_path_stays_below_its_base() {
+        for (base, path, expected) in [
+            ("http://host:1", "/api/x", "http://host:1/api/x"),
+            ("http://host:1/", "/api/x?path=/a/../b&y=//z", "http://host:1/api/x?path=/a/../b&y=//z"),
+            ("https://host/runtime/7", "/api/x%20y", "https://host/runtime/7/api/x%20y"),
+            ("https://host/runtime/7/", "/api/100%25", "https://host/runtime/7/api/100%25"),
+            ("https://host/runtime/7", "/api/a b", "https://host/runtime/7/api/a%20b"),
+            ("https://host/runtime/7", "/api/..x/.hidden", "https://host/runtime/7/api/..x/.hidden"),
+        ] {
+            assert_eq!(join(base, path).as_ref().map(Url::as_str), Some(expected));
+        }
+        for path in [
+            "",
+            "api/x",
+            "@evil/api/x",
+            ":80/api/x",
+            "/api/../x",
+            "/api/..",
+            "/api/.",
+            "/api/./x",
+            "/api/..?x",
+            "/api/%2e%2e/x",
+            "/api/%2E%2e/x",
+            "/api/.%2E/x",
+            "/api/%2e./x",
+            "/api/%252e%252e/x",
+            "/api/%25252e/x",
+            "/api/..%2fx",
+            "/api/%2F..%2Fx",
+            "/api/%252fx",
+            "/api/..%5cx",
+            "/api\\..\\x",
+            "/\\evil/api/",
+            "//evil/api/x",
+            "/api//x",
+            "/api//../x",
+            "/api/x#y",
+            "/api/x?y#z",
+            "/api/\t../x",
+            "/api/.\n./x",
+            "/api/.%09./x",
+            "/api/%00",
+            "/api/x\r\nhost: evil",
+        ] {
+            assert_eq!(join("https://host/runtime/7", path), None, "{path}");
+        }
+        for base in ["", "host", "data:text/plain,x"] {
+            assert_eq!(join(base, "/api/x"), None, "{base}");
         }
     }
 

@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
+use authorizer::tokens::{FAILURE_PAUSE, STALE, UNKNOWN_KEY_PAUSE};
 use authorizer::{Authorizer, Refusal};
 use aws_lc_rs::encoding::{AsDer as _, Pkcs8V1Der};
 use aws_lc_rs::rsa::{KeyPair, KeySize};
@@ -287,37 +289,126 @@ async fn tokens_of_the_issuer_are_let_in_and_nothing_like_them() {
     rig.engines.shutdown().await;
 }
 
+/// A clock that goes when it is told to.
+#[derive(Clone)]
+struct Hands(Instant, Arc<AtomicU64>);
+
+impl Hands {
+    fn new() -> Self {
+        Self(Instant::now(), Arc::default())
+    }
+
+    fn forward(&self, by: Duration) {
+        self.1.fetch_add(u64::try_from(by.as_millis()).expect("milliseconds"), Ordering::SeqCst);
+    }
+
+    fn clock(&self) -> authorizer::tokens::Clock {
+        let hands = self.clone();
+        Arc::new(move || hands.0 + Duration::from_millis(hands.1.load(Ordering::SeqCst)))
+    }
+}
+
+/// What a token is answered with.
+async fn verdict(authorizer: &Authorizer, token: &str) -> &'static str {
+    let event = json!({"methodArn": "arn", "headers": {"X-Access-Token": token}});
+    match authorizer.handle(event).await {
+        Ok(_) => "let in",
+        Err(Refusal::Unauthorized) => "refused",
+        Err(refusal @ Refusal::Unknown(_)) => {
+            // Without keys nobody can say whether a token holds: that is no 401.
+            assert_ne!(refusal.to_string(), "Unauthorized");
+            "unknown"
+        }
+    }
+}
+
+/// A pause with as much added to it as is at most.
+fn at_most(pause: Duration) -> Duration {
+    pause.mul_f64(1.5)
+}
+
 #[tokio::test]
 async fn keys_of_the_issuer_are_read_again_when_they_change_but_not_for_every_made_up_name() {
     let issuer = Issuer::start().await;
     let (old, new) = (Signer::ec("old"), Signer::ec("new"));
-    issuer.fail();
-    let mut rig = Rig::new(Some(&issuer)).await;
-    let event = |token: String| json!({"methodArn": "arn", "headers": {"X-Access-Token": token}});
-    // Without keys nobody can say whether a token holds: that is no 401.
-    let refusal = rig.authorizer.handle(event(old.sign(&issuer.claims("somebody")))).await.expect_err("no keys");
-    assert!(matches!(refusal, Refusal::Unknown(_)), "{refusal:?}");
-    assert_ne!(refusal.to_string(), "Unauthorized");
     issuer.publish(&[&old]);
-    assert!(rig.bearer(&old.sign(&issuer.claims("somebody"))).await.is_some(), "it is asked again at once");
-    let asked = issuer.asked.load(Ordering::Relaxed);
+    let mut rig = Rig::new(Some(&issuer)).await;
+    let hands = Hands::new();
+    let authorizer = Authorizer::with_clock(&rig.config, rig.keys.clone(), hands.clock());
+    let asked = || issuer.asked.load(Ordering::Relaxed);
+    let [olds, news] = [&old, &new].map(|signer| {
+        let mut claims = issuer.claims("somebody");
+        claims["exp"] = json!(Time::now().unix_seconds() + 10_000);
+        signer.sign(&claims)
+    });
+    assert_eq!(verdict(&authorizer, &olds).await, "let in");
     for _ in 0..5 {
-        assert_eq!(rig.bearer(&new.sign(&issuer.claims("somebody"))).await, None);
+        assert_eq!(verdict(&authorizer, &news).await, "refused");
     }
-    assert_eq!(issuer.asked.load(Ordering::Relaxed), asked, "not again within seconds");
-    // An authorizer that starts later knows the new one.
+    hands.forward(UNKNOWN_KEY_PAUSE.mul_f64(0.9));
+    assert_eq!(verdict(&authorizer, &news).await, "refused");
+    assert_eq!(asked(), 1, "not again within a minute");
+    hands.forward(at_most(UNKNOWN_KEY_PAUSE));
     issuer.publish(&[&old, &new]);
+    assert_eq!(verdict(&authorizer, &news).await, "let in");
+    assert_eq!(asked(), 2);
+    // However many names are made up in a minute, by whomever: one reading.
+    hands.forward(at_most(UNKNOWN_KEY_PAUSE));
+    for number in 0..20 {
+        let header = Header { kid: Some(format!("made up {number}")), ..Header::new(Algorithm::ES256) };
+        assert_eq!(verdict(&authorizer, &new.sign_with(&header, &issuer.claims("somebody"))).await, "refused");
+    }
+    assert_eq!(asked(), 3);
+    // An authorizer that starts later knows the new one.
     rig.authorizer = Authorizer::new(&rig.config, rig.keys.clone());
-    assert!(rig.bearer(&new.sign(&issuer.claims("somebody"))).await.is_some());
-    // A broken issuer does not lock out those whose keys are known.
-    issuer.fail();
-    assert!(rig.bearer(&old.sign(&issuer.claims("somebody"))).await.is_some());
+    assert!(rig.bearer(&news).await.is_some());
 
     // An issuer that says it is another one.
     let oidc = OidcConfig { issuer: format!("{}/tenant", issuer.server.url()), audience: AUDIENCE.into() };
-    rig.authorizer = Authorizer::new(&AuthorizerConfig { oidc: Some(oidc), ..rig.config.clone() }, rig.keys.clone());
-    let refusal = rig.authorizer.handle(event(old.sign(&issuer.claims("somebody")))).await.expect_err("no keys");
-    assert!(matches!(refusal, Refusal::Unknown(_)), "{refusal:?}");
+    let other = Authorizer::new(&AuthorizerConfig { oidc: Some(oidc), ..rig.config.clone() }, rig.keys.clone());
+    assert_eq!(verdict(&other, &olds).await, "unknown");
+    rig.engines.shutdown().await;
+}
+
+#[tokio::test]
+async fn keys_hold_for_a_day_without_their_issuer_and_then_no_more() {
+    let issuer = Issuer::start().await;
+    let signer = Signer::ec("one");
+    issuer.fail();
+    let rig = Rig::new(Some(&issuer)).await;
+    let hands = Hands::new();
+    let authorizer = Authorizer::with_clock(&rig.config, rig.keys.clone(), hands.clock());
+    let asked = || issuer.asked.load(Ordering::Relaxed);
+    let mut claims = issuer.claims("somebody");
+    claims["exp"] = json!(Time::now().unix_seconds() + 10_000);
+    let token = signer.sign(&claims);
+    // An issuer that fails is not asked for each request, and asked again soon.
+    for _ in 0..5 {
+        assert_eq!(verdict(&authorizer, &token).await, "unknown");
+    }
+    assert_eq!(asked(), 1);
+    issuer.publish(&[&signer]);
+    hands.forward(at_most(FAILURE_PAUSE));
+    assert_eq!(verdict(&authorizer, &token).await, "let in");
+    // Keys of an hour ago are read again; while that fails they hold.
+    issuer.fail();
+    hands.forward(Duration::from_secs(3600));
+    assert_eq!(verdict(&authorizer, &token).await, "let in");
+    let before = asked();
+    assert_eq!(verdict(&authorizer, &token).await, "let in");
+    assert_eq!(asked(), before, "not for each request");
+    hands.forward(STALE.checked_sub(Duration::from_secs(3601)).expect("a day is longer"));
+    assert_eq!(verdict(&authorizer, &token).await, "let in");
+    // A day after they were read they do not, also between two tries.
+    hands.forward(Duration::from_secs(2));
+    for _ in 0..3 {
+        assert_eq!(verdict(&authorizer, &token).await, "unknown");
+    }
+    hands.forward(at_most(FAILURE_PAUSE));
+    assert_eq!(verdict(&authorizer, &token).await, "unknown");
+    issuer.publish(&[&signer]);
+    hands.forward(at_most(FAILURE_PAUSE));
+    assert_eq!(verdict(&authorizer, &token).await, "let in");
     rig.engines.shutdown().await;
 }
 

@@ -507,7 +507,7 @@ async fn an_access_token_gives_the_current_provider_token_and_nothing_else() {
     settings.put(&fixture.user, &stored("ghp-local").into()).await.expect("stored");
     let key = TokenKey::of(&api.sealer).await.expect("a key");
     let token = |user: &UserId, provider, seconds| {
-        let token = key.sign(user, provider, Duration::from_secs(seconds)).expect("a token");
+        let token = key.sign(user, provider, SANDBOX, Duration::from_secs(seconds)).expect("a token");
         token.expose_secret().to_owned()
     };
     let get = async |token: Option<&str>| {
@@ -517,6 +517,9 @@ async fn an_access_token_gives_the_current_provider_token_and_nothing_else() {
         }
         api.send(request.body(Body::empty()).expect("a request")).await
     };
+    for user in [&with, &without] {
+        fixture.has_sandbox(user, SANDBOX).await;
+    }
     let valid = token(&with, ProviderType::Github, 60);
     assert_eq!(get(Some(&valid)).await, (200, json!("ghp-1")));
     settings.put(&with, &stored("ghp-2").into()).await.expect("stored");
@@ -534,6 +537,20 @@ async fn an_access_token_gives_the_current_provider_token_and_nothing_else() {
     for bad in [None, Some(""), Some("x.y.z"), Some(SANDBOX), Some(expired.as_str()), Some(&changed)] {
         assert_eq!(get(bad).await, (401, json!({"detail": "Unauthorized"})), "{bad:?}");
     }
+
+    // A sandbox of another user's, none at all, and one that is no more.
+    let elsewhere = |sandbox: &str| {
+        let token = key.sign(&with, ProviderType::Github, sandbox, Duration::from_secs(60)).expect("a token");
+        token.expose_secret().to_owned()
+    };
+    fixture.has_sandbox(&without, "of-another").await;
+    for sandbox in ["of-another", "nowhere", "", &"x".repeat(300)] {
+        assert_eq!(get(Some(&elsewhere(sandbox))).await.0, 401, "{sandbox}");
+    }
+    let sandboxes = SandboxStore::new(api.aws.dynamodb.clone(), api.names.sandboxes.clone(), api.sealer.clone());
+    assert!(sandboxes.delete(&with, SANDBOX).await.expect("deleted"));
+    assert_eq!(get(Some(&valid)).await, (401, json!({"detail": "Unauthorized"})), "its sandbox was deleted");
+    assert_eq!(get(Some(&token(&fixture.user, ProviderType::Github, 60))).await.0, 200, "others are not concerned");
     fixture.api.stop().await;
 }
 

@@ -768,10 +768,41 @@ async fn a_deployment_has_one_data_key_whoever_comes_first() {
     let sdk = cloud.engines.sdk_config().await.to_builder().endpoint_url(cloud.kms.url()).build();
     let users = cloud.config.names.users.clone();
     let wrong = DataKey::new(&sdk, cloud.aws.dynamodb.clone(), users.clone(), "alias/other".to_owned());
-    let refused = wrong.key().await.expect_err("refused");
+    let refused = wrong.keys().await.expect_err("refused");
     assert!(refused.context().contains("AccessDenied") && !refused.to_string().contains("KMS"), "{refused:?}");
     let rows = cloud.aws.dynamodb.scan().table_name(users).send().await.expect("rows").items.unwrap_or_default();
     let stored = rows[0]["encrypted"].as_b().expect("bytes").as_ref().to_vec();
     assert!(!sealed.contains(&BASE64.encode(&stored)));
     assert_eq!((rows.len(), rows[0]["user"].as_s().map(String::as_str)), (1, Ok("#deployment")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_data_key_is_replaced_and_what_it_sealed_still_opens() {
+    let cloud = Cloud::start().await;
+    let sdk = cloud.engines.sdk_config().await.to_builder().endpoint_url(cloud.kms.url()).build();
+    // As an operator does, who need not know the key of KMS.
+    let operator = DataKey::stored_in(&sdk, cloud.aws.dynamodb.clone(), cloud.config.names.users.clone());
+    let refused = operator.rotate().await.expect_err("there is none");
+    assert!(matches!(refused, shared::Error::Conflict(_)), "{refused:?}");
+    let first = cloud.sealer().await;
+    let id = |sealed: &str| sealed.split('.').nth(1).expect("an id").to_owned();
+    let mut sealed = vec![first.seal("p", &"0".into()).await.expect("sealed")];
+    for number in 1..=2 {
+        assert_eq!(operator.rotate().await.expect("rotated"), number + 1);
+        sealed.push(cloud.sealer().await.seal("p", &number.to_string().into()).await.expect("sealed"));
+    }
+    let now = cloud.sealer().await;
+    for (number, sealed) in sealed.iter().enumerate() {
+        assert_eq!(now.open("p", sealed).await.expect("open").expose_secret(), number.to_string());
+    }
+    assert_eq!(sealed.iter().map(|sealed| id(sealed)).collect::<std::collections::HashSet<_>>().len(), 3);
+    // Of several operators at once each adds one or is told, and none is lost.
+    let done = join_all((0..4).map(|_| operator.rotate())).await;
+    let added = done.iter().filter(|done| done.is_ok()).count();
+    assert!(added >= 1);
+    assert!(done.iter().flatten().all(|count| *count <= 3 + added), "{done:?}");
+    assert!(done.iter().all(|done| matches!(done, Ok(_) | Err(shared::Error::Conflict(_)))), "{done:?}");
+    assert_eq!(operator.keys().await.expect("keys").len(), 3 + added);
+    cloud.kms.disable(true);
+    assert!(matches!(operator.rotate().await.expect_err("no KMS"), shared::Error::Store(_)));
 }

@@ -224,7 +224,8 @@ pub fn routes() -> Vec<Route> {
                 "/api/v1/webhooks/secrets".to_owned(),
                 None,
                 (200, "token of {owner}"),
-                (404, None),
+                // The token is of a sandbox that the stranger does not have.
+                (401, None),
             )
         },
         row(
@@ -597,7 +598,7 @@ pub fn key_of(user: &UserId) -> SecretString {
 
 pub async fn token_of(sealer: &Sealer, user: &UserId) -> SecretString {
     let key = TokenKey::of(sealer).await.expect("a key");
-    key.sign(user, ProviderType::Github, Duration::from_secs(60)).expect("a token")
+    key.sign(user, ProviderType::Github, SANDBOX, Duration::from_secs(60)).expect("a token")
 }
 
 /// All rows of all tables, and when all objects were written, by what tells them apart.

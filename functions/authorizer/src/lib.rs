@@ -12,7 +12,7 @@ use shared::config::AuthorizerConfig;
 use shared::user::UserId;
 use shared::user::api_key::ApiKeyStore;
 
-use crate::tokens::Tokens;
+use crate::tokens::{Clock, Tokens};
 
 /// Headers that credentials come in; the first one that is there decides.
 const CREDENTIALS: [&str; 3] = ["authorization", "x-access-token", "x-session-api-key"];
@@ -51,6 +51,12 @@ impl Authorizer {
     #[must_use]
     pub fn new(config: &AuthorizerConfig, keys: ApiKeyStore) -> Self {
         Self { keys, tokens: config.oidc.clone().map(Tokens::new) }
+    }
+
+    /// The same with another clock for how old an issuer's keys are.
+    #[must_use]
+    pub fn with_clock(config: &AuthorizerConfig, keys: ApiKeyStore, clock: Clock) -> Self {
+        Self { keys, tokens: config.oidc.clone().map(|oidc| Tokens::with_clock(oidc, clock)) }
     }
 
     /// Answers an event of a REQUEST authorizer with a policy that allows the request, and the caller's `user_id` as context.

@@ -30,30 +30,48 @@ const ALGORITHMS: [Algorithm; 9] = [
 const LEEWAY: u64 = 30;
 /// Keys are read again after this time.
 const FRESH: Duration = Duration::from_secs(3600);
-/// How long keys hold while the issuer does not answer.
-const STALE: Duration = Duration::from_secs(24 * 3600);
-/// The least time between two tries: a token with a made-up key id must not cause more.
-const PAUSE: Duration = Duration::from_secs(10);
-/// For each of the two requests.
-const TIMEOUT: Duration = Duration::from_secs(5);
+/// Keys that were read longer ago hold no more: whoever the issuer has revoked since must not get in because it cannot be reached.
+pub const STALE: Duration = Duration::from_secs(24 * 3600);
+/// The least time between two readings because a token names a key that is not among those that were read: anybody can make such
+/// names up, and there may be a thousand processes.
+pub const UNKNOWN_KEY_PAUSE: Duration = Duration::from_secs(60);
+/// The least time before a reading that has failed is repeated. Until then the failure is the answer, where there are no keys.
+pub const FAILURE_PAUSE: Duration = Duration::from_secs(5);
+/// To each pause a random part of it is added, up to this fraction, so that processes do not all read at once.
+const JITTER: f64 = 0.5;
+/// For each of the two requests. The function has 10 s, so that it answers even when both take as long as they may.
+const TIMEOUT: Duration = Duration::from_secs(3);
 /// Bytes.
 const MAX_DOCUMENT: usize = 512 * 1024;
 /// The longest `sub`, in bytes (OpenID Connect Core, 2).
 const MAX_SUBJECT: usize = 255;
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Keys {
-    set: Option<Arc<JwkSet>>,
-    read_at: Option<Instant>,
-    tried_at: Option<Instant>,
+    /// Those that were read last, and when.
+    read: Option<(Arc<JwkSet>, Instant)>,
+    /// When they were last asked for, and whether that failed.
+    tried: Option<(Instant, bool)>,
+    /// How much longer than their least time pauses are, as a fraction.
+    jitter: f64,
 }
 
-/// Verifies tokens. Keys are kept for an hour, and read again when a token names one that is not among them.
-#[derive(Debug)]
+/// Tells the time.
+pub type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
+
+/// Verifies tokens. Keys are kept for an hour, and read again when a token names one that is not among them, though not more often
+/// than once a minute.
 pub struct Tokens {
     config: OidcConfig,
     http: LazyClient,
     keys: Mutex<Keys>,
+    clock: Clock,
+}
+
+impl std::fmt::Debug for Tokens {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.debug_struct("Tokens").field("config", &self.config).finish_non_exhaustive()
+    }
 }
 
 #[derive(Deserialize)]
@@ -71,15 +89,21 @@ impl Tokens {
     /// For tokens of one issuer and one audience.
     #[must_use]
     pub fn new(config: OidcConfig) -> Self {
+        Self::with_clock(config, Arc::new(Instant::now))
+    }
+
+    /// The same with another clock.
+    #[must_use]
+    pub fn with_clock(config: OidcConfig, clock: Clock) -> Self {
         let http =
             LazyClient::new(|| reqwest::Client::builder().redirect(reqwest::redirect::Policy::none()).timeout(TIMEOUT));
-        Self { config, http, keys: Mutex::default() }
+        Self { config, http, keys: Mutex::default(), clock }
     }
 
     /// Whose token it is; `None` when it does not hold.
     ///
     /// # Errors
-    /// [`Error::Upstream`] when the issuer's keys have never been read and cannot be read now.
+    /// [`Error::Upstream`] when the issuer's keys cannot be read now, and have not been for a day.
     pub async fn user(&self, token: &str) -> Result<Option<UserId>> {
         let Ok(header) = decode_header(token) else { return Ok(None) };
         // What `crit` names must be understood (RFC 7515, 4.1.11), and nothing is.
@@ -106,22 +130,37 @@ impl Tokens {
 
     /// The key that a token names, or the only one there is for its algorithm.
     async fn key(&self, id: Option<&str>, algorithm: Algorithm) -> Result<Option<Jwk>> {
+        let now = (self.clock)();
         let mut keys = self.keys.lock().await;
-        let find = |keys: &Keys| keys.set.as_deref().and_then(|set| choose(set, id, algorithm).cloned());
-        let is_fresh = keys.read_at.is_some_and(|at| at.elapsed() < FRESH);
+        let since = |at: Instant| now.saturating_duration_since(at);
+        keys.read.take_if(|(_, read_at)| since(*read_at) >= STALE);
+        let find = |keys: &Keys| keys.read.as_ref().and_then(|(set, _)| choose(set, id, algorithm).cloned());
         let found = find(&keys);
-        let may_try = keys.tried_at.is_none_or(|at| at.elapsed() >= PAUSE);
-        if (is_fresh && found.is_some()) || (!may_try && keys.set.is_some()) {
+        let is_fresh = keys.read.as_ref().is_some_and(|(_, read_at)| since(*read_at) < FRESH);
+        if is_fresh && found.is_some() {
             return Ok(found);
         }
-        keys.tried_at = Some(Instant::now());
-        match self.read_keys().await {
-            Ok(set) => {
-                keys.set = Some(Arc::new(set));
-                keys.read_at = Some(Instant::now());
+        if let Some((tried_at, failed)) = keys.tried {
+            // Keys that are no longer fresh are read again as soon as they can be; a name that may be made up waits longer.
+            let pause = match (failed, is_fresh) {
+                (true, false) => FAILURE_PAUSE,
+                (_, true) => UNKNOWN_KEY_PAUSE,
+                (false, false) => Duration::ZERO,
+            };
+            if since(tried_at) < pause.mul_f64(1.0 + keys.jitter) {
+                return match keys.read {
+                    Some(_) => Ok(found),
+                    None => Err(upstream("it could not be asked a moment ago")),
+                };
             }
+        }
+        let read = self.read_keys().await;
+        keys.tried = Some((now, read.is_err()));
+        keys.jitter = rand::random_range(0.0..JITTER);
+        match read {
+            Ok(set) => keys.read = Some((Arc::new(set), now)),
             // Those that were read before still hold.
-            Err(error) if keys.read_at.is_some_and(|at| at.elapsed() < STALE) => {
+            Err(error) if keys.read.is_some() => {
                 tracing::warn!(error = %error.context(), "authorizer.keys_not_read");
             }
             Err(error) => return Err(error),
@@ -134,11 +173,11 @@ impl Tokens {
         let discovery: Discovery =
             self.read(&format!("{}/.well-known/openid-configuration", issuer.trim_end_matches('/'))).await?;
         if discovery.issuer != *issuer {
-            return Err(upstream(format!("it calls itself {}", discovery.issuer)));
+            return Err(upstream(format!("it calls itself {}", begin(&discovery.issuer))));
         }
         let scheme = |url: &str| Url::parse(url).map(|url| url.scheme().to_owned()).ok();
         if scheme(&discovery.jwks_uri) != Some("https".into()) && scheme(&discovery.jwks_uri) != scheme(issuer) {
-            return Err(upstream(format!("its keys are at {}", discovery.jwks_uri)));
+            return Err(upstream(format!("its keys are at {}", begin(&discovery.jwks_uri))));
         }
         self.read(&discovery.jwks_uri).await
     }
@@ -164,8 +203,15 @@ impl Tokens {
                 return Err(upstream(format!("{url} answered more than {MAX_DOCUMENT} bytes")));
             }
         }
-        serde_json::from_slice(&document).map_err(upstream)
+        // The error would quote the document.
+        serde_json::from_slice(&document)
+            .map_err(|error| upstream(format!("{url} answered something else (column {})", error.column())))
     }
+}
+
+/// The beginning of a text that may be long.
+fn begin(text: &str) -> String {
+    text.chars().take(200).collect()
 }
 
 fn upstream(error: impl std::fmt::Display) -> Error {

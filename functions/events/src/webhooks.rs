@@ -23,7 +23,7 @@ use shared::http::caller;
 use shared::http::validation::{self, Checked, Checker, Fields};
 use shared::measure;
 use shared::sandbox::store::SandboxRecord;
-use shared::user::token::TokenKey;
+use shared::user::token::{TokenClaims, TokenKey};
 
 use crate::{Context, conversation_id};
 
@@ -96,11 +96,18 @@ async fn events(
     Ok(success())
 }
 
-/// The current token of the user and the git provider that the access token names.
+/// The current token of the user and the git provider that the access token names, as long as the sandbox is there to which the
+/// access token was given.
 async fn secret(State(context): State<Context>, headers: HeaderMap) -> Result<String, Error> {
     let refused = || Error::Unauthenticated("Unauthorized".into());
     let token = headers.get(ACCESS_TOKEN).and_then(|token| token.to_str().ok()).ok_or_else(refused)?;
-    let (user, provider) = TokenKey::of(&context.sealer).await?.read(token).ok_or_else(refused)?;
+    let TokenClaims { user, provider, sandbox_id } =
+        TokenKey::of(&context.sealer).await?.read(token).ok_or_else(refused)?;
+    if let Some(sandbox) = sandbox_id
+        && !context.sandboxes.exists(&user, &sandbox).await?
+    {
+        return Err(refused());
+    }
     let settings = context.settings.get(&user).await?.unwrap_or_default();
     let mut tokens = settings.provider_tokens.0.into_iter().filter(|(name, _)| *name == provider);
     let token = tokens.find_map(|(_, token)| token.token).filter(|token| !token.expose_secret().is_empty());

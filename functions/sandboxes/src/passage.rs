@@ -14,6 +14,7 @@ use shared::error::{Error, Result};
 use shared::http::body;
 use shared::http::caller::Caller;
 use shared::http::validation::{Checked, Checker, Fields, dictionary, float, string};
+use shared::outbound;
 
 use crate::Context;
 
@@ -55,11 +56,18 @@ impl Passed {
         });
         let path = fields.required(check, "path", |check, value| {
             let path = string(check, value)?;
-            if path.starts_with(REACHABLE) {
-                return Some(path);
+            if !path.starts_with(REACHABLE) {
+                check.report_value_error(format!("the path has to begin with {REACHABLE}"), value.clone());
+                return None;
             }
-            check.report_value_error(format!("the path has to begin with {REACHABLE}"), value.clone());
-            None
+            // What others read as another path would lead out of there.
+            if !outbound::is_plain(&path) {
+                let fault = "the path must not hold `.` or `..` segments, empty segments, backslashes, fragments, control \
+                             characters, or any of these encoded";
+                check.report_value_error(fault, value.clone());
+                return None;
+            }
+            Some(path)
         });
         let headers = fields.nullable(check, "headers", dictionary);
         let timeout = fields.nullable(check, "timeout_seconds", float);
@@ -124,7 +132,42 @@ fn is_same_place(host: &str, url: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+
+    #[test]
+    fn a_path_stays_below_the_api() {
+        let read = |path: &str| {
+            let body = json!({"host": "http://host", "method": "GET", "path": path, "headers": {}});
+            Passed::from_body(Some("application/json"), body.to_string().as_bytes()).map(|passed| passed.path)
+        };
+        for path in ["/api/", "/api/git/changes?path=/workspace/../x", "/api/x/..y", "/api/a%20b"] {
+            assert_eq!(read(path).as_deref().ok(), Some(path));
+        }
+        for path in [
+            "/alive",
+            "api/x",
+            "/api",
+            "/api/../alive",
+            "/api/x/../../alive",
+            "/api/..",
+            "/api/./x",
+            "/api/%2e%2e/docs",
+            "/api/%2E./docs",
+            "/api/%252e%252e/docs",
+            "/api/..%2fdocs",
+            "/api/%2Fdocs",
+            "/api/..%5cdocs",
+            "/api/\\..\\docs",
+            "/api//docs",
+            "/api/\t/../docs",
+            "/api/.\n./docs",
+            "/api/x#y",
+        ] {
+            assert!(read(path).is_err(), "{path}");
+        }
+    }
 
     #[test]
     fn places_are_compared_without_scheme() {

@@ -2,7 +2,7 @@
 
 use axum::Json;
 use axum::extract::{RawQuery, State};
-use serde_json::Value;
+use serde_json::value::RawValue;
 use shared::agent_server::{AgentServer, AgentServerError, Failure};
 use shared::conversation::place::Found;
 use shared::error::{Error, Result};
@@ -18,7 +18,7 @@ pub(crate) async fn changes(
     Caller(user): Caller,
     path: ConversationPath,
     RawQuery(query): RawQuery,
-) -> Result<Json<Value>> {
+) -> Result<Json<Box<RawValue>>> {
     let asked = Asked::read(path, query.as_deref())?;
     context
         .git(&user, &asked, async |agent_server: &AgentServer, path: &str| {
@@ -32,7 +32,7 @@ pub(crate) async fn diff(
     Caller(user): Caller,
     path: ConversationPath,
     RawQuery(query): RawQuery,
-) -> Result<Json<Value>> {
+) -> Result<Json<Box<RawValue>>> {
     let asked = Asked::read(path, query.as_deref())?;
     context
         .git(&user, &asked, async |agent_server: &AgentServer, path: &str| {
@@ -64,8 +64,8 @@ impl Context {
         &self,
         user: &UserId,
         asked: &Asked,
-        ask: impl AsyncFnOnce(&AgentServer, &str) -> Result<Value, AgentServerError>,
-    ) -> Result<Json<Value>> {
+        ask: impl AsyncFnOnce(&AgentServer, &str) -> Result<Box<RawValue>, AgentServerError>,
+    ) -> Result<Json<Box<RawValue>>> {
         let inside = inside(self.places.find(user, asked.conversation).await?, asked.conversation)?;
         let outside = || Error::Refused("The path must be absolute, and in the workspace".to_owned());
         let answered = self.within(async {

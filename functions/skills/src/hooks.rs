@@ -43,7 +43,9 @@ pub(crate) async fn hooks(
         Failure::Unreachable | Failure::TimedOut | Failure::CutOff => {
             "Failed to reach agent-server when loading hooks".to_owned()
         }
-        Failure::Malformed(_) => "Agent-server's answer made no sense when loading hooks".to_owned(),
+        Failure::Malformed(_) | Failure::TooLarge(_) => {
+            "Agent-server's answer made no sense when loading hooks".to_owned()
+        }
     };
     Ok(told(StatusCode::BAD_GATEWAY, error))
 }

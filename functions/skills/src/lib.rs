@@ -155,6 +155,7 @@ fn upstream(error: &AgentServerError) -> Error {
         Failure::CutOff => "The agent server's answer was cut off".to_owned(),
         Failure::Status(status, _) => format!("The agent server answered {}", status.as_u16()),
         Failure::Malformed(_) => "The agent server's answer makes no sense".to_owned(),
+        Failure::TooLarge(_) => "The agent server's answer is too large".to_owned(),
     };
     Error::Upstream { message, context: error.to_string() }
 }

@@ -110,9 +110,10 @@ pub async fn handle(context: &Context, event: Value) -> Result<SqsBatchResponse,
     if event.get("Records").is_none() {
         let (starts, deletions, messages) =
             join3(context.saga.sweep(), context.deletion.sweep(), context.messages.sweep()).await;
-        let rung = starts? + deletions? + messages?;
-        if rung > 0 {
-            tracing::warn!(rung, "start_worker.swept");
+        // Each has done what it could, whatever became of the others.
+        let requeued = starts? + deletions? + messages?;
+        if requeued > 0 {
+            tracing::warn!(requeued, "start_worker.swept");
         }
         return Ok(SqsBatchResponse::default());
     }

@@ -3,6 +3,7 @@
 
 pub mod agent_server;
 pub mod api_keys;
+pub mod data_key;
 pub mod demo;
 pub mod docs;
 pub mod edge;

@@ -10,6 +10,7 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{CommandFactory as _, Parser as _};
 use local::api_keys;
+use local::data_key;
 use local::demo;
 use local::import::command;
 use local::options::{Command, CommonOptions, LogKind, Options};
@@ -50,6 +51,10 @@ async fn main() -> ExitCode {
                 None => eprintln!("There is no such key."),
             }
             done.is_some()
+        }),
+        Some(Command::DataKey { command }) => data_key::run(&command, data).await.map_err(Into::into).map(|done| {
+            print!("{done}");
+            true
         }),
     };
     match done {

@@ -78,6 +78,23 @@ pub enum Command {
         #[command(subcommand)]
         command: ApiKeyCommand,
     },
+    /// Replaces the key under which secrets are sealed.
+    DataKey {
+        /// What to do.
+        #[command(subcommand)]
+        command: DataKeyCommand,
+    },
+}
+
+/// What to do with data keys.
+#[derive(Clone, Debug, Subcommand)]
+pub enum DataKeyCommand {
+    /// Adds a key, under which new secrets are sealed. Those before it are kept: they open what they sealed.
+    Rotate {
+        /// Where; --user has no meaning here.
+        #[command(flatten)]
+        place: PlaceOptions,
+    },
 }
 
 /// What to do with API keys.

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use aws_config::retry::RetryConfig;
-use aws_config::{BehaviorVersion, Region};
+use aws_config::{BehaviorVersion, Region, SdkConfig};
 use shared::aws::Aws;
 use shared::config::Names;
 use shared::user::UserId;
@@ -52,6 +52,8 @@ pub struct Place {
     pub aws: Aws,
     /// What it is called there.
     pub names: Names,
+    /// How AWS is reached; `None` for the data folder.
+    pub sdk: Option<SdkConfig>,
     engines: Option<Engines>,
 }
 
@@ -86,7 +88,7 @@ impl Place {
         let aws = Aws::new(&engines.sdk_config().await);
         let names = Names::with_prefix(PREFIX);
         schema::make_all(&aws, &names, PREFIX).await.map_err(ServerError::from)?;
-        Ok(Self { aws, names, engines: Some(engines) })
+        Ok(Self { aws, names, sdk: None, engines: Some(engines) })
     }
 
     async fn stack(stack: &str, options: &PlaceOptions) -> Result<Self, PlaceError> {
@@ -104,6 +106,7 @@ impl Place {
                 "There is no AWS region: give --region, or set one in the profile or as AWS_REGION.",
             ));
         }
-        Ok(Self { aws: Aws::new(&config), names: Names::with_prefix(&format!("{stack}-")), engines: None })
+        let names = Names::with_prefix(&format!("{stack}-"));
+        Ok(Self { aws: Aws::new(&config), names, sdk: Some(config), engines: None })
     }
 }

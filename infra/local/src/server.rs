@@ -43,6 +43,8 @@ use crate::worker::{Worker, poll, sweep};
 
 /// What the names of the tables on the embedded engines begin with.
 pub(crate) const PREFIX: &str = "openhands-";
+/// The file of the data folder that holds the keys under which secrets are sealed.
+pub const SEALING_KEY: &str = "sealing-key";
 /// How long requests in flight may take to end.
 const GRACE: Duration = Duration::from_secs(3);
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -217,7 +219,7 @@ impl Server {
             .map_or(options.port, |address| address.port());
         let engines = Engines::start(&data, EnginePorts::default()).await?;
         let aws = Aws::new(&engines.sdk_config().await);
-        let sealing_key_file = data.join("sealing-key");
+        let sealing_key_file = data.join(SEALING_KEY);
         let sealer = Sealer::from_file(&sealing_key_file).map_err(file_error(&sealing_key_file))?;
         let mut names = Names::with_prefix(PREFIX);
         let queues = schema::make_all(&aws, &names, PREFIX).await?;

@@ -30,6 +30,8 @@ const MAX_ITERATIONS: u32 = 500;
 pub struct ConversationInputs<'a> {
     /// Whose conversation it is.
     pub user: &'a UserId,
+    /// The sandbox that it runs in.
+    pub sandbox_id: &'a str,
     /// Its id.
     pub conversation_id: Uuid,
     /// What was asked for.
@@ -263,7 +265,8 @@ fn secrets(inputs: &ConversationInputs<'_>) -> Result<Map<String, Value>> {
         let source = match &config.web_url {
             // Looked up when it is used, so that a renewed token reaches running agents.
             Some(web_url) => {
-                let token = inputs.token_key.sign(inputs.user, *provider, config.access_token_lifetime)?;
+                let (sandbox, lifetime) = (inputs.sandbox_id, config.access_token_lifetime);
+                let token = inputs.token_key.sign(inputs.user, *provider, sandbox, lifetime)?;
                 json!({
                     "description": description,
                     "url": format!("{web_url}/api/v1/webhooks/secrets"),
@@ -533,6 +536,7 @@ mod tests {
             let request = StartRequest::from_body(Some("application/json"), request.as_bytes()).expect("a request");
             let inputs = ConversationInputs {
                 user: &UserId::local(),
+                sandbox_id: "box",
                 conversation_id: Uuid::parse_str("0513cae8-43c0-4dd7-aebc-f1c2dc0f9b8f").expect("an id"),
                 request: &request,
                 settings: &Settings::from_json(&self.settings.to_string()).expect("settings"),

@@ -1,8 +1,14 @@
 //! The typed client of an agent server, the one place for its timeouts and errors.
 //!
 //! It speaks to versions 1.15 to 1.58: of the routes that changed between them, it uses the forms that both have.
+//!
+//! A sandbox runs code that nobody has checked, so every answer is untrusted. Each request has a limit in bytes for its answer and
+//! reads it into types that take memory in proportion to those bytes: lists have a greatest length ([`bounded`]), and what is
+//! passed on is kept as text. Error texts are cut and cleared of secrets before they leave this module.
 
+pub mod bounded;
 pub mod conversation_body;
+mod error_text;
 
 use std::fmt;
 use std::time::Duration;
@@ -11,13 +17,16 @@ use reqwest::header::{CONTENT_TYPE, HeaderValue};
 use reqwest::{Method, RequestBuilder, StatusCode};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
+use serde_json::error::Category;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use self::bounded::Bounded;
 use crate::id;
-use crate::outbound::Outbound;
+use crate::mask;
+use crate::outbound::{self, Outbound};
 
 const ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 const COMMAND_START_TIMEOUT: Duration = Duration::from_secs(15);
@@ -27,10 +36,39 @@ const SKILLS_TIMEOUT: Duration = Duration::from_secs(60);
 const HOOKS_TIMEOUT: Duration = Duration::from_secs(30);
 /// Characters of a title that is found; agents find theirs within as many.
 const GENERATED_TITLE: usize = 50;
-/// An answer larger than this is not read on.
-const ANSWER_LIMIT: usize = 16 * 1024 * 1024;
-/// How much of an error's body is kept.
-const ERROR_TEXT_LIMIT: usize = 2000;
+const KIB: usize = 1024;
+const MIB: usize = 1024 * KIB;
+/// The most bytes of an answer that has no limit of its own.
+const ANSWER_LIMIT: usize = MIB;
+/// Of a short command's output in JSON: a list of files has half a mebibyte of names.
+const SHORT_COMMAND_LIMIT: usize = 2 * MIB;
+/// Of a list of skills, with their texts.
+const SKILLS_LIMIT: usize = 4 * MIB;
+/// Of one conversation: it repeats the skills that it was created with, and grows with the requests to its model.
+const CONVERSATION_LIMIT: usize = 8 * MIB;
+/// Of several conversations, and of a page of events.
+const LIST_LIMIT: usize = 16 * MIB;
+/// Of git's output: it is passed on, and Lambda answers with 6 MB at most.
+const GIT_LIMIT: usize = 4 * MIB;
+/// Of an error; the rest is cut off.
+const ERROR_LIMIT: usize = 64 * KIB;
+/// Pages of a command's output, and the bytes of all of them together. The start's commands print 32 KiB at most.
+const OUTPUT_PAGES: usize = 20;
+const OUTPUT_LIMIT: usize = MIB;
+/// Pieces of output in a page: as many as are asked for, and some more.
+const PIECES: usize = 200;
+/// Skills in a list, and triggers of a skill.
+const SKILLS: usize = 2000;
+const TRIGGERS: usize = 1000;
+/// Conversations in an answer; nobody asks for more than 99.
+const CONVERSATIONS: usize = 100;
+/// Events in a page; nobody asks for more than 50.
+const EVENTS: usize = 100;
+/// Bytes of an id that the agent server chooses: of a command, of a page.
+const ID_LENGTH: usize = 256;
+/// Bytes of a title and of an execution status. Longer ones count as none.
+const TITLE_LENGTH: usize = 1000;
+const STATUS_LENGTH: usize = 64;
 
 /// What went wrong with a request to an agent server.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,6 +83,8 @@ pub enum Failure {
     Status(StatusCode, String),
     /// It answered with success and something that is not what it should be.
     Malformed(String),
+    /// It answered with more than this many bytes. It may have done what was asked.
+    TooLarge(usize),
 }
 
 /// A failed request: what was asked for, and how it failed.
@@ -63,10 +103,11 @@ impl AgentServerError {
         Self { request: request.to_owned(), failure: Failure::Malformed(what.to_owned()) }
     }
 
-    /// Whether the same request may succeed later.
+    /// Whether the same request may succeed later. An answer that is too large would be so again.
     #[must_use]
     pub fn is_transient(&self) -> bool {
         match &self.failure {
+            Failure::TooLarge(_) => false,
             Failure::Unreachable | Failure::TimedOut | Failure::CutOff | Failure::Malformed(_) => true,
             Failure::Status(status, _) => {
                 status.is_server_error()
@@ -79,7 +120,7 @@ impl AgentServerError {
     /// Whether it is unknown if the request had its effect.
     #[must_use]
     pub fn is_ambiguous(&self) -> bool {
-        matches!(self.failure, Failure::TimedOut | Failure::CutOff | Failure::Malformed(_))
+        matches!(self.failure, Failure::TimedOut | Failure::CutOff | Failure::Malformed(_) | Failure::TooLarge(_))
     }
 }
 
@@ -95,6 +136,9 @@ impl fmt::Display for AgentServerError {
             }
             Failure::Status(status, text) => write!(out, "The agent server answered {status} to {request}: {text}"),
             Failure::Malformed(what) => write!(out, "The agent server's answer to {request} makes no sense: {what}"),
+            Failure::TooLarge(limit) => {
+                write!(out, "The agent server's answer to {request} is longer than {limit} bytes")
+            }
         }
     }
 }
@@ -120,17 +164,100 @@ pub struct ConversationInfo {
     /// Its id.
     pub id: Uuid,
     /// `idle`, `running`, …
-    #[serde(default)]
+    #[serde(default, deserialize_with = "bounded::short::<_, STATUS_LENGTH>")]
     pub execution_status: Option<String>,
     /// Its title, if it has one.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "bounded::short::<_, TITLE_LENGTH>")]
     pub title: Option<String>,
     /// The last message that a user sent, if any.
     #[serde(default)]
     pub last_user_message_id: Option<String>,
-    /// The agent; only its model is of interest.
+}
+
+/// Of a conversation, the parts that [`AgentServer::whole_conversation`] returns. All else, its skills and its model's requests
+/// among it, is read over.
+#[derive(Deserialize)]
+struct WholeConversation {
     #[serde(default)]
-    pub agent: Value,
+    execution_status: Option<Box<RawValue>>,
+    #[serde(default)]
+    title: Option<Box<RawValue>>,
+    #[serde(default)]
+    updated_at: Option<Box<RawValue>>,
+    #[serde(default)]
+    workspace: Option<Workspace>,
+    #[serde(default)]
+    agent: Option<Agent>,
+    #[serde(default)]
+    stats: Option<Stats>,
+}
+
+#[derive(Deserialize)]
+struct Workspace {
+    #[serde(default)]
+    working_dir: Option<Box<RawValue>>,
+}
+
+#[derive(Deserialize)]
+struct Agent {
+    #[serde(default)]
+    llm: Option<Llm>,
+}
+
+#[derive(Deserialize)]
+struct Llm {
+    #[serde(default)]
+    model: Option<Box<RawValue>>,
+}
+
+#[derive(Deserialize)]
+struct Stats {
+    #[serde(default)]
+    usage_to_metrics: Option<UsageToMetrics>,
+}
+
+#[derive(Deserialize)]
+struct UsageToMetrics {
+    #[serde(default)]
+    agent: Option<AgentMetrics>,
+}
+
+#[derive(Deserialize)]
+struct AgentMetrics {
+    #[serde(default)]
+    accumulated_cost: Option<Box<RawValue>>,
+    #[serde(default)]
+    max_budget_per_task: Option<Box<RawValue>>,
+    #[serde(default)]
+    accumulated_token_usage: Option<Box<RawValue>>,
+}
+
+impl WholeConversation {
+    fn into_json(self) -> Value {
+        // None of these parts is long.
+        let part = |raw: Option<Box<RawValue>>| {
+            let short = raw.filter(|raw| raw.get().len() <= 8 * KIB);
+            short.and_then(|raw| serde_json::from_str::<Value>(raw.get()).ok()).unwrap_or_default()
+        };
+        let stats = self.stats.map(|stats| {
+            let agent = stats.usage_to_metrics.and_then(|usage| usage.agent).map(|agent| {
+                json!({
+                    "accumulated_cost": part(agent.accumulated_cost),
+                    "max_budget_per_task": part(agent.max_budget_per_task),
+                    "accumulated_token_usage": part(agent.accumulated_token_usage),
+                })
+            });
+            json!({"usage_to_metrics": {"agent": agent}})
+        });
+        json!({
+            "execution_status": part(self.execution_status),
+            "title": part(self.title),
+            "updated_at": part(self.updated_at),
+            "workspace": {"working_dir": part(self.workspace.and_then(|workspace| workspace.working_dir))},
+            "agent": {"llm": {"model": part(self.agent.and_then(|agent| agent.llm).and_then(|llm| llm.model))}},
+            "stats": stats,
+        })
+    }
 }
 
 /// What a skills request may name beside the project's folder.
@@ -152,7 +279,7 @@ pub struct SkillInfo {
     /// Its text.
     pub content: String,
     /// Words that call it up; task skills start with `/`.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "bounded::list::<_, _, TRIGGERS>")]
     pub triggers: Vec<String>,
     /// Where it came from.
     #[serde(default)]
@@ -169,9 +296,10 @@ pub struct SkillInfo {
 #[derive(Debug, Deserialize)]
 pub struct EventPage {
     /// The events.
+    #[serde(deserialize_with = "bounded::list::<_, _, EVENTS>")]
     pub items: Vec<Box<RawValue>>,
     /// Where the next page starts, if there is one.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "bounded::text::<_, ID_LENGTH>")]
     pub next_page_id: Option<String>,
 }
 
@@ -204,13 +332,13 @@ impl AgentServer {
     pub async fn start_command(&self, command: &str, cwd: &str, timeout: Duration) -> Result<String> {
         #[derive(Deserialize)]
         struct Started {
-            id: String,
+            #[serde(deserialize_with = "bounded::text::<_, ID_LENGTH>")]
+            id: Option<String>,
         }
         let body = json!({"command": command, "timeout": timeout.as_secs(), "cwd": cwd});
-        let started: Started = self
-            .call(Method::POST, "/api/bash/start_bash_command", COMMAND_START_TIMEOUT, |request| request.json(&body))
-            .await?;
-        Ok(started.id)
+        let call = Call::post("/api/bash/start_bash_command", &body).within(COMMAND_START_TIMEOUT);
+        let started: Started = self.call(&call).await?;
+        started.id.ok_or_else(|| call.fail(Failure::Malformed("there is no id".to_owned())))
     }
 
     /// The output of a command, or `None` while it runs.
@@ -220,8 +348,8 @@ impl AgentServer {
     pub async fn command_output(&self, command_id: &str) -> Result<Option<CommandOutput>> {
         #[derive(Deserialize)]
         struct Page {
-            items: Vec<Piece>,
-            #[serde(default)]
+            items: Bounded<Piece, PIECES>,
+            #[serde(default, deserialize_with = "bounded::text::<_, ID_LENGTH>")]
             next_page_id: Option<String>,
         }
         #[derive(Deserialize)]
@@ -232,11 +360,18 @@ impl AgentServer {
             #[serde(default)]
             order: i64,
         }
+        let call = Call::get("/api/bash/bash_events/search").within(LOOK_TIMEOUT);
         let mut pieces = Vec::new();
         let mut page_id: Option<String> = None;
-        loop {
-            let page: Page = self
-                .call(Method::GET, "/api/bash/bash_events/search", LOOK_TIMEOUT, |request| {
+        let mut left = OUTPUT_LIMIT;
+        for page_number in 1.. {
+            // A process in the sandbox can write events of its own into the command's log, as many as it likes.
+            if page_number > OUTPUT_PAGES {
+                return Err(call.fail(Failure::TooLarge(OUTPUT_LIMIT)));
+            }
+            let asked = call.clone().at_most(left);
+            let (page, length): (Page, usize) = self
+                .call_with(&asked, |request| {
                     request
                         .query(&[
                             ("command_id__eq", command_id),
@@ -247,7 +382,8 @@ impl AgentServer {
                         .query(&page_id.as_ref().map(|id| [("page_id", id)]))
                 })
                 .await?;
-            pieces.extend(page.items);
+            left = left.saturating_sub(length);
+            pieces.extend(page.items.0);
             match page.next_page_id {
                 Some(next) if page_id.as_ref() != Some(&next) => page_id = Some(next),
                 _ => break,
@@ -274,11 +410,8 @@ impl AgentServer {
             stderr: Option<String>,
         }
         let body = json!({"command": command, "timeout": timeout.as_secs().max(1)});
-        let output: Output = self
-            .call(Method::POST, "/api/bash/execute_bash_command", timeout + COMMAND_START_TIMEOUT, |request| {
-                request.json(&body)
-            })
-            .await?;
+        let call = Call::post("/api/bash/execute_bash_command", &body).within(timeout + COMMAND_START_TIMEOUT);
+        let output: Output = self.call(&call.at_most(SHORT_COMMAND_LIMIT)).await?;
         Ok(CommandOutput {
             exit_code: output.exit_code.unwrap_or(-1),
             stdout: output.stdout.unwrap_or_default(),
@@ -291,13 +424,11 @@ impl AgentServer {
     /// # Errors
     /// See [`Failure`]; 404 when there is no such file.
     pub async fn download(&self, path: &str, limit: usize) -> Result<Option<Vec<u8>>> {
-        let route = "/api/file/download";
-        let answer = self.send(Method::GET, route, UPLOAD_TIMEOUT, |request| request.query(&[("path", path)])).await?;
-        let (status, body) = answer.read(limit).await?;
-        match body {
-            Body::TooLarge => Ok(None),
-            Body::Whole(body) if status.is_success() => Ok(Some(body)),
-            Body::Whole(body) => Err(fail(&Method::GET, route, Failure::Status(status, error_text(&body)))),
+        let call = Call::get("/api/file/download").within(UPLOAD_TIMEOUT).at_most(limit);
+        match self.read(&call, |request| request.query(&[("path", path)])).await {
+            Ok(body) => Ok(Some(body)),
+            Err(AgentServerError { failure: Failure::TooLarge(_), .. }) => Ok(None),
+            Err(error) => Err(error),
         }
     }
 
@@ -305,7 +436,7 @@ impl AgentServer {
     ///
     /// # Errors
     /// See [`Failure`].
-    pub async fn git_changes(&self, path: &str, reference: Option<&str>, timeout: Duration) -> Result<Value> {
+    pub async fn git_changes(&self, path: &str, reference: Option<&str>, timeout: Duration) -> Result<Box<RawValue>> {
         self.git("/api/git/changes", path, reference, timeout).await
     }
 
@@ -313,15 +444,16 @@ impl AgentServer {
     ///
     /// # Errors
     /// See [`Failure`].
-    pub async fn git_diff(&self, path: &str, reference: Option<&str>, timeout: Duration) -> Result<Value> {
+    pub async fn git_diff(&self, path: &str, reference: Option<&str>, timeout: Duration) -> Result<Box<RawValue>> {
         self.git("/api/git/diff", path, reference, timeout).await
     }
 
-    async fn git(&self, route: &str, path: &str, reference: Option<&str>, timeout: Duration) -> Result<Value> {
-        self.call(Method::GET, route, timeout, |request| {
+    async fn git(&self, route: &str, path: &str, reference: Option<&str>, timeout: Duration) -> Result<Box<RawValue>> {
+        let call = Call::get(route).within(timeout).at_most(GIT_LIMIT);
+        let asked = self.call_with(&call, |request| {
             request.query(&[("path", path)]).query(&reference.map(|reference| [("ref", reference)]))
-        })
-        .await
+        });
+        Ok(asked.await?.0)
     }
 
     /// Writes a file at an absolute path.
@@ -329,14 +461,17 @@ impl AgentServer {
     /// # Errors
     /// See [`Failure`].
     pub async fn upload(&self, path: &str, content: &SecretString) -> Result<()> {
-        let content = content.expose_secret().to_owned();
-        let _done: Value = self
-            .call(Method::POST, "/api/file/upload", UPLOAD_TIMEOUT, |request| {
-                let part = reqwest::multipart::Part::text(content.clone()).file_name("file");
-                request.query(&[("path", path)]).multipart(reqwest::multipart::Form::new().part("file", part))
-            })
-            .await?;
-        Ok(())
+        let content = content.expose_secret();
+        // Credentials for git have a password in each line.
+        let mut secrets: Vec<String> = content.lines().flat_map(|line| mask::secrets_in(&line.into())).collect();
+        secrets.push(content.to_owned());
+        let call = Call { secrets, ..Call::new(Method::POST, "/api/file/upload") };
+        let call = call.within(UPLOAD_TIMEOUT);
+        let done = self.call_with::<IgnoredAny>(&call, |request| {
+            let part = reqwest::multipart::Part::text(content.to_owned()).file_name("file");
+            request.query(&[("path", path)]).multipart(reqwest::multipart::Form::new().part("file", part))
+        });
+        done.await.map(drop)
     }
 
     /// All skills that apply to a project, merged.
@@ -346,23 +481,22 @@ impl AgentServer {
     pub async fn skills(&self, query: &SkillsQuery) -> Result<Vec<SkillInfo>> {
         #[derive(Deserialize)]
         struct Found {
-            skills: Vec<Value>,
+            skills: Bounded<Box<RawValue>, SKILLS>,
         }
         let body = json!({
             "load_public": true, "load_user": true, "load_project": true, "load_org": true,
             "project_dir": query.project_dir, "org_config": query.org_config, "sandbox_config": query.sandbox_config,
         });
-        let found: Found =
-            self.call(Method::POST, "/api/skills", SKILLS_TIMEOUT, |request| request.json(&body)).await?;
-        Ok(found
-            .skills
-            .into_iter()
-            .filter_map(|skill| {
-                serde_json::from_value(skill)
-                    .inspect_err(|error| tracing::warn!(%error, "agent_server.skill_not_understood"))
-                    .ok()
-            })
-            .collect())
+        let call = Call::post("/api/skills", &body).within(SKILLS_TIMEOUT).at_most(SKILLS_LIMIT);
+        let found: Found = self.call(&call).await?;
+        let total = found.skills.0.len();
+        let skills: Vec<SkillInfo> =
+            found.skills.0.iter().filter_map(|skill| serde_json::from_str(skill.get()).ok()).collect();
+        if skills.len() < total {
+            // One line whatever their number: the sandbox chooses how many there are.
+            tracing::warn!(unreadable = total - skills.len(), total, "agent_server.skills_unreadable");
+        }
+        Ok(skills)
     }
 
     /// The hooks of a project in the agent server's own form, or `None`.
@@ -375,7 +509,7 @@ impl AgentServer {
             hook_config: Option<Value>,
         }
         let body = json!({"project_dir": project_dir});
-        let found: Found = self.call(Method::POST, "/api/hooks", HOOKS_TIMEOUT, |request| request.json(&body)).await?;
+        let found: Found = self.call(&Call::post("/api/hooks", &body).within(HOOKS_TIMEOUT)).await?;
         Ok(found.hook_config)
     }
 
@@ -384,7 +518,8 @@ impl AgentServer {
     /// # Errors
     /// See [`Failure`].
     pub async fn create_conversation(&self, body: &Value, timeout: Duration) -> Result<ConversationInfo> {
-        self.call(Method::POST, "/api/conversations", timeout, |request| request.json(body)).await
+        let call = Call::post("/api/conversations", body).within(timeout).at_most(CONVERSATION_LIMIT);
+        self.call(&call).await
     }
 
     /// Conversations by id, in the same order, `None` for those that it does not have.
@@ -392,19 +527,25 @@ impl AgentServer {
     /// # Errors
     /// See [`Failure`].
     pub async fn conversations(&self, ids: &[Uuid], timeout: Duration) -> Result<Vec<Option<ConversationInfo>>> {
+        let limit = CONVERSATION_LIMIT.saturating_mul(ids.len()).min(LIST_LIMIT);
         let ids: Vec<(&str, String)> = ids.iter().map(|id| ("ids", id::dashed(*id))).collect();
-        self.call(Method::GET, "/api/conversations", timeout, |request| request.query(&ids)).await
+        let call = Call::get("/api/conversations").within(timeout).at_most(limit);
+        let (found, _): (Bounded<Option<ConversationInfo>, CONVERSATIONS>, _) =
+            self.call_with(&call, |request| request.query(&ids)).await?;
+        Ok(found.0)
     }
 
-    /// A conversation with all that the agent server tells of it, `None` if it does not have it.
+    /// A conversation as the agent server shows it, reduced to its state, title, folder, model and the agent's metrics; `None` if
+    /// it does not have it.
     ///
     /// # Errors
     /// See [`Failure`].
     pub async fn whole_conversation(&self, id: Uuid, timeout: Duration) -> Result<Option<Value>> {
         let ids = [("ids", id::dashed(id))];
-        let mut found: Vec<Option<Value>> =
-            self.call(Method::GET, "/api/conversations", timeout, |request| request.query(&ids)).await?;
-        Ok(found.pop().flatten())
+        let call = Call::get("/api/conversations").within(timeout).at_most(CONVERSATION_LIMIT);
+        let (mut found, _): (Bounded<Option<WholeConversation>, CONVERSATIONS>, _) =
+            self.call_with(&call, |request| request.query(&ids)).await?;
+        Ok(found.0.pop().flatten().map(WholeConversation::into_json))
     }
 
     /// Sends a message to a conversation; `run` lets the agent answer it.
@@ -414,8 +555,7 @@ impl AgentServer {
     pub async fn send_message(&self, conversation: Uuid, role: &str, content: &Value, run: bool) -> Result<()> {
         let path = format!("/api/conversations/{}/events", id::dashed(conversation));
         let body = json!({"role": role, "content": content, "run": run});
-        let _done: Value = self.call(Method::POST, &path, HOOKS_TIMEOUT, |request| request.json(&body)).await?;
-        Ok(())
+        self.done(&Call::post(&path, &body).within(HOOKS_TIMEOUT)).await
     }
 
     /// Gives a conversation a title; it takes up to 200 characters.
@@ -425,8 +565,7 @@ impl AgentServer {
     pub async fn set_title(&self, conversation: Uuid, title: &str, timeout: Duration) -> Result<()> {
         let path = format!("/api/conversations/{}", id::dashed(conversation));
         let body = json!({"title": title});
-        let _done: Value = self.call(Method::PATCH, &path, timeout, |request| request.json(&body)).await?;
-        Ok(())
+        self.done(&Call { method: Method::PATCH, ..Call::post(&path, &body) }.within(timeout)).await
     }
 
     /// Has the agent's model find a title for a conversation; the agent server itself does not take it on. `None` where it cannot be
@@ -437,12 +576,13 @@ impl AgentServer {
     pub async fn generate_title(&self, conversation: Uuid, timeout: Duration) -> Result<Option<String>> {
         #[derive(Deserialize)]
         struct Generated {
-            title: String,
+            #[serde(deserialize_with = "bounded::short::<_, TITLE_LENGTH>")]
+            title: Option<String>,
         }
         let path = format!("/api/conversations/{}/generate_title", id::dashed(conversation));
         let body = json!({"max_length": GENERATED_TITLE});
-        match self.call::<Generated>(Method::POST, &path, timeout, |request| request.json(&body)).await {
-            Ok(generated) => Ok(Some(generated.title)),
+        match self.call::<Generated>(&Call::post(&path, &body).within(timeout)).await {
+            Ok(generated) => Ok(generated.title),
             Err(AgentServerError { failure: Failure::Status(StatusCode::NOT_FOUND, _), .. }) => Ok(None),
             Err(error) => Err(error),
         }
@@ -454,8 +594,7 @@ impl AgentServer {
     /// See [`Failure`]; 404 when it has no such conversation.
     pub async fn delete_conversation(&self, conversation: Uuid, timeout: Duration) -> Result<()> {
         let path = format!("/api/conversations/{}", id::dashed(conversation));
-        let _done: Value = self.call(Method::DELETE, &path, timeout, |request| request).await?;
-        Ok(())
+        self.done(&Call::new(Method::DELETE, &path).within(timeout)).await
     }
 
     /// Lets the conversation's model judge the risk of its own actions.
@@ -465,8 +604,7 @@ impl AgentServer {
     pub async fn set_llm_security_analyzer(&self, conversation: Uuid) -> Result<()> {
         let path = format!("/api/conversations/{}/security_analyzer", id::dashed(conversation));
         let body = json!({"security_analyzer": {"kind": "LLMSecurityAnalyzer"}});
-        let _done: Value = self.call(Method::POST, &path, HOOKS_TIMEOUT, |request| request.json(&body)).await?;
-        Ok(())
+        self.done(&Call::post(&path, &body).within(HOOKS_TIMEOUT)).await
     }
 
     /// A page of a conversation's events, newest first, each as it came; `page_id` is the earlier page's `next_page_id`.
@@ -475,33 +613,56 @@ impl AgentServer {
     /// See [`Failure`].
     pub async fn newest_events(&self, conversation: Uuid, page_id: Option<&str>, limit: usize) -> Result<EventPage> {
         let path = format!("/api/conversations/{}/events/search", id::dashed(conversation));
-        self.call(Method::GET, &path, LOOK_TIMEOUT, |request| {
+        let call = Call::get(&path).within(LOOK_TIMEOUT).at_most(LIST_LIMIT);
+        let asked = self.call_with(&call, |request| {
             let request = request.query(&[("sort_order", "TIMESTAMP_DESC"), ("limit", &limit.to_string())]);
             request.query(&page_id.map(|id| [("page_id", id)]))
-        })
-        .await
+        });
+        Ok(asked.await?.0)
     }
 
-    async fn call<T: DeserializeOwned>(
+    /// Makes a request and reads its answer as JSON.
+    async fn call<T: DeserializeOwned>(&self, call: &Call<'_>) -> Result<T> {
+        Ok(self.call_with(call, |request| request).await?.0)
+    }
+
+    /// Makes a request of which only the success matters.
+    async fn done(&self, call: &Call<'_>) -> Result<()> {
+        self.call::<IgnoredAny>(call).await.map(drop)
+    }
+
+    /// As [`AgentServer::call`], with more added to the request; also returns the answer's length in bytes.
+    async fn call_with<T: DeserializeOwned>(
         &self,
-        method: Method,
-        path: &str,
-        timeout: Duration,
+        call: &Call<'_>,
         fill: impl FnOnce(RequestBuilder) -> RequestBuilder,
-    ) -> Result<T> {
-        let (status, body) = self.send(method.clone(), path, timeout, fill).await?.read(ANSWER_LIMIT).await?;
-        match body {
-            Body::TooLarge => {
-                Err(fail(&method, path, Failure::Malformed(format!("it is longer than {ANSWER_LIMIT} bytes"))))
+    ) -> Result<(T, usize)> {
+        let body = self.read(call, fill).await?;
+        let read =
+            serde_json::from_slice(&body).map_err(|error| call.fail(Failure::Malformed(what_is_wrong(&error))))?;
+        Ok((read, body.len()))
+    }
+
+    /// The body of an answer with success.
+    async fn read(&self, call: &Call<'_>, fill: impl FnOnce(RequestBuilder) -> RequestBuilder) -> Result<Vec<u8>> {
+        let mut response = self.send(call, fill).await?;
+        let status = response.status();
+        let limit = if status.is_success() { call.limit } else { ERROR_LIMIT };
+        let (body, is_whole) = read_up_to(&mut response, limit).await.map_err(|failure| call.fail(failure))?;
+        match (status.is_success(), is_whole) {
+            (true, true) => Ok(body),
+            (true, false) => Err(call.fail(Failure::TooLarge(limit))),
+            (false, _) => {
+                let mut secrets = call.secrets.clone();
+                secrets.extend(call.body.map(mask::secrets_in).unwrap_or_default());
+                secrets.extend(self.key.as_ref().map(|key| key.expose_secret().to_owned()));
+                Err(call.fail(Failure::Status(status, error_text::of(&body, &secrets))))
             }
-            Body::Whole(body) if status.is_success() => serde_json::from_slice(&body)
-                .map_err(|error| fail(&method, path, Failure::Malformed(error.to_string()))),
-            Body::Whole(body) => Err(fail(&method, path, Failure::Status(status, error_text(&body)))),
         }
     }
 
-    /// Makes a request that somebody else thought of, and gives the answer as it is: status, content type, body; `None` where the
-    /// body is larger than `limit`.
+    /// Makes a request that a client thought of, and gives the answer as it is: status, content type, body; `None` where the
+    /// body is larger than `limit`. The path must be one that [`outbound::join`] takes.
     ///
     /// # Errors
     /// See [`Failure`]; a status is none.
@@ -513,68 +674,86 @@ impl AgentServer {
         limit: usize,
         timeout: Duration,
     ) -> Result<Option<(StatusCode, Option<HeaderValue>, Vec<u8>)>> {
-        let fill = |request: RequestBuilder| match body {
-            Some(body) => request.json(body),
-            None => request,
-        };
-        let answer = self.send(method, path, timeout, fill).await?;
-        let kind = answer.response.headers().get(CONTENT_TYPE).cloned();
-        Ok(match answer.read(limit).await? {
-            (status, Body::Whole(body)) => Some((status, kind, body)),
-            (_, Body::TooLarge) => None,
-        })
+        let call = Call { body, ..Call::new(method, path) }.within(timeout);
+        let mut response = self.send(&call, |request| request).await?;
+        let (status, kind) = (response.status(), response.headers().get(CONTENT_TYPE).cloned());
+        let (body, is_whole) = read_up_to(&mut response, limit).await.map_err(|failure| call.fail(failure))?;
+        Ok(is_whole.then_some((status, kind, body)))
     }
 
     async fn send(
         &self,
-        method: Method,
-        path: &str,
-        timeout: Duration,
+        call: &Call<'_>,
         fill: impl FnOnce(RequestBuilder) -> RequestBuilder,
-    ) -> Result<Answer> {
-        let request = self.http.request(method.clone(), &format!("{}{path}", self.url));
-        let request = request.map_err(|error| fail(&method, path, transport_failure(&error)))?;
-        let mut request = fill(request).timeout(timeout);
+    ) -> Result<reqwest::Response> {
+        // An address that is none, or a path that leads elsewhere: nothing was asked.
+        let url = outbound::join(&self.url, call.path).ok_or_else(|| call.fail(Failure::Unreachable))?;
+        let request = self.http.request(call.method.clone(), url.as_str());
+        let request = request.map_err(|error| call.fail(transport_failure(&error)))?;
+        let request = match call.body {
+            Some(body) => request.json(body),
+            None => request,
+        };
+        let mut request = fill(request).timeout(call.timeout);
         if let Some(key) = &self.key {
             request = request.header("X-Session-API-Key", key.expose_secret());
         }
-        let response = request.send().await;
-        let response = response.map_err(|error| fail(&method, path, transport_failure(&error)))?;
-        Ok(Answer { response, name: format!("{method} {path}") })
+        request.send().await.map_err(|error| call.fail(transport_failure(&error)))
     }
 }
 
-/// An answer whose body is still to come.
-struct Answer {
-    response: reqwest::Response,
-    name: String,
+/// A request: where to, how long it may take, and how much of its answer is read.
+#[derive(Clone)]
+struct Call<'a> {
+    method: Method,
+    path: &'a str,
+    body: Option<&'a Value>,
+    timeout: Duration,
+    limit: usize,
+    /// What must not come back in an error, beside the body's secrets.
+    secrets: Vec<String>,
 }
 
-/// A body, unless it was too large to be read on.
-enum Body {
-    Whole(Vec<u8>),
-    TooLarge,
+impl<'a> Call<'a> {
+    fn new(method: Method, path: &'a str) -> Self {
+        Self { method, path, body: None, timeout: LOOK_TIMEOUT, limit: ANSWER_LIMIT, secrets: Vec::new() }
+    }
+
+    fn get(path: &'a str) -> Self {
+        Self::new(Method::GET, path)
+    }
+
+    fn post(path: &'a str, body: &'a Value) -> Self {
+        Self { body: Some(body), ..Self::new(Method::POST, path) }
+    }
+
+    fn within(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
+    }
+
+    fn at_most(self, limit: usize) -> Self {
+        Self { limit, ..self }
+    }
+
+    fn fail(&self, failure: Failure) -> AgentServerError {
+        // Of a path that a client chose, the beginning.
+        let path: String = self.path.split('?').next().unwrap_or_default().chars().take(ID_LENGTH).collect();
+        AgentServerError { request: format!("{} {path}", self.method), failure }
+    }
 }
 
-impl Answer {
-    async fn read(mut self, limit: usize) -> Result<(StatusCode, Body)> {
-        let status = self.response.status();
-        let mut body = Vec::new();
-        loop {
-            match self.response.chunk().await {
-                Ok(Some(chunk)) if body.len() + chunk.len() > limit => return Ok((status, Body::TooLarge)),
-                Ok(Some(chunk)) => body.extend_from_slice(&chunk),
-                Ok(None) => return Ok((status, Body::Whole(body))),
-                Err(error) => {
-                    return Err(AgentServerError { request: self.name, failure: transport_failure(&error) });
-                }
-            }
+/// A body, or its first `limit` bytes; and whether it is whole.
+async fn read_up_to(response: &mut reqwest::Response, limit: usize) -> std::result::Result<(Vec<u8>, bool), Failure> {
+    let mut body = Vec::new();
+    while let Some(chunk) = response.chunk().await.map_err(|error| transport_failure(&error))? {
+        let room = limit - body.len();
+        if chunk.len() > room {
+            body.extend_from_slice(&chunk[..room]);
+            return Ok((body, false));
         }
+        body.extend_from_slice(&chunk);
     }
-}
-
-fn fail(method: &Method, path: &str, failure: Failure) -> AgentServerError {
-    AgentServerError { request: format!("{method} {path}"), failure }
+    Ok((body, true))
 }
 
 fn transport_failure(error: &reqwest::Error) -> Failure {
@@ -587,12 +766,12 @@ fn transport_failure(error: &reqwest::Error) -> Failure {
     }
 }
 
-/// The agent server's own words: `exception` says more than `detail` where both are there.
-fn error_text(body: &[u8]) -> String {
-    let text = String::from_utf8_lossy(body);
-    let told = serde_json::from_slice::<Value>(body).ok().and_then(|json| {
-        let said = json.get("exception").or_else(|| json.get("detail"))?;
-        Some(said.as_str().map_or_else(|| said.to_string(), ToOwned::to_owned))
-    });
-    told.unwrap_or_else(|| text.into_owned()).trim().chars().take(ERROR_TEXT_LIMIT).collect()
+/// Why JSON was not read, without a word of it: it may be long, and hold anything.
+fn what_is_wrong(error: &serde_json::Error) -> String {
+    let what = match error.classify() {
+        Category::Io | Category::Syntax => "it is no JSON",
+        Category::Eof => "its JSON ends too early",
+        Category::Data => "it has an unexpected form",
+    };
+    format!("{what} (line {}, column {})", error.line(), error.column())
 }

@@ -20,6 +20,7 @@ use crate::pending_message::store::MessageStore;
 use crate::sandbox::SandboxService;
 use crate::start::queue::{Job, StartQueue};
 use crate::start::store::StartTaskStore;
+use crate::start::sweep::sweep;
 use crate::user::UserId;
 
 /// How long after its message a deletion counts as forgotten.
@@ -136,12 +137,11 @@ impl Deletion {
     /// # Errors
     /// [`Error::Store`].
     pub async fn sweep(&self) -> Result<usize> {
-        let forgotten = self.deleter.conversations.forgotten_deletions().await?;
-        for (user, conversation) in &forgotten {
-            tracing::info!(%conversation, "conversation.deletion_rung_again");
-            self.deleter.ring(user, *conversation).await;
-        }
-        Ok(forgotten.len())
+        sweep(&self.deleter.conversations.deletions(), &self.deleter.queue, |row| Job::DeleteConversation {
+            user: row.user.clone(),
+            conversation: row.id,
+        })
+        .await
     }
 
     /// Best effort: a paused sandbox keeps its copy, which nobody can reach, until the sandbox goes.

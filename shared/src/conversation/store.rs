@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::ConversationRecord;
 use crate::clock::Time;
 use crate::dynamo::{
-    BATCH_GET_LIMIT, Item, TRANSACTION_LIMIT, batch_get_items, due_rows, from_item, is_condition_failure, store_error,
+    BATCH_GET_LIMIT, DueIndex, Item, TRANSACTION_LIMIT, batch_get_items, from_item, is_condition_failure, store_error,
     text, to_item, transact,
 };
 use crate::error::{Error, Result};
@@ -366,13 +366,17 @@ impl ConversationStore {
         }
     }
 
-    /// Deletions, of all users, that nobody is looking after.
-    ///
-    /// # Errors
-    /// [`Error::Store`].
-    pub async fn forgotten_deletions(&self) -> Result<Vec<(UserId, Uuid)>> {
-        let shards = (0..DELETION_SHARDS).map(|shard| shard.to_string());
-        due_rows(&self.dynamodb, &self.table, DELETIONS, "deletion_shard", shards, "Query conversations").await
+    /// The index of deletions that are not finished.
+    #[must_use]
+    pub fn deletions(&self) -> DueIndex {
+        DueIndex {
+            dynamodb: self.dynamodb.clone(),
+            table: self.table.clone(),
+            index: DELETIONS,
+            shard_attribute: "deletion_shard",
+            shards: (0..DELETION_SHARDS).map(|shard| shard.to_string()).collect(),
+            sort_key: "id",
+        }
     }
 
     /// The record and, below it at any depth, its sub-conversations; empty when there is no such record.

@@ -11,12 +11,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::Deserialize;
 use serde_json::Value;
+use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use super::PendingMessage;
 use super::store::{Claim, MessageQueue, MessageStore, Sending};
 use crate::agent_server::AgentServer;
+use crate::agent_server::bounded::{self, Bounded};
 use crate::clock::Time;
 use crate::conversation::store::ConversationStore;
 use crate::conversation::told::Standing;
@@ -27,6 +30,7 @@ use crate::sandbox::{SandboxService, SandboxStatus};
 use crate::start::queue::{Job, StartQueue};
 use crate::start::request::Content;
 use crate::start::store::StartTaskStore;
+use crate::start::sweep::sweep;
 use crate::start::task::StartStatus;
 use crate::user::UserId;
 
@@ -65,6 +69,10 @@ impl Default for Timing {
 
 /// Pages of events that are looked through for a message at most.
 const MAX_PAGES: usize = 20;
+/// Bytes of an event's id. One with a longer id is not looked for.
+const MAX_EVENT_ID: usize = 256;
+/// Parts of a message, and images in a part, up to which a message is recognised.
+const MAX_PARTS: usize = 10_000;
 const PAGE: usize = 50;
 
 impl Timing {
@@ -189,11 +197,11 @@ impl Messages {
     /// # Errors
     /// [`Error::Store`].
     pub async fn sweep(&self) -> Result<usize> {
-        let forgotten = self.store.forgotten().await?;
-        for (user, conversation) in &forgotten {
-            self.ring(user, *conversation, Duration::ZERO).await;
-        }
-        Ok(forgotten.len())
+        sweep(&self.store.undelivered(), &self.queue, |row| Job::DeliverMessages {
+            user: row.user.clone(),
+            conversation: row.id,
+        })
+        .await
     }
 
     /// Delivers what waits for a conversation, unless another worker does. What cannot be delivered now is looked after again
@@ -374,18 +382,19 @@ async fn has_arrived(
     sending: &Sending,
     parts: &Value,
 ) -> Result<bool, ()> {
-    let wanted = essence(parts);
+    let wanted = essence(&parts.to_string());
     let mut page_id: Option<String> = None;
     for _ in 0..MAX_PAGES {
         let page = agent_server.newest_events(conversation, page_id.as_deref(), PAGE).await.map_err(|error| {
             tracing::warn!(%conversation, %error, "pending_message.not_looked_for");
         })?;
         for event in &page.items {
-            if sending.after.is_some() && event_id(event.get()) == sending.after {
+            let event: Event = serde_json::from_str(event.get()).unwrap_or_default();
+            if sending.after.is_some() && event.id == sending.after {
                 return Ok(false);
             }
-            let Ok(event) = serde_json::from_str::<Value>(event.get()) else { continue };
-            if event["source"] == "user" && essence(&event["llm_message"]["content"]) == wanted {
+            let said = event.llm_message.and_then(|message| message.content).and_then(|parts| essence(parts.get()));
+            if event.source.as_deref() == Some("user") && said.is_some() && said == wanted {
                 return Ok(true);
             }
         }
@@ -398,11 +407,46 @@ async fn has_arrived(
 }
 
 fn event_id(event: &str) -> Option<String> {
-    serde_json::from_str::<Value>(event).ok()?["id"].as_str().map(ToOwned::to_owned)
+    serde_json::from_str::<Event>(event).ok()?.id
 }
 
-/// What a message says, without how its parts are written.
-fn essence(parts: &Value) -> Vec<&Value> {
-    let parts = parts.as_array().into_iter().flatten();
-    parts.map(|part| if part["type"] == "image" { &part["image_urls"] } else { &part["text"] }).collect()
+/// Of an event, the parts by which a message is recognised. Events are the sandbox's: all else is read over.
+#[derive(Default, Deserialize)]
+struct Event {
+    #[serde(default, deserialize_with = "bounded::short::<_, MAX_EVENT_ID>")]
+    id: Option<String>,
+    #[serde(default)]
+    source: Option<String>,
+    #[serde(default)]
+    llm_message: Option<LlmMessage>,
+}
+
+#[derive(Deserialize)]
+struct LlmMessage {
+    #[serde(default)]
+    content: Option<Box<RawValue>>,
+}
+
+/// A part of a message: a text, or images.
+#[derive(Deserialize)]
+struct Part {
+    #[serde(default, rename = "type")]
+    kind: Option<String>,
+    #[serde(default)]
+    text: Option<String>,
+    #[serde(default)]
+    image_urls: Option<Bounded<String, MAX_PARTS>>,
+}
+
+/// What a part says: its images, or its text.
+type Said = (Option<Vec<String>>, Option<String>);
+
+/// What a message says, without how its parts are written; `None` for what is no list of parts.
+fn essence(parts: &str) -> Option<Vec<Said>> {
+    let parts: Bounded<Part, MAX_PARTS> = serde_json::from_str(parts).ok()?;
+    let essence = |part: Part| match part.kind.as_deref() {
+        Some("image") => (part.image_urls.map(|urls| urls.0), None),
+        _ => (None, part.text),
+    };
+    Some(parts.0.into_iter().map(essence).collect())
 }

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::{MAX_MESSAGES, PendingMessage};
 use crate::clock::{Time, sortable};
-use crate::dynamo::{Item, due_rows, from_item, is_condition_failure, number, store_error, text};
+use crate::dynamo::{DueIndex, Item, from_item, is_condition_failure, number, store_error, text};
 use crate::error::{Error, Result};
 use crate::id;
 use crate::objects;
@@ -303,13 +303,17 @@ impl MessageStore {
         Ok(())
     }
 
-    /// Queues that nobody looks after though their time has come, of all users.
-    ///
-    /// # Errors
-    /// [`Error::Store`].
-    pub async fn forgotten(&self) -> Result<Vec<(UserId, Uuid)>> {
-        let shards = (0..SHARDS).map(|shard| shard.to_string());
-        due_rows(&self.dynamodb, &self.table, UNDELIVERED, "undelivered_shard", shards, "Query users").await
+    /// The index of queues with messages that are not delivered.
+    #[must_use]
+    pub fn undelivered(&self) -> DueIndex {
+        DueIndex {
+            dynamodb: self.dynamodb.clone(),
+            table: self.table.clone(),
+            index: UNDELIVERED,
+            shard_attribute: "undelivered_shard",
+            shards: (0..SHARDS).map(|shard| shard.to_string()).collect(),
+            sort_key: "kind",
+        }
     }
 
     async fn change(

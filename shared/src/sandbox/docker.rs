@@ -24,6 +24,7 @@ use crate::clock::Time;
 use crate::config::DockerSandboxConfig;
 use crate::error::{Error, Result};
 use crate::id;
+use crate::mask::masked;
 use crate::user::UserId;
 
 /// Where conversations work in the image.
@@ -193,6 +194,11 @@ impl DockerSandboxes {
 
     /// Makes the container; pulls its image first where it is not there.
     async fn create(&self, engine: &Docker, name: &str, body: ContainerCreateBody) -> Result<()> {
+        // An error may quote the container's environment.
+        let variables = body.env.iter().flatten().filter_map(|line| line.split_once('='));
+        let secrets: Vec<String> =
+            variables.filter(|(name, _)| name.contains("KEY")).map(|(_, value)| value.to_owned()).collect();
+        let said = |error: &DockerError| masked(&error.to_string(), secrets.iter().map(String::as_str));
         let mut made = engine.create_container(Some(options_of(name)), body.clone()).await;
         if made.as_ref().is_err_and(|error| status_of(error) == Some(404)) {
             let image = body.image.clone().unwrap_or_default();
@@ -210,9 +216,9 @@ impl DockerSandboxes {
             // Somebody else was quicker.
             Err(error) if status_of(&error) == Some(409) => Ok(()),
             Err(error) if status_of(&error).is_some_and(|status| status < 500) => {
-                Err(Error::Refused(format!("The Docker engine refused to make the sandbox: {error}")))
+                Err(Error::Refused(format!("The Docker engine refused to make the sandbox: {}", said(&error))))
             }
-            Err(error) => Err(failed("create", &error)),
+            Err(error) => Err(failed("create", &said(&error))),
         }
     }
 

@@ -138,6 +138,27 @@ impl SandboxStore {
         Ok(self.batch_get(user, &[id.to_owned()]).await?.pop().flatten())
     }
 
+    /// Whether the user has a sandbox with this id now; reads consistently.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn exists(&self, user: &UserId, id: &str) -> Result<bool> {
+        if !is_id(id) {
+            return Ok(false);
+        }
+        let found = self
+            .dynamodb
+            .get_item()
+            .table_name(&self.table)
+            .set_key(Some(self.key(user, id)))
+            .projection_expression("id")
+            .consistent_read(true)
+            .send()
+            .await
+            .map_err(store_error("GetItem sandboxes"))?;
+        Ok(found.item.is_some())
+    }
+
     /// Records in the order of the ids.
     ///
     /// # Errors

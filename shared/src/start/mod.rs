@@ -7,4 +7,5 @@ pub mod request;
 pub mod saga;
 pub mod store;
 pub mod suggested_task;
+pub mod sweep;
 pub mod task;

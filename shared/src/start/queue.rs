@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use aws_sdk_sqs::Client;
+use aws_sdk_sqs::types::SendMessageBatchRequestEntry;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -13,6 +14,11 @@ use crate::user::UserId;
 
 /// The version of messages that this code writes.
 const VERSION: u32 = 1;
+
+/// SQS takes this many messages at once.
+const BATCH: usize = 10;
+/// Batches that may fail as a whole before [`StartQueue::send_all`] gives up.
+const MAX_FAILED_BATCHES: usize = 5;
 
 /// The end of a dead-letter queue's name, by which its messages are told from those of the queue.
 pub const DEAD_LETTER_SUFFIX: &str = "-dead-letters";
@@ -127,6 +133,51 @@ impl StartQueue {
             .await
             .map_err(store_error("SendMessage"))?;
         Ok(())
+    }
+
+    /// Sends many jobs without delay, and goes on where one is refused. Returns for each whether it was sent, and the first
+    /// failure. Once [`MAX_FAILED_BATCHES`] batches have failed as a whole the others are not tried: the queue is out of reach.
+    pub async fn send_all(&self, jobs: &[Job]) -> (Vec<bool>, Option<Error>) {
+        let mut sent = vec![false; jobs.len()];
+        let (mut first, mut failed) = (None, 0);
+        for (number, batch) in jobs.chunks(BATCH).enumerate() {
+            match self.send_batch(batch).await {
+                Ok(refused) => {
+                    for (index, _) in batch.iter().enumerate() {
+                        sent[number * BATCH + index] = !refused.contains(&index.to_string());
+                    }
+                    if !refused.is_empty() {
+                        first = first.or_else(|| Some(Error::internal("the queue refused a message of a batch")));
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(error = %error.context(), "queue.batch_failed");
+                    first = first.or(Some(error));
+                    failed += 1;
+                    if failed == MAX_FAILED_BATCHES {
+                        break;
+                    }
+                }
+            }
+        }
+        (sent, first)
+    }
+
+    /// Sends up to ten jobs; returns the places of those that were refused.
+    async fn send_batch(&self, jobs: &[Job]) -> Result<Vec<String>> {
+        let entries = jobs.iter().enumerate().map(|(index, job)| {
+            let entry = SendMessageBatchRequestEntry::builder().id(index.to_string()).message_body(job.to_body()?);
+            entry.build().map_err(Error::internal)
+        });
+        let sent = self
+            .sqs
+            .send_message_batch()
+            .queue_url(&self.url)
+            .set_entries(Some(entries.collect::<Result<_>>()?))
+            .send()
+            .await
+            .map_err(store_error("SendMessageBatch"))?;
+        Ok(sent.failed.into_iter().map(|failed| failed.id).collect())
     }
 }
 

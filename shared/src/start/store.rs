@@ -20,7 +20,7 @@ use super::task::{
 };
 use crate::clock::Time;
 use crate::dynamo::{
-    BATCH_GET_LIMIT, Item, TRANSACTION_LIMIT, batch_get_items, due_rows, from_item, is_condition_failure, number,
+    BATCH_GET_LIMIT, DueIndex, Item, TRANSACTION_LIMIT, batch_get_items, from_item, is_condition_failure, number,
     store_error, text, to_item, transact,
 };
 use crate::error::{Error, Result};
@@ -62,6 +62,7 @@ const OPEN_REQUESTS: usize = 4;
 
 /// The error for a count that takes too long.
 const TOO_MANY: &str = "There are too many start tasks to count with this filter: narrow it with created_at__gte, or walk the pages of search";
+const LEASE_UPDATE: &str = "SET lease_owner = :worker, lease_until = :until, due_at = :due";
 
 /// What became of the attempt to claim a task.
 #[derive(Debug)]
@@ -149,6 +150,7 @@ impl Change {
             "deadline",
             "failure",
             "secrets_sealed",
+            "open_claims",
         ]);
         self
     }
@@ -576,6 +578,9 @@ impl StartTaskStore {
         let now = Time::now();
         let claimed = self
             .lease_update(user, id, worker, now.plus(lease))
+            // Until it is released, or gets on: a worker that dies does neither.
+            .update_expression(format!("{LEASE_UPDATE} ADD open_claims :one"))
+            .expression_attribute_values(":one", number(1))
             .condition_expression("attribute_exists(unfinished_shard) AND (attribute_not_exists(lease_until) OR lease_until < :now OR lease_owner = :worker)")
             .expression_attribute_values(":now", text(now.sortable()))
             .return_values(ReturnValue::AllNew)
@@ -621,7 +626,7 @@ impl StartTaskStore {
             .update_item()
             .table_name(&self.table)
             .set_key(Some(key(user, id)))
-            .update_expression("SET lease_owner = :worker, lease_until = :until, due_at = :due")
+            .update_expression(LEASE_UPDATE)
             .expression_attribute_values(":worker", text(worker))
             .expression_attribute_values(":until", text(until.sortable()))
             .expression_attribute_values(":due", text(until.plus(FORGOTTEN_AFTER).sortable()))
@@ -663,6 +668,7 @@ impl StartTaskStore {
     ) -> Result<Result<(), LeaseLost>> {
         let change = change
             .set("due_at", text(wake_at.plus(FORGOTTEN_AFTER).sortable()))
+            .set("open_claims", number(0))
             .remove("lease_owner")
             .remove("lease_until");
         self.save(user, id, worker, &change).await
@@ -697,13 +703,17 @@ impl StartTaskStore {
         held(saved)
     }
 
-    /// Unfinished tasks, of all users, whose lease or wait has run out: nobody is about to look at them.
-    ///
-    /// # Errors
-    /// [`Error::Store`].
-    pub async fn forgotten(&self) -> Result<Vec<(UserId, Uuid)>> {
-        let shards = SHARDS.chars().map(String::from);
-        due_rows(&self.dynamodb, &self.table, UNFINISHED, "unfinished_shard", shards, "Query start-tasks").await
+    /// The index of unfinished tasks. Those are due whose lease or wait has run out: nobody is about to look at them.
+    #[must_use]
+    pub fn unfinished(&self) -> DueIndex {
+        DueIndex {
+            dynamodb: self.dynamodb.clone(),
+            table: self.table.clone(),
+            index: UNFINISHED,
+            shard_attribute: "unfinished_shard",
+            shards: SHARDS.chars().map(String::from).collect(),
+            sort_key: "id",
+        }
     }
 
     /// Whether an unfinished start of the user is going to run in this sandbox.
@@ -881,6 +891,7 @@ fn record(user: &UserId, id: Uuid, now: Snapshot, created_at: Time, request: &St
         command: None,
         failure: None,
         attempts: 0,
+        open_claims: 0,
         deadline: None,
         request: serde_json::to_string(request).map_err(Error::internal)?,
         request_object: None,

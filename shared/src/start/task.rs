@@ -113,6 +113,9 @@ pub struct StartTaskRecord {
     /// How often the current step has failed.
     #[serde(default)]
     pub attempts: u32,
+    /// How often the task was claimed since a worker last got on with it or released it: more than once when workers die at it.
+    #[serde(default)]
+    pub open_claims: u32,
     /// When the current step must be done.
     #[serde(default, serialize_with = "sortable_option", skip_serializing_if = "Option::is_none")]
     pub deadline: Option<Time>,

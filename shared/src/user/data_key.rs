@@ -1,4 +1,6 @@
-//! The deployment's data key: kept in the `users` table, encrypted under a key of KMS, which alone can decrypt it.
+//! The deployment's data keys: kept in one row of the `users` table, encrypted under a key of KMS, which alone can decrypt them.
+//!
+//! The first one is the attribute `encrypted`; those that replaced it since are the list `rotated`, the newest last.
 
 use std::time::Duration;
 
@@ -8,103 +10,192 @@ use aws_sdk_dynamodb::primitives::Blob as DynamoBlob;
 use aws_sdk_dynamodb::types::AttributeValue;
 use aws_sdk_kms::primitives::Blob;
 use aws_sdk_kms::types::DataKeySpec;
+use futures::future::try_join_all;
 
-use crate::dynamo::{is_condition_failure, store_error, text};
+use super::seal::MAX_KEYS;
+use crate::dynamo::{Item, is_condition_failure, store_error, text};
 use crate::error::{Error, Result};
 
 /// The row's key. Functions that have no business with rows of users may still read and write those of this one.
 const USER: &str = "#deployment";
 const KIND: &str = "data-key";
-/// KMS decrypts the key only for who says the same.
+/// KMS decrypts the keys only for who says the same.
 const CONTEXT: (&str, &str) = ("purpose", "openhands-secrets");
 /// KMS answers in milliseconds.
 const ATTEMPT: Duration = Duration::from_secs(5);
 
-/// Where the data key is.
+/// Where the data keys are.
 #[derive(Debug)]
 pub struct DataKey {
     dynamodb: Client,
     table: String,
     kms: aws_sdk_kms::Client,
-    kms_key: String,
+    kms_key: Option<String>,
+}
+
+/// A data key as KMS makes it.
+struct Made {
+    plain: Vec<u8>,
+    encrypted: Vec<u8>,
 }
 
 impl DataKey {
-    /// The data key in the table, under the key of KMS with this id, alias or ARN.
+    /// The data keys in the table, under the key of KMS with this id, alias or ARN.
     #[must_use]
     pub fn new(sdk: &SdkConfig, dynamodb: Client, table: String, kms_key: String) -> Self {
-        let timeouts = crate::aws::timeouts(ATTEMPT);
-        let config = aws_sdk_kms::config::Builder::from(sdk).timeout_config(timeouts).build();
-        Self { dynamodb, table, kms: aws_sdk_kms::Client::from_conf(config), kms_key }
+        Self { kms_key: Some(kms_key), ..Self::stored_in(sdk, dynamodb, table) }
     }
 
-    /// Its bytes. The first process of a deployment makes the key; of several that are first at the same time, one.
+    /// The data keys in the table, under whichever key of KMS the first of them was encrypted. None is made where there is none.
+    #[must_use]
+    pub fn stored_in(sdk: &SdkConfig, dynamodb: Client, table: String) -> Self {
+        let timeouts = crate::aws::timeouts(ATTEMPT);
+        let config = aws_sdk_kms::config::Builder::from(sdk).timeout_config(timeouts).build();
+        Self { dynamodb, table, kms: aws_sdk_kms::Client::from_conf(config), kms_key: None }
+    }
+
+    /// Their bytes, the newest last. The first process of a deployment makes the first key; of several that are first at the same
+    /// time, one.
     ///
     /// # Errors
     /// [`Error::Store`], also when it is KMS that refuses or fails: what is stored cannot be read or written for now.
-    pub async fn key(&self) -> Result<Vec<u8>> {
+    pub async fn keys(&self) -> Result<Vec<Vec<u8>>> {
         if let Some(encrypted) = self.stored().await? {
-            return self.decrypt(encrypted).await;
+            return self.decrypt_all(encrypted).await;
         }
-        let made = self
-            .kms
-            .generate_data_key()
-            .key_id(&self.kms_key)
-            .key_spec(DataKeySpec::Aes256)
-            .encryption_context(CONTEXT.0, CONTEXT.1)
-            .send()
-            .await
-            .map_err(store_error("KMS GenerateDataKey"))?;
-        let (Some(plain), Some(encrypted)) = (made.plaintext, made.ciphertext_blob) else {
-            return Err(Error::internal("KMS made a data key without its parts"));
-        };
+        let kms_key = self.kms_key.as_deref().ok_or_else(|| Error::internal("there is no data key"))?;
+        let made = self.make(kms_key).await?;
         let put = self
             .dynamodb
             .put_item()
             .table_name(&self.table)
             .item("user", text(USER))
             .item("kind", text(KIND))
-            .item("encrypted", AttributeValue::B(DynamoBlob::new(encrypted.into_inner())))
+            .item("encrypted", binary(made.encrypted))
             .condition_expression("attribute_not_exists(encrypted)")
             .send()
             .await
             .map_err(store_error("PutItem users"));
         match put {
-            Ok(_) => Ok(plain.into_inner()),
+            Ok(_) => Ok(vec![made.plain]),
             // Another process was quicker; its key is the key.
             Err(error) if is_condition_failure(&error) => {
                 let encrypted = self.stored().await?;
-                self.decrypt(encrypted.ok_or_else(|| Error::internal("the data key is gone"))?).await
+                self.decrypt_all(encrypted.ok_or_else(|| Error::internal("the data key is gone"))?).await
             }
             Err(error) => Err(error),
         }
     }
 
-    async fn stored(&self) -> Result<Option<Vec<u8>>> {
+    /// Adds a new data key, under which new secrets are sealed from then on by every process that reads the keys; the others stay,
+    /// for what they sealed. Returns how many there are.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`] when there is none yet, there are [`MAX_KEYS`] already, or another one was added at the same time;
+    /// [`Error::Store`].
+    pub async fn rotate(&self) -> Result<usize> {
+        let stored = self.stored().await?;
+        let stored = stored.ok_or_else(|| Error::Conflict("There is no data key yet".to_owned()))?;
+        let [first, rotated @ ..] = &stored[..] else { return Err(Error::internal("a row without a data key")) };
+        if stored.len() >= MAX_KEYS {
+            return Err(Error::Conflict(format!("There are {MAX_KEYS} data keys already")));
+        }
+        let kms_key = match &self.kms_key {
+            Some(key) => key.clone(),
+            None => self.decrypt(first.clone()).await?.1,
+        };
+        let made = self.make(&kms_key).await?;
+        let with_new: Vec<Vec<u8>> = stored.iter().cloned().chain([made.encrypted.clone()]).collect();
+        let unchanged = match rotated {
+            [] => "attribute_not_exists(rotated)",
+            _ => "rotated = :before",
+        };
+        let list = |keys: &[Vec<u8>]| AttributeValue::L(keys.iter().cloned().map(binary).collect());
+        let update = self
+            .dynamodb
+            .update_item()
+            .table_name(&self.table)
+            .set_key(Some(row()))
+            .update_expression("SET rotated = :now")
+            .condition_expression(format!("encrypted = :first AND {unchanged}"))
+            .expression_attribute_values(":first", binary(first.clone()))
+            .expression_attribute_values(":now", list(&with_new[1..]));
+        let update = match rotated {
+            [] => update,
+            before => update.expression_attribute_values(":before", list(before)),
+        };
+        match update.send().await.map_err(store_error("UpdateItem users")) {
+            Ok(_) => Ok(with_new.len()),
+            // The SDK sends an update again whose answer was lost.
+            Err(error) if is_condition_failure(&error) && self.stored().await?.as_ref() == Some(&with_new) => {
+                Ok(with_new.len())
+            }
+            Err(error) if is_condition_failure(&error) => {
+                Err(Error::Conflict("Another data key was added at the same time".to_owned()))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The encrypted keys, the newest last.
+    async fn stored(&self) -> Result<Option<Vec<Vec<u8>>>> {
         let found = self
             .dynamodb
             .get_item()
             .table_name(&self.table)
-            .key("user", text(USER))
-            .key("kind", text(KIND))
+            .set_key(Some(row()))
             .consistent_read(true)
             .send()
             .await
             .map_err(store_error("GetItem users"))?;
-        let encrypted = found.item.as_ref().and_then(|item| item.get("encrypted"));
-        Ok(encrypted.and_then(|value| value.as_b().ok()).map(|blob| blob.as_ref().to_vec()))
+        let Some(item) = found.item else { return Ok(None) };
+        let bytes = |value: &AttributeValue| value.as_b().ok().map(|blob| blob.as_ref().to_vec());
+        let Some(first) = item.get("encrypted").and_then(bytes) else { return Ok(None) };
+        let rotated = item.get("rotated").and_then(|value| value.as_l().ok()).map(Vec::as_slice).unwrap_or_default();
+        Ok(Some(std::iter::once(first).chain(rotated.iter().filter_map(bytes)).collect()))
     }
 
-    async fn decrypt(&self, encrypted: Vec<u8>) -> Result<Vec<u8>> {
+    async fn make(&self, kms_key: &str) -> Result<Made> {
+        let made = self
+            .kms
+            .generate_data_key()
+            .key_id(kms_key)
+            .key_spec(DataKeySpec::Aes256)
+            .encryption_context(CONTEXT.0, CONTEXT.1)
+            .send()
+            .await
+            .map_err(store_error("KMS GenerateDataKey"))?;
+        match (made.plaintext, made.ciphertext_blob) {
+            (Some(plain), Some(encrypted)) => Ok(Made { plain: plain.into_inner(), encrypted: encrypted.into_inner() }),
+            _ => Err(Error::internal("KMS made a data key without its parts")),
+        }
+    }
+
+    async fn decrypt_all(&self, encrypted: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>> {
+        try_join_all(encrypted.into_iter().map(async |key| Ok(self.decrypt(key).await?.0))).await
+    }
+
+    /// The key's bytes, and the key of KMS under which it was encrypted.
+    async fn decrypt(&self, encrypted: Vec<u8>) -> Result<(Vec<u8>, String)> {
         let decrypted = self
             .kms
             .decrypt()
-            .key_id(&self.kms_key)
+            .set_key_id(self.kms_key.clone())
             .ciphertext_blob(Blob::new(encrypted))
             .encryption_context(CONTEXT.0, CONTEXT.1)
             .send()
             .await
             .map_err(store_error("KMS Decrypt"))?;
-        decrypted.plaintext.map(Blob::into_inner).ok_or_else(|| Error::internal("KMS decrypted to nothing"))
+        let plain = decrypted.plaintext.map(Blob::into_inner);
+        let plain = plain.ok_or_else(|| Error::internal("KMS decrypted to nothing"))?;
+        Ok((plain, decrypted.key_id.unwrap_or_default()))
     }
+}
+
+fn row() -> Item {
+    Item::from([("user".into(), text(USER)), ("kind".into(), text(KIND))])
+}
+
+fn binary(bytes: Vec<u8>) -> AttributeValue {
+    AttributeValue::B(DynamoBlob::new(bytes))
 }

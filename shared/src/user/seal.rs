@@ -1,34 +1,89 @@
 //! Secrets at rest: sealed with AES-256-GCM under a key that is not in the store.
+//!
+//! A sealer holds one or more *data keys*. The newest seals, all of them open, so that a key can be replaced while what it sealed is
+//! still there. Nothing uses a data key itself: each use has a key of its own, which HKDF-SHA-256 (RFC 5869) derives from it.
+//!
+//! | sealed form | key | associated data |
+//! |---|---|---|
+//! | `v2.<key id>.<nonce>.<ciphertext>` | derived from the data key with this id | `v2.<key id>.<purpose>` |
+//! | `v1.<nonce>.<ciphertext>`, read only | any of the data keys itself | the purpose |
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use aes_gcm::aead::{Aead, Payload};
 use aes_gcm::{Aes256Gcm, KeyInit as _};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use hkdf::Hkdf;
 use secrecy::{ExposeSecret as _, SecretSlice, SecretString};
 use sha2::{Digest as _, Sha256};
-use tokio::sync::OnceCell;
+use tokio::sync::RwLock;
 
 use super::data_key::DataKey;
 use crate::error::{Error, Result};
 
 const NONCE_BYTES: usize = 12;
 const KEY_BYTES: usize = 32;
-const VERSION: &str = "v1";
+/// The form that is written.
+const VERSION: &str = "v2";
+/// The form before keys had ids.
+const WITHOUT_ID: &str = "v1";
+/// Of a key's id, before it becomes hex.
+const ID_BYTES: usize = 8;
+/// What keys are derived for: the id of a data key, and the cipher's key.
+const FOR_ID: &[u8] = b"openhands-lambda data key id";
+const FOR_SEALING: &[u8] = b"openhands-lambda seal v2";
+/// Put in front of the purpose of any other derived key.
+const FOR_PURPOSE: &str = "openhands-lambda derived key: ";
+/// The most data keys that a sealer holds.
+pub const MAX_KEYS: usize = 20;
+/// The least time between two readings of the data keys because of an unknown id: what was sealed under a lost key must not cause
+/// a call to KMS each time it is read.
+const READ_AGAIN_AFTER: Duration = Duration::from_secs(10);
 
-/// Seals and opens secrets. Clones share the key.
+/// Seals and opens secrets. Clones share the keys.
 #[derive(Clone)]
 pub struct Sealer(Arc<Inner>);
 
 struct Inner {
-    key: OnceCell<SecretSlice<u8>>,
-    /// Where the key is had from once it is needed: most requests need none, and their process then does not ask for one.
-    source: Option<DataKey>,
+    keys: RwLock<Option<Read>>,
+    source: Source,
+}
+
+/// Where data keys are read from once one is needed: most requests need none, and their process then does not ask for one.
+enum Source {
+    /// They are given.
+    Given,
+    /// A file with one key a line, in base64, the newest last.
+    File(PathBuf),
+    /// The deployment's table.
+    DataKey(DataKey),
+}
+
+/// The data keys, and when they were read.
+struct Read {
+    keys: Arc<[Key]>,
+    at: Instant,
+}
+
+/// A data key and its id.
+struct Key {
+    id: String,
+    bytes: SecretSlice<u8>,
+}
+
+/// Keys that are derived from a sealer's data keys for one purpose.
+#[derive(Clone, Debug)]
+pub struct DerivedKeys {
+    /// Of the newest data key, to sign with.
+    pub newest: SecretSlice<u8>,
+    /// Of all data keys, the newest first, to verify with: derived by HKDF, and as versions before it derived them.
+    pub accepted: Vec<SecretSlice<u8>>,
 }
 
 impl std::fmt::Debug for Sealer {
@@ -41,18 +96,9 @@ impl Sealer {
     /// Reads the key file, and makes it (readable by its owner alone) when there is none.
     ///
     /// # Errors
-    /// When the file can be neither read nor made, or does not hold a key.
+    /// When the file can be neither read nor made, or does not hold keys.
     pub fn from_file(path: &Path) -> io::Result<Self> {
-        match fs::read_to_string(path) {
-            Ok(text) => {
-                let key = BASE64.decode(text.trim()).ok().filter(|key| key.len() == KEY_BYTES).ok_or_else(|| {
-                    io::Error::new(
-                        io::ErrorKind::InvalidData,
-                        format!("{} does not hold a sealing key", path.display()),
-                    )
-                })?;
-                Ok(Self::with_key(key))
-            }
+        let keys = match read_file(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let key: [u8; KEY_BYTES] = rand::random();
                 let mut options = OpenOptions::new();
@@ -60,108 +106,233 @@ impl Sealer {
                     Ok(mut file) => {
                         file.write_all(BASE64.encode(key).as_bytes())?;
                         file.sync_all()?;
-                        Ok(Self::with_key(key.to_vec()))
+                        vec![key.to_vec()]
                     }
                     // Another process was quicker; its key is the key.
-                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Self::from_file(path),
-                    Err(error) => Err(error),
+                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Self::from_file(path),
+                    Err(error) => return Err(error),
                 }
             }
-            Err(error) => Err(error),
-        }
+            read => read?,
+        };
+        let keys = keys_of(keys).map_err(|error| io::Error::other(error.context()))?;
+        Ok(Self::with(keys, Source::File(path.to_owned())))
     }
 
-    /// Seals under a key that is asked for when the first secret is sealed or opened.
+    /// Adds a new key to the key file. Processes that run go on sealing under the key before it, and open what others seal under
+    /// the new one.
+    ///
+    /// # Errors
+    /// When there is no such file, or it cannot be written, or holds [`MAX_KEYS`] keys.
+    pub fn rotate_file(path: &Path) -> io::Result<usize> {
+        let mut keys = read_file(path)?;
+        if keys.len() >= MAX_KEYS {
+            return Err(io::Error::other(format!("{} holds {MAX_KEYS} keys, and may not hold more", path.display())));
+        }
+        keys.push(rand::random::<[u8; KEY_BYTES]>().to_vec());
+        let lines: Vec<String> = keys.iter().map(|key| BASE64.encode(key)).collect();
+        // Whole or not at all: without its keys a deployment has lost its secrets.
+        let mut draft = path.as_os_str().to_owned();
+        draft.push(".new");
+        let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&draft)?;
+        file.write_all((lines.join("\n") + "\n").as_bytes())?;
+        file.sync_all()?;
+        fs::rename(&draft, path)?;
+        Ok(keys.len())
+    }
+
+    /// Seals under keys that are asked for when the first secret is sealed or opened.
     #[must_use]
     pub fn from_data_key(source: DataKey) -> Self {
-        Self(Arc::new(Inner { key: OnceCell::new(), source: Some(source) }))
+        Self(Arc::new(Inner { keys: RwLock::new(None), source: Source::DataKey(source) }))
     }
 
-    fn with_key(key: Vec<u8>) -> Self {
-        Self(Arc::new(Inner { key: OnceCell::new_with(Some(key.into())), source: None }))
+    fn with(keys: Arc<[Key]>, source: Source) -> Self {
+        Self(Arc::new(Inner { keys: RwLock::new(Some(Read { keys, at: Instant::now() })), source }))
     }
 
     /// A key of this process alone: nobody can open later what it seals. For stores that are given nothing to seal.
     #[must_use]
     pub fn ephemeral() -> Self {
         let key: [u8; KEY_BYTES] = rand::random();
-        Self::with_key(key.to_vec())
+        Self::with(Arc::new([Key::of(key.to_vec())]), Source::Given)
     }
 
-    /// Seals a text for one purpose; a text sealed for another purpose does not open.
+    /// Seals a text for one purpose under the newest key; a text sealed for another purpose does not open.
     ///
     /// # Errors
-    /// [`Error::Internal`] when the cipher fails, which it does not for texts under 64 GiB; those of [`DataKey::key`].
+    /// [`Error::Internal`] when the cipher fails, which it does not for texts under 64 GiB; those of [`DataKey::keys`].
     pub async fn seal(&self, purpose: &str, secret: &SecretString) -> Result<String> {
+        let keys = self.keys().await?;
+        let key = newest(&keys)?;
         let nonce: [u8; NONCE_BYTES] = rand::random();
-        let payload = Payload { msg: secret.expose_secret().as_bytes(), aad: purpose.as_bytes() };
-        let sealed = self
-            .cipher()
-            .await?
+        let associated = associated(&key.id, purpose);
+        let payload = Payload { msg: secret.expose_secret().as_bytes(), aad: associated.as_bytes() };
+        let sealed = cipher(key.derive(FOR_SEALING)?.expose_secret())?
             .encrypt(&nonce.into(), payload)
             .map_err(|_| Error::internal("a secret could not be sealed"))?;
-        Ok(format!("{VERSION}.{}.{}", BASE64.encode(nonce), BASE64.encode(sealed)))
+        Ok(format!("{VERSION}.{}.{}.{}", key.id, BASE64.encode(nonce), BASE64.encode(sealed)))
     }
 
-    /// Opens what [`Sealer::seal`] made for the same purpose.
+    /// Opens what [`Sealer::seal`] made for the same purpose, also what versions before this one made.
     ///
     /// # Errors
     /// [`Error::Internal`] when the text was sealed under another key or for another purpose, or was changed; those of
-    /// [`DataKey::key`].
+    /// [`DataKey::keys`].
     pub async fn open(&self, purpose: &str, sealed: &str) -> Result<SecretString> {
         let broken = || Error::internal(format!("a sealed secret ({purpose}) does not open with this key"));
-        let mut parts = sealed.split('.');
-        let (Some(VERSION), Some(nonce), Some(body), None) = (parts.next(), parts.next(), parts.next(), parts.next())
-        else {
-            return Err(broken());
+        let parts: Vec<&str> = sealed.split('.').collect();
+        let opened = match parts[..] {
+            [VERSION, id, nonce, body] => {
+                let keys = self.keys_with(id).await?;
+                let key = keys.iter().find(|key| key.id == id).ok_or_else(broken)?;
+                open(key.derive(FOR_SEALING)?.expose_secret(), &associated(id, purpose), nonce, body)?
+            }
+            [WITHOUT_ID, nonce, body] => {
+                let keys = self.keys().await?;
+                let mut opened = None;
+                for key in keys.iter() {
+                    opened = opened.or(open(key.bytes.expose_secret(), purpose, nonce, body)?);
+                }
+                opened
+            }
+            _ => None,
         };
-        let nonce: [u8; NONCE_BYTES] =
-            BASE64.decode(nonce).ok().and_then(|nonce| nonce.try_into().ok()).ok_or_else(broken)?;
-        let body = BASE64.decode(body).map_err(|_| broken())?;
-        let payload = Payload { msg: &body, aad: purpose.as_bytes() };
-        let open = self.cipher().await?.decrypt(&nonce.into(), payload).map_err(|_| broken())?;
-        String::from_utf8(open).map(SecretString::from).map_err(|_| broken())
+        opened.and_then(|text| String::from_utf8(text).ok()).map(SecretString::from).ok_or_else(broken)
     }
 
-    /// A key for another algorithm, derived from this one.
+    /// Keys for another algorithm, derived from the data keys.
     ///
     /// # Errors
-    /// Those of [`DataKey::key`].
-    pub async fn derived_key(&self, purpose: &str) -> Result<SecretSlice<u8>> {
-        let mut hash = Sha256::new();
-        hash.update(self.key().await?.expose_secret());
-        hash.update(purpose.as_bytes());
-        Ok(hash.finalize().to_vec().into())
+    /// Those of [`DataKey::keys`].
+    pub async fn derived_keys(&self, purpose: &str) -> Result<DerivedKeys> {
+        let keys = self.keys().await?;
+        let info = format!("{FOR_PURPOSE}{purpose}");
+        let mut accepted = Vec::with_capacity(2 * keys.len());
+        for key in keys.iter().rev() {
+            accepted.push(key.derive(info.as_bytes())?);
+            accepted.push(key.derive_without_hkdf(purpose));
+        }
+        Ok(DerivedKeys { newest: newest(&keys)?.derive(info.as_bytes())?, accepted })
     }
 
-    /// The key. Should it not be had now, the next one who needs it asks again.
-    async fn key(&self) -> Result<&SecretSlice<u8>> {
-        self.0
-            .key
-            .get_or_try_init(async || match &self.0.source {
-                Some(source) => checked(source.key().await?).map(Into::into),
-                None => Err(Error::internal("a sealer without a key")),
-            })
-            .await
+    /// The data keys. Should they not be had now, the next one who needs them asks again.
+    async fn keys(&self) -> Result<Arc<[Key]>> {
+        if let Some(read) = &*self.0.keys.read().await {
+            return Ok(read.keys.clone());
+        }
+        let mut slot = self.0.keys.write().await;
+        if let Some(read) = &*slot {
+            return Ok(read.keys.clone());
+        }
+        let keys = self.0.source.read().await?.ok_or_else(|| Error::internal("a sealer without a key"))?;
+        *slot = Some(Read { keys: keys.clone(), at: Instant::now() });
+        Ok(keys)
     }
 
-    async fn cipher(&self) -> Result<Aes256Gcm> {
-        Aes256Gcm::new_from_slice(self.key().await?.expose_secret())
-            .map_err(|_| Error::internal("the sealing key has the wrong length"))
+    /// The data keys, read again if none of them has this id: another process may have added one.
+    async fn keys_with(&self, id: &str) -> Result<Arc<[Key]>> {
+        let has = |keys: &[Key]| keys.iter().any(|key| key.id == id);
+        let keys = self.keys().await?;
+        if has(&keys) {
+            return Ok(keys);
+        }
+        let mut slot = self.0.keys.write().await;
+        if let Some(read) = &*slot
+            && (has(&read.keys) || read.at.elapsed() < READ_AGAIN_AFTER)
+        {
+            return Ok(read.keys.clone());
+        }
+        match self.0.source.read().await? {
+            Some(keys) => {
+                *slot = Some(Read { keys: keys.clone(), at: Instant::now() });
+                Ok(keys)
+            }
+            None => Ok(keys),
+        }
     }
 }
 
-fn checked(key: Vec<u8>) -> Result<Vec<u8>> {
-    match key.len() {
-        KEY_BYTES => Ok(key),
-        length => Err(Error::internal(format!("a sealing key has {KEY_BYTES} bytes, not {length}"))),
+impl Source {
+    /// The data keys, oldest first; `None` where there is nowhere to read them.
+    async fn read(&self) -> Result<Option<Arc<[Key]>>> {
+        match self {
+            Self::Given => Ok(None),
+            // A few bytes, and rarely.
+            Self::File(path) => keys_of(read_file(path).map_err(Error::internal)?).map(Some),
+            Self::DataKey(source) => keys_of(source.keys().await?).map(Some),
+        }
     }
+}
+
+impl Key {
+    fn of(bytes: Vec<u8>) -> Self {
+        let mut id = [0; ID_BYTES];
+        // Does not fail: HKDF gives up to 8 KiB.
+        let _derived = Hkdf::<Sha256>::new(None, &bytes).expand(FOR_ID, &mut id);
+        Self { id: hex(&id), bytes: bytes.into() }
+    }
+
+    fn derive(&self, info: &[u8]) -> Result<SecretSlice<u8>> {
+        let mut derived = vec![0; KEY_BYTES];
+        let done = Hkdf::<Sha256>::new(None, self.bytes.expose_secret()).expand(info, &mut derived);
+        done.map_err(Error::internal)?;
+        Ok(derived.into())
+    }
+
+    /// As keys were derived before there was HKDF.
+    fn derive_without_hkdf(&self, purpose: &str) -> SecretSlice<u8> {
+        let mut hash = Sha256::new();
+        hash.update(self.bytes.expose_secret());
+        hash.update(purpose.as_bytes());
+        hash.finalize().to_vec().into()
+    }
+}
+
+fn newest(keys: &[Key]) -> Result<&Key> {
+    keys.last().ok_or_else(|| Error::internal("a sealer without a key"))
+}
+
+fn associated(id: &str, purpose: &str) -> String {
+    format!("{VERSION}.{id}.{purpose}")
+}
+
+/// The text that was sealed; `None` when it was not sealed under this key and for this purpose.
+fn open(key: &[u8], associated: &str, nonce: &str, body: &str) -> Result<Option<Vec<u8>>> {
+    let nonce: Option<[u8; NONCE_BYTES]> = BASE64.decode(nonce).ok().and_then(|nonce| nonce.try_into().ok());
+    let (Some(nonce), Ok(body)) = (nonce, BASE64.decode(body)) else { return Ok(None) };
+    let payload = Payload { msg: &body, aad: associated.as_bytes() };
+    Ok(cipher(key)?.decrypt(&nonce.into(), payload).ok())
+}
+
+fn cipher(key: &[u8]) -> Result<Aes256Gcm> {
+    Aes256Gcm::new_from_slice(key).map_err(|_| Error::internal("the sealing key has the wrong length"))
+}
+
+/// The keys of a file, oldest first.
+fn read_file(path: &Path) -> io::Result<Vec<Vec<u8>>> {
+    let text = fs::read_to_string(path)?;
+    let keys: Option<Vec<Vec<u8>>> = text.split_ascii_whitespace().map(|line| BASE64.decode(line).ok()).collect();
+    keys.filter(|keys| !keys.is_empty() && keys.iter().all(|key| key.len() == KEY_BYTES)).ok_or_else(|| {
+        io::Error::new(io::ErrorKind::InvalidData, format!("{} does not hold a sealing key", path.display()))
+    })
+}
+
+fn keys_of(keys: Vec<Vec<u8>>) -> Result<Arc<[Key]>> {
+    if let Some(key) = keys.iter().find(|key| key.len() != KEY_BYTES) {
+        return Err(Error::internal(format!("a sealing key has {KEY_BYTES} bytes, not {}", key.len())));
+    }
+    Ok(keys.into_iter().map(Key::of).collect())
 }
 
 /// The SHA-256 of a secret in lower-case hex: how a session key is looked up without being stored.
 #[must_use]
 pub fn hash(secret: &str) -> String {
-    Sha256::digest(secret.as_bytes()).iter().fold(String::with_capacity(64), |mut hex, byte| {
+    hex(&Sha256::digest(secret.as_bytes()))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut hex, byte| {
         hex += &format!("{byte:02x}");
         hex
     })
@@ -171,33 +342,127 @@ pub fn hash(secret: &str) -> String {
 mod tests {
     use super::*;
 
-    fn sealer(folder: &Path) -> Sealer {
-        Sealer::from_file(&folder.join("key")).expect("a key file")
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new() -> Self {
+            let folder = std::env::temp_dir().join(crate::id::new_sandbox_id());
+            fs::create_dir_all(&folder).expect("a folder");
+            Self(folder)
+        }
+
+        fn key(&self) -> PathBuf {
+            self.0.join("key")
+        }
+
+        fn sealer(&self) -> Sealer {
+            Sealer::from_file(&self.key()).expect("a key file")
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            // Left-overs in the temporary folder hurt nobody.
+            let _removed = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    async fn opened(by: &Sealer, purpose: &str, text: &str) -> Option<String> {
+        by.open(purpose, text).await.ok().map(|secret| secret.expose_secret().to_owned())
     }
 
     #[tokio::test]
     async fn a_sealed_text_opens_for_its_purpose_alone() {
-        let folder = std::env::temp_dir().join(crate::id::new_sandbox_id());
-        fs::create_dir_all(&folder).expect("a folder");
-        let sealed = sealer(&folder).seal("settings:u1", &"sk-secret".into()).await.expect("sealed");
+        let folder = Folder::new();
+        let sealed = folder.sealer().seal("settings:u1", &"sk-secret".into()).await.expect("sealed");
         assert!(!sealed.contains("secret"));
-        assert_eq!(sealer(&folder).open("settings:u1", &sealed).await.expect("open").expose_secret(), "sk-secret");
-        assert!(sealer(&folder).open("settings:u2", &sealed).await.is_err());
-        let mut changed = sealed.into_bytes();
-        let last = changed.len() - 3;
-        changed[last] ^= 1;
-        assert!(sealer(&folder).open("settings:u1", &String::from_utf8_lossy(&changed)).await.is_err());
-        fs::remove_dir_all(folder).expect("removed");
+        assert_eq!(opened(&folder.sealer(), "settings:u1", &sealed).await.as_deref(), Some("sk-secret"));
+        assert_eq!(opened(&folder.sealer(), "settings:u2", &sealed).await, None);
+        // Any other key id, nonce, body or form.
+        let parts: Vec<&str> = sealed.split('.').collect();
+        let [version, id, nonce, body] = parts[..] else { panic!("four parts: {sealed}") };
+        let other = folder.sealer().seal("settings:u1", &"other".into()).await.expect("sealed");
+        let others: Vec<&str> = other.split('.').collect();
+        for changed in [
+            format!("{version}.0000000000000000.{nonce}.{body}"),
+            format!("{version}.{id}.{}.{body}", others[2]),
+            format!("{version}.{id}.{nonce}.{}", others[3]),
+            format!("{version}.{id}.{nonce}.{}A{}", &body[..3], &body[4..]),
+            format!("{WITHOUT_ID}.{nonce}.{body}"),
+            format!("v3.{id}.{nonce}.{body}"),
+            format!("{version}.{id}.{nonce}.{body}."),
+            format!("{version}.{id}.é.{body}"),
+            String::new(),
+        ] {
+            if changed != sealed {
+                assert_eq!(opened(&folder.sealer(), "settings:u1", &changed).await, None, "{changed}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn what_the_version_before_sealed_still_opens() {
+        // A server of the version before made this key file, and this row of settings.
+        let folder = Folder::new();
+        fs::write(folder.key(), "ofYNdcubWOPGuNbU8TFbdlZdzBSB4b12FizQrrMAHEI=").expect("written");
+        let sealed = "v1.qmsaCgJx2J4uE12g.InDb9XkaI+uY7qO1rrp9UiJZYVcKyZ0hN+z4rcffpFECvUeP+x4b6YxNwl/7s+b9wXi7c07kYzCCyfAoXQjzEByNXaZ1kOd0BEjS8w==";
+        let yesterdays = r#"{"llm_model":"openai/gpt-5","llm_api_key":"sk-of-yesterday"}"#;
+        let before = folder.sealer();
+        assert_eq!(opened(&before, "settings:local", sealed).await.as_deref(), Some(yesterdays));
+        assert_eq!(opened(&before, "settings:other", sealed).await, None);
+        assert_eq!(Sealer::rotate_file(&folder.key()).expect("rotated"), 2);
+        assert_eq!(opened(&folder.sealer(), "settings:local", sealed).await.as_deref(), Some(yesterdays));
+        assert_eq!(opened(&Sealer::ephemeral(), "settings:local", sealed).await, None);
+    }
+
+    #[tokio::test]
+    async fn the_newest_key_seals_and_all_open() {
+        let folder = Folder::new();
+        let old = folder.sealer();
+        let id = |sealed: &str| sealed.split('.').nth(1).expect("an id").to_owned();
+        let mut all = vec![old.seal("p", &"0".into()).await.expect("sealed")];
+        for number in 1..=3 {
+            assert_eq!(Sealer::rotate_file(&folder.key()).expect("rotated"), number + 1);
+            all.push(folder.sealer().seal("p", &number.to_string().into()).await.expect("sealed"));
+        }
+        let ids: std::collections::HashSet<String> = all.iter().map(|sealed| id(sealed)).collect();
+        assert_eq!(ids.len(), 4, "each under a key of its own");
+        for (number, sealed) in all.iter().enumerate() {
+            assert_eq!(opened(&folder.sealer(), "p", sealed).await, Some(number.to_string()));
+        }
+        // A process that read the keys before seals under the one it knows, and soon reads them again when it meets another.
+        assert_eq!(id(&old.seal("p", &"x".into()).await.expect("sealed")), id(&all[0]));
+        assert_eq!(opened(&old, "p", &all[3]).await, None, "read a moment ago");
+        old.0.keys.write().await.as_mut().expect("keys").at -= READ_AGAIN_AFTER;
+        assert_eq!(opened(&old, "p", &all[3]).await.as_deref(), Some("3"));
+        assert_eq!(id(&old.seal("p", &"x".into()).await.expect("sealed")), id(&all[3]));
+    }
+
+    #[test]
+    fn keys_are_as_many_as_are_allowed_and_whole() {
+        let folder = Folder::new();
+        assert!(Sealer::rotate_file(&folder.key()).is_err(), "there is none");
+        let _made = folder.sealer();
+        for _ in 1..MAX_KEYS {
+            Sealer::rotate_file(&folder.key()).expect("rotated");
+        }
+        let before = fs::read_to_string(folder.key()).expect("keys");
+        assert!(Sealer::rotate_file(&folder.key()).is_err(), "one too many");
+        assert_eq!(fs::read_to_string(folder.key()).expect("keys"), before);
+        for nonsense in ["", "\n", "x", "AAAA", &format!("{before}AAAA\n")] {
+            fs::write(folder.key(), nonsense).expect("written");
+            assert!(Sealer::from_file(&folder.key()).is_err(), "{nonsense}");
+        }
     }
 
     #[test]
     fn the_key_file_is_its_owners_alone() {
         use std::os::unix::fs::PermissionsExt as _;
-        let folder = std::env::temp_dir().join(crate::id::new_sandbox_id());
-        fs::create_dir_all(&folder).expect("a folder");
-        let _sealer = sealer(&folder);
-        let mode = fs::metadata(folder.join("key")).expect("metadata").permissions().mode();
-        assert_eq!(mode & 0o777, 0o600);
-        fs::remove_dir_all(folder).expect("removed");
+        let folder = Folder::new();
+        let mode = || fs::metadata(folder.key()).expect("metadata").permissions().mode() & 0o777;
+        let _sealer = folder.sealer();
+        assert_eq!(mode(), 0o600);
+        Sealer::rotate_file(&folder.key()).expect("rotated");
+        assert_eq!(mode(), 0o600);
     }
 }

@@ -251,7 +251,7 @@ impl SettingsStore {
     /// # Errors
     /// [`Error::Store`], or [`Error::Internal`] when they were sealed under another key.
     pub async fn get(&self, user: &UserId) -> Result<Option<Settings>> {
-        let Some((json, _)) = self.stored(user, false).await? else { return Ok(None) };
+        let Some((json, _)) = self.stored(user, true).await? else { return Ok(None) };
         Settings::from_json(json.expose_secret()).map(Some).map_err(unreadable)
     }
 

@@ -1,53 +1,74 @@
 //! The token with which an agent looks up a provider token through `/webhooks/secrets`: a JWS (RFC 7515) with HS256.
+//!
+//! A token names the sandbox that it was given to, and holds as long as that sandbox is there. Tokens of versions before this one
+//! name none; they hold until they expire, 14 days after they were made.
 
 use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use hmac::{Hmac, KeyInit as _, Mac as _};
-use secrecy::{ExposeSecret as _, SecretSlice, SecretString};
+use secrecy::{ExposeSecret, SecretSlice, SecretString};
 use serde::Deserialize;
 use serde_json::json;
 use sha2::Sha256;
 
 use super::UserId;
-use super::seal::{Sealer, hash};
+use super::seal::{DerivedKeys, Sealer, hash};
 use crate::clock::Time;
 use crate::error::{Error, Result};
 use crate::start::request::ProviderType;
 
 const PURPOSE: &str = "secret-access-token";
 
-/// What such tokens are signed with.
+/// What such tokens are signed and verified with.
 #[derive(Clone, Debug)]
-pub struct TokenKey(SecretSlice<u8>);
+pub struct TokenKey(DerivedKeys);
 
 impl From<SecretSlice<u8>> for TokenKey {
     fn from(key: SecretSlice<u8>) -> Self {
-        Self(key)
+        Self(DerivedKeys { newest: key.clone(), accepted: vec![key] })
     }
 }
 
+/// What a token gives its bearer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenClaims {
+    /// Whose provider token.
+    pub user: UserId,
+    /// Of which provider.
+    pub provider: ProviderType,
+    /// The sandbox that has to be there; `None` in tokens of versions that did not name one.
+    pub sandbox_id: Option<String>,
+}
+
 impl TokenKey {
-    /// The key that belongs to a sealer's.
+    /// The keys that belong to a sealer's.
     ///
     /// # Errors
-    /// Those of [`Sealer::derived_key`].
+    /// Those of [`Sealer::derived_keys`].
     pub async fn of(sealer: &Sealer) -> Result<Self> {
-        sealer.derived_key(PURPOSE).await.map(Self)
+        sealer.derived_keys(PURPOSE).await.map(Self)
     }
 
-    /// A token that gives its bearer one provider token of one user, until it expires.
+    /// A token that gives its bearer one provider token of one user, until it expires or the sandbox is gone.
     ///
     /// # Errors
     /// [`Error::Internal`] when it cannot be signed, which does not happen with a sealer's key.
-    pub fn sign(&self, user: &UserId, provider: ProviderType, lifetime: Duration) -> Result<SecretString> {
-        let key = self.0.expose_secret();
+    pub fn sign(
+        &self,
+        user: &UserId,
+        provider: ProviderType,
+        sandbox_id: &str,
+        lifetime: Duration,
+    ) -> Result<SecretString> {
+        let key = self.0.newest.expose_secret();
         let now = Time::now();
         let header = json!({"alg": "HS256", "kid": key_id(key), "typ": "JWT"});
         let claims = json!({
             "user_id": user.shown(),
             "provider_type": provider,
+            "sandbox_id": sandbox_id,
             "iat": now.unix_seconds(),
             "exp": now.plus(lifetime).unix_seconds(),
         });
@@ -57,10 +78,9 @@ impl TokenKey {
         Ok(format!("{signed}.{}", BASE64URL.encode(mac.finalize().into_bytes())).into())
     }
 
-    /// Whose token of which provider a token from [`TokenKey::sign`] gives; `None` when it is none of ours, was changed, or has
-    /// expired.
+    /// What a token from [`TokenKey::sign`] gives; `None` when it is none of ours, was changed, or has expired.
     #[must_use]
-    pub fn read(&self, token: &str) -> Option<(UserId, ProviderType)> {
+    pub fn read(&self, token: &str) -> Option<TokenClaims> {
         #[derive(Deserialize)]
         struct Header {
             alg: String,
@@ -70,15 +90,17 @@ impl TokenKey {
         struct Claims {
             user_id: Option<String>,
             provider_type: ProviderType,
+            #[serde(default)]
+            sandbox_id: Option<String>,
             exp: i64,
         }
-        let key = self.0.expose_secret();
         let (signed, signature) = token.rsplit_once('.')?;
         let (header, claims) = signed.split_once('.')?;
         let header: Header = serde_json::from_slice(&BASE64URL.decode(header).ok()?).ok()?;
-        if header.alg != "HS256" || header.kid != key_id(key) {
+        if header.alg != "HS256" {
             return None;
         }
+        let key = self.0.accepted.iter().map(ExposeSecret::expose_secret).find(|key| header.kid == key_id(key))?;
         let mut mac = Hmac::<Sha256>::new_from_slice(key).ok()?;
         mac.update(signed.as_bytes());
         mac.verify_slice(&BASE64URL.decode(signature).ok()?).ok()?;
@@ -86,7 +108,11 @@ impl TokenKey {
         if claims.exp <= Time::now().unix_seconds() {
             return None;
         }
-        Some((claims.user_id.map_or_else(UserId::local, UserId::new), claims.provider_type))
+        Some(TokenClaims {
+            user: claims.user_id.map_or_else(UserId::local, UserId::new),
+            provider: claims.provider_type,
+            sandbox_id: claims.sandbox_id,
+        })
     }
 }
 
@@ -107,12 +133,14 @@ mod tests {
         };
         let (ours, theirs) = (key("ours").await, key("theirs").await);
         let make = |key: &TokenKey, user: &UserId, seconds| {
-            let token = key.sign(user, ProviderType::Github, Duration::from_secs(seconds));
+            let token = key.sign(user, ProviderType::Github, "box", Duration::from_secs(seconds));
             token.expect("a token").expose_secret().to_owned()
         };
         for user in [UserId::local(), UserId::new("somebody")] {
             let token = make(&ours, &user, 60);
-            assert_eq!(ours.read(&token), Some((user.clone(), ProviderType::Github)));
+            let claims =
+                TokenClaims { user: user.clone(), provider: ProviderType::Github, sandbox_id: Some("box".to_owned()) };
+            assert_eq!(ours.read(&token), Some(claims));
             assert_eq!(theirs.read(&token), None);
             assert_eq!(ours.read(&make(&ours, &user, 0)), None);
             // Any other claims, header or signature.
@@ -131,6 +159,29 @@ mod tests {
         for nonsense in ["", "x", ".", "..", "...", "é.é.é"] {
             assert_eq!(ours.read(nonsense), None);
         }
+        std::fs::remove_dir_all(folder).expect("removed");
+    }
+
+    #[tokio::test]
+    async fn tokens_hold_when_keys_are_rotated_and_those_of_the_version_before_until_they_expire() {
+        let folder = std::env::temp_dir().join(crate::id::new_sandbox_id());
+        std::fs::create_dir_all(&folder).expect("a folder");
+        let path = folder.join("key");
+        std::fs::write(&path, "ofYNdcubWOPGuNbU8TFbdlZdzBSB4b12FizQrrMAHEI=").expect("written");
+        let key = async || TokenKey::of(&Sealer::from_file(&path).expect("a sealer")).await.expect("a key");
+        // Signed under this key as the version before derived it, without a sandbox; it expires in the year 2100.
+        let yesterdays = "eyJhbGciOiJIUzI1NiIsImtpZCI6IjNlOGE2NjU1ZjJiZDYzZjMiLCJ0eXAiOiJKV1QifQ.eyJ1c2VyX2lkIjoic29tZWJvZHkiLCJwcm92aWRlcl90eXBlIjoiZ2l0aHViIiwiaWF0IjoxNzY0MDAwMDAwLCJleHAiOjQxMDI0NDQ4MDB9.-qF-kFzEovylIYVkUYKgtwGk7Gbsnr3zYA_yrLZOG4I";
+        let user = UserId::new("somebody");
+        let without = TokenClaims { user: user.clone(), provider: ProviderType::Github, sandbox_id: None };
+        assert_eq!(key().await.read(yesterdays), Some(without.clone()));
+        let token = key().await.sign(&user, ProviderType::Gitlab, "box", Duration::from_secs(60)).expect("a token");
+        Sealer::rotate_file(&path).expect("rotated");
+        assert_eq!(key().await.read(yesterdays), Some(without));
+        assert_eq!(key().await.read(token.expose_secret()).expect("it holds").sandbox_id.as_deref(), Some("box"));
+        let newer = key().await.sign(&user, ProviderType::Gitlab, "box", Duration::from_secs(60)).expect("a token");
+        let kid = |token: &SecretString| token.expose_secret().split('.').next().map(str::to_owned);
+        assert_ne!(kid(&newer), kid(&token), "the newest key signs");
+        assert!(key().await.read(newer.expose_secret()).is_some());
         std::fs::remove_dir_all(folder).expect("removed");
     }
 }

@@ -484,7 +484,8 @@ impl Rig {
             assert!(Instant::now() < deadline, "messages were left in the queue");
             sleep(Duration::from_millis(100)).await;
         }
-        assert!(self.tasks.forgotten().await.expect("the store").is_empty(), "a task is left unfinished");
+        let (unfinished, failed) = self.tasks.unfinished().due(Time::now().plus(Duration::from_secs(3600))).await;
+        assert!(unfinished.is_empty() && failed.is_none(), "a task is left unfinished: {unfinished:?} {failed:?}");
         assert_eq!(self.guard.refused(), BTreeSet::new(), "the worker's policy lacks this");
         self.finished = true;
         if let Some(engines) = self.engines.take() {
@@ -519,6 +520,27 @@ impl Rig {
         let key = key.map(|(name, value)| (name.to_owned(), aws_sdk_dynamodb::types::AttributeValue::S(value)));
         let found = self.aws.dynamodb.get_item().table_name(&self.names.users).set_key(Some(key.into())).send().await;
         found.expect("the store").item.is_some()
+    }
+
+    /// An unfinished task of which there is nothing but that it is due.
+    pub async fn put_due_task(&self, user: &str, id: &str, due_at: &str) {
+        let put = self.aws.dynamodb.put_item().table_name(&self.names.start_tasks);
+        let attributes = [("user", user), ("id", id), ("unfinished_shard", "0"), ("due_at", due_at)];
+        let put = attributes.into_iter().fold(put, |put, (name, value)| {
+            put.item(name, aws_sdk_dynamodb::types::AttributeValue::S(value.to_owned()))
+        });
+        put.send().await.expect("the store");
+    }
+
+    pub async fn remove_task(&self, user: &str, id: &str) {
+        let text = |text: &str| aws_sdk_dynamodb::types::AttributeValue::S(text.to_owned());
+        let delete = self.aws.dynamodb.delete_item().table_name(&self.names.start_tasks);
+        delete.key("user", text(user)).key("id", text(id)).send().await.expect("the store");
+    }
+
+    /// How many messages are in the queue.
+    pub async fn waiting_messages(&self) -> i64 {
+        self.left_in_queues().await
     }
 
     async fn left_in_queues(&self) -> i64 {

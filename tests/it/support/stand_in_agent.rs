@@ -59,6 +59,8 @@ pub enum Kind {
     Redirect(String),
     /// 200 and a JSON string of this many bytes instead of the effect.
     Huge(usize),
+    /// 200 and a page with one piece of output of this many bytes instead of the effect; there is always another page.
+    EndlessPages(usize),
     /// No effect and no answer; the connection stays open.
     Hang,
 }
@@ -349,6 +351,10 @@ async fn answer(request: Request, state: Arc<Mutex<State>>) -> Result<Response, 
         Some(Kind::Huge(length)) => {
             let body = format!("\"{}\"", "x".repeat(length));
             Ok(server::raw(StatusCode::OK, "application/json", body))
+        }
+        Some(Kind::EndlessPages(length)) => {
+            let page = json!({"items": [{"order": 0, "stdout": "x".repeat(length)}], "next_page_id": Uuid::new_v4()});
+            Ok(server::raw(StatusCode::OK, "application/json", page.to_string()))
         }
         Some(Kind::Hang) => server::hang().await,
     }

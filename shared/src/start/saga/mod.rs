@@ -21,6 +21,7 @@ use uuid::Uuid;
 
 use super::queue::{Job, StartQueue};
 use super::store::{Change, Claim, LeaseLost, StartTaskStore, attempts};
+use super::sweep::sweep;
 use super::task::{Snapshot, StartStatus, StartTask};
 use crate::agent_server::{AgentServer, AgentServerError, SkillInfo};
 use crate::clock::Time;
@@ -36,7 +37,7 @@ use crate::user::UserId;
 use crate::user::seal::Sealer;
 use crate::user::settings::{SandboxGroupingStrategy, Settings, SettingsStore};
 
-/// A step that fails this often in a row has failed.
+/// A step that fails this often in a row has failed. A worker that dies at it counts.
 const MAX_ATTEMPTS: u32 = 8;
 const FIRST_RETRY_DELAY: Duration = Duration::from_millis(250);
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(5);
@@ -163,17 +164,13 @@ impl Saga {
         work.run().await
     }
 
-    /// Rings for every task that nobody is about to look at. Returns how many there were.
+    /// Enqueues tasks again that nobody is about to look at, up to the sweep's bound. Returns how many there were.
     ///
     /// # Errors
     /// [`Error::Store`].
     pub async fn sweep(&self) -> Result<usize> {
-        let forgotten = self.tasks.forgotten().await?;
-        for (user, task) in &forgotten {
-            tracing::info!(%task, "start.rung_again");
-            self.queue.send(&Job::AdvanceStart { user: user.clone(), task: *task }, Duration::ZERO).await?;
-        }
-        Ok(forgotten.len())
+        sweep(&self.tasks.unfinished(), &self.queue, |row| Job::AdvanceStart { user: row.user.clone(), task: row.id })
+            .await
     }
 
     /// Ends a start that workers keep failing at, honestly.
@@ -201,6 +198,9 @@ impl Saga {
 
 impl Work<'_> {
     async fn run(&mut self) -> Result<Turn> {
+        if let Some(reason) = self.reason_to_end() {
+            return self.fail(Fault::Server, &reason).await;
+        }
         let mut waiting_since = None;
         let mut looks = 0;
         loop {
@@ -263,6 +263,21 @@ impl Work<'_> {
         self.task.record.now.status
     }
 
+    /// Why the step is not tried again after workers have died at it: it may be the step that kills them, and none of them lives to
+    /// see that its time is over.
+    fn reason_to_end(&self) -> Option<String> {
+        let record = &self.task.record;
+        if record.failure.is_some() || record.open_claims < 2 {
+            return None;
+        }
+        let count = record.open_claims - 1;
+        tracing::warn!(task = %record.id, status = ?self.status(), attempt = count, "start.worker_lost");
+        if count >= MAX_ATTEMPTS {
+            return Some(format!("The step {:?} was cut off {count} times", self.status()));
+        }
+        self.is_overdue().then(|| self.overdue_text())
+    }
+
     fn is_overdue(&self) -> bool {
         self.task.record.deadline.is_some_and(|deadline| Time::now() > deadline)
     }
@@ -322,6 +337,7 @@ impl Work<'_> {
             .state(record.id, &record.now)?
             .set("deadline", crate::dynamo::text(deadline.sortable()))
             .set("attempts", attempts(0))
+            .set("open_claims", attempts(1))
             .remove("command");
         let saved = self.saga.tasks.save(&record.user, record.id, &self.lease.worker, &change).await?;
         if saved.is_ok() {

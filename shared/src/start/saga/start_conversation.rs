@@ -88,6 +88,7 @@ impl Work<'_> {
         let token_key = TokenKey::of(&self.saga.sealer).await?;
         let body = conversation_body(&ConversationInputs {
             user: &self.task.record.user,
+            sandbox_id: &sandbox.id,
             conversation_id: self.task.record.conversation_id,
             request: &self.task.request,
             settings: &settings,

@@ -1,0 +1,102 @@
+//! Bounds on what is read from untrusted JSON: a list or a text that is too long is refused before it takes memory.
+//!
+//! A limit on bytes is not enough. `[0,0,…]` has two bytes an element, and an element of a `Vec` has up to a hundred.
+
+use std::fmt;
+use std::marker::PhantomData;
+
+use serde::de::{Deserialize, Deserializer, Error, SeqAccess, Visitor};
+
+/// A list of at most `MAX` elements.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bounded<T, const MAX: usize>(pub Vec<T>);
+
+impl<'de, T: Deserialize<'de>, const MAX: usize> Deserialize<'de> for Bounded<T, MAX> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        list::<D, T, MAX>(deserializer).map(Self)
+    }
+}
+
+/// Reads a list of at most `MAX` elements; for `deserialize_with`.
+///
+/// # Errors
+/// When there are more, or it is no list.
+pub fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>, const MAX: usize>(
+    deserializer: D,
+) -> Result<Vec<T>, D::Error> {
+    struct List<T, const MAX: usize>(PhantomData<T>);
+
+    impl<'de, T: Deserialize<'de>, const MAX: usize> Visitor<'de> for List<T, MAX> {
+        type Value = Vec<T>;
+
+        fn expecting(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(out, "a list of at most {MAX} elements")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<Self::Value, A::Error> {
+            let mut read = Vec::new();
+            while let Some(element) = elements.next_element()? {
+                if read.len() == MAX {
+                    return Err(A::Error::custom(format_args!("more than {MAX} elements")));
+                }
+                read.push(element);
+            }
+            Ok(read)
+        }
+    }
+
+    deserializer.deserialize_seq(List::<T, MAX>(PhantomData))
+}
+
+/// Reads a text of at most `MAX` bytes, or null; for `deserialize_with`.
+///
+/// # Errors
+/// When it is longer, or no text.
+pub fn text<'de, D: Deserializer<'de>, const MAX: usize>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let text = Option::<String>::deserialize(deserializer)?;
+    if text.as_ref().is_some_and(|text| text.len() > MAX) {
+        return Err(D::Error::custom(format_args!("a text of more than {MAX} bytes")));
+    }
+    Ok(text)
+}
+
+/// Reads a text of at most `MAX` bytes; null and a longer one are `None`. For `deserialize_with`.
+///
+/// # Errors
+/// When it is no text.
+pub fn short<'de, D: Deserializer<'de>, const MAX: usize>(deserializer: D) -> Result<Option<String>, D::Error> {
+    Ok(Option::<String>::deserialize(deserializer)?.filter(|text| text.len() <= MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[derive(Debug, Deserialize, PartialEq)]
+    struct Texts {
+        #[serde(default, deserialize_with = "text::<_, 3>")]
+        text: Option<String>,
+        #[serde(default, deserialize_with = "short::<_, 3>")]
+        short: Option<String>,
+    }
+
+    #[test]
+    fn lists_and_texts_have_a_greatest_length() {
+        assert_eq!(serde_json::from_str::<Bounded<u8, 2>>("[1,2]").expect("a list"), Bounded(vec![1, 2]));
+        assert!(serde_json::from_str::<Bounded<u8, 2>>("[1,2,3]").is_err());
+        assert!(serde_json::from_str::<Bounded<u8, 2>>("{}").is_err());
+
+        let read = |json: &str| serde_json::from_str::<Texts>(json);
+        let of = |text: Option<&str>, short: Option<&str>| Texts {
+            text: text.map(str::to_owned),
+            short: short.map(str::to_owned),
+        };
+        assert_eq!(read("{}").expect("texts"), of(None, None));
+        assert_eq!(read(r#"{"text": "abc", "short": "abc"}"#).expect("texts"), of(Some("abc"), Some("abc")));
+        assert_eq!(read(r#"{"text": null, "short": "abcd"}"#).expect("texts"), of(None, None));
+        assert!(read(r#"{"text": "abcd"}"#).is_err());
+        assert!(read(r#"{"short": 1}"#).is_err());
+    }
+}

@@ -1,0 +1,125 @@
+//! What an agent server says of an error, without what it repeats of the request.
+//!
+//! The text ends in records of starts, in answers and in the log. FastAPI repeats the refused value as `input` (for a missing field
+//! the whole object around it, such as the model's settings with its key), pydantic writes it into its message as `input_value=…`,
+//! and any exception may quote what it did not like.
+
+use serde_json::{Value, json};
+
+use crate::mask;
+
+/// Characters of a text that are kept.
+const LIMIT: usize = 2000;
+/// Violations of a 422 that are kept.
+const VIOLATIONS: usize = 20;
+/// Fields that repeat the request, or say what is the same in every error.
+const REPEATED: [&str; 3] = ["input", "ctx", "url"];
+
+/// The agent server's own words, without any of these secrets: `exception` says more than `detail` where both are there.
+pub(super) fn of(body: &[u8], secrets: &[String]) -> String {
+    let text = match serde_json::from_slice::<Value>(body) {
+        Ok(json) => match json.get("exception").or_else(|| json.get("detail")).unwrap_or(&json) {
+            Value::String(text) => text.clone(),
+            Value::Array(violations) => {
+                violations.iter().take(VIOLATIONS).map(violation).collect::<Value>().to_string()
+            }
+            other => without_repeated(other).to_string(),
+        },
+        Err(_) => String::from_utf8_lossy(body).into_owned(),
+    };
+    // First, so that no secret is cut in two, whose first half would stay.
+    let text = mask::masked(&without_input_values(&text), secrets.iter().map(String::as_str));
+    text.trim().chars().take(LIMIT).collect()
+}
+
+/// Of a violation, what is wrong and where.
+fn violation(given: &Value) -> Value {
+    match (given.get("type"), given.get("loc"), given.get("msg")) {
+        (kind, place, Some(message)) => json!({"type": kind, "loc": place, "msg": message}),
+        _ => without_repeated(given),
+    }
+}
+
+fn without_repeated(value: &Value) -> Value {
+    match value {
+        Value::Array(items) => items.iter().map(without_repeated).collect(),
+        Value::Object(fields) => fields
+            .iter()
+            .filter(|(name, _)| !REPEATED.contains(&name.as_str()))
+            .map(|(name, value)| (name.clone(), without_repeated(value)))
+            .collect(),
+        other => other.clone(),
+    }
+}
+
+/// Cuts `input_value=…` out of each of pydantic's messages: `[type=missing, input_value={'api_key': …}, input_type=dict]`.
+fn without_input_values(text: &str) -> String {
+    const BEGIN: &str = "input_value=";
+    const END: &str = ", input_type=";
+    let mut parts = text.split(BEGIN);
+    let mut kept = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        // The value may hold anything, the mark of its end included: the last one in the line counts.
+        let line = part.lines().next().unwrap_or_default();
+        let skipped = line.rfind(END).unwrap_or(line.len());
+        kept.push_str(&part[skipped..]);
+    }
+    kept.replace(", , ", ", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_repeated_of_the_request_is_left_out() {
+        let request = json!({"model": "m", "api_key": "sk-canary"});
+        let secrets = ["sk-canary".to_owned()];
+        for (body, expected) in [
+            (
+                json!({"detail": [
+                    {"type": "missing", "loc": ["body", "agent", "llm", "model"], "msg": "Field required", "input": request},
+                    {"type": "value_error", "loc": ["body"], "msg": "Value error", "input": request, "ctx": {"error": request}},
+                ]})
+                .to_string(),
+                r#"[{"type":"missing","loc":["body","agent","llm","model"],"msg":"Field required"},{"type":"value_error","loc":["body"],"msg":"Value error"}]"#,
+            ),
+            (
+                json!({"detail": {"why": "no", "input": request, "errors": [{"ctx": request, "msg": "x"}]}}).to_string(),
+                r#"{"why":"no","errors":[{"msg":"x"}]}"#,
+            ),
+            (json!({"detail": "Internal Server Error", "exception": "the key sk-canary"}).to_string(), "the key **********"),
+            (json!({"detail": "the key sk-canary"}).to_string(), "the key **********"),
+            (json!({"llm": {"input": request}}).to_string(), r#"{"llm":{}}"#),
+            ("<html>sk-canary".to_owned(), "<html>**********"),
+            (json!("sk-canary").to_string(), "**********"),
+            (
+                json!({"exception": "1 validation error for LLM\nmodel\n  Field required [type=missing, input_value={'api_key': 'sk-can...ry'}, input_type=dict]\n    For more"})
+                    .to_string(),
+                "1 validation error for LLM\nmodel\n  Field required [type=missing, input_type=dict]\n    For more",
+            ),
+            (
+                json!({"exception": "a [input_value='sk-, input_type=x', input_type=str] b\nc [input_value='sk-can"}).to_string(),
+                "a [, input_type=str] b\nc [",
+            ),
+        ] {
+            let text = of(body.as_bytes(), &secrets);
+            assert_eq!(text, expected);
+            assert!(!text.contains("sk-"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_text_is_cut_and_no_secret_with_it() {
+        let secret = "s".repeat(100);
+        let body = format!("{}{secret}", "x".repeat(LIMIT - 50));
+        let text = of(body.as_bytes(), &[secret]);
+        assert_eq!(text, format!("{}**********", "x".repeat(LIMIT - 50)));
+        assert_eq!(of("é".repeat(5000).as_bytes(), &[]).chars().count(), LIMIT);
+        let many = json!({"detail": vec![json!({"type": "t", "loc": [], "msg": "m"}); 1000]}).to_string();
+        assert_eq!(
+            serde_json::from_str::<Value>(&of(many.as_bytes(), &[])).expect("JSON").as_array().map(Vec::len),
+            Some(20)
+        );
+    }
+}

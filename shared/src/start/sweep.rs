@@ -1,0 +1,49 @@
+//! The sweep: enqueues the jobs of rows again that nobody looks after, because a message was lost or a worker died.
+//!
+//! Starts, deletions and queues of messages are swept by this one function. A run is bounded: each shard of an index gives
+//! [`crate::dynamo::DUE_LIMIT`] rows at most, users in turn. A row that was enqueued is moved behind the others, so that the next
+//! run begins with those that this one did not reach. What fails is logged, and the rest goes on.
+
+use std::time::Duration;
+
+use futures::future::join_all;
+
+use super::queue::{Job, StartQueue};
+use crate::clock::Time;
+use crate::dynamo::{DueIndex, DueRow};
+use crate::error::Result;
+
+/// How long a row is left alone after its job was enqueued: shorter than the time between two runs on AWS, so that it only changes
+/// the order.
+const POSTPONED: Duration = Duration::from_secs(20);
+/// Rows that are postponed at the same time.
+const AT_ONCE: usize = 16;
+
+/// Enqueues a job for every row that is due, up to the bound. Returns how many there were.
+///
+/// # Errors
+/// The first failure, after all that could be done was done.
+pub async fn sweep(rows: &DueIndex, queue: &StartQueue, job: impl Fn(&DueRow) -> Job) -> Result<usize> {
+    let (due, failed) = rows.due(Time::now()).await;
+    let found = due.len();
+    let jobs: Vec<Job> = due.iter().map(job).collect();
+    let (sent, not_sent) = queue.send_all(&jobs).await;
+    let until = Time::now().plus(POSTPONED);
+    let enqueued: Vec<DueRow> = due.into_iter().zip(sent).filter_map(|(row, sent)| sent.then_some(row)).collect();
+    let mut not_postponed = Vec::new();
+    for rows_at_once in enqueued.chunks(AT_ONCE) {
+        let done = join_all(rows_at_once.iter().map(async |row| rows.postpone(row, until).await)).await;
+        not_postponed.extend(done.into_iter().filter_map(Result::err));
+    }
+    if let Some(error) = not_postponed.first() {
+        // Those rows are enqueued once more than needed.
+        tracing::warn!(index = rows.index, rows = not_postponed.len(), error = %error.context(), "sweep.not_postponed");
+    }
+    if !enqueued.is_empty() {
+        tracing::info!(index = rows.index, enqueued = enqueued.len(), due = found, "sweep.requeued");
+    }
+    match failed.or(not_sent) {
+        Some(error) => Err(error),
+        None => Ok(enqueued.len()),
+    }
+}
