@@ -191,6 +191,7 @@ impl RemoteSandboxes {
         if let Some(url) = &self.config.web_url {
             let url = url.trim_end_matches('/');
             environment.insert("OH_WEBHOOKS_0_BASE_URL".to_owned(), json!(format!("{url}/api/v1/webhooks")));
+            environment.extend(super::WEBHOOK_VARIABLES.map(|(name, value)| (name.to_owned(), json!(value))));
             let origins = std::iter::once(url).chain(self.config.allow_cors_origins.iter().map(String::as_str));
             for (index, origin) in origins.enumerate() {
                 environment.insert(format!("OH_ALLOW_CORS_ORIGINS_{index}"), json!(origin));
