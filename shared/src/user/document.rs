@@ -442,7 +442,7 @@ impl SettingsDocument {
                 Kind::Secret if value.as_str().is_none_or(|text| text.trim().is_empty()) => value = Value::Null,
                 Kind::Secret if !expose => value = MASK.into(),
                 Kind::Mcp => {
-                    value = self.mcp_servers().map_or(Value::Null, |servers| mcp::shown_with_lists(servers, expose))
+                    value = self.mcp_servers().map_or(Value::Null, |servers| mcp::shown_with_lists(servers, expose));
                 }
                 Kind::Fixed => value = (field.default)(),
                 _ => {}

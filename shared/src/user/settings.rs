@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
-use secrecy::{ExposeSecret as _, SecretString};
+use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 
 use super::UserId;
@@ -334,7 +334,7 @@ mod tests {
         let providers: Vec<_> = settings.provider_tokens.0.iter().map(|(provider, _)| *provider).collect();
         assert_eq!(providers, [ProviderType::Gitlab, ProviderType::Github]);
         assert_eq!(settings.mcp_config.names().collect::<Vec<_>>(), ["sse", "shttp"]);
-        let secrets: Vec<_> = settings.secrets().map(|secret| secret.expose_secret()).collect();
+        let secrets: Vec<_> = settings.secrets().map(ExposeSecret::expose_secret).collect();
         assert_eq!(secrets, ["sk-1", "t1", "t2", "s", "k", "Bearer k"]);
         assert!(!format!("{settings:?}").contains("sk-1"));
     }

@@ -1,13 +1,13 @@
 //! An MCP server over streamable HTTP with one tool, for clients that send the right header; and the same tool in a process.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 
 use axum::response::Response;
 use http::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use super::server::{self, Cut, Request, Server};
+use super::server::{self, Request, Server};
 
 /// The tool: it takes a `word` and answers with [`meaning`].
 pub const TOOL: &str = "look_up";
@@ -17,27 +17,25 @@ pub fn meaning(word: &str) -> String {
     format!("the meaning of {word}")
 }
 
-#[derive(Debug, Default)]
-struct State {
-    header: Option<(&'static str, String)>,
-    requests: Vec<Request>,
-}
-
 /// The server. Gone when dropped.
 #[derive(Debug)]
 pub struct McpServer {
     server: Server,
-    state: Arc<Mutex<State>>,
+    requests: Arc<Mutex<Vec<Request>>>,
 }
 
 impl McpServer {
     /// Starts; a request without this header is answered with 401.
     pub async fn start(name: &'static str, value: &str) -> Self {
-        let state = State { header: Some((name, value.to_owned())), ..State::default() };
-        let state = Arc::new(Mutex::new(state));
-        let shared = Arc::clone(&state);
-        let server = Server::start(move |request| handle(request, Arc::clone(&shared))).await;
-        Self { server, state }
+        let requests = Arc::new(Mutex::new(Vec::new()));
+        let (kept, value) = (Arc::clone(&requests), value.to_owned());
+        let server = Server::start(move |request| {
+            let answer = answer(&request, name, &value);
+            kept.lock().expect("the requests").push(request);
+            async move { Ok(answer) }
+        })
+        .await;
+        Self { server, requests }
     }
 
     /// Its endpoint.
@@ -47,34 +45,25 @@ impl McpServer {
 
     /// The parameters of the tool calls so far.
     pub fn calls(&self) -> Vec<Value> {
-        let requests = self.state().requests.clone();
+        let requests = self.requests.lock().expect("the requests");
         let calls = requests.iter().map(Request::json).filter(|message| message["method"] == "tools/call");
         calls.map(|mut message| message["params"].take()).collect()
     }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("the state")
-    }
 }
 
-async fn handle(request: Request, state: Arc<Mutex<State>>) -> Result<Response, Cut> {
-    let (name, value) = {
-        let mut state = state.lock().expect("the state");
-        state.requests.push(request.clone());
-        state.header.clone().expect("a header")
-    };
-    if request.header(name) != Some(&value) {
-        return Ok(server::json(StatusCode::UNAUTHORIZED, &json!({"error": "unauthorized"})));
+fn answer(request: &Request, name: &str, value: &str) -> Response {
+    if request.header(name) != Some(value) {
+        return server::json(StatusCode::UNAUTHORIZED, &json!({"error": "unauthorized"}));
     }
     if request.method != Method::POST {
         // No stream of its own, and no sessions to end.
-        return Ok(server::json(StatusCode::METHOD_NOT_ALLOWED, &json!({})));
+        return server::json(StatusCode::METHOD_NOT_ALLOWED, &json!({}));
     }
     let message = request.json();
-    let Some(result) = result(&message) else {
-        return Ok(server::json(StatusCode::ACCEPTED, &json!({})));
-    };
-    Ok(server::json(StatusCode::OK, &json!({"jsonrpc": "2.0", "id": message["id"], "result": result})))
+    match result(&message) {
+        Some(result) => server::json(StatusCode::OK, &json!({"jsonrpc": "2.0", "id": message["id"], "result": result})),
+        None => server::json(StatusCode::ACCEPTED, &json!({})),
+    }
 }
 
 /// The result of a request; none of a notification.
