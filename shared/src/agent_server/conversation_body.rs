@@ -269,7 +269,7 @@ fn secrets(inputs: &ConversationInputs<'_>) -> Result<Map<String, Value>> {
                 let token = inputs.token_key.sign(inputs.user, *provider, config.access_token_lifetime)?;
                 json!({
                     "description": description,
-                    "url": format!("{web_url}/api/v1/webhooks/secrets"),
+                    "url": format!("{}/api/v1/webhooks/secrets", web_url.trim_end_matches('/')),
                     "headers": {"X-Access-Token": token.expose_secret()},
                     "kind": "LookupSecret",
                 })
@@ -620,7 +620,7 @@ mod tests {
         assert_eq!(fixed["GITHUB_TOKEN"]["description"], "GITHUB authentication token");
         assert!(fixed.get("GITLAB_TOKEN").is_none());
 
-        case.config.web_url = Some("https://app.example".into());
+        case.config.web_url = Some("https://app.example/".into());
         let looked_up = case.body()["secrets"]["GITHUB_TOKEN"].clone();
         assert_eq!(looked_up["url"], "https://app.example/api/v1/webhooks/secrets");
         assert_eq!(looked_up["headers"]["X-Access-Token"].as_str().expect("a token").split('.').count(), 3);
