@@ -118,7 +118,61 @@ async function converse(page, url, say) {
   await picture("deleted");
   say("deleted it");
 
+  await mcpServers(page, url, say, picture);
+
   for (const host of stayed) left.delete(host);
   assert.deepEqual([...left], [], "the page called others");
   say("called nobody else");
+}
+
+/** Adds an MCP server, changes it and removes it. */
+async function mcpServers(page, url, say, picture) {
+  const stored = async () => (await (await fetch(`${url}/api/v1/settings`)).json()).agent_settings.mcp_config;
+  const form = page.getByTestId("mcp-custom-editor");
+  const servers = page.getByTestId("mcp-server-item");
+  const submit = async () => {
+    await form.getByTestId("submit-button").click();
+    await form.waitFor({ state: "detached" });
+  };
+  await page.goto(`${url}/mcp`);
+  await page.getByTestId("mcp-add-custom-server").click();
+  await form.getByTestId("server-name-input").fill("tracker");
+  await form.getByTestId("url-input").fill("https://tracker.example/sse");
+  await form.getByTestId("auth-mode-dropdown").click();
+  await page.getByRole("option", { name: "Bearer token" }).click();
+  await form.getByTestId("api-key-input").fill("key-of-the-tracker");
+  await submit();
+  await servers.getByText("tracker", { exact: true }).waitFor();
+  const server = { transport: "sse", url: "https://tracker.example/sse", auth: { strategy: "bearer", value: "**********" } };
+  assert.deepEqual(await stored(), { tracker: server });
+  await picture("mcp");
+  say("added an MCP server with a token");
+
+  // A second one, as a process: the first one stays.
+  await page.getByTestId("mcp-add-custom-server").click();
+  await form.getByTestId("server-type-dropdown").click();
+  await page.getByRole("option", { name: "STDIO" }).click();
+  await form.getByTestId("name-input").fill("files");
+  await form.getByTestId("command-input").fill("npx");
+  await form.getByTestId("env-input").fill("TOKEN=secret");
+  await submit();
+  const files = { transport: "stdio", command: "npx", env: { TOKEN: "**********" } };
+  assert.deepEqual(await stored(), { tracker: server, files });
+
+  // The form is saved with the token still masked: it stays. (With another address it would be refused.)
+  await servers.getByText("tracker", { exact: true }).click();
+  await submit();
+  assert.deepEqual(await stored(), { tracker: server, files });
+  await page.reload();
+  await servers.getByText("files", { exact: true }).waitFor();
+  assert.equal(await servers.count(), 2);
+  say("listed two MCP servers, and kept their secrets when one was saved again");
+
+  await servers.getByText("tracker", { exact: true }).click();
+  await form.getByTestId("mcp-custom-editor-delete").click();
+  await page.getByTestId("confirm-button").click();
+  await form.waitFor({ state: "detached" });
+  await servers.getByText("tracker", { exact: true }).waitFor({ state: "detached" });
+  assert.deepEqual(await stored(), { files });
+  say("removed one of them");
 }

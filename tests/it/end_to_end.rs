@@ -20,7 +20,7 @@ use crate::support::wait::wait_until;
 
 /// The SDK gives a model that does not answer about two minutes.
 const DEAD_MODEL_LIMIT: Duration = Duration::from_secs(200);
-/// What an agent server tells within half a minute, on a machine that is busy with other tests.
+/// What an agent server sends within seconds, on a machine that is busy with other tests.
 const TOLD_LIMIT: Duration = Duration::from_secs(180);
 const TOKEN: &str = "token-that-nobody-may-see-7f3a";
 
@@ -160,7 +160,6 @@ async fn a_first_message_is_answered(product: &Product, llm: &ScriptedLlm) -> St
     assert_eq!(requests_with(llm, "Say hello").len(), 1, "the message is told once");
     assert!(agent.folder().await.join(".git").is_dir(), "an empty workspace is a git repository");
 
-    // An agent server sends what it has gathered after half a minute.
     wait_until("the events arrive in the store", TOLD_LIMIT, async || {
         let kinds: Vec<String> = product.events_of(&id).await.into_iter().map(|event| event.kind).collect();
         kinds.iter().filter(|kind| *kind == "MessageEvent").count() == 2

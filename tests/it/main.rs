@@ -17,6 +17,7 @@ mod download;
 mod effects;
 mod end_to_end;
 mod end_to_end_inside;
+mod end_to_end_mcp;
 mod events;
 mod hostile;
 mod import;

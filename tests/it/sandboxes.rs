@@ -180,7 +180,7 @@ fn remote(runtimes: &RuntimeApi) -> RemoteSandboxConfig {
         runtime_class: "sysbox".to_owned(),
         image_pull_secrets: vec!["registry".to_owned()],
         max_sandboxes: 2,
-        web_url: Some("https://app.example.com".to_owned()),
+        web_url: Some("https://app.example.com/v1/".to_owned()),
         allow_cors_origins: vec!["https://ui.example.com".to_owned()],
     }
 }
@@ -293,6 +293,7 @@ async fn containers_conform() {
     for variable in [
         format!("OH_SESSION_API_KEYS_0={key}"),
         "OH_WEBHOOKS_0_BASE_URL=http://host.docker.internal:3000/api/v1/webhooks".to_owned(),
+        "OH_WEBHOOKS_0_FLUSH_DELAY=1".to_owned(),
         "OH_ALLOW_CORS_ORIGINS_0=https://ui.example.com".to_owned(),
         "WORKER_2=8012".to_owned(),
     ] {
@@ -383,7 +384,8 @@ async fn a_runtime_api_is_told_all_that_it_needs() {
                 "OH_VSCODE_PORT": "60001",
                 "WORKER_1": "12000",
                 "WORKER_2": "12001",
-                "OH_WEBHOOKS_0_BASE_URL": "https://app.example.com/api/v1/webhooks",
+                "OH_WEBHOOKS_0_BASE_URL": "https://app.example.com/v1/api/v1/webhooks",
+                "OH_WEBHOOKS_0_FLUSH_DELAY": "1",
                 "OH_ALLOW_CORS_ORIGINS_0": "https://app.example.com",
                 "OH_ALLOW_CORS_ORIGINS_1": "https://ui.example.com",
             },

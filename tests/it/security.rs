@@ -228,6 +228,8 @@ async fn secrets_put_in_by_every_door_are_in_no_answer_no_log_and_no_store() {
         "llm_api_key": canaries.put_in_by("model-of-file"),
         "llm_base_url": llm.base_url(),
         "search_api_key": canaries.put_in_by("search-of-file"),
+        // The search service is not called from here.
+        "mcp_config": {"tavily": {"url": "https://mcp.tavily.com/mcp/", "enabled": false}},
         "provider_tokens": {"github": {"token": token, "host": git.url()}},
         "custom_secrets": {"OF_FILE": {"secret": canaries.put_in_by("secret-of-file"), "description": "d"}},
     }))

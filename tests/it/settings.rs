@@ -91,6 +91,124 @@ async fn settings_are_stored_merged_masked_and_used() {
     api.stop().await;
 }
 
+/// What is stored of the MCP servers, in clear.
+async fn stored_servers(api: &Api, user: &UserId) -> Value {
+    let document = store(api).document(user).await.expect("an answer").expect("settings");
+    document.shown(true)["agent_settings"]["mcp_config"].clone()
+}
+
+/// The places of the violations, below `mcp_config`.
+fn places(told: &Value) -> Vec<String> {
+    let violations = told["detail"].as_array().expect("violations");
+    violations
+        .iter()
+        .map(|violation| {
+            let place: Vec<_> = violation["loc"]
+                .as_array()
+                .expect("a place")
+                .iter()
+                .map(|step| step.as_str().expect("a name"))
+                .collect();
+            assert_eq!(place[..3], ["body", "agent_settings_diff", "mcp_config"], "{told:#}");
+            place[3..].join(".")
+        })
+        .collect()
+}
+
+/// The web UI's own requests, recorded from its code: each one changes what it means to change, and nothing else.
+#[tokio::test(flavor = "multi_thread")]
+async fn mcp_servers_change_as_the_web_ui_means_it() {
+    let folder = TempDir::new().expect("a folder");
+    let api = api(&folder).await;
+    let user = UserId::new("u");
+    let get = async |path: &str| api.call(&user, "GET", path, None).await.1;
+    let post = async |body: &Value| api.call(&user, "POST", "/api/v1/settings", Some(body)).await;
+    let script: Value = serde_json::from_str(include_str!("../data/settings/web-ui-mcp.json")).expect("JSON");
+    for step in script["steps"].as_array().expect("steps") {
+        let what = &step["what"];
+        let (status, told) = post(&step["request"]).await;
+        assert_eq!(status, step["status"], "{what}: {told:#}");
+        if status == 422 {
+            assert_eq!(json!(places(&told)), step["send_again"], "{what}: {told:#}");
+            assert!(!told.to_string().contains("key-"), "{what}: {told:#}");
+        }
+        assert_eq!(stored_servers(&api, &user).await, step["stored"], "{what}");
+        for path in ["/api/v1/settings", "/api/v1/users/me"] {
+            let shown = get(path).await;
+            assert_eq!(shown["agent_settings"]["mcp_config"], step["shown"], "{what}: {path}");
+            // At the top the UI skips the lists, which are for older clients.
+            let top = shown["mcp_config"].as_object().into_iter().flatten().filter(|(_, entry)| !entry.is_array());
+            let top: serde_json::Map<_, _> = top.map(|(name, entry)| (name.clone(), entry.clone())).collect();
+            assert_eq!(Value::Object(top), step["shown"], "{what}: {path}");
+        }
+        // What was shown, sent back whole.
+        let mut back = get("/api/v1/settings").await;
+        assert_eq!(post(&back).await.0, 200, "{what}");
+        assert_eq!(stored_servers(&api, &user).await, step["stored"], "{what}: sent back");
+        let by_name = json!({"agent_settings_diff": back["agent_settings"].take()});
+        let (status, told) = post(&by_name).await;
+        assert_eq!(status, 200, "{what}: {told:#}");
+        assert_eq!(stored_servers(&api, &user).await, step["stored"], "{what}: sent back by name");
+    }
+    api.stop().await;
+}
+
+/// What the version before stored, and what a settings file gives: servers in three lists.
+#[tokio::test(flavor = "multi_thread")]
+async fn settings_stored_with_three_lists_open_and_change() {
+    let folder = TempDir::new().expect("a folder");
+    let api = api(&folder).await;
+    let user = UserId::new("u");
+    let old = include_str!("../data/settings/stored-with-three-lists.json");
+    store(&api).put(&user, &old.into()).await.expect("stored as it is");
+    let expected = json!({
+        "files": {"transport": "stdio", "command": "npx", "args": ["-y", "files"], "env": {"TOKEN": "t-1"}},
+        "bare": {"transport": "stdio", "command": "uvx"},
+        "sse": {"transport": "sse", "url": "https://a.example/sse"},
+        "sse_1": {"transport": "sse", "url": "https://b.example/sse", "auth": {"strategy": "api_key", "value": "key-b"}},
+        "shttp": {"transport": "http", "url": "https://c.example/mcp?token=url-secret", "auth": {"strategy": "api_key", "value": "key-c"},
+                  "timeout": 60},
+    });
+    assert_eq!(stored_servers(&api, &user).await, expected);
+    let kept = store(&api).get(&user).await.expect("an answer").expect("settings");
+    assert_eq!(kept.llm_api_key.as_ref().map(ExposeSecret::expose_secret), Some("sk-1"));
+    assert_eq!(kept.mcp_config.for_agent()["sse_1"]["headers"], json!({"Authorization": "Bearer key-b"}));
+    let secrets: BTreeSet<&str> = kept.secrets().map(ExposeSecret::expose_secret).collect();
+    assert!(
+        secrets.is_superset(&BTreeSet::from(["sk-1", "gh-1", "s", "t-1", "key-b", "key-c", "url-secret"])),
+        "{secrets:?}"
+    );
+    let (_, shown) = api.call(&user, "GET", "/api/v1/settings", None).await;
+    assert_eq!(
+        shown["mcp_config"]["stdio_servers"],
+        json!([{"name": "files", "command": "npx", "args": ["-y", "files"], "env": {"TOKEN": MASK}},
+               {"name": "bare", "command": "uvx", "args": [], "env": {}}])
+    );
+    // A client that knows the lists alone adds one.
+    let mut lists = shown["mcp_config"].clone();
+    lists.as_object_mut().expect("an object").retain(|_, entry| entry.is_array());
+    lists["sse_servers"].as_array_mut().expect("a list").push(json!({"url": "https://new.example/sse"}));
+    let (status, told) = api.call(&user, "POST", "/api/v1/settings", Some(&json!({"mcp_config": lists}))).await;
+    assert_eq!(status, 200, "{told:#}");
+    let mut expected = expected;
+    expected["sse_2"] = json!({"transport": "sse", "url": "https://new.example/sse"});
+    assert_eq!(stored_servers(&api, &user).await, expected);
+    // A file with servers that nobody could run is refused, without their secrets.
+    for (servers, place) in [
+        (json!({"a": {"url": "https://a.example", "headers": {"X Y": "canary"}}}), "mcp_config.a.headers.X Y"),
+        (json!({"a": {}}), "mcp_config.a"),
+        (json!({"sse_servers": [{"url": "canary"}]}), "mcp_config.sse_servers.0.url"),
+    ] {
+        let file = json!({"mcp_config": servers}).to_string().into();
+        let refused = store(&api).lay_over(&user, &file).await.expect_err("not valid").to_string();
+        assert!(refused.contains(place) && !refused.contains("canary"), "{refused}");
+    }
+    let file = json!({"mcp_config": {"mcpServers": {"b": {"command": "c"}}}}).to_string().into();
+    store(&api).lay_over(&user, &file).await.expect("valid");
+    assert_eq!(stored_servers(&api, &user).await, json!({"b": {"command": "c"}}), "a file replaces the field");
+    api.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn changes_at_the_same_time_lose_nothing_of_each_other() {
     let folder = TempDir::new().expect("a folder");
@@ -191,11 +309,20 @@ async fn no_secret_is_stored_or_answered_in_clear() {
     });
     let wrong =
         json!({"llm_api_key": {"a": canary(7)}, "provider_tokens": {"github": canary(8)}, "mcp_config": canary(9)});
-    let later = json!({"agent_settings_diff": {"llm": {"api_key": canary(10)}}});
+    let later = json!({"agent_settings_diff": {"llm": {"api_key": canary(10)}, "mcp_config": {
+        "a": {"url": "http://a", "headers": {"X-A": canary(15)}, "auth": {"strategy": "basic", "username": canary(16), "password": canary(17)}},
+        "b": {"url": "http://b", "auth": {"strategy": "oauth2", "state": {"tokens": {"access_token": canary(18)}}}},
+        "c": {"command": "c", "cwd": "/", "env": {"A": canary(19)}}}}});
+    let moved =
+        json!({"agent_settings_diff": {"mcp_config": {"a": {"url": "http://other"}, "c": {"command": "other"}}}});
+    let wrong_later = json!({"agent_settings_diff": {"mcp_config": {
+        "a": {"url": canary(20), "headers": {"X-A": {"a": canary(21)}}, "auth": [canary(22)], "token": canary(23)}}}});
     for (method, path, body) in [
         ("POST", "/api/v1/settings", Some(settings)),
         ("POST", "/api/v1/settings", Some(wrong)),
         ("POST", "/api/v1/settings", Some(later)),
+        ("POST", "/api/v1/settings", Some(moved)),
+        ("POST", "/api/v1/settings", Some(wrong_later)),
         ("POST", "/api/v1/secrets", Some(json!({"name": "A", "value": canary(11)}))),
         ("POST", "/api/v1/secrets", Some(json!({"value": canary(12)}))),
         ("PUT", "/api/v1/secrets/A", Some(json!({"value": canary(13), "name": 1}))),

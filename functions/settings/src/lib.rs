@@ -74,13 +74,7 @@ async fn change(
     bytes: Bytes,
 ) -> Result<Json<Value>> {
     let changes = SettingsChanges::read(&json_body(&headers, &bytes)?).map_err(Error::Invalid)?;
-    context
-        .settings
-        .change(&user, |document| {
-            document.change(&changes);
-            Ok(())
-        })
-        .await?;
+    context.settings.change(&user, |document| document.change(&changes)).await?;
     Ok(Json(json!({"message": "Settings stored"})))
 }
 

@@ -283,14 +283,15 @@ impl Site {
 }
 
 /// The page loads nothing from elsewhere, and calls this server and its agent servers alone, as far as it is known where those are. By
-/// itself the UI would also load fonts, ask for newer versions of itself, and call its makers' telemetry.
+/// itself the UI would also load fonts and the logos of MCP servers, ask for newer versions of itself, and call its makers' telemetry.
 fn policy(connection: &Connection) -> String {
     let host = connection.host.as_deref().and_then(|host| host.parse::<reqwest::Url>().ok());
     let host = host.map(|host| host.origin().ascii_serialization()).unwrap_or_default();
     let reach = connection.reach;
     format!(
         "<meta http-equiv=\"Content-Security-Policy\" content=\"script-src 'self' 'unsafe-inline' 'wasm-unsafe-eval' blob:; \
-         style-src 'self' 'unsafe-inline'; font-src 'self' data:; worker-src 'self' blob:; \
+         style-src 'self' 'unsafe-inline'; font-src 'self' data:; img-src 'self' data: blob:; \
+         worker-src 'self' blob:; \
          connect-src 'self' data: blob: {host} {reach}\">"
     )
 }
@@ -468,6 +469,7 @@ mod tests {
         let page = index(&Connection { host, question: Some("Key?"), has_model: false, reach: ANYWHERE });
         assert!(page.contains(r#""host":"https://api.example.org/v1\u003c/script>","asks_for_key":true"#), "{page}");
         assert!(page.contains("blob: https://api.example.org http: ws:"), "{page}");
+        assert!(page.contains("img-src 'self' data: blob:;"), "{page}");
         assert_eq!(page.matches("</script>").count(), 1, "{page}");
     }
 

@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::id;
 use crate::start::request::{AgentType, Content, ProviderType, Secrets, SendMessageRequest, StartRequest};
 use crate::user::UserId;
-use crate::user::settings::{McpConfig, McpUrlServer, Settings};
+use crate::user::settings::Settings;
 use crate::user::token::TokenKey;
 
 /// Sent as the version of this control plane in trace metadata.
@@ -24,6 +24,9 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 const CONDENSER_MAX_SIZE: u32 = 240;
 
 const MAX_ITERATIONS: u32 = 500;
+
+/// The MCP server of the search service, which a search key adds.
+const SEARCH_SERVER: &str = "tavily";
 
 /// What a body is made of.
 #[derive(Debug)]
@@ -112,7 +115,7 @@ pub fn conversation_body(
         "agent": {
             "llm": agent_llm,
             "tools": tools,
-            "mcp_config": mcp_config(settings, config, inputs.conversation_id),
+            "mcp_config": mcp_config(settings, config),
             "filter_tools_regex": null,
             "include_default_tools": ["FinishTool", "ThinkTool"],
             "agent_context": {
@@ -269,7 +272,7 @@ fn secrets(inputs: &ConversationInputs<'_>) -> Result<Map<String, Value>> {
                 let token = inputs.token_key.sign(inputs.user, *provider, sandbox, lifetime)?;
                 json!({
                     "description": description,
-                    "url": format!("{web_url}/api/v1/webhooks/secrets"),
+                    "url": format!("{}/api/v1/webhooks/secrets", web_url.trim_end_matches('/')),
                     "headers": {"X-Access-Token": token.expose_secret()},
                     "kind": "LookupSecret",
                 })
@@ -281,53 +284,17 @@ fn secrets(inputs: &ConversationInputs<'_>) -> Result<Map<String, Value>> {
     Ok(secrets)
 }
 
-fn mcp_config(settings: &Settings, config: &StartConfig, conversation: Uuid) -> Value {
+/// The user's MCP servers and that of the search service, by name. A server of the user replaces the search service's by its name,
+/// even if it is switched off.
+fn mcp_config(settings: &Settings, config: &StartConfig) -> Map<String, Value> {
     let mut servers = Map::new();
-    if let Some(web_url) = &config.web_url {
-        servers.insert(
-            "default".into(),
-            json!({
-                "url": format!("{web_url}/mcp/mcp"),
-                "headers": {"X-OpenHands-ServerConversation-ID": id::dashed(conversation)},
-            }),
-        );
-        let key = exposed(settings.search_api_key.as_ref()).or_else(|| exposed(config.tavily_api_key.as_ref()));
-        if let Some(key) = key {
-            servers.insert("tavily".into(), json!({"url": format!("https://mcp.tavily.com/mcp/?tavilyApiKey={key}")}));
-        }
+    let key = exposed(settings.search_api_key.as_ref()).or_else(|| exposed(config.tavily_api_key.as_ref()));
+    if let Some(key) = key.filter(|_| !settings.mcp_config.names().any(|name| name == SEARCH_SERVER)) {
+        let url = format!("https://mcp.tavily.com/mcp/?tavilyApiKey={key}");
+        servers.insert(SEARCH_SERVER.to_owned(), json!({"url": url}));
     }
-    if let Some(McpConfig { sse_servers, stdio_servers, shttp_servers }) = &settings.mcp_config {
-        for server in sse_servers {
-            servers.insert(random_name("sse"), url_server(server, "sse"));
-        }
-        for server in shttp_servers {
-            let mut described = url_server(server, "streamable-http");
-            if let Some(timeout) = server.timeout {
-                described["timeout"] = timeout.into();
-            }
-            servers.insert(random_name("shttp"), described);
-        }
-        for server in stdio_servers {
-            let mut described = json!({"command": server.command, "args": server.args});
-            if !server.env.is_empty() {
-                described["env"] = json!(server.env);
-            }
-            servers.insert(server.name.clone(), described);
-        }
-    }
-    if servers.is_empty() { json!({}) } else { json!({"mcpServers": servers}) }
-}
-
-fn random_name(kind: &str) -> String {
-    format!("{kind}_{}", &id::hex(id::new_uuid())[..8])
-}
-
-fn url_server(server: &McpUrlServer, transport: &str) -> Value {
-    let mut described = json!({"url": server.url, "transport": transport});
-    if let Some(key) = exposed(server.api_key.as_ref()) {
-        described["headers"] = json!({"Authorization": format!("Bearer {key}")});
-    }
-    described
+    servers.extend(settings.mcp_config.for_agent());
+    servers
 }
 
 fn confirmation_policy(settings: &Settings) -> Value {
@@ -657,7 +624,7 @@ mod tests {
         assert_eq!(fixed["GITHUB_TOKEN"]["description"], "GITHUB authentication token");
         assert!(fixed.get("GITLAB_TOKEN").is_none());
 
-        case.config.web_url = Some("https://app.example".into());
+        case.config.web_url = Some("https://app.example/".into());
         let looked_up = case.body()["secrets"]["GITHUB_TOKEN"].clone();
         assert_eq!(looked_up["url"], "https://app.example/api/v1/webhooks/secrets");
         assert_eq!(looked_up["headers"]["X-Access-Token"].as_str().expect("a token").split('.').count(), 3);
@@ -665,26 +632,26 @@ mod tests {
     }
 
     #[test]
-    fn mcp_servers_come_from_the_address_the_search_key_and_the_settings() {
+    fn mcp_servers_come_from_the_settings_and_the_search_key_and_not_from_the_address() {
         let mut settings = settings();
-        settings["search_api_key"] = "tav".into();
-        settings["mcp_config"] = json!({
-            "sse_servers": [{"url": "http://sse", "api_key": "k"}],
-            "shttp_servers": ["http://shttp"],
-            "stdio_servers": [{"name": "tool", "command": "npx", "args": ["x"]}],
-        });
+        settings["mcp_config"] = json!({"mine": {"url": "https://m.example/mcp", "enabled": true}});
         let mut case = Case::new(json!({}), settings);
-        let servers =
-            |case: &Case| case.body()["agent"]["mcp_config"]["mcpServers"].as_object().expect("servers").clone();
-        let local = servers(&case);
-        assert_eq!(local.len(), 3);
-        assert_eq!(local["tool"], json!({"command": "npx", "args": ["x"]}));
-        let sse = local.iter().find(|(name, _)| name.starts_with("sse_")).expect("sse").1;
-        assert_eq!(sse, &json!({"url": "http://sse", "transport": "sse", "headers": {"Authorization": "Bearer k"}}));
+        let servers = |case: &Case| case.body()["agent"]["mcp_config"].clone();
+        assert_eq!(servers(&case), json!({"mine": {"url": "https://m.example/mcp"}}));
+        // Nothing of ours serves MCP, so a public address adds no server.
         case.config.web_url = Some("https://app.example".into());
-        let public = servers(&case);
-        assert_eq!(public["default"]["url"], "https://app.example/mcp/mcp");
-        assert_eq!(public["tavily"]["url"], "https://mcp.tavily.com/mcp/?tavilyApiKey=tav");
+        assert_eq!(servers(&case), json!({"mine": {"url": "https://m.example/mcp"}}));
+        case.config.tavily_api_key = Some("of-the-server".into());
+        assert_eq!(servers(&case)["tavily"], json!({"url": "https://mcp.tavily.com/mcp/?tavilyApiKey=of-the-server"}));
+        case.settings["search_api_key"] = "tav".into();
+        case.config.web_url = None;
+        assert_eq!(servers(&case)["tavily"], json!({"url": "https://mcp.tavily.com/mcp/?tavilyApiKey=tav"}));
+        case.settings["mcp_config"]["tavily"] = json!({"url": "https://t.example", "enabled": false});
+        assert_eq!(servers(&case), json!({"mine": {"url": "https://m.example/mcp"}}));
+        case.settings["mcp_config"] = Value::Null;
+        case.settings["search_api_key"] = Value::Null;
+        case.config.tavily_api_key = None;
+        assert_eq!(servers(&case), json!({}));
     }
 
     #[test]

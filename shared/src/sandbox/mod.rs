@@ -53,6 +53,10 @@ pub struct ExposedUrl {
 /// The name of the agent server among a sandbox's addresses.
 pub const AGENT_SERVER: &str = "AGENT_SERVER";
 
+/// The webhook variables of every agent server that has a webhook: an event reaches us within a second. The buffer holds five events;
+/// an agent server sends it once it is full, or after this delay, which is 30 s by default.
+pub const WEBHOOK_VARIABLES: [(&str, &str); 1] = [("OH_WEBHOOKS_0_FLUSH_DELAY", "1")];
+
 /// The longest id of a sandbox, in bytes. Longer ones are of none.
 pub const MAX_ID: usize = 255;
 

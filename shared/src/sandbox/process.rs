@@ -271,6 +271,7 @@ impl ProcessSandboxes {
             .env("OH_SESSION_API_KEYS_0", key.expose_secret())
             .env("OH_SECRET_KEY", key.expose_secret())
             .env("OH_WEBHOOKS_0_BASE_URL", &self.config.webhook_base_url)
+            .envs(super::WEBHOOK_VARIABLES)
             .env("OH_CONVERSATIONS_PATH", folder.0.join("workspace/conversations"))
             .env("OH_BASH_EVENTS_DIR", folder.0.join("workspace/bash_events"))
             .env("OH_ENABLE_VSCODE", "0")

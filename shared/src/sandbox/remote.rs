@@ -191,7 +191,11 @@ impl RemoteSandboxes {
         if let Some(url) = &self.config.web_url {
             let url = url.trim_end_matches('/');
             environment.insert("OH_WEBHOOKS_0_BASE_URL".to_owned(), json!(format!("{url}/api/v1/webhooks")));
-            let origins = std::iter::once(url).chain(self.config.allow_cors_origins.iter().map(String::as_str));
+            environment.extend(super::WEBHOOK_VARIABLES.map(|(name, value)| (name.to_owned(), json!(value))));
+            // An address may have a path (a stage of API Gateway); an origin has none.
+            let own =
+                url.parse::<reqwest::Url>().map_or_else(|_| url.to_owned(), |url| url.origin().ascii_serialization());
+            let origins = std::iter::once(&own).chain(&self.config.allow_cors_origins);
             for (index, origin) in origins.enumerate() {
                 environment.insert(format!("OH_ALLOW_CORS_ORIGINS_{index}"), json!(origin));
             }

@@ -5,6 +5,7 @@
 
 use serde_json::{Map, Value, json};
 
+use super::mcp::{self, McpChange, Servers};
 use super::settings::SandboxGroupingStrategy;
 use crate::error::{Error, Result};
 use crate::http::secret::{self, MASK, MAX_SECRETS};
@@ -22,11 +23,15 @@ const MAX_DOCUMENT: usize = 256 * 1024;
 enum Kind {
     Text,
     Secret,
-    Integer { least: i64 },
+    Integer {
+        least: i64,
+    },
     Float,
     Flag,
     Texts,
     Mcp,
+    /// Not changed by clients: always the default.
+    Fixed,
     Grouping,
 }
 
@@ -64,7 +69,7 @@ static FIELDS: [Field; 30] = [
     field("user_version", ANY),
     field("remote_runtime_resource_factor", ANY),
     // Never more than this: what is in it has routes of its own.
-    Field { name: "secrets_store", kind: Kind::Mcp, default: || json!({"provider_tokens": {}}) },
+    Field { name: STORE, kind: Kind::Fixed, default: || json!({"provider_tokens": {}}) },
     on("enable_default_condenser"),
     off("enable_sound_notifications"),
     on("enable_proactive_conversation_starters"),
@@ -72,7 +77,7 @@ static FIELDS: [Field; 30] = [
     field("user_consents_to_analytics", Kind::Flag),
     field("sandbox_base_container_image", Kind::Text),
     field("sandbox_runtime_container_image", Kind::Text),
-    field("mcp_config", Kind::Mcp),
+    field(MCP, Kind::Mcp),
     field("disabled_skills", Kind::Texts),
     field("search_api_key", Kind::Secret),
     field("sandbox_api_key", Kind::Secret),
@@ -86,18 +91,18 @@ static FIELDS: [Field; 30] = [
     Field { name: GROUPING, kind: Kind::Grouping, default: || json!(SandboxGroupingStrategy::default()) },
 ];
 
+const MCP: &str = "mcp_config";
 const GROUPING: &str = "sandbox_grouping_strategy";
 const STORE: &str = "secrets_store";
 const TOKENS: &str = "provider_tokens";
 const SECRETS: &str = "custom_secrets";
 
 /// Where clients of later versions put fields: the path in the body, and the flat name.
-const NESTED: [(&[&str], &str); 10] = [
+const NESTED: [(&[&str], &str); 9] = [
     (&["agent_settings_diff", "llm", "model"], "llm_model"),
     (&["agent_settings_diff", "llm", "api_key"], "llm_api_key"),
     (&["agent_settings_diff", "llm", "base_url"], "llm_base_url"),
     (&["agent_settings_diff", "agent"], "agent"),
-    (&["agent_settings_diff", "mcp_config"], "mcp_config"),
     (&["agent_settings_diff", "condenser", "enabled"], "enable_default_condenser"),
     (&["agent_settings_diff", "condenser", "max_size"], "condenser_max_size"),
     (&["conversation_settings_diff", "confirmation_mode"], "confirmation_mode"),
@@ -105,10 +110,14 @@ const NESTED: [(&[&str], &str); 10] = [
     (&["conversation_settings_diff", "max_iterations"], "max_iterations"),
 ];
 
+/// Where MCP servers may stand in a body. The first that is there counts, as in the reference.
+const MCP_PLACES: [&[&str]; 2] = [&["agent_settings_diff", MCP], &[MCP]];
+
 /// The changes of one request, checked: field by field, `null` where one is cleared.
 #[derive(Debug)]
 pub struct SettingsChanges {
     fields: Map<String, Value>,
+    mcp: Option<(&'static [&'static str], McpChange)>,
     tokens: Option<Map<String, Value>>,
 }
 
@@ -129,22 +138,31 @@ impl SettingsChanges {
             Fields::of(check, &MASK.into())?;
         }
         let mut fields = Map::new();
-        for field in FIELDS.iter().filter(|field| field.name != STORE) {
+        for field in FIELDS.iter().filter(|field| !matches!(field.kind, Kind::Fixed | Kind::Mcp)) {
             let nested = NESTED.iter().filter(|(_, name)| *name == field.name).map(|(path, _)| *path);
             for path in nested.chain([&[field.name][..]]) {
-                let Some(value) = path.iter().try_fold(body, |value, step| value.get(step)) else { continue };
+                let Some(value) = value_at(body, path) else { continue };
                 if let Some(read) = at(check, path, |check| read_field(check, field.kind, value)) {
                     fields.insert(field.name.to_owned(), read);
                 }
             }
         }
+        let mcp = MCP_PLACES.into_iter().find_map(|path| Some((path, value_at(body, path)?)));
+        let mcp = match mcp {
+            Some((path, value)) => at(check, path, |check| McpChange::read(check, value)).map(|change| (path, change)),
+            None => None,
+        };
         let tokens = match body.get(TOKENS) {
             None => None,
             Some(Value::Null) => Some(Map::new()),
             Some(value) => check.within(TOKENS, |check| read_tokens(check, value)),
         };
-        Some(Self { fields, tokens })
+        Some(Self { fields, mcp, tokens })
     }
+}
+
+fn value_at<'v>(body: &'v Value, path: &[&str]) -> Option<&'v Value> {
+    path.iter().try_fold(body, |value, step| value.get(step))
 }
 
 /// Reads at a path.
@@ -165,7 +183,7 @@ fn read_field(check: &mut Checker, kind: Kind, value: &Value) -> Option<Value> {
         Kind::Flag => validation::boolean(check, value).map(Value::from),
         Kind::Float => validation::float(check, value).map(Value::from),
         Kind::Grouping => validation::choice::<SandboxGroupingStrategy>(check, value).map(|choice| json!(choice)),
-        Kind::Mcp => read_mcp(check, value),
+        Kind::Mcp | Kind::Fixed => None,
         Kind::Integer { least } => {
             let integer = validation::integer(check, value)?;
             if integer < least {
@@ -228,72 +246,6 @@ fn read_tokens(check: &mut Checker, value: &Value) -> Option<Map<String, Value>>
     Some(tokens)
 }
 
-/// MCP servers in the contract's three lists, or by name under `mcpServers` as the field's clients write them.
-fn read_mcp(check: &mut Checker, value: &Value) -> Option<Value> {
-    const LISTS: [&str; 3] = ["sse_servers", "stdio_servers", "shttp_servers"];
-    let Value::Object(given) = value else {
-        check.report("dict_type", "Input should be a valid dictionary", MASK.into(), None);
-        return None;
-    };
-    if let Some(servers) = given.get("mcpServers") {
-        return check.within("mcpServers", |check| read_mcp_servers(check, servers));
-    }
-    let mut lists = Map::new();
-    for (name, servers) in given {
-        check.within(name.clone(), |check| {
-            if !LISTS.contains(&name.as_str()) {
-                check.report("extra_forbidden", "Extra inputs are not permitted", MASK.into(), None);
-                return;
-            }
-            let Value::Array(servers) = servers else {
-                check.report("list_type", "Input should be a valid list", MASK.into(), None);
-                return;
-            };
-            if servers.len() > MAX_LIST {
-                secret::report_too_long(check, "List", MAX_LIST, servers.len());
-                return;
-            }
-            let read: Vec<Value> = servers
-                .iter()
-                .enumerate()
-                .filter_map(|(index, server)| check.within(index, |check| read_mcp_server(check, name, server)))
-                .collect();
-            lists.insert(name.clone(), read.into());
-        });
-    }
-    for name in LISTS {
-        lists.entry(name).or_insert_with(|| json!([]));
-    }
-    Some(Value::Object(lists))
-}
-
-fn read_mcp_server(check: &mut Checker, list: &str, server: &Value) -> Option<Value> {
-    if list == "stdio_servers" {
-        return read_mcp_process(check, server);
-    }
-    let server = match server {
-        Value::String(url) => &json!({"url": url}),
-        other => other,
-    };
-    let harmless = without(server, "api_key");
-    let fields = Fields::of(check, &harmless)?;
-    let url = fields.required(check, "url", read_mcp_url);
-    let key = Fields::of(check, server)?.nullable(check, "api_key", read_key);
-    let (url, key) = (url?, key?);
-    if list == "sse_servers" {
-        return Some(json!({"url": url, "api_key": key}));
-    }
-    let timeout = fields.nullable(check, "timeout", |check, value| {
-        let seconds = validation::integer(check, value)?;
-        if !(1..=3600).contains(&seconds) {
-            check.report_value_error("Timeout must be between 1 and 3600 seconds", value.clone());
-            return None;
-        }
-        Some(seconds)
-    })?;
-    Some(json!({"url": url, "api_key": key, "timeout": timeout.unwrap_or(60)}))
-}
-
 /// What of an object may stand in a violation.
 fn without(value: &Value, secret: &str) -> Value {
     match value {
@@ -303,82 +255,6 @@ fn without(value: &Value, secret: &str) -> Value {
         // No object: what it is instead does not matter.
         _ => MASK.into(),
     }
-}
-
-fn read_mcp_url(check: &mut Checker, value: &Value) -> Option<String> {
-    let url = validation::string_up_to(MAX_TEXT, check, value)?;
-    let parts = url.trim().split_once("://");
-    if !parts.is_some_and(|(scheme, rest)| matches!(scheme, "http" | "https" | "ws" | "wss") && !rest.is_empty()) {
-        check.report_value_error("URL must begin with http, https, ws or wss and name a host", value.clone());
-        return None;
-    }
-    Some(url.trim().to_owned())
-}
-
-fn read_mcp_process(check: &mut Checker, server: &Value) -> Option<Value> {
-    let harmless = without(server, "env");
-    let fields = Fields::of(check, &harmless)?;
-    let name = fields.required(check, "name", |check, value| {
-        let name = validation::string_up_to(secret::MAX_NAME, check, value)?;
-        let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-');
-        if name.is_empty() || !name.bytes().all(plain) {
-            check
-                .report_value_error("Server names are made of letters, digits, hyphens and underscores", value.clone());
-            return None;
-        }
-        Some(name)
-    });
-    let command = fields.required(check, "command", |check, value| {
-        let command = validation::string_up_to(MAX_TEXT, check, value)?;
-        if command.is_empty() || command.contains(char::is_whitespace) {
-            check.report_value_error("A command is a single word; its arguments belong into args", value.clone());
-            return None;
-        }
-        Some(command)
-    });
-    let args = fields.or(check, "args", Vec::new(), |check, value| {
-        validation::list(check, value, |check, arg| validation::string_up_to(MAX_TEXT, check, arg))
-    });
-    let env = Fields::of(check, server)?.or(check, "env", Map::new(), |check, value| {
-        let Value::Object(variables) = value else {
-            check.report("dict_type", "Input should be a valid dictionary", MASK.into(), None);
-            return None;
-        };
-        let read = variables.iter().filter_map(|(name, value)| {
-            let value = check.within(name.clone(), |check| read_key(check, value))?;
-            Some((name.clone(), value.into()))
-        });
-        Some(read.collect())
-    });
-    Some(json!({"name": name?, "command": command?, "args": args?, "env": env?}))
-}
-
-/// Servers by name: with a `url` over streamable HTTP, or over server-sent events where `transport` says so; else processes.
-fn read_mcp_servers(check: &mut Checker, servers: &Value) -> Option<Value> {
-    let Value::Object(servers) = servers else {
-        check.report("dict_type", "Input should be a valid dictionary", MASK.into(), None);
-        return None;
-    };
-    let mut lists = json!({"sse_servers": [], "stdio_servers": [], "shttp_servers": []});
-    for (name, server) in servers {
-        check.within(name.clone(), |check| {
-            let mut server = server.clone();
-            let list = match (server.get("url"), server.get("transport").and_then(Value::as_str)) {
-                (Some(_), Some("sse")) => "sse_servers",
-                (Some(_), _) => "shttp_servers",
-                (None, _) => "stdio_servers",
-            };
-            if let Some(fields) = server.as_object_mut() {
-                fields.insert("name".to_owned(), name.as_str().into());
-            }
-            if let Some(read) = read_mcp_server(check, list, &server)
-                && let Some(list) = lists[list].as_array_mut()
-            {
-                list.push(read);
-            }
-        });
-    }
-    Some(lists)
 }
 
 /// A secret that is made, or changed.
@@ -449,12 +325,16 @@ fn read_name(check: &mut Checker, value: &Value) -> Option<String> {
 pub struct SettingsDocument(Map<String, Value>);
 
 impl SettingsDocument {
-    /// Of the stored text. Tokens and secrets may stand at the top or under `secrets_store`; here they stand at the top.
+    /// Of the stored text. Tokens and secrets may stand at the top or under `secrets_store`; here they stand at the top. MCP
+    /// servers may have any form that was ever stored; here they stand by name.
     ///
     /// # Errors
     /// When it is no JSON object.
     pub fn parse(json: &str) -> Result<Self, serde_json::Error> {
         let mut document: Map<String, Value> = serde_json::from_str(json)?;
+        if let Some(servers) = document.get_mut(MCP) {
+            *servers = mcp::stored(servers).into();
+        }
         if let Some(Value::Object(store)) = document.remove(STORE) {
             for (part, entries) in store {
                 let (TOKENS | SECRETS, Value::Object(entries)) = (part.as_str(), entries) else { continue };
@@ -498,14 +378,23 @@ impl SettingsDocument {
     }
 
     /// Makes the changes.
-    pub fn change(&mut self, changes: &SettingsChanges) {
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when an MCP server would not be complete, or would send a stored secret elsewhere.
+    pub fn change(&mut self, changes: &SettingsChanges) -> Result<()> {
+        if let Some((path, change)) = &changes.mcp {
+            let mut servers = self.mcp_servers().cloned().unwrap_or_default();
+            let mut check = Checker::new("body");
+            at(&mut check, path, |check| change.apply(check, &mut servers));
+            check.finish(Some(())).map_err(Error::Invalid)?;
+            self.0.insert(MCP.to_owned(), servers.into());
+        }
         for (name, value) in &changes.fields {
             let field = FIELDS.iter().find(|field| field.name == name);
             let mut value = value.clone();
             match field.map(|field| field.kind) {
                 Some(Kind::Secret) if value == MASK => continue,
                 Some(Kind::Secret) if value == "" => value = Value::Null,
-                Some(Kind::Mcp) => unmask_mcp(&mut value, self.0.get(name)),
                 _ => {}
             }
             if value.is_null() {
@@ -514,7 +403,7 @@ impl SettingsDocument {
                 self.0.insert(name.clone(), value);
             }
         }
-        let Some(changes) = &changes.tokens else { return };
+        let Some(changes) = &changes.tokens else { return Ok(()) };
         let tokens = self.part(TOKENS);
         if changes.is_empty() {
             tokens.clear();
@@ -535,6 +424,11 @@ impl SettingsDocument {
                 tokens.remove(provider);
             }
         }
+        Ok(())
+    }
+
+    fn mcp_servers(&self) -> Option<&Servers> {
+        self.0.get(MCP).and_then(Value::as_object)
     }
 
     /// The fields as answers show them, in the contract's order; secrets in clear only with `expose`.
@@ -542,17 +436,40 @@ impl SettingsDocument {
     pub fn shown(&self, expose: bool) -> Map<String, Value> {
         let mut shown = Map::new();
         for field in &FIELDS {
-            let stored = if field.name == STORE { None } else { self.0.get(field.name) };
-            let mut value = stored.filter(|value| !value.is_null()).cloned().unwrap_or_else(field.default);
+            let stored = self.0.get(field.name).filter(|value| !value.is_null());
+            let mut value = stored.cloned().unwrap_or_else(field.default);
             match field.kind {
                 Kind::Secret if value.as_str().is_none_or(|text| text.trim().is_empty()) => value = Value::Null,
                 Kind::Secret if !expose => value = MASK.into(),
-                Kind::Mcp if !expose => mask_mcp(&mut value),
+                Kind::Mcp => {
+                    value = self.mcp_servers().map_or(Value::Null, |servers| mcp::shown_with_lists(servers, expose));
+                }
+                Kind::Fixed => value = (field.default)(),
                 _ => {}
             }
             shown.insert(field.name.to_owned(), value);
         }
+        let agent_settings = self.agent_settings(&shown, expose);
+        shown.insert("agent_settings".to_owned(), agent_settings);
         shown
+    }
+
+    /// The fields that later clients read below `agent_settings`.
+    fn agent_settings(&self, shown: &Map<String, Value>, expose: bool) -> Value {
+        let mut settings = json!({"agent_kind": "openhands"});
+        for (path, name) in NESTED {
+            let (["agent_settings_diff", place @ ..], Some(value)) = (path, shown.get(name)) else { continue };
+            if value.is_null() {
+                continue;
+            }
+            match place {
+                [field] => settings[*field] = value.clone(),
+                [part, field] => settings[*part][*field] = value.clone(),
+                _ => {}
+            }
+        }
+        settings[MCP] = self.mcp_servers().map(|servers| mcp::shown(servers, expose)).unwrap_or_default().into();
+        settings
     }
 
     /// As `GET /api/v1/settings` answers: masked, and with flags for what is set.
@@ -570,6 +487,12 @@ impl SettingsDocument {
             .filter(|(_, token)| token["token"].as_str().is_some_and(|token| !token.is_empty()))
             .map(|(provider, token)| (provider.clone(), token["host"].clone()))
             .collect();
+        // As in the reference: the flag tells whether there is one.
+        if let Some(key) =
+            shown.get_mut("agent_settings").and_then(|settings| settings.get_mut("llm")?.get_mut("api_key"))
+        {
+            *key = Value::Null;
+        }
         shown.insert("llm_api_key_set".to_owned(), llm);
         shown.insert("search_api_key_set".to_owned(), search);
         shown.insert("provider_tokens_set".to_owned(), tokens.into());
@@ -655,48 +578,12 @@ fn set_secret(stored: &mut Value, change: &SecretChange) {
     }
 }
 
-/// Visits what MCP servers keep secret: with the list, the server's own name in it, and the secret's.
-fn each_mcp_secret(config: &mut Value, mut visit: impl FnMut([&str; 3], &mut Value)) {
-    let Value::Object(lists) = config else { return };
-    for (list, servers) in lists {
-        for server in servers.as_array_mut().into_iter().flatten() {
-            let own =
-                server.get("url").or_else(|| server.get("name")).and_then(Value::as_str).unwrap_or_default().to_owned();
-            if let Some(key) = server.get_mut("api_key").filter(|key| key.is_string()) {
-                visit([list, &own, ""], key);
-            }
-            for (name, value) in server.get_mut("env").and_then(Value::as_object_mut).into_iter().flatten() {
-                visit([list, &own, name], value);
-            }
-        }
-    }
-}
-
-fn mask_mcp(config: &mut Value) {
-    each_mcp_secret(config, |_, secret| *secret = MASK.into());
-}
-
-/// Puts the secrets of the stored configuration where the new one has a mask.
-fn unmask_mcp(config: &mut Value, stored: Option<&Value>) {
-    let mut known = std::collections::HashMap::new();
-    if let Some(stored) = stored {
-        each_mcp_secret(&mut stored.clone(), |place, secret| {
-            known.insert(place.map(ToOwned::to_owned), secret.clone());
-        });
-    }
-    each_mcp_secret(config, |place, secret| {
-        if secret == MASK {
-            *secret = known.get(&place.map(ToOwned::to_owned)).cloned().unwrap_or(Value::Null);
-        }
-    });
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn changed(document: &mut SettingsDocument, body: &Value) {
-        document.change(&SettingsChanges::read(body).expect("valid"));
+        document.change(&SettingsChanges::read(body).expect("valid")).expect("changed");
     }
 
     #[test]
@@ -733,12 +620,22 @@ mod tests {
         let shown = document.shown(false);
         assert_eq!((&shown["llm_model"], &shown["condenser_max_size"]), (&json!("m"), &json!(100)));
         assert_eq!((&shown["enable_default_condenser"], &shown["confirmation_mode"]), (&json!(false), &json!(true)));
+        let servers = json!({
+            "a": {"url": "http://a", "auth": {"strategy": "api_key", "value": MASK}},
+            "b": {"command": "x", "env": {"T": MASK}},
+            "c": {"transport": "sse", "url": "http://c"},
+        });
         assert_eq!(
-            shown["mcp_config"],
-            json!({"sse_servers": [{"url": "http://c", "api_key": null}],
-                   "stdio_servers": [{"name": "b", "command": "x", "args": [], "env": {"T": MASK}}],
-                   "shttp_servers": [{"url": "http://a", "api_key": MASK, "timeout": 60}]})
+            shown["agent_settings"],
+            json!({"agent_kind": "openhands", "llm": {"model": "m", "api_key": MASK}, "condenser": {"enabled": false, "max_size": 100},
+                   "mcp_config": servers})
         );
+        assert_eq!(document.shown_with_flags()["agent_settings"]["llm"], json!({"model": "m", "api_key": null}));
+        let mut beside = servers;
+        beside["sse_servers"] = json!([{"url": "http://c", "api_key": null}]);
+        beside["stdio_servers"] = json!([{"name": "b", "command": "x", "args": [], "env": {"T": MASK}}]);
+        beside["shttp_servers"] = json!([{"url": "http://a", "api_key": MASK, "timeout": null}]);
+        assert_eq!(shown["mcp_config"], beside);
         // Sent back as shown, with a server more: the keys stay.
         let mut back = shown["mcp_config"].clone();
         back["sse_servers"].as_array_mut().expect("a list").push(json!("https://d"));
@@ -747,6 +644,11 @@ mod tests {
         assert_eq!(exposed["shttp_servers"][0]["api_key"], "k");
         assert_eq!(exposed["stdio_servers"][0]["env"]["T"], "v");
         assert_eq!(exposed["sse_servers"][1]["url"], "https://d");
+        // In one body only the first counts, as in the reference.
+        let both = json!({"agent_settings_diff": {"mcp_config": {"a": null}}, "mcp_config": null});
+        changed(&mut document, &both);
+        let names: Vec<_> = document.mcp_servers().expect("servers").keys().cloned().collect();
+        assert_eq!(names, ["b", "c", "sse"]);
     }
 
     #[test]
@@ -803,10 +705,11 @@ mod tests {
                 "dict_type",
                 json!(["body", "provider_tokens", "github"]),
             ),
+            (json!({"mcp_config": {"other": ["sk-canary"]}}), "dict_type", json!(["body", "mcp_config", "other"])),
             (
-                json!({"mcp_config": {"other": ["sk-canary"]}}),
+                json!({"agent_settings_diff": {"mcp_config": {"other": {"url": "http://x", "secret": "sk-canary"}}}}),
                 "extra_forbidden",
-                json!(["body", "mcp_config", "other"]),
+                json!(["body", "agent_settings_diff", "mcp_config", "other", "secret"]),
             ),
             (
                 json!({"mcp_config": {"sse_servers": ["ftp://x"]}}),

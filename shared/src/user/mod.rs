@@ -5,6 +5,7 @@ pub mod counters;
 pub mod data_key;
 pub mod document;
 pub mod git;
+pub mod mcp;
 pub mod seal;
 pub mod settings;
 pub mod token;

@@ -4,15 +4,16 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
-use secrecy::{ExposeSecret as _, SecretString};
+use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 
 use super::UserId;
 use super::document::SettingsDocument;
+use super::mcp::{self, McpServers};
 use super::seal::Sealer;
 use crate::dynamo::{is_condition_failure, store_error, text};
 use crate::error::{Error, Result};
-use crate::http::validation::wire_enum;
+use crate::http::validation::{Loc, wire_enum};
 use crate::start::request::ProviderType;
 
 wire_enum! {
@@ -54,7 +55,7 @@ pub struct Settings {
     /// Key of the search service.
     pub search_api_key: Option<SecretString>,
     /// MCP servers.
-    pub mcp_config: Option<McpConfig>,
+    pub mcp_config: McpServers,
     /// git identity in new sandboxes.
     pub git_user_name: Option<String>,
     /// git identity in new sandboxes.
@@ -109,72 +110,6 @@ struct SecretsStore {
     custom_secrets: BTreeMap<String, CustomSecret>,
 }
 
-/// MCP servers of a user.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
-pub struct McpConfig {
-    /// Servers over server-sent events.
-    pub sse_servers: Vec<McpUrlServer>,
-    /// Servers run as processes in the sandbox.
-    pub stdio_servers: Vec<McpStdioServer>,
-    /// Servers over streamable HTTP.
-    pub shttp_servers: Vec<McpUrlServer>,
-}
-
-/// An MCP server with a URL; a bare string is its URL.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(from = "McpUrlServerInput")]
-pub struct McpUrlServer {
-    /// Its address.
-    pub url: String,
-    /// Its key.
-    pub api_key: Option<SecretString>,
-    /// Seconds; only for streamable HTTP.
-    pub timeout: Option<u32>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum McpUrlServerInput {
-    Url(String),
-    Server {
-        url: String,
-        #[serde(default)]
-        api_key: Option<SecretString>,
-        #[serde(default = "default_mcp_timeout")]
-        timeout: Option<u32>,
-    },
-}
-
-#[expect(clippy::unnecessary_wraps, reason = "the type of the field that serde fills")]
-fn default_mcp_timeout() -> Option<u32> {
-    Some(60)
-}
-
-impl From<McpUrlServerInput> for McpUrlServer {
-    fn from(input: McpUrlServerInput) -> Self {
-        match input {
-            McpUrlServerInput::Url(url) => Self { url, api_key: None, timeout: default_mcp_timeout() },
-            McpUrlServerInput::Server { url, api_key, timeout } => Self { url, api_key, timeout },
-        }
-    }
-}
-
-/// An MCP server that is run as a process.
-#[derive(Clone, Debug, Deserialize)]
-pub struct McpStdioServer {
-    /// Its name in the agent's configuration.
-    pub name: String,
-    /// The program.
-    pub command: String,
-    /// Its arguments.
-    #[serde(default)]
-    pub args: Vec<String>,
-    /// Its environment.
-    #[serde(default)]
-    pub env: BTreeMap<String, String>,
-}
-
 impl<'de> Deserialize<'de> for ProviderTokens {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let given = serde_json::Map::deserialize(deserializer)?;
@@ -217,12 +152,7 @@ impl Settings {
             .chain(&self.search_api_key)
             .chain(self.provider_tokens.0.iter().filter_map(|(_, token)| token.token.as_ref()))
             .chain(self.custom_secrets.values().map(|secret| &secret.secret))
-            .chain(
-                self.mcp_config
-                    .iter()
-                    .flat_map(|mcp| mcp.sse_servers.iter().chain(&mcp.shttp_servers))
-                    .filter_map(|server| server.api_key.as_ref()),
-            )
+            .chain(self.mcp_config.secrets())
     }
 }
 
@@ -311,9 +241,8 @@ impl SettingsStore {
     /// # Errors
     /// [`Error::Refused`] when they do not read as settings; those of [`SettingsStore::change`].
     pub async fn lay_over(&self, user: &UserId, json: &SecretString) -> Result<()> {
-        let refused = |error: serde_json::Error| Error::Refused(format!("The settings are not valid: {error}"));
-        Settings::from_json(json.expose_secret()).map_err(refused)?;
-        let over = SettingsDocument::parse(json.expose_secret()).map_err(refused)?;
+        check_given(json)?;
+        let over = SettingsDocument::parse(json.expose_secret()).map_err(unreadable)?;
         self.change(user, |document| {
             document.lay_over(&over);
             Ok(())
@@ -345,8 +274,7 @@ impl SettingsStore {
     /// # Errors
     /// [`Error::Refused`] when they do not read as settings, [`Error::Store`] when they were not stored.
     pub async fn put(&self, user: &UserId, json: &SecretString) -> Result<()> {
-        Settings::from_json(json.expose_secret())
-            .map_err(|error| Error::Refused(format!("The settings are not valid: {error}")))?;
+        check_given(json)?;
         self.dynamodb
             .put_item()
             .table_name(&self.table)
@@ -358,6 +286,25 @@ impl SettingsStore {
             .map_err(store_error("PutItem users"))?;
         Ok(())
     }
+}
+
+/// Checks settings that come from a file, MCP servers as strictly as those of requests.
+fn check_given(json: &SecretString) -> Result<()> {
+    let refused = |text: String| Error::Refused(format!("The settings are not valid: {text}"));
+    Settings::from_json(json.expose_secret()).map_err(|error| refused(error.to_string()))?;
+    let given: serde_json::Value =
+        serde_json::from_str(json.expose_secret()).map_err(|error| refused(error.to_string()))?;
+    let Some(servers) = given.get("mcp_config") else { return Ok(()) };
+    let Err(violations) = mcp::given(servers) else { return Ok(()) };
+    let texts = violations.iter().map(|violation| {
+        let step = |step: &Loc| match step {
+            Loc::Key(key) => key.clone().into_owned(),
+            Loc::Index(index) => index.to_string(),
+        };
+        let place: Vec<String> = violation.loc.iter().map(step).collect();
+        format!("{}: {}", place.join("."), violation.msg)
+    });
+    Err(refused(texts.collect::<Vec<_>>().join("; ")))
 }
 
 /// The error's own text could quote a secret.
@@ -386,9 +333,9 @@ mod tests {
         assert_eq!(settings.sandbox_grouping_strategy, SandboxGroupingStrategy::FewestConversations);
         let providers: Vec<_> = settings.provider_tokens.0.iter().map(|(provider, _)| *provider).collect();
         assert_eq!(providers, [ProviderType::Gitlab, ProviderType::Github]);
-        let mcp = settings.mcp_config.as_ref().expect("mcp");
-        assert_eq!((mcp.sse_servers[0].url.as_str(), mcp.shttp_servers[0].timeout), ("http://a", Some(60)));
-        assert_eq!(settings.secrets().count(), 5);
+        assert_eq!(settings.mcp_config.names().collect::<Vec<_>>(), ["sse", "shttp"]);
+        let secrets: Vec<_> = settings.secrets().map(ExposeSecret::expose_secret).collect();
+        assert_eq!(secrets, ["sk-1", "t1", "t2", "s", "k", "Bearer k"]);
         assert!(!format!("{settings:?}").contains("sk-1"));
     }
 }

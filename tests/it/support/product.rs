@@ -60,6 +60,7 @@ pub struct Product {
     folder: TempDir,
     http: Client,
     is_demo: bool,
+    web_url: Option<String>,
 }
 
 /// A start that has come to its end.
@@ -118,7 +119,13 @@ impl Product {
     /// Starts on an empty data folder, with these settings for the user. Git hosts without encryption are allowed, and
     /// nothing else comes from the environment. Returns once all of it works.
     pub async fn start(settings: Value) -> Self {
+        Self::start_at(None, settings).await
+    }
+
+    /// As [`Product::start`], with a public address, as in `OH_WEB_URL`.
+    pub async fn start_at(web_url: Option<String>, settings: Value) -> Self {
         let mut product = Self::new(false);
+        product.web_url = web_url;
         let settings_file = product.folder.path().join("settings.json");
         fs::write(&settings_file, settings.to_string()).expect("the settings are written");
         product.run(Some(settings_file)).await;
@@ -137,7 +144,7 @@ impl Product {
         let folder = TempDir::new().expect("a folder for the product");
         // On loopback, whatever proxy the machine has.
         let http = Client::builder().no_proxy().build().expect("a client");
-        Self { server: None, folder, http, is_demo }
+        Self { server: None, folder, http, is_demo, web_url: None }
     }
 
     /// Ends this run cleanly, and starts another on what it left behind.
@@ -161,6 +168,7 @@ impl Product {
         let start = StartConfig {
             allow_insecure_git_access: true,
             patience: Duration::from_secs(60),
+            web_url: self.web_url.clone(),
             ..StartConfig::default()
         };
         let environment = Environment { start, ..Environment::default() };
@@ -222,6 +230,11 @@ impl Product {
     pub async fn show_demo(&self) -> Result<(), local::demo::ShowError> {
         let _permit = BOOTS.acquire().await.expect("never closed");
         local::demo::show(&format!("http://{}", self.server().address), None).await
+    }
+
+    /// `http://127.0.0.1:PORT`.
+    pub fn address(&self) -> String {
+        format!("http://{}", self.server().address)
     }
 
     fn url(&self, path: &str) -> String {

@@ -1,0 +1,158 @@
+//! A server with a public address, and MCP servers in the settings, on real agent servers.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::support::mcp_server::{McpServer, meaning, write_process};
+use crate::support::product::{Product, content_text, saying, text, with};
+use crate::support::public_address::PublicAddress;
+use crate::support::scripted_llm::{Reply, ScriptedLlm};
+use crate::support::wait::wait_until;
+
+/// Long: a machine that runs all tests at once may give an agent server a tenth of a processor.
+const LIMIT: Duration = Duration::from_secs(180);
+const TOKEN: &str = "token-of-the-git-host-4d1c";
+const KEY: &str = "key-of-the-words-81ab";
+
+#[tokio::test]
+async fn a_server_with_a_public_address_runs_conversations_and_their_mcp_servers() {
+    let llm = ScriptedLlm::start().await;
+    let public = PublicAddress::start().await;
+    let settings = json!({
+        "llm_model": "openai/scripted",
+        "llm_api_key": "key-of-the-model",
+        "llm_base_url": llm.base_url(),
+        "provider_tokens": {"github": {"token": TOKEN}},
+    });
+    let product = Product::start_at(Some(public.url()), settings).await;
+    public.lead_to(product.address());
+
+    let sandbox = a_start_with_a_message_is_answered(&product, &llm).await;
+    a_start_without_a_message_takes_one_later(&product, &llm, &sandbox).await;
+    a_token_is_looked_up_at_the_public_address(&product, &llm, &public, &sandbox).await;
+    mcp_servers_of_the_settings_serve_the_agent(&product, &llm, &sandbox).await;
+    agent_servers_send_their_events_within_a_second(&product);
+
+    // Nothing serves MCP at the public address, and no agent is sent there.
+    let asked = public.requests();
+    assert!(asked.iter().all(|request| request == "GET /api/v1/webhooks/secrets"), "{asked:?}");
+    product.shutdown().await;
+}
+
+async fn a_start_with_a_message_is_answered(product: &Product, llm: &ScriptedLlm) -> String {
+    llm.reply_with(vec![Reply::text("Hello from the model")]);
+    let start = product.start_conversation(saying("Say hello")).await;
+    let id = start.conversation_id();
+    product.conversation_when(&id, "finished").await;
+    assert_eq!(product.at_agent(&id).await.said_by("agent").await, ["Hello from the model"]);
+    all_events_arrive(product, &id).await;
+    start.sandbox_id()
+}
+
+/// Every event of the turn that the agent server has, the last one included, comes to our store.
+async fn all_events_arrive(product: &Product, id: &str) {
+    let agent = product.at_agent(id).await;
+    wait_until("all events of the turn are stored", LIMIT, async || {
+        let stored: BTreeSet<String> = product.events_of(id).await.into_iter().map(|event| event.id).collect();
+        let there: BTreeSet<String> = agent.all_events().await.iter().map(|event| text(&event["id"])).collect();
+        !there.is_empty() && there.is_subset(&stored)
+    })
+    .await;
+}
+
+async fn a_start_without_a_message_takes_one_later(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
+    let start = product.start_conversation(json!({"sandbox_id": sandbox})).await;
+    let id = start.conversation_id();
+    llm.reply_with(vec![Reply::text("Better late")]);
+    let message = json!({"role": "user", "content": [{"type": "text", "text": "Now speak"}]});
+    let answer = product.post(&format!("/{id}/send-message"), &message).send().await.expect("an answer");
+    assert!(answer.status().is_success(), "{}", answer.text().await.unwrap_or_default());
+    product.conversation_when(&id, "finished").await;
+    assert_eq!(product.at_agent(&id).await.said_by("agent").await, ["Better late"]);
+}
+
+async fn a_token_is_looked_up_at_the_public_address(
+    product: &Product,
+    llm: &ScriptedLlm,
+    public: &PublicAddress,
+    sandbox: &str,
+) {
+    llm.reply_with(vec![
+        Reply::tool_call("terminal", json!({"command": "printf %s \"$GITHUB_TOKEN\" | rev > seen.txt"})),
+        Reply::text("Read"),
+    ]);
+    let start = product.start_conversation(with(saying("Read the token"), json!({"sandbox_id": sandbox}))).await;
+    let id = start.conversation_id();
+    product.conversation_when(&id, "finished").await;
+    let seen = std::fs::read_to_string(product.at_agent(&id).await.folder().await.join("seen.txt"));
+    assert_eq!(seen.expect("the command has run"), TOKEN.chars().rev().collect::<String>());
+    assert!(public.requests().contains(&"GET /api/v1/webhooks/secrets".to_owned()), "{:?}", public.requests());
+}
+
+async fn mcp_servers_of_the_settings_serve_the_agent(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
+    let words = McpServer::start("authorization", &format!("Bearer {KEY}")).await;
+    let program = product.data().join("words.py");
+    write_process(&program);
+    let folder = product.data().canonicalize().expect("the data folder");
+    let python = product.data().join("agent-server-python");
+    // As the web UI sends them, one after the other, and one that agent servers could not reach.
+    for patch in [
+        json!({"words": {"transport": "http", "url": words.url(), "headers": {"Authorization": format!("Bearer {KEY}")}}}),
+        json!({"process": {"transport": "stdio", "command": python, "args": [program], "cwd": folder, "env": {"WORDS": KEY}, "timeout": 2.5}}),
+        json!({"gone": {"transport": "sse", "url": "http://127.0.0.1:1/sse", "enabled": false}}),
+    ] {
+        let body = json!({"agent_settings_diff": {"mcp_config": patch}});
+        let answer = product.post_to("/api/v1/settings", &body).send().await.expect("an answer");
+        assert_eq!(answer.status(), 200, "{}", answer.text().await.unwrap_or_default());
+    }
+    llm.reply_with(vec![
+        Reply::tool_call("words_look_up", json!({"word": "serendipity"})),
+        Reply::tool_call("process_look_up", json!({"word": "loquacious"})),
+        Reply::text("Looked up"),
+    ]);
+    let start = product.start_conversation(with(saying("Look them up"), json!({"sandbox_id": sandbox}))).await;
+    let id = start.conversation_id();
+    product.conversation_when(&id, "finished").await;
+    let last = llm.requests().pop().expect("a request");
+    let tools: Vec<&str> =
+        last["tools"].as_array().expect("tools").iter().filter_map(|tool| tool["function"]["name"].as_str()).collect();
+    assert!(tools.contains(&"words_look_up") && tools.contains(&"process_look_up"), "{tools:?}");
+    let said: Vec<String> = last["messages"]
+        .as_array()
+        .expect("messages")
+        .iter()
+        .filter(|message| message["role"] == "tool")
+        .map(|message| content_text(&message["content"]))
+        .collect();
+    let from_process = format!("loquacious with {} in {}", KEY.chars().rev().collect::<String>(), folder.display());
+    for expected in [meaning("serendipity"), from_process] {
+        assert!(said.iter().any(|said| said.contains(&expected)), "{expected}: {said:?}");
+    }
+    let called: Vec<Value> = words.calls().iter().map(|call| json!([call["name"], call["arguments"]])).collect();
+    assert_eq!(called, [json!(["look_up", {"word": "serendipity"}])]);
+    for shown in [
+        product.get_from("/api/v1/settings").await.to_string(),
+        product.get_from("/api/v1/users/me").await.to_string(),
+        product.conversation(&id).await.to_string(),
+        start.task.to_string(),
+    ] {
+        assert!(!shown.contains(KEY), "{shown}");
+    }
+}
+
+fn agent_servers_send_their_events_within_a_second(product: &Product) {
+    let environments: Vec<Vec<u8>> = product
+        .processes()
+        .into_iter()
+        .filter_map(|pid| std::fs::read(format!("/proc/{}/environ", pid.as_raw_nonzero())).ok())
+        .collect();
+    let has =
+        |environment: &[u8], variable: &str| environment.split(|byte| *byte == 0).any(|one| one == variable.as_bytes());
+    // Where there is no such file system there is nothing to see.
+    assert!(
+        environments.is_empty() || environments.iter().any(|one| has(one, "OH_WEBHOOKS_0_FLUSH_DELAY=1")),
+        "no agent server has the variable"
+    );
+}
