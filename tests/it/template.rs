@@ -216,8 +216,9 @@ fn streams_have_the_time_they_need() {
     // Lambda streams 2 MB/s beyond the first 6 MB, and 200 MB at most.
     let limit = &template["Parameters"]["InlineDownloadLimit"];
     assert_eq!(limit["MaxValue"], 200_000_000);
-    assert!(limit["Default"].as_u64().expect("bytes") <= 200_000_000);
-    let build = shared::config::ExportConfig::default().budget.as_secs();
+    let export = shared::config::ExportConfig::default();
+    assert_eq!(limit["Default"], export.inline_limit);
+    let build = export.budget.as_secs();
     assert!(build + 200 / 2 < functions["download"]["Timeout"].as_u64().expect("seconds"));
 }
 
