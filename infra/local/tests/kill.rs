@@ -504,9 +504,9 @@ async fn the_process_listens_on_one_port_and_each_agent_server_on_one() {
     assert!(server.stop(Signal::TERM).success());
 }
 
-/// `cargo local engines` has three ports, for the functions under `cargo lambda watch`; commands on the data folder have none.
+/// For the functions under `cargo lambda watch`.
 #[test]
-fn engines_listen_on_three_ports_and_commands_on_none() {
+fn engines_listen_on_three_ports_of_loopback() {
     let data = Data::new();
     let environment = data.folder.path().join("environment");
     let mut command = data.command(&["--sandbox", "none", "engines"]);
@@ -522,18 +522,6 @@ fn engines_listen_on_three_ports_and_commands_on_none() {
     assert!(addresses.iter().all(|address| address.starts_with("tcp 0100007F:")), "{addresses:?}");
     assert_eq!(fs::metadata(&environment).unwrap().permissions().mode() & 0o777, 0o600);
     assert!(server.stop(Signal::INT).success());
-
-    // It reads its standard input until that is closed.
-    let mut child = data.command(&["import", "-"]).stdin(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
-    let file = data.path().join("dynamodb.sqlite-wal");
-    let end = Instant::now() + SOON;
-    while !file.exists() && Instant::now() < end {
-        thread::sleep(Duration::from_millis(20));
-    }
-    assert!(file.exists(), "the import works on the data folder");
-    assert_eq!(listening(Pid::from_child(&child)), Vec::<String>::new());
-    drop(child.stdin.take());
-    assert!(child.wait().unwrap().success());
 }
 
 /// The files and folders of a data folder that others than its owner may use, without what agents make.

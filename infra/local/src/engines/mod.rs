@@ -271,7 +271,6 @@ impl Engines {
     }
 
     /// S3's handler. It verifies signatures, those of presigned links included.
-    #[must_use]
     pub fn s3_router(&self) -> Router {
         self.s3_router.clone()
     }

@@ -271,6 +271,8 @@ fn timestamp(text: &str) -> Option<SystemTime> {
 mod tests {
     use super::*;
 
+    type Change = fn(String) -> String;
+
     const NOW: &str = "20260102T030405Z";
 
     fn verifier() -> Verifier {
@@ -338,7 +340,6 @@ mod tests {
         let (mut parts, body) = signed("{}", &COVERED);
         parts.headers.remove(AUTHORIZATION);
         assert_eq!(outcome(&parts, &body), Err(Fault::Missing));
-        type Change = fn(String) -> String;
         let cases: [(Change, Fault); 10] = [
             (|text| text.replace("Credential=LOCALKEY", "Credential=OTHER"), Fault::UnknownKey),
             (|text| text.replace("LOCALKEY/20260102", "LOCALKEY/20260101"), Fault::Incomplete),
