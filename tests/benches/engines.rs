@@ -1,5 +1,5 @@
 //! Embedded engines in process beside the same engines behind sockets: requests per second of the routes that read lists. Both
-//! read the same records in the same run; the API's own HTTP server is left out.
+//! read the same records in the same run, in turns. The API's own HTTP server is left out.
 //!
 //! ```sh
 //! cargo bench -p tests --bench engines                  # 10,000 conversations, 5 s a line
@@ -37,6 +37,9 @@ const SECONDS: u64 = 5;
 /// How many requests are under way at the same time.
 const CONCURRENCY: [usize; 2] = [1, 16];
 
+/// Of each kind of client, for a line.
+const TURNS: u32 = 4;
+
 type Query = Vec<(&'static str, String)>;
 
 #[tokio::main]
@@ -49,23 +52,20 @@ async fn main() {
     let user = UserId::new("somebody");
     load(&api, &user, size).await;
 
-    let mut lines = Vec::new();
-    for sockets in [false, true] {
-        if sockets {
-            api.use_sockets().await;
-        }
-        for (what, path, query) in requests(size) {
-            for concurrency in CONCURRENCY {
-                lines.push((what, concurrency, measure(&api, &user, path, &query, concurrency, time).await));
-            }
-        }
-    }
     println!("{size} conversations, requests/s (p50 ms, p99 ms):\n");
     println!("| request | at a time | in process | sockets | ratio |\n|---|---|---|---|---|");
-    let (in_process, sockets) = lines.split_at(lines.len() / 2);
-    for ((what, concurrency, here), (_, _, there)) in in_process.iter().zip(sockets) {
-        let ratio = here.rate / there.rate;
-        println!("| {what} | {concurrency} | {here} | {there} | {ratio:.2} |");
+    for (what, path, query) in requests(size) {
+        for concurrency in CONCURRENCY {
+            // In turns, so that what else the machine does meanwhile meets both.
+            let (mut here, mut there) = (Measured::default(), Measured::default());
+            for _ in 0..TURNS {
+                api.use_no_sockets();
+                measure(&api, &user, path, &query, concurrency, time / TURNS, &mut here).await;
+                api.use_sockets().await;
+                measure(&api, &user, path, &query, concurrency, time / TURNS, &mut there).await;
+            }
+            println!("| {what} | {concurrency} | {here} | {there} | {:.2} |", here.rate() / there.rate());
+        }
     }
     api.stop().await;
 }
@@ -92,16 +92,25 @@ fn requests(size: u64) -> [(&'static str, &'static str, Query); 4] {
     ]
 }
 
-/// Durations in milliseconds.
+/// What was measured in all turns.
+#[derive(Default)]
 struct Measured {
-    rate: f64,
-    p50: f64,
-    p99: f64,
+    took: Vec<Duration>,
+    time: Duration,
+}
+
+impl Measured {
+    fn rate(&self) -> f64 {
+        f64::from(u32::try_from(self.took.len()).expect("a number of requests")) / self.time.as_secs_f64()
+    }
 }
 
 impl std::fmt::Display for Measured {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:.0} ({:.1}, {:.1})", self.rate, self.p50, self.p99)
+        let mut took = self.took.clone();
+        took.sort_unstable();
+        let quantile = |percent: usize| took[took.len() * percent / 100].as_secs_f64() * 1000.0;
+        write!(f, "{:.0} ({:.1}, {:.1})", self.rate(), quantile(50), quantile(99))
     }
 }
 
@@ -112,7 +121,8 @@ async fn measure(
     query: &[(&str, String)],
     concurrency: usize,
     time: Duration,
-) -> Measured {
+    measured: &mut Measured,
+) {
     let started = Instant::now();
     let one = async || {
         let mut took = Vec::new();
@@ -124,10 +134,7 @@ async fn measure(
         }
         took
     };
-    let mut took: Vec<Duration> = join_all((0..concurrency).map(|_| one())).await.into_iter().flatten().collect();
-    let seconds = started.elapsed().as_secs_f64();
-    took.sort_unstable();
-    let quantile = |percent: usize| took[took.len() * percent / 100].as_secs_f64() * 1000.0;
-    let rate = f64::from(u32::try_from(took.len()).expect("a number of requests")) / seconds;
-    Measured { rate, p50: quantile(50), p99: quantile(99) }
+    let took = join_all((0..concurrency).map(|_| one())).await;
+    measured.took.extend(took.into_iter().flatten());
+    measured.time += started.elapsed();
 }

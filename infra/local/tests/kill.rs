@@ -482,7 +482,7 @@ fn loopback(port: u16) -> String {
 async fn the_process_listens_on_one_port_and_each_agent_server_on_one() {
     let _turn = ONE_AT_A_TIME.lock().await;
     let data = Data::new();
-    let server = data.run(&["--demo"]);
+    let server = data.run(&[]);
     server.alive(INSTALL).await;
     let task = server.start(&json!({})).await;
     server.ready(&task).await;
