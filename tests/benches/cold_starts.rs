@@ -23,6 +23,7 @@ use axum::response::Response;
 use axum::routing::{get, post};
 use flate2::Compression;
 use flate2::write::DeflateEncoder;
+use local::access::Origins;
 use local::engines::{EnginePorts, Engines};
 use serde_json::{Value, json};
 use shared::aws::Aws;
@@ -78,7 +79,8 @@ struct Start {
 #[tokio::main]
 async fn main() {
     let folder = TempDir::new().expect("a folder");
-    let engines = Engines::start(folder.path(), EnginePorts::default()).await.expect("engines");
+    let engines =
+        Engines::listening(folder.path(), EnginePorts::default(), &Origins::default()).await.expect("engines");
     let aws = Aws::new(&engines.sdk_config().await);
     let mut names = Names::with_prefix("oh-");
     names.start_queue_url = schema::make_all(&aws, &names, "oh-").await.expect("a schema").starts;

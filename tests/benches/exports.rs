@@ -11,6 +11,7 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use local::access::Origins;
 use local::engines::{EnginePorts, Engines};
 use serde_json::json;
 use shared::Time;
@@ -56,7 +57,8 @@ async fn main() {
 
 async fn measure(length: usize) {
     let folder = TempDir::new().expect("a folder");
-    let engines = Engines::start(folder.path(), EnginePorts::default()).await.expect("engines");
+    let engines =
+        Engines::listening(folder.path(), EnginePorts::default(), &Origins::default()).await.expect("engines");
     let aws = Aws::new(&engines.sdk_config().await);
     let names = Names::with_prefix(PREFIX);
     schema::make_all(&aws, &names, PREFIX).await.expect("a schema");

@@ -18,6 +18,7 @@ mod support {
     pub mod meter;
     pub mod seed;
     pub mod server;
+    pub mod sigv4;
 }
 
 use std::time::Instant;

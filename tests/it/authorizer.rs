@@ -475,8 +475,8 @@ async fn a_store_that_fails_is_no_refusal() {
     let (_, secret) = rig.keys.create(&UserId::new("ann"), "a key").await.expect("a key");
     let event = json!({"methodArn": "arn", "headers": {"X-Access-Token": secret.expose_secret()}});
     let way = Gate::new().to(&rig.engines.dynamodb).await;
-    let sdk = rig.engines.sdk_config().await;
-    let dynamodb = aws_sdk_dynamodb::config::Builder::from(&sdk).endpoint_url(way.url()).build();
+    let network = rig.engines.network_sdk_config().await;
+    let dynamodb = aws_sdk_dynamodb::config::Builder::from(&network).endpoint_url(way.url()).build();
     let keys = ApiKeyStore::new(aws_sdk_dynamodb::Client::from_conf(dynamodb), rig.config.users.clone());
     rig.authorizer = Authorizer::new(&rig.config, keys);
     assert!(rig.authorizer.handle(event.clone()).await.is_ok());

@@ -56,7 +56,8 @@ impl Rig {
         schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
         let gate = Gate::new();
         let way = gate.to(&engines.dynamodb).await;
-        let dynamodb = aws_sdk_dynamodb::config::Builder::from(&sdk).endpoint_url(way.url()).build();
+        let network = engines.network_sdk_config().await;
+        let dynamodb = aws_sdk_dynamodb::config::Builder::from(&network).endpoint_url(way.url()).build();
         let gated = Aws { dynamodb: aws_sdk_dynamodb::Client::from_conf(dynamodb), ..aws.clone() };
         Self {
             stores: Stores::new(&aws, &names, &Sealer::ephemeral()),

@@ -93,7 +93,7 @@ impl Cloud {
     }
 
     async fn data_key(&self) -> DataKey {
-        let sdk = self.engines.sdk_config().await.to_builder().endpoint_url(self.kms.url()).build();
+        let sdk = self.engines.network_sdk_config().await.to_builder().endpoint_url(self.kms.url()).build();
         DataKey::new(&sdk, self.aws.dynamodb.clone(), self.config.names.users.clone(), KEY.to_owned())
     }
 
@@ -765,7 +765,7 @@ async fn a_deployment_has_one_data_key_whoever_comes_first() {
     assert_eq!(cloud.kms.asked().0, made, "the second time none is made");
 
     // Neither another key of KMS nor a changed row opens anything.
-    let sdk = cloud.engines.sdk_config().await.to_builder().endpoint_url(cloud.kms.url()).build();
+    let sdk = cloud.engines.network_sdk_config().await.to_builder().endpoint_url(cloud.kms.url()).build();
     let users = cloud.config.names.users.clone();
     let wrong = DataKey::new(&sdk, cloud.aws.dynamodb.clone(), users.clone(), "alias/other".to_owned());
     let refused = wrong.keys().await.expect_err("refused");

@@ -24,6 +24,7 @@ mod import;
 mod inside;
 mod lambda;
 mod limits;
+mod local_access;
 mod openapi;
 mod pending_messages;
 mod records;

@@ -625,20 +625,27 @@ pub async fn everything(api: &Api) -> BTreeMap<String, HashMap<String, Attribute
     all
 }
 
+/// The header in which the user's sandbox, or an agent in it, shows who it is.
+pub async fn credential(api: &Api, user: &UserId, by: By) -> (&'static str, SecretString) {
+    match by {
+        By::Agent => ("x-access-token", token_of(&api.sealer, user).await),
+        By::Sandbox | By::Caller => ("x-session-api-key", key_of(user)),
+    }
+}
+
 /// A request of a route's.
 pub async fn request(api: &Api, user: &UserId, route: &Route) -> (u16, Value) {
     let asked = async {
         match route.by {
             By::Caller => api.call(user, route.method, &route.target, route.body.as_ref()).await,
             By::Sandbox | By::Agent => {
-                let shown = if route.by == By::Sandbox { "x-session-api-key" } else { "x-access-token" };
-                let secret = if route.by == By::Sandbox { key_of(user) } else { token_of(&api.sealer, user).await };
+                let (header, secret) = credential(api, user, route.by).await;
                 let body = route.body.as_ref().map_or_else(Body::empty, |body| Body::from(body.to_string()));
                 let request = Request::builder()
                     .method(route.method)
                     .uri(&route.target)
                     .header("content-type", "application/json")
-                    .header(shown, secret.expose_secret());
+                    .header(header, secret.expose_secret());
                 api.send(request.body(body).expect("a request")).await
             }
         }

@@ -274,9 +274,10 @@ async fn nothing_is_acknowledged_that_the_store_refuses() {
     let owner = Owner::new(&aws, &names, &sealer, UserId::new("somebody")).await;
     let gate = Gate::new();
     let way = gate.to(&engines.dynamodb).await;
+    let network = engines.network_sdk_config().await;
     let gated = Aws {
         dynamodb: aws_sdk_dynamodb::Client::from_conf(
-            aws_sdk_dynamodb::config::Builder::from(&sdk).endpoint_url(way.url()).build(),
+            aws_sdk_dynamodb::config::Builder::from(&network).endpoint_url(way.url()).build(),
         ),
         ..aws.clone()
     };

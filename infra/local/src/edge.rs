@@ -12,12 +12,14 @@ use shared::http::response::{detail, with_common_answers};
 use shared::user::UserId;
 use shared::user::seal::hash;
 
+use crate::access::Origins;
+
 /// The header that holds the instance's key.
 const SESSION_API_KEY: &str = "x-session-api-key";
 
 /// Puts the edge around the functions' routers: the single user, the instance's key if there is one, CORS. The others
 /// are open, or find out for themselves whose sandbox is calling.
-pub fn around(functions: Router, without_user: Router, key: Option<SecretString>, origins: Vec<String>) -> Router {
+pub fn around(functions: Router, without_user: Router, key: Option<SecretString>, origins: Origins) -> Router {
     let guarded =
         functions.layer(middleware::from_fn(as_local_user)).route_layer(middleware::from_fn(
             move |request: Request, next: Next| {
@@ -27,9 +29,7 @@ pub fn around(functions: Router, without_user: Router, key: Option<SecretString>
                 }
             },
         ));
-    // Pages on this machine, and those that the operator names.
-    with_common_answers(guarded.merge(without_user))
-        .layer(cors(move |origin| is_local(origin) || origins.iter().any(|allowed| allowed == origin)))
+    with_common_answers(guarded.merge(without_user)).layer(cors(move |origin| origins.allows(origin)))
 }
 
 async fn as_local_user(mut request: Request, next: Next) -> Response {
@@ -46,36 +46,4 @@ fn carries(request: &Request, key: &SecretString) -> bool {
         .and_then(|(scheme, token)| scheme.eq_ignore_ascii_case("bearer").then_some(token.trim()));
     let key = hash(key.expose_secret());
     [given(SESSION_API_KEY), given("x-access-token"), bearer].into_iter().flatten().any(|given| hash(given) == key)
-}
-
-fn is_local(origin: &str) -> bool {
-    let Some((_, rest)) = origin.split_once("://") else { return false };
-    let host = match rest.rsplit_once(':') {
-        Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => host,
-        _ => rest,
-    };
-    matches!(host, "localhost" | "127.0.0.1" | "[::1]") || host.ends_with(".localhost")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_pages_of_this_machine_are_local() {
-        for origin in [
-            "http://localhost",
-            "http://localhost:3001",
-            "https://127.0.0.1:8443",
-            "http://[::1]:3000",
-            "http://app.localhost:1",
-        ] {
-            assert!(is_local(origin), "{origin}");
-        }
-        for origin in
-            ["http://example.org", "http://localhost.example.org", "null", "http://127.0.0.1.example.org:80", "file://"]
-        {
-            assert!(!is_local(origin), "{origin}");
-        }
-    }
 }

@@ -1,8 +1,5 @@
 //! `cargo local`: sets up what is missing and runs the product until Ctrl-C.
 
-use std::fs::{self, OpenOptions};
-use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -14,6 +11,7 @@ use local::data_key;
 use local::demo;
 use local::import::command;
 use local::options::{Command, CommonOptions, LogKind, Options};
+use local::private_file;
 use local::server::{Environment, Readiness, Server, ServerError};
 use local::web_ui::{self, Connection, WebUiError};
 use shared::telemetry::{self, LogFormat};
@@ -93,7 +91,9 @@ async fn engines(
     let server = Server::start(options, Environment::read()?, false, invoke_url).await?;
     let environment = environment_lines(&server);
     match env_file {
-        Some(path) => write_private(&path, &environment).map_err(|source| ServerError::File { path, source })?,
+        // It holds the engines' keys.
+        Some(path) => private_file::write(&path, environment.as_bytes(), 0o600)
+            .map_err(|source| ServerError::File { path, source })?,
         None => print!("{environment}"),
     }
     run(server).await
@@ -121,15 +121,6 @@ async fn run(server: Server) -> Result<(), ServerError> {
 fn environment_lines(server: &Server) -> String {
     let line = |(name, value): (String, String)| format!("export {name}='{}'\n", value.replace('\'', r"'\''"));
     server.environment().into_iter().map(line).collect()
-}
-
-/// Whole or not at all, and for its owner alone: it holds the engines' keys.
-fn write_private(path: &Path, text: &str) -> io::Result<()> {
-    let mut draft = path.as_os_str().to_owned();
-    draft.push(".new");
-    let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&draft)?;
-    file.write_all(text.as_bytes())?;
-    fs::rename(&draft, path)
 }
 
 fn welcome(server: &Server, options: &CommonOptions) -> String {

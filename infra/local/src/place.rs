@@ -8,7 +8,7 @@ use shared::aws::Aws;
 use shared::config::Names;
 use shared::user::UserId;
 
-use crate::engines::{EnginePorts, Engines};
+use crate::engines::{Engines, IN_PROCESS_S3};
 use crate::options::PlaceOptions;
 use crate::server::{PREFIX, ServerError, make_data_folder};
 
@@ -84,7 +84,7 @@ impl Place {
 
     async fn embedded(data: &Path) -> Result<Self, PlaceError> {
         let data = make_data_folder(data)?;
-        let engines = Engines::start(&data, EnginePorts::default()).await.map_err(ServerError::from)?;
+        let engines = Engines::in_process(&data, IN_PROCESS_S3).await.map_err(ServerError::from)?;
         let aws = Aws::new(&engines.sdk_config().await);
         let names = Names::with_prefix(PREFIX);
         schema::make_all(&aws, &names, PREFIX).await.map_err(ServerError::from)?;

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{self, Write as _};
+use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -32,12 +32,15 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
+use crate::access::{Access, PublicAddress};
 use crate::agent_server::{self, EnsureError, PythonError, Terminal, find_python};
 use crate::demo;
 use crate::docs;
 use crate::edge;
 use crate::engines::{EngineError, EnginePorts, Engines};
+use crate::links::Links;
 use crate::options::{CommonOptions, SandboxKind};
+use crate::private_file;
 use crate::web_ui::{self, Connection, WebUi};
 use crate::worker::{Worker, poll, sweep};
 
@@ -62,6 +65,17 @@ pub enum ServerError {
         /// What the system said.
         source: io::Error,
     },
+    /// The data folder belongs to another user, or its file system keeps no permissions.
+    #[error("{path} cannot be kept private to you (mode 0700): {source}. Choose a folder of your own with --data.", path = path.display())]
+    NotPrivate {
+        /// The folder.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// `OH_WEB_URL` or `WEB_HOST`.
+    #[error("{0}")]
+    PublicAddress(String),
     /// The port is taken.
     #[error("Port {port} on 127.0.0.1 cannot be listened on: {source}. Choose another with --port.")]
     Port {
@@ -217,7 +231,14 @@ impl Server {
             .as_ref()
             .and_then(|listener| listener.local_addr().ok())
             .map_or(options.port, |address| address.port());
-        let engines = Engines::start(&data, EnginePorts::default()).await?;
+        let containers = options.sandbox == SandboxKind::Docker;
+        let public = environment.start.web_url.as_deref().map(PublicAddress::parse).transpose();
+        let access = Access::new(containers, public.map_err(ServerError::PublicAddress)?, &environment.origins);
+        let own_url = format!("http://127.0.0.1:{port}");
+        let engines = match serve {
+            true => Engines::in_process(&data, &own_url).await?,
+            false => Engines::listening(&data, EnginePorts::default(), access.origins()).await?,
+        };
         let aws = Aws::new(&engines.sdk_config().await);
         let sealing_key_file = data.join(SEALING_KEY);
         let sealer = Sealer::from_file(&sealing_key_file).map_err(file_error(&sealing_key_file))?;
@@ -229,7 +250,7 @@ impl Server {
         engines.expire(&names.bucket, expiry.prefix, objects, uploads)?;
         let web_url = match &invoke_url {
             Some(url) => url.trim_end_matches('/').to_owned(),
-            None => format!("http://127.0.0.1:{port}"),
+            None => own_url.clone(),
         };
         let agent_server_folder = options.agent_server.clone().unwrap_or_else(|| installed.join("agent-server"));
         if options.demo {
@@ -308,11 +329,16 @@ impl Server {
                 let fetching = fetch_web_ui(ui.clone(), installed.join(web_ui::FOLDER), connection, readiness.clone());
                 server.tasks.push(tokio::spawn(fetching));
             }
-            let mut router = server.router(environment.session_api_key, environment.origins);
+            let mut router = server.router(environment.session_api_key, &access);
             if options.demo {
                 router = router.merge(demo::router());
             }
-            server.serve(listener, ui.map_or(router.clone(), |ui| ui.before(router)));
+            if let Some(ui) = ui {
+                router = ui.before(router);
+            }
+            let links = Links::new(&server.config.names.bucket, &own_url, server.engines.s3_router(), access.clone());
+            // Outermost: nothing is served that it has not let through.
+            server.serve(listener, access.around(links.before(router)));
         }
         let (python, launcher) = (options.python.clone(), data.join("agent-server-python"));
         let install = matches!(server.config.sandbox, SandboxConfig::Process(_));
@@ -382,7 +408,7 @@ impl Server {
         Some(ProcessSandboxes::new(process.clone(), store))
     }
 
-    fn router(&self, key: Option<SecretString>, origins: Vec<String>) -> Router {
+    fn router(&self, key: Option<SecretString>, access: &Access) -> Router {
         let (config, aws, sealer) = (&self.config, &self.aws, &self.sealer);
         let functions = functions(config, aws, sealer);
         let without_user = functions_without_user(config, aws, sealer);
@@ -391,7 +417,7 @@ impl Server {
             .route("/health", get(async || Json("OK")))
             .route("/ready", get(ready))
             .with_state(self.readiness.clone());
-        edge::around(functions, without_user, key, origins).merge(health).merge(docs::router())
+        edge::around(functions, without_user, key, access.origins().clone()).merge(health).merge(docs::router())
     }
 
     fn serve(&mut self, listener: TcpListener, router: Router) {
@@ -478,10 +504,29 @@ async fn listen(port: u16) -> Result<TcpListener, ServerError> {
     TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await.map_err(|source| ServerError::Port { port, source })
 }
 
-/// The folder, absolute, and its owner's alone: it holds keys.
+/// Makes the folder, if it is not there, and keeps it private to its owner, with every file in it that is ours: it holds keys and
+/// conversations. The agent server's and the web UI's installations, and what sandboxes make, keep their modes.
+///
+/// # Errors
+/// [`ServerError::File`], and [`ServerError::NotPrivate`] if it belongs to another user.
 pub(crate) fn make_data_folder(folder: &Path) -> Result<PathBuf, ServerError> {
     let folder = std::path::absolute(folder).map_err(file_error(folder))?;
     fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder).map_err(file_error(&folder))?;
+    let not_private = |path: &Path| {
+        let path = path.to_owned();
+        move |source| ServerError::NotPrivate { path, source }
+    };
+    // Through a link: the folder that it leads to is what counts.
+    let real = folder.canonicalize().map_err(file_error(&folder))?;
+    private_file::make_private(&real).map_err(not_private(&folder))?;
+    private_file::make_entries_private(&folder).map_err(not_private(&folder))?;
+    let sandboxes = folder.join("sandboxes");
+    for entry in private_file::entries(&sandboxes).map_err(file_error(&sandboxes))? {
+        private_file::make_private(&entry.path()).map_err(not_private(&entry.path()))?;
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            private_file::make_files_private(&entry.path()).map_err(not_private(&entry.path()))?;
+        }
+    }
     Ok(folder)
 }
 
@@ -519,14 +564,8 @@ async fn take_over(sandboxes: &ProcessSandboxes, user: &UserId) -> Result<(), Se
 async fn install_agent_server(folder: &Path, python: Option<&Path>, launcher: &Path) -> Result<(), String> {
     let agent_server =
         agent_server::ensure(folder, python, Terminal::new()).await.map_err(|error: EnsureError| error.to_string())?;
-    let written = || {
-        let temporary = launcher.with_extension("new");
-        let mut file = fs::File::create(&temporary)?;
-        let python = agent_server.python.display().to_string().replace('\'', r"'\''");
-        writeln!(file, "#!/bin/sh\nexec '{python}' \"$@\"")?;
-        file.set_permissions(fs::Permissions::from_mode(0o700))?;
-        file.sync_all()?;
-        fs::rename(&temporary, launcher)
-    };
-    written().map_err(|error| format!("{} cannot be written: {error}", launcher.display()))
+    let python = agent_server.python.display().to_string().replace('\'', r"'\''");
+    let script = format!("#!/bin/sh\nexec '{python}' \"$@\"\n");
+    private_file::write(launcher, script.as_bytes(), 0o700)
+        .map_err(|error| format!("{} cannot be written: {error}", launcher.display()))
 }

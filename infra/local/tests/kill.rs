@@ -1,12 +1,13 @@
-//! The real program, `kill -9`, and what the next run makes of it; on real agent servers.
+//! The real program: `kill -9` and what the next run makes of it, on real agent servers; its ports; the modes of its files.
 //!
 //! The agent server is installed into `target/agent-server` on first use, or `OPENHANDS_AGENT_SERVER_FOLDER`.
 #![cfg(target_os = "linux")] // processes are found in /proc
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -447,4 +448,148 @@ fn options_may_stand_before_and_behind_a_command() {
         assert!(server.stop(Signal::INT).success());
         fs::remove_file(&environment).unwrap();
     }
+}
+
+/// The addresses that a process listens on with TCP.
+fn listening(pid: Pid) -> Vec<String> {
+    let pid = pid.as_raw_nonzero();
+    let sockets: Vec<String> = fs::read_dir(format!("/proc/{pid}/fd"))
+        .unwrap()
+        // A descriptor may be closed meanwhile.
+        .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
+        .filter_map(|target| Some(target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
+        .collect();
+    let mut found = Vec::new();
+    for table in ["tcp", "tcp6"] {
+        // Without IPv6 there is no such table.
+        for line in fs::read_to_string(format!("/proc/{pid}/net/{table}")).unwrap_or_default().lines().skip(1) {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            // State 0A is LISTEN; the tenth field is the inode.
+            if fields[3] == "0A" && sockets.iter().any(|socket| socket == fields[9]) {
+                found.push(format!("{table} {}", fields[1]));
+            }
+        }
+    }
+    found
+}
+
+/// As `/proc/net/tcp` writes it.
+fn loopback(port: u16) -> String {
+    format!("tcp 0100007F:{port:04X}")
+}
+
+#[tokio::test]
+async fn the_process_listens_on_one_port_and_each_agent_server_on_one() {
+    let _turn = ONE_AT_A_TIME.lock().await;
+    let data = Data::new();
+    let server = data.run(&[]);
+    server.alive(INSTALL).await;
+    let task = server.start(&json!({})).await;
+    server.ready(&task).await;
+    let port = server.base.rsplit(':').next().unwrap().parse().unwrap();
+    assert_eq!(listening(Pid::from_child(&server.child)), [loopback(port)]);
+    let agent_servers = data.agent_servers();
+    assert_eq!(agent_servers.len(), 1);
+    let conversation = server.conversation().await;
+    let url = conversation["conversation_url"].as_str().unwrap();
+    let (address, _) = url.split_once("/api/").unwrap();
+    let port = address.rsplit(':').next().unwrap().parse().unwrap();
+    assert!(listening(agent_servers[0]).contains(&loopback(port)), "{:?}", listening(agent_servers[0]));
+    // Whatever else belongs to the product listens on loopback alone.
+    for pid in data.processes() {
+        for address in listening(pid) {
+            assert!(address.starts_with("tcp 0100007F:"), "{pid:?} listens on {address}");
+        }
+    }
+    assert!(server.stop(Signal::TERM).success());
+}
+
+/// For the functions under `cargo lambda watch`.
+#[test]
+fn engines_listen_on_three_ports_of_loopback() {
+    let data = Data::new();
+    let environment = data.folder.path().join("environment");
+    let mut command = data.command(&["--sandbox", "none", "engines"]);
+    let child = command.arg("--env-file").arg(&environment).stderr(Stdio::null()).spawn().unwrap();
+    let server = Server { child, base: String::new(), http: reqwest::Client::new() };
+    let end = Instant::now() + SOON;
+    while !environment.exists() {
+        assert!(Instant::now() < end, "no environment was written");
+        thread::sleep(Duration::from_millis(20));
+    }
+    let addresses = listening(Pid::from_child(&server.child));
+    assert_eq!(addresses.len(), 3, "{addresses:?}");
+    assert!(addresses.iter().all(|address| address.starts_with("tcp 0100007F:")), "{addresses:?}");
+    assert_eq!(fs::metadata(&environment).unwrap().permissions().mode() & 0o777, 0o600);
+    assert!(server.stop(Signal::INT).success());
+}
+
+/// The files and folders of a data folder that others than its owner may use, without what agents make.
+fn open_to_others(data: &Path) -> Vec<(PathBuf, u32)> {
+    let (mut found, mut folders) = (Vec::new(), vec![data.to_owned()]);
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).unwrap().map(Result::unwrap) {
+            let metadata = entry.metadata().unwrap();
+            let mode = metadata.permissions().mode() & 0o777;
+            if metadata.is_symlink() {
+                continue;
+            }
+            if mode & 0o077 != 0 {
+                found.push((entry.path(), mode));
+            }
+            if metadata.is_dir() {
+                folders.push(entry.path());
+            }
+        }
+    }
+    found
+}
+
+#[tokio::test]
+async fn a_data_folder_that_was_open_to_all_is_its_owners_alone_and_workspaces_stay_as_they_are() {
+    let data = Data::new();
+    let folder = data.path();
+    let server = data.run(&["--sandbox", "none"]);
+    server.alive(SOON).await;
+    let content =
+        json!({"title": "large", "initial_message": {"content": [{"type": "text", "text": "x".repeat(9000)}]}});
+    server.start(&content).await;
+    assert_eq!(open_to_others(&folder), []);
+    assert!(server.stop(Signal::TERM).success());
+
+    // As an earlier version left it, or a copy.
+    let sandbox = folder.join("sandboxes/one");
+    let workspace = sandbox.join("workspace/project");
+    fs::create_dir_all(&workspace).unwrap();
+    for file in [sandbox.join("agent-server.log"), sandbox.join("agent-server.lock"), workspace.join("run.sh")] {
+        fs::write(file, "").unwrap();
+    }
+    fs::write(folder.join("functions.env"), "export AWS_SECRET_ACCESS_KEY='…'").unwrap();
+    let mut folders = vec![folder.clone()];
+    while let Some(folder) = folders.pop() {
+        fs::set_permissions(&folder, Permissions::from_mode(0o755)).unwrap();
+        for entry in fs::read_dir(&folder).unwrap().map(Result::unwrap) {
+            match entry.file_type().unwrap().is_dir() {
+                true => folders.push(entry.path()),
+                false => fs::set_permissions(entry.path(), Permissions::from_mode(0o644)).unwrap(),
+            }
+        }
+    }
+    assert!(open_to_others(&folder).len() > 10);
+
+    let server = data.run(&["--sandbox", "none"]);
+    server.alive(SOON).await;
+    server.start(&content).await;
+    let left: Vec<_> =
+        open_to_others(&folder).into_iter().filter(|(path, _)| *path != sandbox.join("workspace")).collect();
+    assert_eq!(left, [(workspace.clone(), 0o755), (workspace.join("run.sh"), 0o644)], "what git has made stays");
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!([mode(&folder), mode(&sandbox), mode(&folder.join("functions.env"))], [0o700, 0o700, 0o600]);
+    // Files that the server's children make have the modes that they would have without it.
+    let umask = |pid: &str| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        status.lines().find_map(|line| Some(line.strip_prefix("Umask:")?.trim().to_owned())).unwrap()
+    };
+    assert_eq!(umask(&server.child.id().to_string()), umask("self"));
+    assert!(server.stop(Signal::TERM).success());
 }

@@ -335,7 +335,7 @@ impl ProcessSandboxes {
         if !asked.is_ok_and(|answer| answer.status().is_success()) {
             return false;
         }
-        if let Err(error) = File::create(folder.answered()) {
+        if let Err(error) = OpenOptions::new().create(true).append(true).mode(0o600).open(folder.answered()) {
             // It answers all the same; it will be asked again next time.
             tracing::warn!(folder = %folder.0.display(), %error, "sandbox.answer_not_noted");
         }

@@ -79,7 +79,7 @@ impl Api {
                 url
             };
             let urls = [way(&engines.dynamodb).await, way(&engines.s3).await, way(&engines.sqs).await];
-            aws.insert(function.clone(), clients(&engines.sdk_config().await, &urls));
+            aws.insert(function.clone(), clients(&engines.network_sdk_config().await, &urls));
         }
         let aws = |function: &str| &aws[function];
         let routers = Router::new()
@@ -103,12 +103,23 @@ impl Api {
 
     /// From now on requests reach DynamoDB by way of a meter.
     pub async fn measure(&mut self, meter: &Meter) -> Server {
-        let way = meter.to(&self.engines.dynamodb).await;
-        let sdk = self.engines.sdk_config().await;
+        let way = meter.to(&self.engines).await;
+        let sdk = self.engines.network_sdk_config().await;
         let dynamodb = aws_sdk_dynamodb::config::Builder::from(&sdk).endpoint_url(way.url()).build();
         let aws = Aws { dynamodb: aws_sdk_dynamodb::Client::from_conf(dynamodb), ..self.aws.clone() };
         self.router = router(&self.config, &aws, &self.sealer);
         way
+    }
+
+    /// From now on requests reach the engines through their ports, as those of other processes do.
+    pub async fn use_sockets(&mut self) {
+        let aws = Aws::new(&self.engines.network_sdk_config().await);
+        self.router = router(&self.config, &aws, &self.sealer);
+    }
+
+    /// From now on requests reach the engines in process again.
+    pub fn use_no_sockets(&mut self) {
+        self.router = router(&self.config, &self.aws, &self.sealer);
     }
 
     pub async fn stop(self) {

@@ -13,6 +13,7 @@ use std::sync::{Mutex, OnceLock};
 
 use aws_config::{BehaviorVersion, Region, SdkConfig};
 use aws_sdk_dynamodb::config::Credentials;
+use local::access::Origins;
 use local::engines::{EngineCredentials, EnginePorts, REGION};
 use shared::config::Names;
 use uuid::Uuid;
@@ -31,7 +32,8 @@ pub struct Engines {
     pub sqs: String,
     /// The account that everything is in.
     pub account: String,
-    credentials: EngineCredentials,
+    /// The key pair that requests are signed with.
+    pub credentials: EngineCredentials,
     embedded: Option<local::engines::Engines>,
 }
 
@@ -42,7 +44,9 @@ impl Engines {
     }
 
     async fn embedded(folder: &Path) -> Self {
-        let engines = local::engines::Engines::start(folder, EnginePorts::default()).await.expect("engines");
+        // With ports: other processes and the proxies of tests reach them there.
+        let ports = EnginePorts::default();
+        let engines = local::engines::Engines::listening(folder, ports, &Origins::default()).await.expect("engines");
         Self {
             dynamodb: engines.dynamodb.clone(),
             s3: engines.s3.clone(),
@@ -100,10 +104,18 @@ impl Engines {
         .to_vec()
     }
 
-    /// What the SDK clients of this process need.
+    /// The configuration of SDK clients in this process. They reach the embedded engines without a socket.
     pub async fn sdk_config(&self) -> SdkConfig {
+        match &self.embedded {
+            Some(embedded) => embedded.sdk_config().await,
+            None => self.network_sdk_config().await,
+        }
+    }
+
+    /// The configuration of SDK clients that use sockets, for those that a test gives the address of a proxy.
+    pub async fn network_sdk_config(&self) -> SdkConfig {
         if let Some(embedded) = &self.embedded {
-            return embedded.sdk_config().await;
+            return embedded.network_sdk_config().await;
         }
         let EngineCredentials { access_key_id, secret_access_key } = &self.credentials;
         aws_config::defaults(BehaviorVersion::latest())

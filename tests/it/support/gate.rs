@@ -155,14 +155,10 @@ impl Gate {
 /// Hands a request on to a server, and its answer back.
 pub async fn forward(http: &reqwest::Client, request: Request, upstream: &str) -> Result<Response, Cut> {
     let query = if request.query.is_empty() { String::new() } else { format!("?{}", request.query) };
-    let mut headers = request.headers.clone();
-    // S3's signatures cover it, those of links too.
-    if request.header("x-amz-content-sha256").is_none() && !request.query.contains("X-Amz-Signature") {
-        headers.remove(http::header::HOST);
-    }
+    // With its `Host`, which signatures cover.
     let answer = http
         .request(request.method.clone(), format!("{upstream}{}{query}", request.path))
-        .headers(headers)
+        .headers(request.headers.clone())
         .body(request.body.clone())
         .send()
         .await

@@ -6,9 +6,12 @@ use std::sync::{Arc, Mutex};
 use axum::body::Body;
 use axum::response::Response;
 use http::header;
+use local::engines::EngineCredentials;
 use serde_json::{Value, json};
 
+use super::engines::Engines;
 use super::server::{Cut, Request, Server};
+use super::sigv4::sign;
 
 /// What was consumed since the last look.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -34,11 +37,11 @@ impl Meter {
     }
 
     /// A way through the meter to DynamoDB.
-    pub async fn to(&self, upstream: &str) -> Server {
-        let (meter, upstream) = (self.clone(), upstream.to_owned());
+    pub async fn to(&self, engines: &Engines) -> Server {
+        let (meter, url, credentials) = (self.clone(), engines.dynamodb.clone(), engines.credentials.clone());
         Server::start(move |request| {
-            let (meter, upstream) = (meter.clone(), upstream.clone());
-            async move { meter.pass(request, &upstream).await }
+            let (meter, url, credentials) = (meter.clone(), url.clone(), credentials.clone());
+            async move { meter.pass(request, &url, &credentials).await }
         })
         .await
     }
@@ -48,10 +51,9 @@ impl Meter {
         std::mem::take(&mut *self.0.costs.lock().expect("costs"))
     }
 
-    async fn pass(&self, request: Request, upstream: &str) -> Result<Response, Cut> {
+    async fn pass(&self, request: Request, url: &str, credentials: &EngineCredentials) -> Result<Response, Cut> {
         let target = request.header("x-amz-target").unwrap_or_default();
         let operation = target.rsplit('.').next().unwrap_or(target).to_owned();
-        // The engine does not look at the signature, which is of the body as it was.
         let body = match request.json() {
             Value::Object(mut body) => {
                 body.insert("ReturnConsumedCapacity".to_owned(), json!("TOTAL"));
@@ -60,9 +62,13 @@ impl Meter {
             _ => request.body.clone(),
         };
         let mut headers = request.headers.clone();
-        headers.remove(header::HOST);
-        headers.remove(header::CONTENT_LENGTH);
-        let sent = self.0.http.post(format!("{upstream}{}", request.path)).headers(headers).body(body).send();
+        for name in [header::HOST, header::CONTENT_LENGTH, header::AUTHORIZATION] {
+            headers.remove(name);
+        }
+        let url = format!("{url}{}", request.path);
+        // The signature that came is of the body as it was.
+        sign("dynamodb", credentials, "POST", &url, &mut headers, &body);
+        let sent = self.0.http.post(url).headers(headers).body(body).send();
         let answer = sent.await.map_err(|_| Cut)?;
         let mut response = Response::builder().status(answer.status());
         for (name, value) in answer.headers() {

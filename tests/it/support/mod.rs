@@ -23,6 +23,7 @@ pub mod runtime_api;
 pub mod scripted_llm;
 pub mod seed;
 pub mod server;
+pub mod sigv4;
 pub mod stand_in_agent;
 pub mod wait;
 pub mod wire;

@@ -232,12 +232,13 @@ impl Rig {
         ];
         let mut ways = vec![gate.to(&held[0].url()).await, gate.to(&held[1].url()).await, gate.to(&agent.url()).await];
         // Without the product's time limits: what stands at the gate is to stand there.
+        let network = engines.network_sdk_config().await;
         let gated = Aws {
             dynamodb: aws_sdk_dynamodb::Client::from_conf(
-                aws_sdk_dynamodb::config::Builder::from(&sdk).endpoint_url(ways[0].url()).build(),
+                aws_sdk_dynamodb::config::Builder::from(&network).endpoint_url(ways[0].url()).build(),
             ),
             sqs: aws_sdk_sqs::Client::from_conf(
-                aws_sdk_sqs::config::Builder::from(&sdk).endpoint_url(ways[1].url()).build(),
+                aws_sdk_sqs::config::Builder::from(&network).endpoint_url(ways[1].url()).build(),
             ),
             s3: aws_sdk_s3::Client::from_conf(
                 aws_sdk_s3::config::Builder::from(&sdk).endpoint_url(held[2].url()).force_path_style(true).build(),

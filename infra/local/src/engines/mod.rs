@@ -1,30 +1,49 @@
-//! DynamoDB, S3 and SQS inside this process, each on a loopback port.
+//! DynamoDB, S3 and SQS inside this process.
 //!
-//! The AWS SDK clients talk to them as they talk to AWS, so nothing above knows the difference. Records are in
-//! a SQLite file and objects in a folder, both in the data folder; queues are in memory, because the start saga
-//! treats a message as a doorbell and rings again for what it finds unfinished.
+//! The AWS SDK's clients of this process reach them without a socket: [`Engines::sdk_config`] has an HTTP client that calls their
+//! handlers. For functions in other processes ([`Engines::listening`]) they also listen on loopback ports, where
+//! `signature.rs` verifies every request.
+//!
+//! Records are in a SQLite file and objects in a folder, both in the data folder. Queues are in memory: the start saga treats a
+//! message as a notification, and enqueues it again for tasks that it finds unfinished.
 
+#[cfg(test)]
+mod attacks;
 mod dynamodb;
+mod in_process;
 mod s3;
+mod signature;
 mod sqs;
 #[cfg(test)]
 mod tests;
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, Write};
+use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use aws_config::{AppName, BehaviorVersion, Region, SdkConfig};
 use aws_types::service_config::{LoadServiceConfig, ServiceConfigKey};
+use axum::Router;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
+
+use self::dynamodb::DynamoDb;
+use self::in_process::InProcessClient;
+use crate::access::Origins;
+use crate::private_file;
 
 /// The region that the engines say they are in.
 pub const REGION: &str = "us-east-1";
+
+/// Endpoints of engines without a port. No name server resolves names below `.invalid`.
+const IN_PROCESS_DYNAMODB: &str = "http://dynamodb.invalid";
+const IN_PROCESS_SQS: &str = "http://sqs.invalid";
+/// The endpoint of an S3 whose presigned links nobody serves.
+pub const IN_PROCESS_S3: &str = "http://s3.invalid";
 
 /// How long requests in flight may take to end once the engines stop.
 const GRACE: Duration = Duration::from_secs(3);
@@ -101,7 +120,7 @@ impl EngineError {
     }
 }
 
-/// The key pair that the engines take. Made once for a data folder, so that links and other processes outlive a
+/// The key pair that the engines accept. Made once for a data folder, so that links and other processes outlive a
 /// restart.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct EngineCredentials {
@@ -117,48 +136,94 @@ impl fmt::Debug for EngineCredentials {
     }
 }
 
-/// The running engines. Dropping them stops them too, but only [`Engines::shutdown`] says when that is done.
+/// The running engines. Dropping them stops them, too, but only [`Engines::shutdown`] reports when that is done.
 #[derive(Debug)]
 pub struct Engines {
-    /// Where DynamoDB listens, `http://127.0.0.1:<port>`.
+    /// The endpoint of DynamoDB: `http://127.0.0.1:<port>` where it listens, and otherwise an address that only the HTTP client
+    /// of [`Engines::sdk_config`] knows.
     pub dynamodb: String,
-    /// Where S3 listens.
+    /// The endpoint of S3, likewise. Presigned links begin with it.
     pub s3: String,
-    /// Where SQS listens.
+    /// The endpoint of SQS, likewise.
     pub sqs: String,
-    /// What requests to them are signed with.
+    /// The key pair that requests are signed with.
     pub credentials: EngineCredentials,
     buckets: PathBuf,
+    client: InProcessClient,
+    s3_router: Router,
+    database: DynamoDb,
     // Engines stop when this says so or is gone.
     stop: watch::Sender<bool>,
-    database_closed: oneshot::Receiver<()>,
-    servers: [JoinHandle<()>; 2],
+    servers: Vec<JoinHandle<()>>,
 }
 
 impl Engines {
-    /// Starts the engines on a data folder, which is made if it is not there.
-    pub async fn start(data: &Path, ports: EnginePorts) -> Result<Self, EngineError> {
-        make_folder(data)?;
-        let lock = lock(data).await?;
-        let buckets = data.join("s3");
-        make_folder(&buckets)?;
-        let credentials = credentials(&data.join("engine-credentials.json"))?;
-
-        let (dynamodb_listener, dynamodb) = listen("DynamoDB", ports.dynamodb)?;
-        let (s3_listener, s3) = listen("S3", ports.s3)?;
-        let (sqs_listener, sqs) = listen("SQS", ports.sqs)?;
-
-        let (stop, stopped) = watch::channel(false);
-        let database_closed =
-            dynamodb::start(data.join("dynamodb.sqlite"), dynamodb_listener, lock, stopped.clone()).await?;
-        let servers = [
-            s3::start(&buckets, s3_listener, &credentials, stopped.clone())?,
-            sqs::start(sqs_listener, &sqs, &credentials.access_key_id, stopped)?,
-        ];
-        Ok(Self { dynamodb, s3, sqs, credentials, buckets, stop, database_closed, servers })
+    /// Starts the engines on a data folder, which is made if it is not there. They have no port: only the SDK's clients of this
+    /// process reach them. Presigned S3 links begin with `s3_url`, where somebody has to serve them ([`Engines::s3_router`]).
+    pub async fn in_process(data: &Path, s3_url: &str) -> Result<Self, EngineError> {
+        let urls = [IN_PROCESS_DYNAMODB, s3_url, IN_PROCESS_SQS].map(ToOwned::to_owned);
+        Self::start(data, urls, None).await
     }
 
-    /// What another process needs in its environment to use these engines.
+    /// Starts the engines on a data folder, which is made if it is not there, and lets them listen on loopback ports for other
+    /// processes. Every request has to be signed with [`Engines::credentials`]; one from a web page is refused, except for
+    /// presigned links that pages of `pages` follow.
+    pub async fn listening(data: &Path, ports: EnginePorts, pages: &Origins) -> Result<Self, EngineError> {
+        let (dynamodb, dynamodb_url) = listen("DynamoDB", ports.dynamodb)?;
+        let (s3, s3_url) = listen("S3", ports.s3)?;
+        let (sqs, sqs_url) = listen("SQS", ports.sqs)?;
+        Self::start(data, [dynamodb_url, s3_url, sqs_url], Some(([dynamodb, s3, sqs], pages))).await
+    }
+
+    async fn start(
+        data: &Path,
+        [dynamodb, s3, sqs]: [String; 3],
+        listeners: Option<([TcpListener; 3], &Origins)>,
+    ) -> Result<Self, EngineError> {
+        let folder = |path: &Path| private_file::make_folder(path).map_err(|source| EngineError::folder(path, source));
+        folder(data)?;
+        let lock = lock(data).await?;
+        let buckets = data.join("s3");
+        folder(&buckets)?;
+        private_file::make_tree_private(&buckets).map_err(|source| EngineError::folder(&buckets, source))?;
+        let credentials = credentials(&data.join("engine-credentials.json"))?;
+        let file = data.join("dynamodb.sqlite");
+        // SQLite gives its log and its shared memory the mode of the database.
+        private_file::ensure(&file).map_err(|source| EngineError::folder(&file, source))?;
+        for suffix in ["-wal", "-shm"] {
+            let path = data.join(format!("dynamodb.sqlite{suffix}"));
+            if path.exists() {
+                private_file::make_private(&path).map_err(|source| EngineError::folder(&path, source))?;
+            }
+        }
+
+        let (stop, stopped) = watch::channel(false);
+        let s3_router = s3::router(&buckets, &credentials)?;
+        let sqs_router = sqs::router(&sqs, stopped.clone());
+        let database = DynamoDb::start(file, lock).await?;
+        let dynamodb_router = database.router();
+        let mut servers = Vec::new();
+        if let Some(([dynamodb_listener, s3_listener, sqs_listener], pages)) = listeners {
+            let verified = |service: &'static str, limit: usize, router: &Router| {
+                signature::verified(router.clone(), service, limit, credentials.clone())
+            };
+            for (engine, listener, router) in [
+                ("DynamoDB", dynamodb_listener, verified("dynamodb", dynamodb::MAX_REQUEST, &dynamodb_router)),
+                ("S3", s3_listener, signature::s3_on_loopback(s3_router.clone(), pages.clone())),
+                ("SQS", sqs_listener, verified("sqs", sqs::MAX_REQUEST, &sqs_router)),
+            ] {
+                servers.push(serve(engine, listener, router, stopped.clone())?);
+            }
+        }
+        let client = InProcessClient::new([
+            (dynamodb.clone(), dynamodb_router),
+            (s3.clone(), s3_router.clone()),
+            (sqs.clone(), sqs_router),
+        ]);
+        Ok(Self { dynamodb, s3, sqs, credentials, buckets, client, s3_router, database, stop, servers })
+    }
+
+    /// The variables with which another process uses these engines, if they listen.
     #[must_use]
     pub fn environment(&self) -> Vec<(String, String)> {
         [
@@ -173,9 +238,18 @@ impl Engines {
         .to_vec()
     }
 
-    /// What the SDK clients of this process need. It does not look at the environment, so that a shell set up
-    /// for a real AWS account cannot send local data there.
+    /// The configuration of SDK clients in this process, which reach the engines without a socket. It does not depend on the
+    /// environment, so that a shell set up for a real AWS account cannot send local data there.
     pub async fn sdk_config(&self) -> SdkConfig {
+        self.configured().await.http_client(self.client.clone()).build()
+    }
+
+    /// The configuration of SDK clients that reach the engines through their ports.
+    pub async fn network_sdk_config(&self) -> SdkConfig {
+        self.configured().await.build()
+    }
+
+    async fn configured(&self) -> aws_types::sdk_config::Builder {
         let keys = aws_sdk_dynamodb::config::Credentials::new(
             &self.credentials.access_key_id,
             &self.credentials.secret_access_key,
@@ -193,9 +267,12 @@ impl Engines {
         };
         let mut config = loader.load().await.into_builder();
         config.set_endpoint_url(None);
-        config
-            .service_config(Endpoints { dynamodb: self.dynamodb.clone(), s3: self.s3.clone(), sqs: self.sqs.clone() })
-            .build()
+        config.service_config(Endpoints { dynamodb: self.dynamodb.clone(), s3: self.s3.clone(), sqs: self.sqs.clone() })
+    }
+
+    /// S3's handler. It verifies signatures, those of presigned links included.
+    pub fn s3_router(&self) -> Router {
+        self.s3_router.clone()
     }
 
     /// Makes a bucket, if it is not there yet.
@@ -203,7 +280,8 @@ impl Engines {
         if !::s3s::path::check_bucket_name(name) {
             return Err(EngineError::BucketName { name: name.to_owned() });
         }
-        make_folder(&self.buckets.join(name))
+        let path = self.buckets.join(name);
+        private_file::make_folder(&path).map_err(|source| EngineError::folder(&path, source))
     }
 
     /// Removes what is older than `objects` below a prefix of a bucket, and multipart uploads that nothing was added to for
@@ -219,8 +297,8 @@ impl Engines {
             .map_err(|source| EngineError::folder(&self.buckets, source))
     }
 
-    /// Stops the engines: requests in flight end, waiting receives return empty, the database is closed with all
-    /// its data in the one file, and the data folder is free for the next process.
+    /// Stops the engines: requests in flight are answered, waiting receives return empty, the database is closed with all
+    /// its data in the one file, and the data folder is free for the next process. Clients that are left get errors.
     pub async fn shutdown(self) {
         self.stop.send_replace(true);
         for mut server in self.servers {
@@ -228,8 +306,7 @@ impl Engines {
                 server.abort();
             }
         }
-        // The sender is dropped, never used: the thread's end is the message.
-        let _ = self.database_closed.await;
+        self.database.shutdown().await;
     }
 }
 
@@ -265,7 +342,7 @@ async fn stopped(mut stop: watch::Receiver<bool>) {
 fn serve(
     engine: &'static str,
     listener: TcpListener,
-    router: axum::Router,
+    router: Router,
     stop: watch::Receiver<bool>,
 ) -> Result<JoinHandle<()>, EngineError> {
     let port = listener.local_addr().map_or(0, |address| address.port());
@@ -288,25 +365,12 @@ fn listen(engine: &'static str, port: u16) -> Result<(TcpListener, String), Engi
     open().map_err(|source| EngineError::Port { engine, port, source })
 }
 
-/// Makes a folder that only its owner can look into; one that is there is left as it is.
-fn make_folder(path: &Path) -> Result<(), EngineError> {
-    let mut builder = fs::DirBuilder::new();
-    builder.recursive(true);
-    #[cfg(unix)]
-    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-    builder.create(path).map_err(|source| EngineError::folder(path, source))
-}
-
 /// Takes the data folder for this process. SQLite would share its file, but the folder that S3 keeps is not made
 /// for two writers.
 async fn lock(data: &Path) -> Result<File, EngineError> {
     let path = data.join("engines.lock");
-    let file = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .map_err(|source| EngineError::folder(&path, source))?;
+    private_file::ensure(&path).map_err(|source| EngineError::folder(&path, source))?;
+    let file = OpenOptions::new().write(true).open(&path).map_err(|source| EngineError::folder(&path, source))?;
     let give_up = Instant::now() + LOCK_WAIT;
     loop {
         match file.try_lock() {
@@ -322,34 +386,26 @@ async fn lock(data: &Path) -> Result<File, EngineError> {
     }
 }
 
-/// Reads the credentials, or makes them. They are random because presigned links are only as good as the secret
-/// that signs them, and any web page can send requests to a loopback port.
+/// Reads the credentials, or makes them. They are random because a presigned link is only as good as the secret that signs it.
 fn credentials(path: &Path) -> Result<EngineCredentials, EngineError> {
     match fs::read(path) {
-        Ok(text) => serde_json::from_slice(&text)
-            .map_err(|error| EngineError::Credentials { path: path.to_owned(), reason: error.to_string() }),
+        Ok(text) => {
+            private_file::make_private(path).map_err(|source| EngineError::folder(path, source))?;
+            serde_json::from_slice(&text)
+                .map_err(|error| EngineError::Credentials { path: path.to_owned(), reason: error.to_string() })
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let random = || uuid::Uuid::new_v4().simple().to_string();
             let made = EngineCredentials {
                 access_key_id: format!("LOCAL{}", random()[..15].to_uppercase()),
                 secret_access_key: random() + &random(),
             };
-            write_private(path, &made).map_err(|source| EngineError::folder(path, source))?;
+            serde_json::to_vec_pretty(&made)
+                .map_err(io::Error::from)
+                .and_then(|text| private_file::write(path, &text, 0o600))
+                .map_err(|source| EngineError::folder(path, source))?;
             Ok(made)
         }
         Err(source) => Err(EngineError::folder(path, source)),
     }
-}
-
-fn write_private(path: &Path, credentials: &EngineCredentials) -> io::Result<()> {
-    // Written beside and renamed: a crash in between must not leave half a file that stops every later start.
-    let draft = path.with_extension("tmp");
-    let mut options = OpenOptions::new();
-    options.create(true).truncate(true).write(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    let mut file = options.open(&draft)?;
-    file.write_all(&serde_json::to_vec_pretty(credentials)?)?;
-    file.sync_all()?;
-    fs::rename(draft, path)
 }

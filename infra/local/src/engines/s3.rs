@@ -1,15 +1,14 @@
-//! S3: s3s and s3s-fs on a folder, with CORS in front and stricter rules where the file system shows through.
+//! S3: s3s and s3s-fs on a folder, with stricter rules where the file system shows through.
 
 use std::convert::Infallible;
 use std::fs;
-use std::net::TcpListener;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
 use axum::extract::Request;
-use axum::http::{HeaderName, Method, StatusCode, header};
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -19,55 +18,166 @@ use s3s::dto::{CompleteMultipartUploadInput, CreateBucketInput, DeleteObjectInpu
 use s3s::service::{S3Service, S3ServiceBuilder};
 use s3s::{S3Request, S3Result, s3_error};
 use s3s_fs::FileSystem;
-use tokio::sync::watch;
-use tokio::task::JoinHandle;
-use tower_http::cors::{AllowHeaders, Any, CorsLayer};
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
-use super::{EngineCredentials, EngineError, serve};
+use super::{EngineCredentials, EngineError};
+use crate::private_file::{self, entries};
 
 /// What most file systems allow a name to have, in bytes.
 const LONGEST_NAME: usize = 255;
+/// Of the answer that begins an upload, in bytes.
+const LONGEST_DOCUMENT: usize = 64 * 1024;
+/// What pages may read of an answer.
+const EXPOSED_HEADERS: [HeaderName; 5] = [
+    header::ETAG,
+    header::CONTENT_LENGTH,
+    header::CONTENT_DISPOSITION,
+    header::CONTENT_RANGE,
+    HeaderName::from_static("x-amz-request-id"),
+];
 
-pub(super) fn start(
-    root: &Path,
-    listener: TcpListener,
-    credentials: &EngineCredentials,
-    stop: watch::Receiver<bool>,
-) -> Result<JoinHandle<()>, EngineError> {
+/// The bucket names and keys of S3, in files below `root`. Every request needs a signature, also one from this process: uploads
+/// belong to the access key that began them.
+pub(super) fn router(root: &Path, credentials: &EngineCredentials) -> Result<Router, EngineError> {
     let files = FileSystem::new(root)
         .map_err(|error| EngineError::folder(root, std::io::Error::other(format!("{error:?}"))))?;
     let mut builder = S3ServiceBuilder::new(files);
     builder.set_auth(SimpleAuth::from_single(credentials.access_key_id.clone(), credentials.secret_access_key.clone()));
     builder.set_access(Rules { root: root.to_owned() });
-    let service = builder.build();
-
+    let (service, root) = (builder.build(), root.to_owned());
     let answer = tower::service_fn(move |request: Request| {
-        let service = service.clone();
-        async move { Ok::<_, Infallible>(call(&service, request).await) }
+        let (service, root) = (service.clone(), root.clone());
+        async move { Ok::<_, Infallible>(call(&service, &root, request).await) }
     });
-    // Presigned links are meant for browsers on any origin; the signature in them is what lets a request in.
-    let cors = CorsLayer::new()
-        .allow_origin(Any)
-        .allow_methods([Method::GET, Method::HEAD, Method::PUT])
-        .allow_headers(AllowHeaders::mirror_request())
-        .expose_headers([
-            header::ETAG,
-            header::CONTENT_LENGTH,
-            header::CONTENT_DISPOSITION,
-            header::CONTENT_RANGE,
-            HeaderName::from_static("x-amz-request-id"),
-        ]);
-    serve("S3", listener, Router::new().fallback_service(answer).layer(cors), stop)
+    Ok(Router::new().fallback_service(answer))
 }
 
-async fn call(service: &S3Service, request: Request) -> Response {
+/// CORS for presigned links that pages open on the port of this engine.
+pub(super) fn cors(is_allowed: impl Fn(&str) -> bool + Clone + Send + Sync + 'static) -> CorsLayer {
+    CorsLayer::new()
+        .allow_origin(AllowOrigin::predicate(move |origin: &HeaderValue, _| origin.to_str().is_ok_and(&is_allowed)))
+        .allow_methods([Method::GET, Method::HEAD])
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers(EXPOSED_HEADERS)
+}
+
+async fn call(service: &S3Service, root: &Path, request: Request) -> Response {
+    let written = Written::of(&request);
     match service.call(request.map(s3s::Body::http_body_unsync)).await {
-        Ok(response) => response.map(Body::new),
+        Ok(response) => {
+            let response = response.map(Body::new);
+            match written {
+                Some(written) if response.status().is_success() => written.make_private(root, response).await,
+                _ => response,
+            }
+        }
         Err(error) => {
-            tracing::error!(?error, "the embedded S3 failed");
+            tracing::error!(?error, "engines.s3_failed");
             StatusCode::INTERNAL_SERVER_ERROR.into_response()
         }
     }
+}
+
+/// What a request that writes leaves in the folder. s3s-fs makes files with the process's umask; they are made private
+/// afterwards, in a folder that is private all the while.
+struct Written {
+    bucket: String,
+    key: String,
+    upload: Option<String>,
+    part: Option<String>,
+    begins_upload: bool,
+}
+
+impl Written {
+    fn of(request: &Request) -> Option<Self> {
+        if !matches!(*request.method(), Method::PUT | Method::POST) {
+            return None;
+        }
+        let path = percent_decode(request.uri().path())?;
+        let (bucket, key) = path.trim_start_matches('/').split_once('/').unwrap_or((path.trim_start_matches('/'), ""));
+        // Nothing but a path below the bucket, whatever else a request may name.
+        let is_below = |path: &str| Path::new(path).components().all(|part| matches!(part, Component::Normal(_)));
+        if !s3s::path::check_bucket_name(bucket) || !is_below(key) {
+            return None;
+        }
+        let query: Vec<_> = request.uri().query().unwrap_or_default().split('&').collect();
+        let is_id = |value: &&str| value.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+        let value = |name: &str| {
+            let value = query.iter().find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='));
+            value.filter(is_id).map(ToOwned::to_owned)
+        };
+        Some(Self {
+            bucket: bucket.to_owned(),
+            key: key.to_owned(),
+            upload: value("uploadId"),
+            part: value("partNumber"),
+            begins_upload: query.iter().any(|pair| matches!(*pair, "uploads" | "uploads=")),
+        })
+    }
+
+    async fn make_private(mut self, root: &Path, response: Response) -> Response {
+        let response = if self.begins_upload {
+            // The id of the upload is in the answer, a short document.
+            let (parts, body) = response.into_parts();
+            let Ok(body) = axum::body::to_bytes(body, LONGEST_DOCUMENT).await else {
+                return StatusCode::INTERNAL_SERVER_ERROR.into_response();
+            };
+            let text = String::from_utf8_lossy(&body);
+            let id = text.split_once("<UploadId>").and_then(|(_, rest)| rest.split_once("</UploadId>"));
+            self.upload = id.map(|(id, _)| id.to_owned()).filter(|id| uuid::Uuid::parse_str(id).is_ok());
+            Response::from_parts(parts, Body::from(body))
+        } else {
+            response
+        };
+        let root = root.to_owned();
+        let done = tokio::task::spawn_blocking(move || self.change_modes(&root)).await;
+        match done {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "engines.object_not_private"),
+            Err(error) => tracing::warn!(%error, "engines.object_not_private"),
+        }
+        response
+    }
+
+    fn change_modes(&self, root: &Path) -> std::io::Result<()> {
+        let folder = root.join(&self.bucket);
+        let mut paths: Vec<PathBuf> = vec![folder.clone()];
+        if !self.key.is_empty() {
+            let object = folder.join(&self.key);
+            paths.extend(object.ancestors().take_while(|path| *path != folder).map(Path::to_owned));
+            paths.extend(["internal", "metadata"].map(|kind| root.join(note_name(&self.bucket, &self.key, kind))));
+        }
+        if let Some(upload) = &self.upload {
+            paths.push(root.join(format!(".upload-{upload}.json")));
+            let kind = format!("upload-{upload}.metadata");
+            paths.push(root.join(note_name(&self.bucket, &self.key, &kind)));
+            if let Some(part) = &self.part {
+                paths.push(root.join(format!(".upload_id-{upload}.part-{part}")));
+            }
+        }
+        for path in paths {
+            match private_file::make_private(&path) {
+                // Not every request makes all of them, and another may have removed them since.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                done => done?,
+            }
+        }
+        Ok(())
+    }
+}
+
+fn percent_decode(path: &str) -> Option<String> {
+    let (mut bytes, mut rest) = (Vec::with_capacity(path.len()), path.bytes());
+    while let Some(byte) = rest.next() {
+        bytes.push(match byte {
+            b'%' => {
+                let digits = [rest.next()?, rest.next()?];
+                u8::from_str_radix(std::str::from_utf8(&digits).ok()?, 16).ok()?
+            }
+            byte => byte,
+        });
+    }
+    String::from_utf8(bytes).ok()
 }
 
 /// Removes what is older than `objects` below a prefix of a bucket, and every multipart upload that nothing was added to for
@@ -105,15 +215,6 @@ pub(super) fn expire(
         }
     }
     Ok(removed)
-}
-
-/// None where there is no such folder.
-fn entries(folder: &Path) -> std::io::Result<Vec<fs::DirEntry>> {
-    match fs::read_dir(folder) {
-        Ok(entries) => entries.collect(),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => Err(error),
-    }
 }
 
 fn is_older(entry: &fs::DirEntry, age: Duration) -> bool {

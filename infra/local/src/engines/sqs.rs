@@ -4,7 +4,6 @@
 //! looks, and only a waiting receive holds a timer, set to the next moment at which its queue changes by itself.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::net::TcpListener;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -21,38 +20,26 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use tokio::sync::{Notify, watch};
-use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::{EngineError, REGION, serve, stopped};
+use super::{REGION, stopped};
 
 /// The account that the queues are in.
 const ACCOUNT: &str = "000000000000";
 /// The largest message, and the largest batch in all.
 const MAX_BYTES: usize = 1024 * 1024;
 /// JSON may write a byte of the message in six.
-const MAX_REQUEST: usize = 8 * MAX_BYTES;
+pub(super) const MAX_REQUEST: usize = 8 * MAX_BYTES;
 const MAX_BATCH: usize = 10;
 const MAX_VISIBILITY: u64 = 43_200;
 const MAX_DELAY: u64 = 900;
 const MAX_WAIT: u64 = 20;
 
-pub(super) fn start(
-    listener: TcpListener,
-    url: &str,
-    access_key_id: &str,
-    stop: watch::Receiver<bool>,
-) -> Result<JoinHandle<()>, EngineError> {
-    let sqs = Arc::new(Sqs {
-        url: url.to_owned(),
-        // SigV4 names the key at the start of its credential scope.
-        credential: format!("Credential={access_key_id}/"),
-        queues: Mutex::default(),
-        stop: stop.clone(),
-    });
-    let router = Router::new().route("/", post(handle)).layer(DefaultBodyLimit::max(MAX_REQUEST)).with_state(sqs);
-    serve("SQS", listener, router, stop)
+/// The AWS JSON protocol, without authentication. Waiting receives return once `stop` says so.
+pub(super) fn router(url: &str, stop: watch::Receiver<bool>) -> Router {
+    let sqs = Arc::new(Sqs { url: url.to_owned(), queues: Mutex::default(), stop });
+    Router::new().route("/", post(handle)).layer(DefaultBodyLimit::max(MAX_REQUEST)).with_state(sqs)
 }
 
 async fn handle(State(sqs): State<Arc<Sqs>>, headers: HeaderMap, body: Bytes) -> Response {
@@ -137,7 +124,6 @@ type Answer = Result<Value, Failure>;
 
 struct Sqs {
     url: String,
-    credential: String,
     queues: Mutex<Queues>,
     stop: watch::Receiver<bool>,
 }
@@ -147,19 +133,7 @@ type Queues = BTreeMap<String, Queue>;
 
 impl Sqs {
     async fn call(&self, headers: &HeaderMap, body: &[u8]) -> Answer {
-        let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
-        // The signature is not checked: this keeps out strays, such as a web page that found the port.
-        if !text("authorization").contains(&self.credential) {
-            return Err(Failure {
-                status: StatusCode::FORBIDDEN,
-                ..Failure::new(
-                    "com.amazon.coral.service#UnrecognizedClientException",
-                    "InvalidClientTokenId",
-                    "The security token included in the request is invalid.",
-                )
-            });
-        }
-        let target = text("x-amz-target");
+        let target = headers.get("x-amz-target").and_then(|value| value.to_str().ok()).unwrap_or_default();
         let Some(operation) = target.strip_prefix("AmazonSQS.") else {
             return Err(unknown(if target.is_empty() { "a request without x-amz-target" } else { target }));
         };

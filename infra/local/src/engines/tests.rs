@@ -1,11 +1,14 @@
 //! The engines as the AWS SDK clients see them.
 
 use std::collections::HashSet;
-use std::path::Path;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use aws_config::SdkConfig;
 use aws_sdk_dynamodb::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_dynamodb::operation::put_item::PutItemError;
 use aws_sdk_dynamodb::types as ddb;
 use aws_sdk_s3::presigning::PresigningConfig;
 use aws_sdk_s3::types::{CompletedMultipartUpload, CompletedPart};
@@ -17,13 +20,18 @@ use aws_sdk_sqs::types::{
 };
 use tempfile::TempDir;
 
-use super::{EngineError, EnginePorts, Engines};
+use super::{EngineError, EnginePorts, Engines, IN_PROCESS_S3};
+use crate::access::Origins;
 
 async fn start() -> (TempDir, Engines, SdkConfig) {
     let data = TempDir::new().unwrap();
-    let engines = Engines::start(data.path(), EnginePorts::default()).await.unwrap();
+    let engines = listening(data.path(), EnginePorts::default()).await.unwrap();
     let config = engines.sdk_config().await;
     (data, engines, config)
+}
+
+async fn listening(data: &Path, ports: EnginePorts) -> Result<Engines, EngineError> {
+    Engines::listening(data, ports, &Origins::new(["https://app.example".to_owned()])).await
 }
 
 fn s(value: &str) -> ddb::AttributeValue {
@@ -100,7 +108,7 @@ async fn dynamodb_keeps_its_records_over_a_restart() {
     engines.shutdown().await;
     assert!(!data.path().join("dynamodb.sqlite-wal").exists(), "the log has gone into the file");
 
-    let engines = Engines::start(data.path(), EnginePorts::default()).await.unwrap();
+    let engines = listening(data.path(), EnginePorts::default()).await.unwrap();
     assert_eq!(engines.credentials.secret_access_key, credentials.secret_access_key);
     let client = aws_sdk_dynamodb::Client::new(&engines.sdk_config().await);
     let query = client
@@ -223,11 +231,13 @@ async fn s3_presigned_links_work_in_browsers() {
     let soon = || PresigningConfig::expires_in(Duration::from_secs(60)).unwrap();
 
     let put = client.put_object().bucket("files").key("up load.bin").presigned(soon()).await.unwrap();
-    let mut request = web.put(put.uri()).header("origin", "https://app.example").body("bytes");
-    for (name, value) in put.headers() {
-        request = request.header(name, value);
-    }
-    let response = request.send().await.unwrap();
+    let upload = || {
+        let request = web.put(put.uri()).body("bytes");
+        put.headers().fold(request, |request, (name, value)| request.header(name, value))
+    };
+    // Pages may read, no more.
+    assert_eq!(upload().header("origin", "https://app.example").send().await.unwrap().status(), 403);
+    let response = upload().send().await.unwrap();
     assert_eq!(response.status(), 200, "{}", response.text().await.unwrap());
 
     let get = client
@@ -245,7 +255,7 @@ async fn s3_presigned_links_work_in_browsers() {
     assert_eq!(header("content-disposition"), "attachment; filename=\"x.zip\"");
     assert_eq!(header("content-type"), "application/zip");
     assert_eq!(header("content-length"), "5");
-    assert_eq!(header("access-control-allow-origin"), "*");
+    assert_eq!(header("access-control-allow-origin"), "https://app.example");
     for exposed in ["etag", "content-length", "content-disposition"] {
         assert!(header("access-control-expose-headers").contains(exposed));
     }
@@ -262,19 +272,23 @@ async fn s3_presigned_links_work_in_browsers() {
     tokio::time::sleep(Duration::from_millis(2100)).await;
     assert_eq!(web.get(expired.uri()).send().await.unwrap().status(), 403);
 
-    let preflight = web
-        .request(reqwest::Method::OPTIONS, put.uri())
-        .header("origin", "https://app.example")
-        .header("access-control-request-method", "PUT")
-        .header("access-control-request-headers", "content-type")
-        .send()
-        .await
-        .unwrap();
-    assert_eq!(preflight.status(), 200);
-    assert_eq!(preflight.headers()["access-control-allow-origin"], "*");
-    assert!(preflight.headers()["access-control-allow-methods"].to_str().unwrap().contains("PUT"));
+    let preflight = |method: &str, origin: &str| {
+        web.request(reqwest::Method::OPTIONS, get.uri())
+            .header("origin", origin.to_owned())
+            .header("access-control-request-method", method.to_owned())
+            .header("access-control-request-headers", "range")
+            .send()
+    };
+    let answer = preflight("GET", "https://app.example").await.unwrap();
+    assert_eq!(answer.status(), 200);
+    assert_eq!(answer.headers()["access-control-allow-origin"], "https://app.example");
+    assert_eq!(answer.headers()["access-control-allow-methods"], "GET,HEAD");
     // The ones asked for: with credentials, browsers take `*` for a name.
-    assert_eq!(preflight.headers()["access-control-allow-headers"], "content-type");
+    assert_eq!(answer.headers()["access-control-allow-headers"], "range");
+    for origin in ["https://evil.example", "null"] {
+        assert_eq!(preflight("GET", origin).await.unwrap().status(), 403, "{origin}");
+        assert_eq!(web.get(get.uri()).header("origin", origin).send().await.unwrap().status(), 403, "{origin}");
+    }
     engines.shutdown().await;
 }
 
@@ -588,13 +602,121 @@ async fn sqs_refuses_with_typed_errors() {
     let gone = waiting.await.unwrap().unwrap_err().into_service_error();
     assert!(matches!(gone, ReceiveMessageError::QueueDoesNotExist(_)), "{gone:?}");
 
-    let stray = reqwest::Client::new().post(&engines.sqs).header("x-amz-target", "AmazonSQS.ListQueues").body("{}");
-    assert_eq!(stray.send().await.unwrap().status(), 403);
+    engines.shutdown().await;
+}
+
+#[tokio::test]
+async fn clients_reach_engines_without_ports() {
+    let data = TempDir::new().unwrap();
+    let engines = Engines::in_process(data.path(), IN_PROCESS_S3).await.unwrap();
+    let config = engines.sdk_config().await;
+    let dynamodb = aws_sdk_dynamodb::Client::new(&config);
+    make_table(&dynamodb).await;
+    let item = |id: &str| dynamodb.put_item().table_name("things").item("user", s("u")).item("id", s(id));
+    item("a").item("note", s("first")).send().await.unwrap();
+
+    // DynamoDB's errors are the SDK's typed ones, with what belongs to them.
+    let refused = item("a")
+        .condition_expression("attribute_not_exists(id)")
+        .return_values_on_condition_check_failure(ddb::ReturnValuesOnConditionCheckFailure::AllOld)
+        .send()
+        .await
+        .unwrap_err()
+        .into_service_error();
+    let PutItemError::ConditionalCheckFailedException(failed) = refused else { panic!("{refused:?}") };
+    assert_eq!(failed.item().unwrap()["note"], s("first"));
+    let missing =
+        dynamodb.get_item().table_name("none").key("user", s("u")).key("id", s("a")).send().await.unwrap_err();
+    assert!(missing.into_service_error().is_resource_not_found_exception());
+    for invalid in [item("b").condition_expression("size("), item("b").item("empty", ddb::AttributeValue::Ss(vec![]))] {
+        let invalid = invalid.send().await.unwrap_err();
+        assert_eq!(invalid.code(), Some("ValidationException"), "{invalid:?}");
+        assert!(invalid.message().is_some_and(|text| !text.contains("VALIDATION") && !text.contains("at line")));
+    }
+    let unknown = dynamodb.list_backups().send().await.unwrap_err();
+    assert_eq!(unknown.code(), Some("UnknownOperationException"));
+    let too_large = item("b").item("note", s(&"x".repeat(400 * 1024))).send().await.unwrap_err();
+    assert_eq!(too_large.code(), Some("ValidationException"));
+
+    let s3 = aws_sdk_s3::Client::from_conf(aws_sdk_s3::config::Builder::from(&config).force_path_style(true).build());
+    engines.ensure_bucket("files").unwrap();
+    let large = vec![7_u8; 3 * 1024 * 1024];
+    s3.put_object().bucket("files").key("dir/large object").body(large.clone().into()).send().await.unwrap();
+    let got = s3.get_object().bucket("files").key("dir/large object").range("bytes=1-2097152").send().await.unwrap();
+    assert_eq!(got.content_length(), Some(2_097_152));
+    assert_eq!(got.body.collect().await.unwrap().to_vec(), &large[1..=2_097_152]);
+    let none = s3.get_object().bucket("files").key("none").send().await.unwrap_err().into_service_error();
+    assert!(none.is_no_such_key());
+
+    let queue = Queue::new(&config, "q", &[]).await;
+    let waiting = tokio::spawn({
+        let receive = queue.client.receive_message().queue_url(&queue.url).wait_time_seconds(20);
+        async move { receive.send().await.unwrap().messages.unwrap_or_default().len() }
+    });
+    tokio::task::yield_now().await;
+    queue.send("hello").await;
+    assert_eq!(waiting.await.unwrap(), 1);
+    // A receive that waits returns when the engines stop.
+    let waiting = tokio::spawn({
+        let receive = queue.client.receive_message().queue_url(&queue.url).wait_time_seconds(20);
+        async move { receive.send().await.unwrap().messages.unwrap_or_default().len() }
+    });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+
+    engines.shutdown().await;
+    assert_eq!(waiting.await.unwrap(), 0);
+    // Clients outlive the engines; what they ask for then fails.
+    let closed = item("c").send().await.unwrap_err();
+    assert!(closed.raw_response().is_some_and(|response| response.status().as_u16() == 503), "{closed:?}");
+    let again = Engines::in_process(data.path(), IN_PROCESS_S3).await.unwrap();
+    let dynamodb = aws_sdk_dynamodb::Client::new(&again.sdk_config().await);
+    let kept = dynamodb.get_item().table_name("things").key("user", s("u")).key("id", s("a")).send().await.unwrap();
+    assert_eq!(kept.item().unwrap()["note"], s("first"));
+    again.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_client_in_process_reaches_no_other_host() {
+    let data = TempDir::new().unwrap();
+    let engines = Engines::in_process(data.path(), IN_PROCESS_S3).await.unwrap();
+    let config = aws_sdk_dynamodb::config::Builder::from(&engines.sdk_config().await);
+    let elsewhere = aws_sdk_dynamodb::Client::from_conf(config.endpoint_url("http://127.0.0.1:1").build());
+    let failed = elsewhere.list_tables().send().await.unwrap_err();
+    assert!(format!("{failed:?}").contains("no engine of this process"), "{failed:?}");
+    engines.shutdown().await;
+}
+
+/// Requests from many tasks at once are answered each with its own answer, also those whose caller gives up meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn calls_at_the_same_time_do_not_mix() {
+    let data = TempDir::new().unwrap();
+    let engines = Engines::in_process(data.path(), IN_PROCESS_S3).await.unwrap();
+    let client = aws_sdk_dynamodb::Client::new(&engines.sdk_config().await);
+    make_table(&client).await;
+    let mut tasks = tokio::task::JoinSet::new();
+    for number in 0..64 {
+        let client = client.clone();
+        tasks.spawn(async move {
+            let id = number.to_string();
+            let put = client.put_item().table_name("things").item("user", s("u")).item("id", s(&id)).send();
+            if number % 4 == 0 {
+                // Given up at once, or done; either is a whole outcome.
+                let _given_up = tokio::time::timeout(Duration::from_micros(1), put).await;
+                return;
+            }
+            put.await.unwrap();
+            let key = client.get_item().table_name("things").key("user", s("u")).key("id", s(&id));
+            assert_eq!(key.send().await.unwrap().item().unwrap()["id"], s(&id));
+        });
+    }
+    while let Some(done) = tasks.join_next().await {
+        done.unwrap();
+    }
     engines.shutdown().await;
 }
 
 async fn refused(data: &Path, ports: EnginePorts) -> String {
-    Engines::start(data, ports).await.unwrap_err().to_string()
+    listening(data, ports).await.unwrap_err().to_string()
 }
 
 #[tokio::test]
@@ -611,11 +733,11 @@ async fn engines_say_why_they_cannot_start() {
     // The same folder and ports are free as soon as a shutdown says so, and soon after a drop.
     engines.shutdown().await;
     let ports = EnginePorts { sqs: taken, ..EnginePorts::default() };
-    let engines = Engines::start(data.path(), ports).await.unwrap();
+    let engines = listening(data.path(), ports).await.unwrap();
     assert_eq!(engines.sqs, format!("http://127.0.0.1:{taken}"));
     assert!(engines.environment().contains(&("AWS_ENDPOINT_URL_SQS".to_owned(), engines.sqs.clone())));
     drop(engines);
-    Engines::start(data.path(), EnginePorts::default()).await.unwrap().shutdown().await;
+    listening(data.path(), EnginePorts::default()).await.unwrap().shutdown().await;
 
     let file = data.path().join("dynamodb.sqlite");
     let locker = rusqlite::Connection::open(&file).unwrap();
@@ -637,13 +759,61 @@ async fn engines_say_why_they_cannot_start() {
     assert!(text.contains(inside.to_str().unwrap()) && text.contains("cannot be used"), "{text}");
 }
 
-#[cfg(unix)]
+/// Every file below the folder that somebody else than its owner may read, write or enter.
+fn open_to_others(folder: &Path) -> Vec<(PathBuf, u32)> {
+    let (mut found, mut folders) = (Vec::new(), vec![folder.to_owned()]);
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).unwrap().map(Result::unwrap) {
+            let metadata = entry.metadata().unwrap();
+            let mode = metadata.permissions().mode() & 0o777;
+            if mode & 0o077 != 0 {
+                found.push((entry.path(), mode));
+            }
+            if metadata.is_dir() {
+                folders.push(entry.path());
+            }
+        }
+    }
+    found
+}
+
 #[tokio::test]
-async fn credentials_are_for_the_owner_alone() {
-    use std::os::unix::fs::PermissionsExt;
-    let (data, engines, _) = start().await;
-    let mode = std::fs::metadata(data.path().join("engine-credentials.json")).unwrap().permissions().mode();
-    assert_eq!(mode & 0o777, 0o600);
+async fn what_the_engines_keep_is_for_the_owner_alone() {
+    let data = TempDir::new().unwrap();
+    let engines = Engines::in_process(data.path(), IN_PROCESS_S3).await.unwrap();
     assert!(!format!("{engines:?}").contains(&engines.credentials.secret_access_key));
+    let config = engines.sdk_config().await;
+    make_table(&aws_sdk_dynamodb::Client::new(&config)).await;
+    engines.ensure_bucket("files").unwrap();
+    let s3 = aws_sdk_s3::Client::from_conf(aws_sdk_s3::config::Builder::from(&config).force_path_style(true).build());
+    let put = s3.put_object().bucket("files").key("a b/c/d.txt").content_type("text/plain");
+    put.body(b"hello".to_vec().into()).send().await.unwrap();
+    for finished in [true, false] {
+        let upload = s3.create_multipart_upload().bucket("files").key("parts/x.zip").send().await.unwrap();
+        let part = s3.upload_part().bucket("files").key("parts/x.zip").upload_id(upload.upload_id().unwrap());
+        let part = part.part_number(1).body(vec![0_u8; 1024].into()).send().await.unwrap();
+        if finished {
+            let part = CompletedPart::builder().part_number(1).set_e_tag(part.e_tag).build();
+            let parts = CompletedMultipartUpload::builder().parts(part).build();
+            let complete = s3.complete_multipart_upload().bucket("files").key("parts/x.zip");
+            complete.set_upload_id(upload.upload_id).multipart_upload(parts).send().await.unwrap();
+        }
+    }
+    let names: Vec<_> = std::fs::read_dir(data.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert!(names.iter().any(|name| name == "dynamodb.sqlite-wal"), "{names:?}");
+    assert_eq!(open_to_others(data.path()), []);
     engines.shutdown().await;
+
+    // What an earlier version, or another program, has made for all to read.
+    let make_open = |path: &Path, mode| std::fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+    make_open(data.path(), 0o755);
+    for path in ["dynamodb.sqlite", "engine-credentials.json", "engines.lock", "s3/files/a b/c/d.txt"] {
+        make_open(&data.path().join(path), 0o644);
+    }
+    for path in ["s3", "s3/files", "s3/files/a b"] {
+        make_open(&data.path().join(path), 0o755);
+    }
+    Engines::in_process(data.path(), IN_PROCESS_S3).await.unwrap().shutdown().await;
+    assert_eq!(open_to_others(data.path()), []);
+    assert_eq!(std::fs::metadata(data.path()).unwrap().permissions().mode() & 0o777, 0o700);
 }

@@ -1,0 +1,184 @@
+//! What other users of this machine, and web pages in its browser, try on listening engines.
+
+use std::time::{Duration, SystemTime};
+
+use aws_sigv4::http_request::{PayloadChecksumKind, SignableBody, SignableRequest, SigningSettings, sign};
+use aws_sigv4::sign::v4;
+use aws_smithy_runtime_api::client::identity::Identity;
+use http::{HeaderMap, HeaderValue, Method};
+use reqwest::Client;
+use tempfile::TempDir;
+
+use super::{EngineCredentials, EnginePorts, Engines, REGION};
+use crate::access::Origins;
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// A request that is good as it is, for a test to spoil.
+#[derive(Clone)]
+struct Attempt {
+    method: Method,
+    url: String,
+    headers: HeaderMap,
+    body: &'static str,
+}
+
+impl Attempt {
+    /// A request that changes something: a queue, a table, an object.
+    fn write(engines: &Engines, service: &str, credentials: &EngineCredentials, at: SystemTime) -> Self {
+        let (method, url, target, body) = match service {
+            "dynamodb" => (
+                Method::POST,
+                format!("{}/", engines.dynamodb),
+                Some("DynamoDB_20120810.CreateTable"),
+                r#"{"TableName": "made", "BillingMode": "PAY_PER_REQUEST", "KeySchema": [{"AttributeName": "id", "KeyType": "HASH"}],
+                    "AttributeDefinitions": [{"AttributeName": "id", "AttributeType": "S"}]}"#,
+            ),
+            "sqs" => {
+                (Method::POST, format!("{}/", engines.sqs), Some("AmazonSQS.CreateQueue"), r#"{"QueueName": "made"}"#)
+            }
+            _ => (Method::PUT, format!("{}/files/made", engines.s3), None, "content"),
+        };
+        let mut headers = HeaderMap::new();
+        if let Some(target) = target {
+            headers.insert("x-amz-target", HeaderValue::from_static(target));
+            headers.insert("content-type", HeaderValue::from_static("application/x-amz-json-1.0"));
+        }
+        let mut attempt = Self { method, url, headers, body };
+        attempt.sign(service, credentials, at);
+        attempt
+    }
+
+    fn sign(&mut self, service: &str, credentials: &EngineCredentials, at: SystemTime) {
+        let EngineCredentials { access_key_id, secret_access_key } = credentials;
+        let identity: Identity =
+            aws_sdk_dynamodb::config::Credentials::new(access_key_id, secret_access_key, None, None, "test").into();
+        let mut settings = SigningSettings::default();
+        if service == "s3" {
+            settings.payload_checksum_kind = PayloadChecksumKind::XAmzSha256;
+        }
+        let params = v4::SigningParams::builder().identity(&identity).region(REGION).name(service).time(at);
+        let params = params.settings(settings).build().unwrap().into();
+        let headers = self.headers.iter().map(|(name, value)| (name.as_str(), value.to_str().unwrap()));
+        let body = SignableBody::Bytes(self.body.as_bytes());
+        let request = SignableRequest::new(self.method.as_str(), &self.url, headers, body).unwrap();
+        let (instructions, _) = sign(request, &params).unwrap().into_parts();
+        for (name, value) in instructions.headers() {
+            let name = http::HeaderName::from_bytes(name.as_bytes()).unwrap();
+            self.headers.insert(name, value.parse().unwrap());
+        }
+    }
+
+    fn with(mut self, name: &'static str, value: &str) -> Self {
+        self.headers.insert(name, value.parse().unwrap());
+        self
+    }
+
+    fn without(mut self, name: &str) -> Self {
+        self.headers.remove(name);
+        self
+    }
+
+    async fn status(self) -> u16 {
+        let client = Client::builder().no_proxy().build().unwrap();
+        let sent = client.request(self.method, self.url).headers(self.headers).body(self.body).send();
+        sent.await.unwrap().status().as_u16()
+    }
+}
+
+async fn engines() -> (TempDir, Engines) {
+    let data = TempDir::new().unwrap();
+    let pages = Origins::new(["https://app.example".to_owned()]);
+    let engines = Engines::listening(data.path(), EnginePorts::default(), &pages).await.unwrap();
+    engines.ensure_bucket("files").unwrap();
+    (data, engines)
+}
+
+/// Whether any of the requests has had its effect.
+async fn something_was_made(engines: &Engines) -> bool {
+    let config = engines.sdk_config().await;
+    let tables = aws_sdk_dynamodb::Client::new(&config).list_tables().send().await.unwrap();
+    let queues = aws_sdk_sqs::Client::new(&config).list_queues().send().await.unwrap();
+    let s3 = aws_sdk_s3::Client::from_conf(aws_sdk_s3::config::Builder::from(&config).force_path_style(true).build());
+    let objects = s3.list_objects_v2().bucket("files").send().await.unwrap();
+    !(tables.table_names().is_empty() && queues.queue_urls().is_empty() && objects.contents().is_empty())
+}
+
+#[tokio::test]
+async fn every_engine_refuses_what_is_not_signed_for_it() {
+    let (_data, engines) = engines().await;
+    let (now, key) = (SystemTime::now(), engines.credentials.clone());
+    for service in ["dynamodb", "sqs", "s3"] {
+        let write = |credentials: &EngineCredentials, at| Attempt::write(&engines, service, credentials, at);
+        let good = || write(&key, now);
+        let authorization = good().headers["authorization"].to_str().unwrap().to_owned();
+        let guessed = EngineCredentials { secret_access_key: "guessed".to_owned(), ..key.clone() };
+        let another = EngineCredentials { access_key_id: "LOCALANOTHER".to_owned(), ..key.clone() };
+        let attempts = [
+            ("missing", good().without("authorization")),
+            ("made up", good().with("authorization", "AWS4-HMAC-SHA256 Credential=x, SignedHeaders=x, Signature=x")),
+            ("named key alone", good().with("authorization", &format!("Credential={}/", key.access_key_id))),
+            ("other scheme", good().with("authorization", &authorization.replace("AWS4-HMAC-SHA256", "AWS"))),
+            ("version 2", good().with("authorization", &format!("AWS {}:AAAA", key.access_key_id))),
+            ("another secret", write(&guessed, now)),
+            ("another key", write(&another, now)),
+            ("expired", write(&key, now - 16 * MINUTE)),
+            ("of the future", write(&key, now + 16 * MINUTE)),
+            ("replayed with another body", Attempt { body: "{\"QueueName\": \"other\"}", ..good() }),
+            ("replayed elsewhere", {
+                let good = good();
+                Attempt { url: format!("{}?versionId=1", good.url), ..good }
+            }),
+        ];
+        for (what, attempt) in attempts {
+            let status = attempt.status().await;
+            // s3s finds out while it reads the body, and reports that as an error of its own.
+            let is_refused =
+                (400..500).contains(&status) || (service == "s3" && what.ends_with("body") && status == 500);
+            assert!(is_refused, "{service}, {what}: {status}");
+        }
+        // What a signature for another service is good for here: nothing.
+        let mut stray = good().without("authorization");
+        stray.sign("execute-api", &key, now);
+        assert!((400..=501).contains(&stray.status().await), "{service}");
+        assert!(!something_was_made(&engines).await, "{service}");
+    }
+    for service in ["dynamodb", "sqs", "s3"] {
+        assert_eq!(Attempt::write(&engines, service, &key, now).status().await, 200, "{service}");
+    }
+    assert!(something_was_made(&engines).await);
+    engines.shutdown().await;
+}
+
+#[tokio::test]
+async fn every_engine_refuses_web_pages_and_other_hosts() {
+    let (_data, engines) = engines().await;
+    let (now, key) = (SystemTime::now(), engines.credentials.clone());
+    for service in ["dynamodb", "sqs", "s3"] {
+        let good = || Attempt::write(&engines, service, &key, now);
+        // Even with a signature, and even from pages that may use the API: pages have no business here.
+        for origin in ["https://evil.example", "null", "http://localhost:3000", "https://app.example"] {
+            assert_eq!(good().with("origin", origin).status().await, 403, "{service} {origin}");
+        }
+        for origin in ["https://evil.example", "null"] {
+            let mut preflight = good().without("authorization").with("origin", origin);
+            preflight = preflight.with("access-control-request-method", "POST");
+            preflight.method = Method::OPTIONS;
+            assert_eq!(preflight.status().await, 403, "{service} {origin}");
+            let mut simple = good().without("authorization").with("origin", origin).with("content-type", "text/plain");
+            simple.method = Method::POST;
+            assert_eq!(simple.status().await, 403, "{service} {origin}");
+        }
+        // The signature is for the host that is named, so it holds: the name alone is refused.
+        let mut rebound = good().without("authorization").with("host", "rebind.example:8000");
+        rebound.sign(service, &key, now);
+        assert_eq!(rebound.status().await, 421, "{service}");
+        assert!(!something_was_made(&engines).await, "{service}");
+    }
+    // A probe for what listens here.
+    for url in [&engines.dynamodb, &engines.sqs, &engines.s3] {
+        let status = reqwest::get(url).await.unwrap().status().as_u16();
+        assert!((400..500).contains(&status), "{url}: {status}");
+    }
+    engines.shutdown().await;
+}

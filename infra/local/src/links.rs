@@ -1,0 +1,186 @@
+//! Presigned S3 links, on the port of the API: `GET` and `HEAD` of `/<bucket>/<key>?…&X-Amz-Signature=…`, and nothing else of S3.
+//!
+//! The signature in a link is its credential, so links need no key of the API. They are signed for one address of the server
+//! (`signed_for`); a client gets and follows them under whichever name it uses for the server.
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse as _, Response};
+use http::header::{ALLOW, AUTHORIZATION, HOST, LOCATION};
+use http::{HeaderValue, Method, StatusCode};
+use shared::http::cors::cors;
+use shared::http::response::detail;
+use tower::ServiceExt as _;
+
+use crate::access::Access;
+
+/// Serves presigned links.
+#[derive(Clone, Debug)]
+pub struct Links {
+    /// `/<bucket>/`
+    prefix: String,
+    /// `http://127.0.0.1:<port>`
+    signed_for: String,
+    /// Its host and port.
+    host: HeaderValue,
+    s3: Router,
+    access: Access,
+}
+
+impl Links {
+    /// `s3` verifies signatures. `signed_for` is the endpoint of the client that signs links, without a slash at its end.
+    #[must_use]
+    pub fn new(bucket: &str, signed_for: &str, s3: Router, access: Access) -> Self {
+        let host = signed_for.split_once("://").map_or(signed_for, |(_, host)| host);
+        let origins = access.origins().clone();
+        let s3 = Router::new().fallback_service(s3).layer(cors(move |origin| origins.allows(origin)));
+        Self {
+            prefix: format!("/{bucket}/"),
+            signed_for: signed_for.to_owned(),
+            // An address that is listened on is a valid header.
+            host: HeaderValue::from_str(host).unwrap_or_else(|_| HeaderValue::from_static("")),
+            s3,
+            access,
+        }
+    }
+
+    /// Serves links before all other routes: no path of the API or of the web UI begins with the bucket's name.
+    pub fn before(self, routes: Router) -> Router {
+        routes.layer(middleware::from_fn_with_state(self, serve))
+    }
+
+    async fn answer(self, mut request: Request) -> Response {
+        let is_preflight = *request.method() == Method::OPTIONS;
+        if !is_preflight && let Some(status) = refused(&request) {
+            return match status {
+                StatusCode::METHOD_NOT_ALLOWED => ([(ALLOW, "GET, HEAD")], detail(status)).into_response(),
+                status => detail(status),
+            };
+        }
+        // The layer around has checked the name that the client used. The signature covers the one that the link was made for.
+        request.headers_mut().insert(HOST, self.host);
+        match self.s3.oneshot(request).await {
+            Ok(response) => response,
+            Err(never) => match never {},
+        }
+    }
+
+    /// Directs a client that is sent to a link to the address that it used for this server.
+    fn redirect(&self, base: Option<&str>, response: &mut Response) {
+        let Some(base) = base.filter(|_| response.status().is_redirection()) else { return };
+        let location = response.headers().get(LOCATION).and_then(|location| location.to_str().ok());
+        let path = location.and_then(|location| location.strip_prefix(&self.signed_for));
+        let Some(path) = path.filter(|path| path.starts_with(&self.prefix)) else { return };
+        if let Ok(location) = HeaderValue::from_str(&format!("{base}{path}")) {
+            response.headers_mut().insert(LOCATION, location);
+        }
+    }
+}
+
+async fn serve(State(links): State<Links>, request: Request, next: Next) -> Response {
+    let path = request.uri().path();
+    if path.starts_with(&links.prefix) || path == links.prefix.trim_end_matches('/') {
+        return links.answer(request).await;
+    }
+    let (parts, body) = request.into_parts();
+    let base = links.access.base_url(&parts);
+    let mut response = next.run(Request::from_parts(parts, body)).await;
+    links.redirect(base.as_deref(), &mut response);
+    response
+}
+
+/// Whether the request is anything but reading one object with a presigned link.
+fn refused(request: &Request) -> Option<StatusCode> {
+    if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        return Some(StatusCode::METHOD_NOT_ALLOWED);
+    }
+    let names: Vec<_> =
+        request.uri().query().unwrap_or_default().split('&').filter_map(|pair| pair.split('=').next()).collect();
+    let has_signature = names.iter().filter(|name| **name == "X-Amz-Signature").count() == 1;
+    // Other parameters would ask for something else than the object: a list, its tags, an upload's parts.
+    let reads_the_object = names.iter().all(|name| {
+        name.starts_with("X-Amz-") || name.starts_with("response-") || matches!(*name, "x-id" | "versionId")
+    });
+    let key = request.uri().path().trim_start_matches('/').split_once('/').map_or("", |(_, key)| key);
+    let is_signed_link =
+        has_signature && reads_the_object && !key.is_empty() && !request.headers().contains_key(AUTHORIZATION);
+    (!is_signed_link).then_some(StatusCode::FORBIDDEN)
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+    use axum::routing::get;
+
+    use super::*;
+
+    fn links() -> Router {
+        let s3 = Router::new().fallback(async |request: Request| {
+            let host = request.headers()[HOST].to_str().unwrap().to_owned();
+            format!("{} {host}", request.method())
+        });
+        let routes = Router::new().route(
+            "/download",
+            get(async || {
+                (StatusCode::TEMPORARY_REDIRECT, [(LOCATION, "http://127.0.0.1:3000/data/a?X-Amz-Signature=1")])
+            }),
+        );
+        let elsewhere =
+            get(async || (StatusCode::TEMPORARY_REDIRECT, [(LOCATION, "https://elsewhere.example/data/a")]));
+        let routes = routes.route("/elsewhere", elsewhere).fallback(async || "the page");
+        Links::new("data", "http://127.0.0.1:3000", s3, Access::new(false, None, &[])).before(routes)
+    }
+
+    async fn send(method: &str, target: &str, headers: &[(&str, &str)]) -> (u16, String, Option<String>) {
+        let mut request = Request::builder().method(method).uri(target).header(HOST, "localhost:3000");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let response = links().oneshot(request.body(Body::empty()).unwrap()).await.unwrap();
+        let location = response.headers().get(LOCATION).map(|location| location.to_str().unwrap().to_owned());
+        let status = response.status().as_u16();
+        let body = axum::body::to_bytes(response.into_body(), 1024).await.unwrap();
+        (status, String::from_utf8(body.to_vec()).unwrap(), location)
+    }
+
+    #[tokio::test]
+    async fn only_presigned_reads_of_objects_reach_s3() {
+        let link = "/data/exports/a.zip?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Signature=1&x-id=GetObject";
+        // For the address that links are signed for.
+        assert_eq!(send("GET", link, &[]).await.1, "GET 127.0.0.1:3000");
+        assert_eq!(send("HEAD", link, &[]).await.0, 200);
+        for method in ["PUT", "POST", "DELETE", "PATCH", "LINK"] {
+            assert_eq!(send(method, link, &[]).await.0, 405, "{method}");
+        }
+        for target in [
+            "/data",
+            "/data/",
+            "/data/a",
+            "/data/?X-Amz-Signature=1",
+            "/data/?list-type=2&X-Amz-Signature=1",
+            "/data?X-Amz-Signature=1",
+            "/data/a?Signature=1&AWSAccessKeyId=1",
+            "/data/a?Signature=1&AWSAccessKeyId=1&X-Amz-Signature=1",
+            "/data/a?x-amz-signature=1",
+            "/data/a?X-Amz-Signature=1&X-Amz-Signature=1",
+            "/data/a?uploads&X-Amz-Signature=1",
+            "/data/a?uploadId=1&X-Amz-Signature=1",
+            "/data/a?acl&X-Amz-Signature=1",
+        ] {
+            assert_eq!(send("GET", target, &[]).await.0, 403, "{target}");
+        }
+        assert_eq!(send("GET", link, &[("authorization", "AWS4-HMAC-SHA256 …")]).await.0, 403);
+        for target in ["/", "/database", "/data.html", "/other/data/a?X-Amz-Signature=1"] {
+            assert_eq!(send("GET", target, &[]).await.1, "the page", "{target}");
+        }
+    }
+
+    #[tokio::test]
+    async fn clients_are_sent_to_the_address_that_they_use() {
+        let (_, _, location) = send("GET", "/download", &[]).await;
+        assert_eq!(location.unwrap(), "http://localhost:3000/data/a?X-Amz-Signature=1");
+        let (_, _, location) = send("GET", "/elsewhere", &[]).await;
+        assert_eq!(location.unwrap(), "https://elsewhere.example/data/a");
+    }
+}
