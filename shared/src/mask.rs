@@ -62,7 +62,10 @@ fn collect_from_url(text: &str, found: &mut BTreeSet<String>) {
         return;
     }
     let Ok(url) = Url::parse(text) else { return };
+    let query = url.query().unwrap_or_default();
     found.extend(url.query().map(ToOwned::to_owned));
+    // As they are written, and as they are meant.
+    found.extend(query.split('&').filter_map(|pair| Some(pair.split_once('=')?.1.to_owned())));
     found.extend(url.query_pairs().map(|(_, value)| value.into_owned()));
     found.extend(url.password().map(ToOwned::to_owned));
 }

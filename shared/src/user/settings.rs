@@ -144,16 +144,6 @@ impl Settings {
         settings.custom_secrets.extend(custom_secrets);
         Ok(settings)
     }
-
-    /// The secret values in these settings, for masking them where they must not appear.
-    pub fn secrets(&self) -> impl Iterator<Item = &SecretString> {
-        self.llm_api_key
-            .iter()
-            .chain(&self.search_api_key)
-            .chain(self.provider_tokens.0.iter().filter_map(|(_, token)| token.token.as_ref()))
-            .chain(self.custom_secrets.values().map(|secret| &secret.secret))
-            .chain(self.mcp_config.secrets())
-    }
 }
 
 const KIND: &str = "settings";
@@ -334,8 +324,6 @@ mod tests {
         let providers: Vec<_> = settings.provider_tokens.0.iter().map(|(provider, _)| *provider).collect();
         assert_eq!(providers, [ProviderType::Gitlab, ProviderType::Github]);
         assert_eq!(settings.mcp_config.names().collect::<Vec<_>>(), ["sse", "shttp"]);
-        let secrets: Vec<_> = settings.secrets().map(ExposeSecret::expose_secret).collect();
-        assert_eq!(secrets, ["sk-1", "t1", "t2", "s", "k", "Bearer k"]);
         assert!(!format!("{settings:?}").contains("sk-1"));
     }
 }

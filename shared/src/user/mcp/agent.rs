@@ -2,27 +2,20 @@
 
 use std::fmt;
 
-use secrecy::SecretString;
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
-use super::server::{auth_headers, auth_of, entries_of, secret_places, whole_seconds};
+use super::server::{auth_headers, auth_of, entries_of, whole_seconds};
 use super::{Servers, stored};
-
-/// The shortest part of a URL's query that counts as a secret, in bytes.
-const LEAST_URL_SECRET: usize = 8;
 
 /// The MCP servers of a user's settings, as starts use them.
 #[derive(Clone, Default)]
-pub struct McpServers {
-    servers: Servers,
-    secrets: Vec<SecretString>,
-}
+pub struct McpServers(Servers);
 
 /// Names alone: everything else may hold secrets.
 impl fmt::Debug for McpServers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_set().entries(self.servers.keys()).finish()
+        f.debug_set().entries(self.0.keys()).finish()
     }
 }
 
@@ -34,25 +27,12 @@ impl<'de> Deserialize<'de> for McpServers {
 
 impl McpServers {
     pub(super) fn new(servers: Servers) -> Self {
-        let mut secrets = Vec::new();
-        for server in servers.values().filter_map(Value::as_object) {
-            let places = secret_places(server);
-            secrets.extend(places.iter().filter_map(|(_, value)| value.as_str()).map(SecretString::from));
-            secrets.extend(auth_of(server).and_then(auth_headers).into_iter().flatten().map(|(_, value)| value.into()));
-            secrets
-                .extend(server.get("url").and_then(Value::as_str).into_iter().flat_map(secrets_in_url).map(Into::into));
-        }
-        Self { servers, secrets }
-    }
-
-    /// Every secret value: variables, headers, credentials, and what URLs hold in their queries and user information.
-    pub fn secrets(&self) -> impl Iterator<Item = &SecretString> {
-        self.secrets.iter()
+        Self(servers)
     }
 
     /// The names of all servers, those that are switched off included.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.servers.keys().map(String::as_str)
+        self.0.keys().map(String::as_str)
     }
 
     /// The servers that are switched on, in the one form that agent servers from 1.15 to 1.58 accept: flat, with headers instead
@@ -61,7 +41,7 @@ impl McpServers {
     #[must_use]
     pub fn for_agent(&self) -> Map<String, Value> {
         let described = |(name, server): (&String, &Value)| Some((name.clone(), described(server.as_object()?)?));
-        self.servers.iter().filter_map(described).collect()
+        self.0.iter().filter_map(described).collect()
     }
 }
 
@@ -99,18 +79,4 @@ fn described(server: &Map<String, Value>) -> Option<Value> {
         described.insert("timeout".to_owned(), timeout);
     }
     Some(Value::Object(described))
-}
-
-/// What of a URL is secret in all likelihood: the password, and values of the query, both as written and decoded.
-fn secrets_in_url(url: &str) -> Vec<String> {
-    let Ok(url) = reqwest::Url::parse(url) else { return Vec::new() };
-    let written =
-        url.query().unwrap_or_default().split('&').filter_map(|pair| Some(pair.split_once('=')?.1.to_owned()));
-    let decoded = url.query_pairs().map(|(_, value)| value.into_owned());
-    let password = url.password().map(ToOwned::to_owned);
-    let mut found: Vec<String> =
-        written.chain(decoded).filter(|value| value.len() >= LEAST_URL_SECRET).chain(password).collect();
-    found.sort();
-    found.dedup();
-    found
 }
