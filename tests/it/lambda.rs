@@ -779,7 +779,7 @@ async fn a_deployment_has_one_data_key_whoever_comes_first() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_data_key_is_replaced_and_what_it_sealed_still_opens() {
     let cloud = Cloud::start().await;
-    let sdk = cloud.engines.sdk_config().await.to_builder().endpoint_url(cloud.kms.url()).build();
+    let sdk = cloud.engines.network_sdk_config().await.to_builder().endpoint_url(cloud.kms.url()).build();
     // As an operator does, who need not know the key of KMS.
     let operator = DataKey::stored_in(&sdk, cloud.aws.dynamodb.clone(), cloud.config.names.users.clone());
     let refused = operator.rotate().await.expect_err("there is none");

@@ -727,15 +727,15 @@ async fn functions_get_along_with_their_policies() {
 async fn the_authorizer_gets_along_with_its_policy() {
     let folder = TempDir::new().expect("a folder");
     let engines = Engines::start(folder.path()).await;
-    let sdk = engines.sdk_config().await;
-    let aws = Aws::new(&sdk);
+    let aws = Aws::new(&engines.sdk_config().await);
+    let network = engines.network_sdk_config().await;
     let names = engines.names(PREFIX);
     schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
     let user = UserId::new("u");
     let (_, key) = ApiKeyStore::new(aws.dynamodb, names.users.clone()).create(&user, "a key").await.expect("a key");
     let guard = Guard::new(policies(&template()), PREFIX);
     let way = guard.to("authorizer", &engines.dynamodb).await;
-    let dynamodb = aws_sdk_dynamodb::config::Builder::from(&sdk).endpoint_url(way.url()).build();
+    let dynamodb = aws_sdk_dynamodb::config::Builder::from(&network).endpoint_url(way.url()).build();
     let dynamodb = aws_sdk_dynamodb::Client::from_conf(dynamodb);
     let keys = ApiKeyStore::new(dynamodb.clone(), names.users.clone());
     assert_eq!(keys.owner(&key).await.expect("the store"), Some(user.clone()));
@@ -750,8 +750,8 @@ async fn the_authorizer_gets_along_with_its_policy() {
 async fn without_the_right_to_list_a_missing_object_is_forbidden() {
     let folder = TempDir::new().expect("a folder");
     let engines = Engines::start(folder.path()).await;
-    let sdk = engines.sdk_config().await;
-    let aws = Aws::new(&sdk);
+    let aws = Aws::new(&engines.sdk_config().await);
+    let network = engines.network_sdk_config().await;
     let names = engines.names(PREFIX);
     schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
     let statement = |action: &str, resource: &str, condition: Option<Value>| Statement {
@@ -770,7 +770,7 @@ async fn without_the_right_to_list_a_missing_object_is_forbidden() {
     ] {
         let guard = Guard::new([(name.to_owned(), statements)].into(), PREFIX);
         let way = guard.to(name, &engines.s3).await;
-        let s3 = aws_sdk_s3::config::Builder::from(&sdk).endpoint_url(way.url()).force_path_style(true).build();
+        let s3 = aws_sdk_s3::config::Builder::from(&network).endpoint_url(way.url()).force_path_style(true).build();
         let s3 = aws_sdk_s3::Client::from_conf(s3);
         let head = s3.head_object().bucket(&names.bucket).key("events/none").send().await.expect_err("missing");
         let get = s3.get_object().bucket(&names.bucket).key("events/none").send().await.expect_err("missing");

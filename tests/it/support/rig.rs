@@ -241,7 +241,7 @@ impl Rig {
                 aws_sdk_sqs::config::Builder::from(&network).endpoint_url(ways[1].url()).build(),
             ),
             s3: aws_sdk_s3::Client::from_conf(
-                aws_sdk_s3::config::Builder::from(&sdk).endpoint_url(held[2].url()).force_path_style(true).build(),
+                aws_sdk_s3::config::Builder::from(&network).endpoint_url(held[2].url()).force_path_style(true).build(),
             ),
         };
         ways.extend(held);
