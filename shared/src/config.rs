@@ -297,9 +297,10 @@ impl RemoteSandboxConfig {
     }
 }
 
-/// Our public address: `OH_WEB_URL`, or `https://` and `WEB_HOST`.
+/// Our public address: `OH_WEB_URL`, or `https://` and `WEB_HOST`, unless that is an address already.
 fn web_url() -> Option<String> {
-    text("OH_WEB_URL").or_else(|| text("WEB_HOST").map(|host| format!("https://{host}")))
+    let of_host = |host: String| if host.contains("://") { host } else { format!("https://{host}") };
+    text("OH_WEB_URL").or_else(|| text("WEB_HOST").map(of_host))
 }
 
 /// A comma-separated list.

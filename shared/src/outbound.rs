@@ -8,6 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use percent_encoding::percent_decode;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::redirect::Policy;
 use reqwest::{Method, RequestBuilder, Url};
@@ -15,6 +16,8 @@ use reqwest::{Method, RequestBuilder, Url};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// An address that no request can be made to.
 const REFUSED: &str = "refused:";
+/// How many times over a path may be percent-encoded.
+const MAX_ENCODINGS: usize = 4;
 
 /// Which addresses may be connected to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -111,15 +114,29 @@ pub fn join(base: &str, path: &str) -> Option<Url> {
 #[must_use]
 pub fn is_plain(path: &str) -> bool {
     let folder = path.split('?').next().unwrap_or_default();
-    let mut lower = folder.to_ascii_lowercase();
-    while lower.contains("%25") {
-        lower = lower.replace("%25", "%");
-    }
     folder.starts_with('/')
         && !path.chars().any(|letter| letter.is_control() || matches!(letter, '\\' | '#'))
         && !folder.contains("//")
-        && !["%2e", "%2f", "%5c", "%0", "%1", "%7f"].iter().any(|encoded| lower.contains(encoded))
         && !folder.split('/').any(|segment| matches!(segment, "." | ".."))
+        && !encodes_syntax(folder)
+}
+
+/// Whether decoding a path, once or several times over, adds a dot, a slash, a backslash or a control character.
+fn encodes_syntax(path: &str) -> bool {
+    let syntax =
+        |path: &[u8]| path.iter().filter(|byte| matches!(byte, b'.' | b'/' | b'\\') || byte.is_ascii_control()).count();
+    let mut current = path.as_bytes().to_vec();
+    for _ in 0..MAX_ENCODINGS {
+        let decoded: Vec<u8> = percent_decode(&current).collect();
+        if syntax(&decoded) > syntax(path.as_bytes()) {
+            return true;
+        }
+        if decoded == current {
+            return false;
+        }
+        current = decoded;
+    }
+    true
 }
 
 fn builder() -> reqwest::ClientBuilder {

@@ -102,7 +102,7 @@ async fn secret(State(context): State<Context>, headers: HeaderMap) -> Result<St
     let refused = || Error::Unauthenticated("Unauthorized".into());
     let token = headers.get(ACCESS_TOKEN).and_then(|token| token.to_str().ok()).ok_or_else(refused)?;
     let TokenClaims { user, provider, sandbox_id } =
-        TokenKey::of(&context.sealer).await?.read(token).ok_or_else(refused)?;
+        TokenKey::verify(&context.sealer, token).await?.ok_or_else(refused)?;
     if let Some(sandbox) = sandbox_id
         && !context.sandboxes.exists(&user, &sandbox).await?
     {

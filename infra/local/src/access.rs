@@ -217,17 +217,13 @@ impl Access {
         router.layer(middleware::from_fn_with_state(self.clone(), check))
     }
 
-    /// The address of the server by the name that a request used for it, for links in its answer.
+    /// What a link to this server begins with in the answer to a request: the public address, of which a proxy may have removed the
+    /// path, for requests to it, and nothing for others. Clients resolve a link without scheme and host by what they requested.
     #[must_use]
-    pub fn base_url(&self, request: &Parts) -> Option<String> {
-        let authority = authority(&request.uri, &request.headers)?;
-        Some(match &self.0.public {
-            Some(public) if public.authority.host == authority.host => public.url.clone(),
-            _ => match authority.port {
-                Some(port) => format!("http://{}:{port}", authority.host),
-                None => format!("http://{}", authority.host),
-            },
-        })
+    pub fn link_base(&self, request: &Parts) -> String {
+        let authority = authority(&request.uri, &request.headers);
+        let public = self.0.public.as_ref().filter(|public| authority.is_some_and(|one| one == public.authority));
+        public.map(|public| public.url.clone()).unwrap_or_default()
     }
 
     fn refusal(&self, request: &Request) -> Option<Refusal> {
@@ -444,9 +440,10 @@ mod tests {
 
     #[test]
     fn links_begin_with_the_address_that_the_client_used() {
-        let base = |host: &str| access().base_url(&request("/", &[("host", host)]).into_parts().0).unwrap();
-        assert_eq!(base("localhost:3000"), "http://localhost:3000");
-        assert_eq!(base("[::1]:80"), "http://[::1]:80");
+        let base = |host: &str| access().link_base(&request("/", &[("host", host)]).into_parts().0);
+        assert_eq!(base("localhost:3000"), "");
+        assert_eq!(base("[::1]:80"), "");
+        assert_eq!(base("tunnel.example:8443"), "");
         assert_eq!(base("tunnel.example"), "https://tunnel.example/openhands");
     }
 

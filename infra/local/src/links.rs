@@ -60,6 +60,8 @@ impl Links {
         }
         // The layer around has checked the name that the client used. The signature covers the one that the link was made for.
         request.headers_mut().insert(HOST, self.host);
+        // The API's key: clients send it again to where the same server redirects them.
+        request.headers_mut().remove(AUTHORIZATION);
         match self.s3.oneshot(request).await {
             Ok(response) => response,
             Err(never) => match never {},
@@ -67,8 +69,10 @@ impl Links {
     }
 
     /// Directs a client that is sent to a link to the address that it used for this server.
-    fn redirect(&self, base: Option<&str>, response: &mut Response) {
-        let Some(base) = base.filter(|_| response.status().is_redirection()) else { return };
+    fn redirect(&self, base: &str, response: &mut Response) {
+        if !response.status().is_redirection() {
+            return;
+        }
         let location = response.headers().get(LOCATION).and_then(|location| location.to_str().ok());
         let path = location.and_then(|location| location.strip_prefix(&self.signed_for));
         let Some(path) = path.filter(|path| path.starts_with(&self.prefix)) else { return };
@@ -84,9 +88,9 @@ async fn serve(State(links): State<Links>, request: Request, next: Next) -> Resp
         return links.answer(request).await;
     }
     let (parts, body) = request.into_parts();
-    let base = links.access.base_url(&parts);
+    let base = links.access.link_base(&parts);
     let mut response = next.run(Request::from_parts(parts, body)).await;
-    links.redirect(base.as_deref(), &mut response);
+    links.redirect(&base, &mut response);
     response
 }
 
@@ -103,8 +107,7 @@ fn refused(request: &Request) -> Option<StatusCode> {
         name.starts_with("X-Amz-") || name.starts_with("response-") || matches!(*name, "x-id" | "versionId")
     });
     let key = request.uri().path().trim_start_matches('/').split_once('/').map_or("", |(_, key)| key);
-    let is_signed_link =
-        has_signature && reads_the_object && !key.is_empty() && !request.headers().contains_key(AUTHORIZATION);
+    let is_signed_link = has_signature && reads_the_object && !key.is_empty();
     (!is_signed_link).then_some(StatusCode::FORBIDDEN)
 }
 
@@ -118,6 +121,7 @@ mod tests {
     fn links() -> Router {
         let s3 = Router::new().fallback(async |request: Request| {
             let host = request.headers()[HOST].to_str().unwrap().to_owned();
+            assert!(!request.headers().contains_key(AUTHORIZATION));
             format!("{} {host}", request.method())
         });
         let routes = Router::new().route(
@@ -170,7 +174,9 @@ mod tests {
         ] {
             assert_eq!(send("GET", target, &[]).await.0, 403, "{target}");
         }
-        assert_eq!(send("GET", link, &[("authorization", "AWS4-HMAC-SHA256 …")]).await.0, 403);
+        // A client that is redirected sends the API's key along.
+        assert_eq!(send("GET", link, &[("authorization", "Bearer key")]).await.0, 200);
+        assert_eq!(send("GET", "/data/a", &[("authorization", "AWS4-HMAC-SHA256 …")]).await.0, 403);
         for target in ["/", "/database", "/data.html", "/other/data/a?X-Amz-Signature=1"] {
             assert_eq!(send("GET", target, &[]).await.1, "the page", "{target}");
         }
@@ -179,7 +185,7 @@ mod tests {
     #[tokio::test]
     async fn clients_are_sent_to_the_address_that_they_use() {
         let (_, _, location) = send("GET", "/download", &[]).await;
-        assert_eq!(location.unwrap(), "http://localhost:3000/data/a?X-Amz-Signature=1");
+        assert_eq!(location.unwrap(), "/data/a?X-Amz-Signature=1");
         let (_, _, location) = send("GET", "/elsewhere", &[]).await;
         assert_eq!(location.unwrap(), "https://elsewhere.example/data/a");
     }

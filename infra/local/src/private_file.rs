@@ -48,12 +48,27 @@ pub(crate) fn make_tree_private(folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// As [`make_private`], for what may be there without being ours, such as a folder that the Docker daemon has made: what belongs to
+/// another user stays as it is, and so does what has disappeared.
+///
+/// # Errors
+/// Those of the file system.
+pub(crate) fn make_entry_private(path: &Path) -> io::Result<()> {
+    match make_private(path) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            tracing::warn!(path = %path.display(), "local.file_of_another_user");
+            Ok(())
+        }
+        done => skip_missing(done),
+    }
+}
+
 /// Makes the files and folders in a folder private, not what is in the folders.
 ///
 /// # Errors
 /// Those of the file system.
 pub(crate) fn make_entries_private(folder: &Path) -> io::Result<()> {
-    entries(folder)?.iter().try_for_each(|entry| skip_missing(make_private(&entry.path())))
+    entries(folder)?.iter().try_for_each(|entry| make_entry_private(&entry.path()))
 }
 
 /// Makes the files in a folder private, not those in the folders below it.
@@ -63,7 +78,7 @@ pub(crate) fn make_entries_private(folder: &Path) -> io::Result<()> {
 pub(crate) fn make_files_private(folder: &Path) -> io::Result<()> {
     for entry in entries(folder)? {
         if entry.file_type()?.is_file() {
-            skip_missing(make_private(&entry.path()))?;
+            make_entry_private(&entry.path())?;
         }
     }
     Ok(())

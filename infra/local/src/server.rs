@@ -522,7 +522,7 @@ pub(crate) fn make_data_folder(folder: &Path) -> Result<PathBuf, ServerError> {
     private_file::make_entries_private(&folder).map_err(not_private(&folder))?;
     let sandboxes = folder.join("sandboxes");
     for entry in private_file::entries(&sandboxes).map_err(file_error(&sandboxes))? {
-        private_file::make_private(&entry.path()).map_err(not_private(&entry.path()))?;
+        private_file::make_entry_private(&entry.path()).map_err(not_private(&entry.path()))?;
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             private_file::make_files_private(&entry.path()).map_err(not_private(&entry.path()))?;
         }

@@ -590,7 +590,17 @@ impl StartTaskStore {
         match claimed {
             Ok(answer) => {
                 let item = answer.attributes.ok_or_else(|| Error::internal("a claimed task came back empty"))?;
-                Ok(Claim::Claimed(Box::new(self.open(from_item(item)?).await?)))
+                match self.open(from_item(item)?).await {
+                    Ok(task) => Ok(Claim::Claimed(Box::new(task))),
+                    Err(error) => {
+                        // This worker lives: its claim must not count as the death of one.
+                        let released = self.release(user, id, worker, now, Change::default()).await;
+                        if let Err(error) = released {
+                            tracing::warn!(task = %id, error = %error.context(), "start.not_released");
+                        }
+                        Err(error)
+                    }
+                }
             }
             Err(error) if is_condition_failure(&error) => Ok(match self.get(user, id).await? {
                 None => Claim::Unknown,

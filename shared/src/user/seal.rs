@@ -65,10 +65,10 @@ enum Source {
     DataKey(DataKey),
 }
 
-/// The data keys, and when they were read.
+/// The data keys, and when they were last read again.
 struct Read {
     keys: Arc<[Key]>,
-    at: Instant,
+    again_at: Option<Instant>,
 }
 
 /// A data key and its id.
@@ -125,6 +125,15 @@ impl Sealer {
     /// # Errors
     /// When there is no such file, or it cannot be written, or holds [`MAX_KEYS`] keys.
     pub fn rotate_file(path: &Path) -> io::Result<usize> {
+        // Two at once would each keep its own key alone. (The key file itself is replaced, and so cannot be what is locked.)
+        let beside = |suffix: &str| {
+            let mut name = path.as_os_str().to_owned();
+            name.push(suffix);
+            PathBuf::from(name)
+        };
+        fs::metadata(path)?;
+        let lock = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(beside(".lock"))?;
+        lock.lock()?;
         let mut keys = read_file(path)?;
         if keys.len() >= MAX_KEYS {
             return Err(io::Error::other(format!("{} holds {MAX_KEYS} keys, and may not hold more", path.display())));
@@ -132,8 +141,7 @@ impl Sealer {
         keys.push(rand::random::<[u8; KEY_BYTES]>().to_vec());
         let lines: Vec<String> = keys.iter().map(|key| BASE64.encode(key)).collect();
         // Whole or not at all: without its keys a deployment has lost its secrets.
-        let mut draft = path.as_os_str().to_owned();
-        draft.push(".new");
+        let draft = beside(".new");
         let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&draft)?;
         file.write_all((lines.join("\n") + "\n").as_bytes())?;
         file.sync_all()?;
@@ -148,7 +156,7 @@ impl Sealer {
     }
 
     fn with(keys: Arc<[Key]>, source: Source) -> Self {
-        Self(Arc::new(Inner { keys: RwLock::new(Some(Read { keys, at: Instant::now() })), source }))
+        Self(Arc::new(Inner { keys: RwLock::new(Some(Read { keys, again_at: None })), source }))
     }
 
     /// A key of this process alone: nobody can open later what it seals. For stores that are given nothing to seal.
@@ -184,7 +192,7 @@ impl Sealer {
         let parts: Vec<&str> = sealed.split('.').collect();
         let opened = match parts[..] {
             [VERSION, id, nonce, body] => {
-                let keys = self.keys_with(id).await?;
+                let keys = self.keys_until(|keys| keys.iter().any(|key| key.id == id)).await?;
                 let key = keys.iter().find(|key| key.id == id).ok_or_else(broken)?;
                 open(key.derive(FOR_SEALING)?.expose_secret(), &associated(id, purpose), nonce, body)?
             }
@@ -206,14 +214,21 @@ impl Sealer {
     /// # Errors
     /// Those of [`DataKey::keys`].
     pub async fn derived_keys(&self, purpose: &str) -> Result<DerivedKeys> {
-        let keys = self.keys().await?;
-        let info = format!("{FOR_PURPOSE}{purpose}");
-        let mut accepted = Vec::with_capacity(2 * keys.len());
-        for key in keys.iter().rev() {
-            accepted.push(key.derive(info.as_bytes())?);
-            accepted.push(key.derive_without_hkdf(purpose));
-        }
-        Ok(DerivedKeys { newest: newest(&keys)?.derive(info.as_bytes())?, accepted })
+        derived(&*self.keys().await?, purpose)
+    }
+
+    /// As [`Sealer::derived_keys`], after the data keys were read again if none of the derived keys `is_wanted`: another process
+    /// may have added one.
+    ///
+    /// # Errors
+    /// Those of [`DataKey::keys`].
+    pub async fn derived_keys_until(
+        &self,
+        purpose: &str,
+        is_wanted: impl Fn(&SecretSlice<u8>) -> bool,
+    ) -> Result<DerivedKeys> {
+        let has = |keys: &[Key]| derived(keys, purpose).is_ok_and(|keys| keys.accepted.iter().any(&is_wanted));
+        derived(&*self.keys_until(has).await?, purpose)
     }
 
     /// The data keys. Should they not be had now, the next one who needs them asks again.
@@ -226,31 +241,40 @@ impl Sealer {
             return Ok(read.keys.clone());
         }
         let keys = self.0.source.read().await?.ok_or_else(|| Error::internal("a sealer without a key"))?;
-        *slot = Some(Read { keys: keys.clone(), at: Instant::now() });
+        *slot = Some(Read { keys: keys.clone(), again_at: None });
         Ok(keys)
     }
 
-    /// The data keys, read again if none of them has this id: another process may have added one.
-    async fn keys_with(&self, id: &str) -> Result<Arc<[Key]>> {
-        let has = |keys: &[Key]| keys.iter().any(|key| key.id == id);
+    /// The data keys, read again unless they are what `is_enough` looks for: another process may have added one.
+    async fn keys_until(&self, is_enough: impl Fn(&[Key]) -> bool) -> Result<Arc<[Key]>> {
         let keys = self.keys().await?;
-        if has(&keys) {
+        if is_enough(&keys) {
             return Ok(keys);
         }
         let mut slot = self.0.keys.write().await;
         if let Some(read) = &*slot
-            && (has(&read.keys) || read.at.elapsed() < READ_AGAIN_AFTER)
+            && (is_enough(&read.keys) || read.again_at.is_some_and(|at| at.elapsed() < READ_AGAIN_AFTER))
         {
             return Ok(read.keys.clone());
         }
         match self.0.source.read().await? {
             Some(keys) => {
-                *slot = Some(Read { keys: keys.clone(), at: Instant::now() });
+                *slot = Some(Read { keys: keys.clone(), again_at: Some(Instant::now()) });
                 Ok(keys)
             }
             None => Ok(keys),
         }
     }
+}
+
+fn derived(keys: &[Key], purpose: &str) -> Result<DerivedKeys> {
+    let info = format!("{FOR_PURPOSE}{purpose}");
+    let mut accepted = Vec::with_capacity(2 * keys.len());
+    for key in keys.iter().rev() {
+        accepted.push(key.derive(info.as_bytes())?);
+        accepted.push(key.derive_without_hkdf(purpose));
+    }
+    Ok(DerivedKeys { newest: newest(keys)?.derive(info.as_bytes())?, accepted })
 }
 
 impl Source {
@@ -432,10 +456,13 @@ mod tests {
         }
         // A process that read the keys before seals under the one it knows, and soon reads them again when it meets another.
         assert_eq!(id(&old.seal("p", &"x".into()).await.expect("sealed")), id(&all[0]));
-        assert_eq!(opened(&old, "p", &all[3]).await, None, "read a moment ago");
-        old.0.keys.write().await.as_mut().expect("keys").at -= READ_AGAIN_AFTER;
         assert_eq!(opened(&old, "p", &all[3]).await.as_deref(), Some("3"));
         assert_eq!(id(&old.seal("p", &"x".into()).await.expect("sealed")), id(&all[3]));
+        Sealer::rotate_file(&folder.key()).expect("rotated");
+        let newer = folder.sealer().seal("p", &"4".into()).await.expect("sealed");
+        assert_eq!(opened(&old, "p", &newer).await, None, "read again a moment ago");
+        old.0.keys.write().await.as_mut().expect("keys").again_at = Instant::now().checked_sub(READ_AGAIN_AFTER);
+        assert_eq!(opened(&old, "p", &newer).await.as_deref(), Some("4"));
     }
 
     #[test]

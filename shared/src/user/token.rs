@@ -78,14 +78,21 @@ impl TokenKey {
         Ok(format!("{signed}.{}", BASE64URL.encode(mac.finalize().into_bytes())).into())
     }
 
+    /// What a token from [`TokenKey::sign`] gives, also one that was signed under a key that another process has added since this
+    /// one read the keys. `None` when it is none of ours, was changed, or has expired.
+    ///
+    /// # Errors
+    /// Those of [`Sealer::derived_keys`].
+    pub async fn verify(sealer: &Sealer, token: &str) -> Result<Option<TokenClaims>> {
+        let Some(header) = header(token) else { return Ok(None) };
+        let is_meant = |key: &SecretSlice<u8>| header.kid == key_id(key.expose_secret());
+        let keys = sealer.derived_keys_until(PURPOSE, is_meant).await?;
+        Ok(Self(keys).read(token))
+    }
+
     /// What a token from [`TokenKey::sign`] gives; `None` when it is none of ours, was changed, or has expired.
     #[must_use]
     pub fn read(&self, token: &str) -> Option<TokenClaims> {
-        #[derive(Deserialize)]
-        struct Header {
-            alg: String,
-            kid: String,
-        }
         #[derive(Deserialize)]
         struct Claims {
             user_id: Option<String>,
@@ -95,8 +102,8 @@ impl TokenKey {
             exp: i64,
         }
         let (signed, signature) = token.rsplit_once('.')?;
-        let (header, claims) = signed.split_once('.')?;
-        let header: Header = serde_json::from_slice(&BASE64URL.decode(header).ok()?).ok()?;
+        let (_, claims) = signed.split_once('.')?;
+        let header = header(token)?;
         if header.alg != "HS256" {
             return None;
         }
@@ -114,6 +121,16 @@ impl TokenKey {
             sandbox_id: claims.sandbox_id,
         })
     }
+}
+
+#[derive(Deserialize)]
+struct Header {
+    alg: String,
+    kid: String,
+}
+
+fn header(token: &str) -> Option<Header> {
+    serde_json::from_slice(&BASE64URL.decode(token.split_once('.')?.0).ok()?).ok()
 }
 
 fn key_id(key: &[u8]) -> String {

@@ -198,8 +198,8 @@ impl Saga {
 
 impl Work<'_> {
     async fn run(&mut self) -> Result<Turn> {
-        if let Some(reason) = self.reason_to_end() {
-            return self.fail(Fault::Server, &reason).await;
+        if let Some((fault, reason)) = self.reason_to_end() {
+            return self.fail(fault, &reason).await;
         }
         let mut waiting_since = None;
         let mut looks = 0;
@@ -264,8 +264,8 @@ impl Work<'_> {
     }
 
     /// Why the step is not tried again after workers have died at it: it may be the step that kills them, and none of them lives to
-    /// see that its time is over.
-    fn reason_to_end(&self) -> Option<String> {
+    /// see that its time is over. One death proves nothing: a deployment ends workers, too, and the step may have been done by now.
+    fn reason_to_end(&self) -> Option<(Fault, String)> {
         let record = &self.task.record;
         if record.failure.is_some() || record.open_claims < 2 {
             return None;
@@ -273,9 +273,9 @@ impl Work<'_> {
         let count = record.open_claims - 1;
         tracing::warn!(task = %record.id, status = ?self.status(), attempt = count, "start.worker_lost");
         if count >= MAX_ATTEMPTS {
-            return Some(format!("The step {:?} was cut off {count} times", self.status()));
+            return Some((Fault::Server, format!("The step {:?} was cut off {count} times", self.status())));
         }
-        self.is_overdue().then(|| self.overdue_text())
+        (count > 1 && self.is_overdue()).then(|| (self.fault_of_overdue(), self.overdue_text()))
     }
 
     fn is_overdue(&self) -> bool {
