@@ -214,7 +214,7 @@ impl Sealer {
     /// # Errors
     /// Those of [`DataKey::keys`].
     pub async fn derived_keys(&self, purpose: &str) -> Result<DerivedKeys> {
-        derived(&*self.keys().await?, purpose)
+        derived(&self.keys().await?, purpose)
     }
 
     /// As [`Sealer::derived_keys`], after the data keys were read again if none of the derived keys `is_wanted`: another process
@@ -228,7 +228,7 @@ impl Sealer {
         is_wanted: impl Fn(&SecretSlice<u8>) -> bool,
     ) -> Result<DerivedKeys> {
         let has = |keys: &[Key]| derived(keys, purpose).is_ok_and(|keys| keys.accepted.iter().any(&is_wanted));
-        derived(&*self.keys_until(has).await?, purpose)
+        derived(&self.keys_until(has).await?, purpose)
     }
 
     /// The data keys. Should they not be had now, the next one who needs them asks again.
