@@ -370,6 +370,8 @@ mod tests {
             "/api/%2e./x",
             "/api/%252e%252e/x",
             "/api/%25252e/x",
+            "/api/%25%32%65/x",
+            "/api/%%32e/x",
             "/api/..%2fx",
             "/api/%2F..%2Fx",
             "/api/%252fx",
@@ -389,6 +391,9 @@ mod tests {
         ] {
             assert_eq!(join("https://host/runtime/7", path), None, "{path}");
         }
+        // In time that grows with its length alone.
+        let deep = format!("/api/%{}2e", "25".repeat(2_000_000));
+        assert_eq!(join("https://host/runtime/7", &deep), None);
         for base in ["", "host", "data:text/plain,x"] {
             assert_eq!(join(base, "/api/x"), None, "{base}");
         }

@@ -192,6 +192,8 @@ mod tests {
         let without = TokenClaims { user: user.clone(), provider: ProviderType::Github, sandbox_id: None };
         assert_eq!(key().await.read(yesterdays), Some(without.clone()));
         let token = key().await.sign(&user, ProviderType::Gitlab, "box", Duration::from_secs(60)).expect("a token");
+        // Of a process that has read the keys by now.
+        let warm = Sealer::from_file(&path).expect("a sealer");
         Sealer::rotate_file(&path).expect("rotated");
         assert_eq!(key().await.read(yesterdays), Some(without));
         assert_eq!(key().await.read(token.expose_secret()).expect("it holds").sandbox_id.as_deref(), Some("box"));
@@ -199,6 +201,15 @@ mod tests {
         let kid = |token: &SecretString| token.expose_secret().split('.').next().map(str::to_owned);
         assert_ne!(kid(&newer), kid(&token), "the newest key signs");
         assert!(key().await.read(newer.expose_secret()).is_some());
+        assert!(
+            TokenKey::of(&warm).await.expect("a key").read(newer.expose_secret()).is_none(),
+            "it has not met the key"
+        );
+        assert!(
+            TokenKey::verify(&warm, newer.expose_secret()).await.expect("keys").is_some(),
+            "it reads the keys again"
+        );
+        assert_eq!(TokenKey::verify(&warm, "e30.e30.e30").await.expect("keys"), None);
         std::fs::remove_dir_all(folder).expect("removed");
     }
 }
