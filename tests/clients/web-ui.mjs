@@ -96,6 +96,17 @@ async function converse(page, url, say) {
   await page.getByTestId("right-panel-toggle").click();
   say("showed the file that the agent wrote");
 
+  // What was committed in its sandbox, with the files of each commit. The tab was never open: nothing of it is kept in the page.
+  await commit((await api(`?ids=${row.id}`))[0], "Say hello in a file");
+  await page.getByTestId("right-panel-toggle").click();
+  await page.getByTestId("conversation-tab-commits").click();
+  const listed = page.getByTestId("commit-row").filter({ hasText: "Say hello in a file" });
+  await listed.getByTestId("commit-row-toggle").click();
+  await listed.getByTestId("diff-change-list").getByText("hello.txt").waitFor();
+  await picture("commits");
+  await page.getByTestId("right-panel-toggle").click();
+  say("listed a commit, and the file that it changed");
+
   // Another visit: the list, and what was said.
   await page.goto(url);
   await cards.getByText("A name of its own").click();
@@ -123,6 +134,17 @@ async function converse(page, url, say) {
   for (const host of stayed) left.delete(host);
   assert.deepEqual([...left], [], "the page called others");
   say("called nobody else");
+}
+
+/** Commits all that is in the workspace of a conversation. */
+async function commit(row, subject) {
+  const headers = { "X-Session-API-Key": row.session_api_key, "Content-Type": "application/json" };
+  const { workspace } = await (await fetch(row.conversation_url, { headers })).json();
+  const command = `git add -A && git -c user.name=Ada -c user.email=ada@example.com commit -qm '${subject}'`;
+  const body = JSON.stringify({ command, cwd: workspace.working_dir, timeout: 30 });
+  const run = new URL("/api/bash/execute_bash_command", row.conversation_url);
+  const ran = await (await fetch(run, { method: "POST", headers, body })).json();
+  assert.equal(ran.exit_code, 0, JSON.stringify(ran));
 }
 
 /** Adds an MCP server, changes it and removes it. */
