@@ -825,3 +825,39 @@ fn what_is_wrong(error: &serde_json::Error) -> String {
     };
     format!("{what} (line {}, column {})", error.line(), error.column())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_is_retried_as_often_as_it_may_pass() {
+        let status =
+            |code: u16, text: &str| Failure::Status(StatusCode::from_u16(code).expect("a status"), text.to_owned());
+        let missing = "Local plugin path does not exist: /x";
+        for (failure, retry, fault) in [
+            (Failure::Unreachable, Retry::Often, Fault::Server),
+            (Failure::TimedOut, Retry::Often, Fault::Server),
+            (Failure::CutOff, Retry::Often, Fault::Server),
+            (Failure::Malformed(String::new()), Retry::Often, Fault::Server),
+            (Failure::TooLarge(1), Retry::Never, Fault::Server),
+            (status(408, ""), Retry::Often, Fault::Server),
+            (status(429, ""), Retry::Often, Fault::Server),
+            (status(502, ""), Retry::Often, Fault::Server),
+            (status(503, missing), Retry::Often, Fault::Server),
+            (status(504, ""), Retry::Often, Fault::Server),
+            (status(409, ""), Retry::Few, Fault::Server),
+            (status(500, ""), Retry::Few, Fault::Server),
+            (status(501, ""), Retry::Few, Fault::Server),
+            (status(500, missing), Retry::Never, Fault::User),
+            (status(500, "Failed to fetch plugin from x"), Retry::Few, Fault::User),
+            (status(500, "[Errno 28] No space left on device"), Retry::Never, Fault::Server),
+            (status(401, ""), Retry::Never, Fault::Server),
+            (status(404, missing), Retry::Never, Fault::Server),
+            (status(422, ""), Retry::Never, Fault::Server),
+        ] {
+            let error = AgentServerError { request: "POST /x".to_owned(), failure };
+            assert_eq!((error.retry(), error.fault()), (retry, fault), "{error:?}");
+        }
+    }
+}
