@@ -125,9 +125,11 @@ impl AgentServerError {
     #[must_use]
     pub fn retry(&self) -> Retry {
         match &self.failure {
-            Failure::TooLarge(_) => Retry::Never,
-            Failure::Unreachable | Failure::TimedOut | Failure::CutOff | Failure::Malformed(_) => Retry::Often,
-            Failure::Status(
+            Failure::Unreachable
+            | Failure::TimedOut
+            | Failure::CutOff
+            | Failure::Malformed(_)
+            | Failure::Status(
                 StatusCode::REQUEST_TIMEOUT
                 | StatusCode::TOO_MANY_REQUESTS
                 | StatusCode::BAD_GATEWAY
@@ -138,7 +140,7 @@ impl AgentServerError {
             Failure::Status(status, _) if status.is_server_error() || *status == StatusCode::CONFLICT => {
                 if self.mistake().is_some_and(|mistake| mistake.is_permanent) { Retry::Never } else { Retry::Few }
             }
-            Failure::Status(..) => Retry::Never,
+            Failure::TooLarge(_) | Failure::Status(..) => Retry::Never,
         }
     }
 
