@@ -44,12 +44,13 @@ fn expected(mistake: &str, status: u64) -> (usize, &'static str, &'static str) {
         ("plugin unreachable", _) => (TRIES, "user", "A plugin cannot be fetched; check"),
         ("hook of no event", _) => (1, "user", "The hooks of the repository are invalid"),
         ("mcp server unreachable", 500) => (TRIES, "user", "An MCP server of the settings cannot be reached"),
-        // The form of the body is our doing.
-        ("mcp server of another form", 422) => (1, "server", "The agent server answered 422"),
         ("mcp server without an address", _) => (1, "user", "An MCP server of the settings is invalid"),
         ("skill twice", _) => (1, "user", "A skill is invalid"),
         ("no such tool" | "no such default tool" | "no such prompt", _) => (1, "server", VERSION),
-        ("no such analyzer" | "tag with a bad name", _) => (1, "server", "The agent server answered 422"),
+        // The form of the body, and what users have no say in, are our doing.
+        ("mcp server of another form" | "no such analyzer" | "tag with a bad name", 422) => {
+            (1, "server", "The agent server answered 422")
+        }
         ("folder is a file", _) => (1, "server", "The working folder of the conversation cannot be used"),
         ("disk full", _) => (1, "server", "The disk of the sandbox is full; delete files"),
         ("disk read-only", _) => (1, "server", "The agent server cannot write to the disk"),
