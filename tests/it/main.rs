@@ -10,6 +10,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod agent_server_errors;
 mod alarms;
 mod authorizer;
 mod deletion;
