@@ -10,6 +10,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod agent_server_errors;
 mod alarms;
 mod authorizer;
 mod deletion;
@@ -18,6 +19,7 @@ mod effects;
 mod end_to_end;
 mod end_to_end_inside;
 mod end_to_end_mcp;
+mod end_to_end_upgrade;
 mod events;
 mod hostile;
 mod import;

@@ -901,6 +901,7 @@ fn record(user: &UserId, id: Uuid, now: Snapshot, created_at: Time, request: &St
         command: None,
         failure: None,
         attempts: 0,
+        refusals: 0,
         open_claims: 0,
         deadline: None,
         request: serde_json::to_string(request).map_err(Error::internal)?,

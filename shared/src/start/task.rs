@@ -113,6 +113,9 @@ pub struct StartTaskRecord {
     /// How often the current step has failed.
     #[serde(default)]
     pub attempts: u32,
+    /// How often in a row an agent server answered the current step with an error of its own.
+    #[serde(default)]
+    pub refusals: u32,
     /// How often the task was claimed since a worker last got on with it or released it: more than once when workers die at it.
     #[serde(default)]
     pub open_claims: u32,

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use http::StatusCode;
 use serde_json::json;
 use tokio::time::{Instant, sleep};
 
@@ -9,7 +10,7 @@ use super::{Step, StepError, Work};
 use crate::agent_server::conversation_body::{
     ConversationBody, ConversationInputs, conversation_body, uses_llm_analyzer,
 };
-use crate::agent_server::{AgentServer, AgentServerError, ConversationInfo, Failure, SkillInfo, SkillsQuery};
+use crate::agent_server::{AgentServer, AgentServerError, ConversationInfo, Failure, Retry, SkillInfo, SkillsQuery};
 use crate::clock::Time;
 use crate::conversation::store::ConversationChange;
 use crate::conversation::told::{Standing, default_titles};
@@ -60,7 +61,10 @@ impl Work<'_> {
         };
         match agent_server.skills(&query).await {
             Ok(skills) => Ok(skills),
-            Err(error) if error.is_transient() && self.task.record.attempts < 2 => Err(error.into()),
+            // This has a bound of its own, so that every error that may pass counts alike.
+            Err(error) if error.retry() != Retry::Never && self.task.record.attempts < 2 => {
+                Err(StepError::Retry(error.to_string()))
+            }
             // As in the reference, a conversation without skills is better than none; but it says so.
             Err(error) => {
                 self.add_note(format!("The conversation has no skills: {error}"));
@@ -74,7 +78,9 @@ impl Work<'_> {
         let settings = self.settings().await?;
         let hooks = match agent_server.hooks(&folders.project_dir).await {
             Ok(hooks) => hooks,
-            Err(error) if error.is_transient() && self.task.record.attempts < 2 => return Err(error.into()),
+            Err(error) if error.retry() != Retry::Never && self.task.record.attempts < 2 => {
+                return Err(StepError::Retry(error.to_string()));
+            }
             Err(error) => {
                 self.add_note(format!("The conversation has no hooks: {error}"));
                 None
@@ -104,6 +110,22 @@ impl Work<'_> {
 
     /// Creates the conversation once, and makes sure that its first message is there.
     async fn create(&mut self, agent_server: &AgentServer, body: &ConversationBody) -> Result<(), StepError> {
+        match self.try_to_create(agent_server, body).await {
+            Err(AgentServerError { failure: Failure::Status(_, said), .. })
+                if said.contains("Chromium") && self.task.record.browser != Some(false) =>
+            {
+                // Its browser tool looked in other places than our probe did. Its word counts.
+                self.task.record.browser = Some(false);
+                // An agent server keeps a conversation whose agent could not be set up, and returns it, with that agent, to whoever
+                // creates the same id again.
+                self.remove_from(agent_server).await?;
+                Err(StepError::Retry(said))
+            }
+            done => Ok(done?),
+        }
+    }
+
+    async fn try_to_create(&self, agent_server: &AgentServer, body: &ConversationBody) -> Result<(), AgentServerError> {
         let timeout = self.saga.config.agent_request_timeout;
         // Behind an attempt whose outcome is unknown, it may be there or be about to be: the agent server recognises a
         // conversation's id only once it has finished making it.
@@ -115,18 +137,8 @@ impl Work<'_> {
             Some(info) => info,
             None => match agent_server.create_conversation(&body.json, timeout).await {
                 Ok(info) => info,
-                Err(error) if error.is_ambiguous() => match self.find(agent_server).await? {
-                    Some(info) => info,
-                    None => return Err(error.into()),
-                },
-                Err(AgentServerError { failure: Failure::Status(_, said), .. })
-                    if said.contains("Chromium") && self.task.record.browser != Some(false) =>
-                {
-                    // It looked in other places than our probe did. Its word counts.
-                    self.task.record.browser = Some(false);
-                    return Err(StepError::Retry(said));
-                }
-                Err(error) => return Err(error.into()),
+                Err(error) if error.is_ambiguous() => self.find(agent_server).await?.ok_or(error)?,
+                Err(error) => return Err(error),
             },
         };
         if self.task.record.attempts > 0 && !body.json["initial_message"].is_null() {
@@ -136,18 +148,22 @@ impl Work<'_> {
     }
 
     /// Sends the first message if an attempt was cut off between making the conversation and giving it its message. An
-    /// attempt that is still being worked on gets the time to do so itself.
+    /// attempt that is still being worked on gets the time to do so itself; one that was answered with an error is not.
     async fn ensure_first_message(
         &self,
         agent_server: &AgentServer,
         mut info: ConversationInfo,
         message: &serde_json::Value,
-    ) -> Result<(), StepError> {
-        let deadline = Instant::now() + self.saga.config.agent_request_timeout / 8;
+    ) -> Result<(), AgentServerError> {
+        let wait = match self.task.record.refusals {
+            0 => self.saga.config.agent_request_timeout / 8,
+            _ => Duration::ZERO,
+        };
+        let deadline = Instant::now() + wait;
         while info.last_user_message_id.is_none() {
-            if Instant::now() > deadline {
+            if Instant::now() >= deadline {
                 let role = message["role"].as_str().unwrap_or("user");
-                return Ok(agent_server.send_message(info.id, role, &message["content"], true).await?);
+                return agent_server.send_message(info.id, role, &message["content"], true).await;
             }
             sleep(self.saga.config.poll).await;
             info = self.find(agent_server).await?.unwrap_or(info);
@@ -155,9 +171,22 @@ impl Work<'_> {
         Ok(())
     }
 
-    async fn find(&self, agent_server: &AgentServer) -> Result<Option<ConversationInfo>, StepError> {
+    async fn find(&self, agent_server: &AgentServer) -> Result<Option<ConversationInfo>, AgentServerError> {
         let id = self.task.record.conversation_id;
         Ok(agent_server.conversations(&[id], self.saga.config.agent_request_timeout).await?.pop().flatten())
+    }
+
+    /// Removes this start's conversation from the agent server, if it is there.
+    pub(super) async fn remove_from(&self, agent_server: &AgentServer) -> Result<(), AgentServerError> {
+        let id = self.task.record.conversation_id;
+        match agent_server.delete_conversation(id, self.saga.config.agent_request_timeout).await {
+            // Version 1.15 answers 400 where later ones answer 404.
+            Err(AgentServerError {
+                failure: Failure::Status(StatusCode::NOT_FOUND | StatusCode::BAD_REQUEST, _),
+                ..
+            }) => Ok(()),
+            done => done,
+        }
     }
 
     /// Records the conversation and the task's end in one transaction.
