@@ -10,7 +10,7 @@ use shared::sandbox::SandboxService as _;
 use shared::user::UserId;
 
 use crate::support::git_server::GitServer;
-use crate::support::product::{AgentConversation, Product, agent_server_version, saying, text, with};
+use crate::support::product::{AgentConversation, Product, is_from, saying, text, with};
 use crate::support::scripted_llm::{Reply, ScriptedLlm};
 use crate::support::wait::wait_until;
 
@@ -162,13 +162,6 @@ async fn a_sandbox_shows_what_is_inside_until_it_is_gone() {
     assert!(text(&told["detail"]).starts_with("Sandbox not found for conversation"), "{told}");
     assert_eq!(product.get(&format!("/{id}/file")).await, "");
     product.shutdown().await;
-}
-
-/// Whether the agent server is of this minor version or a later one.
-fn is_from(minor: u32) -> bool {
-    let version = agent_server_version();
-    let mut parts = version.split('.').map(|part| part.parse::<u32>().expect("a number"));
-    (parts.next(), parts.next()) >= (Some(1), Some(minor))
 }
 
 /// A folder outside of the repository, and a reference that is none.
