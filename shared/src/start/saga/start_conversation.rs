@@ -177,16 +177,22 @@ impl Work<'_> {
         Ok(agent_server.conversations(&[id], self.saga.config.agent_request_timeout).await?.pop().flatten())
     }
 
-    /// Removes this start's conversation from the agent server, if it is there.
-    pub(super) async fn remove_from(&self, agent_server: &AgentServer) -> Result<(), AgentServerError> {
+    /// Removes this start's conversation from the agent server. False if it has a user's message: somebody uses it, and may have used
+    /// it before this start.
+    pub(super) async fn remove_from(&self, agent_server: &AgentServer) -> Result<bool, AgentServerError> {
         let id = self.task.record.conversation_id;
+        match self.find(agent_server).await? {
+            None => return Ok(true),
+            Some(info) if info.last_user_message_id.is_some() => return Ok(false),
+            Some(_) => {}
+        }
         match agent_server.delete_conversation(id, self.saga.config.agent_request_timeout).await {
             // Version 1.15 answers 400 where later ones answer 404.
             Err(AgentServerError {
                 failure: Failure::Status(StatusCode::NOT_FOUND | StatusCode::BAD_REQUEST, _),
                 ..
-            }) => Ok(()),
-            done => done,
+            }) => Ok(true),
+            done => done.map(|()| true),
         }
     }
 
