@@ -73,6 +73,9 @@ pub struct PendingCommand {
     pub name: String,
     /// The agent server's id of it.
     pub id: String,
+    /// When it was started. Records of earlier versions do not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<Time>,
 }
 
 /// The record of a start.
@@ -104,6 +107,9 @@ pub struct StartTaskRecord {
     /// Whether the sandbox has a browser, once that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub browser: Option<bool>,
+    /// Names of the MCP servers that the agent does not get, because they failed the probe.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mcp_servers_left_out: Vec<String>,
     /// A command that is waited for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub command: Option<PendingCommand>,

@@ -43,10 +43,24 @@ impl McpServers {
         let described = |(name, server): (&String, &Value)| Some((name.clone(), described(server.as_object()?)?));
         self.0.iter().filter_map(described).collect()
     }
+
+    /// The names of the servers that are switched on, need an OAuth token and have none: [`Self::for_agent`] leaves them out.
+    pub fn without_token(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().filter(|(_, server)| server.as_object().is_some_and(lacks_token)).map(|(name, _)| name.as_str())
+    }
+}
+
+fn lacks_token(server: &Map<String, Value>) -> bool {
+    let auth = auth_of(server).filter(|auth| auth.get("strategy").and_then(Value::as_str) == Some("oauth2"));
+    is_enabled(server) && auth.is_some_and(|auth| auth_headers(auth).is_none())
+}
+
+fn is_enabled(server: &Map<String, Value>) -> bool {
+    server.get("enabled") != Some(&Value::Bool(false))
 }
 
 fn described(server: &Map<String, Value>) -> Option<Value> {
-    if server.get("enabled") == Some(&Value::Bool(false)) {
+    if !is_enabled(server) {
         return None;
     }
     let texts = |name: &str| -> Map<String, Value> {
