@@ -217,3 +217,19 @@ impl StartTaskRecord {
 pub(super) fn raw(request: String) -> Box<RawValue> {
     RawValue::from_string(request).unwrap_or_else(|_| RawValue::NULL.to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_of_an_earlier_version_is_read() {
+        let row = r#"{"user": "ann", "id": "0513cae843c04dd7aebcf1c2dc0f9b8f", "status": "SETTING_UP_SKILLS",
+            "updated_at": "2026-11-20T10:00:00.000000Z", "created_at": "2026-11-20T10:00:00.000000Z",
+            "command": {"name": "git-hooks", "id": "c-1"}}"#;
+        let record: StartTaskRecord = serde_json::from_str(row).expect("a record");
+        assert_eq!(record.mcp_servers_left_out, [""; 0]);
+        let command = PendingCommand { name: "git-hooks".to_owned(), id: "c-1".to_owned(), started_at: None };
+        assert_eq!(record.command, Some(command));
+    }
+}

@@ -75,7 +75,8 @@ impl Work<'_> {
             _ => {
                 let script = once(&folders.state, name, script, finally);
                 let id = agent_server.start_command(&script, &folders.parent, timeout).await?;
-                self.task.record.command = Some(PendingCommand { name: name.to_owned(), id: id.clone(), started_at: Some(Time::now()) });
+                self.task.record.command =
+                    Some(PendingCommand { name: name.to_owned(), id: id.clone(), started_at: Some(Time::now()) });
                 id
             }
         };

@@ -218,8 +218,7 @@ fn outcomes(servers: &Map<String, Value>, output: &str) -> Outcomes {
 /// What must not be shown of a reason. Commands may repeat the value of an option without its name.
 fn secrets_of(servers: &Map<String, Value>) -> Vec<String> {
     let mut secrets = mask::secrets_in(&json!({"mcp_config": servers}));
-    let values: Vec<String> =
-        secrets.iter().filter_map(|secret| Some(secret.split_once('=')?.1.to_owned())).collect();
+    let values: Vec<String> = secrets.iter().filter_map(|secret| Some(secret.split_once('=')?.1.to_owned())).collect();
     secrets.extend(values);
     secrets
 }
@@ -310,7 +309,8 @@ mod tests {
     use super::*;
 
     fn servers(names: &[&str]) -> Map<String, Value> {
-        let server = json!({"url": "https://ann:pass-word@mcp.example/?key=query-key", "headers": {"X-Key": "header-key"}});
+        let server =
+            json!({"url": "https://ann:pass-word@mcp.example/?key=query-key", "headers": {"X-Key": "header-key"}});
         names.iter().map(|name| ((*name).to_owned(), server.clone())).collect()
     }
 
@@ -351,11 +351,19 @@ mod tests {
         let outcomes = outcomes(&one, &line(&json!({"server": 0, "works": false, "reason": reason})));
         let notes = notes(&outcomes);
         let [note] = notes.as_slice() else { panic!("{notes:?}") };
-        assert!(note.starts_with(r#"MCP server "a\n\"b\"\u{1b}" was left out: bad ********** [31m ********** ********** xxx"#), "{note}");
+        assert!(
+            note.starts_with(
+                r#"MCP server "a\n\"b\"\u{1b}" was left out: bad ********** [31m ********** ********** xxx"#
+            ),
+            "{note}"
+        );
         assert!(note.chars().count() < 300, "{note}");
         let process = json!({"p": {"command": "c", "args": ["--token=argument"], "env": {"T": "variable"}}});
         let said = line(&json!({"server": 0, "works": false, "reason": "argument and variable"}));
-        assert_eq!(super::outcomes(process.as_object().expect("a map"), &said).failed[0].1, "********** and **********");
+        assert_eq!(
+            super::outcomes(process.as_object().expect("a map"), &said).failed[0].1,
+            "********** and **********"
+        );
     }
 
     #[test]
@@ -370,6 +378,70 @@ mod tests {
         let notes = notes(&outcomes).join("\n");
         assert!((0..100).all(|number| notes.contains(&format!("\"{number}-n"))), "{notes}");
         assert!(notes.len() < 12 * 1024, "{}", notes.len());
+    }
+
+    /// A sandbox with nothing but a few programs, and `programs` of our own.
+    fn run_in_bare_sandbox(programs: &[(&str, &str)], document: Option<&str>) -> (i32, String, bool) {
+        use std::os::unix::fs::{PermissionsExt as _, symlink};
+        use std::process::{Command, Stdio};
+
+        let folder = std::env::temp_dir().join(id::new_sandbox_id());
+        let (state, bin) = (folder.join("state"), folder.join("bin"));
+        std::fs::create_dir_all(&bin).expect("a folder");
+        std::fs::create_dir_all(&state).expect("a folder");
+        for name in ["rm", "mkdir", "sleep", "readlink"] {
+            let known = ["/bin", "/usr/bin"].map(|folder| std::path::Path::new(folder).join(name));
+            let path = known.into_iter().find(|path| path.exists()).expect("the program");
+            symlink(path, bin.join(name)).expect("a link");
+        }
+        for (name, text) in programs {
+            std::fs::write(bin.join(name), text).expect("a program");
+            std::fs::set_permissions(bin.join(name), std::fs::Permissions::from_mode(0o755)).expect("a mode");
+        }
+        let file = state.join("mcp-1.json");
+        let (state, name) = (state.display().to_string(), file.display().to_string());
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", &script(&state, &name)]).env("PATH", &bin).stdin(Stdio::null()).stdout(Stdio::piped());
+        let child = command.spawn().expect("a shell");
+        if let Some(document) = document {
+            // In two parts, as an upload may arrive.
+            let (half, rest) = document.split_at(document.len() / 2);
+            std::fs::write(&file, half).expect("written");
+            std::thread::sleep(Duration::from_millis(200));
+            if file.exists() {
+                std::fs::write(&file, [half, rest].concat()).expect("written");
+            }
+        }
+        let output = child.wait_with_output().expect("an end");
+        let is_left = file.exists();
+        // Left-overs in the temporary folder hurt nobody.
+        let _removed = std::fs::remove_dir_all(&folder);
+        (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&output.stdout).into_owned(), is_left)
+    }
+
+    #[test]
+    fn without_an_interpreter_the_file_is_removed_and_the_exit_code_says_so() {
+        let old = [("python3", "#!/bin/sh\nexit 1\n"), ("python", "#!/bin/sh\nexit 1\n")];
+        for programs in [&[][..], &old] {
+            let (code, output, is_left) = run_in_bare_sandbox(programs, Some("{}"));
+            assert_eq!((i64::from(code), output.as_str(), is_left), (NO_INTERPRETER, "", false));
+        }
+    }
+
+    #[test]
+    fn the_program_starts_once_its_file_is_complete() {
+        let python = std::process::Command::new("sh").args(["-c", "command -v python3"]).output().expect("a shell");
+        let python = String::from_utf8_lossy(&python.stdout).trim().to_owned();
+        if python.is_empty() {
+            eprintln!("skipped: there is no python3");
+            return;
+        }
+        let program = format!("#!/bin/sh\nexec {} \"$@\"\n", quoted(&python));
+        let document = json!({"limit": 20, "servers": [{"command": "no-such-command"}], "program": PROGRAM}).to_string();
+        let (code, output, is_left) = run_in_bare_sandbox(&[("python", &program)], Some(&document));
+        let failed = outcomes(&servers(&["a"]), &output).failed;
+        assert_eq!((code, is_left), (0, false), "{output}");
+        assert_eq!(failed, [("a".to_owned(), "its command was not found".to_owned())]);
     }
 
     #[test]

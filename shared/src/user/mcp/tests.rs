@@ -440,6 +440,7 @@ fn agents_get_the_form_that_all_agent_servers_accept() {
             "bare": {"command": "uvx"},
         })
     );
+    assert_eq!(servers.without_token().collect::<Vec<_>>(), ["oauth-new"]);
     // What an agent server may repeat of them is masked.
     let secrets = mask::secrets_in(&json!({"agent": {"mcp_config": servers.for_agent()}}));
     for sent in [
