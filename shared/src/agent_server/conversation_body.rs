@@ -665,6 +665,9 @@ mod tests {
         case.settings["search_api_key"] = "tav".into();
         case.config.web_url = None;
         assert_eq!(servers(&case)["tavily"], json!({"url": "https://mcp.tavily.com/mcp/?tavilyApiKey=tav"}));
+        case.mcp_servers_left_out = vec!["tavily".to_owned(), "unknown".to_owned()];
+        assert_eq!(servers(&case), json!({"mine": {"url": "https://m.example/mcp"}}));
+        case.mcp_servers_left_out.clear();
         case.settings["mcp_config"]["tavily"] = json!({"url": "https://t.example", "enabled": false});
         assert_eq!(servers(&case), json!({"mine": {"url": "https://m.example/mcp"}}));
         case.settings["mcp_config"] = Value::Null;

@@ -437,7 +437,8 @@ mod tests {
             return;
         }
         let program = format!("#!/bin/sh\nexec {} \"$@\"\n", quoted(&python));
-        let document = json!({"limit": 20, "servers": [{"command": "no-such-command"}], "program": PROGRAM}).to_string();
+        let document =
+            json!({"limit": 20, "servers": [{"command": "no-such-command"}], "program": PROGRAM}).to_string();
         let (code, output, is_left) = run_in_bare_sandbox(&[("python", &program)], Some(&document));
         let failed = outcomes(&servers(&["a"]), &output).failed;
         assert_eq!((code, is_left), (0, false), "{output}");
