@@ -102,7 +102,7 @@ async fn mcp_servers_of_the_settings_serve_the_agent(product: &Product, llm: &Sc
     // As the web UI sends them, one after the other, and one that agent servers could not reach.
     for patch in [
         json!({"words": {"transport": "http", "url": words.url(), "headers": {"Authorization": format!("Bearer {KEY}")}}}),
-        json!({"process": {"transport": "stdio", "command": python, "args": [program], "cwd": folder, "env": {"WORDS": KEY}, "timeout": 2.5}}),
+        json!({"process": {"transport": "stdio", "command": python, "args": [program], "cwd": folder, "env": {"WORDS": KEY}, "timeout": 120.5}}),
         json!({"gone": {"transport": "sse", "url": "http://127.0.0.1:1/sse", "enabled": false}}),
     ] {
         set_mcp_servers(product, &patch).await;

@@ -46,8 +46,8 @@ class Unsure(Exception):
 class Probe:
     def __init__(self, server, limit):
         self.server = server
-        own = server.get("timeout")
-        self.limit = min(limit, own) if isinstance(own, (int, float)) and own > 0 else limit
+        own = server.get("timeout")  # In milliseconds.
+        self.limit = min(limit, own / 1000) if own else limit
         self.deadline = time.monotonic() + self.limit
         self.outcome = None
         self.thread = threading.Thread(target=self.run, daemon=True)
