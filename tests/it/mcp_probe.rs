@@ -367,3 +367,16 @@ async fn a_crash_or_a_late_worker_at_any_call_of_the_probe_leaves_no_file_behind
         })
         .await;
 }
+
+/// The step's deadline would end the start; the probe is given up before.
+#[tokio::test]
+async fn a_probe_that_does_not_end_is_given_up() {
+    let rig = Rig::start(StartConfig { step_timeout: Duration::from_secs(20), ..with_probe(LONG) }).await;
+    let hung = McpServer::behaving(Behavior::Hangs).await;
+    set_servers(&rig, &json!({"hung": {"url": hung.url()}})).await;
+    let task = rig.begin(&json!({})).await;
+    let detail = detail_of(&rig.drive(task.id).await);
+    assert_eq!(detail, "The MCP servers were not checked: the probe did not end in time");
+    assert_eq!(given(&rig), ["hung"]);
+    rig.finish().await;
+}
