@@ -133,6 +133,16 @@ impl Product {
         product
     }
 
+    /// As [`Product::start`], on this version of the agent server.
+    pub async fn start_with_agent_server(version: &str, settings: Value) -> Self {
+        let mut product = Self::new(false);
+        version.clone_into(&mut product.agent_server_version);
+        let settings_file = product.folder.path().join("settings.json");
+        fs::write(&settings_file, settings.to_string()).expect("the settings are written");
+        product.run(Some(settings_file)).await;
+        product
+    }
+
     /// Starts as `cargo local --demo` does, on an empty data folder.
     pub async fn demo() -> Self {
         let mut product = Self::new(true);
@@ -432,6 +442,12 @@ impl AgentConversation {
     /// The conversation as the agent server shows it.
     pub async fn info(&self) -> Value {
         self.send(self.http.get(&self.url)).await
+    }
+
+    /// The version of the agent server.
+    pub async fn server_version(&self) -> String {
+        let base = self.url.split("/api/").next().unwrap_or_default();
+        text(&self.send(self.http.get(format!("{base}/server_info"))).await["version"])
     }
 
     /// The folder that the agent works in.
