@@ -151,6 +151,20 @@ impl Work<'_> {
         Ok(Some(change.set("mcp_servers_left_out", AttributeValue::L(left_out))))
     }
 
+    /// The error without the secrets of MCP servers. The request that failed may lack those that were left out, yet the sandbox
+    /// received them for the probe, and may repeat them.
+    pub(super) async fn without_mcp_secrets(&mut self, error: StepError) -> Result<StepError, StepError> {
+        let settings = self.settings().await?;
+        let secrets = secrets_of(&mcp_servers(&settings, &self.saga.config));
+        let masked = |text: String| mask::masked(&text, secrets.iter().map(String::as_str));
+        Ok(match error {
+            StepError::Fatal(text) => StepError::Fatal(masked(text)),
+            StepError::Refused(text) => StepError::Refused(masked(text)),
+            StepError::Retry(text) => StepError::Retry(masked(text)),
+            StepError::LeaseLost => StepError::LeaseLost,
+        })
+    }
+
     fn take_outcomes(&mut self, servers: &Map<String, Value>, output: &CommandOutput) {
         match output.exit_code {
             0 => {}

@@ -44,7 +44,9 @@ impl Work<'_> {
             self.skills = Some(self.load_skills(&sandbox, &agent_server).await?);
         }
         let body = self.body(&sandbox, &agent_server).await?;
-        self.create(&agent_server, &body).await?;
+        if let Err(error) = self.create(&agent_server, &body).await {
+            return Err(self.without_mcp_secrets(error).await?);
+        }
         let settings = self.settings().await?;
         if uses_llm_analyzer(&settings)
             && let Err(error) = agent_server.set_llm_security_analyzer(self.task.record.conversation_id).await
