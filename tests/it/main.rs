@@ -27,6 +27,7 @@ mod inside;
 mod lambda;
 mod limits;
 mod local_access;
+mod mcp_probe;
 mod openapi;
 mod pending_messages;
 mod records;

@@ -49,6 +49,8 @@ pub struct ConversationInputs<'a> {
     pub hooks: Option<Value>,
     /// Whether the sandbox has a browser.
     pub browser: bool,
+    /// Names of the MCP servers that the agent does not get, although they are switched on.
+    pub mcp_servers_left_out: &'a [String],
     /// Configuration.
     pub config: &'a StartConfig,
     /// Signs the tokens with which agents look secrets up.
@@ -78,7 +80,7 @@ pub struct MissingModel;
 pub fn conversation_body(
     inputs: &ConversationInputs<'_>,
 ) -> Result<std::result::Result<ConversationBody, MissingModel>> {
-    let ConversationInputs { request, settings, config, .. } = inputs;
+    let ConversationInputs { request, settings, .. } = inputs;
     let model = match model(request, settings) {
         Ok(model) => model,
         Err(missing) => return Ok(Err(missing)),
@@ -115,7 +117,7 @@ pub fn conversation_body(
         "agent": {
             "llm": agent_llm,
             "tools": tools,
-            "mcp_config": mcp_config(settings, config),
+            "mcp_config": mcp_config(inputs),
             "filter_tools_regex": null,
             "include_default_tools": ["FinishTool", "ThinkTool"],
             "agent_context": {
@@ -284,9 +286,17 @@ fn secrets(inputs: &ConversationInputs<'_>) -> Result<Map<String, Value>> {
     Ok(secrets)
 }
 
-/// The user's MCP servers and that of the search service, by name. A server of the user replaces the search service's by its name,
-/// even if it is switched off.
-fn mcp_config(settings: &Settings, config: &StartConfig) -> Map<String, Value> {
+/// The MCP servers that the agent gets.
+fn mcp_config(inputs: &ConversationInputs<'_>) -> Map<String, Value> {
+    let mut servers = mcp_servers(inputs.settings, inputs.config);
+    servers.retain(|name, _| !inputs.mcp_servers_left_out.contains(name));
+    servers
+}
+
+/// The user's MCP servers and that of the search service, by name, secrets included. A server of the user replaces the search
+/// service's by its name, even if it is switched off.
+#[must_use]
+pub fn mcp_servers(settings: &Settings, config: &StartConfig) -> Map<String, Value> {
     let mut servers = Map::new();
     let key = exposed(settings.search_api_key.as_ref()).or_else(|| exposed(config.tavily_api_key.as_ref()));
     if let Some(key) = key.filter(|_| !settings.mcp_config.names().any(|name| name == SEARCH_SERVER)) {
@@ -491,11 +501,19 @@ mod tests {
         config: StartConfig,
         skills: Vec<SkillInfo>,
         browser: bool,
+        mcp_servers_left_out: Vec<String>,
     }
 
     impl Case {
         fn new(request: Value, settings: Value) -> Self {
-            Self { request, settings, config: StartConfig::default(), skills: Vec::new(), browser: true }
+            Self {
+                request,
+                settings,
+                config: StartConfig::default(),
+                skills: Vec::new(),
+                browser: true,
+                mcp_servers_left_out: Vec::new(),
+            }
         }
 
         fn body(&self) -> Value {
@@ -511,6 +529,7 @@ mod tests {
                 skills: &self.skills,
                 hooks: None,
                 browser: self.browser,
+                mcp_servers_left_out: &self.mcp_servers_left_out,
                 config: &self.config,
                 token_key: &SecretSlice::from(vec![7; 32]).into(),
                 now: serde_json::from_str("\"2026-11-22T15:38:03.220904Z\"").expect("a time"),
@@ -646,6 +665,9 @@ mod tests {
         case.settings["search_api_key"] = "tav".into();
         case.config.web_url = None;
         assert_eq!(servers(&case)["tavily"], json!({"url": "https://mcp.tavily.com/mcp/?tavilyApiKey=tav"}));
+        case.mcp_servers_left_out = vec!["tavily".to_owned(), "unknown".to_owned()];
+        assert_eq!(servers(&case), json!({"mine": {"url": "https://m.example/mcp"}}));
+        case.mcp_servers_left_out.clear();
         case.settings["mcp_config"]["tavily"] = json!({"url": "https://t.example", "enabled": false});
         assert_eq!(servers(&case), json!({"mine": {"url": "https://m.example/mcp"}}));
         case.settings["mcp_config"] = Value::Null;

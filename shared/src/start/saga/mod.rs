@@ -8,6 +8,7 @@
 mod choose_sandbox;
 pub mod command;
 mod prepare_repository;
+mod probe_mcp_servers;
 mod run_setup_script;
 mod set_up_git_hooks;
 mod start_conversation;

@@ -6,6 +6,7 @@ use http::StatusCode;
 use serde_json::json;
 use tokio::time::{Instant, sleep};
 
+use super::probe_mcp_servers::ProbeStart;
 use super::{Step, StepError, Work};
 use crate::agent_server::conversation_body::{
     ConversationBody, ConversationInputs, conversation_body, uses_llm_analyzer,
@@ -19,7 +20,7 @@ use crate::measure;
 use crate::sandbox::Sandbox;
 use crate::start::queue::Job;
 use crate::start::request::{AgentType, EventCallbackProcessor};
-use crate::start::store::{Change, StartTaskStore};
+use crate::start::store::StartTaskStore;
 use crate::start::task::{Snapshot, StartStatus};
 use crate::user::token::TokenKey;
 
@@ -27,10 +28,15 @@ impl Work<'_> {
     pub(super) async fn set_up_skills(&mut self) -> Result<Step, StepError> {
         let Some((sandbox, agent_server)) = self.running_sandbox().await? else { return Ok(Step::Wait) };
         let url = sandbox.agent_server_url().unwrap_or_default().to_owned();
-        // Read now, used in the next step: in the same turn they are at hand, after a crash they are read again.
-        self.skills = Some(self.load_skills(&sandbox, &agent_server).await?);
+        let probe = self.start_mcp_probe(&sandbox, &agent_server).await?;
+        // Read now, used in the next step: in the same turn they are at hand, after a crash they are read again. The probe runs
+        // meanwhile; while only the probe is waited for they are not read again.
+        if self.skills.is_none() && probe != ProbeStart::Pending {
+            self.skills = Some(self.load_skills(&sandbox, &agent_server).await?);
+        }
+        let Some(change) = self.end_mcp_probe(&agent_server).await? else { return Ok(Step::Wait) };
         self.task.record.now.agent_server_url = Some(url);
-        Ok(Step::Next(StartStatus::StartingConversation, Change::default()))
+        Ok(Step::Next(StartStatus::StartingConversation, change))
     }
 
     pub(super) async fn start_conversation(&mut self) -> Result<Step, StepError> {
@@ -39,7 +45,9 @@ impl Work<'_> {
             self.skills = Some(self.load_skills(&sandbox, &agent_server).await?);
         }
         let body = self.body(&sandbox, &agent_server).await?;
-        self.create(&agent_server, &body).await?;
+        if let Err(error) = self.create(&agent_server, &body).await {
+            return Err(self.without_mcp_secrets(error).await?);
+        }
         let settings = self.settings().await?;
         if uses_llm_analyzer(&settings)
             && let Err(error) = agent_server.set_llm_security_analyzer(self.task.record.conversation_id).await
@@ -102,6 +110,7 @@ impl Work<'_> {
             skills: self.skills.as_deref().unwrap_or_default(),
             hooks,
             browser,
+            mcp_servers_left_out: &self.task.record.mcp_servers_left_out,
             config: &self.saga.config,
             token_key: &token_key,
             now: Time::now(),
@@ -269,7 +278,7 @@ impl Work<'_> {
     }
 
     /// Adds a note unless an earlier attempt did.
-    fn add_note(&mut self, note: String) {
+    pub(super) fn add_note(&mut self, note: String) {
         if !self.task.record.notes.contains(&note) {
             self.task.record.notes.push(note);
         }
