@@ -452,8 +452,8 @@ def main(document):
         probe.thread.join(max(0, probe.deadline - time.monotonic()))
         outcomes.append(probe.outcome or {"works": False, "reason": probe.slow()})
     end_processes()
-    for number, outcome in enumerate(outcomes):
-        print(MARK + json.dumps(dict(outcome, server=number)))
+    for key, outcome in zip(document["keys"], outcomes):
+        print(MARK + json.dumps(dict(outcome, server=key)))
     sys.stdout.flush()
     # Threads that still wait for a server are not waited for.
     os._exit(0)

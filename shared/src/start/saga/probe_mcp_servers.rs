@@ -9,6 +9,7 @@
 //! as soon as it has read it, so that a worker that dies at any point leaves no copy behind. Each attempt has a file and a command of
 //! its own; a repeated probe changes nothing.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use aws_sdk_dynamodb::types::AttributeValue;
@@ -18,7 +19,7 @@ use serde_json::{Map, Value, json};
 use super::command::quoted;
 use super::{StepError, Work};
 use crate::agent_server::conversation_body::mcp_servers;
-use crate::agent_server::{AgentServer, AgentServerError, CommandOutput};
+use crate::agent_server::{AgentServer, AgentServerError, CommandOutput, Retry};
 use crate::clock::Time;
 use crate::dynamo::text;
 use crate::id;
@@ -26,6 +27,7 @@ use crate::mask;
 use crate::sandbox::Sandbox;
 use crate::start::store::Change;
 use crate::start::task::PendingCommand;
+use crate::user::seal::hash;
 
 const NAME: &str = "probe-mcp-servers";
 const PROGRAM: &str = include_str!("probe_mcp_servers.py");
@@ -62,7 +64,8 @@ pub(super) enum ProbeStart {
 /// An outcome as the command prints it. Anything in the sandbox may have printed it.
 #[derive(Deserialize)]
 struct Outcome {
-    server: usize,
+    /// What [`key`] gives for the server.
+    server: String,
     works: Option<bool>,
     reason: Option<String>,
 }
@@ -98,6 +101,7 @@ impl Work<'_> {
             "program": PROGRAM,
             "limit": limit.as_secs_f64(),
             "servers": servers.values().collect::<Vec<_>>(),
+            "keys": servers.iter().map(|(name, server)| key(name, server)).collect::<Vec<_>>(),
         });
         let document = document.to_string().into();
         match tokio::time::timeout(UPLOAD_LIMIT, agent_server.upload(&file, &document)).await {
@@ -138,7 +142,9 @@ impl Work<'_> {
                     let servers = mcp_servers(&settings, &self.saga.config);
                     self.take_outcomes(&servers, &output);
                 }
-                Err(error) if error.is_transient() && self.task.record.attempts < 2 => return Err(error.into()),
+                Err(error) if error.retry() != Retry::Never && self.task.record.attempts < 2 => {
+                    return Err(StepError::Retry(error.to_string()));
+                }
                 Err(error) => self.note_unprobed(&error.to_string()),
             }
             self.task.record.command = None;
@@ -161,6 +167,7 @@ impl Work<'_> {
             StepError::Fatal(text) => StepError::Fatal(masked(text)),
             StepError::Refused(text) => StepError::Refused(masked(text)),
             StepError::Retry(text) => StepError::Retry(masked(text)),
+            StepError::Refusal(fault, text) => StepError::Refusal(fault, masked(text)),
             StepError::LeaseLost => StepError::LeaseLost,
         })
     }
@@ -184,7 +191,7 @@ impl Work<'_> {
     }
 
     fn not_probed(&mut self, error: &AgentServerError) -> Result<ProbeStart, StepError> {
-        if error.is_transient() && self.task.record.attempts < 2 {
+        if error.retry() != Retry::Never && self.task.record.attempts < 2 {
             return Err(StepError::Retry(error.to_string()));
         }
         self.note_unprobed(&error.to_string());
@@ -205,19 +212,19 @@ struct Outcomes {
     unsure: Vec<String>,
 }
 
-/// What the output says of these servers, which are in the order in which they were sent.
+/// By what the output names a server: it changes with the server's settings, which may have been changed since the probe was started.
+fn key(name: &str, server: &Value) -> String {
+    hash(&json!([name, server]).to_string())[..16].to_owned()
+}
+
+/// What the output says of these servers.
 fn outcomes(servers: &Map<String, Value>, output: &str) -> Outcomes {
     let secrets = secrets_of(servers);
     let lines = output.lines().filter_map(|line| serde_json::from_str::<Outcome>(line.strip_prefix(MARK)?).ok());
-    let mut said: Vec<Option<Outcome>> = servers.iter().map(|_| None).collect();
-    for outcome in lines {
-        if let Some(place) = said.get_mut(outcome.server) {
-            *place = Some(outcome);
-        }
-    }
+    let mut said: HashMap<String, Outcome> = lines.map(|outcome| (outcome.server.clone(), outcome)).collect();
     let mut outcomes = Outcomes::default();
-    for (name, outcome) in servers.keys().zip(said) {
-        match outcome {
+    for (name, server) in servers {
+        match said.remove(&key(name, server)) {
             Some(Outcome { works: Some(true), .. }) => {}
             Some(Outcome { works: Some(false), reason, .. }) => {
                 let reason = mask::masked(&reason.unwrap_or_default(), secrets.iter().map(String::as_str));
@@ -328,6 +335,11 @@ mod tests {
         names.iter().map(|name| ((*name).to_owned(), server.clone())).collect()
     }
 
+    /// The key of the n-th server.
+    fn nth(servers: &Map<String, Value>, nth: usize) -> String {
+        servers.iter().nth(nth).map(|(name, server)| key(name, server)).expect("a server")
+    }
+
     fn line(outcome: &Value) -> String {
         format!("{MARK}{outcome}\n")
     }
@@ -337,11 +349,12 @@ mod tests {
         let four = servers(&["a", "b", "c", "d"]);
         let output = [
             "noise\n".to_owned(),
-            line(&json!({"server": 0, "works": true})),
-            line(&json!({"server": 1, "works": false, "reason": "it answered 401 Unauthorized"})),
-            line(&json!({"server": 2, "unsure": "why"})),
-            line(&json!({"server": 9, "works": false})),
-            line(&json!({"server": -1, "works": false})),
+            line(&json!({"server": nth(&four, 0), "works": true})),
+            line(&json!({"server": nth(&four, 1), "works": false, "reason": "it answered 401 Unauthorized"})),
+            line(&json!({"server": nth(&four, 2), "unsure": "why"})),
+            line(&json!({"server": "unknown", "works": false})),
+            // The settings have changed meanwhile.
+            line(&json!({"server": key("d", &json!({"url": "https://before.example"})), "works": false})),
             line(&json!(["server"])),
             format!("{MARK}{{"),
         ]
@@ -362,7 +375,7 @@ mod tests {
     fn reasons_are_short_and_on_one_line_and_without_secrets() {
         let one = servers(&["a\n\"b\"\u{1b}"]);
         let reason = format!("bad header-key\n\u{1b}[31m query-key pass-word {}", "x".repeat(9000));
-        let outcomes = outcomes(&one, &line(&json!({"server": 0, "works": false, "reason": reason})));
+        let outcomes = outcomes(&one, &line(&json!({"server": nth(&one, 0), "works": false, "reason": reason})));
         let notes = notes(&outcomes);
         let [note] = notes.as_slice() else { panic!("{notes:?}") };
         assert!(
@@ -373,11 +386,9 @@ mod tests {
         );
         assert!(note.chars().count() < 300, "{note}");
         let process = json!({"p": {"command": "c", "args": ["--token=argument"], "env": {"T": "variable"}}});
-        let said = line(&json!({"server": 0, "works": false, "reason": "argument and variable"}));
-        assert_eq!(
-            super::outcomes(process.as_object().expect("a map"), &said).failed[0].1,
-            "********** and **********"
-        );
+        let process = process.as_object().expect("a map");
+        let said = line(&json!({"server": nth(process, 0), "works": false, "reason": "argument and variable"}));
+        assert_eq!(super::outcomes(process, &said).failed[0].1, "********** and **********");
     }
 
     #[test]
@@ -385,7 +396,7 @@ mod tests {
         let names: Vec<String> = (0..100).map(|number| format!("{number}-{}", "n".repeat(500))).collect();
         let many = servers(&names.iter().map(String::as_str).collect::<Vec<_>>());
         let output: String = (0..100)
-            .map(|number| line(&json!({"server": number, "works": false, "reason": "r".repeat(5000)})))
+            .map(|number| line(&json!({"server": nth(&many, number), "works": false, "reason": "r".repeat(5000)})))
             .collect();
         let outcomes = outcomes(&many, &output);
         assert_eq!(outcomes.failed.len(), 100);
