@@ -97,13 +97,7 @@ impl Work<'_> {
             }
             Err(error) => return self.not_probed(&error),
         }
-        let document = json!({
-            "program": PROGRAM,
-            "limit": limit.as_secs_f64(),
-            "servers": servers.values().collect::<Vec<_>>(),
-            "keys": servers.iter().map(|(name, server)| key(name, server)).collect::<Vec<_>>(),
-        });
-        let document = document.to_string().into();
+        let document = document(&servers, limit).to_string().into();
         match tokio::time::timeout(UPLOAD_LIMIT, agent_server.upload(&file, &document)).await {
             Ok(Ok(())) => Ok(ProbeStart::Started),
             // The command removes the file should it be there all the same.
@@ -210,6 +204,16 @@ struct Outcomes {
     failed: Vec<(String, String)>,
     /// The servers of which the probe does not know whether they work.
     unsure: Vec<String>,
+}
+
+/// The uploaded file: the program, and what it probes.
+fn document(servers: &Map<String, Value>, limit: Duration) -> Value {
+    json!({
+        "program": PROGRAM,
+        "limit": limit.as_secs_f64(),
+        "servers": servers.values().collect::<Vec<_>>(),
+        "keys": servers.iter().map(|(name, server)| key(name, server)).collect::<Vec<_>>(),
+    })
 }
 
 /// By what the output names a server: it changes with the server's settings, which may have been changed since the probe was started.
@@ -464,10 +468,11 @@ mod tests {
             return;
         }
         let program = format!("#!/bin/sh\nexec {} \"$@\"\n", quoted(&python));
-        let document =
-            json!({"limit": 20, "servers": [{"command": "no-such-command"}], "program": PROGRAM}).to_string();
+        let servers: Map<String, Value> =
+            [("a".to_owned(), json!({"command": "no-such-command"}))].into_iter().collect();
+        let document = document(&servers, Duration::from_secs(20)).to_string();
         let (code, output, is_left) = run_in_bare_sandbox(&[("python", &program)], Some(&document));
-        let failed = outcomes(&servers(&["a"]), &output).failed;
+        let failed = outcomes(&servers, &output).failed;
         assert_eq!((code, is_left), (0, false), "{output}");
         assert_eq!(failed, [("a".to_owned(), "its command was not found".to_owned())]);
     }
