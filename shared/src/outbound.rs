@@ -14,6 +14,8 @@ use reqwest::redirect::Policy;
 use reqwest::{Method, RequestBuilder, Url};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a connection without a request is kept: agent servers close theirs after 5 s, and a request that meets that is lost.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
 /// An address that no request can be made to.
 const REFUSED: &str = "refused:";
 /// How many times over a path may be percent-encoded.
@@ -140,7 +142,7 @@ fn encodes_syntax(path: &str) -> bool {
 }
 
 fn builder() -> reqwest::ClientBuilder {
-    reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).redirect(Policy::none())
+    reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).pool_idle_timeout(IDLE_TIMEOUT).redirect(Policy::none())
 }
 
 /// Whether a URL's host is a name, which is looked at when it is resolved, or a public address.

@@ -96,6 +96,30 @@ async function converse(page, url, say) {
   await page.getByTestId("right-panel-toggle").click();
   say("showed the file that the agent wrote");
 
+  // What was committed in its sandbox, with the files of each commit. Agent servers before 1.49 do not list commits.
+  const now = (await api(`?ids=${row.id}`))[0];
+  await commit(now, "Say hello in a file");
+  const { version } = await (await fetch(new URL("/server_info", now.conversation_url))).json();
+  const [major, minor] = version.split(".").map(Number);
+  const listsCommits = major > 1 || minor >= 49;
+  const asked = page.waitForResponse((answer) => answer.request().postData()?.includes("/api/git/commits?"));
+  await page.getByTestId("right-panel-toggle").click();
+  await page.getByTestId("conversation-tab-commits").click();
+  assert.equal((await asked).status(), listsCommits ? 200 : 404, version);
+  const commits = page.getByTestId("commit-row");
+  if (listsCommits) {
+    const listed = commits.filter({ hasText: "Say hello in a file" });
+    await listed.getByTestId("commit-row-toggle").click();
+    await listed.getByTestId("diff-change-list").getByText("hello.txt").waitFor();
+    say("listed a commit, and the file that it changed");
+  } else {
+    await page.getByTestId("uncommitted-changes-row").or(page.getByText("No commits")).first().waitFor();
+    assert.equal(await commits.count(), 0);
+    say(`listed no commits, since agent server ${version} does not`);
+  }
+  await picture("commits");
+  await page.getByTestId("right-panel-toggle").click();
+
   // Another visit: the list, and what was said.
   await page.goto(url);
   await cards.getByText("A name of its own").click();
@@ -123,6 +147,17 @@ async function converse(page, url, say) {
   for (const host of stayed) left.delete(host);
   assert.deepEqual([...left], [], "the page called others");
   say("called nobody else");
+}
+
+/** Commits all that is in the workspace of a conversation. */
+async function commit(row, subject) {
+  const headers = { "X-Session-API-Key": row.session_api_key, "Content-Type": "application/json" };
+  const { workspace } = await (await fetch(row.conversation_url, { headers })).json();
+  const command = `git add -A && git -c user.name=Ada -c user.email=ada@example.com commit -qm '${subject}'`;
+  const body = JSON.stringify({ command, cwd: workspace.working_dir, timeout: 30 });
+  const run = new URL("/api/bash/execute_bash_command", row.conversation_url);
+  const ran = await (await fetch(run, { method: "POST", headers, body })).json();
+  assert.equal(ran.exit_code, 0, JSON.stringify(ran));
 }
 
 /** Adds an MCP server, changes it and removes it. */

@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use crate::support::git_server::GitServer;
 use crate::support::product::{
-    AgentConversation, Product, STATUSES, contains, content_text, logged, saying, text, with,
+    AgentConversation, Product, STATUSES, contains, content_text, is_from, logged, saying, text, with,
 };
 use crate::support::scripted_llm::{COMPLETION_TOKENS, DEFAULT_TITLE, PROMPT_TOKENS, Reply, ScriptedLlm};
 use crate::support::wait::wait_until;
@@ -586,7 +586,9 @@ async fn a_dead_language_model_ends_the_conversation_and_a_missing_one_the_start
 
     product.conversation_within(&id, "error", DEAD_MODEL_LIMIT).await;
     let errors = product.at_agent(&id).await.events("ConversationErrorEvent").await;
-    assert_eq!(errors.len(), 1, "{errors:#?}");
-    assert!(json!(errors).to_string().contains("Connection error"), "{errors:#?}");
+    // From 1.49 on, a title that the model did not find is an error of its own, before or after that of the answer.
+    let of_a_title = usize::from(is_from(49));
+    assert!((1..=1 + of_a_title).contains(&errors.len()), "{errors:#?}");
+    assert!(errors.iter().all(|error| text(&error["detail"]).contains("Connection error")), "{errors:#?}");
     product.shutdown().await;
 }

@@ -1,7 +1,8 @@
 //! What is inside a sandbox, on a real agent server: messages that came before it, skills of all sources, hooks, files,
 //! git and messages, in a grouped sandbox;
-//! then paused, resumed and deleted.
+//! then paused, resumed and deleted. Where versions of the agent server differ, both answers are here.
 
+use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -9,7 +10,7 @@ use shared::sandbox::SandboxService as _;
 use shared::user::UserId;
 
 use crate::support::git_server::GitServer;
-use crate::support::product::{Product, saying, text, with};
+use crate::support::product::{AgentConversation, Product, is_from, saying, text, with};
 use crate::support::scripted_llm::{Reply, ScriptedLlm};
 use crate::support::wait::wait_until;
 
@@ -34,6 +35,7 @@ async fn a_sandbox_shows_what_is_inside_until_it_is_gone() {
         "llm_api_key": "key-of-the-model",
         "llm_base_url": llm.base_url(),
         "sandbox_grouping_strategy": "ADD_TO_ANY",
+        "disabled_skills": ["from-microagents"],
         "provider_tokens": {"github": {"token": null, "host": git.url()}},
     }))
     .await;
@@ -76,6 +78,13 @@ async fn a_sandbox_shows_what_is_inside_until_it_is_gone() {
     let microagent = skill("from-microagents");
     assert_eq!((&microagent["type"], &microagent["triggers"]), (&json!("knowledge"), &json!(["bridge", "tunnel"])));
     assert!(text(&skill("of-the-user")["content"]).contains("My body."));
+    // The list has all of them; the model is told of those that the user did not switch off, and that were there when it began.
+    let asked = json!(llm.requests()).to_string();
+    for (words, is_told) in
+        [("Rules of the repository", true), ("from-agents", true), ("from-microagents", false), ("of-the-user", false)]
+    {
+        assert_eq!(asked.contains(words), is_told, "{words} in {asked}");
+    }
 
     assert_eq!(
         product.get(&format!("/{id}/hooks")).await,
@@ -109,6 +118,8 @@ async fn a_sandbox_shows_what_is_inside_until_it_is_gone() {
     let diff = product.get(&format!("/{id}/git/diff?path={}", at("README.md"))).await;
     assert!(text(&diff["original"]).starts_with("Read me") && !text(&diff["original"]).contains("more"), "{diff}");
     assert!(text(&diff["modified"]).contains("more"), "{diff}");
+    what_git_cannot_say(&product, &id, &folder).await;
+    commits_are_listed_by_way_of_the_server(&product, &id, &agent, &folder).await;
 
     llm.reply_with(vec![Reply::text("Welcome back")]);
     let message = json!({"role": "user", "content": [{"type": "text", "text": "Are you there?"}]});
@@ -151,6 +162,79 @@ async fn a_sandbox_shows_what_is_inside_until_it_is_gone() {
     assert!(text(&told["detail"]).starts_with("Sandbox not found for conversation"), "{told}");
     assert_eq!(product.get(&format!("/{id}/file")).await, "");
     product.shutdown().await;
+}
+
+/// A folder outside of the repository, and a reference that is none.
+async fn what_git_cannot_say(product: &Product, id: &str, folder: &Path) {
+    let ask = async |route: &str| {
+        let answer = product.answer_to("GET", &format!("/api/v1/app-conversations/{id}/git/{route}"), &[], None).await;
+        let (status, _) = answer.split_once(' ').expect("a status");
+        (status.parse::<u16>().expect("a status"), answer)
+    };
+    let beside = folder.parent().expect("the conversation's own folder").parent().expect("the workspace").display();
+    let (status, answer) = ask(&format!("changes?path={beside}")).await;
+    if is_from(49) {
+        assert!(status == 200 && answer.ends_with("[]"), "{answer}");
+    } else {
+        assert!(status == 502 && answer.contains("The agent server answered 500"), "{answer}");
+    }
+    let (status, answer) = ask(&format!("changes?path={}&ref=no-such-branch", folder.display())).await;
+    if is_from(49) {
+        assert!(status == 502 && answer.contains("The agent server answered 400"), "{answer}");
+    } else {
+        assert!(status == 200 && answer.contains("src/main.rs"), "`ref` is ignored there: {answer}");
+    }
+}
+
+/// As web pages ask for them: the workspace by the name that they know.
+async fn commits_are_listed_by_way_of_the_server(
+    product: &Product,
+    id: &str,
+    agent: &AgentConversation,
+    folder: &Path,
+) {
+    let commit = "git add README.md src && git -c user.name=Ada -c user.email=ada@example.com commit -qm 'Add the main function'";
+    let ran = agent.run(folder, commit).await;
+    assert_eq!(ran.exit_code, 0, "{ran:?}");
+    let row = product.conversation(id).await;
+    let url = text(&row["conversation_url"]);
+    let host = url.split("/api/").next().expect("a host").to_owned();
+    let pass = async |path: &str| {
+        let headers = json!({"X-Session-API-Key": row["session_api_key"]});
+        let request = json!({"host": host, "method": "GET", "path": path, "headers": headers});
+        let answer = product.post_to("/api/cloud-proxy", &request).send().await.expect("an answer");
+        (answer.status().as_u16(), answer.json::<Value>().await.expect("JSON"))
+    };
+    let real = folder.display().to_string();
+    let known = real.rsplit_once("/workspace/project/").expect("in the workspace").1;
+    let known = format!("%2Fworkspace%2Fproject%2F{}", known.replace('/', "%2F"));
+    for path in [&known, &real] {
+        let (status, page) = pass(&format!("/api/git/commits?path={path}&limit=50")).await;
+        if !is_from(49) {
+            assert_eq!((status, page), (404, json!({"detail": "Not Found"})), "pages show no commits then");
+            continue;
+        }
+        assert_eq!((status, &page["has_more"]), (200, &json!(false)), "{page}");
+        let newest = &page["commits"][0];
+        assert_eq!((&newest["subject"], &newest["author"]), (&json!("Add the main function"), &json!("Ada")), "{page}");
+        let sha = text(&newest["sha"]);
+        assert!(sha.starts_with(&text(&newest["short_sha"])), "{page}");
+        assert_eq!(page["commits"].as_array().map(Vec::len), Some(2), "with that of the repository: {page}");
+        let (status, changes) = pass(&format!("/api/git/commits/{sha}/changes?path={path}")).await;
+        assert_eq!(status, 200, "{changes}");
+        assert_eq!(
+            changes,
+            json!([{"status": "UPDATED", "path": "README.md"}, {"status": "ADDED", "path": "src/main.rs"}])
+        );
+        let (status, diff) = pass(&format!("/api/git/diff?path={path}%2FREADME.md&commit={sha}")).await;
+        assert_eq!(status, 200, "{diff}");
+        assert!(text(&diff["modified"]).contains("more") && !text(&diff["original"]).contains("more"), "{diff}");
+        let (status, refused) = pass(&format!("/api/git/commits/{}/changes?path={path}", "0".repeat(40))).await;
+        assert_eq!(status, 400, "as it comes: {refused}");
+    }
+    // What is committed, and not where the branch came from, is still a change to the conversation.
+    let changes = product.get(&format!("/{id}/git/changes?path={real}")).await;
+    assert!(changes.to_string().contains("src/main.rs"), "{changes}");
 }
 
 async fn post(product: &Product, id: &str, message: &Value) -> (u16, Value) {

@@ -1,6 +1,7 @@
 //! `POST /api/cloud-proxy`: a request of a web front end, passed on to the agent server of one of the caller's sandboxes. Pages send
 //! it where they do not call agent servers themselves.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
 use axum::extract::State;
@@ -10,6 +11,7 @@ use http::header::CONTENT_TYPE;
 use http::{HeaderMap, Method};
 use serde_json::Value;
 use shared::agent_server::Failure;
+use shared::conversation::place::path_in_workspace;
 use shared::error::{Error, Result};
 use shared::http::body;
 use shared::http::caller::Caller;
@@ -106,8 +108,8 @@ pub(crate) async fn pass_on(
     }
     let agent_server = sandbox.agent_server(&context.messages.http).ok_or_else(not_running)?;
     let timeout = request.timeout.unwrap_or(context.look_budget).min(context.look_budget);
-    let answer =
-        agent_server.pass_on(request.method, &request.path, request.body.as_ref(), ANSWER_LIMIT, timeout).await;
+    let path = in_sandbox(&request.path, &sandbox.working_dir);
+    let answer = agent_server.pass_on(request.method, &path, request.body.as_ref(), ANSWER_LIMIT, timeout).await;
     let answer = answer.map_err(|error| Error::Upstream {
         message: match &error.failure {
             Failure::TimedOut => "The agent server did not answer in time".to_owned(),
@@ -119,6 +121,25 @@ pub(crate) async fn pass_on(
         Some((status, kind, body)) => Ok((status, kind.map(|kind| [(CONTENT_TYPE, kind)]), body).into_response()),
         None => Err(Error::TooLarge("The agent server's answer is larger than what can be passed on".to_owned())),
     }
+}
+
+/// The request's path, with the parameter `path` of its query as the sandbox has it: pages know the workspace as
+/// `/workspace/project`, and a sandbox on this machine has it elsewhere. Everything else stays as it came.
+fn in_sandbox<'a>(path: &'a str, working_dir: &str) -> Cow<'a, str> {
+    let Some((route, query)) = path.split_once('?') else { return path.into() };
+    let mut is_moved = false;
+    let pairs: Vec<(Cow<'_, str>, Cow<'_, str>)> = form_urlencoded::parse(query.as_bytes())
+        .map(|(name, value)| {
+            let moved = path_in_workspace(working_dir, &value).filter(|moved| name == "path" && *moved != value);
+            is_moved |= moved.is_some();
+            (name, moved.map_or(value, Cow::Owned))
+        })
+        .collect();
+    if !is_moved {
+        return path.into();
+    }
+    let query = form_urlencoded::Serializer::new(String::new()).extend_pairs(pairs).finish();
+    format!("{route}?{query}").into()
 }
 
 /// Whether both name the same host and port, whatever the scheme: a page that came by https says so of all hosts.
@@ -167,6 +188,38 @@ mod tests {
         ] {
             assert!(read(path).is_err(), "{path}");
         }
+    }
+
+    #[test]
+    fn pages_find_the_workspace_wherever_the_sandbox_has_it() {
+        let moved = |path: &str| in_sandbox(path, "/home/a user/workspace/project").into_owned();
+        for (given, expected) in [
+            (
+                "/api/git/commits?path=%2Fworkspace%2Fproject&limit=50",
+                "/api/git/commits?path=%2Fhome%2Fa+user%2Fworkspace%2Fproject&limit=50",
+            ),
+            (
+                "/api/git/diff?commit=abc&path=/workspace/project/a%26b/c.txt",
+                "/api/git/diff?commit=abc&path=%2Fhome%2Fa+user%2Fworkspace%2Fproject%2Fa%26b%2Fc.txt",
+            ),
+        ] {
+            assert_eq!(moved(given), expected);
+            assert!(outbound::is_plain(expected), "{expected}");
+        }
+        for same in [
+            "/api/git/commits",
+            "/api/git/commits?limit=50",
+            "/api/git/commits?path=/workspace/projects&x=%zz",
+            "/api/git/commits?path=/home/a%20user/workspace/project/x",
+            "/api/git/commits?path=/workspace/project/../../etc",
+            "/api/git/commits?path=/etc",
+            "/api/git/commits?other=/workspace/project",
+            "/api/files/workspace/project",
+        ] {
+            assert_eq!(moved(same), same);
+        }
+        let in_container = "/api/git/commits?path=/workspace/project/a%20b&x=%zz";
+        assert_eq!(in_sandbox(in_container, "/workspace/project"), in_container);
     }
 
     #[test]

@@ -28,7 +28,6 @@ pub(crate) async fn skills(
     let asked = context.within(async {
         let query = SkillsQuery {
             project_dir: inside.folder().await?,
-            org_config: None,
             sandbox_config: inside.sandbox.exposed_urls.as_ref().map(|urls| json!({"exposed_urls": urls})),
         };
         inside.agent_server.skills(&query).await

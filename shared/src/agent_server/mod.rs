@@ -317,8 +317,6 @@ impl WholeConversation {
 pub struct SkillsQuery {
     /// The folder whose skills count as the project's.
     pub project_dir: String,
-    /// The organisation's skills repository, in the agent server's form.
-    pub org_config: Option<Value>,
     /// The sandbox's addresses, in the agent server's form.
     pub sandbox_config: Option<Value>,
 }
@@ -450,7 +448,7 @@ impl AgentServer {
         }))
     }
 
-    /// Runs a short command and waits for its end.
+    /// Runs a short command that only looks, and waits for its end. It may run twice.
     ///
     /// # Errors
     /// See [`Failure`].
@@ -462,7 +460,8 @@ impl AgentServer {
             stderr: Option<String>,
         }
         let body = json!({"command": command, "timeout": timeout.as_secs().max(1)});
-        let call = Call::post("/api/bash/execute_bash_command", &body).within(timeout + COMMAND_START_TIMEOUT);
+        let call =
+            Call::post("/api/bash/execute_bash_command", &body).within(timeout + COMMAND_START_TIMEOUT).repeatable();
         let output: Output = self.call(&call.at_most(SHORT_COMMAND_LIMIT)).await?;
         Ok(CommandOutput {
             exit_code: output.exit_code.unwrap_or(-1),
@@ -535,11 +534,12 @@ impl AgentServer {
         struct Found {
             skills: Bounded<Box<RawValue>, SKILLS>,
         }
+        // An organization's repository of skills would be named here, in a field whose name depends on the version.
         let body = json!({
-            "load_public": true, "load_user": true, "load_project": true, "load_org": true,
-            "project_dir": query.project_dir, "org_config": query.org_config, "sandbox_config": query.sandbox_config,
+            "load_public": true, "load_user": true, "load_project": true, "load_org": false,
+            "project_dir": query.project_dir, "sandbox_config": query.sandbox_config,
         });
-        let call = Call::post("/api/skills", &body).within(SKILLS_TIMEOUT).at_most(SKILLS_LIMIT);
+        let call = Call::post("/api/skills", &body).within(SKILLS_TIMEOUT).at_most(SKILLS_LIMIT).repeatable();
         let found: Found = self.call(&call).await?;
         let total = found.skills.0.len();
         let skills: Vec<SkillInfo> =
@@ -561,7 +561,7 @@ impl AgentServer {
             hook_config: Option<Value>,
         }
         let body = json!({"project_dir": project_dir});
-        let found: Found = self.call(&Call::post("/api/hooks", &body).within(HOOKS_TIMEOUT)).await?;
+        let found: Found = self.call(&Call::post("/api/hooks", &body).within(HOOKS_TIMEOUT).repeatable()).await?;
         Ok(found.hook_config)
     }
 
@@ -750,7 +750,15 @@ impl AgentServer {
         if let Some(key) = &self.key {
             request = request.header("X-Session-API-Key", key.expose_secret());
         }
-        request.send().await.map_err(|error| call.fail(transport_failure(&error)))
+        let again = if call.is_repeatable { request.try_clone() } else { None };
+        match (request.send().await.map_err(|error| transport_failure(&error)), again) {
+            // A connection that was kept open, and that the agent server closed just then: it does so behind an error of its own,
+            // and when nothing came for some seconds.
+            (Err(Failure::CutOff), Some(again)) => {
+                again.send().await.map_err(|error| call.fail(transport_failure(&error)))
+            }
+            (answer, _) => answer.map_err(|failure| call.fail(failure)),
+        }
     }
 }
 
@@ -762,13 +770,24 @@ struct Call<'a> {
     body: Option<&'a Value>,
     timeout: Duration,
     limit: usize,
+    /// Whether it does no harm to make it twice.
+    is_repeatable: bool,
     /// What must not come back in an error, beside the body's secrets.
     secrets: Vec<String>,
 }
 
 impl<'a> Call<'a> {
     fn new(method: Method, path: &'a str) -> Self {
-        Self { method, path, body: None, timeout: LOOK_TIMEOUT, limit: ANSWER_LIMIT, secrets: Vec::new() }
+        let is_repeatable = method == Method::GET;
+        Self {
+            method,
+            path,
+            body: None,
+            timeout: LOOK_TIMEOUT,
+            limit: ANSWER_LIMIT,
+            is_repeatable,
+            secrets: Vec::new(),
+        }
     }
 
     fn get(path: &'a str) -> Self {
@@ -785,6 +804,10 @@ impl<'a> Call<'a> {
 
     fn at_most(self, limit: usize) -> Self {
         Self { limit, ..self }
+    }
+
+    fn repeatable(self) -> Self {
+        Self { is_repeatable: true, ..self }
     }
 
     fn fail(&self, failure: Failure) -> AgentServerError {
@@ -830,7 +853,74 @@ fn what_is_wrong(error: &serde_json::Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::{TcpListener, TcpStream};
+
     use super::*;
+    use crate::outbound::Reach;
+
+    /// Answers the first request of a connection, and closes it when another one comes. Counts requests and answers.
+    async fn closes_early(mut connection: TcpStream, requests: Arc<AtomicUsize>, answers: Arc<AtomicUsize>) {
+        for is_first in [true, false] {
+            let mut request = Vec::new();
+            // The body of a message is one line without a line break.
+            while !request.windows(4).any(|end| end == b"\r\n\r\n")
+                || request.starts_with(b"POST") && !request.ends_with(b"}")
+            {
+                match connection.read_buf(&mut request).await {
+                    Ok(length) if length > 0 => {}
+                    _ => return,
+                }
+            }
+            requests.fetch_add(1, Ordering::SeqCst);
+            if is_first {
+                let answer = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n[]";
+                connection.write_all(answer).await.expect("written");
+                answers.fetch_add(1, Ordering::SeqCst);
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_look_is_repeated_on_another_connection_and_a_message_is_not() {
+        const TIMES: usize = 20;
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let url = format!("http://{}", listener.local_addr().expect("an address"));
+        let (requests, answers) = (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
+        let counters = (requests.clone(), answers.clone());
+        tokio::spawn(async move {
+            while let Ok((connection, _)) = listener.accept().await {
+                tokio::spawn(closes_early(connection, counters.0.clone(), counters.1.clone()));
+            }
+        });
+        let count = || (requests.load(Ordering::SeqCst), answers.load(Ordering::SeqCst));
+        let agent_server = AgentServer::new(Outbound::new(Reach::Anywhere), &url, None);
+
+        for _ in 0..TIMES {
+            let changes = agent_server.git_changes("/workspace", None, LOOK_TIMEOUT).await;
+            assert_eq!(changes.expect("an answer").get(), "[]");
+        }
+        let (asked, answered) = count();
+        assert_eq!(answered, TIMES);
+        assert!(asked > TIMES, "no connection was closed: nothing was shown");
+
+        let mut lost = 0;
+        for _ in 0..TIMES {
+            match agent_server.send_message(Uuid::nil(), "user", &json!([]), true).await {
+                Ok(()) => {}
+                Err(error) => {
+                    assert_eq!(error.failure, Failure::CutOff);
+                    lost += 1;
+                }
+            }
+        }
+        assert!(lost > 0, "no connection was closed: nothing was shown");
+        let (asked_then, answered_then) = count();
+        assert_eq!((asked_then - asked, answered_then - answered), (TIMES, TIMES - lost));
+    }
 
     #[test]
     fn a_failure_is_retried_as_often_as_it_may_pass() {

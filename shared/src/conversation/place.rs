@@ -123,14 +123,7 @@ impl Inside {
     /// workspace as `/workspace/project`. `None` for what cannot be one.
     #[must_use]
     pub fn path(&self, given: &str) -> Option<String> {
-        if !given.starts_with('/') || given.contains('\0') || given.split('/').any(|part| part == "..") {
-            return None;
-        }
-        let below = |root: &str| {
-            given.strip_prefix(root).filter(|rest| rest.is_empty() || rest.starts_with('/')).map(ToOwned::to_owned)
-        };
-        let rest = below(self.root()).or_else(|| below(KNOWN_AS))?;
-        Some(format!("{}{}", self.root(), rest.trim_end_matches('/')))
+        path_in_workspace(self.root(), given)
     }
 
     /// What a path of [`Inside::path`] leads to, links followed.
@@ -150,6 +143,18 @@ impl Inside {
             _ => Err(AgentServerError::malformed("POST /api/bash/execute_bash_command", "a path was not looked up")),
         }
     }
+}
+
+/// A path as a client gave it, as the sandbox whose workspace is `root` has it; see [`Inside::path`].
+#[must_use]
+pub fn path_in_workspace(root: &str, given: &str) -> Option<String> {
+    if !given.starts_with('/') || given.contains('\0') || given.split('/').any(|part| part == "..") {
+        return None;
+    }
+    let root = root.trim_end_matches('/');
+    let below = |root: &str| given.strip_prefix(root).filter(|rest| rest.is_empty() || rest.starts_with('/'));
+    let rest = below(root).or_else(|| below(KNOWN_AS))?;
+    Some(format!("{root}{}", rest.trim_end_matches('/')))
 }
 
 /// A command that says what a path leads to: the kind in one line, and where it really is in the rest.

@@ -543,6 +543,13 @@ pub fn agent_server_version() -> String {
     shared::config::text("OPENHANDS_AGENT_SERVER_VERSION").unwrap_or_else(|| AGENT_SERVER_VERSION.to_owned())
 }
 
+/// Whether that is this minor version or a later one.
+pub fn is_from(minor: u32) -> bool {
+    let version = agent_server_version();
+    let mut parts = version.split('.').map(|part| part.parse::<u32>().expect("a number"));
+    (parts.next(), parts.next()) >= (Some(1), Some(minor))
+}
+
 fn capture_log() {
     struct Buffer;
     impl io::Write for Buffer {

@@ -65,7 +65,6 @@ impl Work<'_> {
         let folders = self.folders(sandbox).await?;
         let query = SkillsQuery {
             project_dir: folders.project_dir,
-            org_config: None,
             sandbox_config: sandbox.exposed_urls.as_ref().map(|urls| json!({"exposed_urls": urls})),
         };
         match agent_server.skills(&query).await {
