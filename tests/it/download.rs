@@ -336,6 +336,7 @@ fn record(user: &UserId, parent: Option<Uuid>) -> ConversationRecord {
         metrics: MetricsSnapshot::default(),
         parent_conversation_id: parent,
         public: None,
+        tags: shared::conversation::tags::Tags::default(),
         created_at: now,
         updated_at: now,
     }

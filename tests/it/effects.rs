@@ -14,7 +14,7 @@ use shared::agent_server::AgentServer;
 use shared::config::SandboxConfig;
 use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationChange;
-use shared::conversation::told::{AgentStats, Known, Standing, StatsTime};
+use shared::conversation::told::{AgentStats, Known, ReportTime, Standing};
 use shared::conversation::{ConversationRecord, MAX_NAME};
 use shared::event::store::Event;
 use shared::outbound::{Outbound, Reach};
@@ -117,19 +117,27 @@ impl Fixture {
     }
 }
 
-fn metrics(agent: u64, condenser: u64) -> Value {
-    let of = |tokens: u64| {
-        json!({"model_name": "m", "accumulated_cost": tokens as f64 / 1000.0, "max_budget_per_task": null,
-            "accumulated_token_usage": {"model": "m", "prompt_tokens": tokens, "completion_tokens": tokens + 1,
-                "cache_read_tokens": tokens + 2, "cache_write_tokens": tokens + 3, "reasoning_tokens": tokens + 4,
-                "context_window": tokens + 5, "per_turn_token": tokens + 6, "response_id": "r"},
-            "costs": [1], "response_latencies": []})
-    };
-    json!({"usage_to_metrics": {"agent": of(agent), "condenser": of(condenser)}})
+fn usage(tokens: u64) -> Value {
+    let plus = |more| if tokens == 0 { 0 } else { tokens + more };
+    json!({"model_name": "m", "accumulated_cost": tokens as f64 / 1000.0, "max_budget_per_task": null,
+        "accumulated_token_usage": {"model": "m", "prompt_tokens": tokens, "completion_tokens": plus(1),
+            "cache_read_tokens": plus(2), "cache_write_tokens": plus(3), "reasoning_tokens": plus(4),
+            "context_window": plus(5), "per_turn_token": plus(6), "response_id": "r"},
+        "costs": [1], "response_latencies": []})
+}
+
+/// Metrics of an agent whose condenser has done nothing.
+fn metrics(agent: u64) -> Value {
+    json!({"usage_to_metrics": {"agent": usage(agent), "condenser": usage(0)}})
 }
 
 fn stats(id: &str, timestamp: &str, tokens: u64) -> Value {
-    json!({"id": id, "timestamp": timestamp, "source": "environment", "key": "stats", "value": metrics(tokens, 7000),
+    json!({"id": id, "timestamp": timestamp, "source": "environment", "key": "stats", "value": metrics(tokens),
+        "kind": "ConversationStateUpdateEvent"})
+}
+
+fn full_state(id: &str, timestamp: &str, value: &Value) -> Value {
+    json!({"id": id, "timestamp": timestamp, "source": "environment", "key": "full_state", "value": value,
         "kind": "ConversationStateUpdateEvent"})
 }
 
@@ -226,25 +234,23 @@ async fn the_newest_stats_stay_whatever_comes_late_or_again() {
         (vec![third], 15, Some(3.5)),
         (vec![second], 15, Some(3.5)),
         (vec![stats("s4", "who knows", 99)], 15, Some(3.5)),
-        // Nothing about the agent.
+        // No usage at all.
         (
             vec![
                 json!({"id": "s5", "timestamp": "2026-01-01T00:00:03", "key": "stats", "kind": "ConversationStateUpdateEvent",
-            "value": {"usage_to_metrics": {"condenser": {"accumulated_cost": 1}}}}),
+                "value": {"usage_to_metrics": {"condenser": 1}}}),
             ],
             15,
             Some(3.5),
         ),
+        // The whole state, of earlier and of later.
+        (vec![full_state("s6", "2026-01-01T00:00:01", &json!({"stats": metrics(16)}))], 15, Some(3.5)),
+        (vec![full_state("s6", "2026-01-01T00:00:03", &json!({"stats": metrics(16)}))], 16, Some(3.5)),
+        (vec![stats("s2", "2026-01-01T00:00:02.5", 14)], 16, Some(3.5)),
         (
-            vec![json!({"id": "s6", "timestamp": "2026-01-01T00:00:03", "key": "full_state",
-            "kind": "ConversationStateUpdateEvent", "value": {"stats": metrics(16, 9)}})],
-            15,
-            Some(3.5),
-        ),
-        (
-            vec![json!({"id": "s7", "timestamp": "2026-01-01T00:00:03", "key": 1, "value": metrics(1, 1),
+            vec![json!({"id": "s7", "timestamp": "2026-01-01T00:00:03", "key": 1, "value": metrics(1),
             "kind": "ConversationStateUpdateEvent"})],
-            15,
+            16,
             Some(3.5),
         ),
     ] {
@@ -266,9 +272,15 @@ async fn the_newest_stats_stay_whatever_comes_late_or_again() {
         untouched(&record, &before);
         assert!(record.updated_at > before.updated_at);
     }
-    // What a conversation as a whole tells does not turn them back either.
-    fixture.tell(SANDBOX, &json!({"id": id, "stats": metrics(1, 1), "updated_at": "2030-01-01T00:00:00Z"})).await;
-    assert_eq!(prompt_tokens(&fixture.record(user, id).await), 15);
+    // A conversation as a whole does not turn them back either, unless it is newer.
+    for (updated_at, tokens) in
+        [("2026-01-01T00:00:02.9Z", 16), ("2026-01-01T00:00:04Z", 1), ("2026-01-01T00:00:03.5Z", 1)]
+    {
+        let told = json!({"id": id, "stats": metrics(tokens.min(2)), "updated_at": updated_at});
+        fixture.tell(SANDBOX, &told).await;
+        let now = prompt_tokens(&fixture.record(user, id).await);
+        assert_eq!(now, tokens, "{updated_at}");
+    }
     // Stats of nothing make nothing.
     let unknown = Uuid::new_v4();
     fixture.post_events(SANDBOX, unknown, &[stats("s1", "2026-01-01T00:00:01", 10)]).await;
@@ -283,7 +295,7 @@ async fn a_conversation_as_a_whole_brings_model_title_and_stats_and_nothing_else
     let (id, user) = (Uuid::new_v4(), &fixture.user);
     let before = fixture.has_conversation(user, id, SANDBOX).await;
     let told = |title: Value, updated_at: &str, tokens: u64| {
-        json!({"id": id, "execution_status": "paused", "title": title, "updated_at": updated_at, "stats": metrics(tokens, 3),
+        json!({"id": id, "execution_status": "paused", "title": title, "updated_at": updated_at, "stats": metrics(tokens),
             "agent": {"llm": {"model": "openai/new"}}})
     };
     let deleting = json!({"id": id, "execution_status": "deleting", "title": "x", "agent": {"llm": {"model": "x"}}});
@@ -363,7 +375,7 @@ async fn an_unknown_conversation_gets_one_record_however_often_it_is_told_of() {
     let (plain, titled, user) = (Uuid::new_v4(), Uuid::new_v4(), &fixture.user);
     fixture.tell(SANDBOX, &json!({"id": plain, "execution_status": "deleting"})).await;
     assert_eq!(fixture.count().await, 0);
-    let told = json!({"id": plain, "stats": metrics(5, 1), "updated_at": "2026-01-01T00:00:00Z",
+    let told = json!({"id": plain, "stats": metrics(5), "updated_at": "2026-01-01T00:00:00Z",
         "agent": {"llm": {"model": "openai/x"}}});
     join_all((0..5).map(|_| fixture.tell(SANDBOX, &told))).await;
     fixture.tell(SANDBOX, &json!({"id": titled, "title": " Its title "})).await;
@@ -412,10 +424,11 @@ async fn fifty_racing_changes_of_one_record_lose_nothing() {
     let (id, user) = (Uuid::new_v4(), &fixture.user);
     let before = fixture.has_conversation(user, id, SANDBOX).await;
     let store = &fixture.api.stores.conversations;
-    let read = |tokens| AgentStats::read(&metrics(tokens, 1)).expect("stats");
+    let read = |tokens| AgentStats::read(&metrics(tokens), None).expect("stats");
     join_all((0..50_u64).map(async |number| match number % 5 {
         0 => {
-            let at = StatsTime::Event(format!("2026-01-01T00:00:{number:02}.000000000Z#s"));
+            let instant = format!("2026-01-01T00:00:{number:02}.000000000Z");
+            let at = ReportTime::Event { position: format!("{instant}#s"), instant };
             let _newest = store.set_stats(user, id, &read(number), &at).await.expect("the store");
         }
         1 => {
@@ -593,9 +606,9 @@ async fn a_start_completes_what_its_agent_server_told_before() {
     ] {
         for parent in [None, Some(parent.conversation_id)] {
             let id = Uuid::new_v4();
-            assert!(store.put_stub(&stub_of(&rig, id, "elsewhere"), None).await.expect("stored"));
-            let usage = AgentStats::read(&metrics(77, 1)).expect("stats");
-            let at = StatsTime::Event("2026".to_owned());
+            assert!(store.put_stub(&stub_of(&rig, id, "elsewhere"), "!").await.expect("stored"));
+            let usage = AgentStats::read(&metrics(77), None).expect("stats");
+            let at = ReportTime::Event { position: "2026".to_owned(), instant: "2026".to_owned() };
             assert!(store.set_stats(user, id, &usage, &at).await.expect("stored"));
             if let Some(title) = agent_title {
                 assert!(store.set_agent_title(user, id, title).await.expect("stored"));
@@ -641,7 +654,7 @@ async fn a_start_that_fails_takes_what_its_agent_server_told_with_it() {
     let rig = Rig::start(quick()).await;
     let start = rig.begin(&json!({"title": "Never"})).await;
     let stub = stub_of(&rig, start.conversation_id, &start.new_sandbox_id);
-    assert!(rig.conversations.put_stub(&stub, None).await.expect("stored"));
+    assert!(rig.conversations.put_stub(&stub, "!").await.expect("stored"));
     *rig.sandboxes.begins_as.lock().expect("status") = SandboxStatus::Error;
     assert_eq!(rig.drive(start.id).await.now.status, StartStatus::Error);
     assert!(rig.sandboxes.made()[&start.new_sandbox_id].deleted);

@@ -49,6 +49,9 @@ pub struct ConversationInputs<'a> {
     pub hooks: Option<Value>,
     /// Whether the sandbox has a browser.
     pub browser: bool,
+    /// Whether the agent's model streams its answers to clients that watch, see
+    /// [`super::version::AgentServerVersion::streams_to_clients_only`]. Condensers never do: nobody watches them.
+    pub streaming: bool,
     /// Configuration.
     pub config: &'a StartConfig,
     /// Signs the tokens with which agents look secrets up.
@@ -84,7 +87,8 @@ pub fn conversation_body(
         Err(missing) => return Ok(Err(missing)),
     };
     let plan = request.agent_type == AgentType::Plan;
-    let agent_llm = llm(inputs, model, "agent");
+    let mut agent_llm = llm(inputs, model, "agent");
+    agent_llm["stream"] = inputs.streaming.into();
     let llm_model = agent_llm["model"].as_str().unwrap_or(model).to_owned();
     let secrets = secrets(inputs)?;
     let (tools, prompt, prompt_arguments) = if plan {
@@ -491,11 +495,19 @@ mod tests {
         config: StartConfig,
         skills: Vec<SkillInfo>,
         browser: bool,
+        streaming: bool,
     }
 
     impl Case {
         fn new(request: Value, settings: Value) -> Self {
-            Self { request, settings, config: StartConfig::default(), skills: Vec::new(), browser: true }
+            Self {
+                request,
+                settings,
+                config: StartConfig::default(),
+                skills: Vec::new(),
+                browser: true,
+                streaming: false,
+            }
         }
 
         fn body(&self) -> Value {
@@ -511,6 +523,7 @@ mod tests {
                 skills: &self.skills,
                 hooks: None,
                 browser: self.browser,
+                streaming: self.streaming,
                 config: &self.config,
                 token_key: &SecretSlice::from(vec![7; 32]).into(),
                 now: serde_json::from_str("\"2026-11-22T15:38:03.220904Z\"").expect("a time"),
@@ -539,6 +552,18 @@ mod tests {
         let recorded: Value = serde_json::from_str(RECORDED).expect("the recorded body");
         let case = Case::new(json!({"initial_message": {"content": [{"type": "text", "text": "hi"}]}}), settings());
         assert_eq!(case.body(), recorded);
+    }
+
+    #[test]
+    fn only_the_agents_own_model_streams_and_only_where_it_is_wanted() {
+        for (request, streaming) in [(json!({}), true), (json!({"agent_type": "plan"}), true), (json!({}), false)] {
+            let case = Case { streaming, ..Case::new(request, settings()) };
+            let agent = case.body()["agent"].clone();
+            assert_eq!(
+                (&agent["llm"]["stream"], &agent["condenser"]["llm"]["stream"]),
+                (&json!(streaming), &json!(false))
+            );
+        }
     }
 
     #[test]
