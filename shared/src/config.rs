@@ -6,6 +6,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use crate::outbound::Reach;
+use crate::sandbox::spec;
 use secrecy::{ExposeSecret as _, SecretString};
 
 /// Names of tables, bucket and queue.
@@ -182,6 +183,8 @@ pub struct ProcessSandboxConfig {
     pub folder: PathBuf,
     /// A Python that can import `openhands.agent_server` (`AGENT_SERVER_PYTHON`).
     pub python: PathBuf,
+    /// The version of that agent server (`AGENT_SERVER_VERSION`).
+    pub version: String,
     /// Where agent servers post their events (`WEBHOOK_BASE_URL`), e.g. `http://127.0.0.1:3000/api/v1/webhooks`.
     pub webhook_base_url: String,
     /// Origins that agent servers accept beside those on localhost.
@@ -194,7 +197,7 @@ pub struct ProcessSandboxConfig {
 pub struct DockerSandboxConfig {
     /// The engine: `unix://` and the path of its socket, or an HTTP address (`DOCKER_HOST`); `None` is the usual socket.
     pub host: Option<String>,
-    /// The image to run; see [`crate::sandbox::spec::image`].
+    /// The image to run; see [`spec::image`].
     pub image: String,
     /// How containers are reached, with `{port}` (`SANDBOX_CONTAINER_URL_PATTERN`, `http://localhost:{port}`).
     pub url_pattern: String,
@@ -217,14 +220,14 @@ pub struct DockerSandboxConfig {
 
 #[cfg(feature = "docker")]
 impl DockerSandboxConfig {
-    /// Reads the environment; `port` is our own unless that says otherwise.
+    /// Reads the environment; `port` is our own unless that says otherwise, and `version` the agent server's.
     ///
     /// # Errors
     /// Names the first variable that is malformed.
-    pub fn from_env(port: u16) -> Result<Self, ConfigError> {
+    pub fn from_env(port: u16, version: &str) -> Result<Self, ConfigError> {
         Ok(Self {
             host: text("DOCKER_HOST"),
-            image: crate::sandbox::spec::image(),
+            image: spec::image(version),
             url_pattern: text("SANDBOX_CONTAINER_URL_PATTERN").unwrap_or_else(|| "http://localhost:{port}".into()),
             host_port: parsed("SANDBOX_HOST_PORT")?.unwrap_or(port),
             container_name_prefix: text("SANDBOX_CONTAINER_NAME_PREFIX").unwrap_or_else(|| "oh-agent-server-".into()),
@@ -244,7 +247,7 @@ pub struct RemoteSandboxConfig {
     pub api_url: String,
     /// Its key for us (`SANDBOX_API_KEY`).
     pub api_key: Option<SecretString>,
-    /// The image to run; see [`crate::sandbox::spec::image`].
+    /// The image to run; see [`spec::image`].
     pub image: String,
     /// How much of a machine a sandbox gets: 1, 2, 4 or 8 (`SANDBOX_REMOTE_RESOURCE_FACTOR`, 1).
     pub resource_factor: u32,
@@ -263,15 +266,15 @@ pub struct RemoteSandboxConfig {
 }
 
 impl RemoteSandboxConfig {
-    /// Reads the environment.
+    /// Reads the environment; `version` is the agent server's unless that names an image.
     ///
     /// # Errors
     /// Names the first variable that is missing or malformed.
-    pub fn from_env() -> Result<Self, ConfigError> {
+    pub fn from_env(version: &str) -> Result<Self, ConfigError> {
         Ok(Self {
             api_url: required("SANDBOX_REMOTE_RUNTIME_API_URL")?,
             api_key: text("SANDBOX_API_KEY").map(SecretString::from),
-            image: crate::sandbox::spec::image(),
+            image: spec::image(version),
             resource_factor: parsed("SANDBOX_REMOTE_RESOURCE_FACTOR")?.unwrap_or(1),
             runtime_class: text("SANDBOX_REMOTE_RUNTIME_CLASS").unwrap_or_else(|| "gvisor".into()),
             image_pull_secrets: list("SANDBOX_REMOTE_IMAGE_PULL_SECRETS"),
@@ -290,6 +293,10 @@ impl RemoteSandboxConfig {
             ("SANDBOX_REMOTE_IMAGE_PULL_SECRETS", self.image_pull_secrets.join(",")),
             ("SANDBOX_MAX_RUNNING", self.max_sandboxes.to_string()),
         ];
+        if let Some((repository, tag)) = self.image.rsplit_once(':') {
+            variables.push(("AGENT_SERVER_IMAGE_REPOSITORY", repository.to_owned()));
+            variables.push(("AGENT_SERVER_IMAGE_TAG", tag.to_owned()));
+        }
         if let Some(key) = &self.api_key {
             variables.push(("SANDBOX_API_KEY", key.expose_secret().to_owned()));
         }
@@ -372,10 +379,11 @@ impl Config {
             "process" => SandboxConfig::Process(ProcessSandboxConfig {
                 folder: required("SANDBOX_FOLDER")?.into(),
                 python: required("AGENT_SERVER_PYTHON")?.into(),
+                version: required("AGENT_SERVER_VERSION")?,
                 webhook_base_url: required("WEBHOOK_BASE_URL")?,
                 allow_cors_origins: permitted_origins(),
             }),
-            "remote" => SandboxConfig::Remote(RemoteSandboxConfig::from_env()?),
+            "remote" => SandboxConfig::Remote(RemoteSandboxConfig::from_env(spec::AGENT_SERVER_VERSION)?),
             "none" => SandboxConfig::None,
             other => {
                 return Err(ConfigError {
@@ -429,6 +437,7 @@ impl Config {
                 ("SANDBOX_KIND", "process".into()),
                 ("SANDBOX_FOLDER", process.folder.display().to_string()),
                 ("AGENT_SERVER_PYTHON", process.python.display().to_string()),
+                ("AGENT_SERVER_VERSION", process.version.clone()),
                 ("WEBHOOK_BASE_URL", process.webhook_base_url.clone()),
             ]),
         }

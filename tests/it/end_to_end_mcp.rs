@@ -96,7 +96,7 @@ async fn mcp_servers_of_the_settings_serve_the_agent(product: &Product, llm: &Sc
     let program = product.data().join("words.py");
     write_process(&program);
     let folder = product.data().canonicalize().expect("the data folder");
-    let python = product.data().join("agent-server-python");
+    let python = product.agent_server_python();
     // As the web UI sends them, one after the other, and one that agent servers could not reach.
     for patch in [
         json!({"words": {"transport": "http", "url": words.url(), "headers": {"Authorization": format!("Bearer {KEY}")}}}),

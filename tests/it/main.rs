@@ -18,6 +18,7 @@ mod effects;
 mod end_to_end;
 mod end_to_end_inside;
 mod end_to_end_mcp;
+mod end_to_end_upgrade;
 mod events;
 mod hostile;
 mod import;

@@ -9,6 +9,7 @@ use rustix::process::{Signal, kill_process_group};
 use secrecy::ExposeSecret as _;
 use serde_json::{Value, json};
 use shared::config::{DockerSandboxConfig, RemoteSandboxConfig, SandboxConfig};
+use shared::sandbox::spec::AGENT_SERVER_VERSION;
 use shared::sandbox::store::SandboxStore;
 use shared::sandbox::{Sandbox, SandboxService, SandboxStatus, service};
 use shared::user::UserId;
@@ -294,6 +295,7 @@ async fn containers_conform() {
         format!("OH_SESSION_API_KEYS_0={key}"),
         "OH_WEBHOOKS_0_BASE_URL=http://host.docker.internal:3000/api/v1/webhooks".to_owned(),
         "OH_WEBHOOKS_0_FLUSH_DELAY=1".to_owned(),
+        "OH_LEASE_TTL_SECONDS=0".to_owned(),
         "OH_ALLOW_CORS_ORIGINS_0=https://ui.example.com".to_owned(),
         "WORKER_2=8012".to_owned(),
     ] {
@@ -344,7 +346,7 @@ impl Place for Real {
 /// The suite on a real engine, with the real image, where there are both.
 #[tokio::test]
 async fn containers_of_a_real_engine_conform() {
-    let image = shared::sandbox::spec::image();
+    let image = shared::sandbox::spec::image(AGENT_SERVER_VERSION);
     let has_image = tokio::process::Command::new("docker").args(["image", "inspect", &image]).output().await;
     if !has_image.is_ok_and(|output| output.status.success()) {
         println!("not run: no Docker engine with the image {image} answers here (docker pull {image})");
@@ -386,6 +388,7 @@ async fn a_runtime_api_is_told_all_that_it_needs() {
                 "WORKER_2": "12001",
                 "OH_WEBHOOKS_0_BASE_URL": "https://app.example.com/v1/api/v1/webhooks",
                 "OH_WEBHOOKS_0_FLUSH_DELAY": "1",
+                "OH_LEASE_TTL_SECONDS": "0",
                 "OH_ALLOW_CORS_ORIGINS_0": "https://app.example.com",
                 "OH_ALLOW_CORS_ORIGINS_1": "https://ui.example.com",
             },

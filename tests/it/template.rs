@@ -10,6 +10,7 @@ use regex_lite::Regex;
 use serde_json::{Value, json};
 use shared::aws::Aws;
 use shared::config::SandboxConfig;
+use shared::sandbox::spec::{AGENT_SERVER_VERSION, published_image};
 use shared::user::UserId;
 use shared::user::api_key::ApiKeyStore;
 use tempfile::TempDir;
@@ -276,6 +277,17 @@ fn parameters_take_what_is_meant_and_nothing_else() {
             ),
         ),
         (
+            "AgentServerImageRepository",
+            (
+                vec!["ghcr.io/openhands/agent-server", "registry.example.com:5000/team/agent_server", "agent"],
+                vec!["", "https://", "Registry.example.com/agent", "agent server", "/agent", "agent@sha256"],
+            ),
+        ),
+        (
+            "AgentServerImageTag",
+            (vec!["1.58.2-python", "latest", "_1"], vec!["", "-python", ".1", "a b", "a:b", "1.58.2+python"]),
+        ),
+        (
             "AlarmEmail",
             (vec!["", "ops@example.com"], vec!["ops", "ops@example", "a@example.com,b@example.com", "a b@example.com"]),
         ),
@@ -308,6 +320,9 @@ fn parameters_take_what_is_meant_and_nothing_else() {
         let default = parameters[*name]["Default"].as_str().expect("a default");
         assert!(pattern.is_match(default), "{name}: the default");
     }
+    let image = ["Repository", "Tag"].map(|part| &parameters[&format!("AgentServerImage{part}")]["Default"]);
+    let image = image.map(|default| default.as_str().expect("a default")).join(":");
+    assert_eq!(image, published_image(AGENT_SERVER_VERSION), "a stack runs the version that is tested");
     for (name, parameter) in parameters {
         let bounded =
             ["AllowedPattern", "AllowedValues", "MinValue"].iter().any(|bound| parameter.get(bound).is_some());

@@ -34,10 +34,16 @@ use tokio::net::unix::pipe;
 use tokio::process::Command;
 use uuid::Uuid;
 
-/// The version of the agent server that is installed.
-pub const VERSION: &str = "1.15.0";
+/// Releases that are tested, with the versions of all that they are installed with. The dependencies of other releases are
+/// chosen by the installer.
+const CONSTRAINTS: [(&str, &str); 3] = [
+    ("1.58.2", include_str!("../agent-server-constraints/1.58.2.txt")),
+    ("1.49.1", include_str!("../agent-server-constraints/1.49.1.txt")),
+    ("1.15.0", include_str!("../agent-server-constraints/1.15.0.txt")),
+];
 
-const CONSTRAINTS: &str = include_str!("../agent-server-constraints.txt");
+/// An estimate of the number of packages where no constraints say.
+const USUAL_PACKAGES: usize = 195;
 
 /// The agent server imports the tools without saying so in its package. The workspace package,
 /// the fourth of the family, is for its clients.
@@ -579,7 +585,7 @@ impl Progress for Terminal {
 }
 
 fn ready(took: Duration) -> String {
-    format!("Agent server {VERSION} is ready ({} s)", took.as_secs())
+    format!("The agent server is ready ({} s)", took.as_secs())
 }
 
 fn describe(event: &Event) -> String {
@@ -815,14 +821,16 @@ struct Plan {
 }
 
 impl Plan {
-    fn pinned() -> Self {
+    /// The install of a release, with pinned dependencies if it is one of [`CONSTRAINTS`].
+    fn of(version: &str) -> Self {
         let path = search_path();
         let uv = on_path(&path, "uv").next();
         let set = |name: &str| env::var_os(name).is_some_and(|value| !value.is_empty());
+        let constraints = CONSTRAINTS.iter().find(|(tested, _)| *tested == version).map(|(_, pins)| *pins);
         Self {
-            version: VERSION.to_owned(),
-            constraints: CONSTRAINTS.to_owned(),
-            requirements: PACKAGES.iter().map(|name| format!("{name}=={VERSION}")).collect(),
+            version: version.to_owned(),
+            constraints: constraints.unwrap_or_default().to_owned(),
+            requirements: PACKAGES.iter().map(|name| format!("{name}=={version}")).collect(),
             smoke: SMOKE.to_owned(),
             smoke_limit: SMOKE_LIMIT,
             uv: uv.filter(|_| uv_fits(set, pip_files_exist())),
@@ -830,7 +838,10 @@ impl Plan {
     }
 
     fn packages(&self) -> usize {
-        self.constraints.lines().filter(|line| line.contains("==")).count()
+        match self.constraints.lines().filter(|line| line.contains("==")).count() {
+            0 => USUAL_PACKAGES,
+            pinned => pinned,
+        }
     }
 
     fn hash(&self) -> String {
@@ -918,11 +929,11 @@ fn pip_files_exist() -> bool {
     files.iter().any(|file| file.is_file())
 }
 
-/// The agent server installed in a folder, for any Python, if it is. Runs nothing and needs no
+/// The agent server of this version installed in a folder, for any Python, if it is. Runs nothing and needs no
 /// network; only looks whether the install was finished and its interpreter is still there.
 #[must_use]
-pub fn installed(folder: &Path) -> Option<AgentServer> {
-    Plan::pinned().find_complete(&std::path::absolute(folder).ok()?)
+pub fn installed(folder: &Path, version: &str) -> Option<AgentServer> {
+    Plan::of(version).find_complete(&std::path::absolute(folder).ok()?)
 }
 
 /// Why there is no agent server.
@@ -936,15 +947,20 @@ pub enum EnsureError {
     Install(#[from] InstallError),
 }
 
-/// The agent server of a folder: the installed one, or else one that is installed now with the
+/// The agent server of this version of a folder: the installed one, or else one that is installed now with the
 /// Python asked for or found. A Python asked for is looked at even so, and must fit.
 ///
 /// # Errors
 ///
 /// Those of [`find_python`] and [`install`].
-pub async fn ensure(folder: &Path, wanted: Option<&Path>, progress: impl Progress) -> Result<AgentServer, EnsureError> {
+pub async fn ensure(
+    folder: &Path,
+    version: &str,
+    wanted: Option<&Path>,
+    progress: impl Progress,
+) -> Result<AgentServer, EnsureError> {
     if wanted.is_none()
-        && let Some(server) = installed(folder)
+        && let Some(server) = installed(folder, version)
     {
         progress.report(Event::Done);
         return Ok(server);
@@ -952,10 +968,10 @@ pub async fn ensure(folder: &Path, wanted: Option<&Path>, progress: impl Progres
     progress.report(Event::Searching);
     let python = find_python(wanted).await?;
     progress.report(Event::Found(python.clone()));
-    Ok(install(folder, &python, progress).await?)
+    Ok(install(folder, version, &python, progress).await?)
 }
 
-/// Installs the pinned agent server with its pinned dependencies into a virtual environment in the
+/// Installs this version of the agent server, with pinned dependencies if it is a tested one, into a virtual environment in the
 /// folder, unless it is there. Several processes may do so at once: one installs, the others wait.
 /// An install that was cut off is made anew. Dropping the future ends the installer.
 ///
@@ -963,8 +979,13 @@ pub async fn ensure(folder: &Path, wanted: Option<&Path>, progress: impl Progres
 ///
 /// The folder cannot be written, or a command failed: the error quotes the end of its output and
 /// names the file that has all of it.
-pub async fn install(folder: &Path, python: &Python, progress: impl Progress) -> Result<AgentServer, InstallError> {
-    install_plan(&Plan::pinned(), folder, python, &progress).await
+pub async fn install(
+    folder: &Path,
+    version: &str,
+    python: &Python,
+    progress: impl Progress,
+) -> Result<AgentServer, InstallError> {
+    install_plan(&Plan::of(version), folder, python, &progress).await
 }
 
 async fn install_plan(
@@ -1211,6 +1232,8 @@ impl Log {
 
 #[cfg(test)]
 mod tests {
+    use shared::sandbox::spec::AGENT_SERVER_VERSION;
+
     use super::*;
     use std::sync::Arc;
     use tempfile::TempDir;
@@ -1443,16 +1466,27 @@ mod tests {
 
     #[test]
     fn the_constraints_are_pins_and_name_what_is_installed() {
-        for line in CONSTRAINTS.lines().filter(|line| !line.starts_with('#')) {
-            let (name, version) = line.split_once("==").unwrap();
-            assert!(!name.is_empty() && version.starts_with(|c: char| c.is_ascii_digit()), "{line}");
-            assert!(!line.contains(['/', '@', ' ']), "{line}");
+        for (release, constraints) in CONSTRAINTS {
+            for line in constraints.lines().filter(|line| !line.starts_with('#')) {
+                let (name, version) = line.split_once("==").unwrap();
+                assert!(!name.is_empty() && version.starts_with(|c: char| c.is_ascii_digit()), "{release}: {line}");
+                assert!(!line.contains(['/', '@', ' ']), "{release}: {line}");
+            }
+            for name in PACKAGES {
+                assert!(constraints.lines().any(|line| line == format!("{name}=={release}")), "{release}: {name}");
+            }
+            assert!(Plan::of(release).packages() > 100);
         }
-        for name in PACKAGES {
-            assert!(CONSTRAINTS.lines().any(|line| line == format!("{name}=={VERSION}")));
-        }
-        assert!(CONSTRAINTS.lines().any(|line| line == "fastapi==0.135.1"));
-        assert!(Plan::pinned().packages() > 100);
+        assert!(CONSTRAINTS.iter().any(|(release, _)| *release == AGENT_SERVER_VERSION));
+        // 1.15 does not run with later ones.
+        assert!(Plan::of("1.15.0").constraints.lines().any(|line| line == "fastapi==0.135.1"));
+    }
+
+    #[test]
+    fn a_release_without_constraints_is_installed_all_the_same() {
+        let plan = Plan::of("1.52.0");
+        assert_eq!(plan.requirements[0], "openhands-agent-server==1.52.0");
+        assert_eq!((plan.constraints.as_str(), plan.packages()), ("", USUAL_PACKAGES));
     }
 
     #[test]
@@ -1702,6 +1736,6 @@ esac
     #[test]
     fn the_futures_can_be_spawned() {
         fn sendable<T: Send>(_: T) {}
-        sendable(ensure(Path::new("x"), None, Terminal::new()));
+        sendable(ensure(Path::new("x"), AGENT_SERVER_VERSION, None, Terminal::new()));
     }
 }

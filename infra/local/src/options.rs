@@ -3,6 +3,10 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use shared::sandbox::spec::AGENT_SERVER_VERSION;
+
+/// The oldest version of the agent server that is supported.
+const OLDEST_AGENT_SERVER: [u32; 3] = [1, 15, 0];
 
 /// Runs the OpenHands app server's conversation API on this machine.
 #[derive(Clone, Debug, Parser)]
@@ -159,6 +163,17 @@ pub struct CommonOptions {
     /// A Python 3.12 or newer for the agent server, instead of one that is looked for.
     #[arg(long, global = true, value_name = "PATH")]
     pub python: Option<PathBuf>,
+    /// The version of the agent server that sandboxes run: 1.15.0 or newer. 1.58.2, 1.49.1 and 1.15.0 are tested, and installed
+    /// with pinned dependencies. It is also the tag of the image that containers are made from.
+    #[arg(
+        long,
+        global = true,
+        env = "OPENHANDS_AGENT_SERVER_VERSION",
+        value_name = "VERSION",
+        default_value = AGENT_SERVER_VERSION,
+        value_parser = agent_server_version,
+    )]
+    pub agent_server_version: String,
     /// Where the agent server is installed; by default in the data folder. Several data folders can share one.
     #[arg(long, global = true, env = "OPENHANDS_AGENT_SERVER_FOLDER", value_name = "FOLDER")]
     pub agent_server: Option<PathBuf>,
@@ -186,6 +201,7 @@ impl CommonOptions {
             port: 0,
             sandbox,
             python: None,
+            agent_server_version: AGENT_SERVER_VERSION.to_owned(),
             agent_server: None,
             settings: None,
             log: LogKind::Text,
@@ -215,4 +231,14 @@ pub enum LogKind {
     Text,
     /// For machines.
     Json,
+}
+
+/// Reads a version of the agent server: three numbers, and not older than those this product speaks to.
+fn agent_server_version(text: &str) -> Result<String, String> {
+    let numbers: Option<Vec<u32>> = text.split('.').map(|part| part.parse().ok()).collect();
+    match numbers.as_deref() {
+        Some(version @ [_, _, _]) if version >= &OLDEST_AGENT_SERVER[..] => Ok(text.to_owned()),
+        Some([_, _, _]) => Err("1.15.0 is the oldest version that is supported".to_owned()),
+        _ => Err(format!("a version looks like {AGENT_SERVER_VERSION}")),
+    }
 }

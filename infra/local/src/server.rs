@@ -252,7 +252,13 @@ impl Server {
             Some(url) => url.trim_end_matches('/').to_owned(),
             None => own_url.clone(),
         };
-        let agent_server_folder = options.agent_server.clone().unwrap_or_else(|| installed.join("agent-server"));
+        let agent_server = AgentServerOptions {
+            version: options.agent_server_version.clone(),
+            python: options.python.clone(),
+            folder: options.agent_server.clone().unwrap_or_else(|| installed.join("agent-server")),
+            // One each version: what runs is what the sandbox's record says, also before this version is installed.
+            launcher: data.join(format!("agent-server-python-{}", options.agent_server_version)),
+        };
         if options.demo {
             settings.extend(demo::settings(&web_url));
         }
@@ -262,16 +268,17 @@ impl Server {
                 SandboxKind::None => SandboxConfig::None,
                 SandboxKind::Docker => SandboxConfig::Docker(DockerSandboxConfig {
                     allow_cors_origins: origins_of_agent_servers(&environment.origins, port),
-                    ..DockerSandboxConfig::from_env(port)?
+                    ..DockerSandboxConfig::from_env(port, &options.agent_server_version)?
                 }),
                 SandboxKind::Remote => {
-                    let mut remote = RemoteSandboxConfig::from_env()?;
+                    let mut remote = RemoteSandboxConfig::from_env(&options.agent_server_version)?;
                     remote.allow_cors_origins.extend(own_origins(port));
                     SandboxConfig::Remote(remote)
                 }
                 SandboxKind::Process => SandboxConfig::Process(ProcessSandboxConfig {
                     folder: data.join("sandboxes"),
-                    python: data.join("agent-server-python"),
+                    python: agent_server.launcher.clone(),
+                    version: agent_server.version.clone(),
                     webhook_base_url: format!("{web_url}/api/v1/webhooks"),
                     allow_cors_origins: origins_of_agent_servers(&environment.origins, port),
                 }),
@@ -340,12 +347,10 @@ impl Server {
             // Outermost: nothing is served that it has not let through.
             server.serve(listener, access.around(links.before(router)));
         }
-        let (python, launcher) = (options.python.clone(), data.join("agent-server-python"));
         let install = matches!(server.config.sandbox, SandboxConfig::Process(_));
         let sqs = server.aws.sqs.clone();
         server.tasks.push(tokio::spawn(async move {
-            if install && let Err(text) = install_agent_server(&agent_server_folder, python.as_deref(), &launcher).await
-            {
+            if install && let Err(text) = install_agent_server(&agent_server).await {
                 // The API goes on: records can be read, and starts wait until the next run.
                 tracing::error!("{text}");
                 readiness.set("agent_server", Part::Failed(text));
@@ -560,11 +565,23 @@ async fn take_over(sandboxes: &ProcessSandboxes, user: &UserId) -> Result<(), Se
     Ok(())
 }
 
-/// Installs the agent server if need be, and writes the launcher by which sandboxes find its Python.
-async fn install_agent_server(folder: &Path, python: Option<&Path>, launcher: &Path) -> Result<(), String> {
-    let agent_server =
-        agent_server::ensure(folder, python, Terminal::new()).await.map_err(|error: EnsureError| error.to_string())?;
-    let python = agent_server.python.display().to_string().replace('\'', r"'\''");
+/// Which agent server is installed, with what, and where.
+struct AgentServerOptions {
+    version: String,
+    /// The Python asked for.
+    python: Option<PathBuf>,
+    /// The folder of all installs.
+    folder: PathBuf,
+    /// The script by which sandboxes find the Python of the install.
+    launcher: PathBuf,
+}
+
+/// Installs the agent server if need be, and writes its launcher.
+async fn install_agent_server(options: &AgentServerOptions) -> Result<(), String> {
+    let AgentServerOptions { version, python, folder, launcher } = options;
+    let installed = agent_server::ensure(folder, version, python.as_deref(), Terminal::new()).await;
+    let installed = installed.map_err(|error: EnsureError| error.to_string())?;
+    let python = installed.python.display().to_string().replace('\'', r"'\''");
     let script = format!("#!/bin/sh\nexec '{python}' \"$@\"\n");
     private_file::write(launcher, script.as_bytes(), 0o700)
         .map_err(|error| format!("{} cannot be written: {error}", launcher.display()))

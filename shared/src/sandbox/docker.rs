@@ -233,7 +233,8 @@ impl DockerSandboxes {
         environment.push(format!("{KEY_VARIABLE}={}", key.expose_secret()));
         environment.push(format!("OH_SECRET_KEY={}", key.expose_secret()));
         environment.push(format!("OH_WEBHOOKS_0_BASE_URL={webhooks}"));
-        environment.extend(super::WEBHOOK_VARIABLES.iter().map(|(name, value)| format!("{name}={value}")));
+        let variables = super::WEBHOOK_VARIABLES.iter().chain(&super::STORAGE_VARIABLES);
+        environment.extend(variables.map(|(name, value)| format!("{name}={value}")));
         let origins = config.allow_cors_origins.iter().enumerate();
         environment.extend(origins.map(|(index, origin)| format!("OH_ALLOW_CORS_ORIGINS_{index}={origin}")));
         environment.extend(PORTS[1..].iter().map(|(name, port)| format!("{name}={port}")));

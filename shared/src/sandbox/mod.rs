@@ -57,6 +57,10 @@ pub const AGENT_SERVER: &str = "AGENT_SERVER";
 /// an agent server sends it once it is full, or after this delay, which is 30 s by default.
 pub const WEBHOOK_VARIABLES: [(&str, &str); 1] = [("OH_WEBHOOKS_0_FLUSH_DELAY", "1")];
 
+/// The storage variables of every agent server: it has its conversations to itself, so it needs no leases on them. A lease outlives an
+/// agent server that was killed, and keeps the next one in the same container from its conversations for 45 s.
+pub const STORAGE_VARIABLES: [(&str, &str); 1] = [("OH_LEASE_TTL_SECONDS", "0")];
+
 /// The longest id of a sandbox, in bytes. Longer ones are of none.
 pub const MAX_ID: usize = 255;
 

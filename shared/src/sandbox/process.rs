@@ -21,6 +21,7 @@ use secrecy::{ExposeSecret as _, SecretString};
 use tokio::process::Command;
 use tokio::time::{Instant, sleep};
 
+use super::spec::published_image;
 use super::store::{SandboxRecord, SandboxStore, Wanted};
 use super::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus};
 use crate::clock::Time;
@@ -28,9 +29,6 @@ use crate::config::ProcessSandboxConfig;
 use crate::error::{Error, Result};
 use crate::id;
 use crate::user::UserId;
-
-/// The spec that every process sandbox is made from: the contract's default image name, whose version is what is run.
-pub const SPEC_ID: &str = "ghcr.io/openhands/agent-server:1.15.0-python";
 
 /// Writes its process id, then becomes the agent server under the same id.
 const LAUNCHER: &str = r#"echo $$ > "$1" && shift && exec "$@""#;
@@ -237,7 +235,9 @@ impl ProcessSandboxes {
             return Err(cannot_make(&folder, &error));
         };
         let port = free_port().map_err(|error| cannot_make(&folder, &error))?;
-        if !self.store.set_port(&record.user, &record.id, port).await? {
+        // The sandbox may have been made by another version.
+        let spec_id = published_image(&self.config.version);
+        if !self.store.set_launched(&record.user, &record.id, port, &spec_id).await? {
             return Ok(()); // deleted meanwhile
         }
         // What an agent server that was killed left running.
@@ -272,6 +272,7 @@ impl ProcessSandboxes {
             .env("OH_SECRET_KEY", key.expose_secret())
             .env("OH_WEBHOOKS_0_BASE_URL", &self.config.webhook_base_url)
             .envs(super::WEBHOOK_VARIABLES)
+            .envs(super::STORAGE_VARIABLES)
             .env("OH_CONVERSATIONS_PATH", folder.0.join("workspace/conversations"))
             .env("OH_BASH_EVENTS_DIR", folder.0.join("workspace/bash_events"))
             .env("OH_ENABLE_VSCODE", "0")
@@ -347,7 +348,8 @@ impl ProcessSandboxes {
 impl SandboxService for ProcessSandboxes {
     async fn start(&self, user: &UserId, id: &str) -> Result<()> {
         let key = SecretString::from(id::new_session_key());
-        let record = self.store.put_new(self.store.new_record(user, id, SPEC_ID, &key).await?).await?;
+        let spec_id = published_image(&self.config.version);
+        let record = self.store.put_new(self.store.new_record(user, id, &spec_id, &key).await?).await?;
         self.launch(&record).await
     }
 

@@ -185,6 +185,7 @@ impl RemoteSandboxes {
     fn environment(&self) -> Map<String, Value> {
         let mut environment: Map<String, Value> =
             ENVIRONMENT.iter().map(|(name, value)| ((*name).to_owned(), json!(value))).collect();
+        environment.extend(super::STORAGE_VARIABLES.map(|(name, value)| (name.to_owned(), json!(value))));
         for (name, port, _) in &SERVICES[1..] {
             environment.insert((*name).to_owned(), json!(port.to_string()));
         }

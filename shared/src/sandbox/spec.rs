@@ -8,8 +8,11 @@ use serde::Serialize;
 use crate::clock::Time;
 use crate::config::{SandboxConfig, text};
 
-/// The contract's default image; its version is what process sandboxes run.
-const DEFAULT_IMAGE: &str = "ghcr.io/openhands/agent-server:1.15.0-python";
+/// The version of the agent server that sandboxes run unless another one is chosen.
+pub const AGENT_SERVER_VERSION: &str = "1.58.2";
+
+/// Where the images of agent servers are published.
+const IMAGE_REPOSITORY: &str = "ghcr.io/openhands/agent-server";
 
 /// A spec as the contract shows it. Nothing in it is secret.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -26,14 +29,26 @@ pub struct SandboxSpec {
     pub working_dir: String,
 }
 
-/// The image that sandboxes are made from: `AGENT_SERVER_IMAGE_REPOSITORY` and `AGENT_SERVER_IMAGE_TAG` where both are set, else
-/// the contract's.
+/// The image that sandboxes are made from: `AGENT_SERVER_IMAGE_REPOSITORY` and `AGENT_SERVER_IMAGE_TAG`, where only one of them is set
+/// with the published image's name or with the tag of `version`.
 #[must_use]
-pub fn image() -> String {
-    match (text("AGENT_SERVER_IMAGE_REPOSITORY"), text("AGENT_SERVER_IMAGE_TAG")) {
-        (Some(repository), Some(tag)) => format!("{repository}:{tag}"),
-        _ => DEFAULT_IMAGE.to_owned(),
+pub fn image(version: &str) -> String {
+    let repository = text("AGENT_SERVER_IMAGE_REPOSITORY");
+    let repository = repository.as_deref().unwrap_or(IMAGE_REPOSITORY);
+    match text("AGENT_SERVER_IMAGE_TAG") {
+        Some(tag) => format!("{repository}:{tag}"),
+        None => format!("{repository}:{}", tag(version)),
     }
+}
+
+/// The published image of a version. Sandboxes that are processes of this machine have its name as their spec: it says what they run.
+#[must_use]
+pub fn published_image(version: &str) -> String {
+    format!("{IMAGE_REPOSITORY}:{}", tag(version))
+}
+
+fn tag(version: &str) -> String {
+    format!("{version}-python")
 }
 
 /// The specs of the configured kind of sandbox, the default one first; none where there are no sandboxes.
@@ -48,9 +63,9 @@ pub fn specs(config: &SandboxConfig) -> Vec<SandboxSpec> {
         working_dir: working_dir.to_owned(),
     };
     match config {
-        SandboxConfig::Process(_) => {
+        SandboxConfig::Process(process) => {
             let command = ["python", "-m", "openhands.agent_server"];
-            vec![spec(super::process::SPEC_ID.to_owned(), &command, "", &[("OH_ENABLE_VSCODE", "0")])]
+            vec![spec(published_image(&process.version), &command, "", &[("OH_ENABLE_VSCODE", "0")])]
         }
         #[cfg(feature = "docker")]
         SandboxConfig::Docker(docker) => {

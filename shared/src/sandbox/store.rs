@@ -242,6 +242,15 @@ impl SandboxStore {
         self.set(user, id, &[("port", crate::dynamo::number(u32::from(port)))]).await
     }
 
+    /// Notes what the sandbox's agent server is launched from and where it listens. False when there is no record.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn set_launched(&self, user: &UserId, id: &str, port: u16, spec_id: &str) -> Result<bool> {
+        let port = crate::dynamo::number(u32::from(port));
+        self.set(user, id, &[("port", port), ("spec_id", text(spec_id))]).await
+    }
+
     /// Sets the sandbox's session key. False when there is no record.
     ///
     /// # Errors

@@ -11,10 +11,10 @@ use local::server::{Environment, Server};
 use reqwest::{Client, RequestBuilder};
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use serde_json::{Value, json};
-use shared::config::SealingConfig;
-use shared::config::StartConfig;
+use shared::config::{SandboxConfig, SealingConfig, StartConfig};
 use shared::event::store::{Event, EventStore};
 use shared::sandbox::process::ProcessSandboxes;
+use shared::sandbox::spec::AGENT_SERVER_VERSION;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
@@ -61,6 +61,7 @@ pub struct Product {
     http: Client,
     is_demo: bool,
     web_url: Option<String>,
+    agent_server_version: String,
 }
 
 /// A start that has come to its end.
@@ -132,6 +133,16 @@ impl Product {
         product
     }
 
+    /// As [`Product::start`], on this version of the agent server.
+    pub async fn start_with_agent_server(version: &str, settings: Value) -> Self {
+        let mut product = Self::new(false);
+        version.clone_into(&mut product.agent_server_version);
+        let settings_file = product.folder.path().join("settings.json");
+        fs::write(&settings_file, settings.to_string()).expect("the settings are written");
+        product.run(Some(settings_file)).await;
+        product
+    }
+
     /// Starts as `cargo local --demo` does, on an empty data folder.
     pub async fn demo() -> Self {
         let mut product = Self::new(true);
@@ -144,13 +155,25 @@ impl Product {
         let folder = TempDir::new().expect("a folder for the product");
         // On loopback, whatever proxy the machine has.
         let http = Client::builder().no_proxy().build().expect("a client");
-        Self { server: None, folder, http, is_demo, web_url: None }
+        Self { server: None, folder, http, is_demo, web_url: None, agent_server_version: agent_server_version() }
     }
 
     /// Ends this run cleanly, and starts another on what it left behind.
     pub async fn restart(&mut self) {
         self.stop().await;
         self.run(None).await;
+    }
+
+    /// As [`Product::restart`], with another version of the agent server.
+    pub async fn restart_with_agent_server(&mut self, version: &str) {
+        version.clone_into(&mut self.agent_server_version);
+        self.restart().await;
+    }
+
+    /// The Python that the agent servers run on.
+    pub fn agent_server_python(&self) -> PathBuf {
+        let SandboxConfig::Process(process) = &self.server().config.sandbox else { panic!("sandboxes are processes") };
+        process.python.clone()
     }
 
     /// Ends cleanly, and makes sure that no process is left behind.
@@ -161,6 +184,7 @@ impl Product {
     async fn run(&mut self, settings: Option<PathBuf>) {
         let options = CommonOptions {
             agent_server: Some(agent_server_folder()),
+            agent_server_version: self.agent_server_version.clone(),
             settings,
             demo: self.is_demo,
             ..CommonOptions::on(self.data(), SandboxKind::Process)
@@ -418,6 +442,12 @@ impl AgentConversation {
         self.send(self.http.get(&self.url)).await
     }
 
+    /// The version of the agent server.
+    pub async fn server_version(&self) -> String {
+        let base = self.url.split("/api/").next().unwrap_or_default();
+        text(&self.send(self.http.get(format!("{base}/server_info"))).await["version"])
+    }
+
     /// The folder that the agent works in.
     pub async fn folder(&self) -> PathBuf {
         text(&self.info().await["workspace"]["working_dir"]).into()
@@ -504,6 +534,11 @@ async fn send(request: RequestBuilder) -> (u16, Value) {
 fn agent_server_folder() -> PathBuf {
     shared::config::text("OPENHANDS_AGENT_SERVER_FOLDER")
         .map_or_else(|| Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("agent-server"), PathBuf::from)
+}
+
+/// The version of the agent server that the tests run on.
+pub fn agent_server_version() -> String {
+    shared::config::text("OPENHANDS_AGENT_SERVER_VERSION").unwrap_or_else(|| AGENT_SERVER_VERSION.to_owned())
 }
 
 fn capture_log() {
