@@ -536,6 +536,7 @@ async fn members_are_those_of_the_contract_byte_by_byte() {
     3
   ],
   "llm_model": "model",
+  "agent_kind": "openhands",
   "metrics": {{
     "model_name": "default",
     "accumulated_cost": 0.0,
@@ -557,6 +558,7 @@ async fn members_are_those_of_the_contract_byte_by_byte() {
     "{}"
   ],
   "public": null,
+  "tags": {{}},
   "created_at": {},
   "updated_at": {}
 }}"#,

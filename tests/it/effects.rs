@@ -180,6 +180,11 @@ async fn recorded_exchanges_have_the_recorded_answers() {
             }
             fixture.api.send(request.body(Body::from(line["body"].to_string())).expect("a request")).await
         };
+        if expected[0]["sandbox_id"].is_string() {
+            // Fields of later versions.
+            expected[0]["agent_kind"] = json!("openhands");
+            expected[0]["tags"] = json!({});
+        }
         match label {
             // What is not asked for is not missed; and the reference names the bad id twice.
             "empty body" | "bad id" => expected["detail"].as_array_mut().expect("faults").truncate(1),
@@ -211,6 +216,263 @@ async fn recorded_exchanges_have_the_recorded_answers() {
     let record = fixture.record(&fixture.user, newer).await;
     assert_eq!((prompt_tokens(&record), record.llm_model.as_deref()), (200, Some("openai/stub")));
     assert_eq!(fixture.events(&fixture.user, newer).await.as_array().map(Vec::len), Some(8));
+    fixture.api.stop().await;
+}
+
+/// The exchanges of an agent server 1.58.2: a turn with a tool, tags, a rename, a switch to another model by a request and by the
+/// agent itself, a pause, an interrupt, a turn that fails, and the deletion.
+#[tokio::test]
+async fn recorded_exchanges_of_a_later_version_have_their_effects() {
+    let fixture = Fixture::new().await;
+    let user = &fixture.user;
+    let lines: Vec<Value> = include_str!("../data/contract/webhooks-1.58.2.jsonl")
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("a line"))
+        .collect();
+    let whole = lines.iter().find(|line| line["body"]["id"].is_string()).expect("a conversation");
+    let id = Uuid::parse_str(whole["body"]["id"].as_str().expect("an id")).expect("an id");
+    let send = async |line: &Value| {
+        let path = line["path"].as_str().and_then(|path| path.strip_prefix("/api/v1/webhooks/")).expect("a path");
+        assert_eq!(fixture.post(SANDBOX, path, &line["body"]).await, (200, json!({"success": true})));
+    };
+    let tags = json!({"origin": "x", "team": "a1"});
+    let (first, second) = ("openai/scripted", "openai/other");
+    for (label, model, tags, prompt) in [
+        ("create", first, json!({}), 0),
+        ("turn", first, json!({}), 300),
+        ("tags", first, tags.clone(), 300),
+        ("rename", first, tags.clone(), 300),
+        ("switch", second, tags.clone(), 300),
+        ("after switch", second, tags.clone(), 400),
+        ("pause", second, tags.clone(), 500),
+        ("interrupt", second, tags.clone(), 500),
+        ("error", second, tags.clone(), 500),
+        ("delete", second, tags.clone(), 500),
+        // Late and again, the newest first.
+        ("", second, tags.clone(), 500),
+    ] {
+        let again = label.is_empty();
+        for line in lines.iter().rev().filter(|_| again) {
+            send(line).await;
+        }
+        for line in lines.iter().filter(|line| line["label"] == label) {
+            send(line).await;
+        }
+        let record = fixture.record(user, id).await;
+        assert_eq!((record.llm_model.as_deref(), json!(record.tags)), (Some(model), tags), "after {label}");
+        assert_eq!(prompt_tokens(&record), prompt, "after {label}");
+        if label == "tags" {
+            assert_eq!(record.title.as_deref(), Some("✅ Scripted title"));
+        }
+    }
+    let mut sent: Vec<&Value> = lines.iter().flat_map(|line| line["body"].as_array().into_iter().flatten()).collect();
+    sent.sort_by_key(|event| (event["timestamp"].as_str(), event["id"].as_str()));
+    let stored: Vec<Value> = fixture.events(user, id).await.as_array().expect("events").clone();
+    assert_eq!(stored.iter().collect::<Vec<_>>(), sent);
+    // Every kind can be asked for.
+    for kind in ["InterruptEvent", "ConversationErrorEvent", "PauseEvent", "ActionEvent"] {
+        let path = format!("/api/v1/conversation/{id}/events/count?kind__eq={kind}");
+        let expected = sent.iter().filter(|event| event["kind"] == kind).count();
+        assert_eq!(fixture.api.call(user, "GET", &path, None).await, (200, json!(expected)), "{kind}");
+        assert!(expected > 0, "{kind}");
+    }
+    let (_, shown) = fixture.api.get(user, "", &[("ids", id.to_string())]).await;
+    assert_eq!((&shown[0]["tags"], &shown[0]["agent_kind"]), (&tags, &json!("openhands")));
+    fixture.api.stop().await;
+}
+
+/// An agent server 1.58.2 whose agent switches to another model by its own tool.
+#[tokio::test]
+async fn a_recorded_switch_by_the_agent_shows_and_counts() {
+    let fixture = Fixture::new().await;
+    let lines = include_str!("../data/contract/webhooks-1.58.2-switch-tool.jsonl").lines();
+    let mut id = None;
+    for line in lines.map(|line| serde_json::from_str::<Value>(line).expect("a line")) {
+        let path = line["path"].as_str().and_then(|path| path.strip_prefix("/api/v1/webhooks/")).expect("a path");
+        id = id.or_else(|| Uuid::parse_str(line["body"]["id"].as_str()?).ok());
+        // The observation alone, without the state that says the same.
+        let body = match line["body"].as_array() {
+            Some(events) => {
+                events.iter().filter(|event| event["key"] != "agent" && event["key"] != "full_state").cloned().collect()
+            }
+            None => line["body"].clone(),
+        };
+        assert_eq!(fixture.post(SANDBOX, path, &body).await, (200, json!({"success": true})));
+    }
+    let id = id.expect("a conversation");
+    let record = fixture.record(&fixture.user, id).await;
+    assert_eq!((record.llm_model.as_deref(), prompt_tokens(&record)), (Some("openai/other"), 200));
+    // With the state, what the other model was used for counts too.
+    for line in include_str!("../data/contract/webhooks-1.58.2-switch-tool.jsonl").lines() {
+        let line: Value = serde_json::from_str(line).expect("a line");
+        if line["body"].is_array() {
+            fixture.post(SANDBOX, &format!("events/{id}"), &line["body"]).await;
+        }
+    }
+    let record = fixture.record(&fixture.user, id).await;
+    assert_eq!((record.llm_model.as_deref(), prompt_tokens(&record)), (Some("openai/other"), 300));
+    fixture.api.stop().await;
+}
+
+/// An agent server's events keep what later versions add, unknown kinds included; only tokens that are streamed are dropped.
+#[tokio::test]
+async fn later_kinds_are_kept_and_streamed_tokens_are_not() {
+    let fixture = Fixture::new().await;
+    let (id, user) = (Uuid::new_v4(), &fixture.user);
+    fixture.has_conversation(user, id, SANDBOX).await;
+    let kinds = ["ServerErrorEvent", "InterruptEvent", "SecurityAnalysisEvent", "HookExecutionEvent", "KindOfTomorrow"];
+    let of_kind = |kind: &str, second: usize| {
+        json!({"id": format!("id-{kind}"), "timestamp": format!("2026-01-01T00:00:{second:02}"), "source": "environment",
+            "code": kind, "kind": kind})
+    };
+    let events: Vec<Value> = kinds.iter().enumerate().map(|(second, kind)| of_kind(kind, second)).collect();
+    let delta = of_kind("StreamingDeltaEvent", 30);
+    fixture.post_events(SANDBOX, id, std::slice::from_ref(&delta)).await;
+    fixture.post_events(SANDBOX, id, &[events.clone(), vec![delta]].concat()).await;
+    assert_eq!(fixture.events(user, id).await, json!(events));
+    for (kind, event) in kinds.iter().zip(&events) {
+        let path = format!("/api/v1/conversation/{id}/events/search?kind__eq={kind}");
+        let answer = fixture.api.call(user, "GET", &path, None).await;
+        assert_eq!(answer, (200, json!({"items": [event], "next_page_id": null})), "{kind}");
+    }
+    let path = format!("/api/v1/conversation/{id}/events/count?kind__eq=StreamingDeltaEvent");
+    assert_eq!(fixture.api.call(user, "GET", &path, None).await, (200, json!(0)));
+    assert_eq!(fixture.jobs().await, [], "none of them calls for anything");
+    fixture.api.stop().await;
+}
+
+#[tokio::test]
+async fn metrics_are_those_of_all_models_and_the_context_is_the_current_ones() {
+    let fixture = Fixture::new().await;
+    let (id, user) = (Uuid::new_v4(), &fixture.user);
+    fixture.has_conversation(user, id, SANDBOX).await;
+    let usages = json!({"usage_to_metrics": {"agent": usage(100), "condenser": usage(20), "profile:b": usage(3), "broken": [1],
+        "huge": {"accumulated_cost": 1e300, "accumulated_token_usage": {"prompt_tokens": u64::MAX}}}});
+    let shown = async || {
+        let metrics = fixture.record(user, id).await.metrics;
+        let usage = metrics.accumulated_token_usage.clone().expect("usage");
+        (
+            (metrics.accumulated_cost * 1000.0).round(),
+            usage.completion_tokens,
+            usage.context_window,
+            usage.per_turn_token,
+            usage.prompt_tokens,
+        )
+    };
+    let event = json!({"id": "1", "timestamp": "2026-01-01T00:00:01", "key": "stats", "value": usages, "kind": "ConversationStateUpdateEvent"});
+    fixture.post_events(SANDBOX, id, &[event]).await;
+    assert_eq!(shown().await, (123.0, 126, 105, 106, u64::MAX));
+    // The state says which model the agent uses now.
+    let state = json!({"stats": usages, "agent": {"llm": {"model": "m", "usage_id": "profile:b"}}});
+    fixture.post_events(SANDBOX, id, &[full_state("2", "2026-01-01T00:00:02", &state)]).await;
+    assert_eq!(shown().await, (123.0, 126, 8, 9, u64::MAX));
+    let whole = json!({"id": id, "updated_at": "2026-01-01T00:00:03Z", "stats": usages, "agent": {"llm": {"model": "m", "usage_id": "condenser"}}});
+    fixture.tell(SANDBOX, &whole).await;
+    assert_eq!(shown().await, (123.0, 126, 25, 26, u64::MAX));
+    fixture.api.stop().await;
+}
+
+#[tokio::test]
+async fn the_newest_model_and_tags_stay_whatever_comes_late_or_again() {
+    let fixture = Fixture::new().await;
+    let (id, user) = (Uuid::new_v4(), &fixture.user);
+    let before = fixture.has_conversation(user, id, SANDBOX).await;
+    let event = |second: u64, key: &str, value: Value| {
+        json!({"id": format!("{key}-{second}"), "timestamp": format!("2026-01-01T00:00:{second:02}"), "key": key, "value": value,
+            "kind": "ConversationStateUpdateEvent"})
+    };
+    let reports = |second: u64, name: &str| {
+        vec![event(second, "agent", json!({"llm": {"model": name}})), event(second, "tags", json!({"name": name}))]
+    };
+    let whole = |second: u64, name: &str| json!({"id": id, "updated_at": format!("2026-01-01T00:00:{second:02}Z"), "tags": {"name": name}, "agent": {"llm": {"model": name}}});
+    let expect = async |name: &str| {
+        let record = fixture.record(user, id).await;
+        assert_eq!((record.llm_model.as_deref(), json!(record.tags)), (Some(name), json!({"name": name})));
+    };
+    fixture.tell(SANDBOX, &whole(10, "whole-10")).await;
+    expect("whole-10").await;
+    for (second, is_event, expected) in [
+        // Before the whole.
+        (5, true, "whole-10"),
+        (12, true, "event-12"),
+        (11, true, "event-12"),
+        (12, true, "event-12"),
+        // Before the event, then after it.
+        (11, false, "event-12"),
+        (14, false, "whole-14"),
+        (13, true, "whole-14"),
+        (15, true, "event-15"),
+    ] {
+        if is_event {
+            fixture.post_events(SANDBOX, id, &reports(second, &format!("event-{second}"))).await;
+        } else {
+            fixture.tell(SANDBOX, &whole(second, &format!("whole-{second}"))).await;
+        }
+        expect(expected).await;
+    }
+    // Of several in a batch the newest, whatever their order; and the agent's own switch.
+    let switch = json!({"id": "switch", "timestamp": "2026-01-01T00:00:20", "kind": "ObservationEvent",
+        "observation": {"kind": "SwitchLLMObservation", "profile_name": "p", "active_model": "event-20", "is_error": false}});
+    let mut batch = reports(19, "event-19");
+    batch.push(switch);
+    batch.push(full_state(
+        "state",
+        "2026-01-01T00:00:18",
+        &json!({"agent": {"llm": {"model": "event-18"}}, "tags": {"name": "event-18"}}),
+    ));
+    batch.push(event(20, "tags", json!({"name": "event-20"})));
+    fixture.post_events(SANDBOX, id, &batch).await;
+    expect("event-20").await;
+    // No tags are tags; what is none is no news.
+    fixture.tell(SANDBOX, &json!({"id": id, "updated_at": "2026-01-01T00:00:30Z", "tags": null})).await;
+    fixture.post_events(SANDBOX, id, &[event(31, "tags", json!("none"))]).await;
+    expect("event-20").await;
+    fixture.post_events(SANDBOX, id, &[event(32, "tags", json!({}))]).await;
+    let record = fixture.record(user, id).await;
+    assert!(record.tags.is_empty());
+    untouched(&ConversationRecord { tags: before.tags.clone(), ..record }, &before);
+    // Those of any size leave the record within what the store takes.
+    let huge: serde_json::Map<String, Value> =
+        (0..10_000).map(|n| (format!("{n:0>90}"), json!("é".repeat(200)))).collect();
+    let mut told = whole(40, "m");
+    told["tags"] = huge.into();
+    fixture.tell(SANDBOX, &told).await;
+    let kept = fixture.record(user, id).await.tags;
+    assert!(!kept.is_empty() && kept.size() <= shared::conversation::tags::MAX_TAGS_SIZE, "{}", kept.size());
+    fixture.api.stop().await;
+}
+
+#[tokio::test]
+async fn records_of_earlier_versions_are_read_and_go_on() {
+    let fixture = Fixture::new().await;
+    let (id, user, api) = (Uuid::new_v4(), &fixture.user, &fixture.api);
+    fixture.has_conversation(user, id, SANDBOX).await;
+    fixture.post_events(SANDBOX, id, &[stats("s", "2026-01-01T00:00:01", 10)]).await;
+    // As it was written before tags and the times of models were kept.
+    let key = |name: &str| aws_sdk_dynamodb::types::AttributeValue::S(name.to_owned());
+    let update = api.aws.dynamodb.update_item().table_name(&api.names.conversations);
+    let update = update.key("user", key(user.as_str())).key("id", key(&id.simple().to_string()));
+    update
+        .update_expression("REMOVE tags, stats_time, state_at, model_at, model_time")
+        .send()
+        .await
+        .expect("an old row");
+    let record = fixture.record(user, id).await;
+    assert!(record.tags.is_empty());
+    let (_, shown) = api.get(user, "", &[("ids", id.to_string())]).await;
+    assert_eq!(shown[0]["tags"], json!({}));
+    fixture
+        .post_events(SANDBOX, id, &[stats("r", "2026-01-01T00:00:00", 9), stats("t", "2026-01-01T00:00:02", 11)])
+        .await;
+    assert_eq!(prompt_tokens(&fixture.record(user, id).await), 11);
+    fixture
+        .tell(
+            SANDBOX,
+            &json!({"id": id, "updated_at": "2026-01-01T00:00:03Z", "tags": {"a": "b"}, "stats": metrics(12)}),
+        )
+        .await;
+    let record = fixture.record(user, id).await;
+    assert_eq!((prompt_tokens(&record), json!(record.tags)), (12, json!({"a": "b"})));
     fixture.api.stop().await;
 }
 
@@ -610,6 +872,9 @@ async fn a_start_completes_what_its_agent_server_told_before() {
             let usage = AgentStats::read(&metrics(77), None).expect("stats");
             let at = ReportTime::Event { position: "2026".to_owned(), instant: "2026".to_owned() };
             assert!(store.set_stats(user, id, &usage, &at).await.expect("stored"));
+            assert!(store.set_reported_model(user, id, "openai/switched", &at).await.expect("stored"));
+            let tags = shared::conversation::tags::Tags::read(&json!({"a": "b"})).expect("tags").0;
+            assert!(store.set_tags(user, id, &tags, &at).await.expect("stored"));
             if let Some(title) = agent_title {
                 assert!(store.set_agent_title(user, id, title).await.expect("stored"));
             }
@@ -624,6 +889,7 @@ async fn a_start_completes_what_its_agent_server_told_before() {
             assert_eq!((prompt_tokens(record), record.public, &record.pr_number[..]), (77, Some(true), &[7][..]));
             assert_eq!((record.trigger.is_some(), record.parent_conversation_id), (true, parent));
             assert_ne!(record.sandbox_id, "elsewhere");
+            assert_eq!((record.llm_model.as_deref(), &record.tags), (Some("openai/switched"), &tags));
             assert_eq!((known.is_stub, known.processors.len()), (false, 1));
             for include_sub_conversations in [true, false] {
                 let filter = Filter { include_sub_conversations, ..Filter::default() };

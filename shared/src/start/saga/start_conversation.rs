@@ -87,7 +87,8 @@ impl Work<'_> {
         if !browser && self.task.request.agent_type == AgentType::Default {
             self.add_note("The agent has no browser tool: no Chromium was found in its sandbox".to_owned());
         }
-        let version = self.agent_server_version(agent_server).await;
+        let streaming = self.saga.config.token_streaming
+            && self.agent_server_version(agent_server).await.is_some_and(AgentServerVersion::streams_to_clients_only);
         let token_key = TokenKey::of(&self.saga.sealer).await?;
         let body = conversation_body(&ConversationInputs {
             user: &self.task.record.user,
@@ -99,7 +100,7 @@ impl Work<'_> {
             skills: self.skills.as_deref().unwrap_or_default(),
             hooks,
             browser,
-            streaming: version.is_some_and(AgentServerVersion::streams_to_clients_only),
+            streaming,
             config: &self.saga.config,
             token_key: &token_key,
             now: Time::now(),
