@@ -476,7 +476,7 @@ impl AgentConversation {
     }
 
     /// All of its events, of whatever number.
-    pub async fn every_event(&self) -> Vec<Value> {
+    pub async fn all_events(&self) -> Vec<Value> {
         let (mut events, mut page_id) = (Vec::new(), None);
         loop {
             let request = self
@@ -492,17 +492,9 @@ impl AgentConversation {
         }
     }
 
-    /// All of its events.
-    pub async fn all_events(&self) -> Vec<Value> {
-        let events = self.send(self.http.get(format!("{}/events/search?limit=100", self.url))).await;
-        events["items"].as_array().expect("items").clone()
-    }
-
     /// Its events of this kind, in order.
     pub async fn events(&self, kind: &str) -> Vec<Value> {
-        let events = self.send(self.http.get(format!("{}/events/search?limit=100", self.url))).await;
-        let events = events["items"].as_array().expect("items").clone();
-        events.into_iter().filter(|event| event["kind"] == kind).collect()
+        self.all_events().await.into_iter().filter(|event| event["kind"] == kind).collect()
     }
 
     /// What was said in it by `user` or `agent`, in order.
