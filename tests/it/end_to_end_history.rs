@@ -84,12 +84,11 @@ async fn ten_turns_are_stored_completely_soon_after_each() {
     let stored = product.events_of(&id).await;
     for (id, event) in &at_agent {
         let ours = stored.iter().find(|event| event.id == *id).expect("stored");
-        // In an answer the agent server shows tools in another form than in a webhook, so that whole events cannot be compared.
+        // An answer of the agent server lacks nulls that its webhooks have, so that whole events cannot be compared.
         let head = (event["kind"].as_str(), event["timestamp"].as_str());
         assert_eq!((Some(ours.kind.as_str()), Some(ours.timestamp.as_str())), head, "{id}");
-        if ours.kind == "MessageEvent" {
-            assert_eq!(&serde_json::from_str::<Value>(&ours.json).expect("JSON"), event);
-        }
+        let ours: Value = serde_json::from_str(&ours.json).expect("JSON");
+        assert_eq!(ours["llm_message"]["content"], event["llm_message"]["content"], "{id}");
     }
     // Ours has states of the whole conversation beside them, which agent servers post and do not keep.
     let known: BTreeSet<&String> = at_agent.iter().map(|(id, _)| id).collect();
