@@ -265,14 +265,14 @@ async fn recorded_exchanges_of_a_later_version_have_their_effects() {
             assert_eq!(record.title.as_deref(), Some("✅ Scripted title"));
         }
     }
-    let mut sent: Vec<&Value> = lines.iter().flat_map(|line| line["body"].as_array().into_iter().flatten()).collect();
-    sent.sort_by_key(|event| (event["timestamp"].as_str(), event["id"].as_str()));
+    let mut posted: Vec<&Value> = lines.iter().flat_map(|line| line["body"].as_array().into_iter().flatten()).collect();
+    posted.sort_by_key(|event| (event["timestamp"].as_str(), event["id"].as_str()));
     let stored: Vec<Value> = fixture.events(user, id).await.as_array().expect("events").clone();
-    assert_eq!(stored.iter().collect::<Vec<_>>(), sent);
+    assert_eq!(stored.iter().collect::<Vec<_>>(), posted);
     // Every kind can be asked for.
     for kind in ["InterruptEvent", "ConversationErrorEvent", "PauseEvent", "ActionEvent"] {
         let path = format!("/api/v1/conversation/{id}/events/count?kind__eq={kind}");
-        let expected = sent.iter().filter(|event| event["kind"] == kind).count();
+        let expected = posted.iter().filter(|event| event["kind"] == kind).count();
         assert_eq!(fixture.api.call(user, "GET", &path, None).await, (200, json!(expected)), "{kind}");
         assert!(expected > 0, "{kind}");
     }

@@ -228,7 +228,7 @@ mod tests {
         Event { id: text("id"), timestamp: text("timestamp"), kind: text("kind"), json: value.to_string() }
     }
 
-    fn state(timestamp: &str, key: &str, value: Value) -> Event {
+    fn state(timestamp: &str, key: &str, value: &Value) -> Event {
         event(
             &json!({"id": key, "timestamp": timestamp, "kind": "ConversationStateUpdateEvent", "key": key, "value": value}),
         )
@@ -250,11 +250,11 @@ mod tests {
                 "observation": {"kind": kind, "is_error": is_error, "active_model": model}}))
         };
         let (first, second) = (
-            state("2026-01-01T00:00:01", "agent", llm(json!("first"))),
+            state("2026-01-01T00:00:01", "agent", &llm(json!("first"))),
             state(
                 "2026-01-01T00:00:02",
                 "full_state",
-                json!({"agent": llm(json!("second")), "stats": 3, "tags": null}),
+                &json!({"agent": llm(json!("second")), "stats": 3, "tags": null}),
             ),
         );
         assert_eq!(model(std::slice::from_ref(&first)).as_deref(), Some("first"));
@@ -269,12 +269,12 @@ mod tests {
             switch(SWITCHES[0], false, json!(null)),
             switch(SWITCHES[0], false, json!(7)),
             switch("TerminalObservation", false, json!("no")),
-            state("2026-01-01T00:00:03", "agent", llm(json!(" "))),
-            state("2026-01-01T00:00:03", "agent", llm(json!(["no"]))),
-            state("2026-01-01T00:00:03", "agent", json!("no")),
-            state("2026-01-01T00:00:03", "agent", llm(json!("x".repeat(MAX_NAME + 1)))),
-            state("2026-01-01T00:00:03", "full_state", json!([])),
-            state("2026-01-01T00:00:03", "full_state", json!({"agent": {"kind": "ACPAgent"}})),
+            state("2026-01-01T00:00:03", "agent", &llm(json!(" "))),
+            state("2026-01-01T00:00:03", "agent", &llm(json!(["no"]))),
+            state("2026-01-01T00:00:03", "agent", &json!("no")),
+            state("2026-01-01T00:00:03", "agent", &llm(json!("x".repeat(MAX_NAME + 1)))),
+            state("2026-01-01T00:00:03", "full_state", &json!([])),
+            state("2026-01-01T00:00:03", "full_state", &json!({"agent": {"kind": "ACPAgent"}})),
         ] {
             assert_eq!(model(&[second.clone(), other.clone()]).as_deref(), Some("second"), "{other:?}");
         }
@@ -283,7 +283,7 @@ mod tests {
     #[test]
     fn times_without_a_zone_are_read_in_the_zone_of_the_sandbox() {
         let instant = |timestamp: &str, newest: &str| {
-            let events = [state(timestamp, "tags", json!({})), state(newest, "x", json!(1))];
+            let events = [state(timestamp, "tags", &json!({})), state(newest, "x", &json!(1))];
             match Batch::of(&events, now()).tags.expect("tags").time {
                 ReportTime::Event { instant, .. } => instant,
                 other => panic!("{other:?}"),
