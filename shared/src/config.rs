@@ -57,6 +57,9 @@ pub struct StartConfig {
     pub step_timeout: Duration,
     /// How long one request to an agent server may take (`AGENT_REQUEST_TIMEOUT`, seconds, 120).
     pub agent_request_timeout: Duration,
+    /// How long an MCP server may take to answer before a conversation is created without it (`MCP_PROBE_TIMEOUT`, seconds, 5; 0
+    /// turns the probe off).
+    pub mcp_probe_timeout: Duration,
     /// How long a worker waits in its own process before it gives the task back to the queue
     /// (`START_PATIENCE_MS`, 2000). On Lambda waiting is paid for; locally it is free.
     pub patience: Duration,
@@ -95,6 +98,7 @@ impl Default for StartConfig {
             setup_script_timeout: Duration::from_secs(600),
             step_timeout: Duration::from_secs(300),
             agent_request_timeout: Duration::from_secs(120),
+            mcp_probe_timeout: Duration::from_secs(5),
             patience: Duration::from_secs(2),
             lease: Duration::from_secs(15),
             poll: Duration::from_millis(100),
@@ -497,6 +501,7 @@ impl StartConfig {
             setup_script_timeout: seconds("SETUP_SCRIPT_TIMEOUT", default.setup_script_timeout)?,
             step_timeout: seconds("STEP_TIMEOUT", default.step_timeout)?,
             agent_request_timeout: seconds("AGENT_REQUEST_TIMEOUT", default.agent_request_timeout)?,
+            mcp_probe_timeout: seconds("MCP_PROBE_TIMEOUT", default.mcp_probe_timeout)?,
             patience: milliseconds("START_PATIENCE_MS", default.patience)?,
             lease: seconds("START_LEASE_SECONDS", default.lease)?,
             poll: milliseconds("START_POLL_MS", default.poll)?,

@@ -269,7 +269,7 @@ mod pattern {
 
 /// What this thread logs, line by line, in the form that functions log in.
 #[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
+pub struct Log(Arc<Mutex<Vec<u8>>>);
 
 impl io::Write for Log {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -283,7 +283,7 @@ impl io::Write for Log {
 }
 
 impl Log {
-    fn begin() -> (Self, DefaultGuard) {
+    pub fn begin() -> (Self, DefaultGuard) {
         let log = Self::default();
         let to = log.clone();
         let layer = tracing_subscriber::fmt().json().flatten_event(true).with_span_list(false);
@@ -292,7 +292,7 @@ impl Log {
     }
 
     /// The lines since the last time.
-    fn take(&self) -> Vec<Value> {
+    pub fn take(&self) -> Vec<Value> {
         let bytes = std::mem::take(&mut *self.0.lock().expect("unpoisoned"));
         let text = String::from_utf8(bytes).expect("text");
         text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()

@@ -3,6 +3,7 @@
 //!
 //! Agent servers are expensive, so each test does many things in few sandboxes.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
 
@@ -119,6 +120,7 @@ async fn conversations_start_share_a_sandbox_and_outlive_the_program() {
     a_start_goes_on_when_the_client_of_its_stream_leaves(&product, &sandbox).await;
     an_unknown_sandbox_is_named(&product).await;
     a_refusal_of_the_model_ends_the_conversation_with_its_words(&product, &llm, &sandbox).await;
+    mistakes_are_named_where_they_show(&product, &sandbox).await;
     a_start_resumes_its_paused_sandbox(&product, &llm, &sandbox).await;
 
     product.restart().await;
@@ -388,6 +390,27 @@ async fn a_refusal_of_the_model_ends_the_conversation_with_its_words(
     product.conversation_when(&id, "error").await;
     let errors = product.at_agent(&id).await.events("ConversationErrorEvent").await;
     assert!(json!(errors).to_string().contains("scripted failure"), "{errors:#?}");
+}
+
+/// A plugin is loaded before the first message: its mistakes end the start. A model is called after it: its mistakes end the
+/// conversation.
+async fn mistakes_are_named_where_they_show(product: &Product, sandbox: &str) {
+    let before: BTreeSet<String> = ids(&product.get("/search?limit=100").await).into_iter().collect();
+    let plugin = json!({"sandbox_id": sandbox, "plugins": [{"source": "/no/such/plugin"}]});
+    let error = product.start_conversation(with(saying("Load this"), plugin)).await.error();
+    assert!(error.starts_with("A plugin cannot be loaded; correct its source"), "{error}");
+    assert!(error.ends_with("Local plugin path does not exist: /no/such/plugin"), "{error}");
+    // The agent server had made it, and told us so.
+    wait_until("nothing is left of the conversation", Duration::from_secs(120), async || {
+        ids(&product.get("/search?limit=100").await).into_iter().collect::<BTreeSet<_>>() == before
+    })
+    .await;
+
+    let model = json!({"sandbox_id": sandbox, "llm_model": "no-such-provider/model"});
+    let id = product.start_conversation(with(saying("Which provider?"), model)).await.conversation_id();
+    product.conversation_when(&id, "error").await;
+    let errors = json!(product.at_agent(&id).await.events("ConversationErrorEvent").await).to_string();
+    assert!(errors.contains("LLM Provider NOT provided") && errors.contains("no-such-provider/model"), "{errors}");
 }
 
 async fn a_start_resumes_its_paused_sandbox(product: &Product, llm: &ScriptedLlm, sandbox: &str) {

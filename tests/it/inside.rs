@@ -521,6 +521,34 @@ async fn messages_go_to_the_agent_as_they_were_sent() {
     rig.end().await;
 }
 
+/// What is wrong and what to do, in our words: those of the agent server are for the log.
+#[tokio::test]
+async fn a_message_for_an_agent_that_cannot_be_set_up_is_answered_with_the_mistake() {
+    let rig = Rig::start().await;
+    let id = rig.conversation_in(&rig.agent.working_dir()).await;
+    for (exception, status, expected) in [
+        (
+            "Local plugin path does not exist: /secret words",
+            409,
+            "A plugin cannot be loaded; correct its source, ref and repo_path in the request, or leave it out. Then start a \
+                new conversation",
+        ),
+        (
+            "[Errno 28] No space left on device: secret words",
+            502,
+            "The agent server answered 500. The disk of the sandbox is full; delete files or conversations in it, or use \
+                another sandbox",
+        ),
+        ("secret words", 502, "The agent server answered 500"),
+    ] {
+        let answer = json!({"detail": "Internal Server Error", "exception": exception});
+        rig.agent.fail_setup(None, 500, &answer.to_string());
+        let answer = rig.say(id, &said("Hello")).await;
+        assert_eq!((answer.status, &answer.body), (status, &json!({"detail": expected})), "{exception}");
+    }
+    rig.end().await;
+}
+
 #[tokio::test]
 async fn whatever_an_agent_server_does_each_route_answers_in_time_and_says_what_is_the_matter() {
     let mut rig = Rig::start().await;

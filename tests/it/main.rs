@@ -10,6 +10,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod agent_server_errors;
 mod alarms;
 mod authorizer;
 mod deletion;
@@ -27,6 +28,7 @@ mod inside;
 mod lambda;
 mod limits;
 mod local_access;
+mod mcp_probe;
 mod openapi;
 mod pending_messages;
 mod records;

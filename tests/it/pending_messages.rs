@@ -219,6 +219,49 @@ async fn an_agent_server_that_fails_is_tried_again_and_never_told_twice() {
     rig.finish().await;
 }
 
+/// How often a message was sent until the agent server's errors were taken for permanent.
+async fn drive_until_given_up(rig: &Rig, conversation: Uuid) -> usize {
+    let before = rig.agent.requests_to("POST /api/conversations/{id}/events").len();
+    let deadline = Instant::now() + END_WITHIN;
+    while rig.messages_are_due(conversation).await {
+        assert!(Instant::now() < deadline, "calls {:?}", rig.gate.calls());
+        match rig.receive().await {
+            Some(message) => rig.handle(&message).await,
+            None => rig.sweep().await,
+        }
+    }
+    rig.settle().await;
+    rig.agent.requests_to("POST /api/conversations/{id}/events").len() - before
+}
+
+#[tokio::test]
+async fn a_message_that_an_agent_server_never_takes_waits_for_the_next_one() {
+    let rig = Rig::start(quick()).await;
+    let (_, conversation) = ready(&rig).await;
+    let plugin = r#"{"detail":"Internal Server Error","exception":"Local plugin path does not exist: /nowhere"}"#;
+    let unknown = r#"{"detail":"Internal Server Error","exception":"a new kind of fault"}"#;
+    let mut expected = vec!["first".to_owned()];
+    for (answer, status, tries) in [(plugin, 500, 1), (unknown, 500, 3), (unknown, 404, 3)] {
+        rig.agent.fail_setup(None, status, answer);
+        let said = format!("{status} {tries}");
+        keep(&rig, Addressee::Conversation(conversation), &said).await.expect("kept");
+        expected.push(said);
+        assert_eq!(drive_until_given_up(&rig, conversation).await, tries, "{status} {answer}");
+        rig.sweep().await;
+        assert_eq!(rig.waiting_messages().await, 0, "nobody looks after it any more");
+        assert!(rig.messages_wait(conversation).await, "it is kept");
+        // The next message has both delivered, as soon as the agent server takes them.
+        rig.agent.clear_setup_failure();
+        let said = format!("after {status} {tries}");
+        keep(&rig, Addressee::Conversation(conversation), &said).await.expect("kept");
+        expected.push(said);
+        let expected: Vec<&str> = expected.iter().map(String::as_str).collect();
+        drive_until_told(&rig, conversation, &expected, &format!("after {status} {answer}")).await;
+    }
+    rig.settle().await;
+    rig.finish().await;
+}
+
 #[tokio::test]
 async fn a_message_that_stands_at_the_door_of_an_agent_at_work_is_not_sent_again() {
     let rig = Rig::start(quick()).await;

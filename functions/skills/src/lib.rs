@@ -19,7 +19,7 @@ use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 use http::StatusCode;
 use serde_json::json;
-use shared::agent_server::{AgentServerError, Failure};
+use shared::agent_server::{AgentServerError, Failure, Mistake};
 use shared::aws::Aws;
 use shared::config::Config;
 use shared::conversation::place::{Inside, Place, Places};
@@ -147,9 +147,9 @@ fn inside(place: Place, conversation: Uuid) -> Result<Box<Inside>> {
     }
 }
 
-/// What the newer routes answer when an agent server did not. Its own words are for the log.
+/// What the newer routes answer when an agent server did not. Its own words are for the log; of a known cause there is our advice.
 fn upstream(error: &AgentServerError) -> Error {
-    let message = match &error.failure {
+    let mut message = match &error.failure {
         Failure::Unreachable => "The agent server cannot be reached".to_owned(),
         Failure::TimedOut => "The agent server did not answer in time".to_owned(),
         Failure::CutOff => "The agent server's answer was cut off".to_owned(),
@@ -157,5 +157,8 @@ fn upstream(error: &AgentServerError) -> Error {
         Failure::Malformed(_) => "The agent server's answer makes no sense".to_owned(),
         Failure::TooLarge(_) => "The agent server's answer is too large".to_owned(),
     };
+    if let Some(Mistake { advice, .. }) = error.mistake() {
+        message += &format!(". {advice}");
+    }
     Error::Upstream { message, context: error.to_string() }
 }

@@ -6,8 +6,8 @@ use bytes::Bytes;
 use http::HeaderMap;
 use http::header::CONTENT_TYPE;
 use serde_json::{Value, json};
-use shared::agent_server::Failure;
-use shared::error::{Error, Result};
+use shared::agent_server::{Failure, Mistake};
+use shared::error::{Error, Fault, Result};
 use shared::http::body;
 use shared::http::caller::Caller;
 use shared::http::validation::{Checked, Checker, Fields, boolean, constant};
@@ -62,6 +62,11 @@ pub(crate) async fn send(
     let parts = serde_json::to_value(&message.content).map_err(Error::internal)?;
     let sent = context.within(inside.agent_server.send_message(id, "user", &parts, message.run)).await;
     sent.map_err(|error| match error.failure {
+        // What a conversation was created with stays as it is.
+        Failure::Status(..) if error.fault() == Fault::User => match error.mistake() {
+            Some(Mistake { advice, .. }) => Error::Conflict(format!("{advice}. Then start a new conversation")),
+            None => upstream(&error),
+        },
         // An agent server lets nobody in while its agent thinks.
         Failure::TimedOut => Error::Upstream {
             message:

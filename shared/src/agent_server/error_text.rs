@@ -15,11 +15,19 @@ const VIOLATIONS: usize = 20;
 /// Fields that repeat the request, or say what is the same in every error.
 const REPEATED: [&str; 3] = ["input", "ctx", "url"];
 
-/// The agent server's own words, without any of these secrets: `exception` says more than `detail` where both are there.
+/// The `detail` of every 500, whatever its cause. The status says as much.
+const NO_DETAIL: &str = "Internal Server Error";
+
+/// The agent server's own words, without any of these secrets: `exception` says more than `detail` where both are there. An exception
+/// may have no text; `error_id`, which version 1.49 and later add, then finds it in the agent server's log.
 pub(super) fn of(body: &[u8], secrets: &[String]) -> String {
     let text = match serde_json::from_slice::<Value>(body) {
         Ok(json) => match json.get("exception").or_else(|| json.get("detail")).unwrap_or(&json) {
-            Value::String(text) => text.clone(),
+            Value::String(text) if !text.trim().is_empty() && text != NO_DETAIL => text.clone(),
+            Value::String(_) => match json.get("error_id").and_then(Value::as_str) {
+                Some(error_id) => format!("an error without a text; its log has it under error_id {error_id}"),
+                None => String::new(),
+            },
             Value::Array(violations) => {
                 violations.iter().take(VIOLATIONS).map(violation).collect::<Value>().to_string()
             }
@@ -90,6 +98,12 @@ mod tests {
             ),
             (json!({"detail": "Internal Server Error", "exception": "the key sk-canary"}).to_string(), "the key **********"),
             (json!({"detail": "the key sk-canary"}).to_string(), "the key **********"),
+            (json!({"detail": "Internal Server Error", "exception": ""}).to_string(), ""),
+            (json!({"detail": "Internal Server Error"}).to_string(), ""),
+            (
+                json!({"detail": "Internal Server Error", "exception": " ", "error_id": "4f"}).to_string(),
+                "an error without a text; its log has it under error_id 4f",
+            ),
             (json!({"llm": {"input": request}}).to_string(), r#"{"llm":{}}"#),
             ("<html>sk-canary".to_owned(), "<html>**********"),
             (json!("sk-canary").to_string(), "**********"),

@@ -9,6 +9,7 @@
 pub mod bounded;
 pub mod conversation_body;
 mod error_text;
+mod mistake;
 pub mod version;
 
 use std::collections::BTreeMap;
@@ -26,7 +27,9 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use self::bounded::Bounded;
+pub use self::mistake::Mistake;
 use self::version::AgentServerVersion;
+use crate::error::Fault;
 use crate::id;
 use crate::mask;
 use crate::outbound::{self, Outbound};
@@ -96,6 +99,17 @@ pub enum Failure {
     TooLarge(usize),
 }
 
+/// Whether it is worth making a failed request again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Retry {
+    /// The failure is one of the connection, or of a busy server: it passes.
+    Often,
+    /// The agent server answered with an error of its own: it may pass, but is probably permanent.
+    Few,
+    /// The same request fails again.
+    Never,
+}
+
 /// A failed request: what was asked for, and how it failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AgentServerError {
@@ -112,17 +126,55 @@ impl AgentServerError {
         Self { request: request.to_owned(), failure: Failure::Malformed(what.to_owned()) }
     }
 
-    /// Whether the same request may succeed later. An answer that is too large would be so again.
+    /// Whether it is worth making the same request again.
+    ///
+    /// 429, 502, 503 and 504 come from a server that is busy, or from a proxy in front of a sandbox that starts; 408 is a timeout.
+    /// Every other 5xx is the agent server's answer to an exception in its own code, while it is alive and well enough to answer:
+    /// mostly it will raise the same exception again. 409 is one of several things, some of which pass.
     #[must_use]
-    pub fn is_transient(&self) -> bool {
+    pub fn retry(&self) -> Retry {
         match &self.failure {
-            Failure::TooLarge(_) => false,
-            Failure::Unreachable | Failure::TimedOut | Failure::CutOff | Failure::Malformed(_) => true,
-            Failure::Status(status, _) => {
-                status.is_server_error()
-                    || *status == StatusCode::TOO_MANY_REQUESTS
-                    || *status == StatusCode::REQUEST_TIMEOUT
+            Failure::Unreachable
+            | Failure::TimedOut
+            | Failure::CutOff
+            | Failure::Malformed(_)
+            | Failure::Status(
+                StatusCode::REQUEST_TIMEOUT
+                | StatusCode::TOO_MANY_REQUESTS
+                | StatusCode::BAD_GATEWAY
+                | StatusCode::SERVICE_UNAVAILABLE
+                | StatusCode::GATEWAY_TIMEOUT,
+                _,
+            ) => Retry::Often,
+            Failure::Status(status, _) if status.is_server_error() || *status == StatusCode::CONFLICT => {
+                if self.mistake().is_some_and(|mistake| mistake.is_permanent) { Retry::Never } else { Retry::Few }
             }
+            Failure::TooLarge(_) | Failure::Status(..) => Retry::Never,
+        }
+    }
+
+    /// The cause of the error, where the agent server's answer names one that is known.
+    #[must_use]
+    pub fn mistake(&self) -> Option<Mistake> {
+        match &self.failure {
+            Failure::Status(StatusCode::UNPROCESSABLE_ENTITY, text) => mistake::of_violations(text),
+            Failure::Status(StatusCode::INTERNAL_SERVER_ERROR, text) => mistake::of_exception(text),
+            _ => None,
+        }
+    }
+
+    /// Who can remedy it: the operator, unless the answer names a mistake of the user.
+    #[must_use]
+    pub fn fault(&self) -> Fault {
+        self.mistake().map_or(Fault::Server, |mistake| mistake.fault)
+    }
+
+    /// What went wrong and what to do, for the user: the advice if the cause is known, then the agent server's own words.
+    #[must_use]
+    pub fn explanation(&self) -> String {
+        match self.mistake() {
+            Some(Mistake { advice, .. }) => format!("{advice}. {self}"),
+            None => self.to_string(),
         }
     }
 
@@ -804,4 +856,40 @@ fn what_is_wrong(error: &serde_json::Error) -> String {
         Category::Data => "it has an unexpected form",
     };
     format!("{what} (line {}, column {})", error.line(), error.column())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_is_retried_as_often_as_it_may_pass() {
+        let status =
+            |code: u16, text: &str| Failure::Status(StatusCode::from_u16(code).expect("a status"), text.to_owned());
+        let missing = "Local plugin path does not exist: /x";
+        for (failure, retry, fault) in [
+            (Failure::Unreachable, Retry::Often, Fault::Server),
+            (Failure::TimedOut, Retry::Often, Fault::Server),
+            (Failure::CutOff, Retry::Often, Fault::Server),
+            (Failure::Malformed(String::new()), Retry::Often, Fault::Server),
+            (Failure::TooLarge(1), Retry::Never, Fault::Server),
+            (status(408, ""), Retry::Often, Fault::Server),
+            (status(429, ""), Retry::Often, Fault::Server),
+            (status(502, ""), Retry::Often, Fault::Server),
+            (status(503, missing), Retry::Often, Fault::Server),
+            (status(504, ""), Retry::Often, Fault::Server),
+            (status(409, ""), Retry::Few, Fault::Server),
+            (status(500, ""), Retry::Few, Fault::Server),
+            (status(501, ""), Retry::Few, Fault::Server),
+            (status(500, missing), Retry::Never, Fault::User),
+            (status(500, "Failed to fetch plugin from x"), Retry::Few, Fault::User),
+            (status(500, "[Errno 28] No space left on device"), Retry::Never, Fault::Server),
+            (status(401, ""), Retry::Never, Fault::Server),
+            (status(404, missing), Retry::Never, Fault::Server),
+            (status(422, ""), Retry::Never, Fault::Server),
+        ] {
+            let error = AgentServerError { request: "POST /x".to_owned(), failure };
+            assert_eq!((error.retry(), error.fault()), (retry, fault), "{error:?}");
+        }
+    }
 }

@@ -18,8 +18,8 @@ use uuid::Uuid;
 
 use super::PendingMessage;
 use super::store::{Claim, MessageQueue, MessageStore, Sending};
-use crate::agent_server::AgentServer;
 use crate::agent_server::bounded::{self, Bounded};
+use crate::agent_server::{AgentServer, AgentServerError, Retry};
 use crate::clock::Time;
 use crate::conversation::store::ConversationStore;
 use crate::conversation::told::Standing;
@@ -36,6 +36,7 @@ use crate::user::UserId;
 
 /// Longer than an agent's step takes: what has not come in by then never will.
 const AT_THE_DOOR: Duration = Duration::from_secs(900);
+const UNREACHABLE: Outcome = Outcome::Later("the agent server does not answer");
 /// What looking for a message may take.
 const LOOK: Duration = Duration::from_secs(30);
 
@@ -52,6 +53,8 @@ pub struct Timing {
     pub send: Duration,
     /// Between two attempts: at first, at most for an hour, and from then on.
     pub pauses: [Duration; 3],
+    /// An agent server that answers this often in a row with an error of its own never takes the message.
+    pub refusals: u32,
 }
 
 impl Default for Timing {
@@ -63,6 +66,8 @@ impl Default for Timing {
             turn: Duration::from_secs(75),
             send: Duration::from_secs(30),
             pauses: [Duration::from_secs(2), Duration::from_secs(60), Duration::from_secs(900)],
+            // Within two minutes.
+            refusals: 7,
         }
     }
 }
@@ -136,6 +141,8 @@ enum Outcome {
     Empty,
     /// Try again after a while.
     Later(&'static str),
+    /// The agent server answered with an error of its own, for this many times in a row; mostly it is permanent.
+    Refused(u32),
     /// It can never be delivered.
     Never(&'static str),
     /// The queue is another worker's.
@@ -232,6 +239,18 @@ impl Messages {
                     self.ring(user, conversation, pause).await;
                     return Ok(());
                 }
+                Ok(Outcome::Refused(refusals)) if refusals < self.timing.refusals => {
+                    let pause = self.timing.pause_after(refusals - 1);
+                    let due_at = Time::now().plus(pause + self.timing.forgotten_after);
+                    self.store.refused(user, conversation, &claim, refusals, Some(due_at)).await?;
+                    self.ring(user, conversation, pause).await;
+                    return Ok(());
+                }
+                Ok(Outcome::Refused(refusals)) => {
+                    // The agent server's words are in the log already. The next message to the conversation has it asked again.
+                    tracing::error!(%conversation, refusals, "pending_message.undeliverable");
+                    return self.store.refused(user, conversation, &claim, refusals, None).await;
+                }
                 Ok(Outcome::Never(why)) => {
                     // They stay with the conversation, should somebody ask what became of them.
                     tracing::error!(%conversation, why, "pending_message.undeliverable");
@@ -318,14 +337,13 @@ impl Messages {
         message: &PendingMessage,
         parts: &Value,
     ) -> Result<Option<Outcome>> {
-        const UNREACHABLE: Outcome = Outcome::Later("the agent server does not answer");
         let message_id = id::hex(message.id);
         match queue.sending.as_ref().filter(|sending| sending.message == message_id) {
             Some(sending) => {
                 let looked = async {
                     // First: an agent that is not at work now lets in who stands at the door before we look.
                     let at_work = is_at_work(agent_server, conversation).await?;
-                    Ok::<_, ()>((at_work, has_arrived(agent_server, conversation, sending, parts).await?))
+                    Ok::<_, AgentServerError>((at_work, has_arrived(agent_server, conversation, sending, parts).await?))
                 };
                 match tokio::time::timeout(LOOK, looked).await {
                     Ok(Ok((_, true))) => return Ok(None),
@@ -333,12 +351,20 @@ impl Messages {
                         return Ok(Some(Outcome::Later("the agent is at work, and the message may be at its door")));
                     }
                     Ok(Ok((_, false))) => {}
-                    Ok(Err(())) | Err(_) => return Ok(Some(UNREACHABLE)),
+                    Ok(Err(error)) => {
+                        tracing::warn!(%conversation, %error, "pending_message.not_looked_for");
+                        return Ok(Some(self.after(&error, queue)));
+                    }
+                    Err(_) => return Ok(Some(UNREACHABLE)),
                 }
             }
             None => {
-                let Ok(page) = agent_server.newest_events(conversation, None, 1).await else {
-                    return Ok(Some(UNREACHABLE));
+                let page = match agent_server.newest_events(conversation, None, 1).await {
+                    Ok(page) => page,
+                    Err(error) => {
+                        tracing::warn!(%conversation, %error, "pending_message.not_looked_for");
+                        return Ok(Some(self.after(&error, queue)));
+                    }
                 };
                 let after = page.items.first().and_then(|event| event_id(event.get()));
                 let sending = Sending { message: message_id, after, since: Time::now() };
@@ -352,9 +378,19 @@ impl Messages {
             Ok(Ok(())) => Ok(None),
             Ok(Err(error)) => {
                 tracing::warn!(%conversation, %error, "pending_message.not_sent");
-                Ok(Some(UNREACHABLE))
+                Ok(Some(self.after(&error, queue)))
             }
             Err(_) => Ok(Some(UNREACHABLE)),
+        }
+    }
+
+    /// What a failed request to an agent server means for its queue. A known and permanent mistake is not asked about again.
+    fn after(&self, error: &AgentServerError, queue: &MessageQueue) -> Outcome {
+        match (error.retry(), error.mistake()) {
+            (Retry::Often, _) => UNREACHABLE,
+            (Retry::Never, Some(_)) => Outcome::Refused(self.timing.refusals),
+            // 404, too: an agent server that has just been resumed may still be loading the conversation.
+            (Retry::Few | Retry::Never, _) => Outcome::Refused(queue.refusals.saturating_add(1)),
         }
     }
 
@@ -368,10 +404,8 @@ impl Messages {
 }
 
 /// Whether the conversation's agent is at work, as its agent server says.
-async fn is_at_work(agent_server: &AgentServer, conversation: Uuid) -> Result<bool, ()> {
-    let found = agent_server.conversations(&[conversation], LOOK).await.map_err(|error| {
-        tracing::warn!(%conversation, %error, "pending_message.not_looked_for");
-    })?;
+async fn is_at_work(agent_server: &AgentServer, conversation: Uuid) -> Result<bool, AgentServerError> {
+    let found = agent_server.conversations(&[conversation], LOOK).await?;
     Ok(found.into_iter().flatten().any(|found| found.execution_status.as_deref() == Some("running")))
 }
 
@@ -381,13 +415,11 @@ async fn has_arrived(
     conversation: Uuid,
     sending: &Sending,
     parts: &Value,
-) -> Result<bool, ()> {
+) -> Result<bool, AgentServerError> {
     let wanted = essence(&parts.to_string());
     let mut page_id: Option<String> = None;
     for _ in 0..MAX_PAGES {
-        let page = agent_server.newest_events(conversation, page_id.as_deref(), PAGE).await.map_err(|error| {
-            tracing::warn!(%conversation, %error, "pending_message.not_looked_for");
-        })?;
+        let page = agent_server.newest_events(conversation, page_id.as_deref(), PAGE).await?;
         for event in &page.items {
             let event: Event = serde_json::from_str(event.get()).unwrap_or_default();
             if sending.after.is_some() && event.id == sending.after {

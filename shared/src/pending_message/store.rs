@@ -44,6 +44,9 @@ pub struct MessageQueue {
     /// How often in a row delivery had to wait.
     #[serde(default)]
     pub attempts: u32,
+    /// How often in a row the agent server answered the first message with an error of its own.
+    #[serde(default)]
+    pub refusals: u32,
 }
 
 /// What is known of a message that is being sent.
@@ -212,7 +215,7 @@ impl MessageStore {
     ) -> Result<Option<MessageQueue>> {
         let values = [(":first", text(id::hex(message.id)))];
         let condition = " AND messages[0].id = :first";
-        let change = "REMOVE messages[0], sending, attempts";
+        let change = "REMOVE messages[0], sending, attempts, refusals";
         let left = self.change(user, conversation, claim, change, &values, condition).await?;
         if left.is_some()
             && let Some(object) = &message.object
@@ -234,15 +237,44 @@ impl MessageStore {
         attempts: u32,
         due_at: Option<Time>,
     ) -> Result<()> {
-        let mut values = vec![(":attempts", number(attempts))];
+        self.give_back(user, conversation, claim, due_at, "attempts = :attempts", &[(":attempts", number(attempts))])
+            .await
+    }
+
+    /// As [`MessageStore::postpone`], after an agent server answered with an error of its own for the `refusals`-th time in a row.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn refused(
+        &self,
+        user: &UserId,
+        conversation: Uuid,
+        claim: &Claim,
+        refusals: u32,
+        due_at: Option<Time>,
+    ) -> Result<()> {
+        self.give_back(user, conversation, claim, due_at, "refusals = :refusals", &[(":refusals", number(refusals))])
+            .await
+    }
+
+    async fn give_back(
+        &self,
+        user: &UserId,
+        conversation: Uuid,
+        claim: &Claim,
+        due_at: Option<Time>,
+        set: &str,
+        values: &[(&str, AttributeValue)],
+    ) -> Result<()> {
+        let mut values = values.to_vec();
         let change = match due_at {
             Some(due_at) => {
                 values.push((":due", text(due_at.sortable())));
-                "SET attempts = :attempts, due_at = :due REMOVE lease_owner, lease_until"
+                format!("SET {set}, due_at = :due REMOVE lease_owner, lease_until")
             }
-            None => "SET attempts = :attempts REMOVE lease_owner, lease_until, undelivered_shard, due_at",
+            None => format!("SET {set} REMOVE lease_owner, lease_until, undelivered_shard, due_at"),
         };
-        self.change(user, conversation, claim, change, &values, "").await.map(|_| ())
+        self.change(user, conversation, claim, &change, &values, "").await.map(|_| ())
     }
 
     /// Removes a queue that is empty. False when it is not, or the claim is lost.

@@ -1,11 +1,12 @@
 //! A start worker on real engines and a stand-in agent server, with a gate between them. It fails a test that leaves
 //! messages in the queue.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use aws_sdk_dynamodb::types::AttributeValue;
 use aws_sdk_sqs::error::SdkError;
 use aws_sdk_sqs::operation::delete_message::DeleteMessageError;
 use aws_sdk_sqs::types::{Message, QueueAttributeName};
@@ -194,6 +195,7 @@ pub fn quick_messages() -> Timing {
         turn: Duration::from_millis(500),
         send: Duration::from_secs(3),
         pauses: [Duration::from_millis(100), Duration::from_millis(500), Duration::from_secs(5)],
+        refusals: 3,
     }
 }
 
@@ -517,10 +519,19 @@ impl Rig {
 
     /// Whether messages wait for a conversation.
     pub async fn messages_wait(&self, conversation: Uuid) -> bool {
+        self.messages_row(conversation).await.is_some()
+    }
+
+    /// Whether the worker is to look after them.
+    pub async fn messages_are_due(&self, conversation: Uuid) -> bool {
+        self.messages_row(conversation).await.is_some_and(|row| row.contains_key("due_at"))
+    }
+
+    async fn messages_row(&self, conversation: Uuid) -> Option<HashMap<String, AttributeValue>> {
         let key = [("user", self.user.as_str().to_owned()), ("kind", format!("messages#{}", conversation.simple()))];
-        let key = key.map(|(name, value)| (name.to_owned(), aws_sdk_dynamodb::types::AttributeValue::S(value)));
+        let key = key.map(|(name, value)| (name.to_owned(), AttributeValue::S(value)));
         let found = self.aws.dynamodb.get_item().table_name(&self.names.users).set_key(Some(key.into())).send().await;
-        found.expect("the store").item.is_some()
+        found.expect("the store").item
     }
 
     /// An unfinished task of which there is nothing but that it is due.

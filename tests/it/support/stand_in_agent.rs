@@ -109,6 +109,26 @@ pub struct Conversation {
     last_message: Option<Uuid>,
 }
 
+/// Agents that cannot be set up. An agent is set up with its first message, so a conversation without one is created; one with a
+/// message is created, too, and then answered with the error, as is every message to it.
+#[derive(Clone, Debug)]
+struct SetupFailure {
+    /// Only agents with this tool, or all.
+    tool: Option<String>,
+    status: u16,
+    answer: String,
+}
+
+impl SetupFailure {
+    /// The answer to a message to this conversation, if its agent cannot be set up.
+    fn strikes(&self, conversation: &Value) -> Option<Response> {
+        let mut tools = conversation["agent"]["tools"].as_array().into_iter().flatten();
+        let is_meant = self.tool.as_ref().is_none_or(|name| tools.any(|tool| tool["name"] == **name));
+        let status = StatusCode::from_u16(self.status).expect("a status code");
+        is_meant.then(|| server::raw(status, "application/json", self.answer.clone()))
+    }
+}
+
 #[derive(Debug)]
 struct BashEvent {
     /// What the real server sorts by: a file name of second, kind, command and event id.
@@ -131,6 +151,7 @@ struct State {
     hooks: Option<Value>,
     generated_title: Option<String>,
     version: String,
+    setup_failure: Option<SetupFailure>,
     bash_events: Vec<BashEvent>,
     commands: JoinSet<()>,
 }
@@ -163,6 +184,7 @@ impl StandInAgent {
             hooks: None,
             generated_title: None,
             version: "1.15.0".to_owned(),
+            setup_failure: None,
             bash_events: Vec::new(),
             commands: JoinSet::new(),
         }));
@@ -195,6 +217,17 @@ impl StandInAgent {
     /// Nothing goes wrong any more.
     pub fn clear_faults(&self) {
         self.state().faults.clear();
+    }
+
+    /// No agent, or none with this tool, can be set up from now on: messages for it are answered with this.
+    pub fn fail_setup(&self, tool: Option<&str>, status: u16, answer: &str) {
+        let failure = SetupFailure { tool: tool.map(str::to_owned), status, answer: answer.to_owned() };
+        self.state().setup_failure = Some(failure);
+    }
+
+    /// Agents can be set up again.
+    pub fn clear_setup_failure(&self) {
+        self.state().setup_failure = None;
     }
 
     /// While not alive every connection closes without an answer and nothing is recorded.
@@ -835,6 +868,11 @@ fn hook_matcher(matcher: &Value) -> Option<Value> {
 
 // Conversations
 
+fn setup_failure(id: Uuid, state: &mut State) -> Option<Response> {
+    let failure = state.setup_failure.clone()?;
+    failure.strikes(&state.conversation(id)?.body)
+}
+
 fn start_conversation(body: Value, state: &mut State) -> Response {
     for field in ["workspace", "agent"] {
         if !body[field].is_object() {
@@ -867,6 +905,9 @@ fn start_conversation(body: Value, state: &mut State) -> Response {
         last_message: None,
     });
     if message.is_object() {
+        if let Some(failed) = setup_failure(id, state) {
+            return failed;
+        }
         state.deliver(id, message);
     }
     let mut info = state.conversation(id).expect("just added").info();
@@ -937,6 +978,9 @@ fn conversation(method: &str, id: Uuid, rest: &[&str], body: Value, state: &mut 
             let roles = ["user", "system", "assistant", "tool"];
             if body.get("role").is_some_and(|role| !roles.iter().any(|known| role == known)) {
                 return invalid(&["body", "role"], "literal_error", "Input should be a known role");
+            }
+            if let Some(failed) = setup_failure(id, state) {
+                return failed;
             }
             state.deliver(id, body);
             success(true)

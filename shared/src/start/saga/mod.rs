@@ -8,6 +8,7 @@
 mod choose_sandbox;
 pub mod command;
 mod prepare_repository;
+mod probe_mcp_servers;
 mod run_setup_script;
 mod set_up_git_hooks;
 mod start_conversation;
@@ -23,7 +24,7 @@ use super::queue::{Job, StartQueue};
 use super::store::{Change, Claim, LeaseLost, StartTaskStore, attempts};
 use super::sweep::sweep;
 use super::task::{Snapshot, StartStatus, StartTask};
-use crate::agent_server::{AgentServer, AgentServerError, SkillInfo};
+use crate::agent_server::{AgentServer, AgentServerError, Retry, SkillInfo};
 use crate::clock::Time;
 use crate::config::StartConfig;
 use crate::conversation::store::ConversationStore;
@@ -39,8 +40,15 @@ use crate::user::settings::{SandboxGroupingStrategy, Settings, SettingsStore};
 
 /// A step that fails this often in a row has failed. A worker that dies at it counts.
 const MAX_ATTEMPTS: u32 = 8;
+/// A step has failed when an agent server answers it this often in a row with an error of its own (see [`Retry::Few`]). The texts are
+/// not compared: they hold paths of temporary files and ids, and a permanent mistake would look like a new one each time.
+const MAX_REFUSALS: u32 = 3;
 const FIRST_RETRY_DELAY: Duration = Duration::from_millis(250);
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(5);
+/// The delay after the first such answer, and how many times longer the next one is: what passes does so within seconds (a network
+/// that a new sandbox does not have yet, a lock).
+const FIRST_REFUSAL_DELAY: Duration = Duration::from_secs(1);
+const REFUSAL_DELAY_FACTOR: u32 = 3;
 /// By how much looks at the same command get rarer.
 const MAX_POLL_FACTOR: u32 = 10;
 /// The same while a sandbox boots.
@@ -102,6 +110,9 @@ enum StepError {
     Refused(String),
     /// It may when it is tried again: the text is for the user, should it not.
     Retry(String),
+    /// The agent server answered with an error of its own. It is tried again a few times: mostly the error is permanent, and the text
+    /// is for the user then.
+    Refusal(Fault, String),
     /// The task is another worker's now.
     LeaseLost,
 }
@@ -131,7 +142,12 @@ impl From<Error> for StepError {
 
 impl From<AgentServerError> for StepError {
     fn from(error: AgentServerError) -> Self {
-        if error.is_transient() { Self::Retry(error.to_string()) } else { Self::Fatal(error.to_string()) }
+        match (error.retry(), error.fault()) {
+            (Retry::Often, _) => Self::Retry(error.to_string()),
+            (Retry::Few, fault) => Self::Refusal(fault, error.explanation()),
+            (Retry::Never, Fault::User) => Self::Refused(error.explanation()),
+            (Retry::Never, Fault::Server) => Self::Fatal(error.explanation()),
+        }
     }
 }
 
@@ -221,22 +237,28 @@ impl Work<'_> {
                 }
                 Ok(Step::Wait) => {
                     looks += 1;
-                    (self.pause_after(looks), Change::default())
+                    let is_first_success = std::mem::take(&mut self.task.record.refusals) > 0;
+                    let change = Change::default();
+                    let change = if is_first_success { change.set("refusals", attempts(0)) } else { change };
+                    (self.pause_after(looks), change)
                 }
                 Err(StepError::LeaseLost) => return Ok(Turn::Busy),
                 Err(StepError::Fatal(text)) => return self.fail(Fault::Server, &text).await,
                 Err(StepError::Refused(text)) => return self.fail(Fault::User, &text).await,
-                Err(StepError::Retry(text)) => {
-                    self.task.record.attempts += 1;
-                    let count = self.task.record.attempts;
-                    tracing::warn!(task = %self.task.record.id, status = ?self.status(), attempt = count, reason = %text, "start.step_retried");
-                    if count >= MAX_ATTEMPTS || self.is_overdue() {
-                        return self.fail(Fault::Server, &text).await;
+                Err(StepError::Retry(text)) => match self.retry(&text) {
+                    Some(retry) => retry,
+                    None => return self.fail(Fault::Server, &text).await,
+                },
+                Err(StepError::Refusal(fault, text)) => {
+                    let refusals = self.task.record.refusals + 1;
+                    self.task.record.refusals = refusals;
+                    match self.retry(&text).filter(|_| refusals < MAX_REFUSALS) {
+                        Some((_, change)) => {
+                            let delay = FIRST_REFUSAL_DELAY * REFUSAL_DELAY_FACTOR.saturating_pow(refusals - 1);
+                            (delay, change.set("refusals", attempts(refusals)))
+                        }
+                        None => return self.fail(fault, &text).await,
                     }
-                    // What was known of the sandbox may be the reason.
-                    self.sandbox = None;
-                    let delay = FIRST_RETRY_DELAY.saturating_mul(1 << (count - 1)).min(MAX_RETRY_DELAY);
-                    (delay, Change::default().set("attempts", attempts(count)))
                 }
             };
             let waiting_since = waiting_since.get_or_insert_with(Instant::now);
@@ -247,6 +269,21 @@ impl Work<'_> {
                 return Ok(Turn::Busy);
             }
         }
+    }
+
+    /// Counts a failed attempt at the step. The pause before the next one and the change that records the count, or `None` if there is
+    /// to be no other.
+    fn retry(&mut self, reason: &str) -> Option<(Duration, Change)> {
+        self.task.record.attempts += 1;
+        let count = self.task.record.attempts;
+        tracing::warn!(task = %self.task.record.id, status = ?self.status(), attempt = count, reason, "start.step_retried");
+        if count >= MAX_ATTEMPTS || self.is_overdue() {
+            return None;
+        }
+        // What was known of the sandbox may be the reason.
+        self.sandbox = None;
+        let delay = FIRST_RETRY_DELAY.saturating_mul(1 << (count - 1)).min(MAX_RETRY_DELAY);
+        Some((delay, Change::default().set("attempts", attempts(count))))
     }
 
     /// The pause after the n-th look. Each look at a command costs the agent server a scan of all its commands, so what
@@ -332,12 +369,13 @@ impl Work<'_> {
         let deadline = now.plus(self.saga.budget(status));
         let (step, took) = (record.now.status, now.since(record.now.updated_at));
         record.now = Snapshot { status, updated_at: now, ..record.now.clone() };
-        (record.deadline, record.attempts, record.command) = (Some(deadline), 0, None);
+        (record.deadline, record.attempts, record.refusals, record.command) = (Some(deadline), 0, 0, None);
         let change = change
             .state(record.id, &record.now)?
             .set("deadline", crate::dynamo::text(deadline.sortable()))
             .set("attempts", attempts(0))
             .set("open_claims", attempts(1))
+            .remove("refusals")
             .remove("command");
         let saved = self.saga.tasks.save(&record.user, record.id, &self.lease.worker, &change).await?;
         if saved.is_ok() {
@@ -413,12 +451,12 @@ impl Work<'_> {
         }
     }
 
-    /// Removes the sandbox that this start made, unless a conversation lives in it.
+    /// Removes the sandbox that this start made, unless a conversation lives in it, or else what it left in a sandbox of others.
     async fn clean_up(&self) -> Result<()> {
         let record = &self.task.record;
         let (user, id) = (&record.user, &record.new_sandbox_id);
         if self.saga.sandboxes.get(user, id).await?.is_none() {
-            return Ok(());
+            return self.clean_up_conversation().await;
         }
         // What the agent server told of the conversation is no reason to keep it: it is this start's.
         if let Standing::Known(known) = self.saga.conversations.standing(user, record.conversation_id).await?
@@ -428,9 +466,44 @@ impl Work<'_> {
             self.saga.conversations.begin_deletion(user, &[known.record], Time::now()).await?;
         }
         if self.saga.conversations.count_in_sandbox(user, id).await? > 0 {
-            return Ok(());
+            return self.clean_up_conversation().await;
         }
         self.saga.sandboxes.delete(user, id).await.map(|_| ())
+    }
+
+    /// An agent server keeps a conversation whose agent could not be set up. In a sandbox that stays, it would stay forever.
+    async fn clean_up_conversation(&self) -> Result<()> {
+        let record = &self.task.record;
+        let (user, conversation) = (&record.user, record.conversation_id);
+        let Some(sandbox) =
+            record.now.sandbox_id.as_deref().filter(|_| self.status() == StartStatus::StartingConversation)
+        else {
+            return Ok(());
+        };
+        let stub = match self.saga.conversations.standing(user, conversation).await? {
+            Standing::Unknown => None,
+            Standing::Known(known) if known.is_stub && known.record.sandbox_id == sandbox => Some(known.record),
+            // It is another start's, or about to go.
+            Standing::Known(_) | Standing::Deleting => return Ok(()),
+        };
+        let found = self.saga.sandboxes.get(user, sandbox).await?;
+        let Some(agent_server) = found.and_then(|sandbox| sandbox.agent_server(&self.saga.http)) else { return Ok(()) };
+        match self.remove_from(&agent_server).await {
+            Ok(true) => {}
+            Ok(false) => return Ok(()),
+            // It stays, and so does its record.
+            Err(error) => {
+                tracing::warn!(task = %record.id, %error, "start.conversation_not_removed");
+                return Ok(());
+            }
+        }
+        // With the last conversation in a sandbox the sandbox goes, too, which is not for a failed start to cause.
+        if let Some(stub) = stub
+            && self.saga.conversations.count_in_sandbox(user, sandbox).await? > 1
+        {
+            self.saga.conversations.begin_deletion(user, &[stub], Time::now()).await?;
+        }
+        Ok(())
     }
 
     /// The user's settings, read once a turn.

@@ -2,15 +2,17 @@
 
 use std::time::Duration;
 
+use http::StatusCode;
 use serde_json::json;
 use tokio::time::{Instant, sleep};
 
+use super::probe_mcp_servers::ProbeStart;
 use super::{Step, StepError, Work};
 use crate::agent_server::conversation_body::{
     ConversationBody, ConversationInputs, conversation_body, uses_llm_analyzer,
 };
 use crate::agent_server::version::AgentServerVersion;
-use crate::agent_server::{AgentServer, AgentServerError, ConversationInfo, Failure, SkillInfo, SkillsQuery};
+use crate::agent_server::{AgentServer, AgentServerError, ConversationInfo, Failure, Retry, SkillInfo, SkillsQuery};
 use crate::clock::Time;
 use crate::conversation::store::ConversationChange;
 use crate::conversation::tags::Tags;
@@ -20,7 +22,7 @@ use crate::measure;
 use crate::sandbox::Sandbox;
 use crate::start::queue::Job;
 use crate::start::request::{AgentType, EventCallbackProcessor};
-use crate::start::store::{Change, StartTaskStore};
+use crate::start::store::StartTaskStore;
 use crate::start::task::{Snapshot, StartStatus};
 use crate::user::token::TokenKey;
 
@@ -28,10 +30,15 @@ impl Work<'_> {
     pub(super) async fn set_up_skills(&mut self) -> Result<Step, StepError> {
         let Some((sandbox, agent_server)) = self.running_sandbox().await? else { return Ok(Step::Wait) };
         let url = sandbox.agent_server_url().unwrap_or_default().to_owned();
-        // Read now, used in the next step: in the same turn they are at hand, after a crash they are read again.
-        self.skills = Some(self.load_skills(&sandbox, &agent_server).await?);
+        let probe = self.start_mcp_probe(&sandbox, &agent_server).await?;
+        // Read now, used in the next step: in the same turn they are at hand, after a crash they are read again. The probe runs
+        // meanwhile; while only the probe is waited for they are not read again.
+        if self.skills.is_none() && probe != ProbeStart::Pending {
+            self.skills = Some(self.load_skills(&sandbox, &agent_server).await?);
+        }
+        let Some(change) = self.end_mcp_probe(&agent_server).await? else { return Ok(Step::Wait) };
         self.task.record.now.agent_server_url = Some(url);
-        Ok(Step::Next(StartStatus::StartingConversation, Change::default()))
+        Ok(Step::Next(StartStatus::StartingConversation, change))
     }
 
     pub(super) async fn start_conversation(&mut self) -> Result<Step, StepError> {
@@ -40,7 +47,9 @@ impl Work<'_> {
             self.skills = Some(self.load_skills(&sandbox, &agent_server).await?);
         }
         let body = self.body(&sandbox, &agent_server).await?;
-        self.create(&agent_server, &body).await?;
+        if let Err(error) = self.create(&agent_server, &body).await {
+            return Err(self.without_mcp_secrets(error).await?);
+        }
         let settings = self.settings().await?;
         if uses_llm_analyzer(&settings)
             && let Err(error) = agent_server.set_llm_security_analyzer(self.task.record.conversation_id).await
@@ -63,7 +72,10 @@ impl Work<'_> {
         };
         match agent_server.skills(&query).await {
             Ok(skills) => Ok(skills),
-            Err(error) if error.is_transient() && self.task.record.attempts < 2 => Err(error.into()),
+            // This has a bound of its own, so that every error that may pass counts alike.
+            Err(error) if error.retry() != Retry::Never && self.task.record.attempts < 2 => {
+                Err(StepError::Retry(error.to_string()))
+            }
             // As in the reference, a conversation without skills is better than none; but it says so.
             Err(error) => {
                 self.add_note(format!("The conversation has no skills: {error}"));
@@ -77,7 +89,9 @@ impl Work<'_> {
         let settings = self.settings().await?;
         let hooks = match agent_server.hooks(&folders.project_dir).await {
             Ok(hooks) => hooks,
-            Err(error) if error.is_transient() && self.task.record.attempts < 2 => return Err(error.into()),
+            Err(error) if error.retry() != Retry::Never && self.task.record.attempts < 2 => {
+                return Err(StepError::Retry(error.to_string()));
+            }
             Err(error) => {
                 self.add_note(format!("The conversation has no hooks: {error}"));
                 None
@@ -101,6 +115,7 @@ impl Work<'_> {
             hooks,
             browser,
             streaming,
+            mcp_servers_left_out: &self.task.record.mcp_servers_left_out,
             config: &self.saga.config,
             token_key: &token_key,
             now: Time::now(),
@@ -120,6 +135,22 @@ impl Work<'_> {
 
     /// Creates the conversation once, and makes sure that its first message is there.
     async fn create(&mut self, agent_server: &AgentServer, body: &ConversationBody) -> Result<(), StepError> {
+        match self.try_to_create(agent_server, body).await {
+            Err(AgentServerError { failure: Failure::Status(_, said), .. })
+                if said.contains("Chromium") && self.task.record.browser != Some(false) =>
+            {
+                // Its browser tool looked in other places than our probe did. Its word counts.
+                self.task.record.browser = Some(false);
+                // An agent server keeps a conversation whose agent could not be set up, and returns it, with that agent, to whoever
+                // creates the same id again.
+                self.remove_from(agent_server).await?;
+                Err(StepError::Retry(said))
+            }
+            done => Ok(done?),
+        }
+    }
+
+    async fn try_to_create(&self, agent_server: &AgentServer, body: &ConversationBody) -> Result<(), AgentServerError> {
         let timeout = self.saga.config.agent_request_timeout;
         // Behind an attempt whose outcome is unknown, it may be there or be about to be: the agent server recognises a
         // conversation's id only once it has finished making it.
@@ -131,18 +162,8 @@ impl Work<'_> {
             Some(info) => info,
             None => match agent_server.create_conversation(&body.json, timeout).await {
                 Ok(info) => info,
-                Err(error) if error.is_ambiguous() => match self.find(agent_server).await? {
-                    Some(info) => info,
-                    None => return Err(error.into()),
-                },
-                Err(AgentServerError { failure: Failure::Status(_, said), .. })
-                    if said.contains("Chromium") && self.task.record.browser != Some(false) =>
-                {
-                    // It looked in other places than our probe did. Its word counts.
-                    self.task.record.browser = Some(false);
-                    return Err(StepError::Retry(said));
-                }
-                Err(error) => return Err(error.into()),
+                Err(error) if error.is_ambiguous() => self.find(agent_server).await?.ok_or(error)?,
+                Err(error) => return Err(error),
             },
         };
         if self.task.record.attempts > 0 && !body.json["initial_message"].is_null() {
@@ -152,18 +173,22 @@ impl Work<'_> {
     }
 
     /// Sends the first message if an attempt was cut off between making the conversation and giving it its message. An
-    /// attempt that is still being worked on gets the time to do so itself.
+    /// attempt that is still being worked on gets the time to do so itself; one that was answered with an error is not.
     async fn ensure_first_message(
         &self,
         agent_server: &AgentServer,
         mut info: ConversationInfo,
         message: &serde_json::Value,
-    ) -> Result<(), StepError> {
-        let deadline = Instant::now() + self.saga.config.agent_request_timeout / 8;
+    ) -> Result<(), AgentServerError> {
+        let wait = match self.task.record.refusals {
+            0 => self.saga.config.agent_request_timeout / 8,
+            _ => Duration::ZERO,
+        };
+        let deadline = Instant::now() + wait;
         while info.last_user_message_id.is_none() {
-            if Instant::now() > deadline {
+            if Instant::now() >= deadline {
                 let role = message["role"].as_str().unwrap_or("user");
-                return Ok(agent_server.send_message(info.id, role, &message["content"], true).await?);
+                return agent_server.send_message(info.id, role, &message["content"], true).await;
             }
             sleep(self.saga.config.poll).await;
             info = self.find(agent_server).await?.unwrap_or(info);
@@ -171,9 +196,28 @@ impl Work<'_> {
         Ok(())
     }
 
-    async fn find(&self, agent_server: &AgentServer) -> Result<Option<ConversationInfo>, StepError> {
+    async fn find(&self, agent_server: &AgentServer) -> Result<Option<ConversationInfo>, AgentServerError> {
         let id = self.task.record.conversation_id;
         Ok(agent_server.conversations(&[id], self.saga.config.agent_request_timeout).await?.pop().flatten())
+    }
+
+    /// Removes this start's conversation from the agent server. False if it has a user's message: somebody uses it, and may have used
+    /// it before this start.
+    pub(super) async fn remove_from(&self, agent_server: &AgentServer) -> Result<bool, AgentServerError> {
+        let id = self.task.record.conversation_id;
+        match self.find(agent_server).await? {
+            None => return Ok(true),
+            Some(info) if info.last_user_message_id.is_some() => return Ok(false),
+            Some(_) => {}
+        }
+        match agent_server.delete_conversation(id, self.saga.config.agent_request_timeout).await {
+            // Version 1.15 answers 400 where later ones answer 404.
+            Err(AgentServerError {
+                failure: Failure::Status(StatusCode::NOT_FOUND | StatusCode::BAD_REQUEST, _),
+                ..
+            }) => Ok(true),
+            done => done.map(|()| true),
+        }
     }
 
     /// Records the conversation and the task's end in one transaction.
@@ -250,7 +294,7 @@ impl Work<'_> {
     }
 
     /// Adds a note unless an earlier attempt did.
-    fn add_note(&mut self, note: String) {
+    pub(super) fn add_note(&mut self, note: String) {
         if !self.task.record.notes.contains(&note) {
             self.task.record.notes.push(note);
         }
