@@ -76,6 +76,8 @@ pub struct StartConfig {
     pub init_git_in_empty_workspace: bool,
     /// Whether git hosts may be reached over plain http when their setting says so (`ALLOW_INSECURE_GIT_ACCESS`, false).
     pub allow_insecure_git_access: bool,
+    /// Whether agents' models stream their answers, where the agent server can pass the tokens on (`TOKEN_STREAMING`, true).
+    pub token_streaming: bool,
     /// The public address of this API (`OH_WEB_URL`, or `https://$WEB_HOST`), for secrets looked up by agents and MCP.
     pub web_url: Option<String>,
     /// `TAVILY_API_KEY` or `SEARCH_API_KEY`
@@ -104,6 +106,7 @@ impl Default for StartConfig {
             max_conversations_per_sandbox: 20,
             init_git_in_empty_workspace: true,
             allow_insecure_git_access: false,
+            token_streaming: true,
             web_url: None,
             tavily_api_key: None,
             openhands_provider_base_url: None,
@@ -507,6 +510,7 @@ impl StartConfig {
                 .unwrap_or(default.max_conversations_per_sandbox),
             init_git_in_empty_workspace: flag("INIT_GIT_IN_EMPTY_WORKSPACE", default.init_git_in_empty_workspace)?,
             allow_insecure_git_access: flag("ALLOW_INSECURE_GIT_ACCESS", false)?,
+            token_streaming: flag("TOKEN_STREAMING", true)?,
             web_url: web_url(),
             tavily_api_key: text("TAVILY_API_KEY").or_else(|| text("SEARCH_API_KEY")).map(SecretString::from),
             openhands_provider_base_url: text("OPENHANDS_PROVIDER_BASE_URL"),

@@ -49,6 +49,9 @@ pub struct ConversationInputs<'a> {
     pub hooks: Option<Value>,
     /// Whether the sandbox has a browser.
     pub browser: bool,
+    /// Whether the agent's model streams its answers to clients that watch, see
+    /// [`super::version::AgentServerVersion::streams_to_clients_only`]. Condensers never do: nobody watches them.
+    pub streaming: bool,
     /// Names of the MCP servers that the agent does not get, although they are switched on.
     pub mcp_servers_left_out: &'a [String],
     /// Configuration.
@@ -86,7 +89,8 @@ pub fn conversation_body(
         Err(missing) => return Ok(Err(missing)),
     };
     let plan = request.agent_type == AgentType::Plan;
-    let agent_llm = llm(inputs, model, "agent");
+    let mut agent_llm = llm(inputs, model, "agent");
+    agent_llm["stream"] = inputs.streaming.into();
     let llm_model = agent_llm["model"].as_str().unwrap_or(model).to_owned();
     let secrets = secrets(inputs)?;
     let (tools, prompt, prompt_arguments) = if plan {
@@ -501,6 +505,7 @@ mod tests {
         config: StartConfig,
         skills: Vec<SkillInfo>,
         browser: bool,
+        streaming: bool,
         mcp_servers_left_out: Vec<String>,
     }
 
@@ -512,6 +517,7 @@ mod tests {
                 config: StartConfig::default(),
                 skills: Vec::new(),
                 browser: true,
+                streaming: false,
                 mcp_servers_left_out: Vec::new(),
             }
         }
@@ -529,6 +535,7 @@ mod tests {
                 skills: &self.skills,
                 hooks: None,
                 browser: self.browser,
+                streaming: self.streaming,
                 mcp_servers_left_out: &self.mcp_servers_left_out,
                 config: &self.config,
                 token_key: &SecretSlice::from(vec![7; 32]).into(),
@@ -558,6 +565,18 @@ mod tests {
         let recorded: Value = serde_json::from_str(RECORDED).expect("the recorded body");
         let case = Case::new(json!({"initial_message": {"content": [{"type": "text", "text": "hi"}]}}), settings());
         assert_eq!(case.body(), recorded);
+    }
+
+    #[test]
+    fn only_the_agents_own_model_streams_and_only_where_it_is_wanted() {
+        for (request, streaming) in [(json!({}), true), (json!({"agent_type": "plan"}), true), (json!({}), false)] {
+            let case = Case { streaming, ..Case::new(request, settings()) };
+            let agent = case.body()["agent"].clone();
+            assert_eq!(
+                (&agent["llm"]["stream"], &agent["condenser"]["llm"]["stream"]),
+                (&json!(streaming), &json!(false))
+            );
+        }
     }
 
     #[test]

@@ -11,9 +11,11 @@ use super::{Step, StepError, Work};
 use crate::agent_server::conversation_body::{
     ConversationBody, ConversationInputs, conversation_body, uses_llm_analyzer,
 };
+use crate::agent_server::version::AgentServerVersion;
 use crate::agent_server::{AgentServer, AgentServerError, ConversationInfo, Failure, Retry, SkillInfo, SkillsQuery};
 use crate::clock::Time;
 use crate::conversation::store::ConversationChange;
+use crate::conversation::tags::Tags;
 use crate::conversation::told::{Standing, default_titles};
 use crate::conversation::{ConversationRecord, MetricsSnapshot};
 use crate::measure;
@@ -98,6 +100,8 @@ impl Work<'_> {
         if !browser && self.task.request.agent_type == AgentType::Default {
             self.add_note("The agent has no browser tool: no Chromium was found in its sandbox".to_owned());
         }
+        let streaming = self.saga.config.token_streaming
+            && self.agent_server_version(agent_server).await.is_some_and(AgentServerVersion::streams_to_clients_only);
         let token_key = TokenKey::of(&self.saga.sealer).await?;
         let body = conversation_body(&ConversationInputs {
             user: &self.task.record.user,
@@ -109,12 +113,23 @@ impl Work<'_> {
             skills: self.skills.as_deref().unwrap_or_default(),
             hooks,
             browser,
+            streaming,
             mcp_servers_left_out: &self.task.record.mcp_servers_left_out,
             config: &self.saga.config,
             token_key: &token_key,
             now: Time::now(),
         })?;
         body.map_err(|missing| StepError::Refused(missing.to_string()))
+    }
+
+    /// The version of the agent server; `None` where it cannot be found out, which is no reason to fail a start: the conversation then
+    /// uses nothing that a version may lack.
+    async fn agent_server_version(&self, agent_server: &AgentServer) -> Option<AgentServerVersion> {
+        let version = agent_server.version().await;
+        if let Err(error) = &version {
+            tracing::warn!(task = %self.task.record.id, %error, "start.agent_server_version_unknown");
+        }
+        version.ok().flatten()
     }
 
     /// Creates the conversation once, and makes sure that its first message is there.
@@ -225,6 +240,7 @@ impl Work<'_> {
             metrics: MetricsSnapshot::default(),
             parent_conversation_id: request.parent_conversation_id,
             public: request.public,
+            tags: Tags::default(),
             created_at: now,
             updated_at: now,
         };
