@@ -57,6 +57,9 @@ pub struct StartConfig {
     pub step_timeout: Duration,
     /// How long one request to an agent server may take (`AGENT_REQUEST_TIMEOUT`, seconds, 120).
     pub agent_request_timeout: Duration,
+    /// How long an MCP server may take to answer before a conversation is created without it (`MCP_PROBE_TIMEOUT`, seconds, 5; 0
+    /// turns the probe off).
+    pub mcp_probe_timeout: Duration,
     /// How long a worker waits in its own process before it gives the task back to the queue
     /// (`START_PATIENCE_MS`, 2000). On Lambda waiting is paid for; locally it is free.
     pub patience: Duration,
@@ -73,6 +76,8 @@ pub struct StartConfig {
     pub init_git_in_empty_workspace: bool,
     /// Whether git hosts may be reached over plain http when their setting says so (`ALLOW_INSECURE_GIT_ACCESS`, false).
     pub allow_insecure_git_access: bool,
+    /// Whether agents' models stream their answers, where the agent server can pass the tokens on (`TOKEN_STREAMING`, true).
+    pub token_streaming: bool,
     /// The public address of this API (`OH_WEB_URL`, or `https://$WEB_HOST`), for secrets looked up by agents and MCP.
     pub web_url: Option<String>,
     /// `TAVILY_API_KEY` or `SEARCH_API_KEY`
@@ -93,6 +98,7 @@ impl Default for StartConfig {
             setup_script_timeout: Duration::from_secs(600),
             step_timeout: Duration::from_secs(300),
             agent_request_timeout: Duration::from_secs(120),
+            mcp_probe_timeout: Duration::from_secs(5),
             patience: Duration::from_secs(2),
             lease: Duration::from_secs(15),
             poll: Duration::from_millis(100),
@@ -100,6 +106,7 @@ impl Default for StartConfig {
             max_conversations_per_sandbox: 20,
             init_git_in_empty_workspace: true,
             allow_insecure_git_access: false,
+            token_streaming: true,
             web_url: None,
             tavily_api_key: None,
             openhands_provider_base_url: None,
@@ -494,6 +501,7 @@ impl StartConfig {
             setup_script_timeout: seconds("SETUP_SCRIPT_TIMEOUT", default.setup_script_timeout)?,
             step_timeout: seconds("STEP_TIMEOUT", default.step_timeout)?,
             agent_request_timeout: seconds("AGENT_REQUEST_TIMEOUT", default.agent_request_timeout)?,
+            mcp_probe_timeout: seconds("MCP_PROBE_TIMEOUT", default.mcp_probe_timeout)?,
             patience: milliseconds("START_PATIENCE_MS", default.patience)?,
             lease: seconds("START_LEASE_SECONDS", default.lease)?,
             poll: milliseconds("START_POLL_MS", default.poll)?,
@@ -502,6 +510,7 @@ impl StartConfig {
                 .unwrap_or(default.max_conversations_per_sandbox),
             init_git_in_empty_workspace: flag("INIT_GIT_IN_EMPTY_WORKSPACE", default.init_git_in_empty_workspace)?,
             allow_insecure_git_access: flag("ALLOW_INSECURE_GIT_ACCESS", false)?,
+            token_streaming: flag("TOKEN_STREAMING", true)?,
             web_url: web_url(),
             tavily_api_key: text("TAVILY_API_KEY").or_else(|| text("SEARCH_API_KEY")).map(SecretString::from),
             openhands_provider_base_url: text("OPENHANDS_PROVIDER_BASE_URL"),

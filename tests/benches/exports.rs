@@ -78,6 +78,7 @@ async fn measure(length: usize) {
         metrics: MetricsSnapshot::default(),
         parent_conversation_id: None,
         public: None,
+        tags: shared::conversation::tags::Tags::default(),
         created_at: now,
         updated_at: now,
     };

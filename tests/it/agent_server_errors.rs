@@ -9,7 +9,7 @@ use shared::start::task::{StartStatus, StartTaskRecord};
 use uuid::Uuid;
 
 use crate::alarms::Log;
-use crate::support::rig::{Rig, quick};
+use crate::support::rig::{Rig, SESSION_KEY, quick};
 use crate::support::stand_in_agent::{Fault, Kind, Nth};
 
 /// Recorded from running agent servers: to the body of a start with one mistake in it, and, of the disk, from a server on a full one
@@ -184,5 +184,23 @@ async fn a_failed_start_takes_its_conversation_out_of_a_sandbox_that_stays() {
     let third = rig.begin(&again).await;
     assert_eq!(rig.drive(third.id).await.now.status, StartStatus::Error);
     assert_eq!(rig.agent.conversations().len(), 1);
+    // Nor is one that somebody talks to at the agent server, of which this server has no record.
+    let theirs = Uuid::new_v4();
+    rig.agent.clear_faults();
+    rig.agent.clear_setup_failure();
+    let conversation = json!({
+        "conversation_id": theirs,
+        "workspace": {"kind": "LocalWorkspace", "working_dir": rig.agent.working_dir()},
+        "agent": {"llm": {"model": "theirs"}},
+        "initial_message": {"role": "user", "content": [{"type": "text", "text": "Mine"}], "run": false},
+    });
+    let request = reqwest::Client::new().post(format!("{}/api/conversations", rig.agent.url())).json(&conversation);
+    let created = request.header("X-Session-API-Key", SESSION_KEY).send().await.expect("an answer");
+    assert!(created.status().is_success(), "{}", created.text().await.unwrap_or_default());
+    rig.agent.inject(Fault::new(CREATE, Nth::Always, Kind::Status(422, r#"{"detail":"no"}"#.into())));
+    body["conversation_id"] = theirs.to_string().into();
+    let fourth = rig.begin(&body).await;
+    assert_eq!(rig.drive(fourth.id).await.now.status, StartStatus::Error);
+    assert_eq!(rig.agent.conversations().len(), 2);
     rig.finish().await;
 }

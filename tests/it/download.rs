@@ -336,6 +336,7 @@ fn record(user: &UserId, parent: Option<Uuid>) -> ConversationRecord {
         metrics: MetricsSnapshot::default(),
         parent_conversation_id: parent,
         public: None,
+        tags: shared::conversation::tags::Tags::default(),
         created_at: now,
         updated_at: now,
     }
@@ -535,6 +536,7 @@ async fn members_are_those_of_the_contract_byte_by_byte() {
     3
   ],
   "llm_model": "model",
+  "agent_kind": "openhands",
   "metrics": {{
     "model_name": "default",
     "accumulated_cost": 0.0,
@@ -556,6 +558,7 @@ async fn members_are_those_of_the_contract_byte_by_byte() {
     "{}"
   ],
   "public": null,
+  "tags": {{}},
   "created_at": {},
   "updated_at": {}
 }}"#,

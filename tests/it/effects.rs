@@ -14,7 +14,7 @@ use shared::agent_server::AgentServer;
 use shared::config::SandboxConfig;
 use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationChange;
-use shared::conversation::told::{AgentStats, Known, Standing, StatsTime};
+use shared::conversation::told::{AgentStats, Known, ReportTime, Standing};
 use shared::conversation::{ConversationRecord, MAX_NAME};
 use shared::event::store::Event;
 use shared::outbound::{Outbound, Reach};
@@ -117,19 +117,27 @@ impl Fixture {
     }
 }
 
-fn metrics(agent: u64, condenser: u64) -> Value {
-    let of = |tokens: u64| {
-        json!({"model_name": "m", "accumulated_cost": tokens as f64 / 1000.0, "max_budget_per_task": null,
-            "accumulated_token_usage": {"model": "m", "prompt_tokens": tokens, "completion_tokens": tokens + 1,
-                "cache_read_tokens": tokens + 2, "cache_write_tokens": tokens + 3, "reasoning_tokens": tokens + 4,
-                "context_window": tokens + 5, "per_turn_token": tokens + 6, "response_id": "r"},
-            "costs": [1], "response_latencies": []})
-    };
-    json!({"usage_to_metrics": {"agent": of(agent), "condenser": of(condenser)}})
+fn usage(tokens: u64) -> Value {
+    let plus = |more| if tokens == 0 { 0 } else { tokens + more };
+    json!({"model_name": "m", "accumulated_cost": tokens as f64 / 1000.0, "max_budget_per_task": null,
+        "accumulated_token_usage": {"model": "m", "prompt_tokens": tokens, "completion_tokens": plus(1),
+            "cache_read_tokens": plus(2), "cache_write_tokens": plus(3), "reasoning_tokens": plus(4),
+            "context_window": plus(5), "per_turn_token": plus(6), "response_id": "r"},
+        "costs": [1], "response_latencies": []})
+}
+
+/// Metrics of an agent whose condenser has done nothing.
+fn metrics(agent: u64) -> Value {
+    json!({"usage_to_metrics": {"agent": usage(agent), "condenser": usage(0)}})
 }
 
 fn stats(id: &str, timestamp: &str, tokens: u64) -> Value {
-    json!({"id": id, "timestamp": timestamp, "source": "environment", "key": "stats", "value": metrics(tokens, 7000),
+    json!({"id": id, "timestamp": timestamp, "source": "environment", "key": "stats", "value": metrics(tokens),
+        "kind": "ConversationStateUpdateEvent"})
+}
+
+fn full_state(id: &str, timestamp: &str, value: &Value) -> Value {
+    json!({"id": id, "timestamp": timestamp, "source": "environment", "key": "full_state", "value": value,
         "kind": "ConversationStateUpdateEvent"})
 }
 
@@ -172,6 +180,11 @@ async fn recorded_exchanges_have_the_recorded_answers() {
             }
             fixture.api.send(request.body(Body::from(line["body"].to_string())).expect("a request")).await
         };
+        if expected[0]["sandbox_id"].is_string() {
+            // Fields of later versions.
+            expected[0]["agent_kind"] = json!("openhands");
+            expected[0]["tags"] = json!({});
+        }
         match label {
             // What is not asked for is not missed; and the reference names the bad id twice.
             "empty body" | "bad id" => expected["detail"].as_array_mut().expect("faults").truncate(1),
@@ -206,6 +219,263 @@ async fn recorded_exchanges_have_the_recorded_answers() {
     fixture.api.stop().await;
 }
 
+/// The exchanges of an agent server 1.58.2: a turn with a tool, tags, a rename, a switch to another model by a request and by the
+/// agent itself, a pause, an interrupt, a turn that fails, and the deletion.
+#[tokio::test]
+async fn recorded_exchanges_of_a_later_version_have_their_effects() {
+    let fixture = Fixture::new().await;
+    let user = &fixture.user;
+    let lines: Vec<Value> = include_str!("../data/contract/webhooks-1.58.2.jsonl")
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("a line"))
+        .collect();
+    let whole = lines.iter().find(|line| line["body"]["id"].is_string()).expect("a conversation");
+    let id = Uuid::parse_str(whole["body"]["id"].as_str().expect("an id")).expect("an id");
+    let send = async |line: &Value| {
+        let path = line["path"].as_str().and_then(|path| path.strip_prefix("/api/v1/webhooks/")).expect("a path");
+        assert_eq!(fixture.post(SANDBOX, path, &line["body"]).await, (200, json!({"success": true})));
+    };
+    let tags = json!({"origin": "x", "team": "a1"});
+    let (first, second) = ("openai/scripted", "openai/other");
+    for (label, model, tags, prompt) in [
+        ("create", first, json!({}), 0),
+        ("turn", first, json!({}), 300),
+        ("tags", first, tags.clone(), 300),
+        ("rename", first, tags.clone(), 300),
+        ("switch", second, tags.clone(), 300),
+        ("after switch", second, tags.clone(), 400),
+        ("pause", second, tags.clone(), 500),
+        ("interrupt", second, tags.clone(), 500),
+        ("error", second, tags.clone(), 500),
+        ("delete", second, tags.clone(), 500),
+        // Late and again, the newest first.
+        ("", second, tags.clone(), 500),
+    ] {
+        let again = label.is_empty();
+        for line in lines.iter().rev().filter(|_| again) {
+            send(line).await;
+        }
+        for line in lines.iter().filter(|line| line["label"] == label) {
+            send(line).await;
+        }
+        let record = fixture.record(user, id).await;
+        assert_eq!((record.llm_model.as_deref(), json!(record.tags)), (Some(model), tags), "after {label}");
+        assert_eq!(prompt_tokens(&record), prompt, "after {label}");
+        if label == "tags" {
+            assert_eq!(record.title.as_deref(), Some("✅ Scripted title"));
+        }
+    }
+    let mut posted: Vec<&Value> = lines.iter().flat_map(|line| line["body"].as_array().into_iter().flatten()).collect();
+    posted.sort_by_key(|event| (event["timestamp"].as_str(), event["id"].as_str()));
+    let stored: Vec<Value> = fixture.events(user, id).await.as_array().expect("events").clone();
+    assert_eq!(stored.iter().collect::<Vec<_>>(), posted);
+    // Every kind can be asked for.
+    for kind in ["InterruptEvent", "ConversationErrorEvent", "PauseEvent", "ActionEvent"] {
+        let path = format!("/api/v1/conversation/{id}/events/count?kind__eq={kind}");
+        let expected = posted.iter().filter(|event| event["kind"] == kind).count();
+        assert_eq!(fixture.api.call(user, "GET", &path, None).await, (200, json!(expected)), "{kind}");
+        assert!(expected > 0, "{kind}");
+    }
+    let (_, shown) = fixture.api.get(user, "", &[("ids", id.to_string())]).await;
+    assert_eq!((&shown[0]["tags"], &shown[0]["agent_kind"]), (&tags, &json!("openhands")));
+    fixture.api.stop().await;
+}
+
+/// An agent server 1.58.2 whose agent switches to another model by its own tool.
+#[tokio::test]
+async fn a_recorded_switch_by_the_agent_shows_and_counts() {
+    let fixture = Fixture::new().await;
+    let lines = include_str!("../data/contract/webhooks-1.58.2-switch-tool.jsonl").lines();
+    let mut id = None;
+    for line in lines.map(|line| serde_json::from_str::<Value>(line).expect("a line")) {
+        let path = line["path"].as_str().and_then(|path| path.strip_prefix("/api/v1/webhooks/")).expect("a path");
+        id = id.or_else(|| Uuid::parse_str(line["body"]["id"].as_str()?).ok());
+        // The observation alone, without the state that says the same.
+        let body = match line["body"].as_array() {
+            Some(events) => {
+                events.iter().filter(|event| event["key"] != "agent" && event["key"] != "full_state").cloned().collect()
+            }
+            None => line["body"].clone(),
+        };
+        assert_eq!(fixture.post(SANDBOX, path, &body).await, (200, json!({"success": true})));
+    }
+    let id = id.expect("a conversation");
+    let record = fixture.record(&fixture.user, id).await;
+    assert_eq!((record.llm_model.as_deref(), prompt_tokens(&record)), (Some("openai/other"), 200));
+    // With the state, what the other model was used for counts too.
+    for line in include_str!("../data/contract/webhooks-1.58.2-switch-tool.jsonl").lines() {
+        let line: Value = serde_json::from_str(line).expect("a line");
+        if line["body"].is_array() {
+            fixture.post(SANDBOX, &format!("events/{id}"), &line["body"]).await;
+        }
+    }
+    let record = fixture.record(&fixture.user, id).await;
+    assert_eq!((record.llm_model.as_deref(), prompt_tokens(&record)), (Some("openai/other"), 300));
+    fixture.api.stop().await;
+}
+
+/// An agent server's events keep what later versions add, unknown kinds included; only tokens that are streamed are dropped.
+#[tokio::test]
+async fn later_kinds_are_kept_and_streamed_tokens_are_not() {
+    let fixture = Fixture::new().await;
+    let (id, user) = (Uuid::new_v4(), &fixture.user);
+    fixture.has_conversation(user, id, SANDBOX).await;
+    let kinds = ["ServerErrorEvent", "InterruptEvent", "SecurityAnalysisEvent", "HookExecutionEvent", "KindOfTomorrow"];
+    let of_kind = |kind: &str, second: usize| {
+        json!({"id": format!("id-{kind}"), "timestamp": format!("2026-01-01T00:00:{second:02}"), "source": "environment",
+            "code": kind, "kind": kind})
+    };
+    let events: Vec<Value> = kinds.iter().enumerate().map(|(second, kind)| of_kind(kind, second)).collect();
+    let delta = of_kind("StreamingDeltaEvent", 30);
+    fixture.post_events(SANDBOX, id, std::slice::from_ref(&delta)).await;
+    fixture.post_events(SANDBOX, id, &[events.clone(), vec![delta]].concat()).await;
+    assert_eq!(fixture.events(user, id).await, json!(events));
+    for (kind, event) in kinds.iter().zip(&events) {
+        let path = format!("/api/v1/conversation/{id}/events/search?kind__eq={kind}");
+        let answer = fixture.api.call(user, "GET", &path, None).await;
+        assert_eq!(answer, (200, json!({"items": [event], "next_page_id": null})), "{kind}");
+    }
+    let path = format!("/api/v1/conversation/{id}/events/count?kind__eq=StreamingDeltaEvent");
+    assert_eq!(fixture.api.call(user, "GET", &path, None).await, (200, json!(0)));
+    assert_eq!(fixture.jobs().await, [], "none of them calls for anything");
+    fixture.api.stop().await;
+}
+
+#[tokio::test]
+async fn metrics_are_those_of_all_models_and_the_context_is_the_current_ones() {
+    let fixture = Fixture::new().await;
+    let (id, user) = (Uuid::new_v4(), &fixture.user);
+    fixture.has_conversation(user, id, SANDBOX).await;
+    let usages = json!({"usage_to_metrics": {"agent": usage(100), "condenser": usage(20), "profile:b": usage(3), "broken": [1],
+        "huge": {"accumulated_cost": 1e300, "accumulated_token_usage": {"prompt_tokens": u64::MAX}}}});
+    let shown = async || {
+        let metrics = fixture.record(user, id).await.metrics;
+        let usage = metrics.accumulated_token_usage.clone().expect("usage");
+        (
+            (metrics.accumulated_cost * 1000.0).round(),
+            usage.completion_tokens,
+            usage.context_window,
+            usage.per_turn_token,
+            usage.prompt_tokens,
+        )
+    };
+    let event = json!({"id": "1", "timestamp": "2026-01-01T00:00:01", "key": "stats", "value": usages, "kind": "ConversationStateUpdateEvent"});
+    fixture.post_events(SANDBOX, id, &[event]).await;
+    assert_eq!(shown().await, (123.0, 126, 105, 106, u64::MAX));
+    // The state says which model the agent uses now.
+    let state = json!({"stats": usages, "agent": {"llm": {"model": "m", "usage_id": "profile:b"}}});
+    fixture.post_events(SANDBOX, id, &[full_state("2", "2026-01-01T00:00:02", &state)]).await;
+    assert_eq!(shown().await, (123.0, 126, 8, 9, u64::MAX));
+    let whole = json!({"id": id, "updated_at": "2026-01-01T00:00:03Z", "stats": usages, "agent": {"llm": {"model": "m", "usage_id": "condenser"}}});
+    fixture.tell(SANDBOX, &whole).await;
+    assert_eq!(shown().await, (123.0, 126, 25, 26, u64::MAX));
+    fixture.api.stop().await;
+}
+
+#[tokio::test]
+async fn the_newest_model_and_tags_stay_whatever_comes_late_or_again() {
+    let fixture = Fixture::new().await;
+    let (id, user) = (Uuid::new_v4(), &fixture.user);
+    let before = fixture.has_conversation(user, id, SANDBOX).await;
+    let event = |second: u64, key: &str, value: Value| {
+        json!({"id": format!("{key}-{second}"), "timestamp": format!("2026-01-01T00:00:{second:02}"), "key": key, "value": value,
+            "kind": "ConversationStateUpdateEvent"})
+    };
+    let reports = |second: u64, name: &str| {
+        vec![event(second, "agent", json!({"llm": {"model": name}})), event(second, "tags", json!({"name": name}))]
+    };
+    let whole = |second: u64, name: &str| json!({"id": id, "updated_at": format!("2026-01-01T00:00:{second:02}Z"), "tags": {"name": name}, "agent": {"llm": {"model": name}}});
+    let expect = async |name: &str| {
+        let record = fixture.record(user, id).await;
+        assert_eq!((record.llm_model.as_deref(), json!(record.tags)), (Some(name), json!({"name": name})));
+    };
+    fixture.tell(SANDBOX, &whole(10, "whole-10")).await;
+    expect("whole-10").await;
+    for (second, is_event, expected) in [
+        // Before the whole.
+        (5, true, "whole-10"),
+        (12, true, "event-12"),
+        (11, true, "event-12"),
+        (12, true, "event-12"),
+        // Before the event, then after it.
+        (11, false, "event-12"),
+        (14, false, "whole-14"),
+        (13, true, "whole-14"),
+        (15, true, "event-15"),
+    ] {
+        if is_event {
+            fixture.post_events(SANDBOX, id, &reports(second, &format!("event-{second}"))).await;
+        } else {
+            fixture.tell(SANDBOX, &whole(second, &format!("whole-{second}"))).await;
+        }
+        expect(expected).await;
+    }
+    // Of several in a batch the newest, whatever their order; and the agent's own switch.
+    let switch = json!({"id": "switch", "timestamp": "2026-01-01T00:00:20", "kind": "ObservationEvent",
+        "observation": {"kind": "SwitchLLMObservation", "profile_name": "p", "active_model": "event-20", "is_error": false}});
+    let mut batch = reports(19, "event-19");
+    batch.push(switch);
+    batch.push(full_state(
+        "state",
+        "2026-01-01T00:00:18",
+        &json!({"agent": {"llm": {"model": "event-18"}}, "tags": {"name": "event-18"}}),
+    ));
+    batch.push(event(20, "tags", json!({"name": "event-20"})));
+    fixture.post_events(SANDBOX, id, &batch).await;
+    expect("event-20").await;
+    // No tags are tags; what is none is no news.
+    fixture.tell(SANDBOX, &json!({"id": id, "updated_at": "2026-01-01T00:00:30Z", "tags": null})).await;
+    fixture.post_events(SANDBOX, id, &[event(31, "tags", json!("none"))]).await;
+    expect("event-20").await;
+    fixture.post_events(SANDBOX, id, &[event(32, "tags", json!({}))]).await;
+    let record = fixture.record(user, id).await;
+    assert!(record.tags.is_empty());
+    untouched(&ConversationRecord { tags: before.tags.clone(), ..record }, &before);
+    // Those of any size leave the record within what the store takes.
+    let huge: serde_json::Map<String, Value> =
+        (0..10_000).map(|n| (format!("{n:0>90}"), json!("é".repeat(200)))).collect();
+    let mut told = whole(40, "m");
+    told["tags"] = huge.into();
+    fixture.tell(SANDBOX, &told).await;
+    let kept = fixture.record(user, id).await.tags;
+    assert!(!kept.is_empty() && kept.size() <= shared::conversation::tags::MAX_TAGS_SIZE, "{}", kept.size());
+    fixture.api.stop().await;
+}
+
+#[tokio::test]
+async fn records_of_earlier_versions_are_read_and_go_on() {
+    let fixture = Fixture::new().await;
+    let (id, user, api) = (Uuid::new_v4(), &fixture.user, &fixture.api);
+    fixture.has_conversation(user, id, SANDBOX).await;
+    fixture.post_events(SANDBOX, id, &[stats("s", "2026-01-01T00:00:01", 10)]).await;
+    // As it was written before tags and the times of models were kept.
+    let key = |name: &str| aws_sdk_dynamodb::types::AttributeValue::S(name.to_owned());
+    let update = api.aws.dynamodb.update_item().table_name(&api.names.conversations);
+    let update = update.key("user", key(user.as_str())).key("id", key(&id.simple().to_string()));
+    update
+        .update_expression("REMOVE tags, stats_time, state_at, model_at, model_time")
+        .send()
+        .await
+        .expect("an old row");
+    let record = fixture.record(user, id).await;
+    assert!(record.tags.is_empty());
+    let (_, shown) = api.get(user, "", &[("ids", id.to_string())]).await;
+    assert_eq!(shown[0]["tags"], json!({}));
+    fixture
+        .post_events(SANDBOX, id, &[stats("r", "2026-01-01T00:00:00", 9), stats("t", "2026-01-01T00:00:02", 11)])
+        .await;
+    assert_eq!(prompt_tokens(&fixture.record(user, id).await), 11);
+    fixture
+        .tell(
+            SANDBOX,
+            &json!({"id": id, "updated_at": "2026-01-01T00:00:03Z", "tags": {"a": "b"}, "stats": metrics(12)}),
+        )
+        .await;
+    let record = fixture.record(user, id).await;
+    assert_eq!((prompt_tokens(&record), json!(record.tags)), (12, json!({"a": "b"})));
+    fixture.api.stop().await;
+}
+
 #[tokio::test]
 async fn the_newest_stats_stay_whatever_comes_late_or_again() {
     let fixture = Fixture::new().await;
@@ -226,25 +496,23 @@ async fn the_newest_stats_stay_whatever_comes_late_or_again() {
         (vec![third], 15, Some(3.5)),
         (vec![second], 15, Some(3.5)),
         (vec![stats("s4", "who knows", 99)], 15, Some(3.5)),
-        // Nothing about the agent.
+        // No usage at all.
         (
             vec![
                 json!({"id": "s5", "timestamp": "2026-01-01T00:00:03", "key": "stats", "kind": "ConversationStateUpdateEvent",
-            "value": {"usage_to_metrics": {"condenser": {"accumulated_cost": 1}}}}),
+                "value": {"usage_to_metrics": {"condenser": 1}}}),
             ],
             15,
             Some(3.5),
         ),
+        // The whole state, of earlier and of later.
+        (vec![full_state("s6", "2026-01-01T00:00:01", &json!({"stats": metrics(16)}))], 15, Some(3.5)),
+        (vec![full_state("s6", "2026-01-01T00:00:03", &json!({"stats": metrics(16)}))], 16, Some(3.5)),
+        (vec![stats("s2", "2026-01-01T00:00:02.5", 14)], 16, Some(3.5)),
         (
-            vec![json!({"id": "s6", "timestamp": "2026-01-01T00:00:03", "key": "full_state",
-            "kind": "ConversationStateUpdateEvent", "value": {"stats": metrics(16, 9)}})],
-            15,
-            Some(3.5),
-        ),
-        (
-            vec![json!({"id": "s7", "timestamp": "2026-01-01T00:00:03", "key": 1, "value": metrics(1, 1),
+            vec![json!({"id": "s7", "timestamp": "2026-01-01T00:00:03", "key": 1, "value": metrics(1),
             "kind": "ConversationStateUpdateEvent"})],
-            15,
+            16,
             Some(3.5),
         ),
     ] {
@@ -266,9 +534,15 @@ async fn the_newest_stats_stay_whatever_comes_late_or_again() {
         untouched(&record, &before);
         assert!(record.updated_at > before.updated_at);
     }
-    // What a conversation as a whole tells does not turn them back either.
-    fixture.tell(SANDBOX, &json!({"id": id, "stats": metrics(1, 1), "updated_at": "2030-01-01T00:00:00Z"})).await;
-    assert_eq!(prompt_tokens(&fixture.record(user, id).await), 15);
+    // A conversation as a whole does not turn them back either, unless it is newer.
+    for (updated_at, tokens) in
+        [("2026-01-01T00:00:02.9Z", 16), ("2026-01-01T00:00:04Z", 1), ("2026-01-01T00:00:03.5Z", 1)]
+    {
+        let told = json!({"id": id, "stats": metrics(tokens.min(2)), "updated_at": updated_at});
+        fixture.tell(SANDBOX, &told).await;
+        let now = prompt_tokens(&fixture.record(user, id).await);
+        assert_eq!(now, tokens, "{updated_at}");
+    }
     // Stats of nothing make nothing.
     let unknown = Uuid::new_v4();
     fixture.post_events(SANDBOX, unknown, &[stats("s1", "2026-01-01T00:00:01", 10)]).await;
@@ -283,7 +557,7 @@ async fn a_conversation_as_a_whole_brings_model_title_and_stats_and_nothing_else
     let (id, user) = (Uuid::new_v4(), &fixture.user);
     let before = fixture.has_conversation(user, id, SANDBOX).await;
     let told = |title: Value, updated_at: &str, tokens: u64| {
-        json!({"id": id, "execution_status": "paused", "title": title, "updated_at": updated_at, "stats": metrics(tokens, 3),
+        json!({"id": id, "execution_status": "paused", "title": title, "updated_at": updated_at, "stats": metrics(tokens),
             "agent": {"llm": {"model": "openai/new"}}})
     };
     let deleting = json!({"id": id, "execution_status": "deleting", "title": "x", "agent": {"llm": {"model": "x"}}});
@@ -363,7 +637,7 @@ async fn an_unknown_conversation_gets_one_record_however_often_it_is_told_of() {
     let (plain, titled, user) = (Uuid::new_v4(), Uuid::new_v4(), &fixture.user);
     fixture.tell(SANDBOX, &json!({"id": plain, "execution_status": "deleting"})).await;
     assert_eq!(fixture.count().await, 0);
-    let told = json!({"id": plain, "stats": metrics(5, 1), "updated_at": "2026-01-01T00:00:00Z",
+    let told = json!({"id": plain, "stats": metrics(5), "updated_at": "2026-01-01T00:00:00Z",
         "agent": {"llm": {"model": "openai/x"}}});
     join_all((0..5).map(|_| fixture.tell(SANDBOX, &told))).await;
     fixture.tell(SANDBOX, &json!({"id": titled, "title": " Its title "})).await;
@@ -412,10 +686,11 @@ async fn fifty_racing_changes_of_one_record_lose_nothing() {
     let (id, user) = (Uuid::new_v4(), &fixture.user);
     let before = fixture.has_conversation(user, id, SANDBOX).await;
     let store = &fixture.api.stores.conversations;
-    let read = |tokens| AgentStats::read(&metrics(tokens, 1)).expect("stats");
+    let read = |tokens| AgentStats::read(&metrics(tokens), None).expect("stats");
     join_all((0..50_u64).map(async |number| match number % 5 {
         0 => {
-            let at = StatsTime::Event(format!("2026-01-01T00:00:{number:02}.000000000Z#s"));
+            let instant = format!("2026-01-01T00:00:{number:02}.000000000Z");
+            let at = ReportTime::Event { position: format!("{instant}#s"), instant };
             let _newest = store.set_stats(user, id, &read(number), &at).await.expect("the store");
         }
         1 => {
@@ -593,10 +868,13 @@ async fn a_start_completes_what_its_agent_server_told_before() {
     ] {
         for parent in [None, Some(parent.conversation_id)] {
             let id = Uuid::new_v4();
-            assert!(store.put_stub(&stub_of(&rig, id, "elsewhere"), None).await.expect("stored"));
-            let usage = AgentStats::read(&metrics(77, 1)).expect("stats");
-            let at = StatsTime::Event("2026".to_owned());
+            assert!(store.put_stub(&stub_of(&rig, id, "elsewhere"), "!").await.expect("stored"));
+            let usage = AgentStats::read(&metrics(77), None).expect("stats");
+            let at = ReportTime::Event { position: "2026".to_owned(), instant: "2026".to_owned() };
             assert!(store.set_stats(user, id, &usage, &at).await.expect("stored"));
+            assert!(store.set_reported_model(user, id, "openai/switched", &at).await.expect("stored"));
+            let tags = shared::conversation::tags::Tags::read(&json!({"a": "b"})).expect("tags").0;
+            assert!(store.set_tags(user, id, &tags, &at).await.expect("stored"));
             if let Some(title) = agent_title {
                 assert!(store.set_agent_title(user, id, title).await.expect("stored"));
             }
@@ -611,6 +889,7 @@ async fn a_start_completes_what_its_agent_server_told_before() {
             assert_eq!((prompt_tokens(record), record.public, &record.pr_number[..]), (77, Some(true), &[7][..]));
             assert_eq!((record.trigger.is_some(), record.parent_conversation_id), (true, parent));
             assert_ne!(record.sandbox_id, "elsewhere");
+            assert_eq!((record.llm_model.as_deref(), &record.tags), (Some("openai/switched"), &tags));
             assert_eq!((known.is_stub, known.processors.len()), (false, 1));
             for include_sub_conversations in [true, false] {
                 let filter = Filter { include_sub_conversations, ..Filter::default() };
@@ -641,7 +920,7 @@ async fn a_start_that_fails_takes_what_its_agent_server_told_with_it() {
     let rig = Rig::start(quick()).await;
     let start = rig.begin(&json!({"title": "Never"})).await;
     let stub = stub_of(&rig, start.conversation_id, &start.new_sandbox_id);
-    assert!(rig.conversations.put_stub(&stub, None).await.expect("stored"));
+    assert!(rig.conversations.put_stub(&stub, "!").await.expect("stored"));
     *rig.sandboxes.begins_as.lock().expect("status") = SandboxStatus::Error;
     assert_eq!(rig.drive(start.id).await.now.status, StartStatus::Error);
     assert!(rig.sandboxes.made()[&start.new_sandbox_id].deleted);

@@ -1,11 +1,11 @@
 //! A server with a public address, and MCP servers in the settings, on real agent servers.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use crate::support::mcp_server::{McpServer, meaning, write_process};
+use crate::support::mcp_server::{Behavior, McpServer, meaning, write_process};
 use crate::support::product::{Product, content_text, saying, text, with};
 use crate::support::public_address::PublicAddress;
 use crate::support::scripted_llm::{Reply, ScriptedLlm};
@@ -32,7 +32,9 @@ async fn a_server_with_a_public_address_runs_conversations_and_their_mcp_servers
     let sandbox = a_start_with_a_message_is_answered(&product, &llm).await;
     a_start_without_a_message_takes_one_later(&product, &llm, &sandbox).await;
     a_token_is_looked_up_at_the_public_address(&product, &llm, &public, &sandbox).await;
-    mcp_servers_of_the_settings_serve_the_agent(&product, &llm, &sandbox).await;
+    let words = mcp_servers_of_the_settings_serve_the_agent(&product, &llm, &sandbox).await;
+    mcp_servers_that_fail_are_left_out_and_named(&product, &llm, &sandbox).await;
+    drop(words);
     agent_servers_send_their_events_within_a_second(&product);
 
     // Nothing serves MCP at the public address, and no agent is sent there.
@@ -91,7 +93,7 @@ async fn a_token_is_looked_up_at_the_public_address(
     assert!(public.requests().contains(&"GET /api/v1/webhooks/secrets".to_owned()), "{:?}", public.requests());
 }
 
-async fn mcp_servers_of_the_settings_serve_the_agent(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
+async fn mcp_servers_of_the_settings_serve_the_agent(product: &Product, llm: &ScriptedLlm, sandbox: &str) -> McpServer {
     let words = McpServer::start("authorization", &format!("Bearer {KEY}")).await;
     let program = product.data().join("words.py");
     write_process(&program);
@@ -100,12 +102,10 @@ async fn mcp_servers_of_the_settings_serve_the_agent(product: &Product, llm: &Sc
     // As the web UI sends them, one after the other, and one that agent servers could not reach.
     for patch in [
         json!({"words": {"transport": "http", "url": words.url(), "headers": {"Authorization": format!("Bearer {KEY}")}}}),
-        json!({"process": {"transport": "stdio", "command": python, "args": [program], "cwd": folder, "env": {"WORDS": KEY}, "timeout": 2.5}}),
+        json!({"process": {"transport": "stdio", "command": python, "args": [program], "cwd": folder, "env": {"WORDS": KEY}, "timeout": 120.5}}),
         json!({"gone": {"transport": "sse", "url": "http://127.0.0.1:1/sse", "enabled": false}}),
     ] {
-        let body = json!({"agent_settings_diff": {"mcp_config": patch}});
-        let answer = product.post_to("/api/v1/settings", &body).send().await.expect("an answer");
-        assert_eq!(answer.status(), 200, "{}", answer.text().await.unwrap_or_default());
+        set_mcp_servers(product, &patch).await;
     }
     llm.reply_with(vec![
         Reply::tool_call("words_look_up", json!({"word": "serendipity"})),
@@ -115,10 +115,10 @@ async fn mcp_servers_of_the_settings_serve_the_agent(product: &Product, llm: &Sc
     let start = product.start_conversation(with(saying("Look them up"), json!({"sandbox_id": sandbox}))).await;
     let id = start.conversation_id();
     product.conversation_when(&id, "finished").await;
+    assert_eq!(start.detail(), "");
     let last = llm.requests().pop().expect("a request");
-    let tools: Vec<&str> =
-        last["tools"].as_array().expect("tools").iter().filter_map(|tool| tool["function"]["name"].as_str()).collect();
-    assert!(tools.contains(&"words_look_up") && tools.contains(&"process_look_up"), "{tools:?}");
+    let tools = tools_of(&last);
+    assert!(tools.contains("words_look_up") && tools.contains("process_look_up"), "{tools:?}");
     let said: Vec<String> = last["messages"]
         .as_array()
         .expect("messages")
@@ -140,6 +140,69 @@ async fn mcp_servers_of_the_settings_serve_the_agent(product: &Product, llm: &Sc
     ] {
         assert!(!shown.contains(KEY), "{shown}");
     }
+    words
+}
+
+fn tools_of(request: &Value) -> BTreeSet<String> {
+    let tools = request["tools"].as_array().expect("tools");
+    tools.iter().map(|tool| text(&tool["function"]["name"])).collect()
+}
+
+/// Each beside one that works: the start is READY with the tools of the one that works, and its detail names the other.
+async fn mcp_servers_that_fail_are_left_out_and_named(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
+    let refused = McpServer::behaving(Behavior::Status(401)).await;
+    let hung = McpServer::behaving(Behavior::Hangs).await;
+    let stream = McpServer::behaving(Behavior::HangsInStream).await;
+    let slow = json!({"command": "sleep", "args": ["300"], "timeout": 5});
+    let cases = [
+        ("refused", json!({"url": "http://127.0.0.1:1/mcp"}), "the connection was refused"),
+        ("unauthorized", json!({"url": refused.url(), "headers": {"X-Key": KEY}}), "it answered 401 Unauthorized"),
+        ("hung", json!({"url": hung.url(), "timeout": 5}), "it did not answer within 5 s"),
+        ("stream", json!({"url": stream.url(), "timeout": 5}), "it did not answer within 5 s"),
+        ("missing", json!({"command": "no-such-command-here", "env": {"K": KEY}}), "its command was not found"),
+        ("slow", slow, "it did not answer within 5 s"),
+    ];
+    let mut all = json!({});
+    for (name, server, reason) in &cases {
+        all[*name] = server.clone();
+        start_beside_two_that_work(product, llm, sandbox, &json!({*name: server}), &[(*name, *reason)]).await;
+    }
+    let expected: Vec<(&str, &str)> = cases.iter().map(|(name, _, reason)| (*name, *reason)).collect();
+    start_beside_two_that_work(product, llm, sandbox, &all, &expected).await;
+}
+
+/// The two are in the settings already.
+async fn start_beside_two_that_work(
+    product: &Product,
+    llm: &ScriptedLlm,
+    sandbox: &str,
+    broken: &Value,
+    expected: &[(&str, &str)],
+) {
+    set_mcp_servers(product, broken).await;
+    llm.reply_with(vec![Reply::text("Here")]);
+    let began = Instant::now();
+    let start = product.start_conversation(with(saying("Say here"), json!({"sandbox_id": sandbox}))).await;
+    let took = began.elapsed();
+    let id = start.conversation_id();
+    eprintln!("a start beside {:?}: {took:.1?}", expected.iter().map(|(name, _)| name).collect::<Vec<_>>());
+    let mut lines: Vec<&str> = start.detail().lines().collect();
+    lines.sort_unstable();
+    let mut notes: Vec<String> =
+        expected.iter().map(|(name, reason)| format!("MCP server \"{name}\" was left out: {reason}")).collect();
+    notes.sort_unstable();
+    assert_eq!(lines, notes);
+    product.conversation_when(&id, "finished").await;
+    let tools = tools_of(&llm.requests().pop().expect("a request"));
+    assert!(tools.contains("words_look_up") && tools.contains("process_look_up"), "{tools:?}");
+    let removed: Map<String, Value> = expected.iter().map(|(name, _)| ((*name).to_owned(), Value::Null)).collect();
+    set_mcp_servers(product, &removed.into()).await;
+}
+
+async fn set_mcp_servers(product: &Product, patch: &Value) {
+    let body = json!({"agent_settings_diff": {"mcp_config": patch}});
+    let answer = product.post_to("/api/v1/settings", &body).send().await.expect("an answer");
+    assert_eq!(answer.status(), 200, "{}", answer.text().await.unwrap_or_default());
 }
 
 fn agent_servers_send_their_events_within_a_second(product: &Product) {

@@ -107,6 +107,7 @@ impl Rig {
             metrics: MetricsSnapshot::default(),
             parent_conversation_id: None,
             public: None,
+            tags: shared::conversation::tags::Tags::default(),
             created_at: now,
             updated_at: now,
         };

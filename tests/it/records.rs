@@ -690,6 +690,7 @@ async fn racing_updates_of_one_record_lose_nothing() {
         let wanted = ConversationRecord {
             title: Some(format!("title {round}")),
             public: Some(round % 2 == 0),
+            tags: shared::conversation::tags::Tags::default(),
             selected_repository: Some(format!("owner/{round}")),
             selected_branch: Some(format!("branch-{round}")),
             sandbox_id: sandbox,

@@ -34,6 +34,42 @@ async fn a_start_ends_ready_with_one_of_everything() {
     rig.finish().await;
 }
 
+/// Whether the model streams depends on the agent server's version; one that does not say is no reason to fail.
+#[tokio::test]
+async fn the_model_streams_where_tokens_reach_nobody_but_clients() {
+    for (version, streams) in
+        [("1.15.0", false), ("1.34.0", false), ("1.49.1", true), ("1.58.2", true), ("unknown", false)]
+    {
+        let rig = Rig::start(quick()).await;
+        rig.agent.set_version(version);
+        rig.drive(rig.begin(&message()).await.id).await;
+        let created = rig.agent.requests_to("POST /api/conversations").pop().expect("a request").json();
+        let agent = &created["agent"];
+        assert_eq!(
+            (&agent["llm"]["stream"], &agent["condenser"]["llm"]["stream"]),
+            (&json!(streams), &json!(false)),
+            "{version}"
+        );
+        rig.finish().await;
+    }
+    let off = Rig::start(shared::config::StartConfig { token_streaming: false, ..quick() }).await;
+    off.agent.set_version("1.58.2");
+    off.drive(off.begin(&message()).await.id).await;
+    let created = off.agent.requests_to("POST /api/conversations").pop().expect("a request").json();
+    assert_eq!(created["agent"]["llm"]["stream"], false, "it is switched off");
+    off.finish().await;
+    for kind in [Kind::Status(500, "x".into()), Kind::CutBefore, Kind::Garbage] {
+        let rig = Rig::start(quick()).await;
+        rig.agent.set_version("1.58.2");
+        rig.agent.inject(Fault::new("GET /server_info", Nth::Always, kind));
+        let task = rig.begin(&message()).await;
+        assert_eq!(rig.drive(task.id).await.now.status, StartStatus::Ready);
+        let created = rig.agent.requests_to("POST /api/conversations").pop().expect("a request").json();
+        assert_eq!(created["agent"]["llm"]["stream"], false);
+        rig.finish().await;
+    }
+}
+
 /// How many calls a start makes.
 async fn calls_of_a_start() -> Vec<String> {
     let rig = Rig::start(quick()).await;

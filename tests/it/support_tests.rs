@@ -93,7 +93,7 @@ async fn a_title_takes_nothing_from_the_script() {
 #[tokio::test]
 async fn the_model_streams_when_asked() {
     let llm = ScriptedLlm::start().await;
-    llm.reply_with(vec![Reply::tool_call("terminal", json!({})), Reply::text("hello")]);
+    llm.reply_with(vec![Reply::tool_call("terminal", json!({})), Reply::text("hello to you")]);
     let mut request = question("hi");
     request["stream"] = json!(true);
 
@@ -106,7 +106,10 @@ async fn the_model_streams_when_asked() {
     assert_eq!(parsed(chunks[2])["usage"]["completion_tokens"], scripted_llm::COMPLETION_TOKENS, "{body}");
 
     let (_, body) = ask(&llm, &request).await;
-    assert!(body.contains(r#""content":"hello""#), "{body}");
+    let chunks = body.lines().filter_map(|line| line.strip_prefix("data: {").map(|rest| parsed(&format!("{{{rest}"))));
+    let words: Vec<String> =
+        chunks.filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str().map(str::to_owned)).collect();
+    assert_eq!(words, ["hello ", "to ", "you"], "{body}");
 }
 
 #[tokio::test]

@@ -69,6 +69,7 @@ impl Owner {
             metrics: shared::conversation::MetricsSnapshot::default(),
             parent_conversation_id: None,
             public: None,
+            tags: shared::conversation::tags::Tags::default(),
             created_at: now,
             updated_at: now,
         };

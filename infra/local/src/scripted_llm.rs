@@ -137,12 +137,12 @@ fn complete(request: &Value, message: Value, finish_reason: &str) -> Response {
     if let Some(call) = delta.pointer_mut("/tool_calls/0") {
         call["index"] = json!(0);
     }
+    let deltas = deltas(delta)
+        .into_iter()
+        .map(|delta| (json!([{"index": 0, "delta": delta, "finish_reason": null}]), Value::Null));
+    let end = [(json!([{"index": 0, "delta": {}, "finish_reason": finish_reason}]), Value::Null), (json!([]), usage)];
     let mut events = String::new();
-    for (choices, usage) in [
-        (json!([{"index": 0, "delta": delta, "finish_reason": null}]), Value::Null),
-        (json!([{"index": 0, "delta": {}, "finish_reason": finish_reason}]), Value::Null),
-        (json!([]), usage),
-    ] {
+    for (choices, usage) in deltas.chain(end) {
         let mut event = chunk.clone();
         event["choices"] = choices;
         event["usage"] = usage;
@@ -150,4 +150,14 @@ fn complete(request: &Value, message: Value, finish_reason: &str) -> Response {
     }
     events.push_str("data: [DONE]\n\n");
     ([(CONTENT_TYPE, "text/event-stream")], events).into_response()
+}
+
+/// What a stream sends of a message: its text word by word, anything else as a whole.
+fn deltas(message: Value) -> Vec<Value> {
+    match message["content"].as_str() {
+        Some(text) if !text.is_empty() => {
+            text.split_inclusive(' ').map(|word| json!({"role": "assistant", "content": word})).collect()
+        }
+        _ => vec![message],
+    }
 }

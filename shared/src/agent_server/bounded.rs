@@ -2,10 +2,11 @@
 //!
 //! A limit on bytes is not enough. `[0,0,…]` has two bytes an element, and an element of a `Vec` has up to a hundred.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
 
-use serde::de::{Deserialize, Deserializer, Error, SeqAccess, Visitor};
+use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 /// A list of at most `MAX` elements.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +47,41 @@ pub fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>, const MAX: usize>(
     }
 
     deserializer.deserialize_seq(List::<T, MAX>(PhantomData))
+}
+
+/// Reads the first `MAX` entries of an object, null as an empty one; for `deserialize_with`. What is no object of such entries is
+/// an error.
+///
+/// # Errors
+/// When it is no object, or one of its values is not of the type.
+pub fn map<'de, D: Deserializer<'de>, T: Deserialize<'de>, const MAX: usize>(
+    deserializer: D,
+) -> Result<BTreeMap<String, T>, D::Error> {
+    struct Entries<T, const MAX: usize>(PhantomData<T>);
+
+    impl<'de, T: Deserialize<'de>, const MAX: usize> Visitor<'de> for Entries<T, MAX> {
+        type Value = BTreeMap<String, T>;
+
+        fn expecting(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+            out.write_str("an object")
+        }
+
+        fn visit_unit<E>(self) -> Result<Self::Value, E> {
+            Ok(BTreeMap::new())
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Self::Value, A::Error> {
+            let mut read = BTreeMap::new();
+            while read.len() < MAX {
+                let Some((key, value)) = entries.next_entry()? else { return Ok(read) };
+                read.insert(key, value);
+            }
+            while entries.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+            Ok(read)
+        }
+    }
+
+    deserializer.deserialize_any(Entries::<T, MAX>(PhantomData))
 }
 
 /// Reads a text of at most `MAX` bytes, or null; for `deserialize_with`.
@@ -98,5 +134,23 @@ mod tests {
         assert_eq!(read(r#"{"text": null, "short": "abcd"}"#).expect("texts"), of(None, None));
         assert!(read(r#"{"text": "abcd"}"#).is_err());
         assert!(read(r#"{"short": 1}"#).is_err());
+    }
+
+    #[test]
+    fn of_an_object_the_first_entries_are_read() {
+        #[derive(Debug, Deserialize, PartialEq)]
+        struct Object {
+            #[serde(default, deserialize_with = "map::<_, _, 2>")]
+            of: BTreeMap<String, u8>,
+        }
+        let read = |json: &str| serde_json::from_str::<Object>(json);
+        let of = |entries: &[(&str, u8)]| Object {
+            of: entries.iter().map(|(key, value)| ((*key).to_owned(), *value)).collect(),
+        };
+        assert_eq!(read("{}").expect("nothing"), of(&[]));
+        assert_eq!(read(r#"{"of": null}"#).expect("nothing"), of(&[]));
+        assert_eq!(read(r#"{"of": {"b": 1, "a": 2}}"#).expect("all"), of(&[("a", 2), ("b", 1)]));
+        assert_eq!(read(r#"{"of": {"b": 1, "c": 2, "a": [3]}}"#).expect("two"), of(&[("b", 1), ("c", 2)]));
+        assert!(read(r#"{"of": {"b": "1"}}"#).is_err() && read(r#"{"of": []}"#).is_err());
     }
 }

@@ -49,6 +49,11 @@ pub struct ConversationInputs<'a> {
     pub hooks: Option<Value>,
     /// Whether the sandbox has a browser.
     pub browser: bool,
+    /// Whether the agent's model streams its answers to clients that watch, see
+    /// [`super::version::AgentServerVersion::streams_to_clients_only`]. Condensers never do: nobody watches them.
+    pub streaming: bool,
+    /// Names of the MCP servers that the agent does not get, although they are switched on.
+    pub mcp_servers_left_out: &'a [String],
     /// Configuration.
     pub config: &'a StartConfig,
     /// Signs the tokens with which agents look secrets up.
@@ -78,13 +83,14 @@ pub struct MissingModel;
 pub fn conversation_body(
     inputs: &ConversationInputs<'_>,
 ) -> Result<std::result::Result<ConversationBody, MissingModel>> {
-    let ConversationInputs { request, settings, config, .. } = inputs;
+    let ConversationInputs { request, settings, .. } = inputs;
     let model = match model(request, settings) {
         Ok(model) => model,
         Err(missing) => return Ok(Err(missing)),
     };
     let plan = request.agent_type == AgentType::Plan;
-    let agent_llm = llm(inputs, model, "agent");
+    let mut agent_llm = llm(inputs, model, "agent");
+    agent_llm["stream"] = inputs.streaming.into();
     let llm_model = agent_llm["model"].as_str().unwrap_or(model).to_owned();
     let secrets = secrets(inputs)?;
     let (tools, prompt, prompt_arguments) = if plan {
@@ -115,7 +121,7 @@ pub fn conversation_body(
         "agent": {
             "llm": agent_llm,
             "tools": tools,
-            "mcp_config": mcp_config(settings, config),
+            "mcp_config": mcp_config(inputs),
             "filter_tools_regex": null,
             "include_default_tools": ["FinishTool", "ThinkTool"],
             "agent_context": {
@@ -284,9 +290,17 @@ fn secrets(inputs: &ConversationInputs<'_>) -> Result<Map<String, Value>> {
     Ok(secrets)
 }
 
-/// The user's MCP servers and that of the search service, by name. A server of the user replaces the search service's by its name,
-/// even if it is switched off.
-fn mcp_config(settings: &Settings, config: &StartConfig) -> Map<String, Value> {
+/// The MCP servers that the agent gets.
+fn mcp_config(inputs: &ConversationInputs<'_>) -> Map<String, Value> {
+    let mut servers = mcp_servers(inputs.settings, inputs.config);
+    servers.retain(|name, _| !inputs.mcp_servers_left_out.contains(name));
+    servers
+}
+
+/// The user's MCP servers and that of the search service, by name, secrets included. A server of the user replaces the search
+/// service's by its name, even if it is switched off.
+#[must_use]
+pub fn mcp_servers(settings: &Settings, config: &StartConfig) -> Map<String, Value> {
     let mut servers = Map::new();
     let key = exposed(settings.search_api_key.as_ref()).or_else(|| exposed(config.tavily_api_key.as_ref()));
     if let Some(key) = key.filter(|_| !settings.mcp_config.names().any(|name| name == SEARCH_SERVER)) {
@@ -491,11 +505,21 @@ mod tests {
         config: StartConfig,
         skills: Vec<SkillInfo>,
         browser: bool,
+        streaming: bool,
+        mcp_servers_left_out: Vec<String>,
     }
 
     impl Case {
         fn new(request: Value, settings: Value) -> Self {
-            Self { request, settings, config: StartConfig::default(), skills: Vec::new(), browser: true }
+            Self {
+                request,
+                settings,
+                config: StartConfig::default(),
+                skills: Vec::new(),
+                browser: true,
+                streaming: false,
+                mcp_servers_left_out: Vec::new(),
+            }
         }
 
         fn body(&self) -> Value {
@@ -511,6 +535,8 @@ mod tests {
                 skills: &self.skills,
                 hooks: None,
                 browser: self.browser,
+                streaming: self.streaming,
+                mcp_servers_left_out: &self.mcp_servers_left_out,
                 config: &self.config,
                 token_key: &SecretSlice::from(vec![7; 32]).into(),
                 now: serde_json::from_str("\"2026-11-22T15:38:03.220904Z\"").expect("a time"),
@@ -539,6 +565,18 @@ mod tests {
         let recorded: Value = serde_json::from_str(RECORDED).expect("the recorded body");
         let case = Case::new(json!({"initial_message": {"content": [{"type": "text", "text": "hi"}]}}), settings());
         assert_eq!(case.body(), recorded);
+    }
+
+    #[test]
+    fn only_the_agents_own_model_streams_and_only_where_it_is_wanted() {
+        for (request, streaming) in [(json!({}), true), (json!({"agent_type": "plan"}), true), (json!({}), false)] {
+            let case = Case { streaming, ..Case::new(request, settings()) };
+            let agent = case.body()["agent"].clone();
+            assert_eq!(
+                (&agent["llm"]["stream"], &agent["condenser"]["llm"]["stream"]),
+                (&json!(streaming), &json!(false))
+            );
+        }
     }
 
     #[test]
@@ -646,6 +684,9 @@ mod tests {
         case.settings["search_api_key"] = "tav".into();
         case.config.web_url = None;
         assert_eq!(servers(&case)["tavily"], json!({"url": "https://mcp.tavily.com/mcp/?tavilyApiKey=tav"}));
+        case.mcp_servers_left_out = vec!["tavily".to_owned(), "unknown".to_owned()];
+        assert_eq!(servers(&case), json!({"mine": {"url": "https://m.example/mcp"}}));
+        case.mcp_servers_left_out.clear();
         case.settings["mcp_config"]["tavily"] = json!({"url": "https://t.example", "enabled": false});
         assert_eq!(servers(&case), json!({"mine": {"url": "https://m.example/mcp"}}));
         case.settings["mcp_config"] = Value::Null;

@@ -10,7 +10,9 @@ pub mod bounded;
 pub mod conversation_body;
 mod error_text;
 mod mistake;
+pub mod version;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
@@ -21,11 +23,12 @@ use serde::Deserialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::error::Category;
 use serde_json::value::RawValue;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use self::bounded::Bounded;
 pub use self::mistake::Mistake;
+use self::version::AgentServerVersion;
 use crate::error::Fault;
 use crate::id;
 use crate::mask;
@@ -65,6 +68,10 @@ const SKILLS: usize = 2000;
 const TRIGGERS: usize = 1000;
 /// Conversations in an answer; nobody asks for more than 99.
 const CONVERSATIONS: usize = 100;
+/// Usages of models in the metrics of a conversation.
+const USAGES: usize = 1000;
+/// Bytes of a part of a conversation, its tags included; they are the longest.
+const PART_LIMIT: usize = 64 * KIB;
 /// Events in a page; nobody asks for more than 50.
 const EVENTS: usize = 100;
 /// Bytes of an id that the agent server chooses: of a command, of a page.
@@ -72,6 +79,8 @@ const ID_LENGTH: usize = 256;
 /// Bytes of a title and of an execution status. Longer ones count as none.
 const TITLE_LENGTH: usize = 1000;
 const STATUS_LENGTH: usize = 64;
+/// Bytes of a version. Longer ones count as none.
+const VERSION_LENGTH: usize = 128;
 
 /// What went wrong with a request to an agent server.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -242,6 +251,8 @@ struct WholeConversation {
     agent: Option<Agent>,
     #[serde(default)]
     stats: Option<Stats>,
+    #[serde(default)]
+    tags: Option<Box<RawValue>>,
 }
 
 #[derive(Deserialize)]
@@ -260,18 +271,15 @@ struct Agent {
 struct Llm {
     #[serde(default)]
     model: Option<Box<RawValue>>,
+    #[serde(default)]
+    usage_id: Option<Box<RawValue>>,
 }
 
 #[derive(Deserialize)]
 struct Stats {
-    #[serde(default)]
-    usage_to_metrics: Option<UsageToMetrics>,
-}
-
-#[derive(Deserialize)]
-struct UsageToMetrics {
-    #[serde(default)]
-    agent: Option<AgentMetrics>,
+    /// By usage: the agent's, its condenser's, and one for each profile that it was switched to.
+    #[serde(default, deserialize_with = "bounded::map::<_, _, USAGES>")]
+    usage_to_metrics: BTreeMap<String, AgentMetrics>,
 }
 
 #[derive(Deserialize)]
@@ -288,26 +296,34 @@ impl WholeConversation {
     fn into_json(self) -> Value {
         // None of these parts is long.
         let part = |raw: Option<Box<RawValue>>| {
-            let short = raw.filter(|raw| raw.get().len() <= 8 * KIB);
+            let short = raw.filter(|raw| raw.get().len() <= PART_LIMIT);
             short.and_then(|raw| serde_json::from_str::<Value>(raw.get()).ok()).unwrap_or_default()
         };
         let stats = self.stats.map(|stats| {
-            let agent = stats.usage_to_metrics.and_then(|usage| usage.agent).map(|agent| {
-                json!({
-                    "accumulated_cost": part(agent.accumulated_cost),
-                    "max_budget_per_task": part(agent.max_budget_per_task),
-                    "accumulated_token_usage": part(agent.accumulated_token_usage),
+            let usages: Map<String, Value> = stats
+                .usage_to_metrics
+                .into_iter()
+                .map(|(usage, metrics)| {
+                    let metrics = json!({
+                        "accumulated_cost": part(metrics.accumulated_cost),
+                        "max_budget_per_task": part(metrics.max_budget_per_task),
+                        "accumulated_token_usage": part(metrics.accumulated_token_usage),
+                    });
+                    (usage, metrics)
                 })
-            });
-            json!({"usage_to_metrics": {"agent": agent}})
+                .collect();
+            json!({"usage_to_metrics": usages})
         });
+        let llm = self.agent.and_then(|agent| agent.llm);
+        let (model, usage_id) = llm.map_or((None, None), |llm| (llm.model, llm.usage_id));
         json!({
             "execution_status": part(self.execution_status),
             "title": part(self.title),
             "updated_at": part(self.updated_at),
             "workspace": {"working_dir": part(self.workspace.and_then(|workspace| workspace.working_dir))},
-            "agent": {"llm": {"model": part(self.agent.and_then(|agent| agent.llm).and_then(|llm| llm.model))}},
+            "agent": {"llm": {"model": part(model), "usage_id": part(usage_id)}},
             "stats": stats,
+            "tags": part(self.tags),
         })
     }
 }
@@ -373,6 +389,20 @@ impl AgentServer {
         let Ok(request) = self.http.request(Method::GET, &format!("{}/alive", self.url)) else { return false };
         let asked = request.timeout(ALIVE_TIMEOUT).send().await;
         asked.is_ok_and(|answer| answer.status().is_success())
+    }
+
+    /// `GET /server_info`: its version; `None` where it names none that can be read.
+    ///
+    /// # Errors
+    /// See [`Failure`].
+    pub async fn version(&self) -> Result<Option<AgentServerVersion>> {
+        #[derive(Deserialize)]
+        struct Info {
+            #[serde(default, deserialize_with = "bounded::short::<_, VERSION_LENGTH>")]
+            version: Option<String>,
+        }
+        let info: Info = self.call(&Call::get("/server_info").within(ALIVE_TIMEOUT)).await?;
+        Ok(info.version.and_then(|version| version.parse().ok()))
     }
 
     /// Starts a shell command; returns the id under which its output is found.
@@ -587,7 +617,7 @@ impl AgentServer {
         Ok(found.0)
     }
 
-    /// A conversation as the agent server shows it, reduced to its state, title, folder, model and the agent's metrics; `None` if
+    /// A conversation as the agent server shows it, reduced to its state, title, tags, folder, model and metrics; `None` if
     /// it does not have it.
     ///
     /// # Errors

@@ -5,12 +5,14 @@ pub mod live;
 pub mod place;
 pub mod search;
 pub mod store;
+pub mod tags;
 pub mod told;
 pub mod update_request;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use self::tags::Tags;
 use crate::clock::{Time, sortable};
 use crate::id::as_hex;
 use crate::sandbox::SandboxStatus;
@@ -19,6 +21,9 @@ use crate::user::UserId;
 
 /// The most characters of a title, a repository or a branch: a record must stay far below what DynamoDB takes.
 pub const MAX_NAME: usize = 10_000;
+
+/// The kind of every conversation's agent; later versions of the reference have another.
+const AGENT_KIND: &str = "openhands";
 
 /// The first [`MAX_NAME`] characters of a text. What agent servers report is cut: if it was refused they would send it forever.
 #[must_use]
@@ -107,6 +112,9 @@ pub struct ConversationRecord {
     /// Whether others may read it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub public: Option<bool>,
+    /// Its tags, as its agent server reports them.
+    #[serde(default, skip_serializing_if = "Tags::is_empty")]
+    pub tags: Tags,
     /// When it was made.
     #[serde(serialize_with = "sortable::serialize")]
     pub created_at: Time,
@@ -130,12 +138,15 @@ pub struct AppConversation {
     pub trigger: Option<Trigger>,
     pub pr_number: Vec<i64>,
     pub llm_model: Option<String>,
+    /// Always `openhands`.
+    pub agent_kind: &'static str,
     pub metrics: MetricsSnapshot,
     #[serde(with = "as_hex::option")]
     pub parent_conversation_id: Option<Uuid>,
     #[serde(with = "as_hex::list")]
     pub sub_conversation_ids: Vec<Uuid>,
     pub public: Option<bool>,
+    pub tags: Tags,
     pub created_at: Time,
     pub updated_at: Time,
     pub sandbox_status: SandboxStatus,
@@ -159,10 +170,12 @@ impl AppConversation {
             trigger: record.trigger,
             pr_number: record.pr_number,
             llm_model: record.llm_model,
+            agent_kind: AGENT_KIND,
             metrics: record.metrics,
             parent_conversation_id: record.parent_conversation_id,
             sub_conversation_ids: Vec::new(),
             public: record.public,
+            tags: record.tags,
             created_at: record.created_at,
             updated_at: record.updated_at,
             sandbox_status: SandboxStatus::Missing,

@@ -12,6 +12,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::store::{ALIVE, ConversationStore, item, key, searchable, sort_value};
+use super::tags::Tags;
 use super::{ConversationRecord, MetricsSnapshot, TokenUsage, within_max_name};
 use crate::clock::Time;
 use crate::dynamo::{Item, from_item, is_condition_failure, store_error, text, transact};
@@ -41,6 +42,8 @@ pub struct Known {
     pub is_stub: bool,
     /// Whether its agent server tells its stats by itself, as newer ones do.
     pub is_told_stats: bool,
+    /// Whether an event has reported its model.
+    pub is_told_model: bool,
     /// What its start asked to be done on its events.
     pub processors: Vec<EventCallbackProcessor>,
     /// The place in its event log up to which that was done.
@@ -75,9 +78,36 @@ struct Beside {
     stats_at: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     snapshot_at: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    model_at: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    model_snapshot_at: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tags_snapshot_at: Option<String>,
 }
 
-/// What an agent has used so far, as its agent server tells it: the agent's own use, without its condenser's.
+/// The attributes that hold when something was reported last.
+struct Times {
+    /// The position of the event that reported it.
+    event: &'static str,
+    /// Positions of other events that report it.
+    other_event: Option<&'static str>,
+    /// The instant of whichever event it was.
+    instant: &'static str,
+    /// The `updated_at` of the conversation as a whole.
+    snapshot: &'static str,
+}
+
+const STATS: Times =
+    Times { event: "stats_at", other_event: Some("state_at"), instant: "stats_time", snapshot: "snapshot_at" };
+/// Kept apart, because agent servers up to 1.15 report the whole state now and then, and stats never: those have to be asked for.
+const STATS_IN_STATE: Times = Times { event: "state_at", other_event: Some("stats_at"), ..STATS };
+const MODEL: Times =
+    Times { event: "model_at", other_event: None, instant: "model_time", snapshot: "model_snapshot_at" };
+const TAGS: Times = Times { event: "tags_at", other_event: None, instant: "tags_time", snapshot: "tags_snapshot_at" };
+
+/// What a conversation's models have been used for so far: all of them together, those of condensers and those that the agent was
+/// switched to included.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AgentStats {
     accumulated_cost: f64,
@@ -85,31 +115,44 @@ pub struct AgentStats {
     token_usage: TokenUsage,
 }
 
+/// The usage of the agent's own model, until it is switched to another.
+const AGENT_USAGE: &str = "agent";
+
 impl AgentStats {
-    /// Reads `{"usage_to_metrics": {"agent": …}}`; what is not there counts as nothing. `None` without an agent.
+    /// Reads `{"usage_to_metrics": {"agent": …, "condenser": …}}`; what is not there counts as nothing. `None` without any usage.
+    /// The size of the context, the tokens of the last turn and the budget are those of the usage `current`, or else of `agent`.
     #[must_use]
-    pub fn read(stats: &Value) -> Option<Self> {
-        let agent = stats.get("usage_to_metrics")?.get("agent").filter(|agent| agent.is_object())?;
+    pub fn read(stats: &Value, current: Option<&str>) -> Option<Self> {
+        let usages = stats.get("usage_to_metrics")?.as_object()?;
         // Within what the store can hold.
-        let amount = |name: &str| agent.get(name).and_then(Value::as_f64).filter(|amount| amount.abs() < 1e15);
-        let tokens = |name: &str| {
-            let usage = agent.get("accumulated_token_usage").and_then(|usage| usage.get(name));
-            usage.and_then(Value::as_u64).unwrap_or_default()
+        let amount =
+            |usage: &Value, name: &str| usage.get(name).and_then(Value::as_f64).filter(|amount| amount.abs() < 1e15);
+        let tokens = |usage: &Value, name: &str| {
+            let tokens = usage.get("accumulated_token_usage").and_then(|usage| usage.get(name));
+            tokens.and_then(Value::as_u64).unwrap_or_default()
         };
-        Some(Self {
-            accumulated_cost: amount("accumulated_cost").unwrap_or_default(),
-            max_budget_per_task: amount("max_budget_per_task"),
-            token_usage: TokenUsage {
-                prompt_tokens: tokens("prompt_tokens"),
-                completion_tokens: tokens("completion_tokens"),
-                cache_read_tokens: tokens("cache_read_tokens"),
-                cache_write_tokens: tokens("cache_write_tokens"),
-                reasoning_tokens: tokens("reasoning_tokens"),
-                context_window: tokens("context_window"),
-                per_turn_token: tokens("per_turn_token"),
-                ..TokenUsage::default()
-            },
-        })
+        let (mut accumulated_cost, mut total) = (0.0, TokenUsage::default());
+        let mut has_usage = false;
+        for usage in usages.values().filter(|usage| usage.is_object()) {
+            has_usage = true;
+            accumulated_cost += amount(usage, "accumulated_cost").unwrap_or_default();
+            for (sum, name) in [
+                (&mut total.prompt_tokens, "prompt_tokens"),
+                (&mut total.completion_tokens, "completion_tokens"),
+                (&mut total.cache_read_tokens, "cache_read_tokens"),
+                (&mut total.cache_write_tokens, "cache_write_tokens"),
+                (&mut total.reasoning_tokens, "reasoning_tokens"),
+            ] {
+                *sum = sum.saturating_add(tokens(usage, name));
+            }
+        }
+        let current = current.and_then(|current| usages.get(current)).or_else(|| usages.get(AGENT_USAGE));
+        if let Some(current) = current {
+            total.context_window = tokens(current, "context_window");
+            total.per_turn_token = tokens(current, "per_turn_token");
+        }
+        let max_budget_per_task = current.and_then(|current| amount(current, "max_budget_per_task"));
+        has_usage.then_some(Self { accumulated_cost, max_budget_per_task, token_usage: total })
     }
 
     /// As a record shows them.
@@ -124,13 +167,25 @@ impl AgentStats {
     }
 }
 
-/// When stats were taken, in a form that sorts, and who says so. The two clocks cannot be compared: events have the local
-/// time of their sandbox.
+/// When something was reported, in forms that sort, and by what. Reports of events are ordered by position alone, which no clock
+/// of ours disturbs. Between an event and a conversation as a whole the instants decide.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum StatsTime {
-    /// The position of the event that told them.
-    Event(String),
-    /// The `updated_at` of a conversation as a whole. Counts only until the first event tells stats.
+pub enum ReportTime {
+    /// By an event about this alone.
+    Event {
+        /// The event's position in the log.
+        position: String,
+        /// The event's instant in UTC.
+        instant: String,
+    },
+    /// By an event about the whole state of the conversation.
+    State {
+        /// The event's position in the log.
+        position: String,
+        /// The event's instant in UTC.
+        instant: String,
+    },
+    /// By the conversation as a whole, with this `updated_at`.
     Snapshot(String),
 }
 
@@ -158,17 +213,25 @@ impl ConversationStore {
             record: from_item(item)?,
             is_stub: beside.stub.unwrap_or_default(),
             is_told_stats: beside.stats_at.is_some(),
+            is_told_model: beside.model_at.is_some(),
             processors: beside.processors,
             processed_to: beside.processed_to,
         })))
     }
 
-    /// Adds a stub, with stats of this time. False when the id is taken.
+    /// Adds a stub whose metrics, model and tags were reported at this time, see [`ReportTime::Snapshot`]. False when the id is taken.
     ///
     /// # Errors
     /// [`Error::Store`].
-    pub async fn put_stub(&self, record: &ConversationRecord, snapshot_at: Option<String>) -> Result<bool> {
-        let beside = Beside { stub: Some(true), snapshot_at, ..Beside::default() };
+    pub async fn put_stub(&self, record: &ConversationRecord, reported_at: &str) -> Result<bool> {
+        let at = Some(reported_at.to_owned());
+        let beside = Beside {
+            stub: Some(true),
+            snapshot_at: at.clone(),
+            model_snapshot_at: at.clone(),
+            tags_snapshot_at: at,
+            ..Beside::default()
+        };
         match transact(&self.dynamodb, self.put_with(record, &beside)?, "TransactWriteItems conversations").await {
             Ok(()) => Ok(true),
             Err(error) if is_condition_failure(&error) => Ok(false),
@@ -189,7 +252,7 @@ impl ConversationStore {
     }
 
     /// The writes with which a start completes a stub: what it was asked for becomes the record's, and what the agent
-    /// server told meanwhile (metrics, a title) stays. They fail where the record is no stub any more, or has got another
+    /// server reported meanwhile (metrics, tags, a title, a switch to another model) stays. They fail where the record is no stub any more, or has got another
     /// title than when it was read.
     ///
     /// # Errors
@@ -208,8 +271,11 @@ impl ConversationStore {
         }
         let mut set = item(&record)?;
         set.extend(crate::dynamo::to_item(&Beside { processors: processors.to_vec(), ..Beside::default() })?);
-        for kept in ["user", "id", "metrics"] {
+        for kept in ["user", "id", "metrics", "tags"] {
             set.remove(kept);
+        }
+        if stub.is_told_model {
+            set.remove("llm_model");
         }
         let mut update = Update::builder().table_name(&self.table).set_key(Some(key(&record.user, record.id)));
         let mut sets = Vec::with_capacity(set.len());
@@ -262,31 +328,68 @@ impl ConversationStore {
         .await
     }
 
-    /// Sets what the agent has used so far, unless something newer was told already. Whether it did.
+    /// Sets what models have been used for so far, unless something newer was reported. Whether it did.
     ///
     /// # Errors
     /// [`Error::Store`].
-    pub async fn set_stats(&self, user: &UserId, id: Uuid, stats: &AgentStats, time: &StatsTime) -> Result<bool> {
-        let (attribute, condition, time) = match time {
-            StatsTime::Event(time) => ("stats_at", "(attribute_not_exists(stats_at) OR stats_at < :at)", time),
-            StatsTime::Snapshot(time) => (
-                "snapshot_at",
-                "attribute_not_exists(stats_at) AND (attribute_not_exists(snapshot_at) OR snapshot_at <= :at)",
-                time,
-            ),
-        };
-        let mut set =
-            format!("#metrics.accumulated_cost = :cost, #metrics.accumulated_token_usage = :usage, {attribute} = :at");
+    pub async fn set_stats(&self, user: &UserId, id: Uuid, stats: &AgentStats, time: &ReportTime) -> Result<bool> {
+        let times = if matches!(time, ReportTime::State { .. }) { STATS_IN_STATE } else { STATS };
+        let mut set = "#metrics.accumulated_cost = :cost, #metrics.accumulated_token_usage = :usage".to_owned();
         let mut values = HashMap::from([
             ("cost", AttributeValue::N(stats.accumulated_cost.to_string())),
             ("usage", AttributeValue::M(crate::dynamo::to_item(&stats.token_usage)?)),
-            ("at", text(time)),
         ]);
         if let Some(budget) = stats.max_budget_per_task {
             set += ", #metrics.max_budget_per_task = :budget";
             values.insert("budget", AttributeValue::N(budget.to_string()));
         }
-        self.change((user, id), &set, condition, values).await
+        self.change_reported((user, id), &times, time, set, values).await
+    }
+
+    /// Sets the model that the agent uses, unless something newer was reported. Whether it did.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn set_reported_model(&self, user: &UserId, id: Uuid, model: &str, time: &ReportTime) -> Result<bool> {
+        let values = HashMap::from([("model", text(model))]);
+        self.change_reported((user, id), &MODEL, time, "llm_model = :model".to_owned(), values).await
+    }
+
+    /// Replaces the tags, unless something newer was reported. Whether it did.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn set_tags(&self, user: &UserId, id: Uuid, tags: &Tags, time: &ReportTime) -> Result<bool> {
+        let values = HashMap::from([("tags", AttributeValue::M(crate::dynamo::to_item(tags)?))]);
+        self.change_reported((user, id), &TAGS, time, "tags = :tags".to_owned(), values).await
+    }
+
+    /// Changes what was reported at `time`, unless it was reported later, too. Whether it did.
+    async fn change_reported(
+        &self,
+        record: (&UserId, Uuid),
+        times: &Times,
+        time: &ReportTime,
+        set: String,
+        mut values: HashMap<&str, AttributeValue>,
+    ) -> Result<bool> {
+        let Times { event, other_event, instant, snapshot } = times;
+        let none_or =
+            |attribute: &str, rule: &str| format!("(attribute_not_exists({attribute}) OR {attribute} {rule})");
+        let (set, condition) = match time {
+            ReportTime::Event { position, instant: at } | ReportTime::State { position, instant: at } => {
+                values.extend([("position", text(position)), ("instant", text(at))]);
+                let mut conditions = vec![none_or(event, "< :position"), none_or(snapshot, "<= :instant")];
+                conditions.extend(other_event.map(|other| none_or(other, "< :position")));
+                (format!("{set}, {event} = :position, {instant} = :instant"), conditions.join(" AND "))
+            }
+            ReportTime::Snapshot(at) => {
+                values.insert("at", text(at));
+                let conditions = [none_or(snapshot, "<= :at"), none_or(instant, "<= :at")];
+                (format!("{set}, {snapshot} = :at"), conditions.join(" AND "))
+            }
+        };
+        self.change(record, &set, &condition, values).await
     }
 
     /// Notes that the events up to a place in the log are being processed, if they were processed up to `from` before. Whether

@@ -2,20 +2,22 @@
 
 use std::time::Duration;
 
-use serde::Deserialize;
 use serde_json::Value;
 use uuid::Uuid;
 
+use super::batch::{Batch, reported_model, reported_tags};
 use super::processors::FIRST_LOOK;
 use super::store::{Event, EventStore, sortable_instant};
 use crate::clock::Time;
 use crate::conversation::store::{ConversationChange, ConversationStore};
-use crate::conversation::told::{AgentStats, Known, Standing, StatsTime, default_titles};
+use crate::conversation::tags::Tags;
+use crate::conversation::told::{AgentStats, Known, ReportTime, Standing, default_titles};
 use crate::conversation::{ConversationRecord, MetricsSnapshot, within_max_name};
 use crate::error::{Error, Result};
 use crate::sandbox::store::SandboxRecord;
 use crate::start::queue::{Job, StartQueue};
 use crate::start::request::EventCallbackProcessor;
+use crate::user::UserId;
 
 /// `execution_status` of a conversation that its agent server is about to remove.
 const DELETING: &str = "deleting";
@@ -29,14 +31,15 @@ pub struct ToldConversation {
     /// Its title, if it has one.
     pub title: Option<String>,
     llm_model: Option<String>,
-    /// What its agent has used, if it says.
-    pub stats: Option<AgentStats>,
+    tags: Option<Tags>,
+    stats: Option<AgentStats>,
     updated_at: Option<String>,
 }
 
 impl ToldConversation {
     /// Reads what is of interest; what is not there or not as it should be is left alone. A title is cut to
-    /// [`crate::conversation::MAX_NAME`] characters, and a longer name of a model ignored: a record with them would exceed what DynamoDB accepts.
+    /// [`crate::conversation::MAX_NAME`] characters, a longer name of a model ignored, and of tags what exceeds a limit left out: a record
+    /// with them would exceed what DynamoDB accepts.
     #[must_use]
     pub fn read(id: Uuid, told: &Value) -> Self {
         let text = |value: Option<&Value>| {
@@ -49,77 +52,39 @@ impl ToldConversation {
             }
             short.to_owned()
         });
-        let llm_model = text(told.pointer("/agent/llm/model")).filter(|model| {
-            let fits = within_max_name(model).len() == model.len();
-            if !fits {
-                tracing::warn!(conversation = %id, bytes = model.len(), "conversation.reported_model_ignored");
-            }
-            fits
-        });
+        let source = crate::id::hex(id);
+        let llm_model = text(told.pointer("/agent/llm/model")).and_then(|model| reported_model(&model, &source));
+        let usage = text(told.pointer("/agent/llm/usage_id"));
         Self {
             id,
             execution_status: text(told.get("execution_status")),
             title,
             llm_model,
-            stats: told.get("stats").and_then(AgentStats::read),
+            tags: told.get("tags").and_then(|tags| reported_tags(tags, &source)),
+            stats: told.get("stats").and_then(|stats| AgentStats::read(stats, usage.as_deref())),
             updated_at: text(told.get("updated_at")),
         }
     }
 
-    /// When its stats were taken, in a form that sorts; a time that does not read is earlier than all others.
-    #[must_use]
-    pub fn stats_time(&self) -> String {
+    /// When it was as it is reported, in a form that sorts; a time that does not read is earlier than all others.
+    fn time(&self) -> String {
         self.updated_at.as_deref().and_then(sortable_instant).unwrap_or_else(|| "!".into())
     }
-}
 
-/// What is of interest in a batch of events.
-#[derive(Default)]
-struct Batch {
-    /// The newest stats.
-    stats: Option<(String, AgentStats)>,
-    has_message: bool,
-    /// Whether the agent has come to a halt: finished, paused, failed, waiting for somebody.
-    has_stopped: bool,
-    is_empty: bool,
-}
-
-impl Batch {
-    fn of(events: &[Event]) -> Self {
-        let mut batch = Self { is_empty: events.is_empty(), ..Self::default() };
-        for event in events {
-            batch.has_message |= event.kind == "MessageEvent";
-            match state_update(event) {
-                Some(StateUpdate { key, value }) if key == "stats" => {
-                    let position = event.position();
-                    if let Some(stats) = AgentStats::read(&value)
-                        && batch.stats.as_ref().is_none_or(|(newest, _)| *newest < position)
-                    {
-                        batch.stats = Some((position, stats));
-                    }
-                }
-                Some(StateUpdate { key, value }) if key == "execution_status" => {
-                    batch.has_stopped |= value.as_str().is_some_and(|status| status != "running");
-                }
-                _ => {}
-            }
+    /// Brings metrics, model and tags of the record up to it, unless something newer was reported.
+    pub(super) async fn apply(&self, conversations: &ConversationStore, user: &UserId) -> Result<()> {
+        let time = ReportTime::Snapshot(self.time());
+        if let Some(stats) = &self.stats {
+            conversations.set_stats(user, self.id, stats, &time).await?;
         }
-        batch
+        if let Some(model) = &self.llm_model {
+            conversations.set_reported_model(user, self.id, model, &time).await?;
+        }
+        if let Some(tags) = &self.tags {
+            conversations.set_tags(user, self.id, tags, &time).await?;
+        }
+        Ok(())
     }
-}
-
-#[derive(Deserialize)]
-struct StateUpdate {
-    key: String,
-    value: Value,
-}
-
-fn state_update(event: &Event) -> Option<StateUpdate> {
-    // Others need not be read.
-    let is_of_interest = event.json.contains("usage_to_metrics") || event.json.contains("execution_status");
-    (event.kind == "ConversationStateUpdateEvent" && is_of_interest)
-        .then(|| serde_json::from_str(&event.json).ok())
-        .flatten()
 }
 
 /// Takes in what agent servers tell.
@@ -166,11 +131,23 @@ impl Intake {
             Standing::Known(known) => Some(known.as_ref()),
             Standing::Unknown => None,
         };
-        let batch = Batch::of(&events);
+        let events: Vec<Event> = events.into_iter().filter(|event| !event.is_transient()).collect();
+        let batch = Batch::of(&events, Time::now());
         let has_stats = batch.stats.is_some();
         self.events.append(user, conversation, events).await?;
-        if let Some((position, stats)) = batch.stats {
-            self.conversations.set_stats(user, conversation, &stats, &StatsTime::Event(position)).await?;
+        if let Some(stats) = batch.stats {
+            self.conversations.set_stats(user, conversation, &stats.value, &stats.time).await?;
+        }
+        // These are reported each turn and hardly ever change.
+        if let Some(model) = batch.model
+            && known.is_none_or(|known| known.record.llm_model.as_ref() != Some(&model.value))
+        {
+            self.conversations.set_reported_model(user, conversation, &model.value, &model.time).await?;
+        }
+        if let Some(tags) = batch.tags
+            && known.is_none_or(|known| known.record.tags != tags.value)
+        {
+            self.conversations.set_tags(user, conversation, &tags.value, &tags.time).await?;
         }
         // A record that is not there may be about to be. Agent servers tell of their titles never, of their stats not always.
         let wants_title = batch.has_message && known.is_none_or(Known::has_default_title);
@@ -197,8 +174,7 @@ impl Intake {
             return Ok(());
         }
         if standing == Standing::Unknown {
-            let stats_time = told.stats.is_some().then(|| told.stats_time());
-            if self.conversations.put_stub(&stub(sandbox, told), stats_time).await? {
+            if self.conversations.put_stub(&stub(sandbox, told), &told.time()).await? {
                 tracing::info!(conversation = %told.id, sandbox = %sandbox.id, "conversation.found");
                 return Ok(());
             }
@@ -212,15 +188,8 @@ impl Intake {
         if let Some(title) = &told.title {
             self.conversations.set_agent_title(user, told.id, title).await?;
         }
-        if let Some(stats) = &told.stats {
-            let time = StatsTime::Snapshot(told.stats_time());
-            self.conversations.set_stats(user, told.id, stats, &time).await?;
-        }
-        let change = match &told.llm_model {
-            Some(model) => ConversationChange::default().llm_model(model),
-            None => ConversationChange::default(),
-        };
-        self.conversations.update(user, told.id, change).await?;
+        told.apply(&self.conversations, user).await?;
+        self.conversations.update(user, told.id, ConversationChange::default()).await?;
         Ok(())
     }
 }
@@ -242,6 +211,7 @@ fn stub(sandbox: &SandboxRecord, told: &ToldConversation) -> ConversationRecord 
         metrics: told.stats.clone().map_or_else(MetricsSnapshot::default, AgentStats::into_metrics),
         parent_conversation_id: None,
         public: None,
+        tags: told.tags.clone().unwrap_or_default(),
         created_at: now,
         updated_at: now,
     }

@@ -11,7 +11,7 @@ use super::store::{After, EventFilter, EventStore, SortOrder};
 use crate::agent_server::AgentServer;
 use crate::conversation::ConversationRecord;
 use crate::conversation::store::ConversationStore;
-use crate::conversation::told::{Standing, StatsTime};
+use crate::conversation::told::Standing;
 use crate::error::Result;
 use crate::outbound::Outbound;
 use crate::sandbox::SandboxService;
@@ -76,11 +76,8 @@ impl Processors {
                     Some(agent_server) => told(agent_server, conversation).await,
                     None => None,
                 };
-                if let Some(told) = &told
-                    && let Some(stats) = &told.stats
-                {
-                    let time = StatsTime::Snapshot(told.stats_time());
-                    self.conversations.set_stats(user, conversation, stats, &time).await?;
+                if let Some(told) = &told {
+                    told.apply(&self.conversations, user).await?;
                 }
                 let title = match (told, agent_server) {
                     (Some(ToldConversation { title: None, .. }), Some(agent_server)) if look >= ASK_FROM => {

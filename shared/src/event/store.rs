@@ -56,6 +56,8 @@ const UNDATED: &str = "!";
 const FIRST_DATED: &str = "0";
 /// Behind every position.
 const LAST: &str = "~";
+/// The kind of events that hold a token each. They are for clients that watch; the message that the tokens make up follows.
+const DELTA: &str = "StreamingDeltaEvent";
 
 /// An event as its agent server sent it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,6 +84,12 @@ impl Event {
         }
     }
 
+    /// Whether it is not kept: agent servers do not keep these events either.
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        self.kind == DELTA
+    }
+
     /// Why it cannot be stored, if so.
     #[must_use]
     pub fn fault(&self) -> Option<&'static str> {
@@ -102,11 +110,22 @@ impl Event {
     }
 }
 
-/// The instant of an event's timestamp.
-#[must_use]
+/// The instant of an event's timestamp; one without a zone is taken for UTC.
 fn instant(timestamp: &str) -> Option<Timestamp> {
-    let zoned = timestamp.parse().ok();
-    let instant: Timestamp = zoned.or_else(|| Offset::UTC.to_timestamp(timestamp.parse::<DateTime>().ok()?).ok())?;
+    zoned_instant(timestamp).or_else(|| local_instant(timestamp))
+}
+
+/// The instant of a timestamp that names its zone.
+pub(super) fn zoned_instant(timestamp: &str) -> Option<Timestamp> {
+    timestamp.parse().ok().filter(|instant| *instant >= YEAR_0)
+}
+
+/// The instant of a timestamp that names no zone, taken for UTC.
+pub(super) fn local_instant(timestamp: &str) -> Option<Timestamp> {
+    if timestamp.parse::<Timestamp>().is_ok() {
+        return None;
+    }
+    let instant = Offset::UTC.to_timestamp(timestamp.parse::<DateTime>().ok()?).ok()?;
     // The text of an earlier one does not sort.
     (instant >= YEAR_0).then_some(instant)
 }
@@ -117,7 +136,8 @@ pub fn sortable_instant(timestamp: &str) -> Option<String> {
     instant(timestamp).map(sortable)
 }
 
-fn sortable(instant: Timestamp) -> String {
+/// An instant in a form that sorts.
+pub(super) fn sortable(instant: Timestamp) -> String {
     format!("{instant:.9}")
 }
 

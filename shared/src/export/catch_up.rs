@@ -88,7 +88,7 @@ fn event(item: &RawValue) -> Option<Event> {
         tracing::warn!(fault, "export.event_not_understood");
         return None;
     }
-    Some(event)
+    (!event.is_transient()).then_some(event)
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "the signature that `map_err` calls")]

@@ -898,6 +898,7 @@ fn record(user: &UserId, id: Uuid, now: Snapshot, created_at: Time, request: &St
         new_sandbox_id: String::new(),
         notes: Vec::new(),
         browser: None,
+        mcp_servers_left_out: Vec::new(),
         command: None,
         failure: None,
         attempts: 0,

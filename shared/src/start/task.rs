@@ -73,6 +73,9 @@ pub struct PendingCommand {
     pub name: String,
     /// The agent server's id of it.
     pub id: String,
+    /// When it was started. Records of earlier versions do not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<Time>,
 }
 
 /// The record of a start.
@@ -104,6 +107,9 @@ pub struct StartTaskRecord {
     /// Whether the sandbox has a browser, once that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub browser: Option<bool>,
+    /// Names of the MCP servers that the agent does not get, because they failed the probe.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mcp_servers_left_out: Vec<String>,
     /// A command that is waited for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub command: Option<PendingCommand>,
@@ -213,4 +219,20 @@ impl StartTaskRecord {
 /// A stored request as a part of an answer.
 pub(super) fn raw(request: String) -> Box<RawValue> {
     RawValue::from_string(request).unwrap_or_else(|_| RawValue::NULL.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_of_an_earlier_version_is_read() {
+        let row = r#"{"user": "ann", "id": "0513cae843c04dd7aebcf1c2dc0f9b8f", "status": "SETTING_UP_SKILLS",
+            "updated_at": "2026-11-20T10:00:00.000000Z", "created_at": "2026-11-20T10:00:00.000000Z",
+            "command": {"name": "git-hooks", "id": "c-1"}}"#;
+        let record: StartTaskRecord = serde_json::from_str(row).expect("a record");
+        assert_eq!(record.mcp_servers_left_out, [""; 0]);
+        let command = PendingCommand { name: "git-hooks".to_owned(), id: "c-1".to_owned(), started_at: None };
+        assert_eq!(record.command, Some(command));
+    }
 }

@@ -1,13 +1,16 @@
-//! An MCP server over streamable HTTP with one tool, for clients that send the right header; and the same tool in a process.
+//! MCP servers with one tool: over HTTP, well-behaved or not, and the same tool in a process.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
+use axum::body::Body;
 use axum::response::Response;
-use http::{Method, StatusCode};
+use futures::StreamExt as _;
+use http::{HeaderValue, Method, StatusCode};
 use serde_json::{Value, json};
+use tokio::sync::mpsc;
 
-use super::server::{self, Request, Server};
+use super::server::{self, Cut, Request, Server};
 
 /// The tool: it takes a `word` and answers with [`meaning`].
 pub const TOOL: &str = "look_up";
@@ -17,30 +20,84 @@ pub fn meaning(word: &str) -> String {
     format!("the meaning of {word}")
 }
 
+/// What a server does with requests.
+#[derive(Clone, Debug)]
+pub enum Behavior {
+    /// It works; its answers are JSON.
+    Works,
+    /// It works; its answers are event streams.
+    Streams,
+    /// It works over the older transport, at `/sse`.
+    Sse,
+    /// It gives a session, and answers nothing outside of it.
+    Sessions,
+    /// Every answer has this status.
+    Status(u16),
+    /// Every answer redirects with this status to this address.
+    Redirects(u16, String),
+    /// It works at `/mcp/`, to which `/mcp` redirects with 307.
+    RedirectsToSlash,
+    /// Every answer is a web page.
+    Page,
+    /// There is no answer.
+    Hangs,
+    /// There is the head of an event stream, and nothing more.
+    HangsInStream,
+    /// A list of tools is an error with this text.
+    NoList(&'static str),
+    /// The connection closes without an answer.
+    Cuts,
+}
+
 /// The server. Gone when dropped.
 #[derive(Debug)]
 pub struct McpServer {
     server: Server,
+    path: &'static str,
     requests: Arc<Mutex<Vec<Request>>>,
 }
 
 impl McpServer {
     /// Starts; a request without this header is answered with 401.
     pub async fn start(name: &'static str, value: &str) -> Self {
+        Self::start_with(Behavior::Works, Some((name, value))).await
+    }
+
+    /// Starts one that does this, for everybody.
+    pub async fn behaving(behavior: Behavior) -> Self {
+        Self::start_with(behavior, None).await
+    }
+
+    async fn start_with(behavior: Behavior, header: Option<(&'static str, &str)>) -> Self {
         let requests = Arc::new(Mutex::new(Vec::new()));
-        let (kept, value) = (Arc::clone(&requests), value.to_owned());
+        let path = if matches!(behavior, Behavior::Sse) { "/sse" } else { "/mcp" };
+        let (kept, header) = (Arc::clone(&requests), header.map(|(name, value)| (name, value.to_owned())));
+        // Of the older transport: where the answers to posted messages go.
+        let streams: Streams = Arc::default();
         let server = Server::start(move |request| {
-            let answer = answer(&request, name, &value);
-            kept.lock().expect("the requests").push(request);
-            async move { Ok(answer) }
+            kept.lock().expect("the requests").push(request.clone());
+            let (behavior, header, streams) = (behavior.clone(), header.clone(), Arc::clone(&streams));
+            async move {
+                match header {
+                    Some((name, value)) if request.header(name) != Some(&value) => {
+                        Ok(server::json(StatusCode::UNAUTHORIZED, &json!({"error": "unauthorized"})))
+                    }
+                    _ => answer(&request, &behavior, &streams).await,
+                }
+            }
         })
         .await;
-        Self { server, requests }
+        Self { server, path, requests }
     }
 
     /// Its endpoint.
     pub fn url(&self) -> String {
-        format!("{}/mcp", self.server.url())
+        format!("{}{}", self.server.url(), self.path)
+    }
+
+    /// The requests so far.
+    pub fn requests(&self) -> Vec<Request> {
+        self.requests.lock().expect("the requests").clone()
     }
 
     /// The parameters of the tool calls so far.
@@ -51,19 +108,77 @@ impl McpServer {
     }
 }
 
-fn answer(request: &Request, name: &str, value: &str) -> Response {
-    if request.header(name) != Some(value) {
-        return server::json(StatusCode::UNAUTHORIZED, &json!({"error": "unauthorized"}));
+type Streams = Arc<Mutex<Vec<mpsc::UnboundedSender<String>>>>;
+const SESSION: &str = "session-1";
+
+async fn answer(request: &Request, behavior: &Behavior, streams: &Streams) -> Result<Response, Cut> {
+    let status = |code: u16| StatusCode::from_u16(code).expect("a status");
+    match behavior {
+        Behavior::Status(code) => return Ok(server::json(status(*code), &json!({"error": "by a test"}))),
+        Behavior::Redirects(code, to) => return Ok(redirect(status(*code), to)),
+        Behavior::RedirectsToSlash if request.path == "/mcp" => {
+            return Ok(redirect(StatusCode::TEMPORARY_REDIRECT, "/mcp/"));
+        }
+        Behavior::Page => return Ok(server::raw(StatusCode::OK, "text/html", "<html>Sign in</html>")),
+        Behavior::Hangs => return server::hang().await,
+        Behavior::HangsInStream => return Ok(stream(futures::stream::pending())),
+        Behavior::Cuts => return Err(Cut),
+        Behavior::Sse if request.method == Method::GET && request.path == "/sse" => {
+            let (send, receive) = mpsc::unbounded_channel();
+            send.send("event: endpoint\ndata: /messages?session=1\n\n".to_owned()).expect("it is received");
+            streams.lock().expect("the streams").push(send);
+            let events = futures::stream::unfold(receive, async |mut receive| Some((receive.recv().await?, receive)));
+            return Ok(stream(events));
+        }
+        _ => {}
     }
-    if request.method != Method::POST {
-        // No stream of its own, and no sessions to end.
-        return server::json(StatusCode::METHOD_NOT_ALLOWED, &json!({}));
+    if request.method != Method::POST || (matches!(behavior, Behavior::Sse) && request.path != "/messages") {
+        // No stream of its own.
+        return Ok(server::json(StatusCode::METHOD_NOT_ALLOWED, &json!({})));
     }
     let message = request.json();
-    match result(&message) {
-        Some(result) => server::json(StatusCode::OK, &json!({"jsonrpc": "2.0", "id": message["id"], "result": result})),
-        None => server::json(StatusCode::ACCEPTED, &json!({})),
+    let is_first = message["method"] == "initialize";
+    if matches!(behavior, Behavior::Sessions) && !is_first && request.header("mcp-session-id") != Some(SESSION) {
+        return Ok(server::json(StatusCode::BAD_REQUEST, &json!({"error": "no session"})));
     }
+    let response = match behavior {
+        Behavior::NoList(text) if message["method"] == "tools/list" => {
+            Some(json!({"jsonrpc": "2.0", "id": message["id"], "error": {"code": -32000, "message": text}}))
+        }
+        _ => result(&message).map(|result| json!({"jsonrpc": "2.0", "id": message["id"], "result": result})),
+    };
+    let Some(response) = response else { return Ok(server::json(StatusCode::ACCEPTED, &json!({}))) };
+    Ok(match behavior {
+        Behavior::Streams => {
+            // A message of the server's own comes first.
+            let note =
+                json!({"jsonrpc": "2.0", "method": "notifications/message", "params": {"level": "info", "data": "x"}});
+            let events = format!(": comment\n\nevent: message\ndata: {note}\n\nevent: message\ndata: {response}\n\n");
+            server::raw(StatusCode::OK, "text/event-stream", events)
+        }
+        Behavior::Sse => {
+            let event = format!("event: message\r\ndata: {response}\r\n\r\n");
+            streams.lock().expect("the streams").retain(|stream| stream.send(event.clone()).is_ok());
+            server::json(StatusCode::ACCEPTED, &json!({}))
+        }
+        Behavior::Sessions if is_first => {
+            let mut answer = server::json(StatusCode::OK, &response);
+            answer.headers_mut().insert("mcp-session-id", HeaderValue::from_static(SESSION));
+            answer
+        }
+        _ => server::json(StatusCode::OK, &response),
+    })
+}
+
+fn redirect(status: StatusCode, to: &str) -> Response {
+    let mut answer = server::raw(status, "text/plain", "");
+    answer.headers_mut().insert("location", to.parse().expect("an address"));
+    answer
+}
+
+fn stream(events: impl futures::Stream<Item = String> + Send + 'static) -> Response {
+    let body = Body::from_stream(events.map(Ok::<_, Cut>));
+    Response::builder().header("content-type", "text/event-stream").body(body).expect("an answer")
 }
 
 /// The result of a request; none of a notification.

@@ -26,4 +26,5 @@ pub mod server;
 pub mod sigv4;
 pub mod stand_in_agent;
 pub mod wait;
+pub mod websocket;
 pub mod wire;

@@ -192,6 +192,8 @@ impl Product {
         let start = StartConfig {
             allow_insecure_git_access: true,
             patience: Duration::from_secs(60),
+            // Long, for a server that works on a slow machine.
+            mcp_probe_timeout: Duration::from_secs(60),
             web_url: self.web_url.clone(),
             ..StartConfig::default()
         };
@@ -453,17 +455,48 @@ impl AgentConversation {
         text(&self.info().await["workspace"]["working_dir"]).into()
     }
 
-    /// All of its events.
+    /// Sends a message, which the agent answers.
+    pub async fn send_message(&self, message: &str) {
+        let body = json!({"role": "user", "content": [{"type": "text", "text": message}], "run": true});
+        self.post("events", &body).await;
+    }
+
+    /// `POST` below the conversation.
+    pub async fn post(&self, path: &str, body: &Value) -> Value {
+        self.send(self.http.post(format!("{}/{path}", self.url)).json(body)).await
+    }
+
+    /// Changes the conversation itself.
+    pub async fn patch(&self, body: &Value) -> Value {
+        self.send(self.http.patch(&self.url).json(body)).await
+    }
+
+    /// The address of its websocket, key included.
+    pub fn socket_url(&self) -> String {
+        let (base, id) = self.url.split_once("/api/conversations/").expect("a conversation's address");
+        format!("{base}/sockets/events/{id}?session_api_key={}", self.key)
+    }
+
+    /// All of its events, of whatever number.
     pub async fn all_events(&self) -> Vec<Value> {
-        let events = self.send(self.http.get(format!("{}/events/search?limit=100", self.url))).await;
-        events["items"].as_array().expect("items").clone()
+        let (mut events, mut page_id) = (Vec::new(), None);
+        loop {
+            let request = self
+                .http
+                .get(format!("{}/events/search?limit=100", self.url))
+                .query(&page_id.map(|id: String| [("page_id", id)]));
+            let page = self.send(request).await;
+            events.extend(page["items"].as_array().expect("items").clone());
+            page_id = page["next_page_id"].as_str().map(str::to_owned);
+            if page_id.is_none() {
+                return events;
+            }
+        }
     }
 
     /// Its events of this kind, in order.
     pub async fn events(&self, kind: &str) -> Vec<Value> {
-        let events = self.send(self.http.get(format!("{}/events/search?limit=100", self.url))).await;
-        let events = events["items"].as_array().expect("items").clone();
-        events.into_iter().filter(|event| event["kind"] == kind).collect()
+        self.all_events().await.into_iter().filter(|event| event["kind"] == kind).collect()
     }
 
     /// What was said in it by `user` or `agent`, in order.

@@ -150,6 +150,7 @@ struct State {
     skills: Value,
     hooks: Option<Value>,
     generated_title: Option<String>,
+    version: String,
     setup_failure: Option<SetupFailure>,
     bash_events: Vec<BashEvent>,
     commands: JoinSet<()>,
@@ -182,6 +183,7 @@ impl StandInAgent {
             skills: json!([]),
             hooks: None,
             generated_title: None,
+            version: "1.15.0".to_owned(),
             setup_failure: None,
             bash_events: Vec::new(),
             commands: JoinSet::new(),
@@ -241,6 +243,11 @@ impl StandInAgent {
     /// The hook configuration to answer with, whatever the project holds.
     pub fn set_hooks(&self, hook_config: Value) {
         self.state().hooks = Some(hook_config);
+    }
+
+    /// The version that it says it is; 1.15.0 unless set.
+    pub fn set_version(&self, version: &str) {
+        version.clone_into(&mut self.state().version);
     }
 
     /// The title that it finds when it is asked to; without one it is a version that cannot be asked.
@@ -486,7 +493,7 @@ fn server_info(state: &State) -> Response {
         "uptime": state.started.elapsed().as_secs() as f64,
         "idle_time": 0.0,
         "title": "OpenHands Agent Server",
-        "version": "1.15.0",
+        "version": state.version,
         "sdk_version": "1.15.0",
         "tools_version": "1.15.0",
         "workspace_version": "1.15.0",

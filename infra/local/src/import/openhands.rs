@@ -323,6 +323,7 @@ fn columns(row: &Row<'_>) -> rusqlite::Result<Columns> {
 /// A row as the API shows the conversation.
 fn conversation(mut columns: Columns) -> Value {
     decode(&mut columns, "pr_number");
+    decode(&mut columns, "tags");
     let mut part = |names: &[(&str, &str)]| -> Map<String, Value> {
         names.iter().filter_map(|(column, field)| Some(((*field).to_owned(), columns.remove(*column)?))).collect()
     };

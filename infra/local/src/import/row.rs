@@ -6,6 +6,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 use shared::Time;
+use shared::conversation::tags::Tags;
 use shared::conversation::{ConversationRecord, MetricsSnapshot, TokenUsage};
 use shared::event::store::Event;
 use shared::http::query::read_datetime;
@@ -54,6 +55,7 @@ pub(super) fn conversation(data: &Value, default: DefaultOwner<'_>) -> Result<Co
         let metrics = fields.nullable(check, "metrics", metrics);
         let parent_conversation_id = fields.nullable(check, "parent_conversation_id", uuid);
         let public = fields.nullable(check, "public", boolean);
+        let tags = fields.nullable(check, "tags", tags);
         let created_at = fields.required(check, "created_at", time);
         let updated_at = fields.nullable(check, "updated_at", time);
         let record = ConversationRecord {
@@ -70,6 +72,7 @@ pub(super) fn conversation(data: &Value, default: DefaultOwner<'_>) -> Result<Co
             metrics: metrics?.unwrap_or_default(),
             parent_conversation_id: parent_conversation_id?,
             public: public?,
+            tags: tags?.unwrap_or_default(),
             created_at: created_at?,
             updated_at: updated_at?.or(created_at)?,
         };
@@ -92,7 +95,20 @@ pub(super) fn texts_of(record: &ConversationRecord) -> usize {
         usage.map(|usage| &usage.model),
         usage.map(|usage| &usage.response_id),
     ];
-    texts.into_iter().flatten().map(String::len).sum()
+    texts.into_iter().flatten().map(String::len).sum::<usize>() + record.tags.size()
+}
+
+/// Tags within the limits of a record. Others are refused rather than left out: nobody would miss them.
+fn tags(check: &mut Checker, value: &Value) -> Option<Tags> {
+    let Some((tags, left_out)) = Tags::read(value) else {
+        check.report("dict_type", "Input should be a valid dictionary", value.clone(), None);
+        return None;
+    };
+    if left_out > 0 {
+        refuse(check, "it holds tags that are no texts, too long or too many");
+        return None;
+    }
+    Some(tags)
 }
 
 /// `AppConversationStartTask` of the contract. Of the secrets in its request the names are kept, the values are dropped.

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use super::{Folders, StepError, Work};
 use crate::agent_server::{AgentServer, CommandOutput};
+use crate::clock::Time;
 use crate::start::task::PendingCommand;
 
 /// How much of a command's output is kept, in bytes.
@@ -74,7 +75,8 @@ impl Work<'_> {
             _ => {
                 let script = once(&folders.state, name, script, finally);
                 let id = agent_server.start_command(&script, &folders.parent, timeout).await?;
-                self.task.record.command = Some(PendingCommand { name: name.to_owned(), id: id.clone() });
+                self.task.record.command =
+                    Some(PendingCommand { name: name.to_owned(), id: id.clone(), started_at: Some(Time::now()) });
                 id
             }
         };

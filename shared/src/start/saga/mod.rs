@@ -8,6 +8,7 @@
 mod choose_sandbox;
 pub mod command;
 mod prepare_repository;
+mod probe_mcp_servers;
 mod run_setup_script;
 mod set_up_git_hooks;
 mod start_conversation;
@@ -486,11 +487,15 @@ impl Work<'_> {
             Standing::Known(_) | Standing::Deleting => return Ok(()),
         };
         let found = self.saga.sandboxes.get(user, sandbox).await?;
-        if let Some(agent_server) = found.and_then(|sandbox| sandbox.agent_server(&self.saga.http))
-            && let Err(error) = self.remove_from(&agent_server).await
-        {
-            // Nobody can see it there.
-            tracing::warn!(task = %record.id, %error, "start.conversation_not_removed");
+        let Some(agent_server) = found.and_then(|sandbox| sandbox.agent_server(&self.saga.http)) else { return Ok(()) };
+        match self.remove_from(&agent_server).await {
+            Ok(true) => {}
+            Ok(false) => return Ok(()),
+            // It stays, and so does its record.
+            Err(error) => {
+                tracing::warn!(task = %record.id, %error, "start.conversation_not_removed");
+                return Ok(());
+            }
         }
         // With the last conversation in a sandbox the sandbox goes, too, which is not for a failed start to cause.
         if let Some(stub) = stub

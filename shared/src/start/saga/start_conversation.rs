@@ -6,20 +6,23 @@ use http::StatusCode;
 use serde_json::json;
 use tokio::time::{Instant, sleep};
 
+use super::probe_mcp_servers::ProbeStart;
 use super::{Step, StepError, Work};
 use crate::agent_server::conversation_body::{
     ConversationBody, ConversationInputs, conversation_body, uses_llm_analyzer,
 };
+use crate::agent_server::version::AgentServerVersion;
 use crate::agent_server::{AgentServer, AgentServerError, ConversationInfo, Failure, Retry, SkillInfo, SkillsQuery};
 use crate::clock::Time;
 use crate::conversation::store::ConversationChange;
+use crate::conversation::tags::Tags;
 use crate::conversation::told::{Standing, default_titles};
 use crate::conversation::{ConversationRecord, MetricsSnapshot};
 use crate::measure;
 use crate::sandbox::Sandbox;
 use crate::start::queue::Job;
 use crate::start::request::{AgentType, EventCallbackProcessor};
-use crate::start::store::{Change, StartTaskStore};
+use crate::start::store::StartTaskStore;
 use crate::start::task::{Snapshot, StartStatus};
 use crate::user::token::TokenKey;
 
@@ -27,10 +30,15 @@ impl Work<'_> {
     pub(super) async fn set_up_skills(&mut self) -> Result<Step, StepError> {
         let Some((sandbox, agent_server)) = self.running_sandbox().await? else { return Ok(Step::Wait) };
         let url = sandbox.agent_server_url().unwrap_or_default().to_owned();
-        // Read now, used in the next step: in the same turn they are at hand, after a crash they are read again.
-        self.skills = Some(self.load_skills(&sandbox, &agent_server).await?);
+        let probe = self.start_mcp_probe(&sandbox, &agent_server).await?;
+        // Read now, used in the next step: in the same turn they are at hand, after a crash they are read again. The probe runs
+        // meanwhile; while only the probe is waited for they are not read again.
+        if self.skills.is_none() && probe != ProbeStart::Pending {
+            self.skills = Some(self.load_skills(&sandbox, &agent_server).await?);
+        }
+        let Some(change) = self.end_mcp_probe(&agent_server).await? else { return Ok(Step::Wait) };
         self.task.record.now.agent_server_url = Some(url);
-        Ok(Step::Next(StartStatus::StartingConversation, Change::default()))
+        Ok(Step::Next(StartStatus::StartingConversation, change))
     }
 
     pub(super) async fn start_conversation(&mut self) -> Result<Step, StepError> {
@@ -39,7 +47,9 @@ impl Work<'_> {
             self.skills = Some(self.load_skills(&sandbox, &agent_server).await?);
         }
         let body = self.body(&sandbox, &agent_server).await?;
-        self.create(&agent_server, &body).await?;
+        if let Err(error) = self.create(&agent_server, &body).await {
+            return Err(self.without_mcp_secrets(error).await?);
+        }
         let settings = self.settings().await?;
         if uses_llm_analyzer(&settings)
             && let Err(error) = agent_server.set_llm_security_analyzer(self.task.record.conversation_id).await
@@ -90,6 +100,8 @@ impl Work<'_> {
         if !browser && self.task.request.agent_type == AgentType::Default {
             self.add_note("The agent has no browser tool: no Chromium was found in its sandbox".to_owned());
         }
+        let streaming = self.saga.config.token_streaming
+            && self.agent_server_version(agent_server).await.is_some_and(AgentServerVersion::streams_to_clients_only);
         let token_key = TokenKey::of(&self.saga.sealer).await?;
         let body = conversation_body(&ConversationInputs {
             user: &self.task.record.user,
@@ -101,11 +113,23 @@ impl Work<'_> {
             skills: self.skills.as_deref().unwrap_or_default(),
             hooks,
             browser,
+            streaming,
+            mcp_servers_left_out: &self.task.record.mcp_servers_left_out,
             config: &self.saga.config,
             token_key: &token_key,
             now: Time::now(),
         })?;
         body.map_err(|missing| StepError::Refused(missing.to_string()))
+    }
+
+    /// The version of the agent server; `None` where it cannot be found out, which is no reason to fail a start: the conversation then
+    /// uses nothing that a version may lack.
+    async fn agent_server_version(&self, agent_server: &AgentServer) -> Option<AgentServerVersion> {
+        let version = agent_server.version().await;
+        if let Err(error) = &version {
+            tracing::warn!(task = %self.task.record.id, %error, "start.agent_server_version_unknown");
+        }
+        version.ok().flatten()
     }
 
     /// Creates the conversation once, and makes sure that its first message is there.
@@ -176,16 +200,22 @@ impl Work<'_> {
         Ok(agent_server.conversations(&[id], self.saga.config.agent_request_timeout).await?.pop().flatten())
     }
 
-    /// Removes this start's conversation from the agent server, if it is there.
-    pub(super) async fn remove_from(&self, agent_server: &AgentServer) -> Result<(), AgentServerError> {
+    /// Removes this start's conversation from the agent server. False if it has a user's message: somebody uses it, and may have used
+    /// it before this start.
+    pub(super) async fn remove_from(&self, agent_server: &AgentServer) -> Result<bool, AgentServerError> {
         let id = self.task.record.conversation_id;
+        match self.find(agent_server).await? {
+            None => return Ok(true),
+            Some(info) if info.last_user_message_id.is_some() => return Ok(false),
+            Some(_) => {}
+        }
         match agent_server.delete_conversation(id, self.saga.config.agent_request_timeout).await {
             // Version 1.15 answers 400 where later ones answer 404.
             Err(AgentServerError {
                 failure: Failure::Status(StatusCode::NOT_FOUND | StatusCode::BAD_REQUEST, _),
                 ..
-            }) => Ok(()),
-            done => done,
+            }) => Ok(true),
+            done => done.map(|()| true),
         }
     }
 
@@ -210,6 +240,7 @@ impl Work<'_> {
             metrics: MetricsSnapshot::default(),
             parent_conversation_id: request.parent_conversation_id,
             public: request.public,
+            tags: Tags::default(),
             created_at: now,
             updated_at: now,
         };
@@ -262,7 +293,7 @@ impl Work<'_> {
     }
 
     /// Adds a note unless an earlier attempt did.
-    fn add_note(&mut self, note: String) {
+    pub(super) fn add_note(&mut self, note: String) {
         if !self.task.record.notes.contains(&note) {
             self.task.record.notes.push(note);
         }

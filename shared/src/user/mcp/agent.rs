@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
-use super::server::{auth_headers, auth_of, entries_of, whole_seconds};
+use super::server::{auth_headers, auth_of, entries_of};
 use super::{Servers, stored};
 
 /// The MCP servers of a user's settings, as starts use them.
@@ -36,24 +36,46 @@ impl McpServers {
     }
 
     /// The servers that are switched on, in the one form that agent servers from 1.15 to 1.58 accept: flat, with headers instead
-    /// of `auth`, without nulls, and with whole seconds as the timeout. A server that needs an OAuth token and has none is left
+    /// of `auth`, without nulls, and with the timeout in whole milliseconds. A server that needs an OAuth token and has none is left
     /// out: no header can stand for it, and agent servers of 1.15 end a conversation whose server refuses them.
     #[must_use]
     pub fn for_agent(&self) -> Map<String, Value> {
         let described = |(name, server): (&String, &Value)| Some((name.clone(), described(server.as_object()?)?));
         self.0.iter().filter_map(described).collect()
     }
+
+    /// The names of the servers that are switched on, need an OAuth token and have none: [`Self::for_agent`] leaves them out.
+    pub fn without_token(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().filter(|(_, server)| server.as_object().is_some_and(lacks_token)).map(|(name, _)| name.as_str())
+    }
+}
+
+/// The unit in which the MCP client of agent servers reads `timeout`, where it reads it at all: those of 1.15 and 1.58 ignore it, that
+/// of 1.49 gives a server with `timeout: 30` 30 ms to answer.
+fn milliseconds(seconds: f64) -> u32 {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is clamped to the type's range")]
+    let whole = (seconds * 1000.0).ceil().clamp(1.0, f64::from(u32::MAX)) as u32;
+    whole
+}
+
+fn lacks_token(server: &Map<String, Value>) -> bool {
+    let auth = auth_of(server).filter(|auth| auth.get("strategy").and_then(Value::as_str) == Some("oauth2"));
+    is_enabled(server) && auth.is_some_and(|auth| auth_headers(auth).is_none())
+}
+
+fn is_enabled(server: &Map<String, Value>) -> bool {
+    server.get("enabled") != Some(&Value::Bool(false))
 }
 
 fn described(server: &Map<String, Value>) -> Option<Value> {
-    if server.get("enabled") == Some(&Value::Bool(false)) {
+    if !is_enabled(server) {
         return None;
     }
     let texts = |name: &str| -> Map<String, Value> {
         let texts = entries_of(server, name).filter(|(_, value)| value.is_string());
         texts.map(|(name, value)| (name.clone(), value.clone())).collect()
     };
-    let timeout = server.get("timeout").and_then(Value::as_f64).map(|seconds| Value::from(whole_seconds(seconds)));
+    let timeout = server.get("timeout").and_then(Value::as_f64).map(|seconds| Value::from(milliseconds(seconds)));
     let (fields, entries) = match (server.get("url"), server.get("command")) {
         (Some(Value::String(_)), None) => {
             let mut headers = texts("headers");

@@ -428,7 +428,7 @@ fn agents_get_the_form_that_all_agent_servers_accept() {
         json!({
             "plain": {"url": "https://plain.example/mcp"},
             "sse": {"url": "https://sse.example/sse", "transport": "sse"},
-            "keyed": {"url": "https://keyed.example/mcp", "headers": {"Authorization": "Bearer canary-1"}, "timeout": 30},
+            "keyed": {"url": "https://keyed.example/mcp", "headers": {"Authorization": "Bearer canary-1"}, "timeout": 30_000},
             "other header": {"url": "https://o.example", "headers": {"X-Key": "canary-2"}},
             "bearer": {"url": "https://b.example", "transport": "streamable-http", "headers": {"X-A": "canary-4", "Authorization": "Bearer canary-3"}},
             "basic": {"url": "https://basic.example", "headers": {"Authorization": "Basic Y2FuYXJ5LTU6"}},
@@ -436,10 +436,11 @@ fn agents_get_the_form_that_all_agent_servers_accept() {
             "open": {"url": "https://open.example"},
             "oauth": {"url": "https://oauth.example", "headers": {"Authorization": "Bearer canary-8"}},
             "process": {"command": "npx", "args": ["-y", "x"], "env": {"T": "canary-10"}},
-            "process with all": {"command": "/opt/my tool", "args": ["a"], "cwd": "/workspace", "env": {"U": "canary-11"}, "timeout": 3},
+            "process with all": {"command": "/opt/my tool", "args": ["a"], "cwd": "/workspace", "env": {"U": "canary-11"}, "timeout": 2500},
             "bare": {"command": "uvx"},
         })
     );
+    assert_eq!(servers.without_token().collect::<Vec<_>>(), ["oauth-new"]);
     // What an agent server may repeat of them is masked.
     let secrets = mask::secrets_in(&json!({"agent": {"mcp_config": servers.for_agent()}}));
     for sent in [
