@@ -342,15 +342,16 @@ impl Work<'_> {
     async fn step(&mut self) -> Result<Step, StepError> {
         let (lease, overdue) = (self.lease.clone(), self.overdue_text());
         let time_left = self.task.record.deadline.map_or(OVERTIME, |deadline| deadline.since(Time::now()));
+        // In boxes: a step that calls others takes so much of a thread's stack that little is left for its caller.
         let step = async {
             match self.status() {
-                StartStatus::Working => self.choose_sandbox().await,
-                StartStatus::WaitingForSandbox => self.wait_for_sandbox().await,
-                StartStatus::PreparingRepository => self.prepare_repository().await,
-                StartStatus::RunningSetupScript => self.run_setup_script().await,
-                StartStatus::SettingUpGitHooks => self.set_up_git_hooks().await,
-                StartStatus::SettingUpSkills => self.set_up_skills().await,
-                StartStatus::StartingConversation => self.start_conversation().await,
+                StartStatus::Working => Box::pin(self.choose_sandbox()).await,
+                StartStatus::WaitingForSandbox => Box::pin(self.wait_for_sandbox()).await,
+                StartStatus::PreparingRepository => Box::pin(self.prepare_repository()).await,
+                StartStatus::RunningSetupScript => Box::pin(self.run_setup_script()).await,
+                StartStatus::SettingUpGitHooks => Box::pin(self.set_up_git_hooks()).await,
+                StartStatus::SettingUpSkills => Box::pin(self.set_up_skills()).await,
+                StartStatus::StartingConversation => Box::pin(self.start_conversation()).await,
                 StartStatus::Ready | StartStatus::Error => Ok(Step::Ready),
             }
         };
