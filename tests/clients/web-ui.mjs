@@ -30,7 +30,12 @@ await run("web-ui", { options: ["--ui"] }, async (server, say) => {
       const { parts } = await (await fetch(`${server.url}/ready`)).json();
       return parts.web_ui_editor === "ready";
     });
-    await converse(page, server.url, say);
+    try {
+      await converse(page, server.url, say);
+    } catch (error) {
+      if (process.env.SCREENSHOTS) await page.screenshot({ path: path.join(process.env.SCREENSHOTS, "failed.png") });
+      throw error;
+    }
   } finally {
     await browser.close();
   }
@@ -66,6 +71,11 @@ async function converse(page, url, say) {
     await page.keyboard.type(text);
     await page.keyboard.press("Enter");
   };
+  const panel = async () => {
+    // A notice may be in front of the button, and stays for as long as the mouse is on it.
+    await page.mouse.move(SIZE.width / 2, SIZE.height / 2);
+    await page.getByTestId("right-panel-toggle").click();
+  };
   const choose = async (button) => {
     await page.getByTestId("conversation-name").getByTestId("ellipsis-button").click();
     await page.getByTestId(button).click();
@@ -100,41 +110,47 @@ async function converse(page, url, say) {
   say("renamed it");
 
   // What the agent wrote, beside the conversation.
-  await page.getByTestId("right-panel-toggle").click();
+  await panel();
   await page.getByTestId("file-tree-file-hello.txt").click();
   await page.getByText("Written by an agent that follows a script.", { exact: true }).waitFor();
   await picture("conversation");
-  await page.getByTestId("right-panel-toggle").click();
+  await panel();
   say("showed the file that the agent wrote");
 
   // What was changed and committed in its sandbox, with the files of each commit and what changed in them. Agent servers before 1.49 do
   // not list commits.
   const now = (await api(`?ids=${row.id}`))[0];
+  await command(now, "echo 'let committed = 1;' > hello.ts");
   await command(now, "git add -A && git -c user.name=Ada -c user.email=ada@example.com commit -qm 'Say hello in a file'");
-  await command(now, "echo 'This line is in no commit.' >> hello.txt");
+  await command(now, "echo 'This line is in no commit.' >> hello.txt && echo 'let uncommitted = 2;' >> hello.ts");
   const { version } = await (await fetch(new URL("/server_info", now.conversation_url))).json();
   const [major, minor] = version.split(".").map(Number);
   const listsCommits = major > 1 || minor >= 49;
   const asked = page.waitForResponse((answer) => answer.request().postData()?.includes("/api/git/commits?"));
-  await page.getByTestId("right-panel-toggle").click();
+  await panel();
   await page.getByTestId("conversation-tab-commits").click();
   assert.equal((await asked).status(), listsCommits ? 200 : 404, version);
   // The diff of a file, in one editor or two.
-  const diff = async (listed) => {
-    await listed.getByTestId("diff-change-list").getByText("hello.txt").click();
+  const diff = async (listed, file) => {
+    await listed.getByTestId("diff-change-list").getByText(file, { exact: true }).click();
     return listed.getByTestId("editor-container").locator(".monaco-diff-editor .editor.modified .view-line");
   };
   const uncommitted = page.getByTestId("uncommitted-changes-row");
   await uncommitted.getByTestId("uncommitted-changes-row-toggle").click();
-  await (await diff(uncommitted)).getByText("This line is in no commit.").waitFor();
+  await (await diff(uncommitted, "hello.txt")).getByText("This line is in no commit.").waitFor();
   await picture("changes");
+  // A language that has a worker of its own.
+  const language = page.waitForResponse((answer) => answer.url().includes("/ts.worker"));
+  await (await diff(uncommitted, "hello.ts")).getByText("let uncommitted = 2;").waitFor();
+  assert.equal((await language).status(), 200);
+  await picture("changes-in-code");
   await uncommitted.getByTestId("uncommitted-changes-row-toggle").click();
   say("showed an uncommitted change");
   const commits = page.getByTestId("commit-row");
   if (listsCommits) {
     const listed = commits.filter({ hasText: "Say hello in a file" });
     await listed.getByTestId("commit-row-toggle").click();
-    const lines = await diff(listed);
+    const lines = await diff(listed, "hello.txt");
     await lines.getByText("Written by an agent that follows a script.").waitFor();
     assert.equal(await lines.getByText("This line is in no commit.").count(), 0);
     say("listed a commit, and showed what it changed in a file");
@@ -146,7 +162,7 @@ async function converse(page, url, say) {
   assert.deepEqual([...editors], ["127.0.0.1"], "the editor is from elsewhere");
   await until("the editor's worker runs", TURN, () => page.workers().length > 0);
   assert.deepEqual(refused, []);
-  await page.getByTestId("right-panel-toggle").click();
+  await panel();
 
   // Another visit: the list, and what was said.
   await page.goto(url);
