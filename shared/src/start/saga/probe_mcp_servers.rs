@@ -474,9 +474,9 @@ mod tests {
     }
 
     /// Runs a text after the program's own, in one module.
-    fn run_with_program(test: &str) {
+    fn run_with_program(check: &str) {
         let Some(python) = python() else { return };
-        let text = format!("{PROGRAM}\n{test}");
+        let text = format!("{PROGRAM}\n{check}");
         let output = std::process::Command::new(python).args(["-I", "-c", &text]).output().expect("it runs");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
