@@ -281,6 +281,11 @@ async fn a_server_is_left_out_if_agent_servers_cannot_read_its_answers() {
         .collect();
     behaviors.extend([
         (Behavior::BreaksOnSecondPage, "it answered tools/list with an error: no such page".to_owned()),
+        // Agent servers go on only if there is another server beside it, and it has no tools.
+        (
+            Behavior::RawList(r#"{"jsonrpc": "2.0", "id": ID, "error": {"code": -32601, "message": "unknown"}}"#),
+            "it answered tools/list with an error: unknown".to_owned(),
+        ),
         // A text that is no Unicode, and one that is longer than all output may be.
         (
             Behavior::RawList(r#"{"jsonrpc": "2.0", "id": ID, "error": {"code": 1, "message": "\ud800 broken"}}"#),
