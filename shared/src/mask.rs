@@ -70,9 +70,9 @@ fn collect_from_url(text: &str, found: &mut BTreeSet<String>) {
     found.extend(url.password().map(ToOwned::to_owned));
 }
 
-/// The text with every secret replaced by [`MASK`], also where it is escaped as in JSON.
+/// What [`masked`] replaces, in this order: the secrets, the long lines of each, and both escaped as in JSON.
 #[must_use]
-pub fn masked<'a>(text: &str, secrets: impl IntoIterator<Item = &'a str>) -> String {
+pub fn forms<'a>(secrets: impl IntoIterator<Item = &'a str>) -> Vec<String> {
     let mut forms = BTreeSet::new();
     for secret in secrets {
         let lines = secret.lines().map(str::trim).filter(|line| line.len() >= SHORTEST_LINE);
@@ -84,7 +84,15 @@ pub fn masked<'a>(text: &str, secrets: impl IntoIterator<Item = &'a str>) -> Str
     // The longest first: one secret may contain another.
     let mut forms: Vec<String> = forms.into_iter().collect();
     forms.sort_by_key(|form| std::cmp::Reverse(form.len()));
-    forms.iter().fold(text.to_owned(), |text, form| if text.contains(form) { text.replace(form, MASK) } else { text })
+    forms
+}
+
+/// The text with every secret replaced by [`MASK`], also where it is escaped as in JSON.
+#[must_use]
+pub fn masked<'a>(text: &str, secrets: impl IntoIterator<Item = &'a str>) -> String {
+    forms(secrets)
+        .iter()
+        .fold(text.to_owned(), |text, form| if text.contains(form) { text.replace(form, MASK) } else { text })
 }
 
 #[cfg(test)]

@@ -82,6 +82,7 @@ async fn servers_that_work_are_given_to_the_agent_and_the_others_are_left_out_by
         ("sse", Behavior::Sse, ""),
         ("sessions", Behavior::Sessions, ""),
         ("to-slash", Behavior::RedirectsToSlash, ""),
+        ("sticky", Behavior::Sticky, ""),
         ("401", Behavior::Status(401), "it answered 401 Unauthorized"),
         ("403", Behavior::Status(403), "it answered 403 Forbidden"),
         ("404", Behavior::Status(404), "it answered 404 Not Found"),
@@ -100,7 +101,7 @@ async fn servers_that_work_are_given_to_the_agent_and_the_others_are_left_out_by
         ("page", Behavior::Page, "its answer is not an MCP message"),
         ("hangs", Behavior::Hangs, "it did not answer within 2 s"),
         ("hangs-in-stream", Behavior::HangsInStream, "it did not answer within 2 s"),
-        ("no-list", Behavior::NoList("no database"), "it answered tools/list with an error: no database"),
+        ("no-list", Behavior::NoList("no database".to_owned()), "it answered tools/list with an error: no database"),
         ("cuts", Behavior::Cuts, "it closed the connection without a complete HTTP response"),
     ];
     let mut expected: Vec<(String, String)> = Vec::new();
@@ -118,6 +119,7 @@ async fn servers_that_work_are_given_to_the_agent_and_the_others_are_left_out_by
         server["timeout"] = 2.into();
         server
     };
+    std::fs::write(rig.agent.root().join("no-program"), "text").expect("written");
     for (name, server, reason) in [
         ("refuses", json!({"url": "http://127.0.0.1:1/mcp"}), "the connection was refused"),
         ("refuses-sse", json!({"url": "http://127.0.0.1:1/x", "transport": "sse"}), "the connection was refused"),
@@ -126,6 +128,11 @@ async fn servers_that_work_are_given_to_the_agent_and_the_others_are_left_out_by
         ("no-url", json!({"url": "wss://mcp.example/mcp"}), "its URL is not an HTTP URL"),
         ("process", process(&rig), ""),
         ("missing", json!({"command": "no-such-command-here"}), "its command was not found"),
+        (
+            "not-executable",
+            json!({"command": rig.agent.root().join("no-program").display().to_string()}),
+            "its command is not executable",
+        ),
         ("no-folder", json!({"command": "sh", "cwd": "/no/such/folder"}), "its working directory does not exist"),
         (
             "exits",
@@ -202,6 +209,186 @@ async fn servers_that_work_are_given_to_the_agent_and_the_others_are_left_out_by
     rig.finish().await;
 }
 
+/// What MCP clients of agent servers refuse: fields that are missing or of another type, versions that they do not know. With what
+/// they accept beside it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_is_left_out_if_agent_servers_cannot_read_its_answers() {
+    let tool = |fields: Value| {
+        let mut tool = json!({"name": "t", "inputSchema": {"type": "object"}});
+        for (name, value) in fields.as_object().expect("fields") {
+            tool[name] = value.clone();
+        }
+        tool.as_object_mut().expect("an object").retain(|name, value| name == "description" || !value.is_null());
+        json!({"tools": [{"name": "first", "inputSchema": {}}, tool]})
+    };
+    let (initialize, list) = ("initialize", "tools/list");
+    let version = |version: &str| json!({"protocolVersion": version});
+    let unsupported = "it chose version 2099-01-01 of MCP, which agent servers do not support";
+    let cases = [
+        (initialize, version("2024-11-05"), ""),
+        (initialize, version("2025-03-26"), ""),
+        (initialize, version("2025-06-18"), ""),
+        (initialize, version("2025-11-25"), ""),
+        (initialize, version("2099-01-01"), unsupported),
+        (initialize, version("2026-07-28"), "it chose version 2026-07-28 of MCP, which agent servers do not support"),
+        (initialize, version("2024-10-07"), "it chose version 2024-10-07 of MCP, which agent servers do not support"),
+        (initialize, json!({"protocolVersion": null}), "its answer is not an MCP message"),
+        (initialize, json!({"capabilities": {}}), ""),
+        (initialize, json!({"capabilities": null}), "its answer to initialize is not valid: capabilities is missing"),
+        (initialize, json!({"capabilities": []}), "its answer to initialize is not valid: capabilities is not valid"),
+        (
+            initialize,
+            json!({"capabilities": {"tools": true}}),
+            "its answer to initialize is not valid: capabilities.tools is not valid",
+        ),
+        (initialize, json!({"serverInfo": null}), "its answer to initialize is not valid: serverInfo is missing"),
+        (
+            initialize,
+            json!({"serverInfo": {"name": "w"}}),
+            "its answer to initialize is not valid: serverInfo.version is missing",
+        ),
+        (
+            initialize,
+            json!({"serverInfo": {"name": 1, "version": "1"}}),
+            "its answer to initialize is not valid: serverInfo.name is not valid",
+        ),
+        (initialize, json!({"instructions": 1}), "its answer to initialize is not valid: instructions is not valid"),
+        (list, json!({"tools": []}), ""),
+        (list, tool(json!({"description": null, "more": 1})), ""),
+        (list, json!({"tools": null}), "its answer to tools/list is not valid: tools is missing"),
+        (list, json!({"tools": ["text"]}), "its answer to tools/list is not valid: tools[0]"),
+        (list, tool(json!({"name": null})), "its answer to tools/list is not valid: tools[1].name is missing"),
+        (list, tool(json!({"name": 1})), "its answer to tools/list is not valid: tools[1].name is not valid"),
+        (
+            list,
+            tool(json!({"inputSchema": null})),
+            "its answer to tools/list is not valid: tools[1].inputSchema is missing",
+        ),
+        (
+            list,
+            tool(json!({"inputSchema": []})),
+            "its answer to tools/list is not valid: tools[1].inputSchema is not valid",
+        ),
+        (
+            list,
+            tool(json!({"description": 1})),
+            "its answer to tools/list is not valid: tools[1].description is not valid",
+        ),
+    ];
+    let mut behaviors: Vec<(Behavior, String)> = cases
+        .into_iter()
+        .map(|(method, fields, reason)| (Behavior::Answers(method, fields), reason.to_owned()))
+        .collect();
+    behaviors.extend([
+        (Behavior::BreaksOnSecondPage, "it answered tools/list with an error: no such page".to_owned()),
+        // Agent servers go on only if there is another server beside it, and it has no tools.
+        (
+            Behavior::RawList(r#"{"jsonrpc": "2.0", "id": ID, "error": {"code": -32601, "message": "unknown"}}"#),
+            "it answered tools/list with an error: unknown".to_owned(),
+        ),
+        // A text that is no Unicode, and one that is longer than all output may be.
+        (
+            Behavior::RawList(r#"{"jsonrpc": "2.0", "id": ID, "error": {"code": 1, "message": "\ud800 broken"}}"#),
+            "it answered tools/list with an error: ? broken".to_owned(),
+        ),
+        (
+            Behavior::NoList("x".repeat(2 << 20)),
+            format!("it answered tools/list with an error: {}…", "x".repeat(200 - 38)),
+        ),
+    ]);
+    let rig = Rig::start(with_probe(LONG)).await;
+    for some in behaviors.chunks(10) {
+        let mut running = Vec::new();
+        let mut servers = Map::new();
+        for (number, (behavior, _)) in some.iter().enumerate() {
+            let server = McpServer::behaving(behavior.clone()).await;
+            servers.insert(number.to_string(), json!({"url": server.url()}));
+            running.push(server);
+        }
+        set_servers(&rig, &servers.into()).await;
+        let task = rig.begin(&json!({})).await;
+        let detail = detail_of(&rig.drive(task.id).await);
+        let expected: Vec<String> = some
+            .iter()
+            .enumerate()
+            .filter(|(_, (_, reason))| !reason.is_empty())
+            .map(|(number, (_, reason))| format!("MCP server \"{number}\" was left out: {reason}"))
+            .collect();
+        assert_eq!(detail.lines().collect::<Vec<_>>(), expected, "{some:?}");
+    }
+    rig.finish().await;
+}
+
+/// URLs are requested as agent servers request them.
+#[tokio::test(flavor = "multi_thread")]
+async fn urls_with_blanks_and_letters_beyond_ascii_are_encoded() {
+    let rig = Rig::start(with_probe(LONG)).await;
+    let server = McpServer::behaving(Behavior::Works).await;
+    let base = server.url().replace("/mcp", "");
+    let cases = [
+        ("/a b", "/a%20b", ""),
+        ("/ü", "/%C3%BC", ""),
+        ("/a`{b}|[c]", "/a%60%7Bb%7D|[c]", ""),
+        ("/a%20b%zz", "/a%20b%zz", ""),
+        ("/x/../y/./z", "/y/z", ""),
+        ("/?q=a b\"<>ü|{}`#fragment", "/", "q=a%20b%22%3C%3E%C3%BC|{}`"),
+    ];
+    let mut servers: Map<String, Value> =
+        cases.iter().map(|(url, ..)| ((*url).to_owned(), json!({"url": format!("{base}{url}")}))).collect();
+    let moved = McpServer::behaving(Behavior::Redirects(307, "/ö b".to_owned())).await;
+    servers.insert("moved".to_owned(), json!({"url": moved.url()}));
+    servers.insert("idn".to_owned(), json!({"url": "http://bücher.invalid/mcp"}));
+    set_servers(&rig, &servers.into()).await;
+    let task = rig.begin(&json!({})).await;
+    let detail = detail_of(&rig.drive(task.id).await);
+    let mut lines: Vec<&str> = detail.lines().collect();
+    lines.sort_unstable();
+    let unresolved = "MCP server \"idn\" was left out: its host name cannot be resolved";
+    assert_eq!(lines, [unresolved, "MCP server \"moved\" was left out: it redirects in a loop"]);
+    let requests = server.requests();
+    for (url, path, query) in cases {
+        assert!(requests.iter().any(|request| request.path == path && request.query == query), "{url}: {requests:?}");
+    }
+    let requests = moved.requests();
+    assert!(requests.iter().any(|request| request.path == "/%C3%B6%20b"), "{requests:?}");
+    rig.finish().await;
+}
+
+/// A cookie goes to the server that set it, and to no other one on the same host.
+#[tokio::test(flavor = "multi_thread")]
+async fn cookies_stay_within_their_probe() {
+    let rig = Rig::start(with_probe(LONG)).await;
+    let (sticky, other) = (McpServer::behaving(Behavior::Sticky).await, McpServer::behaving(Behavior::Sticky).await);
+    set_servers(&rig, &json!({"a": {"url": sticky.url()}, "b": {"url": other.url()}})).await;
+    let task = rig.begin(&json!({})).await;
+    assert_eq!(detail_of(&rig.drive(task.id).await), "");
+    for server in [sticky, other] {
+        let requests = server.requests();
+        let cookies: Vec<bool> = requests.iter().map(|request| request.header("cookie").is_some()).collect();
+        assert_eq!(cookies, [false, true, true]);
+    }
+    rig.finish().await;
+}
+
+/// The sandbox has the secrets once the file is uploaded, and may repeat them in the errors of any later request.
+#[tokio::test(flavor = "multi_thread")]
+async fn errors_that_repeat_a_secret_of_a_server_are_noted_without_it() {
+    let rig = Rig::start(with_probe(LONG)).await;
+    let hung = McpServer::behaving(Behavior::Hangs).await;
+    set_servers(&rig, &json!({"hung": {"url": hung.url(), "headers": {"X-Key": KEY}}})).await;
+    let task = rig.begin(&json!({})).await;
+    let look = async {
+        wait_until("the probe runs", LONG, async || !hung.requests().is_empty()).await;
+        let body = json!({"exception": format!("bad value {KEY}")}).to_string();
+        rig.agent.inject(Fault::new("GET /api/bash/bash_events/search", Nth::Always, Kind::Status(500, body)));
+    };
+    let (done, ()) = futures::join!(rig.drive(task.id), look);
+    let detail = detail_of(&done);
+    assert!(detail.starts_with("The MCP servers were not checked: "), "{detail}");
+    assert!(detail.contains("bad value **********") && !detail.contains(KEY), "{detail}");
+    rig.finish().await;
+}
+
 #[tokio::test]
 async fn a_start_without_servers_that_are_switched_on_costs_nothing() {
     let rig = Rig::start(quick()).await;
@@ -258,12 +445,15 @@ async fn a_worker_without_patience_gives_the_start_back_while_servers_are_probed
 #[tokio::test(flavor = "multi_thread")]
 async fn the_probe_fails_no_start() {
     let broken = || Kind::Status(500, r#"{"detail":"Internal Server Error","exception":"the disk is full"}"#.into());
+    let repeats_a_secret = || Kind::Status(422, json!({"detail": format!("bad value {KEY}")}).to_string());
     let upload = "POST /api/file/upload";
     let cases = [
+        // The fourth command is the probe's.
+        ("POST /api/bash/start_bash_command", Nth::On(4), repeats_a_secret()),
         (upload, Nth::Always, broken()),
+        (upload, Nth::Always, repeats_a_secret()),
         (upload, Nth::Always, Kind::Status(404, "{}".into())),
         (upload, Nth::Always, Kind::CutBefore),
-        // The fourth command is the probe's.
         ("POST /api/bash/start_bash_command", Nth::On(4), Kind::Status(404, r#"{"detail":"Not Found"}"#.into())),
     ];
     stream::iter(cases)

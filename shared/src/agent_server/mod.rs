@@ -56,6 +56,8 @@ const CONVERSATION_LIMIT: usize = 8 * MIB;
 const LIST_LIMIT: usize = 16 * MIB;
 /// Of git's output: it is passed on, and Lambda answers with 6 MB at most.
 const GIT_LIMIT: usize = 4 * MIB;
+/// Of an uploaded file that may be JSON with secrets; settings are smaller by far.
+const JSON_FILE_LIMIT: usize = 4 * MIB;
 /// Of an error; the rest is cut off.
 const ERROR_LIMIT: usize = 64 * KIB;
 /// Pages of a command's output, and the bytes of all of them together. The start's commands print 32 KiB at most.
@@ -543,10 +545,7 @@ impl AgentServer {
     /// See [`Failure`].
     pub async fn upload(&self, path: &str, content: &SecretString) -> Result<()> {
         let content = content.expose_secret();
-        // Credentials for git have a password in each line.
-        let mut secrets: Vec<String> = content.lines().flat_map(|line| mask::secrets_in(&line.into())).collect();
-        secrets.push(content.to_owned());
-        let call = Call { secrets, ..Call::new(Method::POST, "/api/file/upload") };
+        let call = Call { secrets: secrets_of_file(content), ..Call::new(Method::POST, "/api/file/upload") };
         let call = call.within(UPLOAD_TIMEOUT);
         let done = self.call_with::<IgnoredAny>(&call, |request| {
             let part = reqwest::multipart::Part::text(content.to_owned()).file_name("file");
@@ -791,6 +790,19 @@ impl AgentServer {
     }
 }
 
+/// What an error must not repeat of a file with this content.
+fn secrets_of_file(content: &str) -> Vec<String> {
+    // Credentials for git have a password in each line.
+    let mut secrets: Vec<String> = content.lines().flat_map(|line| mask::secrets_in(&line.into())).collect();
+    if content.len() <= JSON_FILE_LIMIT
+        && let Ok(json) = serde_json::from_str::<Value>(content)
+    {
+        secrets.extend(mask::secrets_in(&json));
+    }
+    secrets.push(content.to_owned());
+    secrets
+}
+
 /// A request: where to, how long it may take, and how much of its answer is read.
 #[derive(Clone)]
 struct Call<'a> {
@@ -949,6 +961,20 @@ mod tests {
         assert!(lost > 0, "no connection was closed: nothing was shown");
         let (asked_then, answered_then) = count();
         assert_eq!((asked_then - asked, answered_then - answered), (TIMES, TIMES - lost));
+    }
+
+    #[test]
+    fn errors_of_an_upload_are_without_the_secrets_in_lines_and_in_json() {
+        let servers =
+            json!([{"url": "https://h/?k=query-1", "headers": {"X": "Bearer header-1"}, "env": {"E": "env-1"}}]);
+        for (content, secrets) in [
+            ("https://ann:pass-1@git.example\nhttps://bob:pass-2@git.example\n".to_owned(), &["pass-1", "pass-2"][..]),
+            (json!({"servers": servers}).to_string(), &["query-1", "header-1", "env-1"]),
+        ] {
+            let body = json!({"detail": format!("bad: {}", secrets.join(" "))}).to_string();
+            let text = error_text::of(body.as_bytes(), &secrets_of_file(&content));
+            assert_eq!(text, format!("bad: {}", vec![mask::MASK; secrets.len()].join(" ")));
+        }
     }
 
     #[test]

@@ -44,7 +44,15 @@ pub enum Behavior {
     /// There is the head of an event stream, and nothing more.
     HangsInStream,
     /// A list of tools is an error with this text.
-    NoList(&'static str),
+    NoList(String),
+    /// It works, but the result of this method has these fields instead of its own; null takes a field away.
+    Answers(&'static str, Value),
+    /// It works, but the answer to a list of tools is this text, in which `ID` stands for the request's id.
+    RawList(&'static str),
+    /// The list of tools has a second page, which is an error.
+    BreaksOnSecondPage,
+    /// It sets a cookie with its first answer, and answers nothing without it.
+    Sticky,
     /// The connection closes without an answer.
     Cuts,
 }
@@ -110,6 +118,7 @@ impl McpServer {
 
 type Streams = Arc<Mutex<Vec<mpsc::UnboundedSender<String>>>>;
 const SESSION: &str = "session-1";
+const COOKIE: &str = "sticky=1";
 
 async fn answer(request: &Request, behavior: &Behavior, streams: &Streams) -> Result<Response, Cut> {
     let status = |code: u16| StatusCode::from_u16(code).expect("a status");
@@ -141,8 +150,33 @@ async fn answer(request: &Request, behavior: &Behavior, streams: &Streams) -> Re
     if matches!(behavior, Behavior::Sessions) && !is_first && request.header("mcp-session-id") != Some(SESSION) {
         return Ok(server::json(StatusCode::BAD_REQUEST, &json!({"error": "no session"})));
     }
+    let has_cookie = request.header("cookie").is_some_and(|cookie| cookie == COOKIE);
+    if matches!(behavior, Behavior::Sticky) && !is_first && !has_cookie {
+        return Ok(server::json(StatusCode::NOT_FOUND, &json!({"error": "no such session"})));
+    }
+    let is_list = message["method"] == "tools/list";
     let response = match behavior {
-        Behavior::NoList(text) if message["method"] == "tools/list" => {
+        Behavior::RawList(text) if is_list => {
+            let text = text.replace("ID", &message["id"].to_string());
+            return Ok(server::raw(StatusCode::OK, "application/json", text));
+        }
+        Behavior::Answers(method, fields) if message["method"] == *method => result(&message).map(|mut result| {
+            for (name, value) in fields.as_object().expect("fields") {
+                result[name] = value.clone();
+            }
+            result.as_object_mut().expect("an object").retain(|_, value| !value.is_null());
+            json!({"jsonrpc": "2.0", "id": message["id"], "result": result})
+        }),
+        Behavior::BreaksOnSecondPage if is_list && message["params"]["cursor"].is_null() => {
+            result(&message).map(|mut result| {
+                result["nextCursor"] = "2".into();
+                json!({"jsonrpc": "2.0", "id": message["id"], "result": result})
+            })
+        }
+        Behavior::BreaksOnSecondPage if is_list => {
+            Some(json!({"jsonrpc": "2.0", "id": message["id"], "error": {"code": -32602, "message": "no such page"}}))
+        }
+        Behavior::NoList(text) if is_list => {
             Some(json!({"jsonrpc": "2.0", "id": message["id"], "error": {"code": -32000, "message": text}}))
         }
         _ => result(&message).map(|result| json!({"jsonrpc": "2.0", "id": message["id"], "result": result})),
@@ -160,6 +194,11 @@ async fn answer(request: &Request, behavior: &Behavior, streams: &Streams) -> Re
             let event = format!("event: message\r\ndata: {response}\r\n\r\n");
             streams.lock().expect("the streams").retain(|stream| stream.send(event.clone()).is_ok());
             server::json(StatusCode::ACCEPTED, &json!({}))
+        }
+        Behavior::Sticky if is_first => {
+            let mut answer = server::json(StatusCode::OK, &response);
+            answer.headers_mut().insert("set-cookie", HeaderValue::from_static("sticky=1; Path=/; HttpOnly"));
+            answer
         }
         Behavior::Sessions if is_first => {
             let mut answer = server::json(StatusCode::OK, &response);

@@ -2,8 +2,8 @@
 # on and needs nothing but the standard library, because an image may bundle the agent server without its libraries.
 #
 # A server works if it answers `initialize` and `tools/list`, which is what an agent server asks for before the first message. The
-# probe connects as the agent servers' MCP client does: the same transports, redirects within the origin alone, the same environment
-# for commands. It prints no URL, header or variable.
+# probe connects as the agent servers' MCP client does: the same transports, cookies, redirects within the origin alone, the same
+# environment for commands. It requires of the answers what every version's client requires. It prints no URL, header or variable.
 
 import base64
 import collections
@@ -23,16 +23,26 @@ import urllib.parse
 import urllib.request
 
 MARK = "openhands-mcp-probe:"
-PROTOCOL = "2025-06-18"
+# The version that the agent servers' MCP client asks for, and those that it accepts. Later ones have no `initialize`.
+PROTOCOL = "2025-11-25"
+PROTOCOLS = ("2024-11-05", "2025-03-26", "2025-06-18", PROTOCOL)
 CLIENT = {"name": "openhands", "version": "1"}
 LARGEST_ANSWER = 8 * 1024 * 1024
+LARGEST_LINE = 64 * 1024
+# In characters.
+LONGEST_REASON = 1000
 REDIRECTS = 5
-METHOD_NOT_FOUND = -32601
+# The agent servers' client reads more; a server with so many works.
+PAGES = 50
 # Variables that the MCP client passes on to commands.
 INHERITED = ("HOME", "LOGNAME", "PATH", "SHELL", "TERM", "USER")
 # Programs that download what they run.
 DOWNLOADERS = ("bunx", "deno", "docker", "npm", "npx", "pipx", "pnpm", "podman", "uv", "uvx", "yarn")
+# The printable ASCII characters that the agent servers' HTTP client leaves as they are in a path and in a query.
+PATH_SAFE = "!$%&'()*+,/:;=@[\\]^|~"
+QUERY_SAFE = PATH_SAFE + "?`{}"
 NO_MCP = "its answer is not an MCP message"
+MASK = "**********"
 
 
 class Failed(Exception):
@@ -109,21 +119,52 @@ def outcome_of(error, slow):
 
 def handshake(connection):
     params = {"protocolVersion": PROTOCOL, "capabilities": {}, "clientInfo": CLIENT}
-    answer = connection.request("initialize", params)
+    result = result_of(connection, "initialize", params)
+    version = result.get("protocolVersion")
+    if not isinstance(version, str):
+        raise Failed(NO_MCP)
+    if version not in PROTOCOLS:
+        raise Failed("it chose version %.20s of MCP, which agent servers do not support" % version)
+    check("initialize", "", result, {"capabilities": dict, "serverInfo": dict}, {"instructions": str})
+    check("initialize", "serverInfo.", result["serverInfo"], {"name": str, "version": str}, {"title": str})
+    capabilities = ("experimental", "logging", "prompts", "resources", "tools", "completions", "tasks")
+    check("initialize", "capabilities.", result["capabilities"], {}, dict.fromkeys(capabilities, dict))
+    connection.initialized(version)
+    cursor = None
+    for _ in range(PAGES):
+        result = result_of(connection, "tools/list", {"cursor": cursor} if cursor else {})
+        check("tools/list", "", result, {"tools": list}, {"nextCursor": str})
+        for number, tool in enumerate(result["tools"]):
+            check_tool("tools[%d]" % number, tool)
+        before, cursor = cursor, result.get("nextCursor")
+        if not cursor or cursor == before:
+            return
+
+
+def check_tool(name, tool):
+    if not isinstance(tool, dict):
+        raise Failed("its answer to tools/list is not valid: %s" % name)
+    optional = {"description": str, "title": str, "outputSchema": dict, "annotations": dict, "icons": list, "_meta": dict}
+    check("tools/list", name + ".", tool, {"name": str, "inputSchema": dict}, optional)
+
+
+def check(method, prefix, value, required, optional):
+    """Fails unless the fields have these types; optional ones may be null."""
+    for name, kind in required.items():
+        if not isinstance(value.get(name), kind):
+            problem = "is not valid" if value.get(name) is not None else "is missing"
+            raise Failed("its answer to %s is not valid: %s%s %s" % (method, prefix, name, problem))
+    for name, kind in optional.items():
+        if not isinstance(value.get(name), (kind, type(None))):
+            raise Failed("its answer to %s is not valid: %s%s is not valid" % (method, prefix, name))
+
+
+def result_of(connection, method, params):
+    answer = connection.request(method, params)
     result = answer.get("result")
     if not isinstance(result, dict):
-        raise Failed(error_text(answer, "initialize"))
-    if not isinstance(result.get("protocolVersion"), str):
-        raise Failed(NO_MCP)
-    connection.initialized(result["protocolVersion"])
-    answer = connection.request("tools/list", {})
-    result = answer.get("result")
-    if isinstance(result, dict) and isinstance(result.get("tools"), list):
-        return
-    error = answer.get("error")
-    # A server without tools may say so; agent servers go on then.
-    if not (isinstance(error, dict) and error.get("code") == METHOD_NOT_FOUND):
-        raise Failed(error_text(answer, "tools/list"))
+        raise Failed(error_text(answer, method))
+    return result
 
 
 def error_text(answer, method):
@@ -160,8 +201,62 @@ def make_opener():
     if every:
         proxies.setdefault("http", every)
         proxies.setdefault("https", every)
-    handlers = [urllib.request.ProxyHandler(proxies), urllib.request.HTTPSHandler(context=context), NoRedirect]
-    return proxies, urllib.request.build_opener(*handlers)
+    # Each opener, thus each probe, has cookies of its own; load balancers find the server of a session by them.
+    cookies = urllib.request.HTTPCookieProcessor()
+    https = urllib.request.HTTPSHandler(context=context)
+    return proxies, urllib.request.build_opener(urllib.request.ProxyHandler(proxies), https, cookies, NoRedirect)
+
+
+def connect(address, timeout, source_address=None, **_):
+    """As `socket.create_connection`, but all addresses of the host share the timeout: a dead one leaves time for the next."""
+    end = time.monotonic() + timeout
+    found = socket.getaddrinfo(address[0], address[1], 0, socket.SOCK_STREAM)
+    error = OSError("the host has no address")
+    for index, (family, kind, protocol, _, where) in enumerate(found):
+        left = max(0.05, end - time.monotonic())
+        connection = None
+        try:
+            connection = socket.socket(family, kind, protocol)
+            connection.settimeout(left / (len(found) - index))
+            if source_address:
+                connection.bind(source_address)
+            connection.connect(where)
+            connection.settimeout(max(0.05, end - time.monotonic()))
+            return connection
+        except OSError as failure:
+            error = failure
+            if connection is not None:
+                connection.close()
+    raise error
+
+
+def encoded(url):
+    """The URL in ASCII, as the agent servers' HTTP client sends it."""
+    if any(ord(character) < 32 or ord(character) == 127 for character in url):
+        raise ValueError("a control character")
+    parts = urllib.parse.urlsplit(url)
+    netloc, path = parts.netloc, parts.path
+    if any(ord(character) > 127 for character in netloc):
+        user, at, host = netloc.rpartition("@")
+        host, colon, port = host.partition(":")
+        netloc = user + at + ascii_host(host) + colon + port
+    if "/." in path:
+        path = urllib.parse.urlsplit(urllib.parse.urljoin("http://host/", "." + path)).path
+    path = urllib.parse.quote(path, safe=PATH_SAFE)
+    query = urllib.parse.quote(parts.query, safe=QUERY_SAFE)
+    return urllib.parse.urlunsplit((parts.scheme, netloc, path, query, ""))
+
+
+def ascii_host(host):
+    try:
+        import idna
+
+        return idna.encode(host.lower()).decode()
+    except ImportError:
+        # The standard library knows an older standard, which differs in these letters.
+        if any(letter in host for letter in "\u00df\u03c2\u200c\u200d"):
+            raise Unsure("its host name needs a newer IDNA than the sandbox has") from None
+        return host.encode("idna").decode()
 
 
 def is_sse(server):
@@ -199,7 +294,7 @@ class Http:
             self.headers = {name: value for name, value in self.headers.items() if name.lower() != "authorization"}
             self.headers["Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
         netloc = parts.netloc.rpartition("@")[2]
-        self.url = urllib.parse.urlunsplit(parts._replace(netloc=netloc, fragment=""))
+        self.url = encoded(urllib.parse.urlunsplit(parts._replace(netloc=netloc)))
 
     def open(self, method, url, message, headers, left=None):
         body = None if message is None else json.dumps(message).encode()
@@ -216,12 +311,20 @@ class Http:
                 if answer.code not in (301, 302, 303, 307, 308):
                     phrase = http.client.responses.get(answer.code, "")
                     raise Failed(("it answered %d %s" % (answer.code, phrase)).strip()) from None
-                target = urllib.parse.urljoin(url, answer.headers.get("Location") or "")
+                target = encoded(urllib.parse.urljoin(url, as_text(answer.headers.get("Location") or "")))
                 is_kept = method == "GET" or answer.code in (307, 308)
                 if not is_kept or not may_follow(url, target):
                     raise Failed("it answered %d: agent servers do not follow this redirect" % answer.code) from None
                 url = target
         raise Failed("it redirects in a loop")
+
+
+def as_text(header):
+    """A header's value, which was read as Latin-1; most servers mean UTF-8."""
+    try:
+        return header.encode("latin-1").decode()
+    except UnicodeError:
+        return header
 
 
 def media_type(answer):
@@ -310,7 +413,7 @@ class Sse(Http):
         self.events = events(self.stream)
         for name, data in self.events:
             if name == "endpoint":
-                self.endpoint = urllib.parse.urljoin(self.stream.geturl(), data)
+                self.endpoint = encoded(urllib.parse.urljoin(self.stream.geturl(), data))
                 break
         if origin(self.endpoint) != origin(self.stream.geturl()):
             raise Failed("its event stream names an endpoint on another host")
@@ -366,7 +469,7 @@ class Stdio:
             is_folder = not server.get("cwd") or os.path.isdir(server["cwd"])
             raise Failed("its command was not found" if is_folder else "its working directory does not exist") from None
         except PermissionError:
-            raise Failed("its command must not be run") from None
+            raise Failed("its command is not executable") from None
         except OSError as error:
             raise Failed("its command could not be run: %s" % error.strerror) from None
         except ValueError:
@@ -376,11 +479,15 @@ class Stdio:
         self.drain.start()
 
     def keep_stderr(self):
+        starts = True
         while True:
-            line = self.process.stderr.readline(4096)
+            line = self.process.stderr.readline(LARGEST_LINE)
             if not line:
                 return
-            self.last.append(line.decode("utf-8", "replace").strip())
+            # The rest of a line that is too long may begin within a secret, which could then not be masked.
+            if starts:
+                self.last.append(line.decode("utf-8", "replace").strip())
+            starts = line.endswith(b"\n")
 
     def send(self, message):
         try:
@@ -443,7 +550,15 @@ def wait_for(processes, seconds):
         time.sleep(0.02)
 
 
+def clean(reason, secrets):
+    """The reason without secrets, without what UTF-8 cannot express, and short. It is cut last, so that no secret is cut in two."""
+    for secret in secrets:
+        reason = reason.replace(secret, MASK)
+    return reason.encode("utf-8", "replace").decode()[:LONGEST_REASON]
+
+
 def main(document):
+    socket.create_connection = connect
     probes = [Probe(server, document["limit"]) for server in document["servers"]]
     for probe in probes:
         probe.thread.start()
@@ -453,6 +568,8 @@ def main(document):
         outcomes.append(probe.outcome or {"works": False, "reason": probe.slow()})
     end_processes()
     for key, outcome in zip(document["keys"], outcomes):
+        if "reason" in outcome:
+            outcome = dict(outcome, reason=clean(outcome["reason"], document["secrets"]))
         print(MARK + json.dumps(dict(outcome, server=key)))
     sys.stdout.flush()
     # Threads that still wait for a server are not waited for.

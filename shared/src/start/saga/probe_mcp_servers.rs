@@ -95,7 +95,7 @@ impl Work<'_> {
                 let started_at = Some(Time::now());
                 self.task.record.command = Some(PendingCommand { name: NAME.to_owned(), id, started_at });
             }
-            Err(error) => return self.not_probed(&error),
+            Err(error) => return self.not_probed(&servers, &error),
         }
         let document = document(&servers, limit).to_string().into();
         match tokio::time::timeout(UPLOAD_LIMIT, agent_server.upload(&file, &document)).await {
@@ -103,11 +103,11 @@ impl Work<'_> {
             // The command removes the file should it be there all the same.
             Ok(Err(error)) => {
                 self.task.record.command = None;
-                self.not_probed(&error)
+                self.not_probed(&servers, &error)
             }
             Err(_elapsed) => {
                 self.task.record.command = None;
-                self.note_unprobed("their configuration could not be uploaded in time");
+                self.note_unprobed(&servers, "their configuration could not be uploaded in time");
                 Ok(ProbeStart::Skipped)
             }
         }
@@ -121,6 +121,7 @@ impl Work<'_> {
         }
         let pending = self.task.record.command.as_ref().filter(|command| command.name == NAME).cloned();
         if let Some(pending) = pending {
+            let servers = mcp_servers(&settings, &self.saga.config);
             let limit = self.saga.config.mcp_probe_timeout;
             match agent_server.command_output(&pending.id).await {
                 Ok(None) => {
@@ -130,16 +131,13 @@ impl Work<'_> {
                     if pending.started_at.is_some_and(|at| Time::now().since(at) < patience) {
                         return Ok(None);
                     }
-                    self.note_unprobed("the probe did not end in time");
+                    self.note_unprobed(&servers, "the probe did not end in time");
                 }
-                Ok(Some(output)) => {
-                    let servers = mcp_servers(&settings, &self.saga.config);
-                    self.take_outcomes(&servers, &output);
-                }
+                Ok(Some(output)) => self.take_outcomes(&servers, &output),
                 Err(error) if error.retry() != Retry::Never && self.task.record.attempts < 2 => {
-                    return Err(StepError::Retry(error.to_string()));
+                    return Err(StepError::Retry(without_secrets(&servers, &error.to_string())));
                 }
-                Err(error) => self.note_unprobed(&error.to_string()),
+                Err(error) => self.note_unprobed(&servers, &error.to_string()),
             }
             self.task.record.command = None;
         }
@@ -155,8 +153,8 @@ impl Work<'_> {
     /// received them for the probe, and may repeat them.
     pub(super) async fn without_mcp_secrets(&mut self, error: StepError) -> Result<StepError, StepError> {
         let settings = self.settings().await?;
-        let secrets = secrets_of(&mcp_servers(&settings, &self.saga.config));
-        let masked = |text: String| mask::masked(&text, secrets.iter().map(String::as_str));
+        let servers = mcp_servers(&settings, &self.saga.config);
+        let masked = |text: String| without_secrets(&servers, &text);
         Ok(match error {
             StepError::Fatal(text) => StepError::Fatal(masked(text)),
             StepError::Refused(text) => StepError::Refused(masked(text)),
@@ -169,9 +167,9 @@ impl Work<'_> {
     fn take_outcomes(&mut self, servers: &Map<String, Value>, output: &CommandOutput) {
         match output.exit_code {
             0 => {}
-            NO_INTERPRETER => return self.note_unprobed("the sandbox has no Python 3.8 or later"),
-            NO_FILE => return self.note_unprobed("their configuration did not arrive in the sandbox"),
-            code => return self.note_unprobed(&format!("the probe ended with exit code {code}")),
+            NO_INTERPRETER => return self.note_unprobed(servers, "the sandbox has no Python 3.8 or later"),
+            NO_FILE => return self.note_unprobed(servers, "their configuration did not arrive in the sandbox"),
+            code => return self.note_unprobed(servers, &format!("the probe ended with exit code {code}")),
         }
         let outcomes = outcomes(servers, &output.stdout);
         self.task.record.mcp_servers_left_out = outcomes.failed.iter().map(|(name, _)| name.clone()).collect();
@@ -184,15 +182,17 @@ impl Work<'_> {
         }
     }
 
-    fn not_probed(&mut self, error: &AgentServerError) -> Result<ProbeStart, StepError> {
+    fn not_probed(&mut self, servers: &Map<String, Value>, error: &AgentServerError) -> Result<ProbeStart, StepError> {
         if error.retry() != Retry::Never && self.task.record.attempts < 2 {
-            return Err(StepError::Retry(error.to_string()));
+            return Err(StepError::Retry(without_secrets(servers, &error.to_string())));
         }
-        self.note_unprobed(&error.to_string());
+        self.note_unprobed(servers, &error.to_string());
         Ok(ProbeStart::Skipped)
     }
 
-    fn note_unprobed(&mut self, why: &str) {
+    /// An earlier attempt may have uploaded the secrets, so that the sandbox may repeat them in any error.
+    fn note_unprobed(&mut self, servers: &Map<String, Value>, why: &str) {
+        let why = without_secrets(servers, why);
         tracing::warn!(task = %self.task.record.id, reason = why, "start.mcp_servers_not_probed");
         self.add_note(format!("The MCP servers were not checked: {why}"));
     }
@@ -211,6 +211,7 @@ fn document(servers: &Map<String, Value>, limit: Duration) -> Value {
     json!({
         "program": PROGRAM,
         "limit": limit.as_secs_f64(),
+        "secrets": mask::forms(secrets_of(servers).iter().map(String::as_str)),
         "servers": servers.values().collect::<Vec<_>>(),
         "keys": servers.iter().map(|(name, server)| key(name, server)).collect::<Vec<_>>(),
     })
@@ -246,6 +247,10 @@ fn secrets_of(servers: &Map<String, Value>) -> Vec<String> {
     let values: Vec<String> = secrets.iter().filter_map(|secret| Some(secret.split_once('=')?.1.to_owned())).collect();
     secrets.extend(values);
     secrets
+}
+
+fn without_secrets(servers: &Map<String, Value>, text: &str) -> String {
+    mask::masked(text, secrets_of(servers).iter().map(String::as_str))
 }
 
 fn notes(outcomes: &Outcomes) -> Vec<String> {
@@ -457,16 +462,77 @@ mod tests {
         }
     }
 
-    #[test]
-    fn the_program_starts_once_its_file_is_complete() {
-        // The interpreter itself: `python3` may be a script that needs more programs than the sandbox has.
+    /// The interpreter itself: `python3` may be a script that needs more programs than the sandbox has.
+    fn python() -> Option<String> {
         let find = "python3 -c 'import sys; print(sys.executable)'";
         let python = std::process::Command::new("sh").args(["-c", find]).output().expect("a shell");
         let python = String::from_utf8_lossy(&python.stdout).trim().to_owned();
         if python.is_empty() {
             eprintln!("skipped: there is no python3");
-            return;
         }
+        (!python.is_empty()).then_some(python)
+    }
+
+    /// Runs a text after the program's own, in one module.
+    fn run_with_program(check: &str) {
+        let Some(python) = python() else { return };
+        let text = format!("{PROGRAM}\n{check}");
+        let output = std::process::Command::new(python).args(["-I", "-c", &text]).output().expect("it runs");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    #[test]
+    fn addresses_of_a_host_share_the_timeout() {
+        run_with_program(
+            r#"
+tried = []
+class Fake:
+    def __init__(self, *_):
+        self.timeouts = []
+    def settimeout(self, timeout):
+        self.timeouts.append(timeout)
+    def connect(self, where):
+        tried.append((where, self.timeouts[-1]))
+        if where != "good":
+            raise socket.timeout()
+    def close(self):
+        pass
+socket.socket = Fake
+found = lambda *names: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", name) for name in names]
+socket.getaddrinfo = lambda *_: found("dead", "dead", "good")
+connected = connect(("host", 80), 300)
+assert [where for where, _ in tried] == ["dead", "dead", "good"], tried
+# A third of the time, half of the rest, the rest.
+assert tried[0][1] <= 100 and tried[1][1] <= 150 and tried[2][1] <= 300, tried
+assert connected.timeouts[-1] <= 300
+socket.getaddrinfo = lambda *_: found("dead")
+try:
+    connect(("host", 80), 300)
+    assert False
+except socket.timeout:
+    pass
+"#,
+        );
+    }
+
+    #[test]
+    fn reasons_are_masked_before_they_are_cut() {
+        let secret = "s".repeat(990);
+        let servers = json!({"a": {"url": "https://h/", "headers": {"X-Key": secret}}});
+        let document = document(servers.as_object().expect("a map"), Duration::ZERO);
+        run_with_program(&format!(
+            r#"
+reason = clean("bad %s and %s" % ("s" * 990, "s" * 990) + "\ud800" + "x" * 5000, {secrets})
+assert len(reason) == 1000, len(reason)
+assert reason.startswith("bad ********** and **********?xxx"), reason
+"#,
+            secrets = document["secrets"],
+        ));
+    }
+
+    #[test]
+    fn the_program_starts_once_its_file_is_complete() {
+        let Some(python) = python() else { return };
         let program = format!("#!/bin/sh\nexec {} \"$@\"\n", quoted(&python));
         let servers: Map<String, Value> =
             [("a".to_owned(), json!({"command": "no-such-command"}))].into_iter().collect();
@@ -478,9 +544,10 @@ mod tests {
     }
 
     #[test]
-    fn the_loader_and_the_script_agree_on_the_exit_codes() {
+    fn the_loader_the_script_and_the_program_agree_on_their_constants() {
         assert!(LOADER.contains(&format!("sys.exit({NO_FILE})")));
         assert!(script("/s", "/s/f").ends_with(&format!("exit {NO_INTERPRETER}\n")));
         assert!(PROGRAM.contains(&format!("MARK = \"{MARK}\"")));
+        assert!(PROGRAM.contains(&format!("\nMASK = \"{}\"", mask::MASK)));
     }
 }
