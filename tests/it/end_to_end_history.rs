@@ -58,7 +58,7 @@ async fn ten_turns_are_stored_completely_soon_after_each() {
         // Turns of different lengths, so that batches are cut in different places.
         let commands =
             (0..turn % 4).map(|step| Reply::tool_call("terminal", json!({"command": format!("echo {turn}.{step}")})));
-        llm.reply_with(commands.chain([Reply::text(&format!("turn {turn}"))]).collect());
+        llm.reply_with(commands.chain([Reply::text(format!("turn {turn}"))]).collect());
         let earlier = ends(&events_of_agent(&agent).await);
         agent.send_message(&format!("Turn {turn}")).await;
         // The agent server may add events after the end, so that its events are read until they are the same twice.

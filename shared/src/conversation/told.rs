@@ -22,10 +22,10 @@ use crate::start::request::EventCallbackProcessor;
 use crate::user::UserId;
 use crate::user::counters::{self, Counter};
 
-/// What is known of a conversation's id.
+/// The result of looking up a conversation by its id.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Standing {
-    /// Nothing.
+    /// It has no record.
     Unknown,
     /// It is being deleted.
     Deleting,
@@ -33,25 +33,25 @@ pub enum Standing {
     Known(Box<Known>),
 }
 
-/// A record, and what does not show of it.
+/// A record with its internal attributes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Known {
     /// The record.
     pub record: ConversationRecord,
-    /// Whether it was made because its agent server told of it, and no start has completed it.
+    /// Whether it was made from a report of its agent server, and no start has completed it.
     pub is_stub: bool,
     /// Whether an event has reported its stats. Agent servers up to 1.15 send no such events.
     pub is_told_stats: bool,
     /// Whether an event has reported its model.
     pub is_told_model: bool,
-    /// What its start asked to be done on its events.
+    /// The processors of events that its start requested.
     pub processors: Vec<EventCallbackProcessor>,
-    /// The place in its event log up to which that was done.
+    /// The position in its event log up to which events were processed.
     pub processed_to: Option<String>,
 }
 
 impl Known {
-    /// Whether nobody has given it a title: neither the user nor its agent.
+    /// Whether neither the user nor the agent has given it a title.
     #[must_use]
     pub fn has_default_title(&self) -> bool {
         self.record.title.as_ref().is_none_or(|title| default_titles(self.record.id).contains(title))
@@ -190,7 +190,7 @@ pub enum ReportTime {
 }
 
 impl ConversationStore {
-    /// What is known of an id; reads consistently.
+    /// Looks up a conversation with a strongly consistent read.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -311,7 +311,7 @@ impl ConversationStore {
         Ok(writes)
     }
 
-    /// Sets the title that the agent has found, cut to [`super::MAX_NAME`], unless somebody has given it one. Whether it did.
+    /// Sets the title that the agent has found, cut to [`super::MAX_NAME`], unless the conversation has one. Returns whether it did.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -388,8 +388,8 @@ impl ConversationStore {
         self.change(record, &format!("{set}, {attribute} = :version"), &condition, values).await
     }
 
-    /// Notes that the events up to a place in the log are being processed, if they were processed up to `from` before. Whether
-    /// they were; if not, somebody else has them.
+    /// Claims the events up to a position in the log for processing, if events were processed up to `from` before. Returns whether it
+    /// did; if not, another worker has claimed them.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -412,7 +412,7 @@ impl ConversationStore {
         whether(moved.map_err(store_error("UpdateItem conversations")))
     }
 
-    /// Changes attributes of a living record under a condition, and moves its `updated_at` to now. Whether it held.
+    /// Changes attributes of a record under a condition, and sets its `updated_at` to now. Returns whether the condition held.
     async fn change(
         &self,
         (user, id): (&UserId, Uuid),

@@ -35,13 +35,12 @@ pub(super) struct Batch {
     pub(super) has_message: bool,
     /// Whether the agent has stopped: finished, paused, failed, or waiting for a confirmation.
     pub(super) has_stopped: bool,
-    pub(super) is_empty: bool,
 }
 
 impl Batch {
     /// Reads the events of a conversation.
     pub(super) fn of(conversation: Uuid, events: &[Event]) -> Self {
-        let mut batch = Self { conversation, is_empty: events.is_empty(), ..Self::default() };
+        let mut batch = Self { conversation, ..Self::default() };
         for event in events {
             match event.kind.as_str() {
                 "MessageEvent" => batch.has_message = true,

@@ -24,7 +24,7 @@ use crate::user::UserId;
 /// `execution_status` of a conversation that its agent server is about to remove.
 const DELETING: &str = "deleting";
 
-/// A conversation as a whole, as its agent server tells it when it starts, pauses, is renamed or is deleted.
+/// A snapshot of a whole conversation, which its agent server reports when it starts, pauses, renames or deletes the conversation.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ToldConversation {
     /// Its id.
@@ -92,20 +92,19 @@ impl ToldConversation {
 /// Updates of different attributes of a record, which run concurrently. In boxes, because the futures of the SDK are large.
 type Writes<'w> = Vec<BoxFuture<'w, Result<bool>>>;
 
-/// Takes in what agent servers tell.
+/// Ingests events and snapshots of conversations.
 #[derive(Clone, Debug)]
 pub struct Intake {
     /// The conversations' records.
     pub conversations: ConversationStore,
     /// Where events are stored.
     pub events: EventStore,
-    /// Where work is asked for.
+    /// Where follow-up jobs are enqueued.
     pub queue: StartQueue,
 }
 
 impl Intake {
-    /// What is known of a conversation that a sandbox tells of. It may tell of its own conversations, and of such as are not
-    /// known (yet).
+    /// Looks up a conversation that a sandbox reports. A sandbox may report its own conversations, and those without a record.
     ///
     /// # Errors
     /// [`Error::Unauthenticated`] when the conversation is in another sandbox; [`Error::Store`].
@@ -119,10 +118,10 @@ impl Intake {
         }
     }
 
-    /// Stores events, and only then lets them have their effects. All of it may be done again.
+    /// Stores events, then applies what they report, then enqueues follow-up jobs. Idempotent.
     ///
     /// # Errors
-    /// [`Error::Store`]; part of it may be done then, and the agent server sends the events again.
+    /// [`Error::Store`]; a part of the work may be done, and the agent server sends the events again.
     pub async fn take_events(
         &self,
         sandbox: &SandboxRecord,
@@ -142,7 +141,7 @@ impl Intake {
         if dropped > 0 {
             tracing::debug!(%conversation, dropped, "event.streamed_tokens_dropped");
         }
-        let batch = Batch::of(conversation, &events);
+        let (batch, is_empty) = (Batch::of(conversation, &events), events.is_empty());
         self.events.append(user, conversation, events).await?;
         self.apply(user, conversation, known, &batch).await?;
         // A conversation without a record may get one. No agent server reports titles by events, and not all report stats.
@@ -153,7 +152,7 @@ impl Intake {
             self.queue.send(&job, FIRST_LOOK).await?;
         }
         let logged = known.is_some_and(|known| known.processors.contains(&EventCallbackProcessor::Logging));
-        if logged && !batch.is_empty {
+        if logged && !is_empty {
             let job = Job::ProcessEvents { user: user.clone(), conversation };
             self.queue.send(&job, Duration::ZERO).await?;
         }
