@@ -25,7 +25,17 @@ await run("web-ui", { options: ["--ui"] }, async (server, say) => {
   try {
     const context = await browser.newContext({ viewport: SIZE, acceptDownloads: true });
     const page = await context.newPage();
-    await converse(page, server.url, say);
+    // The UI is there before its editor, and keeps nobody waiting.
+    await until("its editor is served", TURN, async () => {
+      const { parts } = await (await fetch(`${server.url}/ready`)).json();
+      return parts.web_ui_editor === "ready";
+    });
+    try {
+      await converse(page, server.url, say);
+    } catch (error) {
+      if (process.env.SCREENSHOTS) await page.screenshot({ path: path.join(process.env.SCREENSHOTS, "failed.png") });
+      throw error;
+    }
   } finally {
     await browser.close();
   }
@@ -34,9 +44,15 @@ await run("web-ui", { options: ["--ui"] }, async (server, say) => {
 async function converse(page, url, say) {
   page.setDefaultTimeout(TURN);
   const left = new Set();
+  const editors = new Set();
   page.on("request", (request) => {
-    const { protocol, hostname } = new URL(request.url());
+    const { protocol, hostname, pathname } = new URL(request.url());
     if (/^(http|ws)/.test(protocol) && hostname !== "127.0.0.1") left.add(hostname);
+    if (pathname.includes("monaco-editor")) editors.add(hostname);
+  });
+  const refused = [];
+  page.on("console", (message) => {
+    if (/\bworkers?\b/i.test(message.text()) && message.type() !== "log") refused.push(message.text());
   });
   const stayed = new Set();
   page.on("requestfailed", (request) => {
@@ -54,6 +70,11 @@ async function converse(page, url, say) {
     await page.getByTestId("chat-input").click();
     await page.keyboard.type(text);
     await page.keyboard.press("Enter");
+  };
+  const panel = async () => {
+    // A notice may be in front of the button, and stays for as long as the mouse is on it.
+    await page.mouse.move(SIZE.width / 2, SIZE.height / 2);
+    await page.getByTestId("right-panel-toggle").click();
   };
   const choose = async (button) => {
     await page.getByTestId("conversation-name").getByTestId("ellipsis-button").click();
@@ -89,36 +110,59 @@ async function converse(page, url, say) {
   say("renamed it");
 
   // What the agent wrote, beside the conversation.
-  await page.getByTestId("right-panel-toggle").click();
+  await panel();
   await page.getByTestId("file-tree-file-hello.txt").click();
   await page.getByText("Written by an agent that follows a script.", { exact: true }).waitFor();
   await picture("conversation");
-  await page.getByTestId("right-panel-toggle").click();
+  await panel();
   say("showed the file that the agent wrote");
 
-  // What was committed in its sandbox, with the files of each commit. Agent servers before 1.49 do not list commits.
+  // What was changed and committed in its sandbox, with the files of each commit and what changed in them. Agent servers before 1.49 do
+  // not list commits.
   const now = (await api(`?ids=${row.id}`))[0];
-  await commit(now, "Say hello in a file");
+  await command(now, "echo 'let committed = 1;' > hello.ts");
+  await command(now, "git add -A && git -c user.name=Ada -c user.email=ada@example.com commit -qm 'Say hello in a file'");
+  await command(now, "echo 'This line is in no commit.' >> hello.txt && echo 'let uncommitted = 2;' >> hello.ts");
   const { version } = await (await fetch(new URL("/server_info", now.conversation_url))).json();
   const [major, minor] = version.split(".").map(Number);
   const listsCommits = major > 1 || minor >= 49;
   const asked = page.waitForResponse((answer) => answer.request().postData()?.includes("/api/git/commits?"));
-  await page.getByTestId("right-panel-toggle").click();
+  await panel();
   await page.getByTestId("conversation-tab-commits").click();
   assert.equal((await asked).status(), listsCommits ? 200 : 404, version);
+  // The diff of a file, in one editor or two.
+  const diff = async (listed, file) => {
+    await listed.getByTestId("diff-change-list").getByText(file, { exact: true }).click();
+    return listed.getByTestId("editor-container").locator(".monaco-diff-editor .editor.modified .view-line");
+  };
+  const uncommitted = page.getByTestId("uncommitted-changes-row");
+  await uncommitted.getByTestId("uncommitted-changes-row-toggle").click();
+  await (await diff(uncommitted, "hello.txt")).getByText("This line is in no commit.").waitFor();
+  await picture("changes");
+  // A language that has a worker of its own.
+  const language = page.waitForResponse((answer) => answer.url().includes("/ts.worker"));
+  await (await diff(uncommitted, "hello.ts")).getByText("let uncommitted = 2;").waitFor();
+  assert.equal((await language).status(), 200);
+  await picture("changes-in-code");
+  await uncommitted.getByTestId("uncommitted-changes-row-toggle").click();
+  say("showed an uncommitted change");
   const commits = page.getByTestId("commit-row");
   if (listsCommits) {
     const listed = commits.filter({ hasText: "Say hello in a file" });
     await listed.getByTestId("commit-row-toggle").click();
-    await listed.getByTestId("diff-change-list").getByText("hello.txt").waitFor();
-    say("listed a commit, and the file that it changed");
+    const lines = await diff(listed, "hello.txt");
+    await lines.getByText("Written by an agent that follows a script.").waitFor();
+    assert.equal(await lines.getByText("This line is in no commit.").count(), 0);
+    say("listed a commit, and showed what it changed in a file");
   } else {
-    await page.getByTestId("uncommitted-changes-row").or(page.getByText("No commits")).first().waitFor();
     assert.equal(await commits.count(), 0);
     say(`listed no commits, since agent server ${version} does not`);
   }
   await picture("commits");
-  await page.getByTestId("right-panel-toggle").click();
+  assert.deepEqual([...editors], ["127.0.0.1"], "the editor is from elsewhere");
+  await until("the editor's worker runs", TURN, () => page.workers().length > 0);
+  assert.deepEqual(refused, []);
+  await panel();
 
   // Another visit: the list, and what was said.
   await page.goto(url);
@@ -149,12 +193,11 @@ async function converse(page, url, say) {
   say("called nobody else");
 }
 
-/** Commits all that is in the workspace of a conversation. */
-async function commit(row, subject) {
+/** Runs a command in the workspace of a conversation. */
+async function command(row, line) {
   const headers = { "X-Session-API-Key": row.session_api_key, "Content-Type": "application/json" };
   const { workspace } = await (await fetch(row.conversation_url, { headers })).json();
-  const command = `git add -A && git -c user.name=Ada -c user.email=ada@example.com commit -qm '${subject}'`;
-  const body = JSON.stringify({ command, cwd: workspace.working_dir, timeout: 30 });
+  const body = JSON.stringify({ command: line, cwd: workspace.working_dir, timeout: 30 });
   const run = new URL("/api/bash/execute_bash_command", row.conversation_url);
   const ran = await (await fetch(run, { method: "POST", headers, body })).json();
   assert.equal(ran.exit_code, 0, JSON.stringify(ran));

@@ -51,7 +51,7 @@ fn expected(mistake: &str, status: u64) -> (usize, &'static str, &'static str) {
         ("mcp server of another form" | "no such analyzer" | "tag with a bad name", 422) => {
             (1, "server", "The agent server answered 422")
         }
-        ("folder is a file", _) => (1, "server", "The working folder of the conversation cannot be used"),
+        ("folder is a file", _) => (1, "server", "A file is where the agent server needs a folder"),
         ("disk full", _) => (1, "server", "The disk of the sandbox is full; delete files"),
         ("disk read-only", _) => (1, "server", "The agent server cannot write to the disk"),
         (other, status) => panic!("{other} ({status}) is not expected"),
@@ -130,6 +130,41 @@ async fn an_unknown_error_is_tried_a_few_times_and_one_of_the_way_there_more_oft
             rig.finish().await;
         }
     }
+}
+
+/// Errors of the agent server with errors of the way there between them are not in a row.
+#[tokio::test]
+async fn errors_that_are_not_in_a_row_do_not_end_a_start() {
+    let rig = Rig::start(quick()).await;
+    for nth in 1..=6 {
+        let status = if nth % 2 == 0 { 503 } else { 500 };
+        let answer = r#"{"detail":"Internal Server Error","exception":"a new kind of fault"}"#.to_owned();
+        rig.agent.inject(Fault::new(CREATE, Nth::On(nth), Kind::Status(status, answer)));
+    }
+    let task = rig.begin(&message()).await;
+    let ended = rig.drive(task.id).await;
+    assert_eq!(ended.now.status, StartStatus::Ready, "{}", detail(&ended));
+    rig.assert_one(task.id, 1, "not in a row").await;
+    rig.finish().await;
+}
+
+/// What a failed start could not remove is named.
+#[tokio::test]
+async fn a_conversation_that_cannot_be_removed_is_named() {
+    let rig = Rig::start(quick()).await;
+    let first = rig.begin(&message()).await;
+    let sandbox = rig.drive(first.id).await.now.sandbox_id.expect("a sandbox");
+    rig.agent.fail_setup(None, 500, r#"{"exception":"Local plugin path does not exist: /nowhere"}"#);
+    let delete = "DELETE /api/conversations/{id}";
+    rig.agent.inject(Fault::new(delete, Nth::Always, Kind::Status(500, r#"{"detail":"no"}"#.into())));
+    let mut body = message();
+    body["sandbox_id"] = sandbox.as_str().into();
+    let second = rig.begin(&body).await;
+    let ended = rig.drive(second.id).await;
+    assert_eq!(ended.now.status, StartStatus::Error);
+    let left = format!("Its conversation {} could not be removed from the sandbox {sandbox}", second.conversation_id);
+    assert!(detail(&ended).ends_with(&left), "{}", detail(&ended));
+    rig.finish().await;
 }
 
 /// The count outlives workers: a start that waits is given back to the queue between any two tries.

@@ -1004,9 +1004,22 @@ async fn a_real_agents_events_are_in_an_export_before_it_has_posted_them() {
         let id = event["id"].as_str().expect("an id");
         let member = members.iter().find(|(name, _)| name.ends_with(&format!("_{id}.json")));
         let (_, text) = member.unwrap_or_else(|| panic!("{id} is missing: {event:#}"));
-        assert_eq!(serde_json::from_str::<Value>(text).expect("JSON"), *event);
+        let exported: Value = serde_json::from_str(text).expect("JSON");
+        assert!(without_nulls(&exported) == without_nulls(event), "{id}: {exported:#}");
     }
     product.shutdown().await;
+}
+
+/// From 1.49 on, an agent server leaves nulls out when it is asked for events, and posts them with nulls.
+fn without_nulls(value: &Value) -> Value {
+    match value {
+        Value::Object(fields) => {
+            let fields = fields.iter().filter(|(_, value)| !value.is_null());
+            fields.map(|(name, value)| (name.clone(), without_nulls(value))).collect::<serde_json::Map<_, _>>().into()
+        }
+        Value::Array(items) => items.iter().map(without_nulls).collect(),
+        other => other.clone(),
+    }
 }
 
 #[tokio::test]

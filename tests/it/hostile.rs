@@ -141,12 +141,13 @@ async fn a_conversation_is_read_over_but_for_what_is_used_of_it() {
     always(&agent, "GET /api/conversations", told.to_string());
     let whole = agent_server(&agent).whole_conversation(id, SOON).await.expect("an answer").expect("it");
     let agents = json!({"accumulated_cost": 0.5, "max_budget_per_task": null, "accumulated_token_usage": usage});
+    let unused = json!({"accumulated_cost": null, "max_budget_per_task": null, "accumulated_token_usage": null});
     assert_eq!(
         whole,
         json!({
             "execution_status": "idle", "title": "T", "updated_at": "2026-01-01T00:00:00Z",
-            "workspace": {"working_dir": "/w"}, "agent": {"llm": {"model": "m"}},
-            "stats": {"usage_to_metrics": {"agent": agents}},
+            "workspace": {"working_dir": "/w"}, "agent": {"llm": {"model": "m", "usage_id": null}}, "tags": null,
+            "stats": {"usage_to_metrics": {"agent": agents, "condenser": unused}},
         })
     );
     // Of a version, or an agent server, that tells less.

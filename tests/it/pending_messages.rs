@@ -250,7 +250,12 @@ async fn a_message_that_an_agent_server_never_takes_waits_for_the_next_one() {
         rig.sweep().await;
         assert_eq!(rig.waiting_messages().await, 0, "nobody looks after it any more");
         assert!(rig.messages_wait(conversation).await, "it is kept");
-        // The next message has both delivered, as soon as the agent server takes them.
+        // The next message has both tried again, as often as the first was.
+        let said = format!("again {status} {tries}");
+        keep(&rig, Addressee::Conversation(conversation), &said).await.expect("kept");
+        expected.push(said);
+        assert_eq!(drive_until_given_up(&rig, conversation).await, tries, "again {status} {answer}");
+        // The next message has all delivered, as soon as the agent server takes them.
         rig.agent.clear_setup_failure();
         let said = format!("after {status} {tries}");
         keep(&rig, Addressee::Conversation(conversation), &said).await.expect("kept");
@@ -258,6 +263,50 @@ async fn a_message_that_an_agent_server_never_takes_waits_for_the_next_one() {
         let expected: Vec<&str> = expected.iter().map(String::as_str).collect();
         drive_until_told(&rig, conversation, &expected, &format!("after {status} {answer}")).await;
     }
+    rig.settle().await;
+    rig.finish().await;
+}
+
+/// Its own job finds the queue claimed and ends, so the worker that gives up must not leave it behind.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_comes_during_the_last_try_is_tried_too() {
+    let rig = Rig::start(quick()).await;
+    let (_, conversation) = ready(&rig).await;
+    const SEND: &str = "POST /api/conversations/{id}/events";
+    let before = rig.agent.requests_to(SEND).len();
+    rig.agent.fail_setup(None, 500, r#"{"exception":"Local plugin path does not exist: /nowhere"}"#);
+    rig.agent.inject(Fault::new(SEND, Nth::Next, Kind::Slow(Duration::from_secs(2))));
+    keep(&rig, Addressee::Conversation(conversation), "one").await.expect("kept");
+    let mut message = rig.receive().await;
+    while message.is_none() {
+        message = rig.receive().await;
+    }
+    let message = message.expect("a message");
+    let add_another = async {
+        while rig.agent.requests_to(SEND).len() == before {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        keep(&rig, Addressee::Conversation(conversation), "two").await.expect("kept");
+    };
+    tokio::join!(rig.handle(&message), add_another);
+    assert_eq!(rig.agent.requests_to(SEND).len() - before, 2, "tried again because of the second message");
+    assert!(!rig.messages_are_due(conversation).await);
+    rig.settle().await;
+    rig.finish().await;
+}
+
+/// Errors that come between reasons to wait are not in a row.
+#[tokio::test]
+async fn an_agent_server_that_cannot_be_reached_between_two_errors_begins_the_count_again() {
+    let rig = Rig::start(quick()).await;
+    let (_, conversation) = ready(&rig).await;
+    for nth in 1..=9 {
+        let status = if nth % 3 == 0 { 503 } else { 500 };
+        let answer = r#"{"exception":"a new kind of fault"}"#.to_owned();
+        rig.agent.inject(Fault::new("POST /api/conversations/{id}/events", Nth::On(nth), Kind::Status(status, answer)));
+    }
+    keep(&rig, Addressee::Conversation(conversation), "one").await.expect("kept");
+    drive_until_told(&rig, conversation, &["first", "one"], "errors that are not in a row").await;
     rig.settle().await;
     rig.finish().await;
 }

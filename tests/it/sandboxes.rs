@@ -388,6 +388,7 @@ async fn a_runtime_api_is_told_all_that_it_needs() {
                 "WORKER_2": "12001",
                 "OH_WEBHOOKS_0_BASE_URL": "https://app.example.com/v1/api/v1/webhooks",
                 "OH_WEBHOOKS_0_FLUSH_DELAY": "1",
+                "OH_WEBHOOKS_0_MAX_BATCH_BYTES": "2097152",
                 "OH_LEASE_TTL_SECONDS": "0",
                 "OH_ALLOW_CORS_ORIGINS_0": "https://app.example.com",
                 "OH_ALLOW_CORS_ORIGINS_1": "https://ui.example.com",

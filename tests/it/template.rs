@@ -280,7 +280,16 @@ fn parameters_take_what_is_meant_and_nothing_else() {
             "AgentServerImageRepository",
             (
                 vec!["ghcr.io/openhands/agent-server", "registry.example.com:5000/team/agent_server", "agent"],
-                vec!["", "https://", "Registry.example.com/agent", "agent server", "/agent", "agent@sha256"],
+                vec![
+                    "",
+                    "https://",
+                    "host/agent:1",
+                    "agent:latest",
+                    "Registry.example.com/agent",
+                    "agent server",
+                    "/agent",
+                    "agent@sha256",
+                ],
             ),
         ),
         (

@@ -64,8 +64,10 @@ pub(crate) async fn send(
     sent.map_err(|error| match error.failure {
         // What a conversation was created with stays as it is.
         Failure::Status(..) if error.fault() == Fault::User => match error.mistake() {
-            Some(Mistake { advice, .. }) => Error::Conflict(format!("{advice}. Then start a new conversation")),
-            None => upstream(&error),
+            Some(Mistake { advice, is_permanent: true, .. }) => {
+                Error::Conflict(format!("{advice}. Then start a new conversation"))
+            }
+            _ => upstream(&error),
         },
         // An agent server lets nobody in while its agent thinks.
         Failure::TimedOut => Error::Upstream {

@@ -101,7 +101,11 @@ async fn engines(
 
 async fn write_web_ui(data: &Path, folder: &Path, api: Option<String>) -> Result<(), WebUiError> {
     let connection = Connection { host: api, question: Some("API key:"), has_model: false, reach: web_ui::ANYWHERE };
-    let site = web_ui::ensure(&data.join(web_ui::FOLDER), &connection).await?;
+    let installed = data.join(web_ui::FOLDER);
+    let mut site = web_ui::ensure(&installed, &connection).await?;
+    if let Err(error) = site.add_editor(&installed).await {
+        tracing::warn!("{error} The web UI is written without it: diffs are blank. The next run tries again.");
+    }
     site.write(folder)?;
     println!("{} files of the web UI are in {}.", site.files(), folder.display());
     Ok(())

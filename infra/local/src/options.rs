@@ -235,10 +235,26 @@ pub enum LogKind {
 
 /// Reads a version of the agent server: three numbers, and not older than those this product speaks to.
 fn agent_server_version(text: &str) -> Result<String, String> {
-    let numbers: Option<Vec<u32>> = text.split('.').map(|part| part.parse().ok()).collect();
+    let number = |part: &str| part.bytes().all(|byte| byte.is_ascii_digit()).then(|| part.parse().ok()).flatten();
+    let numbers: Option<Vec<u32>> = text.split('.').map(number).collect();
     match numbers.as_deref() {
         Some(version @ [_, _, _]) if version >= &OLDEST_AGENT_SERVER[..] => Ok(text.to_owned()),
         Some([_, _, _]) => Err("1.15.0 is the oldest version that is supported".to_owned()),
         _ => Err(format!("a version looks like {AGENT_SERVER_VERSION}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_three_numbers_and_not_too_old() {
+        for version in ["1.15.0", AGENT_SERVER_VERSION, "1.100.0", "2.0.0"] {
+            assert_eq!(agent_server_version(version).as_deref(), Ok(version));
+        }
+        for other in ["1.14.9", "0.99.0", "1.58", "1.58.2rc1", "1.+58.2", "", "latest", "1.58.2/..", "1..2"] {
+            assert!(agent_server_version(other).is_err(), "{other}");
+        }
     }
 }

@@ -168,6 +168,8 @@ pub struct Readiness(Arc<Mutex<BTreeMap<&'static str, Part>>>);
 enum Part {
     /// What is being done.
     Coming(&'static str),
+    /// What is being done, while nothing waits for it.
+    Beside(&'static str),
     Ready,
     /// Starts wait for it in vain.
     Failed(String),
@@ -188,7 +190,7 @@ impl Readiness {
 
     fn shown(&self) -> Map<String, Value> {
         let shown = |part| match part {
-            Part::Coming(what) => what.to_owned(),
+            Part::Coming(what) | Part::Beside(what) => what.to_owned(),
             Part::Ready => "ready".to_owned(),
             Part::Failed(why) => format!("failed: {why}"),
             Part::Without(why) => format!("not served: {why}"),
@@ -199,7 +201,7 @@ impl Readiness {
     /// Whether everything works that conversations need.
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        self.parts().values().all(|part| matches!(part, Part::Ready | Part::Without(_)))
+        self.parts().values().all(|part| matches!(part, Part::Ready | Part::Beside(_) | Part::Without(_)))
     }
 }
 
@@ -463,20 +465,31 @@ pub fn functions_without_user(config: &Config, aws: &Aws, sealer: &Sealer) -> Ro
         .merge(sandboxes::secrets_router(sandboxes::Context::new(config, aws, sealer)))
 }
 
-/// Fetches it, and says when there is none: the rest works without it.
+/// Fetches it, and says when there is none: the rest works without it, and the UI without its editor.
 async fn fetch_web_ui(ui: WebUi, folder: PathBuf, connection: Connection, readiness: Readiness) {
-    let outcome = web_ui::ensure(&folder, &connection).await;
-    readiness.set(
-        "web_ui",
-        match &outcome {
-            Ok(_) => Part::Ready,
-            Err(error) => {
-                tracing::error!("{error} The API is served without it.");
-                Part::Without(error.to_string())
-            }
-        },
-    );
-    ui.set(outcome);
+    let mut site = match web_ui::ensure(&folder, &connection).await {
+        Ok(site) => site,
+        Err(error) => {
+            tracing::error!("{error} The API is served without it.");
+            readiness.set("web_ui", Part::Without(error.to_string()));
+            ui.set(Err(error));
+            return;
+        }
+    };
+    // The UI is not kept waiting: where there is no network, npm takes a minute or more to say so.
+    readiness.set("web_ui_editor", Part::Beside("being fetched"));
+    ui.set(Ok(site.clone()));
+    readiness.set("web_ui", Part::Ready);
+    match site.add_editor(&folder).await {
+        Ok(()) => {
+            ui.set(Ok(site));
+            readiness.set("web_ui_editor", Part::Ready);
+        }
+        Err(error) => {
+            tracing::warn!("{error} The web UI is served without it: diffs are blank. The next run tries again.");
+            readiness.set("web_ui_editor", Part::Without(error.to_string()));
+        }
+    }
 }
 
 /// From which pages browsers may reach agent servers. Those of this machine may unless others are named: then they have to be named,

@@ -1,12 +1,16 @@
 //! The web UI: a prebuilt one, from the npm registry, served beside the API or written to a folder for hosting elsewhere.
 //!
 //! npm fetches it, so that npm's own configuration counts: registry, proxy, credentials. What it brings must have the digest that is
-//! pinned here. It is kept in the data folder:
+//! pinned here. It is kept in the data folder, beside the editor (Monaco) in which the UI shows diffs, and which by itself it would load
+//! from a CDN:
 //!
 //! ```text
 //! agent-canvas-<version>-<digest>/    whole: it is renamed to this when all is there
 //!     build/                          what is served
 //!     LICENSE
+//! monaco-editor-<version>-<digest>/   likewise; without it the UI works, but diffs are blank
+//!     min/vs/                         what is served
+//!     LICENSE, ThirdPartyNotices.txt
 //! ```
 
 use std::collections::BTreeMap;
@@ -26,15 +30,64 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use http::header::{ACCEPT, CACHE_CONTROL, CONTENT_TYPE};
 use http::{HeaderMap, Method, StatusCode};
-use serde_json::json;
+use serde_json::{Value, json};
 use sha2::{Digest as _, Sha512};
 use tokio::process::Command;
 
-const PACKAGE: &str = "@openhands/agent-canvas";
-/// The version that is fetched.
-pub const VERSION: &str = "1.20.0";
-/// The SHA-512 of the package, in base64, as its registry and every lockfile name it.
-const INTEGRITY: &str = "uq28bmdMapsDN0ltp5ZHYm9xfuk7cHktNkd0NY38w/UTq25wJTqSKSPya+2+ky0+HpGX2vmn0uF3mHuNCoOb2w==";
+/// An npm package that is served to browsers.
+#[derive(Debug)]
+struct Package {
+    /// What it is, at the beginning of a sentence.
+    title: &'static str,
+    name: &'static str,
+    version: &'static str,
+    /// Its SHA-512, in base64, as its registry and every lockfile name it.
+    integrity: &'static str,
+    /// The folder of what is served of it.
+    served: &'static str,
+    /// Licences, which go wherever the files go.
+    licenses: &'static [&'static str],
+}
+
+const UI: Package = Package {
+    title: "The web UI",
+    name: "@openhands/agent-canvas",
+    version: "1.20.0",
+    integrity: "uq28bmdMapsDN0ltp5ZHYm9xfuk7cHktNkd0NY38w/UTq25wJTqSKSPya+2+ky0+HpGX2vmn0uF3mHuNCoOb2w==",
+    served: "build",
+    licenses: &[LICENSE],
+};
+
+/// The version is the one that [`UI`] would load: [`Site::read`] fails otherwise.
+const EDITOR: Package = Package {
+    title: "The editor of the web UI",
+    name: "monaco-editor",
+    version: "0.55.1",
+    integrity: "jz4x+TJNFHwHtwuV9vA9rMujcZRb0CEilTEwG2rRSpe/A7Jdkuj8xPKttCgOh+v/lkHy7HsZ64oj+q3xoAFl9A==",
+    served: "min/vs",
+    licenses: &[LICENSE, "ThirdPartyNotices.txt"],
+};
+impl Package {
+    /// The folder in which it is kept.
+    fn folder_name(&self) -> String {
+        let name = self.name.rsplit('/').next().unwrap_or(self.name);
+        let digest: String = self.integrity.chars().filter(char::is_ascii_alphanumeric).take(12).collect();
+        format!("{name}-{}-{digest}", self.version)
+    }
+
+    /// Its licences, as files that browsers show.
+    fn licenses_from(&self, installed: &Path) -> Result<BTreeMap<String, Bytes>, WebUiError> {
+        let read = |license: &&str| {
+            let path = installed.join(license);
+            let bytes = fs::read(&path).map_err(file_error(&path))?;
+            Ok((format!("{}.txt", license.trim_end_matches(".txt")), bytes.into()))
+        };
+        self.licenses.iter().map(read).collect()
+    }
+}
+
+/// How the editor's translations begin. The UI never asks for one.
+const EDITOR_TRANSLATION: &str = "nls.messages.";
 
 /// The folder in the data folder where it is kept.
 pub const FOLDER: &str = "web-ui";
@@ -42,6 +95,7 @@ pub const FOLDER: &str = "web-ui";
 const SCRIPT: &str = include_str!("web_ui.js");
 const INDEX: &str = "index.html";
 const LICENSE: &str = "LICENSE";
+const ASSETS: &str = "assets/";
 /// Behind which the script goes: before any other of the page.
 const HEAD: &str = "<head>";
 /// A registry that does not answer is given up after so long.
@@ -59,40 +113,51 @@ const DOCS: &str = "/docs";
 #[derive(Debug, thiserror::Error)]
 pub enum WebUiError {
     /// A program that is needed.
-    #[error("The web UI is fetched with {program}, which is not on PATH. {hint}")]
+    #[error("{what} is fetched with {program}, which is not on PATH. {hint}")]
     Missing {
+        /// What is fetched.
+        what: &'static str,
         /// Which.
         program: &'static str,
         /// Where it comes from.
         hint: &'static str,
     },
     /// A program that failed, with the beginning of what it said.
-    #[error("The web UI could not be fetched: {program} says: {said}")]
+    #[error("{what} could not be fetched: {program} says: {said}")]
     Failed {
+        /// What is fetched.
+        what: &'static str,
         /// Which.
         program: &'static str,
         /// What it said.
         said: String,
     },
     /// A program that took too long.
-    #[error("The web UI could not be fetched: {program} did not end within {} seconds.", limit.as_secs())]
+    #[error("{what} could not be fetched: {program} did not end within {} seconds.", limit.as_secs())]
     TooSlow {
+        /// What is fetched.
+        what: &'static str,
         /// Which.
         program: &'static str,
         /// How long it was waited for.
         limit: Duration,
     },
     /// The package is another than the one that is pinned.
-    #[error(
-        "What was fetched is not {PACKAGE} {VERSION}: its SHA-512 is {found}, not {INTEGRITY}. Nothing of it is used."
-    )]
+    #[error("What was fetched is not {package}: its SHA-512 is {found}, not {expected}. Nothing of it is used.")]
     Digest {
+        /// Name and version.
+        package: String,
+        /// What it should be.
+        expected: &'static str,
         /// What it is.
         found: String,
     },
     /// The package is not built as expected.
-    #[error("{PACKAGE} {VERSION} has no {INDEX} that a script can be put into.")]
+    #[error("{} {} has no {INDEX} that a script can be put into.", UI.name, UI.version)]
     Index,
+    /// The package loads another editor, or loads it in another way.
+    #[error("{} {} has no script that loads the editor from {}.", UI.name, UI.version, editor_origin())]
+    Editor,
     /// A file or folder.
     #[error("{path} cannot be used: {source}", path = path.display())]
     File {
@@ -122,7 +187,7 @@ pub const LOOPBACK: &str = "http://127.0.0.1:* ws://127.0.0.1:* http://localhost
 pub const ANYWHERE: &str = "http: ws: https: wss:";
 
 /// The files of the UI, by their paths without the slash in front.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Site(BTreeMap<String, Bytes>);
 
 /// The web UI of a server: on its way, there, or not to be had.
@@ -198,7 +263,7 @@ fn is_page(name: &str, headers: &HeaderMap) -> bool {
 
 fn file(name: &str, bytes: &Bytes) -> Response {
     // Names of assets change with their contents.
-    let caching = if name.starts_with("assets/") { "public, max-age=31536000, immutable" } else { "no-cache" };
+    let caching = if name.starts_with(ASSETS) { "public, max-age=31536000, immutable" } else { "no-cache" };
     ([(CONTENT_TYPE, content_type(name)), (CACHE_CONTROL, caching)], bytes.clone()).into_response()
 }
 
@@ -234,26 +299,40 @@ fn content_type(name: &str) -> &'static str {
 }
 
 impl Site {
-    /// Reads the files of a built UI, and puts into its first page which server to talk to.
+    /// Reads the files of a built UI, and puts into its first page which server to talk to and where the editor is.
     fn read(folder: &Path, connection: &Connection) -> Result<Self, WebUiError> {
-        let mut files = BTreeMap::new();
-        let mut folders = vec![folder.to_owned()];
-        while let Some(current) = folders.pop() {
-            for entry in fs::read_dir(&current).map_err(file_error(&current))? {
-                let path = entry.map_err(file_error(&current))?.path();
-                if path.is_dir() {
-                    folders.push(path);
-                } else if let Some(name) = path.strip_prefix(folder).ok().and_then(Path::to_str) {
-                    let bytes = fs::read(&path).map_err(file_error(&path))?;
-                    files.insert(name.to_owned(), bytes.into());
-                }
-            }
-        }
+        let mut files = files_below(folder)?;
+        let replaced = with_own_editor(&files)?;
+        let imports: BTreeMap<String, String> =
+            replaced.iter().map(|(name, (own, _))| (format!("/{name}"), format!("/{own}"))).collect();
+        files.extend(replaced.into_values());
         let index = files.get(INDEX).and_then(|bytes: &Bytes| std::str::from_utf8(bytes).ok());
         let (before, behind) = index.and_then(|text| text.split_once(HEAD)).ok_or(WebUiError::Index)?;
-        let index = format!("{before}{HEAD}{}<script>{}</script>{behind}", policy(connection), script(connection));
+        let index = format!(
+            "{before}{HEAD}{}<script type=\"importmap\">{}</script><script>{}</script>{behind}",
+            policy(connection),
+            in_script(&json!({"imports": imports})),
+            script(connection)
+        );
         files.insert(INDEX.to_owned(), index.into());
         Ok(Self(files))
+    }
+
+    /// Adds the editor, after fetching it if it is not there yet.
+    ///
+    /// # Errors
+    /// It cannot be fetched, or is another than expected. The site is as it was then: the UI works, but diffs are blank.
+    pub async fn add_editor(&mut self, folder: &Path) -> Result<(), WebUiError> {
+        let installed = install(&EDITOR, folder).await?;
+        let at = editor_path();
+        let mut files = EDITOR.licenses_from(&installed)?;
+        for (name, bytes) in files_below(&installed.join(EDITOR.served))? {
+            if !name.starts_with(EDITOR_TRANSLATION) {
+                files.insert(format!("vs/{name}"), bytes);
+            }
+        }
+        self.0.extend(files.into_iter().map(|(name, bytes)| (format!("{at}/{name}"), bytes)));
+        Ok(())
     }
 
     fn first_page(&self) -> Response {
@@ -282,6 +361,52 @@ impl Site {
     }
 }
 
+/// The files below a folder, by their paths from there.
+fn files_below(folder: &Path) -> Result<BTreeMap<String, Bytes>, WebUiError> {
+    let mut files = BTreeMap::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(current) = folders.pop() {
+        for entry in fs::read_dir(&current).map_err(file_error(&current))? {
+            let path = entry.map_err(file_error(&current))?.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if let Some(name) = path.strip_prefix(folder).ok().and_then(Path::to_str) {
+                let bytes = fs::read(&path).map_err(file_error(&path))?;
+                files.insert(name.to_owned(), bytes.into());
+            }
+        }
+    }
+    Ok(files)
+}
+
+/// Where the UI loads its editor from by itself.
+fn editor_origin() -> String {
+    format!("https://cdn.jsdelivr.net/npm/{}@{}/{}", EDITOR.name, EDITOR.version, EDITOR.served)
+}
+
+/// Where the editor is served here.
+fn editor_path() -> String {
+    format!("{ASSETS}{}-{}", EDITOR.name, EDITOR.version)
+}
+
+/// The scripts that load the editor, by their names: each as it is when it loads the one that is served here, with a name of its own.
+///
+/// Browsers keep assets for a year by their names. They get the changed ones by an import map of the first page, which they do not keep:
+/// who has been here before would otherwise go on with the script that loads the editor from the CDN.
+fn with_own_editor(files: &BTreeMap<String, Bytes>) -> Result<BTreeMap<String, (String, Bytes)>, WebUiError> {
+    let (origin, own) = (editor_origin(), format!("/{}/vs", editor_path()));
+    let mut replaced = BTreeMap::new();
+    for (name, bytes) in files {
+        let Some(stem) = name.strip_suffix(".js") else { continue };
+        let Ok(text) = std::str::from_utf8(bytes) else { continue };
+        if text.contains(&origin) {
+            let changed = format!("{stem}.{}-{}.js", EDITOR.name, EDITOR.version);
+            replaced.insert(name.clone(), (changed, text.replace(&origin, &own).into()));
+        }
+    }
+    if replaced.is_empty() { Err(WebUiError::Editor) } else { Ok(replaced) }
+}
+
 /// The page loads nothing from elsewhere, and calls this server and its agent servers alone, as far as it is known where those are. By
 /// itself the UI would also load fonts and the logos of MCP servers, ask for newer versions of itself, and call its makers' telemetry.
 fn policy(connection: &Connection) -> String {
@@ -303,23 +428,34 @@ fn script(connection: &Connection) -> String {
         "question": connection.question,
         "has_model": connection.has_model,
     });
-    // `<` could end the script.
-    SCRIPT.replace("__SERVER__", &server.to_string().replace('<', "\\u003c"))
+    SCRIPT.replace("__SERVER__", &in_script(&server))
 }
 
-/// Gives the UI of this folder, after fetching it if it is not there yet.
+/// As it can be in a script of a page, which `<` could end.
+fn in_script(value: &Value) -> String {
+    value.to_string().replace('<', "\\u003c")
+}
+
+/// Gives the UI of this folder, after fetching it if it is not there yet, without its editor.
 ///
 /// # Errors
 /// It cannot be fetched, or is another than expected; nothing of it is left behind then.
 pub async fn ensure(folder: &Path, connection: &Connection) -> Result<Site, WebUiError> {
-    let digest: String = INTEGRITY.chars().filter(char::is_ascii_alphanumeric).take(12).collect();
-    let installed = folder.join(format!("agent-canvas-{VERSION}-{digest}"));
+    let installed = install(&UI, folder).await?;
+    let mut site = Site::read(&installed.join(UI.served), connection)?;
+    site.0.extend(UI.licenses_from(&installed)?);
+    Ok(site)
+}
+
+/// Where the package is in this folder, after fetching it if it is not there yet.
+async fn install(package: &Package, folder: &Path) -> Result<PathBuf, WebUiError> {
+    let installed = folder.join(package.folder_name());
     if !installed.is_dir() {
-        tracing::info!("Fetching the web UI, {PACKAGE} {VERSION}.");
+        tracing::info!("Fetching {} {} for the web UI.", package.name, package.version);
         fs::create_dir_all(folder).map_err(file_error(folder))?;
         // Gone when dropped, whatever happens.
         let draft = tempfile::Builder::new().prefix("fetching-").tempdir_in(folder).map_err(file_error(folder))?;
-        fetch(draft.path()).await?;
+        fetch(package, draft.path()).await?;
         let unpacked = draft.path().join("package");
         // Another run may have been faster; a folder with anything in it is not replaced.
         if let Err(source) = fs::rename(&unpacked, &installed)
@@ -328,43 +464,47 @@ pub async fn ensure(folder: &Path, connection: &Connection) -> Result<Site, WebU
             return Err(WebUiError::File { path: installed, source });
         }
     }
-    let mut site = Site::read(&installed.join("build"), connection)?;
-    // It goes wherever the files go.
-    let license = installed.join(LICENSE);
-    site.0.insert(format!("{LICENSE}.txt"), fs::read(&license).map_err(file_error(&license))?.into());
-    Ok(site)
+    Ok(installed)
 }
 
 /// Fetches the package, and unpacks what is needed of it into `package/` in this folder.
-async fn fetch(folder: &Path) -> Result<(), WebUiError> {
+async fn fetch(package: &Package, folder: &Path) -> Result<(), WebUiError> {
+    let what = package.title;
     let mut npm = Command::new("npm");
-    npm.arg("pack").arg(format!("{PACKAGE}@{VERSION}")).arg("--pack-destination").arg(folder);
+    npm.arg("pack").arg(format!("{}@{}", package.name, package.version)).arg("--pack-destination").arg(folder);
     // Its own scripts have nothing to do here.
     npm.args(["--ignore-scripts", "--loglevel=error", "--no-update-notifier", "--no-fund"]).current_dir(folder);
     let hint = "It comes with Node.js; without --ui nothing of it is needed.";
-    run("npm", hint, npm, FETCH_LIMIT).await?;
-    let package = fs::read_dir(folder)
+    run(what, "npm", hint, npm, FETCH_LIMIT).await?;
+    let packed = fs::read_dir(folder)
         .map_err(file_error(folder))?
         .filter_map(|entry| Some(entry.ok()?.path()))
         .find(|path| path.extension().is_some_and(|extension| extension == "tgz"))
-        .ok_or_else(|| WebUiError::Failed { program: "npm", said: "nothing, and it left no package.".to_owned() })?;
-    check(&fs::read(&package).map_err(file_error(&package))?)?;
+        .ok_or_else(|| WebUiError::Failed {
+            what,
+            program: "npm",
+            said: "nothing, and it left no package.".to_owned(),
+        })?;
+    check(package, &fs::read(&packed).map_err(file_error(&packed))?)?;
     let mut tar = Command::new("tar");
-    tar.arg("-xzf")
-        .arg(&package)
-        .arg("-C")
-        .arg(folder)
-        .args(["package/build".to_owned(), format!("package/{LICENSE}")]);
-    run("tar", "Every distribution has it.", tar, UNPACK_LIMIT).await
+    tar.arg("-xzf").arg(&packed).arg("-C").arg(folder);
+    tar.args(package.licenses.iter().chain([&package.served]).map(|member| format!("package/{member}")));
+    run(what, "tar", "Every distribution has it.", tar, UNPACK_LIMIT).await
 }
 
 /// Whether it is the package that is pinned here.
-fn check(package: &[u8]) -> Result<(), WebUiError> {
-    let found = BASE64_STANDARD.encode(Sha512::digest(package));
-    if found == INTEGRITY { Ok(()) } else { Err(WebUiError::Digest { found }) }
+fn check(package: &Package, packed: &[u8]) -> Result<(), WebUiError> {
+    let Package { name, version, integrity: expected, .. } = package;
+    let found = BASE64_STANDARD.encode(Sha512::digest(packed));
+    if found == *expected {
+        Ok(())
+    } else {
+        Err(WebUiError::Digest { package: format!("{name} {version}"), expected, found })
+    }
 }
 
 async fn run(
+    what: &'static str,
     program: &'static str,
     hint: &'static str,
     mut command: Command,
@@ -372,12 +512,18 @@ async fn run(
 ) -> Result<(), WebUiError> {
     command.stdin(Stdio::null()).kill_on_drop(true);
     let ended = tokio::time::timeout(limit, command.output());
-    let output = match ended.await.map_err(|_| WebUiError::TooSlow { program, limit })? {
+    let output = match ended.await.map_err(|_| WebUiError::TooSlow { what, program, limit })? {
         Ok(output) => output,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(WebUiError::Missing { program, hint }),
-        Err(error) => return Err(WebUiError::Failed { program, said: format!("{error}.") }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(WebUiError::Missing { what, program, hint });
+        }
+        Err(error) => return Err(WebUiError::Failed { what, program, said: format!("{error}.") }),
     };
-    if output.status.success() { Ok(()) } else { Err(WebUiError::Failed { program, said: beginning_of(&output) }) }
+    if output.status.success() {
+        Ok(())
+    } else {
+        Err(WebUiError::Failed { what, program, said: beginning_of(&output) })
+    }
 }
 
 /// The beginning of what a program said, in one line: npm says first what is wrong, and last what is always good advice.
@@ -403,11 +549,14 @@ mod tests {
 
     const HERE: Connection = Connection { host: None, question: None, has_model: true, reach: LOOPBACK };
 
+    const LOADER: &str = "a={vs:`https://cdn.jsdelivr.net/npm/monaco-editor@0.55.1/min/vs`}";
+
     fn built() -> TempDir {
         let folder = TempDir::new().unwrap();
         fs::create_dir(folder.path().join("assets")).unwrap();
         fs::write(folder.path().join(INDEX), "<!DOCTYPE html><html><head><title>UI</title></head></html>").unwrap();
         fs::write(folder.path().join("assets/app-1.js"), "app()").unwrap();
+        fs::write(folder.path().join("assets/tab-1.js"), LOADER).unwrap();
         fs::write(folder.path().join("favicon.svg"), "<svg/>").unwrap();
         folder
     }
@@ -470,7 +619,88 @@ mod tests {
         assert!(page.contains(r#""host":"https://api.example.org/v1\u003c/script>","asks_for_key":true"#), "{page}");
         assert!(page.contains("blob: https://api.example.org http: ws:"), "{page}");
         assert!(page.contains("img-src 'self' data: blob:;"), "{page}");
-        assert_eq!(page.matches("</script>").count(), 1, "{page}");
+        assert_eq!(page.matches("</script>").count(), 2, "{page}");
+    }
+
+    fn text(site: &Site, name: &str) -> String {
+        let bytes = site.0.get(name).unwrap_or_else(|| panic!("no {name} in {:?}", site.0.keys()));
+        String::from_utf8(bytes.to_vec()).unwrap()
+    }
+
+    #[test]
+    fn the_page_loads_its_editor_from_here() {
+        let site = Site::read(built().path(), &HERE).unwrap();
+        let page = text(&site, INDEX);
+        let map = page.split_once("<script type=\"importmap\">").unwrap().1.split_once("</script>").unwrap().0;
+        let map: Value = serde_json::from_str(map).unwrap();
+        assert_eq!(map, json!({"imports": {"/assets/tab-1.js": "/assets/tab-1.monaco-editor-0.55.1.js"}}));
+        assert_eq!(text(&site, "assets/tab-1.monaco-editor-0.55.1.js"), "a={vs:`/assets/monaco-editor-0.55.1/vs`}");
+        assert_eq!(text(&site, "assets/tab-1.js"), LOADER, "what browsers may have kept is not changed");
+        assert!(page.find("importmap") < page.find("openhands-backends"), "{page}");
+        let policy = page.split_once("content=\"").unwrap().1.split_once('"').unwrap().0;
+        assert!(!policy.contains("cdn"), "{policy}");
+    }
+
+    #[test]
+    fn a_page_that_loads_another_editor_is_not_served() {
+        let folder = built();
+        for other in ["app()", "a={vs:`https://cdn.jsdelivr.net/npm/monaco-editor@0.56.0/min/vs`}"] {
+            fs::write(folder.path().join("assets/tab-1.js"), other).unwrap();
+            let error = Site::read(folder.path(), &HERE).unwrap_err();
+            assert!(matches!(error, WebUiError::Editor), "{error}");
+            assert!(error.to_string().contains("monaco-editor@0.55.1/min/vs"), "{error}");
+        }
+    }
+
+    /// As a package is when it has been fetched.
+    fn installed(folder: &Path, package: &Package, files: &[(&str, &str)]) -> PathBuf {
+        let at = folder.join(package.folder_name());
+        for (name, text) in files {
+            let path = at.join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        at
+    }
+
+    #[tokio::test]
+    async fn the_editor_is_served_beside_the_ui() {
+        let folder = TempDir::new().unwrap();
+        let page = "<html><head></head></html>";
+        let files = [("build/index.html", page), ("build/assets/tab-1.js", LOADER), ("LICENSE", "of the UI")];
+        installed(folder.path(), &UI, &files);
+        let files = [
+            ("min/vs/loader.js", "load()"),
+            ("min/vs/editor/editor.main.css", "a{}"),
+            ("min/vs/nls.messages-loader.js", "translate()"),
+            ("min/vs/nls.messages.de.js.js", "deutsch()"),
+            ("LICENSE", "of the editor"),
+            ("ThirdPartyNotices.txt", "of others"),
+        ];
+        let editor = installed(folder.path(), &EDITOR, &files);
+        let mut site = ensure(folder.path(), &HERE).await.unwrap();
+        let without = site.files();
+
+        // What is not whole costs the UI nothing.
+        fs::rename(editor.join("min"), editor.join("hidden")).unwrap();
+        assert!(matches!(site.add_editor(folder.path()).await, Err(WebUiError::File { .. })));
+        fs::rename(editor.join("hidden"), editor.join("min")).unwrap();
+        fs::rename(editor.join(LICENSE), editor.join("hidden")).unwrap();
+        assert!(matches!(site.add_editor(folder.path()).await, Err(WebUiError::File { .. })));
+        fs::rename(editor.join("hidden"), editor.join(LICENSE)).unwrap();
+        assert_eq!(site.files(), without);
+
+        site.add_editor(folder.path()).await.unwrap();
+        assert_eq!(site.files(), without + files.len() - 1, "all but the translation: {:?}", site.0.keys());
+        assert_eq!(text(&site, "LICENSE.txt"), "of the UI");
+        assert_eq!(text(&site, "assets/monaco-editor-0.55.1/LICENSE.txt"), "of the editor");
+        assert_eq!(text(&site, "assets/monaco-editor-0.55.1/ThirdPartyNotices.txt"), "of others");
+        let ui = WebUi::default();
+        ui.set(Ok(site));
+        let script = ask(&ui, Method::GET, "/assets/monaco-editor-0.55.1/vs/loader.js", "*/*").await;
+        assert_eq!((script.kind.as_str(), script.body.as_str()), ("text/javascript; charset=utf-8", "load()"));
+        let style = ask(&ui, Method::GET, "/assets/monaco-editor-0.55.1/vs/editor/editor.main.css", "*/*").await;
+        assert_eq!(style.kind, "text/css; charset=utf-8");
     }
 
     #[test]
@@ -485,7 +715,7 @@ mod tests {
         let ui = WebUi::default();
         let page = ask(&ui, Method::GET, "/", HTML).await;
         assert!(page.status == 503 && page.body.contains("http-equiv=\"refresh\""), "{}", page.body);
-        let failed = WebUiError::Failed { program: "npm", said: "<b> & more".to_owned() };
+        let failed = WebUiError::Failed { what: UI.title, program: "npm", said: "<b> & more".to_owned() };
         ui.set(Err(failed));
         let page = ask(&ui, Method::GET, "/", HTML).await;
         assert!(page.status == 503 && page.body.contains("npm says: &lt;b> &amp; more"), "{}", page.body);
@@ -497,18 +727,22 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_not_the_pinned_package_is_not_used() {
-        let error = check(b"something else").unwrap_err().to_string();
-        assert!(error.contains(INTEGRITY) && error.contains("Nothing of it is used"), "{error}");
+        for package in [&UI, &EDITOR] {
+            let error = check(package, b"something else").unwrap_err().to_string();
+            let names = error.contains(package.name) && error.contains(package.integrity);
+            assert!(names && error.contains("Nothing of it is used"), "{error}");
+        }
         let limit = Duration::from_secs(5);
-        let missing = run("npm", "Get it.", Command::new("no-such-program-here"), limit).await.unwrap_err().to_string();
+        let missing = run(UI.title, "npm", "Get it.", Command::new("no-such-program-here"), limit).await;
+        let missing = missing.unwrap_err().to_string();
         assert_eq!(missing, "The web UI is fetched with npm, which is not on PATH. Get it.");
         let mut fails = Command::new("sh");
         fails.args(["-c", "echo npm error first >&2; echo second >&2; exit 1"]);
-        let failed = run("npm", "", fails, limit).await.unwrap_err().to_string();
-        assert_eq!(failed, "The web UI could not be fetched: npm says: first second.");
+        let failed = run(EDITOR.title, "npm", "", fails, limit).await.unwrap_err().to_string();
+        assert_eq!(failed, "The editor of the web UI could not be fetched: npm says: first second.");
         let mut hangs = Command::new("sleep");
         hangs.arg("60");
-        let slow = run("npm", "", hangs, Duration::from_millis(10)).await.unwrap_err();
+        let slow = run(UI.title, "npm", "", hangs, Duration::from_millis(10)).await.unwrap_err();
         assert!(matches!(slow, WebUiError::TooSlow { .. }), "{slow}");
     }
 
@@ -517,7 +751,7 @@ mod tests {
         let folder = TempDir::new().unwrap();
         let site = Site::read(built().path(), &HERE).unwrap();
         site.write(folder.path()).unwrap();
-        assert_eq!(site.files(), 3);
+        assert_eq!(site.files(), 5);
         assert_eq!(fs::read_to_string(folder.path().join("assets/app-1.js")).unwrap(), "app()");
         assert!(fs::read_to_string(folder.path().join(INDEX)).unwrap().contains("openhands-backends"));
     }

@@ -47,7 +47,10 @@ const VERSION: Mistake = server(
 const DISK_FULL: Mistake =
     server(true, "The disk of the sandbox is full; delete files or conversations in it, or use another sandbox");
 const READ_ONLY: Mistake = server(true, "The agent server cannot write to the disk of its sandbox");
-const FOLDER: Mistake = server(true, "The working folder of the conversation cannot be used");
+const NO_PERMISSION: Mistake =
+    server(true, "The agent server lacks the permission for a file or folder of its sandbox");
+const FOLDER: Mistake =
+    server(true, "A file is where the agent server needs a folder, such as the working folder of the conversation");
 
 /// Parts of an exception's text, and what they mean. All parts of a row must be there, the first of them at the beginning.
 const KNOWN_TEXTS: [(&[&str], Mistake); 19] = [
@@ -68,7 +71,7 @@ const KNOWN_TEXTS: [(&[&str], Mistake); 19] = [
     (&["Prompt file ", " not found"], VERSION),
     (&["[Errno 28]"], DISK_FULL),
     (&["[Errno 30]"], READ_ONLY),
-    (&["[Errno 13]"], READ_ONLY),
+    (&["[Errno 13]"], NO_PERMISSION),
     (&["[Errno 17]"], FOLDER),
 ];
 

@@ -782,8 +782,7 @@ impl AgentServer {
         }
         let again = if call.is_repeatable { request.try_clone() } else { None };
         match (request.send().await.map_err(|error| transport_failure(&error)), again) {
-            // A connection that was kept open, and that the agent server closed just then: it does so behind an error of its own,
-            // and when nothing came for some seconds.
+            // The agent server closed a kept connection at that moment. It closes connections after each 5xx, and after 5 s idle.
             (Err(Failure::CutOff), Some(again)) => {
                 again.send().await.map_err(|error| call.fail(transport_failure(&error)))
             }

@@ -221,7 +221,7 @@ impl Messages {
             let Some((claim, queue)) = self.store.claim(user, conversation, self.timing.lease).await? else {
                 return Ok(());
             };
-            let attempts = queue.attempts;
+            let (attempts, newest) = (queue.attempts, queue.newest.clone());
             match self.send_all(user, conversation, &claim, queue).await {
                 Ok(Outcome::Lost) => return Ok(()),
                 Ok(Outcome::Empty) => {
@@ -229,37 +229,38 @@ impl Messages {
                         return Ok(());
                     }
                     // Another message came meanwhile.
-                    self.store.postpone(user, conversation, &claim, 0, Some(Time::now())).await?;
+                    self.store.postpone(user, conversation, &claim, 0, Time::now()).await?;
                 }
                 Ok(Outcome::Later(why)) => {
                     let pause = self.timing.pause_after(attempts);
                     tracing::info!(%conversation, why, attempts, "pending_message.waits");
                     let due_at = Time::now().plus(pause + self.timing.forgotten_after);
-                    self.store.postpone(user, conversation, &claim, attempts + 1, Some(due_at)).await?;
+                    self.store.postpone(user, conversation, &claim, attempts + 1, due_at).await?;
                     self.ring(user, conversation, pause).await;
                     return Ok(());
                 }
                 Ok(Outcome::Refused(refusals)) if refusals < self.timing.refusals => {
                     let pause = self.timing.pause_after(refusals - 1);
                     let due_at = Time::now().plus(pause + self.timing.forgotten_after);
-                    self.store.refused(user, conversation, &claim, refusals, Some(due_at)).await?;
+                    self.store.refused(user, conversation, &claim, refusals, due_at).await?;
                     self.ring(user, conversation, pause).await;
                     return Ok(());
                 }
-                Ok(Outcome::Refused(refusals)) => {
-                    // The agent server's words are in the log already. The next message to the conversation has it asked again.
-                    tracing::error!(%conversation, refusals, "pending_message.undeliverable");
-                    return self.store.refused(user, conversation, &claim, refusals, None).await;
-                }
-                Ok(Outcome::Never(why)) => {
-                    // They stay with the conversation, should somebody ask what became of them.
-                    tracing::error!(%conversation, why, "pending_message.undeliverable");
-                    return self.store.postpone(user, conversation, &claim, attempts, None).await;
+                Ok(ended @ (Outcome::Refused(_) | Outcome::Never(_))) => {
+                    if self.store.give_up(user, conversation, &claim, newest.as_deref()).await? {
+                        // They stay with the conversation, should somebody ask what became of them. Its next message has them tried
+                        // again. What an agent server answered is in the log already.
+                        let why = if let Outcome::Never(why) = ended { why } else { "the agent server refuses it" };
+                        tracing::error!(%conversation, why, "pending_message.undeliverable");
+                        return Ok(());
+                    }
+                    // Another message came meanwhile, or another worker.
+                    self.store.postpone(user, conversation, &claim, attempts, Time::now()).await?;
                 }
                 Err(error) => {
                     // Best effort: the lease runs out by itself.
                     let due_at = Time::now().plus(self.timing.forgotten_after);
-                    let given_back = self.store.postpone(user, conversation, &claim, attempts + 1, Some(due_at)).await;
+                    let given_back = self.store.postpone(user, conversation, &claim, attempts + 1, due_at).await;
                     if let Err(error) = given_back {
                         tracing::warn!(%conversation, error = %error.context(), "pending_message.lease_not_given_back");
                     }

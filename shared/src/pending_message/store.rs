@@ -47,6 +47,9 @@ pub struct MessageQueue {
     /// How often in a row the agent server answered the first message with an error of its own.
     #[serde(default)]
     pub refusals: u32,
+    /// The id of the message that was added last.
+    #[serde(default)]
+    pub newest: Option<String>,
 }
 
 /// What is known of a message that is being sent.
@@ -112,6 +115,7 @@ impl MessageStore {
             None
         };
         let content = object.is_none().then_some(content);
+        let newest = text(id::hex(message));
         let message = PendingMessage { id: message, content, object: object.clone() };
         let message = serde_dynamo::to_attribute_value(message).map_err(Error::internal)?;
         let mut values = HashMap::from([
@@ -120,6 +124,7 @@ impl MessageStore {
             (":id".to_owned(), text(id::hex(conversation))),
             (":shard".to_owned(), text(shard(conversation))),
             (":due".to_owned(), text(due_at.sortable())),
+            (":newest".to_owned(), newest),
             (":max".to_owned(), number(u32::try_from(MAX_MESSAGES).unwrap_or(u32::MAX))),
         ]);
         if let Some(task) = task {
@@ -132,7 +137,7 @@ impl MessageStore {
             .set_key(Some(key(user, conversation)))
             .update_expression(format!(
                 "SET messages = list_append(if_not_exists(messages, :none), :message), id = :id, undelivered_shard = :shard, \
-                 due_at = if_not_exists(due_at, :due){}",
+                 due_at = if_not_exists(due_at, :due), newest = :newest{} REMOVE refusals",
                 if task.is_some() { ", task = :task" } else { "" }
             ))
             .condition_expression("attribute_not_exists(messages) OR size(messages) < :max")
@@ -225,7 +230,7 @@ impl MessageStore {
         Ok(left)
     }
 
-    /// Gives a claim back; the queue is looked after again from `due_at` on, or never where that is `None`.
+    /// Gives a claim back; the queue is due again at `due_at`.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -235,10 +240,11 @@ impl MessageStore {
         conversation: Uuid,
         claim: &Claim,
         attempts: u32,
-        due_at: Option<Time>,
+        due_at: Time,
     ) -> Result<()> {
-        self.give_back(user, conversation, claim, due_at, "attempts = :attempts", &[(":attempts", number(attempts))])
-            .await
+        let change = "SET attempts = :attempts, due_at = :due REMOVE lease_owner, lease_until, refusals";
+        let values = [(":attempts", number(attempts)), (":due", text(due_at.sortable()))];
+        self.change(user, conversation, claim, change, &values, "").await.map(|_| ())
     }
 
     /// As [`MessageStore::postpone`], after an agent server answered with an error of its own for the `refusals`-th time in a row.
@@ -251,30 +257,31 @@ impl MessageStore {
         conversation: Uuid,
         claim: &Claim,
         refusals: u32,
-        due_at: Option<Time>,
+        due_at: Time,
     ) -> Result<()> {
-        self.give_back(user, conversation, claim, due_at, "refusals = :refusals", &[(":refusals", number(refusals))])
-            .await
+        let change = "SET refusals = :refusals, due_at = :due REMOVE lease_owner, lease_until";
+        let values = [(":refusals", number(refusals)), (":due", text(due_at.sortable()))];
+        self.change(user, conversation, claim, change, &values, "").await.map(|_| ())
     }
 
-    async fn give_back(
+    /// Gives a claim back; the queue is not due again until a message is added. False, with the claim kept, when one was added since
+    /// `newest`: its own job found the queue claimed and ended.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn give_up(
         &self,
         user: &UserId,
         conversation: Uuid,
         claim: &Claim,
-        due_at: Option<Time>,
-        set: &str,
-        values: &[(&str, AttributeValue)],
-    ) -> Result<()> {
-        let mut values = values.to_vec();
-        let change = match due_at {
-            Some(due_at) => {
-                values.push((":due", text(due_at.sortable())));
-                format!("SET {set}, due_at = :due REMOVE lease_owner, lease_until")
-            }
-            None => format!("SET {set} REMOVE lease_owner, lease_until, undelivered_shard, due_at"),
+        newest: Option<&str>,
+    ) -> Result<bool> {
+        let change = "REMOVE lease_owner, lease_until, refusals, undelivered_shard, due_at";
+        let (values, condition) = match newest {
+            Some(newest) => (vec![(":newest", text(newest))], " AND newest = :newest"),
+            None => (Vec::new(), " AND attribute_not_exists(newest)"),
         };
-        self.change(user, conversation, claim, &change, &values, "").await.map(|_| ())
+        self.change(user, conversation, claim, change, &values, condition).await.map(|queue| queue.is_some())
     }
 
     /// Removes a queue that is empty. False when it is not, or the claim is lost.

@@ -53,9 +53,11 @@ pub struct ExposedUrl {
 /// The name of the agent server among a sandbox's addresses.
 pub const AGENT_SERVER: &str = "AGENT_SERVER";
 
-/// The webhook variables of every agent server that has a webhook: an event reaches us within a second. The buffer holds five events;
-/// an agent server sends it once it is full, or after this delay, which is 30 s by default.
-pub const WEBHOOK_VARIABLES: [(&str, &str); 1] = [("OH_WEBHOOKS_0_FLUSH_DELAY", "1")];
+/// The webhook variables of every agent server that has a webhook. An event reaches us within a second: the buffer holds five events,
+/// and an agent server sends it once it is full, or after this delay, which is 30 s by default. A batch has 2 MiB at most (5 MiB by
+/// default, from 1.49 on; a larger event is sent alone): Lambda accepts 6 MB, with the body as an escaped JSON string.
+pub const WEBHOOK_VARIABLES: [(&str, &str); 2] =
+    [("OH_WEBHOOKS_0_FLUSH_DELAY", "1"), ("OH_WEBHOOKS_0_MAX_BATCH_BYTES", "2097152")];
 
 /// The storage variables of every agent server: it has its conversations to itself, so it needs no leases on them. A lease outlives an
 /// agent server that was killed, and keeps the next one in the same container from its conversations for 45 s.

@@ -246,7 +246,10 @@ impl Work<'_> {
                 Err(StepError::Fatal(text)) => return self.fail(Fault::Server, &text).await,
                 Err(StepError::Refused(text)) => return self.fail(Fault::User, &text).await,
                 Err(StepError::Retry(text)) => match self.retry(&text) {
-                    Some(retry) => retry,
+                    Some((delay, change)) => {
+                        self.task.record.refusals = 0;
+                        (delay, change.set("refusals", attempts(0)))
+                    }
                     None => return self.fail(Fault::Server, &text).await,
                 },
                 Err(StepError::Refusal(fault, text)) => {
@@ -428,10 +431,14 @@ impl Work<'_> {
         let record = &self.task.record;
         let mut detail = record.failure.clone().unwrap_or_default();
         match self.lease.keep_during(self.clean_up()).await {
-            Ok(Ok(())) => {}
+            Ok(Ok(None)) => {}
+            Ok(Ok(Some(left))) => detail += &format!("\n{left}"),
             Ok(Err(error)) => {
                 tracing::warn!(task = %record.id, error = %error.context(), "start.not_cleaned_up");
-                detail += &format!("\nIts sandbox {} could not be removed and may still run", record.new_sandbox_id);
+                detail += &match record.now.sandbox_id.as_deref().filter(|id| *id != record.new_sandbox_id) {
+                    Some(sandbox) => format!("\n{}", self.conversation_left_in(sandbox)),
+                    None => format!("\nIts sandbox {} could not be removed and may still run", record.new_sandbox_id),
+                };
             }
             Err(LeaseLost) => return Ok(Turn::Busy),
         }
@@ -453,7 +460,8 @@ impl Work<'_> {
     }
 
     /// Removes the sandbox that this start made, unless a conversation lives in it, or else what it left in a sandbox of others.
-    async fn clean_up(&self) -> Result<()> {
+    /// Returns what could not be removed, for the user.
+    async fn clean_up(&self) -> Result<Option<String>> {
         let record = &self.task.record;
         let (user, id) = (&record.user, &record.new_sandbox_id);
         if self.saga.sandboxes.get(user, id).await?.is_none() {
@@ -469,42 +477,50 @@ impl Work<'_> {
         if self.saga.conversations.count_in_sandbox(user, id).await? > 0 {
             return self.clean_up_conversation().await;
         }
-        self.saga.sandboxes.delete(user, id).await.map(|_| ())
+        self.saga.sandboxes.delete(user, id).await.map(|_| None)
+    }
+
+    fn conversation_left_in(&self, sandbox: &str) -> String {
+        format!("Its conversation {} could not be removed from the sandbox {sandbox}", self.task.record.conversation_id)
     }
 
     /// An agent server keeps a conversation whose agent could not be set up. In a sandbox that stays, it would stay forever.
-    async fn clean_up_conversation(&self) -> Result<()> {
+    async fn clean_up_conversation(&self) -> Result<Option<String>> {
         let record = &self.task.record;
         let (user, conversation) = (&record.user, record.conversation_id);
         let Some(sandbox) =
             record.now.sandbox_id.as_deref().filter(|_| self.status() == StartStatus::StartingConversation)
         else {
-            return Ok(());
+            return Ok(None);
         };
         let stub = match self.saga.conversations.standing(user, conversation).await? {
             Standing::Unknown => None,
             Standing::Known(known) if known.is_stub && known.record.sandbox_id == sandbox => Some(known.record),
             // It is another start's, or about to go.
-            Standing::Known(_) | Standing::Deleting => return Ok(()),
+            Standing::Known(_) | Standing::Deleting => return Ok(None),
         };
         let found = self.saga.sandboxes.get(user, sandbox).await?;
-        let Some(agent_server) = found.and_then(|sandbox| sandbox.agent_server(&self.saga.http)) else { return Ok(()) };
+        let Some(agent_server) = found.and_then(|sandbox| sandbox.agent_server(&self.saga.http)) else {
+            return Ok(None);
+        };
         match self.remove_from(&agent_server).await {
             Ok(true) => {}
-            Ok(false) => return Ok(()),
+            Ok(false) => return Ok(None),
             // It stays, and so does its record.
             Err(error) => {
                 tracing::warn!(task = %record.id, %error, "start.conversation_not_removed");
-                return Ok(());
+                return Ok(Some(self.conversation_left_in(sandbox)));
             }
         }
+        let Some(stub) = stub else { return Ok(None) };
         // With the last conversation in a sandbox the sandbox goes, too, which is not for a failed start to cause.
-        if let Some(stub) = stub
-            && self.saga.conversations.count_in_sandbox(user, sandbox).await? > 1
-        {
+        if self.saga.conversations.count_in_sandbox(user, sandbox).await? > 1 {
             self.saga.conversations.begin_deletion(user, &[stub], Time::now()).await?;
+            return Ok(None);
         }
-        Ok(())
+        Ok(Some(format!(
+            "Its conversation {conversation} stays listed, without messages; deleting it also deletes the sandbox {sandbox}"
+        )))
     }
 
     /// The user's settings, read once a turn.
