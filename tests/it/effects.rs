@@ -1,5 +1,6 @@
 //! What agent servers tell takes effect on the records of conversations, and nothing else does.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -8,6 +9,7 @@ use axum::body::Body;
 use futures::future::join_all;
 use http::Request;
 use secrecy::{ExposeSecret as _, SecretString};
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use shared::Time;
 use shared::agent_server::AgentServer;
@@ -16,7 +18,7 @@ use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationChange;
 use shared::conversation::told::{AgentStats, Known, ReportTime, Standing};
 use shared::conversation::{ConversationRecord, MAX_NAME};
-use shared::event::store::Event;
+use shared::event::store::{Event, EventStore};
 use shared::outbound::{Outbound, Reach};
 use shared::sandbox::SandboxStatus;
 use shared::sandbox::store::SandboxStore;
@@ -30,10 +32,13 @@ use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::support::api::Api;
+use crate::support::log::all_events;
 use crate::support::rig::{Rig, SESSION_KEY, quick};
 use crate::support::seed;
 
 const SANDBOX: &str = "6osgGulToTzNONWACSWMZh";
+const WEBHOOKS_1_58_2: &str = include_str!("../data/contract/webhooks-1.58.2.jsonl");
+const WEBHOOKS_1_58_2_SWITCH_TOOL: &str = include_str!("../data/contract/webhooks-1.58.2-switch-tool.jsonl");
 
 /// The API, and a sandbox of the local user whose key is its name.
 struct Fixture {
@@ -72,11 +77,24 @@ impl Fixture {
 
     /// Posts as the sandbox.
     async fn post(&self, sandbox: &str, path: &str, body: &Value) -> (u16, Value) {
+        self.post_text(sandbox, path, &body.to_string()).await
+    }
+
+    /// The same, with a body of exactly this text.
+    async fn post_text(&self, sandbox: &str, path: &str, body: &str) -> (u16, Value) {
         let request = Request::post(format!("/api/v1/webhooks/{path}"))
             .header("content-type", "application/json")
             .header("x-session-api-key", sandbox)
-            .body(Body::from(body.to_string()));
+            .body(Body::from(body.to_owned()));
         self.api.send(request.expect("a request")).await
+    }
+
+    /// The texts of all stored events by id.
+    async fn stored(&self, user: &UserId, id: Uuid) -> BTreeMap<String, String> {
+        let api = &self.api;
+        let (dynamodb, s3) = (api.aws.dynamodb.clone(), api.aws.s3.clone());
+        let store = EventStore::new(dynamodb, api.names.events.clone(), s3, api.names.bucket.clone());
+        all_events(&store, user, id).await.into_iter().map(|event| (event.id, event.json)).collect()
     }
 
     async fn post_events(&self, sandbox: &str, id: Uuid, events: &[Value]) {
@@ -115,6 +133,22 @@ impl Fixture {
             jobs.push(Job::from_body(&message.body.unwrap_or_default()).expect("a job"));
         }
     }
+}
+
+/// The body of a recorded exchange as the agent server wrote it.
+fn raw_body(line: &str) -> &str {
+    serde_json::from_str::<BTreeMap<String, &RawValue>>(line).expect("an exchange")["body"].get()
+}
+
+/// The texts of all recorded events by id.
+fn raw_events(lines: &str) -> BTreeMap<String, String> {
+    let events =
+        lines.lines().map(raw_body).filter_map(|body| serde_json::from_str::<Vec<&RawValue>>(body).ok()).flatten();
+    let id = |event: &RawValue| {
+        let event: Value = serde_json::from_str(event.get()).expect("an event");
+        event["id"].as_str().expect("an id").to_owned()
+    };
+    events.map(|event| (id(event), event.get().to_owned())).collect()
 }
 
 fn usage(tokens: u64) -> Value {
@@ -225,15 +259,14 @@ async fn recorded_exchanges_have_the_recorded_answers() {
 async fn recorded_exchanges_of_a_later_version_have_their_effects() {
     let fixture = Fixture::new().await;
     let user = &fixture.user;
-    let lines: Vec<Value> = include_str!("../data/contract/webhooks-1.58.2.jsonl")
-        .lines()
-        .map(|line| serde_json::from_str(line).expect("a line"))
-        .collect();
+    let lines: Vec<Value> = WEBHOOKS_1_58_2.lines().map(|line| serde_json::from_str(line).expect("a line")).collect();
     let whole = lines.iter().find(|line| line["body"]["id"].is_string()).expect("a conversation");
     let id = Uuid::parse_str(whole["body"]["id"].as_str().expect("an id")).expect("an id");
-    let send = async |line: &Value| {
-        let path = line["path"].as_str().and_then(|path| path.strip_prefix("/api/v1/webhooks/")).expect("a path");
-        assert_eq!(fixture.post(SANDBOX, path, &line["body"]).await, (200, json!({"success": true})));
+    let bodies: Vec<&str> = WEBHOOKS_1_58_2.lines().map(raw_body).collect();
+    let send = async |index: usize| {
+        let path = lines[index]["path"].as_str().and_then(|path| path.strip_prefix("/api/v1/webhooks/"));
+        let answer = fixture.post_text(SANDBOX, path.expect("a path"), bodies[index]).await;
+        assert_eq!(answer, (200, json!({"success": true})));
     };
     let tags = json!({"origin": "x", "team": "a1"});
     let (first, second) = ("openai/scripted", "openai/other");
@@ -252,11 +285,11 @@ async fn recorded_exchanges_of_a_later_version_have_their_effects() {
         ("", second, tags.clone(), 500),
     ] {
         let again = label.is_empty();
-        for line in lines.iter().rev().filter(|_| again) {
-            send(line).await;
+        for index in (0..lines.len()).rev().filter(|_| again) {
+            send(index).await;
         }
-        for line in lines.iter().filter(|line| line["label"] == label) {
-            send(line).await;
+        for index in (0..lines.len()).filter(|index| lines[*index]["label"] == label) {
+            send(index).await;
         }
         let record = fixture.record(user, id).await;
         assert_eq!((record.llm_model.as_deref(), json!(record.tags)), (Some(model), tags), "after {label}");
@@ -267,8 +300,8 @@ async fn recorded_exchanges_of_a_later_version_have_their_effects() {
     }
     let mut posted: Vec<&Value> = lines.iter().flat_map(|line| line["body"].as_array().into_iter().flatten()).collect();
     posted.sort_by_key(|event| (event["timestamp"].as_str(), event["id"].as_str()));
-    let stored: Vec<Value> = fixture.events(user, id).await.as_array().expect("events").clone();
-    assert_eq!(stored.iter().collect::<Vec<_>>(), posted);
+    assert_eq!(fixture.events(user, id).await, json!(posted));
+    assert_eq!(fixture.stored(user, id).await, raw_events(WEBHOOKS_1_58_2), "byte for byte");
     // Every kind can be asked for.
     for kind in ["InterruptEvent", "ConversationErrorEvent", "PauseEvent", "ActionEvent"] {
         let path = format!("/api/v1/conversation/{id}/events/count?kind__eq={kind}");
@@ -281,11 +314,38 @@ async fn recorded_exchanges_of_a_later_version_have_their_effects() {
     fixture.api.stop().await;
 }
 
+/// The same, the last webhook first.
+#[tokio::test]
+async fn reversed_exchanges_end_with_the_newest_model_and_tags() {
+    let fixture = Fixture::new().await;
+    for (recording, model, tags) in [
+        (WEBHOOKS_1_58_2, "openai/other", json!({"origin": "x", "team": "a1"})),
+        (WEBHOOKS_1_58_2_SWITCH_TOOL, "openai/other", json!({})),
+    ] {
+        let lines: Vec<&str> = recording.lines().collect();
+        let whole = lines.iter().find_map(|line| {
+            let line: Value = serde_json::from_str(line).expect("a line");
+            Uuid::parse_str(line["body"]["id"].as_str()?).ok()
+        });
+        let id = whole.expect("a conversation");
+        fixture.has_conversation(&fixture.user, id, SANDBOX).await;
+        for line in lines.iter().rev() {
+            let path = serde_json::from_str::<Value>(line).expect("a line")["path"].clone();
+            let path = path.as_str().and_then(|path| path.strip_prefix("/api/v1/webhooks/")).expect("a path");
+            assert_eq!(fixture.post_text(SANDBOX, path, raw_body(line)).await, (200, json!({"success": true})));
+        }
+        let record = fixture.record(&fixture.user, id).await;
+        assert_eq!((record.llm_model.as_deref(), json!(record.tags)), (Some(model), tags));
+        assert_eq!(fixture.stored(&fixture.user, id).await, raw_events(recording));
+    }
+    fixture.api.stop().await;
+}
+
 /// An agent server 1.58.2 whose agent switches to another model by its own tool.
 #[tokio::test]
 async fn a_recorded_switch_by_the_agent_shows_and_counts() {
     let fixture = Fixture::new().await;
-    let lines = include_str!("../data/contract/webhooks-1.58.2-switch-tool.jsonl").lines();
+    let lines = WEBHOOKS_1_58_2_SWITCH_TOOL.lines();
     let mut id = None;
     for line in lines.map(|line| serde_json::from_str::<Value>(line).expect("a line")) {
         let path = line["path"].as_str().and_then(|path| path.strip_prefix("/api/v1/webhooks/")).expect("a path");
@@ -303,7 +363,7 @@ async fn a_recorded_switch_by_the_agent_shows_and_counts() {
     let record = fixture.record(&fixture.user, id).await;
     assert_eq!((record.llm_model.as_deref(), prompt_tokens(&record)), (Some("openai/other"), 200));
     // With the state, what the other model was used for counts too.
-    for line in include_str!("../data/contract/webhooks-1.58.2-switch-tool.jsonl").lines() {
+    for line in WEBHOOKS_1_58_2_SWITCH_TOOL.lines() {
         let line: Value = serde_json::from_str(line).expect("a line");
         if line["body"].is_array() {
             fixture.post(SANDBOX, &format!("events/{id}"), &line["body"]).await;
@@ -317,6 +377,8 @@ async fn a_recorded_switch_by_the_agent_shows_and_counts() {
 /// An agent server's events keep what later versions add, unknown kinds included; only tokens that are streamed are dropped.
 #[tokio::test]
 async fn later_kinds_are_kept_and_streamed_tokens_are_not() {
+    let lines = Lines::default();
+    let _logging = lines.capture("shared=debug");
     let fixture = Fixture::new().await;
     let (id, user) = (Uuid::new_v4(), &fixture.user);
     fixture.has_conversation(user, id, SANDBOX).await;
@@ -328,7 +390,12 @@ async fn later_kinds_are_kept_and_streamed_tokens_are_not() {
     let events: Vec<Value> = kinds.iter().enumerate().map(|(second, kind)| of_kind(kind, second)).collect();
     let delta = of_kind("StreamingDeltaEvent", 30);
     fixture.post_events(SANDBOX, id, std::slice::from_ref(&delta)).await;
-    fixture.post_events(SANDBOX, id, &[events.clone(), vec![delta]].concat()).await;
+    fixture.post_events(SANDBOX, id, &[events.clone(), vec![delta.clone(), delta]].concat()).await;
+    let dropped = lines.with("event.streamed_tokens_dropped");
+    assert_eq!(dropped.len(), 2, "{dropped:?}");
+    for (line, count) in dropped.iter().zip(["dropped=1", "dropped=2"]) {
+        assert!(line.contains(count) && line.contains(&format!("conversation={id}")), "{line}");
+    }
     assert_eq!(fixture.events(user, id).await, json!(events));
     for (kind, event) in kinds.iter().zip(&events) {
         let path = format!("/api/v1/conversation/{id}/events/search?kind__eq={kind}");
@@ -359,16 +426,33 @@ async fn metrics_are_those_of_all_models_and_the_context_is_the_current_ones() {
             usage.prompt_tokens,
         )
     };
-    let event = json!({"id": "1", "timestamp": "2026-01-01T00:00:01", "key": "stats", "value": usages, "kind": "ConversationStateUpdateEvent"});
-    fixture.post_events(SANDBOX, id, &[event]).await;
-    assert_eq!(shown().await, (123.0, 126, 105, 106, u64::MAX));
-    // The state says which model the agent uses now.
+    let event = |second: u64, usages: &Value| {
+        json!({"id": second.to_string(), "timestamp": format!("2026-01-01T00:00:0{second}"), "key": "stats", "value": usages,
+            "kind": "ConversationStateUpdateEvent"})
+    };
+    // An event about stats alone does not say which model the agent uses. With other usages than the agent's and condensers' it may be
+    // any of them.
+    fixture.post_events(SANDBOX, id, &[event(1, &usages)]).await;
+    assert_eq!(shown().await, (123.0, 126, 0, 0, u64::MAX));
+    let plain =
+        json!({"usage_to_metrics": {"agent": usage(100), "condenser": usage(20), "planning_condenser": usage(3)}});
+    fixture.post_events(SANDBOX, id, &[event(2, &plain)]).await;
+    assert_eq!(shown().await, (123.0, 126, 105, 106, 123));
+    // The state says it.
     let state = json!({"stats": usages, "agent": {"llm": {"model": "m", "usage_id": "profile:b"}}});
-    fixture.post_events(SANDBOX, id, &[full_state("2", "2026-01-01T00:00:02", &state)]).await;
+    fixture.post_events(SANDBOX, id, &[full_state("3", "2026-01-01T00:00:03", &state)]).await;
     assert_eq!(shown().await, (123.0, 126, 8, 9, u64::MAX));
-    let whole = json!({"id": id, "updated_at": "2026-01-01T00:00:03Z", "stats": usages, "agent": {"llm": {"model": "m", "usage_id": "condenser"}}});
+    let mut budget = json!({"usage_to_metrics": {"agent": usage(200), "profile:b": usage(3)}});
+    budget["usage_to_metrics"]["agent"]["max_budget_per_task"] = json!(7.5);
+    fixture.post_events(SANDBOX, id, &[event(4, &budget)]).await;
+    assert_eq!(shown().await, (203.0, 205, 8, 9, 203));
+    assert_eq!(fixture.record(user, id).await.metrics.max_budget_per_task, None, "the agent may have another model");
+    // So does the conversation as a whole.
+    let polled = Uuid::new_v4();
+    let whole = json!({"id": polled, "stats": usages, "agent": {"llm": {"model": "m", "usage_id": "condenser"}}});
     fixture.tell(SANDBOX, &whole).await;
-    assert_eq!(shown().await, (123.0, 126, 25, 26, u64::MAX));
+    let usage = fixture.record(user, polled).await.metrics.accumulated_token_usage.expect("usage");
+    assert_eq!((usage.context_window, usage.per_turn_token), (25, 26));
     fixture.api.stop().await;
 }
 
@@ -389,24 +473,29 @@ async fn the_newest_model_and_tags_stay_whatever_comes_late_or_again() {
         let record = fixture.record(user, id).await;
         assert_eq!((record.llm_model.as_deref(), json!(record.tags)), (Some(name), json!({"name": name})));
     };
-    fixture.tell(SANDBOX, &whole(10, "whole-10")).await;
-    expect("whole-10").await;
-    for (second, is_event, expected) in [
-        // Before the whole.
-        (5, true, "whole-10"),
-        (12, true, "event-12"),
-        (11, true, "event-12"),
-        (12, true, "event-12"),
-        // Before the event, then after it.
-        (11, false, "event-12"),
-        (14, false, "whole-14"),
-        (13, true, "whole-14"),
-        (15, true, "event-15"),
+    // Until an event reports them, the newest snapshot counts, and of two with the same time the one that comes last.
+    for (second, name, expected) in
+        [(10, "a", "a"), (9, "b", "a"), (10, "c", "c"), (11, "d", "d"), (10, "a", "d"), (11, "d", "d")]
+    {
+        fixture.tell(SANDBOX, &whole(second, name)).await;
+        expect(expected).await;
+    }
+    for (second, is_event, name, expected) in [
+        (5, true, "e", "e"),
+        (59, false, "f", "e"),
+        (12, true, "g", "g"),
+        (11, true, "h", "g"),
+        (12, true, "g", "g"),
+        // The same value again, and then another one that is older than that.
+        (14, true, "g", "g"),
+        (13, true, "i", "g"),
+        (59, false, "f", "g"),
+        (15, true, "j", "j"),
     ] {
         if is_event {
-            fixture.post_events(SANDBOX, id, &reports(second, &format!("event-{second}"))).await;
+            fixture.post_events(SANDBOX, id, &reports(second, name)).await;
         } else {
-            fixture.tell(SANDBOX, &whole(second, &format!("whole-{second}"))).await;
+            fixture.tell(SANDBOX, &whole(second, name)).await;
         }
         expect(expected).await;
     }
@@ -423,8 +512,7 @@ async fn the_newest_model_and_tags_stay_whatever_comes_late_or_again() {
     batch.push(event(20, "tags", json!({"name": "event-20"})));
     fixture.post_events(SANDBOX, id, &batch).await;
     expect("event-20").await;
-    // No tags are tags; what is none is no news.
-    fixture.tell(SANDBOX, &json!({"id": id, "updated_at": "2026-01-01T00:00:30Z", "tags": null})).await;
+    // Empty tags are tags; a value that is no object is no report.
     fixture.post_events(SANDBOX, id, &[event(31, "tags", json!("none"))]).await;
     expect("event-20").await;
     fixture.post_events(SANDBOX, id, &[event(32, "tags", json!({}))]).await;
@@ -434,45 +522,149 @@ async fn the_newest_model_and_tags_stay_whatever_comes_late_or_again() {
     // Those of any size leave the record within what the store takes.
     let huge: serde_json::Map<String, Value> =
         (0..10_000).map(|n| (format!("{n:0>90}"), json!("é".repeat(200)))).collect();
-    let mut told = whole(40, "m");
-    told["tags"] = huge.into();
-    fixture.tell(SANDBOX, &told).await;
+    fixture.post_events(SANDBOX, id, &[event(40, "tags", huge.into())]).await;
     let kept = fixture.record(user, id).await.tags;
     assert!(!kept.is_empty() && kept.size() <= shared::conversation::tags::MAX_TAGS_SIZE, "{}", kept.size());
+    fixture.api.stop().await;
+}
+
+/// Snapshots have UTC, events the local time of the sandbox, whose clock may be wrong, too.
+#[tokio::test]
+async fn no_clock_or_zone_of_a_sandbox_keeps_reports_out() {
+    let fixture = Fixture::new().await;
+    let user = &fixture.user;
+    let noon = "2026-07-01T12:00:00Z".parse::<jiff::Timestamp>().expect("a time");
+    for minutes in [0, 8, 60, -8, -60, 14 * 60, -12 * 60, 345, 24 * 60] {
+        let id = Uuid::new_v4();
+        fixture.has_conversation(user, id, SANDBOX).await;
+        let local = |second: i64| {
+            let local = noon + jiff::SignedDuration::from_secs(minutes * 60 + second);
+            local.to_string().trim_end_matches('Z').to_owned()
+        };
+        let whole = async |second: i64, name: &str, tokens: u64| {
+            let updated_at = (noon + jiff::SignedDuration::from_secs(second)).to_string();
+            let whole = json!({"id": id, "updated_at": updated_at, "tags": {"name": name}, "stats": metrics(tokens),
+                "agent": {"llm": {"model": name}}});
+            fixture.tell(SANDBOX, &whole).await;
+        };
+        let events = async |second: i64, name: &str, tokens: u64| {
+            let event = |key: &str, value: Value| {
+                json!({"id": format!("{key}-{second}"), "timestamp": local(second), "key": key, "value": value,
+                    "kind": "ConversationStateUpdateEvent"})
+            };
+            let batch = [
+                event("agent", json!({"llm": {"model": name}})),
+                event("tags", json!({"name": name})),
+                event("stats", metrics(tokens)),
+            ];
+            fixture.post_events(SANDBOX, id, &batch).await;
+        };
+        let expect = async |name: &str, tokens: u64, label: &str| {
+            let record = fixture.record(user, id).await;
+            let shown = (record.llm_model.as_deref(), json!(record.tags), prompt_tokens(&record));
+            assert_eq!(shown, (Some(name), json!({"name": name}), tokens), "{minutes} minutes, {label}");
+        };
+        whole(0, "created", 0).await;
+        expect("created", 0, "the conversation's webhook").await;
+        events(1, "first", 10).await;
+        expect("first", 10, "an event right after it").await;
+        whole(2, "created", 5).await;
+        events(3, "second", 20).await;
+        expect("second", 20, "an event after a webhook with old values").await;
+        events(2, "late", 15).await;
+        expect("second", 20, "a late batch").await;
+        whole(4, "late", 15).await;
+        expect("second", 20, "a webhook").await;
+        events(5, "third", 30).await;
+        expect("third", 30, "the last").await;
+    }
+    fixture.api.stop().await;
+}
+
+/// An agent server 1.15 sends the whole state when it loads or pauses a conversation, and is polled for its stats.
+#[tokio::test]
+async fn stats_of_an_agent_server_that_sends_none_come_from_snapshots() {
+    let fixture = Fixture::new().await;
+    let (id, user) = (Uuid::new_v4(), &fixture.user);
+    fixture.has_conversation(user, id, SANDBOX).await;
+    let state = |second: u64, tokens: u64| {
+        let state = json!({"stats": metrics(tokens), "agent": {"llm": {"model": format!("m-{second}")}}});
+        full_state(&format!("state-{second}"), &format!("2026-01-01T00:00:{second:02}"), &state)
+    };
+    let halt = |second: u64| {
+        json!({"id": format!("halt-{second}"), "timestamp": format!("2026-01-01T00:00:{second:02}"), "key": "execution_status",
+            "value": "finished", "kind": "ConversationStateUpdateEvent"})
+    };
+    let polled = |second: u64, tokens: u64| json!({"id": id, "updated_at": format!("2026-01-01T00:00:{second:02}Z"), "stats": metrics(tokens)});
+    let tokens = async || prompt_tokens(&fixture.record(user, id).await);
+    fixture.post_events(SANDBOX, id, &[state(1, 0), halt(2)]).await;
+    fixture.tell(SANDBOX, &polled(2, 100)).await;
+    assert_eq!(tokens().await, 100);
+    fixture.post_events(SANDBOX, id, &[state(3, 50)]).await;
+    assert_eq!(tokens().await, 100, "its state is no news");
+    assert_eq!(fixture.record(user, id).await.llm_model.as_deref(), Some("m-3"), "but its model is");
+    // The same time with other metrics: what comes last counts.
+    fixture.tell(SANDBOX, &polled(2, 110)).await;
+    fixture.tell(SANDBOX, &polled(1, 90)).await;
+    assert_eq!(tokens().await, 110);
+    fixture.post_events(SANDBOX, id, &[halt(4)]).await;
+    let poll = Job::LookAtConversation { user: user.clone(), conversation: id, look: 0 };
+    assert_eq!(fixture.jobs().await, [poll.clone(), poll], "each halt");
+    // After an upgrade events have them, and the state counts.
+    fixture.post_events(SANDBOX, id, &[stats("s", "2026-01-01T00:00:05", 120)]).await;
+    fixture.tell(SANDBOX, &polled(59, 1)).await;
+    assert_eq!(tokens().await, 120);
+    fixture.post_events(SANDBOX, id, &[state(6, 130), halt(6)]).await;
+    assert_eq!(tokens().await, 130);
+    assert_eq!(fixture.jobs().await, []);
     fixture.api.stop().await;
 }
 
 #[tokio::test]
 async fn records_of_earlier_versions_are_read_and_go_on() {
     let fixture = Fixture::new().await;
-    let (id, user, api) = (Uuid::new_v4(), &fixture.user, &fixture.api);
-    fixture.has_conversation(user, id, SANDBOX).await;
-    fixture.post_events(SANDBOX, id, &[stats("s", "2026-01-01T00:00:01", 10)]).await;
-    // As it was written before tags and the times of models were kept.
-    let key = |name: &str| aws_sdk_dynamodb::types::AttributeValue::S(name.to_owned());
-    let update = api.aws.dynamodb.update_item().table_name(&api.names.conversations);
-    let update = update.key("user", key(user.as_str())).key("id", key(&id.simple().to_string()));
-    update
-        .update_expression("REMOVE tags, stats_time, state_at, model_at, model_time")
-        .send()
-        .await
-        .expect("an old row");
-    let record = fixture.record(user, id).await;
-    assert!(record.tags.is_empty());
-    let (_, shown) = api.get(user, "", &[("ids", id.to_string())]).await;
-    assert_eq!(shown[0]["tags"], json!({}));
-    fixture
-        .post_events(SANDBOX, id, &[stats("r", "2026-01-01T00:00:00", 9), stats("t", "2026-01-01T00:00:02", 11)])
-        .await;
-    assert_eq!(prompt_tokens(&fixture.record(user, id).await), 11);
-    fixture
-        .tell(
-            SANDBOX,
-            &json!({"id": id, "updated_at": "2026-01-01T00:00:03Z", "tags": {"a": "b"}, "stats": metrics(12)}),
-        )
-        .await;
-    let record = fixture.record(user, id).await;
-    assert_eq!((prompt_tokens(&record), json!(record.tags)), (12, json!({"a": "b"})));
+    let (told, polled, user, api) = (Uuid::new_v4(), Uuid::new_v4(), &fixture.user, &fixture.api);
+    let whole = |id: Uuid, second: u64, tokens: u64| {
+        json!({"id": id, "updated_at": format!("2026-01-01T00:00:0{second}Z"), "tags": {"a": second.to_string()},
+            "stats": metrics(tokens), "agent": {"llm": {"model": format!("m-{second}")}}})
+    };
+    for id in [told, polled] {
+        fixture.has_conversation(user, id, SANDBOX).await;
+        fixture.tell(SANDBOX, &whole(id, 1, 9)).await;
+    }
+    fixture.post_events(SANDBOX, told, &[stats("s", "2026-01-01T00:00:01", 10)]).await;
+    // As they were written before tags, and the sources of models, were kept.
+    for id in [told, polled] {
+        let key = |name: &str| aws_sdk_dynamodb::types::AttributeValue::S(name.to_owned());
+        let update = api.aws.dynamodb.update_item().table_name(&api.names.conversations);
+        let update = update.key("user", key(user.as_str())).key("id", key(&id.simple().to_string()));
+        update
+            .update_expression("REMOVE tags, model_at, model_snapshot_at, tags_at, tags_snapshot_at")
+            .send()
+            .await
+            .expect("an old row");
+        assert!(fixture.record(user, id).await.tags.is_empty());
+        let (_, shown) = api.get(user, "", &[("ids", id.to_string())]).await;
+        assert_eq!(shown[0]["tags"], json!({}));
+    }
+    let shown = async |id: Uuid| {
+        let record = fixture.record(user, id).await;
+        (prompt_tokens(&record), record.llm_model.unwrap_or_default(), json!(record.tags))
+    };
+    // One whose events report its stats.
+    fixture.post_events(SANDBOX, told, &[stats("r", "2026-01-01T00:00:00", 9)]).await;
+    assert_eq!(shown(told).await.0, 10);
+    fixture.post_events(SANDBOX, told, &[stats("t", "2026-01-01T00:00:02", 11)]).await;
+    fixture.tell(SANDBOX, &whole(told, 3, 12)).await;
+    assert_eq!(shown(told).await, (11, "m-3".to_owned(), json!({"a": "3"})));
+    let state = json!({"stats": metrics(13), "agent": {"llm": {"model": "m-4"}}, "tags": {}});
+    fixture.post_events(SANDBOX, told, &[full_state("u", "2026-01-01T00:00:04", &state)]).await;
+    assert_eq!(shown(told).await, (13, "m-4".to_owned(), json!({})));
+    // One that is polled for them.
+    fixture.tell(SANDBOX, &whole(polled, 0, 8)).await;
+    assert_eq!(shown(polled).await, (9, "m-0".to_owned(), json!({"a": "0"})));
+    fixture.tell(SANDBOX, &whole(polled, 2, 10)).await;
+    assert_eq!(shown(polled).await, (10, "m-2".to_owned(), json!({"a": "2"})));
     fixture.api.stop().await;
 }
 
@@ -534,14 +726,10 @@ async fn the_newest_stats_stay_whatever_comes_late_or_again() {
         untouched(&record, &before);
         assert!(record.updated_at > before.updated_at);
     }
-    // A conversation as a whole does not turn them back either, unless it is newer.
-    for (updated_at, tokens) in
-        [("2026-01-01T00:00:02.9Z", 16), ("2026-01-01T00:00:04Z", 1), ("2026-01-01T00:00:03.5Z", 1)]
-    {
-        let told = json!({"id": id, "stats": metrics(tokens.min(2)), "updated_at": updated_at});
-        fixture.tell(SANDBOX, &told).await;
-        let now = prompt_tokens(&fixture.record(user, id).await);
-        assert_eq!(now, tokens, "{updated_at}");
+    // A conversation as a whole does not turn them back either: the events of this agent server report each change.
+    for updated_at in ["2026-01-01T00:00:02.9Z", "2026-01-01T00:00:04Z"] {
+        fixture.tell(SANDBOX, &json!({"id": id, "stats": metrics(1), "updated_at": updated_at})).await;
+        assert_eq!(prompt_tokens(&fixture.record(user, id).await), 16, "{updated_at}");
     }
     // Stats of nothing make nothing.
     let unknown = Uuid::new_v4();
@@ -608,6 +796,8 @@ async fn a_conversation_as_a_whole_brings_model_title_and_stats_and_nothing_else
 /// If it was refused the agent server would send it forever.
 #[tokio::test]
 async fn titles_and_models_of_any_length_are_no_fault() {
+    let lines = Lines::default();
+    let _logging = lines.capture("shared=warn");
     let fixture = Fixture::new().await;
     let (known, unknown, user) = (Uuid::new_v4(), Uuid::new_v4(), &fixture.user);
     let before = fixture.has_conversation(user, known, SANDBOX).await;
@@ -622,6 +812,16 @@ async fn titles_and_models_of_any_length_are_no_fault() {
         let at_the_limit = "m".repeat(MAX_NAME);
         fixture.tell(SANDBOX, &json!({"id": id, "agent": {"llm": {"model": at_the_limit}}})).await;
         assert_eq!(fixture.record(user, id).await.llm_model, Some(at_the_limit));
+    }
+    let events = ["agent", "tags"].map(|key| {
+        json!({"id": key, "timestamp": "2026-01-01T00:00:01", "key": key, "kind": "ConversationStateUpdateEvent",
+            "value": {"llm": {"model": long}, "tag": long}})
+    });
+    fixture.post_events(SANDBOX, known, &events).await;
+    for (event, count) in [("conversation.reported_model_ignored", 2), ("conversation.reported_tags_left_out", 1)] {
+        let warnings = lines.with(event).into_iter();
+        let warnings: Vec<String> = warnings.filter(|line| line.contains(&format!("conversation={known}"))).collect();
+        assert_eq!(warnings.len(), count, "{event}: {warnings:?}");
     }
     // What an agent server finds when it is asked.
     let third = Uuid::new_v4();
@@ -689,8 +889,7 @@ async fn fifty_racing_changes_of_one_record_lose_nothing() {
     let read = |tokens| AgentStats::read(&metrics(tokens), None).expect("stats");
     join_all((0..50_u64).map(async |number| match number % 5 {
         0 => {
-            let instant = format!("2026-01-01T00:00:{number:02}.000000000Z");
-            let at = ReportTime::Event { position: format!("{instant}#s"), instant };
+            let at = ReportTime::Event(format!("2026-01-01T00:00:{number:02}.000000000Z#s"));
             let _newest = store.set_stats(user, id, &read(number), &at).await.expect("the store");
         }
         1 => {
@@ -705,8 +904,8 @@ async fn fifty_racing_changes_of_one_record_lose_nothing() {
             let _first = store.set_agent_title(user, id, "The agent's").await.expect("the store");
         }
         _ => {
-            let change = ConversationChange::default().llm_model("openai/new");
-            assert!(store.update(user, id, change).await.expect("the store").is_some());
+            let at = ReportTime::Snapshot("2026".into());
+            assert!(store.set_reported_model(user, id, "openai/new", &at).await.expect("the store"));
         }
     }))
     .await;
@@ -869,8 +1068,8 @@ async fn a_start_completes_what_its_agent_server_told_before() {
         for parent in [None, Some(parent.conversation_id)] {
             let id = Uuid::new_v4();
             assert!(store.put_stub(&stub_of(&rig, id, "elsewhere"), "!").await.expect("stored"));
-            let usage = AgentStats::read(&metrics(77), None).expect("stats");
-            let at = ReportTime::Event { position: "2026".to_owned(), instant: "2026".to_owned() };
+            let usage = AgentStats::read(&metrics(77), Some("agent")).expect("stats");
+            let at = ReportTime::Event("2026".to_owned());
             assert!(store.set_stats(user, id, &usage, &at).await.expect("stored"));
             assert!(store.set_reported_model(user, id, "openai/switched", &at).await.expect("stored"));
             let tags = shared::conversation::tags::Tags::read(&json!({"a": "b"})).expect("tags").0;
@@ -1000,10 +1199,23 @@ impl io::Write for Lines {
 }
 
 impl Lines {
+    /// Keeps what this thread logs, as long as the guard lives.
+    fn capture(&self, filter: &str) -> tracing::subscriber::DefaultGuard {
+        let to = self.clone();
+        let subscriber =
+            tracing_subscriber::fmt().with_ansi(false).with_env_filter(filter).with_writer(move || to.clone()).finish();
+        tracing::subscriber::set_default(subscriber)
+    }
+
+    /// The lines with this text, in order.
+    fn with(&self, part: &str) -> Vec<String> {
+        let text = String::from_utf8(self.0.lock().expect("lines").clone()).expect("text");
+        text.lines().filter(|line| line.contains(part)).map(ToOwned::to_owned).collect()
+    }
+
     /// The events that were logged, in order.
     fn events(&self) -> Vec<String> {
-        let text = String::from_utf8(self.0.lock().expect("lines").clone()).expect("text");
-        let lines = text.lines().filter(|line| line.contains("event.logged"));
+        let lines = self.with("event.logged").into_iter();
         lines
             .map(|line| {
                 line.split("event=\"").nth(1).and_then(|rest| rest.split('"').next()).expect("an id").to_owned()
@@ -1015,13 +1227,7 @@ impl Lines {
 #[tokio::test]
 async fn events_are_logged_once_and_in_order_if_the_start_asked_for_it() {
     let lines = Lines::default();
-    let to = lines.clone();
-    let subscriber = tracing_subscriber::fmt()
-        .with_ansi(false)
-        .with_env_filter("shared=info")
-        .with_writer(move || to.clone())
-        .finish();
-    let _logging = tracing::subscriber::set_default(subscriber);
+    let _logging = lines.capture("shared=info");
     let logging = json!({"processors": [{"kind": "LoggingCallbackProcessor"}]});
     for (body, logged) in [(json!({}), false), (logging, true)] {
         let (rig, id) = with_conversation(body).await;

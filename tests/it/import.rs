@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use shared::Time;
 use shared::aws::Aws;
 use shared::conversation::search::Filter;
+use shared::conversation::tags::{MAX_TAG_NAME, MAX_TAG_VALUE, MAX_TAGS};
 use shared::event::store::EventStore;
 use shared::start::store::{Filter as TaskFilter, SortOrder};
 use shared::start::task::StartStatus;
@@ -33,6 +34,7 @@ use crate::support::seed::Stores;
 const PREFIX: &str = "import-";
 const SEED: &str = include_str!("../data/contract/seed.jsonl");
 const SECRET: &str = "hunter2-in-clear";
+const TOKEN: &str = "event: it is a streamed token (StreamingDeltaEvent), which is not stored; the message with the whole text is an event of its own";
 
 /// Tables on engines of their own, with a gate in front of DynamoDB.
 struct Rig {
@@ -294,6 +296,7 @@ async fn a_bad_line_is_told_and_ends_nothing() {
             "conversation: metrics.accumulated_token_usage.prompt_tokens: it is no number of tokens",
         ),
         (with("title", json!("x".repeat(500_000))), "conversation: it is too large for the store"),
+        (with("tags", json!(["a"])), "conversation: tags: Input should be a valid dictionary"),
         (task("status", json!("DREAMING")), "start task: status: it is no status of a start task"),
         (
             task("request", json!({"agent_type": "spy"})),
@@ -317,6 +320,8 @@ async fn a_bad_line_is_told_and_ends_nothing() {
             event(&some, json!({"id": "e".repeat(2000), "timestamp": "t", "kind": "K"})),
             "event: id, timestamp and kind are too long",
         ),
+        (event(&some, json!({"id": "e", "timestamp": "t", "kind": "StreamingDeltaEvent", "content": SECRET})), TOKEN),
+        (event(&some, json!({"id": "f", "timestamp": "t", "kind": "StreamingDeltaEvent", "content": SECRET})), TOKEN),
     ];
     let mut text: Vec<u8> = bad.iter().flat_map(|(line, _)| [line.as_bytes(), b"\n\n"].concat()).collect();
     text.extend(b"\xff\n");
@@ -520,12 +525,17 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
     reference.event("", ids[0], "b.json", "{");
     reference.event("", ids[0], "note.txt", "no event");
     reference.event("somebody", ids[1], "c.json", &event("c"));
+    for token in ["t1", "t2"] {
+        let token =
+            json!({"id": token, "timestamp": "2025-01-01T00:00:01", "kind": "StreamingDeltaEvent", "content": "x"});
+        reference.event("", ids[0], &format!("{}.json", token["id"]), &token.to_string());
+    }
     reference.event("", ids[2], "d.json", &event("d"));
     reference.event("", ids[5], "e.json", &event("e"));
     let files = reference.files();
 
     let folder = DataFolder::open(reference.path(), Some(UserId::local())).expect("a data folder");
-    assert_eq!(folder.total(), 5 + 4 + 5);
+    assert_eq!(folder.total(), 5 + 4 + 7);
     let summary = rig.take(folder).await;
     assert_eq!(
         (summary.conversations, summary.start_tasks, summary.events),
@@ -534,7 +544,7 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
     );
     let skipped: Vec<(&str, u64)> =
         summary.skipped.iter().map(|skipped| (skipped.reason.as_str(), skipped.count)).collect();
-    assert_eq!(skipped.iter().map(|(_, count)| count).sum::<u64>(), 7, "{summary}");
+    assert_eq!(skipped.iter().map(|(_, count)| count).sum::<u64>(), 9, "{summary}");
     for (beginning, count) in [
         ("conversation: it is of version V0", 1),
         ("conversation: trigger: Input should be", 1),
@@ -542,6 +552,7 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
         ("start task: request: Input should be", 1),
         ("event: it is no JSON object", 1),
         ("event: its conversation is not in the database", 2),
+        (TOKEN, 2),
     ] {
         assert!(skipped.iter().any(|(reason, found)| reason.starts_with(beginning) && *found == count), "{summary}");
     }
@@ -597,6 +608,63 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
         let content = fs::read(&path).expect("a file");
         assert!(!content.windows(SECRET.len()).any(|part| part == SECRET.as_bytes()), "{}", path.display());
     }
+}
+
+/// Tags as each importer reads them: within the limits they are kept, and what exceeds them is left out.
+#[tokio::test]
+async fn tags_within_the_limits_come_in_with_their_conversation() {
+    let rig = Rig::start().await;
+    let user = UserId::local();
+    let (long, longest) = ("x".repeat(MAX_TAG_VALUE + 1), "x".repeat(MAX_TAG_VALUE));
+    let many: serde_json::Map<String, Value> = (0..=MAX_TAGS).map(|tag| (format!("{tag:03}"), json!(""))).collect();
+    let mut kept = many.clone();
+    kept.remove(&format!("{MAX_TAGS:03}"));
+    let cases = [
+        (json!({"team": "a1", "note": longest}), json!({"team": "a1", "note": longest})),
+        (
+            json!({"team": "a1", "long": long, "number": 1, "nothing": null, "n".repeat(MAX_TAG_NAME + 1): ""}),
+            json!({"team": "a1"}),
+        ),
+        (Value::Object(many), Value::Object(kept)),
+        (json!({}), json!({})),
+        (Value::Null, json!({})),
+    ];
+    let good = seed("conversation").remove(0);
+    let reference = Reference::new();
+    reference.database.execute_batch("ALTER TABLE conversation_metadata ADD COLUMN tags JSON").expect("a column");
+    let (mut text, mut expected) = (String::new(), Vec::new());
+    let in_database = |id: Uuid, tags: Option<String>| {
+        reference.database.execute(
+            "INSERT INTO conversation_metadata (conversation_id, created_at, conversation_version, sandbox_id, tags)
+                VALUES (?1, '2025-06-01 10:00:00', 'V1', 'box', ?2)",
+            params![id.to_string(), tags],
+        ).expect("a row");
+    };
+    for (tags, kept) in &cases {
+        let (line_id, row_id) = (Uuid::new_v4(), Uuid::new_v4());
+        let mut line = good.clone();
+        line["data"]["id"] = json!(line_id);
+        line["data"]["created_by_user_id"] = Value::Null;
+        line["data"]["tags"] = tags.clone();
+        text += &format!("{line}\n");
+        // The column holds the text `null`, too.
+        in_database(row_id, Some(tags.to_string()));
+        expected.extend([(line_id, kept.clone()), (row_id, kept.clone())]);
+    }
+    let null = Uuid::new_v4();
+    in_database(null, None);
+    expected.push((null, json!({})));
+    let file = rig.file("tags", text);
+    let from_lines = rig.take(lines(&[file], Some(user.clone()))).await;
+    assert_eq!((from_lines.conversations, from_lines.skipped_rows()), (taken(cases.len() as u64), 0), "{from_lines}");
+    let from_folder = reference.import_into(&rig).await;
+    let all = taken(cases.len() as u64 + 1);
+    assert_eq!((from_folder.conversations, from_folder.skipped_rows()), (all, 0), "{from_folder}");
+    for (id, tags) in expected {
+        let record = rig.stores.conversations.get(&user, id).await.expect("the store").expect("a conversation");
+        assert_eq!(json!(record.tags), tags);
+    }
+    rig.engines.shutdown().await;
 }
 
 #[tokio::test]

@@ -1,8 +1,7 @@
-//! `POST /api/v1/webhooks/conversations` and `POST /api/v1/webhooks/events/{conversation_id}`: what agent servers tell; and
+//! `POST /api/v1/webhooks/conversations` and `POST /api/v1/webhooks/events/{conversation_id}`: reports of agent servers; and
 //! `GET /api/v1/webhooks/secrets`: provider tokens for agents.
 //!
-//! Events are stored and have had their effects before they are acknowledged, so that an agent server keeps and sends again
-//! what was not.
+//! A report is acknowledged once it is stored and applied, so that an agent server resends one that was not.
 
 use axum::extract::rejection::PathRejection;
 use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, State};
@@ -32,8 +31,8 @@ const ACCESS_TOKEN: &str = "x-access-token";
 /// A batch holds what was buffered in the meantime, with a snapshot of the whole state. Lambda itself takes 6 MB at most.
 const BODY_LIMIT: usize = 32 * 1024 * 1024;
 
-/// The routes for sandboxes and the agents in them, who show a session key or an access token; whoever else the request may
-/// be from does not count.
+/// The routes for sandboxes and the agents in them, authenticated by a session key or an access token. Other credentials of a
+/// request are ignored.
 pub fn webhooks_router(context: Context) -> Router {
     Router::new()
         .route("/api/v1/webhooks/conversations", post(conversations))
@@ -54,7 +53,7 @@ impl FromRequestParts<Context> for FromSandbox {
     }
 }
 
-/// What an agent server says of a conversation when it starts, pauses, is renamed or is deleted.
+/// Applies a snapshot of a conversation, which its agent server posts when it starts, pauses, renames or deletes it.
 async fn conversations(
     State(context): State<Context>,
     FromSandbox(sandbox): FromSandbox,
@@ -69,7 +68,7 @@ async fn conversations(
     Ok(success())
 }
 
-/// Stores a batch of events; it comes again when it was not acknowledged, and may overlap with others.
+/// Stores a batch of events. An agent server resends a batch that was not acknowledged, and batches may overlap.
 async fn events(
     State(context): State<Context>,
     FromSandbox(sandbox): FromSandbox,
@@ -96,8 +95,8 @@ async fn events(
     Ok(success())
 }
 
-/// The current token of the user and the git provider that the access token names, as long as the sandbox is there to which the
-/// access token was given.
+/// The current token of the user for the git provider that the access token names, as long as the sandbox exists that the access
+/// token was given to.
 async fn secret(State(context): State<Context>, headers: HeaderMap) -> Result<String, Error> {
     let refused = || Error::Unauthenticated("Unauthorized".into());
     let token = headers.get(ACCESS_TOKEN).and_then(|token| token.to_str().ok()).ok_or_else(refused)?;

@@ -91,12 +91,6 @@ impl ConversationChange {
         self.put("git_provider", provider.map(|provider| text(provider.as_str())))
     }
 
-    /// Sets the model that the agent uses.
-    #[must_use]
-    pub fn llm_model(self, model: &str) -> Self {
-        self.put("llm_model", Some(text(model)))
-    }
-
     /// Sets the user's sandbox that it runs in.
     #[must_use]
     pub fn sandbox(self, user: &UserId, sandbox_id: &str) -> Self {

@@ -1,8 +1,8 @@
-//! What agent servers tell of conversations, written into their records: each thing by a conditional change of its own
-//! attributes, so that nobody's change is lost, and so that what comes late or twice does no harm.
+//! Applies agent servers' reports to conversation records. Each report is a conditional update of only the attributes that it
+//! owns, so that concurrent writers do not overwrite each other, and late or duplicate reports are harmless.
 //!
-//! A conversation that is first heard of from its agent server gets a *stub*: a record as good as any, which a start of this
-//! conversation, should there be one, completes with what was asked for.
+//! A conversation that is known only from its agent server's reports gets a *stub*: a record like any other, which the start of
+//! the conversation, if there is one, completes with the values of its request.
 
 use std::collections::HashMap;
 
@@ -22,10 +22,10 @@ use crate::start::request::EventCallbackProcessor;
 use crate::user::UserId;
 use crate::user::counters::{self, Counter};
 
-/// What is known of a conversation's id.
+/// The result of looking up a conversation by its id.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Standing {
-    /// Nothing.
+    /// It has no record.
     Unknown,
     /// It is being deleted.
     Deleting,
@@ -33,25 +33,25 @@ pub enum Standing {
     Known(Box<Known>),
 }
 
-/// A record, and what does not show of it.
+/// A record with its internal attributes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Known {
     /// The record.
     pub record: ConversationRecord,
-    /// Whether it was made because its agent server told of it, and no start has completed it.
+    /// Whether it was made from a report of its agent server, and no start has completed it.
     pub is_stub: bool,
-    /// Whether its agent server tells its stats by itself, as newer ones do.
+    /// Whether an event has reported its stats. Agent servers up to 1.15 send no such events.
     pub is_told_stats: bool,
     /// Whether an event has reported its model.
     pub is_told_model: bool,
-    /// What its start asked to be done on its events.
+    /// The processors of events that its start requested.
     pub processors: Vec<EventCallbackProcessor>,
-    /// The place in its event log up to which that was done.
+    /// The position in its event log up to which events were processed.
     pub processed_to: Option<String>,
 }
 
 impl Known {
-    /// Whether nobody has given it a title: neither the user nor its agent.
+    /// Whether neither the user nor the agent has given it a title.
     #[must_use]
     pub fn has_default_title(&self) -> bool {
         self.record.title.as_ref().is_none_or(|title| default_titles(self.record.id).contains(title))
@@ -86,41 +86,38 @@ struct Beside {
     tags_snapshot_at: Option<String>,
 }
 
-/// The attributes that hold when something was reported last.
-struct Times {
-    /// The position of the event that reported it.
+/// The attributes of a row that name the reports which a value was taken from.
+struct Sources {
+    /// Holds the position of the newest event that reported the value.
     event: &'static str,
-    /// Positions of other events that report it.
-    other_event: Option<&'static str>,
-    /// The instant of whichever event it was.
-    instant: &'static str,
-    /// The `updated_at` of the conversation as a whole.
+    /// Holds the `updated_at` of the newest snapshot that reported it.
     snapshot: &'static str,
 }
 
-const STATS: Times =
-    Times { event: "stats_at", other_event: Some("state_at"), instant: "stats_time", snapshot: "snapshot_at" };
-/// Kept apart, because agent servers up to 1.15 report the whole state now and then, and stats never: those have to be asked for.
-const STATS_IN_STATE: Times = Times { event: "state_at", other_event: Some("stats_at"), ..STATS };
-const MODEL: Times =
-    Times { event: "model_at", other_event: None, instant: "model_time", snapshot: "model_snapshot_at" };
-const TAGS: Times = Times { event: "tags_at", other_event: None, instant: "tags_time", snapshot: "tags_snapshot_at" };
+const STATS: Sources = Sources { event: "stats_at", snapshot: "snapshot_at" };
+const MODEL: Sources = Sources { event: "model_at", snapshot: "model_snapshot_at" };
+const TAGS: Sources = Sources { event: "tags_at", snapshot: "tags_snapshot_at" };
 
-/// What a conversation's models have been used for so far: all of them together, those of condensers and those that the agent was
-/// switched to included.
+/// The sum of what a conversation's models have used so far, including the models of condensers and those that the agent was
+/// switched to.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AgentStats {
     accumulated_cost: f64,
     max_budget_per_task: Option<f64>,
     token_usage: TokenUsage,
+    /// Whether budget, context window and tokens of the turn are known: they belong to the agent's current model.
+    is_current_known: bool,
 }
 
-/// The usage of the agent's own model, until it is switched to another.
-const AGENT_USAGE: &str = "agent";
+/// The usage of the agent's model, until the agent is switched to another.
+pub const AGENT_USAGE: &str = "agent";
+/// The usages of condensers' models end with this.
+const CONDENSER_USAGE: &str = "condenser";
 
 impl AgentStats {
-    /// Reads `{"usage_to_metrics": {"agent": …, "condenser": …}}`; what is not there counts as nothing. `None` without any usage.
-    /// The size of the context, the tokens of the last turn and the budget are those of the usage `current`, or else of `agent`.
+    /// Reads `{"usage_to_metrics": {"agent": …, "condenser": …}}`. Missing values count as 0. Returns `None` without any usage.
+    /// `context_window`, `per_turn_token` and `max_budget_per_task` are those of the usage `current`, or of `agent` where there is no
+    /// such usage. `None` for a report that does not name the current usage: it is `agent` as long as only condensers have another.
     #[must_use]
     pub fn read(stats: &Value, current: Option<&str>) -> Option<Self> {
         let usages = stats.get("usage_to_metrics")?.as_object()?;
@@ -146,13 +143,24 @@ impl AgentStats {
                 *sum = sum.saturating_add(tokens(usage, name));
             }
         }
-        let current = current.and_then(|current| usages.get(current)).or_else(|| usages.get(AGENT_USAGE));
+        let is_current_known =
+            current.is_some() || usages.keys().all(|usage| usage == AGENT_USAGE || usage.ends_with(CONDENSER_USAGE));
+        let named = current.and_then(|current| usages.get(current));
+        let current = named.or_else(|| usages.get(AGENT_USAGE)).filter(|_| is_current_known);
         if let Some(current) = current {
             total.context_window = tokens(current, "context_window");
             total.per_turn_token = tokens(current, "per_turn_token");
         }
         let max_budget_per_task = current.and_then(|current| amount(current, "max_budget_per_task"));
-        has_usage.then_some(Self { accumulated_cost, max_budget_per_task, token_usage: total })
+        has_usage.then_some(Self { accumulated_cost, max_budget_per_task, token_usage: total, is_current_known })
+    }
+
+    /// Keeps what earlier reports say of the agent's current model, where this one does not say which model that is.
+    pub fn keep_current_of(&mut self, earlier: &MetricsSnapshot) {
+        if let Some(usage) = earlier.accumulated_token_usage.as_ref().filter(|_| !self.is_current_known) {
+            self.token_usage.context_window = usage.context_window;
+            self.token_usage.per_turn_token = usage.per_turn_token;
+        }
     }
 
     /// As a record shows them.
@@ -167,30 +175,22 @@ impl AgentStats {
     }
 }
 
-/// When something was reported, in forms that sort, and by what. Reports of events are ordered by position alone, which no clock
-/// of ours disturbs. Between an event and a conversation as a whole the instants decide.
+/// The source of a reported value, with its version in a form that sorts. Versions of events and of snapshots are never compared
+/// with each other: events have the local time of their sandbox without a zone, snapshots have UTC. Once an event has reported a
+/// value, snapshots of it are ignored, because an agent server whose events report the value reports each change of it by an event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ReportTime {
-    /// By an event about this alone.
-    Event {
-        /// The event's position in the log.
-        position: String,
-        /// The event's instant in UTC.
-        instant: String,
-    },
-    /// By an event about the whole state of the conversation.
-    State {
-        /// The event's position in the log.
-        position: String,
-        /// The event's instant in UTC.
-        instant: String,
-    },
-    /// By the conversation as a whole, with this `updated_at`.
+    /// An event at this position of the log.
+    Event(String),
+    /// An event about the state as a whole, at this position. Its stats count only after an event about stats alone: agent servers
+    /// up to 1.15 report the state when they load or pause a conversation, and never stats alone, so that their stats are polled.
+    State(String),
+    /// A snapshot of the whole conversation with this `updated_at`.
     Snapshot(String),
 }
 
 impl ConversationStore {
-    /// What is known of an id; reads consistently.
+    /// Looks up a conversation with a strongly consistent read.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -219,7 +219,7 @@ impl ConversationStore {
         })))
     }
 
-    /// Adds a stub whose metrics, model and tags were reported at this time, see [`ReportTime::Snapshot`]. False when the id is taken.
+    /// Adds a stub whose metrics, model and tags are those of a snapshot with this `updated_at`. False when the id is taken.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -251,9 +251,9 @@ impl ConversationStore {
         self.put_with(record, &Beside { processors: processors.to_vec(), ..Beside::default() })
     }
 
-    /// The writes with which a start completes a stub: what it was asked for becomes the record's, and what the agent
-    /// server reported meanwhile (metrics, tags, a title, a switch to another model) stays. They fail where the record is no stub any more, or has got another
-    /// title than when it was read.
+    /// The writes with which a start completes a stub: the record gets the values of the start's request, and keeps what the agent
+    /// server has reported meanwhile (metrics, tags, a title, a switch to another model). They fail where the record is no stub any
+    /// more, or has another title than when it was read.
     ///
     /// # Errors
     /// [`Error::Internal`] when the record has no form as an item.
@@ -311,7 +311,7 @@ impl ConversationStore {
         Ok(writes)
     }
 
-    /// Sets the title that the agent has found, cut to [`super::MAX_NAME`], unless somebody has given it one. Whether it did.
+    /// Sets the title that the agent has found, cut to [`super::MAX_NAME`], unless the conversation has one. Returns whether it did.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -328,12 +328,11 @@ impl ConversationStore {
         .await
     }
 
-    /// Sets what models have been used for so far, unless something newer was reported. Whether it did.
+    /// Sets what the models have used so far, unless a newer report was applied. Returns whether it did.
     ///
     /// # Errors
     /// [`Error::Store`].
     pub async fn set_stats(&self, user: &UserId, id: Uuid, stats: &AgentStats, time: &ReportTime) -> Result<bool> {
-        let times = if matches!(time, ReportTime::State { .. }) { STATS_IN_STATE } else { STATS };
         let mut set = "#metrics.accumulated_cost = :cost, #metrics.accumulated_token_usage = :usage".to_owned();
         let mut values = HashMap::from([
             ("cost", AttributeValue::N(stats.accumulated_cost.to_string())),
@@ -343,10 +342,10 @@ impl ConversationStore {
             set += ", #metrics.max_budget_per_task = :budget";
             values.insert("budget", AttributeValue::N(budget.to_string()));
         }
-        self.change_reported((user, id), &times, time, set, values).await
+        self.change_reported((user, id), &STATS, time, set, values).await
     }
 
-    /// Sets the model that the agent uses, unless something newer was reported. Whether it did.
+    /// Sets the model that the agent uses, unless a newer report was applied. Returns whether it did.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -355,7 +354,7 @@ impl ConversationStore {
         self.change_reported((user, id), &MODEL, time, "llm_model = :model".to_owned(), values).await
     }
 
-    /// Replaces the tags, unless something newer was reported. Whether it did.
+    /// Replaces the tags, unless a newer report was applied. Returns whether it did.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -364,36 +363,33 @@ impl ConversationStore {
         self.change_reported((user, id), &TAGS, time, "tags = :tags".to_owned(), values).await
     }
 
-    /// Changes what was reported at `time`, unless it was reported later, too. Whether it did.
+    /// Sets a reported value, unless a newer report of it was applied. Returns whether it did.
     async fn change_reported(
         &self,
         record: (&UserId, Uuid),
-        times: &Times,
+        Sources { event, snapshot }: &Sources,
         time: &ReportTime,
         set: String,
         mut values: HashMap<&str, AttributeValue>,
     ) -> Result<bool> {
-        let Times { event, other_event, instant, snapshot } = times;
-        let none_or =
-            |attribute: &str, rule: &str| format!("(attribute_not_exists({attribute}) OR {attribute} {rule})");
-        let (set, condition) = match time {
-            ReportTime::Event { position, instant: at } | ReportTime::State { position, instant: at } => {
-                values.extend([("position", text(position)), ("instant", text(at))]);
-                let mut conditions = vec![none_or(event, "< :position"), none_or(snapshot, "<= :instant")];
-                conditions.extend(other_event.map(|other| none_or(other, "< :position")));
-                (format!("{set}, {event} = :position, {instant} = :instant"), conditions.join(" AND "))
+        let (version, attribute, condition) = match time {
+            ReportTime::Event(position) => {
+                (position, event, format!("(attribute_not_exists({event}) OR {event} < :version)"))
             }
-            ReportTime::Snapshot(at) => {
-                values.insert("at", text(at));
-                let conditions = [none_or(snapshot, "<= :at"), none_or(instant, "<= :at")];
-                (format!("{set}, {snapshot} = :at"), conditions.join(" AND "))
+            ReportTime::State(position) => {
+                (position, event, format!("attribute_exists({event}) AND {event} < :version"))
+            }
+            ReportTime::Snapshot(updated_at) => {
+                let is_newest = format!("(attribute_not_exists({snapshot}) OR {snapshot} <= :version)");
+                (updated_at, snapshot, format!("attribute_not_exists({event}) AND {is_newest}"))
             }
         };
-        self.change(record, &set, &condition, values).await
+        values.insert("version", text(version));
+        self.change(record, &format!("{set}, {attribute} = :version"), &condition, values).await
     }
 
-    /// Notes that the events up to a place in the log are being processed, if they were processed up to `from` before. Whether
-    /// they were; if not, somebody else has them.
+    /// Claims the events up to a position in the log for processing, if events were processed up to `from` before. Returns whether it
+    /// did; if not, another worker has claimed them.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -416,7 +412,7 @@ impl ConversationStore {
         whether(moved.map_err(store_error("UpdateItem conversations")))
     }
 
-    /// Changes attributes of a living record under a condition, and moves its `updated_at` to now. Whether it held.
+    /// Changes attributes of a record under a condition, and sets its `updated_at` to now. Returns whether the condition held.
     async fn change(
         &self,
         (user, id): (&UserId, Uuid),

@@ -1,17 +1,19 @@
-//! What agent servers tell has effects on conversations' records, and calls for work that is done off the request.
+//! Ingests agent servers' webhooks: stores the events, updates the conversation's record, and enqueues follow-up jobs.
 
 use std::time::Duration;
 
+use futures::FutureExt as _;
+use futures::future::{BoxFuture, try_join_all};
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::batch::{Batch, reported_model, reported_tags};
+use super::batch::{Batch, Reported, reported_model, reported_tags};
 use super::processors::FIRST_LOOK;
 use super::store::{Event, EventStore, sortable_instant};
 use crate::clock::Time;
 use crate::conversation::store::{ConversationChange, ConversationStore};
 use crate::conversation::tags::Tags;
-use crate::conversation::told::{AgentStats, Known, ReportTime, Standing, default_titles};
+use crate::conversation::told::{AGENT_USAGE, AgentStats, Known, ReportTime, Standing, default_titles};
 use crate::conversation::{ConversationRecord, MetricsSnapshot, within_max_name};
 use crate::error::{Error, Result};
 use crate::sandbox::store::SandboxRecord;
@@ -22,7 +24,7 @@ use crate::user::UserId;
 /// `execution_status` of a conversation that its agent server is about to remove.
 const DELETING: &str = "deleting";
 
-/// A conversation as a whole, as its agent server tells it when it starts, pauses, is renamed or is deleted.
+/// A snapshot of a whole conversation, which its agent server reports when it starts, pauses, renames or deletes the conversation.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ToldConversation {
     /// Its id.
@@ -37,9 +39,9 @@ pub struct ToldConversation {
 }
 
 impl ToldConversation {
-    /// Reads what is of interest; what is not there or not as it should be is left alone. A title is cut to
-    /// [`crate::conversation::MAX_NAME`] characters, a longer name of a model ignored, and of tags what exceeds a limit left out: a record
-    /// with them would exceed what DynamoDB accepts.
+    /// Reads the values that records have; missing and malformed ones are ignored. A title is cut to
+    /// [`crate::conversation::MAX_NAME`] characters, a longer name of a model is ignored, and tags that exceed a limit are left out:
+    /// a record with them would exceed what DynamoDB accepts.
     #[must_use]
     pub fn read(id: Uuid, told: &Value) -> Self {
         let text = |value: Option<&Value>| {
@@ -52,55 +54,57 @@ impl ToldConversation {
             }
             short.to_owned()
         });
-        let source = crate::id::hex(id);
-        let llm_model = text(told.pointer("/agent/llm/model")).and_then(|model| reported_model(&model, &source));
-        let usage = text(told.pointer("/agent/llm/usage_id"));
+        let llm_model = text(told.pointer("/agent/llm/model")).and_then(|model| reported_model(&model, id));
+        let usage = text(told.pointer("/agent/llm/usage_id")).unwrap_or_else(|| AGENT_USAGE.to_owned());
         Self {
             id,
             execution_status: text(told.get("execution_status")),
             title,
             llm_model,
-            tags: told.get("tags").and_then(|tags| reported_tags(tags, &source)),
-            stats: told.get("stats").and_then(|stats| AgentStats::read(stats, usage.as_deref())),
+            tags: told.get("tags").and_then(|tags| reported_tags(tags, id)),
+            stats: told.get("stats").and_then(|stats| AgentStats::read(stats, Some(&usage))),
             updated_at: text(told.get("updated_at")),
         }
     }
 
-    /// When it was as it is reported, in a form that sorts; a time that does not read is earlier than all others.
-    fn time(&self) -> String {
+    /// Its `updated_at` in a form that sorts; one that does not parse sorts before all others.
+    fn version(&self) -> String {
         self.updated_at.as_deref().and_then(sortable_instant).unwrap_or_else(|| "!".into())
     }
 
-    /// Brings metrics, model and tags of the record up to it, unless something newer was reported.
+    /// Applies metrics, model and tags to the record, unless newer reports of them were applied.
     pub(super) async fn apply(&self, conversations: &ConversationStore, user: &UserId) -> Result<()> {
-        let time = ReportTime::Snapshot(self.time());
+        let source = ReportTime::Snapshot(self.version());
+        let mut writes = Writes::new();
         if let Some(stats) = &self.stats {
-            conversations.set_stats(user, self.id, stats, &time).await?;
+            writes.push(conversations.set_stats(user, self.id, stats, &source).boxed());
         }
         if let Some(model) = &self.llm_model {
-            conversations.set_reported_model(user, self.id, model, &time).await?;
+            writes.push(conversations.set_reported_model(user, self.id, model, &source).boxed());
         }
         if let Some(tags) = &self.tags {
-            conversations.set_tags(user, self.id, tags, &time).await?;
+            writes.push(conversations.set_tags(user, self.id, tags, &source).boxed());
         }
-        Ok(())
+        try_join_all(writes).await.map(|_| ())
     }
 }
 
-/// Takes in what agent servers tell.
+/// Updates of different attributes of a record, which run concurrently. In boxes, because the futures of the SDK are large.
+type Writes<'w> = Vec<BoxFuture<'w, Result<bool>>>;
+
+/// Ingests events and snapshots of conversations.
 #[derive(Clone, Debug)]
 pub struct Intake {
     /// The conversations' records.
     pub conversations: ConversationStore,
     /// Where events are stored.
     pub events: EventStore,
-    /// Where work is asked for.
+    /// Where follow-up jobs are enqueued.
     pub queue: StartQueue,
 }
 
 impl Intake {
-    /// What is known of a conversation that a sandbox tells of. It may tell of its own conversations, and of such as are not
-    /// known (yet).
+    /// Looks up a conversation that a sandbox reports. A sandbox may report its own conversations, and those without a record.
     ///
     /// # Errors
     /// [`Error::Unauthenticated`] when the conversation is in another sandbox; [`Error::Store`].
@@ -114,10 +118,10 @@ impl Intake {
         }
     }
 
-    /// Stores events, and only then lets them have their effects. All of it may be done again.
+    /// Stores events, then applies what they report, then enqueues follow-up jobs. Idempotent.
     ///
     /// # Errors
-    /// [`Error::Store`]; part of it may be done then, and the agent server sends the events again.
+    /// [`Error::Store`]; a part of the work may be done, and the agent server sends the events again.
     pub async fn take_events(
         &self,
         sandbox: &SandboxRecord,
@@ -131,40 +135,53 @@ impl Intake {
             Standing::Known(known) => Some(known.as_ref()),
             Standing::Unknown => None,
         };
+        let received = events.len();
         let events: Vec<Event> = events.into_iter().filter(|event| !event.is_transient()).collect();
-        let batch = Batch::of(&events, Time::now());
-        let has_stats = batch.stats.is_some();
+        let dropped = received - events.len();
+        if dropped > 0 {
+            tracing::debug!(%conversation, dropped, "event.streamed_tokens_dropped");
+        }
+        let (batch, is_empty) = (Batch::of(conversation, &events), events.is_empty());
         self.events.append(user, conversation, events).await?;
-        if let Some(stats) = batch.stats {
-            self.conversations.set_stats(user, conversation, &stats.value, &stats.time).await?;
-        }
-        // These are reported each turn and hardly ever change.
-        if let Some(model) = batch.model
-            && known.is_none_or(|known| known.record.llm_model.as_ref() != Some(&model.value))
-        {
-            self.conversations.set_reported_model(user, conversation, &model.value, &model.time).await?;
-        }
-        if let Some(tags) = batch.tags
-            && known.is_none_or(|known| known.record.tags != tags.value)
-        {
-            self.conversations.set_tags(user, conversation, &tags.value, &tags.time).await?;
-        }
-        // A record that is not there may be about to be. Agent servers tell of their titles never, of their stats not always.
+        self.apply(user, conversation, known, &batch).await?;
+        // A conversation without a record may get one. No agent server reports titles by events, and not all report stats.
         let wants_title = batch.has_message && known.is_none_or(Known::has_default_title);
-        let wants_stats = batch.has_stopped && !has_stats && known.is_none_or(|known| !known.is_told_stats);
+        let wants_stats = batch.has_stopped && !batch.has_stats_event && known.is_none_or(|known| !known.is_told_stats);
         if wants_title || wants_stats {
             let job = Job::LookAtConversation { user: user.clone(), conversation, look: 0 };
             self.queue.send(&job, FIRST_LOOK).await?;
         }
         let logged = known.is_some_and(|known| known.processors.contains(&EventCallbackProcessor::Logging));
-        if logged && !batch.is_empty {
+        if logged && !is_empty {
             let job = Job::ProcessEvents { user: user.clone(), conversation };
             self.queue.send(&job, Duration::ZERO).await?;
         }
         Ok(())
     }
 
-    /// Brings the record up to what its agent server tells of the conversation as a whole, or makes one.
+    /// Applies metrics, model and tags that events report to the record, unless newer reports of them were applied.
+    async fn apply(&self, user: &UserId, id: Uuid, known: Option<&Known>, batch: &Batch) -> Result<()> {
+        let conversations = &self.conversations;
+        let mut writes = Writes::new();
+        if let Some(Reported { position, mut value }) = batch.stats.clone() {
+            if let Some(known) = known {
+                value.keep_current_of(&known.record.metrics);
+            }
+            let source = batch.stats_source(position);
+            writes.push(async move { conversations.set_stats(user, id, &value, &source).await }.boxed());
+        }
+        if let Some(Reported { position, value }) = batch.model.clone() {
+            let source = ReportTime::Event(position);
+            writes.push(async move { conversations.set_reported_model(user, id, &value, &source).await }.boxed());
+        }
+        if let Some(Reported { position, value }) = batch.tags.clone() {
+            let source = ReportTime::Event(position);
+            writes.push(async move { conversations.set_tags(user, id, &value, &source).await }.boxed());
+        }
+        try_join_all(writes).await.map(|_| ())
+    }
+
+    /// Applies a snapshot of the whole conversation to its record, or makes a record of it.
     ///
     /// # Errors
     /// [`Error::Unauthenticated`] when the conversation is in another sandbox; [`Error::Store`].
@@ -174,11 +191,11 @@ impl Intake {
             return Ok(());
         }
         if standing == Standing::Unknown {
-            if self.conversations.put_stub(&stub(sandbox, told), &told.time()).await? {
+            if self.conversations.put_stub(&stub(sandbox, told), &told.version()).await? {
                 tracing::info!(conversation = %told.id, sandbox = %sandbox.id, "conversation.found");
                 return Ok(());
             }
-            // Somebody was quicker.
+            // Another request has made a record.
             standing = self.standing(sandbox, told.id).await?;
         }
         if !matches!(standing, Standing::Known(_)) {

@@ -112,20 +112,8 @@ impl Event {
 
 /// The instant of an event's timestamp; one without a zone is taken for UTC.
 fn instant(timestamp: &str) -> Option<Timestamp> {
-    zoned_instant(timestamp).or_else(|| local_instant(timestamp))
-}
-
-/// The instant of a timestamp that names its zone.
-pub(super) fn zoned_instant(timestamp: &str) -> Option<Timestamp> {
-    timestamp.parse().ok().filter(|instant| *instant >= YEAR_0)
-}
-
-/// The instant of a timestamp that names no zone, taken for UTC.
-pub(super) fn local_instant(timestamp: &str) -> Option<Timestamp> {
-    if timestamp.parse::<Timestamp>().is_ok() {
-        return None;
-    }
-    let instant = Offset::UTC.to_timestamp(timestamp.parse::<DateTime>().ok()?).ok()?;
+    let zoned = timestamp.parse().ok();
+    let instant: Timestamp = zoned.or_else(|| Offset::UTC.to_timestamp(timestamp.parse::<DateTime>().ok()?).ok())?;
     // The text of an earlier one does not sort.
     (instant >= YEAR_0).then_some(instant)
 }
@@ -136,8 +124,7 @@ pub fn sortable_instant(timestamp: &str) -> Option<String> {
     instant(timestamp).map(sortable)
 }
 
-/// An instant in a form that sorts.
-pub(super) fn sortable(instant: Timestamp) -> String {
+fn sortable(instant: Timestamp) -> String {
     format!("{instant:.9}")
 }
 

@@ -471,6 +471,11 @@ impl AgentConversation {
         self.send(self.http.patch(&self.url).json(body)).await
     }
 
+    /// The same, with whatever it answers.
+    pub async fn try_patch(&self, body: &Value) -> (u16, Value) {
+        send(self.http.patch(&self.url).json(body).header("X-Session-API-Key", &self.key)).await
+    }
+
     /// The address of its websocket, key included.
     pub fn socket_url(&self) -> String {
         let (base, id) = self.url.split_once("/api/conversations/").expect("a conversation's address");

@@ -58,6 +58,10 @@ pub(super) fn conversation(data: &Value, default: DefaultOwner<'_>) -> Result<Co
         let tags = fields.nullable(check, "tags", tags);
         let created_at = fields.required(check, "created_at", time);
         let updated_at = fields.nullable(check, "updated_at", time);
+        let (tags, left_out) = tags?.unwrap_or_default();
+        if let Some(conversation) = id.filter(|_| left_out > 0) {
+            tracing::warn!(%conversation, left_out, "conversation.imported_tags_left_out");
+        }
         let record = ConversationRecord {
             user: user?,
             id: id?,
@@ -72,7 +76,7 @@ pub(super) fn conversation(data: &Value, default: DefaultOwner<'_>) -> Result<Co
             metrics: metrics?.unwrap_or_default(),
             parent_conversation_id: parent_conversation_id?,
             public: public?,
-            tags: tags?.unwrap_or_default(),
+            tags,
             created_at: created_at?,
             updated_at: updated_at?.or(created_at)?,
         };
@@ -98,17 +102,13 @@ pub(super) fn texts_of(record: &ConversationRecord) -> usize {
     texts.into_iter().flatten().map(String::len).sum::<usize>() + record.tags.size()
 }
 
-/// Tags within the limits of a record. Others are refused rather than left out: nobody would miss them.
-fn tags(check: &mut Checker, value: &Value) -> Option<Tags> {
-    let Some((tags, left_out)) = Tags::read(value) else {
+/// Tags within the limits of a record, and how many were left out, as from agent servers.
+fn tags(check: &mut Checker, value: &Value) -> Option<(Tags, usize)> {
+    let tags = Tags::read(value);
+    if tags.is_none() {
         check.report("dict_type", "Input should be a valid dictionary", value.clone(), None);
-        return None;
-    };
-    if left_out > 0 {
-        refuse(check, "it holds tags that are no texts, too long or too many");
-        return None;
     }
-    Some(tags)
+    tags
 }
 
 /// `AppConversationStartTask` of the contract. Of the secrets in its request the names are kept, the values are dropped.
@@ -158,7 +158,10 @@ pub(super) fn texts_of_task(task: &ImportedTask) -> usize {
     texts.into_iter().flatten().map(String::len).sum()
 }
 
-/// An event, byte for byte as it is in `json`. Of what kind it is does not matter.
+/// Why streamed tokens are skipped.
+pub(super) const STREAMED_TOKEN: &str = "event: it is a streamed token (StreamingDeltaEvent), which is not stored; the message with the whole text is an event of its own";
+
+/// An event, byte for byte as it is in `json`. Its kind does not matter, except that streamed tokens are not stored.
 pub(super) fn event(json: &str) -> Result<Event, String> {
     /// What every event has.
     #[derive(Deserialize)]
@@ -172,6 +175,7 @@ pub(super) fn event(json: &str) -> Result<Event, String> {
     };
     let event = Event { id, timestamp, kind, json: json.to_owned() };
     match event.fault() {
+        None if event.is_transient() => Err(STREAMED_TOKEN.to_owned()),
         None => Ok(event),
         Some(fault) => Err(format!("event: {fault}")),
     }
