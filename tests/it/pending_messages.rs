@@ -270,9 +270,9 @@ async fn a_message_that_an_agent_server_never_takes_waits_for_the_next_one() {
 /// Its own job finds the queue claimed and ends, so the worker that gives up must not leave it behind.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_that_comes_during_the_last_try_is_tried_too() {
+    const SEND: &str = "POST /api/conversations/{id}/events";
     let rig = Rig::start(quick()).await;
     let (_, conversation) = ready(&rig).await;
-    const SEND: &str = "POST /api/conversations/{id}/events";
     let before = rig.agent.requests_to(SEND).len();
     rig.agent.fail_setup(None, 500, r#"{"exception":"Local plugin path does not exist: /nowhere"}"#);
     rig.agent.inject(Fault::new(SEND, Nth::Next, Kind::Slow(Duration::from_secs(2))));
