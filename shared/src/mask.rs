@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 
+use percent_encoding::percent_decode_str;
 use reqwest::Url;
 use serde_json::Value;
 
@@ -67,7 +68,11 @@ fn collect_from_url(text: &str, found: &mut BTreeSet<String>) {
     // As they are written, and as they are meant.
     found.extend(query.split('&').filter_map(|pair| Some(pair.split_once('=')?.1.to_owned())));
     found.extend(url.query_pairs().map(|(_, value)| value.into_owned()));
-    found.extend(url.password().map(ToOwned::to_owned));
+    // As they are written, and decoded. A key may stand for the user's name.
+    for text in [Some(url.username()), url.password()].into_iter().flatten().filter(|text| !text.is_empty()) {
+        found.insert(text.to_owned());
+        found.insert(percent_decode_str(text).decode_utf8_lossy().into_owned());
+    }
 }
 
 /// What [`masked`] replaces, in this order: the secrets, the long lines of each, and both escaped as in JSON.
@@ -112,7 +117,7 @@ mod tests {
             "mcp_config": {"mcpServers": {
                 "tavily": {"url": "https://mcp.tavily.com/mcp/?tavilyApiKey=tvly-1"},
                 "stdio": {"command": "npx", "args": ["--token=arg-1"], "env": {"ANY": "env-1"}},
-                "mine": {"url": "https://ann:pw-1@mcp.example/", "headers": {"Authorization": "Bearer b-1"}},
+                "mine": {"url": "https://token-1:p%23w-1@mcp.example/", "headers": {"Authorization": "Bearer b-1"}},
             }},
             "skills": [{"name": "k", "content": "text", "trigger": {"keywords": ["word"]}}],
             "initial_message": {"content": [{"type": "text", "text": "hello"}]},
@@ -125,9 +130,11 @@ mod tests {
             "env-1",
             "jws-1",
             "npm-1",
-            "pw-1",
+            "p#w-1",
+            "p%23w-1",
             "sk-1",
             "tavilyApiKey=tvly-1",
+            "token-1",
             "tvly-1",
         ];
         assert_eq!(found, expected);

@@ -35,6 +35,7 @@ use crate::support::api::Api;
 use crate::support::log::all_events;
 use crate::support::rig::{Rig, SESSION_KEY, quick};
 use crate::support::seed;
+use crate::support::stand_in_agent::{Fault, Kind, Nth};
 
 const SANDBOX: &str = "6osgGulToTzNONWACSWMZh";
 const WEBHOOKS_1_58_2: &str = include_str!("../data/contract/webhooks-1.58.2.jsonl");
@@ -104,6 +105,21 @@ impl Fixture {
 
     async fn tell(&self, sandbox: &str, told: &Value) {
         assert_eq!(self.post(sandbox, "conversations", told).await, (200, json!({"success": true})));
+    }
+
+    /// Changes a row of the user past the store.
+    async fn change_row(&self, id: Uuid, expression: &str) {
+        let text = |name: &str| aws_sdk_dynamodb::types::AttributeValue::S(name.to_owned());
+        let update = self.api.aws.dynamodb.update_item().table_name(&self.api.names.conversations);
+        let update = update.key("user", text(self.user.as_str())).key("id", text(&id.simple().to_string()));
+        let update = update.update_expression(expression);
+        let update = if expression.contains(":long_ago") {
+            let long_ago = Time::now().minus(Duration::from_secs(16 * 60)).sortable();
+            update.expression_attribute_values(":long_ago", text(&long_ago))
+        } else {
+            update
+        };
+        update.send().await.expect("changed");
     }
 
     async fn record(&self, user: &UserId, id: Uuid) -> ConversationRecord {
@@ -530,7 +546,7 @@ async fn the_newest_model_and_tags_stay_whatever_comes_late_or_again() {
 
 /// Snapshots have UTC, events the local time of the sandbox, whose clock may be wrong, too.
 #[tokio::test]
-async fn no_clock_or_zone_of_a_sandbox_keeps_reports_out() {
+async fn no_zone_and_no_wrong_clock_of_a_sandbox_keeps_reports_out() {
     let fixture = Fixture::new().await;
     let user = &fixture.user;
     let noon = "2026-07-01T12:00:00Z".parse::<jiff::Timestamp>().expect("a time");
@@ -577,6 +593,15 @@ async fn no_clock_or_zone_of_a_sandbox_keeps_reports_out() {
         expect("second", 20, "a webhook").await;
         events(5, "third", 30).await;
         expect("third", 30, "the last").await;
+        // The sandbox's local time goes back by an hour. Its events count as late at first, for they are posted in their order.
+        events(10 - 3600, "fourth", 40).await;
+        expect("third", 30, "earlier events, right after later ones").await;
+        let received = "SET stats_received = :long_ago, model_received = :long_ago, tags_received = :long_ago";
+        fixture.change_row(id, received).await;
+        events(20 - 3600, "fifth", 50).await;
+        expect("fifth", 50, "earlier events, long after later ones").await;
+        events(30 - 3600, "sixth", 60).await;
+        expect("sixth", 60, "the ones after them").await;
     }
     fixture.api.stop().await;
 }
@@ -609,7 +634,7 @@ async fn stats_of_an_agent_server_that_sends_none_come_from_snapshots() {
     assert_eq!(tokens().await, 110);
     fixture.post_events(SANDBOX, id, &[halt(4)]).await;
     let poll = Job::LookAtConversation { user: user.clone(), conversation: id, look: 0 };
-    assert_eq!(fixture.jobs().await, [poll.clone(), poll], "each halt");
+    assert_eq!(fixture.jobs().await, [poll.clone(), poll.clone(), poll], "each halt, and a state after some use");
     // After an upgrade events have them, and the state counts.
     fixture.post_events(SANDBOX, id, &[stats("s", "2026-01-01T00:00:05", 120)]).await;
     fixture.tell(SANDBOX, &polled(59, 1)).await;
@@ -635,14 +660,7 @@ async fn records_of_earlier_versions_are_read_and_go_on() {
     fixture.post_events(SANDBOX, told, &[stats("s", "2026-01-01T00:00:01", 10)]).await;
     // As they were written before tags, and the sources of models, were kept.
     for id in [told, polled] {
-        let key = |name: &str| aws_sdk_dynamodb::types::AttributeValue::S(name.to_owned());
-        let update = api.aws.dynamodb.update_item().table_name(&api.names.conversations);
-        let update = update.key("user", key(user.as_str())).key("id", key(&id.simple().to_string()));
-        update
-            .update_expression("REMOVE tags, model_at, model_snapshot_at, tags_at, tags_snapshot_at")
-            .send()
-            .await
-            .expect("an old row");
+        fixture.change_row(id, "REMOVE tags, model_at, model_received, model_snapshot_at, tags_at, tags_received, tags_snapshot_at, stats_received").await;
         assert!(fixture.record(user, id).await.tags.is_empty());
         let (_, shown) = api.get(user, "", &[("ids", id.to_string())]).await;
         assert_eq!(shown[0]["tags"], json!({}));
@@ -1134,6 +1152,28 @@ async fn with_conversation(body: Value) -> (Rig, Uuid) {
     let start = rig.begin(&body).await;
     assert_eq!(rig.drive(start.id).await.now.status, StartStatus::Ready);
     (rig, start.conversation_id)
+}
+
+/// The metrics of an agent server that sends none come from the poll alone.
+#[tokio::test]
+async fn a_poll_that_fails_is_repeated_until_the_metrics_are_known() {
+    let (rig, id) = with_conversation(json!({"title": "Mine"})).await;
+    let poll = |look| rig.other_worker.processors.look_at(&rig.user, id, look);
+    rig.agent.inject(Fault::new("GET /api/conversations", Nth::Next, Kind::Status(500, "{}".into())));
+    poll(0).await.expect("polled");
+    let message = loop {
+        if let Some(message) = rig.receive().await {
+            break message;
+        }
+    };
+    rig.delete(&message).await;
+    let again = Job::from_body(&message.body.unwrap_or_default()).expect("a job");
+    assert_eq!(again, Job::LookAtConversation { user: rig.user.clone(), conversation: id, look: 1 });
+    poll(1).await.expect("polled");
+    rig.agent.inject(Fault::new("GET /api/conversations", Nth::Always, Kind::Status(500, "{}".into())));
+    poll(5).await.expect("polled for the last time");
+    assert!(rig.receive().await.is_none(), "not forever, and not after a poll that went well");
+    rig.finish().await;
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@
 //! the conversation, if there is one, completes with the values of its request.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use aws_sdk_dynamodb::types::{AttributeValue, TransactWriteItem, Update};
 use serde::{Deserialize, Serialize};
@@ -90,13 +91,20 @@ struct Beside {
 struct Sources {
     /// Holds the position of the newest event that reported the value.
     event: &'static str,
+    /// Holds when we received that event.
+    received: &'static str,
     /// Holds the `updated_at` of the newest snapshot that reported it.
     snapshot: &'static str,
 }
 
-const STATS: Sources = Sources { event: "stats_at", snapshot: "snapshot_at" };
-const MODEL: Sources = Sources { event: "model_at", snapshot: "model_snapshot_at" };
-const TAGS: Sources = Sources { event: "tags_at", snapshot: "tags_snapshot_at" };
+const STATS: Sources = Sources { event: "stats_at", received: "stats_received", snapshot: "snapshot_at" };
+const MODEL: Sources = Sources { event: "model_at", received: "model_received", snapshot: "model_snapshot_at" };
+const TAGS: Sources = Sources { event: "tags_at", received: "tags_received", snapshot: "tags_snapshot_at" };
+
+/// Events that are received this long after the newest one are newer, whatever their positions say. A position begins with the local
+/// time of the sandbox, which may have gone back since: the end of summer time, another zone, a clock that was set. An agent server
+/// posts its events in their order, and repeats a batch for less than a minute.
+const ORDER_WINDOW: Duration = Duration::from_secs(15 * 60);
 
 /// The sum of what a conversation's models have used so far, including the models of condensers and those that the agent was
 /// switched to.
@@ -161,6 +169,13 @@ impl AgentStats {
             self.token_usage.context_window = usage.context_window;
             self.token_usage.per_turn_token = usage.per_turn_token;
         }
+    }
+
+    /// Whether any model was used.
+    #[must_use]
+    pub fn has_usage(&self) -> bool {
+        let TokenUsage { prompt_tokens, completion_tokens, .. } = self.token_usage;
+        self.accumulated_cost > 0.0 || prompt_tokens > 0 || completion_tokens > 0
     }
 
     /// As a record shows them.
@@ -367,25 +382,38 @@ impl ConversationStore {
     async fn change_reported(
         &self,
         record: (&UserId, Uuid),
-        Sources { event, snapshot }: &Sources,
+        Sources { event, received, snapshot }: &Sources,
         time: &ReportTime,
         set: String,
         mut values: HashMap<&str, AttributeValue>,
     ) -> Result<bool> {
-        let (version, attribute, condition) = match time {
-            ReportTime::Event(position) => {
-                (position, event, format!("(attribute_not_exists({event}) OR {event} < :version)"))
-            }
-            ReportTime::State(position) => {
-                (position, event, format!("attribute_exists({event}) AND {event} < :version"))
-            }
-            ReportTime::Snapshot(updated_at) => {
-                let is_newest = format!("(attribute_not_exists({snapshot}) OR {snapshot} <= :version)");
-                (updated_at, snapshot, format!("attribute_not_exists({event}) AND {is_newest}"))
-            }
+        let is_later = format!("{event} < :version OR {received} < :window");
+        let (version, set, condition) = match time {
+            ReportTime::Event(position) => (
+                position,
+                format!("{set}, {event} = :version, {received} = :received"),
+                format!("(attribute_not_exists({event}) OR {is_later})"),
+            ),
+            ReportTime::State(position) => (
+                position,
+                format!("{set}, {event} = :version, {received} = :received"),
+                format!("attribute_exists({event}) AND ({is_later})"),
+            ),
+            ReportTime::Snapshot(updated_at) => (
+                updated_at,
+                format!("{set}, {snapshot} = :version"),
+                format!(
+                    "attribute_not_exists({event}) AND (attribute_not_exists({snapshot}) OR {snapshot} <= :version)"
+                ),
+            ),
         };
+        if !matches!(time, ReportTime::Snapshot(_)) {
+            let now = Time::now();
+            values.insert("received", text(now.sortable()));
+            values.insert("window", text(now.minus(ORDER_WINDOW).sortable()));
+        }
         values.insert("version", text(version));
-        self.change(record, &format!("{set}, {attribute} = :version"), &condition, values).await
+        self.change(record, &set, &condition, values).await
     }
 
     /// Claims the events up to a position in the log for processing, if events were processed up to `from` before. Returns whether it

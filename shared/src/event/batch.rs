@@ -28,6 +28,8 @@ pub(super) struct Batch {
     pub(super) stats: Option<Reported<AgentStats>>,
     /// Whether an event about stats alone is in the batch.
     pub(super) has_stats_event: bool,
+    /// Whether an event about the whole state has stats of models that were used.
+    pub(super) has_used_state: bool,
     /// The model that the agent uses.
     pub(super) model: Option<Reported<String>>,
     /// The conversation's tags.
@@ -85,6 +87,7 @@ impl Batch {
                 let llm = state.agent.map(read_llm).unwrap_or_default();
                 if let Some(stats) = state.stats {
                     self.report_stats(stats, Some(llm.usage_id.as_deref().unwrap_or(AGENT_USAGE)), event);
+                    self.has_used_state |= self.stats.as_ref().is_some_and(|stats| stats.value.has_usage());
                 }
                 if let Some(tags) = state.tags {
                     self.report_tags(tags, event);

@@ -68,7 +68,7 @@ impl Processors {
             Standing::Unknown => {}
             Standing::Known(known) => {
                 let wants_title = known.has_default_title();
-                if look > 0 && !wants_title {
+                if look > 0 && !wants_title && known.is_told_stats {
                     return Ok(());
                 }
                 let agent_server = self.agent_server(&known.record).await?;
@@ -76,6 +76,8 @@ impl Processors {
                     Some(agent_server) => told(agent_server, conversation).await,
                     None => None,
                 };
+                // Metrics that no event reports come from here alone.
+                let wants_stats = told.is_none() && agent_server.is_some() && !known.is_told_stats;
                 if let Some(told) = &told {
                     told.apply(&self.conversations, user).await?;
                 }
@@ -90,13 +92,13 @@ impl Processors {
                     tracing::info!(%conversation, set, "conversation.title_found");
                     return Ok(());
                 }
-                if !wants_title {
+                if !wants_title && !wants_stats {
                     return Ok(());
                 }
             }
         }
         let Some(delay) = LOOKS.get(look) else {
-            tracing::info!(%conversation, "conversation.no_title");
+            tracing::info!(%conversation, "conversation.refresh_ended");
             return Ok(());
         };
         let job = Job::LookAtConversation { user: user.clone(), conversation, look: look + 1 };

@@ -242,7 +242,10 @@ impl Messages {
                 Ok(Outcome::Refused(refusals)) if refusals < self.timing.refusals => {
                     let pause = self.timing.pause_after(refusals - 1);
                     let due_at = Time::now().plus(pause + self.timing.forgotten_after);
-                    self.store.refused(user, conversation, &claim, refusals, due_at).await?;
+                    let newest = newest.as_deref();
+                    if !self.store.refused(user, conversation, &claim, newest, refusals, due_at).await? {
+                        self.store.postpone(user, conversation, &claim, attempts, due_at).await?;
+                    }
                     self.ring(user, conversation, pause).await;
                     return Ok(());
                 }

@@ -247,7 +247,8 @@ impl MessageStore {
         self.change(user, conversation, claim, change, &values, "").await.map(|_| ())
     }
 
-    /// As [`MessageStore::postpone`], after an agent server answered with an error of its own for the `refusals`-th time in a row.
+    /// As [`MessageStore::postpone`], after an agent server answered with an error of its own for the `refusals`-th time in a row. False,
+    /// with the claim kept, when a message was added since `newest`: the count begins again with it.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -256,12 +257,13 @@ impl MessageStore {
         user: &UserId,
         conversation: Uuid,
         claim: &Claim,
+        newest: Option<&str>,
         refusals: u32,
         due_at: Time,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let change = "SET refusals = :refusals, due_at = :due REMOVE lease_owner, lease_until";
-        let values = [(":refusals", number(refusals)), (":due", text(due_at.sortable()))];
-        self.change(user, conversation, claim, change, &values, "").await.map(|_| ())
+        let values = vec![(":refusals", number(refusals)), (":due", text(due_at.sortable()))];
+        self.change_unless_added(user, conversation, claim, newest, change, values).await
     }
 
     /// Gives a claim back; the queue is not due again until a message is added. False, with the claim kept, when one was added since
@@ -276,10 +278,26 @@ impl MessageStore {
         claim: &Claim,
         newest: Option<&str>,
     ) -> Result<bool> {
-        let change = "REMOVE lease_owner, lease_until, refusals, undelivered_shard, due_at";
-        let (values, condition) = match newest {
-            Some(newest) => (vec![(":newest", text(newest))], " AND newest = :newest"),
-            None => (Vec::new(), " AND attribute_not_exists(newest)"),
+        let change = "REMOVE lease_owner, lease_until, attempts, refusals, undelivered_shard, due_at";
+        self.change_unless_added(user, conversation, claim, newest, change, Vec::new()).await
+    }
+
+    /// Changes a claimed queue. False when a message was added since `newest`, or the claim is lost.
+    async fn change_unless_added(
+        &self,
+        user: &UserId,
+        conversation: Uuid,
+        claim: &Claim,
+        newest: Option<&str>,
+        change: &str,
+        mut values: Vec<(&str, AttributeValue)>,
+    ) -> Result<bool> {
+        let condition = match newest {
+            Some(newest) => {
+                values.push((":newest", text(newest)));
+                " AND newest = :newest"
+            }
+            None => " AND attribute_not_exists(newest)",
         };
         self.change(user, conversation, claim, change, &values, condition).await.map(|queue| queue.is_some())
     }

@@ -435,8 +435,12 @@ impl Work<'_> {
             Ok(Ok(Some(left))) => detail += &format!("\n{left}"),
             Ok(Err(error)) => {
                 tracing::warn!(task = %record.id, error = %error.context(), "start.not_cleaned_up");
-                detail += &match record.now.sandbox_id.as_deref().filter(|id| *id != record.new_sandbox_id) {
-                    Some(sandbox) => format!("\n{}", self.conversation_left_in(sandbox)),
+                let of_others = record.now.sandbox_id.as_deref().filter(|id| *id != record.new_sandbox_id);
+                detail += &match of_others {
+                    Some(sandbox) if record.now.status == StartStatus::StartingConversation => {
+                        format!("\n{}", self.conversation_left_in(sandbox))
+                    }
+                    Some(_) => String::new(),
                     None => format!("\nIts sandbox {} could not be removed and may still run", record.new_sandbox_id),
                 };
             }
@@ -481,7 +485,7 @@ impl Work<'_> {
     }
 
     fn conversation_left_in(&self, sandbox: &str) -> String {
-        format!("Its conversation {} could not be removed from the sandbox {sandbox}", self.task.record.conversation_id)
+        format!("Its conversation {} may still be in the sandbox {sandbox}", self.task.record.conversation_id)
     }
 
     /// An agent server keeps a conversation whose agent could not be set up. In a sandbox that stays, it would stay forever.

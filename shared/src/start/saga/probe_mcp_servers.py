@@ -3,7 +3,8 @@
 #
 # A server works if it answers `initialize` and `tools/list`, which is what an agent server asks for before the first message. The
 # probe connects as the agent servers' MCP client does: the same transports, cookies, redirects within the origin alone, the same
-# environment for commands. It requires of the answers what every version's client requires. It prints no URL, header or variable.
+# environment for commands. It requires of the answers what the client of the newest version requires, which drops the tools of all
+# servers if one fails. It prints no URL, header or variable.
 
 import base64
 import collections
@@ -23,15 +24,18 @@ import urllib.parse
 import urllib.request
 
 MARK = "openhands-mcp-probe:"
-# The version that the agent servers' MCP client asks for, and those that it accepts. Later ones have no `initialize`.
+# The version that the agent servers' MCP client asks for, and those that it accepts. Version 2026-07-28 has no `initialize`: the
+# clients of some older agent servers use a server that knows only that version, the client of the newest does not.
 PROTOCOL = "2025-11-25"
 PROTOCOLS = ("2024-11-05", "2025-03-26", "2025-06-18", PROTOCOL)
 CLIENT = {"name": "openhands", "version": "1"}
 LARGEST_ANSWER = 8 * 1024 * 1024
 LARGEST_LINE = 64 * 1024
 # In characters.
-LONGEST_REASON = 1000
+LONGEST_REASON = 250
 REDIRECTS = 5
+# Seconds for each address of a host: a lost packet is sent again after one.
+LEAST_TO_CONNECT = 1.5
 # The agent servers' client reads more; a server with so many works.
 PAGES = 50
 # Variables that the MCP client passes on to commands.
@@ -217,7 +221,7 @@ def connect(address, timeout, source_address=None, **_):
         connection = None
         try:
             connection = socket.socket(family, kind, protocol)
-            connection.settimeout(left / (len(found) - index))
+            connection.settimeout(min(left, max(LEAST_TO_CONNECT, left / (len(found) - index))))
             if source_address:
                 connection.bind(source_address)
             connection.connect(where)
@@ -240,11 +244,23 @@ def encoded(url):
         user, at, host = netloc.rpartition("@")
         host, colon, port = host.partition(":")
         netloc = user + at + ascii_host(host) + colon + port
-    if "/." in path:
-        path = urllib.parse.urlsplit(urllib.parse.urljoin("http://host/", "." + path)).path
+    path = without_dots(path)
     path = urllib.parse.quote(path, safe=PATH_SAFE)
     query = urllib.parse.quote(parts.query, safe=QUERY_SAFE)
     return urllib.parse.urlunsplit((parts.scheme, netloc, path, query, ""))
+
+
+def without_dots(path):
+    """The path without its segments `.` and `..`; empty segments stay, as in the client."""
+    segments = []
+    for segment in path.split("/"):
+        if segment == ".." and len(segments) > 1:
+            segments.pop()
+        if segment not in (".", ".."):
+            segments.append(segment)
+    if path.endswith(("/.", "/..")):
+        segments.append("")
+    return "/".join(segments)
 
 
 def ascii_host(host):

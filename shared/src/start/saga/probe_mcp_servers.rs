@@ -47,6 +47,8 @@ const NO_FILE: i64 = 75;
 /// Longer names and reasons are cut, in characters.
 const NAME_LENGTH: usize = 60;
 const REASON_LENGTH: usize = 200;
+/// Parts of a URL's path that are as long, in bytes, count as keys.
+const SHORTEST_KEY: usize = 16;
 /// This many servers that were left out are named with a reason each; the others are only named.
 const REASONS: usize = 10;
 
@@ -241,11 +243,15 @@ fn outcomes(servers: &Map<String, Value>, output: &str) -> Outcomes {
     outcomes
 }
 
-/// What must not be shown of a reason. Commands may repeat the value of an option without its name.
+/// What must not be shown of a reason. Commands may repeat the value of an option without its name; some services have a key in the
+/// path of their URL.
 fn secrets_of(servers: &Map<String, Value>) -> Vec<String> {
     let mut secrets = mask::secrets_in(&json!({"mcp_config": servers}));
     let values: Vec<String> = secrets.iter().filter_map(|secret| Some(secret.split_once('=')?.1.to_owned())).collect();
-    secrets.extend(values);
+    let urls = servers.values().filter_map(|server| server["url"].as_str());
+    let parts = urls.flat_map(|url| url.split(['/', '?', '#']).skip(3));
+    let keys: Vec<String> = parts.filter(|part| part.len() >= SHORTEST_KEY).map(str::to_owned).collect();
+    secrets.extend(values.into_iter().chain(keys));
     secrets
 }
 
@@ -339,8 +345,7 @@ mod tests {
     use super::*;
 
     fn servers(names: &[&str]) -> Map<String, Value> {
-        let server =
-            json!({"url": "https://ann:pass-word@mcp.example/?key=query-key", "headers": {"X-Key": "header-key"}});
+        let server = json!({"url": "https://user-token:pass-word@mcp.example/s/key-in-the-path-01/?key=query-key", "headers": {"X-Key": "header-key"}});
         names.iter().map(|name| ((*name).to_owned(), server.clone())).collect()
     }
 
@@ -383,13 +388,16 @@ mod tests {
     #[test]
     fn reasons_are_short_and_on_one_line_and_without_secrets() {
         let one = servers(&["a\n\"b\"\u{1b}"]);
-        let reason = format!("bad header-key\n\u{1b}[31m query-key pass-word {}", "x".repeat(9000));
+        let reason = format!(
+            "bad header-key\n\u{1b}[31m query-key pass-word user-token key-in-the-path-01 {}",
+            "x".repeat(9000)
+        );
         let outcomes = outcomes(&one, &line(&json!({"server": nth(&one, 0), "works": false, "reason": reason})));
         let notes = notes(&outcomes);
         let [note] = notes.as_slice() else { panic!("{notes:?}") };
         assert!(
             note.starts_with(
-                r#"MCP server "a\n\"b\"\u{1b}" was left out: bad ********** [31m ********** ********** xxx"#
+                r#"MCP server "a\n\"b\"\u{1b}" was left out: bad ********** [31m ********** ********** ********** ********** xxx"#
             ),
             "{note}"
         );
@@ -516,6 +524,19 @@ except socket.timeout:
     }
 
     #[test]
+    fn dots_are_taken_out_of_a_path_and_nothing_else() {
+        run_with_program(
+            r#"
+for path, expected in [
+    ("", ""), ("/", "/"), ("/mcp", "/mcp"), ("/.well-known//mcp", "/.well-known//mcp"), ("/a//b/./c", "/a//b/c"),
+    ("/a/../b", "/b"), ("/../b", "/b"), ("/a/..", "/"), ("/a/.", "/a/"), ("/a/.b/c..", "/a/.b/c.."),
+]:
+    assert without_dots(path) == expected, (path, without_dots(path))
+"#,
+        );
+    }
+
+    #[test]
     fn reasons_are_masked_before_they_are_cut() {
         let secret = "s".repeat(990);
         let servers = json!({"a": {"url": "https://h/", "headers": {"X-Key": secret}}});
@@ -523,7 +544,7 @@ except socket.timeout:
         run_with_program(&format!(
             r#"
 reason = clean("bad %s and %s" % ("s" * 990, "s" * 990) + "\ud800" + "x" * 5000, {secrets})
-assert len(reason) == 1000, len(reason)
+assert len(reason) == 250, len(reason)
 assert reason.startswith("bad ********** and **********?xxx"), reason
 "#,
             secrets = document["secrets"],
