@@ -28,15 +28,14 @@ pub(super) struct Batch {
     pub(super) stats: Option<Reported<AgentStats>>,
     /// Whether an event about stats alone is in the batch.
     pub(super) has_stats_event: bool,
-    /// Whether an event about the whole state has stats of models that were used.
-    pub(super) has_used_state: bool,
     /// The model that the agent uses.
     pub(super) model: Option<Reported<String>>,
     /// The conversation's tags.
     pub(super) tags: Option<Reported<Tags>>,
     pub(super) has_message: bool,
-    /// Whether the agent has stopped: finished, paused, failed, or waiting for a confirmation.
-    pub(super) has_stopped: bool,
+    /// Whether metrics may have grown: the agent has stopped (finished, paused, failed, or waiting for a confirmation), or an event
+    /// about the whole state has stats of models that were used.
+    pub(super) may_have_stats: bool,
 }
 
 impl Batch {
@@ -87,7 +86,7 @@ impl Batch {
                 let llm = state.agent.map(read_llm).unwrap_or_default();
                 if let Some(stats) = state.stats {
                     self.report_stats(stats, Some(llm.usage_id.as_deref().unwrap_or(AGENT_USAGE)), event);
-                    self.has_used_state |= self.stats.as_ref().is_some_and(|stats| stats.value.has_usage());
+                    self.may_have_stats |= self.stats.as_ref().is_some_and(|stats| stats.value.has_usage());
                 }
                 if let Some(tags) = state.tags {
                     self.report_tags(tags, event);
@@ -95,7 +94,8 @@ impl Batch {
                 self.report_model(llm.model, event);
             }
             "execution_status" => {
-                self.has_stopped |= serde_json::from_str::<String>(value.get()).is_ok_and(|status| status != "running");
+                self.may_have_stats |=
+                    serde_json::from_str::<String>(value.get()).is_ok_and(|status| status != "running");
             }
             _ => {}
         }

@@ -146,8 +146,8 @@ impl Intake {
         self.apply(user, conversation, known, &batch).await?;
         // A conversation without a record may get one. No agent server reports titles by events, and not all report stats.
         let wants_title = batch.has_message && known.is_none_or(Known::has_default_title);
-        let may_have_stats = batch.has_stopped || batch.has_used_state;
-        let wants_stats = may_have_stats && !batch.has_stats_event && known.is_none_or(|known| !known.is_told_stats);
+        let wants_stats =
+            batch.may_have_stats && !batch.has_stats_event && known.is_none_or(|known| !known.is_told_stats);
         if wants_title || wants_stats {
             let job = Job::LookAtConversation { user: user.clone(), conversation, look: 0 };
             self.queue.send(&job, FIRST_LOOK).await?;
