@@ -17,8 +17,22 @@ use local::web_ui::{self, Connection, WebUiError};
 use shared::telemetry::{self, LogFormat};
 use tokio::signal::unix::{SignalKind, signal};
 
-#[tokio::main]
-async fn main() -> ExitCode {
+/// The stack of a worker thread, in bytes. Without optimization, a request to an embedded engine takes more than 1 MiB: the SDK, the
+/// engine and what calls them are one call chain.
+const THREAD_STACK: usize = 8 * 1024 * 1024;
+
+fn main() -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_stack_size(THREAD_STACK).build();
+    match runtime {
+        Ok(runtime) => runtime.block_on(run_command()),
+        Err(error) => {
+            eprintln!("No threads can be started: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run_command() -> ExitCode {
     let options = Options::parse();
     if options.command.is_some() && (options.common.ui || options.common.demo) {
         let text = "--ui and --demo are of the server: they go with no command.";
