@@ -76,6 +76,12 @@ async function converse(page, url, say) {
     await page.mouse.move(SIZE.width / 2, SIZE.height / 2);
     await page.getByTestId("right-panel-toggle").click();
   };
+  // A click that comes while the page is drawn again may go nowhere.
+  const openPanel = async (content) => {
+    await panel();
+    if (!(await content.waitFor({ timeout: 20_000 }).then(() => true, () => false))) await panel();
+    await content.waitFor();
+  };
   const choose = async (button) => {
     await page.getByTestId("conversation-name").getByTestId("ellipsis-button").click();
     await page.getByTestId(button).click();
@@ -110,7 +116,7 @@ async function converse(page, url, say) {
   say("renamed it");
 
   // What the agent wrote, beside the conversation.
-  await panel();
+  await openPanel(page.getByTestId("file-tree-file-hello.txt"));
   await page.getByTestId("file-tree-file-hello.txt").click();
   await page.getByText("Written by an agent that follows a script.", { exact: true }).waitFor();
   await picture("conversation");
