@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use shared::agent_server::version::AgentServerVersion;
 use shared::sandbox::spec::AGENT_SERVER_VERSION;
 
 /// The oldest version of the agent server that is supported.
-const OLDEST_AGENT_SERVER: [u32; 3] = [1, 15, 0];
+const OLDEST_AGENT_SERVER: AgentServerVersion = AgentServerVersion::new(1, 15, 0);
 
 /// Runs the OpenHands app server's conversation API on this machine.
 #[derive(Clone, Debug, Parser)]
@@ -233,14 +234,16 @@ pub enum LogKind {
     Json,
 }
 
-/// Reads a version of the agent server: three numbers, and not older than those this product speaks to.
+/// Reads a version of the agent server: a release's three numbers and nothing else, since they name a package, a folder and an image.
 fn agent_server_version(text: &str) -> Result<String, String> {
-    let number = |part: &str| part.bytes().all(|byte| byte.is_ascii_digit()).then(|| part.parse().ok()).flatten();
-    let numbers: Option<Vec<u32>> = text.split('.').map(number).collect();
-    match numbers.as_deref() {
-        Some(version @ [_, _, _]) if version >= &OLDEST_AGENT_SERVER[..] => Ok(text.to_owned()),
-        Some([_, _, _]) => Err("1.15.0 is the oldest version that is supported".to_owned()),
-        _ => Err(format!("a version looks like {AGENT_SERVER_VERSION}")),
+    let version: Option<AgentServerVersion> =
+        text.parse().ok().filter(|version: &_| ToString::to_string(version) == text);
+    match version {
+        Some(version) if version < OLDEST_AGENT_SERVER => {
+            Err(format!("{OLDEST_AGENT_SERVER} is the oldest version that is supported"))
+        }
+        Some(_) => Ok(text.to_owned()),
+        None => Err(format!("a version looks like {AGENT_SERVER_VERSION}")),
     }
 }
 
@@ -253,7 +256,19 @@ mod tests {
         for version in ["1.15.0", AGENT_SERVER_VERSION, "1.100.0", "2.0.0"] {
             assert_eq!(agent_server_version(version).as_deref(), Ok(version));
         }
-        for other in ["1.14.9", "0.99.0", "1.58", "1.58.2rc1", "1.+58.2", "", "latest", "1.58.2/..", "1..2"] {
+        for other in [
+            "1.14.9",
+            "0.99.0",
+            "1.58",
+            "1.58.2rc1",
+            "1.+58.2",
+            "",
+            "latest",
+            "1.58.2/..",
+            "1..2",
+            "v1.58.2",
+            "1.058.2",
+        ] {
             assert!(agent_server_version(other).is_err(), "{other}");
         }
     }
