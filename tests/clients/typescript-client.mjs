@@ -101,15 +101,21 @@ await run("typescript-client", { environment: { SESSION_API_KEY: apiKey } }, asy
   for (const title of ["second", "third"]) {
     ids.push((await started({ sandbox_id: task.sandbox_id, title })).app_conversation_id);
   }
-  const found = [];
-  let page = await client.searchConversations(2);
-  assert.equal(page.items.length, 2);
-  const first = page.next_page_id;
-  for (;;) {
-    found.push(...page.items.map((item) => item.id));
-    if (!page.next_page_id) break;
-    page = await client.searchConversations(2, page.next_page_id);
-  }
+  // This client sorts by the time of the last change, so a row that changes between two pages moves to the front. A walk
+  // counts when no row changed during it (the agent's title arrives some seconds after its answer).
+  const changes = async () => JSON.stringify((await client.getConversations(ids)).map((row) => row.updated_at));
+  const [found, first] = await until("no conversation changes during a walk through the pages", TURN, async () => {
+    const before = await changes();
+    let page = await client.searchConversations(2);
+    assert.equal(page.items.length, 2);
+    const first = page.next_page_id;
+    const found = page.items.map((item) => item.id);
+    while (page.next_page_id) {
+      page = await client.searchConversations(2, page.next_page_id);
+      found.push(...page.items.map((item) => item.id));
+    }
+    return before === (await changes()) && [found, first];
+  });
   assert.deepEqual([...found].sort(), [...ids].sort());
   await assert.rejects(client.searchConversations(2, `${first}x`), hasStatus(400));
   const unknown = "00000000-0000-4000-8000-000000000000";
