@@ -71,16 +71,18 @@ async function converse(page, url, say) {
     await page.keyboard.type(text);
     await page.keyboard.press("Enter");
   };
-  const panel = async () => {
+  const togglePanel = async () => {
     // A notice may be in front of the button, and stays for as long as the mouse is on it.
     await page.mouse.move(SIZE.width / 2, SIZE.height / 2);
     await page.getByTestId("right-panel-toggle").click();
   };
-  // A click that comes while the page is drawn again may go nowhere.
-  const openPanel = async (content) => {
-    await panel();
-    if (!(await content.waitFor({ timeout: 20_000 }).then(() => true, () => false))) await panel();
-    await content.waitFor();
+  // A click that comes while the page is drawn again may go nowhere, so the panel's tabs say whether it took effect.
+  const setPanel = async (state) => {
+    const tab = page.getByTestId("conversation-tab-commits");
+    await until(`the side panel is ${state}`, TURN, async () => {
+      await togglePanel();
+      return tab.waitFor({ state, timeout: 20_000 }).then(() => true, () => false);
+    });
   };
   const choose = async (button) => {
     await page.getByTestId("conversation-name").getByTestId("ellipsis-button").click();
@@ -116,11 +118,11 @@ async function converse(page, url, say) {
   say("renamed it");
 
   // What the agent wrote, beside the conversation.
-  await openPanel(page.getByTestId("file-tree-file-hello.txt"));
+  await setPanel("visible");
   await page.getByTestId("file-tree-file-hello.txt").click();
   await page.getByText("Written by an agent that follows a script.", { exact: true }).waitFor();
   await picture("conversation");
-  await panel();
+  await setPanel("hidden");
   say("showed the file that the agent wrote");
 
   // What was changed and committed in its sandbox, with the files of each commit and what changed in them. Agent servers before 1.49 do
@@ -133,7 +135,7 @@ async function converse(page, url, say) {
   const [major, minor] = version.split(".").map(Number);
   const listsCommits = major > 1 || minor >= 49;
   const asked = page.waitForResponse((answer) => answer.request().postData()?.includes("/api/git/commits?"));
-  await panel();
+  await setPanel("visible");
   await page.getByTestId("conversation-tab-commits").click();
   assert.equal((await asked).status(), listsCommits ? 200 : 404, version);
   // The diff of a file, in one editor or two.
@@ -168,7 +170,7 @@ async function converse(page, url, say) {
   assert.deepEqual([...editors], ["127.0.0.1"], "the editor is from elsewhere");
   await until("the editor's worker runs", TURN, () => page.workers().length > 0);
   assert.deepEqual(refused, []);
-  await panel();
+  await setPanel("hidden");
 
   // Another visit: the list, and what was said.
   await page.goto(url);
