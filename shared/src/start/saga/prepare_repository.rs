@@ -603,6 +603,17 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_repository_of_tags_alone_is_ready_with_a_note() {
+        let scratch = Scratch::new();
+        remote(&scratch);
+        scratch.must("cd o/r.git && git tag v1 main && git branch -q -D main");
+        let start = Start::new(&scratch);
+        assert_eq!(start.ready(""), "The repository has no branches, only tags");
+        assert_eq!(start.ready("v1"), "");
+        assert_eq!(start.head(), "detached First");
+    }
+
     /// Only locks are waited for.
     #[test]
     fn locks_are_waited_for_and_other_errors_are_not() {

@@ -69,13 +69,11 @@ clone() {
 
 # Fetches what may have come to the repository since it was cloned. Errors are only kept: what is asked for may be here all the same.
 fetch() {
-  : >"$errors.all"
   for url; do
-    if git_with_credentials fetch -q "$url" '+refs/heads/*:refs/remotes/origin/*' 2>"$errors"; then
+    if again 5 git_with_credentials fetch -q "$url" '+refs/heads/*:refs/remotes/origin/*' 2>>"$errors.all"; then
       : >"$errors.all"
       return 0
     fi
-    cat "$errors" >>"$errors.all"
   done
 }
 
@@ -184,15 +182,17 @@ check_out_wanted() {
 check_out_workspace() {
   if is_unborn; then
     if ! has_remote_branches; then
-      note "The repository is empty: it has no commits yet"
+      if [ -n "$(git tag)" ]; then note "The repository has no branches, only tags"; else
+        note "The repository is empty: it has no commits yet"
+      fi
     elif [ -z "$(git ls-files | head -n 1)" ]; then
       name=$(other_default_branch)
       check_out_branch "$name"
       note "The repository's default branch does not exist: $name was checked out"
     fi
   fi
-  case $(git symbolic-ref --short -q HEAD) in
-    openhands-workspace-*) ;;
+  case $(git symbolic-ref -q HEAD) in
+    refs/heads/openhands-workspace-*) ;;
     *) again 5 git checkout -q -b "$workspace" || exit 1 ;;
   esac
 }
