@@ -5,12 +5,20 @@ can_run() {
   esac
 }
 
+# Whether a shell with these options runs a file.
+runs_files() {
+  case $("$@" /dev/fd/3 </dev/null 2>/dev/null 3<<'FILE'
+echo "it runs"
+FILE
+  ) in *"it runs") ;; *) return 1 ;; esac
+}
+
 # The script without a byte order mark, and with the line ends that shells know.
 plain_script() {
   case $(LC_ALL=C tr -cd '\n' <"$script" | tr '\n' x | head -c 1) in
     '') LC_ALL=C tr '\r' '\n' <"$script" ;;
     *) LC_ALL=C sed "s/$cr*\$//" "$script" ;;
-  esac | LC_ALL=C sed "1s/^$bom//"
+  esac | LC_ALL=C sed "1s/^\($bom\)*//"
 }
 
 # Runs a script of the project in place of this shell, whatever its mode, line ends, byte order mark and shebang. An interpreter other
@@ -19,8 +27,7 @@ run_script() {
   script=$1
   cr=$(printf '\r')
   bom=$(printf '\357\273\277')
-  first=$(head -c 512 "$script" | LC_ALL=C tr '\r\000' '\n ' | head -n 1)
-  first=${first#"$bom"}
+  first=$(head -c 512 "$script" | LC_ALL=C tr '\r\000' '\n ' | head -n 1 | LC_ALL=C sed "s/^\($bom\)*//")
   set -f
   case $first in '#!'*) set -- ${first#??} ;; *) set -- ;; esac
   set +f
@@ -56,6 +63,8 @@ run_script() {
       fi ;;
   esac
   case ${1##*/} in bash | rbash | sh | zsh | ksh | ksh93 | mksh)
+    # Options with which the shell would not run a file, such as those of another shell, are left out.
+    if [ $# -gt 1 ] && ! runs_files "$@"; then set -- "$1"; fi
     if LC_ALL=C grep -q "$cr" "$script" || [ "$(head -c 3 "$script" | LC_ALL=C tr '\000' ' ')" = "$bom" ]; then
       # A copy is run, but not as one: the shell opens it under the name that the script has in the project, then goes to the project
       # and removes the copy. So $0, BASH_SOURCE and line numbers are those of the script, and nothing is left, however it ends.

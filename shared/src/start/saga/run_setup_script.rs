@@ -76,6 +76,12 @@ mod tests {
             ("env -S", with("#!/usr/bin/env -S bash -e")),
             ("glued -S and a variable", with("#!/usr/bin/env -SA=1 bash -eu")),
             ("several options", with("#!/bin/bash -e -u")),
+            ("an option with a value", with("#!/bin/bash -o pipefail")),
+            ("a comment", with("#!/bin/bash # of the team")),
+            ("an option that bash does not have", with("#!/bin/dash -E -q")),
+            ("an option that would not run a file", with("#!/bin/sh -c")),
+            ("an option that would read something else", with("#!/bin/bash -s")),
+            ("two BOMs", format!("\u{feff}\u{feff}{}", with("#!/bin/bash"))),
             ("long", big.clone()),
             ("long, CRLF", with_line_ends(&big, "\r\n")),
         ];

@@ -159,6 +159,9 @@ mod tests {
                     assert_eq!(scratch.tree("project"), before);
                 }
                 assert_eq!(commit(&scratch, "project"), (Some(0), own(&scratch)), "{content:?}");
+                // By this shell, not the machine's.
+                scratch.must("cd project && : >../ran && sh .git/hooks/pre-commit");
+                assert_eq!(scratch.read("ran").replace('\n', " "), own(&scratch), "{content:?}");
                 assert!(scratch.left().is_empty());
                 assert!(!scratch.at("project/.git/hooks/pre-commit.local").exists());
             }
