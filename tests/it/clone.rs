@@ -121,7 +121,7 @@ async fn a_repository_without_a_default_branch_or_without_commits_is_ready_with_
     let note = ready(&rig, "owner/empty", None).await;
     assert_eq!(note, "The repository is empty: it has no commits yet");
     let note = ready(&rig, "owner/void", Some("feature/one")).await;
-    assert_eq!(note, "The repository is empty: its branch feature/one has no commits yet");
+    assert_eq!(note, "The branch feature/one is new: it has no commits yet");
     assert_eq!(git(&folder(&rig, "void"), &["symbolic-ref", "HEAD"]), "refs/heads/feature/one");
     rig.finish().await;
 }

@@ -480,16 +480,43 @@ mod tests {
                 let start = Start::new(&scratch);
                 for _ in 0..2 {
                     let notes = start.ready(wanted);
-                    assert!(notes.starts_with("The repository is empty") && notes.lines().count() == 1, "{notes:?}");
+                    assert!(notes.ends_with("no commits yet") && notes.lines().count() == 1, "{notes:?}");
                     assert!(wanted.is_empty() || notes.contains(&format!(" {branch} ")), "{notes:?}");
                     assert_eq!(start.head(), format!("refs/heads/{branch}"), "{wanted}");
                 }
                 // Somebody else begins it.
                 scratch.write("work/file", "");
                 scratch.must("cd work && git init -q -b main && git add file && git commit -q -m First && git push -q ../o/r.git main:main main:other 2>&1");
+                let begun = ["", "HEAD", "main"].contains(&wanted);
+                assert_eq!(start.ready(wanted).is_empty(), begun, "{wanted}");
+                assert_eq!(
+                    start.head(),
+                    format!("refs/heads/{branch}{}", if begun { " First" } else { "" }),
+                    "{wanted}"
+                );
+                assert_eq!(scratch.at("workspace/project/r/file").exists(), begun);
+                assert_eq!(start.git("status --porcelain --ignored"), "");
                 assert_eq!(start.ready("other"), "");
                 assert_eq!(start.head(), "refs/heads/other First");
             }
+        }
+    }
+
+    #[test]
+    fn what_an_agent_has_begun_in_an_empty_repository_is_left_alone() {
+        for wanted in ["", "main"] {
+            let scratch = Scratch::new();
+            scratch.must("mkdir -p workspace o && git init -q --bare -b main o/r.git");
+            let start = Start::new(&scratch);
+            start.ready(wanted);
+            scratch.write("workspace/project/r/file", "of the agent");
+            start.git("add file");
+            let before = start.head();
+            scratch.write("work/file", "of somebody");
+            scratch.must("cd work && git init -q -b main && git add file && git commit -q -m First && git push -q ../o/r.git main 2>&1");
+            start.ready(wanted);
+            assert_eq!((start.head(), scratch.read("workspace/project/r/file")), (before, "of the agent".to_owned()));
+            assert_eq!(start.git("status --porcelain"), "A  file");
         }
     }
 
@@ -529,6 +556,10 @@ mod tests {
                     format!("refs/remotes/origin/{expected}")
                 );
                 assert_eq!(start.ready(""), "", "a second start finds it done");
+                let scratch = make();
+                let start = Start::new(&scratch);
+                let error = start.error("gone");
+                assert!(error.contains("no branch, tag or commit 'gone'"), "{error}");
                 let scratch = make();
                 let start = Start::new(&scratch);
                 assert_eq!(start.ready(branches[0]), "", "what was asked for is there");

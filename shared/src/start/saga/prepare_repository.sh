@@ -42,6 +42,10 @@ is_unborn() {
   ! git rev-parse -q --verify 'HEAD^{commit}' >/dev/null 2>&1
 }
 
+is_index_empty() {
+  [ -z "$(git ls-files | head -n 1)" ]
+}
+
 has_remote_branches() {
   [ -n "$(git for-each-ref --count=1 refs/remotes/origin 2>/dev/null)" ]
 }
@@ -137,7 +141,13 @@ make_branch() {
 
 # Checks out a branch by its own name alone, whatever else has that name.
 check_out_branch() {
-  [ "$(git symbolic-ref -q HEAD)" != "refs/heads/$1" ] || return 0
+  if [ "$(git symbolic-ref -q HEAD)" = "refs/heads/$1" ]; then
+    # The clone was made before the branch had commits.
+    if is_unborn && is_index_empty; then
+      again 5 git_with_credentials merge -q --ff-only "refs/remotes/origin/$1" || exit 1
+    fi
+    return 0
+  fi
   # Another start may make it at the same moment.
   if ! exists "refs/heads/$1"; then again 5 make_branch "$1" || exists "refs/heads/$1" || exit 1; fi
   again 5 git_with_credentials checkout -q "$1" -- || exit 1
@@ -159,16 +169,20 @@ check_out_wanted() {
   : >"$errors.all"
   if [ -z "$is_new" ]; then fetch "$@"; fi
   tag=${wanted#refs/tags/}
+  short=$wanted
+  for prefix in refs/heads/ refs/remotes/origin/ remotes/origin/ heads/ origin/; do short=${short#"$prefix"}; done
+  case $short in HEAD | @)
+    short=$(git symbolic-ref -q HEAD) || short=
+    short=${short#refs/heads/} ;;
+  esac
   if find_branch; then
     check_out_branch "$name"
   elif find_tag || { fetch_only "refs/tags/$tag:refs/tags/$tag" "$@" && find_tag; } ||
     find_commit || { is_hash "$wanted" && fetch_only "$wanted" "$@" && find_commit; }; then
     again 5 git_with_credentials checkout -q --detach "$name" -- || exit 1
-  elif is_unborn && ! has_remote_branches; then
-    for prefix in refs/heads/ refs/remotes/origin/ remotes/origin/ heads/ origin/; do wanted=${wanted#"$prefix"}; done
-    case $wanted in HEAD | @) wanted=$(git symbolic-ref --short -q HEAD) ;; esac
-    if [ "$(git symbolic-ref -q HEAD)" != "refs/heads/$wanted" ]; then again 5 git checkout -q -b "$wanted" || exit 1; fi
-    note "The repository is empty: its branch $wanted has no commits yet"
+  elif is_unborn && { ! has_remote_branches || { [ -z "$is_new" ] && [ "$(git symbolic-ref -q HEAD)" = "refs/heads/$short" ]; }; }; then
+    if [ "$(git symbolic-ref -q HEAD)" != "refs/heads/$short" ]; then again 5 git checkout -q -b "$short" || exit 1; fi
+    note "The branch $short is new: it has no commits yet"
   else
     # The default branch of a repository that has none is the commit that is checked out.
     case $wanted in HEAD | @ | origin/HEAD) return 0 ;; esac
@@ -185,10 +199,10 @@ check_out_workspace() {
       if [ -n "$(git tag)" ]; then note "The repository has no branches, only tags"; else
         note "The repository is empty: it has no commits yet"
       fi
-    elif [ -z "$(git ls-files | head -n 1)" ]; then
+    elif is_index_empty; then
       name=$(other_default_branch)
       check_out_branch "$name"
-      note "The repository's default branch does not exist: $name was checked out"
+      [ -n "$was_empty" ] || note "The repository's default branch does not exist: $name was checked out"
     fi
   fi
   case $(git symbolic-ref -q HEAD) in
@@ -208,6 +222,12 @@ prepare() {
   if ! is_expected_origin "$(git remote get-url origin 2>/dev/null)"; then
     echo "$project_dir holds another repository; start in another sandbox" >&2
     exit 1
+  fi
+  # A clone of a repository that was empty then.
+  was_empty=
+  if [ -z "$is_new" ] && is_unborn && ! has_remote_branches; then
+    was_empty=yes
+    fetch "$@"
   fi
   # What was changed is found by comparing with the default branch.
   if is_unborn && has_remote_branches && ! git rev-parse -q --verify refs/remotes/origin/HEAD >/dev/null 2>&1; then
