@@ -13,10 +13,12 @@
 mod agent_server_errors;
 mod alarms;
 mod authorizer;
+mod clone;
 mod deletion;
 mod download;
 mod effects;
 mod end_to_end;
+mod end_to_end_clone;
 mod end_to_end_history;
 mod end_to_end_inside;
 mod end_to_end_mcp;

@@ -494,7 +494,9 @@ async fn take_lock(folder: &Folder) -> io::Result<Option<File>> {
 
 fn make_folders(folder: &Folder, root: &Path) -> io::Result<()> {
     let make = |path: &Path| fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
-    make(&folder.working_dir())?;
+    make(&folder.0)?;
+    // Below the private folder, but itself with the modes that its user's files have: containers mount it, images copy it.
+    fs::create_dir_all(folder.working_dir())?;
     make(&folder.home())?;
     make(&folder.tmux())?;
     // One cache of public skills for all sandboxes: they are cloned on first use.

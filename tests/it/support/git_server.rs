@@ -98,6 +98,20 @@ impl GitServer {
         run(git(&bare).args(["config", "http.receivepack", "true"])).await;
     }
 
+    /// Makes `owner/name` without a commit.
+    pub async fn create_empty_repository(&self, full_name: &str) {
+        let bare = self.state().repository(full_name);
+        run(git(self.folder.path()).args(["init", "--quiet", "--bare", "--initial-branch", DEFAULT_BRANCH]).arg(&bare))
+            .await;
+        run(git(&bare).args(["config", "http.receivepack", "true"])).await;
+    }
+
+    /// Runs git in a repository as it is kept here; returns its output.
+    pub async fn git(&self, full_name: &str, arguments: &[&str]) -> String {
+        let bare = self.state().repository(full_name);
+        run(git(&bare).args(arguments)).await
+    }
+
     /// From now on asks for credentials: git for `user` and `token` by basic authentication (the
     /// token with the user `oauth2`, `x-access-token` or `x-token-auth`, or as the user name, is
     /// as good), the API for the token as `Bearer` or `token`.

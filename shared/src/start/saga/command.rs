@@ -15,6 +15,9 @@ use crate::start::task::PendingCommand;
 /// How much of a command's output is kept, in bytes.
 const OUTPUT_LIMIT: usize = 16 * 1024;
 
+/// A shell function that runs a script of the project.
+pub(super) const RUN_SCRIPT: &str = include_str!("run_script.sh");
+
 /// Quotes a text as one word of a POSIX shell.
 #[must_use]
 pub fn quoted(text: &str) -> String {
@@ -22,18 +25,21 @@ pub fn quoted(text: &str) -> String {
 }
 
 /// The script around `script` that makes it run once, however often it is sent. `finally` is done at the end of each copy.
+///
+/// What it keeps is for its owner alone. `script` has the umask of the agent server: what it makes is the user's.
 #[must_use]
 pub fn once(state: &str, name: &str, script: &str, finally: &str) -> String {
     let (state, folder) = (quoted(state), quoted(&format!("{state}/{name}")));
     // The shell that runs `script` is a child, so that nothing it does (exit, set) keeps the exit code from being kept.
     format!(
-        r#"umask 077
+        r#"mask=$(umask)
+umask 077
 trap {finally} EXIT
 mkdir -p {state} || exit 1
 d={folder}
 work() {{
   echo $$ >"$d/pid"
-  sh -c {script} >"$d/out" 2>"$d/err" </dev/null
+  (umask "$mask"; exec sh -c {script}) >"$d/out" 2>"$d/err" </dev/null
   echo $? >"$d/exit.new" && mv "$d/exit.new" "$d/exit"
 }}
 if mkdir "$d" 2>/dev/null; then work; else
@@ -88,6 +94,22 @@ impl Work<'_> {
     }
 }
 
+/// Marks the lines of a command's output that are for the start's detail.
+const NOTE: &str = "openhands-note:";
+
+/// What a command of ours has to say although it succeeded, for a person.
+#[must_use]
+pub fn note_in(output: &CommandOutput) -> Option<String> {
+    const LIMIT: usize = 500;
+    let notes: Vec<String> = output
+        .stdout
+        .lines()
+        .filter_map(|line| line.strip_prefix(NOTE))
+        .map(|note| note.chars().filter(|character| !character.is_control()).take(LIMIT).collect())
+        .collect();
+    (!notes.is_empty()).then(|| notes.join("\n"))
+}
+
 /// What a failed command said, for a person.
 #[must_use]
 pub fn complaint(output: &CommandOutput) -> String {
@@ -105,41 +127,14 @@ pub fn complaint(output: &CommandOutput) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::process::{Command, Stdio};
-
+    use super::super::scratch::{Scratch, shells};
     use super::*;
-
-    struct Scratch(std::path::PathBuf);
-
-    impl Scratch {
-        fn new() -> Self {
-            let path = std::env::temp_dir().join(crate::id::new_sandbox_id());
-            std::fs::create_dir_all(&path).expect("a folder");
-            Self(path)
-        }
-
-        fn path(&self, name: &str) -> String {
-            self.0.join(name).display().to_string()
-        }
-    }
-
-    impl Drop for Scratch {
-        fn drop(&mut self) {
-            // Left-overs in the temporary folder hurt nobody.
-            let _removed = std::fs::remove_dir_all(&self.0);
-        }
-    }
-
-    fn shell(script: &str) -> Command {
-        let mut command = Command::new("/bin/sh");
-        command.args(["-c", script]).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        command
-    }
 
     #[test]
     fn quoting_survives_every_character() {
+        let scratch = Scratch::new();
         for text in ["plain", "it's", "$(touch x)", "a\nb", "\\", "`id`;&|", "ü \"q\"", "''"] {
-            let output = shell(&format!("printf %s {}", quoted(text))).output().expect("a shell");
+            let output = scratch.command(&format!("printf %s {}", quoted(text))).output().expect("a shell");
             assert_eq!(String::from_utf8_lossy(&output.stdout), text);
         }
     }
@@ -154,14 +149,14 @@ mod tests {
             &format!("echo run >>{runs}; sleep 0.3; echo out; echo err >&2; exit 7"),
             "",
         );
-        let copies: Vec<_> = (0..10).map(|_| shell(&script).spawn().expect("a shell")).collect();
+        let copies: Vec<_> = (0..10).map(|_| scratch.command(&script).spawn().expect("a shell")).collect();
         for copy in copies {
             let output = copy.wait_with_output().expect("output");
             assert_eq!(output.status.code(), Some(7));
             assert_eq!((output.stdout.as_slice(), output.stderr.as_slice()), (&b"out\n"[..], &b"err\n"[..]));
         }
         assert_eq!(std::fs::read_to_string(runs).expect("runs"), "run\n");
-        let again = shell(&script).output().expect("a shell");
+        let again = scratch.command(&script).output().expect("a shell");
         assert_eq!(again.status.code(), Some(7));
     }
 
@@ -170,15 +165,42 @@ mod tests {
         let scratch = Scratch::new();
         let (runs, go) = (scratch.path("runs"), scratch.path("go"));
         let script = once(&scratch.path("state"), "x", &format!("echo run >>{runs}; [ -f {go} ] || sleep 60"), "");
-        let mut first = shell(&script).spawn().expect("a shell");
+        let mut first = scratch.command(&script).spawn().expect("a shell");
         while !std::path::Path::new(&runs).exists() {
             std::thread::sleep(Duration::from_millis(10));
         }
         std::fs::write(&go, "").expect("written");
         first.kill().expect("killed");
         first.wait().expect("reaped");
-        let second = shell(&script).output().expect("a shell");
+        let second = scratch.command(&script).output().expect("a shell");
         assert_eq!(second.status.code(), Some(0));
         assert_eq!(std::fs::read_to_string(runs).expect("runs"), "run\nrun\n");
+    }
+
+    #[test]
+    fn what_is_kept_is_private_and_what_the_script_makes_is_not() {
+        for shell in shells() {
+            for mask in ["0022", "0002", "0027", "0077"] {
+                let scratch = Scratch::with(&shell);
+                let script = format!("umask; mkdir made; : >made/file; {} -c umask", scratch.path("bin/sh"));
+                let script = once(&scratch.path("state/of/a/start"), "x", &script, "umask >finally");
+                let ran = scratch.run(&format!("umask {mask}\n{script}"));
+                assert_eq!((ran.code, ran.stdout.as_str()), (Some(0), format!("{mask}\n{mask}\n").as_str()), "{ran:?}");
+                let mask = u32::from_str_radix(mask, 8).expect("a number");
+                assert_eq!((scratch.mode("made"), scratch.mode("made/file")), (0o777 & !mask, 0o666 & !mask));
+                assert_eq!(scratch.mode("state/of/a/start"), 0o700);
+                for name in ["pid", "out", "err", "exit"] {
+                    assert_eq!(scratch.mode(&format!("state/of/a/start/x/{name}")), 0o600, "{name}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn notes_are_the_marked_lines_without_control_characters() {
+        let output = |stdout: &str| CommandOutput { exit_code: 0, stdout: stdout.into(), ..CommandOutput::default() };
+        assert_eq!(note_in(&output("openhands-browser:no\nfoo openhands-note:x\n")), None);
+        let noted = note_in(&output("x\nopenhands-note:one\u{1b}[1m\nopenhands-note:two\n"));
+        assert_eq!(noted.as_deref(), Some("one[1m\ntwo"));
     }
 }

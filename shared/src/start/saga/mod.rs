@@ -10,6 +10,8 @@ pub mod command;
 mod prepare_repository;
 mod probe_mcp_servers;
 mod run_setup_script;
+#[cfg(test)]
+mod scratch;
 mod set_up_git_hooks;
 mod start_conversation;
 mod wait_for_sandbox;

@@ -5,13 +5,12 @@
 
 use secrecy::SecretString;
 
-use super::command::{OneCommand, complaint, quoted};
+use super::command::{OneCommand, complaint, note_in, quoted};
 use super::{Folders, Step, StepError, Work};
 use crate::id;
 use crate::start::store::Change;
 use crate::start::task::StartStatus;
 use crate::user::git::{CloneSource, clone_sources};
-use crate::user::settings::Settings;
 
 /// Marks the line of the output that says whether there is a browser.
 const BROWSER: &str = "openhands-browser:";
@@ -41,7 +40,17 @@ impl Work<'_> {
             }
             agent_server.upload(&credentials, &credential_lines(&sources)).await?;
         }
-        let script = self.script(&folders, &settings, repository.as_deref(), &sources, &credentials);
+        let workspace = format!("openhands-workspace-{}", id::hex(self.task.record.conversation_id));
+        let script = Preparation {
+            folders: &folders,
+            identity: [settings.git_user_name.as_deref(), settings.git_user_email.as_deref()],
+            credentials: &credentials,
+            sources: &sources,
+            wanted: self.task.request.selected_branch.as_deref().unwrap_or_default().trim(),
+            workspace: &workspace,
+            init_without_repository: self.saga.config.init_git_in_empty_workspace,
+        }
+        .script();
         let timeout = self.saga.config.clone_timeout;
         // By every copy: one that only waited may have come with credentials of its own.
         let finally = format!("rm -f {}", quoted(&credentials));
@@ -59,24 +68,50 @@ impl Work<'_> {
         }
         let browser = output.stdout.lines().any(|line| line == format!("{BROWSER}yes"));
         self.task.record.browser = Some(browser);
-        let change = Change::default().set("browser", aws_sdk_dynamodb::types::AttributeValue::Bool(browser));
+        let mut change = Change::default().set("browser", aws_sdk_dynamodb::types::AttributeValue::Bool(browser));
+        if let Some(note) = note_in(&output) {
+            self.task.record.notes.push(note.clone());
+            change = change.note(note);
+        }
         Ok(Step::Next(StartStatus::RunningSetupScript, change))
     }
+}
 
-    fn script(
-        &self,
-        folders: &Folders,
-        settings: &Settings,
-        repository: Option<&str>,
-        sources: &[CloneSource],
-        credentials: &str,
-    ) -> String {
-        let working_dir = quoted(&folders.working_dir);
-        let project_dir = quoted(&folders.project_dir);
-        let mut script = format!("{AGAIN}set -e\nmkdir -p {working_dir}\ncd {working_dir}\n");
-        let identity = [("user.name", &settings.git_user_name), ("user.email", &settings.git_user_email)];
-        for (key, value) in identity {
-            if let Some(value) = value.as_deref().filter(|value| !value.trim().is_empty()) {
+/// What the command that prepares the workspace has to know.
+struct Preparation<'a> {
+    folders: &'a Folders,
+    /// The user's name and e-mail address for git.
+    identity: [Option<&'a str>; 2],
+    /// The file of git's credential store.
+    credentials: &'a str,
+    /// Where the repository may be cloned from; none if there is no repository.
+    sources: &'a [CloneSource],
+    /// The branch, tag or commit that was asked for, or nothing.
+    wanted: &'a str,
+    /// The branch that is made otherwise.
+    workspace: &'a str,
+    /// Whether a workspace without a repository becomes one.
+    init_without_repository: bool,
+}
+
+impl Preparation<'_> {
+    fn script(&self) -> String {
+        let Folders { working_dir, project_dir, state, .. } = self.folders;
+        let mut script = String::new();
+        for (name, value) in [
+            ("state", state.as_str()),
+            ("working_dir", working_dir),
+            ("project_dir", project_dir),
+            ("credentials", self.credentials),
+            ("wanted", self.wanted),
+            ("workspace", self.workspace),
+        ] {
+            script += &format!("{name}={}\n", quoted(value));
+        }
+        script += FUNCTIONS;
+        script += "set -e\nmkdir -p \"$working_dir\"\ncd \"$working_dir\"\n";
+        for (key, value) in ["user.name", "user.email"].into_iter().zip(self.identity) {
+            if let Some(value) = value.filter(|value| !value.trim().is_empty()) {
                 script += &format!(
                     "again 20 git config --global {key} {} || echo 'git identity was not set' >&2\n",
                     quoted(value)
@@ -84,56 +119,20 @@ impl Work<'_> {
             }
         }
         script += BROWSER_PROBE;
-        if repository.is_none() {
-            if self.saga.config.init_git_in_empty_workspace {
-                script += "command -v git >/dev/null || exit 0\n[ -e .git ] || again 20 git init -q\n";
-                script += &trust(&working_dir);
+        if self.sources.is_empty() {
+            if self.init_without_repository {
+                script += "command -v git >/dev/null || exit 0\n[ -e .git ] || again 20 git init -q\ntrust \"$working_dir\"\n";
             }
             return script;
         }
-        // A clone that was cut off is in the temporary folder, which is made anew; the final name appears with all in it.
-        let temporary = quoted(&format!("{}/clone", folders.state));
+        let same: Vec<String> = self.sources.iter().flat_map(|source| endings(&source.url)).collect();
+        let urls: Vec<String> = self.sources.iter().map(|source| quoted(&source.url)).collect();
         script += &format!(
-            "credentials={credentials}\ntrap 'rm -f \"$credentials\"' EXIT\nexport GIT_TERMINAL_PROMPT=0 GIT_ASKPASS=true\n\
-             if [ ! -e {project_dir}/.git ]; then\n  cloned=\n",
-            credentials = quoted(credentials),
-        );
-        for source in sources {
-            let url = quoted(&source.url);
-            script += &format!(
-                "  if [ -z \"$cloned\" ]; then rm -rf {temporary}\n    \
-                 if git -c credential.helper= -c credential.helper=\"store --file='$credentials'\" clone -q {url} {temporary}; then cloned=yes; fi; fi\n"
-            );
-        }
-        script += &format!(
-            "  [ -n \"$cloned\" ] || exit 1\n  if [ -e {project_dir}/.git ]; then rm -rf {temporary}; else\n    \
-             if [ -d {project_dir} ]; then rmdir {project_dir}; fi\n    mv {temporary} {project_dir}\n  fi\nfi\n"
-        );
-        script += &trust(&project_dir);
-        script += &format!("cd {project_dir}\n");
-        // What was cloned earlier may be another repository of the same name. Its address is not shown: an agent may have
-        // put a token into it. Without one it is what an agent made of it.
-        let same: Vec<String> = sources.iter().flat_map(|source| endings(&source.url)).collect();
-        script += &format!(
-            "case \"$(git remote get-url origin 2>/dev/null)\" in ''|{}) ;; *) echo {} >&2; exit 1;; esac\n",
+            "trap 'rm -f \"$credentials\"' EXIT\nexport GIT_TERMINAL_PROMPT=0 GIT_ASKPASS=true\n\
+             is_expected_origin() {{\n  case $1 in ''|{}) ;; *) return 1 ;; esac\n}}\nprepare {}\n",
             same.join("|"),
-            quoted(&format!("{} holds another repository; start in another sandbox", folders.project_dir))
+            urls.join(" "),
         );
-        match self.task.request.selected_branch.as_deref().filter(|branch| !branch.is_empty()) {
-            // Already there: a second conversation in the same folder must not disturb the first.
-            Some(branch) => {
-                let branch = quoted(branch);
-                script += &format!(
-                    "if [ \"$(git symbolic-ref --short -q HEAD)\" != {branch} ]; then again 5 git checkout -q {branch} --; fi\n"
-                );
-            }
-            None => {
-                let name = quoted(&format!("openhands-workspace-{}", id::hex(self.task.record.conversation_id)));
-                script += &format!(
-                    "case \"$(git symbolic-ref --short -q HEAD)\" in openhands-workspace-*) ;; *) again 5 git checkout -q -b {name};; esac\n"
-                );
-            }
-        }
         script
     }
 }
@@ -145,19 +144,8 @@ fn endings(url: &str) -> [String; 2] {
     [format!("*[/:]{}", quoted(path)), format!("*[/:]{}", quoted(&format!("{path}.git")))]
 }
 
-/// git does not wait for its locks: of several starts in one sandbox at once, all but one would fail.
-const AGAIN: &str = r#"again() {
-  tries=$1; shift
-  until "$@"; do tries=$((tries - 1)); [ "$tries" -gt 0 ] || return 1; sleep 0.1; done
-}
-"#;
-
-/// git refuses to work in folders of other users; in a sandbox that is no danger, and common.
-fn trust(folder: &str) -> String {
-    format!(
-        "git config --global --get-all safe.directory 2>/dev/null | grep -qxF {folder} || again 20 git config --global --add safe.directory {folder}\n"
-    )
-}
+/// The parts of the script that are the same for all starts.
+const FUNCTIONS: &str = include_str!("prepare_repository.sh");
 
 fn credential_lines(sources: &[CloneSource]) -> SecretString {
     let lines: Vec<&str> = sources
@@ -180,3 +168,588 @@ for b in /usr/bin/google-chrome /usr/bin/google-chrome-stable /usr/bin/chromium 
 done
 echo "openhands-browser:$browser"
 "#;
+
+#[cfg(test)]
+mod tests {
+    use super::super::scratch::{Ran, Scratch, shells};
+    use super::*;
+    use crate::start::request::ProviderType;
+
+    /// A start of a scratch's repository `o/r`.
+    struct Start<'a> {
+        scratch: &'a Scratch,
+        urls: Vec<String>,
+    }
+
+    impl<'a> Start<'a> {
+        fn new(scratch: &'a Scratch) -> Self {
+            Self { scratch, urls: vec![format!("file://{}", scratch.path("o/r.git"))] }
+        }
+
+        fn script(&self, wanted: &str) -> String {
+            let scratch = self.scratch;
+            let folders = Folders {
+                working_dir: scratch.path("workspace/project"),
+                project_dir: scratch.path("workspace/project/r"),
+                parent: scratch.path("workspace"),
+                state: scratch.path("workspace/.openhands-start/1"),
+            };
+            let source =
+                |url: &String| CloneSource { provider: ProviderType::Github, url: url.clone(), credential: None };
+            let sources: Vec<CloneSource> = self.urls.iter().map(source).collect();
+            Preparation {
+                folders: &folders,
+                identity: [Some("A user"), Some("user@example.com")],
+                credentials: &format!("{}/credentials", folders.state),
+                sources: &sources,
+                wanted,
+                workspace: "openhands-workspace-1",
+                init_without_repository: true,
+            }
+            .script()
+        }
+
+        fn run(&self, wanted: &str) -> Ran {
+            std::fs::create_dir_all(self.scratch.at("workspace/.openhands-start/1")).expect("a folder");
+            self.scratch.run(&self.script(wanted))
+        }
+
+        /// Runs a start that succeeds; its notes.
+        #[track_caller]
+        fn ready(&self, wanted: &str) -> String {
+            let ran = self.run(wanted);
+            assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""), "{wanted:?}: {ran:?}");
+            let notes = ran.stdout.lines().filter_map(|line| line.strip_prefix("openhands-note:"));
+            notes.collect::<Vec<_>>().join("\n")
+        }
+
+        /// Runs a start that fails; its error.
+        #[track_caller]
+        fn error(&self, wanted: &str) -> String {
+            let ran = self.run(wanted);
+            assert_eq!(ran.code, Some(1), "{wanted:?}: {ran:?}");
+            ran.stderr
+        }
+
+        /// The branch that is checked out, or the commit, and the subject of the last commit.
+        fn head(&self) -> String {
+            let head = self.scratch.run(
+                "cd workspace/project/r && { git symbolic-ref -q HEAD || echo detached; } && git log -1 --format=%s HEAD 2>/dev/null",
+            );
+            head.stdout.trim().replace('\n', " ")
+        }
+
+        #[track_caller]
+        fn git(&self, arguments: &str) -> String {
+            self.scratch.must(&format!("cd workspace/project/r && git {arguments}")).trim().to_owned()
+        }
+    }
+
+    /// Makes `o/r.git`, open to pushes from `work`, with a first commit on main.
+    fn remote(scratch: &Scratch) {
+        scratch.write("work/README.md", "Read me\n");
+        scratch.write("work/docs/index", "Index\n");
+        scratch.must("mkdir -p workspace o && git init -q --bare -b main o/r.git");
+        scratch.must("cd work && git init -q -b main && git remote add origin ../o/r.git && git add -A && git commit -q -m First && git push -q origin main 2>&1");
+    }
+
+    /// Makes a commit and pushes it to references of the remote.
+    fn push(scratch: &Scratch, subject: &str, references: &[&str]) {
+        let references: Vec<String> = references.iter().map(|name| quoted(&format!("+HEAD:{name}"))).collect();
+        scratch.must(&format!(
+            "cd work && git commit -q --allow-empty -m {} && git push -q origin {} 2>&1",
+            quoted(subject),
+            references.join(" ")
+        ));
+    }
+
+    #[test]
+    fn the_branch_that_is_asked_for_is_checked_out_whatever_else_has_its_name() {
+        let scratch = Scratch::new();
+        remote(&scratch);
+        let hash = scratch.must("git -C work rev-parse HEAD");
+        let names = [
+            "v1",
+            "docs",
+            "README.md",
+            "feature/a+b",
+            "fix#12",
+            "user@host",
+            "größe/ü",
+            "it's",
+            "say\"hi\"",
+            "dollar$HOME",
+            "semi;colon",
+            "origin/x",
+            "heads/y",
+            "tags/z",
+            "refs/heads/w",
+            "FETCH_HEAD",
+            "ORIG_HEAD",
+            "head",
+            "dead",
+            "beefbeef",
+            "100%",
+            "a&b",
+            "paren(1)",
+            "stash",
+            "main-2",
+            hash.trim(),
+            &hash[..8],
+        ];
+        push(&scratch, "the tag", &names.map(|name| format!("refs/tags/{name}")).each_ref().map(String::as_str));
+        for name in names {
+            push(&scratch, name, &[&format!("refs/heads/{name}")]);
+        }
+        for shell in shells() {
+            for name in names {
+                let fresh = Scratch::with(&shell);
+                let start = Start { urls: Start::new(&scratch).urls, ..Start::new(&fresh) };
+                for wanted in [name.to_owned(), format!("refs/heads/{name}")] {
+                    // The first start clones, the second one finds the branch checked out.
+                    assert_eq!(start.ready(&wanted), "", "{wanted}");
+                    assert_eq!(start.head(), format!("refs/heads/{name} {name}"), "{wanted}");
+                }
+                assert_eq!(
+                    start.git(&format!("rev-parse --symbolic-full-name {}@{{upstream}}", quoted(name))),
+                    format!("refs/remotes/origin/{name}")
+                );
+                assert_eq!(start.git("status --porcelain --ignored"), "");
+                assert_eq!(start.git("symbolic-ref refs/remotes/origin/HEAD"), "refs/remotes/origin/main");
+            }
+        }
+    }
+
+    #[test]
+    fn a_branch_may_be_written_with_the_place_where_git_keeps_it() {
+        let scratch = Scratch::new();
+        remote(&scratch);
+        push(&scratch, "one", &["refs/heads/feature/one"]);
+        for (wanted, expected) in [
+            ("origin/feature/one", "refs/heads/feature/one one"),
+            ("refs/heads/feature/one", "refs/heads/feature/one one"),
+            ("refs/remotes/origin/feature/one", "refs/heads/feature/one one"),
+            ("remotes/origin/feature/one", "refs/heads/feature/one one"),
+            ("heads/feature/one", "refs/heads/feature/one one"),
+            ("HEAD", "refs/heads/main First"),
+            ("origin/HEAD", "refs/heads/main First"),
+            ("@", "refs/heads/main First"),
+            ("", "refs/heads/openhands-workspace-1 First"),
+        ] {
+            let fresh = Scratch::new();
+            let start = Start { urls: Start::new(&scratch).urls, ..Start::new(&fresh) };
+            assert_eq!(start.ready(wanted), "");
+            assert_eq!(start.head(), expected, "{wanted}");
+        }
+    }
+
+    #[test]
+    fn a_tag_and_a_commit_are_checked_out_where_no_branch_has_the_name() {
+        let scratch = Scratch::new();
+        remote(&scratch);
+        push(&scratch, "released", &["refs/heads/main", "refs/tags/v1", "refs/tags/docs"]);
+        scratch.must("cd work && git tag -a -m Annotated annotated && git push -q origin annotated 2>&1");
+        let hash = scratch.must("git -C work rev-parse HEAD").trim().to_owned();
+        push(&scratch, "reviewed", &["refs/pull/7/head", "refs/tags/on/no/branch"]);
+        let unreachable = scratch.must("git -C work rev-parse HEAD").trim().to_owned();
+        push(&scratch, "after", &["refs/heads/main"]);
+        for (wanted, expected) in [
+            ("v1", "released"),
+            ("docs", "released"),
+            ("refs/tags/v1", "released"),
+            ("tags/v1", "released"),
+            ("annotated", "released"),
+            ("on/no/branch", "reviewed"),
+            (&hash, "released"),
+            (&hash[..7], "released"),
+            (&hash.to_uppercase(), "released"),
+            (&unreachable, "reviewed"),
+        ] {
+            let fresh = Scratch::new();
+            let start = Start { urls: Start::new(&scratch).urls, ..Start::new(&fresh) };
+            for _ in 0..2 {
+                assert_eq!(start.ready(wanted), "");
+                assert_eq!(start.head(), format!("detached {expected}"), "{wanted}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_came_to_the_repository_after_its_clone_is_fetched() {
+        for shell in shells() {
+            let scratch = Scratch::with(&shell);
+            remote(&scratch);
+            let start = Start::new(&scratch);
+            assert_eq!(start.ready(""), "");
+            push(&scratch, "later", &["refs/heads/later", "refs/tags/a-tag", "refs/tags/later"]);
+            push(&scratch, "cafe", &["refs/heads/cafe"]);
+            push(&scratch, "no branch's", &["refs/tags/alone", "refs/pull/1/head"]);
+            let hash = scratch.must("git -C work rev-parse HEAD").trim().to_owned();
+            for (wanted, expected) in [
+                ("later", "refs/heads/later later"),
+                ("origin/cafe", "refs/heads/cafe cafe"),
+                ("a-tag", "detached later"),
+                ("alone", "detached no branch's"),
+                (&hash, "detached no branch's"),
+                ("main", "refs/heads/main First"),
+            ] {
+                assert_eq!(start.ready(wanted), "");
+                assert_eq!(start.head(), expected, "{wanted}");
+            }
+            // The clone is of one branch alone.
+            start.git("config remote.origin.fetch +refs/heads/main:refs/remotes/origin/main");
+            push(&scratch, "last", &["refs/heads/last"]);
+            assert_eq!(start.ready("last"), "");
+            assert_eq!(start.head(), "refs/heads/last last");
+        }
+    }
+
+    #[test]
+    fn what_is_nowhere_is_an_error_that_names_it_once() {
+        let scratch = Scratch::new();
+        remote(&scratch);
+        push(&scratch, "x", &["refs/heads/-x"]);
+        let start = Start::new(&scratch);
+        for wanted in [
+            "no-such",
+            "origin/no-such",
+            "refs/tags/no",
+            "deadbeef",
+            &"a".repeat(40),
+            "FETCH_HEAD",
+            "stash",
+            "main^",
+            "x y",
+            "-x",
+            "--help",
+            "refs/heads/-x",
+        ] {
+            let error = start.error(wanted);
+            let named = wanted.trim_start_matches("refs/heads/");
+            assert_eq!(error.matches(named).count(), 1, "{wanted}: {error}");
+            assert_eq!(error.lines().count(), 1, "{error}");
+        }
+        let other = Scratch::new();
+        let start = Start { urls: vec![format!("file://{}", other.path("none/r.git"))], scratch: &other };
+        let error = start.error("x");
+        assert_eq!(error.matches("does not appear").count(), 1, "{error}");
+    }
+
+    #[test]
+    fn of_several_addresses_each_error_is_quoted_once_and_none_of_one_that_worked() {
+        let scratch = Scratch::new();
+        remote(&scratch);
+        let [good] = Start::new(&scratch).urls.try_into().expect("one");
+        let bad = |name: &str| format!("file://{}", scratch.path(name));
+        let start = |urls: Vec<String>| Start { scratch: &scratch, urls };
+        let error = start(vec![bad("one/r.git"), bad("two/r.git")]).error("");
+        for name in ["one/r.git", "two/r.git"] {
+            assert_eq!(error.matches(&format!("{name}' does not appear")).count(), 1, "{error}");
+        }
+        let two = start(vec![bad("one/r.git"), good]);
+        let error = two.error("no-such");
+        assert!(!error.contains("one/r.git") && error.contains("no-such"), "{error}");
+        assert_eq!(two.ready("main"), "");
+        // An existing clone is fetched from the address that works.
+        push(&scratch, "later", &["refs/heads/later"]);
+        assert_eq!(two.ready("later"), "");
+        scratch.must("mv o gone");
+        let error = two.error("much-later");
+        assert_eq!(
+            (error.matches("one/r.git' does not appear").count(), error.matches("/o/r.git' does not appear").count()),
+            (1, 1),
+            "{error}"
+        );
+        // What is here needs no address.
+        assert_eq!(two.ready("main"), "");
+    }
+
+    #[test]
+    fn an_empty_repository_is_ready_with_a_branch_without_commits_and_a_note() {
+        for shell in shells() {
+            for (wanted, branch) in [
+                ("", "openhands-workspace-1"),
+                ("develop", "develop"),
+                ("refs/heads/a/b", "a/b"),
+                ("origin/x", "x"),
+                ("main", "main"),
+                ("HEAD", "main"),
+            ] {
+                let scratch = Scratch::with(&shell);
+                scratch.must("mkdir -p workspace o && git init -q --bare -b main o/r.git");
+                let start = Start::new(&scratch);
+                for _ in 0..2 {
+                    let notes = start.ready(wanted);
+                    assert!(notes.ends_with("no commits yet") && notes.lines().count() == 1, "{notes:?}");
+                    assert!(wanted.is_empty() || notes.contains(&format!(" {branch} ")), "{notes:?}");
+                    assert_eq!(start.head(), format!("refs/heads/{branch}"), "{wanted}");
+                }
+                // Somebody else begins it.
+                scratch.write("work/file", "");
+                scratch.must("cd work && git init -q -b main && git add file && git commit -q -m First && git push -q ../o/r.git main:main main:other 2>&1");
+                let begun = ["", "HEAD", "main"].contains(&wanted);
+                assert_eq!(start.ready(wanted).is_empty(), begun, "{wanted}");
+                assert_eq!(
+                    start.head(),
+                    format!("refs/heads/{branch}{}", if begun { " First" } else { "" }),
+                    "{wanted}"
+                );
+                assert_eq!(scratch.at("workspace/project/r/file").exists(), begun);
+                assert_eq!(start.git("status --porcelain --ignored"), "");
+                assert_eq!(start.ready("other"), "");
+                assert_eq!(start.head(), "refs/heads/other First");
+            }
+        }
+    }
+
+    #[test]
+    fn what_an_agent_has_begun_in_an_empty_repository_is_left_alone() {
+        for wanted in ["", "main"] {
+            let scratch = Scratch::new();
+            scratch.must("mkdir -p workspace o && git init -q --bare -b main o/r.git");
+            let start = Start::new(&scratch);
+            start.ready(wanted);
+            scratch.write("workspace/project/r/file", "of the agent");
+            start.git("add file");
+            let before = start.head();
+            scratch.write("work/file", "of somebody");
+            scratch.must("cd work && git init -q -b main && git add file && git commit -q -m First && git push -q ../o/r.git main 2>&1");
+            start.ready(wanted);
+            assert_eq!((start.head(), scratch.read("workspace/project/r/file")), (before, "of the agent".to_owned()));
+            assert_eq!(start.git("status --porcelain"), "A  file");
+        }
+    }
+
+    #[test]
+    fn a_remote_head_without_a_branch_is_replaced_by_a_branch_that_is_there() {
+        for shell in shells() {
+            for (branches, expected) in [
+                (&["develop"][..], "develop"),
+                (&["trunk/one"], "trunk/one"),
+                (&["zzz", "main", "aaa"], "main"),
+                (&["master", "newer"], "master"),
+                (&["old", "older", "newest"], "newest"),
+            ] {
+                let make = || {
+                    let scratch = Scratch::with(&shell);
+                    remote(&scratch);
+                    for (days, branch) in branches.iter().enumerate() {
+                        scratch.must(&format!(
+                            "cd work && GIT_COMMITTER_DATE='2026-01-0{} 00:00 +0000' git commit -q --amend --allow-empty -m {branch} && git push -q origin +HEAD:refs/heads/{branch} 2>&1",
+                            days + 1
+                        ));
+                    }
+                    scratch.must("cd o/r.git && git symbolic-ref HEAD refs/heads/gone");
+                    if !branches.contains(&"main") {
+                        scratch.must("cd o/r.git && git branch -q -D main");
+                    }
+                    scratch
+                };
+                let scratch = make();
+                let start = Start::new(&scratch);
+                let notes = start.ready("");
+                assert!(notes.contains("default branch does not exist") && notes.contains(expected), "{notes:?}");
+                assert_eq!(start.head(), format!("refs/heads/openhands-workspace-1 {expected}"));
+                assert!(scratch.at("workspace/project/r/README.md").exists());
+                assert_eq!(
+                    start.git("symbolic-ref refs/remotes/origin/HEAD"),
+                    format!("refs/remotes/origin/{expected}")
+                );
+                assert_eq!(start.ready(""), "", "a second start finds it done");
+                let scratch = make();
+                let start = Start::new(&scratch);
+                let error = start.error("gone");
+                assert!(error.contains("no branch, tag or commit 'gone'"), "{error}");
+                let scratch = make();
+                let start = Start::new(&scratch);
+                assert_eq!(start.ready(branches[0]), "", "what was asked for is there");
+                assert_eq!(start.head(), format!("refs/heads/{0} {0}", branches[0]));
+                assert_eq!(
+                    start.git("symbolic-ref refs/remotes/origin/HEAD"),
+                    format!("refs/remotes/origin/{expected}")
+                );
+                // An earlier version left such a clone: READY, and empty.
+                let scratch = make();
+                let start = Start::new(&scratch);
+                scratch.must(&format!(
+                    "mkdir -p workspace/project && cd workspace/project && git clone -q {} 2>/dev/null && cd r && git checkout -q -b openhands-workspace-0",
+                    start.urls[0]
+                ));
+                assert!(start.ready("").contains(expected));
+                assert_eq!(start.head(), format!("refs/heads/openhands-workspace-1 {expected}"));
+            }
+        }
+    }
+
+    #[test]
+    fn a_detached_remote_head_is_checked_out_as_it_is() {
+        for (wanted, expected) in [
+            ("", "refs/heads/openhands-workspace-1 detached"),
+            ("main", "refs/heads/main First"),
+            ("HEAD", "detached detached"),
+        ] {
+            let scratch = Scratch::new();
+            remote(&scratch);
+            push(&scratch, "detached", &["refs/tags/x"]);
+            scratch.must("cd o/r.git && git update-ref --no-deref HEAD refs/tags/x");
+            let start = Start::new(&scratch);
+            assert_eq!(start.ready(wanted), "");
+            assert_eq!(start.head(), expected, "{wanted}");
+        }
+    }
+
+    #[test]
+    fn the_clone_has_the_modes_that_git_gives_it() {
+        for shell in shells() {
+            for mask in ["022", "002", "077"] {
+                let scratch = Scratch::with(&shell);
+                remote(&scratch);
+                scratch.write("work/run", "");
+                scratch.set_mode("work/run", 0o755);
+                std::os::unix::fs::symlink("run", scratch.at("work/link")).expect("a link");
+                scratch.must("cd work && git add -A && git commit -q -m Run && git push -q origin main 2>&1");
+                scratch.must(&format!("umask {mask}; git clone -q o/r.git plain"));
+                let start = Start::new(&scratch);
+                let folders = scratch.path("workspace/.openhands-start/1");
+                let ran = scratch.run(&format!(
+                    "umask {mask}\n{}",
+                    super::super::command::once(&folders, "x", &start.script(""), "")
+                ));
+                assert_eq!(ran.code, Some(0), "{ran:?}");
+                assert_eq!(scratch.tree("workspace/project/r"), scratch.tree("plain"), "{mask}");
+                for name in ["", "/.git", "/.git/config", "/.git/HEAD", "/.git/objects", "/.git/hooks"] {
+                    assert_eq!(
+                        scratch.mode(&format!("workspace/project/r{name}")),
+                        scratch.mode(&format!("plain{name}")),
+                        "{name}"
+                    );
+                }
+                let mask = u32::from_str_radix(mask, 8).expect("a number");
+                assert_eq!(
+                    (scratch.mode("workspace/project"), scratch.mode("home/.gitconfig")),
+                    (0o777 & !mask, 0o666 & !mask)
+                );
+                assert_eq!(scratch.mode("workspace/.openhands-start/1"), 0o700);
+            }
+        }
+    }
+
+    #[test]
+    fn a_repository_of_tags_alone_is_ready_with_a_note() {
+        let scratch = Scratch::new();
+        remote(&scratch);
+        scratch.must("cd o/r.git && git tag v1 main && git branch -q -D main");
+        let start = Start::new(&scratch);
+        assert_eq!(start.ready(""), "The repository has no branches, only tags");
+        assert_eq!(start.ready("v1"), "");
+        assert_eq!(start.head(), "detached First");
+    }
+
+    /// Only locks are waited for.
+    #[test]
+    fn locks_are_waited_for_and_other_errors_are_not() {
+        for shell in shells() {
+            for (lock, wanted) in [
+                ("workspace/project/r/.git/index.lock", "one"),
+                ("home/.gitconfig.lock", ""),
+                ("workspace/project/r/.git/HEAD.lock", "two"),
+            ] {
+                let scratch = Scratch::with(&shell);
+                remote(&scratch);
+                push(&scratch, "x", &["refs/heads/one", "refs/heads/two"]);
+                let start = Start::new(&scratch);
+                assert_eq!(start.ready("main"), "");
+                if wanted.is_empty() {
+                    scratch.must("rm home/.gitconfig");
+                }
+                scratch.write(lock, "");
+                let unlock = std::thread::spawn({
+                    let lock = scratch.at(lock);
+                    move || {
+                        std::thread::sleep(std::time::Duration::from_millis(250));
+                        std::fs::remove_file(lock).expect("removed");
+                    }
+                });
+                assert_eq!(start.ready(wanted), "", "{lock}");
+                unlock.join().expect("unlocked");
+            }
+            let scratch = Scratch::with(&shell);
+            remote(&scratch);
+            scratch.write("work/in the way", "");
+            scratch.must("cd work && git add -A");
+            push(&scratch, "x", &["refs/heads/one", "refs/heads/openhands-workspace-1/below"]);
+            let start = Start::new(&scratch);
+            assert_eq!(start.ready("main"), "");
+            // Every call of git is counted.
+            let git = scratch.must("command -v git");
+            scratch.write(
+                "bin/git",
+                format!("#!/bin/sh\necho \"$*\" >>{}\nexec {} \"$@\"\n", quoted(&scratch.path("calls")), git.trim()),
+            );
+            scratch.set_mode("bin/git", 0o755);
+            scratch.write("workspace/project/r/in the way", "of somebody");
+            scratch.write("workspace/project/r/.git/index.lock", "");
+            let error = start.error("one");
+            assert_eq!(
+                (error.matches("index.lock").count(), scratch.read("calls").matches("checkout -q one").count()),
+                (1, 5),
+                "{error}"
+            );
+            std::fs::remove_file(scratch.at("workspace/project/r/.git/index.lock")).expect("removed");
+            scratch.write("calls", "");
+            let error = start.error("one");
+            assert_eq!(
+                (error.matches("in the way").count(), scratch.read("calls").matches("checkout -q one").count()),
+                (1, 1),
+                "{error}"
+            );
+        }
+    }
+
+    /// Texts of git are matched, so they must not be another language's.
+    #[test]
+    fn the_sandbox_s_language_does_not_matter() {
+        let scratch = Scratch::new();
+        remote(&scratch);
+        let start = Start::new(&scratch);
+        for (locale, lock) in [("de_DE.UTF-8", "index.lock"), ("C.UTF-8", "index.lock"), ("fr_FR", "HEAD.lock")] {
+            assert_eq!(start.ready(""), "");
+            start.git("checkout -q main");
+            start.git("branch -q -D openhands-workspace-1");
+            // A git that speaks another language unless it is told not to.
+            let git = scratch.must("PATH=${PATH#*:} command -v git");
+            scratch.write(
+                "bin/git",
+                format!("#!/bin/sh\nif [ \"$LC_ALL\" = C ]; then exec {0} \"$@\"; fi\n{0} \"$@\" 2>/dev/null && exit\necho 'Datei existiert' >&2; exit 1\n", git.trim()),
+            );
+            scratch.set_mode("bin/git", 0o755);
+            scratch.write(&format!("workspace/project/r/.git/{lock}"), "");
+            let unlock = std::thread::spawn({
+                let lock = scratch.at(&format!("workspace/project/r/.git/{lock}"));
+                move || {
+                    std::thread::sleep(std::time::Duration::from_millis(150));
+                    std::fs::remove_file(lock).expect("removed");
+                }
+            });
+            let ran = scratch
+                .command(&format!("export LC_ALL={locale} LANG={locale} LANGUAGE=de\n{}", start.script("")))
+                .output();
+            assert_eq!(ran.expect("a shell").status.code(), Some(0), "{locale}");
+            unlock.join().expect("unlocked");
+            std::fs::remove_file(scratch.at("bin/git")).expect("removed");
+        }
+    }
+
+    #[test]
+    fn another_repository_of_the_same_name_is_refused_and_one_without_an_origin_is_not() {
+        let scratch = Scratch::new();
+        remote(&scratch);
+        let start = Start::new(&scratch);
+        assert_eq!(start.ready(""), "");
+        start.git("remote set-url origin https://user:secret@example.com/other/r.git");
+        let error = start.error("main");
+        assert!(error.contains("holds another repository") && !error.contains("secret"), "{error}");
+        start.git("remote remove origin");
+        assert_eq!(start.ready("main"), "");
+    }
+}

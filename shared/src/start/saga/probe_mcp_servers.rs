@@ -296,11 +296,10 @@ fn cut(text: &str, length: usize) -> String {
 /// images bundle the agent server as one program, and have a `python3` beside it. `-I` keeps modules of the workspace out.
 fn script(state: &str, file: &str) -> String {
     format!(
-        r#"umask 077
-f={file}
+        r#"f={file}
 trap 'rm -f "$f"' EXIT
 trap 'exit 143' HUP INT TERM
-mkdir -p {state}
+(umask 077 && mkdir -p {state})
 agent=$(readlink "/proc/$PPID/exe" 2>/dev/null || ps -o comm= -p "$PPID" 2>/dev/null)
 case "${{agent##*/}}" in python*|Python) ;; *) agent=python3;; esac
 cd "/proc/$PPID/cwd" 2>/dev/null

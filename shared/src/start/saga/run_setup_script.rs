@@ -1,6 +1,6 @@
 //! RUNNING_SETUP_SCRIPT: `.openhands/setup.sh` of the project, if there is one.
 
-use super::command::{OneCommand, complaint, quoted};
+use super::command::{OneCommand, RUN_SCRIPT, complaint, quoted};
 use super::{Step, StepError, Work};
 use crate::start::store::Change;
 use crate::start::task::StartStatus;
@@ -9,11 +9,7 @@ impl Work<'_> {
     pub(super) async fn run_setup_script(&mut self) -> Result<Step, StepError> {
         let Some((sandbox, agent_server)) = self.running_sandbox().await? else { return Ok(Step::Wait) };
         let folders = self.folders(&sandbox).await?;
-        // With bash, as its users expect; the agent server's own shell is a plain POSIX one.
-        let script = format!(
-            "cd {} || exit 1\nif [ -f .openhands/setup.sh ]; then chmod +x .openhands/setup.sh && exec bash .openhands/setup.sh; fi\n",
-            quoted(&folders.project_dir)
-        );
+        let script = script(&folders.project_dir);
         let timeout = self.saga.config.setup_script_timeout;
         let command = OneCommand { name: "setup-script", script: &script, finally: "", timeout };
         let Some(output) = self.run_once(&agent_server, &folders, command).await? else {
@@ -27,5 +23,165 @@ impl Work<'_> {
             change = change.note(note);
         }
         Ok(Step::Next(StartStatus::SettingUpGitHooks, change))
+    }
+}
+
+fn script(project_dir: &str) -> String {
+    format!(
+        "{RUN_SCRIPT}cd {} || exit 1\nif [ -f .openhands/setup.sh ]; then run_script .openhands/setup.sh; fi\n",
+        quoted(project_dir)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::scratch::{Scratch, shells};
+    use super::script;
+
+    /// Says by which name it runs, where the project is for it, and that it is run by bash.
+    const BODY: &str = "words=(a b)\nhere=$(cd \"$(dirname \"${BASH_SOURCE[0]}\")/..\" && pwd)\nname() { echo \"${BASH_SOURCE[0]}\"; }\n\
+        if [[ $0 == \"${BASH_SOURCE[0]}\" ]]; then\n  echo \"$0 $(name) $here $PWD ${words[1]} $LINENO\"\nfi\n";
+
+    fn with_line_ends(script: &str, ends: &str) -> String {
+        script.replace('\n', ends)
+    }
+
+    #[test]
+    fn every_script_that_bash_can_run_is_run_in_its_place() {
+        let with = |shebang: &str| format!("{shebang}\n{BODY}");
+        let big = format!("{BODY}{}", "# A line that makes it long, and nothing else.\n".repeat(10_000));
+        let cases = [
+            ("plain", with("#!/bin/bash")),
+            ("no shebang", BODY.to_owned()),
+            ("no final newline", with("#!/bin/bash").trim_end().to_owned()),
+            ("CRLF", with_line_ends(&with("#!/bin/bash"), "\r\n")),
+            ("CRLF, no shebang", with_line_ends(BODY, "\r\n")),
+            ("CRLF, env", with_line_ends(&with("#!/usr/bin/env bash"), "\r\n")),
+            ("CRLF, no final newline", with_line_ends(&with("#!/bin/bash"), "\r\n").trim_end().to_owned()),
+            ("CR at the end of the last line alone", format!("{}\r", BODY.trim_end())),
+            ("CR alone", with_line_ends(&with("#!/bin/bash"), "\r")),
+            ("CR CR LF", with_line_ends(&with("#!/bin/bash"), "\r\r\n")),
+            ("CR in the shebang alone", with("#!/bin/bash\r")),
+            ("some lines with CR", with("#!/bin/sh").replace("then\n", "then\r\n")),
+            ("BOM", format!("\u{feff}{}", with("#!/bin/bash"))),
+            ("BOM, no shebang", format!("\u{feff}{BODY}")),
+            ("BOM and CRLF", format!("\u{feff}{}", with_line_ends(&with("#!/usr/bin/env bash"), "\r\n"))),
+            ("a plain shell's shebang", with("#!/bin/sh")),
+            ("a shell that is not installed", with("#!/no/such/zsh -f")),
+            ("a bash elsewhere", with("#!/no/such/bin/bash")),
+            ("env and a shell that is not installed", with("#!/usr/bin/env no-such-shell")),
+            ("something that is not installed", with("#!/opt/company/run --quiet")),
+            ("blanks in the shebang", with("#! \t/usr/bin/env   bash ")),
+            ("an empty shebang", with("#!")),
+            ("env -S", with("#!/usr/bin/env -S bash -e")),
+            ("glued -S and a variable", with("#!/usr/bin/env -SA=1 bash -eu")),
+            ("several options", with("#!/bin/bash -e -u")),
+            ("an option with a value", with("#!/bin/bash -o pipefail")),
+            ("a comment", with("#!/bin/bash # of the team")),
+            ("an option that bash does not have", with("#!/bin/dash -E -q")),
+            ("an option that would not run a file", with("#!/bin/sh -c")),
+            ("an option that would read something else", with("#!/bin/bash -s")),
+            ("two BOMs", format!("\u{feff}\u{feff}{}", with("#!/bin/bash"))),
+            ("long", big.clone()),
+            ("long, CRLF", with_line_ends(&big, "\r\n")),
+        ];
+        for shell in shells() {
+            for folder in ["project", "a project's \"folder\" $HOME"] {
+                for (name, content) in &cases {
+                    let scratch = Scratch::with(&shell);
+                    let file = format!("{folder}/.openhands/setup.sh");
+                    scratch.write(&file, content);
+                    scratch.set_mode(&file, 0o600);
+                    let ran = scratch.run(&script(&scratch.path(folder)));
+                    let first = content.trim_start_matches('\u{feff}');
+                    let line = 5 + usize::from(first.starts_with("#!"));
+                    let project = scratch.path(folder);
+                    let own = ".openhands/setup.sh";
+                    assert_eq!(ran.stdout, format!("{own} {own} {project} {project} b {line}\n"), "{name}: {ran:?}");
+                    assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""), "{name}: {ran:?}");
+                    assert_eq!(scratch.read(&file), *content, "{name}");
+                    assert_eq!(scratch.mode(&file), 0o600, "{name}");
+                    assert_eq!(std::fs::read_dir(scratch.at(folder)).expect("a folder").count(), 1, "{name}");
+                    assert!(scratch.left().is_empty(), "{name}: {:?}", scratch.left());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_link_to_a_script_is_run_as_a_script() {
+        for content in [BODY.to_owned(), with_line_ends(BODY, "\r\n")] {
+            let scratch = Scratch::new();
+            scratch.write("project/scripts/install", &content);
+            scratch.write("project/.openhands/x", "");
+            std::os::unix::fs::symlink("../scripts/install", scratch.at("project/.openhands/setup.sh"))
+                .expect("a link");
+            let ran = scratch.run(&script(&scratch.path("project")));
+            assert!(ran.stdout.starts_with(".openhands/setup.sh .openhands/setup.sh "), "{ran:?}");
+        }
+    }
+
+    #[test]
+    fn a_shebang_chooses_the_interpreter_and_its_options() {
+        // An interpreter that says how it was called.
+        let interpreter = "#!/bin/sh\nprintf '%s ' interpreter \"$@\"\nhead -n 1 \"$1\" >/dev/null\n";
+        for (shebang, expected) in [
+            ("#!{bin}/python9", "interpreter .openhands/setup.sh "),
+            ("#!{bin}/python9\r", "interpreter .openhands/setup.sh "),
+            ("#!{bin}/python9 -u -X utf8", "interpreter -u -X utf8 .openhands/setup.sh "),
+            ("#!/usr/bin/env python9", "interpreter .openhands/setup.sh "),
+            ("#!/usr/bin/env -S python9 -u", "interpreter -u .openhands/setup.sh "),
+            ("\u{feff}#!/usr/bin/env python9", "interpreter .openhands/setup.sh "),
+            ("#!/no/such/bin/python9 -u", "interpreter -u .openhands/setup.sh "),
+            ("#!/bin/bash -e", "first\n"),
+            ("#!/bin/sh -e", "first\n"),
+            ("#!/bin/bash -e\r", "first\n"),
+            ("#!/bin/bash", "first\nlast\n"),
+        ] {
+            let scratch = Scratch::new();
+            scratch.write("bin/python9", interpreter);
+            scratch.set_mode("bin/python9", 0o755);
+            let shebang = shebang.replace("{bin}", &scratch.path("bin"));
+            scratch.write("project/.openhands/setup.sh", format!("{shebang}\necho first\nfalse\necho last\n"));
+            let ran = scratch.run(&script(&scratch.path("project")));
+            assert_eq!(ran.stdout, expected, "{shebang:?}: {ran:?}");
+        }
+    }
+
+    #[test]
+    fn a_script_for_something_that_is_not_installed_is_not_given_to_bash() {
+        let scratch = Scratch::new();
+        let content = "#!/usr/bin/env no-such-python\r\nimport os\r\nprint(os.getcwd())\r\n";
+        scratch.write("project/.openhands/setup.sh", content);
+        let ran = scratch.run(&script(&scratch.path("project")));
+        assert_eq!(ran.code, Some(127), "{ran:?}");
+        assert_eq!(ran.stderr, ".openhands/setup.sh is written for no-such-python, which is not installed here\n");
+    }
+
+    #[test]
+    fn a_script_that_is_killed_leaves_no_copy() {
+        for content in
+            ["ls \"$TMPDIR\"\nkill -9 $$\n", "ls \"$TMPDIR\"\r\nkill -9 $$\r\n", "\u{feff}ls \"$TMPDIR\"\nkill -9 $$\n"]
+        {
+            let scratch = Scratch::new();
+            scratch.write("project/.openhands/setup.sh", content);
+            let ran = scratch.run(&script(&scratch.path("project")));
+            assert_eq!((ran.code, ran.stdout.as_str(), ran.stderr.as_str()), (None, "", ""), "{ran:?}");
+            assert!(scratch.left().is_empty(), "{content:?}");
+        }
+    }
+
+    #[test]
+    fn a_script_s_exit_code_is_kept_and_no_script_is_none() {
+        for content in ["exit 3\n", "exit 3\r\n", "\u{feff}exit 3", "(exit 3)\r\n"] {
+            let scratch = Scratch::new();
+            scratch.write("project/.openhands/setup.sh", content);
+            assert_eq!(scratch.run(&script(&scratch.path("project"))).code, Some(3), "{content:?}");
+        }
+        let scratch = Scratch::new();
+        scratch.write("project/.openhands/setup.sh/is a folder", "");
+        assert_eq!(scratch.must(&script(&scratch.path("project"))), "");
+        scratch.write("empty/.openhands/setup.sh", "");
+        assert_eq!(scratch.must(&script(&scratch.path("empty"))), "");
     }
 }

@@ -1,6 +1,6 @@
 //! SETTING_UP_GIT_HOOKS: `.openhands/pre-commit.sh` of the project becomes git's pre-commit hook.
 
-use super::command::{OneCommand, complaint, quoted};
+use super::command::{OneCommand, RUN_SCRIPT, complaint, note_in, quoted};
 use super::{Step, StepError, Work};
 use crate::start::store::Change;
 use crate::start::task::StartStatus;
@@ -19,8 +19,11 @@ impl Work<'_> {
             return Ok(Step::Wait);
         };
         let mut change = Change::default();
-        if output.exit_code != 0 {
-            let note = format!("The git hook of .openhands/pre-commit.sh was not installed: {}", complaint(&output));
+        let note = match output.exit_code {
+            0 => note_in(&output),
+            _ => Some(format!("The git hook of .openhands/pre-commit.sh was not installed: {}", complaint(&output))),
+        };
+        if let Some(note) = note {
             self.task.record.notes.push(note.clone());
             change = change.note(note);
         }
@@ -29,20 +32,374 @@ impl Work<'_> {
 }
 
 fn script(project_dir: &str) -> String {
-    let hook = format!(
-        "#!/bin/sh\n# {MARK}. It runs the project's own .openhands/pre-commit.sh.\n\
-         cd \"$(git rev-parse --show-toplevel)\" || exit 1\n\
-         if [ -x .openhands/pre-commit.sh ]; then exec .openhands/pre-commit.sh; fi\n\
-         echo 'warning: .openhands/pre-commit.sh is missing or not executable; nothing was checked' >&2\n"
-    );
-    format!(
-        "cd {} || exit 1\n[ -f .openhands/pre-commit.sh ] || exit 0\nset -e\nchmod +x .openhands/pre-commit.sh\n\
-         hooks=$(git rev-parse --git-path hooks)\nmkdir -p \"$hooks\"\n\
-         if [ -f \"$hooks/pre-commit\" ] && ! grep -qF {} \"$hooks/pre-commit\"; then\n  \
-         mv \"$hooks/pre-commit\" \"$hooks/pre-commit.local\"\n  chmod +x \"$hooks/pre-commit.local\"\nfi\n\
-         printf %s {} >\"$hooks/pre-commit.new\"\nchmod +x \"$hooks/pre-commit.new\"\nmv \"$hooks/pre-commit.new\" \"$hooks/pre-commit\"\n",
-        quoted(project_dir),
-        quoted(MARK),
-        quoted(&hook),
-    )
+    let hook = format!("#!/bin/sh\n# {MARK}. {HOOK_HEAD}{RUN_SCRIPT}{HOOK}");
+    format!("project_dir={}\nmark={}\nnew_hook={}\n{INSTALL}", quoted(project_dir), quoted(MARK), quoted(&hook))
+}
+
+const HOOK_HEAD: &str = "It runs the project's own .openhands/pre-commit.sh, and then pre-commit.local,
+# the hook that was here before.
+";
+
+const HOOK: &str = r#"
+unset CDPATH
+hooks=$(cd "$(dirname "$0")" && pwd) || exit 1
+# A tool that replaced this hook may call it, and be called by it.
+case :$OPENHANDS_PRE_COMMIT: in *":$hooks:"*) exit 0 ;; esac
+export OPENHANDS_PRE_COMMIT="$OPENHANDS_PRE_COMMIT:$hooks"
+cd "$(git rev-parse --show-toplevel)" || exit 1
+if [ -f .openhands/pre-commit.sh ]; then
+  (run_script .openhands/pre-commit.sh) || exit
+else
+  echo 'warning: .openhands/pre-commit.sh is missing; it was not run' >&2
+fi
+# git runs no hook that is not executable. The one that was here may be .openhands/pre-commit.sh itself, or a tool's that has replaced
+# this hook and called it.
+if [ -f "$hooks/pre-commit.local" ] && [ -x "$hooks/pre-commit.local" ] &&
+  ! cmp -s "$hooks/pre-commit.local" .openhands/pre-commit.sh && ! cmp -s "$hooks/pre-commit.local" "$hooks/pre-commit"; then
+  exec "$hooks/pre-commit.local" "$@"
+fi
+"#;
+
+/// Puts the hook into the git directory's own folder and touches nothing that may be the project's: not `core.hooksPath`, which often is
+/// a folder of the working tree.
+const INSTALL: &str = r#"unset CDPATH
+cd "$project_dir" || exit 1
+[ -f .openhands/pre-commit.sh ] || exit 0
+set -e
+if [ -n "$(git rev-parse --show-prefix)" ]; then
+  echo 'the project is not a repository of its own' >&2
+  exit 1
+fi
+git_dir=$(git rev-parse --git-common-dir)
+git_dir=$(cd "$git_dir" && pwd -P)
+mkdir -p "$git_dir/hooks"
+hooks=$(cd "$git_dir/hooks" && pwd -P)
+case $hooks/ in "$git_dir"/*) ;; *)
+  echo "openhands-note:.openhands/pre-commit.sh does not run at commits: git's folder of hooks is a link to $hooks. Call it from the pre-commit hook there"
+  exit 0 ;;
+esac
+is_ours() {
+  [ -f "$1" ] && [ ! -L "$1" ] && grep -qF "$mark" "$1"
+}
+hook=$hooks/pre-commit
+# Tools that a setup script installs over ours, at a later start, keep it under another name. It would run twice.
+for kept in "$hook".*; do
+  if is_ours "$kept"; then rm -f "$kept"; fi
+done
+if { [ -e "$hook" ] || [ -L "$hook" ]; } && ! is_ours "$hook"; then mv -f "$hook" "$hook.local"; fi
+draft=$hooks/.pre-commit.$$
+printf %s "$new_hook" >"$draft"
+if [ -x "$hook" ] && cmp -s "$draft" "$hook"; then rm -f "$draft"; else
+  chmod +x "$draft"
+  mv -f "$draft" "$hook"
+fi
+used=$(git rev-parse --git-path hooks)
+if [ "$(cd "$used" 2>/dev/null && pwd -P)" != "$hooks" ]; then
+  own=${used%/_}
+  if ! grep -qsF .openhands/pre-commit.sh "$used/pre-commit" && ! grep -qsF .openhands/pre-commit.sh "$own/pre-commit"; then
+    echo "openhands-note:.openhands/pre-commit.sh does not run at commits: git takes its hooks from $used (core.hooksPath). Call it from $own/pre-commit, or unset core.hooksPath"
+  fi
+fi
+"#;
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::super::scratch::{Ran, Scratch, shells};
+    use super::script;
+
+    /// A repository with this pre-commit.sh, committed as it is, and the files of a project.
+    fn repository(scratch: &Scratch, pre_commit: &str) {
+        scratch.write("project/.openhands/pre-commit.sh", pre_commit);
+        scratch.set_mode("project/.openhands/pre-commit.sh", 0o644);
+        scratch.write("project/.husky/pre-commit", "echo husky >>../ran\n");
+        scratch.set_mode("project/.husky/pre-commit", 0o755);
+        scratch.write("project/.githooks/README", "Hooks\n");
+        scratch.write("project/scripts/check", "#!/bin/sh\necho link >>../ran\n");
+        scratch.set_mode("project/scripts/check", 0o755);
+        scratch.must("cd project && git init -q && git add -A && git commit -q -m First");
+    }
+
+    fn install(scratch: &Scratch) -> Ran {
+        scratch.run(&script(&scratch.path("project")))
+    }
+
+    /// What the hooks of a commit said in `ran`.
+    fn commit(scratch: &Scratch, folder: &str) -> (Option<i32>, String) {
+        let ran =
+            scratch.run(&format!("cd {folder} && : >../ran && date >>file && git add file && git commit -q -m Next"));
+        (ran.code, scratch.read("ran").replace('\n', " "))
+    }
+
+    const PRE_COMMIT: &str = "echo \"own $0 $PWD\" >>../ran\n";
+
+    fn own(scratch: &Scratch) -> String {
+        format!("own .openhands/pre-commit.sh {} ", scratch.path("project"))
+    }
+
+    #[test]
+    fn the_hook_runs_any_script_and_the_tree_stays_as_it_was() {
+        let bash = "words=(own); [[ $0 == \"${BASH_SOURCE[0]}\" ]] && echo \"${words[0]} $0 $PWD\" >>../ran\n";
+        for shell in shells() {
+            for content in [
+                PRE_COMMIT.to_owned(),
+                format!("#!/bin/bash\n{bash}"),
+                format!("#!/bin/bash\n{bash}").replace('\n', "\r\n"),
+                format!("\u{feff}#!/usr/bin/env bash\n{bash}"),
+                format!("#!/bin/zsh-that-is-not-installed\n{}", bash.trim_end()),
+                format!("#!/bin/sh\n{bash}"),
+            ] {
+                let scratch = Scratch::with(&shell);
+                repository(&scratch, &content);
+                let before = scratch.tree("project");
+                for _ in 0..2 {
+                    let ran = install(&scratch);
+                    assert_eq!((ran.code, ran.stdout.as_str(), ran.stderr.as_str()), (Some(0), "", ""), "{ran:?}");
+                    assert_eq!(scratch.tree("project"), before);
+                }
+                assert_eq!(commit(&scratch, "project"), (Some(0), own(&scratch)), "{content:?}");
+                // By this shell, not the machine's.
+                scratch.must("cd project && : >../ran && sh .git/hooks/pre-commit");
+                assert_eq!(scratch.read("ran").replace('\n', " "), own(&scratch), "{content:?}");
+                assert!(scratch.left().is_empty());
+                assert!(!scratch.at("project/.git/hooks/pre-commit.local").exists());
+            }
+        }
+    }
+
+    #[test]
+    fn a_refusal_of_the_script_refuses_the_commit() {
+        for content in ["exit 3\n", "#!/bin/bash\r\nexit 3\r\n", "#!/no/such-python\nprint('x')\n"] {
+            let scratch = Scratch::new();
+            repository(&scratch, content);
+            install(&scratch);
+            scratch.write("project/.git/hooks/pre-commit.local", "#!/bin/sh\necho kept >>../ran\n");
+            scratch.set_mode("project/.git/hooks/pre-commit.local", 0o755);
+            assert_eq!(commit(&scratch, "project"), (Some(1), String::new()), "{content:?}");
+        }
+    }
+
+    #[test]
+    fn a_hook_that_was_there_before_runs_after_the_script() {
+        let hook = scratch_hook("kept");
+        for (name, content, mode, expected) in [
+            ("a shell script", hook.as_str(), 0o755, "kept "),
+            ("no shebang", "echo kept >>../ran\n", 0o755, "kept "),
+            ("another language", "#!/usr/bin/awk -f\nBEGIN { print \"kept\" >> \"../ran\" }\n", 0o755, "kept "),
+            ("not executable", hook.as_str(), 0o644, ""),
+            ("the same script", PRE_COMMIT, 0o755, ""),
+        ] {
+            let scratch = Scratch::new();
+            repository(&scratch, PRE_COMMIT);
+            let install_hook = || {
+                scratch.write("hook", content);
+                scratch.set_mode("hook", mode);
+                scratch.must("cp -p hook project/.git/hooks/pre-commit");
+            };
+            let before = scratch.tree("project");
+            // A setup script puts its hook there at each start.
+            for times in 0..3 {
+                install_hook();
+                for _ in 0..2 {
+                    let ran = install(&scratch);
+                    assert_eq!((ran.code, ran.stdout.as_str()), (Some(0), ""), "{name}: {ran:?}");
+                }
+                let ran = (Some(0), format!("{}{expected}", own(&scratch)));
+                assert_eq!(commit(&scratch, "project"), ran, "{name}, time {times}");
+                assert_eq!(scratch.mode("project/.git/hooks/pre-commit.local"), mode, "{name}");
+                scratch.must("cd project && git reset -q --hard HEAD~1");
+                assert_eq!(scratch.tree("project"), before, "{name}");
+            }
+        }
+    }
+
+    fn scratch_hook(says: &str) -> String {
+        format!("#!/bin/sh\necho {says} >>../ran\n")
+    }
+
+    #[test]
+    fn links_are_kept_as_links_and_what_they_lead_to_is_left_alone() {
+        for (target, expected) in
+            [("../../scripts/check", "link "), ("../../.openhands/pre-commit.sh", ""), ("../../no/such/file", "")]
+        {
+            let scratch = Scratch::new();
+            repository(&scratch, PRE_COMMIT);
+            symlink(target, scratch.at("project/.git/hooks/pre-commit")).expect("a link");
+            let before = scratch.tree("project");
+            for _ in 0..2 {
+                assert_eq!(install(&scratch).code, Some(0), "{target}");
+            }
+            assert_eq!(scratch.tree("project"), before, "{target}");
+            let kept = std::fs::read_link(scratch.at("project/.git/hooks/pre-commit.local")).expect("a link");
+            assert_eq!(kept, std::path::Path::new(target));
+            assert_eq!(commit(&scratch, "project"), (Some(0), format!("{}{expected}", own(&scratch))), "{target}");
+        }
+    }
+
+    /// Such tools keep a hook that they find, under another name, and may call it.
+    #[test]
+    fn tools_that_wrap_hooks_and_ours_do_not_call_each_other_forever() {
+        for kept_as in ["pre-commit.legacy", "pre-commit.old"] {
+            let scratch = Scratch::new();
+            repository(&scratch, PRE_COMMIT);
+            // Like some, it refuses to be called by what it calls.
+            let wrapper = format!(
+                "#!/bin/sh\n[ -z \"$TOOL\" ] || exit 9\nexport TOOL=runs\nkept=$(dirname \"$0\")/{kept_as}\n[ ! -x \"$kept\" ] || \"$kept\" || exit\necho tool >>../ran\n"
+            );
+            scratch.write("tool", &wrapper);
+            scratch.set_mode("tool", 0o755);
+            for times in 0..3 {
+                let hooks = "cd project/.git/hooks";
+                scratch.must(&format!(
+                    "{hooks}; if [ -e pre-commit ]; then mv pre-commit {kept_as}; fi; cp -p ../../../tool pre-commit"
+                ));
+                if times > 0 {
+                    // Before the start comes to its hooks the tool runs ours, which must not run the tool again.
+                    let (code, ran) = commit(&scratch, "project");
+                    assert_eq!((code, ran), (Some(0), format!("{}tool ", own(&scratch))), "{kept_as} {times}");
+                }
+                assert_eq!(install(&scratch).code, Some(0));
+                assert_eq!(
+                    commit(&scratch, "project"),
+                    (Some(0), format!("{}tool ", own(&scratch))),
+                    "{kept_as} {times}"
+                );
+                assert!(!scratch.at(&format!("project/.git/hooks/{kept_as}")).exists());
+            }
+        }
+    }
+
+    #[test]
+    fn hooks_that_git_takes_from_elsewhere_are_left_alone_and_the_detail_says_so() {
+        for (place, hooks_path) in [
+            ("--local", ".husky"),
+            ("--local", ".githooks"),
+            ("--local", ".husky/_"),
+            ("--global", ".husky"),
+            ("--local", "{project}/.husky"),
+            ("--local", "../hooks of all"),
+            ("--global", "~/hooks"),
+            ("--local", "/dev/null"),
+            ("--local", "no/such/folder"),
+        ] {
+            let scratch = Scratch::new();
+            repository(&scratch, PRE_COMMIT);
+            for folder in ["hooks of all", "home/hooks"] {
+                scratch.write(&format!("{folder}/pre-commit"), scratch_hook("theirs"));
+                scratch.set_mode(&format!("{folder}/pre-commit"), 0o755);
+            }
+            let path = hooks_path.replace("{project}", &scratch.path("project"));
+            scratch.must(&format!("cd project && git config {place} core.hooksPath '{path}'"));
+            let before = scratch.tree("project");
+            for _ in 0..2 {
+                let ran = install(&scratch);
+                assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""), "{ran:?}");
+                let shown = path.replace('~', &scratch.path("home"));
+                let own = shown.trim_end_matches("/_");
+                assert_eq!(
+                    ran.stdout,
+                    format!(
+                        "openhands-note:.openhands/pre-commit.sh does not run at commits: git takes its hooks from {shown} (core.hooksPath). Call it from {own}/pre-commit, or unset core.hooksPath\n"
+                    )
+                );
+                assert_eq!(scratch.tree("project"), before, "{path}");
+                assert_eq!(scratch.read("hooks of all/pre-commit"), scratch_hook("theirs"));
+                assert!(!scratch.at("hooks of all/pre-commit.local").exists());
+            }
+            // It is in place for the day on which the path is unset.
+            scratch.must(&format!("cd project && git config {place} --unset core.hooksPath"));
+            assert_eq!(commit(&scratch, "project"), (Some(0), own(&scratch)), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_hooks_path_that_leads_to_the_script_needs_no_note() {
+        for (hooks_path, file) in [
+            (".git/hooks", ".husky/x"),
+            ("{project}/.git/hooks", ".husky/x"),
+            (".githooks", ".githooks/pre-commit"),
+            (".husky/_", ".husky/pre-commit"),
+        ] {
+            let scratch = Scratch::new();
+            repository(&scratch, PRE_COMMIT);
+            scratch.write(&format!("project/{file}"), "#!/bin/sh\n. .openhands/pre-commit.sh\n");
+            let path = hooks_path.replace("{project}", &scratch.path("project"));
+            scratch.must(&format!("cd project && git config core.hooksPath '{path}'"));
+            let ran = install(&scratch);
+            assert_eq!((ran.code, ran.stdout.as_str()), (Some(0), ""), "{ran:?}");
+        }
+    }
+
+    #[test]
+    fn a_folder_of_hooks_that_is_a_link_into_the_project_is_left_alone() {
+        for target in ["../.githooks", "../.husky", "{elsewhere}"] {
+            let scratch = Scratch::new();
+            repository(&scratch, PRE_COMMIT);
+            scratch.write("elsewhere/pre-commit", scratch_hook("theirs"));
+            let target = target.replace("{elsewhere}", &scratch.path("elsewhere"));
+            scratch.must("rm -rf project/.git/hooks");
+            symlink(&target, scratch.at("project/.git/hooks")).expect("a link");
+            let before = scratch.tree("project");
+            let ran = install(&scratch);
+            assert_eq!(ran.code, Some(0), "{ran:?}");
+            assert!(ran.stdout.starts_with("openhands-note:") && ran.stdout.contains("is a link to"), "{ran:?}");
+            assert_eq!(scratch.tree("project"), before);
+            assert_eq!(scratch.read("elsewhere/pre-commit"), scratch_hook("theirs"));
+        }
+    }
+
+    #[test]
+    fn worktrees_and_submodules_have_the_hook_in_their_git_directory() {
+        let scratch = Scratch::new();
+        repository(&scratch, PRE_COMMIT);
+        scratch.must("mv project main && cd main && git worktree add -q ../project && git -c protocol.file.allow=always submodule --quiet add ../main sub 2>/dev/null; git reset -q --hard HEAD; git -C ../main -c protocol.file.allow=always submodule --quiet add -f ../main sub");
+        assert!(scratch.at("project/.git").is_file());
+        let before = scratch.tree("project");
+        let ran = install(&scratch);
+        assert_eq!((ran.code, ran.stdout.as_str()), (Some(0), ""), "{ran:?}");
+        assert_eq!(scratch.tree("project"), before);
+        assert!(scratch.at("main/.git/hooks/pre-commit").is_file());
+        assert_eq!(commit(&scratch, "project"), (Some(0), own(&scratch)));
+        let ran = scratch.run(&script(&scratch.path("main/sub")));
+        assert_eq!((ran.code, ran.stdout.as_str()), (Some(0), ""), "{ran:?}");
+        assert!(scratch.at("main/.git/modules/sub/hooks/pre-commit").is_file());
+        let ran = scratch.run("cd main/sub && date >>file && git add file && git commit -q -m Next && cat ../ran");
+        assert_eq!(ran.stdout, format!("own .openhands/pre-commit.sh {}\n", scratch.path("main/sub")), "{ran:?}");
+    }
+
+    #[test]
+    fn nothing_is_installed_without_a_script_and_a_foreign_repository_is_not_touched() {
+        let scratch = Scratch::new();
+        repository(&scratch, PRE_COMMIT);
+        scratch.must("cd project && git rm -rq .openhands && git commit -q -m Gone");
+        assert_eq!(install(&scratch).code, Some(0));
+        assert!(!scratch.at("project/.git/hooks/pre-commit").exists());
+        scratch.write("project/inner/.openhands/pre-commit.sh", PRE_COMMIT);
+        let ran = scratch.run(&script(&scratch.path("project/inner")));
+        assert_eq!(
+            (ran.code, ran.stderr.as_str()),
+            (Some(1), "the project is not a repository of its own\n"),
+            "{ran:?}"
+        );
+        assert!(!scratch.at("project/.git/hooks/pre-commit").exists());
+    }
+
+    /// Hooks of the reference and of earlier versions have the same mark.
+    #[test]
+    fn an_earlier_hook_of_ours_is_replaced() {
+        let scratch = Scratch::new();
+        repository(&scratch, PRE_COMMIT);
+        let earlier = "#!/bin/sh\n# This hook was installed by OpenHands. It runs\nif [ -x .openhands/pre-commit.sh ]; then exec .openhands/pre-commit.sh; fi\n";
+        scratch.write("project/.git/hooks/pre-commit", earlier);
+        install(&scratch);
+        assert!(!scratch.at("project/.git/hooks/pre-commit.local").exists());
+        assert_eq!(scratch.mode("project/.git/hooks/pre-commit"), 0o755);
+        assert_eq!(commit(&scratch, "project"), (Some(0), own(&scratch)));
+        // The script went with a branch: the hook that was there before it goes on.
+        scratch.write("project/.git/hooks/pre-commit.local", scratch_hook("kept"));
+        scratch.set_mode("project/.git/hooks/pre-commit.local", 0o755);
+        scratch.must("cd project && rm -r .openhands");
+        assert_eq!(commit(&scratch, "project"), (Some(0), "kept ".to_owned()));
+    }
 }
