@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use super::UserId;
 use super::document::SettingsDocument;
+use super::git;
 use super::mcp::{self, McpServers};
 use super::seal::Sealer;
 use crate::dynamo::{is_condition_failure, store_error, text};
@@ -119,7 +120,12 @@ impl<'de> Deserialize<'de> for ProviderTokens {
             let Ok(provider) = serde_json::from_value::<ProviderType>(serde_json::Value::String(name)) else {
                 continue;
             };
-            let token: ProviderToken = serde_json::from_value(value).map_err(serde::de::Error::custom)?;
+            let mut token: ProviderToken = serde_json::from_value(value).map_err(serde::de::Error::custom)?;
+            // Settings files and earlier versions have tokens as they were pasted.
+            token.token = token.token.map(|token| match git::normal_token(token.expose_secret()) {
+                Ok(normal) => normal.into(),
+                Err(_) => token,
+            });
             tokens.push((provider, token));
         }
         Ok(Self(tokens))

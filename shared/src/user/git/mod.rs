@@ -1,9 +1,26 @@
 //! Where a repository may be cloned from, and with which credentials.
+//!
+//! Hosts, tokens, repositories and branches come as people paste them. Each has one form in which it is kept and used; the
+//! modules here read it from all the others. Settings, starts and updates of conversations share them.
+
+mod address;
+mod branch;
+mod host;
+mod repository;
+mod token;
 
 use secrecy::{ExposeSecret as _, SecretString};
 
+pub(crate) use address::without_credentials;
+pub use branch::{BranchError, normal_branch};
+pub use host::{HostError, normal_host};
+pub(crate) use repository::report_at;
+pub use repository::{Repository, RepositoryError, Selection};
+pub use token::{TokenError, normal_token};
+
 use super::settings::{ProviderToken, ProviderTokens};
-use crate::start::request::ProviderType;
+use crate::start::request::{ProviderType, StartRequest};
+use host::GitHost;
 
 /// One address from which a repository may be cloned. The address itself never holds a credential: it ends in the
 /// clone's configuration and in logs.
@@ -20,16 +37,19 @@ pub struct CloneSource {
 /// Why there is no address.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum GitError {
-    /// The name is not `owner/name`, or does not fit its provider.
-    #[error("`{0}` is not the name of a repository: it should be owner/name")]
-    Name(String),
+    /// The name is not that of a repository, or does not fit its provider.
+    #[error(transparent)]
+    Repository(#[from] RepositoryError),
+    /// The host in the settings cannot be one.
+    #[error("the host that the settings name for {0} cannot be used: {1}")]
+    Host(ProviderType, HostError),
     /// The host is to be reached without encryption, which is not allowed here.
     #[error("{0} is an unencrypted git host, and this server does not allow those")]
     Insecure(String),
 }
 
 /// The addresses to try, in order: the named provider's, or else those of all providers with a token in their stored
-/// order; GitHub's public one if there is neither.
+/// order; GitHub's public one if there is neither. Of several, those are left out that the name does not fit.
 ///
 /// # Errors
 /// When the repository's name does not fit or a host is not allowed.
@@ -39,76 +59,86 @@ pub fn clone_sources(
     tokens: &ProviderTokens,
     allow_insecure: bool,
 ) -> Result<Vec<CloneSource>, GitError> {
-    let segments: Vec<&str> = repository.split('/').collect();
-    let odd = |segment: &&str| {
-        segment.is_empty()
-            || *segment == "."
-            || *segment == ".."
-            || segment.starts_with('-')
-            || segment.chars().any(char::is_control)
-    };
-    if segments.len() < 2 || segments.iter().any(odd) {
-        return Err(GitError::Name(repository.to_owned()));
-    }
-    let stored = |provider| tokens.0.iter().find(|(stored, _)| *stored == provider).map(|(_, token)| token);
+    let read = Repository::read(repository, named, tokens)?;
+    let parts: Vec<&str> = read.name.split('/').collect();
     let no_token = ProviderToken::default();
-    let candidates: Vec<(ProviderType, &ProviderToken)> = match named {
-        Some(provider) => vec![(provider, stored(provider).unwrap_or(&no_token))],
+    let candidates: Vec<(ProviderType, &ProviderToken)> = match read.provider {
+        Some(provider) => vec![(provider, repository::setting(provider, tokens).unwrap_or(&no_token))],
         None if tokens.0.is_empty() => vec![(ProviderType::Github, &no_token)],
         None => tokens.0.iter().map(|(provider, token)| (*provider, token)).collect(),
     };
-    candidates
-        .into_iter()
-        .map(|(provider, token)| source(repository, &segments, provider, token, allow_insecure))
-        .collect()
+    let mut sources: Vec<CloneSource> = Vec::new();
+    let mut first_error = None;
+    for (provider, token) in candidates {
+        let fits = repository::fits(&parts, provider, tokens).map_err(GitError::from);
+        match fits.and_then(|()| source(&parts, provider, token, allow_insecure, &sources)) {
+            Ok(source) => sources.push(source),
+            Err(error) => first_error = first_error.or(Some(error)),
+        }
+    }
+    match first_error {
+        Some(error) if sources.is_empty() => Err(error),
+        _ => Ok(sources),
+    }
+}
+
+/// What a request says that selects a branch and nothing that it could be of.
+pub const NO_REPOSITORY: &str = "there is no branch without a repository";
+
+/// Puts a start's repository, branch and provider into the form in which they are used and recorded. What cannot be read stays
+/// as it is: starts and records of earlier versions may have anything.
+pub(crate) fn use_normal_selection(request: &mut StartRequest, tokens: &ProviderTokens) {
+    let given = request.selected_repository.as_deref();
+    let Some(Ok(read)) = given.map(|text| Repository::read(text, request.git_provider, tokens)) else { return };
+    (request.selected_repository, request.git_provider) = (Some(read.name), read.provider);
+    if let Some(Ok(branch)) = request.selected_branch.as_deref().map(normal_branch) {
+        request.selected_branch = branch;
+    }
 }
 
 fn source(
-    repository: &str,
-    segments: &[&str],
+    parts: &[&str],
     provider: ProviderType,
     token: &ProviderToken,
     allow_insecure: bool,
+    earlier: &[CloneSource],
 ) -> Result<CloneSource, GitError> {
-    let configured = token.host.as_deref().map(str::trim).filter(|host| !host.is_empty());
-    let host = configured.unwrap_or(match provider {
-        ProviderType::Gitlab => "gitlab.com",
-        ProviderType::Bitbucket | ProviderType::BitbucketDataCenter => "bitbucket.org",
-        ProviderType::Forgejo => "codeberg.org",
-        ProviderType::AzureDevops => "dev.azure.com",
-        ProviderType::Github | ProviderType::EnterpriseSso => "github.com",
-    });
-    let (scheme, host) = match host.split_once("://") {
-        Some(("http", _)) if !allow_insecure => return Err(GitError::Insecure(host.to_owned())),
-        Some(("http", host)) => ("http", host),
-        Some((_, host)) => ("https", host),
-        None => ("https", host),
-    };
-    let host = host.trim_end_matches('/');
-    let path = match provider {
-        ProviderType::BitbucketDataCenter => {
-            let [project, slug] = segments else { return Err(GitError::Name(repository.to_owned())) };
-            format!("scm/{}/{}.git", encoded(&project.to_lowercase()), encoded(slug))
+    let host = GitHost::of(provider, token.host.as_deref()).map_err(|error| GitError::Host(provider, error))?;
+    if host.is_insecure && !allow_insecure {
+        return Err(GitError::Insecure(host.authority));
+    }
+    let joined = |parts: &[String]| parts.iter().map(|part| encoded(part)).collect::<Vec<_>>().join("/");
+    let owned: Vec<String> = parts.iter().map(|part| (*part).to_owned()).collect();
+    let mut organisation = String::new();
+    let path = match (provider, parts) {
+        (ProviderType::BitbucketDataCenter, [project, slug]) => {
+            let path = [host.path.clone(), vec!["scm".to_owned(), project.to_lowercase(), format!("{slug}.git")]];
+            joined(&path.concat())
         }
-        ProviderType::AzureDevops => {
-            let [organisation, project, name] = segments else { return Err(GitError::Name(repository.to_owned())) };
-            format!("{}/{}/_git/{}", encoded(organisation), encoded(project), encoded(name))
+        (ProviderType::AzureDevops, _) => {
+            let mut path = repository::azure_path(&host, parts).ok_or(RepositoryError::AzureForm)?;
+            organisation = path.first().cloned().unwrap_or_default();
+            let at = path.len() - 1;
+            path.insert(at, "_git".to_owned());
+            joined(&path)
         }
-        _ => format!("{}.git", segments.iter().map(|segment| encoded(segment)).collect::<Vec<_>>().join("/")),
+        _ => format!("{}.git", joined(&[host.path.clone(), owned].concat())),
     };
-    let credential = token.token.as_ref().filter(|token| !token.expose_secret().is_empty()).map(|token| {
-        let token = token.expose_secret();
-        let (user, password) = match (provider, token.split_once(':')) {
-            (ProviderType::Bitbucket | ProviderType::BitbucketDataCenter, Some((user, password))) => (user, password),
-            (ProviderType::Bitbucket, None) => ("x-token-auth", token),
-            (ProviderType::Gitlab, _) => ("oauth2", token),
-            (ProviderType::AzureDevops, _) => (segments[0], token),
-            // GitHub and Forgejo take the token as the password of any user.
-            _ => ("x-access-token", token),
-        };
-        SecretString::from(format!("{scheme}://{}:{}@{host}", encoded(user), encoded(password)))
+    let origin = host.origin();
+    let token = token.token.as_ref().filter(|token| !token.expose_secret().is_empty());
+    let user = token.map(|token| token::user_and_password(provider, token.expose_secret(), &organisation));
+    let (scheme, authority) = (host.scheme(), &host.authority);
+    let credential = user.map(|(user, password)| {
+        SecretString::from(format!("{scheme}{}:{}@{authority}", encoded(user), encoded(password)))
     });
-    Ok(CloneSource { provider, url: format!("{scheme}://{host}/{path}"), credential })
+    // git takes the first credential of a host. Where an earlier source has one of the same host, the user name chooses.
+    let is_taken =
+        earlier.iter().any(|source| source.url.starts_with(&format!("{origin}/")) && source.credential.is_some());
+    let url = match user {
+        Some((user, _)) if is_taken => format!("{scheme}{}@{authority}/{path}", encoded(user)),
+        _ => format!("{origin}/{path}"),
+    };
+    Ok(CloneSource { provider, url, credential })
 }
 
 /// Percent-encodes everything but RFC 3986's unreserved characters.
@@ -202,11 +232,9 @@ mod tests {
 
     #[test]
     fn odd_names_are_refused() {
-        for name in ["r", "o/", "/r", "o/../r", "o/r\n", "-o/r"] {
-            assert_eq!(
-                clone_sources(name, None, &ProviderTokens::default(), false).unwrap_err(),
-                GitError::Name(name.into())
-            );
+        for name in ["r", "o/", "/r", "o/../r", "o/r\nx", "-o/r", "o/r;id", "o//r"] {
+            let refused = clone_sources(name, None, &ProviderTokens::default(), false);
+            assert!(matches!(refused, Err(GitError::Repository(_))), "{name}: {refused:?}");
         }
     }
 }
