@@ -78,7 +78,8 @@ pub(super) fn parse(text: &str) -> Result<Address, AddressError> {
 }
 
 /// The text without user name, password and secret parameters, for answers and records. `git@` stays: everyone has it.
-pub(crate) fn without_credentials(text: &str) -> String {
+#[must_use]
+pub fn without_credentials(text: &str) -> String {
     if !is_address(unwrapped(text)) {
         return text.to_owned();
     }

@@ -11,7 +11,7 @@ mod token;
 
 use secrecy::{ExposeSecret as _, SecretString};
 
-pub(crate) use address::without_credentials;
+pub use address::without_credentials;
 pub use branch::{BranchError, normal_branch};
 pub use host::{HostError, normal_host};
 pub(crate) use repository::report_at;
