@@ -517,7 +517,11 @@ impl SettingsDocument {
             .into_iter()
             .flatten()
             .filter(|(_, token)| token["token"].as_str().is_some_and(|token| !token.is_empty()))
-            .map(|(provider, token)| (provider.clone(), token["host"].clone()))
+            .map(|(provider, token)| {
+                // Settings files and earlier versions may have hosts with credentials.
+                let host = token["host"].as_str().map(git::without_credentials);
+                (provider.clone(), host.map_or(Value::Null, Value::from))
+            })
             .collect();
         // As in the reference: the flag tells whether there is one.
         if let Some(key) =
@@ -696,6 +700,14 @@ mod tests {
         let json = document.to_json().expect("small");
         assert!(json.contains(r#""token":"t1""#) && !json.contains("gitlab") && !json.contains("azure"), "{json}");
         assert_eq!(document.secrets().collect::<Vec<_>>(), [("A", None)]);
+    }
+
+    #[test]
+    fn a_stored_host_shows_no_credentials() {
+        let stored =
+            r#"{"provider_tokens": {"github": {"token": "t", "host": "https://me:canary@git.example/api/v3"}}}"#;
+        let document = SettingsDocument::parse(stored).expect("a document");
+        assert_eq!(document.shown_with_flags()["provider_tokens_set"], json!({"github": "https://git.example/api/v3"}));
     }
 
     #[test]

@@ -332,4 +332,19 @@ mod tests {
         assert_eq!(settings.mcp_config.names().collect::<Vec<_>>(), ["sse", "shttp"]);
         assert!(!format!("{settings:?}").contains("sk-1"));
     }
+
+    #[test]
+    fn tokens_that_were_stored_as_pasted_are_read() {
+        let settings = Settings::from_json(
+            r#"{"provider_tokens": {"github": {"token": " Bearer t1\n"}, "gitlab": {"token": "'t2'"}, "forgejo": {"token": "a\nb"}}}"#,
+        )
+        .expect("settings");
+        let tokens: Vec<&str> = settings
+            .provider_tokens
+            .0
+            .iter()
+            .filter_map(|(_, token)| token.token.as_ref().map(ExposeSecret::expose_secret))
+            .collect();
+        assert_eq!(tokens, ["t1", "t2", "a\nb"]);
+    }
 }

@@ -230,6 +230,100 @@ mod tests {
         assert_eq!(clone_sources("o/r", None, &tokens, true).expect("sources")[0].url, "http://127.0.0.1:8080/o/r.git");
     }
 
+    /// A host in the settings, what is asked for there, and what is cloned.
+    #[test]
+    fn hosts_and_names_are_put_together_without_repeating_what_both_have() {
+        use ProviderType::{AzureDevops, Bitbucket, BitbucketDataCenter, Forgejo, Github, Gitlab};
+        for (provider, host, name, url) in [
+            (Github, "http://127.0.0.1:3482/api/v3", "o/r.js", "http://127.0.0.1:3482/o/r.js.git"),
+            (Github, "https://ghe.example/api/v3/", "o/r", "https://ghe.example/o/r.git"),
+            (Github, "https://api.github.com", "o/r", "https://github.com/o/r.git"),
+            (Github, "https://user:old@ghe.example/", "o/r", "https://ghe.example/o/r.git"),
+            (Github, "https://ghe.example", "https://ghe.example/o/r.git", "https://ghe.example/o/r.git"),
+            (Gitlab, "http://127.0.0.1:3482/api/v4", "g/s/r", "http://127.0.0.1:3482/g/s/r.git"),
+            (Gitlab, "gitlab.example/gitlab", "g/r", "https://gitlab.example/gitlab/g/r.git"),
+            (Gitlab, "https://[2001:db8::1]:8443/", "g/r", "https://[2001:db8::1]:8443/g/r.git"),
+            (Gitlab, "https://bücher.example:443", "g/r", "https://xn--bcher-kva.example/g/r.git"),
+            (Forgejo, "HTTPS://Forge.Example/git/api/v1", "o/r", "https://forge.example/git/o/r.git"),
+            (Bitbucket, "https://api.bitbucket.org/2.0", "w/r", "https://bitbucket.org/w/r.git"),
+            (Bitbucket, "bitbucket.org/workspace", "w/r", "https://bitbucket.org/w/r.git"),
+            (BitbucketDataCenter, "bb.example/rest/api/1.0", "PRJ/r", "https://bb.example/scm/prj/r.git"),
+            (BitbucketDataCenter, "bb.example:7990/ctx", "~jo/r", "https://bb.example:7990/ctx/scm/~jo/r.git"),
+            (AzureDevops, "", "o/p q/r", "https://dev.azure.com/o/p%20q/_git/r"),
+            (AzureDevops, "o", "p q/r", "https://dev.azure.com/o/p%20q/_git/r"),
+            (AzureDevops, "o", "o/p q/r", "https://dev.azure.com/o/p%20q/_git/r"),
+            (AzureDevops, "o", "other/p/r", "https://dev.azure.com/other/p/_git/r"),
+            (AzureDevops, "dev.azure.com/o/p q", "o/p q/r", "https://dev.azure.com/o/p%20q/_git/r"),
+            (AzureDevops, "https://dev.azure.com/o/p", "p/r", "https://dev.azure.com/o/p/_git/r"),
+            (AzureDevops, "o.visualstudio.com", "p/r", "https://dev.azure.com/o/p/_git/r"),
+            (
+                AzureDevops,
+                "http://127.0.0.1:3482/org",
+                "org/My Project/r",
+                "http://127.0.0.1:3482/org/My%20Project/_git/r",
+            ),
+            (
+                AzureDevops,
+                "http://127.0.0.1:3482/org/My Project",
+                "org/My Project/r",
+                "http://127.0.0.1:3482/org/My%20Project/_git/r",
+            ),
+            (AzureDevops, "http://127.0.0.1:3482", "org/My Project/r", "http://127.0.0.1:3482/org/My%20Project/_git/r"),
+            (AzureDevops, "tfs.example/tfs/Main", "p/r", "https://tfs.example/tfs/Main/p/_git/r"),
+            (AzureDevops, "tfs.example/tfs/Main", "Main/p/r", "https://tfs.example/tfs/Main/p/_git/r"),
+            (AzureDevops, "tfs.example/tfs", "Main/p/r", "https://tfs.example/tfs/Main/p/_git/r"),
+            (AzureDevops, "tfs.example/Main", "Main/r", "https://tfs.example/Main/Main/_git/r"),
+            (
+                AzureDevops,
+                "tfs.example/tfs/Main",
+                "https://tfs.example/tfs/Main/p/_git/r",
+                "https://tfs.example/tfs/Main/p/_git/r",
+            ),
+        ] {
+            let tokens = tokens(&[(provider, "t", Some(host))]);
+            let sources = clone_sources(name, Some(provider), &tokens, true).expect("sources");
+            assert_eq!((sources.len(), sources[0].url.as_str()), (1, url), "{host} {name}");
+            // The credential is for the host alone, as git looks for it.
+            let credential = sources[0].credential.as_ref().map(|line| line.expose_secret().to_owned()).expect("one");
+            let host = url.split('/').nth(2).expect("a host");
+            assert!(credential.ends_with(&format!("t@{host}")), "{credential}");
+        }
+        for (provider, host, name) in [
+            (AzureDevops, "", "p/r"),
+            (AzureDevops, "o", "a/o/p/r"),
+            (AzureDevops, "tfs.example", "p/r"),
+            (Github, "a host", "o/r"),
+            (BitbucketDataCenter, "bb.example", "g/s/r"),
+        ] {
+            let tokens = tokens(&[(provider, "t", Some(host))]);
+            assert!(clone_sources(name, Some(provider), &tokens, true).is_err(), "{host} {name}");
+        }
+    }
+
+    #[test]
+    fn several_tokens_of_one_host_are_told_apart_by_their_users() {
+        use ProviderType::{Bitbucket, Forgejo, Github, Gitlab};
+        let given = tokens(&[
+            (Gitlab, "a", Some("git.example:443")),
+            (Github, "b", Some("https://GIT.example/api/v3")),
+            (Forgejo, "c", Some("git.example:8443")),
+            (Bitbucket, "d", Some("a host")),
+        ]);
+        let sources = clone_sources("o/r", None, &given, false).expect("sources");
+        let urls: Vec<&str> = sources.iter().map(|source| source.url.as_str()).collect();
+        // What cannot be is left out where there are others.
+        assert_eq!(
+            urls,
+            [
+                "https://git.example/o/r.git",
+                "https://x-access-token@git.example/o/r.git",
+                "https://git.example:8443/o/r.git"
+            ]
+        );
+        let only_gitlab = clone_sources("g/s/r", None, &given, false).expect("sources");
+        assert_eq!(only_gitlab.len(), 1);
+    }
+
     #[test]
     fn odd_names_are_refused() {
         for name in ["r", "o/", "/r", "o/../r", "o/r\nx", "-o/r", "o/r;id", "o//r"] {
