@@ -1,10 +1,11 @@
 //! Git providers, repositories and branches in the forms that people paste: what settings store, and that a start and an update
 //! of a conversation take and refuse the same.
 
-use secrecy::ExposeSecret as _;
+use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use shared::config::{SandboxConfig, StartConfig};
 use shared::error::Error;
+use shared::start::request::ProviderType;
 use shared::start::task::StartStatus;
 use shared::user::UserId;
 use shared::user::settings::SettingsStore;
@@ -196,8 +197,8 @@ async fn a_start_and_an_update_take_and_refuse_the_same_selections() {
         }
         match expected {
             Ok(selection) => {
-                let shows = ["selected_repository", "selected_branch", "git_provider"].map(|name| shown[name].as_str());
-                if (status, patch_status, shows) != (200, 200, *selection) {
+                let found = ["selected_repository", "selected_branch", "git_provider"].map(|name| shown[name].as_str());
+                if (status, patch_status, found) != (200, 200, *selection) {
                     wrong.push(format!("{body}: {status} {patch_status} {shown} {task}"));
                 }
                 started += 1;
@@ -320,7 +321,7 @@ async fn tokens_and_hosts_are_stored_in_one_form() {
         assert_eq!(post(&first).await.0, 200);
         let (status, answer) = post(&change).await;
         let kept = store.get(&user).await.expect("the store").expect("settings").provider_tokens;
-        let token = kept.0.first().and_then(|(_, token)| token.token.as_ref()).map(|token| token.expose_secret());
+        let token = kept.0.first().and_then(|(_, token)| token.token.as_ref()).map(ExposeSecret::expose_secret);
         let (_, shown) = api.call(&user, "GET", "/api/v1/settings", None).await;
         match expected {
             Ok((expected, host)) => {
@@ -372,7 +373,7 @@ async fn what_was_pasted_is_cloned() {
         let record = rig.conversations.get(&rig.user, id).await.expect("the store").expect("a record");
         let found = (record.selected_repository.as_deref(), record.selected_branch.as_deref());
         assert_eq!(found, (Some("o/r"), branch), "{repository}");
-        assert_eq!(record.git_provider.map(|provider| provider.as_str()), Some("github"), "{repository}");
+        assert_eq!(record.git_provider.map(ProviderType::as_str), Some("github"), "{repository}");
         let folder = format!("{}/r", rig.agent.working_dir());
         assert!(std::path::Path::new(&folder).join("a.txt").exists(), "{repository}");
         let config = std::fs::read_to_string(format!("{folder}/.git/config")).expect("a clone");

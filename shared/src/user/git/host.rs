@@ -124,8 +124,9 @@ impl GitHost {
         // A word by itself would be read as an organisation of Azure DevOps.
         let is_word = provider == ProviderType::AzureDevops && !self.authority.contains(['.', ':']);
         let scheme = if self.is_insecure || is_word { self.scheme() } else { "" };
-        let path: String = self.path.iter().map(|segment| format!("/{}", encoded(segment))).collect();
-        format!("{scheme}{}{path}", self.authority)
+        let mut parts = vec![self.authority.clone()];
+        parts.extend(self.path.iter().map(|segment| encoded(segment)));
+        format!("{scheme}{}", parts.join("/"))
     }
 
     pub fn is_public_azure(&self) -> bool {
@@ -187,14 +188,15 @@ fn folder(provider: ProviderType, path: &[String]) -> Result<Vec<String>, HostEr
     let is_marker = |index: usize| {
         let (this, next) = (at(index), at(index + 1));
         let is_version = next.strip_prefix('v').is_some_and(|version| version.parse::<u8>().is_ok());
-        match (this.as_str(), next.as_str()) {
-            ("api", "" | "graphql") | ("rest", "api") | ("users", "sign_in") | ("user", "login" | "settings") => true,
-            ("api", _) => is_version,
-            ("-", _) => true,
-            ("scm" | "projects" | "users" | "plugins" | "dashboard", _) => {
-                provider == ProviderType::BitbucketDataCenter
-            }
-            ("2.0", _) => provider == ProviderType::Bitbucket,
+        let is_data_center = provider == ProviderType::BitbucketDataCenter;
+        match this.as_str() {
+            "-" => true,
+            "api" => is_version || matches!(next.as_str(), "" | "graphql"),
+            "rest" => next == "api",
+            "users" => is_data_center || next == "sign_in",
+            "user" => matches!(next.as_str(), "login" | "settings"),
+            "scm" | "projects" | "plugins" | "dashboard" => is_data_center,
+            "2.0" => provider == ProviderType::Bitbucket,
             _ => false,
         }
     };
@@ -202,9 +204,13 @@ fn folder(provider: ProviderType, path: &[String]) -> Result<Vec<String>, HostEr
     let is_project_page = end.is_some_and(|end| at(end) == "-");
     let folder = &path[..end.unwrap_or(path.len())];
     let is_repository = folder.last().is_some_and(|last| last.to_ascii_lowercase().ends_with(".git"));
+    let has_no_folder =
+        matches!(provider, ProviderType::Github | ProviderType::EnterpriseSso | ProviderType::Bitbucket);
     match folder.len() {
         // Which part of more is a group cannot be seen.
         2 if is_repository || is_project_page => Ok(Vec::new()),
+        // The page of a repository. These providers have a host of their own, and at most a proxy's folder.
+        2.. if has_no_folder => Ok(Vec::new()),
         length if is_repository && provider != ProviderType::Gitlab && length > 2 => Ok(folder[..length - 2].to_vec()),
         0 | 1 if !is_repository => Ok(folder.to_vec()),
         _ if is_repository || is_project_page => Err(HostError::Repository),
@@ -240,6 +246,10 @@ mod tests {
             (Github, "https://ghe.example/api/graphql", Some("ghe.example")),
             (Github, "ghe.example/API/v3/user", Some("ghe.example")),
             (Github, "https://ghe.example/o/r.git", Some("ghe.example")),
+            (Github, "https://ghe.example/o/r", Some("ghe.example")),
+            (Github, "https://ghe.example/o/r/tree/main", Some("ghe.example")),
+            (Github, "https://proxy.example/ghe", Some("proxy.example/ghe")),
+            (Github, "https://proxy.example/ghe/api/v3", Some("proxy.example/ghe")),
             (Github, "https://ghe.example:8443//", Some("ghe.example:8443")),
             (Github, "https://ghe.example:443", Some("ghe.example")),
             (Github, "http://127.0.0.1:3482/api/v3", Some("http://127.0.0.1:3482")),
@@ -264,6 +274,9 @@ mod tests {
             (Forgejo, "https://codeberg.org/api/v1", Some("codeberg.org")),
             (Forgejo, "https://forge.example/git/api/v1", Some("forge.example/git")),
             (Forgejo, "https://forge.example/git/owner/name.git", Some("forge.example/git")),
+            (Forgejo, "https://example.org/tools/forge/api/v1", Some("example.org/tools/forge")),
+            (Forgejo, "https://example.org/tools/forge", Some("example.org/tools/forge")),
+            (Forgejo, "https://forge.example/user/login", Some("forge.example")),
             (Bitbucket, "https://bitbucket.org/workspace", Some("bitbucket.org")),
             (Bitbucket, "https://api.bitbucket.org/2.0", Some("bitbucket.org")),
             (Bitbucket, "http://bb.example/2.0/user", Some("http://bb.example")),

@@ -1,7 +1,7 @@
 //! Repositories in the forms that people paste them: `owner/name`, addresses for git and addresses of web pages.
 
 use super::address::{self, Address, AddressError, Scheme};
-use super::branch::{BranchError, normal_branch};
+use super::branch::normal_branch;
 use super::host::{GitHost, Located, public_provider};
 use crate::http::validation::Checker;
 use crate::start::request::ProviderType;
@@ -77,13 +77,17 @@ impl Selection {
         (repository, branch, provider): (Option<&str>, Option<&str>, Option<ProviderType>),
         tokens: &ProviderTokens,
     ) -> Option<Self> {
-        let branch = read_branch(check, branch);
+        let branch = branch.map_or(Ok(None), |text| {
+            normal_branch(text).inspect_err(|error| {
+                check.within("selected_branch", |check| check.report_value_error(error, text.into()));
+            })
+        });
         let Some(text) = repository.filter(|text| !text.trim().is_empty()) else {
-            return Some(Self { repository: None, branch: branch?, provider });
+            return Some(Self { repository: None, branch: branch.ok()?, provider });
         };
         let read = Repository::read(text, provider, tokens).and_then(|read| {
             let of_address = match (&branch, read.branch) {
-                (None | Some(Some(_)), _) | (_, AddressBranch::None) => None,
+                (Err(_) | Ok(Some(_)), _) | (_, AddressBranch::None) => None,
                 (_, AddressBranch::Unclear) => return Err(RepositoryError::UnclearBranch),
                 (_, AddressBranch::Named(name)) => normal_branch(&name).map_err(|_| RepositoryError::UnclearBranch)?,
             };
@@ -91,7 +95,7 @@ impl Selection {
         });
         match read {
             Ok((name, provider, of_address)) => {
-                Some(Self { repository: Some(name), branch: branch?.or(of_address), provider })
+                Some(Self { repository: Some(name), branch: branch.ok()?.or(of_address), provider })
             }
             Err(error) => {
                 report_at(check, place, &error.to_string(), text);
@@ -99,15 +103,6 @@ impl Selection {
             }
         }
     }
-}
-
-fn read_branch(check: &mut Checker, branch: Option<&str>) -> Option<Option<String>> {
-    let Some(text) = branch else { return Some(None) };
-    let read: Result<_, BranchError> = normal_branch(text);
-    if let Err(error) = &read {
-        check.within("selected_branch", |check| check.report_value_error(error, text.into()));
-    }
-    read.ok()
 }
 
 /// Reports that a repository cannot be.
@@ -264,8 +259,9 @@ fn of_owner_and_name(provider: ProviderType, parts: &[&str]) -> Found {
     };
     let [owner, name, rest @ ..] = parts else { return None };
     let branch = match (provider, rest) {
-        (ProviderType::Forgejo, ["src", "branch", rest @ ..]) => branch_before(rest, 0),
-        (ProviderType::Bitbucket, ["src", rest @ ..]) => branch_before(rest, 0),
+        (ProviderType::Forgejo, ["src", "branch", rest @ ..]) | (ProviderType::Bitbucket, ["src", rest @ ..]) => {
+            branch_before(rest, 0)
+        }
         (ProviderType::Bitbucket, ["branch", rest @ ..]) => AddressBranch::Named(rest.join("/")),
         (_, rest) => of_page(rest),
     };
@@ -302,7 +298,7 @@ fn of_gitlab(parts: &[&str]) -> Found {
     let end = end.or_else(|| Some(2 + parts.get(2..)?.iter().position(is_page)?)).unwrap_or(parts.len());
     let (project, page) = parts.split_at(end);
     let page = page.strip_prefix(&["-"]).unwrap_or(page);
-    Some((owned(project), of_page(page)))
+    (project.len() >= 2).then(|| (owned(project), of_page(page)))
 }
 
 fn of_data_center(parts: &[&str], address: &Address) -> Found {

@@ -45,9 +45,8 @@ pub(super) fn user_and_password<'t>(
 ) -> (&'t str, &'t str) {
     // None of the providers' tokens has a colon.
     let (given, password) = match token.split_once(':') {
-        // As curl wants it, and as GitHub documented it for OAuth.
-        Some((token, "" | "x-oauth-basic")) => (None, token),
-        Some(("", token)) => (None, token),
+        // As curl wants it, as GitHub documented it for OAuth, and as Azure DevOps documents it.
+        Some((token, "" | "x-oauth-basic") | ("", token)) => (None, token),
         Some((user, token)) => (Some(user), token),
         None => (None, token),
     };
