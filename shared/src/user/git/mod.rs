@@ -301,6 +301,35 @@ mod tests {
     }
 
     #[test]
+    fn an_address_is_of_the_provider_whose_host_it_has() {
+        use ProviderType::{Bitbucket, BitbucketDataCenter, EnterpriseSso, Github, Gitlab};
+        let given = [
+            (BitbucketDataCenter, "t", None),
+            (EnterpriseSso, "t", None),
+            (Gitlab, "t", Some("https://git.example/a")),
+            (Github, "t", Some("git.example")),
+        ];
+        let read =
+            |text, given: &[_]| Repository::read(text, None, &tokens(given)).map(|read| (read.provider, read.name));
+        for (text, provider, name) in [
+            ("https://bitbucket.org/w/r", Bitbucket, "w/r"),
+            ("https://github.com/o/r", EnterpriseSso, "o/r"),
+            ("https://git.example/a/g/s/r", Gitlab, "g/s/r"),
+            ("git.example/o/r", Github, "o/r"),
+            ("https://gist.github.com/o/r", Github, ""),
+            ("https://gitlab.com/g/r", Gitlab, ""),
+        ] {
+            let expected = if name.is_empty() { None } else { Some((Some(provider), name.to_owned())) };
+            assert_eq!(read(text, &given).ok(), expected, "{text}");
+        }
+        // Groups may be called as a host is that is one word.
+        let word = [(Gitlab, "t", Some("gitlab"))];
+        assert_eq!(read("gitlab/g/r", &word), Ok((None, "gitlab/g/r".to_owned())));
+        assert_eq!(read("https://gitlab/g/r", &word), Ok((Some(Gitlab), "g/r".to_owned())));
+        assert_eq!(read("github.com/o", &word), Err(RepositoryError::Form));
+    }
+
+    #[test]
     fn several_tokens_of_one_host_are_told_apart_by_their_users() {
         use ProviderType::{Bitbucket, Forgejo, Github, Gitlab};
         let given = tokens(&[

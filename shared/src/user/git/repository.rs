@@ -155,21 +155,28 @@ fn shorthand(text: &str) -> Option<(ProviderType, &str)> {
     (!name.starts_with("//")).then_some((provider, name))
 }
 
-/// Whether it is an address without its scheme, as browsers show it. A group or an owner can be called as a host is, but then
-/// only two parts are left of three.
+/// Whether it is an address without its scheme, as browsers show it. A host that is one word needs its scheme: groups are
+/// called so, too.
 fn begins_with_host(text: &str, named: Option<ProviderType>, tokens: &ProviderTokens) -> bool {
     let Ok(address) = address::parse(text) else { return false };
     let located = Located::of(&address);
     let is_known = public_provider(&located.authority).is_some()
         || hosts(named, tokens).iter().any(|(_, host)| host.authority == located.authority);
-    is_known && (address.authority.contains('.') || address.path.len() > 2)
+    is_known && address.authority.contains('.')
 }
 
 /// The hosts at which a repository may be: that of the named provider, or those of the settings and the public ones of other
 /// providers.
 fn hosts(named: Option<ProviderType>, tokens: &ProviderTokens) -> Vec<(ProviderType, GitHost)> {
     let of = |provider| setting(provider, tokens).and_then(|token| token.host.as_deref());
-    let host = |provider| Some((provider, GitHost::of(provider, of(provider)).ok()?));
+    // Bitbucket Data Center has no public host: that one is Bitbucket Cloud's.
+    let is_elsewhere = |provider, host: &GitHost| {
+        provider == ProviderType::BitbucketDataCenter && public_provider(&host.authority).is_some()
+    };
+    let host = |provider| {
+        let host = GitHost::of(provider, of(provider)).ok()?;
+        (!is_elsewhere(provider, &host)).then_some((provider, host))
+    };
     if let Some(named) = named {
         return host(named).into_iter().collect();
     }
