@@ -247,6 +247,14 @@ async fn every_way_to_start_checks_what_it_selects() {
     let (status, answer) = post("", json!({"selected_branch": "main"})).await;
     assert_eq!((status, place(&answer).as_str()), (422, "selected_branch"), "{answer}");
 
+    let both = json!({"selected_repository": "norepo", "selected_branch": "a b"});
+    let one = conversation(&api, &user).await;
+    for (method, path) in [("POST", API.to_owned()), ("PATCH", format!("{API}/{one}"))] {
+        let (status, answer) = api.call(&user, method, &path, Some(&both)).await;
+        let fields: Vec<&Value> = (0..2).map(|index| &answer["detail"][index]["loc"][1]).collect();
+        assert_eq!((status, fields), (422, vec![&json!("selected_repository"), &json!("selected_branch")]), "{answer}");
+    }
+
     // A parent's record may have what an earlier version took; its children go on with it.
     let parent = Uuid::new_v4();
     let row = json!({"type": "conversation", "data": {"id": parent, "sandbox_id": "s", "selected_repository": "of/an/earlier/one",
@@ -260,8 +268,11 @@ async fn every_way_to_start_checks_what_it_selects() {
     let own = json!({"parent_conversation_id": parent, "selected_repository": "https://codeberg.org/o/r", "selected_branch": "b"});
     let (status, task) = post("", own).await;
     assert_eq!((status, &task["request"]["git_provider"]), (200, &json!("forgejo")), "{task}");
-    let (status, _) = api.call(&user, "PATCH", &format!("{API}/{parent}"), Some(&json!({"title": "t"}))).await;
-    assert_eq!(status, 200);
+    // Nor does what the record has keep anyone from changing something else.
+    for change in [json!({"title": "t"}), json!({"selected_branch": "main"}), json!({"git_provider": "gitlab"})] {
+        let (status, answer) = api.call(&user, "PATCH", &format!("{API}/{parent}"), Some(&change)).await;
+        assert_eq!((status, &answer["selected_repository"]), (200, &json!("of/an/earlier/one")), "{change} {answer}");
+    }
     let elsewhere = json!({"selected_repository": "https://codeberg.org/o/r", "selected_branch": "b"});
     let (status, shown) = api.call(&user, "PATCH", &format!("{API}/{parent}"), Some(&elsewhere)).await;
     assert_eq!((status, &shown["git_provider"]), (200, &json!("forgejo")), "{shown}");

@@ -76,8 +76,9 @@ impl UpdateRequest {
         let mut given = (repository.as_deref(), branch.as_deref(), self.git_provider.unwrap_or(kept_provider));
         let mut place = "selected_repository";
         if self.selected_repository.is_none() && self.git_provider.is_some_and(|provider| provider.is_some()) {
-            // The record's repository, which the new provider must have; what is in it already may be of an earlier version.
-            given.0 = kept_repository.filter(|text| Repository::read(text, None, tokens).is_ok());
+            // The new provider must be able to have the record's repository. One that an earlier version took stays.
+            let is_normal = |text: &&str| Repository::read(text, None, tokens).is_ok_and(|read| read.name == **text);
+            given.0 = kept_repository.filter(is_normal);
             place = "git_provider";
         }
         // The record's provider need not be that of another repository.

@@ -77,31 +77,27 @@ impl Selection {
         (repository, branch, provider): (Option<&str>, Option<&str>, Option<ProviderType>),
         tokens: &ProviderTokens,
     ) -> Option<Self> {
-        let branch = branch.map_or(Ok(None), |text| {
-            normal_branch(text).inspect_err(|error| {
-                check.within("selected_branch", |check| check.report_value_error(error, text.into()));
-            })
-        });
-        let Some(text) = repository.filter(|text| !text.trim().is_empty()) else {
-            return Some(Self { repository: None, branch: branch.ok()?, provider });
-        };
-        let read = Repository::read(text, provider, tokens).and_then(|read| {
-            let of_address = match (&branch, read.branch) {
+        let text = repository.filter(|text| !text.trim().is_empty());
+        let read_branch = branch.map_or(Ok(None), normal_branch);
+        let read = text.map(|text| Repository::read(text, provider, tokens)).transpose().and_then(|read| {
+            let Some(read) = read else { return Ok((None, provider, None)) };
+            let of_address = match (&read_branch, read.branch) {
                 (Err(_) | Ok(Some(_)), _) | (_, AddressBranch::None) => None,
                 (_, AddressBranch::Unclear) => return Err(RepositoryError::UnclearBranch),
                 (_, AddressBranch::Named(name)) => normal_branch(&name).map_err(|_| RepositoryError::UnclearBranch)?,
             };
-            Ok((read.name, read.provider, of_address))
+            Ok((Some(read.name), read.provider, of_address))
         });
-        match read {
-            Ok((name, provider, of_address)) => {
-                Some(Self { repository: Some(name), branch: branch.ok()?.or(of_address), provider })
-            }
-            Err(error) => {
-                report_at(check, place, &error.to_string(), text);
-                None
-            }
+        // In the order of the fields.
+        if let Err(error) = &read {
+            report_at(check, place, &error.to_string(), text.unwrap_or_default());
         }
+        if let Err(error) = &read_branch {
+            let text = branch.unwrap_or_default();
+            check.within("selected_branch", |check| check.report_value_error(error, text.into()));
+        }
+        let (repository, provider, of_address) = read.ok()?;
+        Some(Self { repository, branch: read_branch.ok()?.or(of_address), provider })
     }
 }
 

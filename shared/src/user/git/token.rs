@@ -20,9 +20,13 @@ pub enum TokenError {
 /// When it cannot be a token. No error shows the text.
 pub fn normal_token(text: &str) -> Result<&str, TokenError> {
     let mut token = address::unwrapped(text);
-    for prefix in ["authorization:", "private-token:", "bearer ", "token "] {
+    for (prefix, is_header) in
+        [("authorization:", true), ("private-token:", true), ("bearer ", false), ("token ", false)]
+    {
         if let (Some(start), Some(rest)) = (token.get(..prefix.len()), token.get(prefix.len()..))
             && start.eq_ignore_ascii_case(prefix)
+            // Of a scheme, one word follows.
+            && (is_header || !rest.trim().contains(char::is_whitespace))
             && !rest.trim().is_empty()
         {
             token = address::unwrapped(rest);
@@ -87,6 +91,7 @@ mod tests {
             ("user:pass word", Ok("user:pass word")),
             ("a token", Ok("a token")),
             ("token", Ok("token")),
+            ("token of somebody", Ok("token of somebody")),
             ("é", Ok("é")),
             ("**********", Ok("**********")),
             (" \n ", Ok("")),
