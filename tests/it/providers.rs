@@ -1,6 +1,9 @@
 //! Git providers, repositories and branches in the forms that people paste: what settings store, and that a start and an update
 //! of a conversation take and refuse the same.
 
+use proptest::strategy::Strategy as _;
+use proptest::test_runner::{Config, TestRunner};
+use proptest::{prop_assert, prop_assert_eq};
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use shared::config::{SandboxConfig, StartConfig};
@@ -8,7 +11,8 @@ use shared::error::Error;
 use shared::start::request::ProviderType;
 use shared::start::task::StartStatus;
 use shared::user::UserId;
-use shared::user::settings::SettingsStore;
+use shared::user::git::{Repository, normal_host, without_credentials};
+use shared::user::settings::{Settings, SettingsStore};
 use tempfile::TempDir;
 use uuid::Uuid;
 
@@ -415,4 +419,68 @@ async fn what_cannot_be_cloned_is_refused_before_a_sandbox_is_made() {
     assert!(rig.sandboxes.made().is_empty());
     assert!(rig.receive().await.is_none(), "nothing is queued");
     rig.finish().await;
+}
+
+/// Whatever is pasted: nothing panics, a name that was read is read as the same again, and no credential is left.
+#[test]
+fn names_that_were_read_are_read_as_the_same_again() {
+    let pieces = [
+        "https://",
+        "http://",
+        "ssh://",
+        "git@",
+        "me:canary-7731@",
+        "github.com",
+        "gitlab.example:8443/gitlab",
+        "dev.azure.com",
+        "bb.example/context",
+        "contoso",
+        "[::1]",
+        "/",
+        "/",
+        "/",
+        ":",
+        "?",
+        "#",
+        "@",
+        "%2F",
+        "%20",
+        " ",
+        "\n",
+        "..",
+        ".git",
+        "o",
+        "r",
+        "ü",
+        "tree",
+        "blob",
+        "-",
+        "_git",
+        "scm",
+        "projects",
+        "repos",
+        "api",
+        "v4",
+        "?token=canary-7731",
+    ];
+    let texts =
+        proptest::collection::vec(proptest::sample::select(pieces.to_vec()), 1..9).prop_map(|pieces| pieces.concat());
+    let given = json!({"provider_tokens": providers()}).to_string();
+    let tokens = Settings::from_json(&given).expect("settings").provider_tokens;
+    let config = Config { cases: 20_000, failure_persistence: None, ..Config::default() };
+    TestRunner::new(config)
+        .run(&texts, |text| {
+            let cleaned = without_credentials(&text);
+            for provider in [None, Some(ProviderType::Gitlab), Some(ProviderType::AzureDevops)] {
+                let _host = normal_host(provider.unwrap_or(ProviderType::Github), &text);
+                let Ok(read) = Repository::read(&text, provider, &tokens) else { continue };
+                prop_assert!(!read.name.contains("canary"), "{}", read.name);
+                let again = Repository::read(&read.name, read.provider, &tokens);
+                prop_assert_eq!(again.map(|again| again.name), Ok(read.name.clone()));
+                let cleaned = Repository::read(&cleaned, provider, &tokens);
+                prop_assert_eq!(cleaned.map(|cleaned| cleaned.name), Ok(read.name));
+            }
+            Ok(())
+        })
+        .expect("every text");
 }

@@ -248,7 +248,8 @@ fn owned(parts: &[&str]) -> Vec<String> {
 
 fn without_git(name: &str) -> &str {
     match name.len().checked_sub(4).and_then(|at| Some((name.get(..at)?, name.get(at..)?))) {
-        Some((name, end)) if end.eq_ignore_ascii_case(".git") => name,
+        // Providers have no names that end so.
+        Some((name, end)) if end.eq_ignore_ascii_case(".git") => without_git(name),
         _ => name,
     }
 }
@@ -345,8 +346,15 @@ fn from_name(text: &str, named: Option<ProviderType>, tokens: &ProviderTokens) -
 
 /// Checks the name against what the provider, or one of those that would be tried, has.
 fn check(name: &str, named: Option<ProviderType>, tokens: &ProviderTokens) -> Result<(), RepositoryError> {
+    // Records are read again: a name must not be taken for something else then, such as that of an owner that is called as a host.
+    let is_ambiguous = address::is_address(name)
+        || begins_with_host(name, named, tokens)
+        || address::unwrapped(name) != name
+        || without_git(name) != name;
     let parts: Vec<&str> = name.split('/').collect();
-    if parts.iter().any(|part| part.trim().is_empty() || matches!(*part, "." | "..") || part.starts_with('-')) {
+    if is_ambiguous
+        || parts.iter().any(|part| part.trim().is_empty() || matches!(*part, "." | "..") || part.starts_with('-'))
+    {
         return Err(RepositoryError::Form);
     }
     // `;`, `|`, `$` and the backtick are the contract's, the others are in no provider's names.
@@ -368,7 +376,7 @@ pub(super) fn fits(parts: &[&str], provider: ProviderType, tokens: &ProviderToke
     match provider {
         ProviderType::AzureDevops => {
             let setting = setting(provider, tokens).and_then(|token| token.host.as_deref());
-            // What is wrong with the host is told where the repository is cloned.
+            // A host that cannot be used has an error of its own: see `clone_sources`.
             let Ok(host) = GitHost::of(provider, setting) else { return Ok(()) };
             azure_path(&host, parts).map(|_| ()).ok_or(RepositoryError::AzureForm)
         }
