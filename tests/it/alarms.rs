@@ -320,7 +320,6 @@ async fn a_failed_start_counts_only_if_it_is_the_servers_fault() {
     let cases = [
         ("no model", message.clone(), json!({}), None, "user"),
         ("no such sandbox", with("sandbox_id", "none"), json!({"llm_model": "openai/x"}), None, "user"),
-        ("a name that is none", with("selected_repository", "a/../b"), json!({"llm_model": "openai/x"}), None, "user"),
         ("an agent server that refuses", message.clone(), json!({"llm_model": "openai/x"}), Some(broken()), "server"),
     ];
     for (case, body, settings, fault, expected) in cases {

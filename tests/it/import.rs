@@ -610,6 +610,55 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
     }
 }
 
+/// What a repository was called is history and comes in as it is, but for the password in an address.
+#[tokio::test]
+async fn repositories_come_in_without_credentials() {
+    let rig = Rig::start().await;
+    let user = UserId::local();
+    let reference = Reference::new();
+    let mut text = String::new();
+    let mut expected = Vec::new();
+    for (given, kept) in [
+        ("https://me:SECRET@git.example/o/r.git", "https://git.example/o/r.git"),
+        ("https://SECRET@git.example/o/r", "https://git.example/o/r"),
+        ("me:SECRET@git.example/o/r", "git.example/o/r"),
+        ("https://git.example/o/r?access_token=SECRET", "https://git.example/o/r"),
+        ("git@git.example:o/r.git", "git@git.example:o/r.git"),
+        (" of/an/earlier one;", " of/an/earlier one;"),
+    ] {
+        let (line_id, row_id) = (Uuid::new_v4(), Uuid::new_v4());
+        let mut line = seed("conversation").remove(0);
+        line["data"]["id"] = json!(line_id);
+        line["data"]["created_by_user_id"] = Value::Null;
+        line["data"]["selected_repository"] = json!(given);
+        text += &format!("{line}\n");
+        reference.database.execute(
+            "INSERT INTO conversation_metadata (conversation_id, created_at, conversation_version, sandbox_id, selected_repository)
+                VALUES (?1, '2025-06-01 10:00:00', 'V1', 'box', ?2)",
+            params![row_id.to_string(), given],
+        ).expect("a row");
+        expected.extend([(line_id, kept), (row_id, kept)]);
+    }
+    let mut task = seed("start_task").remove(1);
+    let id = Uuid::new_v4();
+    task["data"]["id"] = json!(id);
+    task["data"]["created_by_user_id"] = Value::Null;
+    task["data"]["request"] = json!({"selected_repository": "https://me:SECRET@git.example/o/r"});
+    text += &format!("{task}\n");
+    let file = rig.file("repositories", text);
+    let taken = rig.take(lines(&[file], Some(user.clone()))).await;
+    assert_eq!(taken.skipped_rows(), 0, "{taken}");
+    reference.import_into(&rig).await;
+    for (id, kept) in expected {
+        let record = rig.stores.conversations.get(&user, id).await.expect("the store").expect("a conversation");
+        assert_eq!(record.selected_repository.as_deref(), Some(kept));
+    }
+    let task = rig.stores.tasks.get(&user, id).await.expect("the store").expect("a task");
+    let shown = serde_json::to_value(task.show_within(u64::MAX)).expect("JSON");
+    assert_eq!(shown["request"]["selected_repository"], "https://git.example/o/r");
+    rig.engines.shutdown().await;
+}
+
 /// Tags as each importer reads them: within the limits they are kept, and what exceeds them is left out.
 #[tokio::test]
 async fn tags_within_the_limits_come_in_with_their_conversation() {

@@ -33,6 +33,7 @@ mod local_access;
 mod mcp_probe;
 mod openapi;
 mod pending_messages;
+mod providers;
 mod records;
 mod replay;
 mod saga;

@@ -14,6 +14,7 @@ use shared::sandbox::spec::{AGENT_SERVER_VERSION, published_image};
 use shared::user::UserId;
 use shared::user::api_key::ApiKeyStore;
 use tempfile::TempDir;
+use uuid::Uuid;
 
 use crate::support::api::{Api, PREFIX};
 use crate::support::engines::Engines;
@@ -741,6 +742,13 @@ async fn functions_get_along_with_their_policies() {
     assert_eq!(status, 200, "{task}");
     let guard = Guard::new(policies(&template()), PREFIX);
     let _ways = api.guard(&guard).await;
+    // What is selected is checked against the settings.
+    let patch = format!("/api/v1/app-conversations/{}", Uuid::from_u128(1));
+    let starts = ["/api/v1/app-conversations", "/api/v1/app-conversations/stream-start"].map(|path| ("POST", path));
+    for (method, path) in starts.into_iter().chain([("PATCH", patch.as_str())]) {
+        let (status, answer) = api.call(&user, method, path, Some(&json!({"selected_repository": "none"}))).await;
+        assert_eq!(status, 422, "{method} {path} {answer}");
+    }
     for route in routes().into_iter().filter(|route| route.method == "GET") {
         let (status, answer) = request(&api, &user, &route).await;
         assert!(status != 500, "{} {} {answer}", route.method, route.path);

@@ -29,6 +29,7 @@ use shared::sandbox::store::SandboxStore;
 use shared::start::queue::StartQueue;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
+use shared::user::settings::SettingsStore;
 use uuid::Uuid;
 
 /// The most ids that one request may name.
@@ -37,13 +38,14 @@ const MAX_IDS: usize = 99;
 /// An update holds a few names.
 const BODY_LIMIT: usize = 1024 * 1024;
 
-/// What this function may touch: it reads and changes conversations, looks at sandboxes and their agent servers, and rings for
+/// What this function may touch: it reads and changes conversations, reads settings, looks at sandboxes and their agent servers, and rings for
 /// the worker that finishes deletions.
 #[derive(Clone, Debug)]
 pub struct Context {
     conversations: ConversationStore,
     deleter: Deleter,
     live: LiveStatus,
+    settings: SettingsStore,
 }
 
 impl Context {
@@ -60,6 +62,7 @@ impl Context {
             conversations: conversations.clone(),
             deleter: Deleter { conversations, queue },
             live: LiveStatus::new(sandbox::service(&config.sandbox, store), http, config.live_status_budget),
+            settings: SettingsStore::new(aws.dynamodb.clone(), names.users.clone(), sealer.clone()),
         }
     }
 }
@@ -143,7 +146,7 @@ async fn update(
     let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
     let request = UpdateRequest::from_body(content_type, &body).map_err(Error::Invalid)?;
     let id = validation::path_uuid("conversation_id", &id).map_err(Error::Invalid)?;
-    context.update(&user, id, &request).await.map(Json)
+    context.update(&user, id, request).await.map(Json)
 }
 
 async fn delete(
@@ -182,11 +185,14 @@ impl Context {
     }
 
     /// Changes what the request names, and tells the agent server of a new title.
-    async fn update(&self, user: &UserId, id: Uuid, request: &UpdateRequest) -> Result<AppConversation, Error> {
+    async fn update(&self, user: &UserId, id: Uuid, mut request: UpdateRequest) -> Result<AppConversation, Error> {
         let unknown = || Error::NotFound("unknown_app_conversation".into());
-        if let Err(violations) = request.check() {
+        if request.selects() {
             // What does not exist cannot be changed badly either.
-            return Err(self.conversations.get(user, id).await?.map_or_else(unknown, |_| Error::Invalid(violations)));
+            let kept = self.conversations.get(user, id).await?.ok_or_else(unknown)?;
+            let tokens = self.settings.get(user).await?.unwrap_or_default().provider_tokens;
+            let kept = (kept.selected_repository.as_deref(), kept.git_provider);
+            request = request.normal(kept, &tokens).map_err(Error::Invalid)?;
         }
         let change = request.change();
         let record = match change.is_empty() {

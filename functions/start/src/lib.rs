@@ -18,11 +18,12 @@ use shared::start::request::StartRequest;
 use shared::start::store::StartTaskStore;
 use shared::start::task::AppConversationStartTask;
 use shared::user::seal::Sealer;
+use shared::user::settings::SettingsStore;
 
 /// Lambda takes no larger payload.
 pub const BODY_LIMIT: usize = 6 * 1024 * 1024;
 
-/// What this function may touch: it reads conversations, writes start tasks, and rings the bell.
+/// What this function may touch: it reads conversations and settings, writes start tasks, and rings the bell.
 #[derive(Clone, Debug)]
 pub struct Context {
     beginner: StartBeginner,
@@ -51,6 +52,8 @@ pub fn beginner(config: &Config, aws: &Aws, sealer: &Sealer) -> StartBeginner {
             sealer.clone(),
         ),
         queue: StartQueue::new(aws.sqs.clone(), names.start_queue_url.clone()),
+        settings: SettingsStore::new(aws.dynamodb.clone(), names.users.clone(), sealer.clone()),
+        allow_insecure_git_access: config.start.allow_insecure_git_access,
         step_timeout: config.start.step_timeout,
     }
 }

@@ -6,7 +6,9 @@ use super::MAX_NAME;
 use super::store::ConversationChange;
 use crate::http::body;
 use crate::http::validation::{Checked, Checker, Fields, boolean, choice, string_up_to};
-use crate::start::request::ProviderType;
+use crate::start::request::{ProviderType, repository};
+use crate::user::git::{NO_REPOSITORY, Repository, Selection};
+use crate::user::settings::ProviderTokens;
 
 /// Changes; a field that is `None` was not sent and stays, one that is `Some(None)` is cleared.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -27,7 +29,7 @@ impl UpdateRequest {
     /// Reads the body of a request; fields that are none of the contract's are ignored.
     ///
     /// # Errors
-    /// Every violation of the types and lengths of fields. Whether their values are acceptable is [`UpdateRequest::check`]'s business.
+    /// Every violation of the types and lengths of fields. [`UpdateRequest::normal`] checks their values.
     pub fn from_body(content_type: Option<&str>, bytes: &[u8]) -> Checked<Self> {
         let value = body::json(content_type, bytes)?;
         let mut check = Checker::new("body");
@@ -39,7 +41,7 @@ impl UpdateRequest {
         let name = |check: &mut Checker, value: &Value| string_up_to(MAX_NAME, check, value);
         let fields = Fields::of(check, value)?;
         let public = fields.nullable(check, "public", boolean);
-        let selected_repository = fields.nullable(check, "selected_repository", name);
+        let selected_repository = fields.nullable(check, "selected_repository", repository);
         let selected_branch = fields.nullable(check, "selected_branch", name);
         let git_provider = fields.nullable(check, "git_provider", choice);
         let title = fields.nullable(check, "title", name);
@@ -52,25 +54,58 @@ impl UpdateRequest {
         })
     }
 
-    /// Checks the values, as far as the request alone says whether they can be.
+    /// Whether it changes what the conversation works on, so that [`UpdateRequest::normal`] has something to do.
+    #[must_use]
+    pub fn selects(&self) -> bool {
+        self.selected_repository.is_some() || self.selected_branch.is_some() || self.git_provider.is_some()
+    }
+
+    /// Checks repository, branch and provider as a start does, and puts them into the form in which records hold them. `kept` is
+    /// the record's repository and provider, `tokens` are the settings of the user's git providers.
     ///
     /// # Errors
-    /// Every violation: `value_error` for names that a shell or git would take for something else and for a branch or provider
-    /// without its repository.
-    pub fn check(&self) -> Checked<()> {
+    /// Every violation: `value_error` for what cannot be, and for a branch or provider without its repository.
+    pub fn normal(
+        mut self,
+        (kept_repository, kept_provider): (Option<&str>, Option<ProviderType>),
+        tokens: &ProviderTokens,
+    ) -> Checked<Self> {
         let mut check = Checker::new("body");
-        match &self.selected_repository {
-            Some(Some(repository)) => check.within("selected_repository", |check| {
-                if repository.matches('/').count() != 1 {
-                    check.report_value_error("a repository is written owner/name", repository.as_str().into());
-                } else if repository.contains(DANGEROUS) {
-                    check.report_value_error(NOT_IN_A_NAME, repository.as_str().into());
+        let repository = self.selected_repository.clone().flatten();
+        let branch = self.selected_branch.clone().flatten();
+        let mut given = (repository.as_deref(), branch.as_deref(), self.git_provider.unwrap_or(kept_provider));
+        let mut place = "selected_repository";
+        if self.selected_repository.is_none() && self.git_provider.is_some_and(|provider| provider.is_some()) {
+            // The new provider must be able to have the record's repository. One that an earlier version took stays.
+            let is_normal = |text: &&str| Repository::read(text, None, tokens).is_ok_and(|read| read.name == **text);
+            given.0 = kept_repository.filter(is_normal);
+            place = "git_provider";
+        }
+        // The record's provider need not be that of another repository.
+        if let (Some(text), None) = (given.0, self.git_provider)
+            && Repository::read(text, given.2, tokens).is_err()
+            && address_provider(text, tokens).is_some()
+        {
+            given.2 = None;
+        }
+        let Some(read) = Selection::read(&mut check, &[place], given, tokens) else {
+            return check.finish(None);
+        };
+        if self.selected_branch.is_some() || read.branch.is_some() {
+            self.selected_branch = Some(read.branch);
+        }
+        match (&self.selected_repository, read.repository) {
+            (Some(_), Some(repository)) => {
+                self.selected_repository = Some(Some(repository));
+                if read.provider != kept_provider {
+                    self.git_provider = Some(read.provider);
                 }
-            }),
-            Some(None) => {
+            }
+            (Some(_), None) => {
+                self.selected_repository = Some(None);
                 if let Some(Some(branch)) = &self.selected_branch {
                     check.within("selected_branch", |check| {
-                        check.report_value_error("there is no branch without a repository", branch.as_str().into());
+                        check.report_value_error(NO_REPOSITORY, branch.as_str().into());
                     });
                 }
                 if let Some(Some(provider)) = self.git_provider {
@@ -79,15 +114,9 @@ impl UpdateRequest {
                     });
                 }
             }
-            None => {}
+            (None, _) => {}
         }
-        if let Some(Some(branch)) = &self.selected_branch
-            && (branch.contains(DANGEROUS) || branch.contains(' '))
-        {
-            check.within("selected_branch", |check| check.report_value_error(NOT_IN_A_NAME, branch.as_str().into()));
-        }
-        let clean = check.is_clean().then_some(());
-        check.finish(clean)
+        check.finish(Some(self))
     }
 
     /// The change of the record.
@@ -113,8 +142,10 @@ impl UpdateRequest {
     }
 }
 
-const DANGEROUS: [char; 7] = [';', '&', '|', '$', '`', '\n', '\r'];
-const NOT_IN_A_NAME: &str = "it holds a character that names do not have";
+/// The provider at whose host an address is.
+fn address_provider(text: &str, tokens: &ProviderTokens) -> Option<ProviderType> {
+    Repository::read(text, None, tokens).ok().and_then(|read| read.provider)
+}
 
 #[cfg(test)]
 mod tests {
@@ -141,6 +172,15 @@ mod tests {
         for (body, fault) in [
             (json!({"selected_repository": "norepo"}), Some(("value_error", "selected_repository"))),
             (json!({"selected_repository": "a/b/c"}), Some(("value_error", "selected_repository"))),
+            (json!({"selected_repository": "a/b/c", "git_provider": "gitlab"}), None),
+            (json!({"selected_repository": "a/b/c d", "git_provider": "azure_devops"}), None),
+            (
+                json!({"selected_repository": "a/b c", "git_provider": "azure_devops"}),
+                Some(("value_error", "selected_repository")),
+            ),
+            (json!({"git_provider": "azure_devops"}), Some(("value_error", "git_provider"))),
+            (json!({"git_provider": "gitlab"}), None),
+            (json!({"selected_repository": " ", "selected_branch": ""}), None),
             (json!({"selected_repository": "a/b;c"}), Some(("value_error", "selected_repository"))),
             (json!({"selected_branch": "a b"}), Some(("value_error", "selected_branch"))),
             (json!({"selected_branch": "a\nb"}), Some(("value_error", "selected_branch"))),
@@ -150,20 +190,26 @@ mod tests {
             (json!({"title": "", "selected_repository": "a/b", "selected_branch": "feature/ä"}), None),
             (json!({"selected_repository": null, "selected_branch": null, "git_provider": null}), None),
         ] {
-            let found = read(&body).and_then(|request| request.check()).err().map(|violations| {
-                let violation = serde_json::to_value(&violations[0]).expect("JSON");
-                assert_eq!(violations.len(), 1, "{body}");
-                (violations[0].kind, violation["loc"][1].as_str().expect("a field").to_owned())
-            });
+            let kept = (Some("octo/repo"), None);
+            let found = read(&body).and_then(|request| request.normal(kept, &ProviderTokens::default())).err().map(
+                |violations| {
+                    let violation = serde_json::to_value(&violations[0]).expect("JSON");
+                    assert_eq!(violations.len(), 1, "{body}");
+                    (violations[0].kind, violation["loc"][1].as_str().expect("a field").to_owned())
+                },
+            );
             assert_eq!(found.as_ref().map(|(kind, field)| (*kind, field.as_str())), fault, "{body}");
         }
     }
 
-    /// The reference answers 500 where [`UpdateRequest::check`] refuses.
+    /// The reference answers 500 where [`UpdateRequest::normal`] refuses.
     #[test]
     fn answers_recorded_updates() {
         let file = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/contract/replay-patch.jsonl"));
         let cases = file.lines().map(|line| serde_json::from_str::<Value>(line).expect("a case"));
+        let normal = |request: UpdateRequest| {
+            request.normal((Some("octo/repo"), Some(ProviderType::Github)), &ProviderTokens::default())
+        };
         let (mut refused, mut failed) = (0, 0);
         for case in cases.filter(|case| case["request"]["method"] == "PATCH") {
             let label = case["label"].as_str().expect("a label");
@@ -186,10 +232,10 @@ mod tests {
                     assert_eq!((label, violations[0].kind), ("raw: NaN", "json_invalid"));
                 }
                 (500, Ok(request)) => {
-                    assert!(request.check().is_err(), "{label}");
+                    assert!(normal(request).is_err(), "{label}");
                     failed += 1;
                 }
-                (200, Ok(request)) => assert!(request.check().is_ok(), "{label}"),
+                (200, Ok(request)) => assert!(normal(request).is_ok(), "{label}"),
                 (status, read) => panic!("{label}: {status}, {read:?}"),
             }
         }

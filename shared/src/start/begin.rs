@@ -1,4 +1,4 @@
-//! The beginning of a start: what is inherited is filled in, the task is stored, the bell is rung.
+//! The beginning of a start: what it selects is checked, what is inherited is filled in, the task is stored, the bell is rung.
 
 use std::time::Duration;
 
@@ -10,8 +10,11 @@ use super::task::StartTaskRecord;
 use crate::clock::Time;
 use crate::conversation::store::ConversationStore;
 use crate::error::{Error, Result};
+use crate::http::validation::Checker;
 use crate::id;
 use crate::user::UserId;
+use crate::user::git::{self, NO_REPOSITORY, Repository, Selection};
+use crate::user::settings::{ProviderTokens, SettingsStore};
 
 /// Begins starts.
 #[derive(Clone, Debug)]
@@ -22,6 +25,10 @@ pub struct StartBeginner {
     pub tasks: StartTaskStore,
     /// Where the bell is rung.
     pub queue: StartQueue,
+    /// Where users' git providers are looked up.
+    pub settings: SettingsStore,
+    /// Whether git hosts may be reached without encryption.
+    pub allow_insecure_git_access: bool,
     /// How long the first step may take.
     pub step_timeout: Duration,
 }
@@ -30,10 +37,10 @@ impl StartBeginner {
     /// Stores the task and rings for a worker. Once this returns the start cannot be lost any more.
     ///
     /// # Errors
-    /// [`Error::NotFound`] for an unknown parent, [`Error::Refused`] for a suggested task that cannot be, both before
-    /// anything is stored; [`Error::Store`].
+    /// [`Error::NotFound`] for an unknown parent, [`Error::Refused`] for a suggested task that cannot be, [`Error::Invalid`] for
+    /// a repository or branch that cannot be, all before anything is stored; [`Error::Store`].
     pub async fn begin(&self, user: &UserId, request: StartRequest) -> Result<StartTaskRecord> {
-        let request = self.with_inheritance(user, with_suggested_task(request)?).await?;
+        let request = self.with_selection(user, with_suggested_task(request)?).await?;
         let record = self.tasks.create(user, &request, Time::now().plus(self.step_timeout)).await?;
         let job = Job::AdvanceStart { user: user.clone(), task: record.id };
         if let Err(error) = self.queue.send(&job, Duration::ZERO).await {
@@ -44,8 +51,48 @@ impl StartBeginner {
         Ok(record)
     }
 
-    /// Fills in from the parent what the request leaves open.
-    async fn with_inheritance(&self, user: &UserId, mut request: StartRequest) -> Result<StartRequest> {
+    /// Checks repository and branch, and fills in from the parent what the request leaves open. The repository stays as it was
+    /// sent: answers show it so. [`git::use_normal_selection`] gives workers its other form.
+    async fn with_selection(&self, user: &UserId, mut request: StartRequest) -> Result<StartRequest> {
+        let is_blank = |text: &Option<String>| text.as_deref().is_none_or(|text| text.trim().is_empty());
+        let tokens = match is_blank(&request.selected_repository) {
+            true => ProviderTokens::default(),
+            false => self.settings.get(user).await?.unwrap_or_default().provider_tokens,
+        };
+        let place: &[&'static str] = match &request.suggested_task {
+            Some(task) if request.selected_repository.as_ref() == Some(&task.repo) => &["suggested_task", "repo"],
+            _ => &["selected_repository"],
+        };
+        let repository = request.selected_repository.clone();
+        let given = (repository.as_deref(), request.selected_branch.as_deref(), request.git_provider);
+        let mut check = Checker::new("body");
+        let selection = Selection::read(&mut check, place, given, &tokens);
+        let selection = check.finish(selection).map_err(Error::Invalid)?;
+        (request.selected_branch, request.git_provider) = (selection.branch, selection.provider);
+        if is_blank(&repository) {
+            request.selected_repository = None;
+        }
+        let request = self.with_inheritance(user, request, &tokens).await?;
+        let mut check = Checker::new("body");
+        if let Some(text) = repository.as_deref().filter(|_| selection.repository.is_some()) {
+            let insecure = self.allow_insecure_git_access;
+            if let Err(error) = git::clone_sources(text, request.git_provider, &tokens, insecure) {
+                git::report_at(&mut check, place, &error.to_string(), text);
+            }
+        } else if let Some(branch) = &request.selected_branch
+            && is_blank(&request.selected_repository)
+        {
+            check.within("selected_branch", |check| check.report_value_error(NO_REPOSITORY, branch.as_str().into()));
+        }
+        check.finish(Some(request)).map_err(Error::Invalid)
+    }
+
+    async fn with_inheritance(
+        &self,
+        user: &UserId,
+        mut request: StartRequest,
+        tokens: &ProviderTokens,
+    ) -> Result<StartRequest> {
         let Some(parent_id) = request.parent_conversation_id else { return Ok(request) };
         let parent = self
             .conversations
@@ -58,10 +105,17 @@ impl StartBeginner {
             }
         };
         fill(&mut request.sandbox_id, Some(parent.sandbox_id));
-        fill(&mut request.selected_repository, parent.selected_repository);
-        fill(&mut request.selected_branch, parent.selected_branch);
         fill(&mut request.llm_model, parent.llm_model);
-        request.git_provider = request.git_provider.or(parent.git_provider);
+        // A record may have a branch that was left when its repository was cleared.
+        let parent_branch = parent.selected_branch.filter(|_| parent.selected_repository.is_some());
+        let own = request.selected_repository.clone().filter(|text| !text.trim().is_empty());
+        if own.is_none() {
+            request.selected_repository = parent.selected_repository;
+        }
+        fill(&mut request.selected_branch, parent_branch);
+        // The parent's provider need not be that of another repository.
+        let fits = |provider| own.as_deref().is_none_or(|text| Repository::read(text, Some(provider), tokens).is_ok());
+        request.git_provider = request.git_provider.or(parent.git_provider.filter(|provider| fits(*provider)));
         Ok(request)
     }
 }
@@ -75,7 +129,7 @@ fn with_suggested_task(mut request: StartRequest) -> Result<StartRequest> {
     let content = vec![Content::Text(TextContent { cache_prompt: false, text })];
     request.initial_message = Some(SendMessageRequest { role: Role::User, content, run: false });
     request.trigger = Some(Trigger::SuggestedTask);
-    if request.selected_repository.as_deref().is_none_or(str::is_empty) {
+    if request.selected_repository.as_deref().is_none_or(|text| text.trim().is_empty()) {
         request.selected_repository = Some(task.repo.clone());
     }
     request.git_provider = request.git_provider.or(Some(task.git_provider));

@@ -13,6 +13,7 @@ use crate::http::validation::{
     Checked, Checker, Fields, boolean, choice, constant, dictionary, first_of, integer, list, literal, string,
     string_up_to, uuid, wire_enum,
 };
+use crate::user::git::without_credentials;
 
 wire_enum! {
     /// Which agent runs the conversation.
@@ -172,7 +173,7 @@ impl StartRequest {
         let processors =
             fields.nullable(check, "processors", |check, value| list(check, value, EventCallbackProcessor::read));
         let llm_model = fields.nullable(check, "llm_model", name);
-        let selected_repository = fields.nullable(check, "selected_repository", name);
+        let selected_repository = fields.nullable(check, "selected_repository", repository);
         let selected_branch = fields.nullable(check, "selected_branch", name);
         let git_provider = fields.nullable(check, "git_provider", choice);
         let suggested_task = fields.nullable(check, "suggested_task", SuggestedTask::read);
@@ -210,6 +211,14 @@ impl StartRequest {
 /// A text that becomes part of the conversation's record.
 fn name(check: &mut Checker, value: &Value) -> Option<String> {
     string_up_to(MAX_NAME, check, value)
+}
+
+/// A repository, without the credentials that an address may have: the request is stored and shown.
+pub(crate) fn repository(check: &mut Checker, value: &Value) -> Option<String> {
+    match value {
+        Value::String(text) => name(check, &without_credentials(text).into()),
+        other => name(check, other),
+    }
 }
 
 /// A message to the agent.
@@ -390,10 +399,15 @@ pub struct SuggestedTask {
 
 impl SuggestedTask {
     fn read(check: &mut Checker, value: &Value) -> Option<Self> {
-        let fields = Fields::of(check, value)?;
+        // Violations may show the whole task.
+        let mut shown = value.clone();
+        if let Some(Value::String(repo)) = shown.get_mut("repo") {
+            *repo = without_credentials(repo);
+        }
+        let fields = Fields::of(check, &shown)?;
         let git_provider = fields.required(check, "git_provider", choice);
         let task_type = fields.required(check, "task_type", choice);
-        let repo = fields.required(check, "repo", string);
+        let repo = fields.required(check, "repo", repository);
         let issue_number = fields.required(check, "issue_number", integer);
         let title = fields.required(check, "title", string);
         Some(Self {

@@ -5,6 +5,7 @@
 
 use serde_json::{Map, Value, json};
 
+use super::git;
 use super::mcp::{self, McpChange, Servers};
 use super::settings::SandboxGroupingStrategy;
 use crate::error::{Error, Result};
@@ -218,32 +219,65 @@ fn read_tokens(check: &mut Checker, value: &Value) -> Option<Map<String, Value>>
     for (name, token) in entries {
         check.within(name.clone(), |check| {
             let name = Value::from(name.as_str());
-            if validation::choice::<ProviderType>(check, &name).is_none() || token.is_null() {
+            let Some(provider) = validation::choice::<ProviderType>(check, &name).filter(|_| !token.is_null()) else {
                 return;
-            }
+            };
             let Value::Object(given) = token else {
                 check.report("dict_type", "Input should be a valid dictionary", MASK.into(), None);
                 return;
             };
             let mut read = Map::new();
-            for (key, value) in given.iter().filter(|(_, value)| !value.is_null()) {
-                let text = match key.as_str() {
-                    "token" => check.within("token", |check| read_key(check, value)),
-                    "host" => check.within("host", |check| validation::string_up_to(MAX_TEXT, check, value)),
-                    "user_id" => check.within("user_id", |check| validation::string_up_to(MAX_TEXT, check, value)),
+            for (key, value) in given {
+                let value = check.within(key.clone(), |check| match key.as_str() {
+                    "token" => read_token(check, value),
+                    "host" => read_host(check, provider, value),
+                    "user_id" if value.is_null() => Some(Value::Null),
+                    "user_id" => validation::string_up_to(MAX_TEXT, check, value).map(Value::from),
                     _ => None,
-                };
-                if let Some(text) = text {
-                    read.insert(key.clone(), text.into());
+                });
+                if let Some(value) = value {
+                    read.insert(key.clone(), value);
                 }
             }
-            tokens.insert(name.as_str().unwrap_or_default().to_owned(), Value::Object(read));
+            tokens.insert(provider.as_str().to_owned(), Value::Object(read));
         });
         if token.is_null() {
             tokens.insert(name.clone(), Value::Null);
         }
     }
     Some(tokens)
+}
+
+/// A token of a git provider; `None` for one that leaves the stored one as it is: a blank, a mask or null.
+fn read_token(check: &mut Checker, value: &Value) -> Option<Value> {
+    if value.is_null() {
+        return None;
+    }
+    match git::normal_token(secret::value(check, value)?) {
+        Ok("" | MASK) => None,
+        Ok(token) => Some(token.into()),
+        Err(error) => {
+            check.report_value_error(error, MASK.into());
+            None
+        }
+    }
+}
+
+/// The host of a git provider; null for the provider's own.
+fn read_host(check: &mut Checker, provider: ProviderType, value: &Value) -> Option<Value> {
+    if value.is_null() {
+        return Some(Value::Null);
+    }
+    // Hosts are pasted with credentials in them.
+    let shown = value.as_str().map_or_else(|| value.clone(), |text| git::without_credentials(text).into());
+    validation::string_up_to(MAX_TEXT, check, &shown)?;
+    match git::normal_host(provider, value.as_str().unwrap_or_default()) {
+        Ok(host) => Some(host.map_or(Value::Null, Value::from)),
+        Err(error) => {
+            check.report_value_error(error, shown);
+            None
+        }
+    }
 }
 
 /// What of an object may stand in a violation.
@@ -415,9 +449,7 @@ impl SettingsDocument {
             };
             let stored = tokens.entry(provider).or_insert_with(|| json!({}));
             for (key, value) in change {
-                if value != MASK {
-                    stored[key] = value.clone();
-                }
+                stored[key] = value.clone();
             }
             // A provider without a token is none.
             if stored.get("token").and_then(Value::as_str).is_none_or(str::is_empty) {
@@ -485,7 +517,11 @@ impl SettingsDocument {
             .into_iter()
             .flatten()
             .filter(|(_, token)| token["token"].as_str().is_some_and(|token| !token.is_empty()))
-            .map(|(provider, token)| (provider.clone(), token["host"].clone()))
+            .map(|(provider, token)| {
+                // Settings files and earlier versions may have hosts with credentials.
+                let host = token["host"].as_str().map(git::without_credentials);
+                (provider.clone(), host.map_or(Value::Null, Value::from))
+            })
             .collect();
         // As in the reference: the flag tells whether there is one.
         if let Some(key) =
@@ -664,6 +700,14 @@ mod tests {
         let json = document.to_json().expect("small");
         assert!(json.contains(r#""token":"t1""#) && !json.contains("gitlab") && !json.contains("azure"), "{json}");
         assert_eq!(document.secrets().collect::<Vec<_>>(), [("A", None)]);
+    }
+
+    #[test]
+    fn a_stored_host_shows_no_credentials() {
+        let stored =
+            r#"{"provider_tokens": {"github": {"token": "t", "host": "https://me:canary@git.example/api/v3"}}}"#;
+        let document = SettingsDocument::parse(stored).expect("a document");
+        assert_eq!(document.shown_with_flags()["provider_tokens_set"], json!({"github": "https://git.example/api/v3"}));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use super::UserId;
 use super::document::SettingsDocument;
+use super::git;
 use super::mcp::{self, McpServers};
 use super::seal::Sealer;
 use crate::dynamo::{is_condition_failure, store_error, text};
@@ -119,7 +120,12 @@ impl<'de> Deserialize<'de> for ProviderTokens {
             let Ok(provider) = serde_json::from_value::<ProviderType>(serde_json::Value::String(name)) else {
                 continue;
             };
-            let token: ProviderToken = serde_json::from_value(value).map_err(serde::de::Error::custom)?;
+            let mut token: ProviderToken = serde_json::from_value(value).map_err(serde::de::Error::custom)?;
+            // Settings files and earlier versions have tokens as they were pasted.
+            token.token = token.token.map(|token| match git::normal_token(token.expose_secret()) {
+                Ok(normal) => normal.into(),
+                Err(_) => token,
+            });
             tokens.push((provider, token));
         }
         Ok(Self(tokens))
@@ -325,5 +331,20 @@ mod tests {
         assert_eq!(providers, [ProviderType::Gitlab, ProviderType::Github]);
         assert_eq!(settings.mcp_config.names().collect::<Vec<_>>(), ["sse", "shttp"]);
         assert!(!format!("{settings:?}").contains("sk-1"));
+    }
+
+    #[test]
+    fn tokens_that_were_stored_as_pasted_are_read() {
+        let settings = Settings::from_json(
+            r#"{"provider_tokens": {"github": {"token": " Bearer t1\n"}, "gitlab": {"token": "'t2'"}, "forgejo": {"token": "a\nb"}}}"#,
+        )
+        .expect("settings");
+        let tokens: Vec<&str> = settings
+            .provider_tokens
+            .0
+            .iter()
+            .filter_map(|(_, token)| token.token.as_ref().map(ExposeSecret::expose_secret))
+            .collect();
+        assert_eq!(tokens, ["t1", "t2", "a\nb"]);
     }
 }

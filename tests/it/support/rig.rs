@@ -296,6 +296,8 @@ impl Rig {
                 conversations: conversations(&aws),
                 tasks: tasks(&aws),
                 queue: queue(&aws),
+                settings: settings(&aws),
+                allow_insecure_git_access: config.allow_insecure_git_access,
                 step_timeout: config.step_timeout,
             },
             aws,
@@ -316,9 +318,14 @@ impl Rig {
 
     /// Begins a start with this body, as the POST does.
     pub async fn begin(&self, body: &Value) -> StartTaskRecord {
+        self.try_to_begin(body).await.expect("a start")
+    }
+
+    /// The same with a body that may be refused.
+    pub async fn try_to_begin(&self, body: &Value) -> Result<StartTaskRecord> {
         let request =
             StartRequest::from_body(Some("application/json"), body.to_string().as_bytes()).expect("a request");
-        self.beginner.begin(&self.user, request).await.expect("a start")
+        self.beginner.begin(&self.user, request).await
     }
 
     pub async fn task(&self, id: Uuid) -> StartTaskRecord {

@@ -17,6 +17,7 @@ use shared::start::request::StartRequest;
 use shared::start::store::ImportedTask;
 use shared::start::task::{Snapshot, StartStatus};
 use shared::user::UserId;
+use shared::user::git::without_credentials;
 use uuid::Uuid;
 
 /// In bytes. Owners and sandbox ids are parts of keys, which DynamoDB takes up to 1024 or 2048 bytes of.
@@ -45,7 +46,7 @@ pub(super) fn conversation(data: &Value, default: DefaultOwner<'_>) -> Result<Co
         let user = owner(check, fields, default);
         let id = fields.required(check, "id", uuid);
         let sandbox_id = fields.required(check, "sandbox_id", key_part);
-        let selected_repository = fields.nullable(check, "selected_repository", string);
+        let selected_repository = fields.nullable(check, "selected_repository", repository);
         let selected_branch = fields.nullable(check, "selected_branch", string);
         let git_provider = fields.nullable(check, "git_provider", choice);
         let title = fields.nullable(check, "title", string);
@@ -85,6 +86,11 @@ pub(super) fn conversation(data: &Value, default: DefaultOwner<'_>) -> Result<Co
         }
         Some(record)
     })
+}
+
+/// A repository as it is, for it is history, but for the credentials that an address may have.
+fn repository(check: &mut Checker, value: &Value) -> Option<String> {
+    string(check, value).map(|text| without_credentials(&text))
 }
 
 /// How much room a conversation's texts take, in bytes.

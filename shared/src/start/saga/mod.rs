@@ -37,6 +37,7 @@ use crate::measure;
 use crate::outbound::Outbound;
 use crate::sandbox::{Sandbox, SandboxService, SandboxStatus};
 use crate::user::UserId;
+use crate::user::git;
 use crate::user::seal::Sealer;
 use crate::user::settings::{SandboxGroupingStrategy, Settings, SettingsStore};
 
@@ -161,6 +162,7 @@ struct Work<'a> {
     sandbox: Option<Sandbox>,
     settings: Option<Settings>,
     skills: Option<Vec<SkillInfo>>,
+    has_normal_selection: bool,
 }
 
 impl Saga {
@@ -178,7 +180,8 @@ impl Saga {
         };
         let lease =
             Lease { saga: self, user: user.clone(), id, worker, renewed_at: Arc::new(Mutex::new(Instant::now())) };
-        let mut work = Work { saga: self, lease, task, sandbox: None, settings: None, skills: None };
+        let mut work =
+            Work { saga: self, lease, task, sandbox: None, settings: None, skills: None, has_normal_selection: false };
         work.run().await
     }
 
@@ -349,6 +352,7 @@ impl Work<'_> {
         let time_left = self.task.record.deadline.map_or(OVERTIME, |deadline| deadline.since(Time::now()));
         // In boxes: a step that calls others takes so much of a thread's stack that little is left for its caller.
         let step = async {
+            self.use_normal_selection().await?;
             match self.status() {
                 StartStatus::Working => Box::pin(self.choose_sandbox()).await,
                 StartStatus::WaitingForSandbox => Box::pin(self.wait_for_sandbox()).await,
@@ -527,6 +531,16 @@ impl Work<'_> {
         Ok(Some(format!(
             "Its conversation {conversation} stays listed, without messages; deleting it also deletes the sandbox {sandbox}"
         )))
+    }
+
+    /// Gives all steps the repository in its normal form; the stored request has it as it was sent.
+    async fn use_normal_selection(&mut self) -> Result<(), StepError> {
+        let is_given = self.task.request.selected_repository.as_deref().is_some_and(|text| !text.is_empty());
+        if is_given && !std::mem::replace(&mut self.has_normal_selection, true) {
+            let settings = self.settings().await?;
+            git::use_normal_selection(&mut self.task.request, &settings.provider_tokens);
+        }
+        Ok(())
     }
 
     /// The user's settings, read once a turn.

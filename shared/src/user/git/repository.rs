@@ -1,0 +1,408 @@
+//! Repositories in the forms that people paste them: `owner/name`, addresses for git and addresses of web pages.
+
+use super::address::{self, Address, AddressError, Scheme};
+use super::branch::normal_branch;
+use super::host::{GitHost, Located, public_provider};
+use crate::http::validation::Checker;
+use crate::start::request::ProviderType;
+use crate::user::settings::{ProviderToken, ProviderTokens};
+
+/// A repository as records hold it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Repository {
+    /// `owner/name`, with more parts at GitLab and Azure DevOps.
+    pub name: String,
+    /// Where it is: the provider that was named, or the one that the address is of.
+    pub provider: Option<ProviderType>,
+    /// The branch that the address names.
+    branch: AddressBranch,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum AddressBranch {
+    None,
+    Named(String),
+    /// There is one, but where its name ends and a path in the repository begins cannot be seen.
+    Unclear,
+}
+
+/// Why a text is not a repository, or not one of the named provider.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RepositoryError {
+    /// It has too few parts, or too many for its provider.
+    #[error("a repository is written owner/name")]
+    Form,
+    /// The same for Azure DevOps.
+    #[error(
+        "a repository of Azure DevOps is written organisation/project/name, or project/name where the settings' host has the organisation"
+    )]
+    AzureForm,
+    /// A character that no provider has in names, or not this one.
+    #[error("it holds a character that names do not have")]
+    Character,
+    /// An address of another kind.
+    #[error("repositories are cloned by https: give owner/name, or an address of https or ssh")]
+    Scheme,
+    /// The address has no possible host.
+    #[error("the host of this address cannot be one")]
+    Host,
+    /// No provider is at the host of the address.
+    #[error("none of your git providers is at {0}: set it as a provider's host in the settings, or give owner/name")]
+    UnknownHost(String),
+    /// The named provider is elsewhere.
+    #[error("the address is at {1}, where git_provider {0} is not")]
+    OtherHost(ProviderType, String),
+    /// The address has a branch, or a branch and a path.
+    #[error("where the branch ends in this address cannot be seen: give the branch as selected_branch")]
+    UnclearBranch,
+}
+
+/// What a request selects, in the form in which a record holds it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Selection {
+    /// Its repository.
+    pub repository: Option<String>,
+    /// A branch of it.
+    pub branch: Option<String>,
+    /// Where it is.
+    pub provider: Option<ProviderType>,
+}
+
+impl Selection {
+    /// Reads the repository, branch and provider of a request; blank texts are none. Violations are reported at `place` for
+    /// the repository and at `selected_branch`; none shows a credential.
+    pub fn read(
+        check: &mut Checker,
+        place: &[&'static str],
+        (repository, branch, provider): (Option<&str>, Option<&str>, Option<ProviderType>),
+        tokens: &ProviderTokens,
+    ) -> Option<Self> {
+        let text = repository.filter(|text| !text.trim().is_empty());
+        let read_branch = branch.map_or(Ok(None), normal_branch);
+        let read = text.map(|text| Repository::read(text, provider, tokens)).transpose().and_then(|read| {
+            let Some(read) = read else { return Ok((None, provider, None)) };
+            let of_address = match (&read_branch, read.branch) {
+                (Err(_) | Ok(Some(_)), _) | (_, AddressBranch::None) => None,
+                (_, AddressBranch::Unclear) => return Err(RepositoryError::UnclearBranch),
+                (_, AddressBranch::Named(name)) => normal_branch(&name).map_err(|_| RepositoryError::UnclearBranch)?,
+            };
+            Ok((Some(read.name), read.provider, of_address))
+        });
+        // In the order of the fields.
+        if let Err(error) = &read {
+            report_at(check, place, &error.to_string(), text.unwrap_or_default());
+        }
+        if let Err(error) = &read_branch {
+            let text = branch.unwrap_or_default();
+            check.within("selected_branch", |check| check.report_value_error(error, text.into()));
+        }
+        let (repository, provider, of_address) = read.ok()?;
+        Some(Self { repository, branch: read_branch.ok()?.or(of_address), provider })
+    }
+}
+
+/// Reports that a repository cannot be.
+pub(crate) fn report_at(check: &mut Checker, place: &[&'static str], error: &str, text: &str) {
+    match place {
+        [] => check.report_value_error(error, address::without_credentials(text).into()),
+        [step, rest @ ..] => check.within(*step, |check| report_at(check, rest, error, text)),
+    }
+}
+
+impl Repository {
+    /// Reads a repository. `named` is the provider that the request names, if any.
+    ///
+    /// # Errors
+    /// When it cannot be cloned by this text. No error shows a credential.
+    pub fn read(text: &str, named: Option<ProviderType>, tokens: &ProviderTokens) -> Result<Self, RepositoryError> {
+        let text = address::unwrapped(text);
+        let text = text.strip_prefix("git clone ").map_or(text, address::unwrapped);
+        if text.contains(char::is_control) {
+            return Err(RepositoryError::Character);
+        }
+        if let Some((provider, name)) = shorthand(text) {
+            return match named {
+                Some(named) if named != provider => {
+                    Err(RepositoryError::OtherHost(named, GitHost::public(provider).authority))
+                }
+                _ => from_name(name, Some(provider), tokens),
+            };
+        }
+        if address::is_address(text) || begins_with_host(text, named, tokens) {
+            let address = address::parse(text).map_err(|error| match error {
+                AddressError::Scheme => RepositoryError::Scheme,
+                AddressError::Host => RepositoryError::Host,
+            })?;
+            return from_address(&address, named, tokens);
+        }
+        from_name(text, named, tokens)
+    }
+}
+
+/// `github:owner/name`, as package managers write it.
+fn shorthand(text: &str) -> Option<(ProviderType, &str)> {
+    let (word, name) = text.split_once(':')?;
+    let provider = match word.to_ascii_lowercase().as_str() {
+        "github" | "gh" => ProviderType::Github,
+        "gitlab" => ProviderType::Gitlab,
+        "bitbucket" => ProviderType::Bitbucket,
+        _ => return None,
+    };
+    (!name.starts_with("//")).then_some((provider, name))
+}
+
+/// Whether it is an address without its scheme, as browsers show it. A host that is one word needs its scheme: groups are
+/// called so, too.
+fn begins_with_host(text: &str, named: Option<ProviderType>, tokens: &ProviderTokens) -> bool {
+    let Ok(address) = address::parse(text) else { return false };
+    let located = Located::of(&address);
+    let is_known = public_provider(&located.authority).is_some()
+        || hosts(named, tokens).iter().any(|(_, host)| host.authority == located.authority);
+    is_known && address.authority.contains('.')
+}
+
+/// The hosts at which a repository may be: that of the named provider, or those of the settings and the public ones of other
+/// providers.
+fn hosts(named: Option<ProviderType>, tokens: &ProviderTokens) -> Vec<(ProviderType, GitHost)> {
+    let of = |provider| setting(provider, tokens).and_then(|token| token.host.as_deref());
+    // Bitbucket Data Center has no public host: that one is Bitbucket Cloud's.
+    let is_elsewhere = |provider, host: &GitHost| {
+        provider == ProviderType::BitbucketDataCenter && public_provider(&host.authority).is_some()
+    };
+    let host = |provider| {
+        let host = GitHost::of(provider, of(provider)).ok()?;
+        (!is_elsewhere(provider, &host)).then_some((provider, host))
+    };
+    if let Some(named) = named {
+        return host(named).into_iter().collect();
+    }
+    let stored = tokens.0.iter().map(|(provider, _)| *provider);
+    let others = [
+        ProviderType::Github,
+        ProviderType::Gitlab,
+        ProviderType::Bitbucket,
+        ProviderType::Forgejo,
+        ProviderType::AzureDevops,
+    ];
+    stored.chain(others.into_iter().filter(|other| setting(*other, tokens).is_none())).filter_map(host).collect()
+}
+
+pub(super) fn setting(provider: ProviderType, tokens: &ProviderTokens) -> Option<&ProviderToken> {
+    tokens.0.iter().find(|(stored, _)| *stored == provider).map(|(_, token)| token)
+}
+
+fn from_address(
+    address: &Address,
+    named: Option<ProviderType>,
+    tokens: &ProviderTokens,
+) -> Result<Repository, RepositoryError> {
+    let located = Located::of(address);
+    let is_ssh = address.scheme == Some(Scheme::Ssh);
+    let matches = |host: &GitHost| {
+        // The port of SSH is not that of the web server.
+        let authority = if is_ssh { without_port(&host.authority) } else { &host.authority };
+        authority == located.authority && (is_ssh || host.is_public_azure() || starts_with(&located.path, &host.path))
+    };
+    let Some((provider, host)) = hosts(named, tokens).into_iter().find(|(_, host)| matches(host)) else {
+        return Err(match named {
+            Some(named) => RepositoryError::OtherHost(named, located.authority),
+            None => RepositoryError::UnknownHost(located.authority),
+        });
+    };
+    let rest = match starts_with(&located.path, &host.path) {
+        true if provider != ProviderType::AzureDevops => &located.path[host.path.len()..],
+        _ => &located.path[..],
+    };
+    // A whole project of GitLab's API is one segment.
+    let parts: Vec<&str> = rest.iter().flat_map(|segment| segment.split('/')).filter(|part| !part.is_empty()).collect();
+    let (mut parts, branch) = match provider {
+        ProviderType::Gitlab => of_gitlab(&parts),
+        ProviderType::BitbucketDataCenter => of_data_center(&parts, address),
+        ProviderType::AzureDevops => of_azure(&parts, address, &host),
+        _ => of_owner_and_name(provider, &parts),
+    }
+    .ok_or(RepositoryError::Form)?;
+    let name = parts.pop().unwrap_or_default();
+    parts.push(without_git(&name).to_owned());
+    let name = parts.join("/");
+    check(&name, Some(provider), tokens)?;
+    Ok(Repository { name, provider: Some(provider), branch })
+}
+
+fn without_port(authority: &str) -> &str {
+    match authority.rsplit_once(':') {
+        Some((host, port)) if !port.contains(']') => host,
+        _ => authority,
+    }
+}
+
+fn starts_with(path: &[String], folder: &[String]) -> bool {
+    path.len() >= folder.len() && path.iter().zip(folder).all(|(one, other)| one.eq_ignore_ascii_case(other))
+}
+
+type Found = Option<(Vec<String>, AddressBranch)>;
+
+fn owned(parts: &[&str]) -> Vec<String> {
+    parts.iter().map(|part| (*part).to_owned()).collect()
+}
+
+fn without_git(name: &str) -> &str {
+    match name.len().checked_sub(4).and_then(|at| Some((name.get(..at)?, name.get(at..)?))) {
+        // Providers have no names that end so.
+        Some((name, end)) if end.eq_ignore_ascii_case(".git") => without_git(name),
+        _ => name,
+    }
+}
+
+/// Of GitHub, Forgejo and Bitbucket Cloud.
+fn of_owner_and_name(provider: ProviderType, parts: &[&str]) -> Found {
+    let parts = match parts {
+        ["api", _, "repos", rest @ ..] | ["2.0", "repositories", rest @ ..] => rest,
+        ["repos", rest @ ..] if rest.len() >= 2 && provider == ProviderType::Github => rest,
+        parts => parts,
+    };
+    let [owner, name, rest @ ..] = parts else { return None };
+    let branch = match (provider, rest) {
+        (ProviderType::Forgejo, ["src", "branch", rest @ ..]) | (ProviderType::Bitbucket, ["src", rest @ ..]) => {
+            branch_before(rest, 0)
+        }
+        (ProviderType::Bitbucket, ["branch", rest @ ..]) => AddressBranch::Named(rest.join("/")),
+        (_, rest) => of_page(rest),
+    };
+    Some((vec![(*owner).to_owned(), (*name).to_owned()], branch))
+}
+
+/// The branch of a page of files, of commits or of one file.
+fn of_page(rest: &[&str]) -> AddressBranch {
+    match rest {
+        ["tree" | "commits", rest @ ..] => branch_before(rest, 0),
+        ["blob" | "raw" | "blame" | "edit", rest @ ..] => branch_before(rest, 1),
+        _ => AddressBranch::None,
+    }
+}
+
+/// A branch before a path that has at least so many parts. Both can have slashes.
+fn branch_before(rest: &[&str], least: usize) -> AddressBranch {
+    match rest {
+        [] => AddressBranch::None,
+        [branch, path @ ..] if path.len() == least => AddressBranch::Named((*branch).to_owned()),
+        _ => AddressBranch::Unclear,
+    }
+}
+
+fn of_gitlab(parts: &[&str]) -> Found {
+    let parts = match parts {
+        ["api", _, "projects", rest @ ..] => rest,
+        parts => parts,
+    };
+    // These are names that projects cannot have.
+    let is_page =
+        |part: &&str| matches!(*part, "tree" | "blob" | "raw" | "commits" | "blame" | "merge_requests" | "issues");
+    let end = parts.iter().position(|part| *part == "-");
+    let end = end.or_else(|| Some(2 + parts.get(2..)?.iter().position(is_page)?)).unwrap_or(parts.len());
+    let (project, page) = parts.split_at(end);
+    let page = page.strip_prefix(&["-"]).unwrap_or(page);
+    (project.len() >= 2).then(|| (owned(project), of_page(page)))
+}
+
+fn of_data_center(parts: &[&str], address: &Address) -> Found {
+    // Below the folder that the server may be in.
+    let from = parts.iter().position(|part| matches!(*part, "scm" | "projects" | "users")).unwrap_or(0);
+    let name = match &parts[from..] {
+        ["scm", project, name, ..] | ["projects", project, "repos", name, ..] | [project, name] => {
+            vec![(*project).to_owned(), (*name).to_owned()]
+        }
+        ["users", user, "repos", name, ..] => vec![format!("~{user}"), (*name).to_owned()],
+        _ => return None,
+    };
+    let branch = address.query.iter().find(|(key, _)| key == "at").map(|(_, branch)| branch.clone());
+    Some((name, branch.map_or(AddressBranch::None, AddressBranch::Named)))
+}
+
+fn of_azure(parts: &[&str], address: &Address, host: &GitHost) -> Found {
+    let (before, name) = match parts.iter().position(|part| *part == "_git") {
+        Some(at) => (&parts[..at], *parts.get(at + 1)?),
+        None => parts.split_last().map(|(name, before)| (before, *name))?,
+    };
+    let mut path = owned(before);
+    // A project's main repository may be given without the project.
+    if host.is_public_azure() && path.len() == 1 {
+        path.push(name.to_owned());
+    }
+    path.push(name.to_owned());
+    if !host.is_public_azure() && starts_with(&path, &host.path) {
+        path.drain(..host.path.len().min(path.len().saturating_sub(2)));
+    }
+    let version = address.query.iter().find(|(key, _)| key == "version").map(|(_, version)| version.as_str());
+    let branch = version.and_then(|version| version.strip_prefix("GB")).map(ToOwned::to_owned);
+    Some((path, branch.map_or(AddressBranch::None, AddressBranch::Named)))
+}
+
+fn from_name(text: &str, named: Option<ProviderType>, tokens: &ProviderTokens) -> Result<Repository, RepositoryError> {
+    let name = without_git(text.trim().trim_matches('/').trim());
+    check(name, named, tokens)?;
+    Ok(Repository { name: name.to_owned(), provider: named, branch: AddressBranch::None })
+}
+
+/// Checks the name against what the provider, or one of those that would be tried, has.
+fn check(name: &str, named: Option<ProviderType>, tokens: &ProviderTokens) -> Result<(), RepositoryError> {
+    // Records are read again: a name must not be taken for something else then, such as that of an owner that is called as a host.
+    let is_ambiguous = address::is_address(name)
+        || begins_with_host(name, named, tokens)
+        || address::unwrapped(name) != name
+        || without_git(name) != name;
+    let parts: Vec<&str> = name.split('/').collect();
+    if is_ambiguous
+        || parts.iter().any(|part| part.trim().is_empty() || matches!(*part, "." | "..") || part.starts_with('-'))
+    {
+        return Err(RepositoryError::Form);
+    }
+    // `;`, `|`, `$` and the backtick are the contract's, the others are in no provider's names.
+    if name.contains(|c: char| c.is_control() || ";|$`\\?#*:<>\"".contains(c)) {
+        return Err(RepositoryError::Character);
+    }
+    let candidates = match named {
+        Some(provider) => vec![provider],
+        None if tokens.0.is_empty() => vec![ProviderType::Github],
+        None => tokens.0.iter().map(|(provider, _)| *provider).collect(),
+    };
+    let mut errors = candidates.into_iter().map(|provider| fits(&parts, provider, tokens));
+    let first = errors.next().unwrap_or(Ok(()));
+    if first.is_err() && errors.any(|other| other.is_ok()) { Ok(()) } else { first }
+}
+
+pub(super) fn fits(parts: &[&str], provider: ProviderType, tokens: &ProviderTokens) -> Result<(), RepositoryError> {
+    let odd = |c: char| c.is_whitespace() || c == '&';
+    match provider {
+        ProviderType::AzureDevops => {
+            let setting = setting(provider, tokens).and_then(|token| token.host.as_deref());
+            // A host that cannot be used has an error of its own: see `clone_sources`.
+            let Ok(host) = GitHost::of(provider, setting) else { return Ok(()) };
+            azure_path(&host, parts).map(|_| ()).ok_or(RepositoryError::AzureForm)
+        }
+        _ if parts.iter().any(|part| part.contains(odd)) => Err(RepositoryError::Character),
+        ProviderType::Gitlab if parts.len() >= 2 => Ok(()),
+        _ if parts.len() == 2 => Ok(()),
+        _ => Err(RepositoryError::Form),
+    }
+}
+
+/// Organisation or collection, project and name of a repository of Azure DevOps. Each of the host and the name may have the
+/// first two.
+pub(super) fn azure_path(host: &GitHost, parts: &[&str]) -> Option<Vec<String>> {
+    let parts = owned(parts);
+    if host.is_public_azure() {
+        return match (parts.len(), host.path.first()) {
+            (3, _) => Some(parts),
+            (2, Some(organisation)) => Some([vec![organisation.clone()], parts].concat()),
+            _ => None,
+        };
+    }
+    // What both have is there once.
+    let most = host.path.len().min(parts.len().checked_sub(1)?);
+    let shared = (0..=most).rev().find(|shared| {
+        let end = &host.path[host.path.len() - shared..];
+        starts_with(&parts, end) && host.path.len() + parts.len() - shared >= 3
+    })?;
+    Some([host.path.clone(), parts[shared..].to_vec()].concat())
+}

@@ -1,0 +1,486 @@
+//! Git providers, repositories and branches in the forms that people paste: what settings store, and that a start and an update
+//! of a conversation take and refuse the same.
+
+use proptest::strategy::Strategy as _;
+use proptest::test_runner::{Config, TestRunner};
+use proptest::{prop_assert, prop_assert_eq};
+use secrecy::ExposeSecret;
+use serde_json::{Value, json};
+use shared::config::{SandboxConfig, StartConfig};
+use shared::error::Error;
+use shared::start::request::ProviderType;
+use shared::start::task::StartStatus;
+use shared::user::UserId;
+use shared::user::git::{Repository, normal_host, without_credentials};
+use shared::user::settings::{Settings, SettingsStore};
+use tempfile::TempDir;
+use uuid::Uuid;
+
+use crate::support::api::Api;
+use crate::support::git_server::GitServer;
+use crate::support::rig::{Rig, quick};
+
+const API: &str = "/api/v1/app-conversations";
+const MASK: &str = "**********";
+/// In everything that must not be stored or shown.
+const CANARY: &str = "canary-7731";
+
+/// The providers of the user in the table below.
+fn providers() -> Value {
+    json!({
+        "github": {"token": "ghp-1"},
+        "gitlab": {"token": "glpat-1", "host": "https://gitlab.example:8443/gitlab/api/v4"},
+        "bitbucket_data_center": {"token": "me:t", "host": "bb.example/context"},
+        "azure_devops": {"token": "pat", "host": "contoso"},
+        "forgejo": {"token": "t"},
+    })
+}
+
+/// What is sent as repository, branch and provider, and what the record has then; or the field that is refused.
+#[allow(clippy::type_complexity, reason = "a table")]
+const SELECTIONS: &[([Option<&str>; 3], Result<[Option<&str>; 3], &str>)] = {
+    const GH: Option<&str> = Some("github");
+    const GL: Option<&str> = Some("gitlab");
+    const DC: Option<&str> = Some("bitbucket_data_center");
+    const AZ: Option<&str> = Some("azure_devops");
+    const REPOSITORY: Result<[Option<&str>; 3], &str> = Err("selected_repository");
+    const BRANCH: Result<[Option<&str>; 3], &str> = Err("selected_branch");
+    const OR: Option<&str> = Some("o/r");
+    &[
+        ([OR, None, None], Ok([OR, None, None])),
+        ([OR, Some("main"), GH], Ok([OR, Some("main"), GH])),
+        ([Some(" o/r "), None, None], Ok([OR, None, None])),
+        ([Some("\to/r\n"), Some(" main "), None], Ok([OR, Some("main"), None])),
+        ([Some("o/r.git"), None, None], Ok([OR, None, None])),
+        ([Some("o/r/"), None, None], Ok([OR, None, None])),
+        ([Some("/o/r"), None, None], Ok([OR, None, None])),
+        ([Some("'o/r'"), None, None], Ok([OR, None, None])),
+        ([Some("o/r.js"), None, GH], Ok([Some("o/r.js"), None, GH])),
+        ([Some("g/s/r"), None, None], Ok([Some("g/s/r"), None, None])),
+        ([Some("g/s/t/r"), None, GL], Ok([Some("g/s/t/r"), None, GL])),
+        ([Some("My Project/r"), None, AZ], Ok([Some("My Project/r"), None, AZ])),
+        ([Some("contoso/My Project/r"), None, AZ], Ok([Some("contoso/My Project/r"), None, AZ])),
+        ([Some("PRJ/r"), None, DC], Ok([Some("PRJ/r"), None, DC])),
+        ([Some("https://github.com/o/r"), None, None], Ok([OR, None, GH])),
+        ([Some("HTTPS://GitHub.com/o/r.git/"), None, None], Ok([OR, None, GH])),
+        ([Some("http://www.github.com/o/r"), None, GH], Ok([OR, None, GH])),
+        ([Some("github.com/o/r"), None, None], Ok([OR, None, GH])),
+        ([Some("//github.com/o/r"), None, None], Ok([OR, None, GH])),
+        ([Some("git@github.com:o/r.git"), None, None], Ok([OR, None, GH])),
+        ([Some("github.com:o/r"), None, None], Ok([OR, None, GH])),
+        ([Some("github:o/r"), None, None], Ok([OR, None, GH])),
+        ([Some("ssh://git@github.com/o/r.git"), None, None], Ok([OR, None, GH])),
+        ([Some("ssh://git@ssh.github.com:443/o/r.git"), None, None], Ok([OR, None, GH])),
+        ([Some("ssh://git@github.com:o/r.git"), None, None], Ok([OR, None, GH])),
+        ([Some("git://github.com/o/r.git"), None, None], Ok([OR, None, GH])),
+        ([Some("git clone https://github.com/o/r.git"), None, None], Ok([OR, None, GH])),
+        ([Some("https://github.dev/o/r"), None, None], Ok([OR, None, GH])),
+        ([Some("https://api.github.com/repos/o/r"), None, None], Ok([OR, None, GH])),
+        ([Some("https://github.com/o/r?tab=readme-ov-file#readme"), None, None], Ok([OR, None, GH])),
+        ([Some("https://github.com/o/r/issues/12"), None, None], Ok([OR, None, GH])),
+        ([Some("https://github.com/o/r/tree/dev"), None, None], Ok([OR, Some("dev"), GH])),
+        ([Some("https://github.com/o/r/tree/dev/docs"), Some("dev"), None], Ok([OR, Some("dev"), GH])),
+        ([Some("https://github.com/o/r/blob/dev/README.md"), None, None], Ok([OR, Some("dev"), GH])),
+        ([Some("https://me:canary-7731@github.com/o/r.git"), None, None], Ok([OR, None, GH])),
+        ([Some("https://canary-7731@github.com/o/r.git"), None, None], Ok([OR, None, GH])),
+        ([Some("me:canary-7731@github.com/o/r"), None, None], Ok([OR, None, GH])),
+        ([Some("https://me:canary-7731/x@github.com/o/r.git"), None, None], Ok([OR, None, GH])),
+        ([Some("https://github.com/o/r?access_token=canary-7731"), None, None], Ok([OR, None, GH])),
+        ([Some("https://gitlab.example:8443/gitlab/g/s/r"), None, None], Ok([Some("g/s/r"), None, GL])),
+        ([Some("https://gitlab.example:8443/gitlab/g/r/-/tree/dev"), None, GL], Ok([Some("g/r"), Some("dev"), GL])),
+        (
+            [Some("https://gitlab.example:8443/gitlab/api/v4/projects/g%2Fs%2Fr"), None, None],
+            Ok([Some("g/s/r"), None, GL]),
+        ),
+        ([Some("git@gitlab.example:g/s/r.git"), None, None], Ok([Some("g/s/r"), None, GL])),
+        ([Some("ssh://git@gitlab.example:2222/g/r.git"), None, None], Ok([Some("g/r"), None, GL])),
+        ([Some("https://codeberg.org/o/r/src/branch/dev"), None, None], Ok([OR, Some("dev"), Some("forgejo")])),
+        ([Some("https://bitbucket.org/w/r/src/dev"), None, None], Ok([Some("w/r"), Some("dev"), Some("bitbucket")])),
+        ([Some("https://bitbucket.org/w/r/branch/a/b"), None, None], Ok([Some("w/r"), Some("a/b"), Some("bitbucket")])),
+        ([Some("https://bb.example/context/scm/prj/r.git"), None, None], Ok([Some("prj/r"), None, DC])),
+        (
+            [Some("https://bb.example/context/projects/PRJ/repos/r/browse?at=refs%2Fheads%2Fdev"), None, None],
+            Ok([Some("PRJ/r"), Some("dev"), DC]),
+        ),
+        ([Some("https://bb.example/context/users/jo/repos/r"), None, None], Ok([Some("~jo/r"), None, DC])),
+        (
+            [Some("https://contoso@dev.azure.com/contoso/My%20Project/_git/r"), None, None],
+            Ok([Some("contoso/My Project/r"), None, AZ]),
+        ),
+        (
+            [Some("https://dev.azure.com/contoso/p/_git/r?version=GBdev"), None, None],
+            Ok([Some("contoso/p/r"), Some("dev"), AZ]),
+        ),
+        ([Some("https://dev.azure.com/contoso/_git/p"), None, None], Ok([Some("contoso/p/p"), None, AZ])),
+        ([Some("git@ssh.dev.azure.com:v3/contoso/p/r"), None, None], Ok([Some("contoso/p/r"), None, AZ])),
+        (
+            [Some("https://contoso.visualstudio.com/DefaultCollection/p/_git/r"), None, None],
+            Ok([Some("contoso/p/r"), None, AZ]),
+        ),
+        ([OR, Some("refs/heads/feature/a"), None], Ok([OR, Some("feature/a"), None])),
+        ([OR, Some(" "), None], Ok([OR, None, None])),
+        ([OR, Some("feature/#1-ä"), None], Ok([OR, Some("feature/#1-ä"), None])),
+        ([Some(" "), None, None], Ok([None, None, None])),
+        ([Some("norepo"), None, None], REPOSITORY),
+        ([Some("o/"), None, None], REPOSITORY),
+        ([Some("o//r"), None, None], REPOSITORY),
+        ([Some("o/../r"), None, None], REPOSITORY),
+        ([Some("-o/r"), None, None], REPOSITORY),
+        ([Some("o/r;id"), None, None], REPOSITORY),
+        ([Some("o/$(id)"), None, None], REPOSITORY),
+        ([Some("o/\u{1}r"), None, None], REPOSITORY),
+        ([Some("o/.git"), None, None], REPOSITORY),
+        ([Some("a/b/c"), None, GH], REPOSITORY),
+        ([Some("p/r/x/y"), None, AZ], REPOSITORY),
+        ([Some("g/s/r"), None, DC], REPOSITORY),
+        ([Some("o/my repo"), None, GH], REPOSITORY),
+        ([Some("https://github.com/o"), None, None], REPOSITORY),
+        ([Some("https://github.com/"), None, None], REPOSITORY),
+        ([Some("https://github.com/o/r/tree/a/b"), None, None], REPOSITORY),
+        ([Some("https://git.elsewhere.example/o/r"), None, None], REPOSITORY),
+        ([Some("https://me:canary-7731@git.elsewhere.example/o/r"), None, None], REPOSITORY),
+        ([Some("https://gitlab.com/g/r"), None, None], REPOSITORY),
+        ([Some("https://gitlab.example/gitlab/g/r"), None, None], REPOSITORY),
+        ([Some("https://github.com/o/r"), None, GL], REPOSITORY),
+        ([Some("github:o/r"), None, GL], REPOSITORY),
+        ([Some("ftp://github.com/o/r"), None, None], REPOSITORY),
+        ([Some("file:///srv/o/r"), None, None], REPOSITORY),
+        ([Some("https://git hub.com/o/r"), None, None], REPOSITORY),
+        ([OR, Some("a b"), None], BRANCH),
+        ([OR, Some("a;b"), None], BRANCH),
+        ([OR, Some("a..b"), None], BRANCH),
+        ([OR, Some("-b"), None], BRANCH),
+        ([OR, Some("a~1"), None], BRANCH),
+        ([OR, Some("a.lock"), None], BRANCH),
+        ([OR, Some("HEAD"), None], BRANCH),
+    ]
+};
+
+async fn api(folder: &TempDir) -> Api {
+    Api::at(folder.path(), SandboxConfig::None).await
+}
+
+async fn conversation(api: &Api, user: &UserId) -> Uuid {
+    let id = Uuid::new_v4();
+    let row = json!({"type": "conversation", "data": {"id": id, "sandbox_id": "s",
+        "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}});
+    api.stores.load(user, [row]).await;
+    id
+}
+
+fn place(answer: &Value) -> String {
+    let violations = answer["detail"].as_array().unwrap_or_else(|| panic!("no violations: {answer}"));
+    assert_eq!(violations.len(), 1, "{answer}");
+    assert_eq!(violations[0]["type"], "value_error", "{answer}");
+    let steps = violations[0]["loc"].as_array().expect("a place");
+    steps[1..].iter().map(|step| step.as_str().expect("a name")).collect::<Vec<_>>().join(".")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_and_an_update_take_and_refuse_the_same_selections() {
+    let folder = TempDir::new().expect("a folder");
+    let api = api(&folder).await;
+    let user = UserId::new("u");
+    let settings = json!({"provider_tokens": providers()});
+    let stored = api.call(&user, "POST", "/api/v1/settings", Some(&settings)).await;
+    assert_eq!(stored.0, 200, "{stored:?}");
+    let mut wrong = Vec::new();
+    let mut started = 0;
+    for ([repository, branch, provider], expected) in SELECTIONS {
+        let mut body = json!({"selected_repository": repository});
+        for (name, value) in [("selected_branch", branch), ("git_provider", provider)] {
+            if let Some(value) = value {
+                body[name] = (*value).into();
+            }
+        }
+        let (status, task) = api.call(&user, "POST", API, Some(&body)).await;
+        let id = conversation(&api, &user).await;
+        let (patch_status, shown) = api.call(&user, "PATCH", &format!("{API}/{id}"), Some(&body)).await;
+        for answer in [&task, &shown] {
+            assert!(!answer.to_string().contains(CANARY), "{body}: {answer}");
+        }
+        match expected {
+            Ok(selection) => {
+                let found = ["selected_repository", "selected_branch", "git_provider"].map(|name| shown[name].as_str());
+                if (status, patch_status, found) != (200, 200, *selection) {
+                    wrong.push(format!("{body}: {status} {patch_status} {shown} {task}"));
+                }
+                started += 1;
+                let request = &task["request"];
+                let is_repository = selection[0].is_some();
+                let has_user = [CANARY, "contoso@"].iter().any(|user| body.to_string().contains(user));
+                if status == 200 && is_repository && !has_user {
+                    assert_eq!(request["selected_repository"], body["selected_repository"], "as it was sent");
+                }
+            }
+            Err(field) => {
+                if (status, patch_status) != (422, 422) {
+                    wrong.push(format!("{body}: {status} {patch_status} {shown} {task}"));
+                } else if (place(&task).as_str(), &task) != (*field, &shown) {
+                    wrong.push(format!("{body}: {task} {shown}"));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}:\n{}", wrong.len(), wrong.join("\n"));
+    let count = api.call(&user, "GET", &format!("{API}/start-tasks/count"), None).await;
+    assert_eq!(count, (200, json!(started)), "what is refused makes no task");
+    assert_eq!(api.call(&user, "GET", "/api/v1/sandboxes/search", None).await.1["items"], json!([]));
+    api.stop().await;
+}
+
+/// What only a start has: suggested tasks, parents, streams, and hosts that are not allowed.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_way_to_start_checks_what_it_selects() {
+    let folder = TempDir::new().expect("a folder");
+    let api = api(&folder).await;
+    let user = UserId::new("u");
+    let post = async |path: &str, body: Value| api.call(&user, "POST", &format!("{API}{path}"), Some(&body)).await;
+    let suggested = |repo: &str| {
+        json!({"suggested_task": {"git_provider": "github", "task_type": "OPEN_ISSUE", "repo": repo, "issue_number": 1,
+            "title": "T"}})
+    };
+    let (status, answer) = post("", suggested("https://me:canary-7731@gitlab.com/o/r")).await;
+    assert_eq!((status, place(&answer).as_str()), (422, "suggested_task.repo"), "{answer}");
+    assert!(!answer.to_string().contains(CANARY), "{answer}");
+    let (status, task) = post("", suggested("https://me:canary-7731@github.com/o/r.git")).await;
+    assert_eq!(status, 200, "{task}");
+    assert!(!task.to_string().contains(CANARY), "{task}");
+    let (status, answer) = post("/stream-start", json!({"selected_repository": "norepo"})).await;
+    assert_eq!((status, place(&answer).as_str()), (422, "selected_repository"), "{answer}");
+    let (status, answer) = post("", json!({"selected_branch": "main"})).await;
+    assert_eq!((status, place(&answer).as_str()), (422, "selected_branch"), "{answer}");
+
+    let both = json!({"selected_repository": "norepo", "selected_branch": "a b"});
+    let one = conversation(&api, &user).await;
+    for (method, path) in [("POST", API.to_owned()), ("PATCH", format!("{API}/{one}"))] {
+        let (status, answer) = api.call(&user, method, &path, Some(&both)).await;
+        let fields: Vec<&Value> = (0..2).map(|index| &answer["detail"][index]["loc"][1]).collect();
+        assert_eq!((status, fields), (422, vec![&json!("selected_repository"), &json!("selected_branch")]), "{answer}");
+    }
+
+    // A parent's record may have what an earlier version took; its children go on with it.
+    let parent = Uuid::new_v4();
+    let row = json!({"type": "conversation", "data": {"id": parent, "sandbox_id": "s", "selected_repository": "of/an/earlier/one",
+        "selected_branch": "a b", "git_provider": "github", "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}});
+    api.stores.load(&user, [row]).await;
+    let (_, shown) = api.call(&user, "GET", &format!("{API}?ids={parent}"), None).await;
+    assert_eq!(shown[0]["selected_repository"], "of/an/earlier/one", "{shown}");
+    let (status, task) = post("", json!({"parent_conversation_id": parent})).await;
+    assert_eq!((status, &task["request"]["selected_repository"]), (200, &json!("of/an/earlier/one")), "{task}");
+    // A repository of its own need not be where the parent's is.
+    let own = json!({"parent_conversation_id": parent, "selected_repository": "https://codeberg.org/o/r", "selected_branch": "b"});
+    let (status, task) = post("", own).await;
+    assert_eq!((status, &task["request"]["git_provider"]), (200, &json!("forgejo")), "{task}");
+    // Nor does what the record has keep anyone from changing something else.
+    for change in [json!({"title": "t"}), json!({"selected_branch": "main"}), json!({"git_provider": "gitlab"})] {
+        let (status, answer) = api.call(&user, "PATCH", &format!("{API}/{parent}"), Some(&change)).await;
+        assert_eq!((status, &answer["selected_repository"]), (200, &json!("of/an/earlier/one")), "{change} {answer}");
+    }
+    let elsewhere = json!({"selected_repository": "https://codeberg.org/o/r", "selected_branch": "b"});
+    let (status, shown) = api.call(&user, "PATCH", &format!("{API}/{parent}"), Some(&elsewhere)).await;
+    assert_eq!((status, &shown["git_provider"]), (200, &json!("forgejo")), "{shown}");
+
+    let insecure = json!({"provider_tokens": {"github": {"token": "t", "host": "http://git.example/api/v3"}}});
+    assert_eq!(api.call(&user, "POST", "/api/v1/settings", Some(&insecure)).await.0, 200);
+    let (status, answer) = post("", json!({"selected_repository": "o/r"})).await;
+    assert_eq!((status, place(&answer).as_str()), (422, "selected_repository"), "{answer}");
+    assert!(answer.to_string().contains("git.example is an unencrypted git host"), "{answer}");
+    api.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_and_hosts_are_stored_in_one_form() {
+    let folder = TempDir::new().expect("a folder");
+    let api = api(&folder).await;
+    let store = SettingsStore::new(api.aws.dynamodb.clone(), api.names.users.clone(), api.sealer.clone());
+    let first = json!({"github": {"token": "ghp-0", "host": "git.example"}});
+    for (change, expected) in [
+        (json!({"github": {"token": " Bearer ghp-1\n"}}), Ok((Some("ghp-1"), json!("git.example")))),
+        (json!({"github": {"token": "\"token ghp-1\""}}), Ok((Some("ghp-1"), json!("git.example")))),
+        // Blank, masked and missing tokens are those that are stored; the host is the new one.
+        (
+            json!({"github": {"token": "", "host": "https://other.example/api/v3"}}),
+            Ok((Some("ghp-0"), json!("other.example"))),
+        ),
+        (
+            json!({"github": {"token": " \t", "host": " HTTPS://Other.Example:443/ "}}),
+            Ok((Some("ghp-0"), json!("other.example"))),
+        ),
+        (
+            json!({"github": {"token": null, "host": "http://127.0.0.1:3482/api/v3"}}),
+            Ok((Some("ghp-0"), json!("http://127.0.0.1:3482"))),
+        ),
+        (json!({"github": {"token": MASK}}), Ok((Some("ghp-0"), json!("git.example")))),
+        (json!({"github": {"host": ""}}), Ok((Some("ghp-0"), Value::Null))),
+        (json!({"github": {"token": "", "host": null}}), Ok((Some("ghp-0"), Value::Null))),
+        (json!({"github": {"token": "", "user_id": null}}), Ok((Some("ghp-0"), json!("git.example")))),
+        (json!({"github": {}}), Ok((Some("ghp-0"), json!("git.example")))),
+        (json!({"gitlab": {"token": " ", "host": "gitlab.example"}}), Ok((Some("ghp-0"), json!("git.example")))),
+        (json!({"github": null}), Ok((None, Value::Null))),
+        (json!({"github": {"token": "ghp\ncanary-7731"}}), Err("github.token")),
+        (json!({"github": {"token": "https://me:canary-7731@github.com"}}), Err("github.token")),
+        (json!({"github": {"host": "https://me:canary-7731@git.example"}}), Err("github.host")),
+        (json!({"github": {"host": "me:canary-7731@git.example"}}), Err("github.host")),
+        (json!({"github": {"host": "https://me:canary-7731@a host"}}), Err("github.host")),
+        (json!({"github": {"host": "ftp://git.example"}}), Err("github.host")),
+        (json!({"github": {"host": "a host"}}), Err("github.host")),
+        (json!({"github": {"host": "https://git.example:99999"}}), Err("github.host")),
+        (json!({"gitlab": {"token": "t", "host": "https://gitlab.example/g/s/r.git"}}), Err("gitlab.host")),
+    ] {
+        let user = UserId::new(Uuid::new_v4().to_string());
+        let post = async |tokens: &Value| {
+            let body = json!({"provider_tokens": tokens});
+            api.call(&user, "POST", "/api/v1/settings", Some(&body)).await
+        };
+        assert_eq!(post(&first).await.0, 200);
+        let (status, answer) = post(&change).await;
+        let kept = store.get(&user).await.expect("the store").expect("settings").provider_tokens;
+        let token = kept.0.first().and_then(|(_, token)| token.token.as_ref()).map(ExposeSecret::expose_secret);
+        let (_, shown) = api.call(&user, "GET", "/api/v1/settings", None).await;
+        match expected {
+            Ok((expected, host)) => {
+                assert_eq!((status, token), (200, expected), "{change}: {answer}");
+                assert_eq!(shown["provider_tokens_set"]["github"], host, "{change}");
+                assert_eq!(shown["provider_tokens_set"].get("gitlab"), None, "{change}");
+            }
+            Err(expected) => {
+                assert_eq!((status, place(&answer)), (422, format!("provider_tokens.{expected}")), "{change}");
+                assert!(!answer.to_string().contains(CANARY), "{answer}");
+                assert_eq!((token, &shown["provider_tokens_set"]["github"]), (Some("ghp-0"), &json!("git.example")));
+            }
+        }
+    }
+    api.stop().await;
+}
+
+fn insecure() -> StartConfig {
+    StartConfig { allow_insecure_git_access: true, ..quick() }
+}
+
+/// Addresses as people paste them are cloned; the record has the name, the task what was sent.
+#[tokio::test]
+async fn what_was_pasted_is_cloned() {
+    let git = GitServer::start().await;
+    git.create_repository("o/r", &[("a.txt", "a", false)], &["dev"]).await;
+    git.require("someone", "the-token");
+    for (repository, branch) in [
+        (format!("{}/o/r.git", git.url()), None),
+        (format!(" {}/o/r/tree/dev ", git.url()), Some("dev")),
+        (format!("http://me:canary-7731@{}/o/r", git.host()), None),
+        (format!("git@{}:o/r.git", git.host().split(':').next().expect("a host")), None),
+        ("o/r.git".to_owned(), None),
+    ] {
+        let rig = Rig::start(insecure()).await;
+        let host = format!("{}/api/v3/", git.url());
+        // As a settings file has it, unlike those of the API.
+        let tokens = json!({"gitlab": {"token": null}, "github": {"token": "Bearer the-token\n", "host": host}});
+        rig.set_settings(json!({"llm_model": "openai/x", "provider_tokens": tokens})).await;
+        let mut body = json!({"selected_repository": repository});
+        // git@ has no port, and the host of the settings has: both must be the same server.
+        if repository == "o/r.git" {
+            body["git_provider"] = "github".into();
+        }
+        let task = rig.begin(&body).await;
+        let done = rig.drive(task.id).await;
+        assert_eq!(done.now.status, StartStatus::Ready, "{repository}: {:?}", done.now.detail);
+        let id = done.now.app_conversation_id.expect("a conversation");
+        let record = rig.conversations.get(&rig.user, id).await.expect("the store").expect("a record");
+        let found = (record.selected_repository.as_deref(), record.selected_branch.as_deref());
+        assert_eq!(found, (Some("o/r"), branch), "{repository}");
+        assert_eq!(record.git_provider.map(ProviderType::as_str), Some("github"), "{repository}");
+        let folder = format!("{}/r", rig.agent.working_dir());
+        assert!(std::path::Path::new(&folder).join("a.txt").exists(), "{repository}");
+        let config = std::fs::read_to_string(format!("{folder}/.git/config")).expect("a clone");
+        assert!(config.contains(&format!("url = {}/o/r.git", git.url())), "{config}");
+        let shown = serde_json::to_string(&rig.task(task.id).await.show_within(u64::MAX)).expect("JSON");
+        assert!(!shown.contains(CANARY) && !config.contains(CANARY) && !config.contains("the-token"), "{repository}");
+        rig.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_cloned_is_refused_before_a_sandbox_is_made() {
+    let rig = Rig::start(quick()).await;
+    let tokens =
+        json!({"github": {"token": "t", "host": "host of an earlier version"}, "azure_devops": {"token": "t"}});
+    rig.set_settings(json!({"llm_model": "openai/x", "provider_tokens": tokens})).await;
+    for body in [
+        json!({"selected_repository": "norepo"}),
+        json!({"selected_repository": "https://elsewhere.example/o/r"}),
+        json!({"selected_repository": "o/r"}),
+        json!({"selected_repository": "o/r", "git_provider": "github"}),
+        json!({"selected_repository": "p/r", "git_provider": "azure_devops"}),
+        json!({"selected_repository": "contoso/p/r", "selected_branch": "a..b"}),
+    ] {
+        let refused = rig.try_to_begin(&body).await;
+        assert!(matches!(refused, Err(Error::Invalid(_))), "{body}: {refused:?}");
+    }
+    assert!(rig.sandboxes.made().is_empty());
+    assert!(rig.receive().await.is_none(), "nothing is queued");
+    rig.finish().await;
+}
+
+/// Whatever is pasted: nothing panics, a name that was read is read as the same again, and no credential is left.
+#[test]
+fn names_that_were_read_are_read_as_the_same_again() {
+    let pieces = [
+        "https://",
+        "http://",
+        "ssh://",
+        "git@",
+        "me:canary-7731@",
+        "github.com",
+        "gitlab.example:8443/gitlab",
+        "dev.azure.com",
+        "bb.example/context",
+        "contoso",
+        "[::1]",
+        "/",
+        "/",
+        "/",
+        ":",
+        "?",
+        "#",
+        "@",
+        "%2F",
+        "%20",
+        " ",
+        "\n",
+        "..",
+        ".git",
+        "o",
+        "r",
+        "ü",
+        "tree",
+        "blob",
+        "-",
+        "_git",
+        "scm",
+        "projects",
+        "repos",
+        "api",
+        "v4",
+        "?token=canary-7731",
+    ];
+    let texts =
+        proptest::collection::vec(proptest::sample::select(pieces.to_vec()), 1..9).prop_map(|pieces| pieces.concat());
+    let given = json!({"provider_tokens": providers()}).to_string();
+    let tokens = Settings::from_json(&given).expect("settings").provider_tokens;
+    let config = Config { cases: 20_000, failure_persistence: None, ..Config::default() };
+    TestRunner::new(config)
+        .run(&texts, |text| {
+            let cleaned = without_credentials(&text);
+            for provider in [None, Some(ProviderType::Gitlab), Some(ProviderType::AzureDevops)] {
+                let _host = normal_host(provider.unwrap_or(ProviderType::Github), &text);
+                let Ok(read) = Repository::read(&text, provider, &tokens) else { continue };
+                prop_assert!(!read.name.contains("canary"), "{}", read.name);
+                let again = Repository::read(&read.name, read.provider, &tokens);
+                prop_assert_eq!(again.map(|again| again.name), Ok(read.name.clone()));
+                let cleaned = Repository::read(&cleaned, provider, &tokens);
+                prop_assert_eq!(cleaned.map(|cleaned| cleaned.name), Ok(read.name));
+            }
+            Ok(())
+        })
+        .expect("every text");
+}
