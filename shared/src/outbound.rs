@@ -84,9 +84,7 @@ impl Outbound {
     pub fn new(reach: Reach) -> Self {
         let (keeping, once) = match reach {
             Reach::Anywhere => (LazyClient::new(builder), LazyClient::new(|| for_one_request(builder()))),
-            Reach::Public => {
-                (LazyClient::new(public_builder), LazyClient::new(|| for_one_request(public_builder())))
-            }
+            Reach::Public => (LazyClient::new(public_builder), LazyClient::new(|| for_one_request(public_builder()))),
         };
         Self { keeping, once, reach, distrusted: Arc::default() }
     }

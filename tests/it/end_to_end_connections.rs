@@ -41,7 +41,8 @@ async fn what_follows_an_agent_servers_500_arrives_once() {
     // No file system has such a name, and no version expects the exception.
     let impossible = format!("{folder}/{}", "x".repeat(300));
     let failing = format!("/api/git/changes?path={impossible}");
-    let message = |said: &str, run: bool| json!({"role": "user", "content": [{"type": "text", "text": said}], "run": run});
+    let message =
+        |said: &str, run: bool| json!({"role": "user", "content": [{"type": "text", "text": said}], "run": run});
     let mut expected = vec!["Begin".to_owned()];
     for round in 0..ROUNDS {
         // By way of the proxy.

@@ -21,6 +21,7 @@ mod end_to_end_connections;
 mod end_to_end_history;
 mod end_to_end_inside;
 mod end_to_end_mcp;
+mod end_to_end_secrets;
 mod end_to_end_upgrade;
 mod events;
 mod hostile;
