@@ -266,7 +266,7 @@ fn read_header(check: &mut Checker, name: &str, value: &Value) -> Option<String>
 /// A secret that is sent in a header. Blanks around it are not part of it.
 fn read_header_value(check: &mut Checker, value: &Value) -> Option<String> {
     let value = secret::value(check, value)?.trim();
-    if HeaderValue::from_str(value).is_err() {
+    if !value.is_ascii() || HeaderValue::from_str(value).is_err() {
         check.report_value_error("A header's value has printable ASCII characters only", MASK.into());
         return None;
     }
