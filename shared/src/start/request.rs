@@ -49,6 +49,8 @@ wire_enum! {
         Linear = "linear",
         /// Bitbucket.
         Bitbucket = "bitbucket",
+        /// An automation; of later versions.
+        Automation = "automation",
     }
 }
 
