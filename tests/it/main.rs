@@ -7,6 +7,7 @@
     clippy::option_option,
     clippy::assigning_clones,
     clippy::cast_precision_loss,
+    clippy::disallowed_methods,
     reason = "a test fails by panicking"
 )]
 
