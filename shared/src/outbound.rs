@@ -119,7 +119,7 @@ impl Outbound {
         if distrusted.len() >= MAX_DISTRUSTED {
             distrusted.retain(|_, until| *until >= now);
         }
-        // Beyond that the repetition has to do.
+        // With more origins than that, the repetition has to suffice.
         if distrusted.len() < MAX_DISTRUSTED || distrusted.contains_key(origin) {
             distrusted.insert(origin.to_owned(), now + DISTRUST);
         }
@@ -155,13 +155,13 @@ impl Request {
         Self { builder: add(self.builder), ..self }
     }
 
-    /// With the word that it does no harm to make it twice, as is true of GET anyway.
+    /// Marks it as one that can be made twice without harm. GET always is.
     #[must_use]
     pub fn repeatable(self) -> Self {
         Self { is_repeatable: true, ..self }
     }
 
-    /// Sends it and reads the response, all within `timeout`; of a body with a status, as many bytes as `limit` says.
+    /// Sends it and reads the response within `timeout`. `limit` gives the most bytes that are read of a body, by the status.
     ///
     /// # Errors
     /// When no response comes, or not the whole of it. A status is no error.

@@ -804,7 +804,7 @@ struct Call<'a> {
     body: Option<&'a Value>,
     timeout: Duration,
     limit: usize,
-    /// Whether it does no harm to make it twice, as is true of GET anyway.
+    /// Whether it can be made twice without harm. GET always can.
     is_repeatable: bool,
     /// What must not come back in an error, beside the body's secrets.
     secrets: Vec<String>,
