@@ -4,18 +4,27 @@
 //! Addresses are looked at when the connection is made, after names were resolved: a name that means something else a moment later
 //! gains nothing. Redirects are not followed.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use percent_encoding::percent_decode;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+use reqwest::header::HeaderMap;
 use reqwest::redirect::Policy;
-use reqwest::{Method, RequestBuilder, Url};
+use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a connection without a request is kept: agent servers close theirs after 5 s, and a request that meets that is lost.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
+/// How long no kept connection to an origin is used after a failure there: until all that were idle by then have timed out.
+const DISTRUST: Duration = Duration::from_secs(5);
+/// The most origins whose failures are remembered.
+const MAX_DISTRUSTED: usize = 1_000;
+/// Bytes of a response whose status alone matters: one that is read to its end leaves its connection to the next request.
+const ALIVE_LIMIT: usize = 4 * 1024;
 /// An address that no request can be made to.
 const REFUSED: &str = "refused:";
 /// How many times over a path may be percent-encoded.
@@ -34,23 +43,17 @@ pub enum Reach {
 /// A client that is made when it is first used: to set up TLS takes longer than all else that a process does as it starts, and many
 /// requests need no client. Clones are the same client.
 #[derive(Clone, Debug)]
-pub struct LazyClient {
+struct LazyClient {
     builder: fn() -> reqwest::ClientBuilder,
     made: Arc<OnceLock<reqwest::Client>>,
 }
 
 impl LazyClient {
-    /// A client that is to be built so.
-    #[must_use]
-    pub fn new(builder: fn() -> reqwest::ClientBuilder) -> Self {
+    fn new(builder: fn() -> reqwest::ClientBuilder) -> Self {
         Self { builder, made: Arc::default() }
     }
 
-    /// The client.
-    ///
-    /// # Errors
-    /// When TLS cannot be set up.
-    pub fn get(&self) -> reqwest::Result<&reqwest::Client> {
+    fn get(&self) -> reqwest::Result<&reqwest::Client> {
         if let Some(client) = self.made.get() {
             return Ok(client);
         }
@@ -59,33 +62,175 @@ impl LazyClient {
     }
 }
 
-/// The client for such requests.
+/// The client for such requests, and for all others of this program that are not made by an SDK.
+///
+/// A server may close a kept connection while the next request is on its way: after an error (uvicorn closes a connection a moment
+/// after a 500, without having said so), at a restart, or because the connection was idle while Lambda had frozen this process. So
+/// a request that must not be made twice gets a new connection, and one that may is repeated once, on a new connection, when it
+/// or its answer is cut off. After a failure, kept connections to that origin are not used at all for a while.
 #[derive(Clone, Debug)]
 pub struct Outbound {
-    client: LazyClient,
+    keeping: LazyClient,
+    /// Its connections serve one request each.
+    once: LazyClient,
     reach: Reach,
+    /// Until when kept connections to an origin are not used.
+    distrusted: Arc<Mutex<HashMap<String, Instant>>>,
 }
 
 impl Outbound {
     /// A client that reaches so far.
     #[must_use]
     pub fn new(reach: Reach) -> Self {
-        let client = match reach {
-            Reach::Anywhere => LazyClient::new(builder),
-            // A proxy would resolve names in our place.
-            Reach::Public => LazyClient::new(|| builder().no_proxy().dns_resolver(Arc::new(PublicAddresses))),
+        let (keeping, once) = match reach {
+            Reach::Anywhere => (LazyClient::new(builder), LazyClient::new(|| for_one_request(builder()))),
+            Reach::Public => (LazyClient::new(public_builder), LazyClient::new(|| for_one_request(public_builder()))),
         };
-        Self { client, reach }
+        Self { keeping, once, reach, distrusted: Arc::default() }
     }
 
     /// Begins a request. To an address that must not be reached it fails when it is sent.
     ///
     /// # Errors
     /// When TLS cannot be set up.
-    pub fn request(&self, method: Method, url: &str) -> reqwest::Result<RequestBuilder> {
-        let may = self.reach == Reach::Anywhere || Url::parse(url).is_ok_and(|url| may_name(&url));
-        Ok(self.client.get()?.request(method, if may { url } else { REFUSED }))
+    pub fn request(&self, method: Method, url: &str) -> reqwest::Result<Request> {
+        let url = Url::parse(url).ok().filter(|url| self.reach == Reach::Anywhere || may_name(url));
+        let is_repeatable = method.is_safe();
+        let origin = url.as_ref().map(|url| url.origin().ascii_serialization()).unwrap_or_default();
+        let client = if is_repeatable { &self.keeping } else { &self.once };
+        let builder = client.get()?.request(method, url.as_ref().map_or(REFUSED, Url::as_str));
+        Ok(Request { outbound: self.clone(), origin, builder, is_repeatable })
     }
+
+    /// Whether `GET url` succeeds within a time.
+    pub async fn succeeds(&self, url: &str, timeout: Duration) -> bool {
+        let Ok(request) = self.request(Method::GET, url) else { return false };
+        request.send(timeout, |_| ALIVE_LIMIT).await.is_ok_and(|answer| answer.status.is_success())
+    }
+
+    fn trusts(&self, origin: &str) -> bool {
+        let distrusted = self.distrusted.lock().unwrap_or_else(PoisonError::into_inner);
+        distrusted.get(origin).is_none_or(|until| *until < Instant::now())
+    }
+
+    fn distrust(&self, origin: &str) {
+        let now = Instant::now();
+        let mut distrusted = self.distrusted.lock().unwrap_or_else(PoisonError::into_inner);
+        if distrusted.len() >= MAX_DISTRUSTED {
+            distrusted.retain(|_, until| *until >= now);
+        }
+        // With more origins than that, the repetition has to suffice.
+        if distrusted.len() < MAX_DISTRUSTED || distrusted.contains_key(origin) {
+            distrusted.insert(origin.to_owned(), now + DISTRUST);
+        }
+    }
+}
+
+/// A request that was begun.
+#[derive(Debug)]
+pub struct Request {
+    outbound: Outbound,
+    origin: String,
+    builder: RequestBuilder,
+    is_repeatable: bool,
+}
+
+/// A response with its body.
+#[derive(Debug)]
+pub struct Answer {
+    /// Its status, of any kind.
+    pub status: StatusCode,
+    /// Its headers.
+    pub headers: HeaderMap,
+    /// The body, or its beginning.
+    pub body: Vec<u8>,
+    /// Whether the body is whole: otherwise it has more bytes than were to be read.
+    pub is_whole: bool,
+}
+
+impl Request {
+    /// With what is added to it.
+    #[must_use]
+    pub fn with(self, add: impl FnOnce(RequestBuilder) -> RequestBuilder) -> Self {
+        Self { builder: add(self.builder), ..self }
+    }
+
+    /// Marks it as one that can be made twice without harm. GET always is.
+    #[must_use]
+    pub fn repeatable(self) -> Self {
+        Self { is_repeatable: true, ..self }
+    }
+
+    /// Sends it and reads the response within `timeout`. `limit` gives the most bytes that are read of a body, by the status.
+    ///
+    /// # Errors
+    /// When no response comes, or not the whole of it. A status is no error.
+    pub async fn send(self, timeout: Duration, limit: impl Fn(StatusCode) -> usize) -> reqwest::Result<Answer> {
+        let deadline = Instant::now() + timeout;
+        let Self { outbound, origin, builder, is_repeatable } = self;
+        let mut request = builder.build()?;
+        *request.timeout_mut() = Some(timeout);
+        let again = if is_repeatable { request.try_clone() } else { None };
+        let keeps = is_repeatable && outbound.trusts(&origin);
+        let exchange = Exchange { outbound: &outbound, origin: &origin, limit };
+        let error = match exchange.make(request, keeps).await {
+            Ok(answer) => return Ok(answer),
+            Err(error) => error,
+        };
+        let left = deadline.saturating_duration_since(Instant::now());
+        match again {
+            Some(mut again) if is_cut(&error) && !left.is_zero() => {
+                *again.timeout_mut() = Some(left);
+                exchange.make(again, false).await
+            }
+            _ => Err(error),
+        }
+    }
+}
+
+struct Exchange<'a, L> {
+    outbound: &'a Outbound,
+    origin: &'a str,
+    limit: L,
+}
+
+impl<L: Fn(StatusCode) -> usize> Exchange<'_, L> {
+    async fn make(&self, request: reqwest::Request, keeps: bool) -> reqwest::Result<Answer> {
+        let client = if keeps { &self.outbound.keeping } else { &self.outbound.once };
+        let made = match client.get()?.execute(request).await {
+            Ok(response) => self.read(response).await,
+            Err(error) => Err(error),
+        };
+        // After the body: only then is the connection back among the kept ones.
+        if made.as_ref().map_or(true, |answer| answer.status.is_server_error()) {
+            self.outbound.distrust(self.origin);
+        }
+        made
+    }
+
+    async fn read(&self, mut response: Response) -> reqwest::Result<Answer> {
+        let status = response.status();
+        if status.is_server_error() {
+            self.outbound.distrust(self.origin);
+        }
+        let limit = (self.limit)(status);
+        let mut body = Vec::new();
+        let mut is_whole = true;
+        while let Some(chunk) = response.chunk().await? {
+            let fitting: Bytes = chunk.slice(..chunk.len().min(limit - body.len()));
+            body.extend_from_slice(&fitting);
+            if fitting.len() < chunk.len() {
+                is_whole = false;
+                break;
+            }
+        }
+        Ok(Answer { status, headers: std::mem::take(response.headers_mut()), body, is_whole })
+    }
+}
+
+/// Whether a connection ended before the whole response was there.
+fn is_cut(error: &reqwest::Error) -> bool {
+    !(error.is_timeout() || error.is_connect() || error.is_builder())
 }
 
 /// Joins a path, with its query if it has one, onto a base URL. `None` unless the result stays on the base's host and below the
@@ -141,8 +286,18 @@ fn encodes_syntax(path: &str) -> bool {
     true
 }
 
+#[expect(clippy::disallowed_methods, reason = "this is what the others use")]
 fn builder() -> reqwest::ClientBuilder {
     reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).pool_idle_timeout(IDLE_TIMEOUT).redirect(Policy::none())
+}
+
+fn public_builder() -> reqwest::ClientBuilder {
+    // A proxy would resolve names in our place.
+    builder().no_proxy().dns_resolver(Arc::new(PublicAddresses))
+}
+
+fn for_one_request(builder: reqwest::ClientBuilder) -> reqwest::ClientBuilder {
+    builder.pool_max_idle_per_host(0)
 }
 
 /// Whether a URL's host is a name, which is looked at when it is resolved, or a public address.
@@ -222,7 +377,228 @@ fn is_public_v6(address: Ipv6Addr) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::{TcpListener, TcpStream};
+    use tokio::time::sleep;
+
     use super::*;
+
+    const TIMEOUT: Duration = Duration::from_secs(20);
+    /// How long uvicorn writes the traceback of an exception before it closes the connection.
+    const TRACEBACK: Duration = Duration::from_millis(300);
+
+    /// A server whose requests' paths say what becomes of them: `/500` as an exception in an agent server; `/cut` and `/half` end
+    /// the connection before and within the response, `/cut-once` and `/half-once` the first time; `/last` closes it when the
+    /// next request arrives; `/slow-cut` after a while; all else is answered.
+    #[derive(Default)]
+    struct Server {
+        gets: AtomicUsize,
+        posts: AtomicUsize,
+        connections: AtomicUsize,
+        cut: AtomicUsize,
+    }
+
+    impl Server {
+        async fn start() -> (Arc<Self>, String) {
+            let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+            let url = format!("http://{}", listener.local_addr().expect("an address"));
+            let server = Arc::new(Self::default());
+            let serving = server.clone();
+            tokio::spawn(async move {
+                while let Ok((connection, _)) = listener.accept().await {
+                    serving.connections.fetch_add(1, Ordering::SeqCst);
+                    let server = serving.clone();
+                    tokio::spawn(async move { server.serve(connection).await });
+                }
+            });
+            (server, url)
+        }
+
+        async fn serve(&self, mut connection: TcpStream) -> Option<()> {
+            let mut is_last = false;
+            loop {
+                let mut request = Vec::new();
+                // A body is `{}`.
+                while !request.ends_with(b"\r\n\r\n") && !request.ends_with(b"\r\n\r\n{}") {
+                    if connection.read_buf(&mut request).await.ok()? == 0 {
+                        return None;
+                    }
+                    if request.starts_with(b"POST") && request.ends_with(b"\r\n\r\n") {
+                        connection.read_buf(&mut request).await.ok()?;
+                    }
+                }
+                let count = if request.starts_with(b"POST") { &self.posts } else { &self.gets };
+                count.fetch_add(1, Ordering::SeqCst);
+                if is_last {
+                    return None;
+                }
+                let text = String::from_utf8_lossy(&request).into_owned();
+                let path = text.split(' ').nth(1)?;
+                let is_first = || self.cut.fetch_add(1, Ordering::SeqCst) == 0;
+                let whole = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]".as_slice();
+                match path {
+                    "/500" => {
+                        let answer = b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 2\r\n\r\n{}";
+                        connection.write_all(answer).await.ok()?;
+                        sleep(TRACEBACK).await;
+                        return None;
+                    }
+                    "/cut" => return None,
+                    "/cut-once" if is_first() => return None,
+                    "/slow-cut" => {
+                        sleep(TRACEBACK).await;
+                        return None;
+                    }
+                    "/half" => return connection.write_all(&whole[..whole.len() - 1]).await.ok(),
+                    "/half-once" if is_first() => return connection.write_all(&whole[..whole.len() - 1]).await.ok(),
+                    path => {
+                        is_last = path == "/last";
+                        connection.write_all(whole).await.ok()?;
+                    }
+                }
+            }
+        }
+
+        /// How many GET, POST and connections there were since this was asked last.
+        fn counts(&self) -> (usize, usize, usize) {
+            let count = |counter: &AtomicUsize| counter.swap(0, Ordering::SeqCst);
+            (count(&self.gets), count(&self.posts), count(&self.connections))
+        }
+    }
+
+    async fn get(outbound: &Outbound, url: &str) -> reqwest::Result<Answer> {
+        outbound.request(Method::GET, url)?.send(TIMEOUT, |_| 100).await
+    }
+
+    async fn post(outbound: &Outbound, url: &str) -> reqwest::Result<Answer> {
+        outbound.request(Method::POST, url)?.with(|request| request.body("{}")).send(TIMEOUT, |_| 100).await
+    }
+
+    #[tokio::test]
+    async fn connections_are_kept_between_requests_that_may_be_repeated() {
+        let (server, url) = Server::start().await;
+        let outbound = Outbound::new(Reach::Anywhere);
+        for _ in 0..5 {
+            assert_eq!(get(&outbound, &url).await.expect("an answer").body, b"[]");
+        }
+        assert_eq!(server.counts(), (5, 0, 1));
+        for _ in 0..3 {
+            post(&outbound, &url).await.expect("an answer");
+        }
+        assert_eq!(server.counts(), (0, 3, 3));
+        let request = outbound.request(Method::POST, &url).expect("a client").repeatable();
+        request.with(|request| request.body("{}")).send(TIMEOUT, |_| 100).await.expect("an answer");
+        assert_eq!(server.counts(), (0, 1, 0));
+    }
+
+    #[tokio::test]
+    async fn what_follows_a_500_arrives_once() {
+        const ROUNDS: usize = 10;
+        for failing in [Method::GET, Method::POST] {
+            let (server, url) = Server::start().await;
+            for round in 0..ROUNDS {
+                let outbound = Outbound::new(Reach::Anywhere);
+                let fail = async || {
+                    let request = outbound.request(failing.clone(), &format!("{url}/500")).expect("a client");
+                    let answer = request.with(|request| request.body("{}")).send(TIMEOUT, |_| 100).await;
+                    assert_eq!(answer.expect("an answer").status, 500);
+                };
+                // Other connections are kept beside the one that ends.
+                let (one, other, ()) = tokio::join!(get(&outbound, &url), get(&outbound, &url), fail());
+                assert!(one.is_ok() && other.is_ok(), "{one:?} {other:?}");
+                let (gets, posts, _) = server.counts();
+                let expected = if failing == Method::GET { (3, 0) } else { (2, 1) };
+                assert_eq!((gets, posts), expected, "round {round}");
+                post(&outbound, &url).await.expect("arrived");
+                get(&outbound, &url).await.expect("an answer");
+                let (one, other) = tokio::join!(post(&outbound, &url), post(&outbound, &url));
+                assert!(one.is_ok() && other.is_ok(), "{one:?} {other:?}");
+                // Each on a connection of its own: the GET was not repeated.
+                assert_eq!(server.counts(), (1, 3, 4), "round {round} after {failing}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_cut_off_is_repeated_once_if_that_does_no_harm() {
+        let (server, url) = Server::start().await;
+        for (path, arrives) in [("cut-once", true), ("half-once", true), ("cut", false), ("half", false)] {
+            let outbound = Outbound::new(Reach::Anywhere);
+            let url = format!("{url}/{path}");
+            let is_whole = |answer: reqwest::Result<Answer>| answer.is_ok_and(|answer| answer.body == b"[]");
+            server.cut.store(0, Ordering::SeqCst);
+            assert_eq!(is_whole(get(&outbound, &url).await), arrives, "{path}");
+            assert_eq!(server.counts(), (2, 0, 2), "{path}");
+            server.cut.store(0, Ordering::SeqCst);
+            assert!(post(&outbound, &url).await.is_err(), "{path}");
+            assert_eq!(server.counts(), (0, 1, 1), "{path}");
+            server.cut.store(0, Ordering::SeqCst);
+            let request = outbound.request(Method::POST, &url).expect("a client").repeatable();
+            let answer = request.with(|request| request.body("{}")).send(TIMEOUT, |_| 100).await;
+            assert_eq!(is_whole(answer), arrives, "{path}");
+            assert_eq!(server.counts(), (0, 2, 2), "{path}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_restart_of_the_server_loses_no_request() {
+        const KEPT: usize = 8;
+        let (server, url) = Server::start().await;
+        let outbound = Outbound::new(Reach::Anywhere);
+        for round in 0..5 {
+            let kept = format!("{url}/last");
+            let answers = futures::future::join_all((0..KEPT).map(|_| get(&outbound, &kept))).await;
+            assert!(answers.iter().all(Result::is_ok), "{answers:?}");
+            server.counts();
+            // Every kept connection ends with the next request on it.
+            let posts = futures::future::join_all((0..KEPT).map(|_| post(&outbound, &url))).await;
+            assert!(posts.iter().all(Result::is_ok), "round {round}: {posts:?}");
+            assert_eq!(server.counts(), (0, KEPT, KEPT), "round {round}");
+            let gets = futures::future::join_all((0..KEPT).map(|_| get(&outbound, &url))).await;
+            assert!(gets.iter().all(Result::is_ok), "round {round}: {gets:?}");
+            assert!(server.counts().0 <= 2 * KEPT, "round {round}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_repetition_has_the_time_that_is_left() {
+        let (server, url) = Server::start().await;
+        let outbound = Outbound::new(Reach::Anywhere);
+        let request = outbound.request(Method::GET, &format!("{url}/slow-cut")).expect("a client");
+        let began = Instant::now();
+        let error = request.send(TRACEBACK * 3 / 2, |_| 100).await.expect_err("no answer");
+        assert!(error.is_timeout() && began.elapsed() < TRACEBACK * 2, "{error:?} after {:?}", began.elapsed());
+        assert_eq!(server.counts(), (2, 0, 2));
+    }
+
+    #[tokio::test]
+    async fn of_a_body_as_much_is_read_as_is_wanted() {
+        let (_server, url) = Server::start().await;
+        let outbound = Outbound::new(Reach::Anywhere);
+        for (limit, body, is_whole) in [(0, "", false), (1, "[", false), (2, "[]", true), (3, "[]", true)] {
+            let request = outbound.request(Method::GET, &url).expect("a client");
+            let answer = request.send(TIMEOUT, |_| limit).await.expect("an answer");
+            assert_eq!((answer.body.as_slice(), answer.is_whole), (body.as_bytes(), is_whole), "{limit}");
+        }
+    }
+
+    #[test]
+    fn failures_of_many_origins_take_little_memory() {
+        let outbound = Outbound::new(Reach::Anywhere);
+        for port in 0..2 * MAX_DISTRUSTED {
+            outbound.distrust(&format!("http://host:{port}"));
+        }
+        assert_eq!(outbound.distrusted.lock().expect("a map").len(), MAX_DISTRUSTED);
+        assert!(!outbound.trusts("http://host:7") && outbound.trusts("http://other"));
+        let past = Instant::now();
+        std::thread::sleep(Duration::from_millis(2));
+        outbound.distrusted.lock().expect("a map").values_mut().for_each(|until| *until = past);
+        assert!(outbound.trusts("http://host:7"));
+        outbound.distrust("http://other");
+        assert_eq!(outbound.distrusted.lock().expect("a map").len(), 1);
+    }
 
     #[test]
     fn addresses_are_public_or_not() {
@@ -413,13 +789,15 @@ mod tests {
         let port = listener.local_addr().expect("an address").port();
         let outbound = Outbound::new(Reach::Public);
         for host in ["localhost", "127.0.0.1", "[::ffff:127.0.0.1]"] {
-            let sent = outbound.request(Method::GET, &format!("http://{host}:{port}/")).expect("a client").send().await;
+            let request = outbound.request(Method::GET, &format!("http://{host}:{port}/")).expect("a client");
+            let sent = request.send(CONNECT_TIMEOUT, |_| 0).await;
             assert!(sent.is_err(), "{host}");
         }
         let nobody = tokio::time::timeout(Duration::from_millis(50), listener.accept()).await;
         assert!(nobody.is_err(), "nothing was connected to");
         let anywhere = Outbound::new(Reach::Anywhere);
-        let request = anywhere.request(Method::GET, &format!("http://localhost:{port}/")).expect("a client").send();
+        let request = anywhere.request(Method::GET, &format!("http://localhost:{port}/")).expect("a client");
+        let request = request.send(CONNECT_TIMEOUT, |_| 0);
         let asked = tokio::select! { accepted = listener.accept() => accepted.is_ok(), _ = request => false };
         assert!(asked, "where it is allowed, it is reached");
     }

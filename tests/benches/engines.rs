@@ -6,7 +6,7 @@
 //! cargo bench -p tests --bench engines -- 1000 2        # 1,000 conversations, 2 s a line
 //! ```
 
-#![allow(clippy::expect_used, reason = "a benchmark fails by panicking")]
+#![allow(clippy::expect_used, clippy::disallowed_methods, reason = "a benchmark fails by panicking")]
 
 #[path = "../it/support"]
 #[allow(dead_code, reason = "shared with the tests")]

@@ -5,7 +5,7 @@
 //! cargo bench -p tests --bench exports --profile dev -- 1000 10000 100000
 //! ```
 
-#![allow(clippy::expect_used, reason = "a benchmark fails by panicking")]
+#![allow(clippy::expect_used, clippy::disallowed_methods, reason = "a benchmark fails by panicking")]
 
 use std::process::Stdio;
 use std::sync::Arc;

@@ -5,7 +5,7 @@
 //! cargo bench -p tests --bench records --profile dev -- 100 10000 1000000
 //! ```
 
-#![allow(clippy::expect_used, reason = "a benchmark fails by panicking")]
+#![allow(clippy::expect_used, clippy::disallowed_methods, reason = "a benchmark fails by panicking")]
 
 #[path = "../it/support"]
 #[allow(dead_code, reason = "shared with the tests")]

@@ -4,7 +4,7 @@
 //! cargo bench -p tests --bench webhooks
 //! ```
 
-#![allow(clippy::expect_used, reason = "a benchmark fails by panicking")]
+#![allow(clippy::expect_used, clippy::disallowed_methods, reason = "a benchmark fails by panicking")]
 
 use std::time::Instant;
 

@@ -508,7 +508,7 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
     let reference = Reference::new();
     let ids: Vec<Uuid> = (0..6).map(|_| Uuid::new_v4()).collect();
     reference.conversation(ids[0], "V1", "gui", Some("box"));
-    reference.conversation(ids[1], "V1", "slack", Some("box"));
+    reference.conversation(ids[1], "V1", "automation", Some("box"));
     reference.conversation(ids[2], "V0", "gui", None);
     reference.conversation(ids[3], "V1", "the moon", Some("box"));
     reference.conversation(ids[4], "V1", "gui", None);
@@ -571,6 +571,9 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
     ] {
         assert_eq!(shown[field], value, "{field}");
     }
+    let of_later = rig.stores.conversations.get(&user, ids[1]).await.expect("the store").expect("a conversation");
+    let of_later = shared::conversation::AppConversation::without_sandbox(of_later);
+    assert_eq!(serde_json::to_value(of_later).expect("JSON")["trigger"], "automation");
     assert_eq!(shown["metrics"]["accumulated_cost"], 0.5);
     let usage = &shown["metrics"]["accumulated_token_usage"];
     assert_eq!((&usage["cache_write_tokens"], &usage["per_turn_token"]), (&json!(4), &json!(0)));

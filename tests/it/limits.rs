@@ -263,6 +263,66 @@ async fn head_is_get_without_a_body() {
     rig.api.stop().await;
 }
 
+/// As API Gateway receives it: a JSON text in a JSON string.
+fn size_on_aws(answer: &Value) -> usize {
+    serde_json::to_string(&answer.to_string()).expect("JSON").len()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lists_of_large_starts_fit_into_an_answer() {
+    const LAMBDA: usize = 6 * 1024 * 1024;
+    let rig = Rig::new().await;
+    let image = |length: usize| format!("data:image/png;base64,{}", "A".repeat(length));
+    let images = |images: &[usize]| {
+        let images: Vec<String> = images.iter().map(|length| image(*length)).collect();
+        json!({"initial_message": {"content": [{"type": "text", "text": "look"}, {"type": "image", "image_urls": images}]}})
+    };
+    let text = |text: String| json!({"initial_message": {"content": [{"type": "text", "text": text}]}});
+    let mut ids = Vec::new();
+    // One image and many; quotes and line breaks, which are longer within a string; small ones between large ones.
+    for request in [
+        images(&[3_000_000]),
+        images(&[1_000_000, 1_000_000, 1_000_000]),
+        json!({"title": "small"}),
+        images(&[5_000_000]),
+        text("\"".repeat(1_300_000)),
+        text("\n".repeat(2_000_000)),
+        json!({"system_message_suffix": "x".repeat(2_900_000)}),
+        json!({"title": "small, too"}),
+    ] {
+        let (status, task) = rig.send("POST", API, request.to_string()).await;
+        assert_eq!(status, 200, "{}", task.to_string().chars().take(300).collect::<String>());
+        ids.push(task["id"].as_str().expect("an id").to_owned());
+    }
+
+    for ids in [&ids[..], &ids[..3], &ids[3..4], &ids[4..6]] {
+        let query = ids.iter().map(|id| format!("ids={id}")).collect::<Vec<_>>().join("&");
+        let (status, batch) = rig.get(&format!("{API}/start-tasks?{query}")).await;
+        assert!(status == 200 && size_on_aws(&batch) < LAMBDA, "{status}, {}", size_on_aws(&batch));
+        let found: Vec<&str> = batch.as_array().expect("tasks").iter().filter_map(|task| task["id"].as_str()).collect();
+        assert_eq!(found, ids.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+    for (order, limit) in [("CREATED_AT", 100), ("CREATED_AT_DESC", 100), ("CREATED_AT_DESC", 2)] {
+        let (mut found, mut page_id) = (Vec::new(), String::new());
+        loop {
+            let (status, page) =
+                rig.get(&format!("{API}/start-tasks/search?sort_order={order}&limit={limit}{page_id}")).await;
+            assert!(status == 200 && size_on_aws(&page) < LAMBDA, "{status}, {}", size_on_aws(&page));
+            let items = page["items"].as_array().expect("items");
+            assert!(!items.is_empty(), "a page makes progress");
+            found.extend(items.iter().filter_map(|task| task["id"].as_str().map(str::to_owned)));
+            let Some(next) = page["next_page_id"].as_str() else { break };
+            page_id = format!("&page_id={next}");
+        }
+        found.retain(|id| ids.contains(id));
+        if order == "CREATED_AT_DESC" {
+            found.reverse();
+        }
+        assert_eq!(found, ids, "{order} {limit}");
+    }
+    rig.api.stop().await;
+}
+
 /// The states of a start, as one array.
 async fn states(rig: &Rig, body: &Value, meanwhile: impl AsyncFn()) -> Vec<Value> {
     let request = Request::post(format!("{API}/stream-start")).header("content-type", "application/json");

@@ -7,6 +7,7 @@
     clippy::option_option,
     clippy::assigning_clones,
     clippy::cast_precision_loss,
+    clippy::disallowed_methods,
     reason = "a test fails by panicking"
 )]
 
@@ -19,9 +20,11 @@ mod download;
 mod effects;
 mod end_to_end;
 mod end_to_end_clone;
+mod end_to_end_connections;
 mod end_to_end_history;
 mod end_to_end_inside;
 mod end_to_end_mcp;
+mod end_to_end_secrets;
 mod end_to_end_upgrade;
 mod events;
 mod hostile;

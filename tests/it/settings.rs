@@ -13,6 +13,7 @@ use shared::config::SandboxConfig;
 use shared::http::caller::Caller;
 use shared::sandbox::store::SandboxStore;
 use shared::user::UserId;
+use shared::user::document::SecretChange;
 use shared::user::settings::SettingsStore;
 use tempfile::TempDir;
 
@@ -233,16 +234,16 @@ async fn secrets_are_listed_page_by_page_and_never_shown() {
     let call = async |method: &str, target: &str, body: Option<Value>| {
         api.call(&user, method, &format!("/api/v1/secrets{target}"), body.as_ref()).await
     };
-    for name in ["B", "A", "C/x", "", "=", "c c"] {
+    for name in ["B", "A", "C/x", "", "=", "c"] {
         let (status, _) = call("POST", "", Some(json!({"name": name, "value": "v", "description": "d"}))).await;
-        assert_eq!(status, if ["A", "B", "c c"].contains(&name) { 201 } else { 422 }, "{name}");
+        assert_eq!(status, if ["A", "B", "c"].contains(&name) { 201 } else { 422 }, "{name}");
     }
     assert_eq!(call("POST", "", Some(json!({"name": "B", "value": "w"}))).await.0, 200);
     let (_, page) = call("GET", "/search?limit=2", None).await;
     assert_eq!(page["items"], json!([{"name": "A", "description": "d"}, {"name": "B", "description": "d"}]));
     let next = page["next_page_id"].as_str().expect("a page id").to_owned();
     let (_, page) = call("GET", &format!("/search?limit=2&page_id={next}"), None).await;
-    assert_eq!(page, json!({"items": [{"name": "c c", "description": "d"}], "next_page_id": null}));
+    assert_eq!(page, json!({"items": [{"name": "c", "description": "d"}], "next_page_id": null}));
     let foreign = api.call(&other, "GET", &format!("/api/v1/secrets/search?page_id={next}"), None).await;
     assert_eq!(foreign.0, 400);
     assert_eq!(call("GET", "/search?name__contains=b", None).await.1["items"].as_array().map(Vec::len), Some(1));
@@ -250,12 +251,65 @@ async fn secrets_are_listed_page_by_page_and_never_shown() {
     assert_eq!(call("PUT", "/A", Some(json!({"name": "B"}))).await.0, 409);
     assert_eq!(call("PUT", "/A", Some(json!({"name": "D", "description": "e", "value": null}))).await.0, 200);
     assert_eq!(call("PUT", "/A", Some(json!({"name": "E"}))).await.0, 404);
-    assert_eq!(call("DELETE", "/c%20c", None).await.0, 200);
-    assert_eq!(call("DELETE", "/c%20c", None).await, (404, json!({"detail": "Secret c c not found"})));
+    assert_eq!(call("DELETE", "/c", None).await.0, 200);
+    assert_eq!(call("DELETE", "/c", None).await, (404, json!({"detail": "Secret c not found"})));
     assert_eq!(api.call(&other, "DELETE", "/api/v1/secrets/D", None).await.0, 404);
     let kept = store(&api).get(&user).await.expect("an answer").expect("settings").custom_secrets;
     let kept: Vec<_> = kept.iter().map(|(name, secret)| (name.as_str(), secret.secret.expose_secret())).collect();
     assert_eq!(kept, [("B", "w"), ("D", "v")]);
+    api.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_secret_that_no_sandbox_can_use_is_refused_and_one_that_is_stored_can_be_repaired() {
+    let folder = TempDir::new().expect("a folder");
+    let api = api(&folder).await;
+    let user = UserId::new("u");
+    let call = async |method: &str, target: &str, body: Option<Value>| {
+        api.call(&user, method, &format!("/api/v1/secrets{target}"), body.as_ref()).await
+    };
+    assert_eq!(call("POST", "", Some(json!({"name": "GOOD", "value": "v"}))).await.0, 201);
+    for name in
+        ["MY_DUMMY-SECRET", "with space", "1ST", "$(id)", "ünï", "UID", "SHELLOPTS", "PATH", "LD_PRELOAD", "BASH_ENV"]
+    {
+        for (method, target) in [("POST", ""), ("PUT", "/GOOD")] {
+            let (status, answer) = call(method, target, Some(json!({"name": name, "value": "canary"}))).await;
+            let fault = &answer["detail"][0];
+            assert_eq!((status, &fault["loc"]), (422, &json!(["body", "name"])), "{method} {name}: {answer}");
+            assert!(!answer.to_string().contains("canary"), "{answer}");
+        }
+    }
+    for value in ["canary\0", "canary\u{1b}[0m", "canary\u{1a}", "\u{7f}canary"] {
+        for (method, target) in [("POST", ""), ("PUT", "/GOOD")] {
+            let (status, answer) = call(method, target, Some(json!({"name": "GOOD", "value": value}))).await;
+            assert_eq!((status, &answer["detail"][0]["loc"]), (422, &json!(["body", "value"])), "{method}: {answer}");
+            assert!(!answer.to_string().contains("canary"), "{answer}");
+        }
+    }
+    let keys = json!({"name": "KEY", "value": "-----BEGIN KEY-----\n\tAA==\r\n-----END KEY-----\n"});
+    assert_eq!(call("POST", "", Some(keys)).await.0, 201);
+
+    // From a time when names were not checked.
+    for name in ["MY-X", "UID", "c c"] {
+        let change = SecretChange { name: name.to_owned(), value: Some("old".to_owned()), description: None };
+        store(&api).change(&user, |document| document.put_secret(&change)).await.expect("stored");
+    }
+    let (_, page) = call("GET", "/search", None).await;
+    assert_eq!(page["items"].as_array().map(Vec::len), Some(5), "{page}");
+    // Pages send the name with every change.
+    let described = json!({"name": "MY-X", "description": "d", "value": MASK});
+    assert_eq!(call("PUT", "/MY-X", Some(described)).await.0, 200);
+    for body in [json!({"value": "new"}), json!({"name": "MY-X", "value": "new"}), json!({"name": "MY-Y"})] {
+        let (status, answer) = call("PUT", "/MY-X", Some(body)).await;
+        assert_eq!((status, &answer["detail"][0]["loc"]), (422, &json!(["body", "name"])), "{answer}");
+    }
+    assert_eq!(call("PUT", "/MY-X", Some(json!({"name": "MY_X"}))).await.0, 200);
+    assert_eq!(call("PUT", "/UID", Some(json!({"name": "USER_ID", "value": "new"}))).await.0, 200);
+    assert_eq!(call("DELETE", "/c%20c", None).await.0, 200);
+    let kept = store(&api).get(&user).await.expect("an answer").expect("settings").custom_secrets;
+    let kept: Vec<_> = kept.iter().map(|(name, secret)| (name.as_str(), secret.secret.expose_secret())).collect();
+    assert_eq!(kept[..1], [("GOOD", "v")]);
+    assert_eq!(kept[2..], [("MY_X", "old"), ("USER_ID", "new")]);
     api.stop().await;
 }
 

@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use jsonwebtoken::jwk::{Jwk, JwkSet, PublicKeyUse};
 use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode, decode_header};
-use reqwest::Url;
+use reqwest::{Method, Url};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use shared::config::OidcConfig;
 use shared::error::{Error, Result};
-use shared::outbound::LazyClient;
+use shared::outbound::{Outbound, Reach};
 use shared::user::UserId;
 use tokio::sync::Mutex;
 
@@ -63,7 +63,7 @@ pub type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
 /// than once a minute.
 pub struct Tokens {
     config: OidcConfig,
-    http: LazyClient,
+    http: Outbound,
     keys: Mutex<Keys>,
     clock: Clock,
 }
@@ -95,9 +95,7 @@ impl Tokens {
     /// The same with another clock.
     #[must_use]
     pub fn with_clock(config: OidcConfig, clock: Clock) -> Self {
-        let http =
-            LazyClient::new(|| reqwest::Client::builder().redirect(reqwest::redirect::Policy::none()).timeout(TIMEOUT));
-        Self { config, http, keys: Mutex::default(), clock }
+        Self { config, http: Outbound::new(Reach::Anywhere), keys: Mutex::default(), clock }
     }
 
     /// Whose token it is; `None` when it does not hold.
@@ -183,28 +181,16 @@ impl Tokens {
     }
 
     async fn read<T: DeserializeOwned>(&self, url: &str) -> Result<T> {
-        let mut answer = self
-            .http
-            .get()
-            .map_err(Error::internal)?
-            .get(url)
-            .send()
-            .await
-            .map_err(upstream)?
-            .error_for_status()
-            .map_err(upstream)?;
-        if !answer.status().is_success() {
-            return Err(upstream(format!("{url} answered {}", answer.status())));
+        let request = self.http.request(Method::GET, url).map_err(Error::internal)?;
+        let answer = request.send(TIMEOUT, |_| MAX_DOCUMENT).await.map_err(upstream)?;
+        if !answer.status.is_success() {
+            return Err(upstream(format!("{url} answered {}", answer.status)));
         }
-        let mut document = Vec::new();
-        while let Some(chunk) = answer.chunk().await.map_err(upstream)? {
-            document.extend_from_slice(&chunk);
-            if document.len() > MAX_DOCUMENT {
-                return Err(upstream(format!("{url} answered more than {MAX_DOCUMENT} bytes")));
-            }
+        if !answer.is_whole {
+            return Err(upstream(format!("{url} answered more than {MAX_DOCUMENT} bytes")));
         }
         // The error would quote the document.
-        serde_json::from_slice(&document)
+        serde_json::from_slice(&answer.body)
             .map_err(|error| upstream(format!("{url} answered something else (column {})", error.column())))
     }
 }

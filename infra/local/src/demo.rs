@@ -106,6 +106,10 @@ pub enum ShowError {
 /// # Errors
 /// It did not come to its end.
 pub async fn show(base: &str, key: Option<&SecretString>) -> Result<(), ShowError> {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "it is a client as others are, of a server that keeps its connections"
+    )]
     let http = reqwest::Client::builder().no_proxy().build()?;
     let api = format!("{base}/api/v1");
     let ask = async |request: RequestBuilder| {

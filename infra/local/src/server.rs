@@ -21,7 +21,7 @@ use shared::config::{
     self, Config, DockerSandboxConfig, ExportConfig, Names, ProcessSandboxConfig, RemoteSandboxConfig, SandboxConfig,
     SealingConfig, StartConfig,
 };
-use shared::outbound::Reach;
+use shared::outbound::{Outbound, Reach};
 use shared::sandbox::SandboxService as _;
 use shared::sandbox::process::ProcessSandboxes;
 use shared::sandbox::store::SandboxStore;
@@ -307,7 +307,7 @@ impl Server {
             );
         }
         let worker = match invoke_url {
-            Some(url) => Worker::At(reqwest::Client::new(), url),
+            Some(url) => Worker::At(Outbound::new(Reach::Anywhere), url),
             None => Worker::Here(Arc::new(start_worker::Context::new(&config, &aws, &sealer))),
         };
         let readiness = Readiness::default();

@@ -6,13 +6,18 @@ use std::time::Duration;
 
 use aws_sdk_sqs::Client;
 use aws_sdk_sqs::types::Message;
+use http::Method;
 use serde_json::{Value, json};
+use shared::outbound::Outbound;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
 /// Invocations at a time.
 const CONCURRENCY: usize = 64;
+/// The longest invocation, as on AWS, and bytes of its answer.
+const INVOCATION: Duration = Duration::from_secs(900);
+const ANSWER_LIMIT: usize = 6 * 1024 * 1024;
 const LONG_POLL_SECONDS: i32 = 20;
 const AFTER_FAILED_POLL: Duration = Duration::from_secs(1);
 /// Every minute on AWS, where a sweep costs money.
@@ -24,7 +29,7 @@ pub enum Worker {
     /// In this process.
     Here(Arc<start_worker::Context>),
     /// Behind the invocation API that `cargo lambda watch` serves at this address.
-    At(reqwest::Client, String),
+    At(Outbound, String),
 }
 
 impl Worker {
@@ -37,9 +42,13 @@ impl Worker {
             }
             Self::At(http, url) => {
                 let url = format!("{}/2015-03-31/functions/start-worker/invocations", url.trim_end_matches('/'));
-                let answer = http.post(url).json(&event).send().await.map_err(|error| error.to_string())?;
-                let answer = answer.error_for_status().map_err(|error| error.to_string())?;
-                let response: Value = answer.json().await.map_err(|error| error.to_string())?;
+                let request = http.request(Method::POST, &url).map_err(|error| error.to_string())?;
+                let request = request.with(|request| request.json(&event));
+                let answer = request.send(INVOCATION, |_| ANSWER_LIMIT).await.map_err(|error| error.to_string())?;
+                if !answer.status.is_success() {
+                    return Err(format!("{url} answered {}", answer.status));
+                }
+                let response: Value = serde_json::from_slice(&answer.body).map_err(|error| error.to_string())?;
                 let failures = response["batchItemFailures"].as_array().cloned().unwrap_or_default();
                 failures
                     .iter()

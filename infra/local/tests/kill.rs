@@ -2,7 +2,7 @@
 //!
 //! The agent server is installed into `target/agent-server` on first use, or `OPENHANDS_AGENT_SERVER_FOLDER`.
 #![cfg(target_os = "linux")] // processes are found in /proc
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::disallowed_methods, reason = "tests")]
 
 use std::fs::{self, Permissions};
 use std::io::{BufRead as _, BufReader, Read as _};

@@ -3,6 +3,8 @@
 //! The agent server fills in defaults, yet the body is written out in full, as the reference does: what a conversation
 //! runs with is then decided here and does not change with the agent server's version.
 
+use std::collections::BTreeMap;
+
 use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
@@ -11,6 +13,7 @@ use super::SkillInfo;
 use crate::clock::Time;
 use crate::config::StartConfig;
 use crate::error::Result;
+use crate::http::secret;
 use crate::id;
 use crate::start::request::{AgentType, Content, ProviderType, Secrets, SendMessageRequest, StartRequest};
 use crate::user::UserId;
@@ -27,6 +30,9 @@ const MAX_ITERATIONS: u32 = 500;
 
 /// The MCP server of the search service, which a search key adds.
 const SEARCH_SERVER: &str = "tavily";
+
+/// Why a long secret is left out.
+const TOO_LONG: &str = "the agent's terminal accepts 16,000 bytes at once, quotes and name included";
 
 /// What a body is made of.
 #[derive(Debug)]
@@ -69,7 +75,12 @@ pub struct ConversationBody {
     pub json: Value,
     /// The model as the agent uses it.
     pub llm_model: String,
+    /// Which secrets the agent does not get, and why.
+    pub secrets_left_out: SecretsLeftOut,
 }
+
+/// Names of secrets that cannot be variables in the sandbox, by the reason.
+pub type SecretsLeftOut = BTreeMap<&'static str, Vec<String>>;
 
 /// Neither the request nor the settings name a model.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -92,7 +103,7 @@ pub fn conversation_body(
     let mut agent_llm = llm(inputs, model, "agent");
     agent_llm["stream"] = inputs.streaming.into();
     let llm_model = agent_llm["model"].as_str().unwrap_or(model).to_owned();
-    let secrets = secrets(inputs)?;
+    let (secrets, secrets_left_out) = secrets(inputs)?;
     let (tools, prompt, prompt_arguments) = if plan {
         let path = format!("{}/{}/PLAN.md", inputs.project_dir, plan_folder(request.git_provider));
         (
@@ -152,7 +163,7 @@ pub fn conversation_body(
             "kind": "Agent",
         },
     });
-    Ok(Ok(ConversationBody { json, llm_model }))
+    Ok(Ok(ConversationBody { json, llm_model, secrets_left_out }))
 }
 
 /// The model that was asked for, or else the user's.
@@ -256,16 +267,26 @@ fn llm(inputs: &ConversationInputs<'_>, model: &str, usage_id: &str) -> Value {
     })
 }
 
-/// Custom secrets, then the request's own, then provider tokens under `<PROVIDER>_TOKEN`; later ones win.
-fn secrets(inputs: &ConversationInputs<'_>) -> Result<Map<String, Value>> {
+/// Custom secrets, then provider tokens under `<PROVIDER>_TOKEN`, then the request's own; later ones win. Those that were kept
+/// before names and values were checked, and cannot be variables, are left out: they would take others away with them.
+fn secrets(inputs: &ConversationInputs<'_>) -> Result<(Map<String, Value>, SecretsLeftOut)> {
     let ConversationInputs { request, settings, config, .. } = inputs;
     let fixed = |value: &SecretString, description: Option<&str>| json!({"description": description, "value": value.expose_secret(), "kind": "StaticSecret"});
+    let mut left_out = SecretsLeftOut::new();
+    let mut is_variable = |name: &str, value: &SecretString| {
+        let value = value.expose_secret();
+        let too_long = || (!secret::fits_terminal(name, value)).then_some(TOO_LONG);
+        let fault = secret::fault_of_name(name).or_else(|| secret::fault_of_value(value)).or_else(too_long);
+        if let Some(fault) = fault {
+            left_out.entry(fault).or_default().push(name.to_owned());
+        }
+        fault.is_none()
+    };
     let mut secrets = Map::new();
     for (name, secret) in &settings.custom_secrets {
-        secrets.insert(name.clone(), fixed(&secret.secret, given(secret.description.as_deref())));
-    }
-    for (name, value) in request.secrets.iter().flat_map(Secrets::values) {
-        secrets.insert(name.to_owned(), fixed(value, None));
+        if is_variable(name, &secret.secret) {
+            secrets.insert(name.clone(), fixed(&secret.secret, given(secret.description.as_deref())));
+        }
     }
     for (provider, token) in &settings.provider_tokens.0 {
         let Some(value) = token.token.as_ref().filter(|token| !token.expose_secret().is_empty()) else { continue };
@@ -287,7 +308,12 @@ fn secrets(inputs: &ConversationInputs<'_>) -> Result<Map<String, Value>> {
         };
         secrets.insert(format!("{provider_name}_TOKEN"), source);
     }
-    Ok(secrets)
+    for (name, value) in request.secrets.iter().flat_map(Secrets::values) {
+        if is_variable(name, value) {
+            secrets.insert(name.to_owned(), fixed(value, None));
+        }
+    }
+    Ok((secrets, left_out))
 }
 
 /// The MCP servers that the agent gets.
@@ -523,6 +549,10 @@ mod tests {
         }
 
         fn body(&self) -> Value {
+            self.whole().json
+        }
+
+        fn whole(&self) -> ConversationBody {
             let request = self.request.to_string();
             let request = StartRequest::from_body(Some("application/json"), request.as_bytes()).expect("a request");
             let inputs = ConversationInputs {
@@ -541,7 +571,7 @@ mod tests {
                 token_key: &SecretSlice::from(vec![7; 32]).into(),
                 now: serde_json::from_str("\"2026-11-22T15:38:03.220904Z\"").expect("a time"),
             };
-            conversation_body(&inputs).expect("a body").expect("a model").json
+            conversation_body(&inputs).expect("a body").expect("a model")
         }
     }
 
@@ -667,6 +697,33 @@ mod tests {
         assert_eq!(looked_up["url"], "https://app.example/api/v1/webhooks/secrets");
         assert_eq!(looked_up["headers"]["X-Access-Token"].as_str().expect("a token").split('.').count(), 3);
         assert!(!looked_up.to_string().contains("ghp"));
+        // Whoever starts a conversation with another token means that one.
+        case.request["secrets"] = json!({"GITHUB_TOKEN": "of the start", "github_token": "another variable"});
+        let of_start = case.body()["secrets"].clone();
+        assert_eq!(
+            (&of_start["GITHUB_TOKEN"]["value"], &of_start["A"]["value"]),
+            (&json!("of the start"), &json!("s"))
+        );
+        assert_eq!(of_start["github_token"]["value"], "another variable");
+    }
+
+    #[test]
+    fn secrets_that_cannot_be_variables_are_left_out_and_named() {
+        let mut settings = settings();
+        settings["custom_secrets"] = json!({
+            "GOOD": {"secret": "s"}, "MY-X": {"secret": "s"}, "1ST": {"secret": "s"}, "UID": {"secret": "s"},
+            "LD_PRELOAD": {"secret": "s"}, "NULS": {"secret": "a\0"}, "LONG": {"secret": "x".repeat(16_000)},
+            "QUOTES": {"secret": "'".repeat(9_000)}, "KEY": {"secret": "a\n".repeat(5_000)},
+        });
+        let case = Case::new(json!({"secrets": {"TOO_LONG": "x".repeat(65_536), "B": "t"}}), settings);
+        let body = case.body();
+        let names = |secrets: &Value| secrets.as_object().expect("secrets").keys().cloned().collect::<Vec<_>>();
+        assert_eq!(names(&body["secrets"]), ["GOOD", "KEY", "B"]);
+        assert_eq!(body["agent"]["agent_context"]["secrets"], body["secrets"]);
+        let mut left_out = case.whole().secrets_left_out.into_values().collect::<Vec<_>>();
+        left_out.sort();
+        let expected = [&["1ST", "MY-X"][..], &["LD_PRELOAD"], &["LONG", "QUOTES", "TOO_LONG"], &["NULS"], &["UID"]];
+        assert_eq!(left_out, expected);
     }
 
     #[test]

@@ -1,8 +1,11 @@
 //! Secrets in requests: how they are read, how large they may be, and that no violation shows one.
+//!
+//! A secret is a variable in the agent's terminal: the agent server types `export NAME=$'value'` into bash, in one line for all
+//! secrets that a command names. A name that bash refuses ends the line, and so takes the secrets after it away from the agent.
 
 use serde_json::{Value, json};
 
-use super::validation::Checker;
+use super::validation::{self, Checker};
 
 /// Stands for a secret's value wherever one is shown. Sent back, it leaves the secret as it is.
 pub const MASK: &str = "**********";
@@ -12,6 +15,132 @@ pub const MAX_SECRETS: usize = 50;
 pub const MAX_NAME: usize = 256;
 /// The longest value, in bytes.
 pub const MAX_VALUE: usize = 64 * 1024;
+
+/// The longest `export` of one secret that the agent's terminal accepts, in bytes: tmux refuses messages of more than 16 KiB.
+const MAX_EXPORT: usize = 16_000;
+
+/// Variables that bash keeps read-only, sets itself, or changes its behavior with, as tried in the terminals of agent servers.
+const OF_SHELL: &[&str] = &[
+    "BASH",
+    "BASHOPTS",
+    "BASHPID",
+    "CDPATH",
+    "COLUMNS",
+    "COMPREPLY",
+    "DIRSTACK",
+    "ENV",
+    "EPOCHREALTIME",
+    "EPOCHSECONDS",
+    "EUID",
+    "EXECIGNORE",
+    "FUNCNAME",
+    "FUNCNEST",
+    "GLOBIGNORE",
+    "GROUPS",
+    "HISTCMD",
+    "IFS",
+    "LINENO",
+    "LINES",
+    "MAILCHECK",
+    "OLDPWD",
+    "OPTIND",
+    "PIPESTATUS",
+    "POSIXLY_CORRECT",
+    "PPID",
+    "PROMPT_COMMAND",
+    "PS0",
+    "PS1",
+    "PS2",
+    "PS4",
+    "PWD",
+    "RANDOM",
+    "SECONDS",
+    "SHELLOPTS",
+    "SRANDOM",
+    "TMOUT",
+    "UID",
+    "_",
+    "histchars",
+];
+const OF_SHELL_PREFIXES: &[&str] = &["BASH_", "COMP_"];
+/// Variables without which programs do not run, and those of the dynamic linker.
+const OF_PROGRAMS: &[&str] = &["HOME", "PATH", "SHELL", "TERM", "TMPDIR"];
+const OF_PROGRAMS_PREFIXES: &[&str] = &["LD_"];
+/// Variables that configure the sandbox, and the prefix of those that control models. The reference refuses them in any case.
+const OF_SANDBOX: &[&str] = &[
+    "ENV_LOG_LEVEL",
+    "LOG_JSON",
+    "OH_ALLOW_CORS_ORIGINS_0",
+    "OH_BASH_EVENTS_DIR",
+    "OH_CONVERSATIONS_PATH",
+    "OH_ENABLE_VNC",
+    "OH_WEBHOOKS_0_BASE_URL",
+    "OPENVSCODE_SERVER_ROOT",
+    "PYTHONUNBUFFERED",
+    "WORKER_1",
+    "WORKER_2",
+];
+const OF_SANDBOX_PREFIXES: &[&str] = &["LLM_"];
+
+/// Why no secret can have this name; `None` when one can.
+#[must_use]
+pub fn fault_of_name(name: &str) -> Option<&'static str> {
+    let is_variable = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+        && name.bytes().next().is_some_and(|first| !first.is_ascii_digit());
+    let is_one_of = |name: &str, names: &[&str], prefixes: &[&str]| {
+        names.contains(&name) || prefixes.iter().any(|prefix| name.starts_with(prefix))
+    };
+    if !is_variable {
+        Some(
+            "a secret becomes an environment variable, whose name has letters, digits and underscores alone \
+             (A-Z, a-z, 0-9, _), and no digit first",
+        )
+    } else if is_one_of(name, OF_SHELL, OF_SHELL_PREFIXES) {
+        Some("bash sets a variable of this name itself, or changes its behavior with it")
+    } else if is_one_of(name, OF_PROGRAMS, OF_PROGRAMS_PREFIXES)
+        || is_one_of(&name.to_ascii_uppercase(), OF_SANDBOX, OF_SANDBOX_PREFIXES)
+    {
+        Some("programs in the sandbox depend on the variable of this name")
+    } else {
+        None
+    }
+}
+
+/// Why no secret can have this value; `None` when one can.
+#[must_use]
+pub fn fault_of_value(value: &str) -> Option<&'static str> {
+    let is_typed = |byte: u8| !byte.is_ascii_control() || matches!(byte, b'\t' | b'\n' | b'\r');
+    (!value.bytes().all(is_typed)).then_some(
+        "the agent's terminal accepts no control characters except tabs and line breaks: encode it, as in Base64",
+    )
+}
+
+/// Whether the agent's terminal accepts a secret: one that is too long for it is not lost alone, but with all others of its command.
+#[must_use]
+pub fn fits_terminal(name: &str, value: &str) -> bool {
+    let escapes = value.bytes().filter(|byte| matches!(byte, b'\\' | b'\'' | b'\t' | b'\n' | b'\r')).count();
+    "export =$''".len() + name.len() + value.len() + escapes <= MAX_EXPORT
+}
+
+/// Reads a name. Violations: `string_type`, `string_too_long`, `value_error`.
+pub fn name(check: &mut Checker, value: &Value) -> Option<String> {
+    let name = validation::string_up_to(MAX_NAME, check, value)?;
+    if let Some(fault) = fault_of_name(&name) {
+        check.report_value_error(fault, value.clone());
+        return None;
+    }
+    Some(name)
+}
+
+/// Reads the value of a variable, as it is. Violations: those of [`value`], and `value_error`.
+pub fn value_of_variable<'v>(check: &mut Checker, given: &'v Value) -> Option<&'v str> {
+    let text = value(check, given)?;
+    if let Some(fault) = fault_of_value(text) {
+        check.report_value_error(fault, MASK.into());
+        return None;
+    }
+    Some(text)
+}
 
 /// Reads a value, as it is. Violations: `string_type`, `too_long`.
 pub fn value<'v>(check: &mut Checker, value: &'v Value) -> Option<&'v str> {
@@ -31,4 +160,98 @@ pub fn report_too_long(check: &mut Checker, what: &str, most: usize, found: usiz
     let msg = format!("{what} should have at most {most} items after validation, not {found}");
     let ctx = json!({"field_type": what, "max_length": most, "actual_length": found});
     check.report("too_long", msg, MASK.into(), Some(ctx));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_of_variables_that_a_shell_lets_others_set() {
+        for name in [
+            "A",
+            "_A",
+            "a1",
+            "GITHUB_TOKEN",
+            "github_token",
+            "AWS_SECRET_ACCESS_KEY",
+            "OPENAI_API_KEY",
+            "HOMEPAGE",
+            "PATHS",
+            "BASHFUL",
+            "LDAP_PASSWORD",
+            "COMPANY",
+            "REPLY",
+            "USER",
+            "OH_MY_KEY",
+            "__",
+            "LANG",
+            "Path",
+            "uid",
+            "LLM",
+            "WORKER_10",
+        ] {
+            assert_eq!(fault_of_name(name), None, "{name}");
+        }
+        for name in [
+            "",
+            " ",
+            "A B",
+            " A",
+            "A ",
+            "MY_DUMMY-SECRET",
+            "1ST",
+            "$(id)",
+            "ünï",
+            "A=B",
+            "A/B",
+            "A.B",
+            "A\n",
+            "A\0",
+            "-A",
+            "A;B",
+            "Ａ",
+            "UID",
+            "EUID",
+            "PPID",
+            "SHELLOPTS",
+            "BASHOPTS",
+            "BASH_VERSINFO",
+            "BASH_ENV",
+            "IFS",
+            "PATH",
+            "HOME",
+            "LD_PRELOAD",
+            "LD_LIBRARY_PATH",
+            "PS1",
+            "PROMPT_COMMAND",
+            "TMOUT",
+            "_",
+            "COMP_WORDS",
+            "histchars",
+            "HISTCMD",
+            "LLM_MODEL",
+            "llm_api_key",
+            "WORKER_1",
+            "OH_WEBHOOKS_0_BASE_URL",
+            "log_json",
+        ] {
+            assert!(fault_of_name(name).is_some(), "{name}");
+        }
+    }
+
+    #[test]
+    fn values_are_texts_that_a_terminal_accepts() {
+        for value in ["", "x", "-----BEGIN KEY-----\r\nAA==\r\n", "a\tb", "'\"\\$`!", "ünï 😀", "\u{85}\u{2028}"] {
+            assert_eq!(fault_of_value(value), None, "{value:?}");
+        }
+        for value in ["a\0b", "\u{1b}[31m", "\u{3}", "\u{4}", "\u{1a}", "\u{7f}", "\u{8}", "\u{7}"] {
+            assert!(fault_of_value(value).is_some(), "{value:?}");
+        }
+        for (length, letter, fits) in
+            [(15_988, "x", true), (15_989, "x", false), (7_994, "'", true), (7_995, "\n", false), (7_994, "é", true)]
+        {
+            assert_eq!(fits_terminal("A", &letter.repeat(length)), fits, "{length} of {letter:?}");
+        }
+    }
 }

@@ -25,6 +25,7 @@ use crate::config::DockerSandboxConfig;
 use crate::error::{Error, Result};
 use crate::id;
 use crate::mask::masked;
+use crate::outbound::{Outbound, Reach};
 use crate::user::UserId;
 
 /// Where conversations work in the image.
@@ -60,14 +61,14 @@ const LAUNCH_GRACE: Duration = Duration::from_secs(30);
 pub struct DockerSandboxes {
     config: DockerSandboxConfig,
     store: SandboxStore,
-    http: reqwest::Client,
+    http: Outbound,
 }
 
 impl DockerSandboxes {
     /// Containers of the configured engine.
     #[must_use]
     pub fn new(config: DockerSandboxConfig, store: SandboxStore) -> Self {
-        Self { config, store, http: reqwest::Client::new() }
+        Self { config, store, http: Outbound::new(Reach::Anywhere) }
     }
 
     fn container(&self, user: &UserId, id: &str) -> String {
@@ -149,8 +150,7 @@ impl DockerSandboxes {
 
     async fn is_healthy(&self, url: Option<&str>) -> bool {
         let Some(url) = url else { return false };
-        let asked = self.http.get(format!("{url}/health")).timeout(HEALTH).send().await;
-        asked.is_ok_and(|answer| answer.status().is_success())
+        self.http.succeeds(&format!("{url}/health"), HEALTH).await
     }
 
     fn exposed_urls(

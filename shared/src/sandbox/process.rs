@@ -28,6 +28,7 @@ use crate::clock::Time;
 use crate::config::ProcessSandboxConfig;
 use crate::error::{Error, Result};
 use crate::id;
+use crate::outbound::{Outbound, Reach};
 use crate::user::UserId;
 
 /// Writes its process id, then becomes the agent server under the same id.
@@ -80,7 +81,7 @@ const LOG_TAIL_BYTES: u64 = 8 * 1024;
 pub struct ProcessSandboxes {
     config: ProcessSandboxConfig,
     store: SandboxStore,
-    http: reqwest::Client,
+    http: Outbound,
 }
 
 /// The files of one sandbox.
@@ -171,7 +172,7 @@ impl ProcessSandboxes {
     /// Sandboxes below `config.folder`.
     #[must_use]
     pub fn new(config: ProcessSandboxConfig, store: SandboxStore) -> Self {
-        Self { config, store, http: reqwest::Client::new() }
+        Self { config, store, http: Outbound::new(Reach::Anywhere) }
     }
 
     /// Ends all agent servers of the user, so that they can be resumed by a later run.
@@ -332,8 +333,7 @@ impl ProcessSandboxes {
             return true;
         }
         let Some(exposed) = url else { return false };
-        let asked = self.http.get(format!("{}/alive", exposed.url)).timeout(ALIVE_TIMEOUT).send().await;
-        if !asked.is_ok_and(|answer| answer.status().is_success()) {
+        if !self.http.succeeds(&format!("{}/alive", exposed.url), ALIVE_TIMEOUT).await {
             return false;
         }
         if let Err(error) = OpenOptions::new().create(true).append(true).mode(0o600).open(folder.answered()) {

@@ -18,7 +18,7 @@ use crate::clock::Time;
 use crate::config::RemoteSandboxConfig;
 use crate::error::{Error, Result};
 use crate::id;
-use crate::outbound::LazyClient;
+use crate::outbound::{Answer, Outbound, Reach};
 use crate::user::UserId;
 use crate::user::seal::hash;
 
@@ -58,7 +58,7 @@ const ANSWER_LIMIT: usize = 4 * 1024 * 1024;
 pub struct RemoteSandboxes {
     config: RemoteSandboxConfig,
     store: SandboxStore,
-    http: LazyClient,
+    http: Outbound,
 }
 
 /// A runtime as the API tells it.
@@ -86,10 +86,7 @@ impl RemoteSandboxes {
     /// Sandboxes of the configured runtime API.
     #[must_use]
     pub fn new(config: RemoteSandboxConfig, store: SandboxStore) -> Self {
-        let http = LazyClient::new(|| {
-            reqwest::Client::builder().connect_timeout(LOOK).redirect(reqwest::redirect::Policy::none())
-        });
-        Self { config, store, http }
+        Self { config, store, http: Outbound::new(Reach::Anywhere) }
     }
 
     async fn runtime(&self, user: &UserId, id: &str) -> Result<Option<Runtime>> {
@@ -243,25 +240,22 @@ impl RemoteSandboxes {
         body: Option<&Value>,
     ) -> Result<Told<T>> {
         let url = format!("{}{path}", self.config.api_url.trim_end_matches('/'));
-        let client = self.http.get().map_err(Error::internal)?;
-        let mut request = client.request(method.clone(), url).timeout(timeout);
-        if let Some(key) = &self.config.api_key {
-            request = request.header("X-API-Key", key.expose_secret());
-        }
-        if let Some(body) = body {
-            request = request.json(body);
-        }
         let route = path.split('?').next().unwrap_or_default();
+        let request = self.http.request(method.clone(), &url).map_err(Error::internal)?.with(|mut request| {
+            if let Some(key) = &self.config.api_key {
+                request = request.header("X-API-Key", key.expose_secret());
+            }
+            if let Some(body) = body {
+                request = request.json(body);
+            }
+            request
+        });
         // Without the address: it is in the configuration, and errors are logged.
         let failed = |error: reqwest::Error| upstream(format!("{method} {route}: {}", error.without_url()));
-        let mut answer = request.send().await.map_err(failed)?;
-        let status = answer.status();
-        let mut bytes = Vec::new();
-        while let Some(chunk) = answer.chunk().await.map_err(failed)? {
-            bytes.extend_from_slice(&chunk);
-            if bytes.len() > ANSWER_LIMIT {
-                return Err(upstream(format!("{method} {route}: more than {ANSWER_LIMIT} bytes")));
-            }
+        let Answer { status, body: bytes, is_whole, .. } =
+            request.send(timeout, |_| ANSWER_LIMIT).await.map_err(failed)?;
+        if !is_whole {
+            return Err(upstream(format!("{method} {route}: more than {ANSWER_LIMIT} bytes")));
         }
         match status {
             StatusCode::NOT_FOUND => Ok(Told::Unknown),

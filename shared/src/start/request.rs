@@ -50,6 +50,8 @@ wire_enum! {
         Linear = "linear",
         /// Bitbucket.
         Bitbucket = "bitbucket",
+        /// An automation; of later versions.
+        Automation = "automation",
     }
 }
 
@@ -512,7 +514,11 @@ fn read_secret(check: &mut Checker, name: &str, value: &Value) -> Option<SecretS
         });
         return None;
     }
-    secret::value(check, value).map(Into::into)
+    if let Some(fault) = secret::fault_of_name(name) {
+        check.within("[key]", |check| check.report_value_error(fault, name.into()));
+        return None;
+    }
+    secret::value_of_variable(check, value).map(Into::into)
 }
 
 impl FromIterator<(String, SecretString)> for Secrets {
@@ -707,6 +713,9 @@ mod tests {
             (json!({"A": "hunter2".repeat(10_000)}), "too_long", json!(["body", "secrets", "A"])),
             (json!({"A": ["hunter2"]}), "string_type", json!(["body", "secrets", "A"])),
             (json!({"A".repeat(257): "x"}), "string_too_long", json!(["body", "secrets", "A".repeat(257), "[key]"])),
+            (json!({"A-B": "hunter2"}), "value_error", json!(["body", "secrets", "A-B", "[key]"])),
+            (json!({"A": "x", "PATH": "hunter2"}), "value_error", json!(["body", "secrets", "PATH", "[key]"])),
+            (json!({"A": "hunter2\u{1a}"}), "value_error", json!(["body", "secrets", "A"])),
         ];
         for (secrets, kind, loc) in cases {
             let violations = detail(read(&json!({"secrets": secrets})).unwrap_err());

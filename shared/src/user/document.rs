@@ -320,9 +320,14 @@ impl SecretChange {
         let fields = Fields::of(check, &harmless)?;
         let name = match name_of_path {
             Some(name) => {
-                fields.nullable(check, "name", read_name).map(|given| given.unwrap_or_else(|| name.to_owned()))
+                // One that was kept before names were checked: it stays under its name until it is renamed.
+                let read = |check: &mut Checker, value: &Value| match value.as_str() {
+                    Some(given) if given == name => Some(given.to_owned()),
+                    _ => secret::name(check, value),
+                };
+                fields.nullable(check, "name", read).map(|given| given.unwrap_or_else(|| name.to_owned()))
             }
-            None => fields.required(check, "name", read_name),
+            None => fields.required(check, "name", secret::name),
         };
         let value = check.within("value", |check| match body.get("value") {
             None | Some(Value::Null) if name_of_path.is_some() => Some(None),
@@ -333,25 +338,22 @@ impl SecretChange {
             // Whoever sends back what was shown has no new value.
             Some(Value::String(text)) if text == MASK && name_of_path.is_some() => Some(None),
             // Not trimmed: a key file ends with a line break for a reason.
-            Some(value) => secret::value(check, value).map(|text| Some(text.to_owned())),
+            Some(value) => secret::value_of_variable(check, value).map(|text| Some(text.to_owned())),
         });
+        if let (Some(name), Some(Some(_))) = (&name, &value)
+            && let Some(fault) = secret::fault_of_name(name)
+        {
+            check.within("name", |check| {
+                check.report_value_error(
+                    format_args!("{fault}: send another name with the value"),
+                    name.as_str().into(),
+                );
+            });
+        }
         let description =
             fields.nullable(check, "description", |check, value| validation::string_up_to(MAX_TEXT, check, value));
         Some(Self { name: name?, value: value?, description: description? })
     }
-}
-
-/// Names become variables in sandboxes.
-fn read_name(check: &mut Checker, value: &Value) -> Option<String> {
-    let name = validation::string_up_to(secret::MAX_NAME, check, value)?;
-    if name.trim().is_empty() || name.contains(|c: char| c.is_control() || matches!(c, '=' | '/')) {
-        check.report_value_error(
-            "A secret's name must not be blank and has no control characters, = or /",
-            value.clone(),
-        );
-        return None;
-    }
-    Some(name)
 }
 
 /// A user's settings, tokens and secrets.

@@ -8,6 +8,7 @@
 //! message as a notification, and enqueues it again for tasks that it finds unfinished.
 
 #[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "tests")]
 mod attacks;
 mod dynamodb;
 mod in_process;
@@ -15,6 +16,7 @@ mod s3;
 mod signature;
 mod sqs;
 #[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "tests")]
 mod tests;
 
 use std::fmt;

@@ -276,7 +276,7 @@ fn notes(outcomes: &Outcomes) -> Vec<String> {
 }
 
 /// A name in quotes, with control characters escaped.
-fn shown(name: &str) -> String {
+pub(super) fn shown(name: &str) -> String {
     format!("{:?}", cut(name, NAME_LENGTH))
 }
 

@@ -6,7 +6,7 @@ use http::StatusCode;
 use serde_json::json;
 use tokio::time::{Instant, sleep};
 
-use super::probe_mcp_servers::ProbeStart;
+use super::probe_mcp_servers::{ProbeStart, shown};
 use super::{Step, StepError, Work};
 use crate::agent_server::conversation_body::{
     ConversationBody, ConversationInputs, conversation_body, uses_llm_analyzer,
@@ -119,7 +119,12 @@ impl Work<'_> {
             token_key: &token_key,
             now: Time::now(),
         })?;
-        body.map_err(|missing| StepError::Refused(missing.to_string()))
+        let body = body.map_err(|missing| StepError::Refused(missing.to_string()))?;
+        for (reason, names) in &body.secrets_left_out {
+            let names = names.iter().map(|name| shown(name)).collect::<Vec<_>>().join(", ");
+            self.add_note(format!("The agent does not get these secrets: {names}: {reason}"));
+        }
+        Ok(body)
     }
 
     /// The version of the agent server; `None` where it cannot be found out, which is no reason to fail a start: the conversation then

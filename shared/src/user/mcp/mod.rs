@@ -12,6 +12,7 @@ mod server;
 mod show;
 #[cfg(test)]
 mod tests;
+mod words;
 
 use std::collections::BTreeSet;
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use http::{HeaderName, HeaderValue};
+use reqwest::Url;
 use serde_json::{Map, Number, Value, json};
 
 use super::server::whole_seconds;
@@ -128,6 +129,7 @@ fn read_field(check: &mut Checker, name: &str, value: &Value) -> Option<Value> {
     }
     match name {
         "url" => read_url(check, value).map(Value::from),
+        "cwd" if value.as_str().is_some_and(|folder| folder.trim().is_empty()) => Some(Value::Null),
         "command" | "cwd" => read_word(check, value).map(Value::from),
         "args" => read_args(check, value).map(Value::from),
         "env" => read_entries(check, value, read_variable).map(Value::from),
@@ -158,26 +160,43 @@ fn read_field(check: &mut Checker, name: &str, value: &Value) -> Option<Value> {
 
 fn read_url(check: &mut Checker, value: &Value) -> Option<String> {
     let url = validation::string_up_to(MAX_TEXT, check, value)?;
-    let parts = url.trim().split_once("://");
-    if !parts.is_some_and(|(scheme, rest)| matches!(scheme, "http" | "https" | "ws" | "wss") && !rest.is_empty()) {
+    let url = url.trim();
+    let parts = url.split_once("://").map(|(scheme, rest)| (scheme.to_ascii_lowercase(), rest));
+    let read = parts.filter(|(scheme, rest)| {
+        // Parsers of the web skip slashes before a host, and characters that HTTP clients refuse.
+        matches!(scheme.as_str(), "http" | "https" | "ws" | "wss")
+            && !rest.starts_with(['/', '\\'])
+            && !url.contains(char::is_control)
+            && Url::parse(url).is_ok_and(|url| url.has_host())
+    });
+    let Some((scheme, rest)) = read else {
         check.report_value_error("URL must begin with http, https, ws or wss and name a host", MASK.into());
         return None;
-    }
-    Some(url.trim().to_owned())
+    };
+    // Agent servers compare the scheme as it is written.
+    Some(format!("{scheme}://{rest}"))
 }
 
 /// A text that is not blank.
 fn read_word(check: &mut Checker, value: &Value) -> Option<String> {
     let text = validation::string_up_to(MAX_TEXT, check, value)?;
-    if text.trim().is_empty() || text.contains('\0') {
-        check.report_value_error("It must not be blank", MASK.into());
+    let word = text.trim();
+    if word.is_empty() || word.contains('\0') {
+        check.report_value_error("It must not be blank, and has no null characters", MASK.into());
         return None;
     }
-    Some(text)
+    Some(word.to_owned())
 }
 
 fn read_args(check: &mut Checker, value: &Value) -> Option<Vec<String>> {
-    let args = validation::list(check, value, |check, arg| validation::string_up_to(MAX_TEXT, check, arg))?;
+    let args = validation::list(check, value, |check, arg| {
+        let arg = validation::string_up_to(MAX_TEXT, check, arg)?;
+        if arg.contains('\0') {
+            check.report_value_error("An argument has no null characters", MASK.into());
+            return None;
+        }
+        Some(arg)
+    })?;
     if args.len() > MAX_LIST {
         secret::report_too_long(check, "List", MAX_LIST, args.len());
         return None;
@@ -247,7 +266,7 @@ fn read_header(check: &mut Checker, name: &str, value: &Value) -> Option<String>
 /// A secret that is sent in a header. Blanks around it are not part of it.
 fn read_header_value(check: &mut Checker, value: &Value) -> Option<String> {
     let value = secret::value(check, value)?.trim();
-    if HeaderValue::from_str(value).is_err() {
+    if !value.is_ascii() || HeaderValue::from_str(value).is_err() {
         check.report_value_error("A header's value has printable ASCII characters only", MASK.into());
         return None;
     }
@@ -281,7 +300,14 @@ fn read_auth(check: &mut Checker, value: &Value) -> Option<Value> {
                 known.map(Value::from)
             }
             ("value", value) => read_header_value(check, value).map(Value::from),
-            ("username" | "password", value) => secret::value(check, value).map(Value::from),
+            ("username" | "password", value) => {
+                let text = secret::value(check, value)?;
+                if name == "username" && text.contains(':') {
+                    check.report_value_error("A username has no colon: it ends there", MASK.into());
+                    return None;
+                }
+                Some(text.into())
+            }
             ("header_name", value) => {
                 let name = validation::string_up_to(secret::MAX_NAME, check, value)?;
                 read_header(check, &name, &json!(""))?;
@@ -342,6 +368,53 @@ pub(super) fn read_list(
     read.into_iter().collect()
 }
 
+/// Reports fields of a server that an entry of a list cannot hold: without them it would not work, and not say why.
+fn report_lost(check: &mut Checker, server: &Value, held: &[&str]) {
+    let lost =
+        FIELDS.iter().filter(|name| !held.contains(name) && !matches!(**name, "transport" | "description" | "icon"));
+    for name in lost {
+        let value = server.get(*name).unwrap_or(&Value::Null);
+        let is_empty = value.as_array().is_some_and(Vec::is_empty) || value.as_object().is_some_and(Map::is_empty);
+        // What is switched on needs no word.
+        if !(value.is_null() || is_empty || *value == true || *value == "") {
+            check.within(*name, |check| {
+                check.report_value_error(
+                    "The lists hold no such field: send the server by its name, in a map",
+                    MASK.into(),
+                );
+            });
+        }
+    }
+}
+
+/// Arguments in one text, which older clients' forms send: split as a shell would.
+fn read_words(check: &mut Checker, line: &str) -> Option<Vec<String>> {
+    let Some(words) = super::words::split(line) else {
+        check.report_value_error("The arguments end within a quote or after a backslash", MASK.into());
+        return None;
+    };
+    read_args(check, &words.into())
+}
+
+/// Variables in one text, which older clients' forms send: `A=b,C=d`.
+fn read_pairs(check: &mut Checker, pairs: &str) -> Option<Value> {
+    let pairs = pairs.split(',').map(str::trim).filter(|pair| !pair.is_empty());
+    let read: Option<Map<String, Value>> = pairs
+        .map(|pair| {
+            let (name, value) = pair.split_once('=')?;
+            let name = name.trim();
+            let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+            let is_name =
+                name.bytes().all(is_plain) && name.bytes().next().is_some_and(|first| !first.is_ascii_digit());
+            is_name.then(|| (name.to_owned(), value.into()))
+        })
+        .collect();
+    if read.is_none() {
+        check.report_value_error("Variables in one text are NAME=value, separated by commas", MASK.into());
+    }
+    read.map(Value::Object)
+}
+
 /// `{"url", "api_key"?, "timeout"?}`, or the URL alone. What is absent stays absent.
 fn read_listed_url(check: &mut Checker, list: &str, server: &Value) -> Option<Value> {
     let server = match server {
@@ -349,6 +422,7 @@ fn read_listed_url(check: &mut Checker, list: &str, server: &Value) -> Option<Va
         other => other,
     };
     let fields = Fields::of(check, server)?;
+    report_lost(check, server, &["url", "api_key", "timeout"]);
     let url = fields.required(check, "url", read_url);
     let key = fields.nullable(check, "api_key", read_header_value);
     let timeout = if list == SSE {
@@ -377,13 +451,15 @@ fn read_listed_url(check: &mut Checker, list: &str, server: &Value) -> Option<Va
 /// `{"name", "command", "args"?, "env"?}`.
 fn read_listed_process(check: &mut Checker, server: &Value) -> Option<Value> {
     let fields = Fields::of(check, server)?;
+    report_lost(check, server, &["command", "args", "env"]);
     let name = fields.required(check, "name", |check, value| {
         let name = validation::string_up_to(secret::MAX_NAME, check, value)?;
-        if !is_listed_name(&name) {
+        let name = name.trim();
+        if !is_listed_name(name) {
             check.report_value_error("Server names are made of letters, digits, hyphens and underscores", MASK.into());
             return None;
         }
-        Some(name)
+        Some(name.to_owned())
     });
     let command = fields.required(check, "command", |check, value| {
         let command = read_word(check, value)?;
@@ -393,8 +469,18 @@ fn read_listed_process(check: &mut Checker, server: &Value) -> Option<Value> {
         }
         Some(command)
     });
-    let args = fields.or(check, "args", Vec::new(), read_args);
+    let args = fields.nullable(check, "args", |check, value| match value {
+        Value::String(line) => read_words(check, line),
+        Value::Object(none) if none.is_empty() => Some(Vec::new()),
+        value => read_args(check, value),
+    });
+    let args = args.map(Option::unwrap_or_default);
     let env = fields.nullable(check, "env", |check, value| {
+        let value = match value {
+            Value::String(pairs) => &read_pairs(check, pairs)?,
+            Value::Array(none) if none.is_empty() => &json!({}),
+            value => value,
+        };
         let entries = read_entries(check, value, read_variable)?;
         Some(entries.into_iter().filter(|(_, value)| !value.is_null()).collect::<Map<_, _>>())
     });

@@ -496,3 +496,155 @@ fn every_form_that_was_ever_stored_is_read() {
         assert!(stored(&nothing).is_empty());
     }
 }
+
+/// Older clients' lists, in every form that the reference's models take, and what they mean.
+#[test]
+fn lists_are_read_in_the_forms_of_the_reference() {
+    let process = |fields: Value| {
+        let mut server = json!({"name": "a", "command": "c"});
+        server.as_object_mut().expect("an object").extend(fields.as_object().expect("an object").clone());
+        json!({"stdio_servers": [server]})
+    };
+    let http = |fields: Value| {
+        let mut server = json!({"url": "https://a.example"});
+        server.as_object_mut().expect("an object").extend(fields.as_object().expect("an object").clone());
+        json!({"shttp_servers": [server]})
+    };
+    let plain = json!({"transport": "stdio", "command": "c"});
+    let with_args = |args: &[&str]| json!({"transport": "stdio", "command": "c", "args": args});
+    let with_env = |env: Value| json!({"transport": "stdio", "command": "c", "env": env});
+    let remote = |timeout: Value| json!({"transport": "http", "url": "https://a.example", "timeout": timeout});
+    let sse = |url: &str| json!({"transport": "sse", "url": url});
+    for (given, expected) in [
+        (process(json!({"args": "-y mcp-remote https://x"})), with_args(&["-y", "mcp-remote", "https://x"])),
+        (process(json!({"args": "--config \"a b\" --d"})), with_args(&["--config", "a b", "--d"])),
+        (process(json!({"args": "  "})), plain.clone()),
+        (process(json!({"args": null})), plain.clone()),
+        (process(json!({"args": {}})), plain.clone()),
+        (process(json!({"env": "A=b,C=d"})), with_env(json!({"A": "b", "C": "d"}))),
+        (process(json!({"env": " A = b , C=d=e ,"})), with_env(json!({"A": " b", "C": "d=e"}))),
+        (process(json!({"env": ""})), plain.clone()),
+        (process(json!({"env": []})), plain.clone()),
+        (process(json!({"env": null})), plain.clone()),
+        (process(json!({"name": " a ", "command": " c "})), plain.clone()),
+        (process(json!({"unknown": 1, "transport": "stdio", "description": "d"})), plain),
+        (http(json!({})), remote(json!(60))),
+        (http(json!({"timeout": "30"})), remote(json!(30))),
+        (http(json!({"timeout": 30.0})), remote(json!(30))),
+        (http(json!({"api_key": "  ", "headers": {}, "enabled": true})), remote(json!(60))),
+        (json!({"shttp_servers": [" HTTPS://a.example "]}), remote(json!(60))),
+        (json!({"sse_servers": ["https://a"]}), sse("https://a")),
+        (json!({"sse_servers": ["http://[::1]:1/x"]}), sse("http://[::1]:1/x")),
+        (json!({"sse_servers": ["Http://User:p@Host/X?y#z"]}), sse("http://User:p@Host/X?y#z")),
+    ] {
+        let mut servers = Servers::new();
+        assert_eq!(change(&mut servers, &given), [""; 0], "{given}");
+        let read: Vec<&Value> = servers.values().collect();
+        assert_eq!(read, [&expected], "{given}");
+    }
+    for (given, fault) in [
+        (process(json!({"args": "\"canary"})), "stdio_servers.0.args value_error"),
+        (process(json!({"args": "canary\\"})), "stdio_servers.0.args value_error"),
+        (process(json!({"args": [1]})), "stdio_servers.0.args.0 string_type"),
+        (process(json!({"args": ["canary\0"]})), "stdio_servers.0.args.0 value_error"),
+        (process(json!({"env": "canary"})), "stdio_servers.0.env value_error"),
+        (process(json!({"env": "=canary"})), "stdio_servers.0.env value_error"),
+        (process(json!({"env": "A-B=canary"})), "stdio_servers.0.env value_error"),
+        (process(json!({"env": {"A": 1}})), "stdio_servers.0.env.A string_type"),
+        (process(json!({"env": {"A": true}})), "stdio_servers.0.env.A string_type"),
+        (process(json!({"env": {"A": "canary\0"}})), "stdio_servers.0.env.A value_error"),
+        (process(json!({"command": "c\0"})), "stdio_servers.0.command value_error"),
+        (process(json!({"cwd": "/canary"})), "stdio_servers.0.cwd value_error"),
+        (http(json!({"headers": {"X-A": "canary"}})), "shttp_servers.0.headers value_error"),
+        (http(json!({"auth": {"strategy": "bearer", "value": "canary"}})), "shttp_servers.0.auth value_error"),
+        (http(json!({"enabled": false})), "shttp_servers.0.enabled value_error"),
+        (http(json!({"timeout": 30.5})), "shttp_servers.0.timeout int_from_float"),
+    ] {
+        assert_eq!(change(&mut Servers::new(), &given), [fault], "{given}");
+    }
+}
+
+/// Addresses that no client can reach, and other values that a process or a request cannot have.
+#[test]
+fn what_cannot_work_is_refused_when_it_is_stored() {
+    for url in [
+        "http://",
+        "http:///canary",
+        "http://?canary",
+        "http:canary",
+        "canary.example",
+        "http://a b",
+        "http://a:99999",
+        "http://:80",
+        "http://#x",
+        "http:\\\\canary",
+        "http://\\canary",
+        "https://a/\nb",
+        "https://a/\u{7f}",
+        "file:///canary",
+        "https://[::1/mcp",
+        "//canary",
+    ] {
+        assert_eq!(change(&mut Servers::new(), &json!({"a": {"url": url}})), ["a.url value_error"], "{url:?}");
+    }
+    for (given, fault) in [
+        (json!({"a": {"command": "c", "args": ["canary\0"]}}), "a.args.0 value_error"),
+        (json!({"a": {"command": "c", "cwd": "/canary\0"}}), "a.cwd value_error"),
+        (json!({"a": {"command": "c", "env": {"": "canary"}}}), "a.env. value_error"),
+        (json!({"a": {"command": "c", "env": {"A": "canary\0"}}}), "a.env.A value_error"),
+        (json!({"a": {"url": "https://a", "headers": {"X": "canaryü"}}}), "a.headers.X value_error"),
+        (
+            json!({"a": {"url": "https://a", "auth": {"strategy": "basic", "username": "can:ary", "password": "p"}}}),
+            "a.auth.username value_error",
+        ),
+    ] {
+        assert_eq!(change(&mut Servers::new(), &given), [fault], "{given}");
+    }
+    let mut servers = Servers::new();
+    let odd = json!({"a": {"command": " /opt/my tool ", "cwd": " ", "env": {"npm_config_//r/:_authToken": "canary", "a.b-c": "canary"}}});
+    assert_eq!(change(&mut servers, &odd), [""; 0]);
+    assert_eq!(servers["a"]["command"], "/opt/my tool");
+    assert!(servers["a"].get("cwd").is_none(), "{servers:?}");
+}
+
+/// What other clients' configuration files hold: what the server cannot do is refused, not dropped.
+#[test]
+fn configuration_files_of_other_clients_are_read_or_refused_whole() {
+    for (given, expected) in [
+        (
+            json!({"mcpServers": {"fs": {"command": "npx", "args": ["-y", "fs"], "env": {"A": "b"}}}}),
+            json!({"fs": {"command": "npx", "args": ["-y", "fs"], "env": {"A": "b"}}}),
+        ),
+        (
+            json!({"mcpServers": {"a": {"type": "stdio", "command": "uvx", "args": []}}}),
+            json!({"a": {"transport": "stdio", "command": "uvx"}}),
+        ),
+        (
+            json!({"mcpServers": {"a": {"type": "http", "url": "https://a", "headers": {"Authorization": "Bearer t"}}}}),
+            json!({"a": {"transport": "http", "url": "https://a", "auth": {"strategy": "bearer", "value": "t"}}}),
+        ),
+        (
+            json!({"mcpServers": {"a": {"type": "sse", "url": "https://a", "headers": {"X-Key": "t"}}}}),
+            json!({"a": {"transport": "sse", "url": "https://a", "headers": {"X-Key": "t"}}}),
+        ),
+        (
+            json!({"mcpServers": {"a": {"url": "https://a", "timeout": "30", "enabled": "false"}}}),
+            json!({"a": {"url": "https://a", "timeout": 30, "enabled": false}}),
+        ),
+    ] {
+        let mut servers = Servers::new();
+        assert_eq!(change(&mut servers, &given), [""; 0], "{given}");
+        assert_eq!(Value::Object(servers), expected, "{given}");
+    }
+    for (server, fault) in [
+        (json!({"serverUrl": "https://a"}), "serverUrl extra_forbidden"),
+        (json!({"url": "https://a", "disabled": true}), "disabled extra_forbidden"),
+        (json!({"command": "c", "envFile": ".env"}), "envFile extra_forbidden"),
+        (json!({"command": "c", "autoApprove": ["x"]}), "autoApprove extra_forbidden"),
+        (json!({"url": "https://a", "type": "streamableHttp"}), "type literal_error"),
+        (json!({"url": "https://a", "type": "remote"}), "type literal_error"),
+    ] {
+        let given = json!({"mcpServers": {"a": server}});
+        assert_eq!(change(&mut Servers::new(), &given), [format!("mcpServers.a.{fault}")], "{given}");
+    }
+}

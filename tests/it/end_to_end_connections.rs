@@ -1,0 +1,68 @@
+//! Requests right after a real agent server's 500: it closes the connection a moment later, without having said so.
+
+use serde_json::{Value, json};
+
+use crate::support::product::{Product, saying, text};
+use crate::support::scripted_llm::{Reply, ScriptedLlm};
+
+const ROUNDS: usize = 4;
+
+#[tokio::test]
+async fn what_follows_an_agent_servers_500_arrives_once() {
+    let llm = ScriptedLlm::start().await;
+    let product = Product::start(json!({
+        "llm_model": "openai/scripted",
+        "llm_api_key": "key-of-the-model",
+        "llm_base_url": llm.base_url(),
+    }))
+    .await;
+    llm.reply_with(vec![Reply::text("Hello")]);
+    let start = product.start_conversation(saying("Begin")).await;
+    let id = start.conversation_id();
+    product.conversation_when(&id, "finished").await;
+    let agent = product.at_agent(&id).await;
+    let folder = agent.folder().await;
+    let ran = agent.run(&folder, "git init -q . && git commit -qm empty --allow-empty || true").await;
+    assert_eq!(ran.exit_code, 0, "{ran:?}");
+    let folder = folder.display().to_string();
+
+    let row = product.conversation(&id).await;
+    let (host, of_conversation) = {
+        let url = text(&row["conversation_url"]);
+        let (host, rest) = url.split_once("/api/").expect("an address");
+        (host.to_owned(), format!("/api/{rest}"))
+    };
+    let pass = async |method: &str, path: &str, body: Option<Value>| {
+        let headers = json!({"X-Session-API-Key": row["session_api_key"]});
+        let request = json!({"host": host, "method": method, "path": path, "headers": headers, "body": body});
+        let answer = product.post_to("/api/cloud-proxy", &request).send().await.expect("an answer");
+        answer.status().as_u16()
+    };
+    // No file system has such a name, and no version expects the exception.
+    let impossible = format!("{folder}/{}", "x".repeat(300));
+    let failing = format!("/api/git/changes?path={impossible}");
+    let message =
+        |said: &str, run: bool| json!({"role": "user", "content": [{"type": "text", "text": said}], "run": run});
+    let mut expected = vec!["Begin".to_owned()];
+    for round in 0..ROUNDS {
+        // By way of the proxy.
+        assert_eq!(pass("GET", &failing, None).await, 500, "otherwise nothing is shown");
+        let said = format!("passed on {round}");
+        let status = pass("POST", &format!("{of_conversation}/events"), Some(message(&said, false))).await;
+        assert_eq!(status, 200, "round {round}");
+        expected.push(said);
+        assert_eq!(pass("GET", &failing, None).await, 500);
+        assert_eq!(pass("GET", &format!("{of_conversation}/events/count"), None).await, 200, "round {round}");
+        // By routes of the product.
+        let changes = format!("/api/v1/app-conversations/{id}/git/changes?path={impossible}");
+        product.answer_to("GET", &changes, &[], None).await;
+        let said = format!("sent {round}");
+        let sent = product.post(&format!("/{id}/send-message"), &message(&said, false)).send().await;
+        assert_eq!(sent.expect("an answer").status(), 200, "round {round}");
+        expected.push(said);
+        product.answer_to("GET", &changes, &[], None).await;
+        product.get(&format!("/{id}/git/changes?path={folder}")).await;
+    }
+    assert_eq!(agent.said_by("user").await, expected);
+    product.shutdown().await;
+}
