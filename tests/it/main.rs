@@ -17,6 +17,7 @@ mod deletion;
 mod download;
 mod effects;
 mod end_to_end;
+mod end_to_end_git;
 mod end_to_end_history;
 mod end_to_end_inside;
 mod end_to_end_mcp;
