@@ -479,8 +479,8 @@ async fn git_is_asked_of_the_workspace_by_every_form_of_a_path() {
     fs::remove_file(folder.join("deleted \"文\"\t#?%+&.txt")).expect("removed");
     rig.write("0123/repository/binary", "\0");
     rig.write("0123/repository/src/main.rs", "fn main() {}\n");
-    rig.write("0123/repository/large", &"line of text\n".repeat(100_000));
-    rig.write("0123/repository/too-large", &"x".repeat(5_000_001));
+    rig.write("0123/repository/large", "line of text\n".repeat(100_000));
+    rig.write("0123/repository/too-large", "x".repeat(5_000_001));
     symlink("gone", folder.join("dangling")).expect("a link");
     symlink("/etc", folder.join("out")).expect("a link");
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
-use axum::response::{IntoResponse as _, Response};
+use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, Method};
@@ -170,7 +170,7 @@ impl AskedOfGit {
         Ok(if self.is_diff {
             git.diff(&self.path, reference).await?.map(|diff| Json(diff).into_response())
         } else {
-            git.changes(&self.path, reference).await?.map(|changes| changes.into_response())
+            git.changes(&self.path, reference).await?.map(IntoResponse::into_response)
         })
     }
 }

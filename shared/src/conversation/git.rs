@@ -48,6 +48,9 @@ const REQUEST: &str = "POST /api/bash/execute_bash_command";
 
 type Asked<T> = Result<Result<T, Error>, AgentServerError>;
 
+/// The name of a repository in a folder, empty for the folder's own, and its changes by path.
+type Repository = (Vec<u8>, BTreeMap<Vec<u8>, Status>);
+
 /// Git in a workspace.
 #[derive(Clone, Copy, Debug)]
 pub struct WorkspaceGit<'a> {
@@ -258,7 +261,7 @@ fn read_changes(result: &[u8], reference: Option<&str>) -> Result<Changes, Error
     const WHAT: &str = "Git cannot list the changes";
     // After the last NUL a name may be cut off.
     let mut fields = result.split_inclusive(|byte| *byte == 0).filter_map(|field| field.strip_suffix(&[0]));
-    let mut repositories: Vec<(Vec<u8>, BTreeMap<Vec<u8>, Status>)> = Vec::new();
+    let mut repositories: Vec<Repository> = Vec::new();
     let mut is_truncated = true;
     let mut are_skipped = false;
     while let Some(word) = fields.next() {
@@ -304,7 +307,7 @@ fn read_changes(result: &[u8], reference: Option<&str>) -> Result<Changes, Error
 }
 
 /// The changes of a folder's own repository and of those in it. What is inside one of the latter is its own.
-fn merged(repositories: Vec<(Vec<u8>, BTreeMap<Vec<u8>, Status>)>) -> Vec<Change> {
+fn merged(repositories: Vec<Repository>) -> Vec<Change> {
     let nested: Vec<Vec<u8>> =
         repositories.iter().map(|(name, _)| name.clone()).filter(|name| !name.is_empty()).collect();
     // Git names an untracked repository with a slash at the end. The commit of a submodule is the outer repository's.

@@ -26,8 +26,8 @@ fn quoted(name: &[u8]) -> String {
 pub(super) fn unquoted_end(path: &str) -> Option<Vec<u8>> {
     let starts = path.match_indices('"').map(|(at, _)| at);
     starts.filter(|at| *at == 0 || path[..*at].ends_with('/')).find_map(|at| {
-        let end = unquoted(path[at..].as_bytes())?;
-        Some([path[..at].as_bytes(), &end].concat())
+        let end = unquoted(&path.as_bytes()[at..])?;
+        Some([&path.as_bytes()[..at], &end].concat())
     })
 }
 
@@ -71,7 +71,7 @@ pub(super) fn assigned(variable: &str, name: &[u8]) -> String {
     match std::str::from_utf8(name) {
         Ok(name) => format!("{variable}={}\n", crate::start::saga::command::quoted(name)),
         Err(_) => {
-            let escaped: String = name.iter().map(|byte| format!("\\0{byte:03o}")).collect();
+            let escaped = name.iter().fold(String::new(), |escaped, byte| escaped + &format!("\\0{byte:03o}"));
             // The dot keeps a line break at the end.
             format!("{variable}=$(printf '%b.' '{escaped}')\n{variable}=${{{variable}%.}}\n")
         }
