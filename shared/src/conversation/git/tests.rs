@@ -220,6 +220,11 @@ fn every_name_that_is_listed_has_a_diff() {
             workspace.write(&at(name, folder), format!("first {name}\n"));
         }
     }
+    // What git would take for more than a name, at the top of the repository.
+    let at_top = [":(glob)*", ":!x", ":0:x", "*", "-x", "[a-z]"];
+    for name in at_top {
+        workspace.write(&format!("repo/{name}"), "first\n");
+    }
     workspace.write_at(b"repo/not utf-8 \xff\xe9\n", "first\n");
     workspace.write_at(b"repo/\xe9/\"", "first\n");
     workspace.sh("cd repo; git add -A; git commit -q -m Names; git push -q origin main");
@@ -230,6 +235,9 @@ fn every_name_that_is_listed_has_a_diff() {
     }
     workspace.write_at(b"repo/not utf-8 \xff\xe9\n", "then\n");
     workspace.write_at(b"repo/\xe9/\xe8\n", "new\n");
+    for name in at_top {
+        workspace.write(&format!("repo/{name}"), "then\n");
+    }
     workspace.sh("cd repo; rm -r deleted; rm $'\\351/\"'");
 
     let mut expected: Vec<String> = NAMES
@@ -240,6 +248,7 @@ fn every_name_that_is_listed_has_a_diff() {
         })
         .collect();
     expected.extend([r#"M "not utf-8 \377\351\n""#, r#"A "\351/\350\n""#, r#"D "\351/\"""#].map(str::to_owned));
+    expected.extend(at_top.map(|name| format!("M {name}")));
     expected.sort_by(|one, other| one[2..].cmp(&other[2..]));
     assert_eq!(workspace.list("repo"), expected);
     // From a folder, paths are from there.
@@ -260,6 +269,9 @@ fn every_name_that_is_listed_has_a_diff() {
         workspace.assert_diff(&at(name, "deleted"), Ok((&first, "")));
         workspace.assert_diff(&at(name, "untracked"), Ok(("", "new\n")));
     }
+    for name in at_top {
+        workspace.assert_diff(&format!("repo/{name}"), Ok(("first\n", "then\n")));
+    }
     workspace.shells = &["bash"];
     workspace.assert_diff(&at("line\nbreak", "untracked"), Ok(("", "new\n")));
     workspace.shells = &["sh", "bash"];
@@ -277,7 +289,7 @@ fn every_kind_of_change_has_a_diff() {
         echo a >folder/a; echo b >to-file/b; echo c >to-link/c; echo d >file-to-link; echo e >file-to-folder; echo f >renamed
         ln -s target link; ln -s gone link-to-file; ln -s / link-out; ln -s folder dangling; echo 'ignored/' >.gitignore; echo g >executable
         echo h >to-pipe; : >empty-to-pipe; echo i >forgotten; echo j >intended-away
-        printf '*.win eol=crlf\n*.enc working-tree-encoding=UTF-16 eol=lf\n' >.gitattributes; echo k >lines.win; echo 'encodé' | iconv -t UTF-16 >text.enc
+        printf '*.win eol=crlf\n*.enc working-tree-encoding=UTF-16 eol=lf\n' >.gitattributes; echo k >lines.win; echo 'encodé' | iconv -t UTF-16 >text.enc; cp text.enc changed.enc
         for i in $(seq 100000); do echo "$i line"; done >large"#,
     );
     workspace.sh(
@@ -290,11 +302,12 @@ fn every_kind_of_change_has_a_diff() {
         git rm -q --cached forgotten; rm intended-away; echo intended >intended; git add -N intended
         echo ignored >ignored/file; mkdir untracked; echo new >untracked/new; ln -s /etc/passwd new-link; ln -s . loop
         sed 's/^1 line/first line/' large >edited; mv edited large; head -c 6000000 /dev/zero | tr '\0' x >too-large; head -c 3000000 /dev/zero | tr '\0' '"' >quotes
-        touch unchanged lines.win text.enc; git init -q nested; echo inside >nested/file"#,
+        touch unchanged lines.win text.enc; echo 'édité' | iconv -t UTF-16 >changed.enc; git init -q nested; echo inside >nested/file"#,
     );
     let expected = [
         "M binary",
         "M bom",
+        "M changed.enc",
         "M crlf",
         "M edges",
         "M emptied",
@@ -370,6 +383,7 @@ fn every_kind_of_change_has_a_diff() {
         ("ignored/file", Ok(("", "ignored\n"))),
         ("lines.win", Ok(("k\n", "k\n"))),
         ("text.enc", Ok(("encodé\n", "encodé\n"))),
+        ("changed.enc", Ok(("encodé\n", "édité\n"))),
         ("untracked", Err("The path is a folder")),
         ("nested/file", Ok(("", "inside\n"))),
         ("gone", Err("There is no such file, neither now nor when the work began")),
@@ -420,7 +434,7 @@ fn changes_are_those_since_the_work_began() {
         ("a conflict with a deletion", format!("git checkout -q -b work; git rm -q a; {commit}; git checkout -q main; echo c >a; {commit}; git merge -q work >/dev/null || true; rm a"), &["D a"]),
         ("a sparse checkout", "mkdir in out; echo i >in/i; echo o >out/o; git add -A; git commit -q -m More; git push -q origin main; git sparse-checkout set in; echo more >in/i".to_owned(), &["M in/i"]),
         ("a lock of another git", "touch .git/index.lock; echo b >a; touch -t 200101010000 unchanged".to_owned(), &["M a"]),
-        ("configuration", "git config core.quotePath true; git config diff.external false; git config diff.noprefix true; git config color.ui always; git config diff.renames copies; git config core.fsmonitor 'touch ../ran; false'; git config diff.relative true; git config diff.autoRefreshIndex false; git config status.showUntrackedFiles no; git config core.pager false; echo b >a; cp a é; touch unchanged".to_owned(), &["M a", "A é"]),
+        ("configuration", "git config core.quotePath true; git config diff.external false; git config diff.noprefix true; git config color.ui always; git config diff.renames copies; git config core.fsmonitor 'touch ../ran; false'; git config diff.relative true; git config diff.autoRefreshIndex false; git config status.showUntrackedFiles no; git config core.pager false; echo b >a; cp a é; touch -t 200101010000 unchanged".to_owned(), &["M a", "A é"]),
         ("a worktree", "git worktree add -q ../tree -b work; cd ../tree; echo b >a; cd ..; rm -rf repo.git; mv repo main-repo; sed 's|/repo/.git/|/main-repo/.git/|' tree/.git >moved; mv moved tree/.git; mv tree repo".to_owned(), &["M a"]),
     ] {
         let workspace = Workspace::new("echo a >a; echo u >unchanged");
@@ -433,6 +447,20 @@ fn changes_are_those_since_the_work_began() {
             workspace.assert_diff("repo/out/o", Ok(("o\n", "o\n")));
         }
     }
+}
+
+#[test]
+fn a_folder_has_the_base_of_its_repository() {
+    let workspace = Workspace::new("echo a >a; mkdir sub; echo b >sub/b");
+    workspace
+        .sh("cd repo; git config diff.relative true; git checkout -q -b work; echo c >sub/b; git commit -qam Pushed
+        git push -q origin work; echo c >a");
+    assert_eq!(workspace.list("repo"), ["M a"]);
+    assert_eq!(workspace.list("repo/sub"), Vec::<String>::new());
+    workspace.assert_diff("repo/sub/b", Ok(("c\n", "c\n")));
+    workspace.sh("cd repo; git commit -qam More; git push -q origin work");
+    assert_eq!(workspace.list("repo/sub"), ["M b"]);
+    workspace.assert_diff("repo/sub/b", Ok(("b\n", "c\n")));
 }
 
 #[test]
