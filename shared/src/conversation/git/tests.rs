@@ -289,7 +289,7 @@ fn every_kind_of_change_has_a_diff() {
         echo a >folder/a; echo b >to-file/b; echo c >to-link/c; echo d >file-to-link; echo e >file-to-folder; echo f >renamed
         ln -s target link; ln -s gone link-to-file; ln -s / link-out; ln -s folder dangling; echo 'ignored/' >.gitignore; echo g >executable
         echo h >to-pipe; : >empty-to-pipe; echo i >forgotten; echo j >intended-away
-        printf '*.win eol=crlf\n*.enc working-tree-encoding=UTF-16 eol=lf\n' >.gitattributes; echo k >lines.win; echo 'encodé' | iconv -t UTF-16 >text.enc; cp text.enc changed.enc
+        printf '*.win eol=crlf\n*.enc working-tree-encoding=UTF-16 eol=lf\n' >.gitattributes; echo k >lines.win; echo 'encodé' | iconv -t UTF-16 >text.enc; cp text.enc changed.enc; printf 'k\r\n' >changed.win
         for i in $(seq 100000); do echo "$i line"; done >large"#,
     );
     workspace.sh(
@@ -302,12 +302,13 @@ fn every_kind_of_change_has_a_diff() {
         git rm -q --cached forgotten; rm intended-away; echo intended >intended; git add -N intended
         echo ignored >ignored/file; mkdir untracked; echo new >untracked/new; ln -s /etc/passwd new-link; ln -s . loop
         sed 's/^1 line/first line/' large >edited; mv edited large; head -c 6000000 /dev/zero | tr '\0' x >too-large; head -c 3000000 /dev/zero | tr '\0' '"' >quotes
-        touch unchanged lines.win text.enc; echo 'édité' | iconv -t UTF-16 >changed.enc; git init -q nested; echo inside >nested/file"#,
+        touch unchanged lines.win text.enc; printf 'l\r\n' >changed.win; echo 'édité' | iconv -t UTF-16 >changed.enc; git init -q nested; echo inside >nested/file"#,
     );
     let expected = [
         "M binary",
         "M bom",
         "M changed.enc",
+        "M changed.win",
         "M crlf",
         "M edges",
         "M emptied",
@@ -383,6 +384,7 @@ fn every_kind_of_change_has_a_diff() {
         ("ignored/file", Ok(("", "ignored\n"))),
         ("lines.win", Ok(("k\n", "k\n"))),
         ("text.enc", Ok(("encodé\n", "encodé\n"))),
+        ("changed.win", Ok(("k\r\n", "l\r\n"))),
         ("changed.enc", Ok(("encodé\n", "édité\n"))),
         ("untracked", Err("The path is a folder")),
         ("nested/file", Ok(("", "inside\n"))),
@@ -572,9 +574,12 @@ fn submodules_are_commits_and_have_changes_of_their_own() {
     workspace.sh("allow='-c protocol.file.allow=always'; git clone -q ../remote.git library; cd repo
         git $allow submodule --quiet add \"$REMOTE\" one; git $allow submodule --quiet add \"$REMOTE\" two
         git $allow submodule --quiet add \"$REMOTE\" gone; git commit -qm Submodules; git push -q origin main
-        cd one; echo more >a; git commit -qam More; cd ../two; echo b >b; cd ..; git rm -q gone
+        cd one; echo more >a; git commit -qam More; cd ../two; echo b >b; echo c >a; cd ..; git rm -q gone
         git $allow submodule --quiet add \"$REMOTE\" three");
-    assert_eq!(workspace.list("repo"), ["M .gitmodules", "D gone", "M one", "M one/a", "A three", "A two/b"]);
+    assert_eq!(
+        workspace.list("repo"),
+        ["M .gitmodules", "D gone", "M one", "M one/a", "A three", "M two/a", "A two/b"]
+    );
     workspace.every_change_has_a_diff("repo", &[]);
     let (original, modified) = workspace.diff("repo/one", None).expect("a diff");
     assert!(
