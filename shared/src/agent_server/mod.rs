@@ -915,8 +915,8 @@ mod tests {
         let agent_server = AgentServer::new(Outbound::new(Reach::Anywhere), &url, None);
 
         for _ in 0..TIMES {
-            let conversations = agent_server.conversations(&[], LOOK_TIMEOUT).await;
-            assert!(conversations.expect("an answer").is_empty());
+            let conversation = agent_server.whole_conversation(Uuid::nil(), LOOK_TIMEOUT).await;
+            assert_eq!(conversation.expect("an answer"), None);
         }
         let (asked, answered) = count();
         assert_eq!(answered, TIMES);
