@@ -59,7 +59,6 @@ async fn every_answer_has_a_bound_of_its_own() {
         ("POST /api/hooks", MIB),
         ("POST /api/bash/execute_bash_command", 2 * MIB),
         ("POST /api/skills", 4 * MIB),
-        ("GET /api/git/changes", 4 * MIB),
         ("POST /api/conversations", 8 * MIB),
         ("GET /api/conversations", 8 * MIB),
         ("POST /api/conversations/{id}/events", MIB),
@@ -74,7 +73,6 @@ async fn every_answer_has_a_bound_of_its_own() {
             "POST /api/hooks" => is_too_large(&client.hooks("/").await),
             "POST /api/bash/execute_bash_command" => is_too_large(&client.run_command("x", SOON).await),
             "POST /api/skills" => is_too_large(&client.skills(&SkillsQuery::default()).await),
-            "GET /api/git/changes" => is_too_large(&client.git_changes("/", None, SOON).await),
             "POST /api/conversations" => is_too_large(&client.create_conversation(&json!({}), SOON).await),
             "GET /api/conversations" => {
                 is_too_large(&client.conversations(&[id], SOON).await)

@@ -4,6 +4,7 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -428,7 +429,7 @@ async fn files_are_read_from_the_workspace_and_from_nowhere_else() {
 }
 
 #[tokio::test]
-async fn skills_hooks_files_and_git_are_those_of_the_conversations_folder() {
+async fn skills_hooks_and_files_are_those_of_the_conversations_folder() {
     let rig = Rig::start().await;
     let folder = rig.workspace().join("0123/repository");
     let id = rig.conversation_in(&folder.display().to_string()).await;
@@ -456,29 +457,137 @@ async fn skills_hooks_files_and_git_are_those_of_the_conversations_folder() {
         assert_eq!(answer.told(), (400, json!({"detail": "The path must be in the workspace"})), "{outside}");
     }
 
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn git_is_asked_of_the_workspace_by_every_form_of_a_path() {
+    let rig = Rig::start().await;
+    let folder = rig.workspace().join("0123/repository");
+    let id = rig.conversation_in(&folder.display().to_string()).await;
+    rig.write("0123/repository/changed", "one\n");
+    rig.write("0123/repository/deleted \"文\"\t#?%+&.txt", "gone\n");
     let git = |arguments: &[&str]| {
-        let ran = std::process::Command::new("git").args(arguments).current_dir(&folder).output().expect("git");
+        let name = ["-c", "user.name=A", "-c", "user.email=a@example.org"];
+        let ran = Command::new("git").args(name).args(arguments).current_dir(&folder).output().expect("git");
         assert!(ran.status.success(), "{ran:?}");
     };
     git(&["init", "-q"]);
-    let expected = json!([{"status": "ADDED", "path": ".git-not"}, {"status": "ADDED", "path": ".openhands/"},
-        {"status": "ADDED", "path": "src/"}]);
-    for path in [".", &folder.display().to_string(), "/workspace/project/0123/repository"] {
-        let path = if path == "." { "" } else { path };
-        let route = format!("git/changes?path={}", encoded(if path.is_empty() { "." } else { path }));
-        assert_eq!(rig.get(id, &route).await.told(), (200, expected.clone()), "{route}");
+    git(&["add", "-A"]);
+    git(&["commit", "-qm", "First"]);
+    rig.write("0123/repository/changed", "two");
+    fs::remove_file(folder.join("deleted \"文\"\t#?%+&.txt")).expect("removed");
+    rig.write("0123/repository/binary", "\0");
+    rig.write("0123/repository/src/main.rs", "fn main() {}\n");
+    rig.write("0123/repository/large", "line of text\n".repeat(100_000));
+    rig.write("0123/repository/too-large", "x".repeat(5_000_001));
+    symlink("gone", folder.join("dangling")).expect("a link");
+    symlink("/etc", folder.join("out")).expect("a link");
+
+    let known = "/workspace/project/0123/repository";
+    let changes = |folder: &str| {
+        let change = |status: &str, path: &str| json!({"status": status, "path": format!("{folder}{path}")});
+        json!([
+            change("ADDED", "binary"),
+            change("UPDATED", "changed"),
+            change("ADDED", "dangling"),
+            change("DELETED", "deleted \"文\"\t#?%+&.txt"),
+            change("ADDED", "large"),
+            change("ADDED", "out"),
+            change("ADDED", "src/main.rs"),
+            change("ADDED", "too-large"),
+        ])
+    };
+    for (path, expected) in [
+        (".", changes("")),
+        ("./", changes("")),
+        (&folder.display().to_string(), changes("")),
+        (known, changes("")),
+        ("/workspace/project/0123", changes("repository/")),
+        ("/workspace/project", json!([])),
+        ("src", json!([{"status": "ADDED", "path": "main.rs"}])),
+    ] {
+        let answer = rig.get(id, &format!("git/changes?path={}", encoded(path))).await;
+        assert_eq!(answer.header("x-changes-truncated"), None);
+        assert_eq!(answer.told(), (200, expected), "{path}");
     }
-    let diff = rig.get(id, "git/diff?path=src/main.rs&ref=HEAD").await;
-    assert_eq!(diff.told(), (200, json!({"modified": "fn main() {}\n", "original": null})));
-    let asked = rig.agent.requests_to("GET /api/git/diff").pop().expect("asked");
-    assert_eq!(asked.query_value("ref").as_deref(), Some("HEAD"));
-    // What was deleted can be asked for, too.
-    assert_eq!(rig.get(id, "git/diff?path=src/gone/too.rs").await.status, 200);
-    for outside in ["/etc/hostname", "../other", "/workspace"] {
-        for route in ["changes", "diff"] {
-            let answer = rig.get(id, &format!("git/{route}?path={outside}")).await;
-            let expected = json!({"detail": "The path must be absolute, and in the workspace"});
-            assert_eq!(answer.told(), (400, expected), "{route} {outside}");
+    let large = "line of text\n".repeat(100_000);
+    for change in changes("").as_array().expect("changes") {
+        let path = change["path"].as_str().expect("a path");
+        let expected = match path {
+            "binary" => Err((400, "The file is binary (0 bytes before, 1 bytes now)")),
+            "changed" => Ok(("one\n", "two")),
+            "dangling" => Ok(("", "gone")),
+            "large" => Ok(("", large.as_str())),
+            "out" => Ok(("", "/etc")),
+            "src/main.rs" => Ok(("", "fn main() {}\n")),
+            "too-large" => Err((413, "The file is too large for a diff: 0 bytes before, 5000001 bytes now")),
+            _ => Ok(("gone\n", "")),
+        };
+        let quoted = r#""deleted \"\346\226\207\"\t#?%+&.txt""#;
+        let forms = [path, if path.starts_with("deleted") { quoted } else { path }];
+        for given in forms.iter().flat_map(|path| [(*path).to_owned(), format!("{known}/{path}")]) {
+            let answer = rig.get(id, &format!("git/diff?path={}", encoded(&given))).await.told();
+            match expected {
+                Ok((original, modified)) => {
+                    assert!(answer == (200, json!({"modified": modified, "original": original})), "{given}");
+                }
+                Err((status, detail)) => {
+                    assert_eq!(answer.0, status, "{given}");
+                    assert!(answer.1["detail"].as_str().expect("a reason").starts_with(detail), "{}", answer.1);
+                }
+            }
+        }
+    }
+    let outside = "The path must be absolute, and in the workspace";
+    for (route, status, detail) in [
+        ("git/diff?path=none", 404, "There is no such file, neither now nor when the work began"),
+        ("git/diff?path=none&ref=HEAD", 404, "There is no such file, neither now nor at HEAD"),
+        ("git/diff?path=src", 400, "The path is a folder; a file is needed for a diff"),
+        ("git/diff?path=changed&ref=gone", 400, "The ref \"gone\" is no commit of this repository"),
+        ("git/changes?path=.&ref=--help", 400, "The ref \"--help\" is no commit of this repository"),
+        ("git/changes?path=.&ref=gone", 400, "The ref \"gone\" is no commit of this repository"),
+        ("git/changes?path=/workspace/project/0123&ref=gone", 400, "The ref \"gone\" is no commit of this repository"),
+        ("git/changes?path=none", 404, "There is no such folder"),
+        ("git/changes?path=changed", 400, "The path is not a folder"),
+        ("git/changes?path=out", 400, outside),
+        ("git/diff?path=out/passwd", 400, outside),
+        ("git/changes?path=/etc/hostname", 400, outside),
+        ("git/diff?path=/etc/hostname", 400, outside),
+        ("git/changes?path=../other", 400, outside),
+        ("git/diff?path=../other", 400, outside),
+        ("git/changes?path=/workspace", 400, outside),
+        ("git/diff?path=/workspace", 400, outside),
+    ] {
+        assert_eq!(rig.get(id, route).await.told(), (status, json!({"detail": detail})), "{route}");
+    }
+    rig.write("beside", "");
+    let beside = rig.get(id, "git/diff?path=/workspace/project/beside").await.told();
+    assert_eq!(beside, (200, json!({"modified": null, "original": null})));
+    assert!(rig.agent.requests().iter().all(|request| !request.path.contains("/git/")), "its own routes are not asked");
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn git_that_does_not_come_to_an_end_is_said_to_be_unfinished() {
+    let rig = Rig::start().await;
+    let id = rig.conversation_in(&rig.agent.working_dir()).await;
+    let run = "POST /api/bash/execute_bash_command";
+    let gone = format!("{}/openhands-git.x/result", rig.agent.working_dir());
+    for (answer, status, detail) in [
+        (json!({"exit_code": -1}), 503, "Git did not finish within 15 s in this sandbox"),
+        (json!({"exit_code": 3, "stderr": "mktemp: failed"}), 409, "The sandbox has no space"),
+        (json!({"exit_code": 0, "stdout": "inline\n%%%"}), 502, "The agent server's answer makes no sense"),
+        (json!({"exit_code": 0, "stdout": "file /etc/passwd\n"}), 502, "The agent server's answer makes no sense"),
+        (json!({"exit_code": 0, "stdout": format!("file {gone}\n")}), 502, "The agent server answered 404"),
+        (json!({"exit_code": 127, "stderr": "sh: not found"}), 502, "The agent server's answer makes no sense"),
+    ] {
+        rig.agent.clear_faults();
+        rig.agent.inject(Fault::new(run, Nth::Always, Kind::Status(200, answer.to_string())));
+        for route in ["git/changes?path=/workspace/project", "git/diff?path=/workspace/project/a"] {
+            let told = rig.get(id, route).await.told();
+            assert_eq!(told.0, status, "{answer}: {told:?}");
+            assert!(told.1["detail"].as_str().expect("a reason").starts_with(detail), "{answer}: {told:?}");
         }
     }
     rig.end().await;
@@ -560,8 +669,8 @@ async fn whatever_an_agent_server_does_each_route_answers_in_time_and_says_what_
         ("hooks", "POST /api/hooks"),
         ("file", "GET /api/file/download"),
         ("files", "POST /api/bash/execute_bash_command"),
-        ("git/changes?path=/workspace/project", "GET /api/git/changes"),
-        ("git/diff?path=/workspace/project/PLAN.md", "GET /api/git/diff"),
+        ("git/changes?path=/workspace/project", "POST /api/bash/execute_bash_command"),
+        ("git/diff?path=/workspace/project/PLAN.md", "POST /api/bash/execute_bash_command"),
         ("send-message", "POST /api/conversations/{id}/events"),
     ];
     let faults = [

@@ -21,6 +21,7 @@ mod effects;
 mod end_to_end;
 mod end_to_end_clone;
 mod end_to_end_connections;
+mod end_to_end_git;
 mod end_to_end_history;
 mod end_to_end_inside;
 mod end_to_end_mcp;

@@ -462,6 +462,22 @@ async fn requests_of_pages_are_passed_on_to_the_callers_own_sandboxes_alone() {
         assert_eq!((asked.method.as_str(), asked.json()), ("POST", json!({"asked": "something"})));
     }
 
+    // Changes and diffs of the workspace are made with git there; those of one commit are the agent server's.
+    let (status, told) =
+        pass(&rig.user, json!({"method": "GET", "path": "/api/git/diff?path=/workspace/project/a&commit=abcd"})).await;
+    let asked = rig.agent.requests().pop().expect("a request");
+    assert_eq!((status, asked.path.as_str()), (404, "/api/git/diff"), "{told}");
+    for (path, detail) in [
+        ("/api/git/changes?path=%2Fworkspace%2Fproject", "There is no such folder"),
+        ("/api/git/diff?path=/workspace/project/a&ref=HEAD", "There is no such file, neither now nor at HEAD"),
+        ("/api/git/diff?path=/workspace/project/a&ref=-x", "The ref \"-x\" is no commit of this repository"),
+    ] {
+        let (status, told) = pass(&rig.user, json!({"method": "GET", "path": path, "body": null})).await;
+        assert!((400..500).contains(&status) && told == json!({"detail": detail}), "{path}: {status} {told}");
+        let asked = rig.agent.requests().pop().expect("a request");
+        assert_ne!(asked.path, "/api/git/changes");
+    }
+
     // Nowhere else.
     let before = rig.agent.requests().len();
     let stranger = UserId::new("a-stranger");
@@ -473,6 +489,7 @@ async fn requests_of_pages_are_passed_on_to_the_callers_own_sandboxes_alone() {
         (&rig.user, json!({"headers": null}), 403),
         (&rig.user, json!({"host": "http://169.254.169.254"}), 403),
         (&rig.user, json!({"host": format!("{}.example.org", rig.agent.url())}), 403),
+        (&stranger, json!({"method": "GET", "path": "/api/git/changes?path=/workspace/project"}), 403),
         (&rig.user, json!({"host": null}), 422),
         (&rig.user, json!({"path": "/alive"}), 422),
         (&rig.user, json!({"path": "@example.org/api/"}), 422),

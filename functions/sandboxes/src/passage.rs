@@ -4,13 +4,15 @@
 use std::borrow::Cow;
 use std::time::Duration;
 
+use axum::Json;
 use axum::extract::State;
-use axum::response::{IntoResponse as _, Response};
+use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, Method};
 use serde_json::Value;
-use shared::agent_server::Failure;
+use shared::agent_server::{AgentServerError, Failure};
+use shared::conversation::git::WorkspaceGit;
 use shared::conversation::place::path_in_workspace;
 use shared::error::{Error, Result};
 use shared::http::body;
@@ -26,6 +28,7 @@ const SESSION_API_KEY: &str = "x-session-api-key";
 const METHODS: [Method; 5] = [Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE];
 /// Lambda answers with 6 MB at most, and what is no text becomes a third larger.
 const ANSWER_LIMIT: usize = 4 * 1024 * 1024;
+const TOO_LATE: &str = "The agent server did not answer in time";
 
 /// `{host, method, path, headers: {X-Session-API-Key}, body, timeout_seconds}`
 struct Passed {
@@ -108,18 +111,67 @@ pub(crate) async fn pass_on(
     }
     let agent_server = sandbox.agent_server(&context.messages.http).ok_or_else(not_running)?;
     let timeout = request.timeout.unwrap_or(context.look_budget).min(context.look_budget);
+    if request.method == Method::GET
+        && let Some(asked) = AskedOfGit::read(&request.path, &sandbox.working_dir)
+    {
+        let git = WorkspaceGit { agent_server: &agent_server, root: &sandbox.working_dir };
+        return match tokio::time::timeout(timeout, asked.answer(git)).await {
+            Ok(answer) => answer.map_err(|error| not_answered(&error))?,
+            Err(_) => Err(Error::Upstream { message: TOO_LATE.to_owned(), context: format!("after {timeout:?}") }),
+        };
+    }
     let path = in_sandbox(&request.path, &sandbox.working_dir);
     let answer = agent_server.pass_on(request.method, &path, request.body.as_ref(), ANSWER_LIMIT, timeout).await;
-    let answer = answer.map_err(|error| Error::Upstream {
-        message: match &error.failure {
-            Failure::TimedOut => "The agent server did not answer in time".to_owned(),
-            _ => "The agent server did not answer".to_owned(),
-        },
-        context: error.to_string(),
-    })?;
-    match answer {
+    match answer.map_err(|error| not_answered(&error))? {
         Some((status, kind, body)) => Ok((status, kind.map(|kind| [(CONTENT_TYPE, kind)]), body).into_response()),
         None => Err(Error::TooLarge("The agent server's answer is larger than what can be passed on".to_owned())),
+    }
+}
+
+fn not_answered(error: &AgentServerError) -> Error {
+    let message = match &error.failure {
+        Failure::TimedOut => TOO_LATE,
+        _ => "The agent server did not answer",
+    };
+    Error::Upstream { message: message.to_owned(), context: error.to_string() }
+}
+
+/// `GET /api/git/changes` or `GET /api/git/diff` of a workspace, which are answered as the conversation's own routes do: agent servers
+/// fail on many names, and each version in its own way. The changes of one commit, and what is outside, are the agent server's.
+#[derive(Debug, PartialEq, Eq)]
+struct AskedOfGit {
+    is_diff: bool,
+    path: String,
+    reference: Option<String>,
+}
+
+impl AskedOfGit {
+    fn read(path: &str, working_dir: &str) -> Option<Self> {
+        let (route, query) = path.split_once('?')?;
+        let is_diff = match route {
+            "/api/git/changes" => false,
+            "/api/git/diff" => true,
+            _ => return None,
+        };
+        let mut asked = Self { is_diff, path: String::new(), reference: None };
+        for (name, value) in form_urlencoded::parse(query.as_bytes()) {
+            match name.as_ref() {
+                "path" => asked.path = value.into_owned(),
+                "ref" => asked.reference = Some(value.into_owned()).filter(|reference| !reference.is_empty()),
+                "commit" => return None,
+                _ => {}
+            }
+        }
+        path_in_workspace(working_dir, &asked.path).map(|_| asked)
+    }
+
+    async fn answer(&self, git: WorkspaceGit<'_>) -> Result<Result<Response>, AgentServerError> {
+        let reference = self.reference.as_deref();
+        Ok(if self.is_diff {
+            git.diff(&self.path, reference).await?.map(|diff| Json(diff).into_response())
+        } else {
+            git.changes(&self.path, reference).await?.map(IntoResponse::into_response)
+        })
     }
 }
 
@@ -220,6 +272,35 @@ mod tests {
         }
         let in_container = "/api/git/commits?path=/workspace/project/a%20b&x=%zz";
         assert_eq!(in_sandbox(in_container, "/workspace/project"), in_container);
+    }
+
+    #[test]
+    fn git_is_asked_of_workspaces_alone() {
+        let read = |path: &str| AskedOfGit::read(path, "/home/a user/workspace/project/");
+        let asked = |is_diff, path: &str, reference: Option<&str>| {
+            Some(AskedOfGit { is_diff, path: path.to_owned(), reference: reference.map(str::to_owned) })
+        };
+        for (path, expected) in [
+            ("/api/git/changes?path=%2Fworkspace%2Fproject", asked(false, "/workspace/project", None)),
+            (
+                "/api/git/diff?ref=HEAD&path=/workspace/project/a%26b+c&x=y",
+                asked(true, "/workspace/project/a&b c", Some("HEAD")),
+            ),
+            (
+                "/api/git/changes?ref=&path=/home/a%20user/workspace/project/r",
+                asked(false, "/home/a user/workspace/project/r", None),
+            ),
+            ("/api/git/diff?path=/workspace/project/a&commit=abcd", None),
+            ("/api/git/diff?path=/workspace/projects/a", None),
+            ("/api/git/diff?path=/workspace/project/../a", None),
+            ("/api/git/changes?path=relative", None),
+            ("/api/git/changes?ref=HEAD", None),
+            ("/api/git/changes", None),
+            ("/api/git/changes/?path=/workspace/project", None),
+            ("/api/git/commits?path=/workspace/project", None),
+        ] {
+            assert_eq!(read(path), expected, "{path}");
+        }
     }
 
     #[test]

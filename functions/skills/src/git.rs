@@ -1,10 +1,10 @@
-//! What git says of a conversation's workspace: the agent server's own JSON.
+//! What has changed in a conversation's workspace, by git in its sandbox.
 
 use axum::Json;
 use axum::extract::{RawQuery, State};
-use serde_json::value::RawValue;
-use shared::agent_server::{AgentServer, AgentServerError, Failure};
-use shared::conversation::place::Found;
+use axum::response::{IntoResponse as _, Response};
+use shared::agent_server::{AgentServerError, Failure};
+use shared::conversation::git::WorkspaceGit;
 use shared::error::{Error, Result};
 use shared::http::caller::Caller;
 use shared::http::query::Query;
@@ -18,13 +18,12 @@ pub(crate) async fn changes(
     Caller(user): Caller,
     path: ConversationPath,
     RawQuery(query): RawQuery,
-) -> Result<Json<Box<RawValue>>> {
+) -> Result<Response> {
     let asked = Asked::read(path, query.as_deref())?;
-    context
-        .git(&user, &asked, async |agent_server: &AgentServer, path: &str| {
-            agent_server.git_changes(path, asked.reference.as_deref(), context.budget).await
-        })
-        .await
+    let reference = asked.reference.as_deref();
+    let changes =
+        context.git(&user, &asked, async |git: WorkspaceGit<'_>, path: &str| git.changes(path, reference).await);
+    Ok(changes.await?.into_response())
 }
 
 pub(crate) async fn diff(
@@ -32,13 +31,11 @@ pub(crate) async fn diff(
     Caller(user): Caller,
     path: ConversationPath,
     RawQuery(query): RawQuery,
-) -> Result<Json<Box<RawValue>>> {
+) -> Result<Response> {
     let asked = Asked::read(path, query.as_deref())?;
-    context
-        .git(&user, &asked, async |agent_server: &AgentServer, path: &str| {
-            agent_server.git_diff(path, asked.reference.as_deref(), context.budget).await
-        })
-        .await
+    let reference = asked.reference.as_deref();
+    let diff = context.git(&user, &asked, async |git: WorkspaceGit<'_>, path: &str| git.diff(path, reference).await);
+    Ok(Json(diff.await?).into_response())
 }
 
 /// What a request asks for.
@@ -60,31 +57,24 @@ impl Asked {
 }
 
 impl Context {
-    async fn git(
+    async fn git<T>(
         &self,
         user: &UserId,
         asked: &Asked,
-        ask: impl AsyncFnOnce(&AgentServer, &str) -> Result<Box<RawValue>, AgentServerError>,
-    ) -> Result<Json<Box<RawValue>>> {
+        ask: impl AsyncFnOnce(WorkspaceGit<'_>, &str) -> Result<Result<T>, AgentServerError>,
+    ) -> Result<T> {
         let inside = inside(self.places.find(user, asked.conversation).await?, asked.conversation)?;
-        let outside = || Error::Refused("The path must be absolute, and in the workspace".to_owned());
         let answered = self.within(async {
-            // Relative ones are those that the changes name.
-            let path = match asked.path.starts_with('/') {
-                true => inside.path(&asked.path),
-                false => inside.path(&format!("{}/{}", inside.folder().await?, asked.path)),
-            };
-            let Some(path) = path else { return Ok(Err(outside())) };
-            match inside.look(&path).await? {
-                Found::Outside => Ok(Err(outside())),
-                // What was deleted differs from what was committed, too.
-                Found::File(path) | Found::Folder(path) | Found::Nothing(path) => {
-                    ask(&inside.agent_server, &path).await.map(Ok)
-                }
+            let git = WorkspaceGit { agent_server: &inside.agent_server, root: inside.root() };
+            // Relative paths are those that the changes name.
+            if asked.path.starts_with('/') {
+                ask(git, &asked.path).await
+            } else {
+                ask(git, &format!("{}/{}", inside.folder().await?, asked.path)).await
             }
         });
         match answered.await {
-            Ok(answer) => answer.map(Json),
+            Ok(answer) => answer,
             Err(error @ AgentServerError { failure: Failure::Unreachable, .. }) => {
                 tracing::warn!(conversation = %asked.conversation, %error, "git.not_asked");
                 Err(Error::NotFound("The agent server cannot be reached".to_owned()))

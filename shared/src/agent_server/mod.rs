@@ -54,8 +54,6 @@ const SKILLS_LIMIT: usize = 4 * MIB;
 const CONVERSATION_LIMIT: usize = 8 * MIB;
 /// Of several conversations, and of a page of events.
 const LIST_LIMIT: usize = 16 * MIB;
-/// Of git's output: it is passed on, and Lambda answers with 6 MB at most.
-const GIT_LIMIT: usize = 4 * MIB;
 /// Of an uploaded file that may be JSON with secrets; settings are smaller by far.
 const JSON_FILE_LIMIT: usize = 4 * MIB;
 /// Of an error; the rest is cut off.
@@ -513,30 +511,6 @@ impl AgentServer {
         }
     }
 
-    /// What git says has changed in the repository that holds an absolute path: the agent server's own JSON.
-    ///
-    /// # Errors
-    /// See [`Failure`].
-    pub async fn git_changes(&self, path: &str, reference: Option<&str>, timeout: Duration) -> Result<Box<RawValue>> {
-        self.git("/api/git/changes", path, reference, timeout).await
-    }
-
-    /// How the file at an absolute path differs from what was committed: the agent server's own JSON.
-    ///
-    /// # Errors
-    /// See [`Failure`].
-    pub async fn git_diff(&self, path: &str, reference: Option<&str>, timeout: Duration) -> Result<Box<RawValue>> {
-        self.git("/api/git/diff", path, reference, timeout).await
-    }
-
-    async fn git(&self, route: &str, path: &str, reference: Option<&str>, timeout: Duration) -> Result<Box<RawValue>> {
-        let call = Call::get(route).within(timeout).at_most(GIT_LIMIT);
-        let asked = self.call_with(&call, |request| {
-            request.query(&[("path", path)]).query(&reference.map(|reference| [("ref", reference)]))
-        });
-        Ok(asked.await?.0)
-    }
-
     /// Writes a file at an absolute path.
     ///
     /// # Errors
@@ -919,8 +893,8 @@ mod tests {
         let agent_server = AgentServer::new(Outbound::new(Reach::Anywhere), &url, None);
 
         for _ in 0..TIMES {
-            let changes = agent_server.git_changes("/workspace", None, LOOK_TIMEOUT).await;
-            assert_eq!(changes.expect("an answer").get(), "[]");
+            let conversation = agent_server.whole_conversation(Uuid::nil(), LOOK_TIMEOUT).await;
+            assert_eq!(conversation.expect("an answer"), None);
         }
         let (asked, answered) = count();
         assert_eq!(answered, TIMES);

@@ -1,6 +1,7 @@
 //! Conversations: their records, the store, and how they show their live status.
 
 pub mod deletion;
+pub mod git;
 pub mod live;
 pub mod place;
 pub mod search;

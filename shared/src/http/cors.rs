@@ -4,7 +4,8 @@ use http::{HeaderName, HeaderValue, header};
 use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer};
 
 /// What our answers say in headers of our own.
-const OWN_HEADERS: [&str; 4] = ["x-export-warning", "x-file-status", "x-files-truncated", "x-skills-status"];
+const OWN_HEADERS: [&str; 5] =
+    ["x-changes-truncated", "x-export-warning", "x-file-status", "x-files-truncated", "x-skills-status"];
 
 /// Lets pages of these origins call, with credentials. Not every page of the web: agents run with the user's keys for whoever may
 /// call.

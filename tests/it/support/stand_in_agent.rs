@@ -467,8 +467,6 @@ fn handle(request: &Request, shared: &Arc<Mutex<State>>) -> Response {
     let body = request.json();
     match (request.method.as_str(), &segments[1..]) {
         ("POST", ["bash", "start_bash_command" | "execute_bash_command"]) => start_command(&body, state, shared),
-        ("GET", ["git", "changes"]) => git_changes(request, state),
-        ("GET", ["git", "diff"]) => git_diff(request, state),
         ("GET", ["bash", "bash_events", "search"]) => search_bash_events(request, state),
         ("POST", ["file", "upload"]) => upload(request, state),
         ("GET", ["file", "download"]) => download(request, state),
@@ -546,6 +544,7 @@ fn start_shell(command: &str, cwd: Option<&Path>, state: &State) -> Result<Shell
         .args(["-c", command])
         .current_dir(cwd)
         .env("HOME", state.root.join("home"))
+        .env("TMPDIR", &state.root)
         .env_remove("XDG_CONFIG_HOME")
         .env("GIT_CONFIG_NOSYSTEM", "1")
         // A sandbox has no terminal to ask on.
@@ -769,39 +768,6 @@ fn multipart_field<'a>(request: &'a Request, field: &str) -> Option<&'a [u8]> {
 
 fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
     haystack.windows(needle.len()).position(|window| window == needle)
-}
-
-// Git
-
-/// What has changed, by what git says of the folder; the stand-in knows new and changed files.
-fn git_changes(request: &Request, state: &State) -> Response {
-    let path = match path_of(request, state) {
-        Ok(path) => path,
-        Err(refusal) => return *refusal,
-    };
-    let git = std::process::Command::new("git").args(["status", "--porcelain"]).current_dir(&path).output();
-    match git {
-        Ok(git) if git.status.success() => {
-            let lines = String::from_utf8_lossy(&git.stdout).into_owned();
-            let changes: Vec<Value> = lines
-                .lines()
-                .map(|line| {
-                    let status = if line.starts_with("??") { "ADDED" } else { "UPDATED" };
-                    json!({"status": status, "path": line[3..]})
-                })
-                .collect();
-            ok(&json!(changes))
-        }
-        _ => broken(&format!("Not a git repository: {}", path.display())),
-    }
-}
-
-fn git_diff(request: &Request, state: &State) -> Response {
-    let path = match path_of(request, state) {
-        Ok(path) => path,
-        Err(refusal) => return *refusal,
-    };
-    ok(&json!({"modified": std::fs::read_to_string(&path).ok(), "original": null}))
 }
 
 // Skills and hooks

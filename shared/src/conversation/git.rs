@@ -1,0 +1,414 @@
+//! What has changed in a workspace, by git in its sandbox: the same on every version of the agent server, whose own routes leave out
+//! files, fail on names, and ask the network, each version in its own way.
+//!
+//! A request is one shell command (`git/*.sh`). Its result is a file in the sandbox, printed as base64 where it is short: agent
+//! servers keep the output of commands, cut it into pieces, and replace what is not UTF-8.
+
+mod name;
+mod text;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use axum::Json;
+use axum::response::{IntoResponse, Response};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use http::{HeaderName, HeaderValue};
+use serde::Serialize;
+
+use super::place::path_in_workspace;
+use crate::agent_server::{AgentServer, AgentServerError};
+use crate::error::Error;
+use crate::http::page::{PAGE_SIZE, size_of, size_of_text};
+use crate::mask;
+use crate::start::saga::command::quoted;
+
+const COMMON: &str = include_str!("git/common.sh");
+const CHANGES: &str = include_str!("git/changes.sh");
+const DIFF: &str = include_str!("git/diff.sh");
+/// Whether there are more changes than the answer lists: `true`, or the header is absent.
+const TRUNCATED: HeaderName = HeaderName::from_static("x-changes-truncated");
+/// What git may take. A workspace may be large.
+const TIMEOUT: Duration = Duration::from_secs(15);
+const CLEANUP: Duration = Duration::from_secs(5);
+/// The largest result that is printed. As base64 it is less than 1 MiB, of which agent servers make one piece.
+const INLINE: usize = 480 * 1024;
+/// The longest list, in bytes of names and statuses.
+const LIST_LIMIT: usize = 4 * 1024 * 1024;
+/// The largest file of which there is a diff, and the most bytes of both sides. As JSON they may be larger: see [`PAGE_SIZE`].
+const FILE_LIMIT: usize = 5_000_000;
+/// The most repositories in a folder that are listed with it: each takes several processes.
+const NESTED: usize = 50;
+/// The longest path, and the longest `ref`: a command has a greatest length.
+const ARGUMENT_LIMIT: usize = 16 * 1024;
+/// Characters of git's own error that are shown.
+const REASON: usize = 500;
+const REQUEST: &str = "POST /api/bash/execute_bash_command";
+
+type Asked<T> = Result<Result<T, Error>, AgentServerError>;
+
+/// The name of a repository in a folder, empty for the folder's own, and its changes by path.
+type Repository = (Vec<u8>, BTreeMap<Vec<u8>, Status>);
+
+/// Git in a workspace.
+#[derive(Clone, Copy, Debug)]
+pub struct WorkspaceGit<'a> {
+    /// The agent server of the sandbox.
+    pub agent_server: &'a AgentServer,
+    /// The absolute path of the workspace.
+    pub root: &'a str,
+}
+
+/// A file that has changed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Change {
+    /// How it has changed.
+    pub status: Status,
+    /// Its path from the folder that was asked for. A name that is not UTF-8 is in double quotes, as git quotes it.
+    pub path: String,
+}
+
+/// How a file has changed. A renamed file is deleted and added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Status {
+    /// It is new.
+    Added,
+    /// It has other contents, another mode, or is of another kind.
+    Updated,
+    /// It is gone.
+    Deleted,
+}
+
+/// The changes in a folder.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// By path.
+    pub list: Vec<Change>,
+    /// Whether there are more than the list can hold.
+    pub is_truncated: bool,
+}
+
+impl IntoResponse for Changes {
+    fn into_response(self) -> Response {
+        let mut answer = Json(&self.list).into_response();
+        if self.is_truncated {
+            answer.headers_mut().insert(TRUNCATED, HeaderValue::from_static("true"));
+        }
+        answer
+    }
+}
+
+/// A file as it was and as it is; nothing where no repository holds it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Diff {
+    /// As it is; empty if it was deleted.
+    pub modified: Option<String>,
+    /// As it was; empty if it is new.
+    pub original: Option<String>,
+}
+
+impl WorkspaceGit<'_> {
+    /// What has changed below the folder at an absolute path, since `reference` or since the work began.
+    ///
+    /// # Errors
+    /// When the agent server does not answer; within, why there is no list.
+    pub async fn changes(&self, folder: &str, reference: Option<&str>) -> Asked<Changes> {
+        let script = match self.changes_script(folder, reference) {
+            Ok(script) => script,
+            Err(refused) => return Ok(Err(refused)),
+        };
+        Ok(match self.run(&script, LIST_LIMIT).await? {
+            Ok(result) => read_changes(&result, reference),
+            Err(refused) => Err(refused),
+        })
+    }
+
+    /// The file at an absolute path, as it was at `reference` or when the work began, and as it is.
+    ///
+    /// # Errors
+    /// When the agent server does not answer; within, why there is no diff.
+    pub async fn diff(&self, file: &str, reference: Option<&str>) -> Asked<Diff> {
+        let script = match self.diff_script(file, reference) {
+            Ok(script) => script,
+            Err(refused) => return Ok(Err(refused)),
+        };
+        Ok(match self.run(&script, FILE_LIMIT + 1024).await? {
+            Ok(result) => read_diff(&result, reference),
+            Err(refused) => Err(refused),
+        })
+    }
+
+    fn changes_script(&self, folder: &str, reference: Option<&str>) -> Result<String, Error> {
+        let rest = self.below_root(folder)?;
+        let variables = format!("rest={} limit={LIST_LIMIT} most={NESTED}\n", quoted(&rest));
+        Ok(format!("{}{variables}{}{}", self.head(reference)?, code(COMMON), code(CHANGES)))
+    }
+
+    fn diff_script(&self, file: &str, reference: Option<&str>) -> Result<String, Error> {
+        let rest = self.below_root(file)?;
+        // A name of git's own form: of a list that an agent server made, or one that is not UTF-8.
+        let other = name::unquoted_end(&rest).filter(|path| is_below(path)).unwrap_or_default();
+        let names = [rest.as_bytes(), &other];
+        if rest.is_empty() {
+            return Err(folder());
+        }
+        if names.iter().any(|path| path.split(|byte| *byte == b'/').any(|part| part == b".git")) {
+            return Err(Error::Refused("Git's own files have no diff".to_owned()));
+        }
+        let variables = format!("rest={} limit={FILE_LIMIT}\n{}", quoted(&rest), name::assigned("other", &other));
+        Ok(format!("{}{variables}{}{}", self.head(reference)?, code(COMMON), code(DIFF)))
+    }
+
+    /// The variables of both scripts.
+    fn head(&self, reference: Option<&str>) -> Result<String, Error> {
+        let reference = reference.unwrap_or_default();
+        if reference.starts_with('-') || reference.contains('\0') || reference.len() > ARGUMENT_LIMIT {
+            return Err(unknown(Some(reference)));
+        }
+        Ok(format!("root={} ref={} inline={INLINE}\n", quoted(self.root), quoted(reference)))
+    }
+
+    /// A path from the workspace, without empty segments and dots.
+    fn below_root(&self, path: &str) -> Result<String, Error> {
+        let root = self.root.trim_end_matches('/');
+        let path = path_in_workspace(root, path).filter(|path| path.len() <= ARGUMENT_LIMIT).ok_or_else(outside)?;
+        let rest = path.strip_prefix(root).unwrap_or_default();
+        let parts: Vec<&str> = rest.split('/').filter(|part| !matches!(*part, "" | ".")).collect();
+        Ok(parts.join("/"))
+    }
+
+    /// The result of a script, of at most `limit` bytes.
+    async fn run(&self, script: &str, limit: usize) -> Asked<Vec<u8>> {
+        let output = self.agent_server.run_command(script, TIMEOUT).await?;
+        match (output.exit_code, output.stdout.split_once('\n')) {
+            (0, Some(("inline", text))) => {
+                let text: Vec<u8> = text.bytes().filter(|byte| !byte.is_ascii_whitespace()).collect();
+                let decoded = STANDARD.decode(text);
+                decoded.map(Ok).map_err(|_| AgentServerError::malformed(REQUEST, "the result is not base64"))
+            }
+            (0, Some((line, _))) if line.starts_with("file /") => {
+                let path = &line["file ".len()..];
+                let Some(folder) = path.strip_suffix("/result").filter(|folder| folder.contains("/openhands-git."))
+                else {
+                    return Err(AgentServerError::malformed(REQUEST, "the result is somewhere else"));
+                };
+                let result = self.agent_server.download(path, limit).await;
+                // If this fails, a later script removes it.
+                if let Err(error) = self.agent_server.run_command(&format!("rm -rf {}", quoted(folder)), CLEANUP).await
+                {
+                    tracing::info!(%error, "git.result_not_removed");
+                }
+                result?.map(Ok).ok_or_else(|| AgentServerError::malformed(REQUEST, "the result is too long"))
+            }
+            (-1, _) => Ok(Err(Error::Unavailable(format!(
+                "Git did not finish within {} s in this sandbox; try again, or a smaller folder",
+                TIMEOUT.as_secs()
+            )))),
+            (3, _) => {
+                Ok(Err(Error::Conflict("The sandbox has no space, or no folder, for temporary files".to_owned())))
+            }
+            _ => Err(AgentServerError::malformed(REQUEST, "git was not asked")),
+        }
+    }
+}
+
+/// A script without its comments and indentation: agent servers keep every command.
+fn code(script: &str) -> String {
+    let lines = script.lines().map(str::trim_start).filter(|line| !line.starts_with('#') && !line.is_empty());
+    lines.flat_map(|line| [line, "\n"]).collect()
+}
+
+fn is_below(path: &[u8]) -> bool {
+    !path.contains(&0)
+        && path.len() <= ARGUMENT_LIMIT
+        && path.split(|byte| *byte == b'/').all(|part| !matches!(part, b"" | b"." | b".."))
+}
+
+fn outside() -> Error {
+    Error::Refused("The path must be absolute, and in the workspace".to_owned())
+}
+
+fn folder() -> Error {
+    Error::Refused("The path is a folder; a file is needed for a diff".to_owned())
+}
+
+fn unknown(reference: Option<&str>) -> Error {
+    let shown: String = reference.unwrap_or_default().chars().take(REASON).collect();
+    Error::Refused(format!("The ref {shown:?} is no commit of this repository"))
+}
+
+fn failed(what: &str, reason: &[u8]) -> Error {
+    let reason = String::from_utf8_lossy(reason);
+    let secrets: Vec<String> = reason.split_whitespace().flat_map(|word| mask::secrets_in(&word.into())).collect();
+    let masked = mask::masked(&reason, secrets.iter().map(String::as_str));
+    let reason: String = masked.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(REASON).collect();
+    Error::Conflict(format!("{what}: {reason}"))
+}
+
+/// The outcome that both scripts have in common, in place of a result.
+fn refused(word: &[u8], reason: &[u8], reference: Option<&str>, what: &str) -> Error {
+    match word {
+        b"outside" => outside(),
+        b"unknown" => unknown(reference),
+        b"failed" => failed(what, reason),
+        word => Error::internal(format!("a script of git's ended with {:?}", String::from_utf8_lossy(word))),
+    }
+}
+
+fn read_changes(result: &[u8], reference: Option<&str>) -> Result<Changes, Error> {
+    const WHAT: &str = "Git cannot list the changes";
+    // After the last NUL a name may be cut off.
+    let mut fields = result.split_inclusive(|byte| *byte == 0).filter_map(|field| field.strip_suffix(&[0]));
+    let mut repositories: Vec<Repository> = Vec::new();
+    let mut is_truncated = true;
+    let mut are_skipped = false;
+    while let Some(word) = fields.next() {
+        match (word, repositories.last_mut()) {
+            (b"repository", _) => repositories.push((fields.next().unwrap_or_default().to_vec(), BTreeMap::new())),
+            (b"changed", Some((_, changes))) => {
+                while let Some(status) = fields.next().filter(|status| !status.is_empty()) {
+                    let Some(path) = fields.next() else { break };
+                    let status = match status {
+                        b"A" => Status::Added,
+                        b"D" => Status::Deleted,
+                        _ => Status::Updated,
+                    };
+                    // A file with a conflict comes twice: as such, and as what differs from the base.
+                    changes.entry(path.to_vec()).and_modify(|earlier| *earlier = status).or_insert(status);
+                }
+            }
+            (b"untracked", Some((_, changes))) => {
+                while let Some(path) = fields.next().filter(|path| !path.is_empty()) {
+                    // What git has forgotten is still there.
+                    changes
+                        .entry(path.to_vec())
+                        .and_modify(|status| *status = Status::Updated)
+                        .or_insert(Status::Added);
+                }
+            }
+            (b"failed", _) => return Err(failed(WHAT, fields.next().unwrap_or_default())),
+            (b"skipped", _) => are_skipped = true,
+            (b"more", _) => break,
+            (b"end", _) => {
+                is_truncated = false;
+                break;
+            }
+            (b"nothing", _) => return Err(Error::NotFound("There is no such folder".to_owned())),
+            (b"file", _) => return Err(Error::Refused("The path is not a folder".to_owned())),
+            (word, _) => return Err(refused(word, fields.next().unwrap_or_default(), reference, WHAT)),
+        }
+    }
+    if are_skipped && repositories.is_empty() {
+        return Err(unknown(reference));
+    }
+    Ok(fitting(merged(repositories), is_truncated))
+}
+
+/// The changes of a folder's own repository and of those in it. What is inside one of the latter is its own.
+fn merged(repositories: Vec<Repository>) -> Vec<Change> {
+    let nested: Vec<Vec<u8>> =
+        repositories.iter().map(|(name, _)| name.clone()).filter(|name| !name.is_empty()).collect();
+    // Git names an untracked repository with a slash at the end. The commit of a submodule is the outer repository's.
+    let is_of_nested = |path: &[u8]| {
+        nested.iter().any(|name| path.strip_prefix(name.as_slice()).is_some_and(|rest| rest.starts_with(b"/")))
+    };
+    let mut list = Vec::new();
+    for (repository, changes) in repositories {
+        for (mut path, status) in changes {
+            if repository.is_empty() && is_of_nested(&path) {
+                continue;
+            }
+            if path.ends_with(b"/") {
+                path.pop();
+            }
+            if !repository.is_empty() {
+                path = [repository.as_slice(), &path].join(&b'/');
+            }
+            list.push(Change { status, path: name::shown(path) });
+        }
+    }
+    list.sort_by(|one, other| one.path.cmp(&other.path));
+    list
+}
+
+/// As many as one answer can hold.
+fn fitting(mut list: Vec<Change>, is_truncated: bool) -> Changes {
+    let mut size = 0;
+    let fit = list.iter().take_while(|change| {
+        // `{"status":"UPDATED","path":…},`, with quotes escaped.
+        size += 40 + serde_json::to_string(&change.path).map_or(0, |path| size_of_text(path.as_bytes()));
+        size <= PAGE_SIZE
+    });
+    let fit = fit.count();
+    let is_truncated = is_truncated || fit < list.len();
+    list.truncate(fit);
+    Changes { list, is_truncated }
+}
+
+fn read_diff(result: &[u8], reference: Option<&str>) -> Result<Diff, Error> {
+    const WHAT: &str = "Git cannot compare this file";
+    let (word, rest) = field(result);
+    if word != b"diff" {
+        let (reason, _) = field(rest);
+        return match word {
+            b"none" => Ok(Diff::default()),
+            b"nothing" => {
+                let at = reference.map_or_else(|| "when the work began".to_owned(), |name| format!("at {name}"));
+                Err(Error::NotFound(format!("There is no such file, neither now nor {at}")))
+            }
+            b"folder" => Err(folder()),
+            b"special" => {
+                Err(Error::Refused("The path is neither a file nor a link, but a pipe, socket or device".to_owned()))
+            }
+            b"unreadable" => Err(Error::Conflict("The file cannot be read by the sandbox's user".to_owned())),
+            b"large" => {
+                let sizes = String::from_utf8_lossy(reason);
+                let (before, after) = sizes.split_once(' ').unwrap_or_default();
+                Err(too_large(before, after))
+            }
+            word => Err(refused(word, reason, reference, WHAT)),
+        };
+    }
+    let (kind_before, rest) = field(rest);
+    let (size_before, rest) = field(rest);
+    let (kind_after, rest) = field(rest);
+    let (size_after, contents) = field(rest);
+    let number = |field: &[u8]| std::str::from_utf8(field).ok().and_then(|text| text.parse::<usize>().ok());
+    let (Some(before), Some(after)) = (number(size_before), number(size_after)) else {
+        return Err(Error::internal("the result of a diff has no sizes"));
+    };
+    if before.checked_add(after) != Some(contents.len()) {
+        return Err(Error::internal("the result of a diff has other sizes than it says"));
+    }
+    let (original, modified) = contents.split_at(before);
+    let read = |kind: &[u8], bytes: &[u8]| match kind {
+        b"file" => text::decoded(bytes),
+        // The target of a link is a path.
+        _ => Some(String::from_utf8_lossy(bytes).into_owned()),
+    };
+    let (Some(original), Some(modified)) = (read(kind_before, original), read(kind_after, modified)) else {
+        return Err(Error::Refused(format!(
+            "The file is binary ({before} bytes before, {after} bytes now): there is no diff of its text"
+        )));
+    };
+    let diff = Diff { modified: Some(modified), original: Some(original) };
+    if size_of(&diff)? > PAGE_SIZE { Err(too_large(&before.to_string(), &after.to_string())) } else { Ok(diff) }
+}
+
+/// A field, and what follows its NUL.
+fn field(bytes: &[u8]) -> (&[u8], &[u8]) {
+    let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+    (&bytes[..end], bytes.get(end + 1..).unwrap_or_default())
+}
+
+fn too_large(before: &str, after: &str) -> Error {
+    Error::TooLarge(format!(
+        "The file is too large for a diff: {before} bytes before, {after} bytes now; both together may have {PAGE_SIZE} \
+         bytes as JSON"
+    ))
+}
+
+#[cfg(test)]
+mod tests;

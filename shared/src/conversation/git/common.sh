@@ -1,0 +1,114 @@
+# The beginning of changes.sh and diff.sh. Needs a POSIX shell, git from 2.20 on, `mktemp`, `readlink` and `head -c`.
+# Input: $root the workspace, $ref the commit to compare with (empty: see find_base), $inline the most bytes to print.
+export LC_ALL=C GIT_LITERAL_PATHSPECS=1 GIT_OPTIONAL_LOCKS=0 GIT_TERMINAL_PROMPT=0
+# Neither a lazy fetch of a partial clone nor anything else may use the network.
+export GIT_ALLOW_PROTOCOL=none GIT_NO_LAZY_FETCH=1
+exec </dev/null
+umask 077
+tmp=${TMPDIR:-/tmp}
+# Results that were never fetched.
+find "$tmp/" -maxdepth 1 -type d -name 'openhands-git.*' -mmin +15 -exec rm -rf {} + 2>/dev/null
+temporary=$(mktemp -d "$tmp/openhands-git.XXXXXX") || exit 3
+errors=$temporary/errors
+result=$temporary/result
+
+# Prints the result, or the path of the file that holds it, and ends.
+deliver() {
+  size=$(($(wc -c <"$result")))
+  if [ "$size" -le "$inline" ] && command -v base64 >/dev/null 2>&1; then
+    echo inline
+    base64 <"$result"
+    rm -rf "$temporary"
+  else
+    printf 'file %s\n' "$result"
+  fi
+  exit 0
+}
+
+# Ends with an outcome that is one word, and a text where there is one.
+outcome() {
+  printf '%s\000%s\000' "$1" "${2-}" >"$result"
+  deliver
+}
+
+# Git, without anything that configuration or environment could add to its output or run beside it.
+g() {
+  git -c core.quotePath=false -c core.fsmonitor= -c core.hooksPath=/dev/null -c "safe.directory=*" -c color.ui=false \
+    -c diff.autoRefreshIndex=true -c diff.relative=false -c core.warnAmbiguousRefs=false "$@"
+}
+
+has_git=yes
+command -v git >/dev/null 2>&1 || has_git=
+if [ -n "$has_git" ]; then
+  for name in $(git rev-parse --local-env-vars 2>/dev/null) GIT_EXTERNAL_DIFF GIT_DIFF_OPTS GIT_GLOB_PATHSPECS \
+    GIT_NOGLOB_PATHSPECS GIT_ICASE_PATHSPECS; do unset "$name"; done
+fi
+
+root=$(cd "$root" 2>/dev/null && pwd -P && echo .) || outcome nothing
+root=${root%??}
+[ "$root" != / ] || root=
+# The colon separates paths there. Above the workspace there is no repository of ours.
+case $root in *:*) ;; *) export GIT_CEILING_DIRECTORIES="${root%/*}" ;; esac
+
+# Sets $top to the top of the repository of the current folder and $prefix to the way from there, `a/b/`. Fails where there is
+# none in the workspace.
+find_repository() {
+  [ -n "$has_git" ] || return 1
+  if top=$(g rev-parse --show-toplevel 2>"$errors" && echo .) && prefix=$(g rev-parse --show-prefix 2>"$errors" && echo .); then
+    top=${top%??} prefix=${prefix%??}
+    case $top/ in "$root"/*) return 0 ;; *) return 1 ;; esac
+  fi
+  case $(cat "$errors") in
+  *'not a git repository (or any'* | *'must be run in a work tree'*) return 1 ;;
+  esac
+  return 2
+}
+
+# The commit that a name means, or nothing.
+commit_of() {
+  commit=$(g rev-parse --verify --quiet "$1^{commit}" 2>/dev/null)
+  case $commit in *[!0-9a-f]*) ;; *) printf %s "$commit" ;; esac
+}
+
+empty_tree() {
+  g hash-object -t tree /dev/null
+}
+
+is_clean() {
+  g diff --quiet --no-ext-diff --ignore-submodules=dirty HEAD -- 2>/dev/null
+}
+
+# Sets $base to what the work began from, of what the repository knows without asking its remote: $ref; the branch's own
+# counterpart on the remote, unless all is pushed, because pushed work is to be shown too; where the branch left the remote's
+# default branch, or a local main or master; the last commit; the empty tree.
+find_base() {
+  if [ -n "$ref" ]; then
+    base=$(commit_of "$ref")
+    [ -n "$base" ] || { [ "$ref" = HEAD ] && base=$(empty_tree); }
+    return
+  fi
+  head=$(commit_of HEAD)
+  branch=$(g symbolic-ref -q HEAD)
+  branch=${branch#refs/heads/}
+  if [ -n "$branch" ]; then
+    base=$(commit_of "refs/remotes/origin/$branch")
+    if [ -n "$base" ] && { [ "$base" != "$head" ] || ! is_clean; }; then return 0; fi
+  fi
+  base=$head
+  [ -n "$head" ] || { base=$(empty_tree); return 0; }
+  # A remote that was added, not cloned, has no HEAD.
+  for candidate in "$(g symbolic-ref -q refs/remotes/origin/HEAD)" refs/remotes/origin/main refs/remotes/origin/master only; do
+    [ "$candidate" != only ] || candidate=$(g for-each-ref --count=2 --format='%(refname)' refs/remotes/origin)
+    default=$(commit_of "$candidate")
+    [ -n "$default" ] || continue
+    # A shallow clone may not have the common commit.
+    base=$(g merge-base HEAD "$default" 2>/dev/null) || base=$default
+    return 0
+  done
+  for candidate in main master; do
+    default=$(commit_of "refs/heads/$candidate")
+    [ -n "$default" ] || continue
+    if [ "$candidate" != "$branch" ] && g merge-base --is-ancestor "$default" HEAD 2>/dev/null; then base=$default; fi
+    return 0
+  done
+}
