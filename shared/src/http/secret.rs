@@ -325,8 +325,9 @@ mod tests {
 
     #[test]
     fn secrets_share_the_line_of_a_command_that_names_them() {
-        let (half, long, third) = ("x".repeat(7_986), "x".repeat(9_000), "x".repeat(6_000));
+        /// Secrets, those that are left out, and those that are too long together.
         type Case<'a> = (&'a [(&'a str, &'a str)], &'a [&'a str], &'a [&'a str]);
+        let (half, long, third) = ("x".repeat(7_986), "x".repeat(9_000), "x".repeat(6_000));
         let cases: [Case<'_>; 11] = [
             (&[], &[], &[]),
             (&[("A", &half), ("B", &half)], &[], &[]),
