@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use crate::support::product::{Product, saying, text};
 use crate::support::scripted_llm::{Reply, ScriptedLlm};
 
-const ROUNDS: usize = 4;
+const ROUNDS: usize = 3;
 
 #[tokio::test]
 async fn what_follows_an_agent_servers_500_arrives_once() {
