@@ -11,6 +11,7 @@ use shared::start::task::StartStatus;
 use tracing::subscriber::DefaultGuard;
 use uuid::Uuid;
 
+use crate::support::log::log_to;
 use crate::support::rig::{Rig, quick};
 use crate::support::stand_in_agent::{Fault, Kind, Nth};
 use crate::template::template;
@@ -288,7 +289,7 @@ impl Log {
         let to = log.clone();
         let layer = tracing_subscriber::fmt().json().flatten_event(true).with_span_list(false);
         let subscriber = layer.with_env_filter("shared=info").with_writer(move || to.clone()).finish();
-        (log, tracing::subscriber::set_default(subscriber))
+        (log, log_to(subscriber))
     }
 
     /// The lines since the last time.

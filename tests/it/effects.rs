@@ -32,7 +32,7 @@ use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::support::api::Api;
-use crate::support::log::all_events;
+use crate::support::log::{all_events, log_to};
 use crate::support::rig::{Rig, SESSION_KEY, quick};
 use crate::support::seed;
 use crate::support::stand_in_agent::{Fault, Kind, Nth};
@@ -1244,7 +1244,7 @@ impl Lines {
         let to = self.clone();
         let subscriber =
             tracing_subscriber::fmt().with_ansi(false).with_env_filter(filter).with_writer(move || to.clone()).finish();
-        tracing::subscriber::set_default(subscriber)
+        log_to(subscriber)
     }
 
     /// The lines with this text, in order.

@@ -16,6 +16,7 @@ use tracing::{Event, Level, Metadata, Subscriber};
 use uuid::Uuid;
 
 use crate::support::gate::{Moment, Stop};
+use crate::support::log::log_to;
 use crate::support::rig::{Rig, SESSION_KEY, quick};
 use crate::support::stand_in_agent::{Fault, Kind, Nth, StandInAgent};
 
@@ -182,7 +183,7 @@ async fn skills_that_do_not_read_are_one_line_of_the_log() {
     let lines = Arc::new(AtomicUsize::new(0));
     let client = agent_server(&agent);
     let found = {
-        let _counted = tracing::subscriber::set_default(Warnings(lines.clone()));
+        let _counted = log_to(Warnings(lines.clone()));
         client.skills(&SkillsQuery::default()).await.expect("skills")
     };
     assert_eq!(found.iter().map(|skill| skill.name.as_str()).collect::<Vec<_>>(), ["good"]);

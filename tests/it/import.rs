@@ -18,6 +18,7 @@ use shared::aws::Aws;
 use shared::conversation::search::Filter;
 use shared::conversation::tags::{MAX_TAG_NAME, MAX_TAG_VALUE, MAX_TAGS};
 use shared::event::store::EventStore;
+use shared::http::secret::MASK;
 use shared::start::store::{Filter as TaskFilter, SortOrder};
 use shared::start::task::StartStatus;
 use shared::user::UserId;
@@ -659,6 +660,45 @@ async fn repositories_come_in_without_credentials() {
     let task = rig.stores.tasks.get(&user, id).await.expect("the store").expect("a task");
     let shown = serde_json::to_value(task.show_within(u64::MAX)).expect("JSON");
     assert_eq!(shown["request"]["selected_repository"], "https://git.example/o/r");
+    rig.engines.shutdown().await;
+}
+
+/// The names of secrets are history as well, and come in even where a start would refuse them.
+#[tokio::test]
+async fn secrets_of_requests_come_in_by_their_names() {
+    let rig = Rig::start().await;
+    let user = UserId::local();
+    let reference = Reference::new();
+    let (mut text, mut expected) = (String::new(), Vec::new());
+    for (given, kept) in [
+        (json!({"MY-X": MASK}), json!({"MY-X": MASK})),
+        (json!({"LLM_API_KEY": MASK, "B": ""}), json!({"LLM_API_KEY": MASK, "B": ""})),
+        (json!({"PATH": SECRET, "1ST": SECRET, "": SECRET}), json!({"PATH": MASK, "1ST": MASK, "": MASK})),
+        (json!({"NUL": "a\0", "LARGE": "x".repeat(70_000)}), json!({"NUL": MASK, "LARGE": MASK})),
+        (json!({"a b$(id)": MASK}), json!({"a b$(id)": MASK})),
+        (json!({}), json!({})),
+        (Value::Null, Value::Null),
+    ] {
+        let (line_id, row_id) = (Uuid::new_v4(), Uuid::new_v4());
+        let request = json!({"title": "t", "secrets": given});
+        let mut line = seed("start_task").remove(1);
+        line["data"]["id"] = json!(line_id);
+        line["data"]["created_by_user_id"] = Value::Null;
+        line["data"]["request"] = request.clone();
+        text += &format!("{line}\n");
+        reference.start_task(row_id, "READY", &request);
+        expected.extend([(line_id, kept.clone()), (row_id, kept)]);
+    }
+    let file = rig.file("secrets", text);
+    let taken = rig.take(lines(&[file], Some(user.clone()))).await;
+    assert_eq!(taken.skipped_rows(), 0, "{taken}");
+    let taken = reference.import_into(&rig).await;
+    assert_eq!(taken.skipped_rows(), 0, "{taken}");
+    for (id, kept) in expected {
+        let task = rig.stores.tasks.get(&user, id).await.expect("the store").expect("a task");
+        let shown = serde_json::to_value(task.show_within(u64::MAX)).expect("JSON");
+        assert_eq!((&shown["request"]["secrets"], &shown["request"]["title"]), (&kept, &json!("t")));
+    }
     rig.engines.shutdown().await;
 }
 

@@ -1,5 +1,8 @@
 //! The support code is what it says.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use reqwest::Client;
@@ -7,16 +10,64 @@ use reqwest::multipart::{Form, Part};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::process::Command;
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Metadata, Subscriber};
 use uuid::Uuid;
 
 use crate::support::engines::{Engines, Ministack, is_ministack};
 use crate::support::git_server::GitServer;
+use crate::support::log::log_to;
 use crate::support::scripted_llm::{self, Reply, ScriptedLlm};
 use crate::support::stand_in_agent::{self, Fault, Kind, Nth, StandInAgent};
 use crate::support::wait::{wait_for, wait_until};
 
 const KEY: &str = "session-key";
 const SOON: Duration = Duration::from_secs(10);
+
+// The log
+
+/// Counts what it is given.
+#[derive(Clone, Default)]
+struct Events(Arc<AtomicUsize>);
+
+impl Subscriber for Events {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.target() == "support_tests"
+    }
+    fn new_span(&self, _span: &Attributes<'_>) -> Id {
+        Id::from_u64(1)
+    }
+    fn record(&self, _span: &Id, _values: &Record<'_>) {}
+    fn record_follows_from(&self, _span: &Id, _follows: &Id) {}
+    fn event(&self, _event: &Event<'_>) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+    fn enter(&self, _span: &Id) {}
+    fn exit(&self, _span: &Id) {}
+}
+
+/// Only as the first test of its process can this fail: product tests subscribe all threads.
+#[test]
+fn what_another_threads_code_logged_first_is_captured_all_the_same() {
+    fn warned() {
+        tracing::warn!(target: "support_tests", "warned");
+    }
+    fn told() {
+        tracing::info!(target: "support_tests", number = 1, "told");
+    }
+    fn traced() {
+        tracing::trace!(target: "support_tests", "traced");
+    }
+    let events = Events::default();
+    let _guard = log_to(events.clone());
+    for (index, line) in [warned, told, traced].into_iter().enumerate() {
+        // A test on a thread of its own, which captures nothing.
+        thread::spawn(line).join().expect("a thread");
+        line();
+        line();
+        assert_eq!(events.0.load(Ordering::Relaxed), 2 * (index + 1), "line {index}");
+    }
+}
 
 // The language model
 

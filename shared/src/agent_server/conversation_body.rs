@@ -13,7 +13,7 @@ use super::SkillInfo;
 use crate::clock::Time;
 use crate::config::StartConfig;
 use crate::error::Result;
-use crate::http::secret;
+use crate::http::secret::{self, InTerminal};
 use crate::id;
 use crate::start::request::{AgentType, Content, ProviderType, Secrets, SendMessageRequest, StartRequest};
 use crate::user::UserId;
@@ -31,8 +31,9 @@ const MAX_ITERATIONS: u32 = 500;
 /// The MCP server of the search service, which a search key adds.
 const SEARCH_SERVER: &str = "tavily";
 
-/// Why a long secret is left out.
-const TOO_LONG: &str = "the agent's terminal accepts 16,000 bytes at once, quotes and name included";
+/// Added for the agent to the description of a secret that is too long together with others.
+const NAME_ALONE: &str =
+    "long: name it once in a command of its own, where it is the only long one; it then stays set in the terminal";
 
 /// What a body is made of.
 #[derive(Debug)]
@@ -75,12 +76,9 @@ pub struct ConversationBody {
     pub json: Value,
     /// The model as the agent uses it.
     pub llm_model: String,
-    /// Which secrets the agent does not get, and why.
-    pub secrets_left_out: SecretsLeftOut,
+    /// Which secrets the agent does not get, and why, and which it cannot use in one command.
+    pub secrets_in_terminal: InTerminal,
 }
-
-/// Names of secrets that cannot be variables in the sandbox, by the reason.
-pub type SecretsLeftOut = BTreeMap<&'static str, Vec<String>>;
 
 /// Neither the request nor the settings name a model.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -103,7 +101,7 @@ pub fn conversation_body(
     let mut agent_llm = llm(inputs, model, "agent");
     agent_llm["stream"] = inputs.streaming.into();
     let llm_model = agent_llm["model"].as_str().unwrap_or(model).to_owned();
-    let (secrets, secrets_left_out) = secrets(inputs)?;
+    let (secrets, secrets_in_terminal) = secrets(inputs)?;
     let (tools, prompt, prompt_arguments) = if plan {
         let path = format!("{}/{}/PLAN.md", inputs.project_dir, plan_folder(request.git_provider));
         (
@@ -163,7 +161,7 @@ pub fn conversation_body(
             "kind": "Agent",
         },
     });
-    Ok(Ok(ConversationBody { json, llm_model, secrets_left_out }))
+    Ok(Ok(ConversationBody { json, llm_model, secrets_in_terminal }))
 }
 
 /// The model that was asked for, or else the user's.
@@ -269,24 +267,13 @@ fn llm(inputs: &ConversationInputs<'_>, model: &str, usage_id: &str) -> Value {
 
 /// Custom secrets, then provider tokens under `<PROVIDER>_TOKEN`, then the request's own; later ones win. Those that were kept
 /// before names and values were checked, and cannot be variables, are left out: they would take others away with them.
-fn secrets(inputs: &ConversationInputs<'_>) -> Result<(Map<String, Value>, SecretsLeftOut)> {
+fn secrets(inputs: &ConversationInputs<'_>) -> Result<(Map<String, Value>, InTerminal)> {
     let ConversationInputs { request, settings, config, .. } = inputs;
     let fixed = |value: &SecretString, description: Option<&str>| json!({"description": description, "value": value.expose_secret(), "kind": "StaticSecret"});
-    let mut left_out = SecretsLeftOut::new();
-    let mut is_variable = |name: &str, value: &SecretString| {
-        let value = value.expose_secret();
-        let too_long = || (!secret::fits_terminal(name, value)).then_some(TOO_LONG);
-        let fault = secret::fault_of_name(name).or_else(|| secret::fault_of_value(value)).or_else(too_long);
-        if let Some(fault) = fault {
-            left_out.entry(fault).or_default().push(name.to_owned());
-        }
-        fault.is_none()
-    };
-    let mut secrets = Map::new();
+    let (mut sources, mut values) = (Map::new(), BTreeMap::new());
     for (name, secret) in &settings.custom_secrets {
-        if is_variable(name, &secret.secret) {
-            secrets.insert(name.clone(), fixed(&secret.secret, given(secret.description.as_deref())));
-        }
+        sources.insert(name.clone(), fixed(&secret.secret, given(secret.description.as_deref())));
+        values.insert(name.clone(), &secret.secret);
     }
     for (provider, token) in &settings.provider_tokens.0 {
         let Some(value) = token.token.as_ref().filter(|token| !token.expose_secret().is_empty()) else { continue };
@@ -306,14 +293,23 @@ fn secrets(inputs: &ConversationInputs<'_>) -> Result<(Map<String, Value>, Secre
             }
             None => fixed(value, Some(&description)),
         };
-        secrets.insert(format!("{provider_name}_TOKEN"), source);
+        let name = format!("{provider_name}_TOKEN");
+        sources.insert(name.clone(), source);
+        values.insert(name, value);
     }
     for (name, value) in request.secrets.iter().flat_map(Secrets::values) {
-        if is_variable(name, value) {
-            secrets.insert(name.to_owned(), fixed(value, None));
+        sources.insert(name.to_owned(), fixed(value, None));
+        values.insert(name.to_owned(), value);
+    }
+    let found = secret::in_terminal(values.iter().map(|(name, value)| (name.as_str(), value.expose_secret())));
+    sources.retain(|name, _| !found.left_out.values().flatten().any(|left_out| left_out == name));
+    for name in &found.too_long_together {
+        if let Some(source) = sources.get_mut(name) {
+            let described = source["description"].as_str().map(|description| format!("{description}; {NAME_ALONE}"));
+            source["description"] = described.unwrap_or_else(|| NAME_ALONE.to_owned()).into();
         }
     }
-    Ok((secrets, left_out))
+    Ok((sources, found))
 }
 
 /// The MCP servers that the agent gets.
@@ -720,10 +716,50 @@ mod tests {
         let names = |secrets: &Value| secrets.as_object().expect("secrets").keys().cloned().collect::<Vec<_>>();
         assert_eq!(names(&body["secrets"]), ["GOOD", "KEY", "B"]);
         assert_eq!(body["agent"]["agent_context"]["secrets"], body["secrets"]);
-        let mut left_out = case.whole().secrets_left_out.into_values().collect::<Vec<_>>();
+        let mut left_out = case.whole().secrets_in_terminal.left_out.into_values().collect::<Vec<_>>();
         left_out.sort();
         let expected = [&["1ST", "MY-X"][..], &["LD_PRELOAD"], &["LONG", "QUOTES", "TOO_LONG"], &["NULS"], &["UID"]];
         assert_eq!(left_out, expected);
+    }
+
+    #[test]
+    fn tokens_of_providers_are_variables_too() {
+        for (stored, is_left_out) in
+            [("ghp", false), ("gh\u{3}p", true), ("gh\0p", true), (&*"x".repeat(16_000), true), ("'\\\n", false)]
+        {
+            for web_url in [None, Some("https://app.example".to_owned())] {
+                let mut settings = settings();
+                settings["provider_tokens"] = json!({"github": {"token": stored}, "gitlab": {"token": "glp"}});
+                // It is the token that was meant, and not what else has its name.
+                settings["custom_secrets"] = json!({"GITHUB_TOKEN": {"secret": "old"}});
+                let mut case = Case::new(json!({}), settings);
+                case.config.web_url = web_url;
+                let ConversationBody { json, secrets_in_terminal, .. } = case.whole();
+                assert_eq!(json["secrets"].get("GITHUB_TOKEN").is_none(), is_left_out, "{stored:.20?}");
+                assert!(json["secrets"].get("GITLAB_TOKEN").is_some());
+                let names = secrets_in_terminal.left_out.into_values().flatten().collect::<Vec<_>>();
+                assert_eq!(names, ["GITHUB_TOKEN"][usize::from(!is_left_out)..], "{stored:.20?}");
+            }
+        }
+        // A faulty secret that another replaces is not missed.
+        let mut settings = settings();
+        settings["custom_secrets"] = json!({"GITHUB_TOKEN": {"secret": "a\0"}});
+        settings["provider_tokens"] = json!({"github": {"token": "ghp"}});
+        assert_eq!(Case::new(json!({}), settings).whole().secrets_in_terminal, InTerminal::default());
+    }
+
+    #[test]
+    fn an_agent_learns_which_secrets_are_too_long_for_one_command() {
+        let long = "x".repeat(9_000);
+        let mut settings = settings();
+        settings["custom_secrets"] = json!({
+            "A": {"secret": long, "description": "a key"}, "B": {"secret": long}, "C": {"secret": "s", "description": "small"},
+        });
+        let ConversationBody { json, secrets_in_terminal, .. } = Case::new(json!({}), settings).whole();
+        assert_eq!(secrets_in_terminal.too_long_together, ["A", "B"]);
+        let description = |name: &str| json["secrets"][name]["description"].as_str().unwrap_or_default().to_owned();
+        assert_eq!(description("A"), format!("a key; {NAME_ALONE}"));
+        assert_eq!((description("B"), description("C")), (NAME_ALONE.to_owned(), "small".to_owned()));
     }
 
     #[test]

@@ -2,6 +2,9 @@
 //!
 //! A secret is a variable in the agent's terminal: the agent server types `export NAME=$'value'` into bash, in one line for all
 //! secrets that a command names. A name that bash refuses ends the line, and so takes the secrets after it away from the agent.
+//! A command names a secret wherever its text contains the name, in any case of letters: `$MY_KEY` also names `KEY`.
+
+use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
@@ -16,8 +19,13 @@ pub const MAX_NAME: usize = 256;
 /// The longest value, in bytes.
 pub const MAX_VALUE: usize = 64 * 1024;
 
-/// The longest `export` of one secret that the agent's terminal accepts, in bytes: tmux refuses messages of more than 16 KiB.
+/// The longest line of `export`s that the agent's terminal accepts, in bytes: tmux refuses messages of more than 16 KiB.
 const MAX_EXPORT: usize = 16_000;
+/// Between two exports of a line.
+const SEPARATOR: &str = " && ";
+const TOO_LONG: &str = "the agent's terminal accepts 16,000 bytes at once, quotes and name included";
+const TOO_LONG_WITH_OTHERS: &str = "the agent's terminal accepts 16,000 bytes at once, and other secrets are set with this one, because \
+                                    their names are parts of its name";
 
 /// Variables that bash keeps read-only, sets itself, or changes its behavior with, as tried in the terminals of agent servers.
 const OF_SHELL: &[&str] = &[
@@ -115,11 +123,60 @@ pub fn fault_of_value(value: &str) -> Option<&'static str> {
     )
 }
 
-/// Whether the agent's terminal accepts a secret: one that is too long for it is not lost alone, but with all others of its command.
+/// What the agent's terminal does with some secrets.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct InTerminal {
+    /// Names of those that cannot be set, by the reason. Each would take others away: no secret of its command is set.
+    pub left_out: BTreeMap<&'static str, Vec<String>>,
+    /// Those of the others that are too long together with the longest ones: for a command that names all of these no secret is set.
+    pub too_long_together: Vec<String>,
+}
+
+/// Finds out what the agent's terminal does with secrets, given as names and values.
 #[must_use]
-pub fn fits_terminal(name: &str, value: &str) -> bool {
+pub fn in_terminal<'a>(secrets: impl IntoIterator<Item = (&'a str, &'a str)>) -> InTerminal {
+    let mut secrets = secrets.into_iter().collect::<Vec<_>>();
+    // A name comes after those that are part of it.
+    secrets.sort_by_key(|(name, _)| (name.len(), *name));
+    let mut found = InTerminal::default();
+    let mut set: Vec<(&str, String, usize)> = Vec::new();
+    for (name, value) in secrets {
+        let (lower, length) = (name.to_ascii_lowercase(), export_length(name, value));
+        let fault = fault_of_name(name).or_else(|| fault_of_value(value)).or_else(|| {
+            let parts = set.iter().filter(|(_, part, _)| lower.contains(part.as_str()));
+            let with_parts = length + parts.map(|(_, _, length)| SEPARATOR.len() + length).sum::<usize>();
+            (length > MAX_EXPORT)
+                .then_some(TOO_LONG)
+                .or_else(|| (with_parts > MAX_EXPORT).then_some(TOO_LONG_WITH_OTHERS))
+        });
+        match fault {
+            Some(fault) => found.left_out.entry(fault).or_default().push(name.to_owned()),
+            None => set.push((name, lower, length)),
+        }
+    }
+    set.sort_by_key(|(_, _, length)| std::cmp::Reverse(*length));
+    let (mut line, mut is_too_long) = (0, false);
+    for (name, _, length) in set {
+        let with_this = line + length + if line == 0 { 0 } else { SEPARATOR.len() };
+        if with_this > MAX_EXPORT {
+            is_too_long = true;
+        } else if is_too_long {
+            return found;
+        } else {
+            line = with_this;
+        }
+        found.too_long_together.push(name.to_owned());
+    }
+    if !is_too_long {
+        found.too_long_together.clear();
+    }
+    found
+}
+
+/// The length of a secret's `export`, in bytes.
+fn export_length(name: &str, value: &str) -> usize {
     let escapes = value.bytes().filter(|byte| matches!(byte, b'\\' | b'\'' | b'\t' | b'\n' | b'\r')).count();
-    "export =$''".len() + name.len() + value.len() + escapes <= MAX_EXPORT
+    "export =$''".len() + name.len() + value.len() + escapes
 }
 
 /// Reads a name. Violations: `string_type`, `string_too_long`, `value_error`.
@@ -248,10 +305,48 @@ mod tests {
         for value in ["a\0b", "\u{1b}[31m", "\u{3}", "\u{4}", "\u{1a}", "\u{7f}", "\u{8}", "\u{7}"] {
             assert!(fault_of_value(value).is_some(), "{value:?}");
         }
+    }
+
+    /// Names that are left out, and those that are too long together.
+    fn judged(secrets: &[(&str, &str)]) -> (Vec<String>, Vec<String>) {
+        let found = in_terminal(secrets.iter().copied());
+        (found.left_out.into_values().flatten().collect(), found.too_long_together)
+    }
+
+    #[test]
+    fn a_line_of_exports_has_a_length() {
         for (length, letter, fits) in
             [(15_988, "x", true), (15_989, "x", false), (7_994, "'", true), (7_995, "\n", false), (7_994, "é", true)]
         {
-            assert_eq!(fits_terminal("A", &letter.repeat(length)), fits, "{length} of {letter:?}");
+            let (left_out, together) = judged(&[("A", &letter.repeat(length))]);
+            assert_eq!((left_out.is_empty(), together.len()), (fits, 0), "{length} of {letter:?}");
+        }
+    }
+
+    #[test]
+    fn secrets_share_the_line_of_a_command_that_names_them() {
+        /// Secrets, those that are left out, and those that are too long together.
+        type Case<'a> = (&'a [(&'a str, &'a str)], &'a [&'a str], &'a [&'a str]);
+        let (half, long, third) = ("x".repeat(7_986), "x".repeat(9_000), "x".repeat(6_000));
+        let cases: [Case<'_>; 11] = [
+            (&[], &[], &[]),
+            (&[("A", &half), ("B", &half)], &[], &[]),
+            (&[("A", &half), ("BC", &half), ("D", "small")], &[], &["BC", "A"]),
+            (&[("A", &long), ("D", "small"), ("B", &long)], &[], &["A", "B"]),
+            (&[("A", &long), ("D", "small"), ("B", &long), ("C", &long)], &[], &["A", "B", "C"]),
+            (&[("C", &third), ("A", &third), ("B", &third)], &[], &["A", "B", "C"]),
+            (&[("C", &third), ("A", &long), ("B", &third), ("D", "small")], &[], &["A", "B", "C"]),
+            // Whoever names the longer name names the other as well.
+            (&[("MY_KEY", &long), ("KEY", &long)], &["MY_KEY"], &[]),
+            (&[("key", &long), ("KEYS", &long)], &["KEYS"], &[]),
+            (&[("KEY", &long), ("key", &long)], &["key"], &[]),
+            (&[("A_B", &third), ("A", &third), ("B", &third)], &["A_B"], &[]),
+        ];
+        for (secrets, left_out, together) in cases {
+            let names = secrets.iter().map(|(name, _)| name).collect::<Vec<_>>();
+            let (found_left_out, found_together) = judged(secrets);
+            assert_eq!(found_left_out, left_out, "{names:?}");
+            assert_eq!(found_together, together, "{names:?}");
         }
     }
 }

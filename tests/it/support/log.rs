@@ -1,8 +1,22 @@
-//! Reads whole event logs.
+//! Reads whole event logs, and what the product itself logs.
+
+use std::sync::OnceLock;
 
 use shared::event::store::{Event, EventFilter, EventStore, SortOrder};
 use shared::user::UserId;
+use tracing::subscriber::{DefaultGuard, NoSubscriber};
+use tracing::{Dispatch, Subscriber};
 use uuid::Uuid;
+
+/// Gives what this thread logs to a subscriber, as long as the guard lives.
+#[expect(clippy::disallowed_methods, reason = "the one place with a second dispatcher")]
+pub fn log_to(subscriber: impl Subscriber + Send + Sync) -> DefaultGuard {
+    // While there is one dispatcher alone, tracing asks only the thread that reaches a line of the log first whether anyone wants it,
+    // and keeps the answer for all threads. That thread may be another test's, which wants nothing.
+    static SECOND: OnceLock<Dispatch> = OnceLock::new();
+    SECOND.get_or_init(|| Dispatch::new(NoSubscriber::default()));
+    tracing::subscriber::set_default(subscriber)
+}
 
 /// All events of a conversation, oldest first.
 pub async fn all_events(store: &EventStore, user: &UserId, conversation: Uuid) -> Vec<Event> {

@@ -3,6 +3,8 @@
 //! A row that cannot be taken is answered with the reason, without the values in it: reasons are grouped in a summary, and
 //! values may be secrets.
 
+use std::borrow::Cow;
+
 use serde::Deserialize;
 use serde_json::Value;
 use shared::Time;
@@ -10,10 +12,11 @@ use shared::conversation::tags::Tags;
 use shared::conversation::{ConversationRecord, MetricsSnapshot, TokenUsage};
 use shared::event::store::Event;
 use shared::http::query::read_datetime;
+use shared::http::secret::{MAX_NAME, MAX_SECRETS};
 use shared::http::validation::{
     Checker, Fields, Loc, Violation, boolean, choice, float, integer, list, string, uuid, uuid_from_text,
 };
-use shared::start::request::StartRequest;
+use shared::start::request::{Secrets, StartRequest};
 use shared::start::store::ImportedTask;
 use shared::start::task::{Snapshot, StartStatus};
 use shared::user::UserId;
@@ -266,8 +269,9 @@ fn status(check: &mut Checker, value: &Value) -> Option<StartStatus> {
 }
 
 fn request(check: &mut Checker, value: &Value) -> Option<StartRequest> {
-    match StartRequest::from_body(Some("application/json"), value.to_string().as_bytes()) {
-        Ok(request) => Some(request),
+    let (secrets, rest) = apart_from_secrets(value);
+    match StartRequest::from_body(Some("application/json"), rest.to_string().as_bytes()) {
+        Ok(request) => Some(StartRequest { secrets: secrets.or(request.secrets), ..request }),
         Err(violations) => {
             // Reported one by one at their places in the row.
             for violation in violations {
@@ -277,6 +281,26 @@ fn request(check: &mut Checker, value: &Value) -> Option<StartRequest> {
             None
         }
     }
+}
+
+/// The secrets of a request, without their values, and the request without them. Their names are history: they come in even where a
+/// start would refuse them, because no sandbox gets them any more. What is no map of texts, or too much of one, stays in the request,
+/// whose reader reports it.
+fn apart_from_secrets(request: &Value) -> (Option<Secrets>, Cow<'_, Value>) {
+    let fits = |(name, value): (&String, &Value)| value.is_string() && name.chars().count() <= MAX_NAME;
+    let secrets = match request.get("secrets") {
+        Some(Value::Object(secrets)) if secrets.len() <= MAX_SECRETS && secrets.iter().all(fits) => {
+            Secrets::deserialize(Value::Object(secrets.clone())).ok()
+        }
+        _ => None,
+    };
+    let mut rest = Cow::Borrowed(request);
+    if secrets.is_some()
+        && let Some(fields) = rest.to_mut().as_object_mut()
+    {
+        fields.remove("secrets");
+    }
+    (secrets, rest)
 }
 
 fn report_at(check: &mut Checker, mut steps: Vec<Loc>, kind: &'static str, msg: &str, ctx: Option<Value>) {

@@ -18,6 +18,7 @@ use crate::conversation::store::ConversationChange;
 use crate::conversation::tags::Tags;
 use crate::conversation::told::{Standing, default_titles};
 use crate::conversation::{ConversationRecord, MetricsSnapshot};
+use crate::http::secret::InTerminal;
 use crate::measure;
 use crate::sandbox::Sandbox;
 use crate::start::queue::Job;
@@ -120,9 +121,17 @@ impl Work<'_> {
             now: Time::now(),
         })?;
         let body = body.map_err(|missing| StepError::Refused(missing.to_string()))?;
-        for (reason, names) in &body.secrets_left_out {
-            let names = names.iter().map(|name| shown(name)).collect::<Vec<_>>().join(", ");
-            self.add_note(format!("The agent does not get these secrets: {names}: {reason}"));
+        let listed = |names: &[String]| names.iter().map(|name| shown(name)).collect::<Vec<_>>().join(", ");
+        let InTerminal { left_out, too_long_together } = &body.secrets_in_terminal;
+        for (reason, names) in left_out {
+            self.add_note(format!("The agent does not get these secrets: {}: {reason}", listed(names)));
+        }
+        if !too_long_together.is_empty() {
+            self.add_note(format!(
+                "These secrets are too long for one command of the agent: {}: its terminal accepts 16,000 bytes at once, and no secret is \
+                 set for a command that names more",
+                listed(too_long_together)
+            ));
         }
         Ok(body)
     }
