@@ -210,7 +210,7 @@ mod tests {
                 identity: [Some("A user"), Some("user@example.com")],
                 credentials: &format!("{}/credentials", folders.state),
                 sources: &sources,
-                patience: [Duration::from_secs(3), Duration::from_secs(1)],
+                patience: [Duration::from_secs(60), Duration::from_secs(2)],
                 wanted,
                 workspace: "openhands-workspace-1",
                 init_without_repository: true,
@@ -703,8 +703,10 @@ mod tests {
                 git_with_lock(&scratch, lock, failures);
                 assert_eq!(start.ready(wanted), "", "{lock}");
                 let failed = scratch.read("failures").lines().count();
-                // A branch that cannot be tracked is made all the same.
-                assert!(failed == failures, "{lock}: {failed}");
+                assert_eq!(failed, failures, "{lock}");
+                let upstream = start.git("rev-parse --symbolic-full-name @{upstream} 2>/dev/null || echo none");
+                let expected = if wanted.is_empty() { "none" } else { &format!("refs/remotes/origin/{wanted}") };
+                assert_eq!(upstream.lines().last(), Some(expected), "{lock}");
             }
             let scratch = Scratch::with(&shell);
             remote(&scratch);
@@ -716,7 +718,10 @@ mod tests {
             scratch.write("workspace/project/r/in the way", "of somebody");
             // It is never released.
             git_with_lock(&scratch, "workspace/project/r/.git/index.lock", 1000);
-            let error = start.error("one");
+            let script = start.script("one").replace("\npatience=60\n", "\npatience=3\n");
+            let ran = scratch.run(&script);
+            assert_eq!(ran.code, Some(1), "{ran:?}");
+            let error = ran.stderr;
             let tries = scratch.read("calls").matches("checkout -q one").count();
             assert!(error.matches("index.lock").count() == 1 && tries > 5, "{tries}: {error}");
             std::fs::remove_file(scratch.at("workspace/project/r/.git/index.lock")).expect("removed");
@@ -727,6 +732,20 @@ mod tests {
                 (1, 1),
                 "{error}"
             );
+        }
+    }
+
+    #[test]
+    fn a_conversation_that_is_started_again_finds_its_branch() {
+        let scratch = Scratch::new();
+        remote(&scratch);
+        let start = Start::new(&scratch);
+        assert_eq!(start.ready(""), "");
+        start.git("commit -q --allow-empty -m Work");
+        for other in ["-b other", "main", "--detach main", "--orphan new"] {
+            start.git(&format!("checkout -q {other}"));
+            assert_eq!(start.ready(""), "");
+            assert_eq!(start.head(), "refs/heads/openhands-workspace-1 Work", "{other}");
         }
     }
 
@@ -779,7 +798,6 @@ mod tests {
             ("a lock that is a folder", "mkdir home/.gitconfig.lock"),
             ("a home that does not exist", "rmdir home"),
             ("a home that is a file", "rmdir home; : >home"),
-            ("a configuration that is a folder", "mkdir home/.gitconfig"),
         ] {
             let scratch = Scratch::new();
             remote(&scratch);
@@ -793,6 +811,12 @@ mod tests {
             }
             assert_eq!(start.head(), "refs/heads/main First", "{name}");
         }
+        // With a configuration that git cannot read it does not work at all.
+        let scratch = Scratch::new();
+        remote(&scratch);
+        scratch.must("mkdir home/.gitconfig");
+        let error = Start::new(&scratch).error("main");
+        assert!(error.contains("Is a directory"), "{error}");
         // A folder that git refuses, because it is another user's, is an error.
         let scratch = Scratch::new();
         remote(&scratch);

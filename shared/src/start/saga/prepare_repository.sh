@@ -162,8 +162,18 @@ find_commit() {
 }
 
 make_branch() {
+  # An attempt that found the configuration locked has made it, and nothing that it tracks.
+  if exists "refs/heads/$1"; then
+    git branch -q --set-upstream-to="refs/remotes/origin/$1" "$1"
+    return
+  fi
+  if git branch -q --track "$1" "refs/remotes/origin/$1" 2>"$errors.branch"; then return 0; fi
+  if grep -q 'could not lock config file' "$errors.branch"; then
+    cat "$errors.branch" >&2
+    return 1
+  fi
   # A clone that an agent limited to one branch has no place for others to be tracked at.
-  git branch -q --track "$1" "refs/remotes/origin/$1" 2>/dev/null || git branch -q --no-track "$1" "refs/remotes/origin/$1"
+  git branch -q --no-track "$1" "refs/remotes/origin/$1"
 }
 
 # The local branch that is in the way of another: `a` of `a/b`, or the other way round.
@@ -196,6 +206,11 @@ check_out_branch() {
     again "$patience" make_branch "$1" || exists "refs/heads/$1" || exit 1
   fi
   again "$patience" git_with_credentials checkout -q "$1" -- || exit 1
+}
+
+# Makes a branch at what is checked out. An attempt that found HEAD locked, or an earlier start of this conversation, has made it already.
+check_out_new() {
+  if exists "refs/heads/$1"; then git_with_credentials checkout -q "$1" --; else git checkout -q -b "$1"; fi
 }
 
 # Checks out what was asked for; the arguments are the addresses.
@@ -235,7 +250,7 @@ check_out_wanted() {
       note "The branch $short has no commits in this sandbox, and could not be fetched: $(one_line "$(cat "$errors.all")")"
       return 0
     fi
-    if [ "$(git symbolic-ref -q HEAD)" != "refs/heads/$short" ]; then again "$patience" git checkout -q -b "$short" || exit 1; fi
+    if [ "$(git symbolic-ref -q HEAD)" != "refs/heads/$short" ]; then again "$patience" check_out_new "$short" || exit 1; fi
     note "The branch $short is new: it has no commits yet"
   else
     # The default branch of a repository that has none is the commit that is checked out.
@@ -268,7 +283,7 @@ check_out_workspace() {
   fi
   case $(git symbolic-ref -q HEAD) in
     refs/heads/openhands-workspace-*) ;;
-    *) again "$patience" git checkout -q -b "$workspace" || exit 1 ;;
+    *) again "$patience" check_out_new "$workspace" || exit 1 ;;
   esac
 }
 
