@@ -83,7 +83,7 @@ async fn branches_of_a_private_repository_are_found_whatever_else_has_their_name
         ("release", "refs/heads/release"),
         (" refs/heads/v2 ", "refs/heads/v2"),
         ("origin/feature/größe#1", "refs/heads/feature/größe#1"),
-        ("HEAD", "refs/heads/main"),
+        ("main", "refs/heads/main"),
         ("v1", ""),
     ] {
         assert_eq!(ready(&rig, "owner/project", Some(branch)).await, "", "{branch}");

@@ -36,6 +36,7 @@ async fn an_agent_finds_its_clone_as_git_made_it() {
         ("owner/plain", OWN_SAYS.to_owned(), ""),
         ("owner/crlf", OWN_SAYS.to_owned(), ""),
         ("owner/kept", format!("{OWN_SAYS}kept\n"), ""),
+        ("owner/local", format!("{OWN_SAYS}tool\nusers\n"), ""),
         ("owner/husky", "husky\n".to_owned(), "Call it from .husky/pre-commit"),
         ("owner/calls", format!("husky\n{OWN_SAYS}"), ""),
     ] {
@@ -46,6 +47,9 @@ async fn an_agent_finds_its_clone_as_git_made_it() {
         let hooks: Vec<&str> = start.detail().lines().filter(|line| line.contains("pre-commit")).collect();
         assert_eq!(hooks.len(), usize::from(!note.is_empty()), "{hooks:?}");
         assert!(hooks.concat().contains(note), "{hooks:?}");
+        let first = read(&folder.join("../first"));
+        let base = format!("{} refs/heads/release\n", first.trim());
+        assert_eq!(read(&folder.join(".git/openhands-base")), base, "where the work began");
         // The tag has the name, too.
         assert_eq!(read(&folder.join(".git/HEAD")), "ref: refs/heads/release\n");
         assert_eq!(read(&folder.join("branch.txt")), "release");
@@ -58,11 +62,15 @@ async fn an_agent_finds_its_clone_as_git_made_it() {
 async fn make_repositories(git: &GitServer) {
     let setup = "umask >../umask-of-setup\n: >../made-by-setup\n";
     let hooked = "printf '#!/bin/sh\\necho kept >>../ran\\n' >.git/hooks/pre-commit; chmod +x .git/hooks/pre-commit\n";
+    // A hook of the project's own tool, which calls one of the user's.
+    let local = "cd .git/hooks\nprintf '#!/bin/sh\\necho tool >>../ran\\nexec .git/hooks/pre-commit.local\\n' >pre-commit\n\
+        printf '#!/bin/sh\\necho users >>../ran\\n' >pre-commit.local\nchmod +x pre-commit pre-commit.local\n";
     let husky = "git config core.hooksPath .husky\n";
     for (name, script, pre_commit, husky) in [
         ("owner/plain", setup.to_owned(), OWN.to_owned(), ""),
         ("owner/crlf", setup.replace('\n', "\r\n"), OWN.replace('\n', "\r\n"), ""),
         ("owner/kept", format!("\u{feff}{setup}{hooked}"), format!("\u{feff}{OWN}"), ""),
+        ("owner/local", format!("{setup}{local}"), OWN.to_owned(), ""),
         ("owner/husky", format!("#!/bin/zsh\n{setup}{husky}"), OWN.to_owned(), "echo husky >>../ran\n"),
         (
             "owner/calls",
@@ -84,7 +92,7 @@ async fn make_repositories(git: &GitServer) {
 
 /// The agent looks whether the clone is clean, commits, and says what it saw.
 async fn a_commit_of_an_agent(product: &Product, llm: &ScriptedLlm, name: &str, request: Value) -> (Start, PathBuf) {
-    let command = "rm -f ../ran; git status --porcelain --ignored >../status; umask >../umask-of-agent; : >../made-by-agent; \
+    let command = "rm -f ../ran; git status --porcelain --ignored >../status; git rev-parse HEAD >../first; umask >../umask-of-agent; : >../made-by-agent; \
         echo changed >>run.sh; git commit -q -a -m Changed; git log -1 --format='%an: %s' >../log";
     llm.reply_with(vec![Reply::tool_call("terminal", json!({"command": command})), Reply::text("Committed")]);
     let start = product.start_conversation(with(saying(&format!("Commit to {name}")), request)).await;

@@ -164,14 +164,16 @@ mod tests {
     fn a_killed_copy_is_taken_over() {
         let scratch = Scratch::new();
         let (runs, go) = (scratch.path("runs"), scratch.path("go"));
-        let script = once(&scratch.path("state"), "x", &format!("echo run >>{runs}; [ -f {go} ] || sleep 60"), "");
+        // What the first copy started does not end before the copy itself has been killed.
+        let script = format!("echo run >>{runs}; until [ -f {go} ]; do sleep 0.05; done");
+        let script = once(&scratch.path("state"), "x", &script, "");
         let mut first = scratch.command(&script).spawn().expect("a shell");
         while !std::path::Path::new(&runs).exists() {
             std::thread::sleep(Duration::from_millis(10));
         }
-        std::fs::write(&go, "").expect("written");
         first.kill().expect("killed");
         first.wait().expect("reaped");
+        std::fs::write(&go, "").expect("written");
         let second = scratch.command(&script).output().expect("a shell");
         assert_eq!(second.status.code(), Some(0));
         assert_eq!(std::fs::read_to_string(runs).expect("runs"), "run\nrun\n");

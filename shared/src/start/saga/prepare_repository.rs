@@ -3,6 +3,8 @@
 //! Tokens go into a file of git's credential store, not into a command: the agent server logs and keeps commands. The
 //! clone's own configuration never holds them, and the file is gone when the command ends.
 
+use std::time::Duration;
+
 use secrecy::SecretString;
 
 use super::command::{OneCommand, complaint, note_in, quoted};
@@ -14,6 +16,9 @@ use crate::user::git::{CloneSource, clone_sources};
 
 /// Marks the line of the output that says whether there is a browser.
 const BROWSER: &str = "openhands-browser:";
+
+/// See [`Preparation::patience`].
+const LOCK_PATIENCE: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(5)];
 
 impl Work<'_> {
     pub(super) async fn prepare_repository(&mut self) -> Result<Step, StepError> {
@@ -46,6 +51,7 @@ impl Work<'_> {
             identity: [settings.git_user_name.as_deref(), settings.git_user_email.as_deref()],
             credentials: &credentials,
             sources: &sources,
+            patience: LOCK_PATIENCE,
             wanted: self.task.request.selected_branch.as_deref().unwrap_or_default().trim(),
             workspace: &workspace,
             init_without_repository: self.saga.config.init_git_in_empty_workspace,
@@ -86,6 +92,8 @@ struct Preparation<'a> {
     credentials: &'a str,
     /// Where the repository may be cloned from; none if there is no repository.
     sources: &'a [CloneSource],
+    /// How long locks of git are waited for: of the repository, and of the user's configuration.
+    patience: [Duration; 2],
     /// The branch, tag or commit that was asked for, or nothing.
     wanted: &'a str,
     /// The branch that is made otherwise.
@@ -108,20 +116,20 @@ impl Preparation<'_> {
         ] {
             script += &format!("{name}={}\n", quoted(value));
         }
+        for (name, patience) in ["patience", "config_patience"].into_iter().zip(self.patience) {
+            script += &format!("{name}={}\n", patience.as_secs());
+        }
         script += FUNCTIONS;
         script += "set -e\nmkdir -p \"$working_dir\"\ncd \"$working_dir\"\n";
         for (key, value) in ["user.name", "user.email"].into_iter().zip(self.identity) {
             if let Some(value) = value.filter(|value| !value.trim().is_empty()) {
-                script += &format!(
-                    "again 20 git config --global {key} {} || echo 'git identity was not set' >&2\n",
-                    quoted(value)
-                );
+                script += &format!("set_identity {key} {}\n", quoted(value));
             }
         }
         script += BROWSER_PROBE;
         if self.sources.is_empty() {
             if self.init_without_repository {
-                script += "command -v git >/dev/null || exit 0\n[ -e .git ] || again 20 git init -q\ntrust \"$working_dir\"\n";
+                script += "command -v git >/dev/null || exit 0\n[ -e .git ] || again \"$patience\" git init -q\ntrust \"$working_dir\"\n";
             }
             return script;
         }
@@ -202,6 +210,7 @@ mod tests {
                 identity: [Some("A user"), Some("user@example.com")],
                 credentials: &format!("{}/credentials", folders.state),
                 sources: &sources,
+                patience: [Duration::from_secs(60), Duration::from_secs(2)],
                 wanted,
                 workspace: "openhands-workspace-1",
                 init_without_repository: true,
@@ -645,33 +654,59 @@ mod tests {
         assert_eq!(start.head(), "detached First");
     }
 
+    /// A git that counts its calls in `calls`, and that holds a lock until so many calls have failed on it.
+    fn git_with_lock(scratch: &Scratch, lock: &str, failures: usize) {
+        scratch.write(lock, "");
+        scratch.write("calls", "");
+        scratch.write("failures", "");
+        let git = scratch.must("PATH=${PATH#*:} command -v git");
+        let (calls, failed, said, lock) = (
+            quoted(&scratch.path("calls")),
+            quoted(&scratch.path("failures")),
+            quoted(&scratch.path("said")),
+            quoted(&scratch.path(lock)),
+        );
+        // Without LC_ALL=C it speaks another language.
+        scratch.write(
+            "bin/git",
+            format!(
+                "#!/bin/sh\necho \"$*\" >>{calls}\nLC_ALL=C {git} \"$@\" 2>{said}.$$\ncode=$?\n\
+                 if grep -q 'File exists' {said}.$$; then\n  echo failed >>{failed}\n  [ $(($(wc -l <{failed}))) -lt {failures} ] || rm -f {lock}\nfi\n\
+                 if [ \"$LC_ALL\" = C ] || [ $code = 0 ]; then cat {said}.$$ >&2; else echo 'Datei existiert' >&2; fi\nrm -f {said}.$$\nexit $code\n",
+                git = git.trim()
+            ),
+        );
+        scratch.set_mode("bin/git", 0o755);
+    }
+
     /// Only locks are waited for.
     #[test]
     fn locks_are_waited_for_and_other_errors_are_not() {
         for shell in shells() {
-            for (lock, wanted) in [
-                ("workspace/project/r/.git/index.lock", "one"),
-                ("home/.gitconfig.lock", ""),
-                ("workspace/project/r/.git/HEAD.lock", "two"),
+            for (lock, wanted, failures) in [
+                ("workspace/project/r/.git/index.lock", "one", 1),
+                ("workspace/project/r/.git/index.lock", "two", 8),
+                ("home/.gitconfig.lock", "", 1),
+                ("workspace/project/r/.git/HEAD.lock", "two", 8),
+                ("workspace/project/r/.git/refs/remotes/origin/later.lock", "later", 6),
+                ("workspace/project/r/.git/config.lock", "three", 1),
             ] {
                 let scratch = Scratch::with(&shell);
                 remote(&scratch);
-                push(&scratch, "x", &["refs/heads/one", "refs/heads/two"]);
+                push(&scratch, "x", &["refs/heads/one", "refs/heads/two", "refs/heads/three"]);
                 let start = Start::new(&scratch);
                 assert_eq!(start.ready("main"), "");
+                push(&scratch, "later", &["refs/heads/later"]);
                 if wanted.is_empty() {
                     scratch.must("rm home/.gitconfig");
                 }
-                scratch.write(lock, "");
-                let unlock = std::thread::spawn({
-                    let lock = scratch.at(lock);
-                    move || {
-                        std::thread::sleep(std::time::Duration::from_millis(250));
-                        std::fs::remove_file(lock).expect("removed");
-                    }
-                });
+                git_with_lock(&scratch, lock, failures);
                 assert_eq!(start.ready(wanted), "", "{lock}");
-                unlock.join().expect("unlocked");
+                let failed = scratch.read("failures").lines().count();
+                assert_eq!(failed, failures, "{lock}");
+                let upstream = start.git("rev-parse --symbolic-full-name @{upstream} 2>/dev/null || echo none");
+                let expected = if wanted.is_empty() { "none" } else { &format!("refs/remotes/origin/{wanted}") };
+                assert_eq!(upstream.lines().last(), Some(expected), "{lock}");
             }
             let scratch = Scratch::with(&shell);
             remote(&scratch);
@@ -680,21 +715,15 @@ mod tests {
             push(&scratch, "x", &["refs/heads/one", "refs/heads/openhands-workspace-1/below"]);
             let start = Start::new(&scratch);
             assert_eq!(start.ready("main"), "");
-            // Every call of git is counted.
-            let git = scratch.must("command -v git");
-            scratch.write(
-                "bin/git",
-                format!("#!/bin/sh\necho \"$*\" >>{}\nexec {} \"$@\"\n", quoted(&scratch.path("calls")), git.trim()),
-            );
-            scratch.set_mode("bin/git", 0o755);
             scratch.write("workspace/project/r/in the way", "of somebody");
-            scratch.write("workspace/project/r/.git/index.lock", "");
-            let error = start.error("one");
-            assert_eq!(
-                (error.matches("index.lock").count(), scratch.read("calls").matches("checkout -q one").count()),
-                (1, 5),
-                "{error}"
-            );
+            // It is never released.
+            git_with_lock(&scratch, "workspace/project/r/.git/index.lock", 1000);
+            let script = start.script("one").replace("\npatience=60\n", "\npatience=3\n");
+            let ran = scratch.run(&script);
+            assert_eq!(ran.code, Some(1), "{ran:?}");
+            let error = ran.stderr;
+            let tries = scratch.read("calls").matches("checkout -q one").count();
+            assert!(error.matches("index.lock").count() == 1 && tries > 5, "{tries}: {error}");
             std::fs::remove_file(scratch.at("workspace/project/r/.git/index.lock")).expect("removed");
             scratch.write("calls", "");
             let error = start.error("one");
@@ -704,6 +733,42 @@ mod tests {
                 "{error}"
             );
         }
+    }
+
+    #[test]
+    fn a_conversation_that_is_started_again_finds_its_branch() {
+        let scratch = Scratch::new();
+        remote(&scratch);
+        let start = Start::new(&scratch);
+        assert_eq!(start.ready(""), "");
+        start.git("commit -q --allow-empty -m Work");
+        for other in ["-b other", "main", "--detach main", "--orphan new"] {
+            start.git(&format!("checkout -q {other}"));
+            assert_eq!(start.ready(""), "");
+            assert_eq!(start.head(), "refs/heads/openhands-workspace-1 Work", "{other}");
+        }
+    }
+
+    /// The product's own patience is longer than an agent's commit with a slow hook takes.
+    #[test]
+    fn a_commit_with_a_slow_hook_is_waited_for() {
+        assert!(LOCK_PATIENCE[0] >= Duration::from_secs(30));
+        let scratch = Scratch::new();
+        remote(&scratch);
+        push(&scratch, "x", &["refs/heads/one"]);
+        let start = Start::new(&scratch);
+        assert_eq!(start.ready("main"), "");
+        scratch.write("workspace/project/r/.git/hooks/pre-commit", "#!/bin/sh\n: >../../../hook\nsleep 1.5\n");
+        scratch.set_mode("workspace/project/r/.git/hooks/pre-commit", 0o755);
+        scratch.write("workspace/project/r/README.md", "changed");
+        let mut commit =
+            scratch.command("cd workspace/project/r && git commit -q -a -m Slow").spawn().expect("a shell");
+        while !scratch.at("hook").exists() {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert_eq!(start.ready("one"), "");
+        assert!(commit.wait().expect("ended").success());
+        assert_eq!(start.head(), "refs/heads/one x");
     }
 
     /// Texts of git are matched, so they must not be another language's.
@@ -716,28 +781,205 @@ mod tests {
             assert_eq!(start.ready(""), "");
             start.git("checkout -q main");
             start.git("branch -q -D openhands-workspace-1");
-            // A git that speaks another language unless it is told not to.
-            let git = scratch.must("PATH=${PATH#*:} command -v git");
-            scratch.write(
-                "bin/git",
-                format!("#!/bin/sh\nif [ \"$LC_ALL\" = C ]; then exec {0} \"$@\"; fi\n{0} \"$@\" 2>/dev/null && exit\necho 'Datei existiert' >&2; exit 1\n", git.trim()),
-            );
-            scratch.set_mode("bin/git", 0o755);
-            scratch.write(&format!("workspace/project/r/.git/{lock}"), "");
-            let unlock = std::thread::spawn({
-                let lock = scratch.at(&format!("workspace/project/r/.git/{lock}"));
-                move || {
-                    std::thread::sleep(std::time::Duration::from_millis(150));
-                    std::fs::remove_file(lock).expect("removed");
-                }
-            });
+            git_with_lock(&scratch, &format!("workspace/project/r/.git/{lock}"), 1);
             let ran = scratch
                 .command(&format!("export LC_ALL={locale} LANG={locale} LANGUAGE=de\n{}", start.script("")))
                 .output();
             assert_eq!(ran.expect("a shell").status.code(), Some(0), "{locale}");
-            unlock.join().expect("unlocked");
+            assert_eq!(scratch.read("failures"), "failed\n");
             std::fs::remove_file(scratch.at("bin/git")).expect("removed");
         }
+    }
+
+    #[test]
+    fn a_configuration_that_cannot_be_written_is_noted_and_the_start_goes_on() {
+        for (name, prepare) in [
+            ("a lock that stays", ": >home/.gitconfig.lock"),
+            ("a lock that is a folder", "mkdir home/.gitconfig.lock"),
+            ("a home that does not exist", "rmdir home"),
+            ("a home that is a file", "rmdir home; : >home"),
+        ] {
+            let scratch = Scratch::new();
+            remote(&scratch);
+            scratch.must(prepare);
+            let start = Start::new(&scratch);
+            let notes = start.ready("main");
+            let lines: Vec<&str> = notes.lines().collect();
+            assert_eq!(lines.len(), 2, "{name}: {notes}");
+            for (line, key) in lines.into_iter().zip(["user.name", "user.email"]) {
+                assert!(line.starts_with(&format!("The git configuration {key} was not set: ")), "{name}: {notes}");
+            }
+            assert_eq!(start.head(), "refs/heads/main First", "{name}");
+        }
+        // With a configuration that git cannot read it does not work at all.
+        let scratch = Scratch::new();
+        remote(&scratch);
+        scratch.must("mkdir home/.gitconfig");
+        let error = Start::new(&scratch).error("main");
+        assert!(error.contains("Is a directory"), "{error}");
+        // A folder that git refuses, because it is another user's, is an error.
+        let scratch = Scratch::new();
+        remote(&scratch);
+        let start = Start::new(&scratch);
+        assert_eq!(start.ready("main"), "");
+        scratch.must("rm home/.gitconfig && : >home/.gitconfig.lock");
+        let git = scratch.must("PATH=${PATH#*:} command -v git");
+        scratch.write(
+            "bin/git",
+            format!("#!/bin/sh\nexport GIT_TEST_ASSUME_DIFFERENT_OWNER=1\nexec {} \"$@\"\n", git.trim()),
+        );
+        scratch.set_mode("bin/git", 0o755);
+        let error = start.error("main");
+        assert_eq!(error.matches(".gitconfig").count(), 1, "{error}");
+    }
+
+    #[test]
+    fn an_empty_clone_whose_remote_cannot_be_reached_is_not_called_new() {
+        for shell in shells() {
+            for first in ["", "main", "develop"] {
+                let make = || {
+                    let scratch = Scratch::with(&shell);
+                    scratch.must("mkdir -p workspace o && git init -q --bare -b main o/r.git");
+                    let start = Start::new(&scratch);
+                    assert!(start.ready(first).contains("no commits yet"));
+                    scratch.must("mv o gone");
+                    scratch
+                };
+                for wanted in ["feature", "origin/x", "refs/heads/a/b", "0abc123"] {
+                    let scratch = make();
+                    let start = Start::new(&scratch);
+                    let before = start.head();
+                    let error = start.error(wanted);
+                    assert_eq!(error.matches("does not appear to be a git repository").count(), 1, "{error}");
+                    assert_eq!(start.head(), before);
+                }
+                // What is checked out needs no remote; that it is empty is not known.
+                let scratch = make();
+                let start = Start::new(&scratch);
+                let note = start.ready(first);
+                assert!(note.contains("could not be fetched: ") && note.contains("does not appear"), "{note}");
+                assert_eq!(note.lines().count(), 1, "{note}");
+                assert!(!note.contains("new") && !note.contains("yet"), "{note}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_branch_that_is_gone_from_the_remote_is_in_no_branch_s_way() {
+        for shell in shells() {
+            for (gone, wanted) in [("a", "a/b"), ("a", "a/b/c"), ("a/b", "a"), ("x/y/z", "x/y")] {
+                let make = || {
+                    let scratch = Scratch::with(&shell);
+                    remote(&scratch);
+                    push(&scratch, "gone", &[&format!("refs/heads/{gone}"), "refs/heads/other"]);
+                    scratch
+                };
+                let replace = |scratch: &Scratch| {
+                    scratch.must(&format!("git -C o/r.git branch -q -D {gone}"));
+                    push(scratch, "wanted", &[&format!("refs/heads/{wanted}")]);
+                };
+                let scratch = make();
+                let start = Start::new(&scratch);
+                assert_eq!(start.ready("main"), "");
+                replace(&scratch);
+                assert_eq!(start.ready(wanted), "", "{gone} {wanted}");
+                assert_eq!(start.head(), format!("refs/heads/{wanted} wanted"));
+                assert_eq!(start.git("symbolic-ref refs/remotes/origin/HEAD"), "refs/remotes/origin/main");
+                // A local branch, which may hold work, stays, and the error names it.
+                let scratch = make();
+                let start = Start::new(&scratch);
+                assert_eq!(start.ready(gone), "");
+                replace(&scratch);
+                let error = start.error(wanted);
+                let expected = format!(
+                    "git cannot have the branch '{wanted}' beside the branch '{gone}' of this clone: rename that one, or start in another sandbox\n"
+                );
+                assert_eq!(error, expected);
+                assert_eq!(start.head(), format!("refs/heads/{gone} gone"));
+            }
+        }
+    }
+
+    #[test]
+    fn where_the_work_began_is_recorded_once_for_each_branch() {
+        for shell in shells() {
+            let scratch = Scratch::with(&shell);
+            remote(&scratch);
+            push(&scratch, "release", &["refs/heads/release", "refs/tags/v1"]);
+            let release = scratch.must("git -C work rev-parse HEAD").trim().to_owned();
+            push(&scratch, "two", &["refs/tags/v2"]);
+            let two = scratch.must("git -C work rev-parse HEAD").trim().to_owned();
+            let first = scratch.must("git -C work rev-parse HEAD~2").trim().to_owned();
+            let start = Start::new(&scratch);
+            let mut expected = String::new();
+            for (wanted, line) in [
+                ("", format!("{first} refs/heads/openhands-workspace-1")),
+                ("", String::new()),
+                ("release", format!("{release} refs/heads/release")),
+                ("release", String::new()),
+                ("v1", format!("{release} HEAD")),
+                ("v1", String::new()),
+                // It has the one before as an ancestor, and nothing of it is an agent's.
+                ("v2", format!("{two} HEAD")),
+                ("v2", String::new()),
+                ("v1", format!("{release} HEAD")),
+                ("main", format!("{first} refs/heads/main")),
+            ] {
+                assert_eq!(start.ready(wanted), "");
+                if !line.is_empty() {
+                    expected += &line;
+                    expected.push('\n');
+                }
+                assert_eq!(scratch.read("workspace/project/r/.git/openhands-base"), expected, "{wanted}");
+                if start.head().starts_with("refs") {
+                    start.git("commit -q --allow-empty -m Work");
+                }
+            }
+            // The branch was replaced by another of the same name.
+            start.git("checkout -q --orphan new");
+            start.git("commit -q -m Other");
+            start.git("branch -q -M new release");
+            assert_eq!(start.ready("release"), "");
+            expected += &format!("{} refs/heads/release\n", start.git("rev-parse HEAD"));
+            assert_eq!(scratch.read("workspace/project/r/.git/openhands-base"), expected);
+            assert_eq!(start.git("status --porcelain --ignored"), "");
+        }
+    }
+
+    #[test]
+    fn a_record_that_cannot_be_written_or_read_is_no_error() {
+        for (junk, expected) in [
+            ("mkdir .git/openhands-base", ""),
+            ("ln -s /no/such/folder/x .git/openhands-base", ""),
+            (
+                "printf 'junk\\n\\n--all refs/heads/main\\n' >.git/openhands-base",
+                "junk\n\n--all refs/heads/main\n{first} refs/heads/main\n",
+            ),
+            (
+                "printf '%s\\n' '0000000000000000000000000000000000000000 refs/heads/main' >.git/openhands-base",
+                "0000000000000000000000000000000000000000 refs/heads/main\n{first} refs/heads/main\n",
+            ),
+        ] {
+            let scratch = Scratch::new();
+            remote(&scratch);
+            let start = Start::new(&scratch);
+            let first = scratch.must("git -C work rev-parse HEAD").trim().to_owned();
+            assert_eq!(start.ready("main"), "");
+            scratch.must(&format!("cd workspace/project/r && rm .git/openhands-base && {junk}"));
+            assert_eq!(start.ready("main"), "", "{junk}");
+            assert_eq!(scratch.read("workspace/project/r/.git/openhands-base"), expected.replace("{first}", &first));
+        }
+        // Without a commit there is nothing to record.
+        let scratch = Scratch::new();
+        scratch.must("mkdir -p workspace o && git init -q --bare -b main o/r.git");
+        Start::new(&scratch).ready("main");
+        assert!(!scratch.at("workspace/project/r/.git/openhands-base").exists());
+        // Of a worktree it is in the repository's own git directory.
+        let scratch = Scratch::new();
+        remote(&scratch);
+        scratch.must("mkdir -p workspace/project && git clone -q o/r.git elsewhere && git -C elsewhere worktree add -q -b wt ../workspace/project/r");
+        assert_eq!(Start::new(&scratch).ready("wt"), "");
+        assert!(scratch.read("elsewhere/.git/openhands-base").ends_with(" refs/heads/wt\n"));
     }
 
     #[test]

@@ -8,15 +8,17 @@ note() {
   echo "openhands-note:$1"
 }
 
-# git does not wait for its locks: of several starts in one sandbox at once, all but one would fail. Any other error is permanent. Only
-# the last error is printed.
+# Retries a command that finds a lock of git, for $1 seconds: git does not wait for locks. Those of a repository are held for as long as
+# a commit's hooks or a large checkout take. Any other error is permanent. Only the last error is printed.
 again() {
-  tries=$1
+  deadline=$(($(date +%s) + $1))
   shift
+  tries=0
   while ! "$@" 2>"$errors"; do
-    tries=$((tries - 1))
-    if [ "$tries" -gt 0 ] && grep -qE "\.lock': File exists|could not lock config file .*: File exists|cannot lock ref .* but expected" "$errors"; then
-      sleep 0.1
+    tries=$((tries + 1))
+    if [ "$(date +%s)" -lt "$deadline" ] &&
+      grep -qE "\.lock': File exists|could not lock config file .*: File exists|cannot lock ref .* but expected" "$errors"; then
+      if [ "$tries" -le 10 ]; then sleep 0.1; else sleep 0.5; fi
     else
       cat "$errors" >&2
       return 1
@@ -24,10 +26,24 @@ again() {
   done
 }
 
+# Locks of the user's configuration are held for moments. It may not be writable, in which case git still works.
+set_identity() {
+  message=$(again "$config_patience" git config --global "$1" "$2" 2>&1) ||
+    note "The git configuration $1 was not set: $(one_line "$message")"
+}
+
 # git refuses to work in folders of other users; in a sandbox that is no danger, and common.
 trust() {
-  git config --global --get-all safe.directory 2>/dev/null | grep -qxF -- "$1" ||
-    again 20 git config --global --add safe.directory "$1"
+  git config --global --get-all safe.directory 2>/dev/null | grep -qxF -- "$1" && return 0
+  message=$(again "$config_patience" git config --global --add safe.directory "$1" 2>&1) && return 0
+  if ! git -C "$1" rev-parse --git-dir >/dev/null 2>&1; then
+    printf '%s\n' "$message" >&2
+    return 1
+  fi
+}
+
+one_line() {
+  printf %s "$1" | tr '\n' ' '
 }
 
 git_with_credentials() {
@@ -71,13 +87,24 @@ clone() {
   fi
 }
 
+fetch_branches() {
+  again "$patience" git_with_credentials fetch -q "$@" '+refs/heads/*:refs/remotes/origin/*'
+}
+
 # Fetches what may have come to the repository since it was cloned. Errors are only kept: what is asked for may be here all the same.
 fetch() {
   for url; do
-    if again 5 git_with_credentials fetch -q "$url" '+refs/heads/*:refs/remotes/origin/*' 2>>"$errors.all"; then
+    if fetch_branches "$url" 2>"$errors.one"; then
       : >"$errors.all"
       return 0
     fi
+    # A branch `a` that is gone from the remote is in the way of `a/b`, and the other way round.
+    if grep -qE "' exists; cannot create '|some local refs could not be updated" "$errors.one" &&
+      fetch_branches --prune "$url" 2>"$errors.one"; then
+      : >"$errors.all"
+      return 0
+    fi
+    cat "$errors.one" >>"$errors.all"
   done
 }
 
@@ -135,8 +162,29 @@ find_commit() {
 }
 
 make_branch() {
+  # An attempt that found the configuration locked has made it, and nothing that it tracks.
+  if exists "refs/heads/$1"; then
+    git branch -q --set-upstream-to="refs/remotes/origin/$1" "$1"
+    return
+  fi
+  if git branch -q --track "$1" "refs/remotes/origin/$1" 2>"$errors.branch"; then return 0; fi
+  if grep -q 'could not lock config file' "$errors.branch"; then
+    cat "$errors.branch" >&2
+    return 1
+  fi
   # A clone that an agent limited to one branch has no place for others to be tracked at.
-  git branch -q --track "$1" "refs/remotes/origin/$1" 2>/dev/null || git branch -q --no-track "$1" "refs/remotes/origin/$1"
+  git branch -q --no-track "$1" "refs/remotes/origin/$1"
+}
+
+# The local branch that is in the way of another: `a` of `a/b`, or the other way round.
+branch_in_the_way() {
+  other=$(git for-each-ref --count=1 --format='%(refname)' "refs/heads/$1/")
+  parent=$1
+  while [ -z "$other" ]; do
+    case $parent in */*) parent=${parent%/*} ;; *) break ;; esac
+    if exists "refs/heads/$parent"; then other=refs/heads/$parent; fi
+  done
+  printf %s "${other#refs/heads/}"
 }
 
 # Checks out a branch by its own name alone, whatever else has that name.
@@ -144,13 +192,25 @@ check_out_branch() {
   if [ "$(git symbolic-ref -q HEAD)" = "refs/heads/$1" ]; then
     # The clone was made before the branch had commits.
     if is_unborn && is_index_empty; then
-      again 5 git_with_credentials merge -q --ff-only "refs/remotes/origin/$1" || exit 1
+      again "$patience" git_with_credentials merge -q --ff-only "refs/remotes/origin/$1" || exit 1
     fi
     return 0
   fi
   # Another start may make it at the same moment.
-  if ! exists "refs/heads/$1"; then again 5 make_branch "$1" || exists "refs/heads/$1" || exit 1; fi
-  again 5 git_with_credentials checkout -q "$1" -- || exit 1
+  if ! exists "refs/heads/$1"; then
+    other=$(branch_in_the_way "$1")
+    if [ -n "$other" ]; then
+      echo "git cannot have the branch '$1' beside the branch '$other' of this clone: rename that one, or start in another sandbox" >&2
+      exit 1
+    fi
+    again "$patience" make_branch "$1" || exists "refs/heads/$1" || exit 1
+  fi
+  again "$patience" git_with_credentials checkout -q "$1" -- || exit 1
+}
+
+# Makes a branch at what is checked out. An attempt that found HEAD locked, or an earlier start of this conversation, has made it already.
+check_out_new() {
+  if exists "refs/heads/$1"; then git_with_credentials checkout -q "$1" --; else git checkout -q -b "$1"; fi
 }
 
 # Checks out what was asked for; the arguments are the addresses.
@@ -166,8 +226,7 @@ check_out_wanted() {
     check_out_branch "$name"
     return 0
   fi
-  : >"$errors.all"
-  if [ -z "$is_new" ]; then fetch "$@"; fi
+  if [ -z "$is_new" ] && [ -z "$was_empty" ]; then fetch "$@"; fi
   tag=${wanted#refs/tags/}
   short=$wanted
   for prefix in refs/heads/ refs/remotes/origin/ remotes/origin/ heads/ origin/; do short=${short#"$prefix"}; done
@@ -179,24 +238,41 @@ check_out_wanted() {
     check_out_branch "$name"
   elif find_tag || { fetch_only "refs/tags/$tag:refs/tags/$tag" "$@" && find_tag; } ||
     find_commit || { is_hash "$wanted" && fetch_only "$wanted" "$@" && find_commit; }; then
-    again 5 git_with_credentials checkout -q --detach "$name" -- || exit 1
+    again "$patience" git_with_credentials checkout -q --detach "$name" -- || exit 1
+    is_detached=yes
   elif is_unborn && { ! has_remote_branches || { [ -z "$is_new" ] && [ "$(git symbolic-ref -q HEAD)" = "refs/heads/$short" ]; }; }; then
-    if [ "$(git symbolic-ref -q HEAD)" != "refs/heads/$short" ]; then again 5 git checkout -q -b "$short" || exit 1; fi
+    if [ -s "$errors.all" ]; then
+      # Whether the branch is new is not known.
+      if [ "$(git symbolic-ref -q HEAD)" != "refs/heads/$short" ]; then
+        cat "$errors.all" >&2
+        exit 1
+      fi
+      note "The branch $short has no commits in this sandbox, and could not be fetched: $(one_line "$(cat "$errors.all")")"
+      return 0
+    fi
+    if [ "$(git symbolic-ref -q HEAD)" != "refs/heads/$short" ]; then again "$patience" check_out_new "$short" || exit 1; fi
     note "The branch $short is new: it has no commits yet"
   else
     # The default branch of a repository that has none is the commit that is checked out.
     case $wanted in HEAD | @ | origin/HEAD) return 0 ;; esac
-    cat "$errors.all" >&2
-    echo "the repository has no branch, tag or commit '$wanted'" >&2
+    if [ -s "$errors.all" ]; then
+      cat "$errors.all" >&2
+      echo "the clone has no branch, tag or commit '$wanted', and could not be brought up to date" >&2
+    else
+      echo "the repository has no branch, tag or commit '$wanted'" >&2
+    fi
     exit 1
   fi
 }
 
-# Checks out a branch for this conversation alone, at the repository's default one.
+# Checks out a branch that is nobody else's: a new one at what is checked out, which in a new clone is the default branch. One that an
+# earlier start in this sandbox made, and that is still checked out, stays.
 check_out_workspace() {
   if is_unborn; then
     if ! has_remote_branches; then
-      if [ -n "$(git tag)" ]; then note "The repository has no branches, only tags"; else
+      if [ -s "$errors.all" ]; then
+        note "The repository has no commits in this sandbox, and could not be fetched: $(one_line "$(cat "$errors.all")")"
+      elif [ -n "$(git tag)" ]; then note "The repository has no branches, only tags"; else
         note "The repository is empty: it has no commits yet"
       fi
     elif is_index_empty; then
@@ -207,14 +283,35 @@ check_out_workspace() {
   fi
   case $(git symbolic-ref -q HEAD) in
     refs/heads/openhands-workspace-*) ;;
-    *) again 5 git checkout -q -b "$workspace" || exit 1 ;;
+    *) again "$patience" check_out_new "$workspace" || exit 1 ;;
   esac
+}
+
+# Records where the work on what is checked out begins, for lists of changes: a line with the commit, and the branch or HEAD. A commit
+# that the work has since gone on from stays.
+record_base() {
+  commit=$(git rev-parse -q --verify 'HEAD^{commit}') || return 0
+  ref=$(git symbolic-ref -q HEAD) || ref=HEAD
+  bases=$(git rev-parse --git-common-dir)/openhands-base
+  if [ -f "$bases" ]; then
+    last=
+    while read -r known of; do
+      [ "$of" = "$ref" ] || continue
+      last=$known
+      # A tag or a commit is checked out anew by each start.
+      if [ -z "$is_detached" ] && git merge-base --is-ancestor "$known" HEAD; then return 0; fi
+    done <"$bases"
+    [ "$last" != "$commit" ] || return 0
+  fi
+  echo "$commit $ref" >>"$bases"
 }
 
 # Makes the project's folder a clone of the repository at the addresses with what was asked for checked out.
 prepare() {
   is_new=
   clone "$@"
+  # Of addresses that failed before the one that worked.
+  : >"$errors.all"
   trust "$project_dir"
   cd "$project_dir"
   # What was cloned earlier may be another repository of the same name. Its address is not shown: an agent may have put a token into it.
@@ -231,7 +328,10 @@ prepare() {
   fi
   # What was changed is found by comparing with the default branch.
   if is_unborn && has_remote_branches && ! git rev-parse -q --verify refs/remotes/origin/HEAD >/dev/null 2>&1; then
-    again 5 git symbolic-ref refs/remotes/origin/HEAD "refs/remotes/origin/$(other_default_branch)" || exit 1
+    again "$patience" git symbolic-ref refs/remotes/origin/HEAD "refs/remotes/origin/$(other_default_branch)" || exit 1
   fi
+  is_detached=
   if [ -n "$wanted" ]; then check_out_wanted "$@"; else check_out_workspace; fi
+  # Without it all is as well; only lists of changes may be longer.
+  record_base 2>/dev/null || :
 }

@@ -21,6 +21,19 @@ plain_script() {
   esac | LC_ALL=C sed "1s/^\($bom\)*//"
 }
 
+# Interpreters of other languages. bash accepts many of their scripts, and does something else.
+is_other_language() {
+  case $1 in
+    python* | pypy* | ipython* | uv | uvx | pipx | poetry | xonsh | ruby* | jruby* | irb | rake | bundle | perl* | raku | node* | npx | bun | \
+    bunx | deno* | tsx | ts-node* | zx | coffee | php* | lua* | texlua | awk | gawk | mawk | nawk | sed | gsed | jq | bc | dc | m4 | make | gmake | \
+    just | pwsh* | powershell* | cmd | cmd.exe | osascript | fish* | csh | tcsh | rc | es | elvish | nu | tclsh* | wish* | expect* | R | Rscript* | \
+    julia* | octave* | gnuplot* | java | jshell | jbang | groovy* | kotlin* | scala* | amm | clojure* | clj | bb | lein | runghc* | runhaskell* | \
+    stack | cabal | ocaml* | escript | elixir* | erl | go | gorun | rust-script | cargo | swift* | crystal | nim* | dart | dotnet* | csi | fsi | \
+    guile* | racket* | sbcl | clisp | emacs* | vim* | swipl | gforth | sqlite3 | psql | ansible-playbook | terraform | docker) return 0 ;;
+  esac
+  return 1
+}
+
 # Runs a script of the project in place of this shell, whatever its mode, line ends, byte order mark and shebang. An interpreter other
 # than a plain shell is the one that the shebang names; everything else is run by bash. The path is relative to the working directory.
 run_script() {
@@ -28,17 +41,27 @@ run_script() {
   cr=$(printf '\r')
   bom=$(printf '\357\273\277')
   first=$(head -c 512 "$script" | LC_ALL=C tr '\r\000' '\n ' | head -n 1 | LC_ALL=C sed "s/^\($bom\)*//")
+  # The variables that env sets and unsets.
+  assigned=
+  removed=
   set -f
   case $first in '#!'*) set -- ${first#??} ;; *) set -- ;; esac
   set +f
   case ${1-} in env | */env)
-    # The words are separate already, which is all that -S is for.
+    # The words are separate already, which is all that -S is for. The script runs in the project's folder and has the environment
+    # of the sandbox, so -C and -i have no effect.
     shift
     while :; do
       case ${1-} in
+        --unset | -u) removed="$removed ${2-}" && shift && [ $# -eq 0 ] || shift ;;
+        --unset=*) removed="$removed ${1#*=}" && shift ;;
+        -u*) removed="$removed ${1#-u}" && shift ;;
+        --chdir | --argv0 | -[CPa]) shift && [ $# -eq 0 ] || shift ;;
+        --split-string=*) word=${1#*=} && shift && set -- "$word" "$@" ;;
         -S?*) word=${1#-S} && shift && set -- "$word" "$@" ;;
+        -[i0v]?*) word=-${1#-?} && shift && set -- "$word" "$@" ;;
         -*) shift ;;
-        *=*) command export "$1" 2>/dev/null; shift ;;
+        *=*) assigned="$assigned $1" && shift ;;
         *) break ;;
       esac
     done ;;
@@ -54,10 +77,10 @@ run_script() {
       if ! can_run "$1"; then
         if can_run "$name"; then
           shift && set -- "$name" "$@"
-        elif plain_script | "$shell" -n 2>/dev/null; then
+        elif ! is_other_language "$name" && plain_script | "$shell" -n 2>/dev/null; then
           set -- "$shell"
         else
-          echo "$script is written for $1, which is not installed here" >&2
+          echo "$script needs $1, which is not installed here" >&2
           exit 127
         fi
       fi ;;
@@ -68,14 +91,40 @@ run_script() {
     if LC_ALL=C grep -q "$cr" "$script" || [ "$(head -c 3 "$script" | LC_ALL=C tr '\000' ' ')" = "$bom" ]; then
       # A copy is run, but not as one: the shell opens it under the name that the script has in the project, then goes to the project
       # and removes the copy. So $0, BASH_SOURCE and line numbers are those of the script, and nothing is left, however it ends.
+      # A restricted shell cannot go there: the restriction begins after it.
+      restrict=
+      word=$1
+      shift
+      case ${word##*/} in rbash) word=bash && restrict='set -r; ' ;; esac
+      count=$#
+      set -- "$@" "$word"
+      while [ "$count" -gt 0 ]; do
+        word=$1
+        shift
+        count=$((count - 1))
+        case $word in
+          -r | --restricted) restrict='set -r; ' && continue ;;
+          -[!-]*r* | -r*) restrict='set -r; ' && word=${word%%r*}${word#*r} ;;
+        esac
+        set -- "$@" "$word"
+      done
       OPENHANDS_PROJECT=$(pwd) && OPENHANDS_COPY=$(mktemp -d) && mkdir -p "$OPENHANDS_COPY/${script%/*}" || exit 1
+      OPENHANDS_RM=$(command -v rm)
       {
-        printf %s 'cd -- "$OPENHANDS_PROJECT" && rm -rf -- "$OPENHANDS_COPY" || exit 126; unset OPENHANDS_PROJECT OPENHANDS_COPY OLDPWD; '
+        printf %s 'cd -- "$OPENHANDS_PROJECT" && "$OPENHANDS_RM" -rf -- "$OPENHANDS_COPY" || exit 126; '
+        printf %s 'unset OPENHANDS_PROJECT OPENHANDS_COPY OPENHANDS_RM OLDPWD; '
+        printf %s "$restrict"
         plain_script
       } >"$OPENHANDS_COPY/$script" || exit 1
-      export OPENHANDS_PROJECT OPENHANDS_COPY
+      export OPENHANDS_PROJECT OPENHANDS_COPY OPENHANDS_RM
       cd "$OPENHANDS_COPY" || exit 1
     fi ;;
   esac
+  # Last, because PATH and others mean something to the commands above.
+  interpreter=$(command -v "$1") && case $interpreter in /*) shift && set -- "$interpreter" "$@" ;; esac
+  set -f
+  for word in $removed; do command unset -v "$word" 2>/dev/null; done
+  for word in $assigned; do command export "$word" 2>/dev/null; done
+  set +f
   exec "$@" "$script"
 }

@@ -148,14 +148,122 @@ mod tests {
         }
     }
 
+    /// An interpreter that says how it was called, and what is in its environment.
+    fn env_says(scratch: &Scratch, shebang: &str) -> super::super::scratch::Ran {
+        scratch.write("bin/python9", "#!/bin/sh\necho \"$* A=$A B=$B FOO=${FOO-none}\"\n");
+        scratch.set_mode("bin/python9", 0o755);
+        scratch.write("project/.openhands/setup.sh", format!("{shebang}\nimport os\n"));
+        scratch.run(&format!("export FOO=foo\n{}", script(&scratch.path("project"))))
+    }
+
+    #[test]
+    fn options_of_env_are_read_as_env_reads_them() {
+        for shell in shells() {
+            for (shebang, expected) in [
+                ("-S python9 -u", "-u .openhands/setup.sh A= B= FOO=foo"),
+                ("-S -u FOO python9 -u", "-u .openhands/setup.sh A= B= FOO=none"),
+                ("-S -uFOO A=1 python9", ".openhands/setup.sh A=1 B= FOO=none"),
+                ("-S --unset FOO B=2 python9", ".openhands/setup.sh A= B=2 FOO=none"),
+                ("-S --unset=FOO python9", ".openhands/setup.sh A= B= FOO=none"),
+                ("-S -C / python9 -u", "-u .openhands/setup.sh A= B= FOO=foo"),
+                ("-S --chdir / python9", ".openhands/setup.sh A= B= FOO=foo"),
+                ("-S --chdir=/ python9", ".openhands/setup.sh A= B= FOO=foo"),
+                ("--split-string=python9 -u", "-u .openhands/setup.sh A= B= FOO=foo"),
+                ("--split-string=A=1 python9 -u", "-u .openhands/setup.sh A=1 B= FOO=foo"),
+                ("--split-string python9 -u", "-u .openhands/setup.sh A= B= FOO=foo"),
+                ("-vSpython9 -u", "-u .openhands/setup.sh A= B= FOO=foo"),
+                ("-iS A=1 python9", ".openhands/setup.sh A=1 B= FOO=foo"),
+                ("-S -- A=1 B=2 python9", ".openhands/setup.sh A=1 B=2 FOO=foo"),
+                ("-S FOO=* python9", ".openhands/setup.sh A= B= FOO=*"),
+            ] {
+                let scratch = Scratch::with(&shell);
+                let ran = env_says(&scratch, &format!("#!/usr/bin/env {shebang}"));
+                assert_eq!((ran.code, ran.stdout.trim_end()), (Some(0), expected), "{shebang}: {ran:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn variables_of_env_are_the_script_s_and_not_ours() {
+        for shell in shells() {
+            for (shebang, ends) in
+                [("PATH=/nowhere", "\n"), ("-S PATH=/nowhere", "\r\n"), ("-S -u PATH", "\n"), ("-S -u PATH", "\r\n")]
+            {
+                let scratch = Scratch::with(&shell);
+                let content =
+                    format!("#!/usr/bin/env {shebang} bash -e\necho \"${{PATH-none}} $0\"\n").replace('\n', ends);
+                scratch.write("project/.openhands/setup.sh", content);
+                let ran = scratch.run(&script(&scratch.path("project")));
+                let set = ran.stdout.strip_suffix(" .openhands/setup.sh\n");
+                assert_eq!(ran.code, Some(0), "{shebang}: {ran:?}");
+                // bash has a path of its own where there is none.
+                let is_expected =
+                    |path| if shebang.contains("-u") { path != scratch.path("bin") } else { path == "/nowhere" };
+                assert!(set.is_some_and(|path| is_expected(path.to_owned())), "{shebang}: {ran:?}");
+                assert!(scratch.left().is_empty(), "{:?}", scratch.left());
+            }
+        }
+    }
+
+    #[test]
+    fn a_restricted_shell_runs_a_script_with_any_line_ends() {
+        for shell in shells() {
+            for shebang in [
+                "#!/bin/bash -r",
+                "#!/bin/bash -er",
+                "#!/bin/bash --restricted",
+                "#!/bin/bash -e -r -u",
+                "#!/no/such/rbash",
+                "#!/usr/bin/env -S bash -r",
+            ] {
+                for (start, ends) in [("", "\r\n"), ("\u{feff}", "\n"), ("\u{feff}", "\r\n")] {
+                    let scratch = Scratch::with(&shell);
+                    scratch.write("bin/rbash", "#!/bin/bash\nexec bash -r \"$@\"\n");
+                    scratch.set_mode("bin/rbash", 0o755);
+                    let content =
+                        format!("{start}{shebang}\necho \"$0 $PWD\"\n(cd /) 2>/dev/null || echo restricted\n");
+                    scratch.write("project/.openhands/setup.sh", content.replace('\n', ends));
+                    let ran = scratch.run(&script(&scratch.path("project")));
+                    let expected = format!(".openhands/setup.sh {}\nrestricted\n", scratch.path("project"));
+                    assert_eq!(
+                        (ran.code, ran.stdout.as_str()),
+                        (Some(0), expected.as_str()),
+                        "{shebang} {ends:?}: {ran:?}"
+                    );
+                    assert!(scratch.left().is_empty(), "{:?}", scratch.left());
+                }
+            }
+        }
+    }
+
     #[test]
     fn a_script_for_something_that_is_not_installed_is_not_given_to_bash() {
-        let scratch = Scratch::new();
-        let content = "#!/usr/bin/env no-such-python\r\nimport os\r\nprint(os.getcwd())\r\n";
-        scratch.write("project/.openhands/setup.sh", content);
-        let ran = scratch.run(&script(&scratch.path("project")));
-        assert_eq!(ran.code, Some(127), "{ran:?}");
-        assert_eq!(ran.stderr, ".openhands/setup.sh is written for no-such-python, which is not installed here\n");
+        for shell in shells() {
+            for (shebang, body) in [
+                // bash accepts none of the words, or knows that it is another language.
+                ("no-such-python", "import os\r\nprint(os.getcwd())\r\n"),
+                ("python0", "import os\n"),
+                ("/no/such/bin/python3.99", "import os\r\n"),
+                ("ruby9", "puts 'hello'\n"),
+                ("/no/such/perl5.99", "print 'hello';\n"),
+                ("node99", "console\n"),
+                ("php99", "echo 'hello';\n"),
+                ("lua99", "print 'hello'\n"),
+                ("pwsh-99", "Write-Host hello\n"),
+                ("fish99", "set x 1; echo hello\n"),
+                ("tclsh99", "puts hello\n"),
+                ("Rscript99", "hello\n"),
+                ("/no/such/fish", "set -x A 1\n"),
+            ] {
+                let scratch = Scratch::with(&shell);
+                let line =
+                    if shebang.starts_with('/') { shebang.to_owned() } else { format!("/usr/bin/env {shebang}") };
+                scratch.write("project/.openhands/setup.sh", format!("#!{line}\n{body}"));
+                let ran = scratch.run(&script(&scratch.path("project")));
+                let expected = format!(".openhands/setup.sh needs {shebang}, which is not installed here\n");
+                assert_eq!((ran.code, ran.stdout.as_str(), ran.stderr), (Some(127), "", expected), "{shebang}");
+            }
+        }
     }
 
     #[test]

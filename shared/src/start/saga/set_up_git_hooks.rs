@@ -32,11 +32,11 @@ impl Work<'_> {
 }
 
 fn script(project_dir: &str) -> String {
-    let hook = format!("#!/bin/sh\n# {MARK}. {HOOK_HEAD}{RUN_SCRIPT}{HOOK}");
+    let hook = format!("#!/bin/sh\n# {MARK}. {HOOK_HEAD}{RUN_SCRIPT}mark={}\n{HOOK}", quoted(MARK));
     format!("project_dir={}\nmark={}\nnew_hook={}\n{INSTALL}", quoted(project_dir), quoted(MARK), quoted(&hook))
 }
 
-const HOOK_HEAD: &str = "It runs the project's own .openhands/pre-commit.sh, and then pre-commit.local,
+const HOOK_HEAD: &str = "It runs the project's own .openhands/pre-commit.sh, and then openhands-kept-pre-commit,
 # the hook that was here before.
 ";
 
@@ -52,11 +52,12 @@ if [ -f .openhands/pre-commit.sh ]; then
 else
   echo 'warning: .openhands/pre-commit.sh is missing; it was not run' >&2
 fi
-# git runs no hook that is not executable. The one that was here may be .openhands/pre-commit.sh itself, or a tool's that has replaced
-# this hook and called it.
-if [ -f "$hooks/pre-commit.local" ] && [ -x "$hooks/pre-commit.local" ] &&
-  ! cmp -s "$hooks/pre-commit.local" .openhands/pre-commit.sh && ! cmp -s "$hooks/pre-commit.local" "$hooks/pre-commit"; then
-  exec "$hooks/pre-commit.local" "$@"
+# git runs no hook that is not executable. The one that was here may be .openhands/pre-commit.sh itself, or have been replaced by this
+# hook, of this version or an earlier one.
+kept=$hooks/openhands-kept-pre-commit
+if [ -f "$kept" ] && [ -x "$kept" ] && ! cmp -s "$kept" .openhands/pre-commit.sh && ! cmp -s "$kept" "$hooks/pre-commit" &&
+  ! grep -qF "$mark" "$kept"; then
+  exec "$kept" "$@"
 fi
 "#;
 
@@ -81,12 +82,39 @@ esac
 is_ours() {
   [ -f "$1" ] && [ ! -L "$1" ] && grep -qF "$mark" "$1"
 }
+is_there() {
+  [ -e "$1" ] || [ -L "$1" ]
+}
+# Whether both are files of the same content, or the same links.
+is_same() {
+  if [ -L "$1" ] || [ -L "$2" ]; then [ "$(readlink "$1")" = "$(readlink "$2")" ]; else cmp -s "$1" "$2" 2>/dev/null; fi
+}
 hook=$hooks/pre-commit
+# A name that neither tools nor users have for theirs, and that no pattern for names of hooks matches.
+kept=$hooks/openhands-kept-pre-commit
 # Tools that a setup script installs over ours, at a later start, keep it under another name. It would run twice.
-for kept in "$hook".*; do
-  if is_ours "$kept"; then rm -f "$kept"; fi
+for other in "$hook".*; do
+  if is_ours "$other"; then rm -f "$other"; fi
 done
-if { [ -e "$hook" ] || [ -L "$hook" ]; } && ! is_ours "$hook"; then mv -f "$hook" "$hook.local"; fi
+if is_there "$hook.local" && ! is_there "$kept"; then
+  # An earlier version kept the hook that was here as pre-commit.local, which may be a name that this hook itself calls.
+  if is_ours "$hook" && ! grep -qF openhands-kept-pre-commit "$hook"; then
+    mv "$hook.local" "$kept"
+  elif is_there "$hook" && is_same "$hook" "$hook.local"; then
+    rm -f "$hook.local"
+  fi
+fi
+if is_there "$hook" && ! is_ours "$hook"; then
+  if is_there "$kept"; then
+    if is_same "$hook" "$kept"; then rm -f "$kept"; else
+      # A tool that has written its hook anew. Nothing is overwritten.
+      number=1
+      while is_there "$kept.$number"; do number=$((number + 1)); done
+      mv "$kept" "$kept.$number"
+    fi
+  fi
+  mv "$hook" "$kept"
+fi
 draft=$hooks/.pre-commit.$$
 printf %s "$new_hook" >"$draft"
 if [ -x "$hook" ] && cmp -s "$draft" "$hook"; then rm -f "$draft"; else
@@ -94,11 +122,30 @@ if [ -x "$hook" ] && cmp -s "$draft" "$hook"; then rm -f "$draft"; else
   mv -f "$draft" "$hook"
 fi
 used=$(git rev-parse --git-path hooks)
-if [ "$(cd "$used" 2>/dev/null && pwd -P)" != "$hooks" ]; then
-  own=${used%/_}
-  if ! grep -qsF .openhands/pre-commit.sh "$used/pre-commit" && ! grep -qsF .openhands/pre-commit.sh "$own/pre-commit"; then
-    echo "openhands-note:.openhands/pre-commit.sh does not run at commits: git takes its hooks from $used (core.hooksPath). Call it from $own/pre-commit, or unset core.hooksPath"
+[ "$(cd "$used" 2>/dev/null && pwd -P)" != "$hooks" ] || exit 0
+used=${used%/}
+own=${used%/_}
+# Earlier versions put their hook there, and the one that was there beside it.
+theirs=$used/pre-commit
+if is_ours "$theirs"; then
+  if is_there "$theirs.local" && [ -z "$(git ls-files -- "$theirs.local" 2>/dev/null)" ]; then before=$theirs.local; else before=; fi
+  tracked=$(git ls-files -s -- "$theirs" 2>/dev/null | cut -d ' ' -f 2)
+  if [ -n "$tracked" ] && git cat-file blob "$tracked" | grep -qF "$mark"; then tracked=; fi
+  if [ -n "$tracked" ] && { [ -z "$before" ] || [ "$(git hash-object "$before")" = "$tracked" ]; }; then
+    # With the mode that it has there.
+    git checkout -q -- "$theirs"
+    if [ -n "$before" ]; then rm -f "$before"; fi
+  elif [ -n "$before" ]; then
+    mv -f "$before" "$theirs"
+  else
+    rm -f "$theirs"
   fi
+  echo "openhands-note:$theirs is the project's own again: an earlier version had replaced it"
+fi
+if configured=$(git config core.hooksPath) && [ -z "$configured" ]; then
+  echo "openhands-note:.openhands/pre-commit.sh does not run at commits: core.hooksPath is empty, so that git runs no hooks. Unset it"
+elif ! grep -qsF .openhands/pre-commit.sh "$theirs" && ! grep -qsF .openhands/pre-commit.sh "$own/pre-commit"; then
+  echo "openhands-note:.openhands/pre-commit.sh does not run at commits: git takes its hooks from $used (core.hooksPath). Call it from $own/pre-commit, or unset core.hooksPath"
 fi
 "#;
 
@@ -132,6 +179,7 @@ mod tests {
         (ran.code, scratch.read("ran").replace('\n', " "))
     }
 
+    const KEPT: &str = ".git/hooks/openhands-kept-pre-commit";
     const PRE_COMMIT: &str = "echo \"own $0 $PWD\" >>../ran\n";
 
     fn own(scratch: &Scratch) -> String {
@@ -163,7 +211,7 @@ mod tests {
                 scratch.must("cd project && : >../ran && sh .git/hooks/pre-commit");
                 assert_eq!(scratch.read("ran").replace('\n', " "), own(&scratch), "{content:?}");
                 assert!(scratch.left().is_empty());
-                assert!(!scratch.at("project/.git/hooks/pre-commit.local").exists());
+                assert!(!scratch.at(&format!("project/{KEPT}")).exists());
             }
         }
     }
@@ -174,8 +222,8 @@ mod tests {
             let scratch = Scratch::new();
             repository(&scratch, content);
             install(&scratch);
-            scratch.write("project/.git/hooks/pre-commit.local", "#!/bin/sh\necho kept >>../ran\n");
-            scratch.set_mode("project/.git/hooks/pre-commit.local", 0o755);
+            scratch.write(&format!("project/{KEPT}"), "#!/bin/sh\necho kept >>../ran\n");
+            scratch.set_mode(&format!("project/{KEPT}"), 0o755);
             assert_eq!(commit(&scratch, "project"), (Some(1), String::new()), "{content:?}");
         }
     }
@@ -207,7 +255,7 @@ mod tests {
                 }
                 let ran = (Some(0), format!("{}{expected}", own(&scratch)));
                 assert_eq!(commit(&scratch, "project"), ran, "{name}, time {times}");
-                assert_eq!(scratch.mode("project/.git/hooks/pre-commit.local"), mode, "{name}");
+                assert_eq!(scratch.mode(&format!("project/{KEPT}")), mode, "{name}");
                 scratch.must("cd project && git reset -q --hard HEAD~1");
                 assert_eq!(scratch.tree("project"), before, "{name}");
             }
@@ -231,7 +279,7 @@ mod tests {
                 assert_eq!(install(&scratch).code, Some(0), "{target}");
             }
             assert_eq!(scratch.tree("project"), before, "{target}");
-            let kept = std::fs::read_link(scratch.at("project/.git/hooks/pre-commit.local")).expect("a link");
+            let kept = std::fs::read_link(scratch.at(&format!("project/{KEPT}"))).expect("a link");
             assert_eq!(kept, std::path::Path::new(target));
             assert_eq!(commit(&scratch, "project"), (Some(0), format!("{}{expected}", own(&scratch))), "{target}");
         }
@@ -393,13 +441,203 @@ mod tests {
         let earlier = "#!/bin/sh\n# This hook was installed by OpenHands. It runs\nif [ -x .openhands/pre-commit.sh ]; then exec .openhands/pre-commit.sh; fi\n";
         scratch.write("project/.git/hooks/pre-commit", earlier);
         install(&scratch);
-        assert!(!scratch.at("project/.git/hooks/pre-commit.local").exists());
+        assert!(!scratch.at(&format!("project/{KEPT}")).exists());
         assert_eq!(scratch.mode("project/.git/hooks/pre-commit"), 0o755);
         assert_eq!(commit(&scratch, "project"), (Some(0), own(&scratch)));
         // The script went with a branch: the hook that was there before it goes on.
-        scratch.write("project/.git/hooks/pre-commit.local", scratch_hook("kept"));
-        scratch.set_mode("project/.git/hooks/pre-commit.local", 0o755);
+        scratch.write(&format!("project/{KEPT}"), scratch_hook("kept"));
+        scratch.set_mode(&format!("project/{KEPT}"), 0o755);
         scratch.must("cd project && rm -r .openhands");
         assert_eq!(commit(&scratch, "project"), (Some(0), "kept ".to_owned()));
+    }
+
+    const EARLIER: [&str; 2] = [
+        "#!/bin/sh\n# This hook was installed by OpenHands. It runs the project's own .openhands/pre-commit.sh.\nif [ -x .openhands/pre-commit.sh ]; then exec .openhands/pre-commit.sh; fi\n",
+        "#!/bin/sh\n# This hook was installed by OpenHands. It runs the project's own, and then pre-commit.local,\nexec .git/hooks/pre-commit.local\n",
+    ];
+
+    fn executable(scratch: &Scratch, file: &str, content: &str) {
+        scratch.write(file, content);
+        scratch.set_mode(file, 0o755);
+    }
+
+    /// A commit that would not end without a limit.
+    fn limited_commit(scratch: &Scratch) -> (Option<i32>, String) {
+        let ran =
+            scratch.run("cd project && : >../ran && date >>file && git add file && timeout 20 git commit -q -m Next");
+        (ran.code, scratch.read("ran").replace('\n', " "))
+    }
+
+    #[test]
+    fn a_hook_that_calls_pre_commit_local_still_finds_it() {
+        for shell in shells() {
+            for call in [
+                "exec .git/hooks/pre-commit.local\n",
+                "exec \"$(dirname \"$0\")/pre-commit.local\" \"$@\"\n",
+                "for hook in .git/hooks/pre-commit.*; do case $hook in *.sample) ;; *) \"$hook\" || exit ;; esac; done\n",
+                "for hook in .git/hooks/pre-commit?*; do case $hook in *.sample) ;; *) \"$hook\" || exit ;; esac; done\n",
+                // It calls what git calls.
+                "[ -z \"$AGAIN\" ] || exit 0; AGAIN=1 .git/hooks/pre-commit; exec .git/hooks/pre-commit.local\n",
+            ] {
+                let scratch = Scratch::with(&shell);
+                repository(&scratch, PRE_COMMIT);
+                for _ in 0..3 {
+                    executable(
+                        &scratch,
+                        "project/.git/hooks/pre-commit",
+                        &format!("#!/bin/sh\necho tool >>../ran\n{call}"),
+                    );
+                    executable(&scratch, "project/.git/hooks/pre-commit.local", &scratch_hook("users"));
+                    for _ in 0..2 {
+                        assert_eq!(install(&scratch).code, Some(0), "{call}");
+                    }
+                    assert_eq!(scratch.read("project/.git/hooks/pre-commit.local"), scratch_hook("users"), "{call}");
+                    let expected = format!("{}tool users ", own(&scratch));
+                    assert_eq!(limited_commit(&scratch), (Some(0), expected), "{call}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_that_is_in_the_folder_of_hooks_is_overwritten() {
+        // A folder of the name that earlier versions kept hooks under.
+        let scratch = Scratch::new();
+        repository(&scratch, PRE_COMMIT);
+        scratch.write("project/.git/hooks/pre-commit.local/users", "its");
+        executable(&scratch, "project/.git/hooks/pre-commit", &scratch_hook("tool"));
+        assert_eq!(install(&scratch).code, Some(0));
+        assert_eq!(limited_commit(&scratch), (Some(0), format!("{}tool ", own(&scratch))));
+        assert_eq!(scratch.read("project/.git/hooks/pre-commit.local/users"), "its");
+        // A tool that writes another hook each time: the newest runs, and the others are there.
+        for name in ["two", "three"] {
+            executable(&scratch, "project/.git/hooks/pre-commit", &scratch_hook(name));
+            for _ in 0..2 {
+                assert_eq!(install(&scratch).code, Some(0));
+            }
+            assert_eq!(limited_commit(&scratch), (Some(0), format!("{}{name} ", own(&scratch))));
+        }
+        assert_eq!(scratch.read(&format!("project/{KEPT}.1")), scratch_hook("tool"));
+        assert_eq!(scratch.read(&format!("project/{KEPT}.2")), scratch_hook("two"));
+        assert!(!scratch.at(&format!("project/{KEPT}.3")).exists());
+        // Folders in the place of the hook and of the kept one.
+        let scratch = Scratch::new();
+        repository(&scratch, PRE_COMMIT);
+        scratch.write("project/.git/hooks/pre-commit/users", "its");
+        scratch.write(&format!("project/{KEPT}/users"), "kept");
+        assert_eq!(install(&scratch).code, Some(0));
+        assert_eq!(limited_commit(&scratch), (Some(0), own(&scratch)));
+        assert_eq!(scratch.read(&format!("project/{KEPT}/users")), "its");
+        assert_eq!(scratch.read(&format!("project/{KEPT}.1/users")), "kept");
+    }
+
+    #[test]
+    fn what_an_earlier_version_kept_goes_on() {
+        for earlier in EARLIER {
+            // As the earlier version left it.
+            let scratch = Scratch::new();
+            repository(&scratch, PRE_COMMIT);
+            executable(&scratch, "project/.git/hooks/pre-commit", earlier);
+            executable(&scratch, "project/.git/hooks/pre-commit.local", &scratch_hook("kept"));
+            for _ in 0..2 {
+                assert_eq!(install(&scratch).code, Some(0));
+                assert!(!scratch.at("project/.git/hooks/pre-commit.local").exists());
+                assert_eq!(limited_commit(&scratch), (Some(0), format!("{}kept ", own(&scratch))));
+            }
+            // One of the user's that came later stays.
+            executable(&scratch, "project/.git/hooks/pre-commit.local", &scratch_hook("users"));
+            assert_eq!(install(&scratch).code, Some(0));
+            assert_eq!(scratch.read("project/.git/hooks/pre-commit.local"), scratch_hook("users"));
+            // The setup script has put its hook there again, which calls the name that the earlier version gave it.
+            let scratch = Scratch::new();
+            repository(&scratch, PRE_COMMIT);
+            let tool = "#!/bin/sh\necho tool >>../ran\nif [ -x .git/hooks/pre-commit.local ]; then exec .git/hooks/pre-commit.local; fi\n";
+            for name in ["pre-commit", "pre-commit.local"] {
+                executable(&scratch, &format!("project/.git/hooks/{name}"), tool);
+            }
+            assert_eq!(install(&scratch).code, Some(0));
+            assert_eq!(limited_commit(&scratch), (Some(0), format!("{}tool ", own(&scratch))));
+            // A hook of ours under the name of the kept one.
+            executable(&scratch, &format!("project/{KEPT}"), earlier);
+            assert_eq!(limited_commit(&scratch), (Some(0), own(&scratch)));
+        }
+    }
+
+    #[test]
+    fn what_an_earlier_version_replaced_in_a_project_s_folder_of_hooks_is_restored() {
+        let husky = "echo husky >>../ran\n";
+        for (hooks_path, tracked, kept, expected) in [
+            // The project's own, as it is in the repository.
+            (".husky", Some(husky), Some(husky), Some(husky)),
+            ("{project}/.husky", Some(husky), Some(husky), Some(husky)),
+            // Changed before it was replaced.
+            (".husky", Some(husky), Some("echo changed\n"), Some("echo changed\n")),
+            (".husky", Some(husky), None, Some(husky)),
+            // Not in the repository.
+            (".husky/_", None, Some("echo tool\n"), Some("echo tool\n")),
+            ("../elsewhere", None, Some("echo theirs\n"), Some("echo theirs\n")),
+            (".husky/_", None, None, None),
+            // Committed by an agent.
+            (".husky", Some(EARLIER[0]), Some(husky), Some(husky)),
+        ] {
+            let scratch = Scratch::new();
+            repository(&scratch, PRE_COMMIT);
+            let path = hooks_path.replace("{project}", &scratch.path("project"));
+            let file = if hooks_path.starts_with('{') {
+                "project/.husky/pre-commit".to_owned()
+            } else {
+                format!("project/{path}/pre-commit")
+            };
+            if let Some(tracked) = tracked {
+                scratch.write(&file, tracked);
+                scratch.set_mode(&file, 0o644);
+                scratch.must("cd project && git add -A && git commit -q --allow-empty -m Hooks");
+            }
+            let clean = scratch.must("git -C project status --porcelain");
+            let mode = tracked.map(|_| scratch.mode(&file));
+            scratch.must(&format!("git -C project config core.hooksPath '{path}'"));
+            executable(&scratch, &file, EARLIER[0]);
+            if let Some(kept) = kept {
+                executable(&scratch, &format!("{file}.local"), kept);
+            }
+            let ran = install(&scratch);
+            assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""), "{hooks_path}: {ran:?}");
+            let notes: Vec<&str> = ran.stdout.lines().collect();
+            assert!(notes.len() == 2 && notes[0].contains("is the project's own again"), "{ran:?}");
+            assert!(notes[1].contains("core.hooksPath"), "{ran:?}");
+            assert_eq!(scratch.at(&file).exists(), expected.is_some());
+            assert_eq!(scratch.read(&file), expected.unwrap_or_default());
+            assert!(!scratch.at(&format!("{file}.local")).exists());
+            if tracked == expected {
+                assert_eq!(scratch.must("git -C project status --porcelain"), clean, "{hooks_path}");
+                assert!(mode.is_none_or(|mode| mode == scratch.mode(&file)));
+            }
+            assert_eq!(install(&scratch).stdout.lines().count(), 1);
+        }
+    }
+
+    #[test]
+    fn a_tracked_file_that_has_the_name_of_a_kept_hook_stays() {
+        let scratch = Scratch::new();
+        repository(&scratch, PRE_COMMIT);
+        scratch.write("project/.husky/pre-commit.local", "users\n");
+        scratch.must("cd project && git add -A && git commit -q -m Local && git config core.hooksPath .husky");
+        executable(&scratch, "project/.husky/pre-commit", EARLIER[0]);
+        assert_eq!(install(&scratch).code, Some(0));
+        assert_eq!(scratch.must("git -C project status --porcelain"), "");
+    }
+
+    #[test]
+    fn an_empty_hooks_path_is_called_so() {
+        for place in ["--local", "--global"] {
+            let scratch = Scratch::new();
+            repository(&scratch, PRE_COMMIT);
+            scratch.must(&format!("git -C project config {place} core.hooksPath ''"));
+            let ran = install(&scratch);
+            assert_eq!(
+                ran.stdout,
+                "openhands-note:.openhands/pre-commit.sh does not run at commits: core.hooksPath is empty, so that git runs no hooks. Unset it\n"
+            );
+        }
     }
 }
