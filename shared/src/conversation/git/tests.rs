@@ -86,7 +86,8 @@ impl Workspace {
         let root = self.root.display().to_string();
         let script = script(&WorkspaceGit { agent_server: &self.agent_server, root: &root })?;
         let run = |shell: &str| {
-            // The script itself is also to be run by each of them.
+            // The script itself is also to be run by each of them, on a machine that may be loaded.
+            let script = script.replace(&format!("seconds={SECONDS}\n"), "seconds=300\n");
             let script = script.replace("sh -c \"$body\"", &format!("{shell} -c \"$body\""));
             let ran = self.command(&script, shell).output().expect("run");
             assert!(ran.status.success(), "{shell}: {ran:?}");
