@@ -36,7 +36,7 @@ async fn every_change_of_a_private_repository_has_a_diff() {
         ("unchanged.txt", "\n no line break at the end", false),
         (".gitignore", "*.log\n", false),
     ];
-    git.create_repository("owner/private", &files, &[]).await;
+    git.create_repository("owner/private", &files, &["release"]).await;
     git.require("someone", TOKEN);
     let product = Product::start(json!({
         "llm_model": "openai/scripted",
@@ -156,7 +156,38 @@ async fn every_change_of_a_private_repository_has_a_diff() {
     assert!(since_commit.as_array().expect("changes").contains(&json!({"status": "UPDATED", "path": "changed.txt"})));
     assert!(!since_commit.to_string().contains("moved.txt"), "{since_commit}");
     assert_eq!(git.requests().len(), asked_of_remote, "the remote was not asked");
+    of_a_branch_that_is_ahead_the_work_alone_is_listed(&product, &llm, &text(&asker.row["sandbox_id"])).await;
     product.shutdown().await;
+}
+
+/// Also after it is committed, pushed, and on a branch that the agent made.
+async fn of_a_branch_that_is_ahead_the_work_alone_is_listed(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
+    llm.reply_with(vec![Reply::text("Hello")]);
+    let request = json!({"selected_repository": "owner/private", "selected_branch": "release", "sandbox_id": sandbox});
+    let start = product.start_conversation(with(saying("Hello again"), request)).await;
+    let id = start.conversation_id();
+    product.conversation_when(&id, "finished").await;
+    let agent = product.at_agent(&id).await;
+    let folder = agent.folder().await;
+    let asker = Asker::new(product, &id).await;
+    assert_eq!(asker.ask("changes", ".").await, (200, json!([])), "nothing was done yet");
+    let push = format!(
+        "git -c credential.helper= -c credential.helper='!f() {{ echo username=someone; echo password={TOKEN}; }}; f' push -q origin"
+    );
+    for step in [
+        "echo two >>changed.txt",
+        "git -c user.name=Ada -c user.email=ada@example.org commit -qam 'Some of it'",
+        &format!("{push} release"),
+        "git checkout -q -b fix",
+        &format!("{push} fix"),
+    ] {
+        let ran = agent.run(&folder, step).await;
+        assert_eq!(ran.exit_code, 0, "{ran:?}");
+        let changes = asker.ask("changes", ".").await;
+        assert_eq!(changes, (200, json!([{"status": "UPDATED", "path": "changed.txt"}])), "{step}");
+        let (_, diff) = asker.ask("diff", "changed.txt").await;
+        assert_eq!(diff, json!({"modified": "one\ntwo\n", "original": "one\n"}), "{step}");
+    }
 }
 
 /// Asks both ways, and holds them to the same answer.

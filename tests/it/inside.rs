@@ -575,7 +575,9 @@ async fn git_that_does_not_come_to_an_end_is_said_to_be_unfinished() {
     let run = "POST /api/bash/execute_bash_command";
     let gone = format!("{}/openhands-git.x/result", rig.agent.working_dir());
     for (answer, status, detail) in [
-        (json!({"exit_code": -1}), 503, "Git did not finish within 15 s in this sandbox"),
+        (json!({"exit_code": -1}), 503, "Git did not finish within 14 s in this sandbox"),
+        (json!({"exit_code": 124}), 503, "Git did not finish within 14 s in this sandbox"),
+        (json!({"exit_code": 137, "stderr": "Killed"}), 503, "Git did not finish within 14 s in this sandbox"),
         (json!({"exit_code": 3, "stderr": "mktemp: failed"}), 409, "The sandbox has no space"),
         (json!({"exit_code": 0, "stdout": "inline\n%%%"}), 502, "The agent server's answer makes no sense"),
         (json!({"exit_code": 0, "stdout": "file /etc/passwd\n"}), 502, "The agent server's answer makes no sense"),

@@ -27,13 +27,16 @@ use crate::start::saga::command::quoted;
 const COMMON: &str = include_str!("git/common.sh");
 const CHANGES: &str = include_str!("git/changes.sh");
 const DIFF: &str = include_str!("git/diff.sh");
+const RUN: &str = include_str!("git/run.sh");
 /// Whether there are more changes than the answer lists: `true`, or the header is absent.
 const TRUNCATED: HeaderName = HeaderName::from_static("x-changes-truncated");
-/// What git may take. A workspace may be large.
-const TIMEOUT: Duration = Duration::from_secs(15);
+/// What git may take, in seconds. A workspace may be large.
+const SECONDS: u64 = 14;
+/// When the agent server stops a script that has not stopped itself.
+const TIMEOUT: Duration = Duration::from_secs(SECONDS + 1);
 const CLEANUP: Duration = Duration::from_secs(5);
-/// The largest result that is printed. As base64 it is less than 1 MiB, of which agent servers make one piece.
-const INLINE: usize = 480 * 1024;
+/// The largest result that is printed. Agent servers never remove what commands have printed, and search through all of it.
+const INLINE: usize = 32 * 1024;
 /// The longest list, in bytes of names and statuses.
 const LIST_LIMIT: usize = 4 * 1024 * 1024;
 /// The largest file of which there is a diff, and the most bytes of both sides. As JSON they may be larger: see [`PAGE_SIZE`].
@@ -143,7 +146,7 @@ impl WorkspaceGit<'_> {
     fn changes_script(&self, folder: &str, reference: Option<&str>) -> Result<String, Error> {
         let rest = self.below_root(folder)?;
         let variables = format!("rest={} limit={LIST_LIMIT} most={NESTED}\n", quoted(&rest));
-        Ok(format!("{}{variables}{}{}", self.head(reference)?, code(COMMON), code(CHANGES)))
+        self.script(reference, &variables, CHANGES)
     }
 
     fn diff_script(&self, file: &str, reference: Option<&str>) -> Result<String, Error> {
@@ -158,16 +161,23 @@ impl WorkspaceGit<'_> {
             return Err(Error::Refused("Git's own files have no diff".to_owned()));
         }
         let variables = format!("rest={} limit={FILE_LIMIT}\n{}", quoted(&rest), name::assigned("other", &other));
-        Ok(format!("{}{variables}{}{}", self.head(reference)?, code(COMMON), code(DIFF)))
+        self.script(reference, &variables, DIFF)
     }
 
-    /// The variables of both scripts.
-    fn head(&self, reference: Option<&str>) -> Result<String, Error> {
+    /// A script with its variables, and those that both scripts have.
+    fn script(&self, reference: Option<&str>, variables: &str, script: &str) -> Result<String, Error> {
         let reference = reference.unwrap_or_default();
         if reference.starts_with('-') || reference.contains('\0') || reference.len() > ARGUMENT_LIMIT {
             return Err(unknown(Some(reference)));
         }
-        Ok(format!("root={} ref={} inline={INLINE}\n", quoted(self.root), quoted(reference)))
+        let body = quoted(&(code(COMMON) + &code(script)));
+        Ok(format!(
+            "root={} ref={} inline={INLINE} seconds={SECONDS}\n{variables}export root ref inline seconds rest limit most other\n\
+             body={body}\n{}",
+            quoted(self.root),
+            quoted(reference),
+            code(RUN)
+        ))
     }
 
     /// A path from the workspace, without empty segments and dots.
@@ -202,9 +212,9 @@ impl WorkspaceGit<'_> {
                 }
                 result?.map(Ok).ok_or_else(|| AgentServerError::malformed(REQUEST, "the result is too long"))
             }
-            (-1, _) => Ok(Err(Error::Unavailable(format!(
-                "Git did not finish within {} s in this sandbox; try again, or a smaller folder",
-                TIMEOUT.as_secs()
+            // Stopped by the agent server, or killed by the script's own limit.
+            (-1 | 124 | 137, _) => Ok(Err(Error::Unavailable(format!(
+                "Git did not finish within {SECONDS} s in this sandbox; try again, or a smaller folder"
             )))),
             (3, _) => {
                 Ok(Err(Error::Conflict("The sandbox has no space, or no folder, for temporary files".to_owned())))
@@ -264,6 +274,7 @@ fn read_changes(result: &[u8], reference: Option<&str>) -> Result<Changes, Error
     let mut repositories: Vec<Repository> = Vec::new();
     let mut is_truncated = true;
     let mut are_skipped = false;
+    let mut failure = None;
     while let Some(word) = fields.next() {
         match (word, repositories.last_mut()) {
             (b"repository", _) => repositories.push((fields.next().unwrap_or_default().to_vec(), BTreeMap::new())),
@@ -288,6 +299,11 @@ fn read_changes(result: &[u8], reference: Option<&str>) -> Result<Changes, Error
                         .or_insert(Status::Added);
                 }
             }
+            // The others in the folder are listed without it.
+            (b"failed", Some((name, _))) if !name.is_empty() => {
+                repositories.pop();
+                failure.get_or_insert(failed(WHAT, fields.next().unwrap_or_default()));
+            }
             (b"failed", _) => return Err(failed(WHAT, fields.next().unwrap_or_default())),
             (b"skipped", _) => are_skipped = true,
             (b"more", _) => break,
@@ -300,10 +316,12 @@ fn read_changes(result: &[u8], reference: Option<&str>) -> Result<Changes, Error
             (word, _) => return Err(refused(word, fields.next().unwrap_or_default(), reference, WHAT)),
         }
     }
-    if are_skipped && repositories.is_empty() {
-        return Err(unknown(reference));
+    is_truncated |= failure.is_some();
+    match failure {
+        Some(failure) if repositories.is_empty() => Err(failure),
+        None if are_skipped && repositories.is_empty() => Err(unknown(reference)),
+        _ => Ok(fitting(merged(repositories), is_truncated)),
     }
-    Ok(fitting(merged(repositories), is_truncated))
 }
 
 /// The changes of a folder's own repository and of those in it. What is inside one of the latter is its own.

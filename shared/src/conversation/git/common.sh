@@ -1,14 +1,11 @@
-# The beginning of changes.sh and diff.sh. Needs a POSIX shell, git from 2.20 on, `mktemp`, `readlink` and `head -c`.
-# Input: $root the workspace, $ref the commit to compare with (empty: see find_base), $inline the most bytes to print.
+# The beginning of changes.sh and diff.sh. Needs a POSIX shell, git from 2.20 on, `readlink` and `head -c`.
+# Input: $root the workspace, $ref the commit to compare with (empty: see find_base), $inline the most bytes to print, $temporary
+# an empty folder.
 export LC_ALL=C GIT_LITERAL_PATHSPECS=1 GIT_OPTIONAL_LOCKS=0 GIT_TERMINAL_PROMPT=0
 # Neither a lazy fetch of a partial clone nor anything else may use the network.
 export GIT_ALLOW_PROTOCOL=none GIT_NO_LAZY_FETCH=1
 exec </dev/null
 umask 077
-tmp=${TMPDIR:-/tmp}
-# Results that were never fetched.
-find "$tmp/" -maxdepth 1 -type d -name 'openhands-git.*' -mmin +15 -exec rm -rf {} + 2>/dev/null
-temporary=$(mktemp -d "$tmp/openhands-git.XXXXXX") || exit 3
 errors=$temporary/errors
 result=$temporary/result
 
@@ -31,10 +28,40 @@ outcome() {
   deliver
 }
 
-# Git, without anything that configuration or environment could add to its output or run beside it.
+# Git, without anything that configuration or environment could add to its output or run beside it. $overrides is a file of
+# configuration, or empty.
+overrides=
 g() {
   git -c core.quotePath=false -c core.fsmonitor= -c core.hooksPath=/dev/null -c "safe.directory=*" -c color.ui=false \
-    -c diff.autoRefreshIndex=true -c diff.relative=false -c core.warnAmbiguousRefs=false "$@"
+    -c diff.autoRefreshIndex=true -c diff.relative=false -c diff.orderFile=/dev/null -c core.warnAmbiguousRefs=false \
+    ${overrides:+-c} ${overrides:+"include.path=$overrides"} "$@"
+}
+
+# Has git compare what is in the working tree without the programs of filters.
+leave_filters_out() {
+  overrides=
+  g config --name-only --get-regexp '^filter\..*\.(clean|process|required)$' 2>/dev/null | while IFS= read -r key; do
+    driver=${key%.*}
+    for setting in "$driver.clean=" "$driver.process=" "$driver.required=false"; do
+      g config -f "$temporary/overrides" "${setting%=*}" "${setting##*=}"
+    done
+  done
+  [ ! -f "$temporary/overrides" ] || overrides=$temporary/overrides
+}
+
+# `git diff`, its output in the file $compared. A file whose time has changed is read through the program of its filter. If git
+# fails, that program may be missing: files are compared as they are. If it fails again, a setting for `git diff` alone may be
+# wrong: git's plumbing ignores it, and only takes each file for changed whose time has changed.
+compared=$temporary/compared
+compare() {
+  g diff "$@" >"$compared" 2>"$errors"
+  code=$?
+  [ "$code" -gt 1 ] || return "$code"
+  leave_filters_out
+  g diff "$@" >"$compared" 2>"$errors"
+  code=$?
+  [ "$code" -gt 1 ] || return "$code"
+  g diff-index "$@" >"$compared" 2>"$errors"
 }
 
 has_git=yes
@@ -71,16 +98,62 @@ commit_of() {
 }
 
 empty_tree() {
-  g hash-object -t tree /dev/null
+  g hash-object -t tree /dev/null 2>/dev/null
 }
 
 is_clean() {
-  g diff --quiet --no-ext-diff --ignore-submodules=dirty HEAD -- 2>/dev/null
+  compare --quiet --no-ext-diff --ignore-submodules=dirty HEAD --
 }
 
-# Sets $base to what the work began from, of what the repository knows without asking its remote: $ref; the branch's own
-# counterpart on the remote, unless all is pushed, because pushed work is to be shown too; where the branch left the remote's
-# default branch, or a local main or master; the last commit; the empty tree.
+# Prints the commit at which the latest start found the branch $1 (a full ref, HEAD where it is detached; empty: any), or nothing.
+# HEAD contains that commit, and that commit contains $2, if there is a $2. Starts write lines of commit and ref; junk is skipped.
+begun_at() {
+  notes=$(g rev-parse --git-common-dir 2>/dev/null && echo .) && notes=${notes%??}/openhands-base || return
+  [ -f "$notes" ] && [ -r "$notes" ] || return
+  tail -c 65536 "$notes" | tr -d '\000' | {
+    commits=
+    while read -r commit name || [ -n "$commit" ]; do
+      case $commit in *[!0-9a-f]*) continue ;; esac
+      case ${#commit} in 40 | 64) ;; *) continue ;; esac
+      [ -n "$name" ] && [ "$name" = "${1:-$name}" ] && commits="$commit $commits"
+    done
+    tries=0
+    for commit in $commits; do
+      [ "$tries" -lt 20 ] || return
+      tries=$((tries + 1))
+      g merge-base --is-ancestor "$commit" HEAD 2>/dev/null || continue
+      [ -z "$2" ] || g merge-base --is-ancestor "$2" "$commit" 2>/dev/null || continue
+      printf %s "$commit"
+      return
+    done
+  }
+}
+
+# Sets $base to where the branch left the remote's default branch, of what the repository knows; to a local main or master; to the
+# last commit; to the empty tree.
+find_fork() {
+  base=$head
+  [ -n "$head" ] || { base=$(empty_tree); return; }
+  # A remote that was added, not cloned, has no HEAD.
+  for candidate in "$(g symbolic-ref -q refs/remotes/origin/HEAD 2>/dev/null)" refs/remotes/origin/main refs/remotes/origin/master only; do
+    [ "$candidate" != only ] || candidate=$(g for-each-ref --count=2 --format='%(refname)' refs/remotes/origin 2>/dev/null)
+    default=$(commit_of "$candidate")
+    [ -n "$default" ] || continue
+    # A shallow clone may not have the common commit.
+    base=$(g merge-base HEAD "$default" 2>/dev/null) || base=$default
+    return
+  done
+  for candidate in main master; do
+    default=$(commit_of "refs/heads/$candidate")
+    [ -n "$default" ] || continue
+    if [ "$candidate" != "$branch" ] && g merge-base --is-ancestor "$default" HEAD 2>/dev/null; then base=$default; fi
+    return
+  done
+}
+
+# Sets $base to what the work began from, without asking the remote: $ref; where a start found the branch; the branch's own
+# counterpart on the remote, unless all is pushed, because pushed work is to be shown too; see find_fork, or where a start found
+# another branch, if this one left that later.
 find_base() {
   if [ -n "$ref" ]; then
     base=$(commit_of "$ref")
@@ -88,27 +161,15 @@ find_base() {
     return
   fi
   head=$(commit_of HEAD)
-  branch=$(g symbolic-ref -q HEAD)
+  branch=$(g symbolic-ref -q HEAD 2>/dev/null)
+  base=$(begun_at "${branch:-HEAD}" '')
+  [ -z "$base" ] || return 0
   branch=${branch#refs/heads/}
   if [ -n "$branch" ]; then
     base=$(commit_of "refs/remotes/origin/$branch")
     if [ -n "$base" ] && { [ "$base" != "$head" ] || ! is_clean; }; then return 0; fi
   fi
-  base=$head
-  [ -n "$head" ] || { base=$(empty_tree); return 0; }
-  # A remote that was added, not cloned, has no HEAD.
-  for candidate in "$(g symbolic-ref -q refs/remotes/origin/HEAD)" refs/remotes/origin/main refs/remotes/origin/master only; do
-    [ "$candidate" != only ] || candidate=$(g for-each-ref --count=2 --format='%(refname)' refs/remotes/origin)
-    default=$(commit_of "$candidate")
-    [ -n "$default" ] || continue
-    # A shallow clone may not have the common commit.
-    base=$(g merge-base HEAD "$default" 2>/dev/null) || base=$default
-    return 0
-  done
-  for candidate in main master; do
-    default=$(commit_of "refs/heads/$candidate")
-    [ -n "$default" ] || continue
-    if [ "$candidate" != "$branch" ] && g merge-base --is-ancestor "$default" HEAD 2>/dev/null; then base=$default; fi
-    return 0
-  done
+  find_fork
+  begun=$(begun_at '' "$base")
+  base=${begun:-$base}
 }

@@ -15,13 +15,21 @@ walk() {
 look_up() {
   top= base= mode= id=
   cd "$here/" 2>/dev/null || outcome failed 'a folder of the path cannot be entered'
-  find_repository
-  case $? in
-  1) return ;;
-  2) outcome failed "$(head -c 2000 "$errors")" ;;
-  esac
+  above=$here path=$name failure=
+  while :; do
+    find_repository
+    case $? in
+    0) break ;;
+    1) [ -z "$failure" ] || outcome failed "$failure"; return ;;
+    esac
+    # Something that is no repository of git's has the name of one. A repository above lists the files.
+    [ -n "$failure" ] || failure=$(head -c 2000 "$errors")
+    [ "$above" != "$root" ] || outcome failed "$failure"
+    path=${above##*/}/$path above=${above%/*}
+    cd "$above/" 2>/dev/null || outcome failed "$failure"
+  done
   find_base || outcome unknown
-  path=$prefix$name
+  path=$prefix$path
   cd "$top/" || outcome failed 'the repository cannot be entered'
   entry=$(g ls-tree --full-tree "$base" -- "$path" 2>"$errors") || outcome failed "$(head -c 2000 "$errors")"
   [ -n "$entry" ] || return
@@ -170,7 +178,7 @@ file-tree)
 esac
 [ -z "$large" ] || outcome large "$size_before $size"
 # Where line ends or a filter alone make a difference, git has none.
-if [ "$before-$kind-$from" = file-file-tree ] && ! cmp -s "$old" "$new" && g diff --quiet --no-ext-diff "$base" -- "$path" 2>/dev/null; then
+if [ "$before-$kind-$from" = file-file-tree ] && ! cmp -s "$old" "$new" && compare --quiet --no-ext-diff "$base" -- "$path"; then
   cat "$new" >"$old"
 fi
 size_before=$(($(wc -c <"$old"))) size=$(($(wc -c <"$new")))
