@@ -134,8 +134,15 @@ pub fn without_credentials(text: &str) -> String {
 fn without_secrets(text: &str) -> (String, bool) {
     // A whole address is sometimes encoded.
     let plain = text.replace("%40", "@").replace("%3A", ":").replace("%3a", ":");
-    let (text, had_password) = without_user_info(&plain).unwrap_or_else(|| (text.to_owned(), false));
-    (without_parameters(&text), had_password)
+    let (mut clean, mut had_password) = (text.to_owned(), false);
+    let mut found = without_user_info(&plain);
+    // What follows one user may be another.
+    while let Some((rest, is_password)) = found {
+        had_password |= is_password;
+        found = without_user_info(&rest);
+        clean = rest;
+    }
+    (without_parameters(&clean), had_password)
 }
 
 fn without_user_info(text: &str) -> Option<(String, bool)> {
@@ -338,6 +345,8 @@ mod tests {
             ("https://u%3Acanary%40ghe.example/o", "https://ghe.example/o"),
             ("git@canary:x/canary@h/o", "h/o"),
             ("git@github.com:o/r@main", "git@github.com:o/r@main"),
+            ("//canary@//canary@h/o", "////h/o"),
+            ("canary@https//canary@h/o", "https//h/o"),
             ("", ""),
             (" \" ", " \" "),
         ] {

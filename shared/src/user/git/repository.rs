@@ -429,6 +429,9 @@ fn check(name: &str, named: Option<ProviderType>, tokens: &ProviderTokens) -> Re
         return Err(RepositoryError::Form);
     }
     // `;`, `|`, `$` and the backtick are the contract's, the others are in no provider's names.
+    if name.contains('@') {
+        return Err(RepositoryError::Revision);
+    }
     if name.contains(|c: char| c.is_control() || address::is_invisible(c) || ";|$`\\?#*:<>\"%".contains(c)) {
         return Err(if name.contains('#') { RepositoryError::Revision } else { RepositoryError::Character });
     }
@@ -450,6 +453,11 @@ pub(super) fn fits(parts: &[&str], provider: ProviderType, tokens: &ProviderToke
         _ => part.contains(odd),
     };
     match provider {
+        ProviderType::AzureDevops
+            if parts.iter().any(|part| part.contains([',', '+', '=', '[', ']', '{', '}']) || part.ends_with('.')) =>
+        {
+            Err(RepositoryError::Character)
+        }
         ProviderType::AzureDevops if parts.iter().any(|part| matches!(*part, "_git" | "_apis")) => {
             Err(RepositoryError::AzureForm)
         }
@@ -459,7 +467,6 @@ pub(super) fn fits(parts: &[&str], provider: ProviderType, tokens: &ProviderToke
             let Ok(host) = GitHost::of(provider, setting) else { return Ok(()) };
             azure_path(&host, parts).map(|_| ()).ok_or(RepositoryError::AzureForm)
         }
-        _ if parts.iter().any(|part| part.contains('@')) => Err(RepositoryError::Revision),
         _ if parts.iter().enumerate().any(is_odd) || parts.last().is_some_and(|name| name.ends_with('.')) => {
             Err(RepositoryError::Character)
         }
