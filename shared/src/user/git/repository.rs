@@ -310,8 +310,7 @@ fn of_page(rest: &[&str]) -> AddressBranch {
 /// A branch, or a commit's hash, before a path that has at least so many parts. Both can have slashes.
 fn branch_before(rest: &[&str], least: usize) -> AddressBranch {
     match rest {
-        [] => AddressBranch::None,
-        ["HEAD" | "@", ..] => AddressBranch::None,
+        [] | ["HEAD" | "@", ..] => AddressBranch::None,
         ["refs", "tags", rest @ ..] => tag_before(rest, least),
         ["refs", "heads", rest @ ..] => branch_before(rest, least),
         [branch, path @ ..] if path.len() == least => AddressBranch::Named((*branch).to_owned()),
