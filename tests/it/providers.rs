@@ -152,7 +152,133 @@ const SELECTIONS: &[([Option<&str>; 3], Result<[Option<&str>; 3], &str>)] = {
         ([OR, Some("-b"), None], BRANCH),
         ([OR, Some("a~1"), None], BRANCH),
         ([OR, Some("a.lock"), None], BRANCH),
-        ([OR, Some("HEAD"), None], BRANCH),
+        ([OR, Some("HEAD"), None], Ok([OR, None, None])),
+        ([OR, Some("@"), GH], Ok([OR, None, GH])),
+        ([Some("https://github.com/o/r/tree/dev"), Some("HEAD"), None], Ok([OR, None, GH])),
+        ([Some("https://github.com/o/r/tree/HEAD"), None, None], Ok([OR, None, GH])),
+        ([Some("https://github.com/o/r/blob/HEAD/docs/README.md"), None, None], Ok([OR, None, GH])),
+        ([OR, Some("\"main\""), None], Ok([OR, Some("main"), None])),
+        ([OR, Some("'main'"), None], Ok([OR, Some("main"), None])),
+        ([OR, Some("\u{feff}main\u{200b}"), None], Ok([OR, Some("main"), None])),
+        ([OR, Some("ma\u{200b}in"), None], BRANCH),
+        // Credentials without a scheme, with a mistyped one, with any name, and passwords that look like a port.
+        ([Some("github.com/o/r?access_token=canary-7731"), None, None], Ok([OR, None, GH])),
+        ([Some("www.github.com/o/r.git?private_token=canary-7731"), None, None], Ok([OR, None, GH])),
+        ([Some("github.com/o/r#token=canary-7731"), None, None], Ok([OR, None, GH])),
+        ([Some("https://github.com/o/r?pat=canary-7731"), None, None], Ok([OR, None, GH])),
+        ([Some("https://github.com/o/r?canary-7731"), None, None], Ok([OR, None, GH])),
+        ([Some("https://user:8443/canary-7731@github.com/o/r"), None, None], Ok([OR, None, GH])),
+        ([Some("https:/u:canary-7731@github.com/o/r"), None, None], Ok([OR, None, GH])),
+        ([Some("https//u:canary-7731@github.com/o/r"), None, None], Ok([OR, None, GH])),
+        ([Some("htps:/u:canary-7731@github.com/o/r"), None, None], Ok([OR, None, GH])),
+        ([Some("u:canary-7731@https://github.com/o/r"), None, None], Ok([OR, None, GH])),
+        ([Some("https://u%3Acanary-7731%40github.com/o/r"), None, None], Ok([OR, None, GH])),
+        ([Some("git clone https://u:canary-7731@github.com/o/r"), None, None], Ok([OR, None, GH])),
+        ([Some("gitlab.com/g/r.git?private_token=canary-7731"), None, None], REPOSITORY),
+        ([Some("https%3A%2F%2Fu%3Acanary-7731%40github.com%2Fo%2Fr"), None, None], REPOSITORY),
+        ([Some("o/u:canary-7731@r"), None, None], REPOSITORY),
+        // Only names of parameters say whether they are secret.
+        (
+            [Some("https://dev.azure.com/contoso/p/_git/r?version=GBdesign"), None, None],
+            Ok([Some("contoso/p/r"), Some("design"), AZ]),
+        ),
+        (
+            [
+                Some("https://dev.azure.com/contoso/p/_git/r?path=/key.txt&version=GBfeature%2Fauth&pat=canary-7731"),
+                None,
+                None,
+            ],
+            Ok([Some("contoso/p/r"), Some("feature/auth"), AZ]),
+        ),
+        (
+            [
+                Some("https://bb.example/context/projects/PRJ/repos/r/browse?at=refs%2Fheads%2Ffeature%2Foauth"),
+                None,
+                None,
+            ],
+            Ok([Some("PRJ/r"), Some("feature/oauth"), DC]),
+        ),
+        // Tags and commits.
+        (
+            [Some("https://dev.azure.com/contoso/p/_git/r?version=GTv1"), None, None],
+            Ok([Some("contoso/p/r"), Some("refs/tags/v1"), AZ]),
+        ),
+        (
+            [Some("https://dev.azure.com/contoso/p/_git/r?version=GCabc1234"), None, None],
+            Ok([Some("contoso/p/r"), Some("abc1234"), AZ]),
+        ),
+        (
+            [Some("https://dev.azure.com/contoso/p/_git/r/commit/abc1234?refName=refs%2Fheads%2Fmain"), None, None],
+            Ok([Some("contoso/p/r"), Some("abc1234"), AZ]),
+        ),
+        (
+            [Some("https://bb.example/context/projects/PRJ/repos/r/commits/abc1234"), None, None],
+            Ok([Some("PRJ/r"), Some("abc1234"), DC]),
+        ),
+        ([Some("https://github.com/o/r/releases/tag/v1"), None, None], Ok([OR, Some("refs/tags/v1"), GH])),
+        ([Some("https://github.com/o/r/releases/latest"), None, None], Ok([OR, None, GH])),
+        ([Some("https://github.com/o/r/commit/abc1234"), None, None], Ok([OR, Some("abc1234"), GH])),
+        ([Some("https://github.com/o/r/tree/refs/tags/v1"), None, None], Ok([OR, Some("refs/tags/v1"), GH])),
+        ([Some("https://github.com/o/r/blob/refs/heads/dev/a.txt"), None, None], Ok([OR, Some("dev"), GH])),
+        ([Some("https://raw.githubusercontent.com/o/r/refs/heads/dev/a.txt"), None, None], Ok([OR, Some("dev"), GH])),
+        ([Some("https://codeberg.org/o/r/src/tag/v1"), None, None], Ok([OR, Some("refs/tags/v1"), Some("forgejo")])),
+        (
+            [Some("https://codeberg.org/o/r/src/commit/abc1234/docs/a.md"), None, None],
+            Ok([OR, Some("abc1234"), Some("forgejo")]),
+        ),
+        ([Some("https://codeberg.org/o/r/src/tag/v1/docs/a.md"), None, None], REPOSITORY),
+        (
+            [Some("https://bitbucket.org/w/r/commits/abc1234"), None, None],
+            Ok([Some("w/r"), Some("abc1234"), Some("bitbucket")]),
+        ),
+        (
+            [Some("https://bitbucket.org/w/r/commits/tag/v1"), None, None],
+            Ok([Some("w/r"), Some("refs/tags/v1"), Some("bitbucket")]),
+        ),
+        (
+            [Some("https://gitlab.example:8443/gitlab/g/r/-/tags/v1"), None, None],
+            Ok([Some("g/r"), Some("refs/tags/v1"), GL]),
+        ),
+        (
+            [Some("https://gitlab.example:8443/gitlab/g/r/-/commit/abc1234"), None, None],
+            Ok([Some("g/r"), Some("abc1234"), GL]),
+        ),
+        ([Some("git+https://github.com/o/r.git#dev"), None, None], Ok([OR, Some("dev"), GH])),
+        ([Some("git@github.com:o/r.git#dev"), None, None], Ok([OR, Some("dev"), GH])),
+        // Encoded names, and the marker of addresses, of Azure DevOps.
+        ([Some("contoso/My%20Project/r"), None, AZ], Ok([Some("contoso/My Project/r"), None, AZ])),
+        ([Some("My Project/_git/r"), None, AZ], Ok([Some("My Project/r"), None, AZ])),
+        ([Some("contoso/p/_git/r"), None, AZ], Ok([Some("contoso/p/r"), None, AZ])),
+        ([Some("contoso/p/_git/r"), None, None], Ok([Some("contoso/p/r"), None, None])),
+        ([Some("contoso/_git/p"), None, AZ], Ok([Some("contoso/p/p"), None, AZ])),
+        ([Some("contoso/My%2520Project/r"), None, AZ], REPOSITORY),
+        ([Some("contoso/_git/_git/r"), None, AZ], REPOSITORY),
+        // Names that cannot be.
+        ([Some("o/r@main"), None, None], REPOSITORY),
+        ([Some("o/r.git@main"), None, GH], REPOSITORY),
+        ([Some("github.com/o/r.git@v1"), None, None], REPOSITORY),
+        ([Some("git+https://github.com/o/r.git@main#egg=x"), None, None], REPOSITORY),
+        ([Some("git@github.com:o/r@main"), None, None], REPOSITORY),
+        ([Some("o/r#dev"), None, None], REPOSITORY),
+        ([Some("github:o/r#dev"), None, None], REPOSITORY),
+        ([Some("o/r,"), None, GH], REPOSITORY),
+        ([Some("o/r!"), None, GL], REPOSITORY),
+        ([Some("o/(r)"), None, GH], REPOSITORY),
+        ([Some("o/r."), None, None], REPOSITORY),
+        ([Some("~/r"), None, GH], REPOSITORY),
+        ([Some("~/r"), None, DC], REPOSITORY),
+        ([Some("~jo/r"), None, GH], REPOSITORY),
+        ([Some("~jo/r"), None, DC], Ok([Some("~jo/r"), None, DC])),
+        ([Some("o/r\u{200b}x"), None, None], REPOSITORY),
+        ([Some("o/r\u{202e}"), None, GH], Ok([OR, None, GH])),
+        ([Some("contoso/p/r\u{202e}x"), None, AZ], REPOSITORY),
+        ([Some("o/ü"), None, Some("forgejo")], REPOSITORY),
+        ([Some("https://github.com/orgs/o/repositories"), None, None], REPOSITORY),
+        ([Some("https://github.com/settings/tokens"), None, None], REPOSITORY),
+        ([Some("https://gitlab.example:8443/gitlab/groups/g/-/projects"), None, None], REPOSITORY),
+        ([Some("https://codeberg.org/explore/repos"), None, None], REPOSITORY),
+        ([Some("https//github.com/o/r"), None, None], Ok([OR, None, GH])),
+        ([Some("https/github.com/o/r"), None, GL], Ok([Some("https/github.com/o/r"), None, GL])),
     ]
 };
 
@@ -208,8 +334,9 @@ async fn a_start_and_an_update_take_and_refuse_the_same_selections() {
                 started += 1;
                 let request = &task["request"];
                 let is_repository = selection[0].is_some();
-                let has_user = [CANARY, "contoso@"].iter().any(|user| body.to_string().contains(user));
-                if status == 200 && is_repository && !has_user {
+                let is_cleaned =
+                    [CANARY, "contoso@", "#readme", "refName"].iter().any(|part| body.to_string().contains(part));
+                if status == 200 && is_repository && !is_cleaned {
                     assert_eq!(request["selected_repository"], body["selected_repository"], "as it was sent");
                 }
             }
@@ -272,6 +399,35 @@ async fn every_way_to_start_checks_what_it_selects() {
     let own = json!({"parent_conversation_id": parent, "selected_repository": "https://codeberg.org/o/r", "selected_branch": "b"});
     let (status, task) = post("", own).await;
     assert_eq!((status, &task["request"]["git_provider"]), (200, &json!("forgejo")), "{task}");
+    // Nor has another repository the parent's branch; the same has it.
+    let parent_id = Uuid::new_v4();
+    let row = json!({"type": "conversation", "data": {"id": parent_id, "sandbox_id": "s", "selected_repository": "o/a",
+        "selected_branch": "feature", "git_provider": "github", "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}});
+    api.stores.load(&user, [row]).await;
+    for (own, branch, expected) in [
+        (Value::Null, None, Some("feature")),
+        (json!("o/a"), None, Some("feature")),
+        (json!("https://github.com/O/a.git"), None, Some("feature")),
+        (json!("https://github.com/o/a/tree/dev"), None, Some("dev")),
+        (json!("o/b"), None, None),
+        (json!("https://codeberg.org/o/a"), None, None),
+        (json!("o/b"), Some("dev"), Some("dev")),
+        (json!("o/a"), Some("HEAD"), None),
+        (Value::Null, Some("@"), None),
+    ] {
+        let body = json!({"parent_conversation_id": parent_id, "selected_repository": own, "selected_branch": branch});
+        let (status, task) = post("", body.clone()).await;
+        assert_eq!((status, task["request"]["selected_branch"].as_str()), (200, expected), "{body} {task}");
+    }
+    // Without a repository there is neither a branch nor a provider.
+    let one = conversation(&api, &user).await;
+    for (field, value) in [("selected_branch", "main"), ("git_provider", "gitlab"), ("selected_branch", "refs/heads/x")]
+    {
+        for (method, path) in [("POST", API.to_owned()), ("PATCH", format!("{API}/{one}"))] {
+            let (status, answer) = api.call(&user, method, &path, Some(&json!({field: value}))).await;
+            assert_eq!((status, place(&answer).as_str()), (422, field), "{method} {answer}");
+        }
+    }
     // Nor does what the record has keep anyone from changing something else.
     for change in [json!({"title": "t"}), json!({"selected_branch": "main"}), json!({"git_provider": "gitlab"})] {
         let (status, answer) = api.call(&user, "PATCH", &format!("{API}/{parent}"), Some(&change)).await;
@@ -323,6 +479,24 @@ async fn tokens_and_hosts_are_stored_in_one_form() {
         (json!({"github": {"host": "https://me:canary-7731@git.example"}}), Err("github.host")),
         (json!({"github": {"host": "me:canary-7731@git.example"}}), Err("github.host")),
         (json!({"github": {"host": "https://me:canary-7731@a host"}}), Err("github.host")),
+        (json!({"github": {"host": "https://user:12/canary-7731@git.example"}}), Err("github.host")),
+        (json!({"github": {"host": "https:/u:canary-7731@git.example"}}), Err("github.host")),
+        (json!({"github": {"host": "https//u:canary-7731@git.example"}}), Err("github.host")),
+        (json!({"github": {"host": "u%3Acanary-7731%40git.example"}}), Err("github.host")),
+        (json!({"github": {"host": "https/u%3Acanary-7731%40git.example"}}), Err("github.host")),
+        (json!({"gitlab": {"host": "https://canary-7731@gitlab.example/x@y"}}), Err("gitlab.host")),
+        (
+            json!({"github": {"host": "https://other.example?private_token=canary-7731#canary-7731"}}),
+            Ok((Some("ghp-0"), json!("other.example"))),
+        ),
+        (json!({"github": {"token": "export GITHUB_TOKEN='ghp-1'"}}), Ok((Some("ghp-1"), json!("git.example")))),
+        (
+            json!({"github": {"token": "Authorization: Basic bWU6Z2hwLTE="}}),
+            Ok((Some("me:ghp-1"), json!("git.example"))),
+        ),
+        (json!({"github": {"token": "token: ghp-1"}}), Ok((Some("ghp-1"), json!("git.example")))),
+        (json!({"github": {"token": "canary-7731\u{200b}x"}}), Err("github.token")),
+        (json!({"github": {"token": "canary-7731-é"}}), Err("github.token")),
         (json!({"github": {"host": "ftp://git.example"}}), Err("github.host")),
         (json!({"github": {"host": "a host"}}), Err("github.host")),
         (json!({"github": {"host": "https://git.example:99999"}}), Err("github.host")),
@@ -462,6 +636,19 @@ fn names_that_were_read_are_read_as_the_same_again() {
         "api",
         "v4",
         "?token=canary-7731",
+        "#canary-7731=x",
+        "?version=GBkey",
+        "https:/",
+        "https//",
+        "http:",
+        "me:8443/canary-7731@",
+        "%40",
+        "%3A",
+        "dev.azure.com/contoso/p/_git/r",
+        "explore",
+        "~",
+        "\u{200b}",
+        "#dev",
     ];
     let texts =
         proptest::collection::vec(proptest::sample::select(pieces.to_vec()), 1..9).prop_map(|pieces| pieces.concat());
@@ -471,6 +658,7 @@ fn names_that_were_read_are_read_as_the_same_again() {
     TestRunner::new(config)
         .run(&texts, |text| {
             let cleaned = without_credentials(&text);
+            prop_assert_eq!(without_credentials(&cleaned), cleaned.clone());
             for provider in [None, Some(ProviderType::Gitlab), Some(ProviderType::AzureDevops)] {
                 let _host = normal_host(provider.unwrap_or(ProviderType::Github), &text);
                 let Ok(read) = Repository::read(&text, provider, &tokens) else { continue };

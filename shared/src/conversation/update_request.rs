@@ -7,7 +7,7 @@ use super::store::ConversationChange;
 use crate::http::body;
 use crate::http::validation::{Checked, Checker, Fields, boolean, choice, string_up_to};
 use crate::start::request::{ProviderType, repository};
-use crate::user::git::{NO_REPOSITORY, Repository, Selection};
+use crate::user::git::{self, Repository, Selection};
 use crate::user::settings::ProviderTokens;
 
 /// Changes; a field that is `None` was not sent and stays, one that is `Some(None)` is cleared.
@@ -84,7 +84,7 @@ impl UpdateRequest {
         // The record's provider need not be that of another repository.
         if let (Some(text), None) = (given.0, self.git_provider)
             && Repository::read(text, given.2, tokens).is_err()
-            && address_provider(text, tokens).is_some()
+            && Repository::read(text, None, tokens).is_ok()
         {
             given.2 = None;
         }
@@ -94,27 +94,20 @@ impl UpdateRequest {
         if self.selected_branch.is_some() || read.branch.is_some() {
             self.selected_branch = Some(read.branch);
         }
-        match (&self.selected_repository, read.repository) {
+        let has_repository = match (&self.selected_repository, read.repository) {
             (Some(_), Some(repository)) => {
-                self.selected_repository = Some(Some(repository));
-                if read.provider != kept_provider {
-                    self.git_provider = Some(read.provider);
-                }
+                (self.selected_repository, self.git_provider) = (Some(Some(repository)), Some(read.provider));
+                true
             }
             (Some(_), None) => {
                 self.selected_repository = Some(None);
-                if let Some(Some(branch)) = &self.selected_branch {
-                    check.within("selected_branch", |check| {
-                        check.report_value_error(NO_REPOSITORY, branch.as_str().into());
-                    });
-                }
-                if let Some(Some(provider)) = self.git_provider {
-                    check.within("git_provider", |check| {
-                        check.report_value_error("there is no provider without a repository", provider.as_str().into());
-                    });
-                }
+                false
             }
-            (None, _) => {}
+            (None, _) => kept_repository.is_some_and(|text| !text.trim().is_empty()),
+        };
+        if !has_repository {
+            let branch = self.selected_branch.clone().flatten();
+            git::report_without_repository(&mut check, branch.as_deref(), self.git_provider.flatten());
         }
         check.finish(Some(self))
     }
@@ -140,11 +133,6 @@ impl UpdateRequest {
         }
         change
     }
-}
-
-/// The provider at whose host an address is.
-fn address_provider(text: &str, tokens: &ProviderTokens) -> Option<ProviderType> {
-    Repository::read(text, None, tokens).ok().and_then(|read| read.provider)
 }
 
 #[cfg(test)]
@@ -199,6 +187,48 @@ mod tests {
                 },
             );
             assert_eq!(found.as_ref().map(|(kind, field)| (*kind, field.as_str())), fault, "{body}");
+        }
+    }
+
+    /// What a record has, what is sent, and what is written of it: the field that is refused, or the provider.
+    #[test]
+    fn the_provider_is_that_of_the_new_repository() {
+        use ProviderType::{Bitbucket, Forgejo, Github, Gitlab};
+        let settings = json!({"provider_tokens": {"github": {"token": "t"}, "gitlab": {"token": "t"}}}).to_string();
+        let tokens = crate::user::settings::Settings::from_json(&settings).expect("settings").provider_tokens;
+        let one = Some("o/r");
+        for (kept, body, expected) in [
+            ((one, Some(Github)), json!({"selected_repository": "g/s/r"}), Ok(Some(None))),
+            ((one, Some(Bitbucket)), json!({"selected_repository": "g/s/t/r"}), Ok(Some(None))),
+            ((one, Some(Github)), json!({"selected_repository": "o/x"}), Ok(Some(Some(Github)))),
+            ((one, Some(Gitlab)), json!({"selected_repository": "g/s/r"}), Ok(Some(Some(Gitlab)))),
+            ((one, Some(Github)), json!({"selected_repository": "https://gitlab.com/g/s/r"}), Ok(Some(Some(Gitlab)))),
+            (
+                (one, Some(Github)),
+                json!({"selected_repository": "https://github.com/o/x", "git_provider": null}),
+                Ok(Some(Some(Github))),
+            ),
+            ((one, Some(Forgejo)), json!({"selected_repository": "o/x", "git_provider": null}), Ok(Some(None))),
+            ((one, None), json!({"selected_repository": "github:o/x"}), Ok(Some(Some(Github)))),
+            (
+                (one, Some(Github)),
+                json!({"selected_repository": "g/s/r", "git_provider": "github"}),
+                Err("selected_repository"),
+            ),
+            ((one, Some(Github)), json!({"selected_branch": "main"}), Ok(None)),
+            ((one, Some(Github)), json!({"selected_branch": "HEAD"}), Ok(None)),
+            ((None, None), json!({"selected_branch": "HEAD"}), Ok(None)),
+            ((None, None), json!({"selected_branch": null, "git_provider": null}), Ok(Some(None))),
+            ((None, None), json!({"selected_branch": "main"}), Err("selected_branch")),
+            ((Some(" "), None), json!({"selected_branch": "main"}), Err("selected_branch")),
+            ((None, None), json!({"git_provider": "gitlab"}), Err("git_provider")),
+            ((None, Some(Github)), json!({"git_provider": "github"}), Err("git_provider")),
+        ] {
+            let found = read(&body).and_then(|request| request.normal(kept, &tokens));
+            let found = found.map(|request| request.git_provider).map_err(|violations| {
+                serde_json::to_value(&violations[0]).expect("JSON")["loc"][1].as_str().expect("a field").to_owned()
+            });
+            assert_eq!(found, expected.map_err(ToOwned::to_owned), "{kept:?} {body}");
         }
     }
 

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::http::validation::Checker;
 use crate::id;
 use crate::user::UserId;
-use crate::user::git::{self, NO_REPOSITORY, Repository, Selection};
+use crate::user::git::{self, Repository, Selection};
 use crate::user::settings::{ProviderTokens, SettingsStore};
 
 /// Begins starts.
@@ -68,21 +68,23 @@ impl StartBeginner {
         let mut check = Checker::new("body");
         let selection = Selection::read(&mut check, place, given, &tokens);
         let selection = check.finish(selection).map_err(Error::Invalid)?;
+        // A suggested task has a provider in any case.
+        let given_provider = request.git_provider.filter(|_| request.suggested_task.is_none());
+        // `HEAD`: the default branch, and not the parent's.
+        let is_default = selection.branch.is_none() && !is_blank(&request.selected_branch);
         (request.selected_branch, request.git_provider) = (selection.branch, selection.provider);
         if is_blank(&repository) {
             request.selected_repository = None;
         }
-        let request = self.with_inheritance(user, request, &tokens).await?;
+        let request = self.with_inheritance(user, request, &tokens, is_default).await?;
         let mut check = Checker::new("body");
         if let Some(text) = repository.as_deref().filter(|_| selection.repository.is_some()) {
             let insecure = self.allow_insecure_git_access;
             if let Err(error) = git::clone_sources(text, request.git_provider, &tokens, insecure) {
                 git::report_at(&mut check, place, &error.to_string(), text);
             }
-        } else if let Some(branch) = &request.selected_branch
-            && is_blank(&request.selected_repository)
-        {
-            check.within("selected_branch", |check| check.report_value_error(NO_REPOSITORY, branch.as_str().into()));
+        } else if is_blank(&request.selected_repository) {
+            git::report_without_repository(&mut check, request.selected_branch.as_deref(), given_provider);
         }
         check.finish(Some(request)).map_err(Error::Invalid)
     }
@@ -92,6 +94,7 @@ impl StartBeginner {
         user: &UserId,
         mut request: StartRequest,
         tokens: &ProviderTokens,
+        is_default_branch: bool,
     ) -> Result<StartRequest> {
         let Some(parent_id) = request.parent_conversation_id else { return Ok(request) };
         let parent = self
@@ -106,9 +109,21 @@ impl StartBeginner {
         };
         fill(&mut request.sandbox_id, Some(parent.sandbox_id));
         fill(&mut request.llm_model, parent.llm_model);
-        // A record may have a branch that was left when its repository was cleared.
-        let parent_branch = parent.selected_branch.filter(|_| parent.selected_repository.is_some());
         let own = request.selected_repository.clone().filter(|text| !text.trim().is_empty());
+        // Another repository need not have the parent's branch.
+        let of_parent = |text: &str| {
+            let read = |text, provider| Repository::read(text, provider, tokens).ok();
+            let provider = request.git_provider.or(parent.git_provider);
+            let (own, other) =
+                (read(text, provider)?, read(parent.selected_repository.as_deref()?, parent.git_provider)?);
+            let is_same = other.provider.is_none_or(|provider| own.provider == Some(provider));
+            Some(is_same && own.name.eq_ignore_ascii_case(&other.name))
+        };
+        // A record may have a branch that was left when its repository was cleared.
+        let has_branch = parent.selected_repository.is_some()
+            && !is_default_branch
+            && own.as_deref().is_none_or(|text| of_parent(text) == Some(true));
+        let parent_branch = parent.selected_branch.filter(|_| has_branch);
         if own.is_none() {
             request.selected_repository = parent.selected_repository;
         }

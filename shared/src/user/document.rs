@@ -254,7 +254,7 @@ fn read_token(check: &mut Checker, value: &Value) -> Option<Value> {
         return None;
     }
     match git::normal_token(secret::value(check, value)?) {
-        Ok("" | MASK) => None,
+        Ok(token) if matches!(&*token, "" | MASK) => None,
         Ok(token) => Some(token.into()),
         Err(error) => {
             check.report_value_error(error, MASK.into());

@@ -123,7 +123,7 @@ impl<'de> Deserialize<'de> for ProviderTokens {
             let mut token: ProviderToken = serde_json::from_value(value).map_err(serde::de::Error::custom)?;
             // Settings files and earlier versions have tokens as they were pasted.
             token.token = token.token.map(|token| match git::normal_token(token.expose_secret()) {
-                Ok(normal) => normal.into(),
+                Ok(normal) => normal.into_owned().into(),
                 Err(_) => token,
             });
             tokens.push((provider, token));

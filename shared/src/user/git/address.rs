@@ -28,26 +28,38 @@ pub(super) struct Address {
     pub scheme: Option<Scheme>,
     /// Whether it had a user name with a password.
     pub had_password: bool,
+    /// Whether it is `host:path` without a scheme and a user name.
+    pub is_short: bool,
     /// Lower case, an international name in its ASCII form, with the port unless it is the scheme's own.
     pub authority: String,
     /// Percent-decoded.
     pub path: Vec<String>,
     /// Percent-decoded.
     pub query: Vec<(String, String)>,
+    /// A branch, tag or commit as package managers write it: `….git#main`.
+    pub revision: Option<String>,
 }
 
-/// Where the parts of an address are in its text.
-struct Parts<'t> {
-    scheme: Option<Scheme>,
-    user_info: Option<&'t str>,
-    authority: &'t str,
-    /// From the first `/`, or of an scp-like address what follows the colon.
-    rest: &'t str,
+/// The scheme at the beginning of a text.
+struct FoundScheme<'t> {
+    start: usize,
+    name: &'t str,
+    /// After the slashes.
+    end: usize,
+}
+
+/// Parameters of addresses that never hold a credential, among them those that name a branch.
+const HARMLESS_PARAMETERS: [&str; 5] = ["version", "at", "ref", "path", "tab"];
+
+/// Whether the character has no width or changes the direction of the text: it comes along when a text is copied.
+pub(super) fn is_invisible(c: char) -> bool {
+    // The joiners, U+200C and U+200D, are part of words and of emojis.
+    matches!(c, '\u{ad}' | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
 /// The text without what surrounds it where it was copied: blanks, quotes, a byte order mark.
 pub(super) fn unwrapped(text: &str) -> &str {
-    let blank = |c: char| c.is_whitespace() || matches!(c, '\u{feff}' | '\u{200b}');
+    let blank = |c: char| c.is_whitespace() || is_invisible(c);
     let mut text = text.trim_matches(blank);
     for (open, close) in [('"', '"'), ('\'', '\''), ('`', '`'), ('<', '>')] {
         if let Some(inner) = text.strip_prefix(open).and_then(|text| text.strip_suffix(close)) {
@@ -61,76 +73,170 @@ pub(super) fn unwrapped(text: &str) -> &str {
 /// address.
 pub(super) fn is_address(text: &str) -> bool {
     let head = head_of(text);
-    text.contains("://") || text.starts_with("//") || head.contains('@') || head.contains(':') || head.starts_with('[')
+    text.contains("://")
+        || scheme_of(text).is_some()
+        || text.starts_with("//")
+        || head.contains('@')
+        || head.contains(':')
+        || head.starts_with('[')
 }
 
 /// Takes an address apart. What does not begin with a scheme is taken for `host[:port]/path` or `[user@]host:path`.
 pub(super) fn parse(text: &str) -> Result<Address, AddressError> {
-    let parts = parts(text)?;
-    let had_password = parts.user_info.is_some_and(|info| info.contains(':'));
-    let (rest, query) = match parts.rest.split_once(['?', '#']) {
-        Some((path, _)) => (path, query_of(parts.rest)),
-        None => (parts.rest, Vec::new()),
+    let (text, had_password) = without_secrets(text);
+    let (text, revision) =
+        text.split_once('#').map_or((text.as_str(), None), |(text, revision)| (text, Some(revision)));
+    let (text, query) = text.split_once('?').unwrap_or((text, ""));
+    let (scheme, rest) = match scheme_of(text) {
+        Some(found) if found.start == 0 => (Some(scheme_called(found.name)?), &text[found.end..]),
+        Some(_) => return Err(AddressError::Scheme),
+        None => (None, text.trim_start_matches('/')),
     };
-    let path = rest.split('/').filter(|segment| !segment.is_empty()).map(decoded).collect();
-    let authority = normal_authority(parts.authority, parts.scheme)?;
-    Ok(Address { scheme: parts.scheme, had_password, authority, path, query })
+    let user = rest.get(..4).filter(|user| user.eq_ignore_ascii_case("git@"));
+    let rest = &rest[user.map_or(0, str::len)..];
+    let head = head_of(rest);
+    // A mistyped scheme, unlike the host of `git@host.example:/path`.
+    if scheme.is_none() && head.ends_with(':') && !head.contains('.') {
+        return Err(AddressError::Scheme);
+    }
+    // `ssh://git@host:owner/name` is a mix of both forms that is common enough.
+    let (is_scp, scheme, authority, path) = match head.rsplit_once(':') {
+        Some((host, path))
+            if !is_port(path) && !path.contains(']') && scheme.is_none_or(|scheme| scheme == Scheme::Ssh) =>
+        {
+            (true, Some(Scheme::Ssh), host, &rest[host.len() + 1..])
+        }
+        _ => (false, scheme, head, &rest[head.len()..]),
+    };
+    Ok(Address {
+        scheme,
+        had_password,
+        is_short: is_scp && user.is_none() && scheme_of(text).is_none(),
+        authority: normal_authority(authority, scheme)?,
+        path: path.split('/').filter(|segment| !segment.is_empty()).map(decoded).collect(),
+        query: query_of(query),
+        revision: revision.map(ToOwned::to_owned),
+    })
 }
 
-/// The text without user name, password and secret parameters, for answers and records. `git@` stays: everyone has it.
+/// The text without user name, password and all parameters but those that are known to be harmless, for answers and records.
+/// Any text is given here, not only one that is read as an address. `git@` stays: everyone has it.
 #[must_use]
 pub fn without_credentials(text: &str) -> String {
-    if !is_address(unwrapped(text)) {
-        return text.to_owned();
+    let inner = unwrapped(text);
+    // Where the part that was found begins in the text that it was found in.
+    let start = inner.as_ptr().addr() - text.as_ptr().addr();
+    let (clean, _) = without_secrets(inner);
+    format!("{}{clean}{}", &text[..start], &text[start + inner.len()..])
+}
+
+/// The text without its secrets, and whether a password was among them.
+fn without_secrets(text: &str) -> (String, bool) {
+    // A whole address is sometimes encoded.
+    let plain = text.replace("%40", "@").replace("%3A", ":").replace("%3a", ":");
+    let (mut clean, mut had_password) = (text.to_owned(), false);
+    let mut found = without_user_info(&plain);
+    // What follows one user may be another.
+    while let Some((rest, is_password)) = found {
+        had_password |= is_password;
+        found = without_user_info(&rest);
+        clean = rest;
     }
-    let start = text.find("://").map_or_else(|| text.find(|c: char| c.is_alphanumeric()).unwrap_or(0), |at| at + 3);
-    let (front, rest) = text.split_at(start);
-    let rest = match end_of_user_info(rest, front.ends_with("://")) {
-        Some(at) if !rest[..at].eq_ignore_ascii_case("git") => &rest[at + 1..],
-        _ => rest,
+    (without_parameters(&clean), had_password)
+}
+
+fn without_user_info(text: &str) -> Option<(String, bool)> {
+    let slashes = text.len() - text.trim_start_matches('/').len();
+    let (front, rest) = text.split_at(scheme_of(text).map_or(slashes, |found| found.end));
+    let at = end_of_user_info(rest)?;
+    let user = &rest[..at];
+    (!user.eq_ignore_ascii_case("git")).then(|| (format!("{front}{}", &rest[at + 1..]), user.contains(':')))
+}
+
+/// Where the `@` is that ends user name and password.
+fn end_of_user_info(text: &str) -> Option<usize> {
+    let head = head_of(text);
+    if head.starts_with('[') && head.contains(']') {
+        return head.rfind('@');
+    }
+    // Passwords are pasted unencoded, too: with slashes, `?` and `#` in them. What ends a password with a slash looks like a
+    // port or a folder, so that a colon and a later `@` are enough. A path with both is lost.
+    let path = &text[..text.find(['?', '#']).unwrap_or(text.len())];
+    let last = text.rfind('@')?;
+    let is_scp = || {
+        let host =
+            head.get(..4).filter(|user| user.eq_ignore_ascii_case("git@")).and_then(|_| head[4..].split_once(':'));
+        host.is_some_and(|(host, path)| host.contains('.') && !path.contains('@'))
     };
-    let is_secret = |query: &str| {
-        let query = query.to_ascii_lowercase();
-        ["token", "secret", "passw", "auth", "key", "sig", "credential"].iter().any(|word| query.contains(word))
-    };
-    match rest.find(['?', '#']) {
-        Some(at) if is_secret(&rest[at..]) => format!("{front}{}", &rest[..at]),
-        _ => format!("{front}{rest}"),
+    match path.find(':') {
+        Some(colon) if colon < last && !is_scp() => Some(last),
+        _ => head.rfind('@'),
     }
 }
 
-fn parts(text: &str) -> Result<Parts<'_>, AddressError> {
-    if let Some((scheme, rest)) = text.split_once("://") {
-        let scheme = match scheme.trim().to_ascii_lowercase().as_str() {
-            "https" | "git+https" => Scheme::Https,
-            "http" | "git+http" => Scheme::Http,
-            "ssh" | "git+ssh" | "ssh+git" | "git" => Scheme::Ssh,
-            _ => return Err(AddressError::Scheme),
-        };
-        let (user_info, rest) = without_user_info(rest, true);
-        let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
-        let (authority, rest) = rest.split_at(end);
-        // `ssh://git@host:owner/name` is a mix of both forms that is common enough.
-        if scheme == Scheme::Ssh
-            && let Some((host, path)) = authority.rsplit_once(':')
-            && !is_port(path)
-            && !path.contains(']')
-        {
-            let from = authority.len() - path.len();
-            let whole = &text[text.len() - rest.len() - authority.len()..];
-            return Ok(Parts { scheme: Some(scheme), user_info, authority: host, rest: &whole[from..] });
-        }
-        return Ok(Parts { scheme: Some(scheme), user_info, authority, rest });
+fn without_parameters(text: &str) -> String {
+    let Some(at) = text.find(['?', '#']) else { return text.to_owned() };
+    let (front, rest) = text.split_at(at);
+    let (query, fragment) = rest.split_once('#').unwrap_or((rest, ""));
+    let query: Vec<&str> = pairs_of(query.trim_start_matches('?')).filter(|pair| is_harmless(pair)).collect();
+    let mut clean = front.to_owned();
+    if !query.is_empty() {
+        clean = format!("{clean}?{}", query.join("&"));
     }
-    let text = text.trim_start_matches('/');
-    let (user_info, text) = without_user_info(text, false);
-    let end = text.find(['/', '?', '#']).unwrap_or(text.len());
-    let (head, rest) = text.split_at(end);
-    match head.rsplit_once(':') {
-        Some((host, path)) if !is_port(path) && !path.contains(']') => {
-            Ok(Parts { scheme: Some(Scheme::Ssh), user_info, authority: host, rest: &text[host.len() + 1..] })
+    if is_revision(front, fragment) {
+        clean = format!("{clean}#{fragment}");
+    }
+    clean
+}
+
+/// `;` and the `&amp;` of HTML separate parameters, too.
+fn pairs_of(query: &str) -> impl Iterator<Item = &str> {
+    query.split(['&', ';'])
+}
+
+/// Only names decide: a branch may be called `oauth`.
+fn is_harmless(pair: &str) -> bool {
+    pair.split_once('=').is_some_and(|(name, value)| {
+        // No branch, tag or path needs these; another address does.
+        HARMLESS_PARAMETERS.contains(&name) && !decoded(value).contains([':', '?'])
+    })
+}
+
+/// Whether what follows `#` names a branch, tag or commit, and not a place in a page.
+fn is_revision(front: &str, fragment: &str) -> bool {
+    let is_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '/' | '-');
+    let head = head_of(front);
+    let is_page = scheme_of(front).is_some() || (head.contains('.') && !head.contains(':'));
+    let is_clone = front.trim_end_matches('/').to_ascii_lowercase().ends_with(".git");
+    !fragment.is_empty() && fragment.chars().all(is_name) && (is_clone || !is_page)
+}
+
+/// Finds the scheme of an address, also one that lacks its colon or a slash.
+fn scheme_of(text: &str) -> Option<FoundScheme<'_>> {
+    if let Some(end) = text.find("://") {
+        let is_part = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '.' | '-');
+        let start = end - text[..end].chars().rev().take_while(|c| is_part(*c)).count();
+        // What is before it may be a user with a password.
+        if !text[..start].contains(['@', ':']) {
+            return Some(FoundScheme { start, name: &text[start..end], end: end + 3 });
         }
-        _ => Ok(Parts { scheme: None, user_info, authority: head, rest }),
+    }
+    ["git+https", "git+http", "git+ssh", "ssh+git", "https", "http", "ssh"].into_iter().find_map(|name| {
+        let (name, rest) =
+            (text.get(..name.len()).filter(|start| start.eq_ignore_ascii_case(name))?, text.get(name.len()..)?);
+        (rest.starts_with(':') || rest.starts_with("//")).then(|| {
+            let end = text.len() - rest.trim_start_matches([':', '/', '\\']).len();
+            FoundScheme { start: 0, name, end }
+        })
+    })
+}
+
+fn scheme_called(name: &str) -> Result<Scheme, AddressError> {
+    match name.to_ascii_lowercase().as_str() {
+        "https" | "git+https" => Ok(Scheme::Https),
+        "http" | "git+http" => Ok(Scheme::Http),
+        "ssh" | "git+ssh" | "ssh+git" | "git" => Ok(Scheme::Ssh),
+        _ => Err(AddressError::Scheme),
     }
 }
 
@@ -142,31 +248,18 @@ fn head_of(text: &str) -> &str {
     &text[..text.find(['/', '?', '#']).unwrap_or(text.len())]
 }
 
-fn without_user_info(text: &str, has_scheme: bool) -> (Option<&str>, &str) {
-    match end_of_user_info(text, has_scheme) {
-        Some(at) => (Some(&text[..at]), &text[at + 1..]),
-        None => (None, text),
-    }
-}
-
-/// Where the `@` is that ends user name and password.
-fn end_of_user_info(text: &str, has_scheme: bool) -> Option<usize> {
-    let head = head_of(text);
-    if let Some(at) = head.rfind('@') {
-        return Some(at);
-    }
-    // Passwords are pasted unencoded, too: one with a slash ends what looks like the host, after something that is no port.
-    let has_no_port = has_scheme
-        && !head.starts_with('[')
-        && head.split_once(':').is_some_and(|(_, port)| !port.is_empty() && !is_port(port));
-    if has_no_port { text.rfind('@') } else { None }
-}
-
 /// The host as every spelling of it is written here.
 fn normal_authority(authority: &str, scheme: Option<Scheme>) -> Result<String, AddressError> {
     // What the URL standard drops or reads as something else is refused.
     let odd = |c: char| c.is_whitespace() || c.is_control() || matches!(c, '\\' | '%' | '@' | ',' | ';' | '*');
-    if authority.is_empty() || authority.len() > 300 || authority.starts_with(['-', '.']) || authority.contains(odd) {
+    // A scheme without its colon looks like a host.
+    let is_scheme = ["http", "https", "ssh", "ftp"].iter().any(|scheme| authority.eq_ignore_ascii_case(scheme));
+    if is_scheme
+        || authority.is_empty()
+        || authority.len() > 300
+        || authority.starts_with(['-', '.'])
+        || authority.contains(odd)
+    {
         return Err(AddressError::Host);
     }
     let name = if scheme == Some(Scheme::Http) { "http" } else { "https" };
@@ -184,9 +277,9 @@ fn normal_authority(authority: &str, scheme: Option<Scheme>) -> Result<String, A
     }
 }
 
-fn query_of(rest: &str) -> Vec<(String, String)> {
-    let query = rest.split('#').next().and_then(|rest| rest.split_once('?')).map_or("", |(_, query)| query);
-    form_urlencoded::parse(query.as_bytes()).into_owned().collect()
+fn query_of(query: &str) -> Vec<(String, String)> {
+    let decode = |pair: &str| form_urlencoded::parse(pair.as_bytes()).into_owned().next();
+    pairs_of(query).filter_map(decode).collect()
 }
 
 pub(super) fn decoded(text: &str) -> String {
@@ -217,7 +310,45 @@ mod tests {
             ("https://h/o/r?private_token=tok", "https://h/o/r"),
             ("https://h/o/r?ref=main", "https://h/o/r?ref=main"),
             ("https://h/o/r#access_token=tok", "https://h/o/r"),
-            ("https://h:8443/o/@r", "https://h:8443/o/@r"),
+            // This is written as a password with a slash is.
+            ("https://h:8443/o/@r", "https://r"),
+            ("https://[::1]:8443/o/@r", "https://[::1]:8443/o/@r"),
+            ("https://h/o/r/tree/a@b", "https://h/o/r/tree/a@b"),
+            ("github.com/o/r?access_token=canary", "github.com/o/r"),
+            ("www.github.com/o/r.git?private_token=canary", "www.github.com/o/r.git"),
+            ("github.com/o/r#token=canary", "github.com/o/r"),
+            ("https://github.com/o/r.git#token=canary", "https://github.com/o/r.git"),
+            ("https://github.com/o/r?pat=canary", "https://github.com/o/r"),
+            ("https://github.com/o/r?canary", "https://github.com/o/r"),
+            ("https://h/o/r?ref=main&pat=canary&at=a%2Foauth", "https://h/o/r?ref=main&at=a%2Foauth"),
+            ("https://h/o/r?a=canary&amp;version=GBkey;b=canary", "https://h/o/r?version=GBkey"),
+            ("https://h/o/r?at=https://u:canary", "https://h/o/r"),
+            ("'https://h/o/r?pat=canary'", "'https://h/o/r'"),
+            ("o/r?token=canary", "o/r"),
+            ("o/r#token=canary", "o/r"),
+            ("o/r#dev", "o/r#dev"),
+            ("https://h/o/r.git#dev", "https://h/o/r.git#dev"),
+            ("https://h/o/r#canary", "https://h/o/r"),
+            ("https://user:12/canary@ghe.example", "https://ghe.example"),
+            ("https://user:8443/canary@github.com/o/r", "https://github.com/o/r"),
+            ("user:8443/canary@github.com/o/r", "github.com/o/r"),
+            ("https:/u:canary@github.com/o/r", "https:/github.com/o/r"),
+            ("https//u:canary@github.com/o/r", "https//github.com/o/r"),
+            ("http:u:canary@github.com/o/r", "http:github.com/o/r"),
+            ("htps:/u:canary@github.com/o/r", "github.com/o/r"),
+            ("u:canary@https://github.com/o/r", "https://github.com/o/r"),
+            ("https://u:canary@https://github.com/o/r", "https://https://github.com/o/r"),
+            ("git clone https://u:canary@github.com/o/r", "git clone https://github.com/o/r"),
+            ("o/u:canary@x", "x"),
+            ("https%3A%2F%2Fu%3Acanary%40ghe.example", "https:ghe.example"),
+            ("https/u%3Acanary%40ghe.example", "ghe.example"),
+            ("https://u%3Acanary%40ghe.example/o", "https://ghe.example/o"),
+            ("git@canary:x/canary@h/o", "h/o"),
+            ("git@github.com:o/r@main", "git@github.com:o/r@main"),
+            ("//canary@//canary@h/o", "////h/o"),
+            ("canary@https//canary@h/o", "https//h/o"),
+            ("", ""),
+            (" \" ", " \" "),
         ] {
             assert_eq!(without_credentials(text), clean, "{text}");
         }
@@ -249,6 +380,14 @@ mod tests {
             ("https://0x7f.1/", Err(AddressError::Host)),
             ("https://a..b", Err(AddressError::Host)),
             ("https://[::1", Err(AddressError::Host)),
+            ("https:/git.example.org/x", Ok("git.example.org")),
+            ("https:git.example.org", Ok("git.example.org")),
+            ("HTTP//git.example.org:80", Ok("git.example.org")),
+            ("https:\\\\git.example.org", Ok("git.example.org")),
+            ("https/git.example.org", Err(AddressError::Host)),
+            ("text https://h", Err(AddressError::Scheme)),
+            ("htps:/h", Err(AddressError::Scheme)),
+            ("git@git.example.org:/o/r", Ok("git.example.org")),
             ("ftp://h", Err(AddressError::Scheme)),
             ("file:///h", Err(AddressError::Scheme)),
             ("javascript://h", Err(AddressError::Scheme)),

@@ -1,9 +1,11 @@
 //! Names of branches.
 
+use super::address;
+
 /// Why a text is not the name of a branch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BranchError {
-    /// A blank, a control character, or one that means something to git or a shell.
+    /// A blank, a control character, one that is not seen, or one that means something to git or a shell.
     #[error("it holds a character that names do not have")]
     Character,
     /// It breaks another of git's rules (`git check-ref-format`).
@@ -11,18 +13,21 @@ pub enum BranchError {
     Form,
 }
 
-/// The name of the branch without blanks around it and without `refs/heads/`; `None` if it is blank.
+/// The name of the branch without `refs/heads/` and without blanks and quotes around it; `None` if it is blank, or the default
+/// branch's: `HEAD`.
 ///
 /// # Errors
 /// When git cannot have a branch of this name.
 pub fn normal_branch(text: &str) -> Result<Option<String>, BranchError> {
-    let name = text.trim();
-    let name = name.strip_prefix("refs/heads/").or_else(|| name.strip_prefix("refs/remotes/origin/")).unwrap_or(name);
-    if name.is_empty() && text.trim().is_empty() {
+    let text = address::unwrapped(text);
+    if matches!(text, "" | "@" | "HEAD" | "origin/HEAD" | "refs/remotes/origin/HEAD") {
         return Ok(None);
     }
-    // The first are git's, the second the contract's.
-    let odd = |c: char| c.is_ascii_control() || " ~^:?*[\\".contains(c) || ";&|$`\n\r".contains(c);
+    let name = text.strip_prefix("refs/heads/").or_else(|| text.strip_prefix("refs/remotes/origin/")).unwrap_or(text);
+    // The first are git's, the second the contract's. The invisible ones come along when a name is copied.
+    let odd = |c: char| {
+        c.is_ascii_control() || " ~^:?*[\\".contains(c) || ";&|$`\n\r".contains(c) || address::is_invisible(c)
+    };
     if name.contains(odd) {
         return Err(BranchError::Character);
     }
@@ -40,7 +45,7 @@ pub fn normal_branch(text: &str) -> Result<Option<String>, BranchError> {
 mod tests {
     use super::*;
 
-    const NAMES: [(&str, Result<Option<&str>, BranchError>); 36] = [
+    const NAMES: [(&str, Result<Option<&str>, BranchError>); 48] = [
         ("main", Ok(Some("main"))),
         (" main\n", Ok(Some("main"))),
         ("", Ok(None)),
@@ -56,6 +61,18 @@ mod tests {
         ("a,b(c){d}!%+=", Ok(Some("a,b(c){d}!%+="))),
         ("refs/tags/v1", Ok(Some("refs/tags/v1"))),
         ("head", Ok(Some("head"))),
+        ("HEAD", Ok(None)),
+        (" @ ", Ok(None)),
+        ("origin/HEAD", Ok(None)),
+        ("\"main\"", Ok(Some("main"))),
+        ("'feature/a'", Ok(Some("feature/a"))),
+        ("\u{feff}main", Ok(Some("main"))),
+        ("main\u{200b}", Ok(Some("main"))),
+        ("\u{202a}refs/heads/main\u{202c}", Ok(Some("main"))),
+        ("a\u{200d}b", Ok(Some("a\u{200d}b"))),
+        ("ma\u{200b}in", Err(BranchError::Character)),
+        ("a\u{202e}b", Err(BranchError::Character)),
+        ("refs/heads/HEAD", Err(BranchError::Form)),
         ("a b", Err(BranchError::Character)),
         ("a;b", Err(BranchError::Character)),
         ("a\nb", Err(BranchError::Character)),
@@ -84,16 +101,16 @@ mod tests {
         for (text, expected) in NAMES {
             assert_eq!(normal_branch(text), expected.map(|name| name.map(ToOwned::to_owned)), "{text:?}");
         }
-        assert_eq!(normal_branch("HEAD"), Err(BranchError::Form));
     }
 
     /// git itself agrees, but for the characters that the contract refuses on top.
     #[test]
     fn git_agrees() {
         for (text, _) in NAMES {
-            let name = text.trim();
+            let name = address::unwrapped(text);
             let name = name.strip_prefix("refs/heads/").unwrap_or(name);
-            if name.is_empty() || name.contains([';', '&', '|', '$', '`']) {
+            let is_default = matches!(normal_branch(name), Ok(None));
+            if is_default || name.is_empty() || name.contains(|c| ";&|$`".contains(c) || address::is_invisible(c)) {
                 continue;
             }
             let ran = std::process::Command::new("git").args(["check-ref-format", "--branch", name]).output();

@@ -87,6 +87,10 @@ impl GitHost {
         if address.had_password {
             return Err(HostError::Password);
         }
+        // `https:x` with a mistake in its scheme looks like a host and a path of SSH. Where names have dots it is one.
+        if address.is_short && !address.authority.contains('.') {
+            return Err(HostError::Scheme);
+        }
         let is_ssh = address.scheme == Some(Scheme::Ssh);
         let located = Located::of(&address);
         let is_public = public_provider(&located.authority).is_some();
@@ -155,6 +159,10 @@ impl Located {
             _ if is_azure_ssh => AZURE,
             other => other,
         };
+        // Files by themselves: `owner/name/refs/heads/branch/path`.
+        if authority == "raw.githubusercontent.com" && path.len() > 2 {
+            path.insert(2, "raw".to_owned());
+        }
         if is_azure_ssh && path.first().is_some_and(|version| version == "v3") {
             path.remove(0);
         }
@@ -182,44 +190,162 @@ pub(super) fn public_provider(authority: &str) -> Option<ProviderType> {
     public.into_iter().find(|provider| GitHost::public(*provider).authority == authority)
 }
 
+/// Whether the first segment of a path is a page of the provider: no owner can be called so.
+pub(super) fn is_page(provider: ProviderType, word: &str) -> bool {
+    let pages: &[&str] = match provider {
+        ProviderType::Github | ProviderType::EnterpriseSso => &[
+            "about",
+            "account",
+            "apps",
+            "codespaces",
+            "collections",
+            "dashboard",
+            "enterprises",
+            "explore",
+            "features",
+            "issues",
+            "join",
+            "login",
+            "logout",
+            "marketplace",
+            "new",
+            "notifications",
+            "organizations",
+            "orgs",
+            "pulls",
+            "search",
+            "sessions",
+            "settings",
+            "setup",
+            "signup",
+            "site",
+            "sponsors",
+            "stafftools",
+            "stars",
+            "topics",
+            "trending",
+            "users",
+        ],
+        ProviderType::Gitlab => &[
+            "admin",
+            "assets",
+            "dashboard",
+            "explore",
+            "files",
+            "groups",
+            "help",
+            "import",
+            "jwt",
+            "login",
+            "oauth",
+            "profile",
+            "public",
+            "search",
+            "snippets",
+            "unsubscribes",
+            "uploads",
+            "users",
+        ],
+        ProviderType::Forgejo => &[
+            "admin",
+            "assets",
+            "attachments",
+            "avatars",
+            "captcha",
+            "explore",
+            "issues",
+            "login",
+            "milestones",
+            "notifications",
+            "org",
+            "pulls",
+            "stars",
+            "swagger",
+            "user",
+        ],
+        ProviderType::Bitbucket => &["account", "dashboard", "product", "repo", "site", "socialauth", "support"],
+        ProviderType::BitbucketDataCenter => &[
+            "account",
+            "admin",
+            "dashboard",
+            "getting-started",
+            "login",
+            "logout",
+            "mvc",
+            "plugins",
+            "profile",
+            "projects",
+            "repos",
+            "scm",
+            "users",
+        ],
+        ProviderType::AzureDevops => &[],
+    };
+    pages.contains(&word.to_ascii_lowercase().as_str())
+}
+
 /// The folder below which the provider is: the path without the API's part of it, without pages of the web UI and repositories.
 fn folder(provider: ProviderType, path: &[String]) -> Result<Vec<String>, HostError> {
     let at = |index: usize| path.get(index).map(|segment| segment.to_ascii_lowercase()).unwrap_or_default();
     let is_marker = |index: usize| {
         let (this, next) = (at(index), at(index + 1));
         let is_version = next.strip_prefix('v').is_some_and(|version| version.parse::<u8>().is_ok());
-        let is_data_center = provider == ProviderType::BitbucketDataCenter;
         match this.as_str() {
             "-" => true,
-            "api" => is_version || matches!(next.as_str(), "" | "graphql"),
+            "api" => is_version || matches!(next.as_str(), "" | "graphql" | "swagger"),
             "rest" => next == "api",
-            "users" => is_data_center || next == "sign_in",
-            "user" => matches!(next.as_str(), "login" | "settings"),
-            "scm" | "projects" | "plugins" | "dashboard" => is_data_center,
             "2.0" => provider == ProviderType::Bitbucket,
-            _ => false,
+            "repo" => provider == ProviderType::Forgejo && matches!(next.as_str(), "create" | "migrate"),
+            "projects" if provider == ProviderType::Gitlab => next == "new",
+            _ => is_page(provider, &this),
         }
     };
-    let end = (0..path.len()).find(|index| is_marker(*index));
-    let is_project_page = end.is_some_and(|end| at(end) == "-");
+    // Pages of repositories, below owner and name.
+    let is_repository_page = |index: usize| {
+        let names = [
+            "-",
+            "src",
+            "tree",
+            "blob",
+            "raw",
+            "blame",
+            "commit",
+            "commits",
+            "branches",
+            "branch",
+            "tags",
+            "releases",
+            "issues",
+            "pull",
+            "pulls",
+            "pull-requests",
+            "merge_requests",
+            "wiki",
+            "actions",
+        ];
+        index >= 2 && names.contains(&at(index).as_str())
+    };
+    let end = (0..path.len()).find(|index| is_marker(*index) || is_repository_page(*index));
+    let is_project_page = end.is_some_and(is_repository_page);
     let folder = &path[..end.unwrap_or(path.len())];
-    let is_repository = folder.last().is_some_and(|last| last.to_ascii_lowercase().ends_with(".git"));
+    let is_repository =
+        folder.last().is_some_and(|last| last.to_ascii_lowercase().ends_with(".git")) || is_project_page;
     let has_no_folder =
         matches!(provider, ProviderType::Github | ProviderType::EnterpriseSso | ProviderType::Bitbucket);
     match folder.len() {
         // Which part of more is a group cannot be seen.
-        2 if is_repository || is_project_page => Ok(Vec::new()),
+        2 if is_repository => Ok(Vec::new()),
         // The page of a repository. These providers have a host of their own, and at most a proxy's folder.
         2.. if has_no_folder => Ok(Vec::new()),
         length if is_repository && provider != ProviderType::Gitlab && length > 2 => Ok(folder[..length - 2].to_vec()),
-        0 | 1 if !is_repository => Ok(folder.to_vec()),
-        _ if is_repository || is_project_page => Err(HostError::Repository),
+        _ if is_repository => Err(HostError::Repository),
         _ => Ok(folder.to_vec()),
     }
 }
 
 fn is_odd(segment: &str) -> bool {
-    matches!(segment, "." | "..") || segment.contains(|c: char| c.is_control() || matches!(c, '/' | '\\'))
+    let odd = |c: char| c.is_control() || address::is_invisible(c) || matches!(c, '/' | '\\' | '@' | ':' | '%');
+    matches!(segment, "." | "..") || segment.contains(odd)
 }
 
 #[cfg(test)]
@@ -284,6 +410,35 @@ mod tests {
             (BitbucketDataCenter, "https://bb.example/context/rest/api/1.0", Some("bb.example/context")),
             (BitbucketDataCenter, "https://bb.example/context/scm/prj/r.git", Some("bb.example/context")),
             (BitbucketDataCenter, "https://bb.example/projects/PRJ/repos/r/browse", Some("bb.example")),
+            (Github, "https:/ghe.example", Some("ghe.example")),
+            // Host names have no such characters: the standard leaves them out.
+            (Github, "ghe\u{200b}.example", Some("ghe.example")),
+            (Github, "https//ghe.example/api/v3", Some("ghe.example")),
+            (Github, "http:127.0.0.1:3482", Some("http://127.0.0.1:3482")),
+            (Github, "https:ghe.example/o/r", Some("ghe.example")),
+            (Github, "https://ghe.example/login", Some("ghe.example")),
+            (Github, "https://ghe.example/login?return_to=%2F", Some("ghe.example")),
+            (Github, "https://ghe.example/orgs/o/repositories", Some("ghe.example")),
+            (Github, "https://proxy.example/ghe/settings/tokens", Some("proxy.example/ghe")),
+            (Gitlab, "https://gitlab.example/explore", Some("gitlab.example")),
+            (Gitlab, "https://gitlab.example/dashboard/projects", Some("gitlab.example")),
+            (Gitlab, "https://gitlab.example/groups/g", Some("gitlab.example")),
+            (Gitlab, "https://gitlab.example/groups/g/-/settings", Some("gitlab.example")),
+            (Gitlab, "https://gitlab.example/profile/personal_access_tokens", Some("gitlab.example")),
+            (Gitlab, "https://gitlab.example/gitlab/help", Some("gitlab.example/gitlab")),
+            (Gitlab, "https://gitlab.example/g/r/tree/main", Some("gitlab.example")),
+            (Gitlab, "https://gitlab.example/projects/new", Some("gitlab.example")),
+            (Forgejo, "https://forge.example/explore/repos", Some("forge.example")),
+            (Forgejo, "https://forge.example/api/swagger", Some("forge.example")),
+            (Forgejo, "https://forge.example/o/r/src/branch/main", Some("forge.example")),
+            (Forgejo, "https://forge.example/git/o/r/src/branch/main/a/b", Some("forge.example/git")),
+            (Forgejo, "https://forge.example/git/user/settings/applications", Some("forge.example/git")),
+            (Forgejo, "https://forge.example/repo/create", Some("forge.example")),
+            (BitbucketDataCenter, "https://bb.example/login", Some("bb.example")),
+            (BitbucketDataCenter, "https://bb.example/account", Some("bb.example")),
+            (BitbucketDataCenter, "https://bb.example/context/profile", Some("bb.example/context")),
+            (BitbucketDataCenter, "https://bb.example/repos?visibility=public", Some("bb.example")),
+            (BitbucketDataCenter, "https://bb.example/plugins/servlet/access-tokens/manage", Some("bb.example")),
             (AzureDevops, "contoso", Some("dev.azure.com/contoso")),
             (AzureDevops, "contoso/My Project", Some("dev.azure.com/contoso/My%20Project")),
             (AzureDevops, "dev.azure.com", Some("dev.azure.com")),
@@ -326,7 +481,19 @@ mod tests {
             (Gitlab, "https://gitlab.example/%2e%2e/x", HostError::Host),
             (Gitlab, "https://gitlab.example/group/sub/name.git", HostError::Repository),
             (Gitlab, "https://gitlab.example/group/sub/name/-/tree/main", HostError::Repository),
+            (Gitlab, "https://gitlab.example/g/s/r/tree/main", HostError::Repository),
             (AzureDevops, "conto\\so", HostError::Host),
+            (Github, "https://user:12/canary@ghe.example", HostError::Password),
+            (Github, "https:/u:canary@ghe.example", HostError::Password),
+            (Github, "https//u:canary@ghe.example", HostError::Password),
+            (Github, "u%3Acanary%40ghe.example", HostError::Password),
+            (Gitlab, "https://ghe.example/canary@x", HostError::Host),
+            (Gitlab, "https://ghe.example/u%253Acanary%2540x", HostError::Host),
+            (Github, "https/ghe.example", HostError::Host),
+            (Github, "htps:/ghe.example", HostError::Scheme),
+            (Github, "htps:ghe.example", HostError::Scheme),
+            (Gitlab, "htps://gitlab.example", HostError::Scheme),
+            (Gitlab, "gitlab.example/git\u{202e}lab", HostError::Host),
         ] {
             assert_eq!(normal_host(provider, text), Err(error), "{text}");
         }

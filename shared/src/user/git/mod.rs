@@ -19,6 +19,7 @@ pub use repository::{Repository, RepositoryError, Selection};
 pub use token::{TokenError, normal_token};
 
 use super::settings::{ProviderToken, ProviderTokens};
+use crate::http::validation::Checker;
 use crate::start::request::{ProviderType, StartRequest};
 use host::GitHost;
 
@@ -82,8 +83,17 @@ pub fn clone_sources(
     }
 }
 
-/// What a request says that selects a branch and nothing that it could be of.
-pub const NO_REPOSITORY: &str = "there is no branch without a repository";
+/// Reports a branch or provider that is selected without a repository.
+pub(crate) fn report_without_repository(check: &mut Checker, branch: Option<&str>, provider: Option<ProviderType>) {
+    if let Some(branch) = branch {
+        let error = "there is no branch without a repository";
+        check.within("selected_branch", |check| check.report_value_error(error, branch.into()));
+    }
+    if let Some(provider) = provider {
+        let error = "there is no provider without a repository";
+        check.within("git_provider", |check| check.report_value_error(error, provider.as_str().into()));
+    }
+}
 
 /// Puts a start's repository, branch and provider into the form in which they are used and recorded. What cannot be read stays
 /// as it is: starts and records of earlier versions may have anything.

@@ -2,7 +2,7 @@
 
 use super::address::{self, Address, AddressError, Scheme};
 use super::branch::normal_branch;
-use super::host::{GitHost, Located, public_provider};
+use super::host::{GitHost, Located, is_page, public_provider};
 use crate::http::validation::Checker;
 use crate::start::request::ProviderType;
 use crate::user::settings::{ProviderToken, ProviderTokens};
@@ -40,6 +40,9 @@ pub enum RepositoryError {
     /// A character that no provider has in names, or not this one.
     #[error("it holds a character that names do not have")]
     Character,
+    /// A branch, tag or commit after the name.
+    #[error("give the branch as selected_branch, and the repository without `@` and `#`")]
+    Revision,
     /// An address of another kind.
     #[error("repositories are cloned by https: give owner/name, or an address of https or ssh")]
     Scheme,
@@ -79,12 +82,15 @@ impl Selection {
     ) -> Option<Self> {
         let text = repository.filter(|text| !text.trim().is_empty());
         let read_branch = branch.map_or(Ok(None), normal_branch);
+        // `HEAD` is no name, but says more than an address.
+        let is_given = branch.is_some_and(|branch| !address::unwrapped(branch).is_empty());
         let read = text.map(|text| Repository::read(text, provider, tokens)).transpose().and_then(|read| {
             let Some(read) = read else { return Ok((None, provider, None)) };
-            let of_address = match (&read_branch, read.branch) {
-                (Err(_) | Ok(Some(_)), _) | (_, AddressBranch::None) => None,
-                (_, AddressBranch::Unclear) => return Err(RepositoryError::UnclearBranch),
-                (_, AddressBranch::Named(name)) => normal_branch(&name).map_err(|_| RepositoryError::UnclearBranch)?,
+            let of_address = match read.branch {
+                AddressBranch::None => None,
+                _ if is_given => None,
+                AddressBranch::Unclear => return Err(RepositoryError::UnclearBranch),
+                AddressBranch::Named(name) => normal_branch(&name).map_err(|_| RepositoryError::UnclearBranch)?,
             };
             Ok((Some(read.name), read.provider, of_address))
         });
@@ -226,6 +232,10 @@ fn from_address(
     parts.push(without_git(&name).to_owned());
     let name = parts.join("/");
     check(&name, Some(provider), tokens)?;
+    let branch = match (branch, &address.revision) {
+        (AddressBranch::None, Some(revision)) => AddressBranch::Named(revision.clone()),
+        (branch, _) => branch,
+    };
     Ok(Repository { name, provider: Some(provider), branch })
 }
 
@@ -262,31 +272,57 @@ fn of_owner_and_name(provider: ProviderType, parts: &[&str]) -> Found {
         parts => parts,
     };
     let [owner, name, rest @ ..] = parts else { return None };
+    if is_page(provider, owner) {
+        return None;
+    }
+    let least = usize::from(rest.first().is_some_and(|page| matches!(*page, "raw" | "media")));
     let branch = match (provider, rest) {
-        (ProviderType::Forgejo, ["src", "branch", rest @ ..]) | (ProviderType::Bitbucket, ["src", rest @ ..]) => {
-            branch_before(rest, 0)
+        (ProviderType::Forgejo, ["src" | "raw" | "media" | "commits", kind, rest @ ..]) => match *kind {
+            "branch" => branch_before(rest, least),
+            "tag" => tag_before(rest, least),
+            "commit" => branch_before(rest.get(..1).unwrap_or_default(), 0),
+            _ => of_page(rest),
+        },
+        (ProviderType::Bitbucket, ["src", rest @ ..]) => branch_before(rest, 0),
+        (ProviderType::Bitbucket, ["commits", "tag", rest @ ..]) => tag_before(rest, 0),
+        (ProviderType::Bitbucket, ["branch" | "commits", rest @ ..]) if !rest.is_empty() => {
+            AddressBranch::Named(rest.join("/"))
         }
-        (ProviderType::Bitbucket, ["branch", rest @ ..]) => AddressBranch::Named(rest.join("/")),
         (_, rest) => of_page(rest),
     };
     Some((vec![(*owner).to_owned(), (*name).to_owned()], branch))
 }
 
-/// The branch of a page of files, of commits or of one file.
+/// The branch, tag or commit of a page of files, of commits, of one file or of a release.
 fn of_page(rest: &[&str]) -> AddressBranch {
     match rest {
         ["tree" | "commits", rest @ ..] => branch_before(rest, 0),
         ["blob" | "raw" | "blame" | "edit", rest @ ..] => branch_before(rest, 1),
+        ["releases", "tag", rest @ ..] | ["tags", rest @ ..] => tag_before(rest, 0),
+        ["releases", "download", rest @ ..] => tag_before(rest, 1),
+        // A page of GitLab.
+        ["releases", rest @ ..] if !matches!(rest, ["latest" | "new" | "permalink", ..]) => tag_before(rest, 0),
+        ["commit", hash, ..] => AddressBranch::Named((*hash).to_owned()),
         _ => AddressBranch::None,
     }
 }
 
-/// A branch before a path that has at least so many parts. Both can have slashes.
+/// A branch, or a commit's hash, before a path that has at least so many parts. Both can have slashes.
 fn branch_before(rest: &[&str], least: usize) -> AddressBranch {
     match rest {
-        [] => AddressBranch::None,
+        [] | ["HEAD" | "@", ..] => AddressBranch::None,
+        ["refs", "tags", rest @ ..] => tag_before(rest, least),
+        ["refs", "heads", rest @ ..] => branch_before(rest, least),
         [branch, path @ ..] if path.len() == least => AddressBranch::Named((*branch).to_owned()),
         _ => AddressBranch::Unclear,
+    }
+}
+
+/// A tag before a path, in the form in which no branch is taken for it.
+fn tag_before(rest: &[&str], least: usize) -> AddressBranch {
+    match branch_before(rest, least) {
+        AddressBranch::Named(tag) => AddressBranch::Named(format!("refs/tags/{tag}")),
+        other => other,
     }
 }
 
@@ -296,10 +332,13 @@ fn of_gitlab(parts: &[&str]) -> Found {
         parts => parts,
     };
     // These are names that projects cannot have.
-    let is_page =
-        |part: &&str| matches!(*part, "tree" | "blob" | "raw" | "commits" | "blame" | "merge_requests" | "issues");
+    let names = ["tree", "blob", "raw", "commits", "commit", "tags", "blame", "merge_requests", "issues"];
     let end = parts.iter().position(|part| *part == "-");
-    let end = end.or_else(|| Some(2 + parts.get(2..)?.iter().position(is_page)?)).unwrap_or(parts.len());
+    let is_name = |part: &&str| names.contains(part);
+    let end = end.or_else(|| Some(2 + parts.get(2..)?.iter().position(is_name)?)).unwrap_or(parts.len());
+    if parts.first().is_some_and(|group| is_page(ProviderType::Gitlab, group)) {
+        return None;
+    }
     let (project, page) = parts.split_at(end);
     let page = page.strip_prefix(&["-"]).unwrap_or(page);
     (project.len() >= 2).then(|| (owned(project), of_page(page)))
@@ -315,7 +354,9 @@ fn of_data_center(parts: &[&str], address: &Address) -> Found {
         ["users", user, "repos", name, ..] => vec![format!("~{user}"), (*name).to_owned()],
         _ => return None,
     };
-    let branch = address.query.iter().find(|(key, _)| key == "at").map(|(_, branch)| branch.clone());
+    let at = address.query.iter().find(|(key, _)| key == "at").map(|(_, branch)| branch.as_str());
+    let commit = parts.windows(2).skip(from + 4).find_map(|pair| (pair[0] == "commits").then_some(pair[1]));
+    let branch = at.or(commit).map(ToOwned::to_owned);
     Some((name, branch.map_or(AddressBranch::None, AddressBranch::Named)))
 }
 
@@ -334,14 +375,43 @@ fn of_azure(parts: &[&str], address: &Address, host: &GitHost) -> Found {
         path.drain(..host.path.len().min(path.len().saturating_sub(2)));
     }
     let version = address.query.iter().find(|(key, _)| key == "version").map(|(_, version)| version.as_str());
-    let branch = version.and_then(|version| version.strip_prefix("GB")).map(ToOwned::to_owned);
-    Some((path, branch.map_or(AddressBranch::None, AddressBranch::Named)))
+    // Branches, tags and commits are told apart by the first letters.
+    let branch = version.and_then(|version| match version.get(..2)? {
+        "GB" | "GC" => Some(version[2..].to_owned()),
+        "GT" => Some(format!("refs/tags/{}", &version[2..])),
+        _ => None,
+    });
+    let commit = parts.iter().rposition(|part| *part == "commit").filter(|at| *at > before.len() + 1);
+    let commit = commit.and_then(|at| parts.get(at + 1)).map(|hash| (*hash).to_owned());
+    Some((path, branch.or(commit).map_or(AddressBranch::None, AddressBranch::Named)))
 }
 
 fn from_name(text: &str, named: Option<ProviderType>, tokens: &ProviderTokens) -> Result<Repository, RepositoryError> {
-    let name = without_git(text.trim().trim_matches('/').trim());
-    check(name, named, tokens)?;
-    Ok(Repository { name: name.to_owned(), provider: named, branch: AddressBranch::None })
+    let name = address::decoded(without_git(text.trim().trim_matches('/').trim()));
+    let name = without_azure_marker(&name, named, tokens).unwrap_or(name);
+    check(&name, named, tokens)?;
+    Ok(Repository { name, provider: named, branch: AddressBranch::None })
+}
+
+/// The name without the `_git` that addresses of Azure DevOps have before the last part.
+fn without_azure_marker(name: &str, named: Option<ProviderType>, tokens: &ProviderTokens) -> Option<String> {
+    let parts: Vec<&str> = name.split('/').collect();
+    let [before @ .., "_git", last] = parts.as_slice() else { return None };
+    let setting = setting(ProviderType::AzureDevops, tokens);
+    if !named.map_or(setting.is_some(), |named| named == ProviderType::AzureDevops) {
+        return None;
+    }
+    let host = GitHost::of(ProviderType::AzureDevops, setting.and_then(|token| token.host.as_deref())).ok()?;
+    let mut path = owned(before);
+    // As in an address a project's main repository may be given without the project.
+    if host.is_public_azure()
+        && let [organisation] = before
+        && host.path.first().is_none_or(|known| known.eq_ignore_ascii_case(organisation))
+    {
+        path.push((*last).to_owned());
+    }
+    path.push((*last).to_owned());
+    Some(path.join("/"))
 }
 
 /// Checks the name against what the provider, or one of those that would be tried, has.
@@ -358,8 +428,11 @@ fn check(name: &str, named: Option<ProviderType>, tokens: &ProviderTokens) -> Re
         return Err(RepositoryError::Form);
     }
     // `;`, `|`, `$` and the backtick are the contract's, the others are in no provider's names.
-    if name.contains(|c: char| c.is_control() || ";|$`\\?#*:<>\"".contains(c)) {
-        return Err(RepositoryError::Character);
+    if name.contains('@') {
+        return Err(RepositoryError::Revision);
+    }
+    if name.contains(|c: char| c.is_control() || address::is_invisible(c) || ";|$`\\?#*:<>\"%".contains(c)) {
+        return Err(if name.contains('#') { RepositoryError::Revision } else { RepositoryError::Character });
     }
     let candidates = match named {
         Some(provider) => vec![provider],
@@ -372,15 +445,30 @@ fn check(name: &str, named: Option<ProviderType>, tokens: &ProviderTokens) -> Re
 }
 
 pub(super) fn fits(parts: &[&str], provider: ProviderType, tokens: &ProviderTokens) -> Result<(), RepositoryError> {
-    let odd = |c: char| c.is_whitespace() || c == '&';
+    let odd = |c: char| !(c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'));
+    let is_user = |part: &str| provider == ProviderType::BitbucketDataCenter && part.len() > 1 && part.starts_with('~');
+    let is_odd = |(index, part): (usize, &&str)| match index {
+        0 if is_user(part) => part[1..].contains(odd),
+        _ => part.contains(odd),
+    };
     match provider {
+        ProviderType::AzureDevops
+            if parts.iter().any(|part| part.contains([',', '+', '=', '[', ']', '{', '}']) || part.ends_with('.')) =>
+        {
+            Err(RepositoryError::Character)
+        }
+        ProviderType::AzureDevops if parts.iter().any(|part| matches!(*part, "_git" | "_apis")) => {
+            Err(RepositoryError::AzureForm)
+        }
         ProviderType::AzureDevops => {
             let setting = setting(provider, tokens).and_then(|token| token.host.as_deref());
             // A host that cannot be used has an error of its own: see `clone_sources`.
             let Ok(host) = GitHost::of(provider, setting) else { return Ok(()) };
             azure_path(&host, parts).map(|_| ()).ok_or(RepositoryError::AzureForm)
         }
-        _ if parts.iter().any(|part| part.contains(odd)) => Err(RepositoryError::Character),
+        _ if parts.iter().enumerate().any(is_odd) || parts.last().is_some_and(|name| name.ends_with('.')) => {
+            Err(RepositoryError::Character)
+        }
         ProviderType::Gitlab if parts.len() >= 2 => Ok(()),
         _ if parts.len() == 2 => Ok(()),
         _ => Err(RepositoryError::Form),

@@ -1,5 +1,10 @@
 //! Tokens in the forms that people paste them, and the user name that each provider wants with one.
 
+use std::borrow::Cow;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+
 use super::address;
 use crate::start::request::ProviderType;
 
@@ -9,28 +14,30 @@ pub enum TokenError {
     /// A line break or another control character is in it.
     #[error("a token has no line breaks and no other control characters")]
     Control,
+    /// A character that no provider's tokens have, such as one without a width that came along with a copy.
+    #[error("a token has only letters, digits and punctuation of ASCII: copy it again")]
+    Character,
     /// It is an address.
     #[error("give the token by itself, not an address with it")]
     Address,
 }
 
-/// The token without what surrounds it where it was copied: blanks, quotes, the name of a header, `Bearer` or `token`.
+/// Names of headers, which a colon follows.
+const HEADERS: [&str; 4] = ["authorization", "private-token", "job-token", "deploy-token"];
+/// Words that a blank, or a colon and a blank, follows: without the blank they are the user of `user:token`.
+const SCHEMES: [&str; 3] = ["bearer", "token", "basic"];
+
+/// The token without what surrounds it where it was copied: blanks, quotes, the name of a header or variable, `Bearer` or
+/// `token`. Of `Basic` the decoded `user:token`.
 ///
 /// # Errors
 /// When it cannot be a token. No error shows the text.
-pub fn normal_token(text: &str) -> Result<&str, TokenError> {
-    let mut token = address::unwrapped(text);
-    for (prefix, is_header) in
-        [("authorization:", true), ("private-token:", true), ("bearer ", false), ("token ", false)]
-    {
-        if let (Some(start), Some(rest)) = (token.get(..prefix.len()), token.get(prefix.len()..))
-            && start.eq_ignore_ascii_case(prefix)
-            // Of a scheme, one word follows.
-            && (is_header || !rest.trim().contains(char::is_whitespace))
-            && !rest.trim().is_empty()
-        {
-            token = address::unwrapped(rest);
-        }
+pub fn normal_token(text: &str) -> Result<Cow<'_, str>, TokenError> {
+    let mut token = Cow::Borrowed(address::unwrapped(text));
+    // `Authorization: Basic …` has three layers at most.
+    for _ in 0..4 {
+        let Some(inner) = inner(&token) else { break };
+        token = Cow::Owned(address::unwrapped(&inner).to_owned());
     }
     if token.contains(char::is_control) {
         return Err(TokenError::Control);
@@ -38,7 +45,48 @@ pub fn normal_token(text: &str) -> Result<&str, TokenError> {
     if token.contains("://") {
         return Err(TokenError::Address);
     }
+    // Passwords, which have their user with them, may be in any language.
+    let is_password = token.contains(':');
+    if token.contains(address::is_invisible) || !(is_password || token.is_ascii()) {
+        return Err(TokenError::Character);
+    }
     Ok(token)
+}
+
+/// What is in the outermost layer of a text, if it has one.
+fn inner(text: &str) -> Option<String> {
+    let some = |text: &str| (!text.trim().is_empty()).then(|| text.trim().to_owned());
+    if let Some((name, value)) = text.split_once('=').filter(|(name, _)| is_variable(name)) {
+        // Padding of a token that ends so is no value.
+        return some(value).filter(|_| !name.is_empty() && !value.trim_matches('=').is_empty());
+    }
+    let word_end = text.find([':', ' ', '\t'])?;
+    let (word, rest) = text.split_at(word_end);
+    let (word, has_colon) = (word.to_ascii_lowercase(), rest.starts_with(':'));
+    let value = rest.trim_start_matches(':');
+    if has_colon && HEADERS.contains(&word.as_str()) {
+        return some(value);
+    }
+    let is_scheme = SCHEMES.contains(&word.as_str()) && value.starts_with([' ', '\t']);
+    // One word follows.
+    let value = some(value).filter(|value| is_scheme && !value.contains(char::is_whitespace))?;
+    match word.as_str() {
+        "basic" => STANDARD
+            .decode(&value)
+            .ok()
+            .and_then(|bytes| String::from_utf8(bytes).ok())
+            .filter(|pair| pair.contains(':')),
+        _ => Some(value),
+    }
+}
+
+/// Whether the text is the name of a variable that holds a token, as it is set in a shell.
+fn is_variable(text: &str) -> bool {
+    let lower = text.trim().to_ascii_lowercase();
+    let name = ["export ", "set ", "$env:"].iter().find_map(|word| lower.strip_prefix(word)).unwrap_or(&lower).trim();
+    !name.is_empty()
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+        && ["token", "pat", "key", "secret", "password"].iter().any(|end| name.ends_with(end))
 }
 
 /// User name and password with which git uses the token. A user's own name is kept where the token came as `user:token`.
@@ -92,14 +140,39 @@ mod tests {
             ("a token", Ok("a token")),
             ("token", Ok("token")),
             ("token of somebody", Ok("token of somebody")),
-            ("é", Ok("é")),
+            ("é", Err(TokenError::Character)),
+            ("user:pässword", Ok("user:pässword")),
+            ("ghp\u{200b}_1", Err(TokenError::Character)),
+            ("ghp_\u{a0}1", Err(TokenError::Character)),
+            ("me:ghp_\u{202e}1", Err(TokenError::Character)),
+            ("\u{200b}ghp_1\u{2060}", Ok("ghp_1")),
+            ("Authorization: Basic dTpw", Ok("u:p")),
+            ("authorization: basic bWU6Z2hwXzE=", Ok("me:ghp_1")),
+            ("Basic dTpw", Ok("u:p")),
+            ("Basic token", Ok("Basic token")),
+            ("\"Authorization: Bearer ghp_1\"", Ok("ghp_1")),
+            ("Authorization: token ghp_1", Ok("ghp_1")),
+            ("GITHUB_TOKEN=ghp_1", Ok("ghp_1")),
+            ("export GITHUB_TOKEN=ghp_1", Ok("ghp_1")),
+            ("export GITHUB_TOKEN=\"ghp_1\"", Ok("ghp_1")),
+            ("$env:GH_TOKEN = 'ghp_1'", Ok("ghp_1")),
+            ("GITLAB_PAT=glpat-1==", Ok("glpat-1==")),
+            ("access_token=ghp_1", Ok("ghp_1")),
+            ("bXl0b2tlbg==", Ok("bXl0b2tlbg==")),
+            ("token==", Ok("token==")),
+            ("user:to=ken", Ok("user:to=ken")),
+            ("token: ghp_1", Ok("ghp_1")),
+            ("Bearer: ghp_1", Ok("ghp_1")),
+            ("Job-Token: t", Ok("t")),
+            ("PRIVATE-TOKEN:glpat-1", Ok("glpat-1")),
+            ("token:ghp_1", Ok("token:ghp_1")),
             ("**********", Ok("**********")),
             (" \n ", Ok("")),
             ("ghp_\n1", Err(TokenError::Control)),
             ("ghp_1\u{0}", Err(TokenError::Control)),
             ("https://user:ghp_1@github.com", Err(TokenError::Address)),
         ] {
-            assert_eq!(normal_token(text), token, "{text:?}");
+            assert_eq!(normal_token(text), token.map(Cow::Borrowed), "{text:?}");
         }
     }
 
