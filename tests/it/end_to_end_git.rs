@@ -37,6 +37,7 @@ async fn every_change_of_a_private_repository_has_a_diff() {
         (".gitignore", "*.log\n", false),
     ];
     git.create_repository("owner/private", &files, &["release"]).await;
+    git.create_repository("owner/ahead", &[("changed.txt", "one\n", false)], &["release"]).await;
     git.require("someone", TOKEN);
     let product = Product::start(json!({
         "llm_model": "openai/scripted",
@@ -163,7 +164,7 @@ async fn every_change_of_a_private_repository_has_a_diff() {
 /// Also after it is committed, pushed, and on a branch that the agent made.
 async fn of_a_branch_that_is_ahead_the_work_alone_is_listed(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
     llm.reply_with(vec![Reply::text("Hello")]);
-    let request = json!({"selected_repository": "owner/private", "selected_branch": "release", "sandbox_id": sandbox});
+    let request = json!({"selected_repository": "owner/ahead", "selected_branch": "release", "sandbox_id": sandbox});
     let start = product.start_conversation(with(saying("Hello again"), request)).await;
     let id = start.conversation_id();
     product.conversation_when(&id, "finished").await;

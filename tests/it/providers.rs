@@ -419,14 +419,20 @@ async fn every_way_to_start_checks_what_it_selects() {
         let (status, task) = post("", body.clone()).await;
         assert_eq!((status, task["request"]["selected_branch"].as_str()), (200, expected), "{body} {task}");
     }
-    // Without a repository there is neither a branch nor a provider.
-    let one = conversation(&api, &user).await;
+    // Without a repository there is neither a branch nor a provider; an update may set them before the repository.
     for (field, value) in [("selected_branch", "main"), ("git_provider", "gitlab"), ("selected_branch", "refs/heads/x")]
     {
-        for (method, path) in [("POST", API.to_owned()), ("PATCH", format!("{API}/{one}"))] {
-            let (status, answer) = api.call(&user, method, &path, Some(&json!({field: value}))).await;
+        let one = conversation(&api, &user).await;
+        let path = format!("{API}/{one}");
+        let without = json!({"selected_repository": null, field: value});
+        for (method, path, body) in
+            [("POST", API, json!({field: value})), ("POST", API, without.clone()), ("PATCH", &path, without)]
+        {
+            let (status, answer) = api.call(&user, method, path, Some(&body)).await;
             assert_eq!((status, place(&answer).as_str()), (422, field), "{method} {answer}");
         }
+        let (status, answer) = api.call(&user, "PATCH", &path, Some(&json!({field: value}))).await;
+        assert_eq!((status, &answer[field]), (200, &json!(value.trim_start_matches("refs/heads/"))), "{answer}");
     }
     // Nor does what the record has keep anyone from changing something else.
     for change in [json!({"title": "t"}), json!({"selected_branch": "main"}), json!({"git_provider": "gitlab"})] {

@@ -103,7 +103,8 @@ impl UpdateRequest {
                 self.selected_repository = Some(None);
                 false
             }
-            (None, _) => kept_repository.is_some_and(|text| !text.trim().is_empty()),
+            // Clients may set one field after the other, in any order.
+            (None, _) => true,
         };
         if !has_repository {
             let branch = self.selected_branch.clone().flatten();

@@ -123,11 +123,19 @@ pub(super) fn parse(text: &str) -> Result<Address, AddressError> {
 /// Any text is given here, not only one that is read as an address. `git@` stays: everyone has it.
 #[must_use]
 pub fn without_credentials(text: &str) -> String {
-    let inner = unwrapped(text);
-    // Where the part that was found begins in the text that it was found in.
-    let start = inner.as_ptr().addr() - text.as_ptr().addr();
-    let (clean, _) = without_secrets(inner);
-    format!("{}{clean}{}", &text[..start], &text[start + inner.len()..])
+    let mut text = text.to_owned();
+    // What is left after a part was removed may begin with another one. Each removal makes the text shorter.
+    loop {
+        let inner = unwrapped(&text);
+        // Where the part that was found begins in the text that it was found in.
+        let start = inner.as_ptr().addr() - text.as_ptr().addr();
+        let (clean, _) = without_secrets(inner);
+        let clean = format!("{}{clean}{}", &text[..start], &text[start + inner.len()..]);
+        if clean == text {
+            return clean;
+        }
+        text = clean;
+    }
 }
 
 /// The text without its secrets, and whether a password was among them.
