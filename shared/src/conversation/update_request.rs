@@ -220,10 +220,10 @@ mod tests {
             ((one, Some(Github)), json!({"selected_branch": "HEAD"}), Ok(None)),
             ((None, None), json!({"selected_branch": "HEAD"}), Ok(None)),
             ((None, None), json!({"selected_branch": null, "git_provider": null}), Ok(Some(None))),
-            ((None, None), json!({"selected_branch": "main"}), Err("selected_branch")),
-            ((Some(" "), None), json!({"selected_branch": "main"}), Err("selected_branch")),
-            ((None, None), json!({"git_provider": "gitlab"}), Err("git_provider")),
-            ((None, Some(Github)), json!({"git_provider": "github"}), Err("git_provider")),
+            ((None, None), json!({"selected_branch": "main"}), Ok(None)),
+            ((None, None), json!({"git_provider": "gitlab"}), Ok(Some(Some(Gitlab)))),
+            ((one, None), json!({"selected_repository": null, "selected_branch": "main"}), Err("selected_branch")),
+            ((one, None), json!({"selected_repository": " ", "git_provider": "gitlab"}), Err("git_provider")),
         ] {
             let found = read(&body).and_then(|request| request.normal(kept, &tokens));
             let found = found.map(|request| request.git_provider).map_err(|violations| {
