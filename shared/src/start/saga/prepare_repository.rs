@@ -129,7 +129,7 @@ impl Preparation<'_> {
         script += BROWSER_PROBE;
         if self.sources.is_empty() {
             if self.init_without_repository {
-                script += "command -v git >/dev/null || exit 0\n[ -e .git ] || again \"$patience\" git init -q\ntrust \"$working_dir\"\n";
+                script += "command -v git >/dev/null || exit 0\n[ -e .git ] || init\ntrust \"$working_dir\"\n";
             }
             return script;
         }

@@ -26,6 +26,18 @@ again() {
   done
 }
 
+# Another start may make the repository of the same folder at this moment; git stops at the first file that it finds there.
+init() {
+  tries=50
+  while ! git init -q 2>"$errors"; do
+    tries=$((tries - 1))
+    if [ "$tries" -gt 0 ] && grep -q ': File exists$' "$errors"; then sleep 0.1; else
+      cat "$errors" >&2
+      return 1
+    fi
+  done
+}
+
 # Locks of the user's configuration are held for moments. It may not be writable, in which case git still works.
 set_identity() {
   message=$(again "$config_patience" git config --global "$1" "$2" 2>&1) ||
