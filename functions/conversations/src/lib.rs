@@ -38,7 +38,7 @@ const MAX_IDS: usize = 99;
 /// An update holds a few names.
 const BODY_LIMIT: usize = 1024 * 1024;
 
-/// What this function may touch: it reads and changes conversations, reads settings, looks at sandboxes and their agent servers, and rings for
+/// What this function may touch: it reads and changes conversations, reads settings, looks at sandboxes and their agent servers, and enqueues jobs for
 /// the worker that finishes deletions.
 #[derive(Clone, Debug)]
 pub struct Context {

@@ -23,7 +23,7 @@ use shared::user::settings::SettingsStore;
 /// Lambda takes no larger payload.
 pub const BODY_LIMIT: usize = 6 * 1024 * 1024;
 
-/// What this function may touch: it reads conversations and settings, writes start tasks, and rings the bell.
+/// What this function may touch: it reads conversations and settings, writes start tasks, and enqueues jobs.
 #[derive(Clone, Debug)]
 pub struct Context {
     beginner: StartBeginner,

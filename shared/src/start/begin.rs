@@ -1,4 +1,4 @@
-//! The beginning of a start: what it selects is checked, what is inherited is filled in, the task is stored, the bell is rung.
+//! The beginning of a start: what it selects is checked, what is inherited is filled in, the task is stored, and a job is enqueued.
 
 use std::time::Duration;
 
