@@ -191,7 +191,7 @@ impl Product {
         };
         let start = StartConfig {
             allow_insecure_git_access: true,
-            patience: Duration::from_secs(60),
+            inline_wait: Duration::from_secs(60),
             // Long, for a server that works on a slow machine.
             mcp_probe_timeout: Duration::from_secs(60),
             web_url: self.web_url.clone(),

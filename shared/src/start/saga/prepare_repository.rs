@@ -8,7 +8,7 @@ use std::time::Duration;
 use secrecy::SecretString;
 
 use super::command::{OneCommand, complaint, note_in, quoted};
-use super::{Folders, Step, StepError, Work};
+use super::{Folders, StartRun, Step, StepError};
 use crate::id;
 use crate::start::store::Change;
 use crate::start::task::StartStatus;
@@ -17,10 +17,10 @@ use crate::user::git::{CloneSource, clone_sources};
 /// Marks the line of the output that says whether there is a browser.
 const BROWSER: &str = "openhands-browser:";
 
-/// See [`Preparation::patience`].
+/// See [`Preparation::inline_wait`].
 const LOCK_PATIENCE: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(5)];
 
-impl Work<'_> {
+impl StartRun<'_> {
     pub(super) async fn prepare_repository(&mut self) -> Result<Step, StepError> {
         let Some((sandbox, agent_server)) = self.running_sandbox().await? else { return Ok(Step::Wait) };
         let folders = self.folders(&sandbox).await?;
@@ -51,7 +51,7 @@ impl Work<'_> {
             identity: [settings.git_user_name.as_deref(), settings.git_user_email.as_deref()],
             credentials: &credentials,
             sources: &sources,
-            patience: LOCK_PATIENCE,
+            inline_wait: LOCK_PATIENCE,
             wanted: self.task.request.selected_branch.as_deref().unwrap_or_default().trim(),
             workspace: &workspace,
             init_without_repository: self.saga.config.init_git_in_empty_workspace,
@@ -93,7 +93,7 @@ struct Preparation<'a> {
     /// Where the repository may be cloned from; none if there is no repository.
     sources: &'a [CloneSource],
     /// How long locks of git are waited for: of the repository, and of the user's configuration.
-    patience: [Duration; 2],
+    inline_wait: [Duration; 2],
     /// The branch, tag or commit that was asked for, or nothing.
     wanted: &'a str,
     /// The branch that is made otherwise.
@@ -116,8 +116,8 @@ impl Preparation<'_> {
         ] {
             script += &format!("{name}={}\n", quoted(value));
         }
-        for (name, patience) in ["patience", "config_patience"].into_iter().zip(self.patience) {
-            script += &format!("{name}={}\n", patience.as_secs());
+        for (name, inline_wait) in ["inline_wait", "config_patience"].into_iter().zip(self.inline_wait) {
+            script += &format!("{name}={}\n", inline_wait.as_secs());
         }
         script += FUNCTIONS;
         script += "set -e\nmkdir -p \"$working_dir\"\ncd \"$working_dir\"\n";
@@ -210,7 +210,7 @@ mod tests {
                 identity: [Some("A user"), Some("user@example.com")],
                 credentials: &format!("{}/credentials", folders.state),
                 sources: &sources,
-                patience: [Duration::from_secs(60), Duration::from_secs(2)],
+                inline_wait: [Duration::from_secs(60), Duration::from_secs(2)],
                 wanted,
                 workspace: "openhands-workspace-1",
                 init_without_repository: true,
@@ -741,15 +741,15 @@ mod tests {
         remote(&scratch);
         let start = Start::new(&scratch);
         assert_eq!(start.ready(""), "");
-        start.git("commit -q --allow-empty -m Work");
+        start.git("commit -q --allow-empty -m StartRun");
         for other in ["-b other", "main", "--detach main", "--orphan new"] {
             start.git(&format!("checkout -q {other}"));
             assert_eq!(start.ready(""), "");
-            assert_eq!(start.head(), "refs/heads/openhands-workspace-1 Work", "{other}");
+            assert_eq!(start.head(), "refs/heads/openhands-workspace-1 StartRun", "{other}");
         }
     }
 
-    /// The product's own patience is longer than an agent's commit with a slow hook takes.
+    /// The product's own inline_wait is longer than an agent's commit with a slow hook takes.
     #[test]
     fn a_commit_with_a_slow_hook_is_waited_for() {
         assert!(LOCK_PATIENCE[0] >= Duration::from_secs(30));
@@ -932,7 +932,7 @@ mod tests {
                 }
                 assert_eq!(scratch.read("workspace/project/r/.git/openhands-base"), expected, "{wanted}");
                 if start.head().starts_with("refs") {
-                    start.git("commit -q --allow-empty -m Work");
+                    start.git("commit -q --allow-empty -m StartRun");
                 }
             }
             // The branch was replaced by another of the same name.
