@@ -1,4 +1,5 @@
-//! Errors of agent servers that stay: they end a start as soon as that is clear, and say what is wrong and what to do.
+//! Errors of the agent server during a start: permanent ones end the start without useless retries, and its detail says
+//! what is wrong and what to do.
 
 use std::time::Duration;
 
@@ -12,19 +13,19 @@ use crate::alarms::Log;
 use crate::support::stand_in_agent::{Fault, Kind, Nth};
 use crate::support::worker_harness::{SESSION_KEY, WorkerHarness, quick};
 
-/// Recorded from running agent servers: to the body of a start with one mistake in it, and, of the disk, from a server on a full one
-/// and on one that cannot be written to.
+/// Responses of running agent servers, recorded: to a create body with one mistake in it, and, for the disk errors,
+/// from a server whose disk is full or read-only.
 const RECORDED: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/data/agent-server/create-errors.json"));
 const CREATE: &str = "POST /api/conversations";
 const SEND: &str = "POST /api/conversations/{id}/events";
-/// How often an error of an unknown or uncertain cause is tried.
+/// The number of attempts after an error of an unknown or uncertain cause.
 const TRIES: usize = 3;
 
 fn message() -> Value {
     json!({"initial_message": {"content": [{"type": "text", "text": "hi"}]}})
 }
 
-/// How often the agent server was asked for a start's conversation: to create it, or for its first message.
+/// The number of requests for the start's conversation: to create it, or with its first message.
 fn tries(rig: &WorkerHarness) -> usize {
     rig.agent.requests_to(CREATE).len() + rig.agent.requests_to(SEND).len()
 }
@@ -33,7 +34,8 @@ fn detail(record: &StartTaskRecord) -> &str {
     record.now.detail.as_deref().unwrap_or_default()
 }
 
-/// What each recorded mistake comes to: how often it is tried, whose fault it is, and what the user reads of it first.
+/// What each recorded mistake must lead to: the number of attempts, whose fault it is, and the beginning of the message
+/// for the user.
 fn expected(mistake: &str, status: u64) -> (usize, &'static str, &'static str) {
     const PLUGIN: &str = "A plugin cannot be loaded; correct its source";
     const VERSION: &str = "The agent server lacks a tool or a prompt";
@@ -47,7 +49,7 @@ fn expected(mistake: &str, status: u64) -> (usize, &'static str, &'static str) {
         ("mcp server without an address", _) => (1, "user", "An MCP server of the settings is invalid"),
         ("skill twice", _) => (1, "user", "A skill is invalid"),
         ("no such tool" | "no such default tool" | "no such prompt", _) => (1, "server", VERSION),
-        // The form of the body, and what users have no say in, are our doing.
+        // The format of the body, and fields that users do not control, are this server's responsibility.
         ("mcp server of another form" | "no such analyzer" | "tag with a bad name", 422) => {
             (1, "server", "The agent server answered 422")
         }
@@ -86,7 +88,7 @@ async fn every_recorded_mistake_ends_its_start_as_soon_as_it_is_clear() {
         assert_eq!(tries(&rig), expected_tries, "{case}: {:#?}", rig.agent.requests());
         assert!(detail(&ended).contains(advice), "{case}: {}", detail(&ended));
         assert!(!detail(&ended).contains("Internal Server Error\""), "{case}: {}", detail(&ended));
-        // Its own words follow.
+        // The agent server's own message follows.
         if let Some(words) = answer["answer"]["exception"].as_str() {
             let first_line = words.lines().next().expect("a line").trim();
             assert!(detail(&ended).contains(first_line), "{case}: {}", detail(&ended));
@@ -101,7 +103,8 @@ async fn every_recorded_mistake_ends_its_start_as_soon_as_it_is_clear() {
     assert_eq!(versions.len(), 3, "{versions:?}");
 }
 
-/// An unknown error is tried a few times, wherever it comes, and no more; errors of the way there as often as anything else.
+/// An unknown error gets three attempts, in whatever step it occurs; network errors and overload get as many as any
+/// other temporary error.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_unknown_error_is_tried_a_few_times_and_one_of_the_way_there_more_often() {
     let unknown =
@@ -132,7 +135,7 @@ async fn an_unknown_error_is_tried_a_few_times_and_one_of_the_way_there_more_oft
     }
 }
 
-/// Errors of the agent server with errors of the way there between them are not in a row.
+/// Errors of the agent server with network errors between them do not count as consecutive.
 #[tokio::test]
 async fn errors_that_are_not_in_a_row_do_not_end_a_start() {
     let rig = WorkerHarness::start(quick()).await;
@@ -148,7 +151,7 @@ async fn errors_that_are_not_in_a_row_do_not_end_a_start() {
     rig.finish().await;
 }
 
-/// What a failed start could not remove is named.
+/// `detail` names what a failed start could not remove.
 #[tokio::test]
 async fn a_conversation_that_cannot_be_removed_is_named() {
     let rig = WorkerHarness::start(quick()).await;
@@ -167,7 +170,7 @@ async fn a_conversation_that_cannot_be_removed_is_named() {
     rig.finish().await;
 }
 
-/// The count outlives workers: a start that waits is given back to the queue between any two tries.
+/// The error count survives a change of worker: a waiting start is released to the queue between any two attempts.
 #[tokio::test]
 async fn a_worker_without_patience_counts_the_errors_of_those_before_it() {
     let rig = WorkerHarness::start(StartConfig { inline_wait: Duration::ZERO, ..quick() }).await;
@@ -179,8 +182,8 @@ async fn a_worker_without_patience_counts_the_errors_of_those_before_it() {
     rig.finish().await;
 }
 
-/// Our probe of the sandbox finds a browser, and the agent server does not: it keeps the conversation that it could not finish, and
-/// a second one with the same id would be that one.
+/// The start's check of the sandbox finds a browser, but the agent server does not: it keeps the conversation whose
+/// setup failed, so another request with the same id would return that one.
 #[tokio::test]
 async fn without_a_browser_the_conversation_is_made_anew_without_its_tool() {
     let recorded: Vec<Value> = serde_json::from_str(RECORDED).expect("recorded answers");
@@ -196,7 +199,7 @@ async fn without_a_browser_the_conversation_is_made_anew_without_its_tool() {
     rig.finish().await;
 }
 
-/// In a sandbox that was there before, nothing of a start stays that failed.
+/// In a sandbox that existed before the start, nothing of a failed start remains.
 #[tokio::test]
 async fn a_failed_start_takes_its_conversation_out_of_a_sandbox_that_stays() {
     let rig = WorkerHarness::start(quick()).await;
@@ -210,16 +213,16 @@ async fn a_failed_start_takes_its_conversation_out_of_a_sandbox_that_stays() {
     assert_eq!(ended.now.status, StartStatus::Error, "{}", detail(&ended));
     let left: Vec<Uuid> = rig.agent.conversations().iter().map(|conversation| conversation.id).collect();
     assert_eq!(left, [first.conversation_id]);
-    assert!(!rig.sandboxes.made()[&sandbox].deleted, "the first conversation lives in it");
+    assert!(!rig.sandboxes.made()[&sandbox].deleted, "the first conversation uses it");
     assert_eq!(rig.conversations.count(&rig.user, &Filter::default()).await.expect("a count"), 1);
-    // A conversation that was there before is not the failed start's to remove.
+    // The failed start must not remove a conversation that existed before it.
     let mut again = body.clone();
     again["conversation_id"] = first.conversation_id.to_string().into();
     rig.agent.inject(Fault::new(CREATE, Nth::Always, Kind::Status(422, r#"{"detail":"no"}"#.into())));
     let third = rig.begin(&again).await;
     assert_eq!(rig.drive(third.id).await.now.status, StartStatus::Error);
     assert_eq!(rig.agent.conversations().len(), 1);
-    // Nor is one that somebody talks to at the agent server, of which this server has no record.
+    // Nor a conversation that another client created at the agent server, of which this server has no record.
     let theirs = Uuid::new_v4();
     rig.agent.clear_faults();
     rig.agent.clear_setup_failure();

@@ -1,4 +1,5 @@
-//! Who is let in: API keys and the tokens of an issuer, against whatever else comes in their place.
+//! The Lambda authorizer: it accepts API keys and the OIDC issuer's JWTs, and refuses forged, expired or revoked
+//! credentials.
 
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -56,7 +57,7 @@ impl Signer {
     pub fn rsa(id: &'static str) -> Self {
         let pair = KeyPair::generate(KeySize::Rsa2048).expect("a key");
         let pkcs8: Pkcs8V1Der<'_> = pair.as_der().expect("its form");
-        // Behind 26 bytes that say that it is one stands the key in the form of PKCS #1.
+        // The first 26 bytes identify the algorithm; the key in PKCS #1 format follows.
         Self { id, algorithm: Algorithm::RS256, key: EncodingKey::from_rsa_der(&pkcs8.as_ref()[26..]) }
     }
 
@@ -76,7 +77,7 @@ impl Signer {
     }
 }
 
-/// An issuer whose keys can be changed, and which counts how often it is asked for them.
+/// A stub OIDC issuer whose keys (JWKS) a test can change, and which counts how often they are requested.
 pub struct Issuer {
     pub server: Server,
     keys: Arc<Mutex<Value>>,
@@ -122,7 +123,7 @@ impl Issuer {
         json!({"iss": self.server.url(), "aud": AUDIENCE, "sub": subject, "iat": now, "exp": now + 60})
     }
 
-    /// Those of somebody, changed; `null` takes one out.
+    /// The claims of a user, with changes; `null` removes a claim.
     fn claims_with(&self, changes: &Value) -> Value {
         let mut claims = self.claims("somebody");
         for (name, value) in changes.as_object().expect("an object") {
@@ -135,7 +136,7 @@ impl Issuer {
     }
 }
 
-/// Tokens of the issuer, signed by this key of its, that do not hold: whose, when and for whom they are is not as it should be.
+/// Invalid tokens of the issuer, correctly signed with this key: wrong claims about user, time or audience.
 pub fn invalid(issuer: &Issuer, signer: &Signer) -> Vec<(String, String)> {
     let now = Time::now().unix_seconds();
     let claims = [
@@ -153,13 +154,13 @@ pub fn invalid(issuer: &Issuer, signer: &Signer) -> Vec<(String, String)> {
         json!({"sub": ""}),
         json!({"sub": 7}),
         json!({"sub": "x".repeat(256)}),
-        // The local user is nobody here.
+        // The local user does not exist on AWS.
         json!({"sub": "local"}),
     ];
     claims.iter().map(|changes| (changes.to_string(), signer.sign(&issuer.claims_with(changes)))).collect()
 }
 
-/// What looks like tokens of the issuer, whose keys `one` and `two` these are, and was not made by it.
+/// Forged tokens that look like those of the issuer, whose real keys are `rsa` and `ec`.
 pub fn forged(issuer: &Issuer, rsa: &Signer, ec: &Signer) -> Vec<(String, String)> {
     let stranger = Signer::ec("two");
     let good = ec.sign(&issuer.claims("somebody"));
@@ -187,7 +188,7 @@ pub fn forged(issuer: &Issuer, rsa: &Signer, ec: &Signer) -> Vec<(String, String
         ("HS256 with the public key's bytes", hmac(&BASE64URL.decode(&public.n).expect("bytes"), "one")),
         ("HS256 with the issuer's document", hmac(document.as_bytes(), "one")),
         ("an extension that must be understood", format!("{critical}.{body}.{signature}")),
-        ("a stranger's key under the name of ours", stranger.sign(&issuer.claims("somebody"))),
+        ("another key with the key id of the issuer's", stranger.sign(&issuer.claims("somebody"))),
         ("the name of another of its keys", header(ec, Algorithm::ES256, Some("one"))),
         ("another algorithm than the key is for", header(rsa, Algorithm::PS256, Some("one"))),
         ("nothing", ".".to_owned()),
@@ -219,7 +220,7 @@ impl WorkerHarness {
         Self { keys, config, authorizer, engines, folder }
     }
 
-    /// The user that a request with this header is let in as; `None` when it is refused with 401.
+    /// The user that a request with this header is authorized as; `None` if the response is 401.
     async fn user(&self, header: &str, value: &str) -> Option<String> {
         let arn = "arn:aws:execute-api:eu-central-1:123456789012:abcdef/live/GET/api/v1/app-conversations";
         let event =
@@ -233,7 +234,7 @@ impl WorkerHarness {
                 Some(answer["context"]["user_id"].as_str().expect("text").to_owned())
             }
             Err(refusal @ Refusal::Unauthorized) => {
-                // API Gateway answers 401 for this text, and 500 for every other one.
+                // API Gateway responds with 401 to this text, and with 500 to every other one.
                 assert_eq!(refusal.to_string(), "Unauthorized");
                 None
             }
@@ -264,7 +265,7 @@ async fn tokens_of_the_issuer_are_let_in_and_nothing_like_them() {
         }
         assert_eq!(rig.user("Cookie", &token).await, None);
     }
-    assert_eq!(issuer.asked.load(Ordering::Relaxed), 1, "keys are kept");
+    assert_eq!(issuer.asked.load(Ordering::Relaxed), 1, "keys are cached");
 
     // Clocks differ by a few seconds; an audience may be one of several.
     let now = Time::now().unix_seconds();
@@ -283,13 +284,13 @@ async fn tokens_of_the_issuer_are_let_in_and_nothing_like_them() {
     let header = |signer: &Signer, algorithm, kid: Option<&str>| {
         signer.sign_with(&Header { kid: kid.map(str::to_owned), ..Header::new(algorithm) }, &issuer.claims("somebody"))
     };
-    // Which of several keys it is has to be said, unless only one fits.
+    // With several keys a token must name its key, unless only one fits the algorithm.
     assert_eq!(rig.bearer(&header(&ec, Algorithm::ES256, None)).await.as_deref(), Some("somebody"));
-    assert_eq!(issuer.asked.load(Ordering::Relaxed), 1, "no refused token made it ask");
+    assert_eq!(issuer.asked.load(Ordering::Relaxed), 1, "refused tokens cause no request for keys");
     rig.engines.shutdown().await;
 }
 
-/// A clock that goes when it is told to.
+/// A clock that a test sets forward.
 #[derive(Clone)]
 struct Hands(Instant, Arc<AtomicU64>);
 
@@ -308,21 +309,21 @@ impl Hands {
     }
 }
 
-/// What a token is answered with.
+/// The authorizer's decision on a token.
 async fn verdict(authorizer: &Authorizer, token: &str) -> &'static str {
     let event = json!({"methodArn": "arn", "headers": {"X-Access-Token": token}});
     match authorizer.handle(event).await {
         Ok(_) => "let in",
         Err(Refusal::Unauthorized) => "refused",
         Err(refusal @ Refusal::Unknown(_)) => {
-            // Without keys nobody can say whether a token holds: that is no 401.
+            // Without keys the authorizer cannot decide whether a token is valid, so the response is not 401.
             assert_ne!(refusal.to_string(), "Unauthorized");
             "unknown"
         }
     }
 }
 
-/// A pause with as much added to it as is at most.
+/// A pause with the largest possible jitter.
 fn at_most(pause: Duration) -> Duration {
     pause.mul_f64(1.5)
 }
@@ -352,18 +353,18 @@ async fn keys_of_the_issuer_are_read_again_when_they_change_but_not_for_every_ma
     issuer.publish(&[&old, &new]);
     assert_eq!(verdict(&authorizer, &news).await, "let in");
     assert_eq!(asked(), 2);
-    // However many names are made up in a minute, by whomever: one reading.
+    // However many unknown key ids callers send within a minute, the keys are requested once.
     hands.forward(at_most(UNKNOWN_KEY_PAUSE));
     for number in 0..20 {
         let header = Header { kid: Some(format!("made up {number}")), ..Header::new(Algorithm::ES256) };
         assert_eq!(verdict(&authorizer, &new.sign_with(&header, &issuer.claims("somebody"))).await, "refused");
     }
     assert_eq!(asked(), 3);
-    // An authorizer that starts later knows the new one.
+    // An authorizer that starts later has the new key.
     rig.authorizer = Authorizer::new(&rig.config, rig.keys.clone());
     assert!(rig.bearer(&news).await.is_some());
 
-    // An issuer that says it is another one.
+    // An issuer whose metadata names another issuer.
     let oidc = OidcConfig { issuer: format!("{}/tenant", issuer.server.url()), audience: AUDIENCE.into() };
     let other = Authorizer::new(&AuthorizerConfig { oidc: Some(oidc), ..rig.config.clone() }, rig.keys.clone());
     assert_eq!(verdict(&other, &olds).await, "unknown");
@@ -382,7 +383,7 @@ async fn keys_hold_for_a_day_without_their_issuer_and_then_no_more() {
     let mut claims = issuer.claims("somebody");
     claims["exp"] = json!(Time::now().unix_seconds() + 10_000);
     let token = signer.sign(&claims);
-    // An issuer that fails is not asked for each request, and asked again soon.
+    // Keys are not requested again for each request while the issuer fails, but after a short pause.
     for _ in 0..5 {
         assert_eq!(verdict(&authorizer, &token).await, "unknown");
     }
@@ -390,16 +391,16 @@ async fn keys_hold_for_a_day_without_their_issuer_and_then_no_more() {
     issuer.publish(&[&signer]);
     hands.forward(at_most(FAILURE_PAUSE));
     assert_eq!(verdict(&authorizer, &token).await, "let in");
-    // Keys of an hour ago are read again; while that fails they hold.
+    // Keys are requested again after an hour; while that fails the cached ones stay valid.
     issuer.fail();
     hands.forward(Duration::from_secs(3600));
     assert_eq!(verdict(&authorizer, &token).await, "let in");
     let before = asked();
     assert_eq!(verdict(&authorizer, &token).await, "let in");
-    assert_eq!(asked(), before, "not for each request");
+    assert_eq!(asked(), before, "keys are not requested for each request");
     hands.forward(STALE.checked_sub(Duration::from_secs(3601)).expect("a day is longer"));
     assert_eq!(verdict(&authorizer, &token).await, "let in");
-    // A day after they were read they do not, also between two tries.
+    // A day after the last success they expire, also between two attempts.
     hands.forward(Duration::from_secs(2));
     for _ in 0..3 {
         assert_eq!(verdict(&authorizer, &token).await, "unknown");
@@ -433,12 +434,12 @@ async fn api_keys_let_in_until_they_are_revoked_and_are_nowhere_stored() {
     {
         assert_eq!(rig.bearer(wrong).await, None, "{wrong}");
     }
-    // Where no issuer is configured no token holds.
+    // Without a configured issuer no JWT is accepted.
     let signer = Signer::ec("any");
     let claims = json!({"iss": "", "aud": AUDIENCE, "sub": "ann", "exp": Time::now().unix_seconds() + 60});
     assert_eq!(rig.bearer(&signer.sign(&claims)).await, None);
 
-    // Another user's key is no key.
+    // Another user cannot revoke the key.
     assert!(!rig.keys.revoke(&bob, key.id).await.expect("the store"));
     assert!(!rig.keys.revoke(&ann, Uuid::new_v4()).await.expect("the store"));
     assert_eq!(rig.bearer(secret.expose_secret()).await.as_deref(), Some("ann"));
@@ -465,8 +466,8 @@ async fn api_keys_let_in_until_they_are_revoked_and_are_nowhere_stored() {
     }
     let stored = std::fs::read(folder.join("dynamodb.sqlite")).expect("the store");
     let holds = |text: &str| stored.windows(text.len()).any(|window| window == text.as_bytes());
-    assert!(holds("another"), "this is where keys are");
-    assert!(!holds(bobs.expose_secret()) && !holds(secret.expose_secret()), "keys in clear");
+    assert!(holds("another"), "the file contains the rows of keys");
+    assert!(!holds(bobs.expose_secret()) && !holds(secret.expose_secret()), "keys are stored in plain text");
 }
 
 #[tokio::test]
@@ -486,8 +487,8 @@ async fn a_store_that_fails_is_no_refusal() {
     for event in [json!({}), json!([]), json!({"headers": {}})] {
         assert!(rig.authorizer.handle(event).await.is_err());
     }
-    let nobody = rig.authorizer.handle(json!({"methodArn": "arn", "headers": null})).await.expect_err("nobody");
-    assert!(matches!(nobody, Refusal::Unauthorized), "{nobody:?}");
+    let refusal = rig.authorizer.handle(json!({"methodArn": "arn", "headers": null})).await.expect_err("no credentials");
+    assert!(matches!(refusal, Refusal::Unauthorized), "{refusal:?}");
 }
 
 #[tokio::test]
@@ -506,7 +507,7 @@ async fn the_command_makes_lists_and_revokes_keys() {
     assert!(run(ApiKeyCommand::Revoke { id, place: place.clone() }).await.is_some());
     assert_eq!(run(ApiKeyCommand::Revoke { id, place: place.clone() }).await, None);
     assert_eq!(run(ApiKeyCommand::List { place }).await.as_deref(), Some(""));
-    let nobody = PlaceOptions { stack: Some("stack".into()), ..PlaceOptions::default() };
-    let error = api_keys::run(&ApiKeyCommand::List { place: nobody }, data).await.expect_err("whose?");
+    let without_user = PlaceOptions { stack: Some("stack".into()), ..PlaceOptions::default() };
+    let error = api_keys::run(&ApiKeyCommand::List { place: without_user }, data).await.expect_err("no user");
     assert!(error.to_string().contains("--user"), "{error}");
 }

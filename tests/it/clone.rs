@@ -1,4 +1,4 @@
-//! Clones, scripts and hooks of starts, on a git host that asks for credentials.
+//! The repository steps of a start: clone, setup script and git hook, with a git host that requires credentials.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -10,7 +10,7 @@ use shared::start::task::{StartStatus, StartTaskRecord};
 use crate::support::git_server::GitServer;
 use crate::support::worker_harness::{WorkerHarness, quick};
 
-const TOKEN: &str = "token-that-nobody-may-see-93b0";
+const TOKEN: &str = "token-that-must-stay-secret-93b0";
 
 async fn rig(git: &GitServer) -> WorkerHarness {
     let rig = WorkerHarness::start(StartConfig { allow_insecure_git_access: true, ..quick() }).await;
@@ -19,7 +19,7 @@ async fn rig(git: &GitServer) -> WorkerHarness {
     rig
 }
 
-/// A start to its end, in the sandbox of the start before if there was one.
+/// Runs a start to its end, in the sandbox of the previous start if there is one.
 async fn start(rig: &WorkerHarness, repository: &str, branch: Option<&str>) -> StartTaskRecord {
     let sandbox = rig.sandboxes.made().keys().next().cloned();
     let body = json!({"selected_repository": repository, "selected_branch": branch, "sandbox_id": sandbox});
@@ -29,7 +29,7 @@ async fn start(rig: &WorkerHarness, repository: &str, branch: Option<&str>) -> S
 async fn ready(rig: &WorkerHarness, repository: &str, branch: Option<&str>) -> String {
     let done = start(rig, repository, branch).await;
     assert_eq!(done.now.status, StartStatus::Ready, "{repository} {branch:?}: {:?}", done.now.detail);
-    // Whether this machine has a browser is another matter.
+    // The note about a missing browser depends on the machine.
     let detail = done.now.detail.unwrap_or_default();
     detail.lines().filter(|line| !line.contains("Chromium")).collect::<Vec<_>>().join("\n")
 }
@@ -72,7 +72,7 @@ async fn branches_of_a_private_repository_are_found_whatever_else_has_their_name
     host.require("someone", TOKEN);
     let files = [("release/notes.txt", "Notes\n", false), ("README.md", "Read me\n", false)];
     host.create_repository("owner/project", &files, &["release", "v2", "feature/größe#1"]).await;
-    // Tags of the same names, at another commit.
+    // Tags with the names of the branches, at another commit.
     for name in ["release", "v2", "v1"] {
         host.git("owner/project", &["tag", name, "main"]).await;
     }
@@ -92,7 +92,7 @@ async fn branches_of_a_private_repository_are_found_whatever_else_has_their_name
         let own = expected.trim_start_matches("refs/heads/");
         assert_eq!(file, if own == "main" { "" } else { own }, "{branch}");
     }
-    // A branch that came after the clone, and that only who has the token can fetch.
+    // A branch that was created after the clone, and that can be fetched only with the token.
     host.git("owner/project", &["branch", "later", "refs/heads/v2"]).await;
     assert_eq!(ready(&rig, "owner/project", Some("later")).await, "");
     assert_eq!(git(&clone, &["symbolic-ref", "-q", "HEAD"]), "refs/heads/later");
@@ -164,7 +164,7 @@ async fn scripts_run_as_they_are_and_leave_no_trace() {
         assert_eq!(git(&clone, &["status", "--porcelain", "--ignored"]), "");
         assert!(!clone.join(".husky/pre-commit.local").exists());
     }
-    // As everything else that this process makes.
+    // With the same modes as everything else that this process creates.
     let plain = rig.agent.root().join("plain");
     std::fs::create_dir(&plain).expect("a folder");
     std::fs::write(plain.join("file"), "").expect("a file");
@@ -176,7 +176,7 @@ async fn scripts_run_as_they_are_and_leave_no_trace() {
     rig.finish().await;
 }
 
-/// A note of a step is not lost when a later step fails.
+/// A note of one step is kept if a later step fails.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_script_that_fails_is_quoted_beside_the_other_notes() {
     let files = [(".openhands/setup.sh", "echo 'no compiler' >&2\r\nexit 4\r\n", false)];

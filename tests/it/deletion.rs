@@ -1,4 +1,4 @@
-//! Deleting conversations: gone at once for their user, and in the end nothing is left, wherever a worker crashes.
+//! Deletion of conversations: immediate for the user, and complete in the end, whichever call a worker crashes at.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use uuid::Uuid;
 use crate::support::fault_proxy::{Moment, Stop};
 use crate::support::worker_harness::{WorkerHarness, quick};
 
-/// A READY conversation with two events, of which one is in the bucket.
+/// A READY conversation with two events, one of them in the bucket.
 async fn conversation(rig: &WorkerHarness, body: serde_json::Value) -> StartTaskRecord {
     let task = rig.begin(&body).await;
     let ready = rig.drive(task.id).await;
@@ -30,7 +30,7 @@ async fn conversation(rig: &WorkerHarness, body: serde_json::Value) -> StartTask
     ready
 }
 
-/// A message too long to be kept in the row of its task.
+/// A message too long to be stored in the row of its task.
 fn long_message() -> serde_json::Value {
     json!({"initial_message": {"content": [{"type": "text", "text": "long ".repeat(4000)}]}})
 }
@@ -39,7 +39,7 @@ fn everything() -> Filter {
     Filter { include_sub_conversations: true, ..Filter::default() }
 }
 
-/// Fails if anything of the conversation is left but what another one shares with it.
+/// Asserts that nothing of the conversation is left, except what it shares with another one.
 async fn assert_nothing_left(rig: &WorkerHarness, started: &StartTaskRecord, case: &str) {
     let id = started.conversation_id;
     assert!(rig.conversations.get(&rig.user, id).await.expect("the store").is_none(), "{case}: the record");
@@ -48,13 +48,13 @@ async fn assert_nothing_left(rig: &WorkerHarness, started: &StartTaskRecord, cas
     assert!(rig.tasks.get(&rig.user, started.id).await.expect("the store").is_none(), "{case}: its task");
     let events = &rig.context.deletion.events;
     assert_eq!(events.count(&rig.user, id, &EventFilter::default()).await.expect("a count"), 0, "{case}: events");
-    // The copy of its agent server goes by itself or with the sandbox.
+    // The agent server's copy is removed by itself or with the sandbox.
     let sandbox = &rig.sandboxes.made()[started.now.sandbox_id.as_ref().expect("a sandbox")];
     let copied = rig.agent.conversations().iter().any(|known| known.id == id);
     assert!(sandbox.deleted || !copied, "{case}: the agent server's copy");
 }
 
-/// Works until the queue and the index of deletions are empty.
+/// Handles jobs until the queue and the index of deletions are empty.
 async fn settle(rig: &WorkerHarness) {
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
@@ -64,7 +64,7 @@ async fn settle(rig: &WorkerHarness) {
         if rig.conversations.deletions().due(Time::now()).await.0.is_empty() {
             return;
         }
-        assert!(Instant::now() < deadline, "a deletion is left");
+        assert!(Instant::now() < deadline, "a deletion is not finished");
         rig.sweep().await;
     }
 }
@@ -83,18 +83,18 @@ async fn a_deleted_conversation_is_gone_at_once_and_then_with_all_that_belongs_t
     assert!(deleter.delete(&rig.user, parent.conversation_id).await.expect("deleted"));
     for gone in [&parent, &child] {
         assert!(rig.conversations.get(&rig.user, gone.conversation_id).await.expect("the store").is_none());
-        assert!(!deleter.delete(&rig.user, gone.conversation_id).await.expect("nothing"), "it does not exist any more");
+        assert!(!deleter.delete(&rig.user, gone.conversation_id).await.expect("nothing"), "it no longer exists");
     }
     assert_eq!(rig.conversations.count(&rig.user, &everything()).await.expect("a count"), 1);
     assert_eq!(rig.conversations.count(&rig.user, &Filter::default()).await.expect("a count"), 1);
-    assert!(!rig.sandboxes.made()[&sandbox].deleted, "that is the worker's business");
+    assert!(!rig.sandboxes.made()[&sandbox].deleted, "only the worker deletes the sandbox");
 
     settle(&rig).await;
     for gone in [&parent, &child] {
         assert_nothing_left(&rig, gone, "deleted").await;
     }
-    assert!(rig.sandboxes.made()[&sandbox].deleted, "nobody uses it any more");
-    // The other one has everything that it had.
+    assert!(rig.sandboxes.made()[&sandbox].deleted, "no conversation uses it any more");
+    // The other conversation is complete.
     let id = other.conversation_id;
     assert!(rig.conversations.get(&rig.user, id).await.expect("the store").is_some());
     assert_eq!(rig.tasks.count(&rig.user, &shared::start::store::Filter::default()).await.expect("a count"), 1);
@@ -118,7 +118,7 @@ async fn a_sandbox_stays_while_another_conversation_or_a_start_needs_it() {
     assert_nothing_left(&rig, &first, "the first").await;
     assert!(!rig.sandboxes.made()[&sandbox].deleted);
 
-    // A start that has chosen the sandbox and is not finished: its bell is not heard yet.
+    // A start that has chosen the sandbox and is not finished: its job has not been handled to the end.
     let third = rig.begin(&json!({"sandbox_id": sandbox})).await;
     let bell = rig.receive().await.expect("a message");
     let chosen = async {
@@ -134,7 +134,7 @@ async fn a_sandbox_stays_while_another_conversation_or_a_start_needs_it() {
     deleter.delete(&rig.user, second.conversation_id).await.expect("deleted");
     let deletion = rig.receive().await.expect("a message");
     rig.handle(&deletion).await;
-    assert!(!rig.sandboxes.made()[&sandbox].deleted, "a start is on its way into it");
+    assert!(!rig.sandboxes.made()[&sandbox].deleted, "an unfinished start uses it");
     let ready = rig.drive(third.id).await;
     assert_eq!(ready.now.status, StartStatus::Ready, "{:?}", ready.now.detail);
     rig.finish().await;
@@ -152,10 +152,10 @@ async fn a_lost_message_is_rung_again() {
         if let Some(message) = rig.receive().await {
             break message;
         }
-        assert!(Instant::now() < deadline, "nobody rang");
+        assert!(Instant::now() < deadline, "the sweep has not requeued the deletion");
     };
     rig.handle(&message).await;
-    assert_nothing_left(&rig, &started, "rung again").await;
+    assert_nothing_left(&rig, &started, "requeued").await;
     rig.finish().await;
 }
 
@@ -221,7 +221,7 @@ async fn many_who_delete_the_same_conversation_count_it_off_once() {
     assert_eq!(answers.iter().filter(|deleted| **deleted).count(), 1, "{answers:?}");
     assert_eq!(rig.conversations.count(&rig.user, &everything()).await.expect("a count"), 1);
     settle(&rig).await;
-    assert_nothing_left(&rig, &started, "deleted by many").await;
+    assert_nothing_left(&rig, &started, "deleted concurrently").await;
     assert!(rig.conversations.get(&rig.user, kept.conversation_id).await.expect("the store").is_some());
     rig.finish().await;
 }

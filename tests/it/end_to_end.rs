@@ -1,7 +1,7 @@
-//! The whole product on real agent servers: what a user sees from the first request to the agent's answer. The language
+//! The whole product on real agent servers: what a user sees from the first request to the agent's reply. The language
 //! model and the git host are scripted.
 //!
-//! Agent servers are expensive, so each test does many things in few sandboxes.
+//! Agent servers are expensive, so each test checks many things in few sandboxes.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -19,11 +19,11 @@ use crate::support::product::{
 use crate::support::scripted_llm::{COMPLETION_TOKENS, DEFAULT_TITLE, PROMPT_TOKENS, Reply, ScriptedLlm};
 use crate::support::wait::wait_until;
 
-/// The SDK gives a model that does not answer about two minutes.
+/// The SDK retries a model that does not respond for about two minutes.
 const DEAD_MODEL_LIMIT: Duration = Duration::from_secs(200);
-/// What an agent server sends within seconds, on a machine that is busy with other tests.
+/// Agent servers send their webhooks within seconds, but the machine may be busy with other tests.
 const TOLD_LIMIT: Duration = Duration::from_secs(180);
-const TOKEN: &str = "token-that-nobody-may-see-7f3a";
+const TOKEN: &str = "token-that-must-stay-secret-7f3a";
 
 fn settings(model_url: &str) -> Value {
     json!({
@@ -39,7 +39,7 @@ fn hex(id: &str) -> String {
     Uuid::parse_str(id).expect("an id").simple().to_string()
 }
 
-/// The model's requests of the conversation that was told this.
+/// The model's requests of the conversation with this message.
 fn requests_with(llm: &ScriptedLlm, said: &str) -> Vec<Value> {
     let about = |request: &Value| {
         let messages = request["messages"].as_array().into_iter().flatten();
@@ -52,7 +52,7 @@ fn requests_with(llm: &ScriptedLlm, said: &str) -> Vec<Value> {
 
 #[track_caller]
 fn request_with(llm: &ScriptedLlm, said: &str) -> Value {
-    requests_with(llm, said).pop().unwrap_or_else(|| panic!("the model was never told `{said}`"))
+    requests_with(llm, said).pop().unwrap_or_else(|| panic!("no request to the model contains `{said}`"))
 }
 
 fn system_prompt(request: &Value) -> String {
@@ -73,10 +73,10 @@ fn assert_in_order(seen: &[String]) {
     let places: Vec<Option<usize>> =
         seen.iter().map(|status| STATUSES.iter().position(|known| known == status)).collect();
     assert!(places.iter().all(Option::is_some), "unknown statuses: {seen:?}");
-    assert!(places.is_sorted_by(|one, next| one < next), "statuses go back: {seen:?}");
+    assert!(places.is_sorted_by(|one, next| one < next), "statuses are out of order: {seen:?}");
 }
 
-/// Without a model, and without any other setting: a conversation from its start to its answer, which says what it is.
+/// Without a model or any other setting, a demo conversation runs to its reply, which says that it is a demo.
 #[tokio::test]
 async fn a_demo_needs_no_model() {
     let product = Product::demo().await;
@@ -89,7 +89,7 @@ async fn a_demo_needs_no_model() {
     assert!(said.len() == 1 && said[0].contains("a script wrote this answer"), "{said:?}");
     let written = product.get(&format!("/{id}/file?file_path=/workspace/project/hello.txt")).await;
     assert_eq!(written, "Written by an agent that follows a script.\n");
-    // Real conversations would be elsewhere.
+    // Real conversations would use another folder.
     assert!(product.data().join("demo/sandboxes").is_dir() && !product.data().join("sandboxes").exists());
     product.shutdown().await;
 }
@@ -159,7 +159,7 @@ async fn a_first_message_is_answered(product: &Product, llm: &ScriptedLlm) -> St
     assert_eq!(hex(&text(&info["id"])), hex(&id), "{info:#}");
     assert_eq!(agent.said_by("user").await, ["Say hello"]);
     assert_eq!(agent.said_by("agent").await, ["Hello from the model"]);
-    assert_eq!(requests_with(llm, "Say hello").len(), 1, "the message is told once");
+    assert_eq!(requests_with(llm, "Say hello").len(), 1, "the message is sent once");
     assert!(agent.folder().await.join(".git").is_dir(), "an empty workspace is a git repository");
 
     wait_until("the events arrive in the store", TOLD_LIMIT, async || {
@@ -170,13 +170,13 @@ async fn a_first_message_is_answered(product: &Product, llm: &ScriptedLlm) -> St
 
     what_the_agent_did_is_told(product, &id).await;
 
-    // Where there is a browser the agent has it, and where there is none the user is told.
+    // If there is a browser the agent has its tool; otherwise `detail` says so.
     let browser = tools(&info).contains(&"browser_tool_set".to_owned());
     assert_eq!(start.detail().contains("Chromium"), !browser, "tools {:?}, detail {:?}", tools(&info), start.detail());
     id
 }
 
-/// The log, the title that the agent found, and what it used.
+/// The event log, the title that the agent generated, and its metrics.
 async fn what_the_agent_did_is_told(product: &Product, id: &str) {
     let log = product.get_from(&format!("/api/v1/conversation/{id}/events/search?kind__eq=MessageEvent")).await;
     let said: Vec<&Value> = log["items"].as_array().expect("items").iter().map(|event| &event["source"]).collect();
@@ -189,7 +189,7 @@ async fn what_the_agent_did_is_told(product: &Product, id: &str) {
     .await;
     wait_until("what the agent used is known", TOLD_LIMIT, async || {
         let usage = product.conversation(id).await["metrics"]["accumulated_token_usage"].clone();
-        // The title costs as much as the answer, and may come later.
+        // The title request uses as many tokens as the reply, and may come later.
         [1, 2].iter().any(|times| {
             usage["prompt_tokens"] == times * PROMPT_TOKENS && usage["completion_tokens"] == times * COMPLETION_TOKENS
         })
@@ -229,7 +229,8 @@ async fn what_a_client_asks_for_is_kept(product: &Product, llm: &ScriptedLlm, sa
     assert_eq!(asked["model"], "another");
     assert!(system_prompt(&asked).contains("Always answer in rhymes."), "{}", system_prompt(&asked));
 
-    // The same again, also without the sandbox's name: the conversation is found, and told nothing twice.
+    // The same request again, also without the sandbox's id: the conversation is found, and its message is not sent
+    // twice.
     for sandbox in [json!(sandbox), Value::Null] {
         let again = product.start_conversation(with(request.clone(), json!({"sandbox_id": sandbox}))).await;
         assert_eq!(again.conversation_id(), start.conversation_id());
@@ -266,7 +267,7 @@ async fn secrets_reach_the_agent_and_nobody_else(product: &Product, llm: &Script
         ("our answer", product.conversation(&id).await.to_string()),
         ("the start task", start.task.to_string()),
     ] {
-        assert!(!said.contains("the-secret-value"), "{what} tells the secret: {said}");
+        assert!(!said.contains("the-secret-value"), "{what} contains the secret: {said}");
     }
 }
 
@@ -283,11 +284,11 @@ async fn a_planning_sub_conversation_works_beside_its_parent(product: &Product, 
     let branch = branch_of(&parent_folder);
     assert!(branch.starts_with("openhands-workspace-"), "{branch}");
 
-    // Another repository of the same name must not be taken for this one.
+    // Another repository of the same name must not be confused with this one.
     let request = json!({"sandbox_id": sandbox, "selected_repository": "stranger/project"});
     let error = product.start_conversation(with(saying("Tear it down"), request)).await.error();
     assert!(error.contains("stranger/project") && error.contains("holds another repository"), "{error}");
-    assert!(requests_with(llm, "Tear it down").is_empty(), "the model is asked nothing");
+    assert!(requests_with(llm, "Tear it down").is_empty(), "no request is sent to the model");
 
     let child = product
         .start_conversation(with(
@@ -362,14 +363,14 @@ async fn a_start_goes_on_when_the_client_of_its_stream_leaves(product: &Product,
     let mut stream = product.post("/stream-start", &request).send().await.expect("an answer");
     let mut told = Vec::new();
     let task = loop {
-        told.extend(stream.chunk().await.expect("the stream goes on").expect("more of it"));
+        told.extend(stream.chunk().await.expect("the stream continues").expect("another chunk"));
         let begun = String::from_utf8_lossy(&told).trim_start_matches(['[', '\n']).to_owned();
         if let Some(Ok(task)) = serde_json::Deserializer::from_str(&begun).into_iter::<Value>().next() {
             break task;
         }
     };
     drop(stream);
-    assert_ne!(task["status"], "READY", "it is too late to leave: {task:#}");
+    assert_ne!(task["status"], "READY", "the start ended before the client disconnected: {task:#}");
     let start = product.follow(&text(&task["id"])).await;
     product.conversation_when(&start.conversation_id(), "finished").await;
 }
@@ -392,15 +393,15 @@ async fn a_refusal_of_the_model_ends_the_conversation_with_its_words(
     assert!(json!(errors).to_string().contains("scripted failure"), "{errors:#?}");
 }
 
-/// A plugin is loaded before the first message: its mistakes end the start. A model is called after it: its mistakes end the
-/// conversation.
+/// A plugin is loaded before the first message, so its errors end the start. A model is called after it, so its errors
+/// end the conversation.
 async fn mistakes_are_named_where_they_show(product: &Product, sandbox: &str) {
     let before: BTreeSet<String> = ids(&product.get("/search?limit=100").await).into_iter().collect();
     let plugin = json!({"sandbox_id": sandbox, "plugins": [{"source": "/no/such/plugin"}]});
     let error = product.start_conversation(with(saying("Load this"), plugin)).await.error();
     assert!(error.starts_with("A plugin cannot be loaded; correct its source"), "{error}");
     assert!(error.ends_with("Local plugin path does not exist: /no/such/plugin"), "{error}");
-    // The agent server had made it, and told us so.
+    // The agent server had created the conversation, and its webhook had created a record.
     wait_until("nothing is left of the conversation", Duration::from_secs(120), async || {
         ids(&product.get("/search?limit=100").await).into_iter().collect::<BTreeSet<_>>() == before
     })
@@ -430,7 +431,7 @@ async fn a_start_resumes_its_paused_sandbox(product: &Product, llm: &ScriptedLlm
 async fn repositories_are_set_up_and_their_token_stays_secret() {
     let llm = ScriptedLlm::start().await;
     let git = GitServer::start().await;
-    // Arrays and [[ ]] are what a plain shell does not know.
+    // A plain shell supports neither arrays nor `[[ ]]`.
     let setup =
         "words=(it ran); if [[ ${words[1]} == r* ]]; then echo \"${words[*]} in $PWD\" > setup-result.txt; fi\n";
     let hook = "#!/bin/bash\nif git diff --cached --name-only | grep -q forbidden; then echo 'No forbidden files' >&2; exit 1; fi\n";
@@ -472,7 +473,7 @@ async fn repositories_are_set_up_and_their_token_stays_secret() {
     let request = json!({"selected_repository": "owner/broken", "git_provider": "github"});
     let second = product.start_conversation(with(saying("Is it broken?"), request)).await;
     let second_id = second.conversation_id();
-    assert_eq!(second.sandbox_id(), start.sandbox_id(), "ADD_TO_ANY adds to what is there");
+    assert_eq!(second.sandbox_id(), start.sandbox_id(), "ADD_TO_ANY uses an existing sandbox");
     for expected in ["setup.sh", "the compiler is missing", "exit code 3"] {
         assert!(second.detail().contains(expected), "no `{expected}` in {}", second.detail());
     }
@@ -487,7 +488,7 @@ async fn repositories_are_set_up_and_their_token_stays_secret() {
     let third_folder = product.at_agent(&third.conversation_id()).await.folder().await;
     assert!(third_folder.ends_with(format!("project/{}", hex(&third.conversation_id()))), "{}", third_folder.display());
 
-    // A start that fails leaves the others' sandbox alone.
+    // A failed start does not remove the other conversations' sandbox.
     let request = json!({"selected_repository": "owner/well-made", "selected_branch": "no-such-branch"});
     let failed = product.start_conversation(with(saying("Which branch?"), request)).await;
     let error = failed.error();
@@ -495,7 +496,7 @@ async fn repositories_are_set_up_and_their_token_stays_secret() {
         assert!(error.contains(expected), "no `{expected}` in {error}");
     }
     assert_eq!(failed.sandbox_id(), start.sandbox_id());
-    assert!(requests_with(&llm, "Which branch?").is_empty(), "the model is asked nothing");
+    assert!(requests_with(&llm, "Which branch?").is_empty(), "no request is sent to the model");
     let shown = product.conversation(&id).await;
     assert_eq!(shown["sandbox_status"], "RUNNING", "{shown:#}");
 
@@ -522,7 +523,7 @@ async fn the_hook_and_the_identity_are_in_place(agent: &AgentConversation, folde
 }
 
 async fn what_was_cloned_can_be_fetched_from_elsewhere_only_with_the_token(agent: &AgentConversation, folder: &Path) {
-    // No credential is left over that git would find by itself.
+    // The clone keeps no credential that git would find by itself.
     let fetched = agent.run(folder, "GIT_TERMINAL_PROMPT=0 GIT_ASKPASS=true git fetch origin").await;
     assert_ne!(fetched.exit_code, 0, "{fetched:?}");
 }
@@ -533,14 +534,14 @@ fn nobody_can_read_the_token(product: &Product, clone: &Path) {
     let files = product.files();
     for place in ["dynamodb.sqlite", "agent-server.log", "bash_events/", ".git/config"] {
         let looked_at = files.iter().any(|file| file.display().to_string().contains(place));
-        assert!(looked_at, "nothing like {place} is among the files");
+        assert!(looked_at, "no file matches {place}");
     }
     let telling: Vec<_> =
         files.iter().filter(|file| std::fs::read(file).is_ok_and(|bytes| contains(&bytes, TOKEN.as_bytes()))).collect();
-    assert!(telling.is_empty(), "the token stands in {telling:#?}");
+    assert!(telling.is_empty(), "the token is in {telling:#?}");
     let log = logged();
     assert!(log.contains("start.ready"), "the log is captured");
-    assert!(!log.contains(TOKEN), "the token stands in the log");
+    assert!(!log.contains(TOKEN), "the token is in the log");
 }
 
 #[tokio::test]
@@ -565,13 +566,13 @@ async fn a_repository_that_cannot_be_had_ends_the_start_and_its_sandbox() {
     assert_eq!(ids(&product.get("/search").await), Vec::<String>::new());
     assert!(product.sandboxes().list(&UserId::local()).await.expect("a list").is_empty(), "the sandbox is removed");
     wait_until("its processes are gone", Duration::from_secs(10), async || product.processes().is_empty()).await;
-    assert!(llm.requests().is_empty(), "the model was asked nothing");
+    assert!(llm.requests().is_empty(), "no request was sent to the model");
     product.shutdown().await;
 }
 
 #[tokio::test]
 async fn a_dead_language_model_ends_the_conversation_and_a_missing_one_the_start() {
-    // A port on which nobody answers.
+    // No server listens on this port.
     let dead = ScriptedLlm::start().await.base_url();
     let product = Product::start(settings(&dead)).await;
     let start = product.start_conversation(saying("Is anybody there?")).await;
@@ -586,7 +587,7 @@ async fn a_dead_language_model_ends_the_conversation_and_a_missing_one_the_start
 
     product.conversation_within(&id, "error", DEAD_MODEL_LIMIT).await;
     let errors = product.at_agent(&id).await.events("ConversationErrorEvent").await;
-    // From 1.49 on, a title that the model did not find is an error of its own, before or after that of the answer.
+    // From 1.49 on, a failed title request is an error of its own, before or after that of the reply.
     let of_a_title = usize::from(is_from(49));
     assert!((1..=1 + of_a_title).contains(&errors.len()), "{errors:#?}");
     assert!(errors.iter().all(|error| text(&error["detail"]).contains("Connection error")), "{errors:#?}");

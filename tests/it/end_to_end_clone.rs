@@ -1,4 +1,4 @@
-//! What an agent finds in its clone on real agent servers: the modes of files, the branch, and the hooks that its commits run.
+//! A clone as the agent finds it on real agent servers: file modes, the branch, and the hooks that its commits run.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -9,8 +9,8 @@ use crate::support::git_server::GitServer;
 use crate::support::product::{Product, Start, contains, logged, saying, with};
 use crate::support::scripted_llm::{Reply, ScriptedLlm};
 
-const TOKEN: &str = "token-that-nobody-may-see-c5e1";
-/// Needs bash, and runs only where it is: beside the project.
+const TOKEN: &str = "token-that-must-stay-secret-c5e1";
+/// A hook that needs bash and works only in its own folder, next to the project.
 const OWN: &str =
     "#!/bin/bash\nwords=(own); cd \"$(dirname \"${BASH_SOURCE[0]}\")/..\" && echo \"${words[0]}\" >>../ran\n";
 const OWN_SAYS: &str = "own\n";
@@ -49,8 +49,8 @@ async fn an_agent_finds_its_clone_as_git_made_it() {
         assert!(hooks.concat().contains(note), "{hooks:?}");
         let first = read(&folder.join("../first"));
         let base = format!("{} refs/heads/release\n", first.trim());
-        assert_eq!(read(&folder.join(".git/openhands-base")), base, "where the work began");
-        // The tag has the name, too.
+        assert_eq!(read(&folder.join(".git/openhands-base")), base, "the base commit");
+        // A tag has the same name.
         assert_eq!(read(&folder.join(".git/HEAD")), "ref: refs/heads/release\n");
         assert_eq!(read(&folder.join("branch.txt")), "release");
         the_umask_is_the_same_everywhere(&product, &folder);
@@ -90,7 +90,7 @@ async fn make_repositories(git: &GitServer) {
     }
 }
 
-/// The agent looks whether the clone is clean, commits, and says what it saw.
+/// The agent checks whether the clone is clean, commits, and reports what it saw.
 async fn a_commit_of_an_agent(product: &Product, llm: &ScriptedLlm, name: &str, request: Value) -> (Start, PathBuf) {
     let command = "rm -f ../ran; git status --porcelain --ignored >../status; git rev-parse HEAD >../first; umask >../umask-of-agent; : >../made-by-agent; \
         echo changed >>run.sh; git commit -q -a -m Changed; git log -1 --format='%an: %s' >../log";
@@ -103,7 +103,7 @@ async fn a_commit_of_an_agent(product: &Product, llm: &ScriptedLlm, name: &str, 
     (start, folder)
 }
 
-/// The setup script's, the agent's and the clone's is the one that the agent server has, which is ours.
+/// The umask of the setup script, the agent and the clone is that of the agent server, which is ours.
 fn the_umask_is_the_same_everywhere(product: &Product, folder: &Path) {
     let mode = |path: &Path| {
         path.metadata().unwrap_or_else(|error| panic!("{}: {error}", path.display())).permissions().mode() & 0o777
@@ -132,6 +132,6 @@ fn nothing_shows_the_token(product: &Product) {
     let files = product.files();
     let telling: Vec<_> =
         files.iter().filter(|file| std::fs::read(file).is_ok_and(|bytes| contains(&bytes, TOKEN.as_bytes()))).collect();
-    assert!(files.len() > 100 && telling.is_empty(), "the token stands in {telling:#?}");
-    assert!(!logged().contains(TOKEN), "the token stands in the log");
+    assert!(files.len() > 100 && telling.is_empty(), "the token is in {telling:#?}");
+    assert!(!logged().contains(TOKEN), "the token is in the log");
 }

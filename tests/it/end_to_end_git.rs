@@ -1,5 +1,5 @@
-//! Changes and diffs on a real agent server, of a private repository that was cloned without a branch's name: the same on every
-//! version, over the conversation's routes and over the cloud proxy.
+//! Changes and diffs on a real agent server, in a private repository that was cloned without naming a branch: the same
+//! on every version, over the conversation's routes and over the cloud proxy.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use crate::support::scripted_llm::{Reply, ScriptedLlm};
 
 const TOKEN: &str = "token-of-the-git-host-77aa";
 
-/// What an agent does to the clone: every kind of change, and every kind of name.
+/// The agent's changes to the clone: every kind of change, and every kind of name.
 const WORK: &str = r#"set -e
 echo two >>changed.txt; rm 'deleted "文".txt'; git mv moved.txt 'moved -> here.txt'; rm -r folder; ln -s /etc folder
 rm to-link; ln -s nowhere to-link; chmod +x script.sh; printf 'caf\351\n' >latin-1.txt; printf 'a\0b' >binary.bin
@@ -54,7 +54,7 @@ async fn every_change_of_a_private_repository_has_a_diff() {
     let agent = product.at_agent(&id).await;
     let folder = agent.folder().await;
     let asker = Asker::new(&product, &id).await;
-    assert_eq!(asker.ask("changes", ".").await, (200, json!([])), "nothing was done yet");
+    assert_eq!(asker.ask("changes", ".").await, (200, json!([])), "nothing was changed yet");
     let asked_of_remote = git.requests().len();
 
     let ran = agent.run(&folder, WORK).await;
@@ -139,13 +139,13 @@ async fn every_change_of_a_private_repository_has_a_diff() {
         let (told, answer) = asker.ask(route, path).await;
         assert!(told == status && text(&answer["detail"]).contains(reason), "{route} {path}: {told} {answer}");
     }
-    // The parent of the clone, and against the last commit.
+    // The parent folder of the clone, and changes against the last commit.
     let parent = folder.parent().expect("a workspace").display().to_string();
     let (status, of_parent) = asker.ask("changes", &parent).await;
     let names: Vec<String> =
         of_parent.as_array().expect("changes").iter().map(|change| text(&change["path"])).collect();
     assert_eq!((status, names.len()), (200, expected.len()), "{names:?}");
-    // A repository in the clone is there without its files.
+    // A repository inside the clone is listed without its files.
     for (name, modified) in
         [("private/changed.txt", "one\ntwo\nthree\n"), ("private/nested", "Subproject commit (none yet)\n")]
     {
@@ -156,12 +156,12 @@ async fn every_change_of_a_private_repository_has_a_diff() {
     let (_, since_commit) = asker.ask("changes", ".&ref=HEAD").await;
     assert!(since_commit.as_array().expect("changes").contains(&json!({"status": "UPDATED", "path": "changed.txt"})));
     assert!(!since_commit.to_string().contains("moved.txt"), "{since_commit}");
-    assert_eq!(git.requests().len(), asked_of_remote, "the remote was not asked");
+    assert_eq!(git.requests().len(), asked_of_remote, "no request was sent to the remote");
     of_a_branch_that_is_ahead_the_work_alone_is_listed(&product, &llm, &text(&asker.row["sandbox_id"])).await;
     product.shutdown().await;
 }
 
-/// Also after it is committed, pushed, and on a branch that the agent made.
+/// Also after the changes are committed, pushed, and on a branch that the agent created.
 async fn of_a_branch_that_is_ahead_the_work_alone_is_listed(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
     llm.reply_with(vec![Reply::text("Hello")]);
     let request = json!({"selected_repository": "owner/ahead", "selected_branch": "release", "sandbox_id": sandbox});
@@ -171,7 +171,7 @@ async fn of_a_branch_that_is_ahead_the_work_alone_is_listed(product: &Product, l
     let agent = product.at_agent(&id).await;
     let folder = agent.folder().await;
     let asker = Asker::new(product, &id).await;
-    assert_eq!(asker.ask("changes", ".").await, (200, json!([])), "nothing was done yet");
+    assert_eq!(asker.ask("changes", ".").await, (200, json!([])), "nothing was changed yet");
     let push = format!(
         "git -c credential.helper= -c credential.helper='!f() {{ echo username=someone; echo password={TOKEN}; }}; f' push -q origin"
     );
@@ -191,7 +191,7 @@ async fn of_a_branch_that_is_ahead_the_work_alone_is_listed(product: &Product, l
     }
 }
 
-/// Asks both ways, and holds them to the same answer.
+/// Sends each request over both routes, and asserts that the responses are equal.
 struct Asker<'a> {
     product: &'a Product,
     id: &'a str,
@@ -206,7 +206,7 @@ impl<'a> Asker<'a> {
         Self { product, id, row, folder: known(&folder) }
     }
 
-    /// `path` is from the conversation's folder, or absolute; `&ref=` may follow.
+    /// `path` is relative to the conversation's folder, or absolute; `&ref=` may follow.
     async fn ask(&self, route: &str, path: &str) -> (u16, Value) {
         let (path, reference) = path.split_once("&ref=").map_or((path, ""), |(path, name)| (path, name));
         let reference = if reference.is_empty() { String::new() } else { format!("&ref={reference}") };
@@ -215,7 +215,7 @@ impl<'a> Asker<'a> {
         let direct = reqwest::get(format!("{}{target}", self.product.address())).await.expect("an answer");
         let (status, answer) = (direct.status().as_u16(), direct.json::<Value>().await.expect("JSON"));
 
-        // As the web UI puts them together.
+        // In the form in which the web UI builds these requests.
         let absolute = if path.starts_with('/') { known(Path::new(path)) } else { format!("{}/{path}", self.folder) };
         let host = text(&self.row["conversation_url"]).split("/api/").next().expect("a host").to_owned();
         let request = json!({
@@ -229,7 +229,7 @@ impl<'a> Asker<'a> {
     }
 }
 
-/// A folder of the sandbox by the name that pages know.
+/// A folder of the sandbox, by the path that web pages use.
 fn known(folder: &Path) -> String {
     let folder = folder.display().to_string();
     folder.split_once("/workspace/project").map_or(folder.clone(), |(_, rest)| format!("/workspace/project{rest}"))

@@ -1,4 +1,4 @@
-//! The event log: its order, its pages, its counts, and how it is read over HTTP.
+//! The event store and its routes: order, pagination, counts, limits, and deletion.
 
 use std::collections::HashSet;
 
@@ -17,7 +17,7 @@ use crate::support::api::Api;
 use crate::support::engines::Engines;
 use crate::support::log::all_events;
 
-/// The store alone, on engines of its own.
+/// The event store alone, on engines of its own.
 struct Log {
     engines: Engines,
     aws: Aws,
@@ -124,7 +124,7 @@ async fn the_log_is_in_the_order_of_instants_however_they_are_written() {
             assert_eq!(log.walk(&filter, SortOrder::TimestampDesc, limit).await, newest_first);
         }
     }
-    // Filters compare instants; what has none is in no span of time.
+    // Filters compare instants; an event without a valid timestamp matches no time range.
     for (from, to, expected) in [
         (None, None, &all[..]),
         (Some("2026-11-22T15:31:31Z"), None, &all[1..]),
@@ -192,17 +192,17 @@ async fn what_comes_during_a_walk_is_met_once_if_it_is_ahead() {
             met.extend(ids);
             after = next;
             let Some(_) = after else { break };
-            // One on either side of everything; only one of them is ahead.
+            // One event before and one after all others; only one of them is after the cursor.
             extra += 1;
             let early = format!("2025-01-01T00:00:{:02}", 359 - extra);
             log.append(vec![at(extra), event(&format!("early-{extra}-{order}"), &early, "K")]).await;
         }
         let once: HashSet<&String> = met.iter().collect();
-        assert_eq!(once.len(), met.len(), "none twice");
+        assert_eq!(once.len(), met.len(), "no event appears twice");
         for number in (0..200).step_by(2) {
             assert!(once.contains(&format!("e{number:03}")), "{order}: {number}");
         }
-        // They arrived before the end was reached, so all that were ahead were met.
+        // Each was appended before the last page was read, so every event after the cursor appears.
         let ahead = match order {
             SortOrder::Timestamp => format!("e{extra}"),
             SortOrder::TimestampDesc => format!("early-{extra}-{order}"),
@@ -274,7 +274,7 @@ async fn deleting_a_log_leaves_nothing_of_it_and_all_of_others() {
     log.engines.shutdown().await;
 }
 
-/// The API, with one conversation's log.
+/// The API, with the log of one conversation.
 struct Served {
     api: Api,
     store: EventStore,
@@ -349,7 +349,7 @@ async fn pages_over_http_hold_everything_once_in_either_order() {
         assert_eq!(served.walk(&format!("limit={limit}")).await, all);
         assert_eq!(served.walk(&format!("limit={limit}&sort_order=TIMESTAMP_DESC")).await, newest_first);
     }
-    // An offset, a fraction, a unix time: instants.
+    // The same instant with an offset, with a fraction, and as a unix time.
     let of_kind: Vec<String> = (0..25).filter(|number| number % 3 == 1).map(|number| format!("e{number:02}")).collect();
     assert_eq!(served.walk("limit=2&kind__eq=ActionEvent").await, of_kind);
     assert_eq!(served.walk("timestamp__gte=2026-01-01T01:00:20%2B01:00&limit=2").await, all[20..]);
@@ -357,7 +357,7 @@ async fn pages_over_http_hold_everything_once_in_either_order() {
     assert_eq!(served.walk("timestamp__gte=2026-01-01&timestamp__lt=2026-01-01T00:00:03.0").await, all[..3]);
     assert_eq!(served.get("/count?kind__eq=ActionEvent&timestamp__gte=2026-01-01T00:00:05Z").await, (200, json!(6)));
 
-    // A page id is for its list alone.
+    // A page id is valid only for the list that it was issued for.
     let (_, page) = served.get("/search?limit=5&kind__eq=ActionEvent").await;
     let page_id = page["next_page_id"].as_str().expect("a next page");
     let other = Uuid::new_v4();
@@ -429,7 +429,7 @@ async fn bad_requests_for_events_are_told_in_the_contracts_words() {
     assert_eq!((status, answer.as_array().map(Vec::len)), (200, Some(100)));
     let many = (400, json!({"detail": "Cannot request more than 100 events at once, got 101"}));
     assert_eq!(served.get(&ids(101)).await, many);
-    // Nobody else's log is read, and nobody is told whether there is one.
+    // Another user's log is not readable, and the response does not reveal whether it exists.
     for (user, conversation) in [("stranger", served.conversation), ("somebody", Uuid::new_v4())] {
         let get = async |path: &str| {
             let target = format!("/api/v1/conversation/{conversation}/events{path}");

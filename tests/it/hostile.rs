@@ -1,5 +1,6 @@
-//! Sandboxes that attack: agent servers whose answers are endless, huge, or made to take memory, and that repeat the secrets they
-//! were given. A start with one of them ends within its bounds, and what is kept of it is short.
+//! Hostile sandboxes: agent servers with endless or huge responses, with responses that take much memory to parse, and
+//! with errors that repeat the secrets they were given. A start with one of them ends within its limits, and what is
+//! stored of it is short.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -22,7 +23,7 @@ use crate::support::worker_harness::{SESSION_KEY, WorkerHarness, quick};
 
 const MIB: usize = 1024 * 1024;
 const SOON: Duration = Duration::from_secs(10);
-/// The longest detail of a start that is kept, in bytes: a text of an agent server, and what is around it.
+/// The longest `detail` of a start that is stored, in bytes: a text of an agent server, and the words around it.
 const MAX_DETAIL: usize = 12_000;
 
 fn zeros(count: usize) -> String {
@@ -43,7 +44,7 @@ fn is_too_large<T>(answer: &Result<T, AgentServerError>) -> bool {
 }
 
 fn is_malformed<T>(answer: &Result<T, AgentServerError>) -> bool {
-    // Nothing of the answer is quoted.
+    // The message quotes nothing of the response.
     matches!(answer, Err(AgentServerError { failure: Failure::Malformed(what), .. }) if what.len() < 100)
 }
 
@@ -53,7 +54,7 @@ async fn every_answer_has_a_bound_of_its_own() {
     let client = agent_server(&agent);
     let (id, search) = (Uuid::new_v4(), "GET /api/bash/bash_events/search");
 
-    // Bytes: those of everything but skills, conversations and events are 1 MiB.
+    // Size in bytes: 1 MiB for all responses but skills, conversations and events.
     for (route, length) in [
         (search, MIB),
         ("POST /api/bash/start_bash_command", MIB),
@@ -88,7 +89,7 @@ async fn every_answer_has_a_bound_of_its_own() {
         assert!(refused, "{route}");
     }
 
-    // Elements: many in few bytes.
+    // Number of elements: many in few bytes.
     always(&agent, search, json!({"items": []}).to_string().replace("[]", &zeros(1000)));
     assert!(is_malformed(&client.command_output("x").await));
     always(&agent, search, json!({"items": []}).to_string().replace("[]", &format!("[{}{{}}]", "{},".repeat(300_000))));
@@ -100,7 +101,7 @@ async fn every_answer_has_a_bound_of_its_own() {
     always(&agent, "GET /api/conversations/{id}/events/search", format!(r#"{{"items": {}}}"#, zeros(7_000_000)));
     assert!(is_malformed(&client.newest_events(id, None, 1).await));
 
-    // Texts that would be kept.
+    // Length of texts that would be stored.
     let long = "x".repeat(10_000);
     always(&agent, "POST /api/bash/start_bash_command", json!({"id": long}).to_string());
     assert!(is_malformed(&client.start_command("x", "/", SOON).await));
@@ -112,7 +113,7 @@ async fn every_answer_has_a_bound_of_its_own() {
     always(&agent, "GET /api/conversations", told);
     let found = client.conversations(&[id], SOON).await.expect("one").pop().flatten().expect("it");
     assert_eq!((found.title, found.execution_status), (None, None));
-    // An error quotes no more than its beginning, and a value of another type not at all.
+    // An error quotes only the beginning of its message, and nothing of a value of another type.
     agent.clear_faults();
     agent.inject(Fault::new("POST /api/hooks", Nth::Always, Kind::Status(500, "x".repeat(5 * MIB))));
     let Err(AgentServerError { failure: Failure::Status(_, text), .. }) = client.hooks("/").await else {
@@ -149,7 +150,7 @@ async fn a_conversation_is_read_over_but_for_what_is_used_of_it() {
             "stats": {"usage_to_metrics": {"agent": agents, "condenser": unused}},
         })
     );
-    // Of a version, or an agent server, that tells less.
+    // From a version, or an agent server, that returns fewer fields.
     always(&agent, "GET /api/conversations", json!([{"id": id}]).to_string());
     let whole = agent_server(&agent).whole_conversation(id, SOON).await.expect("an answer").expect("it");
     assert_eq!((&whole["title"], &whole["stats"]), (&Value::Null, &Value::Null));
@@ -190,7 +191,7 @@ async fn skills_that_do_not_read_are_one_line_of_the_log() {
     assert_eq!(lines.load(Ordering::Relaxed), 1);
 }
 
-/// Whatever a sandbox answers, its start ends soon, keeps little, and leaves nothing behind.
+/// Whatever a sandbox responds, its start ends soon, stores little, and removes what it created.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hostile_sandbox_ends_its_own_start_and_nothing_else() {
     let search = "GET /api/bash/bash_events/search";
@@ -209,7 +210,7 @@ async fn a_hostile_sandbox_ends_its_own_start_and_nothing_else() {
         ("POST /api/bash/start_bash_command", Kind::Status(500, "x".repeat(MIB)), Some("xxx")),
         ("POST /api/conversations", huge(20 * MIB), None),
         ("POST /api/conversations", Kind::Status(422, "y".repeat(MIB)), Some("yyy")),
-        // Without skills and hooks a conversation is worth having; the start says what it lacks.
+        // A conversation without skills and hooks is still useful; `detail` names what is missing.
         ("POST /api/skills", huge(20 * MIB), None),
         ("POST /api/skills", Kind::Status(200, format!(r#"{{"skills": {}}}"#, zeros(1_000_000))), None),
         ("POST /api/hooks", huge(20 * MIB), None),
@@ -234,7 +235,7 @@ async fn a_hostile_sandbox_ends_its_own_start_and_nothing_else() {
         .await;
 }
 
-/// Hands the next message of the task's to a worker that dies at its n-th call. Whether it did.
+/// Passes the task's next message to a worker that crashes at its n-th call. Returns whether it did.
 async fn crash(rig: &WorkerHarness, call: usize) -> bool {
     let Some(message) = rig.receive().await else {
         rig.other_worker.saga.sweep().await.expect("swept");
@@ -255,23 +256,24 @@ async fn crash(rig: &WorkerHarness, call: usize) -> bool {
         }
     };
     rig.gate.disarm();
-    // The sweep finds the row; the queue would bring the message, too.
+    // The sweep requeues the row; the queue would redeliver the message, too.
     rig.delete(&message).await;
     died
 }
 
-/// What kills a worker inside a step kills each that takes the start over. None of them lives to count it.
+/// A step that kills its worker also kills every later worker that takes the start over. None of them can count the
+/// failure.
 #[tokio::test]
 async fn a_start_that_kills_its_workers_ends() {
     let rig = WorkerHarness::start(quick()).await;
-    // The command never ends, so that every worker makes as many calls as it lives.
+    // The command never ends, so each worker makes calls until it is killed.
     let running = json!({"items": []}).to_string();
     rig.agent.inject(Fault::new("GET /api/bash/bash_events/search", Nth::Always, Kind::Status(200, running)));
     let task = rig.begin(&json!({})).await;
     let mut crashes = 0;
     while !rig.task(task.id).await.now.status.is_final() {
         crashes += usize::from(crash(&rig, 8).await);
-        assert!(crashes <= 12, "it is taken over again and again");
+        assert!(crashes <= 12, "too many workers take the start over");
     }
     let ended = rig.task(task.id).await;
     assert_eq!(ended.now.status, StartStatus::Error);
@@ -291,7 +293,7 @@ async fn two_workers_that_die_beyond_the_deadline_are_the_last_ones() {
     let mut crashes = 0;
     while !rig.task(task.id).await.now.status.is_final() {
         crashes += usize::from(crash(&rig, 12).await);
-        assert!(crashes <= 3, "its time is over");
+        assert!(crashes <= 3, "its deadline is over");
     }
     let ended = rig.task(task.id).await;
     assert_eq!(ended.now.status, StartStatus::Error);
@@ -299,12 +301,12 @@ async fn two_workers_that_die_beyond_the_deadline_are_the_last_ones() {
     rig.finish().await;
 }
 
-/// A deployment ends workers, too: what was done meanwhile counts, even if nobody has looked in time.
+/// A deployment ends workers, too: progress since then counts, even if no worker checked before the deadline.
 #[tokio::test]
 async fn one_lost_worker_does_not_end_a_start_that_is_late() {
     let rig = WorkerHarness::start(quick()).await;
     let task = rig.begin(&json!({})).await;
-    assert!(crash(&rig, 5).await, "a worker died");
+    assert!(crash(&rig, 5).await, "a worker must crash");
     rig.end_time_of(task.id).await;
     let late = rig.task(task.id).await;
     assert_eq!((late.now.status, late.open_claims), (StartStatus::WaitingForSandbox, 1));
@@ -314,8 +316,8 @@ async fn one_lost_worker_does_not_end_a_start_that_is_late() {
     rig.finish().await;
 }
 
-/// A task of the version before has no count of claims, and a worker that waits gives its claim back: however often a start is
-/// looked at, it is not given up for that.
+/// Tasks of the previous version have no count of claims, and a waiting worker releases its claim: however often a
+/// start is checked, it is not abandoned for that.
 #[tokio::test]
 async fn claims_that_are_given_back_do_not_count() {
     let rig = WorkerHarness::start(shared::config::StartConfig { inline_wait: Duration::ZERO, ..quick() }).await;
@@ -334,11 +336,11 @@ async fn claims_that_are_given_back_do_not_count() {
     }
     rig.agent.clear_faults();
     rig.drive(task.id).await;
-    rig.assert_one(task.id, 0, "many looks").await;
+    rig.assert_one(task.id, 0, "many checks").await;
     rig.finish().await;
 }
 
-/// An agent server that refuses a request repeats it: FastAPI as `input`, pydantic in its text, exceptions as they please.
+/// Agent servers repeat the request in their errors: FastAPI as `input`, pydantic in its message, exceptions anywhere.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_an_agent_server_repeats_of_a_request_is_kept_nowhere() {
     let secrets = ["sk-canary-of-the-model", "npm-canary", "mcp-canary", SESSION_KEY];
@@ -381,7 +383,8 @@ async fn what_an_agent_server_repeats_of_a_request_is_kept_nowhere() {
         .await;
 }
 
-/// A sweep takes a bounded number of rows, of all users in turn; it goes on behind what fails, and the next one goes on from there.
+/// A sweep handles a bounded number of rows, of all users in turn; it continues after a failed batch, and the next
+/// sweep handles that batch.
 #[tokio::test]
 async fn a_sweep_is_bounded_fair_and_goes_on_behind_a_failure() {
     let rig = WorkerHarness::start(quick()).await;
@@ -394,24 +397,24 @@ async fn a_sweep_is_bounded_fair_and_goes_on_behind_a_failure() {
     for (number, (user, id)) in rows.iter().enumerate() {
         rig.put_due_task(user, id, &format!("2020-01-01T00:00:00.{number:06}Z")).await;
     }
-    // One that names no owner does not stop it.
+    // A row without an owner does not stop the sweep.
     rig.put_due_task("flood", "no id", "2019-01-01T00:00:00.000000Z").await;
     let (due, failed) = tasks.due(Time::now()).await;
     assert!(failed.is_none());
     assert_eq!(due.len(), 100);
-    assert!(due[..3].iter().any(|row| row.user.as_str() == "patient"), "users take turns");
+    assert!(due[..3].iter().any(|row| row.user.as_str() == "patient"), "users are served in turn");
 
-    // The third batch is refused: all others are sent, and that one is sent by the next sweep.
+    // The third batch is refused: all others are sent, and the next sweep sends that one.
     let calls_before_the_batches = shared::start::store::SHARDS.len();
     rig.gate.arm(calls_before_the_batches + 3, Stop::Refuse);
-    assert!(rig.context.saga.sweep().await.is_err(), "what failed is told");
+    assert!(rig.context.saga.sweep().await.is_err(), "the failure is returned");
     rig.gate.disarm();
     let calls = rig.gate.calls();
     assert_eq!(calls.iter().filter(|call| *call == "SendMessageBatch").count(), 10, "{calls:?}");
     assert_eq!(rig.waiting_messages().await, 90);
     assert_eq!(rig.context.saga.sweep().await.expect("swept"), 41);
     assert_eq!(rig.waiting_messages().await, 131);
-    assert_eq!(rig.context.saga.sweep().await.expect("swept"), 0, "they are left alone for a while");
+    assert_eq!(rig.context.saga.sweep().await.expect("swept"), 0, "requeued rows are not due for a while");
     for (user, id) in rows.iter().map(|(user, id)| (user.as_str(), id.as_str())).chain([("flood", "no id")]) {
         rig.remove_task(user, id).await;
     }

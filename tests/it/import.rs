@@ -1,4 +1,5 @@
-//! Imports: rows come in once, whatever happens meanwhile, and what cannot be taken is told and ends nothing.
+//! Imports: each row is stored once, whatever happens meanwhile, and an invalid row is reported without ending the
+//! import.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -37,7 +38,7 @@ const SEED: &str = include_str!("../data/contract/seed.jsonl");
 const SECRET: &str = "hunter2-in-clear";
 const TOKEN: &str = "event: it is a streamed token (StreamingDeltaEvent), which is not stored; the message with the whole text is an event of its own";
 
-/// Tables on engines of their own, with a gate in front of DynamoDB.
+/// Empty tables on engines of their own, with a fault proxy in front of DynamoDB.
 struct WorkerHarness {
     stores: Stores,
     events: EventStore,
@@ -93,7 +94,7 @@ impl WorkerHarness {
         self.stores.tasks.count(user, &TaskFilter::default()).await.expect("a count")
     }
 
-    /// The counters, against the rows one by one.
+    /// Compares the counters with the rows.
     async fn must_have(&self, user: &UserId, conversations: u64, start_tasks: u64) {
         assert_eq!((self.conversations(user).await, self.start_tasks(user).await), (conversations, start_tasks));
         let ids: Vec<Uuid> = seed("conversation").iter().map(|line| id(&line["data"]["id"])).collect();
@@ -150,7 +151,7 @@ async fn recorded_rows_come_in_once_and_show_as_they_were() {
         assert_eq!(serde_json::to_value(record.show()).expect("JSON"), line["data"]);
     }
     let (unfinished, _) = rig.stores.tasks.unfinished().due(Time::now().plus(Duration::from_secs(3600))).await;
-    assert_eq!(unfinished, [], "nobody goes on with them");
+    assert_eq!(unfinished, [], "no worker continues them");
 
     let again = rig.take(read()).await;
     assert_eq!((again.conversations, again.start_tasks), (there(155), there(10)));
@@ -170,7 +171,7 @@ async fn what_is_there_is_left_as_it_is() {
     rig.take(lines(&[first], Some(UserId::local()))).await;
     let title = line["data"]["title"].clone();
     line["data"]["title"] = json!("another");
-    // Twice in one file, too.
+    // Also twice in one file.
     let second = rig.file("second", format!("{line}\n{line}\n{}\n{0}\n", event("second")));
     let summary = rig.take(lines(&[second], Some(UserId::local()))).await;
     assert_eq!((summary.conversations, summary.events), (there(2), there(2)));
@@ -194,12 +195,12 @@ async fn a_run_that_was_stopped_is_completed_by_the_next() {
             stop.send(()).expect("a run");
         }
     };
-    // One batch at a time: after the first, others are left.
-    let stopped = async { stopped.await.expect("told") };
+    // One batch at a time: after the first one, others remain.
+    let stopped = async { stopped.await.expect("a stop") };
     let (first, end) = rig.gated.run(read(), stopped, progress).await;
     assert!(matches!(end, End::Stopped), "{end:?}");
     assert!(first.settled() < 165, "{first:?}");
-    assert_eq!(rig.conversations(&user).await, first.conversations.taken, "what was told is stored");
+    assert_eq!(rig.conversations(&user).await, first.conversations.taken, "what was reported is stored");
 
     let second = rig.take(read()).await;
     assert_eq!(second.conversations.already_there, first.conversations.taken);
@@ -228,7 +229,7 @@ async fn a_failed_or_killed_run_is_completed_by_the_next_wherever_it_ended() {
                     assert_eq!(matches!(end, End::Failed(_)), rig.gate.is_reached(), "{end:?}");
                     (Some(summary), rig.gate.is_reached())
                 }
-                // Dropped where it stands: killed.
+                // Dropped at this call, as if the process was killed.
                 () = rig.gate.reached(), if stop != Stop::Refuse => (None, true),
             };
             rig.gate.disarm();
@@ -246,7 +247,7 @@ async fn a_failed_or_killed_run_is_completed_by_the_next_wherever_it_ended() {
         }
     }
     assert!(stops > 10, "only {stops}");
-    // Owned by name, it came with the first run.
+    // Its line names the owner, so the first run stored it.
     assert_eq!(rig.start_tasks(&UserId::new("other-user")).await, 1);
 }
 
@@ -347,7 +348,7 @@ async fn a_bad_line_is_told_and_ends_nothing() {
 #[tokio::test]
 async fn rows_are_their_owners_and_events_their_conversations() {
     let rig = WorkerHarness::start().await;
-    let (one, another, nobodys) = (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
+    let (one, another, unowned) = (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
     let conversation = |id: Uuid, owner: Value| {
         let mut line = seed("conversation").remove(0);
         (line["data"]["id"], line["data"]["created_by_user_id"]) = (json!(id), owner);
@@ -357,10 +358,10 @@ async fn rows_are_their_owners_and_events_their_conversations() {
         let data = json!({"id": format!("e{number}"), "timestamp": "2025-01-01T00:00:00", "kind": "K"});
         json!({"type": "event", "conversation_id": id, "data": data}).to_string()
     };
-    // Events come before their conversations, and in another file.
-    let events = [event(one, 1), event(another, 2), event(nobodys, 3), event(another, 4)].join("\n");
+    // Events precede their conversations, and are in another file.
+    let events = [event(one, 1), event(another, 2), event(unowned, 3), event(another, 4)].join("\n");
     let conversations =
-        [conversation(another, json!("ann")), conversation(one, json!("bob")), conversation(nobodys, Value::Null)];
+        [conversation(another, json!("ann")), conversation(one, json!("bob")), conversation(unowned, Value::Null)];
     let files = [rig.file("events", events), rig.file("conversations", conversations.join("\n"))];
 
     let strict = rig.take(lines(&files, None)).await;
@@ -374,7 +375,7 @@ async fn rows_are_their_owners_and_events_their_conversations() {
     assert_eq!(summary.events, Tally { taken: 1, already_there: 3 });
     assert_eq!(summary.skipped, []);
     for (owner, conversation, count) in
-        [(UserId::new("ann"), another, 2), (UserId::new("bob"), one, 1), (UserId::local(), nobodys, 1)]
+        [(UserId::new("ann"), another, 2), (UserId::new("bob"), one, 1), (UserId::local(), unowned, 1)]
     {
         assert_eq!(rig.conversations(&owner).await, 1);
         assert_eq!(all_events(&rig.events, &owner, conversation).await.len(), count, "{owner}");
@@ -386,7 +387,7 @@ async fn ten_thousand_events_in_any_order_are_kept_byte_for_byte() {
     const EVENTS: usize = 10_000;
     let rig = WorkerHarness::start().await;
     let conversations: Vec<Uuid> = (0..7).map(|_| Uuid::new_v4()).collect();
-    // 7919 and the number of events have no common divisor: every number comes once, in disorder.
+    // 7919 and the number of events have no common divisor, so every number comes once, in mixed order.
     let numbers = (0..EVENTS).map(|index| index * 7919 % EVENTS);
     let json = |number: usize| {
         let (minute, second) = (number / 60 % 60, number % 60);
@@ -411,7 +412,7 @@ async fn ten_thousand_events_in_any_order_are_kept_byte_for_byte() {
     }
 }
 
-/// A data folder of the other server, its database made as its migrations leave it.
+/// A data folder of the reference, with its database in the state after its migrations.
 struct Reference {
     folder: TempDir,
     database: Connection,
@@ -484,7 +485,7 @@ impl Reference {
                 if path.is_dir() {
                     folders.push(path);
                 } else {
-                    // The shared memory of the live connection also holds who reads.
+                    // The shared memory of the live connection also records its readers.
                     let content = if path.to_string_lossy().ends_with("-shm") {
                         Vec::new()
                     } else {
@@ -595,7 +596,7 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
 
     let again = reference.import_into(&rig).await;
     assert_eq!((again.conversations, again.start_tasks, again.events), (there(2), there(3), there(2)));
-    assert_eq!(reference.files(), files, "nothing is written there");
+    assert_eq!(reference.files(), files, "the import writes nothing to the reference's folder");
     assert_eq!((rig.conversations(&user).await, rig.start_tasks(&user).await), (2, 3));
 
     let WorkerHarness { engines, folder, .. } = rig;
@@ -614,7 +615,7 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
     }
 }
 
-/// What a repository was called is history and comes in as it is, but for the password in an address.
+/// The repositories of past conversations are imported unchanged, except for credentials in an address.
 #[tokio::test]
 async fn repositories_come_in_without_credentials() {
     let rig = WorkerHarness::start().await;
@@ -663,7 +664,7 @@ async fn repositories_come_in_without_credentials() {
     rig.engines.shutdown().await;
 }
 
-/// The names of secrets are history as well, and come in even where a start would refuse them.
+/// The names of past secrets are imported as well, even those that a start would refuse.
 #[tokio::test]
 async fn secrets_of_requests_come_in_by_their_names() {
     let rig = WorkerHarness::start().await;
@@ -702,7 +703,7 @@ async fn secrets_of_requests_come_in_by_their_names() {
     rig.engines.shutdown().await;
 }
 
-/// Tags as each importer reads them: within the limits they are kept, and what exceeds them is left out.
+/// Each importer keeps tags within the limits, and ignores those that exceed them.
 #[tokio::test]
 async fn tags_within_the_limits_come_in_with_their_conversation() {
     let rig = WorkerHarness::start().await;
@@ -739,7 +740,7 @@ async fn tags_within_the_limits_come_in_with_their_conversation() {
         line["data"]["created_by_user_id"] = Value::Null;
         line["data"]["tags"] = tags.clone();
         text += &format!("{line}\n");
-        // The column holds the text `null`, too.
+        // The column also holds the text `null`.
         in_database(row_id, Some(tags.to_string()));
         expected.extend([(line_id, kept.clone()), (row_id, kept.clone())]);
     }
@@ -769,17 +770,17 @@ async fn a_database_in_wal_mode_is_read_while_it_is_written_and_after_a_crash() 
     reference.conversation(ids[0], "V1", "gui", Some("box"));
     let files = reference.files();
     assert!(files.keys().any(|path| path.to_string_lossy().ends_with("-wal")));
-    assert_eq!(reference.import_into(&rig).await.conversations, taken(1), "from the log of a live server");
+    assert_eq!(reference.import_into(&rig).await.conversations, taken(1), "from the write-ahead log of a live server");
     assert_eq!(reference.files(), files);
 
-    // In the midst of a write.
+    // During a write transaction.
     reference.database.execute_batch("BEGIN IMMEDIATE").expect("a transaction");
     reference.conversation(ids[1], "V1", "gui", Some("box"));
-    assert_eq!(reference.import_into(&rig).await.conversations, there(1), "what is not committed is not there");
+    assert_eq!(reference.import_into(&rig).await.conversations, there(1), "uncommitted rows are not imported");
     reference.database.execute_batch("COMMIT").expect("committed");
     assert_eq!(reference.import_into(&rig).await.conversations, Tally { taken: 1, already_there: 1 });
 
-    // What a killed server leaves, and what a copy without the shared memory has.
+    // The files that a killed server leaves, and those of a copy without the shared memory.
     for (name, suffixes) in [("killed", ["", "-wal", "-shm"].as_slice()), ("copied", &["", "-wal"])] {
         let folder = TempDir::new().expect("a folder");
         for suffix in suffixes {
@@ -800,7 +801,7 @@ async fn a_database_in_wal_mode_is_read_while_it_is_written_and_after_a_crash() 
         assert_eq!(listed(), before, "{name}");
     }
 
-    // A clean end leaves the database alone, still in WAL mode.
+    // After a clean shutdown only the database is left, still in WAL mode.
     reference.conversation(ids[2], "V1", "gui", Some("box"));
     let Reference { folder, database } = reference;
     database.close().expect("closed");

@@ -1,4 +1,5 @@
-//! What is too large, too long, too many or too deep, each at its limit and beyond: a 4xx that says so, in the contract's shape.
+//! Limits on sizes, lengths, counts and nesting: a request at each limit is accepted, and one beyond it gets a 4xx that
+//! names the limit, in the contract's format.
 
 use std::collections::BTreeSet;
 
@@ -85,7 +86,7 @@ async fn bodies_up_to_the_limit_of_their_route() {
     let tried = limits.iter().map(|(method, target, _)| ((*method).to_owned(), target.clone())).collect();
     assert_eq!(with_body, tried, "every route that reads a body");
     for (method, target, limit) in limits {
-        // White space is no JSON, so that nothing comes of it.
+        // White space is not JSON, so the request has no effect.
         let (status, answer) = rig.send(method, &target, " ".repeat(limit)).await;
         assert!(matches!(status, 400 | 422), "{method} {target}: {status} {answer}");
         let (status, answer) = rig.send(method, &target, " ".repeat(limit + 1)).await;
@@ -114,7 +115,7 @@ async fn names_filters_and_ids_up_to_theirs() {
         assert_eq!(rig.get(&asked("title__contains", MAX_NAME)).await.0, 200, "{list}");
         let refused = rig.get(&asked("title__contains", MAX_NAME + 1)).await;
         is_too_long(&refused, "title__contains", MAX_NAME);
-        // An answer is not made as long as what it refuses.
+        // The error message does not repeat the long value.
         assert!(refused.1.to_string().len() < 500, "{}", refused.1);
         let nothing = if list == "search" { json!({"items": [], "next_page_id": null}) } else { json!(0) };
         assert_eq!(rig.get(&asked("sandbox_id__eq", 3000)).await, (200, nothing), "{list}");
@@ -125,7 +126,7 @@ async fn names_filters_and_ids_up_to_theirs() {
         256,
     );
 
-    // What cannot be an id is nobody's, in whatever place DynamoDB would refuse it as a key.
+    // An id that DynamoDB would refuse as a key belongs to no one, wherever it appears.
     for id in [String::new(), "x".repeat(MAX_ID + 1), "x".repeat(3000)] {
         assert_eq!(rig.get(&format!("/api/v1/sandboxes?id={id}")).await, (200, json!([null])));
         for (method, target) in [
@@ -182,7 +183,8 @@ async fn headers_and_nesting_up_to_what_can_be_read() {
     assert_eq!(with_header(MAX_HEADERS - name + 1).await, (431, told));
 
     let nested = |depth: usize| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
-    // It is read: what is wrong with it is that it is no object. (The answer shows it, and so is nested as deeply itself.)
+    // Within the limit the JSON is parsed, and the violation is that it is not an object. (The response repeats it, and
+    // so is nested as deeply.)
     let (status, answer) = rig.send("POST", API, nested(127)).await;
     assert!(status == 422 && answer.to_string().contains("model_attributes_type"), "{answer}");
     for depth in [128, 100_000] {
@@ -192,7 +194,7 @@ async fn headers_and_nesting_up_to_what_can_be_read() {
     rig.api.stop().await;
 }
 
-/// What cannot be a request is answered in JSON, too, whatever part of the server finds it out.
+/// Malformed requests get JSON errors, too, whichever part of the server refuses them.
 #[tokio::test(flavor = "multi_thread")]
 async fn refusals_of_the_framework_are_json() {
     let rig = WorkerHarness::new().await;
@@ -227,14 +229,14 @@ async fn every_route_with_a_slash_at_its_end_leads_to_the_route() {
         let answer = rig.api.response(request).await;
         assert_eq!(answer.status(), 307, "{} {}", route.method, slash(query));
         let location = answer.headers()["location"].to_str().expect("text");
-        // As a client resolves it, here and behind a stage.
+        // Resolved as a client does, here and below a stage.
         for base in ["https://host", "https://host/v1/base"] {
             let from = reqwest::Url::parse(&format!("{base}{}", slash(query))).expect("an address");
             let to = from.join(location).expect("a reference");
             assert_eq!(to, reqwest::Url::parse(&format!("{base}{}", route.target)).expect("an address"), "{location}");
         }
     }
-    // What there is not is not there either.
+    // Unknown paths are redirected as well, to a 404.
     let answer = rig.api.response(Request::get("/nothing/").body(Body::empty()).expect("a request")).await;
     assert_eq!(
         (answer.status().as_u16(), &answer.headers()["location"]),
@@ -244,7 +246,7 @@ async fn every_route_with_a_slash_at_its_end_leads_to_the_route() {
     rig.api.stop().await;
 }
 
-/// Nobody describes it, and HTTP has it wherever it has GET.
+/// No document describes HEAD; HTTP defines it for every path that has GET.
 #[tokio::test(flavor = "multi_thread")]
 async fn head_is_get_without_a_body() {
     let rig = WorkerHarness::new().await;
@@ -263,7 +265,7 @@ async fn head_is_get_without_a_body() {
     rig.api.stop().await;
 }
 
-/// As API Gateway receives it: a JSON text in a JSON string.
+/// The size as API Gateway receives it: a JSON text in a JSON string.
 fn size_on_aws(answer: &Value) -> usize {
     serde_json::to_string(&answer.to_string()).expect("JSON").len()
 }
@@ -279,7 +281,8 @@ async fn lists_of_large_starts_fit_into_an_answer() {
     };
     let text = |text: String| json!({"initial_message": {"content": [{"type": "text", "text": text}]}});
     let mut ids = Vec::new();
-    // One image and many; quotes and line breaks, which are longer within a string; small ones between large ones.
+    // One image and many; quotes and line breaks, which become longer within a string; small requests between large
+    // ones.
     for request in [
         images(&[3_000_000]),
         images(&[1_000_000, 1_000_000, 1_000_000]),
@@ -309,7 +312,7 @@ async fn lists_of_large_starts_fit_into_an_answer() {
                 rig.get(&format!("{API}/start-tasks/search?sort_order={order}&limit={limit}{page_id}")).await;
             assert!(status == 200 && size_on_aws(&page) < LAMBDA, "{status}, {}", size_on_aws(&page));
             let items = page["items"].as_array().expect("items");
-            assert!(!items.is_empty(), "a page makes progress");
+            assert!(!items.is_empty(), "every page has items");
             found.extend(items.iter().filter_map(|task| task["id"].as_str().map(str::to_owned)));
             let Some(next) = page["next_page_id"].as_str() else { break };
             page_id = format!("&page_id={next}");
@@ -323,7 +326,7 @@ async fn lists_of_large_starts_fit_into_an_answer() {
     rig.api.stop().await;
 }
 
-/// The states of a start, as one array.
+/// All states of a start, as one array.
 async fn states(rig: &WorkerHarness, body: &Value, meanwhile: impl AsyncFn()) -> Vec<Value> {
     let request = Request::post(format!("{API}/stream-start")).header("content-type", "application/json");
     let request = request.extension(Caller(rig.user.clone())).body(Body::from(body.to_string()));
@@ -336,7 +339,7 @@ async fn states(rig: &WorkerHarness, body: &Value, meanwhile: impl AsyncFn()) ->
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_of_states_repeats_no_large_request_and_is_closed_whatever_happens() {
     let rig = WorkerHarness::new().await;
-    // There are no sandboxes: the start fails.
+    // There are no sandboxes, so the start fails.
     let work = async || rig.api.work().await;
     for (length, is_repeated) in [(60_000, true), (2_000_000, false)] {
         let body = json!({"system_message_suffix": "x".repeat(length)});
@@ -349,7 +352,7 @@ async fn a_stream_of_states_repeats_no_large_request_and_is_closed_whatever_happ
             assert_eq!(is_whole, index == 0 || is_repeated, "state {index} of {length}");
         }
     }
-    // Its owner deletes the task.
+    // The owner deletes the task.
     let delete = async || {
         let dynamodb = &rig.api.aws.dynamodb;
         let table = &rig.api.names.start_tasks;

@@ -1,4 +1,4 @@
-//! The probe of MCP servers during a start, on a stand-in agent server that really runs its commands.
+//! The probe of MCP servers during a start, on a stub agent server that really runs its commands.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::support::stand_in_agent::{Fault, Kind, Nth};
 use crate::support::wait::wait_until;
 use crate::support::worker_harness::{WorkerHarness, quick};
 
-/// Long: a machine that runs all tests at once may take seconds to start a Python.
+/// Long, because a machine that runs all tests at once may take seconds to start Python.
 const LONG: Duration = Duration::from_secs(40);
 const KEY: &str = "canary-of-an-mcp-server";
 
@@ -38,13 +38,13 @@ fn detail_of(task: &StartTaskRecord) -> String {
     task.now.detail.clone().unwrap_or_default()
 }
 
-/// The file with the servers' configuration, if it is anywhere.
+/// The files that contain the servers' configuration.
 fn configuration_files(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     entries
         .flat_map(|entry| {
             let path = entry.path();
-            // Files come and go while this looks.
+            // Files are created and removed during the walk.
             if path.is_dir() {
                 return configuration_files(&path);
             }
@@ -75,7 +75,7 @@ fn process(rig: &WorkerHarness) -> Value {
 #[tokio::test(flavor = "multi_thread")]
 async fn servers_that_work_are_given_to_the_agent_and_the_others_are_left_out_by_name() {
     let rig = WorkerHarness::start(with_probe(LONG)).await;
-    // What hangs has a limit of its own, so that the others may take their time on a slow machine.
+    // A server that hangs has a time limit of its own, so that the others have enough time on a slow machine.
     let behaviors = [
         ("works", Behavior::Works, ""),
         ("streams", Behavior::Streams, ""),
@@ -174,7 +174,7 @@ async fn servers_that_work_are_given_to_the_agent_and_the_others_are_left_out_by
     let failing: Vec<&(String, String)> = expected.iter().filter(|(_, reason)| !reason.is_empty()).collect();
     let with_reason =
         |(name, reason): &(String, String)| detail.contains(&format!("MCP server \"{name}\" was left out: {reason}\n"));
-    // The first ten have their reasons; all are named.
+    // `detail` gives the reasons of the first ten failed servers, and the names of all.
     assert_eq!(failing.iter().filter(|one| with_reason(one)).count(), 10, "{detail}");
     assert!(failing.iter().all(|(name, _)| detail.contains(&format!("\"{name}\""))), "{detail}");
     assert!(
@@ -183,7 +183,7 @@ async fn servers_that_work_are_given_to_the_agent_and_the_others_are_left_out_by
     );
     assert!(!detail.contains("\"off\""), "{detail}");
     assert_eq!(done.mcp_servers_left_out.len(), failing.len());
-    // Every reason, ten servers at a time.
+    // Every reason, with ten servers per start.
     for failing in failing.chunks(10) {
         let some: Map<String, Value> = failing.iter().map(|(name, _)| (name.clone(), servers[name].clone())).collect();
         set_servers(&rig, &some.into()).await;
@@ -209,8 +209,8 @@ async fn servers_that_work_are_given_to_the_agent_and_the_others_are_left_out_by
     rig.finish().await;
 }
 
-/// What MCP clients of agent servers refuse: fields that are missing or of another type, versions that they do not know. With what
-/// they accept beside it.
+/// Responses that the agent servers' MCP clients refuse: missing fields, fields of another type, unknown versions; next
+/// to responses that they accept.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_is_left_out_if_agent_servers_cannot_read_its_answers() {
     let tool = |fields: Value| {
@@ -281,12 +281,12 @@ async fn a_server_is_left_out_if_agent_servers_cannot_read_its_answers() {
         .collect();
     behaviors.extend([
         (Behavior::BreaksOnSecondPage, "it answered tools/list with an error: no such page".to_owned()),
-        // Agent servers go on only if there is another server beside it, and it has no tools.
+        // Agent servers continue only if there is another server as well, and this one then has no tools.
         (
             Behavior::RawList(r#"{"jsonrpc": "2.0", "id": ID, "error": {"code": -32601, "message": "unknown"}}"#),
             "it answered tools/list with an error: unknown".to_owned(),
         ),
-        // A text that is no Unicode, and one that is longer than all output may be.
+        // A text that is not Unicode, and one that is longer than the output limit.
         (
             Behavior::RawList(r#"{"jsonrpc": "2.0", "id": ID, "error": {"code": 1, "message": "\ud800 broken"}}"#),
             "it answered tools/list with an error: ? broken".to_owned(),
@@ -319,7 +319,7 @@ async fn a_server_is_left_out_if_agent_servers_cannot_read_its_answers() {
     rig.finish().await;
 }
 
-/// URLs are requested as agent servers request them.
+/// URLs are encoded as agent servers encode them.
 #[tokio::test(flavor = "multi_thread")]
 async fn urls_with_blanks_and_letters_beyond_ascii_are_encoded() {
     let rig = WorkerHarness::start(with_probe(LONG)).await;
@@ -354,7 +354,7 @@ async fn urls_with_blanks_and_letters_beyond_ascii_are_encoded() {
     rig.finish().await;
 }
 
-/// A cookie goes to the server that set it, and to no other one on the same host.
+/// A cookie is sent to the server that set it, and not to another one on the same host.
 #[tokio::test(flavor = "multi_thread")]
 async fn cookies_stay_within_their_probe() {
     let rig = WorkerHarness::start(with_probe(LONG)).await;
@@ -400,7 +400,7 @@ async fn a_start_without_servers_that_are_switched_on_costs_nothing() {
     assert_eq!(detail_of(&rig.drive(off.id).await), "");
     assert_eq!(probes(&rig), 0);
     assert!(rig.agent.requests_to("POST /api/file/upload").is_empty());
-    // The same routes as without: only looks at commands may differ in number.
+    // The same requests as without servers: only the number of polls may differ.
     let looks = |requests: &[crate::support::server::Request]| {
         requests
             .iter()
@@ -441,14 +441,14 @@ async fn a_worker_without_patience_gives_the_start_back_while_servers_are_probed
     rig.finish().await;
 }
 
-/// Where the probe cannot be made, the agent gets every server, and a note says so.
+/// If the probe cannot run, the agent gets every server, and a note says so.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_probe_fails_no_start() {
     let broken = || Kind::Status(500, r#"{"detail":"Internal Server Error","exception":"the disk is full"}"#.into());
     let repeats_a_secret = || Kind::Status(422, json!({"detail": format!("bad value {KEY}")}).to_string());
     let upload = "POST /api/file/upload";
     let cases = [
-        // The fourth command is the probe's.
+        // The probe's command is the fourth.
         ("POST /api/bash/start_bash_command", Nth::On(4), repeats_a_secret()),
         (upload, Nth::Always, broken()),
         (upload, Nth::Always, repeats_a_secret()),
@@ -472,7 +472,7 @@ async fn the_probe_fails_no_start() {
         .await;
 }
 
-/// One fault, once: the probe is made all the same, and its file is gone.
+/// After one single fault the probe still completes, and its file is removed.
 #[tokio::test(flavor = "multi_thread")]
 async fn any_single_fault_during_the_probe_is_got_over() {
     let kinds = || {
@@ -501,7 +501,7 @@ async fn any_single_fault_during_the_probe_is_got_over() {
         .await;
 }
 
-/// The calls of a start from the one that starts the probe to the one that ends the start.
+/// The calls of a start, from the one that starts the probe to the one that ends the start.
 async fn calls_of_the_probe() -> Vec<(usize, String)> {
     let rig = WorkerHarness::start(with_probe(LONG)).await;
     set_servers(&rig, &json!({"good": process(&rig)})).await;
@@ -515,7 +515,7 @@ async fn calls_of_the_probe() -> Vec<(usize, String)> {
     (upload..=skills + 2).map(|call| (call, calls[call - 1].clone())).collect()
 }
 
-/// A worker that dies, or is late, at any call of the probe: the start has one outcome, and no file stays.
+/// A worker crashes, or is late, at any call of the probe: the start has one outcome, and no file is left.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_crash_or_a_late_worker_at_any_call_of_the_probe_leaves_no_file_behind() {
     let calls = calls_of_the_probe().await;
@@ -558,7 +558,7 @@ async fn a_crash_or_a_late_worker_at_any_call_of_the_probe_leaves_no_file_behind
         .await;
 }
 
-/// The step's deadline would end the start; the probe is given up before.
+/// The step's deadline would end the start; the probe is abandoned earlier.
 #[tokio::test]
 async fn a_probe_that_does_not_end_is_given_up() {
     let rig = WorkerHarness::start(StartConfig { step_timeout: Duration::from_secs(20), ..with_probe(LONG) }).await;

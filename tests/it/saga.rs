@@ -1,5 +1,5 @@
-//! The start saga under faults: crashes at every call, late workers, lost and repeated messages, a store and an agent
-//! server that fail.
+//! The start saga under fault injection: crashes at every call, late workers, lost and repeated messages, a store and
+//! an agent server that fail.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use crate::support::fault_proxy::{Moment, Stop};
 use crate::support::stand_in_agent::{Fault, Kind, Nth};
 use crate::support::worker_harness::{WorkerHarness, quick};
 
-/// Rigs at a time in the tests that need many.
+/// How many harnesses run at the same time in tests that need many.
 const RIGS: usize = 4;
 
 fn message() -> Value {
@@ -34,7 +34,7 @@ async fn a_start_ends_ready_with_one_of_everything() {
     rig.finish().await;
 }
 
-/// Whether the model streams depends on the agent server's version; one that does not say is no reason to fail.
+/// Whether the model streams depends on the agent server's version; a start does not fail if the version is unknown.
 #[tokio::test]
 async fn the_model_streams_where_tokens_reach_nobody_but_clients() {
     for (version, streams) in
@@ -56,7 +56,7 @@ async fn the_model_streams_where_tokens_reach_nobody_but_clients() {
     off.agent.set_version("1.58.2");
     off.drive(off.begin(&message()).await.id).await;
     let created = off.agent.requests_to("POST /api/conversations").pop().expect("a request").json();
-    assert_eq!(created["agent"]["llm"]["stream"], false, "it is switched off");
+    assert_eq!(created["agent"]["llm"]["stream"], false, "streaming is disabled");
     off.finish().await;
     for kind in [Kind::Status(500, "x".into()), Kind::CutBefore, Kind::Garbage] {
         let rig = WorkerHarness::start(quick()).await;
@@ -70,7 +70,7 @@ async fn the_model_streams_where_tokens_reach_nobody_but_clients() {
     }
 }
 
-/// How many calls a start makes.
+/// The calls that a start makes.
 async fn calls_of_a_start() -> Vec<String> {
     let rig = WorkerHarness::start(quick()).await;
     let task = rig.begin(&message()).await;
@@ -109,8 +109,8 @@ async fn a_crash_after_any_call_leaves_one_of_everything() {
     crash_everywhere(Moment::After).await;
 }
 
-/// The worker is not dead but stuck: its lease runs out, another does the work, and then it goes on. So every step is done
-/// twice, and overlapping.
+/// The worker is stuck, not dead: its lease expires, another worker completes the start, and then it continues. So
+/// every step runs twice, with overlap.
 async fn late_everywhere(moment: Moment) {
     let calls = calls_of_a_start().await;
     stream::iter(1..=calls.len())
@@ -123,7 +123,7 @@ async fn late_everywhere(moment: Moment) {
                 let first = rig.receive().await.expect("a message");
                 let (context, event) = (rig.context.clone(), WorkerHarness::event(&first));
                 let mut late = tokio::spawn(async move { worker::handle(&context, event).await });
-                // The number of calls varies a little: the last ones may not come.
+                // The number of calls varies a little, so the last ones may not be reached.
                 let ended = tokio::select! {
                     ended = &mut late => Some(ended),
                     () = rig.gate.reached() => None,
@@ -220,7 +220,7 @@ async fn a_dead_letter_ends_its_start_with_an_error() {
     rig.finish().await;
 }
 
-/// One fault of the agent server, once: the start is READY all the same, and nothing is there twice.
+/// After one fault of the agent server, the start is still READY, and nothing exists twice.
 #[tokio::test(flavor = "multi_thread")]
 async fn any_single_fault_of_the_agent_server_is_got_over() {
     let routes = [
@@ -256,7 +256,7 @@ async fn any_single_fault_of_the_agent_server_is_got_over() {
         .await;
 }
 
-/// The agent server takes longer than we wait, and makes the conversation all the same.
+/// The agent server takes longer than the request's timeout, and creates the conversation nevertheless.
 #[tokio::test]
 async fn a_conversation_that_is_made_behind_our_back_is_found_and_not_made_again() {
     let rig = WorkerHarness::start(quick()).await;
@@ -268,7 +268,7 @@ async fn a_conversation_that_is_made_behind_our_back_is_found_and_not_made_again
     rig.finish().await;
 }
 
-/// Faults that stay: ERROR, with the agent server's own words, and the sandbox is gone.
+/// Permanent faults: the start ends in ERROR with the agent server's own message, and the sandbox is removed.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fault_that_stays_is_an_error_that_says_why() {
     let broken = || Kind::Status(500, r#"{"detail":"Internal Server Error","exception":"the disk is full"}"#.into());
@@ -381,7 +381,7 @@ async fn a_paused_sandbox_is_resumed_and_an_unknown_one_is_an_error() {
     assert_eq!(rig.sandboxes.made()[&sandbox].resumed, 1);
     let lost = rig.begin(&json!({"sandbox_id": "nowhere"})).await;
     assert_eq!(rig.drive(lost.id).await.now.detail.as_deref(), Some("Sandbox not found: nowhere"));
-    // Somebody else's start failed in it; it is not that start's to remove.
+    // Another start failed in the sandbox; that start must not remove it.
     assert!(!rig.sandboxes.made()[&sandbox].deleted);
     rig.finish().await;
 }

@@ -1,5 +1,5 @@
-//! Sandboxes of every kind: one suite that each implementation of `SandboxService` passes, the routes, and what is shown of
-//! sandboxes that are gone.
+//! Sandbox providers: one conformance suite that each implementation of `SandboxService` passes, the routes, and the
+//! state of sandboxes that have ended.
 
 use std::time::{Duration, Instant};
 
@@ -26,16 +26,16 @@ use crate::support::wait::{wait_for, wait_until};
 use crate::support::worker_harness::SESSION_KEY;
 
 const BOOT: Duration = Duration::from_secs(180);
-/// What an answer may take while a provider hangs, on a busy machine.
+/// The longest time that a response may take while a provider hangs, on a busy machine.
 const AT_MOST: Duration = Duration::from_secs(20);
 
-// The suite.
+// The conformance suite.
 
-/// What a kind of sandbox has beside the service.
+/// What a test controls beyond the service, for each kind of sandbox.
 trait Place {
-    /// Lets a sandbox that is starting go on to run.
+    /// Lets a starting sandbox continue to running.
     async fn let_run(&self, id: &str);
-    /// Ends a sandbox behind its service's back.
+    /// Ends a sandbox without using its service.
     async fn kill(&self, id: &str);
 }
 
@@ -52,23 +52,23 @@ async fn running(service: &dyn SandboxService, user: &UserId, id: &str) -> Sandb
     .await
 }
 
-/// What every implementation does.
+/// Asserts what every implementation must do.
 async fn conforms(service: &dyn SandboxService, user: &UserId, place: &impl Place) {
     let stranger = UserId::new("a-stranger");
     let ids = |ids: &[&str]| ids.iter().map(|id| (*id).to_owned()).collect::<Vec<String>>();
-    // Nothing.
+    // Without sandboxes.
     assert!(service.get(user, "none").await.expect("an answer").is_none());
     assert!(service.batch_get(user, &[]).await.expect("an answer").is_empty());
     assert!(service.list(user).await.expect("an answer").is_empty());
     for done in
         [service.pause(user, "none").await, service.resume(user, "none").await, service.delete(user, "none").await]
     {
-        assert!(!done.expect("an answer"), "there is none");
+        assert!(!done.expect("an answer"), "there is no such sandbox");
     }
     service.mark_used(user, "none").await.expect("an answer");
-    assert!(service.get(user, "none").await.expect("an answer").is_none(), "nothing was made");
+    assert!(service.get(user, "none").await.expect("an answer").is_none(), "nothing was created");
 
-    // One, made twice.
+    // One sandbox, created twice.
     for _ in 0..2 {
         service.start(user, "one").await.expect("started");
     }
@@ -81,9 +81,9 @@ async fn conforms(service: &dyn SandboxService, user: &UserId, place: &impl Plac
     assert!(one.working_dir.starts_with('/'), "{one:?}");
     assert_eq!(one.created_at, made.created_at);
     service.start(user, "one").await.expect("started");
-    assert_eq!(status(service, user, "one").await, SandboxStatus::Running, "one that runs is left as it is");
+    assert_eq!(status(service, user, "one").await, SandboxStatus::Running, "a running sandbox is not restarted");
 
-    // A second one, and whose they are.
+    // A second sandbox, and isolation between users.
     service.start(user, "two").await.expect("started");
     place.let_run("two").await;
     running(service, user, "two").await;
@@ -104,7 +104,7 @@ async fn conforms(service: &dyn SandboxService, user: &UserId, place: &impl Plac
     let marked = service.get(user, "one").await.expect("an answer").expect("a sandbox");
     assert!(marked.used_at > one.used_at && marked.created_at == one.created_at, "{marked:?}");
 
-    // Paused, twice, and resumed, twice.
+    // Pause twice, and resume twice.
     for _ in 0..2 {
         assert!(service.pause(user, "one").await.expect("an answer"));
         let paused = service.get(user, "one").await.expect("an answer").expect("a sandbox");
@@ -117,9 +117,9 @@ async fn conforms(service: &dyn SandboxService, user: &UserId, place: &impl Plac
     }
     let resumed = running(service, user, "one").await;
     let key = |sandbox: &Sandbox| sandbox.session_api_key.as_ref().map(|key| key.expose_secret().to_owned());
-    assert_eq!(key(&resumed), key(&one), "the key stays");
+    assert_eq!(key(&resumed), key(&one), "the key is unchanged");
 
-    // Gone behind our back: it does not show as running for ever, and says what happened.
+    // A sandbox that ends without its service does not stay running forever, and its detail says what happened.
     place.kill("two").await;
     let gone = wait_for("it shows", Duration::from_secs(20), async || {
         let sandbox = service.get(user, "two").await.expect("an answer").expect("its record");
@@ -130,7 +130,7 @@ async fn conforms(service: &dyn SandboxService, user: &UserId, place: &impl Plac
     assert!(gone.exposed_urls.is_none() && gone.session_api_key.is_none(), "{gone:?}");
     assert!(gone.detail.is_some_and(|detail| !detail.is_empty()));
 
-    // Deleted, also the one that was gone.
+    // Delete, also the sandbox that has ended.
     for id in ["one", "two"] {
         assert!(service.delete(user, id).await.expect("an answer"), "{id}");
         assert!(service.get(user, id).await.expect("an answer").is_none(), "{id}");
@@ -199,7 +199,7 @@ impl Remote {
         Self::with_key(SESSION_KEY).await
     }
 
-    /// With an agent server that takes this session key.
+    /// With an agent server that accepts this session key.
     async fn with_key(key: &str) -> Self {
         let folder = TempDir::new().expect("a folder");
         let agent = StandInAgent::start(key).await;
@@ -220,7 +220,7 @@ impl Remote {
         self.api.call(&self.user, method, &format!("/api/v1{target}"), None).await
     }
 
-    /// A sandbox that runs, and its session.
+    /// A running sandbox, and its session.
     async fn sandbox(&self) -> (String, String) {
         self.runtimes.begin_as("running");
         let (status, made) = self.call("POST", "/sandboxes").await;
@@ -274,7 +274,7 @@ async fn containers_conform() {
     assert_eq!(engine.pulled(), ["registry.example.com/agent-server:1"], "once");
     assert!(engine.containers().is_empty(), "nothing is left");
 
-    // What containers are made with.
+    // The settings that containers are created with.
     service.start(&rig.user, "one").await.expect("started");
     let (name, container) = engine.containers().pop_first().expect("a container");
     assert_eq!(name, format!("oh-agent-server-{}", &sha256_hex(&rig.user.key_of("one"))[..32]));
@@ -301,14 +301,14 @@ async fn containers_conform() {
     ] {
         assert!(body["Env"].as_array().expect("variables").contains(&json!(variable)), "no {variable} in {body:#}");
     }
-    // The one that was used least lately makes room.
+    // At the limit, the least recently used sandbox is paused.
     for id in ["two", "three"] {
         service.start(&rig.user, id).await.expect("started");
     }
     let statuses: Vec<SandboxStatus> =
         service.list(&rig.user).await.expect("a list").iter().map(|sandbox| sandbox.status).collect();
     assert_eq!(statuses, [SandboxStatus::Running, SandboxStatus::Running, SandboxStatus::Paused]);
-    // An agent server that does not answer any more, and an engine that does not.
+    // An agent server that no longer responds, and an engine that does not.
     rig.agent.set_alive(false);
     let three = service.get(&rig.user, "three").await.expect("an answer").expect("its record");
     assert_eq!(three.status, SandboxStatus::Error, "long after its start");
@@ -323,7 +323,7 @@ async fn containers_conform() {
     assert!(service.pause(&rig.user, "three").await.is_err());
     engine.break_down(false);
 
-    // An image that nobody has.
+    // An image that does not exist.
     let unknown = DockerSandboxConfig { image: "nowhere/none:1".to_owned(), ..docker(Some(engine.url())) };
     let service = self::service(&SandboxConfig::Docker(unknown), rig.records());
     let refused = service.start(&rig.user, "four").await.expect_err("no image");
@@ -331,7 +331,7 @@ async fn containers_conform() {
     rig.api.stop().await;
 }
 
-/// A real engine; the beginning of its containers' names.
+/// A real engine; the prefix of its containers' names.
 struct Real(String);
 impl Place for Real {
     async fn let_run(&self, _: &str) {}
@@ -343,7 +343,7 @@ impl Place for Real {
     }
 }
 
-/// The suite on a real engine, with the real image, where there are both.
+/// The suite on a real engine with the real image, where both are available.
 #[tokio::test]
 async fn containers_of_a_real_engine_conform() {
     let image = shared::sandbox::spec::image(AGENT_SERVER_VERSION);
@@ -403,7 +403,7 @@ async fn a_runtime_api_is_told_all_that_it_needs() {
         })
     );
     assert_ne!(session, id, "another user's sandbox may have the same id");
-    // The key that the runtime API made is the one by which its webhooks are recognised.
+    // The session key that the runtime API generated authenticates the webhooks of its agent server.
     let key = rig.runtimes.sessions()[&session].key.clone();
     let record = rig.records().find_by_session_key(&key).await.expect("the store").expect("a sandbox");
     assert_eq!((record.user, record.id), (rig.user.clone(), id.clone()));
@@ -422,7 +422,7 @@ async fn a_runtime_api_is_told_all_that_it_needs() {
     rig.api.stop().await;
 }
 
-/// What a web page asks of an agent server by way of us gets to those of the caller's own sandboxes, and nowhere else.
+/// The cloud proxy forwards requests of web pages to the caller's own sandboxes, and nowhere else.
 #[tokio::test]
 async fn requests_of_pages_are_passed_on_to_the_callers_own_sandboxes_alone() {
     let rig = Remote::with_key("key-of-session-1").await;
@@ -441,7 +441,7 @@ async fn requests_of_pages_are_passed_on_to_the_callers_own_sandboxes_alone() {
         rig.api.call(user, "POST", "/api/cloud-proxy", Some(&body)).await
     };
 
-    // As it comes, whatever the agent server makes of it.
+    // The response is forwarded unchanged, whatever its status.
     let path = "/api/git/changes?path=%2Fworkspace";
     let (status, _) = pass(&rig.user, json!({"method": "get", "path": path, "body": null})).await;
     let asked = rig.agent.requests().pop().expect("a request");
@@ -462,7 +462,7 @@ async fn requests_of_pages_are_passed_on_to_the_callers_own_sandboxes_alone() {
         assert_eq!((asked.method.as_str(), asked.json()), ("POST", json!({"asked": "something"})));
     }
 
-    // Changes and diffs of the workspace are made with git there; those of one commit are the agent server's.
+    // Changes and diffs of the workspace run git in the sandbox; those of one commit come from the agent server.
     let (status, told) =
         pass(&rig.user, json!({"method": "GET", "path": "/api/git/diff?path=/workspace/project/a&commit=abcd"})).await;
     let asked = rig.agent.requests().pop().expect("a request");
@@ -478,7 +478,7 @@ async fn requests_of_pages_are_passed_on_to_the_callers_own_sandboxes_alone() {
         assert_ne!(asked.path, "/api/git/changes");
     }
 
-    // Nowhere else.
+    // Requests that must not be forwarded.
     let before = rig.agent.requests().len();
     let stranger = UserId::new("a-stranger");
     let other_key = json!({"headers": {"X-Session-API-Key": "another"}});
@@ -512,9 +512,9 @@ async fn requests_of_pages_are_passed_on_to_the_callers_own_sandboxes_alone() {
         assert_eq!(status, expected, "{user} {changes}: {answer}");
         assert!(answer["detail"].is_string() || answer["detail"].is_array(), "{answer}");
     }
-    assert_eq!(rig.agent.requests().len(), before, "nothing was passed on");
+    assert_eq!(rig.agent.requests().len(), before, "no request was forwarded");
 
-    // A sandbox that does not run, an answer that is too large, and one that does not come.
+    // A sandbox that does not run, a response that is too large, and one that does not come.
     rig.runtimes.set_status(&session, "paused");
     assert_eq!(pass(&rig.user, json!({})).await, (409, json!({"detail": format!("Sandbox {id} does not run")})));
     rig.runtimes.set_status(&session, "running");
@@ -571,7 +571,7 @@ async fn whatever_a_runtime_api_says_is_shown_and_whatever_it_does_answers_come_
         assert_eq!(sandbox["status"], expected, "{said}");
         let runs = expected == "RUNNING";
         assert_eq!(sandbox["exposed_urls"].is_array(), runs, "{sandbox}");
-        assert_eq!(sandbox["session_api_key"].is_string(), runs, "a key is shown only while it opens something");
+        assert_eq!(sandbox["session_api_key"].is_string(), runs, "the key is returned only while the sandbox runs");
     }
     rig.runtimes.set_status(&session, "running");
     let time = "2025-01-01T00:00:00Z";
@@ -582,8 +582,8 @@ async fn whatever_a_runtime_api_says_is_shown_and_whatever_it_does_answers_come_
     for fault in [Fault::Status(401), Fault::Status(500), Fault::Status(503), Fault::Garbage, Fault::Cut, Fault::Hang] {
         rig.runtimes.set_fault(Some(fault.clone()));
         let sandbox = shown().await;
-        assert_eq!(sandbox["status"], "ERROR", "{fault:?}: nobody knows");
-        // Records can be read all the same.
+        assert_eq!(sandbox["status"], "ERROR", "{fault:?}: the status is unknown");
+        // Records can still be read.
         let (status, page) = rig.call("GET", "/app-conversations/search").await;
         assert_eq!((status, &page["items"][0]["sandbox_status"]), (200, &json!("ERROR")), "{fault:?}: {page}");
         if matches!(fault, Fault::Hang) {
@@ -599,8 +599,8 @@ async fn whatever_a_runtime_api_says_is_shown_and_whatever_it_does_answers_come_
         assert!(!told.to_string().contains("secret words"), "{told}");
     }
     rig.runtimes.set_fault(None);
-    assert_eq!(shown().await["status"], "RUNNING", "and when it is back, so is the sandbox");
-    // Whatever began to be made meanwhile was given up.
+    assert_eq!(shown().await["status"], "RUNNING", "the status is known again");
+    // Creations that failed meanwhile were abandoned.
     let (_, list) = rig.call("GET", "/sandboxes/search").await;
     let left: Vec<&Value> = list["items"].as_array().expect("items").iter().map(|sandbox| &sandbox["status"]).collect();
     assert!(left.iter().filter(|status| **status == "RUNNING").count() == 1, "{list:#}");
@@ -626,8 +626,8 @@ async fn a_start_joins_no_sandbox_that_is_dead() {
         })
         .await
     };
-    assert_eq!(joined().await, id, "it answers");
-    // Its provider says that it runs, and it does not answer.
+    assert_eq!(joined().await, id, "it responds");
+    // Its provider reports it as running, but it does not respond.
     rig.agent.set_alive(false);
     rig.runtimes.begin_as("starting");
     assert_ne!(joined().await, id, "it hangs");
@@ -692,7 +692,7 @@ async fn sandboxes_are_listed_made_paused_resumed_and_deleted() {
         assert_eq!(rig.call("POST", &format!("/sandboxes/nope/{change}")).await, not_found);
     }
 
-    // Deleted by the path, the query, or both.
+    // By the path, the query, or both.
     assert_eq!(rig.call("DELETE", "/sandboxes/nope").await, not_found);
     assert_eq!(rig.call("DELETE", "/sandboxes?sandbox_id=nope").await, not_found);
     let (status, told) = rig.call("DELETE", "/sandboxes").await;
@@ -732,13 +732,13 @@ async fn recorded_exchanges_have_the_same_answers() {
         }
         let mut expected = (case["response"]["status"].clone(), case["response"]["body"].clone());
         match label {
-            // Made at another time, of another image, by somebody who has a name.
+            // Created at another time, from another image, by a user with a name.
             "sandboxes paused" => {
                 for field in ["created_at", "sandbox_spec_id", "created_by_user_id"] {
                     expected.1["items"][0][field] = made[0][field].clone();
                 }
             }
-            // Named in docs/deviations.md: the path says which.
+            // Listed in docs/deviations.md: the path names the sandbox.
             "delete unknown" => expected = (json!(404), json!({"detail": "Not Found"})),
             _ => {}
         }
@@ -756,12 +756,12 @@ async fn a_sandbox_that_cannot_be_made_leaves_nothing_behind() {
     let rig = Remote::start().await;
     rig.runtimes.set_fault(Some(Fault::Status(403)));
     let (status, told) = rig.call("POST", "/sandboxes").await;
-    // Already the look whether it is there fails.
+    // The lookup that precedes the creation fails already.
     assert_eq!((status, told), (502, json!({"detail": "The sandboxes' provider does not answer"})));
     rig.runtimes.set_fault(None);
     assert!(rig.runtimes.sessions().is_empty());
     rig.api.stop().await;
-    // Where there are none at all.
+    // In a deployment without sandboxes.
     let folder = TempDir::new().expect("a folder");
     let api = Api::at(folder.path(), SandboxConfig::None).await;
     let user = UserId::new("somebody");

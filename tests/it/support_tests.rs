@@ -1,4 +1,4 @@
-//! The support code is what it says.
+//! Tests of the test fixtures themselves.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -24,9 +24,9 @@ use crate::support::wait::{wait_for, wait_until};
 const KEY: &str = "session-key";
 const SOON: Duration = Duration::from_secs(10);
 
-// The log
+// Log capture
 
-/// Counts what it is given.
+/// Counts log events.
 #[derive(Clone, Default)]
 struct Events(Arc<AtomicUsize>);
 
@@ -46,7 +46,7 @@ impl Subscriber for Events {
     fn exit(&self, _span: &Id) {}
 }
 
-/// Only as the first test of its process can this fail: product tests subscribe all threads.
+/// This can fail only in the first test of its process: product tests subscribe for all threads.
 #[test]
 fn what_another_threads_code_logged_first_is_captured_all_the_same() {
     fn warned() {
@@ -61,7 +61,7 @@ fn what_another_threads_code_logged_first_is_captured_all_the_same() {
     let events = Events::default();
     let _guard = log_to(events.clone());
     for (index, line) in [warned, told, traced].into_iter().enumerate() {
-        // A test on a thread of its own, which captures nothing.
+        // A test on another thread, which captures nothing.
         thread::spawn(line).join().expect("a thread");
         line();
         line();
@@ -69,7 +69,7 @@ fn what_another_threads_code_logged_first_is_captured_all_the_same() {
     }
 }
 
-// The language model
+// The stub language model
 
 async fn ask(llm: &ScriptedLlm, body: &Value) -> (u16, String) {
     let url = format!("{}/chat/completions", llm.base_url());
@@ -106,7 +106,7 @@ async fn the_model_keeps_to_its_script() {
 
     let asked = Instant::now();
     let (_, body) = ask(&llm, &question("three")).await;
-    assert!(asked.elapsed() >= Duration::from_millis(50), "it takes its time");
+    assert!(asked.elapsed() >= Duration::from_millis(50), "the reply is delayed");
     assert_eq!(parsed(&body)["choices"][0]["message"]["content"], "hello", "{body}");
 
     let (_, body) = ask(&llm, &question("four")).await;
@@ -171,10 +171,10 @@ async fn the_model_is_gone_when_dropped() {
     let models = client.get(&url).send().await.expect("an answer");
     assert_eq!(models.json::<Value>().await.expect("a list")["data"][0]["id"], "scripted");
     drop(llm);
-    wait_until("nobody answers", SOON, async || client.get(&url).send().await.is_err()).await;
+    wait_until("the port is closed", SOON, async || client.get(&url).send().await.is_err()).await;
 }
 
-// The git host
+// The stub git host
 
 async fn git(arguments: &[&str]) -> (bool, String) {
     let output = Command::new("git")
@@ -210,7 +210,7 @@ async fn repositories_can_be_cloned_and_pushed_to() {
     let (done, stderr) = git(&["-C", &at("a"), "push", "origin", "HEAD:refs/heads/copy"]).await;
     assert!(done, "{stderr}");
     let (done, _) = git(&["clone", &format!("{}/owner/other.git", host.url()), &at("c")]).await;
-    assert!(!done, "there is no such repository");
+    assert!(!done, "the repository does not exist");
 }
 
 #[tokio::test]
@@ -230,7 +230,7 @@ async fn a_host_that_asks_for_credentials() {
         ("gitlab", "oauth2:secret@", true),
         ("github", "x-access-token:secret@", true),
         ("empty", "secret:@", true),
-        // Git tries an empty password before it asks for one.
+        // Git sends an empty password before it prompts for one.
         ("bare", "secret@", true),
         ("bare and wrong", "wrong@", false),
     ] {
@@ -258,9 +258,9 @@ async fn a_host_that_asks_for_credentials() {
     assert_eq!(api("other", Some("Bearer secret")).await.0, 404);
 }
 
-// The agent server
+// The stub agent server
 
-/// A client of the stand-in.
+/// A client of the stub agent server.
 struct Caller<'a> {
     agent: &'a StandInAgent,
     client: Client,
@@ -286,7 +286,7 @@ impl<'a> Caller<'a> {
         self.try_send(route, body).await.unwrap_or_else(|error| panic!("{route}: {error:?}"))
     }
 
-    /// Runs a command to its end: its last output, and those before.
+    /// Runs a command to its end: its last output, and the outputs before it.
     async fn run(&self, command: Value) -> (Value, Vec<Value>) {
         let (status, started) = self.send("POST /api/bash/start_bash_command", command).await;
         assert_eq!((status, &started["kind"]), (200, &json!("BashCommand")), "{started}");
@@ -363,7 +363,7 @@ async fn only_the_key_opens_the_api() {
     assert_eq!(paths.len(), 6, "{paths:?}");
 
     agent.set_alive(false);
-    assert!(caller.try_send("GET /alive", Value::Null).await.is_err(), "nobody answers");
+    assert!(caller.try_send("GET /alive", Value::Null).await.is_err(), "the connection must be closed");
     agent.set_alive(true);
     assert_eq!(caller.send("GET /alive", Value::Null).await.0, 200);
 }
@@ -392,14 +392,14 @@ async fn commands_really_run() {
     let started = Instant::now();
     let (output, _) = caller.run(json!({"command": "echo so far; sleep 60; true", "timeout": 1})).await;
     assert_eq!((&output["exit_code"], &output["stdout"]), (&json!(-1), &json!("so far\n")), "{output}");
-    assert!(started.elapsed() < Duration::from_secs(8), "cut short");
+    assert!(started.elapsed() < Duration::from_secs(8), "the command is killed at its timeout");
 
     let missing = format!("{root}/missing");
     let (output, _) = caller.run(json!({"command": "true", "cwd": missing})).await;
     let text = format!("Error executing command: [Errno 2] No such file or directory: '{missing}'");
     assert_eq!((&output["exit_code"], &output["stderr"]), (&json!(-1), &json!(text)), "{output}");
     let (output, _) = caller.run(json!({"command": "true", "cwd": "/"})).await;
-    assert_eq!(output["exit_code"], -1, "not outside of its folder: {output}");
+    assert_eq!(output["exit_code"], -1, "a folder outside of the root is refused: {output}");
 
     let (status, body) = caller.send("POST /api/bash/start_bash_command", json!({"cwd": "/"})).await;
     assert_eq!((status, &body["detail"][0]["loc"]), (422, &json!(["body", "command"])), "{body}");
@@ -411,7 +411,7 @@ async fn long_output_comes_in_pieces() {
     let caller = Caller::of(&agent);
     let (last, before) = caller.run(json!({"command": "head -c 2500000 /dev/zero | tr '\\0' x"})).await;
     assert_eq!((before.len(), &last["order"], &last["exit_code"]), (2, &json!(2), &json!(0)));
-    assert!(before.iter().all(|output| output["exit_code"].is_null()), "not over before the last");
+    assert!(before.iter().all(|output| output["exit_code"].is_null()), "only the last output has an exit code");
     let length = |output: &Value| output["stdout"].as_str().expect("stdout").len();
     assert_eq!(before.iter().map(length).sum::<usize>() + length(&last), 2_500_000);
 
@@ -440,7 +440,7 @@ async fn a_command_ends_with_the_stand_in() {
     drop(agent);
     let pid = rustix::process::Pid::from_raw(pid).expect("a pid");
     wait_until("the sleep is over", SOON, async || {
-        // Gone, or a zombie that nobody has waited for.
+        // It has ended, or is a zombie that its parent has not reaped.
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()));
         stat.map_or_else(|_| rustix::process::test_kill_process(pid).is_err(), |stat| stat.contains(") Z"))
     })
@@ -539,7 +539,7 @@ async fn a_conversation_from_start_to_end() {
     assert_eq!(caller.send("POST /api/conversations", json!({"agent": {}})).await.0, 422);
 }
 
-/// Starts a conversation while the fault is in force: the answer, and whether it was started.
+/// Starts a conversation while the fault is injected: the response, whether it was started, and the duration.
 async fn start_with(kind: Kind) -> (Result<(u16, Value), reqwest::Error>, bool, Duration) {
     let agent = StandInAgent::start(KEY).await;
     agent.inject(Fault::new("POST /api/conversations", Nth::Next, kind));
@@ -550,7 +550,7 @@ async fn start_with(kind: Kind) -> (Result<(u16, Value), reqwest::Error>, bool, 
     let answer = caller.try_send("POST /api/conversations", start_request(id)).await;
     let (took, started) = (sent.elapsed(), !agent.messages_delivered(id).is_empty());
 
-    // Whatever it was, it was once.
+    // Whatever the fault, it applied once.
     let (status, _) = caller.send("POST /api/conversations", start_request(id)).await;
     assert_eq!(status, if started { 200 } else { 201 });
     assert_eq!(agent.messages_delivered(id).len(), 1);
@@ -620,7 +620,7 @@ async fn faults_know_their_turn() {
     assert_eq!(statuses(&path).await, [404, 404, 404]);
 }
 
-// What stands for AWS
+// AWS engines
 
 #[tokio::test]
 async fn engines_are_those_that_were_asked_for() {
@@ -644,7 +644,7 @@ async fn ministack_ends_with_who_started_it() {
     let Ministack { url, mut process, .. } = Ministack::start();
     let healthy = async || Client::new().get(format!("{url}/_ministack/health")).send().await.is_ok();
     assert!(healthy().await);
-    // As the system closes it when a process is killed.
+    // The kernel closes it the same way when a process is killed.
     drop(process.stdin.take());
     wait_until("it has ended", SOON, async || process.try_wait().expect("a process").is_some()).await;
     assert!(!healthy().await);

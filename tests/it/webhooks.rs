@@ -1,4 +1,5 @@
-//! What agent servers post: who may, what is kept, and that nothing is acknowledged that is not.
+//! Webhook routes: session keys and ownership, validation, storage of events, and no acknowledgement before everything
+//! is stored.
 
 use futures::future::join_all;
 use local::options::{CommonOptions, SandboxKind};
@@ -81,7 +82,7 @@ impl Owner {
     }
 }
 
-/// The whole server, with a key for everything else.
+/// The whole server, with a session API key for all other routes.
 struct WorkerHarness {
     server: Server,
     http: Client,
@@ -109,7 +110,7 @@ impl WorkerHarness {
             request = request.header("X-Session-API-Key", key);
         }
         let answer = request.send().await.expect("an answer");
-        assert!(answer.headers().contains_key("cache-control"), "the answers have what all answers have");
+        assert!(answer.headers().contains_key("cache-control"), "webhook responses have the common headers");
         (answer.status().as_u16(), answer.json().await.expect("JSON"))
     }
 
@@ -142,7 +143,7 @@ async fn only_sandboxes_tell_and_only_of_their_own_conversations() {
         let events = format!("events/{id}");
         let said = json!({"id": id, "execution_status": "running"}).to_string();
         for (path, body) in [(events.as_str(), &batch), ("conversations", &said)] {
-            // Who calls is asked before what for.
+            // The caller is authenticated before the body is validated.
             for body in [body.as_str(), "nonsense"] {
                 let missing = refused("X-Session-API-Key header is required");
                 assert_eq!(rig.post(path, None, body.to_owned()).await, missing, "{path}");
@@ -157,11 +158,11 @@ async fn only_sandboxes_tell_and_only_of_their_own_conversations() {
         let kept = rig.owner.events_of(id).await.len();
         assert_eq!(kept, usize::from(expected.0 == 200));
     }
-    // What is said of an unknown conversation made a record; that one is being deleted changes nothing.
+    // A report of an unknown conversation created its record; a report of a deletion changes nothing.
     let deleting = json!({"id": own, "execution_status": "deleting"}).to_string();
     assert_eq!(rig.post("conversations", Some(KEY), deleting).await, success());
     assert_eq!(rig.owner.conversations.count(&rig.owner.user, &Filter::default()).await.expect("a count"), 3);
-    // The session key opens webhooks alone, and there is nothing else at their paths.
+    // The session key is accepted only by webhooks, and their paths have no other methods.
     let url = format!("http://{}/api/v1", rig.server.address);
     let get = async |path: &str| {
         rig.http.get(format!("{url}{path}")).header("X-Session-API-Key", KEY).send().await.expect("an answer").status()
@@ -176,7 +177,7 @@ async fn only_sandboxes_tell_and_only_of_their_own_conversations() {
 async fn events_are_kept_as_they_came_and_once() {
     let rig = WorkerHarness::start().await;
     let id = Uuid::new_v4();
-    // More than DynamoDB takes at once, in no order, one of them twice.
+    // More events than DynamoDB accepts in one write, in mixed order, one of them twice.
     let mut batch: Vec<Value> = (0..30).rev().map(event).collect();
     batch.push(event(7));
     let batch = Value::Array(batch);
@@ -189,7 +190,7 @@ async fn events_are_kept_as_they_came_and_once() {
     assert_eq!(rig.post_events(id, &json!([event(29), event(30)])).await, success());
     assert_eq!(ids().await.len(), 31);
 
-    // Byte for byte, whatever it is.
+    // Byte for byte, whatever the content.
     let other = Uuid::new_v4();
     let sent = r#"{"timestamp":"2025-01-01T00:00:00.5", "kind":"NobodyKnowsIt","more":[1.10, 1e2,123456789012345678901234567890],
         "text":"\u00e9é", "id":"strange"}"#;
@@ -204,7 +205,7 @@ async fn events_are_kept_as_they_came_and_once() {
     let kept = rig.owner.events_of(other).await;
     assert_eq!(kept.iter().map(|event| event.json.as_str()).collect::<Vec<_>>(), [sent, large.as_str()]);
     assert_eq!(kept[0].kind, "NobodyKnowsIt");
-    // The large one is in the bucket, under a key that file systems take too.
+    // The large event is in the bucket, under a key that is also a valid file name.
     let objects = rig.server.aws.s3.list_objects_v2().bucket(&rig.server.config.names.bucket).prefix("events/");
     let objects = objects.send().await.expect("a list").contents.unwrap_or_default();
     let [object] = objects.as_slice() else { panic!("one object: {objects:?}") };
@@ -257,7 +258,7 @@ async fn bad_bodies_are_refused_with_their_faults() {
             .collect();
         assert_eq!((status, told), (422, faults), "{path} {body}: {answer}");
     }
-    assert_eq!(rig.owner.events_of(id).await, [], "a batch is kept whole or not at all");
+    assert_eq!(rig.owner.events_of(id).await, [], "a batch is stored as a whole or not at all");
     rig.server.shutdown().await;
 }
 
@@ -309,7 +310,7 @@ async fn nothing_is_acknowledged_that_the_store_refuses() {
         router.clone().oneshot(request).await.expect("an answer").status().as_u16()
     };
     let cost = async || owner.conversations.get(&owner.user, id).await.expect("the store").expect("it").metrics;
-    // Two lookups, two writes of which the first holds 25 events, and then what follows from them.
+    // Two lookups, two writes of which the first has 25 events, and then the updates that follow from them.
     for (call, kept) in [(1, 0), (2, 0), (3, 0), (4, 25), (5, 30), (6, 30)] {
         gate.arm(call, Stop::Refuse);
         assert_eq!(post().await, 503, "{:?}", gate.calls());
