@@ -49,7 +49,7 @@ async fn main() {
     let time = Duration::from_secs(numbers.next().unwrap_or(SECONDS));
     let folder = TempDir::new().expect("a folder");
     let mut api = Api::at(folder.path(), SandboxConfig::None).await;
-    let user = UserId::new("somebody");
+    let user = UserId::new("user-one");
     load(&api, &user, size).await;
 
     println!("{size} conversations, requests/s (p50 ms, p99 ms):\n");

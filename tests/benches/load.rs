@@ -124,8 +124,7 @@ impl Server {
                 let items = answer["items"].as_array().expect("items");
                 newest = items.iter().filter_map(|item| item["id"].as_str().map(|id| format!("ids={id}"))).collect();
             }
-            let next =
-                answer["next_page_id"].as_str().expect("the account has too few rows for the deep page");
+            let next = answer["next_page_id"].as_str().expect("the account has too few rows for the deep page");
             page = format!("&page_id={next}");
             rows -= step;
         }

@@ -46,7 +46,7 @@ async fn main() {
 async fn measure(size: u64) {
     let folder = TempDir::new().expect("a folder");
     let mut api = Api::at(folder.path(), SandboxConfig::None).await;
-    let user = UserId::new("somebody");
+    let user = UserId::new("user-one");
     let started = Instant::now();
     load(&api, &user, size).await;
     let took = started.elapsed().as_secs_f64();

@@ -137,7 +137,7 @@ fn every_alarm_watches_a_metric_that_exists() {
 
 /// Conditions that no one would notice without an alarm.
 #[test]
-fn what_an_operator_must_know_has_an_alarm() {
+fn every_condition_that_operators_must_know_has_an_alarm() {
     let template = template();
     let alarms = of_type(&template, "AWS::CloudWatch::Alarm");
     let dead_letters = &watched(alarms["DeadLettersAlarm"])[0];
@@ -256,7 +256,7 @@ mod pattern {
     }
 
     #[test]
-    fn patterns_are_understood() {
+    fn filter_patterns_are_parsed() {
         let line = serde_json::json!({"message": "a", "fault": "server"});
         for (pattern, expected) in [
             (r#"{ $.message = "a" }"#, true),
@@ -327,26 +327,26 @@ async fn a_failed_start_counts_only_if_it_is_the_servers_fault() {
         ("an agent server that refuses", message.clone(), json!({"llm_model": "openai/x"}), Some(broken()), "server"),
     ];
     for (case, body, settings, fault, expected) in cases {
-        let rig = WorkerHarness::start(quick()).await;
-        rig.set_settings(settings).await;
+        let harness = WorkerHarness::start(quick()).await;
+        harness.set_settings(settings).await;
         if let Some(fault) = fault {
-            rig.agent.inject(fault);
+            harness.agent.inject(fault);
         }
-        let task = rig.begin(&body).await;
-        let ended = rig.drive(task.id).await;
+        let task = harness.begin(&body).await;
+        let ended = harness.drive(task.id).await;
         assert_eq!(ended.now.status, StartStatus::Error, "{case}: {:?}", ended.now.detail);
         let lines = log.take();
         let failed: Vec<&Value> = lines.iter().filter(|line| line["message"] == "start.failed").collect();
         assert_eq!(failed.len(), 1, "{case}: {lines:?}");
         assert_eq!(failed[0]["fault"], expected, "{case}: {}", failed[0]);
         assert_eq!(counted("StartsInError", &lines), usize::from(expected == "server"), "{case}");
-        rig.finish().await;
+        harness.finish().await;
     }
-    let rig = WorkerHarness::start(quick()).await;
-    let task = rig.begin(&message).await;
-    rig.context.saga.give_up(&rig.user, task.id).await.expect("given up");
+    let harness = WorkerHarness::start(quick()).await;
+    let task = harness.begin(&message).await;
+    harness.context.saga.give_up(&harness.user, task.id).await.expect("given up");
     assert_eq!(counted("StartsInError", &log.take()), 1, "an abandoned start");
-    rig.finish().await;
+    harness.finish().await;
 }
 
 /// The same for requests.

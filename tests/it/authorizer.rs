@@ -125,7 +125,7 @@ impl Issuer {
 
     /// The claims of a user, with changes; `null` removes a claim.
     fn claims_with(&self, changes: &Value) -> Value {
-        let mut claims = self.claims("somebody");
+        let mut claims = self.claims("user-one");
         for (name, value) in changes.as_object().expect("an object") {
             match value {
                 Value::Null => drop(claims.as_object_mut().expect("an object").remove(name)),
@@ -163,20 +163,20 @@ pub fn invalid(issuer: &Issuer, signer: &Signer) -> Vec<(String, String)> {
 /// Forged tokens that look like those of the issuer, whose real keys are `rsa` and `ec`.
 pub fn forged(issuer: &Issuer, rsa: &Signer, ec: &Signer) -> Vec<(String, String)> {
     let stranger = Signer::ec("two");
-    let good = ec.sign(&issuer.claims("somebody"));
+    let good = ec.sign(&issuer.claims("user-one"));
     let [head, body, signature] = good.split('.').collect::<Vec<_>>()[..] else { panic!("three parts") };
     let part = |value: &Value| BASE64URL.encode(value.to_string());
     let unsigned = part(&json!({"alg": "none", "typ": "JWT"}));
     let other = part(&issuer.claims("another"));
     let hmac = |secret: &[u8], kid: &str| {
         let header = Header { kid: Some(kid.to_owned()), ..Header::new(Algorithm::HS256) };
-        encode(&header, &issuer.claims("somebody"), &EncodingKey::from_secret(secret)).expect("a token")
+        encode(&header, &issuer.claims("user-one"), &EncodingKey::from_secret(secret)).expect("a token")
     };
     let document = issuer.keys.lock().expect("keys").to_string();
     let AlgorithmParameters::RSA(public) = rsa.jwk().algorithm else { panic!("an RSA key") };
     let critical = part(&json!({"alg": "ES256", "kid": "two", "crit": ["exp"]}));
     let header = |signer: &Signer, algorithm, kid: Option<&str>| {
-        signer.sign_with(&Header { kid: kid.map(str::to_owned), ..Header::new(algorithm) }, &issuer.claims("somebody"))
+        signer.sign_with(&Header { kid: kid.map(str::to_owned), ..Header::new(algorithm) }, &issuer.claims("user-one"))
     };
     let forged = [
         ("alg none", format!("{unsigned}.{body}.")),
@@ -188,7 +188,7 @@ pub fn forged(issuer: &Issuer, rsa: &Signer, ec: &Signer) -> Vec<(String, String
         ("HS256 with the public key's bytes", hmac(&BASE64URL.decode(&public.n).expect("bytes"), "one")),
         ("HS256 with the issuer's document", hmac(document.as_bytes(), "one")),
         ("an extension that must be understood", format!("{critical}.{body}.{signature}")),
-        ("another key with the key id of the issuer's", stranger.sign(&issuer.claims("somebody"))),
+        ("another key with the key id of the issuer's", stranger.sign(&issuer.claims("user-one"))),
         ("the name of another of its keys", header(ec, Algorithm::ES256, Some("one"))),
         ("another algorithm than the key is for", header(rsa, Algorithm::PS256, Some("one"))),
         ("nothing", ".".to_owned()),
@@ -198,7 +198,7 @@ pub fn forged(issuer: &Issuer, rsa: &Signer, ec: &Signer) -> Vec<(String, String
     forged.map(|(what, token)| (what.to_owned(), token)).into()
 }
 
-struct WorkerHarness {
+struct Fixture {
     keys: ApiKeyStore,
     config: AuthorizerConfig,
     authorizer: Authorizer,
@@ -206,7 +206,7 @@ struct WorkerHarness {
     folder: TempDir,
 }
 
-impl WorkerHarness {
+impl Fixture {
     async fn new(issuer: Option<&Issuer>) -> Self {
         let folder = TempDir::new().expect("a folder");
         let engines = Engines::start(folder.path()).await;
@@ -224,7 +224,7 @@ impl WorkerHarness {
     async fn user(&self, header: &str, value: &str) -> Option<String> {
         let arn = "arn:aws:execute-api:eu-central-1:123456789012:abcdef/live/GET/api/v1/app-conversations";
         let event =
-            json!({"type": "REQUEST", "methodArn": arn, "headers": {header: value, "X-User-Id": "somebody-else"}});
+            json!({"type": "REQUEST", "methodArn": arn, "headers": {header: value, "X-User-Id": "user-two"}});
         match self.authorizer.handle(event).await {
             Ok(answer) => {
                 let statement = &answer["policyDocument"]["Statement"];
@@ -248,22 +248,22 @@ impl WorkerHarness {
 }
 
 #[tokio::test]
-async fn tokens_of_the_issuer_are_let_in_and_nothing_like_them() {
+async fn tokens_of_the_issuer_are_accepted_and_invalid_or_forged_ones_are_refused() {
     let issuer = Issuer::start().await;
     let (rsa, ec, ed) = (Signer::rsa("one"), Signer::ec("two"), Signer::ed("three"));
     issuer.publish(&[&rsa, &ec, &ed]);
-    let rig = WorkerHarness::new(Some(&issuer)).await;
+    let fixture = Fixture::new(Some(&issuer)).await;
     for signer in [&rsa, &ec, &ed] {
-        let token = signer.sign(&issuer.claims("somebody"));
+        let token = signer.sign(&issuer.claims("user-one"));
         for (header, value) in [
             ("Authorization", format!("Bearer {token}")),
             ("authorization", format!("bearer {token}")),
             ("X-Access-Token", token.clone()),
             ("x-session-api-key", token.clone()),
         ] {
-            assert_eq!(rig.user(header, &value).await.as_deref(), Some("somebody"), "{header}");
+            assert_eq!(fixture.user(header, &value).await.as_deref(), Some("user-one"), "{header}");
         }
-        assert_eq!(rig.user("Cookie", &token).await, None);
+        assert_eq!(fixture.user("Cookie", &token).await, None);
     }
     assert_eq!(issuer.asked.load(Ordering::Relaxed), 1, "keys are cached");
 
@@ -276,36 +276,36 @@ async fn tokens_of_the_issuer_are_let_in_and_nothing_like_them() {
         json!({"aud": ["others", AUDIENCE]}),
         json!({"sub": "x".repeat(255)}),
     ] {
-        assert!(rig.bearer(&ec.sign(&issuer.claims_with(&changes))).await.is_some(), "{changes}");
+        assert!(fixture.bearer(&ec.sign(&issuer.claims_with(&changes))).await.is_some(), "{changes}");
     }
     for (what, token) in invalid(&issuer, &ec).into_iter().chain(forged(&issuer, &rsa, &ec)) {
-        assert_eq!(rig.bearer(&token).await, None, "{what}");
+        assert_eq!(fixture.bearer(&token).await, None, "{what}");
     }
     let header = |signer: &Signer, algorithm, kid: Option<&str>| {
-        signer.sign_with(&Header { kid: kid.map(str::to_owned), ..Header::new(algorithm) }, &issuer.claims("somebody"))
+        signer.sign_with(&Header { kid: kid.map(str::to_owned), ..Header::new(algorithm) }, &issuer.claims("user-one"))
     };
     // With several keys a token must name its key, unless only one fits the algorithm.
-    assert_eq!(rig.bearer(&header(&ec, Algorithm::ES256, None)).await.as_deref(), Some("somebody"));
+    assert_eq!(fixture.bearer(&header(&ec, Algorithm::ES256, None)).await.as_deref(), Some("user-one"));
     assert_eq!(issuer.asked.load(Ordering::Relaxed), 1, "refused tokens cause no request for keys");
-    rig.engines.shutdown().await;
+    fixture.engines.shutdown().await;
 }
 
 /// A clock that a test sets forward.
 #[derive(Clone)]
-struct Hands(Instant, Arc<AtomicU64>);
+struct TestClock(Instant, Arc<AtomicU64>);
 
-impl Hands {
+impl TestClock {
     fn new() -> Self {
         Self(Instant::now(), Arc::default())
     }
 
-    fn forward(&self, by: Duration) {
+    fn advance(&self, by: Duration) {
         self.1.fetch_add(u64::try_from(by.as_millis()).expect("milliseconds"), Ordering::SeqCst);
     }
 
-    fn clock(&self) -> authorizer::tokens::Clock {
-        let hands = self.clone();
-        Arc::new(move || hands.0 + Duration::from_millis(hands.1.load(Ordering::SeqCst)))
+    fn as_clock(&self) -> authorizer::tokens::Clock {
+        let clock = self.clone();
+        Arc::new(move || clock.0 + Duration::from_millis(clock.1.load(Ordering::SeqCst)))
     }
 }
 
@@ -313,7 +313,7 @@ impl Hands {
 async fn verdict(authorizer: &Authorizer, token: &str) -> &'static str {
     let event = json!({"methodArn": "arn", "headers": {"X-Access-Token": token}});
     match authorizer.handle(event).await {
-        Ok(_) => "let in",
+        Ok(_) => "accepted",
         Err(Refusal::Unauthorized) => "refused",
         Err(refusal @ Refusal::Unknown(_)) => {
             // Without keys the authorizer cannot decide whether a token is valid, so the response is not 401.
@@ -329,58 +329,58 @@ fn at_most(pause: Duration) -> Duration {
 }
 
 #[tokio::test]
-async fn keys_of_the_issuer_are_read_again_when_they_change_but_not_for_every_made_up_name() {
+async fn jwks_is_requested_again_after_a_key_rotation_but_at_most_once_a_minute() {
     let issuer = Issuer::start().await;
     let (old, new) = (Signer::ec("old"), Signer::ec("new"));
     issuer.publish(&[&old]);
-    let mut rig = WorkerHarness::new(Some(&issuer)).await;
-    let hands = Hands::new();
-    let authorizer = Authorizer::with_clock(&rig.config, rig.keys.clone(), hands.clock());
+    let mut fixture = Fixture::new(Some(&issuer)).await;
+    let clock = TestClock::new();
+    let authorizer = Authorizer::with_clock(&fixture.config, fixture.keys.clone(), clock.as_clock());
     let asked = || issuer.asked.load(Ordering::Relaxed);
     let [olds, news] = [&old, &new].map(|signer| {
-        let mut claims = issuer.claims("somebody");
+        let mut claims = issuer.claims("user-one");
         claims["exp"] = json!(Time::now().unix_seconds() + 10_000);
         signer.sign(&claims)
     });
-    assert_eq!(verdict(&authorizer, &olds).await, "let in");
+    assert_eq!(verdict(&authorizer, &olds).await, "accepted");
     for _ in 0..5 {
         assert_eq!(verdict(&authorizer, &news).await, "refused");
     }
-    hands.forward(UNKNOWN_KEY_PAUSE.mul_f64(0.9));
+    clock.advance(UNKNOWN_KEY_PAUSE.mul_f64(0.9));
     assert_eq!(verdict(&authorizer, &news).await, "refused");
     assert_eq!(asked(), 1, "not again within a minute");
-    hands.forward(at_most(UNKNOWN_KEY_PAUSE));
+    clock.advance(at_most(UNKNOWN_KEY_PAUSE));
     issuer.publish(&[&old, &new]);
-    assert_eq!(verdict(&authorizer, &news).await, "let in");
+    assert_eq!(verdict(&authorizer, &news).await, "accepted");
     assert_eq!(asked(), 2);
     // However many unknown key ids callers send within a minute, the keys are requested once.
-    hands.forward(at_most(UNKNOWN_KEY_PAUSE));
+    clock.advance(at_most(UNKNOWN_KEY_PAUSE));
     for number in 0..20 {
         let header = Header { kid: Some(format!("made up {number}")), ..Header::new(Algorithm::ES256) };
-        assert_eq!(verdict(&authorizer, &new.sign_with(&header, &issuer.claims("somebody"))).await, "refused");
+        assert_eq!(verdict(&authorizer, &new.sign_with(&header, &issuer.claims("user-one"))).await, "refused");
     }
     assert_eq!(asked(), 3);
     // An authorizer that starts later has the new key.
-    rig.authorizer = Authorizer::new(&rig.config, rig.keys.clone());
-    assert!(rig.bearer(&news).await.is_some());
+    fixture.authorizer = Authorizer::new(&fixture.config, fixture.keys.clone());
+    assert!(fixture.bearer(&news).await.is_some());
 
     // An issuer whose metadata names another issuer.
     let oidc = OidcConfig { issuer: format!("{}/tenant", issuer.server.url()), audience: AUDIENCE.into() };
-    let other = Authorizer::new(&AuthorizerConfig { oidc: Some(oidc), ..rig.config.clone() }, rig.keys.clone());
+    let other = Authorizer::new(&AuthorizerConfig { oidc: Some(oidc), ..fixture.config.clone() }, fixture.keys.clone());
     assert_eq!(verdict(&other, &olds).await, "unknown");
-    rig.engines.shutdown().await;
+    fixture.engines.shutdown().await;
 }
 
 #[tokio::test]
-async fn keys_hold_for_a_day_without_their_issuer_and_then_no_more() {
+async fn cached_jwks_is_valid_for_a_day_while_the_issuer_fails() {
     let issuer = Issuer::start().await;
     let signer = Signer::ec("one");
     issuer.fail();
-    let rig = WorkerHarness::new(Some(&issuer)).await;
-    let hands = Hands::new();
-    let authorizer = Authorizer::with_clock(&rig.config, rig.keys.clone(), hands.clock());
+    let fixture = Fixture::new(Some(&issuer)).await;
+    let clock = TestClock::new();
+    let authorizer = Authorizer::with_clock(&fixture.config, fixture.keys.clone(), clock.as_clock());
     let asked = || issuer.asked.load(Ordering::Relaxed);
-    let mut claims = issuer.claims("somebody");
+    let mut claims = issuer.claims("user-one");
     claims["exp"] = json!(Time::now().unix_seconds() + 10_000);
     let token = signer.sign(&claims);
     // Keys are not requested again for each request while the issuer fails, but after a short pause.
@@ -389,78 +389,78 @@ async fn keys_hold_for_a_day_without_their_issuer_and_then_no_more() {
     }
     assert_eq!(asked(), 1);
     issuer.publish(&[&signer]);
-    hands.forward(at_most(FAILURE_PAUSE));
-    assert_eq!(verdict(&authorizer, &token).await, "let in");
+    clock.advance(at_most(FAILURE_PAUSE));
+    assert_eq!(verdict(&authorizer, &token).await, "accepted");
     // Keys are requested again after an hour; while that fails the cached ones stay valid.
     issuer.fail();
-    hands.forward(Duration::from_secs(3600));
-    assert_eq!(verdict(&authorizer, &token).await, "let in");
+    clock.advance(Duration::from_secs(3600));
+    assert_eq!(verdict(&authorizer, &token).await, "accepted");
     let before = asked();
-    assert_eq!(verdict(&authorizer, &token).await, "let in");
+    assert_eq!(verdict(&authorizer, &token).await, "accepted");
     assert_eq!(asked(), before, "keys are not requested for each request");
-    hands.forward(STALE.checked_sub(Duration::from_secs(3601)).expect("a day is longer"));
-    assert_eq!(verdict(&authorizer, &token).await, "let in");
+    clock.advance(STALE.checked_sub(Duration::from_secs(3601)).expect("a day is longer"));
+    assert_eq!(verdict(&authorizer, &token).await, "accepted");
     // A day after the last success they expire, also between two attempts.
-    hands.forward(Duration::from_secs(2));
+    clock.advance(Duration::from_secs(2));
     for _ in 0..3 {
         assert_eq!(verdict(&authorizer, &token).await, "unknown");
     }
-    hands.forward(at_most(FAILURE_PAUSE));
+    clock.advance(at_most(FAILURE_PAUSE));
     assert_eq!(verdict(&authorizer, &token).await, "unknown");
     issuer.publish(&[&signer]);
-    hands.forward(at_most(FAILURE_PAUSE));
-    assert_eq!(verdict(&authorizer, &token).await, "let in");
-    rig.engines.shutdown().await;
+    clock.advance(at_most(FAILURE_PAUSE));
+    assert_eq!(verdict(&authorizer, &token).await, "accepted");
+    fixture.engines.shutdown().await;
 }
 
 #[tokio::test]
-async fn api_keys_let_in_until_they_are_revoked_and_are_nowhere_stored() {
-    let rig = WorkerHarness::new(None).await;
+async fn api_keys_are_accepted_until_revoked_and_never_stored_in_plain_text() {
+    let fixture = Fixture::new(None).await;
     let (ann, bob) = (UserId::new("ann"), UserId::new("bob"));
-    let (key, secret) = rig.keys.create(&ann, " a robot ").await.expect("a key");
-    let (_, bobs) = rig.keys.create(&bob, "another").await.expect("a key");
-    assert_eq!((key.name.as_str(), rig.keys.list(&ann).await.expect("keys")), ("a robot", vec![key.clone()]));
+    let (key, secret) = fixture.keys.create(&ann, " a robot ").await.expect("a key");
+    let (_, bobs) = fixture.keys.create(&bob, "another").await.expect("a key");
+    assert_eq!((key.name.as_str(), fixture.keys.list(&ann).await.expect("keys")), ("a robot", vec![key.clone()]));
     for header in ["Authorization", "X-Access-Token", "X-Session-API-Key"] {
         let value = |secret: &SecretString| match header {
             "Authorization" => format!("Bearer {}", secret.expose_secret()),
             _ => secret.expose_secret().to_owned(),
         };
-        assert_eq!(rig.user(header, &value(&secret)).await.as_deref(), Some("ann"), "{header}");
-        assert_eq!(rig.user(header, &value(&bobs)).await.as_deref(), Some("bob"), "{header}");
+        assert_eq!(fixture.user(header, &value(&secret)).await.as_deref(), Some("ann"), "{header}");
+        assert_eq!(fixture.user(header, &value(&bobs)).await.as_deref(), Some("bob"), "{header}");
     }
     let other = format!("oh-{}", shared::id::random_base62(43));
     for wrong in
         ["", "x", &other, &secret.expose_secret().to_lowercase(), &format!("{} ", &secret.expose_secret()[..45])]
     {
-        assert_eq!(rig.bearer(wrong).await, None, "{wrong}");
+        assert_eq!(fixture.bearer(wrong).await, None, "{wrong}");
     }
     // Without a configured issuer no JWT is accepted.
     let signer = Signer::ec("any");
     let claims = json!({"iss": "", "aud": AUDIENCE, "sub": "ann", "exp": Time::now().unix_seconds() + 60});
-    assert_eq!(rig.bearer(&signer.sign(&claims)).await, None);
+    assert_eq!(fixture.bearer(&signer.sign(&claims)).await, None);
 
     // Another user cannot revoke the key.
-    assert!(!rig.keys.revoke(&bob, key.id).await.expect("the store"));
-    assert!(!rig.keys.revoke(&ann, Uuid::new_v4()).await.expect("the store"));
-    assert_eq!(rig.bearer(secret.expose_secret()).await.as_deref(), Some("ann"));
-    let (one, two) = tokio::join!(rig.keys.revoke(&ann, key.id), rig.keys.revoke(&ann, key.id));
+    assert!(!fixture.keys.revoke(&bob, key.id).await.expect("the store"));
+    assert!(!fixture.keys.revoke(&ann, Uuid::new_v4()).await.expect("the store"));
+    assert_eq!(fixture.bearer(secret.expose_secret()).await.as_deref(), Some("ann"));
+    let (one, two) = tokio::join!(fixture.keys.revoke(&ann, key.id), fixture.keys.revoke(&ann, key.id));
     assert_eq!([one.expect("the store"), two.expect("the store")].iter().filter(|revoked| **revoked).count(), 1);
-    assert_eq!(rig.bearer(secret.expose_secret()).await, None, "revoked");
-    assert_eq!(rig.keys.list(&ann).await.expect("keys"), []);
-    assert_eq!(rig.bearer(bobs.expose_secret()).await.as_deref(), Some("bob"));
+    assert_eq!(fixture.bearer(secret.expose_secret()).await, None, "revoked");
+    assert_eq!(fixture.keys.list(&ann).await.expect("keys"), []);
+    assert_eq!(fixture.bearer(bobs.expose_secret()).await.as_deref(), Some("bob"));
 
     for name in ["", "  ", &"x".repeat(101)] {
-        let refused = rig.keys.create(&ann, name).await.expect_err("no name");
+        let refused = fixture.keys.create(&ann, name).await.expect_err("no name");
         assert!(matches!(refused, shared::Error::Refused(_)), "{refused:?}");
     }
     for number in 0..MAX_KEYS {
-        rig.keys.create(&ann, &format!("key {number}")).await.expect("a key");
+        fixture.keys.create(&ann, &format!("key {number}")).await.expect("a key");
     }
-    let refused = rig.keys.create(&ann, "one too many").await.expect_err("too many");
+    let refused = fixture.keys.create(&ann, "one too many").await.expect_err("too many");
     assert!(refused.to_string().contains("revoke one"), "{refused}");
 
-    let folder = rig.folder.path().to_owned();
-    rig.engines.shutdown().await;
+    let folder = fixture.folder.path().to_owned();
+    fixture.engines.shutdown().await;
     if skipped_on_ministack("what is in the embedded store's file") {
         return;
     }
@@ -471,28 +471,29 @@ async fn api_keys_let_in_until_they_are_revoked_and_are_nowhere_stored() {
 }
 
 #[tokio::test]
-async fn a_store_that_fails_is_no_refusal() {
-    let mut rig = WorkerHarness::new(None).await;
-    let (_, secret) = rig.keys.create(&UserId::new("ann"), "a key").await.expect("a key");
+async fn store_failure_is_an_error_and_not_a_refusal() {
+    let mut fixture = Fixture::new(None).await;
+    let (_, secret) = fixture.keys.create(&UserId::new("ann"), "a key").await.expect("a key");
     let event = json!({"methodArn": "arn", "headers": {"X-Access-Token": secret.expose_secret()}});
-    let way = FaultProxy::new().to(&rig.engines.dynamodb).await;
-    let network = rig.engines.network_sdk_config().await;
+    let way = FaultProxy::new().to(&fixture.engines.dynamodb).await;
+    let network = fixture.engines.network_sdk_config().await;
     let dynamodb = aws_sdk_dynamodb::config::Builder::from(&network).endpoint_url(way.url()).build();
-    let keys = ApiKeyStore::new(aws_sdk_dynamodb::Client::from_conf(dynamodb), rig.config.users.clone());
-    rig.authorizer = Authorizer::new(&rig.config, keys);
-    assert!(rig.authorizer.handle(event.clone()).await.is_ok());
+    let keys = ApiKeyStore::new(aws_sdk_dynamodb::Client::from_conf(dynamodb), fixture.config.users.clone());
+    fixture.authorizer = Authorizer::new(&fixture.config, keys);
+    assert!(fixture.authorizer.handle(event.clone()).await.is_ok());
     drop(way);
-    let refusal = rig.authorizer.handle(event).await.expect_err("no store");
+    let refusal = fixture.authorizer.handle(event).await.expect_err("no store");
     assert!(matches!(refusal, Refusal::Unknown(_)), "{refusal:?}");
     for event in [json!({}), json!([]), json!({"headers": {}})] {
-        assert!(rig.authorizer.handle(event).await.is_err());
+        assert!(fixture.authorizer.handle(event).await.is_err());
     }
-    let refusal = rig.authorizer.handle(json!({"methodArn": "arn", "headers": null})).await.expect_err("no credentials");
+    let refusal =
+        fixture.authorizer.handle(json!({"methodArn": "arn", "headers": null})).await.expect_err("no credentials");
     assert!(matches!(refusal, Refusal::Unauthorized), "{refusal:?}");
 }
 
 #[tokio::test]
-async fn the_command_makes_lists_and_revokes_keys() {
+async fn api_key_command_creates_lists_and_revokes_keys() {
     let folder = TempDir::new().expect("a folder");
     let data = folder.path();
     let place = PlaceOptions { user: Some("ann".into()), ..PlaceOptions::default() };

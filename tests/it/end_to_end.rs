@@ -22,7 +22,7 @@ use crate::support::wait::wait_until;
 /// The SDK retries a model that does not respond for about two minutes.
 const DEAD_MODEL_LIMIT: Duration = Duration::from_secs(200);
 /// Agent servers send their webhooks within seconds, but the machine may be busy with other tests.
-const TOLD_LIMIT: Duration = Duration::from_secs(180);
+const REPORT_LIMIT: Duration = Duration::from_secs(180);
 const TOKEN: &str = "token-that-must-stay-secret-7f3a";
 
 fn settings(model_url: &str) -> Value {
@@ -97,7 +97,7 @@ async fn a_demo_needs_no_model() {
 // One sandbox, from its first conversation to the next run of the program.
 
 #[tokio::test]
-async fn conversations_start_share_a_sandbox_and_outlive_the_program() {
+async fn conversations_share_a_sandbox_and_survive_a_restart() {
     let llm = ScriptedLlm::start().await;
     let git = GitServer::start().await;
     git.create_repository("owner/project", &[("README.md", "Read me\n", false)], &[]).await;
@@ -112,15 +112,15 @@ async fn conversations_start_share_a_sandbox_and_outlive_the_program() {
 
     let first = a_first_message_is_answered(&product, &llm).await;
     let sandbox = text(&product.conversation(&first).await["sandbox_id"]);
-    what_a_client_asks_for_is_kept(&product, &llm, &sandbox).await;
-    secrets_reach_the_agent_and_nobody_else(&product, &llm, &sandbox).await;
-    a_planning_sub_conversation_works_beside_its_parent(&product, &llm, &sandbox).await;
+    fields_of_the_request_are_kept(&product, &llm, &sandbox).await;
+    secrets_reach_only_the_agent(&product, &llm, &sandbox).await;
+    a_planning_sub_conversation_shares_its_parents_workspace(&product, &llm, &sandbox).await;
     a_suggested_task_is_explained_to_the_agent(&product, &llm, &sandbox).await;
-    a_stream_tells_every_status_once(&product, &sandbox).await;
-    a_start_goes_on_when_the_client_of_its_stream_leaves(&product, &sandbox).await;
-    an_unknown_sandbox_is_named(&product).await;
-    a_refusal_of_the_model_ends_the_conversation_with_its_words(&product, &llm, &sandbox).await;
-    mistakes_are_named_where_they_show(&product, &sandbox).await;
+    a_stream_sends_every_status_once(&product, &sandbox).await;
+    a_start_continues_after_the_client_of_its_stream_disconnects(&product, &sandbox).await;
+    an_unknown_sandbox_is_named_in_the_error(&product).await;
+    a_model_error_ends_the_conversation_with_its_message(&product, &llm, &sandbox).await;
+    configuration_errors_are_reported_where_they_occur(&product, &sandbox).await;
     a_start_resumes_its_paused_sandbox(&product, &llm, &sandbox).await;
 
     product.restart().await;
@@ -162,13 +162,13 @@ async fn a_first_message_is_answered(product: &Product, llm: &ScriptedLlm) -> St
     assert_eq!(requests_with(llm, "Say hello").len(), 1, "the message is sent once");
     assert!(agent.folder().await.join(".git").is_dir(), "an empty workspace is a git repository");
 
-    wait_until("the events arrive in the store", TOLD_LIMIT, async || {
+    wait_until("the events arrive in the store", REPORT_LIMIT, async || {
         let kinds: Vec<String> = product.events_of(&id).await.into_iter().map(|event| event.kind).collect();
         kinds.iter().filter(|kind| *kind == "MessageEvent").count() == 2
     })
     .await;
 
-    what_the_agent_did_is_told(product, &id).await;
+    events_title_and_metrics_are_recorded(product, &id).await;
 
     // If there is a browser the agent has its tool; otherwise `detail` says so.
     let browser = tools(&info).contains(&"browser_tool_set".to_owned());
@@ -177,17 +177,17 @@ async fn a_first_message_is_answered(product: &Product, llm: &ScriptedLlm) -> St
 }
 
 /// The event log, the title that the agent generated, and its metrics.
-async fn what_the_agent_did_is_told(product: &Product, id: &str) {
+async fn events_title_and_metrics_are_recorded(product: &Product, id: &str) {
     let log = product.get_from(&format!("/api/v1/conversation/{id}/events/search?kind__eq=MessageEvent")).await;
     let said: Vec<&Value> = log["items"].as_array().expect("items").iter().map(|event| &event["source"]).collect();
     assert_eq!(said, ["user", "agent"], "{log:#}");
     let count = product.get_from(&format!("/api/v1/conversation/{id}/events/count")).await;
     assert_eq!(count, product.events_of(id).await.len());
-    wait_until("the agent's title is the conversation's", TOLD_LIMIT, async || {
+    wait_until("the agent's title is the conversation's", REPORT_LIMIT, async || {
         product.conversation(id).await["title"] == DEFAULT_TITLE
     })
     .await;
-    wait_until("what the agent used is known", TOLD_LIMIT, async || {
+    wait_until("what the agent used is known", REPORT_LIMIT, async || {
         let usage = product.conversation(id).await["metrics"]["accumulated_token_usage"].clone();
         // The title request uses as many tokens as the reply, and may come later.
         [1, 2].iter().any(|times| {
@@ -197,7 +197,7 @@ async fn what_the_agent_did_is_told(product: &Product, id: &str) {
     .await;
 }
 
-async fn what_a_client_asks_for_is_kept(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
+async fn fields_of_the_request_are_kept(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
     let wished = Uuid::new_v4();
     let request = with(
         saying("Keep all this"),
@@ -243,7 +243,7 @@ async fn what_a_client_asks_for_is_kept(product: &Product, llm: &ScriptedLlm, sa
     assert_eq!(unchanged["created_at"], shown["created_at"], "{unchanged:#}");
 }
 
-async fn secrets_reach_the_agent_and_nobody_else(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
+async fn secrets_reach_only_the_agent(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
     llm.reply_with(vec![
         Reply::tool_call(
             "terminal",
@@ -271,7 +271,7 @@ async fn secrets_reach_the_agent_and_nobody_else(product: &Product, llm: &Script
     }
 }
 
-async fn a_planning_sub_conversation_works_beside_its_parent(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
+async fn a_planning_sub_conversation_shares_its_parents_workspace(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
     let parent = product
         .start_conversation(with(
             saying("Build a bridge"),
@@ -338,34 +338,34 @@ async fn a_suggested_task_is_explained_to_the_agent(product: &Product, llm: &Scr
     let shown = product.conversation_when(&start.conversation_id(), "finished").await;
     assert_eq!(shown["trigger"], "suggested_task", "{shown:#}");
     assert_eq!(shown["selected_repository"], "owner/project", "{shown:#}");
-    let told = product.at_agent(&start.conversation_id()).await.said_by("user").await.concat();
+    let message = product.at_agent(&start.conversation_id()).await.said_by("user").await.concat();
     for expected in ["Pull Request #42", "Mend the roof", "owner/project", "GITHUB_TOKEN"] {
-        assert!(told.contains(expected), "no `{expected}` in {told}");
+        assert!(message.contains(expected), "no `{expected}` in {message}");
     }
     request_with(llm, "Pull Request #42");
 }
 
-async fn a_stream_tells_every_status_once(product: &Product, sandbox: &str) {
+async fn a_stream_sends_every_status_once(product: &Product, sandbox: &str) {
     let request = with(saying("Stream it"), json!({"sandbox_id": sandbox}));
     let answer = product.post("/stream-start", &request).send().await.expect("an answer");
     assert_eq!(answer.status(), 200);
     let body = answer.text().await.expect("a body");
-    let told: Vec<Value> = serde_json::from_str(&body).unwrap_or_else(|error| panic!("{error}: {body}"));
-    let statuses: Vec<String> = told.iter().map(|task| text(&task["status"])).collect();
+    let states: Vec<Value> = serde_json::from_str(&body).unwrap_or_else(|error| panic!("{error}: {body}"));
+    let statuses: Vec<String> = states.iter().map(|task| text(&task["status"])).collect();
     assert_eq!(statuses, STATUSES);
-    assert!(told.iter().all(|task| task["id"] == told[0]["id"]), "{body}");
-    let ready = told.last().expect("at least one");
+    assert!(states.iter().all(|task| task["id"] == states[0]["id"]), "{body}");
+    let ready = states.last().expect("at least one");
     product.conversation_when(&text(&ready["app_conversation_id"]), "finished").await;
 }
 
-async fn a_start_goes_on_when_the_client_of_its_stream_leaves(product: &Product, sandbox: &str) {
+async fn a_start_continues_after_the_client_of_its_stream_disconnects(product: &Product, sandbox: &str) {
     let request = with(saying("Do not wait for me"), json!({"sandbox_id": sandbox}));
     let mut stream = product.post("/stream-start", &request).send().await.expect("an answer");
-    let mut told = Vec::new();
+    let mut received = Vec::new();
     let task = loop {
-        told.extend(stream.chunk().await.expect("the stream continues").expect("another chunk"));
-        let begun = String::from_utf8_lossy(&told).trim_start_matches(['[', '\n']).to_owned();
-        if let Some(Ok(task)) = serde_json::Deserializer::from_str(&begun).into_iter::<Value>().next() {
+        received.extend(stream.chunk().await.expect("the stream continues").expect("another chunk"));
+        let beginning = String::from_utf8_lossy(&received).trim_start_matches(['[', '\n']).to_owned();
+        if let Some(Ok(task)) = serde_json::Deserializer::from_str(&beginning).into_iter::<Value>().next() {
             break task;
         }
     };
@@ -375,16 +375,12 @@ async fn a_start_goes_on_when_the_client_of_its_stream_leaves(product: &Product,
     product.conversation_when(&start.conversation_id(), "finished").await;
 }
 
-async fn an_unknown_sandbox_is_named(product: &Product) {
+async fn an_unknown_sandbox_is_named_in_the_error(product: &Product) {
     let start = product.start_conversation(with(saying("Anyone?"), json!({"sandbox_id": "NoSuchSandbox"}))).await;
     assert_eq!(start.error(), "Sandbox not found: NoSuchSandbox");
 }
 
-async fn a_refusal_of_the_model_ends_the_conversation_with_its_words(
-    product: &Product,
-    llm: &ScriptedLlm,
-    sandbox: &str,
-) {
+async fn a_model_error_ends_the_conversation_with_its_message(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
     llm.reply_with(vec![Reply::Status(400)]);
     let start = product.start_conversation(with(saying("Refuse this"), json!({"sandbox_id": sandbox}))).await;
     let id = start.conversation_id();
@@ -395,7 +391,7 @@ async fn a_refusal_of_the_model_ends_the_conversation_with_its_words(
 
 /// A plugin is loaded before the first message, so its errors end the start. A model is called after it, so its errors
 /// end the conversation.
-async fn mistakes_are_named_where_they_show(product: &Product, sandbox: &str) {
+async fn configuration_errors_are_reported_where_they_occur(product: &Product, sandbox: &str) {
     let before: BTreeSet<String> = ids(&product.get("/search?limit=100").await).into_iter().collect();
     let plugin = json!({"sandbox_id": sandbox, "plugins": [{"source": "/no/such/plugin"}]});
     let error = product.start_conversation(with(saying("Load this"), plugin)).await.error();
@@ -466,8 +462,8 @@ async fn repositories_are_set_up_and_their_token_stays_secret() {
     assert_eq!(branch_of(&folder), "feature/one");
     assert_eq!(read(&folder.join("branch.txt")), "feature/one");
     assert_eq!(read(&folder.join("setup-result.txt")), format!("it ran in {}\n", folder.display()));
-    the_hook_and_the_identity_are_in_place(&agent, &folder).await;
-    what_was_cloned_can_be_fetched_from_elsewhere_only_with_the_token(&agent, &folder).await;
+    git_hook_and_identity_are_configured(&agent, &folder).await;
+    fetching_into_the_clone_needs_the_token(&agent, &folder).await;
 
     // A second start joins the first one's sandbox, in a folder of its own.
     let request = json!({"selected_repository": "owner/broken", "git_provider": "github"});
@@ -500,7 +496,7 @@ async fn repositories_are_set_up_and_their_token_stays_secret() {
     let shown = product.conversation(&id).await;
     assert_eq!(shown["sandbox_status"], "RUNNING", "{shown:#}");
 
-    nobody_can_read_the_token(&product, &folder);
+    assert_token_is_not_stored(&product, &folder);
     for start in [&start, &second, &third, &failed] {
         assert!(!start.task.to_string().contains(TOKEN), "{:#}", start.task);
     }
@@ -511,7 +507,7 @@ fn read(file: &Path) -> String {
     std::fs::read_to_string(file).unwrap_or_else(|error| panic!("{}: {error}", file.display()))
 }
 
-async fn the_hook_and_the_identity_are_in_place(agent: &AgentConversation, folder: &Path) {
+async fn git_hook_and_identity_are_configured(agent: &AgentConversation, folder: &Path) {
     let refused = agent.run(folder, "touch forbidden.txt && git add forbidden.txt && git commit -q -m Forbidden").await;
     assert_ne!(refused.exit_code, 0, "the hook refuses: {refused:?}");
     assert!(refused.stderr.contains("No forbidden files"), "{refused:?}");
@@ -522,13 +518,13 @@ async fn the_hook_and_the_identity_are_in_place(agent: &AgentConversation, folde
     assert_eq!(allowed.stdout.trim(), "O'Hara \"the user\" $HOME <user@example.com> Fine");
 }
 
-async fn what_was_cloned_can_be_fetched_from_elsewhere_only_with_the_token(agent: &AgentConversation, folder: &Path) {
+async fn fetching_into_the_clone_needs_the_token(agent: &AgentConversation, folder: &Path) {
     // The clone keeps no credential that git would find by itself.
     let fetched = agent.run(folder, "GIT_TERMINAL_PROMPT=0 GIT_ASKPASS=true git fetch origin").await;
     assert_ne!(fetched.exit_code, 0, "{fetched:?}");
 }
 
-fn nobody_can_read_the_token(product: &Product, clone: &Path) {
+fn assert_token_is_not_stored(product: &Product, clone: &Path) {
     let configuration = read(&clone.join(".git/config"));
     assert!(configuration.contains("owner/well-made"), "{configuration}");
     let files = product.files();
@@ -536,16 +532,16 @@ fn nobody_can_read_the_token(product: &Product, clone: &Path) {
         let looked_at = files.iter().any(|file| file.display().to_string().contains(place));
         assert!(looked_at, "no file matches {place}");
     }
-    let telling: Vec<_> =
+    let exposing: Vec<_> =
         files.iter().filter(|file| std::fs::read(file).is_ok_and(|bytes| contains(&bytes, TOKEN.as_bytes()))).collect();
-    assert!(telling.is_empty(), "the token is in {telling:#?}");
+    assert!(exposing.is_empty(), "the token is in {exposing:#?}");
     let log = logged();
     assert!(log.contains("start.ready"), "the log is captured");
     assert!(!log.contains(TOKEN), "the token is in the log");
 }
 
 #[tokio::test]
-async fn a_repository_that_cannot_be_had_ends_the_start_and_its_sandbox() {
+async fn failed_clone_ends_the_start_and_removes_its_sandbox() {
     let llm = ScriptedLlm::start().await;
     let git = GitServer::start().await;
     git.require("someone", TOKEN);
@@ -571,11 +567,11 @@ async fn a_repository_that_cannot_be_had_ends_the_start_and_its_sandbox() {
 }
 
 #[tokio::test]
-async fn a_dead_language_model_ends_the_conversation_and_a_missing_one_the_start() {
+async fn unreachable_model_ends_the_conversation_and_missing_model_ends_the_start() {
     // No server listens on this port.
     let dead = ScriptedLlm::start().await.base_url();
     let product = Product::start(settings(&dead)).await;
-    let start = product.start_conversation(saying("Is anybody there?")).await;
+    let start = product.start_conversation(saying("Are you there?")).await;
     let id = start.conversation_id();
 
     product.change_settings(&json!({"llm_api_key": "key-of-no-model"})).await;

@@ -16,7 +16,7 @@ const OWN: &str =
 const OWN_SAYS: &str = "own\n";
 
 #[tokio::test]
-async fn an_agent_finds_its_clone_as_git_made_it() {
+async fn agent_gets_its_clone_with_the_modes_branch_and_hooks_of_git() {
     let llm = ScriptedLlm::start().await;
     let git = GitServer::start().await;
     git.require("someone", TOKEN);
@@ -25,8 +25,8 @@ async fn an_agent_finds_its_clone_as_git_made_it() {
         "llm_model": "openai/scripted",
         "llm_api_key": "key-of-the-model",
         "llm_base_url": llm.base_url(),
-        "git_user_name": "Somebody",
-        "git_user_email": "somebody@example.com",
+        "git_user_name": "Jane",
+        "git_user_email": "jane@example.com",
         "provider_tokens": {"github": {"token": TOKEN, "host": git.url()}},
     }))
     .await;
@@ -41,7 +41,7 @@ async fn an_agent_finds_its_clone_as_git_made_it() {
         ("owner/calls", format!("husky\n{OWN_SAYS}"), ""),
     ] {
         let request = json!({"selected_repository": repository, "selected_branch": "release", "sandbox_id": sandbox});
-        let (start, folder) = a_commit_of_an_agent(&product, &llm, repository, request).await;
+        let (start, folder) = commit_by_the_agent(&product, &llm, repository, request).await;
         sandbox = start.sandbox_id().into();
         assert_eq!(read(&folder.join("../ran")), expected, "{repository}");
         let hooks: Vec<&str> = start.detail().lines().filter(|line| line.contains("pre-commit")).collect();
@@ -55,7 +55,7 @@ async fn an_agent_finds_its_clone_as_git_made_it() {
         assert_eq!(read(&folder.join("branch.txt")), "release");
         the_umask_is_the_same_everywhere(&product, &folder);
     }
-    nothing_shows_the_token(&product);
+    assert_token_is_not_exposed(&product);
     product.shutdown().await;
 }
 
@@ -91,7 +91,7 @@ async fn make_repositories(git: &GitServer) {
 }
 
 /// The agent checks whether the clone is clean, commits, and reports what it saw.
-async fn a_commit_of_an_agent(product: &Product, llm: &ScriptedLlm, name: &str, request: Value) -> (Start, PathBuf) {
+async fn commit_by_the_agent(product: &Product, llm: &ScriptedLlm, name: &str, request: Value) -> (Start, PathBuf) {
     let command = "rm -f ../ran; git status --porcelain --ignored >../status; git rev-parse HEAD >../first; umask >../umask-of-agent; : >../made-by-agent; \
         echo changed >>run.sh; git commit -q -a -m Changed; git log -1 --format='%an: %s' >../log";
     llm.reply_with(vec![Reply::tool_call("terminal", json!({"command": command})), Reply::text("Committed")]);
@@ -99,7 +99,7 @@ async fn a_commit_of_an_agent(product: &Product, llm: &ScriptedLlm, name: &str, 
     product.conversation_when(&start.conversation_id(), "finished").await;
     let folder = product.at_agent(&start.conversation_id()).await.folder().await;
     assert_eq!(read(&folder.join("../status")), "", "{name}: the start left the clone clean");
-    assert_eq!(read(&folder.join("../log")), "Somebody: Changed\n", "{name}");
+    assert_eq!(read(&folder.join("../log")), "Jane: Changed\n", "{name}");
     (start, folder)
 }
 
@@ -128,10 +128,10 @@ fn read(file: &Path) -> String {
     std::fs::read_to_string(file).unwrap_or_else(|error| panic!("{}: {error}", file.display()))
 }
 
-fn nothing_shows_the_token(product: &Product) {
+fn assert_token_is_not_exposed(product: &Product) {
     let files = product.files();
-    let telling: Vec<_> =
+    let exposing: Vec<_> =
         files.iter().filter(|file| std::fs::read(file).is_ok_and(|bytes| contains(&bytes, TOKEN.as_bytes()))).collect();
-    assert!(files.len() > 100 && telling.is_empty(), "the token is in {telling:#?}");
+    assert!(files.len() > 100 && exposing.is_empty(), "the token is in {exposing:#?}");
     assert!(!logged().contains(TOKEN), "the token is in the log");
 }

@@ -8,7 +8,7 @@ use crate::support::scripted_llm::{Reply, ScriptedLlm};
 const ROUNDS: usize = 3;
 
 #[tokio::test]
-async fn what_follows_an_agent_servers_500_arrives_once() {
+async fn request_after_a_500_of_the_agent_server_arrives_exactly_once() {
     let llm = ScriptedLlm::start().await;
     let product = Product::start(json!({
         "llm_model": "openai/scripted",

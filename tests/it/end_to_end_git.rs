@@ -53,13 +53,13 @@ async fn every_change_of_a_private_repository_has_a_diff() {
     product.conversation_when(&id, "finished").await;
     let agent = product.at_agent(&id).await;
     let folder = agent.folder().await;
-    let asker = Asker::new(&product, &id).await;
-    assert_eq!(asker.ask("changes", ".").await, (200, json!([])), "nothing was changed yet");
+    let both = BothRoutes::new(&product, &id).await;
+    assert_eq!(both.ask("changes", ".").await, (200, json!([])), "nothing was changed yet");
     let asked_of_remote = git.requests().len();
 
     let ran = agent.run(&folder, WORK).await;
     assert_eq!(ran.exit_code, 0, "{ran:?}");
-    let (status, changes) = asker.ask("changes", ".").await;
+    let (status, changes) = both.ask("changes", ".").await;
     let shown: Vec<String> = changes
         .as_array()
         .unwrap_or_else(|| panic!("{status} {changes}"))
@@ -91,7 +91,7 @@ async fn every_change_of_a_private_repository_has_a_diff() {
     assert_eq!(shown, expected);
     for change in changes.as_array().expect("changes") {
         let path = text(&change["path"]);
-        let (status, diff) = asker.ask("diff", &path).await;
+        let (status, diff) = both.ask("diff", &path).await;
         match path.as_str() {
             "binary.bin" => assert!(status == 400 && text(&diff["detail"]).contains("binary"), "{status} {diff}"),
             "too-large.txt" => assert!(status == 413 && text(&diff["detail"]).contains("6000000"), "{status} {diff}"),
@@ -124,7 +124,7 @@ async fn every_change_of_a_private_repository_has_a_diff() {
         ("nested/in side", "", "inside\n"),
         ("large.txt", "", large.as_str()),
     ] {
-        let (status, diff) = asker.ask("diff", path).await;
+        let (status, diff) = both.ask("diff", path).await;
         assert!((status, &diff) == (200, &json!({"modified": modified, "original": original})), "{path}: {status}");
     }
     for (route, path, status, reason) in [
@@ -136,12 +136,12 @@ async fn every_change_of_a_private_repository_has_a_diff() {
         ("changes", "nowhere", 404, "no such folder"),
         ("changes", ".&ref=none", 400, "no commit"),
     ] {
-        let (told, answer) = asker.ask(route, path).await;
-        assert!(told == status && text(&answer["detail"]).contains(reason), "{route} {path}: {told} {answer}");
+        let (found, answer) = both.ask(route, path).await;
+        assert!(found == status && text(&answer["detail"]).contains(reason), "{route} {path}: {found} {answer}");
     }
     // The parent folder of the clone, and changes against the last commit.
     let parent = folder.parent().expect("a workspace").display().to_string();
-    let (status, of_parent) = asker.ask("changes", &parent).await;
+    let (status, of_parent) = both.ask("changes", &parent).await;
     let names: Vec<String> =
         of_parent.as_array().expect("changes").iter().map(|change| text(&change["path"])).collect();
     assert_eq!((status, names.len()), (200, expected.len()), "{names:?}");
@@ -150,19 +150,23 @@ async fn every_change_of_a_private_repository_has_a_diff() {
         [("private/changed.txt", "one\ntwo\nthree\n"), ("private/nested", "Subproject commit (none yet)\n")]
     {
         assert!(names.contains(&name.to_owned()), "{names:?}");
-        let (status, diff) = asker.ask("diff", &format!("{parent}/{name}")).await;
+        let (status, diff) = both.ask("diff", &format!("{parent}/{name}")).await;
         assert_eq!((status, &diff["modified"]), (200, &json!(modified)), "{diff}");
     }
-    let (_, since_commit) = asker.ask("changes", ".&ref=HEAD").await;
+    let (_, since_commit) = both.ask("changes", ".&ref=HEAD").await;
     assert!(since_commit.as_array().expect("changes").contains(&json!({"status": "UPDATED", "path": "changed.txt"})));
     assert!(!since_commit.to_string().contains("moved.txt"), "{since_commit}");
     assert_eq!(git.requests().len(), asked_of_remote, "no request was sent to the remote");
-    of_a_branch_that_is_ahead_the_work_alone_is_listed(&product, &llm, &text(&asker.row["sandbox_id"])).await;
+    only_the_agents_changes_are_listed_on_a_branch_that_is_ahead(&product, &llm, &text(&both.row["sandbox_id"])).await;
     product.shutdown().await;
 }
 
 /// Also after the changes are committed, pushed, and on a branch that the agent created.
-async fn of_a_branch_that_is_ahead_the_work_alone_is_listed(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
+async fn only_the_agents_changes_are_listed_on_a_branch_that_is_ahead(
+    product: &Product,
+    llm: &ScriptedLlm,
+    sandbox: &str,
+) {
     llm.reply_with(vec![Reply::text("Hello")]);
     let request = json!({"selected_repository": "owner/ahead", "selected_branch": "release", "sandbox_id": sandbox});
     let start = product.start_conversation(with(saying("Hello again"), request)).await;
@@ -170,8 +174,8 @@ async fn of_a_branch_that_is_ahead_the_work_alone_is_listed(product: &Product, l
     product.conversation_when(&id, "finished").await;
     let agent = product.at_agent(&id).await;
     let folder = agent.folder().await;
-    let asker = Asker::new(product, &id).await;
-    assert_eq!(asker.ask("changes", ".").await, (200, json!([])), "nothing was changed yet");
+    let both = BothRoutes::new(product, &id).await;
+    assert_eq!(both.ask("changes", ".").await, (200, json!([])), "nothing was changed yet");
     let push = format!(
         "git -c credential.helper= -c credential.helper='!f() {{ echo username=someone; echo password={TOKEN}; }}; f' push -q origin"
     );
@@ -184,22 +188,22 @@ async fn of_a_branch_that_is_ahead_the_work_alone_is_listed(product: &Product, l
     ] {
         let ran = agent.run(&folder, step).await;
         assert_eq!(ran.exit_code, 0, "{ran:?}");
-        let changes = asker.ask("changes", ".").await;
+        let changes = both.ask("changes", ".").await;
         assert_eq!(changes, (200, json!([{"status": "UPDATED", "path": "changed.txt"}])), "{step}");
-        let (_, diff) = asker.ask("diff", "changed.txt").await;
+        let (_, diff) = both.ask("diff", "changed.txt").await;
         assert_eq!(diff, json!({"modified": "one\ntwo\n", "original": "one\n"}), "{step}");
     }
 }
 
 /// Sends each request over both routes, and asserts that the responses are equal.
-struct Asker<'a> {
+struct BothRoutes<'a> {
     product: &'a Product,
     id: &'a str,
     row: Value,
     folder: String,
 }
 
-impl<'a> Asker<'a> {
+impl<'a> BothRoutes<'a> {
     async fn new(product: &'a Product, id: &'a str) -> Self {
         let row = product.conversation(id).await;
         let folder = product.at_agent(id).await.folder().await;

@@ -46,7 +46,7 @@ fn ends(events: &BTreeMap<String, Value>) -> BTreeSet<Timestamp> {
 }
 
 #[tokio::test]
-async fn ten_turns_are_stored_completely_soon_after_each() {
+async fn all_events_of_each_turn_are_stored_soon() {
     let llm = ScriptedLlm::start().await;
     let product = Product::start(settings(&llm)).await;
     llm.reply_with(vec![Reply::text("turn 0")]);
@@ -121,7 +121,7 @@ async fn ten_turns_are_stored_completely_soon_after_each() {
 }
 
 #[tokio::test]
-async fn tokens_reach_clients_that_watch_and_no_store() {
+async fn streamed_tokens_reach_connected_clients_and_are_not_stored() {
     let has_tokens = has(1, 49);
     let llm = ScriptedLlm::start().await;
     let product = Product::start(settings(&llm)).await;
@@ -178,7 +178,7 @@ async fn tokens_reach_clients_that_watch_and_no_store() {
 }
 
 #[tokio::test]
-async fn a_switch_of_the_model_and_tags_show_in_the_conversation() {
+async fn model_switch_and_tags_show_in_the_conversation() {
     let llm = ScriptedLlm::start().await;
     let product = Product::start(settings(&llm)).await;
     let id = product.start_conversation(saying("Begin")).await.conversation_id();
@@ -206,7 +206,7 @@ async fn a_switch_of_the_model_and_tags_show_in_the_conversation() {
     let prompt =
         async || product.conversation(&id).await["metrics"]["accumulated_token_usage"]["prompt_tokens"].as_u64();
     let first = u64::try_from(1 + llm.title_requests().len()).expect("a number") * PROMPT_TOKENS;
-    agent.send_message("Go on").await;
+    agent.send_message("Continue").await;
     wait_until("both models are counted", LIMIT, async || prompt().await == Some(first + PROMPT_TOKENS)).await;
     assert_eq!(llm.requests().pop().expect("a request")["model"], "other");
     product.shutdown().await;

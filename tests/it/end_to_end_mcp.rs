@@ -30,7 +30,7 @@ async fn a_server_with_a_public_address_runs_conversations_and_their_mcp_servers
     public.lead_to(product.address());
 
     let sandbox = a_start_with_a_message_is_answered(&product, &llm).await;
-    a_start_without_a_message_takes_one_later(&product, &llm, &sandbox).await;
+    a_start_without_a_message_accepts_one_later(&product, &llm, &sandbox).await;
     a_token_is_looked_up_at_the_public_address(&product, &llm, &public, &sandbox).await;
     let words = mcp_servers_of_the_settings_serve_the_agent(&product, &llm, &sandbox).await;
     mcp_servers_that_fail_are_left_out_and_named(&product, &llm, &sandbox).await;
@@ -64,7 +64,7 @@ async fn all_events_arrive(product: &Product, id: &str) {
     .await;
 }
 
-async fn a_start_without_a_message_takes_one_later(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
+async fn a_start_without_a_message_accepts_one_later(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
     let start = product.start_conversation(json!({"sandbox_id": sandbox})).await;
     let id = start.conversation_id();
     llm.reply_with(vec![Reply::text("Better late")]);
@@ -166,14 +166,14 @@ async fn mcp_servers_that_fail_are_left_out_and_named(product: &Product, llm: &S
     let mut all = json!({});
     for (name, server, reason) in &cases {
         all[*name] = server.clone();
-        start_beside_two_that_work(product, llm, sandbox, &json!({*name: server}), &[(*name, *reason)]).await;
+        start_with_two_working_servers_and(product, llm, sandbox, &json!({*name: server}), &[(*name, *reason)]).await;
     }
     let expected: Vec<(&str, &str)> = cases.iter().map(|(name, _, reason)| (*name, *reason)).collect();
-    start_beside_two_that_work(product, llm, sandbox, &all, &expected).await;
+    start_with_two_working_servers_and(product, llm, sandbox, &all, &expected).await;
 }
 
 /// The two working servers are in the settings already.
-async fn start_beside_two_that_work(
+async fn start_with_two_working_servers_and(
     product: &Product,
     llm: &ScriptedLlm,
     sandbox: &str,

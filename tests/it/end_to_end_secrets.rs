@@ -10,7 +10,7 @@ use crate::support::scripted_llm::{Reply, ScriptedLlm};
 const UNUSABLE: [&str; 7] = ["1ST", "HISTCMD", "MY-X", "PATH", "SHELLOPTS", "UID", "with space"];
 
 #[tokio::test]
-async fn secrets_that_cannot_be_variables_take_no_others_away() {
+async fn secrets_with_invalid_variable_names_do_not_affect_others() {
     let llm = ScriptedLlm::start().await;
     let mut secrets = json!({
         "FIRST_KEY": {"secret": "the-first-value"},

@@ -39,7 +39,7 @@ const SECRET: &str = "hunter2-in-clear";
 const TOKEN: &str = "event: it is a streamed token (StreamingDeltaEvent), which is not stored; the message with the whole text is an event of its own";
 
 /// Empty tables on engines of their own, with a fault proxy in front of DynamoDB.
-struct WorkerHarness {
+struct Fixture {
     stores: Stores,
     events: EventStore,
     importer: Importer,
@@ -50,7 +50,7 @@ struct WorkerHarness {
     folder: TempDir,
 }
 
-impl WorkerHarness {
+impl Fixture {
     async fn start() -> Self {
         let folder = TempDir::new().expect("a folder");
         let engines = Engines::start(&folder.path().join("data")).await;
@@ -132,59 +132,60 @@ fn there(already_there: u64) -> Tally {
 }
 
 #[tokio::test]
-async fn recorded_rows_come_in_once_and_show_as_they_were() {
-    let rig = WorkerHarness::start().await;
+async fn recorded_rows_are_imported_once_and_unchanged() {
+    let fixture = Fixture::start().await;
     let (local, other) = (UserId::local(), UserId::new("other-user"));
-    let file = rig.file("seed.jsonl", SEED);
+    let file = fixture.file("seed.jsonl", SEED);
     let read = || lines(std::slice::from_ref(&file), Some(UserId::local()));
     assert_eq!(read().total(), 165);
 
-    let summary = rig.take(read()).await;
+    let summary = fixture.take(read()).await;
     assert_eq!((summary.conversations, summary.start_tasks, summary.events), (taken(155), taken(10), taken(0)));
     assert_eq!(summary.skipped, []);
-    rig.must_have(&local, 155, 9).await;
-    rig.must_have(&other, 0, 1).await;
+    fixture.must_have(&local, 155, 9).await;
+    fixture.must_have(&other, 0, 1).await;
 
     for line in seed("start_task") {
         let owner = if line["data"]["created_by_user_id"].is_null() { &local } else { &other };
-        let record = rig.stores.tasks.get(owner, id(&line["data"]["id"])).await.expect("the store").expect("a task");
+        let record =
+            fixture.stores.tasks.get(owner, id(&line["data"]["id"])).await.expect("the store").expect("a task");
         assert_eq!(serde_json::to_value(record.show()).expect("JSON"), line["data"]);
     }
-    let (unfinished, _) = rig.stores.tasks.unfinished().due(Time::now().plus(Duration::from_secs(3600))).await;
+    let (unfinished, _) = fixture.stores.tasks.unfinished().due(Time::now().plus(Duration::from_secs(3600))).await;
     assert_eq!(unfinished, [], "no worker continues them");
 
-    let again = rig.take(read()).await;
+    let again = fixture.take(read()).await;
     assert_eq!((again.conversations, again.start_tasks), (there(155), there(10)));
-    rig.must_have(&local, 155, 9).await;
+    fixture.must_have(&local, 155, 9).await;
 }
 
 #[tokio::test]
-async fn what_is_there_is_left_as_it_is() {
-    let rig = WorkerHarness::start().await;
+async fn existing_rows_are_not_overwritten() {
+    let fixture = Fixture::start().await;
     let mut line = seed("conversation").remove(0);
     let conversation = id(&line["data"]["id"]);
     let event = |text: &str| {
         json!({"type": "event", "conversation_id": conversation,
             "data": {"id": "e", "timestamp": "2025-01-01T00:00:00", "kind": "K", "text": text}})
     };
-    let first = rig.file("first", format!("{line}\n{}\n", event("first")));
-    rig.take(lines(&[first], Some(UserId::local()))).await;
+    let first = fixture.file("first", format!("{line}\n{}\n", event("first")));
+    fixture.take(lines(&[first], Some(UserId::local()))).await;
     let title = line["data"]["title"].clone();
     line["data"]["title"] = json!("another");
     // Also twice in one file.
-    let second = rig.file("second", format!("{line}\n{line}\n{}\n{0}\n", event("second")));
-    let summary = rig.take(lines(&[second], Some(UserId::local()))).await;
+    let second = fixture.file("second", format!("{line}\n{line}\n{}\n{0}\n", event("second")));
+    let summary = fixture.take(lines(&[second], Some(UserId::local()))).await;
     assert_eq!((summary.conversations, summary.events), (there(2), there(2)));
-    let record = rig.stores.conversations.get(&UserId::local(), conversation).await.expect("the store");
+    let record = fixture.stores.conversations.get(&UserId::local(), conversation).await.expect("the store");
     assert_eq!(record.and_then(|record| record.title), title.as_str().map(ToOwned::to_owned));
-    let events = all_events(&rig.events, &UserId::local(), conversation).await;
+    let events = all_events(&fixture.events, &UserId::local(), conversation).await;
     assert!(events.len() == 1 && events[0].json.contains("first"), "{events:?}");
 }
 
 #[tokio::test]
-async fn a_run_that_was_stopped_is_completed_by_the_next() {
-    let rig = WorkerHarness::start().await;
-    let file = rig.file("seed.jsonl", SEED);
+async fn stopped_import_is_completed_by_the_next_run() {
+    let fixture = Fixture::start().await;
+    let file = fixture.file("seed.jsonl", SEED);
     let user = UserId::new("stopped");
     let read = || lines(std::slice::from_ref(&file), Some(UserId::new("stopped")));
     let (stop, stopped) = oneshot::channel();
@@ -197,49 +198,49 @@ async fn a_run_that_was_stopped_is_completed_by_the_next() {
     };
     // One batch at a time: after the first one, others remain.
     let stopped = async { stopped.await.expect("a stop") };
-    let (first, end) = rig.gated.run(read(), stopped, progress).await;
+    let (first, end) = fixture.gated.run(read(), stopped, progress).await;
     assert!(matches!(end, End::Stopped), "{end:?}");
     assert!(first.settled() < 165, "{first:?}");
-    assert_eq!(rig.conversations(&user).await, first.conversations.taken, "what was reported is stored");
+    assert_eq!(fixture.conversations(&user).await, first.conversations.taken, "what was reported is stored");
 
-    let second = rig.take(read()).await;
+    let second = fixture.take(read()).await;
     assert_eq!(second.conversations.already_there, first.conversations.taken);
     assert_eq!(second.conversations.taken + first.conversations.taken, 155);
-    rig.must_have(&user, 155, 9).await;
+    fixture.must_have(&user, 155, 9).await;
 }
 
 #[tokio::test]
-async fn a_failed_or_killed_run_is_completed_by_the_next_wherever_it_ended() {
-    let rig = WorkerHarness::start().await;
+async fn import_that_failed_or_was_killed_at_any_call_is_completed_by_the_next_run() {
+    let fixture = Fixture::start().await;
     let event = |number: usize| {
         let data = json!({"id": format!("e{number}"), "timestamp": "2025-01-01T00:00:00", "kind": "K"});
         json!({"type": "event", "conversation_id": Uuid::nil(), "data": data}).to_string()
     };
     let events: Vec<String> = (0..60).map(event).collect();
-    let file = rig.file("seed.jsonl", format!("{SEED}{}", events.join("\n")));
+    let file = fixture.file("seed.jsonl", format!("{SEED}{}", events.join("\n")));
     let mut stops = 0;
     for stop in [Stop::Refuse, Stop::Hang(Moment::After)] {
         for call in 1.. {
             let user = UserId::new(format!("{stop:?} {call}"));
             let read = || lines(std::slice::from_ref(&file), Some(user.clone()));
-            rig.gate.arm(call, stop);
-            let run = rig.gated.run(read(), pending(), |_| {});
+            fixture.gate.arm(call, stop);
+            let run = fixture.gated.run(read(), pending(), |_| {});
             let (counted, reached) = tokio::select! {
                 (summary, end) = run => {
-                    assert_eq!(matches!(end, End::Failed(_)), rig.gate.is_reached(), "{end:?}");
-                    (Some(summary), rig.gate.is_reached())
+                    assert_eq!(matches!(end, End::Failed(_)), fixture.gate.is_reached(), "{end:?}");
+                    (Some(summary), fixture.gate.is_reached())
                 }
                 // Dropped at this call, as if the process was killed.
-                () = rig.gate.reached(), if stop != Stop::Refuse => (None, true),
+                () = fixture.gate.reached(), if stop != Stop::Refuse => (None, true),
             };
-            rig.gate.disarm();
-            let second = rig.take(read()).await;
+            fixture.gate.disarm();
+            let second = fixture.take(read()).await;
             if let Some(first) = counted {
                 assert_eq!(second.conversations.already_there, first.conversations.taken, "{user}");
                 assert_eq!(second.conversations.taken + first.conversations.taken, 155, "{user}");
             }
-            rig.must_have(&user, 155, 9).await;
-            assert_eq!(all_events(&rig.events, &user, Uuid::nil()).await.len(), 60, "{user}");
+            fixture.must_have(&user, 155, 9).await;
+            assert_eq!(all_events(&fixture.events, &user, Uuid::nil()).await.len(), 60, "{user}");
             if !reached {
                 break;
             }
@@ -248,12 +249,12 @@ async fn a_failed_or_killed_run_is_completed_by_the_next_wherever_it_ended() {
     }
     assert!(stops > 10, "only {stops}");
     // Its line names the owner, so the first run stored it.
-    assert_eq!(rig.start_tasks(&UserId::new("other-user")).await, 1);
+    assert_eq!(fixture.start_tasks(&UserId::new("other-user")).await, 1);
 }
 
 #[tokio::test]
-async fn a_bad_line_is_told_and_ends_nothing() {
-    let rig = WorkerHarness::start().await;
+async fn invalid_line_is_reported_and_does_not_end_the_import() {
+    let fixture = Fixture::start().await;
     let good = seed("conversation").remove(0);
     let with = |field: &str, value: Value| {
         let mut line = good.clone();
@@ -328,9 +329,9 @@ async fn a_bad_line_is_told_and_ends_nothing() {
     let mut text: Vec<u8> = bad.iter().flat_map(|(line, _)| [line.as_bytes(), b"\n\n"].concat()).collect();
     text.extend(b"\xff\n");
     text.extend(good.to_string().bytes());
-    let file = rig.file("lines", &text);
+    let file = fixture.file("lines", &text);
     let name = file.display().to_string();
-    let summary = rig.take(lines(&[file], Some(UserId::local()))).await;
+    let summary = fixture.take(lines(&[file], Some(UserId::local()))).await;
     assert_eq!(summary.conversations, taken(1), "{summary}");
     let mut expected: BTreeMap<&str, Vec<String>> = BTreeMap::new();
     for (index, (_, reason)) in bad.iter().enumerate() {
@@ -346,8 +347,8 @@ async fn a_bad_line_is_told_and_ends_nothing() {
 }
 
 #[tokio::test]
-async fn rows_are_their_owners_and_events_their_conversations() {
-    let rig = WorkerHarness::start().await;
+async fn rows_belong_to_their_owner_and_events_to_their_conversation() {
+    let fixture = Fixture::start().await;
     let (one, another, unowned) = (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
     let conversation = |id: Uuid, owner: Value| {
         let mut line = seed("conversation").remove(0);
@@ -362,30 +363,30 @@ async fn rows_are_their_owners_and_events_their_conversations() {
     let events = [event(one, 1), event(another, 2), event(unowned, 3), event(another, 4)].join("\n");
     let conversations =
         [conversation(another, json!("ann")), conversation(one, json!("bob")), conversation(unowned, Value::Null)];
-    let files = [rig.file("events", events), rig.file("conversations", conversations.join("\n"))];
+    let files = [fixture.file("events", events), fixture.file("conversations", conversations.join("\n"))];
 
-    let strict = rig.take(lines(&files, None)).await;
+    let strict = fixture.take(lines(&files, None)).await;
     assert_eq!((strict.conversations, strict.events), (taken(2), taken(3)));
     let reasons: Vec<&str> = strict.skipped.iter().map(|skipped| skipped.reason.as_str()).collect();
     assert_eq!(reasons.len(), 2);
     assert!(reasons.iter().all(|reason| reason.contains("--user ID")), "{reasons:?}");
 
-    let summary = rig.take(lines(&files, Some(UserId::local()))).await;
+    let summary = fixture.take(lines(&files, Some(UserId::local()))).await;
     assert_eq!(summary.conversations, Tally { taken: 1, already_there: 2 });
     assert_eq!(summary.events, Tally { taken: 1, already_there: 3 });
     assert_eq!(summary.skipped, []);
     for (owner, conversation, count) in
         [(UserId::new("ann"), another, 2), (UserId::new("bob"), one, 1), (UserId::local(), unowned, 1)]
     {
-        assert_eq!(rig.conversations(&owner).await, 1);
-        assert_eq!(all_events(&rig.events, &owner, conversation).await.len(), count, "{owner}");
+        assert_eq!(fixture.conversations(&owner).await, 1);
+        assert_eq!(all_events(&fixture.events, &owner, conversation).await.len(), count, "{owner}");
     }
 }
 
 #[tokio::test]
-async fn ten_thousand_events_in_any_order_are_kept_byte_for_byte() {
+async fn ten_thousand_events_in_mixed_order_are_stored_byte_for_byte() {
     const EVENTS: usize = 10_000;
-    let rig = WorkerHarness::start().await;
+    let fixture = Fixture::start().await;
     let conversations: Vec<Uuid> = (0..7).map(|_| Uuid::new_v4()).collect();
     // 7919 and the number of events have no common divisor, so every number comes once, in mixed order.
     let numbers = (0..EVENTS).map(|index| index * 7919 % EVENTS);
@@ -402,11 +403,11 @@ async fn ten_thousand_events_in_any_order_are_kept_byte_for_byte() {
             format!("{{\"data\": {} ,\"type\":\"event\",\"conversation_id\":\"{conversation}\"}}\n", json(number))
         })
         .collect();
-    let file = rig.file("events", text.concat());
-    let summary = rig.take(lines(&[file], Some(UserId::local()))).await;
+    let file = fixture.file("events", text.concat());
+    let summary = fixture.take(lines(&[file], Some(UserId::local()))).await;
     assert_eq!((summary.events, summary.skipped_rows()), (taken(EVENTS as u64), 0));
     for (first, conversation) in conversations.iter().enumerate() {
-        let found = all_events(&rig.events, &UserId::local(), *conversation).await;
+        let found = all_events(&fixture.events, &UserId::local(), *conversation).await;
         let expected: Vec<String> = (first..EVENTS).step_by(conversations.len()).map(json).collect();
         assert!(found.iter().map(|event| &event.json).eq(&expected), "conversation {first}");
     }
@@ -498,14 +499,14 @@ impl Reference {
         files
     }
 
-    async fn import_into(&self, rig: &WorkerHarness) -> Summary {
-        rig.take(DataFolder::open(self.path(), Some(UserId::local())).expect("a data folder")).await
+    async fn import_into(&self, fixture: &Fixture) -> Summary {
+        fixture.take(DataFolder::open(self.path(), Some(UserId::local())).expect("a data folder")).await
     }
 }
 
 #[tokio::test]
-async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
-    let rig = WorkerHarness::start().await;
+async fn data_folder_of_the_reference_is_imported_with_its_events() {
+    let fixture = Fixture::start().await;
     let user = UserId::local();
     let reference = Reference::new();
     let ids: Vec<Uuid> = (0..6).map(|_| Uuid::new_v4()).collect();
@@ -526,7 +527,7 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
     reference.event("", ids[0], "a.json", &event("a"));
     reference.event("", ids[0], "b.json", "{");
     reference.event("", ids[0], "note.txt", "no event");
-    reference.event("somebody", ids[1], "c.json", &event("c"));
+    reference.event("user-one", ids[1], "c.json", &event("c"));
     for token in ["t1", "t2"] {
         let token =
             json!({"id": token, "timestamp": "2025-01-01T00:00:01", "kind": "StreamingDeltaEvent", "content": "x"});
@@ -538,7 +539,7 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
 
     let folder = DataFolder::open(reference.path(), Some(UserId::local())).expect("a data folder");
     assert_eq!(folder.total(), 5 + 4 + 7);
-    let summary = rig.take(folder).await;
+    let summary = fixture.take(folder).await;
     assert_eq!(
         (summary.conversations, summary.start_tasks, summary.events),
         (taken(2), taken(3), taken(2)),
@@ -559,7 +560,7 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
         assert!(skipped.iter().any(|(reason, found)| reason.starts_with(beginning) && *found == count), "{summary}");
     }
 
-    let record = rig.stores.conversations.get(&user, ids[0]).await.expect("the store").expect("a conversation");
+    let record = fixture.stores.conversations.get(&user, ids[0]).await.expect("the store").expect("a conversation");
     let shown = serde_json::to_value(shared::conversation::AppConversation::without_sandbox(record)).expect("JSON");
     for (field, value) in [
         ("created_at", json!("2025-06-01T10:00:00Z")),
@@ -573,33 +574,37 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
     ] {
         assert_eq!(shown[field], value, "{field}");
     }
-    let of_later = rig.stores.conversations.get(&user, ids[1]).await.expect("the store").expect("a conversation");
+    let of_later = fixture.stores.conversations.get(&user, ids[1]).await.expect("the store").expect("a conversation");
     let of_later = shared::conversation::AppConversation::without_sandbox(of_later);
     assert_eq!(serde_json::to_value(of_later).expect("JSON")["trigger"], "automation");
     assert_eq!(shown["metrics"]["accumulated_cost"], 0.5);
     let usage = &shown["metrics"]["accumulated_token_usage"];
     assert_eq!((&usage["cache_write_tokens"], &usage["per_turn_token"]), (&json!(4), &json!(0)));
 
-    let unfinished = rig.stores.tasks.get(&user, tasks[1]).await.expect("the store").expect("a task");
+    let unfinished = fixture.stores.tasks.get(&user, tasks[1]).await.expect("the store").expect("a task");
     assert_eq!(unfinished.now.status, StartStatus::Error);
     assert!(unfinished.now.detail.as_ref().is_some_and(|detail| detail.contains("PREPARING_REPOSITORY")));
-    let ready = rig.stores.tasks.batch_get(&user, &tasks[..1]).await.expect("the store");
-    let ready = rig.stores.tasks.show_all(&ready).await.expect("the bucket").pop().flatten().expect("a task");
+    let ready = fixture.stores.tasks.batch_get(&user, &tasks[..1]).await.expect("the store");
+    let ready = fixture.stores.tasks.show_all(&ready).await.expect("the bucket").pop().flatten().expect("a task");
     let request: Value = serde_json::from_str(ready.request.get()).expect("JSON");
     assert_eq!(request["secrets"], json!({"TOKEN": "**********"}));
     assert_eq!(request["system_message_suffix"].as_str().map(str::len), Some(20_000));
     assert_eq!(ready.created_at.to_string(), "2025-06-01T10:00:00.000001Z");
 
-    let kept = all_events(&rig.events, &user, ids[0]).await;
+    let kept = all_events(&fixture.events, &user, ids[0]).await;
     assert_eq!(kept.iter().map(|kept| kept.json.as_str()).collect::<Vec<_>>(), [event("a")]);
-    assert_eq!(all_events(&rig.events, &user, ids[1]).await.len(), 1, "the conversation's owner is the events' owner");
+    assert_eq!(
+        all_events(&fixture.events, &user, ids[1]).await.len(),
+        1,
+        "the conversation's owner is the events' owner"
+    );
 
-    let again = reference.import_into(&rig).await;
+    let again = reference.import_into(&fixture).await;
     assert_eq!((again.conversations, again.start_tasks, again.events), (there(2), there(3), there(2)));
     assert_eq!(reference.files(), files, "the import writes nothing to the reference's folder");
-    assert_eq!((rig.conversations(&user).await, rig.start_tasks(&user).await), (2, 3));
+    assert_eq!((fixture.conversations(&user).await, fixture.start_tasks(&user).await), (2, 3));
 
-    let WorkerHarness { engines, folder, .. } = rig;
+    let Fixture { engines, folder, .. } = fixture;
     engines.shutdown().await;
     if skipped_on_ministack("what is in the embedded engines' files") {
         return;
@@ -617,8 +622,8 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
 
 /// The repositories of past conversations are imported unchanged, except for credentials in an address.
 #[tokio::test]
-async fn repositories_come_in_without_credentials() {
-    let rig = WorkerHarness::start().await;
+async fn repositories_are_imported_without_credentials() {
+    let fixture = Fixture::start().await;
     let user = UserId::local();
     let reference = Reference::new();
     let mut text = String::new();
@@ -650,24 +655,24 @@ async fn repositories_come_in_without_credentials() {
     task["data"]["created_by_user_id"] = Value::Null;
     task["data"]["request"] = json!({"selected_repository": "https://me:SECRET@git.example/o/r"});
     text += &format!("{task}\n");
-    let file = rig.file("repositories", text);
-    let taken = rig.take(lines(&[file], Some(user.clone()))).await;
+    let file = fixture.file("repositories", text);
+    let taken = fixture.take(lines(&[file], Some(user.clone()))).await;
     assert_eq!(taken.skipped_rows(), 0, "{taken}");
-    reference.import_into(&rig).await;
+    reference.import_into(&fixture).await;
     for (id, kept) in expected {
-        let record = rig.stores.conversations.get(&user, id).await.expect("the store").expect("a conversation");
+        let record = fixture.stores.conversations.get(&user, id).await.expect("the store").expect("a conversation");
         assert_eq!(record.selected_repository.as_deref(), Some(kept));
     }
-    let task = rig.stores.tasks.get(&user, id).await.expect("the store").expect("a task");
+    let task = fixture.stores.tasks.get(&user, id).await.expect("the store").expect("a task");
     let shown = serde_json::to_value(task.show_within(u64::MAX)).expect("JSON");
     assert_eq!(shown["request"]["selected_repository"], "https://git.example/o/r");
-    rig.engines.shutdown().await;
+    fixture.engines.shutdown().await;
 }
 
 /// The names of past secrets are imported as well, even those that a start would refuse.
 #[tokio::test]
-async fn secrets_of_requests_come_in_by_their_names() {
-    let rig = WorkerHarness::start().await;
+async fn secrets_of_requests_are_imported_by_name_only() {
+    let fixture = Fixture::start().await;
     let user = UserId::local();
     let reference = Reference::new();
     let (mut text, mut expected) = (String::new(), Vec::new());
@@ -690,23 +695,23 @@ async fn secrets_of_requests_come_in_by_their_names() {
         reference.start_task(row_id, "READY", &request);
         expected.extend([(line_id, kept.clone()), (row_id, kept)]);
     }
-    let file = rig.file("secrets", text);
-    let taken = rig.take(lines(&[file], Some(user.clone()))).await;
+    let file = fixture.file("secrets", text);
+    let taken = fixture.take(lines(&[file], Some(user.clone()))).await;
     assert_eq!(taken.skipped_rows(), 0, "{taken}");
-    let taken = reference.import_into(&rig).await;
+    let taken = reference.import_into(&fixture).await;
     assert_eq!(taken.skipped_rows(), 0, "{taken}");
     for (id, kept) in expected {
-        let task = rig.stores.tasks.get(&user, id).await.expect("the store").expect("a task");
+        let task = fixture.stores.tasks.get(&user, id).await.expect("the store").expect("a task");
         let shown = serde_json::to_value(task.show_within(u64::MAX)).expect("JSON");
         assert_eq!((&shown["request"]["secrets"], &shown["request"]["title"]), (&kept, &json!("t")));
     }
-    rig.engines.shutdown().await;
+    fixture.engines.shutdown().await;
 }
 
 /// Each importer keeps tags within the limits, and ignores those that exceed them.
 #[tokio::test]
-async fn tags_within_the_limits_come_in_with_their_conversation() {
-    let rig = WorkerHarness::start().await;
+async fn tags_within_the_limits_are_imported_with_their_conversation() {
+    let fixture = Fixture::start().await;
     let user = UserId::local();
     let (long, longest) = ("x".repeat(MAX_TAG_VALUE + 1), "x".repeat(MAX_TAG_VALUE));
     let many: serde_json::Map<String, Value> = (0..=MAX_TAGS).map(|tag| (format!("{tag:03}"), json!(""))).collect();
@@ -747,22 +752,22 @@ async fn tags_within_the_limits_come_in_with_their_conversation() {
     let null = Uuid::new_v4();
     in_database(null, None);
     expected.push((null, json!({})));
-    let file = rig.file("tags", text);
-    let from_lines = rig.take(lines(&[file], Some(user.clone()))).await;
+    let file = fixture.file("tags", text);
+    let from_lines = fixture.take(lines(&[file], Some(user.clone()))).await;
     assert_eq!((from_lines.conversations, from_lines.skipped_rows()), (taken(cases.len() as u64), 0), "{from_lines}");
-    let from_folder = reference.import_into(&rig).await;
+    let from_folder = reference.import_into(&fixture).await;
     let all = taken(cases.len() as u64 + 1);
     assert_eq!((from_folder.conversations, from_folder.skipped_rows()), (all, 0), "{from_folder}");
     for (id, tags) in expected {
-        let record = rig.stores.conversations.get(&user, id).await.expect("the store").expect("a conversation");
+        let record = fixture.stores.conversations.get(&user, id).await.expect("the store").expect("a conversation");
         assert_eq!(json!(record.tags), tags);
     }
-    rig.engines.shutdown().await;
+    fixture.engines.shutdown().await;
 }
 
 #[tokio::test]
 async fn a_database_in_wal_mode_is_read_while_it_is_written_and_after_a_crash() {
-    let rig = WorkerHarness::start().await;
+    let fixture = Fixture::start().await;
     let reference = Reference::new();
     reference.database.pragma_update(None, "journal_mode", "wal").expect("WAL");
     reference.database.pragma_update(None, "wal_autocheckpoint", 0).expect("no checkpoints");
@@ -770,15 +775,19 @@ async fn a_database_in_wal_mode_is_read_while_it_is_written_and_after_a_crash() 
     reference.conversation(ids[0], "V1", "gui", Some("box"));
     let files = reference.files();
     assert!(files.keys().any(|path| path.to_string_lossy().ends_with("-wal")));
-    assert_eq!(reference.import_into(&rig).await.conversations, taken(1), "from the write-ahead log of a live server");
+    assert_eq!(
+        reference.import_into(&fixture).await.conversations,
+        taken(1),
+        "from the write-ahead log of a live server"
+    );
     assert_eq!(reference.files(), files);
 
     // During a write transaction.
     reference.database.execute_batch("BEGIN IMMEDIATE").expect("a transaction");
     reference.conversation(ids[1], "V1", "gui", Some("box"));
-    assert_eq!(reference.import_into(&rig).await.conversations, there(1), "uncommitted rows are not imported");
+    assert_eq!(reference.import_into(&fixture).await.conversations, there(1), "uncommitted rows are not imported");
     reference.database.execute_batch("COMMIT").expect("committed");
-    assert_eq!(reference.import_into(&rig).await.conversations, Tally { taken: 1, already_there: 1 });
+    assert_eq!(reference.import_into(&fixture).await.conversations, Tally { taken: 1, already_there: 1 });
 
     // The files that a killed server leaves, and those of a copy without the shared memory.
     for (name, suffixes) in [("killed", ["", "-wal", "-shm"].as_slice()), ("copied", &["", "-wal"])] {
@@ -797,7 +806,7 @@ async fn a_database_in_wal_mode_is_read_while_it_is_written_and_after_a_crash() 
         };
         let before = listed();
         let data = DataFolder::open(folder.path(), Some(UserId::local())).expect("a data folder");
-        assert_eq!(rig.take(data).await.conversations, there(2), "{name}");
+        assert_eq!(fixture.take(data).await.conversations, there(2), "{name}");
         assert_eq!(listed(), before, "{name}");
     }
 
@@ -806,25 +815,25 @@ async fn a_database_in_wal_mode_is_read_while_it_is_written_and_after_a_crash() 
     let Reference { folder, database } = reference;
     database.close().expect("closed");
     let data = DataFolder::open(folder.path(), Some(UserId::local())).expect("a data folder");
-    assert_eq!(rig.take(data).await.conversations, Tally { taken: 1, already_there: 2 });
+    assert_eq!(fixture.take(data).await.conversations, Tally { taken: 1, already_there: 2 });
     assert_eq!(fs::read_dir(folder.path()).expect("a folder").count(), 1);
 }
 
 #[tokio::test]
-async fn a_data_folder_in_use_and_one_of_nobody_are_refused_with_a_sentence() {
+async fn data_folder_in_use_and_unknown_folder_are_refused_with_an_explanation() {
     if skipped_on_ministack("a data folder is the embedded engines' alone") {
         return;
     }
-    let rig = WorkerHarness::start().await;
-    let file = rig.file("seed.jsonl", SEED);
-    let data = rig.folder.path().join("data");
+    let fixture = Fixture::start().await;
+    let file = fixture.file("seed.jsonl", SEED);
+    let data = fixture.folder.path().join("data");
     let into = PlaceOptions::default();
     let refused = command::import(&[file], &into, &data, pending()).await.expect_err("it is in use");
     assert!(refused.to_string().ends_with("is in use by another process. Stop that one or choose another folder."));
     let refused =
-        command::import_openhands(rig.folder.path(), &into, &data, pending()).await.expect_err("no such server's");
+        command::import_openhands(fixture.folder.path(), &into, &data, pending()).await.expect_err("no such server's");
     assert!(refused.to_string().starts_with("There is no openhands.db in "), "{refused}");
-    let missing = rig.folder.path().join("missing");
+    let missing = fixture.folder.path().join("missing");
     let refused = command::import(&[missing], &into, &data, pending()).await.expect_err("no such file");
     assert!(refused.to_string().contains("missing cannot be read: "), "{refused}");
 }

@@ -114,7 +114,7 @@ fn header<'a>(answer: &'a Value, name: &str) -> &'a str {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_caller_is_whom_the_authorizer_named() {
+async fn caller_comes_only_from_the_authorizers_context() {
     let cloud = Cloud::start().await;
     let function = cloud.function("settings").await;
     let missing = (404, json!({"detail": "Settings not found"}));
@@ -136,9 +136,9 @@ async fn the_caller_is_whom_the_authorizer_named() {
     let log = function.logged();
     let lines: Vec<Value> = log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     let requests: Vec<&Value> = lines.iter().filter(|line| line["message"] == "http.request").collect();
-    let told: Vec<_> = requests.iter().map(|line| (line["user"].as_str(), line["status"].as_u64())).collect();
+    let logged: Vec<_> = requests.iter().map(|line| (line["user"].as_str(), line["status"].as_u64())).collect();
     let expected = [("u1", 404), ("u1", 200), ("u1", 200), ("u2", 404), ("", 401), ("", 401)];
-    assert_eq!(told, expected.map(|(user, status)| (Some(user), Some(status))), "{log}");
+    assert_eq!(logged, expected.map(|(user, status)| (Some(user), Some(status))), "{log}");
     assert_eq!((&requests[0]["cold_start"], &requests[1]["cold_start"]), (&json!(true), &json!(false)));
     for line in &requests {
         assert_eq!(line["route"], "/api/v1/settings");
@@ -149,7 +149,7 @@ async fn the_caller_is_whom_the_authorizer_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_callers_show_is_in_no_log() {
+async fn credentials_of_callers_are_not_logged() {
     let cloud = Cloud::start().await;
     let authorizer = cloud.function("authorizer").await;
     let canaries = ["canary-0a", "oh-canary0a", "canary.0a.x", "eyJhbGciOiJSUzI1NiIsImtpZCI6ImNhbmFyeSJ9.canary.0a"];
@@ -189,8 +189,8 @@ async fn queries_and_bodies_arrive_as_they_were_sent() {
     let (status, task) = status_and_body(&answer);
     assert_eq!((status, &task["status"]), (200, &json!("WORKING")), "{answer}");
     assert_eq!(task["request"]["initial_message"]["content"][0]["text"], "Grüße 👋");
-    let (status, told) = status_and_body(&start.invoke(event("start-broken")).await);
-    assert_eq!((status, &told["detail"][0]["type"]), (422, &json!("json_invalid")));
+    let (status, error) = status_and_body(&start.invoke(event("start-broken")).await);
+    assert_eq!((status, &error["detail"][0]["type"]), (422, &json!("json_invalid")));
 
     let sealer = cloud.sealer().await;
     let stores = Stores::new(&cloud.aws, &cloud.config.names, &sealer);
@@ -208,12 +208,12 @@ async fn queries_and_bodies_arrive_as_they_were_sent() {
     );
     let (status, page) = status_and_body(&conversations.invoke(event("search")).await);
     assert_eq!((status, page["items"].as_array().map(Vec::len)), (200, Some(1)), "{page}");
-    let (status, told) = status_and_body(&conversations.invoke(event("unknown-path")).await);
-    assert_eq!((status, told), (404, json!({"detail": "Not Found"})));
+    let (status, error) = status_and_body(&conversations.invoke(event("unknown-path")).await);
+    assert_eq!((status, error), (404, json!({"detail": "Not Found"})));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn browsers_are_answered_before_anybody_is_known() {
+async fn preflight_requests_and_redirects_need_no_caller() {
     let cloud = Cloud::start().await;
     let function = cloud.function("web-client").await;
     let preflight = function.invoke(event("preflight")).await;
@@ -300,7 +300,7 @@ fn event_of(route: &Route, user: &UserId, credential: Option<(&str, &str)>, in_b
 
 /// Every route, in the binary of its function. (Streaming has a test of its own.)
 #[tokio::test(flavor = "multi_thread")]
-async fn every_route_is_answered_by_the_program_of_its_function() {
+async fn every_route_is_served_by_the_binary_of_its_function() {
     let cloud = Cloud::start().await;
     let (owner, sealer) = (UserId::new("actor"), cloud.sealer().await);
     furnish_in(&cloud.aws, &cloud.config.names, &sealer, &owner).await;
@@ -342,7 +342,7 @@ async fn every_route_is_answered_by_the_program_of_its_function() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_worker_reports_what_failed_of_a_batch_alone() {
+async fn worker_reports_only_the_failed_messages_of_a_batch() {
     let cloud = Cloud::start().await;
     let start = cloud.function("start").await;
     let (_, task) = status_and_body(&start.invoke(event("start-base64")).await);
@@ -397,7 +397,7 @@ async fn the_worker_reports_what_failed_of_a_batch_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn stream_start_answers_chunk_by_chunk() {
+async fn stream_start_responds_chunk_by_chunk() {
     let cloud = Cloud::start().await;
     let function = cloud.function_with("stream-start", &[("STREAM_KEEP_ALIVE_MS", "20")]).await;
     let (id, mut parts) = function.send(event("stream-start"));
@@ -440,14 +440,14 @@ async fn stream_start_answers_chunk_by_chunk() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn errors_before_a_stream_begins_have_a_status() {
+async fn errors_before_a_stream_starts_have_an_error_status() {
     let cloud = Cloud::start().await;
     let function = cloud.function("stream-start").await;
     let mut broken = event("stream-start");
     broken["body"] = json!("{");
     broken["isBase64Encoded"] = json!(false);
-    let (status, told) = status_and_body(&function.invoke(broken.clone()).await);
-    assert_eq!((status, &told["detail"][0]["type"]), (422, &json!("json_invalid")));
+    let (status, error) = status_and_body(&function.invoke(broken.clone()).await);
+    assert_eq!((status, &error["detail"][0]["type"]), (422, &json!("json_invalid")));
     broken["body"] = json!(" ".repeat(6 * 1024 * 1024 + 1));
     let too_large = (413, json!({"detail": "The request is larger than this server takes"}));
     assert_eq!(status_and_body(&function.invoke(broken).await), too_large);
@@ -478,7 +478,7 @@ async fn finished_export(cloud: &Cloud, conversation: Uuid, zip: Vec<u8>) {
 
 /// The export is larger than the memory that the function may use for it.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_export_up_to_the_limit_is_streamed_and_a_larger_one_linked() {
+async fn export_up_to_the_limit_is_streamed_and_larger_one_is_a_redirect() {
     const LIMIT: usize = 60 * 1024 * 1024;
     let cloud = Cloud::start().await;
     let [fits, too_large] = [1, 2].map(Uuid::from_u128);
@@ -519,8 +519,8 @@ async fn an_export_up_to_the_limit_is_streamed_and_a_larger_one_linked() {
     assert_eq!(linked["statusCode"], 302);
     let link = header(&linked, "location");
     assert!(link.contains("X-Amz-Signature=") && link.contains("/exports/"), "{link}");
-    let (status, told) = status_and_body(&function.invoke(get(&path(fits).replace("00000001", "x"), &[])).await);
-    assert_eq!((status, &told["detail"][0]["type"]), (422, &json!("uuid_parsing")));
+    let (status, error) = status_and_body(&function.invoke(get(&path(fits).replace("00000001", "x"), &[])).await);
+    assert_eq!((status, &error["detail"][0]["type"]), (422, &json!("uuid_parsing")));
     let mut head = get(&path(fits), &[]);
     head["httpMethod"] = json!("HEAD");
     let answer = function.invoke(head).await;
@@ -540,7 +540,7 @@ async fn an_export_up_to_the_limit_is_streamed_and_a_larger_one_linked() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_that_the_bucket_cuts_off_is_cut_off_and_not_ended() {
+async fn export_stream_is_aborted_if_the_bucket_aborts_the_object() {
     let cloud = Cloud::start().await;
     let conversation = Uuid::from_u128(1);
     finished_export(&cloud, conversation, b"zip".to_vec()).await;
@@ -612,7 +612,7 @@ async fn walk(function: &Function, path: &str) -> (Vec<Value>, usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_largest_start_tasks_fit_into_answers_and_memory() {
+async fn largest_start_tasks_fit_into_responses_and_memory() {
     let cloud = Cloud::start().await;
     let stores = Stores::new(&cloud.aws, &cloud.config.names, &cloud.sealer().await);
     let user = UserId::new(CALLER);
@@ -671,7 +671,7 @@ async fn the_largest_start_tasks_fit_into_answers_and_memory() {
 
 /// A start whose response would be too large has been created, so the client must still get its id.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_largest_start_is_answered() {
+async fn largest_start_gets_a_response() {
     let cloud = Cloud::start().await;
     let mut start = event("stream-start");
     // Each part becomes four times as long in the response.
@@ -692,7 +692,7 @@ async fn the_largest_start_is_answered() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_largest_conversations_fit_into_answers_and_memory() {
+async fn largest_conversations_fit_into_responses_and_memory() {
     let cloud = Cloud::start().await;
     let stores = Stores::new(&cloud.aws, &cloud.config.names, &cloud.sealer().await);
     let id = |number: u128| Uuid::from_u128(number + 1).to_string();
@@ -721,8 +721,8 @@ async fn the_largest_conversations_fit_into_answers_and_memory() {
     };
     let (status, found) = batch(20).await;
     assert_eq!((status, found.as_array().map(Vec::len)), (200, Some(20)));
-    let told = json!({"detail": "These conversations are too large for one answer: request fewer at once"});
-    assert_eq!(batch(99).await, (413, told));
+    let error = json!({"detail": "These conversations are too large for one answer: request fewer at once"});
+    assert_eq!(batch(99).await, (413, error));
     let memory = function.peak_memory();
     println!("memory of conversations: {memory}; the largest page: {largest}");
     assert!(memory < MEMORY * 3 / 4, "{memory}");
@@ -730,12 +730,16 @@ async fn the_largest_conversations_fit_into_answers_and_memory() {
 
 /// Requests that need no secrets work without KMS, and all others as soon as KMS works again.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_that_is_disabled_stops_secrets_alone() {
+async fn disabled_kms_key_affects_only_requests_that_need_secrets() {
     let cloud = Cloud::start().await;
     let before = cloud.function("settings").await;
     assert_eq!(status_and_body(&before.invoke(event("settings-post")).await).0, 200);
     cloud.kms.disable(true);
-    assert_eq!(status_and_body(&before.invoke(event("settings-get")).await).0, 200, "a running function keeps its cached key");
+    assert_eq!(
+        status_and_body(&before.invoke(event("settings-get")).await).0,
+        200,
+        "a running function keeps its cached key"
+    );
     let settings = cloud.function("settings").await;
     let refused = status_and_body(&settings.invoke(event("settings-get")).await);
     assert_eq!(refused, (503, json!({"detail": "The store is not available right now"})));
@@ -748,7 +752,7 @@ async fn a_key_that_is_disabled_stops_secrets_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_deployment_has_one_data_key_whoever_comes_first() {
+async fn concurrent_first_requests_create_one_data_key() {
     let cloud = Cloud::start().await;
     let sealers = join_all((0..6).map(|_| cloud.sealer())).await;
     let secret = "secret".into();
@@ -777,7 +781,7 @@ async fn a_deployment_has_one_data_key_whoever_comes_first() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_data_key_is_replaced_and_what_it_sealed_still_opens() {
+async fn rotated_data_key_still_opens_what_it_sealed() {
     let cloud = Cloud::start().await;
     let sdk = cloud.engines.network_sdk_config().await.to_builder().endpoint_url(cloud.kms.url()).build();
     // As an operator, who need not know the KMS key.

@@ -130,7 +130,7 @@ fn everything_served() -> Vec<(String, String)> {
 }
 
 #[tokio::test]
-async fn requests_for_other_hosts_and_from_other_pages_are_refused_on_every_path() {
+async fn foreign_hosts_and_origins_are_refused_on_every_path() {
     let running = Running::start(environment()).await;
     let own = running.address().to_string();
     for (method, target) in everything_served() {
@@ -186,7 +186,7 @@ async fn requests_for_other_hosts_and_from_other_pages_are_refused_on_every_path
 
 /// Requests with an effect but no body, which browsers send for a page without a preflight.
 #[tokio::test]
-async fn a_page_of_another_site_changes_nothing_with_a_request_without_a_body() {
+async fn cross_site_requests_without_a_body_change_nothing() {
     let running = Running::start(environment()).await;
     let document = document();
     let without_body = operations(&document).into_iter().filter(|(method, _, operation)| {
@@ -208,7 +208,7 @@ async fn a_page_of_another_site_changes_nothing_with_a_request_without_a_body() 
 }
 
 #[tokio::test]
-async fn a_request_names_its_host_once_and_well() {
+async fn requests_need_exactly_one_valid_host() {
     let running = Running::start(Environment::default()).await;
     let own = running.address();
     for (request, status) in [
@@ -228,7 +228,7 @@ async fn a_request_names_its_host_once_and_well() {
 }
 
 #[tokio::test]
-async fn presigned_links_are_served_without_the_key_and_nothing_else_of_s3_is() {
+async fn only_presigned_links_of_s3_are_served_without_the_key() {
     let running = Running::start(Environment { session_api_key: Some(SecretString::from(KEY)), ..environment() }).await;
     running.has_conversation().await;
     let key = ("x-session-api-key", KEY);
@@ -305,7 +305,7 @@ async fn presigned_links_are_served_without_the_key_and_nothing_else_of_s3_is() 
 }
 
 #[tokio::test]
-async fn a_public_address_that_is_none_is_an_error() {
+async fn invalid_public_address_is_an_error() {
     let folder = TempDir::new().expect("a folder");
     let options = CommonOptions::on(folder.path().join("data"), SandboxKind::None);
     let start = StartConfig { web_url: Some("tunnel.example".to_owned()), ..StartConfig::default() };
@@ -317,7 +317,7 @@ async fn a_public_address_that_is_none_is_an_error() {
 /// Browsers send these content types without a preflight, so a route that read JSON from them could be called by any
 /// page.
 #[tokio::test]
-async fn routes_that_read_json_take_nothing_else() {
+async fn routes_that_read_json_refuse_other_content_types() {
     let folder = TempDir::new().expect("a folder");
     let api = Api::at(folder.path(), SandboxConfig::None).await;
     let owner = UserId::new("actor");

@@ -304,7 +304,7 @@ fn place(answer: &Value) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_start_and_an_update_take_and_refuse_the_same_selections() {
+async fn start_and_update_accept_and_refuse_the_same_selections() {
     let folder = TempDir::new().expect("a folder");
     let api = api(&folder).await;
     let user = UserId::new("u");
@@ -338,7 +338,10 @@ async fn a_start_and_an_update_take_and_refuse_the_same_selections() {
                 let is_cleaned =
                     [CANARY, "contoso@", "#readme", "refName"].iter().any(|part| body.to_string().contains(part));
                 if status == 200 && is_repository && !is_cleaned {
-                    assert_eq!(request["selected_repository"], body["selected_repository"], "the task shows the repository as sent");
+                    assert_eq!(
+                        request["selected_repository"], body["selected_repository"],
+                        "the task shows the repository as sent"
+                    );
                 }
             }
             Err(field) => {
@@ -359,7 +362,7 @@ async fn a_start_and_an_update_take_and_refuse_the_same_selections() {
 
 /// Features that only starts have: suggested tasks, parents, streams, and hosts that are not allowed.
 #[tokio::test(flavor = "multi_thread")]
-async fn every_way_to_start_checks_what_it_selects() {
+async fn every_way_to_start_validates_its_selection() {
     let folder = TempDir::new().expect("a folder");
     let api = api(&folder).await;
     let user = UserId::new("u");
@@ -454,7 +457,7 @@ async fn every_way_to_start_checks_what_it_selects() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tokens_and_hosts_are_stored_in_one_form() {
+async fn tokens_and_hosts_are_stored_in_a_normalised_form() {
     let folder = TempDir::new().expect("a folder");
     let api = api(&folder).await;
     let store = SettingsStore::new(api.aws.dynamodb.clone(), api.names.users.clone(), api.sealer.clone());
@@ -542,7 +545,7 @@ fn insecure() -> StartConfig {
 
 /// Pasted addresses are cloned; the record has the repository's name, the task the address as sent.
 #[tokio::test]
-async fn what_was_pasted_is_cloned() {
+async fn pasted_repository_addresses_are_cloned() {
     let git = GitServer::start().await;
     git.create_repository("o/r", &[("a.txt", "a", false)], &["dev"]).await;
     git.require("someone", "the-token");
@@ -553,40 +556,40 @@ async fn what_was_pasted_is_cloned() {
         (format!("git@{}:o/r.git", git.host().split(':').next().expect("a host")), None),
         ("o/r.git".to_owned(), None),
     ] {
-        let rig = WorkerHarness::start(insecure()).await;
+        let harness = WorkerHarness::start(insecure()).await;
         let host = format!("{}/api/v3/", git.url());
         // A settings file may hold values that the API would normalise.
         let tokens = json!({"gitlab": {"token": null}, "github": {"token": "Bearer the-token\n", "host": host}});
-        rig.set_settings(json!({"llm_model": "openai/x", "provider_tokens": tokens})).await;
+        harness.set_settings(json!({"llm_model": "openai/x", "provider_tokens": tokens})).await;
         let mut body = json!({"selected_repository": repository});
         // `git@` has no port, but the host in the settings has one: both must mean the same server.
         if repository == "o/r.git" {
             body["git_provider"] = "github".into();
         }
-        let task = rig.begin(&body).await;
-        let done = rig.drive(task.id).await;
+        let task = harness.begin(&body).await;
+        let done = harness.drive(task.id).await;
         assert_eq!(done.now.status, StartStatus::Ready, "{repository}: {:?}", done.now.detail);
         let id = done.now.app_conversation_id.expect("a conversation");
-        let record = rig.conversations.get(&rig.user, id).await.expect("the store").expect("a record");
+        let record = harness.conversations.get(&harness.user, id).await.expect("the store").expect("a record");
         let found = (record.selected_repository.as_deref(), record.selected_branch.as_deref());
         assert_eq!(found, (Some("o/r"), branch), "{repository}");
         assert_eq!(record.git_provider.map(ProviderType::as_str), Some("github"), "{repository}");
-        let folder = format!("{}/r", rig.agent.working_dir());
+        let folder = format!("{}/r", harness.agent.working_dir());
         assert!(std::path::Path::new(&folder).join("a.txt").exists(), "{repository}");
         let config = std::fs::read_to_string(format!("{folder}/.git/config")).expect("a clone");
         assert!(config.contains(&format!("url = {}/o/r.git", git.url())), "{config}");
-        let shown = serde_json::to_string(&rig.task(task.id).await.show_within(u64::MAX)).expect("JSON");
+        let shown = serde_json::to_string(&harness.task(task.id).await.show_within(u64::MAX)).expect("JSON");
         assert!(!shown.contains(CANARY) && !config.contains(CANARY) && !config.contains("the-token"), "{repository}");
-        rig.finish().await;
+        harness.finish().await;
     }
 }
 
 #[tokio::test]
-async fn what_cannot_be_cloned_is_refused_before_a_sandbox_is_made() {
-    let rig = WorkerHarness::start(quick()).await;
+async fn repositories_that_cannot_be_cloned_are_refused_before_a_sandbox_is_created() {
+    let harness = WorkerHarness::start(quick()).await;
     let tokens =
         json!({"github": {"token": "t", "host": "host of an earlier version"}, "azure_devops": {"token": "t"}});
-    rig.set_settings(json!({"llm_model": "openai/x", "provider_tokens": tokens})).await;
+    harness.set_settings(json!({"llm_model": "openai/x", "provider_tokens": tokens})).await;
     for body in [
         json!({"selected_repository": "norepo"}),
         json!({"selected_repository": "https://elsewhere.example/o/r"}),
@@ -595,17 +598,17 @@ async fn what_cannot_be_cloned_is_refused_before_a_sandbox_is_made() {
         json!({"selected_repository": "p/r", "git_provider": "azure_devops"}),
         json!({"selected_repository": "contoso/p/r", "selected_branch": "a..b"}),
     ] {
-        let refused = rig.try_to_begin(&body).await;
+        let refused = harness.try_to_begin(&body).await;
         assert!(matches!(refused, Err(Error::Invalid(_))), "{body}: {refused:?}");
     }
-    assert!(rig.sandboxes.made().is_empty());
-    assert!(rig.receive().await.is_none(), "nothing is queued");
-    rig.finish().await;
+    assert!(harness.sandboxes.made().is_empty());
+    assert!(harness.receive().await.is_none(), "nothing is queued");
+    harness.finish().await;
 }
 
 /// For any input, parsing does not panic, parsing the result gives the result again, and no credential is left.
 #[test]
-fn names_that_were_read_are_read_as_the_same_again() {
+fn parsing_repository_names_is_idempotent() {
     let pieces = [
         "https://",
         "http://",

@@ -295,7 +295,7 @@ async fn walk(api: &Api, user: &UserId, path: &str, query: &[(&'static str, Stri
 }
 
 #[test]
-fn a_walk_over_pages_is_the_filtered_and_sorted_list_and_counts_are_its_length() {
+fn pagination_returns_the_filtered_and_sorted_list_and_count_its_length() {
     let world = World::new();
     world.check(40, (rows(40), vec(question(), 6)), async |api, user, (rows, questions)| {
         store(api, user, rows).await;
@@ -355,7 +355,7 @@ fn event() -> impl Strategy<Value = Event> {
 type Seen = BTreeMap<Uuid, usize>;
 
 #[test]
-fn rows_that_come_go_and_change_during_a_walk_lose_and_repeat_no_other_row() {
+fn changes_during_pagination_neither_skip_nor_repeat_other_rows() {
     let world = World::new();
     let orders = select(vec![Order::Created, Order::CreatedDesc, Order::Updated, Order::UpdatedDesc]);
     let cases = (rows(30), orders, 1..=5_usize, any::<bool>(), vec(event(), 0..20));
@@ -454,7 +454,7 @@ fn tasks() -> impl Strategy<Value = Vec<Task>> {
 }
 
 #[test]
-fn a_walk_over_start_tasks_is_the_filtered_and_sorted_list_and_counts_are_its_length() {
+fn pagination_of_start_tasks_returns_the_filtered_and_sorted_list_and_count_its_length() {
     let world = World::new();
     let orders = vec![Order::Unsaid, Order::Created, Order::CreatedDesc, Order::Updated, Order::UpdatedDesc];
     let question =
@@ -536,7 +536,7 @@ fn is_refused(answer: &(u16, Value)) -> bool {
 }
 
 #[tokio::test]
-async fn a_page_id_that_is_not_ours_or_of_another_list_is_refused() {
+async fn forged_page_id_and_page_id_of_another_list_are_refused() {
     let folder = TempDir::new().expect("a folder");
     let api = Api::at(folder.path(), SandboxConfig::None).await;
     let [me, you] = ["me", "you"].map(UserId::new);
@@ -598,9 +598,9 @@ async fn a_page_id_that_is_not_ours_or_of_another_list_is_refused() {
 }
 
 #[tokio::test]
-async fn a_walk_goes_on_after_a_restart() {
+async fn pagination_continues_after_a_restart() {
     let folder = TempDir::new().expect("a folder");
-    let user = UserId::new("somebody");
+    let user = UserId::new("user-one");
     let query = [("limit", "3".to_owned())];
     let api = Api::at(folder.path(), SandboxConfig::None).await;
     store(&api, &user, &plain_rows(10)).await;
@@ -628,10 +628,10 @@ async fn a_walk_goes_on_after_a_restart() {
 }
 
 #[tokio::test]
-async fn odd_values_of_filters_are_no_fault() {
+async fn unusual_filter_values_are_accepted() {
     let folder = TempDir::new().expect("a folder");
     let api = Api::at(folder.path(), SandboxConfig::None).await;
-    let user = UserId::new("somebody");
+    let user = UserId::new("user-one");
     store(&api, &user, &plain_rows(3)).await;
     let long = "é".repeat(5_000);
     for (name, value) in [
@@ -657,11 +657,11 @@ async fn odd_values_of_filters_are_no_fault() {
 }
 
 #[tokio::test]
-async fn racing_updates_of_one_record_lose_nothing() {
+async fn concurrent_updates_of_one_record_lose_nothing() {
     const ROUNDS: usize = 10;
     let folder = TempDir::new().expect("a folder");
     let api = Api::at(folder.path(), SandboxConfig::None).await;
-    let user = UserId::new("somebody");
+    let user = UserId::new("user-one");
     let row = &plain_rows(1)[0];
     store(&api, &user, std::slice::from_ref(row)).await;
     let before = api.stores.conversations.get(&user, row.uuid()).await.expect("the store").expect("the row");
@@ -718,10 +718,10 @@ async fn racing_updates_of_one_record_lose_nothing() {
 }
 
 #[tokio::test]
-async fn a_page_costs_what_it_returns_at_any_depth_and_an_unfiltered_count_costs_one_item() {
+async fn cost_of_a_page_does_not_depend_on_its_depth_and_unfiltered_count_costs_one_item() {
     let folder = TempDir::new().expect("a folder");
     let mut api = Api::at(folder.path(), SandboxConfig::None).await;
-    let user = UserId::new("somebody");
+    let user = UserId::new("user-one");
     let lines = || (0..240).map(account::conversation);
     api.stores.load(&user, lines()).await;
     let meter = Meter::new();
@@ -770,7 +770,7 @@ async fn a_page_costs_what_it_returns_at_any_depth_and_an_unfiltered_count_costs
 
 /// A filter that matches almost nothing must not make one request read the whole account.
 #[tokio::test]
-async fn a_page_of_filtered_rows_ends_at_its_bounds_and_the_next_one_goes_on() {
+async fn filtered_page_ends_at_its_limits_and_the_next_page_continues() {
     let folder = TempDir::new().expect("a folder");
     let api = Api::at(folder.path(), SandboxConfig::None).await;
     let user = UserId::new("u");
@@ -830,7 +830,7 @@ async fn a_page_of_filtered_rows_ends_at_its_bounds_and_the_next_one_goes_on() {
 
 /// More tasks than one request evaluates, none of which matches.
 #[tokio::test]
-async fn a_search_for_start_tasks_ends_before_it_has_read_the_account() {
+async fn search_for_start_tasks_reads_a_bounded_number_of_rows() {
     let folder = TempDir::new().expect("a folder");
     let api = Api::at(folder.path(), SandboxConfig::None).await;
     let user = UserId::new("u");
@@ -847,7 +847,7 @@ async fn a_search_for_start_tasks_ends_before_it_has_read_the_account() {
 
 /// When a conversation is deleted, objects are removed before their rows; and any object may be lost.
 #[tokio::test]
-async fn a_missing_object_fails_no_list() {
+async fn missing_object_does_not_fail_a_list() {
     let folder = TempDir::new().expect("a folder");
     let api = Api::at(folder.path(), SandboxConfig::None).await;
     let user = UserId::new("u");
@@ -891,7 +891,7 @@ async fn a_missing_object_fails_no_list() {
 
 /// S3 responds with 404 for a missing key only to callers that may list the bucket, and `HEAD` has no body.
 #[tokio::test]
-async fn a_missing_object_is_recognised_in_each_form_and_a_failing_bucket_is_not_one() {
+async fn every_form_of_missing_object_is_recognised_and_bucket_failures_are_errors() {
     let error = |code: &str| format!("<?xml version=\"1.0\"?><Error><Code>{code}</Code><Message>m</Message></Error>");
     for (status, code, is_missing) in [
         (404, "NoSuchKey", true),

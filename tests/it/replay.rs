@@ -212,7 +212,7 @@ fn in_order(page: &Value) -> Value {
 }
 
 #[tokio::test]
-async fn every_recorded_exchange_is_answered_as_the_reference_did_or_deviates_by_name() {
+async fn every_recorded_exchange_gets_the_recorded_response_or_a_listed_deviation() {
     // Cases that delete run last, because the reference lacks these routes and other cases read the deleted rows.
     replay("deviations.json", |cases| cases.sort_by_key(|case| case.method == "DELETE")).await;
 }
@@ -220,7 +220,7 @@ async fn every_recorded_exchange_is_answered_as_the_reference_did_or_deviates_by
 /// In recording order later cases read what an earlier one has deleted. Tools that replay the cases in this order need
 /// the complete list of differences, too.
 #[tokio::test]
-async fn in_the_order_of_recording_only_what_was_deleted_differs_besides() {
+async fn in_recording_order_only_deleted_rows_differ_in_addition() {
     let read = |name: &str| -> Vec<Value> {
         serde_json::from_str(&fs::read_to_string(recorded(name)).expect("deviations")).expect("JSON")
     };

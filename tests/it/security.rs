@@ -94,12 +94,12 @@ fn in_header(name: &'static str, credential: &str) -> (&'static str, String) {
 }
 
 /// Whether a response contains a user's name as a word, as each of the user's rows does.
-fn tells_of(answer: &Value, user: &UserId) -> bool {
+fn mentions(answer: &Value, user: &UserId) -> bool {
     answer.to_string().split(|c: char| !c.is_alphanumeric()).any(|word| word == user.as_str())
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_operation_lets_in_whom_it_should_and_nobody_else() {
+async fn every_operation_accepts_only_authorized_callers() {
     let folder = TempDir::new().expect("a folder");
     let api = Api::at(folder.path(), SandboxConfig::None).await;
     let issuer = Issuer::start().await;
@@ -141,7 +141,7 @@ async fn every_operation_lets_in_whom_it_should_and_nobody_else() {
         let what = format!("{} {}", route.method, route.path);
         if OPEN.contains(&route.path) {
             let (status, answer) = gateway.send(route, &[]).await;
-            assert_eq!((status, tells_of(&answer, &owner)), (200, false), "{what}: {answer}");
+            assert_eq!((status, mentions(&answer, &owner)), (200, false), "{what}: {answer}");
             continue;
         }
         let (status, answer) = gateway.send(route, &[]).await;
@@ -177,7 +177,7 @@ async fn every_operation_lets_in_whom_it_should_and_nobody_else() {
             // Another tenant, with a key and with a token, accesses the owner's rows.
             for credential in [of_stranger.expose_secret().to_owned(), ec.sign(&issuer.claims("stranger"))] {
                 let (status, answer) = gateway.send(route, &[in_header("x-access-token", &credential)]).await;
-                assert!(!tells_of(&answer, &owner), "{what} of another tenant: {answer}");
+                assert!(!mentions(&answer, &owner), "{what} of another tenant: {answer}");
                 let expected = if what == "POST /api/v1/secrets" { [201, 200] } else { [route.stranger.0; 2] };
                 // The first request of the table's stranger has been sent already.
                 let again = status == 200 && ["/api/v1/settings", "/api/v1/secrets/search"].contains(&route.path);
@@ -201,8 +201,8 @@ async fn every_operation_lets_in_whom_it_should_and_nobody_else() {
 struct Canaries(BTreeSet<String>);
 
 impl Canaries {
-    fn put_in_by(&mut self, door: &str) -> String {
-        let canary = format!("canary-{door}-{}", shared::id::random_base62(16));
+    fn for_input(&mut self, input: &str) -> String {
+        let canary = format!("canary-{input}-{}", shared::id::random_base62(16));
         self.0.insert(canary.clone());
         canary
     }
@@ -216,27 +216,27 @@ impl Canaries {
 
 /// On a real agent server, from the settings file to the error of a failed start.
 #[tokio::test]
-async fn secrets_put_in_by_every_door_are_in_no_answer_no_log_and_no_store() {
+async fn secrets_of_every_input_are_in_no_response_log_or_store() {
     let mut canaries = Canaries(BTreeSet::new());
     let llm = ScriptedLlm::start().await;
     let git = GitServer::start().await;
-    let token = canaries.put_in_by("token-of-file");
+    let token = canaries.for_input("token-of-file");
     git.create_repository("owner/private", &[("README.md", "Read me\n", false)], &[]).await;
     git.require("someone", &token);
     let product = Product::start(json!({
         "llm_model": "openai/scripted",
-        "llm_api_key": canaries.put_in_by("model-of-file"),
+        "llm_api_key": canaries.for_input("model-of-file"),
         "llm_base_url": llm.base_url(),
-        "search_api_key": canaries.put_in_by("search-of-file"),
+        "search_api_key": canaries.for_input("search-of-file"),
         // The test does not call the search service.
         "mcp_config": {"tavily": {"url": "https://mcp.tavily.com/mcp/", "enabled": false}},
         "provider_tokens": {"github": {"token": token, "host": git.url()}},
-        "custom_secrets": {"OF_FILE": {"secret": canaries.put_in_by("secret-of-file"), "description": "d"}},
+        "custom_secrets": {"OF_FILE": {"secret": canaries.for_input("secret-of-file"), "description": "d"}},
     }))
     .await;
 
     // A start that succeeds, and two that fail.
-    let secret = canaries.put_in_by("secret-of-start");
+    let secret = canaries.for_input("secret-of-start");
     let start = with(saying("Hello"), json!({"selected_repository": "owner/private", "secrets": {"OF_START": secret}}));
     let started = product.start_conversation(start.clone()).await;
     let id = started.conversation_id();
@@ -245,26 +245,26 @@ async fn secrets_put_in_by_every_door_are_in_no_answer_no_log_and_no_store() {
     let missing = with(start.clone(), json!({"selected_repository": "owner/missing", "sandbox_id": sandbox}));
     let failed = product.start_conversation(missing).await;
     assert!(failed.error().contains("owner/missing"), "{:#}", failed.task);
-    let (key, used) = (canaries.put_in_by("model-of-api"), canaries.put_in_by("token-of-api"));
+    let (key, used) = (canaries.for_input("model-of-api"), canaries.for_input("token-of-api"));
     let mut answers = vec![started.task.to_string(), failed.task.to_string()];
 
     // Valid and invalid settings and secrets.
-    let value = canaries.put_in_by("broken");
+    let value = canaries.for_input("broken");
     let long = format!("{value}{}", "x".repeat(70_000));
     let bodies = [
         (
             "POST",
             "/api/v1/settings",
-            json!({"llm_api_key": key, "search_api_key": canaries.put_in_by("search"),
-            "sandbox_api_key": canaries.put_in_by("sandbox"), "provider_tokens": {"gitlab": {"token": used}},
-            "mcp_config": {"shttp_servers": [{"url": "https://mcp.example.org", "api_key": canaries.put_in_by("mcp")}],
-                "sse_servers": [{"url": "https://sse.example.org", "api_key": canaries.put_in_by("sse")}],
-                "stdio_servers": [{"name": "one", "command": "true", "env": {"KEY": canaries.put_in_by("env")}}]}}),
+            json!({"llm_api_key": key, "search_api_key": canaries.for_input("search"),
+            "sandbox_api_key": canaries.for_input("sandbox"), "provider_tokens": {"gitlab": {"token": used}},
+            "mcp_config": {"shttp_servers": [{"url": "https://mcp.example.org", "api_key": canaries.for_input("mcp")}],
+                "sse_servers": [{"url": "https://sse.example.org", "api_key": canaries.for_input("sse")}],
+                "stdio_servers": [{"name": "one", "command": "true", "env": {"KEY": canaries.for_input("env")}}]}}),
         ),
         (
             "POST",
             "/api/v1/settings",
-            json!({"agent_settings_diff": {"llm": {"api_key": canaries.put_in_by("nested")}}}),
+            json!({"agent_settings_diff": {"llm": {"api_key": canaries.for_input("nested")}}}),
         ),
         (
             "POST",
@@ -282,8 +282,8 @@ async fn secrets_put_in_by_every_door_are_in_no_answer_no_log_and_no_store() {
             "/api/v1/settings",
             json!({"mcp_config": {"shttp_servers": [{"api_key": value}], "stdio_servers": [{"env": {"A": [value]}}]}}),
         ),
-        ("POST", "/api/v1/secrets", json!({"name": "OF_API", "value": canaries.put_in_by("secret-of-api")})),
-        ("PUT", "/api/v1/secrets/OF_API", json!({"value": canaries.put_in_by("changed-secret")})),
+        ("POST", "/api/v1/secrets", json!({"name": "OF_API", "value": canaries.for_input("secret-of-api")})),
+        ("PUT", "/api/v1/secrets/OF_API", json!({"value": canaries.for_input("changed-secret")})),
         ("POST", "/api/v1/secrets", json!({"value": value})),
         ("POST", "/api/v1/secrets", json!({"name": "LONG", "value": long})),
         ("PUT", "/api/v1/secrets/NONE", json!({"value": value})),
@@ -302,7 +302,7 @@ async fn secrets_put_in_by_every_door_are_in_no_answer_no_log_and_no_store() {
         answers.push(product.answer_to("GET", path, &[], None).await);
     }
     // Invalid credentials, in every header and query parameter.
-    let shown = canaries.put_in_by("credential");
+    let shown = canaries.for_input("credential");
     let cookie = format!("session={shown}");
     for route in routes() {
         let bearer = format!("Bearer {shown}");

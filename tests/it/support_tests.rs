@@ -48,19 +48,19 @@ impl Subscriber for Events {
 
 /// This can fail only in the first test of its process: product tests subscribe for all threads.
 #[test]
-fn what_another_threads_code_logged_first_is_captured_all_the_same() {
+fn log_statement_first_reached_by_another_thread_is_captured() {
     fn warned() {
         tracing::warn!(target: "support_tests", "warned");
     }
-    fn told() {
-        tracing::info!(target: "support_tests", number = 1, "told");
+    fn informed() {
+        tracing::info!(target: "support_tests", number = 1, "informed");
     }
     fn traced() {
         tracing::trace!(target: "support_tests", "traced");
     }
     let events = Events::default();
     let _guard = log_to(events.clone());
-    for (index, line) in [warned, told, traced].into_iter().enumerate() {
+    for (index, line) in [warned, informed, traced].into_iter().enumerate() {
         // A test on another thread, which captures nothing.
         thread::spawn(line).join().expect("a thread");
         line();
@@ -86,7 +86,7 @@ fn parsed(text: &str) -> Value {
 }
 
 #[tokio::test]
-async fn the_model_keeps_to_its_script() {
+async fn scripted_llm_follows_its_script() {
     let llm = ScriptedLlm::start().await;
     llm.reply_with(vec![
         Reply::tool_call("terminal", json!({"command": "pwd"})),
@@ -120,7 +120,7 @@ async fn the_model_keeps_to_its_script() {
 }
 
 #[tokio::test]
-async fn a_title_takes_nothing_from_the_script() {
+async fn title_request_consumes_no_scripted_reply() {
     let llm = ScriptedLlm::start().await;
     llm.reply_with(vec![Reply::text("scripted")]);
     let system = "You are a helpful assistant that generates concise, descriptive titles for \
@@ -142,7 +142,7 @@ async fn a_title_takes_nothing_from_the_script() {
 }
 
 #[tokio::test]
-async fn the_model_streams_when_asked() {
+async fn scripted_llm_streams_on_request() {
     let llm = ScriptedLlm::start().await;
     llm.reply_with(vec![Reply::tool_call("terminal", json!({})), Reply::text("hello to you")]);
     let mut request = question("hi");
@@ -164,7 +164,7 @@ async fn the_model_streams_when_asked() {
 }
 
 #[tokio::test]
-async fn the_model_is_gone_when_dropped() {
+async fn scripted_llm_closes_its_port_when_dropped() {
     let llm = ScriptedLlm::start().await;
     let url = format!("{}/models", llm.base_url());
     let client = Client::new();
@@ -214,7 +214,7 @@ async fn repositories_can_be_cloned_and_pushed_to() {
 }
 
 #[tokio::test]
-async fn a_host_that_asks_for_credentials() {
+async fn git_server_can_require_credentials() {
     let host = GitServer::start().await;
     host.create_repository("owner/name", &[("a", "a", false)], &[]).await;
     host.require("user", "secret");
@@ -346,7 +346,7 @@ fn start_request(id: Uuid) -> Value {
 }
 
 #[tokio::test]
-async fn only_the_key_opens_the_api() {
+async fn stand_in_agent_requires_its_session_key() {
     let agent = StandInAgent::start(KEY).await;
     let caller = Caller::of(&agent);
     let plain = async |path: &str| {
@@ -406,7 +406,7 @@ async fn commands_really_run() {
 }
 
 #[tokio::test]
-async fn long_output_comes_in_pieces() {
+async fn long_output_is_returned_in_pieces() {
     let agent = StandInAgent::start(KEY).await;
     let caller = Caller::of(&agent);
     let (last, before) = caller.run(json!({"command": "head -c 2500000 /dev/zero | tr '\\0' x"})).await;
@@ -469,7 +469,7 @@ async fn files_are_really_stored() {
 }
 
 #[tokio::test]
-async fn skills_and_hooks() {
+async fn skills_and_hooks_are_returned() {
     let agent = StandInAgent::start(KEY).await;
     let caller = Caller::of(&agent);
     let (_, skills) = caller.send("POST /api/skills", json!({"load_public": true})).await;
@@ -498,7 +498,7 @@ async fn skills_and_hooks() {
 }
 
 #[tokio::test]
-async fn a_conversation_from_start_to_end() {
+async fn a_conversation_runs_from_start_to_deletion() {
     let agent = StandInAgent::start(KEY).await;
     let caller = Caller::of(&agent);
     let id = Uuid::new_v4();
@@ -559,7 +559,7 @@ async fn start_with(kind: Kind) -> (Result<(u16, Value), reqwest::Error>, bool, 
 }
 
 #[tokio::test]
-async fn each_fault_does_what_it_says() {
+async fn each_fault_has_its_documented_effect() {
     let delay = Duration::from_millis(200);
     for kind in [Kind::Slow(delay), Kind::SlowReply(delay)] {
         let (answer, started, took) = start_with(kind.clone()).await;
@@ -585,7 +585,7 @@ async fn each_fault_does_what_it_says() {
 }
 
 #[tokio::test]
-async fn a_slow_effect_comes_also_if_nobody_waits_for_it() {
+async fn slow_effect_happens_even_if_the_client_disconnects() {
     let agent = StandInAgent::start(KEY).await;
     agent.inject(Fault::new("POST /api/conversations", Nth::Next, Kind::Slow(Duration::from_millis(400))));
     let mut caller = Caller::of(&agent);
@@ -598,7 +598,7 @@ async fn a_slow_effect_comes_also_if_nobody_waits_for_it() {
 }
 
 #[tokio::test]
-async fn faults_know_their_turn() {
+async fn fault_applies_to_the_chosen_request() {
     let agent = StandInAgent::start(KEY).await;
     let caller = Caller::of(&agent);
     let fault = |route, nth| agent.inject(Fault::new(route, nth, Kind::Status(503, "{}".to_owned())));
@@ -623,7 +623,7 @@ async fn faults_know_their_turn() {
 // AWS engines
 
 #[tokio::test]
-async fn engines_are_those_that_were_asked_for() {
+async fn engines_are_those_that_the_environment_selects() {
     let folder = TempDir::new().expect("a folder");
     let engines = Engines::start(folder.path()).await;
     for url in [&engines.dynamodb, &engines.s3, &engines.sqs] {
@@ -636,7 +636,7 @@ async fn engines_are_those_that_were_asked_for() {
 }
 
 #[tokio::test]
-async fn ministack_ends_with_who_started_it() {
+async fn ministack_ends_with_the_process_that_started_it() {
     if !is_ministack() {
         println!("not run: a process of ministack (OPENHANDS_TEST_AWS=ministack)");
         return;
@@ -653,7 +653,7 @@ async fn ministack_ends_with_who_started_it() {
 // Waiting
 
 #[tokio::test]
-#[should_panic(expected = "still not so after 50ms: pigs fly")]
-async fn waiting_in_vain_says_for_what() {
+#[should_panic(expected = "not true after 50ms: pigs fly")]
+async fn timed_out_wait_names_its_condition() {
     wait_until("pigs fly", Duration::from_millis(50), async || false).await;
 }

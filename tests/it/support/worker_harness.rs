@@ -44,7 +44,7 @@ use super::stand_in_agent::StandInAgent;
 use crate::template::{policies, template};
 
 pub const SESSION_KEY: &str = "session-key-of-the-stand-in";
-const PREFIX: &str = "rig-";
+const PREFIX: &str = "harness-";
 const WORKER: &str = "worker";
 const END_WITHIN: Duration = Duration::from_secs(60);
 
@@ -281,8 +281,8 @@ impl WorkerHarness {
             context.messages.timing = quick_messages();
             context
         };
-        let rig = Self {
-            user: UserId::new("user-of-the-rig"),
+        let harness = Self {
+            user: UserId::new("user-of-harness"),
             gate,
             guard,
             agent,
@@ -308,8 +308,8 @@ impl WorkerHarness {
             _ways: ways,
             _folder: folder,
         };
-        rig.set_settings(json!({"llm_model": "openai/scripted", "llm_api_key": "sk-rig"})).await;
-        rig
+        harness.set_settings(json!({"llm_model": "openai/scripted", "llm_api_key": "sk-test"})).await;
+        harness
     }
 
     pub async fn set_settings(&self, settings: Value) {

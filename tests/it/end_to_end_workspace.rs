@@ -19,7 +19,7 @@ const MICROAGENT: &str = "---\nname: from-microagents\ntriggers:\n- bridge\n- tu
 const HOOKS: &str = r#"{"PreToolUse": [{"matcher": "terminal", "hooks": [{"type": "command", "command": "true", "timeout": 5, "async": true}]}]}"#;
 
 #[tokio::test]
-async fn a_sandbox_shows_what_is_inside_until_it_is_gone() {
+async fn workspace_is_readable_until_its_sandbox_is_paused_or_deleted() {
     let llm = ScriptedLlm::start().await;
     let git = GitServer::start().await;
     let files = [
@@ -119,8 +119,8 @@ async fn a_sandbox_shows_what_is_inside_until_it_is_gone() {
     let diff = product.get(&format!("/{id}/git/diff?path={}", at("README.md"))).await;
     assert!(text(&diff["original"]).starts_with("Read me") && !text(&diff["original"]).contains("more"), "{diff}");
     assert!(text(&diff["modified"]).contains("more"), "{diff}");
-    what_git_cannot_say(&product, &id, &folder).await;
-    commits_are_listed_by_way_of_the_server(&product, &id, &agent, &folder).await;
+    git_routes_handle_missing_repositories_and_refs(&product, &id, &folder).await;
+    commits_are_listed_through_the_cloud_proxy(&product, &id, &agent, &folder).await;
 
     llm.reply_with(vec![Reply::text("Welcome back")]);
     let message = json!({"role": "user", "content": [{"type": "text", "text": "Are you there?"}]});
@@ -166,7 +166,7 @@ async fn a_sandbox_shows_what_is_inside_until_it_is_gone() {
 }
 
 /// A folder outside of the repository, and a reference that does not exist.
-async fn what_git_cannot_say(product: &Product, id: &str, folder: &Path) {
+async fn git_routes_handle_missing_repositories_and_refs(product: &Product, id: &str, folder: &Path) {
     let ask = async |route: &str| {
         let answer = product.answer_to("GET", &format!("/api/v1/app-conversations/{id}/git/{route}"), &[], None).await;
         let (status, _) = answer.split_once(' ').expect("a status");
@@ -180,7 +180,7 @@ async fn what_git_cannot_say(product: &Product, id: &str, folder: &Path) {
 }
 
 /// Web pages request them with the workspace path that they know.
-async fn commits_are_listed_by_way_of_the_server(
+async fn commits_are_listed_through_the_cloud_proxy(
     product: &Product,
     id: &str,
     agent: &AgentConversation,
