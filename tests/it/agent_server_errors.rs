@@ -150,7 +150,7 @@ async fn nonconsecutive_errors_do_not_end_a_start() {
     let task = harness.begin(&message()).await;
     let ended = harness.drive(task.id).await;
     assert_eq!(ended.now.status, StartStatus::Ready, "{}", detail(&ended));
-    harness.assert_one(task.id, 1, "not in a row").await;
+    harness.assert_one(task.id, 1, "nonconsecutive errors").await;
     harness.finish().await;
 }
 

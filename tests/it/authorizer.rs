@@ -223,8 +223,7 @@ impl Fixture {
     /// The user that a request with this header is authorized as; `None` if the response is 401.
     async fn user(&self, header: &str, value: &str) -> Option<String> {
         let arn = "arn:aws:execute-api:eu-central-1:123456789012:abcdef/live/GET/api/v1/app-conversations";
-        let event =
-            json!({"type": "REQUEST", "methodArn": arn, "headers": {header: value, "X-User-Id": "user-two"}});
+        let event = json!({"type": "REQUEST", "methodArn": arn, "headers": {header: value, "X-User-Id": "user-two"}});
         match self.authorizer.handle(event).await {
             Ok(answer) => {
                 let statement = &answer["policyDocument"]["Statement"];

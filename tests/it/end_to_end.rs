@@ -80,7 +80,7 @@ fn assert_in_order(seen: &[String]) {
 #[tokio::test]
 async fn a_demo_needs_no_model() {
     let product = Product::demo().await;
-    product.show_demo().await.expect("it is shown to its end");
+    product.show_demo().await.expect("the demo runs to its end");
     let id = ids(&product.get("/search").await).pop().expect("a conversation");
     let conversation = product.conversation_when(&id, "finished").await;
     assert_eq!(conversation["llm_model"], "openai/scripted-demo", "{conversation:#}");
@@ -183,11 +183,11 @@ async fn events_title_and_metrics_are_recorded(product: &Product, id: &str) {
     assert_eq!(said, ["user", "agent"], "{log:#}");
     let count = product.get_from(&format!("/api/v1/conversation/{id}/events/count")).await;
     assert_eq!(count, product.events_of(id).await.len());
-    wait_until("the agent's title is the conversation's", REPORT_LIMIT, async || {
+    wait_until("the conversation has the agent's title", REPORT_LIMIT, async || {
         product.conversation(id).await["title"] == DEFAULT_TITLE
     })
     .await;
-    wait_until("what the agent used is known", REPORT_LIMIT, async || {
+    wait_until("the metrics are recorded", REPORT_LIMIT, async || {
         let usage = product.conversation(id).await["metrics"]["accumulated_token_usage"].clone();
         // The title request uses as many tokens as the reply, and may come later.
         [1, 2].iter().any(|times| {
@@ -310,8 +310,8 @@ async fn a_planning_sub_conversation_shares_its_parents_workspace(product: &Prod
     let agent = product.at_agent(&child_id).await;
     let info = agent.info().await;
     assert_eq!(tools(&info), ["glob", "grep", "planning_file_editor"], "{info:#}");
-    assert_eq!(agent.folder().await, parent_folder, "both work on the same files");
-    assert_eq!(branch_of(&parent_folder), branch, "the parent's branch stays");
+    assert_eq!(agent.folder().await, parent_folder, "both use the same folder");
+    assert_eq!(branch_of(&parent_folder), branch, "the parent's branch is unchanged");
     let plan = parent_folder.join(".agents_tmp/PLAN.md");
     let editor = &info["agent"]["tools"][2];
     assert_eq!(editor["params"]["plan_path"], plan.display().to_string(), "{editor:#}");
@@ -398,7 +398,7 @@ async fn configuration_errors_are_reported_where_they_occur(product: &Product, s
     assert!(error.starts_with("A plugin cannot be loaded; correct its source"), "{error}");
     assert!(error.ends_with("Local plugin path does not exist: /no/such/plugin"), "{error}");
     // The agent server had created the conversation, and its webhook had created a record.
-    wait_until("nothing is left of the conversation", Duration::from_secs(120), async || {
+    wait_until("the conversation is removed", Duration::from_secs(120), async || {
         ids(&product.get("/search?limit=100").await).into_iter().collect::<BTreeSet<_>>() == before
     })
     .await;
@@ -529,8 +529,8 @@ fn assert_token_is_not_stored(product: &Product, clone: &Path) {
     assert!(configuration.contains("owner/well-made"), "{configuration}");
     let files = product.files();
     for place in ["dynamodb.sqlite", "agent-server.log", "bash_events/", ".git/config"] {
-        let looked_at = files.iter().any(|file| file.display().to_string().contains(place));
-        assert!(looked_at, "no file matches {place}");
+        let is_listed = files.iter().any(|file| file.display().to_string().contains(place));
+        assert!(is_listed, "no file matches {place}");
     }
     let exposing: Vec<_> =
         files.iter().filter(|file| std::fs::read(file).is_ok_and(|bytes| contains(&bytes, TOKEN.as_bytes()))).collect();
@@ -561,7 +561,7 @@ async fn failed_clone_ends_the_start_and_removes_its_sandbox() {
     assert_eq!(start.task["app_conversation_id"], Value::Null, "{:#}", start.task);
     assert_eq!(ids(&product.get("/search").await), Vec::<String>::new());
     assert!(product.sandboxes().list(&UserId::local()).await.expect("a list").is_empty(), "the sandbox is removed");
-    wait_until("its processes are gone", Duration::from_secs(10), async || product.processes().is_empty()).await;
+    wait_until("its processes have ended", Duration::from_secs(10), async || product.processes().is_empty()).await;
     assert!(llm.requests().is_empty(), "no request was sent to the model");
     product.shutdown().await;
 }
@@ -579,7 +579,7 @@ async fn unreachable_model_ends_the_conversation_and_missing_model_ends_the_star
     let error = product.start_conversation(request).await.error();
     assert!(error.contains("LLM_MODEL"), "{error}");
     let shown = product.conversation(&id).await;
-    assert_eq!(shown["sandbox_status"], "RUNNING", "the other conversation's sandbox stays: {shown:#}");
+    assert_eq!(shown["sandbox_status"], "RUNNING", "the other conversation's sandbox is kept: {shown:#}");
 
     product.conversation_within(&id, "error", DEAD_MODEL_LIMIT).await;
     let errors = product.at_agent(&id).await.events("ConversationErrorEvent").await;

@@ -95,7 +95,7 @@ impl Fixture {
     }
 
     /// Compares the counters with the rows.
-    async fn must_have(&self, user: &UserId, conversations: u64, start_tasks: u64) {
+    async fn assert_counts(&self, user: &UserId, conversations: u64, start_tasks: u64) {
         assert_eq!((self.conversations(user).await, self.start_tasks(user).await), (conversations, start_tasks));
         let ids: Vec<Uuid> = seed("conversation").iter().map(|line| id(&line["data"]["id"])).collect();
         let found = self.stores.conversations.batch_get(user, &ids).await.expect("the store");
@@ -142,8 +142,8 @@ async fn recorded_rows_are_imported_once_and_unchanged() {
     let summary = fixture.take(read()).await;
     assert_eq!((summary.conversations, summary.start_tasks, summary.events), (taken(155), taken(10), taken(0)));
     assert_eq!(summary.skipped, []);
-    fixture.must_have(&local, 155, 9).await;
-    fixture.must_have(&other, 0, 1).await;
+    fixture.assert_counts(&local, 155, 9).await;
+    fixture.assert_counts(&other, 0, 1).await;
 
     for line in seed("start_task") {
         let owner = if line["data"]["created_by_user_id"].is_null() { &local } else { &other };
@@ -156,7 +156,7 @@ async fn recorded_rows_are_imported_once_and_unchanged() {
 
     let again = fixture.take(read()).await;
     assert_eq!((again.conversations, again.start_tasks), (there(155), there(10)));
-    fixture.must_have(&local, 155, 9).await;
+    fixture.assert_counts(&local, 155, 9).await;
 }
 
 #[tokio::test]
@@ -206,7 +206,7 @@ async fn stopped_import_is_completed_by_the_next_run() {
     let second = fixture.take(read()).await;
     assert_eq!(second.conversations.already_there, first.conversations.taken);
     assert_eq!(second.conversations.taken + first.conversations.taken, 155);
-    fixture.must_have(&user, 155, 9).await;
+    fixture.assert_counts(&user, 155, 9).await;
 }
 
 #[tokio::test]
@@ -239,7 +239,7 @@ async fn import_that_failed_or_was_killed_at_any_call_is_completed_by_the_next_r
                 assert_eq!(second.conversations.already_there, first.conversations.taken, "{user}");
                 assert_eq!(second.conversations.taken + first.conversations.taken, 155, "{user}");
             }
-            fixture.must_have(&user, 155, 9).await;
+            fixture.assert_counts(&user, 155, 9).await;
             assert_eq!(all_events(&fixture.events, &user, Uuid::nil()).await.len(), 60, "{user}");
             if !reached {
                 break;

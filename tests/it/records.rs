@@ -236,7 +236,7 @@ impl Question {
         query
     }
 
-    fn lets_through(&self, row: &Row, sub_conversations: bool) -> bool {
+    fn is_match(&self, row: &Row, sub_conversations: bool) -> bool {
         let within = |at: At, [from, before]: [Option<At>; 2]| {
             from.is_none_or(|from| at >= from) && before.is_none_or(|before| at < before)
         };
@@ -302,7 +302,7 @@ fn pagination_returns_the_filtered_and_sorted_list_and_count_its_length() {
         for question in questions {
             let mut expected: Vec<&Row> = rows
                 .iter()
-                .filter(|row| question.lets_through(row, question.include_sub_conversations == Some(true)))
+                .filter(|row| question.is_match(row, question.include_sub_conversations == Some(true)))
                 .collect();
             question.order.sort(&mut expected);
             let expected: Vec<Value> = expected.into_iter().map(shown).collect();
@@ -311,7 +311,7 @@ fn pagination_returns_the_filtered_and_sorted_list_and_count_its_length() {
             assert_eq!(found, expected, "{question:?}");
             // Unlike search, count includes sub-conversations unless the query excludes them.
             let subs = question.include_sub_conversations != Some(false);
-            let expected = rows.iter().filter(|row| question.lets_through(row, subs)).count();
+            let expected = rows.iter().filter(|row| question.is_match(row, subs)).count();
             assert_eq!(api.get(user, "/count", &question.filters()).await, (200, expected.into()), "{question:?}");
         }
     });
@@ -380,7 +380,7 @@ fn changes_during_pagination_neither_skip_nor_repeat_other_rows() {
                 break;
             }
             for event in events.by_ref().take(2) {
-                happen(api, user, event, &mut alive, &mut renamed).await;
+                apply_change(api, user, event, &mut alive, &mut renamed).await;
             }
         }
         for row in rows.iter().filter(|row| alive.contains_key(&row.uuid()) && (*subs || row.parent.is_none())) {
@@ -399,7 +399,7 @@ fn changes_during_pagination_neither_skip_nor_repeat_other_rows() {
     });
 }
 
-async fn happen(
+async fn apply_change(
     api: &Api,
     user: &UserId,
     event: &Event,

@@ -357,7 +357,7 @@ async fn sandbox_that_ends_during_the_start_is_reported_in_the_error() {
     let task = harness.begin(&message()).await;
     let delivered = harness.receive().await.expect("a message");
     let ending = async {
-        crate::support::wait::wait_until("the skills are asked for", Duration::from_secs(20), async || {
+        crate::support::wait::wait_until("the skills are requested", Duration::from_secs(20), async || {
             !harness.agent.requests_to("POST /api/skills").is_empty()
         })
         .await;

@@ -121,7 +121,7 @@ async fn conforms(service: &dyn SandboxService, user: &UserId, control: &impl Te
 
     // A sandbox that ends without its service does not stay running forever, and its detail says what happened.
     control.kill("two").await;
-    let gone = wait_for("it shows", Duration::from_secs(20), async || {
+    let gone = wait_for("the status changes", Duration::from_secs(20), async || {
         let sandbox = service.get(user, "two").await.expect("an answer").expect("its record");
         (sandbox.status != SandboxStatus::Running).then_some(sandbox)
     })
@@ -156,7 +156,7 @@ impl TestControl for Processes<'_> {
 async fn process_sandboxes_conform() {
     let product = Product::start(json!({"llm_model": "any", "llm_api_key": "any"})).await;
     conforms(&product.sandboxes(), &UserId::local(), &Processes(&product)).await;
-    wait_until("their processes are gone", Duration::from_secs(20), async || product.processes().is_empty()).await;
+    wait_until("their processes have ended", Duration::from_secs(20), async || product.processes().is_empty()).await;
     product.shutdown().await;
 }
 
@@ -541,7 +541,7 @@ async fn least_recently_used_sandbox_is_paused_at_the_limit() {
         let (_, shown) = fixture.call("GET", &format!("/sandboxes?id={one}&id={two}&id={three}")).await;
         [0, 1, 2].map(|index| shown[index]["status"].as_str().expect("a status").to_owned())
     };
-    assert_eq!(statuses().await, ["RUNNING", "PAUSED", "RUNNING"], "two may run");
+    assert_eq!(statuses().await, ["RUNNING", "PAUSED", "RUNNING"], "at most two run");
     assert_eq!(fixture.call("POST", &format!("/sandboxes/{two}/resume")).await, (200, json!({"success": true})));
     assert_eq!(statuses().await, ["PAUSED", "RUNNING", "RUNNING"]);
     fixture.api.stop().await;
@@ -631,14 +631,14 @@ async fn start_does_not_join_an_unresponsive_sandbox() {
         })
         .await
     };
-    assert_eq!(joined().await, id, "it responds");
+    assert_eq!(joined().await, id, "the sandbox responds");
     // Its provider reports it as running, but it does not respond.
     fixture.agent.set_alive(false);
     fixture.runtimes.begin_as("starting");
-    assert_ne!(joined().await, id, "it hangs");
+    assert_ne!(joined().await, id, "the sandbox does not respond");
     fixture.agent.set_alive(true);
     fixture.runtimes.set_status(&session, "stopped");
-    assert_ne!(joined().await, id, "it is gone");
+    assert_ne!(joined().await, id, "the sandbox has ended");
     fixture.api.stop().await;
 }
 

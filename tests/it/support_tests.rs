@@ -384,7 +384,7 @@ async fn commands_really_run() {
 
     let (output, _) = caller.run(json!({"command": "git config --global user.name Me && echo $HOME"})).await;
     assert_eq!(output["stdout"], format!("{root}/home\n"), "{output}");
-    assert!(agent.root().join("home/.gitconfig").is_file(), "a home of its own");
+    assert!(agent.root().join("home/.gitconfig").is_file(), "commands have their own home directory");
 
     let (output, _) = caller.run(json!({"command": "kill -9 $$", "cwd": root})).await;
     assert_eq!((&output["exit_code"], &output["stdout"]), (&json!(-9), &Value::Null), "{output}");
@@ -439,7 +439,7 @@ async fn a_command_ends_with_the_stand_in() {
     .await;
     drop(agent);
     let pid = rustix::process::Pid::from_raw(pid).expect("a pid");
-    wait_until("the sleep is over", SOON, async || {
+    wait_until("the sleep process has ended", SOON, async || {
         // It has ended, or is a zombie that its parent has not reaped.
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()));
         stat.map_or_else(|_| rustix::process::test_kill_process(pid).is_err(), |stat| stat.contains(") Z"))
@@ -504,12 +504,12 @@ async fn a_conversation_runs_from_start_to_deletion() {
     let id = Uuid::new_v4();
     let (status, info) = caller.send("POST /api/conversations", start_request(id)).await;
     assert_eq!((status, &info["id"]), (201, &json!(id.hyphenated().to_string())), "{info}");
-    assert!(!info.to_string().contains("secret\""), "secrets stay in: {info}");
+    assert!(!info.to_string().contains("secret\""), "secrets are not returned: {info}");
     let (status, again) = caller.send("POST /api/conversations", start_request(id)).await;
     assert_eq!((status, &again["created_at"]), (200, &info["created_at"]), "{again}");
     assert_eq!(agent.messages_delivered(id).len(), 1, "delivered once");
     assert_eq!((agent.conversations().len(), agent.conversations()[0].posts), (1, 2));
-    assert_eq!(agent.conversations()[0].body, start_request(id), "kept as sent");
+    assert_eq!(agent.conversations()[0].body, start_request(id), "the body is stored as sent");
 
     let path = format!("/api/conversations/{}", id.simple());
     let more = json!({"role": "user", "content": [], "run": true});
@@ -593,8 +593,8 @@ async fn slow_effect_happens_even_if_the_client_disconnects() {
     let id = Uuid::new_v4();
     let error = caller.try_send("POST /api/conversations", start_request(id)).await.expect_err("too slow");
     assert!(error.is_timeout(), "{error:?}");
-    assert!(agent.conversations().is_empty(), "not yet");
-    wait_until("the conversation is there", SOON, async || agent.conversations().len() == 1).await;
+    assert!(agent.conversations().is_empty(), "the effect is delayed");
+    wait_until("the conversation exists", SOON, async || agent.conversations().len() == 1).await;
 }
 
 #[tokio::test]

@@ -159,7 +159,7 @@ impl IamProxy {
         if let Some(key) = read.filter(|_| answer.status() == StatusCode::NOT_FOUND) {
             let list = Call::new("s3:ListBucket", "bucket").with("s3:prefix", Some(vec![key]));
             if !allows(policy, &list) {
-                self.refuse(function, &list, ": a missing object is answered with 403, not 404");
+                self.refuse(function, &list, ": the response for a missing object is 403, not 404");
                 let body = "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>";
                 return Ok(raw(StatusCode::FORBIDDEN, "application/xml", if is_head { "" } else { body }));
             }

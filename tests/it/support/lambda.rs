@@ -130,7 +130,8 @@ impl Function {
         let (id, mut parts) = self.send(event);
         let mut whole = Vec::new();
         loop {
-            let part = timeout(PATIENCE, parts.recv()).await.unwrap_or_else(|_| panic!("no answer: {}", self.logged()));
+            let part =
+                timeout(PATIENCE, parts.recv()).await.unwrap_or_else(|_| panic!("no response: {}", self.logged()));
             match part.expect("the runtime API runs") {
                 Part::Chunk(bytes) => whole.extend_from_slice(&bytes),
                 Part::End if self.was_streamed(&id) => return (Streamed::read(&whole).as_whole(), whole.len()),
@@ -144,7 +145,7 @@ impl Function {
     /// Sends an event and returns the error that the function reports.
     pub async fn fail(&self, event: Value) -> Value {
         let (_, mut parts) = self.send(event);
-        let part = timeout(PATIENCE, parts.recv()).await.unwrap_or_else(|_| panic!("no answer: {}", self.logged()));
+        let part = timeout(PATIENCE, parts.recv()).await.unwrap_or_else(|_| panic!("no response: {}", self.logged()));
         match part.expect("the runtime API runs") {
             Part::Error(error) => error,
             Part::Chunk(_) | Part::End | Part::Cut => panic!("the function did not fail"),
@@ -236,7 +237,7 @@ async fn respond(
 ) -> StatusCode {
     let mode = headers.get("lambda-runtime-function-response-mode").and_then(|mode| mode.to_str().ok());
     shared.streamed.lock().expect("unpoisoned").insert(id.clone(), mode == Some("streaming"));
-    let answer = shared.answers.lock().expect("unpoisoned").remove(&id).expect("an id that was given out");
+    let answer = shared.answers.lock().expect("unpoisoned").remove(&id).expect("a known id");
     let mut chunks = body.into_data_stream();
     while let Some(chunk) = chunks.next().await {
         let part = chunk.map_or(Part::Cut, Part::Chunk);
@@ -252,7 +253,7 @@ async fn respond(
 }
 
 async fn fail(State(shared): State<Arc<Shared>>, InPath(id): InPath<String>, body: Bytes) -> StatusCode {
-    let answer = shared.answers.lock().expect("unpoisoned").remove(&id).expect("an id that was given out");
+    let answer = shared.answers.lock().expect("unpoisoned").remove(&id).expect("a known id");
     let _gone = answer.send(Part::Error(serde_json::from_slice(&body).unwrap_or_default()));
     StatusCode::ACCEPTED
 }

@@ -115,7 +115,7 @@ async fn line(stream: &mut BufReader<TcpStream>) -> io::Result<String> {
     stream.read_until(b'\n', &mut line).await?;
     match line.strip_suffix(b"\r\n") {
         Some(line) => Ok(String::from_utf8_lossy(line).into_owned()),
-        None => Err(io::Error::new(ErrorKind::UnexpectedEof, "the answer is broken off")),
+        None => Err(io::Error::new(ErrorKind::UnexpectedEof, "the response is truncated")),
     }
 }
 
