@@ -166,14 +166,14 @@ async function converse(page, url, say) {
   const [major, minor] = version.split(".").map(Number);
   const listsCommits = major > 1 || minor >= 49;
   const answer = page.waitForResponse((response) => response.request().postData()?.includes("/api/git/commits?"));
-  await setPanel(true);
   const uncommitted = page.getByTestId("uncommitted-changes-row");
   await retry("the changes are listed", async () => {
+    await setPanel(true);
     await page.getByTestId("conversation-tab-commits").click(ATTEMPT);
     try {
       await uncommitted.waitFor(ATTEMPT);
     } catch (error) {
-      // The UI requests the changes whenever this tab is opened. A click on a tab that is open closes the panel instead.
+      // The UI requests the changes whenever this tab is opened. A click on a tab that is open closes the panel.
       await page.getByTestId("conversation-tab-files").click(ATTEMPT);
       throw error;
     }
