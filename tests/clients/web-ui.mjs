@@ -285,7 +285,7 @@ async function set(toggle, attribute, value) {
 async function command(row, line) {
   const headers = { "X-Session-API-Key": row.session_api_key, "Content-Type": "application/json" };
   const { workspace } = await (await fetch(row.conversation_url, { headers })).json();
-  const body = JSON.stringify({ command: line, cwd: workspace.working_dir, timeout: 30 });
+  const body = JSON.stringify({ command: line, cwd: workspace.working_dir, timeout: 120 });
   const run = new URL("/api/bash/execute_bash_command", row.conversation_url);
   const ran = await (await fetch(run, { method: "POST", headers, body })).json();
   assert.equal(ran.exit_code, 0, JSON.stringify(ran));
