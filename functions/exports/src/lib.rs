@@ -6,7 +6,7 @@ use shared::aws::Aws;
 use shared::config::Config;
 use shared::error::Error;
 use shared::export::ExportJobs;
-use shared::start::queue::{DEAD_LETTER_SUFFIX, Job};
+use shared::jobs::queue::{DEAD_LETTER_SUFFIX, Job};
 
 /// What this function may touch: it reads conversations and events, and writes exports.
 #[derive(Clone, Debug)]

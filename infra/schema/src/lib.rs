@@ -11,7 +11,7 @@ use aws_sdk_dynamodb::types::{
 use aws_sdk_sqs::types::QueueAttributeName;
 use shared::aws::Aws;
 use shared::config::Names;
-use shared::start::queue::DEAD_LETTER_SUFFIX;
+use shared::jobs::queue::DEAD_LETTER_SUFFIX;
 use shared::{conversation, event, pending_message, sandbox, start};
 
 /// What an index holds of its rows beside the keys.
@@ -149,9 +149,9 @@ pub const WORKER_TIMEOUT: Duration = Duration::from_secs(150);
 /// The time limit of one invocation of the function `exports`: Lambda's longest.
 pub const EXPORT_TIMEOUT: Duration = Duration::from_secs(900);
 
-/// The queue of starts. Its dead-letter queue has the same name with `-dead-letters`.
-pub const START_QUEUE: Queue =
-    Queue { name: "starts", visibility_timeout: WORKER_TIMEOUT.saturating_mul(6), max_receive_count: 5 };
+/// The job queue. Its dead-letter queue has the same name with `-dead-letters`.
+pub const JOB_QUEUE: Queue =
+    Queue { name: "jobs", visibility_timeout: WORKER_TIMEOUT.saturating_mul(6), max_receive_count: 5 };
 
 /// The queue of exports. A message that failed stays hidden for so long that clients, which retry every few seconds, have enqueued
 /// the export again: few deliveries are enough.
@@ -175,8 +175,8 @@ impl SchemaError {
 /// The URLs of the queues.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QueueUrls {
-    /// The queue of starts.
-    pub starts: String,
+    /// The job queue.
+    pub jobs: String,
     /// Its dead-letter queue.
     pub dead_letters: String,
     /// The queue of exports.
@@ -194,9 +194,9 @@ pub async fn make_all(aws: &Aws, names: &Names, prefix: &str) -> Result<QueueUrl
         make_table(aws, table, &format!("{prefix}{}", table.name)).await?;
     }
     make_bucket(aws, &names.bucket).await?;
-    let (starts, dead_letters) = make_queue(aws, prefix, &START_QUEUE).await?;
+    let (jobs, dead_letters) = make_queue(aws, prefix, &JOB_QUEUE).await?;
     let (exports, export_dead_letters) = make_queue(aws, prefix, &EXPORT_QUEUE).await?;
-    Ok(QueueUrls { starts, dead_letters, exports, export_dead_letters })
+    Ok(QueueUrls { jobs, dead_letters, exports, export_dead_letters })
 }
 
 fn known<E: ProvideErrorMetadata, R>(error: &SdkError<E, R>, codes: &[&str]) -> bool {

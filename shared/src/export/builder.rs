@@ -15,12 +15,9 @@ use crate::config::{ExportConfig, Names};
 use crate::conversation::store::ConversationStore;
 use crate::conversation::{AppConversation, ConversationRecord};
 use crate::error::{Error, Result};
-use crate::event::store::{After, EventFilter, EventPage, EventStore, SortOrder};
-use crate::measure;
+use crate::event::store::{Cursor, EventFilter, EventPage, EventStore, SortOrder};
+use crate::metrics;
 
-/// The most events that an export holds: the directory of the zip needs memory for each of them. The memory of the functions in
-/// `template.yaml` fits this; `docs/benchmarks.md` has the figures.
-pub const MAX_EVENTS: u64 = 1_000_000;
 /// Part of every fingerprint: exports of another format get another number.
 const FORMAT: u32 = 1;
 /// Size of a part in bytes. S3 accepts 10,000 parts of 5 MiB to 5 GiB (the last may be smaller); with 8 MiB an upload can have
@@ -32,7 +29,7 @@ const PAGE: usize = 100;
 
 /// What an export is built from: records and events.
 #[derive(Clone, Debug)]
-pub struct EventLog {
+pub(super) struct EventLog {
     pub(super) conversations: ConversationStore,
     pub(super) events: EventStore,
     /// See [`ExportConfig::settle`].
@@ -145,7 +142,7 @@ impl<'a> ExportBuilder<'a> {
             built = timeout_at(deadline, self.build()) => built.unwrap_or(Ok(BuildOutcome::OutOfTime)),
         };
         match (&outcome, &self.upload) {
-            (Ok(BuildOutcome::Built { length, .. }), _) => measure::export_made(*length),
+            (Ok(BuildOutcome::Built { length, .. }), _) => metrics::export_made(*length),
             (_, Some(upload)) => exports.abort(upload).await,
             (_, None) => {}
         }
@@ -207,7 +204,7 @@ impl<'a> ExportBuilder<'a> {
         self.publish(part).await
     }
 
-    async fn page(&self, after: Option<&After>) -> Result<EventPage> {
+    async fn page(&self, after: Option<&Cursor>) -> Result<EventPage> {
         let (filter, order) = (EventFilter::default(), SortOrder::Timestamp);
         let (user, conversation) = (self.lease.user(), self.lease.conversation());
         self.log.events.page(user, conversation, &filter, order, after, PAGE).await

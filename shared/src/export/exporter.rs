@@ -15,9 +15,9 @@ use crate::clock::Time;
 use crate::config::{ExportConfig, Names};
 use crate::conversation::ConversationRecord;
 use crate::error::Result;
-use crate::outbound::Outbound;
+use crate::http_client::HttpClient;
+use crate::jobs::queue::{Job, JobQueue};
 use crate::sandbox::SandboxService;
-use crate::start::queue::{Job, StartQueue};
 use crate::user::UserId;
 
 /// The warning of an export that is older than the one that was requested.
@@ -58,7 +58,7 @@ pub enum Answer {
 pub struct Exporter {
     log: EventLog,
     exports: ExportStore,
-    queue: StartQueue,
+    queue: JobQueue,
     backfill: Backfill,
     config: ExportConfig,
 }
@@ -71,12 +71,12 @@ impl Exporter {
         names: &Names,
         aws: &Aws,
         sandboxes: Arc<dyn SandboxService>,
-        http: Outbound,
+        http: HttpClient,
     ) -> Self {
         let log = EventLog::new(config, names, aws);
         Self {
             exports: ExportStore::new(aws.dynamodb.clone(), names.users.clone(), aws.s3.clone(), names.bucket.clone()),
-            queue: StartQueue::new(aws.sqs.clone(), names.export_queue_url.clone()),
+            queue: JobQueue::new(aws.sqs.clone(), names.export_queue_url.clone()),
             backfill: Backfill { sandboxes, http, events: log.events.clone() },
             log,
             config: config.clone(),
@@ -232,7 +232,7 @@ impl Exporter {
         let problem = match timeout(self.config.catch_up, self.backfill.run(record)).await {
             Ok(Ok(0)) => return None,
             Ok(Ok(fetched)) => {
-                tracing::info!(conversation = %record.id, fetched, "export.events_backfilled");
+                tracing::info!(conversation = %record.id, fetched, "export.backfilled");
                 return None;
             }
             Ok(Err(error)) => error.context(),

@@ -15,6 +15,5 @@ pub mod python_json;
 pub mod store;
 
 pub use backfill::WARNING;
-pub use builder::{EventLog, MAX_EVENTS};
 pub use exporter::{Answer, Exporter, OLDER_EXPORT, Ready};
 pub use job::ExportJobs;

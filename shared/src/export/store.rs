@@ -22,12 +22,12 @@ use tokio::time::sleep;
 use uuid::Uuid;
 
 use crate::clock::{Time, sortable};
+use crate::digest::sha256_hex;
 use crate::dynamo::{Item, from_item, is_condition_failure, number, store_error, text, to_item};
 use crate::error::{Error, Result};
 use crate::id;
 use crate::objects;
 use crate::user::UserId;
-use crate::user::seal::hash;
 
 /// All objects of exports begin with this. They are temporary: a lifecycle rule removes them.
 pub const PREFIX: &str = "exports/";
@@ -287,7 +287,7 @@ impl ExportStore {
     /// The key of the export with this fingerprint.
     #[must_use]
     pub fn key(user: &UserId, conversation: Uuid, fingerprint: &str) -> String {
-        format!("{}{}.zip", folder(user, conversation), &hash(fingerprint)[..32])
+        format!("{}{}.zip", folder(user, conversation), &sha256_hex(fingerprint)[..32])
     }
 
     /// The record, if there is one.
@@ -750,7 +750,7 @@ fn part_number(number: usize) -> Result<i32> {
 
 /// Below this are all exports of a conversation. The hash hides whose it is: keys are in logs and links.
 fn folder(user: &UserId, conversation: Uuid) -> String {
-    format!("{PREFIX}{}/", &hash(&user.key_of(&id::hex(conversation)))[..32])
+    format!("{PREFIX}{}/", &sha256_hex(&user.key_of(&id::hex(conversation)))[..32])
 }
 
 fn record_key(user: &UserId, conversation: Uuid) -> Item {
