@@ -48,8 +48,7 @@ impl Context {
         let sandboxes = SandboxStore::new(dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
         let sandboxes = sandbox::service(&config.sandbox, sandboxes);
         let http = HttpClient::new(config.address_policy);
-        let exports =
-            ExportStore::new(dynamodb.clone(), names.users.clone(), aws.s3.clone(), names.bucket.clone());
+        let exports = ExportStore::new(dynamodb.clone(), names.users.clone(), aws.s3.clone(), names.bucket.clone());
         let export_queue = JobQueue::new(aws.sqs.clone(), names.export_queue_url.clone());
         let saga = Saga {
             tasks: StartTaskStore::new(

@@ -80,9 +80,8 @@ fn event(item: &RawValue) -> Option<Event> {
         timestamp: String,
         kind: String,
     }
-    let head: Head = serde_json::from_str(item.get())
-        .inspect_err(|error| tracing::warn!(%error, "export.event_unreadable"))
-        .ok()?;
+    let head: Head =
+        serde_json::from_str(item.get()).inspect_err(|error| tracing::warn!(%error, "export.event_unreadable")).ok()?;
     let event = Event { id: head.id, timestamp: head.timestamp, kind: head.kind, json: item.get().to_owned() };
     if let Some(fault) = event.fault() {
         tracing::warn!(fault, "export.event_unreadable");

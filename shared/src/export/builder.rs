@@ -120,12 +120,7 @@ pub(super) struct ExportBuilder<'a> {
 }
 
 impl<'a> ExportBuilder<'a> {
-    pub(super) fn new(
-        exports: &'a ExportStore,
-        log: &'a EventLog,
-        lease: &'a Lease,
-        snapshot: &'a Snapshot,
-    ) -> Self {
+    pub(super) fn new(exports: &'a ExportStore, log: &'a EventLog, lease: &'a Lease, snapshot: &'a Snapshot) -> Self {
         let started_at = Time::now();
         Self { exports, log, lease, snapshot, started_at, upload: None, parts: Vec::new(), length: 0 }
     }
@@ -253,11 +248,7 @@ impl<'a> ExportBuilder<'a> {
 }
 
 /// Waits for a task that writes to an archive, and receives what it writes.
-async fn collect<T>(
-    mut task: JoinHandle<T>,
-    chunks: &mut mpsc::Receiver<Bytes>,
-    part: &mut Vec<u8>,
-) -> Result<T> {
+async fn collect<T>(mut task: JoinHandle<T>, chunks: &mut mpsc::Receiver<Bytes>, part: &mut Vec<u8>) -> Result<T> {
     loop {
         tokio::select! {
             biased;
