@@ -52,12 +52,12 @@ const FUNCTIONS: [&str; 14] = [
     COUNT,
     "download",
     "events",
+    "exports",
     "sandboxes",
     "settings",
     "skills",
     "start",
     "start-tasks",
-    "exports",
     "worker",
     "stream-start",
     "web-client",
@@ -200,6 +200,7 @@ fn event(name: &str) -> String {
     }
     let file = match name {
         "worker" => "schedule.json",
+        "exports" => return r#"{"Records": []}"#.to_owned(),
         "authorizer" => return r#"{"methodArn": "arn", "headers": {}}"#.to_owned(),
         _ => "unknown-path.json",
     };
