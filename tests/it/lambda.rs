@@ -62,7 +62,8 @@ impl Cloud {
         let engines = Engines::start(folder.path()).await;
         let aws = Aws::new(&engines.sdk_config().await);
         let mut names = engines.names("oh-");
-        names.job_queue_url = schema::make_all(&aws, &names, "oh-").await.expect("a schema").jobs;
+        let queues = schema::make_all(&aws, &names, "oh-").await.expect("a schema");
+        (names.job_queue_url, names.export_queue_url) = (queues.jobs, queues.exports);
         let config = Config {
             start: StartConfig::default(),
             sandbox: SandboxConfig::None,
@@ -335,7 +336,7 @@ async fn every_route_is_answered_by_the_program_of_its_function() {
         .expect("functions")
         .map(|entry| entry.expect("an entry").file_name().into_string().expect("a name"))
         .collect();
-    for elsewhere in ["authorizer", "worker", "stream-start"] {
+    for elsewhere in ["authorizer", "exports", "stream-start", "worker"] {
         assert!(expected.remove(elsewhere));
     }
     assert_eq!(functions.into_keys().collect::<BTreeSet<_>>(), expected);

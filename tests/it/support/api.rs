@@ -47,6 +47,7 @@ impl Api {
         let mut names = engines.names(PREFIX);
         let queues = schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
         names.job_queue_url.clone_from(&queues.jobs);
+        names.export_queue_url.clone_from(&queues.exports);
         let sealing_key_file = folder.join("sealing-key");
         let sealer = Sealer::from_file(&sealing_key_file).expect("a key");
         let config = Config {
