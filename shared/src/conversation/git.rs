@@ -65,6 +65,8 @@ pub struct WorkspaceGit<'a> {
 
 /// A file that has changed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[cfg_attr(feature = "openapi", schema(as = GitChange))]
 pub struct Change {
     /// How it has changed.
     pub status: Status,
@@ -75,6 +77,8 @@ pub struct Change {
 /// How a file has changed. A renamed file is deleted and added.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "UPPERCASE")]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[cfg_attr(feature = "openapi", schema(as = GitChangeStatus))]
 pub enum Status {
     /// It is new.
     Added,
@@ -105,6 +109,8 @@ impl IntoResponse for Changes {
 
 /// A file as it was and as it is; nothing where no repository holds it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[cfg_attr(feature = "openapi", schema(as = GitDiff))]
 pub struct Diff {
     /// As it is; empty if it was deleted.
     pub modified: Option<String>,

@@ -16,12 +16,15 @@ const IMAGE_REPOSITORY: &str = "ghcr.io/openhands/agent-server";
 
 /// A spec as the contract shows it. Nothing in it is secret.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[cfg_attr(feature = "openapi", schema(as = SandboxSpecInfo))]
 pub struct SandboxSpec {
     /// The image.
     pub id: String,
     /// The agent server's command line.
     pub command: Option<Vec<String>>,
     /// When this process began to know it.
+    #[cfg_attr(feature = "openapi", schema(value_type = String, format = DateTime))]
     pub created_at: Time,
     /// The environment that every sandbox of it has, beside its own keys and addresses.
     pub initial_env: BTreeMap<String, String>,

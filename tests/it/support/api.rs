@@ -1,13 +1,14 @@
 //! The routers of all functions on embedded engines, for many tenants: requests go in with their caller, as the API gateway
 //! hands them over.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
 use axum::Router;
 use axum::body::Body;
 use http::{Request, header};
 use http_body_util::BodyExt as _;
+use regex_lite::Regex;
 use serde_json::{Value, json};
 use shared::aws::Aws;
 use shared::config::{Config, ExportConfig, Names, SandboxConfig, SealingConfig, StartConfig};
@@ -120,6 +121,15 @@ impl Api {
     /// From now on requests reach the engines in process again.
     pub fn use_no_sockets(&mut self) {
         self.router = router(&self.config, &self.aws, &self.sealer);
+    }
+
+    /// The path templates of the routers. axum lists them in its debug output alone.
+    pub fn paths(&self) -> BTreeSet<String> {
+        let router = format!("{:?}", self.router);
+        let paths = Regex::new(r#"RouteId\(\d+\): "([^"]+)""#).expect("a pattern");
+        let paths: BTreeSet<String> = paths.captures_iter(&router).map(|found| found[1].to_owned()).collect();
+        assert!(!paths.is_empty(), "{router}");
+        paths
     }
 
     pub async fn stop(self) {
