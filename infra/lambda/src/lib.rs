@@ -22,8 +22,8 @@ use shared::http::caller::Caller;
 use shared::http::cors::cors;
 use shared::http::page::{MAX_BODY, size_of_text};
 use shared::http::response::with_common_answers;
-use shared::measure;
-use shared::telemetry::{self, LogFormat};
+use shared::logging::{self, LogFormat};
+use shared::metrics;
 use shared::user::UserId;
 use shared::user::data_key::DataKey;
 use shared::user::seal::Sealer;
@@ -33,7 +33,7 @@ use shared::user::seal::Sealer;
 /// # Errors
 /// When the environment is not complete.
 pub fn set_up() -> Result<(Config, Aws, Sealer), Error> {
-    telemetry::init(LogFormat::Json);
+    logging::init(LogFormat::Json);
     // Before anything is measured.
     let _collector = metrics();
     let config = Config::from_env()?;
@@ -73,7 +73,7 @@ pub async fn serve_streaming(make: impl FnOnce(&Config, &Aws, &Sealer) -> Router
 /// # Errors
 /// When the runtime fails.
 pub async fn serve_open(router: Router) -> Result<(), Error> {
-    telemetry::init(LogFormat::Json);
+    logging::init(LogFormat::Json);
     lambda_http::run(edge(with_common_answers(router), false)).await
 }
 
@@ -141,7 +141,7 @@ fn metrics() -> Option<&'static Collector> {
         let namespace = text("METRICS_NAMESPACE")?;
         let function = text("AWS_LAMBDA_FUNCTION_NAME").unwrap_or_default();
         let made = Builder::new().cloudwatch_namespace(namespace).with_dimension("Function", function).init();
-        measure::describe();
+        metrics::describe();
         made.inspect_err(|error| tracing::error!(%error, "lambda.no_metrics")).ok()
     })
 }

@@ -209,14 +209,14 @@ fn not_found(seen: &[(PathBuf, Rejection)]) -> String {
 
 /// Where interpreters are looked for.
 #[derive(Debug, Default)]
-struct Places {
+struct WorkspaceLocator {
     path: Vec<PathBuf>,
     pyenv: Option<PathBuf>,
     uv_pythons: Option<PathBuf>,
     uv: Option<PathBuf>,
 }
 
-impl Places {
+impl WorkspaceLocator {
     fn from_env() -> Self {
         let home = env::home_dir().filter(|home| !home.as_os_str().is_empty());
         let folder = |variable: &str| env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
@@ -297,10 +297,10 @@ fn versions_in(folder: &Path, interpreter: &str) -> Vec<PathBuf> {
 ///
 /// The one asked for does not exist or is no use, or none was found.
 pub async fn find_python(wanted: Option<&Path>) -> Result<Python, PythonError> {
-    find_python_in(&Places::from_env(), wanted).await
+    find_python_in(&WorkspaceLocator::from_env(), wanted).await
 }
 
-async fn find_python_in(places: &Places, wanted: Option<&Path>) -> Result<Python, PythonError> {
+async fn find_python_in(places: &WorkspaceLocator, wanted: Option<&Path>) -> Result<Python, PythonError> {
     if let Some(wanted) = wanted {
         let files: Vec<PathBuf> = match wanted.to_str() {
             Some(name) if !name.contains('/') && !wanted.is_file() => on_path(&places.path, name).collect(),
@@ -1256,8 +1256,8 @@ mod tests {
         script(path, &format!("#!/bin/sh\necho noise\necho \"interpreter {answer} $0\"\n"));
     }
 
-    fn on(folders: &[PathBuf]) -> Places {
-        Places { path: folders.to_vec(), ..Places::default() }
+    fn on(folders: &[PathBuf]) -> WorkspaceLocator {
+        WorkspaceLocator { path: folders.to_vec(), ..WorkspaceLocator::default() }
     }
 
     fn version(text: &str) -> PythonVersion {
@@ -1308,7 +1308,7 @@ mod tests {
             let number = name.trim_start_matches("pypy");
             fake(&pyenv.join("versions").join(name).join("bin/python"), &format!("cpython {number} venv"));
         }
-        let places = Places { pyenv: Some(pyenv), ..on(&[a]) };
+        let places = WorkspaceLocator { pyenv: Some(pyenv), ..on(&[a]) };
         let found = find_python_in(&places, None).await.unwrap();
         assert_eq!(found.version, version("3.12.10"));
     }
@@ -1320,7 +1320,7 @@ mod tests {
         fake(&python, "cpython 3.13.2 venv");
         let uv = root.path().join("uv");
         script(&uv, &format!("#!/bin/sh\ncase \"$*\" in *3.13) echo {};; *) exit 2;; esac\n", python.display()));
-        let places = Places { uv: Some(uv), ..Places::default() };
+        let places = WorkspaceLocator { uv: Some(uv), ..WorkspaceLocator::default() };
         let found = find_python_in(&places, None).await.unwrap();
         assert_eq!(found.path, python);
     }
@@ -1335,21 +1335,21 @@ mod tests {
             ("cpython 3.12.3 bare", "apt install python3.12-venv"),
         ] {
             fake(&path, answer);
-            let error = find_python_in(&Places::default(), Some(&path)).await.unwrap_err();
+            let error = find_python_in(&WorkspaceLocator::default(), Some(&path)).await.unwrap_err();
             let text = error.to_string();
             assert!(text.starts_with(&format!("--python {}", path.display())), "{text}");
             assert!(text.contains(wanted), "{text}");
         }
         script(&path, "#!/bin/sh\n[ \"$1\" = --version ] && { echo Python 2.7.18 >&2; exit; }\nexit 2\n");
-        let error = find_python_in(&Places::default(), Some(&path)).await.unwrap_err();
+        let error = find_python_in(&WorkspaceLocator::default(), Some(&path)).await.unwrap_err();
         assert!(error.to_string().contains("is Python 2.7.18"), "{error}");
 
         script(&path, "#!/bin/sh\necho broken >&2\nexit 1\n");
-        let error = find_python_in(&Places::default(), Some(&path)).await.unwrap_err();
+        let error = find_python_in(&WorkspaceLocator::default(), Some(&path)).await.unwrap_err();
         assert!(error.to_string().contains("does not run: broken"), "{error}");
 
         let missing = root.path().join("none");
-        let error = find_python_in(&Places::default(), Some(&missing)).await.unwrap_err();
+        let error = find_python_in(&WorkspaceLocator::default(), Some(&missing)).await.unwrap_err();
         assert_eq!(error, PythonError::Missing(missing));
     }
 

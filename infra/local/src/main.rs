@@ -14,7 +14,7 @@ use local::options::{Command, CommonOptions, LogKind, Options};
 use local::private_file;
 use local::server::{Environment, Readiness, Server, ServerError};
 use local::web_ui::{self, Connection, WebUiError};
-use shared::telemetry::{self, LogFormat};
+use shared::logging::{self, LogFormat};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// The stack of a worker thread, in bytes. Without optimization, a request to an embedded engine takes more than 1 MiB: the SDK, the
@@ -38,7 +38,7 @@ async fn run_command() -> ExitCode {
         let text = "--ui and --demo are of the server: they go with no command.";
         Options::command().error(ErrorKind::ArgumentConflict, text).exit();
     }
-    telemetry::init(match options.common.log {
+    logging::init(match options.common.log {
         LogKind::Text => LogFormat::Text,
         LogKind::Json => LogFormat::Json,
     });

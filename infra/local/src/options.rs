@@ -27,7 +27,7 @@ pub enum Command {
     /// Runs the embedded engines, the queue poller and the sandbox set-up without the routers, and prints the environment
     /// that functions under `cargo lambda watch` need.
     Engines {
-        /// Where `cargo lambda watch` listens: the queue is polled into its start-worker instead of one in this process.
+        /// Where `cargo lambda watch` listens: the queue is polled into its worker instead of one in this process.
         #[arg(long, value_name = "URL")]
         invoke_url: Option<String>,
         /// A file to write the environment to, for `cargo lambda watch --env-file`, instead of standard output.

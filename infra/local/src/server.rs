@@ -21,7 +21,7 @@ use shared::config::{
     self, Config, DockerSandboxConfig, ExportConfig, Names, ProcessSandboxConfig, RemoteSandboxConfig, SandboxConfig,
     SealingConfig, StartConfig,
 };
-use shared::outbound::{Outbound, Reach};
+use shared::http_client::{AddressPolicy, HttpClient};
 use shared::sandbox::SandboxService as _;
 use shared::sandbox::process::ProcessSandboxes;
 use shared::sandbox::store::SandboxStore;
@@ -126,8 +126,8 @@ impl Environment {
     /// Names the first variable that is malformed.
     pub fn read() -> Result<Self, ServerError> {
         let mut start = StartConfig::from_env()?;
-        if config::text("START_PATIENCE_MS").is_none() {
-            start.patience = PATIENCE;
+        if config::text("START_INLINE_WAIT_MS").is_none() {
+            start.inline_wait = PATIENCE;
         }
         let settings = [("LLM_MODEL", "llm_model"), ("LLM_API_KEY", "llm_api_key"), ("LLM_BASE_URL", "llm_base_url")]
             .into_iter()
@@ -246,7 +246,7 @@ impl Server {
         let sealer = Sealer::from_file(&sealing_key_file).map_err(file_error(&sealing_key_file))?;
         let mut names = Names::with_prefix(PREFIX);
         let queues = schema::make_all(&aws, &names, PREFIX).await?;
-        names.start_queue_url.clone_from(&queues.starts);
+        names.job_queue_url.clone_from(&queues.jobs);
         let expiry = schema::EXPORTS_EXPIRE;
         let [objects, uploads] = [expiry.days, expiry.incomplete_upload_days].map(|days| DAY * days);
         engines.expire(&names.bucket, expiry.prefix, objects, uploads)?;
@@ -289,8 +289,8 @@ impl Server {
             sealing: SealingConfig::File(sealing_key_file),
             single_user: true,
             live_status_budget: Duration::from_millis(1500),
-            look_budget: config::LOOK_BUDGET,
-            reach: Reach::Anywhere,
+            sandbox_request_budget: config::SANDBOX_REQUEST_BUDGET,
+            address_policy: AddressPolicy::Any,
             export: environment.export,
         };
         let user = UserId::local();
@@ -307,8 +307,8 @@ impl Server {
             );
         }
         let worker = match invoke_url {
-            Some(url) => Worker::At(Outbound::new(Reach::Anywhere), url),
-            None => Worker::Here(Arc::new(start_worker::Context::new(&config, &aws, &sealer))),
+            Some(url) => Worker::At(HttpClient::new(AddressPolicy::Any), url),
+            None => Worker::Here(Arc::new(worker::Context::new(&config, &aws, &sealer))),
         };
         let readiness = Readiness::default();
         let mut server = Self {
@@ -362,7 +362,7 @@ impl Server {
                 readiness.set("agent_server", Part::Ready);
             }
             // Only now: a start that is polled earlier would fail for want of an agent server.
-            let starts = poll(sqs.clone(), queues.starts, worker.clone());
+            let starts = poll(sqs.clone(), queues.jobs, worker.clone());
             let dead_letters = poll(sqs, queues.dead_letters, worker.clone());
             tokio::join!(starts, dead_letters, sweep(worker));
         }));

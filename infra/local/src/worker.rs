@@ -8,7 +8,7 @@ use aws_sdk_sqs::Client;
 use aws_sdk_sqs::types::Message;
 use http::Method;
 use serde_json::{Value, json};
-use shared::outbound::Outbound;
+use shared::http_client::HttpClient;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep};
@@ -27,9 +27,9 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug)]
 pub enum Worker {
     /// In this process.
-    Here(Arc<start_worker::Context>),
+    Here(Arc<worker::Context>),
     /// Behind the invocation API that `cargo lambda watch` serves at this address.
-    At(Outbound, String),
+    At(HttpClient, String),
 }
 
 impl Worker {
@@ -37,11 +37,11 @@ impl Worker {
     async fn invoke(&self, event: Value) -> Result<Vec<String>, String> {
         let failures = match self {
             Self::Here(context) => {
-                let response = start_worker::handle(context, event).await.map_err(|error| error.context())?;
+                let response = worker::handle(context, event).await.map_err(|error| error.context())?;
                 response.batch_item_failures.into_iter().map(|failure| failure.item_identifier).collect()
             }
             Self::At(http, url) => {
-                let url = format!("{}/2015-03-31/functions/start-worker/invocations", url.trim_end_matches('/'));
+                let url = format!("{}/2015-03-31/functions/worker/invocations", url.trim_end_matches('/'));
                 let request = http.request(Method::POST, &url).map_err(|error| error.to_string())?;
                 let request = request.with(|request| request.json(&event));
                 let answer = request.send(INVOCATION, |_| ANSWER_LIMIT).await.map_err(|error| error.to_string())?;

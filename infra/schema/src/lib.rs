@@ -11,7 +11,7 @@ use aws_sdk_dynamodb::types::{
 use aws_sdk_sqs::types::QueueAttributeName;
 use shared::aws::Aws;
 use shared::config::Names;
-use shared::start::queue::DEAD_LETTER_SUFFIX;
+use shared::jobs::queue::DEAD_LETTER_SUFFIX;
 use shared::{conversation, event, pending_message, sandbox, start};
 
 /// What an index holds of its rows beside the keys.
@@ -146,9 +146,9 @@ pub struct Queue {
 /// The time limit of one worker invocation.
 pub const WORKER_TIMEOUT: Duration = Duration::from_secs(150);
 
-/// The queue of starts. Its dead-letter queue has the same name with `-dead-letters`.
-pub const START_QUEUE: Queue =
-    Queue { name: "starts", visibility_timeout: WORKER_TIMEOUT.saturating_mul(6), max_receive_count: 5 };
+/// The job queue. Its dead-letter queue has the same name with `-dead-letters`.
+pub const JOB_QUEUE: Queue =
+    Queue { name: "jobs", visibility_timeout: WORKER_TIMEOUT.saturating_mul(6), max_receive_count: 5 };
 
 /// Something could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -167,8 +167,8 @@ impl SchemaError {
 /// The URLs of the queues.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QueueUrls {
-    /// The queue of starts.
-    pub starts: String,
+    /// The job queue.
+    pub jobs: String,
     /// Its dead-letter queue.
     pub dead_letters: String,
 }
@@ -286,9 +286,9 @@ async fn make_bucket(aws: &Aws, name: &str) -> Result<(), SchemaError> {
 }
 
 async fn make_queues(aws: &Aws, prefix: &str) -> Result<QueueUrls, SchemaError> {
-    let name = format!("{prefix}{}", START_QUEUE.name);
+    let name = format!("{prefix}{}", JOB_QUEUE.name);
     let dead_name = format!("{name}{DEAD_LETTER_SUFFIX}");
-    let hidden = START_QUEUE.visibility_timeout.as_secs().to_string();
+    let hidden = JOB_QUEUE.visibility_timeout.as_secs().to_string();
     let make = async |name: &str, redrive: Option<String>| {
         let made = aws
             .sqs
@@ -317,6 +317,6 @@ async fn make_queues(aws: &Aws, prefix: &str) -> Result<QueueUrls, SchemaError> 
         .attributes
         .and_then(|mut attributes| attributes.remove(&QueueAttributeName::QueueArn))
         .ok_or_else(|| SchemaError::new(format!("queue {dead_name}"), "it has no ARN"))?;
-    let redrive = format!(r#"{{"deadLetterTargetArn":"{arn}","maxReceiveCount":{}}}"#, START_QUEUE.max_receive_count);
-    Ok(QueueUrls { starts: make(&name, Some(redrive)).await?, dead_letters })
+    let redrive = format!(r#"{{"deadLetterTargetArn":"{arn}","maxReceiveCount":{}}}"#, JOB_QUEUE.max_receive_count);
+    Ok(QueueUrls { jobs: make(&name, Some(redrive)).await?, dead_letters })
 }
