@@ -66,8 +66,7 @@ fn operations_and_references_are_complete() {
     let ids: BTreeSet<&str> =
         operations.iter().filter_map(|(.., operation)| operation["operationId"].as_str()).collect();
     assert_eq!(ids.len(), operations.len(), "every operation has an operationId of its own");
-    let in_functions =
-        operations.iter().filter(|(method, path, _)| ::routes::find(method, path).is_some()).count();
+    let in_functions = operations.iter().filter(|(method, path, _)| ::routes::find(method, path).is_some()).count();
     assert_eq!(in_functions, ::routes::routes().count());
     assert_eq!(operations.len(), in_functions + OF_THIS_MACHINE.len());
     for (method, path, operation) in &operations {

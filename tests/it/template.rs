@@ -48,7 +48,11 @@ pub fn template() -> Value {
 #[test]
 fn generated_files_are_current() {
     for output in generate::outputs(&root()).expect("they are generated") {
-        assert!(output.is_current(&root()), "{} differs from the route table; run `cargo run -p generate`", output.path);
+        assert!(
+            output.is_current(&root()),
+            "{} differs from the route table; run `cargo run -p generate`",
+            output.path
+        );
     }
 }
 

@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use ::routes::Authentication;
 use aws_sdk_dynamodb::types::AttributeValue;
 use axum::body::Body;
 use http::Request;
-use ::routes::Authentication;
 use regex_lite::Regex;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Value, json};
@@ -76,7 +76,8 @@ pub fn routes() -> Vec<Route> {
     let ids = [("{parent}", PARENT), ("{child}", CHILD), ("{task}", TASK)];
     let text = ids.iter().fold(text.to_owned(), |text, (name, id)| text.replace(name, &id.to_string()));
     let requests: Vec<Value> = serde_json::from_str(&text).expect("JSON");
-    let status = |value: &Value| value["status"].as_u64().and_then(|status| u16::try_from(status).ok()).expect("a status");
+    let status =
+        |value: &Value| value["status"].as_u64().and_then(|status| u16::try_from(status).ok()).expect("a status");
     let requests = requests.into_iter().map(|request| {
         let name = request["route"].as_str().expect("a route");
         let (method, path) = name.split_once(' ').expect("a method and a path");

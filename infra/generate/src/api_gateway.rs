@@ -116,10 +116,8 @@ fn gateway_responses() -> Value {
     ] {
         let mut response = Map::new();
         response.extend(status.map(|status| ("statusCode".to_owned(), json!(status))));
-        response.insert(
-            "responseTemplates".to_owned(),
-            json!({"application/json": json!({"detail": detail}).to_string()}),
-        );
+        response
+            .insert("responseTemplates".to_owned(), json!({"application/json": json!({"detail": detail}).to_string()}));
         let mut headers = json!({
             "gatewayresponse.header.Access-Control-Allow-Origin": "method.request.header.Origin",
             "gatewayresponse.header.Cache-Control": "'no-cache, no-store, must-revalidate, max-age=0'",

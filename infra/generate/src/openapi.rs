@@ -85,8 +85,7 @@ fn operation(group: &Group, route: &Route) -> Value {
 }
 
 fn responses(route: &Route) -> Value {
-    let mut responses: Vec<(u16, Value)> =
-        route.own_responses.iter().map(|own| (own.status, response(own))).collect();
+    let mut responses: Vec<(u16, Value)> = route.own_responses.iter().map(|own| (own.status, response(own))).collect();
     for error in route.error_responses() {
         if responses.iter().all(|(status, _)| *status != error.status) {
             responses.push((error.status, json!({"$ref": format!("#/components/responses/{}", error.name)})));

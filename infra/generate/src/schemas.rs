@@ -6,8 +6,8 @@
 use serde_json::{Map, Value, json};
 use shared::conversation::git::{Change, Diff, Status as ChangeStatus};
 use shared::conversation::{AppConversation, MetricsSnapshot, TokenUsage};
+use shared::http::pydantic::validation::{Loc, Violation};
 use shared::http::sort_order::SortOrder;
-use shared::http::validation::Violation;
 use shared::sandbox::spec::SandboxSpec;
 use shared::sandbox::{ExposedUrl, SandboxStatus};
 use shared::start::request::{AgentType, ProviderType, Trigger};
@@ -36,6 +36,7 @@ pub fn components() -> Result<Map<String, Value>, Box<dyn std::error::Error>> {
     all.extend([
         value::<AgentType>()?,
         value::<ChangeStatus>()?,
+        value::<Loc>()?,
         value::<ProviderType>()?,
         value::<SandboxGroupingStrategy>()?,
         value::<SandboxStatus>()?,

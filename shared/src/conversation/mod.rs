@@ -126,7 +126,7 @@ pub struct ConversationRecord {
     pub updated_at: Time,
 }
 
-/// `AppConversation` of the contract, in its order of fields.
+/// A conversation in responses, with the fields in the contract's order.
 #[derive(Clone, Debug, Serialize)]
 #[expect(missing_docs, reason = "the contract's fields, described at `ConversationRecord`")]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]

@@ -157,7 +157,7 @@ pub struct StartTask {
     pub request: StartRequest,
 }
 
-/// `AppConversationStartTask` of the contract, in its order of fields.
+/// A start in responses, with the fields in the contract's order.
 #[derive(Clone, Debug, Serialize)]
 #[expect(missing_docs, reason = "the contract's fields, described at `StartTaskRecord`")]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]

@@ -17,7 +17,7 @@ use uuid::Uuid;
 /// Integers in text longer than this are refused unread, as Python refuses them.
 const MAX_INTEGER_TEXT: usize = 4300;
 
-/// One fault of a request: an entry of `detail` in a 422 answer.
+/// A violation of the request's schema: an entry of `detail` in a 422 response.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Violation {
@@ -25,15 +25,15 @@ pub struct Violation {
     #[serde(rename = "type")]
     #[cfg_attr(feature = "openapi", schema(value_type = String))]
     pub kind: &'static str,
-    /// Where: `body`, `query` or `path` first, then keys and indices down to the faulty value.
+    /// The location: `body`, `query` or `path`, then the keys and indices that lead to the faulty value.
     pub loc: Vec<Loc>,
-    /// What is wrong, for people.
+    /// The error message.
     pub msg: String,
-    /// The faulty value as it was sent; for `missing` the object that lacks the field.
+    /// The faulty value as it was sent; for `missing`, the object that lacks the field.
     pub input: Value,
-    /// Parameters of the rule. The key is left out when the rule has none.
+    /// Parameters of the rule. Absent if the rule has none.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[cfg_attr(feature = "openapi", schema(value_type = Option<std::collections::HashMap<String, Value>>))]
+    #[cfg_attr(feature = "openapi", schema(value_type = Object))]
     pub ctx: Option<Value>,
 }
 
@@ -113,7 +113,7 @@ macro_rules! wire_enum {
         impl utoipa::PartialSchema for $name {
             fn schema() -> utoipa::openapi::RefOr<utoipa::openapi::Schema> {
                 utoipa::openapi::ObjectBuilder::new()
-                    .schema_type(utoipa::openapi::Type::String)
+                    .schema_type(utoipa::openapi::schema::Type::String)
                     .enum_values(Some([$($text,)+]))
                     .into()
             }
