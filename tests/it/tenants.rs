@@ -287,6 +287,11 @@ async fn every_route_is_in_the_route_table_in_a_router_and_in_the_table_of_tenan
     let declared: BTreeSet<&str> = ::routes::routes().map(|route| route.path).collect();
     let served = api.paths();
     assert_eq!(served.iter().map(String::as_str).collect::<BTreeSet<_>>(), declared);
+    let for_callers: BTreeSet<String> = ::routes::routes()
+        .filter(|route| route.authentication == Authentication::Caller)
+        .map(|route| route.path.to_owned())
+        .collect();
+    assert_eq!(api.paths_for_callers(), for_callers, "the local gateway authenticates as the route table says");
     let covered = routes();
     let nobody = UserId::new("nobody");
     let parameter = Regex::new(r"\{[^}]*\}").expect("a pattern");

@@ -123,13 +123,14 @@ impl Api {
         self.router = router(&self.config, &self.aws, &self.sealer);
     }
 
-    /// The path templates of the routers. axum lists them in its debug output alone.
+    /// The path templates of all routers.
     pub fn paths(&self) -> BTreeSet<String> {
-        let router = format!("{:?}", self.router);
-        let paths = Regex::new(r#"RouteId\(\d+\): "([^"]+)""#).expect("a pattern");
-        let paths: BTreeSet<String> = paths.captures_iter(&router).map(|found| found[1].to_owned()).collect();
-        assert!(!paths.is_empty(), "{router}");
-        paths
+        paths(&self.router)
+    }
+
+    /// The path templates that the local gateway serves to callers only.
+    pub fn paths_for_callers(&self) -> BTreeSet<String> {
+        paths(&local::server::functions(&self.config, &self.aws, &self.sealer))
     }
 
     pub async fn stop(self) {
@@ -203,6 +204,15 @@ fn clients(sdk: &aws_types::SdkConfig, [dynamodb, s3, sqs]: &[String; 3]) -> Aws
         s3: aws_sdk_s3::Client::from_conf(s3),
         sqs: aws_sdk_sqs::Client::from_conf(sqs),
     }
+}
+
+/// axum lists the paths of a router in its debug output alone.
+fn paths(router: &Router) -> BTreeSet<String> {
+    let text = format!("{router:?}");
+    let pattern = Regex::new(r#"RouteId\(\d+\): "([^"]+)""#).expect("a pattern");
+    let paths: BTreeSet<String> = pattern.captures_iter(&text).map(|found| found[1].to_owned()).collect();
+    assert!(!paths.is_empty(), "{text}");
+    paths
 }
 
 fn router(config: &Config, aws: &Aws, sealer: &Sealer) -> Router {
