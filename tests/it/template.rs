@@ -1,10 +1,11 @@
-//! `template.yaml`: what is deployed is what is built and tested here. Tables as in infra/schema, every route of every function,
-//! each function with its own policy and nothing more.
+//! `template.yaml` and the files that are generated for it describe what is built and tested here: the tables of infra/schema, the route
+//! table of infra/routes, and a policy for each function that grants what it needs and nothing more.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use ::routes::Authentication;
 use aws_sdk_dynamodb::types::AttributeValue;
 use regex_lite::Regex;
 use serde_json::{Value, json};
@@ -20,15 +21,39 @@ use crate::support::api::{Api, PREFIX};
 use crate::support::engines::Engines;
 use crate::support::iam_proxy::{Call, IamProxy, Policies, Statement, allows};
 use crate::support::kms;
-use crate::tenants::{By, furnish, request, routes};
+use crate::tenants::{furnish, request, routes};
+
+/// API Gateway's definition, as `template.yaml` names it.
+const DEFINITION: &str = "infra/api-gateway.yaml";
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-pub fn template() -> Value {
-    let text = fs::read_to_string(root().join("template.yaml")).expect("a template");
+fn yaml(path: &str) -> Value {
+    let text = fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"));
     serde_yaml_ng::from_str(&text).expect("YAML")
+}
+
+/// The template with API Gateway's definition in the place where `AWS::Include` inserts it.
+pub fn template() -> Value {
+    let mut template = yaml("template.yaml");
+    let body = &mut template["Resources"]["Api"]["Properties"]["DefinitionBody"];
+    let include = json!({"Fn::Transform": {"Name": "AWS::Include", "Parameters": {"Location": DEFINITION}}});
+    assert_eq!(*body, include);
+    *body = yaml(DEFINITION);
+    template
+}
+
+#[test]
+fn generated_files_are_current() {
+    for output in generate::outputs(&root()).expect("they are generated") {
+        assert!(
+            output.is_current(&root()),
+            "{} differs from the route table; run `cargo run -p generate`",
+            output.path
+        );
+    }
 }
 
 /// The resources of a type, by logical id.
@@ -470,30 +495,14 @@ fn integration(method: &Value) -> (String, bool) {
     (name.to_owned(), streamed)
 }
 
-/// Which function has a route, by the table of `cargo lambda watch`.
-pub fn function_of(manifest: &str, path: &str, method: &str) -> String {
-    let (_, line) = manifest.split_once(&format!("\n\"{path}\" = ")).unwrap_or_else(|| panic!("{path} is no route"));
-    let entry = if line.starts_with('[') {
-        line.split_once(']').expect("a list").0
-    } else {
-        line.lines().next().expect("a line")
-    };
-    let entry = match entry.lines().find(|line| line.contains(&format!("method = \"{method}\""))) {
-        Some(line) => line.split_once("function = ").expect("a function").1,
-        None => entry,
-    };
-    entry.split('"').nth(1).expect("a name").to_owned()
-}
-
 #[test]
 fn every_route_is_in_the_api_and_asks_who_calls() {
     let template = template();
     let paths = template["Resources"]["Api"]["Properties"]["DefinitionBody"]["paths"].as_object().expect("paths");
-    let manifest = fs::read_to_string(root().join("Cargo.toml")).expect("a manifest");
     let mut expected: BTreeMap<(String, String), bool> = BTreeMap::new();
-    for route in routes() {
-        let is_open = route.by != By::Caller || function_of(&manifest, route.path, route.method) == "web-client";
-        expected.insert((route.path.to_owned(), route.method.to_lowercase()), is_open);
+    for route in ::routes::routes() {
+        let is_open = route.authentication != Authentication::Caller;
+        expected.insert((route.path.to_owned(), route.method.as_str().to_lowercase()), is_open);
         expected.insert((route.path.to_owned(), "x-amazon-apigateway-any-method".to_owned()), true);
     }
     expected.insert(("/{proxy+}".to_owned(), "x-amazon-apigateway-any-method".to_owned()), true);
@@ -510,8 +519,8 @@ fn every_route_is_in_the_api_and_asks_who_calls() {
             };
             found.insert((path.clone(), method.clone()), is_open);
             let (function, streamed) = integration(definition);
-            if path != "/{proxy+}" && method != "x-amazon-apigateway-any-method" {
-                assert_eq!(function, function_of(&manifest, path, &method.to_uppercase()), "{method} {path}");
+            if let Some(route) = ::routes::find(&method.to_uppercase(), path) {
+                assert_eq!((function.as_str(), streamed), (route.function, route.is_streamed), "{method} {path}");
             }
             assert_eq!(streamed, ["stream-start", "download"].contains(&function.as_str()), "{method} {path}");
             invoked.insert(function);
