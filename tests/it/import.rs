@@ -10,7 +10,7 @@ use local::import::jsonl::JsonLines;
 use local::import::openhands::DataFolder;
 use local::import::summary::Tally;
 use local::import::{End, Entry, Importer, Pace, Skip, Summary, command};
-use local::options::PlaceOptions;
+use local::options::TargetOptions;
 use rusqlite::{Connection, params};
 use serde_json::{Value, json};
 use shared::Time;
@@ -817,7 +817,7 @@ async fn a_data_folder_in_use_and_one_of_nobody_are_refused_with_a_sentence() {
     let rig = Rig::start().await;
     let file = rig.file("seed.jsonl", SEED);
     let data = rig.folder.path().join("data");
-    let into = PlaceOptions::default();
+    let into = TargetOptions::default();
     let refused = command::import(&[file], &into, &data, pending()).await.expect_err("it is in use");
     assert!(refused.to_string().ends_with("is in use by another process. Stop that one or choose another folder."));
     let refused =

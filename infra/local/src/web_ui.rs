@@ -1,15 +1,15 @@
-//! The web UI: a prebuilt one, from the npm registry, served beside the API or written to a folder for hosting elsewhere.
+//! The web UI: a prebuilt package from the npm registry, served on the API's port or written to a folder for hosting elsewhere.
 //!
-//! npm fetches it, so that npm's own configuration counts: registry, proxy, credentials. What it brings must have the digest that is
-//! pinned here. It is kept in the data folder, beside the editor (Monaco) in which the UI shows diffs, and which by itself it would load
-//! from a CDN:
+//! npm downloads the package, so that npm's configuration applies: registry, proxy, credentials. The download must have the SHA-512
+//! digest that is pinned here. It is stored in the data folder, together with the editor (Monaco) in which the UI shows diffs, and
+//! which the unchanged UI loads from a CDN:
 //!
 //! ```text
-//! agent-canvas-<version>-<digest>/    whole: it is renamed to this when all is there
-//!     build/                          what is served
+//! agent-canvas-<version>-<digest>/    complete: the folder gets this name after everything is unpacked
+//!     build/                          the served files
 //!     LICENSE
 //! monaco-editor-<version>-<digest>/   likewise; without it the UI works, but diffs are blank
-//!     min/vs/                         what is served
+//!     min/vs/                         the served files
 //!     LICENSE, ThirdPartyNotices.txt
 //! ```
 
@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Bytes;
-use axum::extract::{Request, State};
+use axum::extract::{self, Request};
 use axum::middleware::{self, Next};
 use axum::response::{Html, IntoResponse as _, Response};
 use base64::Engine as _;
@@ -37,15 +37,15 @@ use tokio::process::Command;
 /// An npm package that is served to browsers.
 #[derive(Debug)]
 struct Package {
-    /// What it is, at the beginning of a sentence.
+    /// A description, for the beginning of a sentence.
     title: &'static str,
     name: &'static str,
     version: &'static str,
-    /// Its SHA-512, in base64, as its registry and every lockfile name it.
+    /// The SHA-512 of the package in base64, as in the registry and in lockfiles.
     integrity: &'static str,
-    /// The folder of what is served of it.
+    /// The folder of the package whose files are served.
     served: &'static str,
-    /// Licences, which go wherever the files go.
+    /// License files, which are served and written together with the other files.
     licenses: &'static [&'static str],
 }
 
@@ -58,7 +58,7 @@ const UI: Package = Package {
     licenses: &[LICENSE],
 };
 
-/// The version is the one that [`UI`] would load: [`Site::read`] fails otherwise.
+/// The version has to be the one that [`UI`] loads from the CDN: otherwise [`Site::read`] fails.
 const EDITOR: Package = Package {
     title: "The editor of the web UI",
     name: "monaco-editor",
@@ -67,15 +67,16 @@ const EDITOR: Package = Package {
     served: "min/vs",
     licenses: &[LICENSE, "ThirdPartyNotices.txt"],
 };
+
 impl Package {
-    /// The folder in which it is kept.
+    /// The name of its folder in the data folder.
     fn folder_name(&self) -> String {
         let name = self.name.rsplit('/').next().unwrap_or(self.name);
         let digest: String = self.integrity.chars().filter(char::is_ascii_alphanumeric).take(12).collect();
         format!("{name}-{}-{digest}", self.version)
     }
 
-    /// Its licences, as files that browsers show.
+    /// The license files, under names with which browsers show them as text.
     fn licenses_from(&self, installed: &Path) -> Result<BTreeMap<String, Bytes>, WebUiError> {
         let read = |license: &&str| {
             let path = installed.join(license);
@@ -86,149 +87,115 @@ impl Package {
     }
 }
 
-/// How the editor's translations begin. The UI never asks for one.
-const EDITOR_TRANSLATION: &str = "nls.messages.";
+/// The prefix of the editor's translation files, which the UI never requests.
+const EDITOR_TRANSLATION_PREFIX: &str = "nls.messages.";
 
-/// The folder in the data folder where it is kept.
+/// The folder of both packages in the data folder.
 pub const FOLDER: &str = "web-ui";
-/// What tells the UI which server to talk to.
+/// The script that configures the UI for this server.
 const SCRIPT: &str = include_str!("web_ui.js");
 const INDEX: &str = "index.html";
 const LICENSE: &str = "LICENSE";
 const ASSETS: &str = "assets/";
-/// Behind which the script goes: before any other of the page.
+/// The script is inserted after this tag, so that it runs before any other script of the page.
 const HEAD: &str = "<head>";
-/// A registry that does not answer is given up after so long.
-const FETCH_LIMIT: Duration = Duration::from_secs(300);
-const UNPACK_LIMIT: Duration = Duration::from_secs(60);
-/// How much of what npm says an error quotes.
+/// The time limit of a download, for a registry that does not respond.
+const FETCH_TIMEOUT: Duration = Duration::from_secs(300);
+const UNPACK_TIMEOUT: Duration = Duration::from_secs(60);
+/// The number of lines of npm's error output that an error quotes.
 const QUOTED_LINES: usize = 4;
 
-/// Paths of the API, beside all below `/api/`.
+/// Paths of the API that are not below `/api/`.
 const API_PATHS: [&str; 5] = ["/alive", "/health", "/openapi.json", "/ready", "/server_info"];
-/// Where the API is described.
+/// The path of Swagger UI.
 const DOCS: &str = "/docs";
 
-/// Why there is no web UI. Each one reads as a sentence.
+/// Why the web UI or its editor is not available. Each message is a sentence.
 #[derive(Debug, thiserror::Error)]
 pub enum WebUiError {
-    /// A program that is needed.
+    /// A required program is not installed. `hint` says where to get it.
     #[error("{what} is fetched with {program}, which is not on PATH. {hint}")]
-    Missing {
-        /// What is fetched.
-        what: &'static str,
-        /// Which.
-        program: &'static str,
-        /// Where it comes from.
-        hint: &'static str,
-    },
-    /// A program that failed, with the beginning of what it said.
-    #[error("{what} could not be fetched: {program} says: {said}")]
-    Failed {
-        /// What is fetched.
-        what: &'static str,
-        /// Which.
-        program: &'static str,
-        /// What it said.
-        said: String,
-    },
-    /// A program that took too long.
-    #[error("{what} could not be fetched: {program} did not end within {} seconds.", limit.as_secs())]
-    TooSlow {
-        /// What is fetched.
-        what: &'static str,
-        /// Which.
-        program: &'static str,
-        /// How long it was waited for.
-        limit: Duration,
-    },
-    /// The package is another than the one that is pinned.
-    #[error("What was fetched is not {package}: its SHA-512 is {found}, not {expected}. Nothing of it is used.")]
-    Digest {
-        /// Name and version.
-        package: String,
-        /// What it should be.
-        expected: &'static str,
-        /// What it is.
-        found: String,
-    },
+    Missing { what: &'static str, program: &'static str, hint: &'static str },
+    /// A program failed. `output` is the beginning of its error output.
+    #[error("{what} could not be fetched: {program} reports: {output}")]
+    Failed { what: &'static str, program: &'static str, output: String },
+    /// A program exceeded its time limit.
+    #[error("{what} could not be fetched: {program} did not finish within {} seconds.", limit.as_secs())]
+    TooSlow { what: &'static str, program: &'static str, limit: Duration },
+    /// The download is not the pinned package.
+    #[error("The download is not {package}: its SHA-512 is {found}, not {expected}. It was discarded.")]
+    Digest { package: String, expected: &'static str, found: String },
     /// The package is not built as expected.
-    #[error("{} {} has no {INDEX} that a script can be put into.", UI.name, UI.version)]
+    #[error("{} {} has no {INDEX} into which a script can be inserted.", UI.name, UI.version)]
     Index,
     /// The package loads another editor, or loads it in another way.
     #[error("{} {} has no script that loads the editor from {}.", UI.name, UI.version, editor_origin())]
     Editor,
-    /// A file or folder.
     #[error("{path} cannot be used: {source}", path = path.display())]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
+    File { path: PathBuf, source: io::Error },
 }
 
-/// Which server the UI is told to talk to.
+/// The server that the UI connects to.
 #[derive(Clone, Debug)]
 pub struct Connection {
-    /// Its address; `None` is wherever the page is from.
+    /// The server's address; `None` for the address of the page.
     pub host: Option<String>,
-    /// How a user is asked for a key; `None` if the server needs none.
-    pub question: Option<&'static str>,
-    /// Whether the server knows of a model; otherwise the UI asks for one first.
+    /// The text with which the page prompts for an API key; `None` if the server needs none.
+    pub key_prompt: Option<&'static str>,
+    /// Whether the server has a model; otherwise the UI first prompts for one.
     pub has_model: bool,
-    /// Where else the page may connect to: agent servers have addresses of their own.
-    pub reach: &'static str,
+    /// Other addresses to which the page may connect, as sources of `connect-src`: agent servers have addresses of their own.
+    pub connect_src: &'static str,
 }
 
-/// Agent servers on this machine.
+/// Sources for agent servers on this machine.
 pub const LOOPBACK: &str = "http://127.0.0.1:* ws://127.0.0.1:* http://localhost:* ws://localhost:*";
-/// Agent servers anywhere.
+/// Sources for agent servers at any address.
 pub const ANYWHERE: &str = "http: ws: https: wss:";
 
-/// The files of the UI, by their paths without the slash in front.
+/// The files of the UI, by their paths without the leading slash.
 #[derive(Clone, Debug)]
 pub struct Site(BTreeMap<String, Bytes>);
 
-/// The web UI of a server: on its way, there, or not to be had.
+/// The web UI of a server, which is fetched while the server already runs.
 #[derive(Clone, Debug)]
-pub struct WebUi(Arc<Mutex<Progress>>);
+pub struct WebUi(Arc<Mutex<State>>);
 
 #[derive(Clone, Debug)]
-enum Progress {
-    Coming,
-    There(Arc<Site>),
+enum State {
+    Fetching,
+    Ready(Arc<Site>),
     Failed(String),
 }
 
 impl Default for WebUi {
     fn default() -> Self {
-        Self(Arc::new(Mutex::new(Progress::Coming)))
+        Self(Arc::new(Mutex::new(State::Fetching)))
     }
 }
 
 impl WebUi {
-    /// What became of it.
+    /// Sets the outcome of fetching the UI.
     pub fn set(&self, outcome: Result<Site, WebUiError>) {
-        let progress = match outcome {
-            Ok(site) => Progress::There(Arc::new(site)),
-            Err(error) => Progress::Failed(error.to_string()),
+        let state = match outcome {
+            Ok(site) => State::Ready(Arc::new(site)),
+            Err(error) => State::Failed(error.to_string()),
         };
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = progress;
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = state;
     }
 
-    /// Serves it in front of these routes: its files, and its first page for every other path that is not the API's, since it
-    /// knows its own pages.
-    pub fn before(&self, routes: Router) -> Router {
+    /// Serves the UI in addition to these routes: its files, and its first page for every other path that does not belong to the
+    /// API, because the UI does its own routing.
+    pub fn layer(&self, routes: Router) -> Router {
         routes.layer(middleware::from_fn_with_state(self.clone(), serve))
     }
 
-    fn progress(&self) -> Progress {
+    fn state(&self) -> State {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
-async fn serve(State(ui): State<WebUi>, request: Request, next: Next) -> Response {
+async fn serve(extract::State(ui): extract::State<WebUi>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
     let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
     let is_docs = path.strip_prefix(DOCS).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
@@ -237,37 +204,37 @@ async fn serve(State(ui): State<WebUi>, request: Request, next: Next) -> Respons
     }
     let name = path.trim_start_matches('/');
     let is_page = is_page(name, request.headers());
-    match ui.progress() {
-        Progress::There(site) => match site.0.get_key_value(name) {
+    match ui.state() {
+        State::Ready(site) => match site.0.get_key_value(name) {
             Some((name, bytes)) if name != INDEX => file(name, bytes),
             Some(_) => site.first_page(),
             None if is_page => site.first_page(),
             None => next.run(request).await,
         },
-        Progress::Coming if is_page => waiting(
-            "The web UI is being fetched, once. This page looks again every two seconds.",
+        State::Fetching if is_page => unavailable(
+            "The web UI is being fetched. This happens once. The page reloads every two seconds.",
             "<meta http-equiv=\"refresh\" content=\"2\">",
         ),
-        Progress::Failed(text) if is_page => waiting(&format!("{text} The API is served here all the same."), ""),
-        Progress::Coming | Progress::Failed(_) => next.run(request).await,
+        State::Failed(text) if is_page => unavailable(&format!("{text} The API is available."), ""),
+        State::Fetching | State::Failed(_) => next.run(request).await,
     }
 }
 
-/// Whether it is a page that is asked for, not a file: a browser that goes somewhere takes HTML.
+/// Whether the request is for a page, not a file: browsers accept HTML when they navigate.
 fn is_page(name: &str, headers: &HeaderMap) -> bool {
     let last = name.rsplit('/').next().unwrap_or_default();
-    let takes_html =
+    let accepts_html =
         headers.get(ACCEPT).is_some_and(|value| value.to_str().is_ok_and(|kinds| kinds.contains("text/html")));
-    takes_html && (!last.contains('.') || last.ends_with(".html"))
+    accepts_html && (!last.contains('.') || last.ends_with(".html"))
 }
 
 fn file(name: &str, bytes: &Bytes) -> Response {
-    // Names of assets change with their contents.
+    // An asset with other contents has another name.
     let caching = if name.starts_with(ASSETS) { "public, max-age=31536000, immutable" } else { "no-cache" };
     ([(CONTENT_TYPE, content_type(name)), (CACHE_CONTROL, caching)], bytes.clone()).into_response()
 }
 
-fn waiting(text: &str, head: &str) -> Response {
+fn unavailable(text: &str, head: &str) -> Response {
     let text = text.replace('&', "&amp;").replace('<', "&lt;");
     let page = format!(
         "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\">{head}<title>openhands-lambda</title></head>\
@@ -299,7 +266,7 @@ fn content_type(name: &str) -> &'static str {
 }
 
 impl Site {
-    /// Reads the files of a built UI, and puts into its first page which server to talk to and where the editor is.
+    /// Reads the files of a built UI, and inserts the server's address and the location of the editor into its first page.
     fn read(folder: &Path, connection: &Connection) -> Result<Self, WebUiError> {
         let mut files = files_below(folder)?;
         let replaced = with_own_editor(&files)?;
@@ -307,10 +274,10 @@ impl Site {
             replaced.iter().map(|(name, (own, _))| (format!("/{name}"), format!("/{own}"))).collect();
         files.extend(replaced.into_values());
         let index = files.get(INDEX).and_then(|bytes: &Bytes| std::str::from_utf8(bytes).ok());
-        let (before, behind) = index.and_then(|text| text.split_once(HEAD)).ok_or(WebUiError::Index)?;
+        let (before, after) = index.and_then(|text| text.split_once(HEAD)).ok_or(WebUiError::Index)?;
         let index = format!(
-            "{before}{HEAD}{}<script type=\"importmap\">{}</script><script>{}</script>{behind}",
-            policy(connection),
+            "{before}{HEAD}{}<script type=\"importmap\">{}</script><script>{}</script>{after}",
+            content_security_policy(connection),
             in_script(&json!({"imports": imports})),
             script(connection)
         );
@@ -318,20 +285,20 @@ impl Site {
         Ok(Self(files))
     }
 
-    /// Adds the editor, after fetching it if it is not there yet.
+    /// Adds the editor. Fetches it first, if necessary.
     ///
     /// # Errors
-    /// It cannot be fetched, or is another than expected. The site is as it was then: the UI works, but diffs are blank.
+    /// The editor cannot be fetched, or has an unexpected digest. The site is then unchanged: the UI works, but diffs are blank.
     pub async fn add_editor(&mut self, folder: &Path) -> Result<(), WebUiError> {
         let installed = install(&EDITOR, folder).await?;
-        let at = editor_path();
+        let path = editor_path();
         let mut files = EDITOR.licenses_from(&installed)?;
         for (name, bytes) in files_below(&installed.join(EDITOR.served))? {
-            if !name.starts_with(EDITOR_TRANSLATION) {
+            if !name.starts_with(EDITOR_TRANSLATION_PREFIX) {
                 files.insert(format!("vs/{name}"), bytes);
             }
         }
-        self.0.extend(files.into_iter().map(|(name, bytes)| (format!("{at}/{name}"), bytes)));
+        self.0.extend(files.into_iter().map(|(name, bytes)| (format!("{path}/{name}"), bytes)));
         Ok(())
     }
 
@@ -340,10 +307,10 @@ impl Site {
         ([(CONTENT_TYPE, content_type(INDEX)), (CACHE_CONTROL, "no-store")], bytes).into_response()
     }
 
-    /// Writes the files to a folder, to be hosted from there.
+    /// Writes the files to a folder, for hosting them from there.
     ///
     /// # Errors
-    /// A file that cannot be written.
+    /// A file cannot be written.
     pub fn write(&self, folder: &Path) -> Result<(), WebUiError> {
         for (name, bytes) in &self.0 {
             let path = folder.join(name);
@@ -354,14 +321,13 @@ impl Site {
         Ok(())
     }
 
-    /// How many files there are.
     #[must_use]
-    pub fn files(&self) -> usize {
+    pub fn file_count(&self) -> usize {
         self.0.len()
     }
 }
 
-/// The files below a folder, by their paths from there.
+/// The files below a folder, by their relative paths.
 fn files_below(folder: &Path) -> Result<BTreeMap<String, Bytes>, WebUiError> {
     let mut files = BTreeMap::new();
     let mut folders = vec![folder.to_owned()];
@@ -379,20 +345,21 @@ fn files_below(folder: &Path) -> Result<BTreeMap<String, Bytes>, WebUiError> {
     Ok(files)
 }
 
-/// Where the UI loads its editor from by itself.
+/// The URL from which the unchanged UI loads its editor.
 fn editor_origin() -> String {
     format!("https://cdn.jsdelivr.net/npm/{}@{}/{}", EDITOR.name, EDITOR.version, EDITOR.served)
 }
 
-/// Where the editor is served here.
+/// The path at which this server serves the editor.
 fn editor_path() -> String {
     format!("{ASSETS}{}-{}", EDITOR.name, EDITOR.version)
 }
 
-/// The scripts that load the editor, by their names: each as it is when it loads the one that is served here, with a name of its own.
+/// Finds the scripts that load the editor. Returns for each a changed copy, which loads the editor from this server, under a new name.
 ///
-/// Browsers keep assets for a year by their names. They get the changed ones by an import map of the first page, which they do not keep:
-/// who has been here before would otherwise go on with the script that loads the editor from the CDN.
+/// Browsers cache assets by name for a year. An import map in the first page, which is not cached, maps the old names to the new ones;
+/// with the old names, a browser that has visited the page before would continue to use its cached script and load the editor from
+/// the CDN.
 fn with_own_editor(files: &BTreeMap<String, Bytes>) -> Result<BTreeMap<String, (String, Bytes)>, WebUiError> {
     let (origin, own) = (editor_origin(), format!("/{}/vs", editor_path()));
     let mut replaced = BTreeMap::new();
@@ -407,39 +374,40 @@ fn with_own_editor(files: &BTreeMap<String, Bytes>) -> Result<BTreeMap<String, (
     if replaced.is_empty() { Err(WebUiError::Editor) } else { Ok(replaced) }
 }
 
-/// The page loads nothing from elsewhere, and calls this server and its agent servers alone, as far as it is known where those are. By
-/// itself the UI would also load fonts and the logos of MCP servers, ask for newer versions of itself, and call its makers' telemetry.
-fn policy(connection: &Connection) -> String {
+/// The Content-Security-Policy of the page: it loads nothing from other servers, and connects only to this server and to agent servers,
+/// as far as their addresses are known. The unchanged UI would also load fonts and the logos of MCP servers, check for newer versions
+/// of itself, and send telemetry to its vendor.
+fn content_security_policy(connection: &Connection) -> String {
     let host = connection.host.as_deref().and_then(|host| host.parse::<reqwest::Url>().ok());
     let host = host.map(|host| host.origin().ascii_serialization()).unwrap_or_default();
-    let reach = connection.reach;
+    let connect_src = connection.connect_src;
     format!(
         "<meta http-equiv=\"Content-Security-Policy\" content=\"script-src 'self' 'unsafe-inline' 'wasm-unsafe-eval' blob:; \
          style-src 'self' 'unsafe-inline'; font-src 'self' data:; img-src 'self' data: blob:; \
          worker-src 'self' blob:; \
-         connect-src 'self' data: blob: {host} {reach}\">"
+         connect-src 'self' data: blob: {host} {connect_src}\">"
     )
 }
 
 fn script(connection: &Connection) -> String {
     let server = json!({
         "host": connection.host,
-        "asks_for_key": connection.question.is_some(),
-        "question": connection.question,
+        "needs_key": connection.key_prompt.is_some(),
+        "key_prompt": connection.key_prompt,
         "has_model": connection.has_model,
     });
     SCRIPT.replace("__SERVER__", &in_script(&server))
 }
 
-/// As it can be in a script of a page, which `<` could end.
+/// JSON for a script element, which the character `<` could end.
 fn in_script(value: &Value) -> String {
     value.to_string().replace('<', "\\u003c")
 }
 
-/// Gives the UI of this folder, after fetching it if it is not there yet, without its editor.
+/// Returns the UI in this folder, without its editor. Fetches it first, if necessary.
 ///
 /// # Errors
-/// It cannot be fetched, or is another than expected; nothing of it is left behind then.
+/// The UI cannot be fetched, or has an unexpected digest. Nothing of it then stays in the folder.
 pub async fn ensure(folder: &Path, connection: &Connection) -> Result<Site, WebUiError> {
     let installed = install(&UI, folder).await?;
     let mut site = Site::read(&installed.join(UI.served), connection)?;
@@ -447,17 +415,17 @@ pub async fn ensure(folder: &Path, connection: &Connection) -> Result<Site, WebU
     Ok(site)
 }
 
-/// Where the package is in this folder, after fetching it if it is not there yet.
+/// Returns the folder of the package. Fetches the package first, if necessary.
 async fn install(package: &Package, folder: &Path) -> Result<PathBuf, WebUiError> {
     let installed = folder.join(package.folder_name());
     if !installed.is_dir() {
         tracing::info!("Fetching {} {} for the web UI.", package.name, package.version);
         fs::create_dir_all(folder).map_err(file_error(folder))?;
-        // Gone when dropped, whatever happens.
+        // Removed when dropped, on success and on failure.
         let draft = tempfile::Builder::new().prefix("fetching-").tempdir_in(folder).map_err(file_error(folder))?;
         fetch(package, draft.path()).await?;
         let unpacked = draft.path().join("package");
-        // Another run may have been faster; a folder with anything in it is not replaced.
+        // The rename fails if another run was faster, because it does not replace a folder that is not empty.
         if let Err(source) = fs::rename(&unpacked, &installed)
             && !installed.is_dir()
         {
@@ -467,15 +435,15 @@ async fn install(package: &Package, folder: &Path) -> Result<PathBuf, WebUiError
     Ok(installed)
 }
 
-/// Fetches the package, and unpacks what is needed of it into `package/` in this folder.
+/// Downloads the package, and unpacks its served files and licenses into `package/` in this folder.
 async fn fetch(package: &Package, folder: &Path) -> Result<(), WebUiError> {
     let what = package.title;
     let mut npm = Command::new("npm");
     npm.arg("pack").arg(format!("{}@{}", package.name, package.version)).arg("--pack-destination").arg(folder);
-    // Its own scripts have nothing to do here.
+    // The package's scripts are not needed, so they are not executed.
     npm.args(["--ignore-scripts", "--loglevel=error", "--no-update-notifier", "--no-fund"]).current_dir(folder);
-    let hint = "It comes with Node.js; without --ui nothing of it is needed.";
-    run(what, "npm", hint, npm, FETCH_LIMIT).await?;
+    let hint = "It is part of Node.js. Without --ui it is not needed.";
+    run(what, "npm", hint, npm, FETCH_TIMEOUT).await?;
     let packed = fs::read_dir(folder)
         .map_err(file_error(folder))?
         .filter_map(|entry| Some(entry.ok()?.path()))
@@ -483,17 +451,17 @@ async fn fetch(package: &Package, folder: &Path) -> Result<(), WebUiError> {
         .ok_or_else(|| WebUiError::Failed {
             what,
             program: "npm",
-            said: "nothing, and it left no package.".to_owned(),
+            output: "no package was written.".to_owned(),
         })?;
-    check(package, &fs::read(&packed).map_err(file_error(&packed))?)?;
+    check_digest(package, &fs::read(&packed).map_err(file_error(&packed))?)?;
     let mut tar = Command::new("tar");
     tar.arg("-xzf").arg(&packed).arg("-C").arg(folder);
     tar.args(package.licenses.iter().chain([&package.served]).map(|member| format!("package/{member}")));
-    run(what, "tar", "Every distribution has it.", tar, UNPACK_LIMIT).await
+    run(what, "tar", "Every Linux distribution has a package for it.", tar, UNPACK_TIMEOUT).await
 }
 
-/// Whether it is the package that is pinned here.
-fn check(package: &Package, packed: &[u8]) -> Result<(), WebUiError> {
+/// Compares the digest of a download with the pinned one.
+fn check_digest(package: &Package, packed: &[u8]) -> Result<(), WebUiError> {
     let Package { name, version, integrity: expected, .. } = package;
     let found = BASE64_STANDARD.encode(Sha512::digest(packed));
     if found == *expected {
@@ -517,19 +485,19 @@ async fn run(
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             return Err(WebUiError::Missing { what, program, hint });
         }
-        Err(error) => return Err(WebUiError::Failed { what, program, said: format!("{error}.") }),
+        Err(error) => return Err(WebUiError::Failed { what, program, output: format!("{error}.") }),
     };
     if output.status.success() {
         Ok(())
     } else {
-        Err(WebUiError::Failed { what, program, said: beginning_of(&output) })
+        Err(WebUiError::Failed { what, program, output: beginning_of(&output) })
     }
 }
 
-/// The beginning of what a program said, in one line: npm says first what is wrong, and last what is always good advice.
+/// The beginning of a program's error output, in one line: npm first prints the error, and then general advice.
 fn beginning_of(output: &Output) -> String {
-    let said = String::from_utf8_lossy(&output.stderr);
-    let lines = said.lines().map(|line| line.trim().trim_start_matches("npm error").trim());
+    let text = String::from_utf8_lossy(&output.stderr);
+    let lines = text.lines().map(|line| line.trim().trim_start_matches("npm error").trim());
     let lines: Vec<&str> = lines.filter(|line| !line.is_empty()).take(QUOTED_LINES).collect();
     if lines.is_empty() { format!("{}.", output.status) } else { format!("{}.", lines.join(" ").trim_end_matches('.')) }
 }
@@ -547,7 +515,7 @@ mod tests {
 
     use super::*;
 
-    const HERE: Connection = Connection { host: None, question: None, has_model: true, reach: LOOPBACK };
+    const HERE: Connection = Connection { host: None, key_prompt: None, has_model: true, connect_src: LOOPBACK };
 
     const LOADER: &str = "a={vs:`https://cdn.jsdelivr.net/npm/monaco-editor@0.55.1/min/vs`}";
 
@@ -568,11 +536,11 @@ mod tests {
         body: String,
     }
 
-    async fn ask(ui: &WebUi, method: Method, path: &str, accept: &str) -> Answer {
+    async fn request(ui: &WebUi, method: Method, path: &str, accept: &str) -> Answer {
         let api = get(async || "the API").post(async || "the API");
         let routes = Router::new().route("/api/v1/settings", api.clone()).route("/alive", api.clone()).route("/", api);
-        let request = Request::builder().method(method).uri(path).header(ACCEPT, accept).body(Body::empty()).unwrap();
-        let answer = ui.before(routes).oneshot(request).await.unwrap();
+        let sent = Request::builder().method(method).uri(path).header(ACCEPT, accept).body(Body::empty()).unwrap();
+        let answer = ui.layer(routes).oneshot(sent).await.unwrap();
         let header = |name| answer.headers().get(name).map_or("", |value| value.to_str().unwrap()).to_owned();
         let (status, kind, caching) = (answer.status().as_u16(), header(CONTENT_TYPE), header(CACHE_CONTROL));
         let body = to_bytes(answer.into_body(), usize::MAX).await.unwrap();
@@ -582,41 +550,41 @@ mod tests {
     const HTML: &str = "text/html,application/xhtml+xml,*/*;q=0.8";
 
     #[tokio::test]
-    async fn files_pages_and_the_api_are_told_apart() {
+    async fn files_pages_and_the_api_are_distinguished() {
         let ui = WebUi::default();
         ui.set(Site::read(built().path(), &HERE));
         for path in ["/", "/index.html", "/conversations/1", "/settings/llm?from=here"] {
-            let page = ask(&ui, Method::GET, path, HTML).await;
+            let page = request(&ui, Method::GET, path, HTML).await;
             assert_eq!((page.status, page.kind.as_str()), (200, "text/html; charset=utf-8"), "{path}");
             assert_eq!(page.caching, "no-store", "{path}: the next run may serve another");
             assert!(page.body.contains("<title>UI</title>"), "{path}: {}", page.body);
         }
-        let script = ask(&ui, Method::GET, "/assets/app-1.js", "*/*").await;
+        let script = request(&ui, Method::GET, "/assets/app-1.js", "*/*").await;
         assert_eq!((script.kind.as_str(), script.body.as_str()), ("text/javascript; charset=utf-8", "app()"));
         assert!(script.caching.contains("immutable"));
-        let icon = ask(&ui, Method::GET, "/favicon.svg", "image/*").await;
+        let icon = request(&ui, Method::GET, "/favicon.svg", "image/*").await;
         assert_eq!((icon.kind.as_str(), icon.caching.as_str()), ("image/svg+xml", "no-cache"));
         for (method, path) in [(Method::GET, "/api/v1/settings"), (Method::GET, "/alive"), (Method::POST, "/")] {
-            assert_eq!(ask(&ui, method, path, HTML).await.body, "the API", "{path}");
+            assert_eq!(request(&ui, method, path, HTML).await.body, "the API", "{path}");
         }
         for path in ["/api/v1/none", "/assets/app-2.js", "/assets/../Cargo.toml", "/%2e%2e/etc/passwd.txt"] {
-            assert_eq!(ask(&ui, Method::GET, path, HTML).await.status, 404, "{path}");
+            assert_eq!(request(&ui, Method::GET, path, HTML).await.status, 404, "{path}");
         }
-        assert_eq!(ask(&ui, Method::GET, "/none", "application/json").await.status, 404, "no page was asked for");
+        assert_eq!(request(&ui, Method::GET, "/none", "application/json").await.status, 404, "the request accepts no HTML");
     }
 
     #[test]
-    fn the_page_is_told_which_server_it_is_of_before_anything_runs() {
+    fn the_page_gets_its_server_before_other_scripts_run() {
         let index = |connection: &Connection| {
             let site = Site::read(built().path(), connection).unwrap();
             String::from_utf8(site.0[INDEX].to_vec()).unwrap()
         };
         let page = index(&HERE);
         assert!(page.starts_with("<!DOCTYPE html><html><head><meta http-equiv=\"Content-Security-Policy\""), "{page}");
-        assert!(page.contains(r#""host":null,"asks_for_key":false"#) && page.contains(LOOPBACK), "{page}");
+        assert!(page.contains(r#""host":null,"needs_key":false"#) && page.contains(LOOPBACK), "{page}");
         let host = Some("https://api.example.org/v1</script>".to_owned());
-        let page = index(&Connection { host, question: Some("Key?"), has_model: false, reach: ANYWHERE });
-        assert!(page.contains(r#""host":"https://api.example.org/v1\u003c/script>","asks_for_key":true"#), "{page}");
+        let page = index(&Connection { host, key_prompt: Some("Key?"), has_model: false, connect_src: ANYWHERE });
+        assert!(page.contains(r#""host":"https://api.example.org/v1\u003c/script>","needs_key":true"#), "{page}");
         assert!(page.contains("blob: https://api.example.org http: ws:"), "{page}");
         assert!(page.contains("img-src 'self' data: blob:;"), "{page}");
         assert_eq!(page.matches("</script>").count(), 2, "{page}");
@@ -628,14 +596,14 @@ mod tests {
     }
 
     #[test]
-    fn the_page_loads_its_editor_from_here() {
+    fn the_page_loads_its_editor_from_this_server() {
         let site = Site::read(built().path(), &HERE).unwrap();
         let page = text(&site, INDEX);
         let map = page.split_once("<script type=\"importmap\">").unwrap().1.split_once("</script>").unwrap().0;
         let map: Value = serde_json::from_str(map).unwrap();
         assert_eq!(map, json!({"imports": {"/assets/tab-1.js": "/assets/tab-1.monaco-editor-0.55.1.js"}}));
         assert_eq!(text(&site, "assets/tab-1.monaco-editor-0.55.1.js"), "a={vs:`/assets/monaco-editor-0.55.1/vs`}");
-        assert_eq!(text(&site, "assets/tab-1.js"), LOADER, "what browsers may have kept is not changed");
+        assert_eq!(text(&site, "assets/tab-1.js"), LOADER, "an asset that browsers may have cached is not changed");
         assert!(page.find("importmap") < page.find("openhands-backends"), "{page}");
         let policy = page.split_once("content=\"").unwrap().1.split_once('"').unwrap().0;
         assert!(!policy.contains("cdn"), "{policy}");
@@ -652,7 +620,7 @@ mod tests {
         }
     }
 
-    /// As a package is when it has been fetched.
+    /// Writes the files of a package as an install does.
     fn installed(folder: &Path, package: &Package, files: &[(&str, &str)]) -> PathBuf {
         let at = folder.join(package.folder_name());
         for (name, text) in files {
@@ -664,7 +632,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_editor_is_served_beside_the_ui() {
+    async fn the_editor_is_served_with_the_ui() {
         let folder = TempDir::new().unwrap();
         let page = "<html><head></head></html>";
         let files = [("build/index.html", page), ("build/assets/tab-1.js", LOADER), ("LICENSE", "of the UI")];
@@ -679,58 +647,58 @@ mod tests {
         ];
         let editor = installed(folder.path(), &EDITOR, &files);
         let mut site = ensure(folder.path(), &HERE).await.unwrap();
-        let without = site.files();
+        let without = site.file_count();
 
-        // What is not whole costs the UI nothing.
+        // An incomplete editor does not change the UI.
         fs::rename(editor.join("min"), editor.join("hidden")).unwrap();
         assert!(matches!(site.add_editor(folder.path()).await, Err(WebUiError::File { .. })));
         fs::rename(editor.join("hidden"), editor.join("min")).unwrap();
         fs::rename(editor.join(LICENSE), editor.join("hidden")).unwrap();
         assert!(matches!(site.add_editor(folder.path()).await, Err(WebUiError::File { .. })));
         fs::rename(editor.join("hidden"), editor.join(LICENSE)).unwrap();
-        assert_eq!(site.files(), without);
+        assert_eq!(site.file_count(), without);
 
         site.add_editor(folder.path()).await.unwrap();
-        assert_eq!(site.files(), without + files.len() - 1, "all but the translation: {:?}", site.0.keys());
+        assert_eq!(site.file_count(), without + files.len() - 1, "all but the translation: {:?}", site.0.keys());
         assert_eq!(text(&site, "LICENSE.txt"), "of the UI");
         assert_eq!(text(&site, "assets/monaco-editor-0.55.1/LICENSE.txt"), "of the editor");
         assert_eq!(text(&site, "assets/monaco-editor-0.55.1/ThirdPartyNotices.txt"), "of others");
         let ui = WebUi::default();
         ui.set(Ok(site));
-        let script = ask(&ui, Method::GET, "/assets/monaco-editor-0.55.1/vs/loader.js", "*/*").await;
+        let script = request(&ui, Method::GET, "/assets/monaco-editor-0.55.1/vs/loader.js", "*/*").await;
         assert_eq!((script.kind.as_str(), script.body.as_str()), ("text/javascript; charset=utf-8", "load()"));
-        let style = ask(&ui, Method::GET, "/assets/monaco-editor-0.55.1/vs/editor/editor.main.css", "*/*").await;
+        let style = request(&ui, Method::GET, "/assets/monaco-editor-0.55.1/vs/editor/editor.main.css", "*/*").await;
         assert_eq!(style.kind, "text/css; charset=utf-8");
     }
 
     #[test]
-    fn a_page_that_cannot_be_told_is_not_served() {
+    fn a_page_without_a_head_is_not_served() {
         let folder = built();
         fs::write(folder.path().join(INDEX), "<html></html>").unwrap();
         assert!(matches!(Site::read(folder.path(), &HERE), Err(WebUiError::Index)));
     }
 
     #[tokio::test]
-    async fn until_it_is_there_its_page_says_why_not() {
+    async fn until_the_ui_is_ready_its_page_says_why_not() {
         let ui = WebUi::default();
-        let page = ask(&ui, Method::GET, "/", HTML).await;
+        let page = request(&ui, Method::GET, "/", HTML).await;
         assert!(page.status == 503 && page.body.contains("http-equiv=\"refresh\""), "{}", page.body);
-        let failed = WebUiError::Failed { what: UI.title, program: "npm", said: "<b> & more".to_owned() };
+        let failed = WebUiError::Failed { what: UI.title, program: "npm", output: "<b> & more".to_owned() };
         ui.set(Err(failed));
-        let page = ask(&ui, Method::GET, "/", HTML).await;
-        assert!(page.status == 503 && page.body.contains("npm says: &lt;b> &amp; more"), "{}", page.body);
+        let page = request(&ui, Method::GET, "/", HTML).await;
+        assert!(page.status == 503 && page.body.contains("npm reports: &lt;b> &amp; more"), "{}", page.body);
         assert!(!page.body.contains("refresh"), "{}", page.body);
         for (path, accept) in [("/api/v1/settings", HTML), ("/alive", HTML), ("/", "*/*")] {
-            assert_eq!(ask(&ui, Method::GET, path, accept).await.body, "the API", "{path}");
+            assert_eq!(request(&ui, Method::GET, path, accept).await.body, "the API", "{path}");
         }
     }
 
     #[tokio::test]
-    async fn what_is_not_the_pinned_package_is_not_used() {
+    async fn only_the_pinned_package_is_used() {
         for package in [&UI, &EDITOR] {
-            let error = check(package, b"something else").unwrap_err().to_string();
+            let error = check_digest(package, b"something else").unwrap_err().to_string();
             let names = error.contains(package.name) && error.contains(package.integrity);
-            assert!(names && error.contains("Nothing of it is used"), "{error}");
+            assert!(names && error.contains("It was discarded"), "{error}");
         }
         let limit = Duration::from_secs(5);
         let missing = run(UI.title, "npm", "Get it.", Command::new("no-such-program-here"), limit).await;
@@ -739,7 +707,7 @@ mod tests {
         let mut fails = Command::new("sh");
         fails.args(["-c", "echo npm error first >&2; echo second >&2; exit 1"]);
         let failed = run(EDITOR.title, "npm", "", fails, limit).await.unwrap_err().to_string();
-        assert_eq!(failed, "The editor of the web UI could not be fetched: npm says: first second.");
+        assert_eq!(failed, "The editor of the web UI could not be fetched: npm reports: first second.");
         let mut hangs = Command::new("sleep");
         hangs.arg("60");
         let slow = run(UI.title, "npm", "", hangs, Duration::from_millis(10)).await.unwrap_err();
@@ -747,11 +715,11 @@ mod tests {
     }
 
     #[test]
-    fn it_can_be_written_to_a_folder() {
+    fn the_ui_can_be_written_to_a_folder() {
         let folder = TempDir::new().unwrap();
         let site = Site::read(built().path(), &HERE).unwrap();
         site.write(folder.path()).unwrap();
-        assert_eq!(site.files(), 5);
+        assert_eq!(site.file_count(), 5);
         assert_eq!(fs::read_to_string(folder.path().join("assets/app-1.js")).unwrap(), "app()");
         assert!(fs::read_to_string(folder.path().join(INDEX)).unwrap().contains("openhands-backends"));
     }

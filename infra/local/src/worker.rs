@@ -1,4 +1,5 @@
-//! What SQS, Lambda and the scheduler do on AWS: messages become invocations of the start worker, and a clock rings.
+//! Stands in for Lambda's event source mapping and for EventBridge Scheduler: polls the queue, invokes the worker with each
+//! message, and runs the sweep on a schedule.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,40 +14,41 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
-/// Invocations at a time.
+/// Concurrent invocations.
 const CONCURRENCY: usize = 64;
-/// The longest invocation, as on AWS, and bytes of its answer.
-const INVOCATION: Duration = Duration::from_secs(900);
-const ANSWER_LIMIT: usize = 6 * 1024 * 1024;
+/// The time limit of an invocation, as on AWS.
+const INVOCATION_TIMEOUT: Duration = Duration::from_secs(900);
+const MAX_RESPONSE_BYTES: usize = 6 * 1024 * 1024;
 const LONG_POLL_SECONDS: i32 = 20;
-const AFTER_FAILED_POLL: Duration = Duration::from_secs(1);
-/// Every minute on AWS, where a sweep costs money.
+const FAILED_POLL_DELAY: Duration = Duration::from_secs(1);
+/// The interval is a minute on AWS, where each sweep costs money.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Where the start worker is.
+/// How the worker is invoked.
 #[derive(Clone, Debug)]
 pub enum Worker {
-    /// In this process.
-    Here(Arc<start_worker::Context>),
-    /// Behind the invocation API that `cargo lambda watch` serves at this address.
-    At(Outbound, String),
+    /// By a function call in this process.
+    InProcess(Arc<start_worker::Context>),
+    /// Through the invocation API that `cargo lambda watch` serves at this address.
+    Remote(Outbound, String),
 }
 
 impl Worker {
-    /// Invokes the worker; returns the ids of the messages that are to be delivered again.
+    /// Invokes the worker. Returns the ids of the messages that have to be redelivered.
     async fn invoke(&self, event: Value) -> Result<Vec<String>, String> {
         let failures = match self {
-            Self::Here(context) => {
+            Self::InProcess(context) => {
                 let response = start_worker::handle(context, event).await.map_err(|error| error.context())?;
                 response.batch_item_failures.into_iter().map(|failure| failure.item_identifier).collect()
             }
-            Self::At(http, url) => {
+            Self::Remote(http, url) => {
                 let url = format!("{}/2015-03-31/functions/start-worker/invocations", url.trim_end_matches('/'));
                 let request = http.request(Method::POST, &url).map_err(|error| error.to_string())?;
                 let request = request.with(|request| request.json(&event));
-                let answer = request.send(INVOCATION, |_| ANSWER_LIMIT).await.map_err(|error| error.to_string())?;
+                let answer =
+                    request.send(INVOCATION_TIMEOUT, |_| MAX_RESPONSE_BYTES).await.map_err(|error| error.to_string())?;
                 if !answer.status.is_success() {
-                    return Err(format!("{url} answered {}", answer.status));
+                    return Err(format!("{url} returned {}", answer.status));
                 }
                 let response: Value = serde_json::from_slice(&answer.body).map_err(|error| error.to_string())?;
                 let failures = response["batchItemFailures"].as_array().cloned().unwrap_or_default();
@@ -60,19 +62,19 @@ impl Worker {
     }
 }
 
-/// Sweeps at once, for what an earlier run left unfinished, and then on schedule. Runs until it is dropped.
+/// Sweeps immediately, for work that an earlier run left unfinished, and then at each interval. Runs until it is dropped.
 pub async fn sweep(worker: Worker) {
-    let mut clock = interval(SWEEP_INTERVAL);
-    clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut timer = interval(SWEEP_INTERVAL);
+    timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        clock.tick().await;
+        timer.tick().await;
         if let Err(error) = worker.invoke(json!({"source": "aws.scheduler"})).await {
             tracing::warn!(%error, "local.sweep_failed");
         }
     }
 }
 
-/// Polls a queue into the worker. Runs until it is dropped; what is being handled then is dropped with it.
+/// Polls a queue and invokes the worker with each message. Runs until it is dropped, which also cancels running invocations.
 pub async fn poll(sqs: Client, queue_url: String, worker: Worker) {
     let permits = Arc::new(Semaphore::new(CONCURRENCY));
     let mut running = JoinSet::new();
@@ -95,7 +97,7 @@ pub async fn poll(sqs: Client, queue_url: String, worker: Worker) {
             Ok(received) => received.messages.unwrap_or_default().pop(),
             Err(error) => {
                 tracing::warn!(error = %aws_sdk_sqs::error::DisplayErrorContext(&error), "local.poll_failed");
-                sleep(AFTER_FAILED_POLL).await;
+                sleep(FAILED_POLL_DELAY).await;
                 None
             }
         };
@@ -114,17 +116,17 @@ async fn handle(sqs: &Client, queue_url: &str, worker: &Worker, message: Message
         Ok(failures) if failures.is_empty() => {
             let receipt = message.receipt_handle.unwrap_or_default();
             if let Err(error) = sqs.delete_message().queue_url(queue_url).receipt_handle(receipt).send().await {
-                // It will be delivered again, and find that there is nothing to do.
+                // Harmless: the message is redelivered, and its job finds nothing left to do.
                 tracing::warn!(error = %aws_sdk_sqs::error::DisplayErrorContext(&error), "local.message_not_deleted");
             }
         }
-        // It stays, hidden, and is delivered again; the sweep is quicker.
+        // The message stays in flight until its visibility timeout; usually the sweep enqueues the job earlier.
         Ok(_) => {}
         Err(error) => tracing::warn!(%error, "local.worker_failed"),
     }
 }
 
-/// A message as Lambda gets it.
+/// The message as a record of Lambda's SQS event.
 fn record(queue_url: &str, message: &Message) -> Value {
     let queue = queue_url.rsplit('/').next().unwrap_or_default();
     let attributes: HashMap<String, String> =
