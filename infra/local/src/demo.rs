@@ -1,5 +1,5 @@
 //! `cargo local --demo`: a script in this process replaces the language model, so that the whole product can be tried without an API
-//! key. The script's answers say that they are scripted.
+//! key. The script's answers state that they are scripted.
 //!
 //! Everything else is real: the agent server, its sandbox, the command that the agent runs.
 

@@ -406,8 +406,8 @@ async fn a_server_without_sandboxes_is_alive_at_once_and_its_starts_fail_with_th
 #[test]
 fn invalid_options_are_refused_with_a_message() {
     let data = Data::new();
-    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = taken.local_addr().unwrap().port().to_string();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port().to_string();
     let text = data.refusal(&["--sandbox", "none", "--port", &port]);
     assert!(text.contains(&format!("Port {port}")) && text.contains("--port"), "{text}");
 

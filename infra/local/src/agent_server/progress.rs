@@ -94,7 +94,7 @@ impl Progress for Terminal {
     fn report(&self, event: Event) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let state = &mut *state;
-        let took = match (&event, state.started) {
+        let duration = match (&event, state.started) {
             (Event::Done, started) => started.map(|started| started.elapsed()),
             (Event::Installing { .. } | Event::Waiting, None) => {
                 state.started = Some(Instant::now());
@@ -103,7 +103,7 @@ impl Progress for Terminal {
             _ => None,
         };
         let Some(bar) = &state.bar else {
-            if let Some(line) = state.plain.line(&event, took, Instant::now()) {
+            if let Some(line) = state.plain.line(&event, duration, Instant::now()) {
                 // If stderr is closed, the install continues without output.
                 let _ = writeln!(io::stderr(), "{line}");
             }
@@ -112,8 +112,8 @@ impl Progress for Terminal {
         match event {
             Event::Done => {
                 bar.finish_and_clear();
-                if let Some(took) = took {
-                    let _ = writeln!(io::stderr(), "{}", ready(took));
+                if let Some(duration) = duration {
+                    let _ = writeln!(io::stderr(), "{}", ready(duration));
                 }
             }
             Event::Installing { line, done, of } => {
@@ -135,8 +135,8 @@ impl Progress for Terminal {
     }
 }
 
-fn ready(took: Duration) -> String {
-    format!("The agent server is ready ({} s)", took.as_secs())
+fn ready(duration: Duration) -> String {
+    format!("The agent server is ready ({} s)", duration.as_secs())
 }
 
 fn describe(event: &Event) -> String {
@@ -159,10 +159,10 @@ struct PlainLines {
 }
 
 impl PlainLines {
-    fn line(&mut self, event: &Event, took: Option<Duration>, now: Instant) -> Option<String> {
+    fn line(&mut self, event: &Event, duration: Option<Duration>, now: Instant) -> Option<String> {
         let line = match event {
             Event::Searching | Event::Found(_) => return None,
-            Event::Done => return took.map(ready),
+            Event::Done => return duration.map(ready),
             Event::Installing { .. } if self.last.is_some_and(|last| now - last < LINE_INTERVAL) => {
                 return None;
             }

@@ -662,15 +662,15 @@ async fn engines_report_why_they_cannot_start() {
     assert!(text.contains(data.path().to_str().unwrap()) && text.contains("in use by another process"), "{text}");
 
     let other = TempDir::new().unwrap();
-    let taken: u16 = engines.sqs.rsplit(':').next().unwrap().parse().unwrap();
-    let text = refused(other.path(), EnginePorts { sqs: taken, ..EnginePorts::default() }).await;
-    assert!(text.contains(&format!("Port {taken} on 127.0.0.1 cannot be opened for SQS")), "{text}");
+    let used_port: u16 = engines.sqs.rsplit(':').next().unwrap().parse().unwrap();
+    let text = refused(other.path(), EnginePorts { sqs: used_port, ..EnginePorts::default() }).await;
+    assert!(text.contains(&format!("Port {used_port} on 127.0.0.1 cannot be opened for SQS")), "{text}");
 
     // The folder and the ports are free after a shutdown, and soon after a drop.
     engines.shutdown().await;
-    let ports = EnginePorts { sqs: taken, ..EnginePorts::default() };
+    let ports = EnginePorts { sqs: used_port, ..EnginePorts::default() };
     let engines = listening(data.path(), ports).await.unwrap();
-    assert_eq!(engines.sqs, format!("http://127.0.0.1:{taken}"));
+    assert_eq!(engines.sqs, format!("http://127.0.0.1:{used_port}"));
     assert!(engines.environment().contains(&("AWS_ENDPOINT_URL_SQS".to_owned(), engines.sqs.clone())));
     drop(engines);
     listening(data.path(), EnginePorts::default()).await.unwrap().shutdown().await;
