@@ -11,7 +11,7 @@ use aws_types::sdk_config::SharedCredentialsProvider;
 use aws_types::service_config::{LoadServiceConfig, ServiceConfigKey};
 
 use crate::config::text;
-use crate::measure::Units;
+use crate::metrics::Units;
 
 /// By default the SDK waits for ever for an answer. A call to DynamoDB is done in milliseconds, or was lost.
 const DYNAMODB_ATTEMPT: Duration = Duration::from_secs(5);

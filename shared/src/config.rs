@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use crate::outbound::Reach;
+use crate::http_client::AddressPolicy;
 use crate::sandbox::spec;
 use secrecy::{ExposeSecret as _, SecretString};
 
@@ -24,8 +24,8 @@ pub struct Names {
     pub users: String,
     /// `BUCKET`
     pub bucket: String,
-    /// `START_QUEUE_URL`
-    pub start_queue_url: String,
+    /// `JOB_QUEUE_URL`
+    pub job_queue_url: String,
 }
 
 impl Names {
@@ -39,7 +39,7 @@ impl Names {
             events: format!("{prefix}events"),
             users: format!("{prefix}users"),
             bucket: format!("{prefix}data"),
-            start_queue_url: String::new(),
+            job_queue_url: String::new(),
         }
     }
 }
@@ -61,8 +61,8 @@ pub struct StartConfig {
     /// turns the probe off).
     pub mcp_probe_timeout: Duration,
     /// How long a worker waits in its own process before it gives the task back to the queue
-    /// (`START_PATIENCE_MS`, 2000). On Lambda waiting is paid for; locally it is free.
-    pub patience: Duration,
+    /// (`START_INLINE_WAIT_MS`, 2000). On Lambda waiting is paid for; locally it is free.
+    pub inline_wait: Duration,
     /// How long a worker's claim on a task lasts without being renewed (`START_LEASE_SECONDS`, 15).
     pub lease: Duration,
     /// Pause between two looks at something that is waited for (`START_POLL_MS`, 100).
@@ -99,7 +99,7 @@ impl Default for StartConfig {
             step_timeout: Duration::from_secs(300),
             agent_request_timeout: Duration::from_secs(120),
             mcp_probe_timeout: Duration::from_secs(5),
-            patience: Duration::from_secs(2),
+            inline_wait: Duration::from_secs(2),
             lease: Duration::from_secs(15),
             poll: Duration::from_millis(100),
             keep_alive: Duration::from_secs(10),
@@ -324,8 +324,8 @@ fn list(name: &str) -> Vec<String> {
         .unwrap_or_default()
 }
 
-/// What [`Config::look_budget`] is unless it is set.
-pub const LOOK_BUDGET: Duration = Duration::from_secs(20);
+/// The default of [`Config::sandbox_request_budget`].
+pub const SANDBOX_REQUEST_BUDGET: Duration = Duration::from_secs(20);
 
 /// Where the key is under which secrets are sealed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -351,12 +351,12 @@ pub struct Config {
     pub single_user: bool,
     /// The time that one page may spend on asking agent servers for live status (`LIVE_STATUS_BUDGET_MS`, 1500).
     pub live_status_budget: Duration,
-    /// The time that a request has which looks into a sandbox (`LOOK_BUDGET_MS`, 20000); API gateways wait for 29 s.
-    pub look_budget: Duration,
+    /// The time limit of a request that inspects a sandbox (`SANDBOX_REQUEST_BUDGET_MS`, 20000). API Gateway waits for 29 s.
+    pub sandbox_request_budget: Duration,
     /// Exports.
     pub export: ExportConfig,
     /// Where agent servers may be (`ALLOW_PRIVATE_AGENT_SERVERS`, false): at public addresses, or anywhere.
-    pub reach: Reach,
+    pub address_policy: AddressPolicy,
 }
 
 /// A variable that is missing or does not read as what it should be.
@@ -380,7 +380,7 @@ impl Config {
             events: required("EVENTS_TABLE")?,
             users: required("USERS_TABLE")?,
             bucket: required("BUCKET")?,
-            start_queue_url: required("START_QUEUE_URL")?,
+            job_queue_url: required("JOB_QUEUE_URL")?,
         };
         let sandbox = match required("SANDBOX_KIND")?.as_str() {
             "process" => SandboxConfig::Process(ProcessSandboxConfig {
@@ -409,9 +409,14 @@ impl Config {
             },
             single_user: flag("SINGLE_USER", false)?,
             live_status_budget: Duration::from_millis(parsed("LIVE_STATUS_BUDGET_MS")?.unwrap_or(1500)),
-            look_budget: parsed("LOOK_BUDGET_MS")?.map_or(LOOK_BUDGET, Duration::from_millis),
+            sandbox_request_budget: parsed("SANDBOX_REQUEST_BUDGET_MS")?
+                .map_or(SANDBOX_REQUEST_BUDGET, Duration::from_millis),
             export: ExportConfig::from_env()?,
-            reach: if flag("ALLOW_PRIVATE_AGENT_SERVERS", false)? { Reach::Anywhere } else { Reach::Public },
+            address_policy: if flag("ALLOW_PRIVATE_AGENT_SERVERS", false)? {
+                AddressPolicy::Any
+            } else {
+                AddressPolicy::PublicOnly
+            },
         })
     }
 
@@ -426,13 +431,13 @@ impl Config {
             ("EVENTS_TABLE", names.events.clone()),
             ("USERS_TABLE", names.users.clone()),
             ("BUCKET", names.bucket.clone()),
-            ("START_QUEUE_URL", names.start_queue_url.clone()),
+            ("JOB_QUEUE_URL", names.job_queue_url.clone()),
             match &self.sealing {
                 SealingConfig::File(path) => ("SEALING_KEY_FILE", path.display().to_string()),
                 SealingConfig::Kms(key) => ("SEALING_KMS_KEY", key.clone()),
             },
             ("SINGLE_USER", self.single_user.to_string()),
-            ("ALLOW_PRIVATE_AGENT_SERVERS", (self.reach == Reach::Anywhere).to_string()),
+            ("ALLOW_PRIVATE_AGENT_SERVERS", (self.address_policy == AddressPolicy::Any).to_string()),
         ];
         match &self.sandbox {
             SandboxConfig::None => variables.push(("SANDBOX_KIND", "none".into())),
@@ -502,7 +507,7 @@ impl StartConfig {
             step_timeout: seconds("STEP_TIMEOUT", default.step_timeout)?,
             agent_request_timeout: seconds("AGENT_REQUEST_TIMEOUT", default.agent_request_timeout)?,
             mcp_probe_timeout: seconds("MCP_PROBE_TIMEOUT", default.mcp_probe_timeout)?,
-            patience: milliseconds("START_PATIENCE_MS", default.patience)?,
+            inline_wait: milliseconds("START_INLINE_WAIT_MS", default.inline_wait)?,
             lease: seconds("START_LEASE_SECONDS", default.lease)?,
             poll: milliseconds("START_POLL_MS", default.poll)?,
             keep_alive: milliseconds("STREAM_KEEP_ALIVE_MS", default.keep_alive)?,

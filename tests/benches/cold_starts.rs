@@ -28,7 +28,7 @@ use local::engines::{EnginePorts, Engines};
 use serde_json::{Value, json};
 use shared::aws::Aws;
 use shared::config::{Config, ExportConfig, Names, SandboxConfig, SealingConfig, StartConfig};
-use shared::outbound::Reach;
+use shared::http_client::AddressPolicy;
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
@@ -57,7 +57,7 @@ const FUNCTIONS: [&str; 13] = [
     "skills",
     "start",
     "start-tasks",
-    "start-worker",
+    "worker",
     "stream-start",
     "web-client",
 ];
@@ -83,7 +83,7 @@ async fn main() {
         Engines::listening(folder.path(), EnginePorts::default(), &Origins::default()).await.expect("engines");
     let aws = Aws::new(&engines.sdk_config().await);
     let mut names = Names::with_prefix("oh-");
-    names.start_queue_url = schema::make_all(&aws, &names, "oh-").await.expect("a schema").starts;
+    names.job_queue_url = schema::make_all(&aws, &names, "oh-").await.expect("a schema").jobs;
     let kms = Kms::start().await;
     let config = Config {
         start: StartConfig::default(),
@@ -92,8 +92,8 @@ async fn main() {
         sealing: SealingConfig::Kms(KEY.to_owned()),
         single_user: false,
         live_status_budget: Duration::from_secs(1),
-        look_budget: Duration::from_secs(2),
-        reach: Reach::Public,
+        sandbox_request_budget: Duration::from_secs(2),
+        address_policy: AddressPolicy::PublicOnly,
         export: ExportConfig::default(),
     };
     let mut environment = engines.environment();
@@ -197,7 +197,7 @@ fn event(name: &str) -> String {
         return event.to_string();
     }
     let file = match name {
-        "start-worker" => "schedule.json",
+        "worker" => "schedule.json",
         "authorizer" => return r#"{"methodArn": "arn", "headers": {}}"#.to_owned(),
         _ => "unknown-path.json",
     };

@@ -14,8 +14,8 @@ mod support {
     pub mod account;
     pub mod api;
     pub mod engines;
-    pub mod gate;
-    pub mod guard;
+    pub mod fault_proxy;
+    pub mod iam_proxy;
     pub mod meter;
     pub mod seed;
     pub mod server;

@@ -21,7 +21,7 @@ use shared::conversation::store::ConversationStore;
 use shared::conversation::{ConversationRecord, MetricsSnapshot};
 use shared::event::store::{Event, EventStore};
 use shared::export::{Answer, Exporter};
-use shared::outbound::{Outbound, Reach};
+use shared::http_client::{AddressPolicy, HttpClient};
 use shared::sandbox::none::NoSandboxes;
 use shared::sandbox::store::SandboxStore;
 use shared::user::UserId;
@@ -134,8 +134,13 @@ async fn export(conversation: Uuid) {
     let sealer = Sealer::from_file(&std::path::Path::new(&folder).join("sealing-key")).expect("a key");
     let sandboxes = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer);
     let config = ExportConfig { budget: BUDGET, ..ExportConfig::default() };
-    let exporter =
-        Exporter::new(&config, &names, &aws, Arc::new(NoSandboxes::new(sandboxes)), Outbound::new(Reach::Public));
+    let exporter = Exporter::new(
+        &config,
+        &names,
+        &aws,
+        Arc::new(NoSandboxes::new(sandboxes)),
+        HttpClient::new(AddressPolicy::PublicOnly),
+    );
     let before = memory();
     let started = Instant::now();
     let answer = exporter.export(&UserId::local(), conversation).await.expect("an export");

@@ -13,7 +13,7 @@
 #[allow(dead_code, reason = "shared with the tests")]
 mod support {
     pub mod account;
-    pub mod wire;
+    pub mod raw_http;
 }
 
 use std::io::{self, BufWriter, ErrorKind, Write as _};
@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use clap::{Parser, Subcommand};
 use serde_json::Value;
 use support::account;
-use support::wire::Connection;
+use support::raw_http::Connection;
 
 #[derive(Parser)]
 struct Options {

@@ -13,8 +13,8 @@ mod support {
     pub mod account;
     pub mod api;
     pub mod engines;
-    pub mod gate;
-    pub mod guard;
+    pub mod fault_proxy;
+    pub mod iam_proxy;
     pub mod meter;
     pub mod seed;
     pub mod server;
@@ -26,8 +26,8 @@ use std::time::Instant;
 use local::import::{Entry, Importer, Pace};
 use serde_json::{Value, json};
 use shared::config::SandboxConfig;
-use shared::conversation::search::{After, Filter, SortOrder};
-use shared::http::page_id;
+use shared::conversation::search::{Cursor, Filter, SortOrder};
+use shared::http::page_token;
 use shared::user::UserId;
 use support::account;
 use support::api::Api;
@@ -149,7 +149,7 @@ fn page_behind(user: &UserId, number: u64) -> String {
     // Behind the instant, rows are told apart by the complements of their ids.
     let id = uuid::Uuid::from_u128(!account::conversation_id(number).as_u128());
     let row = format!("{}#{}", account::created_at(number), id.simple());
-    let after: After = serde_json::from_value(json!(row)).expect("a place");
+    let after: Cursor = serde_json::from_value(json!(row)).expect("a place");
     let list = ("conversations".to_owned(), Filter::default(), SortOrder::CreatedAtDesc);
-    page_id::encode(user, &list, &after).expect("a page id")
+    page_token::encode(user, &list, &after).expect("a page id")
 }

@@ -9,8 +9,8 @@ use shared::start::task::{StartStatus, StartTaskRecord};
 use uuid::Uuid;
 
 use crate::alarms::Log;
-use crate::support::rig::{Rig, SESSION_KEY, quick};
 use crate::support::stand_in_agent::{Fault, Kind, Nth};
+use crate::support::worker_harness::{SESSION_KEY, WorkerHarness, quick};
 
 /// Recorded from running agent servers: to the body of a start with one mistake in it, and, of the disk, from a server on a full one
 /// and on one that cannot be written to.
@@ -25,7 +25,7 @@ fn message() -> Value {
 }
 
 /// How often the agent server was asked for a start's conversation: to create it, or for its first message.
-fn tries(rig: &Rig) -> usize {
+fn tries(rig: &WorkerHarness) -> usize {
     rig.agent.requests_to(CREATE).len() + rig.agent.requests_to(SEND).len()
 }
 
@@ -72,7 +72,7 @@ async fn every_recorded_mistake_ends_its_start_as_soon_as_it_is_clear() {
         }
         versions.insert(version);
         let case = format!("{mistake} ({version}, {status})");
-        let rig = Rig::start(quick()).await;
+        let rig = WorkerHarness::start(quick()).await;
         let code = u16::try_from(status).expect("a status");
         if answer["conversation_is_kept"] == true {
             rig.agent.fail_setup(None, code, &answer["answer"].to_string());
@@ -114,7 +114,7 @@ async fn an_unknown_error_is_tried_a_few_times_and_one_of_the_way_there_more_oft
     ] {
         for route in [CREATE, "POST /api/bash/start_bash_command"] {
             let case = format!("{route} {times} times {kind:?}");
-            let rig = Rig::start(quick()).await;
+            let rig = WorkerHarness::start(quick()).await;
             for nth in 1..=times {
                 rig.agent.inject(Fault::new(route, Nth::On(nth), kind.clone()));
             }
@@ -135,7 +135,7 @@ async fn an_unknown_error_is_tried_a_few_times_and_one_of_the_way_there_more_oft
 /// Errors of the agent server with errors of the way there between them are not in a row.
 #[tokio::test]
 async fn errors_that_are_not_in_a_row_do_not_end_a_start() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     for nth in 1..=6 {
         let status = if nth % 2 == 0 { 503 } else { 500 };
         let answer = r#"{"detail":"Internal Server Error","exception":"a new kind of fault"}"#.to_owned();
@@ -151,7 +151,7 @@ async fn errors_that_are_not_in_a_row_do_not_end_a_start() {
 /// What a failed start could not remove is named.
 #[tokio::test]
 async fn a_conversation_that_cannot_be_removed_is_named() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let first = rig.begin(&message()).await;
     let sandbox = rig.drive(first.id).await.now.sandbox_id.expect("a sandbox");
     rig.agent.fail_setup(None, 500, r#"{"exception":"Local plugin path does not exist: /nowhere"}"#);
@@ -170,7 +170,7 @@ async fn a_conversation_that_cannot_be_removed_is_named() {
 /// The count outlives workers: a start that waits is given back to the queue between any two tries.
 #[tokio::test]
 async fn a_worker_without_patience_counts_the_errors_of_those_before_it() {
-    let rig = Rig::start(StartConfig { patience: Duration::ZERO, ..quick() }).await;
+    let rig = WorkerHarness::start(StartConfig { inline_wait: Duration::ZERO, ..quick() }).await;
     rig.agent.fail_setup(None, 500, r#"{"detail":"Internal Server Error","exception":"a new kind of fault"}"#);
     let task = rig.begin(&message()).await;
     let ended = rig.drive(task.id).await;
@@ -185,7 +185,7 @@ async fn a_worker_without_patience_counts_the_errors_of_those_before_it() {
 async fn without_a_browser_the_conversation_is_made_anew_without_its_tool() {
     let recorded: Vec<Value> = serde_json::from_str(RECORDED).expect("recorded answers");
     let answer = recorded.iter().find(|answer| answer["mistake"] == "no browser").expect("the recorded answer");
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     rig.agent.fail_setup(Some("browser_tool_set"), 500, &answer["answer"].to_string());
     let task = rig.begin(&message()).await;
     let done = rig.drive(task.id).await;
@@ -199,7 +199,7 @@ async fn without_a_browser_the_conversation_is_made_anew_without_its_tool() {
 /// In a sandbox that was there before, nothing of a start stays that failed.
 #[tokio::test]
 async fn a_failed_start_takes_its_conversation_out_of_a_sandbox_that_stays() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let first = rig.begin(&message()).await;
     let sandbox = rig.drive(first.id).await.now.sandbox_id.expect("a sandbox");
     rig.agent.fail_setup(None, 500, r#"{"exception":"Local plugin path does not exist: /nowhere"}"#);

@@ -12,8 +12,8 @@ use tracing::subscriber::DefaultGuard;
 use uuid::Uuid;
 
 use crate::support::log::log_to;
-use crate::support::rig::{Rig, quick};
 use crate::support::stand_in_agent::{Fault, Kind, Nth};
+use crate::support::worker_harness::{WorkerHarness, quick};
 use crate::template::template;
 
 /// Metrics that AWS publishes: namespace, name, and the sets of dimensions that they have.
@@ -149,7 +149,7 @@ fn what_an_operator_must_know_has_an_alarm() {
         (&json!(0), &json!(1), &json!("Sum"))
     );
     let oldest = &watched(alarms["OldestMessageAlarm"])[0];
-    assert_eq!(oldest.dimensions["QueueName"]["Fn::GetAtt"][0], "StartQueue");
+    assert_eq!(oldest.dimensions["QueueName"]["Fn::GetAtt"][0], "JobQueue");
     // Every function that crashes or times out.
     let with_errors: BTreeSet<String> = ["FunctionErrorsAlarm", "WorkerErrorsAlarm"]
         .into_iter()
@@ -165,7 +165,7 @@ fn what_an_operator_must_know_has_an_alarm() {
         .into_iter()
         .map(|metric| metric.dimensions["FunctionName"]["Ref"].as_str().expect("a function").to_owned())
         .collect();
-    let expected = ["AuthorizerFunction", "EventsFunction", "StartWorkerFunction", "StreamStartFunction"];
+    let expected = ["AuthorizerFunction", "EventsFunction", "WorkerFunction", "StreamStartFunction"];
     assert_eq!(throttled, expected.map(str::to_owned).into());
     // Faults are looked for in the log of every function that can have them.
     let logs: BTreeSet<&str> = of_type(&template, "AWS::Logs::MetricFilter")
@@ -324,7 +324,7 @@ async fn a_failed_start_counts_only_if_it_is_the_servers_fault() {
         ("an agent server that refuses", message.clone(), json!({"llm_model": "openai/x"}), Some(broken()), "server"),
     ];
     for (case, body, settings, fault, expected) in cases {
-        let rig = Rig::start(quick()).await;
+        let rig = WorkerHarness::start(quick()).await;
         rig.set_settings(settings).await;
         if let Some(fault) = fault {
             rig.agent.inject(fault);
@@ -339,7 +339,7 @@ async fn a_failed_start_counts_only_if_it_is_the_servers_fault() {
         assert_eq!(counted("StartsInError", &lines), usize::from(expected == "server"), "{case}");
         rig.finish().await;
     }
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let task = rig.begin(&message).await;
     rig.context.saga.give_up(&rig.user, task.id).await.expect("given up");
     assert_eq!(counted("StartsInError", &log.take()), 1, "a start that is given up");

@@ -28,7 +28,7 @@ use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::support::engines::{Engines, skipped_on_ministack};
-use crate::support::gate::Gate;
+use crate::support::fault_proxy::FaultProxy;
 use crate::support::server::{Server, json as json_answer, raw};
 
 pub const AUDIENCE: &str = "openhands";
@@ -197,7 +197,7 @@ pub fn forged(issuer: &Issuer, rsa: &Signer, ec: &Signer) -> Vec<(String, String
     forged.map(|(what, token)| (what.to_owned(), token)).into()
 }
 
-struct Rig {
+struct WorkerHarness {
     keys: ApiKeyStore,
     config: AuthorizerConfig,
     authorizer: Authorizer,
@@ -205,7 +205,7 @@ struct Rig {
     folder: TempDir,
 }
 
-impl Rig {
+impl WorkerHarness {
     async fn new(issuer: Option<&Issuer>) -> Self {
         let folder = TempDir::new().expect("a folder");
         let engines = Engines::start(folder.path()).await;
@@ -251,7 +251,7 @@ async fn tokens_of_the_issuer_are_let_in_and_nothing_like_them() {
     let issuer = Issuer::start().await;
     let (rsa, ec, ed) = (Signer::rsa("one"), Signer::ec("two"), Signer::ed("three"));
     issuer.publish(&[&rsa, &ec, &ed]);
-    let rig = Rig::new(Some(&issuer)).await;
+    let rig = WorkerHarness::new(Some(&issuer)).await;
     for signer in [&rsa, &ec, &ed] {
         let token = signer.sign(&issuer.claims("somebody"));
         for (header, value) in [
@@ -332,7 +332,7 @@ async fn keys_of_the_issuer_are_read_again_when_they_change_but_not_for_every_ma
     let issuer = Issuer::start().await;
     let (old, new) = (Signer::ec("old"), Signer::ec("new"));
     issuer.publish(&[&old]);
-    let mut rig = Rig::new(Some(&issuer)).await;
+    let mut rig = WorkerHarness::new(Some(&issuer)).await;
     let hands = Hands::new();
     let authorizer = Authorizer::with_clock(&rig.config, rig.keys.clone(), hands.clock());
     let asked = || issuer.asked.load(Ordering::Relaxed);
@@ -375,7 +375,7 @@ async fn keys_hold_for_a_day_without_their_issuer_and_then_no_more() {
     let issuer = Issuer::start().await;
     let signer = Signer::ec("one");
     issuer.fail();
-    let rig = Rig::new(Some(&issuer)).await;
+    let rig = WorkerHarness::new(Some(&issuer)).await;
     let hands = Hands::new();
     let authorizer = Authorizer::with_clock(&rig.config, rig.keys.clone(), hands.clock());
     let asked = || issuer.asked.load(Ordering::Relaxed);
@@ -414,7 +414,7 @@ async fn keys_hold_for_a_day_without_their_issuer_and_then_no_more() {
 
 #[tokio::test]
 async fn api_keys_let_in_until_they_are_revoked_and_are_nowhere_stored() {
-    let rig = Rig::new(None).await;
+    let rig = WorkerHarness::new(None).await;
     let (ann, bob) = (UserId::new("ann"), UserId::new("bob"));
     let (key, secret) = rig.keys.create(&ann, " a robot ").await.expect("a key");
     let (_, bobs) = rig.keys.create(&bob, "another").await.expect("a key");
@@ -471,10 +471,10 @@ async fn api_keys_let_in_until_they_are_revoked_and_are_nowhere_stored() {
 
 #[tokio::test]
 async fn a_store_that_fails_is_no_refusal() {
-    let mut rig = Rig::new(None).await;
+    let mut rig = WorkerHarness::new(None).await;
     let (_, secret) = rig.keys.create(&UserId::new("ann"), "a key").await.expect("a key");
     let event = json!({"methodArn": "arn", "headers": {"X-Access-Token": secret.expose_secret()}});
-    let way = Gate::new().to(&rig.engines.dynamodb).await;
+    let way = FaultProxy::new().to(&rig.engines.dynamodb).await;
     let network = rig.engines.network_sdk_config().await;
     let dynamodb = aws_sdk_dynamodb::config::Builder::from(&network).endpoint_url(way.url()).build();
     let keys = ApiKeyStore::new(aws_sdk_dynamodb::Client::from_conf(dynamodb), rig.config.users.clone());

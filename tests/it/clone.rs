@@ -8,25 +8,25 @@ use shared::config::StartConfig;
 use shared::start::task::{StartStatus, StartTaskRecord};
 
 use crate::support::git_server::GitServer;
-use crate::support::rig::{Rig, quick};
+use crate::support::worker_harness::{WorkerHarness, quick};
 
 const TOKEN: &str = "token-that-nobody-may-see-93b0";
 
-async fn rig(git: &GitServer) -> Rig {
-    let rig = Rig::start(StartConfig { allow_insecure_git_access: true, ..quick() }).await;
+async fn rig(git: &GitServer) -> WorkerHarness {
+    let rig = WorkerHarness::start(StartConfig { allow_insecure_git_access: true, ..quick() }).await;
     let tokens = json!({"github": {"token": TOKEN, "host": git.url()}});
     rig.set_settings(json!({"llm_model": "openai/x", "provider_tokens": tokens})).await;
     rig
 }
 
 /// A start to its end, in the sandbox of the start before if there was one.
-async fn start(rig: &Rig, repository: &str, branch: Option<&str>) -> StartTaskRecord {
+async fn start(rig: &WorkerHarness, repository: &str, branch: Option<&str>) -> StartTaskRecord {
     let sandbox = rig.sandboxes.made().keys().next().cloned();
     let body = json!({"selected_repository": repository, "selected_branch": branch, "sandbox_id": sandbox});
     rig.drive(rig.begin(&body).await.id).await
 }
 
-async fn ready(rig: &Rig, repository: &str, branch: Option<&str>) -> String {
+async fn ready(rig: &WorkerHarness, repository: &str, branch: Option<&str>) -> String {
     let done = start(rig, repository, branch).await;
     assert_eq!(done.now.status, StartStatus::Ready, "{repository} {branch:?}: {:?}", done.now.detail);
     // Whether this machine has a browser is another matter.
@@ -34,13 +34,13 @@ async fn ready(rig: &Rig, repository: &str, branch: Option<&str>) -> String {
     detail.lines().filter(|line| !line.contains("Chromium")).collect::<Vec<_>>().join("\n")
 }
 
-async fn error(rig: &Rig, repository: &str, branch: Option<&str>) -> String {
+async fn error(rig: &WorkerHarness, repository: &str, branch: Option<&str>) -> String {
     let done = start(rig, repository, branch).await;
     assert_eq!(done.now.status, StartStatus::Error, "{repository} {branch:?}: {:?}", done.now.detail);
     done.now.detail.expect("a detail")
 }
 
-fn folder(rig: &Rig, name: &str) -> PathBuf {
+fn folder(rig: &WorkerHarness, name: &str) -> PathBuf {
     PathBuf::from(rig.agent.working_dir()).join(name)
 }
 
@@ -49,7 +49,7 @@ fn git(folder: &PathBuf, arguments: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
 
-fn nothing_shows_the_token(rig: &Rig) {
+fn nothing_shows_the_token(rig: &WorkerHarness) {
     let (mut folders, mut files) = (vec![rig.agent.root().to_owned()], 0);
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(&folder).expect("a folder").flatten() {

@@ -10,11 +10,11 @@ use shared::start::task::{StartStatus, StartTaskRecord};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
-use crate::support::gate::{Moment, Stop};
-use crate::support::rig::{Rig, quick};
+use crate::support::fault_proxy::{Moment, Stop};
+use crate::support::worker_harness::{WorkerHarness, quick};
 
 /// A READY conversation with two events, of which one is in the bucket.
-async fn conversation(rig: &Rig, body: serde_json::Value) -> StartTaskRecord {
+async fn conversation(rig: &WorkerHarness, body: serde_json::Value) -> StartTaskRecord {
     let task = rig.begin(&body).await;
     let ready = rig.drive(task.id).await;
     assert_eq!(ready.now.status, StartStatus::Ready, "{:?}", ready.now.detail);
@@ -40,7 +40,7 @@ fn everything() -> Filter {
 }
 
 /// Fails if anything of the conversation is left but what another one shares with it.
-async fn assert_nothing_left(rig: &Rig, started: &StartTaskRecord, case: &str) {
+async fn assert_nothing_left(rig: &WorkerHarness, started: &StartTaskRecord, case: &str) {
     let id = started.conversation_id;
     assert!(rig.conversations.get(&rig.user, id).await.expect("the store").is_none(), "{case}: the record");
     let row = rig.conversations.take_deletion(&rig.user, id, Time::now()).await.expect("the store");
@@ -55,7 +55,7 @@ async fn assert_nothing_left(rig: &Rig, started: &StartTaskRecord, case: &str) {
 }
 
 /// Works until the queue and the index of deletions are empty.
-async fn settle(rig: &Rig) {
+async fn settle(rig: &WorkerHarness) {
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
         while let Some(message) = rig.receive().await {
@@ -71,7 +71,7 @@ async fn settle(rig: &Rig) {
 
 #[tokio::test]
 async fn a_deleted_conversation_is_gone_at_once_and_then_with_all_that_belongs_to_it() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let parent = conversation(&rig, long_message()).await;
     let child = conversation(&rig, json!({"parent_conversation_id": parent.conversation_id})).await;
     let other = conversation(&rig, long_message()).await;
@@ -108,7 +108,7 @@ async fn a_deleted_conversation_is_gone_at_once_and_then_with_all_that_belongs_t
 
 #[tokio::test]
 async fn a_sandbox_stays_while_another_conversation_or_a_start_needs_it() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let first = conversation(&rig, json!({})).await;
     let sandbox = first.now.sandbox_id.clone().expect("a sandbox");
     let second = conversation(&rig, json!({"sandbox_id": sandbox})).await;
@@ -142,7 +142,7 @@ async fn a_sandbox_stays_while_another_conversation_or_a_start_needs_it() {
 
 #[tokio::test]
 async fn a_lost_message_is_rung_again() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let started = conversation(&rig, json!({})).await;
     rig.context.deletion.deleter.delete(&rig.user, started.conversation_id).await.expect("deleted");
     rig.purge().await;
@@ -161,7 +161,7 @@ async fn a_lost_message_is_rung_again() {
 
 /// Crashes a worker at each of its calls in turn, and delivers the message again.
 async fn crash_everywhere(moment: Moment) {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let mut calls = 0;
     for call in 1.. {
         let started = conversation(&rig, long_message()).await;
@@ -169,8 +169,8 @@ async fn crash_everywhere(moment: Moment) {
         rig.context.deletion.deleter.delete(&rig.user, started.conversation_id).await.expect("deleted");
         let message = rig.receive().await.expect("a message");
         rig.gate.arm(call, Stop::Hang(moment));
-        let (context, event) = (rig.context.clone(), Rig::event(&message));
-        let mut worker = tokio::spawn(async move { start_worker::handle(&context, event).await });
+        let (context, event) = (rig.context.clone(), WorkerHarness::event(&message));
+        let mut worker = tokio::spawn(async move { worker::handle(&context, event).await });
         let crashed = tokio::select! {
             handled = &mut worker => {
                 assert!(handled.expect("no panic").expect("handled").batch_item_failures.is_empty(), "{case}");
@@ -211,7 +211,7 @@ async fn a_crash_after_any_call_leaves_nothing_behind() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn many_who_delete_the_same_conversation_count_it_off_once() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let kept = conversation(&rig, json!({})).await;
     let started = conversation(&rig, json!({})).await;
     let deleter = &rig.context.deletion.deleter;
@@ -228,7 +228,7 @@ async fn many_who_delete_the_same_conversation_count_it_off_once() {
 
 #[tokio::test]
 async fn a_large_family_goes_as_a_whole() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let parent = conversation(&rig, json!({})).await;
     let record = rig.conversations.get(&rig.user, parent.conversation_id).await.expect("the store").expect("a record");
     let child = |parent: Uuid| shared::conversation::ConversationRecord {

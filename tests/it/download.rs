@@ -20,27 +20,27 @@ use shared::aws::Aws;
 use shared::config::{ExportConfig, Names};
 use shared::conversation::store::{ConversationChange, ConversationStore};
 use shared::conversation::{ConversationRecord, MetricsSnapshot};
+use shared::digest::sha256_hex;
 use shared::event::store::{Event, EventStore};
 use shared::export::store::ExportStore;
 use shared::export::zip::ZipWriter;
 use shared::export::{Exporter, WARNING, python_json};
 use shared::http::caller::Caller;
-use shared::outbound::{Outbound, Reach};
+use shared::http_client::{AddressPolicy, HttpClient};
+use shared::jobs::queue::Job;
 use shared::sandbox::SandboxService as _;
-use shared::start::queue::Job;
 use shared::user::UserId;
-use shared::user::seal::hash;
 use tempfile::TempDir;
 use tokio::process::Command;
 use uuid::Uuid;
 
 use crate::support::engines::{Engines, skipped_on_ministack};
-use crate::support::gate::{Gate, Moment, Stop};
+use crate::support::fault_proxy::{FaultProxy, Moment, Stop};
 use crate::support::product::{Product, saying};
-use crate::support::rig::StandInSandboxes;
 use crate::support::scripted_llm::ScriptedLlm;
 use crate::support::server;
 use crate::support::wait::wait_for;
+use crate::support::worker_harness::StandInSandboxes;
 
 const PREFIX: &str = "download-";
 const SANDBOX: &str = "the-sandbox";
@@ -50,7 +50,7 @@ const USER_HEADER: &str = "x-user-of-the-test";
 const END_WITHIN: Duration = Duration::from_secs(120);
 
 /// The function alone, on engines of its own. Its calls to DynamoDB and S3 go through a gate.
-struct Rig {
+struct WorkerHarness {
     url: String,
     http: Client,
     aws: Aws,
@@ -59,7 +59,7 @@ struct Rig {
     conversations: ConversationStore,
     events: EventStore,
     exporter: Exporter,
-    gate: Gate,
+    gate: FaultProxy,
     sandboxes: Arc<StandInSandboxes>,
     agent: Arc<AgentLog>,
     engines: Engines,
@@ -100,15 +100,15 @@ fn config() -> ExportConfig {
     ExportConfig { settle: Duration::ZERO, ..ExportConfig::default() }
 }
 
-impl Rig {
+impl WorkerHarness {
     async fn new(config: ExportConfig) -> Self {
         let folder = TempDir::new().expect("a folder");
         let engines = Engines::start(folder.path()).await;
         let sdk = engines.sdk_config().await;
         let aws = Aws::new(&sdk);
         let mut names = engines.names(PREFIX);
-        names.start_queue_url = schema::make_all(&aws, &names, PREFIX).await.expect("a schema").starts;
-        let (gate, agent) = (Gate::new(), Arc::new(AgentLog::default()));
+        names.job_queue_url = schema::make_all(&aws, &names, PREFIX).await.expect("a schema").jobs;
+        let (gate, agent) = (FaultProxy::new(), Arc::new(AgentLog::default()));
         let (dynamodb_way, s3_way) = (gate.to(&engines.dynamodb).await, gate.to(&engines.s3).await);
         let agent_server = {
             let agent = agent.clone();
@@ -129,7 +129,7 @@ impl Rig {
             ..aws.clone()
         };
         let sandboxes = Arc::new(StandInSandboxes::at(agent_server.url(), "/nowhere".to_owned()));
-        let exporter = Exporter::new(&config, &names, &gated, sandboxes.clone(), Outbound::new(Reach::Anywhere));
+        let exporter = Exporter::new(&config, &names, &gated, sandboxes.clone(), HttpClient::new(AddressPolicy::Any));
         let context = download::Context::with_exporter(exporter.clone(), config.inline_limit);
         let router = download::router(context).layer(middleware::from_fn(async |mut request: Request, next: Next| {
             let user = request.headers().get(USER_HEADER).map_or(USER, |user| user.to_str().expect("text"));
@@ -257,11 +257,11 @@ impl Rig {
     async fn jobs(&self) -> Vec<Job> {
         let mut jobs = Vec::new();
         loop {
-            let received = self.aws.sqs.receive_message().queue_url(&self.names.start_queue_url).send().await;
+            let received = self.aws.sqs.receive_message().queue_url(&self.names.job_queue_url).send().await;
             let Some(message) = received.expect("the queue").messages.unwrap_or_default().pop() else { return jobs };
             jobs.push(Job::from_body(&message.body.expect("a body")).expect("a job"));
             let receipt = message.receipt_handle.expect("a receipt");
-            let delete = self.aws.sqs.delete_message().queue_url(&self.names.start_queue_url).receipt_handle(receipt);
+            let delete = self.aws.sqs.delete_message().queue_url(&self.names.job_queue_url).receipt_handle(receipt);
             delete.send().await.expect("deleted");
         }
     }
@@ -493,7 +493,7 @@ for given, ours in zip(given, ours):
 
 #[tokio::test]
 async fn members_are_those_of_the_contract_byte_by_byte() {
-    let rig = Rig::new(config()).await;
+    let rig = WorkerHarness::new(config()).await;
     let id = rig.conversation(None).await;
     // Nothing was told yet.
     let empty = rig.download(id).await.members().await;
@@ -590,7 +590,7 @@ async fn members_are_those_of_the_contract_byte_by_byte() {
 
 #[tokio::test]
 async fn what_is_not_the_callers_is_not_there() {
-    let rig = Rig::new(config()).await;
+    let rig = WorkerHarness::new(config()).await;
     let (own, unknown) = (rig.conversation(None).await, Uuid::new_v4());
     let not_found = |id: Uuid| json!({"detail": format!("Conversation not found: {id}")});
     let answer = rig.get(unknown.simple()).await;
@@ -613,7 +613,7 @@ async fn what_is_not_the_callers_is_not_there() {
 
 #[tokio::test]
 async fn an_unchanged_conversation_is_zipped_once_and_a_changed_one_anew() {
-    let rig = Rig::new(config()).await;
+    let rig = WorkerHarness::new(config()).await;
     let id = rig.conversation(None).await;
     rig.append(id, vec![numbered(5)]).await;
     let first = fs::read(&rig.download(id).await.path).expect("a file");
@@ -641,7 +641,7 @@ async fn an_unchanged_conversation_is_zipped_once_and_a_changed_one_anew() {
     assert_eq!(rig.record(id).await, None, "no record is left");
 
     // What was begun right behind a change may lack what indexes did not show yet.
-    let patient = Rig::new(ExportConfig { settle: Duration::from_secs(3600), ..config() }).await;
+    let patient = WorkerHarness::new(ExportConfig { settle: Duration::from_secs(3600), ..config() }).await;
     let id = patient.conversation(None).await;
     patient.append(id, vec![numbered(1)]).await;
     for _ in 0..2 {
@@ -711,7 +711,7 @@ async fn a_large_one_is_behind_a_link_that_curl_and_browsers_follow() {
 
 #[tokio::test]
 async fn callers_at_once_cause_one_export() {
-    let rig = Rig::new(config()).await;
+    let rig = WorkerHarness::new(config()).await;
     let id = rig.conversation(None).await;
     rig.append(id, (0..250).map(numbered).collect()).await;
     rig.gate.arm(usize::MAX, Stop::Refuse);
@@ -725,7 +725,7 @@ async fn callers_at_once_cause_one_export() {
 }
 
 /// Events that make several parts, in several pages.
-async fn append_large(rig: &Rig, id: Uuid, count: usize) -> Vec<(String, String)> {
+async fn append_large(rig: &WorkerHarness, id: Uuid, count: usize) -> Vec<(String, String)> {
     let mut dice = Dice(42);
     let mut members = Vec::new();
     for number in 0..count {
@@ -741,10 +741,12 @@ async fn append_large(rig: &Rig, id: Uuid, count: usize) -> Vec<(String, String)
 async fn a_failure_or_a_crash_at_any_call_leaves_nothing_half_and_the_next_call_succeeds() {
     // A lease that is renewed by parts alone, and all the time there is, so that the calls are the same each time.
     let hour = Duration::from_secs(3600);
-    let rig = Rig::new(ExportConfig { lease: hour, budget: hour, catch_up: hour, inline_limit: 0, ..config() }).await;
+    let rig =
+        WorkerHarness::new(ExportConfig { lease: hour, budget: hour, catch_up: hour, inline_limit: 0, ..config() })
+            .await;
     let id = rig.conversation(None).await;
     let expected: Vec<(String, String)> =
-        append_large(&rig, id, 8).await.into_iter().map(|(name, text)| (name, hash(&text))).collect();
+        append_large(&rig, id, 8).await.into_iter().map(|(name, text)| (name, sha256_hex(&text))).collect();
     rig.gate.arm(usize::MAX, Stop::Refuse);
     rig.download(id).await;
     let calls = rig.gate.calls();
@@ -821,7 +823,7 @@ async fn a_failure_or_a_crash_at_any_call_leaves_nothing_half_and_the_next_call_
 #[tokio::test]
 async fn one_that_outlasts_its_request_is_made_by_workers_from_part_to_part() {
     let export = ExportConfig { budget: Duration::ZERO, worker_budget: Duration::ZERO, inline_limit: 0, ..config() };
-    let rig = Rig::new(export).await;
+    let rig = WorkerHarness::new(export).await;
     let id = rig.conversation(None).await;
     let expected = append_large(&rig, id, 14).await;
     let told = |answer: &Response| (answer.status().as_u16(), answer.headers().get("retry-after").cloned());
@@ -872,7 +874,7 @@ async fn one_that_outlasts_its_request_is_made_by_workers_from_part_to_part() {
 
 #[tokio::test]
 async fn a_client_is_told_at_once_to_come_back_while_a_worker_builds_the_export() {
-    let rig = Rig::new(ExportConfig { budget: Duration::ZERO, ..config() }).await;
+    let rig = WorkerHarness::new(ExportConfig { budget: Duration::ZERO, ..config() }).await;
     let id = rig.conversation(None).await;
     rig.append(id, vec![numbered(1)]).await;
     assert_eq!(rig.get(id).await.status(), 503);
@@ -880,7 +882,8 @@ async fn a_client_is_told_at_once_to_come_back_while_a_worker_builds_the_export(
     let (lease, _) = store.claim(&rig.user, id, END_WITHIN).await.expect("the store").expect("a lease");
     // A request that would wait had all the time there is.
     let patient = ExportConfig { budget: 10 * END_WITHIN, ..config() };
-    let exporter = Exporter::new(&patient, &rig.names, &rig.aws, rig.sandboxes.clone(), Outbound::new(Reach::Anywhere));
+    let exporter =
+        Exporter::new(&patient, &rig.names, &rig.aws, rig.sandboxes.clone(), HttpClient::new(AddressPolicy::Any));
     let answer = tokio::time::timeout(END_WITHIN, exporter.export(&rig.user, id)).await.expect("it does not wait");
     assert!(matches!(answer.expect("the store"), Some(shared::export::Answer::Pending)));
     // As soon as the worker gives the lease back, a request may build it.
@@ -895,7 +898,7 @@ async fn a_client_is_told_at_once_to_come_back_while_a_worker_builds_the_export(
 
 #[tokio::test]
 async fn a_finished_export_of_the_version_before_is_served_and_one_that_is_gone_is_built_again() {
-    let rig = Rig::new(config()).await;
+    let rig = WorkerHarness::new(config()).await;
     let id = rig.conversation(None).await;
     rig.append(id, vec![numbered(1)]).await;
     rig.download(id).await;
@@ -944,7 +947,7 @@ async fn the_worker_of_the_product_goes_on_with_it() {
 
 #[tokio::test]
 async fn events_that_have_not_arrived_are_fetched() {
-    let rig = Rig::new(config()).await;
+    let rig = WorkerHarness::new(config()).await;
     let id = rig.conversation(None).await;
     rig.sandboxes.start(&rig.user, SANDBOX).await.expect("a sandbox");
     let told: Vec<Value> =
@@ -966,7 +969,7 @@ async fn events_that_have_not_arrived_are_fetched() {
     // One that cannot be reached: the export says so, and is exact else.
     let gone = StandInSandboxes::at("http://127.0.0.1:1".to_owned(), "/nowhere".to_owned());
     gone.start(&rig.user, SANDBOX).await.expect("a sandbox");
-    let exporter = Exporter::new(&config(), &rig.names, &rig.aws, Arc::new(gone), Outbound::new(Reach::Anywhere));
+    let exporter = Exporter::new(&config(), &rig.names, &rig.aws, Arc::new(gone), HttpClient::new(AddressPolicy::Any));
     let Some(shared::export::Answer::Ready(ready)) = exporter.export(&rig.user, id).await.expect("an export") else {
         panic!("an export")
     };
@@ -1024,7 +1027,8 @@ fn without_nulls(value: &Value) -> Value {
 
 #[tokio::test]
 async fn a_deleted_conversation_leaves_no_export() {
-    let rig = Rig::new(ExportConfig { budget: Duration::ZERO, worker_budget: Duration::ZERO, ..config() }).await;
+    let rig =
+        WorkerHarness::new(ExportConfig { budget: Duration::ZERO, worker_budget: Duration::ZERO, ..config() }).await;
     let (id, other) = (rig.conversation(None).await, rig.conversation(None).await);
     append_large(&rig, id, 8).await;
     for conversation in [id, other] {
@@ -1054,7 +1058,8 @@ async fn old_exports_and_uploads_are_removed_where_no_lifecycle_rule_does() {
     if skipped_on_ministack("there a lifecycle rule would be the one to do it") {
         return;
     }
-    let rig = Rig::new(ExportConfig { budget: Duration::ZERO, worker_budget: Duration::ZERO, ..config() }).await;
+    let rig =
+        WorkerHarness::new(ExportConfig { budget: Duration::ZERO, worker_budget: Duration::ZERO, ..config() }).await;
     let engines = rig.engines.as_embedded().expect("embedded engines");
     let (unfinished, finished) = (rig.conversation(None).await, rig.conversation(None).await);
     append_large(&rig, unfinished, 8).await;

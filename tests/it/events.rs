@@ -7,7 +7,7 @@ use shared::Time;
 use shared::aws::Aws;
 use shared::config::{Names, SandboxConfig};
 use shared::error::Error;
-use shared::event::store::{After, Event, EventFilter, EventStore, SortOrder};
+use shared::event::store::{Cursor, Event, EventFilter, EventStore, SortOrder};
 use shared::http::page::PAGE_SIZE;
 use shared::user::UserId;
 use tempfile::TempDir;
@@ -48,9 +48,9 @@ impl Log {
         &self,
         filter: &EventFilter,
         order: SortOrder,
-        after: Option<&After>,
+        after: Option<&Cursor>,
         limit: usize,
-    ) -> (Vec<String>, Option<After>) {
+    ) -> (Vec<String>, Option<Cursor>) {
         let page = self.store.page(&self.user, self.conversation, filter, order, after, limit).await.expect("a page");
         (page.events.into_iter().map(|event| event.id).collect(), page.next)
     }

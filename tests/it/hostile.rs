@@ -8,17 +8,17 @@ use std::time::Duration;
 use futures::stream::{self, StreamExt as _};
 use serde_json::{Value, json};
 use shared::agent_server::{AgentServer, AgentServerError, Failure, SkillsQuery};
-use shared::outbound::{Outbound, Reach};
+use shared::http_client::{AddressPolicy, HttpClient};
 use shared::start::task::StartStatus;
 use shared::{Result, Time};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
 use uuid::Uuid;
 
-use crate::support::gate::{Moment, Stop};
+use crate::support::fault_proxy::{Moment, Stop};
 use crate::support::log::log_to;
-use crate::support::rig::{Rig, SESSION_KEY, quick};
 use crate::support::stand_in_agent::{Fault, Kind, Nth, StandInAgent};
+use crate::support::worker_harness::{SESSION_KEY, WorkerHarness, quick};
 
 const MIB: usize = 1024 * 1024;
 const SOON: Duration = Duration::from_secs(10);
@@ -30,7 +30,7 @@ fn zeros(count: usize) -> String {
 }
 
 fn agent_server(agent: &StandInAgent) -> AgentServer {
-    AgentServer::new(Outbound::new(Reach::Anywhere), &agent.url(), Some(SESSION_KEY.into()))
+    AgentServer::new(HttpClient::new(AddressPolicy::Any), &agent.url(), Some(SESSION_KEY.into()))
 }
 
 fn always(agent: &StandInAgent, route: &str, body: String) {
@@ -217,7 +217,7 @@ async fn a_hostile_sandbox_ends_its_own_start_and_nothing_else() {
     stream::iter(cases)
         .for_each_concurrent(3, |(route, kind, reason)| async move {
             let name = format!("{route} {:.60}", format!("{kind:?}"));
-            let rig = Rig::start(quick()).await;
+            let rig = WorkerHarness::start(quick()).await;
             rig.agent.inject(Fault::new(route, Nth::Always, kind));
             let task = rig.begin(&json!({"initial_message": {"content": [{"type": "text", "text": "hi"}]}})).await;
             let ended = rig.drive(task.id).await;
@@ -235,14 +235,14 @@ async fn a_hostile_sandbox_ends_its_own_start_and_nothing_else() {
 }
 
 /// Hands the next message of the task's to a worker that dies at its n-th call. Whether it did.
-async fn crash(rig: &Rig, call: usize) -> bool {
+async fn crash(rig: &WorkerHarness, call: usize) -> bool {
     let Some(message) = rig.receive().await else {
         rig.other_worker.saga.sweep().await.expect("swept");
         return false;
     };
     rig.gate.arm(call, Stop::Hang(Moment::After));
-    let (context, event) = (rig.context.clone(), Rig::event(&message));
-    let mut worker = tokio::spawn(async move { start_worker::handle(&context, event).await });
+    let (context, event) = (rig.context.clone(), WorkerHarness::event(&message));
+    let mut worker = tokio::spawn(async move { worker::handle(&context, event).await });
     let died = tokio::select! {
         handled = &mut worker => {
             assert!(handled.expect("no panic").expect("handled").batch_item_failures.is_empty());
@@ -263,7 +263,7 @@ async fn crash(rig: &Rig, call: usize) -> bool {
 /// What kills a worker inside a step kills each that takes the start over. None of them lives to count it.
 #[tokio::test]
 async fn a_start_that_kills_its_workers_ends() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     // The command never ends, so that every worker makes as many calls as it lives.
     let running = json!({"items": []}).to_string();
     rig.agent.inject(Fault::new("GET /api/bash/bash_events/search", Nth::Always, Kind::Status(200, running)));
@@ -284,7 +284,7 @@ async fn a_start_that_kills_its_workers_ends() {
 #[tokio::test]
 async fn two_workers_that_die_beyond_the_deadline_are_the_last_ones() {
     let config = shared::config::StartConfig { clone_timeout: Duration::from_millis(500), ..quick() };
-    let rig = Rig::start(config).await;
+    let rig = WorkerHarness::start(config).await;
     let running = json!({"items": []}).to_string();
     rig.agent.inject(Fault::new("GET /api/bash/bash_events/search", Nth::Always, Kind::Status(200, running)));
     let task = rig.begin(&json!({})).await;
@@ -302,7 +302,7 @@ async fn two_workers_that_die_beyond_the_deadline_are_the_last_ones() {
 /// A deployment ends workers, too: what was done meanwhile counts, even if nobody has looked in time.
 #[tokio::test]
 async fn one_lost_worker_does_not_end_a_start_that_is_late() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let task = rig.begin(&json!({})).await;
     assert!(crash(&rig, 5).await, "a worker died");
     rig.end_time_of(task.id).await;
@@ -318,7 +318,7 @@ async fn one_lost_worker_does_not_end_a_start_that_is_late() {
 /// looked at, it is not given up for that.
 #[tokio::test]
 async fn claims_that_are_given_back_do_not_count() {
-    let rig = Rig::start(shared::config::StartConfig { patience: Duration::ZERO, ..quick() }).await;
+    let rig = WorkerHarness::start(shared::config::StartConfig { inline_wait: Duration::ZERO, ..quick() }).await;
     let running = json!({"items": []}).to_string();
     rig.agent.inject(Fault::new("GET /api/bash/bash_events/search", Nth::Always, Kind::Status(200, running)));
     let task = rig.begin(&json!({})).await;
@@ -358,7 +358,7 @@ async fn what_an_agent_server_repeats_of_a_request_is_kept_nowhere() {
     ];
     stream::iter(cases)
         .for_each_concurrent(3, |(route, status, body, words)| async move {
-            let rig = Rig::start(quick()).await;
+            let rig = WorkerHarness::start(quick()).await;
             rig.set_settings(json!({
                 "llm_model": "openai/scripted", "llm_api_key": secrets[0],
                 "custom_secrets": {"NPM": {"secret": secrets[1]}},
@@ -384,7 +384,7 @@ async fn what_an_agent_server_repeats_of_a_request_is_kept_nowhere() {
 /// A sweep takes a bounded number of rows, of all users in turn; it goes on behind what fails, and the next one goes on from there.
 #[tokio::test]
 async fn a_sweep_is_bounded_fair_and_goes_on_behind_a_failure() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let tasks = rig.tasks.unfinished();
     let rows: Vec<(String, String)> = (0..130)
         .map(|number| ("flood".to_owned(), number))

@@ -28,7 +28,7 @@ use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use crate::support::engines::{Engines, skipped_on_ministack};
-use crate::support::gate::{Gate, Moment, Stop};
+use crate::support::fault_proxy::{FaultProxy, Moment, Stop};
 use crate::support::log::all_events;
 use crate::support::seed::Stores;
 
@@ -38,18 +38,18 @@ const SECRET: &str = "hunter2-in-clear";
 const TOKEN: &str = "event: it is a streamed token (StreamingDeltaEvent), which is not stored; the message with the whole text is a separate event";
 
 /// Tables on engines of their own, with a gate in front of DynamoDB.
-struct Rig {
+struct WorkerHarness {
     stores: Stores,
     events: EventStore,
     importer: Importer,
     gated: Importer,
-    gate: Gate,
+    gate: FaultProxy,
     engines: Engines,
     _way: crate::support::server::Server,
     folder: TempDir,
 }
 
-impl Rig {
+impl WorkerHarness {
     async fn start() -> Self {
         let folder = TempDir::new().expect("a folder");
         let engines = Engines::start(&folder.path().join("data")).await;
@@ -57,7 +57,7 @@ impl Rig {
         let aws = Aws::new(&sdk);
         let names = engines.names(PREFIX);
         schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
-        let gate = Gate::new();
+        let gate = FaultProxy::new();
         let way = gate.to(&engines.dynamodb).await;
         let network = engines.network_sdk_config().await;
         let dynamodb = aws_sdk_dynamodb::config::Builder::from(&network).endpoint_url(way.url()).build();
@@ -132,14 +132,17 @@ fn already_present(already_present: u64) -> Tally {
 
 #[tokio::test]
 async fn recorded_rows_come_in_once_and_show_as_they_were() {
-    let rig = Rig::start().await;
+    let rig = WorkerHarness::start().await;
     let (local, other) = (UserId::local(), UserId::new("other-user"));
     let file = rig.file("seed.jsonl", SEED);
     let read = || lines(std::slice::from_ref(&file), Some(UserId::local()));
     assert_eq!(read().total(), 165);
 
     let summary = rig.take(read()).await;
-    assert_eq!((summary.conversations, summary.start_tasks, summary.events), (imported(155), imported(10), imported(0)));
+    assert_eq!(
+        (summary.conversations, summary.start_tasks, summary.events),
+        (imported(155), imported(10), imported(0))
+    );
     assert_eq!(summary.skipped, []);
     rig.must_have(&local, 155, 9).await;
     rig.must_have(&other, 0, 1).await;
@@ -153,13 +156,13 @@ async fn recorded_rows_come_in_once_and_show_as_they_were() {
     assert_eq!(unfinished, [], "nobody goes on with them");
 
     let again = rig.take(read()).await;
-    assert_eq!((again.conversations, again.start_tasks), (there(155), there(10)));
+    assert_eq!((again.conversations, again.start_tasks), (already_present(155), already_present(10)));
     rig.must_have(&local, 155, 9).await;
 }
 
 #[tokio::test]
 async fn what_is_there_is_left_as_it_is() {
-    let rig = Rig::start().await;
+    let rig = WorkerHarness::start().await;
     let mut line = seed("conversation").remove(0);
     let conversation = id(&line["data"]["id"]);
     let event = |text: &str| {
@@ -173,7 +176,7 @@ async fn what_is_there_is_left_as_it_is() {
     // Twice in one file, too.
     let second = rig.file("second", format!("{line}\n{line}\n{}\n{0}\n", event("second")));
     let summary = rig.take(lines(&[second], Some(UserId::local()))).await;
-    assert_eq!((summary.conversations, summary.events), (there(2), there(2)));
+    assert_eq!((summary.conversations, summary.events), (already_present(2), already_present(2)));
     let record = rig.stores.conversations.get(&UserId::local(), conversation).await.expect("the store");
     assert_eq!(record.and_then(|record| record.title), title.as_str().map(ToOwned::to_owned));
     let events = all_events(&rig.events, &UserId::local(), conversation).await;
@@ -182,7 +185,7 @@ async fn what_is_there_is_left_as_it_is() {
 
 #[tokio::test]
 async fn a_run_that_was_stopped_is_completed_by_the_next() {
-    let rig = Rig::start().await;
+    let rig = WorkerHarness::start().await;
     let file = rig.file("seed.jsonl", SEED);
     let user = UserId::new("stopped");
     let read = || lines(std::slice::from_ref(&file), Some(UserId::new("stopped")));
@@ -209,7 +212,7 @@ async fn a_run_that_was_stopped_is_completed_by_the_next() {
 
 #[tokio::test]
 async fn a_failed_or_killed_run_is_completed_by_the_next_wherever_it_ended() {
-    let rig = Rig::start().await;
+    let rig = WorkerHarness::start().await;
     let event = |number: usize| {
         let data = json!({"id": format!("e{number}"), "timestamp": "2025-01-01T00:00:00", "kind": "K"});
         json!({"type": "event", "conversation_id": Uuid::nil(), "data": data}).to_string()
@@ -252,7 +255,7 @@ async fn a_failed_or_killed_run_is_completed_by_the_next_wherever_it_ended() {
 
 #[tokio::test]
 async fn a_bad_line_is_told_and_ends_nothing() {
-    let rig = Rig::start().await;
+    let rig = WorkerHarness::start().await;
     let good = seed("conversation").remove(0);
     let with = |field: &str, value: Value| {
         let mut line = good.clone();
@@ -346,7 +349,7 @@ async fn a_bad_line_is_told_and_ends_nothing() {
 
 #[tokio::test]
 async fn rows_are_their_owners_and_events_their_conversations() {
-    let rig = Rig::start().await;
+    let rig = WorkerHarness::start().await;
     let (one, another, nobodys) = (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
     let conversation = |id: Uuid, owner: Value| {
         let mut line = seed("conversation").remove(0);
@@ -384,7 +387,7 @@ async fn rows_are_their_owners_and_events_their_conversations() {
 #[tokio::test]
 async fn ten_thousand_events_in_any_order_are_kept_byte_for_byte() {
     const EVENTS: usize = 10_000;
-    let rig = Rig::start().await;
+    let rig = WorkerHarness::start().await;
     let conversations: Vec<Uuid> = (0..7).map(|_| Uuid::new_v4()).collect();
     // 7919 and the number of events have no common divisor: every number comes once, in disorder.
     let numbers = (0..EVENTS).map(|index| index * 7919 % EVENTS);
@@ -497,14 +500,14 @@ impl Reference {
         files
     }
 
-    async fn import_into(&self, rig: &Rig) -> Summary {
+    async fn import_into(&self, rig: &WorkerHarness) -> Summary {
         rig.take(DataFolder::open(self.path(), Some(UserId::local())).expect("a data folder")).await
     }
 }
 
 #[tokio::test]
 async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
-    let rig = Rig::start().await;
+    let rig = WorkerHarness::start().await;
     let user = UserId::local();
     let reference = Reference::new();
     let ids: Vec<Uuid> = (0..6).map(|_| Uuid::new_v4()).collect();
@@ -594,11 +597,14 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
     assert_eq!(all_events(&rig.events, &user, ids[1]).await.len(), 1, "the conversation's owner is the events' owner");
 
     let again = reference.import_into(&rig).await;
-    assert_eq!((again.conversations, again.start_tasks, again.events), (there(2), there(3), there(2)));
+    assert_eq!(
+        (again.conversations, again.start_tasks, again.events),
+        (already_present(2), already_present(3), already_present(2))
+    );
     assert_eq!(reference.files(), files, "nothing is written there");
     assert_eq!((rig.conversations(&user).await, rig.start_tasks(&user).await), (2, 3));
 
-    let Rig { engines, folder, .. } = rig;
+    let WorkerHarness { engines, folder, .. } = rig;
     engines.shutdown().await;
     if skipped_on_ministack("what is in the embedded engines' files") {
         return;
@@ -617,7 +623,7 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
 /// What a repository was called is history and comes in as it is, but for the password in an address.
 #[tokio::test]
 async fn repositories_come_in_without_credentials() {
-    let rig = Rig::start().await;
+    let rig = WorkerHarness::start().await;
     let user = UserId::local();
     let reference = Reference::new();
     let mut text = String::new();
@@ -666,7 +672,7 @@ async fn repositories_come_in_without_credentials() {
 /// The names of secrets are history as well, and come in even where a start would refuse them.
 #[tokio::test]
 async fn secrets_of_requests_come_in_by_their_names() {
-    let rig = Rig::start().await;
+    let rig = WorkerHarness::start().await;
     let user = UserId::local();
     let reference = Reference::new();
     let (mut text, mut expected) = (String::new(), Vec::new());
@@ -705,7 +711,7 @@ async fn secrets_of_requests_come_in_by_their_names() {
 /// Tags as each importer reads them: within the limits they are kept, and what exceeds them is left out.
 #[tokio::test]
 async fn tags_within_the_limits_come_in_with_their_conversation() {
-    let rig = Rig::start().await;
+    let rig = WorkerHarness::start().await;
     let user = UserId::local();
     let (long, longest) = ("x".repeat(MAX_TAG_VALUE + 1), "x".repeat(MAX_TAG_VALUE));
     let many: serde_json::Map<String, Value> = (0..=MAX_TAGS).map(|tag| (format!("{tag:03}"), json!(""))).collect();
@@ -748,7 +754,11 @@ async fn tags_within_the_limits_come_in_with_their_conversation() {
     expected.push((null, json!({})));
     let file = rig.file("tags", text);
     let from_lines = rig.take(lines(&[file], Some(user.clone()))).await;
-    assert_eq!((from_lines.conversations, from_lines.skipped_rows()), (imported(cases.len() as u64), 0), "{from_lines}");
+    assert_eq!(
+        (from_lines.conversations, from_lines.skipped_rows()),
+        (imported(cases.len() as u64), 0),
+        "{from_lines}"
+    );
     let from_folder = reference.import_into(&rig).await;
     let all = imported(cases.len() as u64 + 1);
     assert_eq!((from_folder.conversations, from_folder.skipped_rows()), (all, 0), "{from_folder}");
@@ -761,7 +771,7 @@ async fn tags_within_the_limits_come_in_with_their_conversation() {
 
 #[tokio::test]
 async fn a_database_in_wal_mode_is_read_while_it_is_written_and_after_a_crash() {
-    let rig = Rig::start().await;
+    let rig = WorkerHarness::start().await;
     let reference = Reference::new();
     reference.database.pragma_update(None, "journal_mode", "wal").expect("WAL");
     reference.database.pragma_update(None, "wal_autocheckpoint", 0).expect("no checkpoints");
@@ -775,7 +785,11 @@ async fn a_database_in_wal_mode_is_read_while_it_is_written_and_after_a_crash() 
     // In the midst of a write.
     reference.database.execute_batch("BEGIN IMMEDIATE").expect("a transaction");
     reference.conversation(ids[1], "V1", "gui", Some("box"));
-    assert_eq!(reference.import_into(&rig).await.conversations, already_present(1), "what is not committed is not there");
+    assert_eq!(
+        reference.import_into(&rig).await.conversations,
+        already_present(1),
+        "what is not committed is not there"
+    );
     reference.database.execute_batch("COMMIT").expect("committed");
     assert_eq!(reference.import_into(&rig).await.conversations, Tally { imported: 1, already_present: 1 });
 
@@ -796,7 +810,7 @@ async fn a_database_in_wal_mode_is_read_while_it_is_written_and_after_a_crash() 
         };
         let before = listed();
         let data = DataFolder::open(folder.path(), Some(UserId::local())).expect("a data folder");
-        assert_eq!(rig.take(data).await.conversations, there(2), "{name}");
+        assert_eq!(rig.take(data).await.conversations, already_present(2), "{name}");
         assert_eq!(listed(), before, "{name}");
     }
 
@@ -814,7 +828,7 @@ async fn a_data_folder_in_use_and_one_of_nobody_are_refused_with_a_sentence() {
     if skipped_on_ministack("a data folder is the embedded engines' alone") {
         return;
     }
-    let rig = Rig::start().await;
+    let rig = WorkerHarness::start().await;
     let file = rig.file("seed.jsonl", SEED);
     let data = rig.folder.path().join("data");
     let into = TargetOptions::default();

@@ -62,7 +62,7 @@ impl Cloud {
         let engines = Engines::start(folder.path()).await;
         let aws = Aws::new(&engines.sdk_config().await);
         let mut names = engines.names("oh-");
-        names.start_queue_url = schema::make_all(&aws, &names, "oh-").await.expect("a schema").starts;
+        names.job_queue_url = schema::make_all(&aws, &names, "oh-").await.expect("a schema").jobs;
         let config = Config {
             start: StartConfig::default(),
             sandbox: SandboxConfig::None,
@@ -70,8 +70,8 @@ impl Cloud {
             sealing: SealingConfig::Kms(KEY.to_owned()),
             single_user: false,
             live_status_budget: Duration::from_secs(1),
-            look_budget: Duration::from_secs(2),
-            reach: shared::outbound::Reach::Anywhere,
+            sandbox_request_budget: Duration::from_secs(2),
+            address_policy: shared::http_client::AddressPolicy::Any,
             export: ExportConfig::default(),
         };
         Self { folder, kms: Kms::start().await, engines, aws, config }
@@ -335,7 +335,7 @@ async fn every_route_is_answered_by_the_program_of_its_function() {
         .expect("functions")
         .map(|entry| entry.expect("an entry").file_name().into_string().expect("a name"))
         .collect();
-    for elsewhere in ["authorizer", "start-worker", "stream-start"] {
+    for elsewhere in ["authorizer", "worker", "stream-start"] {
         assert!(expected.remove(elsewhere));
     }
     assert_eq!(functions.into_keys().collect::<BTreeSet<_>>(), expected);
@@ -347,10 +347,10 @@ async fn the_worker_reports_what_failed_of_a_batch_alone() {
     let start = cloud.function("start").await;
     let (_, task) = status_and_body(&start.invoke(event("start-base64")).await);
     let id = task["id"].as_str().expect("an id");
-    let received = cloud.aws.sqs.receive_message().queue_url(&cloud.config.names.start_queue_url).send().await;
+    let received = cloud.aws.sqs.receive_message().queue_url(&cloud.config.names.job_queue_url).send().await;
     let message = received.expect("the queue").messages.unwrap_or_default().pop().expect("a message");
 
-    let worker = cloud.function("start-worker").await;
+    let worker = cloud.function("worker").await;
     let mut batch = event("queue");
     let mut good = batch["Records"][0].clone();
     good["messageId"] = json!("the good one");
@@ -379,7 +379,7 @@ async fn the_worker_reports_what_failed_of_a_batch_alone() {
     };
     let ended = metric("StartsEnded");
     let format = &ended["_aws"]["CloudWatchMetrics"][0];
-    assert_eq!((&format["Namespace"], &ended["Function"]), (&json!("test"), &json!("start-worker")));
+    assert_eq!((&format["Namespace"], &ended["Function"]), (&json!("test"), &json!("worker")));
     assert_eq!((&ended["Outcome"], &ended["StartsEnded"]), (&json!("ERROR"), &json!(1)));
     assert!(
         format["Metrics"].as_array().is_some_and(|all| all.contains(&json!({"Name": "StartsEnded", "Unit": "Count"})))
@@ -411,8 +411,8 @@ async fn stream_start_answers_chunk_by_chunk() {
         text.extend_from_slice(&chunk);
         chunks += 1;
     }
-    let worker = cloud.function("start-worker").await;
-    let received = cloud.aws.sqs.receive_message().queue_url(&cloud.config.names.start_queue_url).send().await;
+    let worker = cloud.function("worker").await;
+    let received = cloud.aws.sqs.receive_message().queue_url(&cloud.config.names.job_queue_url).send().await;
     let message = received.expect("the queue").messages.unwrap_or_default().pop().expect("a message");
     worker.invoke(json!({"Records": [{"messageId": "1", "body": message.body}]})).await;
     loop {

@@ -22,13 +22,13 @@ use crate::tenants::{furnish, key_of, routes};
 const API: &str = "/api/v1/app-conversations";
 const MIB: usize = 1024 * 1024;
 
-struct Rig {
+struct WorkerHarness {
     api: Api,
     user: UserId,
     _folder: TempDir,
 }
 
-impl Rig {
+impl WorkerHarness {
     async fn new() -> Self {
         let folder = TempDir::new().expect("a folder");
         let api = Api::at(folder.path(), SandboxConfig::None).await;
@@ -60,7 +60,7 @@ fn is_too_long(answer: &(u16, Value), field: &str, longest: usize) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn bodies_up_to_the_limit_of_their_route() {
-    let rig = Rig::new().await;
+    let rig = WorkerHarness::new().await;
     let conversation = Uuid::from_u128(1);
     let limits = [
         ("POST", API.to_owned(), 6 * MIB),
@@ -97,7 +97,7 @@ async fn bodies_up_to_the_limit_of_their_route() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn names_filters_and_ids_up_to_theirs() {
-    let rig = Rig::new().await;
+    let rig = WorkerHarness::new().await;
     let target = format!("{API}/{}", Uuid::from_u128(1));
     let patch = async |body: Value| rig.send("PATCH", &target, body.to_string()).await;
     for field in ["title", "selected_branch"] {
@@ -144,7 +144,7 @@ async fn names_filters_and_ids_up_to_theirs() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ids_in_a_batch_up_to_as_many_as_it_takes() {
-    let rig = Rig::new().await;
+    let rig = WorkerHarness::new().await;
     let conversation = Uuid::from_u128(1);
     for (target, name, most, told) in [
         (API.to_owned(), "ids", 99, "Too many ids requested. Maximum is 99."),
@@ -171,7 +171,7 @@ async fn ids_in_a_batch_up_to_as_many_as_it_takes() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn headers_and_nesting_up_to_what_can_be_read() {
-    let rig = Rig::new().await;
+    let rig = WorkerHarness::new().await;
     let with_header = async |length: usize| {
         let request = Request::get(format!("{API}/count")).header("x-filler", "x".repeat(length));
         rig.api.send(request.extension(Caller(rig.user.clone())).body(Body::empty()).expect("a request")).await
@@ -195,7 +195,7 @@ async fn headers_and_nesting_up_to_what_can_be_read() {
 /// What cannot be a request is answered in JSON, too, whatever part of the server finds it out.
 #[tokio::test(flavor = "multi_thread")]
 async fn refusals_of_the_framework_are_json() {
-    let rig = Rig::new().await;
+    let rig = WorkerHarness::new().await;
     let conversation = Uuid::from_u128(1);
     for (method, target, status) in [
         ("GET", "/nothing".to_owned(), 404),
@@ -217,7 +217,7 @@ async fn refusals_of_the_framework_are_json() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_route_with_a_slash_at_its_end_leads_to_the_route() {
-    let rig = Rig::new().await;
+    let rig = WorkerHarness::new().await;
     for route in routes() {
         let (path, query) =
             route.target.split_once('?').map_or((route.target.as_str(), ""), |(path, query)| (path, query));
@@ -247,7 +247,7 @@ async fn every_route_with_a_slash_at_its_end_leads_to_the_route() {
 /// Nobody describes it, and HTTP has it wherever it has GET.
 #[tokio::test(flavor = "multi_thread")]
 async fn head_is_get_without_a_body() {
-    let rig = Rig::new().await;
+    let rig = WorkerHarness::new().await;
     for (method, caller, status) in [("GET", true, 200), ("HEAD", true, 200), ("GET", false, 401), ("HEAD", false, 401)]
     {
         let mut request = Request::builder().method(method).uri(format!("{API}/search"));
@@ -271,7 +271,7 @@ fn size_on_aws(answer: &Value) -> usize {
 #[tokio::test(flavor = "multi_thread")]
 async fn lists_of_large_starts_fit_into_an_answer() {
     const LAMBDA: usize = 6 * 1024 * 1024;
-    let rig = Rig::new().await;
+    let rig = WorkerHarness::new().await;
     let image = |length: usize| format!("data:image/png;base64,{}", "A".repeat(length));
     let images = |images: &[usize]| {
         let images: Vec<String> = images.iter().map(|length| image(*length)).collect();
@@ -324,7 +324,7 @@ async fn lists_of_large_starts_fit_into_an_answer() {
 }
 
 /// The states of a start, as one array.
-async fn states(rig: &Rig, body: &Value, meanwhile: impl AsyncFn()) -> Vec<Value> {
+async fn states(rig: &WorkerHarness, body: &Value, meanwhile: impl AsyncFn()) -> Vec<Value> {
     let request = Request::post(format!("{API}/stream-start")).header("content-type", "application/json");
     let request = request.extension(Caller(rig.user.clone())).body(Body::from(body.to_string()));
     let answer = rig.api.response(request.expect("a request")).await;
@@ -335,7 +335,7 @@ async fn states(rig: &Rig, body: &Value, meanwhile: impl AsyncFn()) -> Vec<Value
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_of_states_repeats_no_large_request_and_is_closed_whatever_happens() {
-    let rig = Rig::new().await;
+    let rig = WorkerHarness::new().await;
     // There are no sandboxes: the start fails.
     let work = async || rig.api.work().await;
     for (length, is_repeated) in [(60_000, true), (2_000_000, false)] {

@@ -8,26 +8,26 @@ use serde_json::{Map, Value, json};
 use shared::config::StartConfig;
 use shared::start::task::{StartStatus, StartTaskRecord};
 
-use crate::support::gate::{Moment, Stop};
+use crate::support::fault_proxy::{Moment, Stop};
 use crate::support::mcp_server::{Behavior, McpServer, write_process};
-use crate::support::rig::{Rig, quick};
 use crate::support::stand_in_agent::{Fault, Kind, Nth};
 use crate::support::wait::wait_until;
+use crate::support::worker_harness::{WorkerHarness, quick};
 
 /// Long: a machine that runs all tests at once may take seconds to start a Python.
 const LONG: Duration = Duration::from_secs(40);
 const KEY: &str = "canary-of-an-mcp-server";
 
 fn with_probe(limit: Duration) -> StartConfig {
-    StartConfig { mcp_probe_timeout: limit, patience: Duration::from_secs(50), ..quick() }
+    StartConfig { mcp_probe_timeout: limit, inline_wait: Duration::from_secs(50), ..quick() }
 }
 
-async fn set_servers(rig: &Rig, servers: &Value) {
+async fn set_servers(rig: &WorkerHarness, servers: &Value) {
     rig.set_settings(json!({"llm_model": "openai/scripted", "llm_api_key": "sk-rig", "mcp_config": servers})).await;
 }
 
 /// The names of the servers that the agent of the newest conversation got.
-fn given(rig: &Rig) -> Vec<String> {
+fn given(rig: &WorkerHarness) -> Vec<String> {
     let conversation = rig.agent.conversations().pop().expect("a conversation");
     conversation.body["agent"]["mcp_config"].as_object().expect("a map").keys().cloned().collect()
 }
@@ -54,19 +54,19 @@ fn configuration_files(folder: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-async fn no_configuration_stays(rig: &Rig, case: &str) {
+async fn no_configuration_stays(rig: &WorkerHarness, case: &str) {
     wait_until(&format!("{case}: no file with the configuration is left"), LONG, async || {
         configuration_files(rig.agent.root()).is_empty()
     })
     .await;
 }
 
-fn probes(rig: &Rig) -> usize {
+fn probes(rig: &WorkerHarness) -> usize {
     rig.agent.commands().iter().filter(|command| command.contains("mcp-")).count()
 }
 
 /// A stdio server that works.
-fn process(rig: &Rig) -> Value {
+fn process(rig: &WorkerHarness) -> Value {
     let program = rig.agent.root().join("words.py");
     write_process(&program);
     json!({"command": "python3", "args": [program], "env": {"WORDS": KEY}})
@@ -74,7 +74,7 @@ fn process(rig: &Rig) -> Value {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn servers_that_work_are_given_to_the_agent_and_the_others_are_left_out_by_name() {
-    let rig = Rig::start(with_probe(LONG)).await;
+    let rig = WorkerHarness::start(with_probe(LONG)).await;
     // What hangs has a limit of its own, so that the others may take their time on a slow machine.
     let behaviors = [
         ("works", Behavior::Works, ""),
@@ -296,7 +296,7 @@ async fn a_server_is_left_out_if_agent_servers_cannot_read_its_answers() {
             format!("it answered tools/list with an error: {}…", "x".repeat(200 - 38)),
         ),
     ]);
-    let rig = Rig::start(with_probe(LONG)).await;
+    let rig = WorkerHarness::start(with_probe(LONG)).await;
     for some in behaviors.chunks(10) {
         let mut running = Vec::new();
         let mut servers = Map::new();
@@ -322,7 +322,7 @@ async fn a_server_is_left_out_if_agent_servers_cannot_read_its_answers() {
 /// URLs are requested as agent servers request them.
 #[tokio::test(flavor = "multi_thread")]
 async fn urls_with_blanks_and_letters_beyond_ascii_are_encoded() {
-    let rig = Rig::start(with_probe(LONG)).await;
+    let rig = WorkerHarness::start(with_probe(LONG)).await;
     let server = McpServer::behaving(Behavior::Works).await;
     let base = server.url().replace("/mcp", "");
     let cases = [
@@ -357,7 +357,7 @@ async fn urls_with_blanks_and_letters_beyond_ascii_are_encoded() {
 /// A cookie goes to the server that set it, and to no other one on the same host.
 #[tokio::test(flavor = "multi_thread")]
 async fn cookies_stay_within_their_probe() {
-    let rig = Rig::start(with_probe(LONG)).await;
+    let rig = WorkerHarness::start(with_probe(LONG)).await;
     let (sticky, other) = (McpServer::behaving(Behavior::Sticky).await, McpServer::behaving(Behavior::Sticky).await);
     set_servers(&rig, &json!({"a": {"url": sticky.url()}, "b": {"url": other.url()}})).await;
     let task = rig.begin(&json!({})).await;
@@ -373,7 +373,7 @@ async fn cookies_stay_within_their_probe() {
 /// The sandbox has the secrets once the file is uploaded, and may repeat them in the errors of any later request.
 #[tokio::test(flavor = "multi_thread")]
 async fn errors_that_repeat_a_secret_of_a_server_are_noted_without_it() {
-    let rig = Rig::start(with_probe(LONG)).await;
+    let rig = WorkerHarness::start(with_probe(LONG)).await;
     let hung = McpServer::behaving(Behavior::Hangs).await;
     set_servers(&rig, &json!({"hung": {"url": hung.url(), "headers": {"X-Key": KEY}}})).await;
     let task = rig.begin(&json!({})).await;
@@ -391,7 +391,7 @@ async fn errors_that_repeat_a_secret_of_a_server_are_noted_without_it() {
 
 #[tokio::test]
 async fn a_start_without_servers_that_are_switched_on_costs_nothing() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let without = rig.begin(&json!({})).await;
     assert_eq!(detail_of(&rig.drive(without.id).await), "");
     let requests = rig.agent.requests().len();
@@ -414,7 +414,7 @@ async fn a_start_without_servers_that_are_switched_on_costs_nothing() {
 
 #[tokio::test]
 async fn a_start_in_a_used_sandbox_probes_again() {
-    let rig = Rig::start(with_probe(LONG)).await;
+    let rig = WorkerHarness::start(with_probe(LONG)).await;
     set_servers(&rig, &json!({"good": process(&rig), "bad": {"command": "no-such-command-here"}})).await;
     let first = rig.begin(&json!({})).await;
     let first = rig.drive(first.id).await;
@@ -432,7 +432,7 @@ async fn a_start_in_a_used_sandbox_probes_again() {
 
 #[tokio::test]
 async fn a_worker_without_patience_gives_the_start_back_while_servers_are_probed() {
-    let rig = Rig::start(StartConfig { patience: Duration::ZERO, ..with_probe(LONG) }).await;
+    let rig = WorkerHarness::start(StartConfig { inline_wait: Duration::ZERO, ..with_probe(LONG) }).await;
     set_servers(&rig, &json!({"good": process(&rig), "bad": {"command": "no-such-command-here"}})).await;
     let task = rig.begin(&json!({})).await;
     let done = rig.drive(task.id).await;
@@ -459,7 +459,7 @@ async fn the_probe_fails_no_start() {
     stream::iter(cases)
         .for_each_concurrent(2, |(route, nth, kind)| async move {
             let name = format!("{route}: {kind:?}");
-            let rig = Rig::start(with_probe(LONG)).await;
+            let rig = WorkerHarness::start(with_probe(LONG)).await;
             set_servers(&rig, &json!({"one": process(&rig), "two": {"url": "http://127.0.0.1:1/mcp"}})).await;
             rig.agent.inject(Fault::new(route, nth, kind));
             let task = rig.begin(&json!({})).await;
@@ -488,7 +488,7 @@ async fn any_single_fault_during_the_probe_is_got_over() {
     stream::iter(cases)
         .for_each_concurrent(2, |(route, nth, kind)| async move {
             let name = format!("{route}: {kind:?}");
-            let rig = Rig::start(with_probe(LONG)).await;
+            let rig = WorkerHarness::start(with_probe(LONG)).await;
             set_servers(&rig, &json!({"good": process(&rig), "bad": {"command": "no-such-command-here"}})).await;
             rig.agent.inject(Fault::new(route, Nth::On(nth), kind));
             let task = rig.begin(&json!({})).await;
@@ -503,7 +503,7 @@ async fn any_single_fault_during_the_probe_is_got_over() {
 
 /// The calls of a start from the one that starts the probe to the one that ends the start.
 async fn calls_of_the_probe() -> Vec<(usize, String)> {
-    let rig = Rig::start(with_probe(LONG)).await;
+    let rig = WorkerHarness::start(with_probe(LONG)).await;
     set_servers(&rig, &json!({"good": process(&rig)})).await;
     let task = rig.begin(&json!({})).await;
     rig.gate.arm(usize::MAX, Stop::Refuse);
@@ -524,7 +524,7 @@ async fn a_crash_or_a_late_worker_at_any_call_of_the_probe_leaves_no_file_behind
     stream::iter(cases.flat_map(|case| [true, false].map(|crash| (case.clone(), crash))))
         .for_each_concurrent(2, |(((call, what), moment), crash)| async move {
             let name = format!("{} {moment:?} call {call} ({what})", if crash { "a crash" } else { "held" });
-            let rig = Rig::start(with_probe(LONG)).await;
+            let rig = WorkerHarness::start(with_probe(LONG)).await;
             set_servers(&rig, &json!({"good": process(&rig), "bad": {"command": "no-such-command-here"}})).await;
             let task = rig.begin(&json!({"initial_message": {"content": [{"type": "text", "text": "hi"}]}})).await;
             if crash {
@@ -533,8 +533,8 @@ async fn a_crash_or_a_late_worker_at_any_call_of_the_probe_leaves_no_file_behind
             } else {
                 rig.gate.arm(call, Stop::Hold(moment));
                 let first = rig.receive().await.expect("a message");
-                let (context, event) = (rig.context.clone(), Rig::event(&first));
-                let mut late = tokio::spawn(async move { start_worker::handle(&context, event).await });
+                let (context, event) = (rig.context.clone(), WorkerHarness::event(&first));
+                let mut late = tokio::spawn(async move { worker::handle(&context, event).await });
                 let ended = tokio::select! {
                     ended = &mut late => Some(ended),
                     () = rig.gate.reached() => None,
@@ -561,7 +561,7 @@ async fn a_crash_or_a_late_worker_at_any_call_of_the_probe_leaves_no_file_behind
 /// The step's deadline would end the start; the probe is given up before.
 #[tokio::test]
 async fn a_probe_that_does_not_end_is_given_up() {
-    let rig = Rig::start(StartConfig { step_timeout: Duration::from_secs(20), ..with_probe(LONG) }).await;
+    let rig = WorkerHarness::start(StartConfig { step_timeout: Duration::from_secs(20), ..with_probe(LONG) }).await;
     let hung = McpServer::behaving(Behavior::Hangs).await;
     set_servers(&rig, &json!({"hung": {"url": hung.url()}})).await;
     let task = rig.begin(&json!({})).await;

@@ -7,18 +7,18 @@ use http::Request;
 use serde_json::{Value, json};
 use shared::config::SandboxConfig;
 use shared::http::caller::Caller;
+use shared::jobs::queue::Job;
 use shared::pending_message::delivery::{Addressee, Queued};
 use shared::sandbox::SandboxStatus;
-use shared::start::queue::Job;
 use shared::start::request::{Content, TextContent};
 use shared::user::UserId;
 use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::support::api::Api;
-use crate::support::gate::{Moment, Stop};
-use crate::support::rig::{Rig, quick};
+use crate::support::fault_proxy::{Moment, Stop};
 use crate::support::stand_in_agent::{Fault, Kind, Nth};
+use crate::support::worker_harness::{WorkerHarness, quick};
 
 const END_WITHIN: Duration = Duration::from_secs(180);
 
@@ -30,25 +30,25 @@ fn text(text: &str) -> Vec<Content> {
     vec![Content::Text(TextContent { cache_prompt: false, text: text.to_owned() })]
 }
 
-async fn keep(rig: &Rig, to: Addressee, said: &str) -> shared::Result<Queued> {
+async fn keep(rig: &WorkerHarness, to: Addressee, said: &str) -> shared::Result<Queued> {
     rig.other_worker.messages.keep(&rig.user, to, &text(said)).await
 }
 
 /// What the agent was told, in order.
-fn told(rig: &Rig, conversation: Uuid) -> Vec<String> {
+fn told(rig: &WorkerHarness, conversation: Uuid) -> Vec<String> {
     let messages = rig.agent.messages_delivered(conversation);
     messages.iter().map(|message| message["content"][0]["text"].as_str().expect("text").to_owned()).collect()
 }
 
 /// A conversation that is ready and was told `first`.
-async fn ready(rig: &Rig) -> (Uuid, Uuid) {
+async fn ready(rig: &WorkerHarness) -> (Uuid, Uuid) {
     let task = rig.begin(&start_body()).await;
     let record = rig.drive(task.id).await;
     (task.id, record.conversation_id)
 }
 
 /// Works on what is queued, and sweeps, until the agent was told all of this.
-async fn drive_until_told(rig: &Rig, conversation: Uuid, expected: &[&str], case: &str) {
+async fn drive_until_told(rig: &WorkerHarness, conversation: Uuid, expected: &[&str], case: &str) {
     let deadline = Instant::now() + END_WITHIN;
     while told(rig, conversation).len() < expected.len() || rig.messages_wait(conversation).await {
         assert!(Instant::now() < deadline, "{case}: told {:?}, calls {:?}", told(rig, conversation), rig.gate.calls());
@@ -62,7 +62,7 @@ async fn drive_until_told(rig: &Rig, conversation: Uuid, expected: &[&str], case
 
 #[tokio::test]
 async fn messages_before_during_and_after_ready_arrive_once_and_in_order() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let task = rig.begin(&start_body()).await;
     let conversation = task.conversation_id;
     let to = Addressee::Task(task.id);
@@ -72,8 +72,8 @@ async fn messages_before_during_and_after_ready_arrive_once_and_in_order() {
     // During: the worker stands in the middle of the start.
     rig.gate.arm(20, Stop::Hold(Moment::Before));
     let message = rig.receive().await.expect("the bell");
-    let (context, event) = (rig.context.clone(), Rig::event(&message));
-    let worker = tokio::spawn(async move { start_worker::handle(&context, event).await });
+    let (context, event) = (rig.context.clone(), WorkerHarness::event(&message));
+    let worker = tokio::spawn(async move { worker::handle(&context, event).await });
     rig.gate.reached().await;
     keep(&rig, to, "three").await.expect("kept");
     rig.gate.disarm();
@@ -94,7 +94,7 @@ async fn messages_before_during_and_after_ready_arrive_once_and_in_order() {
 
 #[tokio::test]
 async fn a_crash_at_any_call_neither_loses_nor_repeats_nor_reorders_a_message() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let long = "x".repeat(30_000);
     let expected = ["first", "one", long.as_str(), "three"];
     let queued = async || {
@@ -143,7 +143,7 @@ async fn a_crash_at_any_call_neither_loses_nor_repeats_nor_reorders_a_message() 
 
 #[tokio::test]
 async fn a_store_that_refuses_any_call_delays_a_message_and_no_more() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let (_, conversation) = ready(&rig).await;
     let mut expected = vec!["first".to_owned(), "message 0".to_owned()];
     keep(&rig, Addressee::Conversation(conversation), "message 0").await.expect("kept");
@@ -176,7 +176,7 @@ async fn a_store_that_refuses_any_call_delays_a_message_and_no_more() {
 
 #[tokio::test]
 async fn an_agent_server_that_fails_is_tried_again_and_never_told_twice() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let (_, conversation) = ready(&rig).await;
     let mut expected = vec!["first".to_owned()];
     let route = "POST /api/conversations/{id}/events";
@@ -220,7 +220,7 @@ async fn an_agent_server_that_fails_is_tried_again_and_never_told_twice() {
 }
 
 /// How often a message was sent until the agent server's errors were taken for permanent.
-async fn drive_until_given_up(rig: &Rig, conversation: Uuid) -> usize {
+async fn drive_until_given_up(rig: &WorkerHarness, conversation: Uuid) -> usize {
     let before = rig.agent.requests_to("POST /api/conversations/{id}/events").len();
     let deadline = Instant::now() + END_WITHIN;
     while rig.messages_are_due(conversation).await {
@@ -236,7 +236,7 @@ async fn drive_until_given_up(rig: &Rig, conversation: Uuid) -> usize {
 
 #[tokio::test]
 async fn a_message_that_an_agent_server_never_takes_waits_for_the_next_one() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let (_, conversation) = ready(&rig).await;
     let plugin = r#"{"detail":"Internal Server Error","exception":"Local plugin path does not exist: /nowhere"}"#;
     let unknown = r#"{"detail":"Internal Server Error","exception":"a new kind of fault"}"#;
@@ -271,7 +271,7 @@ async fn a_message_that_an_agent_server_never_takes_waits_for_the_next_one() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_that_comes_during_the_last_try_is_tried_too() {
     const SEND: &str = "POST /api/conversations/{id}/events";
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let (_, conversation) = ready(&rig).await;
     let before = rig.agent.requests_to(SEND).len();
     rig.agent.fail_setup(None, 500, r#"{"exception":"Local plugin path does not exist: /nowhere"}"#);
@@ -298,7 +298,7 @@ async fn a_message_that_comes_during_the_last_try_is_tried_too() {
 /// Errors that come between reasons to wait are not in a row.
 #[tokio::test]
 async fn an_agent_server_that_cannot_be_reached_between_two_errors_begins_the_count_again() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let (_, conversation) = ready(&rig).await;
     for nth in 1..=9 {
         let status = if nth % 3 == 0 { 503 } else { 500 };
@@ -313,7 +313,7 @@ async fn an_agent_server_that_cannot_be_reached_between_two_errors_begins_the_co
 
 #[tokio::test]
 async fn a_message_that_stands_at_the_door_of_an_agent_at_work_is_not_sent_again() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let (_, conversation) = ready(&rig).await;
     // The agent thinks for longer than anybody waits for an answer; what was sent comes in when it is done.
     rig.agent.set_execution_status(conversation, "running");
@@ -332,7 +332,7 @@ async fn a_message_that_stands_at_the_door_of_an_agent_at_work_is_not_sent_again
 
 #[tokio::test]
 async fn many_workers_and_a_lost_bell_change_nothing() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let (_, conversation) = ready(&rig).await;
     for said in ["one", "two", "three"] {
         keep(&rig, Addressee::Conversation(conversation), said).await.expect("kept");
@@ -356,7 +356,7 @@ async fn many_workers_and_a_lost_bell_change_nothing() {
 
 #[tokio::test]
 async fn a_paused_sandbox_gets_its_messages_when_it_is_resumed() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let (_, conversation) = ready(&rig).await;
     let sandbox = rig.sandboxes.made().into_keys().next().expect("a sandbox");
     for status in [SandboxStatus::Paused, SandboxStatus::Starting, SandboxStatus::Error, SandboxStatus::Missing] {
@@ -373,7 +373,7 @@ async fn a_paused_sandbox_gets_its_messages_when_it_is_resumed() {
 
 #[tokio::test]
 async fn messages_to_a_start_that_fails_stay_until_they_go_with_it() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     rig.set_settings(json!({})).await;
     let task = rig.begin(&start_body()).await;
     let to = Addressee::Task(task.id);

@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use crate::support::api::Api;
 use crate::support::git_server::GitServer;
-use crate::support::rig::{Rig, quick};
+use crate::support::worker_harness::{WorkerHarness, quick};
 
 const API: &str = "/api/v1/app-conversations";
 const MASK: &str = "**********";
@@ -551,7 +551,7 @@ async fn what_was_pasted_is_cloned() {
         (format!("git@{}:o/r.git", git.host().split(':').next().expect("a host")), None),
         ("o/r.git".to_owned(), None),
     ] {
-        let rig = Rig::start(insecure()).await;
+        let rig = WorkerHarness::start(insecure()).await;
         let host = format!("{}/api/v3/", git.url());
         // As a settings file has it, unlike those of the API.
         let tokens = json!({"gitlab": {"token": null}, "github": {"token": "Bearer the-token\n", "host": host}});
@@ -581,7 +581,7 @@ async fn what_was_pasted_is_cloned() {
 
 #[tokio::test]
 async fn what_cannot_be_cloned_is_refused_before_a_sandbox_is_made() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let tokens =
         json!({"github": {"token": "t", "host": "host of an earlier version"}, "azure_devops": {"token": "t"}});
     rig.set_settings(json!({"llm_model": "openai/x", "provider_tokens": tokens})).await;

@@ -6,13 +6,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use local::import::command::import;
-use local::options::{CommonOptions, TargetOptions, SandboxKind};
+use local::options::{CommonOptions, SandboxKind, TargetOptions};
 use local::server::{Environment, Server};
 use regex_lite::Regex;
 use serde_json::{Map, Value};
 use tempfile::TempDir;
 
-use crate::support::wire::{Answer, Connection};
+use crate::support::raw_http::{Answer, Connection};
 
 /// In this order: the last two change records. What deletes comes after all of them.
 const RECORDINGS: [&str; 8] = ["batch", "byid", "count", "search", "tz", "start-tasks", "patch", "post"];

@@ -10,9 +10,9 @@ use shared::sandbox::SandboxStatus;
 use shared::start::task::StartStatus;
 use tokio::time::timeout;
 
-use crate::support::gate::{Moment, Stop};
-use crate::support::rig::{Rig, quick};
+use crate::support::fault_proxy::{Moment, Stop};
 use crate::support::stand_in_agent::{Fault, Kind, Nth};
+use crate::support::worker_harness::{WorkerHarness, quick};
 
 /// Rigs at a time in the tests that need many.
 const RIGS: usize = 4;
@@ -23,7 +23,7 @@ fn message() -> Value {
 
 #[tokio::test]
 async fn a_start_ends_ready_with_one_of_everything() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let task = rig.begin(&message()).await;
     let done = rig.drive(task.id).await;
     rig.assert_one(task.id, 1, "a plain start").await;
@@ -40,7 +40,7 @@ async fn the_model_streams_where_tokens_reach_nobody_but_clients() {
     for (version, streams) in
         [("1.15.0", false), ("1.34.0", false), ("1.49.1", true), ("1.58.2", true), ("unknown", false)]
     {
-        let rig = Rig::start(quick()).await;
+        let rig = WorkerHarness::start(quick()).await;
         rig.agent.set_version(version);
         rig.drive(rig.begin(&message()).await.id).await;
         let created = rig.agent.requests_to("POST /api/conversations").pop().expect("a request").json();
@@ -52,14 +52,14 @@ async fn the_model_streams_where_tokens_reach_nobody_but_clients() {
         );
         rig.finish().await;
     }
-    let off = Rig::start(shared::config::StartConfig { token_streaming: false, ..quick() }).await;
+    let off = WorkerHarness::start(shared::config::StartConfig { token_streaming: false, ..quick() }).await;
     off.agent.set_version("1.58.2");
     off.drive(off.begin(&message()).await.id).await;
     let created = off.agent.requests_to("POST /api/conversations").pop().expect("a request").json();
     assert_eq!(created["agent"]["llm"]["stream"], false, "it is switched off");
     off.finish().await;
     for kind in [Kind::Status(500, "x".into()), Kind::CutBefore, Kind::Garbage] {
-        let rig = Rig::start(quick()).await;
+        let rig = WorkerHarness::start(quick()).await;
         rig.agent.set_version("1.58.2");
         rig.agent.inject(Fault::new("GET /server_info", Nth::Always, kind));
         let task = rig.begin(&message()).await;
@@ -72,7 +72,7 @@ async fn the_model_streams_where_tokens_reach_nobody_but_clients() {
 
 /// How many calls a start makes.
 async fn calls_of_a_start() -> Vec<String> {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let task = rig.begin(&message()).await;
     rig.gate.arm(usize::MAX, Stop::Refuse);
     rig.drive(task.id).await;
@@ -88,7 +88,7 @@ async fn crash_everywhere(moment: Moment) {
         .for_each_concurrent(RIGS, |call| {
             let name = format!("a crash {moment:?} call {call} ({})", calls[call - 1]);
             async move {
-                let rig = Rig::start(quick()).await;
+                let rig = WorkerHarness::start(quick()).await;
                 let task = rig.begin(&message()).await;
                 rig.crash_at(task.id, call, Stop::Hang(moment)).await;
                 rig.drive(task.id).await;
@@ -117,12 +117,12 @@ async fn late_everywhere(moment: Moment) {
         .for_each_concurrent(RIGS, |call| {
             let name = format!("a worker held {moment:?} call {call} ({})", calls[call - 1]);
             async move {
-                let rig = Rig::start(quick()).await;
+                let rig = WorkerHarness::start(quick()).await;
                 let task = rig.begin(&message()).await;
                 rig.gate.arm(call, Stop::Hold(moment));
                 let first = rig.receive().await.expect("a message");
-                let (context, event) = (rig.context.clone(), Rig::event(&first));
-                let mut late = tokio::spawn(async move { start_worker::handle(&context, event).await });
+                let (context, event) = (rig.context.clone(), WorkerHarness::event(&first));
+                let mut late = tokio::spawn(async move { worker::handle(&context, event).await });
                 // The number of calls varies a little: the last ones may not come.
                 let ended = tokio::select! {
                     ended = &mut late => Some(ended),
@@ -161,7 +161,7 @@ async fn any_call_to_the_store_may_be_refused_once() {
         .for_each_concurrent(RIGS, |call| {
             let name = format!("call {call} ({}) refused", calls[call - 1]);
             async move {
-                let rig = Rig::start(quick()).await;
+                let rig = WorkerHarness::start(quick()).await;
                 let task = rig.begin(&message()).await;
                 rig.gate.arm(call, Stop::Refuse);
                 rig.drive(task.id).await;
@@ -175,7 +175,7 @@ async fn any_call_to_the_store_may_be_refused_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_same_message_three_times_at_once_is_one_start() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let task = rig.begin(&message()).await;
     let delivered = rig.receive().await.expect("a message");
     join_all((0..3).map(|_| rig.handle(&delivered))).await;
@@ -187,7 +187,7 @@ async fn the_same_message_three_times_at_once_is_one_start() {
 
 #[tokio::test]
 async fn a_lost_message_is_rung_again() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let task = rig.begin(&message()).await;
     rig.purge().await;
     rig.drive(task.id).await;
@@ -197,20 +197,20 @@ async fn a_lost_message_is_rung_again() {
 
 #[tokio::test]
 async fn a_worker_without_patience_gives_the_start_back_and_ends_it_all_the_same() {
-    let rig = Rig::start(shared::config::StartConfig { patience: Duration::ZERO, ..quick() }).await;
+    let rig = WorkerHarness::start(shared::config::StartConfig { inline_wait: Duration::ZERO, ..quick() }).await;
     let task = rig.begin(&message()).await;
     let first = rig.receive().await.expect("a message");
     rig.handle(&first).await;
     let waiting = rig.task(task.id).await;
     assert!(!waiting.now.status.is_final() && waiting.command.is_some(), "{waiting:?}");
     rig.drive(task.id).await;
-    rig.assert_one(task.id, 1, "no patience").await;
+    rig.assert_one(task.id, 1, "no inline_wait").await;
     rig.finish().await;
 }
 
 #[tokio::test]
 async fn a_dead_letter_ends_its_start_with_an_error() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let task = rig.begin(&message()).await;
     let dead = rig.receive().await.expect("a message");
     rig.bury(&dead).await;
@@ -246,7 +246,7 @@ async fn any_single_fault_of_the_agent_server_is_got_over() {
     stream::iter(cases)
         .for_each_concurrent(RIGS, |(route, kind)| async move {
             let name = format!("{route}: {kind:?}");
-            let rig = Rig::start(quick()).await;
+            let rig = WorkerHarness::start(quick()).await;
             rig.agent.inject(Fault::new(route, Nth::Next, kind));
             let task = rig.begin(&message()).await;
             rig.drive(task.id).await;
@@ -259,7 +259,7 @@ async fn any_single_fault_of_the_agent_server_is_got_over() {
 /// The agent server takes longer than we wait, and makes the conversation all the same.
 #[tokio::test]
 async fn a_conversation_that_is_made_behind_our_back_is_found_and_not_made_again() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let late = Kind::Slow(Duration::from_millis(3500));
     rig.agent.inject(Fault::new("POST /api/conversations", Nth::Next, late));
     let task = rig.begin(&message()).await;
@@ -281,7 +281,7 @@ async fn a_fault_that_stays_is_an_error_that_says_why() {
     stream::iter(cases)
         .for_each_concurrent(RIGS, |(route, kind, words)| async move {
             let name = format!("{route}: {kind:?}");
-            let rig = Rig::start(quick()).await;
+            let rig = WorkerHarness::start(quick()).await;
             rig.agent.inject(Fault::new(route, Nth::Always, kind));
             let task = rig.begin(&message()).await;
             let ended = rig.drive(task.id).await;
@@ -307,7 +307,7 @@ async fn a_fault_that_stays_is_an_error_that_says_why() {
 
 #[tokio::test]
 async fn a_crash_while_a_failed_start_is_cleaned_up_keeps_its_reason() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let refusal = Kind::Status(422, r#"{"detail":"no such tool"}"#.into());
     rig.agent.inject(Fault::new("POST /api/conversations", Nth::Always, refusal));
     rig.gate.arm(usize::MAX, Stop::Refuse);
@@ -327,7 +327,7 @@ async fn a_crash_while_a_failed_start_is_cleaned_up_keeps_its_reason() {
 
 #[tokio::test]
 async fn a_missing_model_is_an_error_before_the_sandbox_has_booted() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     rig.set_settings(json!({})).await;
     *rig.sandboxes.begins_as.lock().expect("status") = SandboxStatus::Starting;
     let task = rig.begin(&message()).await;
@@ -340,7 +340,7 @@ async fn a_missing_model_is_an_error_before_the_sandbox_has_booted() {
 #[tokio::test]
 async fn a_sandbox_that_never_answers_is_an_error_within_its_time() {
     let config = shared::config::StartConfig { sandbox_startup_timeout: Duration::from_secs(1), ..quick() };
-    let rig = Rig::start(config).await;
+    let rig = WorkerHarness::start(config).await;
     *rig.sandboxes.begins_as.lock().expect("status") = SandboxStatus::Starting;
     let task = rig.begin(&message()).await;
     let ended = rig.drive(task.id).await;
@@ -351,7 +351,7 @@ async fn a_sandbox_that_never_answers_is_an_error_within_its_time() {
 
 #[tokio::test]
 async fn a_sandbox_that_ends_during_the_start_is_an_error_that_says_so() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     rig.agent.inject(Fault::new("POST /api/skills", Nth::Always, Kind::CutBefore));
     let task = rig.begin(&message()).await;
     let delivered = rig.receive().await.expect("a message");
@@ -372,7 +372,7 @@ async fn a_sandbox_that_ends_during_the_start_is_an_error_that_says_so() {
 
 #[tokio::test]
 async fn a_paused_sandbox_is_resumed_and_an_unknown_one_is_an_error() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let first = rig.begin(&json!({})).await;
     let sandbox = rig.drive(first.id).await.now.sandbox_id.expect("a sandbox");
     rig.sandboxes.set_status(&sandbox, SandboxStatus::Paused);
@@ -388,7 +388,7 @@ async fn a_paused_sandbox_is_resumed_and_an_unknown_one_is_an_error() {
 
 #[tokio::test]
 async fn the_same_conversation_started_twice_stays_one() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let id = "aaaa1111-0000-4000-8000-000000000001";
     let mut body = message();
     body["conversation_id"] = id.into();
@@ -406,7 +406,7 @@ async fn the_same_conversation_started_twice_stays_one() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_starts_of_one_conversation_at_once_are_one_conversation() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let mut body = message();
     body["conversation_id"] = "aaaa1111-0000-4000-8000-000000000002".into();
     let (one, two) = (rig.begin(&body).await, rig.begin(&body).await);
@@ -422,7 +422,7 @@ async fn two_starts_of_one_conversation_at_once_are_one_conversation() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn many_starts_at_once_in_one_sandbox_do_not_disturb_each_other() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     rig.set_settings(json!({"llm_model": "openai/x", "git_user_name": "A", "git_user_email": "a@example.org"})).await;
     let first = rig.begin(&json!({})).await;
     let sandbox = rig.drive(first.id).await.now.sandbox_id.expect("a sandbox");
@@ -443,7 +443,7 @@ async fn many_starts_at_once_in_one_sandbox_do_not_disturb_each_other() {
 
 #[tokio::test]
 async fn a_request_too_large_for_the_record_is_kept_in_the_bucket() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let text = "x".repeat(600_000);
     let task = rig.begin(&json!({"initial_message": {"content": [{"type": "text", "text": text}]}})).await;
     rig.drive(task.id).await;
@@ -456,7 +456,7 @@ async fn a_request_too_large_for_the_record_is_kept_in_the_bucket() {
 
 #[tokio::test]
 async fn secrets_of_a_request_reach_the_agent_and_show_nowhere() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let task = rig.begin(&json!({"secrets": {"DEPLOY_KEY": "canary-5121"}})).await;
     assert!(!format!("{task:?}").contains("canary-5121"));
     let done = rig.drive(task.id).await;

@@ -9,21 +9,21 @@ use rustix::process::{Signal, kill_process_group};
 use secrecy::ExposeSecret as _;
 use serde_json::{Value, json};
 use shared::config::{DockerSandboxConfig, RemoteSandboxConfig, SandboxConfig};
+use shared::digest::sha256_hex;
 use shared::sandbox::spec::AGENT_SERVER_VERSION;
 use shared::sandbox::store::SandboxStore;
 use shared::sandbox::{Sandbox, SandboxService, SandboxStatus, service};
 use shared::user::UserId;
-use shared::user::seal::hash;
 use shared::user::settings::SettingsStore;
 use tempfile::TempDir;
 
 use crate::support::api::Api;
 use crate::support::docker_engine::DockerEngine;
 use crate::support::product::Product;
-use crate::support::rig::SESSION_KEY;
 use crate::support::runtime_api::{API_KEY, Fault, RuntimeApi};
 use crate::support::stand_in_agent::{Fault as AgentFault, Kind, Nth, StandInAgent};
 use crate::support::wait::{wait_for, wait_until};
+use crate::support::worker_harness::SESSION_KEY;
 
 const BOOT: Duration = Duration::from_secs(180);
 /// What an answer may take while a provider hangs, on a busy machine.
@@ -259,7 +259,7 @@ impl Place for DockerEngine {
         let running = self.containers().into_iter().filter(|(_, container)| container.state == "running");
         let names: Vec<String> = running.map(|(name, _)| name).collect();
         let user = UserId::new("somebody");
-        let two = names.into_iter().find(|name| name.ends_with(&hash(&user.key_of("two"))[..32]));
+        let two = names.into_iter().find(|name| name.ends_with(&sha256_hex(&user.key_of("two"))[..32]));
         Self::kill(self, &two.expect("it runs"));
     }
 }
@@ -277,7 +277,7 @@ async fn containers_conform() {
     // What containers are made with.
     service.start(&rig.user, "one").await.expect("started");
     let (name, container) = engine.containers().pop_first().expect("a container");
-    assert_eq!(name, format!("oh-agent-server-{}", &hash(&rig.user.key_of("one"))[..32]));
+    assert_eq!(name, format!("oh-agent-server-{}", &sha256_hex(&rig.user.key_of("one"))[..32]));
     let body = &container.body;
     assert_eq!(body["Cmd"], json!(["--port", "8000"]));
     assert_eq!(body["WorkingDir"], "/workspace/project");
@@ -337,7 +337,7 @@ impl Place for Real {
     async fn let_run(&self, _: &str) {}
 
     async fn kill(&self, id: &str) {
-        let name = format!("{}{}", self.0, &hash(&UserId::new("somebody").key_of(id))[..32]);
+        let name = format!("{}{}", self.0, &sha256_hex(&UserId::new("somebody").key_of(id))[..32]);
         let killed = tokio::process::Command::new("docker").args(["kill", &name]).output().await.expect("run");
         assert!(killed.status.success(), "{killed:?}");
     }

@@ -13,8 +13,8 @@ use shared::config::SandboxConfig;
 use shared::http::caller::Caller;
 use shared::sandbox::store::SandboxStore;
 use shared::user::UserId;
-use shared::user::document::SecretChange;
 use shared::user::settings::SettingsStore;
+use shared::user::settings_document::SecretChange;
 use tempfile::TempDir;
 
 use crate::support::api::Api;

@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use crate::support::api::{Api, PREFIX};
 use crate::support::engines::Engines;
-use crate::support::guard::{Call, Guard, Policies, Statement, allows};
+use crate::support::iam_proxy::{Call, IamProxy, Policies, Statement, allows};
 use crate::support::kms;
 use crate::tenants::{By, furnish, request, routes};
 
@@ -106,18 +106,18 @@ fn tables_bucket_and_queues_are_those_of_the_schema() {
     assert!(private.len() == 4 && private.values().all(|value| *value == true));
     assert!(bucket["BucketEncryption"].is_object());
 
-    let queue = &template["Resources"]["StartQueue"]["Properties"];
-    let start = schema::START_QUEUE;
+    let queue = &template["Resources"]["JobQueue"]["Properties"];
+    let start = schema::JOB_QUEUE;
     assert_eq!(own_name(&queue["QueueName"]), start.name);
     assert_eq!(queue["VisibilityTimeout"], start.visibility_timeout.as_secs());
     assert_eq!(queue["RedrivePolicy"]["maxReceiveCount"], start.max_receive_count);
     assert_eq!(queue["RedrivePolicy"]["deadLetterTargetArn"], json!({"Fn::GetAtt": ["DeadLetterQueue", "Arn"]}));
     let dead = own_name(&template["Resources"]["DeadLetterQueue"]["Properties"]["QueueName"]);
-    assert_eq!(dead, format!("{}{}", start.name, shared::start::queue::DEAD_LETTER_SUFFIX));
+    assert_eq!(dead, format!("{}{}", start.name, shared::jobs::queue::DEAD_LETTER_SUFFIX));
     let functions = functions(&template);
-    let worker = functions["start-worker"];
+    let worker = functions["worker"];
     assert_eq!(worker["Timeout"], schema::WORKER_TIMEOUT.as_secs());
-    for (source, queue) in [("Starts", "StartQueue"), ("DeadLetters", "DeadLetterQueue")] {
+    for (source, queue) in [("Starts", "JobQueue"), ("DeadLetters", "DeadLetterQueue")] {
         let source = &worker["Events"][source]["Properties"];
         assert_eq!(source["Queue"], json!({"Fn::GetAtt": [queue, "Arn"]}));
         assert_eq!(source["FunctionResponseTypes"], json!(["ReportBatchItemFailures"]));
@@ -162,7 +162,7 @@ fn there_is_one_stage() {
 fn concurrency_is_bounded() {
     let template = template();
     let functions = functions(&template);
-    let sources = &functions["start-worker"]["Events"];
+    let sources = &functions["worker"]["Events"];
     let starts = &sources["Starts"]["Properties"]["ScalingConfig"];
     assert_eq!(*starts, json!({"MaximumConcurrency": {"Ref": "WorkerConcurrency"}}));
     let concurrency = &template["Parameters"]["WorkerConcurrency"];
@@ -172,7 +172,7 @@ fn concurrency_is_bounded() {
     assert!(dead >= 2 && concurrency["Default"].as_u64().expect("a number") + dead < 10);
     for (name, function) in &functions {
         let condition = match *name {
-            "start-worker" => ("ReservesWorker", "WorkerReservedConcurrency"),
+            "worker" => ("ReservesWorker", "WorkerReservedConcurrency"),
             "stream-start" => ("ReservesStreamStart", "StreamStartReservedConcurrency"),
             _ => {
                 assert_eq!(function.get("ReservedConcurrentExecutions"), None, "{name}");
@@ -510,7 +510,7 @@ fn every_route_is_in_the_api_and_asks_who_calls() {
         .map(|entry| entry.expect("an entry").file_name().into_string().expect("a name"))
         .collect();
     assert_eq!(functions(&template).keys().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>(), all);
-    assert!(all.remove("authorizer") && all.remove("start-worker"));
+    assert!(all.remove("authorizer") && all.remove("worker"));
     assert_eq!(all, invoked);
 
     let authorizer = &template["Resources"]["Api"]["Properties"]["DefinitionBody"]["components"]["securitySchemes"]["caller"]
@@ -581,8 +581,8 @@ fn a_hosted_web_ui_is_an_option() {
         assert_eq!(behavior["ResponseHeadersPolicyId"], security_headers, "AWS's SecurityHeadersPolicy");
     }
     // Longer than a stream is ever silent, and than an export is built within its request.
-    let patience = distribution["Origins"][1]["CustomOriginConfig"]["OriginReadTimeout"].as_u64().expect("seconds");
-    assert!(patience > shared::config::ExportConfig::default().budget.as_secs() + 10);
+    let read_timeout = distribution["Origins"][1]["CustomOriginConfig"]["OriginReadTimeout"].as_u64().expect("seconds");
+    assert!(read_timeout > shared::config::ExportConfig::default().budget.as_secs() + 10);
     assert_eq!(distribution["Logging"]["Bucket"], json!({"Fn::GetAtt": ["WebUiLogBucket", "RegionalDomainName"]}));
     assert_eq!(distribution["Logging"]["IncludeCookies"], false);
     let logs = &resources["WebUiLogBucket"]["Properties"];
@@ -601,7 +601,7 @@ fn policy(template: &Value, function: &Value) -> Vec<Statement> {
     let resource = |resource: &Value| {
         if let Some(id) = resource["Fn::GetAtt"][0].as_str() {
             return match id {
-                "StartQueue" => "queue".to_owned(),
+                "JobQueue" => "queue".to_owned(),
                 "Key" => "key".to_owned(),
                 "Bucket" => "bucket".to_owned(),
                 table_id => table(table_id),
@@ -740,7 +740,7 @@ async fn functions_get_along_with_their_policies() {
         json!({"title": "large", "initial_message": {"content": [{"type": "text", "text": "x".repeat(100_000)}]}});
     let (status, task) = api.call(&user, "POST", "/api/v1/app-conversations", Some(&large)).await;
     assert_eq!(status, 200, "{task}");
-    let guard = Guard::new(policies(&template()), PREFIX);
+    let guard = IamProxy::new(policies(&template()), PREFIX);
     let _ways = api.guard(&guard).await;
     // What is selected is checked against the settings.
     let patch = format!("/api/v1/app-conversations/{}", Uuid::from_u128(1));
@@ -780,7 +780,7 @@ async fn the_authorizer_gets_along_with_its_policy() {
     schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
     let user = UserId::new("u");
     let (_, key) = ApiKeyStore::new(aws.dynamodb, names.users.clone()).create(&user, "a key").await.expect("a key");
-    let guard = Guard::new(policies(&template()), PREFIX);
+    let guard = IamProxy::new(policies(&template()), PREFIX);
     let way = guard.to("authorizer", &engines.dynamodb).await;
     let dynamodb = aws_sdk_dynamodb::config::Builder::from(&network).endpoint_url(way.url()).build();
     let dynamodb = aws_sdk_dynamodb::Client::from_conf(dynamodb);
@@ -815,7 +815,7 @@ async fn without_the_right_to_list_a_missing_object_is_forbidden() {
         ("reads and lists", vec![read.clone(), list], 404),
         ("reads and lists others", vec![read, other], 403),
     ] {
-        let guard = Guard::new([(name.to_owned(), statements)].into(), PREFIX);
+        let guard = IamProxy::new([(name.to_owned(), statements)].into(), PREFIX);
         let way = guard.to(name, &engines.s3).await;
         let s3 = aws_sdk_s3::config::Builder::from(&network).endpoint_url(way.url()).force_path_style(true).build();
         let s3 = aws_sdk_s3::Client::from_conf(s3);

@@ -21,7 +21,7 @@ use tower::ServiceExt as _;
 use uuid::Uuid;
 
 use crate::support::engines::Engines;
-use crate::support::gate::{Gate, Stop};
+use crate::support::fault_proxy::{FaultProxy, Stop};
 use crate::support::log::all_events;
 
 const KEY: &str = "session-key-of-one";
@@ -82,14 +82,14 @@ impl Owner {
 }
 
 /// The whole server, with a key for everything else.
-struct Rig {
+struct WorkerHarness {
     server: Server,
     http: Client,
     owner: Owner,
     _folder: TempDir,
 }
 
-impl Rig {
+impl WorkerHarness {
     async fn start() -> Self {
         let folder = TempDir::new().expect("a folder");
         let options = CommonOptions::on(folder.path().join("data"), SandboxKind::None);
@@ -133,7 +133,7 @@ fn refused(text: &str) -> (u16, Value) {
 
 #[tokio::test]
 async fn only_sandboxes_tell_and_only_of_their_own_conversations() {
-    let rig = Rig::start().await;
+    let rig = WorkerHarness::start().await;
     let (own, foreign, unknown) = (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
     rig.owner.has_conversation(own, "one").await;
     rig.owner.has_conversation(foreign, "another").await;
@@ -174,7 +174,7 @@ async fn only_sandboxes_tell_and_only_of_their_own_conversations() {
 
 #[tokio::test]
 async fn events_are_kept_as_they_came_and_once() {
-    let rig = Rig::start().await;
+    let rig = WorkerHarness::start().await;
     let id = Uuid::new_v4();
     // More than DynamoDB takes at once, in no order, one of them twice.
     let mut batch: Vec<Value> = (0..30).rev().map(event).collect();
@@ -215,7 +215,7 @@ async fn events_are_kept_as_they_came_and_once() {
 
 #[tokio::test]
 async fn bad_bodies_are_refused_with_their_faults() {
-    let rig = Rig::start().await;
+    let rig = WorkerHarness::start().await;
     let id = Uuid::new_v4();
     let events = format!("events/{id}");
     let long = "x".repeat(1024);
@@ -269,11 +269,11 @@ async fn nothing_is_acknowledged_that_the_store_refuses() {
     let aws = Aws::new(&sdk);
     let mut names = engines.names("webhooks-");
     let queues = schema::make_all(&aws, &names, "webhooks-").await.expect("a schema");
-    names.start_queue_url = queues.starts;
+    names.job_queue_url = queues.jobs;
     let sealing_key_file = folder.path().join("sealing-key");
     let sealer = Sealer::from_file(&sealing_key_file).expect("a key");
     let owner = Owner::new(&aws, &names, &sealer, UserId::new("somebody")).await;
-    let gate = Gate::new();
+    let gate = FaultProxy::new();
     let way = gate.to(&engines.dynamodb).await;
     let network = engines.network_sdk_config().await;
     let gated = Aws {
@@ -289,8 +289,8 @@ async fn nothing_is_acknowledged_that_the_store_refuses() {
         sealing: SealingConfig::File(sealing_key_file),
         single_user: false,
         live_status_budget: std::time::Duration::from_secs(1),
-        look_budget: std::time::Duration::from_secs(2),
-        reach: shared::outbound::Reach::Anywhere,
+        sandbox_request_budget: std::time::Duration::from_secs(2),
+        address_policy: shared::http_client::AddressPolicy::Any,
         export: ExportConfig::default(),
     };
     let router = events::webhooks_router(events::Context::new(&config, &gated, &sealer));

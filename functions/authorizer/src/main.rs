@@ -4,12 +4,12 @@ use authorizer::{Authorizer, Refusal};
 use lambda_runtime::{LambdaEvent, service_fn};
 use serde_json::Value;
 use shared::config::AuthorizerConfig;
-use shared::telemetry::{self, LogFormat};
+use shared::logging::{self, LogFormat};
 use shared::user::api_key::ApiKeyStore;
 
 #[tokio::main]
 async fn main() -> Result<(), lambda_bootstrap::Error> {
-    telemetry::init(LogFormat::Json);
+    logging::init(LogFormat::Json);
     let config = AuthorizerConfig::from_env()?;
     let keys = ApiKeyStore::new(shared::aws::dynamodb_from_env(), config.users.clone());
     let authorizer = Authorizer::new(&config, keys);

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use shared::config::OidcConfig;
 use shared::error::{Error, Result};
-use shared::outbound::{Outbound, Reach};
+use shared::http_client::{AddressPolicy, HttpClient};
 use shared::user::UserId;
 use tokio::sync::Mutex;
 
@@ -63,7 +63,7 @@ pub type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
 /// than once a minute.
 pub struct Tokens {
     config: OidcConfig,
-    http: Outbound,
+    http: HttpClient,
     keys: Mutex<Keys>,
     clock: Clock,
 }
@@ -95,7 +95,7 @@ impl Tokens {
     /// The same with another clock.
     #[must_use]
     pub fn with_clock(config: OidcConfig, clock: Clock) -> Self {
-        Self { config, http: Outbound::new(Reach::Anywhere), keys: Mutex::default(), clock }
+        Self { config, http: HttpClient::new(AddressPolicy::Any), keys: Mutex::default(), clock }
     }
 
     /// Whose token it is; `None` when it does not hold.

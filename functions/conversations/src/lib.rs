@@ -12,21 +12,21 @@ use serde_json::{Value, json};
 use shared::aws::Aws;
 use shared::config::Config;
 use shared::conversation::deletion::Deleter;
-use shared::conversation::live::LiveStatus;
-use shared::conversation::search::{After, Filter, SortOrder};
+use shared::conversation::live_status::LiveStatus;
+use shared::conversation::search::{Cursor, Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
 use shared::conversation::update_request::UpdateRequest;
 use shared::conversation::{AppConversation, ConversationRecord, MAX_NAME};
 use shared::error::Error;
 use shared::http::caller::Caller;
 use shared::http::page::{self, Page};
-use shared::http::page_id;
-use shared::http::query::{Bounds, Query, lenient_uuid, lenient_uuids};
-use shared::http::validation::{self, Choice as _};
-use shared::outbound::Outbound;
+use shared::http::page_token;
+use shared::http::pydantic::query::{Bounds, Query, lenient_uuid, lenient_uuids};
+use shared::http::pydantic::validation::{self, Choice as _};
+use shared::http_client::HttpClient;
+use shared::jobs::queue::JobQueue;
 use shared::sandbox;
 use shared::sandbox::store::SandboxStore;
-use shared::start::queue::StartQueue;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
@@ -54,10 +54,10 @@ impl Context {
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
         let names = &config.names;
         let store = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
-        let http = Outbound::new(config.reach);
+        let http = HttpClient::new(config.address_policy);
         let conversations =
             ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone());
-        let queue = StartQueue::new(aws.sqs.clone(), names.start_queue_url.clone());
+        let queue = JobQueue::new(aws.sqs.clone(), names.job_queue_url.clone());
         Self {
             conversations: conversations.clone(),
             deleter: Deleter { conversations, queue },
@@ -110,17 +110,17 @@ async fn search(
         query.string("sort_order").and_then(|order| SortOrder::from_wire(&order)).unwrap_or(SortOrder::CreatedAtDesc);
     query.finish().map_err(Error::Invalid)?;
     let list = ("conversations".to_owned(), filter, order);
-    let after = page_id.map(|page| page_id::decode(&user, &page, &list)).transpose()?;
+    let after = page_id.map(|page| page_token::decode(&user, &page, &list)).transpose()?;
     let limit = usize::try_from(limit).unwrap_or(100);
     let found = context.conversations.search(&user, &list.1, order, after.as_ref(), limit).await?;
     let shown = context.live.show(&user, found.records).await?;
     // The store has bounded the page, with room for the usual live status.
     let items = page::fitting(&shown)?;
     let next = match shown.get(items.len()..) {
-        Some([_, ..]) => shown[..items.len()].last().map(|last| After::of(last, order)),
+        Some([_, ..]) => shown[..items.len()].last().map(|last| Cursor::of(last, order)),
         _ => found.next,
     };
-    let next = next.map(|next| page_id::encode(&user, &list, &next)).transpose()?;
+    let next = next.map(|next| page_token::encode(&user, &list, &next)).transpose()?;
     Ok(Json(items.into_page(next)))
 }
 
@@ -203,7 +203,7 @@ impl Context {
         let title = request.title.as_ref().and_then(Option::as_deref);
         let told = async {
             match title {
-                Some(title) => self.live.tell_title(&record, title).await,
+                Some(title) => self.live.send_title(&record, title).await,
                 None => Ok(()),
             }
         };

@@ -20,8 +20,8 @@ use shared::error::Error;
 use shared::export::store::{CONTENT_TYPE as ZIP, Open};
 use shared::export::{Answer, Exporter, Ready};
 use shared::http::caller::Caller;
-use shared::http::validation;
-use shared::outbound::Outbound;
+use shared::http::pydantic::validation;
+use shared::http_client::HttpClient;
 use shared::sandbox;
 use shared::sandbox::store::SandboxStore;
 use shared::user::seal::Sealer;
@@ -47,7 +47,8 @@ impl Context {
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
         let store = SandboxStore::new(aws.dynamodb.clone(), config.names.sandboxes.clone(), sealer.clone());
         let sandboxes = sandbox::service(&config.sandbox, store);
-        let exporter = Exporter::new(&config.export, &config.names, aws, sandboxes, Outbound::new(config.reach));
+        let exporter =
+            Exporter::new(&config.export, &config.names, aws, sandboxes, HttpClient::new(config.address_policy));
         Self::with_exporter(exporter, config.export.inline_limit)
     }
 

@@ -9,11 +9,11 @@ pub use log::router;
 use shared::aws::Aws;
 use shared::config::Config;
 use shared::conversation::store::ConversationStore;
-use shared::event::effects::Intake;
+use shared::event::ingest::EventIngestor;
 use shared::event::store::EventStore;
-use shared::http::validation::{self, Checked};
+use shared::http::pydantic::validation::{self, Checked};
+use shared::jobs::queue::JobQueue;
 use shared::sandbox::store::SandboxStore;
-use shared::start::queue::StartQueue;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
 use uuid::Uuid;
@@ -26,7 +26,7 @@ pub struct Context {
     sandboxes: SandboxStore,
     settings: SettingsStore,
     events: EventStore,
-    intake: Intake,
+    intake: EventIngestor,
     sealer: Sealer,
 }
 
@@ -39,14 +39,14 @@ impl Context {
         Self {
             sandboxes: SandboxStore::new(dynamodb.clone(), names.sandboxes.clone(), sealer.clone()),
             settings: SettingsStore::new(dynamodb.clone(), names.users.clone(), sealer.clone()),
-            intake: Intake {
+            intake: EventIngestor {
                 conversations: ConversationStore::new(
                     dynamodb.clone(),
                     names.conversations.clone(),
                     names.users.clone(),
                 ),
                 events: events.clone(),
-                queue: StartQueue::new(aws.sqs.clone(), names.start_queue_url.clone()),
+                queue: JobQueue::new(aws.sqs.clone(), names.job_queue_url.clone()),
             },
             events,
             sealer: sealer.clone(),

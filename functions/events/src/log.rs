@@ -12,9 +12,9 @@ use shared::Time;
 use shared::error::Error;
 use shared::event::store::{Event, EventFilter, SortOrder};
 use shared::http::caller::Caller;
-use shared::http::page_id;
-use shared::http::query::{Bounds, Query};
-use shared::http::validation::Checked;
+use shared::http::page_token;
+use shared::http::pydantic::query::{Bounds, Query};
+use shared::http::pydantic::validation::Checked;
 use uuid::Uuid;
 
 use crate::{Context, conversation_id};
@@ -53,11 +53,11 @@ async fn search(
     let conversation = both(conversation_id(conversation), query.finish())?;
     let list =
         ("events".to_owned(), conversation, filter.kind.clone(), filter.timestamp_gte, filter.timestamp_lt, order);
-    let after = page.map(|page| page_id::decode(&user, &page, &list)).transpose()?;
+    let after = page.map(|page| page_token::decode(&user, &page, &list)).transpose()?;
     let limit = usize::try_from(limit).unwrap_or(100);
     let found = context.events.page(&user, conversation, &filter, order, after.as_ref(), limit).await?;
     let items = found.events.into_iter().map(as_sent).collect::<Result<_, _>>()?;
-    let next_page_id = found.next.map(|next| page_id::encode(&user, &list, &next)).transpose()?;
+    let next_page_id = found.next.map(|next| page_token::encode(&user, &list, &next)).transpose()?;
     Ok(Json(EventPage { items, next_page_id }).into_response())
 }
 

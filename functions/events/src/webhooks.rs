@@ -15,12 +15,12 @@ use secrecy::ExposeSecret as _;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use shared::error::Error;
-use shared::event::effects::ToldConversation;
+use shared::event::ingest::ConversationReport;
 use shared::event::store::Event;
-use shared::http::body;
 use shared::http::caller;
-use shared::http::validation::{self, Checked, Checker, Fields};
-use shared::measure;
+use shared::http::pydantic::body;
+use shared::http::pydantic::validation::{self, Checked, Checker, Fields};
+use shared::metrics;
 use shared::sandbox::store::SandboxRecord;
 use shared::user::token::{TokenClaims, TokenKey};
 
@@ -62,9 +62,9 @@ async fn conversations(
 ) -> Result<Json<Value>, Error> {
     let told = read_body(&headers, &body, |check, value| {
         let id = Fields::of(check, value)?.required(check, "id", validation::uuid)?;
-        Some(ToldConversation::read(id, value))
+        Some(ConversationReport::read(id, value))
     });
-    context.intake.take_conversation(&sandbox, &told.map_err(Error::Invalid)?).await?;
+    context.intake.ingest_report(&sandbox, &told.map_err(Error::Invalid)?).await?;
     Ok(success())
 }
 
@@ -77,14 +77,14 @@ async fn events(
     body: Bytes,
 ) -> Result<Json<Value>, Error> {
     let conversation = conversation_id(conversation);
-    let standing = match conversation {
-        Ok(id) => Some(context.intake.standing(&sandbox, id).await?),
+    let lookup = match conversation {
+        Ok(id) => Some(context.intake.lookup(&sandbox, id).await?),
         Err(_) => None,
     };
-    match (conversation, standing, batch(&headers, &body)) {
-        (Ok(id), Some(standing), Ok(events)) => {
-            measure::batch_received(events.len());
-            context.intake.take_events(&sandbox, id, &standing, events).await?;
+    match (conversation, lookup, batch(&headers, &body)) {
+        (Ok(id), Some(lookup), Ok(events)) => {
+            metrics::batch_received(events.len());
+            context.intake.ingest_events(&sandbox, id, &lookup, events).await?;
         }
         (conversation, _, events) => {
             let mut violations = conversation.err().unwrap_or_default();

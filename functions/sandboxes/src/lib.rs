@@ -1,7 +1,7 @@
 //! `/api/v1/sandboxes` and `/api/v1/sandbox-specs`: the machines that conversations run in; and messages for conversations that
 //! are not ready; and a way for web pages to the agent servers in their sandboxes.
 
-mod passage;
+mod cloud_proxy;
 mod pending_messages;
 mod sandboxes;
 mod secrets;
@@ -16,13 +16,13 @@ use axum::routing::{get, post};
 use shared::aws::Aws;
 use shared::config::Config;
 use shared::conversation::store::ConversationStore;
-use shared::outbound::Outbound;
+use shared::http_client::HttpClient;
+use shared::jobs::queue::JobQueue;
 use shared::pending_message::delivery::{Messages, Timing};
 use shared::pending_message::store::MessageStore;
 use shared::sandbox::spec::{SandboxSpec, specs};
 use shared::sandbox::store::SandboxStore;
 use shared::sandbox::{self, SandboxService};
-use shared::start::queue::StartQueue;
 use shared::start::store::StartTaskStore;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
@@ -39,7 +39,7 @@ pub struct Context {
     settings: SettingsStore,
     specs: Vec<SandboxSpec>,
     messages: Messages,
-    look_budget: Duration,
+    sandbox_request_budget: Duration,
 }
 
 impl Context {
@@ -62,8 +62,8 @@ impl Context {
             ),
             conversations: ConversationStore::new(dynamodb.clone(), names.conversations.clone(), users),
             sandboxes: sandboxes.clone(),
-            queue: StartQueue::new(aws.sqs.clone(), names.start_queue_url.clone()),
-            http: Outbound::new(config.reach),
+            queue: JobQueue::new(aws.sqs.clone(), names.job_queue_url.clone()),
+            http: HttpClient::new(config.address_policy),
             timing: Timing::default(),
         };
         Self {
@@ -72,7 +72,7 @@ impl Context {
             records,
             settings: SettingsStore::new(aws.dynamodb.clone(), names.users.clone(), sealer.clone()),
             specs: specs(&config.sandbox),
-            look_budget: config.look_budget,
+            sandbox_request_budget: config.sandbox_request_budget,
         }
     }
 }
@@ -88,7 +88,7 @@ pub fn router(context: Context) -> Router {
         .route("/api/v1/conversations/{conversation_id}/pending-messages", post(pending_messages::keep))
         .route("/api/v1/sandbox-specs", get(specs::batch_get))
         .route("/api/v1/sandbox-specs/search", get(specs::search))
-        .route("/api/cloud-proxy", post(passage::pass_on))
+        .route("/api/cloud-proxy", post(cloud_proxy::proxy))
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .with_state(context)
 }

@@ -8,8 +8,8 @@ use shared::clock::Time;
 use shared::error::{Error, Result};
 use shared::http::caller::Caller;
 use shared::http::page::{self, Page};
-use shared::http::page_id;
-use shared::http::query::{Bounds, Query};
+use shared::http::page_token;
+use shared::http::pydantic::query::{Bounds, Query};
 use shared::id;
 use shared::sandbox::Sandbox;
 use shared::user::UserId;
@@ -32,7 +32,7 @@ pub(crate) async fn search(
     let limit = query.integer("limit", 100, Bounds::PAGE);
     query.finish().map_err(Error::Invalid)?;
     let list = LIST.to_owned();
-    let after: Option<(String, String)> = page_id.map(|page| page_id::decode(&user, &page, &list)).transpose()?;
+    let after: Option<(String, String)> = page_id.map(|page| page_token::decode(&user, &page, &list)).transpose()?;
     let limit = usize::try_from(limit).unwrap_or(100);
     let mut sandboxes = context.sandboxes.list(&user).await?;
     sandboxes.sort_by_key(|sandbox| std::cmp::Reverse(place(sandbox)));
@@ -43,7 +43,7 @@ pub(crate) async fn search(
     let items = page::fitting(&shown)?;
     let more = more || items.len() < shown.len();
     let end = sandboxes[..items.len()].last().filter(|_| more).map(place);
-    let next = end.map(|end| page_id::encode(&user, &list, &end)).transpose()?;
+    let next = end.map(|end| page_token::encode(&user, &list, &end)).transpose()?;
     Ok(Json(items.into_page(next)))
 }
 

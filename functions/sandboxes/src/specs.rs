@@ -5,8 +5,8 @@ use axum::extract::{RawQuery, State};
 use serde_json::{Value, json};
 use shared::error::{Error, Result};
 use shared::http::caller::Caller;
-use shared::http::page_id;
-use shared::http::query::{Bounds, Query};
+use shared::http::page_token;
+use shared::http::pydantic::query::{Bounds, Query};
 use shared::sandbox::spec::SandboxSpec;
 
 use crate::Context;
@@ -23,7 +23,7 @@ pub(crate) async fn search(
     let _limit = query.integer("limit", 100, Bounds::PAGE);
     query.finish().map_err(Error::Invalid)?;
     match page {
-        Some(_) => Err(page_id::not_ours()),
+        Some(_) => Err(page_token::not_ours()),
         None => Ok(Json(json!({"items": context.specs, "next_page_id": null}))),
     }
 }

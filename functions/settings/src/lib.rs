@@ -12,16 +12,16 @@ use serde_json::{Value, json};
 use shared::aws::Aws;
 use shared::config::Config;
 use shared::error::{Error, Result};
-use shared::http::body;
 use shared::http::caller::{self, Caller};
-use shared::http::page_id;
-use shared::http::query::{Bounds, Query};
+use shared::http::page_token;
+use shared::http::pydantic::body;
+use shared::http::pydantic::query::{Bounds, Query};
 use shared::http::secret;
 use shared::sandbox::store::SandboxStore;
 use shared::user::UserId;
-use shared::user::document::{SecretChange, SettingsChanges};
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
+use shared::user::settings_document::{SecretChange, SettingsChanges};
 
 /// More than a user may store.
 const BODY_LIMIT: usize = 512 * 1024;
@@ -89,7 +89,7 @@ async fn search_secrets(
     let limit = query.integer("limit", 100, Bounds::PAGE);
     query.finish().map_err(Error::Invalid)?;
     let list = (LIST.to_owned(), contains);
-    let after: Option<String> = page.map(|page| page_id::decode(&user, &page, &list)).transpose()?;
+    let after: Option<String> = page.map(|page| page_token::decode(&user, &page, &list)).transpose()?;
     let limit = usize::try_from(limit).unwrap_or(100);
     let document = context.settings.document(&user).await?.unwrap_or_default();
     let wanted = list.1.as_deref().unwrap_or_default().to_lowercase();
@@ -101,7 +101,7 @@ async fn search_secrets(
     let more = found.len() > limit;
     found.truncate(limit);
     let end = found.last().filter(|_| more).map(|(name, _)| (*name).to_owned());
-    let next = end.map(|end| page_id::encode(&user, &list, &end)).transpose()?;
+    let next = end.map(|end| page_token::encode(&user, &list, &end)).transpose()?;
     let items: Vec<Value> =
         found.into_iter().map(|(name, description)| json!({"name": name, "description": description})).collect();
     Ok(Json(json!({"items": items, "next_page_id": next})))

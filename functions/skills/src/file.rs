@@ -6,10 +6,10 @@ use axum::extract::{RawQuery, State};
 use axum::response::{IntoResponse as _, Response};
 use http::{HeaderName, HeaderValue};
 use shared::agent_server::{AgentServerError, Failure};
-use shared::conversation::place::{Found, Inside, Place};
+use shared::conversation::workspace::{ResolvedPath, Workspace, WorkspaceLookup};
 use shared::error::Result;
 use shared::http::caller::Caller;
-use shared::http::query::Query;
+use shared::http::pydantic::query::Query;
 
 use crate::{Context, ConversationPath, conversation};
 
@@ -58,13 +58,15 @@ pub(crate) async fn file(
     let id = conversation(path)?;
     let given = Query::parse(query.as_deref()).string("file_path");
     let read = match context.places.find(&user, id).await? {
-        Place::NoConversation => Err(FileStatus::NoConversation),
-        Place::NoSandbox | Place::NotRunning(_) => Err(FileStatus::NotRunning),
-        Place::NoAddresses | Place::NoAgentServer => Err(FileStatus::Unreachable),
-        Place::Here(inside) => context.within(read(&inside, given.as_deref())).await.unwrap_or_else(|error| {
-            tracing::warn!(conversation = %id, %error, "file.not_read");
-            Err(FileStatus::Unreachable)
-        }),
+        WorkspaceLookup::NoConversation => Err(FileStatus::NoConversation),
+        WorkspaceLookup::NoSandbox | WorkspaceLookup::NotRunning(_) => Err(FileStatus::NotRunning),
+        WorkspaceLookup::NoAddresses | WorkspaceLookup::NoAgentServer => Err(FileStatus::Unreachable),
+        WorkspaceLookup::Found(inside) => {
+            context.within(read(&inside, given.as_deref())).await.unwrap_or_else(|error| {
+                tracing::warn!(conversation = %id, %error, "file.not_read");
+                Err(FileStatus::Unreachable)
+            })
+        }
     };
     let (status, text) = match read {
         Ok(text) => (FileStatus::Ok, text),
@@ -74,7 +76,7 @@ pub(crate) async fn file(
 }
 
 /// The text of the file that is asked for, or of the first plan that is there.
-async fn read(inside: &Inside, given: Option<&str>) -> Result<Result<String, FileStatus>, AgentServerError> {
+async fn read(inside: &Workspace, given: Option<&str>) -> Result<Result<String, FileStatus>, AgentServerError> {
     if let Some(given) = given {
         return read_at(inside, inside.path(given)).await;
     }
@@ -87,12 +89,12 @@ async fn read(inside: &Inside, given: Option<&str>) -> Result<Result<String, Fil
     }
 }
 
-async fn read_at(inside: &Inside, path: Option<String>) -> Result<Result<String, FileStatus>, AgentServerError> {
+async fn read_at(inside: &Workspace, path: Option<String>) -> Result<Result<String, FileStatus>, AgentServerError> {
     let Some(path) = path else { return Ok(Err(FileStatus::OutsideWorkspace)) };
     let path = match inside.look(&path).await? {
-        Found::File(path) => path,
-        Found::Folder(_) | Found::Nothing(_) => return Ok(Err(FileStatus::Missing)),
-        Found::Outside => return Ok(Err(FileStatus::OutsideWorkspace)),
+        ResolvedPath::File(path) => path,
+        ResolvedPath::Folder(_) | ResolvedPath::Nothing(_) => return Ok(Err(FileStatus::Missing)),
+        ResolvedPath::Outside => return Ok(Err(FileStatus::OutsideWorkspace)),
     };
     match inside.agent_server.download(&path, LIMIT).await {
         Ok(Some(bytes)) => Ok(text(bytes)),

@@ -7,10 +7,10 @@ use axum::extract::{RawQuery, State};
 use axum::response::{IntoResponse as _, Response};
 use http::{HeaderName, HeaderValue};
 use shared::agent_server::AgentServerError;
-use shared::conversation::place::{Found, Inside};
+use shared::conversation::workspace::{ResolvedPath, Workspace};
 use shared::error::{Error, Result};
 use shared::http::caller::Caller;
-use shared::http::query::Query;
+use shared::http::pydantic::query::Query;
 use shared::start::saga::command::quoted;
 
 use crate::{Context, ConversationPath, conversation, inside, upstream};
@@ -49,7 +49,7 @@ struct Listed {
 
 /// The files below a folder, by their paths from there: the conversation's folder, or one that is named from there or from the
 /// root. Links are named and not followed; git's own files are left out.
-async fn list(inside: &Inside, given: Option<&str>) -> Result<Result<Listed>, AgentServerError> {
+async fn list(inside: &Workspace, given: Option<&str>) -> Result<Result<Listed>, AgentServerError> {
     let folder = match given {
         Some(given) if given.starts_with('/') => inside.path(given),
         given => inside.path(&format!("{}/{}", inside.folder().await?, given.unwrap_or_default())),
@@ -58,9 +58,11 @@ async fn list(inside: &Inside, given: Option<&str>) -> Result<Result<Listed>, Ag
         return Ok(Err(Error::Refused("The path must be in the workspace".to_owned())));
     };
     let folder = match inside.look(&folder).await? {
-        Found::Folder(folder) => folder,
-        Found::Outside => return Ok(Err(Error::Refused("The path must be in the workspace".to_owned()))),
-        Found::File(_) | Found::Nothing(_) => return Ok(Err(Error::NotFound("There is no such folder".to_owned()))),
+        ResolvedPath::Folder(folder) => folder,
+        ResolvedPath::Outside => return Ok(Err(Error::Refused("The path must be in the workspace".to_owned()))),
+        ResolvedPath::File(_) | ResolvedPath::Nothing(_) => {
+            return Ok(Err(Error::NotFound("There is no such folder".to_owned())));
+        }
     };
     let output = inside.agent_server.run_command(&find(&folder), LIST).await?;
     if output.exit_code != 0 {

@@ -7,7 +7,7 @@ use shared::agent_server::{AgentServerError, Failure};
 use shared::conversation::git::WorkspaceGit;
 use shared::error::{Error, Result};
 use shared::http::caller::Caller;
-use shared::http::query::Query;
+use shared::http::pydantic::query::Query;
 use shared::user::UserId;
 use uuid::Uuid;
 
@@ -76,7 +76,7 @@ impl Context {
         match answered.await {
             Ok(answer) => answer,
             Err(error @ AgentServerError { failure: Failure::Unreachable, .. }) => {
-                tracing::warn!(conversation = %asked.conversation, %error, "git.not_asked");
+                tracing::warn!(conversation = %asked.conversation, %error, "git.request_failed");
                 Err(Error::NotFound("The agent server cannot be reached".to_owned()))
             }
             Err(error) => Err(upstream(&error)),

@@ -9,7 +9,7 @@ use shared::agent_server::Failure;
 use shared::error::Result;
 use shared::http::caller::Caller;
 
-use crate::{Context, ConversationPath, conversation, inside_or_told, told};
+use crate::{Context, ConversationPath, conversation, legacy_error, workspace_or_legacy_error};
 
 /// In the order in which they are shown.
 const EVENTS: [&str; 6] =
@@ -22,9 +22,9 @@ pub(crate) async fn hooks(
 ) -> Result<Response> {
     let id = conversation(path)?;
     let place = context.places.find(&user, id).await?;
-    let inside = match inside_or_told(place, id, || answer(&[])) {
+    let inside = match workspace_or_legacy_error(place, id, || answer(&[])) {
         Ok(inside) => inside,
-        Err(told) => return Ok(*told),
+        Err(error) => return Ok(*error),
     };
     let asked = context.within(async { inside.agent_server.hooks(&inside.folder().await?).await });
     let failure = match asked.await {
@@ -47,7 +47,7 @@ pub(crate) async fn hooks(
             "Agent-server's answer made no sense when loading hooks".to_owned()
         }
     };
-    Ok(told(StatusCode::BAD_GATEWAY, error))
+    Ok(legacy_error(StatusCode::BAD_GATEWAY, error))
 }
 
 fn answer(hooks: &[Value]) -> Response {

@@ -22,12 +22,12 @@ use serde_json::json;
 use shared::agent_server::{AgentServerError, Failure, Mistake};
 use shared::aws::Aws;
 use shared::config::Config;
-use shared::conversation::place::{Inside, Place, Places};
 use shared::conversation::store::ConversationStore;
+use shared::conversation::workspace::{Workspace, WorkspaceLocator, WorkspaceLookup};
 use shared::error::{Error, Result};
-use shared::http::validation;
+use shared::http::pydantic::validation;
+use shared::http_client::HttpClient;
 use shared::id;
-use shared::outbound::Outbound;
 use shared::sandbox::store::SandboxStore;
 use shared::sandbox::{self, SandboxStatus};
 use shared::user::seal::Sealer;
@@ -39,7 +39,7 @@ const BODY_LIMIT: usize = 5 * 1024 * 1024;
 /// What this function may touch: it reads conversations and sandboxes, and asks agent servers.
 #[derive(Clone, Debug)]
 pub struct Context {
-    places: Places,
+    places: WorkspaceLocator,
     budget: Duration,
 }
 
@@ -51,14 +51,14 @@ impl Context {
         let store = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
         let conversations =
             ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone());
-        let http = Outbound::new(config.reach);
-        let places = Places::new(conversations, sandbox::service(&config.sandbox, store), http);
-        Self::with_places(places, config.look_budget)
+        let http = HttpClient::new(config.address_policy);
+        let places = WorkspaceLocator::new(conversations, sandbox::service(&config.sandbox, store), http);
+        Self::with_locator(places, config.sandbox_request_budget)
     }
 
     /// A context that finds conversations in these places; each request has `budget` for what it asks of them.
     #[must_use]
-    pub fn with_places(places: Places, budget: Duration) -> Self {
+    pub fn with_locator(places: WorkspaceLocator, budget: Duration) -> Self {
         Self { places, budget }
     }
 
@@ -95,37 +95,37 @@ fn conversation(path: ConversationPath) -> Result<Uuid> {
 }
 
 /// How the older of these routes tell what is the matter: `{"error": …}`.
-fn told(status: StatusCode, error: impl Into<String>) -> Response {
+fn legacy_error(status: StatusCode, error: impl Into<String>) -> Response {
     (status, axum::Json(json!({"error": error.into()}))).into_response()
 }
 
 /// The inside of the conversation's sandbox, or what those older routes answer where there is none; `paused` is their answer of a
 /// paused sandbox.
-fn inside_or_told(
-    place: Place,
+fn workspace_or_legacy_error(
+    place: WorkspaceLookup,
     conversation: Uuid,
     paused: impl FnOnce() -> Response,
-) -> std::result::Result<Box<Inside>, Box<Response>> {
+) -> std::result::Result<Box<Workspace>, Box<Response>> {
     let id = id::dashed(conversation);
-    let missing = |error: String| Err(Box::new(told(StatusCode::NOT_FOUND, error)));
+    let missing = |error: String| Err(Box::new(legacy_error(StatusCode::NOT_FOUND, error)));
     match place {
-        Place::NoConversation => missing(format!("Conversation {id} not found")),
-        Place::NoSandbox => missing(format!("Sandbox not found for conversation {id}")),
-        Place::NotRunning(sandbox) if sandbox.status == SandboxStatus::Paused => Err(Box::new(paused())),
-        Place::NotRunning(_) => missing(format!("Sandbox not ready for conversation {id}")),
-        Place::NoAddresses => missing("No agent server URL found for sandbox".to_owned()),
-        Place::NoAgentServer => missing("Agent server URL not found in sandbox".to_owned()),
-        Place::Here(inside) => Ok(inside),
+        WorkspaceLookup::NoConversation => missing(format!("Conversation {id} not found")),
+        WorkspaceLookup::NoSandbox => missing(format!("Sandbox not found for conversation {id}")),
+        WorkspaceLookup::NotRunning(sandbox) if sandbox.status == SandboxStatus::Paused => Err(Box::new(paused())),
+        WorkspaceLookup::NotRunning(_) => missing(format!("Sandbox not ready for conversation {id}")),
+        WorkspaceLookup::NoAddresses => missing("No agent server URL found for sandbox".to_owned()),
+        WorkspaceLookup::NoAgentServer => missing("Agent server URL not found in sandbox".to_owned()),
+        WorkspaceLookup::Found(inside) => Ok(inside),
     }
 }
 
 /// The inside of the conversation's sandbox, or what the newer routes answer where there is none.
-fn inside(place: Place, conversation: Uuid) -> Result<Box<Inside>> {
+fn inside(place: WorkspaceLookup, conversation: Uuid) -> Result<Box<Workspace>> {
     let id = id::dashed(conversation);
     match place {
-        Place::NoConversation => Err(Error::NotFound(format!("Conversation {id} not found"))),
-        Place::NoSandbox => Err(Error::NotFound(format!("Sandbox not found for conversation {id}"))),
-        Place::NotRunning(sandbox) => {
+        WorkspaceLookup::NoConversation => Err(Error::NotFound(format!("Conversation {id} not found"))),
+        WorkspaceLookup::NoSandbox => Err(Error::NotFound(format!("Sandbox not found for conversation {id}"))),
+        WorkspaceLookup::NotRunning(sandbox) => {
             let resume = format!("POST /api/v1/sandboxes/{}/resume", sandbox.id);
             Err(match sandbox.status {
                 SandboxStatus::Paused => {
@@ -140,10 +140,10 @@ fn inside(place: Place, conversation: Uuid) -> Result<Box<Inside>> {
                 }
             })
         }
-        Place::NoAddresses | Place::NoAgentServer => {
+        WorkspaceLookup::NoAddresses | WorkspaceLookup::NoAgentServer => {
             Err(Error::Unavailable(format!("The sandbox of conversation {id} has no agent server")))
         }
-        Place::Here(inside) => Ok(inside),
+        WorkspaceLookup::Found(inside) => Ok(inside),
     }
 }
 

@@ -8,9 +8,9 @@ use http::header::CONTENT_TYPE;
 use serde_json::{Value, json};
 use shared::agent_server::{Failure, Mistake};
 use shared::error::{Error, Fault, Result};
-use shared::http::body;
 use shared::http::caller::Caller;
-use shared::http::validation::{Checked, Checker, Fields, boolean, constant};
+use shared::http::pydantic::body;
+use shared::http::pydantic::validation::{Checked, Checker, Fields, boolean, constant};
 use shared::start::request::Content;
 
 use crate::{Context, ConversationPath, conversation, inside, upstream};

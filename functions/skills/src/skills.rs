@@ -9,7 +9,7 @@ use shared::agent_server::{SkillInfo, SkillsQuery};
 use shared::error::Result;
 use shared::http::caller::Caller;
 
-use crate::{Context, ConversationPath, conversation, inside_or_told};
+use crate::{Context, ConversationPath, conversation, workspace_or_legacy_error};
 
 /// What an empty list means: `ok`, `not-running`, `unreachable`.
 const STATUS: HeaderName = HeaderName::from_static("x-skills-status");
@@ -21,9 +21,9 @@ pub(crate) async fn skills(
 ) -> Result<Response> {
     let id = conversation(path)?;
     let place = context.places.find(&user, id).await?;
-    let inside = match inside_or_told(place, id, || answer("not-running", &[])) {
+    let inside = match workspace_or_legacy_error(place, id, || answer("not-running", &[])) {
         Ok(inside) => inside,
-        Err(told) => return Ok(*told),
+        Err(error) => return Ok(*error),
     };
     let asked = context.within(async {
         let query = SkillsQuery {

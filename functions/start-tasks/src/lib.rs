@@ -8,8 +8,8 @@ use shared::config::Config;
 use shared::error::Error;
 use shared::http::caller::Caller;
 use shared::http::page::Page;
-use shared::http::page_id;
-use shared::http::query::{Bounds, Query};
+use shared::http::page_token;
+use shared::http::pydantic::query::{Bounds, Query};
 use shared::start::store::{Filter, SortOrder, StartTaskStore};
 use shared::start::task::AppConversationStartTask;
 use shared::user::seal::Sealer;
@@ -81,14 +81,14 @@ async fn search(
     let limit = query.integer("limit", 100, Bounds::PAGE);
     query.finish().map_err(Error::Invalid)?;
     let list = ("start-tasks".to_owned(), filter, order);
-    let after = page.map(|page| page_id::decode(&user, &page, &list)).transpose()?;
+    let after = page.map(|page| page_token::decode(&user, &page, &list)).transpose()?;
     let limit = usize::try_from(limit).unwrap_or(100);
     let (records, mut next) = context.tasks.list(&user, &list.1, order, after.as_ref(), limit).await?;
     let items = context.tasks.show_page(&records).await?;
     if items.len() < records.len() {
         next = items.len().checked_sub(1).map(|last| StartTaskStore::place(&records[last], order));
     }
-    let next = next.map(|next| page_id::encode(&user, &list, &next)).transpose()?;
+    let next = next.map(|next| page_token::encode(&user, &list, &next)).transpose()?;
     Ok(Json(items.into_page(next)))
 }
 

@@ -12,8 +12,8 @@ use shared::conversation::store::ConversationStore;
 use shared::error::Error;
 use shared::http::caller::Caller;
 use shared::http::page::PAGE_SIZE;
-use shared::start::begin::StartBeginner;
-use shared::start::queue::StartQueue;
+use shared::jobs::queue::JobQueue;
+use shared::start::create::StartService;
 use shared::start::request::StartRequest;
 use shared::start::store::StartTaskStore;
 use shared::start::task::AppConversationStartTask;
@@ -26,22 +26,22 @@ pub const BODY_LIMIT: usize = 6 * 1024 * 1024;
 /// What this function may touch: it reads conversations and settings, writes start tasks, and enqueues jobs.
 #[derive(Clone, Debug)]
 pub struct Context {
-    beginner: StartBeginner,
+    start_service: StartService,
 }
 
 impl Context {
     /// A context on the configured tables and queue.
     #[must_use]
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
-        Self { beginner: beginner(config, aws, sealer) }
+        Self { start_service: start_service(config, aws, sealer) }
     }
 }
 
 /// What begins starts, on the configured tables and queue.
 #[must_use]
-pub fn beginner(config: &Config, aws: &Aws, sealer: &Sealer) -> StartBeginner {
+pub fn start_service(config: &Config, aws: &Aws, sealer: &Sealer) -> StartService {
     let names = &config.names;
-    StartBeginner {
+    StartService {
         conversations: ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone()),
         tasks: StartTaskStore::new(
             aws.dynamodb.clone(),
@@ -51,7 +51,7 @@ pub fn beginner(config: &Config, aws: &Aws, sealer: &Sealer) -> StartBeginner {
             names.bucket.clone(),
             sealer.clone(),
         ),
-        queue: StartQueue::new(aws.sqs.clone(), names.start_queue_url.clone()),
+        queue: JobQueue::new(aws.sqs.clone(), names.job_queue_url.clone()),
         settings: SettingsStore::new(aws.dynamodb.clone(), names.users.clone(), sealer.clone()),
         allow_insecure_git_access: config.start.allow_insecure_git_access,
         step_timeout: config.start.step_timeout,
@@ -83,5 +83,5 @@ async fn start(
 ) -> Result<Json<AppConversationStartTask>, Error> {
     let request = request_from(&headers, &body)?;
     // The start exists now: its answer must not be too large for Lambda.
-    Ok(Json(context.beginner.begin(&user, request).await?.show_within(PAGE_SIZE)))
+    Ok(Json(context.start_service.create(&user, request).await?.show_within(PAGE_SIZE)))
 }

@@ -17,7 +17,7 @@ use shared::config::Config;
 use shared::error::Error;
 use shared::http::caller::Caller;
 use shared::http::page::PAGE_SIZE;
-use shared::start::begin::StartBeginner;
+use shared::start::create::StartService;
 use shared::start::store::StartTaskStore;
 use shared::start::task::StartTaskRecord;
 use shared::user::UserId;
@@ -36,7 +36,7 @@ const REPEATED_REQUEST: u64 = 64 * 1024;
 /// What this function may access: all that a start needs, and start tasks to read.
 #[derive(Clone, Debug)]
 pub struct Context {
-    beginner: StartBeginner,
+    start_service: StartService,
     keep_alive: Duration,
 }
 
@@ -44,7 +44,7 @@ impl Context {
     /// A context on the configured tables and queue.
     #[must_use]
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
-        Self { beginner: start::beginner(config, aws, sealer), keep_alive: config.start.keep_alive }
+        Self { start_service: start::start_service(config, aws, sealer), keep_alive: config.start.keep_alive }
     }
 }
 
@@ -65,8 +65,8 @@ async fn stream_start(
     let request = start::request_from(&headers, &body)?;
     drop(body);
     // Errors before the task exists are answers like any other, with a status; the reference cuts the stream.
-    let record = context.beginner.begin(&user, request).await?;
-    let states = States::new(context.beginner.tasks, user, record, context.keep_alive);
+    let record = context.start_service.create(&user, request).await?;
+    let states = States::new(context.start_service.tasks, user, record, context.keep_alive);
     let mut response = Response::new(Body::from_stream(states.stream()));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     Ok(response)

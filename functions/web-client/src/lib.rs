@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 use shared::clock::Time;
 use shared::config;
 use shared::error::{Error, Result};
-use shared::http::page_id;
-use shared::http::query::{Bounds, Query};
+use shared::http::page_token;
+use shared::http::pydantic::query::{Bounds, Query};
 
 /// What this function knows.
 #[derive(Clone, Debug)]
@@ -101,7 +101,7 @@ async fn empty_page(RawQuery(query): RawQuery) -> Result<Json<Value>> {
     let _limit = query.integer("limit", 100, Bounds::PAGE);
     query.finish().map_err(Error::Invalid)?;
     match page {
-        Some(_) => Err(page_id::not_ours()),
+        Some(_) => Err(page_token::not_ours()),
         None => Ok(Json(json!({"items": [], "next_page_id": null}))),
     }
 }

@@ -23,8 +23,8 @@ use shared::http::caller::Caller;
 use shared::http::cors::cors;
 use shared::http::page::{MAX_BODY, size_of_text};
 use shared::http::response::with_common_answers;
-use shared::measure;
-use shared::telemetry::{self, LogFormat};
+use shared::logging::{self, LogFormat};
+use shared::metrics;
 use shared::user::UserId;
 use shared::user::data_key::DataKey;
 use shared::user::seal::Sealer;
@@ -34,7 +34,7 @@ use shared::user::seal::Sealer;
 /// # Errors
 /// The environment is incomplete.
 pub fn set_up() -> Result<(Config, Aws, Sealer), Error> {
-    telemetry::init(LogFormat::Json);
+    logging::init(LogFormat::Json);
     // The collector has to exist before the first metric is recorded.
     let _collector = metrics();
     let config = Config::from_env()?;
@@ -74,7 +74,7 @@ pub async fn serve_streaming(make: impl FnOnce(&Config, &Aws, &Sealer) -> Router
 /// # Errors
 /// The runtime failed.
 pub async fn serve_static(router: Router) -> Result<(), Error> {
-    telemetry::init(LogFormat::Json);
+    logging::init(LogFormat::Json);
     lambda_http::run(with_middleware(with_common_answers(router), false)).await
 }
 
@@ -144,7 +144,7 @@ fn metrics() -> Option<&'static Collector> {
         let namespace = text("METRICS_NAMESPACE")?;
         let function = text("AWS_LAMBDA_FUNCTION_NAME").unwrap_or_default();
         let collector = Builder::new().cloudwatch_namespace(namespace).with_dimension("Function", function).init();
-        measure::describe();
+        metrics::describe();
         collector.inspect_err(|error| tracing::error!(%error, "lambda.metrics_init_failed")).ok()
     })
 }

@@ -106,10 +106,7 @@ pub enum ShowError {
 /// # Errors
 /// See [`ShowError`].
 pub async fn show(base: &str, key: Option<&SecretString>) -> Result<(), ShowError> {
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "it is an ordinary client of a server that keeps connections open"
-    )]
+    #[expect(clippy::disallowed_methods, reason = "it is an ordinary client of a server that keeps connections open")]
     let http = reqwest::Client::builder().no_proxy().build()?;
     let api = format!("{base}/api/v1");
     let send = async |request: RequestBuilder| {

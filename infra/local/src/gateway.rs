@@ -6,11 +6,11 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Response};
 use http::StatusCode;
 use secrecy::{ExposeSecret as _, SecretString};
+use shared::digest::sha256_hex;
 use shared::http::caller::Caller;
 use shared::http::cors::cors;
 use shared::http::response::{detail, with_common_answers};
 use shared::user::UserId;
-use shared::user::seal::hash;
 
 use crate::access::Origins;
 
@@ -46,6 +46,9 @@ fn carries(request: &Request, key: &SecretString) -> bool {
     let bearer = given("authorization")
         .and_then(|value| value.split_once(' '))
         .and_then(|(scheme, token)| scheme.eq_ignore_ascii_case("bearer").then_some(token.trim()));
-    let key = hash(key.expose_secret());
-    [given(SESSION_API_KEY), given("x-access-token"), bearer].into_iter().flatten().any(|given| hash(given) == key)
+    let key = sha256_hex(key.expose_secret());
+    [given(SESSION_API_KEY), given("x-access-token"), bearer]
+        .into_iter()
+        .flatten()
+        .any(|given| sha256_hex(given) == key)
 }

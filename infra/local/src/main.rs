@@ -14,7 +14,7 @@ use local::options::{Command, CommonOptions, LogKind, Options};
 use local::private_file;
 use local::server::{Environment, Readiness, Server, ServerError};
 use local::web_ui::{self, Connection, WebUiError};
-use shared::telemetry::{self, LogFormat};
+use shared::logging::{self, LogFormat};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// The stack size of a worker thread, in bytes. Without optimization, a request to an embedded engine needs more than 1 MiB, because
@@ -22,7 +22,8 @@ use tokio::signal::unix::{SignalKind, signal};
 const THREAD_STACK_BYTES: usize = 8 * 1024 * 1024;
 
 fn main() -> ExitCode {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_stack_size(THREAD_STACK_BYTES).build();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().thread_stack_size(THREAD_STACK_BYTES).build();
     match runtime {
         Ok(runtime) => runtime.block_on(run_command()),
         Err(error) => {
@@ -38,7 +39,7 @@ async fn run_command() -> ExitCode {
         let text = "--ui and --demo are options of the server and cannot be combined with a command.";
         Options::command().error(ErrorKind::ArgumentConflict, text).exit();
     }
-    telemetry::init(match options.common.log {
+    logging::init(match options.common.log {
         LogKind::Text => LogFormat::Text,
         LogKind::Json => LogFormat::Json,
     });
@@ -119,7 +120,9 @@ async fn write_web_ui(data: &Path, folder: &Path, api: Option<String>) -> Result
     let installed = data.join(web_ui::FOLDER);
     let mut site = web_ui::ensure(&installed, &connection).await?;
     if let Err(error) = site.add_editor(&installed).await {
-        tracing::warn!("{error} The web UI is written without its editor, so diffs are blank. The next run retries the download.");
+        tracing::warn!(
+            "{error} The web UI is written without its editor, so diffs are blank. The next run retries the download."
+        );
     }
     site.write(folder)?;
     println!("Wrote {} files of the web UI to {}.", site.file_count(), folder.display());

@@ -26,7 +26,7 @@ pub enum Command {
     /// Runs the embedded engines, the queue poller and the sandboxes without the API, and prints the environment variables for
     /// functions under `cargo lambda watch`.
     Engines {
-        /// The address of `cargo lambda watch`: its start-worker then handles the messages of the queue, instead of a worker in
+        /// The address of `cargo lambda watch`: its worker then handles the messages of the queue, instead of a worker in
         /// this process.
         #[arg(long, value_name = "URL")]
         invoke_url: Option<String>,

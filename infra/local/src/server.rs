@@ -22,7 +22,7 @@ use shared::config::{
     self, Config, DockerSandboxConfig, ExportConfig, Names, ProcessSandboxConfig, RemoteSandboxConfig, SandboxConfig,
     SealingConfig, StartConfig,
 };
-use shared::outbound::{Outbound, Reach};
+use shared::http_client::{AddressPolicy, HttpClient};
 use shared::sandbox::SandboxService as _;
 use shared::sandbox::process::ProcessSandboxes;
 use shared::sandbox::store::SandboxStore;
@@ -53,7 +53,7 @@ pub const SEALING_KEY: &str = "sealing-key";
 const GRACE_PERIOD: Duration = Duration::from_secs(3);
 const DAY: Duration = Duration::from_secs(24 * 3600);
 /// Waiting in this process costs nothing, so a start returns to the queue only after a long wait.
-const PATIENCE: Duration = Duration::from_secs(60);
+const INLINE_WAIT: Duration = Duration::from_secs(60);
 
 /// Why the server did not start. Each message is a sentence.
 #[derive(Debug, thiserror::Error)]
@@ -104,8 +104,8 @@ impl Environment {
     /// Names the first malformed variable.
     pub fn read() -> Result<Self, ServerError> {
         let mut start = StartConfig::from_env()?;
-        if config::text("START_PATIENCE_MS").is_none() {
-            start.patience = PATIENCE;
+        if config::text("START_INLINE_WAIT_MS").is_none() {
+            start.inline_wait = INLINE_WAIT;
         }
         let settings = [("LLM_MODEL", "llm_model"), ("LLM_API_KEY", "llm_api_key"), ("LLM_BASE_URL", "llm_base_url")]
             .into_iter()
@@ -225,8 +225,8 @@ impl Server {
             );
         }
         let worker = match invoke_url {
-            Some(url) => Worker::Remote(Outbound::new(Reach::Anywhere), url),
-            None => Worker::InProcess(Arc::new(start_worker::Context::new(&config, &aws, &sealer))),
+            Some(url) => Worker::Remote(HttpClient::new(AddressPolicy::Any), url),
+            None => Worker::InProcess(Arc::new(worker::Context::new(&config, &aws, &sealer))),
         };
         let mut server = Self {
             address: SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
@@ -305,7 +305,7 @@ impl Server {
                 readiness.set("agent_server", Part::Ready);
             }
             // Polling begins after the install: a start that is handled earlier would fail for lack of an agent server.
-            let starts = poll(sqs.clone(), queues.starts, worker.clone());
+            let starts = poll(sqs.clone(), queues.jobs, worker.clone());
             let dead_letters = poll(sqs, queues.dead_letters, worker.clone());
             tokio::join!(starts, dead_letters, sweep(worker));
         }));
@@ -426,7 +426,7 @@ impl Storage {
         let sealer = Sealer::from_file(&sealing_key_file).map_err(file_error(&sealing_key_file))?;
         let mut names = Names::with_prefix(PREFIX);
         let queues = schema::make_all(&aws, &names, PREFIX).await?;
-        names.start_queue_url.clone_from(&queues.starts);
+        names.job_queue_url.clone_from(&queues.jobs);
         let expiry = schema::EXPORTS_EXPIRE;
         let [objects, uploads] = [expiry.days, expiry.incomplete_upload_days].map(|days| DAY * days);
         engines.expire(&names.bucket, expiry.prefix, objects, uploads)?;
@@ -477,8 +477,8 @@ fn config(environment: &Environment, sandbox: SandboxConfig, storage: &Storage) 
         sealing: SealingConfig::File(storage.sealing_key_file.clone()),
         single_user: true,
         live_status_budget: Duration::from_millis(1500),
-        look_budget: config::LOOK_BUDGET,
-        reach: Reach::Anywhere,
+        sandbox_request_budget: config::SANDBOX_REQUEST_BUDGET,
+        address_policy: AddressPolicy::Any,
         export: environment.export.clone(),
     }
 }
@@ -542,7 +542,9 @@ async fn fetch_web_ui(ui: WebUi, folder: PathBuf, connection: Connection, readin
             readiness.set("web_ui_editor", Part::Ready);
         }
         Err(error) => {
-            tracing::warn!("{error} The web UI is served without its editor, so diffs are blank. The next run retries the download.");
+            tracing::warn!(
+                "{error} The web UI is served without its editor, so diffs are blank. The next run retries the download."
+            );
             readiness.set("web_ui_editor", Part::Unavailable(error.to_string()));
         }
     }

@@ -9,7 +9,7 @@ use aws_sdk_sqs::Client;
 use aws_sdk_sqs::types::Message;
 use http::Method;
 use serde_json::{Value, json};
-use shared::outbound::Outbound;
+use shared::http_client::HttpClient;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep};
@@ -28,9 +28,9 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug)]
 pub enum Worker {
     /// By a function call in this process.
-    InProcess(Arc<start_worker::Context>),
+    InProcess(Arc<worker::Context>),
     /// Through the invocation API that `cargo lambda watch` serves at this address.
-    Remote(Outbound, String),
+    Remote(HttpClient, String),
 }
 
 impl Worker {
@@ -38,15 +38,17 @@ impl Worker {
     async fn invoke(&self, event: Value) -> Result<Vec<String>, String> {
         let failures = match self {
             Self::InProcess(context) => {
-                let response = start_worker::handle(context, event).await.map_err(|error| error.context())?;
+                let response = worker::handle(context, event).await.map_err(|error| error.context())?;
                 response.batch_item_failures.into_iter().map(|failure| failure.item_identifier).collect()
             }
             Self::Remote(http, url) => {
-                let url = format!("{}/2015-03-31/functions/start-worker/invocations", url.trim_end_matches('/'));
+                let url = format!("{}/2015-03-31/functions/worker/invocations", url.trim_end_matches('/'));
                 let request = http.request(Method::POST, &url).map_err(|error| error.to_string())?;
                 let request = request.with(|request| request.json(&event));
-                let answer =
-                    request.send(INVOCATION_TIMEOUT, |_| MAX_RESPONSE_BYTES).await.map_err(|error| error.to_string())?;
+                let answer = request
+                    .send(INVOCATION_TIMEOUT, |_| MAX_RESPONSE_BYTES)
+                    .await
+                    .map_err(|error| error.to_string())?;
                 if !answer.status.is_success() {
                     return Err(format!("{url} returned {}", answer.status));
                 }

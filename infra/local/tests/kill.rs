@@ -582,7 +582,11 @@ async fn a_data_folder_becomes_private_and_workspaces_keep_their_modes() {
     server.start(&content).await;
     let left: Vec<_> =
         open_to_others(&folder).into_iter().filter(|(path, _)| *path != sandbox.join("workspace")).collect();
-    assert_eq!(left, [(workspace.clone(), 0o755), (workspace.join("run.sh"), 0o644)], "files of a workspace keep their modes");
+    assert_eq!(
+        left,
+        [(workspace.clone(), 0o755), (workspace.join("run.sh"), 0o644)],
+        "files of a workspace keep their modes"
+    );
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!([mode(&folder), mode(&sandbox), mode(&folder.join("functions.env"))], [0o700, 0o700, 0o600]);
     // The umask is unchanged, so child processes create files with the usual modes.

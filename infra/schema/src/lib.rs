@@ -11,7 +11,7 @@ use aws_sdk_dynamodb::types::{
 use aws_sdk_sqs::types::QueueAttributeName;
 use shared::aws::Aws;
 use shared::config::Names;
-use shared::start::queue::DEAD_LETTER_SUFFIX;
+use shared::jobs::queue::DEAD_LETTER_SUFFIX;
 use shared::{conversation, event, pending_message, sandbox, start};
 
 /// The attributes that an index contains.
@@ -137,9 +137,9 @@ pub struct Queue {
 /// The time limit of one worker invocation.
 pub const WORKER_TIMEOUT: Duration = Duration::from_secs(150);
 
-/// The queue of starts. Its dead-letter queue has the same name with `-dead-letters`.
-pub const START_QUEUE: Queue =
-    Queue { name: "starts", visibility_timeout: WORKER_TIMEOUT.saturating_mul(6), max_receive_count: 5 };
+/// The job queue. Its dead-letter queue has the same name with `-dead-letters`.
+pub const JOB_QUEUE: Queue =
+    Queue { name: "jobs", visibility_timeout: WORKER_TIMEOUT.saturating_mul(6), max_receive_count: 5 };
 
 /// A table, the bucket or a queue could not be created.
 #[derive(Debug, thiserror::Error)]
@@ -157,7 +157,7 @@ impl SchemaError {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QueueUrls {
-    pub starts: String,
+    pub jobs: String,
     pub dead_letters: String,
 }
 
@@ -275,9 +275,9 @@ async fn make_bucket(aws: &Aws, name: &str) -> Result<(), SchemaError> {
 }
 
 async fn make_queues(aws: &Aws, prefix: &str) -> Result<QueueUrls, SchemaError> {
-    let name = format!("{prefix}{}", START_QUEUE.name);
+    let name = format!("{prefix}{}", JOB_QUEUE.name);
     let dead_name = format!("{name}{DEAD_LETTER_SUFFIX}");
-    let hidden = START_QUEUE.visibility_timeout.as_secs().to_string();
+    let hidden = JOB_QUEUE.visibility_timeout.as_secs().to_string();
     let make = async |name: &str, redrive: Option<String>| {
         let made = aws
             .sqs
@@ -306,6 +306,6 @@ async fn make_queues(aws: &Aws, prefix: &str) -> Result<QueueUrls, SchemaError> 
         .attributes
         .and_then(|mut attributes| attributes.remove(&QueueAttributeName::QueueArn))
         .ok_or_else(|| SchemaError::new(format!("queue {dead_name}"), "it has no ARN"))?;
-    let redrive = format!(r#"{{"deadLetterTargetArn":"{arn}","maxReceiveCount":{}}}"#, START_QUEUE.max_receive_count);
-    Ok(QueueUrls { starts: make(&name, Some(redrive)).await?, dead_letters })
+    let redrive = format!(r#"{{"deadLetterTargetArn":"{arn}","maxReceiveCount":{}}}"#, JOB_QUEUE.max_receive_count);
+    Ok(QueueUrls { jobs: make(&name, Some(redrive)).await?, dead_letters })
 }

@@ -30,9 +30,9 @@ use self::bounded::Bounded;
 pub use self::mistake::Mistake;
 use self::version::AgentServerVersion;
 use crate::error::Fault;
+use crate::http_client::{self, Answer, HttpClient};
 use crate::id;
 use crate::mask;
-use crate::outbound::{self, Answer, Outbound};
 
 const ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 const COMMAND_START_TIMEOUT: Duration = Duration::from_secs(15);
@@ -372,7 +372,7 @@ pub struct EventPage {
 /// One agent server.
 #[derive(Clone, Debug)]
 pub struct AgentServer {
-    http: Outbound,
+    http: HttpClient,
     url: String,
     key: Option<SecretString>,
 }
@@ -380,7 +380,7 @@ pub struct AgentServer {
 impl AgentServer {
     /// The agent server at `url`; `key` is its session key.
     #[must_use]
-    pub fn new(http: Outbound, url: &str, key: Option<SecretString>) -> Self {
+    pub fn new(http: HttpClient, url: &str, key: Option<SecretString>) -> Self {
         Self { http, url: url.trim_end_matches('/').to_owned(), key }
     }
 
@@ -713,11 +713,11 @@ impl AgentServer {
     }
 
     /// Makes a request that a client thought of, and gives the answer as it is: status, content type, body; `None` where the
-    /// body is larger than `limit`. The path must be one that [`outbound::join`] takes.
+    /// body is larger than `limit`. The path must be one that [`http_client::join`] takes.
     ///
     /// # Errors
     /// See [`Failure`]; a status is none.
-    pub async fn pass_on(
+    pub async fn proxy(
         &self,
         method: Method,
         path: &str,
@@ -739,7 +739,7 @@ impl AgentServer {
     ) -> Result<Answer> {
         let fail = |error: reqwest::Error| call.fail(transport_failure(&error));
         // An address that is none, or a path that leads elsewhere: nothing was asked.
-        let url = outbound::join(&self.url, call.path).ok_or_else(|| call.fail(Failure::Unreachable))?;
+        let url = http_client::join(&self.url, call.path).ok_or_else(|| call.fail(Failure::Unreachable))?;
         let mut request = self.http.request(call.method.clone(), url.as_str()).map_err(fail)?;
         if call.is_repeatable {
             request = request.repeatable();
@@ -853,7 +853,7 @@ mod tests {
     use tokio::net::{TcpListener, TcpStream};
 
     use super::*;
-    use crate::outbound::Reach;
+    use crate::http_client::AddressPolicy;
 
     /// Answers the first request of a connection, and closes it when another one comes. Counts requests and answers.
     async fn closes_early(mut connection: TcpStream, requests: Arc<AtomicUsize>, answers: Arc<AtomicUsize>) {
@@ -890,7 +890,7 @@ mod tests {
             }
         });
         let count = || (requests.load(Ordering::SeqCst), answers.load(Ordering::SeqCst));
-        let agent_server = AgentServer::new(Outbound::new(Reach::Anywhere), &url, None);
+        let agent_server = AgentServer::new(HttpClient::new(AddressPolicy::Any), &url, None);
 
         for _ in 0..TIMES {
             let conversation = agent_server.whole_conversation(Uuid::nil(), LOOK_TIMEOUT).await;

@@ -15,10 +15,10 @@ use crate::clock::Time;
 use crate::error::{Error, Result, StoreError};
 use crate::event::store::EventStore;
 use crate::export::store::ExportStore;
-use crate::outbound::Outbound;
+use crate::http_client::HttpClient;
+use crate::jobs::queue::{Job, JobQueue};
 use crate::pending_message::store::MessageStore;
 use crate::sandbox::SandboxService;
-use crate::start::queue::{Job, StartQueue};
 use crate::start::store::StartTaskStore;
 use crate::start::sweep::sweep;
 use crate::user::UserId;
@@ -38,7 +38,7 @@ pub struct Deleter {
     /// The records.
     pub conversations: ConversationStore,
     /// Where the bell is rung.
-    pub queue: StartQueue,
+    pub queue: JobQueue,
 }
 
 impl Deleter {
@@ -74,7 +74,7 @@ impl Deleter {
                 return Ok(false);
             }
             for record in generation {
-                tracing::info!(conversation = %record.id, "conversation.deletion_begun");
+                tracing::info!(conversation = %record.id, "conversation.deletion_started");
                 self.ring(user, record.id).await;
             }
         }
@@ -85,7 +85,7 @@ impl Deleter {
     async fn ring(&self, user: &UserId, conversation: Uuid) {
         let job = Job::DeleteConversation { user: user.clone(), conversation };
         if let Err(error) = self.queue.send(&job, Duration::ZERO).await {
-            tracing::warn!(%conversation, error = %error.context(), "conversation.bell_not_rung");
+            tracing::warn!(%conversation, error = %error.context(), "conversation.enqueue_failed");
         }
     }
 }
@@ -106,7 +106,7 @@ pub struct Deletion {
     /// The sandboxes that they ran in.
     pub sandboxes: Arc<dyn SandboxService>,
     /// For agent servers.
-    pub http: Outbound,
+    pub http: HttpClient,
 }
 
 impl Deletion {

@@ -17,7 +17,7 @@ use base64::engine::general_purpose::STANDARD;
 use http::{HeaderName, HeaderValue};
 use serde::Serialize;
 
-use super::place::path_in_workspace;
+use super::workspace::path_in_workspace;
 use crate::agent_server::{AgentServer, AgentServerError};
 use crate::error::Error;
 use crate::http::page::{PAGE_SIZE, size_of, size_of_text};

@@ -2,13 +2,13 @@
 
 pub mod deletion;
 pub mod git;
-pub mod live;
-pub mod place;
+pub mod live_status;
+pub mod reports;
 pub mod search;
 pub mod store;
 pub mod tags;
-pub mod told;
 pub mod update_request;
+pub mod workspace;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;

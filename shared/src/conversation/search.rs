@@ -19,7 +19,7 @@ use crate::clock::Time;
 use crate::dynamo::{Item, from_item, text};
 use crate::error::{Error, Result};
 pub use crate::http::sort_order::SortOrder;
-use crate::http::{page, page_id};
+use crate::http::{page, page_token};
 use crate::paging::{self, Bounds};
 use crate::user::UserId;
 use crate::user::counters::{self, Counter};
@@ -55,9 +55,9 @@ pub struct Filter {
 /// Where in a list a page starts: behind the row with this value of the attribute that the list is ordered by.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct After(String);
+pub struct Cursor(String);
 
-impl After {
+impl Cursor {
     /// The place of a conversation.
     #[must_use]
     pub fn of(conversation: &AppConversation, order: SortOrder) -> Self {
@@ -72,11 +72,11 @@ pub struct Page {
     /// The records; there may be none although there is a next page.
     pub records: Vec<ConversationRecord>,
     /// Where the next page starts, if there is one.
-    pub next: Option<After>,
+    pub next: Option<Cursor>,
 }
 
 /// The index that is read, the range of its keys, and what is asked of the rows in it.
-struct Plan {
+struct QueryPlan {
     index: &'static str,
     partition: &'static str,
     owner: String,
@@ -89,7 +89,7 @@ struct Plan {
 
 impl Filter {
     /// Whether it lets everything through but, perhaps, sub-conversations.
-    fn is_open(&self) -> bool {
+    fn is_unfiltered(&self) -> bool {
         let open = Self { include_sub_conversations: self.include_sub_conversations, ..Self::default() };
         *self == open
     }
@@ -101,7 +101,7 @@ impl Filter {
         if updated && !created { SortOrder::UpdatedAtDesc } else { SortOrder::CreatedAtDesc }
     }
 
-    fn plan(&self, user: &UserId, order: SortOrder) -> Plan {
+    fn plan(&self, user: &UserId, order: SortOrder) -> QueryPlan {
         let mut conditions = Vec::new();
         let mut values = HashMap::new();
         let mut ask = |condition, name: &str, value: String| {
@@ -150,11 +150,11 @@ impl Filter {
         if index == BY_SANDBOX && !self.include_sub_conversations {
             conditions.push("attribute_exists(top_level_user)");
         }
-        Plan { index, partition, owner, sort, low, high, conditions, values }
+        QueryPlan { index, partition, owner, sort, low, high, conditions, values }
     }
 }
 
-impl Plan {
+impl QueryPlan {
     /// No row can be in the range, or have such a key: DynamoDB refuses to look.
     fn is_empty(&self) -> bool {
         self.owner.len() > LONGEST_KEY || matches!((&self.low, &self.high), (Some(low), Some(high)) if low >= high)
@@ -191,12 +191,12 @@ impl Plan {
     }
 
     /// The key behind which a page starts.
-    fn start(&self, user: &UserId, after: &After) -> Result<Item> {
-        let id = id_in_sort_value(&after.0).ok_or_else(page_id::not_ours)?;
+    fn start(&self, user: &UserId, after: &Cursor) -> Result<Item> {
+        let id = id_in_sort_value(&after.0).ok_or_else(page_token::not_ours)?;
         let below = self.low.as_ref().is_some_and(|low| after.0 < *low);
         let above = self.high.as_ref().is_some_and(|high| after.0 > *high);
         if below || above {
-            return Err(page_id::not_ours());
+            return Err(page_token::not_ours());
         }
         let mut start = key(user, id);
         start.insert(self.partition.to_owned(), text(self.owner.clone()));
@@ -204,11 +204,11 @@ impl Plan {
         Ok(start)
     }
 
-    fn after(&self, item: &Item) -> Result<After> {
+    fn after(&self, item: &Item) -> Result<Cursor> {
         let value = item.get(self.sort).and_then(|value| value.as_s().ok());
         value
             .cloned()
-            .map(After)
+            .map(Cursor)
             .ok_or_else(|| Error::internal(format!("a row of {} is without {}", self.index, self.sort)))
     }
 }
@@ -223,7 +223,7 @@ impl ConversationStore {
         user: &UserId,
         filter: &Filter,
         order: SortOrder,
-        after: Option<&After>,
+        after: Option<&Cursor>,
         limit: usize,
     ) -> Result<Page> {
         let plan = filter.plan(user, order);
@@ -251,7 +251,7 @@ impl ConversationStore {
     /// # Errors
     /// [`Error::Store`]; [`Error::Refused`] when there are too many rows to look at in one request.
     pub async fn count(&self, user: &UserId, filter: &Filter) -> Result<u64> {
-        if filter.is_open() {
+        if filter.is_unfiltered() {
             let counter = match filter.include_sub_conversations {
                 true => Counter::Conversations,
                 false => Counter::TopLevelConversations,
@@ -316,9 +316,9 @@ mod tests {
     fn only_places_in_the_list_can_be_started_from() {
         let filter = Filter { created_at_gte: Some(time("2025-01-02T00:00:00Z")), ..Filter::default() };
         let plan = filter.plan(&UserId::new("u"), SortOrder::CreatedAt);
-        let row = |time: &str| After(format!("{time}#{}", Uuid::from_u128(1).simple()));
+        let row = |time: &str| Cursor(format!("{time}#{}", Uuid::from_u128(1).simple()));
         assert!(plan.start(&UserId::new("u"), &row("2025-01-02T00:00:00.000000Z")).is_ok());
-        for after in [row("2025-01-01T00:00:00.000000Z"), After(String::new()), After("2025#x".into())] {
+        for after in [row("2025-01-01T00:00:00.000000Z"), Cursor(String::new()), Cursor("2025#x".into())] {
             assert!(matches!(plan.start(&UserId::new("u"), &after), Err(Error::Refused(_))), "{after:?}");
         }
     }

@@ -6,8 +6,8 @@ use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use super::store::Event;
+use crate::conversation::reports::{AGENT_USAGE, AgentStats, ReportTime};
 use crate::conversation::tags::Tags;
-use crate::conversation::told::{AGENT_USAGE, AgentStats, ReportTime};
 use crate::conversation::{MAX_NAME, within_max_name};
 
 /// Observations of tools by which an agent changes its own model.

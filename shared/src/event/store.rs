@@ -18,17 +18,17 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::clock::{Time, sortable};
+use crate::digest::sha256_hex;
 use crate::dynamo::{
     BATCH_GET_LIMIT, Item, batch_get_attribute, batch_get_items, from_item, store_error, text, to_item,
 };
 use crate::error::{Error, Result, StoreError};
 use crate::http::page::{PAGE_SIZE, size_of_text, too_large};
-use crate::http::validation::wire_enum;
+use crate::http::pydantic::validation::wire_enum;
 use crate::id;
 use crate::objects;
 use crate::paging;
 use crate::user::UserId;
-use crate::user::seal::hash;
 
 /// Index: the places of a conversation's events, in the order of time.
 pub const BY_POSITION: &str = "by-position";
@@ -105,7 +105,7 @@ impl Event {
     }
 
     /// Its size in an answer, see [`crate::http::page`].
-    fn room(&self) -> u64 {
+    fn size_bytes(&self) -> u64 {
         size_of_text(self.json.as_bytes()) + 1
     }
 }
@@ -156,7 +156,7 @@ wire_enum! {
 
 /// Where in the log a page starts: behind this place, in the order of the page.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct After {
+pub struct Cursor {
     /// See [`Event::position`].
     pub position: String,
 }
@@ -167,7 +167,7 @@ pub struct EventPage {
     /// The events.
     pub events: Vec<Event>,
     /// Where the next page starts, if there is one.
-    pub next: Option<After>,
+    pub next: Option<Cursor>,
 }
 
 /// The state of a log at some time.
@@ -197,9 +197,9 @@ struct Row {
     event_object: Option<String>,
 }
 
-/// What the indexes hold of a row; each holds one of the two positions.
+/// The attributes of a row that the indexes project; each index has one of the two positions.
 #[derive(Deserialize)]
-struct IndexEntry {
+struct ProjectedRow {
     id: String,
     position: Option<String>,
     kind_position: Option<String>,
@@ -207,7 +207,7 @@ struct IndexEntry {
 }
 
 /// An event's place in the log.
-struct Place {
+struct IndexEntry {
     id: String,
     position: String,
     room: u64,
@@ -215,7 +215,7 @@ struct Place {
 
 /// The part of a row that its deletion needs.
 #[derive(Deserialize)]
-struct Remains {
+struct DeletableRow {
     id: String,
     #[serde(default)]
     event_object: Option<String>,
@@ -243,7 +243,7 @@ impl Range {
     }
 
     /// Only what is at a place and behind it.
-    fn starting(mut self, after: &After, order: SortOrder) -> Self {
+    fn starting(mut self, after: &Cursor, order: SortOrder) -> Self {
         match order {
             SortOrder::Timestamp => self.from = self.from.max(after.position.clone()),
             SortOrder::TimestampDesc => self.to = self.to.min(after.position.clone()),
@@ -315,10 +315,10 @@ impl EventStore {
         let events: BTreeMap<String, Event> = events.into_iter().map(|event| (event.id.clone(), event)).collect();
         let mut writes = Vec::with_capacity(events.len());
         for event in events.into_values() {
-            let (position, kind_position, room) = (event.position(), event.kind_position(), event.room());
+            let (position, kind_position, room) = (event.position(), event.kind_position(), event.size_bytes());
             let (inline, object) = if event.json.len() > INLINE_EVENT_LIMIT {
                 // Before the row, so that there is no row without its event. An object without a row is found by no one.
-                let name = hash(&format!("{partition}#{}", event.id));
+                let name = sha256_hex(&format!("{partition}#{}", event.id));
                 (None, Some(self.put_object(conversation, &name, event.json).await?))
             } else {
                 (Some(event.json), None)
@@ -384,7 +384,7 @@ impl EventStore {
         conversation: Uuid,
         filter: &EventFilter,
         order: SortOrder,
-        after: Option<&After>,
+        after: Option<&Cursor>,
         limit: usize,
     ) -> Result<EventPage> {
         let limit = limit.clamp(1, BATCH_GET_LIMIT);
@@ -406,7 +406,7 @@ impl EventStore {
             .count();
         let places_of_page = &places[..fitting];
         let next = match places_of_page.last() {
-            Some(last) if fitting < places.len() => Some(After { position: last.position.clone() }),
+            Some(last) if fitting < places.len() => Some(Cursor { position: last.position.clone() }),
             _ => None,
         };
         let ids = places_of_page.iter().map(|place| place.id.clone()).collect();
@@ -425,7 +425,13 @@ impl EventStore {
     }
 
     /// The next places of a range, at most `limit`, without the one that the page starts behind.
-    async fn places(&self, range: &Range, order: SortOrder, after: Option<&After>, limit: usize) -> Result<Vec<Place>> {
+    async fn places(
+        &self,
+        range: &Range,
+        order: SortOrder,
+        after: Option<&Cursor>,
+        limit: usize,
+    ) -> Result<Vec<IndexEntry>> {
         if range.is_empty() {
             return Ok(Vec::new());
         }
@@ -440,11 +446,11 @@ impl EventStore {
         let prefix = range.kind.as_deref().map_or(0, |kind| of_kind(kind, "").len());
         let mut places = Vec::with_capacity(asked);
         for item in answer.items.unwrap_or_default() {
-            let entry: IndexEntry = from_item(item)?;
+            let entry: ProjectedRow = from_item(item)?;
             let key = if range.kind.is_some() { entry.kind_position } else { entry.position }.unwrap_or_default();
             let position = key.get(prefix..).unwrap_or_default().to_owned();
             if after.is_none_or(|after| after.position != position) {
-                places.push(Place { id: entry.id, position, room: entry.room });
+                places.push(IndexEntry { id: entry.id, position, room: entry.room });
             }
         }
         places.truncate(limit);
@@ -511,7 +517,7 @@ impl EventStore {
                 .send()
                 .await
                 .map_err(store_error("Query events"))?;
-            let rows: Vec<Remains> =
+            let rows: Vec<DeletableRow> =
                 answer.items.unwrap_or_default().into_iter().map(from_item).collect::<Result<_>>()?;
             let objects: Vec<String> = rows.iter().filter_map(|row| row.event_object.clone()).collect();
             stream::iter(objects)

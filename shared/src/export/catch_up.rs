@@ -10,7 +10,7 @@ use crate::agent_server::{AgentServerError, EventPage, Failure};
 use crate::conversation::ConversationRecord;
 use crate::error::{Error, Result};
 use crate::event::store::{Event, EventStore};
-use crate::outbound::Outbound;
+use crate::http_client::HttpClient;
 use crate::sandbox::SandboxService;
 
 /// What an export says that may lack the latest events.
@@ -24,7 +24,7 @@ const PAGE: usize = 20;
 #[derive(Clone, Debug)]
 pub(super) struct CatchUp {
     pub(super) sandboxes: Arc<dyn SandboxService>,
-    pub(super) http: Outbound,
+    pub(super) http: HttpClient,
     pub(super) events: EventStore,
 }
 
@@ -80,12 +80,11 @@ fn event(item: &RawValue) -> Option<Event> {
         timestamp: String,
         kind: String,
     }
-    let head: Head = serde_json::from_str(item.get())
-        .inspect_err(|error| tracing::warn!(%error, "export.event_not_understood"))
-        .ok()?;
+    let head: Head =
+        serde_json::from_str(item.get()).inspect_err(|error| tracing::warn!(%error, "export.event_unreadable")).ok()?;
     let event = Event { id: head.id, timestamp: head.timestamp, kind: head.kind, json: item.get().to_owned() };
     if let Some(fault) = event.fault() {
-        tracing::warn!(fault, "export.event_not_understood");
+        tracing::warn!(fault, "export.event_unreadable");
         return None;
     }
     (!event.is_transient()).then_some(event)

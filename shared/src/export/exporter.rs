@@ -18,10 +18,10 @@ use crate::conversation::store::ConversationStore;
 use crate::conversation::{AppConversation, ConversationRecord};
 use crate::error::{Error, Result};
 use crate::event::store::EventStore;
-use crate::measure;
-use crate::outbound::Outbound;
+use crate::http_client::HttpClient;
+use crate::jobs::queue::{Job, JobQueue};
+use crate::metrics;
 use crate::sandbox::SandboxService;
-use crate::start::queue::{Job, StartQueue};
 use crate::user::UserId;
 
 /// Part of every fingerprint: another form of exports has another number.
@@ -68,7 +68,7 @@ pub struct Exporter {
     conversations: ConversationStore,
     events: EventStore,
     exports: ExportStore,
-    queue: StartQueue,
+    queue: JobQueue,
     catch_up: CatchUp,
     config: ExportConfig,
 }
@@ -81,14 +81,14 @@ impl Exporter {
         names: &Names,
         aws: &Aws,
         sandboxes: Arc<dyn SandboxService>,
-        http: Outbound,
+        http: HttpClient,
     ) -> Self {
         let (dynamodb, s3) = (&aws.dynamodb, &aws.s3);
         let events = EventStore::new(dynamodb.clone(), names.events.clone(), s3.clone(), names.bucket.clone());
         Self {
             conversations: ConversationStore::new(dynamodb.clone(), names.conversations.clone(), names.users.clone()),
             exports: ExportStore::new(dynamodb.clone(), names.users.clone(), s3.clone(), names.bucket.clone()),
-            queue: StartQueue::new(aws.sqs.clone(), names.start_queue_url.clone()),
+            queue: JobQueue::new(aws.sqs.clone(), names.job_queue_url.clone()),
             catch_up: CatchUp { sandboxes, http, events: events.clone() },
             events,
             config: config.clone(),
@@ -109,7 +109,7 @@ impl Exporter {
     pub async fn export(&self, user: &UserId, conversation: Uuid) -> Result<Option<Answer>> {
         let deadline = Instant::now() + self.config.budget;
         let Some(record) = self.conversations.get(user, conversation).await? else { return Ok(None) };
-        if let Some(answer) = self.standing(user, conversation).await? {
+        if let Some(answer) = self.lookup(user, conversation).await? {
             return Ok(Some(answer));
         }
         let warning = self.catch_up(&record).await;
@@ -127,7 +127,7 @@ impl Exporter {
                 return timeout_at(deadline + GRACE, made).await.unwrap_or(Ok(Answer::Pending)).map(Some);
             }
             // Another request builds it, which most often is a matter of a second.
-            if let Some(answer) = self.standing(user, conversation).await? {
+            if let Some(answer) = self.lookup(user, conversation).await? {
                 return Ok(Some(answer));
             }
             if Instant::now() >= deadline {
@@ -164,8 +164,8 @@ impl Exporter {
         };
         match made.await {
             Ok(Some((key, Made::Whole { length, .. }))) => {
-                tracing::info!(key, length, "export.made");
-                measure::export_made(length);
+                tracing::info!(key, length, "export.built");
+                metrics::export_made(length);
                 self.exports.finish_for_others(&lease, &key, record.warning).await
             }
             Ok(Some((_, Made::OutOfTime))) => self.hand_over(&lease, None).await,
@@ -250,7 +250,7 @@ impl Exporter {
         self.exports.hand_over(lease, warning).await?;
         let job = Job::Export { user: lease.user().clone(), conversation: lease.conversation() };
         if let Err(error) = self.queue.send(&job, Duration::ZERO).await {
-            tracing::warn!(error = %error.context(), "export.bell_not_rung");
+            tracing::warn!(error = %error.context(), "export.enqueue_failed");
         }
         Ok(())
     }
@@ -258,7 +258,7 @@ impl Exporter {
     /// The failure is told by whoever calls; should this fail too, the lease runs out.
     async fn give_up(&self, lease: &Lease) {
         if let Err(error) = self.exports.give_up(lease).await {
-            tracing::warn!(error = %error.context(), "export.lease_not_given_back");
+            tracing::warn!(error = %error.context(), "export.lease_not_released");
         }
     }
 
@@ -266,7 +266,7 @@ impl Exporter {
     ///
     /// The finished one is the answer even if the conversation has changed since; otherwise a conversation that changes all the
     /// time could never be exported. A request does not change that, so that it can be repeated.
-    async fn standing(&self, user: &UserId, conversation: Uuid) -> Result<Option<Answer>> {
+    async fn lookup(&self, user: &UserId, conversation: Uuid) -> Result<Option<Answer>> {
         let Some(record) = self.exports.get(user, conversation).await? else { return Ok(None) };
         if record.is_with_a_worker() {
             return Ok(Some(Answer::Pending));
@@ -287,7 +287,7 @@ impl Exporter {
         let problem = match timeout(self.config.catch_up, self.catch_up.run(record)).await {
             Ok(Ok(0)) => return None,
             Ok(Ok(fetched)) => {
-                tracing::info!(conversation = %record.id, fetched, "export.caught_up");
+                tracing::info!(conversation = %record.id, fetched, "export.backfilled");
                 return None;
             }
             Ok(Err(error)) => error.context(),

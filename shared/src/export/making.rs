@@ -8,7 +8,7 @@ use super::store::{ExportStore, Lease, Part, Progress};
 use super::zip::ZipWriter;
 use crate::clock::Time;
 use crate::error::{Error, Result};
-use crate::event::store::{After, Event, EventFilter, EventPage, EventStore, SortOrder};
+use crate::event::store::{Cursor, Event, EventFilter, EventPage, EventStore, SortOrder};
 use crate::id;
 
 /// S3 takes no part below 5 MiB but the last, and no more than 10,000 of them. A part ends where a page of events does.
@@ -109,13 +109,13 @@ impl<'a> Making<'a> {
         self.finish(lease, zip).await
     }
 
-    async fn page(&self, lease: &Lease, after: Option<&After>) -> Result<EventPage> {
+    async fn page(&self, lease: &Lease, after: Option<&Cursor>) -> Result<EventPage> {
         let (filter, order) = (EventFilter::default(), SortOrder::Timestamp);
         self.events.page(lease.user(), lease.conversation(), &filter, order, after, PAGE).await
     }
 
     /// Uploads what has been zipped, and saves where to go on. False when the lease is lost.
-    async fn save_part(&mut self, lease: &mut Lease, zip: &mut ZipWriter, after: &After) -> Result<bool> {
+    async fn save_part(&mut self, lease: &mut Lease, zip: &mut ZipWriter, after: &Cursor) -> Result<bool> {
         let mut progress = match self.progress.take() {
             Some(progress) => progress,
             None => self.begin_upload(after).await?,
@@ -136,7 +136,7 @@ impl<'a> Making<'a> {
         Ok(held)
     }
 
-    async fn begin_upload(&self, after: &After) -> Result<Progress> {
+    async fn begin_upload(&self, after: &Cursor) -> Result<Progress> {
         let upload_id = self.exports.begin_upload(&self.key, self.began_at).await?;
         let notes = format!("{}.{}.", self.key.trim_end_matches(".zip"), id::random_base62(8));
         self.exports.put_note(&meta_note(&notes), self.meta.to_vec()).await?;

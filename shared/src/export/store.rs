@@ -18,13 +18,13 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::clock::{Time, sortable};
+use crate::digest::sha256_hex;
 use crate::dynamo::{Item, from_item, is_condition_failure, store_error, text, to_item};
 use crate::error::{Error, Result};
-use crate::event::store::After;
+use crate::event::store::Cursor;
 use crate::id;
 use crate::objects;
 use crate::user::UserId;
-use crate::user::seal::hash;
 
 /// All objects of exports begin with this. They are temporary: a lifecycle rule removes them.
 pub const PREFIX: &str = "exports/";
@@ -59,7 +59,7 @@ pub struct Progress {
     /// Their members.
     pub members: u64,
     /// Behind which event it goes on.
-    pub after: After,
+    pub after: Cursor,
     /// When it began, the time of its members.
     #[serde(serialize_with = "sortable::serialize")]
     pub began_at: Time,
@@ -221,7 +221,7 @@ impl ExportStore {
     /// The key of the export with this fingerprint.
     #[must_use]
     pub fn key(user: &UserId, conversation: Uuid, fingerprint: &str) -> String {
-        format!("{}{}.zip", folder(user, conversation), &hash(fingerprint)[..32])
+        format!("{}{}.zip", folder(user, conversation), &sha256_hex(fingerprint)[..32])
     }
 
     /// The record, if an export is being made or waits.
@@ -543,7 +543,7 @@ impl ExportStore {
             }
         }
         if let Err(error) = self.delete_below(&progress.notes).await {
-            tracing::info!(error = %error.context(), "export.notes_not_removed");
+            tracing::info!(error = %error.context(), "export.checkpoints_not_removed");
         }
     }
 
@@ -591,7 +591,7 @@ fn part_number(number: u32) -> Result<i32> {
 
 /// Below this are all exports of a conversation. The hash hides whose it is: keys are in logs and links.
 fn folder(user: &UserId, conversation: Uuid) -> String {
-    format!("{PREFIX}{}/", &hash(&user.key_of(&id::hex(conversation)))[..32])
+    format!("{PREFIX}{}/", &sha256_hex(&user.key_of(&id::hex(conversation)))[..32])
 }
 
 fn record_key(user: &UserId, conversation: Uuid) -> Item {

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use super::validation::{self, Checker};
+use super::pydantic::validation::{self, Checker};
 
 /// Stands for a secret's value wherever one is shown. Sent back, it leaves the secret as it is.
 pub const MASK: &str = "**********";

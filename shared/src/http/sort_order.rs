@@ -1,6 +1,6 @@
 //! The orders in which conversations and start tasks are listed.
 
-use super::validation::wire_enum;
+use super::pydantic::validation::wire_enum;
 
 wire_enum! {
     /// The order of a list.

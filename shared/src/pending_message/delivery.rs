@@ -21,13 +21,13 @@ use super::store::{Claim, MessageQueue, MessageStore, Sending};
 use crate::agent_server::bounded::{self, Bounded};
 use crate::agent_server::{AgentServer, AgentServerError, Retry};
 use crate::clock::Time;
+use crate::conversation::reports::Lookup;
 use crate::conversation::store::ConversationStore;
-use crate::conversation::told::Standing;
 use crate::error::{Error, Result};
+use crate::http_client::HttpClient;
 use crate::id;
-use crate::outbound::Outbound;
+use crate::jobs::queue::{Job, JobQueue};
 use crate::sandbox::{SandboxService, SandboxStatus};
-use crate::start::queue::{Job, StartQueue};
 use crate::start::request::Content;
 use crate::start::store::StartTaskStore;
 use crate::start::sweep::sweep;
@@ -99,9 +99,9 @@ pub struct Messages {
     /// Where they run.
     pub sandboxes: Arc<dyn SandboxService>,
     /// The bell.
-    pub queue: StartQueue,
+    pub queue: JobQueue,
     /// For agent servers.
-    pub http: Outbound,
+    pub http: HttpClient,
     /// How long things take.
     pub timing: Timing,
 }
@@ -164,7 +164,7 @@ impl Messages {
             Error::TooMany("Too many pending messages. Maximum 10 messages per conversation.".to_owned())
         })?;
         // Only now: either this sees that the conversation is there, or who makes it sees the message.
-        if let Standing::Known(_) = self.conversations.standing(user, conversation).await? {
+        if let Lookup::Present(_) = self.conversations.lookup(user, conversation).await? {
             self.ring(user, conversation, Duration::ZERO).await;
         }
         Ok(Queued { id, position })
@@ -181,11 +181,9 @@ impl Messages {
                 }
                 Ok((record.now.app_conversation_id.unwrap_or(record.conversation_id), Some(task)))
             }
-            Addressee::Conversation(conversation) => match self.conversations.standing(user, conversation).await? {
-                Standing::Known(_) => Ok((conversation, None)),
-                Standing::Unknown | Standing::Deleting => {
-                    Err(Error::NotFound("There is no such conversation".to_owned()))
-                }
+            Addressee::Conversation(conversation) => match self.conversations.lookup(user, conversation).await? {
+                Lookup::Present(_) => Ok((conversation, None)),
+                Lookup::Absent | Lookup::Deleting => Err(Error::NotFound("There is no such conversation".to_owned())),
             },
         }
     }
@@ -233,7 +231,7 @@ impl Messages {
                 }
                 Ok(Outcome::Later(why)) => {
                     let pause = self.timing.pause_after(attempts);
-                    tracing::info!(%conversation, why, attempts, "pending_message.waits");
+                    tracing::info!(%conversation, why, attempts, "pending_message.postponed");
                     let due_at = Time::now().plus(pause + self.timing.forgotten_after);
                     self.store.postpone(user, conversation, &claim, attempts + 1, due_at).await?;
                     self.ring(user, conversation, pause).await;
@@ -265,7 +263,7 @@ impl Messages {
                     let due_at = Time::now().plus(self.timing.forgotten_after);
                     let given_back = self.store.postpone(user, conversation, &claim, attempts + 1, due_at).await;
                     if let Err(error) = given_back {
-                        tracing::warn!(%conversation, error = %error.context(), "pending_message.lease_not_given_back");
+                        tracing::warn!(%conversation, error = %error.context(), "pending_message.lease_not_released");
                     }
                     return Err(error);
                 }
@@ -283,10 +281,10 @@ impl Messages {
         if queue.messages.is_empty() {
             return Ok(Outcome::Empty);
         }
-        let record = match self.conversations.standing(user, conversation).await? {
-            Standing::Known(known) => known.record,
-            Standing::Deleting => return Ok(Outcome::Never("the conversation is being deleted")),
-            Standing::Unknown => {
+        let record = match self.conversations.lookup(user, conversation).await? {
+            Lookup::Present(known) => known.record,
+            Lookup::Deleting => return Ok(Outcome::Never("the conversation is being deleted")),
+            Lookup::Absent => {
                 let task = queue.task.as_deref().and_then(|task| Uuid::try_parse(task).ok());
                 let task = match task {
                     Some(task) => self.tasks.get(user, task).await?,
@@ -356,7 +354,7 @@ impl Messages {
                     }
                     Ok(Ok((_, false))) => {}
                     Ok(Err(error)) => {
-                        tracing::warn!(%conversation, %error, "pending_message.not_looked_for");
+                        tracing::warn!(%conversation, %error, "pending_message.lookup_failed");
                         return Ok(Some(self.after(&error, queue)));
                     }
                     Err(_) => return Ok(Some(UNREACHABLE)),
@@ -366,7 +364,7 @@ impl Messages {
                 let page = match agent_server.newest_events(conversation, None, 1).await {
                     Ok(page) => page,
                     Err(error) => {
-                        tracing::warn!(%conversation, %error, "pending_message.not_looked_for");
+                        tracing::warn!(%conversation, %error, "pending_message.lookup_failed");
                         return Ok(Some(self.after(&error, queue)));
                     }
                 };
@@ -402,7 +400,7 @@ impl Messages {
     async fn ring(&self, user: &UserId, conversation: Uuid, delay: Duration) {
         let job = Job::DeliverMessages { user: user.clone(), conversation };
         if let Err(error) = self.queue.send(&job, delay).await {
-            tracing::warn!(%conversation, error = %error.context(), "pending_message.bell_not_rung");
+            tracing::warn!(%conversation, error = %error.context(), "pending_message.enqueue_failed");
         }
     }
 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
 
-use crate::http::validation::{Checker, Loc, Violation};
+use crate::http::pydantic::validation::{Checker, Loc, Violation};
 use crate::id::as_hex;
 use crate::start::request::Content;
 

@@ -11,12 +11,12 @@ use uuid::Uuid;
 
 use super::{MAX_MESSAGES, PendingMessage};
 use crate::clock::{Time, sortable};
+use crate::digest::sha256_hex;
 use crate::dynamo::{DueIndex, Item, from_item, is_condition_failure, number, store_error, text};
 use crate::error::{Error, Result};
 use crate::id;
 use crate::objects;
 use crate::user::UserId;
-use crate::user::seal::hash;
 
 /// Index: queues that somebody has to look after, by when.
 pub const UNDELIVERED: &str = "undelivered";
@@ -422,7 +422,7 @@ fn shard(conversation: Uuid) -> String {
 }
 
 fn object_prefix(user: &UserId, conversation: Uuid) -> String {
-    format!("{PREFIX}{}/", &hash(&user.key_of(&id::hex(conversation)))[..32])
+    format!("{PREFIX}{}/", &sha256_hex(&user.key_of(&id::hex(conversation)))[..32])
 }
 
 fn object_key(user: &UserId, conversation: Uuid, message: Uuid) -> String {

@@ -23,9 +23,9 @@ use super::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus, di
 use crate::clock::Time;
 use crate::config::DockerSandboxConfig;
 use crate::error::{Error, Result};
+use crate::http_client::{AddressPolicy, HttpClient};
 use crate::id;
 use crate::mask::masked;
-use crate::outbound::{Outbound, Reach};
 use crate::user::UserId;
 
 /// Where conversations work in the image.
@@ -61,14 +61,14 @@ const LAUNCH_GRACE: Duration = Duration::from_secs(30);
 pub struct DockerSandboxes {
     config: DockerSandboxConfig,
     store: SandboxStore,
-    http: Outbound,
+    http: HttpClient,
 }
 
 impl DockerSandboxes {
     /// Containers of the configured engine.
     #[must_use]
     pub fn new(config: DockerSandboxConfig, store: SandboxStore) -> Self {
-        Self { config, store, http: Outbound::new(Reach::Anywhere) }
+        Self { config, store, http: HttpClient::new(AddressPolicy::Any) }
     }
 
     fn container(&self, user: &UserId, id: &str) -> String {
@@ -282,7 +282,7 @@ impl DockerSandboxes {
         running.sort_by_key(|record| record.used_at);
         let excess = (running.len() + 1).saturating_sub(self.config.max_sandboxes.max(1));
         for record in &running[..excess] {
-            tracing::info!(sandbox = %record.id, "sandbox.paused_to_make_room");
+            tracing::info!(sandbox = %record.id, "sandbox.evicted");
             self.pause(&record.user, &record.id).await?;
         }
         Ok(())
@@ -421,8 +421,8 @@ impl SandboxService for DockerSandboxes {
         let (engine, name) = (self.engine().await?, self.container(user, id));
         // A frozen container takes no signal. Whatever cannot be stopped is removed by force.
         let _running = engine.unpause_container(&name).await;
-        let patience = i32::try_from(STOP_PATIENCE.as_secs()).unwrap_or_default();
-        let options = StopContainerOptions { t: Some(patience), ..StopContainerOptions::default() };
+        let stop_timeout = i32::try_from(STOP_PATIENCE.as_secs()).unwrap_or_default();
+        let options = StopContainerOptions { t: Some(stop_timeout), ..StopContainerOptions::default() };
         let _stopped = timeout(STOP_PATIENCE + CALL, engine.stop_container(&name, Some(options))).await;
         let options = RemoveContainerOptions { force: true, v: true, ..RemoveContainerOptions::default() };
         match engine.remove_container(&name, Some(options)).await {

@@ -17,10 +17,10 @@ use serde::{Deserialize, Serialize};
 use crate::agent_server::AgentServer;
 use crate::clock::Time;
 use crate::config::SandboxConfig;
+use crate::digest::sha256_hex;
 use crate::error::Result;
-use crate::outbound::Outbound;
+use crate::http_client::HttpClient;
 use crate::user::UserId;
-use crate::user::seal::hash;
 use store::{SandboxRecord, SandboxStore};
 
 /// The state of a sandbox, as the contract names it.
@@ -117,7 +117,7 @@ impl Sandbox {
 
     /// Its agent server, if it runs.
     #[must_use]
-    pub fn agent_server(&self, http: &Outbound) -> Option<AgentServer> {
+    pub fn agent_server(&self, http: &HttpClient) -> Option<AgentServer> {
         let url = self.agent_server_url().filter(|_| self.status == SandboxStatus::Running)?;
         Some(AgentServer::new(http.clone(), url, self.session_api_key.clone()))
     }
@@ -195,7 +195,7 @@ fn in_order(records: &[Option<SandboxRecord>], observed: &[Sandbox]) -> Vec<Opti
 /// What a provider that many owners share calls a sandbox. Ids are unique among their owner's only, and clients may choose them:
 /// two owners' must not meet there.
 fn name_of(user: &UserId, id: &str) -> String {
-    hash(&user.key_of(id))[..32].to_owned()
+    sha256_hex(&user.key_of(id))[..32].to_owned()
 }
 
 /// The service that the configuration asks for. A new kind of sandbox is a file beside this one and a line here.

@@ -27,8 +27,8 @@ use super::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus};
 use crate::clock::Time;
 use crate::config::ProcessSandboxConfig;
 use crate::error::{Error, Result};
+use crate::http_client::{AddressPolicy, HttpClient};
 use crate::id;
-use crate::outbound::{Outbound, Reach};
 use crate::user::UserId;
 
 /// Writes its process id, then becomes the agent server under the same id.
@@ -81,7 +81,7 @@ const LOG_TAIL_BYTES: u64 = 8 * 1024;
 pub struct ProcessSandboxes {
     config: ProcessSandboxConfig,
     store: SandboxStore,
-    http: Outbound,
+    http: HttpClient,
 }
 
 /// The files of one sandbox.
@@ -172,7 +172,7 @@ impl ProcessSandboxes {
     /// Sandboxes below `config.folder`.
     #[must_use]
     pub fn new(config: ProcessSandboxConfig, store: SandboxStore) -> Self {
-        Self { config, store, http: Outbound::new(Reach::Anywhere) }
+        Self { config, store, http: HttpClient::new(AddressPolicy::Any) }
     }
 
     /// Ends all agent servers of the user, so that they can be resumed by a later run.
@@ -338,7 +338,7 @@ impl ProcessSandboxes {
         }
         if let Err(error) = OpenOptions::new().create(true).append(true).mode(0o600).open(folder.answered()) {
             // It answers all the same; it will be asked again next time.
-            tracing::warn!(folder = %folder.0.display(), %error, "sandbox.answer_not_noted");
+            tracing::warn!(folder = %folder.0.display(), %error, "sandbox.answer_not_recorded");
         }
         true
     }

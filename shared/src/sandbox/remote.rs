@@ -16,11 +16,11 @@ use super::store::{SandboxRecord, SandboxStore, Wanted};
 use super::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus, distinct, in_order, name_of};
 use crate::clock::Time;
 use crate::config::RemoteSandboxConfig;
+use crate::digest::sha256_hex;
 use crate::error::{Error, Result};
+use crate::http_client::{AddressPolicy, Answer, HttpClient};
 use crate::id;
-use crate::outbound::{Answer, Outbound, Reach};
 use crate::user::UserId;
-use crate::user::seal::hash;
 
 /// The agent server's command line in the image.
 pub(super) const COMMAND: [&str; 3] = ["/usr/local/bin/openhands-agent-server", "--port", "60000"];
@@ -58,7 +58,7 @@ const ANSWER_LIMIT: usize = 4 * 1024 * 1024;
 pub struct RemoteSandboxes {
     config: RemoteSandboxConfig,
     store: SandboxStore,
-    http: Outbound,
+    http: HttpClient,
 }
 
 /// A runtime as the API tells it.
@@ -86,7 +86,7 @@ impl RemoteSandboxes {
     /// Sandboxes of the configured runtime API.
     #[must_use]
     pub fn new(config: RemoteSandboxConfig, store: SandboxStore) -> Self {
-        Self { config, store, http: Outbound::new(Reach::Anywhere) }
+        Self { config, store, http: HttpClient::new(AddressPolicy::Any) }
     }
 
     async fn runtime(&self, user: &UserId, id: &str) -> Result<Option<Runtime>> {
@@ -142,7 +142,7 @@ impl RemoteSandboxes {
 
     /// The key that the runtime API made is the one by which webhooks are recognised.
     async fn keep_key(&self, record: &SandboxRecord, key: &SecretString) -> Result<()> {
-        if hash(key.expose_secret()) == record.session_key_hash {
+        if sha256_hex(key.expose_secret()) == record.session_key_hash {
             return Ok(());
         }
         self.store.set_session_key(&record.user, &record.id, key).await.map(|_| ())
@@ -215,7 +215,7 @@ impl RemoteSandboxes {
         running.sort_by_key(|sandbox| sandbox.used_at);
         let excess = (running.len() + 1).saturating_sub(self.config.max_sandboxes.max(1));
         for sandbox in &running[..excess] {
-            tracing::info!(sandbox = %sandbox.id, "sandbox.paused_to_make_room");
+            tracing::info!(sandbox = %sandbox.id, "sandbox.evicted");
             self.pause(&newcomer.user, &sandbox.id).await?;
         }
         Ok(())

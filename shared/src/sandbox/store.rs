@@ -8,13 +8,14 @@ use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, Serialize};
 
 use crate::clock::{Time, sortable};
+use crate::digest::sha256_hex;
 use crate::dynamo::{
     BATCH_GET_LIMIT, Item, batch_get_items, from_item, is_condition_failure, store_error, text, to_item,
 };
 use crate::error::Result;
 use crate::sandbox::MAX_ID;
 use crate::user::UserId;
-use crate::user::seal::{Sealer, hash};
+use crate::user::seal::Sealer;
 
 /// Index: a sandbox by the hash of its session key.
 pub const BY_SESSION_KEY: &str = "by-session-key";
@@ -91,7 +92,7 @@ impl SandboxStore {
             id: id.to_owned(),
             spec_id: spec_id.to_owned(),
             session_key_sealed: self.sealer.seal(&purpose(user, id), key).await?,
-            session_key_hash: hash(key.expose_secret()),
+            session_key_hash: sha256_hex(key.expose_secret()),
             created_at: now,
             used_at: now,
             wanted: Wanted::Running,
@@ -213,7 +214,7 @@ impl SandboxStore {
             .table_name(&self.table)
             .index_name(BY_SESSION_KEY)
             .key_condition_expression("session_key_hash = :hash")
-            .expression_attribute_values(":hash", text(hash(key)))
+            .expression_attribute_values(":hash", text(sha256_hex(key)))
             .limit(1)
             .send()
             .await
@@ -257,7 +258,7 @@ impl SandboxStore {
     /// [`crate::Error::Store`]; [`crate::Error::Internal`] when the key cannot be sealed.
     pub async fn set_session_key(&self, user: &UserId, id: &str, key: &SecretString) -> Result<bool> {
         let sealed = self.sealer.seal(&purpose(user, id), key).await?;
-        let hash = hash(key.expose_secret());
+        let hash = sha256_hex(key.expose_secret());
         self.set(user, id, &[("session_key_sealed", text(sealed)), ("session_key_hash", text(hash))]).await
     }
 

@@ -1,8 +1,7 @@
 //! Starting conversations: the request, the task that tells how far a start is, and the saga that carries it out.
 
 pub mod abridged;
-pub mod begin;
-pub mod queue;
+pub mod create;
 pub mod request;
 pub mod saga;
 pub mod store;

@@ -7,12 +7,12 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use crate::conversation::MAX_NAME;
-use crate::http::body;
-use crate::http::secret::{self, MASK, MAX_SECRETS};
-use crate::http::validation::{
+use crate::http::pydantic::body;
+use crate::http::pydantic::validation::{
     Checked, Checker, Fields, boolean, choice, constant, dictionary, first_of, integer, list, literal, string,
     string_up_to, uuid, wire_enum,
 };
+use crate::http::secret::{self, MASK, MAX_SECRETS};
 use crate::user::git::without_credentials;
 
 wire_enum! {
@@ -550,7 +550,7 @@ impl<'de> Deserialize<'de> for Secrets {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::http::validation::{Violation, float};
+    use crate::http::pydantic::validation::{Violation, float};
 
     const JSON: Option<&str> = Some("application/json");
 

@@ -209,7 +209,7 @@ pub struct Filter {
 
 /// Where in a list a page starts: behind this task.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct After {
+pub struct Cursor {
     /// The value of the attribute that the list is sorted by.
     pub sort: String,
     /// The task's id.
@@ -346,7 +346,7 @@ impl StartTaskStore {
         let mut item = to_item(record)?;
         if record.request.len() > INLINE_REQUEST_LIMIT {
             // Before the row, so that there is no row without its request. An object without a row is found by no one.
-            let owner = crate::user::seal::hash(record.user.as_str());
+            let owner = crate::digest::sha256_hex(record.user.as_str());
             let key = format!("start-requests/{}/{owner}.json", id::hex(record.id));
             self.s3
                 .put_object()
@@ -408,9 +408,9 @@ impl StartTaskStore {
         user: &UserId,
         filter: &Filter,
         order: SortOrder,
-        after: Option<&After>,
+        after: Option<&Cursor>,
         limit: usize,
-    ) -> Result<(Vec<StartTaskRecord>, Option<After>)> {
+    ) -> Result<(Vec<StartTaskRecord>, Option<Cursor>)> {
         if let Some(conversation) = filter.conversation_id {
             // A conversation has as many tasks as it was started times: hardly ever more than one.
             return self.list_of_conversation(user, conversation, filter, order, after, limit).await;
@@ -485,8 +485,8 @@ impl StartTaskStore {
 
     /// The place of a task in a list.
     #[must_use]
-    pub fn place(record: &StartTaskRecord, order: SortOrder) -> After {
-        After { sort: sort_value(record, order), id: record.id }
+    pub fn place(record: &StartTaskRecord, order: SortOrder) -> Cursor {
+        Cursor { sort: sort_value(record, order), id: record.id }
     }
 
     /// How many of the user's tasks the filter lets through. Without a filter it is one counter, read once.
@@ -512,9 +512,9 @@ impl StartTaskStore {
         conversation: Uuid,
         filter: &Filter,
         order: SortOrder,
-        after: Option<&After>,
+        after: Option<&Cursor>,
         limit: usize,
-    ) -> Result<(Vec<StartTaskRecord>, Option<After>)> {
+    ) -> Result<(Vec<StartTaskRecord>, Option<Cursor>)> {
         let mut items = Vec::new();
         let mut pages = self
             .dynamodb
@@ -946,10 +946,10 @@ fn held<T>(written: Result<T>) -> Result<Result<(), LeaseLost>> {
     }
 }
 
-fn cut(mut records: Vec<StartTaskRecord>, limit: usize, order: SortOrder) -> (Vec<StartTaskRecord>, Option<After>) {
+fn cut(mut records: Vec<StartTaskRecord>, limit: usize, order: SortOrder) -> (Vec<StartTaskRecord>, Option<Cursor>) {
     let more = records.len() > limit;
     records.truncate(limit);
-    let next = records.last().filter(|_| more).map(|last| After { sort: sort_value(last, order), id: last.id });
+    let next = records.last().filter(|_| more).map(|last| Cursor { sort: sort_value(last, order), id: last.id });
     (records, next)
 }
 
@@ -960,12 +960,12 @@ fn sort_value(record: &StartTaskRecord, order: SortOrder) -> String {
     }
 }
 
-fn after_key(key: &Item, sort: &str) -> Result<After> {
+fn after_key(key: &Item, sort: &str) -> Result<Cursor> {
     let attribute = |name: &str| key.get(name).and_then(|value| value.as_s().ok()).cloned();
     let (Some(sort), Some(Ok(id))) = (attribute(sort), attribute("id").map(|id| Uuid::parse_str(&id))) else {
         return Err(Error::internal("a page's last key is not one of a task"));
     };
-    Ok(After { sort, id })
+    Ok(Cursor { sort, id })
 }
 
 fn sort_key(at: Time, id: Uuid) -> String {

@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use futures::future::join_all;
 
-use super::queue::{Job, StartQueue};
 use crate::clock::Time;
 use crate::dynamo::{DueIndex, DueRow};
 use crate::error::Result;
+use crate::jobs::queue::{Job, JobQueue};
 
 /// How long a row is left alone after its job was enqueued: shorter than the time between two runs on AWS, so that it only changes
 /// the order.
@@ -23,7 +23,7 @@ const AT_ONCE: usize = 16;
 ///
 /// # Errors
 /// The first failure, after all that could be done was done.
-pub async fn sweep(rows: &DueIndex, queue: &StartQueue, job: impl Fn(&DueRow) -> Job) -> Result<usize> {
+pub async fn sweep(rows: &DueIndex, queue: &JobQueue, job: impl Fn(&DueRow) -> Job) -> Result<usize> {
     let (due, failed) = rows.due(Time::now()).await;
     let found = due.len();
     let jobs: Vec<Job> = due.iter().map(job).collect();

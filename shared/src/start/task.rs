@@ -8,7 +8,7 @@ use super::abridged;
 use super::request::StartRequest;
 use crate::clock::{Time, sortable};
 use crate::http::page::size_of_text;
-use crate::http::validation::wire_enum;
+use crate::http::pydantic::validation::wire_enum;
 use crate::id::as_hex;
 use crate::user::UserId;
 

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::UserId;
-use super::seal::hash;
 use crate::clock::Time;
+use crate::digest::sha256_hex;
 use crate::dynamo::{Item, from_item, is_condition_failure, store_error, text, to_item, transact};
 use crate::error::{Error, Result};
 use crate::id;
@@ -98,7 +98,7 @@ impl ApiKeyStore {
             created_at: Time::now(),
             begins_with: secret[..PREFIX.len() + 4].to_owned(),
         };
-        let hash = hash(&secret);
+        let hash = sha256_hex(&secret);
         let by_hash = ByHash { user: hash_key(&hash), kind: BY_HASH.into(), owner: user.clone() };
         let owned = Owned { user: user.clone(), kind: owned_kind(key.id), hash, key: key.clone() };
         let writes = [to_item(&by_hash)?, to_item(&owned)?].map(|item| {
@@ -165,7 +165,7 @@ impl ApiKeyStore {
             .dynamodb
             .get_item()
             .table_name(&self.table)
-            .set_key(Some(row(&hash_key(&hash(key.expose_secret())), BY_HASH)))
+            .set_key(Some(row(&hash_key(&sha256_hex(key.expose_secret())), BY_HASH)))
             // A key that was revoked a moment ago is worthless.
             .consistent_read(true)
             .send()

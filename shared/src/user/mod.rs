@@ -3,11 +3,11 @@
 pub mod api_key;
 pub mod counters;
 pub mod data_key;
-pub mod document;
 pub mod git;
 pub mod mcp;
 pub mod seal;
 pub mod settings;
+pub mod settings_document;
 pub mod token;
 
 use std::fmt;

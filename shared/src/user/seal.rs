@@ -25,6 +25,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::RwLock;
 
 use super::data_key::DataKey;
+use crate::digest::hex;
 use crate::error::{Error, Result};
 
 const NONCE_BYTES: usize = 12;
@@ -347,19 +348,6 @@ fn keys_of(keys: Vec<Vec<u8>>) -> Result<Arc<[Key]>> {
         return Err(Error::internal(format!("a sealing key has {KEY_BYTES} bytes, not {}", key.len())));
     }
     Ok(keys.into_iter().map(Key::of).collect())
-}
-
-/// The SHA-256 of a secret in lower-case hex: how a session key is looked up without being stored.
-#[must_use]
-pub fn hash(secret: &str) -> String {
-    hex(&Sha256::digest(secret.as_bytes()))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut hex, byte| {
-        hex += &format!("{byte:02x}");
-        hex
-    })
 }
 
 #[cfg(test)]

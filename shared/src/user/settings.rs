@@ -8,13 +8,13 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 
 use super::UserId;
-use super::document::SettingsDocument;
 use super::git;
 use super::mcp::{self, McpServers};
 use super::seal::Sealer;
+use super::settings_document::SettingsDocument;
 use crate::dynamo::{is_condition_failure, store_error, text};
 use crate::error::{Error, Result};
-use crate::http::validation::{Loc, wire_enum};
+use crate::http::pydantic::validation::{Loc, wire_enum};
 use crate::start::request::ProviderType;
 
 wire_enum! {

@@ -14,8 +14,9 @@ use serde_json::json;
 use sha2::Sha256;
 
 use super::UserId;
-use super::seal::{DerivedKeys, Sealer, hash};
+use super::seal::{DerivedKeys, Sealer};
 use crate::clock::Time;
+use crate::digest::sha256_hex;
 use crate::error::{Error, Result};
 use crate::start::request::ProviderType;
 
@@ -134,7 +135,7 @@ fn header(token: &str) -> Option<Header> {
 }
 
 fn key_id(key: &[u8]) -> String {
-    hash(&BASE64URL.encode(key))[..16].to_owned()
+    sha256_hex(&BASE64URL.encode(key))[..16].to_owned()
 }
 
 #[cfg(test)]

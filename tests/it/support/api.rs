@@ -18,7 +18,7 @@ use shared::user::seal::Sealer;
 use tower::ServiceExt as _;
 
 use super::engines::Engines;
-use super::guard::Guard;
+use super::iam_proxy::IamProxy;
 use super::meter::Meter;
 use super::seed::Stores;
 use super::server::Server;
@@ -34,7 +34,7 @@ pub struct Api {
     pub stores: Stores,
     config: Config,
     router: Router,
-    worker: start_worker::Context,
+    worker: worker::Context,
     queue: String,
     engines: Engines,
 }
@@ -46,7 +46,7 @@ impl Api {
         let aws = Aws::new(&engines.sdk_config().await);
         let mut names = engines.names(PREFIX);
         let queues = schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
-        names.start_queue_url.clone_from(&queues.starts);
+        names.job_queue_url.clone_from(&queues.jobs);
         let sealing_key_file = folder.join("sealing-key");
         let sealer = Sealer::from_file(&sealing_key_file).expect("a key");
         let config = Config {
@@ -56,18 +56,18 @@ impl Api {
             sealing: SealingConfig::File(sealing_key_file),
             single_user: false,
             live_status_budget: std::time::Duration::from_secs(1),
-            look_budget: std::time::Duration::from_secs(2),
-            reach: shared::outbound::Reach::Anywhere,
+            sandbox_request_budget: std::time::Duration::from_secs(2),
+            address_policy: shared::http_client::AddressPolicy::Any,
             export: ExportConfig::default(),
         };
         let router = router(&config, &aws, &sealer);
         let stores = Stores::new(&aws, &names, &sealer);
-        let worker = start_worker::Context::new(&config, &aws, &sealer);
-        Self { aws, names, sealer, stores, config, router, worker, queue: queues.starts, engines }
+        let worker = worker::Context::new(&config, &aws, &sealer);
+        Self { aws, names, sealer, stores, config, router, worker, queue: queues.jobs, engines }
     }
 
     /// From now on each function, the worker included, does only what its policy allows.
-    pub async fn guard(&mut self, guard: &Guard) -> Vec<Server> {
+    pub async fn guard(&mut self, guard: &IamProxy) -> Vec<Server> {
         let (config, sealer, engines) = (&self.config, &self.sealer, &self.engines);
         let mut ways = Vec::new();
         let mut aws = HashMap::new();
@@ -96,7 +96,7 @@ impl Api {
             .merge(events::webhooks_router(events::Context::new(config, aws("events"), sealer)))
             .merge(web_client::router(web_client::Context::from_env()))
             .merge(web_client::health_router());
-        self.worker = start_worker::Context::new(config, aws("start-worker"), sealer);
+        self.worker = worker::Context::new(config, aws("worker"), sealer);
         self.router = with_common_answers(routers);
         ways
     }
@@ -137,7 +137,7 @@ impl Api {
         let received = self.aws.sqs.receive_message().queue_url(&self.queue).send().await.expect("the queue");
         let Some(message) = received.messages.unwrap_or_default().pop() else { return false };
         let event = json!({"Records": [{"messageId": message.message_id, "body": message.body}]});
-        let handled = start_worker::handle(&self.worker, event).await.expect("handled");
+        let handled = worker::handle(&self.worker, event).await.expect("handled");
         assert!(handled.batch_item_failures.is_empty(), "{message:?}");
         let receipt = message.receipt_handle.expect("a receipt");
         self.aws.sqs.delete_message().queue_url(&self.queue).receipt_handle(receipt).send().await.expect("deleted");

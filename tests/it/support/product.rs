@@ -191,7 +191,7 @@ impl Product {
         };
         let start = StartConfig {
             allow_insecure_git_access: true,
-            patience: Duration::from_secs(60),
+            inline_wait: Duration::from_secs(60),
             // Long, for a server that works on a slow machine.
             mcp_probe_timeout: Duration::from_secs(60),
             web_url: self.web_url.clone(),
@@ -600,7 +600,7 @@ fn capture_log() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         tracing_subscriber::fmt()
-            .with_env_filter(EnvFilter::new("warn,shared=trace,local=trace,start_worker=trace,dynoxide=off"))
+            .with_env_filter(EnvFilter::new("warn,shared=trace,local=trace,worker=trace,dynoxide=off"))
             .with_ansi(false)
             .with_writer(|| Buffer)
             .init();

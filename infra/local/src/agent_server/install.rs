@@ -479,7 +479,10 @@ impl Log {
 
         let (reader, writer) = io::pipe().map_err(cannot_run)?;
         let reader = pipe::Receiver::from_owned_fd(OwnedFd::from(reader)).map_err(cannot_run)?;
-        without_python_variables(&mut command).stdin(Stdio::null()).stdout(writer.try_clone().map_err(cannot_run)?).stderr(writer);
+        without_python_variables(&mut command)
+            .stdin(Stdio::null())
+            .stdout(writer.try_clone().map_err(cannot_run)?)
+            .stderr(writer);
         let mut child = command.spawn().map_err(cannot_run)?;
         // `command` holds the writing end of the pipe: until it is dropped, the output has no end.
         drop(command);

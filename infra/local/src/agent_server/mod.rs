@@ -71,4 +71,3 @@ pub async fn ensure(
     progress.report(Event::Found(python.clone()));
     Ok(install(folder, version, &python, progress).await?)
 }
-

@@ -20,7 +20,11 @@ pub enum Event {
     /// Another process is installing into the same folder.
     Waiting,
     /// Installing. `line` describes the current activity; `done` and `of` count packages and are estimates.
-    Installing { line: String, done: usize, of: usize },
+    Installing {
+        line: String,
+        done: usize,
+        of: usize,
+    },
     /// Importing the installed packages to check that they work.
     Verifying,
     /// The agent server is installed, by this run or an earlier one.

@@ -34,9 +34,12 @@ impl Attempt {
                 r#"{"TableName": "created", "BillingMode": "PAY_PER_REQUEST", "KeySchema": [{"AttributeName": "id", "KeyType": "HASH"}],
                     "AttributeDefinitions": [{"AttributeName": "id", "AttributeType": "S"}]}"#,
             ),
-            "sqs" => {
-                (Method::POST, format!("{}/", engines.sqs), Some("AmazonSQS.CreateQueue"), r#"{"QueueName": "created"}"#)
-            }
+            "sqs" => (
+                Method::POST,
+                format!("{}/", engines.sqs),
+                Some("AmazonSQS.CreateQueue"),
+                r#"{"QueueName": "created"}"#,
+            ),
             _ => (Method::PUT, format!("{}/files/created", engines.s3), None, "content"),
         };
         let mut headers = HeaderMap::new();

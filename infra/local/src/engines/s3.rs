@@ -262,7 +262,10 @@ impl S3Access for Rules {
         };
         // Such a key could lead into another bucket.
         if key.split('/').any(|part| part == ".." || part == ".") {
-            return Err(s3_error!(InvalidArgument, "The embedded S3 does not support keys with the path segments . or .."));
+            return Err(s3_error!(
+                InvalidArgument,
+                "The embedded S3 does not support keys with the path segments . or .."
+            ));
         }
         // s3s-fs uses file names that consist of bucket, key and, for a multipart upload, the upload's id.
         let longest = sidecar_name(

@@ -19,7 +19,7 @@ use http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderName};
 use http::request::Parts;
 use http::{Method, StatusCode};
 use serde_json::json;
-use shared::user::seal::hash;
+use shared::digest::sha256_hex;
 
 use super::{EngineCredentials, REGION, s3};
 use crate::access::{self, Header, Origins, Refusal, single};
@@ -199,7 +199,7 @@ impl Verifier {
         }
         let expected = self.signature_of(request, body, signed_at, &authorization.signed_headers)?;
         // The hashes are compared, so that the time of the comparison reveals nothing about the signature.
-        if hash(&expected) == hash(authorization.signature) { Ok(()) } else { Err(Fault::Mismatch) }
+        if sha256_hex(&expected) == sha256_hex(authorization.signature) { Ok(()) } else { Err(Fault::Mismatch) }
     }
 
     /// The expected signature of the request.

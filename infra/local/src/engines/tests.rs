@@ -400,7 +400,7 @@ async fn sqs_hides_delays_and_deletes() {
 #[tokio::test]
 async fn sqs_wakes_a_waiting_receive() {
     let (_data, engines, config) = start().await;
-    let queue = Queue::new(&config, "q", &[(Attribute::ReceiveMessageWaitTimeSeconds, "20")]).await;
+    let queue = Queue::new(&config, "q", &[]).await;
     let started = Instant::now();
     let (received, ()) = tokio::join!(queue.receive(20), async {
         tokio::time::sleep(Duration::from_millis(200)).await;
@@ -419,9 +419,9 @@ async fn sqs_wakes_a_waiting_receive() {
     assert_eq!(receive_count(&again[0]), "2");
     assert!(started.elapsed() < Duration::from_secs(6), "{:?}", started.elapsed());
 
-    // The queue's wait time applies to a receive without one, and the engines' shutdown ends the wait.
+    // The engines' shutdown ends the wait.
     let started = Instant::now();
-    let waiting = tokio::spawn(queue.client.receive_message().queue_url(&queue.url).send());
+    let waiting = tokio::spawn(queue.client.receive_message().queue_url(&queue.url).wait_time_seconds(20).send());
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert!(!waiting.is_finished());
     engines.shutdown().await;
@@ -520,6 +520,8 @@ async fn sqs_returns_typed_errors() {
     assert_eq!(create("60").send().await.unwrap().queue_url(), Some(queue.url.as_str()));
     assert!(create("61").send().await.unwrap_err().into_service_error().is_queue_name_exists());
     assert!(create("x").send().await.unwrap_err().into_service_error().is_invalid_attribute_value());
+    let unsupported = client.create_queue().queue_name("r").attributes(Attribute::DelaySeconds, "1").send().await;
+    assert!(unsupported.unwrap_err().into_service_error().is_invalid_attribute_name());
 
     let full = "x".repeat(1024 * 1024);
     queue.send(&full).await;

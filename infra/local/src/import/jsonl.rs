@@ -169,7 +169,10 @@ impl Iterator for JsonLines {
                 Err(error) => {
                     let location = format!("{name}:{}", lines.number + 1);
                     self.current = None;
-                    return Some(Err(Skip { location, reason: format!("file: the rest of it cannot be read: {error}") }));
+                    return Some(Err(Skip {
+                        location,
+                        reason: format!("file: the rest of it cannot be read: {error}"),
+                    }));
                 }
             }
         }

@@ -11,11 +11,11 @@ use shared::Time;
 use shared::conversation::tags::Tags;
 use shared::conversation::{ConversationRecord, MetricsSnapshot, TokenUsage};
 use shared::event::store::Event;
-use shared::http::query::read_datetime;
-use shared::http::secret::{MAX_NAME, MAX_SECRETS};
-use shared::http::validation::{
+use shared::http::pydantic::query::read_datetime;
+use shared::http::pydantic::validation::{
     Checker, Fields, Loc, Violation, boolean, choice, float, integer, list, string, uuid, uuid_from_text,
 };
+use shared::http::secret::{MAX_NAME, MAX_SECRETS};
 use shared::start::request::{Secrets, StartRequest};
 use shared::start::store::ImportedTask;
 use shared::start::task::{Snapshot, StartStatus};

@@ -150,6 +150,9 @@ mod tests {
         }
         assert_eq!(summary.skipped_rows(), 1000);
         assert_eq!(summary.skipped.len(), MAX_LISTED + 1);
-        assert_eq!((summary.skipped[MAX_LISTED].reason.as_str(), summary.skipped[MAX_LISTED].count), ("other reasons", 900));
+        assert_eq!(
+            (summary.skipped[MAX_LISTED].reason.as_str(), summary.skipped[MAX_LISTED].count),
+            ("other reasons", 900)
+        );
     }
 }

@@ -247,7 +247,11 @@ mod tests {
         for path in ["/api/v1/none", "/assets/app-2.js", "/assets/../Cargo.toml", "/%2e%2e/etc/passwd.txt"] {
             assert_eq!(request(&ui, Method::GET, path, HTML).await.status, 404, "{path}");
         }
-        assert_eq!(request(&ui, Method::GET, "/none", "application/json").await.status, 404, "the request accepts no HTML");
+        assert_eq!(
+            request(&ui, Method::GET, "/none", "application/json").await.status,
+            404,
+            "the request accepts no HTML"
+        );
     }
 
     #[test]

@@ -108,11 +108,7 @@ async fn fetch(package: &Package, folder: &Path) -> Result<(), WebUiError> {
         .map_err(file_error(folder))?
         .filter_map(|entry| Some(entry.ok()?.path()))
         .find(|path| path.extension().is_some_and(|extension| extension == "tgz"))
-        .ok_or_else(|| WebUiError::Failed {
-            what,
-            program: "npm",
-            output: "no package was written.".to_owned(),
-        })?;
+        .ok_or_else(|| WebUiError::Failed { what, program: "npm", output: "no package was written.".to_owned() })?;
     check_digest(package, &fs::read(&packed).map_err(file_error(&packed))?)?;
     let mut tar = Command::new("tar");
     tar.arg("-xzf").arg(&packed).arg("-C").arg(folder);

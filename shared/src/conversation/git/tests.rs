@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::*;
-use crate::outbound::{Outbound, Reach};
+use crate::http_client::{AddressPolicy, HttpClient};
 
 /// A workspace with the repository `repo` in it, whose first commit is on its remote.
 struct Workspace {
@@ -34,7 +34,7 @@ impl Workspace {
         let root = folder.join("work space's");
         fs::create_dir_all(root.join("repo")).expect("folders");
         fs::create_dir(folder.join("tmp")).expect("a folder");
-        let agent_server = AgentServer::new(Outbound::new(Reach::Anywhere), "", None);
+        let agent_server = AgentServer::new(HttpClient::new(AddressPolicy::Any), "", None);
         let workspace = Self { folder, root, agent_server, shells: &["sh", "bash"] };
         workspace.sh(&format!(
             "cd repo; git init -q -b main; git commit -q --allow-empty -m Empty; {first}\ngit add -A; git commit -q --allow-empty -m First
@@ -619,9 +619,9 @@ fn what_takes_too_long_is_stopped_with_all_that_it_started() {
                 let ran = workspace.command(&script, shell).output().expect("run");
                 assert!(matches!(ran.status.code(), Some(124 | 137)), "{what}: {ran:?}");
                 assert!(begun.elapsed() < Duration::from_secs(30), "{what}: the limit is 1 s");
-                let patience = std::time::Instant::now();
+                let started = std::time::Instant::now();
                 while is_in(&workspace) > 0 {
-                    assert!(patience.elapsed() < Duration::from_secs(10), "{what}: a process is left");
+                    assert!(started.elapsed() < Duration::from_secs(10), "{what}: a process is left");
                     std::thread::sleep(Duration::from_millis(50));
                 }
             }

@@ -2,14 +2,14 @@
 
 use futures::future::{join_all, try_join_all};
 
-use super::{Step, StepError, Work};
+use super::{StartRun, Step, StepError};
 use crate::agent_server::conversation_body::model;
 use crate::sandbox::{Sandbox, SandboxStatus};
 use crate::start::store::Change;
 use crate::start::task::StartStatus;
 use crate::user::settings::SandboxGroupingStrategy;
 
-impl Work<'_> {
+impl StartRun<'_> {
     pub(super) async fn choose_sandbox(&mut self) -> Result<Step, StepError> {
         let id = self.sandbox_to_use().await?;
         // Now, and not only when the sandbox has booted and the repository is cloned.

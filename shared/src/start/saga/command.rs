@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use super::{Folders, StepError, Work};
+use super::{Folders, StartRun, StepError};
 use crate::agent_server::{AgentServer, CommandOutput};
 use crate::clock::Time;
 use crate::start::task::PendingCommand;
@@ -68,7 +68,7 @@ pub(super) struct OneCommand<'a> {
     pub(super) timeout: Duration,
 }
 
-impl Work<'_> {
+impl StartRun<'_> {
     /// Runs a command of this start once; `None` while it runs.
     pub(super) async fn run_once(
         &mut self,

@@ -22,19 +22,19 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until};
 use uuid::Uuid;
 
-use super::queue::{Job, StartQueue};
 use super::store::{Change, Claim, LeaseLost, StartTaskStore, attempts};
 use super::sweep::sweep;
 use super::task::{Snapshot, StartStatus, StartTask};
 use crate::agent_server::{AgentServer, AgentServerError, Retry, SkillInfo};
 use crate::clock::Time;
 use crate::config::StartConfig;
+use crate::conversation::reports::Lookup;
 use crate::conversation::store::ConversationStore;
-use crate::conversation::told::Standing;
 use crate::error::{Error, Fault, Result};
+use crate::http_client::HttpClient;
 use crate::id;
-use crate::measure;
-use crate::outbound::Outbound;
+use crate::jobs::queue::{Job, JobQueue};
+use crate::metrics;
 use crate::sandbox::{Sandbox, SandboxService, SandboxStatus};
 use crate::user::UserId;
 use crate::user::git;
@@ -57,7 +57,7 @@ const MAX_POLL_FACTOR: u32 = 10;
 /// The same while a sandbox boots.
 const MAX_BOOT_POLL_FACTOR: u32 = 3;
 /// What a step may take beyond its deadline to end by itself.
-const OVERTIME: Duration = Duration::from_secs(30);
+const STEP_GRACE: Duration = Duration::from_secs(30);
 /// The shortest delay of a queue.
 const QUEUE_DELAY: Duration = Duration::from_secs(1);
 
@@ -73,9 +73,9 @@ pub struct Saga {
     /// What users have set.
     pub settings: SettingsStore,
     /// The bell.
-    pub queue: StartQueue,
+    pub queue: JobQueue,
     /// For agent servers.
-    pub http: Outbound,
+    pub http: HttpClient,
     /// Signs tokens.
     pub sealer: Sealer,
     /// Limits and addresses.
@@ -84,7 +84,7 @@ pub struct Saga {
 
 /// What a worker's turn came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Turn {
+pub enum Attempt {
     /// The task is READY or ERROR.
     Finished,
     /// Something is waited for; the bell will ring again.
@@ -155,7 +155,7 @@ impl From<AgentServerError> for StepError {
 }
 
 /// One worker's work on one task, and what it need not look up again while it is at it.
-struct Work<'a> {
+struct StartRun<'a> {
     saga: &'a Saga,
     lease: Lease<'a>,
     task: StartTask,
@@ -170,18 +170,25 @@ impl Saga {
     ///
     /// # Errors
     /// [`Error::Store`] when not even the outcome could be written: the same message should be delivered again.
-    pub async fn advance(&self, user: &UserId, id: Uuid) -> Result<Turn> {
+    pub async fn advance(&self, user: &UserId, id: Uuid) -> Result<Attempt> {
         let worker = id::random_base62(12);
         let task = match self.tasks.claim(user, id, &worker, self.config.lease).await? {
             Claim::Claimed(task) => *task,
-            Claim::Held => return Ok(Turn::Busy),
-            Claim::Finished => return Ok(Turn::Finished),
-            Claim::Unknown => return Ok(Turn::Unknown),
+            Claim::Held => return Ok(Attempt::Busy),
+            Claim::Finished => return Ok(Attempt::Finished),
+            Claim::Unknown => return Ok(Attempt::Unknown),
         };
         let lease =
             Lease { saga: self, user: user.clone(), id, worker, renewed_at: Arc::new(Mutex::new(Instant::now())) };
-        let mut work =
-            Work { saga: self, lease, task, sandbox: None, settings: None, skills: None, has_normal_selection: false };
+        let mut work = StartRun {
+            saga: self,
+            lease,
+            task,
+            sandbox: None,
+            settings: None,
+            skills: None,
+            has_normal_selection: false,
+        };
         work.run().await
     }
 
@@ -201,8 +208,8 @@ impl Saga {
     pub async fn give_up(&self, user: &UserId, id: Uuid) -> Result<()> {
         let detail = "The start was given up: every attempt to go on with it failed. Please start again";
         if self.tasks.give_up(user, id, detail).await? {
-            measure::start_ended(StartStatus::Error.as_str());
-            tracing::error!(task = %id, "start.given_up");
+            metrics::start_ended(StartStatus::Error.as_str());
+            tracing::error!(task = %id, "start.abandoned");
         }
         Ok(())
     }
@@ -217,8 +224,8 @@ impl Saga {
     }
 }
 
-impl Work<'_> {
-    async fn run(&mut self) -> Result<Turn> {
+impl StartRun<'_> {
+    async fn run(&mut self) -> Result<Attempt> {
         if let Some((fault, reason)) = self.reason_to_end() {
             return self.fail(fault, &reason).await;
         }
@@ -229,12 +236,12 @@ impl Work<'_> {
                 return self.clean_up_and_end().await;
             }
             let (pause, change) = match self.step().await {
-                Ok(Step::Ready) => return Ok(Turn::Finished),
+                Ok(Step::Ready) => return Ok(Attempt::Finished),
                 Ok(Step::Next(status, change)) => {
                     (waiting_since, looks) = (None, 0);
                     match self.enter(status, change).await? {
                         Ok(()) => continue,
-                        Err(LeaseLost) => return Ok(Turn::Busy),
+                        Err(LeaseLost) => return Ok(Attempt::Busy),
                     }
                 }
                 Ok(Step::Wait) if self.is_overdue() => {
@@ -247,7 +254,7 @@ impl Work<'_> {
                     let change = if is_first_success { change.set("refusals", attempts(0)) } else { change };
                     (self.pause_after(looks), change)
                 }
-                Err(StepError::LeaseLost) => return Ok(Turn::Busy),
+                Err(StepError::LeaseLost) => return Ok(Attempt::Busy),
                 Err(StepError::Fatal(text)) => return self.fail(Fault::Server, &text).await,
                 Err(StepError::Refused(text)) => return self.fail(Fault::User, &text).await,
                 Err(StepError::Retry(text)) => match self.retry(&text) {
@@ -270,11 +277,11 @@ impl Work<'_> {
                 }
             };
             let waiting_since = waiting_since.get_or_insert_with(Instant::now);
-            if waiting_since.elapsed() + pause > self.saga.config.patience {
+            if waiting_since.elapsed() + pause > self.saga.config.inline_wait {
                 return self.suspend(pause.max(QUEUE_DELAY), change).await;
             }
             if self.lease.keep_during(sleep(pause)).await.is_err() {
-                return Ok(Turn::Busy);
+                return Ok(Attempt::Busy);
             }
         }
     }
@@ -349,7 +356,7 @@ impl Work<'_> {
     /// Does the step that the status names, while the lease is kept.
     async fn step(&mut self) -> Result<Step, StepError> {
         let (lease, overdue) = (self.lease.clone(), self.overdue_text());
-        let time_left = self.task.record.deadline.map_or(OVERTIME, |deadline| deadline.since(Time::now()));
+        let time_left = self.task.record.deadline.map_or(STEP_GRACE, |deadline| deadline.since(Time::now()));
         // In boxes: a step that calls others takes so much of a thread's stack that little is left for its caller.
         let step = async {
             self.use_normal_selection().await?;
@@ -365,7 +372,7 @@ impl Work<'_> {
             }
         };
         // Whatever hangs in a step, the step ends: the lease would be renewed for ever otherwise.
-        match lease.keep_during(tokio::time::timeout(time_left + OVERTIME, step)).await {
+        match lease.keep_during(tokio::time::timeout(time_left + STEP_GRACE, step)).await {
             Ok(Ok(done)) => done,
             Ok(Err(_elapsed)) => Err(StepError::Retry(overdue)),
             Err(LeaseLost) => Err(StepError::LeaseLost),
@@ -390,13 +397,13 @@ impl Work<'_> {
         let saved = self.saga.tasks.save(&record.user, record.id, &self.lease.worker, &change).await?;
         if saved.is_ok() {
             tracing::info!(task = %record.id, ?status, "start.advanced");
-            measure::step_ended(step.as_str(), took);
+            metrics::step_ended(step.as_str(), took);
         }
         Ok(saved)
     }
 
     /// Gives the task back until the bell rings again.
-    async fn suspend(&self, delay: Duration, change: Change) -> Result<Turn> {
+    async fn suspend(&self, delay: Duration, change: Change) -> Result<Attempt> {
         let record = &self.task.record;
         let mut change = change;
         if let Some(command) = &record.command {
@@ -408,18 +415,18 @@ impl Work<'_> {
             .release(&record.user, record.id, &self.lease.worker, Time::now().plus(delay), change)
             .await?;
         if released.is_err() {
-            return Ok(Turn::Busy);
+            return Ok(Attempt::Busy);
         }
         let job = Job::AdvanceStart { user: record.user.clone(), task: record.id };
         if let Err(error) = self.saga.queue.send(&job, delay).await {
-            tracing::warn!(task = %record.id, error = %error.context(), "start.bell_not_rung");
+            tracing::warn!(task = %record.id, error = %error.context(), "start.enqueue_failed");
         }
-        Ok(Turn::Waiting)
+        Ok(Attempt::Waiting)
     }
 
     /// Ends the start with ERROR: first the reason is written down, so that a crash does not change it, then what the
     /// start made is cleaned up.
-    async fn fail(&mut self, fault: Fault, reason: &str) -> Result<Turn> {
+    async fn fail(&mut self, fault: Fault, reason: &str) -> Result<Attempt> {
         let record = &mut self.task.record;
         let status = record.now.status;
         tracing::warn!(task = %record.id, ?status, fault = fault.as_str(), reason, "start.failed");
@@ -427,13 +434,13 @@ impl Work<'_> {
         let failure = notes.chain([reason]).collect::<Vec<_>>().join("\n");
         let change = Change::default().set("failure", crate::dynamo::text(&failure));
         if self.saga.tasks.save(&record.user, record.id, &self.lease.worker, &change).await?.is_err() {
-            return Ok(Turn::Busy);
+            return Ok(Attempt::Busy);
         }
         record.failure = Some(failure);
         self.clean_up_and_end().await
     }
 
-    async fn clean_up_and_end(&self) -> Result<Turn> {
+    async fn clean_up_and_end(&self) -> Result<Attempt> {
         let record = &self.task.record;
         let mut detail = record.failure.clone().unwrap_or_default();
         match self.lease.keep_during(self.clean_up()).await {
@@ -450,7 +457,7 @@ impl Work<'_> {
                     None => format!("\nIts sandbox {} could not be removed and may still run", record.new_sandbox_id),
                 };
             }
-            Err(LeaseLost) => return Ok(Turn::Busy),
+            Err(LeaseLost) => return Ok(Attempt::Busy),
         }
         let snapshot = Snapshot {
             status: StartStatus::Error,
@@ -461,11 +468,11 @@ impl Work<'_> {
         let change = Change::default().state(record.id, &snapshot)?.finished();
         match self.saga.tasks.save(&record.user, record.id, &self.lease.worker, &change).await? {
             Ok(()) => {
-                measure::step_ended(record.now.status.as_str(), snapshot.updated_at.since(record.now.updated_at));
-                measure::start_ended(snapshot.status.as_str());
-                Ok(Turn::Finished)
+                metrics::step_ended(record.now.status.as_str(), snapshot.updated_at.since(record.now.updated_at));
+                metrics::start_ended(snapshot.status.as_str());
+                Ok(Attempt::Finished)
             }
-            Err(LeaseLost) => Ok(Turn::Busy),
+            Err(LeaseLost) => Ok(Attempt::Busy),
         }
     }
 
@@ -478,7 +485,7 @@ impl Work<'_> {
             return self.clean_up_conversation().await;
         }
         // What the agent server told of the conversation is no reason to keep it: it is this start's.
-        if let Standing::Known(known) = self.saga.conversations.standing(user, record.conversation_id).await?
+        if let Lookup::Present(known) = self.saga.conversations.lookup(user, record.conversation_id).await?
             && known.is_stub
             && known.record.sandbox_id == *id
         {
@@ -503,11 +510,11 @@ impl Work<'_> {
         else {
             return Ok(None);
         };
-        let stub = match self.saga.conversations.standing(user, conversation).await? {
-            Standing::Unknown => None,
-            Standing::Known(known) if known.is_stub && known.record.sandbox_id == sandbox => Some(known.record),
+        let stub = match self.saga.conversations.lookup(user, conversation).await? {
+            Lookup::Absent => None,
+            Lookup::Present(known) if known.is_stub && known.record.sandbox_id == sandbox => Some(known.record),
             // It is another start's, or about to go.
-            Standing::Known(_) | Standing::Deleting => return Ok(None),
+            Lookup::Present(_) | Lookup::Deleting => return Ok(None),
         };
         let found = self.saga.sandboxes.get(user, sandbox).await?;
         let Some(agent_server) = found.and_then(|sandbox| sandbox.agent_server(&self.saga.http)) else {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use secrecy::SecretString;
 
 use super::command::{OneCommand, complaint, note_in, quoted};
-use super::{Folders, Step, StepError, Work};
+use super::{Folders, StartRun, Step, StepError};
 use crate::id;
 use crate::start::store::Change;
 use crate::start::task::StartStatus;
@@ -17,10 +17,10 @@ use crate::user::git::{CloneSource, clone_sources};
 /// Marks the line of the output that says whether there is a browser.
 const BROWSER: &str = "openhands-browser:";
 
-/// See [`Preparation::patience`].
-const LOCK_PATIENCE: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(5)];
+/// See [`Preparation::lock_wait`].
+const LOCK_WAIT: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(5)];
 
-impl Work<'_> {
+impl StartRun<'_> {
     pub(super) async fn prepare_repository(&mut self) -> Result<Step, StepError> {
         let Some((sandbox, agent_server)) = self.running_sandbox().await? else { return Ok(Step::Wait) };
         let folders = self.folders(&sandbox).await?;
@@ -51,7 +51,7 @@ impl Work<'_> {
             identity: [settings.git_user_name.as_deref(), settings.git_user_email.as_deref()],
             credentials: &credentials,
             sources: &sources,
-            patience: LOCK_PATIENCE,
+            lock_wait: LOCK_WAIT,
             wanted: self.task.request.selected_branch.as_deref().unwrap_or_default().trim(),
             workspace: &workspace,
             init_without_repository: self.saga.config.init_git_in_empty_workspace,
@@ -93,7 +93,7 @@ struct Preparation<'a> {
     /// Where the repository may be cloned from; none if there is no repository.
     sources: &'a [CloneSource],
     /// How long locks of git are waited for: of the repository, and of the user's configuration.
-    patience: [Duration; 2],
+    lock_wait: [Duration; 2],
     /// The branch, tag or commit that was asked for, or nothing.
     wanted: &'a str,
     /// The branch that is made otherwise.
@@ -116,8 +116,8 @@ impl Preparation<'_> {
         ] {
             script += &format!("{name}={}\n", quoted(value));
         }
-        for (name, patience) in ["patience", "config_patience"].into_iter().zip(self.patience) {
-            script += &format!("{name}={}\n", patience.as_secs());
+        for (name, lock_wait) in ["lock_wait", "config_lock_wait"].into_iter().zip(self.lock_wait) {
+            script += &format!("{name}={}\n", lock_wait.as_secs());
         }
         script += FUNCTIONS;
         script += "set -e\nmkdir -p \"$working_dir\"\ncd \"$working_dir\"\n";
@@ -210,7 +210,7 @@ mod tests {
                 identity: [Some("A user"), Some("user@example.com")],
                 credentials: &format!("{}/credentials", folders.state),
                 sources: &sources,
-                patience: [Duration::from_secs(60), Duration::from_secs(2)],
+                lock_wait: [Duration::from_secs(60), Duration::from_secs(2)],
                 wanted,
                 workspace: "openhands-workspace-1",
                 init_without_repository: true,
@@ -749,10 +749,10 @@ mod tests {
         }
     }
 
-    /// The product's own patience is longer than an agent's commit with a slow hook takes.
+    /// The product's own wait for locks is longer than an agent's commit with a slow hook takes.
     #[test]
     fn a_commit_with_a_slow_hook_is_waited_for() {
-        assert!(LOCK_PATIENCE[0] >= Duration::from_secs(30));
+        assert!(LOCK_WAIT[0] >= Duration::from_secs(30));
         let scratch = Scratch::new();
         remote(&scratch);
         push(&scratch, "x", &["refs/heads/one"]);

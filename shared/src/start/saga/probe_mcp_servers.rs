@@ -17,17 +17,17 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::command::quoted;
-use super::{StepError, Work};
+use super::{StartRun, StepError};
 use crate::agent_server::conversation_body::mcp_servers;
 use crate::agent_server::{AgentServer, AgentServerError, CommandOutput, Retry};
 use crate::clock::Time;
+use crate::digest::sha256_hex;
 use crate::dynamo::text;
 use crate::id;
 use crate::mask;
 use crate::sandbox::Sandbox;
 use crate::start::store::Change;
 use crate::start::task::PendingCommand;
-use crate::user::seal::hash;
 
 const NAME: &str = "probe-mcp-servers";
 const PROGRAM: &str = include_str!("probe_mcp_servers.py");
@@ -72,7 +72,7 @@ struct Outcome {
     reason: Option<String>,
 }
 
-impl Work<'_> {
+impl StartRun<'_> {
     /// Starts the probe, unless it runs or there is nothing to probe.
     pub(super) async fn start_mcp_probe(
         &mut self,
@@ -128,9 +128,9 @@ impl Work<'_> {
             match agent_server.command_output(&pending.id).await {
                 Ok(None) => {
                     // Less than the step's deadline, which would end the start.
-                    let patience = FILE_WAIT + limit + COMMAND_GRACE + OUTPUT_GRACE;
-                    let patience = patience.min(self.saga.config.step_timeout / 2);
-                    if pending.started_at.is_some_and(|at| Time::now().since(at) < patience) {
+                    let limit = FILE_WAIT + limit + COMMAND_GRACE + OUTPUT_GRACE;
+                    let limit = limit.min(self.saga.config.step_timeout / 2);
+                    if pending.started_at.is_some_and(|at| Time::now().since(at) < limit) {
                         return Ok(None);
                     }
                     self.note_unprobed(&servers, "the probe did not end in time");
@@ -221,7 +221,7 @@ fn document(servers: &Map<String, Value>, limit: Duration) -> Value {
 
 /// By what the output names a server: it changes with the server's settings, which may have been changed since the probe was started.
 fn key(name: &str, server: &Value) -> String {
-    hash(&json!([name, server]).to_string())[..16].to_owned()
+    sha256_hex(&json!([name, server]).to_string())[..16].to_owned()
 }
 
 /// What the output says of these servers.

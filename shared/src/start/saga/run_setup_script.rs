@@ -1,11 +1,11 @@
 //! RUNNING_SETUP_SCRIPT: `.openhands/setup.sh` of the project, if there is one.
 
 use super::command::{OneCommand, RUN_SCRIPT, complaint, quoted};
-use super::{Step, StepError, Work};
+use super::{StartRun, Step, StepError};
 use crate::start::store::Change;
 use crate::start::task::StartStatus;
 
-impl Work<'_> {
+impl StartRun<'_> {
     pub(super) async fn run_setup_script(&mut self) -> Result<Step, StepError> {
         let Some((sandbox, agent_server)) = self.running_sandbox().await? else { return Ok(Step::Wait) };
         let folders = self.folders(&sandbox).await?;

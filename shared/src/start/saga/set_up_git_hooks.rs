@@ -1,14 +1,14 @@
 //! SETTING_UP_GIT_HOOKS: `.openhands/pre-commit.sh` of the project becomes git's pre-commit hook.
 
 use super::command::{OneCommand, RUN_SCRIPT, complaint, note_in, quoted};
-use super::{Step, StepError, Work};
+use super::{StartRun, Step, StepError};
 use crate::start::store::Change;
 use crate::start::task::StartStatus;
 
 /// Tells our hook from one that was there before; the reference marks its hooks with the same words.
 const MARK: &str = "This hook was installed by OpenHands";
 
-impl Work<'_> {
+impl StartRun<'_> {
     pub(super) async fn set_up_git_hooks(&mut self) -> Result<Step, StepError> {
         let Some((sandbox, agent_server)) = self.running_sandbox().await? else { return Ok(Step::Wait) };
         let folders = self.folders(&sandbox).await?;

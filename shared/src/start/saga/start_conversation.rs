@@ -7,27 +7,27 @@ use serde_json::json;
 use tokio::time::{Instant, sleep};
 
 use super::probe_mcp_servers::{ProbeStart, shown};
-use super::{Step, StepError, Work};
+use super::{StartRun, Step, StepError};
 use crate::agent_server::conversation_body::{
     ConversationBody, ConversationInputs, conversation_body, uses_llm_analyzer,
 };
 use crate::agent_server::version::AgentServerVersion;
 use crate::agent_server::{AgentServer, AgentServerError, ConversationInfo, Failure, Retry, SkillInfo, SkillsQuery};
 use crate::clock::Time;
+use crate::conversation::reports::{Lookup, default_titles};
 use crate::conversation::store::ConversationChange;
 use crate::conversation::tags::Tags;
-use crate::conversation::told::{Standing, default_titles};
 use crate::conversation::{ConversationRecord, MetricsSnapshot};
 use crate::http::secret::InTerminal;
-use crate::measure;
+use crate::jobs::queue::Job;
+use crate::metrics;
 use crate::sandbox::Sandbox;
-use crate::start::queue::Job;
 use crate::start::request::{AgentType, EventCallbackProcessor};
 use crate::start::store::StartTaskStore;
 use crate::start::task::{Snapshot, StartStatus};
 use crate::user::token::TokenKey;
 
-impl Work<'_> {
+impl StartRun<'_> {
     pub(super) async fn set_up_skills(&mut self) -> Result<Step, StepError> {
         let Some((sandbox, agent_server)) = self.running_sandbox().await? else { return Ok(Step::Wait) };
         let url = sandbox.agent_server_url().unwrap_or_default().to_owned();
@@ -269,10 +269,10 @@ impl Work<'_> {
         let ready = StartTaskStore::ready(user, record.id, conversation_id, &snapshot)?;
         let conversations = &saga.conversations;
         let processors = request.processors.as_deref().unwrap_or_default();
-        let standing = conversations.standing(user, conversation_id).await?;
-        let writes = match &standing {
-            Standing::Known(known) if known.is_stub => conversations.complete_stub(known, &conversation, processors)?,
-            Standing::Known(_) => {
+        let lookup = conversations.lookup(user, conversation_id).await?;
+        let writes = match &lookup {
+            Lookup::Present(known) if known.is_stub => conversations.complete_stub(known, &conversation, processors)?,
+            Lookup::Present(_) => {
                 // Started before: it keeps its record and its history, and is only where it is now.
                 let moved = ConversationChange::default().sandbox(user, &sandbox.id);
                 if conversations.update(user, conversation_id, moved).await?.is_none() {
@@ -280,15 +280,15 @@ impl Work<'_> {
                 }
                 Vec::new()
             }
-            Standing::Unknown => conversations.put_started(&conversation, processors)?,
-            Standing::Deleting => {
+            Lookup::Absent => conversations.put_started(&conversation, processors)?,
+            Lookup::Deleting => {
                 return Err(StepError::Retry("The conversation with this id is being deleted".into()));
             }
         };
         if saga.tasks.save_with(user, record.id, &self.lease.worker, &ready, writes).await?.is_err() {
             // The record may have changed under us (another start of the same conversation was quicker, the agent server told
             // of it) rather than the lease been lost.
-            if differs(&standing, &conversations.standing(user, conversation_id).await?) {
+            if differs(&lookup, &conversations.lookup(user, conversation_id).await?) {
                 return Err(StepError::Retry("The conversation was recorded by somebody else at the same time".into()));
             }
             return Err(StepError::LeaseLost);
@@ -297,11 +297,11 @@ impl Work<'_> {
             // Events that came before the record. The next ones ring too.
             let job = Job::ProcessEvents { user: user.clone(), conversation: conversation_id };
             if let Err(error) = saga.queue.send(&job, Duration::ZERO).await {
-                tracing::warn!(task = %record.id, error = %error.context(), "start.bell_not_rung");
+                tracing::warn!(task = %record.id, error = %error.context(), "start.enqueue_failed");
             }
         }
-        measure::step_ended(record.now.status.as_str(), now.since(record.now.updated_at));
-        measure::start_ended(snapshot.status.as_str());
+        metrics::step_ended(record.now.status.as_str(), now.since(record.now.updated_at));
+        metrics::start_ended(snapshot.status.as_str());
         tracing::info!(task = %record.id, conversation = %conversation_id, "start.ready");
         Ok(Step::Ready)
     }
@@ -315,9 +315,9 @@ impl Work<'_> {
 }
 
 /// Whether a record came or went meanwhile, or a stub is no longer as it was when it was read.
-fn differs(before: &Standing, now: &Standing) -> bool {
+fn differs(before: &Lookup, now: &Lookup) -> bool {
     match (before, now) {
-        (Standing::Known(before), Standing::Known(now)) => {
+        (Lookup::Present(before), Lookup::Present(now)) => {
             before.is_stub && (!now.is_stub || before.record.title != now.record.title)
         }
         (before, now) => before != now,

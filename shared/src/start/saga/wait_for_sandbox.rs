@@ -1,11 +1,11 @@
 //! WAITING_FOR_SANDBOX: until the sandbox's agent server answers.
 
-use super::{Step, StepError, Work, with_detail};
+use super::{StartRun, Step, StepError, with_detail};
 use crate::sandbox::SandboxStatus;
 use crate::start::store::Change;
 use crate::start::task::StartStatus;
 
-impl Work<'_> {
+impl StartRun<'_> {
     pub(super) async fn wait_for_sandbox(&mut self) -> Result<Step, StepError> {
         let user = self.task.record.user.clone();
         let id = self.task.record.now.sandbox_id.clone().unwrap_or_default();

@@ -19,7 +19,7 @@ pub use repository::{Repository, RepositoryError, Selection};
 pub use token::{TokenError, normal_token};
 
 use super::settings::{ProviderToken, ProviderTokens};
-use crate::http::validation::Checker;
+use crate::http::pydantic::validation::Checker;
 use crate::start::request::{ProviderType, StartRequest};
 use host::GitHost;
 

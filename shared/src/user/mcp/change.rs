@@ -8,8 +8,8 @@ use serde_json::{Map, Value, json};
 use super::server::{at, auth_of, endpoint, entries_of, header_names, secret_places};
 use super::show::{listed, shown_server};
 use super::{HTTP, SSE, STDIO, Servers, fields_of_strategy};
+use crate::http::pydantic::validation::Checker;
 use crate::http::secret::MASK;
-use crate::http::validation::Checker;
 
 /// Fields of a server that runs as a process alone.
 const OF_PROCESSES: [&str; 3] = ["args", "cwd", "env"];

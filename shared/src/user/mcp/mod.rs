@@ -18,8 +18,8 @@ use std::collections::BTreeSet;
 
 use serde_json::{Map, Value, json};
 
+use crate::http::pydantic::validation::{Checked, Checker};
 use crate::http::secret;
-use crate::http::validation::{Checked, Checker};
 
 pub use agent::McpServers;
 use change::{patched, replaced};

@@ -8,8 +8,8 @@ use serde_json::{Map, Number, Value, json};
 
 use super::server::whole_seconds;
 use super::{FIELDS, HTTP, LISTS, SSE, STDIO, Servers, WRAPPER, fields_of_strategy};
+use crate::http::pydantic::validation::{self, Checker, Fields, Loc};
 use crate::http::secret::{self, MASK};
-use crate::http::validation::{self, Checker, Fields, Loc};
 
 /// The most headers, or variables, of a server.
 const MAX_ENTRIES: usize = 100;

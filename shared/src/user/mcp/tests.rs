@@ -2,8 +2,8 @@ use serde_json::{Map, Value, json};
 
 use super::show::shown_server;
 use super::*;
+use crate::http::pydantic::validation::Loc;
 use crate::http::secret::MASK;
-use crate::http::validation::Loc;
 use crate::mask;
 
 /// Sends a change: the places of its faults, without the servers' names in front if there are none.

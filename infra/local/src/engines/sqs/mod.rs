@@ -141,7 +141,11 @@ impl Sqs {
             "SendMessageBatch" => self.send_message_batch(parse(body)?),
             "ReceiveMessage" => self.receive_message(parse(body)?).await,
             "DeleteMessage" => self.delete_message(&parse(body)?),
-            _ => Err(Failure::unknown_operation(if target.is_empty() { "requests without x-amz-target" } else { target })),
+            _ => Err(Failure::unknown_operation(if target.is_empty() {
+                "requests without x-amz-target"
+            } else {
+                target
+            })),
         }
     }
 
@@ -239,8 +243,8 @@ impl Sqs {
         })?;
         let visibility =
             input.visibility_timeout.map(|n| seconds("VisibilityTimeout", n, MAX_VISIBILITY_SECONDS)).transpose()?;
-        let wait = input.wait_time_seconds.map(|n| seconds("WaitTimeSeconds", n, MAX_WAIT_SECONDS)).transpose()?;
-        let start = Instant::now();
+        let wait = seconds("WaitTimeSeconds", input.wait_time_seconds.unwrap_or_default(), MAX_WAIT_SECONDS)?;
+        let end = Instant::now() + wait;
         let (name, changed) = {
             let mut queues = self.queues();
             let queue = find(&mut queues, &input.queue_url)?;
@@ -257,7 +261,6 @@ impl Sqs {
                     return Ok(json!({ "Messages": messages }));
                 }
                 let queue = queues.get(&name).ok_or_else(Failure::no_queue)?;
-                let end = start + wait.unwrap_or(queue.settings.seconds("ReceiveMessageWaitTimeSeconds"));
                 if Instant::now() >= end {
                     return Ok(json!({}));
                 }

@@ -13,10 +13,12 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::{
-    ACCOUNT, Failure, MAX_BYTES, MAX_DELAY_SECONDS, MAX_VISIBILITY_SECONDS, MAX_WAIT_SECONDS, NewMessage, Outcome,
-    ReceiveMessage,
+    ACCOUNT, Failure, MAX_BYTES, MAX_DELAY_SECONDS, MAX_VISIBILITY_SECONDS, NewMessage, Outcome, ReceiveMessage,
 };
 use crate::engines::REGION;
+
+/// A message is removed after four days, the default of SQS.
+const RETENTION_MILLIS: u64 = 4 * 24 * 3600 * 1000;
 
 /// The queues by name.
 pub(super) type Queues = BTreeMap<String, Queue>;
@@ -48,7 +50,7 @@ pub(super) fn receive(
 ) -> Result<Vec<Value>, Failure> {
     let queue = queues.get_mut(name).ok_or_else(Failure::no_queue)?;
     queue.advance();
-    let visibility = visibility.unwrap_or(queue.settings.seconds("VisibilityTimeout"));
+    let visibility = visibility.unwrap_or(queue.settings.visibility_timeout);
     let redrive = queue.settings.redrive.clone();
     let (mut received, mut dead) = (Vec::new(), Vec::new());
     while received.len() < limit {
@@ -99,55 +101,44 @@ impl Redrive {
     }
 }
 
-/// The attributes of a queue that can be set.
+/// The attributes of a queue that can be set: `VisibilityTimeout` and `RedrivePolicy`.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Settings {
-    numbers: BTreeMap<&'static str, u64>,
+    visibility_timeout: Duration,
     redrive: Option<Redrive>,
 }
 
-/// Name, minimum, maximum and default.
-const NUMBERS: [(&str, u64, u64, u64); 4] = [
-    ("VisibilityTimeout", 0, MAX_VISIBILITY_SECONDS, 30),
-    ("DelaySeconds", 0, MAX_DELAY_SECONDS, 0),
-    ("ReceiveMessageWaitTimeSeconds", 0, MAX_WAIT_SECONDS, 0),
-    ("MessageRetentionPeriod", 60, 1_209_600, 345_600),
-];
-
 impl Default for Settings {
     fn default() -> Self {
-        let numbers = NUMBERS.iter().map(|(name, _, _, default)| (*name, *default)).collect();
-        Self { numbers, redrive: None }
+        Self { visibility_timeout: Duration::from_secs(30), redrive: None }
     }
 }
 
 impl Settings {
     pub(super) fn change(&mut self, attributes: &BTreeMap<String, String>, queues: &Queues) -> Result<(), Failure> {
         for (name, value) in attributes {
-            if let Some((name, min, max, _)) = NUMBERS.iter().find(|(known, ..)| known == name) {
-                let number = value.parse().ok().filter(|number| (min..=max).contains(&number));
-                let invalid = || Failure::attribute_value(name, &format!("Must be between {min} and {max}."));
-                self.numbers.insert(name, number.ok_or_else(invalid)?);
-            } else if name == "RedrivePolicy" && value.is_empty() {
-                self.redrive = None;
-            } else if name == "RedrivePolicy" {
-                let reason = "It needs deadLetterTargetArn and maxReceiveCount, from 1 to 1000.";
-                let redrive = Redrive::parse(value).ok_or_else(|| Failure::attribute_value(name, reason))?;
-                if redrive.target != arn(redrive.target_name()) || !queues.contains_key(redrive.target_name()) {
-                    return Err(Failure::parameter(format!(
-                        "Value {value} for parameter RedrivePolicy is invalid. Reason: Dead letter target does not exist."
-                    )));
+            let invalid = |reason: &str| Failure::attribute_value(name, reason);
+            match name.as_str() {
+                "VisibilityTimeout" => {
+                    let seconds = value.parse().ok().filter(|seconds| *seconds <= MAX_VISIBILITY_SECONDS);
+                    let reason = format!("Must be between 0 and {MAX_VISIBILITY_SECONDS}.");
+                    self.visibility_timeout = Duration::from_secs(seconds.ok_or_else(|| invalid(&reason))?);
                 }
-                self.redrive = Some(redrive);
-            } else {
-                return Err(Failure::unknown_attribute(name));
+                "RedrivePolicy" if value.is_empty() => self.redrive = None,
+                "RedrivePolicy" => {
+                    let reason = "It needs deadLetterTargetArn and maxReceiveCount, from 1 to 1000.";
+                    let redrive = Redrive::parse(value).ok_or_else(|| invalid(reason))?;
+                    if redrive.target != arn(redrive.target_name()) || !queues.contains_key(redrive.target_name()) {
+                        return Err(Failure::parameter(format!(
+                            "Value {value} for parameter RedrivePolicy is invalid. Reason: Dead letter target does not exist."
+                        )));
+                    }
+                    self.redrive = Some(redrive);
+                }
+                _ => return Err(Failure::unknown_attribute(name)),
             }
         }
         Ok(())
-    }
-
-    pub(super) fn seconds(&self, name: &str) -> Duration {
-        Duration::from_secs(self.numbers.get(name).copied().unwrap_or_default())
     }
 }
 
@@ -263,8 +254,7 @@ impl Queue {
             self.visible.insert(seq);
             self.visibility.insert(seq, Visibility::Visible);
         }
-        let retention = u64::try_from(self.settings.seconds("MessageRetentionPeriod").as_millis()).unwrap_or(u64::MAX);
-        let oldest = now_millis().saturating_sub(retention);
+        let oldest = now_millis().saturating_sub(RETENTION_MILLIS);
         while let Some((&seq, _)) = self.messages.first_key_value().filter(|(_, message)| message.sent < oldest) {
             self.remove(seq);
         }
@@ -274,12 +264,12 @@ impl Queue {
         let delayed = self.visibility.values().filter(|state| matches!(state, Visibility::Delayed(_))).count();
         let mut all: BTreeMap<_, _> = [
             ("QueueArn", arn(&self.name)),
+            ("VisibilityTimeout", self.settings.visibility_timeout.as_secs().to_string()),
             ("ApproximateNumberOfMessages", self.visible.len().to_string()),
             ("ApproximateNumberOfMessagesNotVisible", (self.hidden.len() - delayed).to_string()),
             ("ApproximateNumberOfMessagesDelayed", delayed.to_string()),
         ]
         .into();
-        all.extend(self.settings.numbers.iter().map(|(name, number)| (*name, number.to_string())));
         if let Some(Redrive { target, max_receives }) = &self.settings.redrive {
             let policy = json!({ "deadLetterTargetArn": target, "maxReceiveCount": max_receives });
             all.insert("RedrivePolicy", policy.to_string());
@@ -301,10 +291,12 @@ impl Queue {
             return Err(Failure::sqs("InvalidMessageContents", "InvalidMessageContents", message));
         }
         if !new.message_attributes.is_empty() || !new.message_system_attributes.is_empty() {
-            return Err(Failure::prefixed("UnsupportedOperation", "The embedded SQS does not support message attributes."));
+            return Err(Failure::prefixed(
+                "UnsupportedOperation",
+                "The embedded SQS does not support message attributes.",
+            ));
         }
-        let delay = new.delay_seconds.map(|n| seconds("DelaySeconds", n, MAX_DELAY_SECONDS)).transpose()?;
-        let delay = delay.unwrap_or(self.settings.seconds("DelaySeconds"));
+        let delay = seconds("DelaySeconds", new.delay_seconds.unwrap_or_default(), MAX_DELAY_SECONDS)?;
         let message = Message {
             id: Uuid::new_v4(),
             body: new.message_body,

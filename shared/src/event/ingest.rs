@@ -8,16 +8,16 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::batch::{Batch, Reported, reported_model, reported_tags};
-use super::processors::FIRST_LOOK;
+use super::follow_up::FIRST_DELAY;
 use super::store::{Event, EventStore, sortable_instant};
 use crate::clock::Time;
+use crate::conversation::reports::{AGENT_USAGE, AgentStats, Lookup, ReportTime, StoredConversation, default_titles};
 use crate::conversation::store::{ConversationChange, ConversationStore};
 use crate::conversation::tags::Tags;
-use crate::conversation::told::{AGENT_USAGE, AgentStats, Known, ReportTime, Standing, default_titles};
 use crate::conversation::{ConversationRecord, MetricsSnapshot, within_max_name};
 use crate::error::{Error, Result};
+use crate::jobs::queue::{Job, JobQueue};
 use crate::sandbox::store::SandboxRecord;
-use crate::start::queue::{Job, StartQueue};
 use crate::start::request::EventCallbackProcessor;
 use crate::user::UserId;
 
@@ -26,7 +26,7 @@ const DELETING: &str = "deleting";
 
 /// A snapshot of a whole conversation, which its agent server reports when it starts, pauses, renames or deletes the conversation.
 #[derive(Clone, Debug, PartialEq)]
-pub struct ToldConversation {
+pub struct ConversationReport {
     /// Its id.
     pub id: Uuid,
     execution_status: Option<String>,
@@ -38,7 +38,7 @@ pub struct ToldConversation {
     updated_at: Option<String>,
 }
 
-impl ToldConversation {
+impl ConversationReport {
     /// Reads the values that records have; missing and malformed ones are ignored. A title is cut to
     /// [`crate::conversation::MAX_NAME`] characters, a longer name of a model is ignored, and tags that exceed a limit are left out:
     /// a record with them would exceed what DynamoDB accepts.
@@ -94,27 +94,27 @@ type Writes<'w> = Vec<BoxFuture<'w, Result<bool>>>;
 
 /// Ingests events and snapshots of conversations.
 #[derive(Clone, Debug)]
-pub struct Intake {
+pub struct EventIngestor {
     /// The conversations' records.
     pub conversations: ConversationStore,
     /// Where events are stored.
     pub events: EventStore,
     /// Where follow-up jobs are enqueued.
-    pub queue: StartQueue,
+    pub queue: JobQueue,
 }
 
-impl Intake {
+impl EventIngestor {
     /// Looks up a conversation that a sandbox reports. A sandbox may report its own conversations, and those without a record.
     ///
     /// # Errors
     /// [`Error::Unauthenticated`] when the conversation is in another sandbox; [`Error::Store`].
-    pub async fn standing(&self, sandbox: &SandboxRecord, conversation: Uuid) -> Result<Standing> {
-        let standing = self.conversations.standing(&sandbox.user, conversation).await?;
-        match &standing {
-            Standing::Known(known) if known.record.sandbox_id != sandbox.id => {
+    pub async fn lookup(&self, sandbox: &SandboxRecord, conversation: Uuid) -> Result<Lookup> {
+        let lookup = self.conversations.lookup(&sandbox.user, conversation).await?;
+        match &lookup {
+            Lookup::Present(known) if known.record.sandbox_id != sandbox.id => {
                 Err(Error::Unauthenticated("Unauthorized".into()))
             }
-            _ => Ok(standing),
+            _ => Ok(lookup),
         }
     }
 
@@ -122,18 +122,18 @@ impl Intake {
     ///
     /// # Errors
     /// [`Error::Store`]; a part of the work may be done, and the agent server sends the events again.
-    pub async fn take_events(
+    pub async fn ingest_events(
         &self,
         sandbox: &SandboxRecord,
         conversation: Uuid,
-        standing: &Standing,
+        lookup: &Lookup,
         events: Vec<Event>,
     ) -> Result<()> {
         let user = &sandbox.user;
-        let known = match standing {
-            Standing::Deleting => return Ok(()),
-            Standing::Known(known) => Some(known.as_ref()),
-            Standing::Unknown => None,
+        let known = match lookup {
+            Lookup::Deleting => return Ok(()),
+            Lookup::Present(known) => Some(known.as_ref()),
+            Lookup::Absent => None,
         };
         let received = events.len();
         let events: Vec<Event> = events.into_iter().filter(|event| !event.is_transient()).collect();
@@ -145,12 +145,12 @@ impl Intake {
         self.events.append(user, conversation, events).await?;
         self.apply(user, conversation, known, &batch).await?;
         // A conversation without a record may get one. No agent server reports titles by events, and not all report stats.
-        let wants_title = batch.has_message && known.is_none_or(Known::has_default_title);
+        let wants_title = batch.has_message && known.is_none_or(StoredConversation::has_default_title);
         let wants_stats =
-            batch.may_have_stats && !batch.has_stats_event && known.is_none_or(|known| !known.is_told_stats);
+            batch.may_have_stats && !batch.has_stats_event && known.is_none_or(|known| !known.is_stats_reported);
         if wants_title || wants_stats {
-            let job = Job::LookAtConversation { user: user.clone(), conversation, look: 0 };
-            self.queue.send(&job, FIRST_LOOK).await?;
+            let job = Job::RefreshConversation { user: user.clone(), conversation, attempt: 0 };
+            self.queue.send(&job, FIRST_DELAY).await?;
         }
         let logged = known.is_some_and(|known| known.processors.contains(&EventCallbackProcessor::Logging));
         if logged && !is_empty {
@@ -161,7 +161,7 @@ impl Intake {
     }
 
     /// Applies metrics, model and tags that events report to the record, unless newer reports of them were applied.
-    async fn apply(&self, user: &UserId, id: Uuid, known: Option<&Known>, batch: &Batch) -> Result<()> {
+    async fn apply(&self, user: &UserId, id: Uuid, known: Option<&StoredConversation>, batch: &Batch) -> Result<()> {
         let conversations = &self.conversations;
         let mut writes = Writes::new();
         if let Some(Reported { position, mut value }) = batch.stats.clone() {
@@ -186,20 +186,20 @@ impl Intake {
     ///
     /// # Errors
     /// [`Error::Unauthenticated`] when the conversation is in another sandbox; [`Error::Store`].
-    pub async fn take_conversation(&self, sandbox: &SandboxRecord, told: &ToldConversation) -> Result<()> {
-        let mut standing = self.standing(sandbox, told.id).await?;
+    pub async fn ingest_report(&self, sandbox: &SandboxRecord, told: &ConversationReport) -> Result<()> {
+        let mut lookup = self.lookup(sandbox, told.id).await?;
         if told.execution_status.as_deref() == Some(DELETING) {
             return Ok(());
         }
-        if standing == Standing::Unknown {
+        if lookup == Lookup::Absent {
             if self.conversations.put_stub(&stub(sandbox, told), &told.version()).await? {
                 tracing::info!(conversation = %told.id, sandbox = %sandbox.id, "conversation.found");
                 return Ok(());
             }
             // Another request has made a record.
-            standing = self.standing(sandbox, told.id).await?;
+            lookup = self.lookup(sandbox, told.id).await?;
         }
-        if !matches!(standing, Standing::Known(_)) {
+        if !matches!(lookup, Lookup::Present(_)) {
             return Ok(());
         }
         let user = &sandbox.user;
@@ -212,7 +212,7 @@ impl Intake {
     }
 }
 
-fn stub(sandbox: &SandboxRecord, told: &ToldConversation) -> ConversationRecord {
+fn stub(sandbox: &SandboxRecord, told: &ConversationReport) -> ConversationRecord {
     let now = Time::now();
     let [_, default_title] = default_titles(told.id);
     ConversationRecord {

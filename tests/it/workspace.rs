@@ -16,12 +16,12 @@ use serde_json::{Value, json};
 use shared::agent_server::AgentServer;
 use shared::aws::Aws;
 use shared::clock::Time;
-use shared::conversation::place::Places;
 use shared::conversation::store::ConversationStore;
+use shared::conversation::workspace::WorkspaceLocator;
 use shared::conversation::{ConversationRecord, MetricsSnapshot};
 use shared::http::caller::Caller;
 use shared::http::response::with_common_answers;
-use shared::outbound::{Outbound, Reach};
+use shared::http_client::{AddressPolicy, HttpClient};
 use shared::sandbox::{SandboxService as _, SandboxStatus};
 use shared::user::UserId;
 use tempfile::TempDir;
@@ -29,9 +29,9 @@ use tower::ServiceExt as _;
 use uuid::Uuid;
 
 use crate::support::engines::Engines;
-use crate::support::rig::{SESSION_KEY, StandInSandboxes};
 use crate::support::server::Request;
 use crate::support::stand_in_agent::{Fault, Kind, Nth, StandInAgent};
+use crate::support::worker_harness::{SESSION_KEY, StandInSandboxes};
 
 /// What a request has for all that it asks, on a busy machine.
 const BUDGET: Duration = Duration::from_secs(30);
@@ -41,12 +41,12 @@ const SHORT_BUDGET: Duration = Duration::from_secs(3);
 const AT_MOST: Duration = Duration::from_secs(40);
 const SANDBOX: &str = "sandbox";
 
-struct Rig {
+struct WorkerHarness {
     user: UserId,
     agent: StandInAgent,
     sandboxes: Arc<StandInSandboxes>,
     conversations: ConversationStore,
-    places: Places,
+    places: WorkspaceLocator,
     router: Router,
     engines: Engines,
     _folder: TempDir,
@@ -68,7 +68,7 @@ impl Answer {
     }
 }
 
-impl Rig {
+impl WorkerHarness {
     async fn start() -> Self {
         let folder = TempDir::new().expect("a folder");
         let engines = Engines::start(folder.path()).await;
@@ -82,8 +82,8 @@ impl Rig {
         fs::create_dir_all(agent.working_dir()).expect("a workspace");
         let conversations =
             ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone());
-        let http = Outbound::new(Reach::Anywhere);
-        let places = Places::new(conversations.clone(), sandboxes.clone(), http);
+        let http = HttpClient::new(AddressPolicy::Any);
+        let places = WorkspaceLocator::new(conversations.clone(), sandboxes.clone(), http);
         let router = router(&places, BUDGET);
         Self { user, agent, sandboxes, conversations, places, router, engines, _folder: folder }
     }
@@ -128,7 +128,7 @@ impl Rig {
             "workspace": {"kind": "LocalWorkspace", "working_dir": folder},
             "agent": {},
         });
-        let http = Outbound::new(Reach::Anywhere);
+        let http = HttpClient::new(AddressPolicy::Any);
         let agent = AgentServer::new(http, &self.agent.url(), Some(SESSION_KEY.into()));
         agent.create_conversation(&body, BUDGET).await.expect("created");
         id
@@ -178,8 +178,8 @@ impl Rig {
     }
 }
 
-fn router(places: &Places, budget: Duration) -> Router {
-    with_common_answers(skills::router(skills::Context::with_places(places.clone(), budget)))
+fn router(places: &WorkspaceLocator, budget: Duration) -> Router {
+    with_common_answers(skills::router(skills::Context::with_locator(places.clone(), budget)))
 }
 
 fn said(text: &str) -> Value {
@@ -192,7 +192,7 @@ fn encoded(path: &str) -> String {
 
 #[tokio::test]
 async fn recorded_exchanges_have_the_same_answers() {
-    let mut rig = Rig::start().await;
+    let mut rig = WorkerHarness::start().await;
     let recorded = include_str!("../data/contract/example-inside.jsonl");
     let mut seen = 0;
     for line in recorded.lines() {
@@ -267,7 +267,7 @@ fn as_told_by_the_agent_server(shown: &Value) -> Value {
 
 #[tokio::test]
 async fn every_state_of_a_sandbox_has_its_answer() {
-    let rig = Rig::start().await;
+    let rig = WorkerHarness::start().await;
     let id = rig.conversation().await;
     let lost = rig.conversation_with(Uuid::new_v4(), "none", None).await;
     let unknown = Uuid::new_v4();
@@ -365,7 +365,7 @@ async fn every_state_of_a_sandbox_has_its_answer() {
 
 #[tokio::test]
 async fn files_are_read_from_the_workspace_and_from_nowhere_else() {
-    let rig = Rig::start().await;
+    let rig = WorkerHarness::start().await;
     let id = rig.conversation().await;
     let workspace = rig.workspace();
     let ours = |path: &str| format!("?file_path={}", encoded(&workspace.join(path).display().to_string()));
@@ -430,7 +430,7 @@ async fn files_are_read_from_the_workspace_and_from_nowhere_else() {
 
 #[tokio::test]
 async fn skills_hooks_and_files_are_those_of_the_conversations_folder() {
-    let rig = Rig::start().await;
+    let rig = WorkerHarness::start().await;
     let folder = rig.workspace().join("0123/repository");
     let id = rig.conversation_in(&folder.display().to_string()).await;
     rig.write("0123/repository/src/main.rs", "fn main() {}\n");
@@ -462,7 +462,7 @@ async fn skills_hooks_and_files_are_those_of_the_conversations_folder() {
 
 #[tokio::test]
 async fn git_is_asked_of_the_workspace_by_every_form_of_a_path() {
-    let rig = Rig::start().await;
+    let rig = WorkerHarness::start().await;
     let folder = rig.workspace().join("0123/repository");
     let id = rig.conversation_in(&folder.display().to_string()).await;
     rig.write("0123/repository/changed", "one\n");
@@ -570,7 +570,7 @@ async fn git_is_asked_of_the_workspace_by_every_form_of_a_path() {
 
 #[tokio::test]
 async fn git_that_does_not_come_to_an_end_is_said_to_be_unfinished() {
-    let rig = Rig::start().await;
+    let rig = WorkerHarness::start().await;
     let id = rig.conversation_in(&rig.agent.working_dir()).await;
     let run = "POST /api/bash/execute_bash_command";
     let gone = format!("{}/openhands-git.x/result", rig.agent.working_dir());
@@ -597,7 +597,7 @@ async fn git_that_does_not_come_to_an_end_is_said_to_be_unfinished() {
 
 #[tokio::test]
 async fn messages_go_to_the_agent_as_they_were_sent() {
-    let rig = Rig::start().await;
+    let rig = WorkerHarness::start().await;
     let id = rig.conversation_in(&rig.agent.working_dir()).await;
     let answer = rig.say(id, &said("Hello")).await;
     assert_eq!(answer.told(), (200, json!({"success": true, "sandbox_status": "RUNNING", "message": null})));
@@ -635,7 +635,7 @@ async fn messages_go_to_the_agent_as_they_were_sent() {
 /// What is wrong and what to do, in our words: those of the agent server are for the log.
 #[tokio::test]
 async fn a_message_for_an_agent_that_cannot_be_set_up_is_answered_with_the_mistake() {
-    let rig = Rig::start().await;
+    let rig = WorkerHarness::start().await;
     let id = rig.conversation_in(&rig.agent.working_dir()).await;
     for (exception, status, expected) in [
         (
@@ -662,7 +662,7 @@ async fn a_message_for_an_agent_that_cannot_be_set_up_is_answered_with_the_mista
 
 #[tokio::test]
 async fn whatever_an_agent_server_does_each_route_answers_in_time_and_says_what_is_the_matter() {
-    let mut rig = Rig::start().await;
+    let mut rig = WorkerHarness::start().await;
     let id = rig.conversation_in(&rig.agent.working_dir()).await;
     rig.write("PLAN.md", "a plan");
     let private = StandInAgent::start(SESSION_KEY).await;
@@ -760,8 +760,8 @@ async fn whatever_an_agent_server_does_each_route_answers_in_time_and_says_what_
     rig.agent.clear_faults();
     let unreachable = StandInSandboxes::at("http://127.0.0.1:9".to_owned(), rig.agent.working_dir());
     unreachable.start(&rig.user, SANDBOX).await.expect("a sandbox");
-    let http = Outbound::new(Reach::Anywhere);
-    let places = Places::new(rig.conversations.clone(), Arc::new(unreachable), http);
+    let http = HttpClient::new(AddressPolicy::Any);
+    let places = WorkspaceLocator::new(rig.conversations.clone(), Arc::new(unreachable), http);
     rig.router = router(&places, BUDGET);
     let expected = json_of("The agent server cannot be reached");
     for (route, status) in [("git/changes?path=.", 404), ("git/diff?path=PLAN.md", 404), ("files", 502)] {

@@ -17,12 +17,12 @@ use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
 use shared::event::store::EventStore;
 use shared::export::Exporter;
-use shared::outbound::{Outbound, Reach};
+use shared::http_client::{AddressPolicy, HttpClient};
+use shared::jobs::queue::{DEAD_LETTER_SUFFIX, JobQueue};
 use shared::pending_message::delivery::Timing;
 use shared::pending_message::store::MessageStore;
 use shared::sandbox::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus};
-use shared::start::begin::StartBeginner;
-use shared::start::queue::{DEAD_LETTER_SUFFIX, StartQueue};
+use shared::start::create::StartService;
 use shared::start::request::StartRequest;
 use shared::start::saga::Saga;
 use shared::start::store::StartTaskStore;
@@ -31,21 +31,21 @@ use shared::user::UserId;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
 use shared::{Result, Time};
-use start_worker::Context;
 use tempfile::TempDir;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
+use worker::Context;
 
 use super::engines::{Engines, is_ministack};
-use super::gate::{Gate, Stop};
-use super::guard::Guard;
+use super::fault_proxy::{FaultProxy, Stop};
+use super::iam_proxy::IamProxy;
 use super::server::Server;
 use super::stand_in_agent::StandInAgent;
 use crate::template::{policies, template};
 
 pub const SESSION_KEY: &str = "session-key-of-the-stand-in";
 const PREFIX: &str = "rig-";
-const WORKER: &str = "start-worker";
+const WORKER: &str = "worker";
 const END_WITHIN: Duration = Duration::from_secs(60);
 
 /// Sandboxes that are records in memory; all of them have the same agent server.
@@ -151,11 +151,11 @@ impl SandboxService for StandInSandboxes {
     }
 }
 
-/// The rig. End every test with [`Rig::finish`].
-pub struct Rig {
+/// The rig. End every test with [`WorkerHarness::finish`].
+pub struct WorkerHarness {
     pub user: UserId,
-    pub gate: Gate,
-    guard: Guard,
+    pub gate: FaultProxy,
+    guard: IamProxy,
     pub agent: StandInAgent,
     pub sandboxes: Arc<StandInSandboxes>,
     pub tasks: StartTaskStore,
@@ -165,7 +165,7 @@ pub struct Rig {
     pub context: Arc<Context>,
     /// A worker that the gate does not concern.
     pub other_worker: Context,
-    beginner: StartBeginner,
+    start_service: StartService,
     aws: Aws,
     names: Names,
     queues: schema::QueueUrls,
@@ -180,7 +180,7 @@ pub fn quick() -> StartConfig {
     StartConfig {
         sandbox_startup_timeout: Duration::from_secs(20),
         agent_request_timeout: Duration::from_secs(3),
-        patience: Duration::from_secs(5),
+        inline_wait: Duration::from_secs(5),
         lease: Duration::from_millis(900),
         poll: Duration::from_millis(20),
         ..StartConfig::default()
@@ -199,7 +199,7 @@ pub fn quick_messages() -> Timing {
     }
 }
 
-impl Rig {
+impl WorkerHarness {
     pub async fn start(config: StartConfig) -> Self {
         let folder = TempDir::new().expect("a folder");
         let engines = Engines::start(folder.path()).await;
@@ -207,11 +207,11 @@ impl Rig {
         let aws = Aws::new(&sdk);
         let mut names = engines.names(PREFIX);
         let queues = schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
-        names.start_queue_url.clone_from(&queues.starts);
+        names.job_queue_url.clone_from(&queues.jobs);
         // A message of a crashed worker comes back soon.
         aws.sqs
             .set_queue_attributes()
-            .queue_url(&queues.starts)
+            .queue_url(&queues.jobs)
             .attributes(QueueAttributeName::VisibilityTimeout, "1")
             .attributes(
                 QueueAttributeName::RedrivePolicy,
@@ -224,9 +224,9 @@ impl Rig {
             .await
             .expect("attributes");
 
-        let gate = Gate::new();
+        let gate = FaultProxy::new();
         let agent = StandInAgent::start(SESSION_KEY).await;
-        let guard = Guard::new(policies(&template()), PREFIX);
+        let guard = IamProxy::new(policies(&template()), PREFIX);
         let held = [
             guard.to(WORKER, &engines.dynamodb).await,
             guard.to(WORKER, &engines.sqs).await,
@@ -262,7 +262,7 @@ impl Rig {
             EventStore::new(dynamodb, names.events.clone(), s3, names.bucket.clone())
         };
         let settings = |aws: &Aws| SettingsStore::new(aws.dynamodb.clone(), names.users.clone(), sealer.clone());
-        let queue = |aws: &Aws| StartQueue::new(aws.sqs.clone(), queues.starts.clone());
+        let queue = |aws: &Aws| JobQueue::new(aws.sqs.clone(), queues.jobs.clone());
         let worker = |aws: &Aws, sandboxes: &Arc<StandInSandboxes>| {
             let saga = Saga {
                 tasks: tasks(aws),
@@ -270,7 +270,7 @@ impl Rig {
                 sandboxes: sandboxes.clone(),
                 settings: settings(aws),
                 queue: queue(aws),
-                http: Outbound::new(Reach::Anywhere),
+                http: HttpClient::new(AddressPolicy::Any),
                 sealer: sealer.clone(),
                 config: config.clone(),
             };
@@ -292,7 +292,7 @@ impl Rig {
             settings: settings(&aws),
             context: Arc::new(worker(&gated, &sandboxes)),
             other_worker: worker(&aws, &beside_the_gate),
-            beginner: StartBeginner {
+            start_service: StartService {
                 conversations: conversations(&aws),
                 tasks: tasks(&aws),
                 queue: queue(&aws),
@@ -325,7 +325,7 @@ impl Rig {
     pub async fn try_to_begin(&self, body: &Value) -> Result<StartTaskRecord> {
         let request =
             StartRequest::from_body(Some("application/json"), body.to_string().as_bytes()).expect("a request");
-        self.beginner.begin(&self.user, request).await
+        self.start_service.create(&self.user, request).await
     }
 
     pub async fn task(&self, id: Uuid) -> StartTaskRecord {
@@ -334,7 +334,7 @@ impl Rig {
 
     /// Takes a message from the queue; waits a second at most.
     pub async fn receive(&self) -> Option<Message> {
-        self.receive_from(&self.queues.starts, 1).await
+        self.receive_from(&self.queues.jobs, 1).await
     }
 
     async fn receive_from(&self, url: &str, wait: i32) -> Option<Message> {
@@ -343,12 +343,12 @@ impl Rig {
     }
 
     pub async fn purge(&self) {
-        self.aws.sqs.purge_queue().queue_url(&self.queues.starts).send().await.expect("purged");
+        self.aws.sqs.purge_queue().queue_url(&self.queues.jobs).send().await.expect("purged");
     }
 
     /// The event with which Lambda would hand the message to a worker.
     pub fn event(message: &Message) -> Value {
-        Self::event_of("starts", message)
+        Self::event_of("jobs", message)
     }
 
     fn event_of(queue: &str, message: &Message) -> Value {
@@ -362,7 +362,7 @@ impl Rig {
     /// Hands a message to a worker as one of the dead-letter queue.
     pub async fn bury(&self, message: &Message) {
         let event = Self::event_of(&format!("starts{DEAD_LETTER_SUFFIX}"), message);
-        let response = start_worker::handle(&self.context, event).await.expect("handled");
+        let response = worker::handle(&self.context, event).await.expect("handled");
         assert!(response.batch_item_failures.is_empty());
         self.delete(message).await;
     }
@@ -375,7 +375,7 @@ impl Rig {
 
     pub async fn delete(&self, message: &Message) {
         let receipt = message.receipt_handle.clone().unwrap_or_default();
-        let delete = self.aws.sqs.delete_message().queue_url(&self.queues.starts).receipt_handle(receipt);
+        let delete = self.aws.sqs.delete_message().queue_url(&self.queues.jobs).receipt_handle(receipt);
         let refused = delete.send().await.err();
         // SQS takes the receipt of a message that is gone or was received again since. The other engine does not.
         let known = |refused: &SdkError<DeleteMessageError>| {
@@ -390,7 +390,7 @@ impl Rig {
     }
 
     async fn handle_with(&self, worker: &Context, message: &Message) {
-        let response = start_worker::handle(worker, Self::event(message)).await.expect("handled");
+        let response = worker::handle(worker, Self::event(message)).await.expect("handled");
         if response.batch_item_failures.is_empty() {
             self.delete(message).await;
         }
@@ -398,7 +398,7 @@ impl Rig {
 
     pub async fn sweep(&self) {
         // Through the gate a sweep may fail, as it may on schedule: the next one comes.
-        let _swept = start_worker::handle(&self.context, json!({"source": "aws.scheduler"})).await;
+        let _swept = worker::handle(&self.context, json!({"source": "aws.scheduler"})).await;
     }
 
     /// Delivers messages, and sweeps where there are none, until the task is finished.
@@ -422,7 +422,7 @@ impl Rig {
             );
             match self.receive().await {
                 Some(message) => self.handle_with(worker, &message).await,
-                None => drop(start_worker::handle(worker, json!({"source": "aws.scheduler"})).await),
+                None => drop(worker::handle(worker, json!({"source": "aws.scheduler"})).await),
             }
         }
     }
@@ -439,7 +439,7 @@ impl Rig {
                 continue;
             };
             let (context, event) = (self.context.clone(), Self::event(&message));
-            let mut worker = tokio::spawn(async move { start_worker::handle(&context, event).await });
+            let mut worker = tokio::spawn(async move { worker::handle(&context, event).await });
             tokio::select! {
                 handled = &mut worker => {
                     if handled.expect("no panic").expect("handled").batch_item_failures.is_empty() {
@@ -485,7 +485,7 @@ impl Rig {
     pub async fn finish(mut self) {
         let deadline = Instant::now() + Duration::from_secs(20);
         loop {
-            while let Some(message) = self.receive_from(&self.queues.starts, 0).await {
+            while let Some(message) = self.receive_from(&self.queues.jobs, 0).await {
                 self.handle(&message).await;
             }
             if self.left_in_queues().await == 0 {
@@ -576,7 +576,7 @@ impl Rig {
 
     async fn left_in_queues(&self) -> i64 {
         let mut left = 0;
-        for url in [&self.queues.starts, &self.queues.dead_letters] {
+        for url in [&self.queues.jobs, &self.queues.dead_letters] {
             let attributes = self
                 .aws
                 .sqs
@@ -610,8 +610,11 @@ pub const ALL_STATUSES: [StartStatus; 8] = [
     StartStatus::Ready,
 ];
 
-impl Drop for Rig {
+impl Drop for WorkerHarness {
     fn drop(&mut self) {
-        assert!(self.finished || std::thread::panicking(), "end the test with Rig::finish: it looks into the queue");
+        assert!(
+            self.finished || std::thread::panicking(),
+            "end the test with WorkerHarness::finish: it looks into the queue"
+        );
     }
 }

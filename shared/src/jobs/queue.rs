@@ -17,7 +17,7 @@ const VERSION: u32 = 1;
 
 /// SQS takes this many messages at once.
 const BATCH: usize = 10;
-/// Batches that may fail as a whole before [`StartQueue::send_all`] gives up.
+/// Batches that may fail as a whole before [`JobQueue::send_all`] gives up.
 const MAX_FAILED_BATCHES: usize = 5;
 
 /// The end of a dead-letter queue's name, by which its messages are told from those of the queue.
@@ -43,15 +43,17 @@ pub enum Job {
         #[serde(with = "as_hex")]
         conversation: Uuid,
     },
-    /// Ask a conversation's agent server for what it does not tell by itself.
-    LookAtConversation {
+    /// Poll a conversation's agent server for its title and metrics, where it does not report them.
+    #[serde(alias = "look_at_conversation")] // in messages of versions before the rename
+    RefreshConversation {
         /// Its owner.
         user: UserId,
         /// Its id.
         #[serde(with = "as_hex")]
         conversation: Uuid,
-        /// How many looks there were before.
-        look: usize,
+        /// How many attempts there were before.
+        #[serde(alias = "look")] // in messages of versions before the rename
+        attempt: usize,
     },
     /// Process the new events of a conversation.
     ProcessEvents {
@@ -107,12 +109,12 @@ impl Job {
 
 /// The queue that workers are driven by.
 #[derive(Clone, Debug)]
-pub struct StartQueue {
+pub struct JobQueue {
     sqs: Client,
     url: String,
 }
 
-impl StartQueue {
+impl JobQueue {
     /// The queue at `url`.
     #[must_use]
     pub fn new(sqs: Client, url: String) -> Self {

@@ -10,7 +10,7 @@ use axum::response::Response;
 use http::{Method, StatusCode};
 use serde_json::Value;
 
-use super::gate::forward;
+use super::fault_proxy::forward;
 use super::server::{Cut, Request, Server, raw};
 
 /// One statement of an IAM policy. Resources are named as in [`Call::resource`].
@@ -110,9 +110,9 @@ struct State {
 
 /// The proxy. Clones share what they recorded.
 #[derive(Clone, Debug)]
-pub struct Guard(Arc<State>);
+pub struct IamProxy(Arc<State>);
 
-impl Guard {
+impl IamProxy {
     /// With each function's policy; `prefix` is the one of tables' names.
     pub fn new(policies: Policies, prefix: &'static str) -> Self {
         Self(Arc::new(State { policies, refused: Mutex::default(), prefix, http: reqwest::Client::new() }))

@@ -25,33 +25,33 @@ use crate::user::counters::{self, Counter};
 
 /// The result of looking up a conversation by its id.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Standing {
+pub enum Lookup {
     /// It has no record.
-    Unknown,
+    Absent,
     /// It is being deleted.
     Deleting,
     /// It has a record.
-    Known(Box<Known>),
+    Present(Box<StoredConversation>),
 }
 
 /// A record with its internal attributes.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Known {
+pub struct StoredConversation {
     /// The record.
     pub record: ConversationRecord,
     /// Whether it was made from a report of its agent server, and no start has completed it.
     pub is_stub: bool,
     /// Whether an event has reported its stats. Agent servers up to 1.15 send no such events.
-    pub is_told_stats: bool,
+    pub is_stats_reported: bool,
     /// Whether an event has reported its model.
-    pub is_told_model: bool,
+    pub is_model_reported: bool,
     /// The processors of events that its start requested.
     pub processors: Vec<EventCallbackProcessor>,
     /// The position in its event log up to which events were processed.
     pub processed_to: Option<String>,
 }
 
-impl Known {
+impl StoredConversation {
     /// Whether neither the user nor the agent has given it a title.
     #[must_use]
     pub fn has_default_title(&self) -> bool {
@@ -66,9 +66,9 @@ pub fn default_titles(id: Uuid) -> [String; 2] {
     [format!("Conversation {}", &hex[..5]), format!("Conversation {hex}")]
 }
 
-/// Attributes beside those of the record.
+/// Attributes of the row that are not part of the record.
 #[derive(Default, Serialize, Deserialize)]
-struct Beside {
+struct InternalAttributes {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     stub: Option<bool>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -209,7 +209,7 @@ impl ConversationStore {
     ///
     /// # Errors
     /// [`Error::Store`].
-    pub async fn standing(&self, user: &UserId, id: Uuid) -> Result<Standing> {
+    pub async fn lookup(&self, user: &UserId, id: Uuid) -> Result<Lookup> {
         let found = self
             .dynamodb
             .get_item()
@@ -219,18 +219,18 @@ impl ConversationStore {
             .send()
             .await
             .map_err(store_error("GetItem conversations"))?;
-        let Some(item) = found.item else { return Ok(Standing::Unknown) };
+        let Some(item) = found.item else { return Ok(Lookup::Absent) };
         if item.contains_key("deleting_since") {
-            return Ok(Standing::Deleting);
+            return Ok(Lookup::Deleting);
         }
-        let beside: Beside = from_item(item.clone())?;
-        Ok(Standing::Known(Box::new(Known {
+        let internal: InternalAttributes = from_item(item.clone())?;
+        Ok(Lookup::Present(Box::new(StoredConversation {
             record: from_item(item)?,
-            is_stub: beside.stub.unwrap_or_default(),
-            is_told_stats: beside.stats_at.is_some(),
-            is_told_model: beside.model_at.is_some(),
-            processors: beside.processors,
-            processed_to: beside.processed_to,
+            is_stub: internal.stub.unwrap_or_default(),
+            is_stats_reported: internal.stats_at.is_some(),
+            is_model_reported: internal.model_at.is_some(),
+            processors: internal.processors,
+            processed_to: internal.processed_to,
         })))
     }
 
@@ -240,14 +240,14 @@ impl ConversationStore {
     /// [`Error::Store`].
     pub async fn put_stub(&self, record: &ConversationRecord, reported_at: &str) -> Result<bool> {
         let at = Some(reported_at.to_owned());
-        let beside = Beside {
+        let internal = InternalAttributes {
             stub: Some(true),
             snapshot_at: at.clone(),
             model_snapshot_at: at.clone(),
             tags_snapshot_at: at,
-            ..Beside::default()
+            ..InternalAttributes::default()
         };
-        match transact(&self.dynamodb, self.put_with(record, &beside)?, "TransactWriteItems conversations").await {
+        match transact(&self.dynamodb, self.put_with(record, &internal)?, "TransactWriteItems conversations").await {
             Ok(()) => Ok(true),
             Err(error) if is_condition_failure(&error) => Ok(false),
             Err(error) => Err(error),
@@ -263,7 +263,7 @@ impl ConversationStore {
         record: &ConversationRecord,
         processors: &[EventCallbackProcessor],
     ) -> Result<Vec<TransactWriteItem>> {
-        self.put_with(record, &Beside { processors: processors.to_vec(), ..Beside::default() })
+        self.put_with(record, &InternalAttributes { processors: processors.to_vec(), ..InternalAttributes::default() })
     }
 
     /// The writes with which a start completes a stub: the record gets the values of the start's request, and keeps what the agent
@@ -274,7 +274,7 @@ impl ConversationStore {
     /// [`Error::Internal`] when the record has no form as an item.
     pub fn complete_stub(
         &self,
-        stub: &Known,
+        stub: &StoredConversation,
         record: &ConversationRecord,
         processors: &[EventCallbackProcessor],
     ) -> Result<Vec<TransactWriteItem>> {
@@ -285,11 +285,14 @@ impl ConversationStore {
             record.title.clone_from(&stub.record.title);
         }
         let mut set = item(&record)?;
-        set.extend(crate::dynamo::to_item(&Beside { processors: processors.to_vec(), ..Beside::default() })?);
+        set.extend(crate::dynamo::to_item(&InternalAttributes {
+            processors: processors.to_vec(),
+            ..InternalAttributes::default()
+        })?);
         for kept in ["user", "id", "metrics", "tags"] {
             set.remove(kept);
         }
-        if stub.is_told_model {
+        if stub.is_model_reported {
             set.remove("llm_model");
         }
         let mut update = Update::builder().table_name(&self.table).set_key(Some(key(&record.user, record.id)));
@@ -468,9 +471,9 @@ impl ConversationStore {
         whether(update.send().await.map_err(store_error("UpdateItem conversations")))
     }
 
-    fn put_with(&self, record: &ConversationRecord, beside: &Beside) -> Result<Vec<TransactWriteItem>> {
+    fn put_with(&self, record: &ConversationRecord, internal: &InternalAttributes) -> Result<Vec<TransactWriteItem>> {
         let mut item: Item = item(record)?;
-        item.extend(crate::dynamo::to_item(beside)?);
+        item.extend(crate::dynamo::to_item(internal)?);
         let count = self.add_to_counters(&record.user, [record], 1)?;
         Ok(vec![self.put(item)?, count])
     }

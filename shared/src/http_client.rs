@@ -1,4 +1,4 @@
-//! Requests to addresses that come from data: where a sandbox is, its provider says, and a sandbox is nobody's to trust. They reach
+//! Requests to addresses that come from data: where a sandbox is, its provider says, and a sandbox is nobody's to trust. They policy
 //! public addresses alone, so that none of them leads to this machine, its network or the cloud's metadata.
 //!
 //! Addresses are looked at when the connection is made, after names were resolved: a name that means something else a moment later
@@ -32,12 +32,12 @@ const MAX_ENCODINGS: usize = 4;
 
 /// Which addresses may be connected to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Reach {
+pub enum AddressPolicy {
     /// Public ones alone.
     #[default]
-    Public,
+    PublicOnly,
     /// Any: sandboxes are on this machine or in its network.
-    Anywhere,
+    Any,
 }
 
 /// A client that is made when it is first used: to set up TLS takes longer than all else that a process does as it starts, and many
@@ -69,24 +69,26 @@ impl LazyClient {
 /// a request that must not be made twice gets a new connection, and one that may is repeated once, on a new connection, when it
 /// or its answer is cut off. After a failure, kept connections to that origin are not used at all for a while.
 #[derive(Clone, Debug)]
-pub struct Outbound {
+pub struct HttpClient {
     keeping: LazyClient,
     /// Its connections serve one request each.
     once: LazyClient,
-    reach: Reach,
+    policy: AddressPolicy,
     /// Until when kept connections to an origin are not used.
     distrusted: Arc<Mutex<HashMap<String, Instant>>>,
 }
 
-impl Outbound {
+impl HttpClient {
     /// A client that reaches so far.
     #[must_use]
-    pub fn new(reach: Reach) -> Self {
-        let (keeping, once) = match reach {
-            Reach::Anywhere => (LazyClient::new(builder), LazyClient::new(|| for_one_request(builder()))),
-            Reach::Public => (LazyClient::new(public_builder), LazyClient::new(|| for_one_request(public_builder()))),
+    pub fn new(policy: AddressPolicy) -> Self {
+        let (keeping, once) = match policy {
+            AddressPolicy::Any => (LazyClient::new(builder), LazyClient::new(|| for_one_request(builder()))),
+            AddressPolicy::PublicOnly => {
+                (LazyClient::new(public_builder), LazyClient::new(|| for_one_request(public_builder())))
+            }
         };
-        Self { keeping, once, reach, distrusted: Arc::default() }
+        Self { keeping, once, policy, distrusted: Arc::default() }
     }
 
     /// Begins a request. To an address that must not be reached it fails when it is sent.
@@ -94,7 +96,7 @@ impl Outbound {
     /// # Errors
     /// When TLS cannot be set up.
     pub fn request(&self, method: Method, url: &str) -> reqwest::Result<Request> {
-        let url = Url::parse(url).ok().filter(|url| self.reach == Reach::Anywhere || may_name(url));
+        let url = Url::parse(url).ok().filter(|url| self.policy == AddressPolicy::Any || may_name(url));
         let is_repeatable = method.is_safe();
         let origin = url.as_ref().map(|url| url.origin().ascii_serialization()).unwrap_or_default();
         let client = if is_repeatable { &self.keeping } else { &self.once };
@@ -129,7 +131,7 @@ impl Outbound {
 /// A request that was begun.
 #[derive(Debug)]
 pub struct Request {
-    outbound: Outbound,
+    outbound: HttpClient,
     origin: String,
     builder: RequestBuilder,
     is_repeatable: bool,
@@ -189,7 +191,7 @@ impl Request {
 }
 
 struct Exchange<'a, L> {
-    outbound: &'a Outbound,
+    outbound: &'a HttpClient,
     origin: &'a str,
     limit: L,
 }
@@ -468,18 +470,18 @@ mod tests {
         }
     }
 
-    async fn get(outbound: &Outbound, url: &str) -> reqwest::Result<Answer> {
+    async fn get(outbound: &HttpClient, url: &str) -> reqwest::Result<Answer> {
         outbound.request(Method::GET, url)?.send(TIMEOUT, |_| 100).await
     }
 
-    async fn post(outbound: &Outbound, url: &str) -> reqwest::Result<Answer> {
+    async fn post(outbound: &HttpClient, url: &str) -> reqwest::Result<Answer> {
         outbound.request(Method::POST, url)?.with(|request| request.body("{}")).send(TIMEOUT, |_| 100).await
     }
 
     #[tokio::test]
     async fn connections_are_kept_between_requests_that_may_be_repeated() {
         let (server, url) = Server::start().await;
-        let outbound = Outbound::new(Reach::Anywhere);
+        let outbound = HttpClient::new(AddressPolicy::Any);
         for _ in 0..5 {
             assert_eq!(get(&outbound, &url).await.expect("an answer").body, b"[]");
         }
@@ -499,7 +501,7 @@ mod tests {
         for failing in [Method::GET, Method::POST] {
             let (server, url) = Server::start().await;
             for round in 0..ROUNDS {
-                let outbound = Outbound::new(Reach::Anywhere);
+                let outbound = HttpClient::new(AddressPolicy::Any);
                 let fail = async || {
                     let request = outbound.request(failing.clone(), &format!("{url}/500")).expect("a client");
                     let answer = request.with(|request| request.body("{}")).send(TIMEOUT, |_| 100).await;
@@ -525,7 +527,7 @@ mod tests {
     async fn what_is_cut_off_is_repeated_once_if_that_does_no_harm() {
         let (server, url) = Server::start().await;
         for (path, arrives) in [("cut-once", true), ("half-once", true), ("cut", false), ("half", false)] {
-            let outbound = Outbound::new(Reach::Anywhere);
+            let outbound = HttpClient::new(AddressPolicy::Any);
             let url = format!("{url}/{path}");
             let is_whole = |answer: reqwest::Result<Answer>| answer.is_ok_and(|answer| answer.body == b"[]");
             server.cut.store(0, Ordering::SeqCst);
@@ -546,7 +548,7 @@ mod tests {
     async fn a_restart_of_the_server_loses_no_request() {
         const KEPT: usize = 8;
         let (server, url) = Server::start().await;
-        let outbound = Outbound::new(Reach::Anywhere);
+        let outbound = HttpClient::new(AddressPolicy::Any);
         for round in 0..5 {
             let kept = format!("{url}/last");
             let answers = futures::future::join_all((0..KEPT).map(|_| get(&outbound, &kept))).await;
@@ -565,7 +567,7 @@ mod tests {
     #[tokio::test]
     async fn a_repetition_has_the_time_that_is_left() {
         let (server, url) = Server::start().await;
-        let outbound = Outbound::new(Reach::Anywhere);
+        let outbound = HttpClient::new(AddressPolicy::Any);
         let request = outbound.request(Method::GET, &format!("{url}/slow-cut")).expect("a client");
         let began = Instant::now();
         let error = request.send(TRACEBACK * 3 / 2, |_| 100).await.expect_err("no answer");
@@ -576,7 +578,7 @@ mod tests {
     #[tokio::test]
     async fn of_a_body_as_much_is_read_as_is_wanted() {
         let (_server, url) = Server::start().await;
-        let outbound = Outbound::new(Reach::Anywhere);
+        let outbound = HttpClient::new(AddressPolicy::Any);
         for (limit, body, is_whole) in [(0, "", false), (1, "[", false), (2, "[]", true), (3, "[]", true)] {
             let request = outbound.request(Method::GET, &url).expect("a client");
             let answer = request.send(TIMEOUT, |_| limit).await.expect("an answer");
@@ -586,7 +588,7 @@ mod tests {
 
     #[test]
     fn failures_of_many_origins_take_little_memory() {
-        let outbound = Outbound::new(Reach::Anywhere);
+        let outbound = HttpClient::new(AddressPolicy::Any);
         for port in 0..2 * MAX_DISTRUSTED {
             outbound.distrust(&format!("http://host:{port}"));
         }
@@ -787,7 +789,7 @@ mod tests {
         // Something listens there, and is not asked.
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let port = listener.local_addr().expect("an address").port();
-        let outbound = Outbound::new(Reach::Public);
+        let outbound = HttpClient::new(AddressPolicy::PublicOnly);
         for host in ["localhost", "127.0.0.1", "[::ffff:127.0.0.1]"] {
             let request = outbound.request(Method::GET, &format!("http://{host}:{port}/")).expect("a client");
             let sent = request.send(CONNECT_TIMEOUT, |_| 0).await;
@@ -795,7 +797,7 @@ mod tests {
         }
         let nobody = tokio::time::timeout(Duration::from_millis(50), listener.accept()).await;
         assert!(nobody.is_err(), "nothing was connected to");
-        let anywhere = Outbound::new(Reach::Anywhere);
+        let anywhere = HttpClient::new(AddressPolicy::Any);
         let request = anywhere.request(Method::GET, &format!("http://localhost:{port}/")).expect("a client");
         let request = request.send(CONNECT_TIMEOUT, |_| 0);
         let asked = tokio::select! { accepted = listener.accept() => accepted.is_ok(), _ = request => false };

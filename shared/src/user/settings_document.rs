@@ -9,8 +9,8 @@ use super::git;
 use super::mcp::{self, McpChange, Servers};
 use super::settings::SandboxGroupingStrategy;
 use crate::error::{Error, Result};
+use crate::http::pydantic::validation::{self, Checked, Checker, Fields, Loc};
 use crate::http::secret::{self, MASK, MAX_SECRETS};
-use crate::http::validation::{self, Checked, Checker, Fields, Loc};
 use crate::start::request::ProviderType;
 
 /// Characters of a text.

@@ -40,7 +40,7 @@ pub fn init(format: LogFormat) {
         LogFormat::Json => registry.with(layer.json().flatten_event(true).with_span_list(false)).try_init(),
     };
     if let Some(fault) = fault {
-        tracing::warn!(%fault, level, "telemetry.level_not_understood");
+        tracing::warn!(%fault, level, "logging.level_invalid");
     }
 }
 

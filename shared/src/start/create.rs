@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use super::queue::{Job, StartQueue};
 use super::request::{Content, Role, SendMessageRequest, StartRequest, TextContent, Trigger};
 use super::store::StartTaskStore;
 use super::suggested_task;
@@ -10,21 +9,22 @@ use super::task::StartTaskRecord;
 use crate::clock::Time;
 use crate::conversation::store::ConversationStore;
 use crate::error::{Error, Result};
-use crate::http::validation::Checker;
+use crate::http::pydantic::validation::Checker;
 use crate::id;
+use crate::jobs::queue::{Job, JobQueue};
 use crate::user::UserId;
 use crate::user::git::{self, Repository, Selection};
 use crate::user::settings::{ProviderTokens, SettingsStore};
 
 /// Begins starts.
 #[derive(Clone, Debug)]
-pub struct StartBeginner {
+pub struct StartService {
     /// Where parents are looked up.
     pub conversations: ConversationStore,
     /// Where the task is stored.
     pub tasks: StartTaskStore,
     /// Where the bell is rung.
-    pub queue: StartQueue,
+    pub queue: JobQueue,
     /// Where users' git providers are looked up.
     pub settings: SettingsStore,
     /// Whether git hosts may be reached without encryption.
@@ -33,21 +33,21 @@ pub struct StartBeginner {
     pub step_timeout: Duration,
 }
 
-impl StartBeginner {
+impl StartService {
     /// Stores the task and rings for a worker. Once this returns the start cannot be lost any more.
     ///
     /// # Errors
     /// [`Error::NotFound`] for an unknown parent, [`Error::Refused`] for a suggested task that cannot be, [`Error::Invalid`] for
     /// a repository or branch that cannot be, all before anything is stored; [`Error::Store`].
-    pub async fn begin(&self, user: &UserId, request: StartRequest) -> Result<StartTaskRecord> {
+    pub async fn create(&self, user: &UserId, request: StartRequest) -> Result<StartTaskRecord> {
         let request = self.with_selection(user, with_suggested_task(request)?).await?;
         let record = self.tasks.create(user, &request, Time::now().plus(self.step_timeout)).await?;
         let job = Job::AdvanceStart { user: user.clone(), task: record.id };
         if let Err(error) = self.queue.send(&job, Duration::ZERO).await {
             // The row is the truth: the sweep finds it.
-            tracing::warn!(task = %record.id, error = %error.context(), "start.bell_not_rung");
+            tracing::warn!(task = %record.id, error = %error.context(), "start.enqueue_failed");
         }
-        tracing::info!(task = %record.id, conversation = %record.conversation_id, "start.begun");
+        tracing::info!(task = %record.id, conversation = %record.conversation_id, "start.created");
         Ok(record)
     }
 

@@ -9,16 +9,16 @@ use shared::config::Config;
 use shared::conversation::deletion::{Deleter, Deletion};
 use shared::conversation::store::ConversationStore;
 use shared::error::Error;
-use shared::event::processors::Processors;
+use shared::event::follow_up::FollowUp;
 use shared::event::store::EventStore;
 use shared::export::Exporter;
-use shared::outbound::Outbound;
+use shared::http_client::HttpClient;
+use shared::jobs::queue::{DEAD_LETTER_SUFFIX, Job, JobQueue};
 use shared::pending_message::delivery::{Messages, Timing};
 use shared::pending_message::store::MessageStore;
 use shared::sandbox;
 use shared::sandbox::store::SandboxStore;
-use shared::start::queue::{DEAD_LETTER_SUFFIX, Job, StartQueue};
-use shared::start::saga::{Saga, Turn};
+use shared::start::saga::{Attempt, Saga};
 use shared::start::store::StartTaskStore;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
@@ -31,7 +31,7 @@ pub struct Context {
     /// Finishes deletions.
     pub deletion: Deletion,
     /// Does what is to be done on events.
-    pub processors: Processors,
+    pub follow_up: FollowUp,
     /// Goes on with exports.
     pub exporter: Exporter,
     /// Delivers messages.
@@ -45,7 +45,7 @@ impl Context {
         let (names, dynamodb) = (&config.names, &aws.dynamodb);
         let sandboxes = SandboxStore::new(dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
         let sandboxes = sandbox::service(&config.sandbox, sandboxes);
-        let http = Outbound::new(config.reach);
+        let http = HttpClient::new(config.address_policy);
         let exporter = Exporter::new(&config.export, names, aws, sandboxes.clone(), http.clone());
         let saga = Saga {
             tasks: StartTaskStore::new(
@@ -59,7 +59,7 @@ impl Context {
             conversations: ConversationStore::new(dynamodb.clone(), names.conversations.clone(), names.users.clone()),
             sandboxes,
             settings: SettingsStore::new(dynamodb.clone(), names.users.clone(), sealer.clone()),
-            queue: StartQueue::new(aws.sqs.clone(), names.start_queue_url.clone()),
+            queue: JobQueue::new(aws.sqs.clone(), names.job_queue_url.clone()),
             http,
             sealer: sealer.clone(),
             config: config.start.clone(),
@@ -72,7 +72,7 @@ impl Context {
     /// A context around a saga, and the events, exports and waiting messages of the conversations that it makes.
     #[must_use]
     pub fn new_with(saga: Saga, events: EventStore, exporter: Exporter, messages: MessageStore) -> Self {
-        let processors = Processors {
+        let follow_up = FollowUp {
             conversations: saga.conversations.clone(),
             events: events.clone(),
             sandboxes: saga.sandboxes.clone(),
@@ -97,7 +97,7 @@ impl Context {
             http: saga.http.clone(),
             timing: Timing::default(),
         };
-        Self { saga, deletion, processors, exporter, messages }
+        Self { saga, deletion, follow_up, exporter, messages }
     }
 }
 
@@ -113,7 +113,7 @@ pub async fn handle(context: &Context, event: Value) -> Result<SqsBatchResponse,
         // Each has done what it could, whatever became of the others.
         let requeued = starts? + deletions? + messages?;
         if requeued > 0 {
-            tracing::warn!(requeued, "start_worker.swept");
+            tracing::warn!(requeued, "worker.swept");
         }
         return Ok(SqsBatchResponse::default());
     }
@@ -121,7 +121,7 @@ pub async fn handle(context: &Context, event: Value) -> Result<SqsBatchResponse,
     let handled = event.records.iter().map(async |message| match handle_message(context, message).await {
         Ok(()) => None,
         Err(error) => {
-            tracing::error!(message_id = message.message_id, error = %error.context(), "start_worker.failed");
+            tracing::error!(message_id = message.message_id, error = %error.context(), "worker.failed");
             let mut failure = BatchItemFailure::default();
             failure.item_identifier = message.message_id.clone().unwrap_or_default();
             Some(failure)
@@ -138,7 +138,7 @@ async fn handle_message(context: &Context, message: &SqsMessage) -> Result<(), E
         Ok(job) => job,
         Err(error) if dead => {
             // Nobody will ever read it; the start it may have been about is found by the sweep.
-            tracing::error!(message_id = message.message_id, error = %error.context(), "start_worker.message_dropped");
+            tracing::error!(message_id = message.message_id, error = %error.context(), "worker.message_dropped");
             return Ok(());
         }
         Err(error) => return Err(error),
@@ -146,39 +146,39 @@ async fn handle_message(context: &Context, message: &SqsMessage) -> Result<(), E
     match job {
         Job::AdvanceStart { user, task } if dead => context.saga.give_up(&user, task).await,
         Job::AdvanceStart { user, task } => {
-            let turn = context.saga.advance(&user, task).await?;
-            tracing::debug!(%task, ?turn, "start_worker.turn");
-            match turn {
-                Turn::Finished => context.messages.start_ended(&user, task).await,
-                Turn::Waiting | Turn::Busy | Turn::Unknown => Ok(()),
+            let attempt = context.saga.advance(&user, task).await?;
+            tracing::debug!(%task, ?attempt, "worker.attempt_finished");
+            match attempt {
+                Attempt::Finished => context.messages.start_ended(&user, task).await,
+                Attempt::Waiting | Attempt::Busy | Attempt::Unknown => Ok(()),
             }
         }
         // Whoever asks again rings again.
         Job::Export { conversation, .. } if dead => {
-            tracing::error!(%conversation, "export.given_up");
+            tracing::error!(%conversation, "export.abandoned");
             Ok(())
         }
         Job::Export { user, conversation } => context.exporter.go_on(&user, conversation).await,
         // The sweep rings again.
         Job::DeliverMessages { conversation, .. } if dead => {
-            tracing::error!(%conversation, "start_worker.messages_not_delivered");
+            tracing::error!(%conversation, "worker.messages_not_delivered");
             Ok(())
         }
         Job::DeliverMessages { user, conversation } => context.messages.deliver(&user, conversation).await,
         Job::DeleteConversation { conversation, .. } if dead => {
             // The sweep goes on ringing for it: what is left costs money, and somebody wants it gone.
-            tracing::error!(%conversation, "start_worker.deletion_keeps_failing");
+            tracing::error!(%conversation, "worker.deletion_keeps_failing");
             Ok(())
         }
         Job::DeleteConversation { user, conversation } => context.deletion.finish(&user, conversation).await,
-        Job::LookAtConversation { conversation, .. } | Job::ProcessEvents { conversation, .. } if dead => {
+        Job::RefreshConversation { conversation, .. } | Job::ProcessEvents { conversation, .. } if dead => {
             // The next event of the conversation asks for it again.
-            tracing::error!(%conversation, "start_worker.events_not_processed");
+            tracing::error!(%conversation, "worker.events_not_processed");
             Ok(())
         }
-        Job::LookAtConversation { user, conversation, look } => {
-            context.processors.look_at(&user, conversation, look).await
+        Job::RefreshConversation { user, conversation, attempt } => {
+            context.follow_up.refresh_from_agent_server(&user, conversation, attempt).await
         }
-        Job::ProcessEvents { user, conversation } => context.processors.process_events(&user, conversation).await,
+        Job::ProcessEvents { user, conversation } => context.follow_up.process_events(&user, conversation).await,
     }
 }

@@ -41,9 +41,9 @@ struct State {
 
 /// Counts calls and stops one. Clones are the same gate.
 #[derive(Clone, Debug)]
-pub struct Gate(Arc<State>);
+pub struct FaultProxy(Arc<State>);
 
-impl Gate {
+impl FaultProxy {
     pub fn new() -> Self {
         Self(Arc::new(State {
             calls: Mutex::default(),

@@ -457,9 +457,9 @@ fn is_printable(c: char) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::http::validation::Violation;
-    use crate::http::validation::path_uuid;
-    use crate::http::validation::wire_enum;
+    use crate::http::pydantic::validation::Violation;
+    use crate::http::pydantic::validation::path_uuid;
+    use crate::http::pydantic::validation::wire_enum;
 
     wire_enum! {
         pub enum SortOrder {

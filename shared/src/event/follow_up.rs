@@ -6,33 +6,33 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use super::effects::ToldConversation;
-use super::store::{After, EventFilter, EventStore, SortOrder};
+use super::ingest::ConversationReport;
+use super::store::{Cursor, EventFilter, EventStore, SortOrder};
 use crate::agent_server::AgentServer;
 use crate::conversation::ConversationRecord;
+use crate::conversation::reports::Lookup;
 use crate::conversation::store::ConversationStore;
-use crate::conversation::told::Standing;
 use crate::error::Result;
-use crate::outbound::Outbound;
+use crate::http_client::HttpClient;
+use crate::jobs::queue::{Job, JobQueue};
 use crate::sandbox::SandboxService;
-use crate::start::queue::{Job, StartQueue};
 use crate::start::request::EventCallbackProcessor;
 use crate::user::UserId;
 
 /// How long after an event that calls for it the agent server is asked first.
-pub const FIRST_LOOK: Duration = Duration::from_secs(3);
-/// How long after one look the next one is, while there is no title: an agent makes its title without telling. The next
+pub const FIRST_DELAY: Duration = Duration::from_secs(3);
+/// How long after one attempt the next one is, while there is no title: an agent makes its title without telling. The next
 /// message begins anew.
-const LOOKS: [Duration; 5] = [
+const DELAYS: [Duration; 5] = [
     Duration::from_secs(3),
     Duration::from_secs(6),
     Duration::from_secs(12),
     Duration::from_secs(30),
     Duration::from_secs(60),
 ];
-/// The look from which on the agent server is asked to find a title: an agent's own comes with the first message within seconds, or,
+/// The attempt from which on the agent server is asked to find a title: an agent's own comes with the first message within seconds, or,
 /// where version 1.15 has looked for that message before it was saved, never.
-const ASK_FROM: usize = 3;
+const GENERATE_FROM: usize = 3;
 /// To find a title takes an answer of the model.
 const GENERATE_TIMEOUT: Duration = Duration::from_secs(30);
 const AGENT_SERVER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -41,7 +41,7 @@ const PAGE: usize = 100;
 
 /// Does what is to be done on events.
 #[derive(Clone, Debug)]
-pub struct Processors {
+pub struct FollowUp {
     /// The conversations' records.
     pub conversations: ConversationStore,
     /// The log.
@@ -49,26 +49,26 @@ pub struct Processors {
     /// Where conversations run.
     pub sandboxes: Arc<dyn SandboxService>,
     /// Where later work is asked for.
-    pub queue: StartQueue,
+    pub queue: JobQueue,
     /// For agent servers.
-    pub http: Outbound,
+    pub http: HttpClient,
 }
 
-impl Processors {
+impl FollowUp {
     /// Asks the conversation's agent server for what it does not tell by itself: what its agent has used, and the title that
-    /// it has found, which is taken unless somebody gave the conversation one. While there is no title, another look is
+    /// it has found, which is taken unless somebody gave the conversation one. While there is no title, another attempt is
     /// asked for, up to a bound; later ones have it find one.
     ///
     /// # Errors
     /// [`crate::Error::Store`] or what the sandboxes answer; it may be done again.
-    pub async fn look_at(&self, user: &UserId, conversation: Uuid, look: usize) -> Result<()> {
-        match self.conversations.standing(user, conversation).await? {
-            Standing::Deleting => return Ok(()),
+    pub async fn refresh_from_agent_server(&self, user: &UserId, conversation: Uuid, attempt: usize) -> Result<()> {
+        match self.conversations.lookup(user, conversation).await? {
+            Lookup::Deleting => return Ok(()),
             // Its start is about to record it, or nobody ever will.
-            Standing::Unknown => {}
-            Standing::Known(known) => {
+            Lookup::Absent => {}
+            Lookup::Present(known) => {
                 let wants_title = known.has_default_title();
-                if look > 0 && !wants_title && known.is_told_stats {
+                if attempt > 0 && !wants_title && known.is_stats_reported {
                     return Ok(());
                 }
                 let agent_server = self.agent_server(&known.record).await?;
@@ -77,12 +77,12 @@ impl Processors {
                     None => None,
                 };
                 // Metrics that no event reports come from here alone.
-                let wants_stats = told.is_none() && agent_server.is_some() && !known.is_told_stats;
+                let wants_stats = told.is_none() && agent_server.is_some() && !known.is_stats_reported;
                 if let Some(told) = &told {
                     told.apply(&self.conversations, user).await?;
                 }
                 let title = match (told, agent_server) {
-                    (Some(ToldConversation { title: None, .. }), Some(agent_server)) if look >= ASK_FROM => {
+                    (Some(ConversationReport { title: None, .. }), Some(agent_server)) if attempt >= GENERATE_FROM => {
                         generated_title(&agent_server, conversation).await
                     }
                     (told, _) => told.and_then(|told| told.title),
@@ -97,11 +97,11 @@ impl Processors {
                 }
             }
         }
-        let Some(delay) = LOOKS.get(look) else {
+        let Some(delay) = DELAYS.get(attempt) else {
             tracing::info!(%conversation, "conversation.refresh_ended");
             return Ok(());
         };
-        let job = Job::LookAtConversation { user: user.clone(), conversation, look: look + 1 };
+        let job = Job::RefreshConversation { user: user.clone(), conversation, attempt: attempt + 1 };
         self.queue.send(&job, *delay).await
     }
 
@@ -118,12 +118,12 @@ impl Processors {
     /// [`crate::Error::Store`]; it may be done again.
     pub async fn process_events(&self, user: &UserId, conversation: Uuid) -> Result<()> {
         loop {
-            let Standing::Known(known) = self.conversations.standing(user, conversation).await? else { return Ok(()) };
+            let Lookup::Present(known) = self.conversations.lookup(user, conversation).await? else { return Ok(()) };
             if !known.processors.contains(&EventCallbackProcessor::Logging) {
                 return Ok(());
             }
             let from = known.processed_to;
-            let after = from.clone().map(|position| After { position });
+            let after = from.clone().map(|position| Cursor { position });
             let everything = EventFilter::default();
             let order = SortOrder::Timestamp;
             let page = self.events.page(user, conversation, &everything, order, after.as_ref(), PAGE).await?;
@@ -139,11 +139,11 @@ impl Processors {
     }
 }
 
-async fn told(agent_server: &AgentServer, conversation: Uuid) -> Option<ToldConversation> {
+async fn told(agent_server: &AgentServer, conversation: Uuid) -> Option<ConversationReport> {
     match agent_server.whole_conversation(conversation, AGENT_SERVER_TIMEOUT).await {
-        Ok(found) => found.map(|found| ToldConversation::read(conversation, &found)),
+        Ok(found) => found.map(|found| ConversationReport::read(conversation, &found)),
         Err(error) => {
-            tracing::warn!(%conversation, %error, "conversation.not_told");
+            tracing::warn!(%conversation, %error, "conversation.refresh_failed");
             None
         }
     }

@@ -8,7 +8,7 @@ use super::ConversationRecord;
 use super::store::ConversationStore;
 use crate::agent_server::{AgentServer, AgentServerError};
 use crate::error::Result;
-use crate::outbound::Outbound;
+use crate::http_client::HttpClient;
 use crate::sandbox::{Sandbox, SandboxService, SandboxStatus};
 use crate::start::saga::command::quoted;
 use crate::user::UserId;
@@ -20,15 +20,15 @@ const LOOK: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// Finds conversations.
 #[derive(Clone, Debug)]
-pub struct Places {
+pub struct WorkspaceLocator {
     conversations: ConversationStore,
     sandboxes: Arc<dyn SandboxService>,
-    http: Outbound,
+    http: HttpClient,
 }
 
 /// Where a conversation is, or why nobody can get there.
 #[derive(Clone, Debug)]
-pub enum Place {
+pub enum WorkspaceLookup {
     /// The user has no such conversation.
     NoConversation,
     /// Its sandbox is gone, record and all.
@@ -39,13 +39,13 @@ pub enum Place {
     NoAddresses,
     /// Its sandbox runs, and none of its addresses is an agent server's.
     NoAgentServer,
-    /// Here.
-    Here(Box<Inside>),
+    /// Its sandbox runs, and has an agent server.
+    Found(Box<Workspace>),
 }
 
 /// The inside of a conversation's sandbox.
 #[derive(Clone, Debug)]
-pub struct Inside {
+pub struct Workspace {
     /// The conversation.
     pub record: ConversationRecord,
     /// Its sandbox, which runs.
@@ -56,7 +56,7 @@ pub struct Inside {
 
 /// What a path leads to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Found {
+pub enum ResolvedPath {
     /// A file, or something else that is no folder, at this path without links.
     File(String),
     /// A folder, likewise.
@@ -67,10 +67,10 @@ pub enum Found {
     Outside,
 }
 
-impl Places {
+impl WorkspaceLocator {
     /// On these records and sandboxes.
     #[must_use]
-    pub fn new(conversations: ConversationStore, sandboxes: Arc<dyn SandboxService>, http: Outbound) -> Self {
+    pub fn new(conversations: ConversationStore, sandboxes: Arc<dyn SandboxService>, http: HttpClient) -> Self {
         Self { conversations, sandboxes, http }
     }
 
@@ -78,23 +78,27 @@ impl Places {
     ///
     /// # Errors
     /// When the store or the sandboxes' provider does not answer.
-    pub async fn find(&self, user: &UserId, conversation: Uuid) -> Result<Place> {
-        let Some(record) = self.conversations.get(user, conversation).await? else { return Ok(Place::NoConversation) };
-        let Some(sandbox) = self.sandboxes.get(user, &record.sandbox_id).await? else { return Ok(Place::NoSandbox) };
+    pub async fn find(&self, user: &UserId, conversation: Uuid) -> Result<WorkspaceLookup> {
+        let Some(record) = self.conversations.get(user, conversation).await? else {
+            return Ok(WorkspaceLookup::NoConversation);
+        };
+        let Some(sandbox) = self.sandboxes.get(user, &record.sandbox_id).await? else {
+            return Ok(WorkspaceLookup::NoSandbox);
+        };
         if sandbox.status != SandboxStatus::Running {
-            return Ok(Place::NotRunning(Box::new(sandbox)));
+            return Ok(WorkspaceLookup::NotRunning(Box::new(sandbox)));
         }
         if sandbox.exposed_urls.as_ref().is_none_or(Vec::is_empty) {
-            return Ok(Place::NoAddresses);
+            return Ok(WorkspaceLookup::NoAddresses);
         }
         Ok(match sandbox.agent_server(&self.http) {
-            Some(agent_server) => Place::Here(Box::new(Inside { record, sandbox, agent_server })),
-            None => Place::NoAgentServer,
+            Some(agent_server) => WorkspaceLookup::Found(Box::new(Workspace { record, sandbox, agent_server })),
+            None => WorkspaceLookup::NoAgentServer,
         })
     }
 }
 
-impl Inside {
+impl Workspace {
     /// The absolute folder in which the conversation's agent works: as its agent server says, or, if that does not have the
     /// conversation, as it would be without grouping.
     ///
@@ -126,26 +130,26 @@ impl Inside {
         path_in_workspace(self.root(), given)
     }
 
-    /// What a path of [`Inside::path`] leads to, links followed.
+    /// What a path of [`Workspace::path`] leads to, links followed.
     ///
     /// # Errors
     /// When the agent server does not answer.
-    pub async fn look(&self, path: &str) -> Result<Found, AgentServerError> {
+    pub async fn look(&self, path: &str) -> Result<ResolvedPath, AgentServerError> {
         let output = self.agent_server.run_command(&look(self.root(), path), LOOK).await?;
         let (kind, real) = output.stdout.split_once('\n').unwrap_or_default();
         // The marker keeps a newline at the end of a name.
         let real = real.trim_end_matches('\n').strip_suffix('.').unwrap_or_default().to_owned();
         match kind {
-            "file" if output.exit_code == 0 => Ok(Found::File(real)),
-            "folder" if output.exit_code == 0 => Ok(Found::Folder(real)),
-            "nothing" if output.exit_code == 0 => Ok(Found::Nothing(real)),
-            "outside" if output.exit_code == 0 => Ok(Found::Outside),
+            "file" if output.exit_code == 0 => Ok(ResolvedPath::File(real)),
+            "folder" if output.exit_code == 0 => Ok(ResolvedPath::Folder(real)),
+            "nothing" if output.exit_code == 0 => Ok(ResolvedPath::Nothing(real)),
+            "outside" if output.exit_code == 0 => Ok(ResolvedPath::Outside),
             _ => Err(AgentServerError::malformed("POST /api/bash/execute_bash_command", "a path was not looked up")),
         }
     }
 }
 
-/// A path as a client gave it, as the sandbox whose workspace is `root` has it; see [`Inside::path`].
+/// A path as a client gave it, as the sandbox whose workspace is `root` has it; see [`Workspace::path`].
 #[must_use]
 pub fn path_in_workspace(root: &str, given: &str) -> Option<String> {
     if !given.starts_with('/') || given.contains('\0') || given.split('/').any(|part| part == "..") {

@@ -14,15 +14,15 @@ use serde_json::{Value, json};
 use shared::Time;
 use shared::agent_server::AgentServer;
 use shared::config::SandboxConfig;
+use shared::conversation::reports::{AgentStats, Lookup, ReportTime, StoredConversation};
 use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationChange;
-use shared::conversation::told::{AgentStats, Known, ReportTime, Standing};
 use shared::conversation::{ConversationRecord, MAX_NAME};
 use shared::event::store::{Event, EventStore};
-use shared::outbound::{Outbound, Reach};
+use shared::http_client::{AddressPolicy, HttpClient};
+use shared::jobs::queue::Job;
 use shared::sandbox::SandboxStatus;
 use shared::sandbox::store::SandboxStore;
-use shared::start::queue::Job;
 use shared::start::request::ProviderType;
 use shared::start::task::StartStatus;
 use shared::user::UserId;
@@ -33,9 +33,9 @@ use uuid::Uuid;
 
 use crate::support::api::Api;
 use crate::support::log::{all_events, log_to};
-use crate::support::rig::{Rig, SESSION_KEY, quick};
 use crate::support::seed;
 use crate::support::stand_in_agent::{Fault, Kind, Nth};
+use crate::support::worker_harness::{SESSION_KEY, WorkerHarness, quick};
 
 const SANDBOX: &str = "6osgGulToTzNONWACSWMZh";
 const WEBHOOKS_1_58_2: &str = include_str!("../data/contract/webhooks-1.58.2.jsonl");
@@ -142,7 +142,7 @@ impl Fixture {
         let api = &self.api;
         let mut jobs = Vec::new();
         loop {
-            let received = api.aws.sqs.receive_message().queue_url(&api.names.start_queue_url).wait_time_seconds(4);
+            let received = api.aws.sqs.receive_message().queue_url(&api.names.job_queue_url).wait_time_seconds(4);
             let Some(message) = received.send().await.expect("the queue").messages.unwrap_or_default().pop() else {
                 return jobs;
             };
@@ -633,7 +633,7 @@ async fn stats_of_an_agent_server_that_sends_none_come_from_snapshots() {
     fixture.tell(SANDBOX, &polled(1, 90)).await;
     assert_eq!(tokens().await, 110);
     fixture.post_events(SANDBOX, id, &[halt(4)]).await;
-    let poll = Job::LookAtConversation { user: user.clone(), conversation: id, look: 0 };
+    let poll = Job::RefreshConversation { user: user.clone(), conversation: id, attempt: 0 };
     assert_eq!(fixture.jobs().await, [poll.clone(), poll.clone(), poll], "each halt, and a state after some use");
     // After an upgrade events have them, and the state counts.
     fixture.post_events(SANDBOX, id, &[stats("s", "2026-01-01T00:00:05", 120)]).await;
@@ -806,7 +806,7 @@ async fn a_conversation_as_a_whole_brings_model_title_and_stats_and_nothing_else
     assert!(store.begin_deletion(user, &[record], Time::now()).await.expect("the store"));
     fixture.tell(SANDBOX, &told(json!("x"), "2026-01-01T00:00:09Z", 99)).await;
     fixture.post_events(SANDBOX, id, &[message("m"), stats("s", "2026-01-01T00:00:09", 9)]).await;
-    assert_eq!(store.standing(user, id).await.expect("the store"), Standing::Deleting);
+    assert_eq!(store.lookup(user, id).await.expect("the store"), Lookup::Deleting);
     assert_eq!((fixture.count().await, fixture.events(user, id).await), (0, json!([])));
     fixture.api.stop().await;
 }
@@ -953,7 +953,7 @@ async fn a_halt_asks_for_stats_unless_they_are_told() {
         fixture.post_events(SANDBOX, id, &[status("running")]).await;
         fixture.post_events(SANDBOX, id, &[status("finished")]).await;
     }
-    let expected = Job::LookAtConversation { user: user.clone(), conversation: quiet, look: 0 };
+    let expected = Job::RefreshConversation { user: user.clone(), conversation: quiet, attempt: 0 };
     assert_eq!(fixture.jobs().await, [expected]);
     fixture.api.stop().await;
 }
@@ -976,7 +976,7 @@ async fn a_message_asks_for_a_title_unless_there_is_one() {
         .await
         .into_iter()
         .map(|job| match job {
-            Job::LookAtConversation { conversation, look: 0, .. } => conversation,
+            Job::RefreshConversation { conversation, attempt: 0, .. } => conversation,
             other => panic!("{other:?}"),
         })
         .collect();
@@ -1058,14 +1058,14 @@ async fn a_body_that_is_too_large_is_refused_in_json() {
     fixture.api.stop().await;
 }
 
-fn known(standing: Standing) -> Known {
-    match standing {
-        Standing::Known(known) => *known,
+fn known(lookup: Lookup) -> StoredConversation {
+    match lookup {
+        Lookup::Present(known) => *known,
         other => panic!("there is no record: {other:?}"),
     }
 }
 
-fn stub_of(rig: &Rig, id: Uuid, sandbox: &str) -> ConversationRecord {
+fn stub_of(rig: &WorkerHarness, id: Uuid, sandbox: &str) -> ConversationRecord {
     let data = json!({"id": id.simple().to_string(), "sandbox_id": sandbox, "title": format!("Conversation {}", id.simple()),
         "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"});
     seed::conversation(&rig.user, data)
@@ -1073,7 +1073,7 @@ fn stub_of(rig: &Rig, id: Uuid, sandbox: &str) -> ConversationRecord {
 
 #[tokio::test]
 async fn a_start_completes_what_its_agent_server_told_before() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let (store, user) = (&rig.conversations, &rig.user);
     let parent = rig.begin(&json!({"title": "Parent"})).await;
     rig.drive(parent.id).await;
@@ -1099,7 +1099,7 @@ async fn a_start_completes_what_its_agent_server_told_before() {
                 "public": true, "parent_conversation_id": parent, "processors": [{"kind": "SetTitleCallbackProcessor"}]});
             let start = rig.begin(&body).await;
             assert_eq!(rig.drive(start.id).await.now.status, StartStatus::Ready);
-            let known = known(store.standing(user, id).await.expect("the store"));
+            let known = known(store.lookup(user, id).await.expect("the store"));
             let record = &known.record;
             let default = format!("Conversation {}", &id.simple().to_string()[..5]);
             assert_eq!(record.title.as_deref(), Some(expected.unwrap_or(&default)));
@@ -1134,7 +1134,7 @@ async fn a_start_completes_what_its_agent_server_told_before() {
 
 #[tokio::test]
 async fn a_start_that_fails_takes_what_its_agent_server_told_with_it() {
-    let rig = Rig::start(quick()).await;
+    let rig = WorkerHarness::start(quick()).await;
     let start = rig.begin(&json!({"title": "Never"})).await;
     let stub = stub_of(&rig, start.conversation_id, &start.new_sandbox_id);
     assert!(rig.conversations.put_stub(&stub, "!").await.expect("stored"));
@@ -1147,8 +1147,8 @@ async fn a_start_that_fails_takes_what_its_agent_server_told_with_it() {
 }
 
 /// A rig with a conversation that runs, and its id.
-async fn with_conversation(body: Value) -> (Rig, Uuid) {
-    let rig = Rig::start(quick()).await;
+async fn with_conversation(body: Value) -> (WorkerHarness, Uuid) {
+    let rig = WorkerHarness::start(quick()).await;
     let start = rig.begin(&body).await;
     assert_eq!(rig.drive(start.id).await.now.status, StartStatus::Ready);
     (rig, start.conversation_id)
@@ -1158,7 +1158,7 @@ async fn with_conversation(body: Value) -> (Rig, Uuid) {
 #[tokio::test]
 async fn a_poll_that_fails_is_repeated_until_the_metrics_are_known() {
     let (rig, id) = with_conversation(json!({"title": "Mine"})).await;
-    let poll = |look| rig.other_worker.processors.look_at(&rig.user, id, look);
+    let poll = |look| rig.other_worker.follow_up.refresh_from_agent_server(&rig.user, id, look);
     rig.agent.inject(Fault::new("GET /api/conversations", Nth::Next, Kind::Status(500, "{}".into())));
     poll(0).await.expect("polled");
     let message = loop {
@@ -1168,7 +1168,7 @@ async fn a_poll_that_fails_is_repeated_until_the_metrics_are_known() {
     };
     rig.delete(&message).await;
     let again = Job::from_body(&message.body.unwrap_or_default()).expect("a job");
-    assert_eq!(again, Job::LookAtConversation { user: rig.user.clone(), conversation: id, look: 1 });
+    assert_eq!(again, Job::RefreshConversation { user: rig.user.clone(), conversation: id, attempt: 1 });
     poll(1).await.expect("polled");
     rig.agent.inject(Fault::new("GET /api/conversations", Nth::Always, Kind::Status(500, "{}".into())));
     poll(5).await.expect("polled for the last time");
@@ -1179,7 +1179,7 @@ async fn a_poll_that_fails_is_repeated_until_the_metrics_are_known() {
 #[tokio::test]
 async fn the_agents_title_is_fetched_and_a_rename_always_wins() {
     let (rig, id) = with_conversation(json!({})).await;
-    let (user, fetch) = (&rig.user, |look| rig.other_worker.processors.look_at(&rig.user, id, look));
+    let (user, fetch) = (&rig.user, |look| rig.other_worker.follow_up.refresh_from_agent_server(&rig.user, id, look));
     let title = async || rig.conversations.get(user, id).await.expect("the store").expect("a record").title;
     let default = format!("Conversation {}", &id.simple().to_string()[..5]);
     // It has none yet: another look is asked for, but not for ever.
@@ -1191,22 +1191,22 @@ async fn the_agents_title_is_fetched_and_a_rename_always_wins() {
             return Job::from_body(&message.body.unwrap_or_default()).expect("a job");
         }
     };
-    assert_eq!(again().await, Job::LookAtConversation { user: user.clone(), conversation: id, look: 1 });
+    assert_eq!(again().await, Job::RefreshConversation { user: user.clone(), conversation: id, attempt: 1 });
     fetch(5).await.expect("looked");
     // So it is while nobody knows the conversation, or its sandbox is not there.
-    rig.other_worker.processors.look_at(user, Uuid::new_v4(), 0).await.expect("looked");
-    assert!(matches!(again().await, Job::LookAtConversation { look: 1, .. }));
+    rig.other_worker.follow_up.refresh_from_agent_server(user, Uuid::new_v4(), 0).await.expect("looked");
+    assert!(matches!(again().await, Job::RefreshConversation { attempt: 1, .. }));
 
     // It may have missed the message from which it would have found one: it is told to find one, once its own is overdue.
     rig.agent.set_generated_title(" ✨ Made ");
     fetch(2).await.expect("looked");
     assert_eq!(title().await.as_deref(), Some(default.as_str()));
-    assert!(matches!(again().await, Job::LookAtConversation { look: 3, .. }));
+    assert!(matches!(again().await, Job::RefreshConversation { attempt: 3, .. }));
     fetch(3).await.expect("looked");
     assert_eq!(title().await.as_deref(), Some("✨ Made"));
     rig.conversations.update(user, id, ConversationChange::default().title(None)).await.expect("cleared");
 
-    let http = Outbound::new(Reach::Anywhere);
+    let http = HttpClient::new(AddressPolicy::Any);
     let agent = AgentServer::new(http, &rig.agent.url(), Some(SESSION_KEY.into()));
     agent.set_title(id, "🐛 Found", Duration::from_secs(5)).await.expect("a title");
     join_all((0..5).map(fetch)).await.into_iter().for_each(|fetched| fetched.expect("fetched"));
@@ -1271,7 +1271,7 @@ async fn events_are_logged_once_and_in_order_if_the_start_asked_for_it() {
     let logging = json!({"processors": [{"kind": "LoggingCallbackProcessor"}]});
     for (body, logged) in [(json!({}), false), (logging, true)] {
         let (rig, id) = with_conversation(body).await;
-        let processors = &rig.other_worker.processors;
+        let processors = &rig.other_worker.follow_up;
         let at = |number: usize| Event {
             id: format!("{logged}-{number}"),
             timestamp: format!("2026-01-01T{:02}:{:02}:00", number / 60, number % 60),

@@ -10,8 +10,8 @@ use uuid::Uuid;
 
 use super::{AppConversation, ConversationRecord};
 use crate::error::Result;
+use crate::http_client::HttpClient;
 use crate::id;
-use crate::outbound::Outbound;
 use crate::sandbox::{Sandbox, SandboxService};
 use crate::user::UserId;
 
@@ -22,14 +22,14 @@ const IDS_PER_REQUEST: usize = 99;
 #[derive(Clone, Debug)]
 pub struct LiveStatus {
     sandboxes: Arc<dyn SandboxService>,
-    http: Outbound,
+    http: HttpClient,
     budget: Duration,
 }
 
 impl LiveStatus {
     /// `budget` is the time that agent servers have for one page, all together.
     #[must_use]
-    pub fn new(sandboxes: Arc<dyn SandboxService>, http: Outbound, budget: Duration) -> Self {
+    pub fn new(sandboxes: Arc<dyn SandboxService>, http: HttpClient, budget: Duration) -> Self {
         Self { sandboxes, http, budget }
     }
 
@@ -37,11 +37,11 @@ impl LiveStatus {
     ///
     /// # Errors
     /// When the sandbox cannot be looked up.
-    pub async fn tell_title(&self, record: &ConversationRecord, title: &str) -> Result<()> {
+    pub async fn send_title(&self, record: &ConversationRecord, title: &str) -> Result<()> {
         let sandbox = self.sandboxes.get(&record.user, &record.sandbox_id).await?;
         let Some(agent_server) = sandbox.and_then(|sandbox| sandbox.agent_server(&self.http)) else { return Ok(()) };
         if let Err(error) = agent_server.set_title(record.id, title, self.budget).await {
-            tracing::warn!(conversation = %record.id, %error, "conversation.title_not_told");
+            tracing::warn!(conversation = %record.id, %error, "conversation.title_not_sent");
         }
         Ok(())
     }

@@ -13,12 +13,12 @@ use http::{HeaderMap, Method};
 use serde_json::Value;
 use shared::agent_server::{AgentServerError, Failure};
 use shared::conversation::git::WorkspaceGit;
-use shared::conversation::place::path_in_workspace;
+use shared::conversation::workspace::path_in_workspace;
 use shared::error::{Error, Result};
-use shared::http::body;
 use shared::http::caller::Caller;
-use shared::http::validation::{Checked, Checker, Fields, dictionary, float, string};
-use shared::outbound;
+use shared::http::pydantic::body;
+use shared::http::pydantic::validation::{Checked, Checker, Fields, dictionary, float, string};
+use shared::http_client;
 
 use crate::Context;
 
@@ -31,7 +31,7 @@ const ANSWER_LIMIT: usize = 4 * 1024 * 1024;
 const TOO_LATE: &str = "The agent server did not answer in time";
 
 /// `{host, method, path, headers: {X-Session-API-Key}, body, timeout_seconds}`
-struct Passed {
+struct ProxyRequest {
     host: String,
     method: Method,
     path: String,
@@ -40,7 +40,7 @@ struct Passed {
     timeout: Option<Duration>,
 }
 
-impl Passed {
+impl ProxyRequest {
     fn from_body(content_type: Option<&str>, body: &[u8]) -> Checked<Self> {
         let value = body::json(content_type, body)?;
         let mut check = Checker::new("body");
@@ -66,7 +66,7 @@ impl Passed {
                 return None;
             }
             // What others read as another path would lead out of there.
-            if !outbound::is_plain(&path) {
+            if !http_client::is_plain(&path) {
                 let fault = "the path must not hold `.` or `..` segments, empty segments, backslashes, fragments, control \
                              characters, or any of these encoded";
                 check.report_value_error(fault, value.clone());
@@ -87,14 +87,14 @@ impl Passed {
 }
 
 /// The request goes to where the sandbox is whose key it shows, if that is the caller's; nobody gets anywhere else by way of us.
-pub(crate) async fn pass_on(
+pub(crate) async fn proxy(
     State(context): State<Context>,
     Caller(user): Caller,
     headers: HeaderMap,
     bytes: Bytes,
 ) -> Result<Response> {
     let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    let request = Passed::from_body(content_type, &bytes).map_err(Error::Invalid)?;
+    let request = ProxyRequest::from_body(content_type, &bytes).map_err(Error::Invalid)?;
     let record = match &request.key {
         Some(key) => context.records.find_by_session_key(key).await?.filter(|record| record.user == user),
         None => None,
@@ -110,7 +110,7 @@ pub(crate) async fn pass_on(
         return Err(Error::Forbidden(format!("{} is not where sandbox {} is", request.host, record.id)));
     }
     let agent_server = sandbox.agent_server(&context.messages.http).ok_or_else(not_running)?;
-    let timeout = request.timeout.unwrap_or(context.look_budget).min(context.look_budget);
+    let timeout = request.timeout.unwrap_or(context.sandbox_request_budget).min(context.sandbox_request_budget);
     if request.method == Method::GET
         && let Some(asked) = AskedOfGit::read(&request.path, &sandbox.working_dir)
     {
@@ -121,7 +121,7 @@ pub(crate) async fn pass_on(
         };
     }
     let path = in_sandbox(&request.path, &sandbox.working_dir);
-    let answer = agent_server.pass_on(request.method, &path, request.body.as_ref(), ANSWER_LIMIT, timeout).await;
+    let answer = agent_server.proxy(request.method, &path, request.body.as_ref(), ANSWER_LIMIT, timeout).await;
     match answer.map_err(|error| not_answered(&error))? {
         Some((status, kind, body)) => Ok((status, kind.map(|kind| [(CONTENT_TYPE, kind)]), body).into_response()),
         None => Err(Error::TooLarge("The agent server's answer is larger than what can be passed on".to_owned())),
@@ -213,7 +213,7 @@ mod tests {
     fn a_path_stays_below_the_api() {
         let read = |path: &str| {
             let body = json!({"host": "http://host", "method": "GET", "path": path, "headers": {}});
-            Passed::from_body(Some("application/json"), body.to_string().as_bytes()).map(|passed| passed.path)
+            ProxyRequest::from_body(Some("application/json"), body.to_string().as_bytes()).map(|passed| passed.path)
         };
         for path in ["/api/", "/api/git/changes?path=/workspace/../x", "/api/x/..y", "/api/a%20b"] {
             assert_eq!(read(path).as_deref().ok(), Some(path));
@@ -256,7 +256,7 @@ mod tests {
             ),
         ] {
             assert_eq!(moved(given), expected);
-            assert!(outbound::is_plain(expected), "{expected}");
+            assert!(http_client::is_plain(expected), "{expected}");
         }
         for same in [
             "/api/git/commits",

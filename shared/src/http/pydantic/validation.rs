@@ -96,7 +96,7 @@ macro_rules! wire_enum {
             }
         }
 
-        impl $crate::http::validation::Choice for $name {
+        impl $crate::http::pydantic::validation::Choice for $name {
             const ALL: &'static [Self] = &[$(Self::$variant,)+];
 
             fn as_str(self) -> &'static str {

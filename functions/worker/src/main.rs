@@ -1,4 +1,4 @@
-//! The Lambda function around [`start_worker::handle`].
+//! The Lambda function around [`worker::handle`].
 
 use lambda_runtime::{LambdaEvent, service_fn};
 use serde_json::Value;
@@ -6,10 +6,10 @@ use serde_json::Value;
 #[tokio::main]
 async fn main() -> Result<(), lambda_bootstrap::Error> {
     let (config, aws, sealer) = lambda_bootstrap::set_up()?;
-    let context = start_worker::Context::new(&config, &aws, &sealer);
+    let context = worker::Context::new(&config, &aws, &sealer);
     let context = &context;
     let handle = async |event: LambdaEvent<Value>| {
-        let handled = start_worker::handle(context, event.payload).await.map_err(lambda_bootstrap::Error::from);
+        let handled = worker::handle(context, event.payload).await.map_err(lambda_bootstrap::Error::from);
         lambda_bootstrap::flush_metrics();
         handled
     };

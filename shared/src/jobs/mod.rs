@@ -1,0 +1,3 @@
+//! Background jobs: the queue that drives workers, and one file per job.
+
+pub mod queue;
