@@ -9,7 +9,7 @@ chosen=(
     deletion::
     download::a_deleted_conversation_leaves_no_export
     download::callers_at_once_cause_one_export
-    download::one_that_outlasts_its_request_is_made_by_workers_from_part_to_part
+    download::an_export_that_outlasts_its_request_is_built_by_a_job_and_kept_for_every_client
     events::
     pending_messages::
     records::

@@ -17,7 +17,7 @@ use http::StatusCode;
 use jsonwebtoken::jwk::{AlgorithmParameters, Jwk, PublicKeyUse};
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use local::api_keys;
-use local::options::{ApiKeyCommand, PlaceOptions};
+use local::options::{ApiKeyCommand, TargetOptions};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Value, json};
 use shared::aws::Aws;
@@ -495,19 +495,19 @@ async fn store_failure_is_an_error_and_not_a_refusal() {
 async fn api_key_command_creates_lists_and_revokes_keys() {
     let folder = TempDir::new().expect("a folder");
     let data = folder.path();
-    let place = PlaceOptions { user: Some("ann".into()), ..PlaceOptions::default() };
+    let target = TargetOptions { user: Some("ann".into()), ..TargetOptions::default() };
     let run = async |command: ApiKeyCommand| api_keys::run(&command, data).await.expect("done");
-    let made = run(ApiKeyCommand::Create { name: "a robot".into(), place: place.clone() }).await.expect("a key");
+    let made = run(ApiKeyCommand::Create { name: "a robot".into(), target: target.clone() }).await.expect("a key");
     assert!(ApiKeyStore::looks_like_one(made.trim()), "{made}");
-    let listed = run(ApiKeyCommand::List { place: place.clone() }).await.expect("a list");
+    let listed = run(ApiKeyCommand::List { target: target.clone() }).await.expect("a list");
     assert!(listed.trim_end().ends_with(&format!("{}…  a robot", &made[..7])), "{listed}");
     assert!(!listed.contains(made.trim()));
     let id: Uuid = listed.split_whitespace().next().expect("an id").parse().expect("an id");
-    assert_eq!(run(ApiKeyCommand::Revoke { id, place: PlaceOptions::default() }).await, None, "another user");
-    assert!(run(ApiKeyCommand::Revoke { id, place: place.clone() }).await.is_some());
-    assert_eq!(run(ApiKeyCommand::Revoke { id, place: place.clone() }).await, None);
-    assert_eq!(run(ApiKeyCommand::List { place }).await.as_deref(), Some(""));
-    let without_user = PlaceOptions { stack: Some("stack".into()), ..PlaceOptions::default() };
-    let error = api_keys::run(&ApiKeyCommand::List { place: without_user }, data).await.expect_err("no user");
+    assert_eq!(run(ApiKeyCommand::Revoke { id, target: TargetOptions::default() }).await, None, "another user");
+    assert!(run(ApiKeyCommand::Revoke { id, target: target.clone() }).await.is_some());
+    assert_eq!(run(ApiKeyCommand::Revoke { id, target: target.clone() }).await, None);
+    assert_eq!(run(ApiKeyCommand::List { target }).await.as_deref(), Some(""));
+    let without_user = TargetOptions { stack: Some("stack".into()), ..TargetOptions::default() };
+    let error = api_keys::run(&ApiKeyCommand::List { target: without_user }, data).await.expect_err("no user");
     assert!(error.to_string().contains("--user"), "{error}");
 }

@@ -11,7 +11,7 @@ use local::import::jsonl::JsonLines;
 use local::import::openhands::DataFolder;
 use local::import::summary::Tally;
 use local::import::{End, Entry, Importer, Pace, Skip, Summary, command};
-use local::options::PlaceOptions;
+use local::options::TargetOptions;
 use rusqlite::{Connection, params};
 use serde_json::{Value, json};
 use shared::Time;
@@ -36,7 +36,7 @@ use crate::support::seed::Stores;
 const PREFIX: &str = "import-";
 const SEED: &str = include_str!("../data/contract/seed.jsonl");
 const SECRET: &str = "hunter2-in-clear";
-const TOKEN: &str = "event: it is a streamed token (StreamingDeltaEvent), which is not stored; the message with the whole text is an event of its own";
+const TOKEN: &str = "event: it is a streamed token (StreamingDeltaEvent), which is not stored; the message with the whole text is a separate event";
 
 /// Empty tables on engines of their own, with a fault proxy in front of DynamoDB.
 struct Fixture {
@@ -123,12 +123,12 @@ fn lines(paths: &[PathBuf], default: Option<UserId>) -> JsonLines {
     JsonLines::open(paths, default).expect("files")
 }
 
-fn taken(taken: u64) -> Tally {
-    Tally { taken, already_there: 0 }
+fn imported(imported: u64) -> Tally {
+    Tally { imported, already_present: 0 }
 }
 
-fn there(already_there: u64) -> Tally {
-    Tally { taken: 0, already_there }
+fn already_present(already_present: u64) -> Tally {
+    Tally { imported: 0, already_present }
 }
 
 #[tokio::test]
@@ -140,7 +140,10 @@ async fn recorded_rows_are_imported_once_and_unchanged() {
     assert_eq!(read().total(), 165);
 
     let summary = fixture.take(read()).await;
-    assert_eq!((summary.conversations, summary.start_tasks, summary.events), (taken(155), taken(10), taken(0)));
+    assert_eq!(
+        (summary.conversations, summary.start_tasks, summary.events),
+        (imported(155), imported(10), imported(0))
+    );
     assert_eq!(summary.skipped, []);
     fixture.assert_counts(&local, 155, 9).await;
     fixture.assert_counts(&other, 0, 1).await;
@@ -155,7 +158,7 @@ async fn recorded_rows_are_imported_once_and_unchanged() {
     assert_eq!(unfinished, [], "no worker continues them");
 
     let again = fixture.take(read()).await;
-    assert_eq!((again.conversations, again.start_tasks), (there(155), there(10)));
+    assert_eq!((again.conversations, again.start_tasks), (already_present(155), already_present(10)));
     fixture.assert_counts(&local, 155, 9).await;
 }
 
@@ -175,7 +178,7 @@ async fn existing_rows_are_not_overwritten() {
     // Also twice in one file.
     let second = fixture.file("second", format!("{line}\n{line}\n{}\n{0}\n", event("second")));
     let summary = fixture.take(lines(&[second], Some(UserId::local()))).await;
-    assert_eq!((summary.conversations, summary.events), (there(2), there(2)));
+    assert_eq!((summary.conversations, summary.events), (already_present(2), already_present(2)));
     let record = fixture.stores.conversations.get(&UserId::local(), conversation).await.expect("the store");
     assert_eq!(record.and_then(|record| record.title), title.as_str().map(ToOwned::to_owned));
     let events = all_events(&fixture.events, &UserId::local(), conversation).await;
@@ -201,11 +204,11 @@ async fn stopped_import_is_completed_by_the_next_run() {
     let (first, end) = fixture.gated.run(read(), stopped, progress).await;
     assert!(matches!(end, End::Stopped), "{end:?}");
     assert!(first.settled() < 165, "{first:?}");
-    assert_eq!(fixture.conversations(&user).await, first.conversations.taken, "what was reported is stored");
+    assert_eq!(fixture.conversations(&user).await, first.conversations.imported, "what was reported is stored");
 
     let second = fixture.take(read()).await;
-    assert_eq!(second.conversations.already_there, first.conversations.taken);
-    assert_eq!(second.conversations.taken + first.conversations.taken, 155);
+    assert_eq!(second.conversations.already_present, first.conversations.imported);
+    assert_eq!(second.conversations.imported + first.conversations.imported, 155);
     fixture.assert_counts(&user, 155, 9).await;
 }
 
@@ -236,8 +239,8 @@ async fn import_that_failed_or_was_killed_at_any_call_is_completed_by_the_next_r
             fixture.gate.disarm();
             let second = fixture.take(read()).await;
             if let Some(first) = counted {
-                assert_eq!(second.conversations.already_there, first.conversations.taken, "{user}");
-                assert_eq!(second.conversations.taken + first.conversations.taken, 155, "{user}");
+                assert_eq!(second.conversations.already_present, first.conversations.imported, "{user}");
+                assert_eq!(second.conversations.imported + first.conversations.imported, 155, "{user}");
             }
             fixture.assert_counts(&user, 155, 9).await;
             assert_eq!(all_events(&fixture.events, &user, Uuid::nil()).await.len(), 60, "{user}");
@@ -273,10 +276,10 @@ async fn invalid_line_is_reported_and_does_not_end_the_import() {
     };
     let some = Uuid::new_v4().to_string();
     let bad: Vec<(String, &str)> = vec![
-        ("{".into(), "line: it is no JSON"),
-        ("[1]".into(), "line: it is no object with a type and data"),
-        (r#"{"type": "conversation"}"#.into(), "line: it is no object with a type and data"),
-        (r#"{"type": "sandbox", "data": {}}"#.into(), "line: its type is none of conversation, start_task, event"),
+        ("{".into(), "line: it is not JSON"),
+        ("[1]".into(), "line: it is not an object with a type and data"),
+        (r#"{"type": "conversation"}"#.into(), "line: it is not an object with a type and data"),
+        (r#"{"type": "sandbox", "data": {}}"#.into(), "line: its type is not conversation, start_task or event"),
         (with("id", json!("not-an-id")), "conversation: id: Input should be a valid UUID"),
         (with("sandbox_id", Value::Null), "conversation: sandbox_id: Input should be a valid string"),
         (with("sandbox_id", json!("x".repeat(600))), "conversation: sandbox_id: it must have 1 to 512 bytes"),
@@ -288,19 +291,19 @@ async fn invalid_line_is_reported_and_does_not_end_the_import() {
         ),
         (
             with("metrics", json!({"accumulated_cost": -1})),
-            "conversation: metrics.accumulated_cost: it is no amount of money",
+            "conversation: metrics.accumulated_cost: it is not an amount of money",
         ),
         (
             with("metrics", json!({"accumulated_cost": 1e300})),
-            "conversation: metrics.accumulated_cost: it is no amount of money",
+            "conversation: metrics.accumulated_cost: it is not an amount of money",
         ),
         (
             with("metrics", json!({"accumulated_token_usage": {"prompt_tokens": -1}})),
-            "conversation: metrics.accumulated_token_usage.prompt_tokens: it is no number of tokens",
+            "conversation: metrics.accumulated_token_usage.prompt_tokens: it is not a number of tokens",
         ),
         (with("title", json!("x".repeat(500_000))), "conversation: it is too large for the store"),
         (with("tags", json!(["a"])), "conversation: tags: Input should be a valid dictionary"),
-        (task("status", json!("DREAMING")), "start task: status: it is no status of a start task"),
+        (task("status", json!("DREAMING")), "start task: status: it is not a status of a start task"),
         (
             task("request", json!({"agent_type": "spy"})),
             "start task: request.agent_type: Input should be 'default' or 'plan'",
@@ -316,7 +319,7 @@ async fn invalid_line_is_reported_and_does_not_end_the_import() {
         (event("nonsense", json!({})), "event: conversation_id: Input should be a valid UUID"),
         (
             event(&some, json!({"id": "e", "kind": "K"})),
-            "event: it is no JSON object whose id, timestamp and kind are texts",
+            "event: it is not a JSON object whose id, timestamp and kind are texts",
         ),
         (event(&some, json!({"id": "", "timestamp": "t", "kind": "K"})), "event: id is empty"),
         (
@@ -332,7 +335,7 @@ async fn invalid_line_is_reported_and_does_not_end_the_import() {
     let file = fixture.file("lines", &text);
     let name = file.display().to_string();
     let summary = fixture.take(lines(&[file], Some(UserId::local()))).await;
-    assert_eq!(summary.conversations, taken(1), "{summary}");
+    assert_eq!(summary.conversations, imported(1), "{summary}");
     let mut expected: BTreeMap<&str, Vec<String>> = BTreeMap::new();
     for (index, (_, reason)) in bad.iter().enumerate() {
         // Every second line is empty.
@@ -340,7 +343,7 @@ async fn invalid_line_is_reported_and_does_not_end_the_import() {
     }
     expected.entry("line: it is not UTF-8").or_default().push(format!("{name}:{}", 2 * bad.len() + 1));
     let found: BTreeMap<&str, Vec<String>> =
-        summary.skipped.iter().map(|skipped| (skipped.reason.as_str(), skipped.places.clone())).collect();
+        summary.skipped.iter().map(|skipped| (skipped.reason.as_str(), skipped.locations.clone())).collect();
     assert_eq!(found, expected);
     assert_eq!(summary.skipped_rows(), bad.len() as u64 + 1);
     assert!(!summary.to_string().contains(SECRET));
@@ -366,14 +369,14 @@ async fn rows_belong_to_their_owner_and_events_to_their_conversation() {
     let files = [fixture.file("events", events), fixture.file("conversations", conversations.join("\n"))];
 
     let strict = fixture.take(lines(&files, None)).await;
-    assert_eq!((strict.conversations, strict.events), (taken(2), taken(3)));
+    assert_eq!((strict.conversations, strict.events), (imported(2), imported(3)));
     let reasons: Vec<&str> = strict.skipped.iter().map(|skipped| skipped.reason.as_str()).collect();
     assert_eq!(reasons.len(), 2);
     assert!(reasons.iter().all(|reason| reason.contains("--user ID")), "{reasons:?}");
 
     let summary = fixture.take(lines(&files, Some(UserId::local()))).await;
-    assert_eq!(summary.conversations, Tally { taken: 1, already_there: 2 });
-    assert_eq!(summary.events, Tally { taken: 1, already_there: 3 });
+    assert_eq!(summary.conversations, Tally { imported: 1, already_present: 2 });
+    assert_eq!(summary.events, Tally { imported: 1, already_present: 3 });
     assert_eq!(summary.skipped, []);
     for (owner, conversation, count) in
         [(UserId::new("ann"), another, 2), (UserId::new("bob"), one, 1), (UserId::local(), unowned, 1)]
@@ -405,7 +408,7 @@ async fn ten_thousand_events_in_mixed_order_are_stored_byte_for_byte() {
         .collect();
     let file = fixture.file("events", text.concat());
     let summary = fixture.take(lines(&[file], Some(UserId::local()))).await;
-    assert_eq!((summary.events, summary.skipped_rows()), (taken(EVENTS as u64), 0));
+    assert_eq!((summary.events, summary.skipped_rows()), (imported(EVENTS as u64), 0));
     for (first, conversation) in conversations.iter().enumerate() {
         let found = all_events(&fixture.events, &UserId::local(), *conversation).await;
         let expected: Vec<String> = (first..EVENTS).step_by(conversations.len()).map(json).collect();
@@ -542,18 +545,18 @@ async fn data_folder_of_the_reference_is_imported_with_its_events() {
     let summary = fixture.take(folder).await;
     assert_eq!(
         (summary.conversations, summary.start_tasks, summary.events),
-        (taken(2), taken(3), taken(2)),
+        (imported(2), imported(3), imported(2)),
         "{summary}"
     );
     let skipped: Vec<(&str, u64)> =
         summary.skipped.iter().map(|skipped| (skipped.reason.as_str(), skipped.count)).collect();
     assert_eq!(skipped.iter().map(|(_, count)| count).sum::<u64>(), 9, "{summary}");
     for (beginning, count) in [
-        ("conversation: it is of version V0", 1),
+        ("conversation: it has version V0", 1),
         ("conversation: trigger: Input should be", 1),
         ("conversation: sandbox_id: Field required", 1),
         ("start task: request: Input should be", 1),
-        ("event: it is no JSON object", 1),
+        ("event: it is not a JSON object", 1),
         ("event: its conversation is not in the database", 2),
         (TOKEN, 2),
     ] {
@@ -600,7 +603,10 @@ async fn data_folder_of_the_reference_is_imported_with_its_events() {
     );
 
     let again = reference.import_into(&fixture).await;
-    assert_eq!((again.conversations, again.start_tasks, again.events), (there(2), there(3), there(2)));
+    assert_eq!(
+        (again.conversations, again.start_tasks, again.events),
+        (already_present(2), already_present(3), already_present(2))
+    );
     assert_eq!(reference.files(), files, "the import writes nothing to the reference's folder");
     assert_eq!((fixture.conversations(&user).await, fixture.start_tasks(&user).await), (2, 3));
 
@@ -656,8 +662,8 @@ async fn repositories_are_imported_without_credentials() {
     task["data"]["request"] = json!({"selected_repository": "https://me:SECRET@git.example/o/r"});
     text += &format!("{task}\n");
     let file = fixture.file("repositories", text);
-    let taken = fixture.take(lines(&[file], Some(user.clone()))).await;
-    assert_eq!(taken.skipped_rows(), 0, "{taken}");
+    let summary = fixture.take(lines(&[file], Some(user.clone()))).await;
+    assert_eq!(summary.skipped_rows(), 0, "{summary}");
     reference.import_into(&fixture).await;
     for (id, kept) in expected {
         let record = fixture.stores.conversations.get(&user, id).await.expect("the store").expect("a conversation");
@@ -696,10 +702,10 @@ async fn secrets_of_requests_are_imported_by_name_only() {
         expected.extend([(line_id, kept.clone()), (row_id, kept)]);
     }
     let file = fixture.file("secrets", text);
-    let taken = fixture.take(lines(&[file], Some(user.clone()))).await;
-    assert_eq!(taken.skipped_rows(), 0, "{taken}");
-    let taken = reference.import_into(&fixture).await;
-    assert_eq!(taken.skipped_rows(), 0, "{taken}");
+    let summary = fixture.take(lines(&[file], Some(user.clone()))).await;
+    assert_eq!(summary.skipped_rows(), 0, "{summary}");
+    let summary = reference.import_into(&fixture).await;
+    assert_eq!(summary.skipped_rows(), 0, "{summary}");
     for (id, kept) in expected {
         let task = fixture.stores.tasks.get(&user, id).await.expect("the store").expect("a task");
         let shown = serde_json::to_value(task.show_within(u64::MAX)).expect("JSON");
@@ -754,9 +760,13 @@ async fn tags_within_the_limits_are_imported_with_their_conversation() {
     expected.push((null, json!({})));
     let file = fixture.file("tags", text);
     let from_lines = fixture.take(lines(&[file], Some(user.clone()))).await;
-    assert_eq!((from_lines.conversations, from_lines.skipped_rows()), (taken(cases.len() as u64), 0), "{from_lines}");
+    assert_eq!(
+        (from_lines.conversations, from_lines.skipped_rows()),
+        (imported(cases.len() as u64), 0),
+        "{from_lines}"
+    );
     let from_folder = reference.import_into(&fixture).await;
-    let all = taken(cases.len() as u64 + 1);
+    let all = imported(cases.len() as u64 + 1);
     assert_eq!((from_folder.conversations, from_folder.skipped_rows()), (all, 0), "{from_folder}");
     for (id, tags) in expected {
         let record = fixture.stores.conversations.get(&user, id).await.expect("the store").expect("a conversation");
@@ -777,7 +787,7 @@ async fn a_database_in_wal_mode_is_read_while_it_is_written_and_after_a_crash() 
     assert!(files.keys().any(|path| path.to_string_lossy().ends_with("-wal")));
     assert_eq!(
         reference.import_into(&fixture).await.conversations,
-        taken(1),
+        imported(1),
         "from the write-ahead log of a live server"
     );
     assert_eq!(reference.files(), files);
@@ -785,9 +795,13 @@ async fn a_database_in_wal_mode_is_read_while_it_is_written_and_after_a_crash() 
     // During a write transaction.
     reference.database.execute_batch("BEGIN IMMEDIATE").expect("a transaction");
     reference.conversation(ids[1], "V1", "gui", Some("box"));
-    assert_eq!(reference.import_into(&fixture).await.conversations, there(1), "uncommitted rows are not imported");
+    assert_eq!(
+        reference.import_into(&fixture).await.conversations,
+        already_present(1),
+        "uncommitted rows are not imported"
+    );
     reference.database.execute_batch("COMMIT").expect("committed");
-    assert_eq!(reference.import_into(&fixture).await.conversations, Tally { taken: 1, already_there: 1 });
+    assert_eq!(reference.import_into(&fixture).await.conversations, Tally { imported: 1, already_present: 1 });
 
     // The files that a killed server leaves, and those of a copy without the shared memory.
     for (name, suffixes) in [("killed", ["", "-wal", "-shm"].as_slice()), ("copied", &["", "-wal"])] {
@@ -806,7 +820,7 @@ async fn a_database_in_wal_mode_is_read_while_it_is_written_and_after_a_crash() 
         };
         let before = listed();
         let data = DataFolder::open(folder.path(), Some(UserId::local())).expect("a data folder");
-        assert_eq!(fixture.take(data).await.conversations, there(2), "{name}");
+        assert_eq!(fixture.take(data).await.conversations, already_present(2), "{name}");
         assert_eq!(listed(), before, "{name}");
     }
 
@@ -815,7 +829,7 @@ async fn a_database_in_wal_mode_is_read_while_it_is_written_and_after_a_crash() 
     let Reference { folder, database } = reference;
     database.close().expect("closed");
     let data = DataFolder::open(folder.path(), Some(UserId::local())).expect("a data folder");
-    assert_eq!(fixture.take(data).await.conversations, Tally { taken: 1, already_there: 2 });
+    assert_eq!(fixture.take(data).await.conversations, Tally { imported: 1, already_present: 2 });
     assert_eq!(fs::read_dir(folder.path()).expect("a folder").count(), 1);
 }
 
@@ -827,9 +841,9 @@ async fn data_folder_in_use_and_unknown_folder_are_refused_with_an_explanation()
     let fixture = Fixture::start().await;
     let file = fixture.file("seed.jsonl", SEED);
     let data = fixture.folder.path().join("data");
-    let into = PlaceOptions::default();
+    let into = TargetOptions::default();
     let refused = command::import(&[file], &into, &data, pending()).await.expect_err("it is in use");
-    assert!(refused.to_string().ends_with("is in use by another process. Stop that one or choose another folder."));
+    assert!(refused.to_string().ends_with("is in use by another process. Stop that process or choose another folder."));
     let refused =
         command::import_openhands(fixture.folder.path(), &into, &data, pending()).await.expect_err("no such server's");
     assert!(refused.to_string().starts_with("There is no openhands.db in "), "{refused}");

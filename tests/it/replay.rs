@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use local::import::command::import;
-use local::options::{CommonOptions, PlaceOptions, SandboxKind};
+use local::options::{CommonOptions, SandboxKind, TargetOptions};
 use local::server::{Environment, Server};
 use regex_lite::Regex;
 use serde_json::{Map, Value};
@@ -235,7 +235,7 @@ async fn in_recording_order_only_deleted_rows_differ_in_addition() {
 async fn replay(deviations: &str, reorder: impl FnOnce(&mut Vec<Case>)) {
     let folder = TempDir::new().expect("a folder");
     let data = folder.path().join("data");
-    let imported = import(&[recorded("seed.jsonl")], &PlaceOptions::default(), &data, std::future::pending()).await;
+    let imported = import(&[recorded("seed.jsonl")], &TargetOptions::default(), &data, std::future::pending()).await;
     assert!(imported.expect("an import"), "rows were skipped");
     let server = serve(&data).await;
     let entries: Value =

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use axum::response::Response;
 use http::{Method, StatusCode};
 pub use local::scripted_llm::{COMPLETION_TOKENS, PROMPT_TOKENS, Reply};
-use local::scripted_llm::{answer, asks_for_title, failure, models};
+use local::scripted_llm::{answer, failure, is_title_request, models};
 use serde_json::Value;
 
 use super::server::{self, Cut, Request, Server};
@@ -86,7 +86,7 @@ async fn handle(request: Request, state: Arc<Mutex<State>>) -> Result<Response, 
 }
 
 fn next_reply(body: &Value, state: &mut State) -> Reply {
-    if asks_for_title(body) {
+    if is_title_request(body) {
         state.title_requests.push(body.clone());
         return Reply::text(state.title.as_deref().unwrap_or(DEFAULT_TITLE));
     }
