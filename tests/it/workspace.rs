@@ -191,7 +191,7 @@ fn encoded(path: &str) -> String {
 }
 
 #[tokio::test]
-async fn recorded_exchanges_have_the_same_answers() {
+async fn recorded_exchanges_get_the_recorded_responses() {
     let mut rig = WorkerHarness::start().await;
     let recorded = include_str!("../data/contract/example-inside.jsonl");
     let mut seen = 0;
