@@ -43,7 +43,7 @@ use crate::links::Links;
 use crate::options::{CommonOptions, SandboxKind};
 use crate::private_file;
 use crate::web_ui::{self, Connection, WebUi};
-use crate::worker::{Worker, poll, sweep};
+use crate::worker::{Consumer, EXPORT_CONCURRENCY, WORKER_CONCURRENCY, poll, sweep};
 
 /// The prefix of the names of tables, bucket and queues on the embedded engines.
 pub(crate) const PREFIX: &str = "openhands-";
@@ -224,9 +224,15 @@ impl Server {
                 "No model is set: a start that names no llm_model will end in ERROR. Give LLM_MODEL and LLM_API_KEY, or --settings FILE."
             );
         }
-        let worker = match invoke_url {
-            Some(url) => Worker::Remote(HttpClient::new(AddressPolicy::Any), url),
-            None => Worker::InProcess(Arc::new(worker::Context::new(&config, &aws, &sealer))),
+        let (worker, exports) = match invoke_url {
+            Some(url) => {
+                let http = HttpClient::new(AddressPolicy::Any);
+                (Consumer::Remote(http.clone(), url.clone(), "worker"), Consumer::Remote(http, url, "exports"))
+            }
+            None => (
+                Consumer::Worker(Arc::new(worker::Context::new(&config, &aws, &sealer))),
+                Consumer::Exports(Arc::new(exports::Context::new(&config, &aws))),
+            ),
         };
         let mut server = Self {
             address: SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
@@ -245,7 +251,7 @@ impl Server {
         if let Some(listener) = listener {
             server.serve_api(listener, options, environment.session_api_key, &access, &folders.shared, has_model);
         }
-        server.start_worker(worker, queues, agent_server);
+        server.start_consumers(worker, exports, queues, agent_server);
         Ok(server)
     }
 
@@ -290,10 +296,20 @@ impl Server {
         ui
     }
 
-    /// Installs the agent server in the background, if sandboxes are processes, and then polls the queues and runs the sweep.
-    fn start_worker(&mut self, worker: Worker, queues: QueueUrls, agent_server: AgentServerOptions) {
+    /// Polls the queue of exports. Installs the agent server in the background, if sandboxes are processes, and then polls the job
+    /// queue and runs the sweep.
+    fn start_consumers(
+        &mut self,
+        worker: Consumer,
+        exports: Consumer,
+        queues: QueueUrls,
+        agent_server: AgentServerOptions,
+    ) {
         let install = matches!(self.config.sandbox, SandboxConfig::Process(_));
         let (sqs, readiness) = (self.aws.sqs.clone(), self.readiness.clone());
+        let poll_exports = poll(sqs.clone(), queues.exports, exports.clone(), EXPORT_CONCURRENCY);
+        let poll_dead_exports = poll(sqs.clone(), queues.export_dead_letters, exports, EXPORT_CONCURRENCY);
+        self.tasks.extend([tokio::spawn(poll_exports), tokio::spawn(poll_dead_exports)]);
         self.tasks.push(tokio::spawn(async move {
             if install && let Err(text) = install_agent_server(&agent_server).await {
                 // The API stays available: records can be read, and starts wait until the next run.
@@ -305,8 +321,8 @@ impl Server {
                 readiness.set("agent_server", Part::Ready);
             }
             // Polling begins after the install: a start that is handled earlier would fail for lack of an agent server.
-            let starts = poll(sqs.clone(), queues.jobs, worker.clone());
-            let dead_letters = poll(sqs, queues.dead_letters, worker.clone());
+            let starts = poll(sqs.clone(), queues.jobs, worker.clone(), WORKER_CONCURRENCY);
+            let dead_letters = poll(sqs, queues.dead_letters, worker.clone(), WORKER_CONCURRENCY);
             tokio::join!(starts, dead_letters, sweep(worker));
         }));
     }
@@ -427,6 +443,7 @@ impl Storage {
         let mut names = Names::with_prefix(PREFIX);
         let queues = schema::make_all(&aws, &names, PREFIX).await?;
         names.job_queue_url.clone_from(&queues.jobs);
+        names.export_queue_url.clone_from(&queues.exports);
         let expiry = schema::EXPORTS_EXPIRE;
         let [objects, uploads] = [expiry.days, expiry.incomplete_upload_days].map(|days| DAY * days);
         engines.expire(&names.bucket, expiry.prefix, objects, uploads)?;

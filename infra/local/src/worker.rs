@@ -1,10 +1,11 @@
-//! Stands in for Lambda's event source mapping and for EventBridge Scheduler: polls the queue, invokes the worker with each
-//! message, and runs the sweep on a schedule.
+//! Stands in for Lambda's event source mapping and for EventBridge Scheduler: polls the queues, invokes their
+//! consumers with each message, and runs the sweep on a schedule.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use aws_lambda_events::event::sqs::SqsBatchResponse;
 use aws_sdk_sqs::Client;
 use aws_sdk_sqs::types::Message;
 use http::Method;
@@ -14,8 +15,10 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
-/// Concurrent invocations.
-const CONCURRENCY: usize = 64;
+/// The number of concurrent invocations of the worker.
+pub const WORKER_CONCURRENCY: usize = 64;
+/// The number of concurrent builds of exports. Each may need as much memory as its function has on AWS.
+pub const EXPORT_CONCURRENCY: usize = 2;
 /// The time limit of an invocation, as on AWS.
 const INVOCATION_TIMEOUT: Duration = Duration::from_secs(900);
 const MAX_RESPONSE_BYTES: usize = 6 * 1024 * 1024;
@@ -24,25 +27,28 @@ const FAILED_POLL_DELAY: Duration = Duration::from_secs(1);
 /// The interval is a minute on AWS, where each sweep costs money.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 
-/// How the worker is invoked.
+/// A function that consumes a queue.
 #[derive(Clone, Debug)]
-pub enum Worker {
-    /// By a function call in this process.
-    InProcess(Arc<worker::Context>),
-    /// Through the invocation API that `cargo lambda watch` serves at this address.
-    Remote(HttpClient, String),
+pub enum Consumer {
+    /// The worker, in this process.
+    Worker(Arc<worker::Context>),
+    /// The function `exports`, in this process.
+    Exports(Arc<exports::Context>),
+    /// The function of this name, invoked through the API that `cargo lambda watch` serves at this address.
+    Remote(HttpClient, String, &'static str),
 }
 
-impl Worker {
-    /// Invokes the worker. Returns the ids of the messages that have to be redelivered.
+impl Consumer {
+    /// Invokes the function. Returns the ids of the messages that have to be redelivered.
     async fn invoke(&self, event: Value) -> Result<Vec<String>, String> {
+        let ids = |response: SqsBatchResponse| {
+            response.batch_item_failures.into_iter().map(|failure| failure.item_identifier).collect()
+        };
         let failures = match self {
-            Self::InProcess(context) => {
-                let response = worker::handle(context, event).await.map_err(|error| error.context())?;
-                response.batch_item_failures.into_iter().map(|failure| failure.item_identifier).collect()
-            }
-            Self::Remote(http, url) => {
-                let url = format!("{}/2015-03-31/functions/worker/invocations", url.trim_end_matches('/'));
+            Self::Worker(context) => ids(worker::handle(context, event).await.map_err(|error| error.context())?),
+            Self::Exports(context) => ids(exports::handle(context, event).await.map_err(|error| error.context())?),
+            Self::Remote(http, url, name) => {
+                let url = format!("{}/2015-03-31/functions/{name}/invocations", url.trim_end_matches('/'));
                 let request = http.request(Method::POST, &url).map_err(|error| error.to_string())?;
                 let request = request.with(|request| request.json(&event));
                 let answer = request
@@ -65,7 +71,7 @@ impl Worker {
 }
 
 /// Sweeps immediately, for work that an earlier run left unfinished, and then at each interval. Runs until it is dropped.
-pub async fn sweep(worker: Worker) {
+pub async fn sweep(worker: Consumer) {
     let mut timer = interval(SWEEP_INTERVAL);
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -76,9 +82,10 @@ pub async fn sweep(worker: Worker) {
     }
 }
 
-/// Polls a queue and invokes the worker with each message. Runs until it is dropped, which also cancels running invocations.
-pub async fn poll(sqs: Client, queue_url: String, worker: Worker) {
-    let permits = Arc::new(Semaphore::new(CONCURRENCY));
+/// Polls a queue and invokes its consumer with each message, with at most `concurrency` concurrent invocations. Runs until it is
+/// dropped, which also cancels running invocations.
+pub async fn poll(sqs: Client, queue_url: String, consumer: Consumer, concurrency: usize) {
+    let permits = Arc::new(Semaphore::new(concurrency));
     let mut running = JoinSet::new();
     loop {
         while let Some(done) = running.try_join_next() {
@@ -104,17 +111,17 @@ pub async fn poll(sqs: Client, queue_url: String, worker: Worker) {
             }
         };
         let Some(message) = message else { continue };
-        let (sqs, queue_url, worker) = (sqs.clone(), queue_url.clone(), worker.clone());
+        let (sqs, queue_url, consumer) = (sqs.clone(), queue_url.clone(), consumer.clone());
         running.spawn(async move {
-            handle(&sqs, &queue_url, &worker, message).await;
+            handle(&sqs, &queue_url, &consumer, message).await;
             drop(permit);
         });
     }
 }
 
-async fn handle(sqs: &Client, queue_url: &str, worker: &Worker, message: Message) {
+async fn handle(sqs: &Client, queue_url: &str, consumer: &Consumer, message: Message) {
     let event = json!({"Records": [record(queue_url, &message)]});
-    match worker.invoke(event).await {
+    match consumer.invoke(event).await {
         Ok(failures) if failures.is_empty() => {
             let receipt = message.receipt_handle.unwrap_or_default();
             if let Err(error) = sqs.delete_message().queue_url(queue_url).receipt_handle(receipt).send().await {
@@ -122,7 +129,7 @@ async fn handle(sqs: &Client, queue_url: &str, worker: &Worker, message: Message
                 tracing::warn!(error = %aws_sdk_sqs::error::DisplayErrorContext(&error), "local.message_not_deleted");
             }
         }
-        // The message stays in flight until its visibility timeout; usually the sweep enqueues the job earlier.
+        // The message stays in flight until its visibility timeout. Usually the sweep, or a client of an export, enqueues the job earlier.
         Ok(_) => {}
         Err(error) => tracing::warn!(%error, "local.worker_failed"),
     }

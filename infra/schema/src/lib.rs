@@ -137,9 +137,17 @@ pub struct Queue {
 /// The time limit of one worker invocation.
 pub const WORKER_TIMEOUT: Duration = Duration::from_secs(150);
 
+/// The time limit of one invocation of the function `exports`: Lambda's longest.
+pub const EXPORT_TIMEOUT: Duration = Duration::from_secs(900);
+
 /// The job queue. Its dead-letter queue has the same name with `-dead-letters`.
 pub const JOB_QUEUE: Queue =
     Queue { name: "jobs", visibility_timeout: WORKER_TIMEOUT.saturating_mul(6), max_receive_count: 5 };
+
+/// The queue of exports. A message that failed stays hidden for a long time, and clients, which retry every few seconds, enqueue
+/// the export again before it is redelivered. Therefore few deliveries are enough.
+pub const EXPORT_QUEUE: Queue =
+    Queue { name: "exports", visibility_timeout: EXPORT_TIMEOUT.saturating_mul(6), max_receive_count: 3 };
 
 /// A table, the bucket or a queue could not be created.
 #[derive(Debug, thiserror::Error)]
@@ -159,6 +167,8 @@ impl SchemaError {
 pub struct QueueUrls {
     pub jobs: String,
     pub dead_letters: String,
+    pub exports: String,
+    pub export_dead_letters: String,
 }
 
 /// Creates missing tables, the bucket and queues. Existing tables keep their rows.
@@ -170,7 +180,9 @@ pub async fn make_all(aws: &Aws, names: &Names, prefix: &str) -> Result<QueueUrl
         make_table(aws, table, &format!("{prefix}{}", table.name)).await?;
     }
     make_bucket(aws, &names.bucket).await?;
-    make_queues(aws, prefix).await
+    let (jobs, dead_letters) = make_queue(aws, prefix, &JOB_QUEUE).await?;
+    let (exports, export_dead_letters) = make_queue(aws, prefix, &EXPORT_QUEUE).await?;
+    Ok(QueueUrls { jobs, dead_letters, exports, export_dead_letters })
 }
 
 fn known<E: ProvideErrorMetadata, R>(error: &SdkError<E, R>, codes: &[&str]) -> bool {
@@ -274,10 +286,11 @@ async fn make_bucket(aws: &Aws, name: &str) -> Result<(), SchemaError> {
     }
 }
 
-async fn make_queues(aws: &Aws, prefix: &str) -> Result<QueueUrls, SchemaError> {
-    let name = format!("{prefix}{}", JOB_QUEUE.name);
+/// Creates a queue and its dead-letter queue, and returns their URLs.
+async fn make_queue(aws: &Aws, prefix: &str, queue: &Queue) -> Result<(String, String), SchemaError> {
+    let name = format!("{prefix}{}", queue.name);
     let dead_name = format!("{name}{DEAD_LETTER_SUFFIX}");
-    let hidden = JOB_QUEUE.visibility_timeout.as_secs().to_string();
+    let hidden = queue.visibility_timeout.as_secs().to_string();
     let make = async |name: &str, redrive: Option<String>| {
         let made = aws
             .sqs
@@ -306,6 +319,6 @@ async fn make_queues(aws: &Aws, prefix: &str) -> Result<QueueUrls, SchemaError> 
         .attributes
         .and_then(|mut attributes| attributes.remove(&QueueAttributeName::QueueArn))
         .ok_or_else(|| SchemaError::new(format!("queue {dead_name}"), "it has no ARN"))?;
-    let redrive = format!(r#"{{"deadLetterTargetArn":"{arn}","maxReceiveCount":{}}}"#, JOB_QUEUE.max_receive_count);
-    Ok(QueueUrls { jobs: make(&name, Some(redrive)).await?, dead_letters })
+    let redrive = format!(r#"{{"deadLetterTargetArn":"{arn}","maxReceiveCount":{}}}"#, queue.max_receive_count);
+    Ok((make(&name, Some(redrive)).await?, dead_letters))
 }
