@@ -1054,7 +1054,7 @@ async fn a_body_that_is_too_large_is_refused_in_json() {
         .header("x-session-api-key", SANDBOX)
         .body(Body::from(vec![b' '; 33 * 1024 * 1024]));
     let answer = fixture.api.send(request.expect("a request")).await;
-    assert_eq!(answer, (413, json!({"detail": "The request is larger than this server takes"})));
+    assert_eq!(answer, (413, json!({"detail": "The request is larger than this server accepts; send a smaller one"})));
     fixture.api.stop().await;
 }
 

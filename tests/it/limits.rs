@@ -89,7 +89,7 @@ async fn bodies_up_to_the_limit_of_their_route() {
         let (status, answer) = rig.send(method, &target, " ".repeat(limit)).await;
         assert!(matches!(status, 400 | 422), "{method} {target}: {status} {answer}");
         let (status, answer) = rig.send(method, &target, " ".repeat(limit + 1)).await;
-        let told = json!({"detail": "The request is larger than this server takes"});
+        let told = json!({"detail": "The request is larger than this server accepts; send a smaller one"});
         assert_eq!((status, answer), (413, told), "{method} {target}");
     }
     rig.api.stop().await;

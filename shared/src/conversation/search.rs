@@ -192,11 +192,11 @@ impl QueryPlan {
 
     /// The key behind which a page starts.
     fn start(&self, user: &UserId, after: &Cursor) -> Result<Item> {
-        let id = id_in_sort_value(&after.0).ok_or_else(page_token::not_ours)?;
+        let id = id_in_sort_value(&after.0).ok_or_else(page_token::invalid)?;
         let below = self.low.as_ref().is_some_and(|low| after.0 < *low);
         let above = self.high.as_ref().is_some_and(|high| after.0 > *high);
         if below || above {
-            return Err(page_token::not_ours());
+            return Err(page_token::invalid());
         }
         let mut start = key(user, id);
         start.insert(self.partition.to_owned(), text(self.owner.clone()));

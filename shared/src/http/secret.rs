@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::pydantic::validation::{self, Checker};
@@ -14,6 +15,15 @@ use super::pydantic::validation::{self, Checker};
 pub const MASK: &str = "**********";
 /// The most secrets that a user has, or that a start brings.
 pub const MAX_SECRETS: usize = 50;
+/// A secret without its value.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = SecretName))]
+pub struct SecretNameOut {
+    pub name: String,
+    /// What the secret is for.
+    pub description: Option<String>,
+}
+
 /// The longest name, in characters.
 pub const MAX_NAME: usize = 256;
 /// The longest value, in bytes.

@@ -436,7 +436,7 @@ impl StartTaskStore {
     ///
     /// # Errors
     /// [`Error::Store`].
-    pub async fn show_page(&self, records: &[StartTaskRecord]) -> Result<Items> {
+    pub async fn show_page(&self, records: &[StartTaskRecord]) -> Result<Items<AppConversationStartTask>> {
         let mut items = Items::default();
         let keys: Vec<Option<String>> = records.iter().map(|record| record.request_object.clone()).collect();
         let mut opened = stream::iter(keys).map(|key| self.open_request(key)).buffered(OPEN_REQUESTS);

@@ -240,7 +240,7 @@ impl SettingsStore {
         check_given(json)?;
         let over = SettingsDocument::parse(json.expose_secret()).map_err(unreadable)?;
         self.change(user, |document| {
-            document.lay_over(&over);
+            document.merge(&over);
             Ok(())
         })
         .await

@@ -7,6 +7,42 @@ use super::validation::{Checked, Checker, Violation};
 /// Values nested deeper are refused: everything that walks them does so recursively.
 const MAX_DEPTH: usize = 127;
 
+/// A model of a request body.
+pub trait FromJson: Sized {
+    /// Reads the model; `None` exactly when it has reported a violation.
+    fn from_json(check: &mut Checker, value: &Value) -> Option<Self>;
+}
+
+/// Any value, for a handler that reads it itself.
+impl FromJson for Value {
+    fn from_json(_: &mut Checker, value: &Value) -> Option<Self> {
+        Some(value.clone())
+    }
+}
+
+/// Decodes a body with [`json`] and reads the model.
+///
+/// # Errors
+/// Every violation, at `["body", …]`.
+pub fn read<T: FromJson>(content_type: Option<&str>, body: &[u8]) -> Checked<T> {
+    read_with(content_type, body, T::from_json)
+}
+
+/// Decodes a body with [`json`] and reads its value.
+///
+/// # Errors
+/// Every violation, at `["body", …]`.
+pub fn read_with<T>(
+    content_type: Option<&str>,
+    body: &[u8],
+    read: impl FnOnce(&mut Checker, &Value) -> Option<T>,
+) -> Checked<T> {
+    let value = json(content_type, body)?;
+    let mut check = Checker::new("body");
+    let read = read(&mut check, &value);
+    check.finish(read)
+}
+
 /// Decodes the body of a request that must have one.
 ///
 /// * No body, or `null`: violation `missing` at `["body"]`.
