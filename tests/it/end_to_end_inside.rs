@@ -175,7 +175,7 @@ async fn what_git_cannot_say(product: &Product, id: &str, folder: &Path) {
     let (status, answer) = ask(&format!("changes?path={beside}")).await;
     assert!(status == 200 && answer.ends_with("[]"), "{answer}");
     let (status, answer) = ask(&format!("changes?path={}&ref=no-such-branch", folder.display())).await;
-    assert!(status == 400 && answer.contains("is no commit of this repository"), "{answer}");
+    assert!(status == 400 && answer.contains("is not a commit of this repository"), "{answer}");
 }
 
 /// As web pages ask for them: the workspace by the name that they know.

@@ -318,7 +318,7 @@ async fn containers_conform() {
     let three = service.get(&rig.user, "three").await.expect("an answer").expect("its record");
     assert_eq!(
         (three.status, three.detail.as_deref()),
-        (SandboxStatus::Error, Some("The Docker engine does not answer"))
+        (SandboxStatus::Error, Some("The Docker engine does not respond; check that it is running"))
     );
     assert!(service.pause(&rig.user, "three").await.is_err());
     engine.break_down(false);
@@ -468,9 +468,9 @@ async fn requests_of_pages_are_passed_on_to_the_callers_own_sandboxes_alone() {
     let asked = rig.agent.requests().pop().expect("a request");
     assert_eq!((status, asked.path.as_str()), (404, "/api/git/diff"), "{told}");
     for (path, detail) in [
-        ("/api/git/changes?path=%2Fworkspace%2Fproject", "There is no such folder"),
-        ("/api/git/diff?path=/workspace/project/a&ref=HEAD", "There is no such file, neither now nor at HEAD"),
-        ("/api/git/diff?path=/workspace/project/a&ref=-x", "The ref \"-x\" is no commit of this repository"),
+        ("/api/git/changes?path=%2Fworkspace%2Fproject", "The folder does not exist"),
+        ("/api/git/diff?path=/workspace/project/a&ref=HEAD", "The file exists neither now nor at HEAD"),
+        ("/api/git/diff?path=/workspace/project/a&ref=-x", "The ref \"-x\" is not a commit of this repository"),
     ] {
         let (status, told) = pass(&rig.user, json!({"method": "GET", "path": path, "body": null})).await;
         assert!((400..500).contains(&status) && told == json!({"detail": detail}), "{path}: {status} {told}");
@@ -516,7 +516,10 @@ async fn requests_of_pages_are_passed_on_to_the_callers_own_sandboxes_alone() {
 
     // A sandbox that does not run, an answer that is too large, and one that does not come.
     rig.runtimes.set_status(&session, "paused");
-    assert_eq!(pass(&rig.user, json!({})).await, (409, json!({"detail": format!("Sandbox {id} does not run")})));
+    assert_eq!(
+        pass(&rig.user, json!({})).await,
+        (409, json!({"detail": format!("Sandbox {id} is paused; POST /api/v1/sandboxes/{id}/resume resumes it")}))
+    );
     rig.runtimes.set_status(&session, "running");
     rig.agent.inject(AgentFault::new("GET /api/large", Nth::Always, Kind::Huge(5 * 1024 * 1024)));
     let (status, answer) = pass(&rig.user, json!({"method": "GET", "path": "/api/large"})).await;
@@ -524,7 +527,7 @@ async fn requests_of_pages_are_passed_on_to_the_callers_own_sandboxes_alone() {
     rig.agent.inject(AgentFault::new("GET /api/skills", Nth::Always, Kind::Hang));
     let begun = Instant::now();
     let slow = pass(&rig.user, json!({"method": "GET", "path": "/api/skills", "timeout_seconds": 0.2})).await;
-    assert_eq!(slow, (502, json!({"detail": "The agent server did not answer in time"})));
+    assert_eq!(slow, (502, json!({"detail": "The agent server did not respond in time"})));
     assert!(begun.elapsed() < AT_MOST);
     rig.api.stop().await;
 }
@@ -591,7 +594,7 @@ async fn whatever_a_runtime_api_says_is_shown_and_whatever_it_does_answers_come_
         }
         for (method, target) in [("POST", format!("/sandboxes/{id}/pause")), ("DELETE", format!("/sandboxes/{id}"))] {
             let (status, told) = rig.call(method, &target).await;
-            let expected = json!({"detail": "The sandboxes' provider does not answer"});
+            let expected = json!({"detail": "The sandbox provider does not respond; try again later"});
             assert_eq!((status, told), (502, expected), "{fault:?}: {method}");
         }
         let (status, told) = rig.call("POST", "/sandboxes").await;
@@ -757,7 +760,7 @@ async fn a_sandbox_that_cannot_be_made_leaves_nothing_behind() {
     rig.runtimes.set_fault(Some(Fault::Status(403)));
     let (status, told) = rig.call("POST", "/sandboxes").await;
     // Already the look whether it is there fails.
-    assert_eq!((status, told), (502, json!({"detail": "The sandboxes' provider does not answer"})));
+    assert_eq!((status, told), (502, json!({"detail": "The sandbox provider does not respond; try again later"})));
     rig.runtimes.set_fault(None);
     assert!(rig.runtimes.sessions().is_empty());
     rig.api.stop().await;

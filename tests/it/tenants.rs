@@ -395,7 +395,7 @@ pub fn routes() -> Vec<Route> {
             format!("/api/v1/conversations/{PARENT}/pending-messages"),
             Some(json!({"content": [{"type": "text", "text": "Hello"}]})),
             (201, "queued"),
-            (404, Some(json!({"detail": "There is no such conversation"}))),
+            (404, Some(json!({"detail": "Conversation not found"}))),
         ),
         row(
             "GET",
@@ -517,7 +517,7 @@ pub fn routes() -> Vec<Route> {
                 "headers": {"X-Session-API-Key": "session-key-of-actor"},
             })),
             (404, "Sandbox one not found"),
-            (403, Some(json!({"detail": "headers must hold your own sandbox's X-Session-API-Key"}))),
+            (403, Some(json!({"detail": "`headers` must contain the X-Session-API-Key of one of your sandboxes"}))),
         ),
         // Last: it takes the rows that the others are about.
         row(

@@ -54,11 +54,11 @@ async fn list(workspace: &Workspace, given: Option<&str>) -> Result<Result<FileL
         given => workspace.path(&format!("{}/{}", workspace.folder().await?, given.unwrap_or_default())),
     };
     let Some(folder) = folder else {
-        return Ok(Err(Error::Refused("The path must be in the workspace".to_owned())));
+        return Ok(Err(Error::Refused("The path must be inside the workspace".to_owned())));
     };
     let folder = match workspace.look(&folder).await? {
         ResolvedPath::Folder(folder) => folder,
-        ResolvedPath::Outside => return Ok(Err(Error::Refused("The path must be in the workspace".to_owned()))),
+        ResolvedPath::Outside => return Ok(Err(Error::Refused("The path must be inside the workspace".to_owned()))),
         ResolvedPath::File(_) | ResolvedPath::Nothing(_) => {
             return Ok(Err(Error::NotFound("The folder does not exist".to_owned())));
         }

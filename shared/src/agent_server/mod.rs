@@ -194,7 +194,7 @@ impl fmt::Display for AgentServerError {
         let request = &self.request;
         match &self.failure {
             Failure::Unreachable => write!(out, "The agent server cannot be reached ({request})"),
-            Failure::TimedOut => write!(out, "The agent server did not answer in time ({request})"),
+            Failure::TimedOut => write!(out, "The agent server did not respond in time ({request})"),
             Failure::CutOff => write!(out, "The agent server's answer was cut off ({request})"),
             Failure::Status(status, text) if text.is_empty() => {
                 write!(out, "The agent server answered {status} to {request}")

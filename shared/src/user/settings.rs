@@ -229,7 +229,7 @@ impl SettingsStore {
                 written => return written.map(|_| done),
             }
         }
-        Err(Error::Unavailable("The settings are being changed by many at once; try again".to_owned()))
+        Err(Error::Unavailable("Settings were modified concurrently; try again".to_owned()))
     }
 
     /// Lays settings in the contract's JSON shape over what is stored: what they name is replaced, all else stays.

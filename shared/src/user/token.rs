@@ -181,6 +181,20 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn print_old_token() {
+        let folder = std::env::temp_dir().join(crate::id::new_sandbox_id());
+        std::fs::create_dir_all(&folder).expect("a folder");
+        let path = folder.join("key");
+        std::fs::write(&path, "ofYNdcubWOPGuNbU8TFbdlZdzBSB4b12FizQrrMAHEI=").expect("written");
+        let key = TokenKey::of(&Sealer::from_file(&path).expect("a sealer")).await.expect("a key");
+        let left = 4_102_444_800 - Time::now().unix_seconds();
+        let token = key
+            .sign(&UserId::new("somebody"), ProviderType::Gitlab, "box", Duration::from_secs(left.unsigned_abs()))
+            .expect("a token");
+        println!("OLD {}", token.expose_secret());
+    }
+
+    #[tokio::test]
     async fn tokens_hold_when_keys_are_rotated_and_those_of_the_version_before_until_they_expire() {
         let folder = std::env::temp_dir().join(crate::id::new_sandbox_id());
         std::fs::create_dir_all(&folder).expect("a folder");

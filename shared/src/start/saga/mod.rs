@@ -135,7 +135,7 @@ impl From<Error> for StepError {
             }
             Error::Internal { context } => {
                 tracing::error!(error = %context, "start.step_failed");
-                Self::Fatal("The start failed because of a fault in this server; its log says more".into())
+                Self::Fatal("Internal error while starting the conversation; see the server log.".into())
             }
             unavailable @ Error::Unavailable(_) => Self::Fatal(unavailable.to_string()),
             refused => Self::Refused(refused.to_string()),
@@ -206,7 +206,7 @@ impl Saga {
     /// # Errors
     /// [`Error::Store`].
     pub async fn give_up(&self, user: &UserId, id: Uuid) -> Result<()> {
-        let detail = "The start was given up: every attempt to go on with it failed. Please start again";
+        let detail = "The conversation could not be started after several attempts. Please try again.";
         if self.tasks.give_up(user, id, detail).await? {
             metrics::start_ended(StartStatus::Error.as_str());
             tracing::error!(task = %id, "start.abandoned");
