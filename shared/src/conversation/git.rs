@@ -158,7 +158,7 @@ impl WorkspaceGit<'_> {
             return Err(folder());
         }
         if names.iter().any(|path| path.split(|byte| *byte == b'/').any(|part| part == b".git")) {
-            return Err(Error::Refused("Git's own files have no diff; choose another file; choose another file".to_owned()));
+            return Err(Error::Refused("Git's own files have no diff; choose another file".to_owned()));
         }
         let variables = format!("rest={} limit={FILE_LIMIT}\n{}", quoted(&rest), name::assigned("other", &other));
         self.script(reference, &variables, DIFF)
