@@ -276,7 +276,7 @@ async fn a_start_that_kills_its_workers_ends() {
     let ended = rig.task(task.id).await;
     assert_eq!(ended.now.status, StartStatus::Error);
     let detail = ended.now.detail.expect("a detail");
-    assert!(detail.contains("PreparingRepository was cut off 8 times"), "{detail}");
+    assert!(detail.contains("PreparingRepository was interrupted 8 times"), "{detail}");
     assert!(rig.sandboxes.made().values().all(|made| made.deleted));
     rig.finish().await;
 }
@@ -295,7 +295,7 @@ async fn two_workers_that_die_beyond_the_deadline_are_the_last_ones() {
     }
     let ended = rig.task(task.id).await;
     assert_eq!(ended.now.status, StartStatus::Error);
-    assert!(ended.now.detail.expect("a detail").contains("not done within"));
+    assert!(ended.now.detail.expect("a detail").contains("did not finish within"));
     rig.finish().await;
 }
 

@@ -25,7 +25,7 @@ use crate::user::UserId;
 use crate::user::counters::{self, Counter};
 
 /// The error for a count that takes too long.
-const TOO_MANY: &str = "There are too many conversations to count with these filters: narrow them with created_at__gte and created_at__lt, or walk the pages of search";
+const TOO_MANY: &str = "Too many conversations to count with these filters. Narrow them with created_at__gte and created_at__lt, or read the pages of search";
 
 /// The most bytes that the live status adds to a conversation: its address, its key, its states.
 const LIVE_STATUS_SIZE: u64 = 2048;

@@ -129,7 +129,7 @@ impl DockerSandboxes {
         let (status, detail) = match container {
             Some(container) => status(container, record.wanted),
             None if Time::now().since(record.created_at) < LAUNCH_GRACE => (SandboxStatus::Starting, None),
-            None => (SandboxStatus::Missing, Some("Its container is gone".to_owned())),
+            None => (SandboxStatus::Missing, Some("Its container no longer exists".to_owned())),
         };
         let mut sandbox = Sandbox { detail, ..Sandbox::of(record, status, WORKING_DIR) };
         let Some(container) = container.filter(|_| status == SandboxStatus::Running) else { return Ok(sandbox) };
@@ -143,7 +143,7 @@ impl DockerSandboxes {
             sandbox.status = SandboxStatus::Starting;
         } else {
             sandbox.status = SandboxStatus::Error;
-            sandbox.detail = Some("Its container runs, and its agent server does not answer".to_owned());
+            sandbox.detail = Some("Its container is running, but its agent server does not respond".to_owned());
         }
         Ok(sandbox)
     }

@@ -287,12 +287,12 @@ fn show(record: &SandboxRecord, runtime: Option<&Runtime>) -> Sandbox {
         Some("running") => (SandboxStatus::Running, None),
         Some("paused") => (SandboxStatus::Paused, None),
         Some("starting") => (SandboxStatus::Starting, None),
-        Some("error") => (SandboxStatus::Error, Some("Its provider says that it has failed")),
+        Some("error") => (SandboxStatus::Error, Some("Its provider reports that it has failed")),
         None if runtime.is_none() && Time::now().since(record.created_at) < LAUNCH_GRACE => {
             (SandboxStatus::Starting, None)
         }
         Some("stopped") => (SandboxStatus::Missing, Some("Its provider has stopped it")),
-        _ => (SandboxStatus::Missing, Some("Its provider does not know it any more")),
+        _ => (SandboxStatus::Missing, Some("Its provider no longer knows it")),
     };
     let mut sandbox = Sandbox { detail: detail.map(str::to_owned), ..Sandbox::of(record, status, WORKING_DIR) };
     if status == SandboxStatus::Running

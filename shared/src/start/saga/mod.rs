@@ -325,7 +325,7 @@ impl StartRun<'_> {
         let count = record.open_claims - 1;
         tracing::warn!(task = %record.id, status = ?self.status(), attempt = count, "start.worker_lost");
         if count >= MAX_ATTEMPTS {
-            return Some((Fault::Server, format!("The step {:?} was cut off {count} times", self.status())));
+            return Some((Fault::Server, format!("The step {:?} was interrupted {count} times", self.status())));
         }
         (count > 1 && self.is_overdue()).then(|| (self.fault_of_overdue(), self.overdue_text()))
     }
@@ -349,7 +349,7 @@ impl StartRun<'_> {
                 let sandbox = self.task.record.now.sandbox_id.as_deref().unwrap_or_default();
                 format!("Sandbox failed to start within {seconds}s: {sandbox}")
             }
-            status => format!("The step {status:?} was not done within {seconds}s"),
+            status => format!("The step {status:?} did not finish within {seconds}s"),
         }
     }
 
@@ -582,7 +582,7 @@ impl StartRun<'_> {
         let Some(sandbox) = self.sandbox.clone() else { return Ok(None) };
         let agent_server = sandbox
             .agent_server(&self.saga.http)
-            .ok_or_else(|| StepError::Fatal(format!("The sandbox {} has no address of an agent server", sandbox.id)))?;
+            .ok_or_else(|| StepError::Fatal(format!("The sandbox {} has no agent server address", sandbox.id)))?;
         Ok(Some((sandbox, agent_server)))
     }
 
