@@ -61,7 +61,8 @@ const FORGOTTEN_AFTER: Duration = Duration::from_secs(2);
 const OPEN_REQUESTS: usize = 4;
 
 /// The error for a count that takes too long.
-const TOO_MANY: &str = "Too many start tasks to count with this filter. Narrow it with created_at__gte, or read the pages of search";
+const TOO_MANY: &str =
+    "Too many start tasks to count with this filter. Narrow it with created_at__gte, or read the pages of search";
 const LEASE_UPDATE: &str = "SET lease_owner = :worker, lease_until = :until, due_at = :due";
 
 /// What became of the attempt to claim a task.
