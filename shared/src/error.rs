@@ -80,7 +80,7 @@ impl Error {
     pub fn context(&self) -> String {
         match self {
             Self::Internal { context } | Self::Upstream { context, .. } => context.clone(),
-            Self::Store(error) => error.context.clone(),
+            Self::Store(error) => error.context().to_owned(),
             other => other.to_string(),
         }
     }
@@ -106,23 +106,78 @@ impl Fault {
     }
 }
 
-/// A failed call to DynamoDB, S3 or SQS.
-#[derive(Debug)]
+/// A failed call to DynamoDB, S3, SQS or KMS.
+///
+/// No kind says that a write certainly did not happen: the SDK repeats calls, so an earlier attempt may have succeeded although the
+/// last one was refused. Writes are therefore safe to repeat, and a create that fails is looked up (`dynamo::unless_written`).
+#[derive(Debug, thiserror::Error)]
+#[error("The store is not available right now")]
 pub struct StoreError {
-    /// The call that failed, e.g. `PutItem start-tasks`.
-    pub operation: &'static str,
-    /// For the log.
-    pub context: String,
-    /// Whether a condition of the write did not hold.
-    pub condition_failed: bool,
-    /// Whether the write certainly did not happen. When false it may or may not have.
-    pub certainly_not_written: bool,
+    kind: StoreErrorKind,
+    context: String,
+    #[source]
+    source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
-impl fmt::Display for StoreError {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(out, "The store is not available right now")
+/// What a failed call means for its caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StoreErrorKind {
+    /// A condition of the write does not hold. Repeating it does not help.
+    ConditionFailed,
+    /// The table or the account is over its capacity. It may be repeated after a pause.
+    Throttled,
+    /// Another write of the same item was under way. It may be repeated after a pause.
+    Conflict,
+    /// Everything else, such as a lost response, a missing permission or a failed disk.
+    Other,
+}
+
+impl StoreError {
+    /// An error with its context for the log: the call that failed, and what is known of the reason.
+    #[must_use]
+    pub fn new(kind: StoreErrorKind, context: impl Into<String>) -> Self {
+        Self { kind, context: context.into(), source: None }
+    }
+
+    /// Keeps the error that caused this one.
+    #[must_use]
+    pub fn with_source(self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Self { source: Some(Box::new(source)), ..self }
+    }
+
+    /// The same error, of another kind.
+    #[must_use]
+    pub fn with_kind(self, kind: StoreErrorKind) -> Self {
+        Self { kind, ..self }
+    }
+
+    /// What the failure means for the caller.
+    #[must_use]
+    pub fn kind(&self) -> StoreErrorKind {
+        self.kind
+    }
+
+    /// For the log: the call that failed and the reason, down to the first cause.
+    #[must_use]
+    pub fn context(&self) -> &str {
+        &self.context
     }
 }
 
-impl std::error::Error for StoreError {}
+#[cfg(test)]
+mod tests {
+    use std::error::Error as _;
+
+    use super::*;
+
+    #[test]
+    fn a_store_error_keeps_its_source_and_hides_it_from_callers() {
+        let cause = std::io::Error::other("connection reset");
+        let store = StoreError::new(StoreErrorKind::Other, "GetItem users: connection reset").with_source(cause);
+        let error = Error::from(store.with_kind(StoreErrorKind::Throttled));
+        assert_eq!(error.to_string(), "The store is not available right now");
+        assert_eq!(error.context(), "GetItem users: connection reset");
+        let store = error.source().expect("the store's error");
+        assert_eq!(store.source().expect("its cause").to_string(), "connection reset");
+    }
+}

@@ -9,7 +9,7 @@ use http::header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, EXPIRES, LOCATIO
 use http::{HeaderValue, StatusCode, Uri};
 use serde_json::json;
 
-use crate::error::{Error, StoreError};
+use crate::error::Error;
 
 /// Bytes of a request's headers, names and values. API Gateway itself takes 10 KB.
 pub const MAX_HEADERS: usize = 16 * 1024;
@@ -26,7 +26,7 @@ impl IntoResponse for Error {
             Self::Gone(_) => StatusCode::GONE,
             Self::TooMany(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::Unavailable(_) | Self::Store(StoreError { .. }) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Unavailable(_) | Self::Store(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Upstream { .. } => StatusCode::BAD_GATEWAY,
             Self::Internal { .. } => StatusCode::INTERNAL_SERVER_ERROR,
         };
