@@ -1,4 +1,4 @@
-//! What can go wrong, told apart by what happened, not by HTTP status: `http::response` maps it once, at the edge.
+//! The errors of this crate, by what happened and not by HTTP status. `http::response` maps them to responses, in one place.
 
 use std::fmt;
 
@@ -7,37 +7,37 @@ use crate::http::pydantic::validation::Violation;
 /// The result of everything that can fail in this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What happened. Each variant's message is for the caller; context for the log is kept apart and never shown.
+/// A failure. Each variant's message is for the caller. Context for the log is separate, and callers never see it.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The request does not fit its model: every violation, in the order of the fields.
+    /// The request is not valid: every violation, in the order of the fields.
     #[error("the request is not valid")]
     Invalid(Vec<Violation>),
-    /// The request is well-formed, but asks for something that cannot be; the text says what.
+    /// The request is well-formed, but cannot be fulfilled; the message says why.
     #[error("{0}")]
     Refused(String),
-    /// The caller did not say who they are, or not credibly.
+    /// The caller's credentials are missing or not valid.
     #[error("{0}")]
     Unauthenticated(String),
-    /// The caller is known, and may not do this.
+    /// The caller is authenticated, but not permitted to do this.
     #[error("{0}")]
     Forbidden(String),
-    /// No such thing, or not the caller's: the two are not told apart.
+    /// The resource does not exist, or belongs to another user. Callers cannot distinguish the two.
     #[error("{0}")]
     NotFound(String),
-    /// It cannot be done in the state that things are in; the text says what would change that.
+    /// The current state does not allow it; the message says what would change that.
     #[error("{0}")]
     Conflict(String),
-    /// It was there, and will not be again.
+    /// The resource existed, and will not exist again.
     #[error("{0}")]
     Gone(String),
-    /// There are too many of these already.
+    /// A limit on the number of such resources is reached.
     #[error("{0}")]
     TooMany(String),
-    /// What it needs does not work now.
+    /// Something that the request needs does not work at the moment.
     #[error("{0}")]
     Unavailable(String),
-    /// The request is larger than is accepted.
+    /// The request is too large.
     #[error("{0}")]
     TooLarge(String),
     /// The store, the bucket or the queue failed.
@@ -46,12 +46,12 @@ pub enum Error {
     /// Another service that this one needs (an agent server, a sandbox provider) failed.
     #[error("{message}")]
     Upstream {
-        /// For the caller: which service and, in general terms, what.
+        /// For the caller: the service, and what failed in general terms.
         message: String,
         /// For the log.
         context: String,
     },
-    /// A fault of our own.
+    /// A defect of this server.
     #[error("Internal Server Error")]
     Internal {
         /// For the log.
@@ -60,13 +60,13 @@ pub enum Error {
 }
 
 impl Error {
-    /// A fault of our own, with context for the log.
+    /// A defect of this server, with context for the log.
     pub fn internal(context: impl fmt::Display) -> Self {
         Self::Internal { context: context.to_string() }
     }
 
-    /// Whose fault a failed request is. An upstream service is in most cases the user's own sandbox, and what is unavailable
-    /// for a while (an export that is being built) is so by design.
+    /// Who can remedy the failure of a request. An upstream service is in most cases the user's own sandbox, and something that is
+    /// unavailable for a while (an export that is being built) is so by design.
     #[must_use]
     pub fn fault(&self) -> Fault {
         match self {
@@ -75,7 +75,7 @@ impl Error {
         }
     }
 
-    /// What the log should hold: the context where there is one, else the message.
+    /// The text for the log: the context where there is one, else the message.
     #[must_use]
     pub fn context(&self) -> String {
         match self {
@@ -89,7 +89,7 @@ impl Error {
 /// Who can remedy a failure. The log says it, so that alarms leave out what callers can cause by themselves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// The user, or what belongs to them: their request, their settings, their repository, their sandbox.
+    /// The user: their request, settings, repository or sandbox is the cause.
     User,
     /// The operator of this server.
     Server,

@@ -30,7 +30,7 @@ wire_enum! {
         LeastRecentlyUsed = "LEAST_RECENTLY_USED",
         /// The sandbox with the fewest conversations.
         FewestConversations = "FEWEST_CONVERSATIONS",
-        /// The first that has room.
+        /// The first that is not full.
         AddToAny = "ADD_TO_ANY",
     }
 }
