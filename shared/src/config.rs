@@ -61,7 +61,7 @@ pub struct StartConfig {
     /// turns the probe off).
     pub mcp_probe_timeout: Duration,
     /// How long a worker waits in its own process before it gives the task back to the queue
-    /// (`START_PATIENCE_MS`, 2000). On Lambda waiting is paid for; locally it is free.
+    /// (`START_INLINE_WAIT_MS`, 2000). On Lambda waiting is paid for; locally it is free.
     pub inline_wait: Duration,
     /// How long a worker's claim on a task lasts without being renewed (`START_LEASE_SECONDS`, 15).
     pub lease: Duration,
@@ -507,7 +507,7 @@ impl StartConfig {
             step_timeout: seconds("STEP_TIMEOUT", default.step_timeout)?,
             agent_request_timeout: seconds("AGENT_REQUEST_TIMEOUT", default.agent_request_timeout)?,
             mcp_probe_timeout: seconds("MCP_PROBE_TIMEOUT", default.mcp_probe_timeout)?,
-            inline_wait: milliseconds("START_PATIENCE_MS", default.inline_wait)?,
+            inline_wait: milliseconds("START_INLINE_WAIT_MS", default.inline_wait)?,
             lease: seconds("START_LEASE_SECONDS", default.lease)?,
             poll: milliseconds("START_POLL_MS", default.poll)?,
             keep_alive: milliseconds("STREAM_KEEP_ALIVE_MS", default.keep_alive)?,

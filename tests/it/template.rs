@@ -581,8 +581,8 @@ fn a_hosted_web_ui_is_an_option() {
         assert_eq!(behavior["ResponseHeadersPolicyId"], security_headers, "AWS's SecurityHeadersPolicy");
     }
     // Longer than a stream is ever silent, and than an export is built within its request.
-    let inline_wait = distribution["Origins"][1]["CustomOriginConfig"]["OriginReadTimeout"].as_u64().expect("seconds");
-    assert!(inline_wait > shared::config::ExportConfig::default().budget.as_secs() + 10);
+    let read_timeout = distribution["Origins"][1]["CustomOriginConfig"]["OriginReadTimeout"].as_u64().expect("seconds");
+    assert!(read_timeout > shared::config::ExportConfig::default().budget.as_secs() + 10);
     assert_eq!(distribution["Logging"]["Bucket"], json!({"Fn::GetAtt": ["WebUiLogBucket", "RegionalDomainName"]}));
     assert_eq!(distribution["Logging"]["IncludeCookies"], false);
     let logs = &resources["WebUiLogBucket"]["Properties"];

@@ -126,7 +126,7 @@ impl Environment {
     /// Names the first variable that is malformed.
     pub fn read() -> Result<Self, ServerError> {
         let mut start = StartConfig::from_env()?;
-        if config::text("START_PATIENCE_MS").is_none() {
+        if config::text("START_INLINE_WAIT_MS").is_none() {
             start.inline_wait = PATIENCE;
         }
         let settings = [("LLM_MODEL", "llm_model"), ("LLM_API_KEY", "llm_api_key"), ("LLM_BASE_URL", "llm_base_url")]
