@@ -1,5 +1,7 @@
-//! The worker behind the queue: advances starts, goes on with exports that outlasted their requests, finishes deletions,
+//! The worker behind the queue: advances starts, finishes deletions,
 //! delivers messages, fetches titles and processes events, sweeps up what was forgotten, and gives up honestly.
+
+use std::time::Duration;
 
 use aws_lambda_events::event::sqs::{BatchItemFailure, SqsBatchResponse, SqsEvent, SqsMessage};
 use futures::future::{join_all, join3};
@@ -11,7 +13,7 @@ use shared::conversation::store::ConversationStore;
 use shared::error::Error;
 use shared::event::follow_up::FollowUp;
 use shared::event::store::EventStore;
-use shared::export::Exporter;
+use shared::export::store::ExportStore;
 use shared::http_client::HttpClient;
 use shared::jobs::queue::{DEAD_LETTER_SUFFIX, Job, JobQueue};
 use shared::pending_message::delivery::{Messages, Timing};
@@ -32,8 +34,8 @@ pub struct Context {
     pub deletion: Deletion,
     /// Does what is to be done on events.
     pub follow_up: FollowUp,
-    /// Goes on with exports.
-    pub exporter: Exporter,
+    /// The queue of exports, to which messages of earlier versions are forwarded.
+    pub export_queue: JobQueue,
     /// Delivers messages.
     pub messages: Messages,
 }
@@ -46,7 +48,8 @@ impl Context {
         let sandboxes = SandboxStore::new(dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
         let sandboxes = sandbox::service(&config.sandbox, sandboxes);
         let http = HttpClient::new(config.address_policy);
-        let exporter = Exporter::new(&config.export, names, aws, sandboxes.clone(), http.clone());
+        let exports = ExportStore::new(dynamodb.clone(), names.users.clone(), aws.s3.clone(), names.bucket.clone());
+        let export_queue = JobQueue::new(aws.sqs.clone(), names.export_queue_url.clone());
         let saga = Saga {
             tasks: StartTaskStore::new(
                 dynamodb.clone(),
@@ -66,12 +69,18 @@ impl Context {
         };
         let events = EventStore::new(dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
         let messages = MessageStore::new(dynamodb.clone(), names.users.clone(), aws.s3.clone(), names.bucket.clone());
-        Self::new_with(saga, events, exporter, messages)
+        Self::new_with(saga, events, exports, export_queue, messages)
     }
 
     /// A context around a saga, and the events, exports and waiting messages of the conversations that it makes.
     #[must_use]
-    pub fn new_with(saga: Saga, events: EventStore, exporter: Exporter, messages: MessageStore) -> Self {
+    pub fn new_with(
+        saga: Saga,
+        events: EventStore,
+        exports: ExportStore,
+        export_queue: JobQueue,
+        messages: MessageStore,
+    ) -> Self {
         let follow_up = FollowUp {
             conversations: saga.conversations.clone(),
             events: events.clone(),
@@ -83,7 +92,7 @@ impl Context {
             deleter: Deleter { conversations: saga.conversations.clone(), queue: saga.queue.clone() },
             tasks: saga.tasks.clone(),
             events,
-            exports: exporter.store().clone(),
+            exports,
             messages: messages.clone(),
             sandboxes: saga.sandboxes.clone(),
             http: saga.http.clone(),
@@ -97,7 +106,7 @@ impl Context {
             http: saga.http.clone(),
             timing: Timing::default(),
         };
-        Self { saga, deletion, follow_up, exporter, messages }
+        Self { saga, deletion, follow_up, export_queue, messages }
     }
 }
 
@@ -153,12 +162,8 @@ async fn handle_message(context: &Context, message: &SqsMessage) -> Result<(), E
                 Attempt::Waiting | Attempt::Busy | Attempt::Unknown => Ok(()),
             }
         }
-        // Whoever asks again rings again.
-        Job::Export { conversation, .. } if dead => {
-            tracing::error!(%conversation, "export.abandoned");
-            Ok(())
-        }
-        Job::Export { user, conversation } => context.exporter.go_on(&user, conversation).await,
+        // Earlier versions enqueued exports here. The function `exports` drops a message that no client waits for any more.
+        job @ Job::Export { .. } => context.export_queue.send(&job, Duration::ZERO).await,
         // The sweep rings again.
         Job::DeliverMessages { conversation, .. } if dead => {
             tracing::error!(%conversation, "worker.messages_not_delivered");

@@ -35,7 +35,7 @@ pub enum Job {
         #[serde(with = "as_hex")]
         task: Uuid,
     },
-    /// Go on with an export.
+    /// Build an export. In the queue of exports; earlier versions enqueued it in the job queue.
     Export {
         /// The conversation's owner.
         user: UserId,

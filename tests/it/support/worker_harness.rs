@@ -12,11 +12,11 @@ use aws_sdk_sqs::operation::delete_message::DeleteMessageError;
 use aws_sdk_sqs::types::{Message, QueueAttributeName};
 use serde_json::{Value, json};
 use shared::aws::Aws;
-use shared::config::{ExportConfig, Names, StartConfig};
+use shared::config::{Names, StartConfig};
 use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
 use shared::event::store::EventStore;
-use shared::export::Exporter;
+use shared::export::store::ExportStore;
 use shared::http_client::{AddressPolicy, HttpClient};
 use shared::jobs::queue::{DEAD_LETTER_SUFFIX, JobQueue};
 use shared::pending_message::delivery::Timing;
@@ -208,6 +208,7 @@ impl WorkerHarness {
         let mut names = engines.names(PREFIX);
         let queues = schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
         names.job_queue_url.clone_from(&queues.jobs);
+        names.export_queue_url.clone_from(&queues.exports);
         // A message of a crashed worker comes back soon.
         aws.sqs
             .set_queue_attributes()
@@ -274,10 +275,12 @@ impl WorkerHarness {
                 sealer: sealer.clone(),
                 config: config.clone(),
             };
-            let exporter = Exporter::new(&ExportConfig::default(), &names, aws, sandboxes.clone(), saga.http.clone());
+            let exports =
+                ExportStore::new(aws.dynamodb.clone(), names.users.clone(), aws.s3.clone(), names.bucket.clone());
+            let export_queue = JobQueue::new(aws.sqs.clone(), queues.exports.clone());
             let messages =
                 MessageStore::new(aws.dynamodb.clone(), names.users.clone(), aws.s3.clone(), names.bucket.clone());
-            let mut context = Context::new_with(saga, events(aws), exporter, messages);
+            let mut context = Context::new_with(saga, events(aws), exports, export_queue, messages);
             context.messages.timing = quick_messages();
             context
         };

@@ -17,26 +17,30 @@ use uuid::Uuid;
 /// Integers in text longer than this are refused unread, as Python refuses them.
 const MAX_INTEGER_TEXT: usize = 4300;
 
-/// One fault of a request: an entry of `detail` in a 422 answer.
+/// A violation of the request's schema: an entry of `detail` in a 422 response.
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Violation {
     /// Name of the rule, e.g. `missing`, `uuid_parsing`.
     #[serde(rename = "type")]
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
     pub kind: &'static str,
-    /// Where: `body`, `query` or `path` first, then keys and indices down to the faulty value.
+    /// The location: `body`, `query` or `path`, then the keys and indices that lead to the faulty value.
     pub loc: Vec<Loc>,
-    /// What is wrong, for people.
+    /// The error message.
     pub msg: String,
-    /// The faulty value as it was sent; for `missing` the object that lacks the field.
+    /// The faulty value as it was sent; for `missing`, the object that lacks the field.
     pub input: Value,
-    /// Parameters of the rule. The key is left out when the rule has none.
+    /// Parameters of the rule. Absent if the rule has none.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(value_type = Object))]
     pub ctx: Option<Value>,
 }
 
 /// One step on the way to a value.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub enum Loc {
     /// Key of an object, or the part of the request.
     Key(Cow<'static, str>),
@@ -103,6 +107,20 @@ macro_rules! wire_enum {
                 $name::as_str(self)
             }
         }
+
+        // Not derived: utoipa does not read the spelling from a macro's argument.
+        #[cfg(feature = "openapi")]
+        impl utoipa::PartialSchema for $name {
+            fn schema() -> utoipa::openapi::RefOr<utoipa::openapi::Schema> {
+                utoipa::openapi::ObjectBuilder::new()
+                    .schema_type(utoipa::openapi::schema::Type::String)
+                    .enum_values(Some([$($text,)+]))
+                    .into()
+            }
+        }
+
+        #[cfg(feature = "openapi")]
+        impl utoipa::ToSchema for $name {}
 
         impl std::fmt::Display for $name {
             fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
