@@ -48,18 +48,21 @@ impl Lease {
     }
 
     fn claimed(&self, update: Update) -> Update {
-        let is_free = Condition::Any(vec![
-            Condition::Missing(UNTIL),
-            Condition::Compare(UNTIL, "<", text(Time::now().sortable())),
-            Condition::equal(OWNER, text(&self.owner)),
-        ]);
-        update.set(OWNER, text(&self.owner)).set(UNTIL, text(self.until.sortable())).condition(is_free)
+        let is_free_or_own = Condition::Any(vec![is_free(), Condition::equal(OWNER, text(&self.owner))]);
+        update.set(OWNER, text(&self.owner)).set(UNTIL, text(self.until.sortable())).condition(is_free_or_own)
     }
 
     /// Moves the end of the lease to [`Lease::until`] with an update, if the owner still has it.
     pub fn renew(&self, update: Update) -> Update {
         guard(update.set(UNTIL, text(self.until.sortable())), &self.owner)
     }
+}
+
+/// No owner has the lease, or it has expired.
+#[must_use]
+pub fn is_free() -> Condition {
+    let has_expired = Condition::Compare(UNTIL, "<", text(Time::now().sortable()));
+    Condition::Any(vec![Condition::Missing(UNTIL), has_expired])
 }
 
 /// Makes an update depend on the owner's lease. Use it for parts of transactions, and for updates that are safe to repeat; use
@@ -81,12 +84,18 @@ pub async fn write(table: &Table, key: Item, owner: &str, update: Update) -> Res
     table.update_once(key, guard(update, owner)).await
 }
 
-/// Deletes an item under a lease, if a further condition holds. Returns whether there is no item any more.
+/// Deletes an item under a lease, if the further conditions hold. Returns whether there is no item any more.
 ///
 /// # Errors
 /// [`crate::Error::Store`].
-pub async fn delete(table: &Table, key: Item, owner: &str, condition: Condition) -> Result<bool> {
-    let condition = Condition::All(vec![Condition::equal(OWNER, text(owner)), condition]);
+pub async fn delete(
+    table: &Table,
+    key: Item,
+    owner: &str,
+    conditions: impl IntoIterator<Item = Condition>,
+) -> Result<bool> {
+    let is_own = Condition::equal(OWNER, text(owner));
+    let condition = Condition::All([is_own].into_iter().chain(conditions).collect());
     // Where there is no item, an attempt whose response was lost has deleted it: no one else deletes it during the lease.
     Ok(!matches!(table.delete(key, condition).await?, Err(Some(_))))
 }
@@ -100,7 +109,7 @@ mod tests {
         let lease = Lease::of("w1", Duration::from_secs(60));
         let (update, condition, expression) = lease.claimed(Update::new().remove("finished")).expressions();
         assert_eq!(update.expect("an update"), "SET #n1 = :v0, #n2 = :v1 REMOVE #n0");
-        assert_eq!(condition.expect("a condition"), "(attribute_not_exists(#n2) OR #n2 < :v2 OR #n1 = :v3)");
+        assert_eq!(condition.expect("a condition"), "((attribute_not_exists(#n2) OR #n2 < :v2) OR #n1 = :v3)");
         assert_eq!(expression.names["#n1"], "lease_owner");
         assert_eq!(expression.names["#n2"], "lease_until");
         assert_eq!(expression.values[":v3"], text("w1"));

@@ -21,7 +21,7 @@ use serde::de::DeserializeOwned;
 
 pub use batch::{BATCH_GET_LIMIT, BATCH_WRITE_LIMIT};
 pub use due_index::{DUE_LIMIT, DueIndex, DueRow};
-pub use error::{is_condition_failure, store_error, unless_written};
+pub use error::{store_error, unless_written};
 pub use retry::{Attempts, Backoff};
 pub use table::Table;
 pub use transaction::{Cancellation, TRANSACTION_LIMIT, Transacted, transact};

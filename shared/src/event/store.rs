@@ -5,6 +5,7 @@
 //! reads places there and then the events of the page alone, and counting reads nothing else.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::operation::query::builders::QueryFluentBuilder;
@@ -457,7 +458,7 @@ impl EventStore {
     /// [`Error::Store`].
     pub async fn count_all(&self, user: &UserId, conversation: Uuid) -> Result<u64> {
         let range = Range::new(partition(user, conversation), &EventFilter::default());
-        let query = range.ask(self.dynamodb.query().table_name(&self.table));
+        let query = range.ask(self.table.query());
         paging::count_within(Duration::from_secs(24 * 3600), "Query events", query, TOO_MANY).await
     }
 

@@ -268,7 +268,7 @@ impl MessageStore {
     /// [`Error::Store`].
     pub async fn end(&self, user: &UserId, conversation: Uuid, lease: &Lease) -> Result<bool> {
         let is_empty = Condition::Size("messages", "=", 0);
-        lease::delete(&self.table, key(user, conversation), &lease.owner, is_empty).await
+        lease::delete(&self.table, key(user, conversation), &lease.owner, [is_empty]).await
     }
 
     /// The parts of a message, as JSON.
