@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use crate::clock::Time;
 use crate::error::{Error, Result, StoreError};
-use crate::user::UserId;
+use crate::id::UserId;
 
 /// DynamoDB takes at most this many keys in one `BatchGetItem`.
 pub const BATCH_GET_LIMIT: usize = 100;

@@ -14,9 +14,8 @@ use crate::clock::Time;
 use crate::config::StartConfig;
 use crate::error::Result;
 use crate::http::secret::{self, InTerminal};
-use crate::id;
+use crate::id::{self, UserId};
 use crate::start::request::{AgentType, Content, ProviderType, Secrets, SendMessageRequest, StartRequest};
-use crate::user::UserId;
 use crate::user::settings::Settings;
 use crate::user::token::TokenKey;
 

@@ -16,12 +16,12 @@ use crate::error::{Error, Result, StoreError};
 use crate::event::store::EventStore;
 use crate::export::store::ExportStore;
 use crate::http_client::HttpClient;
+use crate::id::UserId;
 use crate::jobs::queue::{Job, JobQueue};
 use crate::pending_message::store::MessageStore;
 use crate::sandbox::SandboxService;
 use crate::start::store::StartTaskStore;
 use crate::start::sweep::sweep;
-use crate::user::UserId;
 
 /// How long after its message a deletion counts as forgotten.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(2);

@@ -15,10 +15,9 @@ use uuid::Uuid;
 
 use self::tags::Tags;
 use crate::clock::{Time, sortable};
-use crate::id::as_hex;
+use crate::id::{UserId, as_hex};
 use crate::sandbox::SandboxStatus;
 use crate::start::request::{ProviderType, Trigger};
-use crate::user::UserId;
 
 /// The most characters of a title, a repository or a branch: a record must stay far below what DynamoDB takes.
 pub const MAX_NAME: usize = 10_000;

@@ -18,9 +18,8 @@ use super::{ConversationRecord, MetricsSnapshot, TokenUsage, within_max_name};
 use crate::clock::Time;
 use crate::dynamo::{Item, from_item, is_condition_failure, store_error, text, transact};
 use crate::error::{Error, Result};
-use crate::id;
+use crate::id::{self, UserId};
 use crate::start::request::EventCallbackProcessor;
-use crate::user::UserId;
 use crate::user::counters::{self, Counter};
 
 /// The result of looking up a conversation by its id.

@@ -17,9 +17,8 @@ use crate::dynamo::{
     text, to_item, transact,
 };
 use crate::error::{Error, Result};
-use crate::id;
+use crate::id::{self, UserId};
 use crate::start::request::ProviderType;
-use crate::user::UserId;
 use crate::user::counters::{self, Counter};
 
 /// Index: all of a user's conversations by creation.

@@ -14,10 +14,10 @@ use crate::conversation::reports::Lookup;
 use crate::conversation::store::ConversationStore;
 use crate::error::Result;
 use crate::http_client::HttpClient;
+use crate::id::UserId;
 use crate::jobs::queue::{Job, JobQueue};
 use crate::sandbox::SandboxService;
 use crate::start::request::EventCallbackProcessor;
-use crate::user::UserId;
 
 /// How long after an event that calls for it the agent server is asked first.
 pub const FIRST_DELAY: Duration = Duration::from_secs(3);

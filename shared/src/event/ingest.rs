@@ -16,10 +16,10 @@ use crate::conversation::store::{ConversationChange, ConversationStore};
 use crate::conversation::tags::Tags;
 use crate::conversation::{ConversationRecord, MetricsSnapshot, within_max_name};
 use crate::error::{Error, Result};
+use crate::id::UserId;
 use crate::jobs::queue::{Job, JobQueue};
 use crate::sandbox::store::SandboxRecord;
 use crate::start::request::EventCallbackProcessor;
-use crate::user::UserId;
 
 /// `execution_status` of a conversation that its agent server is about to remove.
 const DELETING: &str = "deleting";

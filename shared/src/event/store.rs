@@ -25,10 +25,9 @@ use crate::dynamo::{
 use crate::error::{Error, Result, StoreError};
 use crate::http::page::{PAGE_SIZE, size_of_text, too_large};
 use crate::http::pydantic::validation::wire_enum;
-use crate::id;
+use crate::id::{self, UserId};
 use crate::objects;
 use crate::paging;
-use crate::user::UserId;
 
 /// Index: the places of a conversation's events, in the order of time.
 pub const BY_POSITION: &str = "by-position";

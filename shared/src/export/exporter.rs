@@ -19,10 +19,10 @@ use crate::conversation::{AppConversation, ConversationRecord};
 use crate::error::{Error, Result};
 use crate::event::store::EventStore;
 use crate::http_client::HttpClient;
+use crate::id::UserId;
 use crate::jobs::queue::{Job, JobQueue};
 use crate::metrics;
 use crate::sandbox::SandboxService;
-use crate::user::UserId;
 
 /// Part of every fingerprint: another form of exports has another number.
 const FORM: u32 = 1;

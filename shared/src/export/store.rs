@@ -22,9 +22,8 @@ use crate::digest::sha256_hex;
 use crate::dynamo::{Item, from_item, is_condition_failure, store_error, text, to_item};
 use crate::error::{Error, Result};
 use crate::event::store::Cursor;
-use crate::id;
+use crate::id::{self, UserId};
 use crate::objects;
-use crate::user::UserId;
 
 /// All objects of exports begin with this. They are temporary: a lifecycle rule removes them.
 pub const PREFIX: &str = "exports/";

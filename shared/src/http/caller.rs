@@ -6,8 +6,8 @@ use http::HeaderMap;
 use http::request::Parts;
 
 use crate::error::{Error, Result};
+use crate::id::UserId;
 use crate::sandbox::store::{SandboxRecord, SandboxStore};
-use crate::user::UserId;
 
 /// The user who makes a request.
 #[derive(Clone, Debug)]

@@ -9,8 +9,7 @@ use uuid::Uuid;
 
 use crate::dynamo::store_error;
 use crate::error::{Error, Result};
-use crate::id::as_hex;
-use crate::user::UserId;
+use crate::id::{UserId, as_hex};
 
 /// The version of messages that this code writes.
 const VERSION: u32 = 1;

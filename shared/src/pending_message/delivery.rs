@@ -25,14 +25,13 @@ use crate::conversation::reports::Lookup;
 use crate::conversation::store::ConversationStore;
 use crate::error::{Error, Result};
 use crate::http_client::HttpClient;
-use crate::id;
+use crate::id::{self, UserId};
 use crate::jobs::queue::{Job, JobQueue};
 use crate::sandbox::{SandboxService, SandboxStatus};
 use crate::start::request::Content;
 use crate::start::store::StartTaskStore;
 use crate::start::sweep::sweep;
 use crate::start::task::StartStatus;
-use crate::user::UserId;
 
 /// Longer than an agent's step takes: what has not come in by then never will.
 const AT_THE_DOOR: Duration = Duration::from_secs(900);

@@ -14,9 +14,8 @@ use crate::clock::{Time, sortable};
 use crate::digest::sha256_hex;
 use crate::dynamo::{DueIndex, Item, from_item, is_condition_failure, number, store_error, text};
 use crate::error::{Error, Result};
-use crate::id;
+use crate::id::{self, UserId};
 use crate::objects;
-use crate::user::UserId;
 
 /// Index: queues that somebody has to look after, by when.
 pub const UNDELIVERED: &str = "undelivered";

@@ -24,9 +24,8 @@ use crate::clock::Time;
 use crate::config::DockerSandboxConfig;
 use crate::error::{Error, Result};
 use crate::http_client::{AddressPolicy, HttpClient};
-use crate::id;
+use crate::id::{self, UserId};
 use crate::mask::masked;
-use crate::user::UserId;
 
 /// Where conversations work in the image.
 pub(super) const WORKING_DIR: &str = "/workspace/project";

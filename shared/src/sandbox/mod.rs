@@ -20,7 +20,7 @@ use crate::config::SandboxConfig;
 use crate::digest::sha256_hex;
 use crate::error::Result;
 use crate::http_client::HttpClient;
-use crate::user::UserId;
+use crate::id::UserId;
 use store::{SandboxRecord, SandboxStore};
 
 /// The state of a sandbox, as the contract names it.

@@ -28,8 +28,7 @@ use crate::clock::Time;
 use crate::config::ProcessSandboxConfig;
 use crate::error::{Error, Result};
 use crate::http_client::{AddressPolicy, HttpClient};
-use crate::id;
-use crate::user::UserId;
+use crate::id::{self, UserId};
 
 /// Writes its process id, then becomes the agent server under the same id.
 const LAUNCHER: &str = r#"echo $$ > "$1" && shift && exec "$@""#;

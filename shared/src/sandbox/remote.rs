@@ -19,8 +19,7 @@ use crate::config::RemoteSandboxConfig;
 use crate::digest::sha256_hex;
 use crate::error::{Error, Result};
 use crate::http_client::{AddressPolicy, Answer, HttpClient};
-use crate::id;
-use crate::user::UserId;
+use crate::id::{self, UserId};
 
 /// The agent server's command line in the image.
 pub(super) const COMMAND: [&str; 3] = ["/usr/local/bin/openhands-agent-server", "--port", "60000"];

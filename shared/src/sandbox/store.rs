@@ -13,8 +13,8 @@ use crate::dynamo::{
     BATCH_GET_LIMIT, Item, batch_get_items, from_item, is_condition_failure, store_error, text, to_item,
 };
 use crate::error::Result;
+use crate::id::UserId;
 use crate::sandbox::MAX_ID;
-use crate::user::UserId;
 use crate::user::seal::Sealer;
 
 /// Index: a sandbox by the hash of its session key.

@@ -10,9 +10,8 @@ use crate::clock::Time;
 use crate::conversation::store::ConversationStore;
 use crate::error::{Error, Result};
 use crate::http::pydantic::validation::Checker;
-use crate::id;
+use crate::id::{self, UserId};
 use crate::jobs::queue::{Job, JobQueue};
-use crate::user::UserId;
 use crate::user::git::{self, Repository, Selection};
 use crate::user::settings::{ProviderTokens, SettingsStore};
 

@@ -26,10 +26,9 @@ use crate::dynamo::{
 use crate::error::{Error, Result};
 use crate::http::page::{self, Items, PAGE_SIZE};
 pub use crate::http::sort_order::SortOrder;
-use crate::id;
+use crate::id::{self, UserId};
 use crate::objects;
 use crate::paging::{self, Bounds};
-use crate::user::UserId;
 use crate::user::counters::{self, Counter};
 use crate::user::seal::Sealer;
 
