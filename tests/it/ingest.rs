@@ -23,9 +23,9 @@ use shared::http_client::{AddressPolicy, HttpClient};
 use shared::jobs::queue::Job;
 use shared::sandbox::SandboxStatus;
 use shared::sandbox::store::SandboxStore;
-use shared::start::request::ProviderType;
 use shared::start::task::StartStatus;
 use shared::user::UserId;
+use shared::user::git::ProviderType;
 use shared::user::settings::SettingsStore;
 use shared::user::token::TokenKey;
 use tempfile::TempDir;
@@ -1305,7 +1305,7 @@ async fn a_batch_with_processors_rings_for_them() {
         json!({"id": id.simple().to_string(), "sandbox_id": SANDBOX, "title": "Mine",
         "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}),
     );
-    let processors = [shared::start::request::EventCallbackProcessor::Logging];
+    let processors = [shared::conversation::fields::EventCallbackProcessor::Logging];
     let writes = api.stores.conversations.put_started(&record, &processors).expect("writes");
     api.aws.dynamodb.transact_write_items().set_transact_items(Some(writes)).send().await.expect("stored");
     fixture.post_events(SANDBOX, id, &[]).await;

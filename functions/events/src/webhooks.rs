@@ -17,10 +17,10 @@ use serde_json::{Value, json};
 use shared::error::Error;
 use shared::event::ingest::ConversationReport;
 use shared::event::store::Event;
-use shared::http::caller;
 use shared::http::pydantic::body;
 use shared::http::pydantic::validation::{self, Checked, Checker, Fields};
 use shared::metrics;
+use shared::sandbox::session_key;
 use shared::sandbox::store::SandboxRecord;
 use shared::user::token::{TokenClaims, TokenKey};
 
@@ -49,7 +49,7 @@ impl FromRequestParts<Context> for FromSandbox {
     type Rejection = Error;
 
     async fn from_request_parts(parts: &mut Parts, context: &Context) -> Result<Self, Error> {
-        caller::sandbox(&context.sandboxes, &parts.headers).await.map(Self)
+        session_key::sandbox_of_request(&context.sandboxes, &parts.headers).await.map(Self)
     }
 }
 

@@ -18,6 +18,7 @@ use shared::error::{Error, Result};
 use shared::http::caller::Caller;
 use shared::http::pydantic::body;
 use shared::http::pydantic::validation::{Checked, Checker, Fields, dictionary, float, string};
+use shared::http::truncated::changes_response;
 use shared::http_client;
 
 use crate::Context;
@@ -170,7 +171,8 @@ impl AskedOfGit {
         Ok(if self.is_diff {
             git.diff(&self.path, reference).await?.map(|diff| Json(diff).into_response())
         } else {
-            git.changes(&self.path, reference).await?.map(IntoResponse::into_response)
+            let changes = git.changes(&self.path, reference).await?;
+            changes.map(|changes| changes_response(&changes.list, changes.is_truncated))
         })
     }
 }

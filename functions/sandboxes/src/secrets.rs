@@ -8,7 +8,7 @@ use http::header::CONTENT_TYPE;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Value, json};
 use shared::error::{Error, Result};
-use shared::http::caller;
+use shared::sandbox::session_key;
 use shared::user::settings::Settings;
 
 use crate::Context;
@@ -69,7 +69,7 @@ fn secrets(settings: &Settings) -> Vec<Secret<'_>> {
 impl Context {
     /// The settings of whose sandbox it is, for who shows its session key.
     async fn settings_of_owner(&self, sandbox: &str, headers: &HeaderMap) -> Result<Settings> {
-        let record = caller::sandbox(&self.records, headers).await?;
+        let record = session_key::sandbox_of_request(&self.records, headers).await?;
         if record.id != sandbox {
             return Err(Error::Forbidden("Session API key does not match sandbox".to_owned()));
         }

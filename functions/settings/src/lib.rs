@@ -12,11 +12,12 @@ use serde_json::{Value, json};
 use shared::aws::Aws;
 use shared::config::Config;
 use shared::error::{Error, Result};
-use shared::http::caller::{self, Caller};
+use shared::http::caller::Caller;
 use shared::http::page_token;
 use shared::http::pydantic::body;
 use shared::http::pydantic::query::{Bounds, Query};
 use shared::http::secret;
+use shared::sandbox::session_key;
 use shared::sandbox::store::SandboxStore;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
@@ -173,7 +174,7 @@ async fn organizations(Caller(_): Caller) -> Json<Value> {
 
 impl Context {
     async fn check_session_key(&self, user: &UserId, headers: &HeaderMap) -> Result<()> {
-        let sandbox = caller::sandbox(&self.sandboxes, headers).await?;
+        let sandbox = session_key::sandbox_of_request(&self.sandboxes, headers).await?;
         if sandbox.user != *user {
             let text = "Session API key does not belong to the authenticated user";
             return Err(Error::Forbidden(text.to_owned()));

@@ -8,6 +8,7 @@ use shared::conversation::git::WorkspaceGit;
 use shared::error::{Error, Result};
 use shared::http::caller::Caller;
 use shared::http::pydantic::query::Query;
+use shared::http::truncated::changes_response;
 use shared::user::UserId;
 use uuid::Uuid;
 
@@ -23,7 +24,8 @@ pub(crate) async fn changes(
     let reference = asked.reference.as_deref();
     let changes =
         context.git(&user, &asked, async |git: WorkspaceGit<'_>, path: &str| git.changes(path, reference).await);
-    Ok(changes.await?.into_response())
+    let changes = changes.await?;
+    Ok(changes_response(&changes.list, changes.is_truncated))
 }
 
 pub(crate) async fn diff(

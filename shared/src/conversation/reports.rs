@@ -16,10 +16,10 @@ use super::store::{ALIVE, ConversationStore, item, key, searchable, sort_value};
 use super::tags::Tags;
 use super::{ConversationRecord, MetricsSnapshot, TokenUsage, within_max_name};
 use crate::clock::Time;
+use crate::conversation::fields::EventCallbackProcessor;
 use crate::dynamo::{Item, from_item, is_condition_failure, store_error, text, transact};
 use crate::error::{Error, Result};
 use crate::id::{self, UserId};
-use crate::start::request::EventCallbackProcessor;
 use crate::user::counters::{self, Counter};
 
 /// The result of looking up a conversation by its id.

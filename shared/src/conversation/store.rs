@@ -18,8 +18,8 @@ use crate::dynamo::{
 };
 use crate::error::{Error, Result};
 use crate::id::{self, UserId};
-use crate::start::request::ProviderType;
 use crate::user::counters::{self, Counter};
+use crate::user::git::ProviderType;
 
 /// Index: all of a user's conversations by creation.
 pub const ALL_BY_CREATED: &str = "all-by-created";

@@ -10,6 +10,7 @@ use super::ingest::ConversationReport;
 use super::store::{Cursor, EventFilter, EventStore, SortOrder};
 use crate::agent_server::AgentServer;
 use crate::conversation::ConversationRecord;
+use crate::conversation::fields::EventCallbackProcessor;
 use crate::conversation::reports::Lookup;
 use crate::conversation::store::ConversationStore;
 use crate::error::Result;
@@ -17,7 +18,6 @@ use crate::http_client::HttpClient;
 use crate::id::UserId;
 use crate::jobs::queue::{Job, JobQueue};
 use crate::sandbox::SandboxService;
-use crate::start::request::EventCallbackProcessor;
 
 /// How long after an event that calls for it the agent server is asked first.
 pub const FIRST_DELAY: Duration = Duration::from_secs(3);

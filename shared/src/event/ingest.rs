@@ -11,6 +11,7 @@ use super::batch::{Batch, Reported, reported_model, reported_tags};
 use super::follow_up::FIRST_DELAY;
 use super::store::{Event, EventStore, sortable_instant};
 use crate::clock::Time;
+use crate::conversation::fields::EventCallbackProcessor;
 use crate::conversation::reports::{AGENT_USAGE, AgentStats, Lookup, ReportTime, StoredConversation, default_titles};
 use crate::conversation::store::{ConversationChange, ConversationStore};
 use crate::conversation::tags::Tags;
@@ -19,7 +20,6 @@ use crate::error::{Error, Result};
 use crate::id::UserId;
 use crate::jobs::queue::{Job, JobQueue};
 use crate::sandbox::store::SandboxRecord;
-use crate::start::request::EventCallbackProcessor;
 
 /// `execution_status` of a conversation that its agent server is about to remove.
 const DELETING: &str = "deleting";

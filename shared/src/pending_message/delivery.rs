@@ -27,10 +27,10 @@ use crate::error::{Error, Result};
 use crate::http_client::HttpClient;
 use crate::id::{self, UserId};
 use crate::jobs::queue::{Job, JobQueue};
+use crate::jobs::sweep::sweep;
 use crate::sandbox::{SandboxService, SandboxStatus};
 use crate::start::request::Content;
 use crate::start::store::StartTaskStore;
-use crate::start::sweep::sweep;
 use crate::start::task::StartStatus;
 
 /// Longer than an agent's step takes: what has not come in by then never will.

@@ -18,10 +18,10 @@ use futures::stream::TryStreamExt as _;
 use secrecy::{ExposeSecret as _, SecretString};
 use tokio::time::timeout;
 
+use super::config::DockerSandboxConfig;
 use super::store::{SandboxRecord, SandboxStore, Wanted};
 use super::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus, distinct, in_order, name_of};
 use crate::clock::Time;
-use crate::config::DockerSandboxConfig;
 use crate::error::{Error, Result};
 use crate::http_client::{AddressPolicy, HttpClient};
 use crate::id::{self, UserId};

@@ -12,10 +12,10 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
+use super::config::RemoteSandboxConfig;
 use super::store::{SandboxRecord, SandboxStore, Wanted};
 use super::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus, distinct, in_order, name_of};
 use crate::clock::Time;
-use crate::config::RemoteSandboxConfig;
 use crate::digest::sha256_hex;
 use crate::error::{Error, Result};
 use crate::http_client::{AddressPolicy, Answer, HttpClient};

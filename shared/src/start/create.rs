@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use super::request::{Content, Role, SendMessageRequest, StartRequest, TextContent, Trigger};
+use super::request::{Content, Role, SendMessageRequest, StartRequest, TextContent};
 use super::store::StartTaskStore;
 use super::suggested_task;
 use super::task::StartTaskRecord;
 use crate::clock::Time;
+use crate::conversation::fields::Trigger;
 use crate::conversation::store::ConversationStore;
 use crate::error::{Error, Result};
 use crate::http::pydantic::validation::Checker;
@@ -51,7 +52,7 @@ impl StartService {
     }
 
     /// Checks repository and branch, and fills in from the parent what the request leaves open. The repository stays as it was
-    /// sent: answers show it so. [`git::use_normal_selection`] gives workers its other form.
+    /// sent: answers show it so. [`StartRequest::use_normal_selection`] gives workers its other form.
     async fn with_selection(&self, user: &UserId, mut request: StartRequest) -> Result<StartRequest> {
         let is_blank = |text: &Option<String>| text.as_deref().is_none_or(|text| text.trim().is_empty());
         let tokens = match is_blank(&request.selected_repository) {

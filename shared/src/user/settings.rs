@@ -15,7 +15,7 @@ use super::settings_document::SettingsDocument;
 use crate::dynamo::{is_condition_failure, store_error, text};
 use crate::error::{Error, Result};
 use crate::http::pydantic::validation::{Loc, wire_enum};
-use crate::start::request::ProviderType;
+use crate::user::git::ProviderType;
 
 wire_enum! {
     /// How a start chooses among the user's running sandboxes.

@@ -11,7 +11,7 @@ use super::settings::SandboxGroupingStrategy;
 use crate::error::{Error, Result};
 use crate::http::pydantic::validation::{self, Checked, Checker, Fields, Loc};
 use crate::http::secret::{self, MASK, MAX_SECRETS};
-use crate::start::request::ProviderType;
+use crate::user::git::ProviderType;
 
 /// Characters of a text.
 const MAX_TEXT: usize = 10_000;

@@ -7,60 +7,15 @@
 //! A reader is a function `fn(&mut Checker, &Value) -> Option<T>`. It answers `None` exactly when it has reported at least
 //! one violation, and its caller goes on reading the other fields.
 
-use std::borrow::Cow;
 use std::fmt::Display;
 
-use serde::Serialize;
 use serde_json::{Map, Number, Value, json};
 use uuid::Uuid;
 
+pub use crate::violation::{Loc, Violation};
+
 /// Integers in text longer than this are refused unread, as Python refuses them.
 const MAX_INTEGER_TEXT: usize = 4300;
-
-/// One fault of a request: an entry of `detail` in a 422 answer.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Violation {
-    /// Name of the rule, e.g. `missing`, `uuid_parsing`.
-    #[serde(rename = "type")]
-    pub kind: &'static str,
-    /// Where: `body`, `query` or `path` first, then keys and indices down to the faulty value.
-    pub loc: Vec<Loc>,
-    /// What is wrong, for people.
-    pub msg: String,
-    /// The faulty value as it was sent; for `missing` the object that lacks the field.
-    pub input: Value,
-    /// Parameters of the rule. The key is left out when the rule has none.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub ctx: Option<Value>,
-}
-
-/// One step on the way to a value.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(untagged)]
-pub enum Loc {
-    /// Key of an object, or the part of the request.
-    Key(Cow<'static, str>),
-    /// Place in a list.
-    Index(usize),
-}
-
-impl From<&'static str> for Loc {
-    fn from(key: &'static str) -> Self {
-        Self::Key(Cow::Borrowed(key))
-    }
-}
-
-impl From<String> for Loc {
-    fn from(key: String) -> Self {
-        Self::Key(Cow::Owned(key))
-    }
-}
-
-impl From<usize> for Loc {
-    fn from(index: usize) -> Self {
-        Self::Index(index)
-    }
-}
 
 /// What was read, or every fault found (never an empty list).
 pub type Checked<T> = Result<T, Vec<Violation>>;

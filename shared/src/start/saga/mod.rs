@@ -23,7 +23,6 @@ use tokio::time::{Instant, sleep, sleep_until};
 use uuid::Uuid;
 
 use super::store::{Change, Claim, LeaseLost, StartTaskStore, attempts};
-use super::sweep::sweep;
 use super::task::{Snapshot, StartStatus, StartTask};
 use crate::agent_server::{AgentServer, AgentServerError, Retry, SkillInfo};
 use crate::clock::Time;
@@ -34,9 +33,9 @@ use crate::error::{Error, Fault, Result};
 use crate::http_client::HttpClient;
 use crate::id::{self, UserId};
 use crate::jobs::queue::{Job, JobQueue};
+use crate::jobs::sweep::sweep;
 use crate::metrics;
 use crate::sandbox::{Sandbox, SandboxService, SandboxStatus};
-use crate::user::git;
 use crate::user::seal::Sealer;
 use crate::user::settings::{SandboxGroupingStrategy, Settings, SettingsStore};
 
@@ -544,7 +543,7 @@ impl StartRun<'_> {
         let is_given = self.task.request.selected_repository.as_deref().is_some_and(|text| !text.is_empty());
         if is_given && !std::mem::replace(&mut self.has_normal_selection, true) {
             let settings = self.settings().await?;
-            git::use_normal_selection(&mut self.task.request, &settings.provider_tokens);
+            self.task.request.use_normal_selection(&settings.provider_tokens);
         }
         Ok(())
     }

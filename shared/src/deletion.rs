@@ -8,20 +8,20 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use super::ConversationRecord;
-use super::store::{ConversationStore, IMPORT_LIMIT};
 use crate::agent_server::Failure;
 use crate::clock::Time;
+use crate::conversation::ConversationRecord;
+use crate::conversation::store::{ConversationStore, IMPORT_LIMIT};
 use crate::error::{Error, Result, StoreError};
 use crate::event::store::EventStore;
 use crate::export::store::ExportStore;
 use crate::http_client::HttpClient;
 use crate::id::UserId;
 use crate::jobs::queue::{Job, JobQueue};
+use crate::jobs::sweep::sweep;
 use crate::pending_message::store::MessageStore;
 use crate::sandbox::SandboxService;
 use crate::start::store::StartTaskStore;
-use crate::start::sweep::sweep;
 
 /// How long after its message a deletion counts as forgotten.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(2);
