@@ -32,6 +32,7 @@ pub mod pending_message;
 pub mod sandbox;
 pub mod shell;
 pub mod start;
+pub mod stores;
 pub mod user;
 pub mod violation;
 

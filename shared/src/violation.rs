@@ -5,15 +5,15 @@ use std::borrow::Cow;
 use serde::Serialize;
 use serde_json::Value;
 
-/// One fault of a request: an entry of `detail` in a 422 answer.
+/// One fault of a request: an entry of `detail` in a 422 response.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Violation {
     /// Name of the rule, e.g. `missing`, `uuid_parsing`.
     #[serde(rename = "type")]
     pub kind: &'static str,
-    /// Where: `body`, `query` or `path` first, then keys and indices down to the faulty value.
+    /// The path of the faulty value: `body`, `query` or `path` first, then keys and indices.
     pub loc: Vec<Loc>,
-    /// What is wrong, for people.
+    /// What is wrong, as a sentence.
     pub msg: String,
     /// The faulty value as it was sent; for `missing` the object that lacks the field.
     pub input: Value,
@@ -22,13 +22,13 @@ pub struct Violation {
     pub ctx: Option<Value>,
 }
 
-/// One step on the way to a value.
+/// One step of the path of a value.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum Loc {
     /// Key of an object, or the part of the request.
     Key(Cow<'static, str>),
-    /// Place in a list.
+    /// Index in a list.
     Index(usize),
 }
 

@@ -29,6 +29,7 @@ use shared::http::caller::Caller;
 use shared::http_client::{AddressPolicy, HttpClient};
 use shared::jobs::queue::Job;
 use shared::sandbox::SandboxService as _;
+use shared::stores::Stores;
 use shared::user::UserId;
 use tempfile::TempDir;
 use tokio::process::Command;
@@ -144,12 +145,8 @@ impl WorkerHarness {
             url,
             http: client(),
             user: UserId::new(USER),
-            conversations: ConversationStore::new(
-                aws.dynamodb.clone(),
-                names.conversations.clone(),
-                names.users.clone(),
-            ),
-            events: EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone()),
+            conversations: Stores::without_key(&names, &aws).conversations(),
+            events: Stores::without_key(&names, &aws).events(),
             aws,
             names,
             exporter,
@@ -1118,7 +1115,7 @@ async fn start(folder: &TempDir, environment: Environment) -> Server {
 
 fn conversations(product: &Server) -> ConversationStore {
     let names = &product.config.names;
-    ConversationStore::new(product.aws.dynamodb.clone(), names.conversations.clone(), names.users.clone())
+    Stores::without_key(names, &product.aws).conversations()
 }
 
 async fn product_with_events(product: &Server, count: usize) -> (UserId, EventStore, Uuid) {
@@ -1127,7 +1124,7 @@ async fn product_with_events(product: &Server, count: usize) -> (UserId, EventSt
     let user = UserId::local();
     let record = record(&user, None);
     store(&conversations(product), &record).await;
-    let events = EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
+    let events = Stores::without_key(names, aws).events();
     events.append(&user, record.id, (0..count).map(numbered).collect()).await.expect("stored");
     (user, events, record.id)
 }

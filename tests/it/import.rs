@@ -21,6 +21,7 @@ use shared::event::store::EventStore;
 use shared::http::secret::MASK;
 use shared::start::store::{Filter as TaskFilter, SortOrder};
 use shared::start::task::StartStatus;
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use tempfile::TempDir;
@@ -30,7 +31,6 @@ use uuid::Uuid;
 use crate::support::engines::{Engines, skipped_on_ministack};
 use crate::support::fault_proxy::{FaultProxy, Moment, Stop};
 use crate::support::log::all_events;
-use crate::support::seed::Stores;
 
 const PREFIX: &str = "import-";
 const SEED: &str = include_str!("../data/contract/seed.jsonl");
@@ -63,8 +63,8 @@ impl WorkerHarness {
         let dynamodb = aws_sdk_dynamodb::config::Builder::from(&network).endpoint_url(way.url()).build();
         let gated = Aws { dynamodb: aws_sdk_dynamodb::Client::from_conf(dynamodb), ..aws.clone() };
         Self {
-            stores: Stores::new(&aws, &names, &Sealer::ephemeral()),
-            events: EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone()),
+            stores: Stores::new(&names, &aws, &Sealer::ephemeral()),
+            events: Stores::without_key(&names, &aws).events(),
             importer: Importer::new(&aws, &names, Pace::AWS),
             gated: Importer::new(&gated, &names, Pace { in_flight: 2, per_owner: 1 }),
             gate,
@@ -86,20 +86,21 @@ impl WorkerHarness {
 
     async fn conversations(&self, user: &UserId) -> u64 {
         let all = Filter { include_sub_conversations: true, ..Filter::default() };
-        self.stores.conversations.count(user, &all).await.expect("a count")
+        self.stores.conversations().count(user, &all).await.expect("a count")
     }
 
     async fn start_tasks(&self, user: &UserId) -> u64 {
-        self.stores.tasks.count(user, &TaskFilter::default()).await.expect("a count")
+        self.stores.start_tasks().count(user, &TaskFilter::default()).await.expect("a count")
     }
 
     /// The counters, against the rows one by one.
     async fn must_have(&self, user: &UserId, conversations: u64, start_tasks: u64) {
         assert_eq!((self.conversations(user).await, self.start_tasks(user).await), (conversations, start_tasks));
         let ids: Vec<Uuid> = seed("conversation").iter().map(|line| id(&line["data"]["id"])).collect();
-        let found = self.stores.conversations.batch_get(user, &ids).await.expect("the store");
+        let found = self.stores.conversations().batch_get(user, &ids).await.expect("the store");
         assert_eq!(found.iter().flatten().count() as u64, conversations);
-        let listed = self.stores.tasks.list(user, &TaskFilter::default(), SortOrder::CreatedAt, None, 100).await;
+        let listed =
+            self.stores.start_tasks().list(user, &TaskFilter::default(), SortOrder::CreatedAt, None, 100).await;
         assert_eq!(listed.expect("a list").0.len() as u64, start_tasks);
     }
 }
@@ -146,10 +147,11 @@ async fn recorded_rows_come_in_once_and_show_as_they_were() {
 
     for line in seed("start_task") {
         let owner = if line["data"]["created_by_user_id"].is_null() { &local } else { &other };
-        let record = rig.stores.tasks.get(owner, id(&line["data"]["id"])).await.expect("the store").expect("a task");
+        let record =
+            rig.stores.start_tasks().get(owner, id(&line["data"]["id"])).await.expect("the store").expect("a task");
         assert_eq!(serde_json::to_value(record.show()).expect("JSON"), line["data"]);
     }
-    let (unfinished, _) = rig.stores.tasks.unfinished().due(Time::now().plus(Duration::from_secs(3600))).await;
+    let (unfinished, _) = rig.stores.start_tasks().unfinished().due(Time::now().plus(Duration::from_secs(3600))).await;
     assert_eq!(unfinished, [], "nobody goes on with them");
 
     let again = rig.take(read()).await;
@@ -174,7 +176,7 @@ async fn what_is_there_is_left_as_it_is() {
     let second = rig.file("second", format!("{line}\n{line}\n{}\n{0}\n", event("second")));
     let summary = rig.take(lines(&[second], Some(UserId::local()))).await;
     assert_eq!((summary.conversations, summary.events), (there(2), there(2)));
-    let record = rig.stores.conversations.get(&UserId::local(), conversation).await.expect("the store");
+    let record = rig.stores.conversations().get(&UserId::local(), conversation).await.expect("the store");
     assert_eq!(record.and_then(|record| record.title), title.as_str().map(ToOwned::to_owned));
     let events = all_events(&rig.events, &UserId::local(), conversation).await;
     assert!(events.len() == 1 && events[0].json.contains("first"), "{events:?}");
@@ -558,7 +560,7 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
         assert!(skipped.iter().any(|(reason, found)| reason.starts_with(beginning) && *found == count), "{summary}");
     }
 
-    let record = rig.stores.conversations.get(&user, ids[0]).await.expect("the store").expect("a conversation");
+    let record = rig.stores.conversations().get(&user, ids[0]).await.expect("the store").expect("a conversation");
     let shown = serde_json::to_value(shared::conversation::AppConversation::without_sandbox(record)).expect("JSON");
     for (field, value) in [
         ("created_at", json!("2025-06-01T10:00:00Z")),
@@ -572,18 +574,18 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
     ] {
         assert_eq!(shown[field], value, "{field}");
     }
-    let of_later = rig.stores.conversations.get(&user, ids[1]).await.expect("the store").expect("a conversation");
+    let of_later = rig.stores.conversations().get(&user, ids[1]).await.expect("the store").expect("a conversation");
     let of_later = shared::conversation::AppConversation::without_sandbox(of_later);
     assert_eq!(serde_json::to_value(of_later).expect("JSON")["trigger"], "automation");
     assert_eq!(shown["metrics"]["accumulated_cost"], 0.5);
     let usage = &shown["metrics"]["accumulated_token_usage"];
     assert_eq!((&usage["cache_write_tokens"], &usage["per_turn_token"]), (&json!(4), &json!(0)));
 
-    let unfinished = rig.stores.tasks.get(&user, tasks[1]).await.expect("the store").expect("a task");
+    let unfinished = rig.stores.start_tasks().get(&user, tasks[1]).await.expect("the store").expect("a task");
     assert_eq!(unfinished.now.status, StartStatus::Error);
     assert!(unfinished.now.detail.as_ref().is_some_and(|detail| detail.contains("PREPARING_REPOSITORY")));
-    let ready = rig.stores.tasks.batch_get(&user, &tasks[..1]).await.expect("the store");
-    let ready = rig.stores.tasks.show_all(&ready).await.expect("the bucket").pop().flatten().expect("a task");
+    let ready = rig.stores.start_tasks().batch_get(&user, &tasks[..1]).await.expect("the store");
+    let ready = rig.stores.start_tasks().show_all(&ready).await.expect("the bucket").pop().flatten().expect("a task");
     let request: Value = serde_json::from_str(ready.request.get()).expect("JSON");
     assert_eq!(request["secrets"], json!({"TOKEN": "**********"}));
     assert_eq!(request["system_message_suffix"].as_str().map(str::len), Some(20_000));
@@ -654,10 +656,10 @@ async fn repositories_come_in_without_credentials() {
     assert_eq!(taken.skipped_rows(), 0, "{taken}");
     reference.import_into(&rig).await;
     for (id, kept) in expected {
-        let record = rig.stores.conversations.get(&user, id).await.expect("the store").expect("a conversation");
+        let record = rig.stores.conversations().get(&user, id).await.expect("the store").expect("a conversation");
         assert_eq!(record.selected_repository.as_deref(), Some(kept));
     }
-    let task = rig.stores.tasks.get(&user, id).await.expect("the store").expect("a task");
+    let task = rig.stores.start_tasks().get(&user, id).await.expect("the store").expect("a task");
     let shown = serde_json::to_value(task.show_within(u64::MAX)).expect("JSON");
     assert_eq!(shown["request"]["selected_repository"], "https://git.example/o/r");
     rig.engines.shutdown().await;
@@ -695,7 +697,7 @@ async fn secrets_of_requests_come_in_by_their_names() {
     let taken = reference.import_into(&rig).await;
     assert_eq!(taken.skipped_rows(), 0, "{taken}");
     for (id, kept) in expected {
-        let task = rig.stores.tasks.get(&user, id).await.expect("the store").expect("a task");
+        let task = rig.stores.start_tasks().get(&user, id).await.expect("the store").expect("a task");
         let shown = serde_json::to_value(task.show_within(u64::MAX)).expect("JSON");
         assert_eq!((&shown["request"]["secrets"], &shown["request"]["title"]), (&kept, &json!("t")));
     }
@@ -753,7 +755,7 @@ async fn tags_within_the_limits_come_in_with_their_conversation() {
     let all = taken(cases.len() as u64 + 1);
     assert_eq!((from_folder.conversations, from_folder.skipped_rows()), (all, 0), "{from_folder}");
     for (id, tags) in expected {
-        let record = rig.stores.conversations.get(&user, id).await.expect("the store").expect("a conversation");
+        let record = rig.stores.conversations().get(&user, id).await.expect("the store").expect("a conversation");
         assert_eq!(json!(record.tags), tags);
     }
     rig.engines.shutdown().await;

@@ -256,7 +256,7 @@ impl Question {
 
 async fn store(api: &Api, user: &UserId, rows: &[Row]) {
     let records: Vec<ConversationRecord> = rows.iter().map(|row| row.record(user)).collect();
-    let added = api.stores.conversations.import(user, &records).await.expect("stored");
+    let added = api.stores.conversations().import(user, &records).await.expect("stored");
     assert_eq!(added, vec![true; rows.len()]);
 }
 
@@ -410,7 +410,7 @@ async fn happen(
     let chosen = |index: &Index| (!alive.is_empty()).then(|| *index.get(&alive.keys().copied().collect::<Vec<_>>()));
     match event {
         Event::Insert(row) => {
-            let added = api.stores.conversations.import(user, &[row.record(user)]).await.expect("stored");
+            let added = api.stores.conversations().import(user, &[row.record(user)]).await.expect("stored");
             assert_eq!(added, [!alive.contains_key(&row.uuid())]);
             alive.entry(row.uuid()).or_insert_with(|| row.clone());
         }
@@ -472,7 +472,7 @@ fn a_walk_over_start_tasks_is_the_filtered_and_sorted_list_and_counts_are_its_le
                 "updated_at": task.updated.time(),
             }})
         });
-        api.stores.load(user, lines).await;
+        seed::load(&api.stores, user, lines).await;
         for (conversation, from, order, limit, way) in questions {
             let mut expected: Vec<&Task> = tasks
                 .iter()
@@ -543,7 +543,7 @@ async fn a_page_id_that_is_not_ours_or_of_another_list_is_refused() {
     let [me, you] = ["me", "you"].map(UserId::new);
     for user in [&me, &you] {
         store(&api, user, &plain_rows(10)).await;
-        api.stores.load(user, plain_tasks(10)).await;
+        seed::load(&api.stores, user, plain_tasks(10)).await;
     }
     let lists = [
         ("/search", vec![("limit", "3".to_owned())]),
@@ -605,7 +605,7 @@ async fn a_walk_goes_on_after_a_restart() {
     let query = [("limit", "3".to_owned())];
     let api = Api::at(folder.path(), SandboxConfig::None).await;
     store(&api, &user, &plain_rows(10)).await;
-    api.stores.load(&user, plain_tasks(10)).await;
+    seed::load(&api.stores, &user, plain_tasks(10)).await;
     let mut walks = Vec::new();
     for path in ["/search", "/start-tasks/search"] {
         let (items, next) = page(&api, &user, path, &query, None).await;
@@ -665,7 +665,7 @@ async fn racing_updates_of_one_record_lose_nothing() {
     let user = UserId::new("somebody");
     let row = &plain_rows(1)[0];
     store(&api, &user, std::slice::from_ref(row)).await;
-    let before = api.stores.conversations.get(&user, row.uuid()).await.expect("the store").expect("the row");
+    let before = api.stores.conversations().get(&user, row.uuid()).await.expect("the store").expect("the row");
     // Each attribute has one writer a round, so that there is one right end.
     for round in 0..ROUNDS {
         let bodies = [
@@ -682,11 +682,11 @@ async fn racing_updates_of_one_record_lose_nothing() {
         let sandbox = format!("sandbox {round}");
         let worker = async {
             let change = ConversationChange::default().sandbox(&user, &sandbox);
-            let updated = api.stores.conversations.update(&user, row.uuid(), change).await.expect("the store");
+            let updated = api.stores.conversations().update(&user, row.uuid(), change).await.expect("the store");
             assert_eq!(updated.expect("the row").sandbox_id, sandbox);
         };
         tokio::join!(patches, worker);
-        let now = api.stores.conversations.get(&user, row.uuid()).await.expect("the store").expect("the row");
+        let now = api.stores.conversations().get(&user, row.uuid()).await.expect("the store").expect("the row");
         let wanted = ConversationRecord {
             title: Some(format!("title {round}")),
             public: Some(round % 2 == 0),
@@ -707,7 +707,7 @@ async fn racing_updates_of_one_record_lose_nothing() {
         assert_eq!((status, answer["title"].as_str()), (200, Some(title.as_str())));
     }))
     .await;
-    let now = api.stores.conversations.get(&user, row.uuid()).await.expect("the store").expect("the row");
+    let now = api.stores.conversations().get(&user, row.uuid()).await.expect("the store").expect("the row");
     let title = now.title.clone().expect("a title");
     assert!(titles.contains(&title));
     for order in ["CREATED_AT", "UPDATED_AT"] {
@@ -724,7 +724,7 @@ async fn a_page_costs_what_it_returns_at_any_depth_and_an_unfiltered_count_costs
     let mut api = Api::at(folder.path(), SandboxConfig::None).await;
     let user = UserId::new("somebody");
     let lines = || (0..240).map(account::conversation);
-    api.stores.load(&user, lines()).await;
+    seed::load(&api.stores, &user, lines()).await;
     let meter = Meter::new();
     let way = api.measure(&meter).await;
     let spent =
@@ -775,7 +775,7 @@ async fn a_page_of_filtered_rows_ends_at_its_bounds_and_the_next_one_goes_on() {
     let folder = TempDir::new().expect("a folder");
     let api = Api::at(folder.path(), SandboxConfig::None).await;
     let user = UserId::new("u");
-    api.stores.load(&user, plain_tasks(60)).await;
+    seed::load(&api.stores, &user, plain_tasks(60)).await;
     // They were all made at once, and so are in the order of their ids.
     let mut ids: Vec<String> = (0..60).map(|id| uuid_of(id).simple().to_string()).collect();
     ids.sort_unstable();
@@ -836,7 +836,7 @@ async fn a_search_for_start_tasks_ends_before_it_has_read_the_account() {
     let api = Api::at(folder.path(), SandboxConfig::None).await;
     let user = UserId::new("u");
     let tasks = u64::try_from(MAX_EVALUATED).expect("few") + 100;
-    api.stores.load(&user, plain_tasks(tasks)).await;
+    seed::load(&api.stores, &user, plain_tasks(tasks)).await;
     let mut query = vec![("created_at__gte", At(1).time().to_string()), ("sort_order", "UPDATED_AT".to_owned())];
     let (status, page) = api.get(&user, "/start-tasks/search", &query).await;
     assert_eq!((status, &page["items"]), (200, &json!([])));
@@ -860,7 +860,7 @@ async fn a_missing_object_fails_no_list() {
             line["data"]["request"] = long.clone();
         }
     }
-    api.stores.load(&user, lines).await;
+    seed::load(&api.stores, &user, lines).await;
     let ids: Vec<String> = (0..3).map(|id| uuid_of(id).simple().to_string()).collect();
     // As a version before wrote it: without the short form.
     let update = api.aws.dynamodb.update_item().table_name(&api.names.start_tasks);

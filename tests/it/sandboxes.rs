@@ -14,13 +14,13 @@ use shared::sandbox::spec::AGENT_SERVER_VERSION;
 use shared::sandbox::store::SandboxStore;
 use shared::sandbox::{Sandbox, SandboxService, SandboxStatus, service};
 use shared::user::UserId;
-use shared::user::settings::SettingsStore;
 use tempfile::TempDir;
 
 use crate::support::api::Api;
 use crate::support::docker_engine::DockerEngine;
 use crate::support::product::Product;
 use crate::support::runtime_api::{API_KEY, Fault, RuntimeApi};
+use crate::support::seed;
 use crate::support::stand_in_agent::{Fault as AgentFault, Kind, Nth, StandInAgent};
 use crate::support::wait::{wait_for, wait_until};
 use crate::support::worker_harness::SESSION_KEY;
@@ -209,7 +209,7 @@ impl Remote {
     }
 
     fn records(&self) -> SandboxStore {
-        SandboxStore::new(self.api.aws.dynamodb.clone(), self.api.names.sandboxes.clone(), self.api.sealer.clone())
+        self.api.stores.sandboxes()
     }
 
     fn service(&self) -> std::sync::Arc<dyn SandboxService> {
@@ -578,7 +578,7 @@ async fn whatever_a_runtime_api_says_is_shown_and_whatever_it_does_answers_come_
     let data =
         json!({"id": "000000000000000000000000000000aa", "sandbox_id": id, "created_at": time, "updated_at": time});
     let seed = json!({"type": "conversation", "data": data});
-    rig.api.stores.load(&rig.user, [seed]).await;
+    seed::load(&rig.api.stores, &rig.user, [seed]).await;
     for fault in [Fault::Status(401), Fault::Status(500), Fault::Status(503), Fault::Garbage, Fault::Cut, Fault::Hang] {
         rig.runtimes.set_fault(Some(fault.clone()));
         let sandbox = shown().await;
@@ -611,8 +611,7 @@ async fn whatever_a_runtime_api_says_is_shown_and_whatever_it_does_answers_come_
 async fn a_start_joins_no_sandbox_that_is_dead() {
     let rig = Remote::start().await;
     let (id, session) = rig.sandbox().await;
-    let settings =
-        SettingsStore::new(rig.api.aws.dynamodb.clone(), rig.api.names.users.clone(), rig.api.sealer.clone());
+    let settings = rig.api.stores.settings();
     let grouping = json!({"llm_model": "any", "sandbox_grouping_strategy": "ADD_TO_ANY"});
     settings.put(&rig.user, &grouping.to_string().into()).await.expect("stored");
     let joined = async || {
@@ -778,8 +777,7 @@ async fn a_sandbox_that_cannot_be_made_leaves_nothing_behind() {
 async fn agents_read_their_owners_secrets_with_their_sandboxs_key() {
     let rig = Remote::start().await;
     let (id, session) = rig.sandbox().await;
-    let settings =
-        SettingsStore::new(rig.api.aws.dynamodb.clone(), rig.api.names.users.clone(), rig.api.sealer.clone());
+    let settings = rig.api.stores.settings();
     let given = json!({
         "custom_secrets": {"DEPLOY_KEY": {"secret": "a value", "description": "to deploy"}, "EMPTY": {"secret": ""}},
         "provider_tokens": {"github": {"token": "a token"}, "gitlab": {"token": ""}},

@@ -24,9 +24,7 @@ use shared::http::page_token;
 use shared::http::pydantic::query::{Bounds, Query, lenient_uuid, lenient_uuids};
 use shared::http::pydantic::validation::{self, Choice as _};
 use shared::http_client::HttpClient;
-use shared::jobs::queue::JobQueue;
-use shared::sandbox;
-use shared::sandbox::store::SandboxStore;
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
@@ -52,17 +50,14 @@ impl Context {
     /// A context on the configured tables and sandboxes.
     #[must_use]
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
-        let names = &config.names;
-        let store = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
+        let stores = Stores::new(&config.names, aws, sealer);
+        let sandboxes = stores.sandbox_service(&config.sandbox);
         let http = HttpClient::new(config.address_policy);
-        let conversations =
-            ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone());
-        let queue = JobQueue::new(aws.sqs.clone(), names.job_queue_url.clone());
         Self {
-            conversations: conversations.clone(),
-            deleter: Deleter { conversations, queue },
-            live: LiveStatus::new(sandbox::service(&config.sandbox, store), http, config.live_status_budget),
-            settings: SettingsStore::new(aws.dynamodb.clone(), names.users.clone(), sealer.clone()),
+            conversations: stores.conversations(),
+            deleter: stores.deleter(),
+            live: LiveStatus::new(sandboxes, http, config.live_status_budget),
+            settings: stores.settings(),
         }
     }
 }

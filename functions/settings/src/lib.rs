@@ -19,6 +19,7 @@ use shared::http::pydantic::query::{Bounds, Query};
 use shared::http::secret;
 use shared::sandbox::session_key;
 use shared::sandbox::store::SandboxStore;
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
@@ -39,11 +40,8 @@ impl Context {
     /// A context on the configured tables.
     #[must_use]
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
-        let names = &config.names;
-        Self {
-            settings: SettingsStore::new(aws.dynamodb.clone(), names.users.clone(), sealer.clone()),
-            sandboxes: SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone()),
-        }
+        let stores = Stores::new(&config.names, aws, sealer);
+        Self { settings: stores.settings(), sandboxes: stores.sandboxes() }
     }
 }
 

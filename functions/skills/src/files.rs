@@ -11,7 +11,7 @@ use shared::conversation::workspace::{ResolvedPath, Workspace};
 use shared::error::{Error, Result};
 use shared::http::caller::Caller;
 use shared::http::pydantic::query::Query;
-use shared::start::saga::command::quoted;
+use shared::shell::quoted;
 
 use crate::{Context, ConversationPath, conversation, inside, upstream};
 

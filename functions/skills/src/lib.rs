@@ -22,14 +22,13 @@ use serde_json::json;
 use shared::agent_server::{AgentServerError, Failure, Mistake};
 use shared::aws::Aws;
 use shared::config::Config;
-use shared::conversation::store::ConversationStore;
 use shared::conversation::workspace::{Workspace, WorkspaceLocator, WorkspaceLookup};
 use shared::error::{Error, Result};
 use shared::http::pydantic::validation;
 use shared::http_client::HttpClient;
 use shared::id;
-use shared::sandbox::store::SandboxStore;
-use shared::sandbox::{self, SandboxStatus};
+use shared::sandbox::SandboxStatus;
+use shared::stores::Stores;
 use shared::user::seal::Sealer;
 use uuid::Uuid;
 
@@ -47,12 +46,10 @@ impl Context {
     /// A context on the configured tables and sandboxes.
     #[must_use]
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
-        let names = &config.names;
-        let store = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
-        let conversations =
-            ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone());
+        let stores = Stores::new(&config.names, aws, sealer);
+        let sandboxes = stores.sandbox_service(&config.sandbox);
         let http = HttpClient::new(config.address_policy);
-        let places = WorkspaceLocator::new(conversations, sandbox::service(&config.sandbox, store), http);
+        let places = WorkspaceLocator::new(stores.conversations(), sandboxes, http);
         Self::with_locator(places, config.sandbox_request_budget)
     }
 

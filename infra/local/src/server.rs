@@ -24,10 +24,9 @@ use shared::config::{
 use shared::http_client::{AddressPolicy, HttpClient};
 use shared::sandbox::SandboxService as _;
 use shared::sandbox::process::ProcessSandboxes;
-use shared::sandbox::store::SandboxStore;
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
-use shared::user::settings::SettingsStore;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -294,7 +293,7 @@ impl Server {
             export: environment.export,
         };
         let user = UserId::local();
-        let stored = SettingsStore::new(aws.dynamodb.clone(), config.names.users.clone(), sealer.clone());
+        let stored = Stores::new(&config.names, &aws, &sealer).settings();
         if !settings.is_empty() {
             // Over what was set by way of the API, secrets before all.
             stored.lay_over(&user, &Value::Object(settings).to_string().into()).await?;
@@ -410,8 +409,7 @@ impl Server {
     #[must_use]
     pub fn process_sandboxes(&self) -> Option<ProcessSandboxes> {
         let SandboxConfig::Process(process) = &self.config.sandbox else { return None };
-        let store =
-            SandboxStore::new(self.aws.dynamodb.clone(), self.config.names.sandboxes.clone(), self.sealer.clone());
+        let store = Stores::new(&self.config.names, &self.aws, &self.sealer).sandboxes();
         Some(ProcessSandboxes::new(process.clone(), store))
     }
 

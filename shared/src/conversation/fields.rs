@@ -35,7 +35,7 @@ wire_enum! {
     }
 }
 
-/// What to do on events of a conversation: `{"kind": …}`.
+/// An event callback processor, which runs on events of a conversation: `{"kind": …}`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind")]
 pub enum EventCallbackProcessor {
@@ -49,7 +49,7 @@ pub enum EventCallbackProcessor {
 
 impl EventCallbackProcessor {
     /// Violations: `value_error` for an unknown or missing kind, `model_attributes_type` for anything but an object (the
-    /// original answers 500 to that).
+    /// reference answers 500 to that).
     pub(crate) fn read(check: &mut Checker, value: &Value) -> Option<Self> {
         Fields::of(check, value)?;
         let kind = value.get("kind").unwrap_or(&Value::Null);
@@ -65,7 +65,7 @@ impl EventCallbackProcessor {
             Value::Bool(false) => "False".to_owned(),
             other => other.to_string(),
         };
-        // The original has taken the kind out by the time it knows better.
+        // The reference removes the kind before it finds that it is unknown.
         let mut rest = value.as_object().cloned().unwrap_or_default();
         rest.shift_remove("kind");
         let error = format_args!(

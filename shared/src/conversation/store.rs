@@ -116,7 +116,7 @@ pub struct ConversationStore {
 impl ConversationStore {
     /// A store on the `conversations` table, with its counters in `users`.
     #[must_use]
-    pub fn new(dynamodb: Client, table: String, users_table: String) -> Self {
+    pub(crate) fn new(dynamodb: Client, table: String, users_table: String) -> Self {
         Self { dynamodb, table, users_table }
     }
 

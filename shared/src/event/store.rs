@@ -282,7 +282,7 @@ pub struct EventStore {
 impl EventStore {
     /// A store on the `events` table, with large events in `bucket`.
     #[must_use]
-    pub fn new(dynamodb: Client, table: String, s3: aws_sdk_s3::Client, bucket: String) -> Self {
+    pub(crate) fn new(dynamodb: Client, table: String, s3: aws_sdk_s3::Client, bucket: String) -> Self {
         Self { dynamodb, table, s3, bucket }
     }
 

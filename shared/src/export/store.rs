@@ -213,7 +213,7 @@ pub struct ExportStore {
 impl ExportStore {
     /// A store on the `users` table and the bucket.
     #[must_use]
-    pub fn new(dynamodb: Client, users_table: String, s3: aws_sdk_s3::Client, bucket: String) -> Self {
+    pub(crate) fn new(dynamodb: Client, users_table: String, s3: aws_sdk_s3::Client, bucket: String) -> Self {
         Self { dynamodb, table: users_table, s3, bucket }
     }
 

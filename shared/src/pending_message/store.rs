@@ -83,7 +83,7 @@ pub struct MessageStore {
 impl MessageStore {
     /// A store on the `users` table, with long messages in `bucket`.
     #[must_use]
-    pub fn new(dynamodb: Client, users: String, s3: aws_sdk_s3::Client, bucket: String) -> Self {
+    pub(crate) fn new(dynamodb: Client, users: String, s3: aws_sdk_s3::Client, bucket: String) -> Self {
         Self { dynamodb, table: users, s3, bucket }
     }
 

@@ -11,17 +11,17 @@ use super::spec;
 use crate::env::flag;
 use crate::env::{ConfigError, list, parsed, permitted_origins, required, text, web_url};
 
-/// Which sandboxes are made.
+/// The provider of sandboxes, and its configuration.
 #[derive(Clone, Debug)]
 pub enum SandboxConfig {
-    /// One agent-server process each, on this machine.
+    /// One agent server process per sandbox, on this machine.
     Process(ProcessSandboxConfig),
-    /// One container each, of a Docker engine.
+    /// One container per sandbox, in a Docker engine.
     #[cfg(feature = "docker")]
     Docker(DockerSandboxConfig),
-    /// Those of a runtime API.
+    /// Sandboxes of a runtime API.
     Remote(RemoteSandboxConfig),
-    /// None: starts end in an ERROR that says so.
+    /// No sandboxes: starts end with an ERROR that names the reason.
     None,
 }
 
@@ -55,7 +55,7 @@ impl SandboxConfig {
         match self {
             SandboxConfig::None => vec![("SANDBOX_KIND", "none".into())],
             SandboxConfig::Remote(remote) => remote.to_env(),
-            // Not for other processes: functions under `cargo lambda watch` are built without it.
+            // Other processes cannot use it: functions under `cargo lambda watch` are built without the feature.
             #[cfg(feature = "docker")]
             SandboxConfig::Docker(_) => vec![("SANDBOX_KIND", "none".into())],
             SandboxConfig::Process(process) => vec![
@@ -69,51 +69,51 @@ impl SandboxConfig {
     }
 }
 
-/// Where and how agent-server processes are run.
+/// How agent servers run as processes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProcessSandboxConfig {
-    /// The folder with one folder a sandbox (`SANDBOX_FOLDER`).
+    /// The folder that holds one folder per sandbox (`SANDBOX_FOLDER`).
     pub folder: PathBuf,
-    /// A Python that can import `openhands.agent_server` (`AGENT_SERVER_PYTHON`).
+    /// A Python interpreter that can import `openhands.agent_server` (`AGENT_SERVER_PYTHON`).
     pub python: PathBuf,
     /// The version of that agent server (`AGENT_SERVER_VERSION`).
     pub version: String,
-    /// Where agent servers post their events (`WEBHOOK_BASE_URL`), e.g. `http://127.0.0.1:3000/api/v1/webhooks`.
+    /// The base URL to which agent servers post events (`WEBHOOK_BASE_URL`), e.g. `http://127.0.0.1:3000/api/v1/webhooks`.
     pub webhook_base_url: String,
-    /// Origins that agent servers accept beside those on localhost.
+    /// Origins that agent servers accept in addition to those on localhost.
     pub allow_cors_origins: Vec<String>,
 }
 
-/// Where and how agent servers are run in containers.
+/// How agent servers run in containers.
 #[cfg(feature = "docker")]
 #[derive(Clone, Debug)]
 pub struct DockerSandboxConfig {
-    /// The engine: `unix://` and the path of its socket, or an HTTP address (`DOCKER_HOST`); `None` is the usual socket.
+    /// The engine: `unix://` and the path of its socket, or an HTTP address (`DOCKER_HOST`); `None` is the default socket.
     pub host: Option<String>,
     /// The image to run; see [`spec::image`].
     pub image: String,
-    /// How containers are reached, with `{port}` (`SANDBOX_CONTAINER_URL_PATTERN`, `http://localhost:{port}`).
+    /// The URL of a container, with `{port}` (`SANDBOX_CONTAINER_URL_PATTERN`, `http://localhost:{port}`).
     pub url_pattern: String,
     /// Our own port on this machine, for webhooks (`SANDBOX_HOST_PORT`).
     pub host_port: u16,
-    /// The beginning of containers' names (`SANDBOX_CONTAINER_NAME_PREFIX`, `oh-agent-server-`).
+    /// The prefix of container names (`SANDBOX_CONTAINER_NAME_PREFIX`, `oh-agent-server-`).
     pub container_name_prefix: String,
-    /// How many sandboxes of a user may run at the same time (`SANDBOX_MAX_RUNNING`, 5); beyond, the one that was used least
-    /// lately is paused.
+    /// How many sandboxes of a user may run at the same time (`SANDBOX_MAX_RUNNING`, 5). One more causes the eviction (a pause) of the
+    /// least recently used one.
     pub max_sandboxes: usize,
     /// `host:container[:mode]` (`SANDBOX_VOLUMES`, comma-separated).
     pub volumes: Vec<String>,
-    /// How long an agent server may take to answer (`SANDBOX_STARTUP_GRACE_SECONDS`, 60).
+    /// How long an agent server may take to start answering (`SANDBOX_STARTUP_GRACE_SECONDS`, 60).
     pub startup_grace: Duration,
     /// Whether containers share this machine's network (`AGENT_SERVER_USE_HOST_NETWORK`).
     pub use_host_network: bool,
-    /// Origins that agent servers accept beside those on localhost.
+    /// Origins that agent servers accept in addition to those on localhost.
     pub allow_cors_origins: Vec<String>,
 }
 
 #[cfg(feature = "docker")]
 impl DockerSandboxConfig {
-    /// Reads the environment; `port` is our own unless that says otherwise, and `version` the agent server's.
+    /// Reads the environment. `port` is our own port, unless the environment names another one; `version` is the agent server's.
     ///
     /// # Errors
     /// Names the first variable that is malformed.
@@ -133,33 +133,33 @@ impl DockerSandboxConfig {
     }
 }
 
-/// Where and how sandboxes of a runtime API are run.
+/// How sandboxes of a runtime API run.
 #[derive(Clone, Debug)]
 pub struct RemoteSandboxConfig {
-    /// Its address (`SANDBOX_REMOTE_RUNTIME_API_URL`).
+    /// The URL of the runtime API (`SANDBOX_REMOTE_RUNTIME_API_URL`).
     pub api_url: String,
-    /// Its key for us (`SANDBOX_API_KEY`).
+    /// Our key for the runtime API (`SANDBOX_API_KEY`).
     pub api_key: Option<SecretString>,
     /// The image to run; see [`spec::image`].
     pub image: String,
-    /// How much of a machine a sandbox gets: 1, 2, 4 or 8 (`SANDBOX_REMOTE_RESOURCE_FACTOR`, 1).
+    /// The size of the machine of a sandbox: 1, 2, 4 or 8 (`SANDBOX_REMOTE_RESOURCE_FACTOR`, 1).
     pub resource_factor: u32,
     /// `gvisor` or `sysbox` (`SANDBOX_REMOTE_RUNTIME_CLASS`, `gvisor`).
     pub runtime_class: String,
-    /// Names of the secrets with which the image is pulled, as the runtime API knows them
+    /// The names that the runtime API has for the secrets with which it pulls the image
     /// (`SANDBOX_REMOTE_IMAGE_PULL_SECRETS`, comma-separated).
     pub image_pull_secrets: Vec<String>,
-    /// How many sandboxes of a user may run at the same time (`SANDBOX_MAX_RUNNING`, 10); beyond, the one that was used least
-    /// lately is paused.
+    /// How many sandboxes of a user may run at the same time (`SANDBOX_MAX_RUNNING`, 10). One more causes the eviction (a pause) of the
+    /// least recently used one.
     pub max_sandboxes: usize,
-    /// Our own public address (`OH_WEB_URL` or `WEB_HOST`): without one agent servers cannot tell what happens.
+    /// Our own public address (`OH_WEB_URL` or `WEB_HOST`). Without it, agent servers cannot send webhooks.
     pub web_url: Option<String>,
-    /// Origins that agent servers accept beside our own.
+    /// Origins that agent servers accept in addition to our own.
     pub allow_cors_origins: Vec<String>,
 }
 
 impl RemoteSandboxConfig {
-    /// Reads the environment; `version` is the agent server's unless that names an image.
+    /// Reads the environment. `version` is the agent server's, unless the environment names an image.
     ///
     /// # Errors
     /// Names the first variable that is missing or malformed.

@@ -71,7 +71,7 @@ pub struct SandboxStore {
 impl SandboxStore {
     /// A store on the `sandboxes` table.
     #[must_use]
-    pub fn new(dynamodb: Client, table: String, sealer: Sealer) -> Self {
+    pub(crate) fn new(dynamodb: Client, table: String, sealer: Sealer) -> Self {
         Self { dynamodb, table, sealer }
     }
 

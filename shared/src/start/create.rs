@@ -12,7 +12,8 @@ use crate::conversation::store::ConversationStore;
 use crate::error::{Error, Result};
 use crate::http::pydantic::validation::Checker;
 use crate::id::{self, UserId};
-use crate::jobs::queue::{Job, JobQueue};
+use crate::jobs::advance_start::AdvanceStart;
+use crate::jobs::queue::JobQueue;
 use crate::user::git::{self, Repository, Selection};
 use crate::user::settings::{ProviderTokens, SettingsStore};
 
@@ -42,7 +43,7 @@ impl StartService {
     pub async fn create(&self, user: &UserId, request: StartRequest) -> Result<StartTaskRecord> {
         let request = self.with_selection(user, with_suggested_task(request)?).await?;
         let record = self.tasks.create(user, &request, Time::now().plus(self.step_timeout)).await?;
-        let job = Job::AdvanceStart { user: user.clone(), task: record.id };
+        let job = AdvanceStart { user: user.clone(), task: record.id }.into();
         if let Err(error) = self.queue.send(&job, Duration::ZERO).await {
             // The row is the truth: the sweep finds it.
             tracing::warn!(task = %record.id, error = %error.context(), "start.enqueue_failed");

@@ -242,7 +242,7 @@ pub struct StartTaskStore {
 impl StartTaskStore {
     /// A store on the `start-tasks` table, with its counter in `users` and large requests in `bucket`.
     #[must_use]
-    pub fn new(
+    pub(crate) fn new(
         dynamodb: Client,
         table: String,
         users_table: String,

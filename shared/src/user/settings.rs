@@ -168,7 +168,7 @@ pub struct SettingsStore {
 impl SettingsStore {
     /// A store on the `users` table.
     #[must_use]
-    pub fn new(dynamodb: Client, table: String, sealer: Sealer) -> Self {
+    pub(crate) fn new(dynamodb: Client, table: String, sealer: Sealer) -> Self {
         Self { dynamodb, table, sealer }
     }
 

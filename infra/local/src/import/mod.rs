@@ -27,8 +27,8 @@ use shared::conversation::ConversationRecord;
 use shared::conversation::store::{self as conversations, ConversationStore};
 use shared::event::store::{Event, EventStore};
 use shared::start::store::{self as start_tasks, ImportedTask, StartTaskStore};
+use shared::stores::Stores;
 use shared::user::UserId;
-use shared::user::seal::Sealer;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use uuid::Uuid;
@@ -133,19 +133,12 @@ impl Importer {
     /// An importer into the tables and the bucket of these names.
     #[must_use]
     pub fn new(aws: &Aws, names: &Names, pace: Pace) -> Self {
-        let (dynamodb, s3) = (&aws.dynamodb, &aws.s3);
+        // No sealing key: secrets of imported requests are dropped.
+        let stores = Stores::without_key(names, aws);
         Self(Arc::new(Inner {
-            conversations: ConversationStore::new(dynamodb.clone(), names.conversations.clone(), names.users.clone()),
-            start_tasks: StartTaskStore::new(
-                dynamodb.clone(),
-                names.start_tasks.clone(),
-                names.users.clone(),
-                s3.clone(),
-                names.bucket.clone(),
-                // Secrets of imported requests are dropped, so nothing is ever sealed with it.
-                Sealer::ephemeral(),
-            ),
-            events: EventStore::new(dynamodb.clone(), names.events.clone(), s3.clone(), names.bucket.clone()),
+            conversations: stores.conversations(),
+            start_tasks: stores.start_tasks_without_secrets(),
+            events: stores.events(),
             pace,
             lanes: (0..LANES).map(|_| Semaphore::new(pace.per_owner.max(1))).collect(),
         }))

@@ -32,24 +32,14 @@ use crate::conversation::store::ConversationStore;
 use crate::error::{Error, Fault, Result};
 use crate::http_client::HttpClient;
 use crate::id::{self, UserId};
-use crate::jobs::queue::{Job, JobQueue};
+use crate::jobs::advance_start::{self, AdvanceStart, MAX_ATTEMPTS, MAX_REFUSALS};
+use crate::jobs::queue::JobQueue;
 use crate::jobs::sweep::sweep;
 use crate::metrics;
 use crate::sandbox::{Sandbox, SandboxService, SandboxStatus};
 use crate::user::seal::Sealer;
 use crate::user::settings::{SandboxGroupingStrategy, Settings, SettingsStore};
 
-/// A step that fails this often in a row has failed. A worker that dies at it counts.
-const MAX_ATTEMPTS: u32 = 8;
-/// A step has failed when an agent server answers it this often in a row with an error of its own (see [`Retry::Few`]). The texts are
-/// not compared: they hold paths of temporary files and ids, and a permanent mistake would look like a new one each time.
-const MAX_REFUSALS: u32 = 3;
-const FIRST_RETRY_DELAY: Duration = Duration::from_millis(250);
-const MAX_RETRY_DELAY: Duration = Duration::from_secs(5);
-/// The delay after the first such answer, and how many times longer the next one is: what passes does so within seconds (a network
-/// that a new sandbox does not have yet, a lock).
-const FIRST_REFUSAL_DELAY: Duration = Duration::from_secs(1);
-const REFUSAL_DELAY_FACTOR: u32 = 3;
 /// By how much looks at the same command get rarer.
 const MAX_POLL_FACTOR: u32 = 10;
 /// The same while a sandbox boots.
@@ -195,8 +185,7 @@ impl Saga {
     /// # Errors
     /// [`Error::Store`].
     pub async fn sweep(&self) -> Result<usize> {
-        sweep(&self.tasks.unfinished(), &self.queue, |row| Job::AdvanceStart { user: row.user.clone(), task: row.id })
-            .await
+        sweep(&self.tasks.unfinished(), &self.queue, |row| AdvanceStart { user: row.user.clone(), task: row.id }).await
     }
 
     /// Ends a start that workers keep failing at, honestly.
@@ -267,7 +256,7 @@ impl StartRun<'_> {
                     self.task.record.refusals = refusals;
                     match self.retry(&text).filter(|_| refusals < MAX_REFUSALS) {
                         Some((_, change)) => {
-                            let delay = FIRST_REFUSAL_DELAY * REFUSAL_DELAY_FACTOR.saturating_pow(refusals - 1);
+                            let delay = advance_start::delay_after_refusal(refusals);
                             (delay, change.set("refusals", attempts(refusals)))
                         }
                         None => return self.fail(fault, &text).await,
@@ -295,7 +284,7 @@ impl StartRun<'_> {
         }
         // What was known of the sandbox may be the reason.
         self.sandbox = None;
-        let delay = FIRST_RETRY_DELAY.saturating_mul(1 << (count - 1)).min(MAX_RETRY_DELAY);
+        let delay = advance_start::delay_after(count);
         Some((delay, Change::default().set("attempts", attempts(count))))
     }
 
@@ -415,7 +404,7 @@ impl StartRun<'_> {
         if released.is_err() {
             return Ok(Attempt::Busy);
         }
-        let job = Job::AdvanceStart { user: record.user.clone(), task: record.id };
+        let job = AdvanceStart { user: record.user.clone(), task: record.id }.into();
         if let Err(error) = self.saga.queue.send(&job, delay).await {
             tracing::warn!(task = %record.id, error = %error.context(), "start.enqueue_failed");
         }

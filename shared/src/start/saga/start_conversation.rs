@@ -17,7 +17,7 @@ use crate::conversation::store::ConversationChange;
 use crate::conversation::tags::Tags;
 use crate::conversation::{ConversationRecord, MetricsSnapshot};
 use crate::http::secret::InTerminal;
-use crate::jobs::queue::Job;
+use crate::jobs::process_events::ProcessEvents;
 use crate::metrics;
 use crate::sandbox::Sandbox;
 use crate::start::conversation_body::{ConversationBody, ConversationInputs, conversation_body, uses_llm_analyzer};
@@ -294,7 +294,7 @@ impl StartRun<'_> {
         }
         if processors.contains(&EventCallbackProcessor::Logging) {
             // Events that came before the record. The next ones ring too.
-            let job = Job::ProcessEvents { user: user.clone(), conversation: conversation_id };
+            let job = ProcessEvents { user: user.clone(), conversation: conversation_id }.into();
             if let Err(error) = saga.queue.send(&job, Duration::ZERO).await {
                 tracing::warn!(task = %record.id, error = %error.context(), "start.enqueue_failed");
             }
