@@ -1,6 +1,7 @@
-"""Checks what SAM makes of template.yaml: what is deployed is not written there, but follows from it.
+"""Checks the resources that SAM derives from template.yaml: they are deployed, and not written there.
 
-Run by tests/lint-template.sh with the Python that has the SAM translator: check-translated-template.py template.yaml
+Run by tests/lint-template.sh with the Python that has the SAM translator, on the template with its includes inlined, because
+CloudFormation inserts them before SAM translates: check-translated-template.py TEMPLATE
 """
 
 import logging
@@ -48,6 +49,8 @@ check("the access log's condition", stage["AccessLogSetting"]["Fn::If"][0], "Log
 [settings] = stage["MethodSettings"]
 check("the throttled methods", (settings["ResourcePath"], settings["HttpMethod"]), ("/*", "*"))
 [api] = of_type("AWS::ApiGateway::RestApi").values()
+check("the API's definition is inlined", "Fn::Transform" in api["Body"], False)
+check("operations", sum(len(methods) for methods in api["Body"]["paths"].values()) > 100, True)
 check("binary media types", api.get("BinaryMediaTypes", api["Body"].get("x-amazon-apigateway-binary-media-types")), None)
 sources = of_type("AWS::Lambda::EventSourceMapping").values()
 check("the batch sizes", [source["BatchSize"] for source in sources], [1, 1])

@@ -14,7 +14,7 @@ tests/python-tools.sh "$tools" 'functions under cargo lambda watch' --no-deps ca
 export OPENHANDS_AGENT_SERVER_FOLDER=${OPENHANDS_AGENT_SERVER_FOLDER:-$PWD/target/agent-server}
 export LLM_MODEL=openai/none LLM_API_KEY=none
 unset SESSION_API_KEY
-inline_wait=${PATIENCE:-900} # seconds; the first run builds and installs
+deadline=${PATIENCE:-900} # seconds; the first run builds and installs
 folder=$(mktemp -d)
 engines='' watch=''
 
@@ -59,12 +59,12 @@ fail() {
 }
 
 until_true() { # what, and a command
-    local what=$1 end=$((SECONDS + inline_wait))
+    local what=$1 end=$((SECONDS + deadline))
     shift
     until "$@"; do
         kill -0 "$engines" 2> /dev/null || fail "cargo local engines ended"
         [ -z "$watch" ] || kill -0 "$watch" 2> /dev/null || fail "cargo lambda watch ended"
-        [ "$SECONDS" -lt "$end" ] || fail "still not so after ${inline_wait}s: $what"
+        [ "$SECONDS" -lt "$end" ] || fail "still not so after ${deadline}s: $what"
         sleep 0.3
     done
 }

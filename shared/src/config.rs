@@ -12,7 +12,7 @@ use crate::http_client::AddressPolicy;
 pub use crate::sandbox::config::DockerSandboxConfig;
 pub use crate::sandbox::config::{ProcessSandboxConfig, RemoteSandboxConfig, SandboxConfig};
 
-/// Names of tables, bucket and queue.
+/// Names of tables and bucket, URLs of queues.
 #[derive(Clone, Debug)]
 pub struct Names {
     /// `CONVERSATIONS_TABLE`
@@ -29,10 +29,12 @@ pub struct Names {
     pub bucket: String,
     /// `JOB_QUEUE_URL`
     pub job_queue_url: String,
+    /// `EXPORT_QUEUE_URL`
+    pub export_queue_url: String,
 }
 
 impl Names {
-    /// The names below a common prefix; the queue's URL must be filled in.
+    /// The names with a common prefix; the queues' URLs must be filled in.
     #[must_use]
     pub fn with_prefix(prefix: &str) -> Self {
         Self {
@@ -43,6 +45,7 @@ impl Names {
             users: format!("{prefix}users"),
             bucket: format!("{prefix}data"),
             job_queue_url: String::new(),
+            export_queue_url: String::new(),
         }
     }
 }
@@ -64,7 +67,7 @@ pub struct StartConfig {
     /// turns the probe off).
     pub mcp_probe_timeout: Duration,
     /// How long a worker waits in its own process before it gives the task back to the queue
-    /// (`START_PATIENCE_MS`, 2000). On Lambda waiting is paid for; locally it is free.
+    /// (`START_INLINE_WAIT_MS`, 2000). On Lambda waiting is paid for; locally it is free.
     pub inline_wait: Duration,
     /// How long a worker's claim on a task lasts without being renewed (`START_LEASE_SECONDS`, 15).
     pub lease: Duration,
@@ -119,25 +122,31 @@ impl Default for StartConfig {
     }
 }
 
+/// The most events that an export holds: the directory of the zip needs memory for each of them. The memory of the functions in
+/// `template.yaml` fits this; `docs/benchmarks.md` has the figures.
+pub const MAX_EXPORT_EVENTS: u64 = 1_000_000;
+
 /// How conversations are exported.
 #[derive(Clone, Debug)]
 pub struct ExportConfig {
     /// The largest zip that is streamed as the answer, in bytes (`EXPORT_INLINE_LIMIT`, 64 MiB). The answer for a larger one is a
     /// redirect to a link. API Gateway limits a stream to 2 MB/s after its first 10 MB, so that 64 MiB take half a minute.
     pub inline_limit: u64,
-    /// How long a request works on an export before it leaves it to the worker (`EXPORT_BUDGET_MS`, 20000). The API gateway
+    /// How long a request builds an export before it leaves it to the function `exports` (`EXPORT_BUDGET_MS`, 20000). API Gateway
     /// waits for 29 s.
     pub budget: Duration,
-    /// How long a worker works on one before it leaves it to the next (`EXPORT_WORKER_BUDGET_MS`, 100000). Lambda ends it
-    /// after 150 s.
-    pub worker_budget: Duration,
-    /// How long agent servers have for events that have not arrived (`EXPORT_CATCH_UP_MS`, 5000).
+    /// How long the function `exports` builds one before the build fails (`EXPORT_BUILD_BUDGET_MS`, 840000). Lambda ends it after
+    /// 900 s.
+    pub build_budget: Duration,
+    /// How long an agent server may take to return events that have not arrived (`EXPORT_CATCH_UP_MS`, 5000).
     pub catch_up: Duration,
-    /// How long indexes may lag behind a write (`EXPORT_SETTLE_MS`, 5000): an export that was begun sooner after the log
-    /// changed is not used again.
+    /// How long indexes may lag after a write (`EXPORT_SETTLE_MS`, 5000): an export whose build started sooner after a change of the
+    /// log is not reused.
     pub settle: Duration,
-    /// How long a claim on an export lasts without being renewed (`EXPORT_LEASE_SECONDS`, 30).
+    /// How long the lease on an export lasts unless it is renewed (`EXPORT_LEASE_SECONDS`, 30).
     pub lease: Duration,
+    /// The most events of an export. Not an environment variable: the memory of the functions depends on it.
+    pub max_events: u64,
 }
 
 impl Default for ExportConfig {
@@ -145,10 +154,11 @@ impl Default for ExportConfig {
         Self {
             inline_limit: 64 * 1024 * 1024,
             budget: Duration::from_secs(20),
-            worker_budget: Duration::from_secs(100),
+            build_budget: Duration::from_secs(840),
             catch_up: Duration::from_secs(5),
             settle: Duration::from_secs(5),
             lease: Duration::from_secs(30),
+            max_events: MAX_EXPORT_EVENTS,
         }
     }
 }
@@ -164,10 +174,11 @@ impl ExportConfig {
         Ok(Self {
             inline_limit: parsed("EXPORT_INLINE_LIMIT")?.unwrap_or(default.inline_limit),
             budget: milliseconds("EXPORT_BUDGET_MS", default.budget)?,
-            worker_budget: milliseconds("EXPORT_WORKER_BUDGET_MS", default.worker_budget)?,
+            build_budget: milliseconds("EXPORT_BUILD_BUDGET_MS", default.build_budget)?,
             catch_up: milliseconds("EXPORT_CATCH_UP_MS", default.catch_up)?,
             settle: milliseconds("EXPORT_SETTLE_MS", default.settle)?,
             lease: parsed("EXPORT_LEASE_SECONDS")?.map_or(default.lease, Duration::from_secs),
+            max_events: default.max_events,
         })
     }
 }
@@ -221,6 +232,7 @@ impl Config {
             users: required("USERS_TABLE")?,
             bucket: required("BUCKET")?,
             job_queue_url: required("JOB_QUEUE_URL")?,
+            export_queue_url: required("EXPORT_QUEUE_URL")?,
         };
         Ok(Self {
             names,
@@ -255,6 +267,7 @@ impl Config {
             ("USERS_TABLE", names.users.clone()),
             ("BUCKET", names.bucket.clone()),
             ("JOB_QUEUE_URL", names.job_queue_url.clone()),
+            ("EXPORT_QUEUE_URL", names.export_queue_url.clone()),
             match &self.sealing {
                 SealingConfig::File(path) => ("SEALING_KEY_FILE", path.display().to_string()),
                 SealingConfig::Kms(key) => ("SEALING_KMS_KEY", key.clone()),
@@ -317,7 +330,7 @@ impl StartConfig {
             step_timeout: seconds("STEP_TIMEOUT", default.step_timeout)?,
             agent_request_timeout: seconds("AGENT_REQUEST_TIMEOUT", default.agent_request_timeout)?,
             mcp_probe_timeout: seconds("MCP_PROBE_TIMEOUT", default.mcp_probe_timeout)?,
-            inline_wait: milliseconds("START_PATIENCE_MS", default.inline_wait)?,
+            inline_wait: milliseconds("START_INLINE_WAIT_MS", default.inline_wait)?,
             lease: seconds("START_LEASE_SECONDS", default.lease)?,
             poll: milliseconds("START_POLL_MS", default.poll)?,
             keep_alive: milliseconds("STREAM_KEEP_ALIVE_MS", default.keep_alive)?,

@@ -9,8 +9,8 @@ use crate::config::{Config, ExportConfig, Names, SandboxConfig};
 use crate::conversation::store::ConversationStore;
 use crate::deletion::Deleter;
 use crate::event::store::EventStore;
-use crate::export::Exporter;
 use crate::export::store::ExportStore;
+use crate::export::{ExportJobs, Exporter};
 use crate::http_client::HttpClient;
 use crate::jobs::queue::JobQueue;
 use crate::pending_message::delivery::{Messages, Timing};
@@ -83,6 +83,18 @@ impl<K> Stores<K> {
     #[must_use]
     pub fn queue(&self) -> JobQueue {
         JobQueue::new(self.aws.sqs.clone(), self.names.job_queue_url.clone())
+    }
+
+    /// The queue of exports.
+    #[must_use]
+    pub fn export_queue(&self) -> JobQueue {
+        JobQueue::new(self.aws.sqs.clone(), self.names.export_queue_url.clone())
+    }
+
+    /// Builds exports outside requests.
+    #[must_use]
+    pub fn export_jobs(&self, config: &ExportConfig) -> ExportJobs {
+        ExportJobs::new(config, &self.names, &self.aws)
     }
 
     #[must_use]

@@ -5,26 +5,30 @@ use std::borrow::Cow;
 use serde::Serialize;
 use serde_json::Value;
 
-/// One fault of a request: an entry of `detail` in a 422 response.
+/// A violation of the request's schema: an entry of `detail` in a 422 response.
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Violation {
     /// Name of the rule, e.g. `missing`, `uuid_parsing`.
     #[serde(rename = "type")]
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
     pub kind: &'static str,
-    /// The path of the faulty value: `body`, `query` or `path` first, then keys and indices.
+    /// The location: `body`, `query` or `path`, then the keys and indices that lead to the faulty value.
     pub loc: Vec<Loc>,
-    /// What is wrong, as a sentence.
+    /// The error message.
     pub msg: String,
-    /// The faulty value as it was sent; for `missing` the object that lacks the field.
+    /// The faulty value as it was sent; for `missing`, the object that lacks the field.
     pub input: Value,
-    /// Parameters of the rule. The key is left out when the rule has none.
+    /// Parameters of the rule. Absent if the rule has none.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(value_type = Object))]
     pub ctx: Option<Value>,
 }
 
 /// One step of the path of a value.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub enum Loc {
     /// Key of an object, or the part of the request.
     Key(Cow<'static, str>),

@@ -46,12 +46,13 @@ const ROUNDS: usize = 15;
 const HELLO: &str = "hello";
 /// A first request that reads the store, unlike those of the other rows: TLS is set up for it.
 const COUNT: &str = "conversations, a count";
-const FUNCTIONS: [&str; 13] = [
+const FUNCTIONS: [&str; 14] = [
     "authorizer",
     "conversations",
     COUNT,
     "download",
     "events",
+    "exports",
     "sandboxes",
     "settings",
     "skills",
@@ -83,7 +84,8 @@ async fn main() {
         Engines::listening(folder.path(), EnginePorts::default(), &Origins::default()).await.expect("engines");
     let aws = Aws::new(&engines.sdk_config().await);
     let mut names = Names::with_prefix("oh-");
-    names.job_queue_url = schema::make_all(&aws, &names, "oh-").await.expect("a schema").jobs;
+    let queues = schema::make_all(&aws, &names, "oh-").await.expect("a schema");
+    (names.job_queue_url, names.export_queue_url) = (queues.jobs, queues.exports);
     let kms = Kms::start().await;
     let config = Config {
         start: StartConfig::default(),
@@ -198,6 +200,7 @@ fn event(name: &str) -> String {
     }
     let file = match name {
         "worker" => "schedule.json",
+        "exports" => return r#"{"Records": []}"#.to_owned(),
         "authorizer" => return r#"{"methodArn": "arn", "headers": {}}"#.to_owned(),
         _ => "unknown-path.json",
     };

@@ -1,9 +1,12 @@
-//! Exports by the length of the log: how long one takes, how large it is, and what memory the process needs that makes it.
-//! The embedded engines, and the log, are in another process.
+//! Measures exports by the number of events: time, size, and the memory of the process that builds the export. The embedded engines
+//! and the log are in another process. Fails when an export needs more memory than it may.
 //!
 //! ```sh
-//! cargo bench -p tests --bench exports --profile dev -- 1000 10000 100000
+//! cargo bench -p tests --bench exports --profile dev -- 10000 100000 300000
+//! cargo bench -p tests --bench exports --profile dev -- members=1000000
 //! ```
+//!
+//! The second command writes the zip alone, without a store: its memory is what the members need.
 
 #![allow(clippy::expect_used, clippy::disallowed_methods, reason = "a benchmark fails by panicking")]
 
@@ -19,6 +22,7 @@ use shared::aws::Aws;
 use shared::config::{ExportConfig, Names};
 use shared::conversation::{ConversationRecord, MetricsSnapshot};
 use shared::event::store::Event;
+use shared::export::archive::ArchiveWriter;
 use shared::export::{Answer, Exporter};
 use shared::http_client::{AddressPolicy, HttpClient};
 use shared::sandbox::none::NoSandboxes;
@@ -35,6 +39,10 @@ const CONVERSATION: &str = "BENCH_CONVERSATION";
 const FOLDER: &str = "BENCH_FOLDER";
 /// Long enough for everything.
 const BUDGET: Duration = Duration::from_secs(3600);
+/// In the environment of the process that writes a zip without a store: how many members.
+const MEMBERS: &str = "BENCH_MEMBERS";
+/// The most memory of an export with at most so many events, in MiB.
+const LIMITS: [(usize, f64); 2] = [(100_000, 96.0), (300_000, 192.0)];
 const WORDS: [&str; 8] = ["the", "agent", "reads", "a", "file", "naïve", "and", "writes"];
 
 #[tokio::main]
@@ -43,15 +51,54 @@ async fn main() {
         export(Uuid::parse_str(&conversation).expect("an id")).await;
         return;
     }
-    let lengths: Vec<usize> =
-        std::env::args().skip(1).filter_map(|length| length.replace('_', "").parse().ok()).collect();
-    assert!(!lengths.is_empty(), "say how many events there are to be, e.g. 10000");
-    println!(
-        "| events | bytes of JSON | bytes of the zip | seconds | memory before | memory, largest |\n|---|---|---|---|---|---|"
-    );
+    if let Ok(members) = std::env::var(MEMBERS) {
+        write_members(members.parse().expect("a number")).await;
+        return;
+    }
+    let number = |text: &str| text.replace('_', "").parse::<usize>().ok();
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let lengths: Vec<usize> = arguments.iter().filter_map(|argument| number(argument)).collect();
+    let members: Vec<usize> =
+        arguments.iter().filter_map(|argument| number(argument.strip_prefix("members=")?)).collect();
+    assert!(!(lengths.is_empty() && members.is_empty()), "name a number of events, for example 10000 or members=10000");
+    if !lengths.is_empty() {
+        println!(
+            "| events | bytes of JSON | bytes of the zip | seconds | memory before | memory, largest |\n|---|---|---|---|---|---|"
+        );
+    }
     for length in lengths {
         measure(length).await;
     }
+    if !members.is_empty() {
+        println!("| members | bytes of the zip | seconds | memory before | memory, largest |\n|---|---|---|---|---|");
+    }
+    for members in members {
+        let program = std::env::current_exe().expect("this program");
+        let child = tokio::process::Command::new(program).env(MEMBERS, members.to_string()).output().await;
+        let child = child.expect("ended");
+        assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stderr));
+        println!("| {members} | {} |", String::from_utf8_lossy(&child.stdout).trim());
+    }
+}
+
+/// In a process of its own: a zip with so many events, whose bytes are dropped.
+async fn write_members(members: usize) {
+    let before = memory();
+    let started = Instant::now();
+    let (mut archive, mut chunks) = ArchiveWriter::new(Time::now());
+    let writing = tokio::task::spawn_blocking(move || {
+        for number in 0..members {
+            archive.add_event(&event(number)).expect("added");
+        }
+        archive.finish().expect("finished");
+    });
+    let mut length = 0;
+    while let Some(chunk) = chunks.recv().await {
+        length += chunk.len();
+    }
+    writing.await.expect("written");
+    let took = started.elapsed().as_secs_f64();
+    println!("{length} | {took:.1} | {before:.1} MiB | {:.1} MiB", memory());
 }
 
 async fn measure(length: usize) {
@@ -102,6 +149,12 @@ async fn measure(length: usize) {
     let told = child.wait_with_output().await.expect("ended");
     assert!(told.status.success(), "the export failed");
     println!("| {length} | {bytes} | {} |", String::from_utf8_lossy(&told.stdout).trim());
+    let largest = String::from_utf8_lossy(&told.stdout);
+    let largest = largest.trim().rsplit('|').next().and_then(|text| text.trim().strip_suffix(" MiB")?.parse().ok());
+    let largest: f64 = largest.expect("a figure");
+    if let Some((_, limit)) = LIMITS.into_iter().find(|(events, _)| length <= *events) {
+        assert!(largest <= limit, "{length} events need {largest} MiB, and may need {limit} MiB");
+    }
     engines.shutdown().await;
 }
 

@@ -13,6 +13,12 @@ const target = process.env.CARGO_TARGET_DIR ?? path.join(root, "target");
 /** Long: the first run of all installs the agent server. */
 const READY_LIMIT = 20 * 60 * 1000;
 
+/** How long a step of a test may take, in milliseconds. A busy machine is slow, and the tests are not about speed. */
+export const LIMIT = 600_000;
+
+/** Below `LIMIT`, so that a start that takes too long fails with its own reason. (120 s by default, which a busy machine exceeds.) */
+const SANDBOX_STARTUP_TIMEOUT = "540";
+
 /**
  * Starts it, and waits until all of it works. `stop()` ends it, and its sandboxes with it; `log()` is what it said.
  */
@@ -23,7 +29,7 @@ export async function startServer({ options = [], environment = {} } = {}) {
   const child = spawn(
     path.join(target, "debug/local"),
     ["--demo", "--port", "0", "--data", folder, "--agent-server", agentServer, ...options],
-    { env: { ...process.env, ...environment }, stdio: ["ignore", "pipe", "pipe"] },
+    { env: { ...process.env, SANDBOX_STARTUP_TIMEOUT, ...environment }, stdio: ["ignore", "pipe", "pipe"] },
   );
   let said = "";
   for (const stream of [child.stdout, child.stderr]) stream.on("data", (bytes) => (said += bytes));

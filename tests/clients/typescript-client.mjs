@@ -6,9 +6,8 @@ import { randomBytes } from "node:crypto";
 
 import { CloudClient } from "@openhands/typescript-client/clients";
 
-import { run, until, versionOf, zipMembers } from "./server.mjs";
+import { LIMIT, run, until, versionOf, zipMembers } from "./server.mjs";
 
-const TURN = 180_000;
 const apiKey = randomBytes(16).toString("hex");
 
 function hasStatus(status) {
@@ -29,7 +28,7 @@ await run("typescript-client", { environment: { SESSION_API_KEY: apiKey } }, asy
   say("a key lets in, another does not");
 
   // The demo's own conversation, of which the terminal shows the course.
-  await until("the demo is shown", TURN, async () => /^Ctrl-C ends the server\.$/m.test(server.log()));
+  await until("the demo is shown", LIMIT, async () => /^Ctrl-C ends the server\.$/m.test(server.log()));
   assert.match(server.log(), /^Start: READY$[^]*^The agent runs: echo[^]*^Agent: This is a demo: a script wrote/m);
   const shown = await client.searchConversations();
   assert.equal(shown.items.length, 1);
@@ -71,7 +70,7 @@ await run("typescript-client", { environment: { SESSION_API_KEY: apiKey } }, asy
   const started = async (request) => {
     const task = await client.createConversation(request);
     const seen = new Set([task.status]);
-    const ready = await until("the start ends", TURN, async () => {
+    const ready = await until("the start ends", LIMIT, async () => {
       const now = await client.getConversationStartTask(task.id);
       seen.add(now.status);
       assert.notEqual(now.status, "ERROR", now.detail);
@@ -85,7 +84,7 @@ await run("typescript-client", { environment: { SESSION_API_KEY: apiKey } }, asy
   const id = task.app_conversation_id;
   const conversation = async () => (await client.getConversations([id]))[0];
   const answered = (times) =>
-    until(`the agent has answered ${times} times`, TURN, async () => {
+    until(`the agent has answered ${times} times`, LIMIT, async () => {
       const now = await conversation();
       const { items } = await client.get(`/api/v1/conversation/${id}/events/search?limit=100`);
       const said = items.filter((event) => event.kind === "MessageEvent" && event.source === "agent");
@@ -104,7 +103,7 @@ await run("typescript-client", { environment: { SESSION_API_KEY: apiKey } }, asy
   // This client sorts by the time of the last change, so a row that changes between two pages moves to the front. A walk
   // counts when no row changed during it (the agent's title arrives some seconds after its answer).
   const changes = async () => JSON.stringify((await client.getConversations(ids)).map((row) => row.updated_at));
-  const [found, first] = await until("no conversation changes during a walk through the pages", TURN, async () => {
+  const [found, first] = await until("no conversation changes during a walk through the pages", LIMIT, async () => {
     const before = await changes();
     let page = await client.searchConversations(2);
     assert.equal(page.items.length, 2);
@@ -165,8 +164,8 @@ await run("typescript-client", { environment: { SESSION_API_KEY: apiKey } }, asy
   assert.deepEqual(await sandbox().then((now) => [now.status, now.session_api_key]), ["PAUSED", null]);
   assert.deepEqual(await conversation().then((now) => [now.sandbox_status, now.conversation_url]), ["PAUSED", null]);
   await client.resumeSandbox(task.sandbox_id);
-  await until("the sandbox runs", TURN, async () => (await sandbox()).status === "RUNNING");
-  assert.ok((await conversation()).conversation_url);
+  await until("the sandbox runs", LIMIT, async () => (await sandbox()).status === "RUNNING");
+  await until("the conversation can be reached", LIMIT, async () => (await conversation()).conversation_url);
   assert.match(await file("hello.txt"), /Written by/);
   say("paused and resumed");
 
@@ -177,7 +176,7 @@ await run("typescript-client", { environment: { SESSION_API_KEY: apiKey } }, asy
     await assert.rejects(client.deleteConversation(one), hasStatus(404));
   }
   assert.deepEqual((await client.searchConversations()).items, []);
-  await until("the sandbox is gone", TURN, async () => (await sandbox()) === null);
+  await until("the sandbox is gone", LIMIT, async () => (await sandbox()) === null);
   say("deleted, and the sandbox with the last one");
   assert.ok(!server.log().includes(apiKey), "the key is in the log");
 });

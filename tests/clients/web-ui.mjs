@@ -1,7 +1,10 @@
-// The prebuilt web UI that `cargo local --ui` serves, in a real browser, against a real agent server: a conversation from its first
-// message to its end.
+// Tests the prebuilt web UI that `cargo local --ui` serves, in a real browser, against a real agent server: a conversation from its
+// first message to its deletion.
 //
-// With SCREENSHOTS=FOLDER pictures of each step are left there.
+// A page that is being redrawn can drop a click, and a request that fails or comes too early is not always repeated by the UI. Every
+// action is therefore repeated until the page shows its effect, as a user would do.
+//
+// SCREENSHOTS=FOLDER writes a picture of each step to that folder.
 
 import assert from "node:assert/strict";
 import { access, readFile } from "node:fs/promises";
@@ -9,9 +12,10 @@ import path from "node:path";
 
 import { chromium } from "playwright-core";
 
-import { run, until, zipMembers } from "./server.mjs";
+import { LIMIT, run, until, zipMembers } from "./server.mjs";
 
-const TURN = 180_000;
+/** How long one attempt at an action may take, in milliseconds, before the action is repeated. */
+const ATTEMPT = { timeout: 20_000 };
 const CHROMIUM = process.env.CHROMIUM ?? "/usr/bin/chromium";
 // The first one is for users without a sandbox of their own, such as root's; the others keep it from calling its makers.
 const FLAGS =
@@ -25,8 +29,8 @@ await run("web-ui", { options: ["--ui"] }, async (server, say) => {
   try {
     const context = await browser.newContext({ viewport: SIZE, acceptDownloads: true });
     const page = await context.newPage();
-    // The UI is there before its editor, and keeps nobody waiting.
-    await until("its editor is served", TURN, async () => {
+    // The server serves the UI before it has fetched the UI's editor.
+    await until("the editor of the UI is served", LIMIT, async () => {
       const { parts } = await (await fetch(`${server.url}/ready`)).json();
       return parts.web_ui_editor === "ready";
     });
@@ -42,7 +46,7 @@ await run("web-ui", { options: ["--ui"] }, async (server, say) => {
 });
 
 async function converse(page, url, say) {
-  page.setDefaultTimeout(TURN);
+  page.setDefaultTimeout(LIMIT);
   const left = new Set();
   const editors = new Set();
   page.on("request", (request) => {
@@ -66,27 +70,35 @@ async function converse(page, url, say) {
     await page.screenshot({ path: file });
     say(`a picture: ${file}`);
   };
+  // The page empties the input as it accepts a message, and ignores the key while it accepts none.
   const write = async (text) => {
-    await page.getByTestId("chat-input").click();
-    await page.keyboard.type(text);
-    await page.keyboard.press("Enter");
-  };
-  const togglePanel = async () => {
-    // A notice may be in front of the button, and stays for as long as the mouse is on it.
-    await page.mouse.move(SIZE.width / 2, SIZE.height / 2);
-    await page.getByTestId("right-panel-toggle").click();
-  };
-  // A click that comes while the page is drawn again may go nowhere, so the panel's tabs say whether it took effect.
-  const setPanel = async (state) => {
-    const tab = page.getByTestId("conversation-tab-commits");
-    await until(`the side panel is ${state}`, TURN, async () => {
-      await togglePanel();
-      return tab.waitFor({ state, timeout: 20_000 }).then(() => true, () => false);
+    const input = page.getByTestId("chat-input");
+    await retry(`“${text}” is sent`, async () => {
+      await input.fill(text, ATTEMPT);
+      assert.equal((await input.innerText(ATTEMPT)).trim(), text);
+      await input.press("Enter", ATTEMPT);
+      const unsent = input.filter({ hasText: text });
+      await until("the input is empty", 5_000, async () => (await unsent.count()) === 0);
     });
   };
-  const choose = async (button) => {
-    await page.getByTestId("conversation-name").getByTestId("ellipsis-button").click();
-    await page.getByTestId(button).click();
+  /** Shows or hides the panel beside the conversation. */
+  const setPanel = async (shown) => {
+    // A notice may cover the toggle, and stays for as long as the mouse is on it.
+    await page.mouse.move(SIZE.width / 2, SIZE.height / 2);
+    await set(page.getByTestId("right-panel-toggle"), "aria-pressed", shown);
+    // A hidden panel may keep its tabs, outside of the window.
+    const tab = page.getByTestId("conversation-tab-commits");
+    await until(shown ? "the side panel is shown" : "the side panel is hidden", LIMIT, async () => {
+      const box = (await tab.isVisible()) && (await tab.boundingBox(ATTEMPT).catch(() => null));
+      return shown === Boolean(box && box.x + box.width <= SIZE.width);
+    });
+  };
+  /** Opens the menu of the conversation, and returns one of its buttons. */
+  const openMenu = async (button) => {
+    const menu = page.getByTestId("conversation-name").getByTestId("ellipsis-button");
+    const entry = page.getByTestId(button);
+    await repeat(`the menu has ${button}`, () => menu.click(ATTEMPT), entry);
+    return entry;
   };
 
   // Open: no dialog, no login.
@@ -98,7 +110,11 @@ async function converse(page, url, say) {
 
   // A message starts a conversation, and its answer arrives.
   await write("Say hello");
-  await page.waitForURL(/\/conversations\/(?!task-)/);
+  await until("the conversation is open", LIMIT, async () => {
+    const failed = (await api("/start-tasks/search")).items.find((task) => task.status === "ERROR");
+    assert.equal(failed, undefined, failed?.detail);
+    return /\/conversations\/(?!task-)./.test(page.url());
+  });
   await page.getByText("a script wrote this answer").waitFor();
   await page.getByText("You said: “Say hello”").waitFor();
   const [row] = (await api("/search")).items;
@@ -109,20 +125,35 @@ async function converse(page, url, say) {
   say("sent a second message, and showed the answer");
 
   // Rename.
-  await choose("rename-button");
-  await page.getByTestId("conversation-name-input").fill("A name of its own");
-  await page.keyboard.press("Enter");
-  await until("the name is kept", TURN, async () => (await api(`?ids=${row.id}`))[0].title === "A name of its own");
+  const isRenamed = async () => (await api(`?ids=${row.id}`))[0].title === "A name of its own";
+  await retry("the conversation is renamed", async () => {
+    const input = page.getByTestId("conversation-name-input");
+    await repeat("the name can be changed", async () => (await openMenu("rename-button")).click(ATTEMPT), input);
+    await input.fill("A name of its own", ATTEMPT);
+    await input.press("Enter", ATTEMPT);
+    await until("the server has the new name", ATTEMPT.timeout, isRenamed);
+  });
   const cards = page.getByTestId("conversation-card-title");
   await cards.getByText("A name of its own").waitFor();
   say("renamed it");
 
-  // What the agent wrote, beside the conversation.
-  await setPanel("visible");
-  await page.getByTestId("file-tree-file-hello.txt").click();
-  await page.getByText("Written by an agent that follows a script.", { exact: true }).waitFor();
+  // The file that the agent wrote. The UI (1.20.0) requests the list of files once, when it opens the conversation, also while the panel
+  // is hidden: possibly before the agent has written the file. It then keeps that list. Its refresh button and the agent's edits
+  // invalidate only the query of agent servers (`workspace-files`), not the one of app servers (`workspace-files-cloud`), and another
+  // tab and back requests a new list only after 30 seconds. A user would reload the page, and so does this test.
+  await retry("the agent's file is shown", async () => {
+    await setPanel(true);
+    try {
+      await page.getByTestId("file-tree-file-hello.txt").click(ATTEMPT);
+      await page.getByText("Written by an agent that follows a script.", { exact: true }).waitFor(ATTEMPT);
+    } catch (error) {
+      await picture("no-file");
+      await page.reload();
+      throw error;
+    }
+  });
   await picture("conversation");
-  await setPanel("hidden");
+  await setPanel(false);
   say("showed the file that the agent wrote");
 
   // What was changed and committed in its sandbox, with the files of each commit and what changed in them. Agent servers before 1.49 do
@@ -134,32 +165,43 @@ async function converse(page, url, say) {
   const { version } = await (await fetch(new URL("/server_info", now.conversation_url))).json();
   const [major, minor] = version.split(".").map(Number);
   const listsCommits = major > 1 || minor >= 49;
-  const asked = page.waitForResponse((answer) => answer.request().postData()?.includes("/api/git/commits?"));
-  await setPanel("visible");
-  await page.getByTestId("conversation-tab-commits").click();
-  assert.equal((await asked).status(), listsCommits ? 200 : 404, version);
-  // The diff of a file, in one editor or two.
-  const diff = async (listed, file) => {
-    await listed.getByTestId("diff-change-list").getByText(file, { exact: true }).click();
-    return listed.getByTestId("editor-container").locator(".monaco-diff-editor .editor.modified .view-line");
-  };
+  const answer = page.waitForResponse((response) => response.request().postData()?.includes("/api/git/commits?"));
   const uncommitted = page.getByTestId("uncommitted-changes-row");
-  await uncommitted.getByTestId("uncommitted-changes-row-toggle").click();
-  await (await diff(uncommitted, "hello.txt")).getByText("This line is in no commit.").waitFor();
+  await retry("the changes are listed", async () => {
+    await setPanel(true);
+    await page.getByTestId("conversation-tab-commits").click(ATTEMPT);
+    try {
+      await uncommitted.waitFor(ATTEMPT);
+    } catch (error) {
+      // The UI requests the changes whenever this tab is opened. A click on a tab that is open closes the panel.
+      await page.getByTestId("conversation-tab-files").click(ATTEMPT);
+      throw error;
+    }
+  });
+  assert.equal((await answer).status(), listsCommits ? 200 : 404, version);
+  // Opens the diff of a file, in one editor or two, until it shows a line.
+  const showDiff = async (listed, file, line) => {
+    const name = listed.getByTestId("diff-change-list").getByText(file, { exact: true });
+    const lines = listed.getByTestId("editor-container").locator(".monaco-diff-editor .editor.modified .view-line");
+    await repeat(`the diff of ${file} is shown`, () => name.click(ATTEMPT), lines.getByText(line));
+    return lines;
+  };
+  const toggle = uncommitted.getByTestId("uncommitted-changes-row-toggle");
+  await set(toggle, "aria-expanded", true);
+  await showDiff(uncommitted, "hello.txt", "This line is in no commit.");
   await picture("changes");
   // A language that has a worker of its own.
-  const language = page.waitForResponse((answer) => answer.url().includes("/ts.worker"));
-  await (await diff(uncommitted, "hello.ts")).getByText("let uncommitted = 2;").waitFor();
-  assert.equal((await language).status(), 200);
+  const worker = page.waitForResponse((response) => response.url().includes("/ts.worker"));
+  await showDiff(uncommitted, "hello.ts", "let uncommitted = 2;");
+  assert.equal((await worker).status(), 200);
   await picture("changes-in-code");
-  await uncommitted.getByTestId("uncommitted-changes-row-toggle").click();
+  await set(toggle, "aria-expanded", false);
   say("showed an uncommitted change");
   const commits = page.getByTestId("commit-row");
   if (listsCommits) {
     const listed = commits.filter({ hasText: "Say hello in a file" });
-    await listed.getByTestId("commit-row-toggle").click();
-    const lines = await diff(listed, "hello.txt");
-    await lines.getByText("Written by an agent that follows a script.").waitFor();
+    await set(listed.getByTestId("commit-row-toggle"), "aria-expanded", true);
+    const lines = await showDiff(listed, "hello.txt", "Written by an agent that follows a script.");
     assert.equal(await lines.getByText("This line is in no commit.").count(), 0);
     say("listed a commit, and showed what it changed in a file");
   } else {
@@ -168,28 +210,33 @@ async function converse(page, url, say) {
   }
   await picture("commits");
   assert.deepEqual([...editors], ["127.0.0.1"], "the editor is from elsewhere");
-  await until("the editor's worker runs", TURN, () => page.workers().length > 0);
+  await until("the editor's worker runs", LIMIT, () => page.workers().length > 0);
   assert.deepEqual(refused, []);
-  await setPanel("hidden");
+  await setPanel(false);
 
-  // Another visit: the list, and what was said.
+  // A second visit: the list, and the messages of the conversation.
   await page.goto(url);
-  await cards.getByText("A name of its own").click();
-  await page.getByText("You said: “And again”").waitFor();
+  const card = cards.getByText("A name of its own");
+  await repeat("the conversation is open again", () => card.click(ATTEMPT), page.getByText("You said: “And again”"));
   say("listed it, and opened it again");
 
   // Download.
-  const downloading = page.waitForEvent("download");
-  await choose("download-trajectory-button");
-  const members = zipMembers(await readFile(await (await downloading).path()));
+  const download = await retry("the download starts", async () => {
+    const [started] = await Promise.all([
+      page.waitForEvent("download", { timeout: 60_000 }),
+      openMenu("download-trajectory-button").then((button) => button.click(ATTEMPT)),
+    ]);
+    return started;
+  });
+  const members = zipMembers(await readFile(await download.path()));
   assert.ok(members.includes("meta.json") && members.some((member) => member.startsWith("event_")), members.join());
   say(`downloaded a zip of ${members.length} members`);
 
   // Delete.
-  await choose("delete-button");
+  const confirm = page.getByRole("button", { name: "Confirm Delete" });
+  await repeat("the page asks for a confirmation", async () => (await openMenu("delete-button")).click(ATTEMPT), confirm);
   await picture("delete");
-  await page.getByRole("button", { name: "Confirm Delete" }).click();
-  await page.getByText("No conversations found").waitFor();
+  await repeat("the list is empty", () => confirm.click(ATTEMPT), page.getByText("No conversations found"));
   assert.deepEqual((await api("/search")).items, []);
   await picture("deleted");
   say("deleted it");
@@ -201,11 +248,44 @@ async function converse(page, url, say) {
   say("called nobody else");
 }
 
+/** Repeats an attempt until it succeeds, and returns its result. */
+async function retry(what, attempt) {
+  let failure;
+  const attempted = async () => {
+    try {
+      return { result: await attempt() };
+    } catch (error) {
+      failure = error;
+      return undefined;
+    }
+  };
+  try {
+    return (await until(what, LIMIT, attempted)).result;
+  } catch (error) {
+    throw new Error(error.message, { cause: failure });
+  }
+}
+
+/** Repeats an action until an element is visible, or in another state. */
+async function repeat(what, act, element, state = "visible") {
+  await retry(what, async () => {
+    if ((await element.isVisible()) === (state === "visible")) return;
+    await act();
+    await element.waitFor({ state, ...ATTEMPT });
+  });
+}
+
+/** Clicks a toggle until one of its ARIA attributes has this value. */
+async function set(toggle, attribute, value) {
+  const done = toggle.and(toggle.page().locator(`[${attribute}="${value}"]`));
+  await repeat(`${attribute} of ${toggle} is ${value}`, () => toggle.click(ATTEMPT), done);
+}
+
 /** Runs a command in the workspace of a conversation. */
 async function command(row, line) {
   const headers = { "X-Session-API-Key": row.session_api_key, "Content-Type": "application/json" };
   const { workspace } = await (await fetch(row.conversation_url, { headers })).json();
-  const body = JSON.stringify({ command: line, cwd: workspace.working_dir, timeout: 30 });
+  const body = JSON.stringify({ command: line, cwd: workspace.working_dir, timeout: 120 });
   const run = new URL("/api/bash/execute_bash_command", row.conversation_url);
   const ran = await (await fetch(run, { method: "POST", headers, body })).json();
   assert.equal(ran.exit_code, 0, JSON.stringify(ran));
@@ -216,16 +296,24 @@ async function mcpServers(page, url, say, picture) {
   const stored = async () => (await (await fetch(`${url}/api/v1/settings`)).json()).agent_settings.mcp_config;
   const form = page.getByTestId("mcp-custom-editor");
   const servers = page.getByTestId("mcp-server-item");
-  const submit = async () => {
-    await form.getByTestId("submit-button").click();
-    await form.waitFor({ state: "detached" });
+  const submit = () =>
+    repeat("the form is saved", () => form.getByTestId("submit-button").click(ATTEMPT), form, "hidden");
+  const add = () => repeat("a form is open", () => page.getByTestId("mcp-add-custom-server").click(ATTEMPT), form);
+  const edit = (name) =>
+    repeat(`the form of ${name} is open`, () => servers.getByText(name, { exact: true }).click(ATTEMPT), form);
+  const select = async (dropdown, name, field) => {
+    const option = page.getByRole("option", { name });
+    const choose = async () => {
+      await repeat(`${dropdown} has ${name}`, () => form.getByTestId(dropdown).click(ATTEMPT), option);
+      await option.click(ATTEMPT);
+    };
+    await repeat(`${name} is selected`, choose, form.getByTestId(field));
   };
   await page.goto(`${url}/mcp`);
-  await page.getByTestId("mcp-add-custom-server").click();
+  await add();
   await form.getByTestId("server-name-input").fill("tracker");
   await form.getByTestId("url-input").fill("https://tracker.example/sse");
-  await form.getByTestId("auth-mode-dropdown").click();
-  await page.getByRole("option", { name: "Bearer token" }).click();
+  await select("auth-mode-dropdown", "Bearer token", "api-key-input");
   await form.getByTestId("api-key-input").fill("key-of-the-tracker");
   await submit();
   await servers.getByText("tracker", { exact: true }).waitFor();
@@ -235,9 +323,8 @@ async function mcpServers(page, url, say, picture) {
   say("added an MCP server with a token");
 
   // A second one, as a process: the first one stays.
-  await page.getByTestId("mcp-add-custom-server").click();
-  await form.getByTestId("server-type-dropdown").click();
-  await page.getByRole("option", { name: "STDIO" }).click();
+  await add();
+  await select("server-type-dropdown", "STDIO", "command-input");
   await form.getByTestId("name-input").fill("files");
   await form.getByTestId("command-input").fill("npx");
   await form.getByTestId("env-input").fill("TOKEN=secret");
@@ -245,19 +332,19 @@ async function mcpServers(page, url, say, picture) {
   const files = { transport: "stdio", command: "npx", env: { TOKEN: "**********" } };
   assert.deepEqual(await stored(), { tracker: server, files });
 
-  // The form is saved with the token still masked: it stays. (With another address it would be refused.)
-  await servers.getByText("tracker", { exact: true }).click();
+  // The form is saved with the token still masked, and the server keeps the token. (With another address it would refuse the form.)
+  await edit("tracker");
   await submit();
   assert.deepEqual(await stored(), { tracker: server, files });
   await page.reload();
   await servers.getByText("files", { exact: true }).waitFor();
-  assert.equal(await servers.count(), 2);
+  await until("both servers are listed", LIMIT, async () => (await servers.count()) === 2);
   say("listed two MCP servers, and kept their secrets when one was saved again");
 
-  await servers.getByText("tracker", { exact: true }).click();
-  await form.getByTestId("mcp-custom-editor-delete").click();
-  await page.getByTestId("confirm-button").click();
-  await form.waitFor({ state: "detached" });
+  await edit("tracker");
+  const confirm = page.getByTestId("confirm-button");
+  await repeat("the page asks for a confirmation", () => form.getByTestId("mcp-custom-editor-delete").click(ATTEMPT), confirm);
+  await repeat("the server is removed", () => confirm.click(ATTEMPT), form, "hidden");
   await servers.getByText("tracker", { exact: true }).waitFor({ state: "detached" });
   assert.deepEqual(await stored(), { files });
   say("removed one of them");

@@ -139,17 +139,25 @@ fn every_alarm_watches_a_metric_that_exists() {
 fn what_an_operator_must_know_has_an_alarm() {
     let template = template();
     let alarms = of_type(&template, "AWS::CloudWatch::Alarm");
-    let dead_letters = &watched(alarms["DeadLettersAlarm"])[0];
-    // The worker takes them off the queue within a second, and SQS does not count as sent what it moves there itself.
-    assert_eq!(dead_letters.name, "NumberOfMessagesReceived");
-    assert_eq!(dead_letters.dimensions["QueueName"]["Fn::GetAtt"][0], "DeadLetterQueue");
-    let one = alarms["DeadLettersAlarm"];
-    assert_eq!(
-        (&one["Threshold"], &one["EvaluationPeriods"], &one["Statistic"]),
-        (&json!(0), &json!(1), &json!("Sum"))
-    );
-    let oldest = &watched(alarms["OldestMessageAlarm"])[0];
-    assert_eq!(oldest.dimensions["QueueName"]["Fn::GetAtt"][0], "JobQueue");
+    for (alarm, queue) in [("DeadLettersAlarm", "DeadLetterQueue"), ("ExportDeadLettersAlarm", "ExportDeadLetterQueue")]
+    {
+        let dead_letters = &watched(alarms[alarm])[0];
+        // The consumer takes them off the queue within a second, and SQS does not count as sent what it moves there itself.
+        assert_eq!(dead_letters.name, "NumberOfMessagesReceived");
+        assert_eq!(dead_letters.dimensions["QueueName"]["Fn::GetAtt"][0], queue);
+        let one = alarms[alarm];
+        assert_eq!(
+            (&one["Threshold"], &one["EvaluationPeriods"], &one["Statistic"]),
+            (&json!(0), &json!(1), &json!("Sum"))
+        );
+    }
+    for (alarm, queue) in [("OldestMessageAlarm", "JobQueue"), ("OldestExportAlarm", "ExportQueue")] {
+        let oldest = &watched(alarms[alarm])[0];
+        assert_eq!(oldest.dimensions["QueueName"]["Fn::GetAtt"][0], queue);
+    }
+    let abandoned = of_type(&template, "AWS::Logs::MetricFilter")["ExportsAbandoned"];
+    assert_eq!(abandoned["FilterPattern"], r#"{ $.message = "export.abandoned" }"#);
+    assert_eq!(alarms["ExportsAbandonedAlarm"]["Threshold"], 1);
     // Every function that crashes or times out.
     let with_errors: BTreeSet<String> = ["FunctionErrorsAlarm", "WorkerErrorsAlarm"]
         .into_iter()

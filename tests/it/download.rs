@@ -1,6 +1,6 @@
-//! Exports over HTTP: what is in them, when one is used again, and that nothing half is ever served.
+//! Exports over HTTP and through their queue: their contents, when one is reused, and that a partial zip is never served.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,12 +22,13 @@ use shared::conversation::store::{ConversationChange, ConversationStore};
 use shared::conversation::{ConversationRecord, MetricsSnapshot};
 use shared::digest::sha256_hex;
 use shared::event::store::{Event, EventStore};
-use shared::export::store::ExportStore;
-use shared::export::zip::ZipWriter;
-use shared::export::{Exporter, WARNING, python_json};
+use shared::export::archive::ArchiveWriter;
+use shared::export::store::{ExportRecord, ExportStore, FailureReason, Lease, Upload};
+use shared::export::{Answer, ExportJobs, Exporter, OLDER_EXPORT, WARNING, python_json};
 use shared::http::caller::Caller;
 use shared::http_client::{AddressPolicy, HttpClient};
-use shared::jobs::queue::Job;
+use shared::jobs::process_events::ProcessEvents;
+use shared::jobs::queue::{DEAD_LETTER_SUFFIX, Job};
 use shared::sandbox::SandboxService as _;
 use shared::stores::Stores;
 use shared::user::UserId;
@@ -37,11 +38,13 @@ use uuid::Uuid;
 
 use crate::support::engines::{Engines, skipped_on_ministack};
 use crate::support::fault_proxy::{FaultProxy, Moment, Stop};
+use crate::support::iam_proxy::IamProxy;
 use crate::support::product::{Product, saying};
 use crate::support::scripted_llm::ScriptedLlm;
 use crate::support::server;
 use crate::support::wait::wait_for;
 use crate::support::worker_harness::StandInSandboxes;
+use crate::template::{policies, template};
 
 const PREFIX: &str = "download-";
 const SANDBOX: &str = "the-sandbox";
@@ -50,8 +53,9 @@ const USER: &str = "somebody";
 const USER_HEADER: &str = "x-user-of-the-test";
 const END_WITHIN: Duration = Duration::from_secs(120);
 
-/// The function alone, on engines of its own. Its calls to DynamoDB and S3 go through a gate.
-struct WorkerHarness {
+/// The functions `download` and `exports`, on engines of their own. Their calls to AWS go through a fault proxy, and then through a
+/// proxy that knows what their policies allow.
+struct ExportHarness {
     url: String,
     http: Client,
     aws: Aws,
@@ -60,12 +64,16 @@ struct WorkerHarness {
     conversations: ConversationStore,
     events: EventStore,
     exporter: Exporter,
+    exports: exports::Context,
     gate: FaultProxy,
+    iam: IamProxy,
+    /// Their clients, through the proxies.
+    clients: [Aws; 2],
     sandboxes: Arc<StandInSandboxes>,
     agent: Arc<AgentLog>,
     engines: Engines,
     folder: TempDir,
-    _served: [server::Server; 3],
+    _served: Vec<server::Server>,
 }
 
 /// The events of an agent server.
@@ -101,16 +109,38 @@ fn config() -> ExportConfig {
     ExportConfig { settle: Duration::ZERO, ..ExportConfig::default() }
 }
 
-impl WorkerHarness {
+impl ExportHarness {
     async fn new(config: ExportConfig) -> Self {
         let folder = TempDir::new().expect("a folder");
         let engines = Engines::start(folder.path()).await;
         let sdk = engines.sdk_config().await;
         let aws = Aws::new(&sdk);
         let mut names = engines.names(PREFIX);
-        names.job_queue_url = schema::make_all(&aws, &names, PREFIX).await.expect("a schema").jobs;
+        let queues = schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
+        (names.job_queue_url, names.export_queue_url) = (queues.jobs, queues.exports);
         let (gate, agent) = (FaultProxy::new(), Arc::new(AgentLog::default()));
-        let (dynamodb_way, s3_way) = (gate.to(&engines.dynamodb).await, gate.to(&engines.s3).await);
+        let iam = IamProxy::new(policies(&template()), PREFIX);
+        let network = engines.network_sdk_config().await;
+        let mut served = Vec::new();
+        let mut clients = Vec::new();
+        for function in ["download", "exports"] {
+            let mut urls = Vec::new();
+            for engine in [&engines.dynamodb, &engines.s3, &engines.sqs] {
+                let held = iam.to(function, engine).await;
+                let way = gate.to(&held.url()).await;
+                urls.push(way.url());
+                served.extend([held, way]);
+            }
+            let dynamodb = aws_sdk_dynamodb::config::Builder::from(&network).endpoint_url(&urls[0]).build();
+            let s3 = aws_sdk_s3::config::Builder::from(&network).endpoint_url(&urls[1]).force_path_style(true).build();
+            let sqs = aws_sdk_sqs::config::Builder::from(&network).endpoint_url(&urls[2]).build();
+            clients.push(Aws {
+                dynamodb: aws_sdk_dynamodb::Client::from_conf(dynamodb),
+                s3: aws_sdk_s3::Client::from_conf(s3),
+                sqs: aws_sdk_sqs::Client::from_conf(sqs),
+            });
+        }
+        let clients: [Aws; 2] = clients.try_into().expect("two");
         let agent_server = {
             let agent = agent.clone();
             server::Server::start(move |request| {
@@ -119,18 +149,11 @@ impl WorkerHarness {
             })
             .await
         };
-        let network = engines.network_sdk_config().await;
-        let gated = Aws {
-            dynamodb: aws_sdk_dynamodb::Client::from_conf(
-                aws_sdk_dynamodb::config::Builder::from(&network).endpoint_url(dynamodb_way.url()).build(),
-            ),
-            s3: aws_sdk_s3::Client::from_conf(
-                aws_sdk_s3::config::Builder::from(&network).endpoint_url(s3_way.url()).force_path_style(true).build(),
-            ),
-            ..aws.clone()
-        };
         let sandboxes = Arc::new(StandInSandboxes::at(agent_server.url(), "/nowhere".to_owned()));
-        let exporter = Exporter::new(&config, &names, &gated, sandboxes.clone(), HttpClient::new(AddressPolicy::Any));
+        let exporter =
+            Exporter::new(&config, &names, &clients[0], sandboxes.clone(), HttpClient::new(AddressPolicy::Any));
+        let exports = exports::Context::with_jobs(ExportJobs::new(&config, &names, &clients[1]));
+        served.push(agent_server);
         let context = download::Context::with_exporter(exporter.clone(), config.inline_limit);
         let router = download::router(context).layer(middleware::from_fn(async |mut request: Request, next: Next| {
             let user = request.headers().get(USER_HEADER).map_or(USER, |user| user.to_str().expect("text"));
@@ -150,12 +173,15 @@ impl WorkerHarness {
             aws,
             names,
             exporter,
+            exports,
             gate,
+            iam,
+            clients,
             sandboxes,
             agent,
             engines,
             folder,
-            _served: [dynamodb_way, s3_way, agent_server],
+            _served: served,
         }
     }
 
@@ -205,7 +231,7 @@ impl WorkerHarness {
         self.objects().await.into_iter().filter(|key| key.ends_with(".zip")).collect()
     }
 
-    /// What there is of uploads that were begun and neither completed nor given up.
+    /// How many uploads were started and neither completed nor aborted.
     async fn uploads(&self) -> usize {
         if self.engines.as_embedded().is_none() {
             let listed = self.aws.s3.list_multipart_uploads().bucket(&self.names.bucket).send().await.expect("a list");
@@ -217,55 +243,138 @@ impl WorkerHarness {
         names.filter(|name| name.starts_with(".upload")).count()
     }
 
-    async fn record(&self, conversation: Uuid) -> Option<shared::export::store::ExportRecord> {
+    async fn record(&self, conversation: Uuid) -> Option<ExportRecord> {
         let store = self.exporter.store();
         store.get(&self.user, conversation).await.expect("the store")
     }
 
-    /// As if time had passed.
-    async fn let_the_lease_run_out(&self, conversation: Uuid) {
+    /// Changes the record of a conversation's export; refused where the condition does not hold.
+    async fn change_record(&self, conversation: Uuid, update: &str, condition: &str, value: String) {
         let text = |text: String| aws_sdk_dynamodb::types::AttributeValue::S(text);
-        let update = self.aws.dynamodb.update_item().table_name(&self.names.users);
-        let update = update
+        let call = self.aws.dynamodb.update_item().table_name(&self.names.users);
+        let call = call
             .key("user", text(USER.to_owned()))
             .key("kind", text(format!("export#{}", conversation.simple())))
-            .update_expression("SET lease_until = :past")
-            .condition_expression("attribute_exists(lease_owner)")
-            .expression_attribute_values(":past", text("2000-01-01T00:00:00.000000Z".to_owned()));
-        // Refused where there is no lease.
-        drop(update.send().await);
+            .update_expression(update)
+            .condition_expression(condition)
+            .expression_attribute_values(":value", text(value));
+        let call = if update.contains('#') { call.expression_attribute_names("#at", "at") } else { call };
+        drop(call.send().await);
+    }
+
+    /// As if the process that builds the export had crashed long ago.
+    async fn let_the_lease_run_out(&self, conversation: Uuid) {
+        let past = "2000-01-01T00:00:00.000000Z".to_owned();
+        self.change_record(conversation, "SET lease_until = :value", "attribute_exists(lease_owner)", past).await;
+    }
+
+    /// As if the job had been enqueued so many seconds ago.
+    async fn age_queued(&self, conversation: Uuid, seconds: u64) {
+        let at = Time::now().minus(Duration::from_secs(seconds)).sortable();
+        self.change_record(conversation, "SET queued_at = :value", "attribute_exists(queued_at)", at).await;
     }
 
     /// As if the export had been finished so many minutes ago.
     async fn age_finished(&self, conversation: Uuid, minutes: u64) {
-        let text = |text: String| aws_sdk_dynamodb::types::AttributeValue::S(text);
-        let at = Time::now().minus(Duration::from_secs(60 * minutes));
-        let update = self.aws.dynamodb.update_item().table_name(&self.names.users);
-        let update = update
-            .key("user", text(USER.to_owned()))
-            .key("kind", text(format!("export#{}", conversation.simple())))
-            .update_expression("SET finished.#at = :at")
-            .expression_attribute_names("#at", "at")
-            .expression_attribute_values(":at", text(at.sortable()));
-        update.send().await.expect("a finished export");
+        let at = Time::now().minus(Duration::from_secs(60 * minutes)).sortable();
+        self.change_record(conversation, "SET finished.#at = :value", "attribute_exists(finished)", at).await;
     }
 
-    /// Jobs in the queue.
+    /// As if its build had failed so many minutes ago.
+    async fn age_failure(&self, conversation: Uuid, minutes: u64) {
+        let at = Time::now().minus(Duration::from_secs(60 * minutes)).sortable();
+        self.change_record(conversation, "SET failed.#at = :value", "attribute_exists(failed)", at).await;
+    }
+
+    /// A record as another version wrote it.
+    async fn put_record(&self, conversation: Uuid, mut record: Value) {
+        record["user"] = json!(USER);
+        record["kind"] = json!(format!("export#{}", conversation.simple()));
+        let item: shared::dynamo::Item = shared::dynamo::to_item(&record).expect("an item");
+        self.aws.dynamodb.put_item().table_name(&self.names.users).set_item(Some(item)).send().await.expect("stored");
+    }
+
+    /// An object of the bucket.
+    async fn object(&self, key: &str) -> Vec<u8> {
+        let object = self.aws.s3.get_object().bucket(&self.names.bucket).key(key).send().await.expect("an object");
+        object.body.collect().await.expect("a body").into_bytes().into()
+    }
+
+    /// A build that has uploaded a part and goes no further.
+    async fn build_that_hangs(&self, conversation: Uuid) -> (Lease, Upload) {
+        let store = self.exporter.store();
+        let claimed = store.claim_for_request(&self.user, conversation, Duration::from_secs(30)).await;
+        let (lease, _) = claimed.expect("the store").expect("a lease");
+        let key = ExportStore::key(&self.user, conversation, "a build that hangs");
+        let upload_id = store.start_upload(&key, Time::now()).await.expect("an upload");
+        let upload = Upload { key, upload_id };
+        assert!(store.record_upload(&lease, &upload).await.expect("the store"));
+        store.upload_part(&upload, 1, "PK".into()).await.expect("a part");
+        (lease, upload)
+    }
+
+    /// Receives the jobs in the queue.
     async fn jobs(&self) -> Vec<Job> {
         let mut jobs = Vec::new();
         loop {
-            let received = self.aws.sqs.receive_message().queue_url(&self.names.job_queue_url).send().await;
+            let received = self.aws.sqs.receive_message().queue_url(&self.names.export_queue_url).send().await;
             let Some(message) = received.expect("the queue").messages.unwrap_or_default().pop() else { return jobs };
             jobs.push(Job::from_body(&message.body.expect("a body")).expect("a job"));
             let receipt = message.receipt_handle.expect("a receipt");
-            let delete = self.aws.sqs.delete_message().queue_url(&self.names.job_queue_url).receipt_handle(receipt);
+            let delete = self.aws.sqs.delete_message().queue_url(&self.names.export_queue_url).receipt_handle(receipt);
             delete.send().await.expect("deleted");
         }
     }
 
+    fn job(&self, conversation: Uuid) -> Job {
+        Job::Export { user: self.user.clone(), conversation }
+    }
+
+    /// Hands a job to the function `exports`; whether it succeeded.
+    async fn run(&self, job: &Job) -> bool {
+        exports::handle(&self.exports, message(job, "download-exports"))
+            .await
+            .expect("handled")
+            .batch_item_failures
+            .is_empty()
+    }
+
+    /// The export, after whatever has happened: requests are repeated, leases expire, jobs are run.
+    async fn download_at_last(&self, conversation: Uuid) -> Zip {
+        for _ in 0..8 {
+            let status = self.get(conversation).await.status();
+            if matches!(status.as_u16(), 200 | 302) {
+                return self.download(conversation).await;
+            }
+            assert_eq!(status, 503);
+            for job in self.jobs().await {
+                assert!(self.run(&job).await);
+            }
+            self.let_the_lease_run_out(conversation).await;
+            self.age_queued(conversation, 61).await;
+        }
+        panic!("no export: {:?}", self.record(conversation).await);
+    }
+
     async fn end(self) {
+        assert_eq!(self.iam.refused(), BTreeSet::new());
         self.engines.shutdown().await;
     }
+}
+
+/// A job as the function gets it from the queue of this name.
+fn message(job: &Job, queue: &str) -> Value {
+    let mut body = serde_json::to_value(job).expect("JSON");
+    body["v"] = json!(1);
+    let arn = format!("arn:aws:sqs:eu-central-1:123456789012:{queue}");
+    json!({"Records": [{"messageId": "1", "body": body.to_string(), "eventSourceARN": arn}]})
+}
+
+/// The status of a response, and its `Retry-After`.
+fn status_and_retry(answer: &Response) -> (u16, Option<u64>) {
+    let retry =
+        answer.headers().get("retry-after").map(|value| value.to_str().expect("text").parse().expect("a number"));
+    (answer.status().as_u16(), retry)
 }
 
 /// A zip in a file, read by Python: what we write is not to be judged by what we read with.
@@ -490,7 +599,7 @@ for given, ours in zip(given, ours):
 
 #[tokio::test]
 async fn members_are_those_of_the_contract_byte_by_byte() {
-    let rig = WorkerHarness::new(config()).await;
+    let rig = ExportHarness::new(config()).await;
     let id = rig.conversation(None).await;
     // Nothing was told yet.
     let empty = rig.download(id).await.members().await;
@@ -587,7 +696,7 @@ async fn members_are_those_of_the_contract_byte_by_byte() {
 
 #[tokio::test]
 async fn what_is_not_the_callers_is_not_there() {
-    let rig = WorkerHarness::new(config()).await;
+    let rig = ExportHarness::new(config()).await;
     let (own, unknown) = (rig.conversation(None).await, Uuid::new_v4());
     let not_found = |id: Uuid| json!({"detail": format!("Conversation not found: {id}")});
     let answer = rig.get(unknown.simple()).await;
@@ -610,7 +719,7 @@ async fn what_is_not_the_callers_is_not_there() {
 
 #[tokio::test]
 async fn an_unchanged_conversation_is_zipped_once_and_a_changed_one_anew() {
-    let rig = WorkerHarness::new(config()).await;
+    let rig = ExportHarness::new(config()).await;
     let id = rig.conversation(None).await;
     rig.append(id, vec![numbered(5)]).await;
     let first = fs::read(&rig.download(id).await.path).expect("a file");
@@ -638,7 +747,7 @@ async fn an_unchanged_conversation_is_zipped_once_and_a_changed_one_anew() {
     assert_eq!(rig.record(id).await, None, "no record is left");
 
     // What was begun right behind a change may lack what indexes did not show yet.
-    let patient = WorkerHarness::new(ExportConfig { settle: Duration::from_secs(3600), ..config() }).await;
+    let patient = ExportHarness::new(ExportConfig { settle: Duration::from_secs(3600), ..config() }).await;
     let id = patient.conversation(None).await;
     patient.append(id, vec![numbered(1)]).await;
     for _ in 0..2 {
@@ -708,7 +817,7 @@ async fn a_large_one_is_behind_a_link_that_curl_and_browsers_follow() {
 
 #[tokio::test]
 async fn callers_at_once_cause_one_export() {
-    let rig = WorkerHarness::new(config()).await;
+    let rig = ExportHarness::new(config()).await;
     let id = rig.conversation(None).await;
     rig.append(id, (0..250).map(numbered).collect()).await;
     rig.gate.arm(usize::MAX, Stop::Refuse);
@@ -722,7 +831,7 @@ async fn callers_at_once_cause_one_export() {
 }
 
 /// Events that make several parts, in several pages.
-async fn append_large(rig: &WorkerHarness, id: Uuid, count: usize) -> Vec<(String, String)> {
+async fn append_large(rig: &ExportHarness, id: Uuid, count: usize) -> Vec<(String, String)> {
     let mut dice = Dice(42);
     let mut members = Vec::new();
     for number in 0..count {
@@ -734,79 +843,120 @@ async fn append_large(rig: &WorkerHarness, id: Uuid, count: usize) -> Vec<(Strin
     members
 }
 
+/// How the export is built while a call of the build fails.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Way {
+    /// In the request.
+    Request,
+    /// In the request, which runs out of time and enqueues a job.
+    Handover,
+    /// By a job.
+    Job,
+}
+
 #[tokio::test]
-async fn a_failure_or_a_crash_at_any_call_leaves_nothing_half_and_the_next_call_succeeds() {
-    // A lease that is renewed by parts alone, and all the time there is, so that the calls are the same each time.
+async fn a_failure_or_a_crash_at_any_call_of_a_request_leaves_nothing_partial_and_the_next_request_succeeds() {
+    crash_at_every_call(Way::Request).await;
+}
+
+#[tokio::test]
+async fn a_failure_or_a_crash_at_any_call_of_a_handover_leaves_nothing_partial_and_a_later_request_succeeds() {
+    crash_at_every_call(Way::Handover).await;
+}
+
+#[tokio::test]
+async fn a_failure_or_a_crash_at_any_call_of_a_job_leaves_nothing_partial_and_a_later_request_succeeds() {
+    crash_at_every_call(Way::Job).await;
+}
+
+async fn crash_at_every_call(way: Way) {
+    // A lease that is renewed before the object is made alone, and all the time there is, so that the calls are the same each time.
     let hour = Duration::from_secs(3600);
-    let rig =
-        WorkerHarness::new(ExportConfig { lease: hour, budget: hour, catch_up: hour, inline_limit: 0, ..config() })
-            .await;
+    let budget = if way == Way::Request { hour } else { Duration::ZERO };
+    let config = ExportConfig { lease: hour, budget, build_budget: hour, catch_up: hour, inline_limit: 0, ..config() };
+    let rig = ExportHarness::new(config).await;
     let id = rig.conversation(None).await;
     let expected: Vec<(String, String)> =
         append_large(&rig, id, 8).await.into_iter().map(|(name, text)| (name, sha256_hex(&text))).collect();
+    let job = rig.job(id);
+    let change = AtomicUsize::new(0);
+    // Another export each time.
+    let prepare = async || {
+        let title = format!("Title {}", change.fetch_add(1, Ordering::Relaxed));
+        let change = ConversationChange::default().title(Some(&title));
+        rig.conversations.update(&rig.user, id, change).await.expect("the store");
+        rig.age_finished(id, 11).await;
+        if way == Way::Job {
+            assert_eq!(rig.get(id).await.status(), 503);
+            assert_eq!(rig.jobs().await, std::slice::from_ref(&job));
+        }
+    };
+    let build = async || match way {
+        Way::Request | Way::Handover => rig.get(id).await.status().as_u16().to_string(),
+        Way::Job => rig.run(&job).await.to_string(),
+    };
+    prepare().await;
     rig.gate.arm(usize::MAX, Stop::Refuse);
-    rig.download(id).await;
+    build().await;
     let calls = rig.gate.calls();
-    assert!(calls.iter().filter(|call| call.contains("partNumber")).count() == 2, "{calls:?}");
-    let begins = |name: &str, call: &str| call.starts_with(name);
+    rig.gate.disarm();
+    rig.download_at_last(id).await;
+    let parts = calls.iter().filter(|call| call.contains("partNumber")).count();
+    assert_eq!(parts, if way == Way::Handover { 0 } else { 2 }, "{calls:?}");
     let of_s3 = |call: &str| !call.chars().all(char::is_alphanumeric);
     // Each kind of call once: where it is the first time, and the last.
     let mut stops: Vec<usize> = Vec::new();
     for (number, call) in calls.iter().enumerate().map(|(index, call)| (index + 1, call)) {
-        let is_write =
-            begins("PUT", call) || begins("POST", call) || begins("Update", call) || begins("DeleteItem", call);
+        let is_write = ["PUT", "POST", "Update", "DeleteItem", "Send"].iter().any(|name| call.starts_with(name));
         let neighbours = [number.checked_sub(2).and_then(|before| calls.get(before)), calls.get(number)];
         let repeated = neighbours.iter().all(|other| other.is_some_and(|other| other == call));
         if is_write && !repeated {
             stops.push(number);
         }
     }
-    assert!(stops.len() > 8, "{calls:?}");
-    let change = AtomicUsize::new(0);
+    assert!(stops.len() >= if way == Way::Handover { 3 } else { 7 }, "{calls:?}");
     let mut metas = HashSet::new();
-    // Another export each time.
-    let changed = async || {
-        let title = format!("Title {}", change.fetch_add(1, Ordering::Relaxed));
-        rig.conversations
-            .update(&rig.user, id, ConversationChange::default().title(Some(&title)))
-            .await
-            .expect("the store");
-    };
     for number in stops {
         let call = &calls[number - 1];
         for stop in [
             if of_s3(call) { Stop::RefuseObject } else { Stop::Refuse },
-            // A crash in front of a call is one behind the call before.
+            // A crash before a call is one after the call before.
             Stop::Hang(Moment::After),
         ] {
-            let case = format!("{stop:?} of call {number}, {call}");
-            let mut before = 0;
+            let case = format!("{way:?}: {stop:?} of call {number}, {call}");
+            let mut before = Vec::new();
             // A run in which the SDK had to repeat nothing has fewer calls than one in which it had to.
             for attempt in 1.. {
-                changed().await;
-                before = rig.zips().await.len();
+                prepare().await;
+                before = rig.zips().await;
                 rig.gate.arm(number, stop);
-                let answer = match stop {
-                    Stop::Hang(_) => tokio::select! {
+                let answer = match (stop, way) {
+                    (Stop::Hang(_), Way::Request | Way::Handover) => tokio::select! {
                         answer = rig.exporter.export(&rig.user, id) => format!("{answer:?}"),
                         () = rig.gate.reached() => String::new(),
                     },
-                    _ => rig.get(id).await.status().as_u16().to_string(),
+                    (Stop::Hang(_), Way::Job) => tokio::select! {
+                        succeeded = rig.run(&job) => succeeded.to_string(),
+                        () = rig.gate.reached() => String::new(),
+                    },
+                    _ => build().await,
                 };
                 if rig.gate.is_reached() {
-                    assert!(["", "302", "503"].contains(&answer.as_str()), "{case}: {answer}");
+                    assert!(["", "302", "503", "true", "false"].contains(&answer.as_str()), "{case}: {answer}");
                     break;
                 }
                 assert!(attempt < 3, "{case}: {answer}, {:?}", rig.gate.calls());
+                rig.gate.disarm();
+                rig.download_at_last(id).await;
             }
             rig.gate.disarm();
-            // What is there is whole.
-            for key in rig.zips().await.into_iter().skip(before) {
-                let bytes = rig.exporter.store().read(&key).await.expect("an object");
-                assert_eq!(rig.zip(&bytes).names().await.len(), 9, "{case}");
+            // An object that exists is complete.
+            for key in rig.zips().await.into_iter().filter(|key| !before.contains(key)) {
+                assert_eq!(rig.zip(&rig.object(&key).await).names().await.len(), 9, "{case}");
             }
             rig.let_the_lease_run_out(id).await;
-            let zip = rig.download(id).await;
+            rig.age_queued(id, 61).await;
+            let zip = rig.download_at_last(id).await;
             let mut members = zip.digests().await;
             let meta = members.pop().expect("members").1;
             assert!(members == expected, "{case}");
@@ -814,100 +964,368 @@ async fn a_failure_or_a_crash_at_any_call_leaves_nothing_half_and_the_next_call_
             fs::remove_file(zip.path).expect("removed");
         }
     }
+    assert_eq!(rig.uploads().await, 0, "the uploads of builds that crashed are aborted");
     rig.end().await;
 }
 
 #[tokio::test]
-async fn one_that_outlasts_its_request_is_made_by_workers_from_part_to_part() {
-    let export = ExportConfig { budget: Duration::ZERO, worker_budget: Duration::ZERO, inline_limit: 0, ..config() };
-    let rig = WorkerHarness::new(export).await;
+async fn an_export_that_outlasts_its_request_is_built_by_a_job_and_kept_for_every_client() {
+    let rig = ExportHarness::new(ExportConfig { budget: Duration::ZERO, inline_limit: 0, ..config() }).await;
     let id = rig.conversation(None).await;
     let expected = append_large(&rig, id, 14).await;
-    let told = |answer: &Response| (answer.status().as_u16(), answer.headers().get("retry-after").cloned());
-    let come_back = (503, Some("5".parse().expect("a value")));
+    let pending = (503, Some(5));
     let answer = rig.get(id).await;
-    assert_eq!(told(&answer), come_back);
+    assert_eq!(status_and_retry(&answer), pending);
     let detail: Value = answer.json().await.expect("JSON");
-    assert_eq!(detail, json!({"detail": "The export is still being made: ask again in a few seconds"}));
-    let job = Job::Export { user: rig.user.clone(), conversation: id };
-    assert_eq!(rig.jobs().await, std::slice::from_ref(&job));
-    // Each turn ends with a part, and rings for the next.
-    let mut turns = 0;
-    loop {
-        rig.exporter.go_on(&rig.user, id).await.expect("a turn");
-        turns += 1;
-        let record = rig.record(id).await.expect("a record");
-        let Some(progress) = record.progress else { break };
-        assert_eq!(progress.parts, turns);
-        assert_eq!(rig.jobs().await, std::slice::from_ref(&job));
-        assert_eq!(rig.zips().await, [""; 0], "nothing is there before all of it is");
-        assert_eq!(told(&rig.get(id).await), come_back);
-        assert_eq!(rig.jobs().await, std::slice::from_ref(&job), "who asks again rings again");
-        // The conversation goes on; what was asked for is made nevertheless.
-        rig.append(id, vec![numbered(20 + usize::try_from(turns).expect("few"))]).await;
-    }
-    assert!(turns >= 3, "{turns}");
-    let mut members = rig.download(id).await.members().await;
-    assert_eq!(members.pop().expect("members").0, "meta.json");
-    assert!(members.len() > expected.len() && members.starts_with(&expected));
-    assert_eq!(rig.objects().await, rig.zips().await, "notes are gone");
-    // Everyone gets it, as often as they ask, although the conversation has changed since.
+    assert_eq!(detail, json!({"detail": "The export is still being built: retry in a few seconds"}));
+    let job = rig.job(id);
+    assert_eq!(status_and_retry(&rig.get(id).await), pending);
+    assert_eq!(rig.jobs().await, std::slice::from_ref(&job), "one job, whatever the number of requests");
+    assert_eq!(rig.objects().await, [""; 0]);
+    assert!(rig.run(&job).await);
+    assert_eq!(rig.download(id).await.members().await[..14], expected);
+    assert_eq!(rig.objects().await, rig.zips().await, "nothing but the export is in the bucket");
+    assert_eq!(rig.uploads().await, 0);
+    // Every client gets it, as often as it asks, although the conversation has changed since.
+    rig.append(id, vec![numbered(20)]).await;
     let record = rig.record(id).await;
-    let zips = join_all((0..3).map(|_| rig.download(id))).await;
-    for zip in zips {
-        assert_eq!(zip.members().await.len(), members.len() + 1);
+    for zip in join_all((0..3).map(|_| rig.download(id))).await {
+        assert_eq!(zip.names().await.len(), 15);
     }
-    assert_eq!(rig.record(id).await, record, "a request changes nothing");
-    assert_eq!(rig.jobs().await, [], "nothing is built");
-    // What comes after its time is what there is then.
+    // The same message again, and one about a conversation that does not exist, change nothing.
+    assert!(rig.run(&job).await);
+    assert!(rig.run(&rig.job(Uuid::new_v4())).await);
+    assert_eq!(rig.record(id).await, record, "requests and messages change nothing");
+    assert_eq!(rig.jobs().await, []);
+    // After 10 minutes the conversation is exported as it is then.
     rig.age_finished(id, 11).await;
-    assert_eq!(told(&rig.get(id).await), come_back);
+    assert_eq!(status_and_retry(&rig.get(id).await), pending);
+    assert!(rig.record(id).await.expect("a record").finished.is_some(), "a request loses no finished export");
     assert_eq!(rig.jobs().await, std::slice::from_ref(&job));
-    // Late messages do no harm.
-    rig.exporter.go_on(&rig.user, id).await.expect("a turn");
-    assert_eq!(rig.exporter.go_on(&rig.user, Uuid::new_v4()).await.ok(), Some(()));
+    assert!(rig.run(&job).await);
+    assert_eq!(rig.download(id).await.names().await.len(), 16);
     rig.end().await;
 }
 
 #[tokio::test]
-async fn a_client_is_told_at_once_to_come_back_while_a_worker_builds_the_export() {
-    let rig = WorkerHarness::new(ExportConfig { budget: Duration::ZERO, ..config() }).await;
+async fn a_request_does_not_wait_for_a_job_and_two_jobs_build_one_export() {
+    let rig = ExportHarness::new(ExportConfig { budget: Duration::ZERO, ..config() }).await;
     let id = rig.conversation(None).await;
     rig.append(id, vec![numbered(1)]).await;
     assert_eq!(rig.get(id).await.status(), 503);
-    let store = rig.exporter.store();
-    let (lease, _) = store.claim(&rig.user, id, END_WITHIN).await.expect("the store").expect("a lease");
-    // A request that would wait had all the time there is.
+    // This request would have all the time there is, to wait or to build.
     let patient = ExportConfig { budget: 10 * END_WITHIN, ..config() };
-    let exporter =
-        Exporter::new(&patient, &rig.names, &rig.aws, rig.sandboxes.clone(), HttpClient::new(AddressPolicy::Any));
-    let answer = tokio::time::timeout(END_WITHIN, exporter.export(&rig.user, id)).await.expect("it does not wait");
-    assert!(matches!(answer.expect("the store"), Some(shared::export::Answer::Pending)));
-    // As soon as the worker gives the lease back, a request may build it.
-    store.hand_over(&lease, None).await.expect("the store");
-    let answer = exporter.export(&rig.user, id).await.expect("the store");
-    assert!(matches!(answer, Some(shared::export::Answer::Ready(_))), "{answer:?}");
-    // And as others were told to come back, it is kept for them.
-    rig.append(id, vec![numbered(2)]).await;
+    let http = HttpClient::new(AddressPolicy::Any);
+    let exporter = Exporter::new(&patient, &rig.names, &rig.aws, rig.sandboxes.clone(), http);
+    for held in [false, true] {
+        let lease = match held {
+            true => rig.exporter.store().claim_for_job(&rig.user, id, END_WITHIN).await.expect("the store"),
+            false => None,
+        };
+        assert_eq!(lease.is_some(), held);
+        let answer = tokio::time::timeout(END_WITHIN, exporter.export(&rig.user, id)).await.expect("it does not wait");
+        assert!(matches!(answer.expect("the store"), Some(Answer::Pending)));
+    }
+    let job = rig.job(id);
+    assert!(rig.run(&job).await, "another process has the lease");
+    assert_eq!(rig.zips().await, [""; 0]);
+    rig.let_the_lease_run_out(id).await;
+    rig.gate.arm(usize::MAX, Stop::Refuse);
+    assert_eq!(join_all((0..3).map(|_| rig.run(&job))).await, [true; 3]);
+    assert_eq!(rig.gate.calls().iter().filter(|call| call.starts_with("PUT")).count(), 1, "{:?}", rig.gate.calls());
     assert_eq!(rig.download(id).await.names().await.len(), 2);
     rig.end().await;
 }
 
 #[tokio::test]
+async fn a_message_that_was_lost_is_enqueued_again_once_a_minute() {
+    let rig = ExportHarness::new(ExportConfig { budget: Duration::ZERO, ..config() }).await;
+    let id = rig.conversation(None).await;
+    let job = rig.job(id);
+    for seconds in [0, 50, 61] {
+        rig.age_queued(id, seconds).await;
+        let answers = join_all((0..4).map(|_| rig.get(id))).await;
+        assert!(answers.iter().all(|answer| answer.status() == 503));
+        let expected = if seconds == 50 { 0 } else { 1 };
+        assert_eq!(rig.jobs().await, vec![job.clone(); expected], "{seconds} s after it was enqueued");
+    }
+    // A process that crashed: at once.
+    let claimed = rig.exporter.store().claim_for_job(&rig.user, id, Duration::from_millis(1)).await;
+    assert!(claimed.expect("the store").is_some());
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(rig.get(id).await.status(), 503);
+    assert_eq!(rig.jobs().await, std::slice::from_ref(&job));
+    assert!(rig.run(&job).await);
+    assert_eq!(rig.get(id).await.status(), 200);
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn a_process_that_lost_its_lease_publishes_nothing() {
+    let rig = ExportHarness::new(ExportConfig { budget: Duration::ZERO, inline_limit: 0, ..config() }).await;
+    let id = rig.conversation(None).await;
+    append_large(&rig, id, 8).await;
+    let job = rig.job(id);
+    // The first process stands still before its last part, and another process finishes the export meanwhile.
+    assert_eq!(rig.get(id).await.status(), 503);
+    rig.gate.arm(usize::MAX, Stop::Refuse);
+    assert!(rig.run(&job).await);
+    let last_part = rig.gate.calls().iter().rposition(|call| call.contains("partNumber")).expect("a part") + 1;
+    rig.gate.disarm();
+    rig.age_finished(id, 11).await;
+    rig.append(id, vec![numbered(100)]).await;
+    assert_eq!(rig.get(id).await.status(), 503);
+    rig.gate.arm(last_part, Stop::Hold(Moment::Before));
+    let late = {
+        let (context, message) = (rig.exports.clone(), message(&job, "download-exports"));
+        tokio::spawn(async move { exports::handle(&context, message).await.expect("handled") })
+    };
+    rig.gate.reached().await;
+    rig.let_the_lease_run_out(id).await;
+    // Beside the fault proxy.
+    let jobs = ExportJobs::new(&ExportConfig { inline_limit: 0, ..config() }, &rig.names, &rig.aws);
+    jobs.run(&rig.user, id).await.expect("built");
+    let record = rig.record(id).await.expect("a record");
+    assert!(record.finished.is_some() && !record.is_queued);
+    rig.gate.open();
+    rig.gate.disarm();
+    let response = late.await.expect("it ends");
+    // Its upload was aborted by the other process, so that even its last part is refused; or it found its lease lost.
+    assert!(response.batch_item_failures.len() <= 1);
+    assert_eq!(rig.record(id).await, Some(record), "it changes nothing");
+    assert_eq!(rig.zips().await.len(), 2);
+    assert_eq!(rig.uploads().await, 0);
+    assert_eq!(rig.download(id).await.names().await.len(), 10);
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn a_build_that_runs_out_of_time_fails_once_and_tells_its_clients() {
+    let config = ExportConfig { budget: Duration::ZERO, build_budget: Duration::ZERO, ..config() };
+    let rig = ExportHarness::new(config).await;
+    let id = rig.conversation(None).await;
+    rig.append(id, vec![numbered(1)]).await;
+    let job = rig.job(id);
+    assert_eq!(rig.get(id).await.status(), 503);
+    assert_eq!(rig.jobs().await, std::slice::from_ref(&job));
+    assert!(rig.run(&job).await, "the message is not delivered again");
+    for _ in 0..2 {
+        let answer = rig.get(id).await;
+        let (status, retry) = status_and_retry(&answer);
+        assert!(status == 503 && retry.is_some_and(|seconds| (500..=600).contains(&seconds)), "{status} {retry:?}");
+        let detail: Value = answer.json().await.expect("JSON");
+        let detail = detail["detail"].as_str().expect("text");
+        assert!(detail.starts_with("The export could not be built within 0 seconds: retry in "), "{detail}");
+    }
+    assert_eq!(rig.jobs().await, [], "nothing is built");
+    assert!(rig.run(&job).await, "late messages change nothing");
+    assert_eq!(status_and_retry(&rig.get(id).await).0, 503);
+    // After 10 minutes a request starts it again.
+    rig.age_failure(id, 11).await;
+    assert_eq!(status_and_retry(&rig.get(id).await), (503, Some(5)));
+    assert_eq!(rig.jobs().await, std::slice::from_ref(&job));
+    let jobs = ExportJobs::new(&self::config(), &rig.names, &rig.aws);
+    jobs.run(&rig.user, id).await.expect("built");
+    assert_eq!(rig.download(id).await.names().await.len(), 2);
+
+    // The export before stays until there is a newer one.
+    rig.age_finished(id, 11).await;
+    rig.append(id, vec![numbered(2)]).await;
+    assert_eq!(rig.get(id).await.status(), 503);
+    assert!(rig.run(&job).await);
+    for _ in 0..2 {
+        let answer = rig.get(id).await;
+        assert_eq!(answer.headers()["x-export-warning"], OLDER_EXPORT);
+        assert_eq!(rig.zip(&answer.bytes().await.expect("a body")).names().await.len(), 2);
+    }
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn a_deadline_within_the_build_ends_it_and_aborts_its_upload() {
+    let hour = Duration::from_secs(3600);
+    let rig = ExportHarness::new(ExportConfig { budget: hour, catch_up: hour, ..config() }).await;
+    let id = rig.conversation(None).await;
+    append_large(&rig, id, 8).await;
+    rig.gate.arm(usize::MAX, Stop::Refuse);
+    rig.download(id).await;
+    let first_part = rig.gate.calls().iter().position(|call| call.contains("partNumber=1")).expect("a part") + 1;
+    rig.append(id, vec![numbered(50)]).await;
+    rig.gate.disarm();
+    // A job has these 5 seconds, and one call hangs for longer.
+    let build_budget = Duration::from_secs(5);
+    let job = rig.job(id);
+    let config = ExportConfig { budget: Duration::ZERO, build_budget, ..config() };
+    let http = HttpClient::new(AddressPolicy::Any);
+    let exporter = Exporter::new(&config, &rig.names, &rig.aws, rig.sandboxes.clone(), http);
+    assert!(matches!(exporter.export(&rig.user, id).await.expect("the store"), Some(Answer::Pending)));
+    let jobs = ExportJobs::new(&config, &rig.names, &rig.clients[1]);
+    // The request's calls before the build are not the job's: any call of the build will do.
+    rig.gate.arm(first_part.saturating_sub(4), Stop::Hang(Moment::After));
+    jobs.run(&rig.user, id).await.expect("recorded");
+    rig.gate.disarm();
+    let failed = rig.record(id).await.expect("a record").failed.expect("a failure");
+    assert_eq!(failed.reason, FailureReason::OutOfTime { seconds: 5 });
+    assert_eq!(rig.uploads().await, 0);
+    assert!(rig.run(&job).await);
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn events_are_counted_and_more_than_the_bound_are_refused_by_number() {
+    let rig = ExportHarness::new(ExportConfig { max_events: 5, ..config() }).await;
+    let id = rig.conversation(None).await;
+    rig.append(id, (0..5).map(numbered).collect()).await;
+    assert_eq!(rig.download(id).await.names().await.len(), 6, "as many as the bound");
+    rig.append(id, vec![numbered(5)]).await;
+    let detail = json!({"detail":
+        "The conversation has 6 events, and an export holds at most 5: read the events page by page instead"});
+    rig.gate.arm(usize::MAX, Stop::Refuse);
+    for _ in 0..2 {
+        let answer = rig.get(id).await;
+        assert_eq!(status_and_retry(&answer), (413, None));
+        assert_eq!(answer.json::<Value>().await.expect("JSON"), detail);
+    }
+    assert_eq!(rig.gate.calls().iter().filter(|call| call.starts_with("PUT")).count(), 0);
+    // A request that has no time to count leaves it to the job, and clients get the same.
+    rig.age_failure(id, 11).await;
+    let hurried = ExportConfig { budget: Duration::ZERO, max_events: 5, ..config() };
+    let http = HttpClient::new(AddressPolicy::Any);
+    let exporter = Exporter::new(&hurried, &rig.names, &rig.aws, rig.sandboxes.clone(), http);
+    assert!(matches!(exporter.export(&rig.user, id).await.expect("the store"), Some(Answer::Pending)));
+    assert!(rig.run(&rig.job(id)).await);
+    let answer = rig.get(id).await;
+    assert_eq!(answer.status(), 413);
+    assert_eq!(answer.json::<Value>().await.expect("JSON"), detail);
+    assert!(shared::config::ExportConfig::default().max_events >= 1_000_000);
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn crashes_are_bounded_and_a_dead_letter_lets_the_next_request_build() {
+    let rig = ExportHarness::new(ExportConfig { budget: Duration::ZERO, ..config() }).await;
+    let id = rig.conversation(None).await;
+    rig.append(id, vec![numbered(1)]).await;
+    let (job, store) = (rig.job(id), rig.exporter.store());
+    assert_eq!(rig.get(id).await.status(), 503);
+    for _ in 0..3 {
+        assert_eq!(rig.jobs().await.len(), 1);
+        let claimed = store.claim_for_job(&rig.user, id, Duration::from_millis(1)).await.expect("the store");
+        assert!(claimed.is_some());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert_eq!(status_and_retry(&rig.get(id).await), (503, Some(5)));
+    }
+    assert!(rig.run(&job).await);
+    let answer = rig.get(id).await;
+    assert!(status_and_retry(&answer).1.is_some_and(|seconds| seconds > 500));
+    let detail: Value = answer.json().await.expect("JSON");
+    assert!(detail["detail"].as_str().is_some_and(|text| text.contains("in 3 attempts")), "{detail}");
+    rig.jobs().await;
+
+    // Dead letters: the next request builds the export, here at once.
+    let patient = ExportConfig::default();
+    let http = HttpClient::new(AddressPolicy::Any);
+    let exporter = Exporter::new(&patient, &rig.names, &rig.aws, rig.sandboxes.clone(), http);
+    let dead = |job: &Job| message(job, &format!("download-exports{DEAD_LETTER_SUFFIX}"));
+    rig.age_failure(id, 11).await;
+    assert_eq!(rig.get(id).await.status(), 503);
+    assert!(matches!(exporter.export(&rig.user, id).await.expect("the store"), Some(Answer::Pending)));
+    let handled = exports::handle(&rig.exports, dead(&job)).await.expect("handled");
+    assert!(handled.batch_item_failures.is_empty());
+    let Some(Answer::Ready(ready)) = exporter.export(&rig.user, id).await.expect("the store") else {
+        panic!("no export")
+    };
+    assert!(ready.length > 0);
+    // While a process builds the export, a dead letter does not disturb it; and one that is no export is dropped.
+    rig.append(id, vec![numbered(2)]).await;
+    assert_eq!(rig.get(id).await.status(), 503);
+    let claimed = store.claim_for_job(&rig.user, id, END_WITHIN).await.expect("the store").expect("a lease");
+    let other = ProcessEvents { user: rig.user.clone(), conversation: id }.into();
+    for dead_letter in [dead(&job), dead(&other)] {
+        let handled = exports::handle(&rig.exports, dead_letter).await.expect("handled");
+        assert!(handled.batch_item_failures.is_empty());
+    }
+    assert!(store.renew(&claimed.0).await.expect("the store"));
+    assert!(!rig.run(&other).await, "not of this queue");
+    rig.end().await;
+}
+
+/// With a checkpoint, as the version before resumed builds from it.
+#[tokio::test]
+async fn an_unfinished_export_of_the_version_before_is_built_from_the_start() {
+    let rig = ExportHarness::new(config()).await;
+    for (queued, lease) in [(true, false), (true, true), (false, true), (false, false)] {
+        let id = rig.conversation(None).await;
+        rig.append(id, (0..3).map(numbered).collect()).await;
+        let key = ExportStore::key(&rig.user, id, "the version before");
+        let upload_id = rig.exporter.store().start_upload(&key, Time::now()).await.expect("an upload");
+        let upload = Upload { key: key.clone(), upload_id: upload_id.clone() };
+        rig.exporter.store().upload_part(&upload, 1, "PK".into()).await.expect("a part");
+        let notes = format!("{}.abcdefgh.", key.trim_end_matches(".zip"));
+        let note = rig.aws.s3.put_object().bucket(&rig.names.bucket).key(format!("{notes}meta"));
+        note.body(b"{}".to_vec().into()).send().await.expect("a note");
+        let now = Time::now().sortable();
+        let mut record = json!({
+            "wanted": queued, "warning": "of the version before",
+            "progress": {"key": key, "upload_id": upload_id, "notes": notes, "parts": 1, "bytes": 2, "members": 1,
+                "after": {"position": numbered(0).position()}, "began_at": now, "saved_at": now},
+        });
+        if lease {
+            record["lease_owner"] = json!("a process of the version before");
+            record["lease_until"] = json!(Time::now().minus(Duration::from_secs(1)).sortable());
+        }
+        rig.put_record(id, record).await;
+        let answer = rig.get(id).await;
+        if queued {
+            assert_eq!(answer.status(), 503, "{lease}");
+            assert_eq!(rig.jobs().await, [rig.job(id)]);
+            assert!(rig.run(&rig.job(id)).await);
+            let answer = rig.get(id).await;
+            assert_eq!(answer.headers()["x-export-warning"], "of the version before");
+        }
+        assert_eq!(rig.download(id).await.names().await.len(), 4);
+        assert_eq!(rig.uploads().await, 0, "its upload is aborted");
+        let store = rig.exporter.store();
+        store.delete_all(&rig.user, id).await.expect("deleted");
+        assert_eq!(rig.objects().await, [""; 0], "with what the version before left");
+    }
+    rig.end().await;
+}
+
+/// In the job queue, where the version before enqueued exports.
+#[tokio::test]
+async fn a_job_in_the_queue_of_the_version_before_is_forwarded() {
+    let folder = TempDir::new().expect("a folder");
+    let product = start(&folder, Environment { export: config(), ..Environment::default() }).await;
+    let (user, _, id) = product_with_events(&product, 3).await;
+    let (aws, names) = (&product.aws, &product.config.names);
+    let record = json!({"user": user.as_str(), "kind": format!("export#{}", id.simple()), "wanted": true});
+    let record: shared::dynamo::Item = shared::dynamo::to_item(&record).expect("an item");
+    aws.dynamodb.put_item().table_name(&names.users).set_item(Some(record)).send().await.expect("stored");
+    let job = Job::Export { user: user.clone(), conversation: id };
+    let stores = Stores::without_key(names, aws);
+    stores.queue().send(&job, Duration::ZERO).await.expect("sent");
+    let store = stores.exports();
+    let finished = wait_for("the export is finished", END_WITHIN, async || {
+        store.get(&user, id).await.expect("the store").and_then(|record| record.finished)
+    })
+    .await;
+    assert!(store.find(&finished.key).await.expect("the bucket").is_some());
+    product.shutdown().await;
+}
+
+#[tokio::test]
 async fn a_finished_export_of_the_version_before_is_served_and_one_that_is_gone_is_built_again() {
-    let rig = WorkerHarness::new(config()).await;
+    let rig = ExportHarness::new(config()).await;
     let id = rig.conversation(None).await;
     rig.append(id, vec![numbered(1)]).await;
     rig.download(id).await;
     let zip = rig.zips().await.pop().expect("an export");
     rig.append(id, vec![numbered(2)]).await;
-    // As it was written: the warning beside what is finished.
-    let item = json!({
-        "user": USER, "kind": format!("export#{}", id.simple()), "wanted": false, "warning": "an old warning",
-        "finished": {"key": zip, "at": Time::now().minus(Duration::from_secs(60)).sortable()},
-    });
-    let item: shared::dynamo::Item = shared::dynamo::to_item(&item).expect("an item");
-    rig.aws.dynamodb.put_item().table_name(&rig.names.users).set_item(Some(item)).send().await.expect("stored");
+    // As it was written: the warning beside the finished export.
+    let at = Time::now().minus(Duration::from_secs(60)).sortable();
+    let record = json!({"wanted": false, "warning": "an old warning", "finished": {"key": zip, "at": at}});
+    rig.put_record(id, record).await;
     let answer = rig.get(id).await;
     assert_eq!(answer.headers()["x-export-warning"], "an old warning");
     assert_eq!(rig.zip(&answer.bytes().await.expect("a body")).names().await.len(), 2);
@@ -918,7 +1336,7 @@ async fn a_finished_export_of_the_version_before_is_served_and_one_that_is_gone_
 }
 
 #[tokio::test]
-async fn the_worker_of_the_product_goes_on_with_it() {
+async fn the_product_builds_it_through_the_queue() {
     let folder = TempDir::new().expect("a folder");
     let export = ExportConfig { budget: Duration::ZERO, ..config() };
     let product = start(&folder, Environment { export, ..Environment::default() }).await;
@@ -944,7 +1362,7 @@ async fn the_worker_of_the_product_goes_on_with_it() {
 
 #[tokio::test]
 async fn events_that_have_not_arrived_are_fetched() {
-    let rig = WorkerHarness::new(config()).await;
+    let rig = ExportHarness::new(config()).await;
     let id = rig.conversation(None).await;
     rig.sandboxes.start(&rig.user, SANDBOX).await.expect("a sandbox");
     let told: Vec<Value> =
@@ -967,7 +1385,7 @@ async fn events_that_have_not_arrived_are_fetched() {
     let gone = StandInSandboxes::at("http://127.0.0.1:1".to_owned(), "/nowhere".to_owned());
     gone.start(&rig.user, SANDBOX).await.expect("a sandbox");
     let exporter = Exporter::new(&config(), &rig.names, &rig.aws, Arc::new(gone), HttpClient::new(AddressPolicy::Any));
-    let Some(shared::export::Answer::Ready(ready)) = exporter.export(&rig.user, id).await.expect("an export") else {
+    let Some(Answer::Ready(ready)) = exporter.export(&rig.user, id).await.expect("an export") else {
         panic!("an export")
     };
     assert_eq!(ready.warning.as_deref(), Some(WARNING));
@@ -1024,29 +1442,23 @@ fn without_nulls(value: &Value) -> Value {
 
 #[tokio::test]
 async fn a_deleted_conversation_leaves_no_export() {
-    let rig =
-        WorkerHarness::new(ExportConfig { budget: Duration::ZERO, worker_budget: Duration::ZERO, ..config() }).await;
+    let rig = ExportHarness::new(config()).await;
     let (id, other) = (rig.conversation(None).await, rig.conversation(None).await);
-    append_large(&rig, id, 8).await;
     for conversation in [id, other] {
-        rig.get(conversation).await;
-        rig.exporter.go_on(&rig.user, conversation).await.expect("a turn");
+        rig.download(conversation).await;
     }
-    assert!(rig.record(id).await.expect("a record").progress.is_some());
+    let (lease, upload) = rig.build_that_hangs(id).await;
     assert_ne!(rig.uploads().await, 0);
     let store = rig.exporter.store();
     store.delete_all(&rig.user, id).await.expect("deleted");
     store.delete_all(&rig.user, id).await.expect("deleted again");
     assert_eq!(rig.record(id).await, None);
-    assert_eq!(rig.objects().await, rig.zips().await);
-    assert_eq!(rig.zips().await.len(), 1, "the other one's stays");
+    assert_eq!(rig.zips().await.len(), 1, "the export of the other conversation stays");
     assert_eq!(rig.uploads().await, 0);
-    // A worker that holds a part in its hands finds its lease lost.
-    rig.get(id).await;
-    let held = store.claim(&rig.user, id, Duration::from_secs(30)).await.expect("the store");
-    let (mut lease, _) = held.expect("a lease");
-    store.delete_all(&rig.user, id).await.expect("deleted");
-    assert!(!store.renew(&mut lease, None).await.expect("the store"));
+    // The process that builds the export finds its lease lost, and its upload aborted.
+    assert!(!store.renew(&lease).await.expect("the store"));
+    assert!(!store.record_upload(&lease, &upload).await.expect("the store"));
+    assert!(store.upload_part(&upload, 1, "x".into()).await.is_err());
     rig.end().await;
 }
 
@@ -1055,15 +1467,12 @@ async fn old_exports_and_uploads_are_removed_where_no_lifecycle_rule_does() {
     if skipped_on_ministack("there a lifecycle rule would be the one to do it") {
         return;
     }
-    let rig =
-        WorkerHarness::new(ExportConfig { budget: Duration::ZERO, worker_budget: Duration::ZERO, ..config() }).await;
+    let rig = ExportHarness::new(config()).await;
     let engines = rig.engines.as_embedded().expect("embedded engines");
     let (unfinished, finished) = (rig.conversation(None).await, rig.conversation(None).await);
     append_large(&rig, unfinished, 8).await;
-    for id in [unfinished, finished] {
-        rig.get(id).await;
-        rig.exporter.go_on(&rig.user, id).await.expect("a turn");
-    }
+    rig.download(finished).await;
+    rig.build_that_hangs(unfinished).await;
     let names = || {
         let entries = fs::read_dir(rig.folder.path().join("s3")).expect("a folder").filter_map(Result::ok);
         entries
@@ -1074,34 +1483,34 @@ async fn old_exports_and_uploads_are_removed_where_no_lifecycle_rule_does() {
     let (day, now) = (Duration::from_secs(24 * 3600), Duration::ZERO);
     let bucket = &rig.names.bucket;
     assert_eq!(engines.expire(bucket, "exports/", day, day).expect("expired"), 0);
-    assert!(names() >= 2 && rig.objects().await.len() >= 3);
-    assert!(engines.expire(bucket, "exports/", now, day).expect("expired") >= 3);
+    assert!(names() >= 1 && !rig.objects().await.is_empty());
+    assert!(engines.expire(bucket, "exports/", now, day).expect("expired") >= 1);
     assert_eq!(rig.objects().await, [""; 0]);
-    assert!(engines.expire(bucket, "exports/", day, now).expect("expired") >= 2);
+    assert!(engines.expire(bucket, "exports/", day, now).expect("expired") >= 1);
     assert_eq!(names(), 0);
-    // Events in the bucket stay, and the export is made anew.
-    loop {
-        rig.exporter.go_on(&rig.user, unfinished).await.ok();
-        let answer = rig.get(unfinished).await;
-        if answer.status() == 200 {
-            break;
-        }
-    }
+    // Events in the bucket stay, and the export is built again.
+    rig.let_the_lease_run_out(unfinished).await;
     assert_eq!(rig.download(unfinished).await.names().await.len(), 9);
     rig.end().await;
 }
 
 #[tokio::test]
 async fn more_members_than_16_bits_count_open_everywhere() {
-    let mut zip = ZipWriter::new(Time::now());
-    for number in 0..70_000 {
-        zip.add(&format!("event_{number:06}_x.json"), |out| write!(out, "{number}")).expect("added");
+    let (mut archive, mut chunks) = ArchiveWriter::new(Time::now());
+    let writing = tokio::task::spawn_blocking(move || {
+        for number in 0..70_000 {
+            archive.add(&format!("event_{number:06}_x.json"), number.to_string().as_bytes()).expect("added");
+        }
+        archive.finish().expect("finished");
+    });
+    let mut zip = Vec::new();
+    while let Some(chunk) = chunks.recv().await {
+        zip.extend_from_slice(&chunk);
     }
-    let (body, directory) = (zip.take_body(), zip.take_directory());
-    let end = zip.end(directory.len() as u64);
+    writing.await.expect("written");
     let folder = TempDir::new().expect("a folder");
     let path = folder.path().join("many.zip");
-    fs::write(&path, [body, directory, end].concat()).expect("written");
+    fs::write(&path, zip).expect("written");
     let members = Zip { path }.members().await;
     assert_eq!(members.len(), 70_000);
     assert!(members.iter().enumerate().all(|(number, (_, text))| *text == number.to_string()));

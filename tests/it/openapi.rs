@@ -8,6 +8,7 @@ use std::time::Duration;
 use local::docs::DOCUMENT;
 use local::options::{CommonOptions, SandboxKind};
 use local::server::{Environment, Server};
+use regex_lite::Regex;
 use serde_json::{Value, json};
 use shared::config::{SandboxConfig, SealingConfig};
 use shared::stores::Stores;
@@ -60,26 +61,36 @@ fn by(operation: &Value) -> Option<By> {
 }
 
 #[test]
-fn the_document_has_every_route_and_no_other() {
+fn operations_and_references_are_complete() {
     let document = document();
-    let described: BTreeSet<(String, String)> = operations(&document)
-        .into_iter()
-        .filter(|(_, path, _)| !OF_THIS_MACHINE.contains(&path.as_str()))
-        .map(|(method, path, _)| (path.clone(), method))
-        .collect();
-    let there: BTreeSet<(String, String)> =
-        routes().into_iter().map(|route| (route.path.to_owned(), route.method.to_owned())).collect();
-    assert_eq!(described, there);
+    let operations = operations(&document);
     let ids: BTreeSet<&str> =
-        operations(&document).iter().filter_map(|(.., operation)| operation["operationId"].as_str()).collect();
-    assert_eq!(ids.len(), operations(&document).len(), "operations have names of their own");
-    for (method, path, operation) in operations(&document) {
+        operations.iter().filter_map(|(.., operation)| operation["operationId"].as_str()).collect();
+    assert_eq!(ids.len(), operations.len(), "every operation has an operationId of its own");
+    let in_functions = operations.iter().filter(|(method, path, _)| ::routes::find(method, path).is_some()).count();
+    assert_eq!(in_functions, ::routes::routes().count());
+    assert_eq!(operations.len(), in_functions + OF_THIS_MACHINE.len());
+    for (method, path, operation) in &operations {
+        assert!(operation["summary"].as_str().is_some_and(|summary| !summary.is_empty()), "{method} {path}");
         let named = operation["parameters"].as_array().into_iter().flatten();
         let named: BTreeSet<&str> =
             named.filter(|one| one["in"] == "path").filter_map(|one| one["name"].as_str()).collect();
         let in_path: BTreeSet<&str> =
             path.split('/').filter_map(|part| part.strip_prefix('{')?.strip_suffix('}')).collect();
         assert_eq!(named, in_path, "{method} {path}");
+    }
+    let text = document.to_string();
+    let pattern = Regex::new(r##""\$ref":"#([^"]+)""##).expect("a pattern");
+    let used: BTreeSet<&str> = pattern.captures_iter(&text).filter_map(|found| Some(found.get(1)?.as_str())).collect();
+    for pointer in &used {
+        assert!(document.pointer(pointer).is_some(), "{pointer} does not exist");
+    }
+    for kind in ["schemas", "responses"] {
+        for name in document["components"][kind].as_object().expect("components").keys() {
+            let pointer = format!("/components/{kind}/{name}");
+            // `sort_order` of searches names it in words: other values are ignored, not refused.
+            assert!(used.contains(pointer.as_str()) || name == "SortOrder", "nothing refers to {pointer}");
+        }
     }
 }
 

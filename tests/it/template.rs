@@ -1,10 +1,11 @@
-//! `template.yaml`: what is deployed is what is built and tested here. Tables as in infra/schema, every route of every function,
-//! each function with its own policy and nothing more.
+//! `template.yaml` and the files that are generated for it describe what is built and tested here: the tables of infra/schema, the route
+//! table of infra/routes, and a policy for each function that grants what it needs and nothing more.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use ::routes::Authentication;
 use aws_sdk_dynamodb::types::AttributeValue;
 use regex_lite::Regex;
 use serde_json::{Value, json};
@@ -20,15 +21,39 @@ use crate::support::api::{Api, PREFIX};
 use crate::support::engines::Engines;
 use crate::support::iam_proxy::{Call, IamProxy, Policies, Statement, allows};
 use crate::support::kms;
-use crate::tenants::{By, furnish, request, routes};
+use crate::tenants::{furnish, request, routes};
+
+/// API Gateway's definition, as `template.yaml` names it.
+const DEFINITION: &str = "infra/api-gateway.yaml";
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-pub fn template() -> Value {
-    let text = fs::read_to_string(root().join("template.yaml")).expect("a template");
+fn yaml(path: &str) -> Value {
+    let text = fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"));
     serde_yaml_ng::from_str(&text).expect("YAML")
+}
+
+/// The template with API Gateway's definition in the place where `AWS::Include` inserts it.
+pub fn template() -> Value {
+    let mut template = yaml("template.yaml");
+    let body = &mut template["Resources"]["Api"]["Properties"]["DefinitionBody"];
+    let include = json!({"Fn::Transform": {"Name": "AWS::Include", "Parameters": {"Location": DEFINITION}}});
+    assert_eq!(*body, include);
+    *body = yaml(DEFINITION);
+    template
+}
+
+#[test]
+fn generated_files_are_current() {
+    for output in generate::outputs(&root()).expect("they are generated") {
+        assert!(
+            output.is_current(&root()),
+            "{} differs from the route table; run `cargo run -p generate`",
+            output.path
+        );
+    }
 }
 
 /// The resources of a type, by logical id.
@@ -106,24 +131,42 @@ fn tables_bucket_and_queues_are_those_of_the_schema() {
     assert!(private.len() == 4 && private.values().all(|value| *value == true));
     assert!(bucket["BucketEncryption"].is_object());
 
-    let queue = &template["Resources"]["JobQueue"]["Properties"];
-    let start = schema::JOB_QUEUE;
-    assert_eq!(own_name(&queue["QueueName"]), start.name);
-    assert_eq!(queue["VisibilityTimeout"], start.visibility_timeout.as_secs());
-    assert_eq!(queue["RedrivePolicy"]["maxReceiveCount"], start.max_receive_count);
-    assert_eq!(queue["RedrivePolicy"]["deadLetterTargetArn"], json!({"Fn::GetAtt": ["DeadLetterQueue", "Arn"]}));
-    let dead = own_name(&template["Resources"]["DeadLetterQueue"]["Properties"]["QueueName"]);
-    assert_eq!(dead, format!("{}{}", start.name, shared::jobs::queue::DEAD_LETTER_SUFFIX));
     let functions = functions(&template);
-    let worker = functions["worker"];
-    assert_eq!(worker["Timeout"], schema::WORKER_TIMEOUT.as_secs());
-    for (source, queue) in [("Starts", "JobQueue"), ("DeadLetters", "DeadLetterQueue")] {
-        let source = &worker["Events"][source]["Properties"];
-        assert_eq!(source["Queue"], json!({"Fn::GetAtt": [queue, "Arn"]}));
-        assert_eq!(source["FunctionResponseTypes"], json!(["ReportBatchItemFailures"]));
-        // A worker that crashes takes one message with it.
-        assert_eq!(source["BatchSize"], 1);
+    for (function, timeout, schema, sources) in [
+        (
+            "worker",
+            schema::WORKER_TIMEOUT,
+            schema::JOB_QUEUE,
+            [("Starts", "JobQueue"), ("DeadLetters", "DeadLetterQueue")],
+        ),
+        (
+            "exports",
+            schema::EXPORT_TIMEOUT,
+            schema::EXPORT_QUEUE,
+            [("Exports", "ExportQueue"), ("DeadLetters", "ExportDeadLetterQueue")],
+        ),
+    ] {
+        let [(_, queue_id), (_, dead_id)] = sources;
+        let [queue, dead] = [queue_id, dead_id].map(|id| &template["Resources"][id]["Properties"]);
+        assert_eq!(own_name(&queue["QueueName"]), schema.name);
+        assert_eq!(queue["VisibilityTimeout"], schema.visibility_timeout.as_secs());
+        // SQS hides a message for 12 hours at most.
+        assert!(schema.visibility_timeout >= 6 * timeout && schema.visibility_timeout.as_secs() <= 12 * 3600);
+        assert_eq!(queue["RedrivePolicy"]["maxReceiveCount"], schema.max_receive_count);
+        assert_eq!(queue["RedrivePolicy"]["deadLetterTargetArn"], json!({"Fn::GetAtt": [dead_id, "Arn"]}));
+        let suffix = shared::jobs::queue::DEAD_LETTER_SUFFIX;
+        assert_eq!(own_name(&dead["QueueName"]), format!("{}{suffix}", schema.name));
+        let function = functions[function];
+        assert_eq!(function["Timeout"], timeout.as_secs());
+        for (source, queue) in sources {
+            let source = &function["Events"][source]["Properties"];
+            assert_eq!(source["Queue"], json!({"Fn::GetAtt": [queue, "Arn"]}));
+            assert_eq!(source["FunctionResponseTypes"], json!(["ReportBatchItemFailures"]));
+            // A process that crashes takes one message with it.
+            assert_eq!(source["BatchSize"], 1);
+        }
     }
+    let worker = functions["worker"];
     assert_eq!(worker["Events"]["Sweep"]["Type"], "Schedule");
 }
 
@@ -169,7 +212,17 @@ fn concurrency_is_bounded() {
     // What Lambda accepts, and what leaves room for requests among the ten executions of a new account.
     assert_eq!((&concurrency["MinValue"], &concurrency["MaxValue"]), (&json!(2), &json!(1000)));
     let dead = sources["DeadLetters"]["Properties"]["ScalingConfig"]["MaximumConcurrency"].as_u64().expect("a number");
-    assert!(dead >= 2 && concurrency["Default"].as_u64().expect("a number") + dead < 10);
+    let sources = &functions["exports"]["Events"];
+    assert_eq!(
+        sources["Exports"]["Properties"]["ScalingConfig"],
+        json!({"MaximumConcurrency": {"Ref": "ExportConcurrency"}})
+    );
+    assert_eq!(sources["DeadLetters"]["Properties"]["ScalingConfig"], json!({"MaximumConcurrency": 2}));
+    let exports = &template["Parameters"]["ExportConcurrency"];
+    assert_eq!((&exports["MinValue"], &exports["MaxValue"]), (&json!(2), &json!(1000)));
+    let defaults = [concurrency, exports].map(|parameter| parameter["Default"].as_u64().expect("a number"));
+    // Hardly ever are there dead letters in both queues.
+    assert!(dead >= 2 && defaults.iter().sum::<u64>() + dead < 10);
     for (name, function) in &functions {
         let condition = match *name {
             "worker" => ("ReservesWorker", "WorkerReservedConcurrency"),
@@ -222,6 +275,8 @@ fn streams_have_the_time_they_need() {
     assert_eq!(limit["Default"], export.inline_limit);
     let build = export.budget.as_secs();
     assert!(build + 200 / 2 < functions["download"]["Timeout"].as_u64().expect("seconds"));
+    // A build outside of a request ends itself before Lambda does, and has the time to record that.
+    assert!(export.build_budget + std::time::Duration::from_secs(60) <= schema::EXPORT_TIMEOUT);
 }
 
 /// The right ones, and none that would send a key in clear or never match.
@@ -440,30 +495,14 @@ fn integration(method: &Value) -> (String, bool) {
     (name.to_owned(), streamed)
 }
 
-/// Which function has a route, by the table of `cargo lambda watch`.
-pub fn function_of(manifest: &str, path: &str, method: &str) -> String {
-    let (_, line) = manifest.split_once(&format!("\n\"{path}\" = ")).unwrap_or_else(|| panic!("{path} is no route"));
-    let entry = if line.starts_with('[') {
-        line.split_once(']').expect("a list").0
-    } else {
-        line.lines().next().expect("a line")
-    };
-    let entry = match entry.lines().find(|line| line.contains(&format!("method = \"{method}\""))) {
-        Some(line) => line.split_once("function = ").expect("a function").1,
-        None => entry,
-    };
-    entry.split('"').nth(1).expect("a name").to_owned()
-}
-
 #[test]
 fn every_route_is_in_the_api_and_asks_who_calls() {
     let template = template();
     let paths = template["Resources"]["Api"]["Properties"]["DefinitionBody"]["paths"].as_object().expect("paths");
-    let manifest = fs::read_to_string(root().join("Cargo.toml")).expect("a manifest");
     let mut expected: BTreeMap<(String, String), bool> = BTreeMap::new();
-    for route in routes() {
-        let is_open = route.by != By::Caller || function_of(&manifest, route.path, route.method) == "web-client";
-        expected.insert((route.path.to_owned(), route.method.to_lowercase()), is_open);
+    for route in ::routes::routes() {
+        let is_open = route.authentication != Authentication::Caller;
+        expected.insert((route.path.to_owned(), route.method.as_str().to_lowercase()), is_open);
         expected.insert((route.path.to_owned(), "x-amazon-apigateway-any-method".to_owned()), true);
     }
     expected.insert(("/{proxy+}".to_owned(), "x-amazon-apigateway-any-method".to_owned()), true);
@@ -480,8 +519,8 @@ fn every_route_is_in_the_api_and_asks_who_calls() {
             };
             found.insert((path.clone(), method.clone()), is_open);
             let (function, streamed) = integration(definition);
-            if path != "/{proxy+}" && method != "x-amazon-apigateway-any-method" {
-                assert_eq!(function, function_of(&manifest, path, &method.to_uppercase()), "{method} {path}");
+            if let Some(route) = ::routes::find(&method.to_uppercase(), path) {
+                assert_eq!((function.as_str(), streamed), (route.function, route.is_streamed), "{method} {path}");
             }
             assert_eq!(streamed, ["stream-start", "download"].contains(&function.as_str()), "{method} {path}");
             invoked.insert(function);
@@ -510,7 +549,7 @@ fn every_route_is_in_the_api_and_asks_who_calls() {
         .map(|entry| entry.expect("an entry").file_name().into_string().expect("a name"))
         .collect();
     assert_eq!(functions(&template).keys().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>(), all);
-    assert!(all.remove("authorizer") && all.remove("worker"));
+    assert!(all.remove("authorizer") && all.remove("worker") && all.remove("exports"));
     assert_eq!(all, invoked);
 
     let authorizer = &template["Resources"]["Api"]["Properties"]["DefinitionBody"]["components"]["securitySchemes"]["caller"]
@@ -581,8 +620,8 @@ fn a_hosted_web_ui_is_an_option() {
         assert_eq!(behavior["ResponseHeadersPolicyId"], security_headers, "AWS's SecurityHeadersPolicy");
     }
     // Longer than a stream is ever silent, and than an export is built within its request.
-    let inline_wait = distribution["Origins"][1]["CustomOriginConfig"]["OriginReadTimeout"].as_u64().expect("seconds");
-    assert!(inline_wait > shared::config::ExportConfig::default().budget.as_secs() + 10);
+    let read_timeout = distribution["Origins"][1]["CustomOriginConfig"]["OriginReadTimeout"].as_u64().expect("seconds");
+    assert!(read_timeout > shared::config::ExportConfig::default().budget.as_secs() + 10);
     assert_eq!(distribution["Logging"]["Bucket"], json!({"Fn::GetAtt": ["WebUiLogBucket", "RegionalDomainName"]}));
     assert_eq!(distribution["Logging"]["IncludeCookies"], false);
     let logs = &resources["WebUiLogBucket"]["Properties"];
@@ -602,6 +641,7 @@ fn policy(template: &Value, function: &Value) -> Vec<Statement> {
         if let Some(id) = resource["Fn::GetAtt"][0].as_str() {
             return match id {
                 "JobQueue" => "queue".to_owned(),
+                "ExportQueue" => "export-queue".to_owned(),
                 "Key" => "key".to_owned(),
                 "Bucket" => "bucket".to_owned(),
                 table_id => table(table_id),
@@ -690,16 +730,26 @@ fn policies_grant_no_more_than_they_must() {
         }
         // Variables are decrypted by Lambda, with a grant of its own: a function that seals and opens nothing has no use for the key.
         let may_decrypt = !of("kms:Decrypt").is_empty();
-        assert_eq!(may_decrypt, !["authorizer", "start-tasks", "web-client"].contains(&name.as_str()), "{name}");
-        // Whoever reads objects may learn that one is missing, and lists nothing else.
+        assert_eq!(
+            may_decrypt,
+            !["authorizer", "exports", "start-tasks", "web-client"].contains(&name.as_str()),
+            "{name}"
+        );
+        // A function that reads objects may learn that one is missing. A function that deletes objects lists them. Nothing else is listed.
+        let deleted: BTreeSet<String> = of("s3:DeleteObject")
+            .into_iter()
+            .flat_map(|one| one.resources.clone())
+            .map(|prefix| prefix + "*")
+            .collect();
         let mut read: BTreeSet<String> =
             of("s3:GetObject").into_iter().flat_map(|one| one.resources.clone()).map(|prefix| prefix + "*").collect();
         for statement in of("s3:ListBucket") {
             let prefixes = statement.condition.as_ref().expect("a condition")["StringLike"]["s3:prefix"].clone();
             for prefix in prefixes.as_array().expect("prefixes") {
+                let prefix = prefix.as_str().expect("a prefix");
                 assert!(
-                    read.remove(prefix.as_str().expect("a prefix")),
-                    "{name} lists {prefix}, which it does not read"
+                    read.remove(prefix) || deleted.contains(prefix),
+                    "{name} lists {prefix}, which it neither reads nor deletes"
                 );
             }
         }

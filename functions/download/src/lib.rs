@@ -1,8 +1,8 @@
 //! `GET /api/v1/app-conversations/{conversation_id}/download`: a conversation as a zip.
 //!
-//! An export up to the configured size is streamed from the bucket, a larger one is behind a link to the bucket. What is
-//! streamed is always a finished object, never the build. A build that takes longer than a request may is continued by the
-//! worker, and the client is told to come back.
+//! An export up to the configured size is streamed from the bucket; for a larger one the response is a redirect to a link to the
+//! bucket. Only a complete object is streamed, never the build. A build that takes longer than a request may is left to the
+//! function `exports`, and the client must retry.
 
 use axum::Router;
 use axum::extract::rejection::PathRejection;
@@ -17,7 +17,7 @@ use serde_json::json;
 use shared::aws::Aws;
 use shared::config::Config;
 use shared::error::Error;
-use shared::export::store::{CONTENT_TYPE as ZIP, Open};
+use shared::export::store::{CONTENT_TYPE as ZIP, Failure, FailureReason, Open};
 use shared::export::{Answer, Exporter, Ready};
 use shared::http::caller::Caller;
 use shared::http::pydantic::validation;
@@ -27,9 +27,9 @@ use shared::user::seal::Sealer;
 use shared::{Result, id};
 use uuid::Uuid;
 
-/// When to come back for an export that is being built, in seconds.
-const COME_BACK_AFTER: u64 = 5;
-/// What an export may lack.
+/// When to retry for an export that is being built, in seconds.
+const RETRY_PENDING_AFTER: u64 = 5;
+/// Says what an export may lack.
 const WARNING: HeaderName = HeaderName::from_static("x-export-warning");
 
 /// What this function may touch: it reads conversations and sandboxes, asks agent servers for events and stores them, and
@@ -73,7 +73,8 @@ async fn download(
     match context.exporter.export(&user, conversation).await? {
         None => Err(Error::NotFound(format!("Conversation not found: {}", id::dashed(conversation)))),
         Some(Answer::Ready(ready)) => context.deliver(conversation, ready).await,
-        Some(Answer::Pending) => Ok(come_back()),
+        Some(Answer::Pending) => Ok(pending()),
+        Some(Answer::Failed(failure)) => failed(&failure),
     }
 }
 
@@ -89,12 +90,12 @@ impl Context {
                 Some(zip) => (zip.len() as u64, Body::from(zip)),
                 None => match store.open(&ready.key).await? {
                     Some(object) => (object.length, streamed(object)),
-                    // It was removed since it was found.
-                    None => return Ok(come_back()),
+                    // It was removed after it was found.
+                    None => return Ok(pending()),
                 },
             };
             let mut zip = ([(CONTENT_TYPE, ZIP), (CONTENT_DISPOSITION, &disposition)], body).into_response();
-            // By this a client recognises an answer that was cut off.
+            // With this a client recognises a response that was cut off.
             zip.headers_mut().insert(CONTENT_LENGTH, length.into());
             zip
         };
@@ -114,7 +115,20 @@ fn streamed(object: Open) -> Body {
     )
 }
 
-fn come_back() -> Response {
-    let told = json!({"detail": "The export is still being made: ask again in a few seconds"});
-    (StatusCode::SERVICE_UNAVAILABLE, [(RETRY_AFTER, COME_BACK_AFTER.to_string())], Json(told)).into_response()
+fn pending() -> Response {
+    retry_later(RETRY_PENDING_AFTER, "The export is still being built: retry in a few seconds")
+}
+
+fn failed(failure: &Failure) -> Result<Response> {
+    match failure.reason {
+        FailureReason::TooManyEvents { .. } => Err(Error::TooLarge(failure.message())),
+        FailureReason::OutOfTime { .. } | FailureReason::RepeatedFailure { .. } => {
+            Ok(retry_later(failure.retry_after(), &failure.message()))
+        }
+    }
+}
+
+fn retry_later(seconds: u64, detail: &str) -> Response {
+    let body = Json(json!({"detail": detail}));
+    (StatusCode::SERVICE_UNAVAILABLE, [(RETRY_AFTER, seconds.to_string())], body).into_response()
 }

@@ -1,5 +1,7 @@
 //! Runs one job. An error makes SQS deliver the message again.
 
+use std::time::Duration;
+
 use shared::error::Result;
 use shared::jobs::advance_start::AdvanceStart;
 use shared::jobs::delete_conversation::DeleteConversation;
@@ -20,7 +22,8 @@ pub(crate) async fn run(context: &Context, job: Job) -> Result<()> {
                 Attempt::Waiting | Attempt::Busy | Attempt::Unknown => Ok(()),
             }
         }
-        Job::Export { user, conversation } => context.exporter.go_on(&user, conversation).await,
+        // Earlier versions enqueued exports here. The function `exports` drops a message that no client waits for any more.
+        job @ Job::Export { .. } => context.export_queue.send(&job, Duration::ZERO).await,
         Job::DeliverMessages(DeliverMessages { user, conversation }) => {
             context.messages.deliver(&user, conversation).await
         }

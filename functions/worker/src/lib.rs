@@ -12,9 +12,9 @@ use shared::deletion::{Deleter, Deletion};
 use shared::error::Error;
 use shared::event::follow_up::FollowUp;
 use shared::event::store::EventStore;
-use shared::export::Exporter;
+use shared::export::store::ExportStore;
 use shared::http_client::HttpClient;
-use shared::jobs::queue::{DEAD_LETTER_SUFFIX, Job};
+use shared::jobs::queue::{DEAD_LETTER_SUFFIX, Job, JobQueue};
 use shared::pending_message::delivery::{Messages, Timing};
 use shared::pending_message::store::MessageStore;
 use shared::start::saga::Saga;
@@ -27,7 +27,8 @@ pub struct Context {
     pub saga: Saga,
     pub deletion: Deletion,
     pub follow_up: FollowUp,
-    pub exporter: Exporter,
+    /// The queue of exports, to which messages of earlier versions are forwarded.
+    pub export_queue: JobQueue,
     pub messages: Messages,
 }
 
@@ -37,7 +38,6 @@ impl Context {
         let stores = Stores::new(&config.names, aws, sealer);
         let sandboxes = stores.sandbox_service(&config.sandbox);
         let http = HttpClient::new(config.address_policy);
-        let exporter = stores.exporter(&config.export, sandboxes.clone(), http.clone());
         let saga = Saga {
             tasks: stores.start_tasks(),
             conversations: stores.conversations(),
@@ -48,12 +48,19 @@ impl Context {
             sealer: sealer.clone(),
             config: config.start.clone(),
         };
-        Self::new_with(saga, stores.events(), exporter, stores.messages())
+        let (exports, export_queue) = (stores.exports(), stores.export_queue());
+        Self::new_with(saga, stores.events(), exports, export_queue, stores.messages())
     }
 
     /// A context around a saga, and the events, exports and pending messages of the conversations that it creates.
     #[must_use]
-    pub fn new_with(saga: Saga, events: EventStore, exporter: Exporter, messages: MessageStore) -> Self {
+    pub fn new_with(
+        saga: Saga,
+        events: EventStore,
+        exports: ExportStore,
+        export_queue: JobQueue,
+        messages: MessageStore,
+    ) -> Self {
         let follow_up = FollowUp {
             conversations: saga.conversations.clone(),
             events: events.clone(),
@@ -65,7 +72,7 @@ impl Context {
             deleter: Deleter { conversations: saga.conversations.clone(), queue: saga.queue.clone() },
             tasks: saga.tasks.clone(),
             events,
-            exports: exporter.store().clone(),
+            exports,
             messages: messages.clone(),
             sandboxes: saga.sandboxes.clone(),
             http: saga.http.clone(),
@@ -79,7 +86,7 @@ impl Context {
             http: saga.http.clone(),
             timing: Timing::default(),
         };
-        Self { saga, deletion, follow_up, exporter, messages }
+        Self { saga, deletion, follow_up, export_queue, messages }
     }
 }
 

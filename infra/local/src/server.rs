@@ -41,7 +41,7 @@ use crate::links::Links;
 use crate::options::{CommonOptions, SandboxKind};
 use crate::private_file;
 use crate::web_ui::{self, Connection, WebUi};
-use crate::worker::{Worker, poll, sweep};
+use crate::worker::{Consumer, EXPORT_CONCURRENCY, WORKER_CONCURRENCY, poll, sweep};
 
 /// What the names of the tables on the embedded engines begin with.
 pub(crate) const PREFIX: &str = "openhands-";
@@ -125,7 +125,7 @@ impl Environment {
     /// Names the first variable that is malformed.
     pub fn read() -> Result<Self, ServerError> {
         let mut start = StartConfig::from_env()?;
-        if config::text("START_PATIENCE_MS").is_none() {
+        if config::text("START_INLINE_WAIT_MS").is_none() {
             start.inline_wait = PATIENCE;
         }
         let settings = [("LLM_MODEL", "llm_model"), ("LLM_API_KEY", "llm_api_key"), ("LLM_BASE_URL", "llm_base_url")]
@@ -246,6 +246,7 @@ impl Server {
         let mut names = Names::with_prefix(PREFIX);
         let queues = schema::make_all(&aws, &names, PREFIX).await?;
         names.job_queue_url.clone_from(&queues.jobs);
+        names.export_queue_url.clone_from(&queues.exports);
         let expiry = schema::EXPORTS_EXPIRE;
         let [objects, uploads] = [expiry.days, expiry.incomplete_upload_days].map(|days| DAY * days);
         engines.expire(&names.bucket, expiry.prefix, objects, uploads)?;
@@ -305,9 +306,15 @@ impl Server {
                 "No model is set: a start that names no llm_model will end in ERROR. Give LLM_MODEL and LLM_API_KEY, or --settings FILE."
             );
         }
-        let worker = match invoke_url {
-            Some(url) => Worker::At(HttpClient::new(AddressPolicy::Any), url),
-            None => Worker::Here(Arc::new(worker::Context::new(&config, &aws, &sealer))),
+        let (worker, exports) = match invoke_url {
+            Some(url) => {
+                let http = HttpClient::new(AddressPolicy::Any);
+                (Consumer::Remote(http.clone(), url.clone(), "worker"), Consumer::Remote(http, url, "exports"))
+            }
+            None => (
+                Consumer::Worker(Arc::new(worker::Context::new(&config, &aws, &sealer))),
+                Consumer::Exports(Arc::new(exports::Context::new(&config, &aws))),
+            ),
         };
         let readiness = Readiness::default();
         let mut server = Self {
@@ -350,6 +357,9 @@ impl Server {
         }
         let install = matches!(server.config.sandbox, SandboxConfig::Process(_));
         let sqs = server.aws.sqs.clone();
+        let poll_exports = poll(sqs.clone(), queues.exports, exports.clone(), EXPORT_CONCURRENCY);
+        let poll_dead_exports = poll(sqs.clone(), queues.export_dead_letters, exports, EXPORT_CONCURRENCY);
+        server.tasks.extend([tokio::spawn(poll_exports), tokio::spawn(poll_dead_exports)]);
         server.tasks.push(tokio::spawn(async move {
             if install && let Err(text) = install_agent_server(&agent_server).await {
                 // The API goes on: records can be read, and starts wait until the next run.
@@ -361,8 +371,8 @@ impl Server {
                 readiness.set("agent_server", Part::Ready);
             }
             // Only now: a start that is polled earlier would fail for want of an agent server.
-            let starts = poll(sqs.clone(), queues.jobs, worker.clone());
-            let dead_letters = poll(sqs, queues.dead_letters, worker.clone());
+            let starts = poll(sqs.clone(), queues.jobs, worker.clone(), WORKER_CONCURRENCY);
+            let dead_letters = poll(sqs, queues.dead_letters, worker.clone(), WORKER_CONCURRENCY);
             tokio::join!(starts, dead_letters, sweep(worker));
         }));
         Ok(server)

@@ -1,9 +1,10 @@
-//! What SQS, Lambda and the scheduler do on AWS: messages become invocations of the start worker, and a clock rings.
+//! Does what SQS, Lambda and the scheduler do on AWS: invokes the consumers of queues for messages, and the worker on schedule.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use aws_lambda_events::event::sqs::SqsBatchResponse;
 use aws_sdk_sqs::Client;
 use aws_sdk_sqs::types::Message;
 use http::Method;
@@ -13,8 +14,10 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
-/// Invocations at a time.
-const CONCURRENCY: usize = 64;
+/// Invocations of the worker at a time.
+pub const WORKER_CONCURRENCY: usize = 64;
+/// Builds of exports at a time. Each may need as much memory as its function has on AWS.
+pub const EXPORT_CONCURRENCY: usize = 2;
 /// The longest invocation, as on AWS, and bytes of its answer.
 const INVOCATION: Duration = Duration::from_secs(900);
 const ANSWER_LIMIT: usize = 6 * 1024 * 1024;
@@ -23,25 +26,28 @@ const AFTER_FAILED_POLL: Duration = Duration::from_secs(1);
 /// Every minute on AWS, where a sweep costs money.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Where the start worker is.
+/// A function that consumes a queue.
 #[derive(Clone, Debug)]
-pub enum Worker {
-    /// In this process.
-    Here(Arc<worker::Context>),
-    /// Behind the invocation API that `cargo lambda watch` serves at this address.
-    At(HttpClient, String),
+pub enum Consumer {
+    /// The worker, in this process.
+    Worker(Arc<worker::Context>),
+    /// The function `exports`, in this process.
+    Exports(Arc<exports::Context>),
+    /// The function of this name, invoked through the API that `cargo lambda watch` serves at this address.
+    Remote(HttpClient, String, &'static str),
 }
 
-impl Worker {
-    /// Invokes the worker; returns the ids of the messages that are to be delivered again.
+impl Consumer {
+    /// Invokes the function; returns the ids of the messages that are to be delivered again.
     async fn invoke(&self, event: Value) -> Result<Vec<String>, String> {
+        let ids = |response: SqsBatchResponse| {
+            response.batch_item_failures.into_iter().map(|failure| failure.item_identifier).collect()
+        };
         let failures = match self {
-            Self::Here(context) => {
-                let response = worker::handle(context, event).await.map_err(|error| error.context())?;
-                response.batch_item_failures.into_iter().map(|failure| failure.item_identifier).collect()
-            }
-            Self::At(http, url) => {
-                let url = format!("{}/2015-03-31/functions/worker/invocations", url.trim_end_matches('/'));
+            Self::Worker(context) => ids(worker::handle(context, event).await.map_err(|error| error.context())?),
+            Self::Exports(context) => ids(exports::handle(context, event).await.map_err(|error| error.context())?),
+            Self::Remote(http, url, name) => {
+                let url = format!("{}/2015-03-31/functions/{name}/invocations", url.trim_end_matches('/'));
                 let request = http.request(Method::POST, &url).map_err(|error| error.to_string())?;
                 let request = request.with(|request| request.json(&event));
                 let answer = request.send(INVOCATION, |_| ANSWER_LIMIT).await.map_err(|error| error.to_string())?;
@@ -61,7 +67,7 @@ impl Worker {
 }
 
 /// Sweeps at once, for what an earlier run left unfinished, and then on schedule. Runs until it is dropped.
-pub async fn sweep(worker: Worker) {
+pub async fn sweep(worker: Consumer) {
     let mut clock = interval(SWEEP_INTERVAL);
     clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -72,9 +78,10 @@ pub async fn sweep(worker: Worker) {
     }
 }
 
-/// Polls a queue into the worker. Runs until it is dropped; what is being handled then is dropped with it.
-pub async fn poll(sqs: Client, queue_url: String, worker: Worker) {
-    let permits = Arc::new(Semaphore::new(CONCURRENCY));
+/// Polls a queue, and invokes its consumer for each message, at most `concurrency` times at once. Runs until it is dropped; invocations
+/// that run then are dropped with it.
+pub async fn poll(sqs: Client, queue_url: String, consumer: Consumer, concurrency: usize) {
+    let permits = Arc::new(Semaphore::new(concurrency));
     let mut running = JoinSet::new();
     loop {
         while let Some(done) = running.try_join_next() {
@@ -100,17 +107,17 @@ pub async fn poll(sqs: Client, queue_url: String, worker: Worker) {
             }
         };
         let Some(message) = message else { continue };
-        let (sqs, queue_url, worker) = (sqs.clone(), queue_url.clone(), worker.clone());
+        let (sqs, queue_url, consumer) = (sqs.clone(), queue_url.clone(), consumer.clone());
         running.spawn(async move {
-            handle(&sqs, &queue_url, &worker, message).await;
+            handle(&sqs, &queue_url, &consumer, message).await;
             drop(permit);
         });
     }
 }
 
-async fn handle(sqs: &Client, queue_url: &str, worker: &Worker, message: Message) {
+async fn handle(sqs: &Client, queue_url: &str, consumer: &Consumer, message: Message) {
     let event = json!({"Records": [record(queue_url, &message)]});
-    match worker.invoke(event).await {
+    match consumer.invoke(event).await {
         Ok(failures) if failures.is_empty() => {
             let receipt = message.receipt_handle.unwrap_or_default();
             if let Err(error) = sqs.delete_message().queue_url(queue_url).receipt_handle(receipt).send().await {

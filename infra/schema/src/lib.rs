@@ -146,9 +146,17 @@ pub struct Queue {
 /// The time limit of one worker invocation.
 pub const WORKER_TIMEOUT: Duration = Duration::from_secs(150);
 
+/// The time limit of one invocation of the function `exports`: Lambda's longest.
+pub const EXPORT_TIMEOUT: Duration = Duration::from_secs(900);
+
 /// The job queue. Its dead-letter queue has the same name with `-dead-letters`.
 pub const JOB_QUEUE: Queue =
     Queue { name: "jobs", visibility_timeout: WORKER_TIMEOUT.saturating_mul(6), max_receive_count: 5 };
+
+/// The queue of exports. A message that failed stays hidden for so long that clients, which retry every few seconds, have enqueued
+/// the export again: few deliveries are enough.
+pub const EXPORT_QUEUE: Queue =
+    Queue { name: "exports", visibility_timeout: EXPORT_TIMEOUT.saturating_mul(6), max_receive_count: 3 };
 
 /// Something could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -171,6 +179,10 @@ pub struct QueueUrls {
     pub jobs: String,
     /// Its dead-letter queue.
     pub dead_letters: String,
+    /// The queue of exports.
+    pub exports: String,
+    /// Its dead-letter queue.
+    pub export_dead_letters: String,
 }
 
 /// Makes everything that is not there yet. A table that is there keeps its rows.
@@ -182,7 +194,9 @@ pub async fn make_all(aws: &Aws, names: &Names, prefix: &str) -> Result<QueueUrl
         make_table(aws, table, &format!("{prefix}{}", table.name)).await?;
     }
     make_bucket(aws, &names.bucket).await?;
-    make_queues(aws, prefix).await
+    let (jobs, dead_letters) = make_queue(aws, prefix, &JOB_QUEUE).await?;
+    let (exports, export_dead_letters) = make_queue(aws, prefix, &EXPORT_QUEUE).await?;
+    Ok(QueueUrls { jobs, dead_letters, exports, export_dead_letters })
 }
 
 fn known<E: ProvideErrorMetadata, R>(error: &SdkError<E, R>, codes: &[&str]) -> bool {
@@ -285,10 +299,11 @@ async fn make_bucket(aws: &Aws, name: &str) -> Result<(), SchemaError> {
     }
 }
 
-async fn make_queues(aws: &Aws, prefix: &str) -> Result<QueueUrls, SchemaError> {
-    let name = format!("{prefix}{}", JOB_QUEUE.name);
+/// Makes a queue and its dead-letter queue, and returns their URLs.
+async fn make_queue(aws: &Aws, prefix: &str, queue: &Queue) -> Result<(String, String), SchemaError> {
+    let name = format!("{prefix}{}", queue.name);
     let dead_name = format!("{name}{DEAD_LETTER_SUFFIX}");
-    let hidden = JOB_QUEUE.visibility_timeout.as_secs().to_string();
+    let hidden = queue.visibility_timeout.as_secs().to_string();
     let make = async |name: &str, redrive: Option<String>| {
         let made = aws
             .sqs
@@ -317,6 +332,6 @@ async fn make_queues(aws: &Aws, prefix: &str) -> Result<QueueUrls, SchemaError> 
         .attributes
         .and_then(|mut attributes| attributes.remove(&QueueAttributeName::QueueArn))
         .ok_or_else(|| SchemaError::new(format!("queue {dead_name}"), "it has no ARN"))?;
-    let redrive = format!(r#"{{"deadLetterTargetArn":"{arn}","maxReceiveCount":{}}}"#, JOB_QUEUE.max_receive_count);
-    Ok(QueueUrls { jobs: make(&name, Some(redrive)).await?, dead_letters })
+    let redrive = format!(r#"{{"deadLetterTargetArn":"{arn}","maxReceiveCount":{}}}"#, queue.max_receive_count);
+    Ok((make(&name, Some(redrive)).await?, dead_letters))
 }

@@ -60,16 +60,19 @@ pub struct WorkspaceGit<'a> {
 
 /// A file that has changed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[cfg_attr(feature = "openapi", schema(as = GitChange))]
 pub struct Change {
-    /// How it has changed.
     pub status: Status,
-    /// Its path from the folder that was asked for. A name that is not UTF-8 is in double quotes, as git quotes it.
+    /// The path relative to the requested folder. A name that is not UTF-8 is in double quotes, as git quotes it.
     pub path: String,
 }
 
 /// How a file has changed. A renamed file is deleted and added.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "UPPERCASE")]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[cfg_attr(feature = "openapi", schema(as = GitChangeStatus))]
 pub enum Status {
     /// It is new.
     Added,
@@ -88,12 +91,14 @@ pub struct Changes {
     pub is_truncated: bool,
 }
 
-/// A file as it was and as it is; nothing where no repository holds it.
+/// A file before and after the change. Both texts are null for a file outside every repository.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[cfg_attr(feature = "openapi", schema(as = GitDiff))]
 pub struct Diff {
-    /// As it is; empty if it was deleted.
+    /// The current text; empty if the file was deleted.
     pub modified: Option<String>,
-    /// As it was; empty if it is new.
+    /// The original text; empty if the file is new.
     pub original: Option<String>,
 }
 

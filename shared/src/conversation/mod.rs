@@ -35,6 +35,7 @@ pub fn within_max_name(text: &str) -> &str {
 /// What a conversation has cost so far.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct MetricsSnapshot {
     /// Always `default`, as in the reference.
     pub model_name: String,
@@ -61,6 +62,7 @@ impl Default for MetricsSnapshot {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 #[expect(missing_docs, reason = "the names are the contract's and say all")]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct TokenUsage {
     pub model: String,
     pub prompt_tokens: u64,
@@ -124,12 +126,16 @@ pub struct ConversationRecord {
     pub updated_at: Time,
 }
 
-/// `AppConversation` of the contract, in its order of fields.
+/// A conversation in responses, with the fields in the contract's order.
 #[derive(Clone, Debug, Serialize)]
 #[expect(missing_docs, reason = "the contract's fields, described at `ConversationRecord`")]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct AppConversation {
+    /// A UUID without dashes.
     #[serde(with = "as_hex")]
+    #[cfg_attr(feature = "openapi", schema(value_type = String, pattern = "^[0-9a-f]{32}$"))]
     pub id: Uuid,
+    /// Null on a server of a single user.
     pub created_by_user_id: Option<String>,
     pub sandbox_id: String,
     pub selected_repository: Option<String>,
@@ -140,20 +146,49 @@ pub struct AppConversation {
     pub pr_number: Vec<i64>,
     pub llm_model: Option<String>,
     /// Always `openhands`.
+    #[cfg_attr(feature = "openapi", schema(schema_with = schemas::agent_kind))]
     pub agent_kind: &'static str,
     pub metrics: MetricsSnapshot,
+    /// A UUID without dashes.
     #[serde(with = "as_hex::option")]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>, pattern = "^[0-9a-f]{32}$"))]
     pub parent_conversation_id: Option<Uuid>,
     #[serde(with = "as_hex::list")]
+    #[cfg_attr(feature = "openapi", schema(schema_with = schemas::sub_conversation_ids))]
     pub sub_conversation_ids: Vec<Uuid>,
     pub public: Option<bool>,
+    #[cfg_attr(feature = "openapi", schema(schema_with = tags::schema))]
     pub tags: Tags,
+    #[cfg_attr(feature = "openapi", schema(value_type = String, format = DateTime))]
     pub created_at: Time,
+    #[cfg_attr(feature = "openapi", schema(value_type = String, format = DateTime))]
     pub updated_at: Time,
     pub sandbox_status: SandboxStatus,
+    /// `idle`, `running`, `paused`, `waiting_for_confirmation`, `finished`, `error` or `stuck`; null unless the sandbox runs and its
+    /// agent server has responded.
     pub execution_status: Option<String>,
+    /// The URL of the conversation at its agent server.
     pub conversation_url: Option<String>,
+    /// The key for that agent server, sent as `X-Session-API-Key`.
     pub session_api_key: Option<String>,
+}
+
+/// What `utoipa::ToSchema` cannot derive from the types of fields.
+#[cfg(feature = "openapi")]
+mod schemas {
+    use utoipa::openapi::schema::{Array, ArrayBuilder, Object, ObjectBuilder, Type};
+
+    pub(super) fn agent_kind() -> Object {
+        ObjectBuilder::new().schema_type(Type::String).enum_values(Some([super::AGENT_KIND])).build()
+    }
+
+    pub(super) fn sub_conversation_ids() -> Array {
+        let id = ObjectBuilder::new()
+            .schema_type(Type::String)
+            .pattern(Some("^[0-9a-f]{32}$"))
+            .description(Some("A UUID without dashes."));
+        ArrayBuilder::new().items(id).description(Some("Empty in search.")).build()
+    }
 }
 
 impl AppConversation {

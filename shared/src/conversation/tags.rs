@@ -20,6 +20,19 @@ pub const MAX_TAGS_SIZE: usize = 16 * 1024;
 #[serde(transparent)]
 pub struct Tags(BTreeMap<String, String>);
 
+#[cfg(feature = "openapi")]
+pub(super) fn schema() -> utoipa::openapi::Object {
+    use utoipa::openapi::schema::{ObjectBuilder, Type};
+
+    let value = ObjectBuilder::new().schema_type(Type::String).max_length(Some(MAX_TAG_VALUE));
+    ObjectBuilder::new()
+        .schema_type(Type::Object)
+        .additional_properties(Some(value))
+        .max_properties(Some(MAX_TAGS))
+        .description(Some("Read-only here; change them at the agent server with PATCH on the conversation."))
+        .build()
+}
+
 impl Tags {
     /// Whether there are none.
     #[must_use]

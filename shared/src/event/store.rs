@@ -468,6 +468,16 @@ impl EventStore {
         paging::count("Query events", range.ask(self.dynamodb.query().table_name(&self.table)), TOO_MANY).await
     }
 
+    /// How many events the conversation has, however long it takes to count them. Reads their index entries alone.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn count_all(&self, user: &UserId, conversation: Uuid) -> Result<u64> {
+        let range = Range::new(partition(user, conversation), &EventFilter::default());
+        let query = range.ask(self.dynamodb.query().table_name(&self.table));
+        paging::count_within(Duration::from_secs(24 * 3600), "Query events", query, TOO_MANY).await
+    }
+
     /// Events in the order of the ids, at most 100 of them, `None` for those that the conversation does not have.
     ///
     /// # Errors

@@ -1,80 +1,70 @@
-//! Who makes an export, and who waits for it.
+//! Returns the export of a conversation to a request: one that exists, or one that is built now, or the news that one is being built.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use serde_json::Value;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use uuid::Uuid;
 
-use super::catch_up::{CatchUp, WARNING};
-use super::making::{Limit, Made, Making};
-use super::store::{ExportRecord, ExportStore, Lease, Stored};
+use super::backfill::{Backfill, WARNING};
+use super::builder::{BuildOutcome, EventLog, ExportBuilder, Snapshot};
+use super::store::{ExportRecord, ExportStore, Failure, FailureReason, Lease};
 use crate::aws::Aws;
 use crate::clock::Time;
 use crate::config::{ExportConfig, Names};
-use crate::conversation::store::ConversationStore;
-use crate::conversation::{AppConversation, ConversationRecord};
-use crate::error::{Error, Result};
-use crate::event::store::EventStore;
+use crate::conversation::ConversationRecord;
+use crate::error::Result;
 use crate::http_client::HttpClient;
 use crate::id::UserId;
 use crate::jobs::queue::{Job, JobQueue};
-use crate::metrics;
 use crate::sandbox::SandboxService;
 
-/// Part of every fingerprint: another form of exports has another number.
-const FORM: u32 = 1;
+/// The warning of an export that is older than the one that was requested.
+pub const OLDER_EXPORT: &str = "The conversation has changed since this export, and a newer export could not be built.";
+
 /// The shortest and the longest pause between two reads of an export that another request builds.
 const SHORTEST_POLL: Duration = Duration::from_millis(100);
 const LONGEST_POLL: Duration = Duration::from_secs(1);
 /// What a call that hangs may add to a request's budget.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// An export that is there.
+/// An export that is complete.
 #[derive(Clone, Debug)]
 pub struct Ready {
     /// The object.
     pub key: String,
-    /// Bytes.
+    /// Size in bytes.
     pub length: u64,
-    /// The bytes themselves, if they are at hand.
+    /// The bytes themselves, if they are in memory.
     pub zip: Option<Bytes>,
     /// What may be missing, for the caller.
     pub warning: Option<String>,
 }
 
-/// The answer to who wants an export.
+/// The response to a request for an export.
 #[derive(Clone, Debug)]
 pub enum Answer {
     /// It is in the bucket.
     Ready(Ready),
-    /// It is being built: come back later.
+    /// It is being built: the client must retry.
     Pending,
+    /// It cannot be built, at least not now.
+    Failed(Failure),
 }
 
-/// What an export would be now.
-struct Plan {
-    key: String,
-    meta: Bytes,
-    /// When the log was written last.
-    changed_at: Option<Time>,
-}
-
-/// Makes exports.
+/// Returns exports to requests.
 #[derive(Clone, Debug)]
 pub struct Exporter {
-    conversations: ConversationStore,
-    events: EventStore,
+    log: EventLog,
     exports: ExportStore,
     queue: JobQueue,
-    catch_up: CatchUp,
+    backfill: Backfill,
     config: ExportConfig,
 }
 
 impl Exporter {
-    /// An exporter on the named tables, bucket and queue, which asks agent servers by way of `http`.
+    /// An exporter on the named tables, bucket and queue, which asks agent servers for events through `http`.
     #[must_use]
     pub fn new(
         config: &ExportConfig,
@@ -83,51 +73,57 @@ impl Exporter {
         sandboxes: Arc<dyn SandboxService>,
         http: HttpClient,
     ) -> Self {
-        let (dynamodb, s3) = (&aws.dynamodb, &aws.s3);
-        let events = EventStore::new(dynamodb.clone(), names.events.clone(), s3.clone(), names.bucket.clone());
+        let log = EventLog::new(config, names, aws);
         Self {
-            conversations: ConversationStore::new(dynamodb.clone(), names.conversations.clone(), names.users.clone()),
-            exports: ExportStore::new(dynamodb.clone(), names.users.clone(), s3.clone(), names.bucket.clone()),
-            queue: JobQueue::new(aws.sqs.clone(), names.job_queue_url.clone()),
-            catch_up: CatchUp { sandboxes, http, events: events.clone() },
-            events,
+            exports: ExportStore::new(aws.dynamodb.clone(), names.users.clone(), aws.s3.clone(), names.bucket.clone()),
+            queue: JobQueue::new(aws.sqs.clone(), names.export_queue_url.clone()),
+            backfill: Backfill { sandboxes, http, events: log.events.clone() },
+            log,
             config: config.clone(),
         }
     }
 
-    /// The objects.
+    /// The records and objects.
     #[must_use]
     pub fn store(&self) -> &ExportStore {
         &self.exports
     }
 
-    /// The export of a conversation: the one that is there, or one that is made now. `None` when there is no such
-    /// conversation.
+    /// The export of a conversation: one that exists, or one that is built now. `None` when there is no such conversation.
     ///
     /// # Errors
-    /// [`Error::Store`], [`Error::Internal`].
+    /// [`Error::Store`](crate::error::Error::Store), [`Error::Internal`](crate::error::Error::Internal).
     pub async fn export(&self, user: &UserId, conversation: Uuid) -> Result<Option<Answer>> {
         let deadline = Instant::now() + self.config.budget;
-        let Some(record) = self.conversations.get(user, conversation).await? else { return Ok(None) };
-        if let Some(answer) = self.lookup(user, conversation).await? {
+        let Some(shown) = self.log.conversations.get(user, conversation).await? else { return Ok(None) };
+        let record = self.exports.get(user, conversation).await?.unwrap_or_default();
+        if let Some(answer) = self.recorded_answer(user, conversation, &record).await? {
             return Ok(Some(answer));
         }
-        let warning = self.catch_up(&record).await;
-        let plan = self.plan(record).await?;
-        let found = self.exports.find(&plan.key).await?;
-        if let Some(stored) = found.as_ref().filter(|stored| self.is_current(stored, &plan)) {
-            return Ok(Some(Answer::Ready(ready(plan.key, stored.length, None, warning))));
+        let warning = self.backfill(&shown).await;
+        let snapshot = self.log.snapshot(shown).await?;
+        let found = self.exports.find(&snapshot.key).await?;
+        if let Some(stored) = found.as_ref().filter(|stored| self.log.is_current(stored, &snapshot)) {
+            return Ok(Some(Answer::Ready(ready(snapshot.key, stored.length, None, warning))));
         }
-        let before = found.and_then(|stored| stored.began_at);
+        if let Some(answer) = self.failed_answer(&record).await? {
+            return Ok(Some(answer));
+        }
+        let before = found.and_then(|stored| stored.started_at);
         let mut pause = SHORTEST_POLL;
         loop {
-            if let Some((lease, record)) = self.exports.claim(user, conversation, self.config.lease).await? {
-                let made = self.make_here(lease, record, &plan, before, deadline, warning);
-                // A call that hangs: the lease runs out, and the next one begins anew.
-                return timeout_at(deadline + GRACE, made).await.unwrap_or(Ok(Answer::Pending)).map(Some);
+            let claimed = self.exports.claim_for_request(user, conversation, self.config.lease).await?;
+            if let Some((lease, record)) = claimed {
+                let built = self.build_in_request(lease, record, &snapshot, before, deadline, warning);
+                // A call that hangs: the lease expires, and the next request starts the build again.
+                return timeout_at(deadline + GRACE, built).await.unwrap_or(Ok(Answer::Pending)).map(Some);
             }
-            // Another request builds it, which most often is a matter of a second.
-            if let Some(answer) = self.lookup(user, conversation).await? {
+            // Another request builds it, which most often takes about a second.
+            let record = self.exports.get(user, conversation).await?.unwrap_or_default();
+            if let Some(answer) = self.recorded_answer(user, conversation, &record).await? {
+                return Ok(Some(answer));
+            }
+            if let Some(answer) = self.failed_answer(&record).await? {
                 return Ok(Some(answer));
             }
             if Instant::now() >= deadline {
@@ -138,143 +134,80 @@ impl Exporter {
         }
     }
 
-    /// Goes on with an export that outlasted its request.
-    ///
-    /// # Errors
-    /// [`Error::Store`], [`Error::Internal`].
-    pub async fn go_on(&self, user: &UserId, conversation: Uuid) -> Result<()> {
-        let record = self.exports.get(user, conversation).await?;
-        if !record.is_some_and(|record| record.wanted) {
-            return Ok(());
-        }
-        let Some((mut lease, record)) = self.exports.claim(user, conversation, self.config.lease).await? else {
-            return Ok(());
-        };
-        let limit = Limit { deadline: Instant::now() + self.config.worker_budget, after_a_part: true };
-        let made = async {
-            let Some(conversation) = self.conversations.get(user, conversation).await? else { return Ok(None) };
-            let plan = self.plan(conversation).await?;
-            if record.resumable().is_none()
-                && let Some(stored) = self.exports.find(&plan.key).await?
-                && self.is_current(&stored, &plan)
-            {
-                return Ok(Some((plan.key, Made::Whole { length: stored.length, zip: None })));
-            }
-            self.make(&mut lease, &record, &plan, limit).await.map(Some)
-        };
-        match made.await {
-            Ok(Some((key, Made::Whole { length, .. }))) => {
-                tracing::info!(key, length, "export.built");
-                metrics::export_made(length);
-                self.exports.finish_for_others(&lease, &key, record.warning).await
-            }
-            Ok(Some((_, Made::OutOfTime))) => self.hand_over(&lease, None).await,
-            Ok(Some((_, Made::LeaseLost))) => Ok(()),
-            Ok(None) => self.exports.finish(&lease).await,
-            Err(error) => {
-                self.give_up(&lease).await;
-                Err(error)
-            }
-        }
-    }
-
-    /// Makes it within the request.
-    async fn make_here(
+    async fn build_in_request(
         &self,
-        mut lease: Lease,
+        lease: Lease,
         record: ExportRecord,
-        plan: &Plan,
+        snapshot: &Snapshot,
         before: Option<Time>,
         deadline: Instant,
         warning: Option<String>,
     ) -> Result<Answer> {
-        let made = async {
-            // Another one may have made it while this one waited.
-            if record.resumable().is_none()
-                && let Some(stored) = self.exports.find(&plan.key).await?
-                && (self.is_current(&stored, plan) || stored.began_at != before)
+        let built = async {
+            for upload in record.uploads() {
+                self.exports.abort(upload).await;
+            }
+            // Another request may have built it while this one waited.
+            if let Some(stored) = self.exports.find(&snapshot.key).await?
+                && (self.log.is_current(&stored, snapshot) || stored.started_at != before)
             {
-                return Ok((plan.key.clone(), Made::Whole { length: stored.length, zip: None }));
+                return Ok(BuildOutcome::Built { length: stored.length, zip: None });
             }
-            self.make(&mut lease, &record, plan, Limit { deadline, after_a_part: false }).await
+            ExportBuilder::new(&self.exports, &self.log, &lease, snapshot).run(deadline).await
         };
-        match made.await {
-            Ok((key, Made::Whole { length, zip })) => {
-                if record.wanted {
-                    // Other clients were told to come back for it.
-                    self.exports.finish_for_others(&lease, &key, warning.clone()).await?;
-                } else {
-                    self.exports.finish(&lease).await?;
-                }
-                Ok(Answer::Ready(ready(key, length, zip, warning)))
+        match built.await {
+            Ok(BuildOutcome::Built { length, zip }) => {
+                self.exports.finish(&lease).await?;
+                Ok(Answer::Ready(ready(snapshot.key.clone(), length, zip, warning)))
             }
-            Ok((_, Made::OutOfTime)) => {
-                self.hand_over(&lease, warning.as_deref()).await?;
+            Ok(BuildOutcome::OutOfTime) => {
+                if self.exports.release_to_job(&lease, warning.as_deref()).await? {
+                    self.enqueue(lease.user(), lease.conversation()).await;
+                }
                 Ok(Answer::Pending)
             }
-            Ok((_, Made::LeaseLost)) => Ok(Answer::Pending),
+            Ok(BuildOutcome::LeaseLost) => Ok(Answer::Pending),
+            Ok(BuildOutcome::TooManyEvents(count)) => {
+                let failure = too_many_events(count, self.config.max_events);
+                self.exports.fail(&lease, &failure).await?;
+                Ok(Answer::Failed(failure))
+            }
             Err(error) => {
-                self.give_up(&lease).await;
+                release(&self.exports, &lease).await;
                 Err(error)
             }
         }
     }
 
-    async fn make(
-        &self,
-        lease: &mut Lease,
-        record: &ExportRecord,
-        plan: &Plan,
-        limit: Limit,
-    ) -> Result<(String, Made)> {
-        let mut making = match (record.resumable(), &record.progress) {
-            (Some(progress), _) => Making::go_on(&self.exports, &self.events, progress.clone()).await?,
-            (None, left) => {
-                if let Some(left) = left {
-                    self.exports.clean_up(left, false).await;
-                }
-                Making::new(&self.exports, &self.events, plan.key.clone(), plan.meta.clone())
-            }
-        };
-        let made = making.run(lease, limit).await;
-        if made.is_err()
-            && let Some(progress) = &making.progress
-        {
-            self.exports.clean_up(progress, false).await;
-        }
-        Ok((making.key().to_owned(), made?))
-    }
-
-    /// The next process goes on. When the bell fails, whoever asks again does.
-    async fn hand_over(&self, lease: &Lease, warning: Option<&str>) -> Result<()> {
-        self.exports.hand_over(lease, warning).await?;
-        let job = Job::Export { user: lease.user().clone(), conversation: lease.conversation() };
+    /// If this fails, a later request enqueues the job again.
+    async fn enqueue(&self, user: &UserId, conversation: Uuid) {
+        let job = Job::Export { user: user.clone(), conversation };
         if let Err(error) = self.queue.send(&job, Duration::ZERO).await {
-            tracing::warn!(error = %error.context(), "export.enqueue_failed");
-        }
-        Ok(())
-    }
-
-    /// The failure is told by whoever calls; should this fail too, the lease runs out.
-    async fn give_up(&self, lease: &Lease) {
-        if let Err(error) = self.exports.give_up(lease).await {
-            tracing::warn!(error = %error.context(), "export.lease_not_released");
+            tracing::warn!(%conversation, error = %error.context(), "export.enqueue_failed");
         }
     }
 
-    /// The answer that a record gives by itself: an export that a worker has finished or is building.
+    /// The response that follows from the record alone: an export that the function `exports` builds, or has finished lately.
     ///
-    /// The finished one is the answer even if the conversation has changed since; otherwise a conversation that changes all the
+    /// The finished export is the response even if the conversation has changed since; otherwise a conversation that changes all the
     /// time could never be exported. A request does not change that, so that it can be repeated.
-    async fn lookup(&self, user: &UserId, conversation: Uuid) -> Result<Option<Answer>> {
-        let Some(record) = self.exports.get(user, conversation).await? else { return Ok(None) };
-        if record.is_with_a_worker() {
+    async fn recorded_answer(
+        &self,
+        user: &UserId,
+        conversation: Uuid,
+        record: &ExportRecord,
+    ) -> Result<Option<Answer>> {
+        if record.is_queued {
+            if record.is_requeue_due() && self.exports.requeue(user, conversation, record).await? {
+                tracing::warn!(%conversation, attempts = record.attempts, "export.requeued");
+                self.enqueue(user, conversation).await;
+            }
             return Ok(Some(Answer::Pending));
         }
         let Some(finished) = record.kept() else { return Ok(None) };
         let Some(stored) = self.exports.find(&finished.key).await? else {
-            // Removed before its time: the record must not keep others from building a new one.
-            self.exports.forget(user, conversation, &finished.key).await?;
+            // Removed early: the record must not prevent a new build.
+            self.exports.remove_finished(user, conversation, &finished.key).await?;
             return Ok(None);
         };
         // Earlier versions have the warning in the record.
@@ -282,9 +215,21 @@ impl Exporter {
         Ok(Some(Answer::Ready(ready(finished.key.clone(), stored.length, None, warning))))
     }
 
-    /// Fetches what the agent server has not told yet. An export is made in any case, and says when that failed.
-    async fn catch_up(&self, record: &ConversationRecord) -> Option<String> {
-        let problem = match timeout(self.config.catch_up, self.catch_up.run(record)).await {
+    /// The response after a build that has failed: the export before it, if there is one, or else the failure.
+    async fn failed_answer(&self, record: &ExportRecord) -> Result<Option<Answer>> {
+        let Some(failure) = record.recent_failure() else { return Ok(None) };
+        if let Some(finished) = &record.finished
+            && let Some(stored) = self.exports.find(&finished.key).await?
+        {
+            let warning = Some(OLDER_EXPORT.to_owned());
+            return Ok(Some(Answer::Ready(ready(finished.key.clone(), stored.length, None, warning))));
+        }
+        Ok(Some(Answer::Failed(failure.clone())))
+    }
+
+    /// Fetches the events that the agent server has not posted yet. If that fails, the export is built all the same, with a warning.
+    async fn backfill(&self, record: &ConversationRecord) -> Option<String> {
+        let problem = match timeout(self.config.catch_up, self.backfill.run(record)).await {
             Ok(Ok(0)) => return None,
             Ok(Ok(fetched)) => {
                 tracing::info!(conversation = %record.id, fetched, "export.backfilled");
@@ -296,41 +241,19 @@ impl Exporter {
         tracing::warn!(conversation = %record.id, problem, "export.may_lack_events");
         Some(WARNING.to_owned())
     }
+}
 
-    async fn plan(&self, record: ConversationRecord) -> Result<Plan> {
-        let (user, id) = (record.user.clone(), record.id);
-        let mut shown = AppConversation::without_sandbox(record);
-        let (children, version) =
-            tokio::try_join!(self.conversations.sub_conversations(&user, id), self.events.version(&user, id))?;
-        shown.sub_conversation_ids = children;
-        let meta = meta(&shown)?;
-        let log = version.as_ref().map_or("", |version| version.version.as_str());
-        let key = ExportStore::key(&user, id, &format!("{FORM}#{log}#{meta}"));
-        Ok(Plan { key, meta: meta.into(), changed_at: version.map(|version| version.changed_at) })
-    }
+pub(super) fn too_many_events(count: u64, bound: u64) -> Failure {
+    Failure::now(FailureReason::TooManyEvents { count, bound })
+}
 
-    /// Whether an object holds all that there is. One that was begun when the log had just changed may lack what indexes did
-    /// not show yet.
-    fn is_current(&self, stored: &Stored, plan: &Plan) -> bool {
-        match (plan.changed_at, stored.began_at) {
-            (None, _) => true,
-            (Some(changed_at), Some(began_at)) => began_at >= changed_at.plus(self.config.settle),
-            (Some(_), None) => false,
-        }
+/// The caller reports the failure; if this fails too, the lease expires.
+pub(super) async fn release(exports: &ExportStore, lease: &Lease) {
+    if let Err(error) = exports.release(lease).await {
+        tracing::warn!(error = %error.context(), "export.lease_not_released");
     }
 }
 
 fn ready(key: String, length: u64, zip: Option<Bytes>, warning: Option<String>) -> Ready {
     Ready { key, length, zip, warning }
-}
-
-/// `meta.json`: the conversation without what it shows of its sandbox.
-fn meta(shown: &AppConversation) -> Result<String> {
-    let mut value = serde_json::to_value(shown).map_err(Error::internal)?;
-    if let Value::Object(fields) = &mut value {
-        for field in ["sandbox_status", "execution_status", "conversation_url", "session_api_key"] {
-            fields.shift_remove(field);
-        }
-    }
-    serde_json::to_string_pretty(&value).map_err(Error::internal)
 }

@@ -1,16 +1,19 @@
-//! Exports: a conversation's record and events as a zip in the bucket.
+//! Exports: a conversation's record and events as a zip file in the bucket.
 //!
-//! An export is an object whose key is made of what is in it: the record as it shows and the version of the event log. While
-//! both stay, it is used again. It is written in bounded memory, whatever the length of the log: a page of events is read,
-//! zipped, and given away in parts of a multipart upload, and the object is there when the upload is complete, not before.
-//! A request works on it itself for a while and then leaves it to the worker, which goes on behind the last part.
+//! The object's key is derived from its contents: the record as the API shows it and the version of the event log. The object is
+//! reused while both are unchanged. The zip is written as a stream into a multipart upload, in bounded memory: a page of events is
+//! read, compressed and uploaded before the one after the next is read. The object exists once the upload is complete, never
+//! before. A request builds the export itself if that is quick; otherwise it enqueues a job, and the function `exports` builds it
+//! from the start.
 
-mod catch_up;
+pub mod archive;
+mod backfill;
+mod builder;
 mod exporter;
-mod making;
+mod job;
 pub mod python_json;
 pub mod store;
-pub mod zip;
 
-pub use catch_up::WARNING;
-pub use exporter::{Answer, Exporter, Ready};
+pub use backfill::WARNING;
+pub use exporter::{Answer, Exporter, OLDER_EXPORT, Ready};
+pub use job::ExportJobs;

@@ -32,7 +32,7 @@ pub const DEAD_LETTER_SUFFIX: &str = "-dead-letters";
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Job {
     AdvanceStart(AdvanceStart),
-    /// Continue an export.
+    /// Build an export. In the queue of exports; earlier versions enqueued it in the job queue.
     Export {
         /// The conversation's owner.
         user: UserId,

@@ -420,8 +420,8 @@ impl SandboxService for DockerSandboxes {
         let (engine, name) = (self.engine().await?, self.container(user, id));
         // A frozen container takes no signal. Whatever cannot be stopped is removed by force.
         let _running = engine.unpause_container(&name).await;
-        let inline_wait = i32::try_from(STOP_PATIENCE.as_secs()).unwrap_or_default();
-        let options = StopContainerOptions { t: Some(inline_wait), ..StopContainerOptions::default() };
+        let stop_timeout = i32::try_from(STOP_PATIENCE.as_secs()).unwrap_or_default();
+        let options = StopContainerOptions { t: Some(stop_timeout), ..StopContainerOptions::default() };
         let _stopped = timeout(STOP_PATIENCE + CALL, engine.stop_container(&name, Some(options))).await;
         let options = RemoveContainerOptions { force: true, v: true, ..RemoveContainerOptions::default() };
         match engine.remove_container(&name, Some(options)).await {

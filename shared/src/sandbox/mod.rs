@@ -28,6 +28,7 @@ use store::{SandboxRecord, SandboxStore};
 /// The state of a sandbox, as the contract names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub enum SandboxStatus {
     /// Made, and its agent server does not answer yet.
     Starting,
@@ -43,6 +44,7 @@ pub enum SandboxStatus {
 
 /// An address of a sandbox.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ExposedUrl {
     /// `AGENT_SERVER`, `VSCODE`, `WORKER_1`, `WORKER_2`
     pub name: String,

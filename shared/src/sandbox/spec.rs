@@ -15,18 +15,21 @@ pub const AGENT_SERVER_VERSION: &str = "1.58.2";
 /// Where the images of agent servers are published.
 const IMAGE_REPOSITORY: &str = "ghcr.io/openhands/agent-server";
 
-/// A spec as the contract shows it. Nothing in it is secret.
+/// What sandboxes are created from. It contains no secrets.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[cfg_attr(feature = "openapi", schema(as = SandboxSpecInfo))]
 pub struct SandboxSpec {
-    /// The image.
+    /// The container image.
     pub id: String,
     /// The agent server's command line.
     pub command: Option<Vec<String>>,
-    /// When this process began to know it.
+    /// When this process loaded the spec.
+    #[cfg_attr(feature = "openapi", schema(value_type = String, format = DateTime))]
     pub created_at: Time,
-    /// The environment that every sandbox of it has, beside its own keys and addresses.
+    /// Environment variables of every sandbox of this spec, in addition to its own keys and URLs.
     pub initial_env: BTreeMap<String, String>,
-    /// Where conversations work.
+    /// The folder in which conversations work.
     pub working_dir: String,
 }
 

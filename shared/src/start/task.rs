@@ -156,22 +156,37 @@ pub struct StartTask {
     pub request: StartRequest,
 }
 
-/// `AppConversationStartTask` of the contract, in its order of fields.
+/// A start in responses, with the fields in the contract's order.
 #[derive(Clone, Debug, Serialize)]
 #[expect(missing_docs, reason = "the contract's fields, described at `StartTaskRecord`")]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct AppConversationStartTask {
+    /// A UUID without dashes.
     #[serde(with = "as_hex")]
+    #[cfg_attr(feature = "openapi", schema(value_type = String, pattern = "^[0-9a-f]{32}$"))]
     pub id: Uuid,
     pub created_by_user_id: Option<String>,
     pub status: StartStatus,
+    /// The reason of a failure, or remarks about a start that is READY.
     pub detail: Option<String>,
+    /// Set when the start is READY.
     #[serde(with = "as_hex::option")]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>, pattern = "^[0-9a-f]{32}$"))]
     pub app_conversation_id: Option<Uuid>,
     pub sandbox_id: Option<String>,
     pub agent_server_url: Option<String>,
+    #[cfg_attr(feature = "openapi", schema(schema_with = request_schema))]
     pub request: Box<RawValue>,
+    #[cfg_attr(feature = "openapi", schema(value_type = String, format = DateTime))]
     pub created_at: Time,
+    #[cfg_attr(feature = "openapi", schema(value_type = String, format = DateTime))]
     pub updated_at: Time,
+}
+
+/// The request of a start is stored as text and has no type; `infra/generate/src/schemas.json` has its schema.
+#[cfg(feature = "openapi")]
+fn request_schema() -> utoipa::openapi::Ref {
+    utoipa::openapi::Ref::from_schema_name("AppConversationStartTaskRequest")
 }
 
 /// The most bytes of a task in an answer with its request abridged, see [`crate::http::page`].

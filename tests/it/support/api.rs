@@ -1,13 +1,14 @@
 //! The routers of all functions on embedded engines, for many tenants: requests go in with their caller, as the API gateway
 //! hands them over.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
 use axum::Router;
 use axum::body::Body;
 use http::{Request, header};
 use http_body_util::BodyExt as _;
+use regex_lite::Regex;
 use serde_json::{Value, json};
 use shared::aws::Aws;
 use shared::config::{Config, ExportConfig, Names, SandboxConfig, SealingConfig, StartConfig};
@@ -47,6 +48,7 @@ impl Api {
         let mut names = engines.names(PREFIX);
         let queues = schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
         names.job_queue_url.clone_from(&queues.jobs);
+        names.export_queue_url.clone_from(&queues.exports);
         let sealing_key_file = folder.join("sealing-key");
         let sealer = Sealer::from_file(&sealing_key_file).expect("a key");
         let config = Config {
@@ -122,6 +124,16 @@ impl Api {
         self.router = router(&self.config, &self.aws, &self.sealer);
     }
 
+    /// The path templates of all routers.
+    pub fn paths(&self) -> BTreeSet<String> {
+        paths(&self.router)
+    }
+
+    /// The path templates that the local gateway serves to callers only.
+    pub fn paths_for_callers(&self) -> BTreeSet<String> {
+        paths(&local::server::functions(&self.config, &self.aws, &self.sealer))
+    }
+
     pub async fn stop(self) {
         drop(self.router);
         self.engines.shutdown().await;
@@ -193,6 +205,15 @@ fn clients(sdk: &aws_types::SdkConfig, [dynamodb, s3, sqs]: &[String; 3]) -> Aws
         s3: aws_sdk_s3::Client::from_conf(s3),
         sqs: aws_sdk_sqs::Client::from_conf(sqs),
     }
+}
+
+/// axum lists the paths of a router in its debug output alone.
+fn paths(router: &Router) -> BTreeSet<String> {
+    let text = format!("{router:?}");
+    let pattern = Regex::new(r#"RouteId\(\d+\): "([^"]+)""#).expect("a pattern");
+    let paths: BTreeSet<String> = pattern.captures_iter(&text).map(|found| found[1].to_owned()).collect();
+    assert!(!paths.is_empty(), "{text}");
+    paths
 }
 
 fn router(config: &Config, aws: &Aws, sealer: &Sealer) -> Router {

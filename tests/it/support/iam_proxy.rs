@@ -32,7 +32,7 @@ pub type Policies = BTreeMap<String, Vec<Statement>>;
 pub struct Call {
     /// Such as `dynamodb:Query`.
     pub action: String,
-    /// A table or an index (`users`, `users/index/undelivered`), `queue`, `key`, `bucket`, or objects by the first folder of
+    /// A table or an index (`users`, `users/index/undelivered`), `queue`, `export-queue`, `key`, `bucket`, or objects by the first folder of
     /// their key (`exports/`).
     pub resource: String,
     /// What conditions refer to. `None` is a key whose values this proxy does not find out.
@@ -176,7 +176,9 @@ fn calls(request: &Request, prefix: &str) -> Vec<Call> {
     if service.starts_with("AmazonSQS") {
         // A batch is allowed by the action for one.
         let action = operation.strip_suffix("Batch").unwrap_or(operation);
-        return vec![Call::new(format!("sqs:{action}"), "queue")];
+        let url = body["QueueUrl"].as_str().expect("a queue");
+        let queue = if url.ends_with(schema::EXPORT_QUEUE.name) { "export-queue" } else { "queue" };
+        return vec![Call::new(format!("sqs:{action}"), queue)];
     }
     let of = |action: &str, name: &Value, items: &[&Value]| {
         let name = name.as_str().expect("a table's name").strip_prefix(prefix).expect("a table of this deployment");

@@ -599,7 +599,7 @@ fn capture_log() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         tracing_subscriber::fmt()
-            .with_env_filter(EnvFilter::new("warn,shared=trace,local=trace,start_worker=trace,dynoxide=off"))
+            .with_env_filter(EnvFilter::new("warn,shared=trace,local=trace,worker=trace,dynoxide=off"))
             .with_ansi(false)
             .with_writer(|| Buffer)
             .init();

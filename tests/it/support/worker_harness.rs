@@ -12,7 +12,7 @@ use aws_sdk_sqs::operation::delete_message::DeleteMessageError;
 use aws_sdk_sqs::types::{Message, QueueAttributeName};
 use serde_json::{Value, json};
 use shared::aws::Aws;
-use shared::config::{ExportConfig, Names, StartConfig};
+use shared::config::{Names, StartConfig};
 use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
 use shared::http_client::{AddressPolicy, HttpClient};
@@ -211,6 +211,7 @@ impl WorkerHarness {
         let mut names = engines.names(PREFIX);
         let queues = schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
         names.job_queue_url.clone_from(&queues.jobs);
+        names.export_queue_url.clone_from(&queues.exports);
         // A message of a crashed worker comes back soon.
         aws.sqs
             .set_queue_attributes()
@@ -266,8 +267,8 @@ impl WorkerHarness {
                 sealer: sealer.clone(),
                 config: config.clone(),
             };
-            let exporter = stores.exporter(&ExportConfig::default(), sandboxes.clone(), saga.http.clone());
-            let mut context = Context::new_with(saga, stores.events(), exporter, stores.messages());
+            let (exports, export_queue) = (stores.exports(), stores.export_queue());
+            let mut context = Context::new_with(saga, stores.events(), exports, export_queue, stores.messages());
             context.messages.timing = quick_messages();
             context
         };

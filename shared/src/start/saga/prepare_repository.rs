@@ -18,8 +18,8 @@ use crate::user::git::{CloneSource, clone_sources};
 /// Marks the line of the output that says whether there is a browser.
 const BROWSER: &str = "openhands-browser:";
 
-/// See [`Preparation::inline_wait`].
-const LOCK_PATIENCE: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(5)];
+/// See [`Preparation::lock_wait`].
+const LOCK_WAIT: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(5)];
 
 impl StartRun<'_> {
     pub(super) async fn prepare_repository(&mut self) -> Result<Step, StepError> {
@@ -52,7 +52,7 @@ impl StartRun<'_> {
             identity: [settings.git_user_name.as_deref(), settings.git_user_email.as_deref()],
             credentials: &credentials,
             sources: &sources,
-            inline_wait: LOCK_PATIENCE,
+            lock_wait: LOCK_WAIT,
             wanted: self.task.request.selected_branch.as_deref().unwrap_or_default().trim(),
             workspace: &workspace,
             init_without_repository: self.saga.config.init_git_in_empty_workspace,
@@ -94,7 +94,7 @@ struct Preparation<'a> {
     /// Where the repository may be cloned from; none if there is no repository.
     sources: &'a [CloneSource],
     /// How long locks of git are waited for: of the repository, and of the user's configuration.
-    inline_wait: [Duration; 2],
+    lock_wait: [Duration; 2],
     /// The branch, tag or commit that was asked for, or nothing.
     wanted: &'a str,
     /// The branch that is made otherwise.
@@ -117,8 +117,8 @@ impl Preparation<'_> {
         ] {
             script += &format!("{name}={}\n", quoted(value));
         }
-        for (name, inline_wait) in ["inline_wait", "config_patience"].into_iter().zip(self.inline_wait) {
-            script += &format!("{name}={}\n", inline_wait.as_secs());
+        for (name, lock_wait) in ["lock_wait", "config_lock_wait"].into_iter().zip(self.lock_wait) {
+            script += &format!("{name}={}\n", lock_wait.as_secs());
         }
         script += FUNCTIONS;
         script += "set -e\nmkdir -p \"$working_dir\"\ncd \"$working_dir\"\n";
@@ -211,7 +211,7 @@ mod tests {
                 identity: [Some("A user"), Some("user@example.com")],
                 credentials: &format!("{}/credentials", folders.state),
                 sources: &sources,
-                inline_wait: [Duration::from_secs(60), Duration::from_secs(2)],
+                lock_wait: [Duration::from_secs(60), Duration::from_secs(2)],
                 wanted,
                 workspace: "openhands-workspace-1",
                 init_without_repository: true,
@@ -742,18 +742,18 @@ mod tests {
         remote(&scratch);
         let start = Start::new(&scratch);
         assert_eq!(start.ready(""), "");
-        start.git("commit -q --allow-empty -m StartRun");
+        start.git("commit -q --allow-empty -m Work");
         for other in ["-b other", "main", "--detach main", "--orphan new"] {
             start.git(&format!("checkout -q {other}"));
             assert_eq!(start.ready(""), "");
-            assert_eq!(start.head(), "refs/heads/openhands-workspace-1 StartRun", "{other}");
+            assert_eq!(start.head(), "refs/heads/openhands-workspace-1 Work", "{other}");
         }
     }
 
-    /// The product's own inline_wait is longer than an agent's commit with a slow hook takes.
+    /// The product's own wait for locks is longer than an agent's commit with a slow hook takes.
     #[test]
     fn a_commit_with_a_slow_hook_is_waited_for() {
-        assert!(LOCK_PATIENCE[0] >= Duration::from_secs(30));
+        assert!(LOCK_WAIT[0] >= Duration::from_secs(30));
         let scratch = Scratch::new();
         remote(&scratch);
         push(&scratch, "x", &["refs/heads/one"]);
@@ -933,7 +933,7 @@ mod tests {
                 }
                 assert_eq!(scratch.read("workspace/project/r/.git/openhands-base"), expected, "{wanted}");
                 if start.head().starts_with("refs") {
-                    start.git("commit -q --allow-empty -m StartRun");
+                    start.git("commit -q --allow-empty -m Work");
                 }
             }
             // The branch was replaced by another of the same name.

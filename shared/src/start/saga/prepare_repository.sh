@@ -40,14 +40,14 @@ init() {
 
 # Locks of the user's configuration are held for moments. It may not be writable, in which case git still works.
 set_identity() {
-  message=$(again "$config_patience" git config --global "$1" "$2" 2>&1) ||
+  message=$(again "$config_lock_wait" git config --global "$1" "$2" 2>&1) ||
     note "The git configuration $1 was not set: $(one_line "$message")"
 }
 
 # git refuses to work in folders of other users; in a sandbox that is no danger, and common.
 trust() {
   git config --global --get-all safe.directory 2>/dev/null | grep -qxF -- "$1" && return 0
-  message=$(again "$config_patience" git config --global --add safe.directory "$1" 2>&1) && return 0
+  message=$(again "$config_lock_wait" git config --global --add safe.directory "$1" 2>&1) && return 0
   if ! git -C "$1" rev-parse --git-dir >/dev/null 2>&1; then
     printf '%s\n' "$message" >&2
     return 1
@@ -100,7 +100,7 @@ clone() {
 }
 
 fetch_branches() {
-  again "$patience" git_with_credentials fetch -q "$@" '+refs/heads/*:refs/remotes/origin/*'
+  again "$lock_wait" git_with_credentials fetch -q "$@" '+refs/heads/*:refs/remotes/origin/*'
 }
 
 # Fetches what may have come to the repository since it was cloned. Errors are only kept: what is asked for may be here all the same.
@@ -204,7 +204,7 @@ check_out_branch() {
   if [ "$(git symbolic-ref -q HEAD)" = "refs/heads/$1" ]; then
     # The clone was made before the branch had commits.
     if is_unborn && is_index_empty; then
-      again "$patience" git_with_credentials merge -q --ff-only "refs/remotes/origin/$1" || exit 1
+      again "$lock_wait" git_with_credentials merge -q --ff-only "refs/remotes/origin/$1" || exit 1
     fi
     return 0
   fi
@@ -215,9 +215,9 @@ check_out_branch() {
       echo "git cannot have the branch '$1' beside the branch '$other' of this clone: rename that one, or start in another sandbox" >&2
       exit 1
     fi
-    again "$patience" make_branch "$1" || exists "refs/heads/$1" || exit 1
+    again "$lock_wait" make_branch "$1" || exists "refs/heads/$1" || exit 1
   fi
-  again "$patience" git_with_credentials checkout -q "$1" -- || exit 1
+  again "$lock_wait" git_with_credentials checkout -q "$1" -- || exit 1
 }
 
 # Makes a branch at what is checked out. An attempt that found HEAD locked, or an earlier start of this conversation, has made it already.
@@ -250,7 +250,7 @@ check_out_wanted() {
     check_out_branch "$name"
   elif find_tag || { fetch_only "refs/tags/$tag:refs/tags/$tag" "$@" && find_tag; } ||
     find_commit || { is_hash "$wanted" && fetch_only "$wanted" "$@" && find_commit; }; then
-    again "$patience" git_with_credentials checkout -q --detach "$name" -- || exit 1
+    again "$lock_wait" git_with_credentials checkout -q --detach "$name" -- || exit 1
     is_detached=yes
   elif is_unborn && { ! has_remote_branches || { [ -z "$is_new" ] && [ "$(git symbolic-ref -q HEAD)" = "refs/heads/$short" ]; }; }; then
     if [ -s "$errors.all" ]; then
@@ -262,7 +262,7 @@ check_out_wanted() {
       note "The branch $short has no commits in this sandbox, and could not be fetched: $(one_line "$(cat "$errors.all")")"
       return 0
     fi
-    if [ "$(git symbolic-ref -q HEAD)" != "refs/heads/$short" ]; then again "$patience" check_out_new "$short" || exit 1; fi
+    if [ "$(git symbolic-ref -q HEAD)" != "refs/heads/$short" ]; then again "$lock_wait" check_out_new "$short" || exit 1; fi
     note "The branch $short is new: it has no commits yet"
   else
     # The default branch of a repository that has none is the commit that is checked out.
@@ -295,7 +295,7 @@ check_out_workspace() {
   fi
   case $(git symbolic-ref -q HEAD) in
     refs/heads/openhands-workspace-*) ;;
-    *) again "$patience" check_out_new "$workspace" || exit 1 ;;
+    *) again "$lock_wait" check_out_new "$workspace" || exit 1 ;;
   esac
 }
 
@@ -340,7 +340,7 @@ prepare() {
   fi
   # What was changed is found by comparing with the default branch.
   if is_unborn && has_remote_branches && ! git rev-parse -q --verify refs/remotes/origin/HEAD >/dev/null 2>&1; then
-    again "$patience" git symbolic-ref refs/remotes/origin/HEAD "refs/remotes/origin/$(other_default_branch)" || exit 1
+    again "$lock_wait" git symbolic-ref refs/remotes/origin/HEAD "refs/remotes/origin/$(other_default_branch)" || exit 1
   fi
   is_detached=
   if [ -n "$wanted" ]; then check_out_wanted "$@"; else check_out_workspace; fi

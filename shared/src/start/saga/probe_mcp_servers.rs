@@ -128,9 +128,9 @@ impl StartRun<'_> {
             match agent_server.command_output(&pending.id).await {
                 Ok(None) => {
                     // Less than the step's deadline, which would end the start.
-                    let inline_wait = FILE_WAIT + limit + COMMAND_GRACE + OUTPUT_GRACE;
-                    let inline_wait = inline_wait.min(self.saga.config.step_timeout / 2);
-                    if pending.started_at.is_some_and(|at| Time::now().since(at) < inline_wait) {
+                    let limit = FILE_WAIT + limit + COMMAND_GRACE + OUTPUT_GRACE;
+                    let limit = limit.min(self.saga.config.step_timeout / 2);
+                    if pending.started_at.is_some_and(|at| Time::now().since(at) < limit) {
                         return Ok(None);
                     }
                     self.note_unprobed(&servers, "the probe did not end in time");

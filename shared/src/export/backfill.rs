@@ -1,4 +1,4 @@
-//! Fetches what an agent server holds and has not told yet: it posts its events some seconds late.
+//! Backfill: fetches the events that an agent server holds and has not posted yet. It posts its events some seconds late.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -13,32 +13,32 @@ use crate::event::store::{Event, EventStore};
 use crate::http_client::HttpClient;
 use crate::sandbox::SandboxService;
 
-/// What an export says that may lack the latest events.
+/// The warning of an export that may lack the latest events.
 pub const WARNING: &str =
-    "The agent server did not tell its latest events in time: they are missing if they had not arrived before.";
+    "The agent server did not return its latest events in time: the export lacks them unless they had arrived before.";
 
-/// Events of a request to an agent server. One event can be large, and so can an answer of many.
+/// Events per request to an agent server. One event can be large, and so can a response with many.
 const PAGE: usize = 20;
 
-/// Compares an agent server's log with ours, newest first.
+/// Compares an agent server's log with the stored one, newest first.
 #[derive(Clone, Debug)]
-pub(super) struct CatchUp {
+pub(super) struct Backfill {
     pub(super) sandboxes: Arc<dyn SandboxService>,
     pub(super) http: HttpClient,
     pub(super) events: EventStore,
 }
 
-impl CatchUp {
-    /// Appends what is missing, and returns how much that was. When the newest event is there already, it is one request.
+impl Backfill {
+    /// Appends the missing events, and returns how many there were. When the newest event is stored already, it takes one request.
     ///
     /// # Errors
-    /// When the agent server or the store does not answer; what was fetched before stays.
+    /// When the agent server or the store does not respond; events that were fetched before stay stored.
     pub(super) async fn run(&self, record: &ConversationRecord) -> Result<usize> {
         let sandbox = self.sandboxes.get(&record.user, &record.sandbox_id).await?;
         let Some(agent_server) = sandbox.and_then(|sandbox| sandbox.agent_server(&self.http)) else { return Ok(0) };
-        let ask = async |page: Option<&str>, limit| agent_server.newest_events(record.id, page, limit).await;
-        let newest = match ask(None, 1).await {
-            // It does not know the conversation: it can hold nothing of it.
+        let request = async |page: Option<&str>, limit| agent_server.newest_events(record.id, page, limit).await;
+        let newest = match request(None, 1).await {
+            // The agent server does not know the conversation, so it has no events of it.
             Err(AgentServerError { failure: Failure::Status(status, _), .. })
                 if status == http::StatusCode::NOT_FOUND =>
             {
@@ -49,10 +49,10 @@ impl CatchUp {
         if self.append_missing(record, &newest).await? == 0 {
             return Ok(0);
         }
-        // Batches come one after the other: behind a page of which nothing is missing, nothing is.
+        // Batches arrive one after the other: if no event of a page is missing, no earlier event is.
         let (mut fetched, mut page_id) = (1, newest.next_page_id);
         while let Some(id) = page_id.take() {
-            let page = ask(Some(&id), PAGE).await.map_err(upstream)?;
+            let page = request(Some(&id), PAGE).await.map_err(upstream)?;
             let missing = self.append_missing(record, &page).await?;
             fetched += missing;
             page_id = page.next_page_id.filter(|next| missing > 0 && *next != id);
@@ -72,7 +72,7 @@ impl CatchUp {
     }
 }
 
-/// An event of an agent server, as it came; `None` for what the log would not take.
+/// An event of an agent server, unchanged; `None` for one that the log does not accept.
 fn event(item: &RawValue) -> Option<Event> {
     #[derive(Deserialize)]
     struct Head {
@@ -92,5 +92,5 @@ fn event(item: &RawValue) -> Option<Event> {
 
 #[expect(clippy::needless_pass_by_value, reason = "the signature that `map_err` calls")]
 fn upstream(error: AgentServerError) -> Error {
-    Error::Upstream { message: "The agent server did not answer".into(), context: error.to_string() }
+    Error::Upstream { message: "The agent server did not respond".into(), context: error.to_string() }
 }

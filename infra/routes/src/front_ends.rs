@@ -1,0 +1,85 @@
+//! What web front ends need: configuration, schemas of settings, and lists that are empty in this server.
+
+use crate::schema::{LIMIT, PAGE_ID};
+use crate::{
+    Authentication, BAD_GATEWAY, BAD_REQUEST, CONFLICT, FORBIDDEN, Group, INVALID, NOT_FOUND, Response, Route, Schema,
+};
+
+pub(crate) const GROUP: Group = Group { tag: "Front ends", routes: ROUTES };
+
+const ROUTES: &[Route] = &[
+    Route::get("/api/v1/web-client/config", "web-client", "web_client_config")
+        .authentication(Authentication::None)
+        .summary("Get the configuration of web front ends")
+        .returns(&[Response::json(Schema::Component("WebClientConfig"))]),
+    Route::get("/api/v1/skills/search", "web-client", "search_skills")
+        .authentication(Authentication::None)
+        .summary("List the server's skills (always empty)")
+        .parameters(&[PAGE_ID, LIMIT])
+        .returns(&[Response::json(Schema::Component("EmptyPage"))])
+        .errors(&[BAD_REQUEST, INVALID]),
+    Route::get("/api/v1/config/models/search", "web-client", "search_models")
+        .authentication(Authentication::None)
+        .summary("List models (always empty)")
+        .parameters(&[PAGE_ID, LIMIT])
+        .returns(&[Response::json(Schema::Component("EmptyPage"))])
+        .errors(&[BAD_REQUEST, INVALID]),
+    Route::get("/api/v1/config/providers/search", "web-client", "search_providers")
+        .authentication(Authentication::None)
+        .summary("List model providers (always empty)")
+        .parameters(&[PAGE_ID, LIMIT])
+        .returns(&[Response::json(Schema::Component("EmptyPage"))])
+        .errors(&[BAD_REQUEST, INVALID]),
+    Route::get("/api/v1/git/repositories/search", "web-client", "search_repositories")
+        .authentication(Authentication::None)
+        .summary("List repositories (always empty)")
+        .parameters(&[PAGE_ID, LIMIT])
+        .returns(&[Response::json(Schema::Component("EmptyPage"))])
+        .errors(&[BAD_REQUEST, INVALID]),
+    Route::get("/api/v1/git/branches/search", "web-client", "search_branches")
+        .authentication(Authentication::None)
+        .summary("List branches (always empty)")
+        .parameters(&[PAGE_ID, LIMIT])
+        .returns(&[Response::json(Schema::Component("EmptyPage"))])
+        .errors(&[BAD_REQUEST, INVALID]),
+    Route::get("/api/v1/git/installations/search", "web-client", "search_installations")
+        .authentication(Authentication::None)
+        .summary("List installations of git providers (always empty)")
+        .parameters(&[PAGE_ID, LIMIT])
+        .returns(&[Response::json(Schema::Component("EmptyPage"))])
+        .errors(&[BAD_REQUEST, INVALID]),
+    Route::get("/api/v1/git/suggested-tasks/search", "web-client", "search_suggested_tasks")
+        .authentication(Authentication::None)
+        .summary("List suggested tasks (always empty)")
+        .parameters(&[PAGE_ID, LIMIT])
+        .returns(&[Response::json(Schema::Component("EmptyPage"))])
+        .errors(&[BAD_REQUEST, INVALID]),
+    Route::get("/api/v1/settings/profiles", "web-client", "profiles")
+        .authentication(Authentication::None)
+        .summary("List model profiles (always empty)")
+        .returns(&[Response::json(Schema::Component("Profiles"))]),
+    Route::get("/api/v1/settings/agent-schema", "web-client", "agent_schema")
+        .authentication(Authentication::None)
+        .summary("Get the schema of agent settings")
+        .returns(&[Response::json(Schema::Component("SettingsSchema"))]),
+    Route::get("/api/v1/settings/conversation-schema", "web-client", "conversation_schema")
+        .authentication(Authentication::None)
+        .summary("Get the schema of conversation settings")
+        .returns(&[Response::json(Schema::Component("SettingsSchema"))]),
+    Route::get("/api/agent-profiles", "web-client", "agent_profiles")
+        .authentication(Authentication::None)
+        .summary("List agent profiles (always empty)")
+        .returns(&[Response::json(Schema::Component("AgentProfiles"))]),
+    Route::get("/api/keys/current", "settings", "current_key")
+        .summary("Get the owner of the credentials")
+        .returns(&[Response::json(Schema::Component("CurrentKey"))]),
+    Route::get("/api/organizations", "settings", "organizations")
+        .summary("List organizations (always empty)")
+        .returns(&[Response::json(Schema::Component("Organizations"))]),
+    Route::post("/api/cloud-proxy", "sandboxes", "cloud_proxy")
+        .summary("Forward a request to the agent server of one of the caller's sandboxes")
+        .body("CloudProxyRequest")
+        .returns(&[Response::new(200, Some(("*/*", Schema::Any)))
+            .described("The agent server's response with its own status.")])
+        .errors(&[FORBIDDEN, NOT_FOUND, CONFLICT, INVALID, BAD_GATEWAY]),
+];

@@ -1,0 +1,104 @@
+//! Builds the exports that outlast their requests: the jobs of the queue `exports`.
+
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use super::builder::{BuildOutcome, EventLog, ExportBuilder};
+use super::exporter::{release, too_many_events};
+use super::store::{ExportRecord, ExportStore, Failure, FailureReason, Lease};
+use crate::aws::Aws;
+use crate::config::{ExportConfig, Names};
+use crate::error::Result;
+use crate::id::UserId;
+
+/// How often a build is started for a job. A process that crashes counts.
+const MAX_ATTEMPTS: u32 = 3;
+
+/// Builds exports for jobs.
+#[derive(Clone, Debug)]
+pub struct ExportJobs {
+    log: EventLog,
+    exports: ExportStore,
+    config: ExportConfig,
+}
+
+impl ExportJobs {
+    /// On the named tables and bucket.
+    #[must_use]
+    pub fn new(config: &ExportConfig, names: &Names, aws: &Aws) -> Self {
+        Self {
+            log: EventLog::new(config, names, aws),
+            exports: ExportStore::new(aws.dynamodb.clone(), names.users.clone(), aws.s3.clone(), names.bucket.clone()),
+            config: config.clone(),
+        }
+    }
+
+    /// Builds the export, if clients still wait for it and no other process builds it. A build that runs out of time fails for good:
+    /// a repetition would most likely take as long.
+    ///
+    /// # Errors
+    /// [`Error::Store`](crate::error::Error::Store), [`Error::Internal`](crate::error::Error::Internal): the job may be tried again.
+    pub async fn run(&self, user: &UserId, conversation: Uuid) -> Result<()> {
+        let deadline = Instant::now() + self.config.build_budget;
+        let Some((lease, record)) = self.exports.claim_for_job(user, conversation, self.config.lease).await? else {
+            return Ok(());
+        };
+        for upload in record.uploads() {
+            self.exports.abort(upload).await;
+        }
+        if record.attempts >= MAX_ATTEMPTS {
+            let attempts = record.attempts;
+            return self.fail(&lease, Failure::now(FailureReason::RepeatedFailure { attempts })).await;
+        }
+        match self.build(&lease, record, deadline).await {
+            Ok(Some(BuildOutcome::OutOfTime)) => {
+                let seconds = self.config.build_budget.as_secs();
+                self.fail(&lease, Failure::now(FailureReason::OutOfTime { seconds })).await
+            }
+            Ok(Some(BuildOutcome::TooManyEvents(count))) => {
+                let failure = too_many_events(count, self.config.max_events);
+                tracing::warn!(%conversation, count, "export.too_many_events");
+                self.exports.fail(&lease, &failure).await
+            }
+            Ok(Some(BuildOutcome::Built { .. } | BuildOutcome::LeaseLost)) => Ok(()),
+            Ok(None) => self.exports.finish(&lease).await,
+            Err(error) => {
+                release(&self.exports, &lease).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// The outcome; `None` when the conversation is gone.
+    async fn build(&self, lease: &Lease, record: ExportRecord, deadline: Instant) -> Result<Option<BuildOutcome>> {
+        let shown = self.log.conversations.get(lease.user(), lease.conversation()).await?;
+        let Some(shown) = shown else { return Ok(None) };
+        let snapshot = self.log.snapshot(shown).await?;
+        let outcome = match self.exports.find(&snapshot.key).await? {
+            Some(stored) if self.log.is_current(&stored, &snapshot) => {
+                BuildOutcome::Built { length: stored.length, zip: None }
+            }
+            _ => ExportBuilder::new(&self.exports, &self.log, lease, &snapshot).run(deadline).await?,
+        };
+        if let BuildOutcome::Built { length, .. } = outcome {
+            tracing::info!(key = snapshot.key, length, "export.built");
+            self.exports.finish_for_clients(lease, &snapshot.key, record.warning).await?;
+        }
+        Ok(Some(outcome))
+    }
+
+    async fn fail(&self, lease: &Lease, failure: Failure) -> Result<()> {
+        tracing::error!(conversation = %lease.conversation(), reason = ?failure.reason, "export.abandoned");
+        self.exports.fail(lease, &failure).await
+    }
+
+    /// Ends the wait for a job whose message has become a dead letter. The next request builds the export.
+    ///
+    /// # Errors
+    /// [`Error::Store`](crate::error::Error::Store).
+    pub async fn abandon(&self, user: &UserId, conversation: Uuid) -> Result<()> {
+        let clients_waited = self.exports.abandon(user, conversation).await?;
+        tracing::error!(%conversation, clients_waited, "export.abandoned");
+        Ok(())
+    }
+}
