@@ -13,7 +13,8 @@ use crate::agent_server::Failure;
 use crate::clock::Time;
 use crate::conversation::ConversationRecord;
 use crate::conversation::store::{ConversationStore, IMPORT_LIMIT};
-use crate::error::{Error, Result, StoreError};
+use crate::dynamo::Backoff;
+use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::event::store::EventStore;
 use crate::export::store::ExportStore;
 use crate::http_client::HttpClient;
@@ -24,6 +25,9 @@ use crate::jobs::sweep::sweep;
 use crate::pending_message::store::MessageStore;
 use crate::sandbox::SandboxService;
 use crate::start::store::StartTaskStore;
+
+/// The backoff between attempts to hide a family while sub-conversations are added or removed.
+const DELETE: Backoff = Backoff { first: Duration::from_millis(20), longest: Duration::from_millis(160), attempts: 5 };
 
 /// The time limit of an agent server's request to delete a conversation.
 const AGENT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -40,10 +44,10 @@ impl Deleter {
     /// them. Returns false when there is no such conversation.
     ///
     /// # Errors
-    /// [`Error::Store`]; sub-conversations may be deleted by then.
+    /// [`crate::Error::Store`]; sub-conversations may be deleted by then.
     pub async fn delete(&self, user: &UserId, id: Uuid) -> Result<bool> {
-        const ATTEMPTS: usize = 5;
-        for _ in 0..ATTEMPTS {
+        let mut attempts = DELETE.start();
+        while attempts.next().await {
             let family = self.conversations.family(user, id).await?;
             if family.is_empty() {
                 return Ok(false);
@@ -52,12 +56,8 @@ impl Deleter {
                 return Ok(true);
             }
         }
-        Err(Error::Store(StoreError {
-            operation: "TransactWriteItems conversations",
-            context: format!("the conversation {id} and its sub-conversations kept changing while being deleted"),
-            condition_failed: false,
-            certainly_not_written: false,
-        }))
+        let context = format!("the conversation {id} and its sub-conversations kept changing while being deleted");
+        Err(StoreError::new(StoreErrorKind::Conflict, context).into())
     }
 
     /// Begins with the sub-conversations: while their parent exists, the user can request the deletion again.
@@ -103,7 +103,7 @@ impl Deletion {
     /// such record.
     ///
     /// # Errors
-    /// [`Error::Store`] or [`Error::Upstream`]: the deletion is unfinished, and the sweep enqueues it again.
+    /// [`crate::Error::Store`] or [`crate::Error::Upstream`]: the deletion is unfinished, and the sweep enqueues it again.
     pub async fn finish(&self, user: &UserId, id: Uuid) -> Result<()> {
         let conversations = &self.deleter.conversations;
         let Some(record) = conversations.take_deletion(user, id, Time::now().plus(RETRY_AFTER_ATTEMPT)).await? else {
@@ -127,7 +127,7 @@ impl Deletion {
     /// Enqueues the jobs of overdue deletions of all users again. Returns how many.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// [`crate::Error::Store`].
     pub async fn sweep(&self) -> Result<usize> {
         sweep(&self.deleter.conversations.deletions(), &self.deleter.queue, |row| DeleteConversation {
             user: row.user.clone(),

@@ -83,9 +83,12 @@ async fn settings_are_stored_merged_masked_and_used() {
     let large = "x".repeat(9_000);
     let many: Vec<&str> = vec![&large; 40];
     let (status, told) = post(json!({"disabled_skills": many})).await;
-    assert_eq!((status, told), (413, json!({"detail": "Settings and secrets of a user may be 256 KiB together"})));
+    assert_eq!((status, told), (413, json!({"detail": "Settings and secrets must not exceed 256 KiB in total"})));
     let (status, told) = post(json!({"language": "x".repeat(600_000)})).await;
-    assert_eq!((status, told), (413, json!({"detail": "The request is larger than this server takes"})));
+    assert_eq!(
+        (status, told),
+        (413, json!({"detail": "The request is larger than this server accepts; send a smaller one"}))
+    );
     let other = api.call(&UserId::new("other"), "GET", "/api/v1/settings", None).await;
     assert_eq!(other.0, 404);
     api.stop().await;
@@ -94,7 +97,8 @@ async fn settings_are_stored_merged_masked_and_used() {
 /// What is stored of the MCP servers, in clear.
 async fn stored_servers(api: &Api, user: &UserId) -> Value {
     let document = store(api).document(user).await.expect("an answer").expect("settings");
-    document.shown(true)["agent_settings"]["mcp_config"].clone()
+    let shown = serde_json::to_value(document.show_user(user, true)).expect("JSON");
+    shown["agent_settings"]["mcp_config"].clone()
 }
 
 /// The places of the violations, below `mcp_config`.

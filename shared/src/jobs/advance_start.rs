@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use super::dead_letter::DeadLetterPolicy;
 use super::queue::Job;
+use crate::dynamo::Backoff;
 use crate::id::{UserId, as_hex};
 
 /// Dead-letter policy: the start ends with ERROR, and its `detail` says so. Workers have failed at it without being able to record
@@ -20,8 +21,8 @@ pub const MAX_ATTEMPTS: u32 = 8;
 /// a permanent mistake would look like a new one each time.
 pub const MAX_REFUSALS: u32 = 3;
 
-const FIRST_DELAY: Duration = Duration::from_millis(250);
-const MAX_DELAY: Duration = Duration::from_secs(5);
+const BACKOFF: Backoff =
+    Backoff { first: Duration::from_millis(250), longest: Duration::from_secs(5), attempts: MAX_ATTEMPTS };
 /// Temporary errors of an agent server pass within seconds (a network that a new sandbox does not have yet, a lock).
 const FIRST_REFUSAL_DELAY: Duration = Duration::from_secs(1);
 const REFUSAL_DELAY_FACTOR: u32 = 3;
@@ -40,10 +41,11 @@ impl From<AdvanceStart> for Job {
     }
 }
 
-/// Exponential backoff before the next attempt at a step that failed `attempts` times, at least once: 250 ms, doubled up to 5 s.
+/// Exponential backoff before the next attempt at a step that failed `attempts` times, at least once: 250 ms, doubled up to 5 s,
+/// with jitter.
 #[must_use]
 pub fn delay_after(attempts: u32) -> Duration {
-    FIRST_DELAY.saturating_mul(2_u32.saturating_pow(attempts.saturating_sub(1))).min(MAX_DELAY)
+    BACKOFF.pause_after(attempts)
 }
 
 /// Exponential backoff before the next attempt at a step that an agent server refused `refusals` times, at least once: 1 s, tripled
@@ -59,8 +61,10 @@ mod tests {
 
     #[test]
     fn the_backoff_grows_up_to_its_bound() {
-        let delays: Vec<u128> = (1..=MAX_ATTEMPTS).map(|attempts| delay_after(attempts).as_millis()).collect();
-        assert_eq!(delays, [250, 500, 1000, 2000, 4000, 5000, 5000, 5000]);
+        for (attempts, bound) in (1..=MAX_ATTEMPTS).zip([250, 500, 1000, 2000, 4000, 5000, 5000, 5000]) {
+            let delay = delay_after(attempts).as_millis();
+            assert!((bound / 2..=bound).contains(&delay), "{attempts}: {delay}");
+        }
         let delays: Vec<u64> = (1..=MAX_REFUSALS).map(|refusals| delay_after_refusal(refusals).as_secs()).collect();
         assert_eq!(delays, [1, 3, 9]);
     }

@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use super::dead_letter::{DeadLetterPolicy, Requeue};
 use super::queue::Job;
+use crate::dynamo::Backoff;
 use crate::id::{UserId, as_hex};
 
 /// Dead-letter policy: an error in the log. The queue of messages stays in the index of undelivered ones, and the sweep enqueues the
@@ -61,7 +62,8 @@ impl RetrySchedule {
         if attempts > FREQUENT_ATTEMPTS {
             return self.later_delay;
         }
-        self.max_delay.min(self.first_delay * 2_u32.saturating_pow(attempts.min(6)))
+        let backoff = Backoff { first: self.first_delay, longest: self.max_delay, attempts: u32::MAX };
+        backoff.pause_after(attempts.saturating_add(1))
     }
 }
 
@@ -72,7 +74,10 @@ mod tests {
     #[test]
     fn the_backoff_grows_and_then_becomes_rare() {
         let schedule = RetrySchedule::default();
-        let delays: Vec<u64> = [0, 1, 4, 5, 6, 60, 61, u32::MAX].map(|n| schedule.delay_after(n).as_secs()).to_vec();
-        assert_eq!(delays, [2, 4, 32, 60, 60, 60, 900, 900]);
+        for (attempts, bound) in [(0, 2_000), (1, 4_000), (4, 32_000), (5, 60_000), (6, 60_000), (60, 60_000)] {
+            let delay = schedule.delay_after(attempts).as_millis();
+            assert!((bound / 2..=bound).contains(&delay), "{attempts}: {delay}");
+        }
+        assert_eq!([61, u32::MAX].map(|attempts| schedule.delay_after(attempts).as_secs()), [900, 900]);
     }
 }

@@ -17,12 +17,13 @@ use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use super::PendingMessage;
-use super::store::{Claim, MessageQueue, MessageStore, Sending};
+use super::store::{MessageQueue, MessageStore, Sending};
 use crate::agent_server::bounded::{self, Bounded};
 use crate::agent_server::{AgentServer, AgentServerError, Retry};
 use crate::clock::Time;
 use crate::conversation::reports::Lookup;
 use crate::conversation::store::ConversationStore;
+use crate::dynamo::lease::Lease;
 use crate::error::{Error, Result};
 use crate::http_client::HttpClient;
 use crate::id::{self, UserId};
@@ -155,15 +156,17 @@ impl Messages {
         match to {
             Addressee::Task(task) => {
                 let found = self.tasks.get(user, task).await?;
-                let record = found.ok_or_else(|| Error::NotFound("There is no such start".to_owned()))?;
+                let record = found.ok_or_else(|| Error::NotFound("Start not found".to_owned()))?;
                 if record.now.status == StartStatus::Error {
-                    return Err(Error::Conflict("The start has failed, and takes no messages".to_owned()));
+                    return Err(Error::Conflict(
+                        "The start has failed and accepts no messages; start a new conversation".to_owned(),
+                    ));
                 }
                 Ok((record.now.app_conversation_id.unwrap_or(record.conversation_id), Some(task)))
             }
             Addressee::Conversation(conversation) => match self.conversations.lookup(user, conversation).await? {
                 Lookup::Present(_) => Ok((conversation, None)),
-                Lookup::Absent | Lookup::Deleting => Err(Error::NotFound("There is no such conversation".to_owned())),
+                Lookup::Absent | Lookup::Deleting => Err(Error::NotFound("Conversation not found".to_owned())),
             },
         }
     }
@@ -196,24 +199,24 @@ impl Messages {
     /// [`Error::Store`] or an error of the sandboxes; it may be done again.
     pub async fn deliver(&self, user: &UserId, conversation: Uuid) -> Result<()> {
         loop {
-            let Some((claim, queue)) = self.store.claim(user, conversation, self.timing.lease).await? else {
+            let Some((lease, queue)) = self.store.claim(user, conversation, self.timing.lease).await? else {
                 return Ok(());
             };
             let (attempts, newest) = (queue.attempts, queue.newest.clone());
-            match self.send_all(user, conversation, &claim, queue).await {
+            match self.send_all(user, conversation, &lease, queue).await {
                 Ok(Outcome::Lost) => return Ok(()),
                 Ok(Outcome::Empty) => {
-                    if self.store.end(user, conversation, &claim).await? {
+                    if self.store.end(user, conversation, &lease).await? {
                         return Ok(());
                     }
                     // Another message came meanwhile.
-                    self.store.postpone(user, conversation, &claim, 0, Time::now()).await?;
+                    self.store.postpone(user, conversation, &lease, 0, Time::now()).await?;
                 }
                 Ok(Outcome::Later(why)) => {
                     let pause = self.timing.retry.delay_after(attempts);
                     tracing::info!(%conversation, why, attempts, "pending_message.postponed");
                     let due_at = Time::now().plus(pause + self.timing.sweep_delay);
-                    self.store.postpone(user, conversation, &claim, attempts + 1, due_at).await?;
+                    self.store.postpone(user, conversation, &lease, attempts + 1, due_at).await?;
                     self.enqueue(user, conversation, pause).await;
                     return Ok(());
                 }
@@ -221,14 +224,14 @@ impl Messages {
                     let pause = self.timing.retry.delay_after(refusals - 1);
                     let due_at = Time::now().plus(pause + self.timing.sweep_delay);
                     let newest = newest.as_deref();
-                    if !self.store.refused(user, conversation, &claim, newest, refusals, due_at).await? {
-                        self.store.postpone(user, conversation, &claim, attempts, due_at).await?;
+                    if !self.store.refused(user, conversation, &lease, newest, refusals, due_at).await? {
+                        self.store.postpone(user, conversation, &lease, attempts, due_at).await?;
                     }
                     self.enqueue(user, conversation, pause).await;
                     return Ok(());
                 }
                 Ok(ended @ (Outcome::Refused(_) | Outcome::Never(_))) => {
-                    if self.store.give_up(user, conversation, &claim, newest.as_deref()).await? {
+                    if self.store.give_up(user, conversation, &lease, newest.as_deref()).await? {
                         // The messages stay with the conversation, where an operator can find them. The next message of the conversation
                         // causes another attempt. The agent server's response is in the log already.
                         let why = if let Outcome::Never(why) = ended { why } else { "the agent server refuses it" };
@@ -236,12 +239,12 @@ impl Messages {
                         return Ok(());
                     }
                     // Another message came meanwhile, or another worker.
-                    self.store.postpone(user, conversation, &claim, attempts, Time::now()).await?;
+                    self.store.postpone(user, conversation, &lease, attempts, Time::now()).await?;
                 }
                 Err(error) => {
                     // Best effort: the lease runs out by itself.
                     let due_at = Time::now().plus(self.timing.sweep_delay);
-                    let given_back = self.store.postpone(user, conversation, &claim, attempts + 1, due_at).await;
+                    let given_back = self.store.postpone(user, conversation, &lease, attempts + 1, due_at).await;
                     if let Err(error) = given_back {
                         tracing::warn!(%conversation, error = %error.context(), "pending_message.lease_not_released");
                     }
@@ -255,7 +258,7 @@ impl Messages {
         &self,
         user: &UserId,
         conversation: Uuid,
-        claim: &Claim,
+        lease: &Lease,
         mut queue: MessageQueue,
     ) -> Result<Outcome> {
         if queue.messages.is_empty() {
@@ -291,13 +294,13 @@ impl Messages {
         };
         while let Some(message) = queue.messages.first().cloned() {
             // The next worker must not claim the queue while a message is still being sent.
-            if Time::now().plus(self.timing.message_timeout) > claim.until {
+            if Time::now().plus(self.timing.message_timeout) > lease.until {
                 return Ok(Outcome::Later("the lease is too short for the next message"));
             }
             let parts = self.store.content(&message).await?;
-            match self.send(user, conversation, claim, &agent_server, &queue, &message, &parts).await? {
+            match self.send(user, conversation, lease, &agent_server, &queue, &message, &parts).await? {
                 Some(outcome) => return Ok(outcome),
-                None => match self.store.arrived(user, conversation, claim, &message).await? {
+                None => match self.store.arrived(user, conversation, lease, &message).await? {
                     Some(left) => queue = left,
                     None => return Ok(Outcome::Lost),
                 },
@@ -313,7 +316,7 @@ impl Messages {
         &self,
         user: &UserId,
         conversation: Uuid,
-        claim: &Claim,
+        lease: &Lease,
         agent_server: &AgentServer,
         queue: &MessageQueue,
         message: &PendingMessage,
@@ -352,7 +355,7 @@ impl Messages {
                 };
                 let after = page.items.first().and_then(|event| event_id(event.get()));
                 let sending = Sending { message: message_id, after, since: Time::now() };
-                if !self.store.begin(user, conversation, claim, &sending).await? {
+                if !self.store.begin(user, conversation, lease, &sending).await? {
                     return Ok(Some(Outcome::Lost));
                 }
             }

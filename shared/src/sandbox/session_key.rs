@@ -3,10 +3,8 @@
 use http::HeaderMap;
 
 use super::store::{SandboxRecord, SandboxStore};
+use crate::agent_server::SESSION_API_KEY;
 use crate::error::{Error, Result};
-
-/// The header in which an agent server, or an agent, sends the session key of its sandbox.
-const SESSION_API_KEY: &str = "x-session-api-key";
 
 /// Returns the sandbox whose session key a request carries.
 ///

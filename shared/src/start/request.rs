@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use crate::conversation::fields::{EventCallbackProcessor, Trigger, name, repository};
-use crate::http::pydantic::body;
+use crate::http::pydantic::body::{self, FromJson};
 use crate::http::pydantic::validation::{
     Checked, Checker, Fields, boolean, choice, constant, dictionary, first_of, integer, list, literal, string, uuid,
     wire_enum,
@@ -113,14 +113,13 @@ impl StartRequest {
     /// # Errors
     /// Every violation, at `["body", …]`; see [`body::json`] for those of the body as a whole.
     pub fn from_body(content_type: Option<&str>, body: &[u8]) -> Checked<Self> {
-        let value = body::json(content_type, body)?;
-        let mut check = Checker::new("body");
-        let request = Self::read(&mut check, &value);
-        check.finish(request)
+        body::read(content_type, body)
     }
+}
 
-    /// Puts a start's repository, branch and provider into the form in which they are used and recorded. What cannot be read stays
-    /// as it is: starts and records of earlier versions may have anything.
+impl StartRequest {
+    /// Normalises a start's repository, branch and provider. Invalid ones stay unchanged, because starts and records of earlier versions may
+    /// contain anything.
     pub(crate) fn use_normal_selection(&mut self, tokens: &ProviderTokens) {
         let given = self.selected_repository.as_deref();
         let Some(Ok(read)) = given.map(|text| Repository::read(text, self.git_provider, tokens)) else { return };
@@ -129,8 +128,10 @@ impl StartRequest {
             self.selected_branch = branch;
         }
     }
+}
 
-    fn read(check: &mut Checker, value: &Value) -> Option<Self> {
+impl FromJson for StartRequest {
+    fn from_json(check: &mut Checker, value: &Value) -> Option<Self> {
         let fields = Fields::of(check, value)?;
         let sandbox_id = fields.nullable(check, "sandbox_id", string);
         let conversation_id = fields.nullable(check, "conversation_id", uuid);

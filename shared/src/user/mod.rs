@@ -1,4 +1,4 @@
-//! Who calls, and what is known of them: settings, secrets, git providers.
+//! Users: their ids, API keys, settings, secrets and git providers.
 
 pub mod api_key;
 pub mod counters;
