@@ -220,7 +220,7 @@ impl WorkerHarness {
             .attributes(
                 QueueAttributeName::RedrivePolicy,
                 format!(
-                    r#"{{"deadLetterTargetArn":"arn:aws:sqs:us-east-1:{}:{PREFIX}starts{DEAD_LETTER_SUFFIX}","maxReceiveCount":100}}"#,
+                    r#"{{"deadLetterTargetArn":"arn:aws:sqs:us-east-1:{}:{PREFIX}jobs{DEAD_LETTER_SUFFIX}","maxReceiveCount":100}}"#,
                     engines.account
                 ),
             )
