@@ -217,7 +217,7 @@ impl WorkerHarness {
             .attributes(
                 QueueAttributeName::RedrivePolicy,
                 format!(
-                    r#"{{"deadLetterTargetArn":"arn:aws:sqs:us-east-1:{}:{PREFIX}starts{DEAD_LETTER_SUFFIX}","maxReceiveCount":100}}"#,
+                    r#"{{"deadLetterTargetArn":"arn:aws:sqs:us-east-1:{}:{PREFIX}jobs{DEAD_LETTER_SUFFIX}","maxReceiveCount":100}}"#,
                     engines.account
                 ),
             )
@@ -364,7 +364,7 @@ impl WorkerHarness {
 
     /// Hands a message to a worker as one of the dead-letter queue.
     pub async fn bury(&self, message: &Message) {
-        let event = Self::event_of(&format!("starts{DEAD_LETTER_SUFFIX}"), message);
+        let event = Self::event_of(&format!("jobs{DEAD_LETTER_SUFFIX}"), message);
         let response = worker::handle(&self.context, event).await.expect("handled");
         assert!(response.batch_item_failures.is_empty());
         self.delete(message).await;
