@@ -352,7 +352,7 @@ impl WorkerHarness {
 
     /// Passes a message to a worker as one of the dead-letter queue.
     pub async fn bury(&self, message: &Message) {
-        let event = Self::event_of(&format!("starts{DEAD_LETTER_SUFFIX}"), message);
+        let event = Self::event_of(&format!("jobs{DEAD_LETTER_SUFFIX}"), message);
         let response = worker::handle(&self.context, event).await.expect("handled");
         assert!(response.batch_item_failures.is_empty());
         self.delete(message).await;
