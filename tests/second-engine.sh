@@ -9,14 +9,14 @@ chosen=(
     deletion::
     download::a_deleted_conversation_leaves_no_export
     download::callers_at_once_cause_one_export
-    download::one_that_outlasts_its_request_is_made_by_workers_from_part_to_part
+    download::an_export_that_outlasts_its_request_is_built_by_a_job_and_kept_for_every_client
     events::
     pending_messages::
     records::
     saga::
-    support_tests::engines_are_those_that_were_asked_for
-    support_tests::ministack_ends_with_who_started_it
-    webhooks::nothing_is_acknowledged_that_the_store_refuses
+    support_tests::engines_are_those_that_the_environment_selects
+    support_tests::ministack_ends_with_the_process_that_started_it
+    webhooks::webhook_is_not_acknowledged_if_the_store_fails
 )
 
 tools=${CARGO_TARGET_DIR:-target}/ministack

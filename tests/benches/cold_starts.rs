@@ -1,10 +1,10 @@
-//! Cold starts: `cargo bench -p tests --bench cold_starts`, behind
-//! `cargo build --profile lambda --target-dir target/cold-starts --workspace --exclude local --exclude tests --bins --examples`.
+//! Cold starts: `cargo bench -p tests --bench cold_starts`, after `cargo build --profile lambda --target-dir
+//! target/cold-starts --workspace --exclude local --exclude tests --bins --examples`.
 //!
-//! Each function's program, and a bare `lambda_http` beside it (`infra/lambda/examples/hello.rs`) of the same profile, in turns: from
-//! the start of the process to its first poll of Lambda's runtime API, to its first answer; memory at rest behind that; size zipped.
-//! What a function reads as it starts is answered by embedded engines and a stand-in of KMS on this machine: no network is in these
-//! times.
+//! Measures each function's binary, and for comparison a bare `lambda_http` of the same profile
+//! (`infra/lambda/examples/hello.rs`), in turns: the time from the start of the process to its first poll of Lambda's
+//! runtime API, the time to its first response, the memory at rest after that, and the size zipped. Embedded engines
+//! and a KMS stub on this machine serve what a function reads when it starts, so the times include no network.
 
 #![allow(clippy::expect_used, clippy::cast_precision_loss, reason = "a benchmark fails by panicking")]
 
@@ -44,7 +44,7 @@ use support::kms::{KEY, Kms};
 
 const ROUNDS: usize = 15;
 const HELLO: &str = "hello";
-/// A first request that reads the store, unlike those of the other rows: TLS is set up for it.
+/// A first request that reads the store, unlike those of the other rows: it sets up TLS.
 const COUNT: &str = "conversations, a count";
 const FUNCTIONS: [&str; 14] = [
     "authorizer",
@@ -110,11 +110,11 @@ async fn main() {
         name => target.join(name),
     };
     let mut starts: HashMap<&str, Vec<Start>> = HashMap::new();
-    // In turns: what else the machine does is everybody's.
+    // In turns, so that other load on the machine affects all functions alike.
     for round in 0..=ROUNDS {
         for name in std::iter::once(HELLO).chain(FUNCTIONS) {
             let start = cold_start(&program(name), name, &environment).await;
-            // The first round fills the disk's cache.
+            // The first round warms the disk cache.
             if round > 0 {
                 starts.entry(name).or_default().push(start);
             }
@@ -187,7 +187,7 @@ fn end(process: &mut Child) {
     process.wait().expect("waited for");
 }
 
-/// An event that needs no records: what is measured is the start.
+/// An event that needs no records: only the start is measured.
 fn event(name: &str) -> String {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/lambda");
     if name == COUNT {
@@ -211,7 +211,7 @@ async fn next(State(moments): State<Arc<Moments>>, event: String) -> Response {
     let now = Instant::now();
     let first = *moments.polled.lock().expect("unpoisoned").get_or_insert(now);
     if first != now {
-        // It was a start that is measured; there is nothing more.
+        // Only the start is measured, so no further event follows.
         std::future::pending::<()>().await;
     }
     Response::builder()
@@ -229,7 +229,7 @@ async fn answered(State(moments): State<Arc<Moments>>, _answer: Bytes) -> http::
     http::StatusCode::ACCEPTED
 }
 
-/// Resident memory in KiB, as the kernel counts it.
+/// Resident memory in KiB, as the kernel reports it.
 fn resident(process: &Child) -> u64 {
     let status = fs::read_to_string(format!("/proc/{}/status", process.id())).expect("Linux");
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a line");

@@ -1,5 +1,5 @@
-//! Embedded engines in process beside the same engines behind sockets: requests per second of the routes that read lists. Both
-//! read the same records in the same run, in turns. The API's own HTTP server is left out.
+//! Embedded engines in process compared with the same engines over sockets: requests per second of the routes that read
+//! lists. Both read the same records in the same run, in turns. The API's own HTTP server is not included.
 //!
 //! ```sh
 //! cargo bench -p tests --bench engines                  # 10,000 conversations, 5 s a line
@@ -34,10 +34,10 @@ use tempfile::TempDir;
 
 const CONVERSATIONS: u64 = 10_000;
 const SECONDS: u64 = 5;
-/// How many requests are under way at the same time.
+/// The number of concurrent requests.
 const CONCURRENCY: [usize; 2] = [1, 16];
 
-/// Of each kind of client, for a line.
+/// Rounds of each kind of client, for one line of the table.
 const TURNS: u32 = 4;
 
 type Query = Vec<(&'static str, String)>;
@@ -49,14 +49,14 @@ async fn main() {
     let time = Duration::from_secs(numbers.next().unwrap_or(SECONDS));
     let folder = TempDir::new().expect("a folder");
     let mut api = Api::at(folder.path(), SandboxConfig::None).await;
-    let user = UserId::new("somebody");
+    let user = UserId::new("user-one");
     load(&api, &user, size).await;
 
     println!("{size} conversations, requests/s (p50 ms, p99 ms):\n");
     println!("| request | at a time | in process | sockets | ratio |\n|---|---|---|---|---|");
     for (what, path, query) in requests(size) {
         for concurrency in CONCURRENCY {
-            // In turns, so that what else the machine does meanwhile meets both.
+            // In turns, so that other load on the machine affects both alike.
             let (mut here, mut there) = (Measured::default(), Measured::default());
             for _ in 0..TURNS {
                 api.use_no_sockets();
@@ -92,7 +92,7 @@ fn requests(size: u64) -> [(&'static str, &'static str, Query); 4] {
     ]
 }
 
-/// What was measured in all turns.
+/// The measurements of all rounds.
 #[derive(Default)]
 struct Measured {
     took: Vec<Duration>,

@@ -1,4 +1,4 @@
-//! Load on a running server, as a client sees it: requests a second, and how long they take.
+//! Load test of a running server, as a client sees it: requests per second, and latency.
 //!
 //! ```sh
 //! cargo bench -p tests --bench load -- make-data 10000 > data.jsonl
@@ -31,7 +31,7 @@ use support::raw_http::Connection;
 struct Options {
     #[command(subcommand)]
     command: Command,
-    /// Given by `cargo bench`.
+    /// `cargo bench` passes it.
     #[arg(long, hide = true, global = true)]
     bench: bool,
 }
@@ -40,7 +40,7 @@ struct Options {
 enum Command {
     /// Writes an account of N conversations and as many start tasks to standard output, for `cargo local import`.
     MakeData { count: u64 },
-    /// Asks a server that holds such an account, and prints a Markdown table.
+    /// Sends requests to a server that holds such an account, and prints a Markdown table.
     Run {
         /// Where the server listens.
         #[arg(long, default_value = "127.0.0.1:3000")]
@@ -48,13 +48,13 @@ enum Command {
         /// How long each line of the table takes, in seconds.
         #[arg(long, default_value_t = 10)]
         seconds: u64,
-        /// At most this many requests a line.
+        /// The maximum number of requests per line.
         #[arg(long, default_value_t = usize::MAX)]
         requests: usize,
-        /// How many connections ask at the same time; each is kept open.
+        /// The number of concurrent connections; each is kept open.
         #[arg(long, value_delimiter = ',', default_values_t = [1, 16])]
         connections: Vec<usize>,
-        /// How many pages of 20 the deep page is behind.
+        /// The number of pages of 20 rows before the deep page.
         #[arg(long, default_value_t = 450)]
         deep: usize,
         /// The server's SESSION_API_KEY, if it has one.
@@ -67,7 +67,7 @@ enum Command {
 async fn main() {
     match Options::parse().command {
         Command::MakeData { count } => match make_data(count) {
-            // Whoever reads has enough.
+            // The reader may have closed the pipe.
             Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
             written => written.expect("standard output"),
         },
@@ -115,7 +115,7 @@ impl Server {
         let mut cases = vec![("search limit=20".to_owned(), search.clone())];
         let mut newest = Vec::new();
         let mut page = String::new();
-        // A page id leads to its place whatever the size of the pages.
+        // A page id is valid for any page size.
         let mut rows = deep * 20;
         while rows > 0 {
             let step = rows.min(100);
@@ -124,8 +124,7 @@ impl Server {
                 let items = answer["items"].as_array().expect("items");
                 newest = items.iter().filter_map(|item| item["id"].as_str().map(|id| format!("ids={id}"))).collect();
             }
-            let next =
-                answer["next_page_id"].as_str().expect("the account has not as many rows as the deep page is behind");
+            let next = answer["next_page_id"].as_str().expect("the account has too few rows for the deep page");
             page = format!("&page_id={next}");
             rows -= step;
         }
@@ -153,7 +152,7 @@ impl Server {
         serde_json::from_slice(&answer.body).expect("JSON")
     }
 
-    /// Asks over `count` connections until a limit is reached; the rest of the line.
+    /// Sends requests over `count` connections until a limit is reached; returns the rest of the line.
     async fn ask(&self, target: &str, count: usize, limit: Limit) -> String {
         let started = Instant::now();
         let left = Arc::new(AtomicUsize::new(limit.requests));
@@ -180,7 +179,7 @@ impl Server {
         format!("{} | {errors} | {rate:.0} | {} | {}", times.len() + errors, quantile(50), quantile(99))
     }
 
-    /// How long each request took that was answered with 200, and how many were not.
+    /// The durations of requests with status 200, and the number of other results.
     async fn ask_on_one(&self, target: &str, until: Instant, left: &AtomicUsize) -> (Vec<Duration>, usize) {
         let mut connection = Connection::to(self.address);
         let (mut times, mut errors) = (Vec::new(), 0);
@@ -192,7 +191,7 @@ impl Server {
                 Ok(_) => errors += 1,
                 Err(_) => {
                     errors += 1;
-                    // A server that is gone is not asked a million times.
+                    // If the server has stopped, do not send the remaining requests.
                     tokio::time::sleep(Duration::from_millis(10)).await;
                 }
             }

@@ -1,5 +1,5 @@
-//! What reading lists consumes, by the size of the account and the depth of the page, as DynamoDB counts it: the embedded one
-//! by the same rules.
+//! The capacity units that reading lists consumes, by the size of the account and the depth of the page. The embedded
+//! engine counts them by DynamoDB's rules.
 //!
 //! ```sh
 //! cargo bench -p tests --bench records --profile dev -- 100 10000 1000000
@@ -37,7 +37,7 @@ use tempfile::TempDir;
 #[tokio::main]
 async fn main() {
     let sizes: Vec<u64> = std::env::args().skip(1).filter_map(|size| size.replace('_', "").parse().ok()).collect();
-    assert!(!sizes.is_empty(), "say how large the account is to be, e.g. 10000");
+    assert!(!sizes.is_empty(), "pass the size of the account, e.g. 10000");
     for size in sizes {
         measure(size).await;
     }
@@ -46,7 +46,7 @@ async fn main() {
 async fn measure(size: u64) {
     let folder = TempDir::new().expect("a folder");
     let mut api = Api::at(folder.path(), SandboxConfig::None).await;
-    let user = UserId::new("somebody");
+    let user = UserId::new("user-one");
     let started = Instant::now();
     load(&api, &user, size).await;
     let took = started.elapsed().as_secs_f64();
@@ -58,7 +58,7 @@ async fn measure(size: u64) {
     let _way = api.measure(&meter).await;
     for (what, path, query) in requests(&user, size) {
         let (status, answer) = api.get(&user, path, &query).await;
-        // A filtered count of a large account may be refused, once its time is over.
+        // A filtered count of a large account may be refused after its time limit.
         assert!(status == 200 || (status == 400 && what.starts_with("count, ")), "{what}: {status} {answer}");
         let rows = match &answer {
             Value::Array(items) => items.len(),
@@ -85,7 +85,7 @@ async fn load(api: &Api, user: &UserId, size: u64) {
     assert_eq!(summary.settled(), size, "{end:?}");
 }
 
-/// The size of a row's data as JSON, which is about that of its item without what indexes are made of.
+/// The size of a row's data as JSON, about that of its item without the index attributes.
 fn bytes(number: u64) -> usize {
     account::conversation(number)["data"].to_string().len()
 }
@@ -99,14 +99,14 @@ fn requests(user: &UserId, size: u64) -> Vec<(String, &'static str, Query)> {
         query.push((name, value));
         query
     };
-    let behind = |number: u64| with("page_id", page_behind(user, number));
+    let after = |number: u64| with("page_id", page_id_after(user, number));
     let middle = account::created_at(size / 2);
     let ids = (0..10).map(|number| ("ids", account::conversation_id(number * size / 10).to_string())).collect();
     let mut requests = vec![("search, page 1".to_owned(), "/search", all.clone())];
     // One row in twenty is not in this list.
     let deep = (1000 * 20 * 20 / 19).min(size.saturating_sub(25));
-    requests.push(("search, the page in the middle".to_owned(), "/search", behind(size / 2)));
-    requests.push((format!("search, behind {deep} rows"), "/search", behind(deep)));
+    requests.push(("search, the page in the middle".to_owned(), "/search", after(size / 2)));
+    requests.push((format!("search, after {deep} rows"), "/search", after(deep)));
     requests.push(("search, limit=100".to_owned(), "/search", vec![("limit", "100".to_owned())]));
     requests.push(("search, created before the middle".to_owned(), "/search", with("created_at__lt", middle.clone())));
     requests.push((
@@ -143,10 +143,10 @@ fn requests(user: &UserId, size: u64) -> Vec<(String, &'static str, Query)> {
     requests
 }
 
-/// The page id that `/search` gives out with a page that ends with this conversation.
-fn page_behind(user: &UserId, number: u64) -> String {
+/// The page id that `/search` returns with a page that ends with this conversation.
+fn page_id_after(user: &UserId, number: u64) -> String {
     let number = if account::is_sub_conversation(number) { number + 1 } else { number };
-    // Behind the instant, rows are told apart by the complements of their ids.
+    // Rows with the same instant are ordered by the complements of their ids.
     let id = uuid::Uuid::from_u128(!account::conversation_id(number).as_u128());
     let row = format!("{}#{}", account::created_at(number), id.simple());
     let after: Cursor = serde_json::from_value(json!(row)).expect("a place");

@@ -1,4 +1,4 @@
-//! How many events a second agent servers can tell, by the size of their batches: over HTTP, to the whole server.
+//! Webhook throughput: events per second over HTTP to the whole server, by batch size.
 //!
 //! ```sh
 //! cargo bench -p tests --bench webhooks
@@ -15,17 +15,17 @@ use reqwest::Client;
 use secrecy::SecretString;
 use serde_json::{Value, json};
 use shared::config::SealingConfig;
-use shared::event::store::{EventFilter, EventStore};
-use shared::sandbox::store::SandboxStore;
+use shared::event::store::EventFilter;
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use tempfile::TempDir;
 use uuid::Uuid;
 
 const KEY: &str = "session-key";
-/// Events that each line of the table takes.
+/// Events per line of the table.
 const EVENTS: usize = 2_000;
-/// Bytes of text in an event.
+/// Bytes of text per event.
 const TEXT: usize = 1_800;
 
 #[tokio::main]
@@ -36,11 +36,11 @@ async fn main() {
     let (aws, names) = (&server.aws, &server.config.names);
     let SealingConfig::File(key) = &server.config.sealing else { panic!("a key file") };
     let sealer = Sealer::from_file(key).expect("the sealing key");
-    let sandboxes = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer);
+    let sandboxes = Stores::new(names, aws, &sealer).sandboxes();
     let user = UserId::local();
     let record = sandboxes.new_record(&user, "sandbox", "spec", &SecretString::from(KEY)).await.expect("a record");
     sandboxes.put_new(record).await.expect("stored");
-    let events = EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
+    let events = Stores::without_key(names, aws).events();
     println!("| events in a batch | connections | events/s |\n|---|---|---|");
     for connections in [1, 8] {
         for size in [1, 10, 100] {
@@ -48,19 +48,19 @@ async fn main() {
             let url = format!("http://{}/api/v1/webhooks/events/{}", server.address, conversation.simple());
             let share = EVENTS / size / connections;
             let began = Instant::now();
-            join_all((0..connections).map(|connection| tell(&url, connection * share, share, size))).await;
+            join_all((0..connections).map(|connection| post_batches(&url, connection * share, share, size))).await;
             let took = began.elapsed().as_secs_f64();
             let kept = events.count(&user, conversation, &EventFilter::default()).await.expect("a count");
             assert_eq!(usize::try_from(kept).expect("a count"), share * connections * size, "every event is kept");
-            let told = u32::try_from(kept).expect("few");
-            println!("| {size} | {connections} | {:.0} |", f64::from(told) / took);
+            let count = u32::try_from(kept).expect("few");
+            println!("| {size} | {connections} | {:.0} |", f64::from(count) / took);
         }
     }
     server.shutdown().await;
 }
 
 /// Posts batches one after the other, as one agent server does.
-async fn tell(url: &str, first: usize, batches: usize, size: usize) {
+async fn post_batches(url: &str, first: usize, batches: usize, size: usize) {
     let http = Client::builder().no_proxy().build().expect("a client");
     for batch in first..first + batches {
         let events: Vec<Value> = (batch * size..(batch + 1) * size).map(event).collect();

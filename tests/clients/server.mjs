@@ -34,8 +34,9 @@ export async function startServer({ options = [], environment = {} } = {}) {
   let said = "";
   for (const stream of [child.stdout, child.stderr]) stream.on("data", (bytes) => (said += bytes));
   const exited = once(child, "exit");
-  // Whatever ends this process.
+  // The server ends with this process, also when a signal ends it: Node.js emits no `exit` event then unless the signal is handled.
   process.once("exit", () => child.kill("SIGTERM"));
+  for (const signal of ["SIGINT", "SIGTERM"]) process.once(signal, () => process.exit(1));
   const stop = async () => {
     if (child.exitCode === null && child.signalCode === null) child.kill("SIGTERM");
     await exited;

@@ -1,4 +1,5 @@
-//! Errors of agent servers that stay: they end a start as soon as that is clear, and say what is wrong and what to do.
+//! Errors of the agent server during a start: permanent ones end the start without useless retries, and its detail says
+//! what is wrong and what to do.
 
 use std::time::Duration;
 
@@ -12,28 +13,29 @@ use crate::alarms::Log;
 use crate::support::stand_in_agent::{Fault, Kind, Nth};
 use crate::support::worker_harness::{SESSION_KEY, WorkerHarness, quick};
 
-/// Recorded from running agent servers: to the body of a start with one mistake in it, and, of the disk, from a server on a full one
-/// and on one that cannot be written to.
+/// Responses of running agent servers, recorded: to a create body with one mistake in it, and, for the disk errors,
+/// from a server whose disk is full or read-only.
 const RECORDED: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/data/agent-server/create-errors.json"));
 const CREATE: &str = "POST /api/conversations";
 const SEND: &str = "POST /api/conversations/{id}/events";
-/// How often an error of an unknown or uncertain cause is tried.
+/// The number of attempts after an error of an unknown or uncertain cause.
 const TRIES: usize = 3;
 
 fn message() -> Value {
     json!({"initial_message": {"content": [{"type": "text", "text": "hi"}]}})
 }
 
-/// How often the agent server was asked for a start's conversation: to create it, or for its first message.
-fn tries(rig: &WorkerHarness) -> usize {
-    rig.agent.requests_to(CREATE).len() + rig.agent.requests_to(SEND).len()
+/// The number of requests for the start's conversation: to create it, or with its first message.
+fn tries(harness: &WorkerHarness) -> usize {
+    harness.agent.requests_to(CREATE).len() + harness.agent.requests_to(SEND).len()
 }
 
 fn detail(record: &StartTaskRecord) -> &str {
     record.now.detail.as_deref().unwrap_or_default()
 }
 
-/// What each recorded mistake comes to: how often it is tried, whose fault it is, and what the user reads of it first.
+/// What each recorded mistake must lead to: the number of attempts, whose fault it is, and the beginning of the message
+/// for the user.
 fn expected(mistake: &str, status: u64) -> (usize, &'static str, &'static str) {
     const PLUGIN: &str = "A plugin cannot be loaded; correct its source";
     const VERSION: &str = "The agent server lacks a tool or a prompt";
@@ -47,7 +49,7 @@ fn expected(mistake: &str, status: u64) -> (usize, &'static str, &'static str) {
         ("mcp server without an address", _) => (1, "user", "An MCP server of the settings is invalid"),
         ("skill twice", _) => (1, "user", "A skill is invalid"),
         ("no such tool" | "no such default tool" | "no such prompt", _) => (1, "server", VERSION),
-        // The form of the body, and what users have no say in, are our doing.
+        // The format of the body, and fields that users do not control, are this server's responsibility.
         ("mcp server of another form" | "no such analyzer" | "tag with a bad name", 422) => {
             (1, "server", "The agent server answered 422")
         }
@@ -59,7 +61,7 @@ fn expected(mistake: &str, status: u64) -> (usize, &'static str, &'static str) {
 }
 
 #[tokio::test]
-async fn every_recorded_mistake_ends_its_start_as_soon_as_it_is_clear() {
+async fn each_recorded_error_ends_its_start_after_the_expected_number_of_attempts() {
     let (log, _logging) = Log::begin();
     let recorded: Vec<Value> = serde_json::from_str(RECORDED).expect("recorded answers");
     let mut versions = std::collections::BTreeSet::new();
@@ -72,21 +74,21 @@ async fn every_recorded_mistake_ends_its_start_as_soon_as_it_is_clear() {
         }
         versions.insert(version);
         let case = format!("{mistake} ({version}, {status})");
-        let rig = WorkerHarness::start(quick()).await;
+        let harness = WorkerHarness::start(quick()).await;
         let code = u16::try_from(status).expect("a status");
         if answer["conversation_is_kept"] == true {
-            rig.agent.fail_setup(None, code, &answer["answer"].to_string());
+            harness.agent.fail_setup(None, code, &answer["answer"].to_string());
         } else {
-            rig.agent.inject(Fault::new(CREATE, Nth::Always, Kind::Status(code, answer["answer"].to_string())));
+            harness.agent.inject(Fault::new(CREATE, Nth::Always, Kind::Status(code, answer["answer"].to_string())));
         }
-        let task = rig.begin(&message()).await;
-        let ended = rig.drive(task.id).await;
+        let task = harness.begin(&message()).await;
+        let ended = harness.drive(task.id).await;
         assert_eq!(ended.now.status, StartStatus::Error, "{case}");
         let (expected_tries, fault, advice) = expected(mistake, status);
-        assert_eq!(tries(&rig), expected_tries, "{case}: {:#?}", rig.agent.requests());
+        assert_eq!(tries(&harness), expected_tries, "{case}: {:#?}", harness.agent.requests());
         assert!(detail(&ended).contains(advice), "{case}: {}", detail(&ended));
         assert!(!detail(&ended).contains("Internal Server Error\""), "{case}: {}", detail(&ended));
-        // Its own words follow.
+        // The agent server's own message follows.
         if let Some(words) = answer["answer"]["exception"].as_str() {
             let first_line = words.lines().next().expect("a line").trim();
             assert!(detail(&ended).contains(first_line), "{case}: {}", detail(&ended));
@@ -95,15 +97,19 @@ async fn every_recorded_mistake_ends_its_start_as_soon_as_it_is_clear() {
         let failed: Vec<&Value> = lines.iter().filter(|line| line["message"] == "start.failed").collect();
         assert_eq!(failed.len(), 1, "{case}: {lines:?}");
         assert_eq!(failed[0]["fault"], fault, "{case}: {}", failed[0]);
-        assert!(rig.sandboxes.made().values().all(|made| made.deleted), "{case}: the sandbox was made for this start");
-        rig.finish().await;
+        assert!(
+            harness.sandboxes.made().values().all(|made| made.deleted),
+            "{case}: the sandbox was made for this start"
+        );
+        harness.finish().await;
     }
     assert_eq!(versions.len(), 3, "{versions:?}");
 }
 
-/// An unknown error is tried a few times, wherever it comes, and no more; errors of the way there as often as anything else.
+/// An unknown error gets three attempts, in whatever step it occurs; network errors and overload get as many as any
+/// other temporary error.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unknown_error_is_tried_a_few_times_and_one_of_the_way_there_more_often() {
+async fn unknown_errors_get_three_attempts_and_network_errors_more() {
     let unknown =
         || Kind::Status(500, r#"{"detail":"Internal Server Error","exception":"a new kind of fault"}"#.into());
     for (kind, times, ends) in [
@@ -114,128 +120,128 @@ async fn an_unknown_error_is_tried_a_few_times_and_one_of_the_way_there_more_oft
     ] {
         for route in [CREATE, "POST /api/bash/start_bash_command"] {
             let case = format!("{route} {times} times {kind:?}");
-            let rig = WorkerHarness::start(quick()).await;
+            let harness = WorkerHarness::start(quick()).await;
             for nth in 1..=times {
-                rig.agent.inject(Fault::new(route, Nth::On(nth), kind.clone()));
+                harness.agent.inject(Fault::new(route, Nth::On(nth), kind.clone()));
             }
-            let task = rig.begin(&message()).await;
-            let ended = rig.drive(task.id).await;
+            let task = harness.begin(&message()).await;
+            let ended = harness.drive(task.id).await;
             assert_eq!(ended.now.status, ends, "{case}: {}", detail(&ended));
             if ends == StartStatus::Ready {
-                rig.assert_one(task.id, 1, &case).await;
+                harness.assert_one(task.id, 1, &case).await;
             } else {
-                assert_eq!(rig.agent.requests_to(route).len(), times, "{case}");
+                assert_eq!(harness.agent.requests_to(route).len(), times, "{case}");
                 assert!(detail(&ended).contains("a new kind of fault"), "{case}: {}", detail(&ended));
             }
-            rig.finish().await;
+            harness.finish().await;
         }
     }
 }
 
-/// Errors of the agent server with errors of the way there between them are not in a row.
+/// Errors of the agent server with network errors between them do not count as consecutive.
 #[tokio::test]
-async fn errors_that_are_not_in_a_row_do_not_end_a_start() {
-    let rig = WorkerHarness::start(quick()).await;
+async fn nonconsecutive_errors_do_not_end_a_start() {
+    let harness = WorkerHarness::start(quick()).await;
     for nth in 1..=6 {
         let status = if nth % 2 == 0 { 503 } else { 500 };
         let answer = r#"{"detail":"Internal Server Error","exception":"a new kind of fault"}"#.to_owned();
-        rig.agent.inject(Fault::new(CREATE, Nth::On(nth), Kind::Status(status, answer)));
+        harness.agent.inject(Fault::new(CREATE, Nth::On(nth), Kind::Status(status, answer)));
     }
-    let task = rig.begin(&message()).await;
-    let ended = rig.drive(task.id).await;
+    let task = harness.begin(&message()).await;
+    let ended = harness.drive(task.id).await;
     assert_eq!(ended.now.status, StartStatus::Ready, "{}", detail(&ended));
-    rig.assert_one(task.id, 1, "not in a row").await;
-    rig.finish().await;
+    harness.assert_one(task.id, 1, "nonconsecutive errors").await;
+    harness.finish().await;
 }
 
-/// What a failed start could not remove is named.
+/// `detail` names what a failed start could not remove.
 #[tokio::test]
-async fn a_conversation_that_cannot_be_removed_is_named() {
-    let rig = WorkerHarness::start(quick()).await;
-    let first = rig.begin(&message()).await;
-    let sandbox = rig.drive(first.id).await.now.sandbox_id.expect("a sandbox");
-    rig.agent.fail_setup(None, 500, r#"{"exception":"Local plugin path does not exist: /nowhere"}"#);
+async fn detail_names_a_conversation_that_could_not_be_removed() {
+    let harness = WorkerHarness::start(quick()).await;
+    let first = harness.begin(&message()).await;
+    let sandbox = harness.drive(first.id).await.now.sandbox_id.expect("a sandbox");
+    harness.agent.fail_setup(None, 500, r#"{"exception":"Local plugin path does not exist: /nowhere"}"#);
     let delete = "DELETE /api/conversations/{id}";
-    rig.agent.inject(Fault::new(delete, Nth::Always, Kind::Status(500, r#"{"detail":"no"}"#.into())));
+    harness.agent.inject(Fault::new(delete, Nth::Always, Kind::Status(500, r#"{"detail":"no"}"#.into())));
     let mut body = message();
     body["sandbox_id"] = sandbox.as_str().into();
-    let second = rig.begin(&body).await;
-    let ended = rig.drive(second.id).await;
+    let second = harness.begin(&body).await;
+    let ended = harness.drive(second.id).await;
     assert_eq!(ended.now.status, StartStatus::Error);
     let left = format!("Its conversation {} may still be in the sandbox {sandbox}", second.conversation_id);
     assert!(detail(&ended).ends_with(&left), "{}", detail(&ended));
-    rig.finish().await;
+    harness.finish().await;
 }
 
-/// The count outlives workers: a start that waits is given back to the queue between any two tries.
+/// The error count survives a change of worker: a waiting start is released to the queue between any two attempts.
 #[tokio::test]
-async fn a_worker_without_patience_counts_the_errors_of_those_before_it() {
-    let rig = WorkerHarness::start(StartConfig { inline_wait: Duration::ZERO, ..quick() }).await;
-    rig.agent.fail_setup(None, 500, r#"{"detail":"Internal Server Error","exception":"a new kind of fault"}"#);
-    let task = rig.begin(&message()).await;
-    let ended = rig.drive(task.id).await;
+async fn error_count_survives_a_change_of_worker() {
+    let harness = WorkerHarness::start(StartConfig { inline_wait: Duration::ZERO, ..quick() }).await;
+    harness.agent.fail_setup(None, 500, r#"{"detail":"Internal Server Error","exception":"a new kind of fault"}"#);
+    let task = harness.begin(&message()).await;
+    let ended = harness.drive(task.id).await;
     assert_eq!(ended.now.status, StartStatus::Error);
-    assert_eq!(tries(&rig), TRIES);
-    rig.finish().await;
+    assert_eq!(tries(&harness), TRIES);
+    harness.finish().await;
 }
 
-/// Our probe of the sandbox finds a browser, and the agent server does not: it keeps the conversation that it could not finish, and
-/// a second one with the same id would be that one.
+/// The start's check of the sandbox finds a browser, but the agent server does not: it keeps the conversation whose
+/// setup failed, so another request with the same id would return that one.
 #[tokio::test]
-async fn without_a_browser_the_conversation_is_made_anew_without_its_tool() {
+async fn conversation_is_recreated_without_the_browser_tool_if_there_is_no_browser() {
     let recorded: Vec<Value> = serde_json::from_str(RECORDED).expect("recorded answers");
     let answer = recorded.iter().find(|answer| answer["mistake"] == "no browser").expect("the recorded answer");
-    let rig = WorkerHarness::start(quick()).await;
-    rig.agent.fail_setup(Some("browser_tool_set"), 500, &answer["answer"].to_string());
-    let task = rig.begin(&message()).await;
-    let done = rig.drive(task.id).await;
+    let harness = WorkerHarness::start(quick()).await;
+    harness.agent.fail_setup(Some("browser_tool_set"), 500, &answer["answer"].to_string());
+    let task = harness.begin(&message()).await;
+    let done = harness.drive(task.id).await;
     assert_eq!(done.now.status, StartStatus::Ready, "{}", detail(&done));
-    rig.assert_one(task.id, 1, "no browser").await;
+    harness.assert_one(task.id, 1, "no browser").await;
     assert!(detail(&done).contains("no Chromium was found"), "{}", detail(&done));
-    assert!(!rig.agent.conversations()[0].body["agent"]["tools"].to_string().contains("browser"));
-    rig.finish().await;
+    assert!(!harness.agent.conversations()[0].body["agent"]["tools"].to_string().contains("browser"));
+    harness.finish().await;
 }
 
-/// In a sandbox that was there before, nothing of a start stays that failed.
+/// In a sandbox that existed before the start, nothing of a failed start remains.
 #[tokio::test]
-async fn a_failed_start_takes_its_conversation_out_of_a_sandbox_that_stays() {
-    let rig = WorkerHarness::start(quick()).await;
-    let first = rig.begin(&message()).await;
-    let sandbox = rig.drive(first.id).await.now.sandbox_id.expect("a sandbox");
-    rig.agent.fail_setup(None, 500, r#"{"exception":"Local plugin path does not exist: /nowhere"}"#);
+async fn failed_start_removes_its_conversation_from_a_kept_sandbox() {
+    let harness = WorkerHarness::start(quick()).await;
+    let first = harness.begin(&message()).await;
+    let sandbox = harness.drive(first.id).await.now.sandbox_id.expect("a sandbox");
+    harness.agent.fail_setup(None, 500, r#"{"exception":"Local plugin path does not exist: /nowhere"}"#);
     let mut body = message();
     body["sandbox_id"] = sandbox.as_str().into();
-    let second = rig.begin(&body).await;
-    let ended = rig.drive(second.id).await;
+    let second = harness.begin(&body).await;
+    let ended = harness.drive(second.id).await;
     assert_eq!(ended.now.status, StartStatus::Error, "{}", detail(&ended));
-    let left: Vec<Uuid> = rig.agent.conversations().iter().map(|conversation| conversation.id).collect();
+    let left: Vec<Uuid> = harness.agent.conversations().iter().map(|conversation| conversation.id).collect();
     assert_eq!(left, [first.conversation_id]);
-    assert!(!rig.sandboxes.made()[&sandbox].deleted, "the first conversation lives in it");
-    assert_eq!(rig.conversations.count(&rig.user, &Filter::default()).await.expect("a count"), 1);
-    // A conversation that was there before is not the failed start's to remove.
+    assert!(!harness.sandboxes.made()[&sandbox].deleted, "the first conversation uses it");
+    assert_eq!(harness.conversations.count(&harness.user, &Filter::default()).await.expect("a count"), 1);
+    // The failed start must not remove a conversation that existed before it.
     let mut again = body.clone();
     again["conversation_id"] = first.conversation_id.to_string().into();
-    rig.agent.inject(Fault::new(CREATE, Nth::Always, Kind::Status(422, r#"{"detail":"no"}"#.into())));
-    let third = rig.begin(&again).await;
-    assert_eq!(rig.drive(third.id).await.now.status, StartStatus::Error);
-    assert_eq!(rig.agent.conversations().len(), 1);
-    // Nor is one that somebody talks to at the agent server, of which this server has no record.
+    harness.agent.inject(Fault::new(CREATE, Nth::Always, Kind::Status(422, r#"{"detail":"no"}"#.into())));
+    let third = harness.begin(&again).await;
+    assert_eq!(harness.drive(third.id).await.now.status, StartStatus::Error);
+    assert_eq!(harness.agent.conversations().len(), 1);
+    // Nor a conversation that another client created at the agent server, of which this server has no record.
     let theirs = Uuid::new_v4();
-    rig.agent.clear_faults();
-    rig.agent.clear_setup_failure();
+    harness.agent.clear_faults();
+    harness.agent.clear_setup_failure();
     let conversation = json!({
         "conversation_id": theirs,
-        "workspace": {"kind": "LocalWorkspace", "working_dir": rig.agent.working_dir()},
+        "workspace": {"kind": "LocalWorkspace", "working_dir": harness.agent.working_dir()},
         "agent": {"llm": {"model": "theirs"}},
         "initial_message": {"role": "user", "content": [{"type": "text", "text": "Mine"}], "run": false},
     });
-    let request = reqwest::Client::new().post(format!("{}/api/conversations", rig.agent.url())).json(&conversation);
+    let request = reqwest::Client::new().post(format!("{}/api/conversations", harness.agent.url())).json(&conversation);
     let created = request.header("X-Session-API-Key", SESSION_KEY).send().await.expect("an answer");
     assert!(created.status().is_success(), "{}", created.text().await.unwrap_or_default());
-    rig.agent.inject(Fault::new(CREATE, Nth::Always, Kind::Status(422, r#"{"detail":"no"}"#.into())));
+    harness.agent.inject(Fault::new(CREATE, Nth::Always, Kind::Status(422, r#"{"detail":"no"}"#.into())));
     body["conversation_id"] = theirs.to_string().into();
-    let fourth = rig.begin(&body).await;
-    assert_eq!(rig.drive(fourth.id).await.now.status, StartStatus::Error);
-    assert_eq!(rig.agent.conversations().len(), 2);
-    rig.finish().await;
+    let fourth = harness.begin(&body).await;
+    assert_eq!(harness.drive(fourth.id).await.now.status, StartStatus::Error);
+    assert_eq!(harness.agent.conversations().len(), 2);
+    harness.finish().await;
 }

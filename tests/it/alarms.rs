@@ -1,4 +1,5 @@
-//! Alarms of `template.yaml`: each watches a metric that exists, of this stack, and stays silent for what a caller causes alone.
+//! Alarms of `template.yaml`: each watches an existing metric of this stack, and errors that only callers cause do not
+//! trigger one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -88,7 +89,7 @@ fn every_alarm_watches_a_metric_that_exists() {
     for (id, alarm) in of_type(&template, "AWS::CloudWatch::Alarm") {
         assert_eq!(alarm["AlarmActions"], json!([{"Ref": "AlarmsTopic"}]), "{id}");
         assert_eq!(alarm["TreatMissingData"], "notBreaching", "{id}: what is idle has no data");
-        // The key policy lets alarms use the topic's key by the name that CloudFormation gives them.
+        // The key policy allows alarms to use the topic's key only under the name that CloudFormation gives them.
         assert_eq!(alarm.get("AlarmName"), None, "{id}");
         assert!(alarm["AlarmDescription"].as_str().is_some_and(|text| text.len() > 20), "{id}");
         let metrics = watched(alarm);
@@ -119,7 +120,7 @@ fn every_alarm_watches_a_metric_that_exists() {
                 }
                 Some("AWS/Lambda") => {
                     assert!(LAMBDA.contains(&name.as_str()), "{what}");
-                    // Without this dimension it would be of all functions of the account.
+                    // Without this dimension the metric would cover all functions of the account.
                     assert_eq!(named, ["FunctionName"], "{what}");
                     let of = dimensions["FunctionName"]["Ref"].as_str().expect("a function");
                     assert_eq!(resources[of]["Type"], "AWS::Serverless::Function", "{what}");
@@ -134,15 +135,16 @@ fn every_alarm_watches_a_metric_that_exists() {
     }
 }
 
-/// What would go unseen otherwise.
+/// Conditions that no one would notice without an alarm.
 #[test]
-fn what_an_operator_must_know_has_an_alarm() {
+fn every_condition_that_operators_must_know_has_an_alarm() {
     let template = template();
     let alarms = of_type(&template, "AWS::CloudWatch::Alarm");
     for (alarm, queue) in [("DeadLettersAlarm", "DeadLetterQueue"), ("ExportDeadLettersAlarm", "ExportDeadLetterQueue")]
     {
         let dead_letters = &watched(alarms[alarm])[0];
-        // The consumer takes them off the queue within a second, and SQS does not count as sent what it moves there itself.
+        // The consumer removes dead letters within a second, and SQS does not count messages as sent that it moves to a
+        // dead-letter queue itself.
         assert_eq!(dead_letters.name, "NumberOfMessagesReceived");
         assert_eq!(dead_letters.dimensions["QueueName"]["Fn::GetAtt"][0], queue);
         let one = alarms[alarm];
@@ -168,21 +170,22 @@ fn what_an_operator_must_know_has_an_alarm() {
     let functions: BTreeSet<String> =
         of_type(&template, "AWS::Serverless::Function").keys().map(|id| (*id).to_owned()).collect();
     assert_eq!(with_errors, functions);
-    // Throttled are, first of all, those that stand in front, and those that may be limited by themselves.
+    // Throttling matters most for the functions in front of all others, and for those with a concurrency limit of their
+    // own.
     let throttled: BTreeSet<String> = watched(alarms["ThrottlesAlarm"])
         .into_iter()
         .map(|metric| metric.dimensions["FunctionName"]["Ref"].as_str().expect("a function").to_owned())
         .collect();
     let expected = ["AuthorizerFunction", "EventsFunction", "WorkerFunction", "StreamStartFunction"];
     assert_eq!(throttled, expected.map(str::to_owned).into());
-    // Faults are looked for in the log of every function that can have them.
+    // A metric filter searches the log of every function that can fail through the server's fault.
     let logs: BTreeSet<&str> = of_type(&template, "AWS::Logs::MetricFilter")
         .values()
         .map(|filter| filter["LogGroupName"]["Ref"].as_str().expect("a log group"))
         .collect();
     let of_functions: BTreeSet<String> = functions.iter().map(|id| id.replace("Function", "Log")).collect();
     let without: Vec<_> = of_functions.iter().filter(|log| !logs.contains(log.as_str())).collect();
-    assert_eq!(without, ["WebClientLog"], "it has no store that could fail");
+    assert_eq!(without, ["WebClientLog"], "WebClient has no store that could fail");
     let budget = &of_type(&template, "AWS::Budgets::Budget")["Budget"];
     assert_eq!(template["Resources"]["Budget"]["Condition"], "HasBudget");
     assert_eq!(budget["Budget"]["BudgetLimit"]["Amount"], json!({"Ref": "MonthlyBudget"}));
@@ -191,8 +194,8 @@ fn what_an_operator_must_know_has_an_alarm() {
     }
 }
 
-/// CloudWatch's filter patterns for JSON, as far as the template uses them: comparisons of fields with texts, `&&`, `||` and
-/// parentheses.
+/// Evaluates CloudWatch's filter patterns for JSON, as far as the template uses them: comparisons of fields with texts,
+/// `&&`, `||` and parentheses.
 mod pattern {
     use serde_json::Value;
 
@@ -214,7 +217,7 @@ mod pattern {
                 '&' | '|' => 2,
                 '"' => rest[1..].find('"').expect("an end of the text") + 2,
                 '$' => rest.find(|one: char| one == '=' || one.is_whitespace()).expect("a comparison"),
-                other => panic!("{other} is not known here"),
+                other => panic!("{other} is not supported"),
             };
             tokens.push(rest[..length].to_owned());
             rest = rest[length..].trim_start();
@@ -241,10 +244,10 @@ mod pattern {
     fn one(rest: &mut &[String], line: &Value) -> bool {
         if take(rest, "(") {
             let matches = any(rest, line);
-            assert!(take(rest, ")"), "a parenthesis is not closed");
+            assert!(take(rest, ")"), "a closing parenthesis is missing");
             return matches;
         }
-        let [field, equals, text, ..] = *rest else { panic!("{rest:?} is no comparison") };
+        let [field, equals, text, ..] = *rest else { panic!("{rest:?} is not a comparison") };
         assert_eq!(equals, "=");
         let field = field.strip_prefix("$.").expect("a field");
         let matches = line[field].as_str() == Some(text.trim_matches('"'));
@@ -261,7 +264,7 @@ mod pattern {
     }
 
     #[test]
-    fn patterns_are_understood() {
+    fn filter_patterns_are_parsed() {
         let line = serde_json::json!({"message": "a", "fault": "server"});
         for (pattern, expected) in [
             (r#"{ $.message = "a" }"#, true),
@@ -276,7 +279,7 @@ mod pattern {
     }
 }
 
-/// What this thread logs, line by line, in the form that functions log in.
+/// Captures what this thread logs, line by line, in the functions' log format.
 #[derive(Clone, Default)]
 pub struct Log(Arc<Mutex<Vec<u8>>>);
 
@@ -300,7 +303,7 @@ impl Log {
         (log, log_to(subscriber))
     }
 
-    /// The lines since the last time.
+    /// The lines since the last call.
     pub fn take(&self) -> Vec<Value> {
         let bytes = std::mem::take(&mut *self.0.lock().expect("unpoisoned"));
         let text = String::from_utf8(bytes).expect("text");
@@ -308,14 +311,14 @@ impl Log {
     }
 }
 
-/// How many of the lines a metric filter of the template counts.
+/// The number of lines that a metric filter of the template counts.
 fn counted(filter: &str, lines: &[Value]) -> usize {
     let template = template();
     let pattern = template["Resources"][filter]["Properties"]["FilterPattern"].as_str().expect("a pattern");
     lines.iter().filter(|line| pattern::matches(pattern, line)).count()
 }
 
-/// Only what the operator can remedy counts: each start fails, for a reason of its user's or of the server's.
+/// Only errors that the operator can fix are counted: each start fails, because of its user or because of the server.
 #[tokio::test]
 async fn a_failed_start_counts_only_if_it_is_the_servers_fault() {
     let (log, _logging) = Log::begin();
@@ -332,26 +335,26 @@ async fn a_failed_start_counts_only_if_it_is_the_servers_fault() {
         ("an agent server that refuses", message.clone(), json!({"llm_model": "openai/x"}), Some(broken()), "server"),
     ];
     for (case, body, settings, fault, expected) in cases {
-        let rig = WorkerHarness::start(quick()).await;
-        rig.set_settings(settings).await;
+        let harness = WorkerHarness::start(quick()).await;
+        harness.set_settings(settings).await;
         if let Some(fault) = fault {
-            rig.agent.inject(fault);
+            harness.agent.inject(fault);
         }
-        let task = rig.begin(&body).await;
-        let ended = rig.drive(task.id).await;
+        let task = harness.begin(&body).await;
+        let ended = harness.drive(task.id).await;
         assert_eq!(ended.now.status, StartStatus::Error, "{case}: {:?}", ended.now.detail);
         let lines = log.take();
         let failed: Vec<&Value> = lines.iter().filter(|line| line["message"] == "start.failed").collect();
         assert_eq!(failed.len(), 1, "{case}: {lines:?}");
         assert_eq!(failed[0]["fault"], expected, "{case}: {}", failed[0]);
         assert_eq!(counted("StartsInError", &lines), usize::from(expected == "server"), "{case}");
-        rig.finish().await;
+        harness.finish().await;
     }
-    let rig = WorkerHarness::start(quick()).await;
-    let task = rig.begin(&message).await;
-    rig.context.saga.give_up(&rig.user, task.id).await.expect("given up");
-    assert_eq!(counted("StartsInError", &log.take()), 1, "a start that is given up");
-    rig.finish().await;
+    let harness = WorkerHarness::start(quick()).await;
+    let task = harness.begin(&message).await;
+    harness.context.saga.give_up(&harness.user, task.id).await.expect("given up");
+    assert_eq!(counted("StartsInError", &log.take()), 1, "an abandoned start");
+    harness.finish().await;
 }
 
 /// The same for requests.

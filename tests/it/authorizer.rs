@@ -1,4 +1,5 @@
-//! Who is let in: API keys and the tokens of an issuer, against whatever else comes in their place.
+//! The Lambda authorizer: it accepts API keys and the OIDC issuer's JWTs, and refuses forged, expired or revoked
+//! credentials.
 
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -16,7 +17,7 @@ use http::StatusCode;
 use jsonwebtoken::jwk::{AlgorithmParameters, Jwk, PublicKeyUse};
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use local::api_keys;
-use local::options::{ApiKeyCommand, PlaceOptions};
+use local::options::{ApiKeyCommand, TargetOptions};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Value, json};
 use shared::aws::Aws;
@@ -56,7 +57,7 @@ impl Signer {
     pub fn rsa(id: &'static str) -> Self {
         let pair = KeyPair::generate(KeySize::Rsa2048).expect("a key");
         let pkcs8: Pkcs8V1Der<'_> = pair.as_der().expect("its form");
-        // Behind 26 bytes that say that it is one stands the key in the form of PKCS #1.
+        // The first 26 bytes identify the algorithm; the key in PKCS #1 format follows.
         Self { id, algorithm: Algorithm::RS256, key: EncodingKey::from_rsa_der(&pkcs8.as_ref()[26..]) }
     }
 
@@ -76,7 +77,7 @@ impl Signer {
     }
 }
 
-/// An issuer whose keys can be changed, and which counts how often it is asked for them.
+/// A stub OIDC issuer whose keys (JWKS) a test can change, and which counts how often they are requested.
 pub struct Issuer {
     pub server: Server,
     keys: Arc<Mutex<Value>>,
@@ -122,9 +123,9 @@ impl Issuer {
         json!({"iss": self.server.url(), "aud": AUDIENCE, "sub": subject, "iat": now, "exp": now + 60})
     }
 
-    /// Those of somebody, changed; `null` takes one out.
+    /// The claims of a user, with changes; `null` removes a claim.
     fn claims_with(&self, changes: &Value) -> Value {
-        let mut claims = self.claims("somebody");
+        let mut claims = self.claims("user-one");
         for (name, value) in changes.as_object().expect("an object") {
             match value {
                 Value::Null => drop(claims.as_object_mut().expect("an object").remove(name)),
@@ -135,7 +136,7 @@ impl Issuer {
     }
 }
 
-/// Tokens of the issuer, signed by this key of its, that do not hold: whose, when and for whom they are is not as it should be.
+/// Invalid tokens of the issuer, correctly signed with this key: wrong claims about user, time or audience.
 pub fn invalid(issuer: &Issuer, signer: &Signer) -> Vec<(String, String)> {
     let now = Time::now().unix_seconds();
     let claims = [
@@ -153,29 +154,29 @@ pub fn invalid(issuer: &Issuer, signer: &Signer) -> Vec<(String, String)> {
         json!({"sub": ""}),
         json!({"sub": 7}),
         json!({"sub": "x".repeat(256)}),
-        // The local user is nobody here.
+        // The local user does not exist on AWS.
         json!({"sub": "local"}),
     ];
     claims.iter().map(|changes| (changes.to_string(), signer.sign(&issuer.claims_with(changes)))).collect()
 }
 
-/// What looks like tokens of the issuer, whose keys `one` and `two` these are, and was not made by it.
+/// Forged tokens that look like those of the issuer, whose real keys are `rsa` and `ec`.
 pub fn forged(issuer: &Issuer, rsa: &Signer, ec: &Signer) -> Vec<(String, String)> {
     let stranger = Signer::ec("two");
-    let good = ec.sign(&issuer.claims("somebody"));
+    let good = ec.sign(&issuer.claims("user-one"));
     let [head, body, signature] = good.split('.').collect::<Vec<_>>()[..] else { panic!("three parts") };
     let part = |value: &Value| BASE64URL.encode(value.to_string());
     let unsigned = part(&json!({"alg": "none", "typ": "JWT"}));
     let other = part(&issuer.claims("another"));
     let hmac = |secret: &[u8], kid: &str| {
         let header = Header { kid: Some(kid.to_owned()), ..Header::new(Algorithm::HS256) };
-        encode(&header, &issuer.claims("somebody"), &EncodingKey::from_secret(secret)).expect("a token")
+        encode(&header, &issuer.claims("user-one"), &EncodingKey::from_secret(secret)).expect("a token")
     };
     let document = issuer.keys.lock().expect("keys").to_string();
     let AlgorithmParameters::RSA(public) = rsa.jwk().algorithm else { panic!("an RSA key") };
     let critical = part(&json!({"alg": "ES256", "kid": "two", "crit": ["exp"]}));
     let header = |signer: &Signer, algorithm, kid: Option<&str>| {
-        signer.sign_with(&Header { kid: kid.map(str::to_owned), ..Header::new(algorithm) }, &issuer.claims("somebody"))
+        signer.sign_with(&Header { kid: kid.map(str::to_owned), ..Header::new(algorithm) }, &issuer.claims("user-one"))
     };
     let forged = [
         ("alg none", format!("{unsigned}.{body}.")),
@@ -187,7 +188,7 @@ pub fn forged(issuer: &Issuer, rsa: &Signer, ec: &Signer) -> Vec<(String, String
         ("HS256 with the public key's bytes", hmac(&BASE64URL.decode(&public.n).expect("bytes"), "one")),
         ("HS256 with the issuer's document", hmac(document.as_bytes(), "one")),
         ("an extension that must be understood", format!("{critical}.{body}.{signature}")),
-        ("a stranger's key under the name of ours", stranger.sign(&issuer.claims("somebody"))),
+        ("another key with the key id of the issuer's", stranger.sign(&issuer.claims("user-one"))),
         ("the name of another of its keys", header(ec, Algorithm::ES256, Some("one"))),
         ("another algorithm than the key is for", header(rsa, Algorithm::PS256, Some("one"))),
         ("nothing", ".".to_owned()),
@@ -197,7 +198,7 @@ pub fn forged(issuer: &Issuer, rsa: &Signer, ec: &Signer) -> Vec<(String, String
     forged.map(|(what, token)| (what.to_owned(), token)).into()
 }
 
-struct WorkerHarness {
+struct Fixture {
     keys: ApiKeyStore,
     config: AuthorizerConfig,
     authorizer: Authorizer,
@@ -205,7 +206,7 @@ struct WorkerHarness {
     folder: TempDir,
 }
 
-impl WorkerHarness {
+impl Fixture {
     async fn new(issuer: Option<&Issuer>) -> Self {
         let folder = TempDir::new().expect("a folder");
         let engines = Engines::start(folder.path()).await;
@@ -219,11 +220,10 @@ impl WorkerHarness {
         Self { keys, config, authorizer, engines, folder }
     }
 
-    /// The user that a request with this header is let in as; `None` when it is refused with 401.
+    /// The user that a request with this header is authorized as; `None` if the response is 401.
     async fn user(&self, header: &str, value: &str) -> Option<String> {
         let arn = "arn:aws:execute-api:eu-central-1:123456789012:abcdef/live/GET/api/v1/app-conversations";
-        let event =
-            json!({"type": "REQUEST", "methodArn": arn, "headers": {header: value, "X-User-Id": "somebody-else"}});
+        let event = json!({"type": "REQUEST", "methodArn": arn, "headers": {header: value, "X-User-Id": "user-two"}});
         match self.authorizer.handle(event).await {
             Ok(answer) => {
                 let statement = &answer["policyDocument"]["Statement"];
@@ -233,7 +233,7 @@ impl WorkerHarness {
                 Some(answer["context"]["user_id"].as_str().expect("text").to_owned())
             }
             Err(refusal @ Refusal::Unauthorized) => {
-                // API Gateway answers 401 for this text, and 500 for every other one.
+                // API Gateway responds with 401 to this text, and with 500 to every other one.
                 assert_eq!(refusal.to_string(), "Unauthorized");
                 None
             }
@@ -247,24 +247,24 @@ impl WorkerHarness {
 }
 
 #[tokio::test]
-async fn tokens_of_the_issuer_are_let_in_and_nothing_like_them() {
+async fn tokens_of_the_issuer_are_accepted_and_invalid_or_forged_ones_are_refused() {
     let issuer = Issuer::start().await;
     let (rsa, ec, ed) = (Signer::rsa("one"), Signer::ec("two"), Signer::ed("three"));
     issuer.publish(&[&rsa, &ec, &ed]);
-    let rig = WorkerHarness::new(Some(&issuer)).await;
+    let fixture = Fixture::new(Some(&issuer)).await;
     for signer in [&rsa, &ec, &ed] {
-        let token = signer.sign(&issuer.claims("somebody"));
+        let token = signer.sign(&issuer.claims("user-one"));
         for (header, value) in [
             ("Authorization", format!("Bearer {token}")),
             ("authorization", format!("bearer {token}")),
             ("X-Access-Token", token.clone()),
             ("x-session-api-key", token.clone()),
         ] {
-            assert_eq!(rig.user(header, &value).await.as_deref(), Some("somebody"), "{header}");
+            assert_eq!(fixture.user(header, &value).await.as_deref(), Some("user-one"), "{header}");
         }
-        assert_eq!(rig.user("Cookie", &token).await, None);
+        assert_eq!(fixture.user("Cookie", &token).await, None);
     }
-    assert_eq!(issuer.asked.load(Ordering::Relaxed), 1, "keys are kept");
+    assert_eq!(issuer.asked.load(Ordering::Relaxed), 1, "keys are cached");
 
     // Clocks differ by a few seconds; an audience may be one of several.
     let now = Time::now().unix_seconds();
@@ -275,238 +275,239 @@ async fn tokens_of_the_issuer_are_let_in_and_nothing_like_them() {
         json!({"aud": ["others", AUDIENCE]}),
         json!({"sub": "x".repeat(255)}),
     ] {
-        assert!(rig.bearer(&ec.sign(&issuer.claims_with(&changes))).await.is_some(), "{changes}");
+        assert!(fixture.bearer(&ec.sign(&issuer.claims_with(&changes))).await.is_some(), "{changes}");
     }
     for (what, token) in invalid(&issuer, &ec).into_iter().chain(forged(&issuer, &rsa, &ec)) {
-        assert_eq!(rig.bearer(&token).await, None, "{what}");
+        assert_eq!(fixture.bearer(&token).await, None, "{what}");
     }
     let header = |signer: &Signer, algorithm, kid: Option<&str>| {
-        signer.sign_with(&Header { kid: kid.map(str::to_owned), ..Header::new(algorithm) }, &issuer.claims("somebody"))
+        signer.sign_with(&Header { kid: kid.map(str::to_owned), ..Header::new(algorithm) }, &issuer.claims("user-one"))
     };
-    // Which of several keys it is has to be said, unless only one fits.
-    assert_eq!(rig.bearer(&header(&ec, Algorithm::ES256, None)).await.as_deref(), Some("somebody"));
-    assert_eq!(issuer.asked.load(Ordering::Relaxed), 1, "no refused token made it ask");
-    rig.engines.shutdown().await;
+    // With several keys a token must name its key, unless only one fits the algorithm.
+    assert_eq!(fixture.bearer(&header(&ec, Algorithm::ES256, None)).await.as_deref(), Some("user-one"));
+    assert_eq!(issuer.asked.load(Ordering::Relaxed), 1, "refused tokens cause no request for keys");
+    fixture.engines.shutdown().await;
 }
 
-/// A clock that goes when it is told to.
+/// A clock that a test sets forward.
 #[derive(Clone)]
-struct Hands(Instant, Arc<AtomicU64>);
+struct TestClock(Instant, Arc<AtomicU64>);
 
-impl Hands {
+impl TestClock {
     fn new() -> Self {
         Self(Instant::now(), Arc::default())
     }
 
-    fn forward(&self, by: Duration) {
+    fn advance(&self, by: Duration) {
         self.1.fetch_add(u64::try_from(by.as_millis()).expect("milliseconds"), Ordering::SeqCst);
     }
 
-    fn clock(&self) -> authorizer::tokens::Clock {
-        let hands = self.clone();
-        Arc::new(move || hands.0 + Duration::from_millis(hands.1.load(Ordering::SeqCst)))
+    fn as_clock(&self) -> authorizer::tokens::Clock {
+        let clock = self.clone();
+        Arc::new(move || clock.0 + Duration::from_millis(clock.1.load(Ordering::SeqCst)))
     }
 }
 
-/// What a token is answered with.
+/// The authorizer's decision on a token.
 async fn verdict(authorizer: &Authorizer, token: &str) -> &'static str {
     let event = json!({"methodArn": "arn", "headers": {"X-Access-Token": token}});
     match authorizer.handle(event).await {
-        Ok(_) => "let in",
+        Ok(_) => "accepted",
         Err(Refusal::Unauthorized) => "refused",
         Err(refusal @ Refusal::Unknown(_)) => {
-            // Without keys nobody can say whether a token holds: that is no 401.
+            // Without keys the authorizer cannot decide whether a token is valid, so the response is not 401.
             assert_ne!(refusal.to_string(), "Unauthorized");
             "unknown"
         }
     }
 }
 
-/// A pause with as much added to it as is at most.
+/// A pause with the largest possible jitter.
 fn at_most(pause: Duration) -> Duration {
     pause.mul_f64(1.5)
 }
 
 #[tokio::test]
-async fn keys_of_the_issuer_are_read_again_when_they_change_but_not_for_every_made_up_name() {
+async fn jwks_is_requested_again_after_a_key_rotation_but_at_most_once_a_minute() {
     let issuer = Issuer::start().await;
     let (old, new) = (Signer::ec("old"), Signer::ec("new"));
     issuer.publish(&[&old]);
-    let mut rig = WorkerHarness::new(Some(&issuer)).await;
-    let hands = Hands::new();
-    let authorizer = Authorizer::with_clock(&rig.config, rig.keys.clone(), hands.clock());
+    let mut fixture = Fixture::new(Some(&issuer)).await;
+    let clock = TestClock::new();
+    let authorizer = Authorizer::with_clock(&fixture.config, fixture.keys.clone(), clock.as_clock());
     let asked = || issuer.asked.load(Ordering::Relaxed);
     let [olds, news] = [&old, &new].map(|signer| {
-        let mut claims = issuer.claims("somebody");
+        let mut claims = issuer.claims("user-one");
         claims["exp"] = json!(Time::now().unix_seconds() + 10_000);
         signer.sign(&claims)
     });
-    assert_eq!(verdict(&authorizer, &olds).await, "let in");
+    assert_eq!(verdict(&authorizer, &olds).await, "accepted");
     for _ in 0..5 {
         assert_eq!(verdict(&authorizer, &news).await, "refused");
     }
-    hands.forward(UNKNOWN_KEY_PAUSE.mul_f64(0.9));
+    clock.advance(UNKNOWN_KEY_PAUSE.mul_f64(0.9));
     assert_eq!(verdict(&authorizer, &news).await, "refused");
     assert_eq!(asked(), 1, "not again within a minute");
-    hands.forward(at_most(UNKNOWN_KEY_PAUSE));
+    clock.advance(at_most(UNKNOWN_KEY_PAUSE));
     issuer.publish(&[&old, &new]);
-    assert_eq!(verdict(&authorizer, &news).await, "let in");
+    assert_eq!(verdict(&authorizer, &news).await, "accepted");
     assert_eq!(asked(), 2);
-    // However many names are made up in a minute, by whomever: one reading.
-    hands.forward(at_most(UNKNOWN_KEY_PAUSE));
+    // However many unknown key ids callers send within a minute, the keys are requested once.
+    clock.advance(at_most(UNKNOWN_KEY_PAUSE));
     for number in 0..20 {
         let header = Header { kid: Some(format!("made up {number}")), ..Header::new(Algorithm::ES256) };
-        assert_eq!(verdict(&authorizer, &new.sign_with(&header, &issuer.claims("somebody"))).await, "refused");
+        assert_eq!(verdict(&authorizer, &new.sign_with(&header, &issuer.claims("user-one"))).await, "refused");
     }
     assert_eq!(asked(), 3);
-    // An authorizer that starts later knows the new one.
-    rig.authorizer = Authorizer::new(&rig.config, rig.keys.clone());
-    assert!(rig.bearer(&news).await.is_some());
+    // An authorizer that starts later has the new key.
+    fixture.authorizer = Authorizer::new(&fixture.config, fixture.keys.clone());
+    assert!(fixture.bearer(&news).await.is_some());
 
-    // An issuer that says it is another one.
+    // An issuer whose metadata names another issuer.
     let oidc = OidcConfig { issuer: format!("{}/tenant", issuer.server.url()), audience: AUDIENCE.into() };
-    let other = Authorizer::new(&AuthorizerConfig { oidc: Some(oidc), ..rig.config.clone() }, rig.keys.clone());
+    let other = Authorizer::new(&AuthorizerConfig { oidc: Some(oidc), ..fixture.config.clone() }, fixture.keys.clone());
     assert_eq!(verdict(&other, &olds).await, "unknown");
-    rig.engines.shutdown().await;
+    fixture.engines.shutdown().await;
 }
 
 #[tokio::test]
-async fn keys_hold_for_a_day_without_their_issuer_and_then_no_more() {
+async fn cached_jwks_is_valid_for_a_day_while_the_issuer_fails() {
     let issuer = Issuer::start().await;
     let signer = Signer::ec("one");
     issuer.fail();
-    let rig = WorkerHarness::new(Some(&issuer)).await;
-    let hands = Hands::new();
-    let authorizer = Authorizer::with_clock(&rig.config, rig.keys.clone(), hands.clock());
+    let fixture = Fixture::new(Some(&issuer)).await;
+    let clock = TestClock::new();
+    let authorizer = Authorizer::with_clock(&fixture.config, fixture.keys.clone(), clock.as_clock());
     let asked = || issuer.asked.load(Ordering::Relaxed);
-    let mut claims = issuer.claims("somebody");
+    let mut claims = issuer.claims("user-one");
     claims["exp"] = json!(Time::now().unix_seconds() + 10_000);
     let token = signer.sign(&claims);
-    // An issuer that fails is not asked for each request, and asked again soon.
+    // Keys are not requested again for each request while the issuer fails, but after a short pause.
     for _ in 0..5 {
         assert_eq!(verdict(&authorizer, &token).await, "unknown");
     }
     assert_eq!(asked(), 1);
     issuer.publish(&[&signer]);
-    hands.forward(at_most(FAILURE_PAUSE));
-    assert_eq!(verdict(&authorizer, &token).await, "let in");
-    // Keys of an hour ago are read again; while that fails they hold.
+    clock.advance(at_most(FAILURE_PAUSE));
+    assert_eq!(verdict(&authorizer, &token).await, "accepted");
+    // Keys are requested again after an hour; while that fails the cached ones stay valid.
     issuer.fail();
-    hands.forward(Duration::from_secs(3600));
-    assert_eq!(verdict(&authorizer, &token).await, "let in");
+    clock.advance(Duration::from_secs(3600));
+    assert_eq!(verdict(&authorizer, &token).await, "accepted");
     let before = asked();
-    assert_eq!(verdict(&authorizer, &token).await, "let in");
-    assert_eq!(asked(), before, "not for each request");
-    hands.forward(STALE.checked_sub(Duration::from_secs(3601)).expect("a day is longer"));
-    assert_eq!(verdict(&authorizer, &token).await, "let in");
-    // A day after they were read they do not, also between two tries.
-    hands.forward(Duration::from_secs(2));
+    assert_eq!(verdict(&authorizer, &token).await, "accepted");
+    assert_eq!(asked(), before, "keys are not requested for each request");
+    clock.advance(STALE.checked_sub(Duration::from_secs(3601)).expect("a day is longer"));
+    assert_eq!(verdict(&authorizer, &token).await, "accepted");
+    // A day after the last success they expire, also between two attempts.
+    clock.advance(Duration::from_secs(2));
     for _ in 0..3 {
         assert_eq!(verdict(&authorizer, &token).await, "unknown");
     }
-    hands.forward(at_most(FAILURE_PAUSE));
+    clock.advance(at_most(FAILURE_PAUSE));
     assert_eq!(verdict(&authorizer, &token).await, "unknown");
     issuer.publish(&[&signer]);
-    hands.forward(at_most(FAILURE_PAUSE));
-    assert_eq!(verdict(&authorizer, &token).await, "let in");
-    rig.engines.shutdown().await;
+    clock.advance(at_most(FAILURE_PAUSE));
+    assert_eq!(verdict(&authorizer, &token).await, "accepted");
+    fixture.engines.shutdown().await;
 }
 
 #[tokio::test]
-async fn api_keys_let_in_until_they_are_revoked_and_are_nowhere_stored() {
-    let rig = WorkerHarness::new(None).await;
+async fn api_keys_are_accepted_until_revoked_and_never_stored_in_plain_text() {
+    let fixture = Fixture::new(None).await;
     let (ann, bob) = (UserId::new("ann"), UserId::new("bob"));
-    let (key, secret) = rig.keys.create(&ann, " a robot ").await.expect("a key");
-    let (_, bobs) = rig.keys.create(&bob, "another").await.expect("a key");
-    assert_eq!((key.name.as_str(), rig.keys.list(&ann).await.expect("keys")), ("a robot", vec![key.clone()]));
+    let (key, secret) = fixture.keys.create(&ann, " a robot ").await.expect("a key");
+    let (_, bobs) = fixture.keys.create(&bob, "another").await.expect("a key");
+    assert_eq!((key.name.as_str(), fixture.keys.list(&ann).await.expect("keys")), ("a robot", vec![key.clone()]));
     for header in ["Authorization", "X-Access-Token", "X-Session-API-Key"] {
         let value = |secret: &SecretString| match header {
             "Authorization" => format!("Bearer {}", secret.expose_secret()),
             _ => secret.expose_secret().to_owned(),
         };
-        assert_eq!(rig.user(header, &value(&secret)).await.as_deref(), Some("ann"), "{header}");
-        assert_eq!(rig.user(header, &value(&bobs)).await.as_deref(), Some("bob"), "{header}");
+        assert_eq!(fixture.user(header, &value(&secret)).await.as_deref(), Some("ann"), "{header}");
+        assert_eq!(fixture.user(header, &value(&bobs)).await.as_deref(), Some("bob"), "{header}");
     }
     let other = format!("oh-{}", shared::id::random_base62(43));
     for wrong in
         ["", "x", &other, &secret.expose_secret().to_lowercase(), &format!("{} ", &secret.expose_secret()[..45])]
     {
-        assert_eq!(rig.bearer(wrong).await, None, "{wrong}");
+        assert_eq!(fixture.bearer(wrong).await, None, "{wrong}");
     }
-    // Where no issuer is configured no token holds.
+    // Without a configured issuer no JWT is accepted.
     let signer = Signer::ec("any");
     let claims = json!({"iss": "", "aud": AUDIENCE, "sub": "ann", "exp": Time::now().unix_seconds() + 60});
-    assert_eq!(rig.bearer(&signer.sign(&claims)).await, None);
+    assert_eq!(fixture.bearer(&signer.sign(&claims)).await, None);
 
-    // Another user's key is no key.
-    assert!(!rig.keys.revoke(&bob, key.id).await.expect("the store"));
-    assert!(!rig.keys.revoke(&ann, Uuid::new_v4()).await.expect("the store"));
-    assert_eq!(rig.bearer(secret.expose_secret()).await.as_deref(), Some("ann"));
-    let (one, two) = tokio::join!(rig.keys.revoke(&ann, key.id), rig.keys.revoke(&ann, key.id));
+    // Another user cannot revoke the key.
+    assert!(!fixture.keys.revoke(&bob, key.id).await.expect("the store"));
+    assert!(!fixture.keys.revoke(&ann, Uuid::new_v4()).await.expect("the store"));
+    assert_eq!(fixture.bearer(secret.expose_secret()).await.as_deref(), Some("ann"));
+    let (one, two) = tokio::join!(fixture.keys.revoke(&ann, key.id), fixture.keys.revoke(&ann, key.id));
     assert_eq!([one.expect("the store"), two.expect("the store")].iter().filter(|revoked| **revoked).count(), 1);
-    assert_eq!(rig.bearer(secret.expose_secret()).await, None, "revoked");
-    assert_eq!(rig.keys.list(&ann).await.expect("keys"), []);
-    assert_eq!(rig.bearer(bobs.expose_secret()).await.as_deref(), Some("bob"));
+    assert_eq!(fixture.bearer(secret.expose_secret()).await, None, "revoked");
+    assert_eq!(fixture.keys.list(&ann).await.expect("keys"), []);
+    assert_eq!(fixture.bearer(bobs.expose_secret()).await.as_deref(), Some("bob"));
 
     for name in ["", "  ", &"x".repeat(101)] {
-        let refused = rig.keys.create(&ann, name).await.expect_err("no name");
+        let refused = fixture.keys.create(&ann, name).await.expect_err("no name");
         assert!(matches!(refused, shared::Error::Refused(_)), "{refused:?}");
     }
     for number in 0..MAX_KEYS {
-        rig.keys.create(&ann, &format!("key {number}")).await.expect("a key");
+        fixture.keys.create(&ann, &format!("key {number}")).await.expect("a key");
     }
-    let refused = rig.keys.create(&ann, "one too many").await.expect_err("too many");
+    let refused = fixture.keys.create(&ann, "one too many").await.expect_err("too many");
     assert!(refused.to_string().contains("revoke one"), "{refused}");
 
-    let folder = rig.folder.path().to_owned();
-    rig.engines.shutdown().await;
+    let folder = fixture.folder.path().to_owned();
+    fixture.engines.shutdown().await;
     if skipped_on_ministack("what is in the embedded store's file") {
         return;
     }
     let stored = std::fs::read(folder.join("dynamodb.sqlite")).expect("the store");
     let holds = |text: &str| stored.windows(text.len()).any(|window| window == text.as_bytes());
-    assert!(holds("another"), "this is where keys are");
-    assert!(!holds(bobs.expose_secret()) && !holds(secret.expose_secret()), "keys in clear");
+    assert!(holds("another"), "the file contains the rows of keys");
+    assert!(!holds(bobs.expose_secret()) && !holds(secret.expose_secret()), "keys are stored in plain text");
 }
 
 #[tokio::test]
-async fn a_store_that_fails_is_no_refusal() {
-    let mut rig = WorkerHarness::new(None).await;
-    let (_, secret) = rig.keys.create(&UserId::new("ann"), "a key").await.expect("a key");
+async fn store_failure_is_an_error_and_not_a_refusal() {
+    let mut fixture = Fixture::new(None).await;
+    let (_, secret) = fixture.keys.create(&UserId::new("ann"), "a key").await.expect("a key");
     let event = json!({"methodArn": "arn", "headers": {"X-Access-Token": secret.expose_secret()}});
-    let way = FaultProxy::new().to(&rig.engines.dynamodb).await;
-    let network = rig.engines.network_sdk_config().await;
+    let way = FaultProxy::new().to(&fixture.engines.dynamodb).await;
+    let network = fixture.engines.network_sdk_config().await;
     let dynamodb = aws_sdk_dynamodb::config::Builder::from(&network).endpoint_url(way.url()).build();
-    let keys = ApiKeyStore::new(aws_sdk_dynamodb::Client::from_conf(dynamodb), rig.config.users.clone());
-    rig.authorizer = Authorizer::new(&rig.config, keys);
-    assert!(rig.authorizer.handle(event.clone()).await.is_ok());
+    let keys = ApiKeyStore::new(aws_sdk_dynamodb::Client::from_conf(dynamodb), fixture.config.users.clone());
+    fixture.authorizer = Authorizer::new(&fixture.config, keys);
+    assert!(fixture.authorizer.handle(event.clone()).await.is_ok());
     drop(way);
-    let refusal = rig.authorizer.handle(event).await.expect_err("no store");
+    let refusal = fixture.authorizer.handle(event).await.expect_err("no store");
     assert!(matches!(refusal, Refusal::Unknown(_)), "{refusal:?}");
     for event in [json!({}), json!([]), json!({"headers": {}})] {
-        assert!(rig.authorizer.handle(event).await.is_err());
+        assert!(fixture.authorizer.handle(event).await.is_err());
     }
-    let nobody = rig.authorizer.handle(json!({"methodArn": "arn", "headers": null})).await.expect_err("nobody");
-    assert!(matches!(nobody, Refusal::Unauthorized), "{nobody:?}");
+    let refusal =
+        fixture.authorizer.handle(json!({"methodArn": "arn", "headers": null})).await.expect_err("no credentials");
+    assert!(matches!(refusal, Refusal::Unauthorized), "{refusal:?}");
 }
 
 #[tokio::test]
-async fn the_command_makes_lists_and_revokes_keys() {
+async fn api_key_command_creates_lists_and_revokes_keys() {
     let folder = TempDir::new().expect("a folder");
     let data = folder.path();
-    let place = PlaceOptions { user: Some("ann".into()), ..PlaceOptions::default() };
+    let target = TargetOptions { user: Some("ann".into()), ..TargetOptions::default() };
     let run = async |command: ApiKeyCommand| api_keys::run(&command, data).await.expect("done");
-    let made = run(ApiKeyCommand::Create { name: "a robot".into(), place: place.clone() }).await.expect("a key");
+    let made = run(ApiKeyCommand::Create { name: "a robot".into(), target: target.clone() }).await.expect("a key");
     assert!(ApiKeyStore::looks_like_one(made.trim()), "{made}");
-    let listed = run(ApiKeyCommand::List { place: place.clone() }).await.expect("a list");
+    let listed = run(ApiKeyCommand::List { target: target.clone() }).await.expect("a list");
     assert!(listed.trim_end().ends_with(&format!("{}…  a robot", &made[..7])), "{listed}");
     assert!(!listed.contains(made.trim()));
     let id: Uuid = listed.split_whitespace().next().expect("an id").parse().expect("an id");
-    assert_eq!(run(ApiKeyCommand::Revoke { id, place: PlaceOptions::default() }).await, None, "another user");
-    assert!(run(ApiKeyCommand::Revoke { id, place: place.clone() }).await.is_some());
-    assert_eq!(run(ApiKeyCommand::Revoke { id, place: place.clone() }).await, None);
-    assert_eq!(run(ApiKeyCommand::List { place }).await.as_deref(), Some(""));
-    let nobody = PlaceOptions { stack: Some("stack".into()), ..PlaceOptions::default() };
-    let error = api_keys::run(&ApiKeyCommand::List { place: nobody }, data).await.expect_err("whose?");
+    assert_eq!(run(ApiKeyCommand::Revoke { id, target: TargetOptions::default() }).await, None, "another user");
+    assert!(run(ApiKeyCommand::Revoke { id, target: target.clone() }).await.is_some());
+    assert_eq!(run(ApiKeyCommand::Revoke { id, target: target.clone() }).await, None);
+    assert_eq!(run(ApiKeyCommand::List { target }).await.as_deref(), Some(""));
+    let without_user = TargetOptions { stack: Some("stack".into()), ..TargetOptions::default() };
+    let error = api_keys::run(&ApiKeyCommand::List { target: without_user }, data).await.expect_err("no user");
     assert!(error.to_string().contains("--user"), "{error}");
 }

@@ -1,7 +1,7 @@
-//! The whole product on real agent servers: what a user sees from the first request to the agent's answer. The language
+//! The whole product on real agent servers: what a user sees from the first request to the agent's reply. The language
 //! model and the git host are scripted.
 //!
-//! Agent servers are expensive, so each test does many things in few sandboxes.
+//! Agent servers are expensive, so each test checks many things in few sandboxes.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -19,11 +19,11 @@ use crate::support::product::{
 use crate::support::scripted_llm::{COMPLETION_TOKENS, DEFAULT_TITLE, PROMPT_TOKENS, Reply, ScriptedLlm};
 use crate::support::wait::wait_until;
 
-/// The SDK gives a model that does not answer about two minutes.
+/// The SDK retries a model that does not respond for about two minutes.
 const DEAD_MODEL_LIMIT: Duration = Duration::from_secs(200);
-/// What an agent server sends within seconds, on a machine that is busy with other tests.
-const TOLD_LIMIT: Duration = Duration::from_secs(180);
-const TOKEN: &str = "token-that-nobody-may-see-7f3a";
+/// Agent servers send their webhooks within seconds, but the machine may be busy with other tests.
+const REPORT_LIMIT: Duration = Duration::from_secs(180);
+const TOKEN: &str = "token-that-must-stay-secret-7f3a";
 
 fn settings(model_url: &str) -> Value {
     json!({
@@ -39,7 +39,7 @@ fn hex(id: &str) -> String {
     Uuid::parse_str(id).expect("an id").simple().to_string()
 }
 
-/// The model's requests of the conversation that was told this.
+/// The model's requests of the conversation with this message.
 fn requests_with(llm: &ScriptedLlm, said: &str) -> Vec<Value> {
     let about = |request: &Value| {
         let messages = request["messages"].as_array().into_iter().flatten();
@@ -52,7 +52,7 @@ fn requests_with(llm: &ScriptedLlm, said: &str) -> Vec<Value> {
 
 #[track_caller]
 fn request_with(llm: &ScriptedLlm, said: &str) -> Value {
-    requests_with(llm, said).pop().unwrap_or_else(|| panic!("the model was never told `{said}`"))
+    requests_with(llm, said).pop().unwrap_or_else(|| panic!("no request to the model contains `{said}`"))
 }
 
 fn system_prompt(request: &Value) -> String {
@@ -73,14 +73,14 @@ fn assert_in_order(seen: &[String]) {
     let places: Vec<Option<usize>> =
         seen.iter().map(|status| STATUSES.iter().position(|known| known == status)).collect();
     assert!(places.iter().all(Option::is_some), "unknown statuses: {seen:?}");
-    assert!(places.is_sorted_by(|one, next| one < next), "statuses go back: {seen:?}");
+    assert!(places.is_sorted_by(|one, next| one < next), "statuses are out of order: {seen:?}");
 }
 
-/// Without a model, and without any other setting: a conversation from its start to its answer, which says what it is.
+/// Without a model or any other setting, a demo conversation runs to its reply, which says that it is a demo.
 #[tokio::test]
 async fn a_demo_needs_no_model() {
     let product = Product::demo().await;
-    product.show_demo().await.expect("it is shown to its end");
+    product.show_demo().await.expect("the demo runs to its end");
     let id = ids(&product.get("/search").await).pop().expect("a conversation");
     let conversation = product.conversation_when(&id, "finished").await;
     assert_eq!(conversation["llm_model"], "openai/scripted-demo", "{conversation:#}");
@@ -89,7 +89,7 @@ async fn a_demo_needs_no_model() {
     assert!(said.len() == 1 && said[0].contains("a script wrote this answer"), "{said:?}");
     let written = product.get(&format!("/{id}/file?file_path=/workspace/project/hello.txt")).await;
     assert_eq!(written, "Written by an agent that follows a script.\n");
-    // Real conversations would be elsewhere.
+    // Real conversations would use another folder.
     assert!(product.data().join("demo/sandboxes").is_dir() && !product.data().join("sandboxes").exists());
     product.shutdown().await;
 }
@@ -97,7 +97,7 @@ async fn a_demo_needs_no_model() {
 // One sandbox, from its first conversation to the next run of the program.
 
 #[tokio::test]
-async fn conversations_start_share_a_sandbox_and_outlive_the_program() {
+async fn conversations_share_a_sandbox_and_survive_a_restart() {
     let llm = ScriptedLlm::start().await;
     let git = GitServer::start().await;
     git.create_repository("owner/project", &[("README.md", "Read me\n", false)], &[]).await;
@@ -112,15 +112,15 @@ async fn conversations_start_share_a_sandbox_and_outlive_the_program() {
 
     let first = a_first_message_is_answered(&product, &llm).await;
     let sandbox = text(&product.conversation(&first).await["sandbox_id"]);
-    what_a_client_asks_for_is_kept(&product, &llm, &sandbox).await;
-    secrets_reach_the_agent_and_nobody_else(&product, &llm, &sandbox).await;
-    a_planning_sub_conversation_works_beside_its_parent(&product, &llm, &sandbox).await;
+    fields_of_the_request_are_kept(&product, &llm, &sandbox).await;
+    secrets_reach_only_the_agent(&product, &llm, &sandbox).await;
+    a_planning_sub_conversation_shares_its_parents_workspace(&product, &llm, &sandbox).await;
     a_suggested_task_is_explained_to_the_agent(&product, &llm, &sandbox).await;
-    a_stream_tells_every_status_once(&product, &sandbox).await;
-    a_start_goes_on_when_the_client_of_its_stream_leaves(&product, &sandbox).await;
-    an_unknown_sandbox_is_named(&product).await;
-    a_refusal_of_the_model_ends_the_conversation_with_its_words(&product, &llm, &sandbox).await;
-    mistakes_are_named_where_they_show(&product, &sandbox).await;
+    a_stream_sends_every_status_once(&product, &sandbox).await;
+    a_start_continues_after_the_client_of_its_stream_disconnects(&product, &sandbox).await;
+    an_unknown_sandbox_is_named_in_the_error(&product).await;
+    a_model_error_ends_the_conversation_with_its_message(&product, &llm, &sandbox).await;
+    configuration_errors_are_reported_where_they_occur(&product, &sandbox).await;
     a_start_resumes_its_paused_sandbox(&product, &llm, &sandbox).await;
 
     product.restart().await;
@@ -159,37 +159,37 @@ async fn a_first_message_is_answered(product: &Product, llm: &ScriptedLlm) -> St
     assert_eq!(hex(&text(&info["id"])), hex(&id), "{info:#}");
     assert_eq!(agent.said_by("user").await, ["Say hello"]);
     assert_eq!(agent.said_by("agent").await, ["Hello from the model"]);
-    assert_eq!(requests_with(llm, "Say hello").len(), 1, "the message is told once");
+    assert_eq!(requests_with(llm, "Say hello").len(), 1, "the message is sent once");
     assert!(agent.folder().await.join(".git").is_dir(), "an empty workspace is a git repository");
 
-    wait_until("the events arrive in the store", TOLD_LIMIT, async || {
+    wait_until("the events arrive in the store", REPORT_LIMIT, async || {
         let kinds: Vec<String> = product.events_of(&id).await.into_iter().map(|event| event.kind).collect();
         kinds.iter().filter(|kind| *kind == "MessageEvent").count() == 2
     })
     .await;
 
-    what_the_agent_did_is_told(product, &id).await;
+    events_title_and_metrics_are_recorded(product, &id).await;
 
-    // Where there is a browser the agent has it, and where there is none the user is told.
+    // If there is a browser the agent has its tool; otherwise `detail` says so.
     let browser = tools(&info).contains(&"browser_tool_set".to_owned());
     assert_eq!(start.detail().contains("Chromium"), !browser, "tools {:?}, detail {:?}", tools(&info), start.detail());
     id
 }
 
-/// The log, the title that the agent found, and what it used.
-async fn what_the_agent_did_is_told(product: &Product, id: &str) {
+/// The event log, the title that the agent generated, and its metrics.
+async fn events_title_and_metrics_are_recorded(product: &Product, id: &str) {
     let log = product.get_from(&format!("/api/v1/conversation/{id}/events/search?kind__eq=MessageEvent")).await;
     let said: Vec<&Value> = log["items"].as_array().expect("items").iter().map(|event| &event["source"]).collect();
     assert_eq!(said, ["user", "agent"], "{log:#}");
     let count = product.get_from(&format!("/api/v1/conversation/{id}/events/count")).await;
     assert_eq!(count, product.events_of(id).await.len());
-    wait_until("the agent's title is the conversation's", TOLD_LIMIT, async || {
+    wait_until("the conversation has the agent's title", REPORT_LIMIT, async || {
         product.conversation(id).await["title"] == DEFAULT_TITLE
     })
     .await;
-    wait_until("what the agent used is known", TOLD_LIMIT, async || {
+    wait_until("the metrics are recorded", REPORT_LIMIT, async || {
         let usage = product.conversation(id).await["metrics"]["accumulated_token_usage"].clone();
-        // The title costs as much as the answer, and may come later.
+        // The title request uses as many tokens as the reply, and may come later.
         [1, 2].iter().any(|times| {
             usage["prompt_tokens"] == times * PROMPT_TOKENS && usage["completion_tokens"] == times * COMPLETION_TOKENS
         })
@@ -197,7 +197,7 @@ async fn what_the_agent_did_is_told(product: &Product, id: &str) {
     .await;
 }
 
-async fn what_a_client_asks_for_is_kept(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
+async fn fields_of_the_request_are_kept(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
     let wished = Uuid::new_v4();
     let request = with(
         saying("Keep all this"),
@@ -229,7 +229,8 @@ async fn what_a_client_asks_for_is_kept(product: &Product, llm: &ScriptedLlm, sa
     assert_eq!(asked["model"], "another");
     assert!(system_prompt(&asked).contains("Always answer in rhymes."), "{}", system_prompt(&asked));
 
-    // The same again, also without the sandbox's name: the conversation is found, and told nothing twice.
+    // The same request again, also without the sandbox's id: the conversation is found, and its message is not sent
+    // twice.
     for sandbox in [json!(sandbox), Value::Null] {
         let again = product.start_conversation(with(request.clone(), json!({"sandbox_id": sandbox}))).await;
         assert_eq!(again.conversation_id(), start.conversation_id());
@@ -242,7 +243,7 @@ async fn what_a_client_asks_for_is_kept(product: &Product, llm: &ScriptedLlm, sa
     assert_eq!(unchanged["created_at"], shown["created_at"], "{unchanged:#}");
 }
 
-async fn secrets_reach_the_agent_and_nobody_else(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
+async fn secrets_reach_only_the_agent(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
     llm.reply_with(vec![
         Reply::tool_call(
             "terminal",
@@ -266,11 +267,11 @@ async fn secrets_reach_the_agent_and_nobody_else(product: &Product, llm: &Script
         ("our answer", product.conversation(&id).await.to_string()),
         ("the start task", start.task.to_string()),
     ] {
-        assert!(!said.contains("the-secret-value"), "{what} tells the secret: {said}");
+        assert!(!said.contains("the-secret-value"), "{what} contains the secret: {said}");
     }
 }
 
-async fn a_planning_sub_conversation_works_beside_its_parent(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
+async fn a_planning_sub_conversation_shares_its_parents_workspace(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
     let parent = product
         .start_conversation(with(
             saying("Build a bridge"),
@@ -283,11 +284,11 @@ async fn a_planning_sub_conversation_works_beside_its_parent(product: &Product, 
     let branch = branch_of(&parent_folder);
     assert!(branch.starts_with("openhands-workspace-"), "{branch}");
 
-    // Another repository of the same name must not be taken for this one.
+    // Another repository of the same name must not be confused with this one.
     let request = json!({"sandbox_id": sandbox, "selected_repository": "stranger/project"});
     let error = product.start_conversation(with(saying("Tear it down"), request)).await.error();
     assert!(error.contains("stranger/project") && error.contains("holds another repository"), "{error}");
-    assert!(requests_with(llm, "Tear it down").is_empty(), "the model is asked nothing");
+    assert!(requests_with(llm, "Tear it down").is_empty(), "no request is sent to the model");
 
     let child = product
         .start_conversation(with(
@@ -309,8 +310,8 @@ async fn a_planning_sub_conversation_works_beside_its_parent(product: &Product, 
     let agent = product.at_agent(&child_id).await;
     let info = agent.info().await;
     assert_eq!(tools(&info), ["glob", "grep", "planning_file_editor"], "{info:#}");
-    assert_eq!(agent.folder().await, parent_folder, "both work on the same files");
-    assert_eq!(branch_of(&parent_folder), branch, "the parent's branch stays");
+    assert_eq!(agent.folder().await, parent_folder, "both use the same folder");
+    assert_eq!(branch_of(&parent_folder), branch, "the parent's branch is unchanged");
     let plan = parent_folder.join(".agents_tmp/PLAN.md");
     let editor = &info["agent"]["tools"][2];
     assert_eq!(editor["params"]["plan_path"], plan.display().to_string(), "{editor:#}");
@@ -337,53 +338,49 @@ async fn a_suggested_task_is_explained_to_the_agent(product: &Product, llm: &Scr
     let shown = product.conversation_when(&start.conversation_id(), "finished").await;
     assert_eq!(shown["trigger"], "suggested_task", "{shown:#}");
     assert_eq!(shown["selected_repository"], "owner/project", "{shown:#}");
-    let told = product.at_agent(&start.conversation_id()).await.said_by("user").await.concat();
+    let message = product.at_agent(&start.conversation_id()).await.said_by("user").await.concat();
     for expected in ["Pull Request #42", "Mend the roof", "owner/project", "GITHUB_TOKEN"] {
-        assert!(told.contains(expected), "no `{expected}` in {told}");
+        assert!(message.contains(expected), "no `{expected}` in {message}");
     }
     request_with(llm, "Pull Request #42");
 }
 
-async fn a_stream_tells_every_status_once(product: &Product, sandbox: &str) {
+async fn a_stream_sends_every_status_once(product: &Product, sandbox: &str) {
     let request = with(saying("Stream it"), json!({"sandbox_id": sandbox}));
     let answer = product.post("/stream-start", &request).send().await.expect("an answer");
     assert_eq!(answer.status(), 200);
     let body = answer.text().await.expect("a body");
-    let told: Vec<Value> = serde_json::from_str(&body).unwrap_or_else(|error| panic!("{error}: {body}"));
-    let statuses: Vec<String> = told.iter().map(|task| text(&task["status"])).collect();
+    let states: Vec<Value> = serde_json::from_str(&body).unwrap_or_else(|error| panic!("{error}: {body}"));
+    let statuses: Vec<String> = states.iter().map(|task| text(&task["status"])).collect();
     assert_eq!(statuses, STATUSES);
-    assert!(told.iter().all(|task| task["id"] == told[0]["id"]), "{body}");
-    let ready = told.last().expect("at least one");
+    assert!(states.iter().all(|task| task["id"] == states[0]["id"]), "{body}");
+    let ready = states.last().expect("at least one");
     product.conversation_when(&text(&ready["app_conversation_id"]), "finished").await;
 }
 
-async fn a_start_goes_on_when_the_client_of_its_stream_leaves(product: &Product, sandbox: &str) {
+async fn a_start_continues_after_the_client_of_its_stream_disconnects(product: &Product, sandbox: &str) {
     let request = with(saying("Do not wait for me"), json!({"sandbox_id": sandbox}));
     let mut stream = product.post("/stream-start", &request).send().await.expect("an answer");
-    let mut told = Vec::new();
+    let mut received = Vec::new();
     let task = loop {
-        told.extend(stream.chunk().await.expect("the stream goes on").expect("more of it"));
-        let begun = String::from_utf8_lossy(&told).trim_start_matches(['[', '\n']).to_owned();
-        if let Some(Ok(task)) = serde_json::Deserializer::from_str(&begun).into_iter::<Value>().next() {
+        received.extend(stream.chunk().await.expect("the stream continues").expect("another chunk"));
+        let beginning = String::from_utf8_lossy(&received).trim_start_matches(['[', '\n']).to_owned();
+        if let Some(Ok(task)) = serde_json::Deserializer::from_str(&beginning).into_iter::<Value>().next() {
             break task;
         }
     };
     drop(stream);
-    assert_ne!(task["status"], "READY", "it is too late to leave: {task:#}");
+    assert_ne!(task["status"], "READY", "the start ended before the client disconnected: {task:#}");
     let start = product.follow(&text(&task["id"])).await;
     product.conversation_when(&start.conversation_id(), "finished").await;
 }
 
-async fn an_unknown_sandbox_is_named(product: &Product) {
+async fn an_unknown_sandbox_is_named_in_the_error(product: &Product) {
     let start = product.start_conversation(with(saying("Anyone?"), json!({"sandbox_id": "NoSuchSandbox"}))).await;
     assert_eq!(start.error(), "Sandbox not found: NoSuchSandbox");
 }
 
-async fn a_refusal_of_the_model_ends_the_conversation_with_its_words(
-    product: &Product,
-    llm: &ScriptedLlm,
-    sandbox: &str,
-) {
+async fn a_model_error_ends_the_conversation_with_its_message(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
     llm.reply_with(vec![Reply::Status(400)]);
     let start = product.start_conversation(with(saying("Refuse this"), json!({"sandbox_id": sandbox}))).await;
     let id = start.conversation_id();
@@ -392,16 +389,16 @@ async fn a_refusal_of_the_model_ends_the_conversation_with_its_words(
     assert!(json!(errors).to_string().contains("scripted failure"), "{errors:#?}");
 }
 
-/// A plugin is loaded before the first message: its mistakes end the start. A model is called after it: its mistakes end the
-/// conversation.
-async fn mistakes_are_named_where_they_show(product: &Product, sandbox: &str) {
+/// A plugin is loaded before the first message, so its errors end the start. A model is called after it, so its errors
+/// end the conversation.
+async fn configuration_errors_are_reported_where_they_occur(product: &Product, sandbox: &str) {
     let before: BTreeSet<String> = ids(&product.get("/search?limit=100").await).into_iter().collect();
     let plugin = json!({"sandbox_id": sandbox, "plugins": [{"source": "/no/such/plugin"}]});
     let error = product.start_conversation(with(saying("Load this"), plugin)).await.error();
     assert!(error.starts_with("A plugin cannot be loaded; correct its source"), "{error}");
     assert!(error.ends_with("Local plugin path does not exist: /no/such/plugin"), "{error}");
-    // The agent server had made it, and told us so.
-    wait_until("nothing is left of the conversation", Duration::from_secs(120), async || {
+    // The agent server had created the conversation, and its webhook had created a record.
+    wait_until("the conversation is removed", Duration::from_secs(120), async || {
         ids(&product.get("/search?limit=100").await).into_iter().collect::<BTreeSet<_>>() == before
     })
     .await;
@@ -430,7 +427,7 @@ async fn a_start_resumes_its_paused_sandbox(product: &Product, llm: &ScriptedLlm
 async fn repositories_are_set_up_and_their_token_stays_secret() {
     let llm = ScriptedLlm::start().await;
     let git = GitServer::start().await;
-    // Arrays and [[ ]] are what a plain shell does not know.
+    // A plain shell supports neither arrays nor `[[ ]]`.
     let setup =
         "words=(it ran); if [[ ${words[1]} == r* ]]; then echo \"${words[*]} in $PWD\" > setup-result.txt; fi\n";
     let hook = "#!/bin/bash\nif git diff --cached --name-only | grep -q forbidden; then echo 'No forbidden files' >&2; exit 1; fi\n";
@@ -465,14 +462,14 @@ async fn repositories_are_set_up_and_their_token_stays_secret() {
     assert_eq!(branch_of(&folder), "feature/one");
     assert_eq!(read(&folder.join("branch.txt")), "feature/one");
     assert_eq!(read(&folder.join("setup-result.txt")), format!("it ran in {}\n", folder.display()));
-    the_hook_and_the_identity_are_in_place(&agent, &folder).await;
-    what_was_cloned_can_be_fetched_from_elsewhere_only_with_the_token(&agent, &folder).await;
+    git_hook_and_identity_are_configured(&agent, &folder).await;
+    fetching_into_the_clone_needs_the_token(&agent, &folder).await;
 
     // A second start joins the first one's sandbox, in a folder of its own.
     let request = json!({"selected_repository": "owner/broken", "git_provider": "github"});
     let second = product.start_conversation(with(saying("Is it broken?"), request)).await;
     let second_id = second.conversation_id();
-    assert_eq!(second.sandbox_id(), start.sandbox_id(), "ADD_TO_ANY adds to what is there");
+    assert_eq!(second.sandbox_id(), start.sandbox_id(), "ADD_TO_ANY uses an existing sandbox");
     for expected in ["setup.sh", "the compiler is missing", "exit code 3"] {
         assert!(second.detail().contains(expected), "no `{expected}` in {}", second.detail());
     }
@@ -487,7 +484,7 @@ async fn repositories_are_set_up_and_their_token_stays_secret() {
     let third_folder = product.at_agent(&third.conversation_id()).await.folder().await;
     assert!(third_folder.ends_with(format!("project/{}", hex(&third.conversation_id()))), "{}", third_folder.display());
 
-    // A start that fails leaves the others' sandbox alone.
+    // A failed start does not remove the other conversations' sandbox.
     let request = json!({"selected_repository": "owner/well-made", "selected_branch": "no-such-branch"});
     let failed = product.start_conversation(with(saying("Which branch?"), request)).await;
     let error = failed.error();
@@ -495,11 +492,11 @@ async fn repositories_are_set_up_and_their_token_stays_secret() {
         assert!(error.contains(expected), "no `{expected}` in {error}");
     }
     assert_eq!(failed.sandbox_id(), start.sandbox_id());
-    assert!(requests_with(&llm, "Which branch?").is_empty(), "the model is asked nothing");
+    assert!(requests_with(&llm, "Which branch?").is_empty(), "no request is sent to the model");
     let shown = product.conversation(&id).await;
     assert_eq!(shown["sandbox_status"], "RUNNING", "{shown:#}");
 
-    nobody_can_read_the_token(&product, &folder);
+    assert_token_is_not_stored(&product, &folder);
     for start in [&start, &second, &third, &failed] {
         assert!(!start.task.to_string().contains(TOKEN), "{:#}", start.task);
     }
@@ -510,7 +507,7 @@ fn read(file: &Path) -> String {
     std::fs::read_to_string(file).unwrap_or_else(|error| panic!("{}: {error}", file.display()))
 }
 
-async fn the_hook_and_the_identity_are_in_place(agent: &AgentConversation, folder: &Path) {
+async fn git_hook_and_identity_are_configured(agent: &AgentConversation, folder: &Path) {
     let refused = agent.run(folder, "touch forbidden.txt && git add forbidden.txt && git commit -q -m Forbidden").await;
     assert_ne!(refused.exit_code, 0, "the hook refuses: {refused:?}");
     assert!(refused.stderr.contains("No forbidden files"), "{refused:?}");
@@ -521,30 +518,30 @@ async fn the_hook_and_the_identity_are_in_place(agent: &AgentConversation, folde
     assert_eq!(allowed.stdout.trim(), "O'Hara \"the user\" $HOME <user@example.com> Fine");
 }
 
-async fn what_was_cloned_can_be_fetched_from_elsewhere_only_with_the_token(agent: &AgentConversation, folder: &Path) {
-    // No credential is left over that git would find by itself.
+async fn fetching_into_the_clone_needs_the_token(agent: &AgentConversation, folder: &Path) {
+    // The clone keeps no credential that git would find by itself.
     let fetched = agent.run(folder, "GIT_TERMINAL_PROMPT=0 GIT_ASKPASS=true git fetch origin").await;
     assert_ne!(fetched.exit_code, 0, "{fetched:?}");
 }
 
-fn nobody_can_read_the_token(product: &Product, clone: &Path) {
+fn assert_token_is_not_stored(product: &Product, clone: &Path) {
     let configuration = read(&clone.join(".git/config"));
     assert!(configuration.contains("owner/well-made"), "{configuration}");
     let files = product.files();
     for place in ["dynamodb.sqlite", "agent-server.log", "bash_events/", ".git/config"] {
-        let looked_at = files.iter().any(|file| file.display().to_string().contains(place));
-        assert!(looked_at, "nothing like {place} is among the files");
+        let is_listed = files.iter().any(|file| file.display().to_string().contains(place));
+        assert!(is_listed, "no file matches {place}");
     }
-    let telling: Vec<_> =
+    let exposing: Vec<_> =
         files.iter().filter(|file| std::fs::read(file).is_ok_and(|bytes| contains(&bytes, TOKEN.as_bytes()))).collect();
-    assert!(telling.is_empty(), "the token stands in {telling:#?}");
+    assert!(exposing.is_empty(), "the token is in {exposing:#?}");
     let log = logged();
     assert!(log.contains("start.ready"), "the log is captured");
-    assert!(!log.contains(TOKEN), "the token stands in the log");
+    assert!(!log.contains(TOKEN), "the token is in the log");
 }
 
 #[tokio::test]
-async fn a_repository_that_cannot_be_had_ends_the_start_and_its_sandbox() {
+async fn failed_clone_ends_the_start_and_removes_its_sandbox() {
     let llm = ScriptedLlm::start().await;
     let git = GitServer::start().await;
     git.require("someone", TOKEN);
@@ -564,17 +561,17 @@ async fn a_repository_that_cannot_be_had_ends_the_start_and_its_sandbox() {
     assert_eq!(start.task["app_conversation_id"], Value::Null, "{:#}", start.task);
     assert_eq!(ids(&product.get("/search").await), Vec::<String>::new());
     assert!(product.sandboxes().list(&UserId::local()).await.expect("a list").is_empty(), "the sandbox is removed");
-    wait_until("its processes are gone", Duration::from_secs(10), async || product.processes().is_empty()).await;
-    assert!(llm.requests().is_empty(), "the model was asked nothing");
+    wait_until("its processes have ended", Duration::from_secs(10), async || product.processes().is_empty()).await;
+    assert!(llm.requests().is_empty(), "no request was sent to the model");
     product.shutdown().await;
 }
 
 #[tokio::test]
-async fn a_dead_language_model_ends_the_conversation_and_a_missing_one_the_start() {
-    // A port on which nobody answers.
+async fn unreachable_model_ends_the_conversation_and_missing_model_ends_the_start() {
+    // No server listens on this port.
     let dead = ScriptedLlm::start().await.base_url();
     let product = Product::start(settings(&dead)).await;
-    let start = product.start_conversation(saying("Is anybody there?")).await;
+    let start = product.start_conversation(saying("Are you there?")).await;
     let id = start.conversation_id();
 
     product.change_settings(&json!({"llm_api_key": "key-of-no-model"})).await;
@@ -582,11 +579,11 @@ async fn a_dead_language_model_ends_the_conversation_and_a_missing_one_the_start
     let error = product.start_conversation(request).await.error();
     assert!(error.contains("LLM_MODEL"), "{error}");
     let shown = product.conversation(&id).await;
-    assert_eq!(shown["sandbox_status"], "RUNNING", "the other conversation's sandbox stays: {shown:#}");
+    assert_eq!(shown["sandbox_status"], "RUNNING", "the other conversation's sandbox is kept: {shown:#}");
 
     product.conversation_within(&id, "error", DEAD_MODEL_LIMIT).await;
     let errors = product.at_agent(&id).await.events("ConversationErrorEvent").await;
-    // From 1.49 on, a title that the model did not find is an error of its own, before or after that of the answer.
+    // From 1.49 on, a failed title request is an error of its own, before or after that of the reply.
     let of_a_title = usize::from(is_from(49));
     assert!((1..=1 + of_a_title).contains(&errors.len()), "{errors:#?}");
     assert!(errors.iter().all(|error| text(&error["detail"]).contains("Connection error")), "{errors:#?}");

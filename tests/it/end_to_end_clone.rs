@@ -1,4 +1,4 @@
-//! What an agent finds in its clone on real agent servers: the modes of files, the branch, and the hooks that its commits run.
+//! A clone as the agent finds it on real agent servers: file modes, the branch, and the hooks that its commits run.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -9,14 +9,14 @@ use crate::support::git_server::GitServer;
 use crate::support::product::{Product, Start, contains, logged, saying, with};
 use crate::support::scripted_llm::{Reply, ScriptedLlm};
 
-const TOKEN: &str = "token-that-nobody-may-see-c5e1";
-/// Needs bash, and runs only where it is: beside the project.
+const TOKEN: &str = "token-that-must-stay-secret-c5e1";
+/// A hook that needs bash and works only in its own folder, next to the project.
 const OWN: &str =
     "#!/bin/bash\nwords=(own); cd \"$(dirname \"${BASH_SOURCE[0]}\")/..\" && echo \"${words[0]}\" >>../ran\n";
 const OWN_SAYS: &str = "own\n";
 
 #[tokio::test]
-async fn an_agent_finds_its_clone_as_git_made_it() {
+async fn agent_gets_its_clone_with_the_modes_branch_and_hooks_of_git() {
     let llm = ScriptedLlm::start().await;
     let git = GitServer::start().await;
     git.require("someone", TOKEN);
@@ -25,8 +25,8 @@ async fn an_agent_finds_its_clone_as_git_made_it() {
         "llm_model": "openai/scripted",
         "llm_api_key": "key-of-the-model",
         "llm_base_url": llm.base_url(),
-        "git_user_name": "Somebody",
-        "git_user_email": "somebody@example.com",
+        "git_user_name": "Jane",
+        "git_user_email": "jane@example.com",
         "provider_tokens": {"github": {"token": TOKEN, "host": git.url()}},
     }))
     .await;
@@ -41,7 +41,7 @@ async fn an_agent_finds_its_clone_as_git_made_it() {
         ("owner/calls", format!("husky\n{OWN_SAYS}"), ""),
     ] {
         let request = json!({"selected_repository": repository, "selected_branch": "release", "sandbox_id": sandbox});
-        let (start, folder) = a_commit_of_an_agent(&product, &llm, repository, request).await;
+        let (start, folder) = commit_by_the_agent(&product, &llm, repository, request).await;
         sandbox = start.sandbox_id().into();
         assert_eq!(read(&folder.join("../ran")), expected, "{repository}");
         let hooks: Vec<&str> = start.detail().lines().filter(|line| line.contains("pre-commit")).collect();
@@ -49,13 +49,13 @@ async fn an_agent_finds_its_clone_as_git_made_it() {
         assert!(hooks.concat().contains(note), "{hooks:?}");
         let first = read(&folder.join("../first"));
         let base = format!("{} refs/heads/release\n", first.trim());
-        assert_eq!(read(&folder.join(".git/openhands-base")), base, "where the work began");
-        // The tag has the name, too.
+        assert_eq!(read(&folder.join(".git/openhands-base")), base, "the base commit");
+        // A tag has the same name.
         assert_eq!(read(&folder.join(".git/HEAD")), "ref: refs/heads/release\n");
         assert_eq!(read(&folder.join("branch.txt")), "release");
         the_umask_is_the_same_everywhere(&product, &folder);
     }
-    nothing_shows_the_token(&product);
+    assert_token_is_not_exposed(&product);
     product.shutdown().await;
 }
 
@@ -90,8 +90,8 @@ async fn make_repositories(git: &GitServer) {
     }
 }
 
-/// The agent looks whether the clone is clean, commits, and says what it saw.
-async fn a_commit_of_an_agent(product: &Product, llm: &ScriptedLlm, name: &str, request: Value) -> (Start, PathBuf) {
+/// The agent checks whether the clone is clean, commits, and reports what it saw.
+async fn commit_by_the_agent(product: &Product, llm: &ScriptedLlm, name: &str, request: Value) -> (Start, PathBuf) {
     let command = "rm -f ../ran; git status --porcelain --ignored >../status; git rev-parse HEAD >../first; umask >../umask-of-agent; : >../made-by-agent; \
         echo changed >>run.sh; git commit -q -a -m Changed; git log -1 --format='%an: %s' >../log";
     llm.reply_with(vec![Reply::tool_call("terminal", json!({"command": command})), Reply::text("Committed")]);
@@ -99,11 +99,11 @@ async fn a_commit_of_an_agent(product: &Product, llm: &ScriptedLlm, name: &str, 
     product.conversation_when(&start.conversation_id(), "finished").await;
     let folder = product.at_agent(&start.conversation_id()).await.folder().await;
     assert_eq!(read(&folder.join("../status")), "", "{name}: the start left the clone clean");
-    assert_eq!(read(&folder.join("../log")), "Somebody: Changed\n", "{name}");
+    assert_eq!(read(&folder.join("../log")), "Jane: Changed\n", "{name}");
     (start, folder)
 }
 
-/// The setup script's, the agent's and the clone's is the one that the agent server has, which is ours.
+/// The umask of the setup script, the agent and the clone is that of the agent server, which is ours.
 fn the_umask_is_the_same_everywhere(product: &Product, folder: &Path) {
     let mode = |path: &Path| {
         path.metadata().unwrap_or_else(|error| panic!("{}: {error}", path.display())).permissions().mode() & 0o777
@@ -128,10 +128,10 @@ fn read(file: &Path) -> String {
     std::fs::read_to_string(file).unwrap_or_else(|error| panic!("{}: {error}", file.display()))
 }
 
-fn nothing_shows_the_token(product: &Product) {
+fn assert_token_is_not_exposed(product: &Product) {
     let files = product.files();
-    let telling: Vec<_> =
+    let exposing: Vec<_> =
         files.iter().filter(|file| std::fs::read(file).is_ok_and(|bytes| contains(&bytes, TOKEN.as_bytes()))).collect();
-    assert!(files.len() > 100 && telling.is_empty(), "the token stands in {telling:#?}");
-    assert!(!logged().contains(TOKEN), "the token stands in the log");
+    assert!(files.len() > 100 && exposing.is_empty(), "the token is in {exposing:#?}");
+    assert!(!logged().contains(TOKEN), "the token is in the log");
 }

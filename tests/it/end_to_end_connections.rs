@@ -1,4 +1,4 @@
-//! Requests right after a real agent server's 500: it closes the connection a moment later, without having said so.
+//! Requests right after a 500 of a real agent server, which closes the connection a moment later without announcing it.
 
 use serde_json::{Value, json};
 
@@ -8,7 +8,7 @@ use crate::support::scripted_llm::{Reply, ScriptedLlm};
 const ROUNDS: usize = 3;
 
 #[tokio::test]
-async fn what_follows_an_agent_servers_500_arrives_once() {
+async fn request_after_a_500_of_the_agent_server_arrives_exactly_once() {
     let llm = ScriptedLlm::start().await;
     let product = Product::start(json!({
         "llm_model": "openai/scripted",
@@ -22,8 +22,8 @@ async fn what_follows_an_agent_servers_500_arrives_once() {
     product.conversation_when(&id, "finished").await;
     let agent = product.at_agent(&id).await;
     let folder = agent.folder().await;
-    // No file system has such a name, and no version expects the exception that this is: the agent server answers 500 and then closes
-    // the connection, as it does not for errors that it expects.
+    // No file system allows such a long name, and no version of the agent server expects the resulting exception: it
+    // responds with 500 and then closes the connection, unlike for errors that it expects.
     let impossible = "x".repeat(300);
     let failing = format!("/api/git/changes?path=/{impossible}");
     let ran = agent.run(&folder, &format!("git init -q . && ln -s {impossible} .openhands")).await;
@@ -45,15 +45,15 @@ async fn what_follows_an_agent_servers_500_arrives_once() {
         |said: &str, run: bool| json!({"role": "user", "content": [{"type": "text", "text": said}], "run": run});
     let mut expected = vec!["Begin".to_owned()];
     for round in 0..ROUNDS {
-        // By way of the proxy.
-        assert_eq!(pass("GET", &failing, None).await, 500, "the agent server itself has to answer");
+        // Through the cloud proxy.
+        assert_eq!(pass("GET", &failing, None).await, 500, "the response must come from the agent server itself");
         let said = format!("passed on {round}");
         let status = pass("POST", &format!("{of_conversation}/events"), Some(message(&said, false))).await;
         assert_eq!(status, 200, "round {round}");
         expected.push(said);
         assert_eq!(pass("GET", &failing, None).await, 500);
         assert_eq!(pass("GET", &format!("{of_conversation}/events/count"), None).await, 200, "round {round}");
-        // By routes of the product: the agent server looks for the hooks below the link.
+        // Through routes of the product: the agent server looks for the hooks below the link.
         let hooks_fail = async || {
             let answer = product.answer_to("GET", &format!("/api/v1/app-conversations/{id}/hooks"), &[], None).await;
             assert!(answer.starts_with("502 ") && answer.contains("returned status 500"), "{answer}");

@@ -1,5 +1,5 @@
-//! Changes and diffs on a real agent server, of a private repository that was cloned without a branch's name: the same on every
-//! version, over the conversation's routes and over the cloud proxy.
+//! Changes and diffs on a real agent server, in a private repository that was cloned without naming a branch: the same
+//! on every version, over the conversation's routes and over the cloud proxy.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use crate::support::scripted_llm::{Reply, ScriptedLlm};
 
 const TOKEN: &str = "token-of-the-git-host-77aa";
 
-/// What an agent does to the clone: every kind of change, and every kind of name.
+/// The agent's changes to the clone: every kind of change, and every kind of name.
 const WORK: &str = r#"set -e
 echo two >>changed.txt; rm 'deleted "文".txt'; git mv moved.txt 'moved -> here.txt'; rm -r folder; ln -s /etc folder
 rm to-link; ln -s nowhere to-link; chmod +x script.sh; printf 'caf\351\n' >latin-1.txt; printf 'a\0b' >binary.bin
@@ -53,13 +53,13 @@ async fn every_change_of_a_private_repository_has_a_diff() {
     product.conversation_when(&id, "finished").await;
     let agent = product.at_agent(&id).await;
     let folder = agent.folder().await;
-    let asker = Asker::new(&product, &id).await;
-    assert_eq!(asker.ask("changes", ".").await, (200, json!([])), "nothing was done yet");
+    let both = BothRoutes::new(&product, &id).await;
+    assert_eq!(both.ask("changes", ".").await, (200, json!([])), "nothing was changed yet");
     let asked_of_remote = git.requests().len();
 
     let ran = agent.run(&folder, WORK).await;
     assert_eq!(ran.exit_code, 0, "{ran:?}");
-    let (status, changes) = asker.ask("changes", ".").await;
+    let (status, changes) = both.ask("changes", ".").await;
     let shown: Vec<String> = changes
         .as_array()
         .unwrap_or_else(|| panic!("{status} {changes}"))
@@ -91,7 +91,7 @@ async fn every_change_of_a_private_repository_has_a_diff() {
     assert_eq!(shown, expected);
     for change in changes.as_array().expect("changes") {
         let path = text(&change["path"]);
-        let (status, diff) = asker.ask("diff", &path).await;
+        let (status, diff) = both.ask("diff", &path).await;
         match path.as_str() {
             "binary.bin" => assert!(status == 400 && text(&diff["detail"]).contains("binary"), "{status} {diff}"),
             "too-large.txt" => assert!(status == 413 && text(&diff["detail"]).contains("6000000"), "{status} {diff}"),
@@ -124,7 +124,7 @@ async fn every_change_of_a_private_repository_has_a_diff() {
         ("nested/in side", "", "inside\n"),
         ("large.txt", "", large.as_str()),
     ] {
-        let (status, diff) = asker.ask("diff", path).await;
+        let (status, diff) = both.ask("diff", path).await;
         assert!((status, &diff) == (200, &json!({"modified": modified, "original": original})), "{path}: {status}");
     }
     for (route, path, status, reason) in [
@@ -136,33 +136,37 @@ async fn every_change_of_a_private_repository_has_a_diff() {
         ("changes", "nowhere", 404, "no such folder"),
         ("changes", ".&ref=none", 400, "no commit"),
     ] {
-        let (told, answer) = asker.ask(route, path).await;
-        assert!(told == status && text(&answer["detail"]).contains(reason), "{route} {path}: {told} {answer}");
+        let (found, answer) = both.ask(route, path).await;
+        assert!(found == status && text(&answer["detail"]).contains(reason), "{route} {path}: {found} {answer}");
     }
-    // The parent of the clone, and against the last commit.
+    // The parent folder of the clone, and changes against the last commit.
     let parent = folder.parent().expect("a workspace").display().to_string();
-    let (status, of_parent) = asker.ask("changes", &parent).await;
+    let (status, of_parent) = both.ask("changes", &parent).await;
     let names: Vec<String> =
         of_parent.as_array().expect("changes").iter().map(|change| text(&change["path"])).collect();
     assert_eq!((status, names.len()), (200, expected.len()), "{names:?}");
-    // A repository in the clone is there without its files.
+    // A repository inside the clone is listed without its files.
     for (name, modified) in
         [("private/changed.txt", "one\ntwo\nthree\n"), ("private/nested", "Subproject commit (none yet)\n")]
     {
         assert!(names.contains(&name.to_owned()), "{names:?}");
-        let (status, diff) = asker.ask("diff", &format!("{parent}/{name}")).await;
+        let (status, diff) = both.ask("diff", &format!("{parent}/{name}")).await;
         assert_eq!((status, &diff["modified"]), (200, &json!(modified)), "{diff}");
     }
-    let (_, since_commit) = asker.ask("changes", ".&ref=HEAD").await;
+    let (_, since_commit) = both.ask("changes", ".&ref=HEAD").await;
     assert!(since_commit.as_array().expect("changes").contains(&json!({"status": "UPDATED", "path": "changed.txt"})));
     assert!(!since_commit.to_string().contains("moved.txt"), "{since_commit}");
-    assert_eq!(git.requests().len(), asked_of_remote, "the remote was not asked");
-    of_a_branch_that_is_ahead_the_work_alone_is_listed(&product, &llm, &text(&asker.row["sandbox_id"])).await;
+    assert_eq!(git.requests().len(), asked_of_remote, "no request was sent to the remote");
+    only_the_agents_changes_are_listed_on_a_branch_that_is_ahead(&product, &llm, &text(&both.row["sandbox_id"])).await;
     product.shutdown().await;
 }
 
-/// Also after it is committed, pushed, and on a branch that the agent made.
-async fn of_a_branch_that_is_ahead_the_work_alone_is_listed(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
+/// Also after the changes are committed, pushed, and on a branch that the agent created.
+async fn only_the_agents_changes_are_listed_on_a_branch_that_is_ahead(
+    product: &Product,
+    llm: &ScriptedLlm,
+    sandbox: &str,
+) {
     llm.reply_with(vec![Reply::text("Hello")]);
     let request = json!({"selected_repository": "owner/ahead", "selected_branch": "release", "sandbox_id": sandbox});
     let start = product.start_conversation(with(saying("Hello again"), request)).await;
@@ -170,8 +174,8 @@ async fn of_a_branch_that_is_ahead_the_work_alone_is_listed(product: &Product, l
     product.conversation_when(&id, "finished").await;
     let agent = product.at_agent(&id).await;
     let folder = agent.folder().await;
-    let asker = Asker::new(product, &id).await;
-    assert_eq!(asker.ask("changes", ".").await, (200, json!([])), "nothing was done yet");
+    let both = BothRoutes::new(product, &id).await;
+    assert_eq!(both.ask("changes", ".").await, (200, json!([])), "nothing was changed yet");
     let push = format!(
         "git -c credential.helper= -c credential.helper='!f() {{ echo username=someone; echo password={TOKEN}; }}; f' push -q origin"
     );
@@ -184,29 +188,29 @@ async fn of_a_branch_that_is_ahead_the_work_alone_is_listed(product: &Product, l
     ] {
         let ran = agent.run(&folder, step).await;
         assert_eq!(ran.exit_code, 0, "{ran:?}");
-        let changes = asker.ask("changes", ".").await;
+        let changes = both.ask("changes", ".").await;
         assert_eq!(changes, (200, json!([{"status": "UPDATED", "path": "changed.txt"}])), "{step}");
-        let (_, diff) = asker.ask("diff", "changed.txt").await;
+        let (_, diff) = both.ask("diff", "changed.txt").await;
         assert_eq!(diff, json!({"modified": "one\ntwo\n", "original": "one\n"}), "{step}");
     }
 }
 
-/// Asks both ways, and holds them to the same answer.
-struct Asker<'a> {
+/// Sends each request over both routes, and asserts that the responses are equal.
+struct BothRoutes<'a> {
     product: &'a Product,
     id: &'a str,
     row: Value,
     folder: String,
 }
 
-impl<'a> Asker<'a> {
+impl<'a> BothRoutes<'a> {
     async fn new(product: &'a Product, id: &'a str) -> Self {
         let row = product.conversation(id).await;
         let folder = product.at_agent(id).await.folder().await;
         Self { product, id, row, folder: known(&folder) }
     }
 
-    /// `path` is from the conversation's folder, or absolute; `&ref=` may follow.
+    /// `path` is relative to the conversation's folder, or absolute; `&ref=` may follow.
     async fn ask(&self, route: &str, path: &str) -> (u16, Value) {
         let (path, reference) = path.split_once("&ref=").map_or((path, ""), |(path, name)| (path, name));
         let reference = if reference.is_empty() { String::new() } else { format!("&ref={reference}") };
@@ -215,7 +219,7 @@ impl<'a> Asker<'a> {
         let direct = reqwest::get(format!("{}{target}", self.product.address())).await.expect("an answer");
         let (status, answer) = (direct.status().as_u16(), direct.json::<Value>().await.expect("JSON"));
 
-        // As the web UI puts them together.
+        // In the form in which the web UI builds these requests.
         let absolute = if path.starts_with('/') { known(Path::new(path)) } else { format!("{}/{path}", self.folder) };
         let host = text(&self.row["conversation_url"]).split("/api/").next().expect("a host").to_owned();
         let request = json!({
@@ -229,7 +233,7 @@ impl<'a> Asker<'a> {
     }
 }
 
-/// A folder of the sandbox by the name that pages know.
+/// A folder of the sandbox, by the path that web pages use.
 fn known(folder: &Path) -> String {
     let folder = folder.display().to_string();
     folder.split_once("/workspace/project").map_or(folder.clone(), |(_, rest)| format!("/workspace/project{rest}"))

@@ -1,5 +1,5 @@
-//! The history of a conversation on a real agent server: our store has all of it soon after each turn, and the tokens that clients
-//! watch are not in it.
+//! The event history of a conversation on a real agent server: our store is complete soon after each turn, and does not
+//! contain the tokens that are streamed to clients.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -17,9 +17,9 @@ use crate::support::wait::wait_until;
 use crate::support::websocket::WebSocket;
 
 const TURNS: usize = 10;
-/// Generous: other tests share the machine. The time that it takes is printed.
+/// Generous, because other tests share the machine. The measured time is printed.
 const LIMIT: Duration = Duration::from_secs(180);
-/// How often the store is compared.
+/// The interval between two comparisons of the stores.
 const LOOK: Duration = Duration::from_millis(50);
 
 fn settings(llm: &ScriptedLlm) -> Value {
@@ -32,13 +32,13 @@ fn has(major: u32, minor: u32) -> bool {
     version >= AgentServerVersion::new(major, minor, 0)
 }
 
-/// The ids of all events that the agent server has, with those events.
+/// All events of the agent server, by id.
 async fn events_of_agent(agent: &AgentConversation) -> BTreeMap<String, Value> {
     let events = agent.all_events().await;
     events.into_iter().map(|event| (text(&event["id"]), event)).collect()
 }
 
-/// When turns ended: the times of the agent server's events about it. They are in the local time of this machine.
+/// The times at which turns ended, according to the agent server's events. They are in the local time of this machine.
 fn ends(events: &BTreeMap<String, Value>) -> BTreeSet<Timestamp> {
     let finished = events.values().filter(|event| event["key"] == "execution_status" && event["value"] == "finished");
     let local = |event: &Value| text(&event["timestamp"]).parse::<DateTime>().expect("a time without a zone");
@@ -46,7 +46,7 @@ fn ends(events: &BTreeMap<String, Value>) -> BTreeSet<Timestamp> {
 }
 
 #[tokio::test]
-async fn ten_turns_are_stored_completely_soon_after_each() {
+async fn all_events_of_each_turn_are_stored_soon() {
     let llm = ScriptedLlm::start().await;
     let product = Product::start(settings(&llm)).await;
     llm.reply_with(vec![Reply::text("turn 0")]);
@@ -55,13 +55,14 @@ async fn ten_turns_are_stored_completely_soon_after_each() {
     let agent = product.at_agent(&id).await;
     let mut times = Vec::new();
     for turn in 1..=TURNS {
-        // Turns of different lengths, so that batches are cut in different places.
+        // Turns of different lengths, so that batches end at different points of a turn.
         let commands =
             (0..turn % 4).map(|step| Reply::tool_call("terminal", json!({"command": format!("echo {turn}.{step}")})));
         llm.reply_with(commands.chain([Reply::text(format!("turn {turn}"))]).collect());
         let earlier = ends(&events_of_agent(&agent).await);
         agent.send_message(&format!("Turn {turn}")).await;
-        // The agent server may add events after the end, so that its events are read until they are the same twice.
+        // The agent server may add events after the end of a turn, so the test reads them until they are the same
+        // twice.
         let mut complete: Option<(BTreeMap<String, Value>, Timestamp)> = None;
         wait_until("the turn is stored", LIMIT, async || {
             let expected = events_of_agent(&agent).await;
@@ -86,7 +87,7 @@ async fn ten_turns_are_stored_completely_soon_after_each() {
     let shown: Vec<String> = times.iter().map(|time| format!("{:.2}", time.as_secs_f64())).collect();
     println!("agent server {}: seconds until each turn is stored: {}", agent_server_version(), shown.join(" "));
 
-    // At the end both have the same events.
+    // At the end both stores have the same events.
     let at_agent = events_of_agent(&agent).await;
     wait_until("everything is stored", LIMIT, async || {
         let stored = product.events_of(&id).await;
@@ -96,18 +97,18 @@ async fn ten_turns_are_stored_completely_soon_after_each() {
     let stored = product.events_of(&id).await;
     for (id, event) in &at_agent {
         let ours = stored.iter().find(|event| event.id == *id).expect("stored");
-        // An answer of the agent server lacks nulls that its webhooks have, so that whole events cannot be compared.
+        // The agent server's API omits nulls that its webhooks contain, so whole events cannot be compared.
         let head = (event["kind"].as_str(), event["timestamp"].as_str());
         assert_eq!((Some(ours.kind.as_str()), Some(ours.timestamp.as_str())), head, "{id}");
         let ours: Value = serde_json::from_str(&ours.json).expect("JSON");
         assert_eq!(ours["llm_message"]["content"], event["llm_message"]["content"], "{id}");
     }
-    // Ours has states of the whole conversation beside them, which agent servers post and do not keep.
+    // Our store also has states of the whole conversation, which agent servers post and do not keep.
     for event in stored.iter().filter(|event| !at_agent.contains_key(&event.id)) {
         let key = serde_json::from_str::<Value>(&event.json).expect("JSON")["key"].clone();
         assert!(key == "full_state" || key == "stats", "{}", event.json);
     }
-    // A title may be counted, too.
+    // The tokens of a title may be counted, too.
     let asked = u64::try_from(llm.requests().len()).expect("a number");
     wait_until("the metrics are complete", LIMIT, async || {
         let usage = product.conversation(&id).await["metrics"]["accumulated_token_usage"].clone();
@@ -120,7 +121,7 @@ async fn ten_turns_are_stored_completely_soon_after_each() {
 }
 
 #[tokio::test]
-async fn tokens_reach_clients_that_watch_and_no_store() {
+async fn streamed_tokens_reach_connected_clients_and_are_not_stored() {
     let has_tokens = has(1, 49);
     let llm = ScriptedLlm::start().await;
     let product = Product::start(settings(&llm)).await;
@@ -165,7 +166,7 @@ async fn tokens_reach_clients_that_watch_and_no_store() {
         product.get_from(&format!("/api/v1/conversation/{id}/events/search?kind__eq=StreamingDeltaEvent")).await;
     assert_eq!(listed["items"], json!([]));
     assert!(agent.all_events().await.iter().all(|event| event["kind"] != "StreamingDeltaEvent"));
-    // Tokens that were posted would have been dropped: none were.
+    // Streamed tokens in a webhook would have been dropped: there were none.
     let conversation = format!("conversation={}", Uuid::parse_str(&id).expect("an id"));
     let log = logged();
     let dropped: Vec<&str> = log
@@ -177,7 +178,7 @@ async fn tokens_reach_clients_that_watch_and_no_store() {
 }
 
 #[tokio::test]
-async fn a_switch_of_the_model_and_tags_show_in_the_conversation() {
+async fn model_switch_and_tags_show_in_the_conversation() {
     let llm = ScriptedLlm::start().await;
     let product = Product::start(settings(&llm)).await;
     let id = product.start_conversation(saying("Begin")).await.conversation_id();
@@ -185,7 +186,7 @@ async fn a_switch_of_the_model_and_tags_show_in_the_conversation() {
     assert_eq!((&before["llm_model"], &before["tags"]), (&json!("openai/scripted"), &json!({})), "{before:#}");
     let agent = product.at_agent(&id).await;
     if !has(1, 34) {
-        // It has no tags: a change is one of the title, which is missing.
+        // This version has no tags: its update changes the title, which is missing.
         let (status, answer) = agent.try_patch(&json!({"tags": {"team": "blue"}})).await;
         assert_eq!((status, &answer["detail"][0]["loc"]), (422, &json!(["body", "title"])), "{answer:#}");
         assert_eq!(agent.info().await["tags"], Value::Null);
@@ -201,11 +202,11 @@ async fn a_switch_of_the_model_and_tags_show_in_the_conversation() {
         shown["llm_model"] == "openai/other" && shown["tags"] == json!({"team": "blue"})
     })
     .await;
-    // What the other model is used for counts, too.
+    // The usage of the other model counts, too.
     let prompt =
         async || product.conversation(&id).await["metrics"]["accumulated_token_usage"]["prompt_tokens"].as_u64();
     let first = u64::try_from(1 + llm.title_requests().len()).expect("a number") * PROMPT_TOKENS;
-    agent.send_message("Go on").await;
+    agent.send_message("Continue").await;
     wait_until("both models are counted", LIMIT, async || prompt().await == Some(first + PROMPT_TOKENS)).await;
     assert_eq!(llm.requests().pop().expect("a request")["model"], "other");
     product.shutdown().await;

@@ -11,7 +11,7 @@ use crate::support::public_address::PublicAddress;
 use crate::support::scripted_llm::{Reply, ScriptedLlm};
 use crate::support::wait::wait_until;
 
-/// Long: a machine that runs all tests at once may give an agent server a tenth of a processor.
+/// Long, because a machine that runs all tests at once may give an agent server a tenth of a processor.
 const LIMIT: Duration = Duration::from_secs(180);
 const TOKEN: &str = "token-of-the-git-host-4d1c";
 const KEY: &str = "key-of-the-words-81ab";
@@ -30,14 +30,14 @@ async fn a_server_with_a_public_address_runs_conversations_and_their_mcp_servers
     public.lead_to(product.address());
 
     let sandbox = a_start_with_a_message_is_answered(&product, &llm).await;
-    a_start_without_a_message_takes_one_later(&product, &llm, &sandbox).await;
+    a_start_without_a_message_accepts_one_later(&product, &llm, &sandbox).await;
     a_token_is_looked_up_at_the_public_address(&product, &llm, &public, &sandbox).await;
     let words = mcp_servers_of_the_settings_serve_the_agent(&product, &llm, &sandbox).await;
     mcp_servers_that_fail_are_left_out_and_named(&product, &llm, &sandbox).await;
     drop(words);
     agent_servers_send_their_events_within_a_second(&product);
 
-    // Nothing serves MCP at the public address, and no agent is sent there.
+    // The public address serves no MCP, and no agent is configured to connect to it.
     let asked = public.requests();
     assert!(asked.iter().all(|request| request == "GET /api/v1/webhooks/secrets"), "{asked:?}");
     product.shutdown().await;
@@ -53,7 +53,7 @@ async fn a_start_with_a_message_is_answered(product: &Product, llm: &ScriptedLlm
     start.sandbox_id()
 }
 
-/// Every event of the turn that the agent server has, the last one included, comes to our store.
+/// Our store receives every event of the turn that the agent server has, the last one included.
 async fn all_events_arrive(product: &Product, id: &str) {
     let agent = product.at_agent(id).await;
     wait_until("all events of the turn are stored", LIMIT, async || {
@@ -64,7 +64,7 @@ async fn all_events_arrive(product: &Product, id: &str) {
     .await;
 }
 
-async fn a_start_without_a_message_takes_one_later(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
+async fn a_start_without_a_message_accepts_one_later(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
     let start = product.start_conversation(json!({"sandbox_id": sandbox})).await;
     let id = start.conversation_id();
     llm.reply_with(vec![Reply::text("Better late")]);
@@ -99,7 +99,7 @@ async fn mcp_servers_of_the_settings_serve_the_agent(product: &Product, llm: &Sc
     write_process(&program);
     let folder = product.data().canonicalize().expect("the data folder");
     let python = product.agent_server_python();
-    // As the web UI sends them, one after the other, and one that agent servers could not reach.
+    // In the form of the web UI's requests, one after the other, and one server that agent servers cannot reach.
     for patch in [
         json!({"words": {"transport": "http", "url": words.url(), "headers": {"Authorization": format!("Bearer {KEY}")}}}),
         json!({"process": {"transport": "stdio", "command": python, "args": [program], "cwd": folder, "env": {"WORDS": KEY}, "timeout": 120.5}}),
@@ -148,7 +148,8 @@ fn tools_of(request: &Value) -> BTreeSet<String> {
     tools.iter().map(|tool| text(&tool["function"]["name"])).collect()
 }
 
-/// Each beside one that works: the start is READY with the tools of the one that works, and its detail names the other.
+/// Each broken server next to working ones: the start is READY with the tools of those that work, and its detail names
+/// the other.
 async fn mcp_servers_that_fail_are_left_out_and_named(product: &Product, llm: &ScriptedLlm, sandbox: &str) {
     let refused = McpServer::behaving(Behavior::Status(401)).await;
     let hung = McpServer::behaving(Behavior::Hangs).await;
@@ -165,14 +166,14 @@ async fn mcp_servers_that_fail_are_left_out_and_named(product: &Product, llm: &S
     let mut all = json!({});
     for (name, server, reason) in &cases {
         all[*name] = server.clone();
-        start_beside_two_that_work(product, llm, sandbox, &json!({*name: server}), &[(*name, *reason)]).await;
+        start_with_two_working_servers_and(product, llm, sandbox, &json!({*name: server}), &[(*name, *reason)]).await;
     }
     let expected: Vec<(&str, &str)> = cases.iter().map(|(name, _, reason)| (*name, *reason)).collect();
-    start_beside_two_that_work(product, llm, sandbox, &all, &expected).await;
+    start_with_two_working_servers_and(product, llm, sandbox, &all, &expected).await;
 }
 
-/// The two are in the settings already.
-async fn start_beside_two_that_work(
+/// The two working servers are in the settings already.
+async fn start_with_two_working_servers_and(
     product: &Product,
     llm: &ScriptedLlm,
     sandbox: &str,
@@ -185,7 +186,7 @@ async fn start_beside_two_that_work(
     let start = product.start_conversation(with(saying("Say here"), json!({"sandbox_id": sandbox}))).await;
     let took = began.elapsed();
     let id = start.conversation_id();
-    eprintln!("a start beside {:?}: {took:.1?}", expected.iter().map(|(name, _)| name).collect::<Vec<_>>());
+    eprintln!("a start with {:?}: {took:.1?}", expected.iter().map(|(name, _)| name).collect::<Vec<_>>());
     let mut lines: Vec<&str> = start.detail().lines().collect();
     lines.sort_unstable();
     let mut notes: Vec<String> =
@@ -213,7 +214,7 @@ fn agent_servers_send_their_events_within_a_second(product: &Product) {
         .collect();
     let has =
         |environment: &[u8], variable: &str| environment.split(|byte| *byte == 0).any(|one| one == variable.as_bytes());
-    // Where there is no such file system there is nothing to see.
+    // Systems without `/proc` have nothing to check.
     assert!(
         environments.is_empty() || environments.iter().any(|one| has(one, "OH_WEBHOOKS_0_FLUSH_DELAY=1")),
         "no agent server has the variable"

@@ -1,15 +1,16 @@
-//! Secrets in the terminal of a real agent server's agent: one that cannot be a variable there takes no other away.
+//! Secrets in the terminal of a real agent server's agent: a secret whose name is no valid variable name does not
+//! affect the others.
 
 use serde_json::json;
 
 use crate::support::product::{Product, saying, text, with};
 use crate::support::scripted_llm::{Reply, ScriptedLlm};
 
-/// Kept, as from before names were checked.
+/// Stored names from before names were validated.
 const UNUSABLE: [&str; 7] = ["1ST", "HISTCMD", "MY-X", "PATH", "SHELLOPTS", "UID", "with space"];
 
 #[tokio::test]
-async fn secrets_that_cannot_be_variables_take_no_others_away() {
+async fn secrets_with_invalid_variable_names_do_not_affect_others() {
     let llm = ScriptedLlm::start().await;
     let mut secrets = json!({
         "FIRST_KEY": {"secret": "the-first-value"},
@@ -43,7 +44,7 @@ async fn secrets_that_cannot_be_variables_take_no_others_away() {
     if crate::support::product::is_from(49) {
         assert_eq!(seen, expected);
     } else {
-        // Older ones expand what is in double quotes.
+        // Older versions expand what is in double quotes.
         assert!(seen.starts_with("the-first-value|the 'last'") && seen.ends_with("|of-the-start"), "{seen}");
     }
     let detail = start.detail();

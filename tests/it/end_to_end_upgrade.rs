@@ -11,10 +11,10 @@ use crate::support::product::{Product, saying, text, with};
 use crate::support::scripted_llm::{Reply, ScriptedLlm};
 use crate::support::wait::wait_until;
 
-/// An agent server that shares its machine with other tests boots within minutes.
+/// An agent server boots within minutes on a machine that it shares with other tests.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
 const SECRET: &str = "secret-value-5b1e";
-/// The secret of the request that starts a conversation: the agent server alone keeps it.
+/// The secret of the request that starts a conversation: only the agent server keeps it.
 const REQUEST_SECRET: &str = "request-secret-value-93ac";
 
 /// A conversation, and the version of the agent server that created it.
@@ -97,7 +97,7 @@ async fn create(product: &Product, llm: &ScriptedLlm, version: &str, sandbox: Op
     Created { version: version.to_owned(), id }
 }
 
-/// Its history is there, a new message is answered, secrets are readable, and the new events reach our store.
+/// Its history exists, a new message gets a reply, secrets are readable, and the new events reach our store.
 async fn continues(product: &Product, llm: &ScriptedLlm, conversation: &Created, version: &str) {
     let Created { version: created_by, id } = conversation;
     let agent = product.at_agent(id).await;

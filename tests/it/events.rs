@@ -1,4 +1,4 @@
-//! The event log: its order, its pages, its counts, and how it is read over HTTP.
+//! The event store and its routes: order, pagination, counts, limits, and deletion.
 
 use std::collections::HashSet;
 
@@ -9,6 +9,7 @@ use shared::config::{Names, SandboxConfig};
 use shared::error::Error;
 use shared::event::store::{Cursor, Event, EventFilter, EventStore, SortOrder};
 use shared::http::page::PAGE_SIZE;
+use shared::stores::Stores;
 use shared::user::UserId;
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -17,7 +18,7 @@ use crate::support::api::Api;
 use crate::support::engines::Engines;
 use crate::support::log::all_events;
 
-/// The store alone, on engines of its own.
+/// The event store alone, on engines of its own.
 struct Log {
     engines: Engines,
     aws: Aws,
@@ -35,8 +36,8 @@ impl Log {
         let aws = Aws::new(&engines.sdk_config().await);
         let names = engines.names("events-");
         schema::make_all(&aws, &names, "events-").await.expect("a schema");
-        let store = EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
-        let (user, conversation) = (UserId::new("somebody"), Uuid::new_v4());
+        let store = Stores::without_key(&names, &aws).events();
+        let (user, conversation) = (UserId::new("user-one"), Uuid::new_v4());
         Self { engines, aws, names, store, user, conversation, _folder: folder }
     }
 
@@ -102,7 +103,7 @@ fn of_kind(kind: &str) -> EventFilter {
 }
 
 #[tokio::test]
-async fn the_log_is_in_the_order_of_instants_however_they_are_written() {
+async fn log_is_ordered_by_instant_whatever_the_timestamp_format() {
     let log = Log::new().await;
     let events = [
         ("undated", "yesterday"),
@@ -124,7 +125,7 @@ async fn the_log_is_in_the_order_of_instants_however_they_are_written() {
             assert_eq!(log.walk(&filter, SortOrder::TimestampDesc, limit).await, newest_first);
         }
     }
-    // Filters compare instants; what has none is in no span of time.
+    // Filters compare instants; an event without a valid timestamp matches no time range.
     for (from, to, expected) in [
         (None, None, &all[..]),
         (Some("2026-11-22T15:31:31Z"), None, &all[1..]),
@@ -147,7 +148,7 @@ async fn the_log_is_in_the_order_of_instants_however_they_are_written() {
 }
 
 #[tokio::test]
-async fn kinds_do_not_mix_whatever_they_are_called() {
+async fn kind_filter_matches_exactly_whatever_the_kinds_name() {
     let log = Log::new().await;
     let kinds = ["A", "AB", "A#x", "A#2026-01-01T00:00:00.000000000Z#id", "1:A", "Ä", ""];
     let events = kinds.iter().enumerate();
@@ -161,7 +162,7 @@ async fn kinds_do_not_mix_whatever_they_are_called() {
 }
 
 #[tokio::test]
-async fn an_id_is_one_event_and_the_last_one_counts() {
+async fn appending_an_existing_id_replaces_the_event() {
     let log = Log::new().await;
     log.append(vec![event("a", "2026-01-01T00:00:00", "K"), event("b", "2026-01-01T00:00:01", "K")]).await;
     log.append(vec![event("a", "2026-01-01T00:00:00", "K")]).await;
@@ -179,7 +180,7 @@ async fn an_id_is_one_event_and_the_last_one_counts() {
 }
 
 #[tokio::test]
-async fn what_comes_during_a_walk_is_met_once_if_it_is_ahead() {
+async fn event_appended_during_pagination_appears_once_if_it_is_after_the_cursor() {
     let log = Log::new().await;
     let at = |number: usize| {
         event(&format!("e{number:03}"), &format!("2026-01-01T00:{:02}:{:02}", number / 60, number % 60), "K")
@@ -192,17 +193,17 @@ async fn what_comes_during_a_walk_is_met_once_if_it_is_ahead() {
             met.extend(ids);
             after = next;
             let Some(_) = after else { break };
-            // One on either side of everything; only one of them is ahead.
+            // One event before and one after all others; only one of them is after the cursor.
             extra += 1;
             let early = format!("2025-01-01T00:00:{:02}", 359 - extra);
             log.append(vec![at(extra), event(&format!("early-{extra}-{order}"), &early, "K")]).await;
         }
         let once: HashSet<&String> = met.iter().collect();
-        assert_eq!(once.len(), met.len(), "none twice");
+        assert_eq!(once.len(), met.len(), "no event appears twice");
         for number in (0..200).step_by(2) {
             assert!(once.contains(&format!("e{number:03}")), "{order}: {number}");
         }
-        // They arrived before the end was reached, so all that were ahead were met.
+        // Each was appended before the last page was read, so every event after the cursor appears.
         let ahead = match order {
             SortOrder::Timestamp => format!("e{extra}"),
             SortOrder::TimestampDesc => format!("early-{extra}-{order}"),
@@ -213,7 +214,7 @@ async fn what_comes_during_a_walk_is_met_once_if_it_is_ahead() {
 }
 
 #[tokio::test]
-async fn ids_may_come_twice_in_one_request() {
+async fn batch_get_accepts_duplicate_ids() {
     let log = Log::new().await;
     log.append(vec![event("a", "2026-01-01T00:00:01", "K"), event("a", "2026-01-01T00:00:02", "K")]).await;
     let ids = ["a", "b", "a", "b"].map(ToOwned::to_owned);
@@ -224,7 +225,7 @@ async fn ids_may_come_twice_in_one_request() {
 }
 
 #[tokio::test]
-async fn a_page_holds_no_more_than_one_answer_can() {
+async fn page_of_events_fits_into_one_response() {
     let log = Log::new().await;
     let million = 1_000_000;
     let at = |number: usize| format!("2026-01-01T00:00:{number:02}");
@@ -255,9 +256,9 @@ async fn a_page_holds_no_more_than_one_answer_can() {
 }
 
 #[tokio::test]
-async fn deleting_a_log_leaves_nothing_of_it_and_all_of_others() {
+async fn deleting_a_log_removes_all_of_it_and_nothing_of_other_logs() {
     let log = Log::new().await;
-    let other = UserId::new("somebody else");
+    let other = UserId::new("user-two");
     let events = || {
         let small = (0..60).map(|number| event(&format!("e{number}"), "2026-01-01T00:00:00", "K"));
         small.chain((0..5).map(|number| large(&format!("large{number}"), "2026-01-01T00:00:00", 400_000)))
@@ -274,7 +275,7 @@ async fn deleting_a_log_leaves_nothing_of_it_and_all_of_others() {
     log.engines.shutdown().await;
 }
 
-/// The API, with one conversation's log.
+/// The API, with the log of one conversation.
 struct Served {
     api: Api,
     store: EventStore,
@@ -288,8 +289,8 @@ impl Served {
         let folder = TempDir::new().expect("a folder");
         let api = Api::at(folder.path(), SandboxConfig::None).await;
         let (aws, names) = (&api.aws, &api.names);
-        let store = EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
-        let (user, conversation) = (UserId::new("somebody"), Uuid::new_v4());
+        let store = Stores::without_key(names, aws).events();
+        let (user, conversation) = (UserId::new("user-one"), Uuid::new_v4());
         store.append(&user, conversation, events).await.expect("stored");
         Self { api, store, user, conversation, _folder: folder }
     }
@@ -316,13 +317,13 @@ impl Served {
 }
 
 #[tokio::test]
-async fn events_are_answered_byte_for_byte() {
+async fn events_are_returned_byte_for_byte() {
     let sent = r#"{"timestamp":"2025-01-01T00:00:00.5", "kind":"NobodyKnowsIt","more":[1.10, 1e2,123456789012345678901234567890],  "text":"\u00e9é", "id":"strange"}"#;
     let strange = Event { json: sent.into(), ..event("strange", "2025-01-01T00:00:00.5", "NobodyKnowsIt") };
     let served = Served::new(vec![strange, event("later", "2025-01-01T00:00:01", "MessageEvent")]).await;
     for (path, expected) in [
         ("/search?limit=1".to_owned(), format!(r#"{{"items":[{sent}],"next_page_id":""#)),
-        ("?id=strange&id=nobody&id=strange".to_owned(), format!("[{sent},null,{sent}]")),
+        ("?id=strange&id=missing&id=strange".to_owned(), format!("[{sent},null,{sent}]")),
         ("/count".to_owned(), "2".to_owned()),
         ("/count?kind__eq=MessageEvent".to_owned(), "1".to_owned()),
         ("/count?timestamp__lt=2025-01-01T00:00:01Z".to_owned(), "1".to_owned()),
@@ -337,7 +338,7 @@ async fn events_are_answered_byte_for_byte() {
 }
 
 #[tokio::test]
-async fn pages_over_http_hold_everything_once_in_either_order() {
+async fn pagination_over_http_returns_every_event_once_in_either_order() {
     let kinds = ["MessageEvent", "ActionEvent", "ObservationEvent"];
     let events = (0..25)
         .map(|number| event(&format!("e{number:02}"), &format!("2026-01-01T00:00:{number:02}"), kinds[number % 3]));
@@ -349,7 +350,7 @@ async fn pages_over_http_hold_everything_once_in_either_order() {
         assert_eq!(served.walk(&format!("limit={limit}")).await, all);
         assert_eq!(served.walk(&format!("limit={limit}&sort_order=TIMESTAMP_DESC")).await, newest_first);
     }
-    // An offset, a fraction, a unix time: instants.
+    // The same instant with an offset, with a fraction, and as a unix time.
     let of_kind: Vec<String> = (0..25).filter(|number| number % 3 == 1).map(|number| format!("e{number:02}")).collect();
     assert_eq!(served.walk("limit=2&kind__eq=ActionEvent").await, of_kind);
     assert_eq!(served.walk("timestamp__gte=2026-01-01T01:00:20%2B01:00&limit=2").await, all[20..]);
@@ -357,7 +358,7 @@ async fn pages_over_http_hold_everything_once_in_either_order() {
     assert_eq!(served.walk("timestamp__gte=2026-01-01&timestamp__lt=2026-01-01T00:00:03.0").await, all[..3]);
     assert_eq!(served.get("/count?kind__eq=ActionEvent&timestamp__gte=2026-01-01T00:00:05Z").await, (200, json!(6)));
 
-    // A page id is for its list alone.
+    // A page id is valid only for the list that it was issued for.
     let (_, page) = served.get("/search?limit=5&kind__eq=ActionEvent").await;
     let page_id = page["next_page_id"].as_str().expect("a next page");
     let other = Uuid::new_v4();
@@ -389,7 +390,7 @@ async fn pages_over_http_hold_everything_once_in_either_order() {
 }
 
 #[tokio::test]
-async fn bad_requests_for_events_are_told_in_the_contracts_words() {
+async fn invalid_requests_for_events_get_the_contracts_validation_errors() {
     let served = Served::new(vec![event("e", "2026-01-01T00:00:00", "MessageEvent")]).await;
     let too_long = format!("/count?kind__eq={}", "K".repeat(101));
     for (path, faults) in [
@@ -411,12 +412,14 @@ async fn bad_requests_for_events_are_told_in_the_contracts_words() {
         ("", vec![("missing", "id", "Field required")]),
     ] {
         let (status, answer) = served.get(path).await;
-        let told: Vec<_> = answer["detail"].as_array().into_iter().flatten().collect();
+        let violations: Vec<_> = answer["detail"].as_array().into_iter().flatten().collect();
         let expected: Vec<_> =
             faults.iter().map(|(kind, name, text)| (json!(kind), json!(["query", name]), json!(text))).collect();
-        let told: Vec<_> =
-            told.iter().map(|fault| (fault["type"].clone(), fault["loc"].clone(), fault["msg"].clone())).collect();
-        assert_eq!((status, told), (422, expected), "{path}");
+        let violations: Vec<_> = violations
+            .iter()
+            .map(|fault| (fault["type"].clone(), fault["loc"].clone(), fault["msg"].clone()))
+            .collect();
+        assert_eq!((status, violations), (422, expected), "{path}");
     }
     for path in ["", "/search", "/count"] {
         let target = format!("/api/v1/conversation/bad/events{path}?id=x");
@@ -429,8 +432,8 @@ async fn bad_requests_for_events_are_told_in_the_contracts_words() {
     assert_eq!((status, answer.as_array().map(Vec::len)), (200, Some(100)));
     let many = (400, json!({"detail": "Cannot request more than 100 events at once, got 101"}));
     assert_eq!(served.get(&ids(101)).await, many);
-    // Nobody else's log is read, and nobody is told whether there is one.
-    for (user, conversation) in [("stranger", served.conversation), ("somebody", Uuid::new_v4())] {
+    // Another user's log is not readable, and the response does not reveal whether it exists.
+    for (user, conversation) in [("stranger", served.conversation), ("user-one", Uuid::new_v4())] {
         let get = async |path: &str| {
             let target = format!("/api/v1/conversation/{conversation}/events{path}");
             served.api.call(&UserId::new(user), "GET", &target, None).await
@@ -443,7 +446,7 @@ async fn bad_requests_for_events_are_told_in_the_contracts_words() {
 }
 
 #[tokio::test]
-async fn large_events_are_answered_a_few_at_a_time() {
+async fn large_events_are_returned_a_few_per_page() {
     let million = 1_000_000;
     let at = |number: usize| format!("2026-01-01T00:00:{number:02}");
     let served =
@@ -455,9 +458,9 @@ async fn large_events_are_answered_a_few_at_a_time() {
     let (status, answer) = served.get("?id=e0&id=e1").await;
     assert_eq!(
         (status, answer),
-        (413, json!({"detail": "These events are too large for one answer: request fewer at once"}))
+        (413, json!({"detail": "These events are too large for one response; request fewer at once"}))
     );
-    let (status, answer) = served.get("?id=e0&id=nobody").await;
+    let (status, answer) = served.get("?id=e0&id=missing").await;
     assert_eq!((status, answer[0]["text"].as_str().map(str::len)), (200, Some(5 * million)));
     served.api.stop().await;
 }

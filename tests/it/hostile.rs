@@ -1,5 +1,6 @@
-//! Sandboxes that attack: agent servers whose answers are endless, huge, or made to take memory, and that repeat the secrets they
-//! were given. A start with one of them ends within its bounds, and what is kept of it is short.
+//! Hostile sandboxes: agent servers with endless or huge responses, with responses that take much memory to parse, and
+//! with errors that repeat the secrets they were given. A start with one of them ends within its limits, and what is
+//! stored of it is short.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -22,7 +23,7 @@ use crate::support::worker_harness::{SESSION_KEY, WorkerHarness, quick};
 
 const MIB: usize = 1024 * 1024;
 const SOON: Duration = Duration::from_secs(10);
-/// The longest detail of a start that is kept, in bytes: a text of an agent server, and what is around it.
+/// The longest `detail` of a start that is stored, in bytes: a text of an agent server, and the words around it.
 const MAX_DETAIL: usize = 12_000;
 
 fn zeros(count: usize) -> String {
@@ -43,17 +44,17 @@ fn is_too_large<T>(answer: &Result<T, AgentServerError>) -> bool {
 }
 
 fn is_malformed<T>(answer: &Result<T, AgentServerError>) -> bool {
-    // Nothing of the answer is quoted.
+    // The message quotes nothing of the response.
     matches!(answer, Err(AgentServerError { failure: Failure::Malformed(what), .. }) if what.len() < 100)
 }
 
 #[tokio::test]
-async fn every_answer_has_a_bound_of_its_own() {
+async fn every_response_of_an_agent_server_has_a_size_limit() {
     let agent = StandInAgent::start(SESSION_KEY).await;
     let client = agent_server(&agent);
     let (id, search) = (Uuid::new_v4(), "GET /api/bash/bash_events/search");
 
-    // Bytes: those of everything but skills, conversations and events are 1 MiB.
+    // Size in bytes: 1 MiB for all responses but skills, conversations and events.
     for (route, length) in [
         (search, MIB),
         ("POST /api/bash/start_bash_command", MIB),
@@ -88,7 +89,7 @@ async fn every_answer_has_a_bound_of_its_own() {
         assert!(refused, "{route}");
     }
 
-    // Elements: many in few bytes.
+    // Number of elements: many in few bytes.
     always(&agent, search, json!({"items": []}).to_string().replace("[]", &zeros(1000)));
     assert!(is_malformed(&client.command_output("x").await));
     always(&agent, search, json!({"items": []}).to_string().replace("[]", &format!("[{}{{}}]", "{},".repeat(300_000))));
@@ -100,7 +101,7 @@ async fn every_answer_has_a_bound_of_its_own() {
     always(&agent, "GET /api/conversations/{id}/events/search", format!(r#"{{"items": {}}}"#, zeros(7_000_000)));
     assert!(is_malformed(&client.newest_events(id, None, 1).await));
 
-    // Texts that would be kept.
+    // Length of texts that would be stored.
     let long = "x".repeat(10_000);
     always(&agent, "POST /api/bash/start_bash_command", json!({"id": long}).to_string());
     assert!(is_malformed(&client.start_command("x", "/", SOON).await));
@@ -108,11 +109,11 @@ async fn every_answer_has_a_bound_of_its_own() {
     assert!(is_malformed(&client.command_output("x").await));
     always(&agent, "POST /api/conversations/{id}/generate_title", json!({"title": long}).to_string());
     assert_eq!(client.generate_title(id, SOON).await.expect("no title"), None);
-    let told = json!([{"id": id, "title": long, "execution_status": long}]).to_string();
-    always(&agent, "GET /api/conversations", told);
+    let response = json!([{"id": id, "title": long, "execution_status": long}]).to_string();
+    always(&agent, "GET /api/conversations", response);
     let found = client.conversations(&[id], SOON).await.expect("one").pop().flatten().expect("it");
     assert_eq!((found.title, found.execution_status), (None, None));
-    // An error quotes no more than its beginning, and a value of another type not at all.
+    // An error quotes only the beginning of its message, and nothing of a value of another type.
     agent.clear_faults();
     agent.inject(Fault::new("POST /api/hooks", Nth::Always, Kind::Status(500, "x".repeat(5 * MIB))));
     let Err(AgentServerError { failure: Failure::Status(_, text), .. }) = client.hooks("/").await else {
@@ -124,11 +125,11 @@ async fn every_answer_has_a_bound_of_its_own() {
 }
 
 #[tokio::test]
-async fn a_conversation_is_read_over_but_for_what_is_used_of_it() {
+async fn only_the_used_fields_of_a_conversation_are_read() {
     let agent = StandInAgent::start(SESSION_KEY).await;
     let id = Uuid::new_v4();
     let usage = json!({"prompt_tokens": 7});
-    let told = json!([{
+    let response = json!([{
         "id": id, "title": "T", "execution_status": "idle", "updated_at": "2026-01-01T00:00:00Z",
         "workspace": {"kind": "LocalWorkspace", "working_dir": "/w"},
         "agent": {"llm": {"model": "m", "api_key": "sk"}, "agent_context": {"skills": ["x".repeat(MIB)]}},
@@ -137,7 +138,7 @@ async fn a_conversation_is_read_over_but_for_what_is_used_of_it() {
             "costs": vec![json!({"cost": 1}); 50_000],
         }, "condenser": {}}},
     }]);
-    always(&agent, "GET /api/conversations", told.to_string());
+    always(&agent, "GET /api/conversations", response.to_string());
     let whole = agent_server(&agent).whole_conversation(id, SOON).await.expect("an answer").expect("it");
     let agents = json!({"accumulated_cost": 0.5, "max_budget_per_task": null, "accumulated_token_usage": usage});
     let unused = json!({"accumulated_cost": null, "max_budget_per_task": null, "accumulated_token_usage": null});
@@ -149,7 +150,7 @@ async fn a_conversation_is_read_over_but_for_what_is_used_of_it() {
             "stats": {"usage_to_metrics": {"agent": agents, "condenser": unused}},
         })
     );
-    // Of a version, or an agent server, that tells less.
+    // From a version, or an agent server, that returns fewer fields.
     always(&agent, "GET /api/conversations", json!([{"id": id}]).to_string());
     let whole = agent_server(&agent).whole_conversation(id, SOON).await.expect("an answer").expect("it");
     assert_eq!((&whole["title"], &whole["stats"]), (&Value::Null, &Value::Null));
@@ -175,7 +176,7 @@ impl Subscriber for Warnings {
 }
 
 #[tokio::test]
-async fn skills_that_do_not_read_are_one_line_of_the_log() {
+async fn unreadable_skills_are_logged_as_one_warning() {
     let agent = StandInAgent::start(SESSION_KEY).await;
     let mut skills = vec![json!(0); 1999];
     skills.push(json!({"name": "good", "content": "text"}));
@@ -190,9 +191,9 @@ async fn skills_that_do_not_read_are_one_line_of_the_log() {
     assert_eq!(lines.load(Ordering::Relaxed), 1);
 }
 
-/// Whatever a sandbox answers, its start ends soon, keeps little, and leaves nothing behind.
+/// Whatever a sandbox responds, its start ends soon, stores little, and removes what it created.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_hostile_sandbox_ends_its_own_start_and_nothing_else() {
+async fn hostile_sandbox_fails_only_its_own_start() {
     let search = "GET /api/bash/bash_events/search";
     let huge = |length| Kind::Huge(length);
     let cases: Vec<(&str, Kind, Option<&str>)> = vec![
@@ -209,7 +210,7 @@ async fn a_hostile_sandbox_ends_its_own_start_and_nothing_else() {
         ("POST /api/bash/start_bash_command", Kind::Status(500, "x".repeat(MIB)), Some("xxx")),
         ("POST /api/conversations", huge(20 * MIB), None),
         ("POST /api/conversations", Kind::Status(422, "y".repeat(MIB)), Some("yyy")),
-        // Without skills and hooks a conversation is worth having; the start says what it lacks.
+        // A conversation without skills and hooks is still useful; `detail` names what is missing.
         ("POST /api/skills", huge(20 * MIB), None),
         ("POST /api/skills", Kind::Status(200, format!(r#"{{"skills": {}}}"#, zeros(1_000_000))), None),
         ("POST /api/hooks", huge(20 * MIB), None),
@@ -217,130 +218,131 @@ async fn a_hostile_sandbox_ends_its_own_start_and_nothing_else() {
     stream::iter(cases)
         .for_each_concurrent(3, |(route, kind, reason)| async move {
             let name = format!("{route} {:.60}", format!("{kind:?}"));
-            let rig = WorkerHarness::start(quick()).await;
-            rig.agent.inject(Fault::new(route, Nth::Always, kind));
-            let task = rig.begin(&json!({"initial_message": {"content": [{"type": "text", "text": "hi"}]}})).await;
-            let ended = rig.drive(task.id).await;
+            let harness = WorkerHarness::start(quick()).await;
+            harness.agent.inject(Fault::new(route, Nth::Always, kind));
+            let task = harness.begin(&json!({"initial_message": {"content": [{"type": "text", "text": "hi"}]}})).await;
+            let ended = harness.drive(task.id).await;
             let detail = ended.now.detail.unwrap_or_default();
             assert!(detail.len() < MAX_DETAIL, "{name}: {} bytes", detail.len());
             if let Some(reason) = reason {
                 assert_eq!(ended.now.status, StartStatus::Error, "{name}");
                 assert!(detail.contains(reason), "{name}: {detail}");
-                assert!(rig.sandboxes.made().values().all(|made| made.deleted), "{name}");
+                assert!(harness.sandboxes.made().values().all(|made| made.deleted), "{name}");
             }
-            assert!(rig.agent.requests_to(search).len() <= 8 * 20, "{name}: pages are bounded");
-            rig.finish().await;
+            assert!(harness.agent.requests_to(search).len() <= 8 * 20, "{name}: pages are bounded");
+            harness.finish().await;
         })
         .await;
 }
 
-/// Hands the next message of the task's to a worker that dies at its n-th call. Whether it did.
-async fn crash(rig: &WorkerHarness, call: usize) -> bool {
-    let Some(message) = rig.receive().await else {
-        rig.other_worker.saga.sweep().await.expect("swept");
+/// Passes the task's next message to a worker that crashes at its n-th call. Returns whether it did.
+async fn crash(harness: &WorkerHarness, call: usize) -> bool {
+    let Some(message) = harness.receive().await else {
+        harness.other_worker.saga.sweep().await.expect("swept");
         return false;
     };
-    rig.gate.arm(call, Stop::Hang(Moment::After));
-    let (context, event) = (rig.context.clone(), WorkerHarness::event(&message));
+    harness.gate.arm(call, Stop::Hang(Moment::After));
+    let (context, event) = (harness.context.clone(), WorkerHarness::event(&message));
     let mut worker = tokio::spawn(async move { worker::handle(&context, event).await });
     let died = tokio::select! {
         handled = &mut worker => {
             assert!(handled.expect("no panic").expect("handled").batch_item_failures.is_empty());
             false
         }
-        () = rig.gate.reached() => {
+        () = harness.gate.reached() => {
             worker.abort();
             drop(worker.await);
             true
         }
     };
-    rig.gate.disarm();
-    // The sweep finds the row; the queue would bring the message, too.
-    rig.delete(&message).await;
+    harness.gate.disarm();
+    // The sweep requeues the row; the queue would redeliver the message, too.
+    harness.delete(&message).await;
     died
 }
 
-/// What kills a worker inside a step kills each that takes the start over. None of them lives to count it.
+/// A step that kills its worker also kills every later worker that takes the start over. None of them can count the
+/// failure.
 #[tokio::test]
-async fn a_start_that_kills_its_workers_ends() {
-    let rig = WorkerHarness::start(quick()).await;
-    // The command never ends, so that every worker makes as many calls as it lives.
+async fn start_that_kills_its_workers_ends_in_error() {
+    let harness = WorkerHarness::start(quick()).await;
+    // The command never ends, so each worker makes calls until it is killed.
     let running = json!({"items": []}).to_string();
-    rig.agent.inject(Fault::new("GET /api/bash/bash_events/search", Nth::Always, Kind::Status(200, running)));
-    let task = rig.begin(&json!({})).await;
+    harness.agent.inject(Fault::new("GET /api/bash/bash_events/search", Nth::Always, Kind::Status(200, running)));
+    let task = harness.begin(&json!({})).await;
     let mut crashes = 0;
-    while !rig.task(task.id).await.now.status.is_final() {
-        crashes += usize::from(crash(&rig, 8).await);
-        assert!(crashes <= 12, "it is taken over again and again");
+    while !harness.task(task.id).await.now.status.is_final() {
+        crashes += usize::from(crash(&harness, 8).await);
+        assert!(crashes <= 12, "too many workers take the start over");
     }
-    let ended = rig.task(task.id).await;
+    let ended = harness.task(task.id).await;
     assert_eq!(ended.now.status, StartStatus::Error);
     let detail = ended.now.detail.expect("a detail");
-    assert!(detail.contains("PreparingRepository was cut off 8 times"), "{detail}");
-    assert!(rig.sandboxes.made().values().all(|made| made.deleted));
-    rig.finish().await;
+    assert!(detail.contains("PreparingRepository was interrupted 8 times"), "{detail}");
+    assert!(harness.sandboxes.made().values().all(|made| made.deleted));
+    harness.finish().await;
 }
 
 #[tokio::test]
-async fn two_workers_that_die_beyond_the_deadline_are_the_last_ones() {
+async fn start_ends_after_two_workers_die_past_its_deadline() {
     let config = shared::config::StartConfig { clone_timeout: Duration::from_millis(500), ..quick() };
-    let rig = WorkerHarness::start(config).await;
+    let harness = WorkerHarness::start(config).await;
     let running = json!({"items": []}).to_string();
-    rig.agent.inject(Fault::new("GET /api/bash/bash_events/search", Nth::Always, Kind::Status(200, running)));
-    let task = rig.begin(&json!({})).await;
+    harness.agent.inject(Fault::new("GET /api/bash/bash_events/search", Nth::Always, Kind::Status(200, running)));
+    let task = harness.begin(&json!({})).await;
     let mut crashes = 0;
-    while !rig.task(task.id).await.now.status.is_final() {
-        crashes += usize::from(crash(&rig, 12).await);
-        assert!(crashes <= 3, "its time is over");
+    while !harness.task(task.id).await.now.status.is_final() {
+        crashes += usize::from(crash(&harness, 12).await);
+        assert!(crashes <= 3, "its deadline is over");
     }
-    let ended = rig.task(task.id).await;
+    let ended = harness.task(task.id).await;
     assert_eq!(ended.now.status, StartStatus::Error);
-    assert!(ended.now.detail.expect("a detail").contains("not done within"));
-    rig.finish().await;
+    assert!(ended.now.detail.expect("a detail").contains("did not finish within"));
+    harness.finish().await;
 }
 
-/// A deployment ends workers, too: what was done meanwhile counts, even if nobody has looked in time.
+/// A deployment ends workers, too: progress since then counts, even if no worker checked before the deadline.
 #[tokio::test]
-async fn one_lost_worker_does_not_end_a_start_that_is_late() {
-    let rig = WorkerHarness::start(quick()).await;
-    let task = rig.begin(&json!({})).await;
-    assert!(crash(&rig, 5).await, "a worker died");
-    rig.end_time_of(task.id).await;
-    let late = rig.task(task.id).await;
+async fn one_lost_worker_does_not_end_an_overdue_start() {
+    let harness = WorkerHarness::start(quick()).await;
+    let task = harness.begin(&json!({})).await;
+    assert!(crash(&harness, 5).await, "a worker must crash");
+    harness.end_time_of(task.id).await;
+    let late = harness.task(task.id).await;
     assert_eq!((late.now.status, late.open_claims), (StartStatus::WaitingForSandbox, 1));
     assert!(late.deadline.is_some_and(|deadline| Time::now() > deadline), "{late:?}");
-    rig.drive(task.id).await;
-    rig.assert_one(task.id, 0, "a lost worker").await;
-    rig.finish().await;
+    harness.drive(task.id).await;
+    harness.assert_one(task.id, 0, "a lost worker").await;
+    harness.finish().await;
 }
 
-/// A task of the version before has no count of claims, and a worker that waits gives its claim back: however often a start is
-/// looked at, it is not given up for that.
+/// Tasks of the previous version have no count of claims, and a waiting worker releases its claim: however often a
+/// start is checked, it is not abandoned for that.
 #[tokio::test]
-async fn claims_that_are_given_back_do_not_count() {
-    let rig = WorkerHarness::start(shared::config::StartConfig { inline_wait: Duration::ZERO, ..quick() }).await;
+async fn released_claims_do_not_count_as_attempts() {
+    let harness = WorkerHarness::start(shared::config::StartConfig { inline_wait: Duration::ZERO, ..quick() }).await;
     let running = json!({"items": []}).to_string();
-    rig.agent.inject(Fault::new("GET /api/bash/bash_events/search", Nth::Always, Kind::Status(200, running)));
-    let task = rig.begin(&json!({})).await;
+    harness.agent.inject(Fault::new("GET /api/bash/bash_events/search", Nth::Always, Kind::Status(200, running)));
+    let task = harness.begin(&json!({})).await;
     assert_eq!(task.open_claims, 0);
     let mut looks = 0;
     while looks < 11 {
-        let Some(message) = rig.receive().await else { continue };
-        rig.handle(&message).await;
+        let Some(message) = harness.receive().await else { continue };
+        harness.handle(&message).await;
         looks += 1;
-        let now = rig.task(task.id).await;
+        let now = harness.task(task.id).await;
         assert!(!now.now.status.is_final(), "{now:?}");
         assert_eq!(now.open_claims, 0);
     }
-    rig.agent.clear_faults();
-    rig.drive(task.id).await;
-    rig.assert_one(task.id, 0, "many looks").await;
-    rig.finish().await;
+    harness.agent.clear_faults();
+    harness.drive(task.id).await;
+    harness.assert_one(task.id, 0, "many checks").await;
+    harness.finish().await;
 }
 
-/// An agent server that refuses a request repeats it: FastAPI as `input`, pydantic in its text, exceptions as they please.
+/// Agent servers repeat the request in their errors: FastAPI as `input`, pydantic in its message, exceptions anywhere.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_an_agent_server_repeats_of_a_request_is_kept_nowhere() {
+async fn secrets_repeated_in_agent_server_errors_are_not_stored() {
     let secrets = ["sk-canary-of-the-model", "npm-canary", "mcp-canary", SESSION_KEY];
     let repeated = json!({"llm": {"api_key": secrets[0]}, "secrets": {"NPM": {"value": secrets[1]}}, "mcp": secrets[2], "key": secrets[3]});
     let missing = json!({"type": "missing", "loc": ["body", "agent"], "msg": "Field required", "input": repeated, "ctx": repeated});
@@ -358,63 +360,65 @@ async fn what_an_agent_server_repeats_of_a_request_is_kept_nowhere() {
     ];
     stream::iter(cases)
         .for_each_concurrent(3, |(route, status, body, words)| async move {
-            let rig = WorkerHarness::start(quick()).await;
-            rig.set_settings(json!({
-                "llm_model": "openai/scripted", "llm_api_key": secrets[0],
-                "custom_secrets": {"NPM": {"secret": secrets[1]}},
-                "mcp_config": {"sse_servers": [], "stdio_servers": [], "shttp_servers": [
-                    {"url": "https://mcp.example.com", "api_key": secrets[2]},
-                ]},
-            }))
-            .await;
-            rig.agent.inject(Fault::new(route, Nth::Always, Kind::Status(status, body.to_string())));
-            let task = rig.begin(&json!({})).await;
-            let ended = rig.drive(task.id).await;
+            let harness = WorkerHarness::start(quick()).await;
+            harness
+                .set_settings(json!({
+                    "llm_model": "openai/scripted", "llm_api_key": secrets[0],
+                    "custom_secrets": {"NPM": {"secret": secrets[1]}},
+                    "mcp_config": {"sse_servers": [], "stdio_servers": [], "shttp_servers": [
+                        {"url": "https://mcp.example.com", "api_key": secrets[2]},
+                    ]},
+                }))
+                .await;
+            harness.agent.inject(Fault::new(route, Nth::Always, Kind::Status(status, body.to_string())));
+            let task = harness.begin(&json!({})).await;
+            let ended = harness.drive(task.id).await;
             let detail = ended.now.detail.clone().expect("a detail");
             assert!(detail.contains(words), "{detail}");
             let kept = format!("{ended:?}");
             for secret in secrets {
                 assert!(!kept.contains(secret), "{secret}: {kept}");
             }
-            rig.finish().await;
+            harness.finish().await;
         })
         .await;
 }
 
-/// A sweep takes a bounded number of rows, of all users in turn; it goes on behind what fails, and the next one goes on from there.
+/// A sweep handles a bounded number of rows, of all users in turn; it continues after a failed batch, and the next
+/// sweep handles that batch.
 #[tokio::test]
-async fn a_sweep_is_bounded_fair_and_goes_on_behind_a_failure() {
-    let rig = WorkerHarness::start(quick()).await;
-    let tasks = rig.tasks.unfinished();
+async fn sweep_is_bounded_and_fair_and_continues_after_a_failure() {
+    let harness = WorkerHarness::start(quick()).await;
+    let tasks = harness.tasks.unfinished();
     let rows: Vec<(String, String)> = (0..130)
         .map(|number| ("flood".to_owned(), number))
         .chain([("patient".to_owned(), 130)])
         .map(|(user, number)| (user, format!("{number:032x}")))
         .collect();
     for (number, (user, id)) in rows.iter().enumerate() {
-        rig.put_due_task(user, id, &format!("2020-01-01T00:00:00.{number:06}Z")).await;
+        harness.put_due_task(user, id, &format!("2020-01-01T00:00:00.{number:06}Z")).await;
     }
-    // One that names no owner does not stop it.
-    rig.put_due_task("flood", "no id", "2019-01-01T00:00:00.000000Z").await;
+    // A row without an owner does not stop the sweep.
+    harness.put_due_task("flood", "no id", "2019-01-01T00:00:00.000000Z").await;
     let (due, failed) = tasks.due(Time::now()).await;
     assert!(failed.is_none());
     assert_eq!(due.len(), 100);
-    assert!(due[..3].iter().any(|row| row.user.as_str() == "patient"), "users take turns");
+    assert!(due[..3].iter().any(|row| row.user.as_str() == "patient"), "users are served in turn");
 
-    // The third batch is refused: all others are sent, and that one is sent by the next sweep.
+    // The third batch is refused: all others are sent, and the next sweep sends that one.
     let calls_before_the_batches = shared::start::store::SHARDS.len();
-    rig.gate.arm(calls_before_the_batches + 3, Stop::Refuse);
-    assert!(rig.context.saga.sweep().await.is_err(), "what failed is told");
-    rig.gate.disarm();
-    let calls = rig.gate.calls();
+    harness.gate.arm(calls_before_the_batches + 3, Stop::Refuse);
+    assert!(harness.context.saga.sweep().await.is_err(), "the failure is returned");
+    harness.gate.disarm();
+    let calls = harness.gate.calls();
     assert_eq!(calls.iter().filter(|call| *call == "SendMessageBatch").count(), 10, "{calls:?}");
-    assert_eq!(rig.waiting_messages().await, 90);
-    assert_eq!(rig.context.saga.sweep().await.expect("swept"), 41);
-    assert_eq!(rig.waiting_messages().await, 131);
-    assert_eq!(rig.context.saga.sweep().await.expect("swept"), 0, "they are left alone for a while");
+    assert_eq!(harness.waiting_messages().await, 90);
+    assert_eq!(harness.context.saga.sweep().await.expect("swept"), 41);
+    assert_eq!(harness.waiting_messages().await, 131);
+    assert_eq!(harness.context.saga.sweep().await.expect("swept"), 0, "requeued rows are not due for a while");
     for (user, id) in rows.iter().map(|(user, id)| (user.as_str(), id.as_str())).chain([("flood", "no id")]) {
-        rig.remove_task(user, id).await;
+        harness.remove_task(user, id).await;
     }
-    rig.purge().await;
-    rig.finish().await;
+    harness.purge().await;
+    harness.finish().await;
 }

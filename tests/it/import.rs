@@ -1,4 +1,5 @@
-//! Imports: rows come in once, whatever happens meanwhile, and what cannot be taken is told and ends nothing.
+//! Imports: each row is stored once, whatever happens meanwhile, and an invalid row is reported without ending the
+//! import.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,7 +11,7 @@ use local::import::jsonl::JsonLines;
 use local::import::openhands::DataFolder;
 use local::import::summary::Tally;
 use local::import::{End, Entry, Importer, Pace, Skip, Summary, command};
-use local::options::PlaceOptions;
+use local::options::TargetOptions;
 use rusqlite::{Connection, params};
 use serde_json::{Value, json};
 use shared::Time;
@@ -21,6 +22,7 @@ use shared::event::store::EventStore;
 use shared::http::secret::MASK;
 use shared::start::store::{Filter as TaskFilter, SortOrder};
 use shared::start::task::StartStatus;
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use tempfile::TempDir;
@@ -30,15 +32,14 @@ use uuid::Uuid;
 use crate::support::engines::{Engines, skipped_on_ministack};
 use crate::support::fault_proxy::{FaultProxy, Moment, Stop};
 use crate::support::log::all_events;
-use crate::support::seed::Stores;
 
 const PREFIX: &str = "import-";
 const SEED: &str = include_str!("../data/contract/seed.jsonl");
 const SECRET: &str = "hunter2-in-clear";
-const TOKEN: &str = "event: it is a streamed token (StreamingDeltaEvent), which is not stored; the message with the whole text is an event of its own";
+const TOKEN: &str = "event: it is a streamed token (StreamingDeltaEvent), which is not stored; the message with the whole text is a separate event";
 
-/// Tables on engines of their own, with a gate in front of DynamoDB.
-struct WorkerHarness {
+/// Empty tables on engines of their own, with a fault proxy in front of DynamoDB.
+struct Fixture {
     stores: Stores,
     events: EventStore,
     importer: Importer,
@@ -49,7 +50,7 @@ struct WorkerHarness {
     folder: TempDir,
 }
 
-impl WorkerHarness {
+impl Fixture {
     async fn start() -> Self {
         let folder = TempDir::new().expect("a folder");
         let engines = Engines::start(&folder.path().join("data")).await;
@@ -63,8 +64,8 @@ impl WorkerHarness {
         let dynamodb = aws_sdk_dynamodb::config::Builder::from(&network).endpoint_url(way.url()).build();
         let gated = Aws { dynamodb: aws_sdk_dynamodb::Client::from_conf(dynamodb), ..aws.clone() };
         Self {
-            stores: Stores::new(&aws, &names, &Sealer::ephemeral()),
-            events: EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone()),
+            stores: Stores::new(&names, &aws, &Sealer::ephemeral()),
+            events: Stores::without_key(&names, &aws).events(),
             importer: Importer::new(&aws, &names, Pace::AWS),
             gated: Importer::new(&gated, &names, Pace { in_flight: 2, per_owner: 1 }),
             gate,
@@ -86,20 +87,21 @@ impl WorkerHarness {
 
     async fn conversations(&self, user: &UserId) -> u64 {
         let all = Filter { include_sub_conversations: true, ..Filter::default() };
-        self.stores.conversations.count(user, &all).await.expect("a count")
+        self.stores.conversations().count(user, &all).await.expect("a count")
     }
 
     async fn start_tasks(&self, user: &UserId) -> u64 {
-        self.stores.tasks.count(user, &TaskFilter::default()).await.expect("a count")
+        self.stores.start_tasks().count(user, &TaskFilter::default()).await.expect("a count")
     }
 
-    /// The counters, against the rows one by one.
-    async fn must_have(&self, user: &UserId, conversations: u64, start_tasks: u64) {
+    /// Compares the counters with the rows.
+    async fn assert_counts(&self, user: &UserId, conversations: u64, start_tasks: u64) {
         assert_eq!((self.conversations(user).await, self.start_tasks(user).await), (conversations, start_tasks));
         let ids: Vec<Uuid> = seed("conversation").iter().map(|line| id(&line["data"]["id"])).collect();
-        let found = self.stores.conversations.batch_get(user, &ids).await.expect("the store");
+        let found = self.stores.conversations().batch_get(user, &ids).await.expect("the store");
         assert_eq!(found.iter().flatten().count() as u64, conversations);
-        let listed = self.stores.tasks.list(user, &TaskFilter::default(), SortOrder::CreatedAt, None, 100).await;
+        let listed =
+            self.stores.start_tasks().list(user, &TaskFilter::default(), SortOrder::CreatedAt, None, 100).await;
         assert_eq!(listed.expect("a list").0.len() as u64, start_tasks);
     }
 }
@@ -122,68 +124,73 @@ fn lines(paths: &[PathBuf], default: Option<UserId>) -> JsonLines {
     JsonLines::open(paths, default).expect("files")
 }
 
-fn taken(taken: u64) -> Tally {
-    Tally { taken, already_there: 0 }
+fn imported(imported: u64) -> Tally {
+    Tally { imported, already_present: 0 }
 }
 
-fn there(already_there: u64) -> Tally {
-    Tally { taken: 0, already_there }
+fn already_present(already_present: u64) -> Tally {
+    Tally { imported: 0, already_present }
 }
 
 #[tokio::test]
-async fn recorded_rows_come_in_once_and_show_as_they_were() {
-    let rig = WorkerHarness::start().await;
+async fn recorded_rows_are_imported_once_and_unchanged() {
+    let fixture = Fixture::start().await;
     let (local, other) = (UserId::local(), UserId::new("other-user"));
-    let file = rig.file("seed.jsonl", SEED);
+    let file = fixture.file("seed.jsonl", SEED);
     let read = || lines(std::slice::from_ref(&file), Some(UserId::local()));
     assert_eq!(read().total(), 165);
 
-    let summary = rig.take(read()).await;
-    assert_eq!((summary.conversations, summary.start_tasks, summary.events), (taken(155), taken(10), taken(0)));
+    let summary = fixture.take(read()).await;
+    assert_eq!(
+        (summary.conversations, summary.start_tasks, summary.events),
+        (imported(155), imported(10), imported(0))
+    );
     assert_eq!(summary.skipped, []);
-    rig.must_have(&local, 155, 9).await;
-    rig.must_have(&other, 0, 1).await;
+    fixture.assert_counts(&local, 155, 9).await;
+    fixture.assert_counts(&other, 0, 1).await;
 
     for line in seed("start_task") {
         let owner = if line["data"]["created_by_user_id"].is_null() { &local } else { &other };
-        let record = rig.stores.tasks.get(owner, id(&line["data"]["id"])).await.expect("the store").expect("a task");
+        let record =
+            fixture.stores.start_tasks().get(owner, id(&line["data"]["id"])).await.expect("the store").expect("a task");
         assert_eq!(serde_json::to_value(record.show()).expect("JSON"), line["data"]);
     }
-    let (unfinished, _) = rig.stores.tasks.unfinished().due(Time::now().plus(Duration::from_secs(3600))).await;
-    assert_eq!(unfinished, [], "nobody goes on with them");
+    let (unfinished, _) =
+        fixture.stores.start_tasks().unfinished().due(Time::now().plus(Duration::from_secs(3600))).await;
+    assert_eq!(unfinished, [], "no worker continues them");
 
-    let again = rig.take(read()).await;
-    assert_eq!((again.conversations, again.start_tasks), (there(155), there(10)));
-    rig.must_have(&local, 155, 9).await;
+    let again = fixture.take(read()).await;
+    assert_eq!((again.conversations, again.start_tasks), (already_present(155), already_present(10)));
+    fixture.assert_counts(&local, 155, 9).await;
 }
 
 #[tokio::test]
-async fn what_is_there_is_left_as_it_is() {
-    let rig = WorkerHarness::start().await;
+async fn existing_rows_are_not_overwritten() {
+    let fixture = Fixture::start().await;
     let mut line = seed("conversation").remove(0);
     let conversation = id(&line["data"]["id"]);
     let event = |text: &str| {
         json!({"type": "event", "conversation_id": conversation,
             "data": {"id": "e", "timestamp": "2025-01-01T00:00:00", "kind": "K", "text": text}})
     };
-    let first = rig.file("first", format!("{line}\n{}\n", event("first")));
-    rig.take(lines(&[first], Some(UserId::local()))).await;
+    let first = fixture.file("first", format!("{line}\n{}\n", event("first")));
+    fixture.take(lines(&[first], Some(UserId::local()))).await;
     let title = line["data"]["title"].clone();
     line["data"]["title"] = json!("another");
-    // Twice in one file, too.
-    let second = rig.file("second", format!("{line}\n{line}\n{}\n{0}\n", event("second")));
-    let summary = rig.take(lines(&[second], Some(UserId::local()))).await;
-    assert_eq!((summary.conversations, summary.events), (there(2), there(2)));
-    let record = rig.stores.conversations.get(&UserId::local(), conversation).await.expect("the store");
+    // Also twice in one file.
+    let second = fixture.file("second", format!("{line}\n{line}\n{}\n{0}\n", event("second")));
+    let summary = fixture.take(lines(&[second], Some(UserId::local()))).await;
+    assert_eq!((summary.conversations, summary.events), (already_present(2), already_present(2)));
+    let record = fixture.stores.conversations().get(&UserId::local(), conversation).await.expect("the store");
     assert_eq!(record.and_then(|record| record.title), title.as_str().map(ToOwned::to_owned));
-    let events = all_events(&rig.events, &UserId::local(), conversation).await;
+    let events = all_events(&fixture.events, &UserId::local(), conversation).await;
     assert!(events.len() == 1 && events[0].json.contains("first"), "{events:?}");
 }
 
 #[tokio::test]
-async fn a_run_that_was_stopped_is_completed_by_the_next() {
-    let rig = WorkerHarness::start().await;
-    let file = rig.file("seed.jsonl", SEED);
+async fn stopped_import_is_completed_by_the_next_run() {
+    let fixture = Fixture::start().await;
+    let file = fixture.file("seed.jsonl", SEED);
     let user = UserId::new("stopped");
     let read = || lines(std::slice::from_ref(&file), Some(UserId::new("stopped")));
     let (stop, stopped) = oneshot::channel();
@@ -194,51 +201,51 @@ async fn a_run_that_was_stopped_is_completed_by_the_next() {
             stop.send(()).expect("a run");
         }
     };
-    // One batch at a time: after the first, others are left.
-    let stopped = async { stopped.await.expect("told") };
-    let (first, end) = rig.gated.run(read(), stopped, progress).await;
+    // One batch at a time: after the first one, others remain.
+    let stopped = async { stopped.await.expect("a stop") };
+    let (first, end) = fixture.gated.run(read(), stopped, progress).await;
     assert!(matches!(end, End::Stopped), "{end:?}");
     assert!(first.settled() < 165, "{first:?}");
-    assert_eq!(rig.conversations(&user).await, first.conversations.taken, "what was told is stored");
+    assert_eq!(fixture.conversations(&user).await, first.conversations.imported, "what was reported is stored");
 
-    let second = rig.take(read()).await;
-    assert_eq!(second.conversations.already_there, first.conversations.taken);
-    assert_eq!(second.conversations.taken + first.conversations.taken, 155);
-    rig.must_have(&user, 155, 9).await;
+    let second = fixture.take(read()).await;
+    assert_eq!(second.conversations.already_present, first.conversations.imported);
+    assert_eq!(second.conversations.imported + first.conversations.imported, 155);
+    fixture.assert_counts(&user, 155, 9).await;
 }
 
 #[tokio::test]
-async fn a_failed_or_killed_run_is_completed_by_the_next_wherever_it_ended() {
-    let rig = WorkerHarness::start().await;
+async fn import_that_failed_or_was_killed_at_any_call_is_completed_by_the_next_run() {
+    let fixture = Fixture::start().await;
     let event = |number: usize| {
         let data = json!({"id": format!("e{number}"), "timestamp": "2025-01-01T00:00:00", "kind": "K"});
         json!({"type": "event", "conversation_id": Uuid::nil(), "data": data}).to_string()
     };
     let events: Vec<String> = (0..60).map(event).collect();
-    let file = rig.file("seed.jsonl", format!("{SEED}{}", events.join("\n")));
+    let file = fixture.file("seed.jsonl", format!("{SEED}{}", events.join("\n")));
     let mut stops = 0;
     for stop in [Stop::Refuse, Stop::Hang(Moment::After)] {
         for call in 1.. {
             let user = UserId::new(format!("{stop:?} {call}"));
             let read = || lines(std::slice::from_ref(&file), Some(user.clone()));
-            rig.gate.arm(call, stop);
-            let run = rig.gated.run(read(), pending(), |_| {});
+            fixture.gate.arm(call, stop);
+            let run = fixture.gated.run(read(), pending(), |_| {});
             let (counted, reached) = tokio::select! {
                 (summary, end) = run => {
-                    assert_eq!(matches!(end, End::Failed(_)), rig.gate.is_reached(), "{end:?}");
-                    (Some(summary), rig.gate.is_reached())
+                    assert_eq!(matches!(end, End::Failed(_)), fixture.gate.is_reached(), "{end:?}");
+                    (Some(summary), fixture.gate.is_reached())
                 }
-                // Dropped where it stands: killed.
-                () = rig.gate.reached(), if stop != Stop::Refuse => (None, true),
+                // Dropped at this call, as if the process was killed.
+                () = fixture.gate.reached(), if stop != Stop::Refuse => (None, true),
             };
-            rig.gate.disarm();
-            let second = rig.take(read()).await;
+            fixture.gate.disarm();
+            let second = fixture.take(read()).await;
             if let Some(first) = counted {
-                assert_eq!(second.conversations.already_there, first.conversations.taken, "{user}");
-                assert_eq!(second.conversations.taken + first.conversations.taken, 155, "{user}");
+                assert_eq!(second.conversations.already_present, first.conversations.imported, "{user}");
+                assert_eq!(second.conversations.imported + first.conversations.imported, 155, "{user}");
             }
-            rig.must_have(&user, 155, 9).await;
-            assert_eq!(all_events(&rig.events, &user, Uuid::nil()).await.len(), 60, "{user}");
+            fixture.assert_counts(&user, 155, 9).await;
+            assert_eq!(all_events(&fixture.events, &user, Uuid::nil()).await.len(), 60, "{user}");
             if !reached {
                 break;
             }
@@ -246,13 +253,13 @@ async fn a_failed_or_killed_run_is_completed_by_the_next_wherever_it_ended() {
         }
     }
     assert!(stops > 10, "only {stops}");
-    // Owned by name, it came with the first run.
-    assert_eq!(rig.start_tasks(&UserId::new("other-user")).await, 1);
+    // Its line names the owner, so the first run stored it.
+    assert_eq!(fixture.start_tasks(&UserId::new("other-user")).await, 1);
 }
 
 #[tokio::test]
-async fn a_bad_line_is_told_and_ends_nothing() {
-    let rig = WorkerHarness::start().await;
+async fn invalid_line_is_reported_and_does_not_end_the_import() {
+    let fixture = Fixture::start().await;
     let good = seed("conversation").remove(0);
     let with = |field: &str, value: Value| {
         let mut line = good.clone();
@@ -271,10 +278,10 @@ async fn a_bad_line_is_told_and_ends_nothing() {
     };
     let some = Uuid::new_v4().to_string();
     let bad: Vec<(String, &str)> = vec![
-        ("{".into(), "line: it is no JSON"),
-        ("[1]".into(), "line: it is no object with a type and data"),
-        (r#"{"type": "conversation"}"#.into(), "line: it is no object with a type and data"),
-        (r#"{"type": "sandbox", "data": {}}"#.into(), "line: its type is none of conversation, start_task, event"),
+        ("{".into(), "line: it is not JSON"),
+        ("[1]".into(), "line: it is not an object with a type and data"),
+        (r#"{"type": "conversation"}"#.into(), "line: it is not an object with a type and data"),
+        (r#"{"type": "sandbox", "data": {}}"#.into(), "line: its type is not conversation, start_task or event"),
         (with("id", json!("not-an-id")), "conversation: id: Input should be a valid UUID"),
         (with("sandbox_id", Value::Null), "conversation: sandbox_id: Input should be a valid string"),
         (with("sandbox_id", json!("x".repeat(600))), "conversation: sandbox_id: it must have 1 to 512 bytes"),
@@ -286,19 +293,19 @@ async fn a_bad_line_is_told_and_ends_nothing() {
         ),
         (
             with("metrics", json!({"accumulated_cost": -1})),
-            "conversation: metrics.accumulated_cost: it is no amount of money",
+            "conversation: metrics.accumulated_cost: it is not an amount of money",
         ),
         (
             with("metrics", json!({"accumulated_cost": 1e300})),
-            "conversation: metrics.accumulated_cost: it is no amount of money",
+            "conversation: metrics.accumulated_cost: it is not an amount of money",
         ),
         (
             with("metrics", json!({"accumulated_token_usage": {"prompt_tokens": -1}})),
-            "conversation: metrics.accumulated_token_usage.prompt_tokens: it is no number of tokens",
+            "conversation: metrics.accumulated_token_usage.prompt_tokens: it is not a number of tokens",
         ),
         (with("title", json!("x".repeat(500_000))), "conversation: it is too large for the store"),
         (with("tags", json!(["a"])), "conversation: tags: Input should be a valid dictionary"),
-        (task("status", json!("DREAMING")), "start task: status: it is no status of a start task"),
+        (task("status", json!("DREAMING")), "start task: status: it is not a status of a start task"),
         (
             task("request", json!({"agent_type": "spy"})),
             "start task: request.agent_type: Input should be 'default' or 'plan'",
@@ -314,7 +321,7 @@ async fn a_bad_line_is_told_and_ends_nothing() {
         (event("nonsense", json!({})), "event: conversation_id: Input should be a valid UUID"),
         (
             event(&some, json!({"id": "e", "kind": "K"})),
-            "event: it is no JSON object whose id, timestamp and kind are texts",
+            "event: it is not a JSON object whose id, timestamp and kind are texts",
         ),
         (event(&some, json!({"id": "", "timestamp": "t", "kind": "K"})), "event: id is empty"),
         (
@@ -327,10 +334,10 @@ async fn a_bad_line_is_told_and_ends_nothing() {
     let mut text: Vec<u8> = bad.iter().flat_map(|(line, _)| [line.as_bytes(), b"\n\n"].concat()).collect();
     text.extend(b"\xff\n");
     text.extend(good.to_string().bytes());
-    let file = rig.file("lines", &text);
+    let file = fixture.file("lines", &text);
     let name = file.display().to_string();
-    let summary = rig.take(lines(&[file], Some(UserId::local()))).await;
-    assert_eq!(summary.conversations, taken(1), "{summary}");
+    let summary = fixture.take(lines(&[file], Some(UserId::local()))).await;
+    assert_eq!(summary.conversations, imported(1), "{summary}");
     let mut expected: BTreeMap<&str, Vec<String>> = BTreeMap::new();
     for (index, (_, reason)) in bad.iter().enumerate() {
         // Every second line is empty.
@@ -338,16 +345,16 @@ async fn a_bad_line_is_told_and_ends_nothing() {
     }
     expected.entry("line: it is not UTF-8").or_default().push(format!("{name}:{}", 2 * bad.len() + 1));
     let found: BTreeMap<&str, Vec<String>> =
-        summary.skipped.iter().map(|skipped| (skipped.reason.as_str(), skipped.places.clone())).collect();
+        summary.skipped.iter().map(|skipped| (skipped.reason.as_str(), skipped.locations.clone())).collect();
     assert_eq!(found, expected);
     assert_eq!(summary.skipped_rows(), bad.len() as u64 + 1);
     assert!(!summary.to_string().contains(SECRET));
 }
 
 #[tokio::test]
-async fn rows_are_their_owners_and_events_their_conversations() {
-    let rig = WorkerHarness::start().await;
-    let (one, another, nobodys) = (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
+async fn rows_belong_to_their_owner_and_events_to_their_conversation() {
+    let fixture = Fixture::start().await;
+    let (one, another, unowned) = (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
     let conversation = |id: Uuid, owner: Value| {
         let mut line = seed("conversation").remove(0);
         (line["data"]["id"], line["data"]["created_by_user_id"]) = (json!(id), owner);
@@ -357,36 +364,36 @@ async fn rows_are_their_owners_and_events_their_conversations() {
         let data = json!({"id": format!("e{number}"), "timestamp": "2025-01-01T00:00:00", "kind": "K"});
         json!({"type": "event", "conversation_id": id, "data": data}).to_string()
     };
-    // Events come before their conversations, and in another file.
-    let events = [event(one, 1), event(another, 2), event(nobodys, 3), event(another, 4)].join("\n");
+    // Events precede their conversations, and are in another file.
+    let events = [event(one, 1), event(another, 2), event(unowned, 3), event(another, 4)].join("\n");
     let conversations =
-        [conversation(another, json!("ann")), conversation(one, json!("bob")), conversation(nobodys, Value::Null)];
-    let files = [rig.file("events", events), rig.file("conversations", conversations.join("\n"))];
+        [conversation(another, json!("ann")), conversation(one, json!("bob")), conversation(unowned, Value::Null)];
+    let files = [fixture.file("events", events), fixture.file("conversations", conversations.join("\n"))];
 
-    let strict = rig.take(lines(&files, None)).await;
-    assert_eq!((strict.conversations, strict.events), (taken(2), taken(3)));
+    let strict = fixture.take(lines(&files, None)).await;
+    assert_eq!((strict.conversations, strict.events), (imported(2), imported(3)));
     let reasons: Vec<&str> = strict.skipped.iter().map(|skipped| skipped.reason.as_str()).collect();
     assert_eq!(reasons.len(), 2);
     assert!(reasons.iter().all(|reason| reason.contains("--user ID")), "{reasons:?}");
 
-    let summary = rig.take(lines(&files, Some(UserId::local()))).await;
-    assert_eq!(summary.conversations, Tally { taken: 1, already_there: 2 });
-    assert_eq!(summary.events, Tally { taken: 1, already_there: 3 });
+    let summary = fixture.take(lines(&files, Some(UserId::local()))).await;
+    assert_eq!(summary.conversations, Tally { imported: 1, already_present: 2 });
+    assert_eq!(summary.events, Tally { imported: 1, already_present: 3 });
     assert_eq!(summary.skipped, []);
     for (owner, conversation, count) in
-        [(UserId::new("ann"), another, 2), (UserId::new("bob"), one, 1), (UserId::local(), nobodys, 1)]
+        [(UserId::new("ann"), another, 2), (UserId::new("bob"), one, 1), (UserId::local(), unowned, 1)]
     {
-        assert_eq!(rig.conversations(&owner).await, 1);
-        assert_eq!(all_events(&rig.events, &owner, conversation).await.len(), count, "{owner}");
+        assert_eq!(fixture.conversations(&owner).await, 1);
+        assert_eq!(all_events(&fixture.events, &owner, conversation).await.len(), count, "{owner}");
     }
 }
 
 #[tokio::test]
-async fn ten_thousand_events_in_any_order_are_kept_byte_for_byte() {
+async fn ten_thousand_events_in_mixed_order_are_stored_byte_for_byte() {
     const EVENTS: usize = 10_000;
-    let rig = WorkerHarness::start().await;
+    let fixture = Fixture::start().await;
     let conversations: Vec<Uuid> = (0..7).map(|_| Uuid::new_v4()).collect();
-    // 7919 and the number of events have no common divisor: every number comes once, in disorder.
+    // 7919 and the number of events have no common divisor, so every number comes once, in mixed order.
     let numbers = (0..EVENTS).map(|index| index * 7919 % EVENTS);
     let json = |number: usize| {
         let (minute, second) = (number / 60 % 60, number % 60);
@@ -401,17 +408,17 @@ async fn ten_thousand_events_in_any_order_are_kept_byte_for_byte() {
             format!("{{\"data\": {} ,\"type\":\"event\",\"conversation_id\":\"{conversation}\"}}\n", json(number))
         })
         .collect();
-    let file = rig.file("events", text.concat());
-    let summary = rig.take(lines(&[file], Some(UserId::local()))).await;
-    assert_eq!((summary.events, summary.skipped_rows()), (taken(EVENTS as u64), 0));
+    let file = fixture.file("events", text.concat());
+    let summary = fixture.take(lines(&[file], Some(UserId::local()))).await;
+    assert_eq!((summary.events, summary.skipped_rows()), (imported(EVENTS as u64), 0));
     for (first, conversation) in conversations.iter().enumerate() {
-        let found = all_events(&rig.events, &UserId::local(), *conversation).await;
+        let found = all_events(&fixture.events, &UserId::local(), *conversation).await;
         let expected: Vec<String> = (first..EVENTS).step_by(conversations.len()).map(json).collect();
         assert!(found.iter().map(|event| &event.json).eq(&expected), "conversation {first}");
     }
 }
 
-/// A data folder of the other server, its database made as its migrations leave it.
+/// A data folder of the reference, with its database in the state after its migrations.
 struct Reference {
     folder: TempDir,
     database: Connection,
@@ -484,7 +491,7 @@ impl Reference {
                 if path.is_dir() {
                     folders.push(path);
                 } else {
-                    // The shared memory of the live connection also holds who reads.
+                    // The shared memory of the live connection also records its readers.
                     let content = if path.to_string_lossy().ends_with("-shm") {
                         Vec::new()
                     } else {
@@ -497,14 +504,14 @@ impl Reference {
         files
     }
 
-    async fn import_into(&self, rig: &WorkerHarness) -> Summary {
-        rig.take(DataFolder::open(self.path(), Some(UserId::local())).expect("a data folder")).await
+    async fn import_into(&self, fixture: &Fixture) -> Summary {
+        fixture.take(DataFolder::open(self.path(), Some(UserId::local())).expect("a data folder")).await
     }
 }
 
 #[tokio::test]
-async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
-    let rig = WorkerHarness::start().await;
+async fn data_folder_of_the_reference_is_imported_with_its_events() {
+    let fixture = Fixture::start().await;
     let user = UserId::local();
     let reference = Reference::new();
     let ids: Vec<Uuid> = (0..6).map(|_| Uuid::new_v4()).collect();
@@ -525,7 +532,7 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
     reference.event("", ids[0], "a.json", &event("a"));
     reference.event("", ids[0], "b.json", "{");
     reference.event("", ids[0], "note.txt", "no event");
-    reference.event("somebody", ids[1], "c.json", &event("c"));
+    reference.event("user-one", ids[1], "c.json", &event("c"));
     for token in ["t1", "t2"] {
         let token =
             json!({"id": token, "timestamp": "2025-01-01T00:00:01", "kind": "StreamingDeltaEvent", "content": "x"});
@@ -537,28 +544,28 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
 
     let folder = DataFolder::open(reference.path(), Some(UserId::local())).expect("a data folder");
     assert_eq!(folder.total(), 5 + 4 + 7);
-    let summary = rig.take(folder).await;
+    let summary = fixture.take(folder).await;
     assert_eq!(
         (summary.conversations, summary.start_tasks, summary.events),
-        (taken(2), taken(3), taken(2)),
+        (imported(2), imported(3), imported(2)),
         "{summary}"
     );
     let skipped: Vec<(&str, u64)> =
         summary.skipped.iter().map(|skipped| (skipped.reason.as_str(), skipped.count)).collect();
     assert_eq!(skipped.iter().map(|(_, count)| count).sum::<u64>(), 9, "{summary}");
     for (beginning, count) in [
-        ("conversation: it is of version V0", 1),
+        ("conversation: it has version V0", 1),
         ("conversation: trigger: Input should be", 1),
         ("conversation: sandbox_id: Field required", 1),
         ("start task: request: Input should be", 1),
-        ("event: it is no JSON object", 1),
+        ("event: it is not a JSON object", 1),
         ("event: its conversation is not in the database", 2),
         (TOKEN, 2),
     ] {
         assert!(skipped.iter().any(|(reason, found)| reason.starts_with(beginning) && *found == count), "{summary}");
     }
 
-    let record = rig.stores.conversations.get(&user, ids[0]).await.expect("the store").expect("a conversation");
+    let record = fixture.stores.conversations().get(&user, ids[0]).await.expect("the store").expect("a conversation");
     let shown = serde_json::to_value(shared::conversation::AppConversation::without_sandbox(record)).expect("JSON");
     for (field, value) in [
         ("created_at", json!("2025-06-01T10:00:00Z")),
@@ -572,33 +579,41 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
     ] {
         assert_eq!(shown[field], value, "{field}");
     }
-    let of_later = rig.stores.conversations.get(&user, ids[1]).await.expect("the store").expect("a conversation");
+    let of_later = fixture.stores.conversations().get(&user, ids[1]).await.expect("the store").expect("a conversation");
     let of_later = shared::conversation::AppConversation::without_sandbox(of_later);
     assert_eq!(serde_json::to_value(of_later).expect("JSON")["trigger"], "automation");
     assert_eq!(shown["metrics"]["accumulated_cost"], 0.5);
     let usage = &shown["metrics"]["accumulated_token_usage"];
     assert_eq!((&usage["cache_write_tokens"], &usage["per_turn_token"]), (&json!(4), &json!(0)));
 
-    let unfinished = rig.stores.tasks.get(&user, tasks[1]).await.expect("the store").expect("a task");
+    let unfinished = fixture.stores.start_tasks().get(&user, tasks[1]).await.expect("the store").expect("a task");
     assert_eq!(unfinished.now.status, StartStatus::Error);
     assert!(unfinished.now.detail.as_ref().is_some_and(|detail| detail.contains("PREPARING_REPOSITORY")));
-    let ready = rig.stores.tasks.batch_get(&user, &tasks[..1]).await.expect("the store");
-    let ready = rig.stores.tasks.show_all(&ready).await.expect("the bucket").pop().flatten().expect("a task");
+    let ready = fixture.stores.start_tasks().batch_get(&user, &tasks[..1]).await.expect("the store");
+    let ready =
+        fixture.stores.start_tasks().show_all(&ready).await.expect("the bucket").pop().flatten().expect("a task");
     let request: Value = serde_json::from_str(ready.request.get()).expect("JSON");
     assert_eq!(request["secrets"], json!({"TOKEN": "**********"}));
     assert_eq!(request["system_message_suffix"].as_str().map(str::len), Some(20_000));
     assert_eq!(ready.created_at.to_string(), "2025-06-01T10:00:00.000001Z");
 
-    let kept = all_events(&rig.events, &user, ids[0]).await;
+    let kept = all_events(&fixture.events, &user, ids[0]).await;
     assert_eq!(kept.iter().map(|kept| kept.json.as_str()).collect::<Vec<_>>(), [event("a")]);
-    assert_eq!(all_events(&rig.events, &user, ids[1]).await.len(), 1, "the conversation's owner is the events' owner");
+    assert_eq!(
+        all_events(&fixture.events, &user, ids[1]).await.len(),
+        1,
+        "the conversation's owner is the events' owner"
+    );
 
-    let again = reference.import_into(&rig).await;
-    assert_eq!((again.conversations, again.start_tasks, again.events), (there(2), there(3), there(2)));
-    assert_eq!(reference.files(), files, "nothing is written there");
-    assert_eq!((rig.conversations(&user).await, rig.start_tasks(&user).await), (2, 3));
+    let again = reference.import_into(&fixture).await;
+    assert_eq!(
+        (again.conversations, again.start_tasks, again.events),
+        (already_present(2), already_present(3), already_present(2))
+    );
+    assert_eq!(reference.files(), files, "the import writes nothing to the reference's folder");
+    assert_eq!((fixture.conversations(&user).await, fixture.start_tasks(&user).await), (2, 3));
 
-    let WorkerHarness { engines, folder, .. } = rig;
+    let Fixture { engines, folder, .. } = fixture;
     engines.shutdown().await;
     if skipped_on_ministack("what is in the embedded engines' files") {
         return;
@@ -614,10 +629,10 @@ async fn a_data_folder_of_the_other_server_comes_in_with_its_events() {
     }
 }
 
-/// What a repository was called is history and comes in as it is, but for the password in an address.
+/// The repositories of past conversations are imported unchanged, except for credentials in an address.
 #[tokio::test]
-async fn repositories_come_in_without_credentials() {
-    let rig = WorkerHarness::start().await;
+async fn repositories_are_imported_without_credentials() {
+    let fixture = Fixture::start().await;
     let user = UserId::local();
     let reference = Reference::new();
     let mut text = String::new();
@@ -649,24 +664,24 @@ async fn repositories_come_in_without_credentials() {
     task["data"]["created_by_user_id"] = Value::Null;
     task["data"]["request"] = json!({"selected_repository": "https://me:SECRET@git.example/o/r"});
     text += &format!("{task}\n");
-    let file = rig.file("repositories", text);
-    let taken = rig.take(lines(&[file], Some(user.clone()))).await;
-    assert_eq!(taken.skipped_rows(), 0, "{taken}");
-    reference.import_into(&rig).await;
+    let file = fixture.file("repositories", text);
+    let summary = fixture.take(lines(&[file], Some(user.clone()))).await;
+    assert_eq!(summary.skipped_rows(), 0, "{summary}");
+    reference.import_into(&fixture).await;
     for (id, kept) in expected {
-        let record = rig.stores.conversations.get(&user, id).await.expect("the store").expect("a conversation");
+        let record = fixture.stores.conversations().get(&user, id).await.expect("the store").expect("a conversation");
         assert_eq!(record.selected_repository.as_deref(), Some(kept));
     }
-    let task = rig.stores.tasks.get(&user, id).await.expect("the store").expect("a task");
+    let task = fixture.stores.start_tasks().get(&user, id).await.expect("the store").expect("a task");
     let shown = serde_json::to_value(task.show_within(u64::MAX)).expect("JSON");
     assert_eq!(shown["request"]["selected_repository"], "https://git.example/o/r");
-    rig.engines.shutdown().await;
+    fixture.engines.shutdown().await;
 }
 
-/// The names of secrets are history as well, and come in even where a start would refuse them.
+/// The names of past secrets are imported as well, even those that a start would refuse.
 #[tokio::test]
-async fn secrets_of_requests_come_in_by_their_names() {
-    let rig = WorkerHarness::start().await;
+async fn secrets_of_requests_are_imported_by_name_only() {
+    let fixture = Fixture::start().await;
     let user = UserId::local();
     let reference = Reference::new();
     let (mut text, mut expected) = (String::new(), Vec::new());
@@ -689,23 +704,23 @@ async fn secrets_of_requests_come_in_by_their_names() {
         reference.start_task(row_id, "READY", &request);
         expected.extend([(line_id, kept.clone()), (row_id, kept)]);
     }
-    let file = rig.file("secrets", text);
-    let taken = rig.take(lines(&[file], Some(user.clone()))).await;
-    assert_eq!(taken.skipped_rows(), 0, "{taken}");
-    let taken = reference.import_into(&rig).await;
-    assert_eq!(taken.skipped_rows(), 0, "{taken}");
+    let file = fixture.file("secrets", text);
+    let summary = fixture.take(lines(&[file], Some(user.clone()))).await;
+    assert_eq!(summary.skipped_rows(), 0, "{summary}");
+    let summary = reference.import_into(&fixture).await;
+    assert_eq!(summary.skipped_rows(), 0, "{summary}");
     for (id, kept) in expected {
-        let task = rig.stores.tasks.get(&user, id).await.expect("the store").expect("a task");
+        let task = fixture.stores.start_tasks().get(&user, id).await.expect("the store").expect("a task");
         let shown = serde_json::to_value(task.show_within(u64::MAX)).expect("JSON");
         assert_eq!((&shown["request"]["secrets"], &shown["request"]["title"]), (&kept, &json!("t")));
     }
-    rig.engines.shutdown().await;
+    fixture.engines.shutdown().await;
 }
 
-/// Tags as each importer reads them: within the limits they are kept, and what exceeds them is left out.
+/// Each importer keeps tags within the limits, and ignores those that exceed them.
 #[tokio::test]
-async fn tags_within_the_limits_come_in_with_their_conversation() {
-    let rig = WorkerHarness::start().await;
+async fn tags_within_the_limits_are_imported_with_their_conversation() {
+    let fixture = Fixture::start().await;
     let user = UserId::local();
     let (long, longest) = ("x".repeat(MAX_TAG_VALUE + 1), "x".repeat(MAX_TAG_VALUE));
     let many: serde_json::Map<String, Value> = (0..=MAX_TAGS).map(|tag| (format!("{tag:03}"), json!(""))).collect();
@@ -739,29 +754,33 @@ async fn tags_within_the_limits_come_in_with_their_conversation() {
         line["data"]["created_by_user_id"] = Value::Null;
         line["data"]["tags"] = tags.clone();
         text += &format!("{line}\n");
-        // The column holds the text `null`, too.
+        // The column also holds the text `null`.
         in_database(row_id, Some(tags.to_string()));
         expected.extend([(line_id, kept.clone()), (row_id, kept.clone())]);
     }
     let null = Uuid::new_v4();
     in_database(null, None);
     expected.push((null, json!({})));
-    let file = rig.file("tags", text);
-    let from_lines = rig.take(lines(&[file], Some(user.clone()))).await;
-    assert_eq!((from_lines.conversations, from_lines.skipped_rows()), (taken(cases.len() as u64), 0), "{from_lines}");
-    let from_folder = reference.import_into(&rig).await;
-    let all = taken(cases.len() as u64 + 1);
+    let file = fixture.file("tags", text);
+    let from_lines = fixture.take(lines(&[file], Some(user.clone()))).await;
+    assert_eq!(
+        (from_lines.conversations, from_lines.skipped_rows()),
+        (imported(cases.len() as u64), 0),
+        "{from_lines}"
+    );
+    let from_folder = reference.import_into(&fixture).await;
+    let all = imported(cases.len() as u64 + 1);
     assert_eq!((from_folder.conversations, from_folder.skipped_rows()), (all, 0), "{from_folder}");
     for (id, tags) in expected {
-        let record = rig.stores.conversations.get(&user, id).await.expect("the store").expect("a conversation");
+        let record = fixture.stores.conversations().get(&user, id).await.expect("the store").expect("a conversation");
         assert_eq!(json!(record.tags), tags);
     }
-    rig.engines.shutdown().await;
+    fixture.engines.shutdown().await;
 }
 
 #[tokio::test]
 async fn a_database_in_wal_mode_is_read_while_it_is_written_and_after_a_crash() {
-    let rig = WorkerHarness::start().await;
+    let fixture = Fixture::start().await;
     let reference = Reference::new();
     reference.database.pragma_update(None, "journal_mode", "wal").expect("WAL");
     reference.database.pragma_update(None, "wal_autocheckpoint", 0).expect("no checkpoints");
@@ -769,17 +788,25 @@ async fn a_database_in_wal_mode_is_read_while_it_is_written_and_after_a_crash() 
     reference.conversation(ids[0], "V1", "gui", Some("box"));
     let files = reference.files();
     assert!(files.keys().any(|path| path.to_string_lossy().ends_with("-wal")));
-    assert_eq!(reference.import_into(&rig).await.conversations, taken(1), "from the log of a live server");
+    assert_eq!(
+        reference.import_into(&fixture).await.conversations,
+        imported(1),
+        "from the write-ahead log of a live server"
+    );
     assert_eq!(reference.files(), files);
 
-    // In the midst of a write.
+    // During a write transaction.
     reference.database.execute_batch("BEGIN IMMEDIATE").expect("a transaction");
     reference.conversation(ids[1], "V1", "gui", Some("box"));
-    assert_eq!(reference.import_into(&rig).await.conversations, there(1), "what is not committed is not there");
+    assert_eq!(
+        reference.import_into(&fixture).await.conversations,
+        already_present(1),
+        "uncommitted rows are not imported"
+    );
     reference.database.execute_batch("COMMIT").expect("committed");
-    assert_eq!(reference.import_into(&rig).await.conversations, Tally { taken: 1, already_there: 1 });
+    assert_eq!(reference.import_into(&fixture).await.conversations, Tally { imported: 1, already_present: 1 });
 
-    // What a killed server leaves, and what a copy without the shared memory has.
+    // The files that a killed server leaves, and those of a copy without the shared memory.
     for (name, suffixes) in [("killed", ["", "-wal", "-shm"].as_slice()), ("copied", &["", "-wal"])] {
         let folder = TempDir::new().expect("a folder");
         for suffix in suffixes {
@@ -796,34 +823,34 @@ async fn a_database_in_wal_mode_is_read_while_it_is_written_and_after_a_crash() 
         };
         let before = listed();
         let data = DataFolder::open(folder.path(), Some(UserId::local())).expect("a data folder");
-        assert_eq!(rig.take(data).await.conversations, there(2), "{name}");
+        assert_eq!(fixture.take(data).await.conversations, already_present(2), "{name}");
         assert_eq!(listed(), before, "{name}");
     }
 
-    // A clean end leaves the database alone, still in WAL mode.
+    // After a clean shutdown only the database is left, still in WAL mode.
     reference.conversation(ids[2], "V1", "gui", Some("box"));
     let Reference { folder, database } = reference;
     database.close().expect("closed");
     let data = DataFolder::open(folder.path(), Some(UserId::local())).expect("a data folder");
-    assert_eq!(rig.take(data).await.conversations, Tally { taken: 1, already_there: 2 });
+    assert_eq!(fixture.take(data).await.conversations, Tally { imported: 1, already_present: 2 });
     assert_eq!(fs::read_dir(folder.path()).expect("a folder").count(), 1);
 }
 
 #[tokio::test]
-async fn a_data_folder_in_use_and_one_of_nobody_are_refused_with_a_sentence() {
+async fn data_folder_in_use_and_unknown_folder_are_refused_with_an_explanation() {
     if skipped_on_ministack("a data folder is the embedded engines' alone") {
         return;
     }
-    let rig = WorkerHarness::start().await;
-    let file = rig.file("seed.jsonl", SEED);
-    let data = rig.folder.path().join("data");
-    let into = PlaceOptions::default();
+    let fixture = Fixture::start().await;
+    let file = fixture.file("seed.jsonl", SEED);
+    let data = fixture.folder.path().join("data");
+    let into = TargetOptions::default();
     let refused = command::import(&[file], &into, &data, pending()).await.expect_err("it is in use");
-    assert!(refused.to_string().ends_with("is in use by another process. Stop that one or choose another folder."));
+    assert!(refused.to_string().ends_with("is in use by another process. Stop that process or choose another folder."));
     let refused =
-        command::import_openhands(rig.folder.path(), &into, &data, pending()).await.expect_err("no such server's");
+        command::import_openhands(fixture.folder.path(), &into, &data, pending()).await.expect_err("no such server's");
     assert!(refused.to_string().starts_with("There is no openhands.db in "), "{refused}");
-    let missing = rig.folder.path().join("missing");
+    let missing = fixture.folder.path().join("missing");
     let refused = command::import(&[missing], &into, &data, pending()).await.expect_err("no such file");
     assert!(refused.to_string().contains("missing cannot be read: "), "{refused}");
 }

@@ -1,4 +1,5 @@
-//! What agent servers tell takes effect on the records of conversations, and nothing else does.
+//! Webhook ingestion: how reports of agent servers update conversation records, which jobs they enqueue, and what they
+//! must not change.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -18,15 +19,15 @@ use shared::conversation::reports::{AgentStats, Lookup, ReportTime, StoredConver
 use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationChange;
 use shared::conversation::{ConversationRecord, MAX_NAME};
-use shared::event::store::{Event, EventStore};
+use shared::event::store::Event;
 use shared::http_client::{AddressPolicy, HttpClient};
+use shared::jobs::process_events::ProcessEvents;
 use shared::jobs::queue::Job;
+use shared::jobs::refresh_conversation::RefreshConversation;
 use shared::sandbox::SandboxStatus;
-use shared::sandbox::store::SandboxStore;
-use shared::start::request::ProviderType;
 use shared::start::task::StartStatus;
 use shared::user::UserId;
-use shared::user::settings::SettingsStore;
+use shared::user::git::ProviderType;
 use shared::user::token::TokenKey;
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -41,7 +42,7 @@ const SANDBOX: &str = "6osgGulToTzNONWACSWMZh";
 const WEBHOOKS_1_58_2: &str = include_str!("../data/contract/webhooks-1.58.2.jsonl");
 const WEBHOOKS_1_58_2_SWITCH_TOOL: &str = include_str!("../data/contract/webhooks-1.58.2-switch-tool.jsonl");
 
-/// The API, and a sandbox of the local user whose key is its name.
+/// The API, and a sandbox of the local user whose session key is its id.
 struct Fixture {
     api: Api,
     user: UserId,
@@ -59,7 +60,7 @@ impl Fixture {
 
     async fn has_sandbox(&self, user: &UserId, id: &str) {
         let api = &self.api;
-        let sandboxes = SandboxStore::new(api.aws.dynamodb.clone(), api.names.sandboxes.clone(), api.sealer.clone());
+        let sandboxes = api.stores.sandboxes();
         let record = sandboxes.new_record(user, id, "spec", &SecretString::from(id)).await.expect("a record");
         sandboxes.put_new(record).await.expect("stored");
     }
@@ -70,7 +71,7 @@ impl Fixture {
             "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"});
         let record = seed::conversation(user, data);
         assert_eq!(
-            self.api.stores.conversations.import(user, std::slice::from_ref(&record)).await.expect("stored"),
+            self.api.stores.conversations().import(user, std::slice::from_ref(&record)).await.expect("stored"),
             [true]
         );
         record
@@ -81,7 +82,7 @@ impl Fixture {
         self.post_text(sandbox, path, &body.to_string()).await
     }
 
-    /// The same, with a body of exactly this text.
+    /// As [`Self::post`], with a body of exactly this text.
     async fn post_text(&self, sandbox: &str, path: &str, body: &str) -> (u16, Value) {
         let request = Request::post(format!("/api/v1/webhooks/{path}"))
             .header("content-type", "application/json")
@@ -90,11 +91,10 @@ impl Fixture {
         self.api.send(request.expect("a request")).await
     }
 
-    /// The texts of all stored events by id.
+    /// The texts of all stored events, by id.
     async fn stored(&self, user: &UserId, id: Uuid) -> BTreeMap<String, String> {
         let api = &self.api;
-        let (dynamodb, s3) = (api.aws.dynamodb.clone(), api.aws.s3.clone());
-        let store = EventStore::new(dynamodb, api.names.events.clone(), s3, api.names.bucket.clone());
+        let store = api.stores.events();
         all_events(&store, user, id).await.into_iter().map(|event| (event.id, event.json)).collect()
     }
 
@@ -103,11 +103,11 @@ impl Fixture {
         assert_eq!(answer, (200, json!({"success": true})));
     }
 
-    async fn tell(&self, sandbox: &str, told: &Value) {
-        assert_eq!(self.post(sandbox, "conversations", told).await, (200, json!({"success": true})));
+    async fn report(&self, sandbox: &str, report: &Value) {
+        assert_eq!(self.post(sandbox, "conversations", report).await, (200, json!({"success": true})));
     }
 
-    /// Changes a row of the user past the store.
+    /// Changes a row of the user directly, without the store.
     async fn change_row(&self, id: Uuid, expression: &str) {
         let text = |name: &str| aws_sdk_dynamodb::types::AttributeValue::S(name.to_owned());
         let update = self.api.aws.dynamodb.update_item().table_name(&self.api.names.conversations);
@@ -123,11 +123,11 @@ impl Fixture {
     }
 
     async fn record(&self, user: &UserId, id: Uuid) -> ConversationRecord {
-        self.api.stores.conversations.get(user, id).await.expect("the store").expect("a record")
+        self.api.stores.conversations().get(user, id).await.expect("the store").expect("a record")
     }
 
     async fn count(&self) -> u64 {
-        self.api.stores.conversations.count(&self.user, &Filter::default()).await.expect("a count")
+        self.api.stores.conversations().count(&self.user, &Filter::default()).await.expect("a count")
     }
 
     async fn events(&self, user: &UserId, id: Uuid) -> Value {
@@ -137,7 +137,7 @@ impl Fixture {
         page["items"].clone()
     }
 
-    /// The jobs in the queue, those of later too; takes them out.
+    /// Returns the jobs in the queue, delayed ones included, and removes them.
     async fn jobs(&self) -> Vec<Job> {
         let api = &self.api;
         let mut jobs = Vec::new();
@@ -151,12 +151,12 @@ impl Fixture {
     }
 }
 
-/// The body of a recorded exchange as the agent server wrote it.
+/// The body of a recorded exchange, exactly as the agent server sent it.
 fn raw_body(line: &str) -> &str {
     serde_json::from_str::<BTreeMap<String, &RawValue>>(line).expect("an exchange")["body"].get()
 }
 
-/// The texts of all recorded events by id.
+/// The texts of all recorded events, by id.
 fn raw_events(lines: &str) -> BTreeMap<String, String> {
     let events =
         lines.lines().map(raw_body).filter_map(|body| serde_json::from_str::<Vec<&RawValue>>(body).ok()).flatten();
@@ -176,7 +176,7 @@ fn usage(tokens: u64) -> Value {
         "costs": [1], "response_latencies": []})
 }
 
-/// Metrics of an agent whose condenser has done nothing.
+/// Metrics of an agent whose condenser has no usage.
 fn metrics(agent: u64) -> Value {
     json!({"usage_to_metrics": {"agent": usage(agent), "condenser": usage(0)}})
 }
@@ -199,7 +199,7 @@ fn prompt_tokens(record: &ConversationRecord) -> u64 {
     record.metrics.accumulated_token_usage.as_ref().expect("usage").prompt_tokens
 }
 
-/// The record as it was, apart from what an agent server may change.
+/// Asserts that the record is unchanged, apart from what an agent server may change.
 fn untouched(record: &ConversationRecord, before: &ConversationRecord) {
     let same = ConversationRecord {
         metrics: before.metrics.clone(),
@@ -211,7 +211,7 @@ fn untouched(record: &ConversationRecord, before: &ConversationRecord) {
 }
 
 #[tokio::test]
-async fn recorded_exchanges_have_the_recorded_answers() {
+async fn recorded_exchanges_get_the_recorded_responses() {
     let fixture = Fixture::new().await;
     let lines = include_str!("../data/contract/webhooks.jsonl").lines();
     for line in lines.map(|line| serde_json::from_str::<Value>(line).expect("a line")) {
@@ -219,7 +219,7 @@ async fn recorded_exchanges_have_the_recorded_answers() {
         let mut expected = line["answer"].clone();
         if label == "before webhook" {
             let record = seed::conversation(&fixture.user, expected[0].clone());
-            fixture.api.stores.conversations.import(&fixture.user, &[record]).await.expect("stored");
+            fixture.api.stores.conversations().import(&fixture.user, &[record]).await.expect("stored");
         }
         let (status, mut answer) = if line["method"] == "GET" {
             fixture.api.call(&fixture.user, "GET", path, None).await
@@ -236,7 +236,7 @@ async fn recorded_exchanges_have_the_recorded_answers() {
             expected[0]["tags"] = json!({});
         }
         match label {
-            // What is not asked for is not missed; and the reference names the bad id twice.
+            // Fields that are not requested are not reported as missing; and the reference reports the bad id twice.
             "empty body" | "bad id" => expected["detail"].as_array_mut().expect("faults").truncate(1),
             "before webhook" | "after webhook" | "created by webhook" => {
                 for name in ["sandbox_status", "execution_status", "conversation_url", "session_api_key", "updated_at"]
@@ -248,20 +248,20 @@ async fn recorded_exchanges_have_the_recorded_answers() {
             _ => {}
         }
         if label == "after webhook" {
-            // The reference makes the record anew, and adds up the tokens of all but the last turn's.
+            // The reference replaces the record, and adds up the tokens of all turns but the last.
             expected[0]["created_at"] = json!("2026-11-22T15:20:43.871853Z");
             expected[0]["public"] = json!(true);
             expected[0]["metrics"]["accumulated_token_usage"]["per_turn_token"] = json!(120);
         }
         if label == "created by webhook" {
-            // The reference does not listen to the agent's title.
+            // The reference ignores the agent's title.
             expected[0]["title"] = json!("Stub title");
             expected[0]["metrics"]["accumulated_token_usage"]["per_turn_token"] = json!(120);
             expected[0]["created_at"] = answer[0]["created_at"].clone();
         }
         assert_eq!((u64::from(status), &answer), (line["status"].as_u64().expect("a status"), &expected), "{label}");
     }
-    // A whole conversation of a newer agent server has come by: its record says what it used.
+    // A newer agent server has reported a whole conversation: its record has the usage.
     let newer = Uuid::parse_str("f1f4915452704339b32cd4234496120e").expect("an id");
     let record = fixture.record(&fixture.user, newer).await;
     assert_eq!((prompt_tokens(&record), record.llm_model.as_deref()), (200, Some("openai/stub")));
@@ -269,10 +269,10 @@ async fn recorded_exchanges_have_the_recorded_answers() {
     fixture.api.stop().await;
 }
 
-/// The exchanges of an agent server 1.58.2: a turn with a tool, tags, a rename, a switch to another model by a request and by the
-/// agent itself, a pause, an interrupt, a turn that fails, and the deletion.
+/// The webhooks of an agent server 1.58.2: a turn with a tool, tags, a rename, a switch to another model by a request
+/// and by the agent itself, a pause, an interrupt, a turn that fails, and the deletion.
 #[tokio::test]
-async fn recorded_exchanges_of_a_later_version_have_their_effects() {
+async fn recorded_webhooks_of_version_1_58_2_update_the_record() {
     let fixture = Fixture::new().await;
     let user = &fixture.user;
     let lines: Vec<Value> = WEBHOOKS_1_58_2.lines().map(|line| serde_json::from_str(line).expect("a line")).collect();
@@ -297,7 +297,7 @@ async fn recorded_exchanges_of_a_later_version_have_their_effects() {
         ("interrupt", second, tags.clone(), 500),
         ("error", second, tags.clone(), 500),
         ("delete", second, tags.clone(), 500),
-        // Late and again, the newest first.
+        // Sent late and again, the newest first.
         ("", second, tags.clone(), 500),
     ] {
         let again = label.is_empty();
@@ -318,7 +318,7 @@ async fn recorded_exchanges_of_a_later_version_have_their_effects() {
     posted.sort_by_key(|event| (event["timestamp"].as_str(), event["id"].as_str()));
     assert_eq!(fixture.events(user, id).await, json!(posted));
     assert_eq!(fixture.stored(user, id).await, raw_events(WEBHOOKS_1_58_2), "byte for byte");
-    // Every kind can be asked for.
+    // Every kind can be used as a filter.
     for kind in ["InterruptEvent", "ConversationErrorEvent", "PauseEvent", "ActionEvent"] {
         let path = format!("/api/v1/conversation/{id}/events/count?kind__eq={kind}");
         let expected = posted.iter().filter(|event| event["kind"] == kind).count();
@@ -330,9 +330,9 @@ async fn recorded_exchanges_of_a_later_version_have_their_effects() {
     fixture.api.stop().await;
 }
 
-/// The same, the last webhook first.
+/// The same webhooks, the last one first.
 #[tokio::test]
-async fn reversed_exchanges_end_with_the_newest_model_and_tags() {
+async fn webhooks_in_reverse_order_end_with_the_newest_model_and_tags() {
     let fixture = Fixture::new().await;
     for (recording, model, tags) in [
         (WEBHOOKS_1_58_2, "openai/other", json!({"origin": "x", "team": "a1"})),
@@ -357,16 +357,16 @@ async fn reversed_exchanges_end_with_the_newest_model_and_tags() {
     fixture.api.stop().await;
 }
 
-/// An agent server 1.58.2 whose agent switches to another model by its own tool.
+/// An agent server 1.58.2 whose agent switches to another model with its own tool.
 #[tokio::test]
-async fn a_recorded_switch_by_the_agent_shows_and_counts() {
+async fn recorded_model_switch_by_the_agent_updates_model_and_metrics() {
     let fixture = Fixture::new().await;
     let lines = WEBHOOKS_1_58_2_SWITCH_TOOL.lines();
     let mut id = None;
     for line in lines.map(|line| serde_json::from_str::<Value>(line).expect("a line")) {
         let path = line["path"].as_str().and_then(|path| path.strip_prefix("/api/v1/webhooks/")).expect("a path");
         id = id.or_else(|| Uuid::parse_str(line["body"]["id"].as_str()?).ok());
-        // The observation alone, without the state that says the same.
+        // The observation alone, without the state event that reports the same.
         let body = match line["body"].as_array() {
             Some(events) => {
                 events.iter().filter(|event| event["key"] != "agent" && event["key"] != "full_state").cloned().collect()
@@ -378,7 +378,7 @@ async fn a_recorded_switch_by_the_agent_shows_and_counts() {
     let id = id.expect("a conversation");
     let record = fixture.record(&fixture.user, id).await;
     assert_eq!((record.llm_model.as_deref(), prompt_tokens(&record)), (Some("openai/other"), 200));
-    // With the state, what the other model was used for counts too.
+    // With the state event, the usage of the other model counts too.
     for line in WEBHOOKS_1_58_2_SWITCH_TOOL.lines() {
         let line: Value = serde_json::from_str(line).expect("a line");
         if line["body"].is_array() {
@@ -390,9 +390,9 @@ async fn a_recorded_switch_by_the_agent_shows_and_counts() {
     fixture.api.stop().await;
 }
 
-/// An agent server's events keep what later versions add, unknown kinds included; only tokens that are streamed are dropped.
+/// Events keep fields and kinds that later versions add; only streamed tokens are dropped.
 #[tokio::test]
-async fn later_kinds_are_kept_and_streamed_tokens_are_not() {
+async fn unknown_event_kinds_are_stored_and_streamed_tokens_are_dropped() {
     let lines = Lines::default();
     let _logging = lines.capture("shared=debug");
     let fixture = Fixture::new().await;
@@ -420,12 +420,12 @@ async fn later_kinds_are_kept_and_streamed_tokens_are_not() {
     }
     let path = format!("/api/v1/conversation/{id}/events/count?kind__eq=StreamingDeltaEvent");
     assert_eq!(fixture.api.call(user, "GET", &path, None).await, (200, json!(0)));
-    assert_eq!(fixture.jobs().await, [], "none of them calls for anything");
+    assert_eq!(fixture.jobs().await, [], "none of them enqueues a job");
     fixture.api.stop().await;
 }
 
 #[tokio::test]
-async fn metrics_are_those_of_all_models_and_the_context_is_the_current_ones() {
+async fn metrics_cover_all_models_and_the_context_window_is_the_current_models() {
     let fixture = Fixture::new().await;
     let (id, user) = (Uuid::new_v4(), &fixture.user);
     fixture.has_conversation(user, id, SANDBOX).await;
@@ -446,15 +446,15 @@ async fn metrics_are_those_of_all_models_and_the_context_is_the_current_ones() {
         json!({"id": second.to_string(), "timestamp": format!("2026-01-01T00:00:0{second}"), "key": "stats", "value": usages,
             "kind": "ConversationStateUpdateEvent"})
     };
-    // An event about stats alone does not say which model the agent uses. With other usages than the agent's and condensers' it may be
-    // any of them.
+    // An event with stats alone does not say which model the agent uses. If there are usages other than the agent's and
+    // condensers', it may be any of them.
     fixture.post_events(SANDBOX, id, &[event(1, &usages)]).await;
     assert_eq!(shown().await, (123.0, 126, 0, 0, u64::MAX));
     let plain =
         json!({"usage_to_metrics": {"agent": usage(100), "condenser": usage(20), "planning_condenser": usage(3)}});
     fixture.post_events(SANDBOX, id, &[event(2, &plain)]).await;
     assert_eq!(shown().await, (123.0, 126, 105, 106, 123));
-    // The state says it.
+    // The state event names it.
     let state = json!({"stats": usages, "agent": {"llm": {"model": "m", "usage_id": "profile:b"}}});
     fixture.post_events(SANDBOX, id, &[full_state("3", "2026-01-01T00:00:03", &state)]).await;
     assert_eq!(shown().await, (123.0, 126, 8, 9, u64::MAX));
@@ -463,17 +463,17 @@ async fn metrics_are_those_of_all_models_and_the_context_is_the_current_ones() {
     fixture.post_events(SANDBOX, id, &[event(4, &budget)]).await;
     assert_eq!(shown().await, (203.0, 205, 8, 9, 203));
     assert_eq!(fixture.record(user, id).await.metrics.max_budget_per_task, None, "the agent may have another model");
-    // So does the conversation as a whole.
+    // So does a snapshot of the conversation.
     let polled = Uuid::new_v4();
     let whole = json!({"id": polled, "stats": usages, "agent": {"llm": {"model": "m", "usage_id": "condenser"}}});
-    fixture.tell(SANDBOX, &whole).await;
+    fixture.report(SANDBOX, &whole).await;
     let usage = fixture.record(user, polled).await.metrics.accumulated_token_usage.expect("usage");
     assert_eq!((usage.context_window, usage.per_turn_token), (25, 26));
     fixture.api.stop().await;
 }
 
 #[tokio::test]
-async fn the_newest_model_and_tags_stay_whatever_comes_late_or_again() {
+async fn late_and_repeated_reports_do_not_replace_newer_model_and_tags() {
     let fixture = Fixture::new().await;
     let (id, user) = (Uuid::new_v4(), &fixture.user);
     let before = fixture.has_conversation(user, id, SANDBOX).await;
@@ -489,11 +489,11 @@ async fn the_newest_model_and_tags_stay_whatever_comes_late_or_again() {
         let record = fixture.record(user, id).await;
         assert_eq!((record.llm_model.as_deref(), json!(record.tags)), (Some(name), json!({"name": name})));
     };
-    // Until an event reports them, the newest snapshot counts, and of two with the same time the one that comes last.
+    // Until an event reports them, the newest snapshot counts; of two with the same time, the last one received counts.
     for (second, name, expected) in
         [(10, "a", "a"), (9, "b", "a"), (10, "c", "c"), (11, "d", "d"), (10, "a", "d"), (11, "d", "d")]
     {
-        fixture.tell(SANDBOX, &whole(second, name)).await;
+        fixture.report(SANDBOX, &whole(second, name)).await;
         expect(expected).await;
     }
     for (second, is_event, name, expected) in [
@@ -502,7 +502,7 @@ async fn the_newest_model_and_tags_stay_whatever_comes_late_or_again() {
         (12, true, "g", "g"),
         (11, true, "h", "g"),
         (12, true, "g", "g"),
-        // The same value again, and then another one that is older than that.
+        // The same value again, and then another one that is older.
         (14, true, "g", "g"),
         (13, true, "i", "g"),
         (59, false, "f", "g"),
@@ -511,11 +511,11 @@ async fn the_newest_model_and_tags_stay_whatever_comes_late_or_again() {
         if is_event {
             fixture.post_events(SANDBOX, id, &reports(second, name)).await;
         } else {
-            fixture.tell(SANDBOX, &whole(second, name)).await;
+            fixture.report(SANDBOX, &whole(second, name)).await;
         }
         expect(expected).await;
     }
-    // Of several in a batch the newest, whatever their order; and the agent's own switch.
+    // The newest of several events in a batch counts, whatever their order; so does the agent's own switch.
     let switch = json!({"id": "switch", "timestamp": "2026-01-01T00:00:20", "kind": "ObservationEvent",
         "observation": {"kind": "SwitchLLMObservation", "profile_name": "p", "active_model": "event-20", "is_error": false}});
     let mut batch = reports(19, "event-19");
@@ -528,14 +528,14 @@ async fn the_newest_model_and_tags_stay_whatever_comes_late_or_again() {
     batch.push(event(20, "tags", json!({"name": "event-20"})));
     fixture.post_events(SANDBOX, id, &batch).await;
     expect("event-20").await;
-    // Empty tags are tags; a value that is no object is no report.
+    // Empty tags are valid tags; a value that is not an object is ignored.
     fixture.post_events(SANDBOX, id, &[event(31, "tags", json!("none"))]).await;
     expect("event-20").await;
     fixture.post_events(SANDBOX, id, &[event(32, "tags", json!({}))]).await;
     let record = fixture.record(user, id).await;
     assert!(record.tags.is_empty());
     untouched(&ConversationRecord { tags: before.tags.clone(), ..record }, &before);
-    // Those of any size leave the record within what the store takes.
+    // Tags of any size are cut so that the record fits into the store's limit.
     let huge: serde_json::Map<String, Value> =
         (0..10_000).map(|n| (format!("{n:0>90}"), json!("é".repeat(200)))).collect();
     fixture.post_events(SANDBOX, id, &[event(40, "tags", huge.into())]).await;
@@ -544,9 +544,9 @@ async fn the_newest_model_and_tags_stay_whatever_comes_late_or_again() {
     fixture.api.stop().await;
 }
 
-/// Snapshots have UTC, events the local time of the sandbox, whose clock may be wrong, too.
+/// Snapshots have times in UTC, events in the local time of the sandbox, whose clock may be wrong.
 #[tokio::test]
-async fn no_zone_and_no_wrong_clock_of_a_sandbox_keeps_reports_out() {
+async fn reports_are_applied_whatever_the_sandboxs_time_zone_and_clock() {
     let fixture = Fixture::new().await;
     let user = &fixture.user;
     let noon = "2026-07-01T12:00:00Z".parse::<jiff::Timestamp>().expect("a time");
@@ -561,7 +561,7 @@ async fn no_zone_and_no_wrong_clock_of_a_sandbox_keeps_reports_out() {
             let updated_at = (noon + jiff::SignedDuration::from_secs(second)).to_string();
             let whole = json!({"id": id, "updated_at": updated_at, "tags": {"name": name}, "stats": metrics(tokens),
                 "agent": {"llm": {"model": name}}});
-            fixture.tell(SANDBOX, &whole).await;
+            fixture.report(SANDBOX, &whole).await;
         };
         let events = async |second: i64, name: &str, tokens: u64| {
             let event = |key: &str, value: Value| {
@@ -593,7 +593,8 @@ async fn no_zone_and_no_wrong_clock_of_a_sandbox_keeps_reports_out() {
         expect("second", 20, "a webhook").await;
         events(5, "third", 30).await;
         expect("third", 30, "the last").await;
-        // The sandbox's local time goes back by an hour. Its events count as late at first, for they are posted in their order.
+        // The sandbox's local time goes back by an hour. At first its events count as late, because events are posted
+        // in order.
         events(10 - 3600, "fourth", 40).await;
         expect("third", 30, "earlier events, right after later ones").await;
         let received = "SET stats_received = :long_ago, model_received = :long_ago, tags_received = :long_ago";
@@ -606,9 +607,9 @@ async fn no_zone_and_no_wrong_clock_of_a_sandbox_keeps_reports_out() {
     fixture.api.stop().await;
 }
 
-/// An agent server 1.15 sends the whole state when it loads or pauses a conversation, and is polled for its stats.
+/// An agent server 1.15 sends its whole state when it loads or pauses a conversation, and is polled for its stats.
 #[tokio::test]
-async fn stats_of_an_agent_server_that_sends_none_come_from_snapshots() {
+async fn stats_come_from_snapshots_if_events_report_none() {
     let fixture = Fixture::new().await;
     let (id, user) = (Uuid::new_v4(), &fixture.user);
     fixture.has_conversation(user, id, SANDBOX).await;
@@ -623,21 +624,21 @@ async fn stats_of_an_agent_server_that_sends_none_come_from_snapshots() {
     let polled = |second: u64, tokens: u64| json!({"id": id, "updated_at": format!("2026-01-01T00:00:{second:02}Z"), "stats": metrics(tokens)});
     let tokens = async || prompt_tokens(&fixture.record(user, id).await);
     fixture.post_events(SANDBOX, id, &[state(1, 0), halt(2)]).await;
-    fixture.tell(SANDBOX, &polled(2, 100)).await;
+    fixture.report(SANDBOX, &polled(2, 100)).await;
     assert_eq!(tokens().await, 100);
     fixture.post_events(SANDBOX, id, &[state(3, 50)]).await;
-    assert_eq!(tokens().await, 100, "its state is no news");
-    assert_eq!(fixture.record(user, id).await.llm_model.as_deref(), Some("m-3"), "but its model is");
-    // The same time with other metrics: what comes last counts.
-    fixture.tell(SANDBOX, &polled(2, 110)).await;
-    fixture.tell(SANDBOX, &polled(1, 90)).await;
+    assert_eq!(tokens().await, 100, "the state event does not replace polled stats");
+    assert_eq!(fixture.record(user, id).await.llm_model.as_deref(), Some("m-3"), "but it updates the model");
+    // The same time with other metrics: the last one received counts.
+    fixture.report(SANDBOX, &polled(2, 110)).await;
+    fixture.report(SANDBOX, &polled(1, 90)).await;
     assert_eq!(tokens().await, 110);
     fixture.post_events(SANDBOX, id, &[halt(4)]).await;
-    let poll = Job::RefreshConversation { user: user.clone(), conversation: id, attempt: 0 };
+    let poll = Job::RefreshConversation(RefreshConversation { user: user.clone(), conversation: id, attempt: 0 });
     assert_eq!(fixture.jobs().await, [poll.clone(), poll.clone(), poll], "each halt, and a state after some use");
-    // After an upgrade events have them, and the state counts.
+    // After an upgrade the events report stats, and the state event counts.
     fixture.post_events(SANDBOX, id, &[stats("s", "2026-01-01T00:00:05", 120)]).await;
-    fixture.tell(SANDBOX, &polled(59, 1)).await;
+    fixture.report(SANDBOX, &polled(59, 1)).await;
     assert_eq!(tokens().await, 120);
     fixture.post_events(SANDBOX, id, &[state(6, 130), halt(6)]).await;
     assert_eq!(tokens().await, 130);
@@ -646,20 +647,20 @@ async fn stats_of_an_agent_server_that_sends_none_come_from_snapshots() {
 }
 
 #[tokio::test]
-async fn records_of_earlier_versions_are_read_and_go_on() {
+async fn records_of_earlier_versions_are_read_and_updated() {
     let fixture = Fixture::new().await;
-    let (told, polled, user, api) = (Uuid::new_v4(), Uuid::new_v4(), &fixture.user, &fixture.api);
+    let (by_events, polled, user, api) = (Uuid::new_v4(), Uuid::new_v4(), &fixture.user, &fixture.api);
     let whole = |id: Uuid, second: u64, tokens: u64| {
         json!({"id": id, "updated_at": format!("2026-01-01T00:00:0{second}Z"), "tags": {"a": second.to_string()},
             "stats": metrics(tokens), "agent": {"llm": {"model": format!("m-{second}")}}})
     };
-    for id in [told, polled] {
+    for id in [by_events, polled] {
         fixture.has_conversation(user, id, SANDBOX).await;
-        fixture.tell(SANDBOX, &whole(id, 1, 9)).await;
+        fixture.report(SANDBOX, &whole(id, 1, 9)).await;
     }
-    fixture.post_events(SANDBOX, told, &[stats("s", "2026-01-01T00:00:01", 10)]).await;
-    // As they were written before tags, and the sources of models, were kept.
-    for id in [told, polled] {
+    fixture.post_events(SANDBOX, by_events, &[stats("s", "2026-01-01T00:00:01", 10)]).await;
+    // In the format from before tags and the sources of models were stored.
+    for id in [by_events, polled] {
         fixture.change_row(id, "REMOVE tags, model_at, model_received, model_snapshot_at, tags_at, tags_received, tags_snapshot_at, stats_received").await;
         assert!(fixture.record(user, id).await.tags.is_empty());
         let (_, shown) = api.get(user, "", &[("ids", id.to_string())]).await;
@@ -669,25 +670,25 @@ async fn records_of_earlier_versions_are_read_and_go_on() {
         let record = fixture.record(user, id).await;
         (prompt_tokens(&record), record.llm_model.unwrap_or_default(), json!(record.tags))
     };
-    // One whose events report its stats.
-    fixture.post_events(SANDBOX, told, &[stats("r", "2026-01-01T00:00:00", 9)]).await;
-    assert_eq!(shown(told).await.0, 10);
-    fixture.post_events(SANDBOX, told, &[stats("t", "2026-01-01T00:00:02", 11)]).await;
-    fixture.tell(SANDBOX, &whole(told, 3, 12)).await;
-    assert_eq!(shown(told).await, (11, "m-3".to_owned(), json!({"a": "3"})));
+    // A conversation whose events report its stats.
+    fixture.post_events(SANDBOX, by_events, &[stats("r", "2026-01-01T00:00:00", 9)]).await;
+    assert_eq!(shown(by_events).await.0, 10);
+    fixture.post_events(SANDBOX, by_events, &[stats("t", "2026-01-01T00:00:02", 11)]).await;
+    fixture.report(SANDBOX, &whole(by_events, 3, 12)).await;
+    assert_eq!(shown(by_events).await, (11, "m-3".to_owned(), json!({"a": "3"})));
     let state = json!({"stats": metrics(13), "agent": {"llm": {"model": "m-4"}}, "tags": {}});
-    fixture.post_events(SANDBOX, told, &[full_state("u", "2026-01-01T00:00:04", &state)]).await;
-    assert_eq!(shown(told).await, (13, "m-4".to_owned(), json!({})));
-    // One that is polled for them.
-    fixture.tell(SANDBOX, &whole(polled, 0, 8)).await;
+    fixture.post_events(SANDBOX, by_events, &[full_state("u", "2026-01-01T00:00:04", &state)]).await;
+    assert_eq!(shown(by_events).await, (13, "m-4".to_owned(), json!({})));
+    // A conversation that is polled for its stats.
+    fixture.report(SANDBOX, &whole(polled, 0, 8)).await;
     assert_eq!(shown(polled).await, (9, "m-0".to_owned(), json!({"a": "0"})));
-    fixture.tell(SANDBOX, &whole(polled, 2, 10)).await;
+    fixture.report(SANDBOX, &whole(polled, 2, 10)).await;
     assert_eq!(shown(polled).await, (10, "m-2".to_owned(), json!({"a": "2"})));
     fixture.api.stop().await;
 }
 
 #[tokio::test]
-async fn the_newest_stats_stay_whatever_comes_late_or_again() {
+async fn late_and_repeated_reports_do_not_replace_newer_stats() {
     let fixture = Fixture::new().await;
     let (id, user) = (Uuid::new_v4(), &fixture.user);
     let before = fixture.has_conversation(user, id, SANDBOX).await;
@@ -699,10 +700,10 @@ async fn the_newest_stats_stay_whatever_comes_late_or_again() {
     let third = stats("s3", "2026-01-01T00:00:02", 15);
     for (events, tokens, limit) in [
         (vec![first.clone(), message("m")], 10, None),
-        // Of several, the last; the order of a batch says nothing.
+        // The last of several counts, whatever their order in the batch.
         (vec![budget(second.clone(), 3.5), first.clone()], 20, Some(3.5)),
         (vec![first], 20, Some(3.5)),
-        // Less than before can be newer. No budget is no news.
+        // A smaller value can be newer. An event without a budget does not change it.
         (vec![third], 15, Some(3.5)),
         (vec![second], 15, Some(3.5)),
         (vec![stats("s4", "who knows", 99)], 15, Some(3.5)),
@@ -715,7 +716,7 @@ async fn the_newest_stats_stay_whatever_comes_late_or_again() {
             15,
             Some(3.5),
         ),
-        // The whole state, of earlier and of later.
+        // State events that are older and newer.
         (vec![full_state("s6", "2026-01-01T00:00:01", &json!({"stats": metrics(16)}))], 15, Some(3.5)),
         (vec![full_state("s6", "2026-01-01T00:00:03", &json!({"stats": metrics(16)}))], 16, Some(3.5)),
         (vec![stats("s2", "2026-01-01T00:00:02.5", 14)], 16, Some(3.5)),
@@ -744,12 +745,12 @@ async fn the_newest_stats_stay_whatever_comes_late_or_again() {
         untouched(&record, &before);
         assert!(record.updated_at > before.updated_at);
     }
-    // A conversation as a whole does not turn them back either: the events of this agent server report each change.
+    // A snapshot does not replace newer stats either: the events of this agent server report every change.
     for updated_at in ["2026-01-01T00:00:02.9Z", "2026-01-01T00:00:04Z"] {
-        fixture.tell(SANDBOX, &json!({"id": id, "stats": metrics(1), "updated_at": updated_at})).await;
+        fixture.report(SANDBOX, &json!({"id": id, "stats": metrics(1), "updated_at": updated_at})).await;
         assert_eq!(prompt_tokens(&fixture.record(user, id).await), 16, "{updated_at}");
     }
-    // Stats of nothing make nothing.
+    // Stats of an unknown conversation create no record.
     let unknown = Uuid::new_v4();
     fixture.post_events(SANDBOX, unknown, &[stats("s1", "2026-01-01T00:00:01", 10)]).await;
     assert_eq!(fixture.count().await, 1);
@@ -758,77 +759,77 @@ async fn the_newest_stats_stay_whatever_comes_late_or_again() {
 }
 
 #[tokio::test]
-async fn a_conversation_as_a_whole_brings_model_title_and_stats_and_nothing_else() {
+async fn snapshot_of_a_conversation_updates_only_model_title_and_stats() {
     let fixture = Fixture::new().await;
     let (id, user) = (Uuid::new_v4(), &fixture.user);
     let before = fixture.has_conversation(user, id, SANDBOX).await;
-    let told = |title: Value, updated_at: &str, tokens: u64| {
+    let snapshot = |title: Value, updated_at: &str, tokens: u64| {
         json!({"id": id, "execution_status": "paused", "title": title, "updated_at": updated_at, "stats": metrics(tokens),
             "agent": {"llm": {"model": "openai/new"}}})
     };
     let deleting = json!({"id": id, "execution_status": "deleting", "title": "x", "agent": {"llm": {"model": "x"}}});
-    fixture.tell(SANDBOX, &deleting).await;
+    fixture.report(SANDBOX, &deleting).await;
     assert_eq!(fixture.record(user, id).await, before);
-    fixture.tell(SANDBOX, &json!({"id": id})).await;
+    fixture.report(SANDBOX, &json!({"id": id})).await;
     let record = fixture.record(user, id).await;
     assert_eq!(ConversationRecord { updated_at: before.updated_at, ..record.clone() }, before);
     assert!(record.updated_at > before.updated_at);
 
-    fixture.tell(SANDBOX, &told(Value::Null, "2026-01-01T00:00:02Z", 50)).await;
-    fixture.tell(SANDBOX, &told(json!(" "), "2026-01-01T00:00:01Z", 40)).await;
+    fixture.report(SANDBOX, &snapshot(Value::Null, "2026-01-01T00:00:02Z", 50)).await;
+    fixture.report(SANDBOX, &snapshot(json!(" "), "2026-01-01T00:00:01Z", 40)).await;
     let record = fixture.record(user, id).await;
     assert_eq!((prompt_tokens(&record), record.llm_model.as_deref()), (50, Some("openai/new")));
     untouched(&record, &before);
 
-    // The agent's title is taken once; the user's is never replaced.
-    fixture.tell(SANDBOX, &told(json!("🐛 The agent's"), "2026-01-01T00:00:03Z", 60)).await;
-    fixture.tell(SANDBOX, &told(json!("Another"), "2026-01-01T00:00:03Z", 60)).await;
+    // The agent's title is applied once; it never replaces the user's.
+    fixture.report(SANDBOX, &snapshot(json!("🐛 The agent's"), "2026-01-01T00:00:03Z", 60)).await;
+    fixture.report(SANDBOX, &snapshot(json!("Another"), "2026-01-01T00:00:03Z", 60)).await;
     assert_eq!(fixture.record(user, id).await.title.as_deref(), Some("🐛 The agent's"));
     let found = fixture.api.get(user, "/search", &[("title__contains", "the AGENT".to_owned())]).await.1;
     assert_eq!(found["items"].as_array().map(Vec::len), Some(1), "the new title is searched: {found}");
-    let store = &fixture.api.stores.conversations;
+    let store = &fixture.api.stores.conversations();
     let rename = |title| store.update(user, id, ConversationChange::default().title(title));
     rename(Some("Mine")).await.expect("renamed");
-    fixture.tell(SANDBOX, &told(json!("Another"), "2026-01-01T00:00:04Z", 60)).await;
+    fixture.report(SANDBOX, &snapshot(json!("Another"), "2026-01-01T00:00:04Z", 60)).await;
     assert_eq!(fixture.record(user, id).await.title.as_deref(), Some("Mine"));
     rename(None).await.expect("renamed");
-    fixture.tell(SANDBOX, &told(json!("Another"), "2026-01-01T00:00:04Z", 60)).await;
+    fixture.report(SANDBOX, &snapshot(json!("Another"), "2026-01-01T00:00:04Z", 60)).await;
     assert_eq!(fixture.record(user, id).await.title.as_deref(), Some("Another"));
 
-    // A sandbox tells of its own conversations alone.
+    // A sandbox may report only its own conversations.
     fixture.has_sandbox(user, "other").await;
-    let answer = fixture.post("other", "conversations", &told(json!("x"), "2026-01-01T00:00:09Z", 99)).await;
+    let answer = fixture.post("other", "conversations", &snapshot(json!("x"), "2026-01-01T00:00:09Z", 99)).await;
     assert_eq!(answer, (401, json!({"detail": "Unauthorized"})));
     assert_eq!(prompt_tokens(&fixture.record(user, id).await), 60);
 
-    // One that is being deleted is told of in vain.
+    // A report of a conversation that is being deleted is ignored.
     let record = fixture.record(user, id).await;
     assert!(store.begin_deletion(user, &[record], Time::now()).await.expect("the store"));
-    fixture.tell(SANDBOX, &told(json!("x"), "2026-01-01T00:00:09Z", 99)).await;
+    fixture.report(SANDBOX, &snapshot(json!("x"), "2026-01-01T00:00:09Z", 99)).await;
     fixture.post_events(SANDBOX, id, &[message("m"), stats("s", "2026-01-01T00:00:09", 9)]).await;
     assert_eq!(store.lookup(user, id).await.expect("the store"), Lookup::Deleting);
     assert_eq!((fixture.count().await, fixture.events(user, id).await), (0, json!([])));
     fixture.api.stop().await;
 }
 
-/// If it was refused the agent server would send it forever.
+/// A refused report would be resent forever.
 #[tokio::test]
-async fn titles_and_models_of_any_length_are_no_fault() {
+async fn titles_and_models_of_any_length_are_accepted() {
     let lines = Lines::default();
     let _logging = lines.capture("shared=warn");
     let fixture = Fixture::new().await;
     let (known, unknown, user) = (Uuid::new_v4(), Uuid::new_v4(), &fixture.user);
     let before = fixture.has_conversation(user, known, SANDBOX).await;
     let change = ConversationChange::default().title(None);
-    fixture.api.stores.conversations.update(user, known, change).await.expect("the store");
+    fixture.api.stores.conversations().update(user, known, change).await.expect("the store");
     let long = "é".repeat(500_000);
     for id in [known, unknown] {
-        fixture.tell(SANDBOX, &json!({"id": id, "title": long, "agent": {"llm": {"model": long}}})).await;
+        fixture.report(SANDBOX, &json!({"id": id, "title": long, "agent": {"llm": {"model": long}}})).await;
         let record = fixture.record(user, id).await;
         assert_eq!(record.title, Some("é".repeat(MAX_NAME)));
         assert_eq!(record.llm_model, before.llm_model.clone().filter(|_| id == known));
         let at_the_limit = "m".repeat(MAX_NAME);
-        fixture.tell(SANDBOX, &json!({"id": id, "agent": {"llm": {"model": at_the_limit}}})).await;
+        fixture.report(SANDBOX, &json!({"id": id, "agent": {"llm": {"model": at_the_limit}}})).await;
         assert_eq!(fixture.record(user, id).await.llm_model, Some(at_the_limit));
     }
     let events = ["agent", "tags"].map(|key| {
@@ -841,40 +842,40 @@ async fn titles_and_models_of_any_length_are_no_fault() {
         let warnings: Vec<String> = warnings.filter(|line| line.contains(&format!("conversation={known}"))).collect();
         assert_eq!(warnings.len(), count, "{event}: {warnings:?}");
     }
-    // What an agent server finds when it is asked.
+    // The title that an agent server generates on request.
     let third = Uuid::new_v4();
-    fixture.tell(SANDBOX, &json!({"id": third})).await;
-    assert!(fixture.api.stores.conversations.set_agent_title(user, third, &long).await.expect("the store"));
+    fixture.report(SANDBOX, &json!({"id": third})).await;
+    assert!(fixture.api.stores.conversations().set_agent_title(user, third, &long).await.expect("the store"));
     assert_eq!(fixture.record(user, third).await.title, Some("é".repeat(MAX_NAME)));
     fixture.api.stop().await;
 }
 
 #[tokio::test]
-async fn an_unknown_conversation_gets_one_record_however_often_it_is_told_of() {
+async fn unknown_conversation_gets_one_stub_record_however_often_it_is_reported() {
     let fixture = Fixture::new().await;
     let (plain, titled, user) = (Uuid::new_v4(), Uuid::new_v4(), &fixture.user);
-    fixture.tell(SANDBOX, &json!({"id": plain, "execution_status": "deleting"})).await;
+    fixture.report(SANDBOX, &json!({"id": plain, "execution_status": "deleting"})).await;
     assert_eq!(fixture.count().await, 0);
-    let told = json!({"id": plain, "stats": metrics(5), "updated_at": "2026-01-01T00:00:00Z",
+    let report = json!({"id": plain, "stats": metrics(5), "updated_at": "2026-01-01T00:00:00Z",
         "agent": {"llm": {"model": "openai/x"}}});
-    join_all((0..5).map(|_| fixture.tell(SANDBOX, &told))).await;
-    fixture.tell(SANDBOX, &json!({"id": titled, "title": " Its title "})).await;
+    join_all((0..5).map(|_| fixture.report(SANDBOX, &report))).await;
+    fixture.report(SANDBOX, &json!({"id": titled, "title": " Its title "})).await;
     assert_eq!(fixture.count().await, 2);
     let record = fixture.record(user, plain).await;
     assert_eq!(record.title, Some(format!("Conversation {}", plain.simple())));
     assert_eq!((record.sandbox_id.as_str(), prompt_tokens(&record)), (SANDBOX, 5));
     assert_eq!((record.llm_model.as_deref(), record.public), (Some("openai/x"), None));
     assert_eq!(fixture.record(user, titled).await.title.as_deref(), Some("Its title"));
-    // It shows like any other.
+    // It is listed like any other conversation.
     let (_, shown) = fixture.api.get(user, "/search", &[]).await;
     assert_eq!(shown["items"].as_array().map(Vec::len), Some(2), "{shown}");
-    fixture.tell(SANDBOX, &json!({"id": plain, "title": "Found later"})).await;
+    fixture.report(SANDBOX, &json!({"id": plain, "title": "Found later"})).await;
     assert_eq!(fixture.record(user, plain).await.title.as_deref(), Some("Found later"));
     fixture.api.stop().await;
 }
 
 #[tokio::test]
-async fn two_tenants_with_the_same_conversation_id_have_nothing_in_common() {
+async fn tenants_with_the_same_conversation_id_are_isolated() {
     let fixture = Fixture::new().await;
     let id = Uuid::new_v4();
     let tenants = [UserId::new("a"), UserId::new("b")];
@@ -893,17 +894,17 @@ async fn two_tenants_with_the_same_conversation_id_have_nothing_in_common() {
         assert_eq!(events.as_array().map(Vec::len), Some(2));
         assert!(events[0]["text"].as_str().is_some_and(|text| text.starts_with(tenant.as_str())));
     }
-    // Nor do they see each other's, or a third anything at all.
+    // Nor does either tenant see the other's events, or a third one any of them.
     assert_eq!(fixture.events(&UserId::new("c"), id).await, json!([]));
     fixture.api.stop().await;
 }
 
 #[tokio::test]
-async fn fifty_racing_changes_of_one_record_lose_nothing() {
+async fn fifty_concurrent_updates_of_one_record_lose_nothing() {
     let fixture = Fixture::new().await;
     let (id, user) = (Uuid::new_v4(), &fixture.user);
     let before = fixture.has_conversation(user, id, SANDBOX).await;
-    let store = &fixture.api.stores.conversations;
+    let store = &fixture.api.stores.conversations();
     let read = |tokens| AgentStats::read(&metrics(tokens), None).expect("stats");
     join_all((0..50_u64).map(async |number| match number % 5 {
         0 => {
@@ -938,34 +939,35 @@ async fn fifty_racing_changes_of_one_record_lose_nothing() {
 }
 
 #[tokio::test]
-async fn a_halt_asks_for_stats_unless_they_are_told() {
+async fn halt_enqueues_a_poll_for_stats_unless_events_report_them() {
     let fixture = Fixture::new().await;
-    let (quiet, telling, user) = (Uuid::new_v4(), Uuid::new_v4(), &fixture.user);
-    for id in [quiet, telling] {
+    let (quiet, reporting, user) = (Uuid::new_v4(), Uuid::new_v4(), &fixture.user);
+    for id in [quiet, reporting] {
         fixture.has_conversation(user, id, SANDBOX).await;
     }
-    fixture.post_events(SANDBOX, telling, &[stats("s", "2026-01-01T00:00:00", 1)]).await;
+    fixture.post_events(SANDBOX, reporting, &[stats("s", "2026-01-01T00:00:00", 1)]).await;
     let status = |status: &str| {
         json!({"id": format!("status-{status}"), "timestamp": "2026-01-01T00:00:01", "key": "execution_status",
             "value": status, "kind": "ConversationStateUpdateEvent"})
     };
-    for id in [quiet, telling] {
+    for id in [quiet, reporting] {
         fixture.post_events(SANDBOX, id, &[status("running")]).await;
         fixture.post_events(SANDBOX, id, &[status("finished")]).await;
     }
-    let expected = Job::RefreshConversation { user: user.clone(), conversation: quiet, attempt: 0 };
+    let expected =
+        Job::RefreshConversation(RefreshConversation { user: user.clone(), conversation: quiet, attempt: 0 });
     assert_eq!(fixture.jobs().await, [expected]);
     fixture.api.stop().await;
 }
 
 #[tokio::test]
-async fn a_message_asks_for_a_title_unless_there_is_one() {
+async fn message_enqueues_a_poll_for_a_title_unless_there_is_one() {
     let fixture = Fixture::new().await;
     let (id, named, unknown, user) = (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4(), &fixture.user);
     fixture.has_conversation(user, id, SANDBOX).await;
     fixture.has_conversation(user, named, SANDBOX).await;
     let change = ConversationChange::default().title(Some("Mine"));
-    fixture.api.stores.conversations.update(user, named, change).await.expect("renamed");
+    fixture.api.stores.conversations().update(user, named, change).await.expect("renamed");
     for id in [id, named, unknown] {
         fixture.post_events(SANDBOX, id, &[]).await;
         fixture.post_events(SANDBOX, id, &[stats("s", "2026-01-01T00:00:00", 1)]).await;
@@ -976,7 +978,7 @@ async fn a_message_asks_for_a_title_unless_there_is_one() {
         .await
         .into_iter()
         .map(|job| match job {
-            Job::RefreshConversation { conversation, attempt: 0, .. } => conversation,
+            Job::RefreshConversation(RefreshConversation { conversation, attempt: 0, .. }) => conversation,
             other => panic!("{other:?}"),
         })
         .collect();
@@ -988,10 +990,10 @@ async fn a_message_asks_for_a_title_unless_there_is_one() {
 }
 
 #[tokio::test]
-async fn an_access_token_gives_the_current_provider_token_and_nothing_else() {
+async fn access_token_returns_only_the_current_provider_token() {
     let fixture = Fixture::new().await;
     let api = &fixture.api;
-    let settings = SettingsStore::new(api.aws.dynamodb.clone(), api.names.users.clone(), api.sealer.clone());
+    let settings = api.stores.settings();
     let (with, without) = (UserId::new("with"), UserId::new("without"));
     let stored =
         |token: &str| json!({"provider_tokens": {"github": {"token": token}, "gitlab": {"token": null}}}).to_string();
@@ -1017,12 +1019,12 @@ async fn an_access_token_gives_the_current_provider_token_and_nothing_else() {
     settings.put(&with, &stored("ghp-2").into()).await.expect("stored");
     assert_eq!(get(Some(&valid)).await, (200, json!("ghp-2")));
     assert_eq!(get(Some(&token(&fixture.user, ProviderType::Github, 60))).await, (200, json!("ghp-local")));
-    for nobodys in [
+    for without_token in [
         token(&with, ProviderType::Gitlab, 60),
         token(&with, ProviderType::Bitbucket, 60),
         token(&without, ProviderType::Github, 60),
     ] {
-        assert_eq!(get(Some(&nobodys)).await, (404, json!({"detail": "No such provider"})));
+        assert_eq!(get(Some(&without_token)).await, (404, json!({"detail": "No such provider"})));
     }
     let expired = token(&with, ProviderType::Github, 0);
     let changed = format!("{}x", &valid[..valid.len() - 1]);
@@ -1030,7 +1032,7 @@ async fn an_access_token_gives_the_current_provider_token_and_nothing_else() {
         assert_eq!(get(bad).await, (401, json!({"detail": "Unauthorized"})), "{bad:?}");
     }
 
-    // A sandbox of another user's, none at all, and one that is no more.
+    // The token of another user's sandbox, of none at all, and of a deleted one.
     let elsewhere = |sandbox: &str| {
         let token = key.sign(&with, ProviderType::Github, sandbox, Duration::from_secs(60)).expect("a token");
         token.expose_secret().to_owned()
@@ -1039,7 +1041,7 @@ async fn an_access_token_gives_the_current_provider_token_and_nothing_else() {
     for sandbox in ["of-another", "nowhere", "", &"x".repeat(300)] {
         assert_eq!(get(Some(&elsewhere(sandbox))).await.0, 401, "{sandbox}");
     }
-    let sandboxes = SandboxStore::new(api.aws.dynamodb.clone(), api.names.sandboxes.clone(), api.sealer.clone());
+    let sandboxes = api.stores.sandboxes();
     assert!(sandboxes.delete(&with, SANDBOX).await.expect("deleted"));
     assert_eq!(get(Some(&valid)).await, (401, json!({"detail": "Unauthorized"})), "its sandbox was deleted");
     assert_eq!(get(Some(&token(&fixture.user, ProviderType::Github, 60))).await.0, 200, "others are not concerned");
@@ -1047,14 +1049,14 @@ async fn an_access_token_gives_the_current_provider_token_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn a_body_that_is_too_large_is_refused_in_json() {
+async fn oversized_body_is_refused_with_json() {
     let fixture = Fixture::new().await;
     let request = Request::post(format!("/api/v1/webhooks/events/{}", Uuid::new_v4()))
         .header("content-type", "application/json")
         .header("x-session-api-key", SANDBOX)
         .body(Body::from(vec![b' '; 33 * 1024 * 1024]));
     let answer = fixture.api.send(request.expect("a request")).await;
-    assert_eq!(answer, (413, json!({"detail": "The request is larger than this server takes"})));
+    assert_eq!(answer, (413, json!({"detail": "The request is larger than this server accepts; send a smaller one"})));
     fixture.api.stop().await;
 }
 
@@ -1065,18 +1067,18 @@ fn known(lookup: Lookup) -> StoredConversation {
     }
 }
 
-fn stub_of(rig: &WorkerHarness, id: Uuid, sandbox: &str) -> ConversationRecord {
+fn stub_of(harness: &WorkerHarness, id: Uuid, sandbox: &str) -> ConversationRecord {
     let data = json!({"id": id.simple().to_string(), "sandbox_id": sandbox, "title": format!("Conversation {}", id.simple()),
         "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"});
-    seed::conversation(&rig.user, data)
+    seed::conversation(&harness.user, data)
 }
 
 #[tokio::test]
-async fn a_start_completes_what_its_agent_server_told_before() {
-    let rig = WorkerHarness::start(quick()).await;
-    let (store, user) = (&rig.conversations, &rig.user);
-    let parent = rig.begin(&json!({"title": "Parent"})).await;
-    rig.drive(parent.id).await;
+async fn start_completes_the_stub_that_its_agent_server_reported_earlier() {
+    let harness = WorkerHarness::start(quick()).await;
+    let (store, user) = (&harness.conversations, &harness.user);
+    let parent = harness.begin(&json!({"title": "Parent"})).await;
+    harness.drive(parent.id).await;
     for (title, agent_title, expected) in [
         (None, None, None),
         (None, Some("The agent's"), Some("The agent's")),
@@ -1085,7 +1087,7 @@ async fn a_start_completes_what_its_agent_server_told_before() {
     ] {
         for parent in [None, Some(parent.conversation_id)] {
             let id = Uuid::new_v4();
-            assert!(store.put_stub(&stub_of(&rig, id, "elsewhere"), "!").await.expect("stored"));
+            assert!(store.put_stub(&stub_of(&harness, id, "elsewhere"), "!").await.expect("stored"));
             let usage = AgentStats::read(&metrics(77), Some("agent")).expect("stats");
             let at = ReportTime::Event("2026".to_owned());
             assert!(store.set_stats(user, id, &usage, &at).await.expect("stored"));
@@ -1097,8 +1099,8 @@ async fn a_start_completes_what_its_agent_server_told_before() {
             }
             let body = json!({"conversation_id": id, "title": title, "trigger": "gui", "pr_number": [7],
                 "public": true, "parent_conversation_id": parent, "processors": [{"kind": "SetTitleCallbackProcessor"}]});
-            let start = rig.begin(&body).await;
-            assert_eq!(rig.drive(start.id).await.now.status, StartStatus::Ready);
+            let start = harness.begin(&body).await;
+            assert_eq!(harness.drive(start.id).await.now.status, StartStatus::Ready);
             let known = known(store.lookup(user, id).await.expect("the store"));
             let record = &known.record;
             let default = format!("Conversation {}", &id.simple().to_string()[..5]);
@@ -1120,110 +1122,123 @@ async fn a_start_completes_what_its_agent_server_told_before() {
                 store.sub_conversations(user, parent.unwrap_or_default()).await.expect("ids").contains(&id),
                 parent.is_some()
             );
-            // A second start of it leaves it as it is.
-            let again = rig.begin(&json!({"conversation_id": id, "title": "Again"})).await;
-            assert_eq!(rig.drive(again.id).await.now.status, StartStatus::Ready);
+            // A second start of the conversation does not change its record.
+            let again = harness.begin(&json!({"conversation_id": id, "title": "Again"})).await;
+            assert_eq!(harness.drive(again.id).await.now.status, StartStatus::Ready);
             assert_eq!(
-                rig.conversations.get(user, id).await.expect("the store").expect("a record").title,
+                harness.conversations.get(user, id).await.expect("the store").expect("a record").title,
                 known.record.title
             );
         }
     }
-    rig.finish().await;
+    harness.finish().await;
 }
 
 #[tokio::test]
-async fn a_start_that_fails_takes_what_its_agent_server_told_with_it() {
-    let rig = WorkerHarness::start(quick()).await;
-    let start = rig.begin(&json!({"title": "Never"})).await;
-    let stub = stub_of(&rig, start.conversation_id, &start.new_sandbox_id);
-    assert!(rig.conversations.put_stub(&stub, "!").await.expect("stored"));
-    *rig.sandboxes.begins_as.lock().expect("status") = SandboxStatus::Error;
-    assert_eq!(rig.drive(start.id).await.now.status, StartStatus::Error);
-    assert!(rig.sandboxes.made()[&start.new_sandbox_id].deleted);
-    assert_eq!(rig.conversations.get(&rig.user, start.conversation_id).await.expect("the store"), None);
-    assert_eq!(rig.conversations.count(&rig.user, &Filter::default()).await.expect("a count"), 0);
-    rig.finish().await;
+async fn failed_start_removes_the_stub_that_its_agent_server_reported() {
+    let harness = WorkerHarness::start(quick()).await;
+    let start = harness.begin(&json!({"title": "Never"})).await;
+    let stub = stub_of(&harness, start.conversation_id, &start.new_sandbox_id);
+    assert!(harness.conversations.put_stub(&stub, "!").await.expect("stored"));
+    *harness.sandboxes.begins_as.lock().expect("status") = SandboxStatus::Error;
+    assert_eq!(harness.drive(start.id).await.now.status, StartStatus::Error);
+    assert!(harness.sandboxes.made()[&start.new_sandbox_id].deleted);
+    assert_eq!(harness.conversations.get(&harness.user, start.conversation_id).await.expect("the store"), None);
+    assert_eq!(harness.conversations.count(&harness.user, &Filter::default()).await.expect("a count"), 0);
+    harness.finish().await;
 }
 
-/// A rig with a conversation that runs, and its id.
+/// A harness with a running conversation, and its id.
 async fn with_conversation(body: Value) -> (WorkerHarness, Uuid) {
-    let rig = WorkerHarness::start(quick()).await;
-    let start = rig.begin(&body).await;
-    assert_eq!(rig.drive(start.id).await.now.status, StartStatus::Ready);
-    (rig, start.conversation_id)
+    let harness = WorkerHarness::start(quick()).await;
+    let start = harness.begin(&body).await;
+    assert_eq!(harness.drive(start.id).await.now.status, StartStatus::Ready);
+    (harness, start.conversation_id)
 }
 
-/// The metrics of an agent server that sends none come from the poll alone.
+/// Runs one attempt of the job that refreshes a conversation.
+async fn refresh(harness: &WorkerHarness, conversation: Uuid, attempt: usize) -> shared::Result<()> {
+    let job = RefreshConversation { user: harness.user.clone(), conversation, attempt };
+    harness.other_worker.follow_up.refresh_from_agent_server(&job).await
+}
+
+/// The metrics of an agent server whose events report none come only from polls.
 #[tokio::test]
-async fn a_poll_that_fails_is_repeated_until_the_metrics_are_known() {
-    let (rig, id) = with_conversation(json!({"title": "Mine"})).await;
-    let poll = |look| rig.other_worker.follow_up.refresh_from_agent_server(&rig.user, id, look);
-    rig.agent.inject(Fault::new("GET /api/conversations", Nth::Next, Kind::Status(500, "{}".into())));
+async fn failed_poll_is_retried_until_the_metrics_are_known() {
+    let (harness, id) = with_conversation(json!({"title": "Mine"})).await;
+    let poll = async |attempt| refresh(&harness, id, attempt).await;
+    harness.agent.inject(Fault::new("GET /api/conversations", Nth::Next, Kind::Status(500, "{}".into())));
     poll(0).await.expect("polled");
     let message = loop {
-        if let Some(message) = rig.receive().await {
+        if let Some(message) = harness.receive().await {
             break message;
         }
     };
-    rig.delete(&message).await;
+    harness.delete(&message).await;
     let again = Job::from_body(&message.body.unwrap_or_default()).expect("a job");
-    assert_eq!(again, Job::RefreshConversation { user: rig.user.clone(), conversation: id, attempt: 1 });
+    assert_eq!(
+        again,
+        Job::RefreshConversation(RefreshConversation { user: harness.user.clone(), conversation: id, attempt: 1 })
+    );
     poll(1).await.expect("polled");
-    rig.agent.inject(Fault::new("GET /api/conversations", Nth::Always, Kind::Status(500, "{}".into())));
+    harness.agent.inject(Fault::new("GET /api/conversations", Nth::Always, Kind::Status(500, "{}".into())));
     poll(5).await.expect("polled for the last time");
-    assert!(rig.receive().await.is_none(), "not forever, and not after a poll that went well");
-    rig.finish().await;
+    assert!(harness.receive().await.is_none(), "neither retried forever nor after a successful poll");
+    harness.finish().await;
 }
 
 #[tokio::test]
 async fn the_agents_title_is_fetched_and_a_rename_always_wins() {
-    let (rig, id) = with_conversation(json!({})).await;
-    let (user, fetch) = (&rig.user, |look| rig.other_worker.follow_up.refresh_from_agent_server(&rig.user, id, look));
-    let title = async || rig.conversations.get(user, id).await.expect("the store").expect("a record").title;
+    let (harness, id) = with_conversation(json!({})).await;
+    let (user, fetch) = (&harness.user, async |attempt| refresh(&harness, id, attempt).await);
+    let title = async || harness.conversations.get(user, id).await.expect("the store").expect("a record").title;
     let default = format!("Conversation {}", &id.simple().to_string()[..5]);
-    // It has none yet: another look is asked for, but not for ever.
+    // There is no title yet: another poll is enqueued, but not forever.
     fetch(0).await.expect("looked");
     assert_eq!(title().await.as_deref(), Some(default.as_str()));
     let again = async || loop {
-        if let Some(message) = rig.receive().await {
-            rig.delete(&message).await;
+        if let Some(message) = harness.receive().await {
+            harness.delete(&message).await;
             return Job::from_body(&message.body.unwrap_or_default()).expect("a job");
         }
     };
-    assert_eq!(again().await, Job::RefreshConversation { user: user.clone(), conversation: id, attempt: 1 });
+    assert_eq!(
+        again().await,
+        Job::RefreshConversation(RefreshConversation { user: user.clone(), conversation: id, attempt: 1 })
+    );
     fetch(5).await.expect("looked");
-    // So it is while nobody knows the conversation, or its sandbox is not there.
-    rig.other_worker.follow_up.refresh_from_agent_server(user, Uuid::new_v4(), 0).await.expect("looked");
-    assert!(matches!(again().await, Job::RefreshConversation { attempt: 1, .. }));
+    // The same applies while the conversation is unknown, or its sandbox does not exist.
+    refresh(&harness, Uuid::new_v4(), 0).await.expect("looked");
+    assert!(matches!(again().await, Job::RefreshConversation(RefreshConversation { attempt: 1, .. })));
 
-    // It may have missed the message from which it would have found one: it is told to find one, once its own is overdue.
-    rig.agent.set_generated_title(" ✨ Made ");
+    // The agent may have missed the message that its title is made from: it is requested to generate one, once its own
+    // is overdue.
+    harness.agent.set_generated_title(" ✨ Made ");
     fetch(2).await.expect("looked");
     assert_eq!(title().await.as_deref(), Some(default.as_str()));
-    assert!(matches!(again().await, Job::RefreshConversation { attempt: 3, .. }));
+    assert!(matches!(again().await, Job::RefreshConversation(RefreshConversation { attempt: 3, .. })));
     fetch(3).await.expect("looked");
     assert_eq!(title().await.as_deref(), Some("✨ Made"));
-    rig.conversations.update(user, id, ConversationChange::default().title(None)).await.expect("cleared");
+    harness.conversations.update(user, id, ConversationChange::default().title(None)).await.expect("cleared");
 
     let http = HttpClient::new(AddressPolicy::Any);
-    let agent = AgentServer::new(http, &rig.agent.url(), Some(SESSION_KEY.into()));
+    let agent = AgentServer::new(http, &harness.agent.url(), Some(SESSION_KEY.into()));
     agent.set_title(id, "🐛 Found", Duration::from_secs(5)).await.expect("a title");
     join_all((0..5).map(fetch)).await.into_iter().for_each(|fetched| fetched.expect("fetched"));
     assert_eq!(title().await.as_deref(), Some("🐛 Found"));
-    // Whoever of the two is first, the user's stays.
+    // Whichever comes first, the user's title wins.
     for round in 0..10 {
-        rig.conversations.update(user, id, ConversationChange::default().title(None)).await.expect("cleared");
+        harness.conversations.update(user, id, ConversationChange::default().title(None)).await.expect("cleared");
         let mine = format!("Mine {round}");
-        let rename = rig.conversations.update(user, id, ConversationChange::default().title(Some(&mine)));
+        let rename = harness.conversations.update(user, id, ConversationChange::default().title(Some(&mine)));
         let (fetched, renamed) = futures::future::join(fetch(0), rename).await;
         assert!(fetched.is_ok() && renamed.is_ok());
         assert_eq!(title().await, Some(mine));
     }
-    rig.finish().await;
+    harness.finish().await;
 }
 
-/// Keeps what is logged on this thread.
+/// Captures what this thread logs.
 #[derive(Clone, Default)]
 struct Lines(Arc<Mutex<Vec<u8>>>);
 
@@ -1239,7 +1254,7 @@ impl io::Write for Lines {
 }
 
 impl Lines {
-    /// Keeps what this thread logs, as long as the guard lives.
+    /// Captures what this thread logs while the guard lives.
     fn capture(&self, filter: &str) -> tracing::subscriber::DefaultGuard {
         let to = self.clone();
         let subscriber =
@@ -1247,13 +1262,13 @@ impl Lines {
         log_to(subscriber)
     }
 
-    /// The lines with this text, in order.
+    /// The lines that contain this text, in order.
     fn with(&self, part: &str) -> Vec<String> {
         let text = String::from_utf8(self.0.lock().expect("lines").clone()).expect("text");
         text.lines().filter(|line| line.contains(part)).map(ToOwned::to_owned).collect()
     }
 
-    /// The events that were logged, in order.
+    /// The ids of the logged events, in order.
     fn events(&self) -> Vec<String> {
         let lines = self.with("event.logged").into_iter();
         lines
@@ -1265,13 +1280,13 @@ impl Lines {
 }
 
 #[tokio::test]
-async fn events_are_logged_once_and_in_order_if_the_start_asked_for_it() {
+async fn events_are_logged_once_and_in_order_if_the_start_requested_it() {
     let lines = Lines::default();
     let _logging = lines.capture("shared=info");
     let logging = json!({"processors": [{"kind": "LoggingCallbackProcessor"}]});
     for (body, logged) in [(json!({}), false), (logging, true)] {
-        let (rig, id) = with_conversation(body).await;
-        let processors = &rig.other_worker.follow_up;
+        let (harness, id) = with_conversation(body).await;
+        let processors = &harness.other_worker.follow_up;
         let at = |number: usize| Event {
             id: format!("{logged}-{number}"),
             timestamp: format!("2026-01-01T{:02}:{:02}:00", number / 60, number % 60),
@@ -1280,23 +1295,23 @@ async fn events_are_logged_once_and_in_order_if_the_start_asked_for_it() {
         };
         let come = async |numbers: &[usize]| {
             let events = numbers.iter().map(|number| at(*number)).collect();
-            processors.events.append(&rig.user, id, events).await.expect("stored");
-            let process = || processors.process_events(&rig.user, id);
+            processors.events.append(&harness.user, id, events).await.expect("stored");
+            let process = || processors.process_events(&harness.user, id);
             join_all((0..5).map(|_| process())).await.into_iter().for_each(|done| done.expect("processed"));
         };
         let first: Vec<usize> = (10..260).collect();
         come(&first).await;
-        // Again, and with one that is late and one that is new.
+        // The same events again, with a late one and a new one.
         come(&[10, 11, 5, 300]).await;
         let expected: Vec<String> = first.into_iter().chain([300]).map(|number| at(number).id).collect();
         assert_eq!(lines.events(), if logged { expected } else { Vec::new() });
-        rig.finish().await;
+        harness.finish().await;
     }
     assert!(!String::from_utf8_lossy(&lines.0.lock().expect("lines")).contains("secret"));
 }
 
 #[tokio::test]
-async fn a_batch_with_processors_rings_for_them() {
+async fn batch_with_processors_enqueues_a_job_for_them() {
     let fixture = Fixture::new().await;
     let (id, user) = (Uuid::new_v4(), &fixture.user);
     let api = &fixture.api;
@@ -1305,11 +1320,11 @@ async fn a_batch_with_processors_rings_for_them() {
         json!({"id": id.simple().to_string(), "sandbox_id": SANDBOX, "title": "Mine",
         "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}),
     );
-    let processors = [shared::start::request::EventCallbackProcessor::Logging];
-    let writes = api.stores.conversations.put_started(&record, &processors).expect("writes");
+    let processors = [shared::conversation::fields::EventCallbackProcessor::Logging];
+    let writes = api.stores.conversations().put_started(&record, &processors).expect("writes");
     api.aws.dynamodb.transact_write_items().set_transact_items(Some(writes)).send().await.expect("stored");
     fixture.post_events(SANDBOX, id, &[]).await;
     fixture.post_events(SANDBOX, id, &[message("m")]).await;
-    assert_eq!(fixture.jobs().await, [Job::ProcessEvents { user: user.clone(), conversation: id }]);
+    assert_eq!(fixture.jobs().await, [Job::ProcessEvents(ProcessEvents { user: user.clone(), conversation: id })]);
     fixture.api.stop().await;
 }

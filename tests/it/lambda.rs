@@ -1,4 +1,4 @@
-//! The functions' programs under Lambda's runtime API, with the events of a REST API, a queue and a schedule.
+//! The functions' real binaries under Lambda's runtime API, with the events of a REST API, a queue and a schedule.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -16,6 +16,7 @@ use shared::aws::Aws;
 use shared::config::{Config, ExportConfig, SandboxConfig, SealingConfig, StartConfig};
 use shared::conversation::MAX_NAME;
 use shared::export::store::ExportStore;
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::data_key::DataKey;
 use shared::user::seal::Sealer;
@@ -27,26 +28,26 @@ use crate::support::engines::Engines;
 use crate::support::kms::{KEY, Kms};
 use crate::support::lambda::{Function, Part, Streamed};
 use crate::support::product::contains;
-use crate::support::seed::Stores;
+use crate::support::seed;
 use crate::support::server;
 use crate::tenants::{By, Route, furnish_in, key_of, routes, token_of};
 
 const BASE: &str = "/api/v1/app-conversations";
 const PATIENCE: Duration = Duration::from_secs(60);
-/// The user of the recorded events.
+/// The user in the recorded events.
 const CALLER: &str = "u1";
-/// What Lambda returns from an invocation at most, in bytes.
+/// The largest response that Lambda returns, in bytes.
 const PAYLOAD: usize = 6 * 1024 * 1024;
-/// The memory of the functions, in bytes. (Those that answer for exports have more.)
+/// The memory size of the functions, in bytes. (Those that serve exports have more.)
 const MEMORY: u64 = 256 * 1024 * 1024;
 
-/// An event as recorded in `tests/data/lambda`.
+/// An event recorded in `tests/data/lambda`.
 fn event(name: &str) -> Value {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/lambda").join(format!("{name}.json"));
     serde_json::from_str(&fs::read_to_string(path).expect("an event")).expect("JSON")
 }
 
-/// What the functions work on.
+/// The AWS services that the functions use.
 struct Cloud {
     folder: TempDir,
     kms: Kms,
@@ -108,13 +109,13 @@ fn status_and_body(answer: &Value) -> (u64, Value) {
     (answer["statusCode"].as_u64().expect("a status"), serde_json::from_str(body).unwrap_or_else(|_| body.into()))
 }
 
-/// A header of an answer; empty when it is not there.
+/// A header of a response; empty if it is missing.
 fn header<'a>(answer: &'a Value, name: &str) -> &'a str {
     answer["multiValueHeaders"][name][0].as_str().unwrap_or_default()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_caller_is_whom_the_authorizer_named() {
+async fn caller_comes_only_from_the_authorizers_context() {
     let cloud = Cloud::start().await;
     let function = cloud.function("settings").await;
     let missing = (404, json!({"detail": "Settings not found"}));
@@ -127,18 +128,18 @@ async fn the_caller_is_whom_the_authorizer_named() {
     let (status, shown) = status_and_body(&function.invoke(event("settings-get")).await);
     assert_eq!((status, &shown["llm_model"], &shown["llm_api_key_set"]), (200, &json!("openai/x"), &json!(true)));
     assert_eq!(status_and_body(&function.invoke(event("settings-of-another")).await), missing);
-    for nobody in ["settings-of-nobody", "settings-of-the-local-user"] {
-        let answer = status_and_body(&function.invoke(event(nobody)).await);
-        assert_eq!(answer, (401, json!({"detail": "Unauthorized"})), "{nobody}");
+    for recorded in ["settings-of-nobody", "settings-of-the-local-user"] {
+        let answer = status_and_body(&function.invoke(event(recorded)).await);
+        assert_eq!(answer, (401, json!({"detail": "Unauthorized"})), "{recorded}");
     }
 
-    // One line a request, which tells no secrets.
+    // One log line per request, without secrets.
     let log = function.logged();
     let lines: Vec<Value> = log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     let requests: Vec<&Value> = lines.iter().filter(|line| line["message"] == "http.request").collect();
-    let told: Vec<_> = requests.iter().map(|line| (line["user"].as_str(), line["status"].as_u64())).collect();
+    let logged: Vec<_> = requests.iter().map(|line| (line["user"].as_str(), line["status"].as_u64())).collect();
     let expected = [("u1", 404), ("u1", 200), ("u1", 200), ("u2", 404), ("", 401), ("", 401)];
-    assert_eq!(told, expected.map(|(user, status)| (Some(user), Some(status))), "{log}");
+    assert_eq!(logged, expected.map(|(user, status)| (Some(user), Some(status))), "{log}");
     assert_eq!((&requests[0]["cold_start"], &requests[1]["cold_start"]), (&json!(true), &json!(false)));
     for line in &requests {
         assert_eq!(line["route"], "/api/v1/settings");
@@ -149,7 +150,7 @@ async fn the_caller_is_whom_the_authorizer_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_callers_show_is_in_no_log() {
+async fn credentials_of_callers_are_not_logged() {
     let cloud = Cloud::start().await;
     let authorizer = cloud.function("authorizer").await;
     let canaries = ["canary-0a", "oh-canary0a", "canary.0a.x", "eyJhbGciOiJSUzI1NiIsImtpZCI6ImNhbmFyeSJ9.canary.0a"];
@@ -177,29 +178,29 @@ async fn what_callers_show_is_in_no_log() {
     for (name, log) in [("authorizer", authorizer.logged()), ("conversations", function.logged())] {
         assert!(!log.to_lowercase().contains("canary"), "{name}: {log}");
     }
-    assert!(function.logged().contains("http.request"), "this is where the log is");
+    assert!(function.logged().contains("http.request"), "the log has the request");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn queries_and_bodies_arrive_as_they_were_sent() {
     let cloud = Cloud::start().await;
     let start = cloud.function("start").await;
-    // In base64, as the gateway sends what it takes for binary.
+    // In base64, as API Gateway sends bodies that it treats as binary.
     let answer = start.invoke(event("start-base64")).await;
     let (status, task) = status_and_body(&answer);
     assert_eq!((status, &task["status"]), (200, &json!("WORKING")), "{answer}");
     assert_eq!(task["request"]["initial_message"]["content"][0]["text"], "Grüße 👋");
-    let (status, told) = status_and_body(&start.invoke(event("start-broken")).await);
-    assert_eq!((status, &told["detail"][0]["type"]), (422, &json!("json_invalid")));
+    let (status, error) = status_and_body(&start.invoke(event("start-broken")).await);
+    assert_eq!((status, &error["detail"][0]["type"]), (422, &json!("json_invalid")));
 
     let sealer = cloud.sealer().await;
-    let stores = Stores::new(&cloud.aws, &cloud.config.names, &sealer);
+    let stores = Stores::new(&cloud.config.names, &cloud.aws, &sealer);
     let rows = [10_u128, 11].map(|number| {
         json!({"type": "conversation", "data": {"id": Uuid::from_u128(number).to_string(), "sandbox_id": "s",
             "title": if number == 10 { "x a b&c=d/é y" } else { "another" },
             "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}})
     });
-    stores.load(&UserId::new("u1"), rows).await;
+    seed::load(&stores, &UserId::new("u1"), rows).await;
     let conversations = cloud.function("conversations").await;
     let (status, rows) = status_and_body(&conversations.invoke(event("batch-get")).await);
     assert_eq!(
@@ -208,12 +209,12 @@ async fn queries_and_bodies_arrive_as_they_were_sent() {
     );
     let (status, page) = status_and_body(&conversations.invoke(event("search")).await);
     assert_eq!((status, page["items"].as_array().map(Vec::len)), (200, Some(1)), "{page}");
-    let (status, told) = status_and_body(&conversations.invoke(event("unknown-path")).await);
-    assert_eq!((status, told), (404, json!({"detail": "Not Found"})));
+    let (status, error) = status_and_body(&conversations.invoke(event("unknown-path")).await);
+    assert_eq!((status, error), (404, json!({"detail": "Not Found"})));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn browsers_are_answered_before_anybody_is_known() {
+async fn preflight_requests_and_redirects_need_no_caller() {
     let cloud = Cloud::start().await;
     let function = cloud.function("web-client").await;
     let preflight = function.invoke(event("preflight")).await;
@@ -221,7 +222,7 @@ async fn browsers_are_answered_before_anybody_is_known() {
     assert_eq!(header(&preflight, "access-control-allow-origin"), "https://app.example.org");
     assert_eq!(header(&preflight, "access-control-allow-methods"), "POST");
     assert_eq!(header(&preflight, "access-control-allow-headers"), "content-type,authorization");
-    // Paths that there are not, for which the gateway has no other function.
+    // Unknown paths, which API Gateway sends to this function.
     let mut slash = get("/api/v1/app-conversations/", &[("ids", "a b")]);
     slash["httpMethod"] = json!("POST");
     let redirect = function.invoke(slash).await;
@@ -234,10 +235,10 @@ async fn browsers_are_answered_before_anybody_is_known() {
     foreign["multiValueHeaders"]["Origin"] = json!(["https://evil.example.org"]);
     let refused = function.invoke(foreign).await;
     assert_eq!(header(&refused, "access-control-allow-origin"), "", "{refused}");
-    assert_eq!(cloud.kms.asked(), (0, 0), "it has no use for the key");
+    assert_eq!(cloud.kms.asked(), (0, 0), "the function does not need the key");
 }
 
-/// The event of a `GET` by [`CALLER`].
+/// The event of a `GET` request by [`CALLER`].
 fn get(path: &str, query: &[(&str, &str)]) -> Value {
     let mut event = event("search");
     let mut values: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
@@ -253,7 +254,7 @@ fn get(path: &str, query: &[(&str, &str)]) -> Value {
     event
 }
 
-/// The event with which the gateway hands a request to a route's function.
+/// The event with which API Gateway passes a request to a route's function.
 fn event_of(route: &Route, user: &UserId, credential: Option<(&str, &str)>, in_base64: bool) -> Value {
     let mut event = event("search");
     let (path, query) = route.target.split_once('?').unwrap_or((&route.target, ""));
@@ -280,7 +281,7 @@ fn event_of(route: &Route, user: &UserId, credential: Option<(&str, &str)>, in_b
     context["resourcePath"] = json!(route.path);
     context["httpMethod"] = json!(route.method);
     context["path"] = json!(format!("/v1{path}"));
-    // Who comes without a user has no authorizer before the route.
+    // A request without a user comes from a route without the authorizer.
     context["authorizer"] = match route.by {
         By::Caller => json!({"user_id": user.as_str(), "principalId": user.as_str(), "integrationLatency": 12}),
         By::Sandbox | By::Agent => Value::Null,
@@ -298,9 +299,9 @@ fn event_of(route: &Route, user: &UserId, credential: Option<(&str, &str)>, in_b
     event
 }
 
-/// All of them, each in the program that has it. (One that streams has a test of its own.)
+/// Every route, in the binary of its function. (Streaming has a test of its own.)
 #[tokio::test(flavor = "multi_thread")]
-async fn every_route_is_answered_by_the_program_of_its_function() {
+async fn every_route_is_served_by_the_binary_of_its_function() {
     let cloud = Cloud::start().await;
     let (owner, sealer) = (UserId::new("actor"), cloud.sealer().await);
     furnish_in(&cloud.aws, &cloud.config.names, &sealer, &owner).await;
@@ -341,7 +342,7 @@ async fn every_route_is_answered_by_the_program_of_its_function() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_worker_reports_what_failed_of_a_batch_alone() {
+async fn worker_reports_only_the_failed_messages_of_a_batch() {
     let cloud = Cloud::start().await;
     let start = cloud.function("start").await;
     let (_, task) = status_and_body(&start.invoke(event("start-base64")).await);
@@ -369,8 +370,8 @@ async fn the_worker_reports_what_failed_of_a_batch_alone() {
     get["multiValueQueryStringParameters"] = json!({"ids": [id]});
     get["queryStringParameters"] = json!({"ids": id});
     let (status, rows) = status_and_body(&tasks.invoke(get).await);
-    assert_eq!((status, &rows[0]["status"]), (200, &json!("ERROR")), "there are no sandboxes here: {rows}");
-    // What was measured, as CloudWatch reads it from the log.
+    assert_eq!((status, &rows[0]["status"]), (200, &json!("ERROR")), "this deployment has no sandboxes: {rows}");
+    // The metrics, as CloudWatch extracts them from the log.
     let metric = |name: &str| {
         let documents = worker.measured();
         let found = documents.into_iter().find(|document| document.get(name).is_some());
@@ -386,26 +387,26 @@ async fn the_worker_reports_what_failed_of_a_batch_alone() {
     assert_eq!(metric("StartStepDuration")["Step"], "WORKING");
     assert!(metric("ReadUnits")["_aws"].is_object() && metric("WriteUnits")["_aws"].is_object());
 
-    // The schedule, and what is dead.
+    // The scheduled event, and dead letters.
     assert_eq!(worker.invoke(event("schedule")).await, json!({"batchItemFailures": []}));
     let mut dead = event("queue");
     for record in dead["Records"].as_array_mut().expect("records") {
         record["eventSourceARN"] = json!("arn:aws:sqs:eu-central-1:123456789012:oh-starts-dead-letters");
     }
-    assert_eq!(worker.invoke(dead).await, json!({"batchItemFailures": []}), "dead letters are not delivered for ever");
+    assert_eq!(worker.invoke(dead).await, json!({"batchItemFailures": []}), "dead letters are not redelivered forever");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn stream_start_answers_chunk_by_chunk() {
+async fn stream_start_responds_chunk_by_chunk() {
     let cloud = Cloud::start().await;
     let function = cloud.function_with("stream-start", &[("STREAM_KEEP_ALIVE_MS", "20")]).await;
     let (id, mut parts) = function.send(event("stream-start"));
     let mut text = Vec::new();
     let mut chunks = 0;
-    // The first state comes before anything has been done about the start; then newlines, as long as nothing is.
+    // The first state is sent before the start has made progress; then newlines until it does.
     while !String::from_utf8_lossy(&text).contains("WORKING") || !text.ends_with(b"\n\n\n") {
         let Some(Part::Chunk(chunk)) = timeout(PATIENCE, parts.recv()).await.expect("a chunk") else {
-            panic!("an end")
+            panic!("the response has ended")
         };
         text.extend_from_slice(&chunk);
         chunks += 1;
@@ -432,37 +433,37 @@ async fn stream_start_answers_chunk_by_chunk() {
         (&prelude["statusCode"], &prelude["headers"]["content-type"]),
         (&json!(200), &json!("application/json"))
     );
-    assert_eq!(prelude["headers"].get("content-length"), None, "nobody knows it");
+    assert_eq!(prelude["headers"].get("content-length"), None, "the length is not known in advance");
     let states: Value = serde_json::from_slice(&text[separator + 8..]).expect("a JSON array");
     let states: Vec<_> = states.as_array().expect("an array").iter().map(|state| state["status"].as_str()).collect();
     assert_eq!((states.first(), states.last()), (Some(&Some("WORKING")), Some(&Some("ERROR"))), "{states:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn errors_before_a_stream_begins_have_a_status() {
+async fn errors_before_a_stream_starts_have_an_error_status() {
     let cloud = Cloud::start().await;
     let function = cloud.function("stream-start").await;
     let mut broken = event("stream-start");
     broken["body"] = json!("{");
     broken["isBase64Encoded"] = json!(false);
-    let (status, told) = status_and_body(&function.invoke(broken.clone()).await);
-    assert_eq!((status, &told["detail"][0]["type"]), (422, &json!("json_invalid")));
+    let (status, error) = status_and_body(&function.invoke(broken.clone()).await);
+    assert_eq!((status, &error["detail"][0]["type"]), (422, &json!("json_invalid")));
     broken["body"] = json!(" ".repeat(6 * 1024 * 1024 + 1));
-    let too_large = (413, json!({"detail": "The request is larger than this server takes"}));
+    let too_large = (413, json!({"detail": "The request is larger than this server accepts; send a smaller one"}));
     assert_eq!(status_and_body(&function.invoke(broken).await), too_large);
-    let mut nobody = event("stream-start");
-    nobody["requestContext"]["authorizer"] = Value::Null;
+    let mut anonymous = event("stream-start");
+    anonymous["requestContext"]["authorizer"] = Value::Null;
     let refused = (401, json!({"detail": "Unauthorized"}));
-    assert_eq!(status_and_body(&function.invoke(nobody).await), refused);
+    assert_eq!(status_and_body(&function.invoke(anonymous).await), refused);
 }
 
-/// A finished export of a conversation, in the store and in the bucket.
+/// Stores a finished export of a conversation, its row and its object.
 async fn finished_export(cloud: &Cloud, conversation: Uuid, zip: Vec<u8>) {
     let user = UserId::new(CALLER);
-    let stores = Stores::new(&cloud.aws, &cloud.config.names, &cloud.sealer().await);
+    let stores = Stores::new(&cloud.config.names, &cloud.aws, &cloud.sealer().await);
     let row = json!({"type": "conversation", "data": {"id": conversation.to_string(), "sandbox_id": "s", "title": "t",
         "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}});
-    stores.load(&user, [row]).await;
+    seed::load(&stores, &user, [row]).await;
     let key = ExportStore::key(&user, conversation, "a test");
     let put = cloud.aws.s3.put_object().bucket(&cloud.config.names.bucket).key(&key).body(zip.into());
     put.send().await.expect("stored");
@@ -475,9 +476,9 @@ async fn finished_export(cloud: &Cloud, conversation: Uuid, zip: Vec<u8>) {
     put.send().await.expect("stored");
 }
 
-/// The export is larger than the memory that the function is allowed to use for it.
+/// The export is larger than the memory that the function may use for it.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_export_up_to_the_limit_is_streamed_and_a_larger_one_linked() {
+async fn export_up_to_the_limit_is_streamed_and_larger_one_is_a_redirect() {
     const LIMIT: usize = 60 * 1024 * 1024;
     let cloud = Cloud::start().await;
     let [fits, too_large] = [1, 2].map(Uuid::from_u128);
@@ -518,15 +519,15 @@ async fn an_export_up_to_the_limit_is_streamed_and_a_larger_one_linked() {
     assert_eq!(linked["statusCode"], 302);
     let link = header(&linked, "location");
     assert!(link.contains("X-Amz-Signature=") && link.contains("/exports/"), "{link}");
-    let (status, told) = status_and_body(&function.invoke(get(&path(fits).replace("00000001", "x"), &[])).await);
-    assert_eq!((status, &told["detail"][0]["type"]), (422, &json!("uuid_parsing")));
+    let (status, error) = status_and_body(&function.invoke(get(&path(fits).replace("00000001", "x"), &[])).await);
+    assert_eq!((status, &error["detail"][0]["type"]), (422, &json!("uuid_parsing")));
     let mut head = get(&path(fits), &[]);
     head["httpMethod"] = json!("HEAD");
     let answer = function.invoke(head).await;
     assert_eq!((&answer["statusCode"], answer["body"].as_str()), (&json!(200), Some("")));
     assert_eq!(header(&answer, "content-length"), LIMIT.to_string());
 
-    // A build that a worker has in hand.
+    // A worker is building this export.
     let item = json!({
         "user": CALLER, "kind": format!("export#{}", fits.simple()), "wanted": true,
         "lease_owner": "worker", "lease_until": Time::now().plus(PATIENCE).sortable(),
@@ -539,12 +540,12 @@ async fn an_export_up_to_the_limit_is_streamed_and_a_larger_one_linked() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_that_the_bucket_cuts_off_is_cut_off_and_not_ended() {
+async fn export_stream_is_aborted_if_the_bucket_aborts_the_object() {
     let cloud = Cloud::start().await;
     let conversation = Uuid::from_u128(1);
     finished_export(&cloud, conversation, b"zip".to_vec()).await;
     let path = format!("{BASE}/{conversation}/download");
-    // A bucket with one large object: of its bytes half arrive, or none.
+    // A bucket with one large object, of which half the bytes arrive, or none.
     let bucket = |refuses: bool| {
         server::Server::start(move |request| async move {
             let whole = server::raw(StatusCode::OK, "application/zip", vec![7; 4_000_000]);
@@ -568,7 +569,7 @@ async fn a_stream_that_the_bucket_cuts_off_is_cut_off_and_not_ended() {
     }
     let Streamed { prelude, body } = Streamed::read(&bytes);
     assert_eq!((&prelude["statusCode"], &prelude["headers"]["content-length"]), (&json!(200), &json!("4000000")));
-    assert!(body.len() < 4_000_000 && body.iter().all(|byte| *byte == 7), "{}: nothing but the zip", body.len());
+    assert!(body.len() < 4_000_000 && body.iter().all(|byte| *byte == 7), "{}: only bytes of the zip", body.len());
     assert!(function.logged().contains("lambda.stream_aborted"), "{}", function.logged());
 
     let refusing = bucket(true).await;
@@ -589,7 +590,7 @@ fn message(text: &str) -> Value {
     json!({"initial_message": {"content": [{"type": "text", "text": text}]}})
 }
 
-/// Walks a list with the function's program. Returns its items, and the size of the largest answer.
+/// Reads all pages of a list with the function's binary. Returns its items, and the size of the largest response.
 async fn walk(function: &Function, path: &str) -> (Vec<Value>, usize) {
     let (mut items, mut largest) = (Vec::new(), 0);
     let mut page_id: Option<String> = None;
@@ -611,16 +612,17 @@ async fn walk(function: &Function, path: &str) -> (Vec<Value>, usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_largest_start_tasks_fit_into_answers_and_memory() {
+async fn largest_start_tasks_fit_into_responses_and_memory() {
     let cloud = Cloud::start().await;
-    let stores = Stores::new(&cloud.aws, &cloud.config.names, &cloud.sealer().await);
+    let stores = Stores::new(&cloud.config.names, &cloud.aws, &cloud.sealer().await);
     let user = UserId::new(CALLER);
     let large = "x".repeat(1_600_000);
-    // In JSON, and in the JSON around it, this becomes four times as long.
+    // In JSON that is embedded in JSON, this becomes four times as long.
     let escaped = "\"".repeat(3_000_000);
     let requests = [&large, &large, &large, &large, &escaped, &large];
     let tasks = (1..).zip(requests).map(|(number, text)| start_task(number, &message(text)));
-    stores.load(&user, tasks.chain((10..110).map(|number| start_task(number, &message(&"y".repeat(40_000)))))).await;
+    seed::load(&stores, &user, tasks.chain((10..110).map(|number| start_task(number, &message(&"y".repeat(40_000))))))
+        .await;
     let function = cloud.function("start-tasks").await;
 
     let (items, largest) = walk(&function, &format!("{BASE}/start-tasks/search")).await;
@@ -640,7 +642,7 @@ async fn the_largest_start_tasks_fit_into_answers_and_memory() {
     let short = text_of(by_id(5)).expect("a text");
     assert!(short.starts_with("\"\"\"") && short.ends_with("… [3000000 bytes]"), "{short}");
 
-    // One is always answered, whole if it fits at all; of many, those that fit.
+    // A single task is always returned, whole if it fits at all; of many, as many as fit.
     let batch = async |numbers: &[u128]| {
         let ids: Vec<String> = numbers.iter().map(|number| Uuid::from_u128(*number).to_string()).collect();
         let query: Vec<(&str, &str)> = ids.iter().map(|id| ("ids", id.as_str())).collect();
@@ -668,12 +670,12 @@ async fn the_largest_start_tasks_fit_into_answers_and_memory() {
     assert!(memory < MEMORY * 3 / 4, "{memory}");
 }
 
-/// A start whose answer would be too large exists all the same, so that its client must get its id.
+/// A start whose response would be too large has been created, so the client must still get its id.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_largest_start_is_answered() {
+async fn largest_start_gets_a_response() {
     let cloud = Cloud::start().await;
     let mut start = event("stream-start");
-    // Each part becomes four times as long where it is shown.
+    // Each part becomes four times as long in the response.
     let parts = vec!["{\"text\":\"\"}"; 300_000].join(",");
     start["body"] = json!(format!("{{\"initial_message\":{{\"content\":[{parts}]}}}}"));
     start["isBase64Encoded"] = json!(false);
@@ -691,20 +693,20 @@ async fn the_largest_start_is_answered() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_largest_conversations_fit_into_answers_and_memory() {
+async fn largest_conversations_fit_into_responses_and_memory() {
     let cloud = Cloud::start().await;
-    let stores = Stores::new(&cloud.aws, &cloud.config.names, &cloud.sealer().await);
+    let stores = Stores::new(&cloud.config.names, &cloud.aws, &cloud.sealer().await);
     let id = |number: u128| Uuid::from_u128(number + 1).to_string();
     let rows = (0..100).map(|number| {
-        // Four bytes, or seven where it is escaped twice.
+        // Four bytes, or seven after escaping twice.
         let text = if number % 10 == 0 { "\u{1}" } else { "😀" }.repeat(MAX_NAME);
         json!({"type": "conversation", "data": {"id": id(number), "sandbox_id": "s", "title": text,
             "selected_repository": text, "selected_branch": text, "llm_model": text,
             "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}})
     });
     for row in rows {
-        // A transaction takes 4 MB.
-        stores.load(&UserId::new(CALLER), [row]).await;
+        // A transaction may have 4 MB.
+        seed::load(&stores, &UserId::new(CALLER), [row]).await;
     }
     let function = cloud.function("conversations").await;
     let (items, largest) = walk(&function, &format!("{BASE}/search")).await;
@@ -720,21 +722,25 @@ async fn the_largest_conversations_fit_into_answers_and_memory() {
     };
     let (status, found) = batch(20).await;
     assert_eq!((status, found.as_array().map(Vec::len)), (200, Some(20)));
-    let told = json!({"detail": "These conversations are too large for one answer: request fewer at once"});
-    assert_eq!(batch(99).await, (413, told));
+    let error = json!({"detail": "These conversations are too large for one response; request fewer at once"});
+    assert_eq!(batch(99).await, (413, error));
     let memory = function.peak_memory();
     println!("memory of conversations: {memory}; the largest page: {largest}");
     assert!(memory < MEMORY * 3 / 4, "{memory}");
 }
 
-/// What needs no secrets goes on without KMS, and all else as soon as it is back.
+/// Requests that need no secrets work without KMS, and all others as soon as KMS works again.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_that_is_disabled_stops_secrets_alone() {
+async fn disabled_kms_key_affects_only_requests_that_need_secrets() {
     let cloud = Cloud::start().await;
     let before = cloud.function("settings").await;
     assert_eq!(status_and_body(&before.invoke(event("settings-post")).await).0, 200);
     cloud.kms.disable(true);
-    assert_eq!(status_and_body(&before.invoke(event("settings-get")).await).0, 200, "whoever has the key keeps it");
+    assert_eq!(
+        status_and_body(&before.invoke(event("settings-get")).await).0,
+        200,
+        "a running function keeps its cached key"
+    );
     let settings = cloud.function("settings").await;
     let refused = status_and_body(&settings.invoke(event("settings-get")).await);
     assert_eq!(refused, (503, json!({"detail": "The store is not available right now"})));
@@ -747,7 +753,7 @@ async fn a_key_that_is_disabled_stops_secrets_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_deployment_has_one_data_key_whoever_comes_first() {
+async fn concurrent_first_requests_create_one_data_key() {
     let cloud = Cloud::start().await;
     let sealers = join_all((0..6).map(|_| cloud.sealer())).await;
     let secret = "secret".into();
@@ -759,11 +765,11 @@ async fn a_deployment_has_one_data_key_whoever_comes_first() {
     let [sealed, ..] = &sealed[..] else { panic!("six") };
     let (made, asked) = cloud.kms.asked();
     let another = cloud.sealer().await;
-    assert_eq!(cloud.kms.asked(), (made, asked), "a sealer that seals nothing asks for no key");
+    assert_eq!(cloud.kms.asked(), (made, asked), "a sealer requests the key only when it needs it");
     another.open("p", sealed).await.expect("the same key");
-    assert_eq!(cloud.kms.asked().0, made, "the second time none is made");
+    assert_eq!(cloud.kms.asked().0, made, "no second key is created");
 
-    // Neither another key of KMS nor a changed row opens anything.
+    // Neither another KMS key nor a changed row decrypts anything.
     let sdk = cloud.engines.network_sdk_config().await.to_builder().endpoint_url(cloud.kms.url()).build();
     let users = cloud.config.names.users.clone();
     let wrong = DataKey::new(&sdk, cloud.aws.dynamodb.clone(), users.clone(), "alias/other".to_owned());
@@ -776,10 +782,10 @@ async fn a_deployment_has_one_data_key_whoever_comes_first() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_data_key_is_replaced_and_what_it_sealed_still_opens() {
+async fn rotated_data_key_still_opens_what_it_sealed() {
     let cloud = Cloud::start().await;
     let sdk = cloud.engines.network_sdk_config().await.to_builder().endpoint_url(cloud.kms.url()).build();
-    // As an operator does, who need not know the key of KMS.
+    // As an operator, who need not know the KMS key.
     let operator = DataKey::stored_in(&sdk, cloud.aws.dynamodb.clone(), cloud.config.names.users.clone());
     let refused = operator.rotate().await.expect_err("there is none");
     assert!(matches!(refused, shared::Error::Conflict(_)), "{refused:?}");
@@ -795,7 +801,7 @@ async fn a_data_key_is_replaced_and_what_it_sealed_still_opens() {
         assert_eq!(now.open("p", sealed).await.expect("open").expose_secret(), number.to_string());
     }
     assert_eq!(sealed.iter().map(|sealed| id(sealed)).collect::<std::collections::HashSet<_>>().len(), 3);
-    // Of several operators at once each adds one or is told, and none is lost.
+    // Of several concurrent operators each adds a key or gets a conflict, and no key is lost.
     let done = join_all((0..4).map(|_| operator.rotate())).await;
     let added = done.iter().filter(|done| done.is_ok()).count();
     assert!(added >= 1);

@@ -1,4 +1,5 @@
-//! Who may use a server on this machine: which hosts it answers for, which pages may send requests, what is served without a key.
+//! Access to a server on this machine: accepted `Host` and `Origin` headers (DNS rebinding, CSRF), presigned links, and
+//! what is served without the key.
 
 use std::net::SocketAddr;
 
@@ -12,6 +13,7 @@ use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Value, json};
 use shared::config::{ExportConfig, SandboxConfig, StartConfig};
 use shared::http::caller::Caller;
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use tempfile::TempDir;
@@ -20,13 +22,13 @@ use tokio::net::TcpStream;
 
 use crate::openapi::{document, operations};
 use crate::support::api::Api;
-use crate::support::seed::Stores;
+use crate::support::seed;
 use crate::support::sigv4::sign;
 use crate::tenants::{By, credential, everything, furnish, routes};
 
 const API: &str = "/api/v1/app-conversations";
 const CONVERSATION: &str = "0123456789abcdef0123456789abcdef";
-/// The one route whose contract accepts JSON of any content type.
+/// The only route whose contract accepts JSON with any content type.
 const ANY_CONTENT_TYPE: &str = "/api/v1/conversations/{conversation_id}/pending-messages";
 const KEY: &str = "the-key-of-this-server";
 
@@ -71,7 +73,7 @@ impl Running {
         String::from_utf8_lossy(&answer).lines().next().unwrap_or_default().to_owned()
     }
 
-    /// Stores a conversation, and returns the redirect to its export.
+    /// Stores a conversation, and returns the redirect location of its export.
     async fn link(&self, headers: &[(&str, &str)]) -> String {
         let answer = self.send("GET", &format!("{API}/{CONVERSATION}/download"), headers).await;
         let status = answer.status();
@@ -81,10 +83,10 @@ impl Running {
 
     async fn has_conversation(&self) {
         let Server { aws, config, .. } = &self.server;
-        let stores = Stores::new(aws, &config.names, &Sealer::ephemeral());
+        let stores = Stores::new(&config.names, aws, &Sealer::ephemeral());
         let row = json!({"type": "conversation", "data": {"id": CONVERSATION, "sandbox_id": "s", "title": "one",
             "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}});
-        stores.load(&UserId::local(), [row]).await;
+        seed::load(&stores, &UserId::local(), [row]).await;
     }
 
     async fn starts(&self) -> u64 {
@@ -97,7 +99,7 @@ fn environment() -> Environment {
     Environment {
         start: StartConfig { web_url: Some("https://tunnel.example/openhands".to_owned()), ..StartConfig::default() },
         origins: vec!["https://app.example".to_owned()],
-        // Every export is behind a link.
+        // Every export is served by a link.
         export: ExportConfig { inline_limit: 0, settle: std::time::Duration::ZERO, ..ExportConfig::default() },
         ..Environment::default()
     }
@@ -129,7 +131,7 @@ fn everything_served() -> Vec<(String, String)> {
 }
 
 #[tokio::test]
-async fn requests_for_other_hosts_and_from_other_pages_are_refused_on_every_path() {
+async fn foreign_hosts_and_origins_are_refused_on_every_path() {
     let running = Running::start(environment()).await;
     let own = running.address().to_string();
     for (method, target) in everything_served() {
@@ -142,7 +144,7 @@ async fn requests_for_other_hosts_and_from_other_pages_are_refused_on_every_path
             assert!(method == "HEAD" || body["detail"].is_string(), "{method} {target}: {body}");
         }
         for origin in ["https://evil.example", "null", "http://localhost.evil.example", "https://app.example.evil"] {
-            // As a page sends it without asking first, and as the browser asks for the page.
+            // Sent by a page without a preflight, and then the preflight itself.
             let simple = [("host", own.as_str()), ("origin", origin), ("content-type", "text/plain")];
             assert_eq!(running.status(&method, &target, &simple).await, 403, "{method} {target} from {origin}");
             let preflight = [
@@ -154,13 +156,13 @@ async fn requests_for_other_hosts_and_from_other_pages_are_refused_on_every_path
             assert_eq!(answer.status(), 403, "{target} from {origin}");
             assert!(!answer.headers().contains_key("access-control-allow-origin"));
         }
-        // What a page of another site gets that has made its own name lead here.
+        // DNS rebinding: a page whose own host name resolves to this server.
         let rebound = [("host", "rebind.example"), ("origin", "http://rebind.example")];
         assert_eq!(running.status(&method, &target, &rebound).await, 421, "{method} {target}");
     }
-    assert_eq!(running.starts().await, 0, "nothing was executed");
+    assert_eq!(running.starts().await, 0, "no start was created");
 
-    // The requests of a page that may, and those of programs.
+    // Requests of allowed pages, and those of programs.
     for (host, origin) in [
         (own.as_str(), Some("http://localhost:5173")),
         (&own, Some("http://127.0.0.1:8000")),
@@ -183,9 +185,9 @@ async fn requests_for_other_hosts_and_from_other_pages_are_refused_on_every_path
     running.server.shutdown().await;
 }
 
-/// Requests that change something and have no body, which browsers send for a page without asking first.
+/// Requests with an effect but no body, which browsers send for a page without a preflight.
 #[tokio::test]
-async fn a_page_of_another_site_changes_nothing_with_a_request_without_a_body() {
+async fn cross_site_requests_without_a_body_change_nothing() {
     let running = Running::start(environment()).await;
     let document = document();
     let without_body = operations(&document).into_iter().filter(|(method, _, operation)| {
@@ -200,14 +202,14 @@ async fn a_page_of_another_site_changes_nothing_with_a_request_without_a_body() 
             let answer = running.send(method, target, &[("origin", origin)]).await;
             assert_eq!(answer.status(), 403, "{method} {target}");
         }
-        // The same request of a program is looked at.
+        // The same request of a program is not refused.
         assert_ne!(running.status(method, target, &[]).await, 403, "{method} {target}");
     }
     running.server.shutdown().await;
 }
 
 #[tokio::test]
-async fn a_request_names_its_host_once_and_well() {
+async fn requests_need_exactly_one_valid_host() {
     let running = Running::start(Environment::default()).await;
     let own = running.address();
     for (request, status) in [
@@ -227,13 +229,13 @@ async fn a_request_names_its_host_once_and_well() {
 }
 
 #[tokio::test]
-async fn presigned_links_are_served_without_the_key_and_nothing_else_of_s3_is() {
+async fn only_presigned_links_of_s3_are_served_without_the_key() {
     let running = Running::start(Environment { session_api_key: Some(SecretString::from(KEY)), ..environment() }).await;
     running.has_conversation().await;
     let key = ("x-session-api-key", KEY);
     let own = format!("http://{}", running.address());
     let link = running.link(&[key]).await;
-    // Clients resolve it by what they requested.
+    // Clients resolve the link relative to the address that they requested.
     let target = link.clone();
     assert!(target.starts_with("/openhands-data/exports/"), "{target}");
 
@@ -251,14 +253,14 @@ async fn presigned_links_are_served_without_the_key_and_nothing_else_of_s3_is() 
     assert_eq!(part.status(), 206);
     assert_eq!(part.bytes().await.expect("a part"), whole.slice(2..10));
 
-    // A client is sent to the address that it uses, and any of them leads to the object.
+    // A client is redirected to the address that it uses, and the object is served at each address.
     for (host, base) in [("localhost:4000", ""), ("tunnel.example", "https://tunnel.example/openhands")] {
         let link = running.link(&[key, ("host", host)]).await;
         let target = link.strip_prefix(base).unwrap_or_else(|| panic!("{link} is not at {base}"));
         assert_eq!(running.status("GET", target, &[("host", host)]).await, 200, "{host}");
     }
 
-    // A client that sends the key as a bearer token sends it along to where the same server redirects it.
+    // A client that sends the key as a bearer token also sends it when the server redirects to itself.
     let bearer = ("authorization", format!("Bearer {KEY}"));
     let url = format!("{own}{API}/{CONVERSATION}/download");
     let following = Client::builder().no_proxy().build().expect("a client");
@@ -287,7 +289,7 @@ async fn presigned_links_are_served_without_the_key_and_nothing_else_of_s3_is() 
         // Below `/` are the API's own paths.
         assert!(matches!(status, 400 | 403 | 404 | 405), "{what}: {status}");
     }
-    // The key pair of the engines opens nothing here, either.
+    // The engines' key pair gives no access here, either.
     let stored = std::fs::read(running.folder.path().join("data/engine-credentials.json")).expect("credentials");
     let credentials = serde_json::from_slice(&stored).expect("credentials");
     for (method, target) in [("GET", path), ("PUT", path), ("DELETE", path), ("GET", "/openhands-data?list-type=2")] {
@@ -299,12 +301,12 @@ async fn presigned_links_are_served_without_the_key_and_nothing_else_of_s3_is() 
         assert!(matches!(status.as_u16(), 403 | 405), "{method} {target}: {status}");
     }
     assert_eq!(running.status("GET", &target, &[("origin", "null")]).await, 403);
-    assert_eq!(running.status("GET", &target, &[]).await, 200, "it is all still there");
+    assert_eq!(running.status("GET", &target, &[]).await, 200, "the object still exists");
     running.server.shutdown().await;
 }
 
 #[tokio::test]
-async fn a_public_address_that_is_none_is_an_error() {
+async fn invalid_public_address_is_an_error() {
     let folder = TempDir::new().expect("a folder");
     let options = CommonOptions::on(folder.path().join("data"), SandboxKind::None);
     let start = StartConfig { web_url: Some("tunnel.example".to_owned()), ..StartConfig::default() };
@@ -313,9 +315,10 @@ async fn a_public_address_that_is_none_is_an_error() {
     assert!(error.to_string().contains("OH_WEB_URL"), "{error}");
 }
 
-/// Browsers send these without asking first, so a route that read JSON from them could be used by any page.
+/// Browsers send these content types without a preflight, so a route that read JSON from them could be called by any
+/// page.
 #[tokio::test]
-async fn routes_that_read_json_take_nothing_else() {
+async fn routes_that_read_json_refuse_other_content_types() {
     let folder = TempDir::new().expect("a folder");
     let api = Api::at(folder.path(), SandboxConfig::None).await;
     let owner = UserId::new("actor");
@@ -359,6 +362,6 @@ async fn routes_that_read_json_take_nothing_else() {
             assert_eq!(status, 422, "{method} {path} as {content_type:?}: {answer}");
         }
     }
-    assert_eq!(everything(&api).await, before, "nothing was changed");
+    assert_eq!(everything(&api).await, before, "no request changed anything");
     api.stop().await;
 }

@@ -1,4 +1,4 @@
-//! The workspace's integration tests: one binary, because each linked one carries the SDKs and the engines.
+//! The workspace's integration tests, in one binary, because each binary links the AWS SDKs and the engines.
 
 #![allow(
     clippy::expect_used,
@@ -22,10 +22,10 @@ mod end_to_end_clone;
 mod end_to_end_connections;
 mod end_to_end_git;
 mod end_to_end_history;
-mod end_to_end_inside;
 mod end_to_end_mcp;
 mod end_to_end_secrets;
 mod end_to_end_upgrade;
+mod end_to_end_workspace;
 mod events;
 mod hostile;
 mod import;

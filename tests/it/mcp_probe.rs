@@ -1,4 +1,4 @@
-//! The probe of MCP servers during a start, on a stand-in agent server that really runs its commands.
+//! The probe of MCP servers during a start, on a stub agent server that really runs its commands.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::support::stand_in_agent::{Fault, Kind, Nth};
 use crate::support::wait::wait_until;
 use crate::support::worker_harness::{WorkerHarness, quick};
 
-/// Long: a machine that runs all tests at once may take seconds to start a Python.
+/// Long, because a machine that runs all tests at once may take seconds to start Python.
 const LONG: Duration = Duration::from_secs(40);
 const KEY: &str = "canary-of-an-mcp-server";
 
@@ -22,13 +22,15 @@ fn with_probe(limit: Duration) -> StartConfig {
     StartConfig { mcp_probe_timeout: limit, inline_wait: Duration::from_secs(50), ..quick() }
 }
 
-async fn set_servers(rig: &WorkerHarness, servers: &Value) {
-    rig.set_settings(json!({"llm_model": "openai/scripted", "llm_api_key": "sk-rig", "mcp_config": servers})).await;
+async fn set_servers(harness: &WorkerHarness, servers: &Value) {
+    harness
+        .set_settings(json!({"llm_model": "openai/scripted", "llm_api_key": "sk-test", "mcp_config": servers}))
+        .await;
 }
 
 /// The names of the servers that the agent of the newest conversation got.
-fn given(rig: &WorkerHarness) -> Vec<String> {
-    let conversation = rig.agent.conversations().pop().expect("a conversation");
+fn given(harness: &WorkerHarness) -> Vec<String> {
+    let conversation = harness.agent.conversations().pop().expect("a conversation");
     conversation.body["agent"]["mcp_config"].as_object().expect("a map").keys().cloned().collect()
 }
 
@@ -38,13 +40,13 @@ fn detail_of(task: &StartTaskRecord) -> String {
     task.now.detail.clone().unwrap_or_default()
 }
 
-/// The file with the servers' configuration, if it is anywhere.
+/// The files that contain the servers' configuration.
 fn configuration_files(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     entries
         .flat_map(|entry| {
             let path = entry.path();
-            // Files come and go while this looks.
+            // Files are created and removed during the walk.
             if path.is_dir() {
                 return configuration_files(&path);
             }
@@ -54,28 +56,28 @@ fn configuration_files(folder: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-async fn no_configuration_stays(rig: &WorkerHarness, case: &str) {
+async fn assert_no_configuration_file(harness: &WorkerHarness, case: &str) {
     wait_until(&format!("{case}: no file with the configuration is left"), LONG, async || {
-        configuration_files(rig.agent.root()).is_empty()
+        configuration_files(harness.agent.root()).is_empty()
     })
     .await;
 }
 
-fn probes(rig: &WorkerHarness) -> usize {
-    rig.agent.commands().iter().filter(|command| command.contains("mcp-")).count()
+fn probes(harness: &WorkerHarness) -> usize {
+    harness.agent.commands().iter().filter(|command| command.contains("mcp-")).count()
 }
 
 /// A stdio server that works.
-fn process(rig: &WorkerHarness) -> Value {
-    let program = rig.agent.root().join("words.py");
+fn process(harness: &WorkerHarness) -> Value {
+    let program = harness.agent.root().join("words.py");
     write_process(&program);
     json!({"command": "python3", "args": [program], "env": {"WORDS": KEY}})
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn servers_that_work_are_given_to_the_agent_and_the_others_are_left_out_by_name() {
-    let rig = WorkerHarness::start(with_probe(LONG)).await;
-    // What hangs has a limit of its own, so that the others may take their time on a slow machine.
+async fn working_servers_are_passed_to_the_agent_and_failed_ones_are_named_in_a_note() {
+    let harness = WorkerHarness::start(with_probe(LONG)).await;
+    // A server that hangs has a time limit of its own, so that the others have enough time on a slow machine.
     let behaviors = [
         ("works", Behavior::Works, ""),
         ("streams", Behavior::Streams, ""),
@@ -119,18 +121,18 @@ async fn servers_that_work_are_given_to_the_agent_and_the_others_are_left_out_by
         server["timeout"] = 2.into();
         server
     };
-    std::fs::write(rig.agent.root().join("no-program"), "text").expect("written");
+    std::fs::write(harness.agent.root().join("no-program"), "text").expect("written");
     for (name, server, reason) in [
         ("refuses", json!({"url": "http://127.0.0.1:1/mcp"}), "the connection was refused"),
         ("refuses-sse", json!({"url": "http://127.0.0.1:1/x", "transport": "sse"}), "the connection was refused"),
         ("unknown-host", json!({"url": "https://no-such-host.invalid/mcp"}), "its host name cannot be resolved"),
         ("no-tls", json!({"url": running[0].url().replace("http:", "https:")}), "the TLS connection failed"),
         ("no-url", json!({"url": "wss://mcp.example/mcp"}), "its URL is not an HTTP URL"),
-        ("process", process(&rig), ""),
+        ("process", process(&harness), ""),
         ("missing", json!({"command": "no-such-command-here"}), "its command was not found"),
         (
             "not-executable",
-            json!({"command": rig.agent.root().join("no-program").display().to_string()}),
+            json!({"command": harness.agent.root().join("no-program").display().to_string()}),
             "its command is not executable",
         ),
         ("no-folder", json!({"command": "sh", "cwd": "/no/such/folder"}), "its working directory does not exist"),
@@ -152,29 +154,29 @@ async fn servers_that_work_are_given_to_the_agent_and_the_others_are_left_out_by
     ] {
         let mut server = server;
         if name == "slow" {
-            server["cwd"] = rig.agent.root().display().to_string().into();
+            server["cwd"] = harness.agent.root().display().to_string().into();
         }
         servers.insert(name.to_owned(), server);
         expected.push((name.to_owned(), reason.to_owned()));
     }
     servers.insert("off".to_owned(), json!({"url": "http://127.0.0.1:1/mcp", "enabled": false}));
     servers.insert("signed-out".to_owned(), json!({"url": "http://127.0.0.1:1/mcp", "auth": {"strategy": "oauth2"}}));
-    set_servers(&rig, &servers.clone().into()).await;
+    set_servers(&harness, &servers.clone().into()).await;
 
-    let task = rig.begin(&json!({})).await;
-    let done = rig.drive(task.id).await;
+    let task = harness.begin(&json!({})).await;
+    let done = harness.drive(task.id).await;
     let detail = detail_of(&done);
-    assert_eq!(probes(&rig), 1, "one command");
+    assert_eq!(probes(&harness), 1, "one command");
     let mut working: Vec<&String> =
         expected.iter().filter(|(_, reason)| reason.is_empty()).map(|(name, _)| name).collect();
-    let mut given = given(&rig);
+    let mut given = given(&harness);
     given.sort();
     working.sort();
     assert_eq!(given.iter().collect::<Vec<_>>(), working, "{detail}");
     let failing: Vec<&(String, String)> = expected.iter().filter(|(_, reason)| !reason.is_empty()).collect();
     let with_reason =
         |(name, reason): &(String, String)| detail.contains(&format!("MCP server \"{name}\" was left out: {reason}\n"));
-    // The first ten have their reasons; all are named.
+    // `detail` gives the reasons of the first ten failed servers, and the names of all.
     assert_eq!(failing.iter().filter(|one| with_reason(one)).count(), 10, "{detail}");
     assert!(failing.iter().all(|(name, _)| detail.contains(&format!("\"{name}\""))), "{detail}");
     assert!(
@@ -183,12 +185,12 @@ async fn servers_that_work_are_given_to_the_agent_and_the_others_are_left_out_by
     );
     assert!(!detail.contains("\"off\""), "{detail}");
     assert_eq!(done.mcp_servers_left_out.len(), failing.len());
-    // Every reason, ten servers at a time.
+    // Every reason, with ten servers per start.
     for failing in failing.chunks(10) {
         let some: Map<String, Value> = failing.iter().map(|(name, _)| (name.clone(), servers[name].clone())).collect();
-        set_servers(&rig, &some.into()).await;
-        let task = rig.begin(&json!({})).await;
-        let detail = detail_of(&rig.drive(task.id).await);
+        set_servers(&harness, &some.into()).await;
+        let task = harness.begin(&json!({})).await;
+        let detail = detail_of(&harness.drive(task.id).await);
         for (name, reason) in failing {
             assert!(
                 detail.lines().any(|line| line == format!("MCP server \"{name}\" was left out: {reason}")),
@@ -196,23 +198,23 @@ async fn servers_that_work_are_given_to_the_agent_and_the_others_are_left_out_by
             );
         }
     }
-    assert!(!detail.contains(KEY) && rig.agent.commands().iter().all(|command| !command.contains(KEY)));
+    assert!(!detail.contains(KEY) && harness.agent.commands().iter().all(|command| !command.contains(KEY)));
     for file in ["slow.pid", "child.pid"] {
-        let pid = std::fs::read_to_string(rig.agent.root().join(file)).expect("it ran");
+        let pid = std::fs::read_to_string(harness.agent.root().join(file)).expect("it ran");
         wait_until("the slow server's processes are ended", LONG, async || {
             let pid = rustix::process::Pid::from_raw(pid.trim().parse().expect("a process id")).expect("a process id");
             rustix::process::test_kill_process(pid).is_err()
         })
         .await;
     }
-    no_configuration_stays(&rig, "the matrix").await;
-    rig.finish().await;
+    assert_no_configuration_file(&harness, "the matrix").await;
+    harness.finish().await;
 }
 
-/// What MCP clients of agent servers refuse: fields that are missing or of another type, versions that they do not know. With what
-/// they accept beside it.
+/// Responses that the agent servers' MCP clients refuse: missing fields, fields of another type, unknown versions; next
+/// to responses that they accept.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_is_left_out_if_agent_servers_cannot_read_its_answers() {
+async fn server_with_responses_that_agent_servers_refuse_is_left_out() {
     let tool = |fields: Value| {
         let mut tool = json!({"name": "t", "inputSchema": {"type": "object"}});
         for (name, value) in fields.as_object().expect("fields") {
@@ -281,12 +283,12 @@ async fn a_server_is_left_out_if_agent_servers_cannot_read_its_answers() {
         .collect();
     behaviors.extend([
         (Behavior::BreaksOnSecondPage, "it answered tools/list with an error: no such page".to_owned()),
-        // Agent servers go on only if there is another server beside it, and it has no tools.
+        // Agent servers continue only if there is another server as well, and this one then has no tools.
         (
             Behavior::RawList(r#"{"jsonrpc": "2.0", "id": ID, "error": {"code": -32601, "message": "unknown"}}"#),
             "it answered tools/list with an error: unknown".to_owned(),
         ),
-        // A text that is no Unicode, and one that is longer than all output may be.
+        // A text that is not Unicode, and one that is longer than the output limit.
         (
             Behavior::RawList(r#"{"jsonrpc": "2.0", "id": ID, "error": {"code": 1, "message": "\ud800 broken"}}"#),
             "it answered tools/list with an error: ? broken".to_owned(),
@@ -296,7 +298,7 @@ async fn a_server_is_left_out_if_agent_servers_cannot_read_its_answers() {
             format!("it answered tools/list with an error: {}…", "x".repeat(200 - 38)),
         ),
     ]);
-    let rig = WorkerHarness::start(with_probe(LONG)).await;
+    let harness = WorkerHarness::start(with_probe(LONG)).await;
     for some in behaviors.chunks(10) {
         let mut running = Vec::new();
         let mut servers = Map::new();
@@ -305,9 +307,9 @@ async fn a_server_is_left_out_if_agent_servers_cannot_read_its_answers() {
             servers.insert(number.to_string(), json!({"url": server.url()}));
             running.push(server);
         }
-        set_servers(&rig, &servers.into()).await;
-        let task = rig.begin(&json!({})).await;
-        let detail = detail_of(&rig.drive(task.id).await);
+        set_servers(&harness, &servers.into()).await;
+        let task = harness.begin(&json!({})).await;
+        let detail = detail_of(&harness.drive(task.id).await);
         let expected: Vec<String> = some
             .iter()
             .enumerate()
@@ -316,13 +318,13 @@ async fn a_server_is_left_out_if_agent_servers_cannot_read_its_answers() {
             .collect();
         assert_eq!(detail.lines().collect::<Vec<_>>(), expected, "{some:?}");
     }
-    rig.finish().await;
+    harness.finish().await;
 }
 
-/// URLs are requested as agent servers request them.
+/// URLs are encoded as agent servers encode them.
 #[tokio::test(flavor = "multi_thread")]
-async fn urls_with_blanks_and_letters_beyond_ascii_are_encoded() {
-    let rig = WorkerHarness::start(with_probe(LONG)).await;
+async fn urls_with_spaces_and_non_ascii_letters_are_encoded() {
+    let harness = WorkerHarness::start(with_probe(LONG)).await;
     let server = McpServer::behaving(Behavior::Works).await;
     let base = server.url().replace("/mcp", "");
     let cases = [
@@ -338,9 +340,9 @@ async fn urls_with_blanks_and_letters_beyond_ascii_are_encoded() {
     let moved = McpServer::behaving(Behavior::Redirects(307, "/ö b".to_owned())).await;
     servers.insert("moved".to_owned(), json!({"url": moved.url()}));
     servers.insert("idn".to_owned(), json!({"url": "http://bücher.invalid/mcp"}));
-    set_servers(&rig, &servers.into()).await;
-    let task = rig.begin(&json!({})).await;
-    let detail = detail_of(&rig.drive(task.id).await);
+    set_servers(&harness, &servers.into()).await;
+    let task = harness.begin(&json!({})).await;
+    let detail = detail_of(&harness.drive(task.id).await);
     let mut lines: Vec<&str> = detail.lines().collect();
     lines.sort_unstable();
     let unresolved = "MCP server \"idn\" was left out: its host name cannot be resolved";
@@ -351,104 +353,104 @@ async fn urls_with_blanks_and_letters_beyond_ascii_are_encoded() {
     }
     let requests = moved.requests();
     assert!(requests.iter().any(|request| request.path == "/%C3%B6%20b"), "{requests:?}");
-    rig.finish().await;
+    harness.finish().await;
 }
 
-/// A cookie goes to the server that set it, and to no other one on the same host.
+/// A cookie is sent to the server that set it, and not to another one on the same host.
 #[tokio::test(flavor = "multi_thread")]
 async fn cookies_stay_within_their_probe() {
-    let rig = WorkerHarness::start(with_probe(LONG)).await;
+    let harness = WorkerHarness::start(with_probe(LONG)).await;
     let (sticky, other) = (McpServer::behaving(Behavior::Sticky).await, McpServer::behaving(Behavior::Sticky).await);
-    set_servers(&rig, &json!({"a": {"url": sticky.url()}, "b": {"url": other.url()}})).await;
-    let task = rig.begin(&json!({})).await;
-    assert_eq!(detail_of(&rig.drive(task.id).await), "");
+    set_servers(&harness, &json!({"a": {"url": sticky.url()}, "b": {"url": other.url()}})).await;
+    let task = harness.begin(&json!({})).await;
+    assert_eq!(detail_of(&harness.drive(task.id).await), "");
     for server in [sticky, other] {
         let requests = server.requests();
         let cookies: Vec<bool> = requests.iter().map(|request| request.header("cookie").is_some()).collect();
         assert_eq!(cookies, [false, true, true]);
     }
-    rig.finish().await;
+    harness.finish().await;
 }
 
 /// The sandbox has the secrets once the file is uploaded, and may repeat them in the errors of any later request.
 #[tokio::test(flavor = "multi_thread")]
-async fn errors_that_repeat_a_secret_of_a_server_are_noted_without_it() {
-    let rig = WorkerHarness::start(with_probe(LONG)).await;
+async fn secrets_repeated_in_errors_are_masked_in_the_note() {
+    let harness = WorkerHarness::start(with_probe(LONG)).await;
     let hung = McpServer::behaving(Behavior::Hangs).await;
-    set_servers(&rig, &json!({"hung": {"url": hung.url(), "headers": {"X-Key": KEY}}})).await;
-    let task = rig.begin(&json!({})).await;
+    set_servers(&harness, &json!({"hung": {"url": hung.url(), "headers": {"X-Key": KEY}}})).await;
+    let task = harness.begin(&json!({})).await;
     let look = async {
         wait_until("the probe runs", LONG, async || !hung.requests().is_empty()).await;
         let body = json!({"exception": format!("bad value {KEY}")}).to_string();
-        rig.agent.inject(Fault::new("GET /api/bash/bash_events/search", Nth::Always, Kind::Status(500, body)));
+        harness.agent.inject(Fault::new("GET /api/bash/bash_events/search", Nth::Always, Kind::Status(500, body)));
     };
-    let (done, ()) = futures::join!(rig.drive(task.id), look);
+    let (done, ()) = futures::join!(harness.drive(task.id), look);
     let detail = detail_of(&done);
     assert!(detail.starts_with("The MCP servers were not checked: "), "{detail}");
     assert!(detail.contains("bad value **********") && !detail.contains(KEY), "{detail}");
-    rig.finish().await;
+    harness.finish().await;
 }
 
 #[tokio::test]
-async fn a_start_without_servers_that_are_switched_on_costs_nothing() {
-    let rig = WorkerHarness::start(quick()).await;
-    let without = rig.begin(&json!({})).await;
-    assert_eq!(detail_of(&rig.drive(without.id).await), "");
-    let requests = rig.agent.requests().len();
-    set_servers(&rig, &json!({"off": {"url": "http://127.0.0.1:1/mcp", "enabled": false}})).await;
-    let off = rig.begin(&json!({})).await;
-    assert_eq!(detail_of(&rig.drive(off.id).await), "");
-    assert_eq!(probes(&rig), 0);
-    assert!(rig.agent.requests_to("POST /api/file/upload").is_empty());
-    // The same routes as without: only looks at commands may differ in number.
+async fn start_without_enabled_servers_makes_no_probe() {
+    let harness = WorkerHarness::start(quick()).await;
+    let without = harness.begin(&json!({})).await;
+    assert_eq!(detail_of(&harness.drive(without.id).await), "");
+    let requests = harness.agent.requests().len();
+    set_servers(&harness, &json!({"off": {"url": "http://127.0.0.1:1/mcp", "enabled": false}})).await;
+    let off = harness.begin(&json!({})).await;
+    assert_eq!(detail_of(&harness.drive(off.id).await), "");
+    assert_eq!(probes(&harness), 0);
+    assert!(harness.agent.requests_to("POST /api/file/upload").is_empty());
+    // The same requests as without servers: only the number of polls may differ.
     let looks = |requests: &[crate::support::server::Request]| {
         requests
             .iter()
             .filter(|request| !request.is("GET /api/bash/bash_events/search") && request.path != "/alive")
             .count()
     };
-    let all = rig.agent.requests();
+    let all = harness.agent.requests();
     assert_eq!(looks(&all[..requests]), looks(&all[requests..]));
-    rig.finish().await;
+    harness.finish().await;
 }
 
 #[tokio::test]
 async fn a_start_in_a_used_sandbox_probes_again() {
-    let rig = WorkerHarness::start(with_probe(LONG)).await;
-    set_servers(&rig, &json!({"good": process(&rig), "bad": {"command": "no-such-command-here"}})).await;
-    let first = rig.begin(&json!({})).await;
-    let first = rig.drive(first.id).await;
+    let harness = WorkerHarness::start(with_probe(LONG)).await;
+    set_servers(&harness, &json!({"good": process(&harness), "bad": {"command": "no-such-command-here"}})).await;
+    let first = harness.begin(&json!({})).await;
+    let first = harness.drive(first.id).await;
     let left_out = "MCP server \"bad\" was left out: its command was not found";
     assert_eq!(detail_of(&first), left_out);
     let parent = first.conversation_id;
     for body in [json!({"sandbox_id": first.now.sandbox_id}), json!({"parent_conversation_id": parent})] {
-        let next = rig.begin(&body).await;
-        assert_eq!(detail_of(&rig.drive(next.id).await), left_out, "{body}");
-        assert_eq!(given(&rig), ["good"]);
+        let next = harness.begin(&body).await;
+        assert_eq!(detail_of(&harness.drive(next.id).await), left_out, "{body}");
+        assert_eq!(given(&harness), ["good"]);
     }
-    assert_eq!(probes(&rig), 3);
-    rig.finish().await;
+    assert_eq!(probes(&harness), 3);
+    harness.finish().await;
 }
 
 #[tokio::test]
-async fn a_worker_without_patience_gives_the_start_back_while_servers_are_probed() {
-    let rig = WorkerHarness::start(StartConfig { inline_wait: Duration::ZERO, ..with_probe(LONG) }).await;
-    set_servers(&rig, &json!({"good": process(&rig), "bad": {"command": "no-such-command-here"}})).await;
-    let task = rig.begin(&json!({})).await;
-    let done = rig.drive(task.id).await;
+async fn worker_without_inline_wait_releases_the_start_during_the_probe() {
+    let harness = WorkerHarness::start(StartConfig { inline_wait: Duration::ZERO, ..with_probe(LONG) }).await;
+    set_servers(&harness, &json!({"good": process(&harness), "bad": {"command": "no-such-command-here"}})).await;
+    let task = harness.begin(&json!({})).await;
+    let done = harness.drive(task.id).await;
     assert_eq!(detail_of(&done), "MCP server \"bad\" was left out: its command was not found");
-    assert_eq!((probes(&rig), given(&rig)), (1, vec!["good".to_owned()]));
-    rig.finish().await;
+    assert_eq!((probes(&harness), given(&harness)), (1, vec!["good".to_owned()]));
+    harness.finish().await;
 }
 
-/// Where the probe cannot be made, the agent gets every server, and a note says so.
+/// If the probe cannot run, the agent gets every server, and a note says so.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_probe_fails_no_start() {
+async fn failed_probe_does_not_fail_the_start() {
     let broken = || Kind::Status(500, r#"{"detail":"Internal Server Error","exception":"the disk is full"}"#.into());
     let repeats_a_secret = || Kind::Status(422, json!({"detail": format!("bad value {KEY}")}).to_string());
     let upload = "POST /api/file/upload";
     let cases = [
-        // The fourth command is the probe's.
+        // The probe's command is the fourth.
         ("POST /api/bash/start_bash_command", Nth::On(4), repeats_a_secret()),
         (upload, Nth::Always, broken()),
         (upload, Nth::Always, repeats_a_secret()),
@@ -459,22 +461,22 @@ async fn the_probe_fails_no_start() {
     stream::iter(cases)
         .for_each_concurrent(2, |(route, nth, kind)| async move {
             let name = format!("{route}: {kind:?}");
-            let rig = WorkerHarness::start(with_probe(LONG)).await;
-            set_servers(&rig, &json!({"one": process(&rig), "two": {"url": "http://127.0.0.1:1/mcp"}})).await;
-            rig.agent.inject(Fault::new(route, nth, kind));
-            let task = rig.begin(&json!({})).await;
-            let detail = detail_of(&rig.drive(task.id).await);
+            let harness = WorkerHarness::start(with_probe(LONG)).await;
+            set_servers(&harness, &json!({"one": process(&harness), "two": {"url": "http://127.0.0.1:1/mcp"}})).await;
+            harness.agent.inject(Fault::new(route, nth, kind));
+            let task = harness.begin(&json!({})).await;
+            let detail = detail_of(&harness.drive(task.id).await);
             assert!(detail.starts_with("The MCP servers were not checked: "), "{name}: {detail}");
-            assert_eq!(given(&rig), ["one", "two"], "{name}");
+            assert_eq!(given(&harness), ["one", "two"], "{name}");
             assert!(!detail.contains(KEY), "{name}: {detail}");
-            rig.finish().await;
+            harness.finish().await;
         })
         .await;
 }
 
-/// One fault, once: the probe is made all the same, and its file is gone.
+/// After one single fault the probe still completes, and its file is removed.
 #[tokio::test(flavor = "multi_thread")]
-async fn any_single_fault_during_the_probe_is_got_over() {
+async fn start_recovers_from_any_single_fault_during_the_probe() {
     let kinds = || {
         [
             Kind::SlowReply(Duration::from_millis(700)),
@@ -488,85 +490,87 @@ async fn any_single_fault_during_the_probe_is_got_over() {
     stream::iter(cases)
         .for_each_concurrent(2, |(route, nth, kind)| async move {
             let name = format!("{route}: {kind:?}");
-            let rig = WorkerHarness::start(with_probe(LONG)).await;
-            set_servers(&rig, &json!({"good": process(&rig), "bad": {"command": "no-such-command-here"}})).await;
-            rig.agent.inject(Fault::new(route, Nth::On(nth), kind));
-            let task = rig.begin(&json!({})).await;
-            let detail = detail_of(&rig.drive(task.id).await);
+            let harness = WorkerHarness::start(with_probe(LONG)).await;
+            set_servers(&harness, &json!({"good": process(&harness), "bad": {"command": "no-such-command-here"}}))
+                .await;
+            harness.agent.inject(Fault::new(route, Nth::On(nth), kind));
+            let task = harness.begin(&json!({})).await;
+            let detail = detail_of(&harness.drive(task.id).await);
             assert_eq!(detail, "MCP server \"bad\" was left out: its command was not found", "{name}");
-            assert_eq!(given(&rig), ["good"], "{name}");
-            no_configuration_stays(&rig, &name).await;
-            rig.finish().await;
+            assert_eq!(given(&harness), ["good"], "{name}");
+            assert_no_configuration_file(&harness, &name).await;
+            harness.finish().await;
         })
         .await;
 }
 
-/// The calls of a start from the one that starts the probe to the one that ends the start.
+/// The calls of a start, from the one that starts the probe to the one that ends the start.
 async fn calls_of_the_probe() -> Vec<(usize, String)> {
-    let rig = WorkerHarness::start(with_probe(LONG)).await;
-    set_servers(&rig, &json!({"good": process(&rig)})).await;
-    let task = rig.begin(&json!({})).await;
-    rig.gate.arm(usize::MAX, Stop::Refuse);
-    rig.drive(task.id).await;
-    let calls = rig.gate.calls();
-    rig.finish().await;
+    let harness = WorkerHarness::start(with_probe(LONG)).await;
+    set_servers(&harness, &json!({"good": process(&harness)})).await;
+    let task = harness.begin(&json!({})).await;
+    harness.gate.arm(usize::MAX, Stop::Refuse);
+    harness.drive(task.id).await;
+    let calls = harness.gate.calls();
+    harness.finish().await;
     let upload = calls.iter().position(|call| call.starts_with("POST /api/file/upload")).expect("an upload");
     let skills = calls.iter().position(|call| call.starts_with("POST /api/skills")).expect("skills");
     (upload..=skills + 2).map(|call| (call, calls[call - 1].clone())).collect()
 }
 
-/// A worker that dies, or is late, at any call of the probe: the start has one outcome, and no file stays.
+/// A worker crashes, or is late, at any call of the probe: the start has one outcome, and no file is left.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_crash_or_a_late_worker_at_any_call_of_the_probe_leaves_no_file_behind() {
+async fn crash_or_late_worker_at_any_call_of_the_probe_leaves_no_configuration_file() {
     let calls = calls_of_the_probe().await;
     let moments = [Moment::Before, Moment::After];
     let cases = calls.into_iter().flat_map(|call| moments.map(|moment| (call.clone(), moment)));
     stream::iter(cases.flat_map(|case| [true, false].map(|crash| (case.clone(), crash))))
         .for_each_concurrent(2, |(((call, what), moment), crash)| async move {
             let name = format!("{} {moment:?} call {call} ({what})", if crash { "a crash" } else { "held" });
-            let rig = WorkerHarness::start(with_probe(LONG)).await;
-            set_servers(&rig, &json!({"good": process(&rig), "bad": {"command": "no-such-command-here"}})).await;
-            let task = rig.begin(&json!({"initial_message": {"content": [{"type": "text", "text": "hi"}]}})).await;
+            let harness = WorkerHarness::start(with_probe(LONG)).await;
+            set_servers(&harness, &json!({"good": process(&harness), "bad": {"command": "no-such-command-here"}}))
+                .await;
+            let task = harness.begin(&json!({"initial_message": {"content": [{"type": "text", "text": "hi"}]}})).await;
             if crash {
-                rig.crash_at(task.id, call, Stop::Hang(moment)).await;
-                rig.drive(task.id).await;
+                harness.crash_at(task.id, call, Stop::Hang(moment)).await;
+                harness.drive(task.id).await;
             } else {
-                rig.gate.arm(call, Stop::Hold(moment));
-                let first = rig.receive().await.expect("a message");
-                let (context, event) = (rig.context.clone(), WorkerHarness::event(&first));
+                harness.gate.arm(call, Stop::Hold(moment));
+                let first = harness.receive().await.expect("a message");
+                let (context, event) = (harness.context.clone(), WorkerHarness::event(&first));
                 let mut late = tokio::spawn(async move { worker::handle(&context, event).await });
                 let ended = tokio::select! {
                     ended = &mut late => Some(ended),
-                    () = rig.gate.reached() => None,
+                    () = harness.gate.reached() => None,
                 };
-                rig.drive_with(&rig.other_worker, task.id).await;
-                rig.gate.disarm();
-                rig.gate.open();
+                harness.drive_with(&harness.other_worker, task.id).await;
+                harness.gate.disarm();
+                harness.gate.open();
                 let ended = match ended {
                     Some(ended) => ended,
                     None => late.await,
                 };
                 ended.expect("no panic").expect("handled");
             }
-            rig.assert_one(task.id, 1, &name).await;
-            let detail = detail_of(&rig.task(task.id).await);
+            harness.assert_one(task.id, 1, &name).await;
+            let detail = detail_of(&harness.task(task.id).await);
             assert_eq!(detail, "MCP server \"bad\" was left out: its command was not found", "{name}");
-            assert_eq!(given(&rig), ["good"], "{name}");
-            no_configuration_stays(&rig, &name).await;
-            rig.finish().await;
+            assert_eq!(given(&harness), ["good"], "{name}");
+            assert_no_configuration_file(&harness, &name).await;
+            harness.finish().await;
         })
         .await;
 }
 
-/// The step's deadline would end the start; the probe is given up before.
+/// The step's deadline would end the start; the probe is abandoned earlier.
 #[tokio::test]
-async fn a_probe_that_does_not_end_is_given_up() {
-    let rig = WorkerHarness::start(StartConfig { step_timeout: Duration::from_secs(20), ..with_probe(LONG) }).await;
+async fn probe_that_does_not_end_is_abandoned() {
+    let harness = WorkerHarness::start(StartConfig { step_timeout: Duration::from_secs(20), ..with_probe(LONG) }).await;
     let hung = McpServer::behaving(Behavior::Hangs).await;
-    set_servers(&rig, &json!({"hung": {"url": hung.url()}})).await;
-    let task = rig.begin(&json!({})).await;
-    let detail = detail_of(&rig.drive(task.id).await);
+    set_servers(&harness, &json!({"hung": {"url": hung.url()}})).await;
+    let task = harness.begin(&json!({})).await;
+    let detail = detail_of(&harness.drive(task.id).await);
     assert_eq!(detail, "The MCP servers were not checked: the probe did not end in time");
-    assert_eq!(given(&rig), ["hung"]);
-    rig.finish().await;
+    assert_eq!(given(&harness), ["hung"]);
+    harness.finish().await;
 }

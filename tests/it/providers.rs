@@ -1,5 +1,5 @@
-//! Git providers, repositories and branches in the forms that people paste: what settings store, and that a start and an update
-//! of a conversation take and refuse the same.
+//! Git providers, repositories and branches in the forms that people paste: the normalised form that settings store,
+//! and the selections that starts and updates of a conversation both accept or both refuse.
 
 use proptest::strategy::Strategy as _;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
@@ -8,24 +8,25 @@ use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use shared::config::{SandboxConfig, StartConfig};
 use shared::error::Error;
-use shared::start::request::ProviderType;
 use shared::start::task::StartStatus;
 use shared::user::UserId;
+use shared::user::git::ProviderType;
 use shared::user::git::{Repository, normal_host, without_credentials};
-use shared::user::settings::{Settings, SettingsStore};
+use shared::user::settings::Settings;
 use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::support::api::Api;
 use crate::support::git_server::GitServer;
+use crate::support::seed;
 use crate::support::worker_harness::{WorkerHarness, quick};
 
 const API: &str = "/api/v1/app-conversations";
 const MASK: &str = "**********";
-/// In everything that must not be stored or shown.
+/// A part of everything that must not be stored or shown.
 const CANARY: &str = "canary-7731";
 
-/// The providers of the user in the table below.
+/// The user's providers for the table below.
 fn providers() -> Value {
     json!({
         "github": {"token": "ghp-1"},
@@ -36,7 +37,7 @@ fn providers() -> Value {
     })
 }
 
-/// What is sent as repository, branch and provider, and what the record has then; or the field that is refused.
+/// Repository, branch and provider of the request, and their values in the record; or the field that is refused.
 #[allow(clippy::type_complexity, reason = "a table")]
 const SELECTIONS: &[([Option<&str>; 3], Result<[Option<&str>; 3], &str>)] = {
     const GH: Option<&str> = Some("github");
@@ -161,7 +162,8 @@ const SELECTIONS: &[([Option<&str>; 3], Result<[Option<&str>; 3], &str>)] = {
         ([OR, Some("'main'"), None], Ok([OR, Some("main"), None])),
         ([OR, Some("\u{feff}main\u{200b}"), None], Ok([OR, Some("main"), None])),
         ([OR, Some("ma\u{200b}in"), None], BRANCH),
-        // Credentials without a scheme, with a mistyped one, with any name, and passwords that look like a port.
+        // Credentials without a scheme, with a misspelled scheme, with any user name, and passwords that look like a
+        // port.
         ([Some("github.com/o/r?access_token=canary-7731"), None, None], Ok([OR, None, GH])),
         ([Some("www.github.com/o/r.git?private_token=canary-7731"), None, None], Ok([OR, None, GH])),
         ([Some("github.com/o/r#token=canary-7731"), None, None], Ok([OR, None, GH])),
@@ -177,7 +179,7 @@ const SELECTIONS: &[([Option<&str>; 3], Result<[Option<&str>; 3], &str>)] = {
         ([Some("gitlab.com/g/r.git?private_token=canary-7731"), None, None], REPOSITORY),
         ([Some("https%3A%2F%2Fu%3Acanary-7731%40github.com%2Fo%2Fr"), None, None], REPOSITORY),
         ([Some("o/u:canary-7731@r"), None, None], REPOSITORY),
-        // Only names of parameters say whether they are secret.
+        // Only the names of parameters show whether they are secret.
         (
             [Some("https://dev.azure.com/contoso/p/_git/r?version=GBdesign"), None, None],
             Ok([Some("contoso/p/r"), Some("design"), AZ]),
@@ -245,7 +247,7 @@ const SELECTIONS: &[([Option<&str>; 3], Result<[Option<&str>; 3], &str>)] = {
         ),
         ([Some("git+https://github.com/o/r.git#dev"), None, None], Ok([OR, Some("dev"), GH])),
         ([Some("git@github.com:o/r.git#dev"), None, None], Ok([OR, Some("dev"), GH])),
-        // Encoded names, and the marker of addresses, of Azure DevOps.
+        // Percent-encoded names, and the marker in Azure DevOps addresses.
         ([Some("contoso/My%20Project/r"), None, AZ], Ok([Some("contoso/My Project/r"), None, AZ])),
         ([Some("My Project/_git/r"), None, AZ], Ok([Some("My Project/r"), None, AZ])),
         ([Some("contoso/p/_git/r"), None, AZ], Ok([Some("contoso/p/r"), None, AZ])),
@@ -253,7 +255,7 @@ const SELECTIONS: &[([Option<&str>; 3], Result<[Option<&str>; 3], &str>)] = {
         ([Some("contoso/_git/p"), None, AZ], Ok([Some("contoso/p/p"), None, AZ])),
         ([Some("contoso/My%2520Project/r"), None, AZ], REPOSITORY),
         ([Some("contoso/_git/_git/r"), None, AZ], REPOSITORY),
-        // Names that cannot be.
+        // Invalid names.
         ([Some("o/r@main"), None, None], REPOSITORY),
         ([Some("o/r.git@main"), None, GH], REPOSITORY),
         ([Some("github.com/o/r.git@v1"), None, None], REPOSITORY),
@@ -290,7 +292,7 @@ async fn conversation(api: &Api, user: &UserId) -> Uuid {
     let id = Uuid::new_v4();
     let row = json!({"type": "conversation", "data": {"id": id, "sandbox_id": "s",
         "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}});
-    api.stores.load(user, [row]).await;
+    seed::load(&api.stores, user, [row]).await;
     id
 }
 
@@ -303,7 +305,7 @@ fn place(answer: &Value) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_start_and_an_update_take_and_refuse_the_same_selections() {
+async fn start_and_update_accept_and_refuse_the_same_selections() {
     let folder = TempDir::new().expect("a folder");
     let api = api(&folder).await;
     let user = UserId::new("u");
@@ -337,7 +339,10 @@ async fn a_start_and_an_update_take_and_refuse_the_same_selections() {
                 let is_cleaned =
                     [CANARY, "contoso@", "#readme", "refName"].iter().any(|part| body.to_string().contains(part));
                 if status == 200 && is_repository && !is_cleaned {
-                    assert_eq!(request["selected_repository"], body["selected_repository"], "as it was sent");
+                    assert_eq!(
+                        request["selected_repository"], body["selected_repository"],
+                        "the task shows the repository as sent"
+                    );
                 }
             }
             Err(field) => {
@@ -351,14 +356,14 @@ async fn a_start_and_an_update_take_and_refuse_the_same_selections() {
     }
     assert!(wrong.is_empty(), "{}:\n{}", wrong.len(), wrong.join("\n"));
     let count = api.call(&user, "GET", &format!("{API}/start-tasks/count"), None).await;
-    assert_eq!(count, (200, json!(started)), "what is refused makes no task");
+    assert_eq!(count, (200, json!(started)), "refused requests create no task");
     assert_eq!(api.call(&user, "GET", "/api/v1/sandboxes/search", None).await.1["items"], json!([]));
     api.stop().await;
 }
 
-/// What only a start has: suggested tasks, parents, streams, and hosts that are not allowed.
+/// Features that only starts have: suggested tasks, parents, streams, and hosts that are not allowed.
 #[tokio::test(flavor = "multi_thread")]
-async fn every_way_to_start_checks_what_it_selects() {
+async fn every_way_to_start_validates_its_selection() {
     let folder = TempDir::new().expect("a folder");
     let api = api(&folder).await;
     let user = UserId::new("u");
@@ -386,24 +391,24 @@ async fn every_way_to_start_checks_what_it_selects() {
         assert_eq!((status, fields), (422, vec![&json!("selected_repository"), &json!("selected_branch")]), "{answer}");
     }
 
-    // A parent's record may have what an earlier version took; its children go on with it.
+    // A parent's record may hold a value that an earlier version accepted; its children inherit it.
     let parent = Uuid::new_v4();
     let row = json!({"type": "conversation", "data": {"id": parent, "sandbox_id": "s", "selected_repository": "of/an/earlier/one",
         "selected_branch": "a b", "git_provider": "github", "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}});
-    api.stores.load(&user, [row]).await;
+    seed::load(&api.stores, &user, [row]).await;
     let (_, shown) = api.call(&user, "GET", &format!("{API}?ids={parent}"), None).await;
     assert_eq!(shown[0]["selected_repository"], "of/an/earlier/one", "{shown}");
     let (status, task) = post("", json!({"parent_conversation_id": parent})).await;
     assert_eq!((status, &task["request"]["selected_repository"]), (200, &json!("of/an/earlier/one")), "{task}");
-    // A repository of its own need not be where the parent's is.
+    // A child may select a repository on another host than its parent's.
     let own = json!({"parent_conversation_id": parent, "selected_repository": "https://codeberg.org/o/r", "selected_branch": "b"});
     let (status, task) = post("", own).await;
     assert_eq!((status, &task["request"]["git_provider"]), (200, &json!("forgejo")), "{task}");
-    // Nor has another repository the parent's branch; the same has it.
+    // A child inherits its parent's branch only for the same repository.
     let parent_id = Uuid::new_v4();
     let row = json!({"type": "conversation", "data": {"id": parent_id, "sandbox_id": "s", "selected_repository": "o/a",
         "selected_branch": "feature", "git_provider": "github", "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}});
-    api.stores.load(&user, [row]).await;
+    seed::load(&api.stores, &user, [row]).await;
     for (own, branch, expected) in [
         (Value::Null, None, Some("feature")),
         (json!("o/a"), None, Some("feature")),
@@ -419,7 +424,8 @@ async fn every_way_to_start_checks_what_it_selects() {
         let (status, task) = post("", body.clone()).await;
         assert_eq!((status, task["request"]["selected_branch"].as_str()), (200, expected), "{body} {task}");
     }
-    // Without a repository there is neither a branch nor a provider; an update may set them before the repository.
+    // A start without a repository can have neither a branch nor a provider; an update may set them before the
+    // repository.
     for (field, value) in [("selected_branch", "main"), ("git_provider", "gitlab"), ("selected_branch", "refs/heads/x")]
     {
         let one = conversation(&api, &user).await;
@@ -434,7 +440,7 @@ async fn every_way_to_start_checks_what_it_selects() {
         let (status, answer) = api.call(&user, "PATCH", &path, Some(&json!({field: value}))).await;
         assert_eq!((status, &answer[field]), (200, &json!(value.trim_start_matches("refs/heads/"))), "{answer}");
     }
-    // Nor does what the record has keep anyone from changing something else.
+    // An invalid value in the record does not prevent updates of other fields.
     for change in [json!({"title": "t"}), json!({"selected_branch": "main"}), json!({"git_provider": "gitlab"})] {
         let (status, answer) = api.call(&user, "PATCH", &format!("{API}/{parent}"), Some(&change)).await;
         assert_eq!((status, &answer["selected_repository"]), (200, &json!("of/an/earlier/one")), "{change} {answer}");
@@ -452,15 +458,15 @@ async fn every_way_to_start_checks_what_it_selects() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tokens_and_hosts_are_stored_in_one_form() {
+async fn tokens_and_hosts_are_stored_in_a_normalised_form() {
     let folder = TempDir::new().expect("a folder");
     let api = api(&folder).await;
-    let store = SettingsStore::new(api.aws.dynamodb.clone(), api.names.users.clone(), api.sealer.clone());
+    let store = api.stores.settings();
     let first = json!({"github": {"token": "ghp-0", "host": "git.example"}});
     for (change, expected) in [
         (json!({"github": {"token": " Bearer ghp-1\n"}}), Ok((Some("ghp-1"), json!("git.example")))),
         (json!({"github": {"token": "\"token ghp-1\""}}), Ok((Some("ghp-1"), json!("git.example")))),
-        // Blank, masked and missing tokens are those that are stored; the host is the new one.
+        // A blank, masked or missing token means the stored one; the host is the new one.
         (
             json!({"github": {"token": "", "host": "https://other.example/api/v3"}}),
             Ok((Some("ghp-0"), json!("other.example"))),
@@ -538,9 +544,9 @@ fn insecure() -> StartConfig {
     StartConfig { allow_insecure_git_access: true, ..quick() }
 }
 
-/// Addresses as people paste them are cloned; the record has the name, the task what was sent.
+/// Pasted addresses are cloned; the record has the repository's name, the task the address as sent.
 #[tokio::test]
-async fn what_was_pasted_is_cloned() {
+async fn pasted_repository_addresses_are_cloned() {
     let git = GitServer::start().await;
     git.create_repository("o/r", &[("a.txt", "a", false)], &["dev"]).await;
     git.require("someone", "the-token");
@@ -551,40 +557,40 @@ async fn what_was_pasted_is_cloned() {
         (format!("git@{}:o/r.git", git.host().split(':').next().expect("a host")), None),
         ("o/r.git".to_owned(), None),
     ] {
-        let rig = WorkerHarness::start(insecure()).await;
+        let harness = WorkerHarness::start(insecure()).await;
         let host = format!("{}/api/v3/", git.url());
-        // As a settings file has it, unlike those of the API.
+        // A settings file may hold values that the API would normalise.
         let tokens = json!({"gitlab": {"token": null}, "github": {"token": "Bearer the-token\n", "host": host}});
-        rig.set_settings(json!({"llm_model": "openai/x", "provider_tokens": tokens})).await;
+        harness.set_settings(json!({"llm_model": "openai/x", "provider_tokens": tokens})).await;
         let mut body = json!({"selected_repository": repository});
-        // git@ has no port, and the host of the settings has: both must be the same server.
+        // `git@` has no port, but the host in the settings has one: both must mean the same server.
         if repository == "o/r.git" {
             body["git_provider"] = "github".into();
         }
-        let task = rig.begin(&body).await;
-        let done = rig.drive(task.id).await;
+        let task = harness.begin(&body).await;
+        let done = harness.drive(task.id).await;
         assert_eq!(done.now.status, StartStatus::Ready, "{repository}: {:?}", done.now.detail);
         let id = done.now.app_conversation_id.expect("a conversation");
-        let record = rig.conversations.get(&rig.user, id).await.expect("the store").expect("a record");
+        let record = harness.conversations.get(&harness.user, id).await.expect("the store").expect("a record");
         let found = (record.selected_repository.as_deref(), record.selected_branch.as_deref());
         assert_eq!(found, (Some("o/r"), branch), "{repository}");
         assert_eq!(record.git_provider.map(ProviderType::as_str), Some("github"), "{repository}");
-        let folder = format!("{}/r", rig.agent.working_dir());
+        let folder = format!("{}/r", harness.agent.working_dir());
         assert!(std::path::Path::new(&folder).join("a.txt").exists(), "{repository}");
         let config = std::fs::read_to_string(format!("{folder}/.git/config")).expect("a clone");
         assert!(config.contains(&format!("url = {}/o/r.git", git.url())), "{config}");
-        let shown = serde_json::to_string(&rig.task(task.id).await.show_within(u64::MAX)).expect("JSON");
+        let shown = serde_json::to_string(&harness.task(task.id).await.show_within(u64::MAX)).expect("JSON");
         assert!(!shown.contains(CANARY) && !config.contains(CANARY) && !config.contains("the-token"), "{repository}");
-        rig.finish().await;
+        harness.finish().await;
     }
 }
 
 #[tokio::test]
-async fn what_cannot_be_cloned_is_refused_before_a_sandbox_is_made() {
-    let rig = WorkerHarness::start(quick()).await;
+async fn repositories_that_cannot_be_cloned_are_refused_before_a_sandbox_is_created() {
+    let harness = WorkerHarness::start(quick()).await;
     let tokens =
         json!({"github": {"token": "t", "host": "host of an earlier version"}, "azure_devops": {"token": "t"}});
-    rig.set_settings(json!({"llm_model": "openai/x", "provider_tokens": tokens})).await;
+    harness.set_settings(json!({"llm_model": "openai/x", "provider_tokens": tokens})).await;
     for body in [
         json!({"selected_repository": "norepo"}),
         json!({"selected_repository": "https://elsewhere.example/o/r"}),
@@ -593,17 +599,17 @@ async fn what_cannot_be_cloned_is_refused_before_a_sandbox_is_made() {
         json!({"selected_repository": "p/r", "git_provider": "azure_devops"}),
         json!({"selected_repository": "contoso/p/r", "selected_branch": "a..b"}),
     ] {
-        let refused = rig.try_to_begin(&body).await;
+        let refused = harness.try_to_begin(&body).await;
         assert!(matches!(refused, Err(Error::Invalid(_))), "{body}: {refused:?}");
     }
-    assert!(rig.sandboxes.made().is_empty());
-    assert!(rig.receive().await.is_none(), "nothing is queued");
-    rig.finish().await;
+    assert!(harness.sandboxes.made().is_empty());
+    assert!(harness.receive().await.is_none(), "nothing is queued");
+    harness.finish().await;
 }
 
-/// Whatever is pasted: nothing panics, a name that was read is read as the same again, and no credential is left.
+/// For any input, parsing does not panic, parsing the result gives the result again, and no credential is left.
 #[test]
-fn names_that_were_read_are_read_as_the_same_again() {
+fn parsing_repository_names_is_idempotent() {
     let pieces = [
         "https://",
         "http://",

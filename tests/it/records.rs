@@ -1,4 +1,4 @@
-//! Lists of records, against what a list in memory says: filters, orders, pages, counts, whatever happens meanwhile.
+//! Lists of records, compared with a model in memory: filters, orders, pagination and counts, with concurrent changes.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -31,7 +31,7 @@ use crate::support::meter::Meter;
 use crate::support::seed;
 use crate::support::server;
 
-/// Engines that all cases of a property share; each case is a tenant of its own.
+/// The engines that all cases of a property share; each case is a tenant of its own.
 struct World {
     runtime: Runtime,
     api: Api,
@@ -47,7 +47,7 @@ impl World {
         Self { runtime, api, tenants: AtomicUsize::new(0), _folder: folder }
     }
 
-    /// Checks the property for random cases, and finds a small one that breaks it.
+    /// Checks the property for random cases, and shrinks a failing case.
     fn check<S: Strategy>(&self, cases: u32, strategy: S, property: impl AsyncFn(&Api, &UserId, &S::Value))
     where
         S::Value: std::fmt::Debug,
@@ -64,7 +64,7 @@ impl World {
     }
 }
 
-/// An instant: microseconds since the beginning of 2025.
+/// An instant in microseconds since the beginning of 2025.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct At(i64);
 
@@ -74,7 +74,7 @@ impl At {
         jiff::Timestamp::from_microsecond(BEGIN + self.0).expect("an instant").into()
     }
 
-    /// In one of the ways in which clients write it.
+    /// The instant in one of the formats that clients send.
     fn written(self, way: usize) -> String {
         match way % 3 {
             0 => self.time().to_string(),
@@ -117,7 +117,7 @@ impl Row {
     }
 }
 
-/// Neighbours in number are far apart as ids.
+/// Spreads ids, so that neighbouring numbers are far apart.
 fn uuid_of(id: u64) -> Uuid {
     Uuid::from_u64_pair(id.wrapping_mul(0x9E37_79B9_7F4A_7C15), id)
 }
@@ -125,7 +125,7 @@ fn uuid_of(id: u64) -> Uuid {
 const SANDBOXES: [&str; 5] = ["", "s", "S", "s#1", "sandbox-with-a-longer-name"];
 const TITLE: &str = "[abAB%_'\"\\\\ äÄß😀#:]{0,6}";
 
-/// Few instants, so that many rows share one, and bounds fall on and beside them.
+/// Few instants, so that many rows share one, and bounds fall on and next to them.
 fn at() -> impl Strategy<Value = At> {
     const DAY: i64 = 86_400_000_000;
     (select(vec![0, 1_000_000, 1_500_000, DAY, 40 * DAY]), -1..=1_i64).prop_map(|(at, off)| At(at + off))
@@ -173,7 +173,6 @@ impl Order {
     }
 }
 
-/// A search.
 #[derive(Clone, Debug)]
 struct Question {
     title: Option<String>,
@@ -183,7 +182,7 @@ struct Question {
     include_sub_conversations: Option<bool>,
     order: Order,
     limit: usize,
-    /// In which way times are written.
+    /// Which of the formats of times to use.
     way: usize,
 }
 
@@ -237,7 +236,7 @@ impl Question {
         query
     }
 
-    fn lets_through(&self, row: &Row, sub_conversations: bool) -> bool {
+    fn is_match(&self, row: &Row, sub_conversations: bool) -> bool {
         let within = |at: At, [from, before]: [Option<At>; 2]| {
             from.is_none_or(|from| at >= from) && before.is_none_or(|before| at < before)
         };
@@ -256,11 +255,11 @@ impl Question {
 
 async fn store(api: &Api, user: &UserId, rows: &[Row]) {
     let records: Vec<ConversationRecord> = rows.iter().map(|row| row.record(user)).collect();
-    let added = api.stores.conversations.import(user, &records).await.expect("stored");
+    let added = api.stores.conversations().import(user, &records).await.expect("stored");
     assert_eq!(added, vec![true; rows.len()]);
 }
 
-/// The next page of a walk: its ids, and where to go on.
+/// The next page of a list: its items, and the next page id.
 async fn page(
     api: &Api,
     user: &UserId,
@@ -280,13 +279,13 @@ fn id_of(item: &Value) -> Uuid {
     item["id"].as_str().and_then(|id| id.parse().ok()).expect("an id")
 }
 
-/// All items, page by page. No page but the last is short: there are fewer rows than one request looks at.
+/// All items, page by page. Only the last page may be short: there are fewer rows than one request evaluates.
 async fn walk(api: &Api, user: &UserId, path: &str, query: &[(&'static str, String)], limit: usize) -> Vec<Value> {
     let (mut all, mut next) = (Vec::new(), None);
     loop {
         let (items, following) = page(api, user, path, query, next).await;
         assert!(if following.is_some() { items.len() == limit } else { items.len() <= limit }, "{query:?}");
-        assert!(!items.is_empty() || all.is_empty(), "a page id led to nothing: {query:?}");
+        assert!(!items.is_empty() || all.is_empty(), "the page of a page id is empty: {query:?}");
         all.extend(items);
         next = following;
         if next.is_none() {
@@ -296,29 +295,29 @@ async fn walk(api: &Api, user: &UserId, path: &str, query: &[(&'static str, Stri
 }
 
 #[test]
-fn a_walk_over_pages_is_the_filtered_and_sorted_list_and_counts_are_its_length() {
+fn pagination_returns_the_filtered_and_sorted_list_and_count_its_length() {
     let world = World::new();
     world.check(40, (rows(40), vec(question(), 6)), async |api, user, (rows, questions)| {
         store(api, user, rows).await;
         for question in questions {
             let mut expected: Vec<&Row> = rows
                 .iter()
-                .filter(|row| question.lets_through(row, question.include_sub_conversations == Some(true)))
+                .filter(|row| question.is_match(row, question.include_sub_conversations == Some(true)))
                 .collect();
             question.order.sort(&mut expected);
             let expected: Vec<Value> = expected.into_iter().map(shown).collect();
             let found = walk(api, user, "/search", &question.query(), question.limit).await;
             let found: Vec<Value> = found.iter().map(parts).collect();
             assert_eq!(found, expected, "{question:?}");
-            // Unlike search, count has sub-conversations in it unless it is told not to.
+            // Unlike search, count includes sub-conversations unless the query excludes them.
             let subs = question.include_sub_conversations != Some(false);
-            let expected = rows.iter().filter(|row| question.lets_through(row, subs)).count();
+            let expected = rows.iter().filter(|row| question.is_match(row, subs)).count();
             assert_eq!(api.get(user, "/count", &question.filters()).await, (200, expected.into()), "{question:?}");
         }
     });
 }
 
-/// What the API must show of a row, as far as the rows differ.
+/// The fields in which rows differ, as the API must return them.
 fn shown(row: &Row) -> Value {
     json!([
         row.uuid().simple().to_string(),
@@ -337,7 +336,7 @@ fn parts(item: &Value) -> Value {
         .collect()
 }
 
-/// What happens between two pages.
+/// A change between two pages.
 #[derive(Clone, Debug)]
 enum Event {
     Insert(Row),
@@ -346,17 +345,17 @@ enum Event {
 }
 
 fn event() -> impl Strategy<Value = Event> {
-    // Ids that no row of the account has or had. One that was deleted keeps its id until a worker has been there.
+    // Ids that no row of the account has or had. A deleted row keeps its id until a worker has removed it.
     let inserted = (rows(2), (1_000..u64::MAX).no_shrink())
         .prop_filter_map("no row", |(rows, id)| rows.into_iter().next().map(|row| Event::Insert(Row { id, ..row })));
     prop_oneof![inserted, any::<Index>().prop_map(Event::Rename), any::<Index>().prop_map(Event::Delete)]
 }
 
-/// Rows by the number of times that they were in a walk.
+/// How often each row appeared during the pagination.
 type Seen = BTreeMap<Uuid, usize>;
 
 #[test]
-fn rows_that_come_go_and_change_during_a_walk_lose_and_repeat_no_other_row() {
+fn changes_during_pagination_neither_skip_nor_repeat_other_rows() {
     let world = World::new();
     let orders = select(vec![Order::Created, Order::CreatedDesc, Order::Updated, Order::UpdatedDesc]);
     let cases = (rows(30), orders, 1..=5_usize, any::<bool>(), vec(event(), 0..20));
@@ -381,15 +380,15 @@ fn rows_that_come_go_and_change_during_a_walk_lose_and_repeat_no_other_row() {
                 break;
             }
             for event in events.by_ref().take(2) {
-                happen(api, user, event, &mut alive, &mut renamed).await;
+                apply_change(api, user, event, &mut alive, &mut renamed).await;
             }
         }
         for row in rows.iter().filter(|row| alive.contains_key(&row.uuid()) && (*subs || row.parent.is_none())) {
             let times = seen.get(&row.uuid()).copied().unwrap_or_default();
             match (order, renamed.contains(&row.uuid())) {
-                // It moved behind everything: it comes again if it has been there.
+                // The row moved to the end: it appears again if it has appeared already.
                 (Order::Updated, true) => assert!(times >= 1, "{row:?} is missing"),
-                // It moved before everything: it does not come any more if it has not been there.
+                // The row moved to the front: it does not appear any more if it has not appeared yet.
                 (Order::UpdatedDesc, true) => assert!(times <= 1, "{row:?} came {times} times"),
                 _ => assert_eq!(times, 1, "{row:?} {seen:?}"),
             }
@@ -400,7 +399,7 @@ fn rows_that_come_go_and_change_during_a_walk_lose_and_repeat_no_other_row() {
     });
 }
 
-async fn happen(
+async fn apply_change(
     api: &Api,
     user: &UserId,
     event: &Event,
@@ -410,7 +409,7 @@ async fn happen(
     let chosen = |index: &Index| (!alive.is_empty()).then(|| *index.get(&alive.keys().copied().collect::<Vec<_>>()));
     match event {
         Event::Insert(row) => {
-            let added = api.stores.conversations.import(user, &[row.record(user)]).await.expect("stored");
+            let added = api.stores.conversations().import(user, &[row.record(user)]).await.expect("stored");
             assert_eq!(added, [!alive.contains_key(&row.uuid())]);
             alive.entry(row.uuid()).or_insert_with(|| row.clone());
         }
@@ -424,7 +423,7 @@ async fn happen(
             let Some(id) = chosen(index) else { return };
             let path = format!("/api/v1/app-conversations/{id}");
             assert_eq!(api.call(user, "DELETE", &path, None).await, (200, json!({"success": true})));
-            // Sub-conversations go with it.
+            // Its sub-conversations are deleted, too.
             let mut family = vec![id];
             while let Some(gone) = family.pop() {
                 alive.remove(&gone);
@@ -455,7 +454,7 @@ fn tasks() -> impl Strategy<Value = Vec<Task>> {
 }
 
 #[test]
-fn a_walk_over_start_tasks_is_the_filtered_and_sorted_list_and_counts_are_its_length() {
+fn pagination_of_start_tasks_returns_the_filtered_and_sorted_list_and_count_its_length() {
     let world = World::new();
     let orders = vec![Order::Unsaid, Order::Created, Order::CreatedDesc, Order::Updated, Order::UpdatedDesc];
     let question =
@@ -472,7 +471,7 @@ fn a_walk_over_start_tasks_is_the_filtered_and_sorted_list_and_counts_are_its_le
                 "updated_at": task.updated.time(),
             }})
         });
-        api.stores.load(user, lines).await;
+        seed::load(&api.stores, user, lines).await;
         for (conversation, from, order, limit, way) in questions {
             let mut expected: Vec<&Task> = tasks
                 .iter()
@@ -505,7 +504,7 @@ fn a_walk_over_start_tasks_is_the_filtered_and_sorted_list_and_counts_are_its_le
     });
 }
 
-/// Rows in the order of their numbers, a second apart.
+/// Rows in the order of their numbers, one second apart.
 fn plain_rows(count: u64) -> Vec<Row> {
     (0..count)
         .map(|id| Row {
@@ -519,7 +518,7 @@ fn plain_rows(count: u64) -> Vec<Row> {
         .collect()
 }
 
-/// Lines of as many start tasks.
+/// Lines of this many start tasks.
 fn plain_tasks(count: u64) -> impl Iterator<Item = Value> {
     (0..count).map(|id| {
         json!({"type": "start_task", "data": {
@@ -537,13 +536,13 @@ fn is_refused(answer: &(u16, Value)) -> bool {
 }
 
 #[tokio::test]
-async fn a_page_id_that_is_not_ours_or_of_another_list_is_refused() {
+async fn forged_page_id_and_page_id_of_another_list_are_refused() {
     let folder = TempDir::new().expect("a folder");
     let api = Api::at(folder.path(), SandboxConfig::None).await;
     let [me, you] = ["me", "you"].map(UserId::new);
     for user in [&me, &you] {
         store(&api, user, &plain_rows(10)).await;
-        api.stores.load(user, plain_tasks(10)).await;
+        seed::load(&api.stores, user, plain_tasks(10)).await;
     }
     let lists = [
         ("/search", vec![("limit", "3".to_owned())]),
@@ -569,7 +568,7 @@ async fn a_page_id_that_is_not_ours_or_of_another_list_is_refused() {
             let answer = ask(&me, list, page_id).await;
             assert!(if list == of { answer.0 == 200 } else { is_refused(&answer) }, "{of} in {list}: {answer:?}");
         }
-        // A page may have another size than the one before.
+        // A page may have another size than the previous one.
         let (path, mut query) = lists[of].clone();
         query[0].1 = "5".to_owned();
         query.push(("page_id", page_id.clone()));
@@ -599,13 +598,13 @@ async fn a_page_id_that_is_not_ours_or_of_another_list_is_refused() {
 }
 
 #[tokio::test]
-async fn a_walk_goes_on_after_a_restart() {
+async fn pagination_continues_after_a_restart() {
     let folder = TempDir::new().expect("a folder");
-    let user = UserId::new("somebody");
+    let user = UserId::new("user-one");
     let query = [("limit", "3".to_owned())];
     let api = Api::at(folder.path(), SandboxConfig::None).await;
     store(&api, &user, &plain_rows(10)).await;
-    api.stores.load(&user, plain_tasks(10)).await;
+    seed::load(&api.stores, &user, plain_tasks(10)).await;
     let mut walks = Vec::new();
     for path in ["/search", "/start-tasks/search"] {
         let (items, next) = page(&api, &user, path, &query, None).await;
@@ -629,10 +628,10 @@ async fn a_walk_goes_on_after_a_restart() {
 }
 
 #[tokio::test]
-async fn odd_values_of_filters_are_no_fault() {
+async fn unusual_filter_values_are_accepted() {
     let folder = TempDir::new().expect("a folder");
     let api = Api::at(folder.path(), SandboxConfig::None).await;
-    let user = UserId::new("somebody");
+    let user = UserId::new("user-one");
     store(&api, &user, &plain_rows(3)).await;
     let long = "é".repeat(5_000);
     for (name, value) in [
@@ -658,15 +657,15 @@ async fn odd_values_of_filters_are_no_fault() {
 }
 
 #[tokio::test]
-async fn racing_updates_of_one_record_lose_nothing() {
+async fn concurrent_updates_of_one_record_lose_nothing() {
     const ROUNDS: usize = 10;
     let folder = TempDir::new().expect("a folder");
     let api = Api::at(folder.path(), SandboxConfig::None).await;
-    let user = UserId::new("somebody");
+    let user = UserId::new("user-one");
     let row = &plain_rows(1)[0];
     store(&api, &user, std::slice::from_ref(row)).await;
-    let before = api.stores.conversations.get(&user, row.uuid()).await.expect("the store").expect("the row");
-    // Each attribute has one writer a round, so that there is one right end.
+    let before = api.stores.conversations().get(&user, row.uuid()).await.expect("the store").expect("the row");
+    // Each attribute has one writer per round, so the expected result is unique.
     for round in 0..ROUNDS {
         let bodies = [
             json!({"title": format!("title {round}")}),
@@ -682,11 +681,11 @@ async fn racing_updates_of_one_record_lose_nothing() {
         let sandbox = format!("sandbox {round}");
         let worker = async {
             let change = ConversationChange::default().sandbox(&user, &sandbox);
-            let updated = api.stores.conversations.update(&user, row.uuid(), change).await.expect("the store");
+            let updated = api.stores.conversations().update(&user, row.uuid(), change).await.expect("the store");
             assert_eq!(updated.expect("the row").sandbox_id, sandbox);
         };
         tokio::join!(patches, worker);
-        let now = api.stores.conversations.get(&user, row.uuid()).await.expect("the store").expect("the row");
+        let now = api.stores.conversations().get(&user, row.uuid()).await.expect("the store").expect("the row");
         let wanted = ConversationRecord {
             title: Some(format!("title {round}")),
             public: Some(round % 2 == 0),
@@ -700,14 +699,14 @@ async fn racing_updates_of_one_record_lose_nothing() {
         assert_eq!(now, wanted);
         assert!(now.updated_at > before.updated_at);
     }
-    // All at once: whoever is last, every attribute is one that was sent, and lists find the row under it.
+    // All at once: in the end every attribute is one that was sent, and lists find the row by it.
     let titles: Vec<String> = (0..50).map(|number| format!("racing {number}")).collect();
     join_all(titles.iter().map(async |title| {
         let (status, answer) = change(&api, &user, row.uuid(), &json!({"title": title})).await;
         assert_eq!((status, answer["title"].as_str()), (200, Some(title.as_str())));
     }))
     .await;
-    let now = api.stores.conversations.get(&user, row.uuid()).await.expect("the store").expect("the row");
+    let now = api.stores.conversations().get(&user, row.uuid()).await.expect("the store").expect("the row");
     let title = now.title.clone().expect("a title");
     assert!(titles.contains(&title));
     for order in ["CREATED_AT", "UPDATED_AT"] {
@@ -719,12 +718,12 @@ async fn racing_updates_of_one_record_lose_nothing() {
 }
 
 #[tokio::test]
-async fn a_page_costs_what_it_returns_at_any_depth_and_an_unfiltered_count_costs_one_item() {
+async fn cost_of_a_page_does_not_depend_on_its_depth_and_unfiltered_count_costs_one_item() {
     let folder = TempDir::new().expect("a folder");
     let mut api = Api::at(folder.path(), SandboxConfig::None).await;
-    let user = UserId::new("somebody");
+    let user = UserId::new("user-one");
     let lines = || (0..240).map(account::conversation);
-    api.stores.load(&user, lines()).await;
+    seed::load(&api.stores, &user, lines()).await;
     let meter = Meter::new();
     let way = api.measure(&meter).await;
     let spent =
@@ -743,7 +742,7 @@ async fn a_page_costs_what_it_returns_at_any_depth_and_an_unfiltered_count_costs
         loop {
             (_, next) = page(&api, &user, "/search", &query, next).await;
             let (requests, units) = spent();
-            // Twenty rows and one more of about 900 bytes, half a unit for each 4 KiB.
+            // Twenty-one rows of about 900 bytes, at half a unit per 4 KiB.
             assert!(requests == 1 && units <= 3.0, "{query:?}, page {pages}: {requests} requests, {units} units");
             pages += 1;
             if next.is_none() {
@@ -769,14 +768,14 @@ async fn a_page_costs_what_it_returns_at_any_depth_and_an_unfiltered_count_costs
     api.stop().await;
 }
 
-/// A filter that lets nearly nothing through must not read an account in one request.
+/// A filter that matches almost nothing must not make one request read the whole account.
 #[tokio::test]
-async fn a_page_of_filtered_rows_ends_at_its_bounds_and_the_next_one_goes_on() {
+async fn filtered_page_ends_at_its_limits_and_the_next_page_continues() {
     let folder = TempDir::new().expect("a folder");
     let api = Api::at(folder.path(), SandboxConfig::None).await;
     let user = UserId::new("u");
-    api.stores.load(&user, plain_tasks(60)).await;
-    // They were all made at once, and so are in the order of their ids.
+    seed::load(&api.stores, &user, plain_tasks(60)).await;
+    // All tasks have the same creation time, so they are in the order of their ids.
     let mut ids: Vec<String> = (0..60).map(|id| uuid_of(id).simple().to_string()).collect();
     ids.sort_unstable();
     let expected = ids.split_off(57);
@@ -796,7 +795,7 @@ async fn a_page_of_filtered_rows_ends_at_its_bounds_and_the_next_one_goes_on() {
         let (mut found, mut pages, mut start) = (Vec::new(), Vec::new(), None);
         loop {
             let read = |item: Item| Ok((item["id"].as_s().expect("an id").clone(), 10));
-            // All that an index needs to go on.
+            // The key attributes with which a query on the index continues.
             let after = |item: &Item| {
                 let keys = ["user", "id", "created_sort"].map(|name| (name.to_owned(), item[name].clone()));
                 Ok(Item::from(keys))
@@ -818,7 +817,7 @@ async fn a_page_of_filtered_rows_ends_at_its_bounds_and_the_next_one_goes_on() {
     let (found, pages) = walk(Bounds { time: Duration::ZERO, ..unbounded }).await;
     assert_eq!(found, expected);
     assert!(pages.len() > 3 && pages.starts_with(&[0]), "{pages:?}");
-    // Bytes: what does not fit is on the next page, and one row always fits.
+    // Limit in bytes: what does not fit is on the next page, and one row always fits.
     let (found, pages) = walk(Bounds { bytes: 5, ..unbounded }).await;
     assert_eq!((found, pages), (expected, vec![1, 1, 1]));
 
@@ -829,14 +828,14 @@ async fn a_page_of_filtered_rows_ends_at_its_bounds_and_the_next_one_goes_on() {
     api.stop().await;
 }
 
-/// More tasks than one request evaluates, none of which is wanted.
+/// More tasks than one request evaluates, none of which matches.
 #[tokio::test]
-async fn a_search_for_start_tasks_ends_before_it_has_read_the_account() {
+async fn search_for_start_tasks_reads_a_bounded_number_of_rows() {
     let folder = TempDir::new().expect("a folder");
     let api = Api::at(folder.path(), SandboxConfig::None).await;
     let user = UserId::new("u");
     let tasks = u64::try_from(MAX_EVALUATED).expect("few") + 100;
-    api.stores.load(&user, plain_tasks(tasks)).await;
+    seed::load(&api.stores, &user, plain_tasks(tasks)).await;
     let mut query = vec![("created_at__gte", At(1).time().to_string()), ("sort_order", "UPDATED_AT".to_owned())];
     let (status, page) = api.get(&user, "/start-tasks/search", &query).await;
     assert_eq!((status, &page["items"]), (200, &json!([])));
@@ -846,9 +845,9 @@ async fn a_search_for_start_tasks_ends_before_it_has_read_the_account() {
     api.stop().await;
 }
 
-/// Objects go before their rows where a conversation is deleted; and any may be lost.
+/// When a conversation is deleted, objects are removed before their rows; and any object may be lost.
 #[tokio::test]
-async fn a_missing_object_fails_no_list() {
+async fn missing_object_does_not_fail_a_list() {
     let folder = TempDir::new().expect("a folder");
     let api = Api::at(folder.path(), SandboxConfig::None).await;
     let user = UserId::new("u");
@@ -860,9 +859,9 @@ async fn a_missing_object_fails_no_list() {
             line["data"]["request"] = long.clone();
         }
     }
-    api.stores.load(&user, lines).await;
+    seed::load(&api.stores, &user, lines).await;
     let ids: Vec<String> = (0..3).map(|id| uuid_of(id).simple().to_string()).collect();
-    // As a version before wrote it: without the short form.
+    // In the format of an earlier version, without the abridged request.
     let update = api.aws.dynamodb.update_item().table_name(&api.names.start_tasks);
     let update = update.key("user", text("u")).key("id", text(&ids[1])).update_expression("SET #request = :none");
     let update =
@@ -886,13 +885,13 @@ async fn a_missing_object_fails_no_list() {
     }
     let tasks = both().await;
     assert_eq!((&tasks[0]["request"]["title"], &tasks[1]["request"]["title"]), (&json!("kept"), &Value::Null));
-    assert_eq!(tasks[1]["request"]["agent_type"], "default", "of the contract's shape");
+    assert_eq!(tasks[1]["request"]["agent_type"], "default", "still in the contract's format");
     api.stop().await;
 }
 
-/// S3 answers 404 for a missing key only to those who may list the bucket, and has no body for `HEAD`.
+/// S3 responds with 404 for a missing key only to callers that may list the bucket, and `HEAD` has no body.
 #[tokio::test]
-async fn a_missing_object_is_recognised_in_each_form_and_a_failing_bucket_is_not_one() {
+async fn every_form_of_missing_object_is_recognised_and_bucket_failures_are_errors() {
     let error = |code: &str| format!("<?xml version=\"1.0\"?><Error><Code>{code}</Code><Message>m</Message></Error>");
     for (status, code, is_missing) in [
         (404, "NoSuchKey", true),
@@ -918,7 +917,7 @@ async fn a_missing_object_is_recognised_in_each_form_and_a_failing_bucket_is_not
         let opened = objects::open(&s3, "bucket", "key", "GetObject").await;
         assert_eq!(matches!(opened, Ok(None)), is_missing, "{status} {code}: {opened:?}");
         assert_eq!(opened.is_err(), !is_missing, "{status} {code}");
-        // Without a body, 403 and 404 are all that is known.
+        // Without a body, only the status 403 or 404 is known.
         let head = objects::head(&s3, "bucket", "key", "HeadObject").await;
         assert_eq!(matches!(head, Ok(None)), status < 500, "{status} {code}: {head:?}");
     }

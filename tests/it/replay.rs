@@ -1,12 +1,13 @@
-//! The contract, replayed: what was recorded from the reference (openhands-ai 1.6.0) is sent to the whole server, and every
-//! answer must be the recorded one, or a deviation that `tests/data/contract/deviations.json` names, with what we answer instead.
+//! Replay of the contract: the requests recorded from the reference (openhands-ai 1.6.0) are sent to the whole server,
+//! and every response must be the recorded one, or a deviation that `tests/data/contract/deviations.json` lists
+//! together with our response.
 
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use local::import::command::import;
-use local::options::{CommonOptions, PlaceOptions, SandboxKind};
+use local::options::{CommonOptions, SandboxKind, TargetOptions};
 use local::server::{Environment, Server};
 use regex_lite::Regex;
 use serde_json::{Map, Value};
@@ -14,18 +15,17 @@ use tempfile::TempDir;
 
 use crate::support::raw_http::{Answer, Connection};
 
-/// In this order: the last two change records. What deletes comes after all of them.
+/// In this order, because the last two change records. Deletions come after all of them.
 const RECORDINGS: [&str; 8] = ["batch", "byid", "count", "search", "tz", "start-tasks", "patch", "post"];
 
-/// What the server chooses when it makes a start task.
+/// Values that the server chooses when it creates a start task.
 const MADE_BY_POST: &[&str] = &["id", "created_at", "updated_at", "timestamp"];
-/// Ours moves it with a change, the reference does not.
+/// Our server updates it with every change, the reference does not.
 const MADE_BY_PATCH: &[&str] = &["updated_at"];
 
-/// A path, and a query without `page_id`.
+/// A list: its path, and its query without `page_id`.
 type List = (String, Vec<(String, String)>);
 
-/// One recorded exchange.
 struct Case {
     file: String,
     label: String,
@@ -66,14 +66,14 @@ impl Case {
         }
     }
 
-    /// The list that the case reads a page of, and which page.
+    /// The list whose page the case requests, and the page id.
     fn walk(&self) -> (List, Option<String>) {
         let (pages, mut rest): (Vec<_>, Vec<_>) = pairs(&self.query).into_iter().partition(|(key, _)| key == "page_id");
         rest.sort();
         ((self.path.clone(), rest), pages.into_iter().next_back().map(|(_, page)| page))
     }
 
-    /// Sends it exactly as it was recorded, with this query.
+    /// Sends the request exactly as recorded, with this query.
     async fn send(&self, connection: &mut Connection, query: &str) -> Answer {
         let mut target = quote(&self.path, "/%{}:@!$&'()*+,;=~");
         if !query.is_empty() {
@@ -87,7 +87,7 @@ impl Case {
             .filter(|(name, _)| !ours.contains(&name.as_str()))
             .collect();
         let body = match &self.body {
-            // Characters stand for bytes where the recording is of bytes that are no text.
+            // In recordings of bytes that are not valid text, each character stands for one byte.
             Value::String(raw) if self.label.starts_with("raw:") && self.label.contains("utf8") => {
                 Some(raw.chars().map(|char| u8::try_from(char).expect("a byte")).collect())
             }
@@ -105,7 +105,7 @@ impl Case {
     }
 }
 
-/// A case, or several, that we answer in another way on purpose.
+/// An intended difference from the reference, for one or several cases.
 struct Deviation {
     file: Option<Regex>,
     label: Option<Regex>,
@@ -113,17 +113,17 @@ struct Deviation {
     query: Option<Regex>,
     expect: u16,
     why: String,
-    /// The whole body, with `<made>` and `<cursor>` for what differs from run to run.
+    /// The expected body, with `<made>` and `<cursor>` for values that differ between runs.
     body: Option<Value>,
-    /// Of a page: the ids of its items, in order.
+    /// For a page: the ids of its items, in order.
     ids: Option<Value>,
-    /// Of a page: the recorded one, its items in any order.
+    /// For a page: the recorded one, with its items in any order.
     any_order: bool,
-    /// The recorded body, with these values in these places.
+    /// The recorded body with these values replaced, by JSON pointer.
     instead: Option<Map<String, Value>>,
-    /// Only the status counts.
+    /// Only the status is compared.
     any_body: bool,
-    /// The recorded page, without the item in this place.
+    /// The recorded page without the item at this JSON pointer.
     without: Option<String>,
 }
 
@@ -169,7 +169,7 @@ impl Deviation {
             .all(|(pattern, text)| pattern.as_ref().is_none_or(|pattern| pattern.is_match(text)))
     }
 
-    /// What is wrong with an answer.
+    /// Describes the difference of a response, if any.
     fn difference(&self, case: &Case, status: u16, body: &Value) -> Option<String> {
         if status != self.expect {
             return Some(format!("wanted {}, got {status}: {body}", self.expect));
@@ -212,14 +212,15 @@ fn in_order(page: &Value) -> Value {
 }
 
 #[tokio::test]
-async fn every_recorded_exchange_is_answered_as_the_reference_did_or_deviates_by_name() {
-    // What the reference has no route for is deleted, and others ask for it.
+async fn every_recorded_exchange_gets_the_recorded_response_or_a_listed_deviation() {
+    // Cases that delete run last, because the reference lacks these routes and other cases read the deleted rows.
     replay("deviations.json", |cases| cases.sort_by_key(|case| case.method == "DELETE")).await;
 }
 
-/// In this order later cases ask for what an earlier one has deleted. Tools that know nothing of it need the names of those, too.
+/// In recording order later cases read what an earlier one has deleted. Tools that replay the cases in this order need
+/// the complete list of differences, too.
 #[tokio::test]
-async fn in_the_order_of_recording_only_what_was_deleted_differs_besides() {
+async fn in_recording_order_only_deleted_rows_differ_in_addition() {
     let read = |name: &str| -> Vec<Value> {
         serde_json::from_str(&fs::read_to_string(recorded(name)).expect("deviations")).expect("JSON")
     };
@@ -234,7 +235,7 @@ async fn in_the_order_of_recording_only_what_was_deleted_differs_besides() {
 async fn replay(deviations: &str, reorder: impl FnOnce(&mut Vec<Case>)) {
     let folder = TempDir::new().expect("a folder");
     let data = folder.path().join("data");
-    let imported = import(&[recorded("seed.jsonl")], &PlaceOptions::default(), &data, std::future::pending()).await;
+    let imported = import(&[recorded("seed.jsonl")], &TargetOptions::default(), &data, std::future::pending()).await;
     assert!(imported.expect("an import"), "rows were skipped");
     let server = serve(&data).await;
     let entries: Value =
@@ -274,7 +275,7 @@ async fn replay(deviations: &str, reorder: impl FnOnce(&mut Vec<Case>)) {
             faults.push(format!("{file} [{label}] {method} {path}?{query:.200}\n    {text:.1500}"));
         }
     }
-    // Of deviations that stand in front of others, the others may have nothing left to do.
+    // If a deviation precedes others, the others may match no case.
     let idle = deviations.iter().zip(used).filter(|(deviation, used)| *used == 0 && (!shadowed || deviation.any_body));
     for (deviation, _) in idle {
         faults.push(format!("deviations.json: nothing deviates like this: {}", deviation.why));
@@ -283,7 +284,7 @@ async fn replay(deviations: &str, reorder: impl FnOnce(&mut Vec<Case>)) {
     server.shutdown().await;
 }
 
-/// What distinguishes an answer from the recorded one.
+/// Describes the difference between a response and the recorded one.
 fn difference(case: &Case, answer: &Answer, body: &Value) -> Option<String> {
     let (wanted, got) = (case.status, answer.status);
     if wanted == 500 {
@@ -296,7 +297,7 @@ fn difference(case: &Case, answer: &Answer, body: &Value) -> Option<String> {
     if case.content_type != content_type {
         return Some(format!("content-type {} -> {content_type}", case.content_type));
     }
-    // Archives are compared by tests of their own.
+    // Exports are compared by tests of their own.
     if case.path.ends_with("/download") && got == 200 {
         return None;
     }
@@ -306,7 +307,7 @@ fn difference(case: &Case, answer: &Answer, body: &Value) -> Option<String> {
     (wanted != got).then(|| format!("reference {wanted:.700}\n    ours      {got:.700}"))
 }
 
-/// Start tasks read back have times without a zone in the reference; ours always say that they are UTC.
+/// In the reference, times of start tasks have no zone when they are read back; ours are always marked as UTC.
 fn with_zone(value: &Value) -> Value {
     let mut value = value.clone();
     match &mut value {
@@ -326,15 +327,16 @@ fn with_zone(value: &Value) -> Value {
     value
 }
 
-/// The words for malformed JSON are those of Python's parser.
+/// The message for malformed JSON is that of Python's parser.
 fn is_of_the_json_parser(answer: &Value) -> bool {
     answer["detail"].as_array().is_some_and(|entries| entries.iter().any(|entry| entry["type"] == "json_invalid"))
 }
 
-/// Fields of a conversation that the recorded version does not have.
+/// Fields of a conversation that the recorded version lacks.
 const LATER_FIELDS: [&str; 2] = ["agent_kind", "tags"];
 
-/// A body without what differs from run to run; `loose`: without the texts of violations too. The order of keys stays.
+/// A body without values that differ between runs; `loose`: without the messages of violations, too. Keeps the order of
+/// keys.
 fn normal(value: &Value, loose: bool, made: &[&str], key: &str) -> Value {
     match value {
         Value::Object(fields) => fields
@@ -373,7 +375,7 @@ fn with_page(query: &str, page: String) -> String {
     form_urlencoded::Serializer::new(String::new()).extend_pairs(pairs).finish()
 }
 
-/// Percent-encodes all but letters, digits, `_.-~` and `safe`.
+/// Percent-encodes all characters but letters, digits, `_.-~` and `safe`.
 fn quote(text: &str, safe: &str) -> String {
     let mut quoted = String::new();
     for byte in text.bytes() {

@@ -1,5 +1,5 @@
-//! Who is let in, on every operation of the API, by the authorizer and the routers as `template.yaml` puts them together; and where
-//! secrets do not get to.
+//! Authentication of every operation of the API, with the authorizer and the routers combined as in `template.yaml`;
+//! and confidentiality of secrets.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -23,9 +23,9 @@ use crate::support::scripted_llm::ScriptedLlm;
 use crate::template::template;
 use crate::tenants::{By, Route, everything, furnish, key_of, routes, token_of, with_worker};
 
-/// Headers that credentials may come in.
+/// Headers that may carry credentials.
 const HEADERS: [&str; 3] = ["authorization", "x-access-token", "x-session-api-key"];
-/// What needs no credentials and tells nothing of anybody. It may only become shorter.
+/// Routes that need no credentials and return nothing about any user. This list may only become shorter.
 const OPEN: [&str; 16] = [
     "/alive",
     "/api/agent-profiles",
@@ -45,7 +45,7 @@ const OPEN: [&str; 16] = [
     "/server_info",
 ];
 
-/// The API Gateway of `template.yaml`: the authorizer before the routes that want it, and the router behind.
+/// API Gateway as in `template.yaml`: the authorizer in front of the routes that require it, then the router.
 struct Gateway {
     api: Api,
     authorizer: Authorizer,
@@ -71,7 +71,7 @@ impl Gateway {
                     request = request.extension(Caller(UserId::new(user)));
                 }
                 Err(refusal @ Refusal::Unauthorized) => {
-                    assert_eq!(refusal.to_string(), "Unauthorized", "what the gateway answers 401 for");
+                    assert_eq!(refusal.to_string(), "Unauthorized", "API Gateway responds with 401 to this text");
                     let refusal = &self.definition()["x-amazon-apigateway-gateway-responses"]["UNAUTHORIZED"];
                     let body = refusal["responseTemplates"]["application/json"].as_str().expect("a body");
                     return (401, serde_json::from_str(body).expect("JSON"));
@@ -93,13 +93,13 @@ fn in_header(name: &'static str, credential: &str) -> (&'static str, String) {
     (name, value)
 }
 
-/// Whether somebody's name is among the words of an answer, as it is in each of their rows.
-fn tells_of(answer: &Value, user: &UserId) -> bool {
+/// Whether a response contains a user's name as a word, as each of the user's rows does.
+fn mentions(answer: &Value, user: &UserId) -> bool {
     answer.to_string().split(|c: char| !c.is_alphanumeric()).any(|word| word == user.as_str())
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_operation_lets_in_whom_it_should_and_nobody_else() {
+async fn every_operation_accepts_only_authorized_callers() {
     let folder = TempDir::new().expect("a folder");
     let api = Api::at(folder.path(), SandboxConfig::None).await;
     let issuer = Issuer::start().await;
@@ -109,7 +109,7 @@ async fn every_operation_lets_in_whom_it_should_and_nobody_else() {
     let oidc = OidcConfig { issuer: issuer.server.url(), audience: AUDIENCE.into() };
     let config = AuthorizerConfig { users: api.names.users.clone(), oidc: Some(oidc) };
     let authorizer = Authorizer::new(&config, keys.clone());
-    // The name of an owner in the table of tenants.
+    // The owner in the table of tenants.
     let [owner, stranger] = ["actor", "stranger"].map(UserId::new);
     furnish(&api, &owner).await;
 
@@ -120,9 +120,9 @@ async fn every_operation_lets_in_whom_it_should_and_nobody_else() {
     let mut bad = invalid(&issuer, &ec);
     bad.extend(forged(&issuer, &rsa, &ec).into_iter().filter(|(_, token)| token.is_ascii()));
     bad.push(("a revoked key".to_owned(), worthless.expose_secret().to_owned()));
-    bad.push(("a key that nobody has".to_owned(), format!("oh-{}", shared::id::random_base62(43))));
+    bad.push(("an unknown key".to_owned(), format!("oh-{}", shared::id::random_base62(43))));
     bad.push(("nonsense".to_owned(), "x".to_owned()));
-    // Each is somebody's somewhere else.
+    // Credentials that are valid elsewhere.
     bad.push(("the session key of a sandbox".to_owned(), key_of(&owner).expose_secret().to_owned()));
     bad.push(("the token of an agent".to_owned(), agents));
     bad.push(("a user's name".to_owned(), owner.as_str().to_owned()));
@@ -141,14 +141,14 @@ async fn every_operation_lets_in_whom_it_should_and_nobody_else() {
         let what = format!("{} {}", route.method, route.path);
         if OPEN.contains(&route.path) {
             let (status, answer) = gateway.send(route, &[]).await;
-            assert_eq!((status, tells_of(&answer, &owner)), (200, false), "{what}: {answer}");
+            assert_eq!((status, mentions(&answer, &owner)), (200, false), "{what}: {answer}");
             continue;
         }
         let (status, answer) = gateway.send(route, &[]).await;
         assert!(status == 401 && answer["detail"].is_string(), "{what} without credentials: {status} {answer}");
         for (which, credential) in &bad {
             for header in HEADERS {
-                // These are what such routes are for.
+                // The credentials that these routes are for.
                 let holds = match route.by {
                     By::Sandbox => header == "x-session-api-key" && which.starts_with("the session key"),
                     By::Agent => header == "x-access-token" && which.starts_with("the token of an agent"),
@@ -163,29 +163,29 @@ async fn every_operation_lets_in_whom_it_should_and_nobody_else() {
                 }
             }
         }
-        // What anybody may say of themselves counts for nothing.
+        // What callers claim about themselves is ignored.
         for header in ["x-user-id", "x-amzn-oidc-identity", "cookie", "x-forwarded-user", "x-org-id"] {
             let (status, _) = gateway.send(route, &[(header, owner.as_str().to_owned())]).await;
             assert_eq!(status, 401, "{what} with {header}");
         }
     }
-    assert_eq!(everything(&gateway.api).await, stored, "who was refused has changed nothing");
+    assert_eq!(everything(&gateway.api).await, stored, "refused requests changed nothing");
 
     for route in &routes {
         let what = format!("{} {}", route.method, route.path);
         if route.by == By::Caller {
-            // Another tenant, with a key and with a token, on the rows of the owner.
+            // Another tenant, with a key and with a token, accesses the owner's rows.
             for credential in [of_stranger.expose_secret().to_owned(), ec.sign(&issuer.claims("stranger"))] {
                 let (status, answer) = gateway.send(route, &[in_header("x-access-token", &credential)]).await;
-                assert!(!tells_of(&answer, &owner), "{what} of another tenant: {answer}");
+                assert!(!mentions(&answer, &owner), "{what} of another tenant: {answer}");
                 let expected = if what == "POST /api/v1/secrets" { [201, 200] } else { [route.stranger.0; 2] };
-                // What the table's stranger does first, this one did once already.
+                // The first request of the table's stranger has been sent already.
                 let again = status == 200 && ["/api/v1/settings", "/api/v1/secrets/search"].contains(&route.path);
                 let deleted = what.starts_with("DELETE /api/v1/secrets") || what.starts_with("PUT /api/v1/secrets");
                 assert!(again || deleted || expected.contains(&status), "{what} of another tenant: {status} {answer}");
             }
         }
-        // And the owner gets in, so that all of the above was refused for the credentials.
+        // The owner's request succeeds, so everything above was refused because of the credentials.
         let header = match route.by {
             By::Caller => in_header("authorization", &ec.sign(&issuer.claims(owner.as_str()))),
             By::Sandbox => in_header("x-session-api-key", key_of(&owner).expose_secret()),
@@ -197,46 +197,46 @@ async fn every_operation_lets_in_whom_it_should_and_nobody_else() {
     gateway.api.stop().await;
 }
 
-/// A secret, and the door that it is put in by. Where it turns up, one knows whence.
+/// Secrets that are unique for each input, so that a leaked one shows where it came from.
 struct Canaries(BTreeSet<String>);
 
 impl Canaries {
-    fn put_in_by(&mut self, door: &str) -> String {
-        let canary = format!("canary-{door}-{}", shared::id::random_base62(16));
+    fn for_input(&mut self, input: &str) -> String {
+        let canary = format!("canary-{input}-{}", shared::id::random_base62(16));
         self.0.insert(canary.clone());
         canary
     }
 
     #[track_caller]
     fn are_not_in(&self, bytes: &[u8], what: &str) {
-        let told: Vec<&String> = self.0.iter().filter(|canary| contains(bytes, canary.as_bytes())).collect();
-        assert!(told.is_empty(), "{what} tells {told:?}");
+        let found: Vec<&String> = self.0.iter().filter(|canary| contains(bytes, canary.as_bytes())).collect();
+        assert!(found.is_empty(), "{what} contains {found:?}");
     }
 }
 
-/// On a real agent server, from the settings file to what a failed start tells.
+/// On a real agent server, from the settings file to the error of a failed start.
 #[tokio::test]
-async fn secrets_put_in_by_every_door_are_in_no_answer_no_log_and_no_store() {
+async fn secrets_of_every_input_are_in_no_response_log_or_store() {
     let mut canaries = Canaries(BTreeSet::new());
     let llm = ScriptedLlm::start().await;
     let git = GitServer::start().await;
-    let token = canaries.put_in_by("token-of-file");
+    let token = canaries.for_input("token-of-file");
     git.create_repository("owner/private", &[("README.md", "Read me\n", false)], &[]).await;
     git.require("someone", &token);
     let product = Product::start(json!({
         "llm_model": "openai/scripted",
-        "llm_api_key": canaries.put_in_by("model-of-file"),
+        "llm_api_key": canaries.for_input("model-of-file"),
         "llm_base_url": llm.base_url(),
-        "search_api_key": canaries.put_in_by("search-of-file"),
-        // The search service is not called from here.
+        "search_api_key": canaries.for_input("search-of-file"),
+        // The test does not call the search service.
         "mcp_config": {"tavily": {"url": "https://mcp.tavily.com/mcp/", "enabled": false}},
         "provider_tokens": {"github": {"token": token, "host": git.url()}},
-        "custom_secrets": {"OF_FILE": {"secret": canaries.put_in_by("secret-of-file"), "description": "d"}},
+        "custom_secrets": {"OF_FILE": {"secret": canaries.for_input("secret-of-file"), "description": "d"}},
     }))
     .await;
 
-    // A start that goes well, and two that do not.
-    let secret = canaries.put_in_by("secret-of-start");
+    // A start that succeeds, and two that fail.
+    let secret = canaries.for_input("secret-of-start");
     let start = with(saying("Hello"), json!({"selected_repository": "owner/private", "secrets": {"OF_START": secret}}));
     let started = product.start_conversation(start.clone()).await;
     let id = started.conversation_id();
@@ -245,26 +245,26 @@ async fn secrets_put_in_by_every_door_are_in_no_answer_no_log_and_no_store() {
     let missing = with(start.clone(), json!({"selected_repository": "owner/missing", "sandbox_id": sandbox}));
     let failed = product.start_conversation(missing).await;
     assert!(failed.error().contains("owner/missing"), "{:#}", failed.task);
-    let (key, used) = (canaries.put_in_by("model-of-api"), canaries.put_in_by("token-of-api"));
+    let (key, used) = (canaries.for_input("model-of-api"), canaries.for_input("token-of-api"));
     let mut answers = vec![started.task.to_string(), failed.task.to_string()];
 
-    // Settings and secrets, as they should be and as they should not.
-    let value = canaries.put_in_by("broken");
+    // Valid and invalid settings and secrets.
+    let value = canaries.for_input("broken");
     let long = format!("{value}{}", "x".repeat(70_000));
     let bodies = [
         (
             "POST",
             "/api/v1/settings",
-            json!({"llm_api_key": key, "search_api_key": canaries.put_in_by("search"),
-            "sandbox_api_key": canaries.put_in_by("sandbox"), "provider_tokens": {"gitlab": {"token": used}},
-            "mcp_config": {"shttp_servers": [{"url": "https://mcp.example.org", "api_key": canaries.put_in_by("mcp")}],
-                "sse_servers": [{"url": "https://sse.example.org", "api_key": canaries.put_in_by("sse")}],
-                "stdio_servers": [{"name": "one", "command": "true", "env": {"KEY": canaries.put_in_by("env")}}]}}),
+            json!({"llm_api_key": key, "search_api_key": canaries.for_input("search"),
+            "sandbox_api_key": canaries.for_input("sandbox"), "provider_tokens": {"gitlab": {"token": used}},
+            "mcp_config": {"shttp_servers": [{"url": "https://mcp.example.org", "api_key": canaries.for_input("mcp")}],
+                "sse_servers": [{"url": "https://sse.example.org", "api_key": canaries.for_input("sse")}],
+                "stdio_servers": [{"name": "one", "command": "true", "env": {"KEY": canaries.for_input("env")}}]}}),
         ),
         (
             "POST",
             "/api/v1/settings",
-            json!({"agent_settings_diff": {"llm": {"api_key": canaries.put_in_by("nested")}}}),
+            json!({"agent_settings_diff": {"llm": {"api_key": canaries.for_input("nested")}}}),
         ),
         (
             "POST",
@@ -282,8 +282,8 @@ async fn secrets_put_in_by_every_door_are_in_no_answer_no_log_and_no_store() {
             "/api/v1/settings",
             json!({"mcp_config": {"shttp_servers": [{"api_key": value}], "stdio_servers": [{"env": {"A": [value]}}]}}),
         ),
-        ("POST", "/api/v1/secrets", json!({"name": "OF_API", "value": canaries.put_in_by("secret-of-api")})),
-        ("PUT", "/api/v1/secrets/OF_API", json!({"value": canaries.put_in_by("changed-secret")})),
+        ("POST", "/api/v1/secrets", json!({"name": "OF_API", "value": canaries.for_input("secret-of-api")})),
+        ("PUT", "/api/v1/secrets/OF_API", json!({"value": canaries.for_input("changed-secret")})),
         ("POST", "/api/v1/secrets", json!({"value": value})),
         ("POST", "/api/v1/secrets", json!({"name": "LONG", "value": long})),
         ("PUT", "/api/v1/secrets/NONE", json!({"value": value})),
@@ -294,15 +294,15 @@ async fn secrets_put_in_by_every_door_are_in_no_answer_no_log_and_no_store() {
     for (method, path, body) in bodies {
         answers.push(product.answer_to(method, path, &[], Some(&body.to_string())).await);
     }
-    // Cut off, so that it is no JSON.
+    // Truncated, so that it is not valid JSON.
     for path in ["/api/v1/settings", "/api/v1/secrets", "/api/v1/app-conversations"] {
         answers.push(product.answer_to("POST", path, &[], Some(&format!("{{\"llm_api_key\": \"{value}"))).await);
     }
     for path in ["/api/v1/settings", "/api/v1/users/me", "/api/v1/secrets/search", "/api/v1/sandbox-specs/search"] {
         answers.push(product.answer_to("GET", path, &[], None).await);
     }
-    // Credentials that do not hold, wherever they may be shown.
-    let shown = canaries.put_in_by("credential");
+    // Invalid credentials, in every header and query parameter.
+    let shown = canaries.for_input("credential");
     let cookie = format!("session={shown}");
     for route in routes() {
         let bearer = format!("Bearer {shown}");
@@ -315,7 +315,7 @@ async fn secrets_put_in_by_every_door_are_in_no_answer_no_log_and_no_store() {
         let separator = if route.target.contains('?') { '&' } else { '?' };
         let target = format!("{}{separator}session_api_key={shown}&api_key={shown}", route.target);
         let body = route.body.as_ref().map(Value::to_string);
-        // What the conversation of this test needs stays.
+        // Deletions would remove what the rest of this test needs.
         if route.method != "DELETE" {
             answers.push(product.answer_to(route.method, &target, &headers, body.as_deref()).await);
         }
@@ -328,7 +328,7 @@ async fn secrets_put_in_by_every_door_are_in_no_answer_no_log_and_no_store() {
         canaries.are_not_in(answer.as_bytes(), answer);
     }
 
-    // The session key is in the answers: it is what one comes in with. Nowhere else.
+    // The session key is in responses, because clients authenticate with it. It must be nowhere else.
     let session_key = product.conversation(&id).await["session_api_key"].as_str().expect("a key").to_owned();
     product.stop_sandboxes().await;
     canaries.0.insert(session_key);

@@ -11,7 +11,6 @@ use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use shared::config::SandboxConfig;
 use shared::http::caller::Caller;
-use shared::sandbox::store::SandboxStore;
 use shared::user::UserId;
 use shared::user::settings::SettingsStore;
 use shared::user::settings_document::SecretChange;
@@ -27,7 +26,7 @@ async fn api(folder: &TempDir) -> Api {
 }
 
 fn store(api: &Api) -> SettingsStore {
-    SettingsStore::new(api.aws.dynamodb.clone(), api.names.users.clone(), api.sealer.clone())
+    api.stores.settings()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -84,9 +83,12 @@ async fn settings_are_stored_merged_masked_and_used() {
     let large = "x".repeat(9_000);
     let many: Vec<&str> = vec![&large; 40];
     let (status, told) = post(json!({"disabled_skills": many})).await;
-    assert_eq!((status, told), (413, json!({"detail": "Settings and secrets of a user may be 256 KiB together"})));
+    assert_eq!((status, told), (413, json!({"detail": "Settings and secrets must not exceed 256 KiB in total"})));
     let (status, told) = post(json!({"language": "x".repeat(600_000)})).await;
-    assert_eq!((status, told), (413, json!({"detail": "The request is larger than this server takes"})));
+    assert_eq!(
+        (status, told),
+        (413, json!({"detail": "The request is larger than this server accepts; send a smaller one"}))
+    );
     let other = api.call(&UserId::new("other"), "GET", "/api/v1/settings", None).await;
     assert_eq!(other.0, 404);
     api.stop().await;
@@ -95,7 +97,8 @@ async fn settings_are_stored_merged_masked_and_used() {
 /// What is stored of the MCP servers, in clear.
 async fn stored_servers(api: &Api, user: &UserId) -> Value {
     let document = store(api).document(user).await.expect("an answer").expect("settings");
-    document.shown(true)["agent_settings"]["mcp_config"].clone()
+    let shown = serde_json::to_value(document.show_user(user, true)).expect("JSON");
+    shown["agent_settings"]["mcp_config"].clone()
 }
 
 /// The places of the violations, below `mcp_config`.
@@ -324,7 +327,7 @@ async fn users_me_shows_secrets_to_the_users_own_sandboxes_alone() {
     api.call(&user, "POST", "/api/v1/settings", Some(&json!({"llm_api_key": "sk-1"}))).await;
     assert_eq!(api.call(&user, "GET", "/api/v1/users/me", None).await.1["llm_api_key"], MASK);
 
-    let sandboxes = SandboxStore::new(api.aws.dynamodb.clone(), api.names.sandboxes.clone(), api.sealer.clone());
+    let sandboxes = api.stores.sandboxes();
     for (owner, key) in [(&user, "key of u"), (&other, "key of other")] {
         let record = sandboxes.new_record(owner, "s", "spec", &key.into()).await.expect("a record");
         sandboxes.put_new(record).await.expect("stored");

@@ -1,4 +1,4 @@
-//! The support code is what it says.
+//! Tests of the test fixtures themselves.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -24,9 +24,9 @@ use crate::support::wait::{wait_for, wait_until};
 const KEY: &str = "session-key";
 const SOON: Duration = Duration::from_secs(10);
 
-// The log
+// Log capture
 
-/// Counts what it is given.
+/// Counts log events.
 #[derive(Clone, Default)]
 struct Events(Arc<AtomicUsize>);
 
@@ -46,22 +46,22 @@ impl Subscriber for Events {
     fn exit(&self, _span: &Id) {}
 }
 
-/// Only as the first test of its process can this fail: product tests subscribe all threads.
+/// This can fail only in the first test of its process: product tests subscribe for all threads.
 #[test]
-fn what_another_threads_code_logged_first_is_captured_all_the_same() {
+fn log_statement_first_reached_by_another_thread_is_captured() {
     fn warned() {
         tracing::warn!(target: "support_tests", "warned");
     }
-    fn told() {
-        tracing::info!(target: "support_tests", number = 1, "told");
+    fn informed() {
+        tracing::info!(target: "support_tests", number = 1, "informed");
     }
     fn traced() {
         tracing::trace!(target: "support_tests", "traced");
     }
     let events = Events::default();
     let _guard = log_to(events.clone());
-    for (index, line) in [warned, told, traced].into_iter().enumerate() {
-        // A test on a thread of its own, which captures nothing.
+    for (index, line) in [warned, informed, traced].into_iter().enumerate() {
+        // A test on another thread, which captures nothing.
         thread::spawn(line).join().expect("a thread");
         line();
         line();
@@ -69,7 +69,7 @@ fn what_another_threads_code_logged_first_is_captured_all_the_same() {
     }
 }
 
-// The language model
+// The stub language model
 
 async fn ask(llm: &ScriptedLlm, body: &Value) -> (u16, String) {
     let url = format!("{}/chat/completions", llm.base_url());
@@ -86,7 +86,7 @@ fn parsed(text: &str) -> Value {
 }
 
 #[tokio::test]
-async fn the_model_keeps_to_its_script() {
+async fn scripted_llm_follows_its_script() {
     let llm = ScriptedLlm::start().await;
     llm.reply_with(vec![
         Reply::tool_call("terminal", json!({"command": "pwd"})),
@@ -106,7 +106,7 @@ async fn the_model_keeps_to_its_script() {
 
     let asked = Instant::now();
     let (_, body) = ask(&llm, &question("three")).await;
-    assert!(asked.elapsed() >= Duration::from_millis(50), "it takes its time");
+    assert!(asked.elapsed() >= Duration::from_millis(50), "the reply is delayed");
     assert_eq!(parsed(&body)["choices"][0]["message"]["content"], "hello", "{body}");
 
     let (_, body) = ask(&llm, &question("four")).await;
@@ -120,7 +120,7 @@ async fn the_model_keeps_to_its_script() {
 }
 
 #[tokio::test]
-async fn a_title_takes_nothing_from_the_script() {
+async fn title_request_consumes_no_scripted_reply() {
     let llm = ScriptedLlm::start().await;
     llm.reply_with(vec![Reply::text("scripted")]);
     let system = "You are a helpful assistant that generates concise, descriptive titles for \
@@ -142,7 +142,7 @@ async fn a_title_takes_nothing_from_the_script() {
 }
 
 #[tokio::test]
-async fn the_model_streams_when_asked() {
+async fn scripted_llm_streams_on_request() {
     let llm = ScriptedLlm::start().await;
     llm.reply_with(vec![Reply::tool_call("terminal", json!({})), Reply::text("hello to you")]);
     let mut request = question("hi");
@@ -164,17 +164,17 @@ async fn the_model_streams_when_asked() {
 }
 
 #[tokio::test]
-async fn the_model_is_gone_when_dropped() {
+async fn scripted_llm_closes_its_port_when_dropped() {
     let llm = ScriptedLlm::start().await;
     let url = format!("{}/models", llm.base_url());
     let client = Client::new();
     let models = client.get(&url).send().await.expect("an answer");
     assert_eq!(models.json::<Value>().await.expect("a list")["data"][0]["id"], "scripted");
     drop(llm);
-    wait_until("nobody answers", SOON, async || client.get(&url).send().await.is_err()).await;
+    wait_until("the port is closed", SOON, async || client.get(&url).send().await.is_err()).await;
 }
 
-// The git host
+// The stub git host
 
 async fn git(arguments: &[&str]) -> (bool, String) {
     let output = Command::new("git")
@@ -210,11 +210,11 @@ async fn repositories_can_be_cloned_and_pushed_to() {
     let (done, stderr) = git(&["-C", &at("a"), "push", "origin", "HEAD:refs/heads/copy"]).await;
     assert!(done, "{stderr}");
     let (done, _) = git(&["clone", &format!("{}/owner/other.git", host.url()), &at("c")]).await;
-    assert!(!done, "there is no such repository");
+    assert!(!done, "the repository does not exist");
 }
 
 #[tokio::test]
-async fn a_host_that_asks_for_credentials() {
+async fn git_server_can_require_credentials() {
     let host = GitServer::start().await;
     host.create_repository("owner/name", &[("a", "a", false)], &[]).await;
     host.require("user", "secret");
@@ -230,7 +230,7 @@ async fn a_host_that_asks_for_credentials() {
         ("gitlab", "oauth2:secret@", true),
         ("github", "x-access-token:secret@", true),
         ("empty", "secret:@", true),
-        // Git tries an empty password before it asks for one.
+        // Git sends an empty password before it prompts for one.
         ("bare", "secret@", true),
         ("bare and wrong", "wrong@", false),
     ] {
@@ -258,9 +258,9 @@ async fn a_host_that_asks_for_credentials() {
     assert_eq!(api("other", Some("Bearer secret")).await.0, 404);
 }
 
-// The agent server
+// The stub agent server
 
-/// A client of the stand-in.
+/// A client of the stub agent server.
 struct Caller<'a> {
     agent: &'a StandInAgent,
     client: Client,
@@ -286,7 +286,7 @@ impl<'a> Caller<'a> {
         self.try_send(route, body).await.unwrap_or_else(|error| panic!("{route}: {error:?}"))
     }
 
-    /// Runs a command to its end: its last output, and those before.
+    /// Runs a command to its end: its last output, and the outputs before it.
     async fn run(&self, command: Value) -> (Value, Vec<Value>) {
         let (status, started) = self.send("POST /api/bash/start_bash_command", command).await;
         assert_eq!((status, &started["kind"]), (200, &json!("BashCommand")), "{started}");
@@ -346,7 +346,7 @@ fn start_request(id: Uuid) -> Value {
 }
 
 #[tokio::test]
-async fn only_the_key_opens_the_api() {
+async fn stand_in_agent_requires_its_session_key() {
     let agent = StandInAgent::start(KEY).await;
     let caller = Caller::of(&agent);
     let plain = async |path: &str| {
@@ -363,7 +363,7 @@ async fn only_the_key_opens_the_api() {
     assert_eq!(paths.len(), 6, "{paths:?}");
 
     agent.set_alive(false);
-    assert!(caller.try_send("GET /alive", Value::Null).await.is_err(), "nobody answers");
+    assert!(caller.try_send("GET /alive", Value::Null).await.is_err(), "the connection must be closed");
     agent.set_alive(true);
     assert_eq!(caller.send("GET /alive", Value::Null).await.0, 200);
 }
@@ -384,7 +384,7 @@ async fn commands_really_run() {
 
     let (output, _) = caller.run(json!({"command": "git config --global user.name Me && echo $HOME"})).await;
     assert_eq!(output["stdout"], format!("{root}/home\n"), "{output}");
-    assert!(agent.root().join("home/.gitconfig").is_file(), "a home of its own");
+    assert!(agent.root().join("home/.gitconfig").is_file(), "commands have their own home directory");
 
     let (output, _) = caller.run(json!({"command": "kill -9 $$", "cwd": root})).await;
     assert_eq!((&output["exit_code"], &output["stdout"]), (&json!(-9), &Value::Null), "{output}");
@@ -392,26 +392,26 @@ async fn commands_really_run() {
     let started = Instant::now();
     let (output, _) = caller.run(json!({"command": "echo so far; sleep 60; true", "timeout": 1})).await;
     assert_eq!((&output["exit_code"], &output["stdout"]), (&json!(-1), &json!("so far\n")), "{output}");
-    assert!(started.elapsed() < Duration::from_secs(8), "cut short");
+    assert!(started.elapsed() < Duration::from_secs(8), "the command is killed at its timeout");
 
     let missing = format!("{root}/missing");
     let (output, _) = caller.run(json!({"command": "true", "cwd": missing})).await;
     let text = format!("Error executing command: [Errno 2] No such file or directory: '{missing}'");
     assert_eq!((&output["exit_code"], &output["stderr"]), (&json!(-1), &json!(text)), "{output}");
     let (output, _) = caller.run(json!({"command": "true", "cwd": "/"})).await;
-    assert_eq!(output["exit_code"], -1, "not outside of its folder: {output}");
+    assert_eq!(output["exit_code"], -1, "a folder outside of the root is refused: {output}");
 
     let (status, body) = caller.send("POST /api/bash/start_bash_command", json!({"cwd": "/"})).await;
     assert_eq!((status, &body["detail"][0]["loc"]), (422, &json!(["body", "command"])), "{body}");
 }
 
 #[tokio::test]
-async fn long_output_comes_in_pieces() {
+async fn long_output_is_returned_in_pieces() {
     let agent = StandInAgent::start(KEY).await;
     let caller = Caller::of(&agent);
     let (last, before) = caller.run(json!({"command": "head -c 2500000 /dev/zero | tr '\\0' x"})).await;
     assert_eq!((before.len(), &last["order"], &last["exit_code"]), (2, &json!(2), &json!(0)));
-    assert!(before.iter().all(|output| output["exit_code"].is_null()), "not over before the last");
+    assert!(before.iter().all(|output| output["exit_code"].is_null()), "only the last output has an exit code");
     let length = |output: &Value| output["stdout"].as_str().expect("stdout").len();
     assert_eq!(before.iter().map(length).sum::<usize>() + length(&last), 2_500_000);
 
@@ -439,8 +439,8 @@ async fn a_command_ends_with_the_stand_in() {
     .await;
     drop(agent);
     let pid = rustix::process::Pid::from_raw(pid).expect("a pid");
-    wait_until("the sleep is over", SOON, async || {
-        // Gone, or a zombie that nobody has waited for.
+    wait_until("the sleep process has ended", SOON, async || {
+        // It has ended, or is a zombie that its parent has not reaped.
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()));
         stat.map_or_else(|_| rustix::process::test_kill_process(pid).is_err(), |stat| stat.contains(") Z"))
     })
@@ -469,7 +469,7 @@ async fn files_are_really_stored() {
 }
 
 #[tokio::test]
-async fn skills_and_hooks() {
+async fn skills_and_hooks_are_returned() {
     let agent = StandInAgent::start(KEY).await;
     let caller = Caller::of(&agent);
     let (_, skills) = caller.send("POST /api/skills", json!({"load_public": true})).await;
@@ -498,18 +498,18 @@ async fn skills_and_hooks() {
 }
 
 #[tokio::test]
-async fn a_conversation_from_start_to_end() {
+async fn a_conversation_runs_from_start_to_deletion() {
     let agent = StandInAgent::start(KEY).await;
     let caller = Caller::of(&agent);
     let id = Uuid::new_v4();
     let (status, info) = caller.send("POST /api/conversations", start_request(id)).await;
     assert_eq!((status, &info["id"]), (201, &json!(id.hyphenated().to_string())), "{info}");
-    assert!(!info.to_string().contains("secret\""), "secrets stay in: {info}");
+    assert!(!info.to_string().contains("secret\""), "secrets are not returned: {info}");
     let (status, again) = caller.send("POST /api/conversations", start_request(id)).await;
     assert_eq!((status, &again["created_at"]), (200, &info["created_at"]), "{again}");
     assert_eq!(agent.messages_delivered(id).len(), 1, "delivered once");
     assert_eq!((agent.conversations().len(), agent.conversations()[0].posts), (1, 2));
-    assert_eq!(agent.conversations()[0].body, start_request(id), "kept as sent");
+    assert_eq!(agent.conversations()[0].body, start_request(id), "the body is stored as sent");
 
     let path = format!("/api/conversations/{}", id.simple());
     let more = json!({"role": "user", "content": [], "run": true});
@@ -539,7 +539,7 @@ async fn a_conversation_from_start_to_end() {
     assert_eq!(caller.send("POST /api/conversations", json!({"agent": {}})).await.0, 422);
 }
 
-/// Starts a conversation while the fault is in force: the answer, and whether it was started.
+/// Starts a conversation while the fault is injected: the response, whether it was started, and the duration.
 async fn start_with(kind: Kind) -> (Result<(u16, Value), reqwest::Error>, bool, Duration) {
     let agent = StandInAgent::start(KEY).await;
     agent.inject(Fault::new("POST /api/conversations", Nth::Next, kind));
@@ -550,7 +550,7 @@ async fn start_with(kind: Kind) -> (Result<(u16, Value), reqwest::Error>, bool, 
     let answer = caller.try_send("POST /api/conversations", start_request(id)).await;
     let (took, started) = (sent.elapsed(), !agent.messages_delivered(id).is_empty());
 
-    // Whatever it was, it was once.
+    // Whatever the fault, it applied once.
     let (status, _) = caller.send("POST /api/conversations", start_request(id)).await;
     assert_eq!(status, if started { 200 } else { 201 });
     assert_eq!(agent.messages_delivered(id).len(), 1);
@@ -559,7 +559,7 @@ async fn start_with(kind: Kind) -> (Result<(u16, Value), reqwest::Error>, bool, 
 }
 
 #[tokio::test]
-async fn each_fault_does_what_it_says() {
+async fn each_fault_has_its_documented_effect() {
     let delay = Duration::from_millis(200);
     for kind in [Kind::Slow(delay), Kind::SlowReply(delay)] {
         let (answer, started, took) = start_with(kind.clone()).await;
@@ -585,7 +585,7 @@ async fn each_fault_does_what_it_says() {
 }
 
 #[tokio::test]
-async fn a_slow_effect_comes_also_if_nobody_waits_for_it() {
+async fn slow_effect_happens_even_if_the_client_disconnects() {
     let agent = StandInAgent::start(KEY).await;
     agent.inject(Fault::new("POST /api/conversations", Nth::Next, Kind::Slow(Duration::from_millis(400))));
     let mut caller = Caller::of(&agent);
@@ -593,12 +593,12 @@ async fn a_slow_effect_comes_also_if_nobody_waits_for_it() {
     let id = Uuid::new_v4();
     let error = caller.try_send("POST /api/conversations", start_request(id)).await.expect_err("too slow");
     assert!(error.is_timeout(), "{error:?}");
-    assert!(agent.conversations().is_empty(), "not yet");
-    wait_until("the conversation is there", SOON, async || agent.conversations().len() == 1).await;
+    assert!(agent.conversations().is_empty(), "the effect is delayed");
+    wait_until("the conversation exists", SOON, async || agent.conversations().len() == 1).await;
 }
 
 #[tokio::test]
-async fn faults_know_their_turn() {
+async fn fault_applies_to_the_chosen_request() {
     let agent = StandInAgent::start(KEY).await;
     let caller = Caller::of(&agent);
     let fault = |route, nth| agent.inject(Fault::new(route, nth, Kind::Status(503, "{}".to_owned())));
@@ -620,10 +620,10 @@ async fn faults_know_their_turn() {
     assert_eq!(statuses(&path).await, [404, 404, 404]);
 }
 
-// What stands for AWS
+// AWS engines
 
 #[tokio::test]
-async fn engines_are_those_that_were_asked_for() {
+async fn engines_are_those_that_the_environment_selects() {
     let folder = TempDir::new().expect("a folder");
     let engines = Engines::start(folder.path()).await;
     for url in [&engines.dynamodb, &engines.s3, &engines.sqs] {
@@ -636,7 +636,7 @@ async fn engines_are_those_that_were_asked_for() {
 }
 
 #[tokio::test]
-async fn ministack_ends_with_who_started_it() {
+async fn ministack_ends_with_the_process_that_started_it() {
     if !is_ministack() {
         println!("not run: a process of ministack (OPENHANDS_TEST_AWS=ministack)");
         return;
@@ -644,7 +644,7 @@ async fn ministack_ends_with_who_started_it() {
     let Ministack { url, mut process, .. } = Ministack::start();
     let healthy = async || Client::new().get(format!("{url}/_ministack/health")).send().await.is_ok();
     assert!(healthy().await);
-    // As the system closes it when a process is killed.
+    // The kernel closes it the same way when a process is killed.
     drop(process.stdin.take());
     wait_until("it has ended", SOON, async || process.try_wait().expect("a process").is_some()).await;
     assert!(!healthy().await);
@@ -653,7 +653,7 @@ async fn ministack_ends_with_who_started_it() {
 // Waiting
 
 #[tokio::test]
-#[should_panic(expected = "still not so after 50ms: pigs fly")]
-async fn waiting_in_vain_says_for_what() {
+#[should_panic(expected = "not true after 50ms: pigs fly")]
+async fn timed_out_wait_names_its_condition() {
     wait_until("pigs fly", Duration::from_millis(50), async || false).await;
 }

@@ -1,4 +1,5 @@
-//! What agent servers post: who may, what is kept, and that nothing is acknowledged that is not.
+//! Webhook routes: session keys and ownership, validation, storage of events, and no acknowledgement before everything
+//! is stored.
 
 use futures::future::join_all;
 use local::options::{CommonOptions, SandboxKind};
@@ -13,7 +14,7 @@ use shared::conversation::ConversationRecord;
 use shared::conversation::search::Filter;
 use shared::conversation::store::ConversationStore;
 use shared::event::store::{Event, EventStore};
-use shared::sandbox::store::SandboxStore;
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use tempfile::TempDir;
@@ -37,19 +38,15 @@ struct Owner {
 
 impl Owner {
     async fn new(aws: &Aws, names: &Names, sealer: &Sealer, user: UserId) -> Self {
-        let sandboxes = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
+        let sandboxes = Stores::new(names, aws, sealer).sandboxes();
         for (id, key) in [("one", KEY), ("another", OTHER_KEY)] {
             let record = sandboxes.new_record(&user, id, "spec", &SecretString::from(key)).await.expect("a record");
             sandboxes.put_new(record).await.expect("stored");
         }
         Self {
             user,
-            conversations: ConversationStore::new(
-                aws.dynamodb.clone(),
-                names.conversations.clone(),
-                names.users.clone(),
-            ),
-            events: EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone()),
+            conversations: Stores::without_key(names, aws).conversations(),
+            events: Stores::without_key(names, aws).events(),
         }
     }
 
@@ -81,15 +78,15 @@ impl Owner {
     }
 }
 
-/// The whole server, with a key for everything else.
-struct WorkerHarness {
+/// The whole server, with a session API key for all other routes.
+struct Fixture {
     server: Server,
     http: Client,
     owner: Owner,
     _folder: TempDir,
 }
 
-impl WorkerHarness {
+impl Fixture {
     async fn start() -> Self {
         let folder = TempDir::new().expect("a folder");
         let options = CommonOptions::on(folder.path().join("data"), SandboxKind::None);
@@ -109,7 +106,7 @@ impl WorkerHarness {
             request = request.header("X-Session-API-Key", key);
         }
         let answer = request.send().await.expect("an answer");
-        assert!(answer.headers().contains_key("cache-control"), "the answers have what all answers have");
+        assert!(answer.headers().contains_key("cache-control"), "webhook responses have the common headers");
         (answer.status().as_u16(), answer.json().await.expect("JSON"))
     }
 
@@ -132,64 +129,71 @@ fn refused(text: &str) -> (u16, Value) {
 }
 
 #[tokio::test]
-async fn only_sandboxes_tell_and_only_of_their_own_conversations() {
-    let rig = WorkerHarness::start().await;
+async fn only_a_sandbox_may_post_webhooks_and_only_for_its_own_conversations() {
+    let fixture = Fixture::start().await;
     let (own, foreign, unknown) = (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
-    rig.owner.has_conversation(own, "one").await;
-    rig.owner.has_conversation(foreign, "another").await;
+    fixture.owner.has_conversation(own, "one").await;
+    fixture.owner.has_conversation(foreign, "another").await;
     let batch = json!([event(1)]).to_string();
     for (id, expected) in [(own, success()), (unknown, success()), (foreign, refused("Unauthorized"))] {
         let events = format!("events/{id}");
         let said = json!({"id": id, "execution_status": "running"}).to_string();
         for (path, body) in [(events.as_str(), &batch), ("conversations", &said)] {
-            // Who calls is asked before what for.
+            // The caller is authenticated before the body is validated.
             for body in [body.as_str(), "nonsense"] {
                 let missing = refused("X-Session-API-Key header is required");
-                assert_eq!(rig.post(path, None, body.to_owned()).await, missing, "{path}");
-                assert_eq!(rig.post(path, Some(""), body.to_owned()).await, missing, "{path}");
+                assert_eq!(fixture.post(path, None, body.to_owned()).await, missing, "{path}");
+                assert_eq!(fixture.post(path, Some(""), body.to_owned()).await, missing, "{path}");
                 for key in ["unknown", INSTANCE_KEY] {
-                    let answer = rig.post(path, Some(key), body.to_owned()).await;
+                    let answer = fixture.post(path, Some(key), body.to_owned()).await;
                     assert_eq!(answer, refused("Invalid session API key"), "{path}");
                 }
             }
-            assert_eq!(rig.post(path, Some(KEY), body.clone()).await, expected, "{path}");
+            assert_eq!(fixture.post(path, Some(KEY), body.clone()).await, expected, "{path}");
         }
-        let kept = rig.owner.events_of(id).await.len();
+        let kept = fixture.owner.events_of(id).await.len();
         assert_eq!(kept, usize::from(expected.0 == 200));
     }
-    // What is said of an unknown conversation made a record; that one is being deleted changes nothing.
+    // A report of an unknown conversation created its record; a report of a deletion changes nothing.
     let deleting = json!({"id": own, "execution_status": "deleting"}).to_string();
-    assert_eq!(rig.post("conversations", Some(KEY), deleting).await, success());
-    assert_eq!(rig.owner.conversations.count(&rig.owner.user, &Filter::default()).await.expect("a count"), 3);
-    // The session key opens webhooks alone, and there is nothing else at their paths.
-    let url = format!("http://{}/api/v1", rig.server.address);
+    assert_eq!(fixture.post("conversations", Some(KEY), deleting).await, success());
+    assert_eq!(fixture.owner.conversations.count(&fixture.owner.user, &Filter::default()).await.expect("a count"), 3);
+    // The session key is accepted only by webhooks, and their paths have no other methods.
+    let url = format!("http://{}/api/v1", fixture.server.address);
     let get = async |path: &str| {
-        rig.http.get(format!("{url}{path}")).header("X-Session-API-Key", KEY).send().await.expect("an answer").status()
+        fixture
+            .http
+            .get(format!("{url}{path}"))
+            .header("X-Session-API-Key", KEY)
+            .send()
+            .await
+            .expect("an answer")
+            .status()
     };
     assert_eq!(get("/app-conversations/search").await, 401);
     assert_eq!(get("/webhooks/conversations").await, 405);
     assert_eq!(get("/webhooks/nothing").await, 404);
-    rig.server.shutdown().await;
+    fixture.server.shutdown().await;
 }
 
 #[tokio::test]
-async fn events_are_kept_as_they_came_and_once() {
-    let rig = WorkerHarness::start().await;
+async fn events_are_stored_unchanged_and_once() {
+    let fixture = Fixture::start().await;
     let id = Uuid::new_v4();
-    // More than DynamoDB takes at once, in no order, one of them twice.
+    // More events than DynamoDB accepts in one write, in mixed order, one of them twice.
     let mut batch: Vec<Value> = (0..30).rev().map(event).collect();
     batch.push(event(7));
     let batch = Value::Array(batch);
-    let answers = join_all((0..5).map(|_| rig.post_events(id, &batch))).await;
+    let answers = join_all((0..5).map(|_| fixture.post_events(id, &batch))).await;
     assert!(answers.iter().all(|answer| *answer == success()), "{answers:?}");
-    assert_eq!(rig.post_events(id, &json!([])).await, success());
-    let ids = async || rig.owner.events_of(id).await.into_iter().map(|event| event.id).collect::<Vec<_>>();
+    assert_eq!(fixture.post_events(id, &json!([])).await, success());
+    let ids = async || fixture.owner.events_of(id).await.into_iter().map(|event| event.id).collect::<Vec<_>>();
     let thirty: Vec<String> = (0..30).map(|number| format!("event-{number}")).collect();
     assert_eq!(ids().await, thirty);
-    assert_eq!(rig.post_events(id, &json!([event(29), event(30)])).await, success());
+    assert_eq!(fixture.post_events(id, &json!([event(29), event(30)])).await, success());
     assert_eq!(ids().await.len(), 31);
 
-    // Byte for byte, whatever it is.
+    // Byte for byte, whatever the content.
     let other = Uuid::new_v4();
     let sent = r#"{"timestamp":"2025-01-01T00:00:00.5", "kind":"NobodyKnowsIt","more":[1.10, 1e2,123456789012345678901234567890],
         "text":"\u00e9é", "id":"strange"}"#;
@@ -199,23 +203,23 @@ async fn events_are_kept_as_they_came_and_once() {
     assert!(large.len() > 500_000);
     let path = format!("events/{other}");
     for _ in 0..2 {
-        assert_eq!(rig.post(&path, Some(KEY), format!("[{sent} , {large}]")).await, success());
+        assert_eq!(fixture.post(&path, Some(KEY), format!("[{sent} , {large}]")).await, success());
     }
-    let kept = rig.owner.events_of(other).await;
+    let kept = fixture.owner.events_of(other).await;
     assert_eq!(kept.iter().map(|event| event.json.as_str()).collect::<Vec<_>>(), [sent, large.as_str()]);
     assert_eq!(kept[0].kind, "NobodyKnowsIt");
-    // The large one is in the bucket, under a key that file systems take too.
-    let objects = rig.server.aws.s3.list_objects_v2().bucket(&rig.server.config.names.bucket).prefix("events/");
+    // The large event is in the bucket, under a key that is also a valid file name.
+    let objects = fixture.server.aws.s3.list_objects_v2().bucket(&fixture.server.config.names.bucket).prefix("events/");
     let objects = objects.send().await.expect("a list").contents.unwrap_or_default();
     let [object] = objects.as_slice() else { panic!("one object: {objects:?}") };
     let key = object.key().expect("a key");
     assert!(key.starts_with(&format!("events/{}/", other.simple())) && key.len() < 145, "{key}");
-    rig.server.shutdown().await;
+    fixture.server.shutdown().await;
 }
 
 #[tokio::test]
-async fn bad_bodies_are_refused_with_their_faults() {
-    let rig = WorkerHarness::start().await;
+async fn invalid_bodies_are_refused_with_every_violation() {
+    let fixture = Fixture::start().await;
     let id = Uuid::new_v4();
     let events = format!("events/{id}");
     let long = "x".repeat(1024);
@@ -248,21 +252,21 @@ async fn bad_bodies_are_refused_with_their_faults() {
         ),
         ("events/%FF", "[]", vec![("uuid_parsing", json!(["path", "conversation_id"]))]),
     ] {
-        let (status, answer) = rig.post(path, Some(KEY), body.to_owned()).await;
-        let told: Vec<(&str, Value)> = answer["detail"]
+        let (status, answer) = fixture.post(path, Some(KEY), body.to_owned()).await;
+        let violations: Vec<(&str, Value)> = answer["detail"]
             .as_array()
             .into_iter()
             .flatten()
             .map(|fault| (fault["type"].as_str().unwrap_or_default(), fault["loc"].clone()))
             .collect();
-        assert_eq!((status, told), (422, faults), "{path} {body}: {answer}");
+        assert_eq!((status, violations), (422, faults), "{path} {body}: {answer}");
     }
-    assert_eq!(rig.owner.events_of(id).await, [], "a batch is kept whole or not at all");
-    rig.server.shutdown().await;
+    assert_eq!(fixture.owner.events_of(id).await, [], "a batch is stored as a whole or not at all");
+    fixture.server.shutdown().await;
 }
 
 #[tokio::test]
-async fn nothing_is_acknowledged_that_the_store_refuses() {
+async fn webhook_is_not_acknowledged_if_the_store_fails() {
     let folder = TempDir::new().expect("a folder");
     let engines = Engines::start(folder.path()).await;
     let sdk = engines.sdk_config().await;
@@ -272,7 +276,7 @@ async fn nothing_is_acknowledged_that_the_store_refuses() {
     names.job_queue_url = queues.jobs;
     let sealing_key_file = folder.path().join("sealing-key");
     let sealer = Sealer::from_file(&sealing_key_file).expect("a key");
-    let owner = Owner::new(&aws, &names, &sealer, UserId::new("somebody")).await;
+    let owner = Owner::new(&aws, &names, &sealer, UserId::new("user-one")).await;
     let gate = FaultProxy::new();
     let way = gate.to(&engines.dynamodb).await;
     let network = engines.network_sdk_config().await;
@@ -309,7 +313,7 @@ async fn nothing_is_acknowledged_that_the_store_refuses() {
         router.clone().oneshot(request).await.expect("an answer").status().as_u16()
     };
     let cost = async || owner.conversations.get(&owner.user, id).await.expect("the store").expect("it").metrics;
-    // Two lookups, two writes of which the first holds 25 events, and then what follows from them.
+    // Two lookups, two writes of which the first has 25 events, and then the updates that follow from them.
     for (call, kept) in [(1, 0), (2, 0), (3, 0), (4, 25), (5, 30), (6, 30)] {
         gate.arm(call, Stop::Refuse);
         assert_eq!(post().await, 503, "{:?}", gate.calls());

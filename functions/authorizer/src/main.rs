@@ -8,7 +8,7 @@ use shared::logging::{self, LogFormat};
 use shared::user::api_key::ApiKeyStore;
 
 #[tokio::main]
-async fn main() -> Result<(), lambda::Error> {
+async fn main() -> Result<(), lambda_bootstrap::Error> {
     logging::init(LogFormat::Json);
     let config = AuthorizerConfig::from_env()?;
     let keys = ApiKeyStore::new(shared::aws::dynamodb_from_env(), config.users.clone());

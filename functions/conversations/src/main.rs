@@ -1,6 +1,9 @@
 //! The Lambda function around [`conversations::router`].
 
 #[tokio::main]
-async fn main() -> Result<(), lambda::Error> {
-    lambda::serve(|config, aws, sealer| conversations::router(conversations::Context::new(config, aws, sealer))).await
+async fn main() -> Result<(), lambda_bootstrap::Error> {
+    lambda_bootstrap::serve(|config, aws, sealer| {
+        conversations::router(conversations::Context::new(config, aws, sealer))
+    })
+    .await
 }

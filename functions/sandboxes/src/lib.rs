@@ -1,5 +1,5 @@
-//! `/api/v1/sandboxes` and `/api/v1/sandbox-specs`: the machines that conversations run in; and messages for conversations that
-//! are not ready; and a way for web pages to the agent servers in their sandboxes.
+//! `/api/v1/sandboxes` and `/api/v1/sandbox-specs`: the sandboxes of conversations. Also the queue of messages for conversations that
+//! are not ready, and the cloud proxy, through which web pages reach the agent servers of sandboxes.
 
 mod cloud_proxy;
 mod pending_messages;
@@ -15,23 +15,24 @@ use axum::extract::DefaultBodyLimit;
 use axum::routing::{get, post};
 use shared::aws::Aws;
 use shared::config::Config;
-use shared::conversation::store::ConversationStore;
 use shared::http_client::HttpClient;
-use shared::jobs::queue::JobQueue;
-use shared::pending_message::delivery::{Messages, Timing};
-use shared::pending_message::store::MessageStore;
+use shared::pending_message::delivery::Messages;
+use shared::sandbox::SandboxService;
 use shared::sandbox::spec::{SandboxSpec, specs};
 use shared::sandbox::store::SandboxStore;
-use shared::sandbox::{self, SandboxService};
-use shared::start::store::StartTaskStore;
+use shared::stores::Stores;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
 
-/// A message may hold images.
+pub use crate::pending_messages::QueuedMessageOut;
+pub use crate::sandboxes::SandboxOut;
+pub use crate::secrets::SecretNamesOut;
+
+/// The largest body, in bytes: a message may hold images.
 const BODY_LIMIT: usize = 5 * 1024 * 1024;
 
-/// What this function may touch: it makes and changes sandboxes, reads the settings of their owners for the agents in them, and
-/// keeps messages.
+/// What this function can access: it creates and changes sandboxes, reads the settings of their owners for the agents in them, and
+/// queues messages.
 #[derive(Clone, Debug)]
 pub struct Context {
     sandboxes: Arc<dyn SandboxService>,
@@ -46,31 +47,14 @@ impl Context {
     /// A context on the configured tables and sandboxes.
     #[must_use]
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
-        let (names, dynamodb, s3) = (&config.names, &aws.dynamodb, &aws.s3);
-        let records = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
-        let sandboxes = sandbox::service(&config.sandbox, records.clone());
-        let (users, bucket) = (names.users.clone(), names.bucket.clone());
-        let messages = Messages {
-            store: MessageStore::new(dynamodb.clone(), users.clone(), s3.clone(), bucket.clone()),
-            tasks: StartTaskStore::new(
-                dynamodb.clone(),
-                names.start_tasks.clone(),
-                users.clone(),
-                s3.clone(),
-                bucket,
-                sealer.clone(),
-            ),
-            conversations: ConversationStore::new(dynamodb.clone(), names.conversations.clone(), users),
-            sandboxes: sandboxes.clone(),
-            queue: JobQueue::new(aws.sqs.clone(), names.job_queue_url.clone()),
-            http: HttpClient::new(config.address_policy),
-            timing: Timing::default(),
-        };
+        let stores = Stores::new(&config.names, aws, sealer);
+        let sandboxes = stores.sandbox_service(&config.sandbox);
+        let http = HttpClient::new(config.address_policy);
         Self {
+            messages: stores.message_delivery(sandboxes.clone(), http),
             sandboxes,
-            messages,
-            records,
-            settings: SettingsStore::new(aws.dynamodb.clone(), names.users.clone(), sealer.clone()),
+            records: stores.sandboxes(),
+            settings: stores.settings(),
             specs: specs(&config.sandbox),
             sandbox_request_budget: config.sandbox_request_budget,
         }
@@ -85,7 +69,7 @@ pub fn router(context: Context) -> Router {
         .route("/api/v1/sandboxes/{sandbox_id}", axum::routing::delete(sandboxes::delete_named))
         .route("/api/v1/sandboxes/{sandbox_id}/pause", post(sandboxes::pause))
         .route("/api/v1/sandboxes/{sandbox_id}/resume", post(sandboxes::resume))
-        .route("/api/v1/conversations/{conversation_id}/pending-messages", post(pending_messages::keep))
+        .route("/api/v1/conversations/{conversation_id}/pending-messages", post(pending_messages::enqueue))
         .route("/api/v1/sandbox-specs", get(specs::batch_get))
         .route("/api/v1/sandbox-specs/search", get(specs::search))
         .route("/api/cloud-proxy", post(cloud_proxy::proxy))
@@ -93,8 +77,8 @@ pub fn router(context: Context) -> Router {
         .with_state(context)
 }
 
-/// The routes of this function for the agents in sandboxes, who show their sandbox's session key; whoever else the request may be
-/// from does not count.
+/// The routes of this function for the agents in sandboxes, authenticated by the sandbox's session key. All other credentials of a
+/// request are ignored.
 pub fn secrets_router(context: Context) -> Router {
     Router::new()
         .route("/api/v1/sandboxes/{sandbox_id}/settings/secrets", get(secrets::list))

@@ -1,7 +1,7 @@
 //! The Lambda function around [`web_client::router`].
 
 #[tokio::main]
-async fn main() -> Result<(), lambda::Error> {
+async fn main() -> Result<(), lambda_bootstrap::Error> {
     let router = web_client::router(web_client::Context::from_env()).merge(web_client::health_router());
-    lambda::serve_open(router).await
+    lambda_bootstrap::serve_static(router).await
 }

@@ -4,13 +4,13 @@ use lambda_runtime::{LambdaEvent, service_fn};
 use serde_json::Value;
 
 #[tokio::main]
-async fn main() -> Result<(), lambda::Error> {
-    let (config, aws, sealer) = lambda::set_up()?;
+async fn main() -> Result<(), lambda_bootstrap::Error> {
+    let (config, aws, sealer) = lambda_bootstrap::set_up()?;
     let context = worker::Context::new(&config, &aws, &sealer);
     let context = &context;
     let handle = async |event: LambdaEvent<Value>| {
-        let handled = worker::handle(context, event.payload).await.map_err(lambda::Error::from);
-        lambda::flush_metrics();
+        let handled = worker::handle(context, event.payload).await.map_err(lambda_bootstrap::Error::from);
+        lambda_bootstrap::flush_metrics();
         handled
     };
     lambda_runtime::run(service_fn(handle)).await

@@ -1,4 +1,4 @@
-//! A bare `lambda_http` function: what cold starts are compared with.
+//! A minimal `lambda_http` function, the baseline of the cold-start benchmark.
 
 use lambda_http::{Error, Request, run, service_fn};
 

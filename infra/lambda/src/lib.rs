@@ -1,4 +1,5 @@
-//! What the `main` of every function does: logging, configuration, the caller, the runtime. Nothing else knows Lambda.
+//! The start-up of every Lambda function: logging, configuration, the caller from the request context, the runtime. No other crate
+//! depends on Lambda, except the functions that are not HTTP servers.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,13 +29,13 @@ use shared::user::UserId;
 use shared::user::data_key::DataKey;
 use shared::user::seal::Sealer;
 
-/// Configuration, clients and the sealing key, read once a process.
+/// Reads the configuration and creates the clients and the sealer, once per process.
 ///
 /// # Errors
-/// When the environment is not complete.
+/// The environment is incomplete.
 pub fn set_up() -> Result<(Config, Aws, Sealer), Error> {
     logging::init(LogFormat::Json);
-    // Before anything is measured.
+    // The collector has to exist before the first metric is recorded.
     let _collector = metrics();
     let config = Config::from_env()?;
     let sdk = shared::aws::sdk_config_from_env();
@@ -49,18 +50,18 @@ pub fn set_up() -> Result<(Config, Aws, Sealer), Error> {
     Ok((config, aws, sealer))
 }
 
-/// Serves a router with whole answers. One that is too large for Lambda is replaced by a 413.
+/// Serves a router with buffered responses. A response that is too large for Lambda is replaced by a 413.
 ///
 /// # Errors
-/// When the set-up or the runtime fails.
+/// The set-up or the runtime failed.
 pub async fn serve(make: impl FnOnce(&Config, &Aws, &Sealer) -> Router) -> Result<(), Error> {
     lambda_http::run(configured(make, |router| router.layer(middleware::from_fn(within_payload_limit)))?).await
 }
 
-/// Serves a router whose answers are streamed. When a body fails after its answer has begun, the process ends.
+/// Serves a router with streamed responses. If a body fails after its response has begun, the process exits.
 ///
 /// # Errors
-/// When the set-up or the runtime fails.
+/// The set-up or the runtime failed.
 pub async fn serve_streaming(make: impl FnOnce(&Config, &Aws, &Sealer) -> Router) -> Result<(), Error> {
     let router = configured(make, |router| router)?.layer(middleware::map_response(async |response: Response| {
         response.map(|body| Body::from_stream(body.into_data_stream().inspect_err(abort)))
@@ -68,25 +69,25 @@ pub async fn serve_streaming(make: impl FnOnce(&Config, &Aws, &Sealer) -> Router
     lambda_http::run_with_streaming_response(router).await
 }
 
-/// Serves a router that touches nothing.
+/// Serves a router that needs no configuration, clients or caller.
 ///
 /// # Errors
-/// When the runtime fails.
-pub async fn serve_open(router: Router) -> Result<(), Error> {
+/// The runtime failed.
+pub async fn serve_static(router: Router) -> Result<(), Error> {
     logging::init(LogFormat::Json);
-    lambda_http::run(edge(with_common_answers(router), false)).await
+    lambda_http::run(with_middleware(with_common_answers(router), false)).await
 }
 
-/// The router with configuration, and `inner` around what it answers.
+/// Creates the router with configuration and clients. `inner` is the innermost layer.
 fn configured(
     make: impl FnOnce(&Config, &Aws, &Sealer) -> Router,
     inner: impl FnOnce(Router) -> Router,
 ) -> Result<Router, Error> {
     let (config, aws, sealer) = set_up()?;
-    Ok(edge(inner(with_common_answers(make(&config, &aws, &sealer))), config.single_user))
+    Ok(with_middleware(inner(with_common_answers(make(&config, &aws, &sealer))), config.single_user))
 }
 
-fn edge(router: Router, single_user: bool) -> Router {
+fn with_middleware(router: Router, single_user: bool) -> Router {
     let origins = permitted_origins();
     router
         .layer(middleware::from_fn(move |request: Request, next: Next| identify(single_user, request, next)))
@@ -95,7 +96,8 @@ fn edge(router: Router, single_user: bool) -> Router {
         .layer(middleware::from_fn(log))
 }
 
-/// Browsers use HTTPS from then on, and do not guess a content type. The gateway's own answers carry the same (`template.yaml`).
+/// Adds headers so that browsers use only HTTPS afterwards, and do not guess content types. Responses of API Gateway itself have the same
+/// headers (`template.yaml`).
 async fn with_security_headers(request: Request, next: Next) -> Response {
     let mut response = next.run(request).await;
     let headers = response.headers_mut();
@@ -104,16 +106,16 @@ async fn with_security_headers(request: Request, next: Next) -> Response {
     response
 }
 
-/// Ends the process, and with it the invocation: Lambda then cuts the stream, and the client sees that it is incomplete. The
-/// runtime crate would append the error to the body as text and end the body as if it was complete.
+/// Exits the process, which aborts the invocation: Lambda then closes the stream early, and the client detects that it is incomplete. The
+/// runtime crate would instead append the error to the body as text and end the body as if it were complete.
 fn abort(error: &axum::Error) {
     tracing::error!(%error, "lambda.stream_aborted");
     flush_metrics();
     std::process::exit(1);
 }
 
-/// Replaces an answer that Lambda would not accept: API Gateway would answer 502 without saying why. Lists end before that
-/// (`shared::http::page`); this is for answers of a fixed shape, whose size others decide.
+/// Replaces a response that is too large for Lambda by a 413; otherwise API Gateway would return a 502 without a reason. Lists are
+/// limited earlier (`shared::http::page`). This limit is for other responses, whose size depends on stored data.
 async fn within_payload_limit(request: Request, next: Next) -> Response {
     let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
     let (parts, body) = next.run(request).await.into_parts();
@@ -121,7 +123,7 @@ async fn within_payload_limit(request: Request, next: Next) -> Response {
         Ok(bytes) => bytes,
         Err(error) => return shared::Error::internal(error).into_response(),
     };
-    // Others than texts are sent in base64.
+    // Bodies that are not text are encoded as base64.
     let kind = parts.headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     let is_text = kind.starts_with("text/") || kind.contains("json");
     let length = bytes.len() as u64;
@@ -129,31 +131,32 @@ async fn within_payload_limit(request: Request, next: Next) -> Response {
     if size <= MAX_BODY {
         return Response::from_parts(parts, Body::from(bytes));
     }
-    tracing::error!(route = route.as_deref().unwrap_or("none"), size, "lambda.answer_too_large");
-    let text = "The answer is larger than this server can return: request less at once";
+    tracing::error!(route = route.as_deref().unwrap_or("none"), size, "lambda.response_too_large");
+    let text = "The response is larger than this server can return. Request less data at once";
     shared::Error::TooLarge(text.to_owned()).into_response()
 }
 
-/// Where metrics go: into the log, in CloudWatch's embedded metric format, below the namespace `METRICS_NAMESPACE`.
+/// The collector that writes metrics to the log, in CloudWatch's embedded metric format with the namespace `METRICS_NAMESPACE`; `None`
+/// if that is not set.
 fn metrics() -> Option<&'static Collector> {
     static COLLECTOR: OnceLock<Option<&'static Collector>> = OnceLock::new();
     *COLLECTOR.get_or_init(|| {
         let namespace = text("METRICS_NAMESPACE")?;
         let function = text("AWS_LAMBDA_FUNCTION_NAME").unwrap_or_default();
-        let made = Builder::new().cloudwatch_namespace(namespace).with_dimension("Function", function).init();
+        let collector = Builder::new().cloudwatch_namespace(namespace).with_dimension("Function", function).init();
         metrics::describe();
-        made.inspect_err(|error| tracing::error!(%error, "lambda.no_metrics")).ok()
+        collector.inspect_err(|error| tracing::error!(%error, "lambda.metrics_init_failed")).ok()
     })
 }
 
-/// Writes down what was measured since the last time. Behind each invocation: a process may be frozen at any time then.
+/// Writes the metrics since the last flush to the log. Has to run after each invocation, because Lambda may freeze the process afterwards.
 pub fn flush_metrics() {
     if let Some(Err(error)) = metrics().map(|metrics| metrics.flush(std::io::stdout())) {
-        tracing::warn!(%error, "lambda.metrics_not_written");
+        tracing::warn!(%error, "lambda.metrics_flush_failed");
     }
 }
 
-/// The caller is whom the authorizer named in the request context; no header counts.
+/// Sets the caller to the user in the request context, which the authorizer has set. Headers are ignored.
 async fn identify(single_user: bool, mut request: Request, next: Next) -> Response {
     if let Some(user) = caller(single_user, &request) {
         request.extensions_mut().insert(Caller(user));
@@ -168,19 +171,19 @@ fn caller(single_user: bool, request: &Request) -> Option<UserId> {
     match request.extensions().get::<RequestContext>() {
         Some(RequestContext::ApiGatewayV1(context)) => {
             let user = context.authorizer.fields.get("user_id")?.as_str()?;
-            // The single user of local servers is nobody here.
+            // The id of local servers' single user is not valid here.
             Some(UserId::new(user)).filter(|user| !user.as_str().is_empty() && user.shown().is_some())
         }
         _ => None,
     }
 }
 
-/// One line a request: which, whose, how it ended, how long it took. The route is its template: paths and queries may hold what
-/// is nobody's business.
+/// Logs one line per request: route, user, status, duration. The route is logged as its template, because paths and queries may contain
+/// confidential data.
 async fn log(request: Request, next: Next) -> Response {
     static WARM: AtomicBool = AtomicBool::new(false);
     let cold_start = !WARM.swap(true, Ordering::Relaxed);
-    let began = Instant::now();
+    let started_at = Instant::now();
     let request_id = request.extensions().get::<Context>().map(|context| context.request_id.clone());
     let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
     let (method, user) = (request.method().clone(), caller(false, &request));
@@ -191,7 +194,7 @@ async fn log(request: Request, next: Next) -> Response {
         %method,
         route = route.as_deref().unwrap_or("none"),
         status = response.status().as_u16(),
-        duration_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+        duration_ms = u64::try_from(started_at.elapsed().as_millis()).unwrap_or(u64::MAX),
         cold_start,
         "http.request"
     );
@@ -208,28 +211,28 @@ mod tests {
 
     use super::*;
 
-    async fn answered(kind: &'static str, body: Vec<u8>) -> (StatusCode, usize) {
-        let answer = get(async move || ([(CONTENT_TYPE, kind)], body.clone()));
-        let router = Router::new().route("/", answer).layer(middleware::from_fn(within_payload_limit));
-        let answer = router.oneshot(Request::new(Body::empty())).await.unwrap_or_else(|never| match never {});
-        let status = answer.status();
-        (status, answer.into_body().collect().await.map(|body| body.to_bytes().len()).unwrap_or_default())
+    async fn respond_with(kind: &'static str, body: Vec<u8>) -> (StatusCode, usize) {
+        let handler = get(async move || ([(CONTENT_TYPE, kind)], body.clone()));
+        let router = Router::new().route("/", handler).layer(middleware::from_fn(within_payload_limit));
+        let response = router.oneshot(Request::new(Body::empty())).await.unwrap_or_else(|never| match never {});
+        let status = response.status();
+        (status, response.into_body().collect().await.map(|body| body.to_bytes().len()).unwrap_or_default())
     }
 
     #[tokio::test]
-    async fn no_answer_is_larger_than_lambda_returns() {
+    async fn responses_that_are_too_large_for_lambda_are_replaced() {
         let most = usize::try_from(MAX_BODY).unwrap_or_default();
         for (kind, byte, size, fits) in [
             ("application/json", b'x', most, true),
             ("application/json", b'x', most + 1, false),
-            // Escaped, it is twice as long; and in base64 a third longer.
+            // Escaping doubles the size, and base64 adds a third.
             ("application/json", b'"', most / 2, true),
             ("application/json", b'"', most / 2 + 1, false),
             ("text/plain; charset=utf-8", 0, most / 6 + 1, false),
             ("image/png", 0, most / 4 * 3, true),
             ("image/png", 0, most / 4 * 3 + 4, false),
         ] {
-            let (status, length) = answered(kind, vec![byte; size]).await;
+            let (status, length) = respond_with(kind, vec![byte; size]).await;
             if fits {
                 assert_eq!((status, length), (StatusCode::OK, size), "{kind} {size}");
             } else {

@@ -1,12 +1,12 @@
-//! Which hosts and which web pages this machine's server accepts requests for and from.
+//! Checks the `Host` and the `Origin` of each request, against DNS rebinding and requests from other web sites.
 //!
-//! The server listens on loopback, but every page that the user's browser shows can send requests there. Two checks keep those
-//! of other sites out, whether or not the API needs a key:
+//! The server listens on loopback, but every page in the user's browser can send requests to it. Two checks refuse those of other
+//! sites, whether or not the API needs a key:
 //!
-//! - `Host` has to name this machine or the server's public address. A page that reaches the server under a name of its own (DNS
-//!   rebinding) would otherwise be of the same origin as the API.
-//! - A request with an `Origin` that may not read the API's answers is refused before it is executed, also one that browsers send
-//!   without a preflight.
+//! - `Host` has to be this machine or the server's public address. Otherwise a page that resolves its own host name to this machine
+//!   (DNS rebinding) would have the same origin as the API.
+//! - A request whose `Origin` may not read the API's responses is refused before it is executed, including requests that browsers
+//!   send without a preflight.
 
 use std::net::Ipv6Addr;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use serde_json::json;
 /// The name by which containers reach the machine that they run on.
 const CONTAINERS_HOST: &str = "host.docker.internal";
 
-/// A host and a port, as `Host` headers and origins write them.
+/// A host and a port, as in `Host` headers and origins.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Authority {
     /// In lower case; an IPv6 address in brackets, in its canonical form.
@@ -33,8 +33,8 @@ struct Authority {
 }
 
 impl Authority {
-    /// Reads `host` or `host:port`. Refuses what browsers never send: user information, an empty label (so also a trailing
-    /// dot), characters that names do not have, a port that is no number.
+    /// Parses `host` or `host:port`. Rejects input that browsers never send: user information, an empty label (and therefore a
+    /// trailing dot), characters that are invalid in host names, a port that is not a number.
     fn parse(text: &str) -> Option<Self> {
         let (host, port) = match text.strip_prefix('[') {
             Some(rest) => {
@@ -64,7 +64,7 @@ impl Authority {
         Some(Self { host, port })
     }
 
-    /// This machine, however its loopback interface is named.
+    /// Whether this is a name or an address of the loopback interface.
     fn is_loopback(&self) -> bool {
         matches!(self.host.as_str(), "127.0.0.1" | "localhost" | "[::1]") || self.host.ends_with(".localhost")
     }
@@ -74,14 +74,14 @@ impl Authority {
     }
 }
 
-/// The origin of a web page.
+/// The origin of a web page. `default_port` is that of its scheme.
 struct Origin {
     default_port: u16,
     authority: Authority,
 }
 
 impl Origin {
-    /// Reads `http://host:port` or `https://host:port`. `null`, and origins of other schemes, are none.
+    /// Parses `http://host:port` or `https://host:port`. Returns `None` for `null` and for other schemes.
     fn parse(text: &str) -> Option<Self> {
         let (scheme, authority) = text.split_once("://")?;
         let default_port = match scheme {
@@ -92,25 +92,25 @@ impl Origin {
         Some(Self { default_port, authority: Authority::parse(authority)? })
     }
 
-    /// Whether the page comes from the host and port that the request is for. (A proxy in front may have another scheme.)
+    /// Whether the page has the host and port of the request. (The scheme may differ because of a proxy.)
     fn is_at(&self, authority: &Authority) -> bool {
         self.authority.host == authority.host
             && self.authority.port_or(self.default_port) == authority.port_or(self.default_port)
     }
 }
 
-/// The pages that may use the API: those of this machine, and those of the origins that the operator names.
+/// The origins that may use the API: those of this machine, and those that the operator permits.
 #[derive(Clone, Debug, Default)]
 pub struct Origins(Arc<[String]>);
 
 impl Origins {
-    /// `permitted`: origins beside those of this machine.
+    /// `permitted` are origins in addition to those of this machine.
     #[must_use]
     pub fn new(permitted: impl IntoIterator<Item = String>) -> Self {
         Self(permitted.into_iter().collect())
     }
 
-    /// Whether pages of this origin may send requests and read the answers.
+    /// Whether pages of this origin may send requests and read the responses.
     #[must_use]
     pub fn allows(&self, origin: &str) -> bool {
         self.0.iter().any(|permitted| permitted == origin)
@@ -118,39 +118,39 @@ impl Origins {
     }
 }
 
-/// The address at which the server is reached from elsewhere, if it is: that of a tunnel or a reverse proxy.
+/// The address at which other machines reach the server, through a tunnel or a reverse proxy.
 #[derive(Clone, Debug)]
 pub struct PublicAddress {
-    /// Without a slash at its end.
+    /// Without a trailing slash.
     url: String,
     origin: String,
     authority: Authority,
 }
 
 impl PublicAddress {
-    /// Reads `OH_WEB_URL`.
+    /// Parses the value of `OH_WEB_URL`.
     ///
     /// # Errors
-    /// A sentence, if it is not an HTTP address.
+    /// A sentence, if the value is not an HTTP address.
     pub fn parse(url: &str) -> Result<Self, String> {
-        let wrong =
-            || format!("OH_WEB_URL (or WEB_HOST) has to be an address like https://example.org, not \"{url}\".");
-        let parsed = Url::parse(url).map_err(|_| wrong())?;
-        let host = parsed.host_str().filter(|_| matches!(parsed.scheme(), "http" | "https")).ok_or_else(wrong)?;
+        let invalid =
+            || format!("OH_WEB_URL (or WEB_HOST) must be an address like https://example.org, not \"{url}\".");
+        let parsed = Url::parse(url).map_err(|_| invalid())?;
+        let host = parsed.host_str().filter(|_| matches!(parsed.scheme(), "http" | "https")).ok_or_else(invalid)?;
         let port = parsed.port().map(|port| format!(":{port}")).unwrap_or_default();
-        let authority = Authority::parse(&format!("{host}{port}")).ok_or_else(wrong)?;
+        let authority = Authority::parse(&format!("{host}{port}")).ok_or_else(invalid)?;
         let origin = parsed.origin().ascii_serialization();
         Ok(Self { url: url.trim_end_matches('/').to_owned(), origin, authority })
     }
 
-    /// The origin of pages that are served there.
+    /// The origin of pages at this address.
     #[must_use]
     pub fn origin(&self) -> &str {
         &self.origin
     }
 }
 
-/// What the outermost layer of the server checks.
+/// The outermost layer of the server.
 #[derive(Clone, Debug)]
 pub struct Access(Arc<Rules>);
 
@@ -161,12 +161,12 @@ struct Rules {
     origins: Origins,
 }
 
-/// Why a request is refused before anybody looks at what it asks for.
+/// Why a request is refused before it is routed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
     /// `Host` is missing, malformed, or names another host.
     Host,
-    /// It comes from a page that may not use the API.
+    /// The request comes from a page that may not use the API.
     Origin,
 }
 
@@ -181,24 +181,24 @@ impl Refusal {
     fn text(self) -> &'static str {
         match self {
             Self::Host => {
-                "This server does not answer for the requested Host. Use 127.0.0.1 or localhost, or set OH_WEB_URL to the \
-                 public address of the server"
+                "This server does not serve the requested Host. Use 127.0.0.1 or localhost, or set OH_WEB_URL to the public \
+                 address of the server"
             }
             Self::Origin => {
-                "Pages of this Origin may not use this server. PERMITTED_CORS_ORIGINS lists the origins that may"
+                "Pages of this Origin may not use this server. To permit the origin, add it to PERMITTED_CORS_ORIGINS"
             }
         }
     }
 
-    /// The answer, in the API's shape.
+    /// The response, in the format of the API's errors.
     #[must_use]
-    pub fn answer(self) -> Response {
+    pub fn response(self) -> Response {
         (self.status(), Json(json!({"detail": self.text()}))).into_response()
     }
 }
 
 impl Access {
-    /// `containers`: whether sandboxes are containers, which use another name for this machine.
+    /// `containers` is whether sandboxes are containers, which have another name for this machine.
     #[must_use]
     pub fn new(containers: bool, public: Option<PublicAddress>, permitted: &[String]) -> Self {
         let own = public.as_ref().map(|public| public.origin.clone());
@@ -206,19 +206,19 @@ impl Access {
         Self(Arc::new(Rules { containers, public, origins }))
     }
 
-    /// The pages that may use the API.
+    /// The origins that may use the API.
     #[must_use]
     pub fn origins(&self) -> &Origins {
         &self.0.origins
     }
 
-    /// Refuses requests for other hosts (421) and from other pages (403). Everything that the server serves has to be below.
-    pub fn around(&self, router: Router) -> Router {
+    /// Adds the layer that refuses requests for other hosts (421) and from other pages (403). It has to be outside all other layers.
+    pub fn layer(&self, router: Router) -> Router {
         router.layer(middleware::from_fn_with_state(self.clone(), check))
     }
 
-    /// What a link to this server begins with in the answer to a request: the public address, of which a proxy may have removed the
-    /// path, for requests to it, and nothing for others. Clients resolve a link without scheme and host by what they requested.
+    /// The prefix of links to this server in the response to a request: the public address for requests to it, since a proxy may have
+    /// removed its path, and an empty text for other requests. Clients resolve a link without scheme and host relative to their request.
     #[must_use]
     pub fn link_base(&self, request: &Parts) -> String {
         let authority = authority(&request.uri, &request.headers);
@@ -228,7 +228,7 @@ impl Access {
 
     fn refusal(&self, request: &Request) -> Option<Refusal> {
         let Some(authority) = authority(request.uri(), request.headers()) else { return Some(Refusal::Host) };
-        if !self.answers_for(&authority) {
+        if !self.serves(&authority) {
             return Some(Refusal::Host);
         }
         match single(request.headers(), &ORIGIN) {
@@ -239,7 +239,7 @@ impl Access {
         }
     }
 
-    fn answers_for(&self, authority: &Authority) -> bool {
+    fn serves(&self, authority: &Authority) -> bool {
         authority.is_loopback()
             || (self.0.containers && authority.host == CONTAINERS_HOST)
             || self.0.public.as_ref().is_some_and(|public| public.authority.host == authority.host)
@@ -250,18 +250,18 @@ async fn check(State(access): State<Access>, request: Request, next: Next) -> Re
     match access.refusal(&request) {
         Some(refusal) => {
             tracing::debug!(?refusal, method = %request.method(), "http.refused");
-            refusal.answer()
+            refusal.response()
         }
         None => next.run(request).await,
     }
 }
 
-/// Refuses a request to a listening engine for another host than this machine.
+/// Whether the `Host` of a request to a listening engine is this machine.
 pub(crate) fn is_for_loopback(request: &Request) -> bool {
     authority(request.uri(), request.headers()).is_some_and(|authority| authority.is_loopback())
 }
 
-/// The origin of a request: none, one, or something that browsers do not send.
+/// The `Origin` header of a request.
 pub(crate) fn origin_of(headers: &HeaderMap) -> Header<'_> {
     single(headers, &ORIGIN)
 }
@@ -284,8 +284,8 @@ pub(crate) fn single<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Header<'a
     }
 }
 
-/// The host that a request is for: its `Host` header or, in HTTP/2 and in requests in absolute form, the authority of its URI.
-/// `None` where there is neither, where they differ, or where one is malformed.
+/// The host of a request: its `Host` header or, in HTTP/2 and in requests in absolute form, the authority of its URI. `None` if both
+/// are missing, if they differ, or if one is malformed.
 fn authority(uri: &http::Uri, headers: &HeaderMap) -> Option<Authority> {
     let in_uri = match uri.authority() {
         Some(authority) => Some(Authority::parse(authority.as_str())?),
@@ -383,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn the_host_is_named_once_wherever_it_stands() {
+    fn the_host_is_given_once_in_the_header_or_the_uri() {
         let refusal = |target: &str, headers: &[(&str, &str)]| access().refusal(&request(target, headers));
         assert_eq!(refusal("/", &[]), Some(Refusal::Host));
         assert_eq!(refusal("/", &[("host", "localhost"), ("host", "localhost")]), Some(Refusal::Host));

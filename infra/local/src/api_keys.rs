@@ -1,39 +1,38 @@
-//! The command that makes, lists and revokes API keys.
+//! `cargo local api-key`: creates, lists and revokes API keys.
 
 use std::fmt::Write as _;
 use std::path::Path;
 
 use secrecy::ExposeSecret as _;
-use shared::user::api_key::ApiKeyStore;
+use shared::stores::Stores;
 
 use crate::options::ApiKeyCommand;
-use crate::place::{Place, PlaceError};
+use crate::target::{Target, TargetError};
 
-/// Why nothing was done. Each one reads as a sentence.
+/// Why the command failed. Each message is a sentence.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiKeyError {
-    /// Where to.
     #[error(transparent)]
-    Place(#[from] PlaceError),
-    /// The store, or what was asked of it.
+    Target(#[from] TargetError),
+    /// The store failed, or the request is invalid.
     #[error("{}", .0.context())]
     Domain(#[from] shared::Error),
 }
 
-/// Does it, in the place that the command names or else in the data folder. Returns what is to be printed, which holds the key
-/// when one was made; `None` when there is no key with the id.
+/// Runs the command on the target that it names, or else on the data folder. Returns the text to print, which contains a new
+/// key in clear; `None` when no key has the given id.
 ///
 /// # Errors
 /// See [`ApiKeyError`].
 pub async fn run(command: &ApiKeyCommand, data: &Path) -> Result<Option<String>, ApiKeyError> {
     let options = match command {
-        ApiKeyCommand::Create { place, .. } | ApiKeyCommand::List { place } | ApiKeyCommand::Revoke { place, .. } => {
-            place
-        }
+        ApiKeyCommand::Create { target, .. }
+        | ApiKeyCommand::List { target }
+        | ApiKeyCommand::Revoke { target, .. } => target,
     };
     let user = options.owner()?;
-    let place = Place::open(options, data).await?;
-    let keys = ApiKeyStore::new(place.aws.dynamodb.clone(), place.names.users.clone());
+    let target = Target::open(options, data).await?;
+    let keys = Stores::without_key(&target.names, &target.aws).api_keys();
     let done = match command {
         ApiKeyCommand::Create { name, .. } => {
             keys.create(&user, name).await.map(|(_, secret)| Some(format!("{}\n", secret.expose_secret())))
@@ -42,7 +41,7 @@ pub async fn run(command: &ApiKeyCommand, data: &Path) -> Result<Option<String>,
             let mut lines = String::new();
             for key in keys {
                 let at = &key.created_at.sortable()[..19];
-                // Writing into a text does not fail.
+                // Writing to a `String` does not fail.
                 let _written = writeln!(lines, "{}  {at}Z  {}…  {}", key.id, key.begins_with, key.name);
             }
             Some(lines)
@@ -51,6 +50,6 @@ pub async fn run(command: &ApiKeyCommand, data: &Path) -> Result<Option<String>,
             keys.revoke(&user, *id).await.map(|revoked| revoked.then(|| format!("revoked {id}\n")))
         }
     };
-    place.close().await;
+    target.close().await;
     Ok(done?)
 }

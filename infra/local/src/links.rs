@@ -1,7 +1,8 @@
-//! Presigned S3 links, on the port of the API: `GET` and `HEAD` of `/<bucket>/<key>?…&X-Amz-Signature=…`, and nothing else of S3.
+//! Serves presigned S3 links on the port of the API: `GET` and `HEAD` of `/<bucket>/<key>?…&X-Amz-Signature=…`, and no other S3
+//! operation.
 //!
-//! The signature in a link is its credential, so links need no key of the API. They are signed for one address of the server
-//! (`signed_for`); a client gets and follows them under whichever name it uses for the server.
+//! The signature in a link is its credential, so links need no API key. They are signed for one address of the server
+//! (`signed_for`), but clients receive and follow them with any name that they use for the server.
 
 use axum::Router;
 use axum::extract::{Request, State};
@@ -15,21 +16,20 @@ use tower::ServiceExt as _;
 
 use crate::access::Access;
 
-/// Serves presigned links.
 #[derive(Clone, Debug)]
 pub struct Links {
     /// `/<bucket>/`
     prefix: String,
     /// `http://127.0.0.1:<port>`
     signed_for: String,
-    /// Its host and port.
+    /// The host and port of `signed_for`.
     host: HeaderValue,
     s3: Router,
     access: Access,
 }
 
 impl Links {
-    /// `s3` verifies signatures. `signed_for` is the endpoint of the client that signs links, without a slash at its end.
+    /// `s3` has to verify signatures. `signed_for` is the endpoint of the client that signs links, without a trailing slash.
     #[must_use]
     pub fn new(bucket: &str, signed_for: &str, s3: Router, access: Access) -> Self {
         let host = signed_for.split_once("://").map_or(signed_for, |(_, host)| host);
@@ -38,19 +38,19 @@ impl Links {
         Self {
             prefix: format!("/{bucket}/"),
             signed_for: signed_for.to_owned(),
-            // An address that is listened on is a valid header.
+            // The address of a listener is a valid header value.
             host: HeaderValue::from_str(host).unwrap_or_else(|_| HeaderValue::from_static("")),
             s3,
             access,
         }
     }
 
-    /// Serves links before all other routes: no path of the API or of the web UI begins with the bucket's name.
-    pub fn before(self, routes: Router) -> Router {
+    /// Serves links in addition to these routes. No path of the API or of the web UI begins with the bucket's name.
+    pub fn layer(self, routes: Router) -> Router {
         routes.layer(middleware::from_fn_with_state(self, serve))
     }
 
-    async fn answer(self, mut request: Request) -> Response {
+    async fn follow(self, mut request: Request) -> Response {
         let is_preflight = *request.method() == Method::OPTIONS;
         if !is_preflight && let Some(status) = refused(&request) {
             return match status {
@@ -58,9 +58,9 @@ impl Links {
                 status => detail(status),
             };
         }
-        // The layer around has checked the name that the client used. The signature covers the one that the link was made for.
+        // An outer layer has checked the `Host` that the client used. The signature covers the host for which the link was made.
         request.headers_mut().insert(HOST, self.host);
-        // The API's key: clients send it again to where the same server redirects them.
+        // Clients that are redirected within one server also send the API's key, which S3 would read as a signature.
         request.headers_mut().remove(AUTHORIZATION);
         match self.s3.oneshot(request).await {
             Ok(response) => response,
@@ -68,7 +68,7 @@ impl Links {
         }
     }
 
-    /// Directs a client that is sent to a link to the address that it used for this server.
+    /// Changes a redirect to a link so that it leads to the address that the client used for this server.
     fn redirect(&self, base: &str, response: &mut Response) {
         if !response.status().is_redirection() {
             return;
@@ -85,7 +85,7 @@ impl Links {
 async fn serve(State(links): State<Links>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
     if path.starts_with(&links.prefix) || path == links.prefix.trim_end_matches('/') {
-        return links.answer(request).await;
+        return links.follow(request).await;
     }
     let (parts, body) = request.into_parts();
     let base = links.access.link_base(&parts);
@@ -102,7 +102,7 @@ fn refused(request: &Request) -> Option<StatusCode> {
     let names: Vec<_> =
         request.uri().query().unwrap_or_default().split('&').filter_map(|pair| pair.split('=').next()).collect();
     let has_signature = names.iter().filter(|name| **name == "X-Amz-Signature").count() == 1;
-    // Other parameters would ask for something else than the object: a list, its tags, an upload's parts.
+    // Other parameters select another operation: a list, tags, the parts of an upload.
     let reads_the_object = names.iter().all(|name| {
         name.starts_with("X-Amz-") || name.starts_with("response-") || matches!(*name, "x-id" | "versionId")
     });
@@ -133,7 +133,7 @@ mod tests {
         let elsewhere =
             get(async || (StatusCode::TEMPORARY_REDIRECT, [(LOCATION, "https://elsewhere.example/data/a")]));
         let routes = routes.route("/elsewhere", elsewhere).fallback(async || "the page");
-        Links::new("data", "http://127.0.0.1:3000", s3, Access::new(false, None, &[])).before(routes)
+        Links::new("data", "http://127.0.0.1:3000", s3, Access::new(false, None, &[])).layer(routes)
     }
 
     async fn send(method: &str, target: &str, headers: &[(&str, &str)]) -> (u16, String, Option<String>) {
@@ -151,7 +151,7 @@ mod tests {
     #[tokio::test]
     async fn only_presigned_reads_of_objects_reach_s3() {
         let link = "/data/exports/a.zip?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Signature=1&x-id=GetObject";
-        // For the address that links are signed for.
+        // S3 gets the host for which links are signed.
         assert_eq!(send("GET", link, &[]).await.1, "GET 127.0.0.1:3000");
         assert_eq!(send("HEAD", link, &[]).await.0, 200);
         for method in ["PUT", "POST", "DELETE", "PATCH", "LINK"] {
@@ -174,7 +174,7 @@ mod tests {
         ] {
             assert_eq!(send("GET", target, &[]).await.0, 403, "{target}");
         }
-        // A client that is redirected sends the API's key along.
+        // A redirected client also sends the API's key.
         assert_eq!(send("GET", link, &[("authorization", "Bearer key")]).await.0, 200);
         assert_eq!(send("GET", "/data/a", &[("authorization", "AWS4-HMAC-SHA256 …")]).await.0, 403);
         for target in ["/", "/database", "/data.html", "/other/data/a?X-Amz-Signature=1"] {
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn clients_are_sent_to_the_address_that_they_use() {
+    async fn redirects_lead_to_the_address_that_the_client_uses() {
         let (_, _, location) = send("GET", "/download", &[]).await;
         assert_eq!(location.unwrap(), "/data/a?X-Amz-Signature=1");
         let (_, _, location) = send("GET", "/elsewhere", &[]).await;

@@ -1,4 +1,4 @@
-//! `cargo local`: sets up what is missing and runs the product until Ctrl-C.
+//! The program `cargo local`: runs the server until Ctrl-C, or a command.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -17,16 +17,17 @@ use local::web_ui::{self, Connection, WebUiError};
 use shared::logging::{self, LogFormat};
 use tokio::signal::unix::{SignalKind, signal};
 
-/// The stack of a worker thread, in bytes. Without optimization, a request to an embedded engine takes more than 1 MiB: the SDK, the
-/// engine and what calls them are one call chain.
-const THREAD_STACK: usize = 8 * 1024 * 1024;
+/// The stack size of a worker thread, in bytes. Without optimization, a request to an embedded engine needs more than 1 MiB, because
+/// the SDK, the engine and their callers are one call chain.
+const THREAD_STACK_BYTES: usize = 8 * 1024 * 1024;
 
 fn main() -> ExitCode {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_stack_size(THREAD_STACK).build();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().thread_stack_size(THREAD_STACK_BYTES).build();
     match runtime {
         Ok(runtime) => runtime.block_on(run_command()),
         Err(error) => {
-            eprintln!("No threads can be started: {error}");
+            eprintln!("The async runtime could not be started: {error}");
             ExitCode::FAILURE
         }
     }
@@ -35,7 +36,7 @@ fn main() -> ExitCode {
 async fn run_command() -> ExitCode {
     let options = Options::parse();
     if options.command.is_some() && (options.common.ui || options.common.demo) {
-        let text = "--ui and --demo are of the server: they go with no command.";
+        let text = "--ui and --demo are options of the server and cannot be combined with a command.";
         Options::command().error(ErrorKind::ArgumentConflict, text).exit();
     }
     logging::init(match options.common.log {
@@ -60,7 +61,7 @@ async fn run_command() -> ExitCode {
         Some(Command::ApiKey { command }) => api_keys::run(&command, data).await.map_err(Into::into).map(|done| {
             match &done {
                 Some(text) => print!("{text}"),
-                None => eprintln!("There is no such key."),
+                None => eprintln!("No API key has this id."),
             }
             done.is_some()
         }),
@@ -84,11 +85,11 @@ async fn serve(options: &CommonOptions) -> Result<(), ServerError> {
     let key = environment.session_api_key.clone();
     let server = Server::start(options, environment, true, None).await?;
     println!("{}", welcome(&server, options));
-    // Where there is a web UI, that shows it.
+    // With --ui the demo is shown in the web UI instead.
     if options.demo && !options.ui {
         let (base, readiness) = (format!("http://{}", server.address), server.readiness().clone());
         tokio::spawn(async move {
-            until_ready(&readiness).await;
+            wait_until_ready(&readiness).await;
             if let Err(error) = demo::show(&base, key.as_ref()).await {
                 eprintln!("{error}");
             }
@@ -105,7 +106,7 @@ async fn engines(
     let server = Server::start(options, Environment::read()?, false, invoke_url).await?;
     let environment = environment_lines(&server);
     match env_file {
-        // It holds the engines' keys.
+        // The file contains the engines' keys.
         Some(path) => private_file::write(&path, environment.as_bytes(), 0o600)
             .map_err(|source| ServerError::File { path, source })?,
         None => print!("{environment}"),
@@ -114,28 +115,31 @@ async fn engines(
 }
 
 async fn write_web_ui(data: &Path, folder: &Path, api: Option<String>) -> Result<(), WebUiError> {
-    let connection = Connection { host: api, question: Some("API key:"), has_model: false, reach: web_ui::ANYWHERE };
+    let connection =
+        Connection { host: api, key_prompt: Some("API key:"), has_model: false, connect_src: web_ui::ANYWHERE };
     let installed = data.join(web_ui::FOLDER);
     let mut site = web_ui::ensure(&installed, &connection).await?;
     if let Err(error) = site.add_editor(&installed).await {
-        tracing::warn!("{error} The web UI is written without it: diffs are blank. The next run tries again.");
+        tracing::warn!(
+            "{error} The web UI is written without its editor, so diffs are blank. The next run retries the download."
+        );
     }
     site.write(folder)?;
-    println!("{} files of the web UI are in {}.", site.files(), folder.display());
+    println!("Wrote {} files of the web UI to {}.", site.file_count(), folder.display());
     Ok(())
 }
 
-/// Until a signal.
+/// Runs the server until a signal, then shuts it down.
 async fn run(server: Server) -> Result<(), ServerError> {
-    let told = tokio::spawn(tell_when_ready(server.readiness().clone()));
+    let announcement = tokio::spawn(announce_when_ready(server.readiness().clone()));
     wait_for_signal().await;
-    told.abort();
-    eprintln!("Stopping: sandboxes are kept and can be resumed by the next run.");
+    announcement.abort();
+    eprintln!("Stopping. Sandboxes are kept, and the next run can resume them.");
     server.shutdown().await;
     Ok(())
 }
 
-/// For shells and for `cargo lambda watch --env-file`.
+/// The environment of the functions, in a format that shells and `cargo lambda watch --env-file` read.
 fn environment_lines(server: &Server) -> String {
     let line = |(name, value): (String, String)| format!("export {name}='{}'\n", value.replace('\'', r"'\''"));
     server.environment().into_iter().map(line).collect()
@@ -144,7 +148,7 @@ fn environment_lines(server: &Server) -> String {
 fn welcome(server: &Server, options: &CommonOptions) -> String {
     let base = format!("http://{}", server.address);
     let demo = match options.demo {
-        true => "A demo: a script answers in place of a language model, whatever you ask for.\n\n",
+        true => "This is a demo: a script answers every message in place of a language model.\n\n",
         false => "",
     };
     let ui = match options.ui {
@@ -154,18 +158,18 @@ fn welcome(server: &Server, options: &CommonOptions) -> String {
     format!(
         "Listening on {base}\n\n{demo}{ui}Start a conversation:\n  curl -X POST {base}/api/v1/app-conversations -H 'content-type: application/json' \\\n    \
          -d '{{\"initial_message\": {{\"content\": [{{\"type\": \"text\", \"text\": \"Say hello\"}}]}}}}'\n\
-         Watch it become READY (with the id of the answer):\n  curl '{base}/api/v1/app-conversations/start-tasks?ids=ID'\n"
+         Follow its status until it is READY (ID is the id in the response):\n  curl '{base}/api/v1/app-conversations/start-tasks?ids=ID'\n"
     )
 }
 
-async fn until_ready(readiness: &Readiness) {
+async fn wait_until_ready(readiness: &Readiness) {
     while !readiness.is_ready() {
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }
 
-async fn tell_when_ready(readiness: Readiness) {
-    until_ready(&readiness).await;
+async fn announce_when_ready(readiness: Readiness) {
+    wait_until_ready(&readiness).await;
     eprintln!("Ready.");
 }
 
@@ -178,7 +182,7 @@ async fn wait_for_signal() {
                 _ = terminated.recv() => {}
             }
         }
-        // Without a handler for it, Ctrl-C alone ends us cleanly.
+        // Without a handler for SIGTERM, only Ctrl-C shuts down cleanly.
         Err(_) => {
             let _interrupted = interrupted.await;
         }

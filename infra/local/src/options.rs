@@ -6,166 +6,159 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use shared::agent_server::version::AgentServerVersion;
 use shared::sandbox::spec::AGENT_SERVER_VERSION;
 
-/// The oldest version of the agent server that is supported.
+/// The oldest supported version of the agent server.
 const OLDEST_AGENT_SERVER: AgentServerVersion = AgentServerVersion::new(1, 15, 0);
 
 /// Runs the OpenHands app server's conversation API on this machine.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "cargo local", version)]
 pub struct Options {
-    /// What to do; without a command: run the server.
+    /// Without a command, the server runs.
     #[command(subcommand)]
     pub command: Option<Command>,
-    /// Options of all commands.
     #[command(flatten)]
     pub common: CommonOptions,
 }
 
-/// What to do other than to run the server.
+/// Commands other than running the server.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Command {
-    /// Runs the embedded engines, the queue poller and the sandbox set-up without the routers, and prints the environment
-    /// that functions under `cargo lambda watch` need.
+    /// Runs the embedded engines, the queue poller and the sandboxes without the API, and prints the environment variables for
+    /// functions under `cargo lambda watch`.
     Engines {
-        /// Where `cargo lambda watch` listens: the queue is polled into its worker instead of one in this process.
+        /// The address of `cargo lambda watch`: its worker then handles the messages of the queue, instead of a worker in
+        /// this process.
         #[arg(long, value_name = "URL")]
         invoke_url: Option<String>,
-        /// A file to write the environment to, for `cargo lambda watch --env-file`, instead of standard output.
+        /// Write the environment variables to this file, for `cargo lambda watch --env-file`, instead of to standard output.
         #[arg(long, value_name = "FILE")]
         env_file: Option<PathBuf>,
     },
-    /// Takes conversations, start tasks and events from files of JSON lines.
+    /// Imports conversations, start tasks and events from files of JSON lines.
     ///
-    /// A line is an object: {"type": "conversation", "data": {…}}, {"type": "start_task", "data": {…}} or
-    /// {"type": "event", "conversation_id": "…", "data": {…}}, the data as the API shows it. Rows that are there already
-    /// are left as they are, so the same command can be run again, also after it was stopped. The server must not run on the
-    /// data folder meanwhile. Ends with 0 when every row was taken or there already, else with 1.
+    /// Each line is an object: {"type": "conversation", "data": {…}}, {"type": "start_task", "data": {…}} or
+    /// {"type": "event", "conversation_id": "…", "data": {…}}, with the data as the API returns it. Existing rows are not
+    /// changed, so the same command can be repeated, for example after it was stopped. The server must not run on the data
+    /// folder at the same time. The exit status is 0 if every row was imported or already present, otherwise 1.
     Import {
-        /// Files to read; - is standard input.
+        /// Files to read; - means standard input.
         #[arg(required = true, value_name = "FILE")]
         files: Vec<PathBuf>,
-        /// Where to.
         #[command(flatten)]
-        into: PlaceOptions,
+        into: TargetOptions,
     },
-    /// Takes conversations, start tasks and events from the data folder of an OpenHands app server.
+    /// Imports conversations, start tasks and events from the data folder of an OpenHands app server.
     ///
-    /// Reads openhands.db, which may be in use, and the event files of its conversations; writes nothing there.
-    /// Conversations of version V0 are not taken. Rows that are there already are left as they are, so the same command can be
-    /// run again, also after it was stopped. The server of this project must not run on its data folder meanwhile. Ends with 0
-    /// when every row was taken or there already, else with 1.
+    /// Reads openhands.db, which may be in use, and the event files of its conversations, and writes nothing to that folder.
+    /// Conversations of version V0 are skipped. Existing rows are not changed, so the same command can be repeated, for example
+    /// after it was stopped. The server of this project must not run on its own data folder at the same time. The exit status is
+    /// 0 if every row was imported or already present, otherwise 1.
     ImportOpenhands {
-        /// The folder, ~/.openhands by default there.
+        /// The app server's data folder, by default ~/.openhands in its installation.
         #[arg(value_name = "FOLDER")]
         folder: PathBuf,
-        /// Where to.
         #[command(flatten)]
-        into: PlaceOptions,
+        into: TargetOptions,
     },
-    /// Writes the web UI that --ui serves to a folder, to be hosted elsewhere.
+    /// Writes the web UI that --ui serves to a folder, for hosting it elsewhere.
     ///
-    /// It is fetched once from the npm registry, with npm, into the data folder. Every path that is no file has to be answered with
-    /// index.html.
+    /// npm downloads it once from the npm registry into the data folder. The host has to return index.html for every path that is
+    /// not a file.
     WebUi {
-        /// Where to write it.
+        /// The folder to write to.
         #[arg(value_name = "FOLDER")]
         folder: PathBuf,
-        /// The address of the API, as in https://example.org/v1; by default that of the page.
+        /// The address of the API, for example https://example.org/v1; by default the address of the page.
         #[arg(long, value_name = "URL")]
         api: Option<String>,
     },
-    /// Makes, lists and revokes API keys, with which programs say whose they are.
+    /// Creates, lists and revokes API keys, with which programs authenticate as a user.
     ///
-    /// Deployed functions take them as `Authorization: Bearer KEY`, `X-Access-Token: KEY` or `X-Session-API-Key: KEY`. A server on
-    /// this machine serves a single user and takes none.
+    /// Deployed functions accept them as `Authorization: Bearer KEY`, `X-Access-Token: KEY` or `X-Session-API-Key: KEY`. A server
+    /// on this machine has a single user and accepts no API keys.
     ApiKey {
-        /// What to do.
         #[command(subcommand)]
         command: ApiKeyCommand,
     },
     /// Replaces the key under which secrets are sealed.
     DataKey {
-        /// What to do.
         #[command(subcommand)]
         command: DataKeyCommand,
     },
 }
 
-/// What to do with data keys.
+/// Commands for data keys.
 #[derive(Clone, Debug, Subcommand)]
 pub enum DataKeyCommand {
-    /// Adds a key, under which new secrets are sealed. Those before it are kept: they open what they sealed.
+    /// Adds a key under which new secrets are sealed. Older keys are kept to open the secrets that they sealed.
     Rotate {
-        /// Where; --user has no meaning here.
+        /// --user has no effect here.
         #[command(flatten)]
-        place: PlaceOptions,
+        target: TargetOptions,
     },
 }
 
-/// What to do with API keys.
+/// Commands for API keys.
 #[derive(Clone, Debug, Subcommand)]
 pub enum ApiKeyCommand {
-    /// Makes a key and prints it: it is shown this once.
+    /// Creates a key and prints it. The key cannot be shown again later.
     Create {
-        /// What to call it.
+        /// A name for the key.
         #[arg(value_name = "NAME")]
         name: String,
-        /// Whose, and where.
         #[command(flatten)]
-        place: PlaceOptions,
+        target: TargetOptions,
     },
-    /// Lists a user's keys: id, when each was made, how it begins, name.
+    /// Lists a user's keys: id, time of creation, first characters, name.
     List {
-        /// Whose, and where.
         #[command(flatten)]
-        place: PlaceOptions,
+        target: TargetOptions,
     },
-    /// Makes a key worthless, at once.
+    /// Revokes a key immediately.
     Revoke {
-        /// The id that `list` shows.
+        /// The id of the key, as `list` shows it.
         #[arg(value_name = "ID")]
         id: uuid::Uuid,
-        /// Whose, and where.
         #[command(flatten)]
-        place: PlaceOptions,
+        target: TargetOptions,
     },
 }
 
-/// Whose rows, and where they are.
+/// The target of a command and the owner of its rows.
 #[derive(Args, Clone, Debug, Default)]
-pub struct PlaceOptions {
-    /// Whose the rows are, or those that name no owner. By default the local user's; needed with --stack.
+pub struct TargetOptions {
+    /// Owner of the rows, or of rows without one. Default: the local user; required with --stack.
     #[arg(long, value_name = "ID")]
     pub user: Option<String>,
     /// Use the tables NAME-conversations, NAME-start-tasks, NAME-events and NAME-users and the bucket NAME-data on AWS
     /// instead of the data folder.
     #[arg(long, value_name = "NAME")]
     pub stack: Option<String>,
-    /// The profile of the AWS configuration to use with --stack.
+    /// Profile of the AWS configuration, for --stack.
     #[arg(long, value_name = "PROFILE", requires = "stack")]
     pub profile: Option<String>,
-    /// The AWS region to use with --stack.
+    /// AWS region, for --stack.
     #[arg(long, value_name = "REGION", requires = "stack")]
     pub region: Option<String>,
 }
 
-/// Options that every command takes, before it or behind it.
+/// Global options; may precede or follow the command.
 #[derive(Args, Clone, Debug)]
 pub struct CommonOptions {
-    /// The folder that holds everything: records, objects, keys, sandboxes, the agent server.
+    /// Folder for all data: records, objects, keys, sandboxes, the agent server.
     #[arg(long, global = true, default_value = ".local", value_name = "FOLDER")]
     pub data: PathBuf,
-    /// The port on 127.0.0.1 where the API is served; 0 takes any free one.
+    /// Port of the API on 127.0.0.1; 0 selects a free port.
     #[arg(long, global = true, default_value_t = 3000)]
     pub port: u16,
-    /// How sandboxes are made.
+    /// Kind of sandboxes.
     #[arg(long, global = true, value_enum, default_value_t = SandboxKind::Process)]
     pub sandbox: SandboxKind,
-    /// A Python 3.12 or newer for the agent server, instead of one that is looked for.
+    /// Python 3.12 or newer for the agent server. By default one is searched for.
     #[arg(long, global = true, value_name = "PATH")]
     pub python: Option<PathBuf>,
-    /// The version of the agent server that sandboxes run: 1.15.0 or newer. 1.58.2, 1.49.1 and 1.15.0 are tested, and installed
-    /// with pinned dependencies. It is also the tag of the image that containers are made from.
+    /// Version of the agent server in sandboxes: 1.15.0 or newer. 1.58.2, 1.49.1 and 1.15.0 are tested, and installed with
+    /// pinned dependencies. It is also the tag of the container image.
     #[arg(
         long,
         global = true,
@@ -175,26 +168,26 @@ pub struct CommonOptions {
         value_parser = agent_server_version,
     )]
     pub agent_server_version: String,
-    /// Where the agent server is installed; by default in the data folder. Several data folders can share one.
+    /// Folder in which the agent server is installed; by default in the data folder. Several data folders can share it.
     #[arg(long, global = true, env = "OPENHANDS_AGENT_SERVER_FOLDER", value_name = "FOLDER")]
     pub agent_server: Option<PathBuf>,
-    /// A JSON file with the user's settings, in the shape of the API's settings.
+    /// JSON file with the user's settings, in the format of the API's settings.
     #[arg(long, global = true, value_name = "FILE")]
     pub settings: Option<PathBuf>,
-    /// How the log is written.
+    /// Log format.
     #[arg(long, global = true, value_enum, default_value_t = LogKind::Text)]
     pub log: LogKind,
-    /// Serve a web UI, too, on the same port. It is fetched once from the npm registry, with npm, into the data folder.
+    /// Also serve a web UI on the same port. npm downloads it once from the npm registry into the data folder.
     #[arg(long)]
     pub ui: bool,
-    /// Let a script answer in place of a language model: everything can be tried, without a key. Records are kept apart from
-    /// those of real conversations, in the folder `demo` of the data folder.
+    /// Run a demo without an API key: a script answers in place of a language model. Its records are separate from those of real
+    /// conversations, in the folder `demo` of the data folder.
     #[arg(long)]
     pub demo: bool,
 }
 
 impl CommonOptions {
-    /// Those of a server on any free port, with nothing but what it must have.
+    /// Default options, with this data folder, this kind of sandboxes and any free port.
     #[must_use]
     pub fn on(data: PathBuf, sandbox: SandboxKind) -> Self {
         Self {
@@ -212,38 +205,39 @@ impl CommonOptions {
     }
 }
 
-/// How sandboxes are made.
+/// Kinds of sandboxes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum SandboxKind {
-    /// One agent-server process each.
+    /// Each sandbox is an agent-server process on this machine.
     Process,
-    /// One container each, of the Docker engine on this machine or at `DOCKER_HOST`.
+    /// Each sandbox is a container of the Docker engine on this machine or at `DOCKER_HOST`.
     Docker,
-    /// By a runtime API, which the environment names (`SANDBOX_REMOTE_RUNTIME_API_URL`, `SANDBOX_API_KEY`).
+    /// A remote runtime API creates sandboxes; `SANDBOX_REMOTE_RUNTIME_API_URL` and `SANDBOX_API_KEY` configure it.
     Remote,
-    /// Not at all: the server only keeps records.
+    /// No sandboxes: the server only stores records.
     None,
 }
 
-/// How the log is written.
+/// Log formats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogKind {
-    /// For people.
+    /// Lines to read in a terminal.
     Text,
-    /// For machines.
+    /// One JSON object per line.
     Json,
 }
 
-/// Reads a version of the agent server: a release's three numbers and nothing else, since they name a package, a folder and an image.
+/// Parses a version of the agent server. Accepts only a release's three numbers, because the text becomes part of the names of a
+/// package, a folder and an image.
 fn agent_server_version(text: &str) -> Result<String, String> {
     let version: Option<AgentServerVersion> =
         text.parse().ok().filter(|version: &_| ToString::to_string(version) == text);
     match version {
         Some(version) if version < OLDEST_AGENT_SERVER => {
-            Err(format!("{OLDEST_AGENT_SERVER} is the oldest version that is supported"))
+            Err(format!("the oldest supported version is {OLDEST_AGENT_SERVER}"))
         }
         Some(_) => Ok(text.to_owned()),
-        None => Err(format!("a version looks like {AGENT_SERVER_VERSION}")),
+        None => Err(format!("use the three numbers of a release, for example {AGENT_SERVER_VERSION}")),
     }
 }
 

@@ -1,27 +1,24 @@
-//! Files and folders of the data folder, for their owner alone. The process's umask stays as it is: sandboxes inherit it, and
-//! what they make in their workspaces has the modes that git and the agent choose.
+//! File modes of the data folder: only its owner has access. The process's umask is not changed, because sandboxes inherit it, and
+//! files in their workspaces have the modes that git and the agent choose.
 
 use std::fs::{self, OpenOptions, Permissions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
 
-/// Of the group and of everyone else.
+/// The permissions of the group and of others.
 const OTHERS: u32 = 0o077;
 
-/// Makes a folder, and those above it that are missing, with mode 0700. One that is there becomes private, too.
+/// Creates a folder and its missing parents with mode 0700. An existing folder becomes private.
 ///
 /// # Errors
-/// Those of the file system: it cannot be made, or it belongs to another user.
+/// The folder cannot be created, or belongs to another user.
 pub(crate) fn make_folder(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
     make_private(path)
 }
 
-/// Takes a file's or folder's permissions from everyone but its owner. A symbolic link is left as it is.
-///
-/// # Errors
-/// Those of the file system.
+/// Removes all permissions of the group and of others from a file or a folder. A symbolic link is not changed.
 pub(crate) fn make_private(path: &Path) -> io::Result<()> {
     let metadata = fs::symlink_metadata(path)?;
     let mode = metadata.permissions().mode() & 0o7777;
@@ -31,10 +28,7 @@ pub(crate) fn make_private(path: &Path) -> io::Result<()> {
     fs::set_permissions(path, Permissions::from_mode(mode & !OTHERS))
 }
 
-/// Makes everything below a folder private. What disappears meanwhile is skipped.
-///
-/// # Errors
-/// Those of the file system.
+/// Makes all files and folders below a folder private. Skips those that are removed meanwhile.
 pub(crate) fn make_tree_private(folder: &Path) -> io::Result<()> {
     let mut folders = vec![folder.to_owned()];
     while let Some(folder) = folders.pop() {
@@ -48,33 +42,24 @@ pub(crate) fn make_tree_private(folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// As [`make_private`], for what may be there without being ours, such as a folder that the Docker daemon has made: what belongs to
-/// another user stays as it is, and so does what has disappeared.
-///
-/// # Errors
-/// Those of the file system.
+/// Like [`make_private`], for entries that other programs may have created, such as a folder of the Docker daemon: skips entries that
+/// belong to another user or are missing.
 pub(crate) fn make_entry_private(path: &Path) -> io::Result<()> {
     match make_private(path) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            tracing::warn!(path = %path.display(), "local.file_of_another_user");
+            tracing::warn!(path = %path.display(), "local.foreign_file_skipped");
             Ok(())
         }
         done => skip_missing(done),
     }
 }
 
-/// Makes the files and folders in a folder private, not what is in the folders.
-///
-/// # Errors
-/// Those of the file system.
+/// Makes the files and folders in a folder private, but not the contents of those folders.
 pub(crate) fn make_entries_private(folder: &Path) -> io::Result<()> {
     entries(folder)?.iter().try_for_each(|entry| make_entry_private(&entry.path()))
 }
 
-/// Makes the files in a folder private, not those in the folders below it.
-///
-/// # Errors
-/// Those of the file system.
+/// Makes the files in a folder private, but not its subfolders.
 pub(crate) fn make_files_private(folder: &Path) -> io::Result<()> {
     for entry in entries(folder)? {
         if entry.file_type()?.is_file() {
@@ -84,23 +69,17 @@ pub(crate) fn make_files_private(folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes a file, if it is not there, and makes it private.
-///
-/// # Errors
-/// Those of the file system.
+/// Creates a file if it is missing, and makes it private.
 pub(crate) fn ensure(path: &Path) -> io::Result<()> {
     OpenOptions::new().create(true).truncate(false).append(true).mode(0o600).open(path)?;
     make_private(path)
 }
 
-/// Writes a file whole or not at all, with this mode whatever it had before.
-///
-/// # Errors
-/// Those of the file system.
+/// Writes a file atomically, with this mode even if the file had another one before.
 pub fn write(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {
     let mut draft = path.as_os_str().to_owned();
     draft.push(".new");
-    // One that a crash has left behind may have any mode.
+    // A draft that remains after a crash may have any mode.
     skip_missing(fs::remove_file(&draft))?;
     let mut file = OpenOptions::new().create_new(true).write(true).mode(mode).open(&draft)?;
     file.write_all(contents)?;
@@ -108,7 +87,7 @@ pub fn write(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {
     fs::rename(&draft, path)
 }
 
-/// None where there is no such folder.
+/// The entries of a folder; none if the folder does not exist.
 pub(crate) fn entries(folder: &Path) -> io::Result<Vec<fs::DirEntry>> {
     match fs::read_dir(folder) {
         Ok(entries) => entries.collect(),
@@ -147,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn a_draft_of_an_earlier_run_lends_its_mode_to_nothing() {
+    fn the_mode_of_an_earlier_draft_is_not_kept() {
         let folder = tempfile::TempDir::new().unwrap();
         let (path, draft) = (folder.path().join("keys"), folder.path().join("keys.new"));
         for stale in [&path, &draft] {

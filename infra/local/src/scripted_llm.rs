@@ -1,5 +1,5 @@
-//! The answers of a language model that says what it is told: OpenAI's chat completions as the agent server uses them (model
-//! `openai/<name>`). For the demo, and for tests.
+//! A scripted language model for the demo and for tests: serves given replies as OpenAI's chat completions, in the form that the agent
+//! server uses (model `openai/<name>`).
 
 use std::time::{Duration, SystemTime};
 
@@ -10,56 +10,48 @@ use http::header::CONTENT_TYPE;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-/// One answer of the model.
+/// One reply of the model.
 #[derive(Clone, Debug)]
 pub enum Reply {
-    /// Says something and calls no tool, which ends the agent's turn as `finished`.
+    /// A text without a tool call, which ends the agent's turn as `finished`.
     Text(String),
-    /// Calls a tool, such as `terminal` with `{"command": "pwd"}`; the agent then asks again.
-    ToolCall {
-        /// Which.
-        name: String,
-        /// What for.
-        arguments: Value,
-    },
-    /// Fails with this status. The agent server retries 429 and 5xx, at least 8 s apart by
-    /// default, and ends the conversation as `error` on any other.
+    /// A call of a tool, such as `terminal` with `{"command": "pwd"}`. The agent then sends another request.
+    ToolCall { name: String, arguments: Value },
+    /// A failure with this status. The agent server retries 429 and 5xx, by default at least 8 s apart, and ends the conversation as
+    /// `error` on any other status.
     Status(u16),
-    /// The other reply, after a while: keeps the conversation `running`.
+    /// The other reply after a delay, which keeps the conversation `running`.
     After(Duration, Box<Reply>),
 }
 
 impl Reply {
-    /// Says this.
     pub fn text(text: impl Into<String>) -> Self {
         Self::Text(text.into())
     }
 
-    /// Calls this tool.
     pub fn tool_call(name: impl Into<String>, arguments: Value) -> Self {
         Self::ToolCall { name: name.into(), arguments }
     }
 
-    /// The same, after a while.
+    /// Delays this reply.
     #[must_use]
     pub fn after(self, delay: Duration) -> Self {
         Self::After(delay, Box::new(self))
     }
 }
 
-/// The usage each answer reports.
+/// The usage that each reply reports.
 pub const PROMPT_TOKENS: u64 = 100;
-/// The usage each answer reports.
 pub const COMPLETION_TOKENS: u64 = 20;
 
-/// The list of models: one.
+/// The response with the list of models, which contains one.
 #[must_use]
 pub fn models() -> Value {
     let models = [json!({"id": "scripted", "object": "model", "created": 0, "owned_by": "openhands-lambda"})];
     json!({"object": "list", "data": models})
 }
 
-/// The answer to a request for a completion.
+/// The response to a request for a completion.
 pub async fn answer(request: &Value, mut reply: Reply) -> Response {
     loop {
         match reply {
@@ -87,15 +79,15 @@ pub async fn answer(request: &Value, mut reply: Reply) -> Response {
     }
 }
 
-/// Whether it is a title that is asked for: the agent server does so with a system prompt of its own and without tools.
+/// Whether the agent server requests a title: such requests have a special system prompt and no tools.
 #[must_use]
-pub fn asks_for_title(body: &Value) -> bool {
+pub fn is_title_request(body: &Value) -> bool {
     let system = &body["messages"][0];
     let tools = body["tools"].as_array().is_some_and(|tools| !tools.is_empty());
     system["role"] == "system" && !tools && text_of(&system["content"]).contains("titles for conversations")
 }
 
-/// A message's text, given as a string or as parts.
+/// The text of a message's content, which is a string or a list of parts.
 #[must_use]
 pub fn text_of(content: &Value) -> String {
     match content {
@@ -105,7 +97,7 @@ pub fn text_of(content: &Value) -> String {
     }
 }
 
-/// An error in the form of this interface.
+/// An error response in OpenAI's format.
 #[must_use]
 pub fn failure(status: StatusCode, message: &str) -> Response {
     let error = json!({"message": message, "type": "scripted", "param": null, "code": status.as_u16()});
@@ -152,7 +144,7 @@ fn complete(request: &Value, message: Value, finish_reason: &str) -> Response {
     ([(CONTENT_TYPE, "text/event-stream")], events).into_response()
 }
 
-/// What a stream sends of a message: its text word by word, anything else as a whole.
+/// The deltas in which a message is streamed: a text word by word, anything else in one piece.
 fn deltas(message: Value) -> Vec<Value> {
     match message["content"].as_str() {
         Some(text) if !text.is_empty() => {

@@ -1,4 +1,4 @@
-//! The server: set-up, run, clean end.
+//! Starts, runs and shuts down the server of `cargo local`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,6 +14,7 @@ use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use http::StatusCode;
+use schema::QueueUrls;
 use secrecy::SecretString;
 use serde_json::{Map, Value, json};
 use shared::aws::Aws;
@@ -24,110 +25,86 @@ use shared::config::{
 use shared::http_client::{AddressPolicy, HttpClient};
 use shared::sandbox::SandboxService as _;
 use shared::sandbox::process::ProcessSandboxes;
-use shared::sandbox::store::SandboxStore;
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
-use shared::user::settings::SettingsStore;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use crate::access::{Access, PublicAddress};
+use crate::access::{Access, Origins, PublicAddress};
 use crate::agent_server::{self, EnsureError, PythonError, Terminal, find_python};
 use crate::demo;
 use crate::docs;
-use crate::edge;
 use crate::engines::{EngineError, EnginePorts, Engines};
+use crate::gateway;
 use crate::links::Links;
 use crate::options::{CommonOptions, SandboxKind};
 use crate::private_file;
 use crate::web_ui::{self, Connection, WebUi};
 use crate::worker::{Consumer, EXPORT_CONCURRENCY, WORKER_CONCURRENCY, poll, sweep};
 
-/// What the names of the tables on the embedded engines begin with.
+/// The prefix of the names of tables, bucket and queues on the embedded engines.
 pub(crate) const PREFIX: &str = "openhands-";
-/// The file of the data folder that holds the keys under which secrets are sealed.
+/// The file in the data folder that holds the keys under which secrets are sealed.
 pub const SEALING_KEY: &str = "sealing-key";
-/// How long requests in flight may take to end.
-const GRACE: Duration = Duration::from_secs(3);
+/// The time that requests in flight have to finish at shutdown.
+const GRACE_PERIOD: Duration = Duration::from_secs(3);
 const DAY: Duration = Duration::from_secs(24 * 3600);
-/// Waiting in this process costs nothing, so starts are given back to the queue only when they take long.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Waiting in this process costs nothing, so a start returns to the queue only after a long wait.
+const INLINE_WAIT: Duration = Duration::from_secs(60);
 
-/// Why the server did not start. Each one reads as a sentence.
+/// Why the server did not start. Each message is a sentence.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
-    /// A file or folder.
     #[error("{path} cannot be used: {source}", path = path.display())]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
+    File { path: PathBuf, source: io::Error },
     /// The data folder belongs to another user, or its file system keeps no permissions.
     #[error("{path} cannot be kept private to you (mode 0700): {source}. Choose a folder of your own with --data.", path = path.display())]
-    NotPrivate {
-        /// The folder.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// `OH_WEB_URL` or `WEB_HOST`.
+    NotPrivate { path: PathBuf, source: io::Error },
+    /// `OH_WEB_URL` or `WEB_HOST` is not an address.
     #[error("{0}")]
     PublicAddress(String),
-    /// The port is taken.
-    #[error("Port {port} on 127.0.0.1 cannot be listened on: {source}. Choose another with --port.")]
-    Port {
-        /// Which.
-        port: u16,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// The engines.
+    #[error("Port {port} on 127.0.0.1 cannot be opened: {source}. Choose another with --port.")]
+    Port { port: u16, source: io::Error },
     #[error(transparent)]
     Engines(#[from] EngineError),
-    /// The tables.
     #[error(transparent)]
     Schema(#[from] schema::SchemaError),
-    /// The Python that was asked for.
+    /// The interpreter given with `--python` cannot run the agent server.
     #[error(transparent)]
     Python(#[from] PythonError),
-    /// The environment.
+    /// An environment variable is malformed.
     #[error(transparent)]
     Config(#[from] config::ConfigError),
-    /// A demo of what it cannot show.
-    #[error("--demo runs its agents as processes of this machine: leave --sandbox out.")]
+    #[error("--demo runs its agents as processes of this machine. Remove --sandbox.")]
     Demo,
-    /// Anything of the domain.
     #[error("{}", .0.context())]
     Domain(#[from] shared::Error),
 }
 
-/// What the environment of the process says.
+/// The configuration from the environment of the process.
 #[derive(Clone, Debug, Default)]
 pub struct Environment {
-    /// How starts behave.
     pub start: StartConfig,
-    /// How conversations are exported.
     pub export: ExportConfig,
-    /// The user's settings; they win over those of a file.
+    /// The user's settings; they take precedence over those of a settings file.
     pub settings: Map<String, Value>,
-    /// The instance's key (`SESSION_API_KEY`); without one every request is served.
+    /// The key that clients have to send (`SESSION_API_KEY`); without one, requests need no key.
     pub session_api_key: Option<SecretString>,
     /// Origins of hosted front ends (`PERMITTED_CORS_ORIGINS`).
     pub origins: Vec<String>,
 }
 
 impl Environment {
-    /// Reads it.
+    /// Reads the environment variables.
     ///
     /// # Errors
-    /// Names the first variable that is malformed.
+    /// Names the first malformed variable.
     pub fn read() -> Result<Self, ServerError> {
         let mut start = StartConfig::from_env()?;
         if config::text("START_INLINE_WAIT_MS").is_none() {
-            start.inline_wait = PATIENCE;
+            start.inline_wait = INLINE_WAIT;
         }
         let settings = [("LLM_MODEL", "llm_model"), ("LLM_API_KEY", "llm_api_key"), ("LLM_BASE_URL", "llm_base_url")]
             .into_iter()
@@ -146,11 +123,9 @@ impl Environment {
 /// A running server.
 #[derive(Debug)]
 pub struct Server {
-    /// Where the API is served, or will be by others.
+    /// The address at which the API is served, or will be served by another process.
     pub address: SocketAddr,
-    /// The configuration of the functions.
     pub config: Config,
-    /// Clients of the embedded engines.
     pub aws: Aws,
     engines: Engines,
     sealer: Sealer,
@@ -159,22 +134,21 @@ pub struct Server {
     readiness: Readiness,
 }
 
-/// What is still coming.
+/// The state of each part that becomes ready after the server has started.
 #[derive(Clone, Debug, Default)]
 pub struct Readiness(Arc<Mutex<BTreeMap<&'static str, Part>>>);
 
-/// How far a part is that comes up by itself.
 #[derive(Clone, Debug)]
 enum Part {
-    /// What is being done.
-    Coming(&'static str),
-    /// What is being done, while nothing waits for it.
-    Beside(&'static str),
+    /// The server is not ready until this part is. Holds the current activity.
+    Pending(&'static str),
+    /// The server is ready without this part. Holds the current activity.
+    Background(&'static str),
     Ready,
-    /// Starts wait for it in vain.
+    /// Starts cannot succeed. Holds the reason.
     Failed(String),
-    /// It is not there, and the rest works without it.
-    Without(String),
+    /// The part is missing and everything else works without it. Holds the reason.
+    Unavailable(String),
 }
 
 impl Readiness {
@@ -190,41 +164,38 @@ impl Readiness {
 
     fn shown(&self) -> Map<String, Value> {
         let shown = |part| match part {
-            Part::Coming(what) | Part::Beside(what) => what.to_owned(),
+            Part::Pending(activity) | Part::Background(activity) => activity.to_owned(),
             Part::Ready => "ready".to_owned(),
-            Part::Failed(why) => format!("failed: {why}"),
-            Part::Without(why) => format!("not served: {why}"),
+            Part::Failed(reason) => format!("failed: {reason}"),
+            Part::Unavailable(reason) => format!("not served: {reason}"),
         };
         self.parts().into_iter().map(|(name, part)| (name.to_owned(), shown(part).into())).collect()
     }
 
-    /// Whether everything works that conversations need.
+    /// Whether everything that conversations need is available.
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        self.parts().values().all(|part| matches!(part, Part::Ready | Part::Beside(_) | Part::Without(_)))
+        self.parts().values().all(|part| matches!(part, Part::Ready | Part::Background(_) | Part::Unavailable(_)))
     }
 }
 
 impl Server {
-    /// Starts everything. With `invoke_url`, the worker and the API are others' business: functions under
-    /// `cargo lambda watch`.
+    /// Starts the engines, the API unless `serve` is false, the queue poller and the install of the agent server.
+    ///
+    /// With `invoke_url`, the functions run elsewhere, under `cargo lambda watch` at this address: it serves the API and its worker
+    /// handles the queue's messages.
     ///
     /// # Errors
-    /// A sentence that says what is wrong.
+    /// A sentence that states what is wrong.
     pub async fn start(
         options: &CommonOptions,
         environment: Environment,
         serve: bool,
         invoke_url: Option<String>,
     ) -> Result<Self, ServerError> {
-        if options.demo && options.sandbox != SandboxKind::Process {
-            return Err(ServerError::Demo);
-        }
-        // What is installed is for all, records are not.
-        let installed = make_data_folder(&options.data)?;
-        let data = if options.demo { make_data_folder(&installed.join(demo::FOLDER))? } else { installed.clone() };
-        let mut settings = settings(options, environment.settings)?;
-        // One that was asked for is looked at before anything runs; one that is looked for may come later.
+        let folders = Folders::create(options)?;
+        let settings = settings(options, environment.settings.clone())?;
+        // A Python given with --python is checked before anything runs; otherwise the search for one is part of the install.
         if let (Some(wanted), SandboxKind::Process) = (&options.python, options.sandbox) {
             find_python(Some(wanted)).await?;
         }
@@ -233,75 +204,20 @@ impl Server {
             .as_ref()
             .and_then(|listener| listener.local_addr().ok())
             .map_or(options.port, |address| address.port());
-        let containers = options.sandbox == SandboxKind::Docker;
-        let public = environment.start.web_url.as_deref().map(PublicAddress::parse).transpose();
-        let access = Access::new(containers, public.map_err(ServerError::PublicAddress)?, &environment.origins);
+        let access = access(options, &environment)?;
         let own_url = format!("http://127.0.0.1:{port}");
-        let engines = match serve {
-            true => Engines::in_process(&data, &own_url).await?,
-            false => Engines::listening(&data, EnginePorts::default(), access.origins()).await?,
-        };
-        let aws = Aws::new(&engines.sdk_config().await);
-        let sealing_key_file = data.join(SEALING_KEY);
-        let sealer = Sealer::from_file(&sealing_key_file).map_err(file_error(&sealing_key_file))?;
-        let mut names = Names::with_prefix(PREFIX);
-        let queues = schema::make_all(&aws, &names, PREFIX).await?;
-        names.job_queue_url.clone_from(&queues.jobs);
-        names.export_queue_url.clone_from(&queues.exports);
-        let expiry = schema::EXPORTS_EXPIRE;
-        let [objects, uploads] = [expiry.days, expiry.incomplete_upload_days].map(|days| DAY * days);
-        engines.expire(&names.bucket, expiry.prefix, objects, uploads)?;
+        let storage = Storage::open(&folders.data, serve.then_some(own_url.as_str()), access.origins()).await?;
         let web_url = match &invoke_url {
             Some(url) => url.trim_end_matches('/').to_owned(),
             None => own_url.clone(),
         };
-        let agent_server = AgentServerOptions {
-            version: options.agent_server_version.clone(),
-            python: options.python.clone(),
-            folder: options.agent_server.clone().unwrap_or_else(|| installed.join("agent-server")),
-            // One each version: what runs is what the sandbox's record says, also before this version is installed.
-            launcher: data.join(format!("agent-server-python-{}", options.agent_server_version)),
-        };
-        if options.demo {
-            settings.extend(demo::settings(&web_url));
-        }
-        let config = Config {
-            start: environment.start,
-            sandbox: match options.sandbox {
-                SandboxKind::None => SandboxConfig::None,
-                SandboxKind::Docker => SandboxConfig::Docker(DockerSandboxConfig {
-                    allow_cors_origins: origins_of_agent_servers(&environment.origins, port),
-                    ..DockerSandboxConfig::from_env(port, &options.agent_server_version)?
-                }),
-                SandboxKind::Remote => {
-                    let mut remote = RemoteSandboxConfig::from_env(&options.agent_server_version)?;
-                    remote.allow_cors_origins.extend(own_origins(port));
-                    SandboxConfig::Remote(remote)
-                }
-                SandboxKind::Process => SandboxConfig::Process(ProcessSandboxConfig {
-                    folder: data.join("sandboxes"),
-                    python: agent_server.launcher.clone(),
-                    version: agent_server.version.clone(),
-                    webhook_base_url: format!("{web_url}/api/v1/webhooks"),
-                    allow_cors_origins: origins_of_agent_servers(&environment.origins, port),
-                }),
-            },
-            names,
-            sealing: SealingConfig::File(sealing_key_file),
-            single_user: true,
-            live_status_budget: Duration::from_millis(1500),
-            sandbox_request_budget: config::SANDBOX_REQUEST_BUDGET,
-            address_policy: AddressPolicy::Any,
-            export: environment.export,
-        };
-        let user = UserId::local();
-        let stored = SettingsStore::new(aws.dynamodb.clone(), config.names.users.clone(), sealer.clone());
-        if !settings.is_empty() {
-            // Over what was set by way of the API, secrets before all.
-            stored.lay_over(&user, &Value::Object(settings).to_string().into()).await?;
-        }
-        let model = stored.get(&user).await?.and_then(|settings| settings.llm_model);
-        let has_model = model.is_some();
+        let agent_server = AgentServerOptions::new(options, &folders);
+        let sandbox = sandbox_config(options, &environment, &folders.data, &agent_server, port, &web_url)?;
+        let config = config(&environment, sandbox, &storage);
+        let Storage { engines, aws, sealer, queues, .. } = storage;
+        let demo_settings = if options.demo { demo::settings(&web_url) } else { Map::new() };
+        let settings = settings.into_iter().chain(demo_settings).collect();
+        let has_model = store_settings(&config, &aws, &sealer, settings).await?;
         if options.sandbox != SandboxKind::None && !has_model {
             tracing::warn!(
                 "No model is set: a start that names no llm_model will end in ERROR. Give LLM_MODEL and LLM_API_KEY, or --settings FILE."
@@ -317,7 +233,6 @@ impl Server {
                 Consumer::Exports(Arc::new(exports::Context::new(&config, &aws))),
             ),
         };
-        let readiness = Readiness::default();
         let mut server = Self {
             address: SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
             config,
@@ -326,44 +241,77 @@ impl Server {
             sealer,
             tasks: Vec::new(),
             stop_serving: None,
-            readiness: readiness.clone(),
+            readiness: Readiness::default(),
         };
         if let Some(sandboxes) = server.process_sandboxes() {
-            take_over(&sandboxes, &user).await?;
-            readiness.set("agent_server", Part::Coming("being installed"));
+            adopt_sandboxes(&sandboxes, &UserId::local()).await?;
+            server.readiness.set("agent_server", Part::Pending("being installed"));
         }
         if let Some(listener) = listener {
-            let ui = options.ui.then(WebUi::default);
-            if let Some(ui) = &ui {
-                readiness.set("web_ui", Part::Coming("being fetched"));
-                let question = environment.session_api_key.is_some().then_some("SESSION_API_KEY of this server:");
-                let reach = match options.sandbox {
-                    SandboxKind::Process | SandboxKind::None => web_ui::LOOPBACK,
-                    SandboxKind::Docker | SandboxKind::Remote => web_ui::ANYWHERE,
-                };
-                let connection = Connection { host: None, question, has_model, reach };
-                let fetching = fetch_web_ui(ui.clone(), installed.join(web_ui::FOLDER), connection, readiness.clone());
-                server.tasks.push(tokio::spawn(fetching));
-            }
-            let mut router = server.router(environment.session_api_key, &access);
-            if options.demo {
-                router = router.merge(demo::router());
-            }
-            if let Some(ui) = ui {
-                router = ui.before(router);
-            }
-            let links = Links::new(&server.config.names.bucket, &own_url, server.engines.s3_router(), access.clone());
-            // Outermost: nothing is served that it has not let through.
-            server.serve(listener, access.around(links.before(router)));
+            server.serve_api(listener, options, environment.session_api_key, &access, &folders.shared, has_model);
         }
-        let install = matches!(server.config.sandbox, SandboxConfig::Process(_));
-        let sqs = server.aws.sqs.clone();
+        server.start_consumers(worker, exports, queues, agent_server);
+        Ok(server)
+    }
+
+    /// Serves the API, presigned links and, with `--ui`, the web UI.
+    fn serve_api(
+        &mut self,
+        listener: TcpListener,
+        options: &CommonOptions,
+        key: Option<SecretString>,
+        access: &Access,
+        shared_folder: &Path,
+        has_model: bool,
+    ) {
+        let ui = options.ui.then(|| {
+            let key_prompt = key.is_some().then_some("SESSION_API_KEY of this server:");
+            let connect_src = match options.sandbox {
+                SandboxKind::Process | SandboxKind::None => web_ui::LOOPBACK,
+                SandboxKind::Docker | SandboxKind::Remote => web_ui::ANYWHERE,
+            };
+            let connection = Connection { host: None, key_prompt, has_model, connect_src };
+            self.start_web_ui(shared_folder.join(web_ui::FOLDER), connection)
+        });
+        let mut router = self.router(key, access);
+        if options.demo {
+            router = router.merge(demo::router());
+        }
+        if let Some(ui) = ui {
+            router = ui.layer(router);
+        }
+        let own_url = format!("http://{}", self.address);
+        let links = Links::new(&self.config.names.bucket, &own_url, self.engines.s3_router(), access.clone());
+        // The access check is the outermost layer: nothing is served that it has not allowed.
+        self.serve(listener, access.layer(links.layer(router)));
+    }
+
+    /// Starts the download of the web UI in the background.
+    fn start_web_ui(&mut self, folder: PathBuf, connection: Connection) -> WebUi {
+        let ui = WebUi::default();
+        self.readiness.set("web_ui", Part::Pending("being fetched"));
+        let fetching = fetch_web_ui(ui.clone(), folder, connection, self.readiness.clone());
+        self.tasks.push(tokio::spawn(fetching));
+        ui
+    }
+
+    /// Polls the queue of exports. Installs the agent server in the background, if sandboxes are processes, and then polls the job
+    /// queue and runs the sweep.
+    fn start_consumers(
+        &mut self,
+        worker: Consumer,
+        exports: Consumer,
+        queues: QueueUrls,
+        agent_server: AgentServerOptions,
+    ) {
+        let install = matches!(self.config.sandbox, SandboxConfig::Process(_));
+        let (sqs, readiness) = (self.aws.sqs.clone(), self.readiness.clone());
         let poll_exports = poll(sqs.clone(), queues.exports, exports.clone(), EXPORT_CONCURRENCY);
         let poll_dead_exports = poll(sqs.clone(), queues.export_dead_letters, exports, EXPORT_CONCURRENCY);
-        server.tasks.extend([tokio::spawn(poll_exports), tokio::spawn(poll_dead_exports)]);
-        server.tasks.push(tokio::spawn(async move {
+        self.tasks.extend([tokio::spawn(poll_exports), tokio::spawn(poll_dead_exports)]);
+        self.tasks.push(tokio::spawn(async move {
             if install && let Err(text) = install_agent_server(&agent_server).await {
-                // The API goes on: records can be read, and starts wait until the next run.
+                // The API stays available: records can be read, and starts wait until the next run.
                 tracing::error!("{text}");
                 readiness.set("agent_server", Part::Failed(text));
                 return;
@@ -371,21 +319,19 @@ impl Server {
             if install {
                 readiness.set("agent_server", Part::Ready);
             }
-            // Only now: a start that is polled earlier would fail for want of an agent server.
+            // Polling begins after the install: a start that is handled earlier would fail for lack of an agent server.
             let starts = poll(sqs.clone(), queues.jobs, worker.clone(), WORKER_CONCURRENCY);
             let dead_letters = poll(sqs, queues.dead_letters, worker.clone(), WORKER_CONCURRENCY);
             tokio::join!(starts, dead_letters, sweep(worker));
         }));
-        Ok(server)
     }
 
-    /// What is still coming.
     #[must_use]
     pub fn readiness(&self) -> &Readiness {
         &self.readiness
     }
 
-    /// The variables with which functions in other processes work on these engines.
+    /// The environment variables with which functions in other processes use these engines.
     #[must_use]
     pub fn environment(&self) -> Vec<(String, String)> {
         let mut variables = self.engines.environment();
@@ -393,12 +339,13 @@ impl Server {
         variables
     }
 
-    /// Ends cleanly: no more work on starts, sandboxes stopped so that they can be resumed, then no more requests, engines
-    /// closed. Agent servers post their last events as they end, and wait and try again when nobody takes them.
+    /// Shuts down: stops the worker, stops the sandboxes so that they can be resumed, ends the requests, and closes the engines.
+    /// The API is served until the sandboxes have stopped, because agent servers post their last events when they end, and retry
+    /// after a wait if the post fails.
     pub async fn shutdown(mut self) {
         for task in self.tasks.drain(..) {
             task.abort();
-            // Cancelled is what it should be.
+            // The result is the cancellation.
             let _cancelled = task.await;
         }
         if let Some(sandboxes) = self.process_sandboxes()
@@ -407,21 +354,20 @@ impl Server {
             tracing::error!(error = %error.context(), "local.sandboxes_not_stopped");
         }
         if let Some((stop, mut served)) = self.stop_serving.take() {
-            // The receiver is gone if serving has ended by itself.
+            // The receiver is gone if serving has already ended.
             let _gone = stop.send(());
-            if tokio::time::timeout(GRACE, &mut served).await.is_err() {
+            if tokio::time::timeout(GRACE_PERIOD, &mut served).await.is_err() {
                 served.abort();
             }
         }
         self.engines.shutdown().await;
     }
 
-    /// The sandboxes, if they are processes.
+    /// The sandbox service, if sandboxes are processes.
     #[must_use]
     pub fn process_sandboxes(&self) -> Option<ProcessSandboxes> {
         let SandboxConfig::Process(process) = &self.config.sandbox else { return None };
-        let store =
-            SandboxStore::new(self.aws.dynamodb.clone(), self.config.names.sandboxes.clone(), self.sealer.clone());
+        let store = Stores::new(&self.config.names, &self.aws, &self.sealer).sandboxes();
         Some(ProcessSandboxes::new(process.clone(), store))
     }
 
@@ -434,14 +380,14 @@ impl Server {
             .route("/health", get(async || Json("OK")))
             .route("/ready", get(ready))
             .with_state(self.readiness.clone());
-        edge::around(functions, without_user, key, access.origins().clone()).merge(health).merge(docs::router())
+        gateway::wrap(functions, without_user, key, access.origins().clone()).merge(health).merge(docs::router())
     }
 
     fn serve(&mut self, listener: TcpListener, router: Router) {
         let (stop, stopped) = oneshot::channel::<()>();
         let served = tokio::spawn(async move {
             let serving = axum::serve(listener, router).with_graceful_shutdown(async {
-                // Also when the sender is dropped: the server is gone then.
+                // An error means that the sender was dropped with the server, which also ends serving.
                 let _stop = stopped.await;
             });
             if let Err(error) = serving.await {
@@ -452,7 +398,122 @@ impl Server {
     }
 }
 
-/// The routes of all functions but the webhooks. Whoever runs them says who calls, with a `Caller` in each request's extensions.
+/// The folders of a run.
+struct Folders {
+    /// The folder given with `--data`: installations, which a demo uses as well.
+    shared: PathBuf,
+    /// Records, objects, keys and sandboxes. A demo has its own, so that its records are separate.
+    data: PathBuf,
+}
+
+impl Folders {
+    fn create(options: &CommonOptions) -> Result<Self, ServerError> {
+        if options.demo && options.sandbox != SandboxKind::Process {
+            return Err(ServerError::Demo);
+        }
+        let shared = make_data_folder(&options.data)?;
+        let data = if options.demo { make_data_folder(&shared.join(demo::FOLDER))? } else { shared.clone() };
+        Ok(Self { shared, data })
+    }
+}
+
+/// The opened data folder: engines with all tables, queues and the bucket, and the sealing keys.
+struct Storage {
+    engines: Engines,
+    aws: Aws,
+    names: Names,
+    queues: QueueUrls,
+    sealer: Sealer,
+    sealing_key_file: PathBuf,
+}
+
+impl Storage {
+    /// Opens the data folder. With `s3_url`, the engines run in process and presigned links begin with this address; without it,
+    /// they listen on loopback ports for other processes.
+    async fn open(data: &Path, s3_url: Option<&str>, pages: &Origins) -> Result<Self, ServerError> {
+        let engines = match s3_url {
+            Some(url) => Engines::in_process(data, url).await?,
+            None => Engines::listening(data, EnginePorts::default(), pages).await?,
+        };
+        let aws = Aws::new(&engines.sdk_config().await);
+        let sealing_key_file = data.join(SEALING_KEY);
+        let sealer = Sealer::from_file(&sealing_key_file).map_err(file_error(&sealing_key_file))?;
+        let mut names = Names::with_prefix(PREFIX);
+        let queues = schema::make_all(&aws, &names, PREFIX).await?;
+        names.job_queue_url.clone_from(&queues.jobs);
+        names.export_queue_url.clone_from(&queues.exports);
+        let expiry = schema::EXPORTS_EXPIRE;
+        let [objects, uploads] = [expiry.days, expiry.incomplete_upload_days].map(|days| DAY * days);
+        engines.expire(&names.bucket, expiry.prefix, objects, uploads)?;
+        Ok(Self { engines, aws, names, queues, sealer, sealing_key_file })
+    }
+}
+
+fn access(options: &CommonOptions, environment: &Environment) -> Result<Access, ServerError> {
+    let public = environment.start.web_url.as_deref().map(PublicAddress::parse).transpose();
+    let public = public.map_err(ServerError::PublicAddress)?;
+    Ok(Access::new(options.sandbox == SandboxKind::Docker, public, &environment.origins))
+}
+
+fn sandbox_config(
+    options: &CommonOptions,
+    environment: &Environment,
+    data: &Path,
+    agent_server: &AgentServerOptions,
+    port: u16,
+    web_url: &str,
+) -> Result<SandboxConfig, ServerError> {
+    Ok(match options.sandbox {
+        SandboxKind::None => SandboxConfig::None,
+        SandboxKind::Docker => SandboxConfig::Docker(DockerSandboxConfig {
+            allow_cors_origins: origins_of_agent_servers(&environment.origins, port),
+            ..DockerSandboxConfig::from_env(port, &options.agent_server_version)?
+        }),
+        SandboxKind::Remote => {
+            let mut remote = RemoteSandboxConfig::from_env(&options.agent_server_version)?;
+            remote.allow_cors_origins.extend(own_origins(port));
+            SandboxConfig::Remote(remote)
+        }
+        SandboxKind::Process => SandboxConfig::Process(ProcessSandboxConfig {
+            folder: data.join("sandboxes"),
+            python: agent_server.launcher.clone(),
+            version: agent_server.version.clone(),
+            webhook_base_url: format!("{web_url}/api/v1/webhooks"),
+            allow_cors_origins: origins_of_agent_servers(&environment.origins, port),
+        }),
+    })
+}
+
+fn config(environment: &Environment, sandbox: SandboxConfig, storage: &Storage) -> Config {
+    Config {
+        start: environment.start.clone(),
+        sandbox,
+        names: storage.names.clone(),
+        sealing: SealingConfig::File(storage.sealing_key_file.clone()),
+        single_user: true,
+        live_status_budget: Duration::from_millis(1500),
+        sandbox_request_budget: config::SANDBOX_REQUEST_BUDGET,
+        address_policy: AddressPolicy::Any,
+        export: environment.export.clone(),
+    }
+}
+
+/// Stores the given settings over those that were set through the API, secrets included. Returns whether a model is set.
+async fn store_settings(
+    config: &Config,
+    aws: &Aws,
+    sealer: &Sealer,
+    settings: Map<String, Value>,
+) -> Result<bool, ServerError> {
+    let user = UserId::local();
+    let store = Stores::new(&config.names, aws, sealer).settings();
+    if !settings.is_empty() {
+        store.lay_over(&user, &Value::Object(settings).to_string().into()).await?;
+    }
+    Ok(store.get(&user).await?.is_some_and(|settings| settings.llm_model.is_some()))
+}
+
+/// The routes of the functions that serve a user. The layers around them have to set a `Caller` in each request's extensions.
 pub fn functions(config: &Config, aws: &Aws, sealer: &Sealer) -> Router {
     Router::new()
         .merge(conversations::router(conversations::Context::new(config, aws, sealer)))
@@ -466,8 +527,8 @@ pub fn functions(config: &Config, aws: &Aws, sealer: &Sealer) -> Router {
         .merge(events::router(events::Context::new(config, aws, sealer)))
 }
 
-/// The routers that need no user: those for agent servers and the agents in them, who show keys of their sandboxes, and what a
-/// front end asks for before anybody is known.
+/// The routes that need no user: those for agent servers and their agents, which authenticate by the keys of their sandboxes, and
+/// those that a front end requests before a user is known.
 pub fn functions_without_user(config: &Config, aws: &Aws, sealer: &Sealer) -> Router {
     Router::new()
         .merge(events::webhooks_router(events::Context::new(config, aws, sealer)))
@@ -475,19 +536,19 @@ pub fn functions_without_user(config: &Config, aws: &Aws, sealer: &Sealer) -> Ro
         .merge(sandboxes::secrets_router(sandboxes::Context::new(config, aws, sealer)))
 }
 
-/// Fetches it, and says when there is none: the rest works without it, and the UI without its editor.
+/// Fetches the web UI and then its editor. The API works without the UI, and the UI works without the editor.
 async fn fetch_web_ui(ui: WebUi, folder: PathBuf, connection: Connection, readiness: Readiness) {
     let mut site = match web_ui::ensure(&folder, &connection).await {
         Ok(site) => site,
         Err(error) => {
-            tracing::error!("{error} The API is served without it.");
-            readiness.set("web_ui", Part::Without(error.to_string()));
+            tracing::error!("{error} The API is served without the web UI.");
+            readiness.set("web_ui", Part::Unavailable(error.to_string()));
             ui.set(Err(error));
             return;
         }
     };
-    // The UI is not kept waiting: where there is no network, npm takes a minute or more to say so.
-    readiness.set("web_ui_editor", Part::Beside("being fetched"));
+    // The UI does not wait for the editor: without a network, npm needs a minute or more to fail.
+    readiness.set("web_ui_editor", Part::Background("being fetched"));
     ui.set(Ok(site.clone()));
     readiness.set("web_ui", Part::Ready);
     match site.add_editor(&folder).await {
@@ -496,14 +557,16 @@ async fn fetch_web_ui(ui: WebUi, folder: PathBuf, connection: Connection, readin
             readiness.set("web_ui_editor", Part::Ready);
         }
         Err(error) => {
-            tracing::warn!("{error} The web UI is served without it: diffs are blank. The next run tries again.");
-            readiness.set("web_ui_editor", Part::Without(error.to_string()));
+            tracing::warn!(
+                "{error} The web UI is served without its editor, so diffs are blank. The next run retries the download."
+            );
+            readiness.set("web_ui_editor", Part::Unavailable(error.to_string()));
         }
     }
 }
 
-/// From which pages browsers may reach agent servers. Those of this machine may unless others are named: then they have to be named,
-/// too.
+/// The web origins that agent servers accept. Without a list they accept this machine's origins; a list replaces these, so they are
+/// added to it.
 fn origins_of_agent_servers(permitted: &[String], port: u16) -> Vec<String> {
     if permitted.is_empty() {
         return Vec::new();
@@ -511,7 +574,7 @@ fn origins_of_agent_servers(permitted: &[String], port: u16) -> Vec<String> {
     permitted.iter().cloned().chain(own_origins(port)).collect()
 }
 
-/// Where pages of this server are from.
+/// The origins of pages that this server serves.
 fn own_origins(port: u16) -> [String; 2] {
     ["127.0.0.1", "localhost"].map(|host| format!("http://{host}:{port}"))
 }
@@ -532,8 +595,8 @@ async fn listen(port: u16) -> Result<TcpListener, ServerError> {
     TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await.map_err(|source| ServerError::Port { port, source })
 }
 
-/// Makes the folder, if it is not there, and keeps it private to its owner, with every file in it that is ours: it holds keys and
-/// conversations. The agent server's and the web UI's installations, and what sandboxes make, keep their modes.
+/// Creates the folder if it is missing, and makes it and the program's files in it private to their owner, because they contain keys
+/// and conversations. The installations of the agent server and the web UI, and files that sandboxes write, keep their modes.
 ///
 /// # Errors
 /// [`ServerError::File`], and [`ServerError::NotPrivate`] if it belongs to another user.
@@ -544,7 +607,7 @@ pub(crate) fn make_data_folder(folder: &Path) -> Result<PathBuf, ServerError> {
         let path = path.to_owned();
         move |source| ServerError::NotPrivate { path, source }
     };
-    // Through a link: the folder that it leads to is what counts.
+    // Of a symbolic link, the target has to be private.
     let real = folder.canonicalize().map_err(file_error(&folder))?;
     private_file::make_private(&real).map_err(not_private(&folder))?;
     private_file::make_entries_private(&folder).map_err(not_private(&folder))?;
@@ -562,7 +625,8 @@ fn file_error(path: &Path) -> impl FnOnce(io::Error) -> ServerError {
     move |source| ServerError::File { path: path.to_owned(), source }
 }
 
-/// Settings from the file and, over them, the environment; none when there are neither: then what is stored stays.
+/// Merges the settings of the file with those of the environment, which take precedence. An empty result leaves the stored settings
+/// unchanged.
 fn settings(options: &CommonOptions, given: Map<String, Value>) -> Result<Map<String, Value>, ServerError> {
     let mut settings = match &options.settings {
         None => Map::new(),
@@ -576,11 +640,11 @@ fn settings(options: &CommonOptions, given: Map<String, Value>) -> Result<Map<St
     Ok(settings)
 }
 
-/// Finds the agent servers of earlier runs by their records: the living are ours again, those without one are ended.
-async fn take_over(sandboxes: &ProcessSandboxes, user: &UserId) -> Result<(), ServerError> {
+/// Adopts the running agent servers of earlier runs, by their records, and terminates those without a record.
+async fn adopt_sandboxes(sandboxes: &ProcessSandboxes, user: &UserId) -> Result<(), ServerError> {
     let orphans = sandboxes.end_orphans(user).await?;
     if orphans > 0 {
-        tracing::warn!(orphans, "local.orphans_ended");
+        tracing::warn!(orphans, "local.orphans_terminated");
     }
     for sandbox in sandboxes.list(user).await? {
         tracing::info!(sandbox = %sandbox.id, status = ?sandbox.status, "local.sandbox_found");
@@ -588,18 +652,30 @@ async fn take_over(sandboxes: &ProcessSandboxes, user: &UserId) -> Result<(), Se
     Ok(())
 }
 
-/// Which agent server is installed, with what, and where.
 struct AgentServerOptions {
     version: String,
-    /// The Python asked for.
+    /// The interpreter given with `--python`.
     python: Option<PathBuf>,
-    /// The folder of all installs.
+    /// The folder that contains all installed versions.
     folder: PathBuf,
-    /// The script by which sandboxes find the Python of the install.
+    /// A script that runs the Python of the installed version. Sandboxes are configured with its path.
     launcher: PathBuf,
 }
 
-/// Installs the agent server if need be, and writes its launcher.
+impl AgentServerOptions {
+    fn new(options: &CommonOptions, folders: &Folders) -> Self {
+        let version = &options.agent_server_version;
+        Self {
+            version: version.clone(),
+            python: options.python.clone(),
+            folder: options.agent_server.clone().unwrap_or_else(|| folders.shared.join("agent-server")),
+            // One launcher per version: a sandbox runs the version in its record, even before this version is installed.
+            launcher: folders.data.join(format!("agent-server-python-{version}")),
+        }
+    }
+}
+
+/// Installs the agent server unless it is installed, and writes its launcher.
 async fn install_agent_server(options: &AgentServerOptions) -> Result<(), String> {
     let AgentServerOptions { version, python, folder, launcher } = options;
     let installed = agent_server::ensure(folder, version, python.as_deref(), Terminal::new()).await;

@@ -1,4 +1,5 @@
-//! Does what SQS, Lambda and the scheduler do on AWS: invokes the consumers of queues for messages, and the worker on schedule.
+//! Stands in for Lambda's event source mapping and for EventBridge Scheduler: polls the queues, invokes their
+//! consumers with each message, and runs the sweep on a schedule.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,16 +15,16 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
-/// Invocations of the worker at a time.
+/// The number of concurrent invocations of the worker.
 pub const WORKER_CONCURRENCY: usize = 64;
-/// Builds of exports at a time. Each may need as much memory as its function has on AWS.
+/// The number of concurrent builds of exports. Each may need as much memory as its function has on AWS.
 pub const EXPORT_CONCURRENCY: usize = 2;
-/// The longest invocation, as on AWS, and bytes of its answer.
-const INVOCATION: Duration = Duration::from_secs(900);
-const ANSWER_LIMIT: usize = 6 * 1024 * 1024;
+/// The time limit of an invocation, as on AWS.
+const INVOCATION_TIMEOUT: Duration = Duration::from_secs(900);
+const MAX_RESPONSE_BYTES: usize = 6 * 1024 * 1024;
 const LONG_POLL_SECONDS: i32 = 20;
-const AFTER_FAILED_POLL: Duration = Duration::from_secs(1);
-/// Every minute on AWS, where a sweep costs money.
+const FAILED_POLL_DELAY: Duration = Duration::from_secs(1);
+/// The interval is a minute on AWS, where each sweep costs money.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A function that consumes a queue.
@@ -38,7 +39,7 @@ pub enum Consumer {
 }
 
 impl Consumer {
-    /// Invokes the function; returns the ids of the messages that are to be delivered again.
+    /// Invokes the function. Returns the ids of the messages that have to be redelivered.
     async fn invoke(&self, event: Value) -> Result<Vec<String>, String> {
         let ids = |response: SqsBatchResponse| {
             response.batch_item_failures.into_iter().map(|failure| failure.item_identifier).collect()
@@ -50,9 +51,12 @@ impl Consumer {
                 let url = format!("{}/2015-03-31/functions/{name}/invocations", url.trim_end_matches('/'));
                 let request = http.request(Method::POST, &url).map_err(|error| error.to_string())?;
                 let request = request.with(|request| request.json(&event));
-                let answer = request.send(INVOCATION, |_| ANSWER_LIMIT).await.map_err(|error| error.to_string())?;
+                let answer = request
+                    .send(INVOCATION_TIMEOUT, |_| MAX_RESPONSE_BYTES)
+                    .await
+                    .map_err(|error| error.to_string())?;
                 if !answer.status.is_success() {
-                    return Err(format!("{url} answered {}", answer.status));
+                    return Err(format!("{url} returned {}", answer.status));
                 }
                 let response: Value = serde_json::from_slice(&answer.body).map_err(|error| error.to_string())?;
                 let failures = response["batchItemFailures"].as_array().cloned().unwrap_or_default();
@@ -66,20 +70,20 @@ impl Consumer {
     }
 }
 
-/// Sweeps at once, for what an earlier run left unfinished, and then on schedule. Runs until it is dropped.
+/// Sweeps immediately, for work that an earlier run left unfinished, and then at each interval. Runs until it is dropped.
 pub async fn sweep(worker: Consumer) {
-    let mut clock = interval(SWEEP_INTERVAL);
-    clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut timer = interval(SWEEP_INTERVAL);
+    timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        clock.tick().await;
+        timer.tick().await;
         if let Err(error) = worker.invoke(json!({"source": "aws.scheduler"})).await {
             tracing::warn!(%error, "local.sweep_failed");
         }
     }
 }
 
-/// Polls a queue, and invokes its consumer for each message, at most `concurrency` times at once. Runs until it is dropped; invocations
-/// that run then are dropped with it.
+/// Polls a queue and invokes its consumer with each message, with at most `concurrency` concurrent invocations. Runs until it is
+/// dropped, which also cancels running invocations.
 pub async fn poll(sqs: Client, queue_url: String, consumer: Consumer, concurrency: usize) {
     let permits = Arc::new(Semaphore::new(concurrency));
     let mut running = JoinSet::new();
@@ -102,7 +106,7 @@ pub async fn poll(sqs: Client, queue_url: String, consumer: Consumer, concurrenc
             Ok(received) => received.messages.unwrap_or_default().pop(),
             Err(error) => {
                 tracing::warn!(error = %aws_sdk_sqs::error::DisplayErrorContext(&error), "local.poll_failed");
-                sleep(AFTER_FAILED_POLL).await;
+                sleep(FAILED_POLL_DELAY).await;
                 None
             }
         };
@@ -121,17 +125,17 @@ async fn handle(sqs: &Client, queue_url: &str, consumer: &Consumer, message: Mes
         Ok(failures) if failures.is_empty() => {
             let receipt = message.receipt_handle.unwrap_or_default();
             if let Err(error) = sqs.delete_message().queue_url(queue_url).receipt_handle(receipt).send().await {
-                // It will be delivered again, and find that there is nothing to do.
+                // Harmless: the message is redelivered, and its job finds nothing left to do.
                 tracing::warn!(error = %aws_sdk_sqs::error::DisplayErrorContext(&error), "local.message_not_deleted");
             }
         }
-        // It stays, hidden, and is delivered again; the sweep is quicker.
+        // The message stays in flight until its visibility timeout. Usually the sweep, or a client of an export, enqueues the job earlier.
         Ok(_) => {}
         Err(error) => tracing::warn!(%error, "local.worker_failed"),
     }
 }
 
-/// A message as Lambda gets it.
+/// The message as a record of Lambda's SQS event.
 fn record(queue_url: &str, message: &Message) -> Value {
     let queue = queue_url.rsplit('/').next().unwrap_or_default();
     let attributes: HashMap<String, String> =

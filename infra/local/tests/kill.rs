@@ -1,4 +1,4 @@
-//! The real program: `kill -9` and what the next run makes of it, on real agent servers; its ports; the modes of its files.
+//! Tests of the real program with real agent servers: recovery after `kill -9`, its ports, the modes of its files.
 //!
 //! The agent server is installed into `target/agent-server` on first use, or `OPENHANDS_AGENT_SERVER_FOLDER`.
 #![cfg(target_os = "linux")] // processes are found in /proc
@@ -21,14 +21,14 @@ use tempfile::TempDir;
 const LLM_API_KEY: &str = "sk-canary-5b1f0c7e9d";
 /// The first boot of an agent server on a busy machine.
 const BOOT: Duration = Duration::from_secs(150);
-/// An install, when there is none yet.
+/// An install of the agent server.
 const INSTALL: Duration = Duration::from_secs(900);
 const SOON: Duration = Duration::from_secs(20);
 
-/// For tests that boot agent servers: two at once take longer than one after the other.
+/// Serializes tests that boot agent servers: two concurrent boots are slower than two consecutive ones.
 static ONE_AT_A_TIME: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
-/// A data folder and whatever processes come to live on it; they end with it.
+/// A data folder. Dropping it kills all processes that use it.
 struct Data {
     folder: TempDir,
 }
@@ -39,7 +39,7 @@ impl Drop for Data {
         for pid in &left {
             let _gone = kill_process(*pid, Signal::KILL);
         }
-        // Their files can be removed once they are gone.
+        // The folder can be removed after the processes have ended.
         let end = Instant::now() + SOON;
         while !self.processes().is_empty() && Instant::now() < end {
             thread::sleep(Duration::from_millis(20));
@@ -60,12 +60,12 @@ impl Data {
         self.folder.path().join("server.log")
     }
 
-    /// All processes of this data folder: it is in their command line or environment. Zombies are none.
+    /// The processes of this data folder, which have its path in their command line or environment. Zombies have neither.
     fn processes(&self) -> Vec<Pid> {
         self.find(|_, own| own)
     }
 
-    /// Its agent servers, without processes that they forked.
+    /// The agent servers of this data folder, without the processes that they forked.
     fn agent_servers(&self) -> Vec<Pid> {
         let all = self.find(|command, own| own && command.contains("-m openhands.agent_server "));
         all.iter().copied().filter(|pid| !all.iter().any(|other| Some(*other) == parent(*pid))).collect()
@@ -99,13 +99,13 @@ impl Data {
             .arg("--data")
             .arg(self.path())
             .args(arguments)
-            // A group of its own, as a shell gives it: Ctrl-C goes to all of the group.
+            // A separate process group, as in a shell: Ctrl-C signals the whole group.
             .process_group(0)
             .env("OPENHANDS_AGENT_SERVER_FOLDER", agent_server)
             .env("LLM_MODEL", "openai/none")
             .env("LLM_API_KEY", LLM_API_KEY)
             .env("LLM_BASE_URL", "http://127.0.0.1:9")
-            // The next run goes on when the killed one's claims have run out.
+            // The next run continues a start after the lease of the killed run has expired.
             .env("START_LEASE_SECONDS", "5")
             .env("RUST_LOG", "debug,hyper=info,hyper_util=info")
             .env_remove("SESSION_API_KEY");
@@ -122,29 +122,29 @@ impl Data {
             .stderr(Stdio::from(log))
             .spawn()
             .unwrap();
-        let mut said = BufReader::new(child.stdout.take().unwrap());
-        // Made at once, so that it is ended should the rest fail.
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        // Created first, so that the process is killed if the rest fails.
         let mut server = Server { child, base: String::new(), http: reqwest::Client::new() };
         let mut line = String::new();
-        while said.read_line(&mut line).unwrap() > 0 {
+        while output.read_line(&mut line).unwrap() > 0 {
             if let Some(base) = line.trim().strip_prefix("Listening on ") {
                 base.clone_into(&mut server.base);
-                // Whatever else it says must find a reader.
-                thread::spawn(move || said.read_to_end(&mut Vec::new()));
+                // The pipe has to be read to its end, or the server would block when it is full.
+                thread::spawn(move || output.read_to_end(&mut Vec::new()));
                 return server;
             }
             line.clear();
         }
-        panic!("the server did not say where it listens:\n{}", fs::read_to_string(self.logs()).unwrap());
+        panic!("the server did not print its address:\n{}", fs::read_to_string(self.logs()).unwrap());
     }
 
-    /// Runs the program for what it says as it refuses to run.
+    /// Runs the program with arguments that it refuses, and returns its error output.
     fn refusal(&self, arguments: &[&str]) -> String {
         let mut child = self.command(arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-        let mut said = child.stderr.take().unwrap();
+        let mut output = child.stderr.take().unwrap();
         let reader = thread::spawn(move || {
             let mut text = String::new();
-            said.read_to_string(&mut text).map(|_| text).unwrap()
+            output.read_to_string(&mut text).map(|_| text).unwrap()
         });
         let mut server = Server { child, base: String::new(), http: reqwest::Client::new() };
         let status = server.ended(SOON);
@@ -154,7 +154,7 @@ impl Data {
         text
     }
 
-    /// Files below the data folder, without those of the sandboxes, that hold this text in clear.
+    /// The files below the data folder, except those of sandboxes, that contain this text.
     fn files_with(&self, text: &str) -> Vec<PathBuf> {
         let mut found = Vec::new();
         let mut folders = vec![self.path()];
@@ -182,7 +182,7 @@ fn parent(pid: Pid) -> Option<Pid> {
     Pid::from_raw(fields.split(' ').nth(1)?.parse().ok()?)
 }
 
-/// A run of the program; killed when it is dropped.
+/// A running server process. Dropping it kills the process.
 struct Server {
     child: Child,
     base: String,
@@ -203,7 +203,7 @@ impl Server {
         self.child.wait().unwrap();
     }
 
-    /// Sends a signal to its process group, as a terminal does, and returns how it ended.
+    /// Sends a signal to the process group, as a terminal does, and returns the exit status.
     fn stop(mut self, signal: Signal) -> ExitStatus {
         kill_process_group(Pid::from_child(&self.child), signal).unwrap();
         self.ended(SOON)
@@ -234,7 +234,7 @@ impl Server {
         .await;
     }
 
-    /// Begins a start; returns the id of its task.
+    /// Creates a start and returns the id of its task.
     async fn start(&self, request: &Value) -> String {
         let url = format!("{}/api/v1/app-conversations", self.base);
         let answer = self.http.post(url).json(request).send().await.unwrap();
@@ -259,7 +259,7 @@ impl Server {
         task
     }
 
-    /// The only conversation there is.
+    /// The only conversation of the server.
     async fn conversation(&self) -> Value {
         let mut found = self.get("/api/v1/app-conversations/search").await;
         assert_eq!(found["items"].as_array().map(Vec::len), Some(1), "{found:#}");
@@ -273,13 +273,13 @@ async fn wait_for<T>(what: &str, within: Duration, mut probe: impl AsyncFnMut() 
         if let Some(found) = probe().await {
             return found;
         }
-        assert!(Instant::now() < end, "still not so after {within:?}: {what}");
+        assert!(Instant::now() < end, "after {within:?} still not: {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
-/// How many conversations the conversation's agent server has, asked with the key that we show.
-async fn conversations_there(conversation: &Value) -> usize {
+/// The number of conversations that the conversation's agent server has, requested with the key in the API's response.
+async fn conversations_of_agent_server(conversation: &Value) -> usize {
     let url = conversation["conversation_url"].as_str().unwrap();
     let (server, id) = url.split_once("/api/conversations/").unwrap();
     assert_eq!(id, conversation["id"].as_str().unwrap());
@@ -294,7 +294,7 @@ async fn conversations_there(conversation: &Value) -> usize {
 }
 
 #[tokio::test]
-async fn a_start_outlives_two_killed_servers_and_later_runs_adopt_its_agent_server_until_that_dies_too() {
+async fn a_start_survives_two_killed_servers_and_later_runs_adopt_its_agent_server() {
     let _turn = ONE_AT_A_TIME.lock().await;
     let data = Data::new();
     let server = data.run(&[]);
@@ -303,7 +303,7 @@ async fn a_start_outlives_two_killed_servers_and_later_runs_adopt_its_agent_serv
     server.kill();
 
     let server = data.run(&[]);
-    wait_for("the agent server is launched and waited for", BOOT, async || {
+    wait_for("the start waits for the launched agent server", BOOT, async || {
         (server.task(&task).await["status"] == "WAITING_FOR_SANDBOX" && !data.agent_servers().is_empty()).then_some(())
     })
     .await;
@@ -317,7 +317,7 @@ async fn a_start_outlives_two_killed_servers_and_later_runs_adopt_its_agent_serv
     let before = server.conversation().await;
     assert_eq!(before["id"], ready["app_conversation_id"]);
     assert_eq!(before["sandbox_status"], "RUNNING");
-    assert_eq!(conversations_there(&before).await, 1);
+    assert_eq!(conversations_of_agent_server(&before).await, 1);
     server.kill();
 
     let server = data.run(&[]);
@@ -325,7 +325,7 @@ async fn a_start_outlives_two_killed_servers_and_later_runs_adopt_its_agent_serv
     for field in ["id", "sandbox_id", "sandbox_status", "conversation_url", "session_api_key"] {
         assert_eq!(after[field], before[field], "{field}");
     }
-    assert_eq!(conversations_there(&after).await, 1);
+    assert_eq!(conversations_of_agent_server(&after).await, 1);
     assert_eq!(data.agent_servers(), agent_servers);
     server.kill();
     kill_process(agent_servers[0], Signal::KILL).unwrap();
@@ -346,7 +346,7 @@ async fn a_stopped_server_leaves_no_process_and_keeps_its_sandboxes_and_its_secr
     server.alive(INSTALL).await;
     let task = server.start(&json!({"secrets": {"TOKEN": "canary-of-the-request-77"}})).await;
 
-    // As early as can be: the agent server's process is an instant old.
+    // As early as possible: the agent server's process has just been created.
     wait_for("the agent server is launched", BOOT, async || {
         fs::read_to_string(data.logs()).unwrap().contains("sandbox.launched").then_some(())
     })
@@ -358,7 +358,7 @@ async fn a_stopped_server_leaves_no_process_and_keeps_its_sandboxes_and_its_secr
     server.ready(&task).await;
     let running = server.conversation().await;
     assert_eq!(running["sandbox_status"], "RUNNING");
-    assert_eq!(conversations_there(&running).await, 1);
+    assert_eq!(conversations_of_agent_server(&running).await, 1);
     assert!(server.stop(Signal::TERM).success());
     assert_eq!(data.processes(), [], "after SIGTERM with a running sandbox");
 
@@ -378,12 +378,12 @@ async fn a_stopped_server_leaves_no_process_and_keeps_its_sandboxes_and_its_secr
         assert!(!log.contains(secret), "{secret} is in the log");
         assert_eq!(data.files_with(secret), Vec::<PathBuf>::new(), "{secret} is in clear");
     }
-    // The search finds what is there.
+    // Checks the search itself: it finds a text that the files contain.
     assert_ne!(data.files_with(running["id"].as_str().unwrap()), Vec::<PathBuf>::new());
 }
 
 #[tokio::test]
-async fn a_server_without_sandboxes_is_alive_at_once_and_its_starts_say_that_it_has_none() {
+async fn a_server_without_sandboxes_is_alive_at_once_and_its_starts_fail_with_the_reason() {
     let data = Data::new();
     let server = data.run(&["--sandbox", "none", "--log", "json", "--agent-server", "/nonexistent/agent-server"]);
     server.alive(SOON).await;
@@ -404,30 +404,30 @@ async fn a_server_without_sandboxes_is_alive_at_once_and_its_starts_say_that_it_
 }
 
 #[test]
-fn what_cannot_work_is_refused_with_a_sentence() {
+fn invalid_options_are_refused_with_a_message() {
     let data = Data::new();
-    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = taken.local_addr().unwrap().port().to_string();
-    let said = data.refusal(&["--sandbox", "none", "--port", &port]);
-    assert!(said.contains(&format!("Port {port}")) && said.contains("--port"), "{said}");
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port().to_string();
+    let text = data.refusal(&["--sandbox", "none", "--port", &port]);
+    assert!(text.contains(&format!("Port {port}")) && text.contains("--port"), "{text}");
 
-    let said = data.refusal(&["--port", "0", "--python", "/nonexistent/python"]);
-    assert!(said.contains("--python /nonexistent/python: no such file"), "{said}");
-    let said = data.refusal(&["--port", "0", "--python", "/bin/sh"]);
-    assert!(said.contains("--python /bin/sh"), "{said}");
+    let text = data.refusal(&["--port", "0", "--python", "/nonexistent/python"]);
+    assert!(text.contains("--python /nonexistent/python: no such file"), "{text}");
+    let text = data.refusal(&["--port", "0", "--python", "/bin/sh"]);
+    assert!(text.contains("--python /bin/sh"), "{text}");
 
-    let said = data.refusal(&["--port", "0", "--settings", "/nonexistent/settings.json"]);
-    assert!(said.contains("/nonexistent/settings.json cannot be used"), "{said}");
+    let text = data.refusal(&["--port", "0", "--settings", "/nonexistent/settings.json"]);
+    assert!(text.contains("/nonexistent/settings.json cannot be used"), "{text}");
     let settings = data.folder.path().join("settings.json");
-    for text in ["[1, 2]", "{\"llm_model\": ", ""] {
-        fs::write(&settings, text).unwrap();
-        let said = data.refusal(&["--port", "0", "--settings", settings.to_str().unwrap()]);
-        assert!(said.contains("settings.json cannot be used"), "{text}: {said}");
+    for content in ["[1, 2]", "{\"llm_model\": ", ""] {
+        fs::write(&settings, content).unwrap();
+        let text = data.refusal(&["--port", "0", "--settings", settings.to_str().unwrap()]);
+        assert!(text.contains("settings.json cannot be used"), "{content}: {text}");
     }
 }
 
 #[test]
-fn options_may_stand_before_and_behind_a_command() {
+fn options_may_precede_or_follow_a_command() {
     let data = Data::new();
     for arguments in
         [["--sandbox", "none", "--port", "4321", "engines"], ["engines", "--sandbox", "none", "--port", "4321"]]
@@ -455,7 +455,7 @@ fn listening(pid: Pid) -> Vec<String> {
     let pid = pid.as_raw_nonzero();
     let sockets: Vec<String> = fs::read_dir(format!("/proc/{pid}/fd"))
         .unwrap()
-        // A descriptor may be closed meanwhile.
+        // The descriptor may have been closed meanwhile.
         .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
         .filter_map(|target| Some(target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
         .collect();
@@ -473,7 +473,7 @@ fn listening(pid: Pid) -> Vec<String> {
     found
 }
 
-/// As `/proc/net/tcp` writes it.
+/// The format of `/proc/net/tcp`.
 fn loopback(port: u16) -> String {
     format!("tcp 0100007F:{port:04X}")
 }
@@ -495,7 +495,7 @@ async fn the_process_listens_on_one_port_and_each_agent_server_on_one() {
     let (address, _) = url.split_once("/api/").unwrap();
     let port = address.rsplit(':').next().unwrap().parse().unwrap();
     assert!(listening(agent_servers[0]).contains(&loopback(port)), "{:?}", listening(agent_servers[0]));
-    // Whatever else belongs to the product listens on loopback alone.
+    // All other processes of the data folder listen on loopback only.
     for pid in data.processes() {
         for address in listening(pid) {
             assert!(address.starts_with("tcp 0100007F:"), "{pid:?} listens on {address}");
@@ -504,7 +504,7 @@ async fn the_process_listens_on_one_port_and_each_agent_server_on_one() {
     assert!(server.stop(Signal::TERM).success());
 }
 
-/// For the functions under `cargo lambda watch`.
+/// The engines for functions under `cargo lambda watch`.
 #[test]
 fn engines_listen_on_three_ports_of_loopback() {
     let data = Data::new();
@@ -524,7 +524,7 @@ fn engines_listen_on_three_ports_of_loopback() {
     assert!(server.stop(Signal::INT).success());
 }
 
-/// The files and folders of a data folder that others than its owner may use, without what agents make.
+/// The files and folders of a data folder to which other users than the owner have access. Symbolic links are skipped.
 fn open_to_others(data: &Path) -> Vec<(PathBuf, u32)> {
     let (mut found, mut folders) = (Vec::new(), vec![data.to_owned()]);
     while let Some(folder) = folders.pop() {
@@ -546,7 +546,7 @@ fn open_to_others(data: &Path) -> Vec<(PathBuf, u32)> {
 }
 
 #[tokio::test]
-async fn a_data_folder_that_was_open_to_all_is_its_owners_alone_and_workspaces_stay_as_they_are() {
+async fn a_data_folder_becomes_private_and_workspaces_keep_their_modes() {
     let data = Data::new();
     let folder = data.path();
     let server = data.run(&["--sandbox", "none"]);
@@ -557,7 +557,7 @@ async fn a_data_folder_that_was_open_to_all_is_its_owners_alone_and_workspaces_s
     assert_eq!(open_to_others(&folder), []);
     assert!(server.stop(Signal::TERM).success());
 
-    // As an earlier version left it, or a copy.
+    // The modes of a data folder of an earlier version, or of a copy.
     let sandbox = folder.join("sandboxes/one");
     let workspace = sandbox.join("workspace/project");
     fs::create_dir_all(&workspace).unwrap();
@@ -582,10 +582,14 @@ async fn a_data_folder_that_was_open_to_all_is_its_owners_alone_and_workspaces_s
     server.start(&content).await;
     let left: Vec<_> =
         open_to_others(&folder).into_iter().filter(|(path, _)| *path != sandbox.join("workspace")).collect();
-    assert_eq!(left, [(workspace.clone(), 0o755), (workspace.join("run.sh"), 0o644)], "what git has made stays");
+    assert_eq!(
+        left,
+        [(workspace.clone(), 0o755), (workspace.join("run.sh"), 0o644)],
+        "files of a workspace keep their modes"
+    );
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!([mode(&folder), mode(&sandbox), mode(&folder.join("functions.env"))], [0o700, 0o700, 0o600]);
-    // Files that the server's children make have the modes that they would have without it.
+    // The umask is unchanged, so child processes create files with the usual modes.
     let umask = |pid: &str| {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         status.lines().find_map(|line| Some(line.strip_prefix("Umask:")?.trim().to_owned())).unwrap()

@@ -1,5 +1,5 @@
-//! Tables, indexes, bucket and queues, defined once: made from here locally and in tests, and the measure for the
-//! deployed template.
+//! Defines the tables, indexes, bucket and queues. `cargo local` and tests create them from these definitions; a test compares the
+//! deployed template with them.
 
 use std::time::Duration;
 
@@ -14,40 +14,32 @@ use shared::config::Names;
 use shared::jobs::queue::DEAD_LETTER_SUFFIX;
 use shared::{conversation, event, pending_message, sandbox, start};
 
-/// What an index holds of its rows beside the keys.
+/// The attributes that an index contains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Projected {
-    /// Everything.
     All,
-    /// The keys alone.
     Keys,
-    /// The keys and one attribute.
+    /// The keys and one other attribute.
     KeysAnd(&'static str),
 }
 
 /// A global secondary index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Index {
-    /// Its name.
     pub name: &'static str,
-    /// The attribute it is partitioned by; rows without it are not in the index.
+    /// Rows without this attribute are not in the index.
     pub partition_key: &'static str,
-    /// The attribute it is sorted by.
     pub sort_key: Option<&'static str>,
-    /// What it holds.
     pub projected: Projected,
 }
 
 /// A table. All keys are strings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Table {
-    /// Its name, without a deployment's prefix.
+    /// The name without the prefix of a deployment.
     pub name: &'static str,
-    /// The attribute it is partitioned by.
     pub partition_key: &'static str,
-    /// The attribute it is sorted by.
     pub sort_key: &'static str,
-    /// Its indexes.
     pub indexes: &'static [Index],
 }
 
@@ -55,7 +47,6 @@ const fn index(name: &'static str, partition_key: &'static str, sort_key: &'stat
     Index { name, partition_key, sort_key: Some(sort_key), projected }
 }
 
-/// All tables.
 pub const TABLES: [Table; 5] = [
     Table {
         name: "conversations",
@@ -118,10 +109,10 @@ pub const TABLES: [Table; 5] = [
     },
 ];
 
-/// When S3 removes what is below a prefix: a lifecycle rule of the bucket. Locally it is carried out when the server starts.
+/// A lifecycle rule of the bucket, which removes objects below a prefix. `cargo local` applies it when the server starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Expiry {
-    /// The beginning of the objects' keys.
+    /// The prefix of the objects' keys.
     pub prefix: &'static str,
     /// Days after which an object is removed.
     pub days: u32,
@@ -129,17 +120,17 @@ pub struct Expiry {
     pub incomplete_upload_days: u32,
 }
 
-/// Exports are made again when they are asked for again.
+/// A removed export is built again by the next request for it.
 pub const EXPORTS_EXPIRE: Expiry = Expiry { prefix: shared::export::store::PREFIX, days: 1, incomplete_upload_days: 1 };
 
 /// A queue and its dead-letter queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Queue {
-    /// Its name, without a deployment's prefix.
+    /// The name without the prefix of a deployment.
     pub name: &'static str,
     /// How long a received message stays hidden: six times a worker's time limit, as AWS advises for Lambda.
     pub visibility_timeout: Duration,
-    /// How often a message is delivered before it is a dead letter.
+    /// The number of deliveries after which a message moves to the dead-letter queue.
     pub max_receive_count: u32,
 }
 
@@ -153,14 +144,14 @@ pub const EXPORT_TIMEOUT: Duration = Duration::from_secs(900);
 pub const JOB_QUEUE: Queue =
     Queue { name: "jobs", visibility_timeout: WORKER_TIMEOUT.saturating_mul(6), max_receive_count: 5 };
 
-/// The queue of exports. A message that failed stays hidden for so long that clients, which retry every few seconds, have enqueued
-/// the export again: few deliveries are enough.
+/// The queue of exports. A message that failed stays hidden for a long time, and clients, which retry every few seconds, enqueue
+/// the export again before it is redelivered. Therefore few deliveries are enough.
 pub const EXPORT_QUEUE: Queue =
     Queue { name: "exports", visibility_timeout: EXPORT_TIMEOUT.saturating_mul(6), max_receive_count: 3 };
 
-/// Something could not be made.
+/// A table, the bucket or a queue could not be created.
 #[derive(Debug, thiserror::Error)]
-#[error("{what} could not be made: {context}")]
+#[error("{what} could not be created: {context}")]
 pub struct SchemaError {
     what: String,
     context: String,
@@ -172,23 +163,18 @@ impl SchemaError {
     }
 }
 
-/// The URLs of the queues.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QueueUrls {
-    /// The job queue.
     pub jobs: String,
-    /// Its dead-letter queue.
     pub dead_letters: String,
-    /// The queue of exports.
     pub exports: String,
-    /// Its dead-letter queue.
     pub export_dead_letters: String,
 }
 
-/// Makes everything that is not there yet. A table that is there keeps its rows.
+/// Creates missing tables, the bucket and queues. Existing tables keep their rows.
 ///
 /// # Errors
-/// Names what could not be made and why: also a table that lacks an index, for an older version made it.
+/// States what could not be created and why. A table that lacks an index, because an older version created it, is an error as well.
 pub async fn make_all(aws: &Aws, names: &Names, prefix: &str) -> Result<QueueUrls, SchemaError> {
     for table in &TABLES {
         make_table(aws, table, &format!("{prefix}{}", table.name)).await?;
@@ -258,7 +244,8 @@ async fn make_table(aws: &Aws, table: &Table, name: &str) -> Result<(), SchemaEr
     }
 }
 
-/// A read of a missing index fails, and rows without its attributes would be missing in one that is added now.
+/// Checks that an existing table has all indexes: reads of a missing index fail, and an index that is added now would lack the rows
+/// without its attributes.
 async fn check_indexes(aws: &Aws, table: &Table, name: &str) -> Result<(), SchemaError> {
     let failed = |error: &dyn std::fmt::Display| SchemaError::new(format!("table {name}"), error);
     let described = aws.dynamodb.describe_table().table_name(name).send().await;
@@ -267,7 +254,7 @@ async fn check_indexes(aws: &Aws, table: &Table, name: &str) -> Result<(), Schem
     let is_there = |wanted: &Index| indexes.iter().any(|index| index.index_name.as_deref() == Some(wanted.name));
     match table.indexes.iter().find(|index| !is_there(index)) {
         Some(missing) => Err(failed(&format!(
-            "it lacks the index {}, for an older version of this program made it; use another data folder",
+            "it lacks the index {}, because an older version of this program created it; use another data folder",
             missing.name
         ))),
         None => Ok(()),
@@ -299,7 +286,7 @@ async fn make_bucket(aws: &Aws, name: &str) -> Result<(), SchemaError> {
     }
 }
 
-/// Makes a queue and its dead-letter queue, and returns their URLs.
+/// Creates a queue and its dead-letter queue, and returns their URLs.
 async fn make_queue(aws: &Aws, prefix: &str, queue: &Queue) -> Result<(String, String), SchemaError> {
     let name = format!("{prefix}{}", queue.name);
     let dead_name = format!("{name}{DEAD_LETTER_SUFFIX}");

@@ -5,7 +5,7 @@ use async_trait::async_trait;
 use super::store::SandboxStore;
 use super::{Sandbox, SandboxService};
 use crate::error::{Error, Result};
-use crate::user::UserId;
+use crate::id::UserId;
 
 /// Refuses to make sandboxes, and knows none.
 #[derive(Debug)]
@@ -25,7 +25,7 @@ impl NoSandboxes {
 impl SandboxService for NoSandboxes {
     async fn start(&self, _user: &UserId, _id: &str) -> Result<()> {
         Err(Error::Refused(
-            "This server runs without sandboxes (SANDBOX_KIND=none, --sandbox none): it keeps records and starts no conversations."
+            "This server runs without sandboxes (SANDBOX_KIND=none, --sandbox none) and cannot start conversations; configure another kind of sandbox."
                 .into(),
         ))
     }

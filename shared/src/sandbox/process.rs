@@ -21,15 +21,14 @@ use secrecy::{ExposeSecret as _, SecretString};
 use tokio::process::Command;
 use tokio::time::{Instant, sleep};
 
+use super::config::ProcessSandboxConfig;
 use super::spec::published_image;
 use super::store::{SandboxRecord, SandboxStore, Wanted};
 use super::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus};
 use crate::clock::Time;
-use crate::config::ProcessSandboxConfig;
 use crate::error::{Error, Result};
 use crate::http_client::{AddressPolicy, HttpClient};
-use crate::id;
-use crate::user::UserId;
+use crate::id::{self, UserId};
 
 /// Writes its process id, then becomes the agent server under the same id.
 const LAUNCHER: &str = r#"echo $$ > "$1" && shift && exec "$@""#;
@@ -282,7 +281,7 @@ impl ProcessSandboxes {
             command.env(format!("OH_ALLOW_CORS_ORIGINS_{index}"), origin);
         }
         // The operator's word on what sandboxes see; it wins.
-        if let Some(given) = crate::config::text("OH_AGENT_SERVER_ENV") {
+        if let Some(given) = crate::env::text("OH_AGENT_SERVER_ENV") {
             let given: std::collections::BTreeMap<String, String> = serde_json::from_str(&given).map_err(|error| {
                 io::Error::new(io::ErrorKind::InvalidInput, format!("OH_AGENT_SERVER_ENV: {error}"))
             })?;
@@ -304,11 +303,11 @@ impl ProcessSandboxes {
             (Wanted::Stopped, _) | (Wanted::Paused, true) => (SandboxStatus::Paused, None),
             (Wanted::Running, true) if self.answers(&folder, url.as_ref()).await => (SandboxStatus::Running, None),
             (Wanted::Running, true) => (SandboxStatus::Starting, None),
-            (_, false) if folder.answered().exists() => (SandboxStatus::Missing, Some("Its agent server is gone")),
+            (_, false) if folder.answered().exists() => (SandboxStatus::Missing, Some("Its agent server has ended")),
             (_, false) if Time::now().since(record.created_at) < LAUNCH_GRACE && !folder.pid().exists() => {
                 (SandboxStatus::Starting, None)
             }
-            (_, false) => (SandboxStatus::Error, Some("Its agent server ended before it ever answered")),
+            (_, false) => (SandboxStatus::Error, Some("Its agent server ended before its first response")),
         };
         let running = status == SandboxStatus::Running;
         Ok(Sandbox {

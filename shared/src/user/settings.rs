@@ -15,7 +15,7 @@ use super::settings_document::SettingsDocument;
 use crate::dynamo::{Backoff, Condition, Item, Table, store_error, text, unless_written};
 use crate::error::{Error, Result};
 use crate::http::pydantic::validation::{Loc, wire_enum};
-use crate::start::request::ProviderType;
+use crate::user::git::ProviderType;
 
 wire_enum! {
     /// How a start chooses among the user's running sandboxes.
@@ -166,7 +166,7 @@ pub struct SettingsStore {
 impl SettingsStore {
     /// A store on the `users` table.
     #[must_use]
-    pub fn new(dynamodb: Client, table: String, sealer: Sealer) -> Self {
+    pub(crate) fn new(dynamodb: Client, table: String, sealer: Sealer) -> Self {
         Self { table: Table::new(dynamodb, table), sealer }
     }
 
@@ -219,7 +219,7 @@ impl SettingsStore {
                 Err(error) => return unless_written(Err(error), is_stored).await.map(|()| done),
             }
         }
-        Err(Error::Unavailable("The settings are being changed by many at once; try again".to_owned()))
+        Err(Error::Unavailable("Settings were modified concurrently; try again".to_owned()))
     }
 
     /// Merges settings in the contract's JSON shape into the stored ones: fields that they name are replaced, all others stay.
@@ -230,7 +230,7 @@ impl SettingsStore {
         check_given(json)?;
         let over = SettingsDocument::parse(json.expose_secret()).map_err(unreadable)?;
         self.change(user, |document| {
-            document.lay_over(&over);
+            document.merge(&over);
             Ok(())
         })
         .await

@@ -1,9 +1,11 @@
-//! A large account: as many conversations and start tasks as one wants, always the same ones, as lines for `cargo local import`.
+//! A synthetic large account: any number of conversations and start tasks, the same in every run, as lines for `cargo
+//! local import`.
 
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-/// A beginning of conversations, in microseconds since 1970; each is seven minutes and a bit older than the one before.
+/// Creation time of the newest conversation, in microseconds since 1970; each one is a little over seven minutes older
+/// than the one before.
 const NEWEST: i64 = 1_767_225_600_000_000;
 const APART: i64 = 427_000_001;
 
@@ -12,22 +14,22 @@ pub fn conversation_id(number: u64) -> Uuid {
     Uuid::from_u64_pair(mix(number), mix(number ^ 0x5555))
 }
 
-/// Whether it is a sub-conversation: one in twenty.
+/// Whether a conversation is a sub-conversation: one in twenty is.
 pub fn is_sub_conversation(number: u64) -> bool {
     number % 20 == 7
 }
 
-/// The sandbox of a conversation; ten have the same.
+/// The id of a conversation's sandbox; ten conversations share one.
 pub fn sandbox_id(number: u64) -> String {
     format!("{:022x}", u128::from(mix(number / 10 + 0xABCD)) << 16)
 }
 
-/// When a conversation was made.
+/// The creation time of a conversation.
 pub fn created_at(number: u64) -> String {
     at(NEWEST - i64::try_from(number).expect("an account of this size") * APART)
 }
 
-/// A conversation, about 700 bytes as a row.
+/// A conversation as JSON, about 700 bytes as a row.
 pub fn conversation(number: u64) -> Value {
     let random = mix(number);
     let changed = i64::try_from(random % 259_200_000_000).expect("three days");
@@ -81,10 +83,10 @@ pub fn start_task(number: u64) -> Value {
     }})
 }
 
-/// A word that is in about one title of three.
+/// A word that occurs in about one title in three.
 pub const COMMON: &str = "queue";
 
-/// A word that is in about one title of 500.
+/// A word that occurs in about one title in 500.
 pub const RARE: &str = "flamingo";
 
 fn title(random: u64) -> String {
@@ -107,7 +109,7 @@ fn at(microseconds: i64) -> String {
     format!("{}.{:06}Z", time.to_string().trim_end_matches('Z'), microseconds.rem_euclid(1_000_000))
 }
 
-/// Spreads numbers; each has a number of its own (the finalizer of SplitMix64).
+/// Hashes a number to a pseudo-random one, without collisions (the finalizer of `SplitMix64`).
 fn mix(number: u64) -> u64 {
     let mut z = number.wrapping_add(0x9E37_79B9_7F4A_7C15);
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);

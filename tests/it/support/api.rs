@@ -1,5 +1,5 @@
-//! The routers of all functions on embedded engines, for many tenants: requests go in with their caller, as the API gateway
-//! hands them over.
+//! The routers of all functions on embedded engines, for many tenants. Each request carries its caller, as API Gateway
+//! passes it on.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
@@ -14,6 +14,7 @@ use shared::aws::Aws;
 use shared::config::{Config, ExportConfig, Names, SandboxConfig, SealingConfig, StartConfig};
 use shared::http::caller::Caller;
 use shared::http::response::with_common_answers;
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use tower::ServiceExt as _;
@@ -21,12 +22,11 @@ use tower::ServiceExt as _;
 use super::engines::Engines;
 use super::iam_proxy::IamProxy;
 use super::meter::Meter;
-use super::seed::Stores;
 use super::server::Server;
 
 pub const PREFIX: &str = "api-";
 
-/// The API. Not a server: nothing listens, and what is queued waits until a test works on it.
+/// The API without a server: it listens on no port, and jobs stay in the queue until a test calls [`Api::work`].
 #[derive(Debug)]
 pub struct Api {
     pub aws: Aws,
@@ -41,7 +41,7 @@ pub struct Api {
 }
 
 impl Api {
-    /// On the engines in the folder, which keeps everything when [`Api::stop`] is called.
+    /// Starts the API on the engines of a folder, which keeps all data when [`Api::stop`] is called.
     pub async fn at(folder: &Path, sandbox: SandboxConfig) -> Self {
         let engines = Engines::start(folder).await;
         let aws = Aws::new(&engines.sdk_config().await);
@@ -63,12 +63,13 @@ impl Api {
             export: ExportConfig::default(),
         };
         let router = router(&config, &aws, &sealer);
-        let stores = Stores::new(&aws, &names, &sealer);
+        let stores = Stores::new(&names, &aws, &sealer);
         let worker = worker::Context::new(&config, &aws, &sealer);
         Self { aws, names, sealer, stores, config, router, worker, queue: queues.jobs, engines }
     }
 
-    /// From now on each function, the worker included, does only what its policy allows.
+    /// Sends the AWS calls of each function, the worker included, through a proxy that evaluates the function's IAM
+    /// policy.
     pub async fn guard(&mut self, guard: &IamProxy) -> Vec<Server> {
         let (config, sealer, engines) = (&self.config, &self.sealer, &self.engines);
         let mut ways = Vec::new();
@@ -103,7 +104,7 @@ impl Api {
         ways
     }
 
-    /// From now on requests reach DynamoDB by way of a meter.
+    /// Sends all later requests to DynamoDB through a meter.
     pub async fn measure(&mut self, meter: &Meter) -> Server {
         let way = meter.to(&self.engines).await;
         let sdk = self.engines.network_sdk_config().await;
@@ -113,13 +114,13 @@ impl Api {
         way
     }
 
-    /// From now on requests reach the engines through their ports, as those of other processes do.
+    /// Sends all later requests to the engines over their ports, as other processes do.
     pub async fn use_sockets(&mut self) {
         let aws = Aws::new(&self.engines.network_sdk_config().await);
         self.router = router(&self.config, &aws, &self.sealer);
     }
 
-    /// From now on requests reach the engines in process again.
+    /// Sends all later requests to the engines in process again.
     pub fn use_no_sockets(&mut self) {
         self.router = router(&self.config, &self.aws, &self.sealer);
     }
@@ -129,7 +130,7 @@ impl Api {
         paths(&self.router)
     }
 
-    /// The path templates that the local gateway serves to callers only.
+    /// The path templates that the local gateway serves only to authenticated callers.
     pub fn paths_for_callers(&self) -> BTreeSet<String> {
         paths(&local::server::functions(&self.config, &self.aws, &self.sealer))
     }
@@ -139,12 +140,12 @@ impl Api {
         self.engines.shutdown().await;
     }
 
-    /// Works on what is queued until the queue is empty.
+    /// Handles the jobs of the queue until it is empty.
     pub async fn work(&self) {
         while self.work_once().await {}
     }
 
-    /// Works on one message; false when there is none.
+    /// Handles one job; returns false if there is none.
     pub async fn work_once(&self) -> bool {
         let received = self.aws.sqs.receive_message().queue_url(&self.queue).send().await.expect("the queue");
         let Some(message) = received.messages.unwrap_or_default().pop() else { return false };
@@ -156,7 +157,7 @@ impl Api {
         true
     }
 
-    /// One request of a user; the answer's body as JSON, or as text where it is none.
+    /// Sends one request of a user. Returns the status, and the body as JSON, or as text if it is not JSON.
     pub async fn call(&self, user: &UserId, method: &str, target: &str, body: Option<&Value>) -> (u16, Value) {
         let mut request = Request::builder().method(method).uri(target).extension(Caller(user.clone()));
         if body.is_some() {
@@ -171,13 +172,13 @@ impl Api {
         (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
     }
 
-    /// A `GET` of a user; the answer's body as it is.
+    /// Sends a `GET` request of a user. Returns the status and the body as text.
     pub async fn text(&self, user: &UserId, target: &str) -> (u16, String) {
         let request = Request::get(target).extension(Caller(user.clone())).body(Body::empty());
         self.answer(request.expect("a request")).await
     }
 
-    /// The answer as it is.
+    /// Returns the response unread.
     pub async fn response(&self, request: Request<Body>) -> axum::response::Response {
         self.router.clone().oneshot(request).await.expect("an answer")
     }
@@ -207,11 +208,12 @@ fn clients(sdk: &aws_types::SdkConfig, [dynamodb, s3, sqs]: &[String; 3]) -> Aws
     }
 }
 
-/// axum lists the paths of a router in its debug output alone.
+/// axum lists the paths of a router only in its debug output.
 fn paths(router: &Router) -> BTreeSet<String> {
     let text = format!("{router:?}");
+    let (text, _fallbacks) = text.split_once("fallback_router").expect("axum's fields");
     let pattern = Regex::new(r#"RouteId\(\d+\): "([^"]+)""#).expect("a pattern");
-    let paths: BTreeSet<String> = pattern.captures_iter(&text).map(|found| found[1].to_owned()).collect();
+    let paths: BTreeSet<String> = pattern.captures_iter(text).map(|found| found[1].to_owned()).collect();
     assert!(!paths.is_empty(), "{text}");
     paths
 }

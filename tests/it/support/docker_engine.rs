@@ -1,4 +1,4 @@
-//! A stand-in for a Docker engine, in the shapes of its API: images, containers and their states, and no processes in them.
+//! A stub server for the Docker Engine API: images, containers and their states, without real processes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -9,12 +9,11 @@ use serde_json::{Value, json};
 
 use super::server::{Cut, Request, Server, json as answer, raw};
 
-/// A container.
 #[derive(Clone, Debug)]
 pub struct Container {
     pub state: String,
     pub exit_code: i64,
-    /// The body that it was made with.
+    /// The body of the create request.
     pub body: Value,
 }
 
@@ -22,13 +21,12 @@ pub struct Container {
 struct State {
     images: BTreeSet<String>,
     containers: BTreeMap<String, Container>,
-    /// The port of this machine at which all agent servers are.
+    /// The port on this machine that all agent servers are published at.
     agent_port: String,
     pulled: Vec<String>,
     broken: bool,
 }
 
-/// The server.
 #[derive(Debug)]
 pub struct DockerEngine {
     server: Server,
@@ -36,7 +34,7 @@ pub struct DockerEngine {
 }
 
 impl DockerEngine {
-    /// Without images; containers' port 8000 is published at the port of this address.
+    /// Starts without images; port 8000 of each container is published at the port of this address.
     pub async fn start(agent_url: &str) -> Self {
         let agent_port = agent_url.rsplit(':').next().expect("a port").to_owned();
         let state = Arc::new(Mutex::new(State { agent_port, ..State::default() }));
@@ -61,14 +59,14 @@ impl DockerEngine {
         self.state().pulled.clone()
     }
 
-    /// Ends a container as a crash of its agent server would.
+    /// Stops a container as a crash of its agent server does.
     pub fn kill(&self, name: &str) {
         let mut state = self.state();
         let container = state.containers.get_mut(name).expect("a container");
         (container.state, container.exit_code) = ("exited".to_owned(), 137);
     }
 
-    /// From now on connections are cut.
+    /// Sets whether connections are closed without a response.
     pub fn break_down(&self, broken: bool) {
         self.state().broken = broken;
     }
@@ -91,7 +89,7 @@ fn handle(request: &Request, state: &mut State) -> Result<Response, Cut> {
         return Err(Cut);
     }
     let segments = request.segments();
-    // With or without the version that was agreed on.
+    // The version prefix of the negotiated API is optional.
     let path = match segments.first() {
         Some(version) if version.starts_with("v1.") => &segments[1..],
         _ => &segments[..],

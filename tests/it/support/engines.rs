@@ -1,8 +1,8 @@
-//! What stands for AWS: the embedded engines, or ministack, another implementation of DynamoDB, S3 and SQS, by other people and
-//! in Python. `OPENHANDS_TEST_AWS=ministack` chooses it. What our code is only able to do because an embedded engine
-//! takes it, or answers it in its own way, fails there.
+//! The AWS services of a test: the embedded engines, or ministack, an independent implementation of DynamoDB, S3 and
+//! SQS in Python, which `OPENHANDS_TEST_AWS=ministack` selects. Code that relies on peculiarities of an embedded engine
+//! fails there.
 //!
-//! Nothing above knows which of them it is, but for tests that are about the embedded ones.
+//! Other test code does not depend on the choice, except for tests of the embedded engines themselves.
 
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
@@ -18,33 +18,33 @@ use local::engines::{EngineCredentials, EnginePorts, REGION};
 use shared::config::Names;
 use uuid::Uuid;
 
-/// The account that the embedded engines are in.
+/// The account id of the embedded engines.
 const EMBEDDED_ACCOUNT: &str = "000000000000";
 
-/// DynamoDB, S3 and SQS with nothing in them.
+/// Empty DynamoDB, S3 and SQS.
 #[derive(Debug)]
 pub struct Engines {
-    /// Where DynamoDB listens, `http://127.0.0.1:<port>`.
+    /// The address of DynamoDB, `http://127.0.0.1:<port>`.
     pub dynamodb: String,
-    /// Where S3 listens.
+    /// The address of S3.
     pub s3: String,
-    /// Where SQS listens.
+    /// The address of SQS.
     pub sqs: String,
-    /// The account that everything is in.
+    /// The id of the account that owns everything.
     pub account: String,
-    /// The key pair that requests are signed with.
+    /// The key pair that signs requests.
     pub credentials: EngineCredentials,
     embedded: Option<local::engines::Engines>,
 }
 
 impl Engines {
-    /// Those of the folder: what was in them when others on it were shut down is still there.
+    /// Starts the engines of a folder, with the data that earlier engines on the same folder left.
     pub async fn start(folder: &Path) -> Self {
         if is_ministack() { Self::ministack(folder) } else { Self::embedded(folder).await }
     }
 
     async fn embedded(folder: &Path) -> Self {
-        // With ports: other processes and the proxies of tests reach them there.
+        // With ports, so that other processes and the proxies of tests can connect.
         let ports = EnginePorts::default();
         let engines = local::engines::Engines::listening(folder, ports, &Origins::default()).await.expect("engines");
         Self {
@@ -57,7 +57,7 @@ impl Engines {
         }
     }
 
-    /// One process serves all tests: a key of twelve digits is an account of its own.
+    /// One process serves all tests: ministack treats each twelve-digit access key as an account of its own.
     fn ministack(folder: &Path) -> Self {
         static ACCOUNTS: Mutex<Option<HashMap<PathBuf, usize>>> = Mutex::new(None);
         static PROCESS: OnceLock<Ministack> = OnceLock::new();
@@ -76,18 +76,18 @@ impl Engines {
         }
     }
 
-    /// The names of what is made in them. Buckets' names are the world's, those of other accounts included.
+    /// The names of the resources. Bucket names are globally unique, across accounts too.
     pub fn names(&self, prefix: &str) -> Names {
         let names = Names::with_prefix(prefix);
         Names { bucket: format!("{}-{}", names.bucket, self.account), ..names }
     }
 
-    /// The embedded ones, for what AWS has no call for.
+    /// The embedded engines, for operations that AWS has no call for.
     pub fn as_embedded(&self) -> Option<&local::engines::Engines> {
         self.embedded.as_ref()
     }
 
-    /// What another process needs in its environment to use them.
+    /// The environment variables with which another process uses these engines.
     pub fn environment(&self) -> Vec<(String, String)> {
         if let Some(embedded) = &self.embedded {
             return embedded.environment();
@@ -104,7 +104,7 @@ impl Engines {
         .to_vec()
     }
 
-    /// The configuration of SDK clients in this process. They reach the embedded engines without a socket.
+    /// The configuration of SDK clients in this process. They call the embedded engines without a socket.
     pub async fn sdk_config(&self) -> SdkConfig {
         match &self.embedded {
             Some(embedded) => embedded.sdk_config().await,
@@ -112,7 +112,7 @@ impl Engines {
         }
     }
 
-    /// The configuration of SDK clients that use sockets, for those that a test gives the address of a proxy.
+    /// The configuration of SDK clients that use sockets, for tests that pass them the address of a proxy.
     pub async fn network_sdk_config(&self) -> SdkConfig {
         if let Some(embedded) = &self.embedded {
             return embedded.network_sdk_config().await;
@@ -126,7 +126,7 @@ impl Engines {
             .await
     }
 
-    /// Stops the embedded ones. Of AWS, and so of ministack, only the clients go.
+    /// Stops the embedded engines. For ministack it only drops the clients.
     pub async fn shutdown(self) {
         if let Some(embedded) = self.embedded {
             embedded.shutdown().await;
@@ -143,18 +143,19 @@ pub fn is_ministack() -> bool {
     }
 }
 
-/// For a test, or a part of one, that is about the embedded engines: whether they are not what this run is on. Then it says so.
+/// Returns true, and prints a message, if this run uses ministack. For tests, or parts of tests, of the embedded
+/// engines.
 pub fn skipped_on_ministack(what: &str) -> bool {
     let skipped = is_ministack();
     if skipped {
         let test = std::thread::current();
-        // Not the macro, whose output is kept back of a test that passes.
+        // Not `eprintln!`, whose output is captured for a test that passes.
         writeln!(io::stderr(), "not run on ministack: {}: {what}", test.name().unwrap_or_default()).expect("said");
     }
     skipped
 }
 
-/// A process of ministack. It ends with its standard input, and so with this process, however that ends.
+/// A ministack process. It ends when its standard input closes, and so with this process, however this one ends.
 #[derive(Debug)]
 pub struct Ministack {
     pub url: String,
@@ -173,7 +174,7 @@ impl Ministack {
             .env("AUTH", "true")
             .env("AWS_ACCESS_KEY_ID", EMBEDDED_ACCOUNT)
             .env("AWS_SECRET_ACCESS_KEY", &secret)
-            // It would look for containers of its own.
+            // Otherwise it looks for containers of its own.
             .env("DOCKER_HOST", "unix:///nowhere")
             .env("TMPDIR", temporary)
             .stdin(Stdio::piped())
@@ -188,10 +189,10 @@ impl Ministack {
     }
 }
 
-/// The folder that ministack is in, after it was installed if need be.
+/// Returns ministack's folder; installs it first if needed.
 fn installed() -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("ministack");
-    // Other test processes may want it, too.
+    // Other test processes may install it at the same time.
     let lock = File::create(folder.with_extension("lock")).expect("a lock");
     lock.lock().expect("the lock");
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/install-ministack.sh");

@@ -1,5 +1,6 @@
-//! A gate between a worker and everything that it talks to: it counts the calls, and stops one of them, before it has its
-//! effect or after. A worker that is dropped while its call stands at the gate has crashed at exactly that point.
+//! Fault injection: an HTTP proxy between a worker and every server that it calls. It counts the calls and stops one of
+//! them, before or after its effect. A worker that is dropped while its call is stopped has crashed at exactly that
+//! point.
 
 use std::sync::{Arc, Mutex};
 
@@ -10,21 +11,22 @@ use tokio::sync::watch;
 
 use super::server::{Cut, Request, Server, hang, raw};
 
-/// On which side of its effect a call is stopped.
+/// Whether a call is stopped before or after its effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Moment {
     Before,
     After,
 }
 
-/// What happens to the call that is stopped.
+/// What happens to the stopped call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// It stands there for ever.
+    /// It never returns.
     Hang(Moment),
-    /// It stands there until the gate is opened, and so does every later one: its worker is stuck.
+    /// It waits until the proxy is opened, and so does every later call: the worker is stuck.
     Hold(Moment),
-    /// It is refused without an effect, in a way that SDKs do not retry. Only calls to AWS are.
+    /// It is refused without an effect, with an error that SDKs do not retry. Applies only to calls to DynamoDB and
+    /// SQS.
     Refuse,
     /// The same for calls to S3.
     RefuseObject,
@@ -44,7 +46,7 @@ struct State {
     http: reqwest::Client,
 }
 
-/// Counts calls and stops one. Clones are the same gate.
+/// Counts calls and stops one. Clones share their state.
 #[derive(Clone, Debug)]
 pub struct FaultProxy(Arc<State>);
 
@@ -59,7 +61,7 @@ impl FaultProxy {
         }))
     }
 
-    /// A way through the gate to a server.
+    /// Starts a proxy to a server, with the shared counter.
     pub async fn to(&self, upstream: &str) -> Server {
         let (gate, upstream) = (self.clone(), upstream.to_owned());
         Server::start(move |request| {
@@ -69,7 +71,7 @@ impl FaultProxy {
         .await
     }
 
-    /// Counts from 1 again, and stops the call with this number.
+    /// Restarts the count at 1, and stops the call with this number.
     pub fn arm(&self, call: usize, stop: Stop) {
         self.0.calls.lock().expect("calls").clear();
         self.0.reached.send_replace(false);
@@ -77,20 +79,20 @@ impl FaultProxy {
         *self.0.plan.lock().expect("plan") = Some((call, stop));
     }
 
-    /// Stops nothing any more; what stands at the gate stays there.
+    /// Stops no further calls; a call that is stopped already stays stopped.
     pub fn disarm(&self) {
         *self.0.plan.lock().expect("plan") = None;
     }
 
-    /// Lets what is held go on.
+    /// Releases the calls that [`Stop::Hold`] has stopped.
     pub fn open(&self) {
         self.0.open.send_replace(true);
     }
 
-    /// Waits until the call of the plan has come.
+    /// Waits until the chosen call has arrived.
     pub async fn reached(&self) {
         let mut reached = self.0.reached.subscribe();
-        // The sender is ours: it cannot be gone.
+        // `self` owns the sender, so the channel is open.
         reached.wait_for(|reached| *reached).await.expect("a gate");
     }
 
@@ -98,7 +100,7 @@ impl FaultProxy {
         *self.0.reached.borrow()
     }
 
-    /// The calls since the gate was armed, by name.
+    /// The names of the calls since the proxy was armed.
     pub fn calls(&self) -> Vec<String> {
         self.0.calls.lock().expect("calls").clone()
     }
@@ -117,10 +119,9 @@ impl FaultProxy {
             let plan = self.0.plan.lock().expect("plan");
             plan.filter(|(call, stop)| match stop {
                 Stop::Hold(_) => *call <= calls.len(),
-                Stop::Hang(_) => *call == calls.len(),
+                Stop::Hang(_) | Stop::Respond(_) => *call == calls.len(),
                 Stop::Refuse => *call == calls.len() && request.header("x-amz-target").is_some(),
                 Stop::LoseResponses(count) => (*call..*call + *count).contains(&calls.len()),
-                Stop::Respond(_) => *call == calls.len(),
                 Stop::RefuseObject => *call == calls.len() && request.header("x-amz-content-sha256").is_some(),
             })
             .map(|(_, stop)| stop)
@@ -166,10 +167,10 @@ impl FaultProxy {
     }
 }
 
-/// Hands a request on to a server, and its answer back.
+/// Forwards a request to a server and returns its response.
 pub async fn forward(http: &reqwest::Client, request: Request, upstream: &str) -> Result<Response, Cut> {
     let query = if request.query.is_empty() { String::new() } else { format!("?{}", request.query) };
-    // With its `Host`, which signatures cover.
+    // Keeps the `Host` header, which signatures cover.
     let answer = http
         .request(request.method.clone(), format!("{upstream}{}{query}", request.path))
         .headers(request.headers.clone())

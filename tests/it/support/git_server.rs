@@ -1,4 +1,4 @@
-//! A git host: repositories over smart HTTP, and the corner of GitHub's API that finds one.
+//! A stub git host: repositories over smart HTTP, and the few routes of GitHub's API that look up a repository.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -33,7 +33,7 @@ struct State {
     requests: Vec<Request>,
 }
 
-/// The server. It and its repositories are gone when dropped.
+/// The server. Dropping it removes its repositories.
 #[derive(Debug)]
 pub struct GitServer {
     server: Server,
@@ -42,7 +42,7 @@ pub struct GitServer {
 }
 
 impl GitServer {
-    /// Starts without repositories, open to everyone.
+    /// Starts without repositories and without authentication.
     pub async fn start() -> Self {
         let folder = TempDir::new().expect("a folder for the repositories");
         let exec_path = run(git(folder.path()).arg("--exec-path")).await;
@@ -68,9 +68,8 @@ impl GitServer {
         self.url().trim_start_matches("http://").to_owned()
     }
 
-    /// Makes `owner/name` with one commit of these files (path, content, executable) on
-    /// [`DEFAULT_BRANCH`], and further branches, each with one commit more: `branch.txt`, which
-    /// holds the branch's name.
+    /// Creates `owner/name` with one commit of these files (path, content, executable) on [`DEFAULT_BRANCH`], and
+    /// further branches, each with one more commit that adds `branch.txt` with the branch's name.
     pub async fn create_repository(&self, full_name: &str, files: &[(&str, &str, bool)], branches: &[&str]) {
         let work = tempfile::tempdir_in(self.folder.path()).expect("a folder to commit in");
         let work = work.path();
@@ -91,14 +90,14 @@ impl GitServer {
             run(git(work).args(["add", "branch.txt"])).await;
             run(git(work).args(["commit", "--quiet", "--message", branch])).await;
         }
-        // A clone of it would take over what is checked out: the default branch has to be.
+        // A clone checks out the current branch of the repository, so that has to be the default branch.
         run(git(work).args(["checkout", "--quiet", "--force", DEFAULT_BRANCH])).await;
         let bare = self.state().repository(full_name);
         run(git(work).args(["clone", "--quiet", "--bare", "."]).arg(&bare)).await;
         run(git(&bare).args(["config", "http.receivepack", "true"])).await;
     }
 
-    /// Makes `owner/name` without a commit.
+    /// Creates `owner/name` without a commit.
     pub async fn create_empty_repository(&self, full_name: &str) {
         let bare = self.state().repository(full_name);
         run(git(self.folder.path()).args(["init", "--quiet", "--bare", "--initial-branch", DEFAULT_BRANCH]).arg(&bare))
@@ -106,20 +105,20 @@ impl GitServer {
         run(git(&bare).args(["config", "http.receivepack", "true"])).await;
     }
 
-    /// Runs git in a repository as it is kept here; returns its output.
+    /// Runs git in the bare repository on this host; returns its output.
     pub async fn git(&self, full_name: &str, arguments: &[&str]) -> String {
         let bare = self.state().repository(full_name);
         run(git(&bare).args(arguments)).await
     }
 
-    /// From now on asks for credentials: git for `user` and `token` by basic authentication (the
-    /// token with the user `oauth2`, `x-access-token` or `x-token-auth`, or as the user name, is
-    /// as good), the API for the token as `Bearer` or `token`.
+    /// Requires credentials from now on: for git `user` and `token` by basic authentication (the token is also accepted
+    /// with the user names `oauth2`, `x-access-token` or `x-token-auth`, or as the user name), for the API the token as
+    /// `Bearer` or `token`.
     pub fn require(&self, user: &str, token: &str) {
         self.state().credentials = Some(Credentials { user: user.to_owned(), token: token.to_owned() });
     }
 
-    /// Every request so far, refused ones too.
+    /// All requests so far, refused ones included.
     pub fn requests(&self) -> Vec<Request> {
         self.state().requests.clone()
     }
@@ -157,7 +156,7 @@ impl Credentials {
     }
 }
 
-/// Git in `folder`, deaf to the configuration of whoever runs the tests.
+/// A git command in `folder` that ignores the git configuration of the user who runs the tests.
 fn git(folder: &Path) -> Command {
     let mut git = Command::new("git");
     git.current_dir(folder)
@@ -198,7 +197,8 @@ async fn handle(request: Request, state: Arc<Mutex<State>>) -> Result<Response, 
     Ok(http_backend(&request, &root, &exec_path).await)
 }
 
-/// `admitted` is none on an open server, then whether a token was sent, then whether it is right.
+/// `admitted` is `None` on a server without authentication; otherwise it says whether a token was sent, and whether it
+/// is right.
 fn find_repository(
     request: &Request,
     root: &Path,
@@ -209,7 +209,7 @@ fn find_repository(
     let message = |status, text: &str| server::json(status, &json!({"message": text, "status": status.as_str()}));
     match admitted {
         Some(Some(false)) => return message(StatusCode::UNAUTHORIZED, "Bad credentials"),
-        // A private repository does not exist for a stranger.
+        // To a caller without access a private repository does not exist.
         Some(None) => return message(StatusCode::NOT_FOUND, "Not Found"),
         Some(Some(true)) | None => {}
     }
@@ -230,10 +230,10 @@ fn find_repository(
     server::json(StatusCode::OK, &body)
 }
 
-/// Lets git answer: it brings a CGI program for this.
+/// Runs git's own CGI program, `git http-backend`.
 async fn http_backend(request: &Request, root: &Path, exec_path: &Path) -> Response {
     let mut path = request.path.clone();
-    // Git itself asks below the URL it was given, with or without `.git`.
+    // Git requests paths below the URL that it was given, with or without `.git`.
     if let [owner, name, ..] = request.segments()[..]
         && !name.ends_with(".git")
     {
@@ -266,13 +266,13 @@ async fn http_backend(request: &Request, root: &Path, exec_path: &Path) -> Respo
     let mut child = backend.spawn().expect("git http-backend runs");
     let mut stdin = child.stdin.take().expect("a pipe to the backend");
     let body = request.body.clone();
-    // It may answer without reading: that is its affair.
+    // It may respond without reading the body, so a failed write is no error.
     let feed = async move { drop(stdin.write_all(&body).await) };
     let (output, ()) = tokio::join!(child.wait_with_output(), feed);
     cgi_answer(output.expect("the backend's answer").stdout.into())
 }
 
-/// A CGI program's output as an answer: headers, an empty line, the body.
+/// Converts a CGI program's output to a response: headers, an empty line, the body.
 fn cgi_answer(output: Bytes) -> Response {
     let ends = [&b"\r\n\r\n"[..], b"\n\n"];
     let end = ends.iter().find_map(|end| {

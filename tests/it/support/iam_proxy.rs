@@ -1,7 +1,7 @@
-//! A proxy between a function and AWS that knows the function's IAM policy. Each call is one or more actions on resources; the
-//! proxy records those that IAM would refuse, for a test to assert on. It forwards all calls, so that one run finds everything
-//! that is missing, with one exception: what S3 answers for a missing object depends on the caller's policy, so the proxy
-//! answers it as S3 does.
+//! A proxy between a function and AWS that evaluates the function's IAM policy. Each call is one or more actions on
+//! resources; the proxy records those that IAM would deny, and tests assert that there are none. It forwards all calls,
+//! so that one run finds every missing permission, with one exception: S3's response for a missing object depends on
+//! the caller's policy, so the proxy returns what S3 returns.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -13,7 +13,7 @@ use serde_json::Value;
 use super::fault_proxy::forward;
 use super::server::{Cut, Request, Server, raw};
 
-/// One statement of an IAM policy. Resources are named as in [`Call::resource`].
+/// One statement of an IAM policy. [`Call::resource`] describes the names of resources.
 #[derive(Clone, Debug)]
 pub struct Statement {
     /// Whether the effect is `Deny`.
@@ -32,10 +32,10 @@ pub type Policies = BTreeMap<String, Vec<Statement>>;
 pub struct Call {
     /// Such as `dynamodb:Query`.
     pub action: String,
-    /// A table or an index (`users`, `users/index/undelivered`), `queue`, `export-queue`, `key`, `bucket`, or objects by the first folder of
-    /// their key (`exports/`).
+    /// A table or an index (`users`, `users/index/undelivered`), `queue`, `export-queue`, `key`, `bucket`, or objects by
+    /// the first folder of their key (`exports/`).
     pub resource: String,
-    /// What conditions refer to. `None` is a key whose values this proxy does not find out.
+    /// The values of condition keys. `None` marks a key whose values this proxy does not determine.
     pub context: BTreeMap<&'static str, Option<Vec<String>>>,
 }
 
@@ -50,7 +50,7 @@ impl Call {
     }
 }
 
-/// As IAM decides: an explicit deny wins, otherwise one allow is enough.
+/// Evaluates a policy as IAM does: an explicit deny wins, otherwise one allow is enough.
 pub fn allows(policy: &[Statement], call: &Call) -> bool {
     let applies = |statement: &&Statement| {
         statement.actions.contains(&call.action)
@@ -61,7 +61,7 @@ pub fn allows(policy: &[Statement], call: &Call) -> bool {
         && policy.iter().filter(|statement| !statement.denies).any(|statement| applies(&statement))
 }
 
-/// Whether all operators of a condition hold. One that is not known here fails the test.
+/// Whether all operators of a condition match. An unsupported operator fails the test.
 fn holds(condition: &Value, call: &Call) -> bool {
     condition.as_object().expect("operators").iter().all(|(operator, keys)| {
         keys.as_object().expect("condition keys").iter().all(|(key, allowed)| {
@@ -72,31 +72,31 @@ fn holds(condition: &Value, call: &Call) -> bool {
             let found = match call.context.get(key.as_str()) {
                 None => &[][..],
                 Some(Some(values)) => values.as_slice(),
-                Some(None) => panic!("{}: values of {key} are not found out here", call.action),
+                Some(None) => panic!("{}: this proxy does not determine the values of {key}", call.action),
             };
             let (quantifier, comparison) = operator.split_once(':').unwrap_or(("", operator));
             let matches = |value: &String| match comparison {
                 "StringEquals" => allowed.contains(&value.as_str()),
                 "StringLike" => allowed.iter().any(|pattern| is_like(pattern, value)),
-                _ => panic!("the operator {operator} is not known here"),
+                _ => panic!("the operator {operator} is not supported"),
             };
             match quantifier {
-                // Of a key with one value, which has to be there.
+                // For a key with one value, which has to be present.
                 "" => !found.is_empty() && found.iter().all(matches),
                 "ForAllValues" => found.iter().all(matches),
                 "ForAnyValue" => found.iter().any(matches),
-                _ => panic!("the operator {operator} is not known here"),
+                _ => panic!("the operator {operator} is not supported"),
             }
         })
     })
 }
 
-/// With `*` at the end alone, which is all that the template uses.
+/// Supports `*` only at the end, which is all that the template uses.
 fn is_like(pattern: &str, value: &str) -> bool {
     match pattern.split_once('*') {
         None => pattern == value,
         Some((prefix, "")) => value.starts_with(prefix),
-        Some(_) => panic!("{pattern}: only a star at the end is known here"),
+        Some(_) => panic!("{pattern}: a star is supported only at the end"),
     }
 }
 
@@ -113,7 +113,7 @@ struct State {
 pub struct IamProxy(Arc<State>);
 
 impl IamProxy {
-    /// With each function's policy; `prefix` is the one of tables' names.
+    /// Takes the policy of each function; `prefix` is that of the tables' names.
     pub fn new(policies: Policies, prefix: &'static str) -> Self {
         Self(Arc::new(State { policies, refused: Mutex::default(), prefix, http: reqwest::Client::new() }))
     }
@@ -122,7 +122,7 @@ impl IamProxy {
         self.0.policies.keys()
     }
 
-    /// A function's proxy to one of the engines.
+    /// Starts a proxy from a function to one of the engines.
     pub async fn to(&self, function: &str, upstream: &str) -> Server {
         let (guard, function, upstream) = (self.clone(), function.to_owned(), upstream.to_owned());
         Server::start(move |request| {
@@ -132,7 +132,7 @@ impl IamProxy {
         .await
     }
 
-    /// What IAM would refuse: function, action, resource, and what conditions refer to.
+    /// The calls that IAM would deny: function, action, resource, condition values.
     pub fn refused(&self) -> BTreeSet<String> {
         self.0.refused.lock().expect("unpoisoned").clone()
     }
@@ -154,12 +154,12 @@ impl IamProxy {
         let read = object_key(&request).filter(|_| matches!(request.method, Method::GET | Method::HEAD));
         let is_head = request.method == Method::HEAD;
         let answer = forward(&state.http, request, upstream).await?;
-        // To those who may not list it S3 does not say whether an object exists. It compares s3:prefix with the whole key:
-        // https://github.com/ceph/ceph/pull/68577
+        // To callers without `s3:ListBucket`, S3 does not reveal whether an object exists. It compares `s3:prefix` with
+        // the whole key: https://github.com/ceph/ceph/pull/68577
         if let Some(key) = read.filter(|_| answer.status() == StatusCode::NOT_FOUND) {
             let list = Call::new("s3:ListBucket", "bucket").with("s3:prefix", Some(vec![key]));
             if !allows(policy, &list) {
-                self.refuse(function, &list, ": a missing object is answered with 403, not 404");
+                self.refuse(function, &list, ": the response for a missing object is 403, not 404");
                 let body = "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>";
                 return Ok(raw(StatusCode::FORBIDDEN, "application/xml", if is_head { "" } else { body }));
             }
@@ -168,13 +168,13 @@ impl IamProxy {
     }
 }
 
-/// What a request to DynamoDB, S3 or SQS does.
+/// The actions that a request to DynamoDB, S3 or SQS performs.
 fn calls(request: &Request, prefix: &str) -> Vec<Call> {
     let Some(target) = request.header("x-amz-target") else { return s3(request).into_iter().collect() };
     let body = request.json();
     let (service, operation) = target.split_once('.').expect("a target");
     if service.starts_with("AmazonSQS") {
-        // A batch is allowed by the action for one.
+        // A batch operation needs the permission for the single operation.
         let action = operation.strip_suffix("Batch").unwrap_or(operation);
         let url = body["QueueUrl"].as_str().expect("a queue");
         let queue = if url.ends_with(schema::EXPORT_QUEUE.name) { "export-queue" } else { "queue" };
@@ -228,7 +228,7 @@ fn calls(request: &Request, prefix: &str) -> Vec<Call> {
     }
 }
 
-/// Path style: the bucket, then the key.
+/// The key of a path-style S3 request: the path is the bucket, then the key.
 fn object_key(request: &Request) -> Option<String> {
     if request.header("x-amz-target").is_some() {
         return None;

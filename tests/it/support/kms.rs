@@ -1,4 +1,5 @@
-//! A stand-in for KMS: makes data keys and decrypts them, for who names the right key and context.
+//! A stub server for KMS: it creates and decrypts data keys for callers that send the right key id and encryption
+//! context.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -11,12 +12,11 @@ use serde_json::{Value, json};
 
 use super::server::{Cut, Request, Server};
 
-/// The key's id.
 pub const KEY: &str = "alias/test";
-/// `purpose` in the encryption context of every call. The template's policies have it as a condition.
+/// `purpose` in the encryption context of every call. The template's policies require it as a condition.
 pub const PURPOSE: &str = "openhands-secrets";
 
-/// The server, and what it was asked.
+/// The server, with counters of its calls.
 #[derive(Debug)]
 pub struct Kms {
     server: Server,
@@ -48,23 +48,23 @@ impl Kms {
         self.server.url()
     }
 
-    /// Whether the key is disabled from now on, as an administrator can do.
+    /// Sets whether the key is disabled, as an administrator can do.
     pub fn disable(&self, disabled: bool) {
         self.disabled.store(disabled, Ordering::SeqCst);
     }
 
-    /// How many keys were made, and how many decrypted.
+    /// How many data keys were created and how many decrypted.
     pub fn asked(&self) -> (usize, usize) {
         (self.made.load(Ordering::SeqCst), self.decrypted.load(Ordering::SeqCst))
     }
 }
 
-/// What stands for encryption: the key's bytes are turned around behind a mark.
+/// The stub's encryption: this marker byte, then the key's bytes reversed.
 const MARK: u8 = 0xA5;
 
 fn answer(request: &Request, made: &AtomicUsize, decrypted: &AtomicUsize) -> Response {
     let asked = request.json();
-    // The key need not be named to decrypt: what was encrypted says which one it was.
+    // Decryption does not need the key id: the ciphertext names the key.
     let names_it = match request.header("x-amz-target") {
         Some("TrentService.Decrypt") => asked["KeyId"].is_null() || asked["KeyId"] == KEY,
         _ => asked["KeyId"] == KEY,

@@ -1,5 +1,5 @@
-//! Lambda as a function sees it: the runtime API, over which a function's process polls events and posts what it answers, whole or
-//! chunk by chunk. The processes are those that `cargo build` makes.
+//! Lambda's runtime API, which a function's process polls for events and posts responses to, whole or chunk by chunk.
+//! It runs the binaries that `cargo build` builds.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -24,10 +24,10 @@ use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use uuid::Uuid;
 
-/// What an answer may take on a busy machine.
+/// The longest time that a response may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Makes the functions' programs, once, and answers the folder with them.
+/// Builds the functions' binaries once and returns their folder.
 fn programs() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
@@ -43,16 +43,16 @@ fn programs() -> &'static Path {
     })
 }
 
-/// A part of an answer.
+/// A part of a response.
 #[derive(Debug, PartialEq)]
 pub enum Part {
-    /// Bytes of it as they came.
+    /// Bytes, in the chunks in which they arrived.
     Chunk(Bytes),
-    /// It is complete.
+    /// The response is complete.
     End,
-    /// The process cut it off.
+    /// The process aborted the response.
     Cut,
-    /// Instead of an answer.
+    /// The process reported an error instead of a response.
     Error(Value),
 }
 
@@ -61,11 +61,11 @@ struct Shared {
     events: mpsc::UnboundedSender<(String, Value)>,
     waiting: AsyncMutex<mpsc::UnboundedReceiver<(String, Value)>>,
     answers: Mutex<HashMap<String, mpsc::UnboundedSender<Part>>>,
-    /// Whether answers came as streams.
+    /// Whether each response was a stream.
     streamed: Mutex<HashMap<String, bool>>,
 }
 
-/// A function that runs.
+/// A running function.
 #[derive(Debug)]
 pub struct Function {
     shared: Arc<Shared>,
@@ -75,7 +75,7 @@ pub struct Function {
 }
 
 impl Function {
-    /// Starts the program with this name and environment; the log goes to a file in the folder.
+    /// Starts the binary with this name and environment; the log goes to a file in the folder.
     pub async fn start(name: &str, folder: &Path, environment: &[(String, String)]) -> Self {
         let programs = tokio::task::spawn_blocking(programs).await.expect("programs");
         let (events, waiting) = mpsc::unbounded_channel();
@@ -111,7 +111,7 @@ impl Function {
         Self { shared, process, log, serving }
     }
 
-    /// Sends an event and answers the parts of what comes back, as they come.
+    /// Sends an event. Returns its id, and the parts of the response as they arrive.
     pub fn send(&self, event: Value) -> (String, mpsc::UnboundedReceiver<Part>) {
         let id = Uuid::new_v4().to_string();
         let (sender, parts) = mpsc::unbounded_channel();
@@ -120,49 +120,50 @@ impl Function {
         (id, parts)
     }
 
-    /// Sends an event and answers what comes back as JSON. A stream is put into the form of a whole answer.
+    /// Sends an event and returns the response as JSON. A streamed response is converted to the form of a buffered one.
     pub async fn invoke(&self, event: Value) -> Value {
         self.invoke_sized(event).await.0
     }
 
-    /// The same, with the bytes that the function sent.
+    /// As [`Self::invoke`], with the size of the response in bytes.
     pub async fn invoke_sized(&self, event: Value) -> (Value, usize) {
         let (id, mut parts) = self.send(event);
         let mut whole = Vec::new();
         loop {
-            let part = timeout(PATIENCE, parts.recv()).await.unwrap_or_else(|_| panic!("no answer: {}", self.logged()));
+            let part =
+                timeout(PATIENCE, parts.recv()).await.unwrap_or_else(|_| panic!("no response: {}", self.logged()));
             match part.expect("the runtime API runs") {
                 Part::Chunk(bytes) => whole.extend_from_slice(&bytes),
                 Part::End if self.was_streamed(&id) => return (Streamed::read(&whole).as_whole(), whole.len()),
                 Part::End => return (serde_json::from_slice(&whole).expect("JSON"), whole.len()),
-                Part::Cut => panic!("it was cut off: {}", self.logged()),
+                Part::Cut => panic!("the response was aborted: {}", self.logged()),
                 Part::Error(error) => panic!("{error}"),
             }
         }
     }
 
-    /// Sends an event and answers the error that comes back.
+    /// Sends an event and returns the error that the function reports.
     pub async fn fail(&self, event: Value) -> Value {
         let (_, mut parts) = self.send(event);
-        let part = timeout(PATIENCE, parts.recv()).await.unwrap_or_else(|_| panic!("no answer: {}", self.logged()));
+        let part = timeout(PATIENCE, parts.recv()).await.unwrap_or_else(|_| panic!("no response: {}", self.logged()));
         match part.expect("the runtime API runs") {
             Part::Error(error) => error,
-            Part::Chunk(_) | Part::End | Part::Cut => panic!("it did not fail"),
+            Part::Chunk(_) | Part::End | Part::Cut => panic!("the function did not fail"),
         }
     }
 
-    /// Whether the answer with this id came as a stream.
+    /// Whether the response with this id was a stream.
     pub fn was_streamed(&self, id: &str) -> bool {
         self.shared.streamed.lock().expect("unpoisoned").get(id).copied().unwrap_or_default()
     }
 
-    /// The documents with metrics that the function has written.
+    /// The metrics documents that the function has written.
     pub fn measured(&self) -> Vec<Value> {
         let text = fs::read_to_string(self.log.with_extension("metrics")).expect("a file");
         text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
     }
 
-    /// The most memory that the process has had so far, in bytes.
+    /// The peak memory of the process so far, in bytes.
     pub fn peak_memory(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.process.id())).expect("the process runs");
         let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a line");
@@ -175,20 +176,19 @@ impl Function {
     }
 }
 
-/// A streamed answer, or its beginning.
+/// A streamed response, or its beginning.
 #[derive(Debug)]
 pub struct Streamed {
     /// Status and headers.
     pub prelude: Value,
-    /// The body.
     pub body: Vec<u8>,
 }
 
 impl Streamed {
-    /// Prelude and body are separated by eight NULs.
+    /// Parses a streamed response: eight NULs separate prelude and body.
     pub fn read(bytes: &[u8]) -> Self {
         let end = bytes.windows(8).position(|eight| eight == [0; 8]).expect("a separator");
-        // API Gateway looks no further for it.
+        // API Gateway searches no further for the separator.
         assert!(end < 16 * 1024, "{end}");
         Self { prelude: serde_json::from_slice(&bytes[..end]).expect("JSON"), body: bytes[end + 8..].to_vec() }
     }
@@ -211,14 +211,14 @@ impl Streamed {
 impl Drop for Function {
     fn drop(&mut self) {
         self.serving.abort();
-        // It may have ended by itself.
+        // The process may have ended by itself.
         let _gone = self.process.kill();
         let _waited = self.process.wait();
     }
 }
 
 async fn next(State(shared): State<Arc<Shared>>) -> Response {
-    let (id, event) = shared.waiting.lock().await.recv().await.expect("the function's handle is there");
+    let (id, event) = shared.waiting.lock().await.recv().await.expect("the function's handle exists");
     Response::builder()
         .header("lambda-runtime-aws-request-id", id)
         .header("lambda-runtime-deadline-ms", "4102444800000")
@@ -237,12 +237,12 @@ async fn respond(
 ) -> StatusCode {
     let mode = headers.get("lambda-runtime-function-response-mode").and_then(|mode| mode.to_str().ok());
     shared.streamed.lock().expect("unpoisoned").insert(id.clone(), mode == Some("streaming"));
-    let answer = shared.answers.lock().expect("unpoisoned").remove(&id).expect("an id that was given out");
+    let answer = shared.answers.lock().expect("unpoisoned").remove(&id).expect("a known id");
     let mut chunks = body.into_data_stream();
     while let Some(chunk) = chunks.next().await {
         let part = chunk.map_or(Part::Cut, Part::Chunk);
         let is_cut = part == Part::Cut;
-        // Whoever asked may have seen enough.
+        // The test may have stopped reading already.
         let _gone = answer.send(part);
         if is_cut {
             return StatusCode::BAD_REQUEST;
@@ -253,7 +253,7 @@ async fn respond(
 }
 
 async fn fail(State(shared): State<Arc<Shared>>, InPath(id): InPath<String>, body: Bytes) -> StatusCode {
-    let answer = shared.answers.lock().expect("unpoisoned").remove(&id).expect("an id that was given out");
+    let answer = shared.answers.lock().expect("unpoisoned").remove(&id).expect("a known id");
     let _gone = answer.send(Part::Error(serde_json::from_slice(&body).unwrap_or_default()));
     StatusCode::ACCEPTED
 }

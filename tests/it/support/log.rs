@@ -1,4 +1,4 @@
-//! Reads whole event logs, and what the product itself logs.
+//! Helpers that read whole event logs and capture what the product itself logs.
 
 use std::sync::OnceLock;
 
@@ -8,11 +8,11 @@ use tracing::subscriber::{DefaultGuard, NoSubscriber};
 use tracing::{Dispatch, Subscriber};
 use uuid::Uuid;
 
-/// Gives what this thread logs to a subscriber, as long as the guard lives.
+/// Sends what this thread logs to a subscriber while the guard lives.
 #[expect(clippy::disallowed_methods, reason = "the one place with a second dispatcher")]
 pub fn log_to(subscriber: impl Subscriber + Send + Sync) -> DefaultGuard {
-    // While there is one dispatcher alone, tracing asks only the thread that reaches a line of the log first whether anyone wants it,
-    // and keeps the answer for all threads. That thread may be another test's, which wants nothing.
+    // While only one dispatcher exists, tracing evaluates each log statement's interest only on the thread that reaches
+    // it first, and caches the result for all threads. That thread may belong to another test, which captures nothing.
     static SECOND: OnceLock<Dispatch> = OnceLock::new();
     SECOND.get_or_init(|| Dispatch::new(NoSubscriber::default()));
     tracing::subscriber::set_default(subscriber)

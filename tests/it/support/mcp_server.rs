@@ -1,4 +1,4 @@
-//! MCP servers with one tool: over HTTP, well-behaved or not, and the same tool in a process.
+//! Stub MCP servers with one tool: over HTTP, with correct or faulty behavior, and the same tool as a process.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -12,52 +12,52 @@ use tokio::sync::mpsc;
 
 use super::server::{self, Cut, Request, Server};
 
-/// The tool: it takes a `word` and answers with [`meaning`].
+/// The tool's name: it accepts a `word` and returns its [`meaning`].
 pub const TOOL: &str = "look_up";
 
-/// What the tool answers for a word.
+/// What the tool returns for a word.
 pub fn meaning(word: &str) -> String {
     format!("the meaning of {word}")
 }
 
-/// What a server does with requests.
+/// How a server handles requests.
 #[derive(Clone, Debug)]
 pub enum Behavior {
-    /// It works; its answers are JSON.
+    /// It works; its responses are JSON.
     Works,
-    /// It works; its answers are event streams.
+    /// It works; its responses are event streams.
     Streams,
-    /// It works over the older transport, at `/sse`.
+    /// It works over the older transport (HTTP with SSE), at `/sse`.
     Sse,
-    /// It gives a session, and answers nothing outside of it.
+    /// It issues a session id and refuses requests without it.
     Sessions,
-    /// Every answer has this status.
+    /// Every response has this status.
     Status(u16),
-    /// Every answer redirects with this status to this address.
+    /// Every response redirects with this status to this address.
     Redirects(u16, String),
     /// It works at `/mcp/`, to which `/mcp` redirects with 307.
     RedirectsToSlash,
-    /// Every answer is a web page.
+    /// Every response is an HTML page.
     Page,
-    /// There is no answer.
+    /// It never responds.
     Hangs,
-    /// There is the head of an event stream, and nothing more.
+    /// It sends the head of an event stream, and nothing more.
     HangsInStream,
-    /// A list of tools is an error with this text.
+    /// It responds to `tools/list` with an error of this text.
     NoList(String),
-    /// It works, but the result of this method has these fields instead of its own; null takes a field away.
+    /// It works, but these fields replace those of this method's result; null removes a field.
     Answers(&'static str, Value),
-    /// It works, but the answer to a list of tools is this text, in which `ID` stands for the request's id.
+    /// It works, but this text is the response to `tools/list`; `ID` in it stands for the request's id.
     RawList(&'static str),
     /// The list of tools has a second page, which is an error.
     BreaksOnSecondPage,
-    /// It sets a cookie with its first answer, and answers nothing without it.
+    /// It sets a cookie with its first response, and requires it afterwards.
     Sticky,
-    /// The connection closes without an answer.
+    /// It closes the connection without a response.
     Cuts,
 }
 
-/// The server. Gone when dropped.
+/// The server. Dropping it closes its port.
 #[derive(Debug)]
 pub struct McpServer {
     server: Server,
@@ -66,12 +66,12 @@ pub struct McpServer {
 }
 
 impl McpServer {
-    /// Starts; a request without this header is answered with 401.
+    /// Starts a server that responds with 401 to requests without this header.
     pub async fn start(name: &'static str, value: &str) -> Self {
         Self::start_with(Behavior::Works, Some((name, value))).await
     }
 
-    /// Starts one that does this, for everybody.
+    /// Starts a server with this behavior and without authentication.
     pub async fn behaving(behavior: Behavior) -> Self {
         Self::start_with(behavior, None).await
     }
@@ -80,7 +80,7 @@ impl McpServer {
         let requests = Arc::new(Mutex::new(Vec::new()));
         let path = if matches!(behavior, Behavior::Sse) { "/sse" } else { "/mcp" };
         let (kept, header) = (Arc::clone(&requests), header.map(|(name, value)| (name, value.to_owned())));
-        // Of the older transport: where the answers to posted messages go.
+        // For the older transport: the streams that carry the responses to posted messages.
         let streams: Streams = Arc::default();
         let server = Server::start(move |request| {
             kept.lock().expect("the requests").push(request.clone());
@@ -98,7 +98,7 @@ impl McpServer {
         Self { server, path, requests }
     }
 
-    /// Its endpoint.
+    /// The URL of its endpoint.
     pub fn url(&self) -> String {
         format!("{}{}", self.server.url(), self.path)
     }
@@ -142,7 +142,7 @@ async fn answer(request: &Request, behavior: &Behavior, streams: &Streams) -> Re
         _ => {}
     }
     if request.method != Method::POST || (matches!(behavior, Behavior::Sse) && request.path != "/messages") {
-        // No stream of its own.
+        // It offers no stream of its own.
         return Ok(server::json(StatusCode::METHOD_NOT_ALLOWED, &json!({})));
     }
     let message = request.json();
@@ -184,7 +184,7 @@ async fn answer(request: &Request, behavior: &Behavior, streams: &Streams) -> Re
     let Some(response) = response else { return Ok(server::json(StatusCode::ACCEPTED, &json!({}))) };
     Ok(match behavior {
         Behavior::Streams => {
-            // A message of the server's own comes first.
+            // The server sends a message of its own first.
             let note =
                 json!({"jsonrpc": "2.0", "method": "notifications/message", "params": {"level": "info", "data": "x"}});
             let events = format!(": comment\n\nevent: message\ndata: {note}\n\nevent: message\ndata: {response}\n\n");
@@ -220,7 +220,7 @@ fn stream(events: impl futures::Stream<Item = String> + Send + 'static) -> Respo
     Response::builder().header("content-type", "text/event-stream").body(body).expect("an answer")
 }
 
-/// The result of a request; none of a notification.
+/// The result of a request; `None` for a notification.
 fn result(message: &Value) -> Option<Value> {
     Some(match message["method"].as_str()? {
         "initialize" => json!({
@@ -263,8 +263,8 @@ for line in sys.stdin:
     print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "result": result}), flush=True)
 "#;
 
-/// Writes the server that runs as a process, for Python. Its tool answers with the word, the variable `WORDS` backwards, and the
-/// folder that it runs in.
+/// Writes the stdio server, a Python program. Its tool returns the word, the variable `WORDS` reversed, and its working
+/// directory.
 pub fn write_process(file: &Path) {
     std::fs::write(file, PROCESS).expect("the program is written");
 }

@@ -1,4 +1,5 @@
-//! A meter between an SDK and DynamoDB: what each kind of request consumes, as DynamoDB counts it.
+//! A proxy between an SDK and DynamoDB that measures the capacity units each operation consumes, as DynamoDB counts
+//! them.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -13,11 +14,11 @@ use super::engines::Engines;
 use super::server::{Cut, Request, Server};
 use super::sigv4::sign;
 
-/// What was consumed since the last look.
+/// What an operation consumed since the last [`Meter::take`].
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Cost {
     pub requests: usize,
-    /// Read units of what reads, write units of what writes.
+    /// Read units for reads, write units for writes.
     pub units: f64,
 }
 
@@ -27,7 +28,7 @@ struct State {
     http: reqwest::Client,
 }
 
-/// Counts. Clones are the same meter.
+/// Counts consumed capacity. Clones share the counters.
 #[derive(Clone, Debug, Default)]
 pub struct Meter(Arc<State>);
 
@@ -36,7 +37,7 @@ impl Meter {
         Self::default()
     }
 
-    /// A way through the meter to DynamoDB.
+    /// Starts a proxy through the meter to DynamoDB.
     pub async fn to(&self, engines: &Engines) -> Server {
         let (meter, url, credentials) = (self.clone(), engines.dynamodb.clone(), engines.credentials.clone());
         Server::start(move |request| {
@@ -46,7 +47,7 @@ impl Meter {
         .await
     }
 
-    /// What was consumed since the last call, by operation; counting begins again.
+    /// Returns what was consumed since the last call, by operation, and resets the counters.
     pub fn take(&self) -> BTreeMap<String, Cost> {
         std::mem::take(&mut *self.0.costs.lock().expect("costs"))
     }
@@ -66,7 +67,7 @@ impl Meter {
             headers.remove(name);
         }
         let url = format!("{url}{}", request.path);
-        // The signature that came is of the body as it was.
+        // The original signature covers the unchanged body, so the request is signed again.
         sign("dynamodb", credentials, "POST", &url, &mut headers, &body);
         let sent = self.0.http.post(url).headers(headers).body(body).send();
         let answer = sent.await.map_err(|_| Cut)?;
@@ -86,7 +87,7 @@ impl Meter {
     }
 }
 
-/// Of one table or of several.
+/// The units of one table or the sum of several.
 fn units(consumed: &Value) -> f64 {
     match consumed {
         Value::Array(tables) => tables.iter().map(units).sum(),

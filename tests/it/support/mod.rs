@@ -1,7 +1,8 @@
-//! What the tests run against: servers that play the language model, the git host and the agent
-//! server, each on a port of its own, gone when its value is dropped.
+//! Test fixtures: stub servers (language model, git host, agent server, KMS, Docker, …), proxies that inject faults or
+//! evaluate IAM policies, and the product itself. Each server listens on a port of its own, which closes when its value
+//! is dropped.
 
-// No single test uses all of it.
+// Each test uses only some of them.
 #![allow(dead_code)]
 
 pub mod account;

@@ -1,4 +1,4 @@
-//! The whole product in this process, as `cargo local` runs it, on a data folder of its own and on real agent servers.
+//! The whole product in this process, as `cargo local` runs it, with its own data folder and real agent servers.
 
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -12,12 +12,12 @@ use reqwest::{Client, RequestBuilder};
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use serde_json::{Value, json};
 use shared::config::{SandboxConfig, SealingConfig, StartConfig};
-use shared::event::store::{Event, EventStore};
+use shared::event::store::Event;
 use shared::sandbox::process::ProcessSandboxes;
 use shared::sandbox::spec::AGENT_SERVER_VERSION;
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
-use shared::user::settings::SettingsStore;
 use tempfile::TempDir;
 use tokio::sync::Semaphore;
 use tracing_subscriber::EnvFilter;
@@ -26,7 +26,7 @@ use uuid::Uuid;
 use super::log::all_events;
 use super::wait::{wait_for, wait_until};
 
-/// The statuses of a start that goes well, in their order.
+/// The statuses of a successful start, in order.
 pub const STATUSES: [&str; 8] = [
     "WORKING",
     "WAITING_FOR_SANDBOX",
@@ -38,24 +38,24 @@ pub const STATUSES: [&str; 8] = [
     "READY",
 ];
 
-/// The first run of all installs the agent server.
+/// The first run installs the agent server.
 const INSTALL_LIMIT: Duration = Duration::from_secs(20 * 60);
 /// Booting an agent server takes long where several share few cores.
 const START_LIMIT: Duration = Duration::from_secs(180);
-/// Long: a machine that runs all tests at once may give an agent server a tenth of a processor.
+/// Long, because a machine that runs all tests at once may give an agent server a tenth of a processor.
 const TURN_LIMIT: Duration = Duration::from_secs(180);
-/// For processes that end by themselves once their agent server is gone.
+/// For processes that end by themselves after their agent server has stopped.
 const GONE_LIMIT: Duration = Duration::from_secs(10);
 const API: &str = "/api/v1/app-conversations";
 
-/// Agent servers that may boot at a time: each one keeps a core busy for seconds.
+/// The number of agent servers that may boot at the same time: each one keeps a core busy for seconds.
 static BOOTS: Semaphore = Semaphore::const_new(3);
-/// What all products of this process have logged.
+/// The log of all products of this process.
 static LOG: Mutex<Vec<u8>> = Mutex::new(Vec::new());
 
-/// A running product. When it is dropped, so are its agent servers and its folder.
+/// A running product. Dropping it ends its agent servers and removes its folder.
 pub struct Product {
-    // Taken by a clean end alone.
+    // `None` after a clean shutdown.
     server: Option<Server>,
     folder: TempDir,
     http: Client,
@@ -64,43 +64,43 @@ pub struct Product {
     agent_server_version: String,
 }
 
-/// A start that has come to its end.
+/// A start that has ended.
 #[derive(Debug)]
 pub struct Start {
-    /// The task as it was shown last.
+    /// The last state of the task.
     pub task: Value,
     /// Every status that was seen, in order.
     pub statuses: Vec<String>,
 }
 
 impl Start {
-    /// The conversation of a start that went well.
+    /// The conversation of a successful start.
     #[track_caller]
     pub fn conversation_id(&self) -> String {
         assert_eq!(self.task["status"], "READY", "the start failed: {:#}", self.task);
         text(&self.task["app_conversation_id"])
     }
 
-    /// The reason of a start that failed.
+    /// The error of a failed start.
     #[track_caller]
     pub fn error(&self) -> String {
         assert_eq!(self.task["status"], "ERROR", "the start did not fail: {:#}", self.task);
         text(&self.task["detail"])
     }
 
-    /// The sandbox it used.
+    /// The sandbox that the start used.
     #[track_caller]
     pub fn sandbox_id(&self) -> String {
         text(&self.task["sandbox_id"])
     }
 
-    /// What is to know of it beside its status; empty if nothing is.
+    /// The notes in `detail`; empty if there are none.
     pub fn detail(&self) -> &str {
         self.task["detail"].as_str().unwrap_or_default()
     }
 }
 
-/// A conversation at its agent server, by the address and the key that our API gave.
+/// A conversation at its agent server, with the address and the key that our API returned.
 #[derive(Clone, Debug)]
 pub struct AgentConversation {
     http: Client,
@@ -108,7 +108,7 @@ pub struct AgentConversation {
     key: String,
 }
 
-/// What a command in a sandbox came to.
+/// The result of a command in a sandbox.
 #[derive(Debug)]
 pub struct Ran {
     pub exit_code: i64,
@@ -117,8 +117,8 @@ pub struct Ran {
 }
 
 impl Product {
-    /// Starts on an empty data folder, with these settings for the user. Git hosts without encryption are allowed, and
-    /// nothing else comes from the environment. Returns once all of it works.
+    /// Starts on an empty data folder, with these settings for the user. Allows git hosts without encryption, and uses
+    /// no environment variables. Returns when everything is ready.
     pub async fn start(settings: Value) -> Self {
         Self::start_at(None, settings).await
     }
@@ -133,7 +133,7 @@ impl Product {
         product
     }
 
-    /// As [`Product::start`], on this version of the agent server.
+    /// As [`Product::start`], with this version of the agent server.
     pub async fn start_with_agent_server(version: &str, settings: Value) -> Self {
         let mut product = Self::new(false);
         version.clone_into(&mut product.agent_server_version);
@@ -153,12 +153,12 @@ impl Product {
     fn new(is_demo: bool) -> Self {
         capture_log();
         let folder = TempDir::new().expect("a folder for the product");
-        // On loopback, whatever proxy the machine has.
+        // Ignores the machine's proxy settings, because the server is on loopback.
         let http = Client::builder().no_proxy().build().expect("a client");
         Self { server: None, folder, http, is_demo, web_url: None, agent_server_version: agent_server_version() }
     }
 
-    /// Ends this run cleanly, and starts another on what it left behind.
+    /// Shuts this run down and starts another one on the same data folder.
     pub async fn restart(&mut self) {
         self.stop().await;
         self.run(None).await;
@@ -170,13 +170,13 @@ impl Product {
         self.restart().await;
     }
 
-    /// The Python that the agent servers run on.
+    /// The Python interpreter of the agent servers.
     pub fn agent_server_python(&self) -> PathBuf {
         let SandboxConfig::Process(process) = &self.server().config.sandbox else { panic!("sandboxes are processes") };
         process.python.clone()
     }
 
-    /// Ends cleanly, and makes sure that no process is left behind.
+    /// Shuts down and asserts that no process is left.
     pub async fn shutdown(mut self) {
         self.stop().await;
     }
@@ -192,7 +192,7 @@ impl Product {
         let start = StartConfig {
             allow_insecure_git_access: true,
             inline_wait: Duration::from_secs(60),
-            // Long, for a server that works on a slow machine.
+            // Long, for a server on a slow machine.
             mcp_probe_timeout: Duration::from_secs(60),
             web_url: self.web_url.clone(),
             ..StartConfig::default()
@@ -216,7 +216,7 @@ impl Product {
         let limit = Instant::now() + GONE_LIMIT;
         while !self.processes().is_empty() {
             let names = || self.processes().into_iter().map(command_line).collect::<Vec<_>>();
-            assert!(Instant::now() < limit, "a clean end left processes behind: {:#?}", names());
+            assert!(Instant::now() < limit, "processes are left after a clean shutdown: {:#?}", names());
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }
@@ -230,16 +230,15 @@ impl Product {
         self.server.as_ref().expect("it runs")
     }
 
-    /// The sandboxes, for what has no route.
+    /// The sandboxes, for operations that have no route.
     pub fn sandboxes(&self) -> ProcessSandboxes {
         self.server().process_sandboxes().expect("sandboxes are processes")
     }
 
-    /// The events of a conversation that have come to our store.
+    /// The events of a conversation in our store.
     pub async fn events_of(&self, id: &str) -> Vec<Event> {
         let Server { config, aws, .. } = self.server();
-        let (table, bucket) = (config.names.events.clone(), config.names.bucket.clone());
-        let store = EventStore::new(aws.dynamodb.clone(), table, aws.s3.clone(), bucket);
+        let store = Stores::without_key(&config.names, aws).events();
         all_events(&store, &UserId::local(), Uuid::parse_str(id).expect("an id")).await
     }
 
@@ -248,11 +247,11 @@ impl Product {
         let Server { config, aws, .. } = self.server();
         let SealingConfig::File(key) = &config.sealing else { panic!("a key file") };
         let sealer = Sealer::from_file(key).expect("the sealing key");
-        let store = SettingsStore::new(aws.dynamodb.clone(), config.names.users.clone(), sealer);
+        let store = Stores::new(&config.names, aws, &sealer).settings();
         store.put(&UserId::local(), &settings.to_string().into()).await.expect("the settings are stored");
     }
 
-    /// Shows the demo's conversation, as `cargo local --demo` does in the terminal.
+    /// Runs the demo's conversation, as `cargo local --demo` does in the terminal.
     pub async fn show_demo(&self) -> Result<(), local::demo::ShowError> {
         let _permit = BOOTS.acquire().await.expect("never closed");
         local::demo::show(&format!("http://{}", self.server().address), None).await
@@ -267,7 +266,7 @@ impl Product {
         format!("http://{}{API}{path}", self.server().address)
     }
 
-    /// The export of a conversation.
+    /// The response of a conversation's export.
     pub async fn download(&self, id: &str) -> reqwest::Response {
         self.http.get(self.url(&format!("/{id}/download"))).send().await.expect("an answer")
     }
@@ -279,24 +278,24 @@ impl Product {
         body
     }
 
-    /// `GET` of a whole path.
+    /// `GET` of an absolute path.
     pub async fn get_from(&self, path: &str) -> Value {
         let (status, body) = send(self.http.get(format!("http://{}{path}", self.server().address))).await;
         assert_eq!(status, 200, "GET {path}: {body:#}");
         body
     }
 
-    /// `POST` below `/api/v1/app-conversations`, not yet sent.
+    /// A `POST` request below `/api/v1/app-conversations`, not yet sent.
     pub fn post(&self, path: &str, body: &Value) -> RequestBuilder {
         self.http.post(self.url(path)).json(body)
     }
 
-    /// `POST` to a whole path, not yet sent.
+    /// A `POST` request to an absolute path, not yet sent.
     pub fn post_to(&self, path: &str, body: &Value) -> RequestBuilder {
         self.http.post(format!("http://{}{path}", self.server().address)).json(body)
     }
 
-    /// What any request is answered: status, headers, body.
+    /// The response to any request, as one text: status, headers, body.
     pub async fn answer_to(&self, method: &str, target: &str, headers: &[(&str, &str)], body: Option<&str>) -> String {
         let method = reqwest::Method::from_bytes(method.as_bytes()).expect("a method");
         let mut request = self.http.request(method, format!("http://{}{target}", self.server().address));
@@ -311,12 +310,12 @@ impl Product {
         format!("{head} {}", String::from_utf8_lossy(&answer.bytes().await.expect("a body")))
     }
 
-    /// Stops the agent servers, as the end of the program does.
+    /// Stops the agent servers, as the shutdown of the program does.
     pub async fn stop_sandboxes(&self) {
         self.sandboxes().stop_all(&UserId::local()).await.expect("stopped");
     }
 
-    /// Starts a conversation and follows the start to its end, as a client does: by polling.
+    /// Starts a conversation and polls the start until it ends, as a client does.
     pub async fn start_conversation(&self, request: Value) -> Start {
         let boots = ["sandbox_id", "parent_conversation_id"].iter().all(|field| request[field].is_null());
         let _permit = if boots { Some(BOOTS.acquire().await.expect("never closed")) } else { None };
@@ -326,7 +325,7 @@ impl Product {
         self.follow(&text(&task["id"])).await
     }
 
-    /// Follows a start to its end.
+    /// Polls a start until it ends.
     pub async fn follow(&self, id: &str) -> Start {
         let mut statuses: Vec<String> = Vec::new();
         let what = format!("the start {id} ends");
@@ -342,17 +341,17 @@ impl Product {
         Start { task, statuses }
     }
 
-    /// The conversation as our API shows it.
+    /// The conversation as our API returns it.
     pub async fn conversation(&self, id: &str) -> Value {
         self.get(&format!("?ids={id}")).await[0].take()
     }
 
-    /// The conversation as our API shows it, once its agent has come to this status.
+    /// The conversation as our API returns it, once its agent has this status.
     pub async fn conversation_when(&self, id: &str, status: &str) -> Value {
         self.conversation_within(id, status, TURN_LIMIT).await
     }
 
-    /// As [`Self::conversation_when`], for agents that take their time.
+    /// As [`Self::conversation_when`], for slow agents.
     pub async fn conversation_within(&self, id: &str, status: &str, limit: Duration) -> Value {
         wait_for(&format!("the conversation {id} is {status}"), limit, async || {
             let conversation = self.conversation(id).await;
@@ -372,11 +371,11 @@ impl Product {
         }
     }
 
-    /// All files of the data folder, unless they are links.
+    /// All files of the data folder except links.
     pub fn files(&self) -> Vec<PathBuf> {
         let (mut files, mut folders) = (Vec::new(), vec![self.data()]);
         while let Some(folder) = folders.pop() {
-            // What is gone meanwhile is no file any more.
+            // Files that were removed meanwhile are skipped.
             for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
                 match entry.file_type() {
                     Ok(kind) if kind.is_dir() => folders.push(entry.path()),
@@ -388,17 +387,17 @@ impl Product {
         files
     }
 
-    /// Processes that belong to this product's sandboxes: their environment names its folder.
+    /// Processes of this product's sandboxes: their environment names its folder.
     pub fn processes(&self) -> Vec<Pid> {
         let data = self.data();
         let mut found: Vec<Pid> = agent_servers(&data.join("sandboxes"));
         let marker = data.display().to_string();
-        // Where there is no such file system, agent servers themselves have to do.
+        // Systems without `/proc` find only the agent servers themselves.
         for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
             let Some(pid) = entry.file_name().to_str().and_then(|name| Pid::from_raw(name.parse().ok()?)) else {
                 continue;
             };
-            // Not readable: gone, or another user's.
+            // Not readable: the process has ended, or belongs to another user.
             let environment = fs::read(entry.path().join("environ")).unwrap_or_default();
             if contains(&environment, marker.as_bytes()) && !found.contains(&pid) {
                 found.push(pid);
@@ -411,13 +410,13 @@ impl Product {
 impl Drop for Product {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("The end of the products' log:\n{}", tail(&logged(), 60));
+            eprintln!("The last lines of the products' log:\n{}", tail(&logged(), 60));
             for log in self.files().iter().filter(|path| path.ends_with("agent-server.log")) {
                 let text = fs::read_to_string(log).unwrap_or_default();
-                eprintln!("The end of {}:\n{}", log.display(), tail(&text, 30));
+                eprintln!("The last lines of {}:\n{}", log.display(), tail(&text, 30));
             }
         }
-        // Some may have been on their way: nothing new begins any more, since this thread runs the server too.
+        // Some processes may still be starting: none start any more, because this thread also runs the server.
         for _ in 0..20 {
             let left = self.processes();
             if left.is_empty() {
@@ -439,7 +438,7 @@ impl AgentConversation {
         body
     }
 
-    /// The conversation as the agent server shows it.
+    /// The conversation as the agent server returns it.
     pub async fn info(&self) -> Value {
         self.send(self.http.get(&self.url)).await
     }
@@ -450,12 +449,12 @@ impl AgentConversation {
         text(&self.send(self.http.get(format!("{base}/server_info"))).await["version"])
     }
 
-    /// The folder that the agent works in.
+    /// The agent's working directory.
     pub async fn folder(&self) -> PathBuf {
         text(&self.info().await["workspace"]["working_dir"]).into()
     }
 
-    /// Sends a message, which the agent answers.
+    /// Sends a message, which the agent responds to.
     pub async fn send_message(&self, message: &str) {
         let body = json!({"role": "user", "content": [{"type": "text", "text": message}], "run": true});
         self.post("events", &body).await;
@@ -466,23 +465,23 @@ impl AgentConversation {
         self.send(self.http.post(format!("{}/{path}", self.url)).json(body)).await
     }
 
-    /// Changes the conversation itself.
+    /// Updates the conversation itself.
     pub async fn patch(&self, body: &Value) -> Value {
         self.send(self.http.patch(&self.url).json(body)).await
     }
 
-    /// The same, with whatever it answers.
+    /// As [`Self::patch`], for any status.
     pub async fn try_patch(&self, body: &Value) -> (u16, Value) {
         send(self.http.patch(&self.url).json(body).header("X-Session-API-Key", &self.key)).await
     }
 
-    /// The address of its websocket, key included.
+    /// The URL of its websocket, key included.
     pub fn socket_url(&self) -> String {
         let (base, id) = self.url.split_once("/api/conversations/").expect("a conversation's address");
         format!("{base}/sockets/events/{id}?session_api_key={}", self.key)
     }
 
-    /// All of its events, of whatever number.
+    /// All of its events, over all pages.
     pub async fn all_events(&self) -> Vec<Value> {
         let (mut events, mut page_id) = (Vec::new(), None);
         loop {
@@ -504,7 +503,7 @@ impl AgentConversation {
         self.all_events().await.into_iter().filter(|event| event["kind"] == kind).collect()
     }
 
-    /// What was said in it by `user` or `agent`, in order.
+    /// The texts of the messages of `user` or `agent`, in order.
     pub async fn said_by(&self, source: &str) -> Vec<String> {
         let messages = self.events("MessageEvent").await;
         let of_source = messages.iter().filter(|message| message["source"] == source);
@@ -524,27 +523,27 @@ impl AgentConversation {
     }
 }
 
-/// A start's request with a first message.
+/// A start request with an initial message.
 pub fn saying(message: &str) -> Value {
     json!({"initial_message": {"content": [{"type": "text", "text": message}]}})
 }
 
-/// `request` with these fields set too.
+/// `request` with these fields set in addition.
 pub fn with(mut request: Value, fields: Value) -> Value {
     let (Some(request_fields), Value::Object(fields)) = (request.as_object_mut(), fields) else {
-        panic!("both have to be objects");
+        panic!("both values have to be objects");
     };
     request_fields.extend(fields);
     request
 }
 
-/// The string in a value that has to be one.
+/// The string of a value that must be one.
 #[track_caller]
 pub fn text(value: &Value) -> String {
     value.as_str().unwrap_or_else(|| panic!("{value} should be a string")).to_owned()
 }
 
-/// A message's text, given as a string or as parts.
+/// The text of a message, which is a string or a list of parts.
 pub fn content_text(content: &Value) -> String {
     match content {
         Value::String(text) => text.clone(),
@@ -552,7 +551,7 @@ pub fn content_text(content: &Value) -> String {
     }
 }
 
-/// What all products of this process have logged so far.
+/// The log of all products of this process so far.
 pub fn logged() -> String {
     String::from_utf8_lossy(&LOG.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
 }

@@ -1,4 +1,4 @@
-//! The public address of a server: passes requests on to where the server listens, and remembers them.
+//! A reverse proxy as the public address of a server: it forwards requests to the server and records them.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -15,7 +15,7 @@ struct State {
     requests: Vec<Request>,
 }
 
-/// The address. Gone when dropped.
+/// The proxy. Dropping it closes its port.
 #[derive(Debug)]
 pub struct PublicAddress {
     server: Server,
@@ -23,7 +23,7 @@ pub struct PublicAddress {
 }
 
 impl PublicAddress {
-    /// Starts; until a server is named, every answer is 503.
+    /// Starts; until a server is set, every response is 503.
     pub async fn start() -> Self {
         let state = Arc::new(Mutex::new(State::default()));
         let shared = Arc::clone(&state);
@@ -37,7 +37,7 @@ impl PublicAddress {
         self.server.url()
     }
 
-    /// Names the server, as `http://HOST:PORT`.
+    /// Sets the server, as `http://HOST:PORT`.
     pub fn lead_to(&self, target: String) {
         self.state().target = Some(target);
     }

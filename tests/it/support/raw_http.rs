@@ -1,5 +1,6 @@
-//! An HTTP/1.1 client that sends what it is told and nothing of its own but `host` and `content-length`, on a connection that
-//! it keeps. What other clients add or mend (a content type, quoting, an order of headers) is what some tests are about.
+//! A raw HTTP/1.1 client over one kept-alive connection: it sends exactly the given bytes, plus `host` and
+//! `content-length`. Some tests are about what other clients add or correct (a content type, quoting, the order of
+//! headers).
 
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
@@ -7,7 +8,7 @@ use std::net::SocketAddr;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::TcpStream;
 
-/// What came back.
+/// A response.
 #[derive(Clone, Debug)]
 pub struct Answer {
     pub status: u16,
@@ -23,7 +24,7 @@ impl Answer {
     }
 }
 
-/// One connection. It is opened again when the server has closed it.
+/// One connection. The client reconnects when the server has closed it.
 #[derive(Debug)]
 pub struct Connection {
     address: SocketAddr,
@@ -35,10 +36,11 @@ impl Connection {
         Self { address, stream: None }
     }
 
-    /// Sends one request and reads its answer. `target` goes as it stands; a `body` of none sends no `content-length`.
+    /// Sends one request and reads its response. `target` is sent unchanged; without a `body` there is no
+    /// `content-length`.
     ///
     /// # Errors
-    /// Those of the socket, and `InvalidData` for an answer that is no HTTP.
+    /// Errors of the socket, and `InvalidData` for a response that is not HTTP.
     pub async fn send(
         &mut self,
         method: &str,
@@ -113,7 +115,7 @@ async fn line(stream: &mut BufReader<TcpStream>) -> io::Result<String> {
     stream.read_until(b'\n', &mut line).await?;
     match line.strip_suffix(b"\r\n") {
         Some(line) => Ok(String::from_utf8_lossy(line).into_owned()),
-        None => Err(io::Error::new(ErrorKind::UnexpectedEof, "the answer is broken off")),
+        None => Err(io::Error::new(ErrorKind::UnexpectedEof, "the response is truncated")),
     }
 }
 

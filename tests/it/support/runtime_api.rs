@@ -1,4 +1,5 @@
-//! A stand-in for the runtime API: sessions that start, run, are paused and stopped, in the shapes of the contract.
+//! A stub server for the runtime API of remote sandboxes: sessions that start, run, pause and stop, in the contract's
+//! format.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -9,20 +10,19 @@ use serde_json::{Value, json};
 
 use super::server::{Cut, Request, Server, hang, json as answer, raw};
 
-/// The key that it wants from us.
+/// The API key that it requires.
 pub const API_KEY: &str = "key-of-the-runtime-api";
 
-/// A session.
 #[derive(Clone, Debug)]
 pub struct Session {
     pub runtime_id: String,
     pub key: String,
     pub status: String,
-    /// The body of its start.
+    /// The body of the start request.
     pub start: Value,
 }
 
-/// Something to go wrong with every request.
+/// A fault that applies to every request.
 #[derive(Clone, Debug)]
 pub enum Fault {
     Status(u16),
@@ -41,7 +41,6 @@ struct State {
     made: usize,
 }
 
-/// The server.
 #[derive(Debug)]
 pub struct RuntimeApi {
     server: Server,
@@ -49,7 +48,7 @@ pub struct RuntimeApi {
 }
 
 impl RuntimeApi {
-    /// Sessions have their agent server at this address.
+    /// Starts; the agent server of every session has this address.
     pub async fn start(agent_url: String) -> Self {
         let state = Arc::new(Mutex::new(State { agent_url, begins_as: "starting".to_owned(), ..State::default() }));
         let shared = state.clone();
@@ -72,7 +71,7 @@ impl RuntimeApi {
         newest.expect("a session")
     }
 
-    /// What new sessions are.
+    /// Sets the initial status of new sessions.
     pub fn begin_as(&self, status: &str) {
         self.state().begins_as = status.to_owned();
     }
@@ -81,7 +80,7 @@ impl RuntimeApi {
         self.state().sessions.get_mut(session).expect("a session").status = status.to_owned();
     }
 
-    /// As if it had never been.
+    /// Removes a session, as if it had never existed.
     pub fn forget(&self, session: &str) {
         self.state().sessions.remove(session).expect("a session");
     }

@@ -1,5 +1,5 @@
-//! A language model that says what it is told: OpenAI's chat completions as the agent server
-//! uses them (model `openai/<name>`, base URL [`ScriptedLlm::base_url`]).
+//! A stub language model that replies from a script, over OpenAI's chat completions API as the agent server uses it
+//! (model `openai/<name>`, base URL [`ScriptedLlm::base_url`]).
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -7,14 +7,14 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use axum::response::Response;
 use http::{Method, StatusCode};
 pub use local::scripted_llm::{COMPLETION_TOKENS, PROMPT_TOKENS, Reply};
-use local::scripted_llm::{answer, asks_for_title, failure, models};
+use local::scripted_llm::{answer, failure, is_title_request, models};
 use serde_json::Value;
 
 use super::server::{self, Cut, Request, Server};
 
-/// What it says when the script has run out.
+/// The reply after the end of the script.
 pub const DEFAULT_TEXT: &str = "All done.";
-/// The title it gives unless told another.
+/// The title until another one is set.
 pub const DEFAULT_TITLE: &str = "✅ Scripted title";
 #[derive(Debug, Default)]
 struct State {
@@ -24,7 +24,7 @@ struct State {
     title_requests: Vec<Value>,
 }
 
-/// The server. Gone when dropped.
+/// The server. Dropping it closes its port.
 #[derive(Debug)]
 pub struct ScriptedLlm {
     server: Server,
@@ -32,7 +32,7 @@ pub struct ScriptedLlm {
 }
 
 impl ScriptedLlm {
-    /// Starts with an empty script: every request is answered with [`DEFAULT_TEXT`].
+    /// Starts with an empty script: the reply to every request is [`DEFAULT_TEXT`].
     pub async fn start() -> Self {
         let state = Arc::new(Mutex::new(State::default()));
         let shared = Arc::clone(&state);
@@ -40,17 +40,17 @@ impl ScriptedLlm {
         Self { server, state }
     }
 
-    /// The `base_url` to give to the client: ends in `/v1`.
+    /// The `base_url` for clients: it ends in `/v1`.
     pub fn base_url(&self) -> String {
         format!("{}/v1", self.server.url())
     }
 
-    /// Appends to the script. Each request takes one reply; requests for a title take none.
+    /// Appends to the script. Each request consumes one reply, except requests for a title.
     pub fn reply_with(&self, replies: Vec<Reply>) {
         self.state().script.extend(replies);
     }
 
-    /// The title to answer requests for a title with.
+    /// Sets the reply to requests for a title.
     pub fn set_title(&self, title: impl Into<String>) {
         self.state().title = Some(title.into());
     }
@@ -86,7 +86,7 @@ async fn handle(request: Request, state: Arc<Mutex<State>>) -> Result<Response, 
 }
 
 fn next_reply(body: &Value, state: &mut State) -> Reply {
-    if asks_for_title(body) {
+    if is_title_request(body) {
         state.title_requests.push(body.clone());
         return Reply::text(state.title.as_deref().unwrap_or(DEFAULT_TITLE));
     }

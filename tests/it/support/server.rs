@@ -1,4 +1,4 @@
-//! The HTTP server under the three stand-ins.
+//! The HTTP server that all stub servers and proxies of the tests are built on.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -18,7 +18,7 @@ use tokio::task::{AbortHandle, JoinSet};
 
 type Job = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// One request, read to its end.
+/// A request with its complete body.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// When its last byte was read.
@@ -26,7 +26,7 @@ pub struct Request {
     pub method: Method,
     /// As sent, still percent-encoded.
     pub path: String,
-    /// Without the question mark; empty when there is none.
+    /// Without the question mark; empty if there is none.
     pub query: String,
     pub headers: HeaderMap,
     pub body: Bytes,
@@ -51,18 +51,17 @@ impl Request {
             .collect()
     }
 
-    /// The body as JSON; null when it is not JSON.
+    /// The body as JSON; null if it is not JSON.
     pub fn json(&self) -> Value {
         serde_json::from_slice(&self.body).unwrap_or_default()
     }
 
-    /// The path's segments.
     pub fn segments(&self) -> Vec<&str> {
         self.path.split('/').filter(|segment| !segment.is_empty()).collect()
     }
 
-    /// Whether this is the route, such as `POST /api/conversations/{id}/events`: a segment in
-    /// braces stands for any one.
+    /// Whether the request matches a route, such as `POST /api/conversations/{id}/events`: a segment in braces matches
+    /// any segment.
     pub fn is(&self, route: &str) -> bool {
         let Some((method, path)) = route.split_once(' ') else {
             panic!("a route is a method and a path: {route}");
@@ -75,7 +74,7 @@ impl Request {
     }
 }
 
-/// The answer that is none: the connection is closed without a byte.
+/// Instead of a response, the server closes the connection without a byte.
 #[derive(Debug)]
 pub struct Cut;
 
@@ -87,8 +86,8 @@ impl std::fmt::Display for Cut {
 
 impl std::error::Error for Cut {}
 
-/// A server on a free port of the loopback interface. Dropping it closes the port and every
-/// connection and stops whatever a request was still doing.
+/// A server on a free port of the loopback interface. Dropping it closes the port and every connection, and aborts the
+/// requests that it is handling.
 #[derive(Debug)]
 pub struct Server {
     address: SocketAddr,
@@ -96,8 +95,8 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves `handle`. As in the real servers, a request once read is handled to its end, also
-    /// if the client goes away meanwhile.
+    /// Serves `handle`. As with real servers, a request that has been read is handled to its end even if the client
+    /// disconnects.
     pub async fn start<H, F>(handle: H) -> Self
     where
         H: Fn(Request) -> F + Clone + Send + Sync + 'static,
@@ -136,7 +135,7 @@ where
                 let service = service_fn(move |request| answer(request, handle.clone(), jobs.clone()));
                 let connection = hyper::server::conn::http1::Builder::new()
                     .serve_connection(TokioIo::new(stream), service);
-                // An error here is a client gone or a cut of ours.
+                // The client has disconnected, or the handler returned [`Cut`].
                 tasks.spawn(async move { drop(connection.await) });
             }
             Some(job) = queue.recv() => { tasks.spawn(job); }
@@ -170,12 +169,12 @@ where
     receive.await.map_err(|_| Cut)?
 }
 
-/// A JSON answer.
+/// A JSON response.
 pub fn json(status: StatusCode, body: &Value) -> Response {
     raw(status, "application/json", body.to_string())
 }
 
-/// An answer of any type.
+/// A response of any type.
 pub fn raw(status: StatusCode, content_type: &str, body: impl Into<Bytes>) -> Response {
     let body: Bytes = body.into();
     Response::builder()
@@ -186,18 +185,18 @@ pub fn raw(status: StatusCode, content_type: &str, body: impl Into<Bytes>) -> Re
         .expect("a well-formed answer")
 }
 
-/// The same answer broken off: head and half of the body arrive, then the connection closes.
+/// Truncates a response: the head and half of the body arrive, then the connection closes.
 pub async fn cut_in_half(response: Response) -> Response {
     let (mut parts, body) = response.into_parts();
     let whole = body.collect().await.expect("a body held in memory").to_bytes();
-    // At least one byte has to be missing for the break to be one.
+    // At least one byte has to be missing, or the response is complete.
     parts.headers.insert(header::CONTENT_LENGTH, whole.len().max(1).into());
     let half = whole.slice(..whole.len() / 2);
     let stream = futures::stream::unfold(Some(half), |half| async {
         match half {
             Some(half) => Some((Ok(half), None)),
             None => {
-                // Lets the first half out before the connection goes.
+                // Sends the first half before the connection closes.
                 tokio::time::sleep(std::time::Duration::from_millis(20)).await;
                 Some((Err(Cut), None))
             }
@@ -206,7 +205,7 @@ pub async fn cut_in_half(response: Response) -> Response {
     Response::from_parts(parts, Body::from_stream(stream))
 }
 
-/// Never answers.
+/// Never responds.
 pub async fn hang() -> Result<Response, Cut> {
     std::future::pending::<Result<Infallible, Cut>>().await.map(|never| match never {})
 }

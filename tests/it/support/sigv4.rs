@@ -1,4 +1,4 @@
-//! Signs requests as the AWS SDK does.
+//! Signs requests with AWS Signature Version 4, as the SDK does.
 
 use std::time::SystemTime;
 
@@ -8,7 +8,7 @@ use aws_sigv4::sign::v4;
 use http::{HeaderMap, HeaderName};
 use local::engines::{EngineCredentials, REGION};
 
-/// Adds the headers of a signature that is made now.
+/// Adds the headers of a new signature.
 pub fn sign(
     service: &str,
     credentials: &EngineCredentials,

@@ -1,6 +1,5 @@
-//! A stand-in for the agent server, to make go wrong what the real one cannot be made to. It keeps
-//! to version 1.15: routes, statuses, texts and shapes; it really runs commands and really stores
-//! files, but has no agent.
+//! A stub agent server for fault injection: it can fail in ways that a real one cannot be made to. It follows version
+//! 1.15 in routes, statuses, texts and response formats. It really runs commands and stores files, but has no agent.
 
 use std::collections::HashMap;
 use std::os::unix::fs::PermissionsExt;
@@ -20,7 +19,7 @@ use uuid::Uuid;
 
 use super::server::{self, Cut, Request, Server};
 
-/// Something to go wrong.
+/// A fault to inject.
 #[derive(Clone, Debug)]
 pub struct Fault {
     /// Such as `POST /api/conversations` or `GET /api/conversations/{id}`.
@@ -29,31 +28,32 @@ pub struct Fault {
     pub kind: Kind,
 }
 
-/// Which requests to the route, counted from the injection on.
+/// The requests to the route that fail, counted from the injection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Nth {
     Next,
-    /// The first is 1.
+    /// Counted from 1.
     On(usize),
     Always,
 }
 
-/// How it goes wrong. "The effect" is what the request does: a conversation, a file, a command.
+/// The kind of a fault. "The effect" is what the request does: it creates a conversation, writes a file, runs a
+/// command.
 #[derive(Clone, Debug)]
 pub enum Kind {
-    /// The effect and the answer come late.
+    /// Both the effect and the response are late.
     Slow(Duration),
-    /// The effect comes at once, the answer late.
+    /// The effect is immediate, the response late.
     SlowReply(Duration),
     /// This status and body instead of the effect.
     Status(u16, String),
     /// This status and body after the effect.
     StatusAfter(u16, String),
-    /// The connection closes without a byte, there is no effect.
+    /// The connection closes without a byte, and there is no effect.
     CutBefore,
-    /// There is the effect, but the connection closes in the middle of the answer.
+    /// The effect happens, but the connection closes in the middle of the response.
     CutAfter,
-    /// There is the effect, but the answer is 200 and no JSON.
+    /// The effect happens, but the response is 200 and not JSON.
     Garbage,
     /// A redirect to this address instead of the effect.
     Redirect(String),
@@ -61,7 +61,7 @@ pub enum Kind {
     Huge(usize),
     /// 200 and a page with one piece of output of this many bytes instead of the effect; there is always another page.
     EndlessPages(usize),
-    /// No effect and no answer; the connection stays open.
+    /// No effect and no response; the connection stays open.
     Hang,
 }
 
@@ -78,7 +78,7 @@ struct Injected {
 }
 
 impl Injected {
-    /// Whether it is this request's turn; counts it.
+    /// Counts the request, and returns whether the fault applies to it.
     fn strikes(&mut self, request: &Request) -> bool {
         if !request.is(&self.fault.route) {
             return false;
@@ -92,35 +92,35 @@ impl Injected {
     }
 }
 
-/// A conversation the stand-in was asked to start.
+/// A conversation that a client has requested.
 #[derive(Clone, Debug)]
 pub struct Conversation {
     pub id: Uuid,
-    /// The body it was created with, secrets included.
+    /// The body that created it, secrets included.
     pub body: Value,
     /// How often it was posted: the creation and every repetition.
     pub posts: usize,
     pub title: Option<String>,
     pub execution_status: String,
-    /// The last analyzer set.
+    /// The security analyzer that was set last.
     pub security_analyzer: Value,
     created_at: jiff::Timestamp,
     updated_at: jiff::Timestamp,
     last_message: Option<Uuid>,
 }
 
-/// Agents that cannot be set up. An agent is set up with its first message, so a conversation without one is created; one with a
-/// message is created, too, and then answered with the error, as is every message to it.
+/// Agents whose setup fails. An agent is set up with its first message, so a conversation without a message is created;
+/// one with a message is created too, but the response is the error, as for every message to it.
 #[derive(Clone, Debug)]
 struct SetupFailure {
-    /// Only agents with this tool, or all.
+    /// Only agents with this tool; `None` means all.
     tool: Option<String>,
     status: u16,
     answer: String,
 }
 
 impl SetupFailure {
-    /// The answer to a message to this conversation, if its agent cannot be set up.
+    /// The response to a message to this conversation, if the setup of its agent fails.
     fn strikes(&self, conversation: &Value) -> Option<Response> {
         let mut tools = conversation["agent"]["tools"].as_array().into_iter().flatten();
         let is_meant = self.tool.as_ref().is_none_or(|name| tools.any(|tool| tool["name"] == **name));
@@ -131,7 +131,7 @@ impl SetupFailure {
 
 #[derive(Debug)]
 struct BashEvent {
-    /// What the real server sorts by: a file name of second, kind, command and event id.
+    /// The real server's sort key: a file name of second, kind, command and event id.
     name: String,
     command: Option<Uuid>,
     body: Value,
@@ -165,7 +165,7 @@ pub struct StandInAgent {
 }
 
 impl StandInAgent {
-    /// Starts alive, empty and without faults; `/api` asks for `session_key`.
+    /// Starts alive, empty and without faults; `/api` requires `session_key`.
     pub async fn start(session_key: &str) -> Self {
         let root = TempDir::new().expect("a folder for the sandbox");
         for folder in ["home", "workspace"] {
@@ -198,72 +198,72 @@ impl StandInAgent {
         self.server.url()
     }
 
-    /// The sandbox's file system: every path and working directory given to the stand-in has to
-    /// lie below. Commands have `home` in it as home directory.
+    /// The root of the sandbox's file system: every path and working directory in a request must be below it. The home
+    /// directory of commands is `home` in it.
     pub fn root(&self) -> &Path {
         self.root.path()
     }
 
-    /// The working directory to configure: `workspace/project` below [`Self::root`], not there yet.
+    /// The working directory to configure: `workspace/project` below [`Self::root`], which does not exist yet.
     pub fn working_dir(&self) -> String {
         self.root().join("workspace/project").display().to_string()
     }
 
-    /// Lets something go wrong. Of several faults for a request the one injected first wins.
+    /// Injects a fault. If several apply to a request, the one injected first wins.
     pub fn inject(&self, fault: Fault) {
         self.state().faults.push(Injected { fault, seen: 0 });
     }
 
-    /// Nothing goes wrong any more.
+    /// Removes all faults.
     pub fn clear_faults(&self) {
         self.state().faults.clear();
     }
 
-    /// No agent, or none with this tool, can be set up from now on: messages for it are answered with this.
+    /// From now on the setup of every agent, or of those with this tool, fails: this is the response to messages for
+    /// it.
     pub fn fail_setup(&self, tool: Option<&str>, status: u16, answer: &str) {
         let failure = SetupFailure { tool: tool.map(str::to_owned), status, answer: answer.to_owned() };
         self.state().setup_failure = Some(failure);
     }
 
-    /// Agents can be set up again.
+    /// From now on the setup of agents succeeds.
     pub fn clear_setup_failure(&self) {
         self.state().setup_failure = None;
     }
 
-    /// While not alive every connection closes without an answer and nothing is recorded.
+    /// While not alive, every connection closes without a response and no request is recorded.
     pub fn set_alive(&self, alive: bool) {
         self.state().alive = alive;
     }
 
-    /// The skills to answer with, as the agent server spells them.
+    /// The skills to return, in the agent server's format.
     pub fn set_skills(&self, skills: Value) {
         self.state().skills = skills;
     }
 
-    /// The hook configuration to answer with, whatever the project holds.
+    /// The hook configuration to return, regardless of the project's files.
     pub fn set_hooks(&self, hook_config: Value) {
         self.state().hooks = Some(hook_config);
     }
 
-    /// The version that it says it is; 1.15.0 unless set.
+    /// The version that it reports; 1.15.0 unless set.
     pub fn set_version(&self, version: &str) {
         version.clone_into(&mut self.state().version);
     }
 
-    /// The title that it finds when it is asked to; without one it is a version that cannot be asked.
+    /// The title that it generates on request; without one it behaves like a version that lacks the route.
     pub fn set_generated_title(&self, title: &str) {
         self.state().generated_title = Some(title.to_owned());
     }
 
-    /// The status the conversation has from now on. Untold it is `finished` after a message,
-    /// before `idle`.
+    /// Sets the conversation's status. Unless set, it is `idle` before the first message and `finished` after it.
     pub fn set_execution_status(&self, id: Uuid, status: &str) {
         let mut state = self.state();
         let conversation = state.conversation(id).expect("the conversation is there");
         conversation.execution_status = status.to_owned();
     }
 
-    /// Every request so far, refused and faulty ones too.
+    /// All requests so far, refused and faulty ones included.
     pub fn requests(&self) -> Vec<Request> {
         self.state().requests.clone()
     }
@@ -279,13 +279,13 @@ impl StandInAgent {
         started.iter().filter_map(|request| request.json()["command"].as_str().map(str::to_owned)).collect()
     }
 
-    /// The conversations there are, oldest first.
+    /// The existing conversations, oldest first.
     pub fn conversations(&self) -> Vec<Conversation> {
         self.state().conversations.clone()
     }
 
-    /// The messages an agent would have got, in order: the initial one once per creation, then
-    /// those posted as events. Outlives the conversation's deletion.
+    /// The messages that an agent would have received, in order: the initial one once per creation, then those posted
+    /// as events. They are kept after the conversation is deleted.
     pub fn messages_delivered(&self, id: Uuid) -> Vec<Value> {
         self.state().delivered.get(&id).cloned().unwrap_or_default()
     }
@@ -297,7 +297,7 @@ impl StandInAgent {
 
 impl Drop for StandInAgent {
     fn drop(&mut self) {
-        // A running command holds the state it reports to: nothing else would end it.
+        // A running command holds a reference to the state that it reports to, so nothing else would end it.
         self.state().commands.abort_all();
     }
 }
@@ -316,7 +316,7 @@ impl State {
         }
     }
 
-    /// Below the root, so that a test's mistake stays in the test's folder.
+    /// Restricts paths to the root, so that an error in a test affects only the test's folder.
     fn holds(&self, path: &Path) -> bool {
         path.starts_with(&self.root) && !path.components().any(|part| part.as_os_str() == "..")
     }
@@ -352,7 +352,7 @@ async fn answer(request: Request, state: Arc<Mutex<State>>) -> Result<Response, 
         }
         state.requests.push(request.clone());
         let mut fault = None;
-        // All of them count the request, also those that come too late for it.
+        // Every fault counts the request, also those that another fault precedes.
         for injected in &mut state.faults {
             if injected.strikes(&request) && fault.is_none() {
                 fault = Some(injected.fault.kind.clone());
@@ -400,13 +400,13 @@ async fn answer(request: Request, state: Arc<Mutex<State>>) -> Result<Response, 
     }
 }
 
-/// What the route answers when nothing goes wrong.
+/// The response of a route without faults.
 async fn respond(request: &Request, state: &Arc<Mutex<State>>) -> Response {
     let response = handle(request, state);
     if !request.is("POST /api/bash/execute_bash_command") || response.status() != StatusCode::OK {
         return response;
     }
-    // It is started like every other command, and waited for.
+    // It is started like every other command, and then waited for.
     let started = state.lock().expect("the stand-in's state").bash_events.last().map(|event| event.body["id"].clone());
     let id = started.and_then(|id| Uuid::parse_str(id.as_str()?).ok()).expect("the command");
     loop {
@@ -420,12 +420,12 @@ async fn respond(request: &Request, state: &Arc<Mutex<State>>) -> Response {
     }
 }
 
-/// An error of the real server's own making.
+/// An error in the format of the real server's own errors.
 fn detail(status: StatusCode, detail: &str) -> Response {
     server::json(status, &json!({"detail": detail}))
 }
 
-/// Refused by validation.
+/// A validation error.
 fn invalid(loc: &[&str], kind: &str, message: &str) -> Response {
     let error = json!({"type": kind, "loc": loc, "msg": message, "input": null});
     server::json(StatusCode::UNPROCESSABLE_ENTITY, &json!({"detail": [error]}))
@@ -505,7 +505,7 @@ fn server_info(state: &State) -> Response {
 
 // Commands
 
-/// Longer output is handed over in pieces of this size.
+/// Longer output is returned in pieces of this size.
 const PIECE: usize = 1024 * 1024;
 
 fn start_command(body: &Value, state: &mut State, shared: &Arc<Mutex<State>>) -> Response {
@@ -547,7 +547,7 @@ fn start_shell(command: &str, cwd: Option<&Path>, state: &State) -> Result<Shell
         .env("TMPDIR", &state.root)
         .env_remove("XDG_CONFIG_HOME")
         .env("GIT_CONFIG_NOSYSTEM", "1")
-        // A sandbox has no terminal to ask on.
+        // A sandbox has no terminal to prompt on.
         .env("GIT_TERMINAL_PROMPT", "0")
         .env_remove("GIT_ASKPASS")
         .env_remove("SSH_ASKPASS")
@@ -565,7 +565,7 @@ fn start_shell(command: &str, cwd: Option<&Path>, state: &State) -> Result<Shell
     Ok(Shell { child, done: false })
 }
 
-/// A running command. Dropping it kills it and what it started, unless it has ended by itself.
+/// A running command. Dropping it kills the command and its child processes, unless it has ended by itself.
 struct Shell {
     child: tokio::process::Child,
     done: bool,
@@ -608,13 +608,13 @@ impl Drop for Shell {
             && let Some(id) = self.child.id()
             && let Some(group) = rustix::process::Pid::from_raw(id.cast_signed())
         {
-            // Gone already is as good.
+            // It is no error if the process has ended already.
             let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
         }
     }
 }
 
-/// Where a command's output goes.
+/// Collects a command's output.
 struct Output {
     id: Uuid,
     order: u64,
@@ -639,7 +639,7 @@ impl Output {
     }
 }
 
-/// Reads stdout (0) or stderr (1) to its end; what makes no whole piece stays in `rest`.
+/// Reads stdout (0) or stderr (1) to its end; an incomplete piece stays in `rest`.
 async fn read(
     mut stream: impl AsyncRead + Unpin,
     which: usize,
@@ -678,7 +678,7 @@ fn search_bash_events(request: &Request, state: &State) -> Response {
     let page = request.query_value("page_id");
     let start = events.iter().position(|event| Some(&event.name) == page.as_ref()).unwrap_or(0);
     let next = events.get(start + limit).map(|event| event.name.clone());
-    // The real server drops what is too old from the page, not from the search.
+    // The real server filters events that are too old out of the page, not out of the search.
     let items: Vec<&Value> = events[start..]
         .iter()
         .take(limit)
@@ -690,7 +690,7 @@ fn search_bash_events(request: &Request, state: &State) -> Response {
 
 // Files
 
-/// The query's `path`, or the answer if it is none to use.
+/// The query's `path`, or an error response if it is invalid.
 fn path_of(request: &Request, state: &State) -> Result<PathBuf, Box<Response>> {
     let path = request.query_value("path").ok_or_else(|| Box::new(missing(&["query", "path"])))?;
     let path = PathBuf::from(path);
@@ -745,13 +745,13 @@ fn download(request: &Request, state: &State) -> Response {
     }
 }
 
-/// The content of a field of a `multipart/form-data` body, if the field is a file.
+/// The content of a file field of a `multipart/form-data` body.
 fn multipart_field<'a>(request: &'a Request, field: &str) -> Option<&'a [u8]> {
     let content_type = request.header("content-type")?;
     let boundary = content_type.strip_prefix("multipart/form-data")?.split("boundary=").nth(1)?;
     let delimiter = format!("\r\n--{}", boundary.split(';').next()?.trim_matches('"'));
     let body = &request.body[..];
-    // The first delimiter stands at the very start, without its line break.
+    // The first delimiter is at the very beginning, without a line break before it.
     let mut at = find(body, &delimiter.as_bytes()[2..])? + delimiter.len() - 2;
     loop {
         let part = body.get(at..)?.strip_prefix(b"\r\n")?;
@@ -796,7 +796,7 @@ fn hooks(body: &Value, state: &State) -> Response {
     ok(&json!({"hook_config": hook_config}))
 }
 
-/// A `hooks.json` with its defaults filled in; none if it is invalid or empty.
+/// A `hooks.json` with its defaults filled in; `None` if it is invalid or empty.
 fn hook_config(mut file: Value) -> Option<Value> {
     if let Some(wrapped) = file.get_mut("hooks") {
         file = wrapped.take();
@@ -877,7 +877,7 @@ fn start_conversation(body: Value, state: &mut State) -> Response {
         state.deliver(id, message);
     }
     let mut info = state.conversation(id).expect("just added").info();
-    // The agent has hardly begun.
+    // The agent has only just started.
     info["execution_status"] = json!("idle");
     server::json(StatusCode::CREATED, &info)
 }
@@ -898,7 +898,7 @@ fn conversations(request: &Request, state: &mut State) -> Response {
     }
 }
 
-/// What users have said, newest first, a page at a time.
+/// The users' messages, newest first, in pages.
 fn search_events(id: &str, request: &Request, state: &State) -> Response {
     let Some(said) = Uuid::parse_str(id).ok().and_then(|id| state.delivered.get(&id)) else {
         return ok(&json!({"items": [], "next_page_id": null}));
@@ -966,7 +966,7 @@ fn conversation(method: &str, id: Uuid, rest: &[&str], body: Value, state: &mut 
 }
 
 impl Conversation {
-    /// As the agent server tells of it: what it was created with, the secrets taken out.
+    /// The conversation in the agent server's format: the body that created it, without secrets.
     fn info(&self) -> Value {
         let body = &self.body;
         let or = |field: &str, default: Value| match &body[field] {
@@ -1037,7 +1037,7 @@ fn no_metrics(model: &Value) -> Value {
     })
 }
 
-/// Whether a file of the sandbox can be executed.
+/// Whether the file is executable.
 pub fn is_executable(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|file| file.permissions().mode() & 0o111 != 0)
 }

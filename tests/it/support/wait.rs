@@ -1,10 +1,9 @@
-//! Waiting without guessing how long.
+//! Polls for a condition with a timeout, instead of sleeping for a fixed time.
 
 use std::panic::Location;
 use std::time::{Duration, Instant};
 
-/// Asks `condition` until it holds, less and less often. Panics with `what`, at the caller's line, once
-/// `timeout` has passed.
+/// Polls `condition` at growing intervals until it holds. After `timeout` it panics with `what`, at the caller's line.
 #[track_caller]
 pub fn wait_until<F>(what: &str, timeout: Duration, mut condition: F) -> impl Future<Output = ()>
 where
@@ -13,7 +12,7 @@ where
     let caller = Location::caller();
     async move {
         let found = poll(timeout, async || condition().await.then_some(())).await;
-        assert!(found.is_some(), "{caller}: still not so after {timeout:?}: {what}");
+        assert!(found.is_some(), "{caller}: not true after {timeout:?}: {what}");
     }
 }
 
@@ -27,12 +26,12 @@ where
     async move {
         match poll(timeout, probe).await {
             Some(value) => value,
-            None => panic!("{caller}: still missing after {timeout:?}: {what}"),
+            None => panic!("{caller}: no value after {timeout:?}: {what}"),
         }
     }
 }
 
-/// Between two looks, at first and at most. Who asks an agent server all the time keeps it from its work.
+/// The first and the longest pause between two polls. Constant polling would slow an agent server down.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(300));
 
 async fn poll<T>(timeout: Duration, mut probe: impl AsyncFnMut() -> Option<T>) -> Option<T> {

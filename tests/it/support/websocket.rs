@@ -1,4 +1,4 @@
-//! A websocket client that only reads, for what agent servers send to clients that watch.
+//! A read-only websocket client, for what agent servers send to connected clients.
 
 use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, BufReader};
@@ -9,7 +9,7 @@ const CONTINUATION: u8 = 0;
 const TEXT: u8 = 1;
 const CLOSE: u8 = 8;
 
-/// A connection; closed when dropped.
+/// A connection. Dropping it closes it.
 pub struct WebSocket(BufReader<TcpStream>);
 
 impl WebSocket {
@@ -30,7 +30,7 @@ impl WebSocket {
         Self(stream)
     }
 
-    /// The next message as JSON; `None` at the end.
+    /// The next message as JSON; `None` at the end of the connection.
     pub async fn next(&mut self) -> Option<Value> {
         let mut message = Vec::new();
         loop {
@@ -45,7 +45,7 @@ impl WebSocket {
             match first & 0x0f {
                 CLOSE => return None,
                 TEXT | CONTINUATION => message.extend(payload),
-                // Pings: the server may wait for an answer, but not within a test.
+                // Pings: the server may wait for a pong, but not for the duration of a test.
                 _ => continue,
             }
             if first & 0x80 != 0 {

@@ -1,5 +1,5 @@
-//! A start worker on real engines and a stand-in agent server, with a gate between them. It fails a test that leaves
-//! messages in the queue.
+//! A worker on real engines and a stub agent server, with a fault-injection proxy between them. It fails a test that
+//! leaves messages in the queue.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
@@ -15,18 +15,17 @@ use shared::aws::Aws;
 use shared::config::{Names, StartConfig};
 use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
-use shared::event::store::EventStore;
-use shared::export::store::ExportStore;
 use shared::http_client::{AddressPolicy, HttpClient};
-use shared::jobs::queue::{DEAD_LETTER_SUFFIX, JobQueue};
+use shared::jobs::deliver_messages::RetrySchedule;
+use shared::jobs::queue::DEAD_LETTER_SUFFIX;
 use shared::pending_message::delivery::Timing;
-use shared::pending_message::store::MessageStore;
 use shared::sandbox::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus};
 use shared::start::create::StartService;
 use shared::start::request::StartRequest;
 use shared::start::saga::Saga;
 use shared::start::store::StartTaskStore;
 use shared::start::task::{StartStatus, StartTaskRecord};
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
@@ -44,21 +43,21 @@ use super::stand_in_agent::StandInAgent;
 use crate::template::{policies, template};
 
 pub const SESSION_KEY: &str = "session-key-of-the-stand-in";
-const PREFIX: &str = "rig-";
+const PREFIX: &str = "harness-";
 const WORKER: &str = "worker";
 const END_WITHIN: Duration = Duration::from_secs(60);
 
-/// Sandboxes that are records in memory; all of them have the same agent server.
+/// Sandboxes that are records in memory; all of them share one agent server.
 #[derive(Clone, Debug)]
 pub struct StandInSandboxes {
     url: String,
     working_dir: String,
     state: Arc<Mutex<BTreeMap<String, Made>>>,
-    /// What new ones are.
+    /// The initial status of new sandboxes.
     pub begins_as: Arc<Mutex<SandboxStatus>>,
 }
 
-/// What is known of a sandbox that was made.
+/// The state of a sandbox that was created.
 #[derive(Clone, Debug)]
 pub struct Made {
     pub status: SandboxStatus,
@@ -69,12 +68,12 @@ pub struct Made {
 }
 
 impl StandInSandboxes {
-    /// None yet; those to come have the agent server at `url`.
+    /// Starts without sandboxes; the agent server of every new one is at `url`.
     pub fn at(url: String, working_dir: String) -> Self {
         Self { url, working_dir, state: Arc::default(), begins_as: Arc::new(Mutex::new(SandboxStatus::Running)) }
     }
 
-    /// Every sandbox that was ever made.
+    /// Every sandbox that was ever created.
     pub fn made(&self) -> BTreeMap<String, Made> {
         self.state.lock().expect("sandboxes").clone()
     }
@@ -151,7 +150,7 @@ impl SandboxService for StandInSandboxes {
     }
 }
 
-/// The rig. End every test with [`WorkerHarness::finish`].
+/// The harness. End every test with [`WorkerHarness::finish`].
 pub struct WorkerHarness {
     pub user: UserId,
     pub gate: FaultProxy,
@@ -161,9 +160,9 @@ pub struct WorkerHarness {
     pub tasks: StartTaskStore,
     pub conversations: ConversationStore,
     pub settings: SettingsStore,
-    /// The worker behind the gate.
+    /// The worker whose calls pass through the fault proxy.
     pub context: Arc<Context>,
-    /// A worker that the gate does not concern.
+    /// A worker whose calls bypass the fault proxy.
     pub other_worker: Context,
     start_service: StartService,
     aws: Aws,
@@ -175,7 +174,7 @@ pub struct WorkerHarness {
     _folder: TempDir,
 }
 
-/// Short times, so that what runs out in a test does so soon.
+/// Short timeouts, so that tests reach them soon.
 pub fn quick() -> StartConfig {
     StartConfig {
         sandbox_startup_timeout: Duration::from_secs(20),
@@ -187,15 +186,19 @@ pub fn quick() -> StartConfig {
     }
 }
 
-/// The same for messages that wait.
+/// The same for pending messages.
 pub fn quick_messages() -> Timing {
     Timing {
-        forgotten_after: Duration::from_millis(300),
+        sweep_delay: Duration::from_millis(300),
         lease: Duration::from_secs(20),
-        turn: Duration::from_millis(500),
-        send: Duration::from_secs(3),
-        pauses: [Duration::from_millis(100), Duration::from_millis(500), Duration::from_secs(5)],
-        refusals: 3,
+        message_timeout: Duration::from_millis(500),
+        send_timeout: Duration::from_secs(3),
+        retry: RetrySchedule {
+            first_delay: Duration::from_millis(100),
+            max_delay: Duration::from_millis(500),
+            later_delay: Duration::from_secs(5),
+            max_refusals: 3,
+        },
     }
 }
 
@@ -209,7 +212,7 @@ impl WorkerHarness {
         let queues = schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
         names.job_queue_url.clone_from(&queues.jobs);
         names.export_queue_url.clone_from(&queues.exports);
-        // A message of a crashed worker comes back soon.
+        // SQS redelivers a crashed worker's message after one second.
         aws.sqs
             .set_queue_attributes()
             .queue_url(&queues.jobs)
@@ -234,7 +237,7 @@ impl WorkerHarness {
             guard.to(WORKER, &engines.s3).await,
         ];
         let mut ways = vec![gate.to(&held[0].url()).await, gate.to(&held[1].url()).await, gate.to(&agent.url()).await];
-        // Without the product's time limits: what stands at the gate is to stand there.
+        // Without the product's time limits: a call that the fault proxy stops must stay stopped.
         let network = engines.network_sdk_config().await;
         let gated = Aws {
             dynamodb: aws_sdk_dynamodb::Client::from_conf(
@@ -251,55 +254,40 @@ impl WorkerHarness {
         let sealer = Sealer::from_file(&folder.path().join("sealing-key")).expect("a key");
         let sandboxes = Arc::new(StandInSandboxes::at(ways[2].url(), agent.working_dir()));
         let beside_the_gate = Arc::new(StandInSandboxes { url: agent.url(), ..StandInSandboxes::clone(&sandboxes) });
-        let tasks = |aws: &Aws| {
-            let (dynamodb, s3) = (aws.dynamodb.clone(), aws.s3.clone());
-            let (table, users) = (names.start_tasks.clone(), names.users.clone());
-            StartTaskStore::new(dynamodb, table, users, s3, names.bucket.clone(), sealer.clone())
-        };
-        let conversations =
-            |aws: &Aws| ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone());
-        let events = |aws: &Aws| {
-            let (dynamodb, s3) = (aws.dynamodb.clone(), aws.s3.clone());
-            EventStore::new(dynamodb, names.events.clone(), s3, names.bucket.clone())
-        };
-        let settings = |aws: &Aws| SettingsStore::new(aws.dynamodb.clone(), names.users.clone(), sealer.clone());
-        let queue = |aws: &Aws| JobQueue::new(aws.sqs.clone(), queues.jobs.clone());
+        let stores = |aws: &Aws| Stores::new(&names, aws, &sealer);
         let worker = |aws: &Aws, sandboxes: &Arc<StandInSandboxes>| {
+            let stores = stores(aws);
             let saga = Saga {
-                tasks: tasks(aws),
-                conversations: conversations(aws),
+                tasks: stores.start_tasks(),
+                conversations: stores.conversations(),
                 sandboxes: sandboxes.clone(),
-                settings: settings(aws),
-                queue: queue(aws),
+                settings: stores.settings(),
+                queue: stores.queue(),
                 http: HttpClient::new(AddressPolicy::Any),
                 sealer: sealer.clone(),
                 config: config.clone(),
             };
-            let exports =
-                ExportStore::new(aws.dynamodb.clone(), names.users.clone(), aws.s3.clone(), names.bucket.clone());
-            let export_queue = JobQueue::new(aws.sqs.clone(), queues.exports.clone());
-            let messages =
-                MessageStore::new(aws.dynamodb.clone(), names.users.clone(), aws.s3.clone(), names.bucket.clone());
-            let mut context = Context::new_with(saga, events(aws), exports, export_queue, messages);
+            let (exports, export_queue) = (stores.exports(), stores.export_queue());
+            let mut context = Context::new_with(saga, stores.events(), exports, export_queue, stores.messages());
             context.messages.timing = quick_messages();
             context
         };
-        let rig = Self {
-            user: UserId::new("user-of-the-rig"),
+        let harness = Self {
+            user: UserId::new("user-of-harness"),
             gate,
             guard,
             agent,
             sandboxes: sandboxes.clone(),
-            tasks: tasks(&aws),
-            conversations: conversations(&aws),
-            settings: settings(&aws),
+            tasks: stores(&aws).start_tasks(),
+            conversations: stores(&aws).conversations(),
+            settings: stores(&aws).settings(),
             context: Arc::new(worker(&gated, &sandboxes)),
             other_worker: worker(&aws, &beside_the_gate),
             start_service: StartService {
-                conversations: conversations(&aws),
-                tasks: tasks(&aws),
-                queue: queue(&aws),
-                settings: settings(&aws),
+                conversations: stores(&aws).conversations(),
+                tasks: stores(&aws).start_tasks(),
+                queue: stores(&aws).queue(),
+                settings: stores(&aws).settings(),
                 allow_insecure_git_access: config.allow_insecure_git_access,
                 step_timeout: config.step_timeout,
             },
@@ -311,20 +299,20 @@ impl WorkerHarness {
             _ways: ways,
             _folder: folder,
         };
-        rig.set_settings(json!({"llm_model": "openai/scripted", "llm_api_key": "sk-rig"})).await;
-        rig
+        harness.set_settings(json!({"llm_model": "openai/scripted", "llm_api_key": "sk-test"})).await;
+        harness
     }
 
     pub async fn set_settings(&self, settings: Value) {
         self.settings.put(&self.user, &settings.to_string().into()).await.expect("settings");
     }
 
-    /// Begins a start with this body, as the POST does.
+    /// Creates a start with this body, as the `POST` route does.
     pub async fn begin(&self, body: &Value) -> StartTaskRecord {
         self.try_to_begin(body).await.expect("a start")
     }
 
-    /// The same with a body that may be refused.
+    /// As [`Self::begin`], for a body that may be refused.
     pub async fn try_to_begin(&self, body: &Value) -> Result<StartTaskRecord> {
         let request =
             StartRequest::from_body(Some("application/json"), body.to_string().as_bytes()).expect("a request");
@@ -335,7 +323,7 @@ impl WorkerHarness {
         self.tasks.get(&self.user, id).await.expect("the store").expect("the task")
     }
 
-    /// Takes a message from the queue; waits a second at most.
+    /// Receives a message from the queue; waits at most a second.
     pub async fn receive(&self) -> Option<Message> {
         self.receive_from(&self.queues.jobs, 1).await
     }
@@ -349,7 +337,7 @@ impl WorkerHarness {
         self.aws.sqs.purge_queue().queue_url(&self.queues.jobs).send().await.expect("purged");
     }
 
-    /// The event with which Lambda would hand the message to a worker.
+    /// The event with which Lambda passes the message to a worker.
     pub fn event(message: &Message) -> Value {
         Self::event_of("jobs", message)
     }
@@ -362,7 +350,7 @@ impl WorkerHarness {
         }]})
     }
 
-    /// Hands a message to a worker as one of the dead-letter queue.
+    /// Passes a message to a worker as one of the dead-letter queue.
     pub async fn bury(&self, message: &Message) {
         let event = Self::event_of(&format!("jobs{DEAD_LETTER_SUFFIX}"), message);
         let response = worker::handle(&self.context, event).await.expect("handled");
@@ -370,7 +358,7 @@ impl WorkerHarness {
         self.delete(message).await;
     }
 
-    /// The keys of everything in the bucket.
+    /// The keys of all objects in the bucket.
     pub async fn objects(&self) -> Vec<String> {
         let listed = self.aws.s3.list_objects_v2().bucket(&self.names.bucket).send().await.expect("the bucket");
         listed.contents.unwrap_or_default().into_iter().filter_map(|object| object.key).collect()
@@ -380,14 +368,14 @@ impl WorkerHarness {
         let receipt = message.receipt_handle.clone().unwrap_or_default();
         let delete = self.aws.sqs.delete_message().queue_url(&self.queues.jobs).receipt_handle(receipt);
         let refused = delete.send().await.err();
-        // SQS takes the receipt of a message that is gone or was received again since. The other engine does not.
+        // SQS accepts the receipt of a message that was deleted or received again since. The other engine does not.
         let known = |refused: &SdkError<DeleteMessageError>| {
             is_ministack() && refused.as_service_error().is_some_and(DeleteMessageError::is_receipt_handle_is_invalid)
         };
         assert!(refused.as_ref().is_none_or(known), "not deleted: {refused:?}");
     }
 
-    /// Handles a message as the queue's poller does: it is deleted unless the worker wants it again.
+    /// Handles a message as the queue's poller does: it is deleted unless the worker reports it as failed.
     pub async fn handle(&self, message: &Message) {
         self.handle_with(&self.context, message).await;
     }
@@ -400,16 +388,16 @@ impl WorkerHarness {
     }
 
     pub async fn sweep(&self) {
-        // Through the gate a sweep may fail, as it may on schedule: the next one comes.
+        // Through the fault proxy a sweep may fail, as in production: the next scheduled one follows.
         let _swept = worker::handle(&self.context, json!({"source": "aws.scheduler"})).await;
     }
 
-    /// Delivers messages, and sweeps where there are none, until the task is finished.
+    /// Delivers messages, and sweeps when there are none, until the task has ended.
     pub async fn drive(&self, task: Uuid) -> StartTaskRecord {
         self.drive_with(&self.context, task).await
     }
 
-    /// The same with another worker.
+    /// As [`Self::drive`], with another worker.
     pub async fn drive_with(&self, worker: &Context, task: Uuid) -> StartTaskRecord {
         let deadline = Instant::now() + END_WITHIN;
         loop {
@@ -430,13 +418,13 @@ impl WorkerHarness {
         }
     }
 
-    /// Works on the task until the armed call stands at the gate, then drops the worker: a crash at that point. Returns
-    /// whether the call came at all.
+    /// Runs the task until the fault proxy stops the chosen call, then drops the worker: a crash at that point. Returns
+    /// whether the call was reached.
     pub async fn crash_at(&self, task: Uuid, call: usize, stop: Stop) -> bool {
         self.gate.arm(call, stop);
         let deadline = Instant::now() + END_WITHIN;
         while !self.task(task).await.now.status.is_final() {
-            assert!(Instant::now() < deadline, "call {call} neither came nor did the start end");
+            assert!(Instant::now() < deadline, "call {call} was not reached and the start did not end");
             let Some(message) = self.receive().await else {
                 self.sweep().await;
                 continue;
@@ -460,7 +448,8 @@ impl WorkerHarness {
         self.gate.is_reached()
     }
 
-    /// Asserts that the task is READY and that everything there is one of: sandbox, conversation, record, first message.
+    /// Asserts that the task is READY and that there is exactly one of everything: sandbox, conversation, record,
+    /// initial message.
     pub async fn assert_one(&self, task: Uuid, messages: usize, case: &str) {
         let record = self.task(task).await;
         assert_eq!(record.now.status, StartStatus::Ready, "{case}: {:?}", record.now.detail);
@@ -484,7 +473,7 @@ impl WorkerHarness {
         assert_eq!(statuses, ALL_STATUSES, "{case}: each status once, in order");
     }
 
-    /// Delivers what is still in the queue, and fails if any of it stays.
+    /// Delivers the messages that are still in the queue, and fails if any remain.
     pub async fn finish(mut self) {
         let deadline = Instant::now() + Duration::from_secs(20);
         loop {
@@ -499,21 +488,21 @@ impl WorkerHarness {
         }
         let (unfinished, failed) = self.tasks.unfinished().due(Time::now().plus(Duration::from_secs(3600))).await;
         assert!(unfinished.is_empty() && failed.is_none(), "a task is left unfinished: {unfinished:?} {failed:?}");
-        assert_eq!(self.guard.refused(), BTreeSet::new(), "the worker's policy lacks this");
+        assert_eq!(self.guard.refused(), BTreeSet::new(), "the worker's policy lacks these permissions");
         self.finished = true;
         if let Some(engines) = self.engines.take() {
             engines.shutdown().await;
         }
     }
 
-    /// Works on what is queued until nothing is left for a while.
+    /// Handles messages until the queue has been empty for a while.
     pub async fn settle(&self) {
         while let Some(message) = self.receive().await {
             self.handle(&message).await;
         }
     }
 
-    /// As if the lease on a conversation's messages had run out.
+    /// Expires the lease on a conversation's messages.
     pub async fn expire_message_lease(&self, conversation: Uuid) {
         let text = |text: String| aws_sdk_dynamodb::types::AttributeValue::S(text);
         let update = self.aws.dynamodb.update_item().table_name(&self.names.users);
@@ -523,16 +512,16 @@ impl WorkerHarness {
             .update_expression("SET lease_until = :past, due_at = :past")
             .condition_expression("attribute_exists(lease_owner)")
             .expression_attribute_values(":past", text("2000-01-01T00:00:00.000000Z".to_owned()));
-        // Refused where there is no lease.
+        // The update is refused if there is no lease.
         drop(update.send().await);
     }
 
-    /// Whether messages wait for a conversation.
+    /// Whether a conversation has pending messages.
     pub async fn messages_wait(&self, conversation: Uuid) -> bool {
         self.messages_row(conversation).await.is_some()
     }
 
-    /// Whether the worker is to look after them.
+    /// Whether the pending messages are due for the worker.
     pub async fn messages_are_due(&self, conversation: Uuid) -> bool {
         self.messages_row(conversation).await.is_some_and(|row| row.contains_key("due_at"))
     }
@@ -544,7 +533,7 @@ impl WorkerHarness {
         found.expect("the store").item
     }
 
-    /// An unfinished task of which there is nothing but that it is due.
+    /// Stores a row of an unfinished task with only the attributes that make it due.
     pub async fn put_due_task(&self, user: &str, id: &str, due_at: &str) {
         let put = self.aws.dynamodb.put_item().table_name(&self.names.start_tasks);
         let attributes = [("user", user), ("id", id), ("unfinished_shard", "0"), ("due_at", due_at)];
@@ -554,7 +543,7 @@ impl WorkerHarness {
         put.send().await.expect("the store");
     }
 
-    /// Lets the time of a task's current step be over.
+    /// Moves the deadline of a task's current step into the past.
     pub async fn end_time_of(&self, id: Uuid) {
         let text = |text: String| aws_sdk_dynamodb::types::AttributeValue::S(text);
         let user = self.task(id).await.user.to_string();
@@ -572,7 +561,7 @@ impl WorkerHarness {
         delete.key("user", text(user)).key("id", text(id)).send().await.expect("the store");
     }
 
-    /// How many messages are in the queue.
+    /// The number of messages in the queue.
     pub async fn waiting_messages(&self) -> i64 {
         self.left_in_queues().await
     }
@@ -617,7 +606,7 @@ impl Drop for WorkerHarness {
     fn drop(&mut self) {
         assert!(
             self.finished || std::thread::panicking(),
-            "end the test with WorkerHarness::finish: it looks into the queue"
+            "end the test with WorkerHarness::finish: it checks the queue"
         );
     }
 }

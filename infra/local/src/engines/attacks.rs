@@ -1,4 +1,4 @@
-//! What other users of this machine, and web pages in its browser, try on listening engines.
+//! Attacks on listening engines by other users of this machine and by web pages in its browser.
 
 use std::time::{Duration, SystemTime};
 
@@ -14,7 +14,7 @@ use crate::access::Origins;
 
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// A request that is good as it is, for a test to spoil.
+/// A valid request, which a test then changes.
 #[derive(Clone)]
 struct Attempt {
     method: Method,
@@ -24,20 +24,23 @@ struct Attempt {
 }
 
 impl Attempt {
-    /// A request that changes something: a queue, a table, an object.
+    /// A request that creates a queue, a table or an object.
     fn write(engines: &Engines, service: &str, credentials: &EngineCredentials, at: SystemTime) -> Self {
         let (method, url, target, body) = match service {
             "dynamodb" => (
                 Method::POST,
                 format!("{}/", engines.dynamodb),
                 Some("DynamoDB_20120810.CreateTable"),
-                r#"{"TableName": "made", "BillingMode": "PAY_PER_REQUEST", "KeySchema": [{"AttributeName": "id", "KeyType": "HASH"}],
+                r#"{"TableName": "created", "BillingMode": "PAY_PER_REQUEST", "KeySchema": [{"AttributeName": "id", "KeyType": "HASH"}],
                     "AttributeDefinitions": [{"AttributeName": "id", "AttributeType": "S"}]}"#,
             ),
-            "sqs" => {
-                (Method::POST, format!("{}/", engines.sqs), Some("AmazonSQS.CreateQueue"), r#"{"QueueName": "made"}"#)
-            }
-            _ => (Method::PUT, format!("{}/files/made", engines.s3), None, "content"),
+            "sqs" => (
+                Method::POST,
+                format!("{}/", engines.sqs),
+                Some("AmazonSQS.CreateQueue"),
+                r#"{"QueueName": "created"}"#,
+            ),
+            _ => (Method::PUT, format!("{}/files/created", engines.s3), None, "content"),
         };
         let mut headers = HeaderMap::new();
         if let Some(target) = target {
@@ -94,18 +97,19 @@ async fn engines() -> (TempDir, Engines) {
     (data, engines)
 }
 
-/// Whether any of the requests has had its effect.
-async fn something_was_made(engines: &Engines) -> bool {
+/// Whether any of the requests was executed.
+async fn something_was_created(engines: &Engines) -> bool {
     let config = engines.sdk_config().await;
     let tables = aws_sdk_dynamodb::Client::new(&config).list_tables().send().await.unwrap();
-    let queues = aws_sdk_sqs::Client::new(&config).list_queues().send().await.unwrap();
+    let sqs = aws_sdk_sqs::Client::new(&config);
+    let queue = sqs.get_queue_attributes().queue_url(format!("{}/000000000000/created", engines.sqs)).send().await;
     let s3 = aws_sdk_s3::Client::from_conf(aws_sdk_s3::config::Builder::from(&config).force_path_style(true).build());
     let objects = s3.list_objects_v2().bucket("files").send().await.unwrap();
-    !(tables.table_names().is_empty() && queues.queue_urls().is_empty() && objects.contents().is_empty())
+    !(tables.table_names().is_empty() && queue.is_err() && objects.contents().is_empty())
 }
 
 #[tokio::test]
-async fn every_engine_refuses_what_is_not_signed_for_it() {
+async fn every_engine_refuses_requests_without_a_valid_signature() {
     let (_data, engines) = engines().await;
     let (now, key) = (SystemTime::now(), engines.credentials.clone());
     for service in ["dynamodb", "sqs", "s3"] {
@@ -116,7 +120,7 @@ async fn every_engine_refuses_what_is_not_signed_for_it() {
         let another = EngineCredentials { access_key_id: "LOCALANOTHER".to_owned(), ..key.clone() };
         let attempts = [
             ("missing", good().without("authorization")),
-            ("made up", good().with("authorization", "AWS4-HMAC-SHA256 Credential=x, SignedHeaders=x, Signature=x")),
+            ("invented", good().with("authorization", "AWS4-HMAC-SHA256 Credential=x, SignedHeaders=x, Signature=x")),
             ("named key alone", good().with("authorization", &format!("Credential={}/", key.access_key_id))),
             ("other scheme", good().with("authorization", &authorization.replace("AWS4-HMAC-SHA256", "AWS"))),
             ("version 2", good().with("authorization", &format!("AWS {}:AAAA", key.access_key_id))),
@@ -132,21 +136,21 @@ async fn every_engine_refuses_what_is_not_signed_for_it() {
         ];
         for (what, attempt) in attempts {
             let status = attempt.status().await;
-            // s3s finds out while it reads the body, and reports that as an error of its own.
+            // s3s detects the mismatch while it reads the body, and reports it as an internal error.
             let is_refused =
                 (400..500).contains(&status) || (service == "s3" && what.ends_with("body") && status == 500);
             assert!(is_refused, "{service}, {what}: {status}");
         }
-        // What a signature for another service is good for here: nothing.
+        // A signature for another service is refused.
         let mut stray = good().without("authorization");
         stray.sign("execute-api", &key, now);
         assert!((400..=501).contains(&stray.status().await), "{service}");
-        assert!(!something_was_made(&engines).await, "{service}");
+        assert!(!something_was_created(&engines).await, "{service}");
     }
     for service in ["dynamodb", "sqs", "s3"] {
         assert_eq!(Attempt::write(&engines, service, &key, now).status().await, 200, "{service}");
     }
-    assert!(something_was_made(&engines).await);
+    assert!(something_was_created(&engines).await);
     engines.shutdown().await;
 }
 
@@ -156,7 +160,7 @@ async fn every_engine_refuses_web_pages_and_other_hosts() {
     let (now, key) = (SystemTime::now(), engines.credentials.clone());
     for service in ["dynamodb", "sqs", "s3"] {
         let good = || Attempt::write(&engines, service, &key, now);
-        // Even with a signature, and even from pages that may use the API: pages have no business here.
+        // Even signed requests from pages that may use the API are refused.
         for origin in ["https://evil.example", "null", "http://localhost:3000", "https://app.example"] {
             assert_eq!(good().with("origin", origin).status().await, 403, "{service} {origin}");
         }
@@ -169,13 +173,13 @@ async fn every_engine_refuses_web_pages_and_other_hosts() {
             simple.method = Method::POST;
             assert_eq!(simple.status().await, 403, "{service} {origin}");
         }
-        // The signature is for the host that is named, so it holds: the name alone is refused.
+        // The signature is valid for this host, so the refusal is because of the host alone.
         let mut rebound = good().without("authorization").with("host", "rebind.example:8000");
         rebound.sign(service, &key, now);
         assert_eq!(rebound.status().await, 421, "{service}");
-        assert!(!something_was_made(&engines).await, "{service}");
+        assert!(!something_was_created(&engines).await, "{service}");
     }
-    // A probe for what listens here.
+    // A request without headers, as of a port scan.
     for url in [&engines.dynamodb, &engines.sqs, &engines.s3] {
         let status = reqwest::get(url).await.unwrap().status().as_u16();
         assert!((400..500).contains(&status), "{url}: {status}");

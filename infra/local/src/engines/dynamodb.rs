@@ -1,8 +1,7 @@
 //! DynamoDB: dynoxide on a SQLite file.
 //!
-//! [`Database`] blocks, one operation at a time, so it has a thread of its own: a slow disk holds up no task. Requests reach the
-//! thread through a channel. The end of the thread is the moment when every handle to the file is closed, which
-//! dynoxide itself cannot report.
+//! [`Database`] blocks and executes one operation at a time, so it runs in its own thread, and a slow disk blocks no task. Requests
+//! reach the thread through a channel. When the thread ends, every handle to the file is closed; dynoxide itself cannot report that.
 
 use std::fs::File;
 use std::panic::{self, AssertUnwindSafe};
@@ -28,16 +27,16 @@ use uuid::Uuid;
 
 use super::EngineError;
 
-/// How often expired items are removed. AWS promises days.
-const SWEEP: Duration = Duration::from_secs(60);
-/// How long to wait for another program, a backup say, that has the file locked.
-const BUSY: Duration = Duration::from_secs(2);
-/// The largest request. DynamoDB has the same limit.
+/// The interval at which expired items are removed. AWS removes them within days.
+const TTL_SWEEP_INTERVAL: Duration = Duration::from_secs(60);
+/// How long to wait for another program, such as a backup, that has locked the file.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
+/// The maximum size of a request, which is DynamoDB's.
 pub(super) const MAX_REQUEST: usize = 16 * 1024 * 1024;
 const TARGET: &str = "DynamoDB_20120810.";
 const AMZ_JSON: &str = "application/x-amz-json-1.0";
 
-/// A request on its way to the database's thread.
+/// A message to the database's thread.
 enum Message {
     Call(Call),
     Stop,
@@ -49,7 +48,7 @@ struct Call {
     reply: oneshot::Sender<Result<String, DynoxideError>>,
 }
 
-/// The running engine. When it is dropped, the thread answers the requests that are queued, closes the database and ends.
+/// The running engine. When it is dropped, the thread executes the queued requests, closes the database and ends.
 #[derive(Debug)]
 pub(super) struct DynamoDb {
     calls: mpsc::Sender<Message>,
@@ -57,7 +56,7 @@ pub(super) struct DynamoDb {
 }
 
 impl DynamoDb {
-    /// Opens the database. `lock` is released once it is closed again.
+    /// Opens the database. `lock` is released after the database is closed.
     pub(super) async fn start(path: PathBuf, lock: File) -> Result<Self, EngineError> {
         let (calls, queue) = mpsc::channel();
         let (ready, is_ready) = oneshot::channel();
@@ -67,7 +66,7 @@ impl DynamoDb {
         let database_thread = thread::Builder::new().name("dynamodb".to_owned()).spawn(move || {
             match open(&path) {
                 Ok(database) => {
-                    // The receiver is gone if the start was cancelled; the queue's sender is gone then, too.
+                    // The receiver is gone if the start was cancelled. The sender of the queue is then gone as well.
                     let _cancelled = ready.send(Ok(()));
                     run(database, &queue);
                 }
@@ -75,7 +74,7 @@ impl DynamoDb {
                     let _cancelled = ready.send(Err(reason));
                 }
             }
-            // In this order: the folder is free only now, and whoever waits for the end may open it.
+            // In this order: a caller that waits for `closed` may open the folder at once, so the lock has to be released before.
             drop(lock);
             drop(closed);
         });
@@ -102,7 +101,7 @@ impl DynamoDb {
         let closed = self.closed.take();
         drop(self);
         if let Some(closed) = closed {
-            // The sender is dropped, never used: the thread's end is the message.
+            // The sender is dropped when the thread ends, and never sends a value.
             let _ended = closed.await;
         }
     }
@@ -121,7 +120,7 @@ fn open(path: &Path) -> Result<Database, String> {
             "another program has it locked".to_owned()
         }
         Some(rusqlite::ErrorCode::NotADatabase | rusqlite::ErrorCode::DatabaseCorrupt) => {
-            format!("it is damaged ({error}). Put a backup in its place, or move it away to start empty")
+            format!("it is damaged ({error}). Replace it with a backup, or move it to another place to start with an empty database")
         }
         _ => error.to_string(),
     })?;
@@ -131,10 +130,10 @@ fn open(path: &Path) -> Result<Database, String> {
     Ok(database)
 }
 
-/// Checks that the file can be written and read. dynoxide would wait half a minute for a locked one.
+/// Checks that the file can be written and read. dynoxide would wait half a minute for a locked file.
 fn probe(path: &Path) -> rusqlite::Result<()> {
     let connection = rusqlite::Connection::open(path)?;
-    connection.busy_timeout(BUSY)?;
+    connection.busy_timeout(BUSY_TIMEOUT)?;
     connection.execute_batch("BEGIN IMMEDIATE; SELECT count(*) FROM sqlite_master; ROLLBACK;")
 }
 
@@ -144,7 +143,7 @@ fn run(database: Database, queue: &mpsc::Receiver<Message>) {
     thread::scope(|scope| {
         let (stop_sweeping, stopped) = mpsc::channel::<()>();
         let sweeping = &database;
-        // A sweep lets requests in between its pages, so it needs a thread beside theirs.
+        // The sweep allows requests between its pages, so it needs another thread than they do.
         let sweeper = thread::Builder::new()
             .name("dynamodb-ttl".to_owned())
             .spawn_scoped(scope, move || sweep(sweeping, &stopped));
@@ -152,15 +151,15 @@ fn run(database: Database, queue: &mpsc::Receiver<Message>) {
             tracing::warn!(%error, "engines.ttl_sweep_not_started");
         }
         while let Ok(Message::Call(call)) = queue.recv() {
-            // The caller has given up: its timeout has passed while the call was queued.
+            // The caller cancelled the call, for example by a timeout, while it was queued.
             if call.reply.is_closed() {
                 continue;
             }
-            // A panic fails the request that caused it, not those behind it.
+            // A panic fails the request that caused it, but not later ones.
             let executed = panic::catch_unwind(AssertUnwindSafe(|| execute(&database, &call.operation, &call.body)));
             let outcome =
                 executed.unwrap_or_else(|_| Err(DynoxideError::InternalServerError("the operation panicked".into())));
-            // The caller may give up meanwhile.
+            // The caller may have cancelled the call meanwhile.
             let _gone = call.reply.send(outcome);
         }
         drop(stop_sweeping);
@@ -174,7 +173,7 @@ fn sweep(database: &Database, stopped: &mpsc::Receiver<()>) {
             Ok(removed) => tracing::debug!(removed, "engines.expired_items_removed"),
             Err(error) => tracing::warn!(%error, "engines.ttl_sweep_failed"),
         }
-        if stopped.recv_timeout(SWEEP) != Err(mpsc::RecvTimeoutError::Timeout) {
+        if stopped.recv_timeout(TTL_SWEEP_INTERVAL) != Err(mpsc::RecvTimeoutError::Timeout) {
             return;
         }
     }
@@ -189,26 +188,26 @@ async fn handle(State(calls): State<Calls>, headers: HeaderMap, body: Bytes) -> 
     if !is_known(operation) {
         return unknown(target);
     }
-    let (reply, answered) = oneshot::channel();
+    let (reply, outcome) = oneshot::channel();
     let call = Call { operation: operation.to_owned(), body, reply };
     if calls.0.send(Message::Call(call)).is_err() {
         return closed();
     }
-    match answered.await {
-        Ok(Ok(text)) => answer(StatusCode::OK, text),
+    match outcome.await {
+        Ok(Ok(text)) => respond(StatusCode::OK, text),
         Ok(Err(error)) => {
             let status = StatusCode::from_u16(error.status_code()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
             if status.is_server_error() {
                 tracing::warn!(operation, %error, "engines.dynamodb_failed");
             }
-            answer(status, error.to_json())
+            respond(status, error.to_json())
         }
-        // It was still queued when the database was closed.
+        // The call was still queued when the database was closed.
         Err(_) => closed(),
     }
 }
 
-fn answer(status: StatusCode, body: String) -> Response {
+fn respond(status: StatusCode, body: String) -> Response {
     let headers = [
         (CONTENT_TYPE, AMZ_JSON.to_owned()),
         (HeaderName::from_static("x-amzn-requestid"), Uuid::new_v4().to_string()),
@@ -221,16 +220,16 @@ fn unknown(target: &str) -> Response {
         "__type": "com.amazon.coral.service#UnknownOperationException",
         "message": format!("The embedded DynamoDB does not support \"{target}\"."),
     });
-    answer(StatusCode::BAD_REQUEST, body.to_string())
+    respond(StatusCode::BAD_REQUEST, body.to_string())
 }
 
-/// A status that SDKs retry.
+/// A response that SDKs retry.
 fn closed() -> Response {
     let body = json!({
         "__type": "com.amazonaws.dynamodb.v20120810#InternalServerError",
         "message": "The embedded DynamoDB is closed.",
     });
-    answer(StatusCode::SERVICE_UNAVAILABLE, body.to_string())
+    respond(StatusCode::SERVICE_UNAVAILABLE, body.to_string())
 }
 
 /// Declares the supported operations: the name in `X-Amz-Target`, and the method of [`Database`] with its request type.
@@ -243,7 +242,7 @@ macro_rules! operations {
         fn execute(database: &Database, operation: &str, body: &[u8]) -> Result<String, DynoxideError> {
             match operation {
                 $($name => write(&database.$method(read::<$request>(body)?)?),)*
-                // `handle` has asked `is_known`.
+                // `handle` has checked `is_known`.
                 other => Err(DynoxideError::UnsupportedCapability(other.to_owned())),
             }
         }
@@ -270,17 +269,17 @@ operations! {
     "UpdateTimeToLive" => update_time_to_live(actions::update_time_to_live::UpdateTimeToLiveRequest),
 }
 
-fn write(answer: &impl Serialize) -> Result<String, DynoxideError> {
-    serde_json::to_string(answer).map_err(|error| DynoxideError::InternalServerError(error.to_string()))
+fn write(output: &impl Serialize) -> Result<String, DynoxideError> {
+    serde_json::to_string(output).map_err(|error| DynoxideError::InternalServerError(error.to_string()))
 }
 
 fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, DynoxideError> {
-    serde_json::from_slice(body).map_err(|error| refusal(&error.to_string()))
+    serde_json::from_slice(body).map_err(|error| deserialization_error(&error.to_string()))
 }
 
-/// The error for a body that does not deserialise. dynoxide's request types report what DynamoDB would answer as the text of a
-/// serde error, behind a marker; serde_json appends a position.
-fn refusal(text: &str) -> DynoxideError {
+/// The error for a body that does not deserialize. dynoxide's request types report DynamoDB's error message as the text of a serde
+/// error, after a marker. serde_json appends a position to it.
+fn deserialization_error(text: &str) -> DynoxideError {
     let marked = |marker| text.strip_prefix(marker);
     if let Some(text) = marked("VALIDATION:").or_else(|| marked("VALIDATION_REQUEST:")) {
         DynoxideError::ValidationException(without_position(text).to_owned())
@@ -300,7 +299,7 @@ fn refusal(text: &str) -> DynoxideError {
     }
 }
 
-/// Without serde_json's ` at line N column N`.
+/// Removes serde_json's suffix ` at line N column N`.
 fn without_position(text: &str) -> &str {
     match text.rfind(" at line ") {
         Some(end) if text[end..].contains(" column ") => &text[..end],

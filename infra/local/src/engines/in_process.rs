@@ -1,4 +1,4 @@
-//! An HTTP client for the AWS SDK that hands requests to the engines of this process. No socket is involved.
+//! An HTTP client for the AWS SDK that calls the engines of this process directly, without a socket.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,12 +19,12 @@ use http::{HeaderValue, Method};
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use tower::ServiceExt as _;
 
-/// Selects the engine by the authority (host and port) of a request's URL. A request to any other authority fails.
+/// Selects the engine by the authority (host and port) of a request's URL. Requests to other authorities fail.
 #[derive(Clone, Debug)]
 pub(super) struct InProcessClient(Arc<[(String, Router)]>);
 
 impl InProcessClient {
-    /// `engines`: each engine's endpoint URL, and its handler.
+    /// `engines` are pairs of an endpoint URL and the engine's handler.
     pub(super) fn new(engines: impl IntoIterator<Item = (String, Router)>) -> Self {
         let by_authority = engines.into_iter().map(|(url, router)| {
             let authority = url.split_once("://").map_or(url.as_str(), |(_, rest)| rest);
@@ -33,7 +33,7 @@ impl InProcessClient {
         Self(by_authority.collect())
     }
 
-    async fn answer(self, request: HttpRequest) -> Result<HttpResponse, ConnectorError> {
+    async fn send(self, request: HttpRequest) -> Result<HttpResponse, ConnectorError> {
         let request = request.try_into_http1x().map_err(|error| ConnectorError::user(error.into()))?;
         let authority = request.uri().authority().map_or("", http::uri::Authority::as_str);
         let Some((_, router)) = self.0.iter().find(|(known, _)| known == authority) else {
@@ -45,7 +45,7 @@ impl InProcessClient {
         let request = in_origin_form(request).map_err(|error| ConnectorError::user(error.into()))?;
         // A router cannot fail: its error type has no values.
         let response = router.oneshot(request).await.map_err(|error| ConnectorError::other(error.into(), None))?;
-        // A server sends no body after the headers of an answer to HEAD.
+        // Responses to HEAD have headers but no body.
         let response = response.map(|body| if is_head { Body::empty() } else { body });
         let response = response.map(|body| SdkBody::from_body_1_x(SyncBody(Mutex::new(body))));
         HttpResponse::try_from(response).map_err(|error| ConnectorError::other(error.into(), None))
@@ -60,11 +60,11 @@ impl HttpClient for InProcessClient {
 
 impl HttpConnector for InProcessClient {
     fn call(&self, request: HttpRequest) -> HttpConnectorFuture {
-        HttpConnectorFuture::new(self.clone().answer(request))
+        HttpConnectorFuture::new(self.clone().send(request))
     }
 }
 
-/// Turns the request into what a server would read from a connection: the path as the URI, the authority as `Host`.
+/// Converts the request to the form that a server reads from a connection: the path as the URI, the authority as `Host`.
 fn in_origin_form(request: http::Request<SdkBody>) -> Result<Request, http::Error> {
     let (mut parts, body) = request.into_parts();
     if let Some(authority) = parts.uri.authority()
@@ -98,8 +98,8 @@ impl HttpBody for SyncBody {
         self.body().poll_frame(context).map_err(Into::into)
     }
 
-    // `is_end_stream` and `size_hint` take a shared reference, which a mutex would have to be locked for. Their defaults are
-    // always correct; the SDK takes the length of an answer from its `content-length`.
+    // `is_end_stream` and `size_hint` have a shared reference, with which the mutex would have to be locked. Their defaults are always
+    // correct; the SDK reads the length of a response from its `content-length`.
     fn size_hint(&self) -> SizeHint {
         SizeHint::default()
     }

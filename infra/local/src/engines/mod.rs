@@ -1,11 +1,11 @@
-//! DynamoDB, S3 and SQS inside this process.
+//! Embedded engines: DynamoDB, S3 and SQS inside this process.
 //!
-//! The AWS SDK's clients of this process reach them without a socket: [`Engines::sdk_config`] has an HTTP client that calls their
-//! handlers. For functions in other processes ([`Engines::listening`]) they also listen on loopback ports, where
-//! `signature.rs` verifies every request.
+//! AWS SDK clients in this process reach them without a socket: [`Engines::sdk_config`] has an HTTP client that calls their handlers.
+//! For functions in other processes ([`Engines::listening`]) they also listen on loopback ports, where `signature.rs` verifies every
+//! request.
 //!
-//! Records are in a SQLite file and objects in a folder, both in the data folder. Queues are in memory: the start saga treats a
-//! message as a notification, and enqueues it again for tasks that it finds unfinished.
+//! Records are stored in a SQLite file and objects in a folder, both in the data folder. Queues are in memory, so messages are lost
+//! when the process ends: the start saga uses messages as notifications only, and enqueues new ones for unfinished tasks.
 
 #[cfg(test)]
 #[allow(clippy::disallowed_methods, reason = "tests")]
@@ -38,82 +38,47 @@ use self::in_process::InProcessClient;
 use crate::access::Origins;
 use crate::private_file;
 
-/// The region that the engines say they are in.
+/// The AWS region of the engines.
 pub const REGION: &str = "us-east-1";
 
-/// Endpoints of engines without a port. No name server resolves names below `.invalid`.
+/// Endpoints of engines without a port. Host names below `.invalid` never resolve.
 const IN_PROCESS_DYNAMODB: &str = "http://dynamodb.invalid";
 const IN_PROCESS_SQS: &str = "http://sqs.invalid";
-/// The endpoint of an S3 whose presigned links nobody serves.
+/// The endpoint of S3 in processes that do not serve presigned links.
 pub const IN_PROCESS_S3: &str = "http://s3.invalid";
 
-/// How long requests in flight may take to end once the engines stop.
-const GRACE: Duration = Duration::from_secs(3);
-/// How long a start waits for a predecessor on the same data folder to let go of it.
-const LOCK_WAIT: Duration = Duration::from_secs(2);
+/// The time that requests in flight have to finish when the engines stop.
+const GRACE_PERIOD: Duration = Duration::from_secs(3);
+/// How long a start waits until another process releases the data folder.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The loopback ports to listen on; 0 takes any free one.
+/// The loopback ports to listen on; 0 selects a free port.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct EnginePorts {
-    /// The port of DynamoDB.
     pub dynamodb: u16,
-    /// The port of S3.
     pub s3: u16,
-    /// The port of SQS.
     pub sqs: u16,
 }
 
-/// Why the engines did not start. Each one reads as a sentence.
+/// Why the engines did not start. Each message is a sentence.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
-    /// The data folder or something in it cannot be made, read or written.
+    /// The data folder or a file in it cannot be created, read or written.
     #[error("{path} in the data folder cannot be used: {source}. Check that it is writable and that the disk is not full.", path = path.display())]
-    Folder {
-        /// The file or folder.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// Another process runs on the same data folder.
-    #[error("The data folder {path} is in use by another process. Stop that one or choose another folder.", path = path.display())]
-    InUse {
-        /// The data folder.
-        path: PathBuf,
-    },
-    /// A port cannot be listened on.
+    Folder { path: PathBuf, source: io::Error },
+    #[error("The data folder {path} is in use by another process. Stop that process or choose another folder.", path = path.display())]
+    InUse { path: PathBuf },
     #[error(
-        "Port {port} on 127.0.0.1 cannot be opened for {engine}: {source}. Stop what uses it or choose another port."
+        "Port {port} on 127.0.0.1 cannot be opened for {engine}: {source}. Stop the process that uses it or choose another port."
     )]
-    Port {
-        /// DynamoDB, S3 or SQS.
-        engine: &'static str,
-        /// The port that was asked for.
-        port: u16,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// The SQLite file is locked, damaged or not ours.
+    Port { engine: &'static str, port: u16, source: io::Error },
+    /// The SQLite file is locked, damaged or not a database.
     #[error("The database {path} cannot be opened: {reason}.", path = path.display())]
-    Database {
-        /// The SQLite file.
-        path: PathBuf,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// The credentials file is not one.
-    #[error("{path} does not hold the engines' credentials: {reason}. Delete it to have new ones made.", path = path.display())]
-    Credentials {
-        /// The credentials file.
-        path: PathBuf,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// Not a name that a bucket can have.
+    Database { path: PathBuf, reason: String },
+    #[error("{path} does not contain the engines' credentials: {reason}. Delete the file to create new credentials.", path = path.display())]
+    Credentials { path: PathBuf, reason: String },
     #[error("\"{name}\" is not a bucket name that S3 allows.")]
-    BucketName {
-        /// The name.
-        name: String,
-    },
+    BucketName { name: String },
 }
 
 impl EngineError {
@@ -122,13 +87,11 @@ impl EngineError {
     }
 }
 
-/// The key pair that the engines accept. Made once for a data folder, so that links and other processes outlive a
-/// restart.
+/// The key pair that the engines accept. It is created once for a data folder, so that links and other processes' credentials stay
+/// valid after a restart.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct EngineCredentials {
-    /// `AWS_ACCESS_KEY_ID`
     pub access_key_id: String,
-    /// `AWS_SECRET_ACCESS_KEY`
     pub secret_access_key: String,
 }
 
@@ -138,13 +101,13 @@ impl fmt::Debug for EngineCredentials {
     }
 }
 
-/// The running engines. Dropping them stops them, too, but only [`Engines::shutdown`] reports when that is done.
+/// The running engines. Dropping them stops them as well, but only [`Engines::shutdown`] waits until they have stopped.
 #[derive(Debug)]
 pub struct Engines {
-    /// The endpoint of DynamoDB: `http://127.0.0.1:<port>` where it listens, and otherwise an address that only the HTTP client
-    /// of [`Engines::sdk_config`] knows.
+    /// The endpoint of DynamoDB: `http://127.0.0.1:<port>` if it listens, otherwise an address that only the HTTP client of
+    /// [`Engines::sdk_config`] resolves.
     pub dynamodb: String,
-    /// The endpoint of S3, likewise. Presigned links begin with it.
+    /// The endpoint of S3, likewise. It is the prefix of presigned links.
     pub s3: String,
     /// The endpoint of SQS, likewise.
     pub sqs: String,
@@ -154,22 +117,22 @@ pub struct Engines {
     client: InProcessClient,
     s3_router: Router,
     database: DynamoDb,
-    // Engines stop when this says so or is gone.
+    // The engines stop when this becomes true or is dropped.
     stop: watch::Sender<bool>,
     servers: Vec<JoinHandle<()>>,
 }
 
 impl Engines {
-    /// Starts the engines on a data folder, which is made if it is not there. They have no port: only the SDK's clients of this
-    /// process reach them. Presigned S3 links begin with `s3_url`, where somebody has to serve them ([`Engines::s3_router`]).
+    /// Starts the engines on a data folder, which is created if it is missing. They have no port: only SDK clients in this process
+    /// reach them. `s3_url` is the prefix of presigned S3 links; the caller has to serve them there ([`Engines::s3_router`]).
     pub async fn in_process(data: &Path, s3_url: &str) -> Result<Self, EngineError> {
         let urls = [IN_PROCESS_DYNAMODB, s3_url, IN_PROCESS_SQS].map(ToOwned::to_owned);
         Self::start(data, urls, None).await
     }
 
-    /// Starts the engines on a data folder, which is made if it is not there, and lets them listen on loopback ports for other
-    /// processes. Every request has to be signed with [`Engines::credentials`]; one from a web page is refused, except for
-    /// presigned links that pages of `pages` follow.
+    /// Starts the engines on a data folder, which is created if it is missing, and listens on loopback ports for other processes.
+    /// Every request has to be signed with [`Engines::credentials`]. Requests from web pages are refused, except for presigned links
+    /// in pages of the origins `pages`.
     pub async fn listening(data: &Path, ports: EnginePorts, pages: &Origins) -> Result<Self, EngineError> {
         let (dynamodb, dynamodb_url) = listen("DynamoDB", ports.dynamodb)?;
         let (s3, s3_url) = listen("S3", ports.s3)?;
@@ -190,7 +153,7 @@ impl Engines {
         private_file::make_tree_private(&buckets).map_err(|source| EngineError::folder(&buckets, source))?;
         let credentials = credentials(&data.join("engine-credentials.json"))?;
         let file = data.join("dynamodb.sqlite");
-        // SQLite gives its log and its shared memory the mode of the database.
+        // SQLite creates its log and its shared memory with the mode of the database.
         private_file::ensure(&file).map_err(|source| EngineError::folder(&file, source))?;
         for suffix in ["-wal", "-shm"] {
             let path = data.join(format!("dynamodb.sqlite{suffix}"));
@@ -225,7 +188,7 @@ impl Engines {
         Ok(Self { dynamodb, s3, sqs, credentials, buckets, client, s3_router, database, stop, servers })
     }
 
-    /// The variables with which another process uses these engines, if they listen.
+    /// The environment variables with which another process uses these engines, if they listen.
     #[must_use]
     pub fn environment(&self) -> Vec<(String, String)> {
         [
@@ -240,18 +203,18 @@ impl Engines {
         .to_vec()
     }
 
-    /// The configuration of SDK clients in this process, which reach the engines without a socket. It does not depend on the
-    /// environment, so that a shell set up for a real AWS account cannot send local data there.
+    /// The configuration for SDK clients in this process, which reach the engines without a socket. It does not depend on the
+    /// environment, so that local data is never sent to an AWS account for which the shell is configured.
     pub async fn sdk_config(&self) -> SdkConfig {
-        self.configured().await.http_client(self.client.clone()).build()
+        self.sdk_config_builder().await.http_client(self.client.clone()).build()
     }
 
-    /// The configuration of SDK clients that reach the engines through their ports.
+    /// The configuration for SDK clients that reach the engines through their ports.
     pub async fn network_sdk_config(&self) -> SdkConfig {
-        self.configured().await.build()
+        self.sdk_config_builder().await.build()
     }
 
-    async fn configured(&self) -> aws_types::sdk_config::Builder {
+    async fn sdk_config_builder(&self) -> aws_types::sdk_config::Builder {
         let keys = aws_sdk_dynamodb::config::Credentials::new(
             &self.credentials.access_key_id,
             &self.credentials.secret_access_key,
@@ -262,7 +225,7 @@ impl Engines {
         let loader = aws_config::defaults(BehaviorVersion::latest())
             .region(Region::from_static(REGION))
             .credentials_provider(keys);
-        // A name spares the loader a look into the profile files for one.
+        // Without a name the loader searches the profile files for one.
         let loader = match AppName::new("openhands-lambda-local") {
             Ok(name) => loader.app_name(name),
             Err(_) => loader,
@@ -272,12 +235,12 @@ impl Engines {
         config.service_config(Endpoints { dynamodb: self.dynamodb.clone(), s3: self.s3.clone(), sqs: self.sqs.clone() })
     }
 
-    /// S3's handler. It verifies signatures, those of presigned links included.
+    /// The handler of S3. It verifies signatures, including those of presigned links.
     pub fn s3_router(&self) -> Router {
         self.s3_router.clone()
     }
 
-    /// Makes a bucket, if it is not there yet.
+    /// Creates a bucket if it is missing.
     pub fn ensure_bucket(&self, name: &str) -> Result<(), EngineError> {
         if !::s3s::path::check_bucket_name(name) {
             return Err(EngineError::BucketName { name: name.to_owned() });
@@ -286,8 +249,8 @@ impl Engines {
         private_file::make_folder(&path).map_err(|source| EngineError::folder(&path, source))
     }
 
-    /// Removes what is older than `objects` below a prefix of a bucket, and multipart uploads that nothing was added to for
-    /// `uploads`; returns how many files that were. Meant for before anything is served.
+    /// Removes objects older than `objects` below a prefix of a bucket, and multipart uploads to which no part was added for
+    /// `uploads`. Returns the number of removed files. To be called before requests are served.
     pub fn expire(
         &self,
         bucket: &str,
@@ -299,12 +262,12 @@ impl Engines {
             .map_err(|source| EngineError::folder(&self.buckets, source))
     }
 
-    /// Stops the engines: requests in flight are answered, waiting receives return empty, the database is closed with all
-    /// its data in the one file, and the data folder is free for the next process. Clients that are left get errors.
+    /// Stops the engines: finishes requests in flight, returns waiting receives without messages, closes the database with all its data
+    /// in one file, and releases the lock on the data folder. Remaining clients get errors.
     pub async fn shutdown(self) {
         self.stop.send_replace(true);
         for mut server in self.servers {
-            if tokio::time::timeout(GRACE, &mut server).await.is_err() {
+            if tokio::time::timeout(GRACE_PERIOD, &mut server).await.is_err() {
                 server.abort();
             }
         }
@@ -312,7 +275,7 @@ impl Engines {
     }
 }
 
-/// Gives each client its own endpoint, as `AWS_ENDPOINT_URL_<SERVICE>` would.
+/// Sets the endpoint of each SDK client, like the variables `AWS_ENDPOINT_URL_<SERVICE>`.
 #[derive(Debug)]
 struct Endpoints {
     dynamodb: String,
@@ -334,9 +297,9 @@ impl LoadServiceConfig for Endpoints {
     }
 }
 
-/// Ends when the engines are told to stop, or dropped.
+/// Completes when the engines stop or are dropped.
 async fn stopped(mut stop: watch::Receiver<bool>) {
-    // An error means that the sender is gone, which is to stop as well.
+    // An error means that the sender was dropped, which also stops the engines.
     let _ = stop.wait_for(|stop| *stop).await;
 }
 
@@ -352,7 +315,7 @@ fn serve(
         tokio::net::TcpListener::from_std(listener).map_err(|source| EngineError::Port { engine, port, source })?;
     Ok(tokio::spawn(async move {
         if let Err(error) = axum::serve(listener, router).with_graceful_shutdown(stopped(stop)).await {
-            tracing::error!(engine, %error, "an embedded engine stopped");
+            tracing::error!(engine, %error, "engines.serving_failed");
         }
     }))
 }
@@ -367,17 +330,17 @@ fn listen(engine: &'static str, port: u16) -> Result<(TcpListener, String), Engi
     open().map_err(|source| EngineError::Port { engine, port, source })
 }
 
-/// Takes the data folder for this process. SQLite would share its file, but the folder that S3 keeps is not made
-/// for two writers.
+/// Locks the data folder for this process. SQLite files can be shared between processes, but the folder of S3 cannot have two
+/// writers.
 async fn lock(data: &Path) -> Result<File, EngineError> {
     let path = data.join("engines.lock");
     private_file::ensure(&path).map_err(|source| EngineError::folder(&path, source))?;
     let file = OpenOptions::new().write(true).open(&path).map_err(|source| EngineError::folder(&path, source))?;
-    let give_up = Instant::now() + LOCK_WAIT;
+    let deadline = Instant::now() + LOCK_TIMEOUT;
     loop {
         match file.try_lock() {
             Ok(()) => return Ok(file),
-            Err(TryLockError::WouldBlock) if Instant::now() < give_up => {
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
             Err(TryLockError::WouldBlock) => {
@@ -388,7 +351,7 @@ async fn lock(data: &Path) -> Result<File, EngineError> {
     }
 }
 
-/// Reads the credentials, or makes them. They are random because a presigned link is only as good as the secret that signs it.
+/// Reads the credentials, or creates random ones: with a known secret anyone could sign presigned links.
 fn credentials(path: &Path) -> Result<EngineCredentials, EngineError> {
     match fs::read(path) {
         Ok(text) => {
@@ -398,15 +361,15 @@ fn credentials(path: &Path) -> Result<EngineCredentials, EngineError> {
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let random = || uuid::Uuid::new_v4().simple().to_string();
-            let made = EngineCredentials {
+            let created = EngineCredentials {
                 access_key_id: format!("LOCAL{}", random()[..15].to_uppercase()),
                 secret_access_key: random() + &random(),
             };
-            serde_json::to_vec_pretty(&made)
+            serde_json::to_vec_pretty(&created)
                 .map_err(io::Error::from)
                 .and_then(|text| private_file::write(path, &text, 0o600))
                 .map_err(|source| EngineError::folder(path, source))?;
-            Ok(made)
+            Ok(created)
         }
         Err(source) => Err(EngineError::folder(path, source)),
     }

@@ -1,4 +1,4 @@
-//! S3: s3s and s3s-fs on a folder, with stricter rules where the file system shows through.
+//! S3: s3s and s3s-fs on a folder, with additional checks where s3s-fs behaves like a file system instead of S3.
 
 use std::convert::Infallible;
 use std::fs;
@@ -23,11 +23,11 @@ use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 use super::{EngineCredentials, EngineError};
 use crate::private_file::{self, entries};
 
-/// What most file systems allow a name to have, in bytes.
-const LONGEST_NAME: usize = 255;
-/// Of the answer that begins an upload, in bytes.
-const LONGEST_DOCUMENT: usize = 64 * 1024;
-/// What pages may read of an answer.
+/// The maximum length of a file name on most file systems.
+const MAX_NAME_BYTES: usize = 255;
+/// The maximum size of the response to CreateMultipartUpload.
+const MAX_DOCUMENT_BYTES: usize = 64 * 1024;
+/// The response headers that web pages may read.
 const EXPOSED_HEADERS: [HeaderName; 5] = [
     header::ETAG,
     header::CONTENT_LENGTH,
@@ -36,8 +36,8 @@ const EXPOSED_HEADERS: [HeaderName; 5] = [
     HeaderName::from_static("x-amz-request-id"),
 ];
 
-/// The bucket names and keys of S3, in files below `root`. Every request needs a signature, also one from this process: uploads
-/// belong to the access key that began them.
+/// Serves S3 from the files below `root`. Every request needs a signature, including those from this process, because an upload belongs
+/// to the access key that created it.
 pub(super) fn router(root: &Path, credentials: &EngineCredentials) -> Result<Router, EngineError> {
     let files = FileSystem::new(root)
         .map_err(|error| EngineError::folder(root, std::io::Error::other(format!("{error:?}"))))?;
@@ -45,14 +45,14 @@ pub(super) fn router(root: &Path, credentials: &EngineCredentials) -> Result<Rou
     builder.set_auth(SimpleAuth::from_single(credentials.access_key_id.clone(), credentials.secret_access_key.clone()));
     builder.set_access(Rules { root: root.to_owned() });
     let (service, root) = (builder.build(), root.to_owned());
-    let answer = tower::service_fn(move |request: Request| {
+    let handler = tower::service_fn(move |request: Request| {
         let (service, root) = (service.clone(), root.clone());
         async move { Ok::<_, Infallible>(call(&service, &root, request).await) }
     });
-    Ok(Router::new().fallback_service(answer))
+    Ok(Router::new().fallback_service(handler))
 }
 
-/// CORS for presigned links that pages open on the port of this engine.
+/// CORS for presigned links on the port of this engine.
 pub(super) fn cors(is_allowed: impl Fn(&str) -> bool + Clone + Send + Sync + 'static) -> CorsLayer {
     CorsLayer::new()
         .allow_origin(AllowOrigin::predicate(move |origin: &HeaderValue, _| origin.to_str().is_ok_and(&is_allowed)))
@@ -78,14 +78,14 @@ async fn call(service: &S3Service, root: &Path, request: Request) -> Response {
     }
 }
 
-/// What a request that writes leaves in the folder. s3s-fs makes files with the process's umask; they are made private
-/// afterwards, in a folder that is private all the while.
+/// The files that a write request creates. s3s-fs creates files with the process's umask, so their modes are changed afterwards; until
+/// then they are protected by the folder, which is private.
 struct Written {
     bucket: String,
     key: String,
     upload: Option<String>,
     part: Option<String>,
-    begins_upload: bool,
+    creates_upload: bool,
 }
 
 impl Written {
@@ -95,7 +95,7 @@ impl Written {
         }
         let path = percent_decode(request.uri().path())?;
         let (bucket, key) = path.trim_start_matches('/').split_once('/').unwrap_or((path.trim_start_matches('/'), ""));
-        // Nothing but a path below the bucket, whatever else a request may name.
+        // Only paths below the bucket are accepted.
         let is_below = |path: &str| Path::new(path).components().all(|part| matches!(part, Component::Normal(_)));
         if !s3s::path::check_bucket_name(bucket) || !is_below(key) {
             return None;
@@ -111,15 +111,15 @@ impl Written {
             key: key.to_owned(),
             upload: value("uploadId"),
             part: value("partNumber"),
-            begins_upload: query.iter().any(|pair| matches!(*pair, "uploads" | "uploads=")),
+            creates_upload: query.iter().any(|pair| matches!(*pair, "uploads" | "uploads=")),
         })
     }
 
     async fn make_private(mut self, root: &Path, response: Response) -> Response {
-        let response = if self.begins_upload {
-            // The id of the upload is in the answer, a short document.
+        let response = if self.creates_upload {
+            // The id of the upload is in the response, a short XML document.
             let (parts, body) = response.into_parts();
-            let Ok(body) = axum::body::to_bytes(body, LONGEST_DOCUMENT).await else {
+            let Ok(body) = axum::body::to_bytes(body, MAX_DOCUMENT_BYTES).await else {
                 return StatusCode::INTERNAL_SERVER_ERROR.into_response();
             };
             let text = String::from_utf8_lossy(&body);
@@ -133,8 +133,8 @@ impl Written {
         let done = tokio::task::spawn_blocking(move || self.change_modes(&root)).await;
         match done {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(%error, "engines.object_not_private"),
-            Err(error) => tracing::warn!(%error, "engines.object_not_private"),
+            Ok(Err(error)) => tracing::warn!(%error, "engines.object_chmod_failed"),
+            Err(error) => tracing::warn!(%error, "engines.object_chmod_failed"),
         }
         response
     }
@@ -145,19 +145,19 @@ impl Written {
         if !self.key.is_empty() {
             let object = folder.join(&self.key);
             paths.extend(object.ancestors().take_while(|path| *path != folder).map(Path::to_owned));
-            paths.extend(["internal", "metadata"].map(|kind| root.join(note_name(&self.bucket, &self.key, kind))));
+            paths.extend(["internal", "metadata"].map(|kind| root.join(sidecar_name(&self.bucket, &self.key, kind))));
         }
         if let Some(upload) = &self.upload {
             paths.push(root.join(format!(".upload-{upload}.json")));
             let kind = format!("upload-{upload}.metadata");
-            paths.push(root.join(note_name(&self.bucket, &self.key, &kind)));
+            paths.push(root.join(sidecar_name(&self.bucket, &self.key, &kind)));
             if let Some(part) = &self.part {
                 paths.push(root.join(format!(".upload_id-{upload}.part-{part}")));
             }
         }
         for path in paths {
             match private_file::make_private(&path) {
-                // Not every request makes all of them, and another may have removed them since.
+                // Most requests create only some of the files, and another request may have removed them since.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
                 done => done?,
             }
@@ -180,8 +180,8 @@ fn percent_decode(path: &str) -> Option<String> {
     String::from_utf8(bytes).ok()
 }
 
-/// Removes what is older than `objects` below a prefix of a bucket, and every multipart upload that nothing was added to for
-/// `uploads`: S3 does this by lifecycle rules, s3s-fs does not.
+/// Removes objects older than `objects` below a prefix of a bucket, and multipart uploads to which no part was added for `uploads`. S3
+/// does this by lifecycle rules, which s3s-fs does not have.
 pub(super) fn expire(
     root: &Path,
     bucket: &str,
@@ -200,8 +200,8 @@ pub(super) fn expire(
                 let path = entry.path();
                 let key = path.strip_prefix(root.join(bucket)).unwrap_or(&path).to_string_lossy().into_owned();
                 for kind in ["internal", "metadata"] {
-                    // Not every object has them.
-                    let _missing = fs::remove_file(root.join(note_name(bucket, &key, kind)));
+                    // Some objects have no such files.
+                    let _missing = fs::remove_file(root.join(sidecar_name(bucket, &key, kind)));
                 }
             }
         }
@@ -222,21 +222,21 @@ fn is_older(entry: &fs::DirEntry, age: Duration) -> bool {
     changed.is_ok_and(|changed| changed.elapsed().is_ok_and(|elapsed| elapsed > age))
 }
 
-/// What S3 would refuse and a folder would let through, and the traces that s3s-fs leaves behind.
+/// Refuses requests that S3 refuses but s3s-fs accepts, and removes sidecar files that s3s-fs does not remove.
 struct Rules {
     root: PathBuf,
 }
 
 impl Rules {
-    /// The file in which s3s-fs keeps what it knows of an object. `kind` is `metadata` or `internal`.
-    fn note(&self, bucket: &str, key: &str, kind: &str) -> PathBuf {
-        self.root.join(note_name(bucket, key, kind))
+    /// The file in which s3s-fs stores attributes of an object. `kind` is `metadata` or `internal`.
+    fn sidecar(&self, bucket: &str, key: &str, kind: &str) -> PathBuf {
+        self.root.join(sidecar_name(bucket, key, kind))
     }
 
-    /// Removes what s3s-fs keeps of an object beside its content.
-    fn forget(&self, bucket: &str, key: &str, kinds: &[&str]) -> S3Result<()> {
+    /// Removes the files in which s3s-fs stores attributes of an object.
+    fn remove_sidecars(&self, bucket: &str, key: &str, kinds: &[&str]) -> S3Result<()> {
         for kind in kinds {
-            match std::fs::remove_file(self.note(bucket, key, kind)) {
+            match std::fs::remove_file(self.sidecar(bucket, key, kind)) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                     return Err(s3_error!(error, InternalError));
                 }
@@ -247,7 +247,7 @@ impl Rules {
     }
 }
 
-fn note_name(bucket: &str, key: &str, kind: &str) -> String {
+fn sidecar_name(bucket: &str, key: &str, kind: &str) -> String {
     format!(".bucket-{}.object-{}.{kind}.json", URL_SAFE_NO_PAD.encode(bucket), URL_SAFE_NO_PAD.encode(key))
 }
 
@@ -260,12 +260,15 @@ impl S3Access for Rules {
         let Some((bucket, key)) = cx.s3_path().as_object() else {
             return Ok(());
         };
-        // Such a key would lead into another bucket.
+        // Such a key could lead into another bucket.
         if key.split('/').any(|part| part == ".." || part == ".") {
-            return Err(s3_error!(InvalidArgument, "The embedded S3 takes no key with a part that is . or .."));
+            return Err(s3_error!(
+                InvalidArgument,
+                "The embedded S3 does not support keys with the path segments . or .."
+            ));
         }
-        // s3s-fs makes one file name of bucket, key and, for a multipart upload, the upload's id.
-        let longest = note_name(
+        // s3s-fs uses file names that consist of bucket, key and, for a multipart upload, the upload's id.
+        let longest = sidecar_name(
             bucket,
             key,
             match cx.s3_op().name() {
@@ -273,18 +276,18 @@ impl S3Access for Rules {
                 _ => "metadata",
             },
         );
-        if longest.len() > LONGEST_NAME || key.split('/').any(|part| part.len() > LONGEST_NAME) {
+        if longest.len() > MAX_NAME_BYTES || key.split('/').any(|part| part.len() > MAX_NAME_BYTES) {
             return Err(s3_error!(
                 KeyTooLongError,
-                "The key is too long for the embedded S3, which makes file names of it."
+                "The key is too long for the embedded S3, which uses it as a file name."
             ));
         }
         let folder = self.root.join(bucket);
-        // A write would make the bucket, and hide that a set-up forgot to.
+        // s3s-fs would create a missing bucket on a write, which would hide errors of the set-up.
         if !folder.is_dir() {
             return Err(s3_error!(NoSuchBucket, "The specified bucket does not exist"));
         }
-        // A folder on the way to other objects is not an object.
+        // A folder that contains objects is not an object itself.
         if matches!(cx.s3_op().name(), "GetObject" | "HeadObject") && !key.ends_with('/') && folder.join(key).is_dir() {
             return Err(s3_error!(NoSuchKey, "The specified key does not exist."));
         }
@@ -293,24 +296,24 @@ impl S3Access for Rules {
 
     async fn create_bucket(&self, request: &mut S3Request<CreateBucketInput>) -> S3Result<()> {
         if self.root.join(&request.input.bucket).is_dir() {
-            // There is one owner, so the bucket is theirs.
+            // All buckets have the same owner.
             return Err(s3_error!(BucketAlreadyOwnedByYou));
         }
         Ok(())
     }
 
     async fn complete_multipart_upload(&self, request: &mut S3Request<CompleteMultipartUploadInput>) -> S3Result<()> {
-        // Else the new object would be given the checksum of the one that it replaces, and clients would refuse it.
-        self.forget(&request.input.bucket, &request.input.key, &["internal"])
+        // Otherwise the new object would have the checksum of the object that it replaces, and clients would reject it.
+        self.remove_sidecars(&request.input.bucket, &request.input.key, &["internal"])
     }
 
     async fn delete_object(&self, request: &mut S3Request<DeleteObjectInput>) -> S3Result<()> {
-        self.forget(&request.input.bucket, &request.input.key, &["internal", "metadata"])
+        self.remove_sidecars(&request.input.bucket, &request.input.key, &["internal", "metadata"])
     }
 
     async fn delete_objects(&self, request: &mut S3Request<DeleteObjectsInput>) -> S3Result<()> {
         for object in &request.input.delete.objects {
-            self.forget(&request.input.bucket, &object.key, &["internal", "metadata"])?;
+            self.remove_sidecars(&request.input.bucket, &object.key, &["internal", "metadata"])?;
         }
         Ok(())
     }

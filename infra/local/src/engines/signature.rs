@@ -1,8 +1,8 @@
-//! What stands before the engines where they listen on ports: other users of this machine and web pages can reach those.
+//! Verifies requests to engines that listen on ports, which other users of this machine and web pages can reach.
 //!
-//! Every request has to be for this machine (`Host`), must not come from a web page (`Origin`), and has to be signed with the
-//! engines' key pair. DynamoDB's and SQS's signatures (Signature Version 4, in headers) are verified by signing the request
-//! again; S3 verifies them itself, in headers and in presigned links.
+//! Every request has to be for this machine (`Host`), must not come from a web page (`Origin`), and has to be signed with the engines'
+//! key pair. Signatures for DynamoDB and SQS (Signature Version 4, in headers) are verified by computing the signature of the request.
+//! S3 verifies signatures itself, in headers and in presigned links.
 
 use std::time::{Duration, SystemTime};
 
@@ -26,28 +26,26 @@ use crate::access::{self, Header, Origins, Refusal, single};
 
 const ALGORITHM: &str = "AWS4-HMAC-SHA256";
 const DATE: HeaderName = HeaderName::from_static("x-amz-date");
-/// How much the clocks of the signer and the verifier may differ. AWS allows the same.
+/// The accepted difference between the clocks of signer and verifier, which is that of AWS.
 const SKEW: Duration = Duration::from_secs(15 * 60);
-/// Headers that a signature has to cover, where the request has them: they decide what is executed.
+/// Headers that a signature has to cover if the request has them, because they determine the operation.
 const COVERED: [&str; 4] = ["host", "x-amz-date", "x-amz-target", "content-type"];
 
-/// Why a signature does not hold. The names are those of AWS.
+/// Why a signature is invalid. Responses have the error codes of AWS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
-    /// There is none.
+    /// The request has no signature.
     Missing,
-    /// It is not in the form of Signature Version 4, or does not cover what it has to.
+    /// The signature does not have the format of Signature Version 4, or does not cover all required headers.
     Incomplete,
-    /// It is of another key.
     UnknownKey,
-    /// It is of another time.
     Expired,
-    /// It is not of this request.
+    /// The signature belongs to another request or another secret.
     Mismatch,
 }
 
 impl Fault {
-    fn answer(self) -> Response {
+    fn response(self) -> Response {
         let (code, text) = match self {
             Self::Missing => ("MissingAuthenticationTokenException", "Request is missing Authentication Token"),
             Self::Incomplete => {
@@ -72,17 +70,18 @@ fn refused(status: StatusCode, code: &str, text: &str) -> Response {
     (status, [(CONTENT_TYPE, "application/x-amz-json-1.0")], body.to_string()).into_response()
 }
 
-/// Lets signed requests through to DynamoDB or SQS. `service` is the name that signatures are made for; bodies may have `limit` bytes.
+/// Allows only signed requests to DynamoDB or SQS. `service` is the service name in signatures, `limit` the maximum size of a body in
+/// bytes.
 pub(super) fn verified(router: Router, service: &'static str, limit: usize, credentials: EngineCredentials) -> Router {
     let verifier = Verifier { service, credentials };
     router.layer(middleware::from_fn(move |request: Request, next: Next| {
         let verifier = verifier.clone();
         async move {
             if !access::is_for_loopback(&request) {
-                return Refusal::Host.answer();
+                return Refusal::Host.response();
             }
             if access::origin_of(request.headers()) != Header::Missing {
-                return Refusal::Origin.answer();
+                return Refusal::Origin.response();
             }
             let (parts, body) = request.into_parts();
             let Ok(body) = axum::body::to_bytes(body, limit).await else {
@@ -90,14 +89,14 @@ pub(super) fn verified(router: Router, service: &'static str, limit: usize, cred
             };
             match verifier.verify(&parts, &body, SystemTime::now()) {
                 Ok(()) => next.run(Request::from_parts(parts, Body::from(body))).await,
-                Err(fault) => fault.answer(),
+                Err(fault) => fault.response(),
             }
         }
     }))
 }
 
-/// Lets requests of this machine through to S3, which verifies their signatures. A web page may only follow presigned links, and
-/// only one of `pages`. Signature Version 2 and HTML forms, which s3s accepts, are refused.
+/// Allows only requests for this machine to S3, which verifies their signatures. Web pages may only follow presigned links, and only
+/// from the origins `pages`. Signature Version 2 and HTML forms, which s3s accepts, are refused.
 pub(super) fn s3_on_loopback(router: Router, pages: Origins) -> Router {
     let allowed = pages.clone();
     router.layer(s3::cors(move |origin| allowed.allows(origin))).layer(middleware::from_fn(
@@ -105,7 +104,7 @@ pub(super) fn s3_on_loopback(router: Router, pages: Origins) -> Router {
             let pages = pages.clone();
             async move {
                 if !access::is_for_loopback(&request) {
-                    return Refusal::Host.answer();
+                    return Refusal::Host.response();
                 }
                 let is_link = is_presigned(&request);
                 let is_preflight = *request.method() == Method::OPTIONS;
@@ -113,14 +112,14 @@ pub(super) fn s3_on_loopback(router: Router, pages: Origins) -> Router {
                 match access::origin_of(request.headers()) {
                     Header::Missing => {}
                     Header::One(origin) if may_come_from_a_page && pages.allows(origin) => {}
-                    Header::One(_) | Header::Malformed => return Refusal::Origin.answer(),
+                    Header::One(_) | Header::Malformed => return Refusal::Origin.response(),
                 }
                 let is_signed = match single(request.headers(), &AUTHORIZATION) {
                     Header::One(value) => value.starts_with(ALGORITHM),
                     Header::Missing | Header::Malformed => false,
                 };
                 if !is_signed && !is_link && !is_preflight {
-                    return Fault::Missing.answer();
+                    return Fault::Missing.response();
                 }
                 next.run(request).await
             }
@@ -128,7 +127,7 @@ pub(super) fn s3_on_loopback(router: Router, pages: Origins) -> Router {
     ))
 }
 
-/// Whether the request claims to be a presigned link of Signature Version 4, and of no other.
+/// Whether the request has the form of a presigned link of Signature Version 4, and of no other version.
 fn is_presigned(request: &Request) -> bool {
     let names: Vec<_> =
         request.uri().query().unwrap_or_default().split('&').filter_map(|pair| pair.split('=').next()).collect();
@@ -199,11 +198,11 @@ impl Verifier {
             return Err(Fault::Incomplete);
         }
         let expected = self.signature_of(request, body, signed_at, &authorization.signed_headers)?;
-        // Of their hashes, so that the time that the comparison takes reveals nothing.
+        // The hashes are compared, so that the time of the comparison reveals nothing about the signature.
         if sha256_hex(&expected) == sha256_hex(authorization.signature) { Ok(()) } else { Err(Fault::Mismatch) }
     }
 
-    /// The signature that the request has to have.
+    /// The expected signature of the request.
     fn signature_of(
         &self,
         request: &Parts,
@@ -215,7 +214,7 @@ impl Verifier {
         for name in signed_headers {
             let header = HeaderName::from_bytes(name.as_bytes()).map_err(|_| Fault::Incomplete)?;
             let Header::One(value) = single(&request.headers, &header) else { return Err(Fault::Mismatch) };
-            // The signer adds it.
+            // The signer adds the date itself.
             if header != DATE {
                 headers.push((*name, value));
             }
@@ -238,7 +237,7 @@ impl Verifier {
         )
         .into();
         let mut settings = SigningSettings::default();
-        // The request names the headers that are signed; nothing else is left out.
+        // The request lists the signed headers, so the signer must not exclude any.
         settings.excluded_headers = None;
         let params = v4::SigningParams::builder()
             .identity(&identity)
@@ -311,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn a_signature_holds_for_its_request_and_no_other() {
+    fn a_signature_is_valid_for_its_request_only() {
         let (parts, body) = signed("{}", &COVERED);
         assert_eq!(outcome(&parts, &body), Ok(()));
         assert_eq!(outcome(&parts, &Bytes::from_static(b"{ }")), Err(Fault::Mismatch));
@@ -336,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_whole_signature_is_refused() {
+    fn malformed_signatures_are_refused() {
         let (mut parts, body) = signed("{}", &COVERED);
         parts.headers.remove(AUTHORIZATION);
         assert_eq!(outcome(&parts, &body), Err(Fault::Missing));
@@ -356,13 +355,13 @@ mod tests {
             let (mut parts, body) = signed("{}", &COVERED);
             let whole = parts.headers[AUTHORIZATION].clone();
             authorization(&mut parts, change);
-            // A last digit that happened to be the one it is replaced with.
+            // The last digit may already be the one that replaces it.
             if parts.headers[AUTHORIZATION] != whole {
                 assert_eq!(outcome(&parts, &body), Err(fault), "{index}");
             }
         }
         for left_out in COVERED {
-            // The signer itself covers these two.
+            // The signer always covers host and date.
             let covered: Vec<_> = COVERED.into_iter().filter(|name| *name != left_out).collect();
             if !matches!(left_out, "host" | "x-amz-date") {
                 let (parts, body) = signed("{}", &covered);
@@ -372,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn a_signature_holds_for_a_quarter_of_an_hour() {
+    fn a_signature_is_valid_for_fifteen_minutes() {
         let (parts, body) = signed("{}", &COVERED);
         let at = |text: &str| verifier().verify(&parts, &body, timestamp(text).unwrap());
         assert_eq!(at("20260102T031905Z"), Ok(()));

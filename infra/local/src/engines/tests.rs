@@ -1,4 +1,4 @@
-//! The engines as the AWS SDK clients see them.
+//! Tests of the engines through AWS SDK clients.
 
 use std::collections::HashSet;
 use std::fs::Permissions;
@@ -7,17 +7,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use aws_config::SdkConfig;
-use aws_sdk_dynamodb::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_dynamodb::error::ProvideErrorMetadata;
 use aws_sdk_dynamodb::operation::put_item::PutItemError;
 use aws_sdk_dynamodb::types as ddb;
 use aws_sdk_s3::presigning::PresigningConfig;
 use aws_sdk_s3::types::{CompletedMultipartUpload, CompletedPart};
-use aws_sdk_sqs::operation::receive_message::ReceiveMessageError;
-use aws_sdk_sqs::primitives::Blob;
 use aws_sdk_sqs::types as sqs_types;
-use aws_sdk_sqs::types::{
-    MessageAttributeValue, MessageSystemAttributeName as System, QueueAttributeName as Attribute,
-};
+use aws_sdk_sqs::types::{MessageSystemAttributeName as System, QueueAttributeName as Attribute};
 use tempfile::TempDir;
 
 use super::{EngineError, EnginePorts, Engines, IN_PROCESS_S3};
@@ -38,7 +34,7 @@ fn s(value: &str) -> ddb::AttributeValue {
     ddb::AttributeValue::S(value.to_owned())
 }
 
-async fn make_table(client: &aws_sdk_dynamodb::Client) {
+async fn create_table(client: &aws_sdk_dynamodb::Client) {
     let attribute = |name: &str| {
         ddb::AttributeDefinition::builder()
             .attribute_name(name)
@@ -61,10 +57,10 @@ async fn make_table(client: &aws_sdk_dynamodb::Client) {
 }
 
 #[tokio::test]
-async fn dynamodb_keeps_its_records_over_a_restart() {
+async fn dynamodb_keeps_its_records_after_a_restart() {
     let (data, engines, config) = start().await;
     let client = aws_sdk_dynamodb::Client::new(&config);
-    make_table(&client).await;
+    create_table(&client).await;
     let put = |id: &str| client.put_item().table_name("things").item("user", s("u")).item("id", s(id));
     put("a").send().await.unwrap();
     let again = put("a").condition_expression("attribute_not_exists(id)").send().await.unwrap_err();
@@ -106,7 +102,7 @@ async fn dynamodb_keeps_its_records_over_a_restart() {
 
     let credentials = engines.credentials.clone();
     engines.shutdown().await;
-    assert!(!data.path().join("dynamodb.sqlite-wal").exists(), "the log has gone into the file");
+    assert!(!data.path().join("dynamodb.sqlite-wal").exists(), "the log is merged into the file");
 
     let engines = listening(data.path(), EnginePorts::default()).await.unwrap();
     assert_eq!(engines.credentials.secret_access_key, credentials.secret_access_key);
@@ -155,7 +151,7 @@ async fn s3_puts_gets_and_refuses() {
         let missing = client.head_object().bucket("files").key(key).send().await.unwrap_err().into_service_error();
         assert!(missing.is_not_found(), "{key}: {missing:?}");
     }
-    // A client resolves dots in a path or does not; either way none reach another bucket.
+    // Whether or not a client resolves dots in a path, no request reaches another bucket.
     assert!(put("files", "../others/x").send().await.is_err());
     assert_eq!(client.list_objects_v2().bucket("others").send().await.unwrap().contents().len(), 0);
 
@@ -215,7 +211,7 @@ async fn s3_multipart_replaces_an_object_whole() {
         .unwrap();
     let got = client.get_object().bucket(&bucket).key(&key).send().await.unwrap();
     assert_eq!(got.content_type(), Some("application/zip"));
-    // Reading checks the checksum where one is given.
+    // The SDK verifies the checksum if the response has one.
     assert_eq!(got.body.collect().await.unwrap().to_vec(), parts.concat());
     let range = client.get_object().bucket(&bucket).key(&key).range("bytes=5242878-5242881").send().await.unwrap();
     assert_eq!(range.body.collect().await.unwrap().to_vec(), [1, 1, 2, 2]);
@@ -235,7 +231,7 @@ async fn s3_presigned_links_work_in_browsers() {
         let request = web.put(put.uri()).body("bytes");
         put.headers().fold(request, |request, (name, value)| request.header(name, value))
     };
-    // Pages may read, no more.
+    // Web pages may only read.
     assert_eq!(upload().header("origin", "https://app.example").send().await.unwrap().status(), 403);
     let response = upload().send().await.unwrap();
     assert_eq!(response.status(), 200, "{}", response.text().await.unwrap());
@@ -283,7 +279,7 @@ async fn s3_presigned_links_work_in_browsers() {
     assert_eq!(answer.status(), 200);
     assert_eq!(answer.headers()["access-control-allow-origin"], "https://app.example");
     assert_eq!(answer.headers()["access-control-allow-methods"], "GET,HEAD");
-    // The ones asked for: with credentials, browsers take `*` for a name.
+    // The requested headers are listed: for requests with credentials, browsers read `*` as the name of a header.
     assert_eq!(answer.headers()["access-control-allow-headers"], "range");
     for origin in ["https://evil.example", "null"] {
         assert_eq!(preflight("GET", origin).await.unwrap().status(), 403, "{origin}");
@@ -292,7 +288,7 @@ async fn s3_presigned_links_work_in_browsers() {
     engines.shutdown().await;
 }
 
-/// A queue and what tests do with it.
+/// A queue, with the operations that tests use.
 struct Queue {
     client: aws_sdk_sqs::Client,
     url: String,
@@ -320,7 +316,6 @@ impl Queue {
             .wait_time_seconds(wait)
             .max_number_of_messages(10)
             .message_system_attribute_names(System::All)
-            .message_attribute_names("All")
             .send()
             .await
             .unwrap()
@@ -332,21 +327,12 @@ impl Queue {
         self.client.delete_message().queue_url(&self.url).receipt_handle(handle).send().await.unwrap();
     }
 
-    async fn hide(
-        &self,
-        handle: &str,
-        seconds: i32,
-    ) -> Result<(), SdkError<aws_sdk_sqs::operation::change_message_visibility::ChangeMessageVisibilityError>> {
-        let change = self.client.change_message_visibility().queue_url(&self.url);
-        change.receipt_handle(handle).visibility_timeout(seconds).send().await.map(|_| ())
-    }
-
     async fn attribute(&self, name: Attribute) -> String {
         let got = self.client.get_queue_attributes().queue_url(&self.url).attribute_names(Attribute::All).send().await;
         got.unwrap().attributes.unwrap()[&name].clone()
     }
 
-    /// Messages ready, in flight and delayed.
+    /// The numbers of visible messages, messages in flight and delayed messages.
     async fn counts(&self) -> [String; 3] {
         [
             self.attribute(Attribute::ApproximateNumberOfMessages).await,
@@ -379,37 +365,29 @@ async fn sqs_hides_delays_and_deletes() {
     assert_eq!((first[0].body().unwrap(), receive_count(&first[0])), ("late", "1"));
     assert_eq!(queue.counts().await, ["0", "1", "0"]);
 
-    // It comes back by itself, and the handle from before no longer deletes it.
+    // The message becomes visible again, and the earlier handle no longer deletes it.
     let second = queue.receive(5).await;
     assert_eq!(receive_count(&second[0]), "2");
     let times =
         |message: &sqs_types::Message| message.attributes().unwrap()[&System::ApproximateFirstReceiveTimestamp].clone();
     assert_eq!(times(&first[0]), times(&second[0]));
     queue.delete(handle(&first[0])).await;
-    assert!(queue.hide(handle(&first[0]), 0).await.is_err());
-    queue.hide(handle(&second[0]), 0).await.unwrap();
-    let third = queue.receive(0).await;
-    assert_eq!(receive_count(&third[0]), "3");
-    queue.hide(handle(&third[0]), 30).await.unwrap();
-    tokio::time::sleep(Duration::from_millis(1200)).await;
     assert_eq!(queue.counts().await, ["0", "1", "0"]);
-
-    queue.delete(handle(&third[0])).await;
-    queue.delete(handle(&third[0])).await;
+    queue.delete(handle(&second[0])).await;
+    queue.delete(handle(&second[0])).await;
     assert_eq!(queue.counts().await, ["0", "0", "0"]);
     let malformed = queue.client.delete_message().queue_url(&queue.url).receipt_handle("x").send().await;
     assert!(malformed.unwrap_err().into_service_error().is_receipt_handle_is_invalid());
 
-    // Past its time in flight a message can still be deleted, but not hidden, while nobody else has it.
+    // After its visibility timeout a message can still be deleted, unless it was received again.
     queue.send("slow").await;
     let slow = queue.receive(0).await;
     tokio::time::sleep(Duration::from_millis(1200)).await;
-    let hidden = queue.hide(handle(&slow[0]), 5).await.unwrap_err();
-    assert_eq!(hidden.code(), Some("AWS.SimpleQueueService.MessageNotInflight"));
+    assert_eq!(queue.counts().await, ["1", "0", "0"]);
     queue.delete(handle(&slow[0])).await;
     assert_eq!(queue.counts().await, ["0", "0", "0"]);
 
-    // Received for no time at all, a message is in one receive once.
+    // With a visibility timeout of zero, one receive returns a message once.
     queue.send("peek").await;
     let peek = || queue.client.receive_message().queue_url(&queue.url).visibility_timeout(0).max_number_of_messages(10);
     assert_eq!(peek().send().await.unwrap().messages().len(), 1);
@@ -422,7 +400,7 @@ async fn sqs_hides_delays_and_deletes() {
 #[tokio::test]
 async fn sqs_wakes_a_waiting_receive() {
     let (_data, engines, config) = start().await;
-    let queue = Queue::new(&config, "q", &[(Attribute::ReceiveMessageWaitTimeSeconds, "20")]).await;
+    let queue = Queue::new(&config, "q", &[]).await;
     let started = Instant::now();
     let (received, ()) = tokio::join!(queue.receive(20), async {
         tokio::time::sleep(Duration::from_millis(200)).await;
@@ -432,17 +410,18 @@ async fn sqs_wakes_a_waiting_receive() {
     assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
     assert!(queue.receive(1).await.is_empty());
 
-    // A message that was hidden is handed over the moment that it is not.
-    let (again, ()) = tokio::join!(queue.receive(20), async {
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        queue.hide(handle(&received[0]), 1).await.unwrap();
-    });
+    // A waiting receive returns a hidden message at the time when it becomes visible.
+    queue.delete(handle(&received[0])).await;
+    queue.send("again").await;
+    let receive = queue.client.receive_message().queue_url(&queue.url);
+    assert_eq!(receive.visibility_timeout(1).send().await.unwrap().messages().len(), 1);
+    let again = queue.receive(20).await;
     assert_eq!(receive_count(&again[0]), "2");
-    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(6), "{:?}", started.elapsed());
 
-    // The queue's own wait applies where a receive names none, and a stop ends it.
+    // The engines' shutdown ends the wait.
     let started = Instant::now();
-    let waiting = tokio::spawn(queue.client.receive_message().queue_url(&queue.url).send());
+    let waiting = tokio::spawn(queue.client.receive_message().queue_url(&queue.url).wait_time_seconds(20).send());
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert!(!waiting.is_finished());
     engines.shutdown().await;
@@ -451,7 +430,7 @@ async fn sqs_wakes_a_waiting_receive() {
 }
 
 #[tokio::test]
-async fn sqs_takes_batches_and_attributes() {
+async fn sqs_accepts_batches_of_messages() {
     let (_data, engines, config) = start().await;
     let queue = Queue::new(&config, "q", &[]).await;
     let entry = |id: &str, body: &str| {
@@ -464,67 +443,37 @@ async fn sqs_takes_batches_and_attributes() {
     assert_eq!((sent.failed()[0].id(), sent.failed()[0].code()), ("b", "InvalidMessageContents"));
     let twice = batch().entries(entry("a", "1")).entries(entry("a", "2")).send().await.unwrap_err();
     assert!(twice.into_service_error().is_batch_entry_ids_not_distinct());
+    let invalid = batch().entries(entry("a b", "1")).send().await.unwrap_err();
+    assert!(invalid.into_service_error().is_invalid_batch_entry_id());
+    let empty = batch().set_entries(Some(Vec::new())).send().await.unwrap_err();
+    assert!(empty.into_service_error().is_empty_batch_request());
     let many = (0..11).map(|n| entry(&n.to_string(), "x")).collect();
     let many = batch().set_entries(Some(many)).send().await.unwrap_err();
     assert_eq!(many.code(), Some("AWS.SimpleQueueService.TooManyEntriesInBatchRequest"));
     let half = "x".repeat(600 * 1024);
     let long = batch().entries(entry("a", &half)).entries(entry("b", &half)).send().await.unwrap_err();
     assert!(long.into_service_error().is_batch_request_too_long());
-
     let received = queue.receive(0).await;
-    assert_eq!(received.len(), 2);
-    let mut hide = queue.client.change_message_visibility_batch().queue_url(&queue.url);
-    let mut delete = queue.client.delete_message_batch().queue_url(&queue.url);
-    for (id, message) in received.iter().enumerate() {
-        let change = sqs_types::ChangeMessageVisibilityBatchRequestEntry::builder();
-        hide = hide
-            .entries(change.id(id.to_string()).receipt_handle(handle(message)).visibility_timeout(60).build().unwrap());
-        let gone = sqs_types::DeleteMessageBatchRequestEntry::builder();
-        delete = delete.entries(gone.id(id.to_string()).receipt_handle(handle(message)).build().unwrap());
-    }
-    let bad = sqs_types::DeleteMessageBatchRequestEntry::builder().id("bad").receipt_handle("bad").build().unwrap();
-    assert_eq!(hide.send().await.unwrap().successful().len(), 2);
-    let deleted = delete.entries(bad).send().await.unwrap();
-    assert_eq!((deleted.successful().len(), deleted.failed()[0].code()), (2, "ReceiptHandleIsInvalid"));
-    assert_eq!(queue.counts().await, ["0", "0", "0"]);
-
-    let text = MessageAttributeValue::builder().data_type("String").string_value("v").build().unwrap();
-    let bytes = MessageAttributeValue::builder().data_type("Binary").binary_value(Blob::new([0, 255])).build().unwrap();
-    let sent = queue
-        .client
-        .send_message()
-        .queue_url(&queue.url)
-        .message_body("body")
-        .message_attributes("text", text)
-        .message_attributes("bytes", bytes)
-        .send()
-        .await
-        .unwrap();
-    assert_eq!(sent.md5_of_message_body(), Some("841a2d689ad86bd1611447453c22c6fc"));
-    assert_eq!(sent.md5_of_message_attributes(), Some("529ef292ffa2ce2f2010a02bdea5f565"));
-    let got = &queue.receive(0).await[0];
-    assert_eq!(got.md5_of_message_attributes(), sent.md5_of_message_attributes());
-    let attributes = got.message_attributes().unwrap();
-    assert_eq!(attributes["text"].string_value(), Some("v"));
-    assert_eq!(attributes["bytes"].binary_value().unwrap().as_ref(), [0, 255]);
+    let bodies: Vec<_> = received.iter().map(|message| message.body().unwrap()).collect();
+    assert_eq!(bodies, ["one", "three"]);
     engines.shutdown().await;
 }
 
 #[tokio::test]
-async fn sqs_gives_up_to_the_dead_letter_queue() {
+async fn sqs_moves_messages_to_the_dead_letter_queue() {
     let (_data, engines, config) = start().await;
     let dead = Queue::new(&config, "dead", &[]).await;
     let target = dead.attribute(Attribute::QueueArn).await;
     let policy = format!(r#"{{"deadLetterTargetArn":"{target}","maxReceiveCount":"2"}}"#);
-    let queue = Queue::new(&config, "q", &[(Attribute::RedrivePolicy, &policy)]).await;
+    let attributes = [(Attribute::RedrivePolicy, policy.as_str()), (Attribute::VisibilityTimeout, "0")];
+    let queue = Queue::new(&config, "q", &attributes).await;
     queue.send("poison").await;
     for count in ["1", "2"] {
         let got = queue.receive(0).await;
         assert_eq!(receive_count(&got[0]), count);
         assert_eq!(dead.counts().await, ["0", "0", "0"]);
-        queue.hide(handle(&got[0]), 0).await.unwrap();
     }
-    // The third receive would be one too many; whoever waits at the dead letter queue hears of it at once.
+    // The next receive moves the message instead, which wakes a waiting receive on the dead-letter queue.
     let (nothing, letters) = tokio::join!(queue.receive(0), dead.receive(5));
     assert!(nothing.is_empty());
     assert_eq!((letters[0].body().unwrap(), receive_count(&letters[0])), ("poison", "1"));
@@ -539,7 +488,7 @@ async fn sqs_gives_up_to_the_dead_letter_queue() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn sqs_gives_each_message_to_one_of_many_receivers() {
+async fn sqs_delivers_each_message_to_one_of_many_receivers() {
     let (_data, engines, config) = start().await;
     let queue = Queue::new(&config, "q", &[]).await;
     let receivers: Vec<_> = (0..50)
@@ -562,7 +511,7 @@ async fn sqs_gives_each_message_to_one_of_many_receivers() {
 }
 
 #[tokio::test]
-async fn sqs_refuses_with_typed_errors() {
+async fn sqs_returns_typed_errors() {
     let (_data, engines, config) = start().await;
     let queue = Queue::new(&config, "q", &[(Attribute::VisibilityTimeout, "60")]).await;
     let client = &queue.client;
@@ -571,6 +520,8 @@ async fn sqs_refuses_with_typed_errors() {
     assert_eq!(create("60").send().await.unwrap().queue_url(), Some(queue.url.as_str()));
     assert!(create("61").send().await.unwrap_err().into_service_error().is_queue_name_exists());
     assert!(create("x").send().await.unwrap_err().into_service_error().is_invalid_attribute_value());
+    let unsupported = client.create_queue().queue_name("r").attributes(Attribute::DelaySeconds, "1").send().await;
+    assert!(unsupported.unwrap_err().into_service_error().is_invalid_attribute_name());
 
     let full = "x".repeat(1024 * 1024);
     queue.send(&full).await;
@@ -578,30 +529,17 @@ async fn sqs_refuses_with_typed_errors() {
     assert_eq!(long.code(), Some("InvalidParameterValue"));
     assert!(long.message().unwrap().contains("1048576"), "{:?}", long.message());
 
-    let missing = client.get_queue_url().queue_name("none").send().await.unwrap_err().into_service_error();
-    assert!(missing.is_queue_does_not_exist(), "{missing:?}");
     let url = queue.url.replace("/q", "/none");
     let missing = client.send_message().queue_url(url).message_body("x").send().await.unwrap_err();
     assert!(missing.into_service_error().is_queue_does_not_exist());
-    let tags = client.list_queue_tags().queue_url(&queue.url).send().await.unwrap_err();
-    assert!(tags.message().unwrap().contains("does not know ListQueueTags"));
-
-    Queue::new(&config, "r", &[]).await;
-    let listed = client.list_queues().queue_name_prefix("r").send().await.unwrap();
-    assert!(listed.queue_urls()[0].ends_with("/r"));
-    let page = client.list_queues().max_results(1).send().await.unwrap();
-    let rest = client.list_queues().max_results(1).set_next_token(page.next_token).send().await.unwrap();
-    assert!(rest.queue_urls()[0].ends_with("/r") && rest.next_token().is_none());
-
-    // A queue deleted under a waiting receive ends it.
-    let receive = client.receive_message().queue_url(&queue.url).wait_time_seconds(20).max_number_of_messages(10);
-    receive.clone().send().await.unwrap();
-    let waiting = tokio::spawn(receive.send());
-    tokio::time::sleep(Duration::from_millis(200)).await;
-    client.delete_queue().queue_url(&queue.url).send().await.unwrap();
-    let gone = waiting.await.unwrap().unwrap_err().into_service_error();
-    assert!(matches!(gone, ReceiveMessageError::QueueDoesNotExist(_)), "{gone:?}");
-
+    let attribute = sqs_types::MessageAttributeValue::builder().data_type("String").string_value("v").build().unwrap();
+    let send = client.send_message().queue_url(&queue.url).message_body("x").message_attributes("name", attribute);
+    let unsupported = send.send().await.unwrap_err();
+    assert!(unsupported.message().unwrap().contains("does not support message attributes"));
+    let fifo = client.create_queue().queue_name("q.fifo").send().await.unwrap_err();
+    assert_eq!(fifo.code(), Some("InvalidParameterValue"));
+    let unsupported = client.list_queues().send().await.unwrap_err();
+    assert!(unsupported.message().unwrap().contains("does not support AmazonSQS.ListQueues"), "{unsupported:?}");
     engines.shutdown().await;
 }
 
@@ -611,11 +549,11 @@ async fn clients_reach_engines_without_ports() {
     let engines = Engines::in_process(data.path(), IN_PROCESS_S3).await.unwrap();
     let config = engines.sdk_config().await;
     let dynamodb = aws_sdk_dynamodb::Client::new(&config);
-    make_table(&dynamodb).await;
+    create_table(&dynamodb).await;
     let item = |id: &str| dynamodb.put_item().table_name("things").item("user", s("u")).item("id", s(id));
     item("a").item("note", s("first")).send().await.unwrap();
 
-    // DynamoDB's errors are the SDK's typed ones, with what belongs to them.
+    // Errors have the SDK's types, and their fields are set.
     let refused = item("a")
         .condition_expression("attribute_not_exists(id)")
         .return_values_on_condition_check_failure(ddb::ReturnValuesOnConditionCheckFailure::AllOld)
@@ -656,7 +594,7 @@ async fn clients_reach_engines_without_ports() {
     tokio::task::yield_now().await;
     queue.send("hello").await;
     assert_eq!(waiting.await.unwrap(), 1);
-    // A receive that waits returns when the engines stop.
+    // A waiting receive returns when the engines stop.
     let waiting = tokio::spawn({
         let receive = queue.client.receive_message().queue_url(&queue.url).wait_time_seconds(20);
         async move { receive.send().await.unwrap().messages.unwrap_or_default().len() }
@@ -665,7 +603,7 @@ async fn clients_reach_engines_without_ports() {
 
     engines.shutdown().await;
     assert_eq!(waiting.await.unwrap(), 0);
-    // Clients outlive the engines; what they ask for then fails.
+    // Requests of clients that outlive the engines fail.
     let closed = item("c").send().await.unwrap_err();
     assert!(closed.raw_response().is_some_and(|response| response.status().as_u16() == 503), "{closed:?}");
     let again = Engines::in_process(data.path(), IN_PROCESS_S3).await.unwrap();
@@ -686,13 +624,13 @@ async fn a_client_in_process_reaches_no_other_host() {
     engines.shutdown().await;
 }
 
-/// Requests from many tasks at once are answered each with its own answer, also those whose caller gives up meanwhile.
+/// Each of many concurrent requests gets its own response, even if other callers cancel theirs.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn calls_at_the_same_time_do_not_mix() {
     let data = TempDir::new().unwrap();
     let engines = Engines::in_process(data.path(), IN_PROCESS_S3).await.unwrap();
     let client = aws_sdk_dynamodb::Client::new(&engines.sdk_config().await);
-    make_table(&client).await;
+    create_table(&client).await;
     let mut tasks = tokio::task::JoinSet::new();
     for number in 0..64 {
         let client = client.clone();
@@ -700,8 +638,8 @@ async fn calls_at_the_same_time_do_not_mix() {
             let id = number.to_string();
             let put = client.put_item().table_name("things").item("user", s("u")).item("id", s(&id)).send();
             if number % 4 == 0 {
-                // Given up at once, or done; either is a whole outcome.
-                let _given_up = tokio::time::timeout(Duration::from_micros(1), put).await;
+                // Either outcome is valid: cancelled or executed.
+                let _cancelled = tokio::time::timeout(Duration::from_micros(1), put).await;
                 return;
             }
             put.await.unwrap();
@@ -720,21 +658,21 @@ async fn refused(data: &Path, ports: EnginePorts) -> String {
 }
 
 #[tokio::test]
-async fn engines_say_why_they_cannot_start() {
+async fn engines_report_why_they_cannot_start() {
     let (data, engines, _) = start().await;
     let text = refused(data.path(), EnginePorts::default()).await;
     assert!(text.contains(data.path().to_str().unwrap()) && text.contains("in use by another process"), "{text}");
 
     let other = TempDir::new().unwrap();
-    let taken: u16 = engines.sqs.rsplit(':').next().unwrap().parse().unwrap();
-    let text = refused(other.path(), EnginePorts { sqs: taken, ..EnginePorts::default() }).await;
-    assert!(text.contains(&format!("Port {taken} on 127.0.0.1 cannot be opened for SQS")), "{text}");
+    let used_port: u16 = engines.sqs.rsplit(':').next().unwrap().parse().unwrap();
+    let text = refused(other.path(), EnginePorts { sqs: used_port, ..EnginePorts::default() }).await;
+    assert!(text.contains(&format!("Port {used_port} on 127.0.0.1 cannot be opened for SQS")), "{text}");
 
-    // The same folder and ports are free as soon as a shutdown says so, and soon after a drop.
+    // The folder and the ports are free after a shutdown, and soon after a drop.
     engines.shutdown().await;
-    let ports = EnginePorts { sqs: taken, ..EnginePorts::default() };
+    let ports = EnginePorts { sqs: used_port, ..EnginePorts::default() };
     let engines = listening(data.path(), ports).await.unwrap();
-    assert_eq!(engines.sqs, format!("http://127.0.0.1:{taken}"));
+    assert_eq!(engines.sqs, format!("http://127.0.0.1:{used_port}"));
     assert!(engines.environment().contains(&("AWS_ENDPOINT_URL_SQS".to_owned(), engines.sqs.clone())));
     drop(engines);
     listening(data.path(), EnginePorts::default()).await.unwrap().shutdown().await;
@@ -752,14 +690,14 @@ async fn engines_say_why_they_cannot_start() {
 
     std::fs::write(other.path().join("engine-credentials.json"), "{}").unwrap();
     let text = refused(other.path(), EnginePorts::default()).await;
-    assert!(text.contains("engine-credentials.json does not hold"), "{text}");
+    assert!(text.contains("engine-credentials.json does not contain"), "{text}");
 
     let inside = other.path().join("engine-credentials.json/data");
     let text = refused(&inside, EnginePorts::default()).await;
     assert!(text.contains(inside.to_str().unwrap()) && text.contains("cannot be used"), "{text}");
 }
 
-/// Every file below the folder that somebody else than its owner may read, write or enter.
+/// The files and folders below the folder to which other users than the owner have access.
 fn open_to_others(folder: &Path) -> Vec<(PathBuf, u32)> {
     let (mut found, mut folders) = (Vec::new(), vec![folder.to_owned()]);
     while let Some(folder) = folders.pop() {
@@ -778,12 +716,12 @@ fn open_to_others(folder: &Path) -> Vec<(PathBuf, u32)> {
 }
 
 #[tokio::test]
-async fn what_the_engines_keep_is_for_the_owner_alone() {
+async fn the_engines_files_are_private_to_the_owner() {
     let data = TempDir::new().unwrap();
     let engines = Engines::in_process(data.path(), IN_PROCESS_S3).await.unwrap();
     assert!(!format!("{engines:?}").contains(&engines.credentials.secret_access_key));
     let config = engines.sdk_config().await;
-    make_table(&aws_sdk_dynamodb::Client::new(&config)).await;
+    create_table(&aws_sdk_dynamodb::Client::new(&config)).await;
     engines.ensure_bucket("files").unwrap();
     let s3 = aws_sdk_s3::Client::from_conf(aws_sdk_s3::config::Builder::from(&config).force_path_style(true).build());
     let put = s3.put_object().bucket("files").key("a b/c/d.txt").content_type("text/plain");
@@ -804,7 +742,7 @@ async fn what_the_engines_keep_is_for_the_owner_alone() {
     assert_eq!(open_to_others(data.path()), []);
     engines.shutdown().await;
 
-    // What an earlier version, or another program, has made for all to read.
+    // Files that an earlier version or another program has made readable for all users.
     let make_open = |path: &Path, mode| std::fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
     make_open(data.path(), 0o755);
     for path in ["dynamodb.sqlite", "engine-credentials.json", "engines.lock", "s3/files/a b/c/d.txt"] {

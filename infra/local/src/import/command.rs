@@ -5,37 +5,36 @@ use std::path::{Path, PathBuf};
 use super::jsonl::JsonLines;
 use super::openhands::DataFolder;
 use super::progress::Progress;
-use super::target::{Target, default_owner};
-use super::{End, Entry, ImportError, Skip};
-use crate::options::PlaceOptions;
+use super::{End, Entry, ImportError, Importer, Pace, Skip};
+use crate::options::TargetOptions;
+use crate::target::Target;
 
-/// Imports files of JSON lines into what the options say, or into the data folder. Answers whether all rows are there now;
-/// the summary is printed.
+/// Imports files of JSON lines and prints the summary. Returns whether all rows are now in the target.
 ///
 /// # Errors
-/// Nothing was imported; the text says why.
+/// The target or a file could not be opened, and nothing was imported.
 pub async fn import(
     files: &[PathBuf],
-    into: &PlaceOptions,
+    into: &TargetOptions,
     data: &Path,
     stop: impl Future<Output = ()>,
 ) -> Result<bool, ImportError> {
-    let lines = JsonLines::open(files, default_owner(into)?)?;
+    let lines = JsonLines::open(files, into.default_owner()?)?;
     let total = lines.total();
     run(lines, total, into, data, stop).await
 }
 
-/// Imports the data folder of an OpenHands app server, likewise.
+/// Imports the data folder of an OpenHands app server and prints the summary. Returns whether all rows are now in the target.
 ///
 /// # Errors
-/// Nothing was imported; the text says why.
+/// The target or the folder could not be opened, and nothing was imported.
 pub async fn import_openhands(
     folder: &Path,
-    into: &PlaceOptions,
+    into: &TargetOptions,
     data: &Path,
     stop: impl Future<Output = ()>,
 ) -> Result<bool, ImportError> {
-    let folder = DataFolder::open(folder, default_owner(into)?)?;
+    let folder = DataFolder::open(folder, into.default_owner()?)?;
     let total = folder.total();
     run(folder, total, into, data, stop).await
 }
@@ -43,25 +42,27 @@ pub async fn import_openhands(
 async fn run(
     entries: impl Iterator<Item = Result<Entry, Skip>> + Send + 'static,
     total: u64,
-    into: &PlaceOptions,
+    into: &TargetOptions,
     data: &Path,
     stop: impl Future<Output = ()>,
 ) -> Result<bool, ImportError> {
     let target = Target::open(into, data).await?;
+    let pace = if target.is_data_folder() { Pace::EMBEDDED } else { Pace::AWS };
+    let importer = Importer::new(&target.aws, &target.names, pace);
     let mut progress = Progress::new(total);
-    let (summary, end) = target.importer.run(entries, stop, |summary| progress.tell(summary.settled())).await;
-    progress.end();
+    let (summary, end) = importer.run(entries, stop, |summary| progress.report(summary.settled())).await;
+    progress.finish();
     target.close().await;
     print!("{summary}");
     match end {
         End::Complete => Ok(summary.skipped.is_empty()),
         End::Stopped => {
-            eprintln!("Stopped: the same command goes on where this one ended.");
+            eprintln!("Stopped. Run the same command again to import the remaining rows.");
             Ok(false)
         }
         End::Failed(error) => {
             eprintln!(
-                "A write failed: {}\nWhat is counted above is stored; the same command goes on from there.",
+                "A write failed: {}\nThe rows counted above are stored. Run the same command again to import the others.",
                 error.context()
             );
             Ok(false)

@@ -1,8 +1,8 @@
-//! Files of JSON lines: `{"type":"conversation","data":{…}}`, `{"type":"start_task","data":{…}}`,
+//! Reads files of JSON lines: `{"type":"conversation","data":{…}}`, `{"type":"start_task","data":{…}}`,
 //! `{"type":"event","conversation_id":…,"data":{…}}`, in any order.
 //!
-//! A file is read twice: first for the owners of conversations, because events are their conversation's owner's and may
-//! come before it; then for its rows. What cannot be read twice (standard input, a pipe) is copied to a temporary file.
+//! Each file is read twice: first for the owners of conversations, because an event belongs to the owner of its conversation and may
+//! precede it; then for its rows. Input that cannot be read twice (standard input, a pipe) is copied to a temporary file.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -20,10 +20,10 @@ use uuid::Uuid;
 use super::row::{self, Unfinished};
 use super::{Entry, ImportError, Skip};
 
-/// In bytes. A longer line is skipped: an agent server sends no event that long.
-const MAX_LINE: u64 = 64 * 1024 * 1024;
+/// A longer line is skipped: agent servers send no events of this size.
+const MAX_LINE_BYTES: u64 = 64 * 1024 * 1024;
 
-/// An iterator of the rows of files.
+/// An iterator over the rows of files.
 pub struct JsonLines {
     default: Option<UserId>,
     owners: Owners,
@@ -32,7 +32,7 @@ pub struct JsonLines {
     current: Option<(String, Lines)>,
 }
 
-/// A line, its parts unread.
+/// A line whose `data` is not parsed yet.
 #[derive(Deserialize)]
 struct Line<'l> {
     #[serde(borrow)]
@@ -43,18 +43,18 @@ struct Line<'l> {
     data: &'l RawValue,
 }
 
-/// Whose the conversations are that name an owner. Ids of owners are kept once.
+/// The owners of the conversations that name one. The id of each owner is stored once.
 #[derive(Default)]
 struct Owners {
     ids: Vec<UserId>,
     index: HashMap<String, usize>,
-    /// `None` for a conversation that several owners have.
+    /// `None` for a conversation with several owners.
     conversations: HashMap<Uuid, Option<usize>>,
 }
 
 impl Owners {
     fn note(&mut self, line: &str) {
-        /// The part of a conversation that says whose it is.
+        /// The fields of a conversation that identify its owner.
         #[derive(Deserialize)]
         struct Owned<'l> {
             #[serde(borrow)]
@@ -88,8 +88,8 @@ impl Owners {
 }
 
 impl JsonLines {
-    /// Opens all of the files, `-` being standard input, and looks through them once. Rows without an owner are `default`'s;
-    /// with `None`, they are skipped.
+    /// Opens all files and reads them once; `-` means standard input. Rows without an owner belong to `default`; if it is `None`, they
+    /// are skipped.
     ///
     /// # Errors
     /// Names the file that cannot be read.
@@ -114,7 +114,7 @@ impl JsonLines {
         Ok(Self { default, owners, total, files: files.into_iter(), current: None })
     }
 
-    /// How many rows there are.
+    /// The number of rows in all files.
     #[must_use]
     pub fn total(&self) -> u64 {
         self.total
@@ -124,15 +124,15 @@ impl JsonLines {
         let default = self.default.as_ref();
         let line: Line<'_> = serde_json::from_str(text).map_err(|error| {
             if error.is_data() {
-                "line: it is no object with a type and data".to_owned()
+                "line: it is not an object with a type and data".to_owned()
             } else {
-                "line: it is no JSON".to_owned()
+                "line: it is not JSON".to_owned()
             }
         })?;
         match &*line.r#type {
             "conversation" => Ok(Entry::Conversation(Box::new(row::conversation(&value(&line)?, default)?))),
             "start_task" => {
-                let (user, task) = row::start_task(&value(&line)?, default, Unfinished::AsGiven)?;
+                let (user, task) = row::start_task(&value(&line)?, default, Unfinished::Keep)?;
                 Ok(Entry::StartTask { user, task: Box::new(task) })
             }
             "event" => {
@@ -140,14 +140,14 @@ impl JsonLines {
                 let user = self.owners.of(conversation, default)?;
                 Ok(Entry::Event { user, conversation, event: row::event(line.data.get())? })
             }
-            _ => Err("line: its type is none of conversation, start_task, event".into()),
+            _ => Err("line: its type is not conversation, start_task or event".into()),
         }
     }
 }
 
 fn value(line: &Line<'_>) -> Result<Value, String> {
     serde_json::from_str(line.data.get())
-        .map_err(|_| "line: its data is nested too deeply, or holds numbers too large".into())
+        .map_err(|_| "line: its data is nested too deeply, or contains a number that is too large".into())
 }
 
 impl Iterator for JsonLines {
@@ -162,21 +162,24 @@ impl Iterator for JsonLines {
             let name = name.clone();
             match lines.next() {
                 Ok(Some((number, line))) => {
-                    let skip = |reason| Skip { place: format!("{name}:{number}"), reason };
+                    let skip = |reason| Skip { location: format!("{name}:{number}"), reason };
                     return Some(line.map_err(ToOwned::to_owned).and_then(|line| self.entry(&line)).map_err(skip));
                 }
                 Ok(None) => self.current = None,
                 Err(error) => {
-                    let place = format!("{name}:{}", lines.number + 1);
+                    let location = format!("{name}:{}", lines.number + 1);
                     self.current = None;
-                    return Some(Err(Skip { place, reason: format!("file: it cannot be read on: {error}") }));
+                    return Some(Err(Skip {
+                        location,
+                        reason: format!("file: the rest of it cannot be read: {error}"),
+                    }));
                 }
             }
         }
     }
 }
 
-/// A file that can be read twice.
+/// Opens a file for reading twice; copies it to a temporary file if necessary.
 fn open(path: &Path) -> io::Result<File> {
     if path == Path::new("-") {
         return copied(&mut io::stdin().lock());
@@ -192,7 +195,7 @@ fn copied(from: &mut dyn io::Read) -> io::Result<File> {
     Ok(copy)
 }
 
-/// The lines of a file with their numbers, empty ones left out.
+/// The lines of a file with their numbers, without empty lines.
 struct Lines {
     file: BufReader<File>,
     number: u64,
@@ -203,16 +206,16 @@ impl Lines {
         Self { file: BufReader::with_capacity(256 * 1024, file), number: 0 }
     }
 
-    /// The next line, or why it cannot be used.
+    /// Returns the next line, or the reason to skip it.
     fn next(&mut self) -> io::Result<Option<(u64, Result<String, &'static str>)>> {
         loop {
             let mut bytes = Vec::new();
-            let read = (&mut self.file).take(MAX_LINE).read_until(b'\n', &mut bytes)?;
+            let read = (&mut self.file).take(MAX_LINE_BYTES).read_until(b'\n', &mut bytes)?;
             if read == 0 {
                 return Ok(None);
             }
             self.number += 1;
-            if read as u64 == MAX_LINE && !bytes.ends_with(b"\n") {
+            if read as u64 == MAX_LINE_BYTES && !bytes.ends_with(b"\n") {
                 self.file.skip_until(b'\n')?;
                 return Ok(Some((self.number, Err("line: it is longer than 64 MiB"))));
             }

@@ -1,9 +1,9 @@
-//! Imports: records of another server become records of this one.
+//! Imports the records of another server.
 //!
-//! Readers ([`jsonl`], [`openhands`]) are iterators of entries and of what has to be skipped. An [`Importer`] takes any such
-//! iterator, makes batches of it and has several of them written at the same time, in bounded memory. Each batch is written
-//! with its counters or not at all, and what is there already is left as it is: a run that was stopped or killed at any point
-//! is completed by another one.
+//! Readers ([`jsonl`], [`openhands`]) are iterators over entries and over rows to skip. An [`Importer`] groups the entries of such an
+//! iterator into batches and writes several batches concurrently, in bounded memory. Each batch is written together with its counters
+//! or not at all, and existing rows are not changed. Import is therefore idempotent: a run that was stopped or killed at any point is
+//! completed by another run.
 
 pub mod command;
 pub mod jsonl;
@@ -11,7 +11,6 @@ pub mod openhands;
 mod progress;
 mod row;
 pub mod summary;
-mod target;
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry::{Occupied, Vacant};
@@ -27,79 +26,65 @@ use shared::conversation::ConversationRecord;
 use shared::conversation::store::{self as conversations, ConversationStore};
 use shared::event::store::{Event, EventStore};
 use shared::start::store::{self as start_tasks, ImportedTask, StartTaskStore};
+use shared::stores::Stores;
 use shared::user::UserId;
-use shared::user::seal::Sealer;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
 pub use self::summary::{Skip, Summary};
 
-/// Events that are written together.
-const EVENTS: usize = 100;
-/// In bytes. DynamoDB takes transactions of up to 4 MB, and a start task holds its texts twice.
-const BATCH_ROOM: usize = 1024 * 1024;
-/// How many rows wait for others of the same owner at most.
-const WAITING_ROWS: usize = 20_000;
-/// In bytes, likewise.
-const WAITING_ROOM: usize = 32 * 1024 * 1024;
-/// Owners are told apart by this many permits: two of them may have to share one.
-const LANES: usize = 256;
+/// The number of events in a batch.
+const EVENT_BATCH: usize = 100;
+/// DynamoDB accepts transactions of up to 4 MB, and a start task stores its texts twice.
+const MAX_BATCH_BYTES: usize = 1024 * 1024;
+/// The maximum number of rows in incomplete batches.
+const MAX_BUFFERED_ROWS: usize = 20_000;
+/// The maximum size of the rows in incomplete batches.
+const MAX_BUFFERED_BYTES: usize = 32 * 1024 * 1024;
+/// The number of semaphores that serialize the transactions of an owner. Owners with the same hash share one.
+const OWNER_SEMAPHORES: usize = 256;
 
-/// A row of data, ready to be stored.
+/// A row that is ready to be stored.
 #[derive(Clone, Debug)]
 pub enum Entry {
-    /// A conversation, its owner included.
     Conversation(Box<ConversationRecord>),
-    /// A start task.
     StartTask {
-        /// Its owner.
         user: UserId,
-        /// The task.
         task: Box<ImportedTask>,
     },
-    /// An event.
     Event {
-        /// The owner of its conversation.
+        /// The owner of the conversation.
         user: UserId,
-        /// Its conversation.
         conversation: Uuid,
-        /// The event.
         event: Event,
     },
 }
 
-/// Why an import did not begin, or cannot go on. Each one reads as a sentence.
+/// Why an import did not begin. Each message is a sentence.
 #[derive(Debug, thiserror::Error)]
 pub enum ImportError {
-    /// A file or folder.
     #[error("{path} cannot be read: {source}", path = path.display())]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// The folder is not one of the server that is imported from.
+    File { path: PathBuf, source: std::io::Error },
+    /// The folder is not a data folder of an OpenHands app server.
     #[error("{0}")]
     Source(String),
-    /// What is written to.
     #[error(transparent)]
-    Place(#[from] crate::place::PlaceError),
+    Target(#[from] crate::target::TargetError),
 }
 
-/// How many batches are written at the same time.
+/// The number of batches that are written concurrently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pace {
-    /// In all.
+    /// The maximum for all batches.
     pub in_flight: usize,
-    /// Conversations and start tasks of one owner. Their transactions share the item that counts them: on AWS two at the same
-    /// time collide, and one of them is done again.
+    /// The maximum for batches of conversations and start tasks of one owner. Their transactions update the same counter item: on AWS
+    /// concurrent ones conflict, and one of them has to be retried.
     pub per_owner: usize,
 }
 
 impl Pace {
-    /// For the embedded engines, which do one thing after the other: while one batch is written, the next is made ready.
+    /// For the embedded engines, which execute one operation at a time: while one batch is written, the next ones are prepared.
     pub const EMBEDDED: Self = Self { in_flight: 4, per_owner: 4 };
     /// For AWS.
     pub const AWS: Self = Self { in_flight: 16, per_owner: 1 };
@@ -108,11 +93,11 @@ impl Pace {
 /// How a run ended.
 #[derive(Debug)]
 pub enum End {
-    /// All entries were looked at.
+    /// All entries were processed.
     Complete,
-    /// It was told to stop.
+    /// The run was stopped early.
     Stopped,
-    /// A write failed; none of its batch's conversations and start tasks are stored.
+    /// A write failed. None of the conversations or start tasks of its batch are stored.
     Failed(shared::Error),
 }
 
@@ -126,35 +111,28 @@ struct Inner {
     start_tasks: StartTaskStore,
     events: EventStore,
     pace: Pace,
-    lanes: Vec<Semaphore>,
+    owner_semaphores: Vec<Semaphore>,
 }
 
 impl Importer {
-    /// An importer into the tables and the bucket of these names.
+    /// Creates an importer into the tables and the bucket with these names.
     #[must_use]
     pub fn new(aws: &Aws, names: &Names, pace: Pace) -> Self {
-        let (dynamodb, s3) = (&aws.dynamodb, &aws.s3);
+        // No sealing key: secrets of imported requests are dropped.
+        let stores = Stores::without_key(names, aws);
         Self(Arc::new(Inner {
-            conversations: ConversationStore::new(dynamodb.clone(), names.conversations.clone(), names.users.clone()),
-            start_tasks: StartTaskStore::new(
-                dynamodb.clone(),
-                names.start_tasks.clone(),
-                names.users.clone(),
-                s3.clone(),
-                names.bucket.clone(),
-                // Secrets of imported requests are dropped, so nothing is ever sealed with it.
-                Sealer::ephemeral(),
-            ),
-            events: EventStore::new(dynamodb.clone(), names.events.clone(), s3.clone(), names.bucket.clone()),
+            conversations: stores.conversations(),
+            start_tasks: stores.start_tasks_without_secrets(),
+            events: stores.events(),
             pace,
-            lanes: (0..LANES).map(|_| Semaphore::new(pace.per_owner.max(1))).collect(),
+            owner_semaphores: (0..OWNER_SEMAPHORES).map(|_| Semaphore::new(pace.per_owner.max(1))).collect(),
         }))
     }
 
-    /// Takes all entries, or those up to where `stop` ends: then what is being written is written to its end. Entries are read
-    /// in a thread of their own. `progress` is told what is settled after each batch.
+    /// Writes all entries, or those until `stop` completes: batches that are being written are then finished. The entries are read in
+    /// a separate thread. `progress` is called with the summary after each batch.
     ///
-    /// Dropping the future stops the run wherever it is; that, too, another run completes.
+    /// Dropping the future stops the run at any point. Another run completes it.
     pub async fn run(
         &self,
         entries: impl Iterator<Item = Result<Entry, Skip>> + Send + 'static,
@@ -174,7 +152,7 @@ impl Importer {
                 () = &mut stop, if end.is_none() => end = Some(End::Stopped),
                 Some(written) = running.join_next() => match written {
                     Ok(Ok(written)) => {
-                        note(&mut summary, written);
+                        record(&mut summary, written);
                         progress(&summary);
                     }
                     Ok(Err(error)) => end = Some(End::Failed(error)),
@@ -189,11 +167,11 @@ impl Importer {
                 },
             }
         }
-        // The reader stops at its next batch, unless it is through.
+        // Closes the channel, which stops the reader at its next batch if it has not finished.
         drop(batches);
         let end = match end {
             Some(End::Complete) if reader.join().is_err() => {
-                End::Failed(shared::Error::internal("the reader of the data failed"))
+                End::Failed(shared::Error::internal("the thread that reads the entries panicked"))
             }
             Some(end) => end,
             None => End::Complete,
@@ -205,12 +183,12 @@ impl Importer {
         let Inner { conversations, start_tasks, events, .. } = &*self.0;
         match batch {
             Batch::Conversations(user, records) => {
-                let _permit = self.lane(&user).acquire().await;
+                let _permit = self.owner_semaphore(&user).acquire().await;
                 let new = conversations.import(&user, &records).await?;
                 Ok(Written::Conversations(user, new))
             }
             Batch::StartTasks(user, tasks) => {
-                let _permit = self.lane(&user).acquire().await;
+                let _permit = self.owner_semaphore(&user).acquire().await;
                 let new = start_tasks.import(&user, &tasks).await?;
                 Ok(Written::StartTasks(user, new))
             }
@@ -227,16 +205,16 @@ impl Importer {
         }
     }
 
-    /// What keeps an owner's transactions apart.
-    fn lane(&self, user: &UserId) -> &Semaphore {
+    /// The semaphore that limits the concurrent transactions of an owner.
+    fn owner_semaphore(&self, user: &UserId) -> &Semaphore {
         let mut hasher = DefaultHasher::new();
         user.hash(&mut hasher);
-        let lanes = &self.0.lanes;
-        &lanes[usize::try_from(hasher.finish() % LANES as u64).unwrap_or_default()]
+        let semaphores = &self.0.owner_semaphores;
+        &semaphores[usize::try_from(hasher.finish() % OWNER_SEMAPHORES as u64).unwrap_or_default()]
     }
 }
 
-/// Rows that are written by one call.
+/// Rows that one call writes.
 enum Batch {
     Conversations(UserId, Vec<ConversationRecord>),
     StartTasks(UserId, Vec<ImportedTask>),
@@ -244,7 +222,7 @@ enum Batch {
     Skipped(Vec<Skip>),
 }
 
-/// A batch that is settled: for each row, whether it is new.
+/// The outcome of a batch: for each row, whether it was new.
 enum Written {
     Conversations(UserId, Vec<bool>),
     StartTasks(UserId, Vec<bool>),
@@ -252,7 +230,7 @@ enum Written {
     Skipped(Vec<Skip>),
 }
 
-fn note(summary: &mut Summary, written: Written) {
+fn record(summary: &mut Summary, written: Written) {
     match written {
         Written::Conversations(user, new) => {
             summary.conversations.add(&new);
@@ -270,17 +248,17 @@ fn note(summary: &mut Summary, written: Written) {
     }
 }
 
-/// Makes batches of entries until there are no more, or nobody wants them.
+/// Groups the entries into batches, until there are no more entries or the receiver is dropped.
 fn read(entries: impl Iterator<Item = Result<Entry, Skip>>, batches: &mpsc::Sender<Batch>) {
-    let mut waiting = Waiting::default();
+    let mut buffer = Buffer::default();
     for entry in entries {
         let full = match entry {
-            Ok(entry) => waiting.add(entry),
-            Err(skip) => waiting.skip(skip),
+            Ok(entry) => buffer.add(entry),
+            Err(skip) => buffer.skip(skip),
         };
         let mut ready: Vec<Batch> = full.into_iter().collect();
-        if waiting.rows >= WAITING_ROWS || waiting.room >= WAITING_ROOM {
-            ready.extend(waiting.drain());
+        if buffer.rows >= MAX_BUFFERED_ROWS || buffer.size_bytes >= MAX_BUFFERED_BYTES {
+            ready.extend(buffer.drain());
         }
         for batch in ready {
             if batches.blocking_send(batch).is_err() {
@@ -288,95 +266,94 @@ fn read(entries: impl Iterator<Item = Result<Entry, Skip>>, batches: &mpsc::Send
             }
         }
     }
-    for batch in waiting.drain() {
+    for batch in buffer.drain() {
         if batches.blocking_send(batch).is_err() {
             return;
         }
     }
 }
 
-/// Rows that are to be written together.
+/// Rows that will be written together.
 struct Group<T> {
     rows: Vec<T>,
-    /// In bytes.
-    room: usize,
+    size_bytes: usize,
 }
 
-/// Adds a row to its group; answers the group when it is full with it.
+/// Adds a row to its group. Removes and returns the group if it is then full.
 fn push<K: Eq + Hash, T>(
     groups: &mut HashMap<K, Group<T>>,
     key: K,
     row: T,
-    room: usize,
+    size_bytes: usize,
     limit: usize,
 ) -> Option<(K, Group<T>)> {
     let mut entry = match groups.entry(key) {
         Occupied(entry) => entry,
-        Vacant(entry) => entry.insert_entry(Group { rows: Vec::new(), room: 0 }),
+        Vacant(entry) => entry.insert_entry(Group { rows: Vec::new(), size_bytes: 0 }),
     };
     let group = entry.get_mut();
     group.rows.push(row);
-    group.room += room;
-    let full = group.rows.len() >= limit || group.room >= BATCH_ROOM;
+    group.size_bytes += size_bytes;
+    let full = group.rows.len() >= limit || group.size_bytes >= MAX_BATCH_BYTES;
     full.then(|| entry.remove_entry())
 }
 
-/// Rows that wait for others with the same owner.
+/// Rows in incomplete batches, grouped by owner and conversation.
 #[derive(Default)]
-struct Waiting {
+struct Buffer {
     conversations: HashMap<UserId, Group<ConversationRecord>>,
     start_tasks: HashMap<UserId, Group<ImportedTask>>,
     events: HashMap<(UserId, Uuid), Group<Event>>,
     skipped: Vec<Skip>,
     rows: usize,
-    room: usize,
+    size_bytes: usize,
 }
 
-impl Waiting {
-    /// Adds an entry; answers the batch that is full with it.
+impl Buffer {
+    /// Adds an entry. Returns its batch if that is then full.
     fn add(&mut self, entry: Entry) -> Option<Batch> {
         self.rows += 1;
         match entry {
             Entry::Conversation(record) => {
-                let (user, room) = (record.user.clone(), row::texts_of(&record));
-                self.room += room;
-                let full = push(&mut self.conversations, user, *record, room, conversations::IMPORT_LIMIT);
-                full.map(|(user, group)| Batch::Conversations(user, self.taken(group)))
+                let (user, size_bytes) = (record.user.clone(), row::text_bytes(&record));
+                self.size_bytes += size_bytes;
+                let full = push(&mut self.conversations, user, *record, size_bytes, conversations::IMPORT_LIMIT);
+                full.map(|(user, group)| Batch::Conversations(user, self.unbuffer(group)))
             }
             Entry::StartTask { user, task } => {
-                let room = 2 * row::texts_of_task(&task);
-                self.room += room;
-                let full = push(&mut self.start_tasks, user, *task, room, start_tasks::IMPORT_LIMIT);
-                full.map(|(user, group)| Batch::StartTasks(user, self.taken(group)))
+                let size_bytes = 2 * row::task_text_bytes(&task);
+                self.size_bytes += size_bytes;
+                let full = push(&mut self.start_tasks, user, *task, size_bytes, start_tasks::IMPORT_LIMIT);
+                full.map(|(user, group)| Batch::StartTasks(user, self.unbuffer(group)))
             }
             Entry::Event { user, conversation, event } => {
-                let room = event.json.len();
-                self.room += room;
-                let full = push(&mut self.events, (user, conversation), event, room, EVENTS);
-                full.map(|((user, conversation), group)| Batch::Events(user, conversation, self.taken(group)))
+                let size_bytes = event.json.len();
+                self.size_bytes += size_bytes;
+                let full = push(&mut self.events, (user, conversation), event, size_bytes, EVENT_BATCH);
+                full.map(|((user, conversation), group)| Batch::Events(user, conversation, self.unbuffer(group)))
             }
         }
     }
 
     fn skip(&mut self, skip: Skip) -> Option<Batch> {
         self.skipped.push(skip);
-        (self.skipped.len() >= EVENTS).then(|| Batch::Skipped(std::mem::take(&mut self.skipped)))
+        (self.skipped.len() >= EVENT_BATCH).then(|| Batch::Skipped(std::mem::take(&mut self.skipped)))
     }
 
-    /// The rows of a group that waits no more.
-    fn taken<T>(&mut self, group: Group<T>) -> Vec<T> {
+    /// Subtracts a group from the counts of the buffer, and returns its rows.
+    fn unbuffer<T>(&mut self, group: Group<T>) -> Vec<T> {
         self.rows -= group.rows.len();
-        self.room -= group.room;
+        self.size_bytes -= group.size_bytes;
         group.rows
     }
 
-    /// Whatever waits.
+    /// Removes and returns all rows as batches.
     fn drain(&mut self) -> Vec<Batch> {
-        let waiting = std::mem::take(self);
-        let conversations = waiting.conversations.into_iter();
-        let start_tasks = waiting.start_tasks.into_iter();
-        let events = waiting.events.into_iter();
-        let skipped = (!waiting.skipped.is_empty()).then_some(Batch::Skipped(waiting.skipped));
+        let buffer = std::mem::take(self);
+        let conversations = buffer.conversations.into_iter();
+        let start_tasks = buffer.start_tasks.into_iter();
+        let events = buffer.events.into_iter();
+        let skipped = (!buffer.skipped.is_empty()).then_some(Batch::Skipped(buffer.skipped));
         conversations
             .map(|(user, group)| Batch::Conversations(user, group.rows))
             .chain(start_tasks.map(|(user, group)| Batch::StartTasks(user, group.rows)))

@@ -1,8 +1,8 @@
-//! The data folder of an OpenHands app server: its SQLite database, and the files of events beside it.
+//! Reads the data folder of an OpenHands app server: its SQLite database and its event files.
 //!
-//! Nothing is written there, and the database may be in use. A database in WAL mode that is open elsewhere is read through its
-//! shared memory, which is opened read-only too; one that nobody has open is copied, because SQLite would make files
-//! beside it. Rows are read in short queries: where the database is not in WAL mode, a longer one would hold up its server.
+//! Nothing is written to the folder, and the database may be in use. If a database in WAL mode is open in another process, it is read
+//! through its shared memory, which is opened read-only as well. If no process has it open, it is copied, because SQLite would create
+//! files next to it. Rows are read in short queries: without WAL mode, a longer query would block the server.
 
 use std::collections::{HashMap, VecDeque};
 use std::ffi::OsString;
@@ -25,17 +25,17 @@ use super::{Entry, ImportError, Skip};
 
 const DATABASE: &str = "openhands.db";
 const EVENTS: &str = "v1_conversations";
-/// How long to wait for the server to end a write.
+/// How long to wait while the server writes.
 const BUSY: Duration = Duration::from_secs(10);
-/// Rows that are read by one query.
-const PAGE: usize = 500;
-/// In bytes. An agent server sends no event that long.
-const MAX_EVENT: u64 = 64 * 1024 * 1024;
+/// The number of rows that one query reads.
+const PAGE_ROWS: usize = 500;
+/// A larger event is skipped: agent servers send no events of this size.
+const MAX_EVENT_BYTES: u64 = 64 * 1024 * 1024;
 
-const NOT_V1: &str = "conversation: it is of version V0, which this server does not know";
-const NO_CONVERSATION: &str = "event: its conversation is not in the database, or was not taken";
+const NOT_V1: &str = "conversation: it has version V0, which this server does not support";
+const NO_CONVERSATION: &str = "event: its conversation is not in the database, or was skipped";
 
-/// The tables that are read, in this order.
+/// The tables in the order in which they are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Table {
     Conversations,
@@ -58,19 +58,19 @@ impl Table {
     }
 }
 
-/// A row by the names of its columns, without those that are null.
+/// The values of a row by column name, without nulls.
 type Columns = Map<String, Value>;
 
-/// An iterator of what a data folder holds.
+/// An iterator over the rows and events of a data folder.
 pub struct DataFolder {
     default: Option<UserId>,
     database: Connection,
-    // Removed when it is dropped, and the connection before it.
+    // The folder of a temporary copy. It is declared after the connection, so that it is removed after the connection is closed.
     _copy: Option<TempDir>,
     tables: vec::IntoIter<Table>,
     table: Option<(Table, i64)>,
     page: VecDeque<(Table, Columns)>,
-    /// The owners of the conversations that were taken.
+    /// The owners of the imported conversations.
     owners: HashMap<Uuid, UserId>,
     folders: vec::IntoIter<PathBuf>,
     folder: Option<(Option<UserId>, Uuid, ReadDir)>,
@@ -78,21 +78,21 @@ pub struct DataFolder {
 }
 
 impl DataFolder {
-    /// Opens a data folder. Rows without an owner are `default`'s; with `None`, they are skipped.
+    /// Opens a data folder. Rows without an owner belong to `default`; if it is `None`, they are skipped.
     ///
     /// # Errors
-    /// A sentence: the folder is none of that server, or cannot be read.
+    /// The folder is not a data folder of an OpenHands app server, or cannot be read.
     pub fn open(folder: &Path, default: Option<UserId>) -> Result<Self, ImportError> {
         let path = folder.join(DATABASE);
         if !path.is_file() {
             return Err(ImportError::Source(format!(
-                "There is no {DATABASE} in {}: it is not the data folder of an OpenHands app server.",
+                "There is no {DATABASE} in {}, so it is not the data folder of an OpenHands app server.",
                 folder.display()
             )));
         }
         let unreadable = |error: &rusqlite::Error| {
             ImportError::Source(format!(
-                "{} cannot be read: {error}. If its server was killed, start it once more and end it.",
+                "{} cannot be read: {error}. If its server was killed, start the server again and stop it.",
                 path.display()
             ))
         };
@@ -125,20 +125,20 @@ impl DataFolder {
         })
     }
 
-    /// How many rows and events there are.
+    /// The number of rows and events.
     #[must_use]
     pub fn total(&self) -> u64 {
         self.total
     }
 
-    /// The next row of the tables.
+    /// Returns the next row of the tables.
     fn row(&mut self) -> Option<Result<(Table, Columns), Skip>> {
         loop {
             if let Some(row) = self.page.pop_front() {
                 return Some(Ok(row));
             }
             let (table, after) = match self.table {
-                Some(place) => place,
+                Some(position) => position,
                 None => (self.tables.next()?, i64::MIN),
             };
             match page(&self.database, table, after) {
@@ -149,7 +149,7 @@ impl DataFolder {
                 Err(error) => {
                     self.table = None;
                     return Some(Err(Skip {
-                        place: format!("{DATABASE}, {}", table.name()),
+                        location: format!("{DATABASE}, {}", table.name()),
                         reason: format!("database: the rest of a table cannot be read: {error}"),
                     }));
                 }
@@ -168,20 +168,20 @@ impl DataFolder {
 
     fn start_task(&self, mut columns: Columns) -> Result<Entry, String> {
         decode(&mut columns, "request");
-        // Another server's unfinished start cannot be continued here, and showing it as it is would say that it goes on.
-        let (user, task) = row::start_task(&Value::Object(columns), self.default.as_ref(), Unfinished::Ended)?;
+        // An unfinished start of another server cannot be continued here. Its status would say that it is still running.
+        let (user, task) = row::start_task(&Value::Object(columns), self.default.as_ref(), Unfinished::Fail)?;
         Ok(Entry::StartTask { user, task: Box::new(task) })
     }
 
-    /// The next event file.
+    /// Returns the event of the next file.
     fn event(&mut self) -> Option<Result<Entry, Skip>> {
         loop {
             let Some((owner, conversation, files)) = &mut self.folder else {
                 let path = self.folders.next()?;
                 let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-                let skip = |reason: String| Skip { place: path.display().to_string(), reason };
+                let skip = |reason: String| Skip { location: path.display().to_string(), reason };
                 let Ok(conversation) = Uuid::parse_str(&name) else {
-                    return Some(Err(skip("event: its folder is not named for a conversation".into())));
+                    return Some(Err(skip("event: the name of its folder is not the id of a conversation".into())));
                 };
                 match fs::read_dir(&path) {
                     Ok(files) => {
@@ -198,9 +198,9 @@ impl DataFolder {
             let path = match file {
                 Ok(file) => file.path(),
                 Err(error) => {
-                    let place = conversation.simple().to_string();
+                    let location = conversation.simple().to_string();
                     self.folder = None;
-                    return Some(Err(Skip { place, reason: format!("event: its folder cannot be read: {error}") }));
+                    return Some(Err(Skip { location, reason: format!("event: its folder cannot be read: {error}") }));
                 }
             };
             if !is_event(&path) {
@@ -212,7 +212,7 @@ impl DataFolder {
                     event(&path).map(|event| Entry::Event { user: owner.clone(), conversation: *conversation, event })
                 }
             };
-            return Some(entry.map_err(|reason| Skip { place: path.display().to_string(), reason }));
+            return Some(entry.map_err(|reason| Skip { location: path.display().to_string(), reason }));
         }
     }
 }
@@ -224,12 +224,12 @@ impl Iterator for DataFolder {
         match self.row() {
             Some(Ok((table, columns))) => {
                 let id = columns.get(table.key()).and_then(Value::as_str).unwrap_or("without an id");
-                let place = format!("{DATABASE}, {} {id:.64}", table.name());
+                let location = format!("{DATABASE}, {} {id:.64}", table.name());
                 let entry = match table {
                     Table::Conversations => self.conversation(columns),
                     Table::StartTasks => self.start_task(columns),
                 };
-                Some(entry.map_err(|reason| Skip { place, reason }))
+                Some(entry.map_err(|reason| Skip { location, reason }))
             }
             Some(Err(skip)) => Some(Err(skip)),
             None => self.event(),
@@ -237,21 +237,21 @@ impl Iterator for DataFolder {
     }
 }
 
-/// A connection to the database, or to a copy of it that is removed with the folder.
+/// Opens the database, or a copy of it in a temporary folder, which is returned as well.
 fn connect(path: &Path) -> io::Result<(rusqlite::Result<Connection>, Option<TempDir>)> {
     if !is_wal(path)? {
         return Ok((open(path, "mode=ro"), None));
     }
-    let is_open = || beside(path, "-shm").exists() && beside(path, "-wal").exists();
+    let is_open = || sibling(path, "-shm").exists() && sibling(path, "-wal").exists();
     if !is_open() {
         let folder = tempfile::tempdir()?;
         let copy = folder.path().join(DATABASE);
         fs::copy(path, &copy)?;
-        match fs::copy(beside(path, "-wal"), beside(&copy, "-wal")) {
+        match fs::copy(sibling(path, "-wal"), sibling(&copy, "-wal")) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        // If somebody opened it meanwhile, the copy may be of two states.
+        // If another process opened the database meanwhile, the copy may be inconsistent.
         if !is_open() {
             return Ok((open(&copy, "mode=rw"), Some(folder)));
         }
@@ -268,20 +268,20 @@ fn open(path: &Path, parameters: &str) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
-/// Whether the header says that the database keeps a write-ahead log.
+/// Whether the database is in WAL mode, according to its header.
 fn is_wal(path: &Path) -> io::Result<bool> {
     let mut header = Vec::new();
     File::open(path)?.take(20).read_to_end(&mut header)?;
     Ok(header.get(18) == Some(&2))
 }
 
-fn beside(path: &Path, suffix: &str) -> PathBuf {
+fn sibling(path: &Path, suffix: &str) -> PathBuf {
     let mut name = OsString::from(path);
     name.push(suffix);
     name.into()
 }
 
-/// How many rows a table has; `None` when there is no such table.
+/// The number of rows of a table; `None` if the table does not exist.
 fn count(database: &Connection, table: Table) -> rusqlite::Result<Option<u64>> {
     if !database.table_exists(None, table.name())? {
         return Ok(None);
@@ -290,10 +290,10 @@ fn count(database: &Connection, table: Table) -> rusqlite::Result<Option<u64>> {
     Ok(Some(count.unsigned_abs()))
 }
 
-/// The rows behind `after`, and where the next page begins; there is none behind an empty one.
+/// Returns the rows with a `rowid` greater than `after`, and the last `rowid` as the start of the next page; `None` after the last row.
 fn page(database: &Connection, table: Table, after: i64) -> rusqlite::Result<(Vec<Columns>, Option<i64>)> {
-    // All columns: which there are depends on the server's version.
-    let query = format!("SELECT rowid, * FROM {} WHERE rowid > ? ORDER BY rowid LIMIT {PAGE}", table.name());
+    // All columns are selected, because the set of columns depends on the server's version.
+    let query = format!("SELECT rowid, * FROM {} WHERE rowid > ? ORDER BY rowid LIMIT {PAGE_ROWS}", table.name());
     let mut statement = database.prepare_cached(&query)?;
     let mut rows = statement.query([after])?;
     let mut page = Vec::new();
@@ -320,7 +320,7 @@ fn columns(row: &Row<'_>) -> rusqlite::Result<Columns> {
     Ok(columns)
 }
 
-/// A row as the API shows the conversation.
+/// Converts a row to the API's representation of the conversation.
 fn conversation(mut columns: Columns) -> Value {
     decode(&mut columns, "pr_number");
     decode(&mut columns, "tags");
@@ -346,7 +346,7 @@ fn conversation(mut columns: Columns) -> Value {
     Value::Object(columns)
 }
 
-/// Reads a column that holds JSON; what is none is left as the text that it is, and refused as such later.
+/// Parses a column that contains JSON. An invalid value stays a text, which the parser of the row rejects later.
 fn decode(columns: &mut Columns, name: &str) {
     if let Some(value) = columns.get_mut(name)
         && let Some(Ok(decoded)) = value.as_str().map(serde_json::from_str)
@@ -355,7 +355,7 @@ fn decode(columns: &mut Columns, name: &str) {
     }
 }
 
-/// The folders with a conversation's events each, those of users included.
+/// The folders of events, one per conversation, including those in the folders of users.
 fn event_folders(data: &Path) -> io::Result<Vec<PathBuf>> {
     let mut roots = vec![data.join(EVENTS)];
     for user in fs::read_dir(data)? {
@@ -378,11 +378,11 @@ fn is_event(path: &Path) -> bool {
 
 fn event(path: &Path) -> Result<shared::event::store::Event, String> {
     let mut json = String::new();
-    let read = File::open(path).and_then(|file| file.take(MAX_EVENT + 1).read_to_string(&mut json));
+    let read = File::open(path).and_then(|file| file.take(MAX_EVENT_BYTES + 1).read_to_string(&mut json));
     match read {
         Err(error) if error.kind() == io::ErrorKind::InvalidData => Err("event: it is not UTF-8".into()),
         Err(error) => Err(format!("event: its file cannot be read: {error}")),
-        Ok(length) if length as u64 > MAX_EVENT => Err("event: it is longer than 64 MiB".into()),
+        Ok(length) if length as u64 > MAX_EVENT_BYTES => Err("event: it is longer than 64 MiB".into()),
         Ok(_) => row::event(json.trim()),
     }
 }

@@ -1,21 +1,19 @@
-//! How far an import is, for people: a bar on a terminal, else a line now and then.
+//! Shows the progress of an import on standard error: a bar on a terminal, otherwise a line every few seconds.
 
 use std::io::{self, IsTerminal as _};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// How often a line is written.
-const LINE_EVERY: Duration = Duration::from_secs(5);
+const LINE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Tells on standard error.
 pub(super) enum Progress {
     Bar(ProgressBar),
     Lines { total: u64, last: Instant },
 }
 
 impl Progress {
-    /// Looks now whether standard error is a terminal.
+    /// Checks once whether standard error is a terminal.
     pub(super) fn new(total: u64) -> Self {
         if !io::stderr().is_terminal() {
             return Self::Lines { total, last: Instant::now() };
@@ -25,12 +23,12 @@ impl Progress {
         Self::Bar(bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar())))
     }
 
-    /// So many rows are settled.
-    pub(super) fn tell(&mut self, settled: u64) {
+    /// Shows how many rows are settled: imported, already present or skipped.
+    pub(super) fn report(&mut self, settled: u64) {
         match self {
             Self::Bar(bar) => bar.set_position(settled),
             Self::Lines { total, last } => {
-                if last.elapsed() >= LINE_EVERY {
+                if last.elapsed() >= LINE_INTERVAL {
                     *last = Instant::now();
                     eprintln!("{settled} of {total} rows");
                 }
@@ -38,8 +36,8 @@ impl Progress {
         }
     }
 
-    /// Leaves the terminal to others.
-    pub(super) fn end(self) {
+    /// Ends the bar, so that other output can follow it.
+    pub(super) fn finish(self) {
         if let Self::Bar(bar) = self {
             bar.abandon();
         }

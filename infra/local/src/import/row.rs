@@ -1,7 +1,7 @@
-//! One row of imported data: read strictly, so that nothing is guessed and the store refuses none of it later.
+//! Parses rows of imported data strictly, so that no value is guessed and the store accepts every parsed row.
 //!
-//! A row that cannot be taken is answered with the reason, without the values in it: reasons are grouped in a summary, and
-//! values may be secrets.
+//! A row that cannot be imported is an error with the reason. The reason contains no values of the row: reasons are grouped in a
+//! summary, and values may be secrets.
 
 use std::borrow::Cow;
 
@@ -23,27 +23,27 @@ use shared::user::UserId;
 use shared::user::git::without_credentials;
 use uuid::Uuid;
 
-/// In bytes. Owners and sandbox ids are parts of keys, which DynamoDB takes up to 1024 or 2048 bytes of.
-const MAX_KEY_PART: usize = 512;
-/// In bytes. DynamoDB takes no item over 400 KB, and a start task holds its `detail` twice.
-const MAX_TEXTS: usize = 150 * 1024;
+/// Owners and sandbox ids are parts of keys, whose length DynamoDB limits to 1024 or 2048 bytes.
+const MAX_KEY_PART_BYTES: usize = 512;
+/// DynamoDB limits items to 400 KB, and a start task stores its `detail` twice.
+const MAX_TEXT_BYTES: usize = 150 * 1024;
 const MAX_PULL_REQUESTS: usize = 1000;
-/// DynamoDB takes numbers up to 10^125, and from 10^-130 on.
+/// A range within that of DynamoDB's numbers, which is from 10^-130 to 10^125.
 const FLOATS: std::ops::RangeInclusive<f64> = 1e-100..=1e100;
 
-/// The owner of a row that names none.
+/// The owner of rows that name none; with `None`, such rows are skipped.
 pub(super) type DefaultOwner<'o> = Option<&'o UserId>;
 
-/// What becomes of a start that was not finished when it was exported.
+/// How to import a start that was not finished.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Unfinished {
-    /// It shows as it did.
-    AsGiven,
-    /// It shows as an ERROR that says so.
-    Ended,
+    /// Its status is not changed.
+    Keep,
+    /// Its status becomes ERROR, with a `detail` that explains it.
+    Fail,
 }
 
-/// `AppConversationInfo` of the contract; `AppConversation` will do as well, its live fields are left out.
+/// Parses an `AppConversationInfo` of the contract. An `AppConversation` is accepted as well; its live fields are ignored.
 pub(super) fn conversation(data: &Value, default: DefaultOwner<'_>) -> Result<ConversationRecord, String> {
     read("conversation", data, |check, fields| {
         let user = owner(check, fields, default);
@@ -84,20 +84,20 @@ pub(super) fn conversation(data: &Value, default: DefaultOwner<'_>) -> Result<Co
             created_at: created_at?,
             updated_at: updated_at?.or(created_at)?,
         };
-        if texts_of(&record) > MAX_TEXTS || record.pr_number.len() > MAX_PULL_REQUESTS {
+        if text_bytes(&record) > MAX_TEXT_BYTES || record.pr_number.len() > MAX_PULL_REQUESTS {
             refuse(check, "it is too large for the store");
         }
         Some(record)
     })
 }
 
-/// A repository as it is, for it is history, but for the credentials that an address may have.
+/// A repository, which is not validated because it is history. Credentials in its URL are removed.
 fn repository(check: &mut Checker, value: &Value) -> Option<String> {
     string(check, value).map(|text| without_credentials(&text))
 }
 
-/// How much room a conversation's texts take, in bytes.
-pub(super) fn texts_of(record: &ConversationRecord) -> usize {
+/// The size of a conversation's texts in bytes.
+pub(super) fn text_bytes(record: &ConversationRecord) -> usize {
     let usage = record.metrics.accumulated_token_usage.as_ref();
     let texts = [
         record.title.as_ref(),
@@ -111,7 +111,7 @@ pub(super) fn texts_of(record: &ConversationRecord) -> usize {
     texts.into_iter().flatten().map(String::len).sum::<usize>() + record.tags.size()
 }
 
-/// Tags within the limits of a record, and how many were left out, as from agent servers.
+/// The tags within the limits of a record, and the number of those that were left out. The same limits apply to tags from agent servers.
 fn tags(check: &mut Checker, value: &Value) -> Option<(Tags, usize)> {
     let tags = Tags::read(value);
     if tags.is_none() {
@@ -120,7 +120,7 @@ fn tags(check: &mut Checker, value: &Value) -> Option<(Tags, usize)> {
     tags
 }
 
-/// `AppConversationStartTask` of the contract. Of the secrets in its request the names are kept, the values are dropped.
+/// Parses an `AppConversationStartTask` of the contract. The names of the secrets in its request are kept, their values are dropped.
 pub(super) fn start_task(
     data: &Value,
     default: DefaultOwner<'_>,
@@ -145,7 +145,7 @@ pub(super) fn start_task(
             sandbox_id: sandbox_id?,
             agent_server_url: agent_server_url?,
         };
-        if unfinished == Unfinished::Ended && !now.status.is_final() {
+        if unfinished == Unfinished::Fail && !now.status.is_final() {
             let at = serde_json::to_value(now.status).ok()?;
             now.detail = Some(format!(
                 "This start was not finished (status {}) when it was imported from another server, and cannot be continued here.",
@@ -154,25 +154,25 @@ pub(super) fn start_task(
             now.status = StartStatus::Error;
         }
         let task = ImportedTask { id: id?, now, created_at: created_at?, request: request? };
-        if texts_of_task(&task) > MAX_TEXTS {
+        if task_text_bytes(&task) > MAX_TEXT_BYTES {
             refuse(check, "it is too large for the store");
         }
         Some((user?, task))
     })
 }
 
-/// How much room a task's texts take, in bytes, without its request.
-pub(super) fn texts_of_task(task: &ImportedTask) -> usize {
+/// The size of a task's texts in bytes, without its request.
+pub(super) fn task_text_bytes(task: &ImportedTask) -> usize {
     let texts = [&task.now.detail, &task.now.sandbox_id, &task.now.agent_server_url];
     texts.into_iter().flatten().map(String::len).sum()
 }
 
-/// Why streamed tokens are skipped.
-pub(super) const STREAMED_TOKEN: &str = "event: it is a streamed token (StreamingDeltaEvent), which is not stored; the message with the whole text is an event of its own";
+/// The reason for which streamed tokens are skipped.
+pub(super) const STREAMED_TOKEN: &str = "event: it is a streamed token (StreamingDeltaEvent), which is not stored; the message with the whole text is a separate event";
 
-/// An event, byte for byte as it is in `json`. Its kind does not matter, except that streamed tokens are not stored.
+/// Parses an event, which is stored byte for byte as in `json`. Every kind is accepted except streamed tokens.
 pub(super) fn event(json: &str) -> Result<Event, String> {
-    /// What every event has.
+    /// The fields that every event has.
     #[derive(Deserialize)]
     struct Head {
         id: String,
@@ -180,7 +180,7 @@ pub(super) fn event(json: &str) -> Result<Event, String> {
         kind: String,
     }
     let Ok(Head { id, timestamp, kind }) = serde_json::from_str(json) else {
-        return Err("event: it is no JSON object whose id, timestamp and kind are texts".into());
+        return Err("event: it is not a JSON object whose id, timestamp and kind are texts".into());
     };
     let event = Event { id, timestamp, kind, json: json.to_owned() };
     match event.fault() {
@@ -190,7 +190,7 @@ pub(super) fn event(json: &str) -> Result<Event, String> {
     }
 }
 
-/// The id of an event's conversation.
+/// Parses the id of an event's conversation.
 pub(super) fn conversation_id(text: &str) -> Result<Uuid, String> {
     let mut check = Checker::new("line");
     let id = check.within("conversation_id", |check| uuid_from_text(check, text));
@@ -203,28 +203,28 @@ fn read<T>(what: &str, data: &Value, read: impl FnOnce(&mut Checker, &Fields<'_>
     check.finish(row).map_err(|violations| reason(what, &violations))
 }
 
-/// The first fault of a row: where, and which rule.
+/// Describes the first violation in a row: its field and the rule.
 fn reason(what: &str, violations: &[Violation]) -> String {
-    let Some(first) = violations.first() else { return format!("{what}: it does not read") };
-    // Details quote the value.
+    let Some(first) = violations.first() else { return format!("{what}: it is invalid") };
+    // The detail quotes the value, which must not be part of the reason.
     let detail = first.ctx.as_ref().and_then(|ctx| ctx["error"].as_str()).map(|error| format!(", {error}"));
     let rule = detail.and_then(|detail| first.msg.strip_suffix(detail.as_str())).unwrap_or(&first.msg);
     let rule = rule.strip_prefix("Value error, ").unwrap_or(rule);
-    let mut place = String::new();
+    let mut field = String::new();
     for step in first.loc.iter().skip(1) {
         match step {
-            Loc::Index(_) => place.push_str("[]"),
-            Loc::Key(key) if place.is_empty() => place.push_str(key),
-            Loc::Key(key) => place = format!("{place}.{key}"),
+            Loc::Index(_) => field.push_str("[]"),
+            Loc::Key(key) if field.is_empty() => field.push_str(key),
+            Loc::Key(key) => field = format!("{field}.{key}"),
         }
-        // What follows are names that somebody chose.
-        if place.ends_with("secrets") {
+        // The next step would be the name of a secret, which a user chose.
+        if field.ends_with("secrets") {
             break;
         }
     }
-    match place.as_str() {
+    match field.as_str() {
         "" => format!("{what}: {rule}"),
-        place => format!("{what}: {place}: {rule}"),
+        field => format!("{what}: {field}: {rule}"),
     }
 }
 
@@ -243,13 +243,13 @@ fn owner(check: &mut Checker, fields: &Fields<'_>, default: DefaultOwner<'_>) ->
     }
 }
 
-/// Why a row without an owner is not taken where there is no default.
-pub(super) const NO_OWNER: &str = "it has no owner; say with --user ID whose such rows are";
+/// The reason for which a row without an owner is skipped if there is no default owner.
+pub(super) const NO_OWNER: &str = "it has no owner; give the owner of such rows with --user ID";
 
 fn key_part(check: &mut Checker, value: &Value) -> Option<String> {
     let text = string(check, value)?;
-    if text.is_empty() || text.len() > MAX_KEY_PART {
-        refuse(check, &format!("it must have 1 to {MAX_KEY_PART} bytes"));
+    if text.is_empty() || text.len() > MAX_KEY_PART_BYTES {
+        refuse(check, &format!("it must have 1 to {MAX_KEY_PART_BYTES} bytes"));
         return None;
     }
     Some(text)
@@ -263,17 +263,17 @@ fn time(check: &mut Checker, value: &Value) -> Option<Time> {
 fn status(check: &mut Checker, value: &Value) -> Option<StartStatus> {
     let status = StartStatus::deserialize(value).ok();
     if status.is_none() {
-        refuse(check, "it is no status of a start task");
+        refuse(check, "it is not a status of a start task");
     }
     status
 }
 
 fn request(check: &mut Checker, value: &Value) -> Option<StartRequest> {
-    let (secrets, rest) = apart_from_secrets(value);
+    let (secrets, rest) = split_secrets(value);
     match StartRequest::from_body(Some("application/json"), rest.to_string().as_bytes()) {
         Ok(request) => Some(StartRequest { secrets: secrets.or(request.secrets), ..request }),
         Err(violations) => {
-            // Reported one by one at their places in the row.
+            // Each violation is reported with its path within the row.
             for violation in violations {
                 let steps = violation.loc.into_iter().skip(1).collect::<Vec<_>>();
                 report_at(check, steps, violation.kind, &violation.msg, violation.ctx);
@@ -283,10 +283,10 @@ fn request(check: &mut Checker, value: &Value) -> Option<StartRequest> {
     }
 }
 
-/// The secrets of a request, without their values, and the request without them. Their names are history: they come in even where a
-/// start would refuse them, because no sandbox gets them any more. What is no map of texts, or too much of one, stays in the request,
-/// whose reader reports it.
-fn apart_from_secrets(request: &Value) -> (Option<Secrets>, Cow<'_, Value>) {
+/// Separates the secrets of a request from the rest of it. Names that a start would reject are imported as well, because they are
+/// history and no sandbox gets these secrets any more. If `secrets` is not a map of texts, or is too large, it stays in the request,
+/// whose parser reports it.
+fn split_secrets(request: &Value) -> (Option<Secrets>, Cow<'_, Value>) {
     let fits = |(name, value): (&String, &Value)| value.is_string() && name.chars().count() <= MAX_NAME;
     let secrets = match request.get("secrets") {
         Some(Value::Object(secrets)) if secrets.len() <= MAX_SECRETS && secrets.iter().all(fits) => {
@@ -326,11 +326,11 @@ fn metrics(check: &mut Checker, value: &Value) -> Option<MetricsSnapshot> {
     })
 }
 
-/// US dollars.
+/// An amount in US dollars.
 fn amount(check: &mut Checker, value: &Value) -> Option<f64> {
     let amount = float(check, value)?;
     if amount != 0.0 && !FLOATS.contains(&amount) {
-        refuse(check, "it is no amount of money");
+        refuse(check, "it is not an amount of money");
         return None;
     }
     Some(amount)
@@ -364,7 +364,7 @@ fn token_usage(check: &mut Checker, value: &Value) -> Option<TokenUsage> {
 fn tokens(check: &mut Checker, value: &Value) -> Option<u64> {
     let count = u64::try_from(integer(check, value)?).ok();
     if count.is_none() {
-        refuse(check, "it is no number of tokens");
+        refuse(check, "it is not a number of tokens");
     }
     count
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use super::{Folders, StartRun, StepError};
 use crate::agent_server::{AgentServer, CommandOutput};
 use crate::clock::Time;
+use crate::shell::quoted;
 use crate::start::task::PendingCommand;
 
 /// How much of a command's output is kept, in bytes.
@@ -17,12 +18,6 @@ const OUTPUT_LIMIT: usize = 16 * 1024;
 
 /// A shell function that runs a script of the project.
 pub(super) const RUN_SCRIPT: &str = include_str!("run_script.sh");
-
-/// Quotes a text as one word of a POSIX shell.
-#[must_use]
-pub fn quoted(text: &str) -> String {
-    format!("'{}'", text.replace('\'', r"'\''"))
-}
 
 /// The script around `script` that makes it run once, however often it is sent. `finally` is done at the end of each copy.
 ///
@@ -118,8 +113,8 @@ pub fn complaint(output: &CommandOutput) -> String {
     let skipped = said.chars().count().saturating_sub(LIMIT);
     let said: String = said.chars().skip(skipped).collect();
     match (output.exit_code, said.is_empty()) {
-        (-1, true) => "it was stopped because its time was up".to_owned(),
-        (-1, false) => format!("it was stopped because its time was up, having said: {said}"),
+        (-1, true) => "timed out".to_owned(),
+        (-1, false) => format!("timed out; last output: {said}"),
         (code, true) => format!("it ended with exit code {code}"),
         (code, false) => format!("it ended with exit code {code}: {said}"),
     }

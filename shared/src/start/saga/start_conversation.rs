@@ -8,21 +8,20 @@ use tokio::time::{Instant, sleep};
 
 use super::probe_mcp_servers::{ProbeStart, shown};
 use super::{StartRun, Step, StepError};
-use crate::agent_server::conversation_body::{
-    ConversationBody, ConversationInputs, conversation_body, uses_llm_analyzer,
-};
 use crate::agent_server::version::AgentServerVersion;
 use crate::agent_server::{AgentServer, AgentServerError, ConversationInfo, Failure, Retry, SkillInfo, SkillsQuery};
 use crate::clock::Time;
+use crate::conversation::fields::EventCallbackProcessor;
 use crate::conversation::reports::{Lookup, default_titles};
 use crate::conversation::store::ConversationChange;
 use crate::conversation::tags::Tags;
 use crate::conversation::{ConversationRecord, MetricsSnapshot};
 use crate::http::secret::InTerminal;
-use crate::jobs::queue::Job;
+use crate::jobs::process_events::ProcessEvents;
 use crate::metrics;
 use crate::sandbox::Sandbox;
-use crate::start::request::{AgentType, EventCallbackProcessor};
+use crate::start::conversation_body::{ConversationBody, ConversationInputs, conversation_body, uses_llm_analyzer};
+use crate::start::request::AgentType;
 use crate::start::store::StartTaskStore;
 use crate::start::task::{Snapshot, StartStatus};
 use crate::user::token::TokenKey;
@@ -39,7 +38,7 @@ impl StartRun<'_> {
         }
         let Some(change) = self.end_mcp_probe(&agent_server).await? else { return Ok(Step::Wait) };
         self.task.record.now.agent_server_url = Some(url);
-        Ok(Step::Next(StartStatus::StartingConversation, change))
+        Ok(Step::Next(StartStatus::StartingConversation, Box::new(change)))
     }
 
     pub(super) async fn start_conversation(&mut self) -> Result<Step, StepError> {
@@ -289,13 +288,13 @@ impl StartRun<'_> {
             // The record may have changed under us (another start of the same conversation was quicker, the agent server told
             // of it) rather than the lease been lost.
             if differs(&lookup, &conversations.lookup(user, conversation_id).await?) {
-                return Err(StepError::Retry("The conversation was recorded by somebody else at the same time".into()));
+                return Err(StepError::Retry("Another request recorded the conversation at the same time".into()));
             }
             return Err(StepError::LeaseLost);
         }
         if processors.contains(&EventCallbackProcessor::Logging) {
             // Events that came before the record. The next ones ring too.
-            let job = Job::ProcessEvents { user: user.clone(), conversation: conversation_id };
+            let job = ProcessEvents { user: user.clone(), conversation: conversation_id }.into();
             if let Err(error) = saga.queue.send(&job, Duration::ZERO).await {
                 tracing::warn!(task = %record.id, error = %error.context(), "start.enqueue_failed");
             }

@@ -11,13 +11,14 @@ use crate::error::{Error, Result};
 use crate::http::page;
 pub use crate::http::sort_order::SortOrder;
 use crate::id;
+use crate::id::UserId;
 use crate::paging::{self, Bounds};
 use crate::start::task::StartTaskRecord;
-use crate::user::UserId;
 use crate::user::counters::{self, Counter};
 
 /// The error for a count that takes too long.
-const TOO_MANY: &str = "There are too many start tasks to count with this filter: narrow it with created_at__gte, or walk the pages of search";
+const TOO_MANY: &str =
+    "Too many start tasks to count with this filter. Narrow it with created_at__gte, or read the pages of search";
 
 /// The tasks that a list holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

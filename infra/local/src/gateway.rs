@@ -1,4 +1,4 @@
-//! What API Gateway does on AWS: who may call, from which pages, and whose request it is.
+//! Stands in for API Gateway and its authorizer: checks `SESSION_API_KEY`, sets the caller, and answers CORS requests.
 
 use axum::Router;
 use axum::extract::Request;
@@ -6,6 +6,7 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Response};
 use http::StatusCode;
 use secrecy::{ExposeSecret as _, SecretString};
+use shared::agent_server::SESSION_API_KEY;
 use shared::digest::sha256_hex;
 use shared::http::caller::Caller;
 use shared::http::cors::cors;
@@ -14,13 +15,10 @@ use shared::user::UserId;
 
 use crate::access::Origins;
 
-/// The header that holds the instance's key.
-const SESSION_API_KEY: &str = "x-session-api-key";
-
-/// Puts the edge around the functions' routers: the single user, the instance's key if there is one, CORS. The others
-/// are open, or find out for themselves whose sandbox is calling.
-pub fn around(functions: Router, without_user: Router, key: Option<SecretString>, origins: Origins) -> Router {
-    let guarded =
+/// Wraps the routers of the functions. `functions` require the instance's key, if there is one, and run as the local user.
+/// `without_user` are public routes, or routes that authenticate sandboxes by their own keys.
+pub fn wrap(functions: Router, without_user: Router, key: Option<SecretString>, origins: Origins) -> Router {
+    let authenticated =
         functions.layer(middleware::from_fn(as_local_user)).route_layer(middleware::from_fn(
             move |request: Request, next: Next| {
                 let refused = key.as_ref().is_some_and(|key| !carries(&request, key));
@@ -29,7 +27,7 @@ pub fn around(functions: Router, without_user: Router, key: Option<SecretString>
                 }
             },
         ));
-    with_common_answers(guarded.merge(without_user)).layer(cors(move |origin| origins.allows(origin)))
+    with_common_answers(authenticated.merge(without_user)).layer(cors(move |origin| origins.allows(origin)))
 }
 
 async fn as_local_user(mut request: Request, next: Next) -> Response {
@@ -37,8 +35,10 @@ async fn as_local_user(mut request: Request, next: Next) -> Response {
     next.run(request).await
 }
 
-/// Compares hashes, so that the time it takes tells nothing of the key. The key may come in each of the headers that a deployed
-/// server takes keys in: an agent that shows its sandbox's in one of them can still show this one.
+/// Whether the request carries the key. Compares hashes, so that the time of the comparison reveals nothing about the key.
+///
+/// The key may be in any header in which a deployed server accepts keys: an agent that uses one of them for the key of its
+/// sandbox can send this key in another.
 fn carries(request: &Request, key: &SecretString) -> bool {
     let given = |name: &str| request.headers().get(name).and_then(|value| value.to_str().ok());
     let bearer = given("authorization")

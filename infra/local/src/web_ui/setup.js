@@ -1,16 +1,17 @@
-// Runs before the web UI does, and tells it which server to talk to: the one that this page is of, so that nobody has to enter it.
-// Servers that the user has added stay.
+// Runs before the web UI and configures it for the server of this page, so that users need not enter its address. Servers that the
+// user has added are kept.
 (function (server) {
-  // The UI's own telemetry is its makers'; nobody here asked for it.
+  // Disables the telemetry that the UI sends to its vendor.
   window.doNotTrack = "1";
   window.__AGENT_CANVAS_DO_NOT_TRACK__ = true;
 
-  // Its first dialog asks for a model: only where there is none yet. Its list of first steps has some that are not possible here.
+  // The UI's first dialog prompts for a model, and is skipped if the server has one. Its checklist of first steps is dismissed because
+  // some of the steps are not possible with this server.
   try {
     if (server.has_model) localStorage.setItem("openhands-onboarded", "1");
     localStorage.setItem("openhands-sidebar-onboarding-checklist-dismissed", "true");
   } catch (refused) {
-    // Then it asks.
+    // Without storage the UI shows its dialog.
   }
 
   var servers = "openhands-backends";
@@ -27,8 +28,8 @@
     others = [];
   }
   var key = "";
-  if (server.asks_for_key) {
-    key = (mine && mine.apiKey) || window.prompt(server.question) || "";
+  if (server.needs_key) {
+    key = (mine && mine.apiKey) || window.prompt(server.key_prompt) || "";
   }
   mine = {
     id: id,
@@ -36,17 +37,18 @@
     host: server.host || window.location.origin,
     apiKey: key,
     kind: "cloud",
-    authMode: server.asks_for_key ? "api-key" : "cookie",
+    authMode: server.needs_key ? "api-key" : "cookie",
   };
   try {
     localStorage.setItem(servers, JSON.stringify([mine].concat(others)));
     if (!localStorage.getItem(chosen)) localStorage.setItem(chosen, JSON.stringify({ backendId: id, orgId: null }));
   } catch (refused) {
-    // Without storage the UI asks for the server itself.
+    // Without storage the UI prompts for the server.
   }
 
-  // The UI shows the key of a sandbox in the first message of a websocket. Agent servers of its own age read it there; all others in
-  // the address, when the websocket is opened. The key comes with the conversation, by the same answers from which the UI has it.
+  // The UI sends the key of a sandbox in the first message of a websocket. Only agent servers of the UI's own version read it there;
+  // all others read it from the address when the websocket is opened. The keys are taken from the API's responses with
+  // conversations, which is where the UI gets them, too.
   var keys = {};
   function remember(rows) {
     rows.forEach(function (row) {
@@ -84,7 +86,7 @@
       this.is_known = Boolean(known);
     }
     send(data) {
-      // An older agent server takes every message for one to the agent.
+      // An older agent server would pass this message to the agent.
       if (this.is_known && typeof data === "string" && data.indexOf('{"type":"auth"') === 0) return;
       super.send(data);
     }

@@ -1,6 +1,6 @@
-//! What is inside a sandbox, on a real agent server: messages that came before it, skills of all sources, hooks, files,
-//! git and messages, in a grouped sandbox;
-//! then paused, resumed and deleted. Where versions of the agent server differ, both answers are here.
+//! The workspace of a sandbox over the API, on a real agent server: messages sent before the conversation existed,
+//! skills of all sources, hooks, files, git and messages, in a grouped sandbox that is then paused, resumed and
+//! deleted. Where versions of the agent server differ, the test has both responses.
 
 use std::path::Path;
 use std::time::Duration;
@@ -19,7 +19,7 @@ const MICROAGENT: &str = "---\nname: from-microagents\ntriggers:\n- bridge\n- tu
 const HOOKS: &str = r#"{"PreToolUse": [{"matcher": "terminal", "hooks": [{"type": "command", "command": "true", "timeout": 5, "async": true}]}]}"#;
 
 #[tokio::test]
-async fn a_sandbox_shows_what_is_inside_until_it_is_gone() {
+async fn workspace_is_readable_until_its_sandbox_is_paused_or_deleted() {
     let llm = ScriptedLlm::start().await;
     let git = GitServer::start().await;
     let files = [
@@ -44,7 +44,7 @@ async fn a_sandbox_shows_what_is_inside_until_it_is_gone() {
     let answer = product.post("", &request).send().await.expect("an answer");
     let task: Value = answer.json().await.expect("a task");
     assert_eq!(task["status"], "WORKING", "{task:#}");
-    // Said before the conversation is there.
+    // Messages that are sent before the conversation exists.
     for (position, said) in ["One more thing", "And another"].iter().enumerate() {
         let message = json!({"content": [{"type": "text", "text": said}]});
         let to = format!("/api/v1/conversations/task-{}/pending-messages", text(&task["id"]));
@@ -78,12 +78,13 @@ async fn a_sandbox_shows_what_is_inside_until_it_is_gone() {
     let microagent = skill("from-microagents");
     assert_eq!((&microagent["type"], &microagent["triggers"]), (&json!("knowledge"), &json!(["bridge", "tunnel"])));
     assert!(text(&skill("of-the-user")["content"]).contains("My body."));
-    // The list has all of them; the model is told of those that the user did not switch off, and that were there when it began.
+    // The list has all skills; the model gets those that the user has not disabled and that existed when the
+    // conversation started.
     let asked = json!(llm.requests()).to_string();
-    for (words, is_told) in
+    for (words, is_sent) in
         [("Rules of the repository", true), ("from-agents", true), ("from-microagents", false), ("of-the-user", false)]
     {
-        assert_eq!(asked.contains(words), is_told, "{words} in {asked}");
+        assert_eq!(asked.contains(words), is_sent, "{words} in {asked}");
     }
 
     assert_eq!(
@@ -93,7 +94,7 @@ async fn a_sandbox_shows_what_is_inside_until_it_is_gone() {
         ]}]}]})
     );
 
-    assert_eq!(product.get(&format!("/{id}/file")).await, "# Plan", "its own plan, in the folder of its own");
+    assert_eq!(product.get(&format!("/{id}/file")).await, "# Plan", "the conversation's own plan, in its own folder");
     let at = |path: &str| folder.join(path).display().to_string();
     assert_eq!(product.get(&format!("/{id}/file?file_path={}", at("src/main.rs"))).await, "fn main() {}\n");
     for outside in [at("way-out"), "/etc/hostname".to_owned()] {
@@ -118,8 +119,8 @@ async fn a_sandbox_shows_what_is_inside_until_it_is_gone() {
     let diff = product.get(&format!("/{id}/git/diff?path={}", at("README.md"))).await;
     assert!(text(&diff["original"]).starts_with("Read me") && !text(&diff["original"]).contains("more"), "{diff}");
     assert!(text(&diff["modified"]).contains("more"), "{diff}");
-    what_git_cannot_say(&product, &id, &folder).await;
-    commits_are_listed_by_way_of_the_server(&product, &id, &agent, &folder).await;
+    git_routes_handle_missing_repositories_and_refs(&product, &id, &folder).await;
+    commits_are_listed_through_the_cloud_proxy(&product, &id, &agent, &folder).await;
 
     llm.reply_with(vec![Reply::text("Welcome back")]);
     let message = json!({"role": "user", "content": [{"type": "text", "text": "Are you there?"}]});
@@ -131,7 +132,7 @@ async fn a_sandbox_shows_what_is_inside_until_it_is_gone() {
     .await;
     assert_eq!(agent.said_by("user").await, first.into_iter().chain(["Are you there?"]).collect::<Vec<_>>());
 
-    // Paused: nobody is asked, and everybody is told.
+    // While the sandbox is paused, no request reaches the agent server, and every caller gets the same response.
     let sandbox = start.sandbox_id();
     let change = async |what: &str| {
         let answer = product.post_to(&format!("/api/v1/sandboxes/{sandbox}/{what}"), &json!({})).send().await;
@@ -144,28 +145,28 @@ async fn a_sandbox_shows_what_is_inside_until_it_is_gone() {
     assert_eq!(product.get(&format!("/{id}/skills")).await, json!({"skills": []}));
     assert_eq!(product.get(&format!("/{id}/hooks")).await, json!({"hooks": []}));
     assert_eq!(product.get(&format!("/{id}/file")).await, "");
-    let (status, told) = post(&product, &id, &message).await;
-    assert_eq!(status, 409, "{told}");
-    assert!(text(&told["detail"]).contains(&format!("/sandboxes/{sandbox}/resume")), "{told}");
+    let (status, answer) = post(&product, &id, &message).await;
+    assert_eq!(status, 409, "{answer}");
+    assert!(text(&answer["detail"]).contains(&format!("/sandboxes/{sandbox}/resume")), "{answer}");
 
     change("resume").await;
     wait_until("the sandbox runs again", Duration::from_secs(180), async || {
         product.conversation(&id).await["sandbox_status"] == "RUNNING"
     })
     .await;
-    assert_eq!(product.get(&format!("/{id}/file")).await, "# Plan", "what it held is still there");
+    assert_eq!(product.get(&format!("/{id}/file")).await, "# Plan", "its files are still there");
 
     let user = UserId::local();
     assert!(product.sandboxes().delete(&user, &sandbox).await.expect("deleted"));
-    let (status, told) = post(&product, &id, &message).await;
-    assert_eq!(status, 404, "{told}");
-    assert!(text(&told["detail"]).starts_with("Sandbox not found for conversation"), "{told}");
+    let (status, answer) = post(&product, &id, &message).await;
+    assert_eq!(status, 404, "{answer}");
+    assert!(text(&answer["detail"]).starts_with("Sandbox not found for conversation"), "{answer}");
     assert_eq!(product.get(&format!("/{id}/file")).await, "");
     product.shutdown().await;
 }
 
-/// A folder outside of the repository, and a reference that is none.
-async fn what_git_cannot_say(product: &Product, id: &str, folder: &Path) {
+/// A folder outside of the repository, and a reference that does not exist.
+async fn git_routes_handle_missing_repositories_and_refs(product: &Product, id: &str, folder: &Path) {
     let ask = async |route: &str| {
         let answer = product.answer_to("GET", &format!("/api/v1/app-conversations/{id}/git/{route}"), &[], None).await;
         let (status, _) = answer.split_once(' ').expect("a status");
@@ -175,11 +176,11 @@ async fn what_git_cannot_say(product: &Product, id: &str, folder: &Path) {
     let (status, answer) = ask(&format!("changes?path={beside}")).await;
     assert!(status == 200 && answer.ends_with("[]"), "{answer}");
     let (status, answer) = ask(&format!("changes?path={}&ref=no-such-branch", folder.display())).await;
-    assert!(status == 400 && answer.contains("is no commit of this repository"), "{answer}");
+    assert!(status == 400 && answer.contains("is not a commit of this repository"), "{answer}");
 }
 
-/// As web pages ask for them: the workspace by the name that they know.
-async fn commits_are_listed_by_way_of_the_server(
+/// Web pages request them with the workspace path that they know.
+async fn commits_are_listed_through_the_cloud_proxy(
     product: &Product,
     id: &str,
     agent: &AgentConversation,
@@ -203,7 +204,7 @@ async fn commits_are_listed_by_way_of_the_server(
     for path in [&known, &real] {
         let (status, page) = pass(&format!("/api/git/commits?path={path}&limit=50")).await;
         if !is_from(49) {
-            assert_eq!((status, page), (404, json!({"detail": "Not Found"})), "pages show no commits then");
+            assert_eq!((status, page), (404, json!({"detail": "Not Found"})), "this version does not list commits");
             continue;
         }
         assert_eq!((status, &page["has_more"]), (200, &json!(false)), "{page}");
@@ -211,7 +212,7 @@ async fn commits_are_listed_by_way_of_the_server(
         assert_eq!((&newest["subject"], &newest["author"]), (&json!("Add the main function"), &json!("Ada")), "{page}");
         let sha = text(&newest["sha"]);
         assert!(sha.starts_with(&text(&newest["short_sha"])), "{page}");
-        assert_eq!(page["commits"].as_array().map(Vec::len), Some(2), "with that of the repository: {page}");
+        assert_eq!(page["commits"].as_array().map(Vec::len), Some(2), "including the repository's own commit: {page}");
         let (status, changes) = pass(&format!("/api/git/commits/{sha}/changes?path={path}")).await;
         assert_eq!(status, 200, "{changes}");
         assert_eq!(
@@ -222,9 +223,9 @@ async fn commits_are_listed_by_way_of_the_server(
         assert_eq!(status, 200, "{diff}");
         assert!(text(&diff["modified"]).contains("more") && !text(&diff["original"]).contains("more"), "{diff}");
         let (status, refused) = pass(&format!("/api/git/commits/{}/changes?path={path}", "0".repeat(40))).await;
-        assert_eq!(status, 400, "as it comes: {refused}");
+        assert_eq!(status, 400, "the response is forwarded: {refused}");
     }
-    // What is committed, and not where the branch came from, is still a change to the conversation.
+    // A committed change is still a change of the conversation, compared with where its branch started.
     let changes = product.get(&format!("/{id}/git/changes?path={real}")).await;
     assert!(changes.to_string().contains("src/main.rs"), "{changes}");
 }
