@@ -12,25 +12,33 @@ use crate::start::task::{PendingCommand, Snapshot};
 
 /// A change of a record's attributes.
 #[derive(Clone, Debug, Default)]
-pub struct Change(pub(super) Update);
+pub struct Change(Box<Update>);
 
 impl Change {
+    pub(super) fn update(&self) -> Update {
+        Update::clone(&self.0)
+    }
+
+    pub(super) fn map(self, change: impl FnOnce(Update) -> Update) -> Self {
+        Self(Box::new(change(*self.0)))
+    }
+
     /// Sets an attribute.
     #[must_use]
     pub fn set(self, name: &str, value: AttributeValue) -> Self {
-        Self(self.0.set(name, value))
+        self.map(|update| update.set(name, value))
     }
 
     /// Removes an attribute.
     #[must_use]
     pub fn remove(self, name: &str) -> Self {
-        Self(self.0.remove(name))
+        self.map(|update| update.remove(name))
     }
 
     /// Adds a note for the user.
     #[must_use]
     pub fn note(self, note: impl Into<String>) -> Self {
-        Self(self.0.append("notes", [text(note)]))
+        self.map(|update| update.append("notes", [text(note)]))
     }
 
     /// Sets the command whose end the start waits for.
@@ -56,23 +64,25 @@ impl Change {
             .set("status", item["status"].clone())
             .set("updated_at", item["updated_at"].clone())
             .set("updated_sort", text(sort_key(snapshot.updated_at, id)));
-        Ok(Self(change.0.append("history", [AttributeValue::M(item)])))
+        Ok(change.map(|update| update.append("history", [AttributeValue::M(item)])))
     }
 
     /// Ends the task: no worker processes it again.
     #[must_use]
     pub fn finished(self) -> Self {
-        Self(self.0.remove_all(&[
-            "unfinished_shard",
-            "due_at",
-            "lease_owner",
-            "lease_until",
-            "command",
-            "deadline",
-            "failure",
-            "secrets_sealed",
-            "open_claims",
-        ]))
+        self.map(|update| {
+            update.remove_all(&[
+                "unfinished_shard",
+                "due_at",
+                "lease_owner",
+                "lease_until",
+                "command",
+                "deadline",
+                "failure",
+                "secrets_sealed",
+                "open_claims",
+            ])
+        })
     }
 
     /// The change that makes a task READY.

@@ -80,7 +80,7 @@ impl StartTaskStore {
     /// # Errors
     /// [`crate::Error::Store`].
     pub async fn save(&self, user: &UserId, id: Uuid, worker: &str, change: &Change) -> Result<Result<(), LeaseLost>> {
-        let saved = lease::write(&self.table, key(user, id), worker, change.0.clone()).await?;
+        let saved = lease::write(&self.table, key(user, id), worker, change.update()).await?;
         Ok(if saved.is_applied() { Ok(()) } else { Err(LeaseLost) })
     }
 
@@ -97,7 +97,7 @@ impl StartTaskStore {
         change: Change,
     ) -> Result<Result<(), LeaseLost>> {
         let change = change.set("due_at", text(wake_at.plus(FORGOTTEN_AFTER).sortable())).set("open_claims", number(0));
-        self.save(user, id, worker, &Change(lease::release(change.0))).await
+        self.save(user, id, worker, &change.map(lease::release)).await
     }
 
     /// Writes a change together with others, all or nothing. [`LeaseLost`] also when a condition of the others does not hold.
@@ -113,7 +113,7 @@ impl StartTaskStore {
         others: impl IntoIterator<Item = TransactWriteItem>,
     ) -> Result<Result<(), LeaseLost>> {
         let mut items: Vec<TransactWriteItem> = others.into_iter().collect();
-        items.push(lease::guard(change.0.clone(), worker).in_transaction(&self.table.name, key(user, id))?);
+        items.push(lease::guard(change.update(), worker).in_transaction(&self.table.name, key(user, id))?);
         let saved = transact(&self.table.client, items, "TransactWriteItems start-tasks").await?;
         Ok(if saved.is_written() { Ok(()) } else { Err(LeaseLost) })
     }
@@ -131,7 +131,7 @@ impl StartTaskStore {
             ..record.now
         };
         let change = Change::default().state(id, &snapshot)?.finished();
-        let update = change.0.condition(Condition::Exists(UNFINISHED_SHARD));
+        let update = change.update().condition(Condition::Exists(UNFINISHED_SHARD));
         Ok(self.table.update_once(key(user, id), update).await?.is_applied())
     }
 
