@@ -133,7 +133,7 @@ mod tests {
         let text = summary.to_string();
         for line in [
             "conversations 2 imported, 1 already present\n",
-            "owners        the local user, ann\n",
+            "owners        ann, the local user\n",
             "skipped       6\n",
             "  5 × no JSON (a:1, a:2, a:3, …)\n",
             "  1 × no owner (a:9)\n",
