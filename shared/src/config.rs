@@ -123,7 +123,7 @@ impl Default for StartConfig {
 }
 
 /// The most events that an export holds: the directory of the zip needs memory for each of them. The memory of the functions in
-/// `template.yaml` fits this; `docs/benchmarks.md` has the figures.
+/// `template.yaml` fits this; `docs/adr/0004-zip-crate.md` has the figures.
 pub const MAX_EXPORT_EVENTS: u64 = 1_000_000;
 
 /// How conversations are exported.

@@ -2,7 +2,7 @@
 //!
 //! The writer blocks, so it runs on a thread for blocking work. Its bytes leave through a bounded channel: when the receiver is slow
 //! the writer waits, and memory holds no more than a few chunks. The central directory, which a zip file ends with, needs an entry
-//! in memory for each member (see `docs/benchmarks.md`).
+//! in memory for each member (see `docs/adr/0004-zip-crate.md`).
 
 use std::io::{self, Write};
 use std::sync::Arc;
