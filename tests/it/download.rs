@@ -916,6 +916,8 @@ async fn crash_at_every_call(way: Way) {
     }
     assert!(stops.len() >= if way == Way::Handover { 3 } else { 7 }, "{calls:?}");
     let mut metas = HashSet::new();
+    // A process that crashes before it has recorded the id of its upload leaves the upload to the bucket's lifecycle rule.
+    let mut unrecorded_uploads = 0;
     for number in stops {
         let call = &calls[number - 1];
         for stop in [
@@ -924,6 +926,7 @@ async fn crash_at_every_call(way: Way) {
             Stop::Hang(Moment::After),
         ] {
             let case = format!("{way:?}: {stop:?} of call {number}, {call}");
+            unrecorded_uploads += usize::from(matches!(stop, Stop::Hang(_)) && call.contains("?uploads"));
             let mut before = Vec::new();
             // A run in which the SDK had to repeat nothing has fewer calls than one in which it had to.
             for attempt in 1.. {
@@ -964,7 +967,11 @@ async fn crash_at_every_call(way: Way) {
             fs::remove_file(zip.path).expect("removed");
         }
     }
-    assert_eq!(rig.uploads().await, 0, "the uploads of builds that crashed are aborted");
+    assert_eq!(
+        rig.uploads().await,
+        unrecorded_uploads,
+        "the recorded uploads of builds that crashed are aborted: {calls:?}"
+    );
     rig.end().await;
 }
 
@@ -1161,7 +1168,7 @@ async fn a_deadline_within_the_build_ends_it_and_aborts_its_upload() {
     assert!(matches!(exporter.export(&rig.user, id).await.expect("the store"), Some(Answer::Pending)));
     let jobs = ExportJobs::new(&config, &rig.names, &rig.clients[1]);
     // The request's calls before the build are not the job's: any call of the build will do.
-    rig.gate.arm(first_part.saturating_sub(4), Stop::Hang(Moment::After));
+    rig.gate.arm(first_part.saturating_sub(4), Stop::Hang(Moment::Before));
     jobs.run(&rig.user, id).await.expect("recorded");
     rig.gate.disarm();
     let failed = rig.record(id).await.expect("a record").failed.expect("a failure");
@@ -1285,7 +1292,7 @@ async fn an_unfinished_export_of_the_version_before_is_built_from_the_start() {
         }
         assert_eq!(rig.download(id).await.names().await.len(), 4);
         assert_eq!(rig.uploads().await, 0, "its upload is aborted");
-        let store = rig.exporter.store();
+        let store = Stores::without_key(&rig.names, &rig.aws).exports();
         store.delete_all(&rig.user, id).await.expect("deleted");
         assert_eq!(rig.objects().await, [""; 0], "with what the version before left");
     }
@@ -1450,8 +1457,10 @@ async fn a_deleted_conversation_leaves_no_export() {
     let (lease, upload) = rig.build_that_hangs(id).await;
     assert_ne!(rig.uploads().await, 0);
     let store = rig.exporter.store();
-    store.delete_all(&rig.user, id).await.expect("deleted");
-    store.delete_all(&rig.user, id).await.expect("deleted again");
+    // As the worker deletes them: the policies of exports do not allow it.
+    let deleter = Stores::without_key(&rig.names, &rig.aws).exports();
+    deleter.delete_all(&rig.user, id).await.expect("deleted");
+    deleter.delete_all(&rig.user, id).await.expect("deleted again");
     assert_eq!(rig.record(id).await, None);
     assert_eq!(rig.zips().await.len(), 1, "the export of the other conversation stays");
     assert_eq!(rig.uploads().await, 0);

@@ -15,6 +15,7 @@ use shared::aws::Aws;
 use shared::config::{Names, StartConfig};
 use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
+use shared::event::store::EventStore;
 use shared::http_client::{AddressPolicy, HttpClient};
 use shared::jobs::deliver_messages::RetrySchedule;
 use shared::jobs::queue::DEAD_LETTER_SUFFIX;
@@ -331,6 +332,11 @@ impl WorkerHarness {
     async fn receive_from(&self, url: &str, wait: i32) -> Option<Message> {
         let received = self.aws.sqs.receive_message().queue_url(url).wait_time_seconds(wait).send().await;
         received.expect("the queue").messages.unwrap_or_default().pop()
+    }
+
+    /// The event log, accessed as the webhooks' function does: the worker's policy does not allow it to add events.
+    pub fn events(&self) -> EventStore {
+        Stores::without_key(&self.names, &self.aws).events()
     }
 
     pub async fn purge(&self) {

@@ -376,7 +376,7 @@ fn every_kind_of_change_has_a_diff() {
         ("link-to-file", Ok(("gone", "file\n"))),
         ("link-out", Ok(("/", ""))),
         ("dangling", Ok(("folder", "folder"))),
-        ("dangling/none", Err("There is no such file")),
+        ("dangling/none", Err("The file exists neither now nor")),
         ("new-link", Ok(("", "/etc/passwd"))),
         ("executable", Ok(("g\n", "g\n"))),
         ("to-pipe", Err("The path is neither a file nor a link")),
@@ -582,7 +582,7 @@ fn files_beside_what_only_looks_like_a_repository_have_a_diff() {
         ("n/deep/er/y", Ok(("", "y\n"))),
         ("n/deep/q/w", Ok(("", "w\n"))),
         ("t/x", Ok(("t\n", "changed\n"))),
-        ("n/none", Err("There is no such file")),
+        ("n/none", Err("The file exists neither now nor")),
         ("n/deep", Err("The path is a folder")),
     ] {
         workspace.assert_diff(&format!("repo/{path}"), expected);
@@ -670,11 +670,11 @@ fn a_reference_is_a_commit_or_refused() {
         (Some("origin/main"), Ok(("a\n", "c\n"))),
         (None, Ok(("a\n", "c\n"))),
         (Some("gone"), Err("The ref \"gone\" is not a commit of this repository")),
-        (Some("--output=x"), Err("The ref \"--output=x\" is no commit")),
-        (Some("-"), Err("The ref \"-\" is no commit")),
-        (Some("^HEAD"), Err("The ref \"^HEAD\" is no commit")),
-        (Some("HEAD~1..HEAD"), Err("The ref \"HEAD~1..HEAD\" is no commit")),
-        (Some("HEAD:a"), Err("The ref \"HEAD:a\" is no commit")),
+        (Some("--output=x"), Err("The ref \"--output=x\" is not a commit")),
+        (Some("-"), Err("The ref \"-\" is not a commit")),
+        (Some("^HEAD"), Err("The ref \"^HEAD\" is not a commit")),
+        (Some("HEAD~1..HEAD"), Err("The ref \"HEAD~1..HEAD\" is not a commit")),
+        (Some("HEAD:a"), Err("The ref \"HEAD:a\" is not a commit")),
         (Some("'; touch ../ran; '"), Err("The ref ")),
         (Some("$(touch ../ran)"), Err("The ref ")),
         (Some("line\nbreak"), Err("The ref ")),
@@ -733,7 +733,7 @@ fn repositories_in_a_folder_are_listed_with_it() {
     // A file in no repository has no sides.
     let result = workspace.result(|git| git.diff_script(&workspace.at("plain/p"), None)).expect("a result");
     assert_eq!(read_diff(&result, None).expect("a diff"), Diff::default());
-    workspace.assert_diff("plain/none", Err("There is no such file"));
+    workspace.assert_diff("plain/none", Err("The file exists neither now nor"));
     workspace.assert_diff("link/a", Ok(("a\n", "b\n")));
     workspace.assert_diff("link/sub/b", Ok(("b\n", "c\n")));
     workspace.assert_diff("out/etc/passwd", Err("The path must be absolute and inside the workspace"));
