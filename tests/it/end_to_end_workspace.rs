@@ -176,7 +176,7 @@ async fn git_routes_handle_missing_repositories_and_refs(product: &Product, id: 
     let (status, answer) = ask(&format!("changes?path={beside}")).await;
     assert!(status == 200 && answer.ends_with("[]"), "{answer}");
     let (status, answer) = ask(&format!("changes?path={}&ref=no-such-branch", folder.display())).await;
-    assert!(status == 400 && answer.contains("is no commit of this repository"), "{answer}");
+    assert!(status == 400 && answer.contains("is not a commit of this repository"), "{answer}");
 }
 
 /// Web pages request them with the workspace path that they know.

@@ -457,7 +457,7 @@ async fn large_events_are_returned_a_few_per_page() {
     let (status, answer) = served.get("?id=e0&id=e1").await;
     assert_eq!(
         (status, answer),
-        (413, json!({"detail": "These events are too large for one answer: request fewer at once"}))
+        (413, json!({"detail": "These events are too large for one response; request fewer at once"}))
     );
     let (status, answer) = served.get("?id=e0&id=missing").await;
     assert_eq!((status, answer[0]["text"].as_str().map(str::len)), (200, Some(5 * million)));

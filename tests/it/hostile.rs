@@ -278,7 +278,7 @@ async fn start_that_kills_its_workers_ends_in_error() {
     let ended = harness.task(task.id).await;
     assert_eq!(ended.now.status, StartStatus::Error);
     let detail = ended.now.detail.expect("a detail");
-    assert!(detail.contains("PreparingRepository was cut off 8 times"), "{detail}");
+    assert!(detail.contains("PreparingRepository was interrupted 8 times"), "{detail}");
     assert!(harness.sandboxes.made().values().all(|made| made.deleted));
     harness.finish().await;
 }
@@ -297,7 +297,7 @@ async fn start_ends_after_two_workers_die_past_its_deadline() {
     }
     let ended = harness.task(task.id).await;
     assert_eq!(ended.now.status, StartStatus::Error);
-    assert!(ended.now.detail.expect("a detail").contains("not done within"));
+    assert!(ended.now.detail.expect("a detail").contains("did not finish within"));
     harness.finish().await;
 }
 

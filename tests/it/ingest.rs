@@ -1056,7 +1056,7 @@ async fn oversized_body_is_refused_with_json() {
         .header("x-session-api-key", SANDBOX)
         .body(Body::from(vec![b' '; 33 * 1024 * 1024]));
     let answer = fixture.api.send(request.expect("a request")).await;
-    assert_eq!(answer, (413, json!({"detail": "The request is larger than this server takes"})));
+    assert_eq!(answer, (413, json!({"detail": "The request is larger than this server accepts; send a smaller one"})));
     fixture.api.stop().await;
 }
 

@@ -448,7 +448,7 @@ async fn errors_before_a_stream_starts_have_an_error_status() {
     let (status, error) = status_and_body(&function.invoke(broken.clone()).await);
     assert_eq!((status, &error["detail"][0]["type"]), (422, &json!("json_invalid")));
     broken["body"] = json!(" ".repeat(6 * 1024 * 1024 + 1));
-    let too_large = (413, json!({"detail": "The request is larger than this server takes"}));
+    let too_large = (413, json!({"detail": "The request is larger than this server accepts; send a smaller one"}));
     assert_eq!(status_and_body(&function.invoke(broken).await), too_large);
     let mut anonymous = event("stream-start");
     anonymous["requestContext"]["authorizer"] = Value::Null;
@@ -720,7 +720,7 @@ async fn largest_conversations_fit_into_responses_and_memory() {
     };
     let (status, found) = batch(20).await;
     assert_eq!((status, found.as_array().map(Vec::len)), (200, Some(20)));
-    let error = json!({"detail": "These conversations are too large for one answer: request fewer at once"});
+    let error = json!({"detail": "These conversations are too large for one response; request fewer at once"});
     assert_eq!(batch(99).await, (413, error));
     let memory = function.peak_memory();
     println!("memory of conversations: {memory}; the largest page: {largest}");

@@ -90,7 +90,7 @@ async fn bodies_are_accepted_up_to_the_limit_of_their_route() {
         let (status, answer) = fixture.send(method, &target, " ".repeat(limit)).await;
         assert!(matches!(status, 400 | 422), "{method} {target}: {status} {answer}");
         let (status, answer) = fixture.send(method, &target, " ".repeat(limit + 1)).await;
-        let expected = json!({"detail": "The request is larger than this server takes"});
+        let expected = json!({"detail": "The request is larger than this server accepts; send a smaller one"});
         assert_eq!((status, answer), (413, expected), "{method} {target}");
     }
     fixture.api.stop().await;

@@ -437,11 +437,11 @@ async fn the_route_keeps_ten_messages_and_says_what_is_wrong_with_others() {
         "{told}"
     );
     for (unknown, expected) in [
-        ("task-00000000000000000000000000000001", "There is no such start"),
-        ("00000000000000000000000000000001", "There is no such conversation"),
-        ("00000000-0000-0000-0000-000000000001", "There is no such conversation"),
-        ("task-", "There is no such conversation"),
-        ("anything", "There is no such conversation"),
+        ("task-00000000000000000000000000000001", "Start not found"),
+        ("00000000000000000000000000000001", "Conversation not found"),
+        ("00000000-0000-0000-0000-000000000001", "Conversation not found"),
+        ("task-", "Conversation not found"),
+        ("anything", "Conversation not found"),
     ] {
         assert_eq!(send(unknown, good).await, (404, json!({"detail": expected})), "{unknown}");
     }

@@ -318,7 +318,7 @@ async fn docker_sandboxes_conform() {
     let three = service.get(&fixture.user, "three").await.expect("an answer").expect("its record");
     assert_eq!(
         (three.status, three.detail.as_deref()),
-        (SandboxStatus::Error, Some("The Docker engine does not answer"))
+        (SandboxStatus::Error, Some("The Docker engine does not respond; check that it is running"))
     );
     assert!(service.pause(&fixture.user, "three").await.is_err());
     engine.break_down(false);
@@ -469,9 +469,9 @@ async fn cloud_proxy_forwards_only_to_the_callers_own_sandboxes() {
     let asked = fixture.agent.requests().pop().expect("a request");
     assert_eq!((status, asked.path.as_str()), (404, "/api/git/diff"), "{error}");
     for (path, detail) in [
-        ("/api/git/changes?path=%2Fworkspace%2Fproject", "There is no such folder"),
-        ("/api/git/diff?path=/workspace/project/a&ref=HEAD", "There is no such file, neither now nor at HEAD"),
-        ("/api/git/diff?path=/workspace/project/a&ref=-x", "The ref \"-x\" is no commit of this repository"),
+        ("/api/git/changes?path=%2Fworkspace%2Fproject", "The folder does not exist"),
+        ("/api/git/diff?path=/workspace/project/a&ref=HEAD", "The file exists neither now nor at HEAD"),
+        ("/api/git/diff?path=/workspace/project/a&ref=-x", "The ref \"-x\" is not a commit of this repository"),
     ] {
         let (status, error) = pass(&fixture.user, json!({"method": "GET", "path": path, "body": null})).await;
         assert!((400..500).contains(&status) && error == json!({"detail": detail}), "{path}: {status} {error}");
@@ -517,7 +517,10 @@ async fn cloud_proxy_forwards_only_to_the_callers_own_sandboxes() {
 
     // A sandbox that does not run, a response that is too large, and one that does not come.
     fixture.runtimes.set_status(&session, "paused");
-    assert_eq!(pass(&fixture.user, json!({})).await, (409, json!({"detail": format!("Sandbox {id} does not run")})));
+    assert_eq!(
+        pass(&fixture.user, json!({})).await,
+        (409, json!({"detail": format!("Sandbox {id} is paused; POST /api/v1/sandboxes/{id}/resume resumes it")}))
+    );
     fixture.runtimes.set_status(&session, "running");
     fixture.agent.inject(AgentFault::new("GET /api/large", Nth::Always, Kind::Huge(5 * 1024 * 1024)));
     let (status, answer) = pass(&fixture.user, json!({"method": "GET", "path": "/api/large"})).await;
@@ -525,7 +528,7 @@ async fn cloud_proxy_forwards_only_to_the_callers_own_sandboxes() {
     fixture.agent.inject(AgentFault::new("GET /api/skills", Nth::Always, Kind::Hang));
     let started = Instant::now();
     let slow = pass(&fixture.user, json!({"method": "GET", "path": "/api/skills", "timeout_seconds": 0.2})).await;
-    assert_eq!(slow, (502, json!({"detail": "The agent server did not answer in time"})));
+    assert_eq!(slow, (502, json!({"detail": "The agent server did not respond in time"})));
     assert!(started.elapsed() < AT_MOST);
     fixture.api.stop().await;
 }
@@ -592,7 +595,7 @@ async fn any_status_and_any_fault_of_the_runtime_api_is_reported_in_time() {
         }
         for (method, target) in [("POST", format!("/sandboxes/{id}/pause")), ("DELETE", format!("/sandboxes/{id}"))] {
             let (status, error) = fixture.call(method, &target).await;
-            let expected = json!({"detail": "The sandboxes' provider does not answer"});
+            let expected = json!({"detail": "The sandbox provider does not respond; try again later"});
             assert_eq!((status, error), (502, expected), "{fault:?}: {method}");
         }
         let (status, error) = fixture.call("POST", "/sandboxes").await;
@@ -762,7 +765,7 @@ async fn failed_creation_of_a_sandbox_leaves_nothing() {
     fixture.runtimes.set_fault(Some(Fault::Status(403)));
     let (status, error) = fixture.call("POST", "/sandboxes").await;
     // The lookup that precedes the creation fails already.
-    assert_eq!((status, error), (502, json!({"detail": "The sandboxes' provider does not answer"})));
+    assert_eq!((status, error), (502, json!({"detail": "The sandbox provider does not respond; try again later"})));
     fixture.runtimes.set_fault(None);
     assert!(fixture.runtimes.sessions().is_empty());
     fixture.api.stop().await;

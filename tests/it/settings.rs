@@ -84,9 +84,12 @@ async fn settings_are_stored_merged_masked_and_used() {
     let large = "x".repeat(9_000);
     let many: Vec<&str> = vec![&large; 40];
     let (status, told) = post(json!({"disabled_skills": many})).await;
-    assert_eq!((status, told), (413, json!({"detail": "Settings and secrets of a user may be 256 KiB together"})));
+    assert_eq!((status, told), (413, json!({"detail": "Settings and secrets must not exceed 256 KiB in total"})));
     let (status, told) = post(json!({"language": "x".repeat(600_000)})).await;
-    assert_eq!((status, told), (413, json!({"detail": "The request is larger than this server takes"})));
+    assert_eq!(
+        (status, told),
+        (413, json!({"detail": "The request is larger than this server accepts; send a smaller one"}))
+    );
     let other = api.call(&UserId::new("other"), "GET", "/api/v1/settings", None).await;
     assert_eq!(other.0, 404);
     api.stop().await;

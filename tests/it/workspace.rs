@@ -451,10 +451,10 @@ async fn skills_hooks_and_files_are_those_of_the_conversations_folder() {
     assert_eq!(rig.get(id, "files?path=src").await.body, json!(["main.rs"]));
     let all = rig.get(id, "files?path=/workspace/project/0123").await.body;
     assert_eq!(all[0], "other", "{all}");
-    assert_eq!(rig.get(id, "files?path=none").await.told(), (404, json!({"detail": "There is no such folder"})));
+    assert_eq!(rig.get(id, "files?path=none").await.told(), (404, json!({"detail": "The folder does not exist"})));
     for outside in ["/etc", "..", "src/../..", "/workspace"] {
         let answer = rig.get(id, &format!("files?path={outside}")).await;
-        assert_eq!(answer.told(), (400, json!({"detail": "The path must be in the workspace"})), "{outside}");
+        assert_eq!(answer.told(), (400, json!({"detail": "The path must be inside the workspace"})), "{outside}");
     }
 
     rig.end().await;
@@ -539,16 +539,20 @@ async fn git_is_asked_of_the_workspace_by_every_form_of_a_path() {
             }
         }
     }
-    let outside = "The path must be absolute, and in the workspace";
+    let outside = "The path must be absolute and inside the workspace";
     for (route, status, detail) in [
-        ("git/diff?path=none", 404, "There is no such file, neither now nor when the work began"),
-        ("git/diff?path=none&ref=HEAD", 404, "There is no such file, neither now nor at HEAD"),
-        ("git/diff?path=src", 400, "The path is a folder; a file is needed for a diff"),
-        ("git/diff?path=changed&ref=gone", 400, "The ref \"gone\" is no commit of this repository"),
-        ("git/changes?path=.&ref=--help", 400, "The ref \"--help\" is no commit of this repository"),
-        ("git/changes?path=.&ref=gone", 400, "The ref \"gone\" is no commit of this repository"),
-        ("git/changes?path=/workspace/project/0123&ref=gone", 400, "The ref \"gone\" is no commit of this repository"),
-        ("git/changes?path=none", 404, "There is no such folder"),
+        ("git/diff?path=none", 404, "The file exists neither now nor when the work began"),
+        ("git/diff?path=none&ref=HEAD", 404, "The file exists neither now nor at HEAD"),
+        ("git/diff?path=src", 400, "The path is a folder; choose a file for a diff"),
+        ("git/diff?path=changed&ref=gone", 400, "The ref \"gone\" is not a commit of this repository"),
+        ("git/changes?path=.&ref=--help", 400, "The ref \"--help\" is not a commit of this repository"),
+        ("git/changes?path=.&ref=gone", 400, "The ref \"gone\" is not a commit of this repository"),
+        (
+            "git/changes?path=/workspace/project/0123&ref=gone",
+            400,
+            "The ref \"gone\" is not a commit of this repository",
+        ),
+        ("git/changes?path=none", 404, "The folder does not exist"),
         ("git/changes?path=changed", 400, "The path is not a folder"),
         ("git/changes?path=out", 400, outside),
         ("git/diff?path=out/passwd", 400, outside),
@@ -579,10 +583,10 @@ async fn git_that_does_not_come_to_an_end_is_said_to_be_unfinished() {
         (json!({"exit_code": 124}), 503, "Git did not finish within 14 s in this sandbox"),
         (json!({"exit_code": 137, "stderr": "Killed"}), 503, "Git did not finish within 14 s in this sandbox"),
         (json!({"exit_code": 3, "stderr": "mktemp: failed"}), 409, "The sandbox has no space"),
-        (json!({"exit_code": 0, "stdout": "inline\n%%%"}), 502, "The agent server's answer makes no sense"),
-        (json!({"exit_code": 0, "stdout": "file /etc/passwd\n"}), 502, "The agent server's answer makes no sense"),
+        (json!({"exit_code": 0, "stdout": "inline\n%%%"}), 502, "The agent server returned an invalid response"),
+        (json!({"exit_code": 0, "stdout": "file /etc/passwd\n"}), 502, "The agent server returned an invalid response"),
         (json!({"exit_code": 0, "stdout": format!("file {gone}\n")}), 502, "The agent server answered 404"),
-        (json!({"exit_code": 127, "stderr": "sh: not found"}), 502, "The agent server's answer makes no sense"),
+        (json!({"exit_code": 127, "stderr": "sh: not found"}), 502, "The agent server returned an invalid response"),
     ] {
         rig.agent.clear_faults();
         rig.agent.inject(Fault::new(run, Nth::Always, Kind::Status(200, answer.to_string())));
@@ -741,12 +745,12 @@ async fn whatever_an_agent_server_does_each_route_answers_in_time_and_says_what_
                     _ => {
                         let expected = match (*what, status) {
                             (_, Some(status)) => format!("The agent server answered {status}"),
-                            ("garbage", _) => "The agent server's answer makes no sense".to_owned(),
+                            ("garbage", _) => "The agent server returned an invalid response".to_owned(),
                             ("10 MB", _) => "The agent server's answer is too large".to_owned(),
-                            ("hangs", _) if route == "send-message" => "The agent server did not answer in time: its \
+                            ("hangs", _) if route == "send-message" => "The agent server did not respond in time: its \
                                 agent may be at work, and the message may still arrive"
                                 .to_owned(),
-                            ("hangs", _) => "The agent server did not answer in time".to_owned(),
+                            ("hangs", _) => "The agent server did not respond in time".to_owned(),
                             _ => "The agent server's answer was cut off".to_owned(),
                         };
                         assert_eq!((answer.status, &answer.body), (502, &json_of(&expected)), "{case}");

@@ -1,5 +1,5 @@
-//! The REQUEST authorizer of the REST API: who calls. It answers with the user's id, which the other functions read from the
-//! request context, or with nothing but a refusal.
+//! The REQUEST authorizer of the REST API. It authenticates the caller and returns the user's id, which the other functions read from the
+//! request context, or rejects the request.
 
 pub mod tokens;
 
@@ -14,23 +14,23 @@ use shared::user::api_key::ApiKeyStore;
 
 use crate::tokens::{Clock, Tokens};
 
-/// Headers that credentials come in; the first one that is there decides.
+/// The headers that carry credentials; the first one that is present decides.
 const CREDENTIALS: [&str; 3] = ["authorization", "x-access-token", "x-session-api-key"];
-/// No credential of ours is longer; API gateways take 10 KB of headers.
+/// The longest credential, in bytes: no valid one is longer. API Gateway accepts 10 KB of headers.
 const MAX_CREDENTIAL: usize = 8 * 1024;
 
-/// Why a request does not go on. The texts of the first is what API Gateway answers 401 for.
+/// Why a request is rejected. API Gateway returns 401 for the text of the first variant only.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
-    /// No credentials, or none that hold.
+    /// The request has no credentials, or invalid ones.
     #[error("Unauthorized")]
     Unauthorized,
-    /// Whether they hold cannot be found out now.
+    /// The credentials could not be checked.
     #[error("the credentials could not be checked")]
     Unknown(#[source] shared::Error),
 }
 
-/// What API Gateway sends.
+/// The event that API Gateway sends.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Request {
@@ -39,7 +39,7 @@ struct Request {
     headers: Option<HashMap<String, String>>,
 }
 
-/// Finds out who calls.
+/// Authenticates callers.
 #[derive(Debug)]
 pub struct Authorizer {
     keys: ApiKeyStore,
@@ -47,22 +47,22 @@ pub struct Authorizer {
 }
 
 impl Authorizer {
-    /// An authorizer that takes API keys and, where an issuer is configured, its tokens.
+    /// An authorizer that accepts API keys and, if an issuer is configured, its tokens.
     #[must_use]
     pub fn new(config: &AuthorizerConfig, keys: ApiKeyStore) -> Self {
         Self { keys, tokens: config.oidc.clone().map(Tokens::new) }
     }
 
-    /// The same with another clock for how old an issuer's keys are.
+    /// The same with another clock, which determines the age of the issuer's keys.
     #[must_use]
     pub fn with_clock(config: &AuthorizerConfig, keys: ApiKeyStore, clock: Clock) -> Self {
         Self { keys, tokens: config.oidc.clone().map(|oidc| Tokens::with_clock(oidc, clock)) }
     }
 
-    /// Answers an event of a REQUEST authorizer with a policy that allows the request, and the caller's `user_id` as context.
+    /// Handles an event of a REQUEST authorizer. Returns a policy that allows the request, with the caller's `user_id` as context.
     ///
     /// # Errors
-    /// See [`Refusal`]; also for an event that is none.
+    /// See [`Refusal`]; [`Refusal::Unknown`] for a malformed event.
     pub async fn handle(&self, event: Value) -> Result<Value, Refusal> {
         let request: Request =
             serde_json::from_value(event).map_err(|error| Refusal::Unknown(shared::Error::internal(error)))?;
@@ -89,12 +89,12 @@ impl Authorizer {
         } else {
             None
         };
-        // The single user of local servers is nobody here.
+        // The id of the single user of local servers is not valid here.
         Ok(user.filter(|user| user.shown().is_some()))
     }
 }
 
-/// The first of the headers that is there, without `Bearer`.
+/// Returns the credential of the first header that is present, without `Bearer`.
 fn credential(headers: HashMap<String, String>) -> Option<SecretString> {
     let headers: HashMap<String, String> =
         headers.into_iter().map(|(name, value)| (name.to_ascii_lowercase(), value)).collect();
@@ -131,7 +131,7 @@ mod tests {
             (vec![("Authorization", "one")], None),
             (vec![("Authorization", "Bearer ")], None),
             (vec![("Authorization", "Bearer one"), ("X-Session-API-Key", "two")], Some("one")),
-            // One that is no credential does not let another one in.
+            // An invalid credential does not fall back to the next header.
             (vec![("Authorization", "Basic x"), ("X-Session-API-Key", "two")], None),
             (vec![("x-access-token", "one"), ("x-session-api-key", "two")], Some("one")),
             (vec![("X-Session-API-Key", "two")], Some("two")),

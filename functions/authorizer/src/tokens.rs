@@ -14,7 +14,7 @@ use shared::http_client::{AddressPolicy, HttpClient};
 use shared::user::UserId;
 use tokio::sync::Mutex;
 
-/// What issuers sign with. None of them can be verified with a key that is public and made with it, too.
+/// The accepted signature algorithms. All are asymmetric, so that a public key can verify tokens and cannot sign them.
 const ALGORITHMS: [Algorithm; 9] = [
     Algorithm::RS256,
     Algorithm::RS384,
@@ -26,41 +26,40 @@ const ALGORITHMS: [Algorithm; 9] = [
     Algorithm::ES384,
     Algorithm::EdDSA,
 ];
-/// How far clocks may be apart, in seconds.
+/// The accepted difference between clocks, in seconds.
 const LEEWAY: u64 = 30;
-/// Keys are read again after this time.
+/// The age at which keys are reread.
 const FRESH: Duration = Duration::from_secs(3600);
-/// Keys that were read longer ago hold no more: whoever the issuer has revoked since must not get in because it cannot be reached.
+/// The age at which keys become invalid: a key that the issuer has revoked must not stay valid because the issuer is unreachable.
 pub const STALE: Duration = Duration::from_secs(24 * 3600);
-/// The least time between two readings because a token names a key that is not among those that were read: anybody can make such
-/// names up, and there may be a thousand processes.
+/// The shortest time between two reads because of a token with an unknown key id: anyone can make up such ids, and there may be a thousand
+/// processes.
 pub const UNKNOWN_KEY_PAUSE: Duration = Duration::from_secs(60);
-/// The least time before a reading that has failed is repeated. Until then the failure is the answer, where there are no keys.
+/// The shortest time before a failed read is repeated. Until then requests fail, unless there are older keys.
 pub const FAILURE_PAUSE: Duration = Duration::from_secs(5);
-/// To each pause a random part of it is added, up to this fraction, so that processes do not all read at once.
+/// The largest jitter: a random fraction of each pause that is added to it, so that processes do not all read at once.
 const JITTER: f64 = 0.5;
-/// For each of the two requests. The function has 10 s, so that it answers even when both take as long as they may.
+/// The timeout of each of the two requests. The function has 10 s, so that it can respond even after two timeouts.
 const TIMEOUT: Duration = Duration::from_secs(3);
-/// Bytes.
+/// The largest document of the issuer, in bytes.
 const MAX_DOCUMENT: usize = 512 * 1024;
 /// The longest `sub`, in bytes (OpenID Connect Core, 2).
 const MAX_SUBJECT: usize = 255;
 
 #[derive(Default)]
 struct Keys {
-    /// Those that were read last, and when.
+    /// The keys of the last successful read, and its time.
     read: Option<(Arc<JwkSet>, Instant)>,
-    /// When they were last asked for, and whether that failed.
+    /// The time of the last read, and whether it failed.
     tried: Option<(Instant, bool)>,
-    /// How much longer than their least time pauses are, as a fraction.
+    /// The jitter of the current pauses, as a fraction of their length.
     jitter: f64,
 }
 
-/// Tells the time.
+/// A source of the current time.
 pub type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
 
-/// Verifies tokens. Keys are kept for an hour, and read again when a token names one that is not among them, though not more often
-/// than once a minute.
+/// Verifies tokens. Keys are cached for an hour, and reread when a token has an unknown key id, at most once a minute.
 pub struct Tokens {
     config: OidcConfig,
     http: HttpClient,
@@ -86,7 +85,7 @@ struct Discovery {
 }
 
 impl Tokens {
-    /// For tokens of one issuer and one audience.
+    /// A verifier of the tokens of one issuer for one audience.
     #[must_use]
     pub fn new(config: OidcConfig) -> Self {
         Self::with_clock(config, Arc::new(Instant::now))
@@ -98,13 +97,13 @@ impl Tokens {
         Self { config, http: HttpClient::new(AddressPolicy::Any), keys: Mutex::default(), clock }
     }
 
-    /// Whose token it is; `None` when it does not hold.
+    /// Verifies a token and returns its user; `None` when it is invalid.
     ///
     /// # Errors
-    /// [`Error::Upstream`] when the issuer's keys cannot be read now, and have not been for a day.
+    /// [`Error::Upstream`] when the issuer's keys cannot be read, and were not read within the last day.
     pub async fn user(&self, token: &str) -> Result<Option<UserId>> {
         let Ok(header) = decode_header(token) else { return Ok(None) };
-        // What `crit` names must be understood (RFC 7515, 4.1.11), and nothing is.
+        // Extensions in `crit` must be supported (RFC 7515, 4.1.11); this verifier supports none.
         if !ALGORITHMS.contains(&header.alg) || has_critical_extension(token) {
             return Ok(None);
         }
@@ -119,14 +118,14 @@ impl Tokens {
         let subject = match decode::<Claims>(token, &key, &validation) {
             Ok(token) => token.claims.sub,
             Err(error) => {
-                tracing::info!(%error, "authorizer.token_refused");
+                tracing::info!(%error, "authorizer.token_rejected");
                 return Ok(None);
             }
         };
         Ok((!subject.is_empty() && subject.len() <= MAX_SUBJECT).then(|| UserId::new(subject)))
     }
 
-    /// The key that a token names, or the only one there is for its algorithm.
+    /// Finds the key that a token names, or the only key for its algorithm.
     async fn key(&self, id: Option<&str>, algorithm: Algorithm) -> Result<Option<Jwk>> {
         let now = (self.clock)();
         let mut keys = self.keys.lock().await;
@@ -139,7 +138,7 @@ impl Tokens {
             return Ok(found);
         }
         if let Some((tried_at, failed)) = keys.tried {
-            // Keys that are no longer fresh are read again as soon as they can be; a name that may be made up waits longer.
+            // Old keys are reread as soon as possible; an unknown key id, which may be made up, waits longer.
             let pause = match (failed, is_fresh) {
                 (true, false) => FAILURE_PAUSE,
                 (_, true) => UNKNOWN_KEY_PAUSE,
@@ -148,7 +147,7 @@ impl Tokens {
             if since(tried_at) < pause.mul_f64(1.0 + keys.jitter) {
                 return match keys.read {
                     Some(_) => Ok(found),
-                    None => Err(upstream("it could not be asked a moment ago")),
+                    None => Err(upstream("it did not respond a moment ago")),
                 };
             }
         }
@@ -157,9 +156,9 @@ impl Tokens {
         keys.jitter = rand::random_range(0.0..JITTER);
         match read {
             Ok(set) => keys.read = Some((Arc::new(set), now)),
-            // Those that were read before still hold.
+            // The previous keys stay valid.
             Err(error) if keys.read.is_some() => {
-                tracing::warn!(error = %error.context(), "authorizer.keys_not_read");
+                tracing::warn!(error = %error.context(), "authorizer.keys_read_failed");
             }
             Err(error) => return Err(error),
         }
@@ -171,7 +170,7 @@ impl Tokens {
         let discovery: Discovery =
             self.read(&format!("{}/.well-known/openid-configuration", issuer.trim_end_matches('/'))).await?;
         if discovery.issuer != *issuer {
-            return Err(upstream(format!("it calls itself {}", begin(&discovery.issuer))));
+            return Err(upstream(format!("its document names the issuer {}", begin(&discovery.issuer))));
         }
         let scheme = |url: &str| Url::parse(url).map(|url| url.scheme().to_owned()).ok();
         if scheme(&discovery.jwks_uri) != Some("https".into()) && scheme(&discovery.jwks_uri) != scheme(issuer) {
@@ -184,25 +183,25 @@ impl Tokens {
         let request = self.http.request(Method::GET, url).map_err(Error::internal)?;
         let answer = request.send(TIMEOUT, |_| MAX_DOCUMENT).await.map_err(upstream)?;
         if !answer.status.is_success() {
-            return Err(upstream(format!("{url} answered {}", answer.status)));
+            return Err(upstream(format!("{url} returned status {}", answer.status)));
         }
         if !answer.is_whole {
-            return Err(upstream(format!("{url} answered more than {MAX_DOCUMENT} bytes")));
+            return Err(upstream(format!("{url} returned more than {MAX_DOCUMENT} bytes")));
         }
-        // The error would quote the document.
+        // The message of the error itself could quote the document.
         serde_json::from_slice(&answer.body)
-            .map_err(|error| upstream(format!("{url} answered something else (column {})", error.column())))
+            .map_err(|error| upstream(format!("{url} returned an unexpected document (column {})", error.column())))
     }
 }
 
-/// The beginning of a text that may be long.
+/// Truncates a text that may be long.
 fn begin(text: &str) -> String {
     text.chars().take(200).collect()
 }
 
 fn upstream(error: impl std::fmt::Display) -> Error {
     Error::Upstream {
-        message: "The token's issuer cannot be asked now".into(),
+        message: "The token issuer does not respond; try again later".into(),
         context: format!("OIDC issuer: {error}"),
     }
 }

@@ -1,14 +1,10 @@
-//! `/api/v1/app-conversations`: conversations with their live status. `GET` for some by id, `…/search` and `…/count` for all that
-//! a filter lets through, `PATCH …/{id}` to change one, `DELETE …/{id}` to delete it.
+//! `/api/v1/app-conversations`: conversations with their live status. `GET` returns some by id, `…/search` and `…/count` those that
+//! match a filter, `PATCH …/{id}` changes one, and `DELETE …/{id}` deletes it.
 
 use axum::extract::{DefaultBodyLimit, Path, RawQuery, State};
 use axum::routing::{get, patch};
 use axum::{Json, Router};
-use bytes::Bytes;
 use futures::future::{try_join, try_join_all};
-use http::HeaderMap;
-use http::header::CONTENT_TYPE;
-use serde_json::{Value, json};
 use shared::aws::Aws;
 use shared::config::Config;
 use shared::conversation::deletion::Deleter;
@@ -19,10 +15,11 @@ use shared::conversation::update_request::UpdateRequest;
 use shared::conversation::{AppConversation, ConversationRecord, MAX_NAME};
 use shared::error::Error;
 use shared::http::caller::Caller;
-use shared::http::page::{self, Page};
-use shared::http::page_token;
-use shared::http::pydantic::query::{Bounds, Query, lenient_uuid, lenient_uuids};
+use shared::http::extract::{JsonBody, PageRequest};
+use shared::http::page::{self, PageOut};
+use shared::http::pydantic::query::{Query, lenient_uuid, lenient_uuids};
 use shared::http::pydantic::validation::{self, Choice as _};
+use shared::http::response::SuccessOut;
 use shared::http_client::HttpClient;
 use shared::jobs::queue::JobQueue;
 use shared::sandbox;
@@ -35,11 +32,11 @@ use uuid::Uuid;
 /// The most ids that one request may name.
 const MAX_IDS: usize = 99;
 
-/// An update holds a few names.
+/// The largest body, in bytes: an update holds a few names.
 const BODY_LIMIT: usize = 1024 * 1024;
 
-/// What this function may touch: it reads and changes conversations, reads settings, looks at sandboxes and their agent servers, and enqueues jobs for
-/// the worker that finishes deletions.
+/// What this function can access: it reads and changes conversations, reads settings, queries sandboxes and their agent servers, and
+/// enqueues jobs for the worker that completes deletions.
 #[derive(Clone, Debug)]
 pub struct Context {
     conversations: ConversationStore,
@@ -99,29 +96,26 @@ async fn search(
     State(context): State<Context>,
     Caller(user): Caller,
     RawQuery(query): RawQuery,
-) -> Result<Json<Page>, Error> {
+) -> Result<Json<PageOut<AppConversation>>, Error> {
     let mut query = Query::parse(query.as_deref());
     let mut filter = filter(&mut query);
-    let page_id = query.string("page_id");
-    let limit = query.integer("limit", 100, Bounds::PAGE);
+    let page = PageRequest::read(&mut query);
     filter.include_sub_conversations = query.boolean("include_sub_conversations", false);
-    // The reference ignores the parameter, so that what is none of these is no fault.
+    // An unknown order is not a violation, because the reference ignores the parameter.
     let order =
         query.string("sort_order").and_then(|order| SortOrder::from_wire(&order)).unwrap_or(SortOrder::CreatedAtDesc);
     query.finish().map_err(Error::Invalid)?;
-    let list = ("conversations".to_owned(), filter, order);
-    let after = page_id.map(|page| page_token::decode(&user, &page, &list)).transpose()?;
-    let limit = usize::try_from(limit).unwrap_or(100);
-    let found = context.conversations.search(&user, &list.1, order, after.as_ref(), limit).await?;
+    let page = page.of(&user, ("conversations".to_owned(), filter, order));
+    let after = page.after()?;
+    let found = context.conversations.search(&user, &page.list.1, order, after.as_ref(), page.limit).await?;
     let shown = context.live.show(&user, found.records).await?;
-    // The store has bounded the page, with room for the usual live status.
+    // The store has bounded the page and has reserved space for the usual live status, so that this rarely drops an item.
     let items = page::fitting(&shown)?;
     let next = match shown.get(items.len()..) {
         Some([_, ..]) => shown[..items.len()].last().map(|last| Cursor::of(last, order)),
         _ => found.next,
     };
-    let next = next.map(|next| page_token::encode(&user, &list, &next)).transpose()?;
-    Ok(Json(items.into_page(next)))
+    Ok(Json(items.into_page(page.next_page_id(next)?)))
 }
 
 async fn count(
@@ -140,11 +134,8 @@ async fn update(
     State(context): State<Context>,
     Caller(user): Caller,
     Path(id): Path<String>,
-    headers: HeaderMap,
-    body: Bytes,
+    JsonBody(request): JsonBody<UpdateRequest>,
 ) -> Result<Json<AppConversation>, Error> {
-    let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    let request = UpdateRequest::from_body(content_type, &body).map_err(Error::Invalid)?;
     let id = validation::path_uuid("conversation_id", &id).map_err(Error::Invalid)?;
     context.update(&user, id, request).await.map(Json)
 }
@@ -153,15 +144,15 @@ async fn delete(
     State(context): State<Context>,
     Caller(user): Caller,
     Path(id): Path<String>,
-) -> Result<Json<Value>, Error> {
+) -> Result<Json<SuccessOut>, Error> {
     let id = lenient_uuid(&id).ok_or_else(|| Error::Refused("Invalid conversation ID format".into()))?;
     match context.deleter.delete(&user, id).await? {
-        true => Ok(Json(json!({"success": true}))),
+        true => Ok(SuccessOut::json()),
         false => Err(Error::NotFound("Conversation not found".into())),
     }
 }
 
-/// The filters that search and count have in common.
+/// Reads the filters that search and count have in common.
 fn filter(query: &mut Query) -> Filter {
     Filter {
         title_contains: query.string_up_to(MAX_NAME, "title__contains"),
@@ -184,15 +175,15 @@ impl Context {
         Ok(ids.iter().map(|id| shown.iter().find(|conversation| conversation.id == *id).cloned()).collect())
     }
 
-    /// Changes what the request names, and tells the agent server of a new title.
+    /// Applies the changes of a request, and sends a new title to the agent server.
     async fn update(&self, user: &UserId, id: Uuid, mut request: UpdateRequest) -> Result<AppConversation, Error> {
         let unknown = || Error::NotFound("unknown_app_conversation".into());
         if request.selects() {
-            // What does not exist cannot be changed badly either.
-            let kept = self.conversations.get(user, id).await?.ok_or_else(unknown)?;
+            // A missing conversation is reported before any violation.
+            let stored = self.conversations.get(user, id).await?.ok_or_else(unknown)?;
             let tokens = self.settings.get(user).await?.unwrap_or_default().provider_tokens;
-            let kept = (kept.selected_repository.as_deref(), kept.git_provider);
-            request = request.normal(kept, &tokens).map_err(Error::Invalid)?;
+            let selected = (stored.selected_repository.as_deref(), stored.git_provider);
+            request = request.normal(selected, &tokens).map_err(Error::Invalid)?;
         }
         let change = request.change();
         let record = match change.is_empty() {
@@ -201,17 +192,17 @@ impl Context {
         };
         let record = record.ok_or_else(unknown)?;
         let title = request.title.as_ref().and_then(Option::as_deref);
-        let told = async {
+        let send_title = async {
             match title {
                 Some(title) => self.live.send_title(&record, title).await,
                 None => Ok(()),
             }
         };
-        let (shown, ()) = try_join(self.show(user, vec![record.clone()]), told).await?;
+        let (shown, ()) = try_join(self.show(user, vec![record.clone()]), send_title).await?;
         shown.into_iter().next().ok_or_else(unknown)
     }
 
-    /// Records with their live status and their sub-conversations.
+    /// Adds the live status and the sub-conversations to records.
     async fn show(&self, user: &UserId, records: Vec<ConversationRecord>) -> Result<Vec<AppConversation>, Error> {
         let mut shown = self.live.show(user, records).await?;
         let children =

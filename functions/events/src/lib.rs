@@ -1,32 +1,29 @@
-//! Events: what agent servers tell (`/api/v1/webhooks`), and how it is read (`/api/v1/conversation/{id}/events`).
+//! Events: ingestion of agent servers' webhooks (`/api/v1/webhooks`) and the event log of a conversation
+//! (`/api/v1/conversation/{id}/events`).
 
 mod log;
 mod webhooks;
 
-use axum::extract::Path;
-use axum::extract::rejection::PathRejection;
 pub use log::router;
 use shared::aws::Aws;
 use shared::config::Config;
 use shared::conversation::store::ConversationStore;
 use shared::event::ingest::EventIngestor;
 use shared::event::store::EventStore;
-use shared::http::pydantic::validation::{self, Checked};
 use shared::jobs::queue::JobQueue;
 use shared::sandbox::store::SandboxStore;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
-use uuid::Uuid;
 pub use webhooks::webhooks_router;
 
-/// What this function may touch: it reads sandboxes, settings and events, writes events and what they say of conversations,
-/// and rings for what is to be done on them.
+/// What this function can access: it reads sandboxes, settings and events, writes events, updates conversation records from them, and
+/// enqueues follow-up jobs.
 #[derive(Clone, Debug)]
 pub struct Context {
     sandboxes: SandboxStore,
     settings: SettingsStore,
     events: EventStore,
-    intake: EventIngestor,
+    ingestor: EventIngestor,
     sealer: Sealer,
 }
 
@@ -39,7 +36,7 @@ impl Context {
         Self {
             sandboxes: SandboxStore::new(dynamodb.clone(), names.sandboxes.clone(), sealer.clone()),
             settings: SettingsStore::new(dynamodb.clone(), names.users.clone(), sealer.clone()),
-            intake: EventIngestor {
+            ingestor: EventIngestor {
                 conversations: ConversationStore::new(
                     dynamodb.clone(),
                     names.conversations.clone(),
@@ -52,10 +49,4 @@ impl Context {
             sealer: sealer.clone(),
         }
     }
-}
-
-/// The conversation in the path; one that is not UTF-8 is no UUID either.
-fn conversation_id(path: Result<Path<String>, PathRejection>) -> Checked<Uuid> {
-    let text = path.map_or_else(|_| char::REPLACEMENT_CHARACTER.into(), |Path(text)| text);
-    validation::path_uuid("conversation_id", &text)
 }

@@ -1,30 +1,26 @@
-//! `GET /api/v1/conversation/{id}/events`, `…/search` and `…/count`: the log of a conversation of the caller's. One that they
-//! do not have has an empty log.
+//! `GET /api/v1/conversation/{id}/events`, `…/search` and `…/count`: the event log of one of the caller's conversations. The log of
+//! an unknown conversation is empty.
 
-use axum::extract::rejection::PathRejection;
-use axum::extract::{Path, RawQuery, State};
-use axum::response::{IntoResponse as _, Response};
+use axum::extract::{RawQuery, State};
 use axum::routing::get;
 use axum::{Json, Router};
-use serde::Serialize;
 use serde_json::value::RawValue;
 use shared::Time;
-use shared::error::Error;
+use shared::error::{Error, Result};
 use shared::event::store::{Event, EventFilter, SortOrder};
 use shared::http::caller::Caller;
-use shared::http::page_token;
-use shared::http::pydantic::query::{Bounds, Query};
-use shared::http::pydantic::validation::Checked;
-use uuid::Uuid;
+use shared::http::extract::{ConversationId, PageRequest, both};
+use shared::http::page::PageOut;
+use shared::http::pydantic::query::Query;
 
-use crate::{Context, conversation_id};
+use crate::Context;
 
 /// The most ids that one request may name.
 const MAX_IDS: usize = 100;
-/// The most characters of a kind that one can ask for. Any kind can be asked for, because later agent servers have others.
+/// The most characters of `kind__eq`. Any kind is accepted, because later agent servers have other kinds.
 const MAX_KIND: usize = 100;
 
-/// The routes that read events, for the caller that the edge has found.
+/// The routes that read events. They need an authenticated caller.
 pub fn router(context: Context) -> Router {
     Router::new()
         .route("/api/v1/conversation/{conversation_id}/events", get(batch_get))
@@ -33,62 +29,54 @@ pub fn router(context: Context) -> Router {
         .with_state(context)
 }
 
-#[derive(Serialize)]
-struct EventPage {
-    items: Vec<Box<RawValue>>,
-    next_page_id: Option<String>,
-}
-
 async fn search(
     State(context): State<Context>,
     Caller(user): Caller,
-    conversation: Result<Path<String>, PathRejection>,
+    conversation: Result<ConversationId>,
     RawQuery(query): RawQuery,
-) -> Result<Response, Error> {
+) -> Result<Json<PageOut<Event>>> {
     let mut query = Query::parse(query.as_deref());
     let filter = filter(&mut query);
     let order = query.choice("sort_order").unwrap_or(SortOrder::Timestamp);
-    let page = query.string("page_id");
-    let limit = query.integer("limit", 100, Bounds::PAGE);
-    let conversation = both(conversation_id(conversation), query.finish())?;
+    let page = PageRequest::read(&mut query);
+    let (ConversationId(conversation), ()) = both(conversation, query.finish().map_err(Error::Invalid))?;
     let list =
         ("events".to_owned(), conversation, filter.kind.clone(), filter.timestamp_gte, filter.timestamp_lt, order);
-    let after = page.map(|page| page_token::decode(&user, &page, &list)).transpose()?;
-    let limit = usize::try_from(limit).unwrap_or(100);
-    let found = context.events.page(&user, conversation, &filter, order, after.as_ref(), limit).await?;
-    let items = found.events.into_iter().map(as_sent).collect::<Result<_, _>>()?;
-    let next_page_id = found.next.map(|next| page_token::encode(&user, &list, &next)).transpose()?;
-    Ok(Json(EventPage { items, next_page_id }).into_response())
+    let page = page.of(&user, list);
+    let after = page.after()?;
+    let found = context.events.page(&user, conversation, &filter, order, after.as_ref(), page.limit).await?;
+    let items = found.events.into_iter().map(raw_json).collect::<Result<_>>()?;
+    Ok(Json(PageOut::new(items, page.next_page_id(found.next)?)))
 }
 
 async fn count(
     State(context): State<Context>,
     Caller(user): Caller,
-    conversation: Result<Path<String>, PathRejection>,
+    conversation: Result<ConversationId>,
     RawQuery(query): RawQuery,
-) -> Result<Json<u64>, Error> {
+) -> Result<Json<u64>> {
     let mut query = Query::parse(query.as_deref());
     let filter = filter(&mut query);
-    let conversation = both(conversation_id(conversation), query.finish())?;
+    let (ConversationId(conversation), ()) = both(conversation, query.finish().map_err(Error::Invalid))?;
     context.events.count(&user, conversation, &filter).await.map(Json)
 }
 
 async fn batch_get(
     State(context): State<Context>,
     Caller(user): Caller,
-    conversation: Result<Path<String>, PathRejection>,
+    conversation: Result<ConversationId>,
     RawQuery(query): RawQuery,
-) -> Result<Response, Error> {
+) -> Result<Json<Vec<Option<Box<RawValue>>>>> {
     let mut query = Query::parse(query.as_deref());
     let ids = query.strings("id");
-    let conversation = both(conversation_id(conversation), query.finish())?;
+    let (ConversationId(conversation), ()) = both(conversation, query.finish().map_err(Error::Invalid))?;
     if ids.len() > MAX_IDS {
         let text = format!("Cannot request more than {MAX_IDS} events at once, got {}", ids.len());
         return Err(Error::Refused(text));
     }
     let found = context.events.batch_get(&user, conversation, &ids).await?;
-    let shown = found.into_iter().map(|event| event.map(as_sent).transpose()).collect::<Result<Vec<_>, _>>()?;
-    Ok(Json(shown).into_response())
+    let shown = found.into_iter().map(|event| event.map(raw_json).transpose()).collect::<Result<_>>()?;
+    Ok(Json(shown))
 }
 
 fn filter(query: &mut Query) -> EventFilter {
@@ -99,19 +87,7 @@ fn filter(query: &mut Query) -> EventFilter {
     }
 }
 
-/// Faults of the path, then those of the query.
-fn both(conversation: Checked<Uuid>, query: Checked<()>) -> Result<Uuid, Error> {
-    match (conversation, query) {
-        (Ok(conversation), Ok(())) => Ok(conversation),
-        (conversation, query) => {
-            let mut violations = conversation.err().unwrap_or_default();
-            violations.extend(query.err().unwrap_or_default());
-            Err(Error::Invalid(violations))
-        }
-    }
-}
-
-/// Byte for byte.
-fn as_sent(event: Event) -> Result<Box<RawValue>, Error> {
+/// The JSON of an event, byte for byte as the agent server sent it.
+fn raw_json(event: Event) -> Result<Box<RawValue>> {
     RawValue::from_string(event.json).map_err(Error::internal)
 }

@@ -1,5 +1,5 @@
-//! `POST /api/cloud-proxy`: a request of a web front end, passed on to the agent server of one of the caller's sandboxes. Pages send
-//! it where they do not call agent servers themselves.
+//! The cloud proxy, `POST /api/cloud-proxy`: forwards a request of a web front end to the agent server of one of the caller's sandboxes.
+//! Pages use it where they cannot call agent servers directly.
 
 use std::borrow::Cow;
 use std::time::Duration;
@@ -7,31 +7,31 @@ use std::time::Duration;
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use bytes::Bytes;
+use http::Method;
 use http::header::CONTENT_TYPE;
-use http::{HeaderMap, Method};
 use serde_json::Value;
 use shared::agent_server::{AgentServerError, Failure};
 use shared::conversation::git::WorkspaceGit;
 use shared::conversation::workspace::path_in_workspace;
 use shared::error::{Error, Result};
-use shared::http::caller::Caller;
-use shared::http::pydantic::body;
-use shared::http::pydantic::validation::{Checked, Checker, Fields, dictionary, float, string};
+use shared::http::caller::{Caller, SESSION_API_KEY};
+use shared::http::extract::JsonBody;
+use shared::http::pydantic::body::FromJson;
+use shared::http::pydantic::validation::{Checker, Fields, dictionary, float, string};
 use shared::http_client;
+use shared::sandbox::{Sandbox, SandboxStatus};
 
 use crate::Context;
 
-/// What of an agent server may be reached this way: not its health, nor its documentation.
-const REACHABLE: &str = "/api/";
-const SESSION_API_KEY: &str = "x-session-api-key";
+/// The prefix of the paths that the proxy forwards. Health checks and documentation of the agent server are outside it.
+const PATH_PREFIX: &str = "/api/";
 const METHODS: [Method; 5] = [Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE];
-/// Lambda answers with 6 MB at most, and what is no text becomes a third larger.
-const ANSWER_LIMIT: usize = 4 * 1024 * 1024;
-const TOO_LATE: &str = "The agent server did not answer in time";
+/// The largest response, in bytes. Lambda returns 6 MB at most, and Base64 makes a binary body a third larger.
+const RESPONSE_LIMIT: usize = 4 * 1024 * 1024;
+const TIMED_OUT: &str = "The agent server did not respond in time";
 
 /// `{host, method, path, headers: {X-Session-API-Key}, body, timeout_seconds}`
-struct ProxyRequest {
+pub(crate) struct CloudProxyIn {
     host: String,
     method: Method,
     path: String,
@@ -40,34 +40,27 @@ struct ProxyRequest {
     timeout: Option<Duration>,
 }
 
-impl ProxyRequest {
-    fn from_body(content_type: Option<&str>, body: &[u8]) -> Checked<Self> {
-        let value = body::json(content_type, body)?;
-        let mut check = Checker::new("body");
-        let passed = Self::read(&mut check, &value);
-        check.finish(passed)
-    }
-
-    fn read(check: &mut Checker, value: &Value) -> Option<Self> {
+impl FromJson for CloudProxyIn {
+    fn from_json(check: &mut Checker, value: &Value) -> Option<Self> {
         let fields = Fields::of(check, value)?;
         let host = fields.required(check, "host", string);
         let method = fields.required(check, "method", |check, value| {
             let name = string(check, value)?.to_uppercase();
             let method = METHODS.into_iter().find(|method| method.as_str() == name);
             if method.is_none() {
-                check.report_value_error("the method has to be GET, POST, PUT, PATCH or DELETE", value.clone());
+                check.report_value_error("the method must be GET, POST, PUT, PATCH or DELETE", value.clone());
             }
             method
         });
         let path = fields.required(check, "path", |check, value| {
             let path = string(check, value)?;
-            if !path.starts_with(REACHABLE) {
-                check.report_value_error(format!("the path has to begin with {REACHABLE}"), value.clone());
+            if !path.starts_with(PATH_PREFIX) {
+                check.report_value_error(format!("the path must start with {PATH_PREFIX}"), value.clone());
                 return None;
             }
-            // What others read as another path would lead out of there.
+            // A path that another parser normalises differently could lead out of the prefix.
             if !http_client::is_plain(&path) {
-                let fault = "the path must not hold `.` or `..` segments, empty segments, backslashes, fragments, control \
+                let fault = "the path must not contain `.` or `..` segments, empty segments, backslashes, fragments, control \
                              characters, or any of these encoded";
                 check.report_value_error(fault, value.clone());
                 return None;
@@ -86,66 +79,78 @@ impl ProxyRequest {
     }
 }
 
-/// The request goes to where the sandbox is whose key it shows, if that is the caller's; nobody gets anywhere else by way of us.
+/// Forwards the request to the sandbox whose session key it contains, if the sandbox is the caller's. The proxy reaches no other host.
 pub(crate) async fn proxy(
     State(context): State<Context>,
     Caller(user): Caller,
-    headers: HeaderMap,
-    bytes: Bytes,
+    JsonBody(request): JsonBody<CloudProxyIn>,
 ) -> Result<Response> {
-    let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    let request = ProxyRequest::from_body(content_type, &bytes).map_err(Error::Invalid)?;
     let record = match &request.key {
         Some(key) => context.records.find_by_session_key(key).await?.filter(|record| record.user == user),
         None => None,
     };
-    // The same answer for a key that is nobody's and for another user's.
-    let refused = || Error::Forbidden("headers must hold your own sandbox's X-Session-API-Key".to_owned());
-    let record = record.ok_or_else(refused)?;
+    // The same error for an unknown key and for another user's.
+    let forbidden =
+        || Error::Forbidden("`headers` must contain the X-Session-API-Key of one of your sandboxes".to_owned());
+    let record = record.ok_or_else(forbidden)?;
     let sandbox = context.sandboxes.get(&user, &record.id).await?;
     let sandbox = sandbox.ok_or_else(|| Error::NotFound(format!("Sandbox {} not found", record.id)))?;
-    let not_running = || Error::Conflict(format!("Sandbox {} does not run", record.id));
-    let url = sandbox.agent_server_url().ok_or_else(not_running)?;
-    if !is_same_place(&request.host, url) {
-        return Err(Error::Forbidden(format!("{} is not where sandbox {} is", request.host, record.id)));
+    let url = sandbox.agent_server_url().ok_or_else(|| not_running(&sandbox))?;
+    if !is_same_host(&request.host, url) {
+        return Err(Error::Forbidden(format!("Host {} does not match sandbox {}", request.host, record.id)));
     }
-    let agent_server = sandbox.agent_server(&context.messages.http).ok_or_else(not_running)?;
+    let agent_server = sandbox.agent_server(&context.messages.http).ok_or_else(|| not_running(&sandbox))?;
     let timeout = request.timeout.unwrap_or(context.sandbox_request_budget).min(context.sandbox_request_budget);
     if request.method == Method::GET
-        && let Some(asked) = AskedOfGit::read(&request.path, &sandbox.working_dir)
+        && let Some(query) = GitQuery::read(&request.path, &sandbox.working_dir)
     {
         let git = WorkspaceGit { agent_server: &agent_server, root: &sandbox.working_dir };
-        return match tokio::time::timeout(timeout, asked.answer(git)).await {
-            Ok(answer) => answer.map_err(|error| not_answered(&error))?,
-            Err(_) => Err(Error::Upstream { message: TOO_LATE.to_owned(), context: format!("after {timeout:?}") }),
+        return match tokio::time::timeout(timeout, query.run(git)).await {
+            Ok(result) => result.map_err(|error| upstream(&error))?,
+            Err(_) => Err(Error::Upstream { message: TIMED_OUT.to_owned(), context: format!("after {timeout:?}") }),
         };
     }
-    let path = in_sandbox(&request.path, &sandbox.working_dir);
-    let answer = agent_server.proxy(request.method, &path, request.body.as_ref(), ANSWER_LIMIT, timeout).await;
-    match answer.map_err(|error| not_answered(&error))? {
+    let path = with_sandbox_path(&request.path, &sandbox.working_dir);
+    let response = agent_server.proxy(request.method, &path, request.body.as_ref(), RESPONSE_LIMIT, timeout).await;
+    match response.map_err(|error| upstream(&error))? {
         Some((status, kind, body)) => Ok((status, kind.map(|kind| [(CONTENT_TYPE, kind)]), body).into_response()),
-        None => Err(Error::TooLarge("The agent server's answer is larger than what can be passed on".to_owned())),
+        None => {
+            let message = "The agent server's response is larger than the proxy can return; request less at once";
+            Err(Error::TooLarge(message.to_owned()))
+        }
     }
 }
 
-fn not_answered(error: &AgentServerError) -> Error {
+fn not_running(sandbox: &Sandbox) -> Error {
+    let id = &sandbox.id;
+    Error::Conflict(match sandbox.status {
+        SandboxStatus::Paused => format!("Sandbox {id} is paused; POST /api/v1/sandboxes/{id}/resume resumes it"),
+        SandboxStatus::Starting => format!("Sandbox {id} is starting; try again in a few seconds"),
+        SandboxStatus::Running | SandboxStatus::Missing | SandboxStatus::Error => {
+            format!("Sandbox {id} is not running")
+        }
+    })
+}
+
+fn upstream(error: &AgentServerError) -> Error {
     let message = match &error.failure {
-        Failure::TimedOut => TOO_LATE,
-        _ => "The agent server did not answer",
+        Failure::TimedOut => TIMED_OUT,
+        _ => "The agent server did not respond",
     };
     Error::Upstream { message: message.to_owned(), context: error.to_string() }
 }
 
-/// `GET /api/git/changes` or `GET /api/git/diff` of a workspace, which are answered as the conversation's own routes do: agent servers
-/// fail on many names, and each version in its own way. The changes of one commit, and what is outside, are the agent server's.
+/// `GET /api/git/changes` or `GET /api/git/diff` of a workspace. The proxy does not forward these but runs git as the conversation's own
+/// routes do, because agent servers fail on many file names, each version in its own way. Requests for the changes of one commit, or for
+/// paths outside the workspace, are forwarded.
 #[derive(Debug, PartialEq, Eq)]
-struct AskedOfGit {
+struct GitQuery {
     is_diff: bool,
     path: String,
     reference: Option<String>,
 }
 
-impl AskedOfGit {
+impl GitQuery {
     fn read(path: &str, working_dir: &str) -> Option<Self> {
         let (route, query) = path.split_once('?')?;
         let is_diff = match route {
@@ -153,19 +158,19 @@ impl AskedOfGit {
             "/api/git/diff" => true,
             _ => return None,
         };
-        let mut asked = Self { is_diff, path: String::new(), reference: None };
+        let mut git_query = Self { is_diff, path: String::new(), reference: None };
         for (name, value) in form_urlencoded::parse(query.as_bytes()) {
             match name.as_ref() {
-                "path" => asked.path = value.into_owned(),
-                "ref" => asked.reference = Some(value.into_owned()).filter(|reference| !reference.is_empty()),
+                "path" => git_query.path = value.into_owned(),
+                "ref" => git_query.reference = Some(value.into_owned()).filter(|reference| !reference.is_empty()),
                 "commit" => return None,
                 _ => {}
             }
         }
-        path_in_workspace(working_dir, &asked.path).map(|_| asked)
+        path_in_workspace(working_dir, &git_query.path).map(|_| git_query)
     }
 
-    async fn answer(&self, git: WorkspaceGit<'_>) -> Result<Result<Response>, AgentServerError> {
+    async fn run(&self, git: WorkspaceGit<'_>) -> Result<Result<Response>, AgentServerError> {
         let reference = self.reference.as_deref();
         Ok(if self.is_diff {
             git.diff(&self.path, reference).await?.map(|diff| Json(diff).into_response())
@@ -175,9 +180,9 @@ impl AskedOfGit {
     }
 }
 
-/// The request's path, with the parameter `path` of its query as the sandbox has it: pages know the workspace as
-/// `/workspace/project`, and a sandbox on this machine has it elsewhere. Everything else stays as it came.
-fn in_sandbox<'a>(path: &'a str, working_dir: &str) -> Cow<'a, str> {
+/// Replaces the parameter `path` of the query by the path inside the sandbox: pages know the workspace as `/workspace/project`, and a
+/// sandbox on this machine has it in another folder. Everything else stays unchanged.
+fn with_sandbox_path<'a>(path: &'a str, working_dir: &str) -> Cow<'a, str> {
     let Some((route, query)) = path.split_once('?') else { return path.into() };
     let mut is_moved = false;
     let pairs: Vec<(Cow<'_, str>, Cow<'_, str>)> = form_urlencoded::parse(query.as_bytes())
@@ -194,18 +199,21 @@ fn in_sandbox<'a>(path: &'a str, working_dir: &str) -> Cow<'a, str> {
     format!("{route}?{query}").into()
 }
 
-/// Whether both name the same host and port, whatever the scheme: a page that came by https says so of all hosts.
-fn is_same_place(host: &str, url: &str) -> bool {
-    let place = |url: &str| {
-        let place = url.split_once("://").map_or(url, |(_, place)| place);
-        place.trim_end_matches('/').to_lowercase()
+/// Whether both have the same host, port and path. The scheme is ignored, because a page that was loaded over https uses https for all
+/// hosts.
+fn is_same_host(host: &str, url: &str) -> bool {
+    let without_scheme = |url: &str| {
+        let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+        rest.trim_end_matches('/').to_lowercase()
     };
-    place(host) == place(url)
+    without_scheme(host) == without_scheme(url)
 }
 
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+    use shared::http::pydantic::body;
+    use shared::http::pydantic::validation::Checked;
 
     use super::*;
 
@@ -213,7 +221,8 @@ mod tests {
     fn a_path_stays_below_the_api() {
         let read = |path: &str| {
             let body = json!({"host": "http://host", "method": "GET", "path": path, "headers": {}});
-            ProxyRequest::from_body(Some("application/json"), body.to_string().as_bytes()).map(|passed| passed.path)
+            let read: Checked<CloudProxyIn> = body::read(Some("application/json"), body.to_string().as_bytes());
+            read.map(|request| request.path)
         };
         for path in ["/api/", "/api/git/changes?path=/workspace/../x", "/api/x/..y", "/api/a%20b"] {
             assert_eq!(read(path).as_deref().ok(), Some(path));
@@ -244,7 +253,7 @@ mod tests {
 
     #[test]
     fn pages_find_the_workspace_wherever_the_sandbox_has_it() {
-        let moved = |path: &str| in_sandbox(path, "/home/a user/workspace/project").into_owned();
+        let moved = |path: &str| with_sandbox_path(path, "/home/a user/workspace/project").into_owned();
         for (given, expected) in [
             (
                 "/api/git/commits?path=%2Fworkspace%2Fproject&limit=50",
@@ -271,24 +280,24 @@ mod tests {
             assert_eq!(moved(same), same);
         }
         let in_container = "/api/git/commits?path=/workspace/project/a%20b&x=%zz";
-        assert_eq!(in_sandbox(in_container, "/workspace/project"), in_container);
+        assert_eq!(with_sandbox_path(in_container, "/workspace/project"), in_container);
     }
 
     #[test]
-    fn git_is_asked_of_workspaces_alone() {
-        let read = |path: &str| AskedOfGit::read(path, "/home/a user/workspace/project/");
-        let asked = |is_diff, path: &str, reference: Option<&str>| {
-            Some(AskedOfGit { is_diff, path: path.to_owned(), reference: reference.map(str::to_owned) })
+    fn git_queries_of_a_workspace_are_recognised() {
+        let read = |path: &str| GitQuery::read(path, "/home/a user/workspace/project/");
+        let query = |is_diff, path: &str, reference: Option<&str>| {
+            Some(GitQuery { is_diff, path: path.to_owned(), reference: reference.map(str::to_owned) })
         };
         for (path, expected) in [
-            ("/api/git/changes?path=%2Fworkspace%2Fproject", asked(false, "/workspace/project", None)),
+            ("/api/git/changes?path=%2Fworkspace%2Fproject", query(false, "/workspace/project", None)),
             (
                 "/api/git/diff?ref=HEAD&path=/workspace/project/a%26b+c&x=y",
-                asked(true, "/workspace/project/a&b c", Some("HEAD")),
+                query(true, "/workspace/project/a&b c", Some("HEAD")),
             ),
             (
                 "/api/git/changes?ref=&path=/home/a%20user/workspace/project/r",
-                asked(false, "/home/a user/workspace/project/r", None),
+                query(false, "/home/a user/workspace/project/r", None),
             ),
             ("/api/git/diff?path=/workspace/project/a&commit=abcd", None),
             ("/api/git/diff?path=/workspace/projects/a", None),
@@ -304,11 +313,11 @@ mod tests {
     }
 
     #[test]
-    fn places_are_compared_without_scheme() {
-        assert!(is_same_place("https://Host:1/", "http://host:1"));
-        assert!(is_same_place("http://host/runtime/1", "http://host/runtime/1/"));
+    fn hosts_are_compared_without_scheme() {
+        assert!(is_same_host("https://Host:1/", "http://host:1"));
+        assert!(is_same_host("http://host/runtime/1", "http://host/runtime/1/"));
         for other in ["http://host:2", "http://host", "http://host:1.evil", "http://host:1/api", ""] {
-            assert!(!is_same_place(other, "http://host:1"), "{other}");
+            assert!(!is_same_host(other, "http://host:1"), "{other}");
         }
     }
 }

@@ -1,5 +1,5 @@
-//! `/api/v1/sandboxes` and `/api/v1/sandbox-specs`: the machines that conversations run in; and messages for conversations that
-//! are not ready; and a way for web pages to the agent servers in their sandboxes.
+//! `/api/v1/sandboxes` and `/api/v1/sandbox-specs`: the sandboxes of conversations. Also the queue of messages for conversations that
+//! are not ready, and the cloud proxy, through which web pages reach the agent servers of sandboxes.
 
 mod cloud_proxy;
 mod pending_messages;
@@ -27,11 +27,15 @@ use shared::start::store::StartTaskStore;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
 
-/// A message may hold images.
+pub use crate::pending_messages::QueuedMessageOut;
+pub use crate::sandboxes::SandboxOut;
+pub use crate::secrets::SecretNamesOut;
+
+/// The largest body, in bytes: a message may hold images.
 const BODY_LIMIT: usize = 5 * 1024 * 1024;
 
-/// What this function may touch: it makes and changes sandboxes, reads the settings of their owners for the agents in them, and
-/// keeps messages.
+/// What this function can access: it creates and changes sandboxes, reads the settings of their owners for the agents in them, and
+/// queues messages.
 #[derive(Clone, Debug)]
 pub struct Context {
     sandboxes: Arc<dyn SandboxService>,
@@ -85,7 +89,7 @@ pub fn router(context: Context) -> Router {
         .route("/api/v1/sandboxes/{sandbox_id}", axum::routing::delete(sandboxes::delete_named))
         .route("/api/v1/sandboxes/{sandbox_id}/pause", post(sandboxes::pause))
         .route("/api/v1/sandboxes/{sandbox_id}/resume", post(sandboxes::resume))
-        .route("/api/v1/conversations/{conversation_id}/pending-messages", post(pending_messages::keep))
+        .route("/api/v1/conversations/{conversation_id}/pending-messages", post(pending_messages::enqueue))
         .route("/api/v1/sandbox-specs", get(specs::batch_get))
         .route("/api/v1/sandbox-specs/search", get(specs::search))
         .route("/api/cloud-proxy", post(cloud_proxy::proxy))
@@ -93,8 +97,8 @@ pub fn router(context: Context) -> Router {
         .with_state(context)
 }
 
-/// The routes of this function for the agents in sandboxes, who show their sandbox's session key; whoever else the request may be
-/// from does not count.
+/// The routes of this function for the agents in sandboxes, authenticated by the sandbox's session key. All other credentials of a
+/// request are ignored.
 pub fn secrets_router(context: Context) -> Router {
     Router::new()
         .route("/api/v1/sandboxes/{sandbox_id}/settings/secrets", get(secrets::list))

@@ -1,54 +1,82 @@
-//! Sandboxes as the contract shows them.
+//! Lists, creates, pauses, resumes and deletes sandboxes.
 
 use axum::Json;
 use axum::extract::{Path, RawQuery, State};
 use secrecy::ExposeSecret as _;
-use serde_json::{Value, json};
+use serde::Serialize;
 use shared::clock::Time;
 use shared::error::{Error, Result};
 use shared::http::caller::Caller;
-use shared::http::page::{self, Page};
-use shared::http::page_token;
-use shared::http::pydantic::query::{Bounds, Query};
+use shared::http::extract::PageRequest;
+use shared::http::page::{self, PageOut};
+use shared::http::pydantic::query::Query;
+use shared::http::response::SuccessOut;
 use shared::id;
-use shared::sandbox::Sandbox;
+use shared::sandbox::{ExposedUrl, Sandbox, SandboxStatus};
 use shared::user::UserId;
 
 use crate::Context;
 
 /// The most ids that one request may name.
 const MAX_IDS: usize = 100;
-/// Which list page ids are of.
+/// The list to which page ids belong.
 const LIST: &str = "sandboxes";
 
-/// Newest first. A user has few sandboxes: all of them are looked up, and a page of them shown.
+/// A sandbox: `SandboxInfo` of the contract.
+#[derive(Clone, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = SandboxInfo))]
+pub struct SandboxOut {
+    id: String,
+    /// Null on a server of a single user.
+    created_by_user_id: Option<String>,
+    sandbox_spec_id: String,
+    status: SandboxStatus,
+    /// The key of its agent server.
+    session_api_key: Option<String>,
+    /// Null unless it is running.
+    exposed_urls: Option<Vec<ExposedUrl>>,
+    #[cfg_attr(feature = "openapi", schema(value_type = String, format = DateTime))]
+    created_at: Time,
+}
+
+impl SandboxOut {
+    fn new(user: &UserId, sandbox: &Sandbox) -> Self {
+        Self {
+            id: sandbox.id.clone(),
+            created_by_user_id: user.shown().map(str::to_owned),
+            sandbox_spec_id: sandbox.spec_id.clone(),
+            status: sandbox.status,
+            session_api_key: sandbox.session_api_key.as_ref().map(|key| key.expose_secret().to_owned()),
+            exposed_urls: sandbox.exposed_urls.clone(),
+            created_at: sandbox.created_at,
+        }
+    }
+}
+
+/// Lists sandboxes, the newest first. Every request looks up all sandboxes of the user, because a user has few, and returns one page.
 pub(crate) async fn search(
     State(context): State<Context>,
     Caller(user): Caller,
     RawQuery(query): RawQuery,
-) -> Result<Json<Page>> {
+) -> Result<Json<PageOut<SandboxOut>>> {
     let mut query = Query::parse(query.as_deref());
-    let page_id = query.string("page_id");
-    let limit = query.integer("limit", 100, Bounds::PAGE);
+    let page = PageRequest::read(&mut query);
     query.finish().map_err(Error::Invalid)?;
-    let list = LIST.to_owned();
-    let after: Option<(String, String)> = page_id.map(|page| page_token::decode(&user, &page, &list)).transpose()?;
-    let limit = usize::try_from(limit).unwrap_or(100);
+    let page = page.of(&user, LIST.to_owned());
+    let after = page.after()?;
     let mut sandboxes = context.sandboxes.list(&user).await?;
-    sandboxes.sort_by_key(|sandbox| std::cmp::Reverse(place(sandbox)));
-    sandboxes.retain(|sandbox| after.as_ref().is_none_or(|after| place(sandbox) < *after));
-    let more = sandboxes.len() > limit;
-    sandboxes.truncate(limit);
-    let shown: Vec<Value> = sandboxes.iter().map(|sandbox| shown(&user, sandbox)).collect();
+    sandboxes.sort_by_key(|sandbox| std::cmp::Reverse(sort_key(sandbox)));
+    sandboxes.retain(|sandbox| after.as_ref().is_none_or(|after| sort_key(sandbox) < *after));
+    let has_more = sandboxes.len() > page.limit;
+    sandboxes.truncate(page.limit);
+    let shown: Vec<SandboxOut> = sandboxes.iter().map(|sandbox| SandboxOut::new(&user, sandbox)).collect();
     let items = page::fitting(&shown)?;
-    let more = more || items.len() < shown.len();
-    let end = sandboxes[..items.len()].last().filter(|_| more).map(place);
-    let next = end.map(|end| page_token::encode(&user, &list, &end)).transpose()?;
-    Ok(Json(items.into_page(next)))
+    let has_more = has_more || items.len() < shown.len();
+    let last = sandboxes[..items.len()].last().filter(|_| has_more).map(sort_key);
+    Ok(Json(items.into_page(page.next_page_id(last)?)))
 }
 
-/// Where a sandbox is in the list, from its end.
-fn place(sandbox: &Sandbox) -> (String, String) {
+fn sort_key(sandbox: &Sandbox) -> (String, String) {
     (sandbox.created_at.sortable(), sandbox.id.clone())
 }
 
@@ -56,16 +84,16 @@ pub(crate) async fn batch_get(
     State(context): State<Context>,
     Caller(user): Caller,
     RawQuery(query): RawQuery,
-) -> Result<Json<Vec<Option<Value>>>> {
+) -> Result<Json<Vec<Option<SandboxOut>>>> {
     let ids = ids(query.as_deref(), "sandboxes")?;
     let sandboxes = context.sandboxes.batch_get(&user, &ids).await?;
-    let shown: Vec<Option<Value>> =
-        sandboxes.iter().map(|sandbox| sandbox.as_ref().map(|sandbox| shown(&user, sandbox))).collect();
+    let shown: Vec<Option<SandboxOut>> =
+        sandboxes.iter().map(|sandbox| sandbox.as_ref().map(|sandbox| SandboxOut::new(&user, sandbox))).collect();
     page::check_batch(&shown, "sandboxes")?;
     Ok(Json(shown))
 }
 
-/// The ids of a batch.
+/// Reads the ids of a batch request. `what` names the things for the error.
 pub(crate) fn ids(query: Option<&str>, what: &str) -> Result<Vec<String>> {
     let mut query = Query::parse(query);
     let ids = query.strings("id");
@@ -77,12 +105,12 @@ pub(crate) fn ids(query: Option<&str>, what: &str) -> Result<Vec<String>> {
     Ok(ids)
 }
 
-/// Answers as soon as the sandbox is on its way.
+/// Creates a sandbox, and responds while it is starting.
 pub(crate) async fn start(
     State(context): State<Context>,
     Caller(user): Caller,
     RawQuery(query): RawQuery,
-) -> Result<Json<Value>> {
+) -> Result<Json<SandboxOut>> {
     if let Some(spec) = Query::parse(query.as_deref()).string("sandbox_spec_id")
         && !context.specs.iter().any(|known| known.id == spec)
     {
@@ -90,9 +118,9 @@ pub(crate) async fn start(
     }
     let id = id::new_sandbox_id();
     if let Err(error) = context.sandboxes.start(&user, &id).await {
-        // Nobody knows its id: what was made of it would never be used.
+        // The client does not get the id, so a sandbox that was partly created would never be used.
         if let Err(error) = context.sandboxes.delete(&user, &id).await {
-            tracing::warn!(sandbox = id, error = %error.context(), "sandbox.not_cleaned_up");
+            tracing::warn!(sandbox = id, error = %error.context(), "sandbox.cleanup_failed");
         }
         return Err(match error {
             Error::Refused(why) => Error::Unavailable(why),
@@ -100,8 +128,8 @@ pub(crate) async fn start(
         });
     }
     match context.sandboxes.get(&user, &id).await? {
-        Some(sandbox) => Ok(Json(shown(&user, &sandbox))),
-        None => Err(Error::internal("a sandbox that was just made is not there")),
+        Some(sandbox) => Ok(Json(SandboxOut::new(&user, &sandbox))),
+        None => Err(Error::internal("a sandbox that was just created does not exist")),
     }
 }
 
@@ -109,16 +137,16 @@ pub(crate) async fn pause(
     State(context): State<Context>,
     Caller(user): Caller,
     Path(id): Path<String>,
-) -> Result<Json<Value>> {
-    success(context.sandboxes.pause(&user, &id).await?)
+) -> Result<Json<SuccessOut>> {
+    success_or_not_found(context.sandboxes.pause(&user, &id).await?)
 }
 
 pub(crate) async fn resume(
     State(context): State<Context>,
     Caller(user): Caller,
     Path(id): Path<String>,
-) -> Result<Json<Value>> {
-    success(context.sandboxes.resume(&user, &id).await?)
+) -> Result<Json<SuccessOut>> {
+    success_or_not_found(context.sandboxes.resume(&user, &id).await?)
 }
 
 /// `DELETE /sandboxes?sandbox_id=`
@@ -126,11 +154,11 @@ pub(crate) async fn delete(
     State(context): State<Context>,
     Caller(user): Caller,
     RawQuery(query): RawQuery,
-) -> Result<Json<Value>> {
+) -> Result<Json<SuccessOut>> {
     let mut query = Query::parse(query.as_deref());
     let id = query.required_string("sandbox_id");
     query.finish().map_err(Error::Invalid)?;
-    success(context.sandboxes.delete(&user, &id).await?)
+    success_or_not_found(context.sandboxes.delete(&user, &id).await?)
 }
 
 /// `DELETE /sandboxes/{sandbox_id}`, with or without the same id in the query.
@@ -139,31 +167,16 @@ pub(crate) async fn delete_named(
     Caller(user): Caller,
     Path(id): Path<String>,
     RawQuery(query): RawQuery,
-) -> Result<Json<Value>> {
+) -> Result<Json<SuccessOut>> {
     if Query::parse(query.as_deref()).string("sandbox_id").is_some_and(|other| other != id) {
-        return Err(Error::Refused("The path and sandbox_id name two sandboxes: which one is meant?".to_owned()));
+        return Err(Error::Refused("The path and `sandbox_id` refer to different sandboxes".to_owned()));
     }
-    success(context.sandboxes.delete(&user, &id).await?)
+    success_or_not_found(context.sandboxes.delete(&user, &id).await?)
 }
 
-fn success(done: bool) -> Result<Json<Value>> {
-    match done {
-        true => Ok(Json(json!({"success": true}))),
+fn success_or_not_found(found: bool) -> Result<Json<SuccessOut>> {
+    match found {
+        true => Ok(SuccessOut::json()),
         false => Err(Error::NotFound("Not Found".to_owned())),
     }
-}
-
-/// `SandboxInfo`
-fn shown(user: &UserId, sandbox: &Sandbox) -> Value {
-    let Sandbox { id, spec_id, status, session_api_key, exposed_urls, created_at, .. } = sandbox;
-    let created_at: &Time = created_at;
-    json!({
-        "id": id,
-        "created_by_user_id": user.shown(),
-        "sandbox_spec_id": spec_id,
-        "status": status,
-        "session_api_key": session_api_key.as_ref().map(|key| key.expose_secret().to_owned()),
-        "exposed_urls": exposed_urls,
-        "created_at": created_at,
-    })
 }

@@ -1,4 +1,4 @@
-//! The secrets of a sandbox's owner, for the agents in it.
+//! Serves the secrets of a sandbox's owner to the agents in the sandbox.
 
 use axum::Json;
 use axum::extract::{Path, State};
@@ -6,24 +6,32 @@ use axum::response::{IntoResponse as _, Response};
 use http::HeaderMap;
 use http::header::CONTENT_TYPE;
 use secrecy::{ExposeSecret as _, SecretString};
-use serde_json::{Value, json};
+use serde::Serialize;
 use shared::error::{Error, Result};
 use shared::http::caller;
+use shared::http::secret::SecretNameOut;
 use shared::user::settings::Settings;
 
 use crate::Context;
+
+/// The names of the secrets that an agent can use.
+#[derive(Clone, Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = SecretNames))]
+pub struct SecretNamesOut {
+    secrets: Vec<SecretNameOut>,
+}
 
 pub(crate) async fn list(
     State(context): State<Context>,
     Path(sandbox): Path<String>,
     headers: HeaderMap,
-) -> Result<Json<Value>> {
+) -> Result<Json<SecretNamesOut>> {
     let settings = context.settings_of_owner(&sandbox, &headers).await?;
-    let secrets: Vec<Value> = secrets(&settings)
+    let secrets = secrets(&settings)
         .into_iter()
-        .map(|secret| json!({"name": secret.name, "description": secret.description}))
+        .map(|secret| SecretNameOut { name: secret.name, description: secret.description })
         .collect();
-    Ok(Json(json!({"secrets": secrets})))
+    Ok(Json(SecretNamesOut { secrets }))
 }
 
 pub(crate) async fn value(
@@ -47,7 +55,7 @@ struct Secret<'a> {
     value: &'a SecretString,
 }
 
-/// Custom ones first: they win over tokens of the same name.
+/// Lists custom secrets before provider tokens, so that a custom secret takes precedence over a token of the same name.
 fn secrets(settings: &Settings) -> Vec<Secret<'_>> {
     let custom = settings.custom_secrets.iter().map(|(name, secret)| Secret {
         name: name.clone(),
@@ -67,7 +75,7 @@ fn secrets(settings: &Settings) -> Vec<Secret<'_>> {
 }
 
 impl Context {
-    /// The settings of whose sandbox it is, for who shows its session key.
+    /// Reads the settings of the sandbox's owner, if the request sends the sandbox's session key.
     async fn settings_of_owner(&self, sandbox: &str, headers: &HeaderMap) -> Result<Settings> {
         let record = caller::sandbox(&self.records, headers).await?;
         if record.id != sandbox {

@@ -1,31 +1,28 @@
-//! What sandboxes are made from: the same for everybody.
+//! Sandbox specs: what sandboxes are created from. All users have the same ones.
 
 use axum::Json;
 use axum::extract::{RawQuery, State};
-use serde_json::{Value, json};
 use shared::error::{Error, Result};
 use shared::http::caller::Caller;
-use shared::http::page_token;
-use shared::http::pydantic::query::{Bounds, Query};
+use shared::http::extract::PageRequest;
+use shared::http::page::{self, PageOut};
+use shared::http::pydantic::query::Query;
 use shared::sandbox::spec::SandboxSpec;
 
 use crate::Context;
 use crate::sandboxes::ids;
 
-/// All of them are one page: there is one to each kind of sandbox.
+/// Returns all of them in one page, because each kind of sandbox has one.
 pub(crate) async fn search(
     State(context): State<Context>,
     Caller(_): Caller,
     RawQuery(query): RawQuery,
-) -> Result<Json<Value>> {
+) -> Result<Json<PageOut<SandboxSpec>>> {
     let mut query = Query::parse(query.as_deref());
-    let page = query.string("page_id");
-    let _limit = query.integer("limit", 100, Bounds::PAGE);
+    let page = PageRequest::read(&mut query);
     query.finish().map_err(Error::Invalid)?;
-    match page {
-        Some(_) => Err(page_token::not_ours()),
-        None => Ok(Json(json!({"items": context.specs, "next_page_id": null}))),
-    }
+    page.only_page()?;
+    Ok(Json(page::fitting(&context.specs)?.into_page(None)))
 }
 
 pub(crate) async fn batch_get(

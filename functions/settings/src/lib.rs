@@ -1,33 +1,34 @@
-//! `/api/v1/settings`, `/api/v1/secrets`, `/api/v1/users/me`: what a user has set, and keeps secret; and by which front ends find
-//! out whether their credentials are good, `/api/keys/current` and `/api/organizations`.
+//! `/api/v1/settings`, `/api/v1/secrets`, `/api/v1/users/me`: the settings and secrets of a user. Also `/api/keys/current` and
+//! `/api/organizations`, with which front ends check their credentials.
 
 use axum::extract::{DefaultBodyLimit, Path, RawQuery, State};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post, put};
 use axum::{Json, Router};
-use bytes::Bytes;
-use http::header::CONTENT_TYPE;
 use http::{HeaderMap, StatusCode};
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::Value;
 use shared::aws::Aws;
 use shared::config::Config;
 use shared::error::{Error, Result};
 use shared::http::caller::{self, Caller};
-use shared::http::page_token;
-use shared::http::pydantic::body;
-use shared::http::pydantic::query::{Bounds, Query};
-use shared::http::secret;
+use shared::http::extract::{JsonBody, PageRequest};
+use shared::http::page::{self, PageOut};
+use shared::http::pydantic::query::Query;
+use shared::http::response::MessageOut;
+use shared::http::secret::{self, SecretNameOut};
 use shared::sandbox::store::SandboxStore;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
-use shared::user::settings_document::{SecretChange, SettingsChanges};
+use shared::user::settings_document::{SecretChange, SettingsChanges, SettingsOut, UserOut};
 
-/// More than a user may store.
+/// The largest body, in bytes: more than a user may store.
 const BODY_LIMIT: usize = 512 * 1024;
-/// Which list page ids are of.
+/// The list to which page ids belong.
 const LIST: &str = "secrets";
-/// What this function may touch: settings, and sandboxes' session keys.
+
+/// What this function can access: settings, and the session keys of sandboxes.
 #[derive(Clone, Debug)]
 pub struct Context {
     settings: SettingsStore,
@@ -60,94 +61,90 @@ pub fn router(context: Context) -> Router {
         .with_state(context)
 }
 
-async fn show(State(context): State<Context>, Caller(user): Caller) -> Result<Json<Value>> {
+async fn show(State(context): State<Context>, Caller(user): Caller) -> Result<Json<SettingsOut>> {
     let document = context.settings.document(&user).await?;
-    // Front ends open their first dialog then.
+    // Front ends open their first dialog after this error.
     let document = document.ok_or_else(|| Error::NotFound("Settings not found".to_owned()))?;
-    Ok(Json(document.shown_with_flags()))
+    Ok(Json(document.show_settings()))
 }
 
 async fn change(
     State(context): State<Context>,
     Caller(user): Caller,
-    headers: HeaderMap,
-    bytes: Bytes,
-) -> Result<Json<Value>> {
-    let changes = SettingsChanges::read(&json_body(&headers, &bytes)?).map_err(Error::Invalid)?;
+    JsonBody(changes): JsonBody<SettingsChanges>,
+) -> Result<Json<MessageOut>> {
     context.settings.change(&user, |document| document.change(&changes)).await?;
-    Ok(Json(json!({"message": "Settings stored"})))
+    Ok(MessageOut::json("Settings stored"))
 }
 
 async fn search_secrets(
     State(context): State<Context>,
     Caller(user): Caller,
     RawQuery(query): RawQuery,
-) -> Result<Json<Value>> {
+) -> Result<Json<PageOut<SecretNameOut>>> {
     let mut query = Query::parse(query.as_deref());
     let contains = query.string_up_to(secret::MAX_NAME, "name__contains");
-    let page = query.string("page_id");
-    let limit = query.integer("limit", 100, Bounds::PAGE);
+    let page = PageRequest::read(&mut query);
     query.finish().map_err(Error::Invalid)?;
-    let list = (LIST.to_owned(), contains);
-    let after: Option<String> = page.map(|page| page_token::decode(&user, &page, &list)).transpose()?;
-    let limit = usize::try_from(limit).unwrap_or(100);
+    let page = page.of(&user, (LIST.to_owned(), contains));
+    let after: Option<String> = page.after()?;
     let document = context.settings.document(&user).await?.unwrap_or_default();
-    let wanted = list.1.as_deref().unwrap_or_default().to_lowercase();
+    let wanted = page.list.1.as_deref().unwrap_or_default().to_lowercase();
     let mut found: Vec<_> = document
         .secrets()
         .filter(|(name, _)| name.to_lowercase().contains(&wanted))
         .filter(|(name, _)| after.as_deref().is_none_or(|after| *name > after))
         .collect();
-    let more = found.len() > limit;
-    found.truncate(limit);
-    let end = found.last().filter(|_| more).map(|(name, _)| (*name).to_owned());
-    let next = end.map(|end| page_token::encode(&user, &list, &end)).transpose()?;
-    let items: Vec<Value> =
-        found.into_iter().map(|(name, description)| json!({"name": name, "description": description})).collect();
-    Ok(Json(json!({"items": items, "next_page_id": next})))
+    let has_more = found.len() > page.limit;
+    found.truncate(page.limit);
+    let last = found.last().filter(|_| has_more).map(|(name, _)| (*name).to_owned());
+    let shown: Vec<SecretNameOut> = found
+        .into_iter()
+        .map(|(name, description)| SecretNameOut { name: name.to_owned(), description: description.map(str::to_owned) })
+        .collect();
+    // A user has few secrets with short descriptions: all of them fit into one response.
+    Ok(Json(page::fitting(&shown)?.into_page(page.next_page_id(last)?)))
 }
 
-/// Also for one that is there: front ends send a new value this way.
+/// Creates a secret, or replaces its value: front ends send a new value this way.
 async fn put_secret(
     State(context): State<Context>,
     Caller(user): Caller,
-    headers: HeaderMap,
-    bytes: Bytes,
+    JsonBody(body): JsonBody<Value>,
 ) -> Result<Response> {
-    let secret = SecretChange::read(&json_body(&headers, &bytes)?, None).map_err(Error::Invalid)?;
-    let new = context.settings.change(&user, |document| document.put_secret(&secret)).await?;
-    let status = if new { StatusCode::CREATED } else { StatusCode::OK };
-    Ok((status, Json(json!({"message": "Secret stored"}))).into_response())
+    let secret = SecretChange::read(&body, None).map_err(Error::Invalid)?;
+    let is_new = context.settings.change(&user, |document| document.put_secret(&secret)).await?;
+    let status = if is_new { StatusCode::CREATED } else { StatusCode::OK };
+    Ok((status, MessageOut::json("Secret stored")).into_response())
 }
 
 async fn change_secret(
     State(context): State<Context>,
     Caller(user): Caller,
     Path(name): Path<String>,
-    headers: HeaderMap,
-    bytes: Bytes,
-) -> Result<Json<Value>> {
-    let secret = SecretChange::read(&json_body(&headers, &bytes)?, Some(&name)).map_err(Error::Invalid)?;
+    JsonBody(body): JsonBody<Value>,
+) -> Result<Json<MessageOut>> {
+    let secret = SecretChange::read(&body, Some(&name)).map_err(Error::Invalid)?;
     context.settings.change(&user, |document| document.change_secret(&name, &secret)).await?;
-    Ok(Json(json!({"message": "Secret updated"})))
+    Ok(MessageOut::json("Secret updated"))
 }
 
 async fn delete_secret(
     State(context): State<Context>,
     Caller(user): Caller,
     Path(name): Path<String>,
-) -> Result<Json<Value>> {
+) -> Result<Json<MessageOut>> {
     context.settings.change(&user, |document| document.delete_secret(&name)).await?;
-    Ok(Json(json!({"message": "Secret deleted"})))
+    Ok(MessageOut::json("Secret deleted"))
 }
 
-/// The caller's settings and id. Secrets in clear are for the caller's own sandboxes alone, who show a session key.
+/// Returns the caller's settings and id. Secrets in clear are for the caller's own sandboxes only, which send their session key.
 async fn me(
     State(context): State<Context>,
     Caller(user): Caller,
     RawQuery(query): RawQuery,
     headers: HeaderMap,
-) -> Result<Json<Value>> {
+) -> Result<Json<UserOut>> {
     let mut query = Query::parse(query.as_deref());
     let expose = query.boolean("expose_secrets", false);
     query.finish().map_err(Error::Invalid)?;
@@ -155,20 +152,38 @@ async fn me(
         context.check_session_key(&user, &headers).await?;
     }
     let document = context.settings.document(&user).await?.unwrap_or_default();
-    let mut shown = document.shown(expose);
-    shown.insert("id".to_owned(), user.shown().into());
-    Ok(Json(Value::Object(shown)))
+    Ok(Json(document.show_user(&user, expose)))
 }
 
-/// Whose credentials the request came with. Front ends take any answer for a sign that it is a good one, and look no further than
-/// the organization, of which there are none.
-async fn current_key(Caller(user): Caller) -> Json<Value> {
-    Json(json!({"id": null, "name": null, "org_id": null, "user_id": user.shown(), "auth_type": null}))
+/// The API key of a request. Fields that this server has no values for are null.
+#[derive(Clone, Debug, Default, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = CurrentKey))]
+pub struct CurrentKeyOut {
+    id: Option<String>,
+    name: Option<String>,
+    org_id: Option<String>,
+    /// Null on a server of a single user.
+    user_id: Option<String>,
+    auth_type: Option<String>,
 }
 
-/// Users are by themselves here.
-async fn organizations(Caller(_): Caller) -> Json<Value> {
-    Json(json!({"items": [], "current_org_id": null}))
+/// Front ends take every successful response as proof that the credentials are valid, and read only the organization, of which there are
+/// none.
+async fn current_key(Caller(user): Caller) -> Json<CurrentKeyOut> {
+    Json(CurrentKeyOut { user_id: user.shown().map(str::to_owned), ..CurrentKeyOut::default() })
+}
+
+/// The organizations of a user: none, because this server does not have any.
+#[derive(Clone, Debug, Default, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = Organizations))]
+pub struct OrganizationsOut {
+    #[cfg_attr(feature = "openapi", schema(value_type = Vec<Object>, max_items = 0))]
+    items: Vec<Value>,
+    current_org_id: Option<String>,
+}
+
+async fn organizations(Caller(_): Caller) -> Json<OrganizationsOut> {
+    Json(OrganizationsOut::default())
 }
 
 impl Context {
@@ -180,9 +195,4 @@ impl Context {
         }
         Ok(())
     }
-}
-
-fn json_body(headers: &HeaderMap, bytes: &Bytes) -> Result<Value> {
-    let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    body::json(content_type, bytes).map_err(Error::Invalid)
 }

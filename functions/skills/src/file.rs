@@ -1,5 +1,5 @@
-//! A text file of a conversation's workspace. Always 200 and a JSON string, as clients expect; a header says what an empty one
-//! means.
+//! Returns a text file of a conversation's workspace. The response is always 200 and a JSON string, as clients expect; a header explains an
+//! empty one.
 
 use axum::Json;
 use axum::extract::{RawQuery, State};
@@ -9,19 +9,20 @@ use shared::agent_server::{AgentServerError, Failure};
 use shared::conversation::workspace::{ResolvedPath, Workspace, WorkspaceLookup};
 use shared::error::Result;
 use shared::http::caller::Caller;
+use shared::http::extract::ConversationId;
 use shared::http::pydantic::query::Query;
 
-use crate::{Context, ConversationPath, conversation};
+use crate::Context;
 
 const STATUS: HeaderName = HeaderName::from_static("x-file-status");
-/// The most bytes of a file, and of the JSON string that it becomes: Lambda answers up to 6 MB.
+/// The largest file, in bytes, and the largest JSON string made of it: Lambda returns up to 6 MB.
 const LIMIT: usize = 5 * 1024 * 1024;
-/// Where a conversation's plan is, in its folder.
+/// The path of a conversation's plan in its folder.
 const OWN_PLAN: &str = ".agents_tmp/PLAN.md";
-/// Where the contract looks for one, in the workspace.
+/// The path of the plan in the workspace, as the contract has it.
 const COMMON_PLAN: &str = "PLAN.md";
 
-/// What became of a request for a file: the values of the header.
+/// The outcome of a request for a file: the values of the header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum FileStatus {
     Ok,
@@ -52,18 +53,17 @@ impl FileStatus {
 pub(crate) async fn file(
     State(context): State<Context>,
     Caller(user): Caller,
-    path: ConversationPath,
+    ConversationId(id): ConversationId,
     RawQuery(query): RawQuery,
 ) -> Result<Response> {
-    let id = conversation(path)?;
     let given = Query::parse(query.as_deref()).string("file_path");
-    let read = match context.places.find(&user, id).await? {
+    let read = match context.locator.find(&user, id).await? {
         WorkspaceLookup::NoConversation => Err(FileStatus::NoConversation),
         WorkspaceLookup::NoSandbox | WorkspaceLookup::NotRunning(_) => Err(FileStatus::NotRunning),
         WorkspaceLookup::NoAddresses | WorkspaceLookup::NoAgentServer => Err(FileStatus::Unreachable),
-        WorkspaceLookup::Found(inside) => {
-            context.within(read(&inside, given.as_deref())).await.unwrap_or_else(|error| {
-                tracing::warn!(conversation = %id, %error, "file.not_read");
+        WorkspaceLookup::Found(workspace) => {
+            context.within(read(&workspace, given.as_deref())).await.unwrap_or_else(|error| {
+                tracing::warn!(conversation = %id, %error, "file.read_failed");
                 Err(FileStatus::Unreachable)
             })
         }
@@ -75,31 +75,31 @@ pub(crate) async fn file(
     Ok(([(STATUS, HeaderValue::from_static(status.as_str()))], Json(text)).into_response())
 }
 
-/// The text of the file that is asked for, or of the first plan that is there.
-async fn read(inside: &Workspace, given: Option<&str>) -> Result<Result<String, FileStatus>, AgentServerError> {
+/// Reads the requested file or, without one, the first plan that exists.
+async fn read(workspace: &Workspace, given: Option<&str>) -> Result<Result<String, FileStatus>, AgentServerError> {
     if let Some(given) = given {
-        return read_at(inside, inside.path(given)).await;
+        return read_at(workspace, workspace.path(given)).await;
     }
-    let own = inside.path(&format!("{}/{OWN_PLAN}", inside.folder().await?));
-    match read_at(inside, own).await? {
+    let own = workspace.path(&format!("{}/{OWN_PLAN}", workspace.folder().await?));
+    match read_at(workspace, own).await? {
         Err(FileStatus::Missing | FileStatus::OutsideWorkspace) => {
-            read_at(inside, inside.path(&format!("{}/{COMMON_PLAN}", inside.root()))).await
+            read_at(workspace, workspace.path(&format!("{}/{COMMON_PLAN}", workspace.root()))).await
         }
         read => Ok(read),
     }
 }
 
-async fn read_at(inside: &Workspace, path: Option<String>) -> Result<Result<String, FileStatus>, AgentServerError> {
+async fn read_at(workspace: &Workspace, path: Option<String>) -> Result<Result<String, FileStatus>, AgentServerError> {
     let Some(path) = path else { return Ok(Err(FileStatus::OutsideWorkspace)) };
-    let path = match inside.look(&path).await? {
+    let path = match workspace.look(&path).await? {
         ResolvedPath::File(path) => path,
         ResolvedPath::Folder(_) | ResolvedPath::Nothing(_) => return Ok(Err(FileStatus::Missing)),
         ResolvedPath::Outside => return Ok(Err(FileStatus::OutsideWorkspace)),
     };
-    match inside.agent_server.download(&path, LIMIT).await {
+    match workspace.agent_server.download(&path, LIMIT).await {
         Ok(Some(bytes)) => Ok(text(bytes)),
         Ok(None) => Ok(Err(FileStatus::TooLarge)),
-        // It went meanwhile, or is a pipe or something of that kind.
+        // The file was removed meanwhile, or is a pipe, socket or device.
         Err(AgentServerError { failure: Failure::Status(status, _), .. }) if matches!(status.as_u16(), 400 | 404) => {
             Ok(Err(FileStatus::Missing))
         }
@@ -109,7 +109,7 @@ async fn read_at(inside: &Workspace, path: Option<String>) -> Result<Result<Stri
 
 fn text(bytes: Vec<u8>) -> Result<String, FileStatus> {
     let text = String::from_utf8(bytes).map_err(|_| FileStatus::NotText)?;
-    // What has to be escaped becomes longer.
+    // Escapes make the JSON string longer than the text.
     let length: usize = text.bytes().map(escaped_length).sum();
     if length > LIMIT { Err(FileStatus::TooLarge) } else { Ok(text) }
 }
@@ -127,7 +127,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_text_is_as_long_as_the_json_that_it_becomes() {
+    fn the_size_of_a_text_is_that_of_its_json() {
         let all: String = (0..=0x7f_u8).map(char::from).chain("é€😀".chars()).collect();
         let expected = serde_json::to_string(&all).expect("JSON").len() - 2;
         assert_eq!(all.bytes().map(escaped_length).sum::<usize>(), expected);

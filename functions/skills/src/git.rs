@@ -1,4 +1,4 @@
-//! What has changed in a conversation's workspace, by git in its sandbox.
+//! Changes and diffs of a conversation's workspace, from git in its sandbox.
 
 use axum::Json;
 use axum::extract::{RawQuery, State};
@@ -7,47 +7,47 @@ use shared::agent_server::{AgentServerError, Failure};
 use shared::conversation::git::WorkspaceGit;
 use shared::error::{Error, Result};
 use shared::http::caller::Caller;
+use shared::http::extract::ConversationId;
 use shared::http::pydantic::query::Query;
 use shared::user::UserId;
 use uuid::Uuid;
 
-use crate::{Context, ConversationPath, conversation, inside, upstream};
+use crate::{Context, upstream, workspace_or_error};
 
 pub(crate) async fn changes(
     State(context): State<Context>,
     Caller(user): Caller,
-    path: ConversationPath,
+    ConversationId(id): ConversationId,
     RawQuery(query): RawQuery,
 ) -> Result<Response> {
-    let asked = Asked::read(path, query.as_deref())?;
-    let reference = asked.reference.as_deref();
+    let request = GitRequest::read(id, query.as_deref())?;
+    let reference = request.reference.as_deref();
     let changes =
-        context.git(&user, &asked, async |git: WorkspaceGit<'_>, path: &str| git.changes(path, reference).await);
+        context.git(&user, &request, async |git: WorkspaceGit<'_>, path: &str| git.changes(path, reference).await);
     Ok(changes.await?.into_response())
 }
 
 pub(crate) async fn diff(
     State(context): State<Context>,
     Caller(user): Caller,
-    path: ConversationPath,
+    ConversationId(id): ConversationId,
     RawQuery(query): RawQuery,
 ) -> Result<Response> {
-    let asked = Asked::read(path, query.as_deref())?;
-    let reference = asked.reference.as_deref();
-    let diff = context.git(&user, &asked, async |git: WorkspaceGit<'_>, path: &str| git.diff(path, reference).await);
+    let request = GitRequest::read(id, query.as_deref())?;
+    let reference = request.reference.as_deref();
+    let diff = context.git(&user, &request, async |git: WorkspaceGit<'_>, path: &str| git.diff(path, reference).await);
     Ok(Json(diff.await?).into_response())
 }
 
-/// What a request asks for.
-struct Asked {
+/// The parameters of both routes.
+struct GitRequest {
     conversation: Uuid,
     path: String,
     reference: Option<String>,
 }
 
-impl Asked {
-    fn read(path: ConversationPath, query: Option<&str>) -> Result<Self> {
-        let conversation = conversation(path)?;
+impl GitRequest {
+    fn read(conversation: Uuid, query: Option<&str>) -> Result<Self> {
         let mut query = Query::parse(query);
         let path = query.required_string("path");
         let reference = query.string("ref").filter(|reference| !reference.is_empty());
@@ -60,23 +60,23 @@ impl Context {
     async fn git<T>(
         &self,
         user: &UserId,
-        asked: &Asked,
-        ask: impl AsyncFnOnce(WorkspaceGit<'_>, &str) -> Result<Result<T>, AgentServerError>,
+        request: &GitRequest,
+        run: impl AsyncFnOnce(WorkspaceGit<'_>, &str) -> Result<Result<T>, AgentServerError>,
     ) -> Result<T> {
-        let inside = inside(self.places.find(user, asked.conversation).await?, asked.conversation)?;
-        let answered = self.within(async {
-            let git = WorkspaceGit { agent_server: &inside.agent_server, root: inside.root() };
-            // Relative paths are those that the changes name.
-            if asked.path.starts_with('/') {
-                ask(git, &asked.path).await
+        let workspace = workspace_or_error(self.locator.find(user, request.conversation).await?, request.conversation)?;
+        let result = self.within(async {
+            let git = WorkspaceGit { agent_server: &workspace.agent_server, root: workspace.root() };
+            // A relative path is one from a list of changes.
+            if request.path.starts_with('/') {
+                run(git, &request.path).await
             } else {
-                ask(git, &format!("{}/{}", inside.folder().await?, asked.path)).await
+                run(git, &format!("{}/{}", workspace.folder().await?, request.path)).await
             }
         });
-        match answered.await {
-            Ok(answer) => answer,
+        match result.await {
+            Ok(result) => result,
             Err(error @ AgentServerError { failure: Failure::Unreachable, .. }) => {
-                tracing::warn!(conversation = %asked.conversation, %error, "git.request_failed");
+                tracing::warn!(conversation = %request.conversation, %error, "git.request_failed");
                 Err(Error::NotFound("The agent server cannot be reached".to_owned()))
             }
             Err(error) => Err(upstream(&error)),

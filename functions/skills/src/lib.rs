@@ -1,7 +1,7 @@
-//! `/api/v1/app-conversations/{conversation_id}/…`: what is inside a conversation's sandbox. `skills`, `hooks`, `file`, `files`,
-//! `git/changes`, `git/diff`, and `send-message` to the agent.
+//! `/api/v1/app-conversations/{conversation_id}/…`: the workspace of a conversation, inside its sandbox. The routes are `skills`, `hooks`,
+//! `file`, `files`, `git/changes` and `git/diff`, and `send-message` to the agent.
 //!
-//! Each of them asks the agent server, within one budget, and says what is the matter when it does not answer.
+//! Each of them queries the agent server, within one budget of time, and reports why when the agent server does not respond.
 
 mod file;
 mod files;
@@ -13,19 +13,17 @@ mod skills;
 use std::time::Duration;
 
 use axum::Router;
-use axum::extract::rejection::PathRejection;
-use axum::extract::{DefaultBodyLimit, Path};
+use axum::extract::DefaultBodyLimit;
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 use http::StatusCode;
-use serde_json::json;
+use serde::Serialize;
 use shared::agent_server::{AgentServerError, Failure, Mistake};
 use shared::aws::Aws;
 use shared::config::Config;
 use shared::conversation::store::ConversationStore;
 use shared::conversation::workspace::{Workspace, WorkspaceLocator, WorkspaceLookup};
 use shared::error::{Error, Result};
-use shared::http::pydantic::validation;
 use shared::http_client::HttpClient;
 use shared::id;
 use shared::sandbox::store::SandboxStore;
@@ -33,13 +31,17 @@ use shared::sandbox::{self, SandboxStatus};
 use shared::user::seal::Sealer;
 use uuid::Uuid;
 
-/// A message may hold images.
+pub use crate::hooks::HooksOut;
+pub use crate::message::SentMessageOut;
+pub use crate::skills::SkillsOut;
+
+/// The largest body, in bytes: a message may hold images.
 const BODY_LIMIT: usize = 5 * 1024 * 1024;
 
-/// What this function may touch: it reads conversations and sandboxes, and asks agent servers.
+/// What this function can access: it reads conversations and sandboxes, and queries agent servers.
 #[derive(Clone, Debug)]
 pub struct Context {
-    places: WorkspaceLocator,
+    locator: WorkspaceLocator,
     budget: Duration,
 }
 
@@ -52,19 +54,19 @@ impl Context {
         let conversations =
             ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone());
         let http = HttpClient::new(config.address_policy);
-        let places = WorkspaceLocator::new(conversations, sandbox::service(&config.sandbox, store), http);
-        Self::with_locator(places, config.sandbox_request_budget)
+        let locator = WorkspaceLocator::new(conversations, sandbox::service(&config.sandbox, store), http);
+        Self::with_locator(locator, config.sandbox_request_budget)
     }
 
-    /// A context that finds conversations in these places; each request has `budget` for what it asks of them.
+    /// A context that finds workspaces with this locator. `budget` limits the total time of a request's calls to an agent server.
     #[must_use]
-    pub fn with_locator(places: WorkspaceLocator, budget: Duration) -> Self {
-        Self { places, budget }
+    pub fn with_locator(locator: WorkspaceLocator, budget: Duration) -> Self {
+        Self { locator, budget }
     }
 
-    /// What is asked of an agent server within a request's budget.
-    async fn within<T>(&self, asked: impl Future<Output = Result<T, AgentServerError>>) -> Result<T, AgentServerError> {
-        tokio::time::timeout(self.budget, asked).await.unwrap_or_else(|_| {
+    /// Runs calls to an agent server within the budget.
+    async fn within<T>(&self, calls: impl Future<Output = Result<T, AgentServerError>>) -> Result<T, AgentServerError> {
+        tokio::time::timeout(self.budget, calls).await.unwrap_or_else(|_| {
             Err(AgentServerError { request: "all requests together".to_owned(), failure: Failure::TimedOut })
         })
     }
@@ -85,44 +87,40 @@ pub fn router(context: Context) -> Router {
         .with_state(context)
 }
 
-type ConversationPath = std::result::Result<Path<String>, PathRejection>;
-
-/// The conversation that a path names.
-fn conversation(path: ConversationPath) -> Result<Uuid> {
-    // A path that is not UTF-8 is no UUID either.
-    let text = path.map_or_else(|_| char::REPLACEMENT_CHARACTER.into(), |Path(text)| text);
-    validation::path_uuid("conversation_id", &text).map_err(Error::Invalid)
+/// The body of an error response of `skills` and `hooks`. The contract has this form for them; all other routes use `detail`.
+#[derive(Clone, Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = LegacyError))]
+pub struct LegacyErrorOut {
+    error: String,
 }
 
-/// How the older of these routes tell what is the matter: `{"error": …}`.
 fn legacy_error(status: StatusCode, error: impl Into<String>) -> Response {
-    (status, axum::Json(json!({"error": error.into()}))).into_response()
+    (status, axum::Json(LegacyErrorOut { error: error.into() })).into_response()
 }
 
-/// The inside of the conversation's sandbox, or what those older routes answer where there is none; `paused` is their answer of a
-/// paused sandbox.
+/// Returns the conversation's workspace or the legacy error for its state. `paused` makes the response for a paused sandbox.
 fn workspace_or_legacy_error(
-    place: WorkspaceLookup,
+    lookup: WorkspaceLookup,
     conversation: Uuid,
     paused: impl FnOnce() -> Response,
 ) -> std::result::Result<Box<Workspace>, Box<Response>> {
     let id = id::dashed(conversation);
     let missing = |error: String| Err(Box::new(legacy_error(StatusCode::NOT_FOUND, error)));
-    match place {
+    match lookup {
         WorkspaceLookup::NoConversation => missing(format!("Conversation {id} not found")),
         WorkspaceLookup::NoSandbox => missing(format!("Sandbox not found for conversation {id}")),
         WorkspaceLookup::NotRunning(sandbox) if sandbox.status == SandboxStatus::Paused => Err(Box::new(paused())),
         WorkspaceLookup::NotRunning(_) => missing(format!("Sandbox not ready for conversation {id}")),
         WorkspaceLookup::NoAddresses => missing("No agent server URL found for sandbox".to_owned()),
         WorkspaceLookup::NoAgentServer => missing("Agent server URL not found in sandbox".to_owned()),
-        WorkspaceLookup::Found(inside) => Ok(inside),
+        WorkspaceLookup::Found(workspace) => Ok(workspace),
     }
 }
 
-/// The inside of the conversation's sandbox, or what the newer routes answer where there is none.
-fn inside(place: WorkspaceLookup, conversation: Uuid) -> Result<Box<Workspace>> {
+/// Returns the conversation's workspace or the error for its state.
+fn workspace_or_error(lookup: WorkspaceLookup, conversation: Uuid) -> Result<Box<Workspace>> {
     let id = id::dashed(conversation);
-    match place {
+    match lookup {
         WorkspaceLookup::NoConversation => Err(Error::NotFound(format!("Conversation {id} not found"))),
         WorkspaceLookup::NoSandbox => Err(Error::NotFound(format!("Sandbox not found for conversation {id}"))),
         WorkspaceLookup::NotRunning(sandbox) => {
@@ -134,28 +132,31 @@ fn inside(place: WorkspaceLookup, conversation: Uuid) -> Result<Box<Workspace>> 
                 SandboxStatus::Starting => {
                     Error::Conflict(format!("The sandbox of conversation {id} is starting; try again in a few seconds"))
                 }
-                SandboxStatus::Missing => Error::Gone(format!("The sandbox of conversation {id} is gone")),
+                SandboxStatus::Missing => {
+                    Error::Gone(format!("The sandbox of conversation {id} no longer exists; start a new conversation"))
+                }
                 SandboxStatus::Error | SandboxStatus::Running => {
-                    Error::Unavailable(format!("The sandbox of conversation {id} has failed"))
+                    Error::Unavailable(format!("The sandbox of conversation {id} has failed; start a new conversation"))
                 }
             })
         }
         WorkspaceLookup::NoAddresses | WorkspaceLookup::NoAgentServer => {
-            Err(Error::Unavailable(format!("The sandbox of conversation {id} has no agent server")))
+            Err(Error::Unavailable(format!("The sandbox of conversation {id} has no agent server; try again later")))
         }
-        WorkspaceLookup::Found(inside) => Ok(inside),
+        WorkspaceLookup::Found(workspace) => Ok(workspace),
     }
 }
 
-/// What the newer routes answer when an agent server did not. Its own words are for the log; of a known cause there is our advice.
+/// The error for an agent server that did not respond as expected. The log gets the agent server's own message; the caller gets our
+/// advice, if the cause is known.
 fn upstream(error: &AgentServerError) -> Error {
     let mut message = match &error.failure {
         Failure::Unreachable => "The agent server cannot be reached".to_owned(),
-        Failure::TimedOut => "The agent server did not answer in time".to_owned(),
-        Failure::CutOff => "The agent server's answer was cut off".to_owned(),
-        Failure::Status(status, _) => format!("The agent server answered {}", status.as_u16()),
-        Failure::Malformed(_) => "The agent server's answer makes no sense".to_owned(),
-        Failure::TooLarge(_) => "The agent server's answer is too large".to_owned(),
+        Failure::TimedOut => "The agent server did not respond in time".to_owned(),
+        Failure::CutOff => "The agent server's response was cut off".to_owned(),
+        Failure::Status(status, _) => format!("The agent server returned status {}", status.as_u16()),
+        Failure::Malformed(_) => "The agent server returned an invalid response".to_owned(),
+        Failure::TooLarge(_) => "The agent server's response is too large".to_owned(),
     };
     if let Some(Mistake { advice, .. }) = error.mistake() {
         message += &format!(". {advice}");

@@ -1,35 +1,28 @@
-//! A message to the agent of a conversation that is ready.
+//! Sends a message to the agent of a conversation that is ready.
 
 use axum::Json;
 use axum::extract::State;
-use bytes::Bytes;
-use http::HeaderMap;
-use http::header::CONTENT_TYPE;
+use serde::Serialize;
 use serde_json::{Value, json};
 use shared::agent_server::{Failure, Mistake};
 use shared::error::{Error, Fault, Result};
 use shared::http::caller::Caller;
-use shared::http::pydantic::body;
-use shared::http::pydantic::validation::{Checked, Checker, Fields, boolean, constant};
+use shared::http::extract::{ConversationId, JsonBody};
+use shared::http::pydantic::body::FromJson;
+use shared::http::pydantic::validation::{Checker, Fields, boolean, constant};
+use shared::sandbox::SandboxStatus;
 use shared::start::request::Content;
 
-use crate::{Context, ConversationPath, conversation, inside, upstream};
+use crate::{Context, upstream, workspace_or_error};
 
 /// `{role: "user", content: [at least one part], run: bool = true}`
-struct Message {
+pub(crate) struct MessageIn {
     content: Vec<Content>,
     run: bool,
 }
 
-impl Message {
-    fn from_body(content_type: Option<&str>, body: &[u8]) -> Checked<Self> {
-        let value = body::json(content_type, body)?;
-        let mut check = Checker::new("body");
-        let message = Self::read(&mut check, &value);
-        check.finish(message)
-    }
-
-    fn read(check: &mut Checker, value: &Value) -> Option<Self> {
+impl FromJson for MessageIn {
+    fn from_json(check: &mut Checker, value: &Value) -> Option<Self> {
         let fields = Fields::of(check, value)?;
         let role = fields.or(check, "role", (), |check, value| constant(check, value, "user"));
         let content = fields.required(check, "content", |check, value| {
@@ -47,36 +40,41 @@ impl Message {
     }
 }
 
+/// The response to a message that the agent server has accepted.
+#[derive(Clone, Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = SentMessage))]
+pub struct SentMessageOut {
+    success: bool,
+    sandbox_status: SandboxStatus,
+    /// Always null.
+    message: Option<String>,
+}
+
 pub(crate) async fn send(
     State(context): State<Context>,
     Caller(user): Caller,
-    path: ConversationPath,
-    headers: HeaderMap,
-    body: Bytes,
-) -> Result<Json<Value>> {
-    let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    let message = Message::from_body(content_type, &body);
-    let id = conversation(path)?;
-    let message = message.map_err(Error::Invalid)?;
-    let inside = inside(context.places.find(&user, id).await?, id)?;
+    ConversationId(id): ConversationId,
+    JsonBody(message): JsonBody<MessageIn>,
+) -> Result<Json<SentMessageOut>> {
+    let workspace = workspace_or_error(context.locator.find(&user, id).await?, id)?;
     let parts = serde_json::to_value(&message.content).map_err(Error::internal)?;
-    let sent = context.within(inside.agent_server.send_message(id, "user", &parts, message.run)).await;
+    let sent = context.within(workspace.agent_server.send_message(id, "user", &parts, message.run)).await;
     sent.map_err(|error| match error.failure {
-        // What a conversation was created with stays as it is.
+        // The settings with which a conversation was created cannot change.
         Failure::Status(..) if error.fault() == Fault::User => match error.mistake() {
             Some(Mistake { advice, is_permanent: true, .. }) => {
                 Error::Conflict(format!("{advice}. Then start a new conversation"))
             }
             _ => upstream(&error),
         },
-        // An agent server lets nobody in while its agent thinks.
+        // An agent server accepts no request while its agent calls the model.
         Failure::TimedOut => Error::Upstream {
             message:
-                "The agent server did not answer in time: its agent may be at work, and the message may still arrive"
+                "The agent server did not respond in time; its agent may be busy, and the message may still arrive"
                     .to_owned(),
             context: error.to_string(),
         },
         _ => upstream(&error),
     })?;
-    Ok(Json(json!({"success": true, "sandbox_status": inside.sandbox.status, "message": null})))
+    Ok(Json(SentMessageOut { success: true, sandbox_status: workspace.sandbox.status, message: None }))
 }

@@ -1,56 +1,90 @@
-//! The skills that apply to a conversation.
+//! Returns the skills that apply to a conversation.
 
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
 use http::{HeaderName, HeaderValue};
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::json;
 use shared::agent_server::{SkillInfo, SkillsQuery};
 use shared::error::Result;
 use shared::http::caller::Caller;
+use shared::http::extract::ConversationId;
 
-use crate::{Context, ConversationPath, conversation, workspace_or_legacy_error};
+use crate::{Context, workspace_or_legacy_error};
 
-/// What an empty list means: `ok`, `not-running`, `unreachable`.
+/// Explains an empty list: `ok`, `not-running`, `unreachable`.
 const STATUS: HeaderName = HeaderName::from_static("x-skills-status");
 
 pub(crate) async fn skills(
     State(context): State<Context>,
     Caller(user): Caller,
-    path: ConversationPath,
+    ConversationId(id): ConversationId,
 ) -> Result<Response> {
-    let id = conversation(path)?;
-    let place = context.places.find(&user, id).await?;
-    let inside = match workspace_or_legacy_error(place, id, || answer("not-running", &[])) {
-        Ok(inside) => inside,
+    let lookup = context.locator.find(&user, id).await?;
+    let workspace = match workspace_or_legacy_error(lookup, id, || response("not-running", &[])) {
+        Ok(workspace) => workspace,
         Err(error) => return Ok(*error),
     };
-    let asked = context.within(async {
+    let loaded = context.within(async {
         let query = SkillsQuery {
-            project_dir: inside.folder().await?,
-            sandbox_config: inside.sandbox.exposed_urls.as_ref().map(|urls| json!({"exposed_urls": urls})),
+            project_dir: workspace.folder().await?,
+            sandbox_config: workspace.sandbox.exposed_urls.as_ref().map(|urls| json!({"exposed_urls": urls})),
         };
-        inside.agent_server.skills(&query).await
+        workspace.agent_server.skills(&query).await
     });
-    Ok(match asked.await {
-        Ok(skills) => answer("ok", &skills),
+    Ok(match loaded.await {
+        Ok(skills) => response("ok", &skills),
         Err(error) => {
-            tracing::warn!(conversation = %id, %error, "skills.not_loaded");
-            answer("unreachable", &[])
+            tracing::warn!(conversation = %id, %error, "skills.load_failed");
+            response("unreachable", &[])
         }
     })
 }
 
-fn answer(status: &'static str, skills: &[SkillInfo]) -> Response {
-    let skills: Vec<Value> = skills.iter().map(shown).collect();
-    ([(STATUS, HeaderValue::from_static(status))], Json(json!({"skills": skills}))).into_response()
+/// The skills that apply to a conversation.
+#[derive(Clone, Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = Skills))]
+pub struct SkillsOut<'a> {
+    skills: Vec<SkillOut<'a>>,
 }
 
-fn shown(skill: &SkillInfo) -> Value {
-    let kind = match (skill.is_agentskills_format, skill.triggers.is_empty()) {
-        (true, _) => "agentskills",
-        (false, true) => "repo",
-        (false, false) => "knowledge",
-    };
-    json!({"name": skill.name, "type": kind, "content": skill.content, "triggers": skill.triggers})
+/// A skill.
+#[derive(Clone, Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = Skill))]
+pub struct SkillOut<'a> {
+    name: &'a str,
+    #[serde(rename = "type")]
+    kind: SkillKind,
+    content: &'a str,
+    triggers: &'a [String],
+}
+
+/// When a skill applies.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub enum SkillKind {
+    /// Always.
+    Repo,
+    /// When a message contains one of its triggers.
+    Knowledge,
+    /// When the agent chooses it: a skill in the AgentSkills format.
+    AgentSkills,
+}
+
+impl<'a> SkillOut<'a> {
+    fn of(skill: &'a SkillInfo) -> Self {
+        let kind = match (skill.is_agentskills_format, skill.triggers.is_empty()) {
+            (true, _) => SkillKind::AgentSkills,
+            (false, true) => SkillKind::Repo,
+            (false, false) => SkillKind::Knowledge,
+        };
+        Self { name: &skill.name, kind, content: &skill.content, triggers: &skill.triggers }
+    }
+}
+
+fn response(status: &'static str, skills: &[SkillInfo]) -> Response {
+    let skills = skills.iter().map(SkillOut::of).collect();
+    ([(STATUS, HeaderValue::from_static(status))], Json(SkillsOut { skills })).into_response()
 }

@@ -1,4 +1,4 @@
-//! `GET /api/v1/app-conversations/start-tasks`, `…/search`, `…/count`: how far starts are.
+//! `GET /api/v1/app-conversations/start-tasks`, `…/search`, `…/count`: the progress of starts.
 
 use axum::extract::{RawQuery, State};
 use axum::routing::get;
@@ -7,9 +7,9 @@ use shared::aws::Aws;
 use shared::config::Config;
 use shared::error::Error;
 use shared::http::caller::Caller;
-use shared::http::page::Page;
-use shared::http::page_token;
-use shared::http::pydantic::query::{Bounds, Query};
+use shared::http::extract::PageRequest;
+use shared::http::page::PageOut;
+use shared::http::pydantic::query::Query;
 use shared::start::store::{Filter, SortOrder, StartTaskStore};
 use shared::start::task::AppConversationStartTask;
 use shared::user::seal::Sealer;
@@ -17,14 +17,14 @@ use shared::user::seal::Sealer;
 /// The most ids that one request may name.
 const MAX_IDS: usize = 100;
 
-/// What this function may touch: it reads start tasks.
+/// What this function can access: it reads start tasks.
 #[derive(Clone, Debug)]
 pub struct Context {
     tasks: StartTaskStore,
 }
 
 impl Context {
-    /// A context on the configured tables. Secrets of starts are not its business: it has no key that opens them.
+    /// A context on the configured tables. It has no key that could decrypt the secrets of starts, because it does not need them.
     #[must_use]
     pub fn new(config: &Config, aws: &Aws) -> Self {
         let names = &config.names;
@@ -73,23 +73,20 @@ async fn search(
     State(context): State<Context>,
     Caller(user): Caller,
     RawQuery(query): RawQuery,
-) -> Result<Json<Page>, Error> {
+) -> Result<Json<PageOut<AppConversationStartTask>>, Error> {
     let mut query = Query::parse(query.as_deref());
     let filter = filter(&mut query);
     let order: SortOrder = query.choice("sort_order").unwrap_or(SortOrder::CreatedAtDesc);
-    let page = query.string("page_id");
-    let limit = query.integer("limit", 100, Bounds::PAGE);
+    let page = PageRequest::read(&mut query);
     query.finish().map_err(Error::Invalid)?;
-    let list = ("start-tasks".to_owned(), filter, order);
-    let after = page.map(|page| page_token::decode(&user, &page, &list)).transpose()?;
-    let limit = usize::try_from(limit).unwrap_or(100);
-    let (records, mut next) = context.tasks.list(&user, &list.1, order, after.as_ref(), limit).await?;
+    let page = page.of(&user, ("start-tasks".to_owned(), filter, order));
+    let after = page.after()?;
+    let (records, mut next) = context.tasks.list(&user, &page.list.1, order, after.as_ref(), page.limit).await?;
     let items = context.tasks.show_page(&records).await?;
     if items.len() < records.len() {
         next = items.len().checked_sub(1).map(|last| StartTaskStore::place(&records[last], order));
     }
-    let next = next.map(|next| page_token::encode(&user, &list, &next)).transpose()?;
-    Ok(Json(items.into_page(next)))
+    Ok(Json(items.into_page(page.next_page_id(next)?)))
 }
 
 async fn count(

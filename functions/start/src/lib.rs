@@ -1,16 +1,14 @@
-//! `POST /api/v1/app-conversations`: begins a start.
+//! `POST /api/v1/app-conversations`: creates a start task.
 
 use axum::extract::{DefaultBodyLimit, State};
 use axum::routing::post;
 use axum::{Json, Router};
-use bytes::Bytes;
-use http::HeaderMap;
-use http::header::CONTENT_TYPE;
 use shared::aws::Aws;
 use shared::config::Config;
 use shared::conversation::store::ConversationStore;
 use shared::error::Error;
 use shared::http::caller::Caller;
+use shared::http::extract::JsonBody;
 use shared::http::page::PAGE_SIZE;
 use shared::jobs::queue::JobQueue;
 use shared::start::create::StartService;
@@ -20,10 +18,10 @@ use shared::start::task::AppConversationStartTask;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
 
-/// Lambda takes no larger payload.
+/// The largest body, in bytes: Lambda accepts no larger payload.
 pub const BODY_LIMIT: usize = 6 * 1024 * 1024;
 
-/// What this function may touch: it reads conversations and settings, writes start tasks, and enqueues jobs.
+/// What this function can access: it reads conversations and settings, writes start tasks, and enqueues jobs.
 #[derive(Clone, Debug)]
 pub struct Context {
     start_service: StartService,
@@ -37,7 +35,7 @@ impl Context {
     }
 }
 
-/// What begins starts, on the configured tables and queue.
+/// The service that creates start tasks, on the configured tables and queue.
 #[must_use]
 pub fn start_service(config: &Config, aws: &Aws, sealer: &Sealer) -> StartService {
     let names = &config.names;
@@ -66,22 +64,11 @@ pub fn router(context: Context) -> Router {
         .with_state(context)
 }
 
-/// Reads the body of a start.
-///
-/// # Errors
-/// [`Error::Invalid`] with every violation.
-pub fn request_from(headers: &HeaderMap, body: &[u8]) -> Result<StartRequest, Error> {
-    let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    StartRequest::from_body(content_type, body).map_err(Error::Invalid)
-}
-
 async fn start(
     State(context): State<Context>,
     Caller(user): Caller,
-    headers: HeaderMap,
-    body: Bytes,
+    JsonBody(request): JsonBody<StartRequest>,
 ) -> Result<Json<AppConversationStartTask>, Error> {
-    let request = request_from(&headers, &body)?;
-    // The start exists now: its answer must not be too large for Lambda.
+    // The task exists now, so its response must not exceed Lambda's limit.
     Ok(Json(context.start_service.create(&user, request).await?.show_within(PAGE_SIZE)))
 }

@@ -9,15 +9,16 @@ use axum::response::Response;
 use axum::routing::post;
 use bytes::Bytes;
 use futures::stream::{self, Stream};
-use http::HeaderMap;
 use http::header::{CONTENT_TYPE, HeaderValue};
 use serde_json::value::RawValue;
 use shared::aws::Aws;
 use shared::config::Config;
 use shared::error::Error;
 use shared::http::caller::Caller;
+use shared::http::extract::JsonBody;
 use shared::http::page::PAGE_SIZE;
 use shared::start::create::StartService;
+use shared::start::request::StartRequest;
 use shared::start::store::StartTaskStore;
 use shared::start::task::StartTaskRecord;
 use shared::user::UserId;
@@ -29,7 +30,7 @@ const SHORTEST_POLL: Duration = Duration::from_millis(200);
 /// The longest pause, when the status has not changed for a while.
 const LONGEST_POLL: Duration = Duration::from_secs(2);
 /// A stream of API Gateway lasts 15 minutes at most; the array is closed before that.
-const PATIENCE: Duration = Duration::from_secs(14 * 60);
+const STREAM_LIMIT: Duration = Duration::from_secs(14 * 60);
 /// A request larger than this, in bytes, is shown whole in the first element only.
 const REPEATED_REQUEST: u64 = 64 * 1024;
 
@@ -59,12 +60,9 @@ pub fn router(context: Context) -> Router {
 async fn stream_start(
     State(context): State<Context>,
     Caller(user): Caller,
-    headers: HeaderMap,
-    body: Bytes,
+    JsonBody(request): JsonBody<StartRequest>,
 ) -> Result<Response, Error> {
-    let request = start::request_from(&headers, &body)?;
-    drop(body);
-    // Errors before the task exists are answers like any other, with a status; the reference cuts the stream.
+    // An error before the task exists is an ordinary error response with its status; the reference cuts the stream.
     let record = context.start_service.create(&user, request).await?;
     let states = States::new(context.start_service.tasks, user, record, context.keep_alive);
     let mut response = Response::new(Body::from_stream(states.stream()));
@@ -119,7 +117,7 @@ impl States {
             next_poll: now + SHORTEST_POLL,
             keep_alive,
             idle_at: now + keep_alive,
-            until: now + PATIENCE,
+            until: now + STREAM_LIMIT,
         }
     }
 

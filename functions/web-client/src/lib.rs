@@ -1,45 +1,47 @@
-//! What a web front end asks for before anybody is known: `GET /api/v1/web-client/config`, what settings there are, whether the
-//! server runs; and lists that it reads and that are empty here: models, repositories, profiles, skills.
+//! Routes that a web front end reads before a user logs in: `GET /api/v1/web-client/config`, the schemas of the settings, health checks; and
+//! lists that front ends read and that are empty here: models, repositories, profiles, skills.
 
 mod schema;
 
 use axum::extract::{RawQuery, State};
 use axum::routing::get;
 use axum::{Json, Router};
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::Value;
 use shared::clock::Time;
 use shared::config;
 use shared::error::{Error, Result};
-use shared::http::page_token;
-use shared::http::pydantic::query::{Bounds, Query};
+use shared::http::extract::PageRequest;
+use shared::http::page::PageOut;
+use shared::http::pydantic::query::Query;
 
-/// What this function knows.
+pub use crate::schema::SettingsSchemaOut;
+
+/// The configuration of this function.
 #[derive(Clone, Debug)]
 pub struct Context {
     app_mode: String,
-    began: Time,
+    started_at: Time,
 }
 
 impl Context {
-    /// Reads `OH_APP_MODE`, by which a front end knows whether there is a login: `oss` (there is none) unless it is set.
+    /// Reads `OH_APP_MODE`, which tells front ends whether to show a login: `oss`, the default, means no login.
     #[must_use]
     pub fn from_env() -> Self {
-        Self { app_mode: config::text("OH_APP_MODE").unwrap_or_else(|| "oss".to_owned()), began: Time::now() }
+        Self { app_mode: config::text("OH_APP_MODE").unwrap_or_else(|| "oss".to_owned()), started_at: Time::now() }
     }
 
-    /// What runs, and since when.
-    fn server_info(&self) -> Value {
-        json!({
-            "title": "openhands-lambda",
-            "version": env!("CARGO_PKG_VERSION"),
-            "uptime": Time::now().since(self.began).as_secs_f64(),
-            // Whoever asks ends it.
-            "idle_time": 0,
-        })
+    fn server_info(&self) -> ServerInfoOut {
+        ServerInfoOut {
+            title: "openhands-lambda",
+            version: env!("CARGO_PKG_VERSION"),
+            uptime: Time::now().since(self.started_at).as_secs_f64(),
+            idle_time: 0,
+        }
     }
 }
 
-/// The routes of this function. None of them tells anything of a user.
+/// The routes of this function. None of them reveals data of a user.
 pub fn router(context: Context) -> Router {
     Router::new()
         .route("/api/v1/web-client/config", get(web_client_config))
@@ -58,70 +60,137 @@ pub fn router(context: Context) -> Router {
         .with_state(context)
 }
 
-/// Whether it runs, where nothing else has to come up with it: a function that answers is all there.
+/// The health checks of a Lambda function, which has no other parts that must start first.
 pub fn health_router() -> Router {
     Router::new()
         .route("/alive", get(alive))
         .route("/health", get(async || Json("OK")))
-        .route("/ready", get(async || Json(json!({"ready": true}))))
+        .route("/ready", get(async || Json(ReadyOut { ready: true })))
 }
 
-/// `WebClientConfig`
-async fn web_client_config(State(context): State<Context>) -> Json<Value> {
-    Json(json!({
-        "app_mode": context.app_mode,
-        "posthog_client_key": null,
-        "feature_flags": {
-            "enable_billing": false,
-            "hide_llm_settings": false,
-            "enable_jira": false,
-            "enable_jira_dc": false,
-            "enable_linear": false,
-            "hide_users_page": false,
-            "hide_billing_page": false,
-            "hide_integrations_page": false,
-        },
-        "providers_configured": [],
-        "maintenance_start_time": null,
-        "auth_url": null,
-        "recaptcha_site_key": null,
-        "faulty_models": [],
-        "error_message": null,
-        "updated_at": context.began,
-        "github_app_slug": null,
-        "kind": "WebClientConfig",
-    }))
+/// The configuration of a web front end: `WebClientConfig` of the contract.
+#[derive(Clone, Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = WebClientConfig))]
+pub struct WebClientConfigOut {
+    /// `oss` or `saas`.
+    app_mode: String,
+    posthog_client_key: Option<String>,
+    feature_flags: FeatureFlagsOut,
+    providers_configured: Vec<String>,
+    maintenance_start_time: Option<String>,
+    auth_url: Option<String>,
+    recaptcha_site_key: Option<String>,
+    faulty_models: Vec<String>,
+    error_message: Option<String>,
+    #[cfg_attr(feature = "openapi", schema(value_type = String, format = DateTime))]
+    updated_at: Time,
+    github_app_slug: Option<String>,
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    kind: &'static str,
 }
 
-/// A list that is empty here: models and providers are what a user types, repositories are named by hand, and the skills of
-/// agents are in their sandboxes.
-async fn empty_page(RawQuery(query): RawQuery) -> Result<Json<Value>> {
+/// The optional features of a web front end. This server supports none of them, and hides no page.
+#[derive(Clone, Debug, Default, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = FeatureFlags))]
+#[expect(clippy::struct_excessive_bools, reason = "the contract's form")]
+pub struct FeatureFlagsOut {
+    enable_billing: bool,
+    hide_llm_settings: bool,
+    enable_jira: bool,
+    enable_jira_dc: bool,
+    enable_linear: bool,
+    hide_users_page: bool,
+    hide_billing_page: bool,
+    hide_integrations_page: bool,
+}
+
+async fn web_client_config(State(context): State<Context>) -> Json<WebClientConfigOut> {
+    Json(WebClientConfigOut {
+        app_mode: context.app_mode,
+        posthog_client_key: None,
+        feature_flags: FeatureFlagsOut::default(),
+        providers_configured: Vec::new(),
+        maintenance_start_time: None,
+        auth_url: None,
+        recaptcha_site_key: None,
+        faulty_models: Vec::new(),
+        error_message: None,
+        updated_at: context.started_at,
+        github_app_slug: None,
+        kind: "WebClientConfig",
+    })
+}
+
+/// Returns a list that is empty here: users type the names of models, providers and repositories, and agents find skills in their
+/// sandboxes.
+async fn empty_page(RawQuery(query): RawQuery) -> Result<Json<PageOut<Value>>> {
     let mut query = Query::parse(query.as_deref());
-    let page = query.string("page_id");
-    let _limit = query.integer("limit", 100, Bounds::PAGE);
+    let page = PageRequest::read(&mut query);
     query.finish().map_err(Error::Invalid)?;
-    match page {
-        Some(_) => Err(page_token::not_ours()),
-        None => Ok(Json(json!({"items": [], "next_page_id": null}))),
-    }
+    page.only_page()?;
+    Ok(Json(PageOut::new(Vec::new(), None)))
 }
 
-/// Later versions have profiles of models; here there is one model, in the settings.
-async fn profiles() -> Json<Value> {
-    Json(json!({"profiles": [], "active_profile": null}))
+/// The model profiles of later versions. This server has one model, in the settings, and no profiles.
+#[derive(Clone, Debug, Default, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = Profiles))]
+pub struct ProfilesOut {
+    #[cfg_attr(feature = "openapi", schema(value_type = Vec<Object>, max_items = 0))]
+    profiles: Vec<Value>,
+    active_profile: Option<String>,
 }
 
-/// Later versions have profiles; front ends send their first message only if this answers.
-async fn agent_profiles() -> Json<Value> {
-    Json(json!({"profiles": [], "active_agent_profile_id": null}))
+async fn profiles() -> Json<ProfilesOut> {
+    Json(ProfilesOut::default())
 }
 
-/// Whether the process runs.
-async fn alive() -> Json<Value> {
-    Json(json!({"status": "ok"}))
+/// The agent profiles of later versions. Front ends send their first message only after a successful response.
+#[derive(Clone, Debug, Default, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = AgentProfiles))]
+pub struct AgentProfilesOut {
+    #[cfg_attr(feature = "openapi", schema(value_type = Vec<Object>, max_items = 0))]
+    profiles: Vec<Value>,
+    active_agent_profile_id: Option<String>,
 }
 
-/// What runs, and since when.
-async fn server_info(State(context): State<Context>) -> Json<Value> {
+async fn agent_profiles() -> Json<AgentProfilesOut> {
+    Json(AgentProfilesOut::default())
+}
+
+/// The response of `/alive`.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = Alive))]
+pub struct AliveOut {
+    /// `ok`.
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    status: &'static str,
+}
+
+async fn alive() -> Json<AliveOut> {
+    Json(AliveOut { status: "ok" })
+}
+
+/// The response of `/ready`.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = Ready))]
+pub struct ReadyOut {
+    ready: bool,
+}
+
+/// The version of the server and how long it has been running.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = ServerInfo))]
+pub struct ServerInfoOut {
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    title: &'static str,
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    version: &'static str,
+    /// In seconds.
+    uptime: f64,
+    /// In seconds: always 0, because the request itself is activity.
+    idle_time: u64,
+}
+
+async fn server_info(State(context): State<Context>) -> Json<ServerInfoOut> {
     Json(context.server_info())
 }

@@ -1,59 +1,116 @@
-//! What settings there are, in the form from which front ends of later versions draw their pages. Only those that a start reads,
-//! under the names by which `POST /api/v1/settings` takes them in its `…_diff` objects.
+//! The schemas of the settings, from which front ends of later versions draw their pages. They list only the settings that a start reads,
+//! under the names with which `POST /api/v1/settings` accepts them in its `…_diff` objects.
 
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::Value;
+
+/// The settings that a front end shows on one page.
+#[derive(Clone, Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = SettingsSchema))]
+pub struct SettingsSchemaOut {
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    model_name: &'static str,
+    sections: Vec<SettingsSectionOut>,
+}
+
+/// A group of settings.
+#[derive(Clone, Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = SettingsSection))]
+pub struct SettingsSectionOut {
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    key: &'static str,
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    label: &'static str,
+    fields: Vec<SettingsFieldOut>,
+}
 
 /// A setting as a front end draws it.
+#[derive(Clone, Debug, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = SettingsField))]
+pub struct SettingsFieldOut {
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    key: &'static str,
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    label: &'static str,
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    description: &'static str,
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    section: &'static str,
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    section_label: &'static str,
+    value_type: ValueType,
+    default: Value,
+    /// Always empty: no setting here has a fixed set of values.
+    choices: Vec<Value>,
+    /// Always empty: no setting here depends on another one.
+    depends_on: Vec<String>,
+    prominence: Prominence,
+    secret: bool,
+    required: bool,
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+enum ValueType {
+    String,
+    Integer,
+    Boolean,
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+enum Prominence {
+    Critical,
+    Major,
+    Minor,
+}
+
+/// What a setting does not have in common with the others of its section.
 struct Field {
     key: &'static str,
     label: &'static str,
     description: &'static str,
-    kind: &'static str,
+    value_type: ValueType,
     default: Value,
-    prominence: &'static str,
+    prominence: Prominence,
 }
 
 impl Field {
-    fn shown(self, section: &str, section_label: &str) -> Value {
-        json!({
-            "key": self.key,
-            "label": self.label,
-            "description": self.description,
-            "section": section,
-            "section_label": section_label,
-            "value_type": self.kind,
-            "default": self.default,
-            "choices": [],
-            "depends_on": [],
-            "prominence": self.prominence,
-            "secret": self.key == "llm.api_key",
-            "required": self.key == "llm.model",
-        })
+    fn text(key: &'static str, label: &'static str, description: &'static str, prominence: Prominence) -> Self {
+        Self { key, label, description, value_type: ValueType::String, default: Value::Null, prominence }
     }
 }
 
-fn section(key: &str, label: &str, fields: impl IntoIterator<Item = Field>) -> Value {
-    let fields: Vec<Value> = fields.into_iter().map(|field| field.shown(key, label)).collect();
-    json!({"key": key, "label": label, "fields": fields})
+fn section(key: &'static str, label: &'static str, fields: impl IntoIterator<Item = Field>) -> SettingsSectionOut {
+    let fields = fields.into_iter().map(|field| SettingsFieldOut {
+        key: field.key,
+        label: field.label,
+        description: field.description,
+        section: key,
+        section_label: label,
+        value_type: field.value_type,
+        default: field.default,
+        choices: Vec::new(),
+        depends_on: Vec::new(),
+        prominence: field.prominence,
+        secret: field.key == "llm.api_key",
+        required: field.key == "llm.model",
+    });
+    SettingsSectionOut { key, label, fields: fields.collect() }
 }
 
-/// Those of the agent: `agent_settings_diff`.
-pub fn agent() -> Value {
-    let text = |key, label, description| Field {
-        key,
-        label,
-        description,
-        kind: "string",
-        default: Value::Null,
-        prominence: "critical",
-    };
+/// The settings of the agent: `agent_settings_diff`.
+pub(crate) fn agent() -> SettingsSchemaOut {
+    let text = |key, label, description| Field::text(key, label, description, Prominence::Critical);
     let llm = section(
         "llm",
         "LLM",
         [
             text("llm.model", "Model", "The model to use, as LiteLLM names it."),
-            text("llm.api_key", "API key", "The key for it; kept sealed, and never shown."),
-            text("llm.base_url", "Base URL", "Where the model is served, if not by its own provider."),
+            text("llm.api_key", "API key", "The key for the model; stored encrypted, and never shown."),
+            text("llm.base_url", "Base URL", "The URL that serves the model, unless its own provider does."),
         ],
     );
     let condenser = section(
@@ -63,16 +120,16 @@ pub fn agent() -> Value {
             key: "condenser.max_size",
             label: "Maximum size",
             description: "How many events a conversation has before older ones are summarised.",
-            kind: "integer",
+            value_type: ValueType::Integer,
             default: Value::Null,
-            prominence: "minor",
+            prominence: Prominence::Minor,
         }],
     );
-    json!({"model_name": "AgentSettings", "sections": [llm, condenser]})
+    SettingsSchemaOut { model_name: "AgentSettings", sections: vec![llm, condenser] }
 }
 
-/// Those of a conversation: `conversation_settings_diff`.
-pub fn conversation() -> Value {
+/// The settings of a conversation: `conversation_settings_diff`.
+pub(crate) fn conversation() -> SettingsSchemaOut {
     let verification = section(
         "verification",
         "Verification",
@@ -80,20 +137,18 @@ pub fn conversation() -> Value {
             Field {
                 key: "confirmation_mode",
                 label: "Confirmation mode",
-                description: "Whether the agent asks before it acts.",
-                kind: "boolean",
+                description: "Whether the agent asks for confirmation before it acts.",
+                value_type: ValueType::Boolean,
                 default: Value::Bool(false),
-                prominence: "major",
+                prominence: Prominence::Major,
             },
-            Field {
-                key: "security_analyzer",
-                label: "Security analyzer",
-                description: "Who judges how risky an action is.",
-                kind: "string",
-                default: Value::Null,
-                prominence: "major",
-            },
+            Field::text(
+                "security_analyzer",
+                "Security analyzer",
+                "The analyzer that assesses the risk of an action.",
+                Prominence::Major,
+            ),
         ],
     );
-    json!({"model_name": "ConversationSettings", "sections": [verification]})
+    SettingsSchemaOut { model_name: "ConversationSettings", sections: vec![verification] }
 }

@@ -107,7 +107,7 @@ fn gateway_responses() -> Value {
         ("AUTHORIZER_CONFIGURATION_ERROR", Some(503), "The credentials could not be checked"),
         ("MISSING_AUTHENTICATION_TOKEN", Some(404), "Not Found"),
         ("RESOURCE_NOT_FOUND", Some(404), "Not Found"),
-        ("REQUEST_TOO_LARGE", Some(413), "The request is larger than this server takes"),
+        ("REQUEST_TOO_LARGE", Some(413), "The request is larger than this server accepts; send a smaller one"),
         ("THROTTLED", Some(429), "Too Many Requests"),
         ("INTEGRATION_TIMEOUT", Some(504), "Gateway Timeout"),
         ("INTEGRATION_FAILURE", Some(502), "Bad Gateway"),

@@ -296,8 +296,8 @@ impl Server {
         ui
     }
 
-    /// Polls the queues of exports, installs the agent server in the background, if sandboxes are processes, and then polls the job queue and
-    /// runs the sweep.
+    /// Polls the queue of exports. Installs the agent server in the background, if sandboxes are processes, and then polls the job
+    /// queue and runs the sweep.
     fn start_consumers(
         &mut self,
         worker: Consumer,

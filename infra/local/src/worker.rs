@@ -1,5 +1,5 @@
-//! Stands in for Lambda's event source mapping and for EventBridge Scheduler: polls the queues, invokes the functions that consume them with
-//! each message, and runs the worker's sweep on a schedule.
+//! Stands in for Lambda's event source mapping and for EventBridge Scheduler: polls the queues, invokes their
+//! consumers with each message, and runs the sweep on a schedule.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,9 +15,9 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
-/// Concurrent invocations of the worker.
+/// The number of concurrent invocations of the worker.
 pub const WORKER_CONCURRENCY: usize = 64;
-/// Concurrent builds of exports. Each may need as much memory as its function has on AWS.
+/// The number of concurrent builds of exports. Each may need as much memory as its function has on AWS.
 pub const EXPORT_CONCURRENCY: usize = 2;
 /// The time limit of an invocation, as on AWS.
 const INVOCATION_TIMEOUT: Duration = Duration::from_secs(900);
@@ -27,14 +27,14 @@ const FAILED_POLL_DELAY: Duration = Duration::from_secs(1);
 /// The interval is a minute on AWS, where each sweep costs money.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 
-/// A function that consumes a queue, and how it is invoked.
+/// A function that consumes a queue.
 #[derive(Clone, Debug)]
 pub enum Consumer {
-    /// The worker, by a function call in this process.
+    /// The worker, in this process.
     Worker(Arc<worker::Context>),
-    /// The function `exports`, by a function call in this process.
+    /// The function `exports`, in this process.
     Exports(Arc<exports::Context>),
-    /// The function of this name, through the invocation API that `cargo lambda watch` serves at this address.
+    /// The function of this name, invoked through the API that `cargo lambda watch` serves at this address.
     Remote(HttpClient, String, &'static str),
 }
 
@@ -82,8 +82,8 @@ pub async fn sweep(worker: Consumer) {
     }
 }
 
-/// Polls a queue and invokes its consumer with each message, at most `concurrency` times at once. Runs until it is dropped, which also
-/// cancels running invocations.
+/// Polls a queue and invokes its consumer with each message, with at most `concurrency` concurrent invocations. Runs until it is
+/// dropped, which also cancels running invocations.
 pub async fn poll(sqs: Client, queue_url: String, consumer: Consumer, concurrency: usize) {
     let permits = Arc::new(Semaphore::new(concurrency));
     let mut running = JoinSet::new();
@@ -129,7 +129,7 @@ async fn handle(sqs: &Client, queue_url: &str, consumer: &Consumer, message: Mes
                 tracing::warn!(error = %aws_sdk_sqs::error::DisplayErrorContext(&error), "local.message_not_deleted");
             }
         }
-        // The message stays in flight until its visibility timeout; usually the sweep enqueues the job earlier.
+        // The message stays in flight until its visibility timeout. Usually the sweep, or a client of an export, enqueues the job earlier.
         Ok(_) => {}
         Err(error) => tracing::warn!(%error, "local.worker_failed"),
     }

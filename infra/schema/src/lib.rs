@@ -144,8 +144,8 @@ pub const EXPORT_TIMEOUT: Duration = Duration::from_secs(900);
 pub const JOB_QUEUE: Queue =
     Queue { name: "jobs", visibility_timeout: WORKER_TIMEOUT.saturating_mul(6), max_receive_count: 5 };
 
-/// The queue of exports. A message that failed stays hidden for so long that clients, which retry every few seconds, have enqueued
-/// the export again: few deliveries are enough.
+/// The queue of exports. A message that failed stays hidden for a long time, and clients, which retry every few seconds, enqueue
+/// the export again before it is redelivered. Therefore few deliveries are enough.
 pub const EXPORT_QUEUE: Queue =
     Queue { name: "exports", visibility_timeout: EXPORT_TIMEOUT.saturating_mul(6), max_receive_count: 3 };
 
@@ -167,9 +167,7 @@ impl SchemaError {
 pub struct QueueUrls {
     pub jobs: String,
     pub dead_letters: String,
-    /// The queue of exports.
     pub exports: String,
-    /// Its dead-letter queue.
     pub export_dead_letters: String,
 }
 
@@ -288,7 +286,7 @@ async fn make_bucket(aws: &Aws, name: &str) -> Result<(), SchemaError> {
     }
 }
 
-/// Makes a queue and its dead-letter queue, and returns their URLs.
+/// Creates a queue and its dead-letter queue, and returns their URLs.
 async fn make_queue(aws: &Aws, prefix: &str, queue: &Queue) -> Result<(String, String), SchemaError> {
     let name = format!("{prefix}{}", queue.name);
     let dead_name = format!("{name}{DEAD_LETTER_SUFFIX}");

@@ -34,6 +34,10 @@ use crate::http_client::{self, Answer, HttpClient};
 use crate::id;
 use crate::mask;
 
+/// The header that carries the session key of a sandbox: in requests to its agent server, and in requests from the sandbox to this
+/// API.
+pub const SESSION_API_KEY: &str = "x-session-api-key";
+
 const ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 const COMMAND_START_TIMEOUT: Duration = Duration::from_secs(15);
 const LOOK_TIMEOUT: Duration = Duration::from_secs(15);
@@ -190,7 +194,7 @@ impl fmt::Display for AgentServerError {
         let request = &self.request;
         match &self.failure {
             Failure::Unreachable => write!(out, "The agent server cannot be reached ({request})"),
-            Failure::TimedOut => write!(out, "The agent server did not answer in time ({request})"),
+            Failure::TimedOut => write!(out, "The agent server did not respond in time ({request})"),
             Failure::CutOff => write!(out, "The agent server's answer was cut off ({request})"),
             Failure::Status(status, text) if text.is_empty() => {
                 write!(out, "The agent server answered {status} to {request}")
@@ -749,7 +753,7 @@ impl AgentServer {
                 request = request.json(body);
             }
             if let Some(key) = &self.key {
-                request = request.header("X-Session-API-Key", key.expose_secret());
+                request = request.header(SESSION_API_KEY, key.expose_secret());
             }
             fill(request)
         });

@@ -163,7 +163,7 @@ impl WorkspaceGit<'_> {
             return Err(folder());
         }
         if names.iter().any(|path| path.split(|byte| *byte == b'/').any(|part| part == b".git")) {
-            return Err(Error::Refused("Git's own files have no diff".to_owned()));
+            return Err(Error::Refused("Git's own files have no diff; choose another file".to_owned()));
         }
         let variables = format!("rest={} limit={FILE_LIMIT}\n{}", quoted(&rest), name::assigned("other", &other));
         self.script(reference, &variables, DIFF)
@@ -219,11 +219,11 @@ impl WorkspaceGit<'_> {
             }
             // Stopped by the agent server, or killed by the script's own limit.
             (-1 | 124 | 137, _) => Ok(Err(Error::Unavailable(format!(
-                "Git did not finish within {SECONDS} s in this sandbox; try again, or a smaller folder"
+                "Git did not finish within {SECONDS} s in this sandbox; try again, or choose a smaller folder"
             )))),
-            (3, _) => {
-                Ok(Err(Error::Conflict("The sandbox has no space, or no folder, for temporary files".to_owned())))
-            }
+            (3, _) => Ok(Err(Error::Conflict(
+                "The sandbox has no space or no folder for temporary files; free some space and try again".to_owned(),
+            ))),
             _ => Err(AgentServerError::malformed(REQUEST, "git was not asked")),
         }
     }
@@ -242,16 +242,16 @@ fn is_below(path: &[u8]) -> bool {
 }
 
 fn outside() -> Error {
-    Error::Refused("The path must be absolute, and in the workspace".to_owned())
+    Error::Refused("The path must be absolute and inside the workspace".to_owned())
 }
 
 fn folder() -> Error {
-    Error::Refused("The path is a folder; a file is needed for a diff".to_owned())
+    Error::Refused("The path is a folder; choose a file for a diff".to_owned())
 }
 
 fn unknown(reference: Option<&str>) -> Error {
     let shown: String = reference.unwrap_or_default().chars().take(REASON).collect();
-    Error::Refused(format!("The ref {shown:?} is no commit of this repository"))
+    Error::Refused(format!("The ref {shown:?} is not a commit of this repository"))
 }
 
 fn failed(what: &str, reason: &[u8]) -> Error {
@@ -316,7 +316,7 @@ fn read_changes(result: &[u8], reference: Option<&str>) -> Result<Changes, Error
                 is_truncated = false;
                 break;
             }
-            (b"nothing", _) => return Err(Error::NotFound("There is no such folder".to_owned())),
+            (b"nothing", _) => return Err(Error::NotFound("The folder does not exist".to_owned())),
             (b"file", _) => return Err(Error::Refused("The path is not a folder".to_owned())),
             (word, _) => return Err(refused(word, fields.next().unwrap_or_default(), reference, WHAT)),
         }
@@ -379,7 +379,7 @@ fn read_diff(result: &[u8], reference: Option<&str>) -> Result<Diff, Error> {
             b"none" => Ok(Diff::default()),
             b"nothing" => {
                 let at = reference.map_or_else(|| "when the work began".to_owned(), |name| format!("at {name}"));
-                Err(Error::NotFound(format!("There is no such file, neither now nor {at}")))
+                Err(Error::NotFound(format!("The file exists neither now nor {at}")))
             }
             b"folder" => Err(folder()),
             b"special" => {
@@ -413,7 +413,7 @@ fn read_diff(result: &[u8], reference: Option<&str>) -> Result<Diff, Error> {
     };
     let (Some(original), Some(modified)) = (read(kind_before, original), read(kind_after, modified)) else {
         return Err(Error::Refused(format!(
-            "The file is binary ({before} bytes before, {after} bytes now): there is no diff of its text"
+            "The file is binary ({before} bytes before, {after} bytes now), so it has no text diff"
         )));
     };
     let diff = Diff { modified: Some(modified), original: Some(original) };
@@ -428,7 +428,7 @@ fn field(bytes: &[u8]) -> (&[u8], &[u8]) {
 
 fn too_large(before: &str, after: &str) -> Error {
     Error::TooLarge(format!(
-        "The file is too large for a diff: {before} bytes before, {after} bytes now; both together may have {PAGE_SIZE} \
+        "The file is too large for a diff: {before} bytes before, {after} bytes now; together they must not exceed {PAGE_SIZE} \
          bytes as JSON"
     ))
 }

@@ -25,7 +25,7 @@ use crate::user::UserId;
 use crate::user::counters::{self, Counter};
 
 /// The error for a count that takes too long.
-const TOO_MANY: &str = "There are too many conversations to count with these filters: narrow them with created_at__gte and created_at__lt, or walk the pages of search";
+const TOO_MANY: &str = "Too many conversations to count with these filters. Narrow them with created_at__gte and created_at__lt, or read the pages of search";
 
 /// The most bytes that the live status adds to a conversation: its address, its key, its states.
 const LIVE_STATUS_SIZE: u64 = 2048;
@@ -192,11 +192,11 @@ impl QueryPlan {
 
     /// The key behind which a page starts.
     fn start(&self, user: &UserId, after: &Cursor) -> Result<Item> {
-        let id = id_in_sort_value(&after.0).ok_or_else(page_token::not_ours)?;
+        let id = id_in_sort_value(&after.0).ok_or_else(page_token::invalid)?;
         let below = self.low.as_ref().is_some_and(|low| after.0 < *low);
         let above = self.high.as_ref().is_some_and(|high| after.0 > *high);
         if below || above {
-            return Err(page_token::not_ours());
+            return Err(page_token::invalid());
         }
         let mut start = key(user, id);
         start.insert(self.partition.to_owned(), text(self.owner.clone()));

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::MAX_NAME;
 use super::store::ConversationChange;
-use crate::http::pydantic::body;
+use crate::http::pydantic::body::{self, FromJson};
 use crate::http::pydantic::validation::{Checked, Checker, Fields, boolean, choice, string_up_to};
 use crate::start::request::{ProviderType, repository};
 use crate::user::git::{self, Repository, Selection};
@@ -31,13 +31,12 @@ impl UpdateRequest {
     /// # Errors
     /// Every violation of the types and lengths of fields. [`UpdateRequest::normal`] checks their values.
     pub fn from_body(content_type: Option<&str>, bytes: &[u8]) -> Checked<Self> {
-        let value = body::json(content_type, bytes)?;
-        let mut check = Checker::new("body");
-        let request = Self::read(&mut check, &value);
-        check.finish(request)
+        body::read(content_type, bytes)
     }
+}
 
-    fn read(check: &mut Checker, value: &Value) -> Option<Self> {
+impl FromJson for UpdateRequest {
+    fn from_json(check: &mut Checker, value: &Value) -> Option<Self> {
         let name = |check: &mut Checker, value: &Value| string_up_to(MAX_NAME, check, value);
         let fields = Fields::of(check, value)?;
         let public = fields.nullable(check, "public", boolean);
@@ -53,7 +52,9 @@ impl UpdateRequest {
             git_provider: fields.has("git_provider").then_some(git_provider?),
         })
     }
+}
 
+impl UpdateRequest {
     /// Whether it changes what the conversation works on, so that [`UpdateRequest::normal`] has something to do.
     #[must_use]
     pub fn selects(&self) -> bool {

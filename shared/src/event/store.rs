@@ -44,7 +44,7 @@ const BATCH_WRITE_LIMIT: usize = 25;
 /// A longer event is kept in the bucket: DynamoDB takes no item over 400 KB.
 const INLINE_EVENT_LIMIT: usize = 300 * 1024;
 /// The error for a count that takes too long.
-const TOO_MANY: &str = "There are too many events to count with this filter: narrow it with timestamp__gte and timestamp__lt, or walk the pages of search";
+const TOO_MANY: &str = "Too many events to count with this filter. Narrow it with timestamp__gte and timestamp__lt, or read the pages of search";
 /// Objects that are asked for at the same time.
 const PARALLEL_OBJECTS: usize = 8;
 

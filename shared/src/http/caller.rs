@@ -1,5 +1,5 @@
-//! Who calls: a user, put into a request's extensions by whoever runs the router and read from there alone; or a sandbox, which
-//! shows its session key.
+//! Identifies the caller of a request: a user, whom the process that runs the router has put into the request's extensions (nothing
+//! else is read), or a sandbox, which sends its session key.
 
 use axum::extract::FromRequestParts;
 use http::HeaderMap;
@@ -21,13 +21,13 @@ impl<S: Send + Sync> FromRequestParts<S> for Caller {
     }
 }
 
-/// The header by which an agent server, or an agent, shows which sandbox it is in.
-const SESSION_API_KEY: &str = "x-session-api-key";
+/// The header with which agent servers and agents authenticate as their sandbox.
+pub use crate::agent_server::SESSION_API_KEY;
 
-/// The sandbox whose session key a request shows.
+/// Looks up the sandbox whose session key a request sends.
 ///
 /// # Errors
-/// [`Error::Unauthenticated`] without a key or with one that is nobody's, [`Error::Store`].
+/// [`Error::Unauthenticated`] without a key or with one that no sandbox has, [`Error::Store`].
 pub async fn sandbox(sandboxes: &SandboxStore, headers: &HeaderMap) -> Result<SandboxRecord> {
     let refused = |text: &str| Error::Unauthenticated(text.to_owned());
     let key = headers.get(SESSION_API_KEY).filter(|key| !key.is_empty());

@@ -1,14 +1,14 @@
-//! From which pages browsers may call, and what they may read of our answers.
+//! CORS: the origins whose pages may call, and the response headers that they may read.
 
 use http::{HeaderName, HeaderValue, header};
 use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer};
 
-/// What our answers say in headers of our own.
+/// Response headers that are specific to this API.
 const OWN_HEADERS: [&str; 5] =
     ["x-changes-truncated", "x-export-warning", "x-file-status", "x-files-truncated", "x-skills-status"];
 
-/// Lets pages of these origins call, with credentials. Not every page of the web: agents run with the user's keys for whoever may
-/// call.
+/// Allows calls with credentials from pages of these origins. Never allow every origin: a page that may call can run agents with the
+/// user's keys.
 pub fn cors(is_allowed: impl Fn(&str) -> bool + Clone + Send + Sync + 'static) -> CorsLayer {
     CorsLayer::new()
         .allow_credentials(true)

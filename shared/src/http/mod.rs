@@ -1,7 +1,8 @@
-//! HTTP at the edge: reading requests in the contract's way, and answering in its shapes.
+//! HTTP: extractors, pagination, responses and errors in the contract's shapes, and validation that is compatible with pydantic.
 
 pub mod caller;
 pub mod cors;
+pub mod extract;
 pub mod page;
 pub mod page_token;
 pub mod pydantic;

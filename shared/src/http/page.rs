@@ -1,10 +1,11 @@
-//! Bounds the size of answers.
+//! Lists: pages of items, and the size of responses.
 //!
 //! Lambda returns at most 6 MB (6,291,456 bytes) from an invocation. API Gateway receives a text body as a JSON string, in
 //! which quotes, backslashes and control characters are escaped, so the escaped size counts. All sizes in this module are
 //! escaped sizes.
 
 use std::io;
+use std::marker::PhantomData;
 
 use serde::Serialize;
 use serde_json::value::RawValue;
@@ -15,30 +16,51 @@ use crate::error::{Error, Result};
 /// measured.
 pub const PAGE_SIZE: u64 = 5_000_000;
 
-/// The largest body that Lambda returns, in bytes, with room for the JSON around it.
+/// The largest body that Lambda returns, in bytes, less 64 KiB for the JSON around it.
 pub const MAX_BODY: u64 = 6 * 1024 * 1024 - 64 * 1024;
 
-/// A page of a list, as the contract shows it.
+/// A page of a list.
 #[derive(Debug, Serialize)]
-pub struct Page {
+#[serde(bound = "")]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct PageOut<T> {
+    #[cfg_attr(feature = "openapi", schema(value_type = Vec<T>))]
     items: Vec<Box<RawValue>>,
+    /// The `page_id` of the next page; null on the last one.
     next_page_id: Option<String>,
+    #[serde(skip)]
+    kind: PhantomData<T>,
 }
 
-/// The items of an answer, as JSON, and their size.
-#[derive(Debug, Default)]
-pub struct Items {
+impl<T> PageOut<T> {
+    /// A page of items that are JSON already.
+    #[must_use]
+    pub fn new(items: Vec<Box<RawValue>>, next_page_id: Option<String>) -> Self {
+        Self { items, next_page_id, kind: PhantomData }
+    }
+}
+
+/// The items of a page, serialised as JSON, and their total size.
+#[derive(Debug)]
+pub struct Items<T> {
     items: Vec<Box<RawValue>>,
     size: u64,
+    kind: PhantomData<T>,
 }
 
-impl Items {
+impl<T> Default for Items<T> {
+    fn default() -> Self {
+        Self { items: Vec::new(), size: 0, kind: PhantomData }
+    }
+}
+
+impl<T: Serialize> Items<T> {
     /// Adds an item, unless the page is not empty and would exceed [`PAGE_SIZE`] with it. Returns whether it was added. The
     /// first item is always added, so that every page makes progress.
     ///
     /// # Errors
     /// [`Error::Internal`] when the item cannot be serialised.
-    pub fn push(&mut self, item: &impl Serialize) -> Result<bool> {
+    pub fn push(&mut self, item: &T) -> Result<bool> {
         let item = serde_json::value::to_raw_value(item).map_err(Error::internal)?;
         let size = size_of_text(item.get().as_bytes()) + 1;
         if !self.items.is_empty() && self.size + size > PAGE_SIZE {
@@ -61,24 +83,24 @@ impl Items {
         self.items.is_empty()
     }
 
-    /// The bytes that are left of [`PAGE_SIZE`].
+    /// The remaining bytes up to [`PAGE_SIZE`].
     #[must_use]
     pub fn left(&self) -> u64 {
         PAGE_SIZE.saturating_sub(self.size)
     }
 
-    /// The page with these items.
+    /// Makes a page of the items.
     #[must_use]
-    pub fn into_page(self, next_page_id: Option<String>) -> Page {
-        Page { items: self.items, next_page_id }
+    pub fn into_page(self, next_page_id: Option<String>) -> PageOut<T> {
+        PageOut::new(self.items, next_page_id)
     }
 }
 
-/// The first items, as many as fit into one page.
+/// Serialises the first items, as many as fit into one page.
 ///
 /// # Errors
 /// [`Error::Internal`] when an item cannot be serialised.
-pub fn fitting<T: Serialize>(items: &[T]) -> Result<Items> {
+pub fn fitting<T: Serialize>(items: &[T]) -> Result<Items<T>> {
     let mut page = Items::default();
     for item in items {
         if !page.push(item)? {
@@ -88,10 +110,10 @@ pub fn fitting<T: Serialize>(items: &[T]) -> Result<Items> {
     Ok(page)
 }
 
-/// Checks that a batch fits into one answer. A single element always does: whoever asks for one must get it.
+/// Checks that a batch fits into one response. A single element is always accepted, because the caller cannot request less.
 ///
 /// # Errors
-/// [`Error::TooLarge`], with a text that names what was requested (`plural`); [`Error::Internal`] when an element cannot be
+/// [`Error::TooLarge`], with a message that names what was requested (`plural`); [`Error::Internal`] when an element cannot be
 /// serialised.
 pub fn check_batch<T: Serialize>(batch: &[Option<T>], plural: &str) -> Result<()> {
     let found = batch.iter().flatten().count();
@@ -101,10 +123,10 @@ pub fn check_batch<T: Serialize>(batch: &[Option<T>], plural: &str) -> Result<()
     Ok(())
 }
 
-/// The error for a batch whose answer would be too large.
+/// The error for a batch that does not fit into one response.
 #[must_use]
 pub fn too_large(plural: &str) -> Error {
-    Error::TooLarge(format!("These {plural} are too large for one answer: request fewer at once"))
+    Error::TooLarge(format!("These {plural} are too large for one response; request fewer at once"))
 }
 
 /// The size of a value as JSON.

@@ -1,4 +1,4 @@
-//! Page ids: opaque, versioned, and bound to the list that they continue.
+//! Page ids (pagination tokens): opaque, versioned, and bound to the list that they continue.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
@@ -11,8 +11,8 @@ use crate::user::UserId;
 
 const VERSION: u32 = 1;
 
-/// Bytes of the digest in front of the token.
-const DIGEST: usize = 8;
+/// Size in bytes of the digest before the token.
+const DIGEST_SIZE: usize = 8;
 
 #[derive(Serialize, Deserialize)]
 struct Token<L, P> {
@@ -21,10 +21,10 @@ struct Token<L, P> {
     after: P,
 }
 
-/// A page id for the place `after` in the user's list described by `list` (which list, its filters, its order).
+/// Makes a page id for the position `after` in one of the user's lists. `list` says which list, with its filters and its order.
 ///
 /// # Errors
-/// [`Error::Internal`] when the parts have no form as JSON.
+/// [`Error::Internal`] when the parts cannot be serialised as JSON.
 pub fn encode<L: Serialize, P: Serialize>(user: &UserId, list: &L, after: &P) -> Result<String> {
     let json = serde_json::to_vec(&Token { v: VERSION, list, after }).map_err(Error::internal)?;
     let mut bytes = digest(user, &json);
@@ -32,10 +32,10 @@ pub fn encode<L: Serialize, P: Serialize>(user: &UserId, list: &L, after: &P) ->
     Ok(BASE64URL.encode(bytes))
 }
 
-/// The place that a page id names.
+/// Reads the position from a page id.
 ///
 /// # Errors
-/// [`Error::Refused`] when it is none of ours, was damaged, is another user's, or is one of another list.
+/// [`Error::Refused`] when the page id is malformed or damaged, or belongs to another user or to another list.
 pub fn decode<L: DeserializeOwned + PartialEq, P: DeserializeOwned>(
     user: &UserId,
     page_id: &str,
@@ -45,34 +45,34 @@ pub fn decode<L: DeserializeOwned + PartialEq, P: DeserializeOwned>(
         .decode(page_id)
         .ok()
         .and_then(|bytes| {
-            let (claimed, json) = bytes.split_at_checked(DIGEST)?;
+            let (claimed, json) = bytes.split_at_checked(DIGEST_SIZE)?;
             (claimed == digest(user, json)).then(|| serde_json::from_slice(json).ok())?
         })
         .filter(|token: &Token<L, P>| token.v == VERSION)
-        .ok_or_else(not_ours)?;
+        .ok_or_else(invalid)?;
     if token.list != *list {
-        return Err(refused("page_id belongs to a list with other filters: leave it out to start at the first page"));
+        return Err(refused("page_id was issued for different filters. Omit it to start from the first page."));
     }
     Ok(token.after)
 }
 
-/// What is answered to a page id that this server did not make.
+/// The error for a page id that this server did not issue.
 #[must_use]
-pub fn not_ours() -> Error {
-    refused("page_id is not one that this server gave out: leave it out to start at the first page")
+pub fn invalid() -> Error {
+    refused("Invalid page_id. Omit it to start from the first page.")
 }
 
 fn refused(text: &str) -> Error {
     Error::Refused(text.into())
 }
 
-/// Tells damage and other users' page ids. It has no key: who makes up a page id gets to a place in their own list,
-/// for every read starts with the caller.
+/// Detects damage and other users' page ids. It needs no secret key: a forged page id leads to a position in the forger's own list,
+/// because every read starts with the caller's id.
 fn digest(user: &UserId, json: &[u8]) -> Vec<u8> {
     let mut hash = Sha256::new();
     hash.update(user.key_of("page"));
     hash.update(json);
-    hash.finalize()[..DIGEST].to_vec()
+    hash.finalize()[..DIGEST_SIZE].to_vec()
 }
 
 #[cfg(test)]
@@ -80,13 +80,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_page_id_leads_back_to_its_place_in_its_list_alone() {
+    fn a_page_id_holds_for_its_user_and_its_list_only() {
         let me = UserId::new("me");
         let page_id = encode(&me, &("tasks", "CREATED_AT"), &"x").expect("a page id");
         let decode = |user: &UserId, text: &str, order: &str| {
             decode::<(String, String), String>(user, text, &("tasks".into(), order.into()))
         };
-        assert_eq!(decode(&me, &page_id, "CREATED_AT").expect("a place"), "x");
+        assert_eq!(decode(&me, &page_id, "CREATED_AT").expect("a position"), "x");
         for (user, text, order) in [
             ("me", page_id.as_str(), "UPDATED_AT"),
             ("you", &page_id, "CREATED_AT"),

@@ -1,19 +1,29 @@
-//! Secrets in requests: how they are read, how large they may be, and that no violation shows one.
+//! Secrets in requests: how they are read, and how large they may be. No violation contains a secret.
 //!
 //! A secret is a variable in the agent's terminal: the agent server types `export NAME=$'value'` into bash, in one line for all
-//! secrets that a command names. A name that bash refuses ends the line, and so takes the secrets after it away from the agent.
+//! secrets that a command names. A name that bash rejects ends the line, so that the agent does not get the secrets after it.
 //! A command names a secret wherever its text contains the name, in any case of letters: `$MY_KEY` also names `KEY`.
 
 use std::collections::BTreeMap;
 
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::pydantic::validation::{self, Checker};
 
-/// Stands for a secret's value wherever one is shown. Sent back, it leaves the secret as it is.
+/// The text that responses show in place of a secret's value. A client that sends it back leaves the secret unchanged.
 pub const MASK: &str = "**********";
-/// The most secrets that a user has, or that a start brings.
+/// The most secrets of a user, or of the request of a start.
 pub const MAX_SECRETS: usize = 50;
+/// A secret without its value.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = SecretName))]
+pub struct SecretNameOut {
+    pub name: String,
+    /// What the secret is for.
+    pub description: Option<String>,
+}
+
 /// The longest name, in characters.
 pub const MAX_NAME: usize = 256;
 /// The longest value, in bytes.
@@ -21,7 +31,7 @@ pub const MAX_VALUE: usize = 64 * 1024;
 
 /// The longest line of `export`s that the agent's terminal accepts, in bytes: tmux refuses messages of more than 16 KiB.
 const MAX_EXPORT: usize = 16_000;
-/// Between two exports of a line.
+/// The separator between two exports of a line.
 const SEPARATOR: &str = " && ";
 const TOO_LONG: &str = "the agent's terminal accepts 16,000 bytes at once, quotes and name included";
 const TOO_LONG_WITH_OTHERS: &str = "the agent's terminal accepts 16,000 bytes at once, and other secrets are set with this one, because \
@@ -74,7 +84,7 @@ const OF_SHELL_PREFIXES: &[&str] = &["BASH_", "COMP_"];
 /// Variables without which programs do not run, and those of the dynamic linker.
 const OF_PROGRAMS: &[&str] = &["HOME", "PATH", "SHELL", "TERM", "TMPDIR"];
 const OF_PROGRAMS_PREFIXES: &[&str] = &["LD_"];
-/// Variables that configure the sandbox, and the prefix of those that control models. The reference refuses them in any case.
+/// Variables that configure the sandbox, and the prefix of those that control models. The reference rejects them in any case of letters.
 const OF_SANDBOX: &[&str] = &[
     "ENV_LOG_LEVEL",
     "LOG_JSON",
@@ -90,7 +100,7 @@ const OF_SANDBOX: &[&str] = &[
 ];
 const OF_SANDBOX_PREFIXES: &[&str] = &["LLM_"];
 
-/// Why no secret can have this name; `None` when one can.
+/// Returns why a name is invalid; `None` when it is valid.
 #[must_use]
 pub fn fault_of_name(name: &str) -> Option<&'static str> {
     let is_variable = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
@@ -100,8 +110,8 @@ pub fn fault_of_name(name: &str) -> Option<&'static str> {
     };
     if !is_variable {
         Some(
-            "a secret becomes an environment variable, whose name has letters, digits and underscores alone \
-             (A-Z, a-z, 0-9, _), and no digit first",
+            "a secret becomes an environment variable; its name must contain only letters, digits and underscores \
+             (A-Z, a-z, 0-9, _) and must not start with a digit",
         )
     } else if is_one_of(name, OF_SHELL, OF_SHELL_PREFIXES) {
         Some("bash sets a variable of this name itself, or changes its behavior with it")
@@ -114,29 +124,29 @@ pub fn fault_of_name(name: &str) -> Option<&'static str> {
     }
 }
 
-/// Why no secret can have this value; `None` when one can.
+/// Returns why a value is invalid; `None` when it is valid.
 #[must_use]
 pub fn fault_of_value(value: &str) -> Option<&'static str> {
     let is_typed = |byte: u8| !byte.is_ascii_control() || matches!(byte, b'\t' | b'\n' | b'\r');
     (!value.bytes().all(is_typed)).then_some(
-        "the agent's terminal accepts no control characters except tabs and line breaks: encode it, as in Base64",
+        "the agent's terminal accepts no control characters except tabs and line breaks; encode it, for example as Base64",
     )
 }
 
-/// What the agent's terminal does with some secrets.
+/// Which secrets the agent's terminal cannot set.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct InTerminal {
-    /// Names of those that cannot be set, by the reason. Each would take others away: no secret of its command is set.
+    /// The names of secrets that cannot be set, by the reason. They are left out, because no secret of a command is set if one of them fails.
     pub left_out: BTreeMap<&'static str, Vec<String>>,
-    /// Those of the others that are too long together with the longest ones: for a command that names all of these no secret is set.
+    /// The names of the longest other secrets, which are too long together: a command that names all of them gets no secret.
     pub too_long_together: Vec<String>,
 }
 
-/// Finds out what the agent's terminal does with secrets, given as names and values.
+/// Checks which secrets, given as names and values, the agent's terminal can set.
 #[must_use]
 pub fn in_terminal<'a>(secrets: impl IntoIterator<Item = (&'a str, &'a str)>) -> InTerminal {
     let mut secrets = secrets.into_iter().collect::<Vec<_>>();
-    // A name comes after those that are part of it.
+    // Sorted so that a name comes after the names that are part of it.
     secrets.sort_by_key(|(name, _)| (name.len(), *name));
     let mut found = InTerminal::default();
     let mut set: Vec<(&str, String, usize)> = Vec::new();
@@ -173,7 +183,7 @@ pub fn in_terminal<'a>(secrets: impl IntoIterator<Item = (&'a str, &'a str)>) ->
     found
 }
 
-/// The length of a secret's `export`, in bytes.
+/// The size of a secret's `export`, in bytes.
 fn export_length(name: &str, value: &str) -> usize {
     let escapes = value.bytes().filter(|byte| matches!(byte, b'\\' | b'\'' | b'\t' | b'\n' | b'\r')).count();
     "export =$''".len() + name.len() + value.len() + escapes
@@ -189,7 +199,7 @@ pub fn name(check: &mut Checker, value: &Value) -> Option<String> {
     Some(name)
 }
 
-/// Reads the value of a variable, as it is. Violations: those of [`value`], and `value_error`.
+/// Reads the value of a variable, untrimmed. Violations: those of [`value`], and `value_error`.
 pub fn value_of_variable<'v>(check: &mut Checker, given: &'v Value) -> Option<&'v str> {
     let text = value(check, given)?;
     if let Some(fault) = fault_of_value(text) {
@@ -199,7 +209,7 @@ pub fn value_of_variable<'v>(check: &mut Checker, given: &'v Value) -> Option<&'
     Some(text)
 }
 
-/// Reads a value, as it is. Violations: `string_type`, `too_long`.
+/// Reads a value, untrimmed. Violations: `string_type`, `too_long`.
 pub fn value<'v>(check: &mut Checker, value: &'v Value) -> Option<&'v str> {
     let Value::String(text) = value else {
         check.report("string_type", "Input should be a valid string", MASK.into(), None);
@@ -212,7 +222,7 @@ pub fn value<'v>(check: &mut Checker, value: &'v Value) -> Option<&'v str> {
     Some(text)
 }
 
-/// Reports `too_long` for something that is, or holds, secrets.
+/// Reports `too_long` for a value that is a secret or contains secrets.
 pub fn report_too_long(check: &mut Checker, what: &str, most: usize, found: usize) {
     let msg = format!("{what} should have at most {most} items after validation, not {found}");
     let ctx = json!({"field_type": what, "max_length": most, "actual_length": found});
@@ -224,7 +234,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_those_of_variables_that_a_shell_lets_others_set() {
+    fn names_must_be_variables_that_a_shell_can_set() {
         for name in [
             "A",
             "_A",

@@ -1,4 +1,4 @@
-//! The orders in which conversations and start tasks are listed.
+//! Sort orders of conversations and start tasks.
 
 use super::pydantic::validation::wire_enum;
 
@@ -9,21 +9,21 @@ wire_enum! {
         CreatedAt = "CREATED_AT",
         /// Newest first.
         CreatedAtDesc = "CREATED_AT_DESC",
-        /// Longest unchanged first.
+        /// Least recently changed first.
         UpdatedAt = "UPDATED_AT",
-        /// Last changed first.
+        /// Most recently changed first.
         UpdatedAtDesc = "UPDATED_AT_DESC",
     }
 }
 
 impl SortOrder {
-    /// Whether it is one by creation, not by change.
+    /// Whether the time of creation decides, not that of the last change.
     #[must_use]
     pub fn is_by_created(self) -> bool {
         matches!(self, Self::CreatedAt | Self::CreatedAtDesc)
     }
 
-    /// Whether what is older comes first.
+    /// Whether the oldest come first.
     #[must_use]
     pub fn is_ascending(self) -> bool {
         matches!(self, Self::CreatedAt | Self::UpdatedAt)

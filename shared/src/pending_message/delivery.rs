@@ -175,15 +175,17 @@ impl Messages {
         match to {
             Addressee::Task(task) => {
                 let found = self.tasks.get(user, task).await?;
-                let record = found.ok_or_else(|| Error::NotFound("There is no such start".to_owned()))?;
+                let record = found.ok_or_else(|| Error::NotFound("Start not found".to_owned()))?;
                 if record.now.status == StartStatus::Error {
-                    return Err(Error::Conflict("The start has failed, and takes no messages".to_owned()));
+                    return Err(Error::Conflict(
+                        "The start has failed and accepts no messages; start a new conversation".to_owned(),
+                    ));
                 }
                 Ok((record.now.app_conversation_id.unwrap_or(record.conversation_id), Some(task)))
             }
             Addressee::Conversation(conversation) => match self.conversations.lookup(user, conversation).await? {
                 Lookup::Present(_) => Ok((conversation, None)),
-                Lookup::Absent | Lookup::Deleting => Err(Error::NotFound("There is no such conversation".to_owned())),
+                Lookup::Absent | Lookup::Deleting => Err(Error::NotFound("Conversation not found".to_owned())),
             },
         }
     }

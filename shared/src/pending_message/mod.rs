@@ -1,4 +1,4 @@
-//! Messages for conversations that cannot take them yet: kept in their order until the agent has them.
+//! Pending messages: a queue per conversation of messages that are sent, in order, when the conversation is ready.
 
 pub mod delivery;
 pub mod store;
@@ -11,27 +11,26 @@ use crate::http::pydantic::validation::{Checker, Loc, Violation};
 use crate::id::as_hex;
 use crate::start::request::Content;
 
-/// How many messages of a conversation may wait.
+/// The most pending messages of a conversation.
 pub const MAX_MESSAGES: usize = 10;
 
-/// A message that waits.
+/// A message in the queue.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PendingMessage {
-    /// Its id.
     #[serde(with = "as_hex")]
     pub id: Uuid,
-    /// Its parts as JSON; `None` where they are in the bucket.
+    /// The parts as JSON; `None` if they are in the bucket.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub content: Option<String>,
-    /// The object with its parts.
+    /// The key of the object that contains the parts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub object: Option<String>,
 }
 
-/// Reads what a client wants to say: `{content: [at least one part], role: "user"}`.
+/// Reads the body of a message: `{content: [at least one part], role: "user"}`.
 ///
 /// # Errors
-/// The sentence of the contract for what is wrong.
+/// The contract's message for what is wrong.
 pub fn read_body(body: &[u8]) -> Result<Vec<Content>, String> {
     let given: Value = serde_json::from_slice(body).map_err(|_| "Invalid request body".to_owned())?;
     let given = given.as_object().ok_or_else(|| "Invalid request body".to_owned())?;
@@ -40,20 +39,20 @@ pub fn read_body(body: &[u8]) -> Result<Vec<Content>, String> {
     let mut check = Checker::new("content");
     let read = Content::read_list(&mut check, parts);
     let content = check.finish(read).map_err(|violations| {
-        let told: Vec<String> = violations.iter().map(told).collect();
-        format!("Invalid content format: {}", told.join("; "))
+        let lines: Vec<String> = violations.iter().map(one_line).collect();
+        format!("Invalid content format: {}", lines.join("; "))
     })?;
     match given.get("role") {
         None | Some(Value::Null) => Ok(content),
-        // Agents take nobody else's.
+        // Agents accept messages of users only.
         Some(role) if role == "user" => Ok(content),
         Some(_) => Err("role must be user".to_owned()),
     }
 }
 
-/// Where a violation is and what it says, in a line.
-fn told(violation: &Violation) -> String {
-    let place: Vec<String> = violation
+/// Formats the location and the message of a violation.
+fn one_line(violation: &Violation) -> String {
+    let location: Vec<String> = violation
         .loc
         .iter()
         .map(|step| match step {
@@ -61,7 +60,7 @@ fn told(violation: &Violation) -> String {
             Loc::Index(index) => index.to_string(),
         })
         .collect();
-    format!("{}: {}", place.join("."), violation.msg)
+    format!("{}: {}", location.join("."), violation.msg)
 }
 
 #[cfg(test)]

@@ -116,7 +116,7 @@ impl DockerSandboxes {
                 Ok(container) => self.show(record, container.as_ref()).await,
                 Err(error) => {
                     tracing::warn!(sandbox = %record.id, error = %error.context(), "sandbox.engine_failed");
-                    let detail = Some("The Docker engine does not answer".to_owned());
+                    let detail = Some("The Docker engine does not respond; check that it is running".to_owned());
                     Ok(Sandbox { detail, ..Sandbox::of(record, SandboxStatus::Error, WORKING_DIR) })
                 }
             }
@@ -129,7 +129,7 @@ impl DockerSandboxes {
         let (status, detail) = match container {
             Some(container) => status(container, record.wanted),
             None if Time::now().since(record.created_at) < LAUNCH_GRACE => (SandboxStatus::Starting, None),
-            None => (SandboxStatus::Missing, Some("Its container is gone".to_owned())),
+            None => (SandboxStatus::Missing, Some("Its container no longer exists".to_owned())),
         };
         let mut sandbox = Sandbox { detail, ..Sandbox::of(record, status, WORKING_DIR) };
         let Some(container) = container.filter(|_| status == SandboxStatus::Running) else { return Ok(sandbox) };
@@ -143,7 +143,7 @@ impl DockerSandboxes {
             sandbox.status = SandboxStatus::Starting;
         } else {
             sandbox.status = SandboxStatus::Error;
-            sandbox.detail = Some("Its container runs, and its agent server does not answer".to_owned());
+            sandbox.detail = Some("Its container is running, but its agent server does not respond".to_owned());
         }
         Ok(sandbox)
     }
@@ -216,7 +216,7 @@ impl DockerSandboxes {
             // Somebody else was quicker.
             Err(error) if status_of(&error) == Some(409) => Ok(()),
             Err(error) if status_of(&error).is_some_and(|status| status < 500) => {
-                Err(Error::Refused(format!("The Docker engine refused to make the sandbox: {}", said(&error))))
+                Err(Error::Refused(format!("The Docker engine refused to create the sandbox: {}", said(&error))))
             }
             Err(error) => Err(failed("create", &said(&error))),
         }
@@ -358,7 +358,7 @@ fn status_of(error: &DockerError) -> Option<u16> {
 
 fn failed(what: &str, error: &dyn std::fmt::Display) -> Error {
     Error::Upstream {
-        message: "The Docker engine does not answer".to_owned(),
+        message: "The Docker engine does not respond; check that it is running".to_owned(),
         context: format!("Docker engine: {what}: {error}"),
     }
 }

@@ -25,7 +25,7 @@ impl NoSandboxes {
 impl SandboxService for NoSandboxes {
     async fn start(&self, _user: &UserId, _id: &str) -> Result<()> {
         Err(Error::Refused(
-            "This server runs without sandboxes (SANDBOX_KIND=none, --sandbox none): it keeps records and starts no conversations."
+            "This server runs without sandboxes (SANDBOX_KIND=none, --sandbox none) and cannot start conversations; configure another kind of sandbox."
                 .into(),
         ))
     }

@@ -304,11 +304,11 @@ impl ProcessSandboxes {
             (Wanted::Stopped, _) | (Wanted::Paused, true) => (SandboxStatus::Paused, None),
             (Wanted::Running, true) if self.answers(&folder, url.as_ref()).await => (SandboxStatus::Running, None),
             (Wanted::Running, true) => (SandboxStatus::Starting, None),
-            (_, false) if folder.answered().exists() => (SandboxStatus::Missing, Some("Its agent server is gone")),
+            (_, false) if folder.answered().exists() => (SandboxStatus::Missing, Some("Its agent server has ended")),
             (_, false) if Time::now().since(record.created_at) < LAUNCH_GRACE && !folder.pid().exists() => {
                 (SandboxStatus::Starting, None)
             }
-            (_, false) => (SandboxStatus::Error, Some("Its agent server ended before it ever answered")),
+            (_, false) => (SandboxStatus::Error, Some("Its agent server ended before its first response")),
         };
         let running = status == SandboxStatus::Running;
         Ok(Sandbox {

@@ -133,7 +133,7 @@ impl RemoteSandboxes {
                 Ok(show(record, runtime))
             }
             Err(_) => Ok(Sandbox {
-                detail: Some("The sandboxes' provider does not answer".to_owned()),
+                detail: Some("The sandbox provider does not respond; try again later".to_owned()),
                 ..Sandbox::of(record, SandboxStatus::Error, WORKING_DIR)
             }),
         }))
@@ -173,9 +173,10 @@ impl RemoteSandboxes {
                 None => Ok(()),
             },
             Told::Unknown => Err(upstream("POST /start: 404")),
-            Told::Refused(status) => {
-                Err(Error::Refused(format!("The sandboxes' provider refused to make one ({})", status.as_u16())))
-            }
+            Told::Refused(status) => Err(Error::Refused(format!(
+                "The sandbox provider refused to create a sandbox (status {})",
+                status.as_u16()
+            ))),
         }
     }
 
@@ -274,7 +275,7 @@ impl RemoteSandboxes {
 
 fn upstream(context: impl std::fmt::Display) -> Error {
     Error::Upstream {
-        message: "The sandboxes' provider does not answer".to_owned(),
+        message: "The sandbox provider does not respond; try again later".to_owned(),
         context: format!("runtime API: {context}"),
     }
 }
@@ -286,12 +287,12 @@ fn show(record: &SandboxRecord, runtime: Option<&Runtime>) -> Sandbox {
         Some("running") => (SandboxStatus::Running, None),
         Some("paused") => (SandboxStatus::Paused, None),
         Some("starting") => (SandboxStatus::Starting, None),
-        Some("error") => (SandboxStatus::Error, Some("Its provider says that it has failed")),
+        Some("error") => (SandboxStatus::Error, Some("Its provider reports that it has failed")),
         None if runtime.is_none() && Time::now().since(record.created_at) < LAUNCH_GRACE => {
             (SandboxStatus::Starting, None)
         }
         Some("stopped") => (SandboxStatus::Missing, Some("Its provider has stopped it")),
-        _ => (SandboxStatus::Missing, Some("Its provider does not know it any more")),
+        _ => (SandboxStatus::Missing, Some("Its provider no longer knows it")),
     };
     let mut sandbox = Sandbox { detail: detail.map(str::to_owned), ..Sandbox::of(record, status, WORKING_DIR) };
     if status == SandboxStatus::Running

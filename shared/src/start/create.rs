@@ -138,7 +138,7 @@ impl StartService {
 fn with_suggested_task(mut request: StartRequest) -> Result<StartRequest> {
     let Some(task) = &request.suggested_task else { return Ok(request) };
     if request.initial_message.is_some() {
-        return Err(Error::Refused("A start has either an initial_message or a suggested_task, not both".into()));
+        return Err(Error::Refused("Send either initial_message or suggested_task, not both".into()));
     }
     let text = suggested_task::prompt(task).map_err(|error| Error::Refused(error.to_string()))?;
     let content = vec![Content::Text(TextContent { cache_prompt: false, text })];

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use crate::conversation::MAX_NAME;
-use crate::http::pydantic::body;
+use crate::http::pydantic::body::{self, FromJson};
 use crate::http::pydantic::validation::{
     Checked, Checker, Fields, boolean, choice, constant, dictionary, first_of, integer, list, literal, string,
     string_up_to, uuid, wire_enum,
@@ -160,13 +160,12 @@ impl StartRequest {
     /// # Errors
     /// Every violation, at `["body", …]`; see [`body::json`] for those of the body as a whole.
     pub fn from_body(content_type: Option<&str>, body: &[u8]) -> Checked<Self> {
-        let value = body::json(content_type, body)?;
-        let mut check = Checker::new("body");
-        let request = Self::read(&mut check, &value);
-        check.finish(request)
+        body::read(content_type, body)
     }
+}
 
-    fn read(check: &mut Checker, value: &Value) -> Option<Self> {
+impl FromJson for StartRequest {
+    fn from_json(check: &mut Checker, value: &Value) -> Option<Self> {
         let fields = Fields::of(check, value)?;
         let sandbox_id = fields.nullable(check, "sandbox_id", string);
         let conversation_id = fields.nullable(check, "conversation_id", uuid);

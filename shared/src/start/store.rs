@@ -61,7 +61,8 @@ const FORGOTTEN_AFTER: Duration = Duration::from_secs(2);
 const OPEN_REQUESTS: usize = 4;
 
 /// The error for a count that takes too long.
-const TOO_MANY: &str = "There are too many start tasks to count with this filter: narrow it with created_at__gte, or walk the pages of search";
+const TOO_MANY: &str =
+    "Too many start tasks to count with this filter. Narrow it with created_at__gte, or read the pages of search";
 const LEASE_UPDATE: &str = "SET lease_owner = :worker, lease_until = :until, due_at = :due";
 
 /// What became of the attempt to claim a task.
@@ -436,7 +437,7 @@ impl StartTaskStore {
     ///
     /// # Errors
     /// [`Error::Store`].
-    pub async fn show_page(&self, records: &[StartTaskRecord]) -> Result<Items> {
+    pub async fn show_page(&self, records: &[StartTaskRecord]) -> Result<Items<AppConversationStartTask>> {
         let mut items = Items::default();
         let keys: Vec<Option<String>> = records.iter().map(|record| record.request_object.clone()).collect();
         let mut opened = stream::iter(keys).map(|key| self.open_request(key)).buffered(OPEN_REQUESTS);

@@ -86,7 +86,7 @@ impl ApiKeyStore {
     pub async fn create(&self, user: &UserId, name: &str) -> Result<(ApiKey, SecretString)> {
         let name = name.trim();
         if name.is_empty() || name.chars().count() > MAX_NAME {
-            return Err(Error::Refused(format!("The name of a key has 1 to {MAX_NAME} characters.")));
+            return Err(Error::Refused(format!("The name of a key must have 1 to {MAX_NAME} characters.")));
         }
         if self.list(user).await?.len() >= MAX_KEYS {
             return Err(Error::Refused(format!("There are {MAX_KEYS} keys already; revoke one first.")));

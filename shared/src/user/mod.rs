@@ -1,4 +1,4 @@
-//! Who calls, and what is known of them: settings, secrets, git providers.
+//! Users: their ids, API keys, settings, secrets and git providers.
 
 pub mod api_key;
 pub mod counters;
@@ -19,11 +19,11 @@ use serde::{Deserialize, Serialize};
 #[serde(transparent)]
 pub struct UserId(String);
 
-/// The single user of a local server. The id never shows: answers say `null`, as the reference does.
+/// The single user of a local server. Responses show `null` in place of this id, as the reference does.
 const LOCAL: &str = "local";
 
 impl UserId {
-    /// A user by the id that the authorizer gave.
+    /// A user with the id that the authorizer has determined.
     pub fn new(id: impl Into<String>) -> Self {
         Self(id.into())
     }
@@ -40,14 +40,14 @@ impl UserId {
         &self.0
     }
 
-    /// A key for what belongs to one of the user's things. The length keeps two users' keys apart whatever characters
-    /// their ids hold.
+    /// The key of a record that belongs to the user. The length of the id separates the keys of two users, whatever characters their ids
+    /// contain.
     #[must_use]
     pub fn key_of(&self, id: &str) -> String {
         format!("{}:{}#{id}", self.0.len(), self.0)
     }
 
-    /// The id as answers show it: `None` for the single local user.
+    /// The id as responses show it: `None` for the single local user.
     #[must_use]
     pub fn shown(&self) -> Option<&str> {
         (self.0 != LOCAL).then_some(self.0.as_str())

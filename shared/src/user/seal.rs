@@ -1,7 +1,8 @@
-//! Secrets at rest: sealed with AES-256-GCM under a key that is not in the store.
+//! Encryption of secrets at rest: AES-256-GCM under a key that is not in the store.
 //!
-//! A sealer holds one or more *data keys*. The newest seals, all of them open, so that a key can be replaced while what it sealed is
-//! still there. Nothing uses a data key itself: each use has a key of its own, which HKDF-SHA-256 (RFC 5869) derives from it.
+//! A sealer holds one or more *data keys*. It seals (encrypts) with the newest one and opens (decrypts) with all of them, so that a key can
+//! be rotated while data that it sealed is still in the store. No data key is used directly: HKDF-SHA-256 (RFC 5869) derives a key for
+//! each use.
 //!
 //! | sealed form | key | associated data |
 //! |---|---|---|
@@ -30,20 +31,20 @@ use crate::error::{Error, Result};
 
 const NONCE_BYTES: usize = 12;
 const KEY_BYTES: usize = 32;
-/// The form that is written.
+/// The sealed form that is written.
 const VERSION: &str = "v2";
-/// The form before keys had ids.
+/// The sealed form from before keys had ids.
 const WITHOUT_ID: &str = "v1";
-/// Of a key's id, before it becomes hex.
+/// The size of a key's id before hex encoding.
 const ID_BYTES: usize = 8;
-/// What keys are derived for: the id of a data key, and the cipher's key.
+/// HKDF's `info` for the id of a data key and for the cipher's key.
 const FOR_ID: &[u8] = b"openhands-lambda data key id";
 const FOR_SEALING: &[u8] = b"openhands-lambda seal v2";
-/// Put in front of the purpose of any other derived key.
+/// The prefix of the purpose of any other derived key.
 const FOR_PURPOSE: &str = "openhands-lambda derived key: ";
 /// The most data keys that a sealer holds.
 pub const MAX_KEYS: usize = 20;
-/// The least time between two readings of the data keys because of an unknown id: what was sealed under a lost key must not cause
+/// The shortest time between two reads of the data keys because of an unknown id: data that was sealed with a lost key must not cause
 /// a call to KMS each time it is read.
 const READ_AGAIN_AFTER: Duration = Duration::from_secs(10);
 
@@ -56,17 +57,17 @@ struct Inner {
     source: Source,
 }
 
-/// Where data keys are read from once one is needed: most requests need none, and their process then does not ask for one.
+/// The source of data keys. They are read when the first one is needed, because most requests need none.
 enum Source {
-    /// They are given.
+    /// The keys are in memory only.
     Given,
-    /// A file with one key a line, in base64, the newest last.
+    /// A file with one key per line, in base64, the newest last.
     File(PathBuf),
-    /// The deployment's table.
+    /// The table of the deployment.
     DataKey(DataKey),
 }
 
-/// The data keys, and when they were last read again.
+/// The data keys, and when they were last reread.
 struct Read {
     keys: Arc<[Key]>,
     again_at: Option<Instant>,
@@ -81,9 +82,9 @@ struct Key {
 /// Keys that are derived from a sealer's data keys for one purpose.
 #[derive(Clone, Debug)]
 pub struct DerivedKeys {
-    /// Of the newest data key, to sign with.
+    /// The key to sign with, derived from the newest data key.
     pub newest: SecretSlice<u8>,
-    /// Of all data keys, the newest first, to verify with: derived by HKDF, and as versions before it derived them.
+    /// The keys to verify with, derived from all data keys, the newest first: by HKDF, and as versions before HKDF derived them.
     pub accepted: Vec<SecretSlice<u8>>,
 }
 
@@ -94,10 +95,10 @@ impl std::fmt::Debug for Sealer {
 }
 
 impl Sealer {
-    /// Reads the key file, and makes it (readable by its owner alone) when there is none.
+    /// Reads the key file, or creates it (readable only by its owner) when it does not exist.
     ///
     /// # Errors
-    /// When the file can be neither read nor made, or does not hold keys.
+    /// When the file can be neither read nor created, or does not contain keys.
     pub fn from_file(path: &Path) -> io::Result<Self> {
         let keys = match read_file(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -109,7 +110,7 @@ impl Sealer {
                         file.sync_all()?;
                         vec![key.to_vec()]
                     }
-                    // Another process was quicker; its key is the key.
+                    // Another process has created the file; its key is used.
                     Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Self::from_file(path),
                     Err(error) => return Err(error),
                 }
@@ -120,13 +121,13 @@ impl Sealer {
         Ok(Self::with(keys, Source::File(path.to_owned())))
     }
 
-    /// Adds a new key to the key file. Processes that run go on sealing under the key before it, and open what others seal under
-    /// the new one.
+    /// Adds a new key to the key file. Running processes continue to seal with the previous key, and open what other processes seal with the
+    /// new one.
     ///
     /// # Errors
-    /// When there is no such file, or it cannot be written, or holds [`MAX_KEYS`] keys.
+    /// When the file does not exist, cannot be written, or contains [`MAX_KEYS`] keys.
     pub fn rotate_file(path: &Path) -> io::Result<usize> {
-        // Two at once would each keep its own key alone. (The key file itself is replaced, and so cannot be what is locked.)
+        // Without the lock, of two concurrent rotations one would lose its key. (The key file itself is replaced, so that it cannot be locked.)
         let beside = |suffix: &str| {
             let mut name = path.as_os_str().to_owned();
             name.push(suffix);
@@ -137,11 +138,14 @@ impl Sealer {
         lock.lock()?;
         let mut keys = read_file(path)?;
         if keys.len() >= MAX_KEYS {
-            return Err(io::Error::other(format!("{} holds {MAX_KEYS} keys, and may not hold more", path.display())));
+            return Err(io::Error::other(format!(
+                "{} contains {MAX_KEYS} keys, the most that are allowed",
+                path.display()
+            )));
         }
         keys.push(rand::random::<[u8; KEY_BYTES]>().to_vec());
         let lines: Vec<String> = keys.iter().map(|key| BASE64.encode(key)).collect();
-        // Whole or not at all: without its keys a deployment has lost its secrets.
+        // The file is replaced atomically, because a deployment without its keys has lost its secrets.
         let draft = beside(".new");
         let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&draft)?;
         file.write_all((lines.join("\n") + "\n").as_bytes())?;
@@ -150,7 +154,7 @@ impl Sealer {
         Ok(keys.len())
     }
 
-    /// Seals under keys that are asked for when the first secret is sealed or opened.
+    /// A sealer that reads the data keys when the first secret is sealed or opened.
     #[must_use]
     pub fn from_data_key(source: DataKey) -> Self {
         Self(Arc::new(Inner { keys: RwLock::new(None), source: Source::DataKey(source) }))
@@ -160,14 +164,14 @@ impl Sealer {
         Self(Arc::new(Inner { keys: RwLock::new(Some(Read { keys, again_at: None })), source }))
     }
 
-    /// A key of this process alone: nobody can open later what it seals. For stores that are given nothing to seal.
+    /// A sealer with a key of this process only, so that nothing it seals can be opened later. It is for stores that do not seal anything.
     #[must_use]
     pub fn ephemeral() -> Self {
         let key: [u8; KEY_BYTES] = rand::random();
         Self::with(Arc::new([Key::of(key.to_vec())]), Source::Given)
     }
 
-    /// Seals a text for one purpose under the newest key; a text sealed for another purpose does not open.
+    /// Seals a text for one purpose with the newest key. It can be opened only for the same purpose.
     ///
     /// # Errors
     /// [`Error::Internal`] when the cipher fails, which it does not for texts under 64 GiB; those of [`DataKey::keys`].
@@ -183,10 +187,10 @@ impl Sealer {
         Ok(format!("{VERSION}.{}.{}.{}", key.id, BASE64.encode(nonce), BASE64.encode(sealed)))
     }
 
-    /// Opens what [`Sealer::seal`] made for the same purpose, also what versions before this one made.
+    /// Opens a text that [`Sealer::seal`] has sealed for the same purpose, in this or an earlier version.
     ///
     /// # Errors
-    /// [`Error::Internal`] when the text was sealed under another key or for another purpose, or was changed; those of
+    /// [`Error::Internal`] when the text was sealed with another key or for another purpose, or was changed; those of
     /// [`DataKey::keys`].
     pub async fn open(&self, purpose: &str, sealed: &str) -> Result<SecretString> {
         let broken = || Error::internal(format!("a sealed secret ({purpose}) does not open with this key"));
@@ -210,7 +214,7 @@ impl Sealer {
         opened.and_then(|text| String::from_utf8(text).ok()).map(SecretString::from).ok_or_else(broken)
     }
 
-    /// Keys for another algorithm, derived from the data keys.
+    /// Derives keys for another algorithm from the data keys.
     ///
     /// # Errors
     /// Those of [`DataKey::keys`].
@@ -218,8 +222,8 @@ impl Sealer {
         derived(&self.keys().await?, purpose)
     }
 
-    /// As [`Sealer::derived_keys`], after the data keys were read again if none of the derived keys `is_wanted`: another process
-    /// may have added one.
+    /// As [`Sealer::derived_keys`], but rereads the data keys if none of the derived keys `is_wanted`, because another process may have
+    /// added one.
     ///
     /// # Errors
     /// Those of [`DataKey::keys`].
@@ -232,7 +236,7 @@ impl Sealer {
         derived(&self.keys_until(has).await?, purpose)
     }
 
-    /// The data keys. Should they not be had now, the next one who needs them asks again.
+    /// Returns the data keys. After a failed read, the next caller tries again.
     async fn keys(&self) -> Result<Arc<[Key]>> {
         if let Some(read) = &*self.0.keys.read().await {
             return Ok(read.keys.clone());
@@ -246,7 +250,7 @@ impl Sealer {
         Ok(keys)
     }
 
-    /// The data keys, read again unless they are what `is_enough` looks for: another process may have added one.
+    /// Returns the data keys, and rereads them first unless `is_enough` accepts them, because another process may have added one.
     async fn keys_until(&self, is_enough: impl Fn(&[Key]) -> bool) -> Result<Arc<[Key]>> {
         let keys = self.keys().await?;
         if is_enough(&keys) {
@@ -279,11 +283,11 @@ fn derived(keys: &[Key], purpose: &str) -> Result<DerivedKeys> {
 }
 
 impl Source {
-    /// The data keys, oldest first; `None` where there is nowhere to read them.
+    /// Reads the data keys, the oldest first; `None` for a source that has nothing to read.
     async fn read(&self) -> Result<Option<Arc<[Key]>>> {
         match self {
             Self::Given => Ok(None),
-            // A few bytes, and rarely.
+            // Blocking is acceptable: the file is small and rarely read.
             Self::File(path) => keys_of(read_file(path).map_err(Error::internal)?).map(Some),
             Self::DataKey(source) => keys_of(source.keys().await?).map(Some),
         }
@@ -293,7 +297,7 @@ impl Source {
 impl Key {
     fn of(bytes: Vec<u8>) -> Self {
         let mut id = [0; ID_BYTES];
-        // Does not fail: HKDF gives up to 8 KiB.
+        // This does not fail, because HKDF provides up to 8 KiB.
         let _derived = Hkdf::<Sha256>::new(None, &bytes).expand(FOR_ID, &mut id);
         Self { id: hex(&id), bytes: bytes.into() }
     }
@@ -305,7 +309,7 @@ impl Key {
         Ok(derived.into())
     }
 
-    /// As keys were derived before there was HKDF.
+    /// Derives a key as versions before HKDF did.
     fn derive_without_hkdf(&self, purpose: &str) -> SecretSlice<u8> {
         let mut hash = Sha256::new();
         hash.update(self.bytes.expose_secret());
@@ -322,7 +326,7 @@ fn associated(id: &str, purpose: &str) -> String {
     format!("{VERSION}.{id}.{purpose}")
 }
 
-/// The text that was sealed; `None` when it was not sealed under this key and for this purpose.
+/// Decrypts a text; `None` when it was not sealed with this key for this purpose.
 fn open(key: &[u8], associated: &str, nonce: &str, body: &str) -> Result<Option<Vec<u8>>> {
     let nonce: Option<[u8; NONCE_BYTES]> = BASE64.decode(nonce).ok().and_then(|nonce| nonce.try_into().ok());
     let (Some(nonce), Ok(body)) = (nonce, BASE64.decode(body)) else { return Ok(None) };
@@ -334,7 +338,7 @@ fn cipher(key: &[u8]) -> Result<Aes256Gcm> {
     Aes256Gcm::new_from_slice(key).map_err(|_| Error::internal("the sealing key has the wrong length"))
 }
 
-/// The keys of a file, oldest first.
+/// Reads the keys of a file, the oldest first.
 fn read_file(path: &Path) -> io::Result<Vec<Vec<u8>>> {
     let text = fs::read_to_string(path)?;
     let keys: Option<Vec<Vec<u8>>> = text.split_ascii_whitespace().map(|line| BASE64.decode(line).ok()).collect();

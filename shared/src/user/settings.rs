@@ -229,7 +229,7 @@ impl SettingsStore {
                 written => return written.map(|_| done),
             }
         }
-        Err(Error::Unavailable("The settings are being changed by many at once; try again".to_owned()))
+        Err(Error::Unavailable("Settings were modified concurrently; try again".to_owned()))
     }
 
     /// Lays settings in the contract's JSON shape over what is stored: what they name is replaced, all else stays.
@@ -240,7 +240,7 @@ impl SettingsStore {
         check_given(json)?;
         let over = SettingsDocument::parse(json.expose_secret()).map_err(unreadable)?;
         self.change(user, |document| {
-            document.lay_over(&over);
+            document.merge(&over);
             Ok(())
         })
         .await

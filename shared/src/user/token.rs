@@ -1,17 +1,15 @@
-//! The token with which an agent looks up a provider token through `/webhooks/secrets`: a JWS (RFC 7515) with HS256.
+//! Agents' access tokens, with which an agent requests a provider token at `/webhooks/secrets`: JWTs (RFC 7519) signed with HS256.
 //!
-//! A token names the sandbox that it was given to, and holds as long as that sandbox is there. Tokens of versions before this one
-//! name none; they hold until they expire, 14 days after they were made.
+//! A token names the sandbox for which it was issued, and is valid as long as that sandbox exists. Tokens of earlier versions name no
+//! sandbox; they are valid until they expire, 14 days after they were issued.
 
 use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
-use hmac::{Hmac, KeyInit as _, Mac as _};
+use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation, decode, decode_header, encode};
 use secrecy::{ExposeSecret, SecretSlice, SecretString};
-use serde::Deserialize;
-use serde_json::json;
-use sha2::Sha256;
+use serde::{Deserialize, Serialize};
 
 use super::UserId;
 use super::seal::{DerivedKeys, Sealer};
@@ -21,8 +19,9 @@ use crate::error::{Error, Result};
 use crate::start::request::ProviderType;
 
 const PURPOSE: &str = "secret-access-token";
+const ALGORITHM: Algorithm = Algorithm::HS256;
 
-/// What such tokens are signed and verified with.
+/// The keys that sign and verify tokens.
 #[derive(Clone, Debug)]
 pub struct TokenKey(DerivedKeys);
 
@@ -32,19 +31,31 @@ impl From<SecretSlice<u8>> for TokenKey {
     }
 }
 
-/// What a token gives its bearer.
+/// The provider token that an access token grants.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenClaims {
-    /// Whose provider token.
+    /// The owner of the provider token.
     pub user: UserId,
-    /// Of which provider.
+    /// The git provider.
     pub provider: ProviderType,
-    /// The sandbox that has to be there; `None` in tokens of versions that did not name one.
+    /// The sandbox that must exist; `None` in tokens of versions that did not name one.
     pub sandbox_id: Option<String>,
 }
 
+/// The claims on the wire.
+#[derive(Serialize, Deserialize)]
+struct Claims {
+    user_id: Option<String>,
+    provider_type: ProviderType,
+    #[serde(default)]
+    sandbox_id: Option<String>,
+    #[serde(default)]
+    iat: i64,
+    exp: i64,
+}
+
 impl TokenKey {
-    /// The keys that belong to a sealer's.
+    /// Derives the keys from those of a sealer.
     ///
     /// # Errors
     /// Those of [`Sealer::derived_keys`].
@@ -52,7 +63,7 @@ impl TokenKey {
         sealer.derived_keys(PURPOSE).await.map(Self)
     }
 
-    /// A token that gives its bearer one provider token of one user, until it expires or the sandbox is gone.
+    /// Issues a token that grants one provider token of one user, until it expires or the sandbox is deleted.
     ///
     /// # Errors
     /// [`Error::Internal`] when it cannot be signed, which does not happen with a sealer's key.
@@ -65,57 +76,39 @@ impl TokenKey {
     ) -> Result<SecretString> {
         let key = self.0.newest.expose_secret();
         let now = Time::now();
-        let header = json!({"alg": "HS256", "kid": key_id(key), "typ": "JWT"});
-        let claims = json!({
-            "user_id": user.shown(),
-            "provider_type": provider,
-            "sandbox_id": sandbox_id,
-            "iat": now.unix_seconds(),
-            "exp": now.plus(lifetime).unix_seconds(),
-        });
-        let signed = format!("{}.{}", BASE64URL.encode(header.to_string()), BASE64URL.encode(claims.to_string()));
-        let mut mac = Hmac::<Sha256>::new_from_slice(key).map_err(Error::internal)?;
-        mac.update(signed.as_bytes());
-        Ok(format!("{signed}.{}", BASE64URL.encode(mac.finalize().into_bytes())).into())
+        let header = Header { kid: Some(key_id(key)), ..Header::new(ALGORITHM) };
+        let claims = Claims {
+            user_id: user.shown().map(str::to_owned),
+            provider_type: provider,
+            sandbox_id: Some(sandbox_id.to_owned()),
+            iat: now.unix_seconds(),
+            exp: now.plus(lifetime).unix_seconds(),
+        };
+        encode(&header, &claims, &EncodingKey::from_secret(key)).map(Into::into).map_err(Error::internal)
     }
 
-    /// What a token from [`TokenKey::sign`] gives, also one that was signed under a key that another process has added since this
-    /// one read the keys. `None` when it is none of ours, was changed, or has expired.
+    /// Verifies a token as [`TokenKey::read`] does, also one that was signed with a key that another process has added since this process
+    /// read the keys.
     ///
     /// # Errors
     /// Those of [`Sealer::derived_keys`].
     pub async fn verify(sealer: &Sealer, token: &str) -> Result<Option<TokenClaims>> {
-        let Some(header) = header(token) else { return Ok(None) };
-        let is_meant = |key: &SecretSlice<u8>| header.kid == key_id(key.expose_secret());
-        let keys = sealer.derived_keys_until(PURPOSE, is_meant).await?;
+        let Some(id) = key_id_of(token) else { return Ok(None) };
+        let is_wanted = |key: &SecretSlice<u8>| id == key_id(key.expose_secret());
+        let keys = sealer.derived_keys_until(PURPOSE, is_wanted).await?;
         Ok(Self(keys).read(token))
     }
 
-    /// What a token from [`TokenKey::sign`] gives; `None` when it is none of ours, was changed, or has expired.
+    /// Verifies a token from [`TokenKey::sign`]; `None` when it was signed with another key, was changed, or has expired.
     #[must_use]
     pub fn read(&self, token: &str) -> Option<TokenClaims> {
-        #[derive(Deserialize)]
-        struct Claims {
-            user_id: Option<String>,
-            provider_type: ProviderType,
-            #[serde(default)]
-            sandbox_id: Option<String>,
-            exp: i64,
-        }
-        let (signed, signature) = token.rsplit_once('.')?;
-        let (_, claims) = signed.split_once('.')?;
-        let header = header(token)?;
-        if header.alg != "HS256" {
-            return None;
-        }
-        let key = self.0.accepted.iter().map(ExposeSecret::expose_secret).find(|key| header.kid == key_id(key))?;
-        let mut mac = Hmac::<Sha256>::new_from_slice(key).ok()?;
-        mac.update(signed.as_bytes());
-        mac.verify_slice(&BASE64URL.decode(signature).ok()?).ok()?;
-        let claims: Claims = serde_json::from_slice(&BASE64URL.decode(claims).ok()?).ok()?;
-        if claims.exp <= Time::now().unix_seconds() {
-            return None;
-        }
+        let id = key_id_of(token)?;
+        let key = self.0.accepted.iter().map(ExposeSecret::expose_secret).find(|key| id == key_id(key))?;
+        let mut validation = Validation::new(ALGORITHM);
+        // One process issues and verifies tokens, or several with synchronised clocks. A token is invalid from `exp` on.
+        validation.leeway = 0;
+        validation.reject_tokens_expiring_in_less_than = 1;
+        let claims = decode::<Claims>(token, &DecodingKey::from_secret(key), &validation).ok()?.claims;
         Some(TokenClaims {
             user: claims.user_id.map_or_else(UserId::local, UserId::new),
             provider: claims.provider_type,
@@ -124,14 +117,9 @@ impl TokenKey {
     }
 }
 
-#[derive(Deserialize)]
-struct Header {
-    alg: String,
-    kid: String,
-}
-
-fn header(token: &str) -> Option<Header> {
-    serde_json::from_slice(&BASE64URL.decode(token.split_once('.')?.0).ok()?).ok()
+/// The id of the key that a token names.
+fn key_id_of(token: &str) -> Option<String> {
+    decode_header(token).ok()?.kid
 }
 
 fn key_id(key: &[u8]) -> String {
@@ -143,7 +131,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_token_says_whose_it_is_until_it_expires_or_is_changed() {
+    async fn a_token_is_valid_until_it_expires_or_is_changed() {
         let folder = std::env::temp_dir().join(crate::id::new_sandbox_id());
         std::fs::create_dir_all(&folder).expect("a folder");
         let key = async |name: &str| {
@@ -161,7 +149,7 @@ mod tests {
             assert_eq!(ours.read(&token), Some(claims));
             assert_eq!(theirs.read(&token), None);
             assert_eq!(ours.read(&make(&ours, &user, 0)), None);
-            // Any other claims, header or signature.
+            // Every change of the claims, the header or the signature invalidates the token.
             let other = make(&ours, &UserId::new("another"), 60);
             let (ours_parts, others): (Vec<&str>, Vec<&str>) = (token.split('.').collect(), other.split('.').collect());
             for (header, claims, signature) in [
@@ -174,41 +162,47 @@ mod tests {
                 assert_eq!(ours.read(&format!("{header}.{claims}.{signature}")), None);
             }
         }
-        for nonsense in ["", "x", ".", "..", "...", "é.é.é"] {
-            assert_eq!(ours.read(nonsense), None);
+        for malformed in ["", "x", ".", "..", "...", "é.é.é"] {
+            assert_eq!(ours.read(malformed), None);
         }
         std::fs::remove_dir_all(folder).expect("removed");
     }
 
     #[tokio::test]
-    async fn tokens_hold_when_keys_are_rotated_and_those_of_the_version_before_until_they_expire() {
+    async fn tokens_stay_valid_when_keys_are_rotated_and_so_do_tokens_of_earlier_versions() {
         let folder = std::env::temp_dir().join(crate::id::new_sandbox_id());
         std::fs::create_dir_all(&folder).expect("a folder");
         let path = folder.join("key");
         std::fs::write(&path, "ofYNdcubWOPGuNbU8TFbdlZdzBSB4b12FizQrrMAHEI=").expect("written");
         let key = async || TokenKey::of(&Sealer::from_file(&path).expect("a sealer")).await.expect("a key");
-        // Signed under this key as the version before derived it, without a sandbox; it expires in the year 2100.
-        let yesterdays = "eyJhbGciOiJIUzI1NiIsImtpZCI6IjNlOGE2NjU1ZjJiZDYzZjMiLCJ0eXAiOiJKV1QifQ.eyJ1c2VyX2lkIjoic29tZWJvZHkiLCJwcm92aWRlcl90eXBlIjoiZ2l0aHViIiwiaWF0IjoxNzY0MDAwMDAwLCJleHAiOjQxMDI0NDQ4MDB9.-qF-kFzEovylIYVkUYKgtwGk7Gbsnr3zYA_yrLZOG4I";
+        // Both tokens expire in the year 2100. The first one was signed with a key that was derived without HKDF, and names no sandbox.
+        let without_hkdf = "eyJhbGciOiJIUzI1NiIsImtpZCI6IjNlOGE2NjU1ZjJiZDYzZjMiLCJ0eXAiOiJKV1QifQ.eyJ1c2VyX2lkIjoic29tZWJvZHkiLCJwcm92aWRlcl90eXBlIjoiZ2l0aHViIiwiaWF0IjoxNzY0MDAwMDAwLCJleHAiOjQxMDI0NDQ4MDB9.-qF-kFzEovylIYVkUYKgtwGk7Gbsnr3zYA_yrLZOG4I";
+        // The second one has today's claims, but was not made by the crate that now signs tokens.
+        let without_crate = "eyJhbGciOiJIUzI1NiIsImtpZCI6Ijk2NzFmYzJiYTcwMDkzN2IiLCJ0eXAiOiJKV1QifQ.eyJ1c2VyX2lkIjoic29tZWJvZHkiLCJwcm92aWRlcl90eXBlIjoiZ2l0bGFiIiwic2FuZGJveF9pZCI6ImJveCIsImlhdCI6MTc2NDAwMDAwMCwiZXhwIjo0MTAyNDQ0ODAwfQ.FZd2LeiATWNDq7O23e4pPH1TgQWY1BVy9DcVm8XsR-4";
         let user = UserId::new("somebody");
+        let with_sandbox =
+            TokenClaims { user: user.clone(), provider: ProviderType::Gitlab, sandbox_id: Some("box".to_owned()) };
+        assert_eq!(key().await.read(without_crate), Some(with_sandbox.clone()));
         let without = TokenClaims { user: user.clone(), provider: ProviderType::Github, sandbox_id: None };
-        assert_eq!(key().await.read(yesterdays), Some(without.clone()));
+        assert_eq!(key().await.read(without_hkdf), Some(without.clone()));
         let token = key().await.sign(&user, ProviderType::Gitlab, "box", Duration::from_secs(60)).expect("a token");
-        // Of a process that has read the keys by now.
+        // A sealer of a process that has already read the keys.
         let warm = Sealer::from_file(&path).expect("a sealer");
         Sealer::rotate_file(&path).expect("rotated");
-        assert_eq!(key().await.read(yesterdays), Some(without));
-        assert_eq!(key().await.read(token.expose_secret()).expect("it holds").sandbox_id.as_deref(), Some("box"));
+        assert_eq!(key().await.read(without_crate), Some(with_sandbox));
+        assert_eq!(key().await.read(without_hkdf), Some(without));
+        assert_eq!(key().await.read(token.expose_secret()).expect("it is valid").sandbox_id.as_deref(), Some("box"));
         let newer = key().await.sign(&user, ProviderType::Gitlab, "box", Duration::from_secs(60)).expect("a token");
         let kid = |token: &SecretString| token.expose_secret().split('.').next().map(str::to_owned);
         assert_ne!(kid(&newer), kid(&token), "the newest key signs");
         assert!(key().await.read(newer.expose_secret()).is_some());
         assert!(
             TokenKey::of(&warm).await.expect("a key").read(newer.expose_secret()).is_none(),
-            "it has not met the key"
+            "the process does not know the key"
         );
         assert!(
             TokenKey::verify(&warm, newer.expose_secret()).await.expect("keys").is_some(),
-            "it reads the keys again"
+            "the process rereads the keys"
         );
         assert_eq!(TokenKey::verify(&warm, "e30.e30.e30").await.expect("keys"), None);
         std::fs::remove_dir_all(folder).expect("removed");

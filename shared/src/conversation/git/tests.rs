@@ -370,7 +370,7 @@ fn every_kind_of_change_has_a_diff() {
         ("to-file/b", Ok(("b\n", ""))),
         ("to-link", Ok(("", "/etc"))),
         ("to-link/c", Ok(("c\n", ""))),
-        ("to-link/passwd", Err("The path must be absolute, and in the workspace")),
+        ("to-link/passwd", Err("The path must be absolute and inside the workspace")),
         ("loop/loop/bom", Ok(("\u{feff}mark\n", "no mark\n"))),
         ("link", Ok(("target", "elsewhere"))),
         ("link-to-file", Ok(("gone", "file\n"))),
@@ -394,7 +394,7 @@ fn every_kind_of_change_has_a_diff() {
         ("changed.enc", Ok(("encodé\n", "édité\n"))),
         ("untracked", Err("The path is a folder")),
         ("nested/file", Ok(("", "inside\n"))),
-        ("gone", Err("There is no such file, neither now nor when the work began")),
+        ("gone", Err("The file exists neither now nor when the work began")),
         ("too-large", Err("The file is too large for a diff: 0 bytes before, 6000000 bytes now")),
         ("quotes", Err("The file is too large for a diff: 0 bytes before, 3000000 bytes now")),
         (".git/config", Err("Git's own files")),
@@ -478,7 +478,7 @@ fn changes_are_those_since_the_work_began() {
         workspace.sh(&format!("cd repo; {script}"));
         assert_eq!(workspace.list("repo"), expected, "{what}");
         workspace.every_change_has_a_diff("repo", &[]);
-        workspace.assert_diff("repo/none", Err("There is no such file, neither now nor when the work began"));
+        workspace.assert_diff("repo/none", Err("The file exists neither now nor when the work began"));
         assert!(!workspace.root.join("ran").exists(), "{what}: a program of the configuration was run");
         if what == "a sparse checkout" {
             workspace.assert_diff("repo/out/o", Ok(("o\n", "o\n")));
@@ -669,7 +669,7 @@ fn a_reference_is_a_commit_or_refused() {
         (Some("HEAD~1"), Ok(("a\n", "c\n"))),
         (Some("origin/main"), Ok(("a\n", "c\n"))),
         (None, Ok(("a\n", "c\n"))),
-        (Some("gone"), Err("The ref \"gone\" is no commit of this repository")),
+        (Some("gone"), Err("The ref \"gone\" is not a commit of this repository")),
         (Some("--output=x"), Err("The ref \"--output=x\" is no commit")),
         (Some("-"), Err("The ref \"-\" is no commit")),
         (Some("^HEAD"), Err("The ref \"^HEAD\" is no commit")),
@@ -690,7 +690,7 @@ fn a_reference_is_a_commit_or_refused() {
     }
     assert!(matches!(workspace.changes("repo", Some(&"x".repeat(200_000))), Err(Error::Refused(_))));
     assert!(!workspace.root.join("ran").exists());
-    workspace.assert_diff_to("repo/none", Some("HEAD"), Err("There is no such file, neither now nor at HEAD"));
+    workspace.assert_diff_to("repo/none", Some("HEAD"), Err("The file exists neither now nor at HEAD"));
     // HEAD is also a good one where there is no commit yet, and each repository of a folder has its own.
     workspace.assert_diff_to("empty/e", Some("HEAD"), Ok(("", "e\n")));
     workspace.assert_diff_to("empty/e", Some("v1"), Err("The ref \"v1\""));
@@ -726,7 +726,7 @@ fn repositories_in_a_folder_are_listed_with_it() {
     assert!(matches!(refused("repo/a"), Error::Refused(_)));
     for outside in ["out", "out/etc", "..", "../other"] {
         assert!(
-            refused(outside).to_string().starts_with("The path must be absolute, and in the workspace"),
+            refused(outside).to_string().starts_with("The path must be absolute and inside the workspace"),
             "{outside}"
         );
     }
@@ -736,7 +736,7 @@ fn repositories_in_a_folder_are_listed_with_it() {
     workspace.assert_diff("plain/none", Err("There is no such file"));
     workspace.assert_diff("link/a", Ok(("a\n", "b\n")));
     workspace.assert_diff("link/sub/b", Ok(("b\n", "c\n")));
-    workspace.assert_diff("out/etc/passwd", Err("The path must be absolute, and in the workspace"));
+    workspace.assert_diff("out/etc/passwd", Err("The path must be absolute and inside the workspace"));
 
     // The workspace itself becomes a repository: what is in the others stays theirs.
     workspace.sh("rm -r empty-git; git init -q; echo t >top; cd deep/er/repo; echo d >d");

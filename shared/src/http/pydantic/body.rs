@@ -1,23 +1,59 @@
-//! Reads JSON request bodies the way the original does, down to the texts for broken JSON.
+//! Reads JSON request bodies as the reference does, including its messages for malformed JSON.
 
 use serde_json::{Value, json};
 
 use super::validation::{Checked, Checker, Violation};
 
-/// Values nested deeper are refused: everything that walks them does so recursively.
+/// The deepest nesting of a value: code that walks values is recursive.
 const MAX_DEPTH: usize = 127;
+
+/// A model of a request body.
+pub trait FromJson: Sized {
+    /// Reads the model; `None` exactly when it has reported a violation.
+    fn from_json(check: &mut Checker, value: &Value) -> Option<Self>;
+}
+
+/// Any value, for a handler that reads it itself.
+impl FromJson for Value {
+    fn from_json(_: &mut Checker, value: &Value) -> Option<Self> {
+        Some(value.clone())
+    }
+}
+
+/// Decodes a body with [`json`] and reads the model.
+///
+/// # Errors
+/// Every violation, at `["body", …]`.
+pub fn read<T: FromJson>(content_type: Option<&str>, body: &[u8]) -> Checked<T> {
+    read_with(content_type, body, T::from_json)
+}
+
+/// Decodes a body with [`json`] and reads its value.
+///
+/// # Errors
+/// Every violation, at `["body", …]`.
+pub fn read_with<T>(
+    content_type: Option<&str>,
+    body: &[u8],
+    read: impl FnOnce(&mut Checker, &Value) -> Option<T>,
+) -> Checked<T> {
+    let value = json(content_type, body)?;
+    let mut check = Checker::new("body");
+    let read = read(&mut check, &value);
+    check.finish(read)
+}
 
 /// Decodes the body of a request that must have one.
 ///
 /// * No body, or `null`: violation `missing` at `["body"]`.
 /// * A content type other than `application/json` or `application/…+json`, or none: the body as a string, which no model
 ///   accepts (`model_attributes_type`).
-/// * JSON: its value, whatever its type. Of repeated keys the last counts.
+/// * JSON: its value, of whatever type. The last one of repeated keys counts.
 ///
 /// # Errors
-/// Besides `missing`: `json_invalid` at `["body", <characters before the fault>]`, with the words of Python's parser in
-/// `ctx.error`. More is refused here than there: `NaN` and `Infinity`, numbers too large for a float, halves of
-/// surrogate pairs, nesting deeper than 127, and bytes that are not UTF-8 (400 there).
+/// Besides `missing`: `json_invalid` at `["body", <characters before the fault>]`, with the message of Python's parser in
+/// `ctx.error`. This function rejects more than the reference: `NaN` and `Infinity`, numbers too large for a float, halves of
+/// surrogate pairs, nesting deeper than 127, and bytes that are not UTF-8 (400 in the reference).
 pub fn json(content_type: Option<&str>, body: &[u8]) -> Checked<Value> {
     if body.is_empty() {
         return Err(missing());
@@ -75,12 +111,13 @@ const EXTRA_DATA: &str = "Extra data";
 const TOO_DEEP: &str = "Nested too deeply";
 
 struct Fault {
-    /// Characters before it.
+    /// The number of characters before it.
     at: usize,
     what: &'static str,
 }
 
-/// Where the original's parser would stop. Only runs on text that `serde_json` has refused: its errors name other places.
+/// Finds where Python's parser would stop. It runs only on text that `serde_json` has rejected, because the errors of `serde_json` have
+/// other positions.
 fn find_fault(text: &str) -> Fault {
     let chars: Vec<char> = text.chars().collect();
     let mut scan = Scan { chars: &chars, refused: None };
@@ -95,10 +132,10 @@ fn find_fault(text: &str) -> Fault {
     scan.refused.unwrap_or(Fault { at: 0, what: EXPECTING_VALUE })
 }
 
-/// Each method starts at an index and answers the index behind what it recognised.
+/// Each method starts at an index and returns the index after what it recognised.
 struct Scan<'a> {
     chars: &'a [char],
-    /// The first thing that Python reads and we do not.
+    /// The first fault that Python accepts and we reject.
     refused: Option<Fault>,
 }
 
@@ -200,7 +237,7 @@ impl Scan<'_> {
     fn number(&mut self, start: usize) -> Result<usize, Fault> {
         let first = if self.at(start) == Some('-') { start + 1 } else { start };
         let mut end = match self.at(first) {
-            // A number ends behind a leading zero: what follows is then the fault.
+            // A number ends after a leading zero; the next character is then the fault.
             Some('0') => first + 1,
             Some('1'..='9') => self.digits(first),
             _ => {
@@ -217,7 +254,7 @@ impl Scan<'_> {
             }
         }
         let text: String = self.chars[start..end].iter().collect();
-        // Python reads 1e999 as infinity, which has no place in JSON.
+        // Python reads 1e999 as infinity, which JSON cannot express.
         if !text.parse().is_ok_and(f64::is_finite) {
             self.refuse(start, EXPECTING_VALUE);
         }
@@ -267,7 +304,7 @@ impl Scan<'_> {
         Ok(u + 5)
     }
 
-    /// The four hex digits behind a `u`, if the text goes on behind them.
+    /// The four hex digits after a `u`, if more text follows them.
     fn code_unit(&self, u: usize) -> Option<u32> {
         self.at(u + 5)?;
         self.chars[u + 1..u + 5].iter().try_fold(0, |unit, c| Some(unit * 16 + c.to_digit(16)?))

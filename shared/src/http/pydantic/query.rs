@@ -1,4 +1,4 @@
-//! Query parameters: the original's decoding and coercions.
+//! Query parameters, decoded and converted as the reference does.
 
 use jiff::Timestamp;
 use jiff::civil::{Date, DateTime};
@@ -13,21 +13,21 @@ use super::validation::{
 
 /// Unix times beyond this, either way, are milliseconds, others seconds.
 const MILLISECONDS_FROM: i64 = 20_000_000_000;
-/// How many characters a violation shows of a text that has too many.
+/// The number of characters that a violation shows of a text that is too long.
 const SHOWN_OF_TOO_LONG: usize = 100;
 
-/// A decoded query string and what was wrong with the parameters read so far.
+/// A decoded query string, and the violations of the parameters read so far.
 ///
-/// A handler asks for its parameters in the order in which the contract declares them, then calls [`Query::finish`]; until
-/// that has answered `Ok`, what the getters gave may be a placeholder. Of a repeated key the last value counts, except for
-/// lists. Parameters nobody asks for are ignored.
+/// A handler reads its parameters in the order in which the contract declares them, then calls [`Query::finish`]. Until that has
+/// returned `Ok`, the values that the getters have returned may be placeholders. The last value of a repeated key counts, except for
+/// lists. Parameters that the handler does not read are ignored.
 #[derive(Debug)]
 pub struct Query {
     pairs: Vec<(String, String)>,
     check: Checker,
 }
 
-/// Limits of an integer parameter. The first one broken, in the order of the fields, is reported.
+/// Limits of an integer parameter. The first limit that is broken, in the order of the fields, is reported.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Bounds {
     /// At most. Violation: `less_than_equal`.
@@ -39,13 +39,13 @@ pub struct Bounds {
 }
 
 impl Bounds {
-    /// Those of `limit`: 1 to 100.
+    /// The bounds of `limit`: 1 to 100.
     pub const PAGE: Self = Self { le: Some(100), ge: None, gt: Some(0) };
 }
 
 impl Query {
-    /// Decodes a raw query string: pairs split at `&`, `+` is a space, percent escapes are UTF-8 with U+FFFD for what is not,
-    /// broken escapes stay as they are, a key without `=` has the empty value.
+    /// Decodes a raw query string: pairs split at `&`, `+` is a space, percent escapes are UTF-8, with U+FFFD for invalid bytes,
+    /// malformed escapes stay unchanged, and a key without `=` has the empty value.
     #[must_use]
     pub fn parse(raw: Option<&str>) -> Self {
         let raw = raw.unwrap_or_default();
@@ -59,13 +59,13 @@ impl Query {
         self.check.finish(clean)
     }
 
-    /// A text as it is, perhaps empty.
+    /// A text without any checks; it may be empty.
     #[must_use]
     pub fn string(&self, name: &str) -> Option<String> {
         self.last(name).map(str::to_owned)
     }
 
-    /// A text of so many characters; violation `string_too_long`, which shows how the text begins.
+    /// A text of at most `longest` characters; violation `string_too_long`, which shows the beginning of the text.
     pub fn string_up_to(&mut self, longest: usize, name: &'static str) -> Option<String> {
         self.read(name, |check, text| {
             if text.chars().count() <= longest {
@@ -78,7 +78,7 @@ impl Query {
         })
     }
 
-    /// A text that must be there; violation `missing`.
+    /// A required text; violation `missing`.
     pub fn required_string(&mut self, name: &'static str) -> String {
         let text = self.string(name);
         if text.is_none() {
@@ -102,7 +102,7 @@ impl Query {
     }
 
     /// An integer as [`parse_integer`] reads it, within bounds; violations `int_parsing`, `int_parsing_size` and those of
-    /// [`Bounds`]. What does not fit into 64 bits counts as the nearest that does.
+    /// [`Bounds`]. A number outside of 64 bits counts as the nearest 64-bit number.
     pub fn integer(&mut self, name: &'static str, default: i64, bounds: Bounds) -> i64 {
         self.read(name, |check, text| read_integer(check, text, bounds)).unwrap_or(default)
     }
@@ -117,7 +117,7 @@ impl Query {
         self.read(name, uuid_from_text)
     }
 
-    /// A repeated UUID that must be there at least once; violations `missing` and, with the place in the list, `uuid_parsing`.
+    /// A repeated UUID, required at least once; violations `missing` and, with the index in the list, `uuid_parsing`.
     pub fn uuids(&mut self, name: &'static str) -> Vec<Uuid> {
         let texts = self.strings(name);
         self.check.within(name, |check| {
@@ -126,7 +126,7 @@ impl Query {
         })
     }
 
-    /// A repeated text that must be there at least once; violation `missing`.
+    /// A repeated text, required at least once; violation `missing`.
     pub fn strings(&mut self, name: &'static str) -> Vec<String> {
         let texts: Vec<String> =
             self.pairs.iter().filter(|(key, _)| key == name).map(|(_, text)| text.clone()).collect();
@@ -187,15 +187,15 @@ fn read_integer(check: &mut Checker, text: &str, bounds: Bounds) -> Option<i64> 
 
 /// Reads a point in time:
 ///
-/// * `2025-03-02`, that day's beginning;
-/// * a date, one of `T`, `t`, `_` or a space, and `12:34`, `12:34:56` or `12:34:56.789` (a comma will do as well, digits beyond
-///   microseconds are cut), then perhaps `Z`, `z`, `+05:30` or `-0530`;
+/// * `2025-03-02`, the beginning of that day;
+/// * a date, one of `T`, `t`, `_` or a space, and `12:34`, `12:34:56` or `12:34:56.789` (or a comma; digits beyond microseconds are
+///   ignored), then optionally `Z`, `z`, `+05:30` or `-0530`;
 /// * a number: unix time in seconds, or in milliseconds from 2·10¹⁰ on.
 ///
-/// Without an offset the time is UTC. Violations: `datetime_from_date_parsing`, and `datetime_parsing` for the year 0. The
-/// texts are those of the date alone, for that is what the original tries last.
+/// Without an offset the time is UTC. Violations: `datetime_from_date_parsing`, and `datetime_parsing` for the year 0. Their messages
+/// are those for a date, because pydantic tries a date last.
 ///
-/// The last day of the year 9999 ends earlier here: what jiff cannot hold becomes [`Timestamp::MAX`].
+/// Times at the end of the year 9999 that jiff cannot represent become [`Timestamp::MAX`].
 pub fn read_datetime(check: &mut Checker, text: &str) -> Option<Timestamp> {
     let error = match parse_datetime(text) {
         Ok(timestamp) => return Some(timestamp),
@@ -217,7 +217,7 @@ fn parse_datetime(text: &str) -> Result<Timestamp, &'static str> {
         match (number.timestamp(), number) {
             (Ok(timestamp), _) => return Ok(timestamp),
             (Err(error), UnixTime::Integer(_)) => return Err(error),
-            // The original does not take a float for a date, so the fault is the one of the text.
+            // pydantic does not accept a float as a date, so the violation is the one for the text.
             (Err(_), UnixTime::Float(_)) => {}
         }
     }
@@ -230,7 +230,7 @@ fn parse_datetime(text: &str) -> Result<Timestamp, &'static str> {
     if date.year() == 0 {
         return Err(YEAR_ZERO);
     }
-    // Fails only beyond the last offset-adjusted moment that jiff can hold.
+    // Fails only after the last time that jiff can represent.
     Ok(offset.to_timestamp(datetime).unwrap_or(Timestamp::MAX))
 }
 
@@ -251,7 +251,7 @@ impl UnixTime {
         if unsigned.contains('.') {
             return text.parse().ok().map(Self::Float);
         }
-        // The magnitude must fit by itself, which leaves i64::MIN out.
+        // The magnitude must fit into an i64, which excludes i64::MIN.
         let magnitude: i64 = unsigned.parse().ok()?;
         Some(Self::Integer(if text.starts_with('-') { -magnitude } else { magnitude }))
     }
@@ -272,7 +272,7 @@ impl UnixTime {
     }
 }
 
-/// Checks the range and, once more for floats, whether the number is milliseconds.
+/// Checks the range, and again for floats whether the number is in milliseconds.
 fn unix_timestamp(number: i64, microseconds: i64) -> Result<Timestamp, &'static str> {
     const FIRST_OF_YEAR_0: i64 = -62_167_219_200;
     const FIRST_OF_YEAR_1: i64 = -62_135_596_800;
@@ -305,7 +305,7 @@ fn small_number(digits: &[u8]) -> Option<i8> {
     number(digits).and_then(|number| i8::try_from(number).ok())
 }
 
-/// `2025-03-02` and what comes after it.
+/// Reads `2025-03-02`, and returns the rest of the text.
 fn parse_date(text: &[u8]) -> Result<(Date, &[u8]), &'static str> {
     const SEPARATOR: &str = "invalid date separator, expected `-`";
     let Some((date, rest)) = text.split_at_checked(10) else {
@@ -327,7 +327,7 @@ fn parse_date(text: &[u8]) -> Result<(Date, &[u8]), &'static str> {
     Ok((date, rest))
 }
 
-/// The separator, the time and the offset.
+/// Reads the separator, the time and the offset.
 fn parse_time(date: Date, rest: &[u8]) -> Option<(DateTime, Offset)> {
     let (b'T' | b't' | b'_' | b' ', rest) = rest.split_first()? else {
         return None;
@@ -380,10 +380,10 @@ fn parse_offset(text: &[u8]) -> Option<Offset> {
     Offset::from_seconds(sign * (hours * 3600 + minutes * 60)).ok()
 }
 
-/// Reads a UUID as leniently as Python's `UUID()`: `urn:` and `uuid:` are dropped wherever they are, braces at the ends, dashes
-/// everywhere; 32 hex digits of either case must remain.
+/// Reads a UUID as leniently as Python's `UUID()`: every `urn:` and `uuid:`, braces at the ends and all dashes are removed; 32 hex digits
+/// of either case must remain.
 ///
-/// Python's integer syntax also lets some of those be spaces, signs, underscores or other scripts' digits; that is not taken over.
+/// Python's integer syntax also accepts spaces, signs, underscores and digits of other scripts among them; this function does not.
 #[must_use]
 pub fn lenient_uuid(text: &str) -> Option<Uuid> {
     let text = text.replace("urn:", "").replace("uuid:", "");
@@ -397,7 +397,7 @@ pub fn lenient_uuid(text: &str) -> Option<Uuid> {
 /// Reads the ids of a batch request for conversations with [`lenient_uuid`].
 ///
 /// # Errors
-/// The text of the 400 answer: `Invalid UUID format for ids: ['zz', '123']`.
+/// The message of the 400 response: `Invalid UUID format for ids: ['zz', '123']`.
 pub fn lenient_uuids(ids: &[String]) -> Result<Vec<Uuid>, String> {
     let read: Vec<Option<Uuid>> = ids.iter().map(|id| lenient_uuid(id)).collect();
     let bad: Vec<&str> = ids.iter().zip(&read).filter(|(_, uuid)| uuid.is_none()).map(|(id, _)| id.as_str()).collect();
@@ -407,7 +407,7 @@ pub fn lenient_uuids(ids: &[String]) -> Result<Vec<Uuid>, String> {
     Err(format!("Invalid UUID format for ids: {}", python_list(&bad)))
 }
 
-/// Texts as Python prints a list of them: `['a', "it's", 'new\nline']`.
+/// Formats a list of texts as Python does: `['a', "it's", 'new\nline']`.
 #[must_use]
 pub fn python_list(items: &[&str]) -> String {
     let quoted: Vec<String> = items.iter().map(|item| python_string(item)).collect();
@@ -441,8 +441,8 @@ fn escaped(code: u32) -> String {
     }
 }
 
-/// Whether Python prints a character as it is. Without its tables this covers the characters that are invisible or break lines
-/// (controls, separators, formats, private use, non-characters), not those unassigned.
+/// Whether Python prints a character unescaped. Python's tables are not available here, so this covers characters that are invisible or
+/// break lines (controls, separators, formats, private use, non-characters), and not unassigned ones.
 fn is_printable(c: char) -> bool {
     if c.is_control() || (c.is_whitespace() && c != ' ') {
         return false;

@@ -1,11 +1,11 @@
-//! Checks request data by the rules of the original API and reports what is wrong in its words.
+//! Validates request data by pydantic's rules and reports violations with pydantic's messages.
 //!
-//! The original validates with pydantic in lax mode (`"1"` is an integer, `"yes"` a boolean) and answers 422 with every
-//! fault of a request at once, in the order in which the fields are declared. Clients read `type`, `loc` and `msg` of those
-//! answers, so the functions here give the same ones.
+//! The reference validates with pydantic in lax mode (`"1"` is an integer, `"yes"` a boolean) and returns 422 with all violations of a
+//! request at once, in the order in which the fields are declared. Clients read `type`, `loc` and `msg` of those responses, so the
+//! functions here produce the same ones.
 //!
-//! A reader is a function `fn(&mut Checker, &Value) -> Option<T>`. It answers `None` exactly when it has reported at least
-//! one violation, and its caller goes on reading the other fields.
+//! A reader is a function `fn(&mut Checker, &Value) -> Option<T>`. It returns `None` exactly when it has reported at least
+//! one violation; its caller continues with the other fields.
 
 use std::borrow::Cow;
 use std::fmt::Display;
@@ -14,7 +14,7 @@ use serde::Serialize;
 use serde_json::{Map, Number, Value, json};
 use uuid::Uuid;
 
-/// Integers in text longer than this are refused unread, as Python refuses them.
+/// The longest integer in a text: Python rejects longer ones without parsing them.
 const MAX_INTEGER_TEXT: usize = 4300;
 
 /// A violation of the request's schema: an entry of `detail` in a 422 response.
@@ -37,14 +37,14 @@ pub struct Violation {
     pub ctx: Option<Value>,
 }
 
-/// One step on the way to a value.
+/// One step of a location.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub enum Loc {
-    /// Key of an object, or the part of the request.
+    /// The key in an object, or the part of the request.
     Key(Cow<'static, str>),
-    /// Place in a list.
+    /// The index in a list.
     Index(usize),
 }
 
@@ -66,18 +66,18 @@ impl From<usize> for Loc {
     }
 }
 
-/// What was read, or every fault found (never an empty list).
+/// The value that was read, or every violation (never an empty list).
 pub type Checked<T> = Result<T, Vec<Violation>>;
 
-/// An enumeration with one spelling per value on the wire. `wire_enum!` makes them.
+/// An enumeration with one spelling per value on the wire. `wire_enum!` declares such types.
 pub trait Choice: Copy + Sized + 'static {
-    /// All values, in the order in which error texts list them.
+    /// All values, in the order of error messages.
     const ALL: &'static [Self];
 
-    /// Spelling on the wire. Case matters.
+    /// The spelling on the wire, which is case-sensitive.
     fn as_str(self) -> &'static str;
 
-    /// The value with this spelling.
+    /// The value with a spelling.
     fn from_wire(text: &str) -> Option<Self> {
         Self::ALL.iter().copied().find(|choice| choice.as_str() == text)
     }
@@ -93,7 +93,7 @@ macro_rules! wire_enum {
         }
 
         impl $name {
-            /// Spelling on the wire.
+            /// The spelling on the wire.
             #[must_use]
             pub fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $text,)+ }
@@ -131,7 +131,7 @@ macro_rules! wire_enum {
 }
 pub(crate) use wire_enum;
 
-/// Collects violations and knows where the reader is.
+/// Collects violations and tracks the location of the reader.
 #[derive(Debug)]
 pub struct Checker {
     loc: Vec<Loc>,
@@ -139,13 +139,13 @@ pub struct Checker {
 }
 
 impl Checker {
-    /// Starts at a part of the request: `body`, `query` or `path`.
+    /// Starts with a part of the request: `body`, `query` or `path`.
     #[must_use]
     pub fn new(part: &'static str) -> Self {
         Self { loc: vec![part.into()], violations: Vec::new() }
     }
 
-    /// Reads something one step further down.
+    /// Reads a value one step below the current location.
     pub fn within<T>(&mut self, step: impl Into<Loc>, read: impl FnOnce(&mut Self) -> T) -> T {
         self.loc.push(step.into());
         let result = read(self);
@@ -153,30 +153,30 @@ impl Checker {
         result
     }
 
-    /// Reports a violation at the current place.
+    /// Reports a violation at the current location.
     pub fn report(&mut self, kind: &'static str, msg: impl Into<String>, input: Value, ctx: Option<Value>) {
         self.violations.push(Violation { kind, loc: self.loc.clone(), msg: msg.into(), input, ctx });
     }
 
-    /// Reports `missing`. `parent` is what lacks the value: the object, or null for a parameter.
+    /// Reports `missing`. `parent` is the object that lacks the value, or null for a parameter.
     pub fn report_missing(&mut self, parent: Value) {
         self.report("missing", "Field required", parent, None);
     }
 
-    /// Reports a rule of our own making, the way pydantic reports an exception of a validator.
+    /// Reports the violation of a rule that pydantic does not have, as pydantic reports an exception of a custom validator.
     pub fn report_value_error(&mut self, text: impl Display, input: Value) {
         // pydantic puts the exception into `ctx`; as JSON that is an empty object.
         self.report("value_error", format!("Value error, {text}"), input, Some(json!({"error": {}})));
     }
 
-    /// Whether nothing was wrong so far.
+    /// Whether no violation was reported so far.
     #[must_use]
     pub fn is_clean(&self) -> bool {
         self.violations.is_empty()
     }
 
     /// # Errors
-    /// Every violation reported, in the order of reporting.
+    /// All violations, in the order in which they were reported.
     pub fn finish<T>(self, value: Option<T>) -> Checked<T> {
         match value {
             Some(value) if self.violations.is_empty() => Ok(value),
@@ -194,7 +194,7 @@ pub fn string(check: &mut Checker, value: &Value) -> Option<String> {
     Some(text.clone())
 }
 
-/// A text of at most `longest` characters. Violations: those of [`string`], `string_too_long`.
+/// Reads a text of at most `longest` characters. Violations: those of [`string`], `string_too_long`.
 pub fn string_up_to(longest: usize, check: &mut Checker, value: &Value) -> Option<String> {
     let text = string(check, value)?;
     if text.chars().count() > longest {
@@ -206,7 +206,7 @@ pub fn string_up_to(longest: usize, check: &mut Checker, value: &Value) -> Optio
 }
 
 /// Reads a boolean: true and false, 0 and 1 (also as floats), and the words of [`boolean_from_text`].
-/// Violations: `bool_parsing` for integers and words that are neither, `bool_type` for anything else.
+/// Violations: `bool_parsing` for other integers and words, `bool_type` for other types.
 pub fn boolean(check: &mut Checker, value: &Value) -> Option<bool> {
     let number = match value {
         Value::Bool(flag) => return Some(*flag),
@@ -239,7 +239,7 @@ fn report_bool_parsing(check: &mut Checker, value: &Value) {
     check.report("bool_parsing", msg, value.clone(), None);
 }
 
-/// The words for true and false, in any case, without spaces around them.
+/// Reads the words for true and false, in any case, without spaces around them.
 #[must_use]
 pub fn boolean_from_text(text: &str) -> Option<bool> {
     match text.to_ascii_lowercase().as_str() {
@@ -249,10 +249,10 @@ pub fn boolean_from_text(text: &str) -> Option<bool> {
     }
 }
 
-/// Reads an integer: numbers without a fraction, booleans, and text that [`parse_integer`] takes.
+/// Reads an integer: numbers without a fraction, booleans, and text that [`parse_integer`] accepts.
 /// Violations: `int_type`, `int_parsing`, `int_from_float`, `int_parsing_size`.
 ///
-/// The original has integers of any size; here those outside of 64 bits are `int_parsing_size`.
+/// pydantic accepts integers of any size; here those outside of 64 bits are `int_parsing_size`.
 pub fn integer(check: &mut Checker, value: &Value) -> Option<i64> {
     match value {
         Value::Bool(flag) => Some(i64::from(*flag)),
@@ -293,9 +293,9 @@ fn integer_from_number(check: &mut Checker, number: &Number) -> Option<i64> {
     fitting
 }
 
-/// The integer a float stands for, if it has no fraction and fits.
+/// Converts a float without a fraction to an integer, if it fits.
 fn whole(float: f64) -> Option<i64> {
-    // 2^63, the first value that no longer fits; -2^63 itself does.
+    // 2^63 is the first value that does not fit; -2^63 fits.
     const LIMIT: f64 = 9_223_372_036_854_775_808.0;
     if float.fract() != 0.0 || !(-LIMIT..LIMIT).contains(&float) {
         return None;
@@ -315,7 +315,7 @@ pub(super) fn report_int_size(check: &mut Checker, input: Value) {
     check.report("int_parsing_size", msg, input, None);
 }
 
-/// What a text is as an integer.
+/// The result of reading a text as an integer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IntegerText {
     /// An integer of 64 bits.
@@ -324,7 +324,7 @@ pub enum IntegerText {
     TooSmall,
     /// An integer above those of 64 bits.
     TooLarge,
-    /// More characters than anybody should convert.
+    /// Longer than the limit for parsing.
     TooLong,
     /// Not an integer.
     Invalid,
@@ -355,7 +355,7 @@ pub fn parse_integer(text: &str) -> IntegerText {
     }
     let mut value: i64 = 0;
     for digit in digits.bytes().filter(u8::is_ascii_digit).map(|b| i64::from(b - b'0')) {
-        // Counted downwards when negative, for i64::MIN has no positive counterpart.
+        // Negative numbers are built by subtraction, because i64::MIN has no positive counterpart.
         let signed = if negative { -digit } else { digit };
         let Some(next) = value.checked_mul(10).and_then(|value| value.checked_add(signed)) else {
             return if negative { IntegerText::TooSmall } else { IntegerText::TooLarge };
@@ -366,7 +366,7 @@ pub fn parse_integer(text: &str) -> IntegerText {
 }
 
 /// Reads a float: numbers, booleans, and text with a decimal number (underscores between digits allowed).
-/// Violations: `float_type`, `float_parsing`, and `finite_number` for what JSON cannot express in the answer.
+/// Violations: `float_type`, `float_parsing`, and `finite_number` for numbers that JSON cannot express in the response.
 pub fn float(check: &mut Checker, value: &Value) -> Option<f64> {
     let parsed = match value {
         Value::Bool(flag) => return Some(f64::from(u8::from(*flag))),
@@ -425,11 +425,11 @@ pub fn uuid_from_text(check: &mut Checker, text: &str) -> Option<Uuid> {
     None
 }
 
-/// Reads `8-4-4-4-12` hex digits, by themselves, in braces or after `urn:uuid:`, or 32 hex digits by themselves. The texts are
-/// those of the uuid crate when pydantic 2.12 was built; the crate has since changed them and what it accepts.
+/// Reads `8-4-4-4-12` hex digits, alone, in braces or after `urn:uuid:`, or 32 hex digits alone. The messages are those of the uuid crate
+/// that pydantic 2.12 was built with; later versions of the crate have other messages and accept other texts.
 fn parse_uuid(text: &str) -> Result<Uuid, String> {
     const GROUPS: [usize; 5] = [8, 4, 4, 4, 12];
-    // A text of just the right length is taken out of its wrapping at once; the texts about others count with the wrapping.
+    // A text of exactly the right length is unwrapped first; the messages for other lengths count the wrapping.
     let text = match text.len() {
         38 => in_braces(text).unwrap_or(text),
         45 => text.strip_prefix("urn:uuid:").unwrap_or(text),
@@ -467,7 +467,7 @@ fn in_braces(text: &str) -> Option<&str> {
     text.strip_prefix('{')?.strip_suffix('}')
 }
 
-/// 32 hex digits, checked before.
+/// Converts 32 hex digits, which the caller has checked.
 fn uuid_from_hex(digits: &str) -> Result<Uuid, String> {
     u128::from_str_radix(digits, 16).map(Uuid::from_u128).map_err(|error| error.to_string())
 }
@@ -487,7 +487,7 @@ pub fn choice<T: Choice>(check: &mut Checker, value: &Value) -> Option<T> {
     one_of("enum", check, value)
 }
 
-/// Reads a value of an enum that the original declares as a literal. Violation: `literal_error`.
+/// Reads a value of an enum that the reference declares as a literal. Violation: `literal_error`.
 pub fn literal<T: Choice>(check: &mut Checker, value: &Value) -> Option<T> {
     one_of("literal_error", check, value)
 }
@@ -500,7 +500,7 @@ fn one_of<T: Choice>(kind: &'static str, check: &mut Checker, value: &Value) -> 
     known
 }
 
-/// Reads a field that can have one value only. Violation: `literal_error`.
+/// Reads a field that has only one valid value. Violation: `literal_error`.
 pub fn constant(check: &mut Checker, value: &Value, expected: &'static str) -> Option<()> {
     if value == expected {
         return Some(());
@@ -512,8 +512,8 @@ pub fn constant(check: &mut Checker, value: &Value, expected: &'static str) -> O
 /// One way to read a value: the name of the shape, and its reader.
 pub type Shape<'a, T> = (&'static str, &'a dyn Fn(&mut Checker) -> Option<T>);
 
-/// Reads a value that may have one of several shapes: the first that fits. If none does, the violations of all stay reported,
-/// each below the name of its shape.
+/// Reads a value with the first of several shapes that fits. If none fits, the violations of all shapes stay reported, each below the
+/// name of its shape.
 pub fn first_of<T, const N: usize>(check: &mut Checker, shapes: [Shape<'_, T>; N]) -> Option<T> {
     let before = check.violations.len();
     for (name, read) in shapes {
@@ -526,7 +526,7 @@ pub fn first_of<T, const N: usize>(check: &mut Checker, shapes: [Shape<'_, T>; N
     None
 }
 
-/// Reports that a value is none of those expected. `kind` is `enum` or `literal_error`.
+/// Reports that a value is not one of the expected ones. `kind` is `enum` or `literal_error`.
 pub fn report_not_one_of(
     kind: &'static str,
     expected: impl IntoIterator<Item = &'static str>,
@@ -553,7 +553,7 @@ pub fn list<T>(check: &mut Checker, value: &Value, read: impl Fn(&mut Checker, &
         check.report("list_type", "Input should be a valid list", value.clone(), None);
         return None;
     };
-    // Every item is read, also after a faulty one.
+    // Every item is read, also after an invalid one.
     let read: Vec<Option<T>> =
         items.iter().enumerate().map(|(index, item)| check.within(index, |check| read(check, item))).collect();
     read.into_iter().collect()
@@ -568,7 +568,7 @@ pub fn dictionary(check: &mut Checker, value: &Value) -> Option<Map<String, Valu
     Some(entries.clone())
 }
 
-/// The fields of an object with a declared shape. Fields that nobody asks for are ignored.
+/// The fields of an object with a declared shape. Fields that the reader does not read are ignored.
 #[derive(Debug)]
 pub struct Fields<'v> {
     whole: &'v Value,
@@ -586,7 +586,7 @@ impl<'v> Fields<'v> {
         Some(Self { whole: value, entries })
     }
 
-    /// A field that must be there. Violation: `missing`, besides those of `read`.
+    /// Reads a required field. Violation: `missing`, besides those of `read`.
     pub fn required<T>(
         &self,
         check: &mut Checker,
@@ -602,7 +602,7 @@ impl<'v> Fields<'v> {
         })
     }
 
-    /// A field that may be null or absent; both are `Some(None)`. The outer level says whether the value was acceptable.
+    /// Reads a field that may be null or absent; both are `Some(None)`. The outer `Option` says whether the value was valid.
     pub fn nullable<T>(
         &self,
         check: &mut Checker,
@@ -615,7 +615,7 @@ impl<'v> Fields<'v> {
         }
     }
 
-    /// A field that may be absent and then has a default. Null is not the default: `read` gets it.
+    /// Reads a field that has a default when it is absent. Null does not select the default: `read` receives it.
     pub fn or<T>(
         &self,
         check: &mut Checker,
@@ -629,13 +629,13 @@ impl<'v> Fields<'v> {
         }
     }
 
-    /// Whether the field was sent at all, if only as null.
+    /// Whether the field was sent, even as null.
     #[must_use]
     pub fn has(&self, name: &str) -> bool {
         self.entries.contains_key(name)
     }
 
-    /// Reports `extra_forbidden` for every field not among `known`, in the order sent. Answers whether there was none.
+    /// Reports `extra_forbidden` for every field not among `known`, in the order sent. Returns whether there was none.
     pub fn forbid_others(&self, check: &mut Checker, known: &[&str]) -> bool {
         let mut clean = true;
         for (name, value) in self.entries.iter().filter(|(name, _)| !known.contains(&name.as_str())) {

@@ -118,8 +118,8 @@ pub fn complaint(output: &CommandOutput) -> String {
     let skipped = said.chars().count().saturating_sub(LIMIT);
     let said: String = said.chars().skip(skipped).collect();
     match (output.exit_code, said.is_empty()) {
-        (-1, true) => "it was stopped because its time was up".to_owned(),
-        (-1, false) => format!("it was stopped because its time was up, having said: {said}"),
+        (-1, true) => "timed out".to_owned(),
+        (-1, false) => format!("timed out; last output: {said}"),
         (code, true) => format!("it ended with exit code {code}"),
         (code, false) => format!("it ended with exit code {code}: {said}"),
     }

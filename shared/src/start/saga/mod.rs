@@ -135,7 +135,7 @@ impl From<Error> for StepError {
             }
             Error::Internal { context } => {
                 tracing::error!(error = %context, "start.step_failed");
-                Self::Fatal("The start failed because of a fault in this server; its log says more".into())
+                Self::Fatal("Internal error while starting the conversation; see the server log.".into())
             }
             unavailable @ Error::Unavailable(_) => Self::Fatal(unavailable.to_string()),
             refused => Self::Refused(refused.to_string()),
@@ -206,7 +206,7 @@ impl Saga {
     /// # Errors
     /// [`Error::Store`].
     pub async fn give_up(&self, user: &UserId, id: Uuid) -> Result<()> {
-        let detail = "The start was given up: every attempt to go on with it failed. Please start again";
+        let detail = "The conversation could not be started after several attempts. Please try again.";
         if self.tasks.give_up(user, id, detail).await? {
             metrics::start_ended(StartStatus::Error.as_str());
             tracing::error!(task = %id, "start.abandoned");
@@ -325,7 +325,7 @@ impl StartRun<'_> {
         let count = record.open_claims - 1;
         tracing::warn!(task = %record.id, status = ?self.status(), attempt = count, "start.worker_lost");
         if count >= MAX_ATTEMPTS {
-            return Some((Fault::Server, format!("The step {:?} was cut off {count} times", self.status())));
+            return Some((Fault::Server, format!("The step {:?} was interrupted {count} times", self.status())));
         }
         (count > 1 && self.is_overdue()).then(|| (self.fault_of_overdue(), self.overdue_text()))
     }
@@ -349,7 +349,7 @@ impl StartRun<'_> {
                 let sandbox = self.task.record.now.sandbox_id.as_deref().unwrap_or_default();
                 format!("Sandbox failed to start within {seconds}s: {sandbox}")
             }
-            status => format!("The step {status:?} was not done within {seconds}s"),
+            status => format!("The step {status:?} did not finish within {seconds}s"),
         }
     }
 
@@ -582,7 +582,7 @@ impl StartRun<'_> {
         let Some(sandbox) = self.sandbox.clone() else { return Ok(None) };
         let agent_server = sandbox
             .agent_server(&self.saga.http)
-            .ok_or_else(|| StepError::Fatal(format!("The sandbox {} has no address of an agent server", sandbox.id)))?;
+            .ok_or_else(|| StepError::Fatal(format!("The sandbox {} has no agent server address", sandbox.id)))?;
         Ok(Some((sandbox, agent_server)))
     }
 

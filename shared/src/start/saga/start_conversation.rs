@@ -289,7 +289,7 @@ impl StartRun<'_> {
             // The record may have changed under us (another start of the same conversation was quicker, the agent server told
             // of it) rather than the lease been lost.
             if differs(&lookup, &conversations.lookup(user, conversation_id).await?) {
-                return Err(StepError::Retry("The conversation was recorded by somebody else at the same time".into()));
+                return Err(StepError::Retry("Another request recorded the conversation at the same time".into()));
             }
             return Err(StepError::LeaseLost);
         }

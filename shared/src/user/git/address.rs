@@ -1,9 +1,9 @@
-//! Addresses of git hosts and repositories as people paste them, taken apart.
+//! Parses addresses of git hosts and repositories as users paste them.
 
 use percent_encoding::percent_decode_str;
 use reqwest::Url;
 
-/// How an address is reached.
+/// The protocol of an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Scheme {
     Https,
@@ -15,20 +15,20 @@ pub(super) enum Scheme {
 /// Why a text is not an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum AddressError {
-    /// Neither HTTP nor SSH.
+    /// The protocol is neither HTTP nor SSH.
     Scheme,
-    /// The host, or its port, cannot be one.
+    /// The host or its port is invalid.
     Host,
 }
 
 /// An address without its credentials.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Address {
-    /// `None` if the text does not say.
+    /// `None` if the text does not name one.
     pub scheme: Option<Scheme>,
-    /// Whether it had a user name with a password.
+    /// Whether the text contained a user name with a password.
     pub had_password: bool,
-    /// Whether it is `host:path` without a scheme and a user name.
+    /// Whether the text is `host:path` without a scheme and a user name.
     pub is_short: bool,
     /// Lower case, an international name in its ASCII form, with the port unless it is the scheme's own.
     pub authority: String,
@@ -36,7 +36,7 @@ pub(super) struct Address {
     pub path: Vec<String>,
     /// Percent-decoded.
     pub query: Vec<(String, String)>,
-    /// A branch, tag or commit as package managers write it: `….git#main`.
+    /// The branch, tag or commit, as package managers write it: `….git#main`.
     pub revision: Option<String>,
 }
 
@@ -44,20 +44,20 @@ pub(super) struct Address {
 struct FoundScheme<'t> {
     start: usize,
     name: &'t str,
-    /// After the slashes.
+    /// The text after the slashes.
     end: usize,
 }
 
 /// Parameters of addresses that never hold a credential, among them those that name a branch.
 const HARMLESS_PARAMETERS: [&str; 5] = ["version", "at", "ref", "path", "tab"];
 
-/// Whether the character has no width or changes the direction of the text: it comes along when a text is copied.
+/// Whether the character has no width or changes the direction of the text. Users copy such characters without seeing them.
 pub(super) fn is_invisible(c: char) -> bool {
     // The joiners, U+200C and U+200D, are part of words and of emojis.
     matches!(c, '\u{ad}' | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
-/// The text without what surrounds it where it was copied: blanks, quotes, a byte order mark.
+/// Removes what surrounds a text that was copied: blanks, quotes, a byte order mark.
 pub(super) fn unwrapped(text: &str) -> &str {
     let blank = |c: char| c.is_whitespace() || is_invisible(c);
     let mut text = text.trim_matches(blank);
@@ -69,8 +69,7 @@ pub(super) fn unwrapped(text: &str) -> &str {
     text
 }
 
-/// Whether the text begins with a scheme, with `//`, with a user or with a host and its port, so that it can be nothing but an
-/// address.
+/// Whether the text begins with a scheme, with `//`, with a user or with a host and its port, so that it can only be an address.
 pub(super) fn is_address(text: &str) -> bool {
     let head = head_of(text);
     text.contains("://")
@@ -81,7 +80,7 @@ pub(super) fn is_address(text: &str) -> bool {
         || head.starts_with('[')
 }
 
-/// Takes an address apart. What does not begin with a scheme is taken for `host[:port]/path` or `[user@]host:path`.
+/// Parses an address. A text without a scheme is read as `host[:port]/path` or `[user@]host:path`.
 pub(super) fn parse(text: &str) -> Result<Address, AddressError> {
     let (text, had_password) = without_secrets(text);
     let (text, revision) =
@@ -119,15 +118,15 @@ pub(super) fn parse(text: &str) -> Result<Address, AddressError> {
     })
 }
 
-/// The text without user name, password and all parameters but those that are known to be harmless, for answers and records.
-/// Any text is given here, not only one that is read as an address. `git@` stays: everyone has it.
+/// Removes the user name, the password and all parameters except those that are known to be harmless, for responses and records. It
+/// accepts any text, not only addresses. `git@` stays, because it is not a secret.
 #[must_use]
 pub fn without_credentials(text: &str) -> String {
     let mut text = text.to_owned();
-    // What is left after a part was removed may begin with another one. Each removal makes the text shorter.
+    // The rest after a removal may contain another secret. The loop ends, because each removal makes the text shorter.
     loop {
         let inner = unwrapped(&text);
-        // Where the part that was found begins in the text that it was found in.
+        // The start of the part in the text that contains it.
         let start = inner.as_ptr().addr() - text.as_ptr().addr();
         let (clean, _) = without_secrets(inner);
         let clean = format!("{}{clean}{}", &text[..start], &text[start + inner.len()..]);
@@ -138,13 +137,13 @@ pub fn without_credentials(text: &str) -> String {
     }
 }
 
-/// The text without its secrets, and whether a password was among them.
+/// Removes the secrets from a text, and returns whether a password was among them.
 fn without_secrets(text: &str) -> (String, bool) {
     // A whole address is sometimes encoded.
     let plain = text.replace("%40", "@").replace("%3A", ":").replace("%3a", ":");
     let (mut clean, mut had_password) = (text.to_owned(), false);
     let mut found = without_user_info(&plain);
-    // What follows one user may be another.
+    // Another user may follow the first one.
     while let Some((rest, is_password)) = found {
         had_password |= is_password;
         found = without_user_info(&rest);
@@ -161,14 +160,14 @@ fn without_user_info(text: &str) -> Option<(String, bool)> {
     (!user.eq_ignore_ascii_case("git")).then(|| (format!("{front}{}", &rest[at + 1..]), user.contains(':')))
 }
 
-/// Where the `@` is that ends user name and password.
+/// Finds the `@` that ends the user name and password.
 fn end_of_user_info(text: &str) -> Option<usize> {
     let head = head_of(text);
     if head.starts_with('[') && head.contains(']') {
         return head.rfind('@');
     }
-    // Passwords are pasted unencoded, too: with slashes, `?` and `#` in them. What ends a password with a slash looks like a
-    // port or a folder, so that a colon and a later `@` are enough. A path with both is lost.
+    // Users also paste unencoded passwords, with slashes, `?` and `#` in them. The end of a password that contains a slash looks like a
+    // port or a folder, so a colon and a later `@` are taken as sufficient. A path that contains both is lost.
     let path = &text[..text.find(['?', '#']).unwrap_or(text.len())];
     let last = text.rfind('@')?;
     let is_scp = || {
@@ -202,15 +201,15 @@ fn pairs_of(query: &str) -> impl Iterator<Item = &str> {
     query.split(['&', ';'])
 }
 
-/// Only names decide: a branch may be called `oauth`.
+/// Only the names of parameters decide, because a branch may be called `oauth`.
 fn is_harmless(pair: &str) -> bool {
     pair.split_once('=').is_some_and(|(name, value)| {
-        // No branch, tag or path needs these; another address does.
+        // Branches, tags and paths do not need these characters; an address inside the value does.
         HARMLESS_PARAMETERS.contains(&name) && !decoded(value).contains([':', '?'])
     })
 }
 
-/// Whether what follows `#` names a branch, tag or commit, and not a place in a page.
+/// Whether the text after `#` names a branch, tag or commit, and not a section of a page.
 fn is_revision(front: &str, fragment: &str) -> bool {
     let is_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '/' | '-');
     let head = head_of(front);
@@ -224,7 +223,7 @@ fn scheme_of(text: &str) -> Option<FoundScheme<'_>> {
     if let Some(end) = text.find("://") {
         let is_part = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '.' | '-');
         let start = end - text[..end].chars().rev().take_while(|c| is_part(*c)).count();
-        // What is before it may be a user with a password.
+        // The text before it may be a user with a password.
         if !text[..start].contains(['@', ':']) {
             return Some(FoundScheme { start, name: &text[start..end], end: end + 3 });
         }
@@ -256,9 +255,9 @@ fn head_of(text: &str) -> &str {
     &text[..text.find(['/', '?', '#']).unwrap_or(text.len())]
 }
 
-/// The host as every spelling of it is written here.
+/// Normalises a host.
 fn normal_authority(authority: &str, scheme: Option<Scheme>) -> Result<String, AddressError> {
-    // What the URL standard drops or reads as something else is refused.
+    // Characters that the URL standard drops or reads differently are rejected.
     let odd = |c: char| c.is_whitespace() || c.is_control() || matches!(c, '\\' | '%' | '@' | ',' | ';' | '*');
     // A scheme without its colon looks like a host.
     let is_scheme = ["http", "https", "ssh", "ftp"].iter().any(|scheme| authority.eq_ignore_ascii_case(scheme));

@@ -5,26 +5,26 @@ use super::address;
 /// Why a text is not the name of a branch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BranchError {
-    /// A blank, a control character, one that is not seen, or one that means something to git or a shell.
-    #[error("it holds a character that names do not have")]
+    /// The name contains a blank, a control character, an invisible character, or one with a meaning for git or a shell.
+    #[error("contains an invalid character")]
     Character,
-    /// It breaks another of git's rules (`git check-ref-format`).
-    #[error("git has no branch of this name: see git check-ref-format")]
+    /// The name breaks another rule of git (`git check-ref-format`).
+    #[error("not a valid branch name; see git check-ref-format")]
     Form,
 }
 
-/// The name of the branch without `refs/heads/` and without blanks and quotes around it; `None` if it is blank, or the default
-/// branch's: `HEAD`.
+/// Normalises the name of a branch: removes `refs/heads/` and the blanks and quotes around it. `None` if it is blank, or `HEAD` for the
+/// default branch.
 ///
 /// # Errors
-/// When git cannot have a branch of this name.
+/// When git does not accept the name.
 pub fn normal_branch(text: &str) -> Result<Option<String>, BranchError> {
     let text = address::unwrapped(text);
     if matches!(text, "" | "@" | "HEAD" | "origin/HEAD" | "refs/remotes/origin/HEAD") {
         return Ok(None);
     }
     let name = text.strip_prefix("refs/heads/").or_else(|| text.strip_prefix("refs/remotes/origin/")).unwrap_or(text);
-    // The first are git's, the second the contract's. The invisible ones come along when a name is copied.
+    // The first text has git's characters, the second the contract's. Users copy the invisible ones without seeing them.
     let odd = |c: char| {
         c.is_ascii_control() || " ~^:?*[\\".contains(c) || ";&|$`\n\r".contains(c) || address::is_invisible(c)
     };

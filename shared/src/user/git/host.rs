@@ -1,4 +1,4 @@
-//! Where a provider is: its public host, or the one in the user's settings.
+//! The host of a git provider: its public one, or the one in the user's settings.
 
 use super::address::{self, Address, AddressError, Scheme};
 use super::encoded;
@@ -6,7 +6,7 @@ use crate::start::request::ProviderType;
 
 const AZURE: &str = "dev.azure.com";
 
-/// A provider's host, as every form in which it is pasted is kept.
+/// A provider's host in its normal form.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct GitHost {
     /// Plain HTTP.
@@ -20,17 +20,17 @@ pub(super) struct GitHost {
 /// Why a text is not the host of a provider.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HostError {
-    /// It has a user name and a password.
-    #[error("a host has no user name and password: give the token as `token`")]
+    /// The text contains a user name and a password.
+    #[error("a host must not contain a user name and password; send the token as `token`")]
     Password,
-    /// It is reached neither by HTTPS nor by HTTP.
-    #[error("a git host is reached by https or http")]
+    /// The protocol is neither HTTPS nor HTTP.
+    #[error("a git host must use https or http")]
     Scheme,
-    /// It names a repository, and how much of it is the host's cannot be seen.
-    #[error("this is the address of a repository: give the host without it")]
+    /// The text names a repository, so that the folder of the host is ambiguous.
+    #[error("this is the address of a repository; send only the host")]
     Repository,
-    /// It cannot be a host.
-    #[error("a git host is written like git.example.org, with its port and folder if it has them")]
+    /// The text is not a valid host.
+    #[error("not a valid host; write it like git.example.org, with its port and folder if it has them")]
     Host,
 }
 
@@ -43,16 +43,16 @@ impl From<AddressError> for HostError {
     }
 }
 
-/// The host that a setting names, in its one spelling; `None` if it is blank and stands for the provider's public host.
+/// Normalises the host of a setting; `None` if it is blank, which means the provider's public host.
 ///
 /// # Errors
-/// When it cannot be a host. No error shows the text.
+/// When the text is not a valid host. No error contains the text.
 pub fn normal_host(provider: ProviderType, text: &str) -> Result<Option<String>, HostError> {
     Ok(GitHost::parse(provider, text)?.map(|host| host.shown(provider)))
 }
 
 impl GitHost {
-    /// The provider's own host. Bitbucket Data Center has none.
+    /// The provider's public host. Bitbucket Data Center has none.
     pub fn public(provider: ProviderType) -> Self {
         let authority = match provider {
             ProviderType::Gitlab => "gitlab.com",
@@ -64,9 +64,9 @@ impl GitHost {
         Self { is_insecure: false, authority: authority.to_owned(), path: Vec::new() }
     }
 
-    /// The provider's host by the user's setting.
+    /// The provider's host according to the user's setting.
     pub fn of(provider: ProviderType, setting: Option<&str>) -> Result<Self, HostError> {
-        // What was stored before passwords were refused is still used, without its password.
+        // A setting from before passwords were rejected is still used, without its password.
         let setting = setting.map(address::without_credentials);
         Ok(Self::parse(provider, setting.as_deref().unwrap_or_default())?.unwrap_or_else(|| Self::public(provider)))
     }
@@ -87,7 +87,7 @@ impl GitHost {
         if address.had_password {
             return Err(HostError::Password);
         }
-        // `https:x` with a mistake in its scheme looks like a host and a path of SSH. Where names have dots it is one.
+        // `https:x` with a mistyped scheme looks like a host and a path of SSH. It is one only if the name contains a dot.
         if address.is_short && !address.authority.contains('.') {
             return Err(HostError::Scheme);
         }
@@ -104,7 +104,7 @@ impl GitHost {
                 }
                 path
             }
-            // An address of SSH has no folder but the repository's.
+            // The path of an SSH address is only the repository's.
             _ if is_public || is_ssh => Vec::new(),
             _ => folder(provider, &located.path)?,
         };
@@ -123,9 +123,9 @@ impl GitHost {
         if self.is_insecure { "http://" } else { "https://" }
     }
 
-    /// As it is stored and shown: the scheme only where it is not the usual one.
+    /// The stored and shown form: the scheme is present only if it is not https.
     pub fn shown(&self, provider: ProviderType) -> String {
-        // A word by itself would be read as an organisation of Azure DevOps.
+        // A single word would be read as an organisation of Azure DevOps.
         let is_word = provider == ProviderType::AzureDevops && !self.authority.contains(['.', ':']);
         let scheme = if self.is_insecure || is_word { self.scheme() } else { "" };
         let mut parts = vec![self.authority.clone()];
@@ -138,7 +138,7 @@ impl GitHost {
     }
 }
 
-/// An address with the host that git is spoken with: not that of an API, of a mirror or of SSH.
+/// An address whose host is that of git over HTTPS, in place of the host of an API, a mirror or SSH.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Located {
     pub authority: String,
@@ -159,7 +159,7 @@ impl Located {
             _ if is_azure_ssh => AZURE,
             other => other,
         };
-        // Files by themselves: `owner/name/refs/heads/branch/path`.
+        // Raw files: `owner/name/refs/heads/branch/path`.
         if authority == "raw.githubusercontent.com" && path.len() > 2 {
             path.insert(2, "raw".to_owned());
         }
@@ -178,7 +178,7 @@ impl Located {
     }
 }
 
-/// Whose public host it is.
+/// Returns the provider of a public host.
 pub(super) fn public_provider(authority: &str) -> Option<ProviderType> {
     let public = [
         ProviderType::Github,
@@ -190,7 +190,7 @@ pub(super) fn public_provider(authority: &str) -> Option<ProviderType> {
     public.into_iter().find(|provider| GitHost::public(*provider).authority == authority)
 }
 
-/// Whether the first segment of a path is a page of the provider: no owner can be called so.
+/// Whether the first segment of a path is a page of the provider, which no owner can have as a name.
 pub(super) fn is_page(provider: ProviderType, word: &str) -> bool {
     let pages: &[&str] = match provider {
         ProviderType::Github | ProviderType::EnterpriseSso => &[
@@ -333,7 +333,7 @@ fn folder(provider: ProviderType, path: &[String]) -> Result<Vec<String>, HostEr
     let has_no_folder =
         matches!(provider, ProviderType::Github | ProviderType::EnterpriseSso | ProviderType::Bitbucket);
     match folder.len() {
-        // Which part of more is a group cannot be seen.
+        // With more parts, the group is ambiguous.
         2 if is_repository => Ok(Vec::new()),
         // The page of a repository. These providers have a host of their own, and at most a proxy's folder.
         2.. if has_no_folder => Ok(Vec::new()),

@@ -1,7 +1,7 @@
-//! Where a repository may be cloned from, and with which credentials.
+//! Git providers: the URLs and credentials with which a repository is cloned.
 //!
-//! Hosts, tokens, repositories and branches come as people paste them. Each has one form in which it is kept and used; the
-//! modules here read it from all the others. Settings, starts and updates of conversations share them.
+//! Users paste hosts, tokens, repositories and branches in many forms. Each has one normal form in which it is stored and used; the
+//! modules here convert all other forms to it. Settings, starts and updates of conversations share them.
 
 mod address;
 mod branch;
@@ -23,37 +23,37 @@ use crate::http::pydantic::validation::Checker;
 use crate::start::request::{ProviderType, StartRequest};
 use host::GitHost;
 
-/// One address from which a repository may be cloned. The address itself never holds a credential: it ends in the
-/// clone's configuration and in logs.
+/// A URL from which a repository can be cloned. The URL itself never contains a credential, because it appears in the clone's
+/// configuration and in logs.
 #[derive(Clone, Debug)]
 pub struct CloneSource {
-    /// Whose it is.
+    /// The provider of the URL.
     pub provider: ProviderType,
     /// `https://host/owner/name.git`
     pub url: String,
-    /// A line of git's credential store (`https://user:password@host`), if the user has a token there.
+    /// A line of git's credential store (`https://user:password@host`), if the user has a token for the provider.
     pub credential: Option<SecretString>,
 }
 
-/// Why there is no address.
+/// Why a repository cannot be cloned.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum GitError {
-    /// The name is not that of a repository, or does not fit its provider.
+    /// The name is not valid for a repository, or not for its provider.
     #[error(transparent)]
     Repository(#[from] RepositoryError),
-    /// The host in the settings cannot be one.
-    #[error("the host that the settings name for {0} cannot be used: {1}")]
+    /// The host in the settings is invalid.
+    #[error("the host of {0} in the settings is not valid: {1}")]
     Host(ProviderType, HostError),
-    /// The host is to be reached without encryption, which is not allowed here.
-    #[error("{0} is an unencrypted git host, and this server does not allow those")]
+    /// The host uses no encryption, which this server does not allow.
+    #[error("{0} is an unencrypted git host, which this server does not allow; use https")]
     Insecure(String),
 }
 
-/// The addresses to try, in order: the named provider's, or else those of all providers with a token in their stored
-/// order; GitHub's public one if there is neither. Of several, those are left out that the name does not fit.
+/// Returns the URLs to try, in order: the named provider's, or those of all providers with a token in their stored order, or GitHub's
+/// public one if there is neither. Of several, those whose provider does not accept the name are left out.
 ///
 /// # Errors
-/// When the repository's name does not fit or a host is not allowed.
+/// When no provider accepts the name of the repository, or a host is not allowed.
 pub fn clone_sources(
     repository: &str,
     named: Option<ProviderType>,
@@ -86,17 +86,17 @@ pub fn clone_sources(
 /// Reports a branch or provider that is selected without a repository.
 pub(crate) fn report_without_repository(check: &mut Checker, branch: Option<&str>, provider: Option<ProviderType>) {
     if let Some(branch) = branch {
-        let error = "there is no branch without a repository";
+        let error = "a branch needs a repository; send selected_repository as well";
         check.within("selected_branch", |check| check.report_value_error(error, branch.into()));
     }
     if let Some(provider) = provider {
-        let error = "there is no provider without a repository";
+        let error = "a provider needs a repository; send selected_repository as well";
         check.within("git_provider", |check| check.report_value_error(error, provider.as_str().into()));
     }
 }
 
-/// Puts a start's repository, branch and provider into the form in which they are used and recorded. What cannot be read stays
-/// as it is: starts and records of earlier versions may have anything.
+/// Normalises a start's repository, branch and provider. Invalid ones stay unchanged, because starts and records of earlier versions may
+/// contain anything.
 pub(crate) fn use_normal_selection(request: &mut StartRequest, tokens: &ProviderTokens) {
     let given = request.selected_repository.as_deref();
     let Some(Ok(read)) = given.map(|text| Repository::read(text, request.git_provider, tokens)) else { return };
@@ -141,7 +141,7 @@ fn source(
     let credential = user.map(|(user, password)| {
         SecretString::from(format!("{scheme}{}:{}@{authority}", encoded(user), encoded(password)))
     });
-    // git takes the first credential of a host. Where an earlier source has one of the same host, the user name chooses.
+    // git uses the first credential of a host. If an earlier source has one of the same host, the user name selects the credential.
     let is_taken =
         earlier.iter().any(|source| source.url.starts_with(&format!("{origin}/")) && source.credential.is_some());
     let url = match user {

@@ -1,4 +1,4 @@
-//! Repositories in the forms that people paste them: `owner/name`, addresses for git and addresses of web pages.
+//! Repositories in the forms in which users paste them: `owner/name`, addresses for git and addresses of web pages.
 
 use super::address::{self, Address, AddressError, Scheme};
 use super::branch::normal_branch;
@@ -7,14 +7,14 @@ use crate::http::pydantic::validation::Checker;
 use crate::start::request::ProviderType;
 use crate::user::settings::{ProviderToken, ProviderTokens};
 
-/// A repository as records hold it.
+/// A repository in its normal form.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Repository {
     /// `owner/name`, with more parts at GitLab and Azure DevOps.
     pub name: String,
-    /// Where it is: the provider that was named, or the one that the address is of.
+    /// The provider that the request names, or that of the address.
     pub provider: Option<ProviderType>,
-    /// The branch that the address names.
+    /// The branch in the address.
     branch: AddressBranch,
 }
 
@@ -22,58 +22,57 @@ pub struct Repository {
 enum AddressBranch {
     None,
     Named(String),
-    /// There is one, but where its name ends and a path in the repository begins cannot be seen.
+    /// The address has a branch, but the end of its name is ambiguous.
     Unclear,
 }
 
-/// Why a text is not a repository, or not one of the named provider.
+/// Why a text is not a repository of the named provider.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RepositoryError {
-    /// It has too few parts, or too many for its provider.
-    #[error("a repository is written owner/name")]
+    /// The name has too few parts, or too many for its provider.
+    #[error("a repository must be written as owner/name")]
     Form,
     /// The same for Azure DevOps.
     #[error(
-        "a repository of Azure DevOps is written organisation/project/name, or project/name where the settings' host has the organisation"
+        "a repository of Azure DevOps must be written as organisation/project/name, or as project/name if the host in the settings has the organisation"
     )]
     AzureForm,
-    /// A character that no provider has in names, or not this one.
-    #[error("it holds a character that names do not have")]
+    /// The name contains a character that no provider, or not this provider, allows in names.
+    #[error("contains an invalid character")]
     Character,
-    /// A branch, tag or commit after the name.
-    #[error("give the branch as selected_branch, and the repository without `@` and `#`")]
+    /// A branch, tag or commit follows the name.
+    #[error("send the branch as selected_branch, and the repository without `@` and `#`")]
     Revision,
-    /// An address of another kind.
-    #[error("repositories are cloned by https: give owner/name, or an address of https or ssh")]
+    /// The address has another protocol.
+    #[error("repositories are cloned over https; send owner/name, or an https or ssh address")]
     Scheme,
-    /// The address has no possible host.
-    #[error("the host of this address cannot be one")]
+    /// The address has no valid host.
+    #[error("the host of this address is not valid")]
     Host,
-    /// No provider is at the host of the address.
-    #[error("none of your git providers is at {0}: set it as a provider's host in the settings, or give owner/name")]
+    /// No provider has the host of the address.
+    #[error(
+        "none of your git providers has the host {0}; set it as a provider's host in the settings, or send owner/name"
+    )]
     UnknownHost(String),
-    /// The named provider is elsewhere.
-    #[error("the address is at {1}, where git_provider {0} is not")]
+    /// The named provider has another host.
+    #[error("the address has the host {1}, which does not belong to git_provider {0}")]
     OtherHost(ProviderType, String),
-    /// The address has a branch, or a branch and a path.
-    #[error("where the branch ends in this address cannot be seen: give the branch as selected_branch")]
+    /// The address has a branch, or a branch and a path, and where the branch ends is ambiguous.
+    #[error("the end of the branch in this address is ambiguous; send the branch as selected_branch")]
     UnclearBranch,
 }
 
-/// What a request selects, in the form in which a record holds it.
+/// The repository, branch and provider of a request in their normal forms.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Selection {
-    /// Its repository.
     pub repository: Option<String>,
-    /// A branch of it.
     pub branch: Option<String>,
-    /// Where it is.
     pub provider: Option<ProviderType>,
 }
 
 impl Selection {
-    /// Reads the repository, branch and provider of a request; blank texts are none. Violations are reported at `place` for
-    /// the repository and at `selected_branch`; none shows a credential.
+    /// Reads the repository, branch and provider of a request; blank texts count as absent. Violations are reported at `place` for
+    /// the repository and at `selected_branch`; none contains a credential.
     pub fn read(
         check: &mut Checker,
         place: &[&'static str],
@@ -82,7 +81,7 @@ impl Selection {
     ) -> Option<Self> {
         let text = repository.filter(|text| !text.trim().is_empty());
         let read_branch = branch.map_or(Ok(None), normal_branch);
-        // `HEAD` is no name, but says more than an address.
+        // `HEAD` is not a name, but takes precedence over the branch of an address.
         let is_given = branch.is_some_and(|branch| !address::unwrapped(branch).is_empty());
         let read = text.map(|text| Repository::read(text, provider, tokens)).transpose().and_then(|read| {
             let Some(read) = read else { return Ok((None, provider, None)) };
@@ -94,7 +93,7 @@ impl Selection {
             };
             Ok((Some(read.name), read.provider, of_address))
         });
-        // In the order of the fields.
+        // Violations are reported in the order of the fields.
         if let Err(error) = &read {
             report_at(check, place, &error.to_string(), text.unwrap_or_default());
         }
@@ -107,7 +106,7 @@ impl Selection {
     }
 }
 
-/// Reports that a repository cannot be.
+/// Reports an invalid repository.
 pub(crate) fn report_at(check: &mut Checker, place: &[&'static str], error: &str, text: &str) {
     match place {
         [] => check.report_value_error(error, address::without_credentials(text).into()),
@@ -119,7 +118,7 @@ impl Repository {
     /// Reads a repository. `named` is the provider that the request names, if any.
     ///
     /// # Errors
-    /// When it cannot be cloned by this text. No error shows a credential.
+    /// When the text does not identify a repository. No error contains a credential.
     pub fn read(text: &str, named: Option<ProviderType>, tokens: &ProviderTokens) -> Result<Self, RepositoryError> {
         let text = address::unwrapped(text);
         let text = text.strip_prefix("git clone ").map_or(text, address::unwrapped);
@@ -157,8 +156,8 @@ fn shorthand(text: &str) -> Option<(ProviderType, &str)> {
     (!name.starts_with("//")).then_some((provider, name))
 }
 
-/// Whether it is an address without its scheme, as browsers show it. A host that is one word needs its scheme: groups are
-/// called so, too.
+/// Whether the text is an address without its scheme, as browsers show it. A host of one word needs its scheme, because groups can have
+/// the same name.
 fn begins_with_host(text: &str, named: Option<ProviderType>, tokens: &ProviderTokens) -> bool {
     let Ok(address) = address::parse(text) else { return false };
     let located = Located::of(&address);
@@ -167,11 +166,10 @@ fn begins_with_host(text: &str, named: Option<ProviderType>, tokens: &ProviderTo
     is_known && address.authority.contains('.')
 }
 
-/// The hosts at which a repository may be: that of the named provider, or those of the settings and the public ones of other
-/// providers.
+/// The hosts that a repository can have: that of the named provider, or those of the settings and the public ones of other providers.
 fn hosts(named: Option<ProviderType>, tokens: &ProviderTokens) -> Vec<(ProviderType, GitHost)> {
     let of = |provider| setting(provider, tokens).and_then(|token| token.host.as_deref());
-    // Bitbucket Data Center has no public host: that one is Bitbucket Cloud's.
+    // Bitbucket Data Center has no public host: bitbucket.org belongs to Bitbucket Cloud.
     let is_elsewhere = |provider, host: &GitHost| {
         provider == ProviderType::BitbucketDataCenter && public_provider(&host.authority).is_some()
     };
@@ -258,13 +256,13 @@ fn owned(parts: &[&str]) -> Vec<String> {
 
 fn without_git(name: &str) -> &str {
     match name.len().checked_sub(4).and_then(|at| Some((name.get(..at)?, name.get(at..)?))) {
-        // Providers have no names that end so.
+        // No provider allows names with these endings.
         Some((name, end)) if end.eq_ignore_ascii_case(".git") => without_git(name),
         _ => name,
     }
 }
 
-/// Of GitHub, Forgejo and Bitbucket Cloud.
+/// Reads the path of an address of GitHub, Forgejo or Bitbucket Cloud.
 fn of_owner_and_name(provider: ProviderType, parts: &[&str]) -> Found {
     let parts = match parts {
         ["api", _, "repos", rest @ ..] | ["2.0", "repositories", rest @ ..] => rest,
@@ -293,7 +291,7 @@ fn of_owner_and_name(provider: ProviderType, parts: &[&str]) -> Found {
     Some((vec![(*owner).to_owned(), (*name).to_owned()], branch))
 }
 
-/// The branch, tag or commit of a page of files, of commits, of one file or of a release.
+/// Reads the branch, tag or commit from the path of a page of files, commits, one file or a release.
 fn of_page(rest: &[&str]) -> AddressBranch {
     match rest {
         ["tree" | "commits", rest @ ..] => branch_before(rest, 0),
@@ -307,7 +305,7 @@ fn of_page(rest: &[&str]) -> AddressBranch {
     }
 }
 
-/// A branch, or a commit's hash, before a path that has at least so many parts. Both can have slashes.
+/// Reads a branch, or a commit's hash, before a path that has at least so many parts. Both can contain slashes.
 fn branch_before(rest: &[&str], least: usize) -> AddressBranch {
     match rest {
         [] | ["HEAD" | "@", ..] => AddressBranch::None,
@@ -318,7 +316,7 @@ fn branch_before(rest: &[&str], least: usize) -> AddressBranch {
     }
 }
 
-/// A tag before a path, in the form in which no branch is taken for it.
+/// Reads a tag before a path, and returns it in the form that cannot be confused with a branch.
 fn tag_before(rest: &[&str], least: usize) -> AddressBranch {
     match branch_before(rest, least) {
         AddressBranch::Named(tag) => AddressBranch::Named(format!("refs/tags/{tag}")),
@@ -331,7 +329,7 @@ fn of_gitlab(parts: &[&str]) -> Found {
         ["api", _, "projects", rest @ ..] => rest,
         parts => parts,
     };
-    // These are names that projects cannot have.
+    // Projects cannot have these names.
     let names = ["tree", "blob", "raw", "commits", "commit", "tags", "blame", "merge_requests", "issues"];
     let end = parts.iter().position(|part| *part == "-");
     let is_name = |part: &&str| names.contains(part);
@@ -375,7 +373,7 @@ fn of_azure(parts: &[&str], address: &Address, host: &GitHost) -> Found {
         path.drain(..host.path.len().min(path.len().saturating_sub(2)));
     }
     let version = address.query.iter().find(|(key, _)| key == "version").map(|(_, version)| version.as_str());
-    // Branches, tags and commits are told apart by the first letters.
+    // The first two letters distinguish branches, tags and commits.
     let branch = version.and_then(|version| match version.get(..2)? {
         "GB" | "GC" => Some(version[2..].to_owned()),
         "GT" => Some(format!("refs/tags/{}", &version[2..])),
@@ -393,7 +391,7 @@ fn from_name(text: &str, named: Option<ProviderType>, tokens: &ProviderTokens) -
     Ok(Repository { name, provider: named, branch: AddressBranch::None })
 }
 
-/// The name without the `_git` that addresses of Azure DevOps have before the last part.
+/// Removes the `_git` that addresses of Azure DevOps have before the last part.
 fn without_azure_marker(name: &str, named: Option<ProviderType>, tokens: &ProviderTokens) -> Option<String> {
     let parts: Vec<&str> = name.split('/').collect();
     let [before @ .., "_git", last] = parts.as_slice() else { return None };
@@ -414,9 +412,9 @@ fn without_azure_marker(name: &str, named: Option<ProviderType>, tokens: &Provid
     Some(path.join("/"))
 }
 
-/// Checks the name against what the provider, or one of those that would be tried, has.
+/// Checks the name against the rules of the provider, or of those that would be tried.
 fn check(name: &str, named: Option<ProviderType>, tokens: &ProviderTokens) -> Result<(), RepositoryError> {
-    // Records are read again: a name must not be taken for something else then, such as that of an owner that is called as a host.
+    // Records are read again later: a name must not be read differently then, such as an owner's name that equals a host.
     let is_ambiguous = address::is_address(name)
         || begins_with_host(name, named, tokens)
         || address::unwrapped(name) != name
@@ -475,8 +473,8 @@ pub(super) fn fits(parts: &[&str], provider: ProviderType, tokens: &ProviderToke
     }
 }
 
-/// Organisation or collection, project and name of a repository of Azure DevOps. Each of the host and the name may have the
-/// first two.
+/// Reads organisation or collection, project and name of a repository of Azure DevOps. Both the host and the name can contain the first
+/// two.
 pub(super) fn azure_path(host: &GitHost, parts: &[&str]) -> Option<Vec<String>> {
     let parts = owned(parts);
     if host.is_public_azure() {
@@ -486,7 +484,7 @@ pub(super) fn azure_path(host: &GitHost, parts: &[&str]) -> Option<Vec<String>> 
             _ => None,
         };
     }
-    // What both have is there once.
+    // Parts that both have are used once.
     let most = host.path.len().min(parts.len().checked_sub(1)?);
     let shared = (0..=most).rev().find(|shared| {
         let end = &host.path[host.path.len() - shared..];

@@ -1,4 +1,4 @@
-//! Tokens in the forms that people paste them, and the user name that each provider wants with one.
+//! Tokens in the forms in which users paste them, and the user name that each provider requires with one.
 
 use std::borrow::Cow;
 
@@ -11,27 +11,27 @@ use crate::start::request::ProviderType;
 /// Why a text is not a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TokenError {
-    /// A line break or another control character is in it.
-    #[error("a token has no line breaks and no other control characters")]
+    /// The text contains a line break or another control character.
+    #[error("a token must not contain line breaks or other control characters")]
     Control,
-    /// A character that no provider's tokens have, such as one without a width that came along with a copy.
-    #[error("a token has only letters, digits and punctuation of ASCII: copy it again")]
+    /// The text contains a character that tokens of no provider have, such as an invisible one that was copied with it.
+    #[error("a token must contain only ASCII letters, digits and punctuation; copy it again")]
     Character,
-    /// It is an address.
-    #[error("give the token by itself, not an address with it")]
+    /// The text is an address.
+    #[error("send the token by itself, not an address that contains it")]
     Address,
 }
 
-/// Names of headers, which a colon follows.
+/// Names of headers that carry tokens; a colon follows them.
 const HEADERS: [&str; 4] = ["authorization", "private-token", "job-token", "deploy-token"];
-/// Words that a blank, or a colon and a blank, follows: without the blank they are the user of `user:token`.
+/// Words before a token that a blank, or a colon and a blank, follows. Without the blank they are the user of `user:token`.
 const SCHEMES: [&str; 3] = ["bearer", "token", "basic"];
 
-/// The token without what surrounds it where it was copied: blanks, quotes, the name of a header or variable, `Bearer` or
-/// `token`. Of `Basic` the decoded `user:token`.
+/// Normalises a token: removes blanks, quotes, the name of a header or variable, `Bearer` or `token` around it. For `Basic` it returns the
+/// decoded `user:token`.
 ///
 /// # Errors
-/// When it cannot be a token. No error shows the text.
+/// When the text is not a token. No error contains the text.
 pub fn normal_token(text: &str) -> Result<Cow<'_, str>, TokenError> {
     let mut token = Cow::Borrowed(address::unwrapped(text));
     // `Authorization: Basic …` has three layers at most.
@@ -45,7 +45,7 @@ pub fn normal_token(text: &str) -> Result<Cow<'_, str>, TokenError> {
     if token.contains("://") {
         return Err(TokenError::Address);
     }
-    // Passwords, which have their user with them, may be in any language.
+    // Passwords, which come with their user name, may contain any character.
     let is_password = token.contains(':');
     if token.contains(address::is_invisible) || !(is_password || token.is_ascii()) {
         return Err(TokenError::Character);
@@ -53,11 +53,11 @@ pub fn normal_token(text: &str) -> Result<Cow<'_, str>, TokenError> {
     Ok(token)
 }
 
-/// What is in the outermost layer of a text, if it has one.
+/// Removes the outermost layer of a text, if it has one.
 fn inner(text: &str) -> Option<String> {
     let some = |text: &str| (!text.trim().is_empty()).then(|| text.trim().to_owned());
     if let Some((name, value)) = text.split_once('=').filter(|(name, _)| is_variable(name)) {
-        // Padding of a token that ends so is no value.
+        // Padding at the end of a token is not a value.
         return some(value).filter(|_| !name.is_empty() && !value.trim_matches('=').is_empty());
     }
     let word_end = text.find([':', ' ', '\t'])?;
@@ -80,7 +80,7 @@ fn inner(text: &str) -> Option<String> {
     }
 }
 
-/// Whether the text is the name of a variable that holds a token, as it is set in a shell.
+/// Whether the text is the name of a variable that contains a token, as set in a shell.
 fn is_variable(text: &str) -> bool {
     let lower = text.trim().to_ascii_lowercase();
     let name = ["export ", "set ", "$env:"].iter().find_map(|word| lower.strip_prefix(word)).unwrap_or(&lower).trim();
@@ -89,7 +89,7 @@ fn is_variable(text: &str) -> bool {
         && ["token", "pat", "key", "secret", "password"].iter().any(|end| name.ends_with(end))
 }
 
-/// User name and password with which git uses the token. A user's own name is kept where the token came as `user:token`.
+/// Returns the user name and password with which git uses the token. The name of a token that came as `user:token` is kept.
 pub(super) fn user_and_password<'t>(
     provider: ProviderType,
     token: &'t str,
@@ -97,13 +97,13 @@ pub(super) fn user_and_password<'t>(
 ) -> (&'t str, &'t str) {
     // None of the providers' tokens has a colon.
     let (given, password) = match token.split_once(':') {
-        // As curl wants it, as GitHub documented it for OAuth, and as Azure DevOps documents it.
+        // The form of curl, of GitHub's documentation for OAuth, and of Azure DevOps' documentation.
         Some((token, "" | "x-oauth-basic") | ("", token)) => (None, token),
         Some((user, token)) => (Some(user), token),
         None => (None, token),
     };
     let user = match (provider, given) {
-        // git at Bitbucket Cloud knows users by name, the API by e-mail address: this name is the one for API tokens of any user.
+        // git at Bitbucket Cloud identifies users by name, the API by e-mail address; this name is valid with API tokens of every user.
         (ProviderType::Bitbucket, Some(user)) if user.contains('@') => "x-bitbucket-api-token-auth",
         (_, Some(user)) => user,
         (ProviderType::Bitbucket, None) if password.starts_with("ATATT") => "x-bitbucket-api-token-auth",
@@ -111,7 +111,7 @@ pub(super) fn user_and_password<'t>(
         (ProviderType::Gitlab, None) if password.starts_with("glcbt-") => "gitlab-ci-token",
         (ProviderType::Gitlab, None) => "oauth2",
         (ProviderType::AzureDevops, None) if !organisation.is_empty() => organisation,
-        // These take the token as the password of any user.
+        // These providers accept the token as the password of any user name.
         _ => "x-access-token",
     };
     (user, password)

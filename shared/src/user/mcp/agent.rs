@@ -1,4 +1,4 @@
-//! MCP servers as agent servers get them.
+//! MCP servers in the form that agent servers receive.
 
 use std::fmt;
 
@@ -12,7 +12,7 @@ use super::{Servers, stored};
 #[derive(Clone, Default)]
 pub struct McpServers(Servers);
 
-/// Names alone: everything else may hold secrets.
+/// Shows only names, because everything else may contain secrets.
 impl fmt::Debug for McpServers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_set().entries(self.0.keys()).finish()
@@ -30,28 +30,28 @@ impl McpServers {
         Self(servers)
     }
 
-    /// The names of all servers, those that are switched off included.
+    /// The names of all servers, including disabled ones.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.0.keys().map(String::as_str)
     }
 
-    /// The servers that are switched on, in the one form that agent servers from 1.15 to 1.58 accept: flat, with headers instead
+    /// The enabled servers, in the one form that agent servers from 1.15 to 1.58 accept: flat, with headers instead
     /// of `auth`, without nulls, and with the timeout in whole milliseconds. A server that needs an OAuth token and has none is left
-    /// out: no header can stand for it, and agent servers of 1.15 end a conversation whose server refuses them.
+    /// out: it has no header to send, and agent servers of 1.15 end a conversation whose MCP server rejects them.
     #[must_use]
     pub fn for_agent(&self) -> Map<String, Value> {
         let described = |(name, server): (&String, &Value)| Some((name.clone(), described(server.as_object()?)?));
         self.0.iter().filter_map(described).collect()
     }
 
-    /// The names of the servers that are switched on, need an OAuth token and have none: [`Self::for_agent`] leaves them out.
+    /// The names of the enabled servers that need an OAuth token and have none, which [`Self::for_agent`] leaves out.
     pub fn without_token(&self) -> impl Iterator<Item = &str> {
         self.0.iter().filter(|(_, server)| server.as_object().is_some_and(lacks_token)).map(|(name, _)| name.as_str())
     }
 }
 
 /// The unit in which the MCP client of agent servers reads `timeout`, where it reads it at all: those of 1.15 and 1.58 ignore it, that
-/// of 1.49 gives a server with `timeout: 30` 30 ms to answer.
+/// of 1.49 gives a server with `timeout: 30` 30 ms to respond.
 fn milliseconds(seconds: f64) -> u32 {
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is clamped to the type's range")]
     let whole = (seconds * 1000.0).ceil().clamp(1.0, f64::from(u32::MAX)) as u32;

@@ -1,4 +1,4 @@
-//! Changes stored MCP servers, and makes sure that each is complete and keeps its secrets to itself.
+//! Changes stored MCP servers. It ensures that each server is complete and that its secrets are sent to no other endpoint.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -11,14 +11,14 @@ use super::{HTTP, SSE, STDIO, Servers, fields_of_strategy};
 use crate::http::pydantic::validation::Checker;
 use crate::http::secret::MASK;
 
-/// Fields of a server that runs as a process alone.
+/// Fields that only a server that runs as a process has.
 const OF_PROCESSES: [&str; 3] = ["args", "cwd", "env"];
-/// Fields of a server with a URL alone.
+/// Fields that only a server with a URL has.
 const OF_REMOTES: [&str; 3] = ["headers", "auth", "sse_read_timeout"];
 
 const SEND_AGAIN: &str = "The server's endpoint (its url, or its command, args and cwd) has changed, and a stored secret is not \
-                          sent to another endpoint: send this value again, or null to remove it";
-const NO_STORED_VALUE: &str = "A masked value stands for a stored one, and none is stored for this server. (A renamed server keeps \
+                          sent to another endpoint. Send this value again, or null to remove it";
+const NO_STORED_VALUE: &str = "A masked value refers to a stored one, but none is stored for this server. (A renamed server keeps \
                                its secrets only if its url, or its command, args and cwd, stay the same.) Send the value itself";
 
 /// Applies a merge patch to `next`. `stored` are the servers before the request.
@@ -40,7 +40,7 @@ pub(super) fn patched(check: &mut Checker, stored: &Servers, mut next: Servers, 
                 return complete_server(check, Some(base), &change, merged(base, &change));
             }
             let mut change = change.clone();
-            // A server that takes the place of a removed one with the same endpoint keeps its masked secrets.
+            // A server that replaces a removed one with the same endpoint keeps its masked secrets.
             if let Some(old) = removed.iter().find(|old| endpoint(old) == endpoint(&change)) {
                 unmask(&mut change, old);
             }
@@ -57,11 +57,11 @@ pub(super) fn patched(check: &mut Checker, stored: &Servers, mut next: Servers, 
     complete.then_some(next)
 }
 
-/// Settles how headers and `auth` of a patch act on a server: both can describe the same header.
+/// Resolves conflicts between the headers and `auth` of a patch, which can describe the same header.
 ///
 /// - `Authorization: Bearer X` becomes `auth`, as the reference stores it.
 /// - A header that the stored `auth` makes replaces that `auth`; null removes it, and `headers: null` as well.
-/// - A masked header that is stored, in either form, is left out of the patch: it is unchanged.
+/// - A masked header that is stored, in either form, is removed from the patch, because it is unchanged.
 /// - A header whose name differs from a stored one in case only replaces it.
 fn aligned(base: &Map<String, Value>, mut patch: Map<String, Value>) -> Map<String, Value> {
     let has_auth = patch.get("auth").is_some_and(|auth| !auth.is_null());
@@ -107,7 +107,7 @@ fn aligned(base: &Map<String, Value>, mut patch: Map<String, Value>) -> Map<Stri
     patch
 }
 
-/// Puts the secrets of a removed server where the patch of its successor has masks.
+/// Replaces the masks in the patch of a renamed server by the secrets of the removed one.
 fn unmask(patch: &mut Map<String, Value>, old: &Map<String, Value>) {
     let is_mask =
         |value: &Value| value == MASK || value.as_str().is_some_and(|text| text.strip_prefix("Bearer ") == Some(MASK));
@@ -149,7 +149,7 @@ fn unmask(patch: &mut Map<String, Value>, old: &Map<String, Value>) {
     }
 }
 
-/// The merge of RFC 7396, except that a masked text leaves a stored value as it is.
+/// Applies a merge patch (RFC 7396), except that a masked text leaves a stored value unchanged.
 fn merged(base: &Map<String, Value>, patch: &Map<String, Value>) -> Map<String, Value> {
     let mut merged_fields = base.clone();
     for (name, value) in patch {
@@ -178,7 +178,7 @@ fn merged(base: &Map<String, Value>, patch: &Map<String, Value>) -> Map<String, 
     merged_fields
 }
 
-/// Checks a server as a whole, and brings it into the form in which it is stored. `base` is the server that `patch` has changed.
+/// Checks a complete server, and converts it to its stored form. `base` is the server before the change by `patch`.
 fn complete_server(
     check: &mut Checker,
     base: Option<&Map<String, Value>>,
@@ -195,25 +195,31 @@ fn complete_server(
     let mut faults = Faults { check, clean: true };
     let (has_url, has_command) = (server.contains_key("url"), server.contains_key("command"));
     if has_url == has_command {
-        let text =
-            if has_url { "A server has a url or a command, not both" } else { "A server needs a url or a command" };
+        let text = if has_url {
+            "A server must have a url or a command, not both"
+        } else {
+            "A server must have a url or a command"
+        };
         faults.report(&[], text);
         return None;
     }
     let transport = server.get("transport").and_then(Value::as_str);
     if transport.is_some_and(|transport| (transport == "stdio") != has_command) {
-        faults.report(&["transport"], "A server with a command has the transport stdio, one with a url another");
+        faults.report(
+            &["transport"],
+            "A server with a command must have the transport stdio; one with a url must have another transport",
+        );
     }
     let foreign: &[&str] = if has_url { &OF_PROCESSES } else { &OF_REMOTES };
     for name in foreign.iter().filter(|name| server.contains_key(**name)) {
         let kind = if has_url { "a url" } else { "a command" };
-        faults.report(&[name], format!("A server with {kind} has no {name}: send null to remove it"));
+        faults.report(&[name], format!("A server with {kind} must not have {name}; send null to remove it"));
     }
     complete_auth(&mut faults, patch, &mut server);
     let mut lower: BTreeSet<String> = BTreeSet::new();
     for (name, _) in entries_of(&server, "headers") {
         if !lower.insert(name.to_ascii_lowercase()) {
-            faults.report(&["headers", name], "Another header has this name");
+            faults.report(&["headers", name], "Another header has the same name");
         }
     }
     let has_moved = base.is_some_and(|base| endpoint(base) != endpoint(&server));
@@ -229,7 +235,7 @@ fn complete_server(
     faults.clean.then_some(server)
 }
 
-/// Where faults of a server are reported, and whether there are any.
+/// Reports the faults of a server, and tracks whether there are any.
 struct Faults<'c> {
     check: &'c mut Checker,
     clean: bool,
@@ -248,18 +254,18 @@ impl Faults<'_> {
     }
 }
 
-/// Removes what another strategy has left in `auth`, and a header that it replaces; reports what it lacks.
+/// Removes fields of another strategy from `auth`, and a header that `auth` replaces; reports missing fields.
 fn complete_auth(faults: &mut Faults<'_>, patch: &Map<String, Value>, server: &mut Map<String, Value>) {
     let Some(Value::Object(auth)) = server.get_mut("auth") else { return };
     let Some(fields) = auth.get("strategy").and_then(Value::as_str).and_then(fields_of_strategy) else {
-        faults.report(&["auth", "strategy"], "It is missing");
+        faults.report(&["auth", "strategy"], "The strategy is missing");
         return;
     };
     auth.retain(|name, _| name == "strategy" || fields.contains(&name.as_str()));
     let sent = patch.get("auth").and_then(Value::as_object).into_iter().flatten();
     for (name, _) in sent.filter(|(name, value)| !value.is_null() && name.as_str() != "strategy") {
         if !fields.contains(&name.as_str()) {
-            faults.report(&["auth", name], "This strategy has no such field");
+            faults.report(&["auth", name], "This strategy does not have this field");
         }
     }
     for name in fields.iter().filter(|name| matches!(**name, "value" | "username" | "password" | "headers")) {
@@ -269,7 +275,7 @@ fn complete_auth(faults: &mut Faults<'_>, patch: &Map<String, Value>, server: &m
             _ => false,
         };
         if !is_there {
-            faults.report(&["auth", name], "It is missing, and no value is stored for it");
+            faults.report(&["auth", name], "The field is missing, and no value is stored for it");
         }
     }
     let made = header_names(auth);
@@ -335,8 +341,8 @@ pub(super) fn replaced(
             }
         }
     }
-    // Servers by name beside the lists: those that are in a list, too, are as the list has them, unless they differ from what
-    // is shown; those that fit into none stay.
+    // A body can contain servers by name next to the lists. A server that is also in a list has the list's values, unless it differs from
+    // what responses show; a server that fits into no list stays.
     let fits = |name: &str| listed.iter().any(|(listed, _)| *listed == name);
     let changes: Servers = named
         .iter()

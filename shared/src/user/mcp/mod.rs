@@ -1,9 +1,9 @@
-//! MCP servers in a user's settings: what clients send, what is stored, what is shown, and what an agent server gets.
+//! MCP servers in a user's settings: the forms that clients send, that are stored, that responses show, and that agent servers receive.
 //!
 //! Servers are stored by name, each as an object with the fields of the SDK's `MCPServer`. Clients send a merge patch of that map
 //! (RFC 7396), the same map inside `mcpServers`, or the three lists of older clients; see [`McpChange`]. A secret of a server
-//! stays valid only for the endpoint that it was given for: a change of the endpoint demands its secrets again, so that a stored
-//! secret never reaches another host or program.
+//! is valid only for the endpoint for which it was sent: after a change of the endpoint the client must send the secrets again, so that a
+//! stored secret never reaches another host or program.
 
 mod agent;
 mod change;

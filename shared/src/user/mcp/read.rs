@@ -11,16 +11,16 @@ use super::{FIELDS, HTTP, LISTS, SSE, STDIO, Servers, WRAPPER, fields_of_strateg
 use crate::http::pydantic::validation::{self, Checker, Fields, Loc};
 use crate::http::secret::{self, MASK};
 
-/// The most headers, or variables, of a server.
+/// The most headers, and the most variables, of a server.
 const MAX_ENTRIES: usize = 100;
 /// The most arguments of a command, and the most entries of a list of older clients.
 const MAX_LIST: usize = 1_000;
-/// Characters of a text that is not a secret.
+/// The longest text that is not a secret, in characters.
 const MAX_TEXT: usize = 10_000;
 /// The longest timeout, in seconds.
 const MAX_SECONDS: f64 = 86_400.0;
 
-/// Runs a reader whose reports must not quote what they are about.
+/// Runs a reader whose violations must not contain the input.
 pub(super) fn without_input<T>(check: &mut Checker, read: impl FnOnce(&mut Checker) -> Option<T>) -> Option<T> {
     fn report(check: &mut Checker, loc: &[Loc], violation: validation::Violation) {
         match loc {
@@ -71,7 +71,7 @@ pub(super) fn read_servers<'v>(
                 let most = secret::MAX_NAME;
                 check.report_value_error(
                     format_args!(
-                        "A server's name has 1 to {most} characters, no control characters, and is not a list's name"
+                        "A server's name must have 1 to {most} characters, none of them a control character, and must not be the name of a list"
                     ),
                     MASK.into(),
                 );
@@ -107,7 +107,7 @@ fn read_server(check: &mut Checker, given: &Map<String, Value>) -> Option<Map<St
             let read = read_field(check, name, value)?;
             match patch.get(field) {
                 Some(other) if *other != read => {
-                    check.report_value_error(format_args!("It contradicts {field}"), MASK.into());
+                    check.report_value_error(format_args!("Contradicts {field}; send only one of them"), MASK.into());
                     None
                 }
                 _ => Some(read),
@@ -163,26 +163,26 @@ fn read_url(check: &mut Checker, value: &Value) -> Option<String> {
     let url = url.trim();
     let parts = url.split_once("://").map(|(scheme, rest)| (scheme.to_ascii_lowercase(), rest));
     let read = parts.filter(|(scheme, rest)| {
-        // Parsers of the web skip slashes before a host, and characters that HTTP clients refuse.
+        // URL parsers skip slashes before a host, and characters that HTTP clients reject.
         matches!(scheme.as_str(), "http" | "https" | "ws" | "wss")
             && !rest.starts_with(['/', '\\'])
             && !url.contains(char::is_control)
             && Url::parse(url).is_ok_and(|url| url.has_host())
     });
     let Some((scheme, rest)) = read else {
-        check.report_value_error("URL must begin with http, https, ws or wss and name a host", MASK.into());
+        check.report_value_error("URL must start with http, https, ws or wss and contain a host", MASK.into());
         return None;
     };
-    // Agent servers compare the scheme as it is written.
+    // Agent servers compare the scheme case-sensitively.
     Some(format!("{scheme}://{rest}"))
 }
 
-/// A text that is not blank.
+/// Reads a text that is not blank.
 fn read_word(check: &mut Checker, value: &Value) -> Option<String> {
     let text = validation::string_up_to(MAX_TEXT, check, value)?;
     let word = text.trim();
     if word.is_empty() || word.contains('\0') {
-        check.report_value_error("It must not be blank, and has no null characters", MASK.into());
+        check.report_value_error("Must not be blank or contain null characters", MASK.into());
         return None;
     }
     Some(word.to_owned())
@@ -192,7 +192,7 @@ fn read_args(check: &mut Checker, value: &Value) -> Option<Vec<String>> {
     let args = validation::list(check, value, |check, arg| {
         let arg = validation::string_up_to(MAX_TEXT, check, arg)?;
         if arg.contains('\0') {
-            check.report_value_error("An argument has no null characters", MASK.into());
+            check.report_value_error("An argument must not contain null characters", MASK.into());
             return None;
         }
         Some(arg)
@@ -204,7 +204,7 @@ fn read_args(check: &mut Checker, value: &Value) -> Option<Vec<String>> {
     Some(args)
 }
 
-/// A number of seconds; whole ones as integers, which is what older agent servers demand.
+/// Reads a number of seconds. Whole numbers become integers, as older agent servers require.
 fn read_seconds(check: &mut Checker, value: &Value) -> Option<Number> {
     let seconds = validation::float(check, value)?;
     if !(seconds > 0.0 && seconds <= MAX_SECONDS) {
@@ -248,8 +248,10 @@ fn read_entries(
 fn read_variable(check: &mut Checker, name: &str, value: &Value) -> Option<String> {
     let value = secret::value(check, value)?;
     if name.is_empty() || name.len() > secret::MAX_NAME || name.contains(['=', '\0']) || value.contains('\0') {
-        check
-            .report_value_error("A variable needs a name, without =, and a value without null characters", MASK.into());
+        check.report_value_error(
+            "A variable must have a name without =, and a value without null characters",
+            MASK.into(),
+        );
         return None;
     }
     Some(value.to_owned())
@@ -257,17 +259,17 @@ fn read_variable(check: &mut Checker, name: &str, value: &Value) -> Option<Strin
 
 fn read_header(check: &mut Checker, name: &str, value: &Value) -> Option<String> {
     if name.len() > secret::MAX_NAME || HeaderName::from_bytes(name.as_bytes()).is_err() {
-        check.report_value_error("This is not the name of an HTTP header", MASK.into());
+        check.report_value_error("Not a valid name of an HTTP header", MASK.into());
         return None;
     }
     read_header_value(check, value)
 }
 
-/// A secret that is sent in a header. Blanks around it are not part of it.
+/// Reads a secret that is sent in a header, without the blanks around it.
 fn read_header_value(check: &mut Checker, value: &Value) -> Option<String> {
     let value = secret::value(check, value)?.trim();
     if !value.is_ascii() || HeaderValue::from_str(value).is_err() {
-        check.report_value_error("A header's value has printable ASCII characters only", MASK.into());
+        check.report_value_error("A header's value must contain only printable ASCII characters", MASK.into());
         return None;
     }
     Some(value.to_owned())
@@ -303,7 +305,7 @@ fn read_auth(check: &mut Checker, value: &Value) -> Option<Value> {
             ("username" | "password", value) => {
                 let text = secret::value(check, value)?;
                 if name == "username" && text.contains(':') {
-                    check.report_value_error("A username has no colon: it ends there", MASK.into());
+                    check.report_value_error("A username must not contain a colon", MASK.into());
                     return None;
                 }
                 Some(text.into())
@@ -359,7 +361,7 @@ pub(super) fn read_list(
                 if let Some(name) = read.as_ref().and_then(|read| read["name"].as_str())
                     && !names.insert(name.to_owned())
                 {
-                    check.report_value_error("Another server has this name", MASK.into());
+                    check.report_value_error("Another server has the same name", MASK.into());
                 }
                 read
             })
@@ -368,18 +370,18 @@ pub(super) fn read_list(
     read.into_iter().collect()
 }
 
-/// Reports fields of a server that an entry of a list cannot hold: without them it would not work, and not say why.
+/// Reports fields of a server that an entry of a list does not support: without them the server would fail for no visible reason.
 fn report_lost(check: &mut Checker, server: &Value, held: &[&str]) {
     let lost =
         FIELDS.iter().filter(|name| !held.contains(name) && !matches!(**name, "transport" | "description" | "icon"));
     for name in lost {
         let value = server.get(*name).unwrap_or(&Value::Null);
         let is_empty = value.as_array().is_some_and(Vec::is_empty) || value.as_object().is_some_and(Map::is_empty);
-        // What is switched on needs no word.
+        // `enabled: true` is the default and loses nothing.
         if !(value.is_null() || is_empty || *value == true || *value == "") {
             check.within(*name, |check| {
                 check.report_value_error(
-                    "The lists hold no such field: send the server by its name, in a map",
+                    "The lists do not support this field; send the server by its name, in a map",
                     MASK.into(),
                 );
             });
@@ -387,7 +389,7 @@ fn report_lost(check: &mut Checker, server: &Value, held: &[&str]) {
     }
 }
 
-/// Arguments in one text, which older clients' forms send: split as a shell would.
+/// Splits arguments in one text, which the forms of older clients send, as a shell does.
 fn read_words(check: &mut Checker, line: &str) -> Option<Vec<String>> {
     let Some(words) = super::words::split(line) else {
         check.report_value_error("The arguments end within a quote or after a backslash", MASK.into());
@@ -396,7 +398,7 @@ fn read_words(check: &mut Checker, line: &str) -> Option<Vec<String>> {
     read_args(check, &words.into())
 }
 
-/// Variables in one text, which older clients' forms send: `A=b,C=d`.
+/// Reads variables in one text, which the forms of older clients send: `A=b,C=d`.
 fn read_pairs(check: &mut Checker, pairs: &str) -> Option<Value> {
     let pairs = pairs.split(',').map(str::trim).filter(|pair| !pair.is_empty());
     let read: Option<Map<String, Value>> = pairs
@@ -410,12 +412,15 @@ fn read_pairs(check: &mut Checker, pairs: &str) -> Option<Value> {
         })
         .collect();
     if read.is_none() {
-        check.report_value_error("Variables in one text are NAME=value, separated by commas", MASK.into());
+        check.report_value_error(
+            "Variables in one text must be written as NAME=value, separated by commas",
+            MASK.into(),
+        );
     }
     read.map(Value::Object)
 }
 
-/// `{"url", "api_key"?, "timeout"?}`, or the URL alone. What is absent stays absent.
+/// Reads `{"url", "api_key"?, "timeout"?}`, or only the URL. Absent fields stay absent.
 fn read_listed_url(check: &mut Checker, list: &str, server: &Value) -> Option<Value> {
     let server = match server {
         Value::String(url) => &json!({"url": url}),
@@ -448,7 +453,7 @@ fn read_listed_url(check: &mut Checker, list: &str, server: &Value) -> Option<Va
     Some(read)
 }
 
-/// `{"name", "command", "args"?, "env"?}`.
+/// Reads `{"name", "command", "args"?, "env"?}`.
 fn read_listed_process(check: &mut Checker, server: &Value) -> Option<Value> {
     let fields = Fields::of(check, server)?;
     report_lost(check, server, &["command", "args", "env"]);
@@ -456,7 +461,10 @@ fn read_listed_process(check: &mut Checker, server: &Value) -> Option<Value> {
         let name = validation::string_up_to(secret::MAX_NAME, check, value)?;
         let name = name.trim();
         if !is_listed_name(name) {
-            check.report_value_error("Server names are made of letters, digits, hyphens and underscores", MASK.into());
+            check.report_value_error(
+                "A server's name must contain only letters, digits, hyphens and underscores",
+                MASK.into(),
+            );
             return None;
         }
         Some(name.to_owned())
@@ -464,7 +472,7 @@ fn read_listed_process(check: &mut Checker, server: &Value) -> Option<Value> {
     let command = fields.required(check, "command", |check, value| {
         let command = read_word(check, value)?;
         if command.contains(char::is_whitespace) {
-            check.report_value_error("A command is a single word; its arguments belong into args", MASK.into());
+            check.report_value_error("A command must be a single word; put its arguments into args", MASK.into());
             return None;
         }
         Some(command)

@@ -1,10 +1,10 @@
-//! The parts of a stored MCP server: its endpoint, its secrets, and the headers that its credentials make.
+//! The parts of a stored MCP server: its endpoint, its secrets, and the headers made from its credentials.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Map, Value};
 
-/// Keys of OAuth settings that hold no secret.
+/// Keys of OAuth settings that contain no secret.
 const PUBLIC_OAUTH: [&str; 5] = ["type", "client_auth_method", "scopes", "client_id", "client_name"];
 
 pub(super) fn at<'v>(fields: &'v Map<String, Value>, place: &[&str]) -> Option<&'v Value> {
@@ -26,14 +26,14 @@ pub(super) fn entries_of<'v>(
     server.get(name).and_then(Value::as_object).into_iter().flatten()
 }
 
-/// What a server's secrets are for: its URL, or its command with arguments and folder.
+/// The endpoint to which a server's secrets belong: its URL, or its command with arguments and folder.
 pub(super) fn endpoint(server: &Map<String, Value>) -> [Option<&Value>; 4] {
     let args = server.get("args").filter(|args| args.as_array().is_some_and(|args| !args.is_empty()));
     let given = |name| server.get(name).filter(|value| !value.is_null());
     [given("url"), given("command"), args, given("cwd")]
 }
 
-/// Every secret of a server, with its place.
+/// Every secret of a server, with its path.
 pub(super) fn secret_places(server: &Map<String, Value>) -> Vec<(Vec<String>, &Value)> {
     fn collect<'v>(place: &[String], value: &'v Value, found: &mut Vec<(Vec<String>, &'v Value)>) {
         let mut below = |step: String, value: &'v Value| collect(&[place, &[step]].concat(), value, found);
@@ -50,7 +50,7 @@ pub(super) fn secret_places(server: &Map<String, Value>) -> Vec<(Vec<String>, &V
             collect(&[name.to_owned()], value, &mut found);
         }
     }
-    // Stored by an earlier version, and not understood.
+    // Stored by an earlier version in an unknown form.
     if let Some(auth @ Value::String(_)) = server.get("auth") {
         found.push((vec!["auth".to_owned()], auth));
     }
@@ -69,7 +69,7 @@ pub(super) fn secret_places(server: &Map<String, Value>) -> Vec<(Vec<String>, &V
     found
 }
 
-/// Names of the headers that `auth` makes.
+/// The names of the headers made from `auth`.
 pub(super) fn header_names(auth: &Map<String, Value>) -> Vec<String> {
     match auth.get("strategy").and_then(Value::as_str) {
         Some("api_key") => {
@@ -82,7 +82,7 @@ pub(super) fn header_names(auth: &Map<String, Value>) -> Vec<String> {
     }
 }
 
-/// The headers that `auth` makes; `None` where it cannot make them yet, as OAuth without a token.
+/// The headers made from `auth`; `None` if `auth` is incomplete, such as OAuth without a token.
 pub(super) fn auth_headers(auth: &Map<String, Value>) -> Option<Vec<(String, String)>> {
     let text = |name: &str| auth.get(name).and_then(Value::as_str);
     let authorization = |value: String| vec![("Authorization".to_owned(), value)];
@@ -108,7 +108,7 @@ pub(super) fn auth_headers(auth: &Map<String, Value>) -> Option<Vec<(String, Str
     }
 }
 
-/// Seconds, rounded up to whole ones.
+/// Rounds seconds up.
 pub(super) fn whole_seconds(seconds: f64) -> u32 {
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is clamped to the type's range")]
     let whole = seconds.ceil().clamp(1.0, f64::from(u32::MAX)) as u32;

@@ -1,4 +1,4 @@
-//! MCP servers as answers show them.
+//! MCP servers as responses show them.
 
 use serde_json::{Map, Value, json};
 
@@ -7,7 +7,7 @@ use super::server::{auth_of, entries_of, secret_places};
 use super::{FIELDS, HTTP, LISTS, SSE, STDIO, Servers};
 use crate::http::secret::MASK;
 
-/// The servers by name as answers show them; secrets in clear only with `expose`.
+/// The servers by name as responses show them; secrets are in clear only with `expose`.
 #[must_use]
 pub fn shown(servers: &Servers, expose: bool) -> Map<String, Value> {
     servers.iter().map(|(name, server)| (name.clone(), shown_server(server, expose))).collect()
@@ -32,8 +32,8 @@ pub(super) fn shown_server(server: &Value, expose: bool) -> Value {
     shown
 }
 
-/// The servers as the field `mcp_config` shows them: in the lists of older clients as far as they fit, and all of them by name
-/// beside the lists. Null when there are none.
+/// The servers as the field `mcp_config` shows them: in the lists of older clients if they fit there, and all of them by name next to the
+/// lists. Null when there are none.
 #[must_use]
 pub fn shown_with_lists(servers: &Servers, expose: bool) -> Value {
     if servers.is_empty() {
@@ -51,7 +51,7 @@ pub fn shown_with_lists(servers: &Servers, expose: bool) -> Value {
     Value::Object(all)
 }
 
-/// A server as an entry of an older client's list, if it fits into one: it then works the same.
+/// A server as an entry of a list of older clients, if a list supports all its fields.
 pub(super) fn listed(name: &str, server: &Value, expose: bool) -> Option<(&'static str, Value)> {
     let server = server.as_object()?;
     let hidden = |value: &Value| if expose { value.clone() } else { MASK.into() };

@@ -1,9 +1,9 @@
 //! Splits a line into words as a POSIX shell does, without expansions and comments.
 
-/// The words of a line; `None` where it ends within a quote or after a backslash.
+/// Splits a line into words; `None` if it ends within a quote or after a backslash.
 pub(super) fn split(line: &str) -> Option<Vec<String>> {
     let mut words = Vec::new();
-    // A word that is quoted may be empty.
+    // A quoted word may be empty.
     let mut word: Option<String> = None;
     let mut rest = line.chars();
     while let Some(letter) = rest.next() {
