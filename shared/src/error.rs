@@ -1,4 +1,4 @@
-//! What can go wrong, told apart by what happened, not by HTTP status: `http::response` maps it once, at the edge.
+//! The errors of this crate, by what happened and not by HTTP status. `http::response` maps them to responses, in one place.
 
 use std::fmt;
 
@@ -7,37 +7,37 @@ use crate::http::pydantic::validation::Violation;
 /// The result of everything that can fail in this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What happened. Each variant's message is for the caller; context for the log is kept apart and never shown.
+/// A failure. Each variant's message is for the caller. Context for the log is separate, and callers never see it.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The request does not fit its model: every violation, in the order of the fields.
+    /// The request is not valid: every violation, in the order of the fields.
     #[error("the request is not valid")]
     Invalid(Vec<Violation>),
-    /// The request is well-formed, but asks for something that cannot be; the text says what.
+    /// The request is well-formed, but cannot be fulfilled; the message says why.
     #[error("{0}")]
     Refused(String),
-    /// The caller did not say who they are, or not credibly.
+    /// The caller's credentials are missing or not valid.
     #[error("{0}")]
     Unauthenticated(String),
-    /// The caller is known, and may not do this.
+    /// The caller is authenticated, but not permitted to do this.
     #[error("{0}")]
     Forbidden(String),
-    /// No such thing, or not the caller's: the two are not told apart.
+    /// The resource does not exist, or belongs to another user. Callers cannot distinguish the two.
     #[error("{0}")]
     NotFound(String),
-    /// It cannot be done in the state that things are in; the text says what would change that.
+    /// The current state does not allow it; the message says what would change that.
     #[error("{0}")]
     Conflict(String),
-    /// It was there, and will not be again.
+    /// The resource existed, and will not exist again.
     #[error("{0}")]
     Gone(String),
-    /// There are too many of these already.
+    /// A limit on the number of such resources is reached.
     #[error("{0}")]
     TooMany(String),
-    /// What it needs does not work now.
+    /// Something that the request needs does not work at the moment.
     #[error("{0}")]
     Unavailable(String),
-    /// The request is larger than is accepted.
+    /// The request is too large.
     #[error("{0}")]
     TooLarge(String),
     /// The store, the bucket or the queue failed.
@@ -46,12 +46,12 @@ pub enum Error {
     /// Another service that this one needs (an agent server, a sandbox provider) failed.
     #[error("{message}")]
     Upstream {
-        /// For the caller: which service and, in general terms, what.
+        /// For the caller: the service, and what failed in general terms.
         message: String,
         /// For the log.
         context: String,
     },
-    /// A fault of our own.
+    /// A defect of this server.
     #[error("Internal Server Error")]
     Internal {
         /// For the log.
@@ -60,13 +60,13 @@ pub enum Error {
 }
 
 impl Error {
-    /// A fault of our own, with context for the log.
+    /// A defect of this server, with context for the log.
     pub fn internal(context: impl fmt::Display) -> Self {
         Self::Internal { context: context.to_string() }
     }
 
-    /// Whose fault a failed request is. An upstream service is in most cases the user's own sandbox, and what is unavailable
-    /// for a while (an export that is being built) is so by design.
+    /// Who can remedy the failure of a request. An upstream service is in most cases the user's own sandbox, and something that is
+    /// unavailable for a while (an export that is being built) is so by design.
     #[must_use]
     pub fn fault(&self) -> Fault {
         match self {
@@ -75,12 +75,12 @@ impl Error {
         }
     }
 
-    /// What the log should hold: the context where there is one, else the message.
+    /// The text for the log: the context where there is one, else the message.
     #[must_use]
     pub fn context(&self) -> String {
         match self {
             Self::Internal { context } | Self::Upstream { context, .. } => context.clone(),
-            Self::Store(error) => error.context.clone(),
+            Self::Store(error) => error.context().to_owned(),
             other => other.to_string(),
         }
     }
@@ -89,7 +89,7 @@ impl Error {
 /// Who can remedy a failure. The log says it, so that alarms leave out what callers can cause by themselves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// The user, or what belongs to them: their request, their settings, their repository, their sandbox.
+    /// The user: their request, settings, repository or sandbox is the cause.
     User,
     /// The operator of this server.
     Server,
@@ -106,23 +106,78 @@ impl Fault {
     }
 }
 
-/// A failed call to DynamoDB, S3 or SQS.
-#[derive(Debug)]
+/// A failed call to DynamoDB, S3, SQS or KMS.
+///
+/// No kind says that a write certainly did not happen: the SDK repeats calls, so an earlier attempt may have succeeded although the
+/// last one was refused. Writes are therefore safe to repeat, and a create that fails is looked up (`dynamo::unless_written`).
+#[derive(Debug, thiserror::Error)]
+#[error("The store is not available right now")]
 pub struct StoreError {
-    /// The call that failed, e.g. `PutItem start-tasks`.
-    pub operation: &'static str,
-    /// For the log.
-    pub context: String,
-    /// Whether a condition of the write did not hold.
-    pub condition_failed: bool,
-    /// Whether the write certainly did not happen. When false it may or may not have.
-    pub certainly_not_written: bool,
+    kind: StoreErrorKind,
+    context: String,
+    #[source]
+    source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
-impl fmt::Display for StoreError {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(out, "The store is not available right now")
+/// What a failed call means for its caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StoreErrorKind {
+    /// A condition of the write does not hold. Repeating it does not help.
+    ConditionFailed,
+    /// The table or the account is over its capacity. It may be repeated after a pause.
+    Throttled,
+    /// Another write of the same item was under way. It may be repeated after a pause.
+    Conflict,
+    /// Everything else, such as a lost response, a missing permission or a failed disk.
+    Other,
+}
+
+impl StoreError {
+    /// An error with its context for the log: the call that failed, and what is known of the reason.
+    #[must_use]
+    pub fn new(kind: StoreErrorKind, context: impl Into<String>) -> Self {
+        Self { kind, context: context.into(), source: None }
+    }
+
+    /// Keeps the error that caused this one.
+    #[must_use]
+    pub fn with_source(self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Self { source: Some(Box::new(source)), ..self }
+    }
+
+    /// The same error, of another kind.
+    #[must_use]
+    pub fn with_kind(self, kind: StoreErrorKind) -> Self {
+        Self { kind, ..self }
+    }
+
+    /// What the failure means for the caller.
+    #[must_use]
+    pub fn kind(&self) -> StoreErrorKind {
+        self.kind
+    }
+
+    /// For the log: the call that failed and the reason, down to the first cause.
+    #[must_use]
+    pub fn context(&self) -> &str {
+        &self.context
     }
 }
 
-impl std::error::Error for StoreError {}
+#[cfg(test)]
+mod tests {
+    use std::error::Error as _;
+
+    use super::*;
+
+    #[test]
+    fn a_store_error_keeps_its_source_and_hides_it_from_callers() {
+        let cause = std::io::Error::other("connection reset");
+        let store = StoreError::new(StoreErrorKind::Other, "GetItem users: connection reset").with_source(cause);
+        let error = Error::from(store.with_kind(StoreErrorKind::Throttled));
+        assert_eq!(error.to_string(), "The store is not available right now");
+        assert_eq!(error.context(), "GetItem users: connection reset");
+        let store = error.source().expect("the store's error");
+        assert_eq!(store.source().expect("its cause").to_string(), "connection reset");
+    }
+}

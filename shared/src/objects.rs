@@ -9,7 +9,7 @@ use aws_sdk_s3::operation::get_object::GetObjectOutput;
 use aws_sdk_s3::operation::head_object::HeadObjectOutput;
 
 use crate::dynamo::store_error;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, StoreError, StoreErrorKind};
 
 /// Opens an object; `None` when it is missing. The body is not read yet.
 ///
@@ -55,12 +55,7 @@ pub fn length(object: &GetObjectOutput) -> u64 {
 
 /// The error for a body that ended early.
 pub fn interrupted(operation: &'static str, error: &impl std::fmt::Display) -> Error {
-    Error::Store(crate::error::StoreError {
-        operation,
-        context: format!("{operation}: the body was interrupted: {error}"),
-        condition_failed: false,
-        certainly_not_written: true,
-    })
+    StoreError::new(StoreErrorKind::Other, format!("{operation}: the body was interrupted: {error}")).into()
 }
 
 fn present<T, E>(answer: Result<T, SdkError<E>>, key: &str, operation: &'static str) -> Result<Option<T>>

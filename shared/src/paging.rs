@@ -31,14 +31,14 @@ pub struct Bounds {
     pub rows: usize,
     /// Rows to evaluate.
     pub evaluated: usize,
-    /// Bytes of the rows as they show, see [`crate::http::page`].
+    /// Bytes of the rows in a response, see [`crate::http::page`].
     pub bytes: u64,
     /// Time to read for.
     pub time: Duration,
 }
 
 impl Bounds {
-    /// The usual bounds of a page with at most `rows` rows.
+    /// The default bounds of a page with at most `rows` rows.
     #[must_use]
     pub fn of_page(rows: usize) -> Self {
         Self { rows, evaluated: MAX_EVALUATED, bytes: PAGE_SIZE, time: PAGE_BUDGET }
@@ -47,10 +47,10 @@ impl Bounds {
 
 /// Reads a page.
 ///
-/// `query` makes the query without limit and start; `is_filtered` says whether rows that it reads may not match. `read`
-/// returns a row and its size in the answer, `after` the place of a row in the list, from the row or from its keys.
+/// `query` makes the query, without its limit and start. `is_filtered` says whether it evaluates rows that do not match. `read`
+/// returns a row and its size in the response; `after` returns the position of a row in the list, from the row or from its keys.
 ///
-/// Returns the rows, and the place after which the next page starts, if there may be one.
+/// Returns the rows, and the position after which the next page starts if there may be one.
 ///
 /// # Errors
 /// [`Error::Store`], and what `read` and `after` return.
@@ -81,14 +81,14 @@ pub async fn page<T, A>(
             if rows.len() == bounds.rows {
                 return Ok((rows, last));
             }
-            let place = after(&item)?;
+            let position = after(&item)?;
             let (row, size) = read(item)?;
             // The first row is always part of the page, so that every page makes progress.
             if !rows.is_empty() && bytes + size > bounds.bytes {
                 return Ok((rows, last));
             }
             bytes += size;
-            last = Some(place);
+            last = Some(position);
             rows.push(row);
         }
         let Some(key) = answer.last_evaluated_key else { return Ok((rows, None)) };
@@ -104,7 +104,7 @@ pub async fn page<T, A>(
     }
 }
 
-/// Counts the rows that match a query. `too_many` is the error's text when that takes longer than a request may.
+/// Counts the rows that match a query. `too_many` is the error's message when counting takes longer than a request may take.
 ///
 /// # Errors
 /// [`Error::Store`]; [`Error::Refused`] when there are too many rows to evaluate in one request.
@@ -112,7 +112,7 @@ pub async fn count(operation: &'static str, query: QueryFluentBuilder, too_many:
     count_within(COUNT_BUDGET, operation, query, too_many).await
 }
 
-/// The same within a budget of the caller's.
+/// As [`count`], within a time budget that the caller sets.
 ///
 /// # Errors
 /// See [`count`].

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use axum::response::IntoResponse as _;
 use serde_json::{Value, json};
-use shared::error::{Error, StoreError};
+use shared::error::{Error, StoreError, StoreErrorKind};
 use shared::start::task::StartStatus;
 use tracing::subscriber::DefaultGuard;
 use uuid::Uuid;
@@ -361,12 +361,7 @@ async fn a_failed_start_counts_only_if_it_is_the_servers_fault() {
 #[test]
 fn a_failed_request_counts_only_if_it_is_the_servers_fault() {
     let (log, _logging) = Log::begin();
-    let store = StoreError {
-        operation: "PutItem",
-        context: "the store".to_owned(),
-        condition_failed: false,
-        certainly_not_written: true,
-    };
+    let store = StoreError::new(StoreErrorKind::Other, "PutItem: the store");
     let cases = [
         (Error::Store(store), 503, 1),
         (Error::internal("a bug"), 500, 1),

@@ -33,6 +33,7 @@ mod ingest;
 mod lambda;
 mod limits;
 mod local_access;
+mod lost_responses;
 mod mcp_probe;
 mod openapi;
 mod pending_messages;

@@ -98,7 +98,8 @@ async fn settings_are_stored_merged_masked_and_used() {
 /// What is stored of the MCP servers, in clear.
 async fn stored_servers(api: &Api, user: &UserId) -> Value {
     let document = store(api).document(user).await.expect("an answer").expect("settings");
-    document.shown(true)["agent_settings"]["mcp_config"].clone()
+    let shown = serde_json::to_value(document.show_user(user, true)).expect("JSON");
+    shown["agent_settings"]["mcp_config"].clone()
 }
 
 /// The places of the violations, below `mcp_config`.

@@ -79,7 +79,7 @@ fn final_text(message: &str) -> String {
         quoted.push('…');
     }
     format!(
-        "This is a demo: a script wrote this answer, without a language model. Your message was: “{quoted}”\n\n\
+        "This is a demo: a script wrote this answer, without a language model. You said: “{quoted}”\n\n\
          The rest is real. Your conversation runs in its own sandbox with an agent server, and the agent just ran a command \
          there that wrote hello.txt. (The script runs the same command for every message.) You can rename this conversation, \
          download it, pause its sandbox and delete it, as with a model.\n\n\

@@ -12,7 +12,8 @@ use super::ConversationRecord;
 use super::store::{ConversationStore, IMPORT_LIMIT};
 use crate::agent_server::Failure;
 use crate::clock::Time;
-use crate::error::{Error, Result, StoreError};
+use crate::dynamo::Backoff;
+use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::event::store::EventStore;
 use crate::export::store::ExportStore;
 use crate::http_client::HttpClient;
@@ -28,6 +29,9 @@ const FORGOTTEN_AFTER: Duration = Duration::from_secs(2);
 
 /// How long the sweep leaves a deletion to the worker that looks at it: longer than an invocation can be.
 const TURN: Duration = Duration::from_secs(180);
+
+/// How often a deletion is repeated while sub-conversations are added or removed.
+const DELETE: Backoff = Backoff { first: Duration::from_millis(20), longest: Duration::from_millis(160), attempts: 5 };
 
 /// How long an agent server may take to end a conversation.
 const AGENT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -46,10 +50,10 @@ impl Deleter {
     /// belongs to them is removed later. False when there is no such conversation.
     ///
     /// # Errors
-    /// [`Error::Store`]; sub-conversations may be gone then.
+    /// [`crate::Error::Store`]; sub-conversations may be gone then.
     pub async fn delete(&self, user: &UserId, id: Uuid) -> Result<bool> {
-        const ATTEMPTS: usize = 5;
-        for _ in 0..ATTEMPTS {
+        let mut attempts = DELETE.start();
+        while attempts.next().await {
             let family = self.conversations.family(user, id).await?;
             if family.is_empty() {
                 return Ok(false);
@@ -58,12 +62,8 @@ impl Deleter {
                 return Ok(true);
             }
         }
-        Err(Error::Store(StoreError {
-            operation: "TransactWriteItems conversations",
-            context: format!("the conversation {id} and its sub-conversations kept changing while being deleted"),
-            condition_failed: false,
-            certainly_not_written: false,
-        }))
+        let context = format!("the conversation {id} and its sub-conversations kept changing while being deleted");
+        Err(StoreError::new(StoreErrorKind::Conflict, context).into())
     }
 
     /// The first of the family last: as long as it is there, the deletion can be asked for again.
@@ -113,7 +113,7 @@ impl Deletion {
     /// Removes what belongs to a conversation that is being deleted, and then its record. Nothing happens when there is none.
     ///
     /// # Errors
-    /// [`Error::Store`] or [`Error::Upstream`]: something is left, and the sweep rings again.
+    /// [`crate::Error::Store`] or [`crate::Error::Upstream`]: something is left, and the sweep rings again.
     pub async fn finish(&self, user: &UserId, id: Uuid) -> Result<()> {
         let conversations = &self.deleter.conversations;
         let Some(record) = conversations.take_deletion(user, id, Time::now().plus(TURN)).await? else { return Ok(()) };
@@ -135,7 +135,7 @@ impl Deletion {
     /// Rings for deletions that nobody looks after, of all users. Answers how many there were.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// [`crate::Error::Store`].
     pub async fn sweep(&self) -> Result<usize> {
         sweep(&self.deleter.conversations.deletions(), &self.deleter.queue, |row| Job::DeleteConversation {
             user: row.user.clone(),

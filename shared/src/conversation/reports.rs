@@ -4,20 +4,19 @@
 //! A conversation that is known only from its agent server's reports gets a *stub*: a record like any other, which the start of
 //! the conversation, if there is one, completes with the values of its request.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
-use aws_sdk_dynamodb::types::{AttributeValue, TransactWriteItem, Update};
+use aws_sdk_dynamodb::types::{AttributeValue, TransactWriteItem};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::store::{ALIVE, ConversationStore, item, key, searchable, sort_value};
+use super::store::{ConversationStore, is_alive, item, key, searchable, updated_now};
 use super::tags::Tags;
 use super::{ConversationRecord, MetricsSnapshot, TokenUsage, within_max_name};
 use crate::clock::Time;
-use crate::dynamo::{Item, from_item, is_condition_failure, store_error, text, transact};
-use crate::error::{Error, Result};
+use crate::dynamo::{Condition, Item, Update, from_item, text, to_item, transact};
+use crate::error::Result;
 use crate::id;
 use crate::start::request::EventCallbackProcessor;
 use crate::user::UserId;
@@ -208,18 +207,9 @@ impl ConversationStore {
     /// Looks up a conversation with a strongly consistent read.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// [`crate::Error::Store`].
     pub async fn lookup(&self, user: &UserId, id: Uuid) -> Result<Lookup> {
-        let found = self
-            .dynamodb
-            .get_item()
-            .table_name(&self.table)
-            .set_key(Some(key(user, id)))
-            .consistent_read(true)
-            .send()
-            .await
-            .map_err(store_error("GetItem conversations"))?;
-        let Some(item) = found.item else { return Ok(Lookup::Absent) };
+        let Some(item) = self.table.get(key(user, id)).await? else { return Ok(Lookup::Absent) };
         if item.contains_key("deleting_since") {
             return Ok(Lookup::Deleting);
         }
@@ -237,7 +227,7 @@ impl ConversationStore {
     /// Adds a stub whose metrics, model and tags are those of a snapshot with this `updated_at`. False when the id is taken.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// [`crate::Error::Store`].
     pub async fn put_stub(&self, record: &ConversationRecord, reported_at: &str) -> Result<bool> {
         let at = Some(reported_at.to_owned());
         let internal = InternalAttributes {
@@ -247,17 +237,14 @@ impl ConversationStore {
             tags_snapshot_at: at,
             ..InternalAttributes::default()
         };
-        match transact(&self.dynamodb, self.put_with(record, &internal)?, "TransactWriteItems conversations").await {
-            Ok(()) => Ok(true),
-            Err(error) if is_condition_failure(&error) => Ok(false),
-            Err(error) => Err(error),
-        }
+        let writes = self.put_with(record, &internal)?;
+        Ok(transact(&self.table.client, writes, "TransactWriteItems conversations").await?.is_written())
     }
 
     /// The writes with which a start records its conversation, for a transaction; they fail where the id is taken.
     ///
     /// # Errors
-    /// [`Error::Internal`] when the record has no form as an item.
+    /// [`crate::Error::Internal`] when the record has no form as an item.
     pub fn put_started(
         &self,
         record: &ConversationRecord,
@@ -271,7 +258,7 @@ impl ConversationStore {
     /// more, or has another title than when it was read.
     ///
     /// # Errors
-    /// [`Error::Internal`] when the record has no form as an item.
+    /// [`crate::Error::Internal`] when the record has no form as an item.
     pub fn complete_stub(
         &self,
         stub: &StoredConversation,
@@ -285,46 +272,27 @@ impl ConversationStore {
             record.title.clone_from(&stub.record.title);
         }
         let mut set = item(&record)?;
-        set.extend(crate::dynamo::to_item(&InternalAttributes {
-            processors: processors.to_vec(),
-            ..InternalAttributes::default()
-        })?);
+        set.extend(to_item(&InternalAttributes { processors: processors.to_vec(), ..InternalAttributes::default() })?);
         for kept in ["user", "id", "metrics", "tags"] {
             set.remove(kept);
         }
         if stub.is_model_reported {
             set.remove("llm_model");
         }
-        let mut update = Update::builder().table_name(&self.table).set_key(Some(key(&record.user, record.id)));
-        let mut sets = Vec::with_capacity(set.len());
-        for (index, (name, value)) in set.into_iter().enumerate() {
-            sets.push(format!("#s{index} = :s{index}"));
-            update = update
-                .expression_attribute_names(format!("#s{index}"), name)
-                .expression_attribute_values(format!(":s{index}"), value);
-        }
-        let mut remove = "stub".to_owned();
+        let mut update = Update::new()
+            .set_all(set)
+            .remove("stub")
+            .condition(is_alive())
+            .condition(Condition::equal("stub", AttributeValue::Bool(true)))
+            .condition(Condition::unchanged("title", stub.record.title.as_ref().map(text)));
         if record.parent_conversation_id.is_some() {
-            remove += ", top_level_user";
+            update = update.remove("top_level_user");
         }
-        let title = match &stub.record.title {
-            Some(title) => {
-                update = update.expression_attribute_values(":title", text(title));
-                "title = :title"
-            }
-            None => "attribute_not_exists(title)",
-        };
-        let update = update
-            .update_expression(format!("SET {} REMOVE {remove}", sets.join(", ")))
-            .condition_expression(format!("{ALIVE} AND stub = :true AND {title}"))
-            .expression_attribute_values(":true", AttributeValue::Bool(true))
-            .build()
-            .map_err(Error::internal)?;
-        let mut writes = vec![TransactWriteItem::builder().update(update).build()];
+        let mut writes = vec![update.in_transaction(&self.table.name, key(&record.user, record.id))?];
         if record.parent_conversation_id.is_some() {
             // It was counted as one without a parent.
             let changes = [(Counter::TopLevelConversations, -1)];
-            writes.push(counters::add(&self.users_table, &record.user, &changes)?);
+            writes.push(counters::add(&self.users, &record.user, &changes)?);
         }
         Ok(writes)
     }
@@ -332,157 +300,114 @@ impl ConversationStore {
     /// Sets the title that the agent has found, cut to [`super::MAX_NAME`], unless the conversation has one. Returns whether it did.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// [`crate::Error::Store`].
     pub async fn set_agent_title(&self, user: &UserId, id: Uuid, title: &str) -> Result<bool> {
-        let [short, long] = default_titles(id);
         let title = within_max_name(title);
-        let values = [("short", short), ("long", long), ("title", title.to_owned()), ("search", searchable(title))];
-        self.change(
-            (user, id),
-            "title = :title, title_search = :search",
-            "(attribute_not_exists(title) OR title IN (:short, :long))",
-            values.map(|(name, value)| (name, text(value))).into(),
-        )
-        .await
+        let update = Update::new().set("title", text(title)).set("title_search", text(searchable(title))).condition(
+            Condition::Any(vec![
+                Condition::Missing("title"),
+                Condition::In("title", default_titles(id).map(text).into()),
+            ]),
+        );
+        self.apply_report((user, id), update).await
     }
 
     /// Sets what the models have used so far, unless a newer report was applied. Returns whether it did.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// [`crate::Error::Store`].
     pub async fn set_stats(&self, user: &UserId, id: Uuid, stats: &AgentStats, time: &ReportTime) -> Result<bool> {
-        let mut set = "#metrics.accumulated_cost = :cost, #metrics.accumulated_token_usage = :usage".to_owned();
-        let mut values = HashMap::from([
-            ("cost", AttributeValue::N(stats.accumulated_cost.to_string())),
-            ("usage", AttributeValue::M(crate::dynamo::to_item(&stats.token_usage)?)),
-        ]);
+        let mut update = Update::new()
+            .set("metrics.accumulated_cost", AttributeValue::N(stats.accumulated_cost.to_string()))
+            .set("metrics.accumulated_token_usage", AttributeValue::M(to_item(&stats.token_usage)?));
         if let Some(budget) = stats.max_budget_per_task {
-            set += ", #metrics.max_budget_per_task = :budget";
-            values.insert("budget", AttributeValue::N(budget.to_string()));
+            update = update.set("metrics.max_budget_per_task", AttributeValue::N(budget.to_string()));
         }
-        self.change_reported((user, id), &STATS, time, set, values).await
+        self.apply_versioned((user, id), &STATS, time, update).await
     }
 
     /// Sets the model that the agent uses, unless a newer report was applied. Returns whether it did.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// [`crate::Error::Store`].
     pub async fn set_reported_model(&self, user: &UserId, id: Uuid, model: &str, time: &ReportTime) -> Result<bool> {
-        let values = HashMap::from([("model", text(model))]);
-        self.change_reported((user, id), &MODEL, time, "llm_model = :model".to_owned(), values).await
+        self.apply_versioned((user, id), &MODEL, time, Update::new().set("llm_model", text(model))).await
     }
 
     /// Replaces the tags, unless a newer report was applied. Returns whether it did.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// [`crate::Error::Store`].
     pub async fn set_tags(&self, user: &UserId, id: Uuid, tags: &Tags, time: &ReportTime) -> Result<bool> {
-        let values = HashMap::from([("tags", AttributeValue::M(crate::dynamo::to_item(tags)?))]);
-        self.change_reported((user, id), &TAGS, time, "tags = :tags".to_owned(), values).await
+        let update = Update::new().set("tags", AttributeValue::M(to_item(tags)?));
+        self.apply_versioned((user, id), &TAGS, time, update).await
     }
 
     /// Sets a reported value, unless a newer report of it was applied. Returns whether it did.
-    async fn change_reported(
+    async fn apply_versioned(
         &self,
         record: (&UserId, Uuid),
         Sources { event, received, snapshot }: &Sources,
         time: &ReportTime,
-        set: String,
-        mut values: HashMap<&str, AttributeValue>,
+        update: Update,
     ) -> Result<bool> {
-        let is_later = format!("{event} < :version OR {received} < :window");
-        let (version, set, condition) = match time {
-            ReportTime::Event(position) => (
-                position,
-                format!("{set}, {event} = :version, {received} = :received"),
-                format!("(attribute_not_exists({event}) OR {is_later})"),
-            ),
-            ReportTime::State(position) => (
-                position,
-                format!("{set}, {event} = :version, {received} = :received"),
-                format!("attribute_exists({event}) AND ({is_later})"),
-            ),
-            ReportTime::Snapshot(updated_at) => (
-                updated_at,
-                format!("{set}, {snapshot} = :version"),
-                format!(
-                    "attribute_not_exists({event}) AND (attribute_not_exists({snapshot}) OR {snapshot} <= :version)"
-                ),
-            ),
+        let now = Time::now();
+        let is_later = |position: &str| {
+            vec![
+                Condition::Compare(event, "<", text(position)),
+                Condition::Compare(received, "<", text(now.minus(ORDER_WINDOW).sortable())),
+            ]
         };
-        if !matches!(time, ReportTime::Snapshot(_)) {
-            let now = Time::now();
-            values.insert("received", text(now.sortable()));
-            values.insert("window", text(now.minus(ORDER_WINDOW).sortable()));
-        }
-        values.insert("version", text(version));
-        self.change(record, &set, &condition, values).await
+        let from_event = |position: &str| update.clone().set(event, text(position)).set(received, text(now.sortable()));
+        let update = match time {
+            ReportTime::Event(position) => {
+                let mut is_first_or_later = is_later(position);
+                is_first_or_later.insert(0, Condition::Missing(event));
+                from_event(position).condition(Condition::Any(is_first_or_later))
+            }
+            ReportTime::State(position) => {
+                from_event(position).condition(Condition::Exists(event)).condition(Condition::Any(is_later(position)))
+            }
+            ReportTime::Snapshot(updated_at) => {
+                update.clone().set(snapshot, text(updated_at)).condition(Condition::Missing(event)).condition(
+                    Condition::Any(vec![
+                        Condition::Missing(snapshot),
+                        Condition::Compare(snapshot, "<=", text(updated_at)),
+                    ]),
+                )
+            }
+        };
+        self.apply_report(record, update).await
     }
 
     /// Claims the events up to a position in the log for processing, if events were processed up to `from` before. Returns whether it
     /// did; if not, another worker has claimed them.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// [`crate::Error::Store`].
     pub async fn move_processed_to(&self, user: &UserId, id: Uuid, from: Option<&str>, to: &str) -> Result<bool> {
-        let mut update = self
-            .dynamodb
-            .update_item()
-            .table_name(&self.table)
-            .set_key(Some(key(user, id)))
-            .update_expression("SET processed_to = :to")
-            .expression_attribute_values(":to", text(to));
-        let condition = match from {
-            Some(from) => {
-                update = update.expression_attribute_values(":from", text(from));
-                "processed_to = :from"
-            }
-            None => "attribute_not_exists(processed_to)",
-        };
-        let moved = update.condition_expression(format!("{ALIVE} AND {condition}")).send().await;
-        whether(moved.map_err(store_error("UpdateItem conversations")))
+        // A repetition of this call, whose response was lost, recognizes its own claim.
+        let claim = text(id::random_base62(16));
+        let update = Update::new()
+            .set("processed_to", text(to))
+            .set("processed_claim", claim.clone())
+            .condition(is_alive())
+            .condition(Condition::Any(vec![
+                Condition::unchanged("processed_to", from.map(text)),
+                Condition::equal("processed_claim", claim),
+            ]));
+        self.table.apply(key(user, id), update).await
     }
 
-    /// Changes attributes of a record under a condition, and sets its `updated_at` to now. Returns whether the condition held.
-    async fn change(
-        &self,
-        (user, id): (&UserId, Uuid),
-        set: &str,
-        condition: &str,
-        values: HashMap<&str, AttributeValue>,
-    ) -> Result<bool> {
-        let now = Time::now();
-        let mut update = self
-            .dynamodb
-            .update_item()
-            .table_name(&self.table)
-            .set_key(Some(key(user, id)))
-            .update_expression(format!("SET {set}, updated_at = :now, updated_sort = :now_sort"))
-            .condition_expression(format!("{ALIVE} AND {condition}"))
-            .expression_attribute_values(":now", text(now.sortable()))
-            .expression_attribute_values(":now_sort", text(sort_value(now, id)));
-        // A reserved word.
-        if set.contains("#metrics") {
-            update = update.expression_attribute_names("#metrics", "metrics");
-        }
-        for (name, value) in values {
-            update = update.expression_attribute_values(format!(":{name}"), value);
-        }
-        whether(update.send().await.map_err(store_error("UpdateItem conversations")))
+    /// Updates a record under the update's conditions, and sets its `updated_at` to now. Returns whether the conditions held.
+    async fn apply_report(&self, (user, id): (&UserId, Uuid), update: Update) -> Result<bool> {
+        self.table.apply(key(user, id), updated_now(update, id).condition(is_alive())).await
     }
 
     fn put_with(&self, record: &ConversationRecord, internal: &InternalAttributes) -> Result<Vec<TransactWriteItem>> {
         let mut item: Item = item(record)?;
-        item.extend(crate::dynamo::to_item(internal)?);
+        item.extend(to_item(internal)?);
         let count = self.add_to_counters(&record.user, [record], 1)?;
         Ok(vec![self.put(item)?, count])
-    }
-}
-
-fn whether<T>(written: Result<T>) -> Result<bool> {
-    match written {
-        Ok(_) => Ok(true),
-        Err(error) if is_condition_failure(&error) => Ok(false),
-        Err(error) => Err(error),
     }
 }

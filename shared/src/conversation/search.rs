@@ -166,9 +166,8 @@ impl QueryPlan {
         let high = self.high.clone().unwrap_or_else(|| "~".to_owned());
         let ranged = self.low.is_some() || self.high.is_some();
         let mut query = store
-            .dynamodb
+            .table
             .query()
-            .table_name(&store.table)
             .index_name(self.index)
             .expression_attribute_names("#owner", self.partition)
             .expression_attribute_values(":owner", text(self.owner.clone()));
@@ -256,7 +255,7 @@ impl ConversationStore {
                 true => Counter::Conversations,
                 false => Counter::TopLevelConversations,
             };
-            return counters::read(&self.dynamodb, &self.users_table, user, counter).await;
+            return counters::read(&self.users, user, counter).await;
         }
         let plan = filter.plan(user, filter.order_for_counting());
         if plan.is_empty() {

@@ -1,20 +1,21 @@
 //! The store of conversation records. Every key starts with the owner.
 //!
-//! A record that is being deleted stays until all that belongs to it is gone, so that a deletion that was cut off is
-//! finished by the sweep; to everybody else it does not exist: it is in no other index, no read shows it, no update finds it.
+//! A deletion keeps the record until everything that belongs to it is removed, so that the sweep can finish a deletion that was
+//! interrupted. To everyone else the record no longer exists: it is in no other index, no read returns it, and no update finds it.
 
 use std::collections::{HashMap, HashSet};
+use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
-use aws_sdk_dynamodb::types::{AttributeValue, Put, ReturnValue, Select, TransactWriteItem, Update};
+use aws_sdk_dynamodb::types::{AttributeValue, Select, TransactWriteItem};
 use futures::future::try_join_all;
 use uuid::Uuid;
 
 use super::ConversationRecord;
 use crate::clock::Time;
 use crate::dynamo::{
-    BATCH_GET_LIMIT, DueIndex, Item, TRANSACTION_LIMIT, batch_get_items, from_item, is_condition_failure, store_error,
-    text, to_item, transact,
+    Backoff, Condition, DueIndex, Item, TRANSACTION_LIMIT, Table, Transacted, Update, from_item, store_error, text,
+    to_item, transact,
 };
 use crate::error::{Error, Result};
 use crate::id;
@@ -34,31 +35,33 @@ pub const TOP_LEVEL_BY_UPDATED: &str = "top-level-by-updated";
 pub const BY_SANDBOX: &str = "by-sandbox";
 /// Index: the sub-conversations of a conversation.
 pub const BY_PARENT: &str = "by-parent";
-/// Index: conversations that are being deleted, by when somebody must have looked at them. Sparse; in
+/// Index: conversations that are being deleted, by the time at which the sweep enqueues them again. Sparse; in
 /// [`DELETION_SHARDS`] partitions.
 pub const DELETIONS: &str = "deletions";
 
 /// Partitions of the index of deletions.
 pub const DELETION_SHARDS: u128 = 4;
 
-/// The most records that [`ConversationStore::import`] takes at once: one transaction, with the counters.
+/// The most records that [`ConversationStore::import`] accepts at once: one transaction, with the counters.
 pub const IMPORT_LIMIT: usize = TRANSACTION_LIMIT - 1;
 
-/// The record is there and is not being deleted.
-pub(super) const ALIVE: &str = "attribute_exists(id) AND attribute_not_exists(deleting_since)";
+/// How often an import is repeated while others add records with the same ids.
+const IMPORT: Backoff = Backoff { first: Duration::from_millis(40), longest: Duration::from_millis(200), attempts: 3 };
 
-/// A change of single attributes of a record; others are left as they are, whoever writes them at the same time.
-#[derive(Clone, Debug, Default)]
-pub struct ConversationChange {
-    set: Vec<(&'static str, AttributeValue)>,
-    remove: Vec<&'static str>,
+/// The record exists and is not being deleted.
+pub(super) fn is_alive() -> Condition {
+    Condition::All(vec![Condition::Exists("id"), Condition::Missing("deleting_since")])
 }
+
+/// A change of single attributes of a record. All other attributes are left as they are, whoever writes them at the same time.
+#[derive(Clone, Debug, Default)]
+pub struct ConversationChange(Update);
 
 impl ConversationChange {
     /// Whether nothing changes.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.set.is_empty() && self.remove.is_empty()
+        self.0.is_empty()
     }
 
     /// Sets the title, or clears it.
@@ -85,40 +88,35 @@ impl ConversationChange {
         self.put("selected_branch", branch.map(text))
     }
 
-    /// Sets where the repository is, or clears it.
+    /// Sets the provider of the repository, or clears it.
     #[must_use]
     pub fn git_provider(self, provider: Option<ProviderType>) -> Self {
         self.put("git_provider", provider.map(|provider| text(provider.as_str())))
     }
 
-    /// Sets the user's sandbox that it runs in.
+    /// Sets the sandbox that it runs in, one of the user's.
     #[must_use]
     pub fn sandbox(self, user: &UserId, sandbox_id: &str) -> Self {
         self.put("sandbox_id", Some(text(sandbox_id))).put("sandbox_key", Some(text(user.key_of(sandbox_id))))
     }
 
-    fn put(mut self, name: &'static str, value: Option<AttributeValue>) -> Self {
-        match value {
-            Some(value) => self.set.push((name, value)),
-            None => self.remove.push(name),
-        }
-        self
+    fn put(self, name: &str, value: Option<AttributeValue>) -> Self {
+        Self(self.0.set_or_remove(name, value))
     }
 }
 
 /// The records of all conversations.
 #[derive(Clone, Debug)]
 pub struct ConversationStore {
-    pub(super) dynamodb: Client,
-    pub(super) table: String,
-    pub(super) users_table: String,
+    pub(super) table: Table,
+    pub(super) users: Table,
 }
 
 impl ConversationStore {
     /// A store on the `conversations` table, with its counters in `users`.
     #[must_use]
     pub fn new(dynamodb: Client, table: String, users_table: String) -> Self {
-        Self { dynamodb, table, users_table }
+        Self { table: Table::new(dynamodb.clone(), table), users: Table::new(dynamodb, users_table) }
     }
 
     /// Records in the order of the ids, `None` for those that the user does not have.
@@ -127,19 +125,19 @@ impl ConversationStore {
     /// [`Error::Store`].
     pub async fn batch_get(&self, user: &UserId, ids: &[Uuid]) -> Result<Vec<Option<ConversationRecord>>> {
         let mut found: HashMap<Uuid, ConversationRecord> = HashMap::new();
-        let mut wanted = ids.to_vec();
-        wanted.sort_unstable();
-        wanted.dedup();
-        for chunk in wanted.chunks(BATCH_GET_LIMIT) {
-            let keys = chunk.iter().map(|id| key(user, *id)).collect();
-            for item in batch_get_items(&self.dynamodb, &self.table, keys, "BatchGetItem conversations").await? {
-                if !item.contains_key("deleting_since") {
-                    let record: ConversationRecord = from_item(item)?;
-                    found.insert(record.id, record);
-                }
+        for item in self.rows(user, ids).await? {
+            if !item.contains_key("deleting_since") {
+                let record: ConversationRecord = from_item(item)?;
+                found.insert(record.id, record);
             }
         }
         Ok(ids.iter().map(|id| found.get(id).cloned()).collect())
+    }
+
+    /// The rows of these ids, also of records that are being deleted.
+    async fn rows(&self, user: &UserId, ids: &[Uuid]) -> Result<Vec<Item>> {
+        let ids: HashSet<Uuid> = ids.iter().copied().collect();
+        self.table.batch_get(ids.into_iter().map(|id| key(user, id)).collect()).await
     }
 
     /// One record.
@@ -150,15 +148,14 @@ impl ConversationStore {
         Ok(self.batch_get(user, &[id]).await?.pop().flatten())
     }
 
-    /// How many conversations the sandbox has.
+    /// The number of conversations in a sandbox.
     ///
     /// # Errors
     /// [`Error::Store`].
     pub async fn count_in_sandbox(&self, user: &UserId, sandbox_id: &str) -> Result<usize> {
         let mut pages = self
-            .dynamodb
+            .table
             .query()
-            .table_name(&self.table)
             .index_name(BY_SANDBOX)
             .key_condition_expression("sandbox_key = :sandbox")
             .expression_attribute_values(":sandbox", text(user.key_of(sandbox_id)))
@@ -178,9 +175,8 @@ impl ConversationStore {
     /// [`Error::Store`].
     pub async fn sub_conversations(&self, user: &UserId, parent: Uuid) -> Result<Vec<Uuid>> {
         let mut items = self
-            .dynamodb
+            .table
             .query()
-            .table_name(&self.table)
             .index_name(BY_PARENT)
             .key_condition_expression("parent_key = :parent")
             .expression_attribute_values(":parent", text(user.key_of(&id::hex(parent))))
@@ -195,17 +191,18 @@ impl ConversationStore {
         Ok(ids)
     }
 
-    /// Adds records of the user that were made elsewhere, and counts them. At most [`IMPORT_LIMIT`] at once. Answers for each
-    /// whether it was added: one whose id is taken is left as it is.
+    /// Adds records of the user from another server, and counts them, at most [`IMPORT_LIMIT`] at once. Returns for each record whether
+    /// it was added: one whose id is taken is left as it is.
     ///
     /// # Errors
     /// [`Error::Store`]; none of them is added then.
     pub async fn import(&self, user: &UserId, records: &[ConversationRecord]) -> Result<Vec<bool>> {
-        const ATTEMPTS: usize = 3;
-        let mut outcome = Ok(());
-        for _ in 0..ATTEMPTS {
-            let ids: Vec<Uuid> = records.iter().map(|record| record.id).collect();
-            let mut taken = self.taken(user, &ids).await?;
+        const OPERATION: &str = "TransactWriteItems conversations";
+        let ids: Vec<Uuid> = records.iter().map(|record| record.id).collect();
+        let mut attempts = IMPORT.start();
+        loop {
+            attempts.next().await;
+            let mut taken: HashSet<Uuid> = self.rows(user, &ids).await?.iter().filter_map(id_of).collect();
             // The first of several with the same id is the one that is added.
             let new: Vec<bool> = ids.iter().map(|id| taken.insert(*id)).collect();
             let added = || records.iter().zip(&new).filter(|(_, new)| **new).map(|(record, _)| record);
@@ -214,33 +211,16 @@ impl ConversationStore {
             }
             let mut writes = added().map(|record| self.put(item(record)?)).collect::<Result<Vec<_>>>()?;
             writes.push(self.add_to_counters(user, added(), 1)?);
-            outcome = transact(&self.dynamodb, writes, "TransactWriteItems conversations").await;
-            match &outcome {
-                Ok(()) => return Ok(new),
-                // Somebody else took one of the ids in the meantime.
-                Err(error) if is_condition_failure(error) => {}
-                Err(_) => break,
+            match transact(&self.table.client, writes, OPERATION).await? {
+                Transacted::Written => return Ok(new),
+                failed if attempts.is_last() => return failed.require(OPERATION).map(|()| Vec::new()),
+                // Another writer has taken one of the ids meanwhile.
+                Transacted::ConditionFailed(_) => {}
             }
         }
-        outcome.map(|()| Vec::new())
     }
 
-    /// Which of these ids have a row, be it one that is being deleted.
-    async fn taken(&self, user: &UserId, ids: &[Uuid]) -> Result<HashSet<Uuid>> {
-        let mut taken = HashSet::new();
-        let mut wanted = ids.to_vec();
-        wanted.sort_unstable();
-        wanted.dedup();
-        for chunk in wanted.chunks(BATCH_GET_LIMIT) {
-            let keys = chunk.iter().map(|id| key(user, *id)).collect();
-            for item in batch_get_items(&self.dynamodb, &self.table, keys, "BatchGetItem conversations").await? {
-                taken.extend(id_of(&item));
-            }
-        }
-        Ok(taken)
-    }
-
-    /// Changes a record, and moves its `updated_at` to now. Answers the record as it is then, `None` when there is none.
+    /// Changes a record, and sets its `updated_at` to now. Returns the changed record, `None` when there is none.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -250,42 +230,14 @@ impl ConversationStore {
         id: Uuid,
         change: ConversationChange,
     ) -> Result<Option<ConversationRecord>> {
-        let now = Time::now();
-        let change =
-            change.put("updated_at", Some(text(now.sortable()))).put("updated_sort", Some(text(sort_value(now, id))));
-        let mut update = self
-            .dynamodb
-            .update_item()
-            .table_name(&self.table)
-            .set_key(Some(key(user, id)))
-            .condition_expression(ALIVE)
-            .return_values(ReturnValue::AllNew);
-        let mut sets = Vec::new();
-        for (index, (name, value)) in change.set.into_iter().enumerate() {
-            sets.push(format!("#s{index} = :s{index}"));
-            update = update
-                .expression_attribute_names(format!("#s{index}"), name)
-                .expression_attribute_values(format!(":s{index}"), value);
-        }
-        let mut expression = format!("SET {}", sets.join(", "));
-        if !change.remove.is_empty() {
-            let names: Vec<String> = (0..change.remove.len()).map(|index| format!("#r{index}")).collect();
-            expression = format!("{expression} REMOVE {}", names.join(", "));
-            for (name, attribute) in names.into_iter().zip(change.remove) {
-                update = update.expression_attribute_names(name, attribute);
-            }
-        }
-        match update.update_expression(expression).send().await.map_err(store_error("UpdateItem conversations")) {
-            Ok(updated) => updated.attributes.map(from_item).transpose(),
-            Err(error) if is_condition_failure(&error) => Ok(None),
-            Err(error) => Err(error),
-        }
+        let update = updated_now(change.0, id).condition(is_alive());
+        self.table.update(key(user, id), update).await?.applied().map(from_item).transpose()
     }
 
-    /// Begins to delete records of the user: from now on they do not exist to anybody but who finishes the deletion, and are not
-    /// counted. False, and nothing has changed, when one of them is not there (any more). At most [`IMPORT_LIMIT`] at once.
+    /// Marks records of the user as being deleted, at most [`IMPORT_LIMIT`] at once: from now on they exist only to the worker that
+    /// finishes the deletion, and are not counted. Returns false, with nothing changed, when one of them does not exist (any more).
     ///
-    /// `due_at` is when the sweep looks after them.
+    /// `due_at` is the time from which on the sweep enqueues them.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -293,78 +245,42 @@ impl ConversationStore {
         let now = Time::now().sortable();
         let mut writes = Vec::with_capacity(records.len() + 1);
         for record in records {
-            let update = Update::builder()
-                .table_name(&self.table)
-                .set_key(Some(key(user, record.id)))
-                .update_expression(
-                    "SET deleting_since = :now, deletion_shard = :shard, due_at = :due REMOVE created_sort, updated_sort, top_level_user, sandbox_key, parent_key",
-                )
-                .condition_expression(ALIVE)
-                .expression_attribute_values(":now", text(&now))
-                .expression_attribute_values(":shard", text((record.id.as_u128() % DELETION_SHARDS).to_string()))
-                .expression_attribute_values(":due", text(due_at.sortable()))
-                .build()
-                .map_err(Error::internal)?;
-            writes.push(TransactWriteItem::builder().update(update).build());
+            let update = Update::new()
+                .set("deleting_since", text(&now))
+                .set("deletion_shard", text((record.id.as_u128() % DELETION_SHARDS).to_string()))
+                .set("due_at", text(due_at.sortable()))
+                .remove_all(&["created_sort", "updated_sort", "top_level_user", "sandbox_key", "parent_key"])
+                .condition(is_alive());
+            writes.push(update.in_transaction(&self.table.name, key(user, record.id))?);
         }
         writes.push(self.add_to_counters(user, records, -1)?);
-        match transact(&self.dynamodb, writes, "TransactWriteItems conversations").await {
-            Ok(()) => Ok(true),
-            Err(error) if is_condition_failure(&error) => Ok(false),
-            Err(error) => Err(error),
-        }
+        Ok(transact(&self.table.client, writes, "TransactWriteItems conversations").await?.is_written())
     }
 
-    /// The record of a conversation that is being deleted, kept from the sweep until `due_at`. `None` when there is none.
+    /// The record of a conversation that is being deleted, which the sweep leaves alone until `due_at`. `None` when there is none.
     ///
     /// # Errors
     /// [`Error::Store`].
     pub async fn take_deletion(&self, user: &UserId, id: Uuid, due_at: Time) -> Result<Option<ConversationRecord>> {
-        let taken = self
-            .dynamodb
-            .update_item()
-            .table_name(&self.table)
-            .set_key(Some(key(user, id)))
-            .update_expression("SET due_at = :due")
-            .condition_expression("attribute_exists(deleting_since)")
-            .expression_attribute_values(":due", text(due_at.sortable()))
-            .return_values(ReturnValue::AllNew)
-            .send()
-            .await
-            .map_err(store_error("UpdateItem conversations"));
-        match taken {
-            Ok(taken) => taken.attributes.map(from_item).transpose(),
-            Err(error) if is_condition_failure(&error) => Ok(None),
-            Err(error) => Err(error),
-        }
+        let update =
+            Update::new().set("due_at", text(due_at.sortable())).condition(Condition::Exists("deleting_since"));
+        self.table.update(key(user, id), update).await?.applied().map(from_item).transpose()
     }
 
-    /// Removes the record of a conversation of which nothing else is left.
+    /// Removes the record of a conversation once everything else of it is removed.
     ///
     /// # Errors
     /// [`Error::Store`].
     pub async fn end_deletion(&self, user: &UserId, id: Uuid) -> Result<()> {
-        let removed = self
-            .dynamodb
-            .delete_item()
-            .table_name(&self.table)
-            .set_key(Some(key(user, id)))
-            .condition_expression("attribute_exists(deleting_since)")
-            .send()
-            .await
-            .map_err(store_error("DeleteItem conversations"));
-        match removed {
-            // Another worker was quicker.
-            Err(error) if !is_condition_failure(&error) => Err(error),
-            _ => Ok(()),
-        }
+        // Where the condition does not hold, another worker has removed it.
+        let _removed = self.table.delete(key(user, id), Condition::Exists("deleting_since")).await?;
+        Ok(())
     }
 
     /// The index of deletions that are not finished.
     #[must_use]
     pub fn deletions(&self) -> DueIndex {
         DueIndex {
-            dynamodb: self.dynamodb.clone(),
             table: self.table.clone(),
             index: DELETIONS,
             shard_attribute: "deletion_shard",
@@ -373,7 +289,7 @@ impl ConversationStore {
         }
     }
 
-    /// The record and, below it at any depth, its sub-conversations; empty when there is no such record.
+    /// The record and all of its sub-conversations, at any depth. Empty when there is no such record.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -391,13 +307,7 @@ impl ConversationStore {
 
     /// The write of a new row, for a transaction.
     pub(super) fn put(&self, item: Item) -> Result<TransactWriteItem> {
-        let put = Put::builder()
-            .table_name(&self.table)
-            .set_item(Some(item))
-            .condition_expression("attribute_not_exists(id)")
-            .build()
-            .map_err(Error::internal)?;
-        Ok(TransactWriteItem::builder().put(put).build())
+        self.table.put_in_transaction(item, &Condition::Missing("id"))
     }
 
     pub(super) fn add_to_counters<'r>(
@@ -412,13 +322,13 @@ impl ConversationStore {
             top_level += if record.parent_conversation_id.is_none() { sign } else { 0 };
         }
         let changes = [(Counter::Conversations, all), (Counter::TopLevelConversations, top_level)];
-        counters::add(&self.users_table, user, &changes)
+        counters::add(&self.users, user, &changes)
     }
 }
 
-/// The record with the attributes that indexes and filters are made of.
+/// The record as an item, with the attributes that indexes and filters need.
 pub(super) fn item(record: &ConversationRecord) -> Result<Item> {
-    let mut item: HashMap<String, AttributeValue> = to_item(record)?;
+    let mut item = to_item(record)?;
     item.insert("created_sort".into(), text(sort_value(record.created_at, record.id)));
     item.insert("updated_sort".into(), text(sort_value(record.updated_at, record.id)));
     item.insert("sandbox_key".into(), text(record.user.key_of(&record.sandbox_id)));
@@ -432,24 +342,30 @@ pub(super) fn item(record: &ConversationRecord) -> Result<Item> {
     Ok(item)
 }
 
-/// A text as titles are searched: ASCII letters in one case, as SQL's LIKE compares them.
+/// The form of a title that is searched: ASCII letters in one case, as SQL's LIKE compares them.
 pub(super) fn searchable(title: &str) -> String {
     title.to_ascii_lowercase()
 }
 
-/// The instant first, and behind it, where two rows have the same, the complement of the id: newest first, such rows come in the
-/// order of their ids, as the reference shows them.
+/// The instant, followed by the complement of the id: rows with the same instant are listed, newest first, in the order of their ids,
+/// as the reference lists them.
 pub(super) fn sort_value(at: Time, id: Uuid) -> String {
     format!("{}#{}", at.sortable(), id::hex(complement(id)))
 }
 
-/// The id in a [`sort_value`], `None` where it is none.
+/// The id in a [`sort_value`], `None` when the text is no such value.
 pub(super) fn id_in_sort_value(value: &str) -> Option<Uuid> {
     value.rsplit_once('#').and_then(|(_, id)| Uuid::try_parse(id).ok()).map(complement)
 }
 
 fn complement(id: Uuid) -> Uuid {
     Uuid::from_u128(!id.as_u128())
+}
+
+/// Adds that the record is changed now.
+pub(super) fn updated_now(update: Update, id: Uuid) -> Update {
+    let now = Time::now();
+    update.set("updated_at", text(now.sortable())).set("updated_sort", text(sort_value(now, id)))
 }
 
 pub(super) fn key(user: &UserId, id: Uuid) -> Item {

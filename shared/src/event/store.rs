@@ -19,10 +19,8 @@ use uuid::Uuid;
 
 use crate::clock::{Time, sortable};
 use crate::digest::sha256_hex;
-use crate::dynamo::{
-    BATCH_GET_LIMIT, Item, batch_get_attribute, batch_get_items, from_item, store_error, text, to_item,
-};
-use crate::error::{Error, Result, StoreError};
+use crate::dynamo::{BATCH_GET_LIMIT, Item, Table, from_item, store_error, text, to_item};
+use crate::error::{Error, Result};
 use crate::http::page::{PAGE_SIZE, size_of_text, too_large};
 use crate::http::pydantic::validation::wire_enum;
 use crate::id;
@@ -39,8 +37,6 @@ pub const ROOM: &str = "room";
 
 /// DynamoDB takes no longer sort key.
 const KEY_LIMIT: usize = 1024;
-/// DynamoDB takes at most this many writes in one `BatchWriteItem`.
-const BATCH_WRITE_LIMIT: usize = 25;
 /// A longer event is kept in the bucket: DynamoDB takes no item over 400 KB.
 const INLINE_EVENT_LIMIT: usize = 300 * 1024;
 /// The error for a count that takes too long.
@@ -274,8 +270,7 @@ impl Range {
 /// The events of all conversations.
 #[derive(Clone, Debug)]
 pub struct EventStore {
-    dynamodb: Client,
-    table: String,
+    table: Table,
     s3: aws_sdk_s3::Client,
     bucket: String,
 }
@@ -284,7 +279,7 @@ impl EventStore {
     /// A store on the `events` table, with large events in `bucket`.
     #[must_use]
     pub fn new(dynamodb: Client, table: String, s3: aws_sdk_s3::Client, bucket: String) -> Self {
-        Self { dynamodb, table, s3, bucket }
+        Self { table: Table::new(dynamodb, table), s3, bucket }
     }
 
     /// Those of the events whose ids are not stored yet; of those with one id, the first.
@@ -292,16 +287,12 @@ impl EventStore {
     /// # Errors
     /// [`Error::Store`].
     pub async fn unknown(&self, user: &UserId, conversation: Uuid, events: Vec<Event>) -> Result<Vec<Event>> {
-        const OPERATION: &str = "BatchGetItem events";
         let partition = partition(user, conversation);
         let ids: HashSet<&str> = events.iter().map(|event| event.id.as_str()).collect();
         let key = |id: &str| Item::from([("conversation".into(), text(&partition)), ("id".into(), text(id))]);
         let keys: Vec<Item> = ids.into_iter().map(key).collect();
-        let mut known: HashSet<String> = HashSet::new();
-        for chunk in keys.chunks(BATCH_GET_LIMIT) {
-            let items = batch_get_attribute(&self.dynamodb, &self.table, chunk.to_vec(), "id", OPERATION).await?;
-            known.extend(items.iter().filter_map(|item| item.get("id")?.as_s().ok().cloned()));
-        }
+        let items = self.table.batch_get_attribute(keys, "id").await?;
+        let mut known: HashSet<String> = items.iter().filter_map(|item| item.get("id")?.as_s().ok().cloned()).collect();
         Ok(events.into_iter().filter(|event| known.insert(event.id.clone())).collect())
     }
 
@@ -340,7 +331,7 @@ impl EventStore {
         if writes.is_empty() {
             return Ok(());
         }
-        let stored = self.write_all(&writes).await;
+        let stored = self.table.batch_write(&writes).await;
         // Behind the events, so that no version is older than what it stands for; also where only some of them are stored.
         let marked = self.put_version(&partition).await;
         stored.and(marked)
@@ -351,23 +342,15 @@ impl EventStore {
     /// # Errors
     /// [`Error::Store`].
     pub async fn version(&self, user: &UserId, conversation: Uuid) -> Result<Option<LogVersion>> {
-        let found = self
-            .dynamodb
-            .get_item()
-            .table_name(&self.table)
-            .set_key(Some(version_key(&partition(user, conversation))))
-            .consistent_read(true)
-            .send()
-            .await
-            .map_err(store_error("GetItem events"))?;
-        found.item.map(from_item).transpose()
+        let found = self.table.get(version_key(&partition(user, conversation))).await?;
+        found.map(from_item).transpose()
     }
 
     async fn put_version(&self, partition: &str) -> Result<()> {
         let version = LogVersion { version: id::random_base62(22), changed_at: Time::now() };
         let mut item = to_item(&version)?;
         item.extend(version_key(partition));
-        let put = self.dynamodb.put_item().table_name(&self.table).set_item(Some(item));
+        let put = self.table.client.put_item().table_name(&self.table.name).set_item(Some(item));
         put.send().await.map_err(store_error("PutItem events"))?;
         Ok(())
     }
@@ -437,7 +420,7 @@ impl EventStore {
         }
         let asked = limit + usize::from(after.is_some());
         let answer = range
-            .ask(self.dynamodb.query().table_name(&self.table))
+            .ask(self.table.query())
             .scan_index_forward(order == SortOrder::Timestamp)
             .limit(i32::try_from(asked).unwrap_or(i32::MAX))
             .send()
@@ -466,7 +449,7 @@ impl EventStore {
         if range.is_empty() {
             return Ok(0);
         }
-        paging::count("Query events", range.ask(self.dynamodb.query().table_name(&self.table)), TOO_MANY).await
+        paging::count("Query events", range.ask(self.table.query()), TOO_MANY).await
     }
 
     /// How many events the conversation has, however long it takes to count them. Reads their index entries alone.
@@ -475,7 +458,7 @@ impl EventStore {
     /// [`Error::Store`].
     pub async fn count_all(&self, user: &UserId, conversation: Uuid) -> Result<u64> {
         let range = Range::new(partition(user, conversation), &EventFilter::default());
-        let query = range.ask(self.dynamodb.query().table_name(&self.table));
+        let query = range.ask(self.table.query());
         paging::count_within(Duration::from_secs(24 * 3600), "Query events", query, TOO_MANY).await
     }
 
@@ -516,9 +499,8 @@ impl EventStore {
         let mut start = None;
         loop {
             let answer = self
-                .dynamodb
+                .table
                 .query()
-                .table_name(&self.table)
                 .key_condition_expression("conversation = :conversation")
                 .expression_attribute_values(":conversation", text(partition.clone()))
                 .projection_expression("id, event_object")
@@ -541,51 +523,16 @@ impl EventStore {
                 let delete = delete.map_err(Error::internal)?;
                 writes.push(WriteRequest::builder().delete_request(delete).build());
             }
-            self.write_all(&writes).await?;
+            self.table.batch_write(&writes).await?;
             start = answer.last_evaluated_key;
             if start.is_none() {
                 break;
             }
         }
-        let delete = self.dynamodb.delete_item().table_name(&self.table).set_key(Some(version_key(&partition)));
+        let delete =
+            self.table.client.delete_item().table_name(&self.table.name).set_key(Some(version_key(&partition)));
         delete.send().await.map_err(store_error("DeleteItem events"))?;
         Ok(())
-    }
-
-    async fn write_all(&self, writes: &[WriteRequest]) -> Result<()> {
-        for chunk in writes.chunks(BATCH_WRITE_LIMIT) {
-            self.write(chunk.to_vec()).await?;
-        }
-        Ok(())
-    }
-
-    /// Writes at most [`BATCH_WRITE_LIMIT`] rows, asking again for those that DynamoDB left out under load.
-    async fn write(&self, writes: Vec<WriteRequest>) -> Result<()> {
-        const OPERATION: &str = "BatchWriteItem events";
-        const ATTEMPTS: u32 = 8;
-        let mut left = writes;
-        for attempt in 0..ATTEMPTS {
-            if attempt > 0 {
-                tokio::time::sleep(Duration::from_millis(10 << attempt)).await;
-            }
-            let answer = self
-                .dynamodb
-                .batch_write_item()
-                .request_items(&self.table, left)
-                .send()
-                .await
-                .map_err(store_error(OPERATION))?;
-            left = answer.unprocessed_items.unwrap_or_default().remove(&self.table).unwrap_or_default();
-            if left.is_empty() {
-                return Ok(());
-            }
-        }
-        Err(Error::Store(StoreError {
-            operation: OPERATION,
-            context: format!("{OPERATION}: {} rows stayed unprocessed", left.len()),
-            condition_failed: false,
-            certainly_not_written: false,
-        }))
     }
 
     async fn rows(&self, partition: &str, mut ids: Vec<String>) -> Result<HashMap<String, Row>> {
@@ -593,12 +540,9 @@ impl EventStore {
         ids.sort_unstable();
         ids.dedup();
         let mut rows = HashMap::with_capacity(ids.len());
-        for chunk in ids.chunks(BATCH_GET_LIMIT) {
-            let keys = chunk.iter().map(|id| key(partition, id)).collect();
-            for item in batch_get_items(&self.dynamodb, &self.table, keys, "BatchGetItem events").await? {
-                let row: Row = from_item(item)?;
-                rows.insert(row.id.clone(), row);
-            }
+        for item in self.table.batch_get(ids.iter().map(|id| key(partition, id)).collect()).await? {
+            let row: Row = from_item(item)?;
+            rows.insert(row.id.clone(), row);
         }
         Ok(rows)
     }

@@ -46,8 +46,9 @@ impl ExportJobs {
         for upload in record.uploads() {
             self.exports.abort(upload).await;
         }
-        if record.attempts >= MAX_ATTEMPTS {
-            let attempts = record.attempts;
+        // Without this one.
+        let attempts = record.attempts.saturating_sub(1);
+        if attempts >= MAX_ATTEMPTS {
             return self.fail(&lease, Failure::now(FailureReason::RepeatedFailure { attempts })).await;
         }
         match self.build(&lease, record, deadline).await {

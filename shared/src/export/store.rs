@@ -7,7 +7,6 @@
 //! Every build starts from the beginning with an upload of its own, and aborts the upload of the build before: late writes of a
 //! process that lost its lease go to an aborted upload.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
@@ -23,7 +22,8 @@ use uuid::Uuid;
 
 use crate::clock::{Time, sortable};
 use crate::digest::sha256_hex;
-use crate::dynamo::{Item, from_item, is_condition_failure, number, store_error, text, to_item};
+use crate::dynamo::lease;
+use crate::dynamo::{Condition, Item, Table, Update, from_item, number, store_error, text, to_item};
 use crate::error::{Error, Result};
 use crate::id;
 use crate::objects;
@@ -42,6 +42,9 @@ const KEPT: Duration = Duration::from_secs(10 * 60);
 const FAILURE_KEPT: Duration = Duration::from_secs(10 * 60);
 /// How long a job may wait in the queue before a request enqueues it again.
 const REQUEUE_AFTER: Duration = Duration::from_secs(60);
+
+/// The attributes of a build, without the lease.
+const BUILD: [&str; 6] = ["upload", "progress", "wanted", "queued_at", "attempts", "warning"];
 
 const GET: &str = "GetObject exports";
 
@@ -225,6 +228,10 @@ impl Lease {
     pub fn user(&self) -> &UserId {
         &self.user
     }
+
+    fn renewed(&self, update: Update) -> Update {
+        lease::Lease::of(&self.owner, self.lifetime).renew(update)
+    }
 }
 
 /// An object in the bucket.
@@ -271,8 +278,7 @@ pub struct Part {
 /// Records in the `users` table, objects in the bucket.
 #[derive(Clone, Debug)]
 pub struct ExportStore {
-    dynamodb: Client,
-    table: String,
+    table: Table,
     s3: aws_sdk_s3::Client,
     bucket: String,
 }
@@ -281,7 +287,7 @@ impl ExportStore {
     /// A store on the `users` table and the bucket.
     #[must_use]
     pub fn new(dynamodb: Client, users_table: String, s3: aws_sdk_s3::Client, bucket: String) -> Self {
-        Self { dynamodb, table: users_table, s3, bucket }
+        Self { table: Table::new(dynamodb, users_table), s3, bucket }
     }
 
     /// The key of the export with this fingerprint.
@@ -295,19 +301,10 @@ impl ExportStore {
     /// # Errors
     /// [`Error::Store`].
     pub async fn get(&self, user: &UserId, conversation: Uuid) -> Result<Option<ExportRecord>> {
-        let found = self
-            .dynamodb
-            .get_item()
-            .table_name(&self.table)
-            .set_key(Some(record_key(user, conversation)))
-            .consistent_read(true)
-            .send()
-            .await
-            .map_err(store_error("GetItem users"))?;
-        found.item.map(from_item).transpose()
+        self.table.get(record_key(user, conversation)).await?.map(from_item).transpose()
     }
 
-    /// Acquires the lease for a request, with the record as it was before: if no process holds it, the build is not left to the
+    /// Acquires the lease for a request, and returns it with the record: if no process holds it, the build is not left to the
     /// function `exports`, and no finished export is kept. An older finished export stays in the record.
     ///
     /// # Errors
@@ -318,13 +315,21 @@ impl ExportStore {
         conversation: Uuid,
         lifetime: Duration,
     ) -> Result<Option<(Lease, ExportRecord)>> {
-        let update = "SET lease_owner = :me, lease_until = :until REMOVE failed";
-        let condition = "(attribute_not_exists(wanted) OR wanted = :false) AND (attribute_not_exists(finished) OR finished.#at <= :kept)";
-        let values = [(":false", AttributeValue::Bool(false)), (":kept", text(Time::now().minus(KEPT).sortable()))];
-        self.claim(user, conversation, lifetime, update, condition, &[("#at", "at")], values).await
+        let update = Update::new()
+            .remove("failed")
+            .condition(Condition::Any(vec![
+                Condition::Missing("wanted"),
+                Condition::equal("wanted", AttributeValue::Bool(false)),
+            ]))
+            .condition(Condition::Any(vec![
+                Condition::Missing("finished"),
+                Condition::Compare("finished.at", "<=", text(Time::now().minus(KEPT).sortable())),
+            ]));
+        self.claim(user, conversation, lifetime, update).await
     }
 
-    /// Acquires the lease for a job, with the record as it was before: if no process holds it and clients still wait.
+    /// Acquires the lease for a job, and returns it with the record, whose attempts include this one: if no process holds it and clients
+    /// still wait.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -334,52 +339,20 @@ impl ExportStore {
         conversation: Uuid,
         lifetime: Duration,
     ) -> Result<Option<(Lease, ExportRecord)>> {
-        let update = "SET lease_owner = :me, lease_until = :until ADD attempts :one";
-        let values = [(":true", AttributeValue::Bool(true)), (":one", number(1))];
-        self.claim(user, conversation, lifetime, update, "wanted = :true", &[], values).await
+        self.claim(user, conversation, lifetime, Update::new().add("attempts", 1).condition(is_wanted())).await
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the parts of one DynamoDB call")]
-    async fn claim<const VALUES: usize>(
+    async fn claim(
         &self,
         user: &UserId,
         conversation: Uuid,
         lifetime: Duration,
-        update: &str,
-        condition: &str,
-        names: &[(&str, &str)],
-        values: [(&str, AttributeValue); VALUES],
+        update: Update,
     ) -> Result<Option<(Lease, ExportRecord)>> {
-        let (now, owner) = (Time::now(), id::random_base62(16));
-        let lease = Lease { user: user.clone(), conversation, owner, lifetime };
-        let mut call = self
-            .dynamodb
-            .update_item()
-            .table_name(&self.table)
-            .set_key(Some(record_key(user, conversation)))
-            .update_expression(update)
-            // The SDK repeats a call whose response was lost: the lease is the caller's own then.
-            .condition_expression(format!(
-                "(attribute_not_exists(lease_owner) OR lease_until < :now OR lease_owner = :me) AND {condition}"
-            ))
-            .expression_attribute_values(":me", text(&lease.owner))
-            .expression_attribute_values(":until", text(now.plus(lifetime).sortable()))
-            .expression_attribute_values(":now", text(now.sortable()))
-            .return_values(ReturnValue::AllOld);
-        for (placeholder, name) in names {
-            call = call.expression_attribute_names(*placeholder, *name);
-        }
-        for (placeholder, value) in values {
-            call = call.expression_attribute_values(placeholder, value);
-        }
-        match call.send().await.map_err(store_error("UpdateItem users")) {
-            Ok(updated) => {
-                let before = updated.attributes.map(from_item).transpose()?.unwrap_or_default();
-                Ok(Some((lease, before)))
-            }
-            Err(error) if is_condition_failure(&error) => Ok(None),
-            Err(error) => Err(error),
-        }
+        let claim = lease::Lease::random(lifetime);
+        let claimed = claim.claim(&self.table, record_key(user, conversation), update).await?.applied();
+        let lease = Lease { user: user.clone(), conversation, owner: claim.owner, lifetime };
+        Ok(claimed.map(from_item).transpose()?.map(|record| (lease, record)))
     }
 
     /// Extends the lease. False when it is lost.
@@ -387,8 +360,7 @@ impl ExportStore {
     /// # Errors
     /// [`Error::Store`].
     pub async fn renew(&self, lease: &Lease) -> Result<bool> {
-        let until = Time::now().plus(lease.lifetime).sortable();
-        self.update(lease, "SET lease_until = :until", [(":until", text(until))]).await
+        self.table.apply(record_key(&lease.user, lease.conversation), lease.renewed(Update::new())).await
     }
 
     /// Extends the lease again and again. Returns when it is lost.
@@ -409,9 +381,8 @@ impl ExportStore {
     /// # Errors
     /// [`Error::Store`].
     pub async fn record_upload(&self, lease: &Lease, upload: &Upload) -> Result<bool> {
-        let until = Time::now().plus(lease.lifetime).sortable();
-        let values = [(":until", text(until)), (":upload", AttributeValue::M(to_item(upload)?))];
-        self.update(lease, "SET lease_until = :until, upload = :upload REMOVE progress", values).await
+        let update = Update::new().set("upload", AttributeValue::M(to_item(upload)?)).remove("progress");
+        self.table.apply(record_key(&lease.user, lease.conversation), lease.renewed(update)).await
     }
 
     /// Releases the lease and leaves the build to the function `exports`, for which its caller enqueues a job. False when the
@@ -420,15 +391,13 @@ impl ExportStore {
     /// # Errors
     /// [`Error::Store`].
     pub async fn release_to_job(&self, lease: &Lease, warning: Option<&str>) -> Result<bool> {
-        let values = [
-            (":true", AttributeValue::Bool(true)),
-            (":now", text(Time::now().sortable())),
-            (":zero", number(0)),
-            (":warning", warning.map_or(AttributeValue::Null(true), text)),
-        ];
-        let update = "SET wanted = :true, queued_at = :now, attempts = :zero, warning = :warning \
-                      REMOVE lease_owner, lease_until, upload, progress";
-        self.update(lease, update, values).await
+        let update = Update::new()
+            .set("wanted", AttributeValue::Bool(true))
+            .set("queued_at", text(Time::now().sortable()))
+            .set("attempts", number(0))
+            .set("warning", warning.map_or(AttributeValue::Null(true), text))
+            .remove_all(&["upload", "progress"]);
+        self.release_with(lease, update).await
     }
 
     /// Notes that the job of a record is enqueued again. False when another request has done so, or the build goes on.
@@ -436,23 +405,12 @@ impl ExportStore {
     /// # Errors
     /// [`Error::Store`].
     pub async fn requeue(&self, user: &UserId, conversation: Uuid, record: &ExportRecord) -> Result<bool> {
-        let now = text(Time::now().sortable());
-        let call = self
-            .dynamodb
-            .update_item()
-            .table_name(&self.table)
-            .set_key(Some(record_key(user, conversation)))
-            .update_expression("SET queued_at = :now")
-            .expression_attribute_values(":now", now)
-            .expression_attribute_values(":true", AttributeValue::Bool(true));
-        let unheld = "wanted = :true AND (attribute_not_exists(lease_owner) OR lease_until < :now)";
-        let call = match record.queued_at {
-            Some(seen) => call
-                .condition_expression(format!("{unheld} AND queued_at = :seen"))
-                .expression_attribute_values(":seen", text(seen.sortable())),
-            None => call.condition_expression(format!("{unheld} AND attribute_not_exists(queued_at)")),
-        };
-        held(call.send().await.map_err(store_error("UpdateItem users")))
+        let update = Update::new()
+            .set("queued_at", text(Time::now().sortable()))
+            .condition(is_wanted())
+            .condition(lease::is_free())
+            .condition(Condition::unchanged("queued_at", record.queued_at.map(|seen| text(seen.sortable()))));
+        Ok(self.table.update_once(record_key(user, conversation), update).await?.is_applied())
     }
 
     /// Releases the lease after an error. A request may build the export at once; if clients wait for a job, their next request
@@ -461,8 +419,7 @@ impl ExportStore {
     /// # Errors
     /// [`Error::Store`].
     pub async fn release(&self, lease: &Lease) -> Result<()> {
-        let update = "REMOVE lease_owner, lease_until, queued_at, upload, progress";
-        self.update(lease, update, []).await.map(|_| ())
+        self.release_with(lease, Update::new().remove_all(&["queued_at", "upload", "progress"])).await.map(|_| ())
     }
 
     /// Ends the lease: the build has failed for good. An older finished export stays in the record.
@@ -470,10 +427,8 @@ impl ExportStore {
     /// # Errors
     /// [`Error::Store`].
     pub async fn fail(&self, lease: &Lease, failure: &Failure) -> Result<()> {
-        let values = [(":failed", AttributeValue::M(to_item(failure)?))];
-        let update = "SET failed = :failed \
-                      REMOVE lease_owner, lease_until, upload, progress, wanted, queued_at, attempts, warning";
-        self.update(lease, update, values).await.map(|_| ())
+        let update = Update::new().set("failed", AttributeValue::M(to_item(failure)?)).remove_all(&BUILD);
+        self.release_with(lease, update).await.map(|_| ())
     }
 
     /// Ends the lease: the export is complete, for the clients that wait for it.
@@ -482,10 +437,9 @@ impl ExportStore {
     /// [`Error::Store`].
     pub async fn finish_for_clients(&self, lease: &Lease, key: &str, warning: Option<String>) -> Result<()> {
         let finished = Finished { key: key.to_owned(), at: Time::now(), warning };
-        let values = [(":finished", AttributeValue::M(to_item(&finished)?))];
-        let update = "SET finished = :finished \
-                      REMOVE lease_owner, lease_until, upload, progress, wanted, queued_at, attempts, warning, failed";
-        self.update(lease, update, values).await.map(|_| ())
+        let update =
+            Update::new().set("finished", AttributeValue::M(to_item(&finished)?)).remove_all(&BUILD).remove("failed");
+        self.release_with(lease, update).await.map(|_| ())
     }
 
     /// Ends the lease and removes the record: the request that built the export returns it.
@@ -493,17 +447,8 @@ impl ExportStore {
     /// # Errors
     /// [`Error::Store`].
     pub async fn finish(&self, lease: &Lease) -> Result<()> {
-        let removed = self
-            .dynamodb
-            .delete_item()
-            .table_name(&self.table)
-            .set_key(Some(record_key(&lease.user, lease.conversation)))
-            .condition_expression("lease_owner = :me")
-            .expression_attribute_values(":me", text(&lease.owner))
-            .send()
-            .await
-            .map_err(store_error("DeleteItem users"));
-        held(removed).map(|_| ())
+        let key = record_key(&lease.user, lease.conversation);
+        lease::delete(&self.table, key, &lease.owner, []).await.map(|_| ())
     }
 
     /// Ends the wait for a job that was given up without a build: the next request builds the export. Does nothing while a process
@@ -512,19 +457,10 @@ impl ExportStore {
     /// # Errors
     /// [`Error::Store`].
     pub async fn abandon(&self, user: &UserId, conversation: Uuid) -> Result<bool> {
-        let updated = self
-            .dynamodb
-            .update_item()
-            .table_name(&self.table)
-            .set_key(Some(record_key(user, conversation)))
-            .update_expression("REMOVE wanted, queued_at, attempts, warning, lease_owner, lease_until")
-            .condition_expression("wanted = :true AND (attribute_not_exists(lease_owner) OR lease_until < :now)")
-            .expression_attribute_values(":true", AttributeValue::Bool(true))
-            .expression_attribute_values(":now", text(Time::now().sortable()))
-            .send()
-            .await
-            .map_err(store_error("UpdateItem users"));
-        held(updated)
+        let update = lease::release(Update::new().remove_all(&["wanted", "queued_at", "attempts", "warning"]))
+            .condition(is_wanted())
+            .condition(lease::is_free());
+        Ok(self.table.update_once(record_key(user, conversation), update).await?.is_applied())
     }
 
     /// Removes a finished export from the record, because its object is gone.
@@ -532,42 +468,14 @@ impl ExportStore {
     /// # Errors
     /// [`Error::Store`].
     pub async fn remove_finished(&self, user: &UserId, conversation: Uuid, key: &str) -> Result<()> {
-        let removed = self
-            .dynamodb
-            .update_item()
-            .table_name(&self.table)
-            .set_key(Some(record_key(user, conversation)))
-            .update_expression("REMOVE finished")
-            .condition_expression("finished.#key = :key")
-            .expression_attribute_names("#key", "key")
-            .expression_attribute_values(":key", text(key))
-            .send()
-            .await
-            .map_err(store_error("UpdateItem users"));
-        held(removed).map(|_| ())
+        let update = Update::new().remove("finished").condition(Condition::equal("finished.key", text(key)));
+        self.table.apply(record_key(user, conversation), update).await.map(|_| ())
     }
 
-    async fn update<const VALUES: usize>(
-        &self,
-        lease: &Lease,
-        update: &str,
-        values: [(&str, AttributeValue); VALUES],
-    ) -> Result<bool> {
-        let values: HashMap<String, AttributeValue> =
-            values.into_iter().map(|(placeholder, value)| (placeholder.to_owned(), value)).collect();
-        let updated = self
-            .dynamodb
-            .update_item()
-            .table_name(&self.table)
-            .set_key(Some(record_key(&lease.user, lease.conversation)))
-            .update_expression(update)
-            .condition_expression("lease_owner = :me")
-            .set_expression_attribute_values(Some(values))
-            .expression_attribute_values(":me", text(&lease.owner))
-            .send()
-            .await
-            .map_err(store_error("UpdateItem users"));
-        held(updated)
+    /// Updates the record and releases the lease. False when the lease is lost.
+    async fn release_with(&self, lease: &Lease, update: Update) -> Result<bool> {
+        let key = record_key(&lease.user, lease.conversation);
+        Ok(lease::write(&self.table, key, &lease.owner, lease::release(update)).await?.is_applied())
     }
 
     /// The object, if it is there.
@@ -704,9 +612,10 @@ impl ExportStore {
     pub async fn delete_all(&self, user: &UserId, conversation: Uuid) -> Result<()> {
         // The record first: the process that builds an export finds its lease lost, and makes no object.
         let removed = self
-            .dynamodb
+            .table
+            .client
             .delete_item()
-            .table_name(&self.table)
+            .table_name(&self.table.name)
             .set_key(Some(record_key(user, conversation)))
             .return_values(ReturnValue::AllOld)
             .send()
@@ -731,13 +640,9 @@ impl ExportStore {
     }
 }
 
-/// Whether a conditional write was made; false when its condition did not hold.
-fn held<T>(written: Result<T>) -> Result<bool> {
-    match written {
-        Ok(_) => Ok(true),
-        Err(error) if is_condition_failure(&error) => Ok(false),
-        Err(error) => Err(error),
-    }
+/// Clients wait for a job.
+fn is_wanted() -> Condition {
+    Condition::equal("wanted", AttributeValue::Bool(true))
 }
 
 fn length(length: Option<i64>) -> u64 {

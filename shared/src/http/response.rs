@@ -10,7 +10,7 @@ use http::{HeaderValue, StatusCode, Uri};
 use serde::Serialize;
 
 use super::pydantic::validation::Violation;
-use crate::error::{Error, StoreError};
+use crate::error::Error;
 
 /// The largest headers of a request, in bytes of names and values. API Gateway itself accepts 10 KB.
 pub const MAX_HEADERS: usize = 16 * 1024;
@@ -79,7 +79,7 @@ impl IntoResponse for Error {
             Self::Gone(_) => StatusCode::GONE,
             Self::TooMany(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::Unavailable(_) | Self::Store(StoreError { .. }) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Unavailable(_) | Self::Store(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Upstream { .. } => StatusCode::BAD_GATEWAY,
             Self::Internal { .. } => StatusCode::INTERNAL_SERVER_ERROR,
         };

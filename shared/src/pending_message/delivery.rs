@@ -17,12 +17,14 @@ use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use super::PendingMessage;
-use super::store::{Claim, MessageQueue, MessageStore, Sending};
+use super::store::{MessageQueue, MessageStore, Sending};
 use crate::agent_server::bounded::{self, Bounded};
 use crate::agent_server::{AgentServer, AgentServerError, Retry};
 use crate::clock::Time;
 use crate::conversation::reports::Lookup;
 use crate::conversation::store::ConversationStore;
+use crate::dynamo::Backoff;
+use crate::dynamo::lease::Lease;
 use crate::error::{Error, Result};
 use crate::http_client::HttpClient;
 use crate::id;
@@ -82,8 +84,11 @@ const PAGE: usize = 50;
 
 impl Timing {
     fn pause_after(&self, attempts: u32) -> Duration {
-        let [first, most, from_then_on] = self.pauses;
-        if attempts > 60 { from_then_on } else { most.min(first * 2_u32.saturating_pow(attempts.min(6))) }
+        let [first, longest, from_then_on] = self.pauses;
+        if attempts > 60 {
+            return from_then_on;
+        }
+        Backoff { first, longest, attempts: u32::MAX }.pause_after(attempts.saturating_add(1))
     }
 }
 
@@ -218,24 +223,24 @@ impl Messages {
     /// [`Error::Store`] or what the sandboxes answer; it may be done again.
     pub async fn deliver(&self, user: &UserId, conversation: Uuid) -> Result<()> {
         loop {
-            let Some((claim, queue)) = self.store.claim(user, conversation, self.timing.lease).await? else {
+            let Some((lease, queue)) = self.store.claim(user, conversation, self.timing.lease).await? else {
                 return Ok(());
             };
             let (attempts, newest) = (queue.attempts, queue.newest.clone());
-            match self.send_all(user, conversation, &claim, queue).await {
+            match self.send_all(user, conversation, &lease, queue).await {
                 Ok(Outcome::Lost) => return Ok(()),
                 Ok(Outcome::Empty) => {
-                    if self.store.end(user, conversation, &claim).await? {
+                    if self.store.end(user, conversation, &lease).await? {
                         return Ok(());
                     }
                     // Another message came meanwhile.
-                    self.store.postpone(user, conversation, &claim, 0, Time::now()).await?;
+                    self.store.postpone(user, conversation, &lease, 0, Time::now()).await?;
                 }
                 Ok(Outcome::Later(why)) => {
                     let pause = self.timing.pause_after(attempts);
                     tracing::info!(%conversation, why, attempts, "pending_message.postponed");
                     let due_at = Time::now().plus(pause + self.timing.forgotten_after);
-                    self.store.postpone(user, conversation, &claim, attempts + 1, due_at).await?;
+                    self.store.postpone(user, conversation, &lease, attempts + 1, due_at).await?;
                     self.ring(user, conversation, pause).await;
                     return Ok(());
                 }
@@ -243,14 +248,14 @@ impl Messages {
                     let pause = self.timing.pause_after(refusals - 1);
                     let due_at = Time::now().plus(pause + self.timing.forgotten_after);
                     let newest = newest.as_deref();
-                    if !self.store.refused(user, conversation, &claim, newest, refusals, due_at).await? {
-                        self.store.postpone(user, conversation, &claim, attempts, due_at).await?;
+                    if !self.store.refused(user, conversation, &lease, newest, refusals, due_at).await? {
+                        self.store.postpone(user, conversation, &lease, attempts, due_at).await?;
                     }
                     self.ring(user, conversation, pause).await;
                     return Ok(());
                 }
                 Ok(ended @ (Outcome::Refused(_) | Outcome::Never(_))) => {
-                    if self.store.give_up(user, conversation, &claim, newest.as_deref()).await? {
+                    if self.store.give_up(user, conversation, &lease, newest.as_deref()).await? {
                         // They stay with the conversation, should somebody ask what became of them. Its next message has them tried
                         // again. What an agent server answered is in the log already.
                         let why = if let Outcome::Never(why) = ended { why } else { "the agent server refuses it" };
@@ -258,12 +263,12 @@ impl Messages {
                         return Ok(());
                     }
                     // Another message came meanwhile, or another worker.
-                    self.store.postpone(user, conversation, &claim, attempts, Time::now()).await?;
+                    self.store.postpone(user, conversation, &lease, attempts, Time::now()).await?;
                 }
                 Err(error) => {
                     // Best effort: the lease runs out by itself.
                     let due_at = Time::now().plus(self.timing.forgotten_after);
-                    let given_back = self.store.postpone(user, conversation, &claim, attempts + 1, due_at).await;
+                    let given_back = self.store.postpone(user, conversation, &lease, attempts + 1, due_at).await;
                     if let Err(error) = given_back {
                         tracing::warn!(%conversation, error = %error.context(), "pending_message.lease_not_released");
                     }
@@ -277,7 +282,7 @@ impl Messages {
         &self,
         user: &UserId,
         conversation: Uuid,
-        claim: &Claim,
+        lease: &Lease,
         mut queue: MessageQueue,
     ) -> Result<Outcome> {
         if queue.messages.is_empty() {
@@ -313,13 +318,13 @@ impl Messages {
         };
         while let Some(message) = queue.messages.first().cloned() {
             // Whoever comes after the lease must not meet a message that is still on its way.
-            if Time::now().plus(self.timing.turn) > claim.until {
+            if Time::now().plus(self.timing.turn) > lease.until {
                 return Ok(Outcome::Later("there are many"));
             }
             let parts = self.store.content(&message).await?;
-            match self.send(user, conversation, claim, &agent_server, &queue, &message, &parts).await? {
+            match self.send(user, conversation, lease, &agent_server, &queue, &message, &parts).await? {
                 Some(outcome) => return Ok(outcome),
-                None => match self.store.arrived(user, conversation, claim, &message).await? {
+                None => match self.store.arrived(user, conversation, lease, &message).await? {
                     Some(left) => queue = left,
                     None => return Ok(Outcome::Lost),
                 },
@@ -335,7 +340,7 @@ impl Messages {
         &self,
         user: &UserId,
         conversation: Uuid,
-        claim: &Claim,
+        lease: &Lease,
         agent_server: &AgentServer,
         queue: &MessageQueue,
         message: &PendingMessage,
@@ -372,7 +377,7 @@ impl Messages {
                 };
                 let after = page.items.first().and_then(|event| event_id(event.get()));
                 let sending = Sending { message: message_id, after, since: Time::now() };
-                if !self.store.begin(user, conversation, claim, &sending).await? {
+                if !self.store.begin(user, conversation, lease, &sending).await? {
                     return Ok(Some(Outcome::Lost));
                 }
             }

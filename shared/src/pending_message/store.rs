@@ -1,10 +1,8 @@
-//! The queues of messages: one row in `users` for each conversation that has any. Long messages are in the bucket.
+//! The queues of pending messages: one row in `users` for each conversation that has any. Long messages are objects in the bucket.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
-use aws_sdk_dynamodb::types::{AttributeValue, ReturnValue};
 use aws_sdk_s3::primitives::ByteStream;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -12,71 +10,70 @@ use uuid::Uuid;
 use super::{MAX_MESSAGES, PendingMessage};
 use crate::clock::{Time, sortable};
 use crate::digest::sha256_hex;
-use crate::dynamo::{DueIndex, Item, from_item, is_condition_failure, number, store_error, text};
+use crate::dynamo::lease::{self, Lease};
+use crate::dynamo::{Condition, DueIndex, Item, Outcome, Table, Update, from_item, number, store_error, text};
 use crate::error::{Error, Result};
 use crate::id;
 use crate::objects;
 use crate::user::UserId;
 
-/// Index: queues that somebody has to look after, by when.
+/// Index: queues with undelivered messages, by the time at which the sweep enqueues them again.
 pub const UNDELIVERED: &str = "undelivered";
-/// The attribute that the index shows beside its keys: the conversation.
+/// The attribute that the index holds beside its keys: the id of the conversation.
 pub const CONVERSATION: &str = "id";
-/// Below this prefix are the bucket's objects.
+/// The prefix of the objects in the bucket.
 const PREFIX: &str = "messages/";
-/// Longer messages are objects, in bytes: ten of these and what else is in the row stay below DynamoDB's 400 KB.
+/// Messages of more bytes are objects. Ten of this size and the rest of the row stay below DynamoDB's 400 KB.
 const INLINE: usize = 24 * 1024;
 /// Spreads the index over partitions.
 const SHARDS: u128 = 4;
 
-/// A queue.
-#[derive(Clone, Debug, Deserialize)]
+/// The queue of one conversation.
+#[derive(Clone, Debug, Default, Deserialize)]
 pub struct MessageQueue {
-    /// Its messages, oldest first.
+    /// The messages, oldest first.
     #[serde(default)]
     pub messages: Vec<PendingMessage>,
-    /// The start that its conversation comes from, if the messages were sent to that.
+    /// The start that makes the conversation, if the messages were sent to the start.
     #[serde(default)]
     pub task: Option<String>,
-    /// The message that is being sent: it may have arrived.
+    /// The message that is being sent. It may have arrived.
     #[serde(default)]
     pub sending: Option<Sending>,
-    /// How often in a row delivery had to wait.
+    /// The number of consecutive attempts at which delivery had to wait.
     #[serde(default)]
     pub attempts: u32,
-    /// How often in a row the agent server answered the first message with an error of its own.
+    /// The number of consecutive attempts at which the agent server refused the first message.
     #[serde(default)]
     pub refusals: u32,
-    /// The id of the message that was added last.
+    /// The id of the message that was added last, in hex.
     #[serde(default)]
     pub newest: Option<String>,
 }
 
-/// What is known of a message that is being sent.
+impl MessageQueue {
+    /// Whether the message with this id, in hex, was added last or is still there.
+    fn has(&self, message: &str) -> bool {
+        self.newest.as_deref() == Some(message) || self.messages.iter().any(|found| id::hex(found.id) == message)
+    }
+}
+
+/// A message that is being sent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sending {
-    /// Its id, in hex.
+    /// The message's id, in hex.
     pub message: String,
     /// The conversation's newest event before it was sent.
     pub after: Option<String>,
-    /// When it was sent first.
+    /// The time at which it was first sent.
     #[serde(serialize_with = "sortable::serialize")]
     pub since: Time,
-}
-
-/// A claim on a queue.
-#[derive(Clone, Debug)]
-pub struct Claim {
-    owner: String,
-    /// Until when it is nobody else's.
-    pub until: Time,
 }
 
 /// The queues of all users.
 #[derive(Clone, Debug)]
 pub struct MessageStore {
-    dynamodb: Client,
-    table: String,
+    table: Table,
     s3: aws_sdk_s3::Client,
     bucket: String,
 }
@@ -85,14 +82,14 @@ impl MessageStore {
     /// A store on the `users` table, with long messages in `bucket`.
     #[must_use]
     pub fn new(dynamodb: Client, users: String, s3: aws_sdk_s3::Client, bucket: String) -> Self {
-        Self { dynamodb, table: users, s3, bucket }
+        Self { table: Table::new(dynamodb, users), s3, bucket }
     }
 
-    /// Puts a message at the end of a queue; it is looked after from `due_at` on, whatever becomes of the bell. Answers how many
-    /// there are now, or `None` when there is no room.
+    /// Adds a message to the end of a queue. From `due_at` on the sweep enqueues its delivery, even if no job was enqueued. Returns the
+    /// number of messages in the queue, or `None` when the queue is full.
     ///
     /// # Errors
-    /// [`Error::Store`]; the message may be there then.
+    /// [`Error::Store`]; the message may have been added then.
     pub async fn append(
         &self,
         user: &UserId,
@@ -115,51 +112,45 @@ impl MessageStore {
             None
         };
         let content = object.is_none().then_some(content);
-        let newest = text(id::hex(message));
+        let newest = id::hex(message);
         let message = PendingMessage { id: message, content, object: object.clone() };
         let message = serde_dynamo::to_attribute_value(message).map_err(Error::internal)?;
-        let mut values = HashMap::from([
-            (":none".to_owned(), AttributeValue::L(Vec::new())),
-            (":message".to_owned(), AttributeValue::L(vec![message])),
-            (":id".to_owned(), text(id::hex(conversation))),
-            (":shard".to_owned(), text(shard(conversation))),
-            (":due".to_owned(), text(due_at.sortable())),
-            (":newest".to_owned(), newest),
-            (":max".to_owned(), number(u32::try_from(MAX_MESSAGES).unwrap_or(u32::MAX))),
-        ]);
+        let mut update = Update::new()
+            .append("messages", [message])
+            .set("id", text(id::hex(conversation)))
+            .set("undelivered_shard", text(shard(conversation)))
+            .set_if_missing("due_at", text(due_at.sortable()))
+            .set("newest", text(&newest))
+            .remove("refusals")
+            .condition(Condition::Any(vec![
+                Condition::Missing("messages"),
+                Condition::Size("messages", "<", u32::try_from(MAX_MESSAGES).unwrap_or(u32::MAX)),
+            ]))
+            // The SDK repeats an update whose response was lost.
+            .condition(Condition::not_equal("newest", text(&newest)));
         if let Some(task) = task {
-            values.insert(":task".to_owned(), text(id::hex(task)));
+            update = update.set("task", text(id::hex(task)));
         }
-        let update = self
-            .dynamodb
-            .update_item()
-            .table_name(&self.table)
-            .set_key(Some(key(user, conversation)))
-            .update_expression(format!(
-                "SET messages = list_append(if_not_exists(messages, :none), :message), id = :id, undelivered_shard = :shard, \
-                 due_at = if_not_exists(due_at, :due), newest = :newest{} REMOVE refusals",
-                if task.is_some() { ", task = :task" } else { "" }
-            ))
-            .condition_expression("attribute_not_exists(messages) OR size(messages) < :max")
-            .set_expression_attribute_values(Some(values))
-            .return_values(ReturnValue::UpdatedNew);
-        let updated = update.send().await.map_err(store_error("UpdateItem users"));
-        match updated {
-            Ok(updated) => {
-                let messages = updated.attributes.as_ref().and_then(|item| item.get("messages"));
-                Ok(Some(messages.and_then(|list| list.as_l().ok()).map_or(0, Vec::len)))
-            }
-            Err(error) if is_condition_failure(&error) => {
-                if let Some(object) = object {
-                    self.remove_object(&object).await;
-                }
-                Ok(None)
-            }
-            Err(error) => Err(error),
+        let key = key(user, conversation);
+        let queue = match self.table.update(key.clone(), update).await {
+            Ok(Outcome::Applied(item) | Outcome::ConditionFailed(Some(item))) => from_item(item)?,
+            Ok(Outcome::ConditionFailed(None)) => MessageQueue::default(),
+            // The message may have been added. Its sender would repeat it under another id.
+            Err(error) => match self.table.get(key).await.and_then(|item| item.map(from_item).transpose()) {
+                Ok(Some(queue)) if MessageQueue::has(&queue, &newest) => queue,
+                _ => return Err(error),
+            },
+        };
+        if queue.has(&newest) {
+            return Ok(Some(queue.messages.len()));
         }
+        if let Some(object) = object {
+            self.remove_object(&object).await;
+        }
+        Ok(None)
     }
 
-    /// Claims a queue for `lease`; `None` when there is none, or somebody else has it.
+    /// Claims the lease on a queue. Returns `None` when there is no queue, or another worker has the lease.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -167,47 +158,24 @@ impl MessageStore {
         &self,
         user: &UserId,
         conversation: Uuid,
-        lease: Duration,
-    ) -> Result<Option<(Claim, MessageQueue)>> {
-        let now = Time::now();
-        let claim = Claim { owner: id::random_base62(16), until: now.plus(lease) };
-        let updated = self
-            .dynamodb
-            .update_item()
-            .table_name(&self.table)
-            .set_key(Some(key(user, conversation)))
-            .update_expression("SET lease_owner = :me, lease_until = :until, due_at = :until")
-            .condition_expression(
-                "attribute_exists(messages) AND (attribute_not_exists(lease_until) OR lease_until < :now)",
-            )
-            .expression_attribute_values(":me", text(&claim.owner))
-            .expression_attribute_values(":until", text(claim.until.sortable()))
-            .expression_attribute_values(":now", text(now.sortable()))
-            .return_values(ReturnValue::AllNew)
-            .send()
-            .await
-            .map_err(store_error("UpdateItem users"));
-        match updated {
-            Ok(updated) => {
-                let queue = updated.attributes.map(from_item).transpose()?;
-                Ok(queue.map(|queue| (claim, queue)))
-            }
-            Err(error) if is_condition_failure(&error) => Ok(None),
-            Err(error) => Err(error),
-        }
+        duration: Duration,
+    ) -> Result<Option<(Lease, MessageQueue)>> {
+        let lease = Lease::random(duration);
+        let update = Update::new().set("due_at", text(lease.until.sortable())).condition(Condition::Exists("messages"));
+        let claimed = lease.claim(&self.table, key(user, conversation), update).await?.applied();
+        Ok(claimed.map(from_item).transpose()?.map(|queue| (lease, queue)))
     }
 
-    /// Notes that a message is about to be sent. False when the claim is lost.
+    /// Records that a message is about to be sent. Returns false when the lease is lost.
     ///
     /// # Errors
     /// [`Error::Store`].
-    pub async fn begin(&self, user: &UserId, conversation: Uuid, claim: &Claim, sending: &Sending) -> Result<bool> {
+    pub async fn begin(&self, user: &UserId, conversation: Uuid, lease: &Lease, sending: &Sending) -> Result<bool> {
         let sending = serde_dynamo::to_attribute_value(sending).map_err(Error::internal)?;
-        let values = [(":sending", sending)];
-        self.change(user, conversation, claim, "SET sending = :sending", &values, "").await.map(|queue| queue.is_some())
+        Ok(self.write(user, conversation, lease, Update::new().set("sending", sending)).await?.is_applied())
     }
 
-    /// Removes the first message, which has arrived. Answers what is left, or `None` when the claim is lost.
+    /// Removes the first message, which has arrived. Returns the rest of the queue, or `None` when the lease is lost.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -215,22 +183,20 @@ impl MessageStore {
         &self,
         user: &UserId,
         conversation: Uuid,
-        claim: &Claim,
+        lease: &Lease,
         message: &PendingMessage,
     ) -> Result<Option<MessageQueue>> {
-        let values = [(":first", text(id::hex(message.id)))];
-        let condition = " AND messages[0].id = :first";
-        let change = "REMOVE messages[0], sending, attempts, refusals";
-        let left = self.change(user, conversation, claim, change, &values, condition).await?;
-        if left.is_some()
-            && let Some(object) = &message.object
-        {
+        let update = Update::new()
+            .remove_all(&["messages[0]", "sending", "attempts", "refusals"])
+            .condition(Condition::equal("messages[0].id", text(id::hex(message.id))));
+        let Some(left) = self.write(user, conversation, lease, update).await?.applied() else { return Ok(None) };
+        if let Some(object) = &message.object {
             self.remove_object(object).await;
         }
-        Ok(left)
+        from_item(left).map(Some)
     }
 
-    /// Gives a claim back; the queue is due again at `due_at`.
+    /// Releases the lease; the queue is due again at `due_at`.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -238,17 +204,19 @@ impl MessageStore {
         &self,
         user: &UserId,
         conversation: Uuid,
-        claim: &Claim,
+        lease: &Lease,
         attempts: u32,
         due_at: Time,
     ) -> Result<()> {
-        let change = "SET attempts = :attempts, due_at = :due REMOVE lease_owner, lease_until, refusals";
-        let values = [(":attempts", number(attempts)), (":due", text(due_at.sortable()))];
-        self.change(user, conversation, claim, change, &values, "").await.map(|_| ())
+        let update =
+            Update::new().set("attempts", number(attempts)).set("due_at", text(due_at.sortable())).remove("refusals");
+        // Where the lease is lost, another worker has the queue.
+        let _outcome = self.write(user, conversation, lease, lease::release(update)).await?;
+        Ok(())
     }
 
-    /// As [`MessageStore::postpone`], after an agent server answered with an error of its own for the `refusals`-th time in a row. False,
-    /// with the claim kept, when a message was added since `newest`: the count begins again with it.
+    /// As [`MessageStore::postpone`], after an agent server has refused the first message for the `refusals`-th consecutive time.
+    /// Returns false, with the lease kept, when a message was added since `newest`: that message restarts the count.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -256,18 +224,17 @@ impl MessageStore {
         &self,
         user: &UserId,
         conversation: Uuid,
-        claim: &Claim,
+        lease: &Lease,
         newest: Option<&str>,
         refusals: u32,
         due_at: Time,
     ) -> Result<bool> {
-        let change = "SET refusals = :refusals, due_at = :due REMOVE lease_owner, lease_until";
-        let values = vec![(":refusals", number(refusals)), (":due", text(due_at.sortable()))];
-        self.change_unless_added(user, conversation, claim, newest, change, values).await
+        let update = Update::new().set("refusals", number(refusals)).set("due_at", text(due_at.sortable()));
+        self.release_unless_added(user, conversation, lease, newest, update).await
     }
 
-    /// Gives a claim back; the queue is not due again until a message is added. False, with the claim kept, when one was added since
-    /// `newest`: its own job found the queue claimed and ended.
+    /// Releases the lease; the queue is not due again until a message is added. Returns false, with the lease kept, when one was added
+    /// since `newest`: the job of that message found the queue claimed and ended.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -275,60 +242,39 @@ impl MessageStore {
         &self,
         user: &UserId,
         conversation: Uuid,
-        claim: &Claim,
+        lease: &Lease,
         newest: Option<&str>,
     ) -> Result<bool> {
-        let change = "REMOVE lease_owner, lease_until, attempts, refusals, undelivered_shard, due_at";
-        self.change_unless_added(user, conversation, claim, newest, change, Vec::new()).await
+        let update = Update::new().remove_all(&["attempts", "refusals", "undelivered_shard", "due_at"]);
+        self.release_unless_added(user, conversation, lease, newest, update).await
     }
 
-    /// Changes a claimed queue. False when a message was added since `newest`, or the claim is lost.
-    async fn change_unless_added(
+    /// Updates a queue and releases its lease. Returns false when a message was added since `newest`, or the lease is lost.
+    async fn release_unless_added(
         &self,
         user: &UserId,
         conversation: Uuid,
-        claim: &Claim,
+        lease: &Lease,
         newest: Option<&str>,
-        change: &str,
-        mut values: Vec<(&str, AttributeValue)>,
+        update: Update,
     ) -> Result<bool> {
-        let condition = match newest {
-            Some(newest) => {
-                values.push((":newest", text(newest)));
-                " AND newest = :newest"
-            }
-            None => " AND attribute_not_exists(newest)",
-        };
-        self.change(user, conversation, claim, change, &values, condition).await.map(|queue| queue.is_some())
+        let update = lease::release(update).condition(Condition::unchanged("newest", newest.map(text)));
+        Ok(self.write(user, conversation, lease, update).await?.is_applied())
     }
 
-    /// Removes a queue that is empty. False when it is not, or the claim is lost.
+    /// Removes a queue that is empty. Returns false when it is not, or the lease is lost.
     ///
     /// # Errors
     /// [`Error::Store`].
-    pub async fn end(&self, user: &UserId, conversation: Uuid, claim: &Claim) -> Result<bool> {
-        let removed = self
-            .dynamodb
-            .delete_item()
-            .table_name(&self.table)
-            .set_key(Some(key(user, conversation)))
-            .condition_expression("lease_owner = :me AND size(messages) = :none")
-            .expression_attribute_values(":me", text(&claim.owner))
-            .expression_attribute_values(":none", number(0))
-            .send()
-            .await
-            .map_err(store_error("DeleteItem users"));
-        match removed {
-            Ok(_) => Ok(true),
-            Err(error) if is_condition_failure(&error) => Ok(false),
-            Err(error) => Err(error),
-        }
+    pub async fn end(&self, user: &UserId, conversation: Uuid, lease: &Lease) -> Result<bool> {
+        let is_empty = Condition::Size("messages", "=", 0);
+        lease::delete(&self.table, key(user, conversation), &lease.owner, [is_empty]).await
     }
 
     /// The parts of a message, as JSON.
     ///
     /// # Errors
-    /// [`Error::Store`]; [`Error::Internal`] when they are not what was stored.
+    /// [`Error::Store`]; [`Error::Internal`] when the object is missing or is not JSON.
     pub async fn content(&self, message: &PendingMessage) -> Result<serde_json::Value> {
         let json = match (&message.content, &message.object) {
             (Some(content), _) => content.clone().into_bytes(),
@@ -341,10 +287,10 @@ impl MessageStore {
         serde_json::from_slice(&json).map_err(Error::internal)
     }
 
-    /// Removes a conversation's queue with all that waits in it.
+    /// Removes a conversation's queue and all of its messages.
     ///
     /// # Errors
-    /// [`Error::Store`]; it may be done again.
+    /// [`Error::Store`]; it may be repeated then.
     pub async fn delete_all(&self, user: &UserId, conversation: Uuid) -> Result<()> {
         let prefix = object_prefix(user, conversation);
         let mut pages = self.s3.list_objects_v2().bucket(&self.bucket).prefix(prefix).into_paginator().send();
@@ -355,7 +301,8 @@ impl MessageStore {
                 delete.send().await.map_err(store_error("DeleteObject messages"))?;
             }
         }
-        let delete = self.dynamodb.delete_item().table_name(&self.table).set_key(Some(key(user, conversation)));
+        let delete =
+            self.table.client.delete_item().table_name(&self.table.name).set_key(Some(key(user, conversation)));
         delete.send().await.map_err(store_error("DeleteItem users"))?;
         Ok(())
     }
@@ -364,7 +311,6 @@ impl MessageStore {
     #[must_use]
     pub fn undelivered(&self) -> DueIndex {
         DueIndex {
-            dynamodb: self.dynamodb.clone(),
             table: self.table.clone(),
             index: UNDELIVERED,
             shard_attribute: "undelivered_shard",
@@ -373,37 +319,11 @@ impl MessageStore {
         }
     }
 
-    async fn change(
-        &self,
-        user: &UserId,
-        conversation: Uuid,
-        claim: &Claim,
-        change: &str,
-        values: &[(&str, AttributeValue)],
-        condition: &str,
-    ) -> Result<Option<MessageQueue>> {
-        let values = values.iter().map(|(name, value)| ((*name).to_owned(), value.clone()));
-        let values = values.chain([(":me".to_owned(), text(&claim.owner))]).collect();
-        let updated = self
-            .dynamodb
-            .update_item()
-            .table_name(&self.table)
-            .set_key(Some(key(user, conversation)))
-            .update_expression(change)
-            .condition_expression(format!("lease_owner = :me{condition}"))
-            .set_expression_attribute_values(Some(values))
-            .return_values(ReturnValue::AllNew)
-            .send()
-            .await
-            .map_err(store_error("UpdateItem users"));
-        match updated {
-            Ok(updated) => updated.attributes.map(from_item).transpose(),
-            Err(error) if is_condition_failure(&error) => Ok(None),
-            Err(error) => Err(error),
-        }
+    async fn write(&self, user: &UserId, conversation: Uuid, lease: &Lease, update: Update) -> Result<Outcome> {
+        lease::write(&self.table, key(user, conversation), &lease.owner, update).await
     }
 
-    /// Best effort: what stays goes with the conversation.
+    /// Removes the object of a message, best effort: one that stays is removed together with its conversation.
     async fn remove_object(&self, object: &str) {
         let removed = self.s3.delete_object().bucket(&self.bucket).key(object).send().await;
         if let Err(error) = removed.map_err(store_error("DeleteObject messages")) {

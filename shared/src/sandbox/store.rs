@@ -1,17 +1,14 @@
-//! Records of sandboxes: whose they are, their sealed session keys, and what their service needs to find them again.
+//! Records of sandboxes: their owners, their sealed session keys, and what a sandbox service needs to find them again.
 
 use std::collections::HashMap;
 
 use aws_sdk_dynamodb::Client;
-use aws_sdk_dynamodb::types::AttributeValue;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, Serialize};
 
 use crate::clock::{Time, sortable};
 use crate::digest::sha256_hex;
-use crate::dynamo::{
-    BATCH_GET_LIMIT, Item, batch_get_items, from_item, is_condition_failure, store_error, text, to_item,
-};
+use crate::dynamo::{Condition, Item, Table, Update, from_item, number, store_error, text, to_item};
 use crate::error::Result;
 use crate::sandbox::MAX_ID;
 use crate::user::UserId;
@@ -22,7 +19,7 @@ pub const BY_SESSION_KEY: &str = "by-session-key";
 /// Index: a user's sandboxes by creation.
 pub const BY_CREATED: &str = "by-created";
 
-/// What the service wants the sandbox to be; what it is shows on looking.
+/// The state that the sandbox should be in. Its actual state is computed on read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Wanted {
@@ -30,30 +27,30 @@ pub enum Wanted {
     Running,
     /// Frozen in memory.
     Paused,
-    /// Ended, to be started again on resume.
+    /// Ended. A resume starts it again.
     Stopped,
 }
 
 /// The record of a sandbox.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SandboxRecord {
-    /// Its owner.
+    /// The owner.
     pub user: UserId,
-    /// Its id.
+    /// The sandbox's id.
     pub id: String,
-    /// What it was made from.
+    /// The specification that it was made from.
     pub spec_id: String,
-    /// Its session key, sealed.
+    /// The session key, sealed.
     pub session_key_sealed: String,
-    /// The hash by which a webhook's caller is found.
+    /// The hash of the session key, by which the caller of a webhook is looked up.
     pub session_key_hash: String,
-    /// When it was made.
+    /// The time of its creation.
     #[serde(serialize_with = "sortable::serialize")]
     pub created_at: Time,
-    /// When a conversation was last started in it.
+    /// The time at which a conversation was last started in it.
     #[serde(serialize_with = "sortable::serialize")]
     pub used_at: Time,
-    /// Whether it should run.
+    /// The state that it should be in.
     pub wanted: Wanted,
     /// The port of its agent server on this machine (process sandboxes).
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -63,8 +60,7 @@ pub struct SandboxRecord {
 /// The records of all sandboxes.
 #[derive(Clone, Debug)]
 pub struct SandboxStore {
-    dynamodb: Client,
-    table: String,
+    table: Table,
     sealer: Sealer,
 }
 
@@ -72,7 +68,7 @@ impl SandboxStore {
     /// A store on the `sandboxes` table.
     #[must_use]
     pub fn new(dynamodb: Client, table: String, sealer: Sealer) -> Self {
-        Self { dynamodb, table, sealer }
+        Self { table: Table::new(dynamodb, table), sealer }
     }
 
     /// A new record, not stored yet, with its key sealed.
@@ -108,27 +104,15 @@ impl SandboxStore {
         self.sealer.open(&purpose(&record.user, &record.id), &record.session_key_sealed).await
     }
 
-    /// Stores a new record, or returns the one that is there under this id.
+    /// Stores a new record. Returns it, or the record that has its id already.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
     pub async fn put_new(&self, record: SandboxRecord) -> Result<SandboxRecord> {
-        let put = self
-            .dynamodb
-            .put_item()
-            .table_name(&self.table)
-            .set_item(Some(to_item(&record)?))
-            .condition_expression("attribute_not_exists(id)")
-            .send()
-            .await
-            .map_err(store_error("PutItem sandboxes"));
-        match put {
-            Ok(_) => Ok(record),
-            Err(error) if is_condition_failure(&error) => {
-                Ok(self.get(&record.user, &record.id).await?.unwrap_or(record))
-            }
-            Err(error) => Err(error),
+        if self.table.put(to_item(&record)?, Condition::Missing("id")).await? {
+            return Ok(record);
         }
+        Ok(self.get(&record.user, &record.id).await?.unwrap_or(record))
     }
 
     /// One record.
@@ -147,17 +131,7 @@ impl SandboxStore {
         if !is_id(id) {
             return Ok(false);
         }
-        let found = self
-            .dynamodb
-            .get_item()
-            .table_name(&self.table)
-            .set_key(Some(self.key(user, id)))
-            .projection_expression("id")
-            .consistent_read(true)
-            .send()
-            .await
-            .map_err(store_error("GetItem sandboxes"))?;
-        Ok(found.item.is_some())
+        Ok(self.table.get(key(user, id)).await?.is_some())
     }
 
     /// Records in the order of the ids.
@@ -169,12 +143,9 @@ impl SandboxStore {
         let mut wanted: Vec<&String> = ids.iter().filter(|id| is_id(id)).collect();
         wanted.sort_unstable();
         wanted.dedup();
-        for chunk in wanted.chunks(BATCH_GET_LIMIT) {
-            let keys = chunk.iter().map(|id| self.key(user, id)).collect();
-            for item in batch_get_items(&self.dynamodb, &self.table, keys, "BatchGetItem sandboxes").await? {
-                let record: SandboxRecord = from_item(item)?;
-                found.insert(record.id.clone(), record);
-            }
+        for item in self.table.batch_get(wanted.into_iter().map(|id| key(user, id)).collect()).await? {
+            let record: SandboxRecord = from_item(item)?;
+            found.insert(record.id.clone(), record);
         }
         Ok(ids.iter().map(|id| found.get(id).cloned()).collect())
     }
@@ -186,9 +157,8 @@ impl SandboxStore {
     pub async fn list(&self, user: &UserId) -> Result<Vec<SandboxRecord>> {
         let mut records = Vec::new();
         let mut pages = self
-            .dynamodb
+            .table
             .query()
-            .table_name(&self.table)
             .index_name(BY_CREATED)
             .key_condition_expression("#user = :user")
             .expression_attribute_names("#user", "user")
@@ -203,15 +173,14 @@ impl SandboxStore {
         Ok(records)
     }
 
-    /// The sandbox with this session key, whoever's it is.
+    /// The sandbox with this session key, of any user.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
     pub async fn find_by_session_key(&self, key: &str) -> Result<Option<SandboxRecord>> {
         let found = self
-            .dynamodb
+            .table
             .query()
-            .table_name(&self.table)
             .index_name(BY_SESSION_KEY)
             .key_condition_expression("session_key_hash = :hash")
             .expression_attribute_values(":hash", text(sha256_hex(key)))
@@ -222,7 +191,7 @@ impl SandboxStore {
         found.items.unwrap_or_default().pop().map(from_item).transpose()
     }
 
-    /// Sets what the sandbox should be. False when there is no record.
+    /// Sets the state that the sandbox should be in. Returns false when there is no record.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
@@ -232,97 +201,63 @@ impl SandboxStore {
             Wanted::Paused => "paused",
             Wanted::Stopped => "stopped",
         };
-        self.set(user, id, &[("wanted", text(value))]).await
+        self.apply(user, id, Update::new().set("wanted", text(value))).await
     }
 
-    /// Sets the port of the sandbox's agent server. False when there is no record.
+    /// Sets the port of the sandbox's agent server. Returns false when there is no record.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
     pub async fn set_port(&self, user: &UserId, id: &str, port: u16) -> Result<bool> {
-        self.set(user, id, &[("port", crate::dynamo::number(u32::from(port)))]).await
+        self.apply(user, id, Update::new().set("port", number(port.into()))).await
     }
 
-    /// Notes what the sandbox's agent server is launched from and where it listens. False when there is no record.
+    /// Records the specification and the port with which the sandbox's agent server is launched. Returns false when there is no record.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
     pub async fn set_launched(&self, user: &UserId, id: &str, port: u16, spec_id: &str) -> Result<bool> {
-        let port = crate::dynamo::number(u32::from(port));
-        self.set(user, id, &[("port", port), ("spec_id", text(spec_id))]).await
+        self.apply(user, id, Update::new().set("port", number(port.into())).set("spec_id", text(spec_id))).await
     }
 
-    /// Sets the sandbox's session key. False when there is no record.
+    /// Sets the sandbox's session key. Returns false when there is no record.
     ///
     /// # Errors
     /// [`crate::Error::Store`]; [`crate::Error::Internal`] when the key cannot be sealed.
     pub async fn set_session_key(&self, user: &UserId, id: &str, key: &SecretString) -> Result<bool> {
         let sealed = self.sealer.seal(&purpose(user, id), key).await?;
         let hash = sha256_hex(key.expose_secret());
-        self.set(user, id, &[("session_key_sealed", text(sealed)), ("session_key_hash", text(hash))]).await
+        let update = Update::new().set("session_key_sealed", text(sealed)).set("session_key_hash", text(hash));
+        self.apply(user, id, update).await
     }
 
-    /// Notes that the sandbox is used now. False when there is no record.
+    /// Records that the sandbox is used now. Returns false when there is no record.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
     pub async fn mark_used(&self, user: &UserId, id: &str) -> Result<bool> {
-        self.set(user, id, &[("used_at", text(Time::now().sortable()))]).await
+        self.apply(user, id, Update::new().set("used_at", text(Time::now().sortable()))).await
     }
 
-    /// Removes the record. False when there is none.
+    /// Removes the record. Returns false when there was none.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
     pub async fn delete(&self, user: &UserId, id: &str) -> Result<bool> {
-        if !is_id(id) {
-            return Ok(false);
-        }
-        let removed = self
-            .dynamodb
-            .delete_item()
-            .table_name(&self.table)
-            .set_key(Some(self.key(user, id)))
-            .return_values(aws_sdk_dynamodb::types::ReturnValue::AllOld)
-            .send()
-            .await
-            .map_err(store_error("DeleteItem sandboxes"))?;
-        Ok(removed.attributes.is_some())
+        Ok(is_id(id) && self.table.delete(key(user, id), Condition::Exists("id")).await?.is_ok())
     }
 
-    async fn set(&self, user: &UserId, id: &str, attributes: &[(&str, AttributeValue)]) -> Result<bool> {
-        if !is_id(id) {
-            return Ok(false);
-        }
-        let parts: Vec<String> = attributes.iter().map(|(name, _)| format!("#{name} = :{name}")).collect();
-        let names = attributes.iter().map(|(name, _)| (format!("#{name}"), (*name).to_owned())).collect();
-        let values = attributes.iter().map(|(name, value)| (format!(":{name}"), value.clone())).collect();
-        let updated = self
-            .dynamodb
-            .update_item()
-            .table_name(&self.table)
-            .set_key(Some(self.key(user, id)))
-            .update_expression(format!("SET {}", parts.join(", ")))
-            .condition_expression("attribute_exists(id)")
-            .set_expression_attribute_names(Some(names))
-            .set_expression_attribute_values(Some(values))
-            .send()
-            .await
-            .map_err(store_error("UpdateItem sandboxes"));
-        match updated {
-            Ok(_) => Ok(true),
-            Err(error) if is_condition_failure(&error) => Ok(false),
-            Err(error) => Err(error),
-        }
-    }
-
-    #[expect(clippy::unused_self, reason = "keys are the store's business")]
-    fn key(&self, user: &UserId, id: &str) -> Item {
-        Item::from([("user".into(), text(user.as_str())), ("id".into(), text(id))])
+    /// Updates a record. Returns false when there is none.
+    async fn apply(&self, user: &UserId, id: &str, update: Update) -> Result<bool> {
+        Ok(is_id(id) && self.table.apply(key(user, id), update.condition(Condition::Exists("id"))).await?)
     }
 }
 
-/// Whether a text can be an id at all; DynamoDB refuses keys that are empty, or longer than 1 KB.
+fn key(user: &UserId, id: &str) -> Item {
+    Item::from([("user".into(), text(user.as_str())), ("id".into(), text(id))])
+}
+
+/// Whether a text can be an id. DynamoDB refuses keys that are empty, or longer than 1 KB.
 fn is_id(text: &str) -> bool {
     (1..=MAX_ID).contains(&text.len())
 }

@@ -1,7 +1,6 @@
-//! API keys: how programs say whose they are. Of a key the store has nothing but its hash, so that nobody can read it there.
+//! API keys, by which programs authenticate as a user. The store holds only the hash of a key, so that no one can read a key there.
 
 use aws_sdk_dynamodb::Client;
-use aws_sdk_dynamodb::types::{Delete, Put, TransactWriteItem};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -9,35 +8,37 @@ use uuid::Uuid;
 use super::UserId;
 use crate::clock::Time;
 use crate::digest::sha256_hex;
-use crate::dynamo::{Item, from_item, is_condition_failure, store_error, text, to_item, transact};
+use crate::dynamo::{Condition, Item, Table, from_item, store_error, text, to_item, transact, unless_written};
 use crate::error::{Error, Result};
 use crate::id;
 
-/// The beginning of every key, by which scanners for leaked secrets recognise one.
+/// The prefix of every key, by which scanners for leaked secrets recognize one.
 const PREFIX: &str = "oh-";
-/// Base-62 digits behind the prefix: 256 bits.
+/// Base-62 digits after the prefix: 256 bits.
 const DIGITS: usize = 43;
+/// The call that creates a key, for the log.
+const CREATE: &str = "TransactWriteItems users";
 /// The longest name of a key, in characters.
 pub const MAX_NAME: usize = 100;
 /// The most keys that one user may have.
 pub const MAX_KEYS: usize = 100;
 
-/// `kind` of the row that a key is found by; its `user` is the key's hash.
+/// `kind` of the row by which a key is looked up. Its `user` is made of the key's hash.
 const BY_HASH: &str = "api-key";
-/// The beginning of `kind` of the row that its owner sees.
+/// The prefix of `kind` of the row that the key's owner sees.
 const OWNED: &str = "api-key#";
 
-/// A key, without what makes it one.
+/// A key's record, without the key itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ApiKey {
-    /// By which it is revoked.
+    /// The id by which it is revoked.
     #[serde(with = "id::as_hex")]
     pub id: Uuid,
-    /// What its owner calls it.
+    /// The name that its owner gave it.
     pub name: String,
-    /// When it was made.
+    /// The time of its creation.
     pub created_at: Time,
-    /// The first characters of the key, by which its owner recognises it.
+    /// The first characters of the key, by which its owner recognizes it.
     pub begins_with: String,
 }
 
@@ -58,28 +59,27 @@ struct ByHash {
     owner: UserId,
 }
 
-/// API keys in the `users` table: a row by which each is found, and one for its owner.
+/// API keys in the `users` table. Each has a row by which it is looked up, and one for its owner.
 #[derive(Clone, Debug)]
 pub struct ApiKeyStore {
-    dynamodb: Client,
-    table: String,
+    table: Table,
 }
 
 impl ApiKeyStore {
     /// A store on the `users` table.
     #[must_use]
     pub fn new(dynamodb: Client, users: String) -> Self {
-        Self { dynamodb, table: users }
+        Self { table: Table::new(dynamodb, users) }
     }
 
-    /// Whether a text has the form of a key; a token of another kind has not.
+    /// Whether a text has the form of a key. Tokens of other kinds have another form.
     #[must_use]
     pub fn looks_like_one(text: &str) -> bool {
         text.strip_prefix(PREFIX)
             .is_some_and(|digits| digits.len() == DIGITS && digits.bytes().all(|digit| digit.is_ascii_alphanumeric()))
     }
 
-    /// Makes a key for the user. What is returned beside it is shown once, and nowhere kept.
+    /// Creates a key for the user. The key itself, which is returned beside its record, is not stored.
     ///
     /// # Errors
     /// [`Error::Refused`] when the name is empty or too long, or the user has too many keys; [`Error::Store`].
@@ -101,13 +101,15 @@ impl ApiKeyStore {
         let hash = sha256_hex(&secret);
         let by_hash = ByHash { user: hash_key(&hash), kind: BY_HASH.into(), owner: user.clone() };
         let owned = Owned { user: user.clone(), kind: owned_kind(key.id), hash, key: key.clone() };
-        let writes = [to_item(&by_hash)?, to_item(&owned)?].map(|item| {
-            let put = Put::builder().table_name(&self.table).set_item(Some(item));
-            put.condition_expression("attribute_not_exists(kind)").build().map_err(Error::internal)
-        });
-        let writes: Vec<TransactWriteItem> =
-            writes.into_iter().map(|put| Ok(TransactWriteItem::builder().put(put?).build())).collect::<Result<_>>()?;
-        transact(&self.dynamodb, writes, "TransactWriteItems users").await?;
+        let is_new = Condition::Missing("kind");
+        let writes = vec![
+            self.table.put_in_transaction(to_item(&by_hash)?, &is_new)?,
+            self.table.put_in_transaction(to_item(&owned)?, &is_new)?,
+        ];
+        let written = transact(&self.table.client, writes, CREATE).await.and_then(|written| written.require(CREATE));
+        // Otherwise the user has a key that no one knows.
+        let row = row(user.as_str(), &owned.kind);
+        unless_written(written, async || Ok(self.table.get(row).await?.is_some())).await?;
         Ok((key, secret.into()))
     }
 
@@ -121,39 +123,24 @@ impl ApiKeyStore {
         Ok(keys)
     }
 
-    /// Makes a key worthless. False when the user has no such key.
+    /// Revokes a key. Returns false when the user has no such key.
     ///
     /// # Errors
     /// [`Error::Store`].
     pub async fn revoke(&self, user: &UserId, key: Uuid) -> Result<bool> {
-        let found = self
-            .dynamodb
-            .get_item()
-            .table_name(&self.table)
-            .set_key(Some(row(user.as_str(), &owned_kind(key))))
-            .consistent_read(true)
-            .send()
-            .await
-            .map_err(store_error("GetItem users"))?;
-        let Some(owned) = found.item.map(from_item::<Owned>).transpose()? else { return Ok(false) };
-        let delete = |key: Item, condition: Option<&str>| {
-            let delete = Delete::builder().table_name(&self.table).set_key(Some(key));
-            let delete = delete.set_condition_expression(condition.map(str::to_owned)).build();
-            Ok::<_, Error>(TransactWriteItem::builder().delete(delete.map_err(Error::internal)?).build())
-        };
+        let found = self.table.get(row(user.as_str(), &owned_kind(key))).await?;
+        let Some(owned) = found.map(from_item::<Owned>).transpose()? else { return Ok(false) };
+        let exists = Condition::Exists("kind");
         let writes = vec![
-            delete(row(&hash_key(&owned.hash), BY_HASH), None)?,
-            delete(row(user.as_str(), &owned.kind), Some("attribute_exists(kind)"))?,
+            self.table.delete_in_transaction(row(&hash_key(&owned.hash), BY_HASH), None)?,
+            self.table.delete_in_transaction(row(user.as_str(), &owned.kind), Some(&exists))?,
         ];
-        match transact(&self.dynamodb, writes, "TransactWriteItems users").await {
-            Ok(()) => Ok(true),
-            // Somebody else was quicker.
-            Err(error) if is_condition_failure(&error) => Ok(false),
-            Err(error) => Err(error),
-        }
+        // Where the condition does not hold, another request has revoked it.
+        Ok(transact(&self.table.client, writes, "TransactWriteItems users").await?.is_written())
     }
 
-    /// Whose a key is; `None` when it is no key, or was revoked.
+    /// The owner of a key. `None` when the text is no key, or the key was revoked: the read is consistent, so that a revocation takes
+    /// effect at once.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -161,24 +148,14 @@ impl ApiKeyStore {
         if !Self::looks_like_one(key.expose_secret()) {
             return Ok(None);
         }
-        let found = self
-            .dynamodb
-            .get_item()
-            .table_name(&self.table)
-            .set_key(Some(row(&hash_key(&sha256_hex(key.expose_secret())), BY_HASH)))
-            // A key that was revoked a moment ago is worthless.
-            .consistent_read(true)
-            .send()
-            .await
-            .map_err(store_error("GetItem users"))?;
-        Ok(found.item.map(from_item::<ByHash>).transpose()?.map(|found| found.owner))
+        let found = self.table.get(row(&hash_key(&sha256_hex(key.expose_secret())), BY_HASH)).await?;
+        Ok(found.map(from_item::<ByHash>).transpose()?.map(|found| found.owner))
     }
 
     async fn owned(&self, user: &UserId) -> Result<Vec<Owned>> {
         let mut items = self
-            .dynamodb
+            .table
             .query()
-            .table_name(&self.table)
             .key_condition_expression("#user = :user AND begins_with(kind, :kind)")
             .expression_attribute_names("#user", "user")
             .expression_attribute_values(":user", text(user.as_str()))
@@ -199,7 +176,7 @@ fn owned_kind(key: Uuid) -> String {
     format!("{OWNED}{}", id::hex(key))
 }
 
-/// The partition of a key's row. Users cannot have it: their ids are no hashes of keys that they know.
+/// The partition of the row by which a key is looked up. It is no user's: no user's id is the hash of a key that they know.
 fn hash_key(hash: &str) -> String {
     format!("{OWNED}{hash}")
 }

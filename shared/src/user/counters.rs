@@ -1,16 +1,15 @@
-//! How many rows a user has: one item, changed in the same transaction as the rows that it counts.
+//! The number of rows that a user has: one item, changed in the same transaction as the rows that it counts.
 
-use aws_sdk_dynamodb::Client;
-use aws_sdk_dynamodb::types::{AttributeValue, TransactWriteItem, Update};
+use aws_sdk_dynamodb::types::TransactWriteItem;
 
 use super::UserId;
-use crate::dynamo::{Item, store_error, text};
-use crate::error::{Error, Result};
+use crate::dynamo::{Item, Table, Update, text};
+use crate::error::Result;
 
 /// The `users` record that holds the counts.
 const COUNTERS: &str = "counters";
 
-/// What is counted; the names of the item's attributes.
+/// What is counted. Each counter is an attribute of the item.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Counter {
     /// Conversations, sub-conversations included.
@@ -31,38 +30,23 @@ impl Counter {
     }
 }
 
-/// The write that adds to counts, for the transaction that adds or removes the rows. A transaction takes one such write a
+/// The write that adds to counts, for the transaction that adds or removes the rows. A transaction takes one such write for each
 /// user.
 ///
 /// # Errors
-/// [`Error::Internal`] when `changes` is empty.
-pub fn add(table: &str, user: &UserId, changes: &[(Counter, i64)]) -> Result<TransactWriteItem> {
-    let parts: Vec<String> = changes.iter().map(|(counter, _)| format!("{0} :{0}", counter.attribute())).collect();
-    let mut update = Update::builder()
-        .table_name(table)
-        .set_key(Some(key(user)))
-        .update_expression(format!("ADD {}", parts.join(", ")));
-    for (counter, change) in changes {
-        let value = AttributeValue::N(change.to_string());
-        update = update.expression_attribute_values(format!(":{}", counter.attribute()), value);
-    }
-    Ok(TransactWriteItem::builder().update(update.build().map_err(Error::internal)?).build())
+/// [`crate::Error::Internal`] when `changes` is empty.
+pub fn add(users: &Table, user: &UserId, changes: &[(Counter, i64)]) -> Result<TransactWriteItem> {
+    let add = |update: Update, (counter, change): &(Counter, i64)| update.add(counter.attribute(), *change);
+    changes.iter().fold(Update::new(), add).in_transaction(&users.name, key(user))
 }
 
-/// A count, exact: one item read.
+/// Reads a count. It is exact, and reads one item.
 ///
 /// # Errors
-/// [`Error::Store`].
-pub async fn read(dynamodb: &Client, table: &str, user: &UserId, counter: Counter) -> Result<u64> {
-    let found = dynamodb
-        .get_item()
-        .table_name(table)
-        .set_key(Some(key(user)))
-        .consistent_read(true)
-        .send()
-        .await
-        .map_err(store_error("GetItem users"))?;
-    let count = found.item.as_ref().and_then(|item| item.get(counter.attribute())).and_then(|count| count.as_n().ok());
+/// [`crate::Error::Store`].
+pub async fn read(users: &Table, user: &UserId, counter: Counter) -> Result<u64> {
+    let found = users.get(key(user)).await?;
+    let count = found.as_ref().and_then(|item| item.get(counter.attribute())).and_then(|count| count.as_n().ok());
     Ok(count.and_then(|count| count.parse().ok()).unwrap_or_default())
 }
 

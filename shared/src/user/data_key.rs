@@ -1,6 +1,7 @@
-//! The deployment's data keys: kept in one row of the `users` table, encrypted under a key of KMS, which alone can decrypt them.
+//! The deployment's data keys: stored in one row of the `users` table, encrypted under a KMS key, without which no one can decrypt
+//! them.
 //!
-//! The first one is the attribute `encrypted`; those that replaced it since are the list `rotated`, the newest last.
+//! The first key is the attribute `encrypted`. The keys that have replaced it since are the list `rotated`, the newest last.
 
 use std::time::Duration;
 
@@ -13,82 +14,69 @@ use aws_sdk_kms::types::DataKeySpec;
 use futures::future::try_join_all;
 
 use super::seal::MAX_KEYS;
-use crate::dynamo::{Item, is_condition_failure, store_error, text};
+use crate::dynamo::{Condition, Item, Table, Update, store_error, text};
 use crate::error::{Error, Result};
 
-/// The row's key. Functions that have no business with rows of users may still read and write those of this one.
+/// The row's key. Functions whose policies exclude the rows of users may still read and write this row.
 const USER: &str = "#deployment";
 const KIND: &str = "data-key";
-/// KMS decrypts the keys only for who says the same.
+/// The encryption context: KMS decrypts the keys only for a caller that passes the same.
 const CONTEXT: (&str, &str) = ("purpose", "openhands-secrets");
-/// KMS answers in milliseconds.
+/// KMS responds in milliseconds.
 const ATTEMPT: Duration = Duration::from_secs(5);
 
-/// Where the data keys are.
+/// The store of the data keys.
 #[derive(Debug)]
 pub struct DataKey {
-    dynamodb: Client,
-    table: String,
+    table: Table,
     kms: aws_sdk_kms::Client,
     kms_key: Option<String>,
 }
 
-/// A data key as KMS makes it.
+/// A data key as KMS generates it.
 struct Made {
     plain: Vec<u8>,
     encrypted: Vec<u8>,
 }
 
 impl DataKey {
-    /// The data keys in the table, under the key of KMS with this id, alias or ARN.
+    /// The data keys in the table, under the KMS key with this id, alias or ARN.
     #[must_use]
     pub fn new(sdk: &SdkConfig, dynamodb: Client, table: String, kms_key: String) -> Self {
         Self { kms_key: Some(kms_key), ..Self::stored_in(sdk, dynamodb, table) }
     }
 
-    /// The data keys in the table, under whichever key of KMS the first of them was encrypted. None is made where there is none.
+    /// The data keys in the table, under the KMS key with which the first of them was encrypted. No first key is made.
     #[must_use]
     pub fn stored_in(sdk: &SdkConfig, dynamodb: Client, table: String) -> Self {
         let timeouts = crate::aws::timeouts(ATTEMPT);
         let config = aws_sdk_kms::config::Builder::from(sdk).timeout_config(timeouts).build();
-        Self { dynamodb, table, kms: aws_sdk_kms::Client::from_conf(config), kms_key: None }
+        Self { table: Table::new(dynamodb, table), kms: aws_sdk_kms::Client::from_conf(config), kms_key: None }
     }
 
-    /// Their bytes, the newest last. The first process of a deployment makes the first key; of several that are first at the same
-    /// time, one.
+    /// The bytes of the keys, the newest last. The first process of a deployment makes the first key. When several processes are first
+    /// at the same time, they use the key of one of them.
     ///
     /// # Errors
-    /// [`Error::Store`], also when it is KMS that refuses or fails: what is stored cannot be read or written for now.
+    /// [`Error::Store`], also when KMS refuses or fails: what is stored cannot be read or written for now.
     pub async fn keys(&self) -> Result<Vec<Vec<u8>>> {
         if let Some(encrypted) = self.stored().await? {
             return self.decrypt_all(encrypted).await;
         }
         let kms_key = self.kms_key.as_deref().ok_or_else(|| Error::internal("there is no data key"))?;
         let made = self.make(kms_key).await?;
-        let put = self
-            .dynamodb
-            .put_item()
-            .table_name(&self.table)
-            .item("user", text(USER))
-            .item("kind", text(KIND))
-            .item("encrypted", binary(made.encrypted))
-            .condition_expression("attribute_not_exists(encrypted)")
-            .send()
-            .await
-            .map_err(store_error("PutItem users"));
-        match put {
-            Ok(_) => Ok(vec![made.plain]),
-            // Another process was quicker; its key is the key.
-            Err(error) if is_condition_failure(&error) => {
-                let encrypted = self.stored().await?;
-                self.decrypt_all(encrypted.ok_or_else(|| Error::internal("the data key is gone"))?).await
-            }
-            Err(error) => Err(error),
+        let mut item = row();
+        item.insert("encrypted".into(), binary(made.encrypted));
+        if self.table.put(item, Condition::Missing("encrypted")).await? {
+            return Ok(vec![made.plain]);
         }
+        // Another process was quicker; its key is the key.
+        let encrypted = self.stored().await?;
+        self.decrypt_all(encrypted.ok_or_else(|| Error::internal("the data key is gone"))?).await
     }
 
-    /// Adds a new data key, under which new secrets are sealed from then on by every process that reads the keys; the others stay,
-    /// for what they sealed. Returns how many there are.
+    /// Adds a data key. Every process that reads the keys from then on seals new secrets under it; the other keys stay, for what they
+    /// sealed. Returns the number of keys.
     ///
     /// # Errors
     /// [`Error::Conflict`] when there is none yet, there are [`MAX_KEYS`] already, or another one was added at the same time;
@@ -106,49 +94,21 @@ impl DataKey {
         };
         let made = self.make(&kms_key).await?;
         let with_new: Vec<Vec<u8>> = stored.iter().cloned().chain([made.encrypted.clone()]).collect();
-        let unchanged = match rotated {
-            [] => "attribute_not_exists(rotated)",
-            _ => "rotated = :before",
-        };
         let list = |keys: &[Vec<u8>]| AttributeValue::L(keys.iter().cloned().map(binary).collect());
-        let update = self
-            .dynamodb
-            .update_item()
-            .table_name(&self.table)
-            .set_key(Some(row()))
-            .update_expression("SET rotated = :now")
-            .condition_expression(format!("encrypted = :first AND {unchanged}"))
-            .expression_attribute_values(":first", binary(first.clone()))
-            .expression_attribute_values(":now", list(&with_new[1..]));
-        let update = match rotated {
-            [] => update,
-            before => update.expression_attribute_values(":before", list(before)),
-        };
-        match update.send().await.map_err(store_error("UpdateItem users")) {
-            Ok(_) => Ok(with_new.len()),
-            // The SDK sends an update again whose answer was lost.
-            Err(error) if is_condition_failure(&error) && self.stored().await?.as_ref() == Some(&with_new) => {
-                Ok(with_new.len())
-            }
-            Err(error) if is_condition_failure(&error) => {
-                Err(Error::Conflict("Another data key was added at the same time".to_owned()))
-            }
-            Err(error) => Err(error),
+        let update = Update::new()
+            .set("rotated", list(&with_new[1..]))
+            .condition(Condition::equal("encrypted", binary(first.clone())))
+            .condition(Condition::unchanged("rotated", (!rotated.is_empty()).then(|| list(rotated))));
+        // The SDK repeats an update whose response was lost.
+        if self.table.apply(row(), update).await? || self.stored().await?.as_ref() == Some(&with_new) {
+            return Ok(with_new.len());
         }
+        Err(Error::Conflict("Another data key was added at the same time".to_owned()))
     }
 
     /// The encrypted keys, the newest last.
     async fn stored(&self) -> Result<Option<Vec<Vec<u8>>>> {
-        let found = self
-            .dynamodb
-            .get_item()
-            .table_name(&self.table)
-            .set_key(Some(row()))
-            .consistent_read(true)
-            .send()
-            .await
-            .map_err(store_error("GetItem users"))?;
-        let Some(item) = found.item else { return Ok(None) };
+        let Some(item) = self.table.get(row()).await? else { return Ok(None) };
         let bytes = |value: &AttributeValue| value.as_b().ok().map(|blob| blob.as_ref().to_vec());
         let Some(first) = item.get("encrypted").and_then(bytes) else { return Ok(None) };
         let rotated = item.get("rotated").and_then(|value| value.as_l().ok()).map(Vec::as_slice).unwrap_or_default();
@@ -175,7 +135,7 @@ impl DataKey {
         try_join_all(encrypted.into_iter().map(async |key| Ok(self.decrypt(key).await?.0))).await
     }
 
-    /// The key's bytes, and the key of KMS under which it was encrypted.
+    /// The key's bytes, and the KMS key under which it was encrypted.
     async fn decrypt(&self, encrypted: Vec<u8>) -> Result<(Vec<u8>, String)> {
         let decrypted = self
             .kms

@@ -12,7 +12,7 @@ use super::git;
 use super::mcp::{self, McpServers};
 use super::seal::Sealer;
 use super::settings_document::SettingsDocument;
-use crate::dynamo::{is_condition_failure, store_error, text};
+use crate::dynamo::{Backoff, Condition, Item, Table, store_error, text, unless_written};
 use crate::error::{Error, Result};
 use crate::http::pydantic::validation::{Loc, wire_enum};
 use crate::start::request::ProviderType;
@@ -30,7 +30,7 @@ wire_enum! {
         LeastRecentlyUsed = "LEAST_RECENTLY_USED",
         /// The sandbox with the fewest conversations.
         FewestConversations = "FEWEST_CONVERSATIONS",
-        /// The first that has room.
+        /// The first that is not full.
         AddToAny = "ADD_TO_ANY",
     }
 }
@@ -153,15 +153,13 @@ impl Settings {
 }
 
 const KIND: &str = "settings";
-/// Of a change, when others come first.
-const ATTEMPTS: u32 = 20;
-const PAUSE: Duration = Duration::from_millis(5);
+/// How often a change is repeated while other requests change the same settings.
+const CHANGE: Backoff = Backoff { first: Duration::from_millis(10), longest: Duration::from_millis(320), attempts: 20 };
 
 /// The settings of all users, sealed.
 #[derive(Clone, Debug)]
 pub struct SettingsStore {
-    dynamodb: Client,
-    table: String,
+    table: Table,
     sealer: Sealer,
 }
 
@@ -169,7 +167,7 @@ impl SettingsStore {
     /// A store on the `users` table.
     #[must_use]
     pub fn new(dynamodb: Client, table: String, sealer: Sealer) -> Self {
-        Self { dynamodb, table, sealer }
+        Self { table: Table::new(dynamodb, table), sealer }
     }
 
     /// The user's settings, or `None` when none were ever stored.
@@ -177,7 +175,7 @@ impl SettingsStore {
     /// # Errors
     /// [`Error::Store`], or [`Error::Internal`] when they were sealed under another key.
     pub async fn get(&self, user: &UserId) -> Result<Option<Settings>> {
-        let Some((json, _)) = self.stored(user, true).await? else { return Ok(None) };
+        let Some((json, _)) = self.stored(user).await? else { return Ok(None) };
         Settings::from_json(json.expose_secret()).map(Some).map_err(unreadable)
     }
 
@@ -186,24 +184,22 @@ impl SettingsStore {
     /// # Errors
     /// As [`SettingsStore::get`].
     pub async fn document(&self, user: &UserId) -> Result<Option<SettingsDocument>> {
-        let Some((json, _)) = self.stored(user, true).await? else { return Ok(None) };
+        let Some((json, _)) = self.stored(user).await? else { return Ok(None) };
         SettingsDocument::parse(json.expose_secret()).map(Some).map_err(unreadable)
     }
 
-    /// Changes the user's document, which is empty when none was ever stored. The change is made on what is stored when it is
-    /// written: changes at the same time lose nothing of each other.
+    /// Changes the user's document, which is empty when none was ever stored. `change` is applied to the document that is stored at the
+    /// time of the write, so that concurrent changes lose nothing of each other.
     ///
     /// # Errors
-    /// Those of `change`; [`Error::TooLarge`]; [`Error::Store`]; [`Error::Unavailable`] when others' changes kept coming first.
+    /// Those of `change`; [`Error::TooLarge`]; [`Error::Store`]; [`Error::Unavailable`] when every attempt met a concurrent change.
     pub async fn change<T>(&self, user: &UserId, change: impl Fn(&mut SettingsDocument) -> Result<T>) -> Result<T> {
-        for attempt in 0..ATTEMPTS {
-            if attempt > 0 {
-                tokio::time::sleep(PAUSE * rand::random_range(1..=1 << attempt.min(6))).await;
-            }
-            let stored = self.stored(user, true).await?;
-            let (mut document, before) = match &stored {
+        let mut attempts = CHANGE.start();
+        while attempts.next().await {
+            let stored = self.stored(user).await?;
+            let (mut document, before) = match stored {
                 Some((json, sealed)) => {
-                    (SettingsDocument::parse(json.expose_secret()).map_err(unreadable)?, Some(sealed.clone()))
+                    (SettingsDocument::parse(json.expose_secret()).map_err(unreadable)?, Some(sealed))
                 }
                 None => (SettingsDocument::default(), None),
             };
@@ -211,31 +207,25 @@ impl SettingsStore {
             let json = SecretString::from(document.to_json()?);
             // What does not read later must not be written now.
             Settings::from_json(json.expose_secret()).map_err(unreadable)?;
-            let put = self
-                .dynamodb
-                .put_item()
-                .table_name(&self.table)
-                .item("user", text(user.as_str()))
-                .item("kind", text(KIND))
-                .item("sealed", text(self.sealer.seal(&purpose(user), &json).await?));
-            let put = match before {
-                Some(before) => {
-                    put.condition_expression("sealed = :before").expression_attribute_values(":before", text(before))
-                }
-                None => put.condition_expression("attribute_not_exists(sealed)"),
-            };
-            match put.send().await.map_err(store_error("PutItem users")) {
-                Err(error) if is_condition_failure(&error) => {}
-                written => return written.map(|_| done),
+            let sealed = self.sealer.seal(&purpose(user), &json).await?;
+            let unchanged = Condition::unchanged("sealed", before.map(text));
+            // No two sealed forms are equal: this one is stored only if this call has stored it.
+            let is_stored = async || Ok(self.sealed(user).await?.as_ref() == Some(&sealed));
+            match self.table.put(item(user, &sealed), unchanged).await {
+                Ok(true) => return Ok(done),
+                // The SDK repeats a put whose response was lost, and the condition does not hold any more.
+                Ok(false) if is_stored().await? => return Ok(done),
+                Ok(false) => {}
+                Err(error) => return unless_written(Err(error), is_stored).await.map(|()| done),
             }
         }
         Err(Error::Unavailable("Settings were modified concurrently; try again".to_owned()))
     }
 
-    /// Lays settings in the contract's JSON shape over what is stored: what they name is replaced, all else stays.
+    /// Merges settings in the contract's JSON shape into the stored ones: fields that they name are replaced, all others stay.
     ///
     /// # Errors
-    /// [`Error::Refused`] when they do not read as settings; those of [`SettingsStore::change`].
+    /// [`Error::Refused`] when they are not valid settings; those of [`SettingsStore::change`].
     pub async fn lay_over(&self, user: &UserId, json: &SecretString) -> Result<()> {
         check_given(json)?;
         let over = SettingsDocument::parse(json.expose_secret()).map_err(unreadable)?;
@@ -246,40 +236,26 @@ impl SettingsStore {
         .await
     }
 
-    /// The text, and as it is sealed.
-    async fn stored(&self, user: &UserId, consistent: bool) -> Result<Option<(SecretString, String)>> {
-        let found = self
-            .dynamodb
-            .get_item()
-            .table_name(&self.table)
-            .key("user", text(user.as_str()))
-            .key("kind", text(KIND))
-            .consistent_read(consistent)
-            .send()
-            .await
-            .map_err(store_error("GetItem users"))?;
-        let Some(sealed) = found.item.as_ref().and_then(|item| item.get("sealed")).and_then(|value| value.as_s().ok())
-        else {
-            return Ok(None);
-        };
-        Ok(Some((self.sealer.open(&purpose(user), sealed).await?, sealed.clone())))
+    /// The document's text and its sealed form.
+    async fn stored(&self, user: &UserId) -> Result<Option<(SecretString, String)>> {
+        let Some(sealed) = self.sealed(user).await? else { return Ok(None) };
+        Ok(Some((self.sealer.open(&purpose(user), &sealed).await?, sealed)))
     }
 
-    /// Stores settings given in the contract's JSON shape, which is kept as it came, sealed.
+    async fn sealed(&self, user: &UserId) -> Result<Option<String>> {
+        let found = self.table.get(key(user)).await?;
+        Ok(found.and_then(|item| item.get("sealed")?.as_s().ok().cloned()))
+    }
+
+    /// Stores settings in the contract's JSON shape. The text is sealed and stored unchanged.
     ///
     /// # Errors
-    /// [`Error::Refused`] when they do not read as settings, [`Error::Store`] when they were not stored.
+    /// [`Error::Refused`] when they are not valid settings; [`Error::Store`].
     pub async fn put(&self, user: &UserId, json: &SecretString) -> Result<()> {
         check_given(json)?;
-        self.dynamodb
-            .put_item()
-            .table_name(&self.table)
-            .item("user", text(user.as_str()))
-            .item("kind", text(KIND))
-            .item("sealed", text(self.sealer.seal(&purpose(user), json).await?))
-            .send()
-            .await
-            .map_err(store_error("PutItem users"))?;
+        let sealed = self.sealer.seal(&purpose(user), json).await?;
+        let put = self.table.client.put_item().table_name(&self.table.name).set_item(Some(item(user, &sealed)));
+        put.send().await.map_err(store_error("PutItem users"))?;
         Ok(())
     }
 }
@@ -306,6 +282,16 @@ fn check_given(json: &SecretString) -> Result<()> {
 /// The error's own text could quote a secret.
 fn unreadable(_: serde_json::Error) -> Error {
     Error::internal("stored settings do not read as settings")
+}
+
+fn key(user: &UserId) -> Item {
+    Item::from([("user".into(), text(user.as_str())), ("kind".into(), text(KIND))])
+}
+
+fn item(user: &UserId, sealed: &str) -> Item {
+    let mut item = key(user);
+    item.insert("sealed".into(), text(sealed));
+    item
 }
 
 fn purpose(user: &UserId) -> String {

@@ -30,6 +30,11 @@ pub enum Stop {
     Refuse,
     /// The same for calls to S3.
     RefuseObject,
+    /// It takes effect, and its response is lost: the client gets a 500, which SDKs retry. So do the calls that follow, as many as
+    /// this in all.
+    LoseResponses(usize),
+    /// It gets this response of DynamoDB with status 400, without an effect.
+    Respond(&'static str),
 }
 
 #[derive(Debug)]
@@ -116,6 +121,8 @@ impl FaultProxy {
                 Stop::Hold(_) => *call <= calls.len(),
                 Stop::Hang(_) => *call == calls.len(),
                 Stop::Refuse => *call == calls.len() && request.header("x-amz-target").is_some(),
+                Stop::LoseResponses(count) => (*call..*call + *count).contains(&calls.len()),
+                Stop::Respond(_) => *call == calls.len(),
                 Stop::RefuseObject => *call == calls.len() && request.header("x-amz-content-sha256").is_some(),
             })
             .map(|(_, stop)| stop)
@@ -133,6 +140,13 @@ impl FaultProxy {
                 let body = "<Error><Code>AccessDenied</Code><Message>refused by a test</Message></Error>";
                 Ok(raw(StatusCode::FORBIDDEN, "application/xml", body))
             }
+            Some(Stop::LoseResponses(_)) => {
+                let _lost = self.forward(request, upstream).await;
+                let body =
+                    r#"{"__type":"com.amazonaws.dynamodb.v20120810#InternalServerError","message":"lost by a test"}"#;
+                Ok(raw(StatusCode::INTERNAL_SERVER_ERROR, "application/x-amz-json-1.0", body))
+            }
+            Some(Stop::Respond(body)) => Ok(raw(StatusCode::BAD_REQUEST, "application/x-amz-json-1.0", body)),
             Some(Stop::Hang(Moment::Before)) => hang().await,
             Some(Stop::Hang(Moment::After)) => {
                 let _answer = self.forward(request, upstream).await;

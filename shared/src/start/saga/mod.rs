@@ -30,6 +30,7 @@ use crate::clock::Time;
 use crate::config::StartConfig;
 use crate::conversation::reports::Lookup;
 use crate::conversation::store::ConversationStore;
+use crate::dynamo::Backoff;
 use crate::error::{Error, Fault, Result};
 use crate::http_client::HttpClient;
 use crate::id;
@@ -46,8 +47,9 @@ const MAX_ATTEMPTS: u32 = 8;
 /// A step has failed when an agent server answers it this often in a row with an error of its own (see [`Retry::Few`]). The texts are
 /// not compared: they hold paths of temporary files and ids, and a permanent mistake would look like a new one each time.
 const MAX_REFUSALS: u32 = 3;
-const FIRST_RETRY_DELAY: Duration = Duration::from_millis(250);
-const MAX_RETRY_DELAY: Duration = Duration::from_secs(5);
+/// The pauses between the attempts of a step.
+const RETRY: Backoff =
+    Backoff { first: Duration::from_millis(250), longest: Duration::from_secs(5), attempts: MAX_ATTEMPTS };
 /// The delay after the first such answer, and how many times longer the next one is: what passes does so within seconds (a network
 /// that a new sandbox does not have yet, a lock).
 const FIRST_REFUSAL_DELAY: Duration = Duration::from_secs(1);
@@ -297,8 +299,7 @@ impl StartRun<'_> {
         }
         // What was known of the sandbox may be the reason.
         self.sandbox = None;
-        let delay = FIRST_RETRY_DELAY.saturating_mul(1 << (count - 1)).min(MAX_RETRY_DELAY);
-        Some((delay, Change::default().set("attempts", attempts(count))))
+        Some((RETRY.pause_after(count), Change::default().set("attempts", attempts(count))))
     }
 
     /// The pause after the n-th look. Each look at a command costs the agent server a scan of all its commands, so what

@@ -1,0 +1,155 @@
+//! Sparse indexes of rows by the time at which they are due.
+
+use std::collections::HashMap;
+
+use futures::future::join_all;
+use uuid::Uuid;
+
+use super::error::store_error;
+use super::update::{Condition, Update};
+use super::{Item, Table, text};
+use crate::clock::Time;
+use crate::error::{Error, Result};
+use crate::user::UserId;
+
+/// A sparse index of the rows that a worker has to process, by the time at which they are due. It is partitioned by a shard and sorted
+/// by `due_at`.
+#[derive(Clone, Debug)]
+pub struct DueIndex {
+    /// The table of the rows.
+    pub table: Table,
+    /// The name of the index.
+    pub index: &'static str,
+    /// The attribute that holds the shard.
+    pub shard_attribute: &'static str,
+    /// The names of all shards.
+    pub shards: Vec<String>,
+    /// The name of the table's sort key.
+    pub sort_key: &'static str,
+}
+
+/// A row that is due.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DueRow {
+    /// The user who owns it.
+    pub user: UserId,
+    /// Its attribute `id`: the start, or the conversation.
+    pub id: Uuid,
+    due_at: String,
+    key: Item,
+}
+
+/// The most rows of a shard that are read at once. Users take turns among them.
+const DUE_READ: usize = 500;
+/// The most rows of a shard that are returned at once.
+pub const DUE_LIMIT: usize = 100;
+
+impl DueIndex {
+    /// Reads the rows of all users that were due before `now`: the oldest of each shard, up to [`DUE_LIMIT`], users in turn. A shard that
+    /// cannot be read does not hold up the others: the first error is returned beside the rows.
+    pub async fn due(&self, now: Time) -> (Vec<DueRow>, Option<Error>) {
+        let (mut rows, mut failed) = (Vec::new(), None);
+        for read in join_all(self.shards.iter().map(|shard| self.due_in(shard, now))).await {
+            match read {
+                Ok(read) => rows.extend(read),
+                Err(error) => failed = failed.or(Some(error)),
+            }
+        }
+        (rows, failed)
+    }
+
+    async fn due_in(&self, shard: &str, now: Time) -> Result<Vec<DueRow>> {
+        let mut rows = Vec::new();
+        let mut start = None;
+        loop {
+            let left = i32::try_from(DUE_READ - rows.len()).map_err(Error::internal)?;
+            let page = self
+                .table
+                .query()
+                .index_name(self.index)
+                .key_condition_expression("#shard = :shard AND due_at < :now")
+                .expression_attribute_names("#shard", self.shard_attribute)
+                .expression_attribute_values(":shard", text(shard))
+                .expression_attribute_values(":now", text(now.sortable()))
+                .limit(left)
+                .set_exclusive_start_key(start)
+                .send()
+                .await
+                .map_err(store_error(self.table.operation("Query")))?;
+            let items = page.items.unwrap_or_default();
+            let read = items.len();
+            for item in items {
+                match self.row(&item) {
+                    Some(row) => rows.push(row),
+                    // It must not hold up the others.
+                    None => tracing::error!(index = self.index, "store.row_without_owner_or_id"),
+                }
+            }
+            start = page.last_evaluated_key.filter(|_| read > 0 && rows.len() < DUE_READ);
+            if start.is_none() {
+                return Ok(in_turn(rows, DUE_LIMIT));
+            }
+        }
+    }
+
+    fn row(&self, item: &Item) -> Option<DueRow> {
+        let attribute = |name: &str| item.get(name).and_then(|value| value.as_s().ok());
+        let user = attribute("user")?;
+        let key = [("user", user), (self.sort_key, attribute(self.sort_key)?)];
+        Some(DueRow {
+            user: UserId::new(user),
+            id: Uuid::try_parse(attribute("id")?).ok()?,
+            due_at: attribute("due_at")?.clone(),
+            key: key.into_iter().map(|(name, value)| (name.to_owned(), text(value))).collect(),
+        })
+    }
+
+    /// Makes a row due at `until`, after all rows that are due earlier, unless another worker has changed its time meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn postpone(&self, row: &DueRow, until: Time) -> Result<()> {
+        let update = Update::new()
+            .set("due_at", text(until.sortable()))
+            .condition(Condition::equal("due_at", text(&row.due_at)));
+        self.table.apply(row.key.clone(), update).await?;
+        Ok(())
+    }
+}
+
+/// The first `limit` rows when users take turns. The rows of one user keep their order.
+fn in_turn(rows: Vec<DueRow>, limit: usize) -> Vec<DueRow> {
+    let mut of_users: HashMap<UserId, usize> = HashMap::new();
+    let mut turns: Vec<(usize, DueRow)> = rows
+        .into_iter()
+        .map(|row| {
+            let turn = of_users.entry(row.user.clone()).or_default();
+            *turn += 1;
+            (*turn, row)
+        })
+        .collect();
+    // Stable: within a turn, the oldest first.
+    turns.sort_by_key(|(turn, _)| *turn);
+    turns.truncate(limit);
+    turns.into_iter().map(|(_, row)| row).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_take_turns() {
+        let row = |user: &str, number: u128| DueRow {
+            user: UserId::new(user),
+            id: Uuid::from_u128(number),
+            due_at: String::new(),
+            key: Item::new(),
+        };
+        let rows: Vec<DueRow> =
+            (0..500).map(|number| row("flood", number)).chain([row("a", 500), row("b", 501), row("a", 502)]).collect();
+        let taken: Vec<u128> = in_turn(rows.clone(), 6).iter().map(|row| row.id.as_u128()).collect();
+        assert_eq!(taken, [0, 500, 501, 1, 502, 2]);
+        assert_eq!(in_turn(rows, usize::MAX).len(), 503);
+    }
+}

@@ -1,0 +1,81 @@
+//! Start tasks of another server.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use aws_sdk_dynamodb::types::TransactWriteItem;
+use futures::future::try_join_all;
+use uuid::Uuid;
+
+use super::{StartTaskStore, key, record};
+use crate::clock::Time;
+use crate::dynamo::{Backoff, Item, TRANSACTION_LIMIT, Transacted, transact};
+use crate::error::Result;
+use crate::start::request::StartRequest;
+use crate::start::task::Snapshot;
+use crate::user::UserId;
+use crate::user::counters::{self, Counter};
+
+/// The most tasks that [`StartTaskStore::import`] accepts at once: one transaction, with the counter.
+pub const IMPORT_LIMIT: usize = TRANSACTION_LIMIT - 1;
+
+/// How often an import is repeated while others add tasks with the same ids.
+const IMPORT: Backoff = Backoff { first: Duration::from_millis(40), longest: Duration::from_millis(200), attempts: 3 };
+
+/// A start that another server has done, or begun. It is stored to be listed; no worker continues it, whatever its status.
+#[derive(Clone, Debug)]
+pub struct ImportedTask {
+    /// The task's id.
+    pub id: Uuid,
+    /// The task's state.
+    pub now: Snapshot,
+    /// The time of the request.
+    pub created_at: Time,
+    /// The request. The values of its secrets are not stored, only their names are.
+    pub request: StartRequest,
+}
+
+impl StartTaskStore {
+    /// Adds tasks of another server and counts them, at most [`IMPORT_LIMIT`] at once. Returns for each task whether it was added: one
+    /// whose id is taken is left as it is. No worker claims them, because they are not in the index of unfinished tasks.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`]; none of them is added then.
+    pub async fn import(&self, user: &UserId, tasks: &[ImportedTask]) -> Result<Vec<bool>> {
+        const OPERATION: &str = "TransactWriteItems start-tasks";
+        let mut attempts = IMPORT.start();
+        loop {
+            attempts.next().await;
+            let mut taken = self.taken(user, tasks.iter().map(|task| task.id)).await?;
+            // The first of several with the same id is the one that is added.
+            let new: Vec<bool> = tasks.iter().map(|task| taken.insert(task.id)).collect();
+            let added: Vec<&ImportedTask> =
+                tasks.iter().zip(&new).filter(|(_, new)| **new).map(|(task, _)| task).collect();
+            if added.is_empty() {
+                return Ok(new);
+            }
+            let count = i64::try_from(added.len()).unwrap_or_default();
+            let items = try_join_all(added.into_iter().map(async |task| {
+                let mut record = record(user, task.id, task.now.clone(), task.created_at, &task.request)?;
+                self.item(&mut record).await
+            }));
+            let mut writes =
+                items.await?.into_iter().map(|item| self.put_new(item)).collect::<Result<Vec<TransactWriteItem>>>()?;
+            writes.push(counters::add(&self.users, user, &[(Counter::StartTasks, count)])?);
+            match transact(&self.table.client, writes, OPERATION).await? {
+                Transacted::Written => return Ok(new),
+                failed if attempts.is_last() => return failed.require(OPERATION).map(|()| Vec::new()),
+                // Another writer has taken one of the ids meanwhile.
+                Transacted::ConditionFailed(_) => {}
+            }
+        }
+    }
+
+    /// Those of the ids that have a row.
+    async fn taken(&self, user: &UserId, ids: impl Iterator<Item = Uuid>) -> Result<HashSet<Uuid>> {
+        let ids: HashSet<Uuid> = ids.collect();
+        let items = self.table.batch_get(ids.into_iter().map(|id| key(user, id)).collect()).await?;
+        let id = |item: &Item| Uuid::parse_str(item.get("id")?.as_s().ok()?).ok();
+        Ok(items.iter().filter_map(id).collect())
+    }
+}

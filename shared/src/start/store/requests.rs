@@ -1,0 +1,176 @@
+//! Requests of start tasks: large ones are objects in the bucket, and secrets are sealed.
+
+use std::collections::HashMap;
+
+use aws_sdk_s3::operation::get_object::GetObjectOutput;
+use futures::stream::{self, StreamExt as _, TryStreamExt as _};
+use secrecy::{ExposeSecret as _, SecretString};
+use serde_json::value::RawValue;
+use uuid::Uuid;
+
+use super::StartTaskStore;
+use crate::dynamo::store_error;
+use crate::error::{Error, Result};
+use crate::http::page::{self, Items, PAGE_SIZE};
+use crate::id;
+use crate::objects;
+use crate::start::abridged::abridged;
+use crate::start::request::StartRequest;
+use crate::start::task::{ABRIDGED_SIZE, AppConversationStartTask, StartTask, StartTaskRecord, raw};
+use crate::user::UserId;
+
+/// Requests that are opened in the bucket at the same time. Their bodies are read one after the other.
+const OPEN_REQUESTS: usize = 4;
+
+impl StartTaskStore {
+    /// The tasks in the form of the API, up to the first one that does not fit into a page.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn show_page(&self, records: &[StartTaskRecord]) -> Result<Items<AppConversationStartTask>> {
+        let mut items = Items::default();
+        let keys: Vec<Option<String>> = records.iter().map(|record| record.request_object.clone()).collect();
+        let mut opened = stream::iter(keys).map(|key| self.open_request(key)).buffered(OPEN_REQUESTS);
+        for record in records {
+            let Some(request) = opened.try_next().await? else { break };
+            // A task that is too large for a page of its own is shown with its request abridged.
+            let request = match read_request(record, request, items.left()).await? {
+                Some(request) => request,
+                None if items.is_empty() => self.abridged_request(record).await?,
+                None => break,
+            };
+            if !items.push(&record.show_at(&record.now, request))? {
+                break;
+            }
+        }
+        Ok(items)
+    }
+
+    /// The tasks in the form of the API, all of them in one response. Requests are abridged where the response would be too large.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn show_all(&self, records: &[Option<StartTaskRecord>]) -> Result<Vec<Option<AppConversationStartTask>>> {
+        let found = records.iter().flatten().count();
+        let mut left = PAGE_SIZE.saturating_sub(ABRIDGED_SIZE * u64::try_from(found).unwrap_or(u64::MAX));
+        let keys: Vec<Option<String>> = records.iter().flatten().map(|record| record.request_object.clone()).collect();
+        let mut opened = stream::iter(keys).map(|key| self.open_request(key)).buffered(OPEN_REQUESTS);
+        let mut shown = Vec::with_capacity(records.len());
+        for record in records {
+            let Some(record) = record else {
+                shown.push(None);
+                continue;
+            };
+            let Some(request) = opened.try_next().await? else { break };
+            let request = match read_request(record, request, left).await? {
+                Some(request) => {
+                    left = left.saturating_sub(page::size_of_text(request.get().as_bytes()));
+                    request
+                }
+                None => self.abridged_request(record).await?,
+            };
+            shown.push(Some(record.show_at(&record.now, request)));
+        }
+        Ok(shown)
+    }
+
+    /// Stores a large request in the bucket, and returns its key.
+    pub(super) async fn put_request(&self, record: &StartTaskRecord) -> Result<String> {
+        let owner = crate::digest::sha256_hex(record.user.as_str());
+        let key = format!("start-requests/{}/{owner}.json", id::hex(record.id));
+        self.s3
+            .put_object()
+            .bucket(&self.bucket)
+            .key(&key)
+            .content_type("application/json")
+            .body(record.request.clone().into_bytes().into())
+            .send()
+            .await
+            .map_err(store_error("PutObject start-requests"))?;
+        Ok(key)
+    }
+
+    /// Removes a request from the bucket.
+    pub(super) async fn delete_request(&self, key: &str) -> Result<()> {
+        let removed = self.s3.delete_object().bucket(&self.bucket).key(key).send().await;
+        removed.map_err(store_error("DeleteObject start-requests"))?;
+        Ok(())
+    }
+
+    /// Opens the request of a record by its [`StartTaskRecord::request_object`].
+    async fn open_request(&self, key: Option<String>) -> Result<OpenRequest> {
+        let Some(key) = key else { return Ok(OpenRequest::Inline) };
+        let object = objects::open(&self.s3, &self.bucket, &key, "GetObject start-requests").await?;
+        Ok(object.map_or(OpenRequest::Missing, |object| OpenRequest::Object(Box::new(object))))
+    }
+
+    /// The abridged form of a record's request.
+    async fn abridged_request(&self, record: &StartTaskRecord) -> Result<Box<RawValue>> {
+        let Some(key) = &record.request_object else { return Ok(raw(abridged(&record.request))) };
+        if !record.request.is_empty() {
+            return Ok(raw(record.request.clone()));
+        }
+        // A record of an earlier version has none.
+        let request = objects::read_text(&self.s3, &self.bucket, key, "GetObject start-requests").await?;
+        Ok(request.map_or_else(missing_request, |request| raw(abridged(&request))))
+    }
+
+    /// The task of a record that was read from the table, with its whole request.
+    pub(super) async fn open(&self, mut record: StartTaskRecord) -> Result<StartTask> {
+        if let Some(key) = &record.request_object {
+            let request = objects::read_text(&self.s3, &self.bucket, key, "GetObject start-requests").await?;
+            record.request = request.ok_or_else(|| Error::internal("the request of a start is not in the bucket"))?;
+        }
+        let mut request: StartRequest = serde_json::from_str(&record.request)
+            .map_err(|error| Error::internal(format!("a stored start request does not read: {error}")))?;
+        if let Some(sealed) = &record.secrets_sealed {
+            let json = self.sealer.open(&secrets_purpose(&record.user, record.id), sealed).await?;
+            let secrets: HashMap<String, String> = serde_json::from_str(json.expose_secret())
+                .map_err(|_| Error::internal("sealed secrets of a start do not read"))?;
+            request.secrets = Some(secrets.into_iter().map(|(name, value)| (name, value.into())).collect());
+        }
+        Ok(StartTask { record, request })
+    }
+
+    pub(super) async fn seal_secrets(&self, user: &UserId, id: Uuid, request: &StartRequest) -> Result<Option<String>> {
+        let Some(secrets) = &request.secrets else { return Ok(None) };
+        let exposed: HashMap<&str, &str> =
+            secrets.values().map(|(name, value)| (name, value.expose_secret())).collect();
+        if exposed.is_empty() {
+            return Ok(None);
+        }
+        let json = SecretString::from(serde_json::to_string(&exposed).map_err(Error::internal)?);
+        self.sealer.seal(&secrets_purpose(user, id), &json).await.map(Some)
+    }
+}
+
+/// The request of a record that was read from the table.
+enum OpenRequest {
+    /// The record holds it.
+    Inline,
+    /// An object in the bucket holds it.
+    Object(Box<GetObjectOutput>),
+    /// Its object was deleted.
+    Missing,
+}
+
+/// Reads the request of a record; `None` when it takes more than `limit` bytes of a response.
+async fn read_request(record: &StartTaskRecord, request: OpenRequest, limit: u64) -> Result<Option<Box<RawValue>>> {
+    let request = match request {
+        OpenRequest::Object(object) if objects::length(&object) > limit => return Ok(None),
+        OpenRequest::Object(object) => objects::text(*object, "GetObject start-requests").await?,
+        // The task is being deleted; its request is removed first.
+        OpenRequest::Missing if record.request.is_empty() => return Ok(Some(missing_request())),
+        OpenRequest::Inline | OpenRequest::Missing => record.request.clone(),
+    };
+    Ok((page::size_of_text(request.as_bytes()) <= limit).then(|| raw(request)))
+}
+
+/// The request that is shown for a task whose own is deleted.
+fn missing_request() -> Box<RawValue> {
+    raw(serde_json::to_string(&StartRequest::default()).unwrap_or_default())
+}
+
+fn secrets_purpose(user: &UserId, id: Uuid) -> String {
+    format!("start-secrets:{user}:{}", id::hex(id))
+}
