@@ -10,7 +10,7 @@ use aws_smithy_runtime_api::client::http::{HttpClient as _, SharedHttpClient, ht
 use aws_types::sdk_config::SharedCredentialsProvider;
 use aws_types::service_config::{LoadServiceConfig, ServiceConfigKey};
 
-use crate::config::text;
+use crate::env::text;
 use crate::metrics::Units;
 
 /// By default the SDK waits for ever for an answer. A call to DynamoDB is done in milliseconds, or was lost.

@@ -1,13 +1,16 @@
 //! Configuration: everything that differs between deployments, read from the environment once a process.
 
-use std::env;
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::time::Duration;
 
+use secrecy::SecretString;
+
+pub use crate::env::{ConfigError, permitted_origins, text};
+use crate::env::{flag, parsed, required, web_url};
 use crate::http_client::AddressPolicy;
-use crate::sandbox::spec;
-use secrecy::{ExposeSecret as _, SecretString};
+#[cfg(feature = "docker")]
+pub use crate::sandbox::config::DockerSandboxConfig;
+pub use crate::sandbox::config::{ProcessSandboxConfig, RemoteSandboxConfig, SandboxConfig};
 
 /// Names of tables and bucket, URLs of queues.
 #[derive(Clone, Debug)]
@@ -180,161 +183,6 @@ impl ExportConfig {
     }
 }
 
-/// Which sandboxes are made.
-#[derive(Clone, Debug)]
-pub enum SandboxConfig {
-    /// One agent-server process each, on this machine.
-    Process(ProcessSandboxConfig),
-    /// One container each, of a Docker engine.
-    #[cfg(feature = "docker")]
-    Docker(DockerSandboxConfig),
-    /// Those of a runtime API.
-    Remote(RemoteSandboxConfig),
-    /// None: starts end in an ERROR that says so.
-    None,
-}
-
-/// Where and how agent-server processes are run.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ProcessSandboxConfig {
-    /// The folder with one folder a sandbox (`SANDBOX_FOLDER`).
-    pub folder: PathBuf,
-    /// A Python that can import `openhands.agent_server` (`AGENT_SERVER_PYTHON`).
-    pub python: PathBuf,
-    /// The version of that agent server (`AGENT_SERVER_VERSION`).
-    pub version: String,
-    /// Where agent servers post their events (`WEBHOOK_BASE_URL`), e.g. `http://127.0.0.1:3000/api/v1/webhooks`.
-    pub webhook_base_url: String,
-    /// Origins that agent servers accept beside those on localhost.
-    pub allow_cors_origins: Vec<String>,
-}
-
-/// Where and how agent servers are run in containers.
-#[cfg(feature = "docker")]
-#[derive(Clone, Debug)]
-pub struct DockerSandboxConfig {
-    /// The engine: `unix://` and the path of its socket, or an HTTP address (`DOCKER_HOST`); `None` is the usual socket.
-    pub host: Option<String>,
-    /// The image to run; see [`spec::image`].
-    pub image: String,
-    /// How containers are reached, with `{port}` (`SANDBOX_CONTAINER_URL_PATTERN`, `http://localhost:{port}`).
-    pub url_pattern: String,
-    /// Our own port on this machine, for webhooks (`SANDBOX_HOST_PORT`).
-    pub host_port: u16,
-    /// The beginning of containers' names (`SANDBOX_CONTAINER_NAME_PREFIX`, `oh-agent-server-`).
-    pub container_name_prefix: String,
-    /// How many sandboxes of a user may run at the same time (`SANDBOX_MAX_RUNNING`, 5); beyond, the one that was used least
-    /// lately is paused.
-    pub max_sandboxes: usize,
-    /// `host:container[:mode]` (`SANDBOX_VOLUMES`, comma-separated).
-    pub volumes: Vec<String>,
-    /// How long an agent server may take to answer (`SANDBOX_STARTUP_GRACE_SECONDS`, 60).
-    pub startup_grace: Duration,
-    /// Whether containers share this machine's network (`AGENT_SERVER_USE_HOST_NETWORK`).
-    pub use_host_network: bool,
-    /// Origins that agent servers accept beside those on localhost.
-    pub allow_cors_origins: Vec<String>,
-}
-
-#[cfg(feature = "docker")]
-impl DockerSandboxConfig {
-    /// Reads the environment; `port` is our own unless that says otherwise, and `version` the agent server's.
-    ///
-    /// # Errors
-    /// Names the first variable that is malformed.
-    pub fn from_env(port: u16, version: &str) -> Result<Self, ConfigError> {
-        Ok(Self {
-            host: text("DOCKER_HOST"),
-            image: spec::image(version),
-            url_pattern: text("SANDBOX_CONTAINER_URL_PATTERN").unwrap_or_else(|| "http://localhost:{port}".into()),
-            host_port: parsed("SANDBOX_HOST_PORT")?.unwrap_or(port),
-            container_name_prefix: text("SANDBOX_CONTAINER_NAME_PREFIX").unwrap_or_else(|| "oh-agent-server-".into()),
-            max_sandboxes: parsed("SANDBOX_MAX_RUNNING")?.unwrap_or(5),
-            volumes: list("SANDBOX_VOLUMES"),
-            startup_grace: Duration::from_secs(parsed("SANDBOX_STARTUP_GRACE_SECONDS")?.unwrap_or(60)),
-            use_host_network: flag("AGENT_SERVER_USE_HOST_NETWORK", false)?,
-            allow_cors_origins: permitted_origins(),
-        })
-    }
-}
-
-/// Where and how sandboxes of a runtime API are run.
-#[derive(Clone, Debug)]
-pub struct RemoteSandboxConfig {
-    /// Its address (`SANDBOX_REMOTE_RUNTIME_API_URL`).
-    pub api_url: String,
-    /// Its key for us (`SANDBOX_API_KEY`).
-    pub api_key: Option<SecretString>,
-    /// The image to run; see [`spec::image`].
-    pub image: String,
-    /// How much of a machine a sandbox gets: 1, 2, 4 or 8 (`SANDBOX_REMOTE_RESOURCE_FACTOR`, 1).
-    pub resource_factor: u32,
-    /// `gvisor` or `sysbox` (`SANDBOX_REMOTE_RUNTIME_CLASS`, `gvisor`).
-    pub runtime_class: String,
-    /// Names of the secrets with which the image is pulled, as the runtime API knows them
-    /// (`SANDBOX_REMOTE_IMAGE_PULL_SECRETS`, comma-separated).
-    pub image_pull_secrets: Vec<String>,
-    /// How many sandboxes of a user may run at the same time (`SANDBOX_MAX_RUNNING`, 10); beyond, the one that was used least
-    /// lately is paused.
-    pub max_sandboxes: usize,
-    /// Our own public address (`OH_WEB_URL` or `WEB_HOST`): without one agent servers cannot tell what happens.
-    pub web_url: Option<String>,
-    /// Origins that agent servers accept beside our own.
-    pub allow_cors_origins: Vec<String>,
-}
-
-impl RemoteSandboxConfig {
-    /// Reads the environment; `version` is the agent server's unless that names an image.
-    ///
-    /// # Errors
-    /// Names the first variable that is missing or malformed.
-    pub fn from_env(version: &str) -> Result<Self, ConfigError> {
-        Ok(Self {
-            api_url: required("SANDBOX_REMOTE_RUNTIME_API_URL")?,
-            api_key: text("SANDBOX_API_KEY").map(SecretString::from),
-            image: spec::image(version),
-            resource_factor: parsed("SANDBOX_REMOTE_RESOURCE_FACTOR")?.unwrap_or(1),
-            runtime_class: text("SANDBOX_REMOTE_RUNTIME_CLASS").unwrap_or_else(|| "gvisor".into()),
-            image_pull_secrets: list("SANDBOX_REMOTE_IMAGE_PULL_SECRETS"),
-            max_sandboxes: parsed("SANDBOX_MAX_RUNNING")?.unwrap_or(10),
-            web_url: web_url(),
-            allow_cors_origins: permitted_origins(),
-        })
-    }
-
-    fn to_env(&self) -> Vec<(&'static str, String)> {
-        let mut variables = vec![
-            ("SANDBOX_KIND", "remote".to_owned()),
-            ("SANDBOX_REMOTE_RUNTIME_API_URL", self.api_url.clone()),
-            ("SANDBOX_REMOTE_RESOURCE_FACTOR", self.resource_factor.to_string()),
-            ("SANDBOX_REMOTE_RUNTIME_CLASS", self.runtime_class.clone()),
-            ("SANDBOX_REMOTE_IMAGE_PULL_SECRETS", self.image_pull_secrets.join(",")),
-            ("SANDBOX_MAX_RUNNING", self.max_sandboxes.to_string()),
-        ];
-        if let Some((repository, tag)) = self.image.rsplit_once(':') {
-            variables.push(("AGENT_SERVER_IMAGE_REPOSITORY", repository.to_owned()));
-            variables.push(("AGENT_SERVER_IMAGE_TAG", tag.to_owned()));
-        }
-        if let Some(key) = &self.api_key {
-            variables.push(("SANDBOX_API_KEY", key.expose_secret().to_owned()));
-        }
-        variables
-    }
-}
-
-/// Our public address: `OH_WEB_URL`, or `https://` and `WEB_HOST`, unless that is an address already.
-fn web_url() -> Option<String> {
-    let of_host = |host: String| if host.contains("://") { host } else { format!("https://{host}") };
-    text("OH_WEB_URL").or_else(|| text("WEB_HOST").map(of_host))
-}
-
-/// A comma-separated list.
-fn list(name: &str) -> Vec<String> {
-    text(name)
-        .map(|list| list.split(',').map(|item| item.trim().to_owned()).filter(|item| !item.is_empty()).collect())
-        .unwrap_or_default()
-}
-
 /// The default of [`Config::sandbox_request_budget`].
 pub const SANDBOX_REQUEST_BUDGET: Duration = Duration::from_secs(20);
 
@@ -370,14 +218,6 @@ pub struct Config {
     pub address_policy: AddressPolicy,
 }
 
-/// A variable that is missing or does not read as what it should be.
-#[derive(Debug, thiserror::Error)]
-#[error("environment variable {name}: {problem}")]
-pub struct ConfigError {
-    name: &'static str,
-    problem: String,
-}
-
 impl Config {
     /// Reads the environment.
     ///
@@ -394,27 +234,10 @@ impl Config {
             job_queue_url: required("JOB_QUEUE_URL")?,
             export_queue_url: required("EXPORT_QUEUE_URL")?,
         };
-        let sandbox = match required("SANDBOX_KIND")?.as_str() {
-            "process" => SandboxConfig::Process(ProcessSandboxConfig {
-                folder: required("SANDBOX_FOLDER")?.into(),
-                python: required("AGENT_SERVER_PYTHON")?.into(),
-                version: required("AGENT_SERVER_VERSION")?,
-                webhook_base_url: required("WEBHOOK_BASE_URL")?,
-                allow_cors_origins: permitted_origins(),
-            }),
-            "remote" => SandboxConfig::Remote(RemoteSandboxConfig::from_env(spec::AGENT_SERVER_VERSION)?),
-            "none" => SandboxConfig::None,
-            other => {
-                return Err(ConfigError {
-                    name: "SANDBOX_KIND",
-                    problem: format!("`{other}` is not one of process, remote, none"),
-                });
-            }
-        };
         Ok(Self {
             names,
             start: StartConfig::from_env()?,
-            sandbox,
+            sandbox: SandboxConfig::from_env()?,
             sealing: match text("SEALING_KMS_KEY") {
                 Some(key) => SealingConfig::Kms(key),
                 None => SealingConfig::File(required("SEALING_KEY_FILE")?.into()),
@@ -452,20 +275,7 @@ impl Config {
             ("SINGLE_USER", self.single_user.to_string()),
             ("ALLOW_PRIVATE_AGENT_SERVERS", (self.address_policy == AddressPolicy::Any).to_string()),
         ];
-        match &self.sandbox {
-            SandboxConfig::None => variables.push(("SANDBOX_KIND", "none".into())),
-            SandboxConfig::Remote(remote) => variables.extend(remote.to_env()),
-            // Not for other processes: functions under `cargo lambda watch` are built without it.
-            #[cfg(feature = "docker")]
-            SandboxConfig::Docker(_) => variables.push(("SANDBOX_KIND", "none".into())),
-            SandboxConfig::Process(process) => variables.extend([
-                ("SANDBOX_KIND", "process".into()),
-                ("SANDBOX_FOLDER", process.folder.display().to_string()),
-                ("AGENT_SERVER_PYTHON", process.python.display().to_string()),
-                ("AGENT_SERVER_VERSION", process.version.clone()),
-                ("WEBHOOK_BASE_URL", process.webhook_base_url.clone()),
-            ]),
-        }
+        variables.extend(self.sandbox.to_env());
         variables
     }
 }
@@ -535,38 +345,5 @@ impl StartConfig {
             web_host,
             access_token_lifetime: seconds("ACCESS_TOKEN_HARD_TIMEOUT", default.access_token_lifetime)?,
         })
-    }
-}
-
-/// Origins of hosted front ends: `PERMITTED_CORS_ORIGINS`, a comma-separated list.
-#[must_use]
-pub fn permitted_origins() -> Vec<String> {
-    list("PERMITTED_CORS_ORIGINS")
-}
-
-/// A variable that is set and not blank.
-#[must_use]
-pub fn text(name: &str) -> Option<String> {
-    env::var(name).ok().filter(|value| !value.trim().is_empty())
-}
-
-fn required(name: &'static str) -> Result<String, ConfigError> {
-    text(name).ok_or_else(|| ConfigError { name, problem: "is not set".into() })
-}
-
-fn parsed<T: FromStr>(name: &'static str) -> Result<Option<T>, ConfigError> {
-    text(name)
-        .map(|value| {
-            value.trim().parse().map_err(|_| ConfigError { name, problem: format!("`{value}` is not a number") })
-        })
-        .transpose()
-}
-
-fn flag(name: &'static str, default: bool) -> Result<bool, ConfigError> {
-    match text(name).map(|value| value.trim().to_ascii_lowercase()).as_deref() {
-        None => Ok(default),
-        Some("1" | "true" | "yes" | "on") => Ok(true),
-        Some("0" | "false" | "no" | "off") => Ok(false),
-        Some(other) => Err(ConfigError { name, problem: format!("`{other}` is neither true nor false") }),
     }
 }

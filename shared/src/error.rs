@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::http::pydantic::validation::Violation;
+use crate::violation::Violation;
 
 /// The result of everything that can fail in this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

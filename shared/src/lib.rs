@@ -10,8 +10,10 @@ pub mod aws;
 pub mod clock;
 pub mod config;
 pub mod conversation;
+pub mod deletion;
 pub mod digest;
 pub mod dynamo;
+pub mod env;
 pub mod error;
 pub mod event;
 pub mod export;
@@ -22,12 +24,17 @@ pub mod jobs;
 pub mod logging;
 pub mod mask;
 pub mod metrics;
+#[cfg(test)]
+mod module_graph;
 pub mod objects;
 pub mod paging;
 pub mod pending_message;
 pub mod sandbox;
+pub mod shell;
 pub mod start;
+pub mod stores;
 pub mod user;
+pub mod violation;
 
 pub use clock::Time;
 pub use error::{Error, Result};

@@ -20,14 +20,13 @@ use serde_json::json;
 use shared::Time;
 use shared::aws::Aws;
 use shared::config::{ExportConfig, Names};
-use shared::conversation::store::ConversationStore;
 use shared::conversation::{ConversationRecord, MetricsSnapshot};
-use shared::event::store::{Event, EventStore};
+use shared::event::store::Event;
 use shared::export::archive::ArchiveWriter;
 use shared::export::{Answer, Exporter};
 use shared::http_client::{AddressPolicy, HttpClient};
 use shared::sandbox::none::NoSandboxes;
-use shared::sandbox::store::SandboxStore;
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use tempfile::TempDir;
@@ -110,7 +109,7 @@ async fn measure(length: usize) {
     let names = Names::with_prefix(PREFIX);
     schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
     let (user, id, now) = (UserId::local(), Uuid::new_v4(), Time::now());
-    let conversations = ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone());
+    let conversations = Stores::without_key(&names, &aws).conversations();
     let record = ConversationRecord {
         user: user.clone(),
         id,
@@ -130,7 +129,7 @@ async fn measure(length: usize) {
         updated_at: now,
     };
     assert_eq!(conversations.import(&user, &[record]).await.expect("stored"), [true]);
-    let store = EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
+    let store = Stores::without_key(&names, &aws).events();
     let (mut bytes, mut batch) = (0, Vec::new());
     for number in 0..length {
         let event = event(number);
@@ -185,7 +184,7 @@ async fn export(conversation: Uuid) {
     let names = Names::with_prefix(PREFIX);
     let folder = std::env::var(FOLDER).expect("a folder");
     let sealer = Sealer::from_file(&std::path::Path::new(&folder).join("sealing-key")).expect("a key");
-    let sandboxes = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer);
+    let sandboxes = Stores::new(&names, &aws, &sealer).sandboxes();
     let config = ExportConfig { budget: BUDGET, ..ExportConfig::default() };
     let exporter = Exporter::new(
         &config,

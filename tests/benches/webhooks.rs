@@ -15,8 +15,8 @@ use reqwest::Client;
 use secrecy::SecretString;
 use serde_json::{Value, json};
 use shared::config::SealingConfig;
-use shared::event::store::{EventFilter, EventStore};
-use shared::sandbox::store::SandboxStore;
+use shared::event::store::EventFilter;
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use tempfile::TempDir;
@@ -36,11 +36,11 @@ async fn main() {
     let (aws, names) = (&server.aws, &server.config.names);
     let SealingConfig::File(key) = &server.config.sealing else { panic!("a key file") };
     let sealer = Sealer::from_file(key).expect("the sealing key");
-    let sandboxes = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer);
+    let sandboxes = Stores::new(names, aws, &sealer).sandboxes();
     let user = UserId::local();
     let record = sandboxes.new_record(&user, "sandbox", "spec", &SecretString::from(KEY)).await.expect("a record");
     sandboxes.put_new(record).await.expect("stored");
-    let events = EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
+    let events = Stores::without_key(names, aws).events();
     println!("| events in a batch | connections | events/s |\n|---|---|---|");
     for connections in [1, 8] {
         for size in [1, 10, 100] {

@@ -27,8 +27,10 @@ use shared::export::store::{ExportRecord, ExportStore, FailureReason, Lease, Upl
 use shared::export::{Answer, ExportJobs, Exporter, OLDER_EXPORT, WARNING, python_json};
 use shared::http::caller::Caller;
 use shared::http_client::{AddressPolicy, HttpClient};
-use shared::jobs::queue::{DEAD_LETTER_SUFFIX, Job, JobQueue};
+use shared::jobs::process_events::ProcessEvents;
+use shared::jobs::queue::{DEAD_LETTER_SUFFIX, Job};
 use shared::sandbox::SandboxService as _;
+use shared::stores::Stores;
 use shared::user::UserId;
 use tempfile::TempDir;
 use tokio::process::Command;
@@ -166,12 +168,8 @@ impl ExportHarness {
             url,
             http: client(),
             user: UserId::new(USER),
-            conversations: ConversationStore::new(
-                aws.dynamodb.clone(),
-                names.conversations.clone(),
-                names.users.clone(),
-            ),
-            events: EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone()),
+            conversations: Stores::without_key(&names, &aws).conversations(),
+            events: Stores::without_key(&names, &aws).events(),
             aws,
             names,
             exporter,
@@ -1242,7 +1240,7 @@ async fn crashes_are_bounded_and_a_dead_letter_lets_the_next_request_build() {
     rig.append(id, vec![numbered(2)]).await;
     assert_eq!(rig.get(id).await.status(), 503);
     let claimed = store.claim_for_job(&rig.user, id, END_WITHIN).await.expect("the store").expect("a lease");
-    let other = Job::ProcessEvents { user: rig.user.clone(), conversation: id };
+    let other = ProcessEvents { user: rig.user.clone(), conversation: id }.into();
     for dead_letter in [dead(&job), dead(&other)] {
         let handled = exports::handle(&rig.exports, dead_letter).await.expect("handled");
         assert!(handled.batch_item_failures.is_empty());
@@ -1305,8 +1303,9 @@ async fn a_job_in_the_queue_of_the_version_before_is_forwarded() {
     let record: shared::dynamo::Item = shared::dynamo::to_item(&record).expect("an item");
     aws.dynamodb.put_item().table_name(&names.users).set_item(Some(record)).send().await.expect("stored");
     let job = Job::Export { user: user.clone(), conversation: id };
-    JobQueue::new(aws.sqs.clone(), names.job_queue_url.clone()).send(&job, Duration::ZERO).await.expect("sent");
-    let store = ExportStore::new(aws.dynamodb.clone(), names.users.clone(), aws.s3.clone(), names.bucket.clone());
+    let stores = Stores::without_key(names, aws);
+    stores.queue().send(&job, Duration::ZERO).await.expect("sent");
+    let store = stores.exports();
     let finished = wait_for("the export is finished", END_WITHIN, async || {
         store.get(&user, id).await.expect("the store").and_then(|record| record.finished)
     })
@@ -1525,7 +1524,7 @@ async fn start(folder: &TempDir, environment: Environment) -> Server {
 
 fn conversations(product: &Server) -> ConversationStore {
     let names = &product.config.names;
-    ConversationStore::new(product.aws.dynamodb.clone(), names.conversations.clone(), names.users.clone())
+    Stores::without_key(names, &product.aws).conversations()
 }
 
 async fn product_with_events(product: &Server, count: usize) -> (UserId, EventStore, Uuid) {
@@ -1534,7 +1533,7 @@ async fn product_with_events(product: &Server, count: usize) -> (UserId, EventSt
     let user = UserId::local();
     let record = record(&user, None);
     store(&conversations(product), &record).await;
-    let events = EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
+    let events = Stores::without_key(names, aws).events();
     events.append(&user, record.id, (0..count).map(numbered).collect()).await.expect("stored");
     (user, events, record.id)
 }

@@ -9,6 +9,7 @@ use shared::config::{Names, SandboxConfig};
 use shared::error::Error;
 use shared::event::store::{Cursor, Event, EventFilter, EventStore, SortOrder};
 use shared::http::page::PAGE_SIZE;
+use shared::stores::Stores;
 use shared::user::UserId;
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -35,7 +36,7 @@ impl Log {
         let aws = Aws::new(&engines.sdk_config().await);
         let names = engines.names("events-");
         schema::make_all(&aws, &names, "events-").await.expect("a schema");
-        let store = EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
+        let store = Stores::without_key(&names, &aws).events();
         let (user, conversation) = (UserId::new("user-one"), Uuid::new_v4());
         Self { engines, aws, names, store, user, conversation, _folder: folder }
     }
@@ -288,7 +289,7 @@ impl Served {
         let folder = TempDir::new().expect("a folder");
         let api = Api::at(folder.path(), SandboxConfig::None).await;
         let (aws, names) = (&api.aws, &api.names);
-        let store = EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
+        let store = Stores::without_key(&names, &aws).events();
         let (user, conversation) = (UserId::new("user-one"), Uuid::new_v4());
         store.append(&user, conversation, events).await.expect("stored");
         Self { api, store, user, conversation, _folder: folder }

@@ -22,6 +22,7 @@ use shared::event::store::EventStore;
 use shared::http::secret::MASK;
 use shared::start::store::{Filter as TaskFilter, SortOrder};
 use shared::start::task::StartStatus;
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use tempfile::TempDir;
@@ -31,7 +32,6 @@ use uuid::Uuid;
 use crate::support::engines::{Engines, skipped_on_ministack};
 use crate::support::fault_proxy::{FaultProxy, Moment, Stop};
 use crate::support::log::all_events;
-use crate::support::seed::Stores;
 
 const PREFIX: &str = "import-";
 const SEED: &str = include_str!("../data/contract/seed.jsonl");
@@ -64,8 +64,8 @@ impl Fixture {
         let dynamodb = aws_sdk_dynamodb::config::Builder::from(&network).endpoint_url(way.url()).build();
         let gated = Aws { dynamodb: aws_sdk_dynamodb::Client::from_conf(dynamodb), ..aws.clone() };
         Self {
-            stores: Stores::new(&aws, &names, &Sealer::ephemeral()),
-            events: EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone()),
+            stores: Stores::new(&names, &aws, &Sealer::ephemeral()),
+            events: Stores::without_key(&names, &aws).events(),
             importer: Importer::new(&aws, &names, Pace::AWS),
             gated: Importer::new(&gated, &names, Pace { in_flight: 2, per_owner: 1 }),
             gate,
@@ -87,20 +87,21 @@ impl Fixture {
 
     async fn conversations(&self, user: &UserId) -> u64 {
         let all = Filter { include_sub_conversations: true, ..Filter::default() };
-        self.stores.conversations.count(user, &all).await.expect("a count")
+        self.stores.conversations().count(user, &all).await.expect("a count")
     }
 
     async fn start_tasks(&self, user: &UserId) -> u64 {
-        self.stores.tasks.count(user, &TaskFilter::default()).await.expect("a count")
+        self.stores.start_tasks().count(user, &TaskFilter::default()).await.expect("a count")
     }
 
     /// Compares the counters with the rows.
     async fn assert_counts(&self, user: &UserId, conversations: u64, start_tasks: u64) {
         assert_eq!((self.conversations(user).await, self.start_tasks(user).await), (conversations, start_tasks));
         let ids: Vec<Uuid> = seed("conversation").iter().map(|line| id(&line["data"]["id"])).collect();
-        let found = self.stores.conversations.batch_get(user, &ids).await.expect("the store");
+        let found = self.stores.conversations().batch_get(user, &ids).await.expect("the store");
         assert_eq!(found.iter().flatten().count() as u64, conversations);
-        let listed = self.stores.tasks.list(user, &TaskFilter::default(), SortOrder::CreatedAt, None, 100).await;
+        let listed =
+            self.stores.start_tasks().list(user, &TaskFilter::default(), SortOrder::CreatedAt, None, 100).await;
         assert_eq!(listed.expect("a list").0.len() as u64, start_tasks);
     }
 }
@@ -151,10 +152,11 @@ async fn recorded_rows_are_imported_once_and_unchanged() {
     for line in seed("start_task") {
         let owner = if line["data"]["created_by_user_id"].is_null() { &local } else { &other };
         let record =
-            fixture.stores.tasks.get(owner, id(&line["data"]["id"])).await.expect("the store").expect("a task");
+            fixture.stores.start_tasks().get(owner, id(&line["data"]["id"])).await.expect("the store").expect("a task");
         assert_eq!(serde_json::to_value(record.show()).expect("JSON"), line["data"]);
     }
-    let (unfinished, _) = fixture.stores.tasks.unfinished().due(Time::now().plus(Duration::from_secs(3600))).await;
+    let (unfinished, _) =
+        fixture.stores.start_tasks().unfinished().due(Time::now().plus(Duration::from_secs(3600))).await;
     assert_eq!(unfinished, [], "no worker continues them");
 
     let again = fixture.take(read()).await;
@@ -179,7 +181,7 @@ async fn existing_rows_are_not_overwritten() {
     let second = fixture.file("second", format!("{line}\n{line}\n{}\n{0}\n", event("second")));
     let summary = fixture.take(lines(&[second], Some(UserId::local()))).await;
     assert_eq!((summary.conversations, summary.events), (already_present(2), already_present(2)));
-    let record = fixture.stores.conversations.get(&UserId::local(), conversation).await.expect("the store");
+    let record = fixture.stores.conversations().get(&UserId::local(), conversation).await.expect("the store");
     assert_eq!(record.and_then(|record| record.title), title.as_str().map(ToOwned::to_owned));
     let events = all_events(&fixture.events, &UserId::local(), conversation).await;
     assert!(events.len() == 1 && events[0].json.contains("first"), "{events:?}");
@@ -563,7 +565,7 @@ async fn data_folder_of_the_reference_is_imported_with_its_events() {
         assert!(skipped.iter().any(|(reason, found)| reason.starts_with(beginning) && *found == count), "{summary}");
     }
 
-    let record = fixture.stores.conversations.get(&user, ids[0]).await.expect("the store").expect("a conversation");
+    let record = fixture.stores.conversations().get(&user, ids[0]).await.expect("the store").expect("a conversation");
     let shown = serde_json::to_value(shared::conversation::AppConversation::without_sandbox(record)).expect("JSON");
     for (field, value) in [
         ("created_at", json!("2025-06-01T10:00:00Z")),
@@ -577,18 +579,19 @@ async fn data_folder_of_the_reference_is_imported_with_its_events() {
     ] {
         assert_eq!(shown[field], value, "{field}");
     }
-    let of_later = fixture.stores.conversations.get(&user, ids[1]).await.expect("the store").expect("a conversation");
+    let of_later = fixture.stores.conversations().get(&user, ids[1]).await.expect("the store").expect("a conversation");
     let of_later = shared::conversation::AppConversation::without_sandbox(of_later);
     assert_eq!(serde_json::to_value(of_later).expect("JSON")["trigger"], "automation");
     assert_eq!(shown["metrics"]["accumulated_cost"], 0.5);
     let usage = &shown["metrics"]["accumulated_token_usage"];
     assert_eq!((&usage["cache_write_tokens"], &usage["per_turn_token"]), (&json!(4), &json!(0)));
 
-    let unfinished = fixture.stores.tasks.get(&user, tasks[1]).await.expect("the store").expect("a task");
+    let unfinished = fixture.stores.start_tasks().get(&user, tasks[1]).await.expect("the store").expect("a task");
     assert_eq!(unfinished.now.status, StartStatus::Error);
     assert!(unfinished.now.detail.as_ref().is_some_and(|detail| detail.contains("PREPARING_REPOSITORY")));
-    let ready = fixture.stores.tasks.batch_get(&user, &tasks[..1]).await.expect("the store");
-    let ready = fixture.stores.tasks.show_all(&ready).await.expect("the bucket").pop().flatten().expect("a task");
+    let ready = fixture.stores.start_tasks().batch_get(&user, &tasks[..1]).await.expect("the store");
+    let ready =
+        fixture.stores.start_tasks().show_all(&ready).await.expect("the bucket").pop().flatten().expect("a task");
     let request: Value = serde_json::from_str(ready.request.get()).expect("JSON");
     assert_eq!(request["secrets"], json!({"TOKEN": "**********"}));
     assert_eq!(request["system_message_suffix"].as_str().map(str::len), Some(20_000));
@@ -666,10 +669,10 @@ async fn repositories_are_imported_without_credentials() {
     assert_eq!(summary.skipped_rows(), 0, "{summary}");
     reference.import_into(&fixture).await;
     for (id, kept) in expected {
-        let record = fixture.stores.conversations.get(&user, id).await.expect("the store").expect("a conversation");
+        let record = fixture.stores.conversations().get(&user, id).await.expect("the store").expect("a conversation");
         assert_eq!(record.selected_repository.as_deref(), Some(kept));
     }
-    let task = fixture.stores.tasks.get(&user, id).await.expect("the store").expect("a task");
+    let task = fixture.stores.start_tasks().get(&user, id).await.expect("the store").expect("a task");
     let shown = serde_json::to_value(task.show_within(u64::MAX)).expect("JSON");
     assert_eq!(shown["request"]["selected_repository"], "https://git.example/o/r");
     fixture.engines.shutdown().await;
@@ -707,7 +710,7 @@ async fn secrets_of_requests_are_imported_by_name_only() {
     let summary = reference.import_into(&fixture).await;
     assert_eq!(summary.skipped_rows(), 0, "{summary}");
     for (id, kept) in expected {
-        let task = fixture.stores.tasks.get(&user, id).await.expect("the store").expect("a task");
+        let task = fixture.stores.start_tasks().get(&user, id).await.expect("the store").expect("a task");
         let shown = serde_json::to_value(task.show_within(u64::MAX)).expect("JSON");
         assert_eq!((&shown["request"]["secrets"], &shown["request"]["title"]), (&kept, &json!("t")));
     }
@@ -769,7 +772,7 @@ async fn tags_within_the_limits_are_imported_with_their_conversation() {
     let all = imported(cases.len() as u64 + 1);
     assert_eq!((from_folder.conversations, from_folder.skipped_rows()), (all, 0), "{from_folder}");
     for (id, tags) in expected {
-        let record = fixture.stores.conversations.get(&user, id).await.expect("the store").expect("a conversation");
+        let record = fixture.stores.conversations().get(&user, id).await.expect("the store").expect("a conversation");
         assert_eq!(json!(record.tags), tags);
     }
     fixture.engines.shutdown().await;

@@ -19,15 +19,15 @@ use shared::conversation::reports::{AgentStats, Lookup, ReportTime, StoredConver
 use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationChange;
 use shared::conversation::{ConversationRecord, MAX_NAME};
-use shared::event::store::{Event, EventStore};
+use shared::event::store::Event;
 use shared::http_client::{AddressPolicy, HttpClient};
+use shared::jobs::process_events::ProcessEvents;
 use shared::jobs::queue::Job;
+use shared::jobs::refresh_conversation::RefreshConversation;
 use shared::sandbox::SandboxStatus;
-use shared::sandbox::store::SandboxStore;
-use shared::start::request::ProviderType;
 use shared::start::task::StartStatus;
 use shared::user::UserId;
-use shared::user::settings::SettingsStore;
+use shared::user::git::ProviderType;
 use shared::user::token::TokenKey;
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -60,7 +60,7 @@ impl Fixture {
 
     async fn has_sandbox(&self, user: &UserId, id: &str) {
         let api = &self.api;
-        let sandboxes = SandboxStore::new(api.aws.dynamodb.clone(), api.names.sandboxes.clone(), api.sealer.clone());
+        let sandboxes = api.stores.sandboxes();
         let record = sandboxes.new_record(user, id, "spec", &SecretString::from(id)).await.expect("a record");
         sandboxes.put_new(record).await.expect("stored");
     }
@@ -71,7 +71,7 @@ impl Fixture {
             "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"});
         let record = seed::conversation(user, data);
         assert_eq!(
-            self.api.stores.conversations.import(user, std::slice::from_ref(&record)).await.expect("stored"),
+            self.api.stores.conversations().import(user, std::slice::from_ref(&record)).await.expect("stored"),
             [true]
         );
         record
@@ -94,8 +94,7 @@ impl Fixture {
     /// The texts of all stored events, by id.
     async fn stored(&self, user: &UserId, id: Uuid) -> BTreeMap<String, String> {
         let api = &self.api;
-        let (dynamodb, s3) = (api.aws.dynamodb.clone(), api.aws.s3.clone());
-        let store = EventStore::new(dynamodb, api.names.events.clone(), s3, api.names.bucket.clone());
+        let store = api.stores.events();
         all_events(&store, user, id).await.into_iter().map(|event| (event.id, event.json)).collect()
     }
 
@@ -124,11 +123,11 @@ impl Fixture {
     }
 
     async fn record(&self, user: &UserId, id: Uuid) -> ConversationRecord {
-        self.api.stores.conversations.get(user, id).await.expect("the store").expect("a record")
+        self.api.stores.conversations().get(user, id).await.expect("the store").expect("a record")
     }
 
     async fn count(&self) -> u64 {
-        self.api.stores.conversations.count(&self.user, &Filter::default()).await.expect("a count")
+        self.api.stores.conversations().count(&self.user, &Filter::default()).await.expect("a count")
     }
 
     async fn events(&self, user: &UserId, id: Uuid) -> Value {
@@ -220,7 +219,7 @@ async fn recorded_exchanges_get_the_recorded_responses() {
         let mut expected = line["answer"].clone();
         if label == "before webhook" {
             let record = seed::conversation(&fixture.user, expected[0].clone());
-            fixture.api.stores.conversations.import(&fixture.user, &[record]).await.expect("stored");
+            fixture.api.stores.conversations().import(&fixture.user, &[record]).await.expect("stored");
         }
         let (status, mut answer) = if line["method"] == "GET" {
             fixture.api.call(&fixture.user, "GET", path, None).await
@@ -635,7 +634,7 @@ async fn stats_come_from_snapshots_if_events_report_none() {
     fixture.report(SANDBOX, &polled(1, 90)).await;
     assert_eq!(tokens().await, 110);
     fixture.post_events(SANDBOX, id, &[halt(4)]).await;
-    let poll = Job::RefreshConversation { user: user.clone(), conversation: id, attempt: 0 };
+    let poll = Job::RefreshConversation(RefreshConversation { user: user.clone(), conversation: id, attempt: 0 });
     assert_eq!(fixture.jobs().await, [poll.clone(), poll.clone(), poll], "each halt, and a state after some use");
     // After an upgrade the events report stats, and the state event counts.
     fixture.post_events(SANDBOX, id, &[stats("s", "2026-01-01T00:00:05", 120)]).await;
@@ -788,7 +787,7 @@ async fn snapshot_of_a_conversation_updates_only_model_title_and_stats() {
     assert_eq!(fixture.record(user, id).await.title.as_deref(), Some("🐛 The agent's"));
     let found = fixture.api.get(user, "/search", &[("title__contains", "the AGENT".to_owned())]).await.1;
     assert_eq!(found["items"].as_array().map(Vec::len), Some(1), "the new title is searched: {found}");
-    let store = &fixture.api.stores.conversations;
+    let store = &fixture.api.stores.conversations();
     let rename = |title| store.update(user, id, ConversationChange::default().title(title));
     rename(Some("Mine")).await.expect("renamed");
     fixture.report(SANDBOX, &snapshot(json!("Another"), "2026-01-01T00:00:04Z", 60)).await;
@@ -822,7 +821,7 @@ async fn titles_and_models_of_any_length_are_accepted() {
     let (known, unknown, user) = (Uuid::new_v4(), Uuid::new_v4(), &fixture.user);
     let before = fixture.has_conversation(user, known, SANDBOX).await;
     let change = ConversationChange::default().title(None);
-    fixture.api.stores.conversations.update(user, known, change).await.expect("the store");
+    fixture.api.stores.conversations().update(user, known, change).await.expect("the store");
     let long = "é".repeat(500_000);
     for id in [known, unknown] {
         fixture.report(SANDBOX, &json!({"id": id, "title": long, "agent": {"llm": {"model": long}}})).await;
@@ -846,7 +845,7 @@ async fn titles_and_models_of_any_length_are_accepted() {
     // The title that an agent server generates on request.
     let third = Uuid::new_v4();
     fixture.report(SANDBOX, &json!({"id": third})).await;
-    assert!(fixture.api.stores.conversations.set_agent_title(user, third, &long).await.expect("the store"));
+    assert!(fixture.api.stores.conversations().set_agent_title(user, third, &long).await.expect("the store"));
     assert_eq!(fixture.record(user, third).await.title, Some("é".repeat(MAX_NAME)));
     fixture.api.stop().await;
 }
@@ -905,7 +904,7 @@ async fn fifty_concurrent_updates_of_one_record_lose_nothing() {
     let fixture = Fixture::new().await;
     let (id, user) = (Uuid::new_v4(), &fixture.user);
     let before = fixture.has_conversation(user, id, SANDBOX).await;
-    let store = &fixture.api.stores.conversations;
+    let store = &fixture.api.stores.conversations();
     let read = |tokens| AgentStats::read(&metrics(tokens), None).expect("stats");
     join_all((0..50_u64).map(async |number| match number % 5 {
         0 => {
@@ -955,7 +954,8 @@ async fn halt_enqueues_a_poll_for_stats_unless_events_report_them() {
         fixture.post_events(SANDBOX, id, &[status("running")]).await;
         fixture.post_events(SANDBOX, id, &[status("finished")]).await;
     }
-    let expected = Job::RefreshConversation { user: user.clone(), conversation: quiet, attempt: 0 };
+    let expected =
+        Job::RefreshConversation(RefreshConversation { user: user.clone(), conversation: quiet, attempt: 0 });
     assert_eq!(fixture.jobs().await, [expected]);
     fixture.api.stop().await;
 }
@@ -967,7 +967,7 @@ async fn message_enqueues_a_poll_for_a_title_unless_there_is_one() {
     fixture.has_conversation(user, id, SANDBOX).await;
     fixture.has_conversation(user, named, SANDBOX).await;
     let change = ConversationChange::default().title(Some("Mine"));
-    fixture.api.stores.conversations.update(user, named, change).await.expect("renamed");
+    fixture.api.stores.conversations().update(user, named, change).await.expect("renamed");
     for id in [id, named, unknown] {
         fixture.post_events(SANDBOX, id, &[]).await;
         fixture.post_events(SANDBOX, id, &[stats("s", "2026-01-01T00:00:00", 1)]).await;
@@ -978,7 +978,7 @@ async fn message_enqueues_a_poll_for_a_title_unless_there_is_one() {
         .await
         .into_iter()
         .map(|job| match job {
-            Job::RefreshConversation { conversation, attempt: 0, .. } => conversation,
+            Job::RefreshConversation(RefreshConversation { conversation, attempt: 0, .. }) => conversation,
             other => panic!("{other:?}"),
         })
         .collect();
@@ -993,7 +993,7 @@ async fn message_enqueues_a_poll_for_a_title_unless_there_is_one() {
 async fn access_token_returns_only_the_current_provider_token() {
     let fixture = Fixture::new().await;
     let api = &fixture.api;
-    let settings = SettingsStore::new(api.aws.dynamodb.clone(), api.names.users.clone(), api.sealer.clone());
+    let settings = api.stores.settings();
     let (with, without) = (UserId::new("with"), UserId::new("without"));
     let stored =
         |token: &str| json!({"provider_tokens": {"github": {"token": token}, "gitlab": {"token": null}}}).to_string();
@@ -1041,7 +1041,7 @@ async fn access_token_returns_only_the_current_provider_token() {
     for sandbox in ["of-another", "nowhere", "", &"x".repeat(300)] {
         assert_eq!(get(Some(&elsewhere(sandbox))).await.0, 401, "{sandbox}");
     }
-    let sandboxes = SandboxStore::new(api.aws.dynamodb.clone(), api.names.sandboxes.clone(), api.sealer.clone());
+    let sandboxes = api.stores.sandboxes();
     assert!(sandboxes.delete(&with, SANDBOX).await.expect("deleted"));
     assert_eq!(get(Some(&valid)).await, (401, json!({"detail": "Unauthorized"})), "its sandbox was deleted");
     assert_eq!(get(Some(&token(&fixture.user, ProviderType::Github, 60))).await.0, 200, "others are not concerned");
@@ -1156,11 +1156,17 @@ async fn with_conversation(body: Value) -> (WorkerHarness, Uuid) {
     (harness, start.conversation_id)
 }
 
+/// Runs one attempt of the job that refreshes a conversation.
+async fn refresh(harness: &WorkerHarness, conversation: Uuid, attempt: usize) -> shared::Result<()> {
+    let job = RefreshConversation { user: harness.user.clone(), conversation, attempt };
+    harness.other_worker.follow_up.refresh_from_agent_server(&job).await
+}
+
 /// The metrics of an agent server whose events report none come only from polls.
 #[tokio::test]
 async fn failed_poll_is_retried_until_the_metrics_are_known() {
     let (harness, id) = with_conversation(json!({"title": "Mine"})).await;
-    let poll = |look| harness.other_worker.follow_up.refresh_from_agent_server(&harness.user, id, look);
+    let poll = async |attempt| refresh(&harness, id, attempt).await;
     harness.agent.inject(Fault::new("GET /api/conversations", Nth::Next, Kind::Status(500, "{}".into())));
     poll(0).await.expect("polled");
     let message = loop {
@@ -1170,7 +1176,10 @@ async fn failed_poll_is_retried_until_the_metrics_are_known() {
     };
     harness.delete(&message).await;
     let again = Job::from_body(&message.body.unwrap_or_default()).expect("a job");
-    assert_eq!(again, Job::RefreshConversation { user: harness.user.clone(), conversation: id, attempt: 1 });
+    assert_eq!(
+        again,
+        Job::RefreshConversation(RefreshConversation { user: harness.user.clone(), conversation: id, attempt: 1 })
+    );
     poll(1).await.expect("polled");
     harness.agent.inject(Fault::new("GET /api/conversations", Nth::Always, Kind::Status(500, "{}".into())));
     poll(5).await.expect("polled for the last time");
@@ -1181,8 +1190,7 @@ async fn failed_poll_is_retried_until_the_metrics_are_known() {
 #[tokio::test]
 async fn the_agents_title_is_fetched_and_a_rename_always_wins() {
     let (harness, id) = with_conversation(json!({})).await;
-    let (user, fetch) =
-        (&harness.user, |look| harness.other_worker.follow_up.refresh_from_agent_server(&harness.user, id, look));
+    let (user, fetch) = (&harness.user, async |attempt| refresh(&harness, id, attempt).await);
     let title = async || harness.conversations.get(user, id).await.expect("the store").expect("a record").title;
     let default = format!("Conversation {}", &id.simple().to_string()[..5]);
     // There is no title yet: another poll is enqueued, but not forever.
@@ -1194,18 +1202,21 @@ async fn the_agents_title_is_fetched_and_a_rename_always_wins() {
             return Job::from_body(&message.body.unwrap_or_default()).expect("a job");
         }
     };
-    assert_eq!(again().await, Job::RefreshConversation { user: user.clone(), conversation: id, attempt: 1 });
+    assert_eq!(
+        again().await,
+        Job::RefreshConversation(RefreshConversation { user: user.clone(), conversation: id, attempt: 1 })
+    );
     fetch(5).await.expect("looked");
     // The same applies while the conversation is unknown, or its sandbox does not exist.
-    harness.other_worker.follow_up.refresh_from_agent_server(user, Uuid::new_v4(), 0).await.expect("looked");
-    assert!(matches!(again().await, Job::RefreshConversation { attempt: 1, .. }));
+    refresh(&harness, Uuid::new_v4(), 0).await.expect("looked");
+    assert!(matches!(again().await, Job::RefreshConversation(RefreshConversation { attempt: 1, .. })));
 
     // The agent may have missed the message that its title is made from: it is requested to generate one, once its own
     // is overdue.
     harness.agent.set_generated_title(" ✨ Made ");
     fetch(2).await.expect("looked");
     assert_eq!(title().await.as_deref(), Some(default.as_str()));
-    assert!(matches!(again().await, Job::RefreshConversation { attempt: 3, .. }));
+    assert!(matches!(again().await, Job::RefreshConversation(RefreshConversation { attempt: 3, .. })));
     fetch(3).await.expect("looked");
     assert_eq!(title().await.as_deref(), Some("✨ Made"));
     harness.conversations.update(user, id, ConversationChange::default().title(None)).await.expect("cleared");
@@ -1309,11 +1320,11 @@ async fn batch_with_processors_enqueues_a_job_for_them() {
         json!({"id": id.simple().to_string(), "sandbox_id": SANDBOX, "title": "Mine",
         "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}),
     );
-    let processors = [shared::start::request::EventCallbackProcessor::Logging];
-    let writes = api.stores.conversations.put_started(&record, &processors).expect("writes");
+    let processors = [shared::conversation::fields::EventCallbackProcessor::Logging];
+    let writes = api.stores.conversations().put_started(&record, &processors).expect("writes");
     api.aws.dynamodb.transact_write_items().set_transact_items(Some(writes)).send().await.expect("stored");
     fixture.post_events(SANDBOX, id, &[]).await;
     fixture.post_events(SANDBOX, id, &[message("m")]).await;
-    assert_eq!(fixture.jobs().await, [Job::ProcessEvents { user: user.clone(), conversation: id }]);
+    assert_eq!(fixture.jobs().await, [Job::ProcessEvents(ProcessEvents { user: user.clone(), conversation: id })]);
     fixture.api.stop().await;
 }

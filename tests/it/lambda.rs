@@ -16,6 +16,7 @@ use shared::aws::Aws;
 use shared::config::{Config, ExportConfig, SandboxConfig, SealingConfig, StartConfig};
 use shared::conversation::MAX_NAME;
 use shared::export::store::ExportStore;
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::data_key::DataKey;
 use shared::user::seal::Sealer;
@@ -27,7 +28,7 @@ use crate::support::engines::Engines;
 use crate::support::kms::{KEY, Kms};
 use crate::support::lambda::{Function, Part, Streamed};
 use crate::support::product::contains;
-use crate::support::seed::Stores;
+use crate::support::seed;
 use crate::support::server;
 use crate::tenants::{By, Route, furnish_in, key_of, routes, token_of};
 
@@ -193,13 +194,13 @@ async fn queries_and_bodies_arrive_as_they_were_sent() {
     assert_eq!((status, &error["detail"][0]["type"]), (422, &json!("json_invalid")));
 
     let sealer = cloud.sealer().await;
-    let stores = Stores::new(&cloud.aws, &cloud.config.names, &sealer);
+    let stores = Stores::new(&cloud.config.names, &cloud.aws, &sealer);
     let rows = [10_u128, 11].map(|number| {
         json!({"type": "conversation", "data": {"id": Uuid::from_u128(number).to_string(), "sandbox_id": "s",
             "title": if number == 10 { "x a b&c=d/é y" } else { "another" },
             "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}})
     });
-    stores.load(&UserId::new("u1"), rows).await;
+    seed::load(&stores, &UserId::new("u1"), rows).await;
     let conversations = cloud.function("conversations").await;
     let (status, rows) = status_and_body(&conversations.invoke(event("batch-get")).await);
     assert_eq!(
@@ -459,10 +460,10 @@ async fn errors_before_a_stream_starts_have_an_error_status() {
 /// Stores a finished export of a conversation, its row and its object.
 async fn finished_export(cloud: &Cloud, conversation: Uuid, zip: Vec<u8>) {
     let user = UserId::new(CALLER);
-    let stores = Stores::new(&cloud.aws, &cloud.config.names, &cloud.sealer().await);
+    let stores = Stores::new(&cloud.config.names, &cloud.aws, &cloud.sealer().await);
     let row = json!({"type": "conversation", "data": {"id": conversation.to_string(), "sandbox_id": "s", "title": "t",
         "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}});
-    stores.load(&user, [row]).await;
+    seed::load(&stores, &user, [row]).await;
     let key = ExportStore::key(&user, conversation, "a test");
     let put = cloud.aws.s3.put_object().bucket(&cloud.config.names.bucket).key(&key).body(zip.into());
     put.send().await.expect("stored");
@@ -613,14 +614,15 @@ async fn walk(function: &Function, path: &str) -> (Vec<Value>, usize) {
 #[tokio::test(flavor = "multi_thread")]
 async fn largest_start_tasks_fit_into_responses_and_memory() {
     let cloud = Cloud::start().await;
-    let stores = Stores::new(&cloud.aws, &cloud.config.names, &cloud.sealer().await);
+    let stores = Stores::new(&cloud.config.names, &cloud.aws, &cloud.sealer().await);
     let user = UserId::new(CALLER);
     let large = "x".repeat(1_600_000);
     // In JSON that is embedded in JSON, this becomes four times as long.
     let escaped = "\"".repeat(3_000_000);
     let requests = [&large, &large, &large, &large, &escaped, &large];
     let tasks = (1..).zip(requests).map(|(number, text)| start_task(number, &message(text)));
-    stores.load(&user, tasks.chain((10..110).map(|number| start_task(number, &message(&"y".repeat(40_000)))))).await;
+    seed::load(&stores, &user, tasks.chain((10..110).map(|number| start_task(number, &message(&"y".repeat(40_000))))))
+        .await;
     let function = cloud.function("start-tasks").await;
 
     let (items, largest) = walk(&function, &format!("{BASE}/start-tasks/search")).await;
@@ -693,7 +695,7 @@ async fn largest_start_gets_a_response() {
 #[tokio::test(flavor = "multi_thread")]
 async fn largest_conversations_fit_into_responses_and_memory() {
     let cloud = Cloud::start().await;
-    let stores = Stores::new(&cloud.aws, &cloud.config.names, &cloud.sealer().await);
+    let stores = Stores::new(&cloud.config.names, &cloud.aws, &cloud.sealer().await);
     let id = |number: u128| Uuid::from_u128(number + 1).to_string();
     let rows = (0..100).map(|number| {
         // Four bytes, or seven after escaping twice.
@@ -704,7 +706,7 @@ async fn largest_conversations_fit_into_responses_and_memory() {
     });
     for row in rows {
         // A transaction may have 4 MB.
-        stores.load(&UserId::new(CALLER), [row]).await;
+        seed::load(&stores, &UserId::new(CALLER), [row]).await;
     }
     let function = cloud.function("conversations").await;
     let (items, largest) = walk(&function, &format!("{BASE}/search")).await;

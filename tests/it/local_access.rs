@@ -13,6 +13,7 @@ use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Value, json};
 use shared::config::{ExportConfig, SandboxConfig, StartConfig};
 use shared::http::caller::Caller;
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use tempfile::TempDir;
@@ -21,7 +22,7 @@ use tokio::net::TcpStream;
 
 use crate::openapi::{document, operations};
 use crate::support::api::Api;
-use crate::support::seed::Stores;
+use crate::support::seed;
 use crate::support::sigv4::sign;
 use crate::tenants::{By, credential, everything, furnish, routes};
 
@@ -82,10 +83,10 @@ impl Running {
 
     async fn has_conversation(&self) {
         let Server { aws, config, .. } = &self.server;
-        let stores = Stores::new(aws, &config.names, &Sealer::ephemeral());
+        let stores = Stores::new(&config.names, aws, &Sealer::ephemeral());
         let row = json!({"type": "conversation", "data": {"id": CONVERSATION, "sandbox_id": "s", "title": "one",
             "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}});
-        stores.load(&UserId::local(), [row]).await;
+        seed::load(&stores, &UserId::local(), [row]).await;
     }
 
     async fn starts(&self) -> u64 {

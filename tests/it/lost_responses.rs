@@ -18,6 +18,7 @@ use shared::sandbox::store::{SandboxStore, Wanted};
 use shared::start::request::StartRequest;
 use shared::start::store::{Change, Claim, Filter, ImportedTask, StartTaskStore};
 use shared::start::task::{Snapshot, StartStatus};
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::api_key::ApiKeyStore;
 use shared::user::seal::Sealer;
@@ -66,22 +67,15 @@ impl Rig {
             aws_sdk_dynamodb::config::Builder::from(&network).endpoint_url(way.url()).build(),
         );
         let sealer = Sealer::ephemeral();
-        let users = names.users.clone();
+        let stores = Stores::new(&names, &Aws { dynamodb: dynamodb.clone(), ..aws }, &sealer);
         Self {
             user: UserId::new("user"),
-            tasks: StartTaskStore::new(
-                dynamodb.clone(),
-                names.start_tasks.clone(),
-                users.clone(),
-                aws.s3.clone(),
-                names.bucket.clone(),
-                sealer.clone(),
-            ),
-            conversations: ConversationStore::new(dynamodb.clone(), names.conversations.clone(), users.clone()),
-            messages: MessageStore::new(dynamodb.clone(), users.clone(), aws.s3.clone(), names.bucket.clone()),
-            settings: SettingsStore::new(dynamodb.clone(), users.clone(), sealer.clone()),
-            api_keys: ApiKeyStore::new(dynamodb.clone(), users),
-            sandboxes: SandboxStore::new(dynamodb.clone(), names.sandboxes.clone(), sealer),
+            tasks: stores.start_tasks(),
+            conversations: stores.conversations(),
+            messages: stores.messages(),
+            settings: stores.settings(),
+            api_keys: stores.api_keys(),
+            sandboxes: stores.sandboxes(),
             proxy,
             dynamodb,
             names,

@@ -11,13 +11,14 @@ use local::server::{Environment, Server};
 use regex_lite::Regex;
 use serde_json::{Value, json};
 use shared::config::{SandboxConfig, SealingConfig};
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use tempfile::TempDir;
 use tokio::process::Command;
 
 use crate::support::api::Api;
-use crate::support::seed::Stores;
+use crate::support::seed;
 use crate::tenants::{By, furnish, request, routes};
 
 /// What `cargo local` serves beside the functions.
@@ -126,10 +127,10 @@ async fn requests_made_up_from_the_document_get_the_answers_that_it_names() {
     let api = format!("{base}/api/v1/app-conversations");
     let start = http.post(&api).json(&json!({"title": "one"})).send().await;
     let start: Value = start.expect("an answer").json().await.expect("a start");
-    let stores = Stores::new(&server.aws, &server.config.names, &sealer(&server));
+    let stores = Stores::new(&server.config.names, &server.aws, &sealer(&server));
     let row = json!({"type": "conversation", "data": {"id": CONVERSATION, "sandbox_id": "s", "title": "one",
         "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}});
-    stores.load(&UserId::local(), [row]).await;
+    seed::load(&stores, &UserId::local(), [row]).await;
     let known = json!({"path.conversation_id": CONVERSATION, "query.ids": [CONVERSATION, start["id"]]});
     for (parameters, phases, left_out) in
         [(json!({}), "examples,coverage,fuzzing", LEFT_OUT), (known, "fuzzing", LEFT_OUT + 1)]

@@ -7,6 +7,7 @@ use http::Request;
 use serde_json::{Value, json};
 use shared::config::SandboxConfig;
 use shared::http::caller::Caller;
+use shared::jobs::deliver_messages::DeliverMessages;
 use shared::jobs::queue::Job;
 use shared::pending_message::delivery::{Addressee, Queued};
 use shared::sandbox::SandboxStatus;
@@ -466,5 +467,5 @@ async fn the_route_keeps_ten_messages_and_says_what_is_wrong_with_others() {
 fn what_a_job_of_this_kind_looks_like_on_the_queue() {
     let body = r#"{"v":1,"type":"deliver_messages","user":"u","conversation":"00000000000000000000000000000001"}"#;
     let job = Job::from_body(body).expect("a job");
-    assert_eq!(job, Job::DeliverMessages { user: UserId::new("u"), conversation: Uuid::from_u128(1) });
+    assert_eq!(job, Job::DeliverMessages(DeliverMessages { user: UserId::new("u"), conversation: Uuid::from_u128(1) }));
 }

@@ -8,16 +8,17 @@ use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use shared::config::{SandboxConfig, StartConfig};
 use shared::error::Error;
-use shared::start::request::ProviderType;
 use shared::start::task::StartStatus;
 use shared::user::UserId;
+use shared::user::git::ProviderType;
 use shared::user::git::{Repository, normal_host, without_credentials};
-use shared::user::settings::{Settings, SettingsStore};
+use shared::user::settings::Settings;
 use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::support::api::Api;
 use crate::support::git_server::GitServer;
+use crate::support::seed;
 use crate::support::worker_harness::{WorkerHarness, quick};
 
 const API: &str = "/api/v1/app-conversations";
@@ -291,7 +292,7 @@ async fn conversation(api: &Api, user: &UserId) -> Uuid {
     let id = Uuid::new_v4();
     let row = json!({"type": "conversation", "data": {"id": id, "sandbox_id": "s",
         "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}});
-    api.stores.load(user, [row]).await;
+    seed::load(&api.stores, user, [row]).await;
     id
 }
 
@@ -394,7 +395,7 @@ async fn every_way_to_start_validates_its_selection() {
     let parent = Uuid::new_v4();
     let row = json!({"type": "conversation", "data": {"id": parent, "sandbox_id": "s", "selected_repository": "of/an/earlier/one",
         "selected_branch": "a b", "git_provider": "github", "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}});
-    api.stores.load(&user, [row]).await;
+    seed::load(&api.stores, &user, [row]).await;
     let (_, shown) = api.call(&user, "GET", &format!("{API}?ids={parent}"), None).await;
     assert_eq!(shown[0]["selected_repository"], "of/an/earlier/one", "{shown}");
     let (status, task) = post("", json!({"parent_conversation_id": parent})).await;
@@ -407,7 +408,7 @@ async fn every_way_to_start_validates_its_selection() {
     let parent_id = Uuid::new_v4();
     let row = json!({"type": "conversation", "data": {"id": parent_id, "sandbox_id": "s", "selected_repository": "o/a",
         "selected_branch": "feature", "git_provider": "github", "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}});
-    api.stores.load(&user, [row]).await;
+    seed::load(&api.stores, &user, [row]).await;
     for (own, branch, expected) in [
         (Value::Null, None, Some("feature")),
         (json!("o/a"), None, Some("feature")),
@@ -460,7 +461,7 @@ async fn every_way_to_start_validates_its_selection() {
 async fn tokens_and_hosts_are_stored_in_a_normalised_form() {
     let folder = TempDir::new().expect("a folder");
     let api = api(&folder).await;
-    let store = SettingsStore::new(api.aws.dynamodb.clone(), api.names.users.clone(), api.sealer.clone());
+    let store = api.stores.settings();
     let first = json!({"github": {"token": "ghp-0", "host": "git.example"}});
     for (change, expected) in [
         (json!({"github": {"token": " Bearer ghp-1\n"}}), Ok((Some("ghp-1"), json!("git.example")))),

@@ -255,7 +255,7 @@ impl Question {
 
 async fn store(api: &Api, user: &UserId, rows: &[Row]) {
     let records: Vec<ConversationRecord> = rows.iter().map(|row| row.record(user)).collect();
-    let added = api.stores.conversations.import(user, &records).await.expect("stored");
+    let added = api.stores.conversations().import(user, &records).await.expect("stored");
     assert_eq!(added, vec![true; rows.len()]);
 }
 
@@ -409,7 +409,7 @@ async fn apply_change(
     let chosen = |index: &Index| (!alive.is_empty()).then(|| *index.get(&alive.keys().copied().collect::<Vec<_>>()));
     match event {
         Event::Insert(row) => {
-            let added = api.stores.conversations.import(user, &[row.record(user)]).await.expect("stored");
+            let added = api.stores.conversations().import(user, &[row.record(user)]).await.expect("stored");
             assert_eq!(added, [!alive.contains_key(&row.uuid())]);
             alive.entry(row.uuid()).or_insert_with(|| row.clone());
         }
@@ -471,7 +471,7 @@ fn pagination_of_start_tasks_returns_the_filtered_and_sorted_list_and_count_its_
                 "updated_at": task.updated.time(),
             }})
         });
-        api.stores.load(user, lines).await;
+        seed::load(&api.stores, user, lines).await;
         for (conversation, from, order, limit, way) in questions {
             let mut expected: Vec<&Task> = tasks
                 .iter()
@@ -542,7 +542,7 @@ async fn forged_page_id_and_page_id_of_another_list_are_refused() {
     let [me, you] = ["me", "you"].map(UserId::new);
     for user in [&me, &you] {
         store(&api, user, &plain_rows(10)).await;
-        api.stores.load(user, plain_tasks(10)).await;
+        seed::load(&api.stores, user, plain_tasks(10)).await;
     }
     let lists = [
         ("/search", vec![("limit", "3".to_owned())]),
@@ -604,7 +604,7 @@ async fn pagination_continues_after_a_restart() {
     let query = [("limit", "3".to_owned())];
     let api = Api::at(folder.path(), SandboxConfig::None).await;
     store(&api, &user, &plain_rows(10)).await;
-    api.stores.load(&user, plain_tasks(10)).await;
+    seed::load(&api.stores, &user, plain_tasks(10)).await;
     let mut walks = Vec::new();
     for path in ["/search", "/start-tasks/search"] {
         let (items, next) = page(&api, &user, path, &query, None).await;
@@ -664,7 +664,7 @@ async fn concurrent_updates_of_one_record_lose_nothing() {
     let user = UserId::new("user-one");
     let row = &plain_rows(1)[0];
     store(&api, &user, std::slice::from_ref(row)).await;
-    let before = api.stores.conversations.get(&user, row.uuid()).await.expect("the store").expect("the row");
+    let before = api.stores.conversations().get(&user, row.uuid()).await.expect("the store").expect("the row");
     // Each attribute has one writer per round, so the expected result is unique.
     for round in 0..ROUNDS {
         let bodies = [
@@ -681,11 +681,11 @@ async fn concurrent_updates_of_one_record_lose_nothing() {
         let sandbox = format!("sandbox {round}");
         let worker = async {
             let change = ConversationChange::default().sandbox(&user, &sandbox);
-            let updated = api.stores.conversations.update(&user, row.uuid(), change).await.expect("the store");
+            let updated = api.stores.conversations().update(&user, row.uuid(), change).await.expect("the store");
             assert_eq!(updated.expect("the row").sandbox_id, sandbox);
         };
         tokio::join!(patches, worker);
-        let now = api.stores.conversations.get(&user, row.uuid()).await.expect("the store").expect("the row");
+        let now = api.stores.conversations().get(&user, row.uuid()).await.expect("the store").expect("the row");
         let wanted = ConversationRecord {
             title: Some(format!("title {round}")),
             public: Some(round % 2 == 0),
@@ -706,7 +706,7 @@ async fn concurrent_updates_of_one_record_lose_nothing() {
         assert_eq!((status, answer["title"].as_str()), (200, Some(title.as_str())));
     }))
     .await;
-    let now = api.stores.conversations.get(&user, row.uuid()).await.expect("the store").expect("the row");
+    let now = api.stores.conversations().get(&user, row.uuid()).await.expect("the store").expect("the row");
     let title = now.title.clone().expect("a title");
     assert!(titles.contains(&title));
     for order in ["CREATED_AT", "UPDATED_AT"] {
@@ -723,7 +723,7 @@ async fn cost_of_a_page_does_not_depend_on_its_depth_and_unfiltered_count_costs_
     let mut api = Api::at(folder.path(), SandboxConfig::None).await;
     let user = UserId::new("user-one");
     let lines = || (0..240).map(account::conversation);
-    api.stores.load(&user, lines()).await;
+    seed::load(&api.stores, &user, lines()).await;
     let meter = Meter::new();
     let way = api.measure(&meter).await;
     let spent =
@@ -774,7 +774,7 @@ async fn filtered_page_ends_at_its_limits_and_the_next_page_continues() {
     let folder = TempDir::new().expect("a folder");
     let api = Api::at(folder.path(), SandboxConfig::None).await;
     let user = UserId::new("u");
-    api.stores.load(&user, plain_tasks(60)).await;
+    seed::load(&api.stores, &user, plain_tasks(60)).await;
     // All tasks have the same creation time, so they are in the order of their ids.
     let mut ids: Vec<String> = (0..60).map(|id| uuid_of(id).simple().to_string()).collect();
     ids.sort_unstable();
@@ -835,7 +835,7 @@ async fn search_for_start_tasks_reads_a_bounded_number_of_rows() {
     let api = Api::at(folder.path(), SandboxConfig::None).await;
     let user = UserId::new("u");
     let tasks = u64::try_from(MAX_EVALUATED).expect("few") + 100;
-    api.stores.load(&user, plain_tasks(tasks)).await;
+    seed::load(&api.stores, &user, plain_tasks(tasks)).await;
     let mut query = vec![("created_at__gte", At(1).time().to_string()), ("sort_order", "UPDATED_AT".to_owned())];
     let (status, page) = api.get(&user, "/start-tasks/search", &query).await;
     assert_eq!((status, &page["items"]), (200, &json!([])));
@@ -859,7 +859,7 @@ async fn missing_object_does_not_fail_a_list() {
             line["data"]["request"] = long.clone();
         }
     }
-    api.stores.load(&user, lines).await;
+    seed::load(&api.stores, &user, lines).await;
     let ids: Vec<String> = (0..3).map(|id| uuid_of(id).simple().to_string()).collect();
     // In the format of an earlier version, without the abridged request.
     let update = api.aws.dynamodb.update_item().table_name(&api.names.start_tasks);

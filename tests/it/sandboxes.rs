@@ -14,13 +14,13 @@ use shared::sandbox::spec::AGENT_SERVER_VERSION;
 use shared::sandbox::store::SandboxStore;
 use shared::sandbox::{Sandbox, SandboxService, SandboxStatus, service};
 use shared::user::UserId;
-use shared::user::settings::SettingsStore;
 use tempfile::TempDir;
 
 use crate::support::api::Api;
 use crate::support::docker_engine::DockerEngine;
 use crate::support::product::Product;
 use crate::support::runtime_api::{API_KEY, Fault, RuntimeApi};
+use crate::support::seed;
 use crate::support::stand_in_agent::{Fault as AgentFault, Kind, Nth, StandInAgent};
 use crate::support::wait::{wait_for, wait_until};
 use crate::support::worker_harness::SESSION_KEY;
@@ -209,7 +209,7 @@ impl Remote {
     }
 
     fn records(&self) -> SandboxStore {
-        SandboxStore::new(self.api.aws.dynamodb.clone(), self.api.names.sandboxes.clone(), self.api.sealer.clone())
+        self.api.stores.sandboxes()
     }
 
     fn service(&self) -> std::sync::Arc<dyn SandboxService> {
@@ -582,7 +582,7 @@ async fn any_status_and_any_fault_of_the_runtime_api_is_reported_in_time() {
     let data =
         json!({"id": "000000000000000000000000000000aa", "sandbox_id": id, "created_at": time, "updated_at": time});
     let seed = json!({"type": "conversation", "data": data});
-    fixture.api.stores.load(&fixture.user, [seed]).await;
+    seed::load(&fixture.api.stores, &fixture.user, [seed]).await;
     for fault in [Fault::Status(401), Fault::Status(500), Fault::Status(503), Fault::Garbage, Fault::Cut, Fault::Hang] {
         fixture.runtimes.set_fault(Some(fault.clone()));
         let sandbox = shown().await;
@@ -615,11 +615,7 @@ async fn any_status_and_any_fault_of_the_runtime_api_is_reported_in_time() {
 async fn start_does_not_join_an_unresponsive_sandbox() {
     let fixture = Remote::start().await;
     let (id, session) = fixture.sandbox().await;
-    let settings = SettingsStore::new(
-        fixture.api.aws.dynamodb.clone(),
-        fixture.api.names.users.clone(),
-        fixture.api.sealer.clone(),
-    );
+    let settings = fixture.api.stores.settings();
     let grouping = json!({"llm_model": "any", "sandbox_grouping_strategy": "ADD_TO_ANY"});
     settings.put(&fixture.user, &grouping.to_string().into()).await.expect("stored");
     let joined = async || {
@@ -786,11 +782,7 @@ async fn failed_creation_of_a_sandbox_leaves_nothing() {
 async fn agents_read_their_owners_secrets_with_their_sandboxs_key() {
     let fixture = Remote::start().await;
     let (id, session) = fixture.sandbox().await;
-    let settings = SettingsStore::new(
-        fixture.api.aws.dynamodb.clone(),
-        fixture.api.names.users.clone(),
-        fixture.api.sealer.clone(),
-    );
+    let settings = fixture.api.stores.settings();
     let given = json!({
         "custom_secrets": {"DEPLOY_KEY": {"secret": "a value", "description": "to deploy"}, "EMPTY": {"secret": ""}},
         "provider_tokens": {"github": {"token": "a token"}, "gitlab": {"token": ""}},

@@ -11,7 +11,6 @@ use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use shared::config::SandboxConfig;
 use shared::http::caller::Caller;
-use shared::sandbox::store::SandboxStore;
 use shared::user::UserId;
 use shared::user::settings::SettingsStore;
 use shared::user::settings_document::SecretChange;
@@ -27,7 +26,7 @@ async fn api(folder: &TempDir) -> Api {
 }
 
 fn store(api: &Api) -> SettingsStore {
-    SettingsStore::new(api.aws.dynamodb.clone(), api.names.users.clone(), api.sealer.clone())
+    api.stores.settings()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -328,7 +327,7 @@ async fn users_me_shows_secrets_to_the_users_own_sandboxes_alone() {
     api.call(&user, "POST", "/api/v1/settings", Some(&json!({"llm_api_key": "sk-1"}))).await;
     assert_eq!(api.call(&user, "GET", "/api/v1/users/me", None).await.1["llm_api_key"], MASK);
 
-    let sandboxes = SandboxStore::new(api.aws.dynamodb.clone(), api.names.sandboxes.clone(), api.sealer.clone());
+    let sandboxes = api.stores.sandboxes();
     for (owner, key) in [(&user, "key of u"), (&other, "key of other")] {
         let record = sandboxes.new_record(owner, "s", "spec", &key.into()).await.expect("a record");
         sandboxes.put_new(record).await.expect("stored");

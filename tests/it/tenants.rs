@@ -14,17 +14,16 @@ use serde_json::{Value, json};
 use shared::aws::Aws;
 use shared::config::{Names, SandboxConfig};
 use shared::event::store::{Event, EventStore};
-use shared::sandbox::store::SandboxStore;
-use shared::start::request::ProviderType;
+use shared::stores::Stores;
 use shared::user::UserId;
+use shared::user::git::ProviderType;
 use shared::user::seal::Sealer;
-use shared::user::settings::SettingsStore;
 use shared::user::token::TokenKey;
 use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::support::api::Api;
-use crate::support::seed::Stores;
+use crate::support::seed;
 
 const PARENT: Uuid = Uuid::from_u128(1);
 const CHILD: Uuid = Uuid::from_u128(2);
@@ -124,11 +123,12 @@ pub async fn furnish_in(aws: &Aws, names: &Names, sealer: &Sealer, owner: &UserI
         "updated_at": time,
     }});
     let rows = [conversation(PARENT, None), conversation(CHILD, Some(PARENT)), task];
-    Stores::new(aws, names, sealer).load(owner, rows).await;
-    let sandboxes = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
+    let stores = Stores::new(names, aws, sealer);
+    seed::load(&stores, owner, rows).await;
+    let sandboxes = stores.sandboxes();
     let record = sandboxes.new_record(owner, SANDBOX, "spec", &key_of(owner)).await.expect("a record");
     sandboxes.put_new(record).await.expect("stored");
-    let settings = SettingsStore::new(aws.dynamodb.clone(), names.users.clone(), sealer.clone());
+    let settings = stores.settings();
     let tokens = json!({
         "provider_tokens": {"github": {"token": format!("token of {owner}"), "host": format!("host of {owner}")}},
         "custom_secrets": {"SECRET": {"secret": "s", "description": format!("secret of {owner}")}},
@@ -146,7 +146,7 @@ pub async fn furnish_in(aws: &Aws, names: &Names, sealer: &Sealer, owner: &UserI
 }
 
 fn store_of_events(aws: &Aws, names: &Names) -> EventStore {
-    EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone())
+    Stores::without_key(names, aws).events()
 }
 
 pub fn key_of(user: &UserId) -> SecretString {

@@ -14,7 +14,7 @@ use shared::conversation::ConversationRecord;
 use shared::conversation::search::Filter;
 use shared::conversation::store::ConversationStore;
 use shared::event::store::{Event, EventStore};
-use shared::sandbox::store::SandboxStore;
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use tempfile::TempDir;
@@ -38,19 +38,15 @@ struct Owner {
 
 impl Owner {
     async fn new(aws: &Aws, names: &Names, sealer: &Sealer, user: UserId) -> Self {
-        let sandboxes = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
+        let sandboxes = Stores::new(names, aws, sealer).sandboxes();
         for (id, key) in [("one", KEY), ("another", OTHER_KEY)] {
             let record = sandboxes.new_record(&user, id, "spec", &SecretString::from(key)).await.expect("a record");
             sandboxes.put_new(record).await.expect("stored");
         }
         Self {
             user,
-            conversations: ConversationStore::new(
-                aws.dynamodb.clone(),
-                names.conversations.clone(),
-                names.users.clone(),
-            ),
-            events: EventStore::new(aws.dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone()),
+            conversations: Stores::without_key(names, aws).conversations(),
+            events: Stores::without_key(names, aws).events(),
         }
     }
 

@@ -23,6 +23,7 @@ use shared::http::caller::Caller;
 use shared::http::response::with_common_answers;
 use shared::http_client::{AddressPolicy, HttpClient};
 use shared::sandbox::{SandboxService as _, SandboxStatus};
+use shared::stores::Stores;
 use shared::user::UserId;
 use tempfile::TempDir;
 use tower::ServiceExt as _;
@@ -80,8 +81,7 @@ impl WorkerHarness {
         let sandboxes = Arc::new(StandInSandboxes::at(agent.url(), agent.working_dir()));
         sandboxes.start(&user, SANDBOX).await.expect("a sandbox");
         fs::create_dir_all(agent.working_dir()).expect("a workspace");
-        let conversations =
-            ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone());
+        let conversations = Stores::without_key(&names, &aws).conversations();
         let http = HttpClient::new(AddressPolicy::Any);
         let places = WorkspaceLocator::new(conversations.clone(), sandboxes.clone(), http);
         let router = router(&places, BUDGET);

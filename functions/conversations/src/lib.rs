@@ -7,12 +7,12 @@ use axum::{Json, Router};
 use futures::future::{try_join, try_join_all};
 use shared::aws::Aws;
 use shared::config::Config;
-use shared::conversation::deletion::Deleter;
 use shared::conversation::live_status::LiveStatus;
 use shared::conversation::search::{Cursor, Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
 use shared::conversation::update_request::UpdateRequest;
 use shared::conversation::{AppConversation, ConversationRecord, MAX_NAME};
+use shared::deletion::Deleter;
 use shared::error::Error;
 use shared::http::caller::Caller;
 use shared::http::extract::{JsonBody, PageRequest};
@@ -21,9 +21,7 @@ use shared::http::pydantic::query::{Query, lenient_uuid, lenient_uuids};
 use shared::http::pydantic::validation::{self, Choice as _};
 use shared::http::response::SuccessOut;
 use shared::http_client::HttpClient;
-use shared::jobs::queue::JobQueue;
-use shared::sandbox;
-use shared::sandbox::store::SandboxStore;
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
@@ -49,17 +47,14 @@ impl Context {
     /// A context on the configured tables and sandboxes.
     #[must_use]
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
-        let names = &config.names;
-        let store = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
+        let stores = Stores::new(&config.names, aws, sealer);
+        let sandboxes = stores.sandbox_service(&config.sandbox);
         let http = HttpClient::new(config.address_policy);
-        let conversations =
-            ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone());
-        let queue = JobQueue::new(aws.sqs.clone(), names.job_queue_url.clone());
         Self {
-            conversations: conversations.clone(),
-            deleter: Deleter { conversations, queue },
-            live: LiveStatus::new(sandbox::service(&config.sandbox, store), http, config.live_status_budget),
-            settings: SettingsStore::new(aws.dynamodb.clone(), names.users.clone(), sealer.clone()),
+            conversations: stores.conversations(),
+            deleter: stores.deleter(),
+            live: LiveStatus::new(sandboxes, http, config.live_status_budget),
+            settings: stores.settings(),
         }
     }
 }

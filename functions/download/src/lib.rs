@@ -22,8 +22,7 @@ use shared::export::{Answer, Exporter, Ready};
 use shared::http::caller::Caller;
 use shared::http::pydantic::validation;
 use shared::http_client::HttpClient;
-use shared::sandbox;
-use shared::sandbox::store::SandboxStore;
+use shared::stores::Stores;
 use shared::user::seal::Sealer;
 use shared::{Result, id};
 use uuid::Uuid;
@@ -45,10 +44,9 @@ impl Context {
     /// A context on the configured tables, bucket, queue and sandboxes.
     #[must_use]
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
-        let store = SandboxStore::new(aws.dynamodb.clone(), config.names.sandboxes.clone(), sealer.clone());
-        let sandboxes = sandbox::service(&config.sandbox, store);
-        let exporter =
-            Exporter::new(&config.export, &config.names, aws, sandboxes, HttpClient::new(config.address_policy));
+        let stores = Stores::new(&config.names, aws, sealer);
+        let sandboxes = stores.sandbox_service(&config.sandbox);
+        let exporter = stores.exporter(&config.export, sandboxes, HttpClient::new(config.address_policy));
         Self::with_exporter(exporter, config.export.inline_limit)
     }
 

@@ -7,11 +7,10 @@ mod webhooks;
 pub use log::router;
 use shared::aws::Aws;
 use shared::config::Config;
-use shared::conversation::store::ConversationStore;
 use shared::event::ingest::EventIngestor;
 use shared::event::store::EventStore;
-use shared::jobs::queue::JobQueue;
 use shared::sandbox::store::SandboxStore;
+use shared::stores::Stores;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
 pub use webhooks::webhooks_router;
@@ -31,19 +30,15 @@ impl Context {
     /// A context on the configured tables and queue.
     #[must_use]
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
-        let (names, dynamodb) = (&config.names, &aws.dynamodb);
-        let events = EventStore::new(dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
+        let stores = Stores::new(&config.names, aws, sealer);
+        let events = stores.events();
         Self {
-            sandboxes: SandboxStore::new(dynamodb.clone(), names.sandboxes.clone(), sealer.clone()),
-            settings: SettingsStore::new(dynamodb.clone(), names.users.clone(), sealer.clone()),
+            sandboxes: stores.sandboxes(),
+            settings: stores.settings(),
             ingestor: EventIngestor {
-                conversations: ConversationStore::new(
-                    dynamodb.clone(),
-                    names.conversations.clone(),
-                    names.users.clone(),
-                ),
+                conversations: stores.conversations(),
                 events: events.clone(),
-                queue: JobQueue::new(aws.sqs.clone(), names.job_queue_url.clone()),
+                queue: stores.queue(),
             },
             events,
             sealer: sealer.clone(),

@@ -14,12 +14,12 @@ use serde_json::value::RawValue;
 use shared::error::{Error, Result};
 use shared::event::ingest::ConversationReport;
 use shared::event::store::Event;
-use shared::http::caller;
 use shared::http::extract::{ConversationId, JsonBody, RawBody, both};
 use shared::http::pydantic::body::FromJson;
 use shared::http::pydantic::validation::{self, Checked, Checker, Fields};
 use shared::http::response::SuccessOut;
 use shared::metrics;
+use shared::sandbox::session_key;
 use shared::sandbox::store::SandboxRecord;
 use shared::user::token::{TokenClaims, TokenKey};
 
@@ -59,7 +59,7 @@ impl FromRequestParts<Context> for FromSandbox {
     type Rejection = Error;
 
     async fn from_request_parts(parts: &mut Parts, context: &Context) -> Result<Self> {
-        caller::sandbox(&context.sandboxes, &parts.headers).await.map(Self)
+        session_key::sandbox_of_request(&context.sandboxes, &parts.headers).await.map(Self)
     }
 }
 

@@ -7,6 +7,7 @@ use shared::config::Config;
 use shared::error::Error;
 use shared::export::ExportJobs;
 use shared::jobs::queue::{DEAD_LETTER_SUFFIX, Job};
+use shared::stores::Stores;
 
 /// What this function may touch: it reads conversations and events, and writes exports.
 #[derive(Clone, Debug)]
@@ -18,7 +19,7 @@ impl Context {
     /// A context on the configured tables and bucket.
     #[must_use]
     pub fn new(config: &Config, aws: &Aws) -> Self {
-        Self::with_jobs(ExportJobs::new(&config.export, &config.names, aws))
+        Self::with_jobs(Stores::without_key(&config.names, aws).export_jobs(&config.export))
     }
 
     /// A context that runs these jobs.

@@ -1,5 +1,7 @@
 //! The Lambda function around [`exports::handle`].
 
+#![recursion_limit = "256"]
+
 use lambda_runtime::{LambdaEvent, service_fn};
 use serde_json::Value;
 

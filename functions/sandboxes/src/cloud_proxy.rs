@@ -10,14 +10,16 @@ use axum::response::{IntoResponse, Response};
 use http::Method;
 use http::header::CONTENT_TYPE;
 use serde_json::Value;
+use shared::agent_server::SESSION_API_KEY;
 use shared::agent_server::{AgentServerError, Failure};
 use shared::conversation::git::WorkspaceGit;
 use shared::conversation::workspace::path_in_workspace;
 use shared::error::{Error, Result};
-use shared::http::caller::{Caller, SESSION_API_KEY};
+use shared::http::caller::Caller;
 use shared::http::extract::JsonBody;
 use shared::http::pydantic::body::FromJson;
 use shared::http::pydantic::validation::{Checker, Fields, dictionary, float, string};
+use shared::http::truncated::changes_response;
 use shared::http_client;
 use shared::sandbox::{Sandbox, SandboxStatus};
 
@@ -175,7 +177,8 @@ impl GitQuery {
         Ok(if self.is_diff {
             git.diff(&self.path, reference).await?.map(|diff| Json(diff).into_response())
         } else {
-            git.changes(&self.path, reference).await?.map(IntoResponse::into_response)
+            let changes = git.changes(&self.path, reference).await?;
+            changes.map(|changes| changes_response(&changes.list, changes.is_truncated))
         })
     }
 }

@@ -15,15 +15,12 @@ use axum::extract::DefaultBodyLimit;
 use axum::routing::{get, post};
 use shared::aws::Aws;
 use shared::config::Config;
-use shared::conversation::store::ConversationStore;
 use shared::http_client::HttpClient;
-use shared::jobs::queue::JobQueue;
-use shared::pending_message::delivery::{Messages, Timing};
-use shared::pending_message::store::MessageStore;
+use shared::pending_message::delivery::Messages;
+use shared::sandbox::SandboxService;
 use shared::sandbox::spec::{SandboxSpec, specs};
 use shared::sandbox::store::SandboxStore;
-use shared::sandbox::{self, SandboxService};
-use shared::start::store::StartTaskStore;
+use shared::stores::Stores;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
 
@@ -50,31 +47,14 @@ impl Context {
     /// A context on the configured tables and sandboxes.
     #[must_use]
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
-        let (names, dynamodb, s3) = (&config.names, &aws.dynamodb, &aws.s3);
-        let records = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
-        let sandboxes = sandbox::service(&config.sandbox, records.clone());
-        let (users, bucket) = (names.users.clone(), names.bucket.clone());
-        let messages = Messages {
-            store: MessageStore::new(dynamodb.clone(), users.clone(), s3.clone(), bucket.clone()),
-            tasks: StartTaskStore::new(
-                dynamodb.clone(),
-                names.start_tasks.clone(),
-                users.clone(),
-                s3.clone(),
-                bucket,
-                sealer.clone(),
-            ),
-            conversations: ConversationStore::new(dynamodb.clone(), names.conversations.clone(), users),
-            sandboxes: sandboxes.clone(),
-            queue: JobQueue::new(aws.sqs.clone(), names.job_queue_url.clone()),
-            http: HttpClient::new(config.address_policy),
-            timing: Timing::default(),
-        };
+        let stores = Stores::new(&config.names, aws, sealer);
+        let sandboxes = stores.sandbox_service(&config.sandbox);
+        let http = HttpClient::new(config.address_policy);
         Self {
+            messages: stores.message_delivery(sandboxes.clone(), http),
             sandboxes,
-            messages,
-            records,
-            settings: SettingsStore::new(aws.dynamodb.clone(), names.users.clone(), sealer.clone()),
+            records: stores.sandboxes(),
+            settings: stores.settings(),
             specs: specs(&config.sandbox),
             sandbox_request_budget: config.sandbox_request_budget,
         }

@@ -8,8 +8,8 @@ use http::header::CONTENT_TYPE;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::Serialize;
 use shared::error::{Error, Result};
-use shared::http::caller;
 use shared::http::secret::SecretNameOut;
+use shared::sandbox::session_key;
 use shared::user::settings::Settings;
 
 use crate::Context;
@@ -77,7 +77,7 @@ fn secrets(settings: &Settings) -> Vec<Secret<'_>> {
 impl Context {
     /// Reads the settings of the sandbox's owner, if the request sends the sandbox's session key.
     async fn settings_of_owner(&self, sandbox: &str, headers: &HeaderMap) -> Result<Settings> {
-        let record = caller::sandbox(&self.records, headers).await?;
+        let record = session_key::sandbox_of_request(&self.records, headers).await?;
         if record.id != sandbox {
             return Err(Error::Forbidden("Session API key does not match sandbox".to_owned()));
         }

@@ -11,13 +11,15 @@ use serde_json::Value;
 use shared::aws::Aws;
 use shared::config::Config;
 use shared::error::{Error, Result};
-use shared::http::caller::{self, Caller};
+use shared::http::caller::Caller;
 use shared::http::extract::{JsonBody, PageRequest};
 use shared::http::page::{self, PageOut};
 use shared::http::pydantic::query::Query;
 use shared::http::response::MessageOut;
 use shared::http::secret::{self, SecretNameOut};
+use shared::sandbox::session_key;
 use shared::sandbox::store::SandboxStore;
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
@@ -39,11 +41,8 @@ impl Context {
     /// A context on the configured tables.
     #[must_use]
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
-        let names = &config.names;
-        Self {
-            settings: SettingsStore::new(aws.dynamodb.clone(), names.users.clone(), sealer.clone()),
-            sandboxes: SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone()),
-        }
+        let stores = Stores::new(&config.names, aws, sealer);
+        Self { settings: stores.settings(), sandboxes: stores.sandboxes() }
     }
 }
 
@@ -188,7 +187,7 @@ async fn organizations(Caller(_): Caller) -> Json<OrganizationsOut> {
 
 impl Context {
     async fn check_session_key(&self, user: &UserId, headers: &HeaderMap) -> Result<()> {
-        let sandbox = caller::sandbox(&self.sandboxes, headers).await?;
+        let sandbox = session_key::sandbox_of_request(&self.sandboxes, headers).await?;
         if sandbox.user != *user {
             let text = "Session API key does not belong to the authenticated user";
             return Err(Error::Forbidden(text.to_owned()));

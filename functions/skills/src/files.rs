@@ -12,7 +12,7 @@ use shared::error::{Error, Result};
 use shared::http::caller::Caller;
 use shared::http::extract::ConversationId;
 use shared::http::pydantic::query::Query;
-use shared::start::saga::command::quoted;
+use shared::shell::quoted;
 
 use crate::{Context, upstream, workspace_or_error};
 

@@ -9,6 +9,7 @@ use shared::error::{Error, Result};
 use shared::http::caller::Caller;
 use shared::http::extract::ConversationId;
 use shared::http::pydantic::query::Query;
+use shared::http::truncated::changes_response;
 use shared::user::UserId;
 use uuid::Uuid;
 
@@ -24,7 +25,8 @@ pub(crate) async fn changes(
     let reference = request.reference.as_deref();
     let changes =
         context.git(&user, &request, async |git: WorkspaceGit<'_>, path: &str| git.changes(path, reference).await);
-    Ok(changes.await?.into_response())
+    let changes = changes.await?;
+    Ok(changes_response(&changes.list, changes.is_truncated))
 }
 
 pub(crate) async fn diff(

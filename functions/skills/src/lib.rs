@@ -21,13 +21,12 @@ use serde::Serialize;
 use shared::agent_server::{AgentServerError, Failure, Mistake};
 use shared::aws::Aws;
 use shared::config::Config;
-use shared::conversation::store::ConversationStore;
 use shared::conversation::workspace::{Workspace, WorkspaceLocator, WorkspaceLookup};
 use shared::error::{Error, Result};
 use shared::http_client::HttpClient;
 use shared::id;
-use shared::sandbox::store::SandboxStore;
-use shared::sandbox::{self, SandboxStatus};
+use shared::sandbox::SandboxStatus;
+use shared::stores::Stores;
 use shared::user::seal::Sealer;
 use uuid::Uuid;
 
@@ -49,12 +48,10 @@ impl Context {
     /// A context on the configured tables and sandboxes.
     #[must_use]
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
-        let names = &config.names;
-        let store = SandboxStore::new(aws.dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
-        let conversations =
-            ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone());
+        let stores = Stores::new(&config.names, aws, sealer);
+        let sandboxes = stores.sandbox_service(&config.sandbox);
         let http = HttpClient::new(config.address_policy);
-        let locator = WorkspaceLocator::new(conversations, sandbox::service(&config.sandbox, store), http);
+        let locator = WorkspaceLocator::new(stores.conversations(), sandboxes, http);
         Self::with_locator(locator, config.sandbox_request_budget)
     }
 

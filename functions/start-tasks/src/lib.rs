@@ -12,7 +12,7 @@ use shared::http::page::PageOut;
 use shared::http::pydantic::query::Query;
 use shared::start::store::{Filter, SortOrder, StartTaskStore};
 use shared::start::task::AppConversationStartTask;
-use shared::user::seal::Sealer;
+use shared::stores::Stores;
 
 /// The most ids that one request may name.
 const MAX_IDS: usize = 100;
@@ -27,18 +27,7 @@ impl Context {
     /// A context on the configured tables. It has no key that could decrypt the secrets of starts, because it does not need them.
     #[must_use]
     pub fn new(config: &Config, aws: &Aws) -> Self {
-        let names = &config.names;
-        let (dynamodb, s3) = (aws.dynamodb.clone(), aws.s3.clone());
-        Self {
-            tasks: StartTaskStore::new(
-                dynamodb,
-                names.start_tasks.clone(),
-                names.users.clone(),
-                s3,
-                names.bucket.clone(),
-                Sealer::ephemeral(),
-            ),
-        }
+        Self { tasks: Stores::without_key(&config.names, aws).start_tasks_without_secrets() }
     }
 }
 

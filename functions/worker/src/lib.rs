@@ -1,15 +1,14 @@
-//! The worker behind the queue: advances starts, finishes deletions,
-//! delivers messages, fetches titles and processes events, sweeps up what was forgotten, and gives up honestly.
+//! The worker: runs the jobs of the queue, applies the dead-letter policy to jobs that failed too often, and sweeps overdue rows.
 
-use std::time::Duration;
+mod dead_letters;
+mod jobs;
 
 use aws_lambda_events::event::sqs::{BatchItemFailure, SqsBatchResponse, SqsEvent, SqsMessage};
 use futures::future::{join_all, join3};
 use serde_json::Value;
 use shared::aws::Aws;
 use shared::config::Config;
-use shared::conversation::deletion::{Deleter, Deletion};
-use shared::conversation::store::ConversationStore;
+use shared::deletion::{Deleter, Deletion};
 use shared::error::Error;
 use shared::event::follow_up::FollowUp;
 use shared::event::store::EventStore;
@@ -18,61 +17,42 @@ use shared::http_client::HttpClient;
 use shared::jobs::queue::{DEAD_LETTER_SUFFIX, Job, JobQueue};
 use shared::pending_message::delivery::{Messages, Timing};
 use shared::pending_message::store::MessageStore;
-use shared::sandbox;
-use shared::sandbox::store::SandboxStore;
-use shared::start::saga::{Attempt, Saga};
-use shared::start::store::StartTaskStore;
+use shared::start::saga::Saga;
+use shared::stores::Stores;
 use shared::user::seal::Sealer;
-use shared::user::settings::SettingsStore;
 
-/// What this function may touch: everything that a start touches, and everything that goes with a conversation.
+/// Everything that this function may access: all that a start needs, and all that belongs to a conversation.
 #[derive(Clone, Debug)]
 pub struct Context {
-    /// Goes on with starts.
     pub saga: Saga,
-    /// Finishes deletions.
     pub deletion: Deletion,
-    /// Does what is to be done on events.
     pub follow_up: FollowUp,
     /// The queue of exports, to which messages of earlier versions are forwarded.
     pub export_queue: JobQueue,
-    /// Delivers messages.
     pub messages: Messages,
 }
 
 impl Context {
-    /// A context on the configured tables, queue and sandboxes.
     #[must_use]
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
-        let (names, dynamodb) = (&config.names, &aws.dynamodb);
-        let sandboxes = SandboxStore::new(dynamodb.clone(), names.sandboxes.clone(), sealer.clone());
-        let sandboxes = sandbox::service(&config.sandbox, sandboxes);
+        let stores = Stores::new(&config.names, aws, sealer);
+        let sandboxes = stores.sandbox_service(&config.sandbox);
         let http = HttpClient::new(config.address_policy);
-        let exports = ExportStore::new(dynamodb.clone(), names.users.clone(), aws.s3.clone(), names.bucket.clone());
-        let export_queue = JobQueue::new(aws.sqs.clone(), names.export_queue_url.clone());
         let saga = Saga {
-            tasks: StartTaskStore::new(
-                dynamodb.clone(),
-                names.start_tasks.clone(),
-                names.users.clone(),
-                aws.s3.clone(),
-                names.bucket.clone(),
-                sealer.clone(),
-            ),
-            conversations: ConversationStore::new(dynamodb.clone(), names.conversations.clone(), names.users.clone()),
+            tasks: stores.start_tasks(),
+            conversations: stores.conversations(),
             sandboxes,
-            settings: SettingsStore::new(dynamodb.clone(), names.users.clone(), sealer.clone()),
-            queue: JobQueue::new(aws.sqs.clone(), names.job_queue_url.clone()),
+            settings: stores.settings(),
+            queue: stores.queue(),
             http,
             sealer: sealer.clone(),
             config: config.start.clone(),
         };
-        let events = EventStore::new(dynamodb.clone(), names.events.clone(), aws.s3.clone(), names.bucket.clone());
-        let messages = MessageStore::new(dynamodb.clone(), names.users.clone(), aws.s3.clone(), names.bucket.clone());
-        Self::new_with(saga, events, exports, export_queue, messages)
+        let (exports, export_queue) = (stores.exports(), stores.export_queue());
+        Self::new_with(saga, stores.events(), exports, export_queue, stores.messages())
     }
 
-    /// A context around a saga, and the events, exports and waiting messages of the conversations that it makes.
+    /// A context around a saga, and the events, exports and pending messages of the conversations that it creates.
     #[must_use]
     pub fn new_with(
         saga: Saga,
@@ -110,8 +90,8 @@ impl Context {
     }
 }
 
-/// Handles whatever the function is invoked with: messages of the queue or of its dead-letter queue, or the schedule.
-/// Of a batch, only the messages that failed are delivered again.
+/// Handles an invocation: messages of the queue or of its dead-letter queue, or the schedule. Of a batch, only the messages that
+/// failed are delivered again.
 ///
 /// # Errors
 /// When a scheduled sweep fails.
@@ -119,7 +99,7 @@ pub async fn handle(context: &Context, event: Value) -> Result<SqsBatchResponse,
     if event.get("Records").is_none() {
         let (starts, deletions, messages) =
             join3(context.saga.sweep(), context.deletion.sweep(), context.messages.sweep()).await;
-        // Each has done what it could, whatever became of the others.
+        // All three have run by now, also when one of them failed.
         let requeued = starts? + deletions? + messages?;
         if requeued > 0 {
             tracing::warn!(requeued, "worker.swept");
@@ -142,48 +122,15 @@ pub async fn handle(context: &Context, event: Value) -> Result<SqsBatchResponse,
 }
 
 async fn handle_message(context: &Context, message: &SqsMessage) -> Result<(), Error> {
-    let dead = message.event_source_arn.as_deref().is_some_and(|arn| arn.ends_with(DEAD_LETTER_SUFFIX));
-    let job = match Job::from_body(message.body.as_deref().unwrap_or_default()) {
-        Ok(job) => job,
-        Err(error) if dead => {
-            // Nobody will ever read it; the start it may have been about is found by the sweep.
+    let is_dead = message.event_source_arn.as_deref().is_some_and(|arn| arn.ends_with(DEAD_LETTER_SUFFIX));
+    match Job::from_body(message.body.as_deref().unwrap_or_default()) {
+        Ok(job) if is_dead => dead_letters::handle(context, job).await,
+        Ok(job) => jobs::run(context, job).await,
+        Err(error) if is_dead => {
+            // No version will read it. If it was about a row, the sweep finds that row.
             tracing::error!(message_id = message.message_id, error = %error.context(), "worker.message_dropped");
-            return Ok(());
-        }
-        Err(error) => return Err(error),
-    };
-    match job {
-        Job::AdvanceStart { user, task } if dead => context.saga.give_up(&user, task).await,
-        Job::AdvanceStart { user, task } => {
-            let attempt = context.saga.advance(&user, task).await?;
-            tracing::debug!(%task, ?attempt, "worker.attempt_finished");
-            match attempt {
-                Attempt::Finished => context.messages.start_ended(&user, task).await,
-                Attempt::Waiting | Attempt::Busy | Attempt::Unknown => Ok(()),
-            }
-        }
-        // Earlier versions enqueued exports here. The function `exports` drops a message that no client waits for any more.
-        job @ Job::Export { .. } => context.export_queue.send(&job, Duration::ZERO).await,
-        // The sweep rings again.
-        Job::DeliverMessages { conversation, .. } if dead => {
-            tracing::error!(%conversation, "worker.messages_not_delivered");
             Ok(())
         }
-        Job::DeliverMessages { user, conversation } => context.messages.deliver(&user, conversation).await,
-        Job::DeleteConversation { conversation, .. } if dead => {
-            // The sweep goes on ringing for it: what is left costs money, and somebody wants it gone.
-            tracing::error!(%conversation, "worker.deletion_keeps_failing");
-            Ok(())
-        }
-        Job::DeleteConversation { user, conversation } => context.deletion.finish(&user, conversation).await,
-        Job::RefreshConversation { conversation, .. } | Job::ProcessEvents { conversation, .. } if dead => {
-            // The next event of the conversation asks for it again.
-            tracing::error!(%conversation, "worker.events_not_processed");
-            Ok(())
-        }
-        Job::RefreshConversation { user, conversation, attempt } => {
-            context.follow_up.refresh_from_agent_server(&user, conversation, attempt).await
-        }
-        Job::ProcessEvents { user, conversation } => context.follow_up.process_events(&user, conversation).await,
+        Err(error) => Err(error),
     }
 }

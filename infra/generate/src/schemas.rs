@@ -4,14 +4,16 @@
 //! others: responses that have no type yet, and requests, which are validated by hand and have limits that no type shows.
 
 use serde_json::{Map, Value, json};
+use shared::conversation::fields::Trigger;
 use shared::conversation::git::{Change, Diff, Status as ChangeStatus};
 use shared::conversation::{AppConversation, MetricsSnapshot, TokenUsage};
 use shared::http::pydantic::validation::{Loc, Violation};
 use shared::http::sort_order::SortOrder;
 use shared::sandbox::spec::SandboxSpec;
 use shared::sandbox::{ExposedUrl, SandboxStatus};
-use shared::start::request::{AgentType, ProviderType, Trigger};
+use shared::start::request::AgentType;
 use shared::start::task::{AppConversationStartTask, StartStatus};
+use shared::user::git::ProviderType;
 use shared::user::settings::SandboxGroupingStrategy;
 use utoipa::{PartialSchema, ToSchema};
 

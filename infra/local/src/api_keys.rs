@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use secrecy::ExposeSecret as _;
-use shared::user::api_key::ApiKeyStore;
+use shared::stores::Stores;
 
 use crate::options::ApiKeyCommand;
 use crate::target::{Target, TargetError};
@@ -32,7 +32,7 @@ pub async fn run(command: &ApiKeyCommand, data: &Path) -> Result<Option<String>,
     };
     let user = options.owner()?;
     let target = Target::open(options, data).await?;
-    let keys = ApiKeyStore::new(target.aws.dynamodb.clone(), target.names.users.clone());
+    let keys = Stores::without_key(&target.names, &target.aws).api_keys();
     let done = match command {
         ApiKeyCommand::Create { name, .. } => {
             keys.create(&user, name).await.map(|(_, secret)| Some(format!("{}\n", secret.expose_secret())))

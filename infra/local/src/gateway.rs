@@ -6,6 +6,7 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Response};
 use http::StatusCode;
 use secrecy::{ExposeSecret as _, SecretString};
+use shared::agent_server::SESSION_API_KEY;
 use shared::digest::sha256_hex;
 use shared::http::caller::Caller;
 use shared::http::cors::cors;
@@ -13,9 +14,6 @@ use shared::http::response::{detail, with_common_answers};
 use shared::user::UserId;
 
 use crate::access::Origins;
-
-/// The request header that carries the instance's key, as an alternative to a bearer token.
-const SESSION_API_KEY: &str = "x-session-api-key";
 
 /// Wraps the routers of the functions. `functions` require the instance's key, if there is one, and run as the local user.
 /// `without_user` are public routes, or routes that authenticate sandboxes by their own keys.

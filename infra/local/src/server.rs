@@ -25,10 +25,9 @@ use shared::config::{
 use shared::http_client::{AddressPolicy, HttpClient};
 use shared::sandbox::SandboxService as _;
 use shared::sandbox::process::ProcessSandboxes;
-use shared::sandbox::store::SandboxStore;
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
-use shared::user::settings::SettingsStore;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -368,8 +367,7 @@ impl Server {
     #[must_use]
     pub fn process_sandboxes(&self) -> Option<ProcessSandboxes> {
         let SandboxConfig::Process(process) = &self.config.sandbox else { return None };
-        let store =
-            SandboxStore::new(self.aws.dynamodb.clone(), self.config.names.sandboxes.clone(), self.sealer.clone());
+        let store = Stores::new(&self.config.names, &self.aws, &self.sealer).sandboxes();
         Some(ProcessSandboxes::new(process.clone(), store))
     }
 
@@ -508,7 +506,7 @@ async fn store_settings(
     settings: Map<String, Value>,
 ) -> Result<bool, ServerError> {
     let user = UserId::local();
-    let store = SettingsStore::new(aws.dynamodb.clone(), config.names.users.clone(), sealer.clone());
+    let store = Stores::new(&config.names, aws, sealer).settings();
     if !settings.is_empty() {
         store.lay_over(&user, &Value::Object(settings).to_string().into()).await?;
     }

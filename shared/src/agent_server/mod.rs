@@ -7,7 +7,6 @@
 //! passed on is kept as text. Error texts are cut and cleared of secrets before they leave this module.
 
 pub mod bounded;
-pub mod conversation_body;
 mod error_text;
 mod mistake;
 pub mod version;

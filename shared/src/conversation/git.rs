@@ -10,11 +10,8 @@ mod text;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use axum::Json;
-use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use http::{HeaderName, HeaderValue};
 use serde::Serialize;
 
 use super::workspace::path_in_workspace;
@@ -22,14 +19,12 @@ use crate::agent_server::{AgentServer, AgentServerError};
 use crate::error::Error;
 use crate::http::page::{PAGE_SIZE, size_of, size_of_text};
 use crate::mask;
-use crate::start::saga::command::quoted;
+use crate::shell::quoted;
 
 const COMMON: &str = include_str!("git/common.sh");
 const CHANGES: &str = include_str!("git/changes.sh");
 const DIFF: &str = include_str!("git/diff.sh");
 const RUN: &str = include_str!("git/run.sh");
-/// Whether there are more changes than the answer lists: `true`, or the header is absent.
-const TRUNCATED: HeaderName = HeaderName::from_static("x-changes-truncated");
 /// What git may take, in seconds. A workspace may be large.
 const SECONDS: u64 = 14;
 /// When the agent server stops a script that has not stopped itself.
@@ -94,16 +89,6 @@ pub struct Changes {
     pub list: Vec<Change>,
     /// Whether there are more than the list can hold.
     pub is_truncated: bool,
-}
-
-impl IntoResponse for Changes {
-    fn into_response(self) -> Response {
-        let mut answer = Json(&self.list).into_response();
-        if self.is_truncated {
-            answer.headers_mut().insert(TRUNCATED, HeaderValue::from_static("true"));
-        }
-        answer
-    }
 }
 
 /// A file before and after the change. Both texts are null for a file outside every repository.

@@ -11,9 +11,8 @@ use uuid::Uuid;
 use super::{AppConversation, ConversationRecord};
 use crate::error::Result;
 use crate::http_client::HttpClient;
-use crate::id;
+use crate::id::{self, UserId};
 use crate::sandbox::{Sandbox, SandboxService};
-use crate::user::UserId;
 
 /// An agent server takes fewer than 100 ids in one request.
 const IDS_PER_REQUEST: usize = 99;

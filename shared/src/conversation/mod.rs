@@ -1,6 +1,6 @@
 //! Conversations: their records, the store, and how they show their live status.
 
-pub mod deletion;
+pub mod fields;
 pub mod git;
 pub mod live_status;
 pub mod reports;
@@ -13,12 +13,12 @@ pub mod workspace;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use self::fields::Trigger;
 use self::tags::Tags;
 use crate::clock::{Time, sortable};
-use crate::id::as_hex;
+use crate::id::{UserId, as_hex};
 use crate::sandbox::SandboxStatus;
-use crate::start::request::{ProviderType, Trigger};
-use crate::user::UserId;
+use crate::user::git::ProviderType;
 
 /// The most characters of a title, a repository or a branch: a record must stay far below what DynamoDB takes.
 pub const MAX_NAME: usize = 10_000;

@@ -15,11 +15,10 @@ use super::store::{ConversationStore, is_alive, item, key, searchable, updated_n
 use super::tags::Tags;
 use super::{ConversationRecord, MetricsSnapshot, TokenUsage, within_max_name};
 use crate::clock::Time;
+use crate::conversation::fields::EventCallbackProcessor;
 use crate::dynamo::{Condition, Item, Update, from_item, text, to_item, transact};
 use crate::error::Result;
-use crate::id;
-use crate::start::request::EventCallbackProcessor;
-use crate::user::UserId;
+use crate::id::{self, UserId};
 use crate::user::counters::{self, Counter};
 
 /// The result of looking up a conversation by its id.

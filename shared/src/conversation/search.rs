@@ -20,8 +20,8 @@ use crate::dynamo::{Item, from_item, text};
 use crate::error::{Error, Result};
 pub use crate::http::sort_order::SortOrder;
 use crate::http::{page, page_token};
+use crate::id::UserId;
 use crate::paging::{self, Bounds};
-use crate::user::UserId;
 use crate::user::counters::{self, Counter};
 
 /// The error for a count that takes too long.

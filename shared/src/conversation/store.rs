@@ -18,10 +18,9 @@ use crate::dynamo::{
     to_item, transact,
 };
 use crate::error::{Error, Result};
-use crate::id;
-use crate::start::request::ProviderType;
-use crate::user::UserId;
+use crate::id::{self, UserId};
 use crate::user::counters::{self, Counter};
+use crate::user::git::ProviderType;
 
 /// Index: all of a user's conversations by creation.
 pub const ALL_BY_CREATED: &str = "all-by-created";
@@ -115,7 +114,7 @@ pub struct ConversationStore {
 impl ConversationStore {
     /// A store on the `conversations` table, with its counters in `users`.
     #[must_use]
-    pub fn new(dynamodb: Client, table: String, users_table: String) -> Self {
+    pub(crate) fn new(dynamodb: Client, table: String, users_table: String) -> Self {
         Self { table: Table::new(dynamodb.clone(), table), users: Table::new(dynamodb, users_table) }
     }
 

@@ -3,10 +3,11 @@
 use serde_json::Value;
 
 use super::MAX_NAME;
+use super::fields::repository;
 use super::store::ConversationChange;
 use crate::http::pydantic::body::{self, FromJson};
 use crate::http::pydantic::validation::{Checked, Checker, Fields, boolean, choice, string_up_to};
-use crate::start::request::{ProviderType, repository};
+use crate::user::git::ProviderType;
 use crate::user::git::{self, Repository, Selection};
 use crate::user::settings::ProviderTokens;
 

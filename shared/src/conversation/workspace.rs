@@ -9,9 +9,9 @@ use super::store::ConversationStore;
 use crate::agent_server::{AgentServer, AgentServerError};
 use crate::error::Result;
 use crate::http_client::HttpClient;
+use crate::id::UserId;
 use crate::sandbox::{Sandbox, SandboxService, SandboxStatus};
-use crate::start::saga::command::quoted;
-use crate::user::UserId;
+use crate::shell::quoted;
 
 /// The workspace in the paths that clients know, wherever the sandbox really has it.
 const KNOWN_AS: &str = "/workspace/project";

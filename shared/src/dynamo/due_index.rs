@@ -10,7 +10,7 @@ use super::update::{Condition, Update};
 use super::{Item, Table, text};
 use crate::clock::Time;
 use crate::error::{Error, Result};
-use crate::user::UserId;
+use crate::id::UserId;
 
 /// A sparse index of the rows that a worker has to process, by the time at which they are due. It is partitioned by a shard and sorted
 /// by `due_at`.

@@ -1,5 +1,5 @@
-//! What is done on the events of a conversation, off the request that brings them: the agent server is asked for what it does
-//! not tell, and, for starts that asked for it, events are logged.
+//! Jobs that follow events of a conversation, outside the request that brings them: polling the agent server for values that it does
+//! not report, and running event callback processors.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,61 +10,49 @@ use super::ingest::ConversationReport;
 use super::store::{Cursor, EventFilter, EventStore, SortOrder};
 use crate::agent_server::AgentServer;
 use crate::conversation::ConversationRecord;
+use crate::conversation::fields::EventCallbackProcessor;
 use crate::conversation::reports::Lookup;
 use crate::conversation::store::ConversationStore;
 use crate::error::Result;
 use crate::http_client::HttpClient;
-use crate::jobs::queue::{Job, JobQueue};
+use crate::id::UserId;
+use crate::jobs::queue::JobQueue;
+use crate::jobs::refresh_conversation::RefreshConversation;
 use crate::sandbox::SandboxService;
-use crate::start::request::EventCallbackProcessor;
-use crate::user::UserId;
 
-/// How long after an event that calls for it the agent server is asked first.
-pub const FIRST_DELAY: Duration = Duration::from_secs(3);
-/// How long after one attempt the next one is, while there is no title: an agent makes its title without telling. The next
-/// message begins anew.
-const DELAYS: [Duration; 5] = [
-    Duration::from_secs(3),
-    Duration::from_secs(6),
-    Duration::from_secs(12),
-    Duration::from_secs(30),
-    Duration::from_secs(60),
-];
-/// The attempt from which on the agent server is asked to find a title: an agent's own comes with the first message within seconds, or,
-/// where version 1.15 has looked for that message before it was saved, never.
+/// From this attempt on, the agent server is requested to generate a title. An agent's own title comes within seconds after the first
+/// message; or never, where version 1.15 has looked for that message before it was saved.
 const GENERATE_FROM: usize = 3;
-/// To find a title takes an answer of the model.
+/// To generate a title takes a response of the model.
 const GENERATE_TIMEOUT: Duration = Duration::from_secs(30);
 const AGENT_SERVER_TIMEOUT: Duration = Duration::from_secs(10);
-/// Events that are claimed at once.
+/// Events that are claimed in one write.
 const PAGE: usize = 100;
 
-/// Does what is to be done on events.
+/// Runs the jobs that follow events.
 #[derive(Clone, Debug)]
 pub struct FollowUp {
-    /// The conversations' records.
     pub conversations: ConversationStore,
-    /// The log.
     pub events: EventStore,
-    /// Where conversations run.
     pub sandboxes: Arc<dyn SandboxService>,
-    /// Where later work is asked for.
     pub queue: JobQueue,
-    /// For agent servers.
+    /// The client for agent servers.
     pub http: HttpClient,
 }
 
 impl FollowUp {
-    /// Asks the conversation's agent server for what it does not tell by itself: what its agent has used, and the title that
-    /// it has found, which is taken unless somebody gave the conversation one. While there is no title, another attempt is
-    /// asked for, up to a bound; later ones have it find one.
+    /// Polls the conversation's agent server for values that it does not report by itself: the metrics of its agent, and the title
+    /// that it has found, which is stored unless a user gave the conversation one. While there is no title, another attempt is
+    /// enqueued, up to a bound; later attempts make the agent server generate one.
     ///
     /// # Errors
-    /// [`crate::Error::Store`] or what the sandboxes answer; it may be done again.
-    pub async fn refresh_from_agent_server(&self, user: &UserId, conversation: Uuid, attempt: usize) -> Result<()> {
+    /// [`crate::Error::Store`] or an error of the sandboxes; it may be done again.
+    pub async fn refresh_from_agent_server(&self, job: &RefreshConversation) -> Result<()> {
+        let RefreshConversation { user, conversation, attempt } = job;
+        let (conversation, attempt) = (*conversation, *attempt);
         match self.conversations.lookup(user, conversation).await? {
             Lookup::Deleting => return Ok(()),
-            // Its start is about to record it, or nobody ever will.
+            // Its start is about to record it, or has failed.
             Lookup::Absent => {}
             Lookup::Present(known) => {
                 let wants_title = known.has_default_title();
@@ -72,20 +60,20 @@ impl FollowUp {
                     return Ok(());
                 }
                 let agent_server = self.agent_server(&known.record).await?;
-                let told = match &agent_server {
-                    Some(agent_server) => told(agent_server, conversation).await,
+                let report = match &agent_server {
+                    Some(agent_server) => report(agent_server, conversation).await,
                     None => None,
                 };
-                // Metrics that no event reports come from here alone.
-                let wants_stats = told.is_none() && agent_server.is_some() && !known.is_stats_reported;
-                if let Some(told) = &told {
-                    told.apply(&self.conversations, user).await?;
+                // Where no event reports metrics, this is their only source.
+                let wants_stats = report.is_none() && agent_server.is_some() && !known.is_stats_reported;
+                if let Some(report) = &report {
+                    report.apply(&self.conversations, user).await?;
                 }
-                let title = match (told, agent_server) {
+                let title = match (report, agent_server) {
                     (Some(ConversationReport { title: None, .. }), Some(agent_server)) if attempt >= GENERATE_FROM => {
                         generated_title(&agent_server, conversation).await
                     }
-                    (told, _) => told.and_then(|told| told.title),
+                    (report, _) => report.and_then(|report| report.title),
                 };
                 if let Some(title) = title.filter(|_| wants_title) {
                     let set = self.conversations.set_agent_title(user, conversation, &title).await?;
@@ -97,12 +85,11 @@ impl FollowUp {
                 }
             }
         }
-        let Some(delay) = DELAYS.get(attempt) else {
+        let Some((next, delay)) = job.retry() else {
             tracing::info!(%conversation, "conversation.refresh_ended");
             return Ok(());
         };
-        let job = Job::RefreshConversation { user: user.clone(), conversation, attempt: attempt + 1 };
-        self.queue.send(&job, *delay).await
+        self.queue.send(&next.into(), delay).await
     }
 
     async fn agent_server(&self, record: &ConversationRecord) -> Result<Option<AgentServer>> {
@@ -110,9 +97,9 @@ impl FollowUp {
         Ok(sandbox.and_then(|sandbox| sandbox.agent_server(&self.http)))
     }
 
-    /// Logs the events that were not logged yet, in their order, if the conversation's start asked for it. Each is claimed
-    /// before it is logged, so it is logged once at most, however often this is called and whoever calls it at the same
-    /// time. An event whose place is before what was claimed already came too late and is not logged.
+    /// Logs the events that were not logged yet, in their order, if the conversation's start requested it. Each event is claimed
+    /// before it is logged and is therefore logged at most once, also by concurrent calls. An event that arrives late, with a
+    /// position before the claimed ones, is not logged.
     ///
     /// # Errors
     /// [`crate::Error::Store`]; it may be done again.
@@ -139,7 +126,7 @@ impl FollowUp {
     }
 }
 
-async fn told(agent_server: &AgentServer, conversation: Uuid) -> Option<ConversationReport> {
+async fn report(agent_server: &AgentServer, conversation: Uuid) -> Option<ConversationReport> {
     match agent_server.whole_conversation(conversation, AGENT_SERVER_TIMEOUT).await {
         Ok(found) => found.map(|found| ConversationReport::read(conversation, &found)),
         Err(error) => {

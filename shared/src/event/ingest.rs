@@ -8,18 +8,19 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::batch::{Batch, Reported, reported_model, reported_tags};
-use super::follow_up::FIRST_DELAY;
 use super::store::{Event, EventStore, sortable_instant};
 use crate::clock::Time;
+use crate::conversation::fields::EventCallbackProcessor;
 use crate::conversation::reports::{AGENT_USAGE, AgentStats, Lookup, ReportTime, StoredConversation, default_titles};
 use crate::conversation::store::{ConversationChange, ConversationStore};
 use crate::conversation::tags::Tags;
 use crate::conversation::{ConversationRecord, MetricsSnapshot, within_max_name};
 use crate::error::{Error, Result};
-use crate::jobs::queue::{Job, JobQueue};
+use crate::id::UserId;
+use crate::jobs::process_events::ProcessEvents;
+use crate::jobs::queue::JobQueue;
+use crate::jobs::refresh_conversation::{FIRST_DELAY, RefreshConversation};
 use crate::sandbox::store::SandboxRecord;
-use crate::start::request::EventCallbackProcessor;
-use crate::user::UserId;
 
 /// `execution_status` of a conversation that its agent server is about to remove.
 const DELETING: &str = "deleting";
@@ -149,12 +150,12 @@ impl EventIngestor {
         let wants_stats =
             batch.may_have_stats && !batch.has_stats_event && known.is_none_or(|known| !known.is_stats_reported);
         if wants_title || wants_stats {
-            let job = Job::RefreshConversation { user: user.clone(), conversation, attempt: 0 };
+            let job = RefreshConversation { user: user.clone(), conversation, attempt: 0 }.into();
             self.queue.send(&job, FIRST_DELAY).await?;
         }
         let logged = known.is_some_and(|known| known.processors.contains(&EventCallbackProcessor::Logging));
         if logged && !is_empty {
-            let job = Job::ProcessEvents { user: user.clone(), conversation };
+            let job = ProcessEvents { user: user.clone(), conversation }.into();
             self.queue.send(&job, Duration::ZERO).await?;
         }
         Ok(())

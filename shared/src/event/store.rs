@@ -23,10 +23,9 @@ use crate::dynamo::{BATCH_GET_LIMIT, Item, Table, from_item, store_error, text, 
 use crate::error::{Error, Result};
 use crate::http::page::{PAGE_SIZE, size_of_text, too_large};
 use crate::http::pydantic::validation::wire_enum;
-use crate::id;
+use crate::id::{self, UserId};
 use crate::objects;
 use crate::paging;
-use crate::user::UserId;
 
 /// Index: the places of a conversation's events, in the order of time.
 pub const BY_POSITION: &str = "by-position";
@@ -278,7 +277,7 @@ pub struct EventStore {
 impl EventStore {
     /// A store on the `events` table, with large events in `bucket`.
     #[must_use]
-    pub fn new(dynamodb: Client, table: String, s3: aws_sdk_s3::Client, bucket: String) -> Self {
+    pub(crate) fn new(dynamodb: Client, table: String, s3: aws_sdk_s3::Client, bucket: String) -> Self {
         Self { table: Table::new(dynamodb, table), s3, bucket }
     }
 

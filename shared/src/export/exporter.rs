@@ -16,9 +16,9 @@ use crate::config::{ExportConfig, Names};
 use crate::conversation::ConversationRecord;
 use crate::error::Result;
 use crate::http_client::HttpClient;
+use crate::id::UserId;
 use crate::jobs::queue::{Job, JobQueue};
 use crate::sandbox::SandboxService;
-use crate::user::UserId;
 
 /// The warning of an export that is older than the one that was requested.
 pub const OLDER_EXPORT: &str = "The conversation has changed since this export, and a newer export could not be built.";

@@ -9,7 +9,7 @@ use super::store::{ExportRecord, ExportStore, Failure, FailureReason, Lease};
 use crate::aws::Aws;
 use crate::config::{ExportConfig, Names};
 use crate::error::Result;
-use crate::user::UserId;
+use crate::id::UserId;
 
 /// How often a build is started for a job. A process that crashes counts.
 const MAX_ATTEMPTS: u32 = 3;

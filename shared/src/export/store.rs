@@ -25,9 +25,8 @@ use crate::digest::sha256_hex;
 use crate::dynamo::lease;
 use crate::dynamo::{Condition, Item, Table, Update, from_item, number, store_error, text, to_item};
 use crate::error::{Error, Result};
-use crate::id;
+use crate::id::{self, UserId};
 use crate::objects;
-use crate::user::UserId;
 
 /// All objects of exports begin with this. They are temporary: a lifecycle rule removes them.
 pub const PREFIX: &str = "exports/";
@@ -286,7 +285,7 @@ pub struct ExportStore {
 impl ExportStore {
     /// A store on the `users` table and the bucket.
     #[must_use]
-    pub fn new(dynamodb: Client, users_table: String, s3: aws_sdk_s3::Client, bucket: String) -> Self {
+    pub(crate) fn new(dynamodb: Client, users_table: String, s3: aws_sdk_s3::Client, bucket: String) -> Self {
         Self { table: Table::new(dynamodb, users_table), s3, bucket }
     }
 

@@ -21,7 +21,7 @@ use super::pydantic::query::{Bounds, Query};
 use super::pydantic::validation::{self, Checked, Checker};
 use super::response::BODY_TOO_LARGE;
 use crate::error::{Error, Result};
-use crate::user::UserId;
+use crate::id::UserId;
 
 /// The `{conversation_id}` of a path. Violation: `uuid_parsing`, also for a text that is not UTF-8, which the violation shows as
 /// U+FFFD.

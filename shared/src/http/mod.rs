@@ -9,3 +9,4 @@ pub mod pydantic;
 pub mod response;
 pub mod secret;
 pub mod sort_order;
+pub mod truncated;

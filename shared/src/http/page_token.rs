@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use crate::error::{Error, Result};
-use crate::user::UserId;
+use crate::id::UserId;
 
 const VERSION: u32 = 1;
 

@@ -1,4 +1,4 @@
-//! The doorbell: messages that say what to look at. Losing one causes delay, no more.
+//! The job queue: messages that name the row to work on. A lost message causes a delay and nothing else.
 
 use std::time::Duration;
 
@@ -7,34 +7,31 @@ use aws_sdk_sqs::types::SendMessageBatchRequestEntry;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::advance_start::AdvanceStart;
+use super::delete_conversation::DeleteConversation;
+use super::deliver_messages::DeliverMessages;
+use super::process_events::ProcessEvents;
+use super::refresh_conversation::RefreshConversation;
 use crate::dynamo::store_error;
 use crate::error::{Error, Result};
-use crate::id::as_hex;
-use crate::user::UserId;
+use crate::id::{UserId, as_hex};
 
 /// The version of messages that this code writes.
 const VERSION: u32 = 1;
 
-/// SQS takes this many messages at once.
+/// The most messages of one request to SQS.
 const BATCH: usize = 10;
 /// Batches that may fail as a whole before [`JobQueue::send_all`] gives up.
 const MAX_FAILED_BATCHES: usize = 5;
 
-/// The end of a dead-letter queue's name, by which its messages are told from those of the queue.
+/// The suffix of a dead-letter queue's name. Workers recognise dead letters by it.
 pub const DEAD_LETTER_SUFFIX: &str = "-dead-letters";
 
-/// What a worker is asked to do.
+/// The work that a message asks for. On the wire, `type` holds the job's name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Job {
-    /// Go on with a start.
-    AdvanceStart {
-        /// Its owner.
-        user: UserId,
-        /// Its id.
-        #[serde(with = "as_hex")]
-        task: Uuid,
-    },
+    AdvanceStart(AdvanceStart),
     /// Build an export. In the queue of exports; earlier versions enqueued it in the job queue.
     Export {
         /// The conversation's owner.
@@ -43,42 +40,11 @@ pub enum Job {
         #[serde(with = "as_hex")]
         conversation: Uuid,
     },
-    /// Poll a conversation's agent server for its title and metrics, where it does not report them.
     #[serde(alias = "look_at_conversation")] // in messages of versions before the rename
-    RefreshConversation {
-        /// Its owner.
-        user: UserId,
-        /// Its id.
-        #[serde(with = "as_hex")]
-        conversation: Uuid,
-        /// How many attempts there were before.
-        #[serde(alias = "look")] // in messages of versions before the rename
-        attempt: usize,
-    },
-    /// Process the new events of a conversation.
-    ProcessEvents {
-        /// Its owner.
-        user: UserId,
-        /// Its id.
-        #[serde(with = "as_hex")]
-        conversation: Uuid,
-    },
-    /// Deliver the messages that wait for a conversation.
-    DeliverMessages {
-        /// Its owner.
-        user: UserId,
-        /// Its id.
-        #[serde(with = "as_hex")]
-        conversation: Uuid,
-    },
-    /// Finish deleting a conversation.
-    DeleteConversation {
-        /// Its owner.
-        user: UserId,
-        /// Its id.
-        #[serde(with = "as_hex")]
-        conversation: Uuid,
-    },
+    RefreshConversation(RefreshConversation),
+    ProcessEvents(ProcessEvents),
+    DeliverMessages(DeliverMessages),
+    DeleteConversation(DeleteConversation),
 }
 
 #[derive(Serialize, Deserialize)]
@@ -107,7 +73,7 @@ impl Job {
     }
 }
 
-/// The queue that workers are driven by.
+/// The queue that workers receive jobs from.
 #[derive(Clone, Debug)]
 pub struct JobQueue {
     sqs: Client,
@@ -117,7 +83,7 @@ pub struct JobQueue {
 impl JobQueue {
     /// The queue at `url`.
     #[must_use]
-    pub fn new(sqs: Client, url: String) -> Self {
+    pub(crate) fn new(sqs: Client, url: String) -> Self {
         Self { sqs, url }
     }
 
@@ -137,8 +103,8 @@ impl JobQueue {
         Ok(())
     }
 
-    /// Sends many jobs without delay, and goes on where one is refused. Returns for each whether it was sent, and the first
-    /// failure. Once [`MAX_FAILED_BATCHES`] batches have failed as a whole the others are not tried: the queue is out of reach.
+    /// Sends many jobs without delay, and continues after a refused one. Returns for each whether it was sent, and the first
+    /// failure. Once [`MAX_FAILED_BATCHES`] batches have failed as a whole the others are not tried: the queue cannot be reached.
     pub async fn send_all(&self, jobs: &[Job]) -> (Vec<bool>, Option<Error>) {
         let mut sent = vec![false; jobs.len()];
         let (mut first, mut failed) = (None, 0);
@@ -165,7 +131,7 @@ impl JobQueue {
         (sent, first)
     }
 
-    /// Sends up to ten jobs; returns the places of those that were refused.
+    /// Sends up to ten jobs; returns the indices of those that were refused.
     async fn send_batch(&self, jobs: &[Job]) -> Result<Vec<String>> {
         let entries = jobs.iter().enumerate().map(|(index, job)| {
             let entry = SendMessageBatchRequestEntry::builder().id(index.to_string()).message_body(job.to_body()?);
@@ -194,13 +160,44 @@ fn whole_seconds(delay: Duration) -> i32 {
 mod tests {
     use super::*;
 
+    fn user() -> UserId {
+        UserId::new("u")
+    }
+
     #[test]
     fn a_message_is_tagged_and_versioned() {
-        let job = Job::AdvanceStart { user: UserId::new("u"), task: Uuid::from_u128(1) };
+        let job = Job::from(AdvanceStart { user: user(), task: Uuid::from_u128(1) });
         let body = job.to_body().expect("a body");
         assert_eq!(body, r#"{"v":1,"type":"advance_start","user":"u","task":"00000000000000000000000000000001"}"#);
         assert_eq!(Job::from_body(&body).expect("a job"), job);
         assert!(Job::from_body(&body.replace("\"v\":1", "\"v\":2")).is_err());
         assert!(Job::from_body("{}").is_err());
+    }
+
+    /// Messages wait in the queue while the worker is updated: the form of every job, current and former, stays readable.
+    #[test]
+    fn messages_of_earlier_versions_are_read() {
+        const ID: &str = "00000000000000000000000000000002";
+        let conversation = Uuid::from_u128(2);
+        let body = |fields: &str| format!(r#"{{"v":1,{fields}}}"#);
+        let of = |kind: &str| body(&format!(r#""type":"{kind}","user":"u","conversation":"{ID}""#));
+        let refresh = RefreshConversation { user: user(), conversation, attempt: 2 };
+        let cases: [(String, Job); 7] = [
+            (
+                body(&format!(r#""type":"advance_start","user":"u","task":"{ID}""#)),
+                AdvanceStart { user: user(), task: conversation }.into(),
+            ),
+            (of("export"), Job::Export { user: user(), conversation }),
+            (of("process_events"), ProcessEvents { user: user(), conversation }.into()),
+            (of("deliver_messages"), DeliverMessages { user: user(), conversation }.into()),
+            (of("delete_conversation"), DeleteConversation { user: user(), conversation }.into()),
+            (of("refresh_conversation").replace("}", r#","attempt":2}"#), refresh.clone().into()),
+            (of("look_at_conversation").replace("}", r#","look":2}"#), refresh.into()),
+        ];
+        for (body, job) in cases {
+            assert_eq!(Job::from_body(&body).expect("a job"), job, "{body}");
+            let is_former = body.contains("look");
+            assert!(is_former || job.to_body().expect("a body") == body, "the form of {body} has changed");
+        }
     }
 }

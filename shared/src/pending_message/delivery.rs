@@ -1,12 +1,12 @@
-//! Delivery: every message reaches its agent once, in its order.
+//! Delivery of pending messages: every message reaches its agent once, in order.
 //!
-//! Agent servers have no way to send a message under an id, so a worker that does not know whether one has arrived has to look:
-//! before it sends a message it writes down which one, and the newest event of the conversation; behind an attempt whose outcome is
-//! unknown it reads the events since then, and takes a user's message with the same parts for its own. (Somebody who says the very
-//! same in those moments by another way is then heard once.)
+//! Agent servers accept no id with a message, so a worker that does not know whether a message has arrived has to look it up. Before
+//! it sends a message it records which one, and the newest event of the conversation. After an attempt whose outcome is unknown it
+//! reads the events since then, and treats a user's message with the same parts as its own. (If a user sends an identical message
+//! through another channel in that window, only one copy is kept.)
 //!
-//! An agent server lets no message in while its agent thinks: a request that was given up after 30 s still stands at the door, and
-//! the message arrives when the step ends. So nothing is sent again as long as the agent is at work, for a quarter of an hour.
+//! An agent server accepts no message while its agent thinks: a request that timed out after 30 s may still be queued inside it, and
+//! its message arrives when the step ends. So nothing is resent while the agent is busy, for a quarter of an hour.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,100 +23,77 @@ use crate::agent_server::{AgentServer, AgentServerError, Retry};
 use crate::clock::Time;
 use crate::conversation::reports::Lookup;
 use crate::conversation::store::ConversationStore;
-use crate::dynamo::Backoff;
 use crate::dynamo::lease::Lease;
 use crate::error::{Error, Result};
 use crate::http_client::HttpClient;
-use crate::id;
-use crate::jobs::queue::{Job, JobQueue};
+use crate::id::{self, UserId};
+use crate::jobs::deliver_messages::{DeliverMessages, RetrySchedule};
+use crate::jobs::queue::JobQueue;
+use crate::jobs::sweep::sweep;
 use crate::sandbox::{SandboxService, SandboxStatus};
 use crate::start::request::Content;
 use crate::start::store::StartTaskStore;
-use crate::start::sweep::sweep;
 use crate::start::task::StartStatus;
-use crate::user::UserId;
 
-/// Longer than an agent's step takes: what has not come in by then never will.
-const AT_THE_DOOR: Duration = Duration::from_secs(900);
+/// Longer than an agent's step takes: a message that has not arrived by then never will.
+const QUEUED_INSIDE: Duration = Duration::from_secs(900);
 const UNREACHABLE: Outcome = Outcome::Later("the agent server does not answer");
-/// What looking for a message may take.
-const LOOK: Duration = Duration::from_secs(30);
+/// The time limit of looking up a message.
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Times of deliveries.
+/// Timing of deliveries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timing {
-    /// How long after its message a queue counts as forgotten.
-    pub forgotten_after: Duration,
-    /// How long a worker has a queue.
+    /// How long after the time of the next attempt the sweep enqueues it, if no worker has begun it.
+    pub sweep_delay: Duration,
+    /// How long a worker's claim on a queue lasts.
     pub lease: Duration,
-    /// What one message may take: looking and sending.
-    pub turn: Duration,
-    /// What sending may take.
-    pub send: Duration,
-    /// Between two attempts: at first, at most for an hour, and from then on.
-    pub pauses: [Duration; 3],
-    /// An agent server that answers this often in a row with an error of its own never takes the message.
-    pub refusals: u32,
+    /// The time limit of one message: lookup and sending.
+    pub message_timeout: Duration,
+    /// The time limit of sending.
+    pub send_timeout: Duration,
+    pub retry: RetrySchedule,
 }
 
 impl Default for Timing {
     fn default() -> Self {
         Self {
-            forgotten_after: Duration::from_secs(20),
+            sweep_delay: Duration::from_secs(20),
             lease: Duration::from_secs(90),
-            // Looking takes 30 s at most, and so does sending.
-            turn: Duration::from_secs(75),
-            send: Duration::from_secs(30),
-            pauses: [Duration::from_secs(2), Duration::from_secs(60), Duration::from_secs(900)],
-            // Within two minutes.
-            refusals: 7,
+            // A lookup takes 30 s at most, and so does sending.
+            message_timeout: Duration::from_secs(75),
+            send_timeout: Duration::from_secs(30),
+            retry: RetrySchedule::default(),
         }
     }
 }
 
-/// Pages of events that are looked through for a message at most.
+/// The most pages of events that a lookup reads.
 const MAX_PAGES: usize = 20;
-/// Bytes of an event's id. One with a longer id is not looked for.
+/// The longest id of an event, in bytes. Events with longer ids are ignored.
 const MAX_EVENT_ID: usize = 256;
-/// Parts of a message, and images in a part, up to which a message is recognised.
+/// The most parts of a message, and images in a part, with which a lookup recognises it.
 const MAX_PARTS: usize = 10_000;
 const PAGE: usize = 50;
 
-impl Timing {
-    fn pause_after(&self, attempts: u32) -> Duration {
-        let [first, longest, from_then_on] = self.pauses;
-        if attempts > 60 {
-            return from_then_on;
-        }
-        Backoff { first, longest, attempts: u32::MAX }.pause_after(attempts.saturating_add(1))
-    }
-}
-
-/// Keeps messages, and delivers them.
+/// Stores pending messages and delivers them.
 #[derive(Clone, Debug)]
 pub struct Messages {
-    /// The queues.
     pub store: MessageStore,
-    /// The starts that conversations come from.
     pub tasks: StartTaskStore,
-    /// The conversations.
     pub conversations: ConversationStore,
-    /// Where they run.
     pub sandboxes: Arc<dyn SandboxService>,
-    /// The bell.
     pub queue: JobQueue,
-    /// For agent servers.
+    /// The client for agent servers.
     pub http: HttpClient,
-    /// How long things take.
     pub timing: Timing,
 }
 
-/// To whom a message is sent.
+/// The recipient of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Addressee {
-    /// A start's conversation to be.
+    /// The conversation that a start will create.
     Task(Uuid),
-    /// A conversation.
     Conversation(Uuid),
 }
 
@@ -131,46 +108,45 @@ impl Addressee {
     }
 }
 
-/// What became of a message.
+/// A message that was stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Queued {
-    /// Its id.
     pub id: Uuid,
-    /// Its place in the queue, from 1.
+    /// Its position in the queue, from 1.
     pub position: usize,
 }
 
-/// What came of an attempt to deliver.
+/// The outcome of an attempt to deliver a queue.
 enum Outcome {
-    /// There is nothing left to deliver.
+    /// Nothing is left to deliver.
     Empty,
-    /// Try again after a while.
+    /// To be retried after a delay.
     Later(&'static str),
-    /// The agent server answered with an error of its own, for this many times in a row; mostly it is permanent.
+    /// The agent server answered with an error of its own, this many times in a row. Mostly such an error is permanent.
     Refused(u32),
-    /// It can never be delivered.
+    /// The message can never be delivered.
     Never(&'static str),
-    /// The queue is another worker's.
+    /// The lease is lost: another worker has the queue.
     Lost,
 }
 
 impl Messages {
-    /// Keeps a message, and rings for its delivery if the conversation can take it.
+    /// Stores a message, and enqueues its delivery if the conversation can accept it.
     ///
     /// # Errors
     /// [`Error::NotFound`] when the user has no such conversation or start; [`Error::Conflict`] when the start has failed;
-    /// [`Error::TooMany`]; [`Error::Store`], and the message may be kept then.
+    /// [`Error::TooMany`]; [`Error::Store`], after which the message may be stored.
     pub async fn keep(&self, user: &UserId, to: Addressee, content: &[Content]) -> Result<Queued> {
         let (conversation, task) = self.conversation(user, to).await?;
         let id = id::new_uuid();
         let parts = serde_json::to_string(content).map_err(Error::internal)?;
-        let due_at = Time::now().plus(self.timing.forgotten_after);
+        let due_at = Time::now().plus(self.timing.sweep_delay);
         let position = self.store.append(user, conversation, task, id, parts, due_at).await?.ok_or_else(|| {
             Error::TooMany("Too many pending messages. Maximum 10 messages per conversation.".to_owned())
         })?;
         // Only now: either this sees that the conversation is there, or who makes it sees the message.
         if let Lookup::Present(_) = self.conversations.lookup(user, conversation).await? {
-            self.ring(user, conversation, Duration::ZERO).await;
+            self.enqueue(user, conversation, Duration::ZERO).await;
         }
         Ok(Queued { id, position })
     }
@@ -195,7 +171,7 @@ impl Messages {
         }
     }
 
-    /// Delivers what waits for the conversation of a start that has ended.
+    /// Delivers the messages of the conversation of a start that has ended.
     ///
     /// # Errors
     /// [`Error::Store`]; it may be done again.
@@ -204,23 +180,23 @@ impl Messages {
         self.deliver(user, record.conversation_id).await
     }
 
-    /// Rings for queues that nobody looks after, of all users. Answers how many there were.
+    /// Enqueues overdue deliveries of all users again. Returns how many.
     ///
     /// # Errors
     /// [`Error::Store`].
     pub async fn sweep(&self) -> Result<usize> {
-        sweep(&self.store.undelivered(), &self.queue, |row| Job::DeliverMessages {
+        sweep(&self.store.undelivered(), &self.queue, |row| DeliverMessages {
             user: row.user.clone(),
             conversation: row.id,
         })
         .await
     }
 
-    /// Delivers what waits for a conversation, unless another worker does. What cannot be delivered now is looked after again
+    /// Delivers the messages of a conversation, unless another worker is doing it. Messages that cannot be delivered now are retried
     /// later.
     ///
     /// # Errors
-    /// [`Error::Store`] or what the sandboxes answer; it may be done again.
+    /// [`Error::Store`] or an error of the sandboxes; it may be done again.
     pub async fn deliver(&self, user: &UserId, conversation: Uuid) -> Result<()> {
         loop {
             let Some((lease, queue)) = self.store.claim(user, conversation, self.timing.lease).await? else {
@@ -237,27 +213,27 @@ impl Messages {
                     self.store.postpone(user, conversation, &lease, 0, Time::now()).await?;
                 }
                 Ok(Outcome::Later(why)) => {
-                    let pause = self.timing.pause_after(attempts);
+                    let pause = self.timing.retry.delay_after(attempts);
                     tracing::info!(%conversation, why, attempts, "pending_message.postponed");
-                    let due_at = Time::now().plus(pause + self.timing.forgotten_after);
+                    let due_at = Time::now().plus(pause + self.timing.sweep_delay);
                     self.store.postpone(user, conversation, &lease, attempts + 1, due_at).await?;
-                    self.ring(user, conversation, pause).await;
+                    self.enqueue(user, conversation, pause).await;
                     return Ok(());
                 }
-                Ok(Outcome::Refused(refusals)) if refusals < self.timing.refusals => {
-                    let pause = self.timing.pause_after(refusals - 1);
-                    let due_at = Time::now().plus(pause + self.timing.forgotten_after);
+                Ok(Outcome::Refused(refusals)) if refusals < self.timing.retry.max_refusals => {
+                    let pause = self.timing.retry.delay_after(refusals - 1);
+                    let due_at = Time::now().plus(pause + self.timing.sweep_delay);
                     let newest = newest.as_deref();
                     if !self.store.refused(user, conversation, &lease, newest, refusals, due_at).await? {
                         self.store.postpone(user, conversation, &lease, attempts, due_at).await?;
                     }
-                    self.ring(user, conversation, pause).await;
+                    self.enqueue(user, conversation, pause).await;
                     return Ok(());
                 }
                 Ok(ended @ (Outcome::Refused(_) | Outcome::Never(_))) => {
                     if self.store.give_up(user, conversation, &lease, newest.as_deref()).await? {
-                        // They stay with the conversation, should somebody ask what became of them. Its next message has them tried
-                        // again. What an agent server answered is in the log already.
+                        // The messages stay with the conversation, where an operator can find them. The next message of the conversation
+                        // causes another attempt. The agent server's response is in the log already.
                         let why = if let Outcome::Never(why) = ended { why } else { "the agent server refuses it" };
                         tracing::error!(%conversation, why, "pending_message.undeliverable");
                         return Ok(());
@@ -267,7 +243,7 @@ impl Messages {
                 }
                 Err(error) => {
                     // Best effort: the lease runs out by itself.
-                    let due_at = Time::now().plus(self.timing.forgotten_after);
+                    let due_at = Time::now().plus(self.timing.sweep_delay);
                     let given_back = self.store.postpone(user, conversation, &lease, attempts + 1, due_at).await;
                     if let Err(error) = given_back {
                         tracing::warn!(%conversation, error = %error.context(), "pending_message.lease_not_released");
@@ -317,9 +293,9 @@ impl Messages {
             return Ok(Outcome::Later("the sandbox has no agent server"));
         };
         while let Some(message) = queue.messages.first().cloned() {
-            // Whoever comes after the lease must not meet a message that is still on its way.
-            if Time::now().plus(self.timing.turn) > lease.until {
-                return Ok(Outcome::Later("there are many"));
+            // The next worker must not claim the queue while a message is still being sent.
+            if Time::now().plus(self.timing.message_timeout) > lease.until {
+                return Ok(Outcome::Later("the lease is too short for the next message"));
             }
             let parts = self.store.content(&message).await?;
             match self.send(user, conversation, lease, &agent_server, &queue, &message, &parts).await? {
@@ -349,15 +325,17 @@ impl Messages {
         let message_id = id::hex(message.id);
         match queue.sending.as_ref().filter(|sending| sending.message == message_id) {
             Some(sending) => {
-                let looked = async {
-                    // First: an agent that is not at work now lets in who stands at the door before we look.
-                    let at_work = is_at_work(agent_server, conversation).await?;
-                    Ok::<_, AgentServerError>((at_work, has_arrived(agent_server, conversation, sending, parts).await?))
+                let lookup = async {
+                    // In this order: an agent server whose agent is not busy accepts the queued requests before the events are read.
+                    let is_busy = is_busy(agent_server, conversation).await?;
+                    Ok::<_, AgentServerError>((is_busy, has_arrived(agent_server, conversation, sending, parts).await?))
                 };
-                match tokio::time::timeout(LOOK, looked).await {
+                match tokio::time::timeout(LOOKUP_TIMEOUT, lookup).await {
                     Ok(Ok((_, true))) => return Ok(None),
-                    Ok(Ok((true, false))) if Time::now().since(sending.since) < AT_THE_DOOR => {
-                        return Ok(Some(Outcome::Later("the agent is at work, and the message may be at its door")));
+                    Ok(Ok((true, false))) if Time::now().since(sending.since) < QUEUED_INSIDE => {
+                        return Ok(Some(Outcome::Later(
+                            "the agent is busy, and the message may be queued inside the agent server",
+                        )));
                     }
                     Ok(Ok((_, false))) => {}
                     Ok(Err(error)) => {
@@ -383,7 +361,7 @@ impl Messages {
             }
         }
         let sent = agent_server.send_message(conversation, "user", parts, true);
-        match tokio::time::timeout(self.timing.send, sent).await {
+        match tokio::time::timeout(self.timing.send_timeout, sent).await {
             Ok(Ok(())) => Ok(None),
             Ok(Err(error)) => {
                 tracing::warn!(%conversation, %error, "pending_message.not_sent");
@@ -393,28 +371,28 @@ impl Messages {
         }
     }
 
-    /// What a failed request to an agent server means for its queue. A known and permanent mistake is not asked about again.
+    /// The outcome of a failed request to an agent server. A known, permanent mistake is not retried.
     fn after(&self, error: &AgentServerError, queue: &MessageQueue) -> Outcome {
         match (error.retry(), error.mistake()) {
             (Retry::Often, _) => UNREACHABLE,
-            (Retry::Never, Some(_)) => Outcome::Refused(self.timing.refusals),
+            (Retry::Never, Some(_)) => Outcome::Refused(self.timing.retry.max_refusals),
             // 404, too: an agent server that has just been resumed may still be loading the conversation.
             (Retry::Few | Retry::Never, _) => Outcome::Refused(queue.refusals.saturating_add(1)),
         }
     }
 
-    /// The row is the truth: the sweep finds it when the bell was not heard.
-    async fn ring(&self, user: &UserId, conversation: Uuid, delay: Duration) {
-        let job = Job::DeliverMessages { user: user.clone(), conversation };
+    /// A failure is only logged: the sweep enqueues the job of an overdue row.
+    async fn enqueue(&self, user: &UserId, conversation: Uuid, delay: Duration) {
+        let job = DeliverMessages { user: user.clone(), conversation }.into();
         if let Err(error) = self.queue.send(&job, delay).await {
             tracing::warn!(%conversation, error = %error.context(), "pending_message.enqueue_failed");
         }
     }
 }
 
-/// Whether the conversation's agent is at work, as its agent server says.
-async fn is_at_work(agent_server: &AgentServer, conversation: Uuid) -> Result<bool, AgentServerError> {
-    let found = agent_server.conversations(&[conversation], LOOK).await?;
+/// Whether the conversation's agent is running, by its agent server's status.
+async fn is_busy(agent_server: &AgentServer, conversation: Uuid) -> Result<bool, AgentServerError> {
+    let found = agent_server.conversations(&[conversation], LOOKUP_TIMEOUT).await?;
     Ok(found.into_iter().flatten().any(|found| found.execution_status.as_deref() == Some("running")))
 }
 
@@ -451,7 +429,7 @@ fn event_id(event: &str) -> Option<String> {
     serde_json::from_str::<Event>(event).ok()?.id
 }
 
-/// Of an event, the parts by which a message is recognised. Events are the sandbox's: all else is read over.
+/// The fields of an event by which a lookup recognises a message. Events come from the sandbox, so all others are ignored.
 #[derive(Default, Deserialize)]
 struct Event {
     #[serde(default, deserialize_with = "bounded::short::<_, MAX_EVENT_ID>")]
@@ -479,10 +457,10 @@ struct Part {
     image_urls: Option<Bounded<String, MAX_PARTS>>,
 }
 
-/// What a part says: its images, or its text.
+/// The content of a part: its images, or its text.
 type Said = (Option<Vec<String>>, Option<String>);
 
-/// What a message says, without how its parts are written; `None` for what is no list of parts.
+/// The content of a message, independent of how its parts are written; `None` if the text is not a list of parts.
 fn essence(parts: &str) -> Option<Vec<Said>> {
     let parts: Bounded<Part, MAX_PARTS> = serde_json::from_str(parts).ok()?;
     let essence = |part: Part| match part.kind.as_deref() {

@@ -13,9 +13,8 @@ use crate::digest::sha256_hex;
 use crate::dynamo::lease::{self, Lease};
 use crate::dynamo::{Condition, DueIndex, Item, Outcome, Table, Update, from_item, number, store_error, text};
 use crate::error::{Error, Result};
-use crate::id;
+use crate::id::{self, UserId};
 use crate::objects;
-use crate::user::UserId;
 
 /// Index: queues with undelivered messages, by the time at which the sweep enqueues them again.
 pub const UNDELIVERED: &str = "undelivered";
@@ -81,7 +80,7 @@ pub struct MessageStore {
 impl MessageStore {
     /// A store on the `users` table, with long messages in `bucket`.
     #[must_use]
-    pub fn new(dynamodb: Client, users: String, s3: aws_sdk_s3::Client, bucket: String) -> Self {
+    pub(crate) fn new(dynamodb: Client, users: String, s3: aws_sdk_s3::Client, bucket: String) -> Self {
         Self { table: Table::new(dynamodb, users), s3, bucket }
     }
 

@@ -18,15 +18,14 @@ use futures::stream::TryStreamExt as _;
 use secrecy::{ExposeSecret as _, SecretString};
 use tokio::time::timeout;
 
+use super::config::DockerSandboxConfig;
 use super::store::{SandboxRecord, SandboxStore, Wanted};
 use super::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus, distinct, in_order, name_of};
 use crate::clock::Time;
-use crate::config::DockerSandboxConfig;
 use crate::error::{Error, Result};
 use crate::http_client::{AddressPolicy, HttpClient};
-use crate::id;
+use crate::id::{self, UserId};
 use crate::mask::masked;
-use crate::user::UserId;
 
 /// Where conversations work in the image.
 pub(super) const WORKING_DIR: &str = "/workspace/project";

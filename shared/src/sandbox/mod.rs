@@ -1,10 +1,12 @@
 //! Sandboxes: machines that run an agent server. One trait, one file an implementation, one place that chooses.
 
+pub mod config;
 #[cfg(feature = "docker")]
 pub mod docker;
 pub mod none;
 pub mod process;
 pub mod remote;
+pub mod session_key;
 pub mod spec;
 pub mod store;
 
@@ -14,13 +16,13 @@ use async_trait::async_trait;
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 
+use self::config::SandboxConfig;
 use crate::agent_server::AgentServer;
 use crate::clock::Time;
-use crate::config::SandboxConfig;
 use crate::digest::sha256_hex;
 use crate::error::Result;
 use crate::http_client::HttpClient;
-use crate::user::UserId;
+use crate::id::UserId;
 use store::{SandboxRecord, SandboxStore};
 
 /// The state of a sandbox, as the contract names it.

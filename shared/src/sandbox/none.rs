@@ -5,7 +5,7 @@ use async_trait::async_trait;
 use super::store::SandboxStore;
 use super::{Sandbox, SandboxService};
 use crate::error::{Error, Result};
-use crate::user::UserId;
+use crate::id::UserId;
 
 /// Refuses to make sandboxes, and knows none.
 #[derive(Debug)]

@@ -21,15 +21,14 @@ use secrecy::{ExposeSecret as _, SecretString};
 use tokio::process::Command;
 use tokio::time::{Instant, sleep};
 
+use super::config::ProcessSandboxConfig;
 use super::spec::published_image;
 use super::store::{SandboxRecord, SandboxStore, Wanted};
 use super::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus};
 use crate::clock::Time;
-use crate::config::ProcessSandboxConfig;
 use crate::error::{Error, Result};
 use crate::http_client::{AddressPolicy, HttpClient};
-use crate::id;
-use crate::user::UserId;
+use crate::id::{self, UserId};
 
 /// Writes its process id, then becomes the agent server under the same id.
 const LAUNCHER: &str = r#"echo $$ > "$1" && shift && exec "$@""#;
@@ -282,7 +281,7 @@ impl ProcessSandboxes {
             command.env(format!("OH_ALLOW_CORS_ORIGINS_{index}"), origin);
         }
         // The operator's word on what sandboxes see; it wins.
-        if let Some(given) = crate::config::text("OH_AGENT_SERVER_ENV") {
+        if let Some(given) = crate::env::text("OH_AGENT_SERVER_ENV") {
             let given: std::collections::BTreeMap<String, String> = serde_json::from_str(&given).map_err(|error| {
                 io::Error::new(io::ErrorKind::InvalidInput, format!("OH_AGENT_SERVER_ENV: {error}"))
             })?;

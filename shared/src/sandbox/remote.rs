@@ -12,15 +12,14 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
+use super::config::RemoteSandboxConfig;
 use super::store::{SandboxRecord, SandboxStore, Wanted};
 use super::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus, distinct, in_order, name_of};
 use crate::clock::Time;
-use crate::config::RemoteSandboxConfig;
 use crate::digest::sha256_hex;
 use crate::error::{Error, Result};
 use crate::http_client::{AddressPolicy, Answer, HttpClient};
-use crate::id;
-use crate::user::UserId;
+use crate::id::{self, UserId};
 
 /// The agent server's command line in the image.
 pub(super) const COMMAND: [&str; 3] = ["/usr/local/bin/openhands-agent-server", "--port", "60000"];

@@ -5,8 +5,9 @@ use std::sync::OnceLock;
 
 use serde::Serialize;
 
+use super::config::SandboxConfig;
 use crate::clock::Time;
-use crate::config::{SandboxConfig, text};
+use crate::env::text;
 
 /// The version of the agent server that sandboxes run unless another one is chosen.
 pub const AGENT_SERVER_VERSION: &str = "1.58.2";

@@ -10,8 +10,8 @@ use crate::clock::{Time, sortable};
 use crate::digest::sha256_hex;
 use crate::dynamo::{Condition, Item, Table, Update, from_item, number, store_error, text, to_item};
 use crate::error::Result;
+use crate::id::UserId;
 use crate::sandbox::MAX_ID;
-use crate::user::UserId;
 use crate::user::seal::Sealer;
 
 /// Index: a sandbox by the hash of its session key.
@@ -67,7 +67,7 @@ pub struct SandboxStore {
 impl SandboxStore {
     /// A store on the `sandboxes` table.
     #[must_use]
-    pub fn new(dynamodb: Client, table: String, sealer: Sealer) -> Self {
+    pub(crate) fn new(dynamodb: Client, table: String, sealer: Sealer) -> Self {
         Self { table: Table::new(dynamodb, table), sealer }
     }
 

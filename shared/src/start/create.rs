@@ -2,17 +2,18 @@
 
 use std::time::Duration;
 
-use super::request::{Content, Role, SendMessageRequest, StartRequest, TextContent, Trigger};
+use super::request::{Content, Role, SendMessageRequest, StartRequest, TextContent};
 use super::store::StartTaskStore;
 use super::suggested_task;
 use super::task::StartTaskRecord;
 use crate::clock::Time;
+use crate::conversation::fields::Trigger;
 use crate::conversation::store::ConversationStore;
 use crate::error::{Error, Result};
 use crate::http::pydantic::validation::Checker;
-use crate::id;
-use crate::jobs::queue::{Job, JobQueue};
-use crate::user::UserId;
+use crate::id::{self, UserId};
+use crate::jobs::advance_start::AdvanceStart;
+use crate::jobs::queue::JobQueue;
 use crate::user::git::{self, Repository, Selection};
 use crate::user::settings::{ProviderTokens, SettingsStore};
 
@@ -42,7 +43,7 @@ impl StartService {
     pub async fn create(&self, user: &UserId, request: StartRequest) -> Result<StartTaskRecord> {
         let request = self.with_selection(user, with_suggested_task(request)?).await?;
         let record = self.tasks.create(user, &request, Time::now().plus(self.step_timeout)).await?;
-        let job = Job::AdvanceStart { user: user.clone(), task: record.id };
+        let job = AdvanceStart { user: user.clone(), task: record.id }.into();
         if let Err(error) = self.queue.send(&job, Duration::ZERO).await {
             // The row is the truth: the sweep finds it.
             tracing::warn!(task = %record.id, error = %error.context(), "start.enqueue_failed");
@@ -52,7 +53,7 @@ impl StartService {
     }
 
     /// Checks repository and branch, and fills in from the parent what the request leaves open. The repository stays as it was
-    /// sent: answers show it so. [`git::use_normal_selection`] gives workers its other form.
+    /// sent: answers show it so. [`StartRequest::use_normal_selection`] gives workers its other form.
     async fn with_selection(&self, user: &UserId, mut request: StartRequest) -> Result<StartRequest> {
         let is_blank = |text: &Option<String>| text.as_deref().is_none_or(|text| text.trim().is_empty());
         let tokens = match is_blank(&request.selected_repository) {

@@ -6,14 +6,15 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use crate::conversation::MAX_NAME;
+use crate::conversation::fields::{EventCallbackProcessor, Trigger, name, repository};
 use crate::http::pydantic::body::{self, FromJson};
 use crate::http::pydantic::validation::{
-    Checked, Checker, Fields, boolean, choice, constant, dictionary, first_of, integer, list, literal, string,
-    string_up_to, uuid, wire_enum,
+    Checked, Checker, Fields, boolean, choice, constant, dictionary, first_of, integer, list, literal, string, uuid,
+    wire_enum,
 };
 use crate::http::secret::{self, MASK, MAX_SECRETS};
-use crate::user::git::without_credentials;
+use crate::user::git::{ProviderType, Repository, normal_branch, without_credentials};
+use crate::user::settings::ProviderTokens;
 
 wire_enum! {
     /// Which agent runs the conversation.
@@ -24,54 +25,6 @@ wire_enum! {
         Default = "default",
         /// Writes a plan.
         Plan = "plan",
-    }
-}
-
-wire_enum! {
-    /// What made somebody start the conversation.
-    pub enum Trigger {
-        /// The resolver of issues.
-        Resolver = "resolver",
-        /// The web UI.
-        Gui = "gui",
-        /// A task the UI suggested.
-        SuggestedTask = "suggested_task",
-        /// The API.
-        OpenhandsApi = "openhands_api",
-        /// Slack.
-        Slack = "slack",
-        /// The UI's microagent management.
-        MicroagentManagement = "microagent_management",
-        /// Jira Cloud.
-        Jira = "jira",
-        /// Jira Data Center.
-        JiraDc = "jira_dc",
-        /// Linear.
-        Linear = "linear",
-        /// Bitbucket.
-        Bitbucket = "bitbucket",
-        /// An automation; of later versions.
-        Automation = "automation",
-    }
-}
-
-wire_enum! {
-    /// A git hosting service.
-    pub enum ProviderType {
-        /// GitHub.
-        Github = "github",
-        /// GitLab.
-        Gitlab = "gitlab",
-        /// Bitbucket Cloud.
-        Bitbucket = "bitbucket",
-        /// Bitbucket Data Center.
-        BitbucketDataCenter = "bitbucket_data_center",
-        /// Forgejo.
-        Forgejo = "forgejo",
-        /// Azure DevOps.
-        AzureDevops = "azure_devops",
-        /// Single sign-on of an enterprise.
-        EnterpriseSso = "enterprise_sso",
     }
 }
 
@@ -164,6 +117,19 @@ impl StartRequest {
     }
 }
 
+impl StartRequest {
+    /// Normalises a start's repository, branch and provider. Invalid ones stay unchanged, because starts and records of earlier versions may
+    /// contain anything.
+    pub(crate) fn use_normal_selection(&mut self, tokens: &ProviderTokens) {
+        let given = self.selected_repository.as_deref();
+        let Some(Ok(read)) = given.map(|text| Repository::read(text, self.git_provider, tokens)) else { return };
+        (self.selected_repository, self.git_provider) = (Some(read.name), read.provider);
+        if let Some(Ok(branch)) = self.selected_branch.as_deref().map(normal_branch) {
+            self.selected_branch = branch;
+        }
+    }
+}
+
 impl FromJson for StartRequest {
     fn from_json(check: &mut Checker, value: &Value) -> Option<Self> {
         let fields = Fields::of(check, value)?;
@@ -206,19 +172,6 @@ impl FromJson for StartRequest {
             plugins: plugins?,
             secrets: secrets?,
         })
-    }
-}
-
-/// A text that becomes part of the conversation's record.
-fn name(check: &mut Checker, value: &Value) -> Option<String> {
-    string_up_to(MAX_NAME, check, value)
-}
-
-/// A repository, without the credentials that an address may have: the request is stored and shown.
-pub(crate) fn repository(check: &mut Checker, value: &Value) -> Option<String> {
-    match value {
-        Value::String(text) => name(check, &without_credentials(text).into()),
-        other => name(check, other),
     }
 }
 
@@ -338,48 +291,6 @@ impl Serialize for Content {
             }
         }
         out.end()
-    }
-}
-
-/// What to do on events of a conversation: `{"kind": …}`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "kind")]
-pub enum EventCallbackProcessor {
-    /// Logs them.
-    #[serde(rename = "LoggingCallbackProcessor")]
-    Logging,
-    /// Gives the conversation a title.
-    #[serde(rename = "SetTitleCallbackProcessor")]
-    SetTitle,
-}
-
-impl EventCallbackProcessor {
-    /// Violations: `value_error` for an unknown or missing kind, `model_attributes_type` for anything but an object (the
-    /// original answers 500 to that).
-    fn read(check: &mut Checker, value: &Value) -> Option<Self> {
-        Fields::of(check, value)?;
-        let kind = value.get("kind").unwrap_or(&Value::Null);
-        match kind.as_str() {
-            Some("LoggingCallbackProcessor") => return Some(Self::Logging),
-            Some("SetTitleCallbackProcessor") => return Some(Self::SetTitle),
-            _ => {}
-        }
-        let kind = match kind {
-            Value::Null => String::new(),
-            Value::String(kind) => kind.clone(),
-            Value::Bool(true) => "True".to_owned(),
-            Value::Bool(false) => "False".to_owned(),
-            other => other.to_string(),
-        };
-        // The original has taken the kind out by the time it knows better.
-        let mut rest = value.as_object().cloned().unwrap_or_default();
-        rest.shift_remove("kind");
-        let error = format_args!(
-            "Unknown kind '{kind}' for openhands.app_server.event_callback.event_callback_models.EventCallbackProcessor; \
-             Expected one of: ['LoggingCallbackProcessor', 'SetTitleCallbackProcessor']"
-        );
-        check.report_value_error(error, Value::Object(rest));
-        None
     }
 }
 

@@ -1,6 +1,7 @@
 //! The first message of a conversation that is started from a suggested task.
 
-use super::request::{ProviderType, SuggestedTask, TaskType};
+use super::request::{SuggestedTask, TaskType};
+use crate::user::git::ProviderType;
 
 /// Why there is no message for a task.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]

@@ -9,8 +9,7 @@ use super::request::StartRequest;
 use crate::clock::{Time, sortable};
 use crate::http::page::size_of_text;
 use crate::http::pydantic::validation::wire_enum;
-use crate::id::as_hex;
-use crate::user::UserId;
+use crate::id::{UserId, as_hex};
 
 wire_enum! {
     /// How far a start is. The status is also the step that is to be done next.

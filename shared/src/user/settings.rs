@@ -15,7 +15,7 @@ use super::settings_document::SettingsDocument;
 use crate::dynamo::{Backoff, Condition, Item, Table, store_error, text, unless_written};
 use crate::error::{Error, Result};
 use crate::http::pydantic::validation::{Loc, wire_enum};
-use crate::start::request::ProviderType;
+use crate::user::git::ProviderType;
 
 wire_enum! {
     /// How a start chooses among the user's running sandboxes.
@@ -166,7 +166,7 @@ pub struct SettingsStore {
 impl SettingsStore {
     /// A store on the `users` table.
     #[must_use]
-    pub fn new(dynamodb: Client, table: String, sealer: Sealer) -> Self {
+    pub(crate) fn new(dynamodb: Client, table: String, sealer: Sealer) -> Self {
         Self { table: Table::new(dynamodb, table), sealer }
     }
 

@@ -16,7 +16,7 @@ use super::seal::{DerivedKeys, Sealer};
 use crate::clock::Time;
 use crate::digest::sha256_hex;
 use crate::error::{Error, Result};
-use crate::start::request::ProviderType;
+use crate::user::git::ProviderType;
 
 const PURPOSE: &str = "secret-access-token";
 const ALGORITHM: Algorithm = Algorithm::HS256;

@@ -14,6 +14,7 @@ use shared::aws::Aws;
 use shared::config::{Config, ExportConfig, Names, SandboxConfig, SealingConfig, StartConfig};
 use shared::http::caller::Caller;
 use shared::http::response::with_common_answers;
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use tower::ServiceExt as _;
@@ -21,7 +22,6 @@ use tower::ServiceExt as _;
 use super::engines::Engines;
 use super::iam_proxy::IamProxy;
 use super::meter::Meter;
-use super::seed::Stores;
 use super::server::Server;
 
 pub const PREFIX: &str = "api-";
@@ -63,7 +63,7 @@ impl Api {
             export: ExportConfig::default(),
         };
         let router = router(&config, &aws, &sealer);
-        let stores = Stores::new(&aws, &names, &sealer);
+        let stores = Stores::new(&names, &aws, &sealer);
         let worker = worker::Context::new(&config, &aws, &sealer);
         Self { aws, names, sealer, stores, config, router, worker, queue: queues.jobs, engines }
     }

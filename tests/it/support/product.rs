@@ -12,12 +12,12 @@ use reqwest::{Client, RequestBuilder};
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use serde_json::{Value, json};
 use shared::config::{SandboxConfig, SealingConfig, StartConfig};
-use shared::event::store::{Event, EventStore};
+use shared::event::store::Event;
 use shared::sandbox::process::ProcessSandboxes;
 use shared::sandbox::spec::AGENT_SERVER_VERSION;
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
-use shared::user::settings::SettingsStore;
 use tempfile::TempDir;
 use tokio::sync::Semaphore;
 use tracing_subscriber::EnvFilter;
@@ -238,8 +238,7 @@ impl Product {
     /// The events of a conversation in our store.
     pub async fn events_of(&self, id: &str) -> Vec<Event> {
         let Server { config, aws, .. } = self.server();
-        let (table, bucket) = (config.names.events.clone(), config.names.bucket.clone());
-        let store = EventStore::new(aws.dynamodb.clone(), table, aws.s3.clone(), bucket);
+        let store = Stores::without_key(&config.names, aws).events();
         all_events(&store, &UserId::local(), Uuid::parse_str(id).expect("an id")).await
     }
 
@@ -248,7 +247,7 @@ impl Product {
         let Server { config, aws, .. } = self.server();
         let SealingConfig::File(key) = &config.sealing else { panic!("a key file") };
         let sealer = Sealer::from_file(key).expect("the sealing key");
-        let store = SettingsStore::new(aws.dynamodb.clone(), config.names.users.clone(), sealer);
+        let store = Stores::new(&config.names, aws, &sealer).settings();
         store.put(&UserId::local(), &settings.to_string().into()).await.expect("the settings are stored");
     }
 

@@ -1,57 +1,31 @@
 //! Records for a store to begin with, from lines of `{"type", "data"}` in the API's shape.
 
 use serde_json::{Value, json};
-use shared::aws::Aws;
-use shared::config::Names;
 use shared::conversation::ConversationRecord;
-use shared::conversation::store::{ConversationStore, IMPORT_LIMIT};
+use shared::conversation::store::IMPORT_LIMIT;
 use shared::start::request::StartRequest;
-use shared::start::store::{ImportedTask, StartTaskStore};
+use shared::start::store::ImportedTask;
 use shared::start::task::Snapshot;
+use shared::stores::Stores;
 use shared::user::UserId;
-use shared::user::seal::Sealer;
 
-/// The stores of one deployment.
-#[derive(Clone, Debug)]
-pub struct Stores {
-    pub conversations: ConversationStore,
-    pub tasks: StartTaskStore,
-}
-
-impl Stores {
-    pub fn new(aws: &Aws, names: &Names, sealer: &Sealer) -> Self {
-        let (dynamodb, users) = (aws.dynamodb.clone(), names.users.clone());
-        Self {
-            conversations: ConversationStore::new(dynamodb.clone(), names.conversations.clone(), users.clone()),
-            tasks: StartTaskStore::new(
-                dynamodb,
-                names.start_tasks.clone(),
-                users,
-                aws.s3.clone(),
-                names.bucket.clone(),
-                sealer.clone(),
-            ),
+/// Adds the rows of the lines to those of the user.
+pub async fn load(stores: &Stores, user: &UserId, lines: impl IntoIterator<Item = Value>) {
+    let (mut conversations, mut tasks) = (Vec::new(), Vec::new());
+    for mut line in lines {
+        match line["type"].as_str() {
+            Some("conversation") => conversations.push(conversation(user, line["data"].take())),
+            Some("start_task") => tasks.push(task(line["data"].take())),
+            other => panic!("nobody knows lines of type {other:?}"),
         }
     }
-
-    /// Adds the rows of the lines to those of the user.
-    pub async fn load(&self, user: &UserId, lines: impl IntoIterator<Item = Value>) {
-        let (mut conversations, mut tasks) = (Vec::new(), Vec::new());
-        for mut line in lines {
-            match line["type"].as_str() {
-                Some("conversation") => conversations.push(conversation(user, line["data"].take())),
-                Some("start_task") => tasks.push(task(line["data"].take())),
-                other => panic!("nobody knows lines of type {other:?}"),
-            }
-        }
-        for records in conversations.chunks(IMPORT_LIMIT) {
-            let added = self.conversations.import(user, records).await.expect("conversations are stored");
-            assert!(added.into_iter().all(|added| added), "ids are taken");
-        }
-        for tasks in tasks.chunks(IMPORT_LIMIT) {
-            let added = self.tasks.import(user, tasks).await.expect("start tasks are stored");
-            assert!(added.into_iter().all(|added| added), "ids are taken");
-        }
+    for records in conversations.chunks(IMPORT_LIMIT) {
+        let added = stores.conversations().import(user, records).await.expect("conversations are stored");
+        assert!(added.into_iter().all(|added| added), "ids are taken");
+    }
+    for tasks in tasks.chunks(IMPORT_LIMIT) {
+        let added = stores.start_tasks().import(user, tasks).await.expect("start tasks are stored");
+        assert!(added.into_iter().all(|added| added), "ids are taken");
     }
 }
 

@@ -15,18 +15,17 @@ use shared::aws::Aws;
 use shared::config::{Names, StartConfig};
 use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
-use shared::event::store::EventStore;
-use shared::export::store::ExportStore;
 use shared::http_client::{AddressPolicy, HttpClient};
-use shared::jobs::queue::{DEAD_LETTER_SUFFIX, JobQueue};
+use shared::jobs::deliver_messages::RetrySchedule;
+use shared::jobs::queue::DEAD_LETTER_SUFFIX;
 use shared::pending_message::delivery::Timing;
-use shared::pending_message::store::MessageStore;
 use shared::sandbox::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus};
 use shared::start::create::StartService;
 use shared::start::request::StartRequest;
 use shared::start::saga::Saga;
 use shared::start::store::StartTaskStore;
 use shared::start::task::{StartStatus, StartTaskRecord};
+use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
@@ -190,12 +189,16 @@ pub fn quick() -> StartConfig {
 /// The same for pending messages.
 pub fn quick_messages() -> Timing {
     Timing {
-        forgotten_after: Duration::from_millis(300),
+        sweep_delay: Duration::from_millis(300),
         lease: Duration::from_secs(20),
-        turn: Duration::from_millis(500),
-        send: Duration::from_secs(3),
-        pauses: [Duration::from_millis(100), Duration::from_millis(500), Duration::from_secs(5)],
-        refusals: 3,
+        message_timeout: Duration::from_millis(500),
+        send_timeout: Duration::from_secs(3),
+        retry: RetrySchedule {
+            first_delay: Duration::from_millis(100),
+            max_delay: Duration::from_millis(500),
+            later_delay: Duration::from_secs(5),
+            max_refusals: 3,
+        },
     }
 }
 
@@ -251,36 +254,21 @@ impl WorkerHarness {
         let sealer = Sealer::from_file(&folder.path().join("sealing-key")).expect("a key");
         let sandboxes = Arc::new(StandInSandboxes::at(ways[2].url(), agent.working_dir()));
         let beside_the_gate = Arc::new(StandInSandboxes { url: agent.url(), ..StandInSandboxes::clone(&sandboxes) });
-        let tasks = |aws: &Aws| {
-            let (dynamodb, s3) = (aws.dynamodb.clone(), aws.s3.clone());
-            let (table, users) = (names.start_tasks.clone(), names.users.clone());
-            StartTaskStore::new(dynamodb, table, users, s3, names.bucket.clone(), sealer.clone())
-        };
-        let conversations =
-            |aws: &Aws| ConversationStore::new(aws.dynamodb.clone(), names.conversations.clone(), names.users.clone());
-        let events = |aws: &Aws| {
-            let (dynamodb, s3) = (aws.dynamodb.clone(), aws.s3.clone());
-            EventStore::new(dynamodb, names.events.clone(), s3, names.bucket.clone())
-        };
-        let settings = |aws: &Aws| SettingsStore::new(aws.dynamodb.clone(), names.users.clone(), sealer.clone());
-        let queue = |aws: &Aws| JobQueue::new(aws.sqs.clone(), queues.jobs.clone());
+        let stores = |aws: &Aws| Stores::new(&names, aws, &sealer);
         let worker = |aws: &Aws, sandboxes: &Arc<StandInSandboxes>| {
+            let stores = stores(aws);
             let saga = Saga {
-                tasks: tasks(aws),
-                conversations: conversations(aws),
+                tasks: stores.start_tasks(),
+                conversations: stores.conversations(),
                 sandboxes: sandboxes.clone(),
-                settings: settings(aws),
-                queue: queue(aws),
+                settings: stores.settings(),
+                queue: stores.queue(),
                 http: HttpClient::new(AddressPolicy::Any),
                 sealer: sealer.clone(),
                 config: config.clone(),
             };
-            let exports =
-                ExportStore::new(aws.dynamodb.clone(), names.users.clone(), aws.s3.clone(), names.bucket.clone());
-            let export_queue = JobQueue::new(aws.sqs.clone(), queues.exports.clone());
-            let messages =
-                MessageStore::new(aws.dynamodb.clone(), names.users.clone(), aws.s3.clone(), names.bucket.clone());
-            let mut context = Context::new_with(saga, events(aws), exports, export_queue, messages);
+            let (exports, export_queue) = (stores.exports(), stores.export_queue());
+            let mut context = Context::new_with(saga, stores.events(), exports, export_queue, stores.messages());
             context.messages.timing = quick_messages();
             context
         };
@@ -290,16 +278,16 @@ impl WorkerHarness {
             guard,
             agent,
             sandboxes: sandboxes.clone(),
-            tasks: tasks(&aws),
-            conversations: conversations(&aws),
-            settings: settings(&aws),
+            tasks: stores(&aws).start_tasks(),
+            conversations: stores(&aws).conversations(),
+            settings: stores(&aws).settings(),
             context: Arc::new(worker(&gated, &sandboxes)),
             other_worker: worker(&aws, &beside_the_gate),
             start_service: StartService {
-                conversations: conversations(&aws),
-                tasks: tasks(&aws),
-                queue: queue(&aws),
-                settings: settings(&aws),
+                conversations: stores(&aws).conversations(),
+                tasks: stores(&aws).start_tasks(),
+                queue: stores(&aws).queue(),
+                settings: stores(&aws).settings(),
                 allow_insecure_git_access: config.allow_insecure_git_access,
                 step_timeout: config.step_timeout,
             },

@@ -26,8 +26,8 @@ use shared::conversation::ConversationRecord;
 use shared::conversation::store::{self as conversations, ConversationStore};
 use shared::event::store::{Event, EventStore};
 use shared::start::store::{self as start_tasks, ImportedTask, StartTaskStore};
+use shared::stores::Stores;
 use shared::user::UserId;
-use shared::user::seal::Sealer;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use uuid::Uuid;
@@ -118,19 +118,12 @@ impl Importer {
     /// Creates an importer into the tables and the bucket with these names.
     #[must_use]
     pub fn new(aws: &Aws, names: &Names, pace: Pace) -> Self {
-        let (dynamodb, s3) = (&aws.dynamodb, &aws.s3);
+        // No sealing key: secrets of imported requests are dropped.
+        let stores = Stores::without_key(names, aws);
         Self(Arc::new(Inner {
-            conversations: ConversationStore::new(dynamodb.clone(), names.conversations.clone(), names.users.clone()),
-            start_tasks: StartTaskStore::new(
-                dynamodb.clone(),
-                names.start_tasks.clone(),
-                names.users.clone(),
-                s3.clone(),
-                names.bucket.clone(),
-                // The values of secrets in imported requests are dropped, so this sealer never seals anything.
-                Sealer::ephemeral(),
-            ),
-            events: EventStore::new(dynamodb.clone(), names.events.clone(), s3.clone(), names.bucket.clone()),
+            conversations: stores.conversations(),
+            start_tasks: stores.start_tasks_without_secrets(),
+            events: stores.events(),
             pace,
             owner_semaphores: (0..OWNER_SEMAPHORES).map(|_| Semaphore::new(pace.per_owner.max(1))).collect(),
         }))

@@ -69,7 +69,7 @@ fn unquoted(text: &[u8]) -> Option<Vec<u8>> {
 /// A line of a POSIX shell that sets a variable to a name, whatever its bytes.
 pub(super) fn assigned(variable: &str, name: &[u8]) -> String {
     match std::str::from_utf8(name) {
-        Ok(name) => format!("{variable}={}\n", crate::start::saga::command::quoted(name)),
+        Ok(name) => format!("{variable}={}\n", crate::shell::quoted(name)),
         Err(_) => {
             let escaped = name.iter().fold(String::new(), |escaped, byte| escaped + &format!("\\0{byte:03o}"));
             // The dot keeps a line break at the end.

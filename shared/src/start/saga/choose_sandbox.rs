@@ -3,8 +3,8 @@
 use futures::future::{join_all, try_join_all};
 
 use super::{StartRun, Step, StepError};
-use crate::agent_server::conversation_body::model;
 use crate::sandbox::{Sandbox, SandboxStatus};
+use crate::start::conversation_body::model;
 use crate::start::store::Change;
 use crate::start::task::StartStatus;
 use crate::user::settings::SandboxGroupingStrategy;

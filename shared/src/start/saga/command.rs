@@ -10,6 +10,7 @@ use std::time::Duration;
 use super::{Folders, StartRun, StepError};
 use crate::agent_server::{AgentServer, CommandOutput};
 use crate::clock::Time;
+use crate::shell::quoted;
 use crate::start::task::PendingCommand;
 
 /// How much of a command's output is kept, in bytes.
@@ -17,12 +18,6 @@ const OUTPUT_LIMIT: usize = 16 * 1024;
 
 /// A shell function that runs a script of the project.
 pub(super) const RUN_SCRIPT: &str = include_str!("run_script.sh");
-
-/// Quotes a text as one word of a POSIX shell.
-#[must_use]
-pub fn quoted(text: &str) -> String {
-    format!("'{}'", text.replace('\'', r"'\''"))
-}
 
 /// The script around `script` that makes it run once, however often it is sent. `finally` is done at the end of each copy.
 ///

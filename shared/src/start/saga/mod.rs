@@ -23,37 +23,23 @@ use tokio::time::{Instant, sleep, sleep_until};
 use uuid::Uuid;
 
 use super::store::{Change, Claim, LeaseLost, StartTaskStore, attempts};
-use super::sweep::sweep;
 use super::task::{Snapshot, StartStatus, StartTask};
 use crate::agent_server::{AgentServer, AgentServerError, Retry, SkillInfo};
 use crate::clock::Time;
 use crate::config::StartConfig;
 use crate::conversation::reports::Lookup;
 use crate::conversation::store::ConversationStore;
-use crate::dynamo::Backoff;
 use crate::error::{Error, Fault, Result};
 use crate::http_client::HttpClient;
-use crate::id;
-use crate::jobs::queue::{Job, JobQueue};
+use crate::id::{self, UserId};
+use crate::jobs::advance_start::{self, AdvanceStart, MAX_ATTEMPTS, MAX_REFUSALS};
+use crate::jobs::queue::JobQueue;
+use crate::jobs::sweep::sweep;
 use crate::metrics;
 use crate::sandbox::{Sandbox, SandboxService, SandboxStatus};
-use crate::user::UserId;
-use crate::user::git;
 use crate::user::seal::Sealer;
 use crate::user::settings::{SandboxGroupingStrategy, Settings, SettingsStore};
 
-/// A step that fails this often in a row has failed. A worker that dies at it counts.
-const MAX_ATTEMPTS: u32 = 8;
-/// A step has failed when an agent server answers it this often in a row with an error of its own (see [`Retry::Few`]). The texts are
-/// not compared: they hold paths of temporary files and ids, and a permanent mistake would look like a new one each time.
-const MAX_REFUSALS: u32 = 3;
-/// The pauses between the attempts of a step.
-const RETRY: Backoff =
-    Backoff { first: Duration::from_millis(250), longest: Duration::from_secs(5), attempts: MAX_ATTEMPTS };
-/// The delay after the first such answer, and how many times longer the next one is: what passes does so within seconds (a network
-/// that a new sandbox does not have yet, a lock).
-const FIRST_REFUSAL_DELAY: Duration = Duration::from_secs(1);
-const REFUSAL_DELAY_FACTOR: u32 = 3;
 /// By how much looks at the same command get rarer.
 const MAX_POLL_FACTOR: u32 = 10;
 /// The same while a sandbox boots.
@@ -199,8 +185,7 @@ impl Saga {
     /// # Errors
     /// [`Error::Store`].
     pub async fn sweep(&self) -> Result<usize> {
-        sweep(&self.tasks.unfinished(), &self.queue, |row| Job::AdvanceStart { user: row.user.clone(), task: row.id })
-            .await
+        sweep(&self.tasks.unfinished(), &self.queue, |row| AdvanceStart { user: row.user.clone(), task: row.id }).await
     }
 
     /// Ends a start that workers keep failing at, honestly.
@@ -271,7 +256,7 @@ impl StartRun<'_> {
                     self.task.record.refusals = refusals;
                     match self.retry(&text).filter(|_| refusals < MAX_REFUSALS) {
                         Some((_, change)) => {
-                            let delay = FIRST_REFUSAL_DELAY * REFUSAL_DELAY_FACTOR.saturating_pow(refusals - 1);
+                            let delay = advance_start::delay_after_refusal(refusals);
                             (delay, change.set("refusals", attempts(refusals)))
                         }
                         None => return self.fail(fault, &text).await,
@@ -299,7 +284,8 @@ impl StartRun<'_> {
         }
         // What was known of the sandbox may be the reason.
         self.sandbox = None;
-        Some((RETRY.pause_after(count), Change::default().set("attempts", attempts(count))))
+        let delay = advance_start::delay_after(count);
+        Some((delay, Change::default().set("attempts", attempts(count))))
     }
 
     /// The pause after the n-th look. Each look at a command costs the agent server a scan of all its commands, so what
@@ -418,7 +404,7 @@ impl StartRun<'_> {
         if released.is_err() {
             return Ok(Attempt::Busy);
         }
-        let job = Job::AdvanceStart { user: record.user.clone(), task: record.id };
+        let job = AdvanceStart { user: record.user.clone(), task: record.id }.into();
         if let Err(error) = self.saga.queue.send(&job, delay).await {
             tracing::warn!(task = %record.id, error = %error.context(), "start.enqueue_failed");
         }
@@ -546,7 +532,7 @@ impl StartRun<'_> {
         let is_given = self.task.request.selected_repository.as_deref().is_some_and(|text| !text.is_empty());
         if is_given && !std::mem::replace(&mut self.has_normal_selection, true) {
             let settings = self.settings().await?;
-            git::use_normal_selection(&mut self.task.request, &settings.provider_tokens);
+            self.task.request.use_normal_selection(&settings.provider_tokens);
         }
         Ok(())
     }

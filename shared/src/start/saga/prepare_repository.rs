@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use secrecy::SecretString;
 
-use super::command::{OneCommand, complaint, note_in, quoted};
+use super::command::{OneCommand, complaint, note_in};
 use super::{Folders, StartRun, Step, StepError};
 use crate::id;
+use crate::shell::quoted;
 use crate::start::store::Change;
 use crate::start::task::StartStatus;
 use crate::user::git::{CloneSource, clone_sources};
@@ -181,7 +182,7 @@ echo "openhands-browser:$browser"
 mod tests {
     use super::super::scratch::{Ran, Scratch, shells};
     use super::*;
-    use crate::start::request::ProviderType;
+    use crate::user::git::ProviderType;
 
     /// A start of a scratch's repository `o/r`.
     struct Start<'a> {

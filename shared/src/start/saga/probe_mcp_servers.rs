@@ -16,9 +16,7 @@ use aws_sdk_dynamodb::types::AttributeValue;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::command::quoted;
 use super::{StartRun, StepError};
-use crate::agent_server::conversation_body::mcp_servers;
 use crate::agent_server::{AgentServer, AgentServerError, CommandOutput, Retry};
 use crate::clock::Time;
 use crate::digest::sha256_hex;
@@ -26,6 +24,8 @@ use crate::dynamo::text;
 use crate::id;
 use crate::mask;
 use crate::sandbox::Sandbox;
+use crate::shell::quoted;
+use crate::start::conversation_body::mcp_servers;
 use crate::start::store::Change;
 use crate::start::task::PendingCommand;
 

@@ -1,7 +1,8 @@
 //! RUNNING_SETUP_SCRIPT: `.openhands/setup.sh` of the project, if there is one.
 
-use super::command::{OneCommand, RUN_SCRIPT, complaint, quoted};
+use super::command::{OneCommand, RUN_SCRIPT, complaint};
 use super::{StartRun, Step, StepError};
+use crate::shell::quoted;
 use crate::start::store::Change;
 use crate::start::task::StartStatus;
 

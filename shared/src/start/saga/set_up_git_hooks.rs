@@ -1,7 +1,8 @@
 //! SETTING_UP_GIT_HOOKS: `.openhands/pre-commit.sh` of the project becomes git's pre-commit hook.
 
-use super::command::{OneCommand, RUN_SCRIPT, complaint, note_in, quoted};
+use super::command::{OneCommand, RUN_SCRIPT, complaint, note_in};
 use super::{StartRun, Step, StepError};
+use crate::shell::quoted;
 use crate::start::store::Change;
 use crate::start::task::StartStatus;
 

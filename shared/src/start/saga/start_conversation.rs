@@ -8,21 +8,20 @@ use tokio::time::{Instant, sleep};
 
 use super::probe_mcp_servers::{ProbeStart, shown};
 use super::{StartRun, Step, StepError};
-use crate::agent_server::conversation_body::{
-    ConversationBody, ConversationInputs, conversation_body, uses_llm_analyzer,
-};
 use crate::agent_server::version::AgentServerVersion;
 use crate::agent_server::{AgentServer, AgentServerError, ConversationInfo, Failure, Retry, SkillInfo, SkillsQuery};
 use crate::clock::Time;
+use crate::conversation::fields::EventCallbackProcessor;
 use crate::conversation::reports::{Lookup, default_titles};
 use crate::conversation::store::ConversationChange;
 use crate::conversation::tags::Tags;
 use crate::conversation::{ConversationRecord, MetricsSnapshot};
 use crate::http::secret::InTerminal;
-use crate::jobs::queue::Job;
+use crate::jobs::process_events::ProcessEvents;
 use crate::metrics;
 use crate::sandbox::Sandbox;
-use crate::start::request::{AgentType, EventCallbackProcessor};
+use crate::start::conversation_body::{ConversationBody, ConversationInputs, conversation_body, uses_llm_analyzer};
+use crate::start::request::AgentType;
 use crate::start::store::StartTaskStore;
 use crate::start::task::{Snapshot, StartStatus};
 use crate::user::token::TokenKey;
@@ -295,7 +294,7 @@ impl StartRun<'_> {
         }
         if processors.contains(&EventCallbackProcessor::Logging) {
             // Events that came before the record. The next ones ring too.
-            let job = Job::ProcessEvents { user: user.clone(), conversation: conversation_id };
+            let job = ProcessEvents { user: user.clone(), conversation: conversation_id }.into();
             if let Err(error) = saga.queue.send(&job, Duration::ZERO).await {
                 tracing::warn!(task = %record.id, error = %error.context(), "start.enqueue_failed");
             }

@@ -7,8 +7,8 @@ use super::sort_key;
 use crate::dynamo::{Update, number, text, to_item};
 use crate::error::Result;
 use crate::id;
+use crate::id::UserId;
 use crate::start::task::{PendingCommand, Snapshot};
-use crate::user::UserId;
 
 /// A change of a record's attributes.
 #[derive(Clone, Debug, Default)]

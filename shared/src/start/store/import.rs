@@ -11,9 +11,9 @@ use super::{StartTaskStore, key, record};
 use crate::clock::Time;
 use crate::dynamo::{Backoff, Item, TRANSACTION_LIMIT, Transacted, transact};
 use crate::error::Result;
+use crate::id::UserId;
 use crate::start::request::StartRequest;
 use crate::start::task::Snapshot;
-use crate::user::UserId;
 use crate::user::counters::{self, Counter};
 
 /// The most tasks that [`StartTaskStore::import`] accepts at once: one transaction, with the counter.

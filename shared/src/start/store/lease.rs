@@ -10,8 +10,8 @@ use crate::clock::Time;
 use crate::dynamo::lease::{self, Lease};
 use crate::dynamo::{Condition, Outcome, Update, from_item, number, text, transact};
 use crate::error::Result;
+use crate::id::UserId;
 use crate::start::task::{Snapshot, StartStatus, StartTask, StartTaskRecord};
-use crate::user::UserId;
 
 /// The result of an attempt to claim a task.
 #[derive(Debug)]

@@ -11,9 +11,9 @@ use crate::error::{Error, Result};
 use crate::http::page;
 pub use crate::http::sort_order::SortOrder;
 use crate::id;
+use crate::id::UserId;
 use crate::paging::{self, Bounds};
 use crate::start::task::StartTaskRecord;
-use crate::user::UserId;
 use crate::user::counters::{self, Counter};
 
 /// The error for a count that takes too long.

@@ -27,7 +27,7 @@ use crate::dynamo::{
 };
 use crate::error::{Error, Result};
 use crate::id;
-use crate::user::UserId;
+use crate::id::UserId;
 use crate::user::counters::{self, Counter};
 use crate::user::seal::Sealer;
 

@@ -13,11 +13,11 @@ use crate::dynamo::store_error;
 use crate::error::{Error, Result};
 use crate::http::page::{self, Items, PAGE_SIZE};
 use crate::id;
+use crate::id::UserId;
 use crate::objects;
 use crate::start::abridged::abridged;
 use crate::start::request::StartRequest;
 use crate::start::task::{ABRIDGED_SIZE, AppConversationStartTask, StartTask, StartTaskRecord, raw};
-use crate::user::UserId;
 
 /// Requests that are opened in the bucket at the same time. Their bodies are read one after the other.
 const OPEN_REQUESTS: usize = 4;

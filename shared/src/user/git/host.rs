@@ -2,7 +2,7 @@
 
 use super::address::{self, Address, AddressError, Scheme};
 use super::encoded;
-use crate::start::request::ProviderType;
+use crate::user::git::ProviderType;
 
 const AZURE: &str = "dev.azure.com";
 

@@ -6,6 +6,7 @@
 mod address;
 mod branch;
 mod host;
+mod provider;
 mod repository;
 mod token;
 
@@ -14,13 +15,13 @@ use secrecy::{ExposeSecret as _, SecretString};
 pub use address::without_credentials;
 pub use branch::{BranchError, normal_branch};
 pub use host::{HostError, normal_host};
+pub use provider::ProviderType;
 pub(crate) use repository::report_at;
 pub use repository::{Repository, RepositoryError, Selection};
 pub use token::{TokenError, normal_token};
 
 use super::settings::{ProviderToken, ProviderTokens};
 use crate::http::pydantic::validation::Checker;
-use crate::start::request::{ProviderType, StartRequest};
 use host::GitHost;
 
 /// A URL from which a repository can be cloned. The URL itself never contains a credential, because it appears in the clone's
@@ -92,17 +93,6 @@ pub(crate) fn report_without_repository(check: &mut Checker, branch: Option<&str
     if let Some(provider) = provider {
         let error = "a provider needs a repository; send selected_repository as well";
         check.within("git_provider", |check| check.report_value_error(error, provider.as_str().into()));
-    }
-}
-
-/// Normalises a start's repository, branch and provider. Invalid ones stay unchanged, because starts and records of earlier versions may
-/// contain anything.
-pub(crate) fn use_normal_selection(request: &mut StartRequest, tokens: &ProviderTokens) {
-    let given = request.selected_repository.as_deref();
-    let Some(Ok(read)) = given.map(|text| Repository::read(text, request.git_provider, tokens)) else { return };
-    (request.selected_repository, request.git_provider) = (Some(read.name), read.provider);
-    if let Some(Ok(branch)) = request.selected_branch.as_deref().map(normal_branch) {
-        request.selected_branch = branch;
     }
 }
 

@@ -4,7 +4,7 @@ use super::address::{self, Address, AddressError, Scheme};
 use super::branch::normal_branch;
 use super::host::{GitHost, Located, is_page, public_provider};
 use crate::http::pydantic::validation::Checker;
-use crate::start::request::ProviderType;
+use crate::user::git::ProviderType;
 use crate::user::settings::{ProviderToken, ProviderTokens};
 
 /// A repository in its normal form.

@@ -7,8 +7,8 @@ use super::{MAX_TEXT, TOKENS};
 use crate::http::pydantic::body::FromJson;
 use crate::http::pydantic::validation::{self, Checked, Checker, Fields, Loc};
 use crate::http::secret::{self, MASK};
-use crate::start::request::ProviderType;
 use crate::user::git;
+use crate::user::git::ProviderType;
 use crate::user::mcp::McpChange;
 use crate::user::settings::SandboxGroupingStrategy;
 

@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::show::AgentSettingsOut;
-use crate::user::UserId;
+use crate::id::UserId;
 use crate::user::settings::SandboxGroupingStrategy;
 
 #[derive(Clone, Copy)]

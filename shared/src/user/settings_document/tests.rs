@@ -2,7 +2,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::error::Error;
-use crate::user::UserId;
+use crate::id::UserId;
 
 fn settings(document: &SettingsDocument) -> Value {
     serde_json::to_value(document.show_settings()).expect("JSON")

@@ -1,8 +1,8 @@
-//! The sweep: enqueues the jobs of rows again that nobody looks after, because a message was lost or a worker died.
+//! The sweep: enqueues the jobs of overdue rows again, whose message was lost or whose worker died.
 //!
 //! Starts, deletions and queues of messages are swept by this one function. A run is bounded: each shard of an index gives
-//! [`crate::dynamo::DUE_LIMIT`] rows at most, users in turn. A row that was enqueued is moved behind the others, so that the next
-//! run begins with those that this one did not reach. What fails is logged, and the rest goes on.
+//! [`crate::dynamo::DUE_LIMIT`] rows at most, users in turn. A row whose job was enqueued is moved after the others, so that the next
+//! run begins with those that this one did not reach. A failure is logged, and the run continues with the other rows.
 
 use std::time::Duration;
 
@@ -23,10 +23,10 @@ const AT_ONCE: usize = 16;
 ///
 /// # Errors
 /// The first failure, after all that could be done was done.
-pub async fn sweep(rows: &DueIndex, queue: &JobQueue, job: impl Fn(&DueRow) -> Job) -> Result<usize> {
+pub async fn sweep<J: Into<Job>>(rows: &DueIndex, queue: &JobQueue, job: impl Fn(&DueRow) -> J) -> Result<usize> {
     let (due, failed) = rows.due(Time::now()).await;
     let found = due.len();
-    let jobs: Vec<Job> = due.iter().map(job).collect();
+    let jobs: Vec<Job> = due.iter().map(|row| job(row).into()).collect();
     let (sent, not_sent) = queue.send_all(&jobs).await;
     let until = Time::now().plus(POSTPONED);
     let enqueued: Vec<DueRow> = due.into_iter().zip(sent).filter_map(|(row, sent)| sent.then_some(row)).collect();

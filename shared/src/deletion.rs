@@ -1,56 +1,50 @@
-//! Deleting a conversation: with the answer it is gone for everybody, and what belongs to it is removed by a worker.
+//! Deletion of a conversation. Once the request has been answered, no client can see the conversation; a worker then removes
+//! everything that belongs to it.
 //!
-//! The record stays, seen by nobody, until nothing else is left; so a deletion that is cut off anywhere is finished by the
-//! next look at it, which the sweep rings for. Every step may run twice, and at the same time.
+//! The record stays, hidden, until everything else is removed. An interrupted deletion is therefore finished by the next attempt,
+//! which the sweep enqueues. Every step may run twice, also at the same time.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use uuid::Uuid;
 
-use super::ConversationRecord;
-use super::store::{ConversationStore, IMPORT_LIMIT};
 use crate::agent_server::Failure;
 use crate::clock::Time;
+use crate::conversation::ConversationRecord;
+use crate::conversation::store::{ConversationStore, IMPORT_LIMIT};
 use crate::dynamo::Backoff;
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::event::store::EventStore;
 use crate::export::store::ExportStore;
 use crate::http_client::HttpClient;
-use crate::jobs::queue::{Job, JobQueue};
+use crate::id::UserId;
+use crate::jobs::delete_conversation::{DeleteConversation, RETRY_AFTER_ATTEMPT, RETRY_AFTER_REQUEST};
+use crate::jobs::queue::JobQueue;
+use crate::jobs::sweep::sweep;
 use crate::pending_message::store::MessageStore;
 use crate::sandbox::SandboxService;
 use crate::start::store::StartTaskStore;
-use crate::start::sweep::sweep;
-use crate::user::UserId;
 
-/// How long after its message a deletion counts as forgotten.
-const FORGOTTEN_AFTER: Duration = Duration::from_secs(2);
-
-/// How long the sweep leaves a deletion to the worker that looks at it: longer than an invocation can be.
-const TURN: Duration = Duration::from_secs(180);
-
-/// How often a deletion is repeated while sub-conversations are added or removed.
+/// The backoff between attempts to hide a family while sub-conversations are added or removed.
 const DELETE: Backoff = Backoff { first: Duration::from_millis(20), longest: Duration::from_millis(160), attempts: 5 };
 
-/// How long an agent server may take to end a conversation.
+/// The time limit of an agent server's request to delete a conversation.
 const AGENT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Begins deletions: all that a request does.
+/// Begins deletions: the part that a request does.
 #[derive(Clone, Debug)]
 pub struct Deleter {
-    /// The records.
     pub conversations: ConversationStore,
-    /// Where the bell is rung.
     pub queue: JobQueue,
 }
 
 impl Deleter {
-    /// Deletes a conversation and its sub-conversations: from now on they do not exist to their user, and are not counted. What
-    /// belongs to them is removed later. False when there is no such conversation.
+    /// Hides a conversation and its sub-conversations from their user, removes them from counts, and enqueues the jobs that delete
+    /// them. Returns false when there is no such conversation.
     ///
     /// # Errors
-    /// [`crate::Error::Store`]; sub-conversations may be gone then.
+    /// [`crate::Error::Store`]; sub-conversations may be deleted by then.
     pub async fn delete(&self, user: &UserId, id: Uuid) -> Result<bool> {
         let mut attempts = DELETE.start();
         while attempts.next().await {
@@ -66,61 +60,59 @@ impl Deleter {
         Err(StoreError::new(StoreErrorKind::Conflict, context).into())
     }
 
-    /// The first of the family last: as long as it is there, the deletion can be asked for again.
+    /// Begins with the sub-conversations: while their parent exists, the user can request the deletion again.
     async fn begin(&self, user: &UserId, family: &[ConversationRecord]) -> Result<bool> {
         for generation in family.chunks(IMPORT_LIMIT).rev() {
-            let due_at = Time::now().plus(FORGOTTEN_AFTER);
+            let due_at = Time::now().plus(RETRY_AFTER_REQUEST);
             if !self.conversations.begin_deletion(user, generation, due_at).await? {
                 return Ok(false);
             }
             for record in generation {
                 tracing::info!(conversation = %record.id, "conversation.deletion_started");
-                self.ring(user, record.id).await;
+                self.enqueue(user, record.id).await;
             }
         }
         Ok(true)
     }
 
-    /// The row is the truth: the sweep finds it when the bell was not heard.
-    async fn ring(&self, user: &UserId, conversation: Uuid) {
-        let job = Job::DeleteConversation { user: user.clone(), conversation };
+    /// A failure is only logged: the sweep enqueues the job of an overdue row.
+    async fn enqueue(&self, user: &UserId, conversation: Uuid) {
+        let job = DeleteConversation { user: user.clone(), conversation }.into();
         if let Err(error) = self.queue.send(&job, Duration::ZERO).await {
             tracing::warn!(%conversation, error = %error.context(), "conversation.enqueue_failed");
         }
     }
 }
 
-/// Finishes deletions: what a worker does.
+/// Finishes deletions: the part that a worker does.
 #[derive(Clone, Debug)]
 pub struct Deletion {
-    /// For sub-conversations that were not seen when their parent was deleted.
+    /// Deletes sub-conversations that were not found when their parent was deleted.
     pub deleter: Deleter,
-    /// The tasks that started conversations.
     pub tasks: StartTaskStore,
-    /// Their events.
     pub events: EventStore,
-    /// Their exports.
     pub exports: ExportStore,
-    /// Messages that wait for them.
     pub messages: MessageStore,
-    /// The sandboxes that they ran in.
     pub sandboxes: Arc<dyn SandboxService>,
-    /// For agent servers.
+    /// The client for agent servers.
     pub http: HttpClient,
 }
 
 impl Deletion {
-    /// Removes what belongs to a conversation that is being deleted, and then its record. Nothing happens when there is none.
+    /// Removes everything that belongs to a conversation that is being deleted, and then its record. Does nothing when there is no
+    /// such record.
     ///
     /// # Errors
-    /// [`crate::Error::Store`] or [`crate::Error::Upstream`]: something is left, and the sweep rings again.
+    /// [`crate::Error::Store`] or [`crate::Error::Upstream`]: the deletion is unfinished, and the sweep enqueues it again.
     pub async fn finish(&self, user: &UserId, id: Uuid) -> Result<()> {
         let conversations = &self.deleter.conversations;
-        let Some(record) = conversations.take_deletion(user, id, Time::now().plus(TURN)).await? else { return Ok(()) };
+        let Some(record) = conversations.take_deletion(user, id, Time::now().plus(RETRY_AFTER_ATTEMPT)).await? else {
+            return Ok(());
+        };
         for child in conversations.sub_conversations(user, id).await? {
             self.deleter.delete(user, child).await?;
         }
-        // First, so that the events it still sends meet a conversation that is being deleted, and are not kept.
+        // Before the events are deleted: the agent server may still send some, which are not kept while the record exists.
         self.delete_from_agent_server(&record).await?;
         self.tasks.delete_of_conversation(user, id).await?;
         self.events.delete_all(user, id).await?;
@@ -132,19 +124,19 @@ impl Deletion {
         Ok(())
     }
 
-    /// Rings for deletions that nobody looks after, of all users. Answers how many there were.
+    /// Enqueues the jobs of overdue deletions of all users again. Returns how many.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
     pub async fn sweep(&self) -> Result<usize> {
-        sweep(&self.deleter.conversations.deletions(), &self.deleter.queue, |row| Job::DeleteConversation {
+        sweep(&self.deleter.conversations.deletions(), &self.deleter.queue, |row| DeleteConversation {
             user: row.user.clone(),
             conversation: row.id,
         })
         .await
     }
 
-    /// Best effort: a paused sandbox keeps its copy, which nobody can reach, until the sandbox goes.
+    /// Best effort: a paused sandbox keeps its copy, which no client can reach, until the sandbox is deleted.
     async fn delete_from_agent_server(&self, record: &ConversationRecord) -> Result<()> {
         let sandbox = self.sandboxes.get(&record.user, &record.sandbox_id).await?;
         let Some(agent_server) = sandbox.and_then(|sandbox| sandbox.agent_server(&self.http)) else { return Ok(()) };
@@ -158,7 +150,7 @@ impl Deletion {
         Ok(())
     }
 
-    /// The sandbox goes with the last conversation in it, unless a start is on its way into it.
+    /// Deletes the sandbox after its last conversation, unless an unfinished start is going to use it.
     async fn delete_unused_sandbox(&self, record: &ConversationRecord) -> Result<()> {
         let (user, sandbox) = (&record.user, &record.sandbox_id);
         if self.sandboxes.get(user, sandbox).await?.is_none()

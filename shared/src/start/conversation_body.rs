@@ -9,14 +9,14 @@ use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use super::SkillInfo;
+use super::request::{AgentType, Content, Secrets, SendMessageRequest, StartRequest};
+use crate::agent_server::SkillInfo;
 use crate::clock::Time;
 use crate::config::StartConfig;
 use crate::error::Result;
 use crate::http::secret::{self, InTerminal};
-use crate::id;
-use crate::start::request::{AgentType, Content, ProviderType, Secrets, SendMessageRequest, StartRequest};
-use crate::user::UserId;
+use crate::id::{self, UserId};
+use crate::user::git::ProviderType;
 use crate::user::settings::Settings;
 use crate::user::token::TokenKey;
 
@@ -57,7 +57,7 @@ pub struct ConversationInputs<'a> {
     /// Whether the sandbox has a browser.
     pub browser: bool,
     /// Whether the agent's model streams its answers to clients that watch, see
-    /// [`super::version::AgentServerVersion::streams_to_clients_only`]. Condensers never do: nobody watches them.
+    /// [`crate::agent_server::version::AgentServerVersion::streams_to_clients_only`]. Condensers never do: nobody watches them.
     pub streaming: bool,
     /// Names of the MCP servers that the agent does not get, although they are switched on.
     pub mcp_servers_left_out: &'a [String],
@@ -408,7 +408,7 @@ fn initial_message(request: &StartRequest) -> Value {
     let mut content = content;
     match content.last_mut() {
         Some(Content::Text(text)) => text.text.push_str(&parameters),
-        _ => content.push(Content::Text(crate::start::request::TextContent {
+        _ => content.push(Content::Text(super::request::TextContent {
             cache_prompt: false,
             text: parameters.trim().to_owned(),
         })),

@@ -1,0 +1,34 @@
+//! Applies the dead-letter policy of a job whose message SQS moved to the dead-letter queue. The policies themselves, and what
+//! enqueues a job again, are in `shared/src/jobs/`.
+
+use std::time::Duration;
+
+use shared::error::Result;
+use shared::jobs::advance_start::AdvanceStart;
+use shared::jobs::delete_conversation::DeleteConversation;
+use shared::jobs::deliver_messages::DeliverMessages;
+use shared::jobs::process_events::ProcessEvents;
+use shared::jobs::queue::Job;
+use shared::jobs::refresh_conversation::RefreshConversation;
+
+use crate::Context;
+
+pub(crate) async fn handle(context: &Context, job: Job) -> Result<()> {
+    let policy = job.dead_letter_policy();
+    match job {
+        Job::AdvanceStart(AdvanceStart { user, task }) => return context.saga.give_up(&user, task).await,
+        // Of earlier versions, like those of the job queue: the function `exports` drops the ones that no client waits for.
+        job @ Job::Export { .. } => return context.export_queue.send(&job, Duration::ZERO).await,
+        Job::DeliverMessages(DeliverMessages { conversation, .. }) => {
+            tracing::error!(%conversation, ?policy, "worker.messages_not_delivered");
+        }
+        Job::DeleteConversation(DeleteConversation { conversation, .. }) => {
+            tracing::error!(%conversation, ?policy, "worker.deletion_keeps_failing");
+        }
+        Job::RefreshConversation(RefreshConversation { conversation, .. })
+        | Job::ProcessEvents(ProcessEvents { conversation, .. }) => {
+            tracing::error!(%conversation, ?policy, "worker.events_not_processed");
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,38 @@
+//! Runs one job. An error makes SQS deliver the message again.
+
+use std::time::Duration;
+
+use shared::error::Result;
+use shared::jobs::advance_start::AdvanceStart;
+use shared::jobs::delete_conversation::DeleteConversation;
+use shared::jobs::deliver_messages::DeliverMessages;
+use shared::jobs::process_events::ProcessEvents;
+use shared::jobs::queue::Job;
+use shared::start::saga::Attempt;
+
+use crate::Context;
+
+pub(crate) async fn run(context: &Context, job: Job) -> Result<()> {
+    match job {
+        Job::AdvanceStart(AdvanceStart { user, task }) => {
+            let attempt = context.saga.advance(&user, task).await?;
+            tracing::debug!(%task, ?attempt, "worker.attempt_finished");
+            match attempt {
+                Attempt::Finished => context.messages.start_ended(&user, task).await,
+                Attempt::Waiting | Attempt::Busy | Attempt::Unknown => Ok(()),
+            }
+        }
+        // Earlier versions enqueued exports here. The function `exports` drops a message that no client waits for any more.
+        job @ Job::Export { .. } => context.export_queue.send(&job, Duration::ZERO).await,
+        Job::DeliverMessages(DeliverMessages { user, conversation }) => {
+            context.messages.deliver(&user, conversation).await
+        }
+        Job::DeleteConversation(DeleteConversation { user, conversation }) => {
+            context.deletion.finish(&user, conversation).await
+        }
+        Job::RefreshConversation(job) => context.follow_up.refresh_from_agent_server(&job).await,
+        Job::ProcessEvents(ProcessEvents { user, conversation }) => {
+            context.follow_up.process_events(&user, conversation).await
+        }
+    }
+}

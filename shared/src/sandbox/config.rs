@@ -1,0 +1,198 @@
+//! Configuration of sandbox providers.
+
+use std::path::PathBuf;
+#[cfg(feature = "docker")]
+use std::time::Duration;
+
+use secrecy::{ExposeSecret as _, SecretString};
+
+use super::spec;
+#[cfg(feature = "docker")]
+use crate::env::flag;
+use crate::env::{ConfigError, list, parsed, permitted_origins, required, text, web_url};
+
+/// The provider of sandboxes, and its configuration.
+#[derive(Clone, Debug)]
+pub enum SandboxConfig {
+    /// One agent server process per sandbox, on this machine.
+    Process(ProcessSandboxConfig),
+    /// One container per sandbox, in a Docker engine.
+    #[cfg(feature = "docker")]
+    Docker(DockerSandboxConfig),
+    /// Sandboxes of a runtime API.
+    Remote(RemoteSandboxConfig),
+    /// No sandboxes: starts end with an ERROR that names the reason.
+    None,
+}
+
+impl SandboxConfig {
+    /// Reads the environment.
+    ///
+    /// # Errors
+    /// Names the first variable that is missing or malformed.
+    pub fn from_env() -> Result<Self, ConfigError> {
+        Ok(match required("SANDBOX_KIND")?.as_str() {
+            "process" => SandboxConfig::Process(ProcessSandboxConfig {
+                folder: required("SANDBOX_FOLDER")?.into(),
+                python: required("AGENT_SERVER_PYTHON")?.into(),
+                version: required("AGENT_SERVER_VERSION")?,
+                webhook_base_url: required("WEBHOOK_BASE_URL")?,
+                allow_cors_origins: permitted_origins(),
+            }),
+            "remote" => SandboxConfig::Remote(RemoteSandboxConfig::from_env(spec::AGENT_SERVER_VERSION)?),
+            "none" => SandboxConfig::None,
+            other => {
+                return Err(ConfigError {
+                    name: "SANDBOX_KIND",
+                    problem: format!("`{other}` is not one of process, remote, none"),
+                });
+            }
+        })
+    }
+
+    /// The variables that make [`SandboxConfig::from_env`] return this configuration in another process.
+    pub(crate) fn to_env(&self) -> Vec<(&'static str, String)> {
+        match self {
+            SandboxConfig::None => vec![("SANDBOX_KIND", "none".into())],
+            SandboxConfig::Remote(remote) => remote.to_env(),
+            // Other processes cannot use it: functions under `cargo lambda watch` are built without the feature.
+            #[cfg(feature = "docker")]
+            SandboxConfig::Docker(_) => vec![("SANDBOX_KIND", "none".into())],
+            SandboxConfig::Process(process) => vec![
+                ("SANDBOX_KIND", "process".into()),
+                ("SANDBOX_FOLDER", process.folder.display().to_string()),
+                ("AGENT_SERVER_PYTHON", process.python.display().to_string()),
+                ("AGENT_SERVER_VERSION", process.version.clone()),
+                ("WEBHOOK_BASE_URL", process.webhook_base_url.clone()),
+            ],
+        }
+    }
+}
+
+/// How agent servers run as processes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProcessSandboxConfig {
+    /// The folder that holds one folder per sandbox (`SANDBOX_FOLDER`).
+    pub folder: PathBuf,
+    /// A Python interpreter that can import `openhands.agent_server` (`AGENT_SERVER_PYTHON`).
+    pub python: PathBuf,
+    /// The version of that agent server (`AGENT_SERVER_VERSION`).
+    pub version: String,
+    /// The base URL to which agent servers post events (`WEBHOOK_BASE_URL`), e.g. `http://127.0.0.1:3000/api/v1/webhooks`.
+    pub webhook_base_url: String,
+    /// Origins that agent servers accept in addition to those on localhost.
+    pub allow_cors_origins: Vec<String>,
+}
+
+/// How agent servers run in containers.
+#[cfg(feature = "docker")]
+#[derive(Clone, Debug)]
+pub struct DockerSandboxConfig {
+    /// The engine: `unix://` and the path of its socket, or an HTTP address (`DOCKER_HOST`); `None` is the default socket.
+    pub host: Option<String>,
+    /// The image to run; see [`spec::image`].
+    pub image: String,
+    /// The URL of a container, with `{port}` (`SANDBOX_CONTAINER_URL_PATTERN`, `http://localhost:{port}`).
+    pub url_pattern: String,
+    /// Our own port on this machine, for webhooks (`SANDBOX_HOST_PORT`).
+    pub host_port: u16,
+    /// The prefix of container names (`SANDBOX_CONTAINER_NAME_PREFIX`, `oh-agent-server-`).
+    pub container_name_prefix: String,
+    /// How many sandboxes of a user may run at the same time (`SANDBOX_MAX_RUNNING`, 5). One more causes the eviction (a pause) of the
+    /// least recently used one.
+    pub max_sandboxes: usize,
+    /// `host:container[:mode]` (`SANDBOX_VOLUMES`, comma-separated).
+    pub volumes: Vec<String>,
+    /// How long an agent server may take to start answering (`SANDBOX_STARTUP_GRACE_SECONDS`, 60).
+    pub startup_grace: Duration,
+    /// Whether containers share this machine's network (`AGENT_SERVER_USE_HOST_NETWORK`).
+    pub use_host_network: bool,
+    /// Origins that agent servers accept in addition to those on localhost.
+    pub allow_cors_origins: Vec<String>,
+}
+
+#[cfg(feature = "docker")]
+impl DockerSandboxConfig {
+    /// Reads the environment. `port` is our own port, unless the environment names another one; `version` is the agent server's.
+    ///
+    /// # Errors
+    /// Names the first variable that is malformed.
+    pub fn from_env(port: u16, version: &str) -> Result<Self, ConfigError> {
+        Ok(Self {
+            host: text("DOCKER_HOST"),
+            image: spec::image(version),
+            url_pattern: text("SANDBOX_CONTAINER_URL_PATTERN").unwrap_or_else(|| "http://localhost:{port}".into()),
+            host_port: parsed("SANDBOX_HOST_PORT")?.unwrap_or(port),
+            container_name_prefix: text("SANDBOX_CONTAINER_NAME_PREFIX").unwrap_or_else(|| "oh-agent-server-".into()),
+            max_sandboxes: parsed("SANDBOX_MAX_RUNNING")?.unwrap_or(5),
+            volumes: list("SANDBOX_VOLUMES"),
+            startup_grace: Duration::from_secs(parsed("SANDBOX_STARTUP_GRACE_SECONDS")?.unwrap_or(60)),
+            use_host_network: flag("AGENT_SERVER_USE_HOST_NETWORK", false)?,
+            allow_cors_origins: permitted_origins(),
+        })
+    }
+}
+
+/// How sandboxes of a runtime API run.
+#[derive(Clone, Debug)]
+pub struct RemoteSandboxConfig {
+    /// The URL of the runtime API (`SANDBOX_REMOTE_RUNTIME_API_URL`).
+    pub api_url: String,
+    /// Our key for the runtime API (`SANDBOX_API_KEY`).
+    pub api_key: Option<SecretString>,
+    /// The image to run; see [`spec::image`].
+    pub image: String,
+    /// The size of the machine of a sandbox: 1, 2, 4 or 8 (`SANDBOX_REMOTE_RESOURCE_FACTOR`, 1).
+    pub resource_factor: u32,
+    /// `gvisor` or `sysbox` (`SANDBOX_REMOTE_RUNTIME_CLASS`, `gvisor`).
+    pub runtime_class: String,
+    /// The names that the runtime API has for the secrets with which it pulls the image
+    /// (`SANDBOX_REMOTE_IMAGE_PULL_SECRETS`, comma-separated).
+    pub image_pull_secrets: Vec<String>,
+    /// How many sandboxes of a user may run at the same time (`SANDBOX_MAX_RUNNING`, 10). One more causes the eviction (a pause) of the
+    /// least recently used one.
+    pub max_sandboxes: usize,
+    /// Our own public address (`OH_WEB_URL` or `WEB_HOST`). Without it, agent servers cannot send webhooks.
+    pub web_url: Option<String>,
+    /// Origins that agent servers accept in addition to our own.
+    pub allow_cors_origins: Vec<String>,
+}
+
+impl RemoteSandboxConfig {
+    /// Reads the environment. `version` is the agent server's, unless the environment names an image.
+    ///
+    /// # Errors
+    /// Names the first variable that is missing or malformed.
+    pub fn from_env(version: &str) -> Result<Self, ConfigError> {
+        Ok(Self {
+            api_url: required("SANDBOX_REMOTE_RUNTIME_API_URL")?,
+            api_key: text("SANDBOX_API_KEY").map(SecretString::from),
+            image: spec::image(version),
+            resource_factor: parsed("SANDBOX_REMOTE_RESOURCE_FACTOR")?.unwrap_or(1),
+            runtime_class: text("SANDBOX_REMOTE_RUNTIME_CLASS").unwrap_or_else(|| "gvisor".into()),
+            image_pull_secrets: list("SANDBOX_REMOTE_IMAGE_PULL_SECRETS"),
+            max_sandboxes: parsed("SANDBOX_MAX_RUNNING")?.unwrap_or(10),
+            web_url: web_url(),
+            allow_cors_origins: permitted_origins(),
+        })
+    }
+
+    fn to_env(&self) -> Vec<(&'static str, String)> {
+        let mut variables = vec![
+            ("SANDBOX_KIND", "remote".to_owned()),
+            ("SANDBOX_REMOTE_RUNTIME_API_URL", self.api_url.clone()),
+            ("SANDBOX_REMOTE_RESOURCE_FACTOR", self.resource_factor.to_string()),
+            ("SANDBOX_REMOTE_RUNTIME_CLASS", self.runtime_class.clone()),
+            ("SANDBOX_REMOTE_IMAGE_PULL_SECRETS", self.image_pull_secrets.join(",")),
+            ("SANDBOX_MAX_RUNNING", self.max_sandboxes.to_string()),
+        ];
+        if let Some((repository, tag)) = self.image.rsplit_once(':') {
+            variables.push(("AGENT_SERVER_IMAGE_REPOSITORY", repository.to_owned()));
+            variables.push(("AGENT_SERVER_IMAGE_TAG", tag.to_owned()));
+        }
+        if let Some(key) = &self.api_key {
+            variables.push(("SANDBOX_API_KEY", key.expose_secret().to_owned()));
+        }
+        variables
+    }
+}
