@@ -220,8 +220,9 @@ impl WorkerHarness {
             .attributes(
                 QueueAttributeName::RedrivePolicy,
                 format!(
-                    r#"{{"deadLetterTargetArn":"arn:aws:sqs:us-east-1:{}:{PREFIX}starts{DEAD_LETTER_SUFFIX}","maxReceiveCount":100}}"#,
-                    engines.account
+                    r#"{{"deadLetterTargetArn":"arn:aws:sqs:us-east-1:{}:{PREFIX}{}{DEAD_LETTER_SUFFIX}","maxReceiveCount":100}}"#,
+                    engines.account,
+                    schema::JOB_QUEUE.name
                 ),
             )
             .send()
@@ -352,7 +353,7 @@ impl WorkerHarness {
 
     /// Passes a message to a worker as one of the dead-letter queue.
     pub async fn bury(&self, message: &Message) {
-        let event = Self::event_of(&format!("starts{DEAD_LETTER_SUFFIX}"), message);
+        let event = Self::event_of(&format!("{}{DEAD_LETTER_SUFFIX}", schema::JOB_QUEUE.name), message);
         let response = worker::handle(&self.context, event).await.expect("handled");
         assert!(response.batch_item_failures.is_empty());
         self.delete(message).await;
