@@ -53,12 +53,12 @@ check("the API's definition is inlined", "Fn::Transform" in api["Body"], False)
 check("operations", sum(len(methods) for methods in api["Body"]["paths"].values()) > 100, True)
 check("binary media types", api.get("BinaryMediaTypes", api["Body"].get("x-amazon-apigateway-binary-media-types")), None)
 sources = of_type("AWS::Lambda::EventSourceMapping").values()
-check("the batch sizes", [source["BatchSize"] for source in sources], [1, 1])
-check("bounded sources", [bool(source.get("ScalingConfig", {}).get("MaximumConcurrency")) for source in sources], [True, True])
-check("the functions", len(of_type("AWS::Lambda::Function")), 12)
+check("the batch sizes", {source["BatchSize"] for source in sources}, {1})
+check("bounded sources", [bool(source.get("ScalingConfig", {}).get("MaximumConcurrency")) for source in sources], [True] * 4)
+check("the functions", len(of_type("AWS::Lambda::Function")), 13)
 # One per function, and one for API Gateway's logs.
 roles = of_type("AWS::IAM::Role")
-check("the roles", len(roles), 12 + 1)
+check("the roles", len(roles), 13 + 1)
 for name, role in roles.items():
     for policy in role.get("Policies", []):
         for statement in policy["PolicyDocument"]["Statement"]:

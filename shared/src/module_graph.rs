@@ -141,8 +141,8 @@ fn graph() -> Graph {
             for name in mentioned(line, path.len()) {
                 let Some(used) = names.get(&name).filter(|used| *used != top) else { continue };
                 let place = format!("{}:{}: {}", file.display(), index + 1, line.trim());
-                let uses = graph.entry(top.to_owned()).or_default();
-                uses.entry(used.clone()).or_default().push(place);
+                let edges = graph.entry(top.to_owned()).or_default();
+                edges.entry(used.clone()).or_default().push(place);
             }
         }
     }

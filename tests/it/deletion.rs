@@ -26,7 +26,7 @@ async fn conversation(harness: &WorkerHarness, body: serde_json::Value) -> Start
             .to_string(),
     };
     let events = vec![event("small", 10), event("large", 400_000)];
-    harness.context.deletion.events.append(&harness.user, ready.conversation_id, events).await.expect("stored");
+    harness.other_worker.deletion.events.append(&harness.user, ready.conversation_id, events).await.expect("stored");
     ready
 }
 

@@ -1046,7 +1046,7 @@ async fn a_message_that_was_lost_is_enqueued_again_once_a_minute() {
         rig.age_queued(id, seconds).await;
         let answers = join_all((0..4).map(|_| rig.get(id))).await;
         assert!(answers.iter().all(|answer| answer.status() == 503));
-        let expected = if seconds == 50 { 0 } else { 1 };
+        let expected = usize::from(seconds != 50);
         assert_eq!(rig.jobs().await, vec![job.clone(); expected], "{seconds} s after it was enqueued");
     }
     // A process that crashed: at once.

@@ -289,7 +289,7 @@ impl Served {
         let folder = TempDir::new().expect("a folder");
         let api = Api::at(folder.path(), SandboxConfig::None).await;
         let (aws, names) = (&api.aws, &api.names);
-        let store = Stores::without_key(&names, &aws).events();
+        let store = Stores::without_key(names, aws).events();
         let (user, conversation) = (UserId::new("user-one"), Uuid::new_v4());
         store.append(&user, conversation, events).await.expect("stored");
         Self { api, store, user, conversation, _folder: folder }

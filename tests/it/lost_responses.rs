@@ -104,7 +104,7 @@ impl Rig {
         result
     }
 
-    fn request(&self) -> StartRequest {
+    fn request() -> StartRequest {
         StartRequest::from_body(Some("application/json"), b"{}").expect("a request")
     }
 
@@ -116,7 +116,7 @@ impl Rig {
         Item::from([("user".into(), text(self.user.as_str())), ("kind".into(), text(kind))])
     }
 
-    fn record(&self, id: Uuid) -> ConversationRecord {
+    fn record(id: Uuid) -> ConversationRecord {
         serde_json::from_value(json!({
             "user": "user", "id": id.simple().to_string(), "sandbox_id": "s",
             "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z",
@@ -140,7 +140,7 @@ fn snapshot(status: StartStatus) -> Snapshot {
 async fn a_start_is_created_once_and_counted_once() {
     let rig = Rig::start().await;
     let deadline = Time::now().plus(LEASE);
-    let request = rig.request();
+    let request = Rig::request();
     // First one lost response, which the SDK retries, then so many that the SDK gives up: the start is looked up.
     for (number, lost) in [(1, 1), (2, SDK_ATTEMPTS)] {
         let create = async || rig.tasks.create(&rig.user, &request, deadline).await;
@@ -168,7 +168,7 @@ async fn a_start_is_created_once_and_counted_once() {
 async fn a_start_is_claimed_changed_and_released_once() {
     let rig = Rig::start().await;
     let (user, tasks) = (&rig.user, &rig.tasks);
-    let id = tasks.create(user, &rig.request(), Time::now().plus(LEASE)).await.expect("created").id;
+    let id = tasks.create(user, &Rig::request(), Time::now().plus(LEASE)).await.expect("created").id;
     let claimed = rig.lossy("claim", async || tasks.claim(user, id, "w1", LEASE).await).await.expect("the store");
     let Claim::Claimed(task) = claimed else { panic!("{claimed:?}") };
     assert_eq!(task.record.open_claims, 1, "a repeated claim is no death of a worker");
@@ -189,7 +189,7 @@ async fn a_start_is_claimed_changed_and_released_once() {
     tasks.save(user, id, "w1", &change).await.expect("the store").expect_err("another worker's");
 
     let conversation = Uuid::new_v4();
-    let writes = rig.conversations.put_started(&rig.record(conversation), &[]).expect("writes");
+    let writes = rig.conversations.put_started(&Rig::record(conversation), &[]).expect("writes");
     let change = Change::default().note("another");
     let save = async || tasks.save_with(user, id, "w2", &change, writes.clone()).await;
     rig.lossy("save_with", save).await.expect("the store").expect("saved");
@@ -210,7 +210,7 @@ async fn a_start_is_claimed_changed_and_released_once() {
 #[tokio::test]
 async fn a_lease_on_a_row_of_an_earlier_version_is_respected_and_expires() {
     let rig = Rig::start().await;
-    let id = rig.tasks.create(&rig.user, &rig.request(), Time::now().plus(LEASE)).await.expect("created").id;
+    let id = rig.tasks.create(&rig.user, &Rig::request(), Time::now().plus(LEASE)).await.expect("created").id;
     let table = Table::new(rig.dynamodb.clone(), rig.names.start_tasks.clone());
     let key = Item::from([("user".into(), text(rig.user.as_str())), ("id".into(), text(id.simple().to_string()))]);
     let held = async |until: Time| {
@@ -288,7 +288,7 @@ async fn a_message_that_was_not_added_is_reported() {
 async fn conversations_are_recorded_changed_and_deleted_once() {
     let rig = Rig::start().await;
     let (user, store, id) = (&rig.user, &rig.conversations, Uuid::new_v4());
-    let record = rig.record(id);
+    let record = Rig::record(id);
     let count = async || store.count(user, &ConversationFilter::default()).await.expect("a count");
     let put = async || store.put_stub(&record, "2025-01-01T00:00:00").await;
     assert!(rig.lossy("put_stub", put).await.expect("the store"));

@@ -49,6 +49,7 @@ impl Table {
     }
 
     /// The beginning of a query.
+    #[must_use]
     pub fn query(&self) -> QueryFluentBuilder {
         self.client.query().table_name(&self.name)
     }

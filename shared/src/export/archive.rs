@@ -205,8 +205,9 @@ mod tests {
     /// The thread of a runtime panics when it blocks.
     #[tokio::test]
     async fn an_archive_that_is_dropped_sends_nothing_more_and_never_blocks() {
-        let noise: Vec<u8> =
-            (0..4 * CHUNK as u32).map(|number| (number.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        let noise: Vec<u8> = (0..4 * u32::try_from(CHUNK).expect("a small number"))
+            .map(|number| (number.wrapping_mul(2_654_435_761) >> 24) as u8)
+            .collect();
         let (mut archive, mut chunks) = ArchiveWriter::new(Time::now());
         let writing = tokio::task::spawn_blocking(move || {
             archive.add("small", b"x").expect("added");

@@ -103,7 +103,7 @@ pub fn both<A, B>(first: Result<A>, second: Result<B>) -> Result<(A, B)> {
             violations.extend(others);
             Err(Error::Invalid(violations))
         }
-        (Err(Error::Invalid(_)), Err(error)) | (Err(error), _) | (Ok(_), Err(error)) => Err(error),
+        (Err(Error::Invalid(_)) | Ok(_), Err(error)) | (Err(error), _) => Err(error),
     }
 }
 

@@ -43,14 +43,14 @@ impl<T> PageOut<T> {
 /// The items of a page, serialised as JSON, and their total size.
 #[derive(Debug)]
 pub struct Items<T> {
-    items: Vec<Box<RawValue>>,
+    json: Vec<Box<RawValue>>,
     size: u64,
     kind: PhantomData<T>,
 }
 
 impl<T> Default for Items<T> {
     fn default() -> Self {
-        Self { items: Vec::new(), size: 0, kind: PhantomData }
+        Self { json: Vec::new(), size: 0, kind: PhantomData }
     }
 }
 
@@ -63,24 +63,24 @@ impl<T: Serialize> Items<T> {
     pub fn push(&mut self, item: &T) -> Result<bool> {
         let item = serde_json::value::to_raw_value(item).map_err(Error::internal)?;
         let size = size_of_text(item.get().as_bytes()) + 1;
-        if !self.items.is_empty() && self.size + size > PAGE_SIZE {
+        if !self.json.is_empty() && self.size + size > PAGE_SIZE {
             return Ok(false);
         }
         self.size += size;
-        self.items.push(item);
+        self.json.push(item);
         Ok(true)
     }
 
     /// The number of items.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.items.len()
+        self.json.len()
     }
 
     /// Whether there are no items.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.items.is_empty()
+        self.json.is_empty()
     }
 
     /// The remaining bytes up to [`PAGE_SIZE`].
@@ -92,7 +92,7 @@ impl<T: Serialize> Items<T> {
     /// Makes a page of the items.
     #[must_use]
     pub fn into_page(self, next_page_id: Option<String>) -> PageOut<T> {
-        PageOut::new(self.items, next_page_id)
+        PageOut::new(self.json, next_page_id)
     }
 }
 

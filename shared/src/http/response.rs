@@ -27,7 +27,6 @@ pub struct SuccessOut {
 
 impl SuccessOut {
     /// `{"success": true}`
-    #[must_use]
     pub fn json() -> Json<Self> {
         Json(Self { success: true })
     }
@@ -43,7 +42,6 @@ pub struct MessageOut {
 
 impl MessageOut {
     /// `{"message": …}`
-    #[must_use]
     pub fn json(message: &'static str) -> Json<Self> {
         Json(Self { message })
     }

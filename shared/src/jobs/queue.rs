@@ -191,8 +191,8 @@ mod tests {
             (of("process_events"), ProcessEvents { user: user(), conversation }.into()),
             (of("deliver_messages"), DeliverMessages { user: user(), conversation }.into()),
             (of("delete_conversation"), DeleteConversation { user: user(), conversation }.into()),
-            (of("refresh_conversation").replace("}", r#","attempt":2}"#), refresh.clone().into()),
-            (of("look_at_conversation").replace("}", r#","look":2}"#), refresh.into()),
+            (of("refresh_conversation").replace('}', r#","attempt":2}"#), refresh.clone().into()),
+            (of("look_at_conversation").replace('}', r#","look":2}"#), refresh.into()),
         ];
         for (body, job) in cases {
             assert_eq!(Job::from_body(&body).expect("a job"), job, "{body}");

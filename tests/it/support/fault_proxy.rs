@@ -119,10 +119,9 @@ impl FaultProxy {
             let plan = self.0.plan.lock().expect("plan");
             plan.filter(|(call, stop)| match stop {
                 Stop::Hold(_) => *call <= calls.len(),
-                Stop::Hang(_) => *call == calls.len(),
+                Stop::Hang(_) | Stop::Respond(_) => *call == calls.len(),
                 Stop::Refuse => *call == calls.len() && request.header("x-amz-target").is_some(),
                 Stop::LoseResponses(count) => (*call..*call + *count).contains(&calls.len()),
-                Stop::Respond(_) => *call == calls.len(),
                 Stop::RefuseObject => *call == calls.len() && request.header("x-amz-content-sha256").is_some(),
             })
             .map(|(_, stop)| stop)

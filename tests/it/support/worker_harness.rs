@@ -220,9 +220,8 @@ impl WorkerHarness {
             .attributes(
                 QueueAttributeName::RedrivePolicy,
                 format!(
-                    r#"{{"deadLetterTargetArn":"arn:aws:sqs:us-east-1:{}:{PREFIX}{}{DEAD_LETTER_SUFFIX}","maxReceiveCount":100}}"#,
-                    engines.account,
-                    schema::JOB_QUEUE.name
+                    r#"{{"deadLetterTargetArn":"arn:aws:sqs:us-east-1:{}:{PREFIX}jobs{DEAD_LETTER_SUFFIX}","maxReceiveCount":100}}"#,
+                    engines.account
                 ),
             )
             .send()
@@ -353,7 +352,7 @@ impl WorkerHarness {
 
     /// Passes a message to a worker as one of the dead-letter queue.
     pub async fn bury(&self, message: &Message) {
-        let event = Self::event_of(&format!("{}{DEAD_LETTER_SUFFIX}", schema::JOB_QUEUE.name), message);
+        let event = Self::event_of(&format!("jobs{DEAD_LETTER_SUFFIX}"), message);
         let response = worker::handle(&self.context, event).await.expect("handled");
         assert!(response.batch_item_failures.is_empty());
         self.delete(message).await;

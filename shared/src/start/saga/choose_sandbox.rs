@@ -5,7 +5,6 @@ use futures::future::{join_all, try_join_all};
 use super::{StartRun, Step, StepError};
 use crate::sandbox::{Sandbox, SandboxStatus};
 use crate::start::conversation_body::model;
-use crate::start::store::Change;
 use crate::start::task::StartStatus;
 use crate::user::settings::SandboxGroupingStrategy;
 
@@ -16,7 +15,7 @@ impl StartRun<'_> {
         let settings = self.settings().await?;
         model(&self.task.request, &settings).map_err(|missing| StepError::Refused(missing.to_string()))?;
         self.task.record.now.sandbox_id = Some(id);
-        Ok(Step::Next(StartStatus::WaitingForSandbox, Change::default()))
+        Ok(Step::Next(StartStatus::WaitingForSandbox, Box::default()))
     }
 
     async fn sandbox_to_use(&mut self) -> Result<String, StepError> {

@@ -83,10 +83,10 @@ pub enum Attempt {
     Unknown,
 }
 
-/// What a step came to.
+/// The outcome of a step.
 enum Step {
-    /// It is done: go to the next status with these changes.
-    Next(StartStatus, Change),
+    /// It is done: enter the next status with these changes.
+    Next(StartStatus, Box<Change>),
     /// It has to wait for something.
     Wait,
     /// The start is done, and recorded.
@@ -226,7 +226,7 @@ impl StartRun<'_> {
                 Ok(Step::Ready) => return Ok(Attempt::Finished),
                 Ok(Step::Next(status, change)) => {
                     (waiting_since, looks) = (None, 0);
-                    match self.enter(status, change).await? {
+                    match self.enter(status, *change).await? {
                         Ok(()) => continue,
                         Err(LeaseLost) => return Ok(Attempt::Busy),
                     }

@@ -80,7 +80,7 @@ impl StartRun<'_> {
             self.task.record.notes.push(note.clone());
             change = change.note(note);
         }
-        Ok(Step::Next(StartStatus::RunningSetupScript, change))
+        Ok(Step::Next(StartStatus::RunningSetupScript, Box::new(change)))
     }
 }
 

@@ -38,7 +38,7 @@ impl StartRun<'_> {
         }
         let Some(change) = self.end_mcp_probe(&agent_server).await? else { return Ok(Step::Wait) };
         self.task.record.now.agent_server_url = Some(url);
-        Ok(Step::Next(StartStatus::StartingConversation, change))
+        Ok(Step::Next(StartStatus::StartingConversation, Box::new(change)))
     }
 
     pub(super) async fn start_conversation(&mut self) -> Result<Step, StepError> {

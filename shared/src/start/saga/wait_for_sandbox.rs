@@ -2,7 +2,6 @@
 
 use super::{StartRun, Step, StepError, with_detail};
 use crate::sandbox::SandboxStatus;
-use crate::start::store::Change;
 use crate::start::task::StartStatus;
 
 impl StartRun<'_> {
@@ -30,7 +29,7 @@ impl StartRun<'_> {
                     return Ok(Step::Wait);
                 }
                 self.saga.sandboxes.mark_used(&user, &id).await?;
-                Ok(Step::Next(StartStatus::PreparingRepository, Change::default()))
+                Ok(Step::Next(StartStatus::PreparingRepository, Box::default()))
             }
         }
     }

@@ -57,8 +57,8 @@ pub(super) fn receive(
         let Some(&seq) = queue.visible.first() else {
             break;
         };
-        let receives = queue.messages.get(&seq).map_or(0, |message| message.receives);
-        if redrive.as_ref().is_some_and(|redrive| receives >= redrive.max_receives) {
+        let deliveries = queue.messages.get(&seq).map_or(0, |message| message.receives);
+        if redrive.as_ref().is_some_and(|redrive| deliveries >= redrive.max_receives) {
             dead.extend(queue.remove(seq));
         } else if let Some(message) = queue.receive(seq, visibility, input) {
             received.push(message);
