@@ -391,7 +391,7 @@ async fn worker_reports_only_the_failed_messages_of_a_batch() {
     assert_eq!(worker.invoke(event("schedule")).await, json!({"batchItemFailures": []}));
     let mut dead = event("queue");
     for record in dead["Records"].as_array_mut().expect("records") {
-        record["eventSourceARN"] = json!("arn:aws:sqs:eu-central-1:123456789012:oh-starts-dead-letters");
+        record["eventSourceARN"] = json!("arn:aws:sqs:eu-central-1:123456789012:oh-jobs-dead-letters");
     }
     assert_eq!(worker.invoke(dead).await, json!({"batchItemFailures": []}), "dead letters are not redelivered forever");
 }

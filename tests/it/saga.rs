@@ -216,7 +216,7 @@ async fn a_dead_letter_ends_its_start_with_an_error() {
     harness.bury(&dead).await;
     let ended = harness.task(task.id).await;
     assert_eq!(ended.now.status, StartStatus::Error);
-    assert!(ended.now.detail.expect("a detail").contains("given up"));
+    assert!(ended.now.detail.expect("a detail").contains("could not be started after several attempts"));
     harness.finish().await;
 }
 

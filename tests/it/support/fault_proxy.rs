@@ -30,10 +30,10 @@ pub enum Stop {
     Refuse,
     /// The same for calls to S3.
     RefuseObject,
-    /// It takes effect, and its response is lost: the client gets a 500, which SDKs retry. So do the calls that follow, as many as
-    /// this in all.
+    /// It takes effect, but its response is lost: the client gets a 500, which SDKs retry. This many consecutive calls in
+    /// total lose their response.
     LoseResponses(usize),
-    /// It gets this response of DynamoDB with status 400, without an effect.
+    /// It has no effect, and the response is this DynamoDB error with status 400.
     Respond(&'static str),
 }
 
