@@ -1,21 +1,21 @@
-//! The short form of a start request, for answers in which the whole request has no room.
+//! The abridged start request: a short form for responses that the whole request would make too large.
 //!
-//! A request may hold images of several megabytes, and a list shows a hundred of them. The short form has the request's fields,
-//! and at most [`MAX_LENGTH`] bytes: long texts are cut, a long message is reduced to the beginning of its first text, and
-//! other long values are left out.
+//! A request may hold images of several megabytes, and a list shows a hundred of them. The abridged form has the request's fields and at
+//! most [`MAX_LENGTH`] bytes: long texts are cut, a long message is reduced to the beginning of its first text, and other long values are
+//! left out.
 
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-/// The most bytes of a request in the short form, as JSON.
+/// The largest size in bytes of an abridged request, as JSON.
 pub const MAX_LENGTH: usize = 6 * 1024;
-/// A field whose JSON is not longer than this is shown as it is.
+/// A field is shown unchanged if its JSON has at most this many bytes.
 const KEPT: usize = 448;
-/// The JSON of a text that is cut is not longer than this, without the note at its end.
+/// The largest size in bytes of a cut text's JSON, without the note at its end.
 const TEXT: usize = 300;
 
-/// The short form of a request in the form in which start tasks show it. A request that is short stays as it is.
+/// Abridges a request, which is in the form that start tasks show. A short request stays unchanged.
 #[must_use]
 pub fn abridged(request: &str) -> String {
     if request.len() <= KEPT {
@@ -34,7 +34,7 @@ pub fn abridged(request: &str) -> String {
             match name.as_str() {
                 "initial_message" => message(text),
                 "pr_number" => json!([]),
-                // Shown only if there were some.
+                // The field is optional in responses, so it is left out.
                 "secrets" => continue,
                 _ if text.starts_with('"') => Value::String(cut(text)),
                 _ => Value::Null,
@@ -45,7 +45,7 @@ pub fn abridged(request: &str) -> String {
     Value::Object(short).to_string()
 }
 
-/// The role of a message, and the beginning of its first text.
+/// Reduces a message to its role and the beginning of its first text.
 fn message(message: &str) -> Value {
     #[derive(Deserialize)]
     struct Message<'m> {
@@ -71,7 +71,7 @@ fn message(message: &str) -> Value {
     json!({"role": role, "content": parts, "run": run})
 }
 
-/// The beginning of a text, of which `json` is the JSON, and how long it is.
+/// Cuts a text to its beginning and appends its size in bytes. `json` is the text's JSON.
 fn cut(json: &str) -> String {
     let Ok(text) = serde_json::from_str::<String>(json) else { return String::new() };
     if json.len() <= KEPT {
@@ -81,7 +81,7 @@ fn cut(json: &str) -> String {
     let end = text
         .char_indices()
         .find(|(_, character)| {
-            // As long as the longest escape.
+            // The size of the longest JSON escape of this character.
             length += if character.is_control() { 6 } else { character.len_utf8() + 1 };
             length > TEXT
         })
@@ -89,7 +89,7 @@ fn cut(json: &str) -> String {
     format!("{}… [{} bytes]", &text[..end], text.len())
 }
 
-/// The fields of an object, in their order, unread.
+/// The fields of an object in their order, with unparsed values.
 struct Fields<'f>(Vec<(String, &'f RawValue)>);
 
 impl<'de> Deserialize<'de> for Fields<'de> {
@@ -119,7 +119,7 @@ mod tests {
     use super::*;
     use crate::start::request::StartRequest;
 
-    /// As a start task shows it.
+    /// The request in the form that a start task shows.
     fn shown(body: &Value) -> String {
         let request =
             StartRequest::from_body(Some("application/json"), body.to_string().as_bytes()).expect("a request");
@@ -147,7 +147,7 @@ mod tests {
                 value.as_object().expect("an object").keys().filter(|name| *name != "secrets").cloned().collect()
             };
             assert_eq!(fields(&short), fields(&whole));
-            // It still is a request.
+            // The abridged form is still a valid request.
             serde_json::from_str::<StartRequest>(&short).expect("a request");
         }
     }

@@ -1,7 +1,8 @@
-//! The body of `POST /api/conversations`: what the reference sends for the same settings and the same request.
+//! Builds the body of the agent server's `POST /api/conversations`: the same body that the reference sends for the same settings and the
+//! same request.
 //!
-//! The agent server fills in defaults, yet the body is written out in full, as the reference does: what a conversation
-//! runs with is then decided here and does not change with the agent server's version.
+//! The agent server has defaults for most fields, but the body contains every field, as in the reference. The control plane then determines
+//! the conversation's configuration, and the agent server's version does not change it.
 
 use std::collections::BTreeMap;
 
@@ -20,7 +21,7 @@ use crate::user::git::ProviderType;
 use crate::user::settings::Settings;
 use crate::user::token::TokenKey;
 
-/// Sent as the version of this control plane in trace metadata.
+/// The version of this control plane in trace metadata.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Default of `condenser_max_size`.
@@ -28,27 +29,23 @@ const CONDENSER_MAX_SIZE: u32 = 240;
 
 const MAX_ITERATIONS: u32 = 500;
 
-/// The MCP server of the search service, which a search key adds.
+/// The name of the search service's MCP server. A search key adds it.
 const SEARCH_SERVER: &str = "tavily";
 
-/// Added for the agent to the description of a secret that is too long together with others.
+/// A text for the agent that is appended to the description of a secret that is too long together with others.
 const NAME_ALONE: &str =
     "long: name it once in a command of its own, where it is the only long one; it then stays set in the terminal";
 
-/// What a body is made of.
+/// The inputs of [`conversation_body`].
 #[derive(Debug)]
 pub struct ConversationInputs<'a> {
-    /// Whose conversation it is.
+    /// The owner of the conversation.
     pub user: &'a UserId,
-    /// The sandbox that it runs in.
     pub sandbox_id: &'a str,
-    /// Its id.
     pub conversation_id: Uuid,
-    /// What was asked for.
     pub request: &'a StartRequest,
-    /// The user's settings.
     pub settings: &'a Settings,
-    /// The folder that the agent works in.
+    /// The working directory of the agent.
     pub project_dir: &'a str,
     /// The skills that apply, disabled ones included.
     pub skills: &'a [SkillInfo],
@@ -56,27 +53,26 @@ pub struct ConversationInputs<'a> {
     pub hooks: Option<Value>,
     /// Whether the sandbox has a browser.
     pub browser: bool,
-    /// Whether the agent's model streams its answers to clients that watch, see
-    /// [`crate::agent_server::version::AgentServerVersion::streams_to_clients_only`]. Condensers never do: nobody watches them.
+    /// Whether the agent's model streams its output to connected clients, see
+    /// [`crate::agent_server::version::AgentServerVersion::streams_to_clients_only`]. Condensers never stream: no client reads their
+    /// output.
     pub streaming: bool,
-    /// Names of the MCP servers that the agent does not get, although they are switched on.
+    /// Names of enabled MCP servers that are left out.
     pub mcp_servers_left_out: &'a [String],
-    /// Configuration.
     pub config: &'a StartConfig,
-    /// Signs the tokens with which agents look secrets up.
+    /// Signs the tokens with which agents fetch secrets.
     pub token_key: &'a TokenKey,
-    /// The current instant.
     pub now: Time,
 }
 
-/// A body, and what is to be remembered of it.
+/// A request body with the values that the saga uses later.
 #[derive(Debug)]
 pub struct ConversationBody {
-    /// The body; it holds secrets in clear text.
+    /// The body, with secrets in clear text.
     pub json: Value,
-    /// The model as the agent uses it.
+    /// The model name that the agent uses.
     pub llm_model: String,
-    /// Which secrets the agent does not get, and why, and which it cannot use in one command.
+    /// The secrets that the agent does not get, with reasons, and the secrets that it cannot use in one command.
     pub secrets_in_terminal: InTerminal,
 }
 
@@ -85,10 +81,10 @@ pub struct ConversationBody {
 #[error("No model: set LLM_MODEL (or llm_model in the settings), or name one in the request's llm_model")]
 pub struct MissingModel;
 
-/// Builds the body.
+/// Builds the request body.
 ///
 /// # Errors
-/// [`MissingModel`] inside; [`crate::Error::Internal`] when a token cannot be signed.
+/// The inner error is [`MissingModel`]; [`crate::Error::Internal`] if a token cannot be signed.
 pub fn conversation_body(
     inputs: &ConversationInputs<'_>,
 ) -> Result<std::result::Result<ConversationBody, MissingModel>> {
@@ -164,10 +160,10 @@ pub fn conversation_body(
     Ok(Ok(ConversationBody { json, llm_model, secrets_in_terminal }))
 }
 
-/// The model that was asked for, or else the user's.
+/// The request's model, or else the user's model.
 ///
 /// # Errors
-/// [`MissingModel`] when there is neither.
+/// [`MissingModel`] if neither is set.
 pub fn model<'a>(request: &'a StartRequest, settings: &'a Settings) -> std::result::Result<&'a str, MissingModel> {
     given(request.llm_model.as_deref()).or_else(|| given(settings.llm_model.as_deref())).ok_or(MissingModel)
 }
@@ -265,8 +261,9 @@ fn llm(inputs: &ConversationInputs<'_>, model: &str, usage_id: &str) -> Value {
     })
 }
 
-/// Custom secrets, then provider tokens under `<PROVIDER>_TOKEN`, then the request's own; later ones win. Those that were kept
-/// before names and values were checked, and cannot be variables, are left out: they would take others away with them.
+/// Custom secrets, then provider tokens under `<PROVIDER>_TOKEN`, then the request's secrets; later ones override earlier ones. Secrets
+/// that were stored before their names and values were validated, and cannot be environment variables, are left out: they would make the
+/// agent lose other secrets as well.
 fn secrets(inputs: &ConversationInputs<'_>) -> Result<(Map<String, Value>, InTerminal)> {
     let ConversationInputs { request, settings, config, .. } = inputs;
     let fixed = |value: &SecretString, description: Option<&str>| json!({"description": description, "value": value.expose_secret(), "kind": "StaticSecret"});
@@ -280,7 +277,7 @@ fn secrets(inputs: &ConversationInputs<'_>) -> Result<(Map<String, Value>, InTer
         let provider_name = provider.as_str().to_uppercase();
         let description = format!("{provider_name} authentication token");
         let source = match &config.web_url {
-            // Looked up when it is used, so that a renewed token reaches running agents.
+            // The agent fetches the token at each use, so that a renewed token reaches running agents.
             Some(web_url) => {
                 let (sandbox, lifetime) = (inputs.sandbox_id, config.access_token_lifetime);
                 let token = inputs.token_key.sign(inputs.user, *provider, sandbox, lifetime)?;
@@ -312,15 +309,15 @@ fn secrets(inputs: &ConversationInputs<'_>) -> Result<(Map<String, Value>, InTer
     Ok((sources, found))
 }
 
-/// The MCP servers that the agent gets.
+/// The MCP servers of the agent.
 fn mcp_config(inputs: &ConversationInputs<'_>) -> Map<String, Value> {
     let mut servers = mcp_servers(inputs.settings, inputs.config);
     servers.retain(|name, _| !inputs.mcp_servers_left_out.contains(name));
     servers
 }
 
-/// The user's MCP servers and that of the search service, by name, secrets included. A server of the user replaces the search
-/// service's by its name, even if it is switched off.
+/// The user's MCP servers and the search service's, by name, with secrets. A user's server with the search service's name replaces it, even
+/// if the user's server is disabled.
 #[must_use]
 pub fn mcp_servers(settings: &Settings, config: &StartConfig) -> Map<String, Value> {
     let mut servers = Map::new();
@@ -343,7 +340,7 @@ fn confirmation_policy(settings: &Settings) -> Value {
     json!({"kind": "AlwaysConfirm"})
 }
 
-/// Whether the user wants the model itself to judge risks.
+/// Whether the user's settings select the model as security analyzer.
 #[must_use]
 pub fn uses_llm_analyzer(settings: &Settings) -> bool {
     settings.security_analyzer.as_deref().is_some_and(|analyzer| analyzer.eq_ignore_ascii_case("llm"))
@@ -394,7 +391,7 @@ fn plugins(request: &StartRequest) -> Value {
         .collect()
 }
 
-/// The first message, with the plugins' parameters behind it; only they if there is none.
+/// The first message followed by the plugins' parameters, or the parameters alone if there is no message.
 fn initial_message(request: &StartRequest) -> Value {
     let Some(parameters) = plugin_parameters(request) else { return json!(request.initial_message) };
     let Some(message) = &request.initial_message else {
@@ -439,7 +436,7 @@ fn plugin_parameters(request: &StartRequest) -> Option<String> {
     Some(format!("\n\nPlugin Configuration Parameters:\n{}", lines.join("\n")))
 }
 
-/// A value as Python's `str` shows it, which is how agents were told parameters so far.
+/// A value in the form of Python's `str`, which agents have received so far.
 fn python_text(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
@@ -477,11 +474,11 @@ fn system_message_suffix(request: &StartRequest) -> Option<String> {
     })
 }
 
-/// The folder of the project in which the plan is kept.
+/// The folder of the project in which the plan is stored.
 #[must_use]
 pub fn plan_folder(provider: Option<ProviderType>) -> &'static str {
     match provider {
-        // These hide folders whose name starts with a dot from some of their views.
+        // Some views of these providers hide folders with a leading dot.
         Some(ProviderType::Gitlab | ProviderType::AzureDevops) => "agents-tmp-config",
         _ => ".agents_tmp",
     }
@@ -693,7 +690,7 @@ mod tests {
         assert_eq!(looked_up["url"], "https://app.example/api/v1/webhooks/secrets");
         assert_eq!(looked_up["headers"]["X-Access-Token"].as_str().expect("a token").split('.').count(), 3);
         assert!(!looked_up.to_string().contains("ghp"));
-        // Whoever starts a conversation with another token means that one.
+        // A secret of the request overrides a stored token of the same name.
         case.request["secrets"] = json!({"GITHUB_TOKEN": "of the start", "github_token": "another variable"});
         let of_start = case.body()["secrets"].clone();
         assert_eq!(
@@ -730,7 +727,7 @@ mod tests {
             for web_url in [None, Some("https://app.example".to_owned())] {
                 let mut settings = settings();
                 settings["provider_tokens"] = json!({"github": {"token": stored}, "gitlab": {"token": "glp"}});
-                // It is the token that was meant, and not what else has its name.
+                // The provider token overrides a custom secret of the same name, even if the token is invalid.
                 settings["custom_secrets"] = json!({"GITHUB_TOKEN": {"secret": "old"}});
                 let mut case = Case::new(json!({}), settings);
                 case.config.web_url = web_url;
@@ -741,7 +738,7 @@ mod tests {
                 assert_eq!(names, ["GITHUB_TOKEN"][usize::from(!is_left_out)..], "{stored:.20?}");
             }
         }
-        // A faulty secret that another replaces is not missed.
+        // An invalid secret that another one overrides is not reported.
         let mut settings = settings();
         settings["custom_secrets"] = json!({"GITHUB_TOKEN": {"secret": "a\0"}});
         settings["provider_tokens"] = json!({"github": {"token": "ghp"}});
@@ -769,7 +766,7 @@ mod tests {
         let mut case = Case::new(json!({}), settings);
         let servers = |case: &Case| case.body()["agent"]["mcp_config"].clone();
         assert_eq!(servers(&case), json!({"mine": {"url": "https://m.example/mcp"}}));
-        // Nothing of ours serves MCP, so a public address adds no server.
+        // The control plane serves no MCP, so a public address adds no server.
         case.config.web_url = Some("https://app.example".into());
         assert_eq!(servers(&case), json!({"mine": {"url": "https://m.example/mcp"}}));
         case.config.tavily_api_key = Some("of-the-server".into());

@@ -1,4 +1,5 @@
-//! The beginning of a start: what it selects is checked, what is inherited is filled in, the task is stored, and a job is enqueued.
+//! Creates start tasks: checks the request's repository and branch, inherits missing fields from the parent conversation, stores the task
+//! and enqueues its job.
 
 use std::time::Duration;
 
@@ -17,43 +18,42 @@ use crate::jobs::queue::JobQueue;
 use crate::user::git::{self, Repository, Selection};
 use crate::user::settings::{ProviderTokens, SettingsStore};
 
-/// Begins starts.
+/// Creates start tasks.
 #[derive(Clone, Debug)]
 pub struct StartService {
-    /// Where parents are looked up.
+    /// For lookups of parent conversations.
     pub conversations: ConversationStore,
-    /// Where the task is stored.
     pub tasks: StartTaskStore,
-    /// Where the bell is rung.
+    /// Receives the job that advances the start.
     pub queue: JobQueue,
-    /// Where users' git providers are looked up.
+    /// For lookups of users' git providers.
     pub settings: SettingsStore,
     /// Whether git hosts may be reached without encryption.
     pub allow_insecure_git_access: bool,
-    /// How long the first step may take.
+    /// Time limit of the first step.
     pub step_timeout: Duration,
 }
 
 impl StartService {
-    /// Stores the task and rings for a worker. Once this returns the start cannot be lost any more.
+    /// Stores the task and enqueues its job. After this function returns, the start is durable: no crash loses it.
     ///
     /// # Errors
-    /// [`Error::NotFound`] for an unknown parent, [`Error::Refused`] for a suggested task that cannot be, [`Error::Invalid`] for
-    /// a repository or branch that cannot be, all before anything is stored; [`Error::Store`].
+    /// [`Error::NotFound`] for an unknown parent, [`Error::Refused`] for an unsupported suggested task, [`Error::Invalid`] for an invalid
+    /// repository or branch, all before anything is stored; [`Error::Store`].
     pub async fn create(&self, user: &UserId, request: StartRequest) -> Result<StartTaskRecord> {
         let request = self.with_selection(user, with_suggested_task(request)?).await?;
         let record = self.tasks.create(user, &request, Time::now().plus(self.step_timeout)).await?;
         let job = AdvanceStart { user: user.clone(), task: record.id }.into();
         if let Err(error) = self.queue.send(&job, Duration::ZERO).await {
-            // The row is the truth: the sweep finds it.
+            // The stored row is authoritative: the sweep finds it and enqueues the job again.
             tracing::warn!(task = %record.id, error = %error.context(), "start.enqueue_failed");
         }
         tracing::info!(task = %record.id, conversation = %record.conversation_id, "start.created");
         Ok(record)
     }
 
-    /// Checks repository and branch, and fills in from the parent what the request leaves open. The repository stays as it was
-    /// sent: answers show it so. [`StartRequest::use_normal_selection`] gives workers its other form.
+    /// Checks repository and branch, and fills missing fields from the parent. The repository keeps the form that the client sent, because
+    /// responses show that form. Workers get the normalised form from [`StartRequest::use_normal_selection`].
     async fn with_selection(&self, user: &UserId, mut request: StartRequest) -> Result<StartRequest> {
         let is_blank = |text: &Option<String>| text.as_deref().is_none_or(|text| text.trim().is_empty());
         let tokens = match is_blank(&request.selected_repository) {
@@ -69,9 +69,9 @@ impl StartService {
         let mut check = Checker::new("body");
         let selection = Selection::read(&mut check, place, given, &tokens);
         let selection = check.finish(selection).map_err(Error::Invalid)?;
-        // A suggested task has a provider in any case.
+        // A suggested task always has a provider.
         let given_provider = request.git_provider.filter(|_| request.suggested_task.is_none());
-        // `HEAD`: the default branch, and not the parent's.
+        // `HEAD` selects the repository's default branch, not the parent's branch.
         let is_default = selection.branch.is_none() && !is_blank(&request.selected_branch);
         (request.selected_branch, request.git_provider) = (selection.branch, selection.provider);
         if is_blank(&repository) {
@@ -111,7 +111,7 @@ impl StartService {
         fill(&mut request.sandbox_id, Some(parent.sandbox_id));
         fill(&mut request.llm_model, parent.llm_model);
         let own = request.selected_repository.clone().filter(|text| !text.trim().is_empty());
-        // Another repository need not have the parent's branch.
+        // Another repository may not have the parent's branch.
         let of_parent = |text: &str| {
             let read = |text, provider| Repository::read(text, provider, tokens).ok();
             let provider = request.git_provider.or(parent.git_provider);
@@ -120,7 +120,7 @@ impl StartService {
             let is_same = other.provider.is_none_or(|provider| own.provider == Some(provider));
             Some(is_same && own.name.eq_ignore_ascii_case(&other.name))
         };
-        // A record may have a branch that was left when its repository was cleared.
+        // A record may keep the branch of a repository that was cleared.
         let has_branch = parent.selected_repository.is_some()
             && !is_default_branch
             && own.as_deref().is_none_or(|text| of_parent(text) == Some(true));
@@ -129,7 +129,7 @@ impl StartService {
             request.selected_repository = parent.selected_repository;
         }
         fill(&mut request.selected_branch, parent_branch);
-        // The parent's provider need not be that of another repository.
+        // Another repository may be hosted by another provider than the parent's.
         let fits = |provider| own.as_deref().is_none_or(|text| Repository::read(text, Some(provider), tokens).is_ok());
         request.git_provider = request.git_provider.or(parent.git_provider.filter(|provider| fits(*provider)));
         Ok(request)

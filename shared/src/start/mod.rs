@@ -1,4 +1,4 @@
-//! Starting conversations: the request, the task that tells how far a start is, and the saga that carries it out.
+//! Starting conversations: the start request, the start task that a client polls, and the saga that carries out the start.
 
 pub mod abridged;
 pub mod conversation_body;

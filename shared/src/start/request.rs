@@ -1,4 +1,4 @@
-//! `AppConversationStartRequest`: what a client sends to start a conversation, and what a start task shows of it.
+//! The start request (`AppConversationStartRequest`): parsing and validation of the client's body, and the form that start tasks show.
 
 use secrecy::{ExposeSecret, SecretString};
 use serde::ser::{SerializeMap, SerializeStruct};
@@ -17,19 +17,19 @@ use crate::user::git::{ProviderType, Repository, normal_branch, without_credenti
 use crate::user::settings::ProviderTokens;
 
 wire_enum! {
-    /// Which agent runs the conversation.
+    /// The agent that runs the conversation.
     #[derive(Default)]
     pub enum AgentType {
-        /// Writes code.
+        /// The agent writes code.
         #[default]
         Default = "default",
-        /// Writes a plan.
+        /// The agent writes a plan.
         Plan = "plan",
     }
 }
 
 wire_enum! {
-    /// Kind of a suggested task.
+    /// The kind of a suggested task.
     pub enum TaskType {
         /// A pull request conflicts with its target.
         MergeConflicts = "MERGE_CONFLICTS",
@@ -47,79 +47,72 @@ wire_enum! {
 }
 
 wire_enum! {
-    /// Author of a message.
+    /// The author of a message.
     pub enum Role {
-        /// A person.
         User = "user",
-        /// The system prompt.
         System = "system",
-        /// The agent.
         Assistant = "assistant",
-        /// A tool's answer.
         Tool = "tool",
     }
 }
 
-/// The request, its fields in the order of the contract.
+/// A request to start a conversation. The fields are in the order of the contract.
 ///
-/// Serialises to the form in which a start task shows it: every field present, null if not given, and `secrets`, masked, only
-/// if given. Deserialises from that form; use [`StartRequest::from_body`] for what a client sent.
+/// It serialises to the form that start tasks show: every field is present, null if not given; `secrets` is present only if given, and
+/// masked. It deserialises from that form. Use [`StartRequest::from_body`] for the body of a client.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct StartRequest {
-    /// Sandbox to use. None or empty: one is chosen.
+    /// The sandbox to use. If it is `None` or empty, the start chooses one.
     pub sandbox_id: Option<String>,
-    /// Id wished for the conversation; on the wire with dashes.
+    /// The requested id of the conversation; with dashes in JSON.
     pub conversation_id: Option<Uuid>,
-    /// First message to the agent. Not together with `suggested_task`.
+    /// First message to the agent. It excludes `suggested_task`.
     pub initial_message: Option<SendMessageRequest>,
-    /// Added to the system prompt.
+    /// Text that is appended to the system prompt.
     pub system_message_suffix: Option<String>,
-    /// What to do on events of the conversation.
+    /// Processors of the conversation's events.
     pub processors: Option<Vec<EventCallbackProcessor>>,
-    /// Model to use instead of the user's.
+    /// The model, instead of the one in the user's settings.
     pub llm_model: Option<String>,
-    /// Repository to clone, `owner/repo`. Not checked at this point.
+    /// Repository to clone, `owner/repo`. [`StartRequest::from_body`] does not check it.
     pub selected_repository: Option<String>,
-    /// Branch to check out. Not checked at this point.
+    /// Branch to check out. [`StartRequest::from_body`] does not check it.
     pub selected_branch: Option<String>,
-    /// Where the repository is hosted.
+    /// The host of the repository.
     pub git_provider: Option<ProviderType>,
-    /// A task to make the first message from.
+    /// A suggested task, from which the first message is built.
     pub suggested_task: Option<SuggestedTask>,
-    /// Title of the conversation.
     pub title: Option<String>,
-    /// What made somebody start it.
+    /// The event or user interface that caused the start.
     pub trigger: Option<Trigger>,
-    /// Pull requests it is about.
+    /// Numbers of related pull requests.
     pub pr_number: Vec<i64>,
-    /// Conversation that this one is a part of; on the wire without dashes.
+    /// The parent conversation; without dashes in JSON.
     #[serde(with = "uuid::serde::simple::option")]
     pub parent_conversation_id: Option<Uuid>,
-    /// Which agent runs it.
     pub agent_type: AgentType,
-    /// Whether everybody may read it.
+    /// Marks the conversation as public: everyone may read it.
     pub public: Option<bool>,
-    /// Plugins to load.
     pub plugins: Option<Vec<PluginSpec>>,
-    /// Secrets for the sandbox. Not in the contract's own version: the key is absent unless a client sent it.
+    /// Secrets for the sandbox. An extension of the contract, so the key is absent unless a client sent it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub secrets: Option<Secrets>,
 }
 
 impl StartRequest {
-    /// Reads the body of a start.
+    /// Parses and validates the body of a start request.
     ///
     /// # Errors
-    /// Every violation, at `["body", …]`; see [`body::json`] for those of the body as a whole.
+    /// All violations, at `["body", …]`; see [`body::json`] for violations of the body as a whole.
     pub fn from_body(content_type: Option<&str>, body: &[u8]) -> Checked<Self> {
         body::read(content_type, body)
     }
 }
 
 impl StartRequest {
-    /// Normalises a start's repository, branch and provider. Invalid ones stay unchanged, because starts and records of earlier versions may
-    /// contain anything.
+    /// Normalises a start's repository, branch and provider. Invalid values stay unchanged, because starts and records of earlier versions
+    /// may contain any value.
     pub(crate) fn use_normal_selection(&mut self, tokens: &ProviderTokens) {
         let given = self.selected_repository.as_deref();
         let Some(Ok(read)) = given.map(|text| Repository::read(text, self.git_provider, tokens)) else { return };
@@ -178,16 +171,16 @@ impl FromJson for StartRequest {
 /// A message to the agent.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SendMessageRequest {
-    /// Its author; `user` unless given.
+    /// Defaults to `user`.
     pub role: Role,
-    /// Its parts; may be empty.
+    /// The parts of the message; may be empty.
     pub content: Vec<Content>,
-    /// Whether the agent should run. Of no effect in a start: the agent then always runs.
+    /// Whether the agent runs after the message. It has no effect in a start, which always runs the agent.
     pub run: bool,
 }
 
 impl SendMessageRequest {
-    /// Reads a message in which every field is optional.
+    /// Parses a message in which every field is optional.
     pub fn read(check: &mut Checker, value: &Value) -> Option<Self> {
         let fields = Fields::of(check, value)?;
         let role = fields.or(check, "role", Role::User, literal);
@@ -197,7 +190,7 @@ impl SendMessageRequest {
     }
 }
 
-/// A part of a message. On the wire `{cache_prompt, type, text}` or `{cache_prompt, type, image_urls}`.
+/// A part of a message. In JSON: `{cache_prompt, type, text}` or `{cache_prompt, type, image_urls}`.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(untagged)]
 pub enum Content {
@@ -207,34 +200,31 @@ pub enum Content {
     Image(ImageContent),
 }
 
-/// Text in a message.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct TextContent {
     /// Whether the model's provider should cache the prompt up to here.
     #[serde(default)]
     pub cache_prompt: bool,
-    /// The text.
     pub text: String,
 }
 
-/// Images in a message.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct ImageContent {
     /// Whether the model's provider should cache the prompt up to here.
     #[serde(default)]
     pub cache_prompt: bool,
-    /// Where the images are, or the images themselves as `data:` URLs.
+    /// URLs of the images, or the images as `data:` URLs.
     pub image_urls: Vec<String>,
 }
 
 impl Content {
-    /// Reads a list of parts.
+    /// Parses a list of parts.
     pub fn read_list(check: &mut Checker, value: &Value) -> Option<Vec<Self>> {
         list(check, value, Self::read)
     }
 
-    /// Reads a part: a text if it is a valid one, else an image. Failing both, reports the violations of both, under
-    /// `TextContent` and `ImageContent`.
+    /// Parses a part as text or, if that fails, as an image. If both fail, it reports the violations of both, under `TextContent` and
+    /// `ImageContent`.
     pub fn read(check: &mut Checker, value: &Value) -> Option<Self> {
         let current = without_legacy_keys(value);
         let value = current.as_ref().unwrap_or(value);
@@ -267,8 +257,8 @@ impl Content {
     }
 }
 
-/// Old clients send `enable_truncation`. The original takes it out before looking at either kind of part, so that the violations
-/// of both show the part without it.
+/// Removes the key `enable_truncation`, which old clients send. The reference removes it before it parses either kind of part, so the
+/// violations of both kinds show the part without it.
 fn without_legacy_keys(value: &Value) -> Option<Value> {
     let mut entries = value.as_object().filter(|entries| entries.contains_key("enable_truncation"))?.clone();
     entries.shift_remove("enable_truncation");
@@ -297,21 +287,19 @@ impl Serialize for Content {
 /// A task that a client suggests to the user.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SuggestedTask {
-    /// Where the repository is hosted.
+    /// The host of the repository.
     pub git_provider: ProviderType,
-    /// Kind of the task.
     pub task_type: TaskType,
     /// `owner/repo`.
     pub repo: String,
     /// Number of the issue or pull request.
     pub issue_number: i64,
-    /// Its title.
     pub title: String,
 }
 
 impl SuggestedTask {
     fn read(check: &mut Checker, value: &Value) -> Option<Self> {
-        // Violations may show the whole task.
+        // Violations may contain the whole task, so the copy has no URL credentials.
         let mut shown = value.clone();
         if let Some(Value::String(repo)) = shown.get_mut("repo") {
             *repo = without_credentials(repo);
@@ -339,14 +327,14 @@ pub struct PluginSpec {
     pub source: String,
     /// Branch, tag or commit.
     pub r#ref: Option<String>,
-    /// Folder in the repository: relative, and not upwards.
+    /// Folder in the repository: a relative path without `..` (path traversal check).
     pub repo_path: Option<String>,
-    /// What the user set for the plugin's inputs.
+    /// The user's values of the plugin's inputs.
     pub parameters: Option<Map<String, Value>>,
 }
 
 impl PluginSpec {
-    /// Name to show: the source from its last slash on.
+    /// Display name: the part of the source after its last slash.
     #[must_use]
     pub fn display_name(&self) -> &str {
         self.source.rsplit_once('/').map_or(&self.source, |(_, name)| name)
@@ -375,25 +363,25 @@ fn read_repo_path(check: &mut Checker, value: &Value) -> Option<String> {
     Some(path)
 }
 
-/// Secrets by name, in the order sent.
+/// Secrets by name, in the order of the request.
 ///
-/// Their values are never serialised, only a mask is. Deserialised secrets therefore have names and no values; whoever needs the
-/// values later has to keep them elsewhere.
+/// Values are never serialised, only a mask is. Deserialised secrets therefore have names without values; a caller that needs the values
+/// later must store them elsewhere.
 #[derive(Clone, Debug, Default)]
 pub struct Secrets(Vec<(String, Option<SecretString>)>);
 
 impl Secrets {
-    /// All names.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(|(name, _)| name.as_str())
     }
 
-    /// The secrets whose values are at hand.
+    /// The secrets that have values.
     pub fn values(&self) -> impl Iterator<Item = (&str, &SecretString)> {
         self.0.iter().filter_map(|(name, value)| Some((name.as_str(), value.as_ref()?)))
     }
 
-    /// Violations: `dict_type`, `string_type`, and for what is too much `too_long` or `string_too_long`. None shows a value.
+    /// Parses the secrets. Violations: `dict_type`, `string_type`, and `too_long` or `string_too_long` at the limits. None contains a
+    /// value.
     fn read(check: &mut Checker, value: &Value) -> Option<Self> {
         let Value::Object(entries) = value else {
             check.report("dict_type", "Input should be a valid dictionary", MASK.into(), None);
@@ -441,7 +429,7 @@ impl Serialize for Secrets {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut out = serializer.serialize_map(Some(self.0.len()))?;
         for (name, value) in &self.0 {
-            // An empty secret is shown as empty, as pydantic shows it.
+            // An empty secret serialises as an empty text, as in pydantic.
             let empty = value.as_ref().is_some_and(|value| value.expose_secret().is_empty());
             out.serialize_entry(name, if empty { "" } else { MASK })?;
         }
@@ -489,7 +477,7 @@ mod tests {
             let body = &case["request"]["body"];
             let bytes = match body {
                 Value::Null => String::new(),
-                // These cases hold the body as it was sent.
+                // These cases hold the raw body.
                 Value::String(raw) if label.starts_with("raw: ") => raw.clone(),
                 body => body.to_string(),
             };
@@ -503,7 +491,7 @@ mod tests {
                 }
                 (200, Ok(mut request)) => {
                     if label == "parent ok" {
-                        // The sandbox is the parent's.
+                        // The sandbox is inherited from the parent.
                         request.sandbox_id = Some("sbx-a".to_owned());
                     }
                     let shown = serde_json::to_string(&request).unwrap();
@@ -511,7 +499,7 @@ mod tests {
                     let again: StartRequest = serde_json::from_str(&shown).unwrap();
                     assert_eq!(serde_json::to_string(&again).unwrap(), shown, "{label}");
                 }
-                // Fails while the task is made, not while the body is read.
+                // This fails during the creation of the task, not during the parsing of the body.
                 (500, Ok(request)) => assert!(request.suggested_task.is_some(), "{label}"),
                 (status, read) => panic!("{label}: {status}, {read:?}"),
             }

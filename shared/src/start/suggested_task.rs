@@ -1,21 +1,19 @@
-//! The first message of a conversation that is started from a suggested task.
+//! Builds the first message (prompt) of a conversation that is started from a suggested task.
 
 use super::request::{SuggestedTask, TaskType};
 use crate::user::git::ProviderType;
 
-/// Why there is no message for a task.
+/// A suggested task that has no prompt.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SuggestedTaskError {
-    /// There is none for this provider.
     #[error("Provider {0} is not supported for suggested tasks")]
     Provider(ProviderType),
-    /// There is none for this kind of task.
     #[error("Unsupported task type: {0}")]
     TaskType(TaskType),
 }
 
 struct Terms {
-    /// What the provider calls a request to merge.
+    /// The provider's name for a request to merge.
     request: &'static str,
     short: &'static str,
     verb: &'static str,
@@ -44,10 +42,10 @@ fn terms(provider: ProviderType) -> Option<Terms> {
     }
 }
 
-/// The message.
+/// Returns the prompt for a suggested task.
 ///
 /// # Errors
-/// [`SuggestedTaskError`] for a provider or a kind of task that there is no message for.
+/// [`SuggestedTaskError`] if the provider or the kind of task is not supported.
 pub fn prompt(task: &SuggestedTask) -> Result<String, SuggestedTaskError> {
     let Terms { request, short, verb, api, token, ci } =
         terms(task.git_provider).ok_or(SuggestedTaskError::Provider(task.git_provider))?;

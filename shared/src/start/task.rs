@@ -1,4 +1,4 @@
-//! The start task: what a client polls, and what a worker needs to go on with the start.
+//! The start task: the record of a start. Clients poll it, and workers resume the start from it.
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -12,55 +12,53 @@ use crate::http::pydantic::validation::wire_enum;
 use crate::id::{UserId, as_hex};
 
 wire_enum! {
-    /// How far a start is. The status is also the step that is to be done next.
+    /// The status of a start. It also names the step that is done next.
     pub enum StartStatus {
-        /// A sandbox is chosen, and made if need be.
+        /// The step chooses a sandbox, and creates it if necessary.
         Working = "WORKING",
-        /// Its agent server is waited for.
+        /// The step waits until the sandbox's agent server responds.
         WaitingForSandbox = "WAITING_FOR_SANDBOX",
-        /// The repository is cloned, or an empty one made.
+        /// The step clones the repository, or creates an empty one.
         PreparingRepository = "PREPARING_REPOSITORY",
-        /// `.openhands/setup.sh` runs.
+        /// The step runs `.openhands/setup.sh`.
         RunningSetupScript = "RUNNING_SETUP_SCRIPT",
-        /// `.openhands/pre-commit.sh` is installed as a git hook.
+        /// The step installs `.openhands/pre-commit.sh` as a git hook.
         SettingUpGitHooks = "SETTING_UP_GIT_HOOKS",
-        /// Skills and hooks are read.
+        /// The step reads skills and probes MCP servers.
         SettingUpSkills = "SETTING_UP_SKILLS",
-        /// The agent server creates the conversation.
+        /// The agent server creates the conversation, and the step records it.
         StartingConversation = "STARTING_CONVERSATION",
-        /// Done.
         Ready = "READY",
-        /// Failed; `detail` says why.
+        /// Failed; `detail` holds the reason.
         Error = "ERROR",
     }
 }
 
 impl StartStatus {
-    /// Whether nothing more will happen.
+    /// Whether the start has ended. A final status never changes.
     #[must_use]
     pub fn is_final(self) -> bool {
         matches!(self, Self::Ready | Self::Error)
     }
 }
 
-/// The parts of a task that change, as they were at one change of status.
+/// The changeable attributes of a task after one change of status.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
-    /// The status from then on.
     pub status: StartStatus,
-    /// When it changed.
+    /// The time of the change.
     #[serde(serialize_with = "sortable::serialize")]
     pub updated_at: Time,
-    /// For a person: why it failed, or what is to know of a start that did not.
+    /// Text for the user: the reason of a failure, or the notes of a successful start.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
-    /// The conversation, once it is ready.
+    /// Set when the conversation is READY.
     #[serde(default, with = "as_hex::option", skip_serializing_if = "Option::is_none")]
     pub app_conversation_id: Option<Uuid>,
-    /// The sandbox, once it is chosen.
+    /// Set when the sandbox is chosen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sandbox_id: Option<String>,
-    /// Its agent server, once the conversation is being created.
+    /// The agent server's URL. Set when the start enters STARTING_CONVERSATION.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent_server_url: Option<String>,
 }
@@ -68,73 +66,71 @@ pub struct Snapshot {
 /// A command that runs in the sandbox while no worker waits for it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PendingCommand {
-    /// Which of the start's commands it is.
+    /// The command's name among the commands of the start.
     pub name: String,
-    /// The agent server's id of it.
+    /// The id that the agent server gave the command.
     pub id: String,
-    /// When it was started. Records of earlier versions do not say.
+    /// Records of earlier versions lack it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub started_at: Option<Time>,
 }
 
-/// The record of a start.
+/// The stored record of a start.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct StartTaskRecord {
-    /// Its owner.
     pub user: UserId,
-    /// Its id.
     #[serde(with = "as_hex")]
     pub id: Uuid,
     /// The current state.
     #[serde(flatten)]
     pub now: Snapshot,
-    /// When it was asked for.
+    /// The time of the request.
     #[serde(serialize_with = "sortable::serialize")]
     pub created_at: Time,
-    /// The states up to now, oldest first.
+    /// All states so far, oldest first.
     #[serde(default)]
     pub history: Vec<Snapshot>,
-    /// The conversation to be; chosen before anything is done, so that a repeated step makes no second one.
+    /// The id of the conversation to create. It is chosen before any step runs, so that a repeated step is idempotent.
     #[serde(default = "Uuid::nil", with = "as_hex")]
     pub conversation_id: Uuid,
-    /// The sandbox to be, should a new one be needed; chosen likewise.
+    /// The id of the sandbox to create if the start needs a new one. It is chosen before any step runs, for the same reason.
     #[serde(default)]
     pub new_sandbox_id: String,
-    /// What is to know of the start although it goes on.
+    /// Notes for the user about problems that did not end the start.
     #[serde(default)]
     pub notes: Vec<String>,
-    /// Whether the sandbox has a browser, once that is known.
+    /// Whether the sandbox has a browser; `None` until the probe has run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub browser: Option<bool>,
-    /// Names of the MCP servers that the agent does not get, because they failed the probe.
+    /// Names of the MCP servers that failed the probe. The agent does not get them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mcp_servers_left_out: Vec<String>,
-    /// A command that is waited for.
+    /// The command that the start waits for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub command: Option<PendingCommand>,
-    /// Why the start fails, while what it made is cleaned up.
+    /// The reason of the failure, during compensation (clean-up).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<String>,
-    /// How often the current step has failed.
+    /// The number of failed attempts at the current step.
     #[serde(default)]
     pub attempts: u32,
-    /// How often in a row an agent server answered the current step with an error of its own.
+    /// The number of consecutive error responses of the agent server in the current step.
     #[serde(default)]
     pub refusals: u32,
-    /// How often the task was claimed since a worker last got on with it or released it: more than once when workers die at it.
+    /// The number of claims since a worker last advanced or released the task. More than one means that workers died during the step.
     #[serde(default)]
     pub open_claims: u32,
-    /// When the current step must be done.
+    /// The deadline of the current step.
     #[serde(default, serialize_with = "sortable_option", skip_serializing_if = "Option::is_none")]
     pub deadline: Option<Time>,
-    /// The request as JSON, in the form in which the contract shows it. If [`StartTaskRecord::request_object`] is set, a record
-    /// that was read from the store has the short form here (see [`super::abridged`]); records of earlier versions have nothing.
+    /// The request as JSON, in the form of the contract. If [`StartTaskRecord::request_object`] is set, a record that was read from the
+    /// store has the abridged request here (see [`super::abridged`]); records of earlier versions have an empty text.
     #[serde(default)]
     pub(super) request: String,
-    /// The key of the bucket's object that holds a large request.
+    /// The S3 key of the object that holds a large request.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) request_object: Option<String>,
-    /// Secrets of the request, sealed.
+    /// The sealed secrets of the request.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) secrets_sealed: Option<String>,
 }
@@ -147,12 +143,11 @@ fn sortable_option<S: serde::Serializer>(time: &Option<Time>, serializer: S) -> 
     }
 }
 
-/// A start with its request read.
+/// A start task with its parsed request.
 #[derive(Clone, Debug)]
 pub struct StartTask {
-    /// The record.
     pub record: StartTaskRecord,
-    /// What was asked for, with what it inherited from its parent.
+    /// The request, with the fields that it inherited from its parent.
     pub request: StartRequest,
 }
 
@@ -183,36 +178,36 @@ pub struct AppConversationStartTask {
     pub updated_at: Time,
 }
 
-/// The request of a start is stored as text and has no type; `infra/generate/src/schemas.json` has its schema.
+/// The request of a start is stored as text and has no Rust type; `infra/generate/src/schemas.json` holds its schema.
 #[cfg(feature = "openapi")]
 fn request_schema() -> utoipa::openapi::Ref {
     utoipa::openapi::Ref::from_schema_name("AppConversationStartTaskRequest")
 }
 
-/// The most bytes of a task in an answer with its request abridged, see [`crate::http::page`].
+/// The largest size in bytes of a task with an abridged request in a response, see [`crate::http::page`].
 pub const ABRIDGED_SIZE: u64 = 3 * abridged::MAX_LENGTH as u64;
 
 impl StartTaskRecord {
-    /// The record as the contract shows it, with the request that it holds.
+    /// The record in the form of the contract, with the request that it holds.
     #[must_use]
     pub fn show(&self) -> AppConversationStartTask {
         self.show_at(&self.now, raw(self.request.clone()))
     }
 
-    /// The record as the contract shows it. The request is abridged if it takes more than `room` bytes of an answer.
+    /// The record in the form of the contract. The request is abridged if its size exceeds `room` bytes of the response.
     #[must_use]
     pub fn show_within(&self, room: u64) -> AppConversationStartTask {
         self.show_at(&self.now, self.request_within(room))
     }
 
-    /// The request that the record holds, abridged if it takes more than `room` bytes of an answer.
+    /// The request that the record holds, abridged if its size exceeds `room` bytes of the response.
     #[must_use]
     pub fn request_within(&self, room: u64) -> Box<RawValue> {
         let fits = size_of_text(self.request.as_bytes()) <= room;
         raw(if fits { self.request.clone() } else { abridged::abridged(&self.request) })
     }
 
-    /// The record as it was at one of its states, with this request.
+    /// The record with one of its states and this request.
     #[must_use]
     pub fn show_at(&self, at: &Snapshot, request: Box<RawValue>) -> AppConversationStartTask {
         AppConversationStartTask {
@@ -230,7 +225,7 @@ impl StartTaskRecord {
     }
 }
 
-/// A stored request as a part of an answer.
+/// Converts a stored request to a part of a response.
 pub(super) fn raw(request: String) -> Box<RawValue> {
     RawValue::from_string(request).unwrap_or_else(|_| RawValue::NULL.to_owned())
 }

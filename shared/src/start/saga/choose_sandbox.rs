@@ -1,4 +1,4 @@
-//! WORKING: the sandbox that was asked for, or one that grouping picks, or a new one.
+//! Step WORKING of the start saga: selects the sandbox. It is the requested one, or one that the grouping strategy picks, or a new one.
 
 use futures::future::{join_all, try_join_all};
 
@@ -12,7 +12,7 @@ use crate::user::settings::SandboxGroupingStrategy;
 impl StartRun<'_> {
     pub(super) async fn choose_sandbox(&mut self) -> Result<Step, StepError> {
         let id = self.sandbox_to_use().await?;
-        // Now, and not only when the sandbox has booted and the repository is cloned.
+        // A missing model fails the start here, before the sandbox boots and the repository is cloned.
         let settings = self.settings().await?;
         model(&self.task.request, &settings).map_err(|missing| StepError::Refused(missing.to_string()))?;
         self.task.record.now.sandbox_id = Some(id);
@@ -29,11 +29,11 @@ impl StartRun<'_> {
             };
         }
         let new_id = self.task.record.new_sandbox_id.clone();
-        // Made by an earlier attempt at this step, or by an earlier start of the same conversation.
+        // An earlier attempt at this step, or an earlier start of the same conversation, may have created the sandbox.
         if let Some(made) = sandboxes.get(&user, &new_id).await? {
             match made.status {
                 SandboxStatus::Running | SandboxStatus::Paused => return Ok(new_id),
-                // Perhaps only its record was made. A second start does nothing to a sandbox that is starting.
+                // Possibly only its record was created. A repeated start of a sandbox that is starting has no effect.
                 SandboxStatus::Starting => {
                     sandboxes.start(&user, &new_id).await?;
                     return Ok(new_id);
@@ -41,7 +41,7 @@ impl StartRun<'_> {
                 SandboxStatus::Error | SandboxStatus::Missing => {}
             }
         }
-        // A conversation that exists goes on where it is, as long as that is there.
+        // An existing conversation keeps its sandbox while that sandbox exists.
         if let Some(existing) = self.saga.conversations.get(&user, self.task.record.conversation_id).await?
             && let Some(home) = sandboxes.get(&user, &existing.sandbox_id).await?
             && matches!(home.status, SandboxStatus::Starting | SandboxStatus::Running | SandboxStatus::Paused)
@@ -55,7 +55,7 @@ impl StartRun<'_> {
         Ok(new_id)
     }
 
-    /// The running sandbox that the user's grouping strategy picks.
+    /// Returns the running sandbox that the user's grouping strategy picks.
     async fn sandbox_to_share(&mut self) -> Result<Option<String>, StepError> {
         let strategy = self.settings().await?.sandbox_grouping_strategy;
         if strategy == SandboxGroupingStrategy::NoGrouping {
@@ -76,7 +76,7 @@ impl StartRun<'_> {
         .await?;
         let limit = self.saga.config.max_conversations_per_sandbox;
         let with_room = counted.into_iter().filter(|(_, count)| *count < limit);
-        // One may have died, or hang, without its service having noticed.
+        // A sandbox may have died or may hang although its provider still reports it as running.
         let answering = join_all(with_room.map(async |(sandbox, count)| {
             let agent_server = sandbox.agent_server(&self.saga.http)?;
             agent_server.is_alive().await.then_some((sandbox, count))
@@ -85,7 +85,7 @@ impl StartRun<'_> {
     }
 }
 
-/// Picks among sandboxes, newest first, with the number of their conversations.
+/// Picks a sandbox. The sandboxes are in the order newest first, each with the number of its conversations.
 fn pick(strategy: SandboxGroupingStrategy, sandboxes: Vec<(Sandbox, usize)>) -> Option<String> {
     let sandboxes = sandboxes.into_iter();
     let picked = match strategy {
@@ -128,7 +128,7 @@ mod tests {
             (SandboxGroupingStrategy::NoGrouping, None),
             (SandboxGroupingStrategy::AddToAny, Some("new")),
             (SandboxGroupingStrategy::GroupByNewest, Some("new")),
-            // Not the oldest one: that was used after it.
+            // The oldest sandbox was used more recently.
             (SandboxGroupingStrategy::LeastRecentlyUsed, Some("new")),
             (SandboxGroupingStrategy::FewestConversations, Some("middle")),
         ] {

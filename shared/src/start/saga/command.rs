@@ -1,9 +1,9 @@
-//! Commands in the sandbox that can be sent twice and still run once.
+//! Idempotent commands in the sandbox: a command that is sent twice still runs once.
 //!
-//! The agent server chooses the ids of commands, so a worker that dies between sending one and writing down its id
-//! cannot find it again. Therefore a command has a name of its own, a folder in the sandbox made from the task's id and
-//! the command's name, and the script that makes the folder is the one that does the work; any later copy waits for that
-//! one and repeats its output. If the one that did the work was killed, the next copy takes over.
+//! The agent server chooses the ids of commands, so the id is lost if a worker dies after it sends a command and before it records the id.
+//! Therefore each command has a name, and a folder in the sandbox whose path is made of the task's id and that name. The copy of the script
+//! that creates the folder does the work; any later copy waits for it and repeats its output. If the working copy was killed, the next copy
+//! restarts the work.
 
 use std::time::Duration;
 
@@ -13,19 +13,20 @@ use crate::clock::Time;
 use crate::shell::quoted;
 use crate::start::task::PendingCommand;
 
-/// How much of a command's output is kept, in bytes.
+/// The largest size of a command's recorded output, in bytes.
 const OUTPUT_LIMIT: usize = 16 * 1024;
 
 /// A shell function that runs a script of the project.
 pub(super) const RUN_SCRIPT: &str = include_str!("run_script.sh");
 
-/// The script around `script` that makes it run once, however often it is sent. `finally` is done at the end of each copy.
+/// Wraps `script` so that it runs once, however often it is sent. Each copy runs `finally` at its end.
 ///
-/// What it keeps is for its owner alone. `script` has the umask of the agent server: what it makes is the user's.
+/// The recorded output is readable only by its owner. `script` runs with the umask of the agent server, because the files that it creates
+/// belong to the user.
 #[must_use]
 pub fn once(state: &str, name: &str, script: &str, finally: &str) -> String {
     let (state, folder) = (quoted(state), quoted(&format!("{state}/{name}")));
-    // The shell that runs `script` is a child, so that nothing it does (exit, set) keeps the exit code from being kept.
+    // A child shell runs `script`, so that no `exit` or `set` in it prevents the recording of the exit code.
     format!(
         r#"mask=$(umask)
 umask 077
@@ -51,20 +52,18 @@ exit "$(cat "$d/exit")""#,
     )
 }
 
-/// A command of a start.
+/// An idempotent command of a start.
 pub(super) struct OneCommand<'a> {
-    /// Its name among the start's commands.
+    /// The name among the start's commands.
     pub(super) name: &'static str,
-    /// What it does.
     pub(super) script: &'a str,
-    /// What is done when it has ended, by every copy of it.
+    /// A script that every copy of the command runs at its end.
     pub(super) finally: &'a str,
-    /// How long it may take.
     pub(super) timeout: Duration,
 }
 
 impl StartRun<'_> {
-    /// Runs a command of this start once; `None` while it runs.
+    /// Runs a command of this start once; returns `None` while it runs.
     pub(super) async fn run_once(
         &mut self,
         agent_server: &AgentServer,
@@ -89,10 +88,10 @@ impl StartRun<'_> {
     }
 }
 
-/// Marks the lines of a command's output that are for the start's detail.
+/// The prefix of output lines that become notes of the start.
 const NOTE: &str = "openhands-note:";
 
-/// What a command of ours has to say although it succeeded, for a person.
+/// Returns the notes in the output of a successful command, for the user.
 #[must_use]
 pub fn note_in(output: &CommandOutput) -> Option<String> {
     const LIMIT: usize = 500;
@@ -105,7 +104,7 @@ pub fn note_in(output: &CommandOutput) -> Option<String> {
     (!notes.is_empty()).then(|| notes.join("\n"))
 }
 
-/// What a failed command said, for a person.
+/// Describes the failure of a command by its last output, for the user.
 #[must_use]
 pub fn complaint(output: &CommandOutput) -> String {
     const LIMIT: usize = 1500;
@@ -159,7 +158,7 @@ mod tests {
     fn a_killed_copy_is_taken_over() {
         let scratch = Scratch::new();
         let (runs, go) = (scratch.path("runs"), scratch.path("go"));
-        // What the first copy started does not end before the copy itself has been killed.
+        // The child of the first copy does not end before that copy is killed.
         let script = format!("echo run >>{runs}; until [ -f {go} ]; do sleep 0.05; done");
         let script = once(&scratch.path("state"), "x", &script, "");
         let mut first = scratch.command(&script).spawn().expect("a shell");

@@ -1,9 +1,9 @@
-//! The saga of a start: one file a step, and here the engine that does them in order.
+//! The start saga: the engine that runs the steps of a start in order, with leases, retries, deadlines and compensation. Each step has a
+//! module of its own.
 //!
-//! A worker claims the task with a short lease that it renews while it works, does the step that the task's status
-//! names, writes down what came of it, and goes on. Whatever happens to a worker, the row says what is to be done next,
-//! and every step may be done again: ids are chosen before anything is made, and commands in the sandbox recognise
-//! themselves (see [`command`]).
+//! A worker claims the task with a short lease, which it renews while it works. It runs the step that the task's status names, records the
+//! result, and continues with the next step. After a crash the row still names the step to run, and every step is idempotent: ids are
+//! chosen before any resource is created, and commands in the sandbox run once even if they are sent twice (see [`command`]).
 
 mod choose_sandbox;
 pub mod command;
@@ -40,71 +40,65 @@ use crate::sandbox::{Sandbox, SandboxService, SandboxStatus};
 use crate::user::seal::Sealer;
 use crate::user::settings::{SandboxGroupingStrategy, Settings, SettingsStore};
 
-/// By how much looks at the same command get rarer.
+/// Upper limit of the poll backoff: the interval is at most this multiple of the base interval.
 const MAX_POLL_FACTOR: u32 = 10;
-/// The same while a sandbox boots.
+/// The same limit while a sandbox boots.
 const MAX_BOOT_POLL_FACTOR: u32 = 3;
-/// What a step may take beyond its deadline to end by itself.
+/// Time that a step has after its deadline to end by itself.
 const STEP_GRACE: Duration = Duration::from_secs(30);
-/// The shortest delay of a queue.
+/// The smallest delay of a queue message.
 const QUEUE_DELAY: Duration = Duration::from_secs(1);
 
-/// All that starts need.
+/// The dependencies of the start saga.
 #[derive(Clone, Debug)]
 pub struct Saga {
-    /// The tasks.
     pub tasks: StartTaskStore,
-    /// Where conversations are recorded.
     pub conversations: ConversationStore,
-    /// Where conversations run.
     pub sandboxes: Arc<dyn SandboxService>,
-    /// What users have set.
     pub settings: SettingsStore,
-    /// The bell.
     pub queue: JobQueue,
-    /// For agent servers.
+    /// The HTTP client for agent servers.
     pub http: HttpClient,
-    /// Signs tokens.
+    /// Derives the key that signs access tokens.
     pub sealer: Sealer,
-    /// Limits and addresses.
     pub config: StartConfig,
 }
 
-/// What a worker's turn came to.
+/// The outcome of a worker's attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Attempt {
     /// The task is READY or ERROR.
     Finished,
-    /// Something is waited for; the bell will ring again.
+    /// The start waits; a delayed job is enqueued.
     Waiting,
-    /// Another worker has the task.
+    /// Another worker holds the lease.
     Busy,
-    /// There is no such task.
+    /// No task with this id exists.
     Unknown,
 }
 
 /// The outcome of a step.
 enum Step {
-    /// It is done: enter the next status with these changes.
+    /// The step is done: enter the next status with these changes.
     Next(StartStatus, Change),
-    /// It has to wait for something.
+    /// The step waits for an event in the sandbox and is polled again.
     Wait,
-    /// The start is done, and recorded.
+    /// The start is done and recorded.
     Ready,
 }
 
-/// Why a step did not do its work.
+/// The error of a step.
 enum StepError {
-    /// It never will, because of this server or the sandbox's provider: the text is for the user.
+    /// Permanent, caused by this server or the sandbox's provider. The text is for the user.
     Fatal(String),
-    /// It never will, because of what the user asked for: the text is for them.
+    /// Permanent, caused by the user's request. The text is for the user.
     Refused(String),
-    /// It may when it is tried again: the text is for the user, should it not.
+    /// Transient: the step is retried. The text is for the user if the retries fail.
     Retry(String),
-    /// The agent server answered with an error of its own. It is tried again a few times: mostly the error is permanent, and the text
-    /// is for the user then.
+    /// The agent server returned an error of its own. The step is retried a few times; the error is usually permanent, and the text is then
+    /// for the user.
     Refusal(Fault, String),
-    /// The task is another worker's now.
+    /// Another worker holds the lease now.
     LeaseLost,
 }
 
@@ -142,7 +136,7 @@ impl From<AgentServerError> for StepError {
     }
 }
 
-/// One worker's work on one task, and what it need not look up again while it is at it.
+/// One worker's run of one task, with a cache of the data that it has read.
 struct StartRun<'a> {
     saga: &'a Saga,
     lease: Lease<'a>,
@@ -154,10 +148,10 @@ struct StartRun<'a> {
 }
 
 impl Saga {
-    /// Goes on with a start as far as it gets without long waits.
+    /// Advances a start as far as possible without long waits.
     ///
     /// # Errors
-    /// [`Error::Store`] when not even the outcome could be written: the same message should be delivered again.
+    /// [`Error::Store`] if the outcome could not be written: the queue should deliver the message again.
     pub async fn advance(&self, user: &UserId, id: Uuid) -> Result<Attempt> {
         let worker = id::random_base62(12);
         let task = match self.tasks.claim(user, id, &worker, self.config.lease).await? {
@@ -180,7 +174,7 @@ impl Saga {
         work.run().await
     }
 
-    /// Enqueues tasks again that nobody is about to look at, up to the sweep's bound. Returns how many there were.
+    /// Enqueues the jobs of overdue tasks again, up to the sweep's limit. Returns their number.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -188,7 +182,7 @@ impl Saga {
         sweep(&self.tasks.unfinished(), &self.queue, |row| AdvanceStart { user: row.user.clone(), task: row.id }).await
     }
 
-    /// Ends a start that workers keep failing at, honestly.
+    /// Ends a start with ERROR after workers have repeatedly failed at it.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -273,8 +267,8 @@ impl StartRun<'_> {
         }
     }
 
-    /// Counts a failed attempt at the step. The pause before the next one and the change that records the count, or `None` if there is
-    /// to be no other.
+    /// Counts a failed attempt at the step. Returns the backoff delay before the next attempt and the change that records the count, or
+    /// `None` if there is no further attempt.
     fn retry(&mut self, reason: &str) -> Option<(Duration, Change)> {
         self.task.record.attempts += 1;
         let count = self.task.record.attempts;
@@ -282,14 +276,14 @@ impl StartRun<'_> {
         if count >= MAX_ATTEMPTS || self.is_overdue() {
             return None;
         }
-        // What was known of the sandbox may be the reason.
+        // The cached state of the sandbox may be the cause.
         self.sandbox = None;
         let delay = advance_start::delay_after(count);
         Some((delay, Change::default().set("attempts", attempts(count))))
     }
 
-    /// The pause after the n-th look. Each look at a command costs the agent server a scan of all its commands, so what
-    /// takes long is looked at less often. A sandbox that boots takes long too, but its first answer is waited for.
+    /// The poll interval after the n-th poll. Each poll of a command costs the agent server a scan of all its commands, so the interval
+    /// grows with the wait (backoff). The limit is smaller while a sandbox boots, so that its first response is detected early.
     fn pause_after(&self, looks: u32) -> Duration {
         let slowest = match self.status() {
             StartStatus::WaitingForSandbox => MAX_BOOT_POLL_FACTOR,
@@ -302,8 +296,8 @@ impl StartRun<'_> {
         self.task.record.now.status
     }
 
-    /// Why the step is not tried again after workers have died at it: it may be the step that kills them, and none of them lives to
-    /// see that its time is over. One death proves nothing: a deployment ends workers, too, and the step may have been done by now.
+    /// The reason to end the start after workers have died during the step, if any. The step itself may kill them, so that no worker
+    /// survives to check its deadline. One death proves nothing: a deployment also ends workers, and the step may be complete by now.
     fn reason_to_end(&self) -> Option<(Fault, String)> {
         let record = &self.task.record;
         if record.failure.is_some() || record.open_claims < 2 {
@@ -321,7 +315,7 @@ impl StartRun<'_> {
         self.task.record.deadline.is_some_and(|deadline| Time::now() > deadline)
     }
 
-    /// A clone and a setup script take as long as the user's repository makes them take.
+    /// The user's repository determines the duration of a clone and a setup script.
     fn fault_of_overdue(&self) -> Fault {
         match self.status() {
             StartStatus::PreparingRepository | StartStatus::RunningSetupScript => Fault::User,
@@ -340,11 +334,11 @@ impl StartRun<'_> {
         }
     }
 
-    /// Does the step that the status names, while the lease is kept.
+    /// Runs the step that the status names, and renews the lease meanwhile.
     async fn step(&mut self) -> Result<Step, StepError> {
         let (lease, overdue) = (self.lease.clone(), self.overdue_text());
         let time_left = self.task.record.deadline.map_or(STEP_GRACE, |deadline| deadline.since(Time::now()));
-        // In boxes: a step that calls others takes so much of a thread's stack that little is left for its caller.
+        // The futures are boxed: a step that calls other functions uses so much of the thread's stack that little is left for its caller.
         let step = async {
             self.use_normal_selection().await?;
             match self.status() {
@@ -358,7 +352,7 @@ impl StartRun<'_> {
                 StartStatus::Ready | StartStatus::Error => Ok(Step::Ready),
             }
         };
-        // Whatever hangs in a step, the step ends: the lease would be renewed for ever otherwise.
+        // A step ends even if one of its calls hangs; otherwise the lease would be renewed forever.
         match lease.keep_during(tokio::time::timeout(time_left + STEP_GRACE, step)).await {
             Ok(Ok(done)) => done,
             Ok(Err(_elapsed)) => Err(StepError::Retry(overdue)),
@@ -366,7 +360,7 @@ impl StartRun<'_> {
         }
     }
 
-    /// Writes down that a step is done and which one is next.
+    /// Records that a step is done, and enters the next one.
     async fn enter(&mut self, status: StartStatus, change: Change) -> Result<Result<(), LeaseLost>> {
         let record = &mut self.task.record;
         let now = Time::now();
@@ -389,7 +383,7 @@ impl StartRun<'_> {
         Ok(saved)
     }
 
-    /// Gives the task back until the bell rings again.
+    /// Releases the task and enqueues a delayed job.
     async fn suspend(&self, delay: Duration, change: Change) -> Result<Attempt> {
         let record = &self.task.record;
         let mut change = change;
@@ -411,8 +405,7 @@ impl StartRun<'_> {
         Ok(Attempt::Waiting)
     }
 
-    /// Ends the start with ERROR: first the reason is written down, so that a crash does not change it, then what the
-    /// start made is cleaned up.
+    /// Ends the start with ERROR. It records the reason first, so that a crash does not change it, then runs the compensation (clean-up).
     async fn fail(&mut self, fault: Fault, reason: &str) -> Result<Attempt> {
         let record = &mut self.task.record;
         let status = record.now.status;
@@ -463,15 +456,15 @@ impl StartRun<'_> {
         }
     }
 
-    /// Removes the sandbox that this start made, unless a conversation lives in it, or else what it left in a sandbox of others.
-    /// Returns what could not be removed, for the user.
+    /// Compensation: removes the sandbox that this start created, unless it holds a conversation, or else removes this start's conversation
+    /// from a shared sandbox. Returns a text for the user about resources that could not be removed.
     async fn clean_up(&self) -> Result<Option<String>> {
         let record = &self.task.record;
         let (user, id) = (&record.user, &record.new_sandbox_id);
         if self.saga.sandboxes.get(user, id).await?.is_none() {
             return self.clean_up_conversation().await;
         }
-        // What the agent server told of the conversation is no reason to keep it: it is this start's.
+        // A stub from the agent server's webhook does not keep the sandbox alive: the stub belongs to this start.
         if let Lookup::Present(known) = self.saga.conversations.lookup(user, record.conversation_id).await?
             && known.is_stub
             && known.record.sandbox_id == *id
@@ -488,7 +481,8 @@ impl StartRun<'_> {
         format!("Its conversation {} may still be in the sandbox {sandbox}", self.task.record.conversation_id)
     }
 
-    /// An agent server keeps a conversation whose agent could not be set up. In a sandbox that stays, it would stay forever.
+    /// Removes this start's conversation from a sandbox that outlives the start. An agent server keeps a conversation whose agent could not
+    /// be set up, so without the removal it would stay forever.
     async fn clean_up_conversation(&self) -> Result<Option<String>> {
         let record = &self.task.record;
         let (user, conversation) = (&record.user, record.conversation_id);
@@ -500,7 +494,7 @@ impl StartRun<'_> {
         let stub = match self.saga.conversations.lookup(user, conversation).await? {
             Lookup::Absent => None,
             Lookup::Present(known) if known.is_stub && known.record.sandbox_id == sandbox => Some(known.record),
-            // It is another start's, or about to go.
+            // The conversation belongs to another start, or is being deleted.
             Lookup::Present(_) | Lookup::Deleting => return Ok(None),
         };
         let found = self.saga.sandboxes.get(user, sandbox).await?;
@@ -510,14 +504,14 @@ impl StartRun<'_> {
         match self.remove_from(&agent_server).await {
             Ok(true) => {}
             Ok(false) => return Ok(None),
-            // It stays, and so does its record.
+            // The conversation stays, so its record stays as well.
             Err(error) => {
                 tracing::warn!(task = %record.id, %error, "start.conversation_not_removed");
                 return Ok(Some(self.conversation_left_in(sandbox)));
             }
         }
         let Some(stub) = stub else { return Ok(None) };
-        // With the last conversation in a sandbox the sandbox goes, too, which is not for a failed start to cause.
+        // The deletion of a sandbox's last conversation also deletes the sandbox. A failed start must not cause that.
         if self.saga.conversations.count_in_sandbox(user, sandbox).await? > 1 {
             self.saga.conversations.begin_deletion(user, &[stub], Time::now()).await?;
             return Ok(None);
@@ -527,7 +521,7 @@ impl StartRun<'_> {
         )))
     }
 
-    /// Gives all steps the repository in its normal form; the stored request has it as it was sent.
+    /// Normalises the repository selection for all steps; the stored request keeps the form that the client sent.
     async fn use_normal_selection(&mut self) -> Result<(), StepError> {
         let is_given = self.task.request.selected_repository.as_deref().is_some_and(|text| !text.is_empty());
         if is_given && !std::mem::replace(&mut self.has_normal_selection, true) {
@@ -537,7 +531,7 @@ impl StartRun<'_> {
         Ok(())
     }
 
-    /// The user's settings, read once a turn.
+    /// The user's settings, read once per attempt.
     async fn settings(&mut self) -> Result<Settings, StepError> {
         if self.settings.is_none() {
             self.settings = Some(self.saga.settings.get(&self.task.record.user).await?.unwrap_or_default());
@@ -545,13 +539,13 @@ impl StartRun<'_> {
         Ok(self.settings.clone().unwrap_or_default())
     }
 
-    /// The start's sandbox is gone, or in a state that it does not leave. One that the user chose is theirs to look after.
+    /// The error for a sandbox that is missing or in a final state. The user is responsible for a sandbox that they chose.
     fn lost_sandbox(&self, text: String) -> StepError {
         let chosen = self.task.request.sandbox_id.as_deref().is_some_and(|id| !id.is_empty());
         if chosen { StepError::Refused(text) } else { StepError::Fatal(text) }
     }
 
-    /// The running sandbox and its agent server; `None` while it has to be waited for.
+    /// Returns the running sandbox and its agent server; `None` while the sandbox starts.
     async fn running_sandbox(&mut self) -> Result<Option<(Sandbox, AgentServer)>, StepError> {
         if self.sandbox.is_none() {
             let id = self.task.record.now.sandbox_id.clone().unwrap_or_default();
@@ -573,7 +567,7 @@ impl StartRun<'_> {
         Ok(Some((sandbox, agent_server)))
     }
 
-    /// Where this conversation works: with grouping, conversations of one sandbox have a folder each.
+    /// The folders of this conversation. With grouping, each conversation of a sandbox has a working directory of its own.
     async fn folders(&mut self, sandbox: &Sandbox) -> Result<Folders, StepError> {
         let grouped = self.settings().await?.sandbox_grouping_strategy != SandboxGroupingStrategy::NoGrouping;
         let root = sandbox.working_dir.trim_end_matches('/');
@@ -593,35 +587,35 @@ impl StartRun<'_> {
 
 /// Absolute folders in the sandbox.
 struct Folders {
-    /// Where the conversation works, or where its repository is cloned into.
+    /// The conversation's folder, or the folder into which its repository is cloned.
     working_dir: String,
-    /// Where the agent works: the clone if there is one.
+    /// The agent's working directory: the clone if there is one.
     project_dir: String,
     /// A folder that exists in every sandbox.
     parent: String,
-    /// Where the start's commands keep what they did.
+    /// The folder for state of the start's commands.
     state: String,
 }
 
-/// A worker's claim on a task, renewed while it works.
+/// A worker's lease on a task, renewed while it works.
 #[derive(Clone)]
 struct Lease<'a> {
     saga: &'a Saga,
     user: UserId,
     id: Uuid,
     worker: String,
-    /// Shared by clones, so that many short pieces of work renew it as one long one does.
+    /// Clones share it, so that a sequence of short operations renews the lease like one long operation.
     renewed_at: Arc<Mutex<Instant>>,
 }
 
 impl Lease<'_> {
-    /// Does the work unless the lease is lost meanwhile; the work is dropped then.
+    /// Runs the work and renews the lease. If the lease is lost, the work is dropped.
     async fn keep_during<T>(&self, work: impl Future<Output = T>) -> Result<T, LeaseLost> {
         let mut work = std::pin::pin!(work);
         let duration = self.saga.config.lease;
         loop {
             let renewed_at = self.renewed_at();
-            // A third of the lease leaves time for two failed attempts.
+            // A renewal after a third of the lease leaves time for two failed attempts.
             let next = renewed_at + duration / 3;
             tokio::select! {
                 biased;

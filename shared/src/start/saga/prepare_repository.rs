@@ -1,7 +1,7 @@
-//! PREPARING_REPOSITORY: the repository is cloned and its branch checked out, or an empty one made.
+//! Step PREPARING_REPOSITORY of the start saga: clones the repository and checks out its branch, or creates an empty repository.
 //!
-//! Tokens go into a file of git's credential store, not into a command: the agent server logs and keeps commands. The
-//! clone's own configuration never holds them, and the file is gone when the command ends.
+//! Tokens are stored in a file of git's credential store, not in a command, because the agent server logs and stores commands. The clone's
+//! own configuration never contains tokens, and the command removes the file at its end.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use crate::start::store::Change;
 use crate::start::task::StartStatus;
 use crate::user::git::{CloneSource, clone_sources};
 
-/// Marks the line of the output that says whether there is a browser.
+/// The prefix of the output line that reports whether there is a browser.
 const BROWSER: &str = "openhands-browser:";
 
 /// See [`Preparation::lock_wait`].
@@ -36,7 +36,7 @@ impl StartRun<'_> {
             }
         };
         let credentials = format!("{}/credentials", folders.state);
-        // Only while the clone is not under way: what is written later would stay.
+        // The file is uploaded only before the command starts: a later file would stay in the sandbox.
         if self.task.record.command.is_none() && sources.iter().any(|source| source.credential.is_some()) {
             let prepare = format!("umask 077; mkdir -p {}", quoted(&folders.state));
             let timeout = self.saga.config.clone_timeout;
@@ -59,7 +59,7 @@ impl StartRun<'_> {
         }
         .script();
         let timeout = self.saga.config.clone_timeout;
-        // By every copy: one that only waited may have come with credentials of its own.
+        // Every copy of the command removes the file: the attempt that sent a waiting copy may have uploaded it again.
         let finally = format!("rm -f {}", quoted(&credentials));
         let command = OneCommand { name: "prepare-repository", script: &script, finally: &finally, timeout };
         let Some(output) = self.run_once(&agent_server, &folders, command).await? else {
@@ -84,22 +84,22 @@ impl StartRun<'_> {
     }
 }
 
-/// What the command that prepares the workspace has to know.
+/// The inputs of the command that prepares the workspace.
 struct Preparation<'a> {
     folders: &'a Folders,
     /// The user's name and e-mail address for git.
     identity: [Option<&'a str>; 2],
     /// The file of git's credential store.
     credentials: &'a str,
-    /// Where the repository may be cloned from; none if there is no repository.
+    /// The addresses from which the repository may be cloned; empty if there is no repository.
     sources: &'a [CloneSource],
-    /// How long locks of git are waited for: of the repository, and of the user's configuration.
+    /// The time limits for waits on git's locks: those of the repository, and those of the user's configuration.
     lock_wait: [Duration; 2],
-    /// The branch, tag or commit that was asked for, or nothing.
+    /// The requested branch, tag or commit, or an empty text.
     wanted: &'a str,
-    /// The branch that is made otherwise.
+    /// The branch that is created if none is requested.
     workspace: &'a str,
-    /// Whether a workspace without a repository becomes one.
+    /// Whether `git init` runs in a workspace without a repository.
     init_without_repository: bool,
 }
 
@@ -146,14 +146,14 @@ impl Preparation<'_> {
     }
 }
 
-/// Shell patterns for how the addresses of a repository end, whatever host alias, protocol or token is in front.
+/// Shell patterns for the ends of a repository's addresses, whatever host alias, protocol or token they start with.
 fn endings(url: &str) -> [String; 2] {
     let path = url.split_once("://").map_or(url, |(_, rest)| rest).split_once('/').map_or(url, |(_, path)| path);
     let path = path.trim_end_matches(".git");
     [format!("*[/:]{}", quoted(path)), format!("*[/:]{}", quoted(&format!("{path}.git")))]
 }
 
-/// The parts of the script that are the same for all starts.
+/// The shell functions of the script. They are the same for all starts.
 const FUNCTIONS: &str = include_str!("prepare_repository.sh");
 
 fn credential_lines(sources: &[CloneSource]) -> SecretString {
@@ -165,7 +165,7 @@ fn credential_lines(sources: &[CloneSource]) -> SecretString {
     SecretString::from(format!("{}\n", lines.join("\n")))
 }
 
-/// Looks where the agent server's browser tool looks; without a browser the tool would make the whole start fail.
+/// Searches the paths that the agent server's browser tool searches. Without a browser, that tool would make the whole start fail.
 const BROWSER_PROBE: &str = r#"browser=no
 for b in google-chrome chrome chromium chromium-browser; do
   if command -v "$b" >/dev/null 2>&1; then browser=yes; fi
@@ -184,7 +184,7 @@ mod tests {
     use super::*;
     use crate::user::git::ProviderType;
 
-    /// A start of a scratch's repository `o/r`.
+    /// A start with the repository `o/r` of a scratch folder.
     struct Start<'a> {
         scratch: &'a Scratch,
         urls: Vec<String>,
@@ -224,7 +224,7 @@ mod tests {
             self.scratch.run(&self.script(wanted))
         }
 
-        /// Runs a start that succeeds; its notes.
+        /// Runs a start that must succeed, and returns its notes.
         #[track_caller]
         fn ready(&self, wanted: &str) -> String {
             let ran = self.run(wanted);
@@ -233,7 +233,7 @@ mod tests {
             notes.collect::<Vec<_>>().join("\n")
         }
 
-        /// Runs a start that fails; its error.
+        /// Runs a start that must fail, and returns its error.
         #[track_caller]
         fn error(&self, wanted: &str) -> String {
             let ran = self.run(wanted);
@@ -241,7 +241,7 @@ mod tests {
             ran.stderr
         }
 
-        /// The branch that is checked out, or the commit, and the subject of the last commit.
+        /// The checked-out branch or commit, and the subject of the last commit.
         fn head(&self) -> String {
             let head = self.scratch.run(
                 "cd workspace/project/r && { git symbolic-ref -q HEAD || echo detached; } && git log -1 --format=%s HEAD 2>/dev/null",
@@ -255,7 +255,7 @@ mod tests {
         }
     }
 
-    /// Makes `o/r.git`, open to pushes from `work`, with a first commit on main.
+    /// Creates `o/r.git`, with a first commit on main, and `work`, from which tests push to it.
     fn remote(scratch: &Scratch) {
         scratch.write("work/README.md", "Read me\n");
         scratch.write("work/docs/index", "Index\n");
@@ -316,7 +316,7 @@ mod tests {
                 let fresh = Scratch::with(&shell);
                 let start = Start { urls: Start::new(&scratch).urls, ..Start::new(&fresh) };
                 for wanted in [name.to_owned(), format!("refs/heads/{name}")] {
-                    // The first start clones, the second one finds the branch checked out.
+                    // The first start clones the repository; the second one finds the branch checked out.
                     assert_eq!(start.ready(&wanted), "", "{wanted}");
                     assert_eq!(start.head(), format!("refs/heads/{name} {name}"), "{wanted}");
                 }
@@ -406,7 +406,7 @@ mod tests {
                 assert_eq!(start.ready(wanted), "");
                 assert_eq!(start.head(), expected, "{wanted}");
             }
-            // The clone is of one branch alone.
+            // The clone is limited to one branch.
             start.git("config remote.origin.fetch +refs/heads/main:refs/remotes/origin/main");
             push(&scratch, "last", &["refs/heads/last"]);
             assert_eq!(start.ready("last"), "");
@@ -460,7 +460,7 @@ mod tests {
         let error = two.error("no-such");
         assert!(!error.contains("one/r.git") && error.contains("no-such"), "{error}");
         assert_eq!(two.ready("main"), "");
-        // An existing clone is fetched from the address that works.
+        // A start fetches into an existing clone from the address that works.
         push(&scratch, "later", &["refs/heads/later"]);
         assert_eq!(two.ready("later"), "");
         scratch.must("mv o gone");
@@ -470,7 +470,7 @@ mod tests {
             (1, 1),
             "{error}"
         );
-        // What is here needs no address.
+        // A branch that exists in the clone needs no address.
         assert_eq!(two.ready("main"), "");
     }
 
@@ -494,7 +494,7 @@ mod tests {
                     assert!(wanted.is_empty() || notes.contains(&format!(" {branch} ")), "{notes:?}");
                     assert_eq!(start.head(), format!("refs/heads/{branch}"), "{wanted}");
                 }
-                // Somebody else begins it.
+                // Another user pushes the first commits.
                 scratch.write("work/file", "");
                 scratch.must("cd work && git init -q -b main && git add file && git commit -q -m First && git push -q ../o/r.git main:main main:other 2>&1");
                 let begun = ["", "HEAD", "main"].contains(&wanted);
@@ -578,7 +578,7 @@ mod tests {
                     start.git("symbolic-ref refs/remotes/origin/HEAD"),
                     format!("refs/remotes/origin/{expected}")
                 );
-                // An earlier version left such a clone: READY, and empty.
+                // An earlier version left a READY start with an empty clone.
                 let scratch = make();
                 let start = Start::new(&scratch);
                 scratch.must(&format!(
@@ -655,7 +655,7 @@ mod tests {
         assert_eq!(start.head(), "detached First");
     }
 
-    /// A git that counts its calls in `calls`, and that holds a lock until so many calls have failed on it.
+    /// Installs a `git` that counts its calls in `calls`, and that holds a lock until so many calls have failed on it.
     fn git_with_lock(scratch: &Scratch, lock: &str, failures: usize) {
         scratch.write(lock, "");
         scratch.write("calls", "");
@@ -667,7 +667,7 @@ mod tests {
             quoted(&scratch.path("said")),
             quoted(&scratch.path(lock)),
         );
-        // Without LC_ALL=C it speaks another language.
+        // Without LC_ALL=C its output is in another language.
         scratch.write(
             "bin/git",
             format!(
@@ -680,7 +680,7 @@ mod tests {
         scratch.set_mode("bin/git", 0o755);
     }
 
-    /// Only locks are waited for.
+    /// Retries apply only to errors that are caused by locks.
     #[test]
     fn locks_are_waited_for_and_other_errors_are_not() {
         for shell in shells() {
@@ -717,7 +717,7 @@ mod tests {
             let start = Start::new(&scratch);
             assert_eq!(start.ready("main"), "");
             scratch.write("workspace/project/r/in the way", "of somebody");
-            // It is never released.
+            // The lock is never released.
             git_with_lock(&scratch, "workspace/project/r/.git/index.lock", 1000);
             let script = start.script("one").replace("\npatience=60\n", "\npatience=3\n");
             let ran = scratch.run(&script);
@@ -750,7 +750,7 @@ mod tests {
         }
     }
 
-    /// The product's own wait for locks is longer than an agent's commit with a slow hook takes.
+    /// The configured wait for locks is longer than an agent's commit with a slow hook.
     #[test]
     fn a_commit_with_a_slow_hook_is_waited_for() {
         assert!(LOCK_WAIT[0] >= Duration::from_secs(30));
@@ -772,7 +772,7 @@ mod tests {
         assert_eq!(start.head(), "refs/heads/one x");
     }
 
-    /// Texts of git are matched, so they must not be another language's.
+    /// The script matches texts of git, so git's output must be in English.
     #[test]
     fn the_sandbox_s_language_does_not_matter() {
         let scratch = Scratch::new();
@@ -812,13 +812,13 @@ mod tests {
             }
             assert_eq!(start.head(), "refs/heads/main First", "{name}");
         }
-        // With a configuration that git cannot read it does not work at all.
+        // git does not work with a configuration that it cannot read.
         let scratch = Scratch::new();
         remote(&scratch);
         scratch.must("mkdir home/.gitconfig");
         let error = Start::new(&scratch).error("main");
         assert!(error.contains("Is a directory"), "{error}");
-        // A folder that git refuses, because it is another user's, is an error.
+        // A folder that git refuses because another user owns it is an error.
         let scratch = Scratch::new();
         remote(&scratch);
         let start = Start::new(&scratch);
@@ -854,7 +854,7 @@ mod tests {
                     assert_eq!(error.matches("does not appear to be a git repository").count(), 1, "{error}");
                     assert_eq!(start.head(), before);
                 }
-                // What is checked out needs no remote; that it is empty is not known.
+                // A checkout of the current branch needs no remote; whether the repository is empty is unknown.
                 let scratch = make();
                 let start = Start::new(&scratch);
                 let note = start.ready(first);
@@ -886,7 +886,7 @@ mod tests {
                 assert_eq!(start.ready(wanted), "", "{gone} {wanted}");
                 assert_eq!(start.head(), format!("refs/heads/{wanted} wanted"));
                 assert_eq!(start.git("symbolic-ref refs/remotes/origin/HEAD"), "refs/remotes/origin/main");
-                // A local branch, which may hold work, stays, and the error names it.
+                // A local branch may hold work: it stays, and the error names it.
                 let scratch = make();
                 let start = Start::new(&scratch);
                 assert_eq!(start.ready(gone), "");
@@ -920,7 +920,7 @@ mod tests {
                 ("release", String::new()),
                 ("v1", format!("{release} HEAD")),
                 ("v1", String::new()),
-                // It has the one before as an ancestor, and nothing of it is an agent's.
+                // v1 is an ancestor of v2, but no agent made the commits between them.
                 ("v2", format!("{two} HEAD")),
                 ("v2", String::new()),
                 ("v1", format!("{release} HEAD")),
@@ -936,7 +936,7 @@ mod tests {
                     start.git("commit -q --allow-empty -m Work");
                 }
             }
-            // The branch was replaced by another of the same name.
+            // Another branch of the same name replaced the branch.
             start.git("checkout -q --orphan new");
             start.git("commit -q -m Other");
             start.git("branch -q -M new release");
@@ -970,12 +970,12 @@ mod tests {
             assert_eq!(start.ready("main"), "", "{junk}");
             assert_eq!(scratch.read("workspace/project/r/.git/openhands-base"), expected.replace("{first}", &first));
         }
-        // Without a commit there is nothing to record.
+        // Without a commit, no base is recorded.
         let scratch = Scratch::new();
         scratch.must("mkdir -p workspace o && git init -q --bare -b main o/r.git");
         Start::new(&scratch).ready("main");
         assert!(!scratch.at("workspace/project/r/.git/openhands-base").exists());
-        // Of a worktree it is in the repository's own git directory.
+        // A worktree's base is recorded in the git directory of the repository.
         let scratch = Scratch::new();
         remote(&scratch);
         scratch.must("mkdir -p workspace/project && git clone -q o/r.git elsewhere && git -C elsewhere worktree add -q -b wt ../workspace/project/r");

@@ -1,15 +1,15 @@
-# Texts of git are matched below, and read by people who may not know the sandbox's language.
+# The script matches texts of git and shows them to users, who may not read the sandbox's language.
 export LC_ALL=C
 unset CDPATH
 errors=$state/git-errors
 
-# A line for the start's detail.
+# Prints a note of the start.
 note() {
   echo "openhands-note:$1"
 }
 
-# Retries a command that finds a lock of git, for $1 seconds: git does not wait for locks. Those of a repository are held for as long as
-# a commit's hooks or a large checkout take. Any other error is permanent. Only the last error is printed.
+# Retries a command that finds a git lock, for $1 seconds: git itself does not wait for locks. A repository's locks last as long as the
+# hooks of a commit or a large checkout. Any other error is permanent. Prints only the last error.
 again() {
   deadline=$(($(date +%s) + $1))
   shift
@@ -26,7 +26,7 @@ again() {
   done
 }
 
-# Another start may make the repository of the same folder at this moment; git stops at the first file that it finds there.
+# Another start may create the repository of the same folder concurrently; git then fails at the first existing file.
 init() {
   tries=50
   while ! git init -q 2>"$errors"; do
@@ -38,13 +38,13 @@ init() {
   done
 }
 
-# Locks of the user's configuration are held for moments. It may not be writable, in which case git still works.
+# Locks of the user's configuration are short. The configuration may be read-only; git still works in that case.
 set_identity() {
   message=$(again "$config_lock_wait" git config --global "$1" "$2" 2>&1) ||
     note "The git configuration $1 was not set: $(one_line "$message")"
 }
 
-# git refuses to work in folders of other users; in a sandbox that is no danger, and common.
+# git refuses to work in folders of other users. In a sandbox such folders are common and no danger.
 trust() {
   git config --global --get-all safe.directory 2>/dev/null | grep -qxF -- "$1" && return 0
   message=$(again "$config_lock_wait" git config --global --add safe.directory "$1" 2>&1) && return 0
@@ -78,10 +78,11 @@ has_remote_branches() {
   [ -n "$(git for-each-ref --count=1 refs/remotes/origin 2>/dev/null)" ]
 }
 
-# Clones the repository from the first of the addresses that works. If none does, the error of each is printed.
+# Clones the repository from the first address that works. If none works, prints the error of each.
 clone() {
   [ ! -e "$project_dir/.git" ] || return 0
-  # A clone that was cut off is in the temporary folder, which is made anew; the final name appears with all in it.
+  # The clone is made in a temporary folder and then renamed, so that the final folder is always complete. An interrupted clone is removed
+  # and restarted.
   temporary=$state/clone
   : >"$errors.all"
   for url; do
@@ -103,14 +104,14 @@ fetch_branches() {
   again "$lock_wait" git_with_credentials fetch -q "$@" '+refs/heads/*:refs/remotes/origin/*'
 }
 
-# Fetches what may have come to the repository since it was cloned. Errors are only kept: what is asked for may be here all the same.
+# Fetches commits that are newer than the clone. Errors are only recorded, because the requested branch may already exist in the clone.
 fetch() {
   for url; do
     if fetch_branches "$url" 2>"$errors.one"; then
       : >"$errors.all"
       return 0
     fi
-    # A branch `a` that is gone from the remote is in the way of `a/b`, and the other way round.
+    # A branch `a` that was deleted on the remote conflicts with `a/b`, and vice versa.
     if grep -qE "' exists; cannot create '|some local refs could not be updated" "$errors.one" &&
       fetch_branches --prune "$url" 2>"$errors.one"; then
       : >"$errors.all"
@@ -120,7 +121,7 @@ fetch() {
   done
 }
 
-# Fetches one thing that no branch leads to; the host may not have it, or not give it away.
+# Fetches one object that no branch contains; the host may lack it or refuse to serve it.
 fetch_only() {
   what=$1
   shift
@@ -130,7 +131,7 @@ fetch_only() {
   return 1
 }
 
-# The branch that stands for the default one where the repository names none that is there.
+# The substitute for the default branch if the repository names none or a missing one.
 other_default_branch() {
   for name in main master; do
     if exists "refs/remotes/origin/$name"; then
@@ -143,11 +144,12 @@ other_default_branch() {
   echo "${name#refs/remotes/origin/}"
 }
 
-# Sets `name` to the branch that is meant: the one of exactly this name, or the one that is written with the place where git keeps it.
+# Sets `name` to the requested branch: the one with exactly this name, or the one that the request names with a prefix of git
+# (`refs/heads/`, `origin/`).
 find_branch() {
   for name in "$wanted" "${wanted#refs/heads/}" "${wanted#refs/remotes/origin/}" "${wanted#remotes/origin/}" \
     "${wanted#heads/}" "${wanted#origin/}"; do
-    # In a clone that is the name of another branch.
+    # In a clone, HEAD is an alias of another branch.
     [ "$name" != HEAD ] || continue
     if exists "refs/heads/$name" || exists "refs/remotes/origin/$name"; then return 0; fi
   done
@@ -156,7 +158,7 @@ find_branch() {
   *) false ;; esac
 }
 
-# Sets `name` to the tag that is meant, in full.
+# Sets `name` to the full name of the requested tag.
 find_tag() {
   for name in "refs/tags/$wanted" "refs/tags/${wanted#refs/tags/}" "refs/tags/${wanted#tags/}"; do
     if exists "$name"; then return 0; fi
@@ -168,13 +170,13 @@ is_hash() {
   case $1 in *[!0-9a-fA-F]*) return 1 ;; ????*) ;; *) return 1 ;; esac
 }
 
-# Sets `name` to the commit whose hash, or its beginning, is meant.
+# Sets `name` to the commit with the requested hash or hash prefix.
 find_commit() {
   is_hash "$wanted" && name=$(git rev-parse -q --verify "$wanted^{commit}" 2>/dev/null)
 }
 
 make_branch() {
-  # An attempt that found the configuration locked has made it, and nothing that it tracks.
+  # An attempt that found the configuration locked has created the branch, but not its upstream configuration.
   if exists "refs/heads/$1"; then
     git branch -q --set-upstream-to="refs/remotes/origin/$1" "$1"
     return
@@ -184,11 +186,11 @@ make_branch() {
     cat "$errors.branch" >&2
     return 1
   fi
-  # A clone that an agent limited to one branch has no place for others to be tracked at.
+  # A clone that an agent limited to one branch cannot track other branches.
   git branch -q --no-track "$1" "refs/remotes/origin/$1"
 }
 
-# The local branch that is in the way of another: `a` of `a/b`, or the other way round.
+# Prints the local branch that conflicts with another: `a` with `a/b`, or vice versa.
 branch_in_the_way() {
   other=$(git for-each-ref --count=1 --format='%(refname)' "refs/heads/$1/")
   parent=$1
@@ -199,16 +201,16 @@ branch_in_the_way() {
   printf %s "${other#refs/heads/}"
 }
 
-# Checks out a branch by its own name alone, whatever else has that name.
+# Checks out a branch by its own name, even if a tag or file has the same name.
 check_out_branch() {
   if [ "$(git symbolic-ref -q HEAD)" = "refs/heads/$1" ]; then
-    # The clone was made before the branch had commits.
+    # The clone is older than the first commit of the branch.
     if is_unborn && is_index_empty; then
       again "$lock_wait" git_with_credentials merge -q --ff-only "refs/remotes/origin/$1" || exit 1
     fi
     return 0
   fi
-  # Another start may make it at the same moment.
+  # Another start may create the branch concurrently.
   if ! exists "refs/heads/$1"; then
     other=$(branch_in_the_way "$1")
     if [ -n "$other" ]; then
@@ -220,20 +222,20 @@ check_out_branch() {
   again "$lock_wait" git_with_credentials checkout -q "$1" -- || exit 1
 }
 
-# Makes a branch at what is checked out. An attempt that found HEAD locked, or an earlier start of this conversation, has made it already.
+# Creates a branch at HEAD. An attempt that found HEAD locked, or an earlier start of this conversation, may have created it already.
 check_out_new() {
   if exists "refs/heads/$1"; then git_with_credentials checkout -q "$1" --; else git checkout -q -b "$1"; fi
 }
 
-# Checks out what was asked for; the arguments are the addresses.
+# Checks out the requested branch, tag or commit; the arguments are the addresses.
 check_out_wanted() {
-  # git reads a name with a dash as an option.
+  # git parses a name with a leading dash as an option.
   case $wanted in -* | refs/heads/-*) refused=yes ;; *) refused= ;; esac
   if [ -n "$refused" ] || ! git check-ref-format "refs/heads/$wanted"; then
     echo "'$wanted' cannot be the name of a branch" >&2
     exit 1
   fi
-  # A branch that is there stays as it is: a second conversation in the same folder must not disturb the first.
+  # An existing branch is not updated: a second conversation in the same folder must not disturb the first.
   if find_branch; then
     check_out_branch "$name"
     return 0
@@ -254,7 +256,7 @@ check_out_wanted() {
     is_detached=yes
   elif is_unborn && { ! has_remote_branches || { [ -z "$is_new" ] && [ "$(git symbolic-ref -q HEAD)" = "refs/heads/$short" ]; }; }; then
     if [ -s "$errors.all" ]; then
-      # Whether the branch is new is not known.
+      # The script cannot determine whether the branch is new.
       if [ "$(git symbolic-ref -q HEAD)" != "refs/heads/$short" ]; then
         cat "$errors.all" >&2
         exit 1
@@ -265,7 +267,7 @@ check_out_wanted() {
     if [ "$(git symbolic-ref -q HEAD)" != "refs/heads/$short" ]; then again "$lock_wait" check_out_new "$short" || exit 1; fi
     note "The branch $short is new: it has no commits yet"
   else
-    # The default branch of a repository that has none is the commit that is checked out.
+    # If the repository has no default branch, HEAD means the current commit.
     case $wanted in HEAD | @ | origin/HEAD) return 0 ;; esac
     if [ -s "$errors.all" ]; then
       cat "$errors.all" >&2
@@ -277,8 +279,8 @@ check_out_wanted() {
   fi
 }
 
-# Checks out a branch that is nobody else's: a new one at what is checked out, which in a new clone is the default branch. One that an
-# earlier start in this sandbox made, and that is still checked out, stays.
+# Checks out a branch that only this conversation uses: a new one at HEAD, which in a new clone is the default branch. A workspace branch of
+# an earlier start in this sandbox stays if it is still checked out.
 check_out_workspace() {
   if is_unborn; then
     if ! has_remote_branches; then
@@ -299,8 +301,8 @@ check_out_workspace() {
   esac
 }
 
-# Records where the work on what is checked out begins, for lists of changes: a line with the commit, and the branch or HEAD. A commit
-# that the work has since gone on from stays.
+# Records the base commit of the work, for lists of changes: a line with the commit, and the branch or HEAD. A recorded commit stays if it
+# is an ancestor of HEAD.
 record_base() {
   commit=$(git rev-parse -q --verify 'HEAD^{commit}') || return 0
   ref=$(git symbolic-ref -q HEAD) || ref=HEAD
@@ -310,7 +312,7 @@ record_base() {
     while read -r known of; do
       [ "$of" = "$ref" ] || continue
       last=$known
-      # A tag or a commit is checked out anew by each start.
+      # Each start checks out a tag or a commit again, so its base is always the commit itself.
       if [ -z "$is_detached" ] && git merge-base --is-ancestor "$known" HEAD; then return 0; fi
     done <"$bases"
     [ "$last" != "$commit" ] || return 0
@@ -318,32 +320,32 @@ record_base() {
   echo "$commit $ref" >>"$bases"
 }
 
-# Makes the project's folder a clone of the repository at the addresses with what was asked for checked out.
+# Clones the repository from the given addresses into the project's folder, and checks out the requested branch, tag or commit.
 prepare() {
   is_new=
   clone "$@"
-  # Of addresses that failed before the one that worked.
+  # Errors of the addresses that failed before the one that worked are dropped.
   : >"$errors.all"
   trust "$project_dir"
   cd "$project_dir"
-  # What was cloned earlier may be another repository of the same name. Its address is not shown: an agent may have put a token into it.
-  # Without one it is what an agent made of it.
+  # The existing clone may be of another repository with the same name. The error omits its address, because an agent may have put a token
+  # into it. A clone without an address was made by an agent and is accepted.
   if ! is_expected_origin "$(git remote get-url origin 2>/dev/null)"; then
     echo "$project_dir holds another repository; start in another sandbox" >&2
     exit 1
   fi
-  # A clone of a repository that was empty then.
+  # The repository was empty when it was cloned.
   was_empty=
   if [ -z "$is_new" ] && is_unborn && ! has_remote_branches; then
     was_empty=yes
     fetch "$@"
   fi
-  # What was changed is found by comparing with the default branch.
+  # Lists of changes compare with the default branch, so it must be set.
   if is_unborn && has_remote_branches && ! git rev-parse -q --verify refs/remotes/origin/HEAD >/dev/null 2>&1; then
     again "$lock_wait" git symbolic-ref refs/remotes/origin/HEAD "refs/remotes/origin/$(other_default_branch)" || exit 1
   fi
   is_detached=
   if [ -n "$wanted" ]; then check_out_wanted "$@"; else check_out_workspace; fi
-  # Without it all is as well; only lists of changes may be longer.
+  # A failure here does no harm; lists of changes may only be longer.
   record_base 2>/dev/null || :
 }

@@ -1,10 +1,10 @@
-# Probes MCP servers: `main` takes the uploaded document and prints one line of JSON for each server. It runs with any Python from 3.8
-# on and needs nothing but the standard library, because an image may bundle the agent server without its libraries.
+# MCP server probe: `main` receives the uploaded document and prints one line of JSON for each server. It runs with Python 3.8 and later and
+# uses only the standard library, because an image may bundle the agent server without its libraries.
 #
-# A server works if it answers `initialize` and `tools/list`, which is what an agent server asks for before the first message. The
-# probe connects as the agent servers' MCP client does: the same transports, cookies, redirects within the origin alone, the same
-# environment for commands. It requires of the answers what the client of the newest version requires, which drops the tools of all
-# servers if one fails. It prints no URL, header or variable.
+# A server works if it responds to `initialize` and `tools/list`, the requests that an agent server sends before the first message. The
+# probe connects like the agent servers' MCP client: the same transports, cookies, redirects only within the origin, the same environment
+# for commands. It applies the checks of the newest client version to the responses, because that client drops the tools of all servers if
+# one fails. It prints no URL, header or variable.
 
 import base64
 import collections
@@ -24,25 +24,25 @@ import urllib.parse
 import urllib.request
 
 MARK = "openhands-mcp-probe:"
-# The version that the agent servers' MCP client asks for, and those that it accepts. Version 2026-07-28 has no `initialize`: the
-# clients of some older agent servers use a server that knows only that version, the client of the newest does not.
+# The protocol version that the agent servers' MCP client requests, and the versions that it accepts. Version 2026-07-28 has no
+# `initialize`: the clients of some older agent servers use a server that supports only that version, the newest client does not.
 PROTOCOL = "2025-11-25"
 PROTOCOLS = ("2024-11-05", "2025-03-26", "2025-06-18", PROTOCOL)
 CLIENT = {"name": "openhands", "version": "1"}
 LARGEST_ANSWER = 8 * 1024 * 1024
 LARGEST_LINE = 64 * 1024
-# In characters.
+# Maximum length of a reason, in characters.
 LONGEST_REASON = 250
 REDIRECTS = 5
-# Seconds for each address of a host: a lost packet is sent again after one.
+# Minimum connect timeout for each address of a host, in seconds: TCP retransmits a lost packet after one second.
 LEAST_TO_CONNECT = 1.5
-# The agent servers' client reads more; a server with so many works.
+# The agent servers' client reads more pages; a server with this many pages works.
 PAGES = 50
-# Variables that the MCP client passes on to commands.
+# Environment variables that the MCP client passes to commands.
 INHERITED = ("HOME", "LOGNAME", "PATH", "SHELL", "TERM", "USER")
 # Programs that download what they run.
 DOWNLOADERS = ("bunx", "deno", "docker", "npm", "npx", "pipx", "pnpm", "podman", "uv", "uvx", "yarn")
-# The printable ASCII characters that the agent servers' HTTP client leaves as they are in a path and in a query.
+# The printable ASCII characters that the agent servers' HTTP client does not escape in a path and in a query.
 PATH_SAFE = "!$%&'()*+,/:;=@[\\]^|~"
 QUERY_SAFE = PATH_SAFE + "?`{}"
 NO_MCP = "its answer is not an MCP message"
@@ -205,7 +205,7 @@ def make_opener():
     if every:
         proxies.setdefault("http", every)
         proxies.setdefault("https", every)
-    # Each opener, thus each probe, has cookies of its own; load balancers find the server of a session by them.
+    # Each opener, and so each probe, has its own cookies; load balancers use them for session affinity.
     cookies = urllib.request.HTTPCookieProcessor()
     https = urllib.request.HTTPSHandler(context=context)
     return proxies, urllib.request.build_opener(urllib.request.ProxyHandler(proxies), https, cookies, NoRedirect)
@@ -269,14 +269,14 @@ def ascii_host(host):
 
         return idna.encode(host.lower()).decode()
     except ImportError:
-        # The standard library knows an older standard, which differs in these letters.
+        # The standard library implements an older IDNA standard, which differs in these letters.
         if any(letter in host for letter in "\u00df\u03c2\u200c\u200d"):
             raise Unsure("its host name needs a newer IDNA than the sandbox has") from None
         return host.encode("idna").decode()
 
 
 def is_sse(server):
-    # Without a transport, the MCP client of the agent servers takes it from the path.
+    # If no transport is configured, the agent servers' MCP client derives it from the path.
     transport = server.get("transport")
     if transport:
         return transport == "sse"
@@ -470,7 +470,7 @@ class Stdio:
             with LOCK:
                 if ENDED.is_set():
                     raise Failed(probe.slow())
-                # A session of its own: its process group is ended with all that the command starts.
+                # The command gets its own session, so that its process group includes all processes that it starts and can be terminated.
                 self.process = subprocess.Popen(
                     [server["command"]] + list(server.get("args") or []),
                     stdin=pipe,
@@ -500,7 +500,7 @@ class Stdio:
             line = self.process.stderr.readline(LARGEST_LINE)
             if not line:
                 return
-            # The rest of a line that is too long may begin within a secret, which could then not be masked.
+            # The remainder of a line that is too long may start within a secret, which could then not be masked.
             if starts:
                 self.last.append(line.decode("utf-8", "replace").strip())
             starts = line.endswith(b"\n")
@@ -510,7 +510,7 @@ class Stdio:
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
         except OSError:
-            pass  # It has ended; its output tells.
+            pass  # The process has ended; its output shows the reason.
 
     def request(self, method, params):
         self.number += 1
@@ -555,7 +555,7 @@ def end_processes():
             try:
                 os.killpg(process.pid, number)
             except OSError:
-                pass  # Nobody is left in it.
+                pass  # The process group is empty.
         if number == signal.SIGTERM:
             wait_for(processes, 0.3)
 
@@ -588,5 +588,5 @@ def main(document):
             outcome = dict(outcome, reason=clean(outcome["reason"], document["secrets"]))
         print(MARK + json.dumps(dict(outcome, server=key)))
     sys.stdout.flush()
-    # Threads that still wait for a server are not waited for.
+    # The process exits without joining threads that still wait for a server.
     os._exit(0)

@@ -1,13 +1,13 @@
-//! The probe of the user's MCP servers, a part of SETTING_UP_SKILLS.
+//! The MCP server probe of the start saga, a part of the step SETTING_UP_SKILLS.
 //!
-//! One MCP server that fails breaks a conversation: agent servers of version 1.15 end the conversation minutes later, those of
-//! version 1.58 drop the tools of *all* MCP servers, and neither names the one that failed. So one command in the sandbox probes all
-//! servers in parallel (`probe_mcp_servers.py`). A server that fails is left out of the conversation, and a note says why. The probe
-//! never fails a start: where it cannot tell whether a server works, the agent gets the server.
+//! One MCP server that fails breaks a conversation: agent servers of version 1.15 end the conversation minutes later, those of version 1.58
+//! drop the tools of *all* MCP servers, and neither names the server that failed. Therefore one command in the sandbox probes all servers
+//! in parallel (`probe_mcp_servers.py`). A server that fails is left out of the conversation, and a note gives the reason. The probe never
+//! fails a start: if it cannot determine whether a server works, the agent gets the server.
 //!
-//! The servers' secrets reach the command by an uploaded file. The command is started first. It waits for the file, and removes it
-//! as soon as it has read it, so that a worker that dies at any point leaves no copy behind. Each attempt has a file and a command of
-//! its own; a repeated probe changes nothing.
+//! The servers' secrets reach the command in an uploaded file. The command starts before the upload. It waits for the file and removes it
+//! as soon as it has read it, so that a worker that dies at any point leaves no copy in the sandbox. Each attempt has its own file and
+//! command; the probe is idempotent.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -31,49 +31,50 @@ use crate::start::task::PendingCommand;
 
 const NAME: &str = "probe-mcp-servers";
 const PROGRAM: &str = include_str!("probe_mcp_servers.py");
-/// Marks the lines of the output that hold outcomes.
+/// The prefix of output lines that hold outcomes.
 const MARK: &str = "openhands-mcp-probe:";
-/// How long the command waits for its file.
+/// The time that the command waits for its file.
 const FILE_WAIT: Duration = Duration::from_secs(30);
-/// How long the upload of the file may take. It is less than the wait, so that no file arrives after its command has ended.
+/// The timeout of the file's upload. It is shorter than the command's wait, so that no file arrives after the command has ended.
 const UPLOAD_LIMIT: Duration = Duration::from_secs(15);
-/// What the command may need beyond the wait and the probe: the interpreter starts, and commands of MCP servers are ended.
+/// The time that the command may need in addition to the wait and the probe: the interpreter starts, and the commands of MCP servers are
+/// terminated.
 const COMMAND_GRACE: Duration = Duration::from_secs(20);
-/// How long after the command's own timeout its output is still waited for.
+/// The time after the command's own timeout during which its output is still polled.
 const OUTPUT_GRACE: Duration = Duration::from_secs(10);
 /// Exit codes of the command's script.
 const NO_INTERPRETER: i64 = 69;
 const NO_FILE: i64 = 75;
-/// Longer names and reasons are cut, in characters.
+/// The maximum lengths of names and reasons, in characters. Longer ones are cut.
 const NAME_LENGTH: usize = 60;
 const REASON_LENGTH: usize = 200;
-/// Parts of a URL's path that are as long, in bytes, count as keys.
+/// Parts of a URL's path with at least this many bytes count as keys.
 const SHORTEST_KEY: usize = 16;
-/// This many servers that were left out are named with a reason each; the others are only named.
+/// The number of failed servers that are noted with their reasons; the others are only named.
 const REASONS: usize = 10;
 
-/// What became of the attempt to start the probe.
+/// The outcome of an attempt to start the probe.
 #[derive(PartialEq, Eq)]
 pub(super) enum ProbeStart {
-    /// There is a command that is waited for.
+    /// The command runs, and the start waits for it.
     Started,
-    /// A command of an earlier look is still waited for.
+    /// A command from an earlier poll still runs.
     Pending,
-    /// There is nothing to probe, or no probe is possible.
+    /// There are no servers to probe, or no probe is possible.
     Skipped,
 }
 
-/// An outcome as the command prints it. Anything in the sandbox may have printed it.
+/// An outcome in the form that the command prints. It is untrusted: any program in the sandbox may have printed it.
 #[derive(Deserialize)]
 struct Outcome {
-    /// What [`key`] gives for the server.
+    /// The result of [`key`] for the server.
     server: String,
     works: Option<bool>,
     reason: Option<String>,
 }
 
 impl StartRun<'_> {
-    /// Starts the probe, unless it runs or there is nothing to probe.
+    /// Starts the probe, unless it already runs or there are no servers to probe.
     pub(super) async fn start_mcp_probe(
         &mut self,
         sandbox: &Sandbox,
@@ -102,7 +103,7 @@ impl StartRun<'_> {
         let document = document(&servers, limit).to_string().into();
         match tokio::time::timeout(UPLOAD_LIMIT, agent_server.upload(&file, &document)).await {
             Ok(Ok(())) => Ok(ProbeStart::Started),
-            // The command removes the file should it be there all the same.
+            // The file may exist despite the error; the command then removes it.
             Ok(Err(error)) => {
                 self.task.record.command = None;
                 self.not_probed(&servers, &error)
@@ -115,7 +116,7 @@ impl StartRun<'_> {
         }
     }
 
-    /// What the probe leaves out, with the notes of it; `None` while the probe runs.
+    /// Returns the change that records the failed servers and the notes; `None` while the probe runs.
     pub(super) async fn end_mcp_probe(&mut self, agent_server: &AgentServer) -> Result<Option<Change>, StepError> {
         let settings = self.settings().await?;
         for name in settings.mcp_config.without_token() {
@@ -127,7 +128,7 @@ impl StartRun<'_> {
             let limit = self.saga.config.mcp_probe_timeout;
             match agent_server.command_output(&pending.id).await {
                 Ok(None) => {
-                    // Less than the step's deadline, which would end the start.
+                    // The limit is shorter than the step's deadline, which would end the start.
                     let limit = FILE_WAIT + limit + COMMAND_GRACE + OUTPUT_GRACE;
                     let limit = limit.min(self.saga.config.step_timeout / 2);
                     if pending.started_at.is_some_and(|at| Time::now().since(at) < limit) {
@@ -146,13 +147,13 @@ impl StartRun<'_> {
         let record = &self.task.record;
         let left_out = record.mcp_servers_left_out.iter().map(text).collect();
         let notes = record.notes.iter().map(text).collect();
-        // All notes, not only those of the probe: what was noted in this step before is in no other write.
+        // The change contains all notes, not only the probe's: no other write contains the earlier notes of this step.
         let change = Change::default().set("notes", AttributeValue::L(notes));
         Ok(Some(change.set("mcp_servers_left_out", AttributeValue::L(left_out))))
     }
 
-    /// The error without the secrets of MCP servers. The request that failed may lack those that were left out, yet the sandbox
-    /// received them for the probe, and may repeat them.
+    /// Masks the secrets of MCP servers in an error. The failed request may lack the servers that were left out, but the sandbox received
+    /// their secrets for the probe and may repeat them.
     pub(super) async fn without_mcp_secrets(&mut self, error: StepError) -> Result<StepError, StepError> {
         let settings = self.settings().await?;
         let servers = mcp_servers(&settings, &self.saga.config);
@@ -192,7 +193,8 @@ impl StartRun<'_> {
         Ok(ProbeStart::Skipped)
     }
 
-    /// An earlier attempt may have uploaded the secrets, so that the sandbox may repeat them in any error.
+    /// Notes that the servers were not probed. An earlier attempt may have uploaded the secrets, so the reason is masked: the sandbox may
+    /// repeat them in any error.
     fn note_unprobed(&mut self, servers: &Map<String, Value>, why: &str) {
         let why = without_secrets(servers, why);
         tracing::warn!(task = %self.task.record.id, reason = why, "start.mcp_servers_not_probed");
@@ -202,13 +204,13 @@ impl StartRun<'_> {
 
 #[derive(Default)]
 struct Outcomes {
-    /// Name and reason of each server that does not work.
+    /// The name of each failed server, and the reason of its failure.
     failed: Vec<(String, String)>,
-    /// The servers of which the probe does not know whether they work.
+    /// The servers whose state the probe could not determine.
     unsure: Vec<String>,
 }
 
-/// The uploaded file: the program, and what it probes.
+/// The content of the uploaded file: the program and its input.
 fn document(servers: &Map<String, Value>, limit: Duration) -> Value {
     json!({
         "program": PROGRAM,
@@ -219,12 +221,12 @@ fn document(servers: &Map<String, Value>, limit: Duration) -> Value {
     })
 }
 
-/// By what the output names a server: it changes with the server's settings, which may have been changed since the probe was started.
+/// The identifier of a server in the output. It is a hash of the server's settings, so that outcomes for changed settings are ignored.
 fn key(name: &str, server: &Value) -> String {
     sha256_hex(&json!([name, server]).to_string())[..16].to_owned()
 }
 
-/// What the output says of these servers.
+/// Parses the outcomes of these servers from the output.
 fn outcomes(servers: &Map<String, Value>, output: &str) -> Outcomes {
     let secrets = secrets_of(servers);
     let lines = output.lines().filter_map(|line| serde_json::from_str::<Outcome>(line.strip_prefix(MARK)?).ok());
@@ -243,7 +245,7 @@ fn outcomes(servers: &Map<String, Value>, output: &str) -> Outcomes {
     outcomes
 }
 
-/// What must not be shown of a reason. Commands may repeat the value of an option without its name; some services have a key in the
+/// The texts that are masked in reasons. Commands may repeat the value of an option without its name, and some services have a key in the
 /// path of their URL.
 fn secrets_of(servers: &Map<String, Value>) -> Vec<String> {
     let mut secrets = mask::secrets_in(&json!({"mcp_config": servers}));
@@ -275,7 +277,7 @@ fn notes(outcomes: &Outcomes) -> Vec<String> {
     notes
 }
 
-/// A name in quotes, with control characters escaped.
+/// Quotes a name and escapes its control characters.
 pub(super) fn shown(name: &str) -> String {
     format!("{:?}", cut(name, NAME_LENGTH))
 }
@@ -292,8 +294,8 @@ fn cut(text: &str, length: usize) -> String {
     }
 }
 
-/// The command. It prefers the interpreter that runs the agent server, since its TLS and its folder are those of MCP clients there;
-/// images bundle the agent server as one program, and have a `python3` beside it. `-I` keeps modules of the workspace out.
+/// The shell command of the probe. It prefers the Python interpreter that runs the agent server, because MCP clients there use its TLS and
+/// its folder; images that bundle the agent server as one program also have a `python3`. `-I` excludes modules of the workspace.
 fn script(state: &str, file: &str) -> String {
     format!(
         r#"f={file}
@@ -320,8 +322,8 @@ exit {NO_INTERPRETER}
     )
 }
 
-/// Waits for the file until it is complete, removes it, and runs the program in it: the agent server keeps the text of commands,
-/// which therefore stays short.
+/// The Python loader. It waits until the file is complete, removes it, and runs the program in it. The agent server stores the text of
+/// commands, so the program is in the file and the command stays short.
 const LOADER: &str = r#"import json, os, sys, time
 file, end = sys.argv[1], time.monotonic() + float(sys.argv[2])
 while True:
@@ -366,7 +368,7 @@ mod tests {
             line(&json!({"server": nth(&four, 1), "works": false, "reason": "it answered 401 Unauthorized"})),
             line(&json!({"server": nth(&four, 2), "unsure": "why"})),
             line(&json!({"server": "unknown", "works": false})),
-            // The settings have changed meanwhile.
+            // This server's settings have changed since the probe started.
             line(&json!({"server": key("d", &json!({"url": "https://before.example"})), "works": false})),
             line(&json!(["server"])),
             format!("{MARK}{{"),
@@ -421,7 +423,7 @@ mod tests {
         assert!(notes.len() < 12 * 1024, "{}", notes.len());
     }
 
-    /// A sandbox with nothing but a few programs, and `programs` of our own.
+    /// Runs the command in a sandbox that has only a few programs and the given `programs`.
     fn run_in_bare_sandbox(programs: &[(&str, &str)], document: Option<&str>) -> (i32, String, bool) {
         use std::os::unix::fs::{PermissionsExt as _, symlink};
         use std::process::{Command, Stdio};
@@ -445,7 +447,7 @@ mod tests {
         command.args(["-c", &script(&state, &name)]).env("PATH", &bin).stdin(Stdio::null()).stdout(Stdio::piped());
         let child = command.spawn().expect("a shell");
         if let Some(document) = document {
-            // In two parts, as an upload may arrive.
+            // The file is written in two parts, as in a slow upload.
             let (half, rest) = document.split_at(document.len() / 2);
             std::fs::write(&file, half).expect("written");
             std::thread::sleep(Duration::from_millis(200));
@@ -455,7 +457,7 @@ mod tests {
         }
         let output = child.wait_with_output().expect("an end");
         let is_left = file.exists();
-        // Left-overs in the temporary folder hurt nobody.
+        // Remaining files in the temporary folder do no harm.
         let _removed = std::fs::remove_dir_all(&folder);
         (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&output.stdout).into_owned(), is_left)
     }
@@ -469,7 +471,7 @@ mod tests {
         }
     }
 
-    /// The interpreter itself: `python3` may be a script that needs more programs than the sandbox has.
+    /// The path of the interpreter itself: `python3` may be a script that needs more programs than the sandbox has.
     fn python() -> Option<String> {
         let find = "python3 -c 'import sys; print(sys.executable)'";
         let python = std::process::Command::new("sh").args(["-c", find]).output().expect("a shell");
@@ -480,7 +482,7 @@ mod tests {
         (!python.is_empty()).then_some(python)
     }
 
-    /// Runs a text after the program's own, in one module.
+    /// Runs a Python text in the same module, after the program.
     fn run_with_program(check: &str) {
         let Some(python) = python() else { return };
         let text = format!("{PROGRAM}\n{check}");

@@ -5,7 +5,7 @@ can_run() {
   esac
 }
 
-# Whether a shell with these options runs a file.
+# Tests whether a shell with these options runs a file.
 runs_files() {
   case $("$@" /dev/fd/3 </dev/null 2>/dev/null 3<<'FILE'
 echo "it runs"
@@ -13,7 +13,7 @@ FILE
   ) in *"it runs") ;; *) return 1 ;; esac
 }
 
-# The script without a byte order mark, and with the line ends that shells know.
+# Prints the script without a byte order mark, with line ends that shells accept.
 plain_script() {
   case $(LC_ALL=C tr -cd '\n' <"$script" | tr '\n' x | head -c 1) in
     '') LC_ALL=C tr '\r' '\n' <"$script" ;;
@@ -21,7 +21,7 @@ plain_script() {
   esac | LC_ALL=C sed "1s/^\($bom\)*//"
 }
 
-# Interpreters of other languages. bash accepts many of their scripts, and does something else.
+# Tests for interpreters of other languages. bash accepts many of their scripts, with different results.
 is_other_language() {
   case $1 in
     python* | pypy* | ipython* | uv | uvx | pipx | poetry | xonsh | ruby* | jruby* | irb | rake | bundle | perl* | raku | node* | npx | bun | \
@@ -34,22 +34,23 @@ is_other_language() {
   return 1
 }
 
-# Runs a script of the project in place of this shell, whatever its mode, line ends, byte order mark and shebang. An interpreter other
-# than a plain shell is the one that the shebang names; everything else is run by bash. The path is relative to the working directory.
+# Replaces this shell by a script of the project, regardless of the script's mode, line ends, byte order mark and shebang. If the shebang
+# names an interpreter that is not a plain shell, that interpreter runs the script; otherwise bash does. The path is relative to the working
+# directory.
 run_script() {
   script=$1
   cr=$(printf '\r')
   bom=$(printf '\357\273\277')
   first=$(head -c 512 "$script" | LC_ALL=C tr '\r\000' '\n ' | head -n 1 | LC_ALL=C sed "s/^\($bom\)*//")
-  # The variables that env sets and unsets.
+  # The variables that the shebang's env sets and unsets.
   assigned=
   removed=
   set -f
   case $first in '#!'*) set -- ${first#??} ;; *) set -- ;; esac
   set +f
   case ${1-} in env | */env)
-    # The words are separate already, which is all that -S is for. The script runs in the project's folder and has the environment
-    # of the sandbox, so -C and -i have no effect.
+    # The words are already split, which is the only purpose of -S. The script runs in the project's folder with the environment of the
+    # sandbox, so -C and -i have no effect.
     shift
     while :; do
       case ${1-} in
@@ -86,12 +87,12 @@ run_script() {
       fi ;;
   esac
   case ${1##*/} in bash | rbash | sh | zsh | ksh | ksh93 | mksh)
-    # Options with which the shell would not run a file, such as those of another shell, are left out.
+    # Options that prevent the shell from running a file, such as those of another shell, are dropped.
     if [ $# -gt 1 ] && ! runs_files "$@"; then set -- "$1"; fi
     if LC_ALL=C grep -q "$cr" "$script" || [ "$(head -c 3 "$script" | LC_ALL=C tr '\000' ' ')" = "$bom" ]; then
-      # A copy is run, but not as one: the shell opens it under the name that the script has in the project, then goes to the project
-      # and removes the copy. So $0, BASH_SOURCE and line numbers are those of the script, and nothing is left, however it ends.
-      # A restricted shell cannot go there: the restriction begins after it.
+      # The shell runs a copy of the script under the script's own name: it opens the copy, changes to the project's folder and removes the
+      # copy. So $0, BASH_SOURCE and line numbers are those of the script, and no file remains, however the script ends. A restricted shell
+      # cannot change folders, so the restriction starts after that.
       restrict=
       word=$1
       shift
@@ -120,7 +121,7 @@ run_script() {
       cd "$OPENHANDS_COPY" || exit 1
     fi ;;
   esac
-  # Last, because PATH and others mean something to the commands above.
+  # These variables are set last, because PATH and others affect the commands above.
   interpreter=$(command -v "$1") && case $interpreter in /*) shift && set -- "$interpreter" "$@" ;; esac
   set -f
   for word in $removed; do command unset -v "$word" 2>/dev/null; done

@@ -1,4 +1,4 @@
-//! RUNNING_SETUP_SCRIPT: `.openhands/setup.sh` of the project, if there is one.
+//! Step RUNNING_SETUP_SCRIPT of the start saga: runs `.openhands/setup.sh` of the project, if there is one.
 
 use super::command::{OneCommand, RUN_SCRIPT, complaint};
 use super::{StartRun, Step, StepError};
@@ -18,7 +18,7 @@ impl StartRun<'_> {
         };
         let mut change = Change::default();
         if output.exit_code != 0 {
-            // The conversation is still worth having: the agent can look at what went wrong.
+            // The start continues: the conversation is still useful, because the agent can investigate the failure.
             let note = format!(".openhands/setup.sh failed: {}", complaint(&output));
             self.task.record.notes.push(note.clone());
             change = change.note(note);
@@ -39,7 +39,7 @@ mod tests {
     use super::super::scratch::{Scratch, shells};
     use super::script;
 
-    /// Says by which name it runs, where the project is for it, and that it is run by bash.
+    /// Prints the name by which it runs and the project's path, and verifies that bash runs it.
     const BODY: &str = "words=(a b)\nhere=$(cd \"$(dirname \"${BASH_SOURCE[0]}\")/..\" && pwd)\nname() { echo \"${BASH_SOURCE[0]}\"; }\n\
         if [[ $0 == \"${BASH_SOURCE[0]}\" ]]; then\n  echo \"$0 $(name) $here $PWD ${words[1]} $LINENO\"\nfi\n";
 
@@ -124,7 +124,7 @@ mod tests {
 
     #[test]
     fn a_shebang_chooses_the_interpreter_and_its_options() {
-        // An interpreter that says how it was called.
+        // An interpreter that prints its arguments.
         let interpreter = "#!/bin/sh\nprintf '%s ' interpreter \"$@\"\nhead -n 1 \"$1\" >/dev/null\n";
         for (shebang, expected) in [
             ("#!{bin}/python9", "interpreter .openhands/setup.sh "),
@@ -149,7 +149,7 @@ mod tests {
         }
     }
 
-    /// An interpreter that says how it was called, and what is in its environment.
+    /// Runs an interpreter that prints its arguments and its environment.
     fn env_says(scratch: &Scratch, shebang: &str) -> super::super::scratch::Ran {
         scratch.write("bin/python9", "#!/bin/sh\necho \"$* A=$A B=$B FOO=${FOO-none}\"\n");
         scratch.set_mode("bin/python9", 0o755);
@@ -197,7 +197,7 @@ mod tests {
                 let ran = scratch.run(&script(&scratch.path("project")));
                 let set = ran.stdout.strip_suffix(" .openhands/setup.sh\n");
                 assert_eq!(ran.code, Some(0), "{shebang}: {ran:?}");
-                // bash has a path of its own where there is none.
+                // bash sets a default PATH if there is none.
                 let is_expected =
                     |path| if shebang.contains("-u") { path != scratch.path("bin") } else { path == "/nowhere" };
                 assert!(set.is_some_and(|path| is_expected(path.to_owned())), "{shebang}: {ran:?}");
@@ -241,7 +241,7 @@ mod tests {
     fn a_script_for_something_that_is_not_installed_is_not_given_to_bash() {
         for shell in shells() {
             for (shebang, body) in [
-                // bash accepts none of the words, or knows that it is another language.
+                // bash rejects the script, or the script's interpreter is listed as another language.
                 ("no-such-python", "import os\r\nprint(os.getcwd())\r\n"),
                 ("python0", "import os\n"),
                 ("/no/such/bin/python3.99", "import os\r\n"),

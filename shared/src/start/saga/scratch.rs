@@ -1,11 +1,11 @@
-//! A folder in which tests run the scripts of starts, with real shells and a real git.
+//! A temporary folder in which tests run the scripts of the start saga, with real shells and a real git.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-/// Shells that are `/bin/sh` in images, as far as this machine has them.
+/// Shells that images use as `/bin/sh`, if they are installed on this machine.
 pub(super) fn shells() -> Vec<PathBuf> {
     let mut shells: Vec<PathBuf> =
         ["/bin/sh", "/bin/dash", "/bin/bash"].into_iter().flat_map(fs::canonicalize).collect();
@@ -14,19 +14,19 @@ pub(super) fn shells() -> Vec<PathBuf> {
     shells
 }
 
-/// The folder, and a home folder in it. It is removed when dropped.
+/// A temporary folder with a home folder in it. Drop removes it.
 pub(super) struct Scratch {
     folder: PathBuf,
     shell: PathBuf,
 }
 
 impl Scratch {
-    /// With `/bin/sh`.
+    /// Uses `/bin/sh`.
     pub(super) fn new() -> Self {
         Self::with(Path::new("/bin/sh"))
     }
 
-    /// With a shell as `sh`.
+    /// Uses the given shell as `sh`.
     pub(super) fn with(shell: &Path) -> Self {
         let folder = std::env::temp_dir().join(crate::id::new_sandbox_id());
         for name in ["bin", "home"] {
@@ -63,7 +63,7 @@ impl Scratch {
         fs::symlink_metadata(self.at(name)).expect("a file").permissions().mode() & 0o7777
     }
 
-    /// The shell with this script, with nothing of the environment of the tests but PATH.
+    /// A command that runs this script. Of the test's environment it inherits only PATH.
     pub(super) fn command(&self, script: &str) -> Command {
         let mut command = Command::new(self.at("bin/sh"));
         let path = std::env::var("PATH").unwrap_or_default();
@@ -90,7 +90,7 @@ impl Scratch {
         Ran::new(&ran, &self.shell)
     }
 
-    /// Runs what has to succeed, and returns its output.
+    /// Runs a script that must succeed, and returns its output.
     #[track_caller]
     pub(super) fn must(&self, script: &str) -> String {
         let ran = self.run(script);
@@ -98,7 +98,7 @@ impl Scratch {
         ran.stdout
     }
 
-    /// What git says of the working tree, and the mode of each file and folder in it.
+    /// The output of `git status`, and the mode of each file and folder in the working tree.
     pub(super) fn tree(&self, clone: &str) -> String {
         let mut lines = vec![self.must(&format!("git -C {} status --porcelain --ignored", self.path(clone)))];
         let mut folders = vec![clone.to_owned()];
@@ -118,7 +118,7 @@ impl Scratch {
         lines.join("\n")
     }
 
-    /// The names of the temporary files that are left.
+    /// The remaining temporary files.
     pub(super) fn left(&self) -> Vec<PathBuf> {
         fs::read_dir(self.at("tmp")).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
     }
@@ -126,18 +126,18 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // Left-overs in the temporary folder do no harm.
+        // Remaining files in the temporary folder do no harm.
         let _removed = fs::remove_dir_all(&self.folder);
     }
 }
 
-/// What a script came to.
+/// The result of a script.
 #[derive(Debug)]
 pub(super) struct Ran {
     pub(super) code: Option<i32>,
     pub(super) stdout: String,
     pub(super) stderr: String,
-    /// For failures: the shell.
+    /// The shell, shown in failures.
     #[expect(dead_code, reason = "shown by Debug")]
     shell: PathBuf,
 }

@@ -1,4 +1,4 @@
-//! SETTING_UP_GIT_HOOKS: `.openhands/pre-commit.sh` of the project becomes git's pre-commit hook.
+//! Step SETTING_UP_GIT_HOOKS of the start saga: installs `.openhands/pre-commit.sh` of the project as git's pre-commit hook.
 
 use super::command::{OneCommand, RUN_SCRIPT, complaint, note_in};
 use super::{StartRun, Step, StepError};
@@ -6,7 +6,7 @@ use crate::shell::quoted;
 use crate::start::store::Change;
 use crate::start::task::StartStatus;
 
-/// Tells our hook from one that was there before; the reference marks its hooks with the same words.
+/// Marks our hook, to distinguish it from an existing hook; the reference marks its hooks with the same text.
 const MARK: &str = "This hook was installed by OpenHands";
 
 impl StartRun<'_> {
@@ -62,8 +62,8 @@ if [ -f "$kept" ] && [ -x "$kept" ] && ! cmp -s "$kept" .openhands/pre-commit.sh
 fi
 "#;
 
-/// Puts the hook into the git directory's own folder and touches nothing that may be the project's: not `core.hooksPath`, which often is
-/// a folder of the working tree.
+/// Installs the hook in the hooks folder of the git directory and changes no file of the project. It does not use `core.hooksPath`, which
+/// often is a folder of the working tree.
 const INSTALL: &str = r#"unset CDPATH
 cd "$project_dir" || exit 1
 [ -f .openhands/pre-commit.sh ] || exit 0
@@ -157,7 +157,7 @@ mod tests {
     use super::super::scratch::{Ran, Scratch, shells};
     use super::script;
 
-    /// A repository with this pre-commit.sh, committed as it is, and the files of a project.
+    /// Creates a repository that contains this pre-commit.sh, committed unchanged, and the files of a project.
     fn repository(scratch: &Scratch, pre_commit: &str) {
         scratch.write("project/.openhands/pre-commit.sh", pre_commit);
         scratch.set_mode("project/.openhands/pre-commit.sh", 0o644);
@@ -173,7 +173,7 @@ mod tests {
         scratch.run(&script(&scratch.path("project")))
     }
 
-    /// What the hooks of a commit said in `ran`.
+    /// Makes a commit, and returns its exit code and the output of its hooks in `ran`.
     fn commit(scratch: &Scratch, folder: &str) -> (Option<i32>, String) {
         let ran =
             scratch.run(&format!("cd {folder} && : >../ran && date >>file && git add file && git commit -q -m Next"));
@@ -208,7 +208,7 @@ mod tests {
                     assert_eq!(scratch.tree("project"), before);
                 }
                 assert_eq!(commit(&scratch, "project"), (Some(0), own(&scratch)), "{content:?}");
-                // By this shell, not the machine's.
+                // This shell runs the hook, not the machine's `/bin/sh`.
                 scratch.must("cd project && : >../ran && sh .git/hooks/pre-commit");
                 assert_eq!(scratch.read("ran").replace('\n', " "), own(&scratch), "{content:?}");
                 assert!(scratch.left().is_empty());
@@ -247,7 +247,7 @@ mod tests {
                 scratch.must("cp -p hook project/.git/hooks/pre-commit");
             };
             let before = scratch.tree("project");
-            // A setup script puts its hook there at each start.
+            // A setup script installs its hook at each start.
             for times in 0..3 {
                 install_hook();
                 for _ in 0..2 {
@@ -286,13 +286,13 @@ mod tests {
         }
     }
 
-    /// Such tools keep a hook that they find, under another name, and may call it.
+    /// Tools that wrap hooks rename an existing hook and may call it.
     #[test]
     fn tools_that_wrap_hooks_and_ours_do_not_call_each_other_forever() {
         for kept_as in ["pre-commit.legacy", "pre-commit.old"] {
             let scratch = Scratch::new();
             repository(&scratch, PRE_COMMIT);
-            // Like some, it refuses to be called by what it calls.
+            // Like some real tools, it refuses a recursive call.
             let wrapper = format!(
                 "#!/bin/sh\n[ -z \"$TOOL\" ] || exit 9\nexport TOOL=runs\nkept=$(dirname \"$0\")/{kept_as}\n[ ! -x \"$kept\" ] || \"$kept\" || exit\necho tool >>../ran\n"
             );
@@ -304,7 +304,7 @@ mod tests {
                     "{hooks}; if [ -e pre-commit ]; then mv pre-commit {kept_as}; fi; cp -p ../../../tool pre-commit"
                 ));
                 if times > 0 {
-                    // Before the start comes to its hooks the tool runs ours, which must not run the tool again.
+                    // Before this start installs its hook, the tool runs ours, which must not run the tool a second time.
                     let (code, ran) = commit(&scratch, "project");
                     assert_eq!((code, ran), (Some(0), format!("{}tool ", own(&scratch))), "{kept_as} {times}");
                 }
@@ -356,7 +356,7 @@ mod tests {
                 assert_eq!(scratch.read("hooks of all/pre-commit"), scratch_hook("theirs"));
                 assert!(!scratch.at("hooks of all/pre-commit.local").exists());
             }
-            // It is in place for the day on which the path is unset.
+            // The hook is installed, so it becomes effective when the path is unset.
             scratch.must(&format!("cd project && git config {place} --unset core.hooksPath"));
             assert_eq!(commit(&scratch, "project"), (Some(0), own(&scratch)), "{path}");
         }
@@ -445,7 +445,7 @@ mod tests {
         assert!(!scratch.at(&format!("project/{KEPT}")).exists());
         assert_eq!(scratch.mode("project/.git/hooks/pre-commit"), 0o755);
         assert_eq!(commit(&scratch, "project"), (Some(0), own(&scratch)));
-        // The script went with a branch: the hook that was there before it goes on.
+        // The branch that is checked out lacks the script: the earlier hook still runs.
         scratch.write(&format!("project/{KEPT}"), scratch_hook("kept"));
         scratch.set_mode(&format!("project/{KEPT}"), 0o755);
         scratch.must("cd project && rm -r .openhands");
@@ -462,7 +462,7 @@ mod tests {
         scratch.set_mode(file, 0o755);
     }
 
-    /// A commit that would not end without a limit.
+    /// Makes a commit with a time limit, because the hooks might call each other forever.
     fn limited_commit(scratch: &Scratch) -> (Option<i32>, String) {
         let ran =
             scratch.run("cd project && : >../ran && date >>file && git add file && timeout 20 git commit -q -m Next");
@@ -477,7 +477,7 @@ mod tests {
                 "exec \"$(dirname \"$0\")/pre-commit.local\" \"$@\"\n",
                 "for hook in .git/hooks/pre-commit.*; do case $hook in *.sample) ;; *) \"$hook\" || exit ;; esac; done\n",
                 "for hook in .git/hooks/pre-commit?*; do case $hook in *.sample) ;; *) \"$hook\" || exit ;; esac; done\n",
-                // It calls what git calls.
+                // The kept hook calls the hook that git calls.
                 "[ -z \"$AGAIN\" ] || exit 0; AGAIN=1 .git/hooks/pre-commit; exec .git/hooks/pre-commit.local\n",
             ] {
                 let scratch = Scratch::with(&shell);
@@ -502,7 +502,7 @@ mod tests {
 
     #[test]
     fn nothing_that_is_in_the_folder_of_hooks_is_overwritten() {
-        // A folder of the name that earlier versions kept hooks under.
+        // A folder has the name that earlier versions gave kept hooks.
         let scratch = Scratch::new();
         repository(&scratch, PRE_COMMIT);
         scratch.write("project/.git/hooks/pre-commit.local/users", "its");
@@ -510,7 +510,7 @@ mod tests {
         assert_eq!(install(&scratch).code, Some(0));
         assert_eq!(limited_commit(&scratch), (Some(0), format!("{}tool ", own(&scratch))));
         assert_eq!(scratch.read("project/.git/hooks/pre-commit.local/users"), "its");
-        // A tool that writes another hook each time: the newest runs, and the others are there.
+        // A tool writes a different hook each time: the newest one runs, and the others are kept.
         for name in ["two", "three"] {
             executable(&scratch, "project/.git/hooks/pre-commit", &scratch_hook(name));
             for _ in 0..2 {
@@ -521,7 +521,7 @@ mod tests {
         assert_eq!(scratch.read(&format!("project/{KEPT}.1")), scratch_hook("tool"));
         assert_eq!(scratch.read(&format!("project/{KEPT}.2")), scratch_hook("two"));
         assert!(!scratch.at(&format!("project/{KEPT}.3")).exists());
-        // Folders in the place of the hook and of the kept one.
+        // The paths of the hook and of the kept hook are folders.
         let scratch = Scratch::new();
         repository(&scratch, PRE_COMMIT);
         scratch.write("project/.git/hooks/pre-commit/users", "its");
@@ -535,7 +535,7 @@ mod tests {
     #[test]
     fn what_an_earlier_version_kept_goes_on() {
         for earlier in EARLIER {
-            // As the earlier version left it.
+            // The files are in the state that the earlier version created.
             let scratch = Scratch::new();
             repository(&scratch, PRE_COMMIT);
             executable(&scratch, "project/.git/hooks/pre-commit", earlier);
@@ -545,11 +545,11 @@ mod tests {
                 assert!(!scratch.at("project/.git/hooks/pre-commit.local").exists());
                 assert_eq!(limited_commit(&scratch), (Some(0), format!("{}kept ", own(&scratch))));
             }
-            // One of the user's that came later stays.
+            // A hook that the user adds later stays.
             executable(&scratch, "project/.git/hooks/pre-commit.local", &scratch_hook("users"));
             assert_eq!(install(&scratch).code, Some(0));
             assert_eq!(scratch.read("project/.git/hooks/pre-commit.local"), scratch_hook("users"));
-            // The setup script has put its hook there again, which calls the name that the earlier version gave it.
+            // The setup script has installed its hook again, and that hook calls the name that the earlier version gave it.
             let scratch = Scratch::new();
             repository(&scratch, PRE_COMMIT);
             let tool = "#!/bin/sh\necho tool >>../ran\nif [ -x .git/hooks/pre-commit.local ]; then exec .git/hooks/pre-commit.local; fi\n";
@@ -558,7 +558,7 @@ mod tests {
             }
             assert_eq!(install(&scratch).code, Some(0));
             assert_eq!(limited_commit(&scratch), (Some(0), format!("{}tool ", own(&scratch))));
-            // A hook of ours under the name of the kept one.
+            // One of our hooks has the name of the kept hook.
             executable(&scratch, &format!("project/{KEPT}"), earlier);
             assert_eq!(limited_commit(&scratch), (Some(0), own(&scratch)));
         }
@@ -568,17 +568,17 @@ mod tests {
     fn what_an_earlier_version_replaced_in_a_project_s_folder_of_hooks_is_restored() {
         let husky = "echo husky >>../ran\n";
         for (hooks_path, tracked, kept, expected) in [
-            // The project's own, as it is in the repository.
+            // The project's own hook, unchanged since its commit.
             (".husky", Some(husky), Some(husky), Some(husky)),
             ("{project}/.husky", Some(husky), Some(husky), Some(husky)),
-            // Changed before it was replaced.
+            // A hook that was changed before the earlier version replaced it.
             (".husky", Some(husky), Some("echo changed\n"), Some("echo changed\n")),
             (".husky", Some(husky), None, Some(husky)),
-            // Not in the repository.
+            // A hook that is not in the repository.
             (".husky/_", None, Some("echo tool\n"), Some("echo tool\n")),
             ("../elsewhere", None, Some("echo theirs\n"), Some("echo theirs\n")),
             (".husky/_", None, None, None),
-            // Committed by an agent.
+            // A hook of the earlier version that an agent committed.
             (".husky", Some(EARLIER[0]), Some(husky), Some(husky)),
         ] {
             let scratch = Scratch::new();

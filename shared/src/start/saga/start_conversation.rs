@@ -1,4 +1,4 @@
-//! SETTING_UP_SKILLS and STARTING_CONVERSATION: the agent server is given all it needs, and the conversation is recorded.
+//! Steps SETTING_UP_SKILLS and STARTING_CONVERSATION of the start saga: create the conversation on the agent server and record it.
 
 use std::time::Duration;
 
@@ -31,8 +31,8 @@ impl StartRun<'_> {
         let Some((sandbox, agent_server)) = self.running_sandbox().await? else { return Ok(Step::Wait) };
         let url = sandbox.agent_server_url().unwrap_or_default().to_owned();
         let probe = self.start_mcp_probe(&sandbox, &agent_server).await?;
-        // Read now, used in the next step: in the same turn they are at hand, after a crash they are read again. The probe runs
-        // meanwhile; while only the probe is waited for they are not read again.
+        // This step reads the skills, and the next step uses them. Within one attempt they are cached; after a crash the next step reads
+        // them again. The probe runs meanwhile; polls of a pending probe do not read them again.
         if self.skills.is_none() && probe != ProbeStart::Pending {
             self.skills = Some(self.load_skills(&sandbox, &agent_server).await?);
         }
@@ -71,11 +71,11 @@ impl StartRun<'_> {
         };
         match agent_server.skills(&query).await {
             Ok(skills) => Ok(skills),
-            // This has a bound of its own, so that every error that may pass counts alike.
+            // This retry limit is separate, so that every transient error counts alike.
             Err(error) if error.retry() != Retry::Never && self.task.record.attempts < 2 => {
                 Err(StepError::Retry(error.to_string()))
             }
-            // As in the reference, a conversation without skills is better than none; but it says so.
+            // As in the reference, a conversation without skills is better than none, but a note reports it.
             Err(error) => {
                 self.add_note(format!("The conversation has no skills: {error}"));
                 Ok(Vec::new())
@@ -135,8 +135,8 @@ impl StartRun<'_> {
         Ok(body)
     }
 
-    /// The version of the agent server; `None` where it cannot be found out, which is no reason to fail a start: the conversation then
-    /// uses nothing that a version may lack.
+    /// Returns the version of the agent server, or `None` if it cannot be determined. That does not fail the start: the conversation then
+    /// uses no feature that a version may lack.
     async fn agent_server_version(&self, agent_server: &AgentServer) -> Option<AgentServerVersion> {
         let version = agent_server.version().await;
         if let Err(error) = &version {
@@ -145,16 +145,16 @@ impl StartRun<'_> {
         version.ok().flatten()
     }
 
-    /// Creates the conversation once, and makes sure that its first message is there.
+    /// Creates the conversation once, and ensures that it has its first message.
     async fn create(&mut self, agent_server: &AgentServer, body: &ConversationBody) -> Result<(), StepError> {
         match self.try_to_create(agent_server, body).await {
             Err(AgentServerError { failure: Failure::Status(_, said), .. })
                 if said.contains("Chromium") && self.task.record.browser != Some(false) =>
             {
-                // Its browser tool looked in other places than our probe did. Its word counts.
+                // The agent server's browser tool searches more paths than our probe does, so its result overrides the probe's.
                 self.task.record.browser = Some(false);
-                // An agent server keeps a conversation whose agent could not be set up, and returns it, with that agent, to whoever
-                // creates the same id again.
+                // An agent server keeps a conversation whose agent could not be set up, and returns it with that agent when the same id is
+                // created again.
                 self.remove_from(agent_server).await?;
                 Err(StepError::Retry(said))
             }
@@ -164,8 +164,8 @@ impl StartRun<'_> {
 
     async fn try_to_create(&self, agent_server: &AgentServer, body: &ConversationBody) -> Result<(), AgentServerError> {
         let timeout = self.saga.config.agent_request_timeout;
-        // Behind an attempt whose outcome is unknown, it may be there or be about to be: the agent server recognises a
-        // conversation's id only once it has finished making it.
+        // After an attempt with an unknown outcome, the conversation may exist or may still be in creation: the agent server finds a
+        // conversation by its id only after it has created it.
         let mut info = None;
         if self.task.record.attempts > 0 {
             info = self.find(agent_server).await?;
@@ -184,8 +184,8 @@ impl StartRun<'_> {
         Ok(())
     }
 
-    /// Sends the first message if an attempt was cut off between making the conversation and giving it its message. An
-    /// attempt that is still being worked on gets the time to do so itself; one that was answered with an error is not.
+    /// Sends the first message if an attempt was interrupted after it created the conversation and before it sent the message. An attempt
+    /// that the agent server still processes gets time to send it itself; an attempt that ended with an error response gets none.
     async fn ensure_first_message(
         &self,
         agent_server: &AgentServer,
@@ -213,8 +213,8 @@ impl StartRun<'_> {
         Ok(agent_server.conversations(&[id], self.saga.config.agent_request_timeout).await?.pop().flatten())
     }
 
-    /// Removes this start's conversation from the agent server. False if it has a user's message: somebody uses it, and may have used
-    /// it before this start.
+    /// Removes this start's conversation from the agent server. Returns false if it has a user's message: a user works with it, possibly
+    /// since before this start.
     pub(super) async fn remove_from(&self, agent_server: &AgentServer) -> Result<bool, AgentServerError> {
         let id = self.task.record.conversation_id;
         match self.find(agent_server).await? {
@@ -223,7 +223,7 @@ impl StartRun<'_> {
             Some(_) => {}
         }
         match agent_server.delete_conversation(id, self.saga.config.agent_request_timeout).await {
-            // Version 1.15 answers 400 where later ones answer 404.
+            // Version 1.15 returns 400 where later versions return 404.
             Err(AgentServerError {
                 failure: Failure::Status(StatusCode::NOT_FOUND | StatusCode::BAD_REQUEST, _),
                 ..
@@ -272,7 +272,7 @@ impl StartRun<'_> {
         let writes = match &lookup {
             Lookup::Present(known) if known.is_stub => conversations.complete_stub(known, &conversation, processors)?,
             Lookup::Present(_) => {
-                // Started before: it keeps its record and its history, and is only where it is now.
+                // The conversation was started before: it keeps its record and its history, and only its sandbox changes.
                 let moved = ConversationChange::default().sandbox(user, &sandbox.id);
                 if conversations.update(user, conversation_id, moved).await?.is_none() {
                     return Err(StepError::Retry("The conversation was deleted at the same time".into()));
@@ -285,15 +285,15 @@ impl StartRun<'_> {
             }
         };
         if saga.tasks.save_with(user, record.id, &self.lease.worker, &ready, writes).await?.is_err() {
-            // The record may have changed under us (another start of the same conversation was quicker, the agent server told
-            // of it) rather than the lease been lost.
+            // A concurrent writer may have changed the record (another start of the same conversation, or the agent server's webhook), so
+            // the failed condition need not mean a lost lease.
             if differs(&lookup, &conversations.lookup(user, conversation_id).await?) {
                 return Err(StepError::Retry("Another request recorded the conversation at the same time".into()));
             }
             return Err(StepError::LeaseLost);
         }
         if processors.contains(&EventCallbackProcessor::Logging) {
-            // Events that came before the record. The next ones ring too.
+            // This job processes the events that arrived before the record existed. Later events enqueue their own jobs.
             let job = ProcessEvents { user: user.clone(), conversation: conversation_id }.into();
             if let Err(error) = saga.queue.send(&job, Duration::ZERO).await {
                 tracing::warn!(task = %record.id, error = %error.context(), "start.enqueue_failed");
@@ -305,7 +305,7 @@ impl StartRun<'_> {
         Ok(Step::Ready)
     }
 
-    /// Adds a note unless an earlier attempt did.
+    /// Adds a note unless an earlier attempt has added it.
     pub(super) fn add_note(&mut self, note: String) {
         if !self.task.record.notes.contains(&note) {
             self.task.record.notes.push(note);
@@ -313,7 +313,7 @@ impl StartRun<'_> {
     }
 }
 
-/// Whether a record came or went meanwhile, or a stub is no longer as it was when it was read.
+/// Whether a record was created, deleted or, in the case of a stub, changed since it was read.
 fn differs(before: &Lookup, now: &Lookup) -> bool {
     match (before, now) {
         (Lookup::Present(before), Lookup::Present(now)) => {

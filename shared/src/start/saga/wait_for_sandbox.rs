@@ -1,4 +1,4 @@
-//! WAITING_FOR_SANDBOX: until the sandbox's agent server answers.
+//! Step WAITING_FOR_SANDBOX of the start saga: polls until the sandbox's agent server responds.
 
 use super::{StartRun, Step, StepError, with_detail};
 use crate::sandbox::SandboxStatus;

@@ -1,4 +1,4 @@
-//! Changes of a start task's record.
+//! Conditional updates of start task records.
 
 use aws_sdk_dynamodb::types::AttributeValue;
 use uuid::Uuid;
@@ -10,7 +10,7 @@ use crate::id;
 use crate::id::UserId;
 use crate::start::task::{PendingCommand, Snapshot};
 
-/// A change of a record's attributes.
+/// An update of a record's attributes.
 #[derive(Clone, Debug, Default)]
 pub struct Change(Box<Update>);
 
@@ -23,36 +23,34 @@ impl Change {
         Self(Box::new(change(*self.0)))
     }
 
-    /// Sets an attribute.
     #[must_use]
     pub fn set(self, name: &str, value: AttributeValue) -> Self {
         self.map(|update| update.set(name, value))
     }
 
-    /// Removes an attribute.
     #[must_use]
     pub fn remove(self, name: &str) -> Self {
         self.map(|update| update.remove(name))
     }
 
-    /// Adds a note for the user.
+    /// Appends a note for the user.
     #[must_use]
     pub fn note(self, note: impl Into<String>) -> Self {
         self.map(|update| update.append("notes", [text(note)]))
     }
 
-    /// Sets the command whose end the start waits for.
+    /// Sets the command that the start waits for.
     ///
     /// # Errors
-    /// [`crate::Error::Internal`] when the command cannot be written as an attribute.
+    /// [`crate::Error::Internal`] if the command cannot be serialised.
     pub fn command(self, command: &PendingCommand) -> Result<Self> {
         Ok(self.set("command", AttributeValue::M(to_item(command)?)))
     }
 
-    /// Moves the task to another state: the current attributes and the history change together.
+    /// Changes the task's state: the current attributes and the history change in one update.
     ///
     /// # Errors
-    /// [`crate::Error::Internal`] when the snapshot cannot be written as an item.
+    /// [`crate::Error::Internal`] if the snapshot cannot be serialised.
     pub fn state(mut self, id: Uuid, snapshot: &Snapshot) -> Result<Self> {
         let item = to_item(snapshot)?;
         for name in ["detail", "app_conversation_id", "sandbox_id", "agent_server_url"] {
@@ -88,14 +86,14 @@ impl Change {
     /// The change that makes a task READY.
     ///
     /// # Errors
-    /// [`crate::Error::Internal`] when the snapshot cannot be written as an item.
+    /// [`crate::Error::Internal`] if the snapshot cannot be serialised.
     pub(super) fn ready(user: &UserId, id: Uuid, conversation: Uuid, snapshot: &Snapshot) -> Result<Self> {
         let conversation = text(user.key_of(&id::hex(conversation)));
         Ok(Self::default().state(id, snapshot)?.set("conversation_key", conversation).finished())
     }
 }
 
-/// A counter of attempts as an attribute.
+/// Converts a counter of attempts to an attribute.
 #[must_use]
 pub fn attempts(count: u32) -> AttributeValue {
     number(count)

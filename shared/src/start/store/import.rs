@@ -1,4 +1,4 @@
-//! Start tasks of another server.
+//! Import of start tasks from another server.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -16,38 +16,36 @@ use crate::start::request::StartRequest;
 use crate::start::task::Snapshot;
 use crate::user::counters::{self, Counter};
 
-/// The most tasks that [`StartTaskStore::import`] accepts at once: one transaction, with the counter.
+/// The largest number of tasks in one [`StartTaskStore::import`]: one transaction, with the counter.
 pub const IMPORT_LIMIT: usize = TRANSACTION_LIMIT - 1;
 
-/// How often an import is repeated while others add tasks with the same ids.
+/// Retries of an import while concurrent writers add tasks with the same ids.
 const IMPORT: Backoff = Backoff { first: Duration::from_millis(40), longest: Duration::from_millis(200), attempts: 3 };
 
-/// A start that another server has done, or begun. It is stored to be listed; no worker continues it, whatever its status.
+/// A start task of another server, finished or not. It is stored only to be listed; no worker continues it, whatever its status.
 #[derive(Clone, Debug)]
 pub struct ImportedTask {
-    /// The task's id.
     pub id: Uuid,
-    /// The task's state.
     pub now: Snapshot,
     /// The time of the request.
     pub created_at: Time,
-    /// The request. The values of its secrets are not stored, only their names are.
+    /// The request. Only the names of its secrets are stored, not the values.
     pub request: StartRequest,
 }
 
 impl StartTaskStore {
-    /// Adds tasks of another server and counts them, at most [`IMPORT_LIMIT`] at once. Returns for each task whether it was added: one
-    /// whose id is taken is left as it is. No worker claims them, because they are not in the index of unfinished tasks.
+    /// Adds tasks of another server and counts them, at most [`IMPORT_LIMIT`] at once. Returns for each task whether it was added; a task
+    /// with an existing id is skipped. No worker claims these tasks, because they are not in the index of unfinished tasks.
     ///
     /// # Errors
-    /// [`crate::Error::Store`]; none of them is added then.
+    /// [`crate::Error::Store`]; then no task was added.
     pub async fn import(&self, user: &UserId, tasks: &[ImportedTask]) -> Result<Vec<bool>> {
         const OPERATION: &str = "TransactWriteItems start-tasks";
         let mut attempts = IMPORT.start();
         loop {
             attempts.next().await;
             let mut taken = self.taken(user, tasks.iter().map(|task| task.id)).await?;
-            // The first of several with the same id is the one that is added.
+            // Of several tasks with the same id, the first one is added.
             let new: Vec<bool> = tasks.iter().map(|task| taken.insert(task.id)).collect();
             let added: Vec<&ImportedTask> =
                 tasks.iter().zip(&new).filter(|(_, new)| **new).map(|(task, _)| task).collect();
@@ -65,13 +63,13 @@ impl StartTaskStore {
             match transact(&self.table.client, writes, OPERATION).await? {
                 Transacted::Written => return Ok(new),
                 failed if attempts.is_last() => return failed.require(OPERATION).map(|()| Vec::new()),
-                // Another writer has taken one of the ids meanwhile.
+                // A concurrent writer has added a task with one of the ids.
                 Transacted::ConditionFailed(_) => {}
             }
         }
     }
 
-    /// Those of the ids that have a row.
+    /// The ids that already have a row.
     async fn taken(&self, user: &UserId, ids: impl Iterator<Item = Uuid>) -> Result<HashSet<Uuid>> {
         let ids: HashSet<Uuid> = ids.collect();
         let items = self.table.batch_get(ids.into_iter().map(|id| key(user, id)).collect()).await?;

@@ -1,4 +1,4 @@
-//! Workers' leases on start tasks, and the writes that need one.
+//! Leases of workers on start tasks, and the writes that require a lease.
 
 use std::time::Duration;
 
@@ -16,29 +16,29 @@ use crate::start::task::{Snapshot, StartStatus, StartTask, StartTaskRecord};
 /// The result of an attempt to claim a task.
 #[derive(Debug)]
 pub enum Claim {
-    /// The caller has the task until its lease expires.
+    /// The caller holds the lease until it expires.
     Claimed(Box<StartTask>),
-    /// Another worker has it.
+    /// Another worker holds the lease.
     Held,
     /// The task is finished.
     Finished,
-    /// There is no such task.
+    /// No task with this id exists.
     Unknown,
 }
 
-/// The caller's lease has expired, and another worker may have the task now.
+/// The caller's lease has expired, and another worker may hold it now.
 #[derive(Debug, PartialEq, Eq)]
 pub struct LeaseLost;
 
 impl StartTaskStore {
-    /// Claims an unfinished task for a time, unless another worker has it.
+    /// Claims an unfinished task for a duration, unless another worker holds the lease.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
     pub async fn claim(&self, user: &UserId, id: Uuid, worker: &str, duration: Duration) -> Result<Claim> {
         let lease = Lease::of(worker, duration);
         let update = due_after(&lease)
-            // Until it is released, or advances: a worker that dies does neither.
+            // The counter is reset when a worker releases or advances the task. A worker that dies does neither.
             .add("open_claims", 1)
             .condition(Condition::Exists(UNFINISHED_SHARD));
         let item = match lease.claim(&self.table, key(user, id), update).await? {
@@ -51,7 +51,7 @@ impl StartTaskStore {
         };
         let opened = self.open(from_item(item)?).await;
         if opened.is_err() {
-            // This worker lives: its claim must not count as the death of one.
+            // This worker is alive, so its claim must not count as a death.
             if let Err(error) = self.release(user, id, worker, Time::now(), Change::default()).await {
                 tracing::warn!(task = %id, error = %error.context(), "start.not_released");
             }
@@ -75,7 +75,7 @@ impl StartTaskStore {
         Ok(if self.table.apply(key(user, id), update).await? { Ok(()) } else { Err(LeaseLost) })
     }
 
-    /// Writes a change of a task on which `worker` has the lease.
+    /// Writes a change of a task; `worker` must hold the lease.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
@@ -100,7 +100,7 @@ impl StartTaskStore {
         self.save(user, id, worker, &change.map(lease::release)).await
     }
 
-    /// Writes a change together with others, all or nothing. [`LeaseLost`] also when a condition of the others does not hold.
+    /// Writes a change and other writes in one transaction. Returns [`LeaseLost`] also if a condition of the other writes fails.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
@@ -118,7 +118,7 @@ impl StartTaskStore {
         Ok(if saved.is_written() { Ok(()) } else { Err(LeaseLost) })
     }
 
-    /// Ends an unfinished task with ERROR, whichever worker has it. Returns false when it is finished, or does not exist.
+    /// Ends an unfinished task with ERROR, regardless of leases. Returns false if it is finished or does not exist.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
@@ -138,13 +138,13 @@ impl StartTaskStore {
     /// The change that makes a task READY.
     ///
     /// # Errors
-    /// [`crate::Error::Internal`] when the snapshot cannot be written as an item.
+    /// [`crate::Error::Internal`] if the snapshot cannot be serialised.
     pub fn ready(user: &UserId, id: Uuid, conversation: Uuid, snapshot: &Snapshot) -> Result<Change> {
         Change::ready(user, id, conversation, snapshot)
     }
 }
 
-/// Makes the task due once the lease has expired.
+/// Sets the due time to the end of the lease plus [`FORGOTTEN_AFTER`].
 fn due_after(lease: &Lease) -> Update {
     Update::new().set("due_at", text(lease.until.plus(FORGOTTEN_AFTER).sortable()))
 }

@@ -1,4 +1,4 @@
-//! Lists and counts of start tasks.
+//! Paginated lists and counts of start tasks.
 
 use aws_sdk_dynamodb::operation::query::builders::QueryFluentBuilder;
 use serde::{Deserialize, Serialize};
@@ -16,31 +16,30 @@ use crate::paging::{self, Bounds};
 use crate::start::task::StartTaskRecord;
 use crate::user::counters::{self, Counter};
 
-/// The error for a count that takes too long.
+/// The error for a count that exceeds its time limit.
 const TOO_MANY: &str =
     "Too many start tasks to count with this filter. Narrow it with created_at__gte, or read the pages of search";
 
-/// The tasks that a list holds.
+/// The filter of a list.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Filter {
     /// Only tasks that made this conversation ready.
     pub conversation_id: Option<Uuid>,
-    /// Only tasks that were requested at this instant or later.
+    /// Only tasks that were created at or after this time.
     pub created_at_gte: Option<Time>,
 }
 
-/// The position in a list at which a page starts: after this task.
+/// The pagination cursor: a page starts after this task.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cursor {
     /// The value of the attribute that the list is sorted by.
     pub sort: String,
-    /// The task's id.
     pub id: Uuid,
 }
 
 impl StartTaskStore {
-    /// A page of the user's tasks, within the bounds of [`crate::paging`], and the start of the next page if there is one. Requests in
-    /// the bucket are not read.
+    /// Returns a page of the user's tasks, within the bounds of [`crate::paging`], and the cursor of the next page if there is one. It does
+    /// not read requests in the bucket.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -53,7 +52,7 @@ impl StartTaskStore {
         limit: usize,
     ) -> Result<(Vec<StartTaskRecord>, Option<Cursor>)> {
         if let Some(conversation) = filter.conversation_id {
-            // A conversation has as many tasks as it was started times: hardly ever more than one.
+            // Each start of a conversation has a task, so there is rarely more than one.
             return self.list_of_conversation(user, conversation, filter, order, after, limit).await;
         }
         let (index, sort) = index_of(order);
@@ -73,13 +72,13 @@ impl StartTaskStore {
         paging::page("Query start-tasks", Bounds::of_page(limit), start, is_filtered, query, read, after).await
     }
 
-    /// The position of a task in a list.
+    /// The cursor of a task in a list.
     #[must_use]
     pub fn place(record: &StartTaskRecord, order: SortOrder) -> Cursor {
         Cursor { sort: sort_value(record, order), id: record.id }
     }
 
-    /// The number of the user's tasks that match the filter. Without a filter it is one counter, read once.
+    /// Counts the user's tasks that match the filter. Without a filter the count is one read of a counter.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -154,7 +153,7 @@ impl StartTaskStore {
     }
 }
 
-/// The index that has an order, and its sort key.
+/// The index with this order, and its sort key.
 fn index_of(order: SortOrder) -> (&'static str, &'static str) {
     if order.is_by_created() { (BY_CREATED, "created_sort") } else { (BY_UPDATED, "updated_sort") }
 }

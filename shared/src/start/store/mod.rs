@@ -1,4 +1,4 @@
-//! The store of start tasks. Workers share it: a worker that writes a start's progress must have the lease on its task.
+//! The DynamoDB store of start tasks. Workers share it: a worker must hold the lease on a task to write its progress.
 
 mod change;
 mod import;
@@ -31,34 +31,34 @@ use crate::id::UserId;
 use crate::user::counters::{self, Counter};
 use crate::user::seal::Sealer;
 
-/// Index: a user's tasks by creation.
+/// Index: a user's tasks by creation time.
 pub const BY_CREATED: &str = "by-created";
 /// Index: a user's tasks by last change.
 pub const BY_UPDATED: &str = "by-updated";
 /// Index: tasks that made a conversation ready.
 pub const BY_CONVERSATION: &str = "by-conversation";
-/// Index: unfinished tasks, by the time at which the sweep enqueues them again. Sparse; in [`SHARDS`] partitions.
+/// Index: unfinished tasks, by the due time at which the sweep enqueues their jobs again. Sparse; in [`SHARDS`] partitions.
 pub const UNFINISHED: &str = "unfinished";
 
 /// Partitions of the index of unfinished tasks: the first hex digit of the task's id.
 pub const SHARDS: &str = "0123456789abcdef";
 
-/// A request of more bytes is an object in the bucket: every change of the record would pay for it again.
+/// Requests with more bytes are stored in the bucket, because every update of the record is charged by the record's size.
 const INLINE_REQUEST_LIMIT: usize = 8 * 1024;
 
-/// A bound of the time that a start takes: every step has a deadline.
+/// An upper bound of a start's duration; every step has a deadline.
 const LONGEST_START: Duration = Duration::from_secs(24 * 3600);
 
-/// How long a task is overdue before the sweep enqueues it again.
+/// The delay between the end of a lease or a wait and the task's due time for the sweep.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(2);
 
 /// The attribute that puts a task into the index of unfinished tasks.
 const UNFINISHED_SHARD: &str = "unfinished_shard";
 
-/// The call that creates a task, for the log.
+/// The name of the call that creates a task, for the log.
 const CREATE: &str = "TransactWriteItems start-tasks";
 
-/// The records of all start tasks.
+/// The store of all start task records.
 #[derive(Clone, Debug)]
 pub struct StartTaskStore {
     table: Table,
@@ -69,7 +69,7 @@ pub struct StartTaskStore {
 }
 
 impl StartTaskStore {
-    /// A store on the `start-tasks` table, with its counter in `users` and large requests in `bucket`.
+    /// Creates a store on the `start-tasks` table, with its counter in `users` and large requests in `bucket`.
     #[must_use]
     pub fn new(
         dynamodb: Client,
@@ -83,7 +83,7 @@ impl StartTaskStore {
         Self { table, users, s3, bucket, sealer }
     }
 
-    /// Stores a new task in state WORKING. From here on it ends READY or ERROR, whatever happens to the workers.
+    /// Stores a new task in state WORKING. After that it ends in READY or ERROR, even if workers crash.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -112,7 +112,7 @@ impl StartTaskStore {
         item.insert("due_at".into(), text(created_at.plus(FORGOTTEN_AFTER).sortable()));
         let count = counters::add(&self.users, user, &[(Counter::StartTasks, 1)])?;
         let written = transact(&self.table.client, vec![self.put_new(item)?, count], CREATE).await;
-        // Otherwise a client that repeats its request has two starts.
+        // If the outcome of the write is unknown, the row is read. Without that check a client that retries would create a second start.
         unless_written(written.and_then(|written| written.require(CREATE)), async || {
             Ok(self.get(user, id).await?.is_some())
         })
@@ -124,11 +124,11 @@ impl StartTaskStore {
         self.table.put_in_transaction(item, &Condition::Missing("id"))
     }
 
-    /// A new record as an item, with the attributes that indexes need. Stores a large request in the bucket.
+    /// Converts a new record to an item, with the attributes that indexes need. Stores a large request in the bucket.
     async fn item(&self, record: &mut StartTaskRecord) -> Result<Item> {
         let mut item = to_item(record)?;
         if record.request.len() > INLINE_REQUEST_LIMIT {
-            // Before the row, so that there is no row without its request. An object without a row is found by no one.
+            // The object is written before the row, so that no row lacks its request. No one reads an object without a row.
             let key = self.put_request(record).await?;
             item.insert("request".into(), text(abridged(&record.request)));
             item.insert("request_object".into(), text(&key));
@@ -142,7 +142,7 @@ impl StartTaskStore {
         Ok(item)
     }
 
-    /// Records in the order of the ids, `None` for those that the user does not have. Requests in the bucket are not read.
+    /// Returns records in the order of the ids, `None` for ids that the user does not have. It does not read requests in the bucket.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -156,7 +156,7 @@ impl StartTaskStore {
         Ok(ids.iter().map(|id| found.get(id).cloned()).collect())
     }
 
-    /// One record.
+    /// Returns one record.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -164,7 +164,7 @@ impl StartTaskStore {
         Ok(self.batch_get(user, &[id]).await?.pop().flatten())
     }
 
-    /// The index of unfinished tasks. A task is due when its lease or its wait is over, so that no worker is about to continue it.
+    /// The index of unfinished tasks. A task is due after its lease or its wait has ended, when no worker is about to continue it.
     #[must_use]
     pub fn unfinished(&self) -> DueIndex {
         DueIndex {
@@ -176,7 +176,7 @@ impl StartTaskStore {
         }
     }
 
-    /// Whether an unfinished start of the user will run in this sandbox.
+    /// Whether an unfinished start of the user uses or will use this sandbox.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -202,7 +202,8 @@ impl StartTaskStore {
         Ok(false)
     }
 
-    /// Removes the tasks that made a conversation ready, with their requests. It may be repeated after an interruption.
+    /// Removes the tasks that made a conversation ready, with their requests. It is idempotent, so it can be repeated after an
+    /// interruption.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -218,7 +219,7 @@ impl StartTaskStore {
             .send();
         while let Some(item) = pages.next().await {
             let record: StartTaskRecord = from_item(item.map_err(store_error("Query start-tasks"))?)?;
-            // Before the row, without which no one would find the object.
+            // The object is removed before the row, because only the row refers to it.
             if let Some(object) = &record.request_object {
                 self.delete_request(object).await?;
             }
@@ -227,19 +228,19 @@ impl StartTaskStore {
         Ok(())
     }
 
-    /// Removes a row and subtracts it from the count, once.
+    /// Removes a row and decrements the counter once.
     async fn delete(&self, user: &UserId, id: Uuid) -> Result<()> {
         let writes = vec![
             self.table.delete_in_transaction(key(user, id), Some(&Condition::Exists("id")))?,
             counters::add(&self.users, user, &[(Counter::StartTasks, -1)])?,
         ];
-        // Where the condition does not hold, another worker has removed it.
+        // If the condition fails, another worker has removed the row.
         let _written = transact(&self.table.client, writes, "TransactWriteItems start-tasks").await?;
         Ok(())
     }
 }
 
-/// A record in its first state, without the ids that the start will use. Secrets of the request are masked in it.
+/// Creates a record in its first state, without the ids that the start will use. Secrets of the request are masked.
 fn record(user: &UserId, id: Uuid, now: Snapshot, created_at: Time, request: &StartRequest) -> Result<StartTaskRecord> {
     Ok(StartTaskRecord {
         user: user.clone(),

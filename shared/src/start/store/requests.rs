@@ -1,4 +1,4 @@
-//! Requests of start tasks: large ones are objects in the bucket, and secrets are sealed.
+//! Storage of start requests: large ones are S3 objects, and secrets are sealed (encrypted).
 
 use std::collections::HashMap;
 
@@ -19,11 +19,11 @@ use crate::start::abridged::abridged;
 use crate::start::request::StartRequest;
 use crate::start::task::{ABRIDGED_SIZE, AppConversationStartTask, StartTask, StartTaskRecord, raw};
 
-/// Requests that are opened in the bucket at the same time. Their bodies are read one after the other.
+/// The number of S3 objects that are opened concurrently. Their bodies are read sequentially.
 const OPEN_REQUESTS: usize = 4;
 
 impl StartTaskStore {
-    /// The tasks in the form of the API, up to the first one that does not fit into a page.
+    /// Returns the tasks in the form of the API, up to the first one that exceeds the size of the page.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -33,7 +33,7 @@ impl StartTaskStore {
         let mut opened = stream::iter(keys).map(|key| self.open_request(key)).buffered(OPEN_REQUESTS);
         for record in records {
             let Some(request) = opened.try_next().await? else { break };
-            // A task that is too large for a page of its own is shown with its request abridged.
+            // A task that exceeds the size of a whole page is shown with its request abridged.
             let request = match read_request(record, request, items.left()).await? {
                 Some(request) => request,
                 None if items.is_empty() => self.abridged_request(record).await?,
@@ -46,7 +46,7 @@ impl StartTaskStore {
         Ok(items)
     }
 
-    /// The tasks in the form of the API, all of them in one response. Requests are abridged where the response would be too large.
+    /// Returns all tasks in the form of the API, in one response. Requests are abridged if the response would be too large.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -74,7 +74,7 @@ impl StartTaskStore {
         Ok(shown)
     }
 
-    /// Stores a large request in the bucket, and returns its key.
+    /// Stores a large request in the bucket and returns its key.
     pub(super) async fn put_request(&self, record: &StartTaskRecord) -> Result<String> {
         let owner = crate::digest::sha256_hex(record.user.as_str());
         let key = format!("start-requests/{}/{owner}.json", id::hex(record.id));
@@ -90,32 +90,31 @@ impl StartTaskStore {
         Ok(key)
     }
 
-    /// Removes a request from the bucket.
     pub(super) async fn delete_request(&self, key: &str) -> Result<()> {
         let removed = self.s3.delete_object().bucket(&self.bucket).key(key).send().await;
         removed.map_err(store_error("DeleteObject start-requests"))?;
         Ok(())
     }
 
-    /// Opens the request of a record by its [`StartTaskRecord::request_object`].
+    /// Opens the S3 object of a record's request; `key` is the record's [`StartTaskRecord::request_object`].
     async fn open_request(&self, key: Option<String>) -> Result<OpenRequest> {
         let Some(key) = key else { return Ok(OpenRequest::Inline) };
         let object = objects::open(&self.s3, &self.bucket, &key, "GetObject start-requests").await?;
         Ok(object.map_or(OpenRequest::Missing, |object| OpenRequest::Object(Box::new(object))))
     }
 
-    /// The abridged form of a record's request.
+    /// Returns the abridged form of a record's request.
     async fn abridged_request(&self, record: &StartTaskRecord) -> Result<Box<RawValue>> {
         let Some(key) = &record.request_object else { return Ok(raw(abridged(&record.request))) };
         if !record.request.is_empty() {
             return Ok(raw(record.request.clone()));
         }
-        // A record of an earlier version has none.
+        // A record of an earlier version has no abridged request.
         let request = objects::read_text(&self.s3, &self.bucket, key, "GetObject start-requests").await?;
         Ok(request.map_or_else(missing_request, |request| raw(abridged(&request))))
     }
 
-    /// The task of a record that was read from the table, with its whole request.
+    /// Reads the whole request of a record from the table, and returns the task.
     pub(super) async fn open(&self, mut record: StartTaskRecord) -> Result<StartTask> {
         if let Some(key) = &record.request_object {
             let request = objects::read_text(&self.s3, &self.bucket, key, "GetObject start-requests").await?;
@@ -144,29 +143,29 @@ impl StartTaskStore {
     }
 }
 
-/// The request of a record that was read from the table.
+/// The source of a record's request.
 enum OpenRequest {
     /// The record holds it.
     Inline,
     /// An object in the bucket holds it.
     Object(Box<GetObjectOutput>),
-    /// Its object was deleted.
+    /// The object was deleted.
     Missing,
 }
 
-/// Reads the request of a record; `None` when it takes more than `limit` bytes of a response.
+/// Reads the request of a record; `None` if its size exceeds `limit` bytes of a response.
 async fn read_request(record: &StartTaskRecord, request: OpenRequest, limit: u64) -> Result<Option<Box<RawValue>>> {
     let request = match request {
         OpenRequest::Object(object) if objects::length(&object) > limit => return Ok(None),
         OpenRequest::Object(object) => objects::text(*object, "GetObject start-requests").await?,
-        // The task is being deleted; its request is removed first.
+        // The task is being deleted; a deletion removes the request first.
         OpenRequest::Missing if record.request.is_empty() => return Ok(Some(missing_request())),
         OpenRequest::Inline | OpenRequest::Missing => record.request.clone(),
     };
     Ok((page::size_of_text(request.as_bytes()) <= limit).then(|| raw(request)))
 }
 
-/// The request that is shown for a task whose own is deleted.
+/// A placeholder for a deleted request.
 fn missing_request() -> Box<RawValue> {
     raw(serde_json::to_string(&StartRequest::default()).unwrap_or_default())
 }
