@@ -719,7 +719,7 @@ mod tests {
             scratch.write("workspace/project/r/in the way", "of somebody");
             // The lock is never released.
             git_with_lock(&scratch, "workspace/project/r/.git/index.lock", 1000);
-            let script = start.script("one").replace("\npatience=60\n", "\npatience=3\n");
+            let script = start.script("one").replace("\nlock_wait=60\n", "\nlock_wait=3\n");
             let ran = scratch.run(&script);
             assert_eq!(ran.code, Some(1), "{ran:?}");
             let error = ran.stderr;
