@@ -644,7 +644,7 @@ impl AgentServer {
         self.done(&Call::new(Method::DELETE, &path).within(timeout)).await
     }
 
-    /// Sets the conversation's security analyzer to its own model, which then rates the risk of its own actions.
+    /// Sets an LLM security analyzer, so that the conversation's model rates the risk of its own actions.
     ///
     /// # Errors
     /// See [`Failure`].
