@@ -1,4 +1,4 @@
-//! The AWS clients, made once a process.
+//! AWS SDK clients and their configuration, created once per process.
 
 use std::time::Duration;
 
@@ -13,25 +13,22 @@ use aws_types::service_config::{LoadServiceConfig, ServiceConfigKey};
 use crate::env::text;
 use crate::metrics::Units;
 
-/// By default the SDK waits for ever for an answer. A call to DynamoDB is done in milliseconds, or was lost.
+/// The timeout of one attempt. By default the SDK waits forever for a response; a call to DynamoDB finishes within milliseconds or is lost.
 const DYNAMODB_ATTEMPT: Duration = Duration::from_secs(5);
-/// Longer than a long poll.
+/// The timeout of one attempt, which is longer than a long poll.
 const SQS_ATTEMPT: Duration = Duration::from_secs(30);
 
-/// The clients that stores and queues are built on. Which of them a function uses is decided by its context.
+/// The clients for stores and queues. A function's context decides which of them the function uses.
 #[derive(Clone, Debug)]
 pub struct Aws {
-    /// Records.
     pub dynamodb: aws_sdk_dynamodb::Client,
-    /// Large values.
     pub s3: aws_sdk_s3::Client,
-    /// The start queue.
     pub sqs: aws_sdk_sqs::Client,
 }
 
-/// The SDK's configuration as Lambda gives it, in the environment: `AWS_REGION`, credentials, and `AWS_ENDPOINT_URL_*` where the
-/// services are elsewhere. The SDK's own way also looks into files and asks the machine's metadata, which functions neither need nor
-/// should carry.
+/// Returns the SDK configuration from the environment, as Lambda sets it: `AWS_REGION`, credentials, and `AWS_ENDPOINT_URL_*` for other
+/// endpoints. The SDK's default configuration also reads files and requests the instance metadata, which functions do not need and which
+/// makes them larger.
 #[must_use]
 pub fn sdk_config_from_env() -> SdkConfig {
     SdkConfig::builder()
@@ -56,15 +53,15 @@ impl LoadServiceConfig for EndpointsFromEnv {
     }
 }
 
-/// The DynamoDB client alone, for functions that need no other.
+/// Creates a DynamoDB client, for functions that need no other client.
 #[must_use]
 pub fn dynamodb_from_env() -> aws_sdk_dynamodb::Client {
     dynamodb(&sdk_config_from_env())
 }
 
-/// One set-up of TLS and one pool of connections for all clients, made for the first request. The SDK's own sets TLS up for each
-/// client anew, and once more as each is made, which is most of what a cold start takes. What clients share goes by their time
-/// to connect: it has to be the same.
+/// Creates one TLS setup and one connection pool for all clients, on the first request. The SDK's default sets up TLS for each client
+/// separately, and once more when each client is created, which is most of a cold start. Clients share connections only if their connect
+/// timeouts are equal.
 fn http_client() -> SharedHttpClient {
     let crypto = tls::rustls_provider::CryptoMode::AwsLc;
     let client = aws_smithy_http_client::Builder::new().tls_provider(tls::Provider::Rustls(crypto)).build_https();
@@ -80,10 +77,10 @@ fn dynamodb(config: &SdkConfig) -> aws_sdk_dynamodb::Client {
 }
 
 impl Aws {
-    /// Clients on a given configuration.
+    /// Creates the clients from a configuration.
     #[must_use]
     pub fn new(config: &SdkConfig) -> Self {
-        // Path style works for every endpoint, an embedded one on loopback included.
+        // Path-style addresses work with every endpoint, including an embedded one on the loopback interface.
         let s3 = aws_sdk_s3::config::Builder::from(config).force_path_style(true).build();
         let sqs = aws_sdk_sqs::config::Builder::from(config).timeout_config(timeouts(SQS_ATTEMPT)).build();
         Self {

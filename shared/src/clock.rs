@@ -1,4 +1,4 @@
-//! Instants as the contract writes them.
+//! Timestamps in the formats of the API contract and of the store.
 
 use std::fmt;
 use std::time::Duration;
@@ -8,49 +8,49 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// An instant with microsecond precision.
 ///
-/// On the wire it is `2025-03-02T12:34:56.789012Z`; a whole second has no fraction. In the store it is
-/// [`Time::sortable`], whose text order is the order in time.
+/// The JSON format is `2025-03-02T12:34:56.789012Z`; a whole second has no fraction. The store uses [`Time::sortable`], whose lexicographic
+/// order is the chronological order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Time(Timestamp);
 
 impl Time {
-    /// The current instant, cut to microseconds.
+    /// Returns the current time, truncated to microseconds.
     #[must_use]
     pub fn now() -> Self {
         Self::from(Timestamp::now())
     }
 
-    /// This instant `later` on; saturates at the end of time.
+    /// Adds a duration; saturates at the latest time.
     #[must_use]
     pub fn plus(self, later: Duration) -> Self {
         Self(self.0.saturating_add(later).unwrap_or(Timestamp::MAX))
     }
 
-    /// This instant `earlier`; saturates at the beginning of time.
+    /// Subtracts a duration; saturates at the earliest time.
     #[must_use]
     pub fn minus(self, earlier: Duration) -> Self {
         Self(self.0.saturating_sub(earlier).unwrap_or(Timestamp::MIN))
     }
 
-    /// How long it is from `earlier` to this instant; zero if it is the other way round.
+    /// Returns the time since `earlier`; zero if `earlier` is later than this time.
     #[must_use]
     pub fn since(self, earlier: Self) -> Duration {
         Duration::try_from(self.0.duration_since(earlier.0)).unwrap_or_default()
     }
 
-    /// Fixed-width text with six fraction digits, so that text order is order in time.
+    /// Returns fixed-width text with six fraction digits, whose lexicographic order is the chronological order.
     #[must_use]
     pub fn sortable(self) -> String {
         format!("{:.6}", self.0)
     }
 
-    /// `2025-03-02T12:34:56.789012`: without a zone, as Python's `datetime.isoformat()` writes it.
+    /// Returns `2025-03-02T12:34:56.789012`: without a time zone, like Python's `datetime.isoformat()`.
     #[must_use]
     pub fn naive(self) -> String {
         self.to_string().trim_end_matches('Z').to_owned()
     }
 
-    /// Seconds since the Unix epoch.
+    /// Returns the seconds since the Unix epoch.
     #[must_use]
     pub fn unix_seconds(self) -> i64 {
         self.0.as_second()
@@ -92,7 +92,7 @@ impl<'de> Deserialize<'de> for Time {
     }
 }
 
-/// Serialises a [`Time`] in its sortable form, for attributes that indexes are ordered by.
+/// Serialises a [`Time`] in its sortable form, for sort keys of indexes.
 pub mod sortable {
     use serde::Serializer;
 

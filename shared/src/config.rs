@@ -1,4 +1,4 @@
-//! Configuration: everything that differs between deployments, read from the environment once a process.
+//! Configuration: all deployment settings, read from environment variables once per process.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use crate::http_client::AddressPolicy;
 pub use crate::sandbox::config::DockerSandboxConfig;
 pub use crate::sandbox::config::{ProcessSandboxConfig, RemoteSandboxConfig, SandboxConfig};
 
-/// Names of tables and bucket, URLs of queues.
+/// The names of the tables and the bucket, and the URLs of the queues.
 #[derive(Clone, Debug)]
 pub struct Names {
     /// `CONVERSATIONS_TABLE`
@@ -34,7 +34,7 @@ pub struct Names {
 }
 
 impl Names {
-    /// The names with a common prefix; the queues' URLs must be filled in.
+    /// Creates names with a common prefix. The caller must set the queue URLs.
     #[must_use]
     pub fn with_prefix(prefix: &str) -> Self {
         Self {
@@ -50,41 +50,41 @@ impl Names {
     }
 }
 
-/// How starts behave. The defaults are the contract's.
+/// The configuration of starts. The defaults are the contract's.
 #[derive(Clone, Debug)]
 pub struct StartConfig {
-    /// How long a sandbox may take to answer (`SANDBOX_STARTUP_TIMEOUT`, seconds, 120).
+    /// The timeout for the first response of a sandbox's agent server (`SANDBOX_STARTUP_TIMEOUT`, seconds, 120).
     pub sandbox_startup_timeout: Duration,
-    /// How long a clone and checkout may take (`CLONE_TIMEOUT`, seconds, 300).
+    /// The timeout of a clone and checkout (`CLONE_TIMEOUT`, seconds, 300).
     pub clone_timeout: Duration,
-    /// How long `.openhands/setup.sh` may take (`SETUP_SCRIPT_TIMEOUT`, seconds, 600).
+    /// The timeout of `.openhands/setup.sh` (`SETUP_SCRIPT_TIMEOUT`, seconds, 600).
     pub setup_script_timeout: Duration,
-    /// How long any other step may take (`STEP_TIMEOUT`, seconds, 300).
+    /// The timeout of every other step (`STEP_TIMEOUT`, seconds, 300).
     pub step_timeout: Duration,
-    /// How long one request to an agent server may take (`AGENT_REQUEST_TIMEOUT`, seconds, 120).
+    /// The timeout of one request to an agent server (`AGENT_REQUEST_TIMEOUT`, seconds, 120).
     pub agent_request_timeout: Duration,
-    /// How long an MCP server may take to answer before a conversation is created without it (`MCP_PROBE_TIMEOUT`, seconds, 5; 0
-    /// turns the probe off).
+    /// The timeout of an MCP server's response, after which a conversation is created without this server (`MCP_PROBE_TIMEOUT`, seconds, 5;
+    /// 0 turns the probe off).
     pub mcp_probe_timeout: Duration,
-    /// How long a worker waits in its own process before it gives the task back to the queue
-    /// (`START_INLINE_WAIT_MS`, 2000). On Lambda waiting is paid for; locally it is free.
+    /// How long a worker waits in its own process before it returns the task to the queue (`START_INLINE_WAIT_MS`, 2000). On Lambda waiting
+    /// costs money; locally it is free.
     pub inline_wait: Duration,
-    /// How long a worker's claim on a task lasts without being renewed (`START_LEASE_SECONDS`, 15).
+    /// The duration of a worker's lease on a task unless it is renewed (`START_LEASE_SECONDS`, 15).
     pub lease: Duration,
-    /// Pause between two looks at something that is waited for (`START_POLL_MS`, 100).
+    /// The poll interval (`START_POLL_MS`, 100).
     pub poll: Duration,
-    /// How long stream-start sends nothing before it sends a newline (`STREAM_KEEP_ALIVE_MS`, 10000). CloudFront ends a stream
-    /// that is idle for 30 s, and API Gateway one that is idle for 5 minutes.
+    /// The keep-alive interval: stream-start sends a newline after this time without output (`STREAM_KEEP_ALIVE_MS`, 10000). CloudFront
+    /// ends a stream that is idle for 30 s, and API Gateway one that is idle for 5 minutes.
     pub keep_alive: Duration,
-    /// Conversations that grouping puts into one sandbox at most (`MAX_CONVERSATIONS_PER_SANDBOX`, 20).
+    /// The maximum number of conversations that grouping assigns to one sandbox (`MAX_CONVERSATIONS_PER_SANDBOX`, 20).
     pub max_conversations_per_sandbox: usize,
-    /// Whether a workspace without repository becomes an empty one (`INIT_GIT_IN_EMPTY_WORKSPACE`, true).
+    /// Whether a start initialises an empty git repository in a workspace without one (`INIT_GIT_IN_EMPTY_WORKSPACE`, true).
     pub init_git_in_empty_workspace: bool,
-    /// Whether git hosts may be reached over plain http when their setting says so (`ALLOW_INSECURE_GIT_ACCESS`, false).
+    /// Whether git hosts may be reached over plain HTTP if their setting allows it (`ALLOW_INSECURE_GIT_ACCESS`, false).
     pub allow_insecure_git_access: bool,
-    /// Whether agents' models stream their answers, where the agent server can pass the tokens on (`TOKEN_STREAMING`, true).
+    /// Whether agents' models stream tokens, if the agent server can forward them (`TOKEN_STREAMING`, true).
     pub token_streaming: bool,
-    /// The public address of this API (`OH_WEB_URL`, or `https://$WEB_HOST`), for secrets looked up by agents and MCP.
+    /// The public URL of this API (`OH_WEB_URL`, or `https://$WEB_HOST`), for agents' secret lookups and for MCP.
     pub web_url: Option<String>,
     /// `TAVILY_API_KEY` or `SEARCH_API_KEY`
     pub tavily_api_key: Option<SecretString>,
@@ -92,7 +92,7 @@ pub struct StartConfig {
     pub openhands_provider_base_url: Option<String>,
     /// `WEB_HOST`, for trace metadata.
     pub web_host: Option<String>,
-    /// Life of a token with which an agent looks up secrets (`ACCESS_TOKEN_HARD_TIMEOUT`, seconds, 14 days).
+    /// The lifetime of a token with which an agent looks up secrets (`ACCESS_TOKEN_HARD_TIMEOUT`, seconds, 14 days).
     pub access_token_lifetime: Duration,
 }
 
@@ -122,30 +122,30 @@ impl Default for StartConfig {
     }
 }
 
-/// The most events that an export holds: the directory of the zip needs memory for each of them. The memory of the functions in
-/// `template.yaml` fits this; `docs/adr/0004-zip-crate.md` has the figures.
+/// The maximum number of events in an export: the zip directory needs memory for each event. The memory of the functions in `template.yaml`
+/// fits this; `docs/adr/0004-zip-crate.md` has the figures.
 pub const MAX_EXPORT_EVENTS: u64 = 1_000_000;
 
-/// How conversations are exported.
+/// The configuration of exports.
 #[derive(Clone, Debug)]
 pub struct ExportConfig {
-    /// The largest zip that is streamed as the answer, in bytes (`EXPORT_INLINE_LIMIT`, 64 MiB). The answer for a larger one is a
-    /// redirect to a link. API Gateway limits a stream to 2 MB/s after its first 10 MB, so that 64 MiB take half a minute.
+    /// The maximum size in bytes of a zip that is streamed in the response (`EXPORT_INLINE_LIMIT`, 64 MiB). The response for a larger zip
+    /// is a redirect to a link. API Gateway limits a stream to 2 MB/s after its first 10 MB, so 64 MiB need half a minute.
     pub inline_limit: u64,
-    /// How long a request builds an export before it leaves it to the function `exports` (`EXPORT_BUDGET_MS`, 20000). API Gateway
-    /// waits for 29 s.
+    /// How long a request builds an export before it hands it over to the function `exports` (`EXPORT_BUDGET_MS`, 20000). API Gateway waits
+    /// for 29 s.
     pub budget: Duration,
-    /// How long the function `exports` builds one before the build fails (`EXPORT_BUILD_BUDGET_MS`, 840000). Lambda ends it after
-    /// 900 s.
+    /// How long the function `exports` builds an export before the build fails (`EXPORT_BUILD_BUDGET_MS`, 840000). Lambda terminates the
+    /// function after 900 s.
     pub build_budget: Duration,
-    /// How long an agent server may take to return events that have not arrived (`EXPORT_CATCH_UP_MS`, 5000).
+    /// The timeout for the backfill of events that an agent server has not delivered (`EXPORT_CATCH_UP_MS`, 5000).
     pub catch_up: Duration,
-    /// How long indexes may lag after a write (`EXPORT_SETTLE_MS`, 5000): an export whose build started sooner after a change of the
-    /// log is not reused.
+    /// The maximum lag of indexes after a write (`EXPORT_SETTLE_MS`, 5000). An export is not reused if its build started sooner than this
+    /// after a change of the log.
     pub settle: Duration,
-    /// How long the lease on an export lasts unless it is renewed (`EXPORT_LEASE_SECONDS`, 30).
+    /// The duration of the lease on an export unless it is renewed (`EXPORT_LEASE_SECONDS`, 30).
     pub lease: Duration,
-    /// The most events of an export. Not an environment variable: the memory of the functions depends on it.
+    /// The maximum number of events in an export. Not an environment variable: the memory of the functions depends on it.
     pub max_events: u64,
 }
 
@@ -164,7 +164,7 @@ impl Default for ExportConfig {
 }
 
 impl ExportConfig {
-    /// Reads the environment; what is not set keeps its default.
+    /// Reads the environment. Unset variables keep their defaults.
     ///
     /// # Errors
     /// Names the first variable that is malformed.
@@ -186,35 +186,31 @@ impl ExportConfig {
 /// The default of [`Config::sandbox_request_budget`].
 pub const SANDBOX_REQUEST_BUDGET: Duration = Duration::from_secs(20);
 
-/// Where the key is under which secrets are sealed.
+/// The location of the key that encrypts secrets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SealingConfig {
-    /// In a file on this machine (`SEALING_KEY_FILE`).
+    /// A file on this machine (`SEALING_KEY_FILE`).
     File(PathBuf),
-    /// In the `users` table, itself encrypted under a key of KMS (`SEALING_KMS_KEY`: its id, alias or ARN).
+    /// The `users` table, where the key is encrypted under a KMS key (`SEALING_KMS_KEY`: its id, alias or ARN).
     Kms(String),
 }
 
 /// The whole configuration of a process.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Tables, bucket, queue.
     pub names: Names,
-    /// Starts.
     pub start: StartConfig,
-    /// Sandboxes.
     pub sandbox: SandboxConfig,
-    /// Where the key is under which secrets are sealed.
+    /// The location of the key that encrypts secrets.
     pub sealing: SealingConfig,
-    /// Whether every request is the one local user's (`SINGLE_USER`), instead of the authorizer's.
+    /// Whether all requests belong to the one local user (`SINGLE_USER`), instead of the user that the authorizer authenticates.
     pub single_user: bool,
-    /// The time that one page may spend on asking agent servers for live status (`LIVE_STATUS_BUDGET_MS`, 1500).
+    /// The time budget of one page for requests to agent servers about live status (`LIVE_STATUS_BUDGET_MS`, 1500).
     pub live_status_budget: Duration,
     /// The time limit of a request that inspects a sandbox (`SANDBOX_REQUEST_BUDGET_MS`, 20000). API Gateway waits for 29 s.
     pub sandbox_request_budget: Duration,
-    /// Exports.
     pub export: ExportConfig,
-    /// Where agent servers may be (`ALLOW_PRIVATE_AGENT_SERVERS`, false): at public addresses, or anywhere.
+    /// The addresses of agent servers that are allowed (`ALLOW_PRIVATE_AGENT_SERVERS`, false): public ones only, or any.
     pub address_policy: AddressPolicy,
 }
 
@@ -255,7 +251,7 @@ impl Config {
         })
     }
 
-    /// The variables that make [`Config::from_env`] give this configuration in another process: tables, queue, sandboxes.
+    /// Returns the variables from which [`Config::from_env`] reads this configuration in another process: tables, queues, sandboxes.
     #[must_use]
     pub fn to_env(&self) -> Vec<(&'static str, String)> {
         let names = &self.names;
@@ -280,21 +276,21 @@ impl Config {
     }
 }
 
-/// What the authorizer knows.
+/// The configuration of the authorizer.
 #[derive(Clone, Debug)]
 pub struct AuthorizerConfig {
     /// The table with the hashes of API keys (`USERS_TABLE`).
     pub users: String,
-    /// Whose tokens are taken; `None` where API keys are all there is.
+    /// The accepted token issuer; `None` if only API keys are accepted.
     pub oidc: Option<OidcConfig>,
 }
 
 /// An OpenID Connect issuer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OidcConfig {
-    /// Its name, which is where its metadata are (`OIDC_ISSUER`), e.g. `https://accounts.example.com`.
+    /// The issuer identifier, which is also the base URL of its metadata (`OIDC_ISSUER`), e.g. `https://accounts.example.com`.
     pub issuer: String,
-    /// For whom its tokens must be made (`OIDC_AUDIENCE`).
+    /// The required audience of tokens (`aud`, `OIDC_AUDIENCE`).
     pub audience: String,
 }
 
@@ -302,8 +298,8 @@ impl AuthorizerConfig {
     /// Reads the environment.
     ///
     /// # Errors
-    /// Names the first variable that is missing or malformed. An issuer without an audience would let in whoever has a token
-    /// that was made for another service.
+    /// Names the first variable that is missing or malformed. The audience is required, because without it a token that the issuer created
+    /// for another service would be accepted.
     pub fn from_env() -> Result<Self, ConfigError> {
         let oidc = match text("OIDC_ISSUER") {
             Some(issuer) => Some(OidcConfig { issuer, audience: required("OIDC_AUDIENCE")? }),
@@ -314,7 +310,7 @@ impl AuthorizerConfig {
 }
 
 impl StartConfig {
-    /// Reads the environment; what is not set keeps its default.
+    /// Reads the environment. Unset variables keep their defaults.
     ///
     /// # Errors
     /// Names the first variable that is malformed.

@@ -1,9 +1,9 @@
-//! Environment variables: reading them, and the error that names a faulty one.
+//! Environment variables: parsing, and the error that names an invalid variable.
 
 use std::env;
 use std::str::FromStr;
 
-/// A variable that is missing or does not read as what it should be.
+/// The error for a missing or invalid variable.
 #[derive(Debug, thiserror::Error)]
 #[error("environment variable {name}: {problem}")]
 pub struct ConfigError {
@@ -11,26 +11,26 @@ pub struct ConfigError {
     pub(crate) problem: String,
 }
 
-/// Our public address: `OH_WEB_URL`, or `https://` and `WEB_HOST`, unless that is an address already.
+/// Returns the public URL of this API: `OH_WEB_URL`, or `https://` and `WEB_HOST`; a `WEB_HOST` with a scheme is used unchanged.
 pub(crate) fn web_url() -> Option<String> {
     let of_host = |host: String| if host.contains("://") { host } else { format!("https://{host}") };
     text("OH_WEB_URL").or_else(|| text("WEB_HOST").map(of_host))
 }
 
-/// A comma-separated list.
+/// Reads a comma-separated list.
 pub(crate) fn list(name: &str) -> Vec<String> {
     text(name)
         .map(|list| list.split(',').map(|item| item.trim().to_owned()).filter(|item| !item.is_empty()).collect())
         .unwrap_or_default()
 }
 
-/// Origins of hosted front ends: `PERMITTED_CORS_ORIGINS`, a comma-separated list.
+/// Returns the CORS origins of hosted front ends: `PERMITTED_CORS_ORIGINS`, a comma-separated list.
 #[must_use]
 pub fn permitted_origins() -> Vec<String> {
     list("PERMITTED_CORS_ORIGINS")
 }
 
-/// A variable that is set and not blank.
+/// Returns a variable if it is set and not blank.
 #[must_use]
 pub fn text(name: &str) -> Option<String> {
     env::var(name).ok().filter(|value| !value.trim().is_empty())

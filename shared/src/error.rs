@@ -1,16 +1,16 @@
-//! The errors of this crate, by what happened and not by HTTP status. `http::response` maps them to responses, in one place.
+//! The error type of this crate. Errors are classified by cause, not by HTTP status; `http::response` maps them to responses.
 
 use std::fmt;
 
 use crate::violation::Violation;
 
-/// The result of everything that can fail in this crate.
+/// The result type of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// A failure. Each variant's message is for the caller. Context for the log is separate, and callers never see it.
+/// An error. Each variant's message is for the caller. Context for the log is separate, and callers never see it.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The request is not valid: every violation, in the order of the fields.
+    /// The request is not valid. Contains every violation, in the order of the fields.
     #[error("the request is not valid")]
     Invalid(Vec<Violation>),
     /// The request is well-formed, but cannot be fulfilled; the message says why.
@@ -25,25 +25,25 @@ pub enum Error {
     /// The resource does not exist, or belongs to another user. Callers cannot distinguish the two.
     #[error("{0}")]
     NotFound(String),
-    /// The current state does not allow it; the message says what would change that.
+    /// The current state does not allow the request; the message says which change would allow it.
     #[error("{0}")]
     Conflict(String),
-    /// The resource existed, and will not exist again.
+    /// The resource existed, and is permanently unavailable.
     #[error("{0}")]
     Gone(String),
     /// A limit on the number of such resources is reached.
     #[error("{0}")]
     TooMany(String),
-    /// Something that the request needs does not work at the moment.
+    /// A dependency of the request does not work at the moment.
     #[error("{0}")]
     Unavailable(String),
     /// The request is too large.
     #[error("{0}")]
     TooLarge(String),
-    /// The store, the bucket or the queue failed.
+    /// DynamoDB, S3, SQS or KMS failed.
     #[error("{0}")]
     Store(#[from] StoreError),
-    /// Another service that this one needs (an agent server, a sandbox provider) failed.
+    /// Another service failed (an agent server, a sandbox provider).
     #[error("{message}")]
     Upstream {
         /// For the caller: the service, and what failed in general terms.
@@ -65,8 +65,8 @@ impl Error {
         Self::Internal { context: context.to_string() }
     }
 
-    /// Who can remedy the failure of a request. An upstream service is in most cases the user's own sandbox, and something that is
-    /// unavailable for a while (an export that is being built) is so by design.
+    /// Returns who can correct the cause. An upstream service is in most cases the user's own sandbox, and a temporarily unavailable
+    /// resource (an export that is being built) is intended behaviour.
     #[must_use]
     pub fn fault(&self) -> Fault {
         match self {
@@ -75,7 +75,7 @@ impl Error {
         }
     }
 
-    /// The text for the log: the context where there is one, else the message.
+    /// Returns the text for the log: the context if there is one, otherwise the message.
     #[must_use]
     pub fn context(&self) -> String {
         match self {
@@ -86,7 +86,7 @@ impl Error {
     }
 }
 
-/// Who can remedy a failure. The log says it, so that alarms leave out what callers can cause by themselves.
+/// Who can correct the cause of an error. Logs contain it, so that alarms exclude errors that callers cause.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// The user: their request, settings, repository or sandbox is the cause.
@@ -96,7 +96,7 @@ pub enum Fault {
 }
 
 impl Fault {
-    /// The value of the log field `fault`. Metric filters in `template.yaml` match it.
+    /// Returns the value of the log field `fault`. Metric filters in `template.yaml` match it.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -108,8 +108,8 @@ impl Fault {
 
 /// A failed call to DynamoDB, S3, SQS or KMS.
 ///
-/// No kind says that a write certainly did not happen: the SDK repeats calls, so an earlier attempt may have succeeded although the
-/// last one was refused. Writes are therefore safe to repeat, and a create that fails is looked up (`dynamo::unless_written`).
+/// No kind means that a write certainly did not happen: the SDK retries calls, so an earlier attempt may have succeeded although the last
+/// one was refused. Writes are therefore idempotent, and a failed create is followed by a lookup (`dynamo::unless_written`).
 #[derive(Debug, thiserror::Error)]
 #[error("The store is not available right now")]
 pub struct StoreError {
@@ -122,42 +122,42 @@ pub struct StoreError {
 /// What a failed call means for its caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StoreErrorKind {
-    /// A condition of the write does not hold. Repeating it does not help.
+    /// A condition of the write does not hold. A retry does not help.
     ConditionFailed,
-    /// The table or the account is over its capacity. It may be repeated after a pause.
+    /// The table or the account is over its capacity. The call may be retried after a backoff.
     Throttled,
-    /// Another write of the same item was under way. It may be repeated after a pause.
+    /// A concurrent write of the same item was in progress. The call may be retried after a backoff.
     Conflict,
     /// Everything else, such as a lost response, a missing permission or a failed disk.
     Other,
 }
 
 impl StoreError {
-    /// An error with its context for the log: the call that failed, and what is known of the reason.
+    /// Creates an error with its context for the log: the failed call and the known part of the reason.
     #[must_use]
     pub fn new(kind: StoreErrorKind, context: impl Into<String>) -> Self {
         Self { kind, context: context.into(), source: None }
     }
 
-    /// Keeps the error that caused this one.
+    /// Adds the error that caused this one.
     #[must_use]
     pub fn with_source(self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
         Self { source: Some(Box::new(source)), ..self }
     }
 
-    /// The same error, of another kind.
+    /// Returns the same error with another kind.
     #[must_use]
     pub fn with_kind(self, kind: StoreErrorKind) -> Self {
         Self { kind, ..self }
     }
 
-    /// What the failure means for the caller.
+    /// Returns the meaning of the failure for the caller.
     #[must_use]
     pub fn kind(&self) -> StoreErrorKind {
         self.kind
     }
 
-    /// For the log: the call that failed and the reason, down to the first cause.
+    /// Returns the text for the log: the failed call and the reason, down to the root cause.
     #[must_use]
     pub fn context(&self) -> &str {
         &self.context

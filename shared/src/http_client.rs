@@ -1,8 +1,9 @@
-//! Requests to addresses that come from data: where a sandbox is, its provider says, and a sandbox is nobody's to trust. They policy
-//! public addresses alone, so that none of them leads to this machine, its network or the cloud's metadata.
+//! HTTP client with SSRF protection, retries and a path traversal check, for URLs from untrusted data. A sandbox is untrusted, and its
+//! provider supplies its address. With [`AddressPolicy::PublicOnly`] the client connects to public addresses only, so no request reaches
+//! this machine, its network or the cloud's metadata service.
 //!
-//! Addresses are looked at when the connection is made, after names were resolved: a name that means something else a moment later
-//! gains nothing. Redirects are not followed.
+//! Addresses are checked when the connection is made, after DNS resolution, so that a later change of the name (DNS rebinding) has no
+//! effect. The client does not follow redirects.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -17,31 +18,32 @@ use reqwest::redirect::Policy;
 use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a connection without a request is kept: agent servers close theirs after 5 s, and a request that meets that is lost.
+/// The idle timeout of a pooled connection. Agent servers close idle connections after 5 s, and a request in that moment is lost.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
-/// How long no kept connection to an origin is used after a failure there: until all that were idle by then have timed out.
+/// How long pooled connections to an origin are not used after a failure: until all that were idle at that time have timed out.
 const DISTRUST: Duration = Duration::from_secs(5);
-/// The most origins whose failures are remembered.
+/// The maximum number of origins whose failures are remembered.
 const MAX_DISTRUSTED: usize = 1_000;
-/// Bytes of a response whose status alone matters: one that is read to its end leaves its connection to the next request.
+/// The maximum number of bytes that are read of a response if only its status matters. Reading a response to its end returns the connection
+/// to the pool.
 const ALIVE_LIMIT: usize = 4 * 1024;
-/// An address that no request can be made to.
+/// A URL to which no request can be sent.
 const REFUSED: &str = "refused:";
-/// How many times over a path may be percent-encoded.
+/// The maximum number of times that a path may be percent-encoded.
 const MAX_ENCODINGS: usize = 4;
 
-/// Which addresses may be connected to.
+/// The addresses to which the client may connect (SSRF protection).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum AddressPolicy {
-    /// Public ones alone.
+    /// Public addresses only.
     #[default]
     PublicOnly,
-    /// Any: sandboxes are on this machine or in its network.
+    /// Any address, because sandboxes run on this machine or in its network.
     Any,
 }
 
-/// A client that is made when it is first used: to set up TLS takes longer than all else that a process does as it starts, and many
-/// requests need no client. Clones are the same client.
+/// A client that is created on first use: TLS setup takes longer than the rest of the start-up, and many requests need no client. Clones
+/// share one client.
 #[derive(Clone, Debug)]
 struct LazyClient {
     builder: fn() -> reqwest::ClientBuilder,
@@ -62,24 +64,24 @@ impl LazyClient {
     }
 }
 
-/// The client for such requests, and for all others of this program that are not made by an SDK.
+/// The HTTP client for untrusted URLs, and for all other requests of this program that no SDK sends.
 ///
-/// A server may close a kept connection while the next request is on its way: after an error (uvicorn closes a connection a moment
-/// after a 500, without having said so), at a restart, or because the connection was idle while Lambda had frozen this process. So
-/// a request that must not be made twice gets a new connection, and one that may is repeated once, on a new connection, when it
-/// or its answer is cut off. After a failure, kept connections to that origin are not used at all for a while.
+/// A server may close a pooled connection while the next request is being sent: after an error (uvicorn closes a connection shortly after a
+/// 500, without announcing it), at a restart, or because the connection was idle while Lambda had frozen this process. Therefore a request
+/// that is not idempotent uses a new connection. An idempotent request is retried once, on a new connection, when the request or its
+/// response is cut off. After a failure, pooled connections to that origin are not used for a few seconds (`DISTRUST`).
 #[derive(Clone, Debug)]
 pub struct HttpClient {
     keeping: LazyClient,
-    /// Its connections serve one request each.
+    /// A client whose connections serve one request each.
     once: LazyClient,
     policy: AddressPolicy,
-    /// Until when kept connections to an origin are not used.
+    /// The time until which pooled connections to an origin are not used.
     distrusted: Arc<Mutex<HashMap<String, Instant>>>,
 }
 
 impl HttpClient {
-    /// A client that reaches so far.
+    /// Creates a client with this policy.
     #[must_use]
     pub fn new(policy: AddressPolicy) -> Self {
         let (keeping, once) = match policy {
@@ -91,7 +93,7 @@ impl HttpClient {
         Self { keeping, once, policy, distrusted: Arc::default() }
     }
 
-    /// Begins a request. To an address that must not be reached it fails when it is sent.
+    /// Creates a request. If the policy does not allow the URL, sending the request fails.
     ///
     /// # Errors
     /// When TLS cannot be set up.
@@ -104,7 +106,7 @@ impl HttpClient {
         Ok(Request { outbound: self.clone(), origin, builder, is_repeatable })
     }
 
-    /// Whether `GET url` succeeds within a time.
+    /// Returns whether `GET url` returns a success status within `timeout`.
     pub async fn succeeds(&self, url: &str, timeout: Duration) -> bool {
         let Ok(request) = self.request(Method::GET, url) else { return false };
         request.send(timeout, |_| ALIVE_LIMIT).await.is_ok_and(|answer| answer.status.is_success())
@@ -121,14 +123,14 @@ impl HttpClient {
         if distrusted.len() >= MAX_DISTRUSTED {
             distrusted.retain(|_, until| *until >= now);
         }
-        // With more origins than that, the repetition has to suffice.
+        // Above the maximum number of origins, the retry has to suffice.
         if distrusted.len() < MAX_DISTRUSTED || distrusted.contains_key(origin) {
             distrusted.insert(origin.to_owned(), now + DISTRUST);
         }
     }
 }
 
-/// A request that was begun.
+/// A request that has not been sent yet.
 #[derive(Debug)]
 pub struct Request {
     outbound: HttpClient,
@@ -137,36 +139,35 @@ pub struct Request {
     is_repeatable: bool,
 }
 
-/// A response with its body.
 #[derive(Debug)]
 pub struct Answer {
-    /// Its status, of any kind.
+    /// The status, which may be an error.
     pub status: StatusCode,
-    /// Its headers.
     pub headers: HeaderMap,
-    /// The body, or its beginning.
+    /// The body, or its first bytes.
     pub body: Vec<u8>,
-    /// Whether the body is whole: otherwise it has more bytes than were to be read.
+    /// Whether the body is complete; otherwise it has more bytes than the limit.
     pub is_whole: bool,
 }
 
 impl Request {
-    /// With what is added to it.
+    /// Applies `add` to the request, for headers and a body.
     #[must_use]
     pub fn with(self, add: impl FnOnce(RequestBuilder) -> RequestBuilder) -> Self {
         Self { builder: add(self.builder), ..self }
     }
 
-    /// Marks it as one that can be made twice without harm. GET always is.
+    /// Marks the request as idempotent, so that it may be retried. GET requests always are.
     #[must_use]
     pub fn repeatable(self) -> Self {
         Self { is_repeatable: true, ..self }
     }
 
-    /// Sends it and reads the response within `timeout`. `limit` gives the most bytes that are read of a body, by the status.
+    /// Sends the request and reads the response within `timeout`. `limit` returns the maximum number of bytes to read of the body, by the
+    /// status.
     ///
     /// # Errors
-    /// When no response comes, or not the whole of it. A status is no error.
+    /// When the response is missing or incomplete. An error status is not an error here.
     pub async fn send(self, timeout: Duration, limit: impl Fn(StatusCode) -> usize) -> reqwest::Result<Answer> {
         let deadline = Instant::now() + timeout;
         let Self { outbound, origin, builder, is_repeatable } = self;
@@ -203,7 +204,7 @@ impl<L: Fn(StatusCode) -> usize> Exchange<'_, L> {
             Ok(response) => self.read(response).await,
             Err(error) => Err(error),
         };
-        // After the body: only then is the connection back among the kept ones.
+        // Only after the body is read, the connection is in the pool again.
         if made.as_ref().map_or(true, |answer| answer.status.is_server_error()) {
             self.outbound.distrust(self.origin);
         }
@@ -230,15 +231,15 @@ impl<L: Fn(StatusCode) -> usize> Exchange<'_, L> {
     }
 }
 
-/// Whether a connection ended before the whole response was there.
+/// Returns whether the connection ended before the response was complete.
 fn is_cut(error: &reqwest::Error) -> bool {
     !(error.is_timeout() || error.is_connect() || error.is_builder())
 }
 
-/// Joins a path, with its query if it has one, onto a base URL. `None` unless the result stays on the base's host and below the
-/// base's path, and [`is_plain`] holds for the path.
+/// Joins a path and its optional query to a base URL, with a path traversal check. Returns `None` unless the result stays on the base's
+/// host and below the base's path, and [`is_plain`] accepts the path.
 ///
-/// Every path with an id or a caller's text in it goes through here before it becomes part of a URL.
+/// Every path that contains an id or a caller's text passes this function before it becomes part of a URL.
 #[must_use]
 pub fn join(base: &str, path: &str) -> Option<Url> {
     if !is_plain(path) {
@@ -257,9 +258,9 @@ pub fn join(base: &str, path: &str) -> Option<Url> {
     same_place.then_some(joined)
 }
 
-/// Whether every parser reads an absolute path the same way: no `.` or `..` segments, empty segments, backslashes, control
-/// characters or fragments, and no encoded dots, slashes or backslashes, not even if they are encoded twice. A query may hold
-/// anything but control characters, backslashes and fragments.
+/// Path traversal check: returns whether every parser reads an absolute path the same way. The path must have no `.` or `..` segments,
+/// empty segments, backslashes, control characters or fragments, and no encoded dots, slashes or backslashes, even if they are encoded
+/// twice. A query must have no control characters, backslashes and fragments.
 #[must_use]
 pub fn is_plain(path: &str) -> bool {
     let folder = path.split('?').next().unwrap_or_default();
@@ -270,7 +271,7 @@ pub fn is_plain(path: &str) -> bool {
         && !encodes_syntax(folder)
 }
 
-/// Whether decoding a path, once or several times over, adds a dot, a slash, a backslash or a control character.
+/// Returns whether decoding a path, once or repeatedly, adds a dot, a slash, a backslash or a control character.
 fn encodes_syntax(path: &str) -> bool {
     let syntax =
         |path: &[u8]| path.iter().filter(|byte| matches!(byte, b'.' | b'/' | b'\\') || byte.is_ascii_control()).count();
@@ -294,7 +295,7 @@ fn builder() -> reqwest::ClientBuilder {
 }
 
 fn public_builder() -> reqwest::ClientBuilder {
-    // A proxy would resolve names in our place.
+    // A proxy would resolve the names instead of this process.
     builder().no_proxy().dns_resolver(Arc::new(PublicAddresses))
 }
 
@@ -302,14 +303,14 @@ fn for_one_request(builder: reqwest::ClientBuilder) -> reqwest::ClientBuilder {
     builder.pool_max_idle_per_host(0)
 }
 
-/// Whether a URL's host is a name, which is looked at when it is resolved, or a public address.
+/// Returns whether a URL's host is a public address, or a name, which is checked when it is resolved.
 fn may_name(url: &Url) -> bool {
     let host = url.host_str().unwrap_or_default();
     let literal = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
     matches!(url.scheme(), "http" | "https") && literal.parse::<IpAddr>().map_or(!host.is_empty(), is_public)
 }
 
-/// Resolves names to public addresses alone.
+/// A DNS resolver that returns public addresses only.
 #[derive(Debug)]
 struct PublicAddresses;
 
@@ -330,8 +331,8 @@ fn public(found: Vec<SocketAddr>) -> std::result::Result<Addrs, std::io::Error> 
     Ok(Box::new(public.into_iter()))
 }
 
-/// Whether an address is one of the public internet, by IANA's registries of special-purpose addresses. Addresses of version 6 that
-/// hold one of version 4 are what that one is.
+/// Returns whether an address is public, by IANA's special-purpose address registries. An IPv6 address with an embedded IPv4 address is
+/// classified by the latter.
 #[must_use]
 pub fn is_public(address: IpAddr) -> bool {
     match address {
@@ -366,13 +367,13 @@ fn is_public_v6(address: Ipv6Addr) -> bool {
         is_public_v4(Ipv4Addr::new(a, b, c, d))
     };
     match address.segments() {
-        // Mapped, translated, and 6to4.
+        // IPv4-mapped, NAT64 and 6to4 addresses.
         [0, 0, 0, 0, 0, 0xffff, high, low] | [0x64, 0xff9b, 0, 0, 0, 0, high, low] | [0x2002, high, low, ..] => {
             embedded(high, low)
         }
-        // Protocol assignments, Teredo among them; documentation.
+        // Protocol assignments (such as Teredo), and documentation.
         [0x2001, 0..=0x1ff | 0xdb8, ..] | [0x3fff, 0..=0xfff, ..] => false,
-        // All that is assigned for the public is in 2000::/3.
+        // All public unicast addresses are in 2000::/3.
         [first, ..] => (0x2000..=0x3fff).contains(&first),
     }
 }
@@ -388,12 +389,12 @@ mod tests {
     use super::*;
 
     const TIMEOUT: Duration = Duration::from_secs(20);
-    /// How long uvicorn writes the traceback of an exception before it closes the connection.
+    /// The time for which uvicorn logs the traceback of an exception before it closes the connection.
     const TRACEBACK: Duration = Duration::from_millis(300);
 
-    /// A server whose requests' paths say what becomes of them: `/500` as an exception in an agent server; `/cut` and `/half` end
-    /// the connection before and within the response, `/cut-once` and `/half-once` the first time; `/last` closes it when the
-    /// next request arrives; `/slow-cut` after a while; all else is answered.
+    /// A server whose behaviour depends on the path: `/500` fails like an exception in an agent server; `/cut` and `/half` close the
+    /// connection before and within the response, `/cut-once` and `/half-once` only for the first request; `/last` closes it when the next
+    /// request arrives; `/slow-cut` closes it after a delay; all other requests succeed.
     #[derive(Default)]
     struct Server {
         gets: AtomicUsize,
@@ -422,7 +423,7 @@ mod tests {
             let mut is_last = false;
             loop {
                 let mut request = Vec::new();
-                // A body is `{}`.
+                // A request body is always `{}`.
                 while !request.ends_with(b"\r\n\r\n") && !request.ends_with(b"\r\n\r\n{}") {
                     if connection.read_buf(&mut request).await.ok()? == 0 {
                         return None;
@@ -463,7 +464,7 @@ mod tests {
             }
         }
 
-        /// How many GET, POST and connections there were since this was asked last.
+        /// Returns the numbers of GET requests, POST requests and connections since the previous call.
         fn counts(&self) -> (usize, usize, usize) {
             let count = |counter: &AtomicUsize| counter.swap(0, Ordering::SeqCst);
             (count(&self.gets), count(&self.posts), count(&self.connections))
@@ -507,7 +508,7 @@ mod tests {
                     let answer = request.with(|request| request.body("{}")).send(TIMEOUT, |_| 100).await;
                     assert_eq!(answer.expect("an answer").status, 500);
                 };
-                // Other connections are kept beside the one that ends.
+                // The pool has other connections in addition to the one that the server closes.
                 let (one, other, ()) = tokio::join!(get(&outbound, &url), get(&outbound, &url), fail());
                 assert!(one.is_ok() && other.is_ok(), "{one:?} {other:?}");
                 let (gets, posts, _) = server.counts();
@@ -517,7 +518,7 @@ mod tests {
                 get(&outbound, &url).await.expect("an answer");
                 let (one, other) = tokio::join!(post(&outbound, &url), post(&outbound, &url));
                 assert!(one.is_ok() && other.is_ok(), "{one:?} {other:?}");
-                // Each on a connection of its own: the GET was not repeated.
+                // Each request used its own connection: the GET was not retried.
                 assert_eq!(server.counts(), (1, 3, 4), "round {round} after {failing}");
             }
         }
@@ -554,7 +555,7 @@ mod tests {
             let answers = futures::future::join_all((0..KEPT).map(|_| get(&outbound, &kept))).await;
             assert!(answers.iter().all(Result::is_ok), "{answers:?}");
             server.counts();
-            // Every kept connection ends with the next request on it.
+            // Every pooled connection closes at the next request on it.
             let posts = futures::future::join_all((0..KEPT).map(|_| post(&outbound, &url))).await;
             assert!(posts.iter().all(Result::is_ok), "round {round}: {posts:?}");
             assert_eq!(server.counts(), (0, KEPT, KEPT), "round {round}");
@@ -771,7 +772,7 @@ mod tests {
         ] {
             assert_eq!(join("https://host/runtime/7", path), None, "{path}");
         }
-        // In time that grows with its length alone.
+        // The check runs in linear time.
         let deep = format!("/api/%{}2e", "25".repeat(2_000_000));
         assert_eq!(join("https://host/runtime/7", &deep), None);
         for base in ["", "host", "data:text/plain,x"] {
@@ -786,7 +787,7 @@ mod tests {
         assert_eq!(mixed.collect::<Vec<_>>(), [at("1.1.1.1:0")]);
         assert!(public(vec![at("10.0.0.1:0"), at("[fd00::1]:0")]).is_err());
 
-        // Something listens there, and is not asked.
+        // A server listens there and must not receive a connection.
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let port = listener.local_addr().expect("an address").port();
         let outbound = HttpClient::new(AddressPolicy::PublicOnly);

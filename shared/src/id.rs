@@ -1,4 +1,4 @@
-//! Identifiers: how they are made, and the two ways in which the contract writes them.
+//! Identifiers: UUIDs, sandbox ids, session keys and user ids, and the two UUID formats of the API contract.
 
 use std::fmt;
 
@@ -8,37 +8,37 @@ use uuid::Uuid;
 
 const BASE62: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 
-/// A new random UUID (version 4).
+/// Creates a random UUID (version 4).
 #[must_use]
 pub fn new_uuid() -> Uuid {
     Uuid::new_v4()
 }
 
-/// 32 lower-case hex digits, the contract's usual form of an id.
+/// Formats an id as 32 lower-case hex digits, the contract's usual format.
 #[must_use]
 pub fn hex(id: Uuid) -> String {
     id.simple().to_string()
 }
 
-/// 8-4-4-4-12, the form that agent servers, file names and messages use.
+/// Formats an id as 8-4-4-4-12, the format of agent servers, file names and messages.
 #[must_use]
 pub fn dashed(id: Uuid) -> String {
     id.hyphenated().to_string()
 }
 
-/// A random sandbox id: 22 base-62 digits (128 bits and a little more).
+/// Creates a random sandbox id: 22 base-62 digits (slightly more than 128 bits).
 #[must_use]
 pub fn new_sandbox_id() -> String {
     random_base62(22)
 }
 
-/// A random session key: 43 base-62 digits (256 bits).
+/// Creates a random session key: 43 base-62 digits (256 bits).
 #[must_use]
 pub fn new_session_key() -> String {
     random_base62(43)
 }
 
-/// `length` random base-62 digits from the thread's cryptographic generator.
+/// Returns `length` random base-62 digits from the thread's cryptographic random number generator.
 #[must_use]
 pub fn random_base62(length: usize) -> String {
     let mut generator = rand::rng();
@@ -50,11 +50,11 @@ pub fn random_base62(length: usize) -> String {
 #[serde(transparent)]
 pub struct UserId(String);
 
-/// The single user of a local server. The id never shows: answers say `null`, as the reference does.
+/// The id of the single user of a local server. It is never visible: responses contain `null`, as the reference's do.
 const LOCAL: &str = "local";
 
 impl UserId {
-    /// A user by the id that the authorizer gave.
+    /// Creates a user id from the authorizer's user id.
     pub fn new(id: impl Into<String>) -> Self {
         Self(id.into())
     }
@@ -65,20 +65,20 @@ impl UserId {
         Self(LOCAL.to_owned())
     }
 
-    /// The id, for keys in the store.
+    /// Returns the id for keys in the store.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// A key for what belongs to one of the user's things. The length keeps two users' keys apart whatever characters
-    /// their ids hold.
+    /// Returns a key for a resource of the user. It includes the length of the user id, so that keys of two users differ whatever
+    /// characters their ids contain.
     #[must_use]
     pub fn key_of(&self, id: &str) -> String {
         format!("{}:{}#{id}", self.0.len(), self.0)
     }
 
-    /// The id as answers show it: `None` for the single local user.
+    /// Returns the id for responses: `None` for the single local user.
     #[must_use]
     pub fn shown(&self) -> Option<&str> {
         (self.0 != LOCAL).then_some(self.0.as_str())
@@ -91,7 +91,7 @@ impl fmt::Display for UserId {
     }
 }
 
-/// Serde for ids that the wire shows as 32 hex digits.
+/// Serde functions for ids with 32 hex digits in JSON.
 pub mod as_hex {
     use serde::{Deserialize, Deserializer, Serializer};
     use uuid::Uuid;
@@ -104,15 +104,15 @@ pub mod as_hex {
         serializer.collect_str(&id.simple())
     }
 
-    /// Reads any form of a UUID.
+    /// Reads a UUID in any format.
     ///
     /// # Errors
-    /// When the text is no UUID.
+    /// When the text is not a UUID.
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Uuid, D::Error> {
         Uuid::parse_str(&String::deserialize(deserializer)?).map_err(serde::de::Error::custom)
     }
 
-    /// The same for an optional id.
+    /// Serde functions for an optional id.
     pub mod option {
         use serde::{Deserialize, Deserializer, Serializer};
         use uuid::Uuid;
@@ -129,10 +129,10 @@ pub mod as_hex {
             }
         }
 
-        /// Reads any form of a UUID, or null.
+        /// Reads a UUID in any format, or null.
         ///
         /// # Errors
-        /// When the text is no UUID.
+        /// When the text is not a UUID.
         pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Uuid>, D::Error> {
             Option::<String>::deserialize(deserializer)?
                 .map(|text| Uuid::parse_str(&text).map_err(serde::de::Error::custom))
@@ -140,13 +140,13 @@ pub mod as_hex {
         }
     }
 
-    /// The same for a list of ids.
+    /// Serde functions for a list of ids.
     pub mod list {
         use serde::ser::SerializeSeq as _;
         use serde::{Deserialize, Deserializer, Serializer};
         use uuid::Uuid;
 
-        /// Writes a list of 32 hex digits each.
+        /// Writes a list of ids with 32 hex digits each.
         ///
         /// # Errors
         /// Those of the serializer.
@@ -158,10 +158,10 @@ pub mod as_hex {
             list.end()
         }
 
-        /// Reads a list of UUIDs in any form.
+        /// Reads a list of UUIDs in any format.
         ///
         /// # Errors
-        /// When one of the texts is no UUID.
+        /// When one of the texts is not a UUID.
         pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Uuid>, D::Error> {
             Vec::<String>::deserialize(deserializer)?
                 .iter()

@@ -1,7 +1,7 @@
-//! The domain of the conversation control plane: its records, its rules, and the AWS clients behind them.
+//! Domain logic of the conversation control plane: records, rules, and the AWS clients that they use.
 //!
-//! Functions (`functions/*`) and `cargo local` (`infra/local`) are built on this crate; it knows nothing of Lambda
-//! events. One folder is one subject: `conversation`, `start`, `sandbox`, `agent_server`, `event`, `user`, `http`.
+//! The functions (`functions/*`) and `cargo local` (`infra/local`) use this crate, which does not depend on Lambda events. Each folder is
+//! one subject: `conversation`, `start`, `sandbox`, `agent_server`, `event`, `user`, `http`.
 
 #![recursion_limit = "256"]
 

@@ -1,4 +1,4 @@
-//! Logs: for people on a terminal, JSON for machines. Secrets are `SecretString`s, which print as `[REDACTED]`.
+//! Logging setup: text on a terminal, JSON for machines. Secrets are `SecretString`s, which print as `[REDACTED]`.
 
 use std::io::IsTerminal as _;
 use std::str::FromStr as _;
@@ -8,25 +8,25 @@ use tracing_subscriber::fmt;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
-/// How log lines look.
+/// The format of log lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LogFormat {
-    /// One coloured line an event.
+    /// One coloured line per event.
     #[default]
     Text,
-    /// One JSON object an event.
+    /// One JSON object per event.
     Json,
 }
 
-/// What is logged unless the environment says otherwise.
+/// The default log levels.
 const DEFAULT: &str = "info,aws_config=warn,aws_smithy=warn,dynoxide=error,s3s=warn,s3s_fs=warn";
 
-/// Sets up logging to standard error for this process; the level comes from `RUST_LOG`, else `LOG_LEVEL`, else it is `info`. Levels
-/// may be given by target: `info,hyper=warn`. A second call does nothing.
+/// Initialises logging to standard error for this process. The level comes from `RUST_LOG`, then from `LOG_LEVEL`, and is `info` otherwise.
+/// Levels can be set per target: `info,hyper=warn`. A second call has no effect.
 pub fn init(format: LogFormat) {
     let level = std::env::var("RUST_LOG").or_else(|_| std::env::var("LOG_LEVEL")).unwrap_or_default();
     let level = if level.is_empty() { DEFAULT } else { level.as_str() };
-    // Not `EnvFilter`, whose regular expressions are a good part of a cold start, and of a function's size.
+    // Not `EnvFilter`: its regular expressions are a considerable part of a cold start and of a function's size.
     let targets = Targets::from_str(level);
     let (targets, fault) = match targets {
         Ok(targets) => (targets, None),
@@ -34,7 +34,7 @@ pub fn init(format: LogFormat) {
     };
     let registry = tracing_subscriber::registry().with(targets);
     let layer = fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal()).with_target(false);
-    // An error here says that a subscriber is set already, by a test or an embedding program: theirs stays.
+    // An error means that a test or an embedding program has already set a subscriber, which stays in use.
     let _already_set = match format {
         LogFormat::Text => registry.with(layer).try_init(),
         LogFormat::Json => registry.with(layer.json().flatten_event(true).with_span_list(false)).try_init(),

@@ -1,7 +1,7 @@
-//! Removes secrets from texts of other services before the texts reach records, answers or logs.
+//! Masks secrets (redaction) in texts from other services before the texts are stored, returned in responses or logged.
 //!
-//! A service that refuses a request may quote the request in its error. [`secrets_in`] collects what must not come back, and
-//! [`masked`] replaces it.
+//! A service that refuses a request may quote the request in its error. [`secrets_in`] collects the secrets of a request, and [`masked`]
+//! replaces them in a text.
 
 use std::collections::BTreeSet;
 
@@ -9,19 +9,19 @@ use percent_encoding::percent_decode_str;
 use reqwest::Url;
 use serde_json::Value;
 
-/// What stands in place of a secret, as in the API's answers.
+/// The replacement of a secret, as in the API's responses.
 pub const MASK: &str = "**********";
-/// Shorter texts are not masked: they would match everywhere, and are no secrets.
+/// The minimum length of a secret. Shorter texts are not masked: they would match everywhere, and are not secrets.
 const SHORTEST: usize = 4;
-/// Lines of a secret with several lines (a private key) are masked by themselves from this length on.
+/// The minimum length of a line from which the lines of a multi-line secret (a private key) are also masked individually.
 const SHORTEST_LINE: usize = 12;
-/// A string under a key whose name contains one of these is a secret.
+/// A string is a secret if its key contains one of these names.
 const SECRET_NAMES: [&str; 8] =
     ["key", "token", "secret", "password", "passwd", "credential", "authorization", "cookie"];
-/// Every string below one of these keys is a secret.
+/// Every string below one of these keys is a secret, at any depth.
 const SECRET_CONTAINERS: [&str; 3] = ["headers", "env", "args"];
 
-/// The strings of a JSON document that may be secrets, by the names of their keys; of URLs, the user information and the query.
+/// Returns the strings of a JSON document that may be secrets by the names of their keys, and the user information and query of URLs.
 #[must_use]
 pub fn secrets_in(document: &Value) -> Vec<String> {
     let mut found = BTreeSet::new();
@@ -32,7 +32,7 @@ pub fn secrets_in(document: &Value) -> Vec<String> {
 fn collect(value: &Value, is_secret: bool, found: &mut BTreeSet<String>) {
     match value {
         Value::String(text) if is_secret => {
-            // `Bearer TOKEN` may come back without its scheme.
+            // An error may quote `Bearer TOKEN` without the scheme.
             found.extend(text.split_once(' ').map(|(_, token)| token.to_owned()));
             found.insert(text.clone());
             collect_from_url(text, found);
@@ -45,7 +45,7 @@ fn collect(value: &Value, is_secret: bool, found: &mut BTreeSet<String>) {
                 let is_container = is_secret || SECRET_CONTAINERS.contains(&name.as_str());
                 let is_named = !name.contains("keyword")
                     && (name == "value" || SECRET_NAMES.iter().any(|secret| name.contains(secret)));
-                // `secrets` holds descriptions and kinds beside values, so that its objects are looked into.
+                // `secrets` may also contain descriptions and kinds, so its nested objects are searched by key.
                 let holds_strings = match value {
                     Value::Object(fields) => fields.values().all(Value::is_string) && name == "secrets",
                     Value::String(_) | Value::Array(_) => true,
@@ -65,17 +65,17 @@ fn collect_from_url(text: &str, found: &mut BTreeSet<String>) {
     let Ok(url) = Url::parse(text) else { return };
     let query = url.query().unwrap_or_default();
     found.extend(url.query().map(ToOwned::to_owned));
-    // As they are written, and as they are meant.
+    // Query values, both as written and decoded.
     found.extend(query.split('&').filter_map(|pair| Some(pair.split_once('=')?.1.to_owned())));
     found.extend(url.query_pairs().map(|(_, value)| value.into_owned()));
-    // As they are written, and decoded. A key may stand for the user's name.
+    // User name and password, both as written and decoded. The user name may be a key.
     for text in [Some(url.username()), url.password()].into_iter().flatten().filter(|text| !text.is_empty()) {
         found.insert(text.to_owned());
         found.insert(percent_decode_str(text).decode_utf8_lossy().into_owned());
     }
 }
 
-/// What [`masked`] replaces, in this order: the secrets, the long lines of each, and both escaped as in JSON.
+/// Returns the strings that [`masked`] replaces, the longest first: the secrets, their long lines, and the JSON-escaped form of both.
 #[must_use]
 pub fn forms<'a>(secrets: impl IntoIterator<Item = &'a str>) -> Vec<String> {
     let mut forms = BTreeSet::new();
@@ -86,13 +86,13 @@ pub fn forms<'a>(secrets: impl IntoIterator<Item = &'a str>) -> Vec<String> {
             forms.insert(Value::from(form).to_string().trim_matches('"').to_owned());
         }
     }
-    // The longest first: one secret may contain another.
+    // Replace the longest first, because one secret may contain another.
     let mut forms: Vec<String> = forms.into_iter().collect();
     forms.sort_by_key(|form| std::cmp::Reverse(form.len()));
     forms
 }
 
-/// The text with every secret replaced by [`MASK`], also where it is escaped as in JSON.
+/// Replaces every secret in the text by [`MASK`], also in JSON-escaped form.
 #[must_use]
 pub fn masked<'a>(text: &str, secrets: impl IntoIterator<Item = &'a str>) -> String {
     forms(secrets)

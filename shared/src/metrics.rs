@@ -1,5 +1,5 @@
-//! What is counted and measured, each under one name. It goes to whatever recorder the process has: on Lambda one that writes
-//! CloudWatch's embedded metric format into the log, elsewhere none.
+//! Metrics: counters and histograms, each with one name. They go to the recorder of the process: on Lambda it writes CloudWatch's embedded
+//! metric format into the log, elsewhere there is none.
 
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ const BATCH: &str = "WebhookBatchSize";
 const READ: &str = "ReadUnits";
 const WRITE: &str = "WriteUnits";
 
-/// Tells the recorder in which units things are measured.
+/// Registers the units and descriptions of the metrics with the recorder.
 pub fn describe() {
     describe_counter!(STARTS, Unit::Count, "starts that ended, by Outcome");
     describe_histogram!(
@@ -35,33 +35,33 @@ pub fn describe() {
     describe_histogram!(WRITE, Unit::Count, "what a write to DynamoDB consumed");
 }
 
-/// A start has ended, READY or ERROR.
+/// Counts a start that has ended with READY or ERROR.
 pub(crate) fn start_ended(outcome: &'static str) {
     counter!(STARTS, "Outcome" => outcome).increment(1);
 }
 
-/// A start has left a step.
+/// Records the duration of a step of a start.
 pub(crate) fn step_ended(step: &'static str, took: Duration) {
     histogram!(STEP, "Step" => step).record(took.as_secs_f64() * 1000.0);
 }
 
-/// An export of so many bytes was made.
+/// Records the size of a new export.
 #[expect(clippy::cast_precision_loss, reason = "a zip has less than 2^52 bytes")]
 pub(crate) fn export_made(bytes: u64) {
     histogram!(EXPORT).record(bytes as f64);
 }
 
-/// An agent server has told so many events at once.
+/// Records the number of events in a webhook batch.
 #[expect(clippy::cast_precision_loss, reason = "a batch has less than 2^52 events")]
 pub fn batch_received(events: usize) {
     histogram!(BATCH).record(events as f64);
 }
 
-/// Asks DynamoDB what each call consumes, and records it.
+/// An interceptor that requests the consumed capacity of each DynamoDB call, and records it.
 #[derive(Debug)]
 pub(crate) struct Units;
 
-/// Does something for each operation of which units are told.
+/// Calls a macro with the input, the output and the metric of each operation that reports consumed capacity.
 macro_rules! for_each_operation {
     ($done:ident) => {
         $done!(
@@ -120,7 +120,7 @@ impl Intercept for Units {
     }
 }
 
-/// Told of one table, or of each of several.
+/// The consumed capacity of one table, or of several tables.
 trait Consumed {
     fn units(&self) -> f64;
 }

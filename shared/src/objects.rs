@@ -1,7 +1,7 @@
-//! Reads objects of the bucket that may be missing.
+//! Reads S3 objects that may be missing.
 //!
-//! An object and the row that names it are two writes, so a reader can meet one without the other: while a conversation is
-//! deleted, or after a lifecycle rule has removed the object. A missing object is therefore an outcome and not a failure.
+//! An object and the row with its key are two writes, so a reader can find one without the other: while a conversation is being deleted, or
+//! after a lifecycle rule has deleted the object. Therefore a missing object is a normal result and not an error.
 
 use aws_sdk_s3::Client;
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
@@ -11,7 +11,7 @@ use aws_sdk_s3::operation::head_object::HeadObjectOutput;
 use crate::dynamo::store_error;
 use crate::error::{Error, Result, StoreError, StoreErrorKind};
 
-/// Opens an object; `None` when it is missing. The body is not read yet.
+/// Opens an object without reading its body. Returns `None` when it is missing.
 ///
 /// # Errors
 /// [`Error::Store`].
@@ -19,7 +19,7 @@ pub async fn open(s3: &Client, bucket: &str, key: &str, operation: &'static str)
     present(s3.get_object().bucket(bucket).key(key).send().await, key, operation)
 }
 
-/// The metadata of an object; `None` when it is missing.
+/// Returns the metadata of an object, or `None` when it is missing.
 ///
 /// # Errors
 /// [`Error::Store`].
@@ -27,7 +27,7 @@ pub async fn head(s3: &Client, bucket: &str, key: &str, operation: &'static str)
     present(s3.head_object().bucket(bucket).key(key).send().await, key, operation)
 }
 
-/// A whole object as text; `None` when it is missing.
+/// Reads an object as text. Returns `None` when it is missing.
 ///
 /// # Errors
 /// [`Error::Store`]; [`Error::Internal`] when it is not UTF-8.
@@ -38,22 +38,22 @@ pub async fn read_text(s3: &Client, bucket: &str, key: &str, operation: &'static
     }
 }
 
-/// The body of an open object as text.
+/// Reads the body of an open object as text.
 ///
 /// # Errors
-/// [`Error::Store`] when it cannot be read to its end; [`Error::Internal`] when it is not UTF-8.
+/// [`Error::Store`] when the body cannot be read completely; [`Error::Internal`] when it is not UTF-8.
 pub async fn text(object: GetObjectOutput, operation: &'static str) -> Result<String> {
     let body = object.body.collect().await.map_err(|error| interrupted(operation, &error))?;
     String::from_utf8(body.into_bytes().into()).map_err(Error::internal)
 }
 
-/// The length of an open object in bytes.
+/// Returns the length of an open object in bytes.
 #[must_use]
 pub fn length(object: &GetObjectOutput) -> u64 {
     object.content_length().and_then(|length| u64::try_from(length).ok()).unwrap_or_default()
 }
 
-/// The error for a body that ended early.
+/// Returns the error for an incomplete body.
 pub fn interrupted(operation: &'static str, error: &impl std::fmt::Display) -> Error {
     StoreError::new(StoreErrorKind::Other, format!("{operation}: the body was interrupted: {error}")).into()
 }
@@ -66,13 +66,13 @@ where
         Ok(found) => return Ok(Some(found)),
         Err(error) => error,
     };
-    // HeadObject has no body: its errors are known by their status.
+    // A HeadObject response has no body, so its errors are identified by their status.
     let status = error.raw_response().map(|response| response.status().as_u16());
     let code = error.code().unwrap_or_default();
     match (code, status) {
         ("NoSuchKey" | "NotFound", _) | ("", Some(404)) => Ok(None),
-        // S3 answers this for a missing key to a caller without s3:ListBucket. It may also be a policy that lacks
-        // s3:GetObject, which must not go unnoticed.
+        // S3 returns this error for a missing key if the caller lacks s3:ListBucket. The cause may also be a policy without s3:GetObject,
+        // which must not stay unnoticed.
         ("AccessDenied" | "Forbidden", _) | ("", Some(403)) => {
             tracing::error!(key, operation, "object.access_denied");
             Ok(None)

@@ -1,7 +1,7 @@
-//! Reads pages and counts of DynamoDB queries within bounds of rows, bytes and time.
+//! Pagination: reads pages and counts of DynamoDB queries within limits of rows, bytes and time.
 //!
-//! DynamoDB applies a filter after it has read a row. A query with a filter that few rows match would therefore read a whole
-//! account. A page ends early instead: it may be short or empty, and its end says where the next page starts.
+//! DynamoDB applies a filter after it has read a row. A query whose filter matches few rows would therefore read a whole account. Instead a
+//! page ends early: it may be short or empty, and its page token marks the start of the next page.
 
 use std::time::Duration;
 
@@ -13,41 +13,41 @@ use crate::dynamo::{Item, store_error};
 use crate::error::{Error, Result};
 use crate::http::page::PAGE_SIZE;
 
-/// The most rows that one page evaluates.
+/// The maximum number of rows that one page evaluates.
 pub const MAX_EVALUATED: usize = 10_000;
-/// How long one page keeps reading for rows that match.
+/// The time limit for reading the rows of one page.
 const PAGE_BUDGET: Duration = Duration::from_secs(5);
-/// How long a count may take. API Gateway ends a request after 29 s.
+/// The time limit of a count. API Gateway ends a request after 29 s.
 const COUNT_BUDGET: Duration = Duration::from_secs(20);
-/// The factor by which a filtered page reads more with each query that did not fill it.
+/// The factor by which a filtered page increases the limit of its next query if the page is not full.
 const GROWTH: usize = 4;
-/// The most rows that one query of a filtered page evaluates.
+/// The maximum number of rows that one query of a filtered page evaluates.
 const LONGEST_STEP: usize = 1_000;
 
-/// The bounds of one page.
+/// The limits of one page.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
-    /// Rows to return.
+    /// The maximum number of rows to return.
     pub rows: usize,
-    /// Rows to evaluate.
+    /// The maximum number of rows to evaluate.
     pub evaluated: usize,
-    /// Bytes of the rows in a response, see [`crate::http::page`].
+    /// The maximum size of the rows in a response in bytes, see [`crate::http::page`].
     pub bytes: u64,
-    /// Time to read for.
+    /// The time limit for reading.
     pub time: Duration,
 }
 
 impl Bounds {
-    /// The default bounds of a page with at most `rows` rows.
+    /// Returns the default limits of a page with at most `rows` rows.
     #[must_use]
     pub fn of_page(rows: usize) -> Self {
         Self { rows, evaluated: MAX_EVALUATED, bytes: PAGE_SIZE, time: PAGE_BUDGET }
     }
 }
 
-/// Reads a page.
+/// Reads a page of a query.
 ///
-/// `query` makes the query, without its limit and start. `is_filtered` says whether it evaluates rows that do not match. `read`
+/// `query` creates the query, without its limit and start. `is_filtered` means that the query evaluates rows that do not match. `read`
 /// returns a row and its size in the response; `after` returns the position of a row in the list, from the row or from its keys.
 ///
 /// Returns the rows, and the position after which the next page starts if there may be one.
@@ -67,7 +67,7 @@ pub async fn page<T, A>(
     let (mut evaluated, mut bytes) = (0, 0);
     let deadline = Instant::now() + bounds.time;
     let mut start = start;
-    // One row more than wanted shows whether the page is the last one.
+    // One additional row shows whether the page is the last one.
     let mut step = bounds.rows + 1;
     loop {
         let answer = query()
@@ -83,7 +83,7 @@ pub async fn page<T, A>(
             }
             let position = after(&item)?;
             let (row, size) = read(item)?;
-            // The first row is always part of the page, so that every page makes progress.
+            // Every page contains at least one row, so that every page makes progress.
             if !rows.is_empty() && bytes + size > bounds.bytes {
                 return Ok((rows, last));
             }
@@ -104,7 +104,7 @@ pub async fn page<T, A>(
     }
 }
 
-/// Counts the rows that match a query. `too_many` is the error's message when counting takes longer than a request may take.
+/// Counts the rows that match a query. `too_many` is the error message when counting exceeds the time limit of a request.
 ///
 /// # Errors
 /// [`Error::Store`]; [`Error::Refused`] when there are too many rows to evaluate in one request.
@@ -112,7 +112,7 @@ pub async fn count(operation: &'static str, query: QueryFluentBuilder, too_many:
     count_within(COUNT_BUDGET, operation, query, too_many).await
 }
 
-/// As [`count`], within a time budget that the caller sets.
+/// Like [`count`], within a time limit that the caller sets.
 ///
 /// # Errors
 /// See [`count`].

@@ -1,6 +1,6 @@
-//! Bounds on what is read from untrusted JSON: a list or a text that is too long is refused before it takes memory.
+//! Size limits for untrusted JSON: refuses a list or a text that is too long before it uses memory.
 //!
-//! A limit on bytes is not enough. `[0,0,…]` has two bytes an element, and an element of a `Vec` has up to a hundred.
+//! A limit on bytes is not enough: an element of `[0,0,…]` has two bytes, and an element of a `Vec` has up to a hundred.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -21,7 +21,7 @@ impl<'de, T: Deserialize<'de>, const MAX: usize> Deserialize<'de> for Bounded<T,
 /// Reads a list of at most `MAX` elements; for `deserialize_with`.
 ///
 /// # Errors
-/// When there are more, or it is no list.
+/// When there are more elements, or the value is not a list.
 pub fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>, const MAX: usize>(
     deserializer: D,
 ) -> Result<Vec<T>, D::Error> {
@@ -49,11 +49,10 @@ pub fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>, const MAX: usize>(
     deserializer.deserialize_seq(List::<T, MAX>(PhantomData))
 }
 
-/// Reads the first `MAX` entries of an object, null as an empty one; for `deserialize_with`. What is no object of such entries is
-/// an error.
+/// Reads the first `MAX` entries of an object, and null as an empty object; for `deserialize_with`.
 ///
 /// # Errors
-/// When it is no object, or one of its values is not of the type.
+/// When the value is not an object, or an entry is not of the type `T`.
 pub fn map<'de, D: Deserializer<'de>, T: Deserialize<'de>, const MAX: usize>(
     deserializer: D,
 ) -> Result<BTreeMap<String, T>, D::Error> {
@@ -87,7 +86,7 @@ pub fn map<'de, D: Deserializer<'de>, T: Deserialize<'de>, const MAX: usize>(
 /// Reads a text of at most `MAX` bytes, or null; for `deserialize_with`.
 ///
 /// # Errors
-/// When it is longer, or no text.
+/// When the text is longer, or the value is not a text.
 pub fn text<'de, D: Deserializer<'de>, const MAX: usize>(deserializer: D) -> Result<Option<String>, D::Error> {
     let text = Option::<String>::deserialize(deserializer)?;
     if text.as_ref().is_some_and(|text| text.len() > MAX) {
@@ -96,10 +95,10 @@ pub fn text<'de, D: Deserializer<'de>, const MAX: usize>(deserializer: D) -> Res
     Ok(text)
 }
 
-/// Reads a text of at most `MAX` bytes; null and a longer one are `None`. For `deserialize_with`.
+/// Reads a text of at most `MAX` bytes; null and a longer text are `None`. For `deserialize_with`.
 ///
 /// # Errors
-/// When it is no text.
+/// When the value is not a text.
 pub fn short<'de, D: Deserializer<'de>, const MAX: usize>(deserializer: D) -> Result<Option<String>, D::Error> {
     Ok(Option::<String>::deserialize(deserializer)?.filter(|text| text.len() <= MAX))
 }

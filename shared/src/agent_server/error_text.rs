@@ -1,25 +1,25 @@
-//! What an agent server says of an error, without what it repeats of the request.
+//! Extracts the error message from an agent server's error response, without the parts that repeat the request.
 //!
-//! The text ends in records of starts, in answers and in the log. FastAPI repeats the refused value as `input` (for a missing field
-//! the whole object around it, such as the model's settings with its key), pydantic writes it into its message as `input_value=…`,
-//! and any exception may quote what it did not like.
+//! The text is stored in records of starts, returned in responses and logged. FastAPI repeats the refused value as `input` (for a missing
+//! field the whole object around it, such as the model's settings with its key), pydantic includes it in its message as `input_value=…`,
+//! and any exception may quote the value that caused it.
 
 use serde_json::{Value, json};
 
 use crate::mask;
 
-/// Characters of a text that are kept.
+/// The maximum length of a text in characters.
 const LIMIT: usize = 2000;
-/// Violations of a 422 that are kept.
+/// The maximum number of violations of a 422.
 const VIOLATIONS: usize = 20;
-/// Fields that repeat the request, or say what is the same in every error.
+/// Fields that repeat the request, or that have the same value in every error.
 const REPEATED: [&str; 3] = ["input", "ctx", "url"];
 
-/// The `detail` of every 500, whatever its cause. The status says as much.
+/// The `detail` of every 500, whatever its cause. It adds nothing to the status.
 const NO_DETAIL: &str = "Internal Server Error";
 
-/// The agent server's own words, without any of these secrets: `exception` says more than `detail` where both are there. An exception
-/// may have no text; `error_id`, which version 1.49 and later add, then finds it in the agent server's log.
+/// Returns the agent server's error message without these secrets. `exception` has more detail than `detail` if both exist. An exception
+/// may have no text; `error_id`, which version 1.49 and later add, then finds the exception in the agent server's log.
 pub(super) fn of(body: &[u8], secrets: &[String]) -> String {
     let text = match serde_json::from_slice::<Value>(body) {
         Ok(json) => match json.get("exception").or_else(|| json.get("detail")).unwrap_or(&json) {
@@ -35,12 +35,12 @@ pub(super) fn of(body: &[u8], secrets: &[String]) -> String {
         },
         Err(_) => String::from_utf8_lossy(body).into_owned(),
     };
-    // First, so that no secret is cut in two, whose first half would stay.
+    // Mask before cutting: otherwise the cut could split a secret, and its first half would remain.
     let text = mask::masked(&without_input_values(&text), secrets.iter().map(String::as_str));
     text.trim().chars().take(LIMIT).collect()
 }
 
-/// Of a violation, what is wrong and where.
+/// Reduces a violation to its type, location and message.
 fn violation(given: &Value) -> Value {
     match (given.get("type"), given.get("loc"), given.get("msg")) {
         (kind, place, Some(message)) => json!({"type": kind, "loc": place, "msg": message}),
@@ -60,14 +60,14 @@ fn without_repeated(value: &Value) -> Value {
     }
 }
 
-/// Cuts `input_value=…` out of each of pydantic's messages: `[type=missing, input_value={'api_key': …}, input_type=dict]`.
+/// Removes `input_value=…` from each of pydantic's messages: `[type=missing, input_value={'api_key': …}, input_type=dict]`.
 fn without_input_values(text: &str) -> String {
     const BEGIN: &str = "input_value=";
     const END: &str = ", input_type=";
     let mut parts = text.split(BEGIN);
     let mut kept = parts.next().unwrap_or_default().to_owned();
     for part in parts {
-        // The value may hold anything, the mark of its end included: the last one in the line counts.
+        // The value may contain any text, including the end marker: use the last marker in the line.
         let line = part.lines().next().unwrap_or_default();
         let skipped = line.rfind(END).unwrap_or(line.len());
         kept.push_str(&part[skipped..]);

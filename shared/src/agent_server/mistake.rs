@@ -1,21 +1,21 @@
-//! Known causes of an agent server's errors.
+//! Known causes of an agent server's errors: classifies an error as permanent or temporary, and as the user's or the operator's.
 //!
-//! An agent server (1.15 to 1.58) answers 500 to every exception that its code does not catch: a plugin that does not exist, a full
-//! disk, a bug. Of the exception only the text is in the answer, not the type, so known causes are recognised by their texts. The
-//! texts were recorded from running agent servers; one that is not listed here is an unknown cause, which is retried a few times.
+//! An agent server (1.15 to 1.58) returns 500 for every exception that its code does not catch: a plugin that does not exist, a full disk,
+//! a bug. The response has only the exception's text, not its type, so known causes are recognised by their texts. The texts were recorded
+//! from running agent servers. A text that is not listed here is an unknown cause, which is retried a few times.
 
 use serde_json::Value;
 
 use crate::error::Fault;
 
-/// The cause of an error, as far as it is known.
+/// A known cause of an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mistake {
-    /// Who can correct it.
+    /// Who can correct the mistake.
     pub fault: Fault,
-    /// Whether the same request fails again for certain.
+    /// Whether every retry of the same request fails again.
     pub is_permanent: bool,
-    /// What is wrong and what to do, in our own words: it repeats nothing of the answer.
+    /// A message with the problem and the remedy. It repeats nothing of the response.
     pub advice: &'static str,
 }
 
@@ -29,7 +29,7 @@ const fn server(is_permanent: bool, advice: &'static str) -> Mistake {
 
 const PLUGIN: Mistake =
     user(true, "A plugin cannot be loaded; correct its source, ref and repo_path in the request, or leave it out");
-// A git server may be unreachable for a moment.
+// Not permanent: a git server may be unreachable for a moment.
 const PLUGIN_NOT_FETCHED: Mistake = user(
     false,
     "A plugin cannot be fetched; check that its source and ref exist and that the sandbox can read them without a password",
@@ -52,7 +52,7 @@ const NO_PERMISSION: Mistake =
 const FOLDER: Mistake =
     server(true, "A file is where the agent server needs a folder, such as the working folder of the conversation");
 
-/// Parts of an exception's text, and what they mean. All parts of a row must be there, the first of them at the beginning.
+/// Exception texts and their causes. A text matches a row if it contains all parts and starts with the first one.
 const KNOWN_TEXTS: [(&[&str], Mistake); 19] = [
     (&["Local plugin path does not exist"], PLUGIN),
     (&["Subdirectory '", "not found in plugin repository"], PLUGIN),
@@ -75,7 +75,7 @@ const KNOWN_TEXTS: [(&[&str], Mistake); 19] = [
     (&["[Errno 17]"], FOLDER),
 ];
 
-/// Parts of a conversation's body that users decide on, by where they begin in it.
+/// Parts of a conversation's body that users control, by their location prefixes.
 const USER_PARTS: [(&[&str], Mistake); 10] = [
     (&["plugins"], PLUGIN),
     (&["hook_config"], user(true, "The hooks of the repository are invalid; correct its .openhands/hooks.json")),
@@ -92,7 +92,7 @@ const USER_PARTS: [(&[&str], Mistake); 10] = [
     (&["initial_message"], user(true, "The first message is invalid; correct it in the request")),
 ];
 
-/// The cause that the text of an uncaught exception names.
+/// Returns the cause of an uncaught exception by its text.
 pub(super) fn of_exception(text: &str) -> Option<Mistake> {
     let text = text.trim_start();
     let fits = |parts: &[&str]| {
@@ -101,7 +101,7 @@ pub(super) fn of_exception(text: &str) -> Option<Mistake> {
     KNOWN_TEXTS.iter().find(|(parts, _)| fits(parts)).map(|(_, mistake)| *mistake)
 }
 
-/// The cause of a 422, whose text lists violations: a mistake of the user if every violation is in a part that users decide on.
+/// Returns the cause of a 422, whose text lists violations: a user's mistake if every violation is in a part that users control.
 pub(super) fn of_violations(text: &str) -> Option<Mistake> {
     let violations: Vec<Value> = serde_json::from_str(text).ok()?;
     let mut mistakes = violations.iter().map(of_violation);
@@ -111,7 +111,7 @@ pub(super) fn of_violations(text: &str) -> Option<Mistake> {
 
 fn of_violation(violation: &Value) -> Option<Mistake> {
     let place = violation["loc"].as_array()?.strip_prefix(&[Value::from("body")])?;
-    // Which fields a part has is our doing, and differs between versions; only hooks have the fields that a file gives them.
+    // This server decides which fields a part has, and they differ between versions. Only hooks have the fields of a user's file.
     let is_shape = matches!(violation["type"].as_str(), Some("missing" | "extra_forbidden"));
     if is_shape && place.first().is_none_or(|part| part != "hook_config") {
         return None;

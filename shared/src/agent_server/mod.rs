@@ -1,10 +1,10 @@
-//! The typed client of an agent server, the one place for its timeouts and errors.
+//! HTTP client of the agent server API, with its timeouts, size limits, retry classification and errors.
 //!
-//! It speaks to versions 1.15 to 1.58: of the routes that changed between them, it uses the forms that both have.
+//! It supports versions 1.15 to 1.58: where a route has changed between them, it uses the form that both have.
 //!
-//! A sandbox runs code that nobody has checked, so every answer is untrusted. Each request has a limit in bytes for its answer and
-//! reads it into types that take memory in proportion to those bytes: lists have a greatest length ([`bounded`]), and what is
-//! passed on is kept as text. Error texts are cut and cleared of secrets before they leave this module.
+//! A sandbox runs unreviewed code, so every response is untrusted. Each request limits the bytes of its response and reads them into types
+//! whose memory use is proportional to those bytes: lists have a maximum length ([`bounded`]), and values that are only passed on stay
+//! text. Error texts are truncated and secrets are masked before they leave this module.
 
 pub mod bounded;
 mod error_text;
@@ -33,8 +33,7 @@ use crate::http_client::{self, Answer, HttpClient};
 use crate::id;
 use crate::mask;
 
-/// The header that carries the session key of a sandbox: in requests to its agent server, and in requests from the sandbox to this
-/// API.
+/// The header with the session key of a sandbox, both in requests to its agent server and in requests from the sandbox to this API.
 pub const SESSION_API_KEY: &str = "x-session-api-key";
 
 const ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -43,97 +42,97 @@ const LOOK_TIMEOUT: Duration = Duration::from_secs(15);
 const UPLOAD_TIMEOUT: Duration = Duration::from_secs(60);
 const SKILLS_TIMEOUT: Duration = Duration::from_secs(60);
 const HOOKS_TIMEOUT: Duration = Duration::from_secs(30);
-/// Characters of a title that is found; agents find theirs within as many.
+/// The maximum length of a generated title in characters; the agent server generates its own titles with the same limit.
 const GENERATED_TITLE: usize = 50;
 const KIB: usize = 1024;
 const MIB: usize = 1024 * KIB;
-/// The most bytes of an answer that has no limit of its own.
+/// The default limit of a response in bytes.
 const ANSWER_LIMIT: usize = MIB;
-/// Of a short command's output in JSON: a list of files has half a mebibyte of names.
+/// The response limit for a short command's output in JSON: a list of files has half a mebibyte of names.
 const SHORT_COMMAND_LIMIT: usize = 2 * MIB;
-/// Of a list of skills, with their texts.
+/// The response limit for a list of skills with their texts.
 const SKILLS_LIMIT: usize = 4 * MIB;
-/// Of one conversation: it repeats the skills that it was created with, and grows with the requests to its model.
+/// The response limit for one conversation: it repeats its initial skills, and grows with the requests to its model.
 const CONVERSATION_LIMIT: usize = 8 * MIB;
-/// Of several conversations, and of a page of events.
+/// The response limit for several conversations, and for a page of events.
 const LIST_LIMIT: usize = 16 * MIB;
-/// Of an uploaded file that may be JSON with secrets; settings are smaller by far.
+/// The maximum size of an uploaded file that is searched for secrets as JSON; settings are much smaller.
 const JSON_FILE_LIMIT: usize = 4 * MIB;
-/// Of an error; the rest is cut off.
+/// The limit of an error response; the rest is cut off.
 const ERROR_LIMIT: usize = 64 * KIB;
-/// Pages of a command's output, and the bytes of all of them together. The start's commands print 32 KiB at most.
+/// The maximum number of pages of a command's output, and the maximum size of all pages in bytes. The commands of a start print 32 KiB at
+/// most.
 const OUTPUT_PAGES: usize = 20;
 const OUTPUT_LIMIT: usize = MIB;
-/// Pieces of output in a page: as many as are asked for, and some more.
+/// The maximum number of output pieces per page: twice the requested number.
 const PIECES: usize = 200;
-/// Skills in a list, and triggers of a skill.
+/// The maximum number of skills in a list, and of triggers per skill.
 const SKILLS: usize = 2000;
 const TRIGGERS: usize = 1000;
-/// Conversations in an answer; nobody asks for more than 99.
+/// The maximum number of conversations in a response; requests are for 99 at most.
 const CONVERSATIONS: usize = 100;
-/// Usages of models in the metrics of a conversation.
+/// The maximum number of model usages in the metrics of a conversation.
 const USAGES: usize = 1000;
-/// Bytes of a part of a conversation, its tags included; they are the longest.
+/// The maximum size of a conversation's part in bytes, including its tags, which are the longest.
 const PART_LIMIT: usize = 64 * KIB;
-/// Events in a page; nobody asks for more than 50.
+/// The maximum number of events per page; requests are for 50 at most.
 const EVENTS: usize = 100;
-/// Bytes of an id that the agent server chooses: of a command, of a page.
+/// The maximum length in bytes of an id that the agent server generates: of a command, of a page.
 const ID_LENGTH: usize = 256;
-/// Bytes of a title and of an execution status. Longer ones count as none.
+/// The maximum length in bytes of a title and of an execution status. Longer values are ignored.
 const TITLE_LENGTH: usize = 1000;
 const STATUS_LENGTH: usize = 64;
-/// Bytes of a version. Longer ones count as none.
+/// The maximum length of a version in bytes. Longer values are ignored.
 const VERSION_LENGTH: usize = 128;
 
-/// What went wrong with a request to an agent server.
+/// The ways in which a request to an agent server fails.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Failure {
-    /// No connection: it certainly did nothing.
+    /// The connection failed: the request certainly had no effect.
     Unreachable,
-    /// No answer in time: it may have done it.
+    /// The request timed out: it may have had its effect.
     TimedOut,
-    /// The connection broke before the whole answer was there: it may have done it.
+    /// The connection broke before the response was complete: the request may have had its effect.
     CutOff,
-    /// It answered with an error, and this text.
+    /// The agent server returned an error status, with this text.
     Status(StatusCode, String),
-    /// It answered with success and something that is not what it should be.
+    /// The agent server returned a success status and an invalid response.
     Malformed(String),
-    /// It answered with more than this many bytes. It may have done what was asked.
+    /// The response has more than this many bytes. The request may have had its effect.
     TooLarge(usize),
 }
 
-/// Whether it is worth making a failed request again.
+/// How often a failed request should be retried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Retry {
-    /// The failure is one of the connection, or of a busy server: it passes.
+    /// Retry often: the connection failed, or the server is busy, which is temporary.
     Often,
-    /// The agent server answered with an error of its own: it may pass, but is probably permanent.
+    /// Retry a few times: the agent server has returned an error, which may be temporary but is probably permanent.
     Few,
-    /// The same request fails again.
+    /// Do not retry: the same request fails again.
     Never,
 }
 
-/// A failed request: what was asked for, and how it failed.
+/// The error of a failed request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AgentServerError {
-    /// `POST /api/conversations`
+    /// The method and the path, such as `POST /api/conversations`.
     pub request: String,
-    /// How it failed.
     pub failure: Failure,
 }
 
 impl AgentServerError {
-    /// A request whose answer makes no sense.
+    /// Creates the error for an invalid response.
     #[must_use]
     pub fn malformed(request: &str, what: &str) -> Self {
         Self { request: request.to_owned(), failure: Failure::Malformed(what.to_owned()) }
     }
 
-    /// Whether it is worth making the same request again.
+    /// Returns how often the same request should be retried.
     ///
-    /// 429, 502, 503 and 504 come from a server that is busy, or from a proxy in front of a sandbox that starts; 408 is a timeout.
-    /// Every other 5xx is the agent server's answer to an exception in its own code, while it is alive and well enough to answer:
-    /// mostly it will raise the same exception again. 409 is one of several things, some of which pass.
+    /// 429, 502, 503 and 504 come from a busy server, or from a proxy in front of a sandbox that is starting; 408 is a timeout. An agent
+    /// server returns every other 5xx for an exception in its own code, while it is alive: in most cases it raises the same exception
+    /// again. 409 has several causes, some of which are temporary.
     #[must_use]
     pub fn retry(&self) -> Retry {
         match &self.failure {
@@ -156,7 +155,7 @@ impl AgentServerError {
         }
     }
 
-    /// The cause of the error, where the agent server's answer names one that is known.
+    /// Returns the cause of the error if the response matches a known one.
     #[must_use]
     pub fn mistake(&self) -> Option<Mistake> {
         match &self.failure {
@@ -166,13 +165,13 @@ impl AgentServerError {
         }
     }
 
-    /// Who can remedy it: the operator, unless the answer names a mistake of the user.
+    /// Returns who can correct the error: the operator, unless the response matches a user's mistake.
     #[must_use]
     pub fn fault(&self) -> Fault {
         self.mistake().map_or(Fault::Server, |mistake| mistake.fault)
     }
 
-    /// What went wrong and what to do, for the user: the advice if the cause is known, then the agent server's own words.
+    /// Returns a message for the user: the advice if the cause is known, then the agent server's own message.
     #[must_use]
     pub fn explanation(&self) -> String {
         match self.mistake() {
@@ -181,7 +180,7 @@ impl AgentServerError {
         }
     }
 
-    /// Whether it is unknown if the request had its effect.
+    /// Returns whether the request may or may not have had its effect.
     #[must_use]
     pub fn is_ambiguous(&self) -> bool {
         matches!(self.failure, Failure::TimedOut | Failure::CutOff | Failure::Malformed(_) | Failure::TooLarge(_))
@@ -211,35 +210,31 @@ impl std::error::Error for AgentServerError {}
 
 type Result<T> = std::result::Result<T, AgentServerError>;
 
-/// What a finished command left behind.
+/// The result of a finished command.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CommandOutput {
-    /// Its exit code; −1 when the agent server ended it because its time was up.
+    /// The exit code; −1 when the agent server terminated the command because of its timeout.
     pub exit_code: i64,
-    /// Its output.
     pub stdout: String,
-    /// Its error output.
     pub stderr: String,
 }
 
-/// A conversation as its agent server tells it; only what this product uses.
+/// A conversation in the agent server's response, reduced to the fields that this product uses.
 #[derive(Clone, Debug, Deserialize)]
 pub struct ConversationInfo {
-    /// Its id.
     pub id: Uuid,
-    /// `idle`, `running`, …
+    /// The execution status: `idle`, `running`, …
     #[serde(default, deserialize_with = "bounded::short::<_, STATUS_LENGTH>")]
     pub execution_status: Option<String>,
-    /// Its title, if it has one.
     #[serde(default, deserialize_with = "bounded::short::<_, TITLE_LENGTH>")]
     pub title: Option<String>,
-    /// The last message that a user sent, if any.
+    /// The id of the last message that a user sent, if any.
     #[serde(default)]
     pub last_user_message_id: Option<String>,
 }
 
-/// Of a conversation, the parts that [`AgentServer::whole_conversation`] returns. All else, its skills and its model's requests
-/// among it, is read over.
+/// The fields of a conversation that [`AgentServer::whole_conversation`] returns. All others, such as skills and the requests to the model,
+/// are skipped.
 #[derive(Deserialize)]
 struct WholeConversation {
     #[serde(default)]
@@ -280,7 +275,7 @@ struct Llm {
 
 #[derive(Deserialize)]
 struct Stats {
-    /// By usage: the agent's, its condenser's, and one for each profile that it was switched to.
+    /// Metrics by usage: the agent, its condenser, and each profile that the conversation was switched to.
     #[serde(default, deserialize_with = "bounded::map::<_, _, USAGES>")]
     usage_to_metrics: BTreeMap<String, AgentMetrics>,
 }
@@ -297,7 +292,7 @@ struct AgentMetrics {
 
 impl WholeConversation {
     fn into_json(self) -> Value {
-        // None of these parts is long.
+        // A valid part is never longer than the limit.
         let part = |raw: Option<Box<RawValue>>| {
             let short = raw.filter(|raw| raw.get().len() <= PART_LIMIT);
             short.and_then(|raw| serde_json::from_str::<Value>(raw.get()).ok()).unwrap_or_default()
@@ -331,48 +326,45 @@ impl WholeConversation {
     }
 }
 
-/// What a skills request may name beside the project's folder.
+/// The parameters of a skills request.
 #[derive(Clone, Debug, Default)]
 pub struct SkillsQuery {
-    /// The folder whose skills count as the project's.
+    /// The folder with the project's skills.
     pub project_dir: String,
-    /// The sandbox's addresses, in the agent server's form.
+    /// The sandbox's exposed URLs in the agent server's format.
     pub sandbox_config: Option<Value>,
 }
 
-/// A skill as the agent server lists it.
+/// A skill in the agent server's response.
 #[derive(Clone, Debug, Deserialize)]
 pub struct SkillInfo {
-    /// Its name, by which later ones replace earlier ones.
+    /// The name. A later skill replaces an earlier one with the same name.
     pub name: String,
-    /// Its text.
+    /// The text of the skill.
     pub content: String,
-    /// Words that call it up; task skills start with `/`.
+    /// Words that activate the skill; task skills start with `/`.
     #[serde(default, deserialize_with = "bounded::list::<_, _, TRIGGERS>")]
     pub triggers: Vec<String>,
-    /// Where it came from.
     #[serde(default)]
     pub source: Option<String>,
-    /// What it is for.
     #[serde(default)]
     pub description: Option<String>,
-    /// Whether it is in the format of agentskills.io.
+    /// Whether the skill is in the format of agentskills.io.
     #[serde(default)]
     pub is_agentskills_format: bool,
 }
 
-/// A page of an agent server's events.
+/// A page of an agent server's events (pagination by page token).
 #[derive(Debug, Deserialize)]
 pub struct EventPage {
-    /// The events.
     #[serde(deserialize_with = "bounded::list::<_, _, EVENTS>")]
     pub items: Vec<Box<RawValue>>,
-    /// Where the next page starts, if there is one.
+    /// The token of the next page, if there is one.
     #[serde(default, deserialize_with = "bounded::text::<_, ID_LENGTH>")]
     pub next_page_id: Option<String>,
 }
 
-/// One agent server.
+/// A client for one agent server.
 #[derive(Clone, Debug)]
 pub struct AgentServer {
     http: HttpClient,
@@ -381,18 +373,18 @@ pub struct AgentServer {
 }
 
 impl AgentServer {
-    /// The agent server at `url`; `key` is its session key.
+    /// Creates a client for the agent server at `url`; `key` is its session key.
     #[must_use]
     pub fn new(http: HttpClient, url: &str, key: Option<SecretString>) -> Self {
         Self { http, url: url.trim_end_matches('/').to_owned(), key }
     }
 
-    /// `GET /alive`: whether it answers.
+    /// `GET /alive`: returns whether the agent server responds.
     pub async fn is_alive(&self) -> bool {
         self.http.succeeds(&format!("{}/alive", self.url), ALIVE_TIMEOUT).await
     }
 
-    /// `GET /server_info`: its version; `None` where it names none that can be read.
+    /// `GET /server_info`: returns the version, or `None` if it is missing or cannot be parsed.
     ///
     /// # Errors
     /// See [`Failure`].
@@ -406,7 +398,7 @@ impl AgentServer {
         Ok(info.version.and_then(|version| version.parse().ok()))
     }
 
-    /// Starts a shell command; returns the id under which its output is found.
+    /// Starts a shell command; returns the command's id, for [`AgentServer::command_output`].
     ///
     /// # Errors
     /// See [`Failure`].
@@ -422,7 +414,7 @@ impl AgentServer {
         started.id.ok_or_else(|| call.fail(Failure::Malformed("there is no id".to_owned())))
     }
 
-    /// The output of a command, or `None` while it runs.
+    /// Returns the output of a command, or `None` while the command is running.
     ///
     /// # Errors
     /// See [`Failure`].
@@ -446,7 +438,7 @@ impl AgentServer {
         let mut page_id: Option<String> = None;
         let mut left = OUTPUT_LIMIT;
         for page_number in 1.. {
-            // A process in the sandbox can write events of its own into the command's log, as many as it likes.
+            // A process in the sandbox can add any number of events to the command's log.
             if page_number > OUTPUT_PAGES {
                 return Err(call.fail(Failure::TooLarge(OUTPUT_LIMIT)));
             }
@@ -479,7 +471,7 @@ impl AgentServer {
         }))
     }
 
-    /// Runs a short command that only looks, and waits for its end. It may run twice.
+    /// Runs a short read-only command and waits for its end. The command may run twice, because the request is retried.
     ///
     /// # Errors
     /// See [`Failure`].
@@ -501,7 +493,7 @@ impl AgentServer {
         })
     }
 
-    /// The bytes of the file at an absolute path, or `None` when it has more than `limit`.
+    /// Returns the content of the file at an absolute path, or `None` when it has more than `limit` bytes.
     ///
     /// # Errors
     /// See [`Failure`]; 404 when there is no such file.
@@ -529,7 +521,7 @@ impl AgentServer {
         done.await.map(drop)
     }
 
-    /// All skills that apply to a project, merged.
+    /// Returns all skills that apply to a project, merged.
     ///
     /// # Errors
     /// See [`Failure`].
@@ -538,7 +530,7 @@ impl AgentServer {
         struct Found {
             skills: Bounded<Box<RawValue>, SKILLS>,
         }
-        // An organization's repository of skills would be named here, in a field whose name depends on the version.
+        // The body names no organization's skills repository: the name of that field depends on the version.
         let body = json!({
             "load_public": true, "load_user": true, "load_project": true, "load_org": false,
             "project_dir": query.project_dir, "sandbox_config": query.sandbox_config,
@@ -549,13 +541,13 @@ impl AgentServer {
         let skills: Vec<SkillInfo> =
             found.skills.0.iter().filter_map(|skill| serde_json::from_str(skill.get()).ok()).collect();
         if skills.len() < total {
-            // One line whatever their number: the sandbox chooses how many there are.
+            // Log one line only, because the sandbox controls the number of skills.
             tracing::warn!(unreadable = total - skills.len(), total, "agent_server.skills_unreadable");
         }
         Ok(skills)
     }
 
-    /// The hooks of a project in the agent server's own form, or `None`.
+    /// Returns the hooks of a project in the agent server's format, or `None`.
     ///
     /// # Errors
     /// See [`Failure`].
@@ -569,7 +561,7 @@ impl AgentServer {
         Ok(found.hook_config)
     }
 
-    /// Creates a conversation, or finds the one with the body's id, which then stays as it is.
+    /// Creates a conversation. An existing conversation with the body's id is returned unchanged (idempotent).
     ///
     /// # Errors
     /// See [`Failure`].
@@ -578,7 +570,7 @@ impl AgentServer {
         self.call(&call).await
     }
 
-    /// Conversations by id, in the same order, `None` for those that it does not have.
+    /// Returns conversations by id, in the same order, with `None` for unknown ids.
     ///
     /// # Errors
     /// See [`Failure`].
@@ -591,8 +583,7 @@ impl AgentServer {
         Ok(found.0)
     }
 
-    /// A conversation as the agent server shows it, reduced to its state, title, tags, folder, model and metrics; `None` if
-    /// it does not have it.
+    /// Returns a conversation, reduced to its status, title, tags, folder, model and metrics; `None` if the agent server does not have it.
     ///
     /// # Errors
     /// See [`Failure`].
@@ -604,7 +595,7 @@ impl AgentServer {
         Ok(found.0.pop().flatten().map(WholeConversation::into_json))
     }
 
-    /// Sends a message to a conversation; `run` lets the agent answer it.
+    /// Sends a message to a conversation; `run` starts the agent.
     ///
     /// # Errors
     /// See [`Failure`].
@@ -614,7 +605,7 @@ impl AgentServer {
         self.done(&Call::post(&path, &body).within(HOOKS_TIMEOUT)).await
     }
 
-    /// Gives a conversation a title; it takes up to 200 characters.
+    /// Sets the title of a conversation, of at most 200 characters.
     ///
     /// # Errors
     /// See [`Failure`].
@@ -624,8 +615,8 @@ impl AgentServer {
         self.done(&Call { method: Method::PATCH, ..Call::post(&path, &body) }.within(timeout)).await
     }
 
-    /// Has the agent's model find a title for a conversation; the agent server itself does not take it on. `None` where it cannot be
-    /// asked for one, as newer versions cannot, or has no such conversation.
+    /// Generates a title for a conversation with the agent's model. The agent server does not store the title. Returns `None` if the agent
+    /// server has no such conversation or does not support the request (newer versions do not).
     ///
     /// # Errors
     /// See [`Failure`].
@@ -644,7 +635,7 @@ impl AgentServer {
         }
     }
 
-    /// Ends a conversation and removes what the agent server has of it.
+    /// Ends a conversation and deletes its data on the agent server.
     ///
     /// # Errors
     /// See [`Failure`]; 404 when it has no such conversation.
@@ -653,7 +644,7 @@ impl AgentServer {
         self.done(&Call::new(Method::DELETE, &path).within(timeout)).await
     }
 
-    /// Lets the conversation's model judge the risk of its own actions.
+    /// Sets an LLM security analyzer, so that the conversation's model rates the risk of its own actions.
     ///
     /// # Errors
     /// See [`Failure`].
@@ -663,7 +654,7 @@ impl AgentServer {
         self.done(&Call::post(&path, &body).within(HOOKS_TIMEOUT)).await
     }
 
-    /// A page of a conversation's events, newest first, each as it came; `page_id` is the earlier page's `next_page_id`.
+    /// Returns a page of a conversation's events, newest first, each as unparsed JSON; `page_id` is the previous page's `next_page_id`.
     ///
     /// # Errors
     /// See [`Failure`].
@@ -677,17 +668,17 @@ impl AgentServer {
         Ok(asked.await?.0)
     }
 
-    /// Makes a request and reads its answer as JSON.
+    /// Sends a request and parses the response as JSON.
     async fn call<T: DeserializeOwned>(&self, call: &Call<'_>) -> Result<T> {
         Ok(self.call_with(call, |request| request).await?.0)
     }
 
-    /// Makes a request of which only the success matters.
+    /// Sends a request and ignores the body of a successful response.
     async fn done(&self, call: &Call<'_>) -> Result<()> {
         self.call::<IgnoredAny>(call).await.map(drop)
     }
 
-    /// As [`AgentServer::call`], with more added to the request; also returns the answer's length in bytes.
+    /// Like [`AgentServer::call`], but lets `fill` extend the request; also returns the length of the response in bytes.
     async fn call_with<T: DeserializeOwned>(
         &self,
         call: &Call<'_>,
@@ -699,7 +690,7 @@ impl AgentServer {
         Ok((read, body.len()))
     }
 
-    /// The body of an answer with success.
+    /// Sends a request and returns the body of a successful response.
     async fn read(&self, call: &Call<'_>, fill: impl FnOnce(RequestBuilder) -> RequestBuilder) -> Result<Vec<u8>> {
         let limit = |status: StatusCode| if status.is_success() { call.limit } else { ERROR_LIMIT };
         let Answer { status, body, is_whole, .. } = self.send(call, fill, limit).await?;
@@ -715,11 +706,11 @@ impl AgentServer {
         }
     }
 
-    /// Makes a request that a client thought of, and gives the answer as it is: status, content type, body; `None` where the
-    /// body is larger than `limit`. The path must be one that [`http_client::join`] takes.
+    /// Sends a client's request (cloud proxy) and returns the response unchanged: status, content type, body. Returns `None` if the body is
+    /// larger than `limit`. [`http_client::join`] must accept the path.
     ///
     /// # Errors
-    /// See [`Failure`]; a status is none.
+    /// See [`Failure`]; an error status is not an error here.
     pub async fn proxy(
         &self,
         method: Method,
@@ -741,7 +732,7 @@ impl AgentServer {
         limit: impl Fn(StatusCode) -> usize,
     ) -> Result<Answer> {
         let fail = |error: reqwest::Error| call.fail(transport_failure(&error));
-        // An address that is none, or a path that leads elsewhere: nothing was asked.
+        // No request was sent: the base URL is invalid, or the path fails the path traversal check.
         let url = http_client::join(&self.url, call.path).ok_or_else(|| call.fail(Failure::Unreachable))?;
         let mut request = self.http.request(call.method.clone(), url.as_str()).map_err(fail)?;
         if call.is_repeatable {
@@ -760,9 +751,9 @@ impl AgentServer {
     }
 }
 
-/// What an error must not repeat of a file with this content.
+/// Returns the strings that an error about a file with this content must not repeat.
 fn secrets_of_file(content: &str) -> Vec<String> {
-    // Credentials for git have a password in each line.
+    // A git credentials file has a password in each line.
     let mut secrets: Vec<String> = content.lines().flat_map(|line| mask::secrets_in(&line.into())).collect();
     if content.len() <= JSON_FILE_LIMIT
         && let Ok(json) = serde_json::from_str::<Value>(content)
@@ -773,7 +764,7 @@ fn secrets_of_file(content: &str) -> Vec<String> {
     secrets
 }
 
-/// A request: where to, how long it may take, and how much of its answer is read.
+/// A request with its timeout and its response limit.
 #[derive(Clone)]
 struct Call<'a> {
     method: Method,
@@ -781,9 +772,9 @@ struct Call<'a> {
     body: Option<&'a Value>,
     timeout: Duration,
     limit: usize,
-    /// Whether it can be made twice without harm. GET always can.
+    /// Whether the request is idempotent and may be retried. GET requests always are.
     is_repeatable: bool,
-    /// What must not come back in an error, beside the body's secrets.
+    /// Strings that an error must not repeat, in addition to the body's secrets.
     secrets: Vec<String>,
 }
 
@@ -821,7 +812,7 @@ impl<'a> Call<'a> {
     }
 
     fn fail(&self, failure: Failure) -> AgentServerError {
-        // Of a path that a client chose, the beginning.
+        // A client may have chosen the path, so keep only its first characters.
         let path: String = self.path.split('?').next().unwrap_or_default().chars().take(ID_LENGTH).collect();
         AgentServerError { request: format!("{} {path}", self.method), failure }
     }
@@ -837,7 +828,7 @@ fn transport_failure(error: &reqwest::Error) -> Failure {
     }
 }
 
-/// Why JSON was not read, without a word of it: it may be long, and hold anything.
+/// Describes why JSON was not parsed, without quoting it: it may be long and may contain secrets.
 fn what_is_wrong(error: &serde_json::Error) -> String {
     let what = match error.classify() {
         Category::Io | Category::Syntax => "it is no JSON",
@@ -858,7 +849,7 @@ mod tests {
     use super::*;
     use crate::http_client::AddressPolicy;
 
-    /// Answers the first request of a connection, and closes it when another one comes. Counts requests and answers.
+    /// Responds to the first request of a connection, and closes the connection when the second arrives. Counts requests and responses.
     async fn closes_early(mut connection: TcpStream, requests: Arc<AtomicUsize>, answers: Arc<AtomicUsize>) {
         for is_first in [true, false] {
             let mut request = Vec::new();

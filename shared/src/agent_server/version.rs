@@ -1,14 +1,13 @@
-//! Versions of agent servers, by which the client decides what one can do.
+//! Agent server versions: parsing, comparison, and the features that depend on them.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// The first version that keeps streaming deltas away from webhooks. Those from 1.34 on post one event per token to them, and
-/// earlier ones have no deltas.
+/// The first version that does not send streaming deltas to webhooks. Versions from 1.34 on send one event per token to webhooks; earlier
+/// versions have no deltas.
 pub const STREAMING: AgentServerVersion = AgentServerVersion::new(1, 49, 0);
 
-/// The version of an agent server. What follows the numbers (`rc1`, `.dev3`, `+local`) does not count: a pre-release has the
-/// routes of its release.
+/// The version of an agent server. Suffixes (`rc1`, `.dev3`, `+local`) are ignored: a pre-release has the routes of its release.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct AgentServerVersion {
     major: u32,
@@ -17,13 +16,13 @@ pub struct AgentServerVersion {
 }
 
 impl AgentServerVersion {
-    /// The version `major.minor.patch`.
+    /// Creates the version `major.minor.patch`.
     #[must_use]
     pub const fn new(major: u32, minor: u32, patch: u32) -> Self {
         Self { major, minor, patch }
     }
 
-    /// Whether streaming deltas of this version reach websocket clients and nothing else.
+    /// Returns whether this version sends streaming deltas to websocket clients only.
     #[must_use]
     pub fn streams_to_clients_only(self) -> bool {
         self >= STREAMING
@@ -36,7 +35,7 @@ impl fmt::Display for AgentServerVersion {
     }
 }
 
-/// A text that does not begin with a version.
+/// The error for a text that does not start with a version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not a version: it has to begin with two or three numbers, as in 1.58.2")]
 pub struct InvalidVersion;
@@ -44,11 +43,11 @@ pub struct InvalidVersion;
 impl FromStr for AgentServerVersion {
     type Err = InvalidVersion;
 
-    /// Reads `1.58.2`, `v1.58`, `1.58.2rc1`, `1.59.0.dev3+local`.
+    /// Parses `1.58.2`, `v1.58`, `1.58.2rc1`, `1.59.0.dev3+local`.
     fn from_str(text: &str) -> Result<Self, InvalidVersion> {
         let text = text.trim();
         let mut parts = text.strip_prefix('v').unwrap_or(text).split('.');
-        // Only the last number may have something after it: `1.58rc1` has no third part, and `1x.2` is no version.
+        // Only the last number may have a suffix: `1.58rc1` has no third part, and `1x.2` is not a version.
         let mut ended = false;
         let mut next = || -> Result<Option<u32>, InvalidVersion> {
             if ended {

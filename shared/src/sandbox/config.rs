@@ -11,7 +11,7 @@ use super::spec;
 use crate::env::flag;
 use crate::env::{ConfigError, list, parsed, permitted_origins, required, text, web_url};
 
-/// The provider of sandboxes, and its configuration.
+/// The sandbox provider and its configuration.
 #[derive(Clone, Debug)]
 pub enum SandboxConfig {
     /// One agent server process per sandbox, on this machine.
@@ -19,9 +19,9 @@ pub enum SandboxConfig {
     /// One container per sandbox, in a Docker engine.
     #[cfg(feature = "docker")]
     Docker(DockerSandboxConfig),
-    /// Sandboxes of a runtime API.
+    /// Sandboxes of a runtime API, which runs images on remote machines.
     Remote(RemoteSandboxConfig),
-    /// No sandboxes: starts end with an ERROR that names the reason.
+    /// No sandboxes: a start ends with status ERROR and a message that names the reason.
     None,
 }
 
@@ -50,12 +50,12 @@ impl SandboxConfig {
         })
     }
 
-    /// The variables that make [`SandboxConfig::from_env`] return this configuration in another process.
+    /// Returns the variables from which [`SandboxConfig::from_env`] reads this configuration in another process.
     pub(crate) fn to_env(&self) -> Vec<(&'static str, String)> {
         match self {
             SandboxConfig::None => vec![("SANDBOX_KIND", "none".into())],
             SandboxConfig::Remote(remote) => remote.to_env(),
-            // Other processes cannot use it: functions under `cargo lambda watch` are built without the feature.
+            // Other processes cannot use Docker sandboxes: functions under `cargo lambda watch` are built without the feature.
             #[cfg(feature = "docker")]
             SandboxConfig::Docker(_) => vec![("SANDBOX_KIND", "none".into())],
             SandboxConfig::Process(process) => vec![
@@ -69,7 +69,7 @@ impl SandboxConfig {
     }
 }
 
-/// How agent servers run as processes.
+/// Configuration of agent servers that run as processes of this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProcessSandboxConfig {
     /// The folder that holds one folder per sandbox (`SANDBOX_FOLDER`).
@@ -84,26 +84,28 @@ pub struct ProcessSandboxConfig {
     pub allow_cors_origins: Vec<String>,
 }
 
-/// How agent servers run in containers.
+/// Configuration of agent servers that run in Docker containers.
 #[cfg(feature = "docker")]
 #[derive(Clone, Debug)]
 pub struct DockerSandboxConfig {
-    /// The engine: `unix://` and the path of its socket, or an HTTP address (`DOCKER_HOST`); `None` is the default socket.
+    /// The address of the Docker engine: `unix://` and the path of its socket, or an HTTP address (`DOCKER_HOST`). `None` is the default
+    /// socket.
     pub host: Option<String>,
     /// The image to run; see [`spec::image`].
     pub image: String,
-    /// The URL of a container, with `{port}` (`SANDBOX_CONTAINER_URL_PATTERN`, `http://localhost:{port}`).
+    /// The URL pattern of a container, with `{port}` (`SANDBOX_CONTAINER_URL_PATTERN`, `http://localhost:{port}`).
     pub url_pattern: String,
-    /// Our own port on this machine, for webhooks (`SANDBOX_HOST_PORT`).
+    /// The port of this API on this machine, to which containers send webhooks (`SANDBOX_HOST_PORT`).
     pub host_port: u16,
     /// The prefix of container names (`SANDBOX_CONTAINER_NAME_PREFIX`, `oh-agent-server-`).
     pub container_name_prefix: String,
-    /// How many sandboxes of a user may run at the same time (`SANDBOX_MAX_RUNNING`, 5). One more causes the eviction (a pause) of the
-    /// least recently used one.
+    /// The maximum number of running sandboxes per user (`SANDBOX_MAX_RUNNING`, 5). One more causes the eviction (a pause) of the least
+    /// recently used one.
     pub max_sandboxes: usize,
-    /// `host:container[:mode]` (`SANDBOX_VOLUMES`, comma-separated).
+    /// Volumes as `host:container[:mode]` (`SANDBOX_VOLUMES`, comma-separated).
     pub volumes: Vec<String>,
-    /// How long an agent server may take to start answering (`SANDBOX_STARTUP_GRACE_SECONDS`, 60).
+    /// The time until the first response of an agent server, after which its sandbox counts as failed (`SANDBOX_STARTUP_GRACE_SECONDS`,
+    /// 60).
     pub startup_grace: Duration,
     /// Whether containers share this machine's network (`AGENT_SERVER_USE_HOST_NETWORK`).
     pub use_host_network: bool,
@@ -113,7 +115,7 @@ pub struct DockerSandboxConfig {
 
 #[cfg(feature = "docker")]
 impl DockerSandboxConfig {
-    /// Reads the environment. `port` is our own port, unless the environment names another one; `version` is the agent server's.
+    /// Reads the environment. `port` is the default for `SANDBOX_HOST_PORT`; `version` is the agent server version of the default image.
     ///
     /// # Errors
     /// Names the first variable that is malformed.
@@ -133,7 +135,7 @@ impl DockerSandboxConfig {
     }
 }
 
-/// How sandboxes of a runtime API run.
+/// Configuration of sandboxes of a runtime API.
 #[derive(Clone, Debug)]
 pub struct RemoteSandboxConfig {
     /// The URL of the runtime API (`SANDBOX_REMOTE_RUNTIME_API_URL`).
@@ -142,24 +144,23 @@ pub struct RemoteSandboxConfig {
     pub api_key: Option<SecretString>,
     /// The image to run; see [`spec::image`].
     pub image: String,
-    /// The size of the machine of a sandbox: 1, 2, 4 or 8 (`SANDBOX_REMOTE_RESOURCE_FACTOR`, 1).
+    /// The machine size of a sandbox: 1, 2, 4 or 8 (`SANDBOX_REMOTE_RESOURCE_FACTOR`, 1).
     pub resource_factor: u32,
     /// `gvisor` or `sysbox` (`SANDBOX_REMOTE_RUNTIME_CLASS`, `gvisor`).
     pub runtime_class: String,
-    /// The names that the runtime API has for the secrets with which it pulls the image
-    /// (`SANDBOX_REMOTE_IMAGE_PULL_SECRETS`, comma-separated).
+    /// The runtime API's names of the secrets with which it pulls the image (`SANDBOX_REMOTE_IMAGE_PULL_SECRETS`, comma-separated).
     pub image_pull_secrets: Vec<String>,
-    /// How many sandboxes of a user may run at the same time (`SANDBOX_MAX_RUNNING`, 10). One more causes the eviction (a pause) of the
-    /// least recently used one.
+    /// The maximum number of running sandboxes per user (`SANDBOX_MAX_RUNNING`, 10). One more causes the eviction (a pause) of the least
+    /// recently used one.
     pub max_sandboxes: usize,
-    /// Our own public address (`OH_WEB_URL` or `WEB_HOST`). Without it, agent servers cannot send webhooks.
+    /// The public address of this API (`OH_WEB_URL` or `WEB_HOST`). Without it, agent servers cannot send webhooks.
     pub web_url: Option<String>,
-    /// Origins that agent servers accept in addition to our own.
+    /// Origins that agent servers accept in addition to the origin of this API.
     pub allow_cors_origins: Vec<String>,
 }
 
 impl RemoteSandboxConfig {
-    /// Reads the environment. `version` is the agent server's, unless the environment names an image.
+    /// Reads the environment. `version` is the agent server version of the default image.
     ///
     /// # Errors
     /// Names the first variable that is missing or malformed.

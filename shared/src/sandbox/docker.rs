@@ -1,4 +1,4 @@
-//! Sandboxes as containers of a Docker engine, reached through its socket.
+//! Docker sandbox provider: runs one container per sandbox, through the socket of a Docker engine.
 
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, TcpListener};
@@ -27,9 +27,9 @@ use crate::http_client::{AddressPolicy, HttpClient};
 use crate::id::{self, UserId};
 use crate::mask::masked;
 
-/// Where conversations work in the image.
+/// The working directory of conversations in the image.
 pub(super) const WORKING_DIR: &str = "/workspace/project";
-/// What every sandbox's environment begins with.
+/// The environment variables that all sandboxes have in common.
 pub(super) const ENVIRONMENT: [(&str, &str); 7] = [
     ("OPENVSCODE_SERVER_ROOT", "/openhands/.openvscode-server"),
     ("OH_ENABLE_VNC", "0"),
@@ -39,23 +39,23 @@ pub(super) const ENVIRONMENT: [(&str, &str); 7] = [
     ("PYTHONUNBUFFERED", "1"),
     ("ENV_LOG_LEVEL", "20"),
 ];
-/// Name and port inside the container.
+/// The names of the exposed URLs, and their ports inside the container.
 const PORTS: [(&str, u16); 4] = [(AGENT_SERVER, 8000), ("VSCODE", 8001), ("WORKER_1", 8011), ("WORKER_2", 8012)];
-/// The variable that holds the agent server's key.
+/// The environment variable with the agent server's session key.
 const KEY_VARIABLE: &str = "OH_SESSION_API_KEYS_0";
-/// The label that says what a container was made from.
+/// The container label with the sandbox spec (the image).
 const SPEC_LABEL: &str = "sandbox_spec_id";
-/// By which name containers reach the machine that they run on.
+/// The host name by which containers reach the host machine.
 const HOST: &str = "host.docker.internal";
 
-/// What the engine may take for anything but pulling an image and stopping a container.
+/// The timeout of every call to the engine except pulling an image and stopping a container.
 const CALL: Duration = Duration::from_secs(10);
 const STOP_PATIENCE: Duration = Duration::from_secs(10);
 const HEALTH: Duration = Duration::from_secs(3);
-/// A record this young without a container is on its way.
+/// While a record is younger than this, a missing container counts as starting.
 const LAUNCH_GRACE: Duration = Duration::from_secs(30);
 
-/// Runs agent servers in containers.
+/// The Docker sandbox provider.
 #[derive(Debug)]
 pub struct DockerSandboxes {
     config: DockerSandboxConfig,
@@ -64,7 +64,7 @@ pub struct DockerSandboxes {
 }
 
 impl DockerSandboxes {
-    /// Containers of the configured engine.
+    /// Creates the provider. It does not connect to the engine yet.
     #[must_use]
     pub fn new(config: DockerSandboxConfig, store: SandboxStore) -> Self {
         Self { config, store, http: HttpClient::new(AddressPolicy::Any) }
@@ -74,7 +74,7 @@ impl DockerSandboxes {
         format!("{}{}", self.config.container_name_prefix, name_of(user, id))
     }
 
-    /// A connection is made with each use: an engine may be started after us.
+    /// Connects to the engine. Each use connects again, because the engine may be started after this process.
     async fn engine(&self) -> Result<Docker> {
         let engine = match self.config.host.as_deref() {
             Some(host) if !host.starts_with("unix://") => {
@@ -84,13 +84,13 @@ impl DockerSandboxes {
             None => Docker::connect_with_unix_defaults(),
         };
         let engine = engine.map_err(|error| failed("connect", &error))?;
-        // Older engines speak older versions.
+        // Older engines support only older API versions.
         let negotiated =
             timeout(CALL, engine.negotiate_version()).await.map_err(|_| failed("connect", &"no answer"))?;
         negotiated.map_err(|error| failed("connect", &error))
     }
 
-    /// A container, or `None` when there is none of this name.
+    /// Returns a container, or `None` when no container has this name.
     async fn inspect(&self, engine: &Docker, name: &str) -> Result<Option<ContainerInspectResponse>> {
         let asked = timeout(CALL, engine.inspect_container(name, None)).await;
         match asked.map_err(|_| failed("inspect", &"no answer in time"))? {
@@ -123,7 +123,7 @@ impl DockerSandboxes {
         .await
     }
 
-    /// A record with what the engine says of its container.
+    /// Combines a record and the state of its container into a sandbox.
     async fn show(&self, record: &SandboxRecord, container: Option<&ContainerInspectResponse>) -> Result<Sandbox> {
         let (status, detail) = match container {
             Some(container) => status(container, record.wanted),
@@ -173,7 +173,7 @@ impl DockerSandboxes {
         urls.collect()
     }
 
-    /// The container of a record, made if it is not there, and running.
+    /// Creates the container of a record if it does not exist, and starts it.
     async fn launch(&self, record: &SandboxRecord) -> Result<()> {
         let engine = self.engine().await?;
         let name = self.container(&record.user, &record.id);
@@ -191,9 +191,9 @@ impl DockerSandboxes {
         run(&engine, &name).await
     }
 
-    /// Makes the container; pulls its image first where it is not there.
+    /// Creates the container. Pulls the image first if the engine does not have it.
     async fn create(&self, engine: &Docker, name: &str, body: ContainerCreateBody) -> Result<()> {
-        // An error may quote the container's environment.
+        // Mask secrets: an error may quote the container's environment.
         let variables = body.env.iter().flatten().filter_map(|line| line.split_once('='));
         let secrets: Vec<String> =
             variables.filter(|(name, _)| name.contains("KEY")).map(|(_, value)| value.to_owned()).collect();
@@ -212,7 +212,7 @@ impl DockerSandboxes {
         }
         match made {
             Ok(_) => Ok(()),
-            // Somebody else was quicker.
+            // A concurrent call has created the container.
             Err(error) if status_of(&error) == Some(409) => Ok(()),
             Err(error) if status_of(&error).is_some_and(|status| status < 500) => {
                 Err(Error::Refused(format!("The Docker engine refused to create the sandbox: {}", said(&error))))
@@ -241,7 +241,7 @@ impl DockerSandboxes {
         let network = if config.use_host_network {
             HostConfig { network_mode: Some("host".to_owned()), ..HostConfig::default() }
         } else {
-            // On this machine alone, at ports that the engine chooses.
+            // Publish the ports on the loopback interface only; the engine chooses the host ports.
             let binding = PortBinding { host_ip: Some("127.0.0.1".to_owned()), host_port: Some(String::new()) };
             let ports: PortMap =
                 PORTS.iter().map(|(_, port)| (format!("{port}/tcp"), Some(vec![binding.clone()]))).collect();
@@ -268,7 +268,7 @@ impl DockerSandboxes {
         }
     }
 
-    /// Pauses the user's sandboxes that were used least lately, until one more may run.
+    /// Evicts (pauses) the user's least recently used sandboxes until one more may run.
     async fn make_room(&self, engine: &Docker, newcomer: &SandboxRecord) -> Result<()> {
         let mut records = self.store.list(&newcomer.user).await?;
         records.retain(|record| record.id != newcomer.id && record.wanted == Wanted::Running);
@@ -292,7 +292,7 @@ fn options_of(name: &str) -> CreateContainerOptions {
     CreateContainerOptions { name: Some(name.to_owned()), ..CreateContainerOptions::default() }
 }
 
-/// Lets a container run, whatever it does now.
+/// Starts or unpauses a container, depending on its state.
 async fn run(engine: &Docker, name: &str) -> Result<()> {
     let Some(container) = inspect_state(engine, name).await? else { return Err(failed("start", &"it is gone")) };
     let done = match container {
@@ -302,7 +302,7 @@ async fn run(engine: &Docker, name: &str) -> Result<()> {
     };
     match done {
         Ok(()) => Ok(()),
-        // It was done meanwhile.
+        // A concurrent call has already started it.
         Err(error) if matches!(status_of(&error), Some(304 | 409)) => Ok(()),
         Err(error) if status_of(&error).is_some_and(|status| status < 500) => {
             Err(Error::Refused(format!("The Docker engine refused to start the sandbox: {error}")))
@@ -328,7 +328,7 @@ fn started_at(container: &ContainerInspectResponse) -> Option<Time> {
     serde_json::from_value(serde_json::Value::String(text.clone())).ok()
 }
 
-/// What a container's state means, and what is to be said of it.
+/// Maps a container's state to the sandbox status and a message for the user.
 fn status(container: &ContainerInspectResponse, wanted: Wanted) -> (SandboxStatus, Option<String>) {
     let exit_code = container.state.as_ref().and_then(|state| state.exit_code).unwrap_or_default();
     match (state(container), wanted) {
@@ -418,7 +418,7 @@ impl SandboxService for DockerSandboxes {
             return Ok(false);
         }
         let (engine, name) = (self.engine().await?, self.container(user, id));
-        // A frozen container takes no signal. Whatever cannot be stopped is removed by force.
+        // A paused container does not process signals, so unpause it first. A container that does not stop is removed by force.
         let _running = engine.unpause_container(&name).await;
         let stop_timeout = i32::try_from(STOP_PATIENCE.as_secs()).unwrap_or_default();
         let options = StopContainerOptions { t: Some(stop_timeout), ..StopContainerOptions::default() };
@@ -435,7 +435,7 @@ impl SandboxService for DockerSandboxes {
             }
             _ => {}
         }
-        // Last, so that a deletion that is cut off can be repeated.
+        // Delete the record last, so that an interrupted deletion can be retried.
         self.store.delete(user, id).await
     }
 

@@ -1,4 +1,4 @@
-//! Sandboxes: machines that run an agent server. One trait, one file an implementation, one place that chooses.
+//! Sandbox lifecycle (start, pause, resume, delete) behind one trait, with one file per provider: process, Docker, runtime API, none.
 
 pub mod config;
 #[cfg(feature = "docker")]
@@ -57,44 +57,42 @@ pub struct ExposedUrl {
 /// The name of the agent server among a sandbox's addresses.
 pub const AGENT_SERVER: &str = "AGENT_SERVER";
 
-/// The webhook variables of every agent server that has a webhook. An event reaches us within a second: the buffer holds five events,
-/// and an agent server sends it once it is full, or after this delay, which is 30 s by default. A batch has 2 MiB at most (5 MiB by
-/// default, from 1.49 on; a larger event is sent alone): Lambda accepts 6 MB, with the body as an escaped JSON string.
+/// The webhook variables of every agent server that sends webhooks. An event arrives here within a second: the agent server buffers five
+/// events and sends them when the buffer is full or after this flush delay (default: 30 s). A batch is at most 2 MiB (default: 5 MiB, from
+/// 1.49 on; a larger event is sent alone), because Lambda accepts 6 MB with the body as an escaped JSON string.
 pub const WEBHOOK_VARIABLES: [(&str, &str); 2] =
     [("OH_WEBHOOKS_0_FLUSH_DELAY", "1"), ("OH_WEBHOOKS_0_MAX_BATCH_BYTES", "2097152")];
 
-/// The storage variables of every agent server: it has its conversations to itself, so it needs no leases on them. A lease outlives an
-/// agent server that was killed, and keeps the next one in the same container from its conversations for 45 s.
+/// The storage variables of every agent server. They turn off leases on conversations, because only one agent server uses them. The lease
+/// of a killed agent server would block the next one in the same container for 45 s.
 pub const STORAGE_VARIABLES: [(&str, &str); 1] = [("OH_LEASE_TTL_SECONDS", "0")];
 
-/// The longest id of a sandbox, in bytes. Longer ones are of none.
+/// The maximum length of a sandbox id in bytes. No sandbox has a longer id.
 pub const MAX_ID: usize = 255;
 
-/// A sandbox as its service sees it now.
+/// A sandbox with its current status.
 #[derive(Clone, Debug)]
 pub struct Sandbox {
-    /// Its id, unique among its owner's.
+    /// The id, which is unique per owner.
     pub id: String,
-    /// What it was made from.
+    /// The id of the sandbox spec (the image).
     pub spec_id: String,
-    /// What state it is in.
     pub status: SandboxStatus,
-    /// The key of its agent server.
+    /// The session key of its agent server.
     pub session_api_key: Option<SecretString>,
-    /// Its addresses; `None` unless it runs.
+    /// The exposed URLs; `None` unless the sandbox is running.
     pub exposed_urls: Option<Vec<ExposedUrl>>,
-    /// When it was made.
     pub created_at: Time,
-    /// When a conversation was last started in it.
+    /// The time of the latest start of a conversation in the sandbox.
     pub used_at: Time,
-    /// The absolute folder in which conversations work.
+    /// The absolute path of the folder in which conversations work.
     pub working_dir: String,
-    /// What is wrong, for a person, when it failed or is gone.
+    /// A message for the user about why the sandbox has failed or is missing.
     pub detail: Option<String>,
 }
 
 impl Sandbox {
-    /// A sandbox as its record has it, in this state; nothing is known of its addresses.
+    /// Creates a sandbox from its record with this status and without URLs.
     fn of(record: &SandboxRecord, status: SandboxStatus, working_dir: &str) -> Self {
         Self {
             id: record.id.clone(),
@@ -109,7 +107,7 @@ impl Sandbox {
         }
     }
 
-    /// The address of its agent server, if it runs.
+    /// Returns the URL of its agent server, if the sandbox is running.
     #[must_use]
     pub fn agent_server_url(&self) -> Option<&str> {
         self.exposed_urls
@@ -119,7 +117,7 @@ impl Sandbox {
             .map(|exposed| exposed.url.as_str())
     }
 
-    /// Its agent server, if it runs.
+    /// Returns a client for its agent server, if the sandbox is running.
     #[must_use]
     pub fn agent_server(&self, http: &HttpClient) -> Option<AgentServer> {
         let url = self.agent_server_url().filter(|_| self.status == SandboxStatus::Running)?;
@@ -127,53 +125,53 @@ impl Sandbox {
     }
 }
 
-/// Makes and looks after sandboxes. Every operation may be repeated: the outcome is as if it was done once.
+/// The lifecycle of sandboxes. Every operation is idempotent.
 #[async_trait]
 pub trait SandboxService: Send + Sync + std::fmt::Debug {
-    /// Makes the sandbox with this id, or goes on where an earlier call was cut off; one that runs is left as it is. Returns
-    /// before its agent server answers.
+    /// Creates the sandbox with this id, or resumes an interrupted earlier call; a running sandbox stays unchanged. Returns before the
+    /// agent server responds.
     ///
     /// # Errors
-    /// [`crate::Error::Refused`] when none can be made here, whose text is for the user; others may be tried again.
+    /// [`crate::Error::Refused`] with a message for the user when this server cannot create one; other errors can be retried.
     async fn start(&self, user: &UserId, id: &str) -> Result<()>;
 
-    /// The user's sandboxes with these ids, in the same order, `None` for unknown ones.
+    /// Returns the user's sandboxes with these ids, in the same order, with `None` for unknown ids.
     ///
     /// # Errors
     /// [`crate::Error::Store`] or [`crate::Error::Upstream`].
     async fn batch_get(&self, user: &UserId, ids: &[String]) -> Result<Vec<Option<Sandbox>>>;
 
-    /// All sandboxes of the user, newest first.
+    /// Returns all sandboxes of the user, newest first.
     ///
     /// # Errors
     /// [`crate::Error::Store`] or [`crate::Error::Upstream`].
     async fn list(&self, user: &UserId) -> Result<Vec<Sandbox>>;
 
-    /// Stops a sandbox so that it can be resumed. False when there is none, or nothing of it is left to pause.
+    /// Pauses a sandbox, so that it can be resumed. Returns false when it does not exist or cannot be paused any more.
     ///
     /// # Errors
     /// [`crate::Error::Store`] or [`crate::Error::Upstream`].
     async fn pause(&self, user: &UserId, id: &str) -> Result<bool>;
 
-    /// Lets a paused sandbox go on; returns before its agent server answers. False when there is none.
+    /// Resumes a paused sandbox. Returns before its agent server responds; returns false when the sandbox does not exist.
     ///
     /// # Errors
     /// [`crate::Error::Store`] or [`crate::Error::Upstream`].
     async fn resume(&self, user: &UserId, id: &str) -> Result<bool>;
 
-    /// Ends a sandbox and removes all that is in it. False when there is none.
+    /// Terminates a sandbox and deletes its content. Returns false when it does not exist.
     ///
     /// # Errors
     /// [`crate::Error::Store`] or [`crate::Error::Upstream`].
     async fn delete(&self, user: &UserId, id: &str) -> Result<bool>;
 
-    /// Notes that a conversation was started in the sandbox now.
+    /// Records that a conversation was started in the sandbox now.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
     async fn mark_used(&self, user: &UserId, id: &str) -> Result<()>;
 
-    /// One sandbox of the user.
+    /// Returns one sandbox of the user.
     ///
     /// # Errors
     /// Those of [`SandboxService::batch_get`].
@@ -182,7 +180,7 @@ pub trait SandboxService: Send + Sync + std::fmt::Debug {
     }
 }
 
-/// The records that are there, each once.
+/// Returns the existing records without duplicates.
 fn distinct(records: &[Option<SandboxRecord>]) -> Vec<&SandboxRecord> {
     let mut known: Vec<&SandboxRecord> = records.iter().flatten().collect();
     known.sort_by(|one, other| one.id.cmp(&other.id));
@@ -190,19 +188,19 @@ fn distinct(records: &[Option<SandboxRecord>]) -> Vec<&SandboxRecord> {
     known
 }
 
-/// What was found of [`distinct`] records, in the order of all of them.
+/// Returns the observed sandboxes in the order of `records`.
 fn in_order(records: &[Option<SandboxRecord>], observed: &[Sandbox]) -> Vec<Option<Sandbox>> {
     let find = |record: &SandboxRecord| observed.iter().find(|sandbox| sandbox.id == record.id).cloned();
     records.iter().map(|record| record.as_ref().and_then(find)).collect()
 }
 
-/// What a provider that many owners share calls a sandbox. Ids are unique among their owner's only, and clients may choose them:
-/// two owners' must not meet there.
+/// Returns the name of a sandbox at a provider that several owners share. Ids are unique per owner only, and clients may choose them: the
+/// name must differ between two owners with the same id.
 fn name_of(user: &UserId, id: &str) -> String {
     sha256_hex(&user.key_of(id))[..32].to_owned()
 }
 
-/// The service that the configuration asks for. A new kind of sandbox is a file beside this one and a line here.
+/// Creates the sandbox provider that the configuration selects. A new provider needs a file in this folder and a line here.
 #[must_use]
 pub fn service(config: &SandboxConfig, store: SandboxStore) -> Arc<dyn SandboxService> {
     match config {

@@ -1,4 +1,4 @@
-//! No sandboxes: for servers that only keep records.
+//! Sandbox provider without sandboxes, for servers that only keep records.
 
 use async_trait::async_trait;
 
@@ -7,14 +7,14 @@ use super::{Sandbox, SandboxService};
 use crate::error::{Error, Result};
 use crate::id::UserId;
 
-/// Refuses to make sandboxes, and knows none.
+/// A provider that refuses every start and returns no sandboxes.
 #[derive(Debug)]
 pub struct NoSandboxes {
     store: SandboxStore,
 }
 
 impl NoSandboxes {
-    /// On the store that other kinds write, so that a user's old records can still be deleted.
+    /// Creates the provider on the store of the other providers, so that a user's old records can still be deleted.
     #[must_use]
     pub fn new(store: SandboxStore) -> Self {
         Self { store }

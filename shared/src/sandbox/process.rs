@@ -1,10 +1,9 @@
-//! Sandboxes as processes of this machine: one agent server each, with a folder, a port and a session key of its own.
+//! Process sandbox provider: runs one agent server process per sandbox on this machine, each with its own folder, port and session key.
 //!
-//! Several processes may look after the same sandboxes (this server, functions under an emulator, the next run after
-//! a crash), so nothing about them lives in memory. An agent server holds an exclusive lock on a file of its folder for
-//! as long as it lives: it inherits the locked file as its standard input, and the kernel lets go of the lock when it
-//! dies, however it dies. Its process id stands in a file that it writes itself before it becomes the agent server.
-//! So there is no moment at which one runs that could not be found again.
+//! Several processes may manage the same sandboxes (this server, functions under an emulator, the next run after a crash), so no state is
+//! kept in memory. An agent server holds an exclusive lock on a file in its folder until it exits: it inherits the locked file as its
+//! standard input, and the kernel releases the lock when the process ends, even after a crash. The process writes its id to a file before
+//! it executes the agent server. Therefore a running agent server can be found at any time.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
@@ -30,10 +29,10 @@ use crate::error::{Error, Result};
 use crate::http_client::{AddressPolicy, HttpClient};
 use crate::id::{self, UserId};
 
-/// Writes its process id, then becomes the agent server under the same id.
+/// A shell script that writes its process id and then executes the agent server under the same id.
 const LAUNCHER: &str = r#"echo $$ > "$1" && shift && exec "$@""#;
 
-/// What of this process's environment an agent server may see. All else stays here: it holds keys.
+/// The environment variables that an agent server inherits. All others are withheld, because they may contain keys.
 const PASSED_ON: [&str; 20] = [
     "PATH",
     "LANG",
@@ -57,25 +56,25 @@ const PASSED_ON: [&str; 20] = [
     "DYLD_LIBRARY_PATH",
 ];
 
-/// Folders of the user's home that a sandbox's own home shows: skills of the user, and browsers, which are large.
+/// Folders of the user's home directory that a sandbox's home directory links to: the user's skills, and browsers, which are large.
 const SHARED_HOME: [&str; 4] =
     [".agents/skills", ".openhands/skills", ".openhands/microagents", ".cache/ms-playwright"];
 
 const TERMINATION_PATIENCE: Duration = Duration::from_secs(10);
-/// Where agent servers listen. Below the ports that a system gives to whoever asks for any: one takes seconds until it listens, and
-/// nobody else must be given its port meanwhile.
+/// The port range of agent servers. It is below the ephemeral ports of the system: an agent server needs seconds until it listens, and the
+/// system must not assign its port to another process in that time.
 const PORTS: std::ops::RangeInclusive<u16> = 20_000..=32_000;
-/// How many of them are tried.
+/// The number of attempts to find a free port.
 const PORT_TRIES: usize = 100;
 const ALIVE_TIMEOUT: Duration = Duration::from_secs(1);
-/// A record this young without a process is taken to be on its way.
+/// While a record is younger than this, a missing process counts as starting.
 const LAUNCH_GRACE: Duration = Duration::from_secs(10);
-/// Between the launch of a process and the file with its id there are milliseconds.
+/// The timeout for the process id file. It is written within milliseconds after the launch.
 const PID_PATIENCE: Duration = Duration::from_secs(1);
 const LOG_TAIL_LINES: usize = 12;
 const LOG_TAIL_BYTES: u64 = 8 * 1024;
 
-/// Runs agent servers as processes.
+/// The process sandbox provider.
 #[derive(Debug)]
 pub struct ProcessSandboxes {
     config: ProcessSandboxConfig,
@@ -99,7 +98,7 @@ impl Folder {
         self.0.join("agent-server.log")
     }
 
-    /// Exists once the agent server has answered since it was launched.
+    /// A marker file, which exists once the agent server has responded since its launch.
     fn answered(&self) -> PathBuf {
         self.0.join("answered")
     }
@@ -112,8 +111,8 @@ impl Folder {
         self.0.join("home")
     }
 
-    /// The folder of the sandbox's own tmux server: by default all sandboxes of a user would share one, and with it the
-    /// environment of the first. A socket's path must be short, so it is not below the sandbox's folder.
+    /// The folder of the sandbox's own tmux server. By default all sandboxes of a user would share one tmux server, and with it the
+    /// environment of the first sandbox. A socket's path must be short, so this folder is not below the sandbox's folder.
     fn tmux(&self) -> PathBuf {
         let id = self.0.file_name().unwrap_or_default().to_string_lossy();
         std::env::temp_dir().join(format!("openhands-{id}"))
@@ -127,18 +126,18 @@ impl Folder {
         File::open(self.lock()).is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
     }
 
-    /// Whether an agent server of this folder lives, and under which process id.
+    /// Returns the process id of this folder's agent server, if it is running.
     fn living(&self) -> Option<Pid> {
         if !self.is_locked() {
             return None;
         }
-        // A child of a dead agent server may still hold the lock, so the process itself must be there too.
+        // A child of a dead agent server may still hold the lock, so check also that the process exists.
         let pid = fs::read_to_string(self.pid()).ok()?.trim().parse().ok().and_then(Pid::from_raw)?;
         test_kill_process(pid).ok().map(|()| pid)
     }
 
-    /// As [`Folder::living`], but one that was launched just now is given the time to write its process id: whoever means
-    /// to end it must not miss it.
+    /// Like [`Folder::living`], but waits until an agent server that was just launched has written its process id, so that a termination
+    /// does not miss it.
     async fn living_or_launched(&self) -> Option<Pid> {
         let deadline = Instant::now() + PID_PATIENCE;
         loop {
@@ -150,7 +149,7 @@ impl Folder {
         }
     }
 
-    /// The end of the agent server's output, for people, without its session key.
+    /// Returns the last lines of the agent server's output for the user, without its session key.
     fn log_tail(&self, key: Option<&SecretString>) -> Option<String> {
         let mut file = File::open(self.log()).ok()?;
         let length = file.metadata().ok()?.len();
@@ -168,16 +167,16 @@ impl Folder {
 }
 
 impl ProcessSandboxes {
-    /// Sandboxes below `config.folder`.
+    /// Creates the provider for sandboxes below `config.folder`.
     #[must_use]
     pub fn new(config: ProcessSandboxConfig, store: SandboxStore) -> Self {
         Self { config, store, http: HttpClient::new(AddressPolicy::Any) }
     }
 
-    /// Ends all agent servers of the user, so that they can be resumed by a later run.
+    /// Terminates all agent servers of the user, so that a later run can resume them.
     ///
     /// # Errors
-    /// [`Error::Store`] when the records cannot be read or written; what could be ended is ended.
+    /// [`Error::Store`] when the records cannot be read or written; the other agent servers are terminated nevertheless.
     pub async fn stop_all(&self, user: &UserId) -> Result<()> {
         let stopped = join_all(self.store.list(user).await?.into_iter().map(async |record| {
             let folder = self.folder(&record.id);
@@ -185,7 +184,7 @@ impl ProcessSandboxes {
                 end_leftovers(&folder).await;
                 return Ok(());
             }
-            // First the record: should this run be killed now, the next one sees what was meant.
+            // Write the record first: if this process is killed now, the next run finds the intended state.
             let recorded = self.store.set_wanted(user, &record.id, Wanted::Stopped).await;
             terminate(&folder).await;
             recorded.map(|_| ())
@@ -194,8 +193,8 @@ impl ProcessSandboxes {
         stopped.into_iter().collect()
     }
 
-    /// Ends agent servers in the sandbox folder that no record of the user knows: nobody could ever reach them again.
-    /// Returns how many there were.
+    /// Terminates orphans: agent servers in the sandbox folder without a record of the user. No request can reach them. Returns their
+    /// number.
     ///
     /// # Errors
     /// [`Error::Store`] when the records cannot be read.
@@ -216,7 +215,7 @@ impl ProcessSandboxes {
         Folder(self.config.folder.join(id))
     }
 
-    /// Starts the sandbox's agent server unless it lives.
+    /// Launches the sandbox's agent server unless it is running.
     async fn launch(&self, record: &SandboxRecord) -> Result<()> {
         let folder = self.folder(&record.id);
         make_folders(&folder, &self.config.folder).map_err(|error| cannot_make(&folder, &error))?;
@@ -226,7 +225,7 @@ impl ProcessSandboxes {
             if folder.living_or_launched().await.is_some() {
                 return Ok(());
             }
-            // Held by a child that a dead agent server left behind.
+            // A child process of a dead agent server holds the lock.
             kill_all_of(&folder);
             lock = take().await?;
         }
@@ -235,12 +234,12 @@ impl ProcessSandboxes {
             return Err(cannot_make(&folder, &error));
         };
         let port = free_port().map_err(|error| cannot_make(&folder, &error))?;
-        // The sandbox may have been made by another version.
+        // The sandbox may have been created with another version.
         let spec_id = published_image(&self.config.version);
         if !self.store.set_launched(&record.user, &record.id, port, &spec_id).await? {
             return Ok(()); // deleted meanwhile
         }
-        // What an agent server that was killed left running.
+        // Kill the remaining child processes of a killed agent server.
         kill_all_of(&folder);
         remove_if_there(&folder.answered()).map_err(|error| cannot_make(&folder, &error))?;
         let key = self.store.session_key(record).await?;
@@ -261,7 +260,7 @@ impl ProcessSandboxes {
             .stdin(Stdio::from(lock))
             .stdout(Stdio::from(log.try_clone()?))
             .stderr(Stdio::from(log))
-            // A group of its own: a signal to us (Ctrl-C) is not one to it, and its children can be ended with it.
+            // Use a separate process group: Ctrl-C for this process does not reach it, and a signal to the group terminates its children.
             .process_group(0)
             .env_clear()
             .envs(PASSED_ON.iter().filter_map(|name| Some((name, std::env::var_os(name)?))))
@@ -280,14 +279,14 @@ impl ProcessSandboxes {
         for (index, origin) in self.config.allow_cors_origins.iter().enumerate() {
             command.env(format!("OH_ALLOW_CORS_ORIGINS_{index}"), origin);
         }
-        // The operator's word on what sandboxes see; it wins.
+        // The operator's variables override the ones above.
         if let Some(given) = crate::env::text("OH_AGENT_SERVER_ENV") {
             let given: std::collections::BTreeMap<String, String> = serde_json::from_str(&given).map_err(|error| {
                 io::Error::new(io::ErrorKind::InvalidInput, format!("OH_AGENT_SERVER_ENV: {error}"))
             })?;
             command.envs(given);
         }
-        // Dropped, not killed: the runtime reaps it when it ends, and it outlives us if it must.
+        // Dropping the handle does not kill the process: the runtime reaps it when it exits, and it may outlive this process.
         command.spawn().map(drop)
     }
 
@@ -326,7 +325,7 @@ impl ProcessSandboxes {
         })
     }
 
-    /// Whether the agent server has answered since it was launched; asks it if that is not known yet.
+    /// Returns whether the agent server has responded since its launch. Sends a request if that is not known yet.
     async fn answers(&self, folder: &Folder, url: Option<&ExposedUrl>) -> bool {
         if folder.answered().exists() {
             return true;
@@ -336,7 +335,7 @@ impl ProcessSandboxes {
             return false;
         }
         if let Err(error) = OpenOptions::new().create(true).append(true).mode(0o600).open(folder.answered()) {
-            // It answers all the same; it will be asked again next time.
+            // The agent server is alive nevertheless; the next call sends the request again.
             tracing::warn!(folder = %folder.0.display(), %error, "sandbox.answer_not_recorded");
         }
         true
@@ -378,10 +377,10 @@ impl SandboxService for ProcessSandboxes {
         let Some(record) = self.store.get(user, id).await? else { return Ok(false) };
         let resumed = match self.folder(id).living() {
             Some(pid) => kill_process_group(pid, Signal::CONT).is_ok(),
-            // Ended, by us or by an accident: its folder has all it needs to come back.
+            // The agent server was stopped or has crashed; its folder contains everything for a new launch.
             None => self.launch(&record).await.map(|()| true)?,
         };
-        // Last: a resume that is cut off leaves it paused, to be resumed again, and not missing.
+        // Write the record last: after an interrupted resume the sandbox is paused (and can be resumed again), not missing.
         self.store.set_wanted(user, id, Wanted::Running).await?;
         Ok(resumed)
     }
@@ -397,7 +396,7 @@ impl SandboxService for ProcessSandboxes {
         {
             return Err(Error::internal(format!("{} cannot be removed: {error}", folder.0.display())));
         }
-        // Last, so that a deletion that is cut off can be found and repeated.
+        // Delete the record last, so that an interrupted deletion can be found and retried.
         self.store.delete(user, id).await
     }
 
@@ -406,7 +405,7 @@ impl SandboxService for ProcessSandboxes {
     }
 }
 
-/// Ends the folder's agent server and all that it started; returns when it is gone.
+/// Terminates the folder's agent server and all its child processes. Returns when the agent server has exited.
 async fn terminate(folder: &Folder) {
     if let Some(pid) = folder.living_or_launched().await {
         end_agent_server(folder, pid).await;
@@ -416,7 +415,7 @@ async fn terminate(folder: &Folder) {
 }
 
 async fn end_agent_server(folder: &Folder, pid: Pid) {
-    // A frozen process takes no other signal before it goes on. A failed signal means that nobody is left to take it.
+    // A stopped process handles no other signal before SIGCONT. A failed signal means that the process no longer exists.
     for signal in [Signal::CONT, Signal::TERM] {
         let _gone = kill_process_group(pid, signal);
     }
@@ -424,14 +423,14 @@ async fn end_agent_server(folder: &Folder, pid: Pid) {
     while folder.living().is_some() && Instant::now() < deadline {
         sleep(Duration::from_millis(50)).await;
     }
-    // Also when it ended by itself: its children get no second chance.
+    // Kill the group also when the agent server has exited by itself, because its children may still run.
     let _gone = kill_process_group(pid, Signal::KILL);
     while folder.living().is_some() {
         sleep(Duration::from_millis(20)).await;
     }
 }
 
-/// Ends the terminals of an agent server that did not end them itself: their tmux server is in a session of its own.
+/// Terminates the terminals that the agent server has left running: their tmux server has its own session.
 async fn end_terminals(folder: &Folder) {
     if !folder.tmux().exists() {
         return;
@@ -454,22 +453,22 @@ async fn end_terminals(folder: &Folder) {
     }
 }
 
-/// Ends what a dead agent server left running, unless another one lives by now.
+/// Kills the remaining child processes of a dead agent server, unless another agent server is running by now.
 async fn end_leftovers(folder: &Folder) {
-    // Held meanwhile, so that none is launched: its processes would look the same.
+    // Hold the lock to prevent a launch: processes of a new agent server would match, too.
     if let Ok(Some(_lock)) = take_lock(folder).await {
         kill_all_of(folder);
     }
 }
 
-/// Kills every process that has the sandbox's home: agents' terminals are sessions of their own, so that no signal to
-/// the agent server's group reaches them. Where the system does not show environments (other than in `/proc`), the agent
-/// server itself has to have ended them.
+/// Kills every process whose `HOME` is the sandbox's home directory. Agents' terminals run in their own sessions, so a signal to the agent
+/// server's process group does not reach them. On systems that do not show environments in `/proc`, only the agent server itself can
+/// terminate them.
 fn kill_all_of(folder: &Folder) {
     let home = format!("HOME={}", folder.home().display());
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| Pid::from_raw(name.parse().ok()?)) else { continue };
-        // Not readable: gone meanwhile, or another user's.
+        // The environment is unreadable when the process has exited or belongs to another user.
         let Ok(environment) = fs::read(entry.path().join("environ")) else { continue };
         if environment.split(|byte| *byte == 0).any(|variable| variable == home.as_bytes()) {
             let _gone = kill_process(pid, Signal::KILL);
@@ -477,10 +476,10 @@ fn kill_all_of(folder: &Folder) {
     }
 }
 
-/// The folder's lock, or `None` when an agent server holds it.
+/// Acquires the folder's lock. Returns `None` when an agent server holds it.
 async fn take_lock(folder: &Folder) -> io::Result<Option<File>> {
     let lock = folder.open_lock()?;
-    // Somebody who looks whether it is held holds it for an instant.
+    // A concurrent check of the lock holds it for an instant, so retry.
     for _ in 0..5 {
         match lock.try_lock() {
             Ok(()) => return Ok(Some(lock)),
@@ -494,11 +493,11 @@ async fn take_lock(folder: &Folder) -> io::Result<Option<File>> {
 fn make_folders(folder: &Folder, root: &Path) -> io::Result<()> {
     let make = |path: &Path| fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
     make(&folder.0)?;
-    // Below the private folder, but itself with the modes that its user's files have: containers mount it, images copy it.
+    // The working directory is below the private folder, but has the modes of its user's files: containers mount it, images copy it.
     fs::create_dir_all(folder.working_dir())?;
     make(&folder.home())?;
     make(&folder.tmux())?;
-    // One cache of public skills for all sandboxes: they are cloned on first use.
+    // All sandboxes share one cache of public skills, which are cloned on first use.
     let cache = root.join(".cache");
     make(&cache)?;
     link(&cache, &folder.home().join(".openhands/cache"))?;

@@ -1,5 +1,5 @@
-//! Sandboxes of a runtime API: a service that runs images for us. It makes the session keys, and is the only one to know what
-//! runs; the record here says whose a sandbox is.
+//! Remote sandbox provider: runs sandboxes through a runtime API, a service that runs images. The runtime API creates the session keys and
+//! is the source of truth for the status of a sandbox; the record here stores its owner.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -23,9 +23,9 @@ use crate::id::{self, UserId};
 
 /// The agent server's command line in the image.
 pub(super) const COMMAND: [&str; 3] = ["/usr/local/bin/openhands-agent-server", "--port", "60000"];
-/// Where conversations work in the image.
+/// The working directory of conversations in the image.
 pub(super) const WORKING_DIR: &str = "/workspace/project";
-/// What every sandbox's environment begins with.
+/// The environment variables that all sandboxes have in common.
 pub(super) const ENVIRONMENT: [(&str, &str); 6] = [
     ("OPENVSCODE_SERVER_ROOT", "/openhands/.openvscode-server"),
     ("LOG_JSON", "true"),
@@ -34,25 +34,25 @@ pub(super) const ENVIRONMENT: [(&str, &str); 6] = [
     ("OH_BASH_EVENTS_DIR", "/workspace/bash_events"),
     ("OH_VSCODE_PORT", "60001"),
 ];
-/// Name, port in the sandbox, and the runtime API's name for the service behind it.
+/// The name of an exposed URL, its port in the sandbox, and the runtime API's name of the service.
 const SERVICES: [(&str, u16, &str); 3] =
     [("VSCODE", 60001, "vscode"), ("WORKER_1", 12000, "work-1"), ("WORKER_2", 12001, "work-2")];
 const AGENT_SERVER_PORT: u16 = 60000;
-/// The user that the image runs as.
+/// The user id under which the image runs.
 const RUN_AS: u32 = 10001;
 
-/// For calls that change something.
+/// The timeout of calls that change something.
 const CHANGE: Duration = Duration::from_secs(15);
-/// For calls that only look: answers to users wait for them.
+/// The timeout of calls that only read, because responses to users depend on them.
 const LOOK: Duration = Duration::from_secs(5);
-/// A sandbox this young that the runtime API does not know is on its way.
+/// While a record is younger than this, a sandbox that the runtime API does not have counts as starting.
 const LAUNCH_GRACE: Duration = Duration::from_secs(30);
-/// The most ids in one request.
+/// The maximum number of ids per request.
 const BATCH: usize = 50;
-/// Bytes of an answer.
+/// The maximum size of a response in bytes.
 const ANSWER_LIMIT: usize = 4 * 1024 * 1024;
 
-/// Runs sandboxes through the runtime API.
+/// The remote sandbox provider.
 #[derive(Debug)]
 pub struct RemoteSandboxes {
     config: RemoteSandboxConfig,
@@ -60,7 +60,7 @@ pub struct RemoteSandboxes {
     http: HttpClient,
 }
 
-/// A runtime as the API tells it.
+/// A runtime as the runtime API reports it.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 struct Runtime {
@@ -72,17 +72,17 @@ struct Runtime {
     status: Option<String>,
 }
 
-/// What came of a call.
-enum Told<T> {
+/// The outcome of a call.
+enum ApiResponse<T> {
     Answer(T),
-    /// 404: it knows nothing of that.
+    /// The response status is 404.
     Unknown,
-    /// It will not, and says so with a status of 4xx.
+    /// The response status is another 4xx: the runtime API refuses the call.
     Refused(StatusCode),
 }
 
 impl RemoteSandboxes {
-    /// Sandboxes of the configured runtime API.
+    /// Creates the provider for the configured runtime API.
     #[must_use]
     pub fn new(config: RemoteSandboxConfig, store: SandboxStore) -> Self {
         Self { config, store, http: HttpClient::new(AddressPolicy::Any) }
@@ -91,13 +91,13 @@ impl RemoteSandboxes {
     async fn runtime(&self, user: &UserId, id: &str) -> Result<Option<Runtime>> {
         let path = format!("/sessions/{}", name_of(user, id));
         match self.call(Method::GET, &path, LOOK, None).await? {
-            Told::Answer(runtime) => Ok(Some(runtime)),
-            Told::Unknown => Ok(None),
-            Told::Refused(status) => Err(upstream(format!("GET /sessions: {status}"))),
+            ApiResponse::Answer(runtime) => Ok(Some(runtime)),
+            ApiResponse::Unknown => Ok(None),
+            ApiResponse::Refused(status) => Err(upstream(format!("GET /sessions: {status}"))),
         }
     }
 
-    /// The runtimes of these records, by session id.
+    /// Returns the runtimes of these records, by session id.
     async fn runtimes(&self, records: &[&SandboxRecord]) -> Result<HashMap<String, Runtime>> {
         let ids: Vec<String> = records.iter().map(|record| name_of(&record.user, &record.id)).collect();
         let asked = ids.chunks(BATCH).map(async |ids| {
@@ -105,16 +105,17 @@ impl RemoteSandboxes {
                 form_urlencoded::Serializer::new(String::new()).extend_pairs(ids.iter().map(|id| ("ids", id))).finish();
             let path = format!("/sessions/batch?{query}");
             match self.call::<Vec<Option<Runtime>>>(Method::GET, &path, LOOK, None).await? {
-                Told::Answer(runtimes) => Ok(runtimes),
-                Told::Unknown => Ok(Vec::new()),
-                Told::Refused(status) => Err(upstream(format!("GET /sessions/batch: {status}"))),
+                ApiResponse::Answer(runtimes) => Ok(runtimes),
+                ApiResponse::Unknown => Ok(Vec::new()),
+                ApiResponse::Refused(status) => Err(upstream(format!("GET /sessions/batch: {status}"))),
             }
         });
-        let told = try_join_all(asked).await?.into_iter().flatten().flatten();
-        Ok(told.filter_map(|runtime| Some((runtime.session_id.clone()?, runtime))).collect())
+        let runtimes = try_join_all(asked).await?.into_iter().flatten().flatten();
+        Ok(runtimes.filter_map(|runtime| Some((runtime.session_id.clone()?, runtime))).collect())
     }
 
-    /// The sandboxes of records. When the runtime API does not answer, that is what they show: nobody knows whether they run.
+    /// Returns the sandboxes of records. When the runtime API does not respond, every sandbox has status ERROR and a message about that,
+    /// because its status is unknown.
     async fn observe(&self, records: &[&SandboxRecord]) -> Result<Vec<Sandbox>> {
         if records.is_empty() {
             return Ok(Vec::new());
@@ -139,7 +140,7 @@ impl RemoteSandboxes {
         .await
     }
 
-    /// The key that the runtime API made is the one by which webhooks are recognised.
+    /// Stores the session key that the runtime API has created. Webhooks are authenticated with it.
     async fn keep_key(&self, record: &SandboxRecord, key: &SecretString) -> Result<()> {
         if sha256_hex(key.expose_secret()) == record.session_key_hash {
             return Ok(());
@@ -167,12 +168,12 @@ impl RemoteSandboxes {
             body["image_pull_secrets"] = json!(self.config.image_pull_secrets);
         }
         match self.call::<Runtime>(Method::POST, "/start", CHANGE, Some(&body)).await? {
-            Told::Answer(runtime) => match &runtime.session_api_key {
+            ApiResponse::Answer(runtime) => match &runtime.session_api_key {
                 Some(key) => self.keep_key(record, key).await,
                 None => Ok(()),
             },
-            Told::Unknown => Err(upstream("POST /start: 404")),
-            Told::Refused(status) => Err(Error::Refused(format!(
+            ApiResponse::Unknown => Err(upstream("POST /start: 404")),
+            ApiResponse::Refused(status) => Err(Error::Refused(format!(
                 "The sandbox provider refused to create a sandbox (status {})",
                 status.as_u16()
             ))),
@@ -190,7 +191,7 @@ impl RemoteSandboxes {
             let url = url.trim_end_matches('/');
             environment.insert("OH_WEBHOOKS_0_BASE_URL".to_owned(), json!(format!("{url}/api/v1/webhooks")));
             environment.extend(super::WEBHOOK_VARIABLES.map(|(name, value)| (name.to_owned(), json!(value))));
-            // An address may have a path (a stage of API Gateway); an origin has none.
+            // The public address may have a path (a stage of API Gateway); an origin has none.
             let own =
                 url.parse::<reqwest::Url>().map_or_else(|_| url.to_owned(), |url| url.origin().ascii_serialization());
             let origins = std::iter::once(&own).chain(&self.config.allow_cors_origins);
@@ -201,7 +202,7 @@ impl RemoteSandboxes {
         environment
     }
 
-    /// Pauses the user's sandboxes that were used least lately, until one more may run.
+    /// Evicts (pauses) the user's least recently used sandboxes until one more may run.
     async fn make_room(&self, newcomer: &SandboxRecord) -> Result<()> {
         let records = self.store.list(&newcomer.user).await?;
         let others: Vec<&SandboxRecord> =
@@ -221,14 +222,14 @@ impl RemoteSandboxes {
         Ok(())
     }
 
-    /// Asks for a change of a sandbox's runtime. False when there is none.
+    /// Requests a change of a sandbox's runtime. Returns false when the runtime does not exist.
     async fn change(&self, user: &UserId, id: &str, path: &str) -> Result<bool> {
         let Some(runtime) = self.runtime(user, id).await? else { return Ok(false) };
         let Some(runtime_id) = runtime.id else { return Ok(false) };
         match self.call::<Value>(Method::POST, path, CHANGE, Some(&json!({"runtime_id": runtime_id}))).await? {
-            Told::Answer(_) => Ok(true),
-            Told::Unknown => Ok(false),
-            Told::Refused(status) => Err(upstream(format!("POST {path}: {status}"))),
+            ApiResponse::Answer(_) => Ok(true),
+            ApiResponse::Unknown => Ok(false),
+            ApiResponse::Refused(status) => Err(upstream(format!("POST {path}: {status}"))),
         }
     }
 
@@ -238,7 +239,7 @@ impl RemoteSandboxes {
         path: &str,
         timeout: Duration,
         body: Option<&Value>,
-    ) -> Result<Told<T>> {
+    ) -> Result<ApiResponse<T>> {
         let url = format!("{}{path}", self.config.api_url.trim_end_matches('/'));
         let route = path.split('?').next().unwrap_or_default();
         let request = self.http.request(method.clone(), &url).map_err(Error::internal)?.with(|mut request| {
@@ -250,7 +251,7 @@ impl RemoteSandboxes {
             }
             request
         });
-        // Without the address: it is in the configuration, and errors are logged.
+        // Leave out the URL, because errors are logged and the URL is configuration.
         let failed = |error: reqwest::Error| upstream(format!("{method} {route}: {}", error.without_url()));
         let Answer { status, body: bytes, is_whole, .. } =
             request.send(timeout, |_| ANSWER_LIMIT).await.map_err(failed)?;
@@ -258,15 +259,17 @@ impl RemoteSandboxes {
             return Err(upstream(format!("{method} {route}: more than {ANSWER_LIMIT} bytes")));
         }
         match status {
-            StatusCode::NOT_FOUND => Ok(Told::Unknown),
+            StatusCode::NOT_FOUND => Ok(ApiResponse::Unknown),
             status if status.is_success() => {
-                // What answers a change is of no interest, and may be empty.
+                // The response body to a change is not used, and may be empty.
                 let bytes = if bytes.is_empty() { b"null".as_slice() } else { &bytes };
                 serde_json::from_slice(bytes)
-                    .map(Told::Answer)
+                    .map(ApiResponse::Answer)
                     .map_err(|error| upstream(format!("{method} {route}: {error}")))
             }
-            status if status.is_client_error() && status != StatusCode::TOO_MANY_REQUESTS => Ok(Told::Refused(status)),
+            status if status.is_client_error() && status != StatusCode::TOO_MANY_REQUESTS => {
+                Ok(ApiResponse::Refused(status))
+            }
             status => Err(upstream(format!("{method} {route}: {status}"))),
         }
     }
@@ -279,7 +282,7 @@ fn upstream(context: impl std::fmt::Display) -> Error {
     }
 }
 
-/// A record with what the runtime API says of it.
+/// Combines a record and the runtime API's report into a sandbox.
 fn show(record: &SandboxRecord, runtime: Option<&Runtime>) -> Sandbox {
     let said = runtime.and_then(|runtime| runtime.status.as_deref()).map(str::to_ascii_lowercase);
     let (status, detail) = match said.as_deref() {
@@ -303,7 +306,7 @@ fn show(record: &SandboxRecord, runtime: Option<&Runtime>) -> Sandbox {
     sandbox
 }
 
-/// The addresses of a runtime; none where it has no URL.
+/// Returns the exposed URLs of a runtime; empty when it has no URL.
 fn exposed_urls(runtime: &Runtime) -> Vec<ExposedUrl> {
     let Some(url) = runtime.url.as_deref().filter(|url| !url.is_empty()) else { return Vec::new() };
     let agent = url.trim_end_matches('/').to_owned();
@@ -321,7 +324,7 @@ fn exposed_urls(runtime: &Runtime) -> Vec<ExposedUrl> {
     urls
 }
 
-/// Where a service of a runtime is: below its path where runtimes share a host, else at a host of its own.
+/// Returns the URL of a service of a runtime: below the runtime's path if runtimes share a host, otherwise on its own host.
 fn service_url(url: &Url, runtime_id: Option<&str>, service: &str) -> Option<String> {
     let host = match url.port() {
         Some(port) => format!("{}:{port}", url.host_str()?),
@@ -338,8 +341,8 @@ fn service_url(url: &Url, runtime_id: Option<&str>, service: &str) -> Option<Str
 #[async_trait]
 impl SandboxService for RemoteSandboxes {
     async fn start(&self, user: &UserId, id: &str) -> Result<()> {
-        // A key that nobody has, until the runtime API has made one. The record comes first: what it does not know of could
-        // run for ever.
+        // Use a random key that is never disclosed until the runtime API has created one. Write the record first: a runtime without a
+        // record could run forever.
         let nobodys = SecretString::from(id::new_session_key());
         let record = self.store.put_new(self.store.new_record(user, id, &self.config.image, &nobodys).await?).await?;
         let status = self.runtime(user, id).await?.and_then(|runtime| runtime.status);
@@ -380,7 +383,7 @@ impl SandboxService for RemoteSandboxes {
         if self.store.get(user, id).await?.is_none() {
             return Ok(false);
         }
-        // One that is gone there is to be gone here. The record goes last, so that a deletion that is cut off can be repeated.
+        // A runtime that no longer exists is deleted here, too. Delete the record last, so that an interrupted deletion can be retried.
         self.change(user, id, "/stop").await?;
         self.store.delete(user, id).await
     }

@@ -1,4 +1,4 @@
-//! Session key lookup: which sandbox a request comes from.
+//! Session key lookup: finds the sandbox that sends a request, such as a webhook.
 
 use http::HeaderMap;
 

@@ -1,4 +1,4 @@
-//! What sandboxes are made from. There is one spec to each kind of sandbox.
+//! Sandbox specs: the images from which sandboxes are created. Each provider has one spec.
 
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
@@ -9,10 +9,10 @@ use super::config::SandboxConfig;
 use crate::clock::Time;
 use crate::env::text;
 
-/// The version of the agent server that sandboxes run unless another one is chosen.
+/// The default version of the agent server in sandboxes.
 pub const AGENT_SERVER_VERSION: &str = "1.58.2";
 
-/// Where the images of agent servers are published.
+/// The repository of the published agent server images.
 const IMAGE_REPOSITORY: &str = "ghcr.io/openhands/agent-server";
 
 /// What sandboxes are created from. It contains no secrets.
@@ -33,8 +33,8 @@ pub struct SandboxSpec {
     pub working_dir: String,
 }
 
-/// The image that sandboxes are made from: `AGENT_SERVER_IMAGE_REPOSITORY` and `AGENT_SERVER_IMAGE_TAG`, where only one of them is set
-/// with the published image's name or with the tag of `version`.
+/// Returns the image for new sandboxes: `AGENT_SERVER_IMAGE_REPOSITORY` and `AGENT_SERVER_IMAGE_TAG`. If only one of them is set, the other
+/// defaults to the published repository or the tag of `version`.
 #[must_use]
 pub fn image(version: &str) -> String {
     let repository = text("AGENT_SERVER_IMAGE_REPOSITORY");
@@ -45,7 +45,8 @@ pub fn image(version: &str) -> String {
     }
 }
 
-/// The published image of a version. Sandboxes that are processes of this machine have its name as their spec: it says what they run.
+/// Returns the published image of a version. Process sandboxes use its name as their spec id, because it names their agent server's
+/// version.
 #[must_use]
 pub fn published_image(version: &str) -> String {
     format!("{IMAGE_REPOSITORY}:{}", tag(version))
@@ -55,7 +56,7 @@ fn tag(version: &str) -> String {
     format!("{version}-python")
 }
 
-/// The specs of the configured kind of sandbox, the default one first; none where there are no sandboxes.
+/// Returns the specs of the configured provider, the default one first; empty without sandboxes.
 #[must_use]
 pub fn specs(config: &SandboxConfig) -> Vec<SandboxSpec> {
     static BEGAN: OnceLock<Time> = OnceLock::new();

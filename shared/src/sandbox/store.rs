@@ -1,4 +1,4 @@
-//! Records of sandboxes: their owners, their sealed session keys, and what a sandbox service needs to find them again.
+//! Sandbox records in DynamoDB: owner, encrypted session key, desired state, and the provider's data.
 
 use std::collections::HashMap;
 
@@ -14,50 +14,47 @@ use crate::id::UserId;
 use crate::sandbox::MAX_ID;
 use crate::user::seal::Sealer;
 
-/// Index: a sandbox by the hash of its session key.
+/// Index for session key lookup: a sandbox by the hash of its session key.
 pub const BY_SESSION_KEY: &str = "by-session-key";
-/// Index: a user's sandboxes by creation.
+/// Index: a user's sandboxes by creation time.
 pub const BY_CREATED: &str = "by-created";
 
-/// The state that the sandbox should be in. Its actual state is computed on read.
+/// The desired state of a sandbox. Its actual state is computed on read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Wanted {
     /// Running.
     Running,
-    /// Frozen in memory.
+    /// Suspended in memory.
     Paused,
-    /// Ended. A resume starts it again.
+    /// Terminated. A resume launches it again.
     Stopped,
 }
 
-/// The record of a sandbox.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SandboxRecord {
     /// The owner.
     pub user: UserId,
-    /// The sandbox's id.
     pub id: String,
-    /// The specification that it was made from.
+    /// The sandbox spec (the image).
     pub spec_id: String,
-    /// The session key, sealed.
+    /// The session key, encrypted.
     pub session_key_sealed: String,
-    /// The hash of the session key, by which the caller of a webhook is looked up.
+    /// The hash of the session key, for session key lookup.
     pub session_key_hash: String,
-    /// The time of its creation.
     #[serde(serialize_with = "sortable::serialize")]
     pub created_at: Time,
-    /// The time at which a conversation was last started in it.
+    /// The time of the latest start of a conversation in the sandbox.
     #[serde(serialize_with = "sortable::serialize")]
     pub used_at: Time,
-    /// The state that it should be in.
+    /// The desired state.
     pub wanted: Wanted,
-    /// The port of its agent server on this machine (process sandboxes).
+    /// The port of its agent server on this machine (process sandboxes, Docker sandboxes on the host network).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
 }
 
-/// The records of all sandboxes.
+/// The store of sandbox records.
 #[derive(Clone, Debug)]
 pub struct SandboxStore {
     table: Table,
@@ -65,16 +62,16 @@ pub struct SandboxStore {
 }
 
 impl SandboxStore {
-    /// A store on the `sandboxes` table.
+    /// Creates a store on the `sandboxes` table.
     #[must_use]
     pub(crate) fn new(dynamodb: Client, table: String, sealer: Sealer) -> Self {
         Self { table: Table::new(dynamodb, table), sealer }
     }
 
-    /// A new record, not stored yet, with its key sealed.
+    /// Creates a record with an encrypted session key. Does not store it.
     ///
     /// # Errors
-    /// [`crate::Error::Internal`] when the key cannot be sealed.
+    /// [`crate::Error::Internal`] when the key cannot be encrypted.
     pub async fn new_record(
         &self,
         user: &UserId,
@@ -96,15 +93,15 @@ impl SandboxStore {
         })
     }
 
-    /// The record's session key.
+    /// Decrypts the record's session key.
     ///
     /// # Errors
-    /// [`crate::Error::Internal`] when it was sealed under another key.
+    /// [`crate::Error::Internal`] when it was encrypted under another key.
     pub async fn session_key(&self, record: &SandboxRecord) -> Result<SecretString> {
         self.sealer.open(&purpose(&record.user, &record.id), &record.session_key_sealed).await
     }
 
-    /// Stores a new record. Returns it, or the record that has its id already.
+    /// Stores a new record. Returns it, or the existing record with the same id.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
@@ -115,7 +112,7 @@ impl SandboxStore {
         Ok(self.get(&record.user, &record.id).await?.unwrap_or(record))
     }
 
-    /// One record.
+    /// Returns one record.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
@@ -123,7 +120,7 @@ impl SandboxStore {
         Ok(self.batch_get(user, &[id.to_owned()]).await?.pop().flatten())
     }
 
-    /// Whether the user has a sandbox with this id now; reads consistently.
+    /// Returns whether the user has a sandbox with this id, by a consistent read.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
@@ -134,7 +131,7 @@ impl SandboxStore {
         Ok(self.table.get(key(user, id)).await?.is_some())
     }
 
-    /// Records in the order of the ids.
+    /// Returns records in the order of the ids.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
@@ -150,7 +147,7 @@ impl SandboxStore {
         Ok(ids.iter().map(|id| found.get(id).cloned()).collect())
     }
 
-    /// All records of a user, newest first.
+    /// Returns all records of a user, newest first.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
@@ -173,7 +170,7 @@ impl SandboxStore {
         Ok(records)
     }
 
-    /// The sandbox with this session key, of any user.
+    /// Returns the sandbox with this session key, of any user.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
@@ -191,7 +188,7 @@ impl SandboxStore {
         found.items.unwrap_or_default().pop().map(from_item).transpose()
     }
 
-    /// Sets the state that the sandbox should be in. Returns false when there is no record.
+    /// Sets the desired state. Returns false when the record does not exist.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
@@ -204,7 +201,7 @@ impl SandboxStore {
         self.apply(user, id, Update::new().set("wanted", text(value))).await
     }
 
-    /// Sets the port of the sandbox's agent server. Returns false when there is no record.
+    /// Sets the port of the sandbox's agent server. Returns false when the record does not exist.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
@@ -212,7 +209,7 @@ impl SandboxStore {
         self.apply(user, id, Update::new().set("port", number(port.into()))).await
     }
 
-    /// Records the specification and the port with which the sandbox's agent server is launched. Returns false when there is no record.
+    /// Sets the spec and the port with which the agent server is launched. Returns false when the record does not exist.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
@@ -220,10 +217,10 @@ impl SandboxStore {
         self.apply(user, id, Update::new().set("port", number(port.into())).set("spec_id", text(spec_id))).await
     }
 
-    /// Sets the sandbox's session key. Returns false when there is no record.
+    /// Sets the sandbox's session key. Returns false when the record does not exist.
     ///
     /// # Errors
-    /// [`crate::Error::Store`]; [`crate::Error::Internal`] when the key cannot be sealed.
+    /// [`crate::Error::Store`]; [`crate::Error::Internal`] when the key cannot be encrypted.
     pub async fn set_session_key(&self, user: &UserId, id: &str, key: &SecretString) -> Result<bool> {
         let sealed = self.sealer.seal(&purpose(user, id), key).await?;
         let hash = sha256_hex(key.expose_secret());
@@ -231,7 +228,7 @@ impl SandboxStore {
         self.apply(user, id, update).await
     }
 
-    /// Records that the sandbox is used now. Returns false when there is no record.
+    /// Sets the time of use to now. Returns false when the record does not exist.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
@@ -239,7 +236,7 @@ impl SandboxStore {
         self.apply(user, id, Update::new().set("used_at", text(Time::now().sortable()))).await
     }
 
-    /// Removes the record. Returns false when there was none.
+    /// Deletes the record. Returns false when it does not exist.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
@@ -247,7 +244,7 @@ impl SandboxStore {
         Ok(is_id(id) && self.table.delete(key(user, id), Condition::Exists("id")).await?.is_ok())
     }
 
-    /// Updates a record. Returns false when there is none.
+    /// Updates a record. Returns false when it does not exist.
     async fn apply(&self, user: &UserId, id: &str, update: Update) -> Result<bool> {
         Ok(is_id(id) && self.table.apply(key(user, id), update.condition(Condition::Exists("id"))).await?)
     }
@@ -257,7 +254,7 @@ fn key(user: &UserId, id: &str) -> Item {
     Item::from([("user".into(), text(user.as_str())), ("id".into(), text(id))])
 }
 
-/// Whether a text can be an id. DynamoDB refuses keys that are empty, or longer than 1 KB.
+/// Returns whether a text can be a sandbox id. DynamoDB refuses keys that are empty or longer than 1 KB.
 fn is_id(text: &str) -> bool {
     (1..=MAX_ID).contains(&text.len())
 }
