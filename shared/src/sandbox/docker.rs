@@ -178,7 +178,7 @@ impl DockerSandboxes {
         let engine = self.engine().await?;
         let name = self.container(&record.user, &record.id);
         if self.inspect(&engine, &name).await?.is_none() {
-            self.make_room(&engine, record).await?;
+            self.evict_if_full(&engine, record).await?;
             let mut record = record.clone();
             if self.config.use_host_network && record.port.is_none() {
                 let port = free_port()?;
@@ -269,7 +269,7 @@ impl DockerSandboxes {
     }
 
     /// Evicts (pauses) the user's least recently used sandboxes until one more may run.
-    async fn make_room(&self, engine: &Docker, newcomer: &SandboxRecord) -> Result<()> {
+    async fn evict_if_full(&self, engine: &Docker, newcomer: &SandboxRecord) -> Result<()> {
         let mut records = self.store.list(&newcomer.user).await?;
         records.retain(|record| record.id != newcomer.id && record.wanted == Wanted::Running);
         let inspected = join_all(records.iter().map(async |record| {
@@ -408,7 +408,7 @@ impl SandboxService for DockerSandboxes {
         if inspect_state(&engine, &name).await?.is_none() {
             return Ok(false);
         }
-        self.make_room(&engine, &record).await?;
+        self.evict_if_full(&engine, &record).await?;
         run(&engine, &name).await?;
         self.store.set_wanted(user, id, Wanted::Running).await
     }

@@ -74,9 +74,9 @@ struct Runtime {
 
 /// The outcome of a call.
 enum ApiResponse<T> {
-    Answer(T),
+    Success(T),
     /// The response status is 404.
-    Unknown,
+    NotFound,
     /// The response status is another 4xx: the runtime API refuses the call.
     Refused(StatusCode),
 }
@@ -91,8 +91,8 @@ impl RemoteSandboxes {
     async fn runtime(&self, user: &UserId, id: &str) -> Result<Option<Runtime>> {
         let path = format!("/sessions/{}", name_of(user, id));
         match self.call(Method::GET, &path, LOOK, None).await? {
-            ApiResponse::Answer(runtime) => Ok(Some(runtime)),
-            ApiResponse::Unknown => Ok(None),
+            ApiResponse::Success(runtime) => Ok(Some(runtime)),
+            ApiResponse::NotFound => Ok(None),
             ApiResponse::Refused(status) => Err(upstream(format!("GET /sessions: {status}"))),
         }
     }
@@ -105,8 +105,8 @@ impl RemoteSandboxes {
                 form_urlencoded::Serializer::new(String::new()).extend_pairs(ids.iter().map(|id| ("ids", id))).finish();
             let path = format!("/sessions/batch?{query}");
             match self.call::<Vec<Option<Runtime>>>(Method::GET, &path, LOOK, None).await? {
-                ApiResponse::Answer(runtimes) => Ok(runtimes),
-                ApiResponse::Unknown => Ok(Vec::new()),
+                ApiResponse::Success(runtimes) => Ok(runtimes),
+                ApiResponse::NotFound => Ok(Vec::new()),
                 ApiResponse::Refused(status) => Err(upstream(format!("GET /sessions/batch: {status}"))),
             }
         });
@@ -149,7 +149,7 @@ impl RemoteSandboxes {
     }
 
     async fn make(&self, record: &SandboxRecord) -> Result<()> {
-        self.make_room(record).await?;
+        self.evict_if_full(record).await?;
         let mut body = json!({
             "image": record.spec_id,
             "command": COMMAND,
@@ -168,11 +168,11 @@ impl RemoteSandboxes {
             body["image_pull_secrets"] = json!(self.config.image_pull_secrets);
         }
         match self.call::<Runtime>(Method::POST, "/start", CHANGE, Some(&body)).await? {
-            ApiResponse::Answer(runtime) => match &runtime.session_api_key {
+            ApiResponse::Success(runtime) => match &runtime.session_api_key {
                 Some(key) => self.keep_key(record, key).await,
                 None => Ok(()),
             },
-            ApiResponse::Unknown => Err(upstream("POST /start: 404")),
+            ApiResponse::NotFound => Err(upstream("POST /start: 404")),
             ApiResponse::Refused(status) => Err(Error::Refused(format!(
                 "The sandbox provider refused to create a sandbox (status {})",
                 status.as_u16()
@@ -203,7 +203,7 @@ impl RemoteSandboxes {
     }
 
     /// Evicts (pauses) the user's least recently used sandboxes until one more may run.
-    async fn make_room(&self, newcomer: &SandboxRecord) -> Result<()> {
+    async fn evict_if_full(&self, newcomer: &SandboxRecord) -> Result<()> {
         let records = self.store.list(&newcomer.user).await?;
         let others: Vec<&SandboxRecord> =
             records.iter().filter(|record| record.id != newcomer.id && record.wanted == Wanted::Running).collect();
@@ -227,8 +227,8 @@ impl RemoteSandboxes {
         let Some(runtime) = self.runtime(user, id).await? else { return Ok(false) };
         let Some(runtime_id) = runtime.id else { return Ok(false) };
         match self.call::<Value>(Method::POST, path, CHANGE, Some(&json!({"runtime_id": runtime_id}))).await? {
-            ApiResponse::Answer(_) => Ok(true),
-            ApiResponse::Unknown => Ok(false),
+            ApiResponse::Success(_) => Ok(true),
+            ApiResponse::NotFound => Ok(false),
             ApiResponse::Refused(status) => Err(upstream(format!("POST {path}: {status}"))),
         }
     }
@@ -259,12 +259,12 @@ impl RemoteSandboxes {
             return Err(upstream(format!("{method} {route}: more than {ANSWER_LIMIT} bytes")));
         }
         match status {
-            StatusCode::NOT_FOUND => Ok(ApiResponse::Unknown),
+            StatusCode::NOT_FOUND => Ok(ApiResponse::NotFound),
             status if status.is_success() => {
                 // The response body to a change is not used, and may be empty.
                 let bytes = if bytes.is_empty() { b"null".as_slice() } else { &bytes };
                 serde_json::from_slice(bytes)
-                    .map(ApiResponse::Answer)
+                    .map(ApiResponse::Success)
                     .map_err(|error| upstream(format!("{method} {route}: {error}")))
             }
             status if status.is_client_error() && status != StatusCode::TOO_MANY_REQUESTS => {
@@ -372,7 +372,7 @@ impl SandboxService for RemoteSandboxes {
 
     async fn resume(&self, user: &UserId, id: &str) -> Result<bool> {
         let Some(record) = self.store.get(user, id).await? else { return Ok(false) };
-        self.make_room(&record).await?;
+        self.evict_if_full(&record).await?;
         if !self.change(user, id, "/resume").await? {
             return Ok(false);
         }
