@@ -220,7 +220,7 @@ impl ConversationStore {
         })))
     }
 
-    /// Adds a stub whose metrics, model and tags are those of a snapshot with this `updated_at`. False when the id is taken.
+    /// Adds a stub whose metrics, model and tags are those of a snapshot with this `updated_at`. False when the id exists already.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
@@ -237,7 +237,7 @@ impl ConversationStore {
         Ok(transact(&self.table.client, writes, "TransactWriteItems conversations").await?.is_written())
     }
 
-    /// The writes with which a start records its conversation, for a transaction; they fail where the id is taken.
+    /// The writes with which a start records its conversation, for a transaction; they fail when the id exists already.
     ///
     /// # Errors
     /// [`crate::Error::Internal`] when the record has no form as an item.
