@@ -1,4 +1,4 @@
-//! Ingests agent servers' webhooks: stores the events, updates the conversation's record, and enqueues follow-up jobs.
+//! Webhook ingestion: stores the events of agent servers, updates the conversation's record, and enqueues follow-up jobs.
 
 use std::time::Duration;
 
@@ -22,16 +22,14 @@ use crate::jobs::queue::JobQueue;
 use crate::jobs::refresh_conversation::{FIRST_DELAY, RefreshConversation};
 use crate::sandbox::store::SandboxRecord;
 
-/// `execution_status` of a conversation that its agent server is about to remove.
+/// The `execution_status` of a conversation that its agent server is about to remove.
 const DELETING: &str = "deleting";
 
-/// A snapshot of a whole conversation, which its agent server reports when it starts, pauses, renames or deletes the conversation.
+/// A snapshot of a conversation, which its agent server posts when it starts, pauses, renames or deletes the conversation.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ConversationReport {
-    /// Its id.
     pub id: Uuid,
     execution_status: Option<String>,
-    /// Its title, if it has one.
     pub title: Option<String>,
     llm_model: Option<String>,
     tags: Option<Tags>,
@@ -40,9 +38,9 @@ pub struct ConversationReport {
 }
 
 impl ConversationReport {
-    /// Reads the values that records have; missing and malformed ones are ignored. A title is cut to
-    /// [`crate::conversation::MAX_NAME`] characters, a longer name of a model is ignored, and tags that exceed a limit are left out:
-    /// a record with them would exceed what DynamoDB accepts.
+    /// Reads the values that records have; missing and malformed values are ignored. A title is truncated to
+    /// [`crate::conversation::MAX_NAME`] characters, a longer model name is ignored, and tags that exceed a limit are skipped, because the
+    /// record would exceed DynamoDB's item limit.
     #[must_use]
     pub fn read(id: Uuid, told: &Value) -> Self {
         let text = |value: Option<&Value>| {
@@ -68,7 +66,7 @@ impl ConversationReport {
         }
     }
 
-    /// Its `updated_at` in a form that sorts; one that does not parse sorts before all others.
+    /// Its `updated_at` in a sortable form; an invalid time sorts before all others.
     fn version(&self) -> String {
         self.updated_at.as_deref().and_then(sortable_instant).unwrap_or_else(|| "!".into())
     }
@@ -90,22 +88,20 @@ impl ConversationReport {
     }
 }
 
-/// Updates of different attributes of a record, which run concurrently. In boxes, because the futures of the SDK are large.
+/// Concurrent updates of different attributes of a record. They are boxed because the futures of the SDK are large.
 type Writes<'w> = Vec<BoxFuture<'w, Result<bool>>>;
 
 /// Ingests events and snapshots of conversations.
 #[derive(Clone, Debug)]
 pub struct EventIngestor {
-    /// The conversations' records.
     pub conversations: ConversationStore,
-    /// Where events are stored.
     pub events: EventStore,
-    /// Where follow-up jobs are enqueued.
+    /// Receives the follow-up jobs.
     pub queue: JobQueue,
 }
 
 impl EventIngestor {
-    /// Looks up a conversation that a sandbox reports. A sandbox may report its own conversations, and those without a record.
+    /// Looks up a conversation that a sandbox reports. A sandbox may report its own conversations and conversations without a record.
     ///
     /// # Errors
     /// [`Error::Unauthenticated`] when the conversation is in another sandbox; [`Error::Store`].
@@ -122,7 +118,7 @@ impl EventIngestor {
     /// Stores events, then applies what they report, then enqueues follow-up jobs. Idempotent.
     ///
     /// # Errors
-    /// [`Error::Store`]; a part of the work may be done, and the agent server sends the events again.
+    /// [`Error::Store`]; some of the work may be done, and the agent server resends the events.
     pub async fn ingest_events(
         &self,
         sandbox: &SandboxRecord,
@@ -183,7 +179,7 @@ impl EventIngestor {
         try_join_all(writes).await.map(|_| ())
     }
 
-    /// Applies a snapshot of the whole conversation to its record, or makes a record of it.
+    /// Applies a snapshot of the conversation to its record, or creates a stub record from it.
     ///
     /// # Errors
     /// [`Error::Unauthenticated`] when the conversation is in another sandbox; [`Error::Store`].
@@ -197,7 +193,7 @@ impl EventIngestor {
                 tracing::info!(conversation = %told.id, sandbox = %sandbox.id, "conversation.found");
                 return Ok(());
             }
-            // Another request has made a record.
+            // Another request has created a record.
             lookup = self.lookup(sandbox, told.id).await?;
         }
         if !matches!(lookup, Lookup::Present(_)) {
