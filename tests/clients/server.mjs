@@ -1,4 +1,4 @@
-// A server of this workspace for a test: `cargo local --demo` on a data folder and a port of its own.
+// Starts a server of this workspace for a test: `cargo local --demo` with its own data folder and port.
 
 import { spawn } from "node:child_process";
 import { once } from "node:events";
@@ -34,7 +34,7 @@ export async function startServer({ options = [], environment = {} } = {}) {
   let said = "";
   for (const stream of [child.stdout, child.stderr]) stream.on("data", (bytes) => (said += bytes));
   const exited = once(child, "exit");
-  // The server ends with this process, also when a signal ends it: Node.js emits no `exit` event then unless the signal is handled.
+  // The server stops together with this process, also after a signal: Node.js emits no `exit` event then unless the signal is handled.
   process.once("exit", () => child.kill("SIGTERM"));
   for (const signal of ["SIGINT", "SIGTERM"]) process.once(signal, () => process.exit(1));
   const stop = async () => {
