@@ -14,7 +14,7 @@ import { chromium } from "playwright-core";
 
 import { LIMIT, run, until, zipMembers } from "./server.mjs";
 
-/** How long one attempt at an action may take, in milliseconds, before the action is repeated. */
+/** The timeout of one attempt at an action, in milliseconds, before the action is repeated. */
 const ATTEMPT = { timeout: 20_000 };
 const CHROMIUM = process.env.CHROMIUM ?? "/usr/bin/chromium";
 // The first flag is for users for whom Chromium cannot create its sandbox, such as root; the others disable requests to its vendor.
