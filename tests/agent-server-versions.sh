@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tests on real agent servers with the older versions that are supported, and the upgrade from them. `cargo test` has run them with
-# the default version. Each version is installed once, into target/agent-server or OPENHANDS_AGENT_SERVER_FOLDER.
+# Runs the tests on real agent servers with the older supported versions, and the upgrade from those. `cargo test` covers the default
+# version. Each version is installed once, into target/agent-server or OPENHANDS_AGENT_SERVER_FOLDER.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Starts a conversation through `cargo lambda watch`: every function in a process of its own, behind the router of
-# Cargo.toml, on the engines of `cargo local engines`. Then starts another one with stream-start. No LLM is called.
-# On first use cargo-lambda is installed into target/cargo-lambda, and the agent server into target/agent-server or
-# OPENHANDS_AGENT_SERVER_FOLDER. Fails where cargo-lambda cannot be installed.
+# Starts a conversation through `cargo lambda watch`: every function runs in its own process, the router of Cargo.toml forwards requests to
+# it, and all use the engines of `cargo local engines`. Then starts another one with stream-start. No LLM is called. The first run installs
+# cargo-lambda into target/cargo-lambda, and the agent server into target/agent-server or OPENHANDS_AGENT_SERVER_FOLDER. Fails if
+# cargo-lambda cannot be installed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 tools=${CARGO_TARGET_DIR:-target}/cargo-lambda
-# Without its dependency ziglang, a cross compiler that only `cargo lambda build` needs.
+# Skips its dependency ziglang, a cross compiler that only `cargo lambda build` needs.
 tests/python-tools.sh "$tools" 'functions under cargo lambda watch' --no-deps cargo-lambda==1.9.2
 [ -e "$tools/installed" ] || exit 1
 
@@ -79,8 +79,8 @@ until port_is_free "$port"; do port=$((port + 1)); done
 url=http://127.0.0.1:$port
 api=$url/api/v1/app-conversations
 
-# Once for all functions, instead of one by one behind the first request to each. The same packages together give the same
-# dependencies as `cargo lambda watch` builds.
+# Builds all functions at once, instead of each one at its first request. The same set of packages results in the same dependencies as
+# `cargo lambda watch` builds.
 cargo build --locked --quiet
 target/debug/local --data "$folder/data" engines --env-file "$folder/functions.env" --invoke-url "$url" \
     > "$folder/engines.log" 2>&1 &

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Lints template.yaml with cfn-lint and the SAM CLI, and checks what SAM makes of it. The tools are installed into
-# target/template-lint on first use.
+# Lints template.yaml with cfn-lint and the SAM CLI, and checks SAM's output. The first run installs the tools into target/template-lint.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -9,7 +8,7 @@ tests/python-tools.sh "$tools" 'cfn-lint and sam validate' cfn-lint==1.58.0 aws-
 [ -e "$tools/installed" ] || exit 0
 
 export SAM_CLI_TELEMETRY=0 AWS_DEFAULT_REGION=eu-central-1
-# As it is deployed, and with the included definition of the API in its place, into which the linters do not look.
+# Lints the template as deployed, and with the included API definition inlined, because the linters do not read included files.
 inlined=target/template-inlined.yaml
 "$tools/bin/python" tests/inline-includes.py template.yaml "$inlined"
 for template in template.yaml "$inlined"; do

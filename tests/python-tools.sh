@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs Python packages into a virtual environment unless they are there: python-tools.sh FOLDER WHAT [PIP-OPTION...] PACKAGE==VERSION...
+# Installs Python packages into a virtual environment unless they exist: python-tools.sh FOLDER WHAT [PIP-OPTION...] PACKAGE==VERSION...
 # Afterwards FOLDER/installed exists, or the script has printed that WHAT is not run, and why.
 set -euo pipefail
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs tests of what is stored and queued against ministack, a second implementation of DynamoDB, S3 and SQS, which is
-# installed into target/ministack on first use. docs/second-engine.md
+# Runs the storage and queue tests against ministack, a second implementation of DynamoDB, S3 and SQS, which the first run installs into
+# target/ministack. See docs/second-engine.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

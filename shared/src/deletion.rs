@@ -1,8 +1,8 @@
-//! Deletion of a conversation. Once the request has been answered, no client can see the conversation; a worker then removes
-//! everything that belongs to it.
+//! Deletion of a conversation. After the response to the request, no client can see the conversation; a worker then removes everything that
+//! belongs to it.
 //!
-//! The record stays, hidden, until everything else is removed. An interrupted deletion is therefore finished by the next attempt,
-//! which the sweep enqueues. Every step may run twice, also at the same time.
+//! The record stays, hidden, until everything else is removed. The sweep enqueues the next attempt of an interrupted deletion. Every step
+//! is idempotent and may run concurrently with itself.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,13 +26,13 @@ use crate::pending_message::store::MessageStore;
 use crate::sandbox::SandboxService;
 use crate::start::store::StartTaskStore;
 
-/// The backoff between attempts to hide a family while sub-conversations are added or removed.
+/// The backoff between attempts to hide a conversation and its sub-conversations while sub-conversations are added or removed.
 const DELETE: Backoff = Backoff { first: Duration::from_millis(20), longest: Duration::from_millis(160), attempts: 5 };
 
 /// The time limit of an agent server's request to delete a conversation.
 const AGENT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Begins deletions: the part that a request does.
+/// Accepts deletions: the part that runs in the request.
 #[derive(Clone, Debug)]
 pub struct Deleter {
     pub conversations: ConversationStore,
@@ -60,7 +60,7 @@ impl Deleter {
         Err(StoreError::new(StoreErrorKind::Conflict, context).into())
     }
 
-    /// Begins with the sub-conversations: while their parent exists, the user can request the deletion again.
+    /// Hides the sub-conversations first: while their parent exists, the user can request the deletion again.
     async fn begin(&self, user: &UserId, family: &[ConversationRecord]) -> Result<bool> {
         for generation in family.chunks(IMPORT_LIMIT).rev() {
             let due_at = Time::now().plus(RETRY_AFTER_REQUEST);
@@ -84,7 +84,7 @@ impl Deleter {
     }
 }
 
-/// Finishes deletions: the part that a worker does.
+/// Finishes deletions: the part that runs in a worker.
 #[derive(Clone, Debug)]
 pub struct Deletion {
     /// Deletes sub-conversations that were not found when their parent was deleted.
@@ -94,7 +94,6 @@ pub struct Deletion {
     pub exports: ExportStore,
     pub messages: MessageStore,
     pub sandboxes: Arc<dyn SandboxService>,
-    /// The client for agent servers.
     pub http: HttpClient,
 }
 
@@ -103,7 +102,7 @@ impl Deletion {
     /// such record.
     ///
     /// # Errors
-    /// [`crate::Error::Store`] or [`crate::Error::Upstream`]: the deletion is unfinished, and the sweep enqueues it again.
+    /// [`crate::Error::Store`] or [`crate::Error::Upstream`]; the deletion is unfinished then, and the sweep enqueues it again.
     pub async fn finish(&self, user: &UserId, id: Uuid) -> Result<()> {
         let conversations = &self.deleter.conversations;
         let Some(record) = conversations.take_deletion(user, id, Time::now().plus(RETRY_AFTER_ATTEMPT)).await? else {
@@ -112,7 +111,8 @@ impl Deletion {
         for child in conversations.sub_conversations(user, id).await? {
             self.deleter.delete(user, child).await?;
         }
-        // Before the events are deleted: the agent server may still send some, which are not kept while the record exists.
+        // This runs before the events are deleted, because the agent server may still send events. They are not stored while the record
+        // exists.
         self.delete_from_agent_server(&record).await?;
         self.tasks.delete_of_conversation(user, id).await?;
         self.events.delete_all(user, id).await?;
@@ -136,7 +136,7 @@ impl Deletion {
         .await
     }
 
-    /// Best effort: a paused sandbox keeps its copy, which no client can reach, until the sandbox is deleted.
+    /// Best effort: a paused sandbox keeps its copy, which no client can access, until the sandbox is deleted.
     async fn delete_from_agent_server(&self, record: &ConversationRecord) -> Result<()> {
         let sandbox = self.sandboxes.get(&record.user, &record.sandbox_id).await?;
         let Some(agent_server) = sandbox.and_then(|sandbox| sandbox.agent_server(&self.http)) else { return Ok(()) };
@@ -150,7 +150,7 @@ impl Deletion {
         Ok(())
     }
 
-    /// Deletes the sandbox after its last conversation, unless an unfinished start is going to use it.
+    /// Deletes the sandbox after its last conversation, unless an unfinished start will use it.
     async fn delete_unused_sandbox(&self, record: &ConversationRecord) -> Result<()> {
         let (user, sandbox) = (&record.user, &record.sandbox_id);
         if self.sandboxes.get(user, sandbox).await?.is_none()

@@ -146,10 +146,10 @@ async fn measure(length: usize) {
         .stdout(Stdio::piped())
         .spawn()
         .expect("started");
-    let told = child.wait_with_output().await.expect("ended");
-    assert!(told.status.success(), "the export failed");
-    println!("| {length} | {bytes} | {} |", String::from_utf8_lossy(&told.stdout).trim());
-    let largest = String::from_utf8_lossy(&told.stdout);
+    let output = child.wait_with_output().await.expect("ended");
+    assert!(output.status.success(), "the export failed");
+    println!("| {length} | {bytes} | {} |", String::from_utf8_lossy(&output.stdout).trim());
+    let largest = String::from_utf8_lossy(&output.stdout);
     let largest = largest.trim().rsplit('|').next().and_then(|text| text.trim().strip_suffix(" MiB")?.parse().ok());
     let largest: f64 = largest.expect("a figure");
     if let Some((_, limit)) = LIMITS.into_iter().find(|(events, _)| length <= *events) {

@@ -1,4 +1,4 @@
-// A server of this workspace for a test: `cargo local --demo` on a data folder and a port of its own.
+// Starts a server of this workspace for a test: `cargo local --demo` with its own data folder and port.
 
 import { spawn } from "node:child_process";
 import { once } from "node:events";
@@ -10,17 +10,17 @@ import { fileURLToPath } from "node:url";
 const root = path.resolve(path.dirname(fileURLToPath(import.meta.url)), "../..");
 const target = process.env.CARGO_TARGET_DIR ?? path.join(root, "target");
 
-/** Long: the first run of all installs the agent server. */
+/** This limit is long because the very first run installs the agent server. */
 const READY_LIMIT = 20 * 60 * 1000;
 
-/** How long a step of a test may take, in milliseconds. A busy machine is slow, and the tests are not about speed. */
+/** The timeout of a test step, in milliseconds. It is generous for loaded machines, because the tests do not measure speed. */
 export const LIMIT = 600_000;
 
-/** Below `LIMIT`, so that a start that takes too long fails with its own reason. (120 s by default, which a busy machine exceeds.) */
+/** Less than `LIMIT`, so that a start that times out fails with its own reason. (A loaded machine exceeds the default of 120 s.) */
 const SANDBOX_STARTUP_TIMEOUT = "540";
 
 /**
- * Starts it, and waits until all of it works. `stop()` ends it, and its sandboxes with it; `log()` is what it said.
+ * Starts the server and waits until it is ready. `stop()` stops it together with its sandboxes; `log()` returns its output.
  */
 export async function startServer({ options = [], environment = {} } = {}) {
   const folder = await mkdtemp(path.join(tmpdir(), "clients-"));
@@ -34,7 +34,7 @@ export async function startServer({ options = [], environment = {} } = {}) {
   let said = "";
   for (const stream of [child.stdout, child.stderr]) stream.on("data", (bytes) => (said += bytes));
   const exited = once(child, "exit");
-  // The server ends with this process, also when a signal ends it: Node.js emits no `exit` event then unless the signal is handled.
+  // The server stops together with this process, also after a signal: Node.js emits no `exit` event then unless the signal is handled.
   process.once("exit", () => child.kill("SIGTERM"));
   for (const signal of ["SIGINT", "SIGTERM"]) process.once(signal, () => process.exit(1));
   const stop = async () => {
@@ -60,7 +60,7 @@ export async function startServer({ options = [], environment = {} } = {}) {
   }
 }
 
-/** Asks again and again, up to a limit in milliseconds, and gives the first answer that is something. */
+/** Polls until the result is truthy, up to a limit in milliseconds, and returns that result. */
 export async function until(what, limit, ask, pause = 300) {
   const end = Date.now() + limit;
   for (;;) {
@@ -71,7 +71,7 @@ export async function until(what, limit, ask, pause = 300) {
   }
 }
 
-/** The names of the members of a zip, from its directory. */
+/** Reads the member names of a zip file from its central directory. */
 export function zipMembers(bytes) {
   const zip = Buffer.from(bytes);
   const end = zip.lastIndexOf(Buffer.from([0x50, 0x4b, 5, 6]));
@@ -86,7 +86,7 @@ export function zipMembers(bytes) {
   return names;
 }
 
-/** Runs a test against a server, says each step, and ends the process with what came of it. */
+/** Runs a test against a server, prints each step, and exits with the result. */
 export async function run(name, settings, test) {
   let server;
   let failed = false;
@@ -104,7 +104,7 @@ export async function run(name, settings, test) {
   process.exit(failed ? 1 : 0);
 }
 
-/** The version of a package that is installed here. */
+/** Returns the version of an installed package. */
 export async function versionOf(name) {
   const file = new URL(`node_modules/${name}/package.json`, import.meta.url);
   return JSON.parse(await readFile(file, "utf8")).version;

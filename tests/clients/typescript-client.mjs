@@ -1,5 +1,5 @@
-// The npm package @openhands/typescript-client, its client for cloud servers, against a server of this workspace and a real agent
-// server: what scripts and web pages do with it.
+// Tests the cloud client of the npm package @openhands/typescript-client, as scripts and web pages use it, against a server of this
+// workspace and a real agent server.
 
 import assert from "node:assert/strict";
 import { randomBytes } from "node:crypto";
@@ -18,7 +18,7 @@ await run("typescript-client", { environment: { SESSION_API_KEY: apiKey } }, asy
   const client = new CloudClient({ host: server.url, apiKey, proxy: { host: server.url, headers: { Authorization: `Bearer ${apiKey}` } } });
   say(`version ${await versionOf("@openhands/typescript-client")}, server ${server.url}`);
 
-  // Who calls.
+  // Authentication.
   const stranger = new CloudClient({ host: server.url, apiKey: "another" });
   for (const ask of ["getOrganizations", "getCurrentApiKey", "searchConversations"]) {
     await assert.rejects(stranger[ask](), hasStatus(401));
@@ -27,7 +27,7 @@ await run("typescript-client", { environment: { SESSION_API_KEY: apiKey } }, asy
   assert.equal((await client.getCurrentApiKey()).org_id, null);
   say("a key lets in, another does not");
 
-  // The demo's own conversation, of which the terminal shows the course.
+  // The demo's own conversation, whose progress the terminal shows.
   await until("the demo is shown", LIMIT, async () => /^Ctrl-C ends the server\.$/m.test(server.log()));
   assert.match(server.log(), /^Start: READY$[^]*^The agent runs: echo[^]*^Agent: This is a demo: a script wrote/m);
   const shown = await client.searchConversations();
@@ -35,7 +35,6 @@ await run("typescript-client", { environment: { SESSION_API_KEY: apiKey } }, asy
   await client.deleteConversation(shown.items[0].id);
   say("the demo's own conversation was shown, and deleted");
 
-  // Settings and lists.
   const settings = await client.getSettingsWithDerivedFields();
   assert.equal(settings.agent_settings.llm.model, "openai/scripted-demo");
   assert.equal(settings.llm_api_key_set, true);
@@ -95,13 +94,13 @@ await run("typescript-client", { environment: { SESSION_API_KEY: apiKey } }, asy
   assert.match(answer, /Say hello/);
   say(`a start is READY and answered, in sandbox ${task.sandbox_id}`);
 
-  // Search and pages: two more in the same sandbox.
+  // Search and pagination: two more conversations in the same sandbox.
   const ids = [id];
   for (const title of ["second", "third"]) {
     ids.push((await started({ sandbox_id: task.sandbox_id, title })).app_conversation_id);
   }
-  // This client sorts by the time of the last change, so a row that changes between two pages moves to the front. A walk
-  // counts when no row changed during it (the agent's title arrives some seconds after its answer).
+  // This client sorts by the time of the last change, so a row that changes between two pages moves to the front. A pass over the pages is
+  // valid only if no row changed during it (the agent's title arrives some seconds after its response).
   const changes = async () => JSON.stringify((await client.getConversations(ids)).map((row) => row.updated_at));
   const [found, first] = await until("no conversation changes during a walk through the pages", LIMIT, async () => {
     const before = await changes();
@@ -122,15 +121,14 @@ await run("typescript-client", { environment: { SESSION_API_KEY: apiKey } }, asy
   assert.equal(await client.getConversationStartTask(unknown), null);
   say("three conversations in two pages");
 
-  // Changes.
+  // Updates.
   assert.equal((await client.updateConversationPublicFlag(id, true)).public, true);
   assert.equal((await client.patch(`/api/v1/app-conversations/${id}`, { title: "renamed" })).title, "renamed");
   assert.deepEqual(await conversation().then((row) => [row.title, row.public]), ["renamed", true]);
   await assert.rejects(client.patch(`/api/v1/app-conversations/${unknown}`, { title: "nobody's" }), hasStatus(404));
   say("renamed, made public");
 
-  // What is in it.
-  // The answer is a JSON string, and this client hands it on as it came.
+  // The contents of the workspace. The response is a JSON string, and this client returns it unparsed.
   const file = async (name) => JSON.parse(await client.readConversationFile(id, `/workspace/project/${name}`));
   assert.match(await file("hello.txt"), /^Written by an agent that follows a script\.\n$/);
   assert.equal(await file("none.txt"), "");

@@ -1,10 +1,10 @@
 // Tests the prebuilt web UI that `cargo local --ui` serves, in a real browser, against a real agent server: a conversation from its
 // first message to its deletion.
 //
-// A page that is being redrawn can drop a click, and a request that fails or comes too early is not always repeated by the UI. Every
-// action is therefore repeated until the page shows its effect, as a user would do.
+// A page that is being redrawn can drop a click, and the UI does not always retry a request that fails or is sent too early. Every action
+// is therefore repeated until the page shows its effect, as a user would do.
 //
-// SCREENSHOTS=FOLDER writes a picture of each step to that folder.
+// SCREENSHOTS=FOLDER writes a screenshot of each step to that folder.
 
 import assert from "node:assert/strict";
 import { access, readFile } from "node:fs/promises";
@@ -14,10 +14,10 @@ import { chromium } from "playwright-core";
 
 import { LIMIT, run, until, zipMembers } from "./server.mjs";
 
-/** How long one attempt at an action may take, in milliseconds, before the action is repeated. */
+/** The timeout of one attempt at an action, in milliseconds, before the action is repeated. */
 const ATTEMPT = { timeout: 20_000 };
 const CHROMIUM = process.env.CHROMIUM ?? "/usr/bin/chromium";
-// The first one is for users without a sandbox of their own, such as root's; the others keep it from calling its makers.
+// The first flag is for users for whom Chromium cannot create its sandbox, such as root; the others disable requests to its vendor.
 const FLAGS =
   "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync";
 const SIZE = { width: 1280, height: 800 };
@@ -70,7 +70,7 @@ async function converse(page, url, say) {
     await page.screenshot({ path: file });
     say(`a picture: ${file}`);
   };
-  // The page empties the input as it accepts a message, and ignores the key while it accepts none.
+  // The page clears the input when it accepts a message, and ignores the Enter key while it accepts none.
   const write = async (text) => {
     const input = page.getByTestId("chat-input");
     await retry(`“${text}” is sent`, async () => {
@@ -83,10 +83,10 @@ async function converse(page, url, say) {
   };
   /** Shows or hides the panel beside the conversation. */
   const setPanel = async (shown) => {
-    // A notice may cover the toggle, and stays for as long as the mouse is on it.
+    // A notice may cover the toggle, and stays while the mouse is over it.
     await page.mouse.move(SIZE.width / 2, SIZE.height / 2);
     await set(page.getByTestId("right-panel-toggle"), "aria-pressed", shown);
-    // A hidden panel may keep its tabs, outside of the window.
+    // A hidden panel may keep its tabs, outside the window.
     const tab = page.getByTestId("conversation-tab-commits");
     await until(shown ? "the side panel is shown" : "the side panel is hidden", LIMIT, async () => {
       const box = (await tab.isVisible()) && (await tab.boundingBox(ATTEMPT).catch(() => null));
@@ -101,14 +101,14 @@ async function converse(page, url, say) {
     return entry;
   };
 
-  // Open: no dialog, no login.
+  // Open the page: there is no dialog and no login.
   await page.goto(url);
   await page.getByTestId("chat-input").waitFor();
   await page.getByText("No conversations found").waitFor();
   await picture("open");
   say("opens with an empty list, connected to this server");
 
-  // A message starts a conversation, and its answer arrives.
+  // A message starts a conversation, and its response arrives.
   await write("Say hello");
   await until("the conversation is open", LIMIT, async () => {
     const failed = (await api("/start-tasks/search")).items.find((task) => task.status === "ERROR");
@@ -124,7 +124,6 @@ async function converse(page, url, say) {
   await page.getByText("You said: “And again”").waitFor();
   say("sent a second message, and showed the answer");
 
-  // Rename.
   const isRenamed = async () => (await api(`?ids=${row.id}`))[0].title === "A name of its own";
   await retry("the conversation is renamed", async () => {
     const input = page.getByTestId("conversation-name-input");
@@ -156,8 +155,7 @@ async function converse(page, url, say) {
   await setPanel(false);
   say("showed the file that the agent wrote");
 
-  // What was changed and committed in its sandbox, with the files of each commit and what changed in them. Agent servers before 1.49 do
-  // not list commits.
+  // The changes and commits in its sandbox, with the files of each commit and their diffs. Agent servers before 1.49 do not list commits.
   const now = (await api(`?ids=${row.id}`))[0];
   await command(now, "echo 'let committed = 1;' > hello.ts");
   await command(now, "git add -A && git -c user.name=Ada -c user.email=ada@example.com commit -qm 'Say hello in a file'");
@@ -190,7 +188,7 @@ async function converse(page, url, say) {
   await set(toggle, "aria-expanded", true);
   await showDiff(uncommitted, "hello.txt", "This line is in no commit.");
   await picture("changes");
-  // A language that has a worker of its own.
+  // A language with its own web worker.
   const worker = page.waitForResponse((response) => response.url().includes("/ts.worker"));
   await showDiff(uncommitted, "hello.ts", "let uncommitted = 2;");
   assert.equal((await worker).status(), 200);
@@ -322,7 +320,7 @@ async function mcpServers(page, url, say, picture) {
   await picture("mcp");
   say("added an MCP server with a token");
 
-  // A second one, as a process: the first one stays.
+  // A second MCP server, as a process: the first one stays.
   await add();
   await select("server-type-dropdown", "STDIO", "command-input");
   await form.getByTestId("name-input").fill("files");
@@ -332,7 +330,7 @@ async function mcpServers(page, url, say, picture) {
   const files = { transport: "stdio", command: "npx", env: { TOKEN: "**********" } };
   assert.deepEqual(await stored(), { tracker: server, files });
 
-  // The form is saved with the token still masked, and the server keeps the token. (With another address it would refuse the form.)
+  // The form is saved while the token is masked, and the server keeps the token. (With another address it would refuse the form.)
   await edit("tracker");
   await submit();
   assert.deepEqual(await stored(), { tracker: server, files });

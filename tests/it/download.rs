@@ -599,35 +599,36 @@ for given, ours in zip(given, ours):
 
 #[tokio::test]
 async fn members_are_those_of_the_contract_byte_by_byte() {
-    let rig = ExportHarness::new(config()).await;
-    let id = rig.conversation(None).await;
-    // Nothing was told yet.
-    let empty = rig.download(id).await.members().await;
+    let harness = ExportHarness::new(config()).await;
+    let id = harness.conversation(None).await;
+    // No event was reported yet.
+    let empty = harness.download(id).await.members().await;
     assert_eq!(empty.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["meta.json"]);
-    let child = rig.conversation(Some(id)).await;
+    let child = harness.conversation(Some(id)).await;
     let large = format!(r#"{{"text": "{}"}}"#, "é😀x".repeat(750_000));
     assert!(large.len() > 5_000_000);
-    rig.append(
-        id,
-        vec![
-            event(
-                "../up/and\\away",
-                "2025-01-01T00:00:03",
-                r#"{"more":[1.10, 1e2,123456789012345678901234567890,-0],"none":null}"#,
-            ),
-            event("second", "2025-01-01T00:00:02", &large),
-            event(
-                "first",
-                "2025-01-01T00:00:01.5",
-                "{\"z\":\"\\u00e9é\\ud83d\\ude00😀\\u001f\\n\\t\\b\\f\\r\u{7f}/\\/\",\"a\":[[],{},[{}]]}",
-            ),
-        ],
-    )
-    .await;
-    let members = rig.download(id).await.members().await;
+    harness
+        .append(
+            id,
+            vec![
+                event(
+                    "../up/and\\away",
+                    "2025-01-01T00:00:03",
+                    r#"{"more":[1.10, 1e2,123456789012345678901234567890,-0],"none":null}"#,
+                ),
+                event("second", "2025-01-01T00:00:02", &large),
+                event(
+                    "first",
+                    "2025-01-01T00:00:01.5",
+                    "{\"z\":\"\\u00e9é\\ud83d\\ude00😀\\u001f\\n\\t\\b\\f\\r\u{7f}/\\/\",\"a\":[[],{},[{}]]}",
+                ),
+            ],
+        )
+        .await;
+    let members = harness.download(id).await.members().await;
     let escaped = r"\u00e9\ud83d\ude00x".repeat(750_000);
     let mut record =
-        serde_json::to_value(rig.conversations.get(&rig.user, id).await.expect("the store")).expect("JSON");
+        serde_json::to_value(harness.conversations.get(&harness.user, id).await.expect("the store")).expect("JSON");
     let meta = format!(
         r#"{{
   "id": "{}",
@@ -691,60 +692,60 @@ async fn members_are_those_of_the_contract_byte_by_byte() {
         "{:#?}",
         members.iter().map(|(name, text)| (name, &text[..text.len().min(900)])).collect::<Vec<_>>()
     );
-    rig.end().await;
+    harness.end().await;
 }
 
 #[tokio::test]
 async fn what_is_not_the_callers_is_not_there() {
-    let rig = ExportHarness::new(config()).await;
-    let (own, unknown) = (rig.conversation(None).await, Uuid::new_v4());
+    let harness = ExportHarness::new(config()).await;
+    let (own, unknown) = (harness.conversation(None).await, Uuid::new_v4());
     let not_found = |id: Uuid| json!({"detail": format!("Conversation not found: {id}")});
-    let answer = rig.get(unknown.simple()).await;
+    let answer = harness.get(unknown.simple()).await;
     assert_eq!((answer.status().as_u16(), answer.json::<Value>().await.expect("JSON")), (404, not_found(unknown)));
-    let url = format!("{}/api/v1/app-conversations/{own}/download", rig.url);
-    let answer = rig.http.get(url).header(USER_HEADER, "another").send().await.expect("an answer");
+    let url = format!("{}/api/v1/app-conversations/{own}/download", harness.url);
+    let answer = harness.http.get(url).header(USER_HEADER, "another").send().await.expect("an answer");
     assert_eq!((answer.status().as_u16(), answer.json::<Value>().await.expect("JSON")), (404, not_found(own)));
     for bad in ["nothing", "%FF"] {
-        let answer = rig.get(bad).await;
+        let answer = harness.get(bad).await;
         assert_eq!(answer.status(), 422);
-        let told: Value = answer.json().await.expect("JSON");
+        let response: Value = answer.json().await.expect("JSON");
         assert_eq!(
-            (&told["detail"][0]["type"], &told["detail"][0]["loc"]),
+            (&response["detail"][0]["type"], &response["detail"][0]["loc"]),
             (&json!("uuid_parsing"), &json!(["path", "conversation_id"]))
         );
     }
-    assert_eq!(rig.objects().await, [""; 0], "nothing was made");
-    rig.end().await;
+    assert_eq!(harness.objects().await, [""; 0], "nothing was made");
+    harness.end().await;
 }
 
 #[tokio::test]
 async fn an_unchanged_conversation_is_zipped_once_and_a_changed_one_anew() {
-    let rig = ExportHarness::new(config()).await;
-    let id = rig.conversation(None).await;
-    rig.append(id, vec![numbered(5)]).await;
-    let first = fs::read(&rig.download(id).await.path).expect("a file");
-    rig.gate.arm(usize::MAX, Stop::Refuse);
-    let again = fs::read(&rig.download(id).await.path).expect("a file");
+    let harness = ExportHarness::new(config()).await;
+    let id = harness.conversation(None).await;
+    harness.append(id, vec![numbered(5)]).await;
+    let first = fs::read(&harness.download(id).await.path).expect("a file");
+    harness.gate.arm(usize::MAX, Stop::Refuse);
+    let again = fs::read(&harness.download(id).await.path).expect("a file");
     assert!(first == again, "the same bytes");
-    assert!(!rig.gate.calls().iter().any(|call| call.starts_with("PUT")), "{:?}", rig.gate.calls());
-    assert_eq!(rig.zips().await.len(), 1);
+    assert!(!harness.gate.calls().iter().any(|call| call.starts_with("PUT")), "{:?}", harness.gate.calls());
+    assert_eq!(harness.zips().await.len(), 1);
     // A late one, in front of the first: neither the last event nor the end of the log changes.
-    rig.append(id, vec![numbered(1)]).await;
+    harness.append(id, vec![numbered(1)]).await;
     assert_eq!(
-        rig.download(id).await.names().await,
+        harness.download(id).await.names().await,
         ["event_000000_event-1.json", "event_000001_event-5.json", "meta.json"]
     );
     // The same event again, with another content.
-    rig.append(id, vec![Event { json: r#"{"changed": true}"#.into(), ..numbered(1) }]).await;
-    assert_eq!(rig.download(id).await.members().await[0].1, "{\n  \"changed\": true\n}");
+    harness.append(id, vec![Event { json: r#"{"changed": true}"#.into(), ..numbered(1) }]).await;
+    assert_eq!(harness.download(id).await.members().await[0].1, "{\n  \"changed\": true\n}");
     let renamed = ConversationChange::default().title(Some("Another"));
-    rig.conversations.update(&rig.user, id, renamed).await.expect("the store");
-    let members = rig.download(id).await.members().await;
+    harness.conversations.update(&harness.user, id, renamed).await.expect("the store");
+    let members = harness.download(id).await.members().await;
     assert!(members.last().expect("members").1.contains(r#""title": "Another""#));
-    rig.conversation(Some(id)).await;
-    rig.download(id).await;
-    assert_eq!(rig.zips().await.len(), 5);
-    assert_eq!(rig.record(id).await, None, "no record is left");
+    harness.conversation(Some(id)).await;
+    harness.download(id).await;
+    assert_eq!(harness.zips().await.len(), 5);
+    assert_eq!(harness.record(id).await, None, "no record is left");
 
     // What was begun right behind a change may lack what indexes did not show yet.
     let patient = ExportHarness::new(ExportConfig { settle: Duration::from_secs(3600), ..config() }).await;
@@ -755,7 +756,7 @@ async fn an_unchanged_conversation_is_zipped_once_and_a_changed_one_anew() {
         patient.download(id).await;
         assert!(patient.gate.calls().iter().any(|call| call.starts_with("PUT")), "{:?}", patient.gate.calls());
     }
-    rig.end().await;
+    harness.end().await;
     patient.end().await;
 }
 
@@ -817,27 +818,27 @@ async fn a_large_one_is_behind_a_link_that_curl_and_browsers_follow() {
 
 #[tokio::test]
 async fn callers_at_once_cause_one_export() {
-    let rig = ExportHarness::new(config()).await;
-    let id = rig.conversation(None).await;
-    rig.append(id, (0..250).map(numbered).collect()).await;
-    rig.gate.arm(usize::MAX, Stop::Refuse);
-    let zips = join_all((0..5).map(|_| rig.download(id))).await;
-    let puts = rig.gate.calls().into_iter().filter(|call| call.starts_with("PUT")).count();
-    assert_eq!(puts, 1, "{:?}", rig.gate.calls());
+    let harness = ExportHarness::new(config()).await;
+    let id = harness.conversation(None).await;
+    harness.append(id, (0..250).map(numbered).collect()).await;
+    harness.gate.arm(usize::MAX, Stop::Refuse);
+    let zips = join_all((0..5).map(|_| harness.download(id))).await;
+    let puts = harness.gate.calls().into_iter().filter(|call| call.starts_with("PUT")).count();
+    assert_eq!(puts, 1, "{:?}", harness.gate.calls());
     let bytes: Vec<Vec<u8>> = zips.iter().map(|zip| fs::read(&zip.path).expect("a file")).collect();
     assert!(bytes.iter().all(|zip| *zip == bytes[0]));
     assert_eq!(zips[0].names().await.len(), 251);
-    rig.end().await;
+    harness.end().await;
 }
 
 /// Events that make several parts, in several pages.
-async fn append_large(rig: &ExportHarness, id: Uuid, count: usize) -> Vec<(String, String)> {
+async fn append_large(harness: &ExportHarness, id: Uuid, count: usize) -> Vec<(String, String)> {
     let mut dice = Dice(42);
     let mut members = Vec::new();
     for number in 0..count {
         let noise = dice.noise(1_500_000);
         let json = format!(r#"{{"noise":"{noise}"}}"#);
-        rig.append(id, vec![Event { json, ..numbered(number) }]).await;
+        harness.append(id, vec![Event { json, ..numbered(number) }]).await;
         members.push((format!("event_{number:06}_event-{number}.json"), format!("{{\n  \"noise\": \"{noise}\"\n}}")));
     }
     members
@@ -874,33 +875,33 @@ async fn crash_at_every_call(way: Way) {
     let hour = Duration::from_secs(3600);
     let budget = if way == Way::Request { hour } else { Duration::ZERO };
     let config = ExportConfig { lease: hour, budget, build_budget: hour, catch_up: hour, inline_limit: 0, ..config() };
-    let rig = ExportHarness::new(config).await;
-    let id = rig.conversation(None).await;
+    let harness = ExportHarness::new(config).await;
+    let id = harness.conversation(None).await;
     let expected: Vec<(String, String)> =
-        append_large(&rig, id, 8).await.into_iter().map(|(name, text)| (name, sha256_hex(&text))).collect();
-    let job = rig.job(id);
+        append_large(&harness, id, 8).await.into_iter().map(|(name, text)| (name, sha256_hex(&text))).collect();
+    let job = harness.job(id);
     let change = AtomicUsize::new(0);
     // Another export each time.
     let prepare = async || {
         let title = format!("Title {}", change.fetch_add(1, Ordering::Relaxed));
         let change = ConversationChange::default().title(Some(&title));
-        rig.conversations.update(&rig.user, id, change).await.expect("the store");
-        rig.age_finished(id, 11).await;
+        harness.conversations.update(&harness.user, id, change).await.expect("the store");
+        harness.age_finished(id, 11).await;
         if way == Way::Job {
-            assert_eq!(rig.get(id).await.status(), 503);
-            assert_eq!(rig.jobs().await, std::slice::from_ref(&job));
+            assert_eq!(harness.get(id).await.status(), 503);
+            assert_eq!(harness.jobs().await, std::slice::from_ref(&job));
         }
     };
     let build = async || match way {
-        Way::Request | Way::Handover => rig.get(id).await.status().as_u16().to_string(),
-        Way::Job => rig.run(&job).await.to_string(),
+        Way::Request | Way::Handover => harness.get(id).await.status().as_u16().to_string(),
+        Way::Job => harness.run(&job).await.to_string(),
     };
     prepare().await;
-    rig.gate.arm(usize::MAX, Stop::Refuse);
+    harness.gate.arm(usize::MAX, Stop::Refuse);
     build().await;
-    let calls = rig.gate.calls();
-    rig.gate.disarm();
-    rig.download_at_last(id).await;
+    let calls = harness.gate.calls();
+    harness.gate.disarm();
+    harness.download_at_last(id).await;
     let parts = calls.iter().filter(|call| call.contains("partNumber")).count();
     assert_eq!(parts, if way == Way::Handover { 0 } else { 2 }, "{calls:?}");
     let of_s3 = |call: &str| !call.chars().all(char::is_alphanumeric);
@@ -931,35 +932,35 @@ async fn crash_at_every_call(way: Way) {
             // A run in which the SDK had to repeat nothing has fewer calls than one in which it had to.
             for attempt in 1.. {
                 prepare().await;
-                before = rig.zips().await;
-                rig.gate.arm(number, stop);
+                before = harness.zips().await;
+                harness.gate.arm(number, stop);
                 let answer = match (stop, way) {
                     (Stop::Hang(_), Way::Request | Way::Handover) => tokio::select! {
-                        answer = rig.exporter.export(&rig.user, id) => format!("{answer:?}"),
-                        () = rig.gate.reached() => String::new(),
+                        answer = harness.exporter.export(&harness.user, id) => format!("{answer:?}"),
+                        () = harness.gate.reached() => String::new(),
                     },
                     (Stop::Hang(_), Way::Job) => tokio::select! {
-                        succeeded = rig.run(&job) => succeeded.to_string(),
-                        () = rig.gate.reached() => String::new(),
+                        succeeded = harness.run(&job) => succeeded.to_string(),
+                        () = harness.gate.reached() => String::new(),
                     },
                     _ => build().await,
                 };
-                if rig.gate.is_reached() {
+                if harness.gate.is_reached() {
                     assert!(["", "302", "503", "true", "false"].contains(&answer.as_str()), "{case}: {answer}");
                     break;
                 }
-                assert!(attempt < 3, "{case}: {answer}, {:?}", rig.gate.calls());
-                rig.gate.disarm();
-                rig.download_at_last(id).await;
+                assert!(attempt < 3, "{case}: {answer}, {:?}", harness.gate.calls());
+                harness.gate.disarm();
+                harness.download_at_last(id).await;
             }
-            rig.gate.disarm();
+            harness.gate.disarm();
             // An object that exists is complete.
-            for key in rig.zips().await.into_iter().filter(|key| !before.contains(key)) {
-                assert_eq!(rig.zip(&rig.object(&key).await).names().await.len(), 9, "{case}");
+            for key in harness.zips().await.into_iter().filter(|key| !before.contains(key)) {
+                assert_eq!(harness.zip(&harness.object(&key).await).names().await.len(), 9, "{case}");
             }
-            rig.let_the_lease_run_out(id).await;
-            rig.age_queued(id, 61).await;
-            let zip = rig.download_at_last(id).await;
+            harness.let_the_lease_run_out(id).await;
+            harness.age_queued(id, 61).await;
+            let zip = harness.download_at_last(id).await;
             let mut members = zip.digests().await;
             let meta = members.pop().expect("members").1;
             assert!(members == expected, "{case}");
@@ -968,308 +969,314 @@ async fn crash_at_every_call(way: Way) {
         }
     }
     assert_eq!(
-        rig.uploads().await,
+        harness.uploads().await,
         unrecorded_uploads,
         "the recorded uploads of builds that crashed are aborted: {calls:?}"
     );
-    rig.end().await;
+    harness.end().await;
 }
 
 #[tokio::test]
 async fn an_export_that_outlasts_its_request_is_built_by_a_job_and_kept_for_every_client() {
-    let rig = ExportHarness::new(ExportConfig { budget: Duration::ZERO, inline_limit: 0, ..config() }).await;
-    let id = rig.conversation(None).await;
-    let expected = append_large(&rig, id, 14).await;
+    let harness = ExportHarness::new(ExportConfig { budget: Duration::ZERO, inline_limit: 0, ..config() }).await;
+    let id = harness.conversation(None).await;
+    let expected = append_large(&harness, id, 14).await;
     let pending = (503, Some(5));
-    let answer = rig.get(id).await;
+    let answer = harness.get(id).await;
     assert_eq!(status_and_retry(&answer), pending);
     let detail: Value = answer.json().await.expect("JSON");
     assert_eq!(detail, json!({"detail": "The export is still being built: retry in a few seconds"}));
-    let job = rig.job(id);
-    assert_eq!(status_and_retry(&rig.get(id).await), pending);
-    assert_eq!(rig.jobs().await, std::slice::from_ref(&job), "one job, whatever the number of requests");
-    assert_eq!(rig.objects().await, [""; 0]);
-    assert!(rig.run(&job).await);
-    assert_eq!(rig.download(id).await.members().await[..14], expected);
-    assert_eq!(rig.objects().await, rig.zips().await, "nothing but the export is in the bucket");
-    assert_eq!(rig.uploads().await, 0);
+    let job = harness.job(id);
+    assert_eq!(status_and_retry(&harness.get(id).await), pending);
+    assert_eq!(harness.jobs().await, std::slice::from_ref(&job), "one job, whatever the number of requests");
+    assert_eq!(harness.objects().await, [""; 0]);
+    assert!(harness.run(&job).await);
+    assert_eq!(harness.download(id).await.members().await[..14], expected);
+    assert_eq!(harness.objects().await, harness.zips().await, "nothing but the export is in the bucket");
+    assert_eq!(harness.uploads().await, 0);
     // Every client gets it, as often as it asks, although the conversation has changed since.
-    rig.append(id, vec![numbered(20)]).await;
-    let record = rig.record(id).await;
-    for zip in join_all((0..3).map(|_| rig.download(id))).await {
+    harness.append(id, vec![numbered(20)]).await;
+    let record = harness.record(id).await;
+    for zip in join_all((0..3).map(|_| harness.download(id))).await {
         assert_eq!(zip.names().await.len(), 15);
     }
     // The same message again, and one about a conversation that does not exist, change nothing.
-    assert!(rig.run(&job).await);
-    assert!(rig.run(&rig.job(Uuid::new_v4())).await);
-    assert_eq!(rig.record(id).await, record, "requests and messages change nothing");
-    assert_eq!(rig.jobs().await, []);
+    assert!(harness.run(&job).await);
+    assert!(harness.run(&harness.job(Uuid::new_v4())).await);
+    assert_eq!(harness.record(id).await, record, "requests and messages change nothing");
+    assert_eq!(harness.jobs().await, []);
     // After 10 minutes the conversation is exported as it is then.
-    rig.age_finished(id, 11).await;
-    assert_eq!(status_and_retry(&rig.get(id).await), pending);
-    assert!(rig.record(id).await.expect("a record").finished.is_some(), "a request loses no finished export");
-    assert_eq!(rig.jobs().await, std::slice::from_ref(&job));
-    assert!(rig.run(&job).await);
-    assert_eq!(rig.download(id).await.names().await.len(), 16);
-    rig.end().await;
+    harness.age_finished(id, 11).await;
+    assert_eq!(status_and_retry(&harness.get(id).await), pending);
+    assert!(harness.record(id).await.expect("a record").finished.is_some(), "a request loses no finished export");
+    assert_eq!(harness.jobs().await, std::slice::from_ref(&job));
+    assert!(harness.run(&job).await);
+    assert_eq!(harness.download(id).await.names().await.len(), 16);
+    harness.end().await;
 }
 
 #[tokio::test]
 async fn a_request_does_not_wait_for_a_job_and_two_jobs_build_one_export() {
-    let rig = ExportHarness::new(ExportConfig { budget: Duration::ZERO, ..config() }).await;
-    let id = rig.conversation(None).await;
-    rig.append(id, vec![numbered(1)]).await;
-    assert_eq!(rig.get(id).await.status(), 503);
+    let harness = ExportHarness::new(ExportConfig { budget: Duration::ZERO, ..config() }).await;
+    let id = harness.conversation(None).await;
+    harness.append(id, vec![numbered(1)]).await;
+    assert_eq!(harness.get(id).await.status(), 503);
     // This request would have all the time there is, to wait or to build.
     let patient = ExportConfig { budget: 10 * END_WITHIN, ..config() };
     let http = HttpClient::new(AddressPolicy::Any);
-    let exporter = Exporter::new(&patient, &rig.names, &rig.aws, rig.sandboxes.clone(), http);
+    let exporter = Exporter::new(&patient, &harness.names, &harness.aws, harness.sandboxes.clone(), http);
     for held in [false, true] {
         let lease = match held {
-            true => rig.exporter.store().claim_for_job(&rig.user, id, END_WITHIN).await.expect("the store"),
+            true => harness.exporter.store().claim_for_job(&harness.user, id, END_WITHIN).await.expect("the store"),
             false => None,
         };
         assert_eq!(lease.is_some(), held);
-        let answer = tokio::time::timeout(END_WITHIN, exporter.export(&rig.user, id)).await.expect("it does not wait");
+        let answer =
+            tokio::time::timeout(END_WITHIN, exporter.export(&harness.user, id)).await.expect("it does not wait");
         assert!(matches!(answer.expect("the store"), Some(Answer::Pending)));
     }
-    let job = rig.job(id);
-    assert!(rig.run(&job).await, "another process has the lease");
-    assert_eq!(rig.zips().await, [""; 0]);
-    rig.let_the_lease_run_out(id).await;
-    rig.gate.arm(usize::MAX, Stop::Refuse);
-    assert_eq!(join_all((0..3).map(|_| rig.run(&job))).await, [true; 3]);
-    assert_eq!(rig.gate.calls().iter().filter(|call| call.starts_with("PUT")).count(), 1, "{:?}", rig.gate.calls());
-    assert_eq!(rig.download(id).await.names().await.len(), 2);
-    rig.end().await;
+    let job = harness.job(id);
+    assert!(harness.run(&job).await, "another process has the lease");
+    assert_eq!(harness.zips().await, [""; 0]);
+    harness.let_the_lease_run_out(id).await;
+    harness.gate.arm(usize::MAX, Stop::Refuse);
+    assert_eq!(join_all((0..3).map(|_| harness.run(&job))).await, [true; 3]);
+    assert_eq!(
+        harness.gate.calls().iter().filter(|call| call.starts_with("PUT")).count(),
+        1,
+        "{:?}",
+        harness.gate.calls()
+    );
+    assert_eq!(harness.download(id).await.names().await.len(), 2);
+    harness.end().await;
 }
 
 #[tokio::test]
 async fn a_message_that_was_lost_is_enqueued_again_once_a_minute() {
-    let rig = ExportHarness::new(ExportConfig { budget: Duration::ZERO, ..config() }).await;
-    let id = rig.conversation(None).await;
-    let job = rig.job(id);
+    let harness = ExportHarness::new(ExportConfig { budget: Duration::ZERO, ..config() }).await;
+    let id = harness.conversation(None).await;
+    let job = harness.job(id);
     for seconds in [0, 50, 61] {
-        rig.age_queued(id, seconds).await;
-        let answers = join_all((0..4).map(|_| rig.get(id))).await;
+        harness.age_queued(id, seconds).await;
+        let answers = join_all((0..4).map(|_| harness.get(id))).await;
         assert!(answers.iter().all(|answer| answer.status() == 503));
         let expected = usize::from(seconds != 50);
-        assert_eq!(rig.jobs().await, vec![job.clone(); expected], "{seconds} s after it was enqueued");
+        assert_eq!(harness.jobs().await, vec![job.clone(); expected], "{seconds} s after it was enqueued");
     }
     // A process that crashed: at once.
-    let claimed = rig.exporter.store().claim_for_job(&rig.user, id, Duration::from_millis(1)).await;
+    let claimed = harness.exporter.store().claim_for_job(&harness.user, id, Duration::from_millis(1)).await;
     assert!(claimed.expect("the store").is_some());
     tokio::time::sleep(Duration::from_millis(50)).await;
-    assert_eq!(rig.get(id).await.status(), 503);
-    assert_eq!(rig.jobs().await, std::slice::from_ref(&job));
-    assert!(rig.run(&job).await);
-    assert_eq!(rig.get(id).await.status(), 200);
-    rig.end().await;
+    assert_eq!(harness.get(id).await.status(), 503);
+    assert_eq!(harness.jobs().await, std::slice::from_ref(&job));
+    assert!(harness.run(&job).await);
+    assert_eq!(harness.get(id).await.status(), 200);
+    harness.end().await;
 }
 
 #[tokio::test]
 async fn a_process_that_lost_its_lease_publishes_nothing() {
-    let rig = ExportHarness::new(ExportConfig { budget: Duration::ZERO, inline_limit: 0, ..config() }).await;
-    let id = rig.conversation(None).await;
-    append_large(&rig, id, 8).await;
-    let job = rig.job(id);
+    let harness = ExportHarness::new(ExportConfig { budget: Duration::ZERO, inline_limit: 0, ..config() }).await;
+    let id = harness.conversation(None).await;
+    append_large(&harness, id, 8).await;
+    let job = harness.job(id);
     // The first process stands still before its last part, and another process finishes the export meanwhile.
-    assert_eq!(rig.get(id).await.status(), 503);
-    rig.gate.arm(usize::MAX, Stop::Refuse);
-    assert!(rig.run(&job).await);
-    let last_part = rig.gate.calls().iter().rposition(|call| call.contains("partNumber")).expect("a part") + 1;
-    rig.gate.disarm();
-    rig.age_finished(id, 11).await;
-    rig.append(id, vec![numbered(100)]).await;
-    assert_eq!(rig.get(id).await.status(), 503);
-    rig.gate.arm(last_part, Stop::Hold(Moment::Before));
+    assert_eq!(harness.get(id).await.status(), 503);
+    harness.gate.arm(usize::MAX, Stop::Refuse);
+    assert!(harness.run(&job).await);
+    let last_part = harness.gate.calls().iter().rposition(|call| call.contains("partNumber")).expect("a part") + 1;
+    harness.gate.disarm();
+    harness.age_finished(id, 11).await;
+    harness.append(id, vec![numbered(100)]).await;
+    assert_eq!(harness.get(id).await.status(), 503);
+    harness.gate.arm(last_part, Stop::Hold(Moment::Before));
     let late = {
-        let (context, message) = (rig.exports.clone(), message(&job, "download-exports"));
+        let (context, message) = (harness.exports.clone(), message(&job, "download-exports"));
         tokio::spawn(async move { exports::handle(&context, message).await.expect("handled") })
     };
-    rig.gate.reached().await;
-    rig.let_the_lease_run_out(id).await;
+    harness.gate.reached().await;
+    harness.let_the_lease_run_out(id).await;
     // Beside the fault proxy.
-    let jobs = ExportJobs::new(&ExportConfig { inline_limit: 0, ..config() }, &rig.names, &rig.aws);
-    jobs.run(&rig.user, id).await.expect("built");
-    let record = rig.record(id).await.expect("a record");
+    let jobs = ExportJobs::new(&ExportConfig { inline_limit: 0, ..config() }, &harness.names, &harness.aws);
+    jobs.run(&harness.user, id).await.expect("built");
+    let record = harness.record(id).await.expect("a record");
     assert!(record.finished.is_some() && !record.is_queued);
-    rig.gate.open();
-    rig.gate.disarm();
+    harness.gate.open();
+    harness.gate.disarm();
     let response = late.await.expect("it ends");
     // Its upload was aborted by the other process, so that even its last part is refused; or it found its lease lost.
     assert!(response.batch_item_failures.len() <= 1);
-    assert_eq!(rig.record(id).await, Some(record), "it changes nothing");
-    assert_eq!(rig.zips().await.len(), 2);
-    assert_eq!(rig.uploads().await, 0);
-    assert_eq!(rig.download(id).await.names().await.len(), 10);
-    rig.end().await;
+    assert_eq!(harness.record(id).await, Some(record), "it changes nothing");
+    assert_eq!(harness.zips().await.len(), 2);
+    assert_eq!(harness.uploads().await, 0);
+    assert_eq!(harness.download(id).await.names().await.len(), 10);
+    harness.end().await;
 }
 
 #[tokio::test]
 async fn a_build_that_runs_out_of_time_fails_once_and_tells_its_clients() {
     let config = ExportConfig { budget: Duration::ZERO, build_budget: Duration::ZERO, ..config() };
-    let rig = ExportHarness::new(config).await;
-    let id = rig.conversation(None).await;
-    rig.append(id, vec![numbered(1)]).await;
-    let job = rig.job(id);
-    assert_eq!(rig.get(id).await.status(), 503);
-    assert_eq!(rig.jobs().await, std::slice::from_ref(&job));
-    assert!(rig.run(&job).await, "the message is not delivered again");
+    let harness = ExportHarness::new(config).await;
+    let id = harness.conversation(None).await;
+    harness.append(id, vec![numbered(1)]).await;
+    let job = harness.job(id);
+    assert_eq!(harness.get(id).await.status(), 503);
+    assert_eq!(harness.jobs().await, std::slice::from_ref(&job));
+    assert!(harness.run(&job).await, "the message is not delivered again");
     for _ in 0..2 {
-        let answer = rig.get(id).await;
+        let answer = harness.get(id).await;
         let (status, retry) = status_and_retry(&answer);
         assert!(status == 503 && retry.is_some_and(|seconds| (500..=600).contains(&seconds)), "{status} {retry:?}");
         let detail: Value = answer.json().await.expect("JSON");
         let detail = detail["detail"].as_str().expect("text");
         assert!(detail.starts_with("The export could not be built within 0 seconds: retry in "), "{detail}");
     }
-    assert_eq!(rig.jobs().await, [], "nothing is built");
-    assert!(rig.run(&job).await, "late messages change nothing");
-    assert_eq!(status_and_retry(&rig.get(id).await).0, 503);
+    assert_eq!(harness.jobs().await, [], "nothing is built");
+    assert!(harness.run(&job).await, "late messages change nothing");
+    assert_eq!(status_and_retry(&harness.get(id).await).0, 503);
     // After 10 minutes a request starts it again.
-    rig.age_failure(id, 11).await;
-    assert_eq!(status_and_retry(&rig.get(id).await), (503, Some(5)));
-    assert_eq!(rig.jobs().await, std::slice::from_ref(&job));
-    let jobs = ExportJobs::new(&self::config(), &rig.names, &rig.aws);
-    jobs.run(&rig.user, id).await.expect("built");
-    assert_eq!(rig.download(id).await.names().await.len(), 2);
+    harness.age_failure(id, 11).await;
+    assert_eq!(status_and_retry(&harness.get(id).await), (503, Some(5)));
+    assert_eq!(harness.jobs().await, std::slice::from_ref(&job));
+    let jobs = ExportJobs::new(&self::config(), &harness.names, &harness.aws);
+    jobs.run(&harness.user, id).await.expect("built");
+    assert_eq!(harness.download(id).await.names().await.len(), 2);
 
     // The export before stays until there is a newer one.
-    rig.age_finished(id, 11).await;
-    rig.append(id, vec![numbered(2)]).await;
-    assert_eq!(rig.get(id).await.status(), 503);
-    assert!(rig.run(&job).await);
+    harness.age_finished(id, 11).await;
+    harness.append(id, vec![numbered(2)]).await;
+    assert_eq!(harness.get(id).await.status(), 503);
+    assert!(harness.run(&job).await);
     for _ in 0..2 {
-        let answer = rig.get(id).await;
+        let answer = harness.get(id).await;
         assert_eq!(answer.headers()["x-export-warning"], OLDER_EXPORT);
-        assert_eq!(rig.zip(&answer.bytes().await.expect("a body")).names().await.len(), 2);
+        assert_eq!(harness.zip(&answer.bytes().await.expect("a body")).names().await.len(), 2);
     }
-    rig.end().await;
+    harness.end().await;
 }
 
 #[tokio::test]
 async fn a_deadline_within_the_build_ends_it_and_aborts_its_upload() {
     let hour = Duration::from_secs(3600);
-    let rig = ExportHarness::new(ExportConfig { budget: hour, catch_up: hour, ..config() }).await;
-    let id = rig.conversation(None).await;
-    append_large(&rig, id, 8).await;
-    rig.gate.arm(usize::MAX, Stop::Refuse);
-    rig.download(id).await;
-    let first_part = rig.gate.calls().iter().position(|call| call.contains("partNumber=1")).expect("a part") + 1;
-    rig.append(id, vec![numbered(50)]).await;
-    rig.gate.disarm();
+    let harness = ExportHarness::new(ExportConfig { budget: hour, catch_up: hour, ..config() }).await;
+    let id = harness.conversation(None).await;
+    append_large(&harness, id, 8).await;
+    harness.gate.arm(usize::MAX, Stop::Refuse);
+    harness.download(id).await;
+    let first_part = harness.gate.calls().iter().position(|call| call.contains("partNumber=1")).expect("a part") + 1;
+    harness.append(id, vec![numbered(50)]).await;
+    harness.gate.disarm();
     // A job has these 5 seconds, and one call hangs for longer.
     let build_budget = Duration::from_secs(5);
-    let job = rig.job(id);
+    let job = harness.job(id);
     let config = ExportConfig { budget: Duration::ZERO, build_budget, ..config() };
     let http = HttpClient::new(AddressPolicy::Any);
-    let exporter = Exporter::new(&config, &rig.names, &rig.aws, rig.sandboxes.clone(), http);
-    assert!(matches!(exporter.export(&rig.user, id).await.expect("the store"), Some(Answer::Pending)));
-    let jobs = ExportJobs::new(&config, &rig.names, &rig.clients[1]);
+    let exporter = Exporter::new(&config, &harness.names, &harness.aws, harness.sandboxes.clone(), http);
+    assert!(matches!(exporter.export(&harness.user, id).await.expect("the store"), Some(Answer::Pending)));
+    let jobs = ExportJobs::new(&config, &harness.names, &harness.clients[1]);
     // The request's calls before the build are not the job's: any call of the build will do.
-    rig.gate.arm(first_part.saturating_sub(4), Stop::Hang(Moment::Before));
-    jobs.run(&rig.user, id).await.expect("recorded");
-    rig.gate.disarm();
-    let failed = rig.record(id).await.expect("a record").failed.expect("a failure");
+    harness.gate.arm(first_part.saturating_sub(4), Stop::Hang(Moment::Before));
+    jobs.run(&harness.user, id).await.expect("recorded");
+    harness.gate.disarm();
+    let failed = harness.record(id).await.expect("a record").failed.expect("a failure");
     assert_eq!(failed.reason, FailureReason::OutOfTime { seconds: 5 });
-    assert_eq!(rig.uploads().await, 0);
-    assert!(rig.run(&job).await);
-    rig.end().await;
+    assert_eq!(harness.uploads().await, 0);
+    assert!(harness.run(&job).await);
+    harness.end().await;
 }
 
 #[tokio::test]
 async fn events_are_counted_and_more_than_the_bound_are_refused_by_number() {
-    let rig = ExportHarness::new(ExportConfig { max_events: 5, ..config() }).await;
-    let id = rig.conversation(None).await;
-    rig.append(id, (0..5).map(numbered).collect()).await;
-    assert_eq!(rig.download(id).await.names().await.len(), 6, "as many as the bound");
-    rig.append(id, vec![numbered(5)]).await;
+    let harness = ExportHarness::new(ExportConfig { max_events: 5, ..config() }).await;
+    let id = harness.conversation(None).await;
+    harness.append(id, (0..5).map(numbered).collect()).await;
+    assert_eq!(harness.download(id).await.names().await.len(), 6, "as many as the bound");
+    harness.append(id, vec![numbered(5)]).await;
     let detail = json!({"detail":
         "The conversation has 6 events, and an export holds at most 5: read the events page by page instead"});
-    rig.gate.arm(usize::MAX, Stop::Refuse);
+    harness.gate.arm(usize::MAX, Stop::Refuse);
     for _ in 0..2 {
-        let answer = rig.get(id).await;
+        let answer = harness.get(id).await;
         assert_eq!(status_and_retry(&answer), (413, None));
         assert_eq!(answer.json::<Value>().await.expect("JSON"), detail);
     }
-    assert_eq!(rig.gate.calls().iter().filter(|call| call.starts_with("PUT")).count(), 0);
+    assert_eq!(harness.gate.calls().iter().filter(|call| call.starts_with("PUT")).count(), 0);
     // A request that has no time to count leaves it to the job, and clients get the same.
-    rig.age_failure(id, 11).await;
+    harness.age_failure(id, 11).await;
     let hurried = ExportConfig { budget: Duration::ZERO, max_events: 5, ..config() };
     let http = HttpClient::new(AddressPolicy::Any);
-    let exporter = Exporter::new(&hurried, &rig.names, &rig.aws, rig.sandboxes.clone(), http);
-    assert!(matches!(exporter.export(&rig.user, id).await.expect("the store"), Some(Answer::Pending)));
-    assert!(rig.run(&rig.job(id)).await);
-    let answer = rig.get(id).await;
+    let exporter = Exporter::new(&hurried, &harness.names, &harness.aws, harness.sandboxes.clone(), http);
+    assert!(matches!(exporter.export(&harness.user, id).await.expect("the store"), Some(Answer::Pending)));
+    assert!(harness.run(&harness.job(id)).await);
+    let answer = harness.get(id).await;
     assert_eq!(answer.status(), 413);
     assert_eq!(answer.json::<Value>().await.expect("JSON"), detail);
     assert!(shared::config::ExportConfig::default().max_events >= 1_000_000);
-    rig.end().await;
+    harness.end().await;
 }
 
 #[tokio::test]
 async fn crashes_are_bounded_and_a_dead_letter_lets_the_next_request_build() {
-    let rig = ExportHarness::new(ExportConfig { budget: Duration::ZERO, ..config() }).await;
-    let id = rig.conversation(None).await;
-    rig.append(id, vec![numbered(1)]).await;
-    let (job, store) = (rig.job(id), rig.exporter.store());
-    assert_eq!(rig.get(id).await.status(), 503);
+    let harness = ExportHarness::new(ExportConfig { budget: Duration::ZERO, ..config() }).await;
+    let id = harness.conversation(None).await;
+    harness.append(id, vec![numbered(1)]).await;
+    let (job, store) = (harness.job(id), harness.exporter.store());
+    assert_eq!(harness.get(id).await.status(), 503);
     for _ in 0..3 {
-        assert_eq!(rig.jobs().await.len(), 1);
-        let claimed = store.claim_for_job(&rig.user, id, Duration::from_millis(1)).await.expect("the store");
+        assert_eq!(harness.jobs().await.len(), 1);
+        let claimed = store.claim_for_job(&harness.user, id, Duration::from_millis(1)).await.expect("the store");
         assert!(claimed.is_some());
         tokio::time::sleep(Duration::from_millis(50)).await;
-        assert_eq!(status_and_retry(&rig.get(id).await), (503, Some(5)));
+        assert_eq!(status_and_retry(&harness.get(id).await), (503, Some(5)));
     }
-    assert!(rig.run(&job).await);
-    let answer = rig.get(id).await;
+    assert!(harness.run(&job).await);
+    let answer = harness.get(id).await;
     assert!(status_and_retry(&answer).1.is_some_and(|seconds| seconds > 500));
     let detail: Value = answer.json().await.expect("JSON");
     assert!(detail["detail"].as_str().is_some_and(|text| text.contains("in 3 attempts")), "{detail}");
-    rig.jobs().await;
+    harness.jobs().await;
 
     // Dead letters: the next request builds the export, here at once.
     let patient = ExportConfig::default();
     let http = HttpClient::new(AddressPolicy::Any);
-    let exporter = Exporter::new(&patient, &rig.names, &rig.aws, rig.sandboxes.clone(), http);
+    let exporter = Exporter::new(&patient, &harness.names, &harness.aws, harness.sandboxes.clone(), http);
     let dead = |job: &Job| message(job, &format!("download-exports{DEAD_LETTER_SUFFIX}"));
-    rig.age_failure(id, 11).await;
-    assert_eq!(rig.get(id).await.status(), 503);
-    assert!(matches!(exporter.export(&rig.user, id).await.expect("the store"), Some(Answer::Pending)));
-    let handled = exports::handle(&rig.exports, dead(&job)).await.expect("handled");
+    harness.age_failure(id, 11).await;
+    assert_eq!(harness.get(id).await.status(), 503);
+    assert!(matches!(exporter.export(&harness.user, id).await.expect("the store"), Some(Answer::Pending)));
+    let handled = exports::handle(&harness.exports, dead(&job)).await.expect("handled");
     assert!(handled.batch_item_failures.is_empty());
-    let Some(Answer::Ready(ready)) = exporter.export(&rig.user, id).await.expect("the store") else {
+    let Some(Answer::Ready(ready)) = exporter.export(&harness.user, id).await.expect("the store") else {
         panic!("no export")
     };
     assert!(ready.length > 0);
     // While a process builds the export, a dead letter does not disturb it; and one that is no export is dropped.
-    rig.append(id, vec![numbered(2)]).await;
-    assert_eq!(rig.get(id).await.status(), 503);
-    let claimed = store.claim_for_job(&rig.user, id, END_WITHIN).await.expect("the store").expect("a lease");
-    let other = ProcessEvents { user: rig.user.clone(), conversation: id }.into();
+    harness.append(id, vec![numbered(2)]).await;
+    assert_eq!(harness.get(id).await.status(), 503);
+    let claimed = store.claim_for_job(&harness.user, id, END_WITHIN).await.expect("the store").expect("a lease");
+    let other = ProcessEvents { user: harness.user.clone(), conversation: id }.into();
     for dead_letter in [dead(&job), dead(&other)] {
-        let handled = exports::handle(&rig.exports, dead_letter).await.expect("handled");
+        let handled = exports::handle(&harness.exports, dead_letter).await.expect("handled");
         assert!(handled.batch_item_failures.is_empty());
     }
     assert!(store.renew(&claimed.0).await.expect("the store"));
-    assert!(!rig.run(&other).await, "not of this queue");
-    rig.end().await;
+    assert!(!harness.run(&other).await, "not of this queue");
+    harness.end().await;
 }
 
 /// With a checkpoint, as the version before resumed builds from it.
 #[tokio::test]
 async fn an_unfinished_export_of_the_version_before_is_built_from_the_start() {
-    let rig = ExportHarness::new(config()).await;
+    let harness = ExportHarness::new(config()).await;
     for (queued, lease) in [(true, false), (true, true), (false, true), (false, false)] {
-        let id = rig.conversation(None).await;
-        rig.append(id, (0..3).map(numbered).collect()).await;
-        let key = ExportStore::key(&rig.user, id, "the version before");
-        let upload_id = rig.exporter.store().start_upload(&key, Time::now()).await.expect("an upload");
+        let id = harness.conversation(None).await;
+        harness.append(id, (0..3).map(numbered).collect()).await;
+        let key = ExportStore::key(&harness.user, id, "the version before");
+        let upload_id = harness.exporter.store().start_upload(&key, Time::now()).await.expect("an upload");
         let upload = Upload { key: key.clone(), upload_id: upload_id.clone() };
-        rig.exporter.store().upload_part(&upload, 1, "PK".into()).await.expect("a part");
+        harness.exporter.store().upload_part(&upload, 1, "PK".into()).await.expect("a part");
         let notes = format!("{}.abcdefgh.", key.trim_end_matches(".zip"));
-        let note = rig.aws.s3.put_object().bucket(&rig.names.bucket).key(format!("{notes}meta"));
+        let note = harness.aws.s3.put_object().bucket(&harness.names.bucket).key(format!("{notes}meta"));
         note.body(b"{}".to_vec().into()).send().await.expect("a note");
         let now = Time::now().sortable();
         let mut record = json!({
@@ -1281,22 +1288,22 @@ async fn an_unfinished_export_of_the_version_before_is_built_from_the_start() {
             record["lease_owner"] = json!("a process of the version before");
             record["lease_until"] = json!(Time::now().minus(Duration::from_secs(1)).sortable());
         }
-        rig.put_record(id, record).await;
-        let answer = rig.get(id).await;
+        harness.put_record(id, record).await;
+        let answer = harness.get(id).await;
         if queued {
             assert_eq!(answer.status(), 503, "{lease}");
-            assert_eq!(rig.jobs().await, [rig.job(id)]);
-            assert!(rig.run(&rig.job(id)).await);
-            let answer = rig.get(id).await;
+            assert_eq!(harness.jobs().await, [harness.job(id)]);
+            assert!(harness.run(&harness.job(id)).await);
+            let answer = harness.get(id).await;
             assert_eq!(answer.headers()["x-export-warning"], "of the version before");
         }
-        assert_eq!(rig.download(id).await.names().await.len(), 4);
-        assert_eq!(rig.uploads().await, 0, "its upload is aborted");
-        let store = Stores::without_key(&rig.names, &rig.aws).exports();
-        store.delete_all(&rig.user, id).await.expect("deleted");
-        assert_eq!(rig.objects().await, [""; 0], "with what the version before left");
+        assert_eq!(harness.download(id).await.names().await.len(), 4);
+        assert_eq!(harness.uploads().await, 0, "its upload is aborted");
+        let store = Stores::without_key(&harness.names, &harness.aws).exports();
+        store.delete_all(&harness.user, id).await.expect("deleted");
+        assert_eq!(harness.objects().await, [""; 0], "with what the version before left");
     }
-    rig.end().await;
+    harness.end().await;
 }
 
 /// In the job queue, where the version before enqueued exports.
@@ -1323,23 +1330,23 @@ async fn a_job_in_the_queue_of_the_version_before_is_forwarded() {
 
 #[tokio::test]
 async fn a_finished_export_of_the_version_before_is_served_and_one_that_is_gone_is_built_again() {
-    let rig = ExportHarness::new(config()).await;
-    let id = rig.conversation(None).await;
-    rig.append(id, vec![numbered(1)]).await;
-    rig.download(id).await;
-    let zip = rig.zips().await.pop().expect("an export");
-    rig.append(id, vec![numbered(2)]).await;
+    let harness = ExportHarness::new(config()).await;
+    let id = harness.conversation(None).await;
+    harness.append(id, vec![numbered(1)]).await;
+    harness.download(id).await;
+    let zip = harness.zips().await.pop().expect("an export");
+    harness.append(id, vec![numbered(2)]).await;
     // As it was written: the warning beside the finished export.
     let at = Time::now().minus(Duration::from_secs(60)).sortable();
     let record = json!({"wanted": false, "warning": "an old warning", "finished": {"key": zip, "at": at}});
-    rig.put_record(id, record).await;
-    let answer = rig.get(id).await;
+    harness.put_record(id, record).await;
+    let answer = harness.get(id).await;
     assert_eq!(answer.headers()["x-export-warning"], "an old warning");
-    assert_eq!(rig.zip(&answer.bytes().await.expect("a body")).names().await.len(), 2);
-    assert_eq!(rig.download(id).await.names().await.len(), 2, "again");
-    rig.aws.s3.delete_object().bucket(&rig.names.bucket).key(&zip).send().await.expect("deleted");
-    assert_eq!(rig.download(id).await.names().await.len(), 3, "anew");
-    rig.end().await;
+    assert_eq!(harness.zip(&answer.bytes().await.expect("a body")).names().await.len(), 2);
+    assert_eq!(harness.download(id).await.names().await.len(), 2, "again");
+    harness.aws.s3.delete_object().bucket(&harness.names.bucket).key(&zip).send().await.expect("deleted");
+    assert_eq!(harness.download(id).await.names().await.len(), 3, "anew");
+    harness.end().await;
 }
 
 #[tokio::test]
@@ -1369,30 +1376,31 @@ async fn the_product_builds_it_through_the_queue() {
 
 #[tokio::test]
 async fn events_that_have_not_arrived_are_fetched() {
-    let rig = ExportHarness::new(config()).await;
-    let id = rig.conversation(None).await;
-    rig.sandboxes.start(&rig.user, SANDBOX).await.expect("a sandbox");
-    let told: Vec<Value> =
+    let harness = ExportHarness::new(config()).await;
+    let id = harness.conversation(None).await;
+    harness.sandboxes.start(&harness.user, SANDBOX).await.expect("a sandbox");
+    let reported: Vec<Value> =
         (0..50).map(|number| serde_json::from_str(&numbered(number).json).expect("JSON")).rev().collect();
-    *rig.agent.events.lock().expect("events") = told;
+    *harness.agent.events.lock().expect("events") = reported;
     // Some have arrived, the last of them not; and one that the agent server keeps to itself.
-    rig.append(id, (0..10).chain([15]).map(numbered).collect()).await;
-    rig.append(id, vec![event("state", "2025-01-01T00:00:16", "{}")]).await;
-    assert_eq!(rig.download(id).await.names().await.len(), 52);
-    assert!(rig.agent.asked.swap(0, Ordering::Relaxed) > 1);
-    let answer = rig.get(id).await;
+    harness.append(id, (0..10).chain([15]).map(numbered).collect()).await;
+    harness.append(id, vec![event("state", "2025-01-01T00:00:16", "{}")]).await;
+    assert_eq!(harness.download(id).await.names().await.len(), 52);
+    assert!(harness.agent.asked.swap(0, Ordering::Relaxed) > 1);
+    let answer = harness.get(id).await;
     assert_eq!((answer.status().as_u16(), answer.headers().get("x-export-warning")), (200, None));
-    assert_eq!(rig.agent.asked.swap(0, Ordering::Relaxed), 1, "nothing is missing: one question");
+    assert_eq!(harness.agent.asked.swap(0, Ordering::Relaxed), 1, "nothing is missing: one question");
     // A sandbox that does not run is not asked.
-    rig.sandboxes.set_status(SANDBOX, shared::sandbox::SandboxStatus::Paused);
-    assert_eq!(rig.get(id).await.headers().get("x-export-warning"), None);
-    assert_eq!(rig.agent.asked.load(Ordering::Relaxed), 0);
+    harness.sandboxes.set_status(SANDBOX, shared::sandbox::SandboxStatus::Paused);
+    assert_eq!(harness.get(id).await.headers().get("x-export-warning"), None);
+    assert_eq!(harness.agent.asked.load(Ordering::Relaxed), 0);
 
     // One that cannot be reached: the export says so, and is exact else.
     let gone = StandInSandboxes::at("http://127.0.0.1:1".to_owned(), "/nowhere".to_owned());
-    gone.start(&rig.user, SANDBOX).await.expect("a sandbox");
-    let exporter = Exporter::new(&config(), &rig.names, &rig.aws, Arc::new(gone), HttpClient::new(AddressPolicy::Any));
-    let Some(Answer::Ready(ready)) = exporter.export(&rig.user, id).await.expect("an export") else {
+    gone.start(&harness.user, SANDBOX).await.expect("a sandbox");
+    let exporter =
+        Exporter::new(&config(), &harness.names, &harness.aws, Arc::new(gone), HttpClient::new(AddressPolicy::Any));
+    let Some(Answer::Ready(ready)) = exporter.export(&harness.user, id).await.expect("an export") else {
         panic!("an export")
     };
     assert_eq!(ready.warning.as_deref(), Some(WARNING));
@@ -1401,10 +1409,10 @@ async fn events_that_have_not_arrived_are_fetched() {
     let mut request = Request::get(format!("/api/v1/app-conversations/{id}/download"))
         .body(axum::body::Body::empty())
         .expect("a request");
-    request.extensions_mut().insert(Caller(rig.user.clone()));
+    request.extensions_mut().insert(Caller(harness.user.clone()));
     let answer = tower::ServiceExt::oneshot(router, request).await.expect("an answer");
     assert_eq!(answer.headers()["x-export-warning"], WARNING);
-    rig.end().await;
+    harness.end().await;
 }
 
 #[tokio::test]
@@ -1417,15 +1425,15 @@ async fn a_real_agents_events_are_in_an_export_before_it_has_posted_them() {
     let id = start.conversation_id();
     product.conversation_when(&id, "finished").await;
     // What happened last is posted up to 30 s later.
-    let told = product.at_agent(&id).await.all_events().await;
+    let reported = product.at_agent(&id).await.all_events().await;
     let id = Uuid::parse_str(&id).expect("an id");
     let answer = product.download(&id.to_string()).await;
     assert_eq!((answer.status().as_u16(), answer.headers().get("x-export-warning")), (200, None));
     let path = product.data().join("export.zip");
     fs::write(&path, answer.bytes().await.expect("a body")).expect("written");
     let members = Zip { path }.members().await;
-    assert!(told.len() > 2, "{told:#?}");
-    for event in &told {
+    assert!(reported.len() > 2, "{reported:#?}");
+    for event in &reported {
         let id = event["id"].as_str().expect("an id");
         let member = members.iter().find(|(name, _)| name.ends_with(&format!("_{id}.json")));
         let (_, text) = member.unwrap_or_else(|| panic!("{id} is missing: {event:#}"));
@@ -1449,26 +1457,26 @@ fn without_nulls(value: &Value) -> Value {
 
 #[tokio::test]
 async fn a_deleted_conversation_leaves_no_export() {
-    let rig = ExportHarness::new(config()).await;
-    let (id, other) = (rig.conversation(None).await, rig.conversation(None).await);
+    let harness = ExportHarness::new(config()).await;
+    let (id, other) = (harness.conversation(None).await, harness.conversation(None).await);
     for conversation in [id, other] {
-        rig.download(conversation).await;
+        harness.download(conversation).await;
     }
-    let (lease, upload) = rig.build_that_hangs(id).await;
-    assert_ne!(rig.uploads().await, 0);
-    let store = rig.exporter.store();
+    let (lease, upload) = harness.build_that_hangs(id).await;
+    assert_ne!(harness.uploads().await, 0);
+    let store = harness.exporter.store();
     // As the worker deletes them: the policies of exports do not allow it.
-    let deleter = Stores::without_key(&rig.names, &rig.aws).exports();
-    deleter.delete_all(&rig.user, id).await.expect("deleted");
-    deleter.delete_all(&rig.user, id).await.expect("deleted again");
-    assert_eq!(rig.record(id).await, None);
-    assert_eq!(rig.zips().await.len(), 1, "the export of the other conversation stays");
-    assert_eq!(rig.uploads().await, 0);
+    let deleter = Stores::without_key(&harness.names, &harness.aws).exports();
+    deleter.delete_all(&harness.user, id).await.expect("deleted");
+    deleter.delete_all(&harness.user, id).await.expect("deleted again");
+    assert_eq!(harness.record(id).await, None);
+    assert_eq!(harness.zips().await.len(), 1, "the export of the other conversation stays");
+    assert_eq!(harness.uploads().await, 0);
     // The process that builds the export finds its lease lost, and its upload aborted.
     assert!(!store.renew(&lease).await.expect("the store"));
     assert!(!store.record_upload(&lease, &upload).await.expect("the store"));
     assert!(store.upload_part(&upload, 1, "x".into()).await.is_err());
-    rig.end().await;
+    harness.end().await;
 }
 
 #[tokio::test]
@@ -1476,31 +1484,31 @@ async fn old_exports_and_uploads_are_removed_where_no_lifecycle_rule_does() {
     if skipped_on_ministack("there a lifecycle rule would be the one to do it") {
         return;
     }
-    let rig = ExportHarness::new(config()).await;
-    let engines = rig.engines.as_embedded().expect("embedded engines");
-    let (unfinished, finished) = (rig.conversation(None).await, rig.conversation(None).await);
-    append_large(&rig, unfinished, 8).await;
-    rig.download(finished).await;
-    rig.build_that_hangs(unfinished).await;
+    let harness = ExportHarness::new(config()).await;
+    let engines = harness.engines.as_embedded().expect("embedded engines");
+    let (unfinished, finished) = (harness.conversation(None).await, harness.conversation(None).await);
+    append_large(&harness, unfinished, 8).await;
+    harness.download(finished).await;
+    harness.build_that_hangs(unfinished).await;
     let names = || {
-        let entries = fs::read_dir(rig.folder.path().join("s3")).expect("a folder").filter_map(Result::ok);
+        let entries = fs::read_dir(harness.folder.path().join("s3")).expect("a folder").filter_map(Result::ok);
         entries
             .map(|entry| entry.file_name().to_string_lossy().into_owned())
             .filter(|name| name.contains("upload"))
             .count()
     };
     let (day, now) = (Duration::from_secs(24 * 3600), Duration::ZERO);
-    let bucket = &rig.names.bucket;
+    let bucket = &harness.names.bucket;
     assert_eq!(engines.expire(bucket, "exports/", day, day).expect("expired"), 0);
-    assert!(names() >= 1 && !rig.objects().await.is_empty());
+    assert!(names() >= 1 && !harness.objects().await.is_empty());
     assert!(engines.expire(bucket, "exports/", now, day).expect("expired") >= 1);
-    assert_eq!(rig.objects().await, [""; 0]);
+    assert_eq!(harness.objects().await, [""; 0]);
     assert!(engines.expire(bucket, "exports/", day, now).expect("expired") >= 1);
     assert_eq!(names(), 0);
     // Events in the bucket stay, and the export is built again.
-    rig.let_the_lease_run_out(unfinished).await;
-    assert_eq!(rig.download(unfinished).await.names().await.len(), 9);
-    rig.end().await;
+    harness.let_the_lease_run_out(unfinished).await;
+    assert_eq!(harness.download(unfinished).await.names().await.len(), 9);
+    harness.end().await;
 }
 
 #[tokio::test]

@@ -158,12 +158,13 @@ async fn requests_made_up_from_the_document_get_the_answers_that_it_names() {
             command.args(["--exclude-operation-id", "delete_conversation"]);
         }
         let run = tokio::time::timeout(LIMIT, command.output()).await.expect("in time").expect("it runs");
-        let told = String::from_utf8_lossy(&run.stdout);
-        let told: String = told.lines().map(|line| line.chars().take(300).chain(['\n']).collect::<String>()).collect();
-        assert!(run.status.success(), "{told}{}", String::from_utf8_lossy(&run.stderr));
+        let output = String::from_utf8_lossy(&run.stdout);
+        let output: String =
+            output.lines().map(|line| line.chars().take(300).chain(['\n']).collect::<String>()).collect();
+        assert!(run.status.success(), "{output}{}", String::from_utf8_lossy(&run.stderr));
         // It must have asked: a document without operations has no faults.
         let tested = format!("Tested: {}", operations(&document()).len() - left_out);
-        assert!(told.contains(&tested), "{told}");
+        assert!(output.contains(&tested), "{output}");
     }
     // The second time it asked for the one that there is: somebody has changed it.
     let found = http.get(format!("{api}?ids={CONVERSATION}")).send().await.expect("an answer");

@@ -77,16 +77,16 @@ async fn settings_are_stored_merged_masked_and_used() {
     assert_eq!((kept.condenser_max_size, kept.confirmation_mode), (Some(99), Some(true)));
 
     // Nothing of what is refused is stored.
-    let (status, told) = post(json!({"language": "fr", "condenser_max_size": 5})).await;
-    assert_eq!((status, &told["detail"][0]["loc"]), (422, &json!(["body", "condenser_max_size"])));
+    let (status, response) = post(json!({"language": "fr", "condenser_max_size": 5})).await;
+    assert_eq!((status, &response["detail"][0]["loc"]), (422, &json!(["body", "condenser_max_size"])));
     assert_eq!(get().await.1["language"], "de");
     let large = "x".repeat(9_000);
     let many: Vec<&str> = vec![&large; 40];
-    let (status, told) = post(json!({"disabled_skills": many})).await;
-    assert_eq!((status, told), (413, json!({"detail": "Settings and secrets must not exceed 256 KiB in total"})));
-    let (status, told) = post(json!({"language": "x".repeat(600_000)})).await;
+    let (status, response) = post(json!({"disabled_skills": many})).await;
+    assert_eq!((status, response), (413, json!({"detail": "Settings and secrets must not exceed 256 KiB in total"})));
+    let (status, response) = post(json!({"language": "x".repeat(600_000)})).await;
     assert_eq!(
-        (status, told),
+        (status, response),
         (413, json!({"detail": "The request is larger than this server accepts; send a smaller one"}))
     );
     let other = api.call(&UserId::new("other"), "GET", "/api/v1/settings", None).await;
@@ -102,8 +102,8 @@ async fn stored_servers(api: &Api, user: &UserId) -> Value {
 }
 
 /// The places of the violations, below `mcp_config`.
-fn places(told: &Value) -> Vec<String> {
-    let violations = told["detail"].as_array().expect("violations");
+fn places(response: &Value) -> Vec<String> {
+    let violations = response["detail"].as_array().expect("violations");
     violations
         .iter()
         .map(|violation| {
@@ -113,7 +113,7 @@ fn places(told: &Value) -> Vec<String> {
                 .iter()
                 .map(|step| step.as_str().expect("a name"))
                 .collect();
-            assert_eq!(place[..3], ["body", "agent_settings_diff", "mcp_config"], "{told:#}");
+            assert_eq!(place[..3], ["body", "agent_settings_diff", "mcp_config"], "{response:#}");
             place[3..].join(".")
         })
         .collect()
@@ -130,11 +130,11 @@ async fn mcp_servers_change_as_the_web_ui_means_it() {
     let script: Value = serde_json::from_str(include_str!("../data/settings/web-ui-mcp.json")).expect("JSON");
     for step in script["steps"].as_array().expect("steps") {
         let what = &step["what"];
-        let (status, told) = post(&step["request"]).await;
-        assert_eq!(status, step["status"], "{what}: {told:#}");
+        let (status, response) = post(&step["request"]).await;
+        assert_eq!(status, step["status"], "{what}: {response:#}");
         if status == 422 {
-            assert_eq!(json!(places(&told)), step["send_again"], "{what}: {told:#}");
-            assert!(!told.to_string().contains("key-"), "{what}: {told:#}");
+            assert_eq!(json!(places(&response)), step["send_again"], "{what}: {response:#}");
+            assert!(!response.to_string().contains("key-"), "{what}: {response:#}");
         }
         assert_eq!(stored_servers(&api, &user).await, step["stored"], "{what}");
         for path in ["/api/v1/settings", "/api/v1/users/me"] {
@@ -150,8 +150,8 @@ async fn mcp_servers_change_as_the_web_ui_means_it() {
         assert_eq!(post(&back).await.0, 200, "{what}");
         assert_eq!(stored_servers(&api, &user).await, step["stored"], "{what}: sent back");
         let by_name = json!({"agent_settings_diff": back["agent_settings"].take()});
-        let (status, told) = post(&by_name).await;
-        assert_eq!(status, 200, "{what}: {told:#}");
+        let (status, response) = post(&by_name).await;
+        assert_eq!(status, 200, "{what}: {response:#}");
         assert_eq!(stored_servers(&api, &user).await, step["stored"], "{what}: sent back by name");
     }
     api.stop().await;
@@ -191,8 +191,8 @@ async fn settings_stored_with_three_lists_open_and_change() {
     let mut lists = shown["mcp_config"].clone();
     lists.as_object_mut().expect("an object").retain(|_, entry| entry.is_array());
     lists["sse_servers"].as_array_mut().expect("a list").push(json!({"url": "https://new.example/sse"}));
-    let (status, told) = api.call(&user, "POST", "/api/v1/settings", Some(&json!({"mcp_config": lists}))).await;
-    assert_eq!(status, 200, "{told:#}");
+    let (status, response) = api.call(&user, "POST", "/api/v1/settings", Some(&json!({"mcp_config": lists}))).await;
+    assert_eq!(status, 200, "{response:#}");
     let mut expected = expected;
     expected["sse_2"] = json!({"transport": "sse", "url": "https://new.example/sse"});
     assert_eq!(stored_servers(&api, &user).await, expected);
@@ -343,8 +343,8 @@ async fn users_me_shows_secrets_to_the_users_own_sandboxes_alone() {
             request = request.header("x-session-api-key", key);
         }
         let (status, answer) = api.send(request.body(Body::empty()).expect("a request")).await;
-        let told = if status == 200 { &answer["llm_api_key"] } else { &answer["detail"] };
-        assert_eq!((status, told), (expected.0, &expected.1), "{key:?}");
+        let response = if status == 200 { &answer["llm_api_key"] } else { &answer["detail"] };
+        assert_eq!((status, response), (expected.0, &expected.1), "{key:?}");
     }
     api.stop().await;
 }

@@ -64,7 +64,7 @@ impl Answer {
         self.headers.get(name).map(|value| value.to_str().expect("text"))
     }
 
-    fn told(self) -> (u16, Value) {
+    fn status_and_body(self) -> (u16, Value) {
         (self.status, self.body)
     }
 }
@@ -192,7 +192,7 @@ fn encoded(path: &str) -> String {
 
 #[tokio::test]
 async fn recorded_exchanges_get_the_recorded_responses() {
-    let mut rig = WorkerHarness::start().await;
+    let mut harness = WorkerHarness::start().await;
     let recorded = include_str!("../data/contract/example-inside.jsonl");
     let mut seen = 0;
     for line in recorded.lines() {
@@ -203,15 +203,15 @@ async fn recorded_exchanges_get_the_recorded_responses() {
         let what = path.rsplit('/').next().expect("a route");
         // The situation.
         let sandbox = if label.contains("deleted sandbox") { "deleted" } else { SANDBOX };
-        rig.conversation_with(id, sandbox, None).await;
+        harness.conversation_with(id, sandbox, None).await;
         let paused = label.contains("paused");
-        rig.sandboxes.set_status(SANDBOX, if paused { SandboxStatus::Paused } else { SandboxStatus::Running });
-        rig.agent.clear_faults();
-        rig.set_budget(if label.ends_with("drop") { SHORT_BUDGET } else { BUDGET });
-        rig.agent.set_skills(as_told_by_the_agent_server(&case["response"]["body"]["skills"]));
-        rig.write("PLAN.md", "# Plan ünï\nline2\n");
-        rig.write("bin.dat", [0xff, 0xfe, 0x00]);
-        rig.write("empty.txt", "");
+        harness.sandboxes.set_status(SANDBOX, if paused { SandboxStatus::Paused } else { SandboxStatus::Running });
+        harness.agent.clear_faults();
+        harness.set_budget(if label.ends_with("drop") { SHORT_BUDGET } else { BUDGET });
+        harness.agent.set_skills(as_told_by_the_agent_server(&case["response"]["body"]["skills"]));
+        harness.write("PLAN.md", "# Plan ünï\nline2\n");
+        harness.write("bin.dat", [0xff, 0xfe, 0x00]);
+        harness.write("empty.txt", "");
         let hooks = match label.as_str() {
             "hooks with hooks.json" => {
                 r#"{"PreToolUse": [{"matcher": "terminal", "hooks": [{"type": "command", "command": "echo pre", "timeout": 10}]}],
@@ -221,7 +221,7 @@ async fn recorded_exchanges_get_the_recorded_responses() {
             "hooks: snake case top level" => r#"{"session_start": [{"hooks": [{"command": "true"}]}]}"#,
             _ => "{}",
         };
-        rig.write(".openhands/hooks.json", hooks);
+        harness.write(".openhands/hooks.json", hooks);
         if let Some(fault) = label.split("agent ").nth(1).filter(|_| file == "example-agent-faults") {
             let route = match what {
                 "skills" => "POST /api/skills",
@@ -233,11 +233,11 @@ async fn recorded_exchanges_get_the_recorded_responses() {
                 "drop" => Kind::Hang,
                 status => Kind::Status(status.parse().expect("a status"), r#"{"detail": "no"}"#.to_owned()),
             };
-            rig.agent.inject(Fault::new(route, Nth::Always, kind));
+            harness.agent.inject(Fault::new(route, Nth::Always, kind));
         }
         let query = text(&case["request"]["query"]);
         let target = if query.is_empty() { path.clone() } else { format!("{path}?{query}") };
-        let answer = rig.send("GET", &target, None).await;
+        let answer = harness.send("GET", &target, None).await;
         let expected = match label.as_str() {
             // Named in docs/deviations.md.
             "outside the workspace" => (200, json!("")),
@@ -247,11 +247,11 @@ async fn recorded_exchanges_get_the_recorded_responses() {
                 (status, case["response"]["body"].clone())
             }
         };
-        assert_eq!(answer.told(), expected, "{file}: {label}: {target}");
+        assert_eq!(answer.status_and_body(), expected, "{file}: {label}: {target}");
         seen += 1;
     }
     assert_eq!(seen, 36);
-    rig.end().await;
+    harness.end().await;
 }
 
 /// The recorded skills in the form in which the agent server tells them.
@@ -267,19 +267,19 @@ fn as_told_by_the_agent_server(shown: &Value) -> Value {
 
 #[tokio::test]
 async fn every_state_of_a_sandbox_has_its_answer() {
-    let rig = WorkerHarness::start().await;
-    let id = rig.conversation().await;
-    let lost = rig.conversation_with(Uuid::new_v4(), "none", None).await;
+    let harness = WorkerHarness::start().await;
+    let id = harness.conversation().await;
+    let lost = harness.conversation_with(Uuid::new_v4(), "none", None).await;
     let unknown = Uuid::new_v4();
-    let gone = rig.conversation().await;
+    let gone = harness.conversation().await;
     let detail = |text: String| json!({"detail": text});
     let error = |text: String| json!({"error": text});
     let answers = async |id: Uuid| {
         let mut answers = Vec::new();
         for route in ["skills", "hooks", "files", "git/changes?path=.", "git/diff?path=a"] {
-            answers.push((route, rig.get(id, route).await.told()));
+            answers.push((route, harness.get(id, route).await.status_and_body()));
         }
-        answers.push(("send-message", rig.say(id, &said("Hello")).await.told()));
+        answers.push(("send-message", harness.say(id, &said("Hello")).await.status_and_body()));
         answers
     };
     for (what, id, status, older, newer, file) in [
@@ -337,7 +337,7 @@ async fn every_state_of_a_sandbox_has_its_answer() {
             "not-running",
         ),
     ] {
-        rig.sandboxes.set_status(SANDBOX, status);
+        harness.sandboxes.set_status(SANDBOX, status);
         for (route, answer) in answers(id).await {
             let expected = match route {
                 "skills" if what == "paused" => (200, json!({"skills": []})),
@@ -347,54 +347,54 @@ async fn every_state_of_a_sandbox_has_its_answer() {
             };
             assert_eq!(answer, expected, "{what}: {route}");
         }
-        assert_eq!(rig.file(id, "").await, (String::new(), file.to_owned()), "{what}");
+        assert_eq!(harness.file(id, "").await, (String::new(), file.to_owned()), "{what}");
     }
-    assert!(rig.agent.requests().is_empty(), "nobody was asked");
+    assert!(harness.agent.requests().is_empty(), "nobody was asked");
     // What is asked for is looked at first.
     for route in ["skills", "hooks", "file", "files", "git/changes", "git/diff"] {
-        let answer = rig.send("GET", &format!("/api/v1/app-conversations/bad/{route}"), None).await;
+        let answer = harness.send("GET", &format!("/api/v1/app-conversations/bad/{route}"), None).await;
         assert_eq!((answer.status, &answer.body["detail"][0]["type"]), (422, &json!("uuid_parsing")), "{route}");
     }
     for route in ["git/changes", "git/diff"] {
-        let answer = rig.get(id, route).await;
+        let answer = harness.get(id, route).await;
         assert_eq!(answer.status, 422, "{route}");
         assert_eq!(answer.body["detail"][0]["loc"], json!(["query", "path"]), "{route}");
     }
-    rig.end().await;
+    harness.end().await;
 }
 
 #[tokio::test]
 async fn files_are_read_from_the_workspace_and_from_nowhere_else() {
-    let rig = WorkerHarness::start().await;
-    let id = rig.conversation().await;
-    let workspace = rig.workspace();
+    let harness = WorkerHarness::start().await;
+    let id = harness.conversation().await;
+    let workspace = harness.workspace();
     let ours = |path: &str| format!("?file_path={}", encoded(&workspace.join(path).display().to_string()));
     let known = |path: &str| format!("?file_path={}", encoded(&format!("/workspace/project/{path}")));
     let status = |text: &str, status: &str| (text.to_owned(), status.to_owned());
 
     // Without a path: the conversation's own plan, then the workspace's.
-    assert_eq!(rig.file(id, "").await, status("", "missing"));
-    rig.write("PLAN.md", "the workspace's plan");
-    assert_eq!(rig.file(id, "").await, status("the workspace's plan", "ok"));
-    rig.write(".agents_tmp/PLAN.md", "the plan");
-    assert_eq!(rig.file(id, "").await, status("the plan", "ok"));
+    assert_eq!(harness.file(id, "").await, status("", "missing"));
+    harness.write("PLAN.md", "the workspace's plan");
+    assert_eq!(harness.file(id, "").await, status("the workspace's plan", "ok"));
+    harness.write(".agents_tmp/PLAN.md", "the plan");
+    assert_eq!(harness.file(id, "").await, status("the plan", "ok"));
     // Conversations of a grouped sandbox have a folder each.
     let folder = workspace.join("0123/repository");
-    let grouped = rig.conversation_in(&folder.display().to_string()).await;
-    assert_eq!(rig.file(grouped, "").await, status("the workspace's plan", "ok"));
-    rig.write("0123/repository/.agents_tmp/PLAN.md", "its own plan");
-    assert_eq!(rig.file(grouped, "").await, status("its own plan", "ok"));
+    let grouped = harness.conversation_in(&folder.display().to_string()).await;
+    assert_eq!(harness.file(grouped, "").await, status("the workspace's plan", "ok"));
+    harness.write("0123/repository/.agents_tmp/PLAN.md", "its own plan");
+    assert_eq!(harness.file(grouped, "").await, status("its own plan", "ok"));
     // One that says it works elsewhere reads nothing there.
-    let elsewhere = rig.conversation_in("/etc").await;
-    assert_eq!(rig.file(elsewhere, "").await, status("the workspace's plan", "ok"));
+    let elsewhere = harness.conversation_in("/etc").await;
+    assert_eq!(harness.file(elsewhere, "").await, status("the workspace's plan", "ok"));
 
-    rig.write("it's $(a) file", "wörds \"quoted\"\n");
-    rig.write("empty", "");
-    rig.write("binary", [0xff, 0x00]);
-    rig.write("large", vec![b'x'; 5 * 1024 * 1024 + 1]);
-    rig.write("just so", vec![b'x'; 5 * 1024 * 1024]);
-    rig.write("becomes large", vec![b'\n'; 3 * 1024 * 1024]);
-    fs::write(rig.agent.root().join("secret"), "a secret").expect("written");
+    harness.write("it's $(a) file", "wörds \"quoted\"\n");
+    harness.write("empty", "");
+    harness.write("binary", [0xff, 0x00]);
+    harness.write("large", vec![b'x'; 5 * 1024 * 1024 + 1]);
+    harness.write("just so", vec![b'x'; 5 * 1024 * 1024]);
+    harness.write("becomes large", vec![b'\n'; 3 * 1024 * 1024]);
+    fs::write(harness.agent.root().join("secret"), "a secret").expect("written");
     symlink("../../secret", workspace.join("way-out")).expect("a link");
     symlink("/etc", workspace.join("etc")).expect("a link");
     symlink("it's $(a) file", workspace.join("link")).expect("a link");
@@ -417,56 +417,63 @@ async fn files_are_read_from_the_workspace_and_from_nowhere_else() {
             ("a/../link", status("", "outside-workspace")),
             ("nul\0", status("", "outside-workspace")),
         ] {
-            assert_eq!(rig.file(id, &path(name)).await, expected, "{name}");
+            assert_eq!(harness.file(id, &path(name)).await, expected, "{name}");
         }
-        assert_eq!(rig.file(id, &path("just so")).await.0.len(), 5 * 1024 * 1024);
+        assert_eq!(harness.file(id, &path("just so")).await.0.len(), 5 * 1024 * 1024);
     }
     for path in ["/etc/hostname", "/", "", "PLAN.md", "/workspace/projects/PLAN.md", "/workspace"] {
         let query = format!("?file_path={}", encoded(path));
-        assert_eq!(rig.file(id, &query).await, status("", "outside-workspace"), "{path}");
+        assert_eq!(harness.file(id, &query).await, status("", "outside-workspace"), "{path}");
     }
-    rig.end().await;
+    harness.end().await;
 }
 
 #[tokio::test]
 async fn skills_hooks_and_files_are_those_of_the_conversations_folder() {
-    let rig = WorkerHarness::start().await;
-    let folder = rig.workspace().join("0123/repository");
-    let id = rig.conversation_in(&folder.display().to_string()).await;
-    rig.write("0123/repository/src/main.rs", "fn main() {}\n");
-    rig.write("0123/repository/.openhands/hooks.json", r#"{"Stop": [{"hooks": [{"command": "true"}]}]}"#);
-    rig.write("0123/other", "");
-    rig.write("0123/repository/.git-not", "");
+    let harness = WorkerHarness::start().await;
+    let folder = harness.workspace().join("0123/repository");
+    let id = harness.conversation_in(&folder.display().to_string()).await;
+    harness.write("0123/repository/src/main.rs", "fn main() {}\n");
+    harness.write("0123/repository/.openhands/hooks.json", r#"{"Stop": [{"hooks": [{"command": "true"}]}]}"#);
+    harness.write("0123/other", "");
+    harness.write("0123/repository/.git-not", "");
 
-    assert_eq!(rig.get(id, "skills").await.header("x-skills-status"), Some("ok"));
-    let asked = rig.agent.requests_to("POST /api/skills").pop().expect("asked").json();
+    assert_eq!(harness.get(id, "skills").await.header("x-skills-status"), Some("ok"));
+    let asked = harness.agent.requests_to("POST /api/skills").pop().expect("asked").json();
     assert_eq!(asked["project_dir"], folder.display().to_string());
     assert_eq!(asked["sandbox_config"]["exposed_urls"][0]["name"], "AGENT_SERVER");
-    let hooks = rig.get(id, "hooks").await.body;
+    let hooks = harness.get(id, "hooks").await.body;
     assert_eq!(hooks["hooks"][0]["event_type"], "stop", "{hooks}");
 
-    let files = rig.get(id, "files").await;
+    let files = harness.get(id, "files").await;
     assert_eq!(files.body, json!([".git-not", ".openhands/hooks.json", "src/main.rs"]));
     assert_eq!(files.header("x-files-truncated"), None);
-    assert_eq!(rig.get(id, "files?path=src").await.body, json!(["main.rs"]));
-    let all = rig.get(id, "files?path=/workspace/project/0123").await.body;
+    assert_eq!(harness.get(id, "files?path=src").await.body, json!(["main.rs"]));
+    let all = harness.get(id, "files?path=/workspace/project/0123").await.body;
     assert_eq!(all[0], "other", "{all}");
-    assert_eq!(rig.get(id, "files?path=none").await.told(), (404, json!({"detail": "The folder does not exist"})));
+    assert_eq!(
+        harness.get(id, "files?path=none").await.status_and_body(),
+        (404, json!({"detail": "The folder does not exist"}))
+    );
     for outside in ["/etc", "..", "src/../..", "/workspace"] {
-        let answer = rig.get(id, &format!("files?path={outside}")).await;
-        assert_eq!(answer.told(), (400, json!({"detail": "The path must be inside the workspace"})), "{outside}");
+        let answer = harness.get(id, &format!("files?path={outside}")).await;
+        assert_eq!(
+            answer.status_and_body(),
+            (400, json!({"detail": "The path must be inside the workspace"})),
+            "{outside}"
+        );
     }
 
-    rig.end().await;
+    harness.end().await;
 }
 
 #[tokio::test]
 async fn git_is_asked_of_the_workspace_by_every_form_of_a_path() {
-    let rig = WorkerHarness::start().await;
-    let folder = rig.workspace().join("0123/repository");
-    let id = rig.conversation_in(&folder.display().to_string()).await;
-    rig.write("0123/repository/changed", "one\n");
-    rig.write("0123/repository/deleted \"文\"\t#?%+&.txt", "gone\n");
+    let harness = WorkerHarness::start().await;
+    let folder = harness.workspace().join("0123/repository");
+    let id = harness.conversation_in(&folder.display().to_string()).await;
+    harness.write("0123/repository/changed", "one\n");
+    harness.write("0123/repository/deleted \"文\"\t#?%+&.txt", "gone\n");
     let git = |arguments: &[&str]| {
         let name = ["-c", "user.name=A", "-c", "user.email=a@example.org"];
         let ran = Command::new("git").args(name).args(arguments).current_dir(&folder).output().expect("git");
@@ -475,12 +482,12 @@ async fn git_is_asked_of_the_workspace_by_every_form_of_a_path() {
     git(&["init", "-q"]);
     git(&["add", "-A"]);
     git(&["commit", "-qm", "First"]);
-    rig.write("0123/repository/changed", "two");
+    harness.write("0123/repository/changed", "two");
     fs::remove_file(folder.join("deleted \"文\"\t#?%+&.txt")).expect("removed");
-    rig.write("0123/repository/binary", "\0");
-    rig.write("0123/repository/src/main.rs", "fn main() {}\n");
-    rig.write("0123/repository/large", "line of text\n".repeat(100_000));
-    rig.write("0123/repository/too-large", "x".repeat(5_000_001));
+    harness.write("0123/repository/binary", "\0");
+    harness.write("0123/repository/src/main.rs", "fn main() {}\n");
+    harness.write("0123/repository/large", "line of text\n".repeat(100_000));
+    harness.write("0123/repository/too-large", "x".repeat(5_000_001));
     symlink("gone", folder.join("dangling")).expect("a link");
     symlink("/etc", folder.join("out")).expect("a link");
 
@@ -507,9 +514,9 @@ async fn git_is_asked_of_the_workspace_by_every_form_of_a_path() {
         ("/workspace/project", json!([])),
         ("src", json!([{"status": "ADDED", "path": "main.rs"}])),
     ] {
-        let answer = rig.get(id, &format!("git/changes?path={}", encoded(path))).await;
+        let answer = harness.get(id, &format!("git/changes?path={}", encoded(path))).await;
         assert_eq!(answer.header("x-changes-truncated"), None);
-        assert_eq!(answer.told(), (200, expected), "{path}");
+        assert_eq!(answer.status_and_body(), (200, expected), "{path}");
     }
     let large = "line of text\n".repeat(100_000);
     for change in changes("").as_array().expect("changes") {
@@ -527,7 +534,7 @@ async fn git_is_asked_of_the_workspace_by_every_form_of_a_path() {
         let quoted = r#""deleted \"\346\226\207\"\t#?%+&.txt""#;
         let forms = [path, if path.starts_with("deleted") { quoted } else { path }];
         for given in forms.iter().flat_map(|path| [(*path).to_owned(), format!("{known}/{path}")]) {
-            let answer = rig.get(id, &format!("git/diff?path={}", encoded(&given))).await.told();
+            let answer = harness.get(id, &format!("git/diff?path={}", encoded(&given))).await.status_and_body();
             match expected {
                 Ok((original, modified)) => {
                     assert!(answer == (200, json!({"modified": modified, "original": original})), "{given}");
@@ -563,21 +570,24 @@ async fn git_is_asked_of_the_workspace_by_every_form_of_a_path() {
         ("git/changes?path=/workspace", 400, outside),
         ("git/diff?path=/workspace", 400, outside),
     ] {
-        assert_eq!(rig.get(id, route).await.told(), (status, json!({"detail": detail})), "{route}");
+        assert_eq!(harness.get(id, route).await.status_and_body(), (status, json!({"detail": detail})), "{route}");
     }
-    rig.write("beside", "");
-    let beside = rig.get(id, "git/diff?path=/workspace/project/beside").await.told();
+    harness.write("beside", "");
+    let beside = harness.get(id, "git/diff?path=/workspace/project/beside").await.status_and_body();
     assert_eq!(beside, (200, json!({"modified": null, "original": null})));
-    assert!(rig.agent.requests().iter().all(|request| !request.path.contains("/git/")), "its own routes are not asked");
-    rig.end().await;
+    assert!(
+        harness.agent.requests().iter().all(|request| !request.path.contains("/git/")),
+        "its own routes are not asked"
+    );
+    harness.end().await;
 }
 
 #[tokio::test]
 async fn git_that_does_not_come_to_an_end_is_said_to_be_unfinished() {
-    let rig = WorkerHarness::start().await;
-    let id = rig.conversation_in(&rig.agent.working_dir()).await;
+    let harness = WorkerHarness::start().await;
+    let id = harness.conversation_in(&harness.agent.working_dir()).await;
     let run = "POST /api/bash/execute_bash_command";
-    let gone = format!("{}/openhands-git.x/result", rig.agent.working_dir());
+    let gone = format!("{}/openhands-git.x/result", harness.agent.working_dir());
     for (answer, status, detail) in [
         (json!({"exit_code": -1}), 503, "Git did not finish within 14 s in this sandbox"),
         (json!({"exit_code": 124}), 503, "Git did not finish within 14 s in this sandbox"),
@@ -588,27 +598,27 @@ async fn git_that_does_not_come_to_an_end_is_said_to_be_unfinished() {
         (json!({"exit_code": 0, "stdout": format!("file {gone}\n")}), 502, "The agent server answered 404"),
         (json!({"exit_code": 127, "stderr": "sh: not found"}), 502, "The agent server returned an invalid response"),
     ] {
-        rig.agent.clear_faults();
-        rig.agent.inject(Fault::new(run, Nth::Always, Kind::Status(200, answer.to_string())));
+        harness.agent.clear_faults();
+        harness.agent.inject(Fault::new(run, Nth::Always, Kind::Status(200, answer.to_string())));
         for route in ["git/changes?path=/workspace/project", "git/diff?path=/workspace/project/a"] {
-            let told = rig.get(id, route).await.told();
-            assert_eq!(told.0, status, "{answer}: {told:?}");
-            assert!(told.1["detail"].as_str().expect("a reason").starts_with(detail), "{answer}: {told:?}");
+            let response = harness.get(id, route).await.status_and_body();
+            assert_eq!(response.0, status, "{answer}: {response:?}");
+            assert!(response.1["detail"].as_str().expect("a reason").starts_with(detail), "{answer}: {response:?}");
         }
     }
-    rig.end().await;
+    harness.end().await;
 }
 
 #[tokio::test]
 async fn messages_go_to_the_agent_as_they_were_sent() {
-    let rig = WorkerHarness::start().await;
-    let id = rig.conversation_in(&rig.agent.working_dir()).await;
-    let answer = rig.say(id, &said("Hello")).await;
-    assert_eq!(answer.told(), (200, json!({"success": true, "sandbox_status": "RUNNING", "message": null})));
+    let harness = WorkerHarness::start().await;
+    let id = harness.conversation_in(&harness.agent.working_dir()).await;
+    let answer = harness.say(id, &said("Hello")).await;
+    assert_eq!(answer.status_and_body(), (200, json!({"success": true, "sandbox_status": "RUNNING", "message": null})));
     let image = json!({"role": "user", "content": [{"type": "image", "image_urls": ["data:image/png;base64,AA=="]}], "run": false});
-    assert_eq!(rig.say(id, &image).await.status, 200);
+    assert_eq!(harness.say(id, &image).await.status, 200);
     let sent: Vec<Value> =
-        rig.agent.requests_to("POST /api/conversations/{id}/events").iter().map(Request::json).collect();
+        harness.agent.requests_to("POST /api/conversations/{id}/events").iter().map(Request::json).collect();
     let text = json!({"cache_prompt": false, "type": "text", "text": "Hello"});
     let picture = json!({"cache_prompt": false, "type": "image", "image_urls": ["data:image/png;base64,AA=="]});
     assert_eq!(
@@ -627,20 +637,20 @@ async fn messages_go_to_the_agent_as_they_were_sent() {
         (json!({"content": [{"text": "x"}], "run": "perhaps"}), "bool_parsing", json!(["body", "run"])),
         (json!([]), "model_attributes_type", json!(["body"])),
     ] {
-        let answer = rig.say(id, &body).await;
+        let answer = harness.say(id, &body).await;
         assert_eq!(answer.status, 422, "{body}");
         let first = &answer.body["detail"][0];
         assert_eq!((&first["type"], &first["loc"]), (&json!(kind), &place), "{body}");
     }
-    assert_eq!(rig.agent.requests_to("POST /api/conversations/{id}/events").len(), 2);
-    rig.end().await;
+    assert_eq!(harness.agent.requests_to("POST /api/conversations/{id}/events").len(), 2);
+    harness.end().await;
 }
 
 /// What is wrong and what to do, in our words: those of the agent server are for the log.
 #[tokio::test]
 async fn a_message_for_an_agent_that_cannot_be_set_up_is_answered_with_the_mistake() {
-    let rig = WorkerHarness::start().await;
-    let id = rig.conversation_in(&rig.agent.working_dir()).await;
+    let harness = WorkerHarness::start().await;
+    let id = harness.conversation_in(&harness.agent.working_dir()).await;
     for (exception, status, expected) in [
         (
             "Local plugin path does not exist: /secret words",
@@ -657,18 +667,18 @@ async fn a_message_for_an_agent_that_cannot_be_set_up_is_answered_with_the_mista
         ("secret words", 502, "The agent server answered 500"),
     ] {
         let answer = json!({"detail": "Internal Server Error", "exception": exception});
-        rig.agent.fail_setup(None, 500, &answer.to_string());
-        let answer = rig.say(id, &said("Hello")).await;
+        harness.agent.fail_setup(None, 500, &answer.to_string());
+        let answer = harness.say(id, &said("Hello")).await;
         assert_eq!((answer.status, &answer.body), (status, &json!({"detail": expected})), "{exception}");
     }
-    rig.end().await;
+    harness.end().await;
 }
 
 #[tokio::test]
 async fn whatever_an_agent_server_does_each_route_answers_in_time_and_says_what_is_the_matter() {
-    let mut rig = WorkerHarness::start().await;
-    let id = rig.conversation_in(&rig.agent.working_dir()).await;
-    rig.write("PLAN.md", "a plan");
+    let mut harness = WorkerHarness::start().await;
+    let id = harness.conversation_in(&harness.agent.working_dir()).await;
+    harness.write("PLAN.md", "a plan");
     let private = StandInAgent::start(SESSION_KEY).await;
     let routes = [
         ("skills", "POST /api/skills"),
@@ -692,20 +702,20 @@ async fn whatever_an_agent_server_does_each_route_answers_in_time_and_says_what_
     ];
     let json_of = |text: &str| json!({"detail": text});
     for (what, kind) in &faults {
-        rig.set_budget(if *what == "hangs" { SHORT_BUDGET } else { BUDGET });
+        harness.set_budget(if *what == "hangs" { SHORT_BUDGET } else { BUDGET });
         // All that the route asks, or only what it is there for.
         for everything in [false, true] {
             for (route, asked) in routes {
-                rig.agent.clear_faults();
+                harness.agent.clear_faults();
                 for faulty in routes.iter().map(|(_, asked)| *asked).chain(["GET /api/conversations"]) {
                     if everything || faulty == asked {
-                        rig.agent.inject(Fault::new(faulty, Nth::Always, kind.clone()));
+                        harness.agent.inject(Fault::new(faulty, Nth::Always, kind.clone()));
                     }
                 }
                 let begun = Instant::now();
                 let answer = match route {
-                    "send-message" => rig.say(id, &said("Hello")).await,
-                    route => rig.get(id, route).await,
+                    "send-message" => harness.say(id, &said("Hello")).await,
+                    route => harness.get(id, route).await,
                 };
                 let case = format!("{what}, {route}, everything: {everything}: {} {}", answer.status, answer.body);
                 assert!(begun.elapsed() < AT_MOST, "{case} after {:?}", begun.elapsed());
@@ -761,17 +771,17 @@ async fn whatever_an_agent_server_does_each_route_answers_in_time_and_says_what_
     }
     assert!(private.requests().is_empty(), "a redirect was followed");
     // Where nobody listens.
-    rig.agent.clear_faults();
-    let unreachable = StandInSandboxes::at("http://127.0.0.1:9".to_owned(), rig.agent.working_dir());
-    unreachable.start(&rig.user, SANDBOX).await.expect("a sandbox");
+    harness.agent.clear_faults();
+    let unreachable = StandInSandboxes::at("http://127.0.0.1:9".to_owned(), harness.agent.working_dir());
+    unreachable.start(&harness.user, SANDBOX).await.expect("a sandbox");
     let http = HttpClient::new(AddressPolicy::Any);
-    let places = WorkspaceLocator::new(rig.conversations.clone(), Arc::new(unreachable), http);
-    rig.router = router(&places, BUDGET);
+    let places = WorkspaceLocator::new(harness.conversations.clone(), Arc::new(unreachable), http);
+    harness.router = router(&places, BUDGET);
     let expected = json_of("The agent server cannot be reached");
     for (route, status) in [("git/changes?path=.", 404), ("git/diff?path=PLAN.md", 404), ("files", 502)] {
-        assert_eq!(rig.get(id, route).await.told(), (status, expected.clone()), "{route}");
+        assert_eq!(harness.get(id, route).await.status_and_body(), (status, expected.clone()), "{route}");
     }
-    assert_eq!(rig.say(id, &said("Hello")).await.told(), (502, expected));
-    assert_eq!(rig.file(id, "").await, (String::new(), "unreachable".to_owned()));
-    rig.end().await;
+    assert_eq!(harness.say(id, &said("Hello")).await.status_and_body(), (502, expected));
+    assert_eq!(harness.file(id, "").await, (String::new(), "unreachable".to_owned()));
+    harness.end().await;
 }

@@ -32,7 +32,7 @@ const LEEWAY: u64 = 30;
 const FRESH: Duration = Duration::from_secs(3600);
 /// The age at which keys become invalid: a key that the issuer has revoked must not stay valid because the issuer is unreachable.
 pub const STALE: Duration = Duration::from_secs(24 * 3600);
-/// The shortest time between two reads because of a token with an unknown key id: anyone can make up such ids, and there may be a thousand
+/// The shortest time between two reads because of a token with an unknown key id: anyone can invent such ids, and there may be a thousand
 /// processes.
 pub const UNKNOWN_KEY_PAUSE: Duration = Duration::from_secs(60);
 /// The shortest time before a failed read is repeated. Until then requests fail, unless there are older keys.

@@ -1,5 +1,5 @@
-//! `/api/v1/app-conversations`: conversations with their live status. `GET` returns some by id, `…/search` and `…/count` those that
-//! match a filter, `PATCH …/{id}` changes one, and `DELETE …/{id}` deletes it.
+//! `/api/v1/app-conversations`: conversations with their live status. `GET` returns conversations by id, `…/search` (with pagination) and
+//! `…/count` those that match a filter, `PATCH …/{id}` updates one, and `DELETE …/{id}` deletes one.
 
 use axum::extract::{DefaultBodyLimit, Path, RawQuery, State};
 use axum::routing::{get, patch};

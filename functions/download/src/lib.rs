@@ -1,8 +1,8 @@
-//! `GET /api/v1/app-conversations/{conversation_id}/download`: a conversation as a zip.
+//! `GET /api/v1/app-conversations/{conversation_id}/download`: exports a conversation as a zip file.
 //!
-//! An export up to the configured size is streamed from the bucket; for a larger one the response is a redirect to a link to the
-//! bucket. Only a complete object is streamed, never the build. A build that takes longer than a request may is left to the
-//! function `exports`, and the client must retry.
+//! An export up to the configured size is streamed from the bucket; for a larger one the response is a redirect to a presigned link. Only a
+//! complete object is streamed, never a running build. A build that exceeds the time of a request is left to the function `exports`, and
+//! the client must retry.
 
 use axum::Router;
 use axum::extract::rejection::PathRejection;
@@ -27,13 +27,13 @@ use shared::user::seal::Sealer;
 use shared::{Result, id};
 use uuid::Uuid;
 
-/// When to retry for an export that is being built, in seconds.
+/// The `Retry-After` of an export that is being built, in seconds.
 const RETRY_PENDING_AFTER: u64 = 5;
-/// Says what an export may lack.
+/// The header with a warning about events that an export may lack.
 const WARNING: HeaderName = HeaderName::from_static("x-export-warning");
 
-/// What this function may touch: it reads conversations and sandboxes, asks agent servers for events and stores them, and
-/// writes exports.
+/// What this function can access: it reads conversations and sandboxes, fetches events from agent servers and stores them, and writes
+/// exports.
 #[derive(Clone, Debug)]
 pub struct Context {
     exporter: Exporter,
@@ -50,7 +50,7 @@ impl Context {
         Self::with_exporter(exporter, config.export.inline_limit)
     }
 
-    /// A context around an exporter; zips up to `inline_limit` bytes are streamed, larger ones linked to.
+    /// A context with an exporter. Zip files up to `inline_limit` bytes are streamed; the response for larger ones is a link.
     #[must_use]
     pub fn with_exporter(exporter: Exporter, inline_limit: u64) -> Self {
         Self { exporter, inline_limit }
@@ -67,7 +67,7 @@ async fn download(
     Caller(user): Caller,
     conversation: std::result::Result<Path<String>, PathRejection>,
 ) -> Result<Response> {
-    // A path that is not UTF-8 is no UUID either.
+    // A path that is not UTF-8 is not a UUID either.
     let conversation = conversation.map_or_else(|_| char::REPLACEMENT_CHARACTER.into(), |Path(text)| text);
     let conversation = validation::path_uuid("conversation_id", &conversation).map_err(Error::Invalid)?;
     match context.exporter.export(&user, conversation).await? {
@@ -90,12 +90,12 @@ impl Context {
                 Some(zip) => (zip.len() as u64, Body::from(zip)),
                 None => match store.open(&ready.key).await? {
                     Some(object) => (object.length, streamed(object)),
-                    // It was removed after it was found.
+                    // The object was removed after it was found.
                     None => return Ok(pending()),
                 },
             };
             let mut zip = ([(CONTENT_TYPE, ZIP), (CONTENT_DISPOSITION, &disposition)], body).into_response();
-            // With this a client recognises a response that was cut off.
+            // The length enables a client to detect a truncated response.
             zip.headers_mut().insert(CONTENT_LENGTH, length.into());
             zip
         };
@@ -106,7 +106,7 @@ impl Context {
     }
 }
 
-/// A body that is read from the bucket as it is sent. When the bucket fails, the body fails, and the connection is cut.
+/// A body that is read from the bucket while it is sent. If the bucket fails, the body fails, and the connection is closed.
 fn streamed(object: Open) -> Body {
     Body::from_stream(
         object

@@ -1,4 +1,4 @@
-//! The consumer of the queue `exports`: builds the exports that outlast their requests.
+//! The consumer of the queue `exports`: builds the exports that exceed the time of their requests.
 
 use aws_lambda_events::event::sqs::{BatchItemFailure, SqsBatchResponse, SqsEvent, SqsMessage};
 use serde_json::Value;
@@ -9,7 +9,7 @@ use shared::export::ExportJobs;
 use shared::jobs::queue::{DEAD_LETTER_SUFFIX, Job};
 use shared::stores::Stores;
 
-/// What this function may touch: it reads conversations and events, and writes exports.
+/// What this function can access: it reads conversations and events, and writes exports.
 #[derive(Clone, Debug)]
 pub struct Context {
     jobs: ExportJobs,
@@ -22,18 +22,17 @@ impl Context {
         Self::with_jobs(Stores::without_key(&config.names, aws).export_jobs(&config.export))
     }
 
-    /// A context that runs these jobs.
     #[must_use]
     pub fn with_jobs(jobs: ExportJobs) -> Self {
         Self { jobs }
     }
 }
 
-/// Handles messages of the queue or of its dead-letter queue, one after the other: each build needs the memory of the function. Of
-/// a batch, only the messages that failed are delivered again.
+/// Handles messages of the queue or of its dead-letter queue sequentially, because each build needs the memory of the function. Only the
+/// failed messages of a batch are delivered again.
 ///
 /// # Errors
-/// When the event is not one of SQS.
+/// When the event is not an SQS event.
 pub async fn handle(context: &Context, event: Value) -> Result<SqsBatchResponse, Error> {
     let event: SqsEvent = serde_json::from_value(event).map_err(Error::internal)?;
     let mut response = SqsBatchResponse::default();
@@ -54,7 +53,7 @@ async fn handle_message(context: &Context, message: &SqsMessage) -> Result<(), E
     match job {
         Ok(Job::Export { user, conversation }) if is_dead => context.jobs.abandon(&user, conversation).await,
         Ok(Job::Export { user, conversation }) => context.jobs.run(&user, conversation).await,
-        // No delivery would change it. Clients that wait for an export enqueue another message.
+        // A further delivery would not change the outcome. Clients that wait for an export enqueue another message.
         Ok(_) | Err(_) if is_dead => {
             tracing::error!(message_id = message.message_id, "exports.message_dropped");
             Ok(())

@@ -1,4 +1,4 @@
-//! `GET /api/v1/app-conversations/start-tasks`, `…/search`, `…/count`: the progress of starts.
+//! `GET /api/v1/app-conversations/start-tasks`, `…/search`, `…/count`: the progress of start tasks.
 
 use axum::extract::{RawQuery, State};
 use axum::routing::get;

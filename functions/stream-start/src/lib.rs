@@ -1,4 +1,4 @@
-//! `POST /api/v1/app-conversations/stream-start`: starts a conversation and streams every change of the start's status.
+//! `POST /api/v1/app-conversations/stream-start`: starts a conversation and streams every change of the start task's status.
 
 use std::time::Duration;
 
@@ -25,16 +25,16 @@ use shared::user::UserId;
 use shared::user::seal::Sealer;
 use tokio::time::{Instant, sleep_until};
 
-/// The shortest pause between two reads of the task, after a change of its status.
+/// The shortest pause between two polls of the task, after a change of its status.
 const SHORTEST_POLL: Duration = Duration::from_millis(200);
-/// The longest pause, when the status has not changed for a while.
+/// The longest pause between two polls, when the status has not changed for some time.
 const LONGEST_POLL: Duration = Duration::from_secs(2);
-/// A stream of API Gateway lasts 15 minutes at most; the array is closed before that.
+/// An API Gateway stream lasts at most 15 minutes; the array is closed before that.
 const STREAM_LIMIT: Duration = Duration::from_secs(14 * 60);
-/// A request larger than this, in bytes, is shown whole in the first element only.
+/// A request larger than this, in bytes, is shown completely in the first element only.
 const REPEATED_REQUEST: u64 = 64 * 1024;
 
-/// What this function may access: all that a start needs, and start tasks to read.
+/// What this function can access: everything that a start needs, and read access to start tasks.
 #[derive(Clone, Debug)]
 pub struct Context {
     start_service: StartService,
@@ -70,33 +70,33 @@ async fn stream_start(
     Ok(response)
 }
 
-/// The states of a task as a JSON array in pieces. The start continues when the client leaves.
+/// The states of a task as a JSON array in chunks. The start continues when the client disconnects.
 struct States {
     tasks: StartTaskStore,
     user: UserId,
     record: StartTaskRecord,
-    /// The request as the first element shows it.
+    /// The request for the first element.
     first_request: Option<Box<RawValue>>,
-    /// The request as all other elements show it.
+    /// The request for all other elements.
     request: Box<RawValue>,
     /// The number of states that have been sent.
     sent: usize,
     stage: Stage,
-    /// The current pause between two reads.
+    /// The current pause between two polls.
     poll: Duration,
     next_poll: Instant,
     keep_alive: Duration,
-    /// When a newline is due.
+    /// The time at which a newline is due, which keeps the connection alive.
     idle_at: Instant,
-    /// When the array is closed at the latest.
+    /// The latest time at which the array is closed.
     until: Instant,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Stage {
-    /// Nothing has been sent.
+    /// Nothing has been sent yet.
     Opening,
-    /// States are sent as they come.
+    /// States are sent as they occur.
     Open,
     /// The array is complete.
     Closed,
@@ -121,7 +121,7 @@ impl States {
         }
     }
 
-    /// The array, closed whatever happens.
+    /// The chunks of the array, which is always closed.
     fn stream(self) -> impl Stream<Item = Result<Bytes, std::convert::Infallible>> {
         stream::unfold(self, async |mut states| {
             let piece = states.piece().await?;
@@ -130,7 +130,7 @@ impl States {
         })
     }
 
-    /// The next piece, as soon as there is one; `None` after the end.
+    /// The next chunk, as soon as there is one; `None` after the end.
     async fn piece(&mut self) -> Option<Bytes> {
         loop {
             match self.stage {
@@ -157,7 +157,7 @@ impl States {
                 self.next_poll = Instant::now() + self.poll;
             }
             if self.sent == self.record.history.len() && Instant::now() >= self.idle_at {
-                // White space is allowed between the elements of an array.
+                // JSON permits white space between the elements of an array.
                 return Some(Bytes::from_static(b"\n"));
             }
         }
@@ -176,13 +176,13 @@ impl States {
         Some(Bytes::from(format!("{separator}{json}")))
     }
 
-    /// Reads the task again; its request is not read, it never changes.
+    /// Polls the task. Its request is not read, because it never changes.
     async fn read(&mut self) {
         match self.tasks.get(&self.user, self.record.id).await {
             Ok(Some(record)) => self.record = record,
-            // Deleted by its owner: no more states will come.
+            // The owner has deleted the task, so it has no more states.
             Ok(None) => self.until = Instant::now(),
-            // The store may answer the next read; the array ends when the time is over.
+            // The next read may succeed; the array ends at its time limit.
             Err(error) => tracing::warn!(error = %error.context(), "stream_start.read_failed"),
         }
     }

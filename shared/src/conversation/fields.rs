@@ -1,4 +1,4 @@
-//! Fields of conversation records that requests set, and how they are read.
+//! Enums and text fields of conversation records that requests set, and their validation.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -8,48 +8,41 @@ use crate::http::pydantic::validation::{Checker, Fields, string_up_to, wire_enum
 use crate::user::git::without_credentials;
 
 wire_enum! {
-    /// What caused the start of a conversation.
+    /// What started a conversation.
     pub enum Trigger {
-        /// The resolver of issues.
+        /// The issue resolver.
         Resolver = "resolver",
-        /// The web UI.
         Gui = "gui",
-        /// A task the UI suggested.
+        /// A task that the UI suggested.
         SuggestedTask = "suggested_task",
-        /// The API.
         OpenhandsApi = "openhands_api",
-        /// Slack.
         Slack = "slack",
-        /// The UI's microagent management.
+        /// The microagent management of the UI.
         MicroagentManagement = "microagent_management",
-        /// Jira Cloud.
         Jira = "jira",
-        /// Jira Data Center.
         JiraDc = "jira_dc",
-        /// Linear.
         Linear = "linear",
-        /// Bitbucket.
         Bitbucket = "bitbucket",
-        /// An automation; of later versions.
+        /// An automation. Only later versions of the reference have it.
         Automation = "automation",
     }
 }
 
-/// An event callback processor, which runs on events of a conversation: `{"kind": …}`.
+/// An event callback processor (`{"kind": …}`), which runs on the events of a conversation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind")]
 pub enum EventCallbackProcessor {
-    /// Logs them.
+    /// Logs the events.
     #[serde(rename = "LoggingCallbackProcessor")]
     Logging,
-    /// Gives the conversation a title.
+    /// Sets a title for the conversation.
     #[serde(rename = "SetTitleCallbackProcessor")]
     SetTitle,
 }
 
 impl EventCallbackProcessor {
-    /// Violations: `value_error` for an unknown or missing kind, `model_attributes_type` for anything but an object (the
-    /// reference answers 500 to that).
+    /// Reports `value_error` for an unknown or missing kind, and `model_attributes_type` for any value that is not an object (the reference
+    /// responds to that with 500).
     pub(crate) fn read(check: &mut Checker, value: &Value) -> Option<Self> {
         Fields::of(check, value)?;
         let kind = value.get("kind").unwrap_or(&Value::Null);
@@ -65,7 +58,7 @@ impl EventCallbackProcessor {
             Value::Bool(false) => "False".to_owned(),
             other => other.to_string(),
         };
-        // The reference removes the kind before it finds that it is unknown.
+        // The reference removes the kind before it detects that the kind is unknown, so the violation shows the input without it.
         let mut rest = value.as_object().cloned().unwrap_or_default();
         rest.shift_remove("kind");
         let error = format_args!(
@@ -77,12 +70,12 @@ impl EventCallbackProcessor {
     }
 }
 
-/// A text that becomes part of the conversation's record.
+/// Reads a text that is stored in the conversation's record.
 pub(crate) fn name(check: &mut Checker, value: &Value) -> Option<String> {
     string_up_to(MAX_NAME, check, value)
 }
 
-/// A repository, without the credentials that an address may have: the request is stored and shown.
+/// Reads a repository and removes credentials from its URL, because the request is stored and shown.
 pub(crate) fn repository(check: &mut Checker, value: &Value) -> Option<String> {
     match value {
         Value::String(text) => name(check, &without_credentials(text).into()),

@@ -1,8 +1,10 @@
-//! What has changed in a workspace, by git in its sandbox: the same on every version of the agent server, whose own routes leave out
-//! files, fail on names, and ask the network, each version in its own way.
+//! Git changes and diffs of a workspace, computed by git inside its sandbox, with the same result on every version of the agent server.
 //!
-//! A request is one shell command (`git/*.sh`). Its result is a file in the sandbox, printed as base64 where it is short: agent
-//! servers keep the output of commands, cut it into pieces, and replace what is not UTF-8.
+//! The agent server's own git routes are not used: they omit files, fail on some file names, and access the network, and each version
+//! differs.
+//!
+//! A request is one shell command (`git/*.sh`). Its result is a file in the sandbox; a short result is printed as base64, because agent
+//! servers store the output of commands, split it into pieces, and replace bytes that are not UTF-8.
 
 mod name;
 mod text;
@@ -25,34 +27,33 @@ const COMMON: &str = include_str!("git/common.sh");
 const CHANGES: &str = include_str!("git/changes.sh");
 const DIFF: &str = include_str!("git/diff.sh");
 const RUN: &str = include_str!("git/run.sh");
-/// What git may take, in seconds. A workspace may be large.
+/// The time limit of git, in seconds. A workspace may be large.
 const SECONDS: u64 = 14;
-/// When the agent server stops a script that has not stopped itself.
+/// The timeout after which the agent server stops a script that has not stopped itself.
 const TIMEOUT: Duration = Duration::from_secs(SECONDS + 1);
 const CLEANUP: Duration = Duration::from_secs(5);
-/// The largest result that is printed. Agent servers never remove what commands have printed, and search through all of it.
+/// The largest result, in bytes, that is printed. Agent servers never remove the output of commands, and search through all of it.
 const INLINE: usize = 32 * 1024;
 /// The longest list, in bytes of names and statuses.
 const LIST_LIMIT: usize = 4 * 1024 * 1024;
-/// The largest file of which there is a diff, and the most bytes of both sides. As JSON they may be larger: see [`PAGE_SIZE`].
+/// The largest file that has a diff, and the most bytes of both sides together. As JSON they may be larger: see [`PAGE_SIZE`].
 const FILE_LIMIT: usize = 5_000_000;
-/// The most repositories in a folder that are listed with it: each takes several processes.
+/// The most nested repositories that are listed with a folder. Each one requires several processes.
 const NESTED: usize = 50;
-/// The longest path, and the longest `ref`: a command has a greatest length.
+/// The longest path and the longest `ref`, in bytes, because the length of a command is limited.
 const ARGUMENT_LIMIT: usize = 16 * 1024;
-/// Characters of git's own error that are shown.
+/// The number of characters of git's own error message that are shown.
 const REASON: usize = 500;
 const REQUEST: &str = "POST /api/bash/execute_bash_command";
 
 type Asked<T> = Result<Result<T, Error>, AgentServerError>;
 
-/// The name of a repository in a folder, empty for the folder's own, and its changes by path.
+/// The name of a repository in a folder (empty for the folder's own repository), and its changes by path.
 type Repository = (Vec<u8>, BTreeMap<Vec<u8>, Status>);
 
-/// Git in a workspace.
+/// Runs git in a workspace.
 #[derive(Clone, Copy, Debug)]
 pub struct WorkspaceGit<'a> {
-    /// The agent server of the sandbox.
     pub agent_server: &'a AgentServer,
     /// The absolute path of the workspace.
     pub root: &'a str,
@@ -85,9 +86,9 @@ pub enum Status {
 /// The changes in a folder.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Changes {
-    /// By path.
+    /// Sorted by path.
     pub list: Vec<Change>,
-    /// Whether there are more than the list can hold.
+    /// Whether the list is incomplete.
     pub is_truncated: bool,
 }
 
@@ -103,10 +104,10 @@ pub struct Diff {
 }
 
 impl WorkspaceGit<'_> {
-    /// What has changed below the folder at an absolute path, since `reference` or since the work began.
+    /// Lists the files below the folder at an absolute path that have changed since `reference`, or by default since the work began.
     ///
     /// # Errors
-    /// When the agent server does not answer; within, why there is no list.
+    /// The outer error when the agent server does not respond; the inner error when there is no list.
     pub async fn changes(&self, folder: &str, reference: Option<&str>) -> Asked<Changes> {
         let script = match self.changes_script(folder, reference) {
             Ok(script) => script,
@@ -118,10 +119,10 @@ impl WorkspaceGit<'_> {
         })
     }
 
-    /// The file at an absolute path, as it was at `reference` or when the work began, and as it is.
+    /// Compares the file at an absolute path with its version at `reference`, or by default with its version when the work began.
     ///
     /// # Errors
-    /// When the agent server does not answer; within, why there is no diff.
+    /// The outer error when the agent server does not respond; the inner error when there is no diff.
     pub async fn diff(&self, file: &str, reference: Option<&str>) -> Asked<Diff> {
         let script = match self.diff_script(file, reference) {
             Ok(script) => script,
@@ -141,7 +142,7 @@ impl WorkspaceGit<'_> {
 
     fn diff_script(&self, file: &str, reference: Option<&str>) -> Result<String, Error> {
         let rest = self.below_root(file)?;
-        // A name of git's own form: of a list that an agent server made, or one that is not UTF-8.
+        // The path may be quoted in git's format: it may come from a list that an agent server made, or may not be UTF-8.
         let other = name::unquoted_end(&rest).filter(|path| is_below(path)).unwrap_or_default();
         let names = [rest.as_bytes(), &other];
         if rest.is_empty() {
@@ -154,7 +155,7 @@ impl WorkspaceGit<'_> {
         self.script(reference, &variables, DIFF)
     }
 
-    /// A script with its variables, and those that both scripts have.
+    /// Builds the command: the variables of both scripts, the script's own variables, and the script.
     fn script(&self, reference: Option<&str>, variables: &str, script: &str) -> Result<String, Error> {
         let reference = reference.unwrap_or_default();
         if reference.starts_with('-') || reference.contains('\0') || reference.len() > ARGUMENT_LIMIT {
@@ -170,7 +171,7 @@ impl WorkspaceGit<'_> {
         ))
     }
 
-    /// A path from the workspace, without empty segments and dots.
+    /// Path traversal check: returns the path relative to the workspace, without empty segments and `.` segments.
     fn below_root(&self, path: &str) -> Result<String, Error> {
         let root = self.root.trim_end_matches('/');
         let path = path_in_workspace(root, path).filter(|path| path.len() <= ARGUMENT_LIMIT).ok_or_else(outside)?;
@@ -179,7 +180,7 @@ impl WorkspaceGit<'_> {
         Ok(parts.join("/"))
     }
 
-    /// The result of a script, of at most `limit` bytes.
+    /// Runs a script and returns its result, of at most `limit` bytes.
     async fn run(&self, script: &str, limit: usize) -> Asked<Vec<u8>> {
         let output = self.agent_server.run_command(script, TIMEOUT).await?;
         match (output.exit_code, output.stdout.split_once('\n')) {
@@ -195,14 +196,14 @@ impl WorkspaceGit<'_> {
                     return Err(AgentServerError::malformed(REQUEST, "the result is somewhere else"));
                 };
                 let result = self.agent_server.download(path, limit).await;
-                // If this fails, a later script removes it.
+                // If this fails, a later script removes the folder.
                 if let Err(error) = self.agent_server.run_command(&format!("rm -rf {}", quoted(folder)), CLEANUP).await
                 {
                     tracing::info!(%error, "git.result_not_removed");
                 }
                 result?.map(Ok).ok_or_else(|| AgentServerError::malformed(REQUEST, "the result is too long"))
             }
-            // Stopped by the agent server, or killed by the script's own limit.
+            // The agent server has stopped the script, or the script's own time limit has killed it.
             (-1 | 124 | 137, _) => Ok(Err(Error::Unavailable(format!(
                 "Git did not finish within {SECONDS} s in this sandbox; try again, or choose a smaller folder"
             )))),
@@ -214,7 +215,7 @@ impl WorkspaceGit<'_> {
     }
 }
 
-/// A script without its comments and indentation: agent servers keep every command.
+/// Removes comments and indentation from a script, because agent servers store every command.
 fn code(script: &str) -> String {
     let lines = script.lines().map(str::trim_start).filter(|line| !line.starts_with('#') && !line.is_empty());
     lines.flat_map(|line| [line, "\n"]).collect()
@@ -247,7 +248,7 @@ fn failed(what: &str, reason: &[u8]) -> Error {
     Error::Conflict(format!("{what}: {reason}"))
 }
 
-/// The outcome that both scripts have in common, in place of a result.
+/// Converts an outcome that both scripts can have in place of a result.
 fn refused(word: &[u8], reason: &[u8], reference: Option<&str>, what: &str) -> Error {
     match word {
         b"outside" => outside(),
@@ -259,7 +260,7 @@ fn refused(word: &[u8], reason: &[u8], reference: Option<&str>, what: &str) -> E
 
 fn read_changes(result: &[u8], reference: Option<&str>) -> Result<Changes, Error> {
     const WHAT: &str = "Git cannot list the changes";
-    // After the last NUL a name may be cut off.
+    // The text after the last NUL may be a truncated name, so it is ignored.
     let mut fields = result.split_inclusive(|byte| *byte == 0).filter_map(|field| field.strip_suffix(&[0]));
     let mut repositories: Vec<Repository> = Vec::new();
     let mut is_truncated = true;
@@ -276,20 +277,20 @@ fn read_changes(result: &[u8], reference: Option<&str>) -> Result<Changes, Error
                         b"D" => Status::Deleted,
                         _ => Status::Updated,
                     };
-                    // A file with a conflict comes twice: as such, and as what differs from the base.
+                    // Git lists a file with a merge conflict twice: as unmerged, and with its difference from the base.
                     changes.entry(path.to_vec()).and_modify(|earlier| *earlier = status).or_insert(status);
                 }
             }
             (b"untracked", Some((_, changes))) => {
                 while let Some(path) = fields.next().filter(|path| !path.is_empty()) {
-                    // What git has forgotten is still there.
+                    // The file was removed from the index (`git rm --cached`) and still exists.
                     changes
                         .entry(path.to_vec())
                         .and_modify(|status| *status = Status::Updated)
                         .or_insert(Status::Added);
                 }
             }
-            // The others in the folder are listed without it.
+            // The other repositories in the folder are listed without this one.
             (b"failed", Some((name, _))) if !name.is_empty() => {
                 repositories.pop();
                 failure.get_or_insert(failed(WHAT, fields.next().unwrap_or_default()));
@@ -314,11 +315,11 @@ fn read_changes(result: &[u8], reference: Option<&str>) -> Result<Changes, Error
     }
 }
 
-/// The changes of a folder's own repository and of those in it. What is inside one of the latter is its own.
+/// Merges the changes of a folder's own repository and of its nested repositories. A nested repository's files appear only in its own list.
 fn merged(repositories: Vec<Repository>) -> Vec<Change> {
     let nested: Vec<Vec<u8>> =
         repositories.iter().map(|(name, _)| name.clone()).filter(|name| !name.is_empty()).collect();
-    // Git names an untracked repository with a slash at the end. The commit of a submodule is the outer repository's.
+    // Git lists an untracked repository with a trailing slash. The commit of a submodule belongs to the outer repository.
     let is_of_nested = |path: &[u8]| {
         nested.iter().any(|name| path.strip_prefix(name.as_slice()).is_some_and(|rest| rest.starts_with(b"/")))
     };
@@ -341,11 +342,11 @@ fn merged(repositories: Vec<Repository>) -> Vec<Change> {
     list
 }
 
-/// As many as one answer can hold.
+/// Truncates the list to what one response can hold.
 fn fitting(mut list: Vec<Change>, is_truncated: bool) -> Changes {
     let mut size = 0;
     let fit = list.iter().take_while(|change| {
-        // `{"status":"UPDATED","path":…},`, with quotes escaped.
+        // The JSON of an item is `{"status":"UPDATED","path":…},`, with escaped quotes.
         size += 40 + serde_json::to_string(&change.path).map_or(0, |path| size_of_text(path.as_bytes()));
         size <= PAGE_SIZE
     });
@@ -393,7 +394,7 @@ fn read_diff(result: &[u8], reference: Option<&str>) -> Result<Diff, Error> {
     let (original, modified) = contents.split_at(before);
     let read = |kind: &[u8], bytes: &[u8]| match kind {
         b"file" => text::decoded(bytes),
-        // The target of a link is a path.
+        // The target of a link is a path, so it may contain any bytes.
         _ => Some(String::from_utf8_lossy(bytes).into_owned()),
     };
     let (Some(original), Some(modified)) = (read(kind_before, original), read(kind_after, modified)) else {
@@ -405,7 +406,7 @@ fn read_diff(result: &[u8], reference: Option<&str>) -> Result<Diff, Error> {
     if size_of(&diff)? > PAGE_SIZE { Err(too_large(&before.to_string(), &after.to_string())) } else { Ok(diff) }
 }
 
-/// A field, and what follows its NUL.
+/// Splits the first NUL-terminated field from the rest.
 fn field(bytes: &[u8]) -> (&[u8], &[u8]) {
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     (&bytes[..end], bytes.get(end + 1..).unwrap_or_default())

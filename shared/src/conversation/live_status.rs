@@ -1,4 +1,4 @@
-//! Live status: what sandboxes and their agent servers say of a page of conversations.
+//! Live status of conversations: joins a page of records with their sandboxes and the responses of the agent servers.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,10 +14,10 @@ use crate::http_client::HttpClient;
 use crate::id::{self, UserId};
 use crate::sandbox::{Sandbox, SandboxService};
 
-/// An agent server takes fewer than 100 ids in one request.
+/// An agent server accepts fewer than 100 ids per request.
 const IDS_PER_REQUEST: usize = 99;
 
-/// Adds live status to records.
+/// Joins records with their live status.
 #[derive(Clone, Debug)]
 pub struct LiveStatus {
     sandboxes: Arc<dyn SandboxService>,
@@ -26,16 +26,16 @@ pub struct LiveStatus {
 }
 
 impl LiveStatus {
-    /// `budget` is the time that agent servers have for one page, all together.
+    /// `budget` is the total time that all agent servers have to respond for one page.
     #[must_use]
     pub fn new(sandboxes: Arc<dyn SandboxService>, http: HttpClient, budget: Duration) -> Self {
         Self { sandboxes, http, budget }
     }
 
-    /// Tells the record's agent server its title, if it runs; best effort.
+    /// Sends the record's title to its agent server if the sandbox is running; best effort.
     ///
     /// # Errors
-    /// When the sandbox cannot be looked up.
+    /// When the lookup of the sandbox fails.
     pub async fn send_title(&self, record: &ConversationRecord, title: &str) -> Result<()> {
         let sandbox = self.sandboxes.get(&record.user, &record.sandbox_id).await?;
         let Some(agent_server) = sandbox.and_then(|sandbox| sandbox.agent_server(&self.http)) else { return Ok(()) };
@@ -45,11 +45,11 @@ impl LiveStatus {
         Ok(())
     }
 
-    /// The records as the contract shows them. An agent server that does not answer in time costs its own
-    /// conversations their `execution_status`, nothing else.
+    /// Converts records to the contract's form. If an agent server does not respond in time, only its own conversations lack their
+    /// `execution_status`.
     ///
     /// # Errors
-    /// When the sandboxes cannot be looked up.
+    /// When the lookup of the sandboxes fails.
     pub async fn show(&self, user: &UserId, records: Vec<ConversationRecord>) -> Result<Vec<AppConversation>> {
         let mut by_sandbox: HashMap<String, Vec<Uuid>> = HashMap::new();
         for record in &records {

@@ -1,4 +1,4 @@
-//! Conversations: their records, the store, and how they show their live status.
+//! Conversations: their records, the store, search and live status.
 
 pub mod fields;
 pub mod git;
@@ -20,13 +20,14 @@ use crate::id::{UserId, as_hex};
 use crate::sandbox::SandboxStatus;
 use crate::user::git::ProviderType;
 
-/// The most characters of a title, a repository or a branch: a record must stay far below what DynamoDB takes.
+/// The most characters of a title, a repository or a branch: a record must stay far below DynamoDB's limit of 400 KB.
 pub const MAX_NAME: usize = 10_000;
 
-/// The kind of every conversation's agent; later versions of the reference have another.
+/// The agent kind of every conversation; later versions of the reference have another one.
 const AGENT_KIND: &str = "openhands";
 
-/// The first [`MAX_NAME`] characters of a text. What agent servers report is cut: if it was refused they would send it forever.
+/// The first [`MAX_NAME`] characters of a text. Text that an agent server reports is truncated and not refused, because the agent server
+/// would resend a refused report forever.
 #[must_use]
 pub fn within_max_name(text: &str) -> &str {
     text.char_indices().nth(MAX_NAME).map_or(text, |(end, _)| &text[..end])
@@ -75,53 +76,46 @@ pub struct TokenUsage {
     pub response_id: String,
 }
 
-/// The record of a conversation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ConversationRecord {
-    /// Its owner.
     pub user: UserId,
-    /// Its id.
     #[serde(with = "as_hex")]
     pub id: Uuid,
-    /// The sandbox it runs in.
+    /// The sandbox in which it runs.
     pub sandbox_id: String,
     /// `owner/name`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub selected_repository: Option<String>,
-    /// A branch of it.
+    /// A branch of the repository.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub selected_branch: Option<String>,
-    /// Where the repository is.
+    /// The provider that hosts the repository.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub git_provider: Option<ProviderType>,
-    /// Its title.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub title: Option<String>,
     /// What started it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trigger: Option<Trigger>,
-    /// Pull requests that it is about.
+    /// Numbers of the related pull requests.
     #[serde(default)]
     pub pr_number: Vec<i64>,
-    /// The model that the agent really uses.
+    /// The model that the agent uses, as reported by its agent server.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub llm_model: Option<String>,
-    /// What it has cost so far.
     #[serde(default)]
     pub metrics: MetricsSnapshot,
-    /// The conversation that it is a sub-conversation of.
+    /// The parent, if this is a sub-conversation.
     #[serde(default, with = "as_hex::option", skip_serializing_if = "Option::is_none")]
     pub parent_conversation_id: Option<Uuid>,
-    /// Whether others may read it.
+    /// Whether other users may read it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub public: Option<bool>,
-    /// Its tags, as its agent server reports them.
     #[serde(default, skip_serializing_if = "Tags::is_empty")]
     pub tags: Tags,
-    /// When it was made.
     #[serde(serialize_with = "sortable::serialize")]
     pub created_at: Time,
-    /// When it changed last.
+    /// The time of the last change.
     #[serde(serialize_with = "sortable::serialize")]
     pub updated_at: Time,
 }
@@ -173,7 +167,7 @@ pub struct AppConversation {
     pub session_api_key: Option<String>,
 }
 
-/// What `utoipa::ToSchema` cannot derive from the types of fields.
+/// Schemas that `utoipa::ToSchema` cannot derive from the types of the fields.
 #[cfg(feature = "openapi")]
 mod schemas {
     use utoipa::openapi::schema::{Array, ArrayBuilder, Object, ObjectBuilder, Type};
@@ -192,7 +186,7 @@ mod schemas {
 }
 
 impl AppConversation {
-    /// A record as it shows while its sandbox is not there.
+    /// Converts a record whose sandbox is missing.
     #[must_use]
     pub fn without_sandbox(record: ConversationRecord) -> Self {
         Self {

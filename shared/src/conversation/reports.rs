@@ -21,31 +21,29 @@ use crate::error::Result;
 use crate::id::{self, UserId};
 use crate::user::counters::{self, Counter};
 
-/// The result of looking up a conversation by its id.
+/// The result of a conversation lookup by id.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Lookup {
-    /// It has no record.
+    /// There is no record.
     Absent,
-    /// It is being deleted.
+    /// The conversation is being deleted.
     Deleting,
-    /// It has a record.
     Present(Box<StoredConversation>),
 }
 
 /// A record with its internal attributes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StoredConversation {
-    /// The record.
     pub record: ConversationRecord,
-    /// Whether it was made from a report of its agent server, and no start has completed it.
+    /// Whether it was created from a report of its agent server, and no start has completed it.
     pub is_stub: bool,
     /// Whether an event has reported its stats. Agent servers up to 1.15 send no such events.
     pub is_stats_reported: bool,
     /// Whether an event has reported its model.
     pub is_model_reported: bool,
-    /// The processors of events that its start requested.
+    /// The event callback processors that its start requested.
     pub processors: Vec<EventCallbackProcessor>,
-    /// The position in its event log up to which events were processed.
+    /// The position in its event log up to which events have been processed.
     pub processed_to: Option<String>,
 }
 
@@ -57,7 +55,7 @@ impl StoredConversation {
     }
 }
 
-/// `Conversation <5 hex>`, as starts name conversations, and `Conversation <32 hex>`, as stubs are named.
+/// Matches `Conversation <5 hex>`, the default title from starts, and `Conversation <32 hex>`, the default title of stubs.
 #[must_use]
 pub fn default_titles(id: Uuid) -> [String; 2] {
     let hex = id::hex(id);
@@ -85,13 +83,13 @@ struct InternalAttributes {
     tags_snapshot_at: Option<String>,
 }
 
-/// The attributes of a row that name the reports which a value was taken from.
+/// The attributes of a row that record which report a value came from.
 struct Sources {
-    /// Holds the position of the newest event that reported the value.
+    /// Contains the position of the newest event that reported the value.
     event: &'static str,
-    /// Holds when we received that event.
+    /// Contains the time at which we received that event.
     received: &'static str,
-    /// Holds the `updated_at` of the newest snapshot that reported it.
+    /// Contains the `updated_at` of the newest snapshot that reported the value.
     snapshot: &'static str,
 }
 
@@ -99,35 +97,34 @@ const STATS: Sources = Sources { event: "stats_at", received: "stats_received", 
 const MODEL: Sources = Sources { event: "model_at", received: "model_received", snapshot: "model_snapshot_at" };
 const TAGS: Sources = Sources { event: "tags_at", received: "tags_received", snapshot: "tags_snapshot_at" };
 
-/// Events that are received this long after the newest one are newer, whatever their positions say. A position begins with the local
-/// time of the sandbox, which may have gone back since: the end of summer time, another zone, a clock that was set. An agent server
-/// posts its events in their order, and repeats a batch for less than a minute.
+/// An event that is received this long after the newest one is newer, whatever their positions. A position begins with the local time of
+/// the sandbox, which may have moved back since: at the end of summer time, by a change of the time zone, or because a clock was set. An
+/// agent server posts its events in order, and retries a batch for less than a minute.
 const ORDER_WINDOW: Duration = Duration::from_secs(15 * 60);
 
-/// The sum of what a conversation's models have used so far, including the models of condensers and those that the agent was
-/// switched to.
+/// The total usage of a conversation's models, including condenser models and models that the agent was switched to.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AgentStats {
     accumulated_cost: f64,
     max_budget_per_task: Option<f64>,
     token_usage: TokenUsage,
-    /// Whether budget, context window and tokens of the turn are known: they belong to the agent's current model.
+    /// Whether budget, context window and tokens of the turn are known: those values belong to the agent's current model.
     is_current_known: bool,
 }
 
-/// The usage of the agent's model, until the agent is switched to another.
+/// The usage id of the agent's model, until the agent is switched to another model.
 pub const AGENT_USAGE: &str = "agent";
-/// The usages of condensers' models end with this.
+/// The suffix of the usage ids of condenser models.
 const CONDENSER_USAGE: &str = "condenser";
 
 impl AgentStats {
     /// Reads `{"usage_to_metrics": {"agent": …, "condenser": …}}`. Missing values count as 0. Returns `None` without any usage.
-    /// `context_window`, `per_turn_token` and `max_budget_per_task` are those of the usage `current`, or of `agent` where there is no
-    /// such usage. `None` for a report that does not name the current usage: it is `agent` as long as only condensers have another.
+    /// `context_window`, `per_turn_token` and `max_budget_per_task` are those of the usage `current`, or of `agent` if there is no such
+    /// usage. Pass `None` for a report that does not name the current usage: it is `agent` as long as only condensers have another usage.
     #[must_use]
     pub fn read(stats: &Value, current: Option<&str>) -> Option<Self> {
         let usages = stats.get("usage_to_metrics")?.as_object()?;
-        // Within what the store can hold.
+        // Limits the amount to what the store can hold.
         let amount =
             |usage: &Value, name: &str| usage.get(name).and_then(Value::as_f64).filter(|amount| amount.abs() < 1e15);
         let tokens = |usage: &Value, name: &str| {
@@ -161,7 +158,7 @@ impl AgentStats {
         has_usage.then_some(Self { accumulated_cost, max_budget_per_task, token_usage: total, is_current_known })
     }
 
-    /// Keeps what earlier reports say of the agent's current model, where this one does not say which model that is.
+    /// Keeps the earlier values of the agent's current model if this report does not name the current model.
     pub fn keep_current_of(&mut self, earlier: &MetricsSnapshot) {
         if let Some(usage) = earlier.accumulated_token_usage.as_ref().filter(|_| !self.is_current_known) {
             self.token_usage.context_window = usage.context_window;
@@ -176,7 +173,7 @@ impl AgentStats {
         self.accumulated_cost > 0.0 || prompt_tokens > 0 || completion_tokens > 0
     }
 
-    /// As a record shows them.
+    /// Converts the usage to the form of a record.
     #[must_use]
     pub fn into_metrics(self) -> MetricsSnapshot {
         MetricsSnapshot {
@@ -223,7 +220,7 @@ impl ConversationStore {
         })))
     }
 
-    /// Adds a stub whose metrics, model and tags are those of a snapshot with this `updated_at`. False when the id is taken.
+    /// Adds a stub whose metrics, model and tags are those of a snapshot with this `updated_at`. False when the id exists already.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
@@ -240,7 +237,7 @@ impl ConversationStore {
         Ok(transact(&self.table.client, writes, "TransactWriteItems conversations").await?.is_written())
     }
 
-    /// The writes with which a start records its conversation, for a transaction; they fail where the id is taken.
+    /// The writes with which a start records its conversation, for a transaction; they fail when the id exists already.
     ///
     /// # Errors
     /// [`crate::Error::Internal`] when the record has no form as an item.
@@ -289,14 +286,15 @@ impl ConversationStore {
         }
         let mut writes = vec![update.in_transaction(&self.table.name, key(&record.user, record.id))?];
         if record.parent_conversation_id.is_some() {
-            // It was counted as one without a parent.
+            // The stub was counted as a top-level conversation.
             let changes = [(Counter::TopLevelConversations, -1)];
             writes.push(counters::add(&self.users, &record.user, &changes)?);
         }
         Ok(writes)
     }
 
-    /// Sets the title that the agent has found, cut to [`super::MAX_NAME`], unless the conversation has one. Returns whether it did.
+    /// Sets the title that the agent server generated, truncated to [`super::MAX_NAME`], unless the conversation has a title. Returns
+    /// whether it was set.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
@@ -311,7 +309,7 @@ impl ConversationStore {
         self.apply_report((user, id), update).await
     }
 
-    /// Sets what the models have used so far, unless a newer report was applied. Returns whether it did.
+    /// Sets the usage of the models, unless a newer report was applied. Returns whether it was set.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
@@ -325,7 +323,7 @@ impl ConversationStore {
         self.apply_versioned((user, id), &STATS, time, update).await
     }
 
-    /// Sets the model that the agent uses, unless a newer report was applied. Returns whether it did.
+    /// Sets the model of the agent, unless a newer report was applied. Returns whether it was set.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
@@ -333,7 +331,7 @@ impl ConversationStore {
         self.apply_versioned((user, id), &MODEL, time, Update::new().set("llm_model", text(model))).await
     }
 
-    /// Replaces the tags, unless a newer report was applied. Returns whether it did.
+    /// Replaces the tags, unless a newer report was applied. Returns whether they were replaced.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
@@ -342,7 +340,7 @@ impl ConversationStore {
         self.apply_versioned((user, id), &TAGS, time, update).await
     }
 
-    /// Sets a reported value, unless a newer report of it was applied. Returns whether it did.
+    /// Sets a reported value, unless a newer report of it was applied. Returns whether it was set.
     async fn apply_versioned(
         &self,
         record: (&UserId, Uuid),
@@ -379,13 +377,13 @@ impl ConversationStore {
         self.apply_report(record, update).await
     }
 
-    /// Claims the events up to a position in the log for processing, if events were processed up to `from` before. Returns whether it
-    /// did; if not, another worker has claimed them.
+    /// Claims the events up to a position in the log for processing, if events were processed up to `from` before. Returns whether the
+    /// claim succeeded; if not, another worker has claimed them.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
     pub async fn move_processed_to(&self, user: &UserId, id: Uuid, from: Option<&str>, to: &str) -> Result<bool> {
-        // A repetition of this call, whose response was lost, recognizes its own claim.
+        // A retry of this call, after its response was lost, recognises its own claim.
         let claim = text(id::random_base62(16));
         let update = Update::new()
             .set("processed_to", text(to))

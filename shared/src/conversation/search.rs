@@ -1,8 +1,8 @@
-//! Search and count: one definition of the filters, the indexes that serve them, and what a request may cost.
+//! Search and count of conversations: the filters, the indexes that serve them, pagination, and the cost limits of a request.
 //!
-//! A page without filters reads the rows that it returns and one more. The bounds of the attribute that the list is ordered
-//! by, and the sandbox, are conditions on keys: rows outside are not read. The other filters are applied to rows as they are
-//! read, within the bounds of [`crate::paging`]: a page may be short, even empty, and its `next_page_id` continues from there.
+//! A page without filters reads the rows that it returns and one more. The bounds of the sort attribute and the sandbox are key conditions,
+//! so rows outside them are not read. The other filters are applied to rows as they are read, within the bounds of [`crate::paging`]: a
+//! page may be short or empty, and its `next_page_id` continues from there.
 
 use std::collections::HashMap;
 
@@ -24,41 +24,41 @@ use crate::id::UserId;
 use crate::paging::{self, Bounds};
 use crate::user::counters::{self, Counter};
 
-/// The error for a count that takes too long.
+/// The error for a count that would read too many rows.
 const TOO_MANY: &str = "Too many conversations to count with these filters. Narrow them with created_at__gte and created_at__lt, or read the pages of search";
 
-/// The most bytes that the live status adds to a conversation: its address, its key, its states.
+/// The most bytes that the live status adds to a conversation: its URL, its session key and its statuses.
 const LIVE_STATUS_SIZE: u64 = 2048;
 
-/// DynamoDB takes no longer partition key, in bytes.
+/// The longest partition key that DynamoDB accepts, in bytes.
 const LONGEST_KEY: usize = 2048;
 
-/// Which conversations a list holds, or are counted.
+/// The filters of a list or a count.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Filter {
-    /// Those whose title holds this text; ASCII letters match in either case. Empty: those with a title.
+    /// The title contains this text; ASCII letters match in either case. An empty text matches every conversation with a title.
     pub title_contains: Option<String>,
-    /// Those made at this instant or later.
+    /// Created at or after this instant.
     pub created_at_gte: Option<Time>,
-    /// Those made before this instant.
+    /// Created before this instant.
     pub created_at_lt: Option<Time>,
-    /// Those changed last at this instant or later.
+    /// Last changed at or after this instant.
     pub updated_at_gte: Option<Time>,
-    /// Those changed last before this instant.
+    /// Last changed before this instant.
     pub updated_at_lt: Option<Time>,
-    /// Those in this sandbox.
+    /// In this sandbox.
     pub sandbox_id: Option<String>,
-    /// Whether those with a parent are among them.
+    /// Whether conversations with a parent are included.
     pub include_sub_conversations: bool,
 }
 
-/// Where in a list a page starts: behind the row with this value of the attribute that the list is ordered by.
+/// The cursor of a page: it starts after the row with this value of the sort attribute.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Cursor(String);
 
 impl Cursor {
-    /// The place of a conversation.
+    /// The cursor of a conversation.
     #[must_use]
     pub fn of(conversation: &AppConversation, order: SortOrder) -> Self {
         let at = if order.is_by_created() { conversation.created_at } else { conversation.updated_at };
@@ -69,13 +69,13 @@ impl Cursor {
 /// A page of records.
 #[derive(Clone, Debug)]
 pub struct Page {
-    /// The records; there may be none although there is a next page.
+    /// The records. They may be empty even if there is a next page.
     pub records: Vec<ConversationRecord>,
-    /// Where the next page starts, if there is one.
+    /// The cursor of the next page, if there is one.
     pub next: Option<Cursor>,
 }
 
-/// The index that is read, the range of its keys, and what is asked of the rows in it.
+/// The query: its index, the range of its keys, and the filter conditions on its rows.
 struct QueryPlan {
     index: &'static str,
     partition: &'static str,
@@ -88,13 +88,13 @@ struct QueryPlan {
 }
 
 impl Filter {
-    /// Whether it lets everything through but, perhaps, sub-conversations.
+    /// Whether the filter excludes nothing, except possibly sub-conversations.
     fn is_unfiltered(&self) -> bool {
         let open = Self { include_sub_conversations: self.include_sub_conversations, ..Self::default() };
         *self == open
     }
 
-    /// The order in which counting reads least.
+    /// The order in which counting reads the fewest rows.
     fn order_for_counting(&self) -> SortOrder {
         let created = self.created_at_gte.is_some() || self.created_at_lt.is_some() || self.sandbox_id.is_some();
         let updated = self.updated_at_gte.is_some() || self.updated_at_lt.is_some();
@@ -122,7 +122,7 @@ impl Filter {
         {
             ask("sandbox_key = :sandbox", ":sandbox", sandbox);
         }
-        // A row's value is the instant and, behind a `#`, its id: it is never equal to an instant.
+        // A row's value is the instant, a `#` and its id, so it never equals an instant.
         let sortable = |time: Option<Time>| time.map(Time::sortable);
         let created = (sortable(self.created_at_gte), sortable(self.created_at_lt));
         let updated = (sortable(self.updated_at_gte), sortable(self.updated_at_lt));
@@ -155,13 +155,13 @@ impl Filter {
 }
 
 impl QueryPlan {
-    /// No row can be in the range, or have such a key: DynamoDB refuses to look.
+    /// Whether no row can match, because the range is empty or the key is too long. DynamoDB refuses such a query.
     fn is_empty(&self) -> bool {
         self.owner.len() > LONGEST_KEY || matches!((&self.low, &self.high), (Some(low), Some(high)) if low >= high)
     }
 
     fn query(&self, store: &ConversationStore) -> QueryFluentBuilder {
-        // Below and above everything that a time begins with.
+        // Below and above every text that begins a time.
         let low = self.low.clone().unwrap_or_else(|| "!".to_owned());
         let high = self.high.clone().unwrap_or_else(|| "~".to_owned());
         let ranged = self.low.is_some() || self.high.is_some();
@@ -189,7 +189,7 @@ impl QueryPlan {
         query
     }
 
-    /// The key behind which a page starts.
+    /// The exclusive start key of a page.
     fn start(&self, user: &UserId, after: &Cursor) -> Result<Item> {
         let id = id_in_sort_value(&after.0).ok_or_else(page_token::invalid)?;
         let below = self.low.as_ref().is_some_and(|low| after.0 < *low);
@@ -213,10 +213,10 @@ impl QueryPlan {
 }
 
 impl ConversationStore {
-    /// A page of the user's conversations.
+    /// Returns a page of the user's conversations.
     ///
     /// # Errors
-    /// [`Error::Store`]; [`Error::Refused`] when `after` is not a place in this list.
+    /// [`Error::Store`]; [`Error::Refused`] when `after` is not a cursor of this list.
     pub async fn search(
         &self,
         user: &UserId,
@@ -244,11 +244,11 @@ impl ConversationStore {
         Ok(Page { records, next })
     }
 
-    /// How many of the user's conversations the filter lets through. Without filters that is one item read; otherwise all
-    /// rows are read that the filter's range of keys holds.
+    /// Counts the user's conversations that match the filter. Without filters it reads one counter item; otherwise it reads all rows in the
+    /// filter's key range.
     ///
     /// # Errors
-    /// [`Error::Store`]; [`Error::Refused`] when there are too many rows to look at in one request.
+    /// [`Error::Store`]; [`Error::Refused`] when there are too many rows to read in one request.
     pub async fn count(&self, user: &UserId, filter: &Filter) -> Result<u64> {
         if filter.is_unfiltered() {
             let counter = match filter.include_sub_conversations {

@@ -1,7 +1,7 @@
-//! The store of conversation records. Every key starts with the owner.
+//! Stores conversation records in DynamoDB. Every key starts with the owner.
 //!
-//! A deletion keeps the record until everything that belongs to it is removed, so that the sweep can finish a deletion that was
-//! interrupted. To everyone else the record no longer exists: it is in no other index, no read returns it, and no update finds it.
+//! A deletion keeps the record until everything that belongs to it is removed, so that the sweep can resume an interrupted deletion. For
+//! all other callers the record no longer exists: it is in no other index, no read returns it, and no update finds it.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -22,13 +22,13 @@ use crate::id::{self, UserId};
 use crate::user::counters::{self, Counter};
 use crate::user::git::ProviderType;
 
-/// Index: all of a user's conversations by creation.
+/// Index: all conversations of a user by creation time.
 pub const ALL_BY_CREATED: &str = "all-by-created";
-/// Index: all of a user's conversations by last change.
+/// Index: all conversations of a user by the time of the last change.
 pub const ALL_BY_UPDATED: &str = "all-by-updated";
-/// Index: a user's conversations without a parent, by creation. Sparse: others have no `top_level_user`.
+/// Index: a user's conversations without a parent, by creation time. Sparse: sub-conversations have no `top_level_user`.
 pub const TOP_LEVEL_BY_CREATED: &str = "top-level-by-created";
-/// Index: a user's conversations without a parent, by last change.
+/// Index: a user's conversations without a parent, by the time of the last change.
 pub const TOP_LEVEL_BY_UPDATED: &str = "top-level-by-updated";
 /// Index: the conversations of a sandbox.
 pub const BY_SANDBOX: &str = "by-sandbox";
@@ -38,13 +38,13 @@ pub const BY_PARENT: &str = "by-parent";
 /// [`DELETION_SHARDS`] partitions.
 pub const DELETIONS: &str = "deletions";
 
-/// Partitions of the index of deletions.
+/// Partitions of the deletion index.
 pub const DELETION_SHARDS: u128 = 4;
 
-/// The most records that [`ConversationStore::import`] accepts at once: one transaction, with the counters.
+/// The most records that [`ConversationStore::import`] accepts at once: one transaction, together with the counters.
 pub const IMPORT_LIMIT: usize = TRANSACTION_LIMIT - 1;
 
-/// How often an import is repeated while others add records with the same ids.
+/// The backoff of an import while other writers add records with the same ids.
 const IMPORT: Backoff = Backoff { first: Duration::from_millis(40), longest: Duration::from_millis(200), attempts: 3 };
 
 /// The record exists and is not being deleted.
@@ -52,48 +52,43 @@ pub(super) fn is_alive() -> Condition {
     Condition::All(vec![Condition::Exists("id"), Condition::Missing("deleting_since")])
 }
 
-/// A change of single attributes of a record. All other attributes are left as they are, whoever writes them at the same time.
+/// An update of single attributes of a record. It leaves all other attributes unchanged, also under concurrent writes.
 #[derive(Clone, Debug, Default)]
 pub struct ConversationChange(Update);
 
 impl ConversationChange {
-    /// Whether nothing changes.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Sets the title, or clears it.
     #[must_use]
     pub fn title(self, title: Option<&str>) -> Self {
         self.put("title_search", title.map(|title| text(searchable(title)))).put("title", title.map(text))
     }
 
-    /// Sets whether others may read it, or clears that.
+    /// Sets or clears whether other users may read it.
     #[must_use]
     pub fn public(self, public: Option<bool>) -> Self {
         self.put("public", public.map(AttributeValue::Bool))
     }
 
-    /// Sets the repository, or clears it.
     #[must_use]
     pub fn selected_repository(self, repository: Option<&str>) -> Self {
         self.put("selected_repository", repository.map(text))
     }
 
-    /// Sets the branch, or clears it.
     #[must_use]
     pub fn selected_branch(self, branch: Option<&str>) -> Self {
         self.put("selected_branch", branch.map(text))
     }
 
-    /// Sets the provider of the repository, or clears it.
     #[must_use]
     pub fn git_provider(self, provider: Option<ProviderType>) -> Self {
         self.put("git_provider", provider.map(|provider| text(provider.as_str())))
     }
 
-    /// Sets the sandbox that it runs in, one of the user's.
+    /// Sets the sandbox in which it runs; it must be one of the user's.
     #[must_use]
     pub fn sandbox(self, user: &UserId, sandbox_id: &str) -> Self {
         self.put("sandbox_id", Some(text(sandbox_id))).put("sandbox_key", Some(text(user.key_of(sandbox_id))))
@@ -104,7 +99,6 @@ impl ConversationChange {
     }
 }
 
-/// The records of all conversations.
 #[derive(Clone, Debug)]
 pub struct ConversationStore {
     pub(super) table: Table,
@@ -118,7 +112,7 @@ impl ConversationStore {
         Self { table: Table::new(dynamodb.clone(), table), users: Table::new(dynamodb, users_table) }
     }
 
-    /// Records in the order of the ids, `None` for those that the user does not have.
+    /// Returns records in the order of the ids; `None` for ids that the user does not have.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -133,13 +127,13 @@ impl ConversationStore {
         Ok(ids.iter().map(|id| found.get(id).cloned()).collect())
     }
 
-    /// The rows of these ids, also of records that are being deleted.
+    /// The rows of these ids, including records that are being deleted.
     async fn rows(&self, user: &UserId, ids: &[Uuid]) -> Result<Vec<Item>> {
         let ids: HashSet<Uuid> = ids.iter().copied().collect();
         self.table.batch_get(ids.into_iter().map(|id| key(user, id)).collect()).await
     }
 
-    /// One record.
+    /// Returns one record.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -147,7 +141,7 @@ impl ConversationStore {
         Ok(self.batch_get(user, &[id]).await?.pop().flatten())
     }
 
-    /// The number of conversations in a sandbox.
+    /// Counts the conversations in a sandbox.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -168,7 +162,7 @@ impl ConversationStore {
         Ok(count)
     }
 
-    /// The ids of a conversation's sub-conversations, oldest first.
+    /// Returns the ids of a conversation's sub-conversations, oldest first.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -190,11 +184,11 @@ impl ConversationStore {
         Ok(ids)
     }
 
-    /// Adds records of the user from another server, and counts them, at most [`IMPORT_LIMIT`] at once. Returns for each record whether
-    /// it was added: one whose id is taken is left as it is.
+    /// Imports records of the user from another server and counts them, at most [`IMPORT_LIMIT`] at once. Returns for each record whether
+    /// it was added; a record whose id exists already is left unchanged.
     ///
     /// # Errors
-    /// [`Error::Store`]; none of them is added then.
+    /// [`Error::Store`]; then none of them is added.
     pub async fn import(&self, user: &UserId, records: &[ConversationRecord]) -> Result<Vec<bool>> {
         const OPERATION: &str = "TransactWriteItems conversations";
         let ids: Vec<Uuid> = records.iter().map(|record| record.id).collect();
@@ -202,7 +196,7 @@ impl ConversationStore {
         loop {
             attempts.next().await;
             let mut taken: HashSet<Uuid> = self.rows(user, &ids).await?.iter().filter_map(id_of).collect();
-            // The first of several with the same id is the one that is added.
+            // Of several records with the same id, the first is added.
             let new: Vec<bool> = ids.iter().map(|id| taken.insert(*id)).collect();
             let added = || records.iter().zip(&new).filter(|(_, new)| **new).map(|(record, _)| record);
             if added().next().is_none() {
@@ -213,13 +207,13 @@ impl ConversationStore {
             match transact(&self.table.client, writes, OPERATION).await? {
                 Transacted::Written => return Ok(new),
                 failed if attempts.is_last() => return failed.require(OPERATION).map(|()| Vec::new()),
-                // Another writer has taken one of the ids meanwhile.
+                // Another writer has added a record with one of the ids meanwhile.
                 Transacted::ConditionFailed(_) => {}
             }
         }
     }
 
-    /// Changes a record, and sets its `updated_at` to now. Returns the changed record, `None` when there is none.
+    /// Updates a record and sets its `updated_at` to now. Returns the updated record, or `None` if it does not exist.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -233,10 +227,10 @@ impl ConversationStore {
         self.table.update(key(user, id), update).await?.applied().map(from_item).transpose()
     }
 
-    /// Marks records of the user as being deleted, at most [`IMPORT_LIMIT`] at once: from now on they exist only to the worker that
-    /// finishes the deletion, and are not counted. Returns false, with nothing changed, when one of them does not exist (any more).
+    /// Marks records of the user as being deleted, at most [`IMPORT_LIMIT`] at once. From then on only the worker that finishes the
+    /// deletion sees them, and they are not counted. Returns false and changes nothing when one of them does not exist.
     ///
-    /// `due_at` is the time from which on the sweep enqueues them.
+    /// `due_at` is the time from which the sweep enqueues them.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -256,7 +250,8 @@ impl ConversationStore {
         Ok(transact(&self.table.client, writes, "TransactWriteItems conversations").await?.is_written())
     }
 
-    /// The record of a conversation that is being deleted, which the sweep leaves alone until `due_at`. `None` when there is none.
+    /// Claims a deletion: returns the record of a conversation that is being deleted, and delays the sweep for it until `due_at`. `None` if
+    /// there is no such record.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -266,17 +261,17 @@ impl ConversationStore {
         self.table.update(key(user, id), update).await?.applied().map(from_item).transpose()
     }
 
-    /// Removes the record of a conversation once everything else of it is removed.
+    /// Removes the record of a conversation after everything else that belongs to it is removed.
     ///
     /// # Errors
     /// [`Error::Store`].
     pub async fn end_deletion(&self, user: &UserId, id: Uuid) -> Result<()> {
-        // Where the condition does not hold, another worker has removed it.
+        // If the condition does not hold, another worker has removed the record.
         let _removed = self.table.delete(key(user, id), Condition::Exists("deleting_since")).await?;
         Ok(())
     }
 
-    /// The index of deletions that are not finished.
+    /// The index of unfinished deletions.
     #[must_use]
     pub fn deletions(&self) -> DueIndex {
         DueIndex {
@@ -288,7 +283,7 @@ impl ConversationStore {
         }
     }
 
-    /// The record and all of its sub-conversations, at any depth. Empty when there is no such record.
+    /// Returns the record and all of its sub-conversations, at any depth. Empty when there is no such record.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -325,7 +320,7 @@ impl ConversationStore {
     }
 }
 
-/// The record as an item, with the attributes that indexes and filters need.
+/// Converts the record to an item, with the attributes that indexes and filters need.
 pub(super) fn item(record: &ConversationRecord) -> Result<Item> {
     let mut item = to_item(record)?;
     item.insert("created_sort".into(), text(sort_value(record.created_at, record.id)));
@@ -341,18 +336,18 @@ pub(super) fn item(record: &ConversationRecord) -> Result<Item> {
     Ok(item)
 }
 
-/// The form of a title that is searched: ASCII letters in one case, as SQL's LIKE compares them.
+/// The searchable form of a title: ASCII letters in one case, as SQL's LIKE compares them.
 pub(super) fn searchable(title: &str) -> String {
     title.to_ascii_lowercase()
 }
 
-/// The instant, followed by the complement of the id: rows with the same instant are listed, newest first, in the order of their ids,
-/// as the reference lists them.
+/// The sort key: the instant, followed by the complement of the id. Rows with the same instant are then listed, newest first, in the order
+/// of their ids, as in the reference.
 pub(super) fn sort_value(at: Time, id: Uuid) -> String {
     format!("{}#{}", at.sortable(), id::hex(complement(id)))
 }
 
-/// The id in a [`sort_value`], `None` when the text is no such value.
+/// The id in a [`sort_value`]; `None` for an invalid value.
 pub(super) fn id_in_sort_value(value: &str) -> Option<Uuid> {
     value.rsplit_once('#').and_then(|(_, id)| Uuid::try_parse(id).ok()).map(complement)
 }
@@ -361,7 +356,7 @@ fn complement(id: Uuid) -> Uuid {
     Uuid::from_u128(!id.as_u128())
 }
 
-/// Adds that the record is changed now.
+/// Sets the time of the last change to now.
 pub(super) fn updated_now(update: Update, id: Uuid) -> Update {
     let now = Time::now();
     update.set("updated_at", text(now.sortable())).set("updated_sort", text(sort_value(now, id)))

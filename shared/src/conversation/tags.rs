@@ -1,18 +1,18 @@
-//! Tags of a conversation: short texts by name, which its agent server reports.
+//! Tags of a conversation: short texts by name, reported by its agent server.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// Tags of a conversation.
+/// The most tags of a conversation.
 pub const MAX_TAGS: usize = 100;
-/// Bytes of a tag's name.
+/// The longest name of a tag, in bytes.
 pub const MAX_TAG_NAME: usize = 100;
-/// Characters of a tag's value, as agent servers allow.
+/// The longest value of a tag, in characters; agent servers have the same limit.
 pub const MAX_TAG_VALUE: usize = 256;
-/// Bytes of all names and values together: a record must stay far below what DynamoDB accepts, and a page of records below what
-/// Lambda returns.
+/// The most bytes of all names and values together: a record must stay far below DynamoDB's item limit, and a page of records below
+/// Lambda's response limit.
 pub const MAX_TAGS_SIZE: usize = 16 * 1024;
 
 /// The tags of a conversation, within the limits of this module.
@@ -34,20 +34,19 @@ pub(super) fn schema() -> utoipa::openapi::Object {
 }
 
 impl Tags {
-    /// Whether there are none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Their sizes together, in bytes.
+    /// The total size in bytes.
     #[must_use]
     pub fn size(&self) -> usize {
         self.0.iter().map(|(name, value)| name.len() + value.len()).sum()
     }
 
-    /// Reads tags that somebody else reports; `None` where they are no object. What exceeds a limit, or is no text, is left out: a
-    /// report that is refused would be sent forever. The second value is the number of tags that were left out.
+    /// Reads reported tags; `None` if they are not an object. A tag that exceeds a limit or is not text is skipped, because an agent server
+    /// would resend a refused report forever. The second value is the number of skipped tags.
     #[must_use]
     pub fn read(tags: &Value) -> Option<(Self, usize)> {
         let tags = tags.as_object()?;

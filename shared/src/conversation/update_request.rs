@@ -1,4 +1,4 @@
-//! What may be changed of a conversation: `AppConversationUpdateRequest` of the contract.
+//! The update request of a conversation: `AppConversationUpdateRequest` of the contract.
 
 use serde_json::Value;
 
@@ -11,23 +11,22 @@ use crate::user::git::ProviderType;
 use crate::user::git::{self, Repository, Selection};
 use crate::user::settings::ProviderTokens;
 
-/// Changes; a field that is `None` was not sent and stays, one that is `Some(None)` is cleared.
+/// The requested changes. A field that is `None` was not sent and stays unchanged; `Some(None)` clears it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct UpdateRequest {
-    /// The title.
     pub title: Option<Option<String>>,
-    /// Whether others may read it.
+    /// Whether other users may read the conversation.
     pub public: Option<Option<bool>>,
     /// `owner/name`
     pub selected_repository: Option<Option<String>>,
-    /// A branch of it.
+    /// A branch of the repository.
     pub selected_branch: Option<Option<String>>,
-    /// Where the repository is.
+    /// The provider that hosts the repository.
     pub git_provider: Option<Option<ProviderType>>,
 }
 
 impl UpdateRequest {
-    /// Reads the body of a request; fields that are none of the contract's are ignored.
+    /// Reads the body of a request; fields that the contract does not have are ignored.
     ///
     /// # Errors
     /// Every violation of the types and lengths of fields. [`UpdateRequest::normal`] checks their values.
@@ -56,17 +55,17 @@ impl FromJson for UpdateRequest {
 }
 
 impl UpdateRequest {
-    /// Whether it changes what the conversation works on, so that [`UpdateRequest::normal`] has something to do.
+    /// Whether it changes the repository, branch or provider, so that [`UpdateRequest::normal`] is needed.
     #[must_use]
     pub fn selects(&self) -> bool {
         self.selected_repository.is_some() || self.selected_branch.is_some() || self.git_provider.is_some()
     }
 
-    /// Checks repository, branch and provider as a start does, and puts them into the form in which records hold them. `kept` is
-    /// the record's repository and provider, `tokens` are the settings of the user's git providers.
+    /// Validates and normalises repository, branch and provider as a start does. `kept` contains the record's repository and provider;
+    /// `tokens` are the user's settings for git providers.
     ///
     /// # Errors
-    /// Every violation: `value_error` for what cannot be, and for a branch or provider without its repository.
+    /// Every violation: `value_error` for an invalid value, and for a branch or provider without its repository.
     pub fn normal(
         mut self,
         (kept_repository, kept_provider): (Option<&str>, Option<ProviderType>),
@@ -78,12 +77,12 @@ impl UpdateRequest {
         let mut given = (repository.as_deref(), branch.as_deref(), self.git_provider.unwrap_or(kept_provider));
         let mut place = "selected_repository";
         if self.selected_repository.is_none() && self.git_provider.is_some_and(|provider| provider.is_some()) {
-            // The new provider must be able to have the record's repository. One that an earlier version took stays.
+            // The new provider must be able to host the record's repository. A repository that an earlier version accepted is kept.
             let is_normal = |text: &&str| Repository::read(text, None, tokens).is_ok_and(|read| read.name == **text);
             given.0 = kept_repository.filter(is_normal);
             place = "git_provider";
         }
-        // The record's provider need not be that of another repository.
+        // The record's provider may not be the provider of the new repository.
         if let (Some(text), None) = (given.0, self.git_provider)
             && Repository::read(text, given.2, tokens).is_err()
             && Repository::read(text, None, tokens).is_ok()
@@ -105,7 +104,7 @@ impl UpdateRequest {
                 self.selected_repository = Some(None);
                 false
             }
-            // Clients may set one field after the other, in any order.
+            // Clients may set the fields one after the other, in any order.
             (None, _) => true,
         };
         if !has_repository {
@@ -115,7 +114,7 @@ impl UpdateRequest {
         check.finish(Some(self))
     }
 
-    /// The change of the record.
+    /// Converts the request to an update of the record.
     #[must_use]
     pub fn change(&self) -> ConversationChange {
         let mut change = ConversationChange::default();
@@ -193,7 +192,7 @@ mod tests {
         }
     }
 
-    /// What a record has, what is sent, and what is written of it: the field that is refused, or the provider.
+    /// The record, the request, and the expected result: the refused field, or the stored provider.
     #[test]
     fn the_provider_is_that_of_the_new_repository() {
         use ProviderType::{Bitbucket, Forgejo, Github, Gitlab};
@@ -235,7 +234,7 @@ mod tests {
         }
     }
 
-    /// The reference answers 500 where [`UpdateRequest::normal`] refuses.
+    /// The reference responds with 500 where [`UpdateRequest::normal`] refuses.
     #[test]
     fn answers_recorded_updates() {
         let file = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/contract/replay-patch.jsonl"));
@@ -248,7 +247,7 @@ mod tests {
             let label = case["label"].as_str().expect("a label");
             let bytes: Vec<u8> = match &case["request"]["body"] {
                 Value::Null => Vec::new(),
-                // Recorded byte by byte.
+                // The recording contains raw bytes, one character for each byte.
                 Value::String(raw) => raw.chars().map(|c| u8::try_from(u32::from(c)).expect("a byte")).collect(),
                 body => body.to_string().into_bytes(),
             };
@@ -260,7 +259,7 @@ mod tests {
                     assert_eq!(detail, case["response"]["body"]["detail"], "{label}");
                     refused += 1;
                 }
-                // The original cannot show a NaN in its answer.
+                // The reference cannot serialise a NaN in its response.
                 (500, Err(violations)) => {
                     assert_eq!((label, violations[0].kind), ("raw: NaN", "json_invalid"));
                 }

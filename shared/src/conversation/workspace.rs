@@ -1,4 +1,5 @@
-//! Where a conversation is: its sandbox, the agent server in it, its folder; and what stands in the way of getting there.
+//! Locates the live workspace of a conversation (its sandbox, agent server and folder) and resolves paths in it, with a path traversal
+//! check.
 
 use std::sync::Arc;
 
@@ -13,12 +14,12 @@ use crate::id::UserId;
 use crate::sandbox::{Sandbox, SandboxService, SandboxStatus};
 use crate::shell::quoted;
 
-/// The workspace in the paths that clients know, wherever the sandbox really has it.
+/// The path of the workspace that clients use, whatever its real path in the sandbox.
 const KNOWN_AS: &str = "/workspace/project";
-/// How long a command may take that only looks.
-const LOOK: std::time::Duration = std::time::Duration::from_secs(10);
+/// The timeout of a command or request that only reads.
+const INSPECT_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
 
-/// Finds conversations.
+/// Locates the workspaces of conversations.
 #[derive(Clone, Debug)]
 pub struct WorkspaceLocator {
     conversations: ConversationStore,
@@ -26,58 +27,56 @@ pub struct WorkspaceLocator {
     http: HttpClient,
 }
 
-/// Where a conversation is, or why nobody can get there.
+/// The result of locating a workspace.
 #[derive(Clone, Debug)]
 pub enum WorkspaceLookup {
     /// The user has no such conversation.
     NoConversation,
-    /// Its sandbox is gone, record and all.
+    /// The record of its sandbox no longer exists.
     NoSandbox,
-    /// Its sandbox does not run.
+    /// Its sandbox is not running.
     NotRunning(Box<Sandbox>),
-    /// Its sandbox runs, and has no addresses.
+    /// Its sandbox is running and has no exposed URLs.
     NoAddresses,
-    /// Its sandbox runs, and none of its addresses is an agent server's.
+    /// Its sandbox is running, and none of its exposed URLs is an agent server's.
     NoAgentServer,
-    /// Its sandbox runs, and has an agent server.
+    /// Its sandbox is running and has an agent server.
     Found(Box<Workspace>),
 }
 
-/// The inside of a conversation's sandbox.
+/// The live workspace of a conversation.
 #[derive(Clone, Debug)]
 pub struct Workspace {
-    /// The conversation.
     pub record: ConversationRecord,
-    /// Its sandbox, which runs.
+    /// The sandbox, which is running.
     pub sandbox: Sandbox,
-    /// The agent server in it.
     pub agent_server: AgentServer,
 }
 
-/// What a path leads to.
+/// The result of resolving a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ResolvedPath {
-    /// A file, or something else that is no folder, at this path without links.
+    /// A file, or anything else that is not a folder, at this path without links.
     File(String),
-    /// A folder, likewise.
+    /// A folder, at this path without links.
     Folder(String),
-    /// Nothing; this is where it would be.
+    /// Nothing exists at this path.
     Nothing(String),
-    /// Out of the workspace.
+    /// The path leads outside the workspace.
     Outside,
 }
 
 impl WorkspaceLocator {
-    /// On these records and sandboxes.
+    /// A locator on these records and sandboxes.
     #[must_use]
     pub fn new(conversations: ConversationStore, sandboxes: Arc<dyn SandboxService>, http: HttpClient) -> Self {
         Self { conversations, sandboxes, http }
     }
 
-    /// Where the user's conversation is.
+    /// Locates the workspace of one of the user's conversations.
     ///
     /// # Errors
-    /// When the store or the sandboxes' provider does not answer.
+    /// When the store or the sandbox provider does not respond.
     pub async fn find(&self, user: &UserId, conversation: Uuid) -> Result<WorkspaceLookup> {
         let Some(record) = self.conversations.get(user, conversation).await? else {
             return Ok(WorkspaceLookup::NoConversation);
@@ -99,14 +98,14 @@ impl WorkspaceLocator {
 }
 
 impl Workspace {
-    /// The absolute folder in which the conversation's agent works: as its agent server says, or, if that does not have the
-    /// conversation, as it would be without grouping.
+    /// The absolute path of the folder in which the conversation's agent works, as its agent server reports it. If the agent server does
+    /// not have the conversation, the folder that it would have without grouping.
     ///
     /// # Errors
-    /// When the agent server does not answer.
+    /// When the agent server does not respond.
     pub async fn folder(&self) -> Result<String, AgentServerError> {
-        let told = self.agent_server.whole_conversation(self.record.id, LOOK).await?;
-        let folder = told.as_ref().and_then(|told| told["workspace"]["working_dir"].as_str());
+        let snapshot = self.agent_server.whole_conversation(self.record.id, INSPECT_TIMEOUT).await?;
+        let folder = snapshot.as_ref().and_then(|snapshot| snapshot["workspace"]["working_dir"].as_str());
         let absolute = folder.filter(|folder| folder.starts_with('/')).map(|folder| folder.trim_end_matches('/'));
         Ok(absolute.map_or_else(|| self.usual_folder(), ToOwned::to_owned))
     }
@@ -117,27 +116,27 @@ impl Workspace {
         repository.filter(|name| !name.is_empty()).map_or_else(|| root.to_owned(), |name| format!("{root}/{name}"))
     }
 
-    /// The folder that all conversations of the sandbox work in.
+    /// The folder that contains all conversations of the sandbox.
     #[must_use]
     pub fn root(&self) -> &str {
         self.sandbox.working_dir.trim_end_matches('/')
     }
 
-    /// A path as a client gave it, as the sandbox has it: absolute, and below the workspace by its text. Clients know the
-    /// workspace as `/workspace/project`. `None` for what cannot be one.
+    /// Converts a client's path to an absolute path below the workspace in the sandbox; a textual path traversal check that does not follow
+    /// links. Clients address the workspace as `/workspace/project`. `None` for an invalid path.
     #[must_use]
     pub fn path(&self, given: &str) -> Option<String> {
         path_in_workspace(self.root(), given)
     }
 
-    /// What a path of [`Workspace::path`] leads to, links followed.
+    /// Resolves a path that [`Workspace::path`] returned, and follows links.
     ///
     /// # Errors
-    /// When the agent server does not answer.
+    /// When the agent server does not respond.
     pub async fn look(&self, path: &str) -> Result<ResolvedPath, AgentServerError> {
-        let output = self.agent_server.run_command(&look(self.root(), path), LOOK).await?;
+        let output = self.agent_server.run_command(&look(self.root(), path), INSPECT_TIMEOUT).await?;
         let (kind, real) = output.stdout.split_once('\n').unwrap_or_default();
-        // The marker keeps a newline at the end of a name.
+        // The dot protects a newline at the end of a name.
         let real = real.trim_end_matches('\n').strip_suffix('.').unwrap_or_default().to_owned();
         match kind {
             "file" if output.exit_code == 0 => Ok(ResolvedPath::File(real)),
@@ -149,7 +148,7 @@ impl Workspace {
     }
 }
 
-/// A path as a client gave it, as the sandbox whose workspace is `root` has it; see [`Workspace::path`].
+/// Converts a client's path to a path in the sandbox whose workspace is `root`; see [`Workspace::path`].
 #[must_use]
 pub fn path_in_workspace(root: &str, given: &str) -> Option<String> {
     if !given.starts_with('/') || given.contains('\0') || given.split('/').any(|part| part == "..") {
@@ -161,9 +160,9 @@ pub fn path_in_workspace(root: &str, given: &str) -> Option<String> {
     Some(format!("{root}{}", rest.trim_end_matches('/')))
 }
 
-/// A command that says what a path leads to: the kind in one line, and where it really is in the rest.
+/// A shell command that prints the kind of a path in the first line, and its real path in the rest.
 ///
-/// What is not there is judged by the last folder on the way to it that is.
+/// A missing path is judged by its deepest existing ancestor.
 fn look(root: &str, path: &str) -> String {
     format!(
         r#"root=$(readlink -f -- {root}) || exit 1

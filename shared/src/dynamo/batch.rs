@@ -1,4 +1,4 @@
-//! Batches of reads and writes. DynamoDB leaves out some of a batch under load; those are repeated with backoff.
+//! Batch reads and writes. Under load DynamoDB leaves some items of a batch unprocessed; those are retried with backoff.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -19,7 +19,7 @@ const UNPROCESSED: Backoff =
     Backoff { first: Duration::from_millis(20), longest: Duration::from_millis(1500), attempts: 8 };
 
 impl Table {
-    /// Reads items by key, strongly consistent, in no order. Keys without an item are left out. No key may be there twice.
+    /// Reads items by key, strongly consistent, in no particular order. Keys without an item are skipped. Keys must be unique.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -27,7 +27,7 @@ impl Table {
         self.batch_get_all(keys, None).await
     }
 
-    /// As [`Table::batch_get`], but reads only one attribute of each item, so that the response is small where items are large.
+    /// Like [`Table::batch_get`], but reads only one attribute of each item, so that the response is small even if items are large.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -68,7 +68,7 @@ impl Table {
         Err(self.unprocessed("BatchGetItem", left.len()))
     }
 
-    /// Writes or deletes items. No item may be there twice.
+    /// Writes or deletes items. Keys must be unique.
     ///
     /// # Errors
     /// [`Error::Store`]; some of them may be written then.

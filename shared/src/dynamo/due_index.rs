@@ -1,4 +1,4 @@
-//! Sparse indexes of rows by the time at which they are due.
+//! Sparse indexes of due rows, which the sweep reads.
 
 use std::collections::HashMap;
 
@@ -16,9 +16,7 @@ use crate::id::UserId;
 /// by `due_at`.
 #[derive(Clone, Debug)]
 pub struct DueIndex {
-    /// The table of the rows.
     pub table: Table,
-    /// The name of the index.
     pub index: &'static str,
     /// The attribute that holds the shard.
     pub shard_attribute: &'static str,
@@ -31,22 +29,21 @@ pub struct DueIndex {
 /// A row that is due.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DueRow {
-    /// The user who owns it.
     pub user: UserId,
-    /// Its attribute `id`: the start, or the conversation.
+    /// The attribute `id` of the row: the id of a start or a conversation.
     pub id: Uuid,
     due_at: String,
     key: Item,
 }
 
-/// The most rows of a shard that are read at once. Users take turns among them.
+/// The most rows of a shard that are read at once. The returned rows alternate between the users among them.
 const DUE_READ: usize = 500;
 /// The most rows of a shard that are returned at once.
 pub const DUE_LIMIT: usize = 100;
 
 impl DueIndex {
-    /// Reads the rows of all users that were due before `now`: the oldest of each shard, up to [`DUE_LIMIT`], users in turn. A shard that
-    /// cannot be read does not hold up the others: the first error is returned beside the rows.
+    /// Reads the rows of all users that were due before `now`: the oldest of each shard, up to [`DUE_LIMIT`], alternating between users. A
+    /// shard that cannot be read does not delay the others; the first error is returned together with the rows.
     pub async fn due(&self, now: Time) -> (Vec<DueRow>, Option<Error>) {
         let (mut rows, mut failed) = (Vec::new(), None);
         for read in join_all(self.shards.iter().map(|shard| self.due_in(shard, now))).await {
@@ -81,7 +78,7 @@ impl DueIndex {
             for item in items {
                 match self.row(&item) {
                     Some(row) => rows.push(row),
-                    // It must not hold up the others.
+                    // Such a row must not delay the others.
                     None => tracing::error!(index = self.index, "store.row_without_owner_or_id"),
                 }
             }
@@ -104,7 +101,7 @@ impl DueIndex {
         })
     }
 
-    /// Makes a row due at `until`, after all rows that are due earlier, unless another worker has changed its time meanwhile.
+    /// Postpones a row to `until`, so that rows that are due earlier come first, unless another worker has changed its time meanwhile.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -117,7 +114,7 @@ impl DueIndex {
     }
 }
 
-/// The first `limit` rows when users take turns. The rows of one user keep their order.
+/// Returns the first `limit` rows, alternating between users (round robin). The rows of one user keep their order.
 fn in_turn(rows: Vec<DueRow>, limit: usize) -> Vec<DueRow> {
     let mut of_users: HashMap<UserId, usize> = HashMap::new();
     let mut turns: Vec<(usize, DueRow)> = rows
@@ -128,7 +125,7 @@ fn in_turn(rows: Vec<DueRow>, limit: usize) -> Vec<DueRow> {
             (*turn, row)
         })
         .collect();
-    // Stable: within a turn, the oldest first.
+    // The sort is stable: within a round, the oldest row comes first.
     turns.sort_by_key(|(turn, _)| *turn);
     turns.truncate(limit);
     turns.into_iter().map(|(_, row)| row).collect()

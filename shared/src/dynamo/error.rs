@@ -1,4 +1,4 @@
-//! Failed AWS calls as [`StoreError`]s.
+//! Converts failed AWS calls to [`StoreError`]s.
 
 use std::fmt::Display;
 
@@ -24,7 +24,7 @@ where
     }
 }
 
-/// What the code of a DynamoDB error, or of a reason for which a transaction was cancelled, means for the call.
+/// Maps the code of a DynamoDB error, or of a transaction's cancellation reason, to the kind of the error.
 pub(super) fn kind_of(code: &str) -> StoreErrorKind {
     match code {
         "ConditionalCheckFailedException" | "ConditionalCheckFailed" => StoreErrorKind::ConditionFailed,
@@ -46,12 +46,11 @@ pub fn is_condition_failure(error: &Error) -> bool {
     matches!(error, Error::Store(store) if store.kind() == StoreErrorKind::ConditionFailed)
 }
 
-/// Resolves a write that failed with an outcome that is not known: it succeeded if `is_written` finds what it wrote, and failed with
-/// its own error otherwise. `is_written` must read consistently. A create needs this, because its caller repeats a failed create
-/// under another id.
+/// Resolves a failed write whose outcome is unknown: it succeeded if `is_written` finds what it wrote; otherwise its own error is returned.
+/// `is_written` must read consistently. A create needs this, because its caller retries a failed create with another id.
 ///
 /// # Errors
-/// That of the write.
+/// The error of the write.
 pub async fn unless_written(written: Result<()>, is_written: impl AsyncFnOnce() -> Result<bool>) -> Result<()> {
     let Err(error) = written else { return Ok(()) };
     match is_written().await {

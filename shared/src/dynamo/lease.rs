@@ -1,7 +1,7 @@
-//! Leases: the right of one worker to change an item, until it is released or its time is over.
+//! Leases: the exclusive right of one worker to change an item, until the worker releases the lease or it expires.
 //!
-//! The item's attributes `lease_owner` and `lease_until` hold the lease. A worker that dies releases nothing; its lease expires, and
-//! another worker claims the item. Claims and writes under a lease take effect once, also where the SDK repeats them.
+//! The item's attributes `lease_owner` and `lease_until` contain the lease. A worker that crashes releases nothing; its lease expires, and
+//! another worker claims the item. Claims and writes under a lease are idempotent: a retry by the SDK has no further effect.
 
 use std::time::Duration;
 
@@ -10,17 +10,17 @@ use crate::clock::Time;
 use crate::error::Result;
 use crate::id;
 
-/// The attribute that names the worker.
+/// The attribute that identifies the worker.
 const OWNER: &str = "lease_owner";
-/// The attribute that holds the end of the lease.
+/// The attribute that contains the expiry time.
 const UNTIL: &str = "lease_until";
 
 /// A worker's lease on an item.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lease {
-    /// Names the worker in the item.
+    /// The id of the worker in the item.
     pub owner: String,
-    /// The end of the lease, unless it is renewed.
+    /// The expiry time, unless the lease is renewed.
     pub until: Time,
 }
 
@@ -37,7 +37,7 @@ impl Lease {
         Self { owner: owner.into(), until: Time::now().plus(duration) }
     }
 
-    /// Claims the lease together with an update, if no other owner has it. Returns the item as it is then.
+    /// Claims the lease together with an update, if no other owner has it. Returns the updated item.
     ///
     /// An owner that has the lease may claim it again: its own earlier claim may have failed after it took effect.
     ///
@@ -52,20 +52,20 @@ impl Lease {
         update.set(OWNER, text(&self.owner)).set(UNTIL, text(self.until.sortable())).condition(is_free_or_own)
     }
 
-    /// Moves the end of the lease to [`Lease::until`] with an update, if the owner still has it.
+    /// Moves the expiry to [`Lease::until`] with an update, if the owner still has the lease.
     pub fn renew(&self, update: Update) -> Update {
         guard(update.set(UNTIL, text(self.until.sortable())), &self.owner)
     }
 }
 
-/// No owner has the lease, or it has expired.
+/// The condition that no owner has the lease, or that it has expired.
 #[must_use]
 pub fn is_free() -> Condition {
     let has_expired = Condition::Compare(UNTIL, "<", text(Time::now().sortable()));
     Condition::Any(vec![Condition::Missing(UNTIL), has_expired])
 }
 
-/// Makes an update depend on the owner's lease. Use it for parts of transactions, and for updates that are safe to repeat; use
+/// Adds the condition that the owner has the lease to an update. Use it for parts of transactions, and for idempotent updates; use
 /// [`write`] for all others.
 pub fn guard(update: Update, owner: &str) -> Update {
     update.condition(Condition::equal(OWNER, text(owner)))
@@ -76,7 +76,7 @@ pub fn release(update: Update) -> Update {
     update.remove(OWNER).remove(UNTIL)
 }
 
-/// Updates an item under a lease, once, and returns it. The update may append to a list or release the lease.
+/// Updates an item under a lease, exactly once, and returns it. The update may append to a list or release the lease.
 ///
 /// # Errors
 /// [`crate::Error::Store`].
@@ -84,7 +84,7 @@ pub async fn write(table: &Table, key: Item, owner: &str, update: Update) -> Res
     table.update_once(key, guard(update, owner)).await
 }
 
-/// Deletes an item under a lease, if the further conditions hold. Returns whether there is no item any more.
+/// Deletes an item under a lease, if the further conditions hold. Returns whether the item no longer exists.
 ///
 /// # Errors
 /// [`crate::Error::Store`].
@@ -96,7 +96,7 @@ pub async fn delete(
 ) -> Result<bool> {
     let is_own = Condition::equal(OWNER, text(owner));
     let condition = Condition::All([is_own].into_iter().chain(conditions).collect());
-    // Where there is no item, an attempt whose response was lost has deleted it: no one else deletes it during the lease.
+    // If the item does not exist, an attempt whose response was lost has deleted it: no one else deletes it during the lease.
     Ok(!matches!(table.delete(key, condition).await?, Err(Some(_))))
 }
 

@@ -1,8 +1,7 @@
-//! DynamoDB, as the stores of this crate use it: conditional updates, leases, transactions, batches, due rows and retries, each
-//! written once.
+//! DynamoDB access for the stores of this crate: conditional updates, leases, transactions, batches, due rows and retries.
 //!
-//! Every write here is safe to repeat. The SDK repeats a call whose response was lost, although the call may have taken effect.
-//! A condition that does not hold is therefore a value and never an error: the stores decide what it means.
+//! Every write here is idempotent, because the SDK retries a call whose response was lost, although the call may have succeeded. A
+//! condition that does not hold is therefore a value and never an error: the stores decide what it means.
 
 mod batch;
 mod due_index;
@@ -54,7 +53,7 @@ pub fn to_item<T: Serialize>(record: &T) -> Result<Item> {
 /// Converts an item to a record. Attributes that the record does not have are ignored.
 ///
 /// # Errors
-/// [`Error::Internal`] when the item is not of that kind.
+/// [`Error::Internal`] when the item does not match the record's type.
 pub fn from_item<T: DeserializeOwned>(item: Item) -> Result<T> {
     serde_dynamo::from_item(item)
         .map_err(|error| Error::internal(format!("an item does not read as its record: {error}")))

@@ -1,26 +1,26 @@
-//! Exponential backoff with jitter, for every loop of this crate that repeats a call.
+//! Retry with exponential backoff and jitter, for every loop of this crate that repeats a call.
 //!
-//! It is written here, and no crate is used for it: the loops differ in what they repeat (the keys that a batch left out, a
-//! transaction with its token, a change of a document that is read again), so all that they share is this arithmetic.
+//! No crate is used: the loops differ in what they retry (the unprocessed keys of a batch, a transaction with its token, the change of a
+//! document that is read again), so they share only this arithmetic.
 
 use std::time::Duration;
 
 use tokio::time::sleep;
 
-/// How often a call is repeated, and how long the pauses between the attempts are.
+/// The number of attempts and the length of the pauses between them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Backoff {
     /// The longest pause after the first attempt. It doubles with each further attempt.
     pub first: Duration,
-    /// The bound of all pauses.
+    /// The limit of all pauses.
     pub longest: Duration,
     /// The number of attempts, the first one included.
     pub attempts: u32,
 }
 
 impl Backoff {
-    /// The pause after a number of failed attempts: between half of its bound and its bound, so that callers that failed at the same
-    /// time do not come back at the same time ("equal jitter").
+    /// The pause after a number of failed attempts. It is random between half of its limit and its limit, so that callers that failed at
+    /// the same time do not retry at the same time ("equal jitter").
     #[must_use]
     pub fn pause_after(&self, failed_attempts: u32) -> Duration {
         let doubled = 2_u32.saturating_pow(failed_attempts.saturating_sub(1));
@@ -29,7 +29,7 @@ impl Backoff {
         half + half.mul_f64(rand::random_range(0.0..=1.0))
     }
 
-    /// Begins to count attempts.
+    /// Starts to count attempts.
     #[must_use]
     pub fn start(self) -> Attempts {
         Attempts { backoff: self, begun: 0 }
@@ -44,7 +44,7 @@ pub struct Attempts {
 }
 
 impl Attempts {
-    /// Begins the next attempt: the first one at once, every other one after a pause. Returns false when there are no more.
+    /// Starts the next attempt: the first one at once, every other one after a pause. Returns false when there are no more.
     pub async fn next(&mut self) -> bool {
         if self.is_last() {
             return false;

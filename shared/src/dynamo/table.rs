@@ -15,24 +15,22 @@ use super::{Item, text};
 use crate::error::{Error, Result, StoreErrorKind};
 use crate::id;
 
-/// A write of one item fails while a transaction writes the same item. The SDK does not repeat it then.
+/// The backoff for conflicts: a write of one item fails while a transaction writes the same item, and the SDK does not retry it.
 pub(super) const CONFLICTS: Backoff =
     Backoff { first: Duration::from_millis(40), longest: Duration::from_millis(2500), attempts: 8 };
 
-/// The attribute that names the last write of [`Table::update_once`].
+/// The attribute with the id of the last write of [`Table::update_once`].
 const LAST_WRITE: &str = "last_write";
 
 /// A table. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Table {
-    /// For calls that are not covered here.
+    /// The client, for calls that this type does not cover.
     pub client: Client,
-    /// The table's name.
     pub name: String,
 }
 
 impl Table {
-    /// The table with this name.
     #[must_use]
     pub fn new(client: Client, name: String) -> Self {
         Self { client, name }
@@ -48,13 +46,13 @@ impl Table {
         Ok(found.item)
     }
 
-    /// The beginning of a query.
+    /// Starts a query.
     #[must_use]
     pub fn query(&self) -> QueryFluentBuilder {
         self.client.query().table_name(&self.name)
     }
 
-    /// Updates one item, and returns it.
+    /// Updates one item and returns it.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -62,7 +60,7 @@ impl Table {
         self.send_update(key, update, ReturnValue::AllNew).await
     }
 
-    /// Updates one item, and returns whether its conditions hold. DynamoDB does not send the item back.
+    /// Updates one item and returns whether its conditions held. The response does not contain the item.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -70,9 +68,9 @@ impl Table {
         Ok(self.send_update(key, update, ReturnValue::None).await?.is_applied())
     }
 
-    /// Updates one item once, and returns it, also where the update is not safe to repeat by itself: it appends to a list, adds to a
-    /// number, or ends its own condition. The SDK repeats an update whose response was lost. The item therefore names its last write,
-    /// by which the repetition is recognized.
+    /// Updates one item exactly once and returns it, also when the update alone is not idempotent: it appends to a list, adds to a number,
+    /// or invalidates its own condition. The SDK retries an update whose response was lost. The item therefore stores an id of its last
+    /// write, which identifies the retry.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -141,7 +139,7 @@ impl Table {
         }
     }
 
-    /// Deletes an item. Where the condition does not hold, returns the item that is there instead of deleting it.
+    /// Deletes an item. If the condition does not hold, returns the existing item instead.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -170,7 +168,7 @@ impl Table {
         }
     }
 
-    /// The write of a whole item, as a part of a transaction.
+    /// The write of a whole item, as part of a transaction.
     ///
     /// # Errors
     /// [`Error::Internal`] when the item is empty.
@@ -185,7 +183,7 @@ impl Table {
         Ok(TransactWriteItem::builder().put(put.build().map_err(Error::internal)?).build())
     }
 
-    /// The deletion of an item, as a part of a transaction.
+    /// The deletion of an item, as part of a transaction.
     ///
     /// # Errors
     /// [`Error::Internal`] when the key is empty.

@@ -1,4 +1,4 @@
-//! Transactions, with the reasons for which one was cancelled.
+//! Transactions, with their cancellation reasons.
 
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::SdkError;
@@ -13,18 +13,18 @@ use crate::id;
 /// The most writes in one transaction.
 pub const TRANSACTION_LIMIT: usize = 100;
 
-/// The part that one item had in the cancellation of its transaction.
+/// Why one item caused the cancellation of its transaction.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Cancellation {
-    /// None: the item could have been written.
+    /// The item did not cause it.
     None,
     /// The item's condition does not hold.
     ConditionFailed,
-    /// Another transaction or write of the item was under way.
+    /// Another transaction or write of the item was in progress.
     Conflict,
-    /// The item's table or partition is over its capacity.
+    /// The item's table or partition exceeds its capacity.
     Throttled,
-    /// Another reason, by its code.
+    /// Another reason, identified by its code.
     Other(String),
 }
 
@@ -48,7 +48,7 @@ impl Cancellation {
 pub enum Transacted {
     /// Everything was written.
     Written,
-    /// Nothing was written, because at least one condition does not hold. One entry for each item, in their order.
+    /// Nothing was written, because at least one condition does not hold. One entry for each item, in the order of the items.
     ConditionFailed(Vec<Cancellation>),
 }
 
@@ -59,10 +59,10 @@ impl Transacted {
         *self == Self::Written
     }
 
-    /// For transactions whose conditions always hold.
+    /// Converts the result to an error unless everything was written; for transactions whose conditions always hold.
     ///
     /// # Errors
-    /// [`Error::Store`] when one does not.
+    /// [`Error::Store`] when a condition does not hold.
     pub fn require(self, operation: &str) -> Result<()> {
         match self {
             Self::Written => Ok(()),
@@ -74,16 +74,16 @@ impl Transacted {
     }
 }
 
-/// Writes all of `items` or none of them. `operation` names the call in the log.
+/// Writes all of `items` or none of them. `operation` identifies the call in the log.
 ///
-/// A transaction that collides with another write, or is throttled, is repeated with backoff: two rows of one user share the item
-/// that counts them. All attempts carry one `ClientRequestToken`: for ten minutes DynamoDB answers a repetition of a transaction
-/// that was written, whose response was lost, with success and writes nothing again.
+/// A transaction that conflicts with another write, or is throttled, is retried with backoff: two rows of one user share the item with
+/// their counters. All attempts have the same `ClientRequestToken`: for ten minutes DynamoDB responds to a retry of a written transaction
+/// with success and writes nothing again.
 ///
 /// # Errors
 /// [`Error::Store`]; the transaction may have been written then.
 pub async fn transact(client: &Client, items: Vec<TransactWriteItem>, operation: &str) -> Result<Transacted> {
-    // An id in hex is within the token's 36 characters.
+    // An id in hex fits into the token's 36 characters.
     let token = id::hex(id::new_uuid());
     let write = client.transact_write_items().set_transact_items(Some(items)).client_request_token(token);
     let mut attempts = CONFLICTS.start();
@@ -110,7 +110,7 @@ fn cancellations(error: &SdkError<TransactWriteItemsError>) -> Vec<Cancellation>
     }
 }
 
-/// Gives the error of a cancelled transaction the kind of its reasons. A reason that no repetition changes prevails.
+/// Sets the kind of a cancelled transaction's error by its reasons. A permanent reason has priority.
 fn with_kind(error: Error, reasons: &[Cancellation]) -> Error {
     let kind = if reasons.iter().any(|reason| matches!(reason, Cancellation::Other(_))) {
         None

@@ -1,5 +1,5 @@
-//! Update expressions and conditions. Attributes are named by paths such as `metrics.cost` or `messages[0]`; every name goes into the
-//! expression as a placeholder, so that DynamoDB's reserved words need no care.
+//! Builds update expressions and conditions. Attributes are addressed by paths such as `metrics.cost` or `messages[0]`; every name is a
+//! placeholder in the expression, so that DynamoDB's reserved words cause no conflict.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -71,7 +71,7 @@ impl Condition {
     }
 }
 
-/// The names and values that the placeholders of an expression stand for.
+/// The names and values of an expression's placeholders.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Expression {
     pub(super) names: HashMap<String, String>,
@@ -80,18 +80,18 @@ pub(super) struct Expression {
 }
 
 impl Expression {
-    /// A condition alone, for a write that is no update.
+    /// The expression of a condition alone, for a write that is not an update.
     pub(super) fn of(condition: &Condition) -> (String, Self) {
         let mut expression = Self::default();
         (condition.write_to(&mut expression), expression)
     }
 
-    /// The attributes' names, `None` without any, which DynamoDB wants to be left out.
+    /// The attributes' names; `None` if there are none, because DynamoDB refuses an empty map.
     pub(super) fn names(&self) -> Option<HashMap<String, String>> {
         (!self.names.is_empty()).then(|| self.names.clone())
     }
 
-    /// The values, `None` without any.
+    /// The attributes' values; `None` if there are none.
     pub(super) fn values(&self) -> Option<HashMap<String, AttributeValue>> {
         (!self.values.is_empty()).then(|| self.values.clone())
     }
@@ -104,7 +104,7 @@ impl Expression {
             let placeholder = self.placeholders.entry(name.to_owned()).or_insert(next);
             self.names.insert(placeholder.clone(), name.to_owned());
             let dot = if index == 0 { "" } else { "." };
-            // Writing to a String does not fail.
+            // Writing to a `String` does not fail.
             let _ = write!(written, "{dot}{placeholder}{element}");
         }
         written
@@ -117,7 +117,7 @@ impl Expression {
     }
 }
 
-/// A conditional update of one item, for `UpdateItem` ([`super::Table::update`]) or as a part of a transaction.
+/// A conditional update of one item, for `UpdateItem` ([`super::Table::update`]) or as part of a transaction.
 #[derive(Clone, Debug, Default)]
 #[must_use]
 pub struct Update {
@@ -130,25 +130,24 @@ pub struct Update {
 }
 
 impl Update {
-    /// An update that changes nothing yet.
+    /// An empty update.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Whether nothing changes.
+    /// Whether the update changes nothing.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.set.is_empty() && self.remove.is_empty() && self.add.is_empty() && self.append.is_empty()
     }
 
-    /// Sets an attribute.
     pub fn set(mut self, path: &str, value: AttributeValue) -> Self {
         let (path, value) = (self.expression.path(path), self.expression.value(value));
         self.set.push(format!("{path} = {value}"));
         self
     }
 
-    /// Sets an attribute, or removes it where there is no value.
+    /// Sets an attribute, or removes it if there is no value.
     pub fn set_or_remove(self, path: &str, value: Option<AttributeValue>) -> Self {
         match value {
             Some(value) => self.set(path, value),
@@ -156,7 +155,7 @@ impl Update {
         }
     }
 
-    /// Sets an attribute that the item lacks.
+    /// Sets an attribute unless the item has it.
     pub fn set_if_missing(mut self, path: &str, value: AttributeValue) -> Self {
         let (path, value) = (self.expression.path(path), self.expression.value(value));
         self.set.push(format!("{path} = if_not_exists({path}, {value})"));
@@ -168,11 +167,12 @@ impl Update {
         item.into_iter().fold(self, |update, (name, value)| update.set(&name, value))
     }
 
-    /// Adds values to the end of a list, which need not exist. Several additions to one list become one: an expression may name a
+    /// Appends values to a list, which is created if missing. Several appends to one list are combined, because an expression may contain a
+    /// path only once.
     /// path once.
     ///
-    /// An append that is repeated appends twice: send it with [`super::Table::update_once`], in a transaction, or under a condition that
-    /// it ends.
+    /// An append is not idempotent: send it with [`super::Table::update_once`], in a transaction, or under a condition that the append
+    /// invalidates.
     pub fn append(mut self, path: &'static str, values: impl IntoIterator<Item = AttributeValue>) -> Self {
         match self.append.iter_mut().find(|(known, _)| *known == path) {
             Some((_, list)) => list.extend(values),
@@ -181,7 +181,7 @@ impl Update {
         self
     }
 
-    /// Adds to a number, which need not exist. Like [`Update::append`], it is not safe to repeat by itself.
+    /// Adds to a number, which is created if missing. Like [`Update::append`], it is not idempotent.
     pub fn add(mut self, path: &str, value: i64) -> Self {
         let value = AttributeValue::N(value.to_string());
         let (path, value) = (self.expression.path(path), self.expression.value(value));
@@ -189,25 +189,23 @@ impl Update {
         self
     }
 
-    /// Removes an attribute.
     pub fn remove(mut self, path: &str) -> Self {
         let path = self.expression.path(path);
         self.remove.push(path);
         self
     }
 
-    /// Removes several attributes.
     pub fn remove_all(self, paths: &[&str]) -> Self {
         paths.iter().fold(self, |update, path| update.remove(path))
     }
 
-    /// Makes the update depend on a condition, besides those that it has.
+    /// Adds a condition to the update.
     pub fn condition(mut self, condition: Condition) -> Self {
         self.conditions.push(condition);
         self
     }
 
-    /// The update as a part of a transaction.
+    /// The update as part of a transaction.
     ///
     /// # Errors
     /// [`Error::Internal`] when it changes nothing.
@@ -225,7 +223,7 @@ impl Update {
         Ok(TransactWriteItem::builder().update(update).build())
     }
 
-    /// The update's expression, its condition's, and what their placeholders stand for.
+    /// The update expression, the condition expression, and their placeholders.
     pub(super) fn expressions(mut self) -> (Option<String>, Option<String>, Expression) {
         for (path, values) in std::mem::take(&mut self.append) {
             let path = self.expression.path(path);
@@ -251,9 +249,9 @@ impl Update {
 #[derive(Clone, Debug, PartialEq)]
 #[must_use]
 pub enum Outcome {
-    /// The item as it is after the update.
+    /// The updated item.
     Applied(Item),
-    /// A condition does not hold. The item as it is, if there is one.
+    /// A condition does not hold. Contains the current item, if there is one.
     ConditionFailed(Option<Item>),
 }
 

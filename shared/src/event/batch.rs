@@ -1,4 +1,4 @@
-//! Reads what a batch of events reports of its conversation: metrics, the model, tags, and what requires a request to the agent server.
+//! Reads the reports in a batch of events: metrics, the model, tags, and whether the agent server must be polled.
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -10,7 +10,7 @@ use crate::conversation::reports::{AGENT_USAGE, AgentStats, ReportTime};
 use crate::conversation::tags::Tags;
 use crate::conversation::{MAX_NAME, within_max_name};
 
-/// Observations of tools by which an agent changes its own model.
+/// The observations of tools with which an agent switches its own model.
 const SWITCHES: [&str; 2] = ["SwitchLLMObservation", "ClassifyAndSwitchLLMObservation"];
 
 /// A reported value, and the position of the event that reported it.
@@ -20,21 +20,20 @@ pub(super) struct Reported<T> {
     pub(super) value: T,
 }
 
-/// The reports of a batch of events. The newest report of each value counts; the order of the batch does not matter.
+/// The reports of a batch of events. The newest report of each value is used; the order of the batch is irrelevant.
 #[derive(Debug, Default)]
 pub(super) struct Batch {
     conversation: Uuid,
-    /// What the models have used.
+    /// The usage of the models.
     pub(super) stats: Option<Reported<AgentStats>>,
     /// Whether an event about stats alone is in the batch.
     pub(super) has_stats_event: bool,
-    /// The model that the agent uses.
+    /// The model of the agent.
     pub(super) model: Option<Reported<String>>,
-    /// The conversation's tags.
     pub(super) tags: Option<Reported<Tags>>,
     pub(super) has_message: bool,
-    /// Whether metrics may have grown: the agent has stopped (finished, paused, failed, or waiting for a confirmation), or an event
-    /// about the whole state has stats of models that were used.
+    /// Whether metrics may have increased: the agent has stopped (finished, paused, failed, or waits for a confirmation), or an event with
+    /// the whole state contains stats of models that were used.
     pub(super) may_have_stats: bool,
 }
 
@@ -53,7 +52,8 @@ impl Batch {
         batch
     }
 
-    /// The source of [`Self::stats`] at this position. Together with an event about stats alone, stats of the whole state count as such.
+    /// The source of [`Self::stats`] at this position. If the batch also contains an event about stats alone, stats of the whole state
+    /// count as such an event.
     pub(super) fn stats_source(&self, position: String) -> ReportTime {
         if self.has_stats_event { ReportTime::Event(position) } else { ReportTime::State(position) }
     }
@@ -79,8 +79,8 @@ impl Batch {
             "stats" => self.has_stats_event |= self.report_stats(value, None, event),
             "agent" => self.report_model(read_llm(value).model, event),
             "tags" => self.report_tags(value, event),
-            // Repeats the whole state: when the conversation is loaded, and in newer versions at the end of each turn. No other event
-            // has the metrics of a model that the agent was switched to.
+            // Contains the whole state: an agent server sends it when it loads the conversation, and newer versions also at the end of each
+            // turn. No other event contains the metrics of a model that the agent was switched to.
             "full_state" => {
                 let Ok(state) = serde_json::from_str::<State<'_>>(value.get()) else { return };
                 let llm = state.agent.map(read_llm).unwrap_or_default();
@@ -114,7 +114,7 @@ impl Batch {
             #[serde(default)]
             active_model: Option<String>,
         }
-        // Other observations are many, and large.
+        // Other observations are frequent and large, so they are not parsed.
         if !event.json.contains("active_model") {
             return;
         }
@@ -126,7 +126,7 @@ impl Batch {
         }
     }
 
-    /// Returns whether there are stats.
+    /// Reports stats. Returns whether there are any.
     fn report_stats(&mut self, stats: &RawValue, usage: Option<&str>, event: &Event) -> bool {
         let read = serde_json::from_str::<Value>(stats.get()).ok();
         let stats = read.and_then(|stats| AgentStats::read(&stats, usage));
@@ -172,7 +172,7 @@ fn read_llm(agent: &RawValue) -> Llm {
     serde_json::from_str::<Agent>(agent.get()).map(|agent| agent.llm).unwrap_or_default()
 }
 
-/// The name of a model without surrounding whitespace; `None` for an empty one, and for one that is too long for a record.
+/// The name of a model without surrounding white space; `None` if it is empty or too long for a record.
 pub(super) fn reported_model(model: &str, conversation: Uuid) -> Option<String> {
     let model = model.trim();
     if within_max_name(model).len() < model.len() {
@@ -182,7 +182,7 @@ pub(super) fn reported_model(model: &str, conversation: Uuid) -> Option<String> 
     (!model.is_empty()).then(|| model.to_owned())
 }
 
-/// Tags within the limits of a record; `None` where none are reported.
+/// The tags within the limits of a record; `None` if none are reported.
 pub(super) fn reported_tags(tags: &Value, conversation: Uuid) -> Option<Tags> {
     let (tags, left_out) = Tags::read(tags)?;
     if left_out > 0 {
@@ -233,7 +233,7 @@ mod tests {
             let third = switch(kind, false, json!("third"));
             assert_eq!(model(&[third, second.clone()]).as_deref(), Some("third"));
         }
-        // A switch that failed, other tools, and what is no model.
+        // A failed switch, other tools, and values that are not a model.
         for other in [
             switch(SWITCHES[0], true, json!("no")),
             switch(SWITCHES[0], false, json!(null)),

@@ -1,5 +1,5 @@
-//! Jobs that follow events of a conversation, outside the request that brings them: polling the agent server for values that it does
-//! not report, and running event callback processors.
+//! Follow-up jobs of events, which run outside the webhook request: polling the agent server for the title and metrics that it does not
+//! report, and running event callback processors.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,13 +20,13 @@ use crate::jobs::queue::JobQueue;
 use crate::jobs::refresh_conversation::RefreshConversation;
 use crate::sandbox::SandboxService;
 
-/// From this attempt on, the agent server is requested to generate a title. An agent's own title comes within seconds after the first
-/// message; or never, where version 1.15 has looked for that message before it was saved.
+/// From this attempt on, the job requests a generated title from the agent server. An agent's own title arrives within seconds after the
+/// first message; or never, if version 1.15 has searched for that message before it was saved.
 const GENERATE_FROM: usize = 3;
-/// To generate a title takes a response of the model.
+/// The timeout of generating a title, which needs a response of the model.
 const GENERATE_TIMEOUT: Duration = Duration::from_secs(30);
 const AGENT_SERVER_TIMEOUT: Duration = Duration::from_secs(10);
-/// Events that are claimed in one write.
+/// The number of events that are claimed in one write.
 const PAGE: usize = 100;
 
 /// Runs the jobs that follow events.
@@ -41,18 +41,18 @@ pub struct FollowUp {
 }
 
 impl FollowUp {
-    /// Polls the conversation's agent server for values that it does not report by itself: the metrics of its agent, and the title
-    /// that it has found, which is stored unless a user gave the conversation one. While there is no title, another attempt is
-    /// enqueued, up to a bound; later attempts make the agent server generate one.
+    /// Polls the conversation's agent server for values that it does not report by itself: the agent's metrics, and the title that it has
+    /// found, which is stored unless a user has set a title. While there is no title, the job enqueues another attempt, up to a limit;
+    /// later attempts make the agent server generate a title.
     ///
     /// # Errors
-    /// [`crate::Error::Store`] or an error of the sandboxes; it may be done again.
+    /// [`crate::Error::Store`] or an error of the sandboxes; the call may be repeated.
     pub async fn refresh_from_agent_server(&self, job: &RefreshConversation) -> Result<()> {
         let RefreshConversation { user, conversation, attempt } = job;
         let (conversation, attempt) = (*conversation, *attempt);
         match self.conversations.lookup(user, conversation).await? {
             Lookup::Deleting => return Ok(()),
-            // Its start is about to record it, or has failed.
+            // The start has not recorded the conversation yet, or has failed.
             Lookup::Absent => {}
             Lookup::Present(known) => {
                 let wants_title = known.has_default_title();
@@ -64,7 +64,7 @@ impl FollowUp {
                     Some(agent_server) => report(agent_server, conversation).await,
                     None => None,
                 };
-                // Where no event reports metrics, this is their only source.
+                // If no event reports metrics, polling is their only source.
                 let wants_stats = report.is_none() && agent_server.is_some() && !known.is_stats_reported;
                 if let Some(report) = &report {
                     report.apply(&self.conversations, user).await?;
@@ -97,12 +97,12 @@ impl FollowUp {
         Ok(sandbox.and_then(|sandbox| sandbox.agent_server(&self.http)))
     }
 
-    /// Logs the events that were not logged yet, in their order, if the conversation's start requested it. Each event is claimed
-    /// before it is logged and is therefore logged at most once, also by concurrent calls. An event that arrives late, with a
-    /// position before the claimed ones, is not logged.
+    /// Logs the events that were not logged yet, in order, if the conversation's start requested it. Each event is claimed before it is
+    /// logged and is therefore logged at most once, also by concurrent calls. A late event with a position before the claimed ones is not
+    /// logged.
     ///
     /// # Errors
-    /// [`crate::Error::Store`]; it may be done again.
+    /// [`crate::Error::Store`]; the call may be repeated.
     pub async fn process_events(&self, user: &UserId, conversation: Uuid) -> Result<()> {
         loop {
             let Lookup::Present(known) = self.conversations.lookup(user, conversation).await? else { return Ok(()) };

@@ -1,4 +1,4 @@
-//! Ingests agent servers' webhooks: stores the events, updates the conversation's record, and enqueues follow-up jobs.
+//! Webhook ingestion: stores the events of agent servers, updates the conversation's record, and enqueues follow-up jobs.
 
 use std::time::Duration;
 
@@ -22,16 +22,14 @@ use crate::jobs::queue::JobQueue;
 use crate::jobs::refresh_conversation::{FIRST_DELAY, RefreshConversation};
 use crate::sandbox::store::SandboxRecord;
 
-/// `execution_status` of a conversation that its agent server is about to remove.
+/// The `execution_status` of a conversation that its agent server is about to remove.
 const DELETING: &str = "deleting";
 
-/// A snapshot of a whole conversation, which its agent server reports when it starts, pauses, renames or deletes the conversation.
+/// A snapshot of a conversation, which its agent server posts when it starts, pauses, renames or deletes the conversation.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ConversationReport {
-    /// Its id.
     pub id: Uuid,
     execution_status: Option<String>,
-    /// Its title, if it has one.
     pub title: Option<String>,
     llm_model: Option<String>,
     tags: Option<Tags>,
@@ -40,35 +38,35 @@ pub struct ConversationReport {
 }
 
 impl ConversationReport {
-    /// Reads the values that records have; missing and malformed ones are ignored. A title is cut to
-    /// [`crate::conversation::MAX_NAME`] characters, a longer name of a model is ignored, and tags that exceed a limit are left out:
-    /// a record with them would exceed what DynamoDB accepts.
+    /// Reads the values that records have; missing and malformed values are ignored. A title is truncated to
+    /// [`crate::conversation::MAX_NAME`] characters, a longer model name is ignored, and tags that exceed a limit are skipped, because the
+    /// record would exceed DynamoDB's item limit.
     #[must_use]
-    pub fn read(id: Uuid, told: &Value) -> Self {
+    pub fn read(id: Uuid, report: &Value) -> Self {
         let text = |value: Option<&Value>| {
             value.and_then(Value::as_str).map(str::trim).filter(|text| !text.is_empty()).map(ToOwned::to_owned)
         };
-        let title = text(told.get("title")).map(|title| {
+        let title = text(report.get("title")).map(|title| {
             let short = within_max_name(&title);
             if short.len() < title.len() {
                 tracing::warn!(conversation = %id, bytes = title.len(), "conversation.reported_title_cut");
             }
             short.to_owned()
         });
-        let llm_model = text(told.pointer("/agent/llm/model")).and_then(|model| reported_model(&model, id));
-        let usage = text(told.pointer("/agent/llm/usage_id")).unwrap_or_else(|| AGENT_USAGE.to_owned());
+        let llm_model = text(report.pointer("/agent/llm/model")).and_then(|model| reported_model(&model, id));
+        let usage = text(report.pointer("/agent/llm/usage_id")).unwrap_or_else(|| AGENT_USAGE.to_owned());
         Self {
             id,
-            execution_status: text(told.get("execution_status")),
+            execution_status: text(report.get("execution_status")),
             title,
             llm_model,
-            tags: told.get("tags").and_then(|tags| reported_tags(tags, id)),
-            stats: told.get("stats").and_then(|stats| AgentStats::read(stats, Some(&usage))),
-            updated_at: text(told.get("updated_at")),
+            tags: report.get("tags").and_then(|tags| reported_tags(tags, id)),
+            stats: report.get("stats").and_then(|stats| AgentStats::read(stats, Some(&usage))),
+            updated_at: text(report.get("updated_at")),
         }
     }
 
-    /// Its `updated_at` in a form that sorts; one that does not parse sorts before all others.
+    /// Its `updated_at` in a sortable form; an invalid time sorts before all others.
     fn version(&self) -> String {
         self.updated_at.as_deref().and_then(sortable_instant).unwrap_or_else(|| "!".into())
     }
@@ -90,22 +88,20 @@ impl ConversationReport {
     }
 }
 
-/// Updates of different attributes of a record, which run concurrently. In boxes, because the futures of the SDK are large.
+/// Concurrent updates of different attributes of a record. They are boxed because the futures of the SDK are large.
 type Writes<'w> = Vec<BoxFuture<'w, Result<bool>>>;
 
 /// Ingests events and snapshots of conversations.
 #[derive(Clone, Debug)]
 pub struct EventIngestor {
-    /// The conversations' records.
     pub conversations: ConversationStore,
-    /// Where events are stored.
     pub events: EventStore,
-    /// Where follow-up jobs are enqueued.
+    /// Receives the follow-up jobs.
     pub queue: JobQueue,
 }
 
 impl EventIngestor {
-    /// Looks up a conversation that a sandbox reports. A sandbox may report its own conversations, and those without a record.
+    /// Looks up a conversation that a sandbox reports. A sandbox may report its own conversations and conversations without a record.
     ///
     /// # Errors
     /// [`Error::Unauthenticated`] when the conversation is in another sandbox; [`Error::Store`].
@@ -122,7 +118,7 @@ impl EventIngestor {
     /// Stores events, then applies what they report, then enqueues follow-up jobs. Idempotent.
     ///
     /// # Errors
-    /// [`Error::Store`]; a part of the work may be done, and the agent server sends the events again.
+    /// [`Error::Store`]; some of the work may be done, and the agent server resends the events.
     pub async fn ingest_events(
         &self,
         sandbox: &SandboxRecord,
@@ -183,54 +179,54 @@ impl EventIngestor {
         try_join_all(writes).await.map(|_| ())
     }
 
-    /// Applies a snapshot of the whole conversation to its record, or makes a record of it.
+    /// Applies a snapshot of the conversation to its record, or creates a stub record from it.
     ///
     /// # Errors
     /// [`Error::Unauthenticated`] when the conversation is in another sandbox; [`Error::Store`].
-    pub async fn ingest_report(&self, sandbox: &SandboxRecord, told: &ConversationReport) -> Result<()> {
-        let mut lookup = self.lookup(sandbox, told.id).await?;
-        if told.execution_status.as_deref() == Some(DELETING) {
+    pub async fn ingest_report(&self, sandbox: &SandboxRecord, report: &ConversationReport) -> Result<()> {
+        let mut lookup = self.lookup(sandbox, report.id).await?;
+        if report.execution_status.as_deref() == Some(DELETING) {
             return Ok(());
         }
         if lookup == Lookup::Absent {
-            if self.conversations.put_stub(&stub(sandbox, told), &told.version()).await? {
-                tracing::info!(conversation = %told.id, sandbox = %sandbox.id, "conversation.found");
+            if self.conversations.put_stub(&stub(sandbox, report), &report.version()).await? {
+                tracing::info!(conversation = %report.id, sandbox = %sandbox.id, "conversation.found");
                 return Ok(());
             }
-            // Another request has made a record.
-            lookup = self.lookup(sandbox, told.id).await?;
+            // Another request has created a record.
+            lookup = self.lookup(sandbox, report.id).await?;
         }
         if !matches!(lookup, Lookup::Present(_)) {
             return Ok(());
         }
         let user = &sandbox.user;
-        if let Some(title) = &told.title {
-            self.conversations.set_agent_title(user, told.id, title).await?;
+        if let Some(title) = &report.title {
+            self.conversations.set_agent_title(user, report.id, title).await?;
         }
-        told.apply(&self.conversations, user).await?;
-        self.conversations.update(user, told.id, ConversationChange::default()).await?;
+        report.apply(&self.conversations, user).await?;
+        self.conversations.update(user, report.id, ConversationChange::default()).await?;
         Ok(())
     }
 }
 
-fn stub(sandbox: &SandboxRecord, told: &ConversationReport) -> ConversationRecord {
+fn stub(sandbox: &SandboxRecord, report: &ConversationReport) -> ConversationRecord {
     let now = Time::now();
-    let [_, default_title] = default_titles(told.id);
+    let [_, default_title] = default_titles(report.id);
     ConversationRecord {
         user: sandbox.user.clone(),
-        id: told.id,
+        id: report.id,
         sandbox_id: sandbox.id.clone(),
         selected_repository: None,
         selected_branch: None,
         git_provider: None,
-        title: Some(told.title.clone().unwrap_or(default_title)),
+        title: Some(report.title.clone().unwrap_or(default_title)),
         trigger: None,
         pr_number: Vec::new(),
-        llm_model: told.llm_model.clone(),
-        metrics: told.stats.clone().map_or_else(MetricsSnapshot::default, AgentStats::into_metrics),
+        llm_model: report.llm_model.clone(),
+        metrics: report.stats.clone().map_or_else(MetricsSnapshot::default, AgentStats::into_metrics),
         parent_conversation_id: None,
         public: None,
-        tags: told.tags.clone().unwrap_or_default(),
+        tags: report.tags.clone().unwrap_or_default(),
         created_at: now,
         updated_at: now,
     }

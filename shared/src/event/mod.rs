@@ -1,4 +1,4 @@
-//! The event log: what agents did, kept as they told it; and what follows from it.
+//! The event log of conversations, webhook ingestion, and follow-up jobs.
 
 mod batch;
 pub mod follow_up;

@@ -1,8 +1,8 @@
-//! Appends and reads the events of conversations.
+//! Stores the event logs of conversations: append, pagination, count and deletion.
 //!
-//! An event is a row by its id, so an id is stored once: what comes again replaces what was there, with another timestamp
-//! too, and it moves to its new place then. Two narrow indexes hold the order of the log, as a whole and by kind: paging
-//! reads places there and then the events of the page alone, and counting reads nothing else.
+//! The key of a row contains the event's id, so appends are idempotent. An event with a stored id replaces the stored event; if its
+//! timestamp differs, its position in the log changes. Two narrow indexes contain the order of the log, as a whole and by kind. A page
+//! reads index entries first and then only its own events; a count reads only index entries.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
@@ -27,50 +27,51 @@ use crate::id::{self, UserId};
 use crate::objects;
 use crate::paging;
 
-/// Index: the places of a conversation's events, in the order of time.
+/// Index: a conversation's events by position, which is the order of time.
 pub const BY_POSITION: &str = "by-position";
-/// Index: the places of a conversation's events, kind by kind, in the order of time.
+/// Index: a conversation's events by kind, then by position.
 pub const BY_KIND: &str = "by-kind";
-/// What both indexes hold beside keys: how much room an event takes in an answer.
+/// The attribute that both indexes project besides keys: the size in bytes of the event in a response.
 pub const ROOM: &str = "room";
 
-/// DynamoDB takes no longer sort key.
+/// The longest sort key that DynamoDB accepts, in bytes.
 const KEY_LIMIT: usize = 1024;
-/// A longer event is kept in the bucket: DynamoDB takes no item over 400 KB.
+/// The largest event, in bytes, that is stored in the table; larger ones are objects in the bucket. DynamoDB accepts no item over 400 KB.
 const INLINE_EVENT_LIMIT: usize = 300 * 1024;
-/// The error for a count that takes too long.
+/// The error for a count that would read too many rows.
 const TOO_MANY: &str = "Too many events to count with this filter. Narrow it with timestamp__gte and timestamp__lt, or read the pages of search";
-/// Objects that are asked for at the same time.
+/// The number of objects that are read or deleted concurrently.
 const PARALLEL_OBJECTS: usize = 8;
 
-/// The first instant whose text has no sign.
+/// The earliest instant whose text has no sign.
 const YEAR_0: Timestamp = Timestamp::constant(-62_167_219_200, 0);
-/// Positions of events whose timestamp does not read begin with this: before every time.
+/// The prefix of positions of events whose timestamp is invalid. It sorts before every time.
 const UNDATED: &str = "!";
-/// Before every position with a time.
+/// A bound that sorts before every position with a time.
 const FIRST_DATED: &str = "0";
-/// Behind every position.
+/// A bound that sorts after every position.
 const LAST: &str = "~";
-/// The kind of events that hold a token each. They are for clients that watch; the message that the tokens make up follows.
+/// The kind of events that contain one token each. They are for clients that watch the stream; the complete message follows as another
+/// event.
 const DELTA: &str = "StreamingDeltaEvent";
 
-/// An event as its agent server sent it.
+/// An event, as its agent server sent it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Event {
-    /// Its id, the agent server's.
+    /// The id that the agent server has assigned.
     pub id: String,
-    /// Its timestamp as sent; it orders the log.
+    /// The timestamp as sent; it determines the position in the log.
     pub timestamp: String,
-    /// Its kind; any.
+    /// The kind. Any text is accepted.
     pub kind: String,
-    /// The whole event, byte for byte.
+    /// The JSON of the event, byte for byte.
     pub json: String,
 }
 
 impl Event {
-    /// Where it stands in the log: its instant at a fixed width, then its id. A timestamp without a zone is taken for UTC,
-    /// which orders the events of one agent server, whatever its zone. Events whose timestamp does not read come first,
-    /// in the order of their texts: there they disturb neither time filters nor who asks for the newest.
+    /// The position in the log: the event's instant at a fixed width, then its id. A timestamp without a zone is interpreted as UTC, which
+    /// orders the events of one agent server, whatever its zone. Events with an invalid timestamp come first, in the order of the
+    /// timestamps' texts: there they affect neither time filters nor queries for the newest events.
     #[must_use]
     pub fn position(&self) -> String {
         match sortable_instant(&self.timestamp) {
@@ -79,13 +80,13 @@ impl Event {
         }
     }
 
-    /// Whether it is not kept: agent servers do not keep these events either.
+    /// Whether the event is not stored: agent servers do not store these events either.
     #[must_use]
     pub fn is_transient(&self) -> bool {
         self.kind == DELTA
     }
 
-    /// Why it cannot be stored, if so.
+    /// The reason why the event cannot be stored, if there is one.
     #[must_use]
     pub fn fault(&self) -> Option<&'static str> {
         if self.id.is_empty() {
@@ -99,21 +100,21 @@ impl Event {
         of_kind(&self.kind, &self.position())
     }
 
-    /// Its size in an answer, see [`crate::http::page`].
+    /// Its size in bytes in a response, see [`crate::http::page`].
     fn size_bytes(&self) -> u64 {
         size_of_text(self.json.as_bytes()) + 1
     }
 }
 
-/// The instant of an event's timestamp; one without a zone is taken for UTC.
+/// Parses the timestamp of an event; one without a zone is interpreted as UTC.
 fn instant(timestamp: &str) -> Option<Timestamp> {
     let zoned = timestamp.parse().ok();
     let instant: Timestamp = zoned.or_else(|| Offset::UTC.to_timestamp(timestamp.parse::<DateTime>().ok()?).ok())?;
-    // The text of an earlier one does not sort.
+    // The text of an earlier instant does not sort correctly.
     (instant >= YEAR_0).then_some(instant)
 }
 
-/// The instant of an event's timestamp in a form that sorts.
+/// Converts an event's timestamp to a sortable form.
 #[must_use]
 pub fn sortable_instant(timestamp: &str) -> Option<String> {
     instant(timestamp).map(sortable)
@@ -123,19 +124,19 @@ fn sortable(instant: Timestamp) -> String {
     format!("{instant:.9}")
 }
 
-/// The length keeps kinds apart, whatever characters they hold.
+/// The prefix with the length separates kinds that contain any characters.
 fn of_kind(kind: &str, position: &str) -> String {
     format!("{}:{kind}#{position}", kind.len())
 }
 
-/// Which events are meant; all of them by default.
+/// The filters of a page or a count; by default they match all events.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct EventFilter {
-    /// Of this kind.
+    /// Events of this kind.
     pub kind: Option<String>,
-    /// At this instant or later. Leaves out those whose timestamp does not read.
+    /// Events at or after this instant. Excludes events with an invalid timestamp.
     pub timestamp_gte: Option<Time>,
-    /// Before this instant. Leaves out those whose timestamp does not read.
+    /// Events before this instant. Excludes events with an invalid timestamp.
     pub timestamp_lt: Option<Time>,
 }
 
@@ -149,7 +150,7 @@ wire_enum! {
     }
 }
 
-/// Where in the log a page starts: behind this place, in the order of the page.
+/// The cursor of a page: it starts after this position, in the order of the page.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cursor {
     /// See [`Event::position`].
@@ -159,18 +160,17 @@ pub struct Cursor {
 /// A page of events.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EventPage {
-    /// The events.
     pub events: Vec<Event>,
-    /// Where the next page starts, if there is one.
+    /// The cursor of the next page, if there is one.
     pub next: Option<Cursor>,
 }
 
-/// The state of a log at some time.
+/// The version of a log at some time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogVersion {
-    /// Random: two states have two.
+    /// A random text, different for each version.
     pub version: String,
-    /// When it was written last. The indexes follow a little later.
+    /// The time of the last write. The indexes are updated a little later.
     #[serde(serialize_with = "sortable::serialize")]
     pub changed_at: Time,
 }
@@ -184,15 +184,15 @@ struct Row {
     room: u64,
     timestamp: String,
     kind: String,
-    /// The event, unless it is in the bucket.
+    /// The JSON of the event, unless it is in the bucket.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     event: Option<String>,
-    /// The key of the object that holds the event.
+    /// The key of the object that contains the event.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     event_object: Option<String>,
 }
 
-/// The attributes of a row that the indexes project; each index has one of the two positions.
+/// The attributes of a row that the indexes project; each index contains one of the two positions.
 #[derive(Deserialize)]
 struct ProjectedRow {
     id: String,
@@ -201,14 +201,14 @@ struct ProjectedRow {
     room: u64,
 }
 
-/// An event's place in the log.
+/// An entry of an index.
 struct IndexEntry {
     id: String,
     position: String,
     room: u64,
 }
 
-/// The part of a row that its deletion needs.
+/// The attributes of a row that its deletion needs.
 #[derive(Deserialize)]
 struct DeletableRow {
     id: String,
@@ -216,7 +216,7 @@ struct DeletableRow {
     event_object: Option<String>,
 }
 
-/// The part of an index in which the events of a filter are, from one position to another, both included.
+/// The range of an index that contains the events of a filter; both ends are inclusive.
 struct Range {
     partition: String,
     kind: Option<String>,
@@ -228,7 +228,7 @@ impl Range {
     fn new(partition: String, filter: &EventFilter) -> Self {
         let bound = |time: Time| sortable(Timestamp::from(time));
         let dated = filter.timestamp_gte.is_some() || filter.timestamp_lt.is_some();
-        // A position is longer than the bound of its instant, and so behind it.
+        // A position is longer than the bound of its instant and therefore sorts after it.
         Self {
             partition,
             kind: filter.kind.clone(),
@@ -237,7 +237,7 @@ impl Range {
         }
     }
 
-    /// Only what is at a place and behind it.
+    /// Restricts the range to the cursor's position and all positions after it.
     fn starting(mut self, after: &Cursor, order: SortOrder) -> Self {
         match order {
             SortOrder::Timestamp => self.from = self.from.max(after.position.clone()),
@@ -246,7 +246,7 @@ impl Range {
         self
     }
 
-    /// DynamoDB takes no range that ends before it begins.
+    /// Whether the range ends before it begins. DynamoDB refuses such a range.
     fn is_empty(&self) -> bool {
         self.from > self.to
     }
@@ -266,7 +266,6 @@ impl Range {
     }
 }
 
-/// The events of all conversations.
 #[derive(Clone, Debug)]
 pub struct EventStore {
     table: Table,
@@ -281,7 +280,7 @@ impl EventStore {
         Self { table: Table::new(dynamodb, table), s3, bucket }
     }
 
-    /// Those of the events whose ids are not stored yet; of those with one id, the first.
+    /// Returns the events whose ids are not stored yet; of several events with the same id, the first.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -295,19 +294,19 @@ impl EventStore {
         Ok(events.into_iter().filter(|event| known.insert(event.id.clone())).collect())
     }
 
-    /// Stores all of the events; storing one again changes nothing. Of those with one id, the last counts.
+    /// Stores events. Idempotent. Of several events with the same id, the last is stored.
     ///
     /// # Errors
     /// [`Error::Store`]; some of them may be stored then.
     pub async fn append(&self, user: &UserId, conversation: Uuid, events: Vec<Event>) -> Result<()> {
         let partition = partition(user, conversation);
-        // DynamoDB refuses a batch that names a key twice.
+        // DynamoDB refuses a batch with duplicate keys.
         let events: BTreeMap<String, Event> = events.into_iter().map(|event| (event.id.clone(), event)).collect();
         let mut writes = Vec::with_capacity(events.len());
         for event in events.into_values() {
             let (position, kind_position, room) = (event.position(), event.kind_position(), event.size_bytes());
             let (inline, object) = if event.json.len() > INLINE_EVENT_LIMIT {
-                // Before the row, so that there is no row without its event. An object without a row is found by no one.
+                // The object is written before the row, so that no row lacks its event. No reader finds an object without a row.
                 let name = sha256_hex(&format!("{partition}#{}", event.id));
                 (None, Some(self.put_object(conversation, &name, event.json).await?))
             } else {
@@ -331,12 +330,12 @@ impl EventStore {
             return Ok(());
         }
         let stored = self.table.batch_write(&writes).await;
-        // Behind the events, so that no version is older than what it stands for; also where only some of them are stored.
+        // The version is written after the events, so that it is never older than the log; also when only some events were stored.
         let marked = self.put_version(&partition).await;
         stored.and(marked)
     }
 
-    /// What changes whenever the log does; `None` for a log that was never written to.
+    /// Returns the version, which changes with every write to the log; `None` for a log without any writes.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -354,9 +353,9 @@ impl EventStore {
         Ok(())
     }
 
-    /// A page of the events that the filter lets through: at most `limit` of them and never more than 100; fewer if they
-    /// would take more than [`PAGE_SIZE`] together. An event that comes while one walks the pages is met if its place is
-    /// still ahead, and none is met twice.
+    /// Returns a page of the events that match the filter: at most `limit` and never more than 100, and fewer if they would exceed
+    /// [`PAGE_SIZE`] together. During pagination, a new event is included if its position is after the cursor, and no event is included
+    /// twice.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -393,7 +392,7 @@ impl EventStore {
         };
         let ids = places_of_page.iter().map(|place| place.id.clone()).collect();
         let mut rows = self.rows(&partition, ids).await?;
-        // A row that is gone was deleted meanwhile; one that has moved is met at its new place.
+        // A missing row was deleted meanwhile; a row with a changed position is returned at its new position.
         let rows = places_of_page
             .iter()
             .filter_map(|place| rows.remove(&place.id).filter(|row| row.position == place.position));
@@ -406,7 +405,7 @@ impl EventStore {
         Ok(EventPage { events, next })
     }
 
-    /// The next places of a range, at most `limit`, without the one that the page starts behind.
+    /// Reads the next index entries of a range, at most `limit`, without the entry of the cursor.
     async fn places(
         &self,
         range: &Range,
@@ -439,7 +438,7 @@ impl EventStore {
         Ok(places)
     }
 
-    /// How many events the filter lets through. Reads their places alone, not the events.
+    /// Counts the events that match the filter. Reads only index entries, not the events.
     ///
     /// # Errors
     /// [`Error::Store`]; [`Error::Refused`] when there are too many to count in one request.
@@ -451,7 +450,7 @@ impl EventStore {
         paging::count("Query events", range.ask(self.table.query()), TOO_MANY).await
     }
 
-    /// How many events the conversation has, however long it takes to count them. Reads their index entries alone.
+    /// Counts the conversation's events without the time limit of a request. Reads only index entries.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -461,10 +460,10 @@ impl EventStore {
         paging::count_within(Duration::from_secs(24 * 3600), "Query events", query, TOO_MANY).await
     }
 
-    /// Events in the order of the ids, at most 100 of them, `None` for those that the conversation does not have.
+    /// Returns events in the order of the ids, at most 100; `None` for ids that the conversation does not have.
     ///
     /// # Errors
-    /// [`Error::Store`]; [`Error::TooLarge`] when several take more than [`PAGE_SIZE`] together.
+    /// [`Error::Store`]; [`Error::TooLarge`] when several exceed [`PAGE_SIZE`] together.
     pub async fn batch_get(&self, user: &UserId, conversation: Uuid, ids: &[String]) -> Result<Vec<Option<Event>>> {
         let wanted: Vec<String> = ids.iter().filter(|id| !id.is_empty() && id.len() <= KEY_LIMIT).cloned().collect();
         let rows = self.rows(&partition(user, conversation), wanted).await?;
@@ -480,7 +479,7 @@ impl EventStore {
         Ok(ids.iter().map(|id| found.get(id).cloned().flatten()).collect())
     }
 
-    /// Those of the ids, at most 100, that the conversation has events for.
+    /// Returns those of the ids, at most 100, that are stored for the conversation.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -488,8 +487,8 @@ impl EventStore {
         Ok(self.rows(&partition(user, conversation), ids.to_vec()).await?.into_keys().collect())
     }
 
-    /// Deletes all events of a conversation, with their objects; a page at a time, objects first, so that what was
-    /// interrupted can be done again.
+    /// Deletes all events of a conversation with their objects, page by page. Objects are deleted before their rows, so that an interrupted
+    /// deletion can be repeated.
     ///
     /// # Errors
     /// [`Error::Store`]; some of them may be deleted then.
@@ -535,7 +534,7 @@ impl EventStore {
     }
 
     async fn rows(&self, partition: &str, mut ids: Vec<String>) -> Result<HashMap<String, Row>> {
-        // DynamoDB refuses a batch that names a key twice.
+        // DynamoDB refuses a batch with duplicate keys.
         ids.sort_unstable();
         ids.dedup();
         let mut rows = HashMap::with_capacity(ids.len());
@@ -546,7 +545,7 @@ impl EventStore {
         Ok(rows)
     }
 
-    /// The hash is of the whole key of the row, owner included: two users may have conversations with the same id.
+    /// The hash covers the whole key of the row, including the owner: two users may have conversations with the same id.
     async fn put_object(&self, conversation: Uuid, hash: &str, json: String) -> Result<String> {
         let key = format!("events/{}/{hash}.json", id::hex(conversation));
         self.s3
@@ -562,7 +561,7 @@ impl EventStore {
     }
 
     async fn delete_object(&self, key: String) -> Result<()> {
-        // Deleting what is not there is a success.
+        // S3 reports success for a missing object.
         self.s3
             .delete_object()
             .bucket(&self.bucket)
@@ -573,7 +572,7 @@ impl EventStore {
         Ok(())
     }
 
-    /// The event of a row; `None` when its object is gone, because it is just being deleted.
+    /// Reads the event of a row; `None` when its object is missing because the event is being deleted.
     async fn read(&self, row: Row) -> Result<Option<Event>> {
         let json = match (row.event, row.event_object) {
             (Some(json), _) => json,
@@ -594,7 +593,7 @@ fn partition(user: &UserId, conversation: Uuid) -> String {
     user.key_of(&id::hex(conversation))
 }
 
-/// In a partition of its own, where no page meets it.
+/// The version has its own partition, so that no page contains it.
 fn version_key(partition: &str) -> Item {
     key(&format!("{partition}#version"), "version")
 }

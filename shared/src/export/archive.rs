@@ -1,8 +1,8 @@
-//! Writes the zip file of an export as a stream.
+//! Streaming zip writer of an export.
 //!
-//! The writer blocks, so it runs on a thread for blocking work. Its bytes leave through a bounded channel: when the receiver is slow
-//! the writer waits, and memory holds no more than a few chunks. The central directory, which a zip file ends with, needs an entry
-//! in memory for each member (see `docs/adr/0004-zip-crate.md`).
+//! The writer blocks, so it runs on a thread for blocking work. It sends its bytes through a bounded channel: when the receiver is slow the
+//! writer waits, and memory contains no more than a few chunks. The central directory at the end of a zip file needs an entry in memory for
+//! each member (see `docs/adr/0004-zip-crate.md`).
 
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -19,13 +19,14 @@ use super::python_json;
 use crate::clock::Time;
 use crate::event::store::Event;
 
-/// Size in bytes from which on a chunk is sent.
+/// The size in bytes from which a chunk is sent.
 const CHUNK: usize = 256 * 1024;
-/// Chunks that wait in the channel.
+/// The capacity of the channel, in chunks.
 const CHUNKS: usize = 2;
 /// The buffer for a member is not kept if a large event has made it larger than this, in bytes.
 const KEPT_BUFFER: usize = 1024 * 1024;
-/// Member names are file names on the disk of whoever unpacks the archive: 255 bytes at most, index and extension included.
+/// The longest event id in a member name. Unpacked members are files on disk, whose names have at most 255 bytes, including index and
+/// extension.
 const LONGEST_ID: usize = 200;
 
 /// A zip file that is being written. Dropping it without [`ArchiveWriter::finish`] discards the rest of it.
@@ -39,7 +40,7 @@ pub struct ArchiveWriter {
 }
 
 impl ArchiveWriter {
-    /// An empty archive, and the chunks that it is written to. All members have the modification time `modified`, in UTC.
+    /// Creates an empty archive, and the receiver of its chunks. All members have the modification time `modified`, in UTC.
     #[must_use]
     pub fn new(modified: Time) -> (Self, mpsc::Receiver<Bytes>) {
         let (chunks, receiver) = mpsc::channel(CHUNKS);
@@ -56,7 +57,7 @@ impl ArchiveWriter {
     /// Adds a member. Blocks while the receiver of the chunks is slow.
     ///
     /// # Errors
-    /// When the archive cannot hold the member: a second one of the same name, or one of 4 GiB or more. The archive is unusable then.
+    /// When the archive cannot contain the member: a second one of the same name, or one of 4 GiB or more. The archive is unusable then.
     pub fn add(&mut self, name: &str, content: &[u8]) -> io::Result<()> {
         let zip = self.zip.as_mut().ok_or_else(|| io::Error::other("the archive is finished"))?;
         zip.start_file(name, self.options)?;
@@ -65,18 +66,18 @@ impl ArchiveWriter {
         Ok(())
     }
 
-    /// Adds an event as Python writes it. Blocks while the receiver of the chunks is slow.
+    /// Adds an event in Python's JSON format. Blocks while the receiver of the chunks is slow.
     ///
     /// # Errors
     /// See [`ArchiveWriter::add`].
     pub fn add_event(&mut self, event: &Event) -> io::Result<()> {
-        // A member of a stream cannot be taken back, so it is complete before it is started.
+        // A member of a stream cannot be removed, so its contents are complete before it is started.
         let mut member = std::mem::take(&mut self.member);
         member.clear();
         let name = member_name(self.members, &event.id);
         let added = match python_json::write(&event.json, &mut member) {
             Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-                // The log accepts only JSON. Should there be something else, it is exported as it is.
+                // The log accepts only JSON. Anything else is exported unchanged.
                 tracing::warn!(id = event.id, %error, "export.event_not_json");
                 self.add(&name, event.json.as_bytes())
             }
@@ -88,7 +89,7 @@ impl ArchiveWriter {
         added
     }
 
-    /// Members so far.
+    /// The number of members so far.
     #[must_use]
     pub fn members(&self) -> u64 {
         self.members
@@ -112,7 +113,7 @@ impl Drop for ArchiveWriter {
     }
 }
 
-/// Sends what is written to it in chunks. When the receiver is gone the build was cancelled, and everything is discarded.
+/// Sends the written bytes in chunks. If the receiver is dropped, the build was cancelled, and everything is discarded.
 #[derive(Debug)]
 struct ChunkSender {
     chunk: Vec<u8>,
@@ -145,8 +146,8 @@ impl Write for ChunkSender {
     }
 }
 
-/// The name of an event's member. The agent server chooses the id: a character that could be part of a path, or that some file
-/// system refuses, becomes `_`.
+/// The name of an event's member. The agent server chooses the id, so every character that could be part of a path (path traversal), or
+/// that a file system refuses, becomes `_`.
 fn member_name(index: u64, id: &str) -> String {
     let safe = |character: char| match character {
         'a'..='z' | 'A'..='Z' | '0'..='9' | '-' | '_' | '.' => character,
@@ -156,7 +157,7 @@ fn member_name(index: u64, id: &str) -> String {
     format!("event_{index:06}_{id}.json")
 }
 
-/// MS-DOS counts from 1980 to 2107, in steps of two seconds. A time outside becomes the first one.
+/// MS-DOS times range from 1980 to 2107, in steps of two seconds. A time outside becomes the first one.
 fn dos_time(time: Time) -> DateTime {
     let time = Timestamp::from(time).to_zoned(TimeZone::UTC);
     let part = |number: i8| u8::try_from(number).unwrap_or_default();
@@ -202,7 +203,7 @@ mod tests {
         }
     }
 
-    /// The thread of a runtime panics when it blocks.
+    /// Blocking on a runtime thread panics.
     #[tokio::test]
     async fn an_archive_that_is_dropped_sends_nothing_more_and_never_blocks() {
         let noise: Vec<u8> = (0..4 * u32::try_from(CHUNK).expect("a small number"))
@@ -216,7 +217,7 @@ mod tests {
         drop(writing.await.expect("written"));
         assert!(chunks.recv().await.is_none(), "no half of an archive");
 
-        // A receiver that is gone: the writer finishes all the same.
+        // The writer also finishes without a receiver.
         let (mut archive, chunks) = ArchiveWriter::new(Time::now());
         drop(chunks);
         let writing = tokio::task::spawn_blocking(move || {

@@ -1,4 +1,4 @@
-//! Backfill: fetches the events that an agent server holds and has not posted yet. It posts its events some seconds late.
+//! Backfill: fetches the events that an agent server has and has not posted yet. It posts its events some seconds late.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ pub const WARNING: &str =
 /// Events per request to an agent server. One event can be large, and so can a response with many.
 const PAGE: usize = 20;
 
-/// Compares an agent server's log with the stored one, newest first.
+/// Compares an agent server's log with the stored log, newest first.
 #[derive(Clone, Debug)]
 pub(super) struct Backfill {
     pub(super) sandboxes: Arc<dyn SandboxService>,
@@ -29,7 +29,7 @@ pub(super) struct Backfill {
 }
 
 impl Backfill {
-    /// Appends the missing events, and returns how many there were. When the newest event is stored already, it takes one request.
+    /// Appends the missing events and returns their number. When the newest event is stored already, one request is enough.
     ///
     /// # Errors
     /// When the agent server or the store does not respond; events that were fetched before stay stored.
@@ -38,7 +38,7 @@ impl Backfill {
         let Some(agent_server) = sandbox.and_then(|sandbox| sandbox.agent_server(&self.http)) else { return Ok(0) };
         let request = async |page: Option<&str>, limit| agent_server.newest_events(record.id, page, limit).await;
         let newest = match request(None, 1).await {
-            // The agent server does not know the conversation, so it has no events of it.
+            // The agent server does not have the conversation, so it has no events of it.
             Err(AgentServerError { failure: Failure::Status(status, _), .. })
                 if status == http::StatusCode::NOT_FOUND =>
             {
@@ -49,7 +49,7 @@ impl Backfill {
         if self.append_missing(record, &newest).await? == 0 {
             return Ok(0);
         }
-        // Batches arrive one after the other: if no event of a page is missing, no earlier event is.
+        // Batches arrive in order: if no event of a page is missing, no earlier event is missing.
         let (mut fetched, mut page_id) = (1, newest.next_page_id);
         while let Some(id) = page_id.take() {
             let page = request(Some(&id), PAGE).await.map_err(upstream)?;
@@ -72,7 +72,7 @@ impl Backfill {
     }
 }
 
-/// An event of an agent server, unchanged; `None` for one that the log does not accept.
+/// Converts an agent server's event without changes; `None` for one that the log does not accept.
 fn event(item: &RawValue) -> Option<Event> {
     #[derive(Deserialize)]
     struct Head {

@@ -1,4 +1,4 @@
-//! Builds one export: reads the log page by page, compresses it and uploads it part by part.
+//! Export builder: reads the log page by page, compresses it, and uploads it part by part.
 
 use std::time::Duration;
 
@@ -18,16 +18,15 @@ use crate::error::{Error, Result};
 use crate::event::store::{Cursor, EventFilter, EventPage, EventStore, SortOrder};
 use crate::metrics;
 
-/// Part of every fingerprint: exports of another format get another number.
+/// The format version, which is part of every fingerprint.
 const FORMAT: u32 = 1;
-/// Size of a part in bytes. S3 accepts 10,000 parts of 5 MiB to 5 GiB (the last may be smaller); with 8 MiB an upload can have
-/// 78 GiB.
+/// The size of a part in bytes. S3 accepts 10,000 parts of 5 MiB to 5 GiB (the last may be smaller); with 8 MiB an upload can have 78 GiB.
 const PART_SIZE: usize = 8 * 1024 * 1024;
 const MAX_PARTS: usize = 10_000;
-/// Events that are read at once, at most; the store returns fewer where they are large.
+/// The most events that are read at once; the store returns fewer if they are large.
 const PAGE: usize = 100;
 
-/// What an export is built from: records and events.
+/// The sources of an export: records and events.
 #[derive(Clone, Debug)]
 pub(super) struct EventLog {
     pub(super) conversations: ConversationStore,
@@ -37,14 +36,14 @@ pub(super) struct EventLog {
     max_events: u64,
 }
 
-/// The contents of an export that would be built now.
+/// The current contents of an export.
 #[derive(Debug)]
 pub(super) struct Snapshot {
-    /// The key of the object, derived from everything below.
+    /// The key of the object, derived from the other fields.
     pub(super) key: String,
-    /// `meta.json`
+    /// The contents of `meta.json`.
     meta: Bytes,
-    /// When the log was last written.
+    /// The time of the last write to the log.
     changed_at: Option<Time>,
 }
 
@@ -71,8 +70,8 @@ impl EventLog {
         Ok(Snapshot { key, meta: meta.into(), changed_at: version.map(|version| version.changed_at) })
     }
 
-    /// Whether an object holds everything in the log. An object whose build started just after a change may lack what indexes did
-    /// not show yet.
+    /// Whether an object contains the whole log. An object whose build started just after a change may lack events that the indexes did not
+    /// contain yet.
     pub(super) fn is_current(&self, stored: &Stored, snapshot: &Snapshot) -> bool {
         match (snapshot.changed_at, stored.started_at) {
             (None, _) => true,
@@ -82,7 +81,7 @@ impl EventLog {
     }
 }
 
-/// `meta.json`: the conversation without the fields that describe its sandbox.
+/// Builds `meta.json`: the conversation without the fields that describe its sandbox.
 fn meta(shown: &AppConversation) -> Result<String> {
     let mut value = serde_json::to_value(shown).map_err(Error::internal)?;
     if let serde_json::Value::Object(fields) = &mut value {
@@ -96,13 +95,13 @@ fn meta(shown: &AppConversation) -> Result<String> {
 /// The result of one attempt to build an export.
 #[derive(Debug)]
 pub(super) enum BuildOutcome {
-    /// The object is complete. With its bytes, if they are in memory.
+    /// The object is complete. Contains its bytes, if they are in memory.
     Built { length: u64, zip: Option<Bytes> },
     /// The deadline has passed.
     OutOfTime,
-    /// Another process holds the lease now, or the conversation is deleted.
+    /// Another process has the lease, or the conversation is deleted.
     LeaseLost,
-    /// The log has so many events, which are more than an export holds.
+    /// The log has this many events, which exceeds the limit of an export.
     TooManyEvents(u64),
 }
 
@@ -125,7 +124,7 @@ impl<'a> ExportBuilder<'a> {
         Self { exports, log, lease, snapshot, started_at, upload: None, parts: Vec::new(), length: 0 }
     }
 
-    /// Builds the export from the start, and holds the lease meanwhile. An attempt that does not succeed aborts its upload.
+    /// Builds the export from the start, and renews the lease meanwhile. An attempt that fails aborts its upload.
     pub(super) async fn run(mut self, deadline: Instant) -> Result<BuildOutcome> {
         if Instant::now() >= deadline {
             return Ok(BuildOutcome::OutOfTime);
@@ -155,7 +154,7 @@ impl<'a> ExportBuilder<'a> {
         let mut page = self.page(None).await?;
         loop {
             let EventPage { events, next } = page;
-            // The next page is read while this one is compressed, and none is read while a part is uploaded.
+            // The next page is read while this one is compressed; no page is read while a part is uploaded.
             let adding = tokio::task::spawn_blocking(move || {
                 for event in &events {
                     archive.add_event(event)?;
@@ -170,7 +169,7 @@ impl<'a> ExportBuilder<'a> {
             };
             let (added, read) = tokio::join!(collect(adding, &mut chunks, &mut part), reading);
             archive = added?.map_err(Error::internal)?;
-            // The log may have grown since it was counted.
+            // The log may have grown since its events were counted.
             if archive.members() > self.log.max_events {
                 return Ok(BuildOutcome::TooManyEvents(archive.members()));
             }
@@ -188,7 +187,7 @@ impl<'a> ExportBuilder<'a> {
             archive.add("meta.json", &meta)?;
             archive.finish()
         });
-        // The directory is as long as there are members, so it is uploaded while it is written.
+        // The size of the directory grows with the number of members, so it is uploaded while it is written.
         while let Some(chunk) = chunks.recv().await {
             part.extend_from_slice(&chunk);
             if part.len() >= PART_SIZE && !self.upload(&mut part).await? {
@@ -205,7 +204,7 @@ impl<'a> ExportBuilder<'a> {
         self.log.events.page(user, conversation, &filter, order, after, PAGE).await
     }
 
-    /// Uploads a part, and starts the upload before the first one. False when the lease is lost.
+    /// Uploads a part. Before the first part, starts the upload. Returns false when the lease is lost.
     async fn upload(&mut self, part: &mut Vec<u8>) -> Result<bool> {
         let key = &self.snapshot.key;
         let upload = match &self.upload {
@@ -229,7 +228,7 @@ impl<'a> ExportBuilder<'a> {
         Ok(true)
     }
 
-    /// Makes the object, of the parts and the rest. A small export has no parts and is put at once.
+    /// Creates the object from the parts and the rest. A small export has no parts and is written with one request.
     async fn publish(&mut self, mut rest: Vec<u8>) -> Result<BuildOutcome> {
         if self.upload.is_some() && !rest.is_empty() && !self.upload(&mut rest).await? {
             return Ok(BuildOutcome::LeaseLost);
@@ -247,7 +246,7 @@ impl<'a> ExportBuilder<'a> {
     }
 }
 
-/// Waits for a task that writes to an archive, and receives what it writes.
+/// Waits for a task that writes to an archive, and receives its output.
 async fn collect<T>(mut task: JoinHandle<T>, chunks: &mut mpsc::Receiver<Bytes>, part: &mut Vec<u8>) -> Result<T> {
     loop {
         tokio::select! {

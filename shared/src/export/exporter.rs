@@ -1,4 +1,4 @@
-//! Returns the export of a conversation to a request: one that exists, or one that is built now, or the news that one is being built.
+//! Responds to export requests: with an existing export, with one that is built in the request, or with the status of a build.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,37 +23,36 @@ use crate::sandbox::SandboxService;
 /// The warning of an export that is older than the one that was requested.
 pub const OLDER_EXPORT: &str = "The conversation has changed since this export, and a newer export could not be built.";
 
-/// The shortest and the longest pause between two reads of an export that another request builds.
+/// The shortest and the longest pause of polling an export that another request builds.
 const SHORTEST_POLL: Duration = Duration::from_millis(100);
 const LONGEST_POLL: Duration = Duration::from_secs(1);
-/// What a call that hangs may add to a request's budget.
+/// The time that a call without a response may add to a request's budget.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// An export that is complete.
+/// A complete export.
 #[derive(Clone, Debug)]
 pub struct Ready {
-    /// The object.
+    /// The key of the object.
     pub key: String,
     /// Size in bytes.
     pub length: u64,
-    /// The bytes themselves, if they are in memory.
+    /// The bytes, if they are in memory.
     pub zip: Option<Bytes>,
-    /// What may be missing, for the caller.
+    /// A warning for the caller about missing events.
     pub warning: Option<String>,
 }
 
 /// The response to a request for an export.
 #[derive(Clone, Debug)]
 pub enum Answer {
-    /// It is in the bucket.
+    /// The export is in the bucket.
     Ready(Ready),
-    /// It is being built: the client must retry.
+    /// The export is being built; the client must retry.
     Pending,
-    /// It cannot be built, at least not now.
+    /// The export cannot be built, at least not now.
     Failed(Failure),
 }
 
-/// Returns exports to requests.
 #[derive(Clone, Debug)]
 pub struct Exporter {
     log: EventLog,
@@ -64,7 +63,7 @@ pub struct Exporter {
 }
 
 impl Exporter {
-    /// An exporter on the named tables, bucket and queue, which asks agent servers for events through `http`.
+    /// An exporter on the named tables, bucket and queue, which requests events from agent servers through `http`.
     #[must_use]
     pub fn new(
         config: &ExportConfig,
@@ -83,13 +82,12 @@ impl Exporter {
         }
     }
 
-    /// The records and objects.
     #[must_use]
     pub fn store(&self) -> &ExportStore {
         &self.exports
     }
 
-    /// The export of a conversation: one that exists, or one that is built now. `None` when there is no such conversation.
+    /// Returns the export of a conversation: an existing one, or one that is built now. `None` when there is no such conversation.
     ///
     /// # Errors
     /// [`Error::Store`](crate::error::Error::Store), [`Error::Internal`](crate::error::Error::Internal).
@@ -115,10 +113,10 @@ impl Exporter {
             let claimed = self.exports.claim_for_request(user, conversation, self.config.lease).await?;
             if let Some((lease, record)) = claimed {
                 let built = self.build_in_request(lease, record, &snapshot, before, deadline, warning);
-                // A call that hangs: the lease expires, and the next request starts the build again.
+                // A call does not respond: the lease expires, and the next request restarts the build.
                 return timeout_at(deadline + GRACE, built).await.unwrap_or(Ok(Answer::Pending)).map(Some);
             }
-            // Another request builds it, which most often takes about a second.
+            // Another request builds the export, usually in about a second.
             let record = self.exports.get(user, conversation).await?.unwrap_or_default();
             if let Some(answer) = self.recorded_answer(user, conversation, &record).await? {
                 return Ok(Some(answer));
@@ -147,7 +145,7 @@ impl Exporter {
             for upload in record.uploads() {
                 self.exports.abort(upload).await;
             }
-            // Another request may have built it while this one waited.
+            // Another request may have built the export in the meantime.
             if let Some(stored) = self.exports.find(&snapshot.key).await?
                 && (self.log.is_current(&stored, snapshot) || stored.started_at != before)
             {
@@ -179,7 +177,7 @@ impl Exporter {
         }
     }
 
-    /// If this fails, a later request enqueues the job again.
+    /// A failure is only logged: a later request enqueues the job again.
     async fn enqueue(&self, user: &UserId, conversation: Uuid) {
         let job = Job::Export { user: user.clone(), conversation };
         if let Err(error) = self.queue.send(&job, Duration::ZERO).await {
@@ -187,10 +185,10 @@ impl Exporter {
         }
     }
 
-    /// The response that follows from the record alone: an export that the function `exports` builds, or has finished lately.
+    /// Derives the response from the record alone: an export that the function `exports` is building, or has finished recently.
     ///
-    /// The finished export is the response even if the conversation has changed since; otherwise a conversation that changes all the
-    /// time could never be exported. A request does not change that, so that it can be repeated.
+    /// The finished export is the response even if the conversation has changed since; otherwise an always-active conversation could never
+    /// be exported. A request does not change the record, so it can be repeated.
     async fn recorded_answer(
         &self,
         user: &UserId,
@@ -206,16 +204,16 @@ impl Exporter {
         }
         let Some(finished) = record.kept() else { return Ok(None) };
         let Some(stored) = self.exports.find(&finished.key).await? else {
-            // Removed early: the record must not prevent a new build.
+            // The object was removed early, and the record must not prevent a new build.
             self.exports.remove_finished(user, conversation, &finished.key).await?;
             return Ok(None);
         };
-        // Earlier versions have the warning in the record.
+        // Earlier versions store the warning in the record.
         let warning = finished.warning.clone().or(record.warning.clone());
         Ok(Some(Answer::Ready(ready(finished.key.clone(), stored.length, None, warning))))
     }
 
-    /// The response after a build that has failed: the export before it, if there is one, or else the failure.
+    /// The response after a failed build: the previous export if there is one, otherwise the failure.
     async fn failed_answer(&self, record: &ExportRecord) -> Result<Option<Answer>> {
         let Some(failure) = record.recent_failure() else { return Ok(None) };
         if let Some(finished) = &record.finished
@@ -227,7 +225,7 @@ impl Exporter {
         Ok(Some(Answer::Failed(failure.clone())))
     }
 
-    /// Fetches the events that the agent server has not posted yet. If that fails, the export is built all the same, with a warning.
+    /// Fetches the events that the agent server has not posted yet. If that fails, the export is built with a warning.
     async fn backfill(&self, record: &ConversationRecord) -> Option<String> {
         let problem = match timeout(self.config.catch_up, self.backfill.run(record)).await {
             Ok(Ok(0)) => return None,
@@ -247,7 +245,7 @@ pub(super) fn too_many_events(count: u64, bound: u64) -> Failure {
     Failure::now(FailureReason::TooManyEvents { count, bound })
 }
 
-/// The caller reports the failure; if this fails too, the lease expires.
+/// Releases the lease after a failure that the caller reports. If the release fails too, the lease expires.
 pub(super) async fn release(exports: &ExportStore, lease: &Lease) {
     if let Err(error) = exports.release(lease).await {
         tracing::warn!(error = %error.context(), "export.lease_not_released");

@@ -1,4 +1,4 @@
-//! Builds the exports that outlast their requests: the jobs of the queue `exports`.
+//! Export jobs: builds the exports that exceed the time of their requests, for the queue `exports`.
 
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -11,7 +11,7 @@ use crate::config::{ExportConfig, Names};
 use crate::error::Result;
 use crate::id::UserId;
 
-/// How often a build is started for a job. A process that crashes counts.
+/// The most builds that are started for a job. A build whose process crashes counts.
 const MAX_ATTEMPTS: u32 = 3;
 
 /// Builds exports for jobs.
@@ -23,7 +23,6 @@ pub struct ExportJobs {
 }
 
 impl ExportJobs {
-    /// On the named tables and bucket.
     #[must_use]
     pub fn new(config: &ExportConfig, names: &Names, aws: &Aws) -> Self {
         Self {
@@ -33,11 +32,11 @@ impl ExportJobs {
         }
     }
 
-    /// Builds the export, if clients still wait for it and no other process builds it. A build that runs out of time fails for good:
-    /// a repetition would most likely take as long.
+    /// Builds the export, if clients still wait for it and no other process builds it. A build that exceeds its deadline fails permanently:
+    /// a retry would most likely need the same time.
     ///
     /// # Errors
-    /// [`Error::Store`](crate::error::Error::Store), [`Error::Internal`](crate::error::Error::Internal): the job may be tried again.
+    /// [`Error::Store`](crate::error::Error::Store), [`Error::Internal`](crate::error::Error::Internal); the job may be retried.
     pub async fn run(&self, user: &UserId, conversation: Uuid) -> Result<()> {
         let deadline = Instant::now() + self.config.build_budget;
         let Some((lease, record)) = self.exports.claim_for_job(user, conversation, self.config.lease).await? else {
@@ -46,7 +45,7 @@ impl ExportJobs {
         for upload in record.uploads() {
             self.exports.abort(upload).await;
         }
-        // Without this one.
+        // The number of attempts before this one.
         let attempts = record.attempts.saturating_sub(1);
         if attempts >= MAX_ATTEMPTS {
             return self.fail(&lease, Failure::now(FailureReason::RepeatedFailure { attempts })).await;
@@ -70,7 +69,7 @@ impl ExportJobs {
         }
     }
 
-    /// The outcome; `None` when the conversation is gone.
+    /// Builds the export and returns the outcome; `None` when the conversation no longer exists.
     async fn build(&self, lease: &Lease, record: ExportRecord, deadline: Instant) -> Result<Option<BuildOutcome>> {
         let shown = self.log.conversations.get(lease.user(), lease.conversation()).await?;
         let Some(shown) = shown else { return Ok(None) };
@@ -93,7 +92,7 @@ impl ExportJobs {
         self.exports.fail(lease, &failure).await
     }
 
-    /// Ends the wait for a job whose message has become a dead letter. The next request builds the export.
+    /// Ends the wait for a job whose message is in the dead-letter queue. The next request builds the export.
     ///
     /// # Errors
     /// [`Error::Store`](crate::error::Error::Store).

@@ -1,19 +1,20 @@
-//! JSON in the form that Python gives it: `json.dump(json.loads(text), file, indent=2)`, without building the value.
+//! Formats JSON as Python does (`json.dump(json.loads(text), file, indent=2)`), without building the value in memory.
 //!
-//! - Two spaces of indent, `": "` and `",\n"`; an empty list is `[]`, an empty object `{}`; no newline at the end.
-//! - Strings in ASCII: `\"`, `\\`, `\n`, `\r`, `\t`, `\b`, `\f`; everything else outside of space to `~` as `\uXXXX` with small
-//!   letters, DEL included, and what is beyond the Basic Multilingual Plane as a pair of surrogates. A surrogate that stands
-//!   alone is kept.
-//! - Integers of any size digit by digit (`-0` is `0`); all other numbers as the shortest text of their double (`1e2` is
-//!   `100.0`, `1e16` is `1e+16`); beyond the range of doubles `Infinity`, which no JSON parser but Python's takes.
-//! - Keys stay in their order. Of a key that comes twice, Python keeps the last; here both stay, as they were sent.
+//! - The indent is two spaces, the separators are `": "` and `",\n"`; an empty list is `[]`, an empty object `{}`; there is no final
+//!   newline.
+//! - Strings are ASCII. Escapes are `\"`, `\\`, `\n`, `\r`, `\t`, `\b`, `\f`; every other character outside the range from space to `~`,
+//!   including DEL, is `\uXXXX` in lower case, and a character outside the Basic Multilingual Plane is a surrogate pair. A lone surrogate
+//!   is kept.
+//! - Integers of any size keep their digits (`-0` is `0`). All other numbers are the shortest text of their double (`1e2` is `100.0`,
+//!   `1e16` is `1e+16`). A number beyond the range of doubles is `Infinity`, which no JSON parser except Python's accepts.
+//! - Keys keep their order. Of duplicate keys, Python keeps the last; this module keeps all, as they were sent.
 
 use std::io::{self, Write};
 
-/// Writes `json` in Python's form.
+/// Writes `json` in Python's format.
 ///
 /// # Errors
-/// Those of `out`; [`io::ErrorKind::InvalidData`] when it is not JSON, with a part of it written.
+/// The errors of `out`; [`io::ErrorKind::InvalidData`] for invalid JSON. A part of the output may be written then.
 pub fn write(json: &str, out: &mut dyn Write) -> io::Result<()> {
     Transcoder { json: json.as_bytes(), text: json, at: 0, open: Vec::new(), out }.run()
 }
@@ -22,7 +23,7 @@ struct Transcoder<'a> {
     json: &'a [u8],
     text: &'a str,
     at: usize,
-    /// What ends each list and object around.
+    /// The closing brackets of the open lists and objects, outermost first.
     open: Vec<u8>,
     out: &'a mut dyn Write,
 }
@@ -55,7 +56,7 @@ impl Transcoder<'_> {
         }
     }
 
-    /// Behind a value: goes on to the next one, or says that there is none.
+    /// Continues after a value with the next one. Returns true at the end of the text.
     fn end_value(&mut self) -> io::Result<bool> {
         loop {
             self.skip_space();
@@ -80,7 +81,7 @@ impl Transcoder<'_> {
         }
     }
 
-    /// A line of its own and, in an object, the key.
+    /// Starts a line and, in an object, writes the key.
     fn begin_item(&mut self) -> io::Result<()> {
         self.new_line()?;
         if self.open.last() == Some(&b'}') {
@@ -111,7 +112,7 @@ impl Transcoder<'_> {
         Ok(())
     }
 
-    /// At a quotation mark.
+    /// Writes the string that starts at the current quotation mark.
     fn string(&mut self) -> io::Result<()> {
         self.out.write_all(b"\"")?;
         self.at += 1;
@@ -142,7 +143,7 @@ impl Transcoder<'_> {
         }
     }
 
-    /// At a backslash.
+    /// Writes the escape that starts at the current backslash.
     fn escape(&mut self) -> io::Result<()> {
         let unit = match self.json.get(self.at + 1) {
             Some(byte @ (b'"' | b'\\' | b'/')) => u16::from(*byte),
@@ -164,7 +165,7 @@ impl Transcoder<'_> {
         self.unit(unit)
     }
 
-    /// One UTF-16 code unit of a string.
+    /// Writes one UTF-16 code unit of a string.
     fn unit(&mut self, unit: u16) -> io::Result<()> {
         let short = match unit {
             0x22 => br#"\""#,
@@ -250,17 +251,17 @@ impl Transcoder<'_> {
     }
 }
 
-/// Whether Python writes the character as it is.
+/// Whether Python writes the character unescaped.
 fn is_plain(byte: u8) -> bool {
     matches!(byte, b' '..=b'~') && byte != b'"' && byte != b'\\'
 }
 
-/// Python's `repr` of a float: the shortest digits that lead back to it, with an exponent below -4 and from 16 on.
+/// Formats a float as Python's `repr`: the shortest digits that parse to the same float, with an exponent below -4 and from 16 on.
 fn float(number: f64) -> String {
     if number.is_infinite() {
         return if number > 0.0 { "Infinity" } else { "-Infinity" }.to_owned();
     }
-    // Of two shortest texts that are equally near, Python and serde_json take the even one; Rust's own formatting does not.
+    // Of two shortest texts with the same distance, Python and serde_json choose the even one; Rust's own formatting does not.
     let shortest = serde_json::to_string(&number).unwrap_or_default();
     let (sign, shortest) = match shortest.strip_prefix('-') {
         Some(rest) => ("-", rest),
@@ -275,7 +276,7 @@ fn float(number: f64) -> String {
     if digits.is_empty() {
         return format!("{sign}0.0");
     }
-    // Where the point is: behind so many digits, or so many zeros in front of them.
+    // The position of the decimal point: after this number of digits or, if negative, before this number of zeros.
     let place = |length: usize| i32::try_from(length).unwrap_or(i32::MAX);
     let point = exponent.parse::<i32>().unwrap_or_default() + place(whole.len()) - place(leading_zeros);
     let zeros = |count: i32| "0".repeat(usize::try_from(count).unwrap_or_default());

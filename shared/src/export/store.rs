@@ -1,11 +1,11 @@
-//! The records of exports that are being built, and the objects that they become.
+//! Stores export records (lease, status of the build, last result) and the export objects in the bucket.
 //!
-//! There is at most one record for a conversation's export. It holds the lease of the process that builds the export, whether
-//! clients wait for the function `exports` to build it, the last export that the function has finished, and why the last build
-//! failed. An export that a request builds and returns leaves no record.
+//! A conversation has at most one export record. It contains the lease of the process that builds the export, whether clients wait for the
+//! function `exports` to build it, the last export that the function has finished, and why the last build failed. An export that a request
+//! builds and returns leaves no record.
 //!
-//! Every build starts from the beginning with an upload of its own, and aborts the upload of the build before: late writes of a
-//! process that lost its lease go to an aborted upload.
+//! Every build starts from the beginning with an upload of its own, and aborts the upload of the previous build: late writes of a process
+//! that lost its lease go to an aborted upload.
 
 use std::time::Duration;
 
@@ -28,18 +28,18 @@ use crate::error::{Error, Result};
 use crate::id::{self, UserId};
 use crate::objects;
 
-/// All objects of exports begin with this. They are temporary: a lifecycle rule removes them.
+/// The prefix of all export objects. They are temporary: a lifecycle rule removes them.
 pub const PREFIX: &str = "exports/";
-/// How long a link to an export is good for; shorter where the credentials that sign it end earlier.
+/// The lifetime of a link to an export. It is shorter if the credentials that sign the link expire earlier.
 pub const LINK_LIFETIME: Duration = Duration::from_secs(15 * 60);
 /// The media type of an export.
 pub const CONTENT_TYPE: &str = "application/zip";
 
-/// How long an export that outlasted its request is the response to every request, even if the conversation has changed since.
+/// The time for which an export that was built by a job is the response to every request, even if the conversation has changed since.
 const KEPT: Duration = Duration::from_secs(10 * 60);
-/// How long a failed build is not repeated.
+/// The time for which a failed build is not retried.
 const FAILURE_KEPT: Duration = Duration::from_secs(10 * 60);
-/// How long a job may wait in the queue before a request enqueues it again.
+/// The time that a job may wait in the queue before a request enqueues it again.
 const REQUEUE_AFTER: Duration = Duration::from_secs(60);
 
 /// The attributes of a build, without the lease.
@@ -47,27 +47,26 @@ const BUILD: [&str; 6] = ["upload", "progress", "wanted", "queued_at", "attempts
 
 const GET: &str = "GetObject exports";
 
-/// In an object's metadata: when reading the log began. (The name is that of earlier versions, whose objects stay in use.)
+/// The object metadata with the time at which reading the log began. (Earlier versions chose the name, and their objects stay in use.)
 const STARTED_AT: &str = "began-at";
 
 /// A multipart upload.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Upload {
-    /// The object that it becomes.
+    /// The key of the object that the upload creates.
     pub key: String,
-    /// S3's id.
     pub upload_id: String,
 }
 
 /// An export that the function `exports` has finished.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finished {
-    /// The object.
+    /// The key of the object.
     pub key: String,
-    /// When it was finished.
+    /// The time at which it was finished.
     #[serde(serialize_with = "sortable::serialize")]
     pub at: Time,
-    /// What it may lack.
+    /// The warning about missing events.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warning: Option<String>,
 }
@@ -76,31 +75,29 @@ pub struct Finished {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FailureReason {
-    /// The conversation has more events than an export holds.
+    /// The conversation has more events than an export may contain.
     TooManyEvents {
-        /// Events of the conversation.
+        /// The number of the conversation's events.
         count: u64,
-        /// The most that an export holds.
+        /// The most events of an export.
         bound: u64,
     },
-    /// It took longer than the function may run.
+    /// The build exceeded the time limit of the function.
     OutOfTime {
-        /// The time that the build had.
+        /// The time limit of the build.
         seconds: u64,
     },
-    /// The builds crashed, or the store failed each time.
+    /// Each build crashed, or the store failed each time.
     RepeatedFailure {
-        /// How often.
+        /// The number of builds.
         attempts: u32,
     },
 }
 
-/// A build that failed for good. It is not repeated for [`FAILURE_KEPT`].
+/// A build that failed permanently. It is not retried for [`FAILURE_KEPT`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
-    /// Why.
     pub reason: FailureReason,
-    /// When.
     #[serde(serialize_with = "sortable::serialize")]
     pub at: Time,
 }
@@ -110,13 +107,13 @@ impl Failure {
         Self { reason, at: Time::now() }
     }
 
-    /// After how many seconds a request builds the export again; at least 1.
+    /// The seconds after which a request builds the export again; at least 1.
     #[must_use]
     pub fn retry_after(&self) -> u64 {
         FAILURE_KEPT.saturating_sub(Time::now().since(self.at)).as_secs().max(1)
     }
 
-    /// What the caller is shown.
+    /// The message for the caller.
     #[must_use]
     pub fn message(&self) -> String {
         match self.reason {
@@ -138,34 +135,34 @@ impl Failure {
 /// The record of a conversation's export.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExportRecord {
-    /// The process that builds the export.
+    /// The id of the process that builds the export.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease_owner: Option<String>,
-    /// When its lease ends, unless it is renewed.
+    /// The expiry of its lease, unless the lease is renewed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease_until: Option<Time>,
-    /// Whether a request has left the build to the function `exports`, and clients wait for it. (The name is that of earlier versions.)
+    /// Whether a request has left the build to the function `exports`, and clients wait for it. (Earlier versions chose the name.)
     #[serde(default, rename = "wanted")]
     pub is_queued: bool,
-    /// When the job was last enqueued.
+    /// The time at which the job was last enqueued.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queued_at: Option<Time>,
-    /// Builds that the function has started for this job.
+    /// The number of builds that the function has started for this job.
     #[serde(default)]
     pub attempts: u32,
-    /// What the export that is being built may lack.
+    /// The warning about events that the current build may lack.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warning: Option<String>,
-    /// The upload of the build that has the lease, or of the one before.
+    /// The upload of the build that has the lease, or of the previous build.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upload: Option<Upload>,
-    /// The same, as earlier versions wrote it: with a checkpoint, from which builds are not resumed any more.
+    /// The same in the format of earlier versions: with a checkpoint, from which builds are no longer resumed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<Upload>,
-    /// The last one that was finished.
+    /// The last finished export.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub finished: Option<Finished>,
-    /// Why there is none.
+    /// The failure of the last build.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failed: Option<Failure>,
 }
@@ -177,13 +174,13 @@ impl ExportRecord {
         self.finished.as_ref().filter(|finished| Time::now().since(finished.at) < KEPT)
     }
 
-    /// The failure, while the build is not repeated.
+    /// The failure, while the build must not be retried.
     #[must_use]
     pub fn recent_failure(&self) -> Option<&Failure> {
         self.failed.as_ref().filter(|failed| Time::now().since(failed.at) < FAILURE_KEPT)
     }
 
-    /// Whether a process works on it.
+    /// Whether a process has the lease.
     #[must_use]
     pub fn is_held(&self) -> bool {
         self.lease_owner.is_some() && self.lease_until.is_some_and(|until| until >= Time::now())
@@ -200,13 +197,13 @@ impl ExportRecord {
         has_crashed || Time::now().since(queued_at) >= REQUEUE_AFTER
     }
 
-    /// Uploads of builds that have ended.
+    /// The uploads of builds that have ended.
     pub(super) fn uploads(&self) -> impl Iterator<Item = &Upload> {
         self.upload.iter().chain(&self.progress)
     }
 }
 
-/// The right to build a conversation's export, for a while.
+/// The lease of a process that builds a conversation's export.
 #[derive(Debug)]
 pub struct Lease {
     user: UserId,
@@ -216,13 +213,12 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// The conversation.
     #[must_use]
     pub fn conversation(&self) -> Uuid {
         self.conversation
     }
 
-    /// The user that the conversation belongs to.
+    /// The owner of the conversation.
     #[must_use]
     pub fn user(&self) -> &UserId {
         &self.user
@@ -238,20 +234,20 @@ impl Lease {
 pub struct Stored {
     /// Size in bytes.
     pub length: u64,
-    /// When reading the log for it began.
+    /// The time at which reading the log for it began.
     pub started_at: Option<Time>,
 }
 
 /// An object that is being read.
 #[derive(Debug)]
 pub struct Open {
-    /// Bytes.
+    /// Size in bytes.
     pub length: u64,
     body: ByteStream,
 }
 
 impl Open {
-    /// The body in pieces as they arrive; never more than one is in memory. A body that ends early ends with an error.
+    /// The body as a stream of chunks, of which at most one is in memory. If the body ends early, the stream ends with an error.
     pub fn into_stream(self) -> impl Stream<Item = Result<Bytes>> {
         stream::try_unfold((self.body, self.length), async |(mut body, left)| {
             let piece = body.try_next().await.map_err(|error| objects::interrupted(GET, &error))?;
@@ -267,14 +263,14 @@ impl Open {
     }
 }
 
-/// What S3 returned for a part; completing the upload needs it.
+/// S3's response to the upload of a part, which completing the upload needs.
 #[derive(Clone, Debug)]
 pub struct Part {
     e_tag: Option<String>,
     crc32: Option<String>,
 }
 
-/// Records in the `users` table, objects in the bucket.
+/// Stores records in the `users` table and objects in the bucket.
 #[derive(Clone, Debug)]
 pub struct ExportStore {
     table: Table,
@@ -295,7 +291,7 @@ impl ExportStore {
         format!("{}{}.zip", folder(user, conversation), &sha256_hex(fingerprint)[..32])
     }
 
-    /// The record, if there is one.
+    /// Returns the record, if there is one.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -303,8 +299,8 @@ impl ExportStore {
         self.table.get(record_key(user, conversation)).await?.map(from_item).transpose()
     }
 
-    /// Acquires the lease for a request, and returns it with the record: if no process holds it, the build is not left to the
-    /// function `exports`, and no finished export is kept. An older finished export stays in the record.
+    /// Claims the lease for a request and returns it with the record, if no process has the lease, the build is not left to the function
+    /// `exports`, and no finished export is valid. An older finished export stays in the record.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -327,8 +323,8 @@ impl ExportStore {
         self.claim(user, conversation, lifetime, update).await
     }
 
-    /// Acquires the lease for a job, and returns it with the record, whose attempts include this one: if no process holds it and clients
-    /// still wait.
+    /// Claims the lease for a job and returns it with the record, if no process has the lease and clients still wait. The attempts of the
+    /// record include this one.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -354,7 +350,7 @@ impl ExportStore {
         Ok(claimed.map(from_item).transpose()?.map(|record| (lease, record)))
     }
 
-    /// Extends the lease. False when it is lost.
+    /// Renews the lease. False when it is lost.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -362,7 +358,7 @@ impl ExportStore {
         self.table.apply(record_key(&lease.user, lease.conversation), lease.renewed(Update::new())).await
     }
 
-    /// Extends the lease again and again. Returns when it is lost.
+    /// Renews the lease periodically. Returns when it is lost.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -375,7 +371,7 @@ impl ExportStore {
         }
     }
 
-    /// Records the upload of the build that holds the lease. False when the lease is lost.
+    /// Records the upload of the build that has the lease. False when the lease is lost.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -384,8 +380,7 @@ impl ExportStore {
         self.table.apply(record_key(&lease.user, lease.conversation), lease.renewed(update)).await
     }
 
-    /// Releases the lease and leaves the build to the function `exports`, for which its caller enqueues a job. False when the
-    /// lease is lost.
+    /// Releases the lease and leaves the build to the function `exports`; the caller enqueues its job. False when the lease is lost.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -399,7 +394,7 @@ impl ExportStore {
         self.release_with(lease, update).await
     }
 
-    /// Notes that the job of a record is enqueued again. False when another request has done so, or the build goes on.
+    /// Records that the job of a record is enqueued again. False when another request has done so, or a build is still running.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -412,8 +407,8 @@ impl ExportStore {
         Ok(self.table.update_once(record_key(user, conversation), update).await?.is_applied())
     }
 
-    /// Releases the lease after an error. A request may build the export at once; if clients wait for a job, their next request
-    /// enqueues it again.
+    /// Releases the lease after an error. A request may restart the build at once; if clients wait for a job, their next request enqueues
+    /// it again.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -421,7 +416,7 @@ impl ExportStore {
         self.release_with(lease, Update::new().remove_all(&["queued_at", "upload", "progress"])).await.map(|_| ())
     }
 
-    /// Ends the lease: the build has failed for good. An older finished export stays in the record.
+    /// Releases the lease after a permanent failure of the build. An older finished export stays in the record.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -430,7 +425,7 @@ impl ExportStore {
         self.release_with(lease, update).await.map(|_| ())
     }
 
-    /// Ends the lease: the export is complete, for the clients that wait for it.
+    /// Releases the lease after a complete build, for the clients that wait for the export.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -441,7 +436,7 @@ impl ExportStore {
         self.release_with(lease, update).await.map(|_| ())
     }
 
-    /// Ends the lease and removes the record: the request that built the export returns it.
+    /// Releases the lease and removes the record: the request that built the export returns it.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -450,8 +445,8 @@ impl ExportStore {
         lease::delete(&self.table, key, &lease.owner, []).await.map(|_| ())
     }
 
-    /// Ends the wait for a job that was given up without a build: the next request builds the export. Does nothing while a process
-    /// builds it. True if clients waited.
+    /// Ends the wait for a job that was abandoned without a build: the next request builds the export. Does nothing while a process builds
+    /// it. Returns true if clients waited.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -462,7 +457,7 @@ impl ExportStore {
         Ok(self.table.update_once(record_key(user, conversation), update).await?.is_applied())
     }
 
-    /// Removes a finished export from the record, because its object is gone.
+    /// Removes a finished export from the record, because its object no longer exists.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -477,7 +472,7 @@ impl ExportStore {
         Ok(lease::write(&self.table, key, &lease.owner, lease::release(update)).await?.is_applied())
     }
 
-    /// The object, if it is there.
+    /// Finds an object.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -490,7 +485,7 @@ impl ExportStore {
         Ok(Some(Stored { length: length(found.content_length()), started_at }))
     }
 
-    /// Opens the object, if it is there. Its body is read as it is consumed.
+    /// Opens an object. Its body is read as it is consumed.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -499,10 +494,11 @@ impl ExportStore {
         Ok(object.map(|object| Open { length: objects::length(&object), body: object.body }))
     }
 
-    /// A link to the object that needs nothing else for [`LINK_LIFETIME`], and saves it under `disposition`'s name.
+    /// A presigned link to the object. It needs no other credentials for [`LINK_LIFETIME`], and clients save the object under the name in
+    /// `disposition`.
     ///
     /// # Errors
-    /// [`Error::Store`] when the credentials cannot be had.
+    /// [`Error::Store`] when the credentials are not available.
     pub async fn link(&self, key: &str, disposition: &str) -> Result<String> {
         let lifetime = PresigningConfig::expires_in(LINK_LIFETIME).map_err(Error::internal)?;
         let request = self
@@ -554,7 +550,7 @@ impl ExportStore {
         started.upload_id.ok_or_else(|| Error::internal("a multipart upload has no id"))
     }
 
-    /// Uploads a part. Its number counts from 1.
+    /// Uploads a part. Part numbers start at 1.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -573,7 +569,7 @@ impl ExportStore {
         Ok(Part { e_tag: sent.e_tag, crc32: sent.checksum_crc32 })
     }
 
-    /// Makes the object of its parts, in their order. Until then there is none.
+    /// Completes the upload: creates the object from its parts, in their order. It does not exist before.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -595,7 +591,7 @@ impl ExportStore {
         Ok(())
     }
 
-    /// Aborts an upload. The lifecycle rule does so if this fails, so a failure is only logged.
+    /// Aborts an upload. A failure is only logged, because the lifecycle rule aborts old uploads.
     pub async fn abort(&self, upload: &Upload) {
         let abort = self.s3.abort_multipart_upload().bucket(&self.bucket).key(&upload.key);
         if let Err(error) = abort.upload_id(&upload.upload_id).send().await {
@@ -604,12 +600,12 @@ impl ExportStore {
         }
     }
 
-    /// Deletes all exports of a conversation, and stops the build of one.
+    /// Deletes all exports of a conversation, and stops a running build.
     ///
     /// # Errors
-    /// [`Error::Store`]; some may be deleted then.
+    /// [`Error::Store`]; some of them may be deleted then.
     pub async fn delete_all(&self, user: &UserId, conversation: Uuid) -> Result<()> {
-        // The record first: the process that builds an export finds its lease lost, and makes no object.
+        // The record is removed first: a process that builds an export then finds its lease lost, and creates no object.
         let removed = self
             .table
             .client
@@ -639,7 +635,7 @@ impl ExportStore {
     }
 }
 
-/// Clients wait for a job.
+/// The condition that clients wait for a job.
 fn is_wanted() -> Condition {
     Condition::equal("wanted", AttributeValue::Bool(true))
 }
@@ -652,7 +648,7 @@ fn part_number(number: usize) -> Result<i32> {
     i32::try_from(number).map_err(Error::internal)
 }
 
-/// Below this are all exports of a conversation. The hash hides whose it is: keys are in logs and links.
+/// The prefix of all exports of a conversation. The hash hides the owner, because keys appear in logs and links.
 fn folder(user: &UserId, conversation: Uuid) -> String {
     format!("{PREFIX}{}/", &sha256_hex(&user.key_of(&id::hex(conversation)))[..32])
 }

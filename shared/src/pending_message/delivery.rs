@@ -1,12 +1,12 @@
-//! Delivery of pending messages: every message reaches its agent once, in order.
+//! Delivery of pending messages to agent servers, with leases, retry and backoff: every message arrives exactly once, in order.
 //!
-//! Agent servers accept no id with a message, so a worker that does not know whether a message has arrived has to look it up. Before
-//! it sends a message it records which one, and the newest event of the conversation. After an attempt whose outcome is unknown it
-//! reads the events since then, and treats a user's message with the same parts as its own. (If a user sends an identical message
+//! Agent servers accept no id (idempotency key) with a message, so a worker that does not know whether a message has arrived must look it
+//! up. Before it sends a message it records the message, and the newest event of the conversation. After an attempt with an unknown outcome
+//! it reads the events since then, and treats a user's message with the same parts as its own. (If a user sends an identical message
 //! through another channel in that window, only one copy is kept.)
 //!
-//! An agent server accepts no message while its agent thinks: a request that timed out after 30 s may still be queued inside it, and
-//! its message arrives when the step ends. So nothing is resent while the agent is busy, for a quarter of an hour.
+//! An agent server accepts no message while its agent thinks: a request that timed out after 30 s may still be queued inside it, and its
+//! message arrives when the step ends. Therefore nothing is resent while the agent is busy, for up to a quarter of an hour.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,22 +35,22 @@ use crate::start::request::Content;
 use crate::start::store::StartTaskStore;
 use crate::start::task::StartStatus;
 
-/// Longer than an agent's step takes: a message that has not arrived by then never will.
+/// Longer than a step of an agent: a message that has not arrived by then will never arrive.
 const QUEUED_INSIDE: Duration = Duration::from_secs(900);
 const UNREACHABLE: Outcome = Outcome::Later("the agent server does not answer");
-/// The time limit of looking up a message.
+/// The timeout of looking up a message.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Timing of deliveries.
+/// The timing of deliveries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timing {
-    /// How long after the time of the next attempt the sweep enqueues it, if no worker has begun it.
+    /// The time after a due attempt at which the sweep enqueues it, if no worker has started it.
     pub sweep_delay: Duration,
-    /// How long a worker's claim on a queue lasts.
+    /// The duration of a worker's lease on a queue.
     pub lease: Duration,
-    /// The time limit of one message: lookup and sending.
+    /// The timeout of one message: lookup and sending.
     pub message_timeout: Duration,
-    /// The time limit of sending.
+    /// The timeout of sending.
     pub send_timeout: Duration,
     pub retry: RetrySchedule,
 }
@@ -60,7 +60,7 @@ impl Default for Timing {
         Self {
             sweep_delay: Duration::from_secs(20),
             lease: Duration::from_secs(90),
-            // A lookup takes 30 s at most, and so does sending.
+            // A lookup needs 30 s at most, and so does sending.
             message_timeout: Duration::from_secs(75),
             send_timeout: Duration::from_secs(30),
             retry: RetrySchedule::default(),
@@ -72,7 +72,7 @@ impl Default for Timing {
 const MAX_PAGES: usize = 20;
 /// The longest id of an event, in bytes. Events with longer ids are ignored.
 const MAX_EVENT_ID: usize = 256;
-/// The most parts of a message, and images in a part, with which a lookup recognises it.
+/// The most parts of a message, and images in a part, that a lookup compares.
 const MAX_PARTS: usize = 10_000;
 const PAGE: usize = 50;
 
@@ -84,7 +84,6 @@ pub struct Messages {
     pub conversations: ConversationStore,
     pub sandboxes: Arc<dyn SandboxService>,
     pub queue: JobQueue,
-    /// The client for agent servers.
     pub http: HttpClient,
     pub timing: Timing,
 }
@@ -98,7 +97,7 @@ pub enum Addressee {
 }
 
 impl Addressee {
-    /// `task-` and the id of a start, or the id of a conversation, in any form.
+    /// Parses `task-` and the id of a start, or the id of a conversation, in any form.
     #[must_use]
     pub fn from_path(text: &str) -> Option<Self> {
         match text.strip_prefix("task-") {
@@ -112,7 +111,7 @@ impl Addressee {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Queued {
     pub id: Uuid,
-    /// Its position in the queue, from 1.
+    /// The position in the queue, from 1.
     pub position: usize,
 }
 
@@ -120,13 +119,13 @@ pub struct Queued {
 enum Outcome {
     /// Nothing is left to deliver.
     Empty,
-    /// To be retried after a delay.
+    /// The delivery must be retried after a delay.
     Later(&'static str),
-    /// The agent server answered with an error of its own, this many times in a row. Mostly such an error is permanent.
+    /// The agent server responded with an error of its own, this many times in a row. Most such errors are permanent.
     Refused(u32),
     /// The message can never be delivered.
     Never(&'static str),
-    /// The lease is lost: another worker has the queue.
+    /// The lease is lost: another worker has claimed the queue.
     Lost,
 }
 
@@ -144,14 +143,14 @@ impl Messages {
         let position = self.store.append(user, conversation, task, id, parts, due_at).await?.ok_or_else(|| {
             Error::TooMany("Too many pending messages. Maximum 10 messages per conversation.".to_owned())
         })?;
-        // Only now: either this sees that the conversation is there, or who makes it sees the message.
+        // The lookup must follow the write: either this lookup finds the conversation, or the start that creates it finds the message.
         if let Lookup::Present(_) = self.conversations.lookup(user, conversation).await? {
             self.enqueue(user, conversation, Duration::ZERO).await;
         }
         Ok(Queued { id, position })
     }
 
-    /// The conversation that is meant, and the start if that was named.
+    /// The id of the addressed conversation, and the id of the start if the start was addressed.
     async fn conversation(&self, user: &UserId, to: Addressee) -> Result<(Uuid, Option<Uuid>)> {
         match to {
             Addressee::Task(task) => {
@@ -174,7 +173,7 @@ impl Messages {
     /// Delivers the messages of the conversation of a start that has ended.
     ///
     /// # Errors
-    /// [`Error::Store`]; it may be done again.
+    /// [`Error::Store`]; the call may be repeated.
     pub async fn start_ended(&self, user: &UserId, task: Uuid) -> Result<()> {
         let Some(record) = self.tasks.get(user, task).await? else { return Ok(()) };
         self.deliver(user, record.conversation_id).await
@@ -192,11 +191,10 @@ impl Messages {
         .await
     }
 
-    /// Delivers the messages of a conversation, unless another worker is doing it. Messages that cannot be delivered now are retried
-    /// later.
+    /// Delivers the messages of a conversation, unless another worker does. Messages that cannot be delivered now are retried later.
     ///
     /// # Errors
-    /// [`Error::Store`] or an error of the sandboxes; it may be done again.
+    /// [`Error::Store`] or an error of the sandboxes; the call may be repeated.
     pub async fn deliver(&self, user: &UserId, conversation: Uuid) -> Result<()> {
         loop {
             let Some((lease, queue)) = self.store.claim(user, conversation, self.timing.lease).await? else {
@@ -209,7 +207,7 @@ impl Messages {
                     if self.store.end(user, conversation, &lease).await? {
                         return Ok(());
                     }
-                    // Another message came meanwhile.
+                    // Another message was added meanwhile.
                     self.store.postpone(user, conversation, &lease, 0, Time::now()).await?;
                 }
                 Ok(Outcome::Later(why)) => {
@@ -233,16 +231,16 @@ impl Messages {
                 Ok(ended @ (Outcome::Refused(_) | Outcome::Never(_))) => {
                     if self.store.give_up(user, conversation, &lease, newest.as_deref()).await? {
                         // The messages stay with the conversation, where an operator can find them. The next message of the conversation
-                        // causes another attempt. The agent server's response is in the log already.
+                        // triggers another attempt. The log already contains the agent server's response.
                         let why = if let Outcome::Never(why) = ended { why } else { "the agent server refuses it" };
                         tracing::error!(%conversation, why, "pending_message.undeliverable");
                         return Ok(());
                     }
-                    // Another message came meanwhile, or another worker.
+                    // Another message was added meanwhile, or another worker has the lease.
                     self.store.postpone(user, conversation, &lease, attempts, Time::now()).await?;
                 }
                 Err(error) => {
-                    // Best effort: the lease runs out by itself.
+                    // Best effort: the lease expires by itself.
                     let due_at = Time::now().plus(self.timing.sweep_delay);
                     let given_back = self.store.postpone(user, conversation, &lease, attempts + 1, due_at).await;
                     if let Err(error) = given_back {
@@ -310,7 +308,7 @@ impl Messages {
         Ok(Outcome::Empty)
     }
 
-    /// Sends the first message, unless it has arrived already; `None` when it is there.
+    /// Sends the first message, unless it has arrived already; `None` if it has arrived.
     #[expect(clippy::too_many_arguments, reason = "one step of a loop, which has all of them at hand")]
     async fn send(
         &self,
@@ -326,7 +324,7 @@ impl Messages {
         match queue.sending.as_ref().filter(|sending| sending.message == message_id) {
             Some(sending) => {
                 let lookup = async {
-                    // In this order: an agent server whose agent is not busy accepts the queued requests before the events are read.
+                    // The order matters: if the agent is not busy, its agent server accepts the queued requests before the events are read.
                     let is_busy = is_busy(agent_server, conversation).await?;
                     Ok::<_, AgentServerError>((is_busy, has_arrived(agent_server, conversation, sending, parts).await?))
                 };
@@ -371,12 +369,12 @@ impl Messages {
         }
     }
 
-    /// The outcome of a failed request to an agent server. A known, permanent mistake is not retried.
+    /// The outcome of a failed request to an agent server. A known, permanent error is not retried.
     fn after(&self, error: &AgentServerError, queue: &MessageQueue) -> Outcome {
         match (error.retry(), error.mistake()) {
             (Retry::Often, _) => UNREACHABLE,
             (Retry::Never, Some(_)) => Outcome::Refused(self.timing.retry.max_refusals),
-            // 404, too: an agent server that has just been resumed may still be loading the conversation.
+            // 404 is included: an agent server that was just resumed may still be loading the conversation.
             (Retry::Few | Retry::Never, _) => Outcome::Refused(queue.refusals.saturating_add(1)),
         }
     }
@@ -390,7 +388,7 @@ impl Messages {
     }
 }
 
-/// Whether the conversation's agent is running, by its agent server's status.
+/// Whether the agent server reports that the conversation's agent is running.
 async fn is_busy(agent_server: &AgentServer, conversation: Uuid) -> Result<bool, AgentServerError> {
     let found = agent_server.conversations(&[conversation], LOOKUP_TIMEOUT).await?;
     Ok(found.into_iter().flatten().any(|found| found.execution_status.as_deref() == Some("running")))
@@ -429,7 +427,7 @@ fn event_id(event: &str) -> Option<String> {
     serde_json::from_str::<Event>(event).ok()?.id
 }
 
-/// The fields of an event by which a lookup recognises a message. Events come from the sandbox, so all others are ignored.
+/// The fields of an event that identify a message in a lookup. Events come from the sandbox, so all other fields are ignored.
 #[derive(Default, Deserialize)]
 struct Event {
     #[serde(default, deserialize_with = "bounded::short::<_, MAX_EVENT_ID>")]
@@ -460,7 +458,7 @@ struct Part {
 /// The content of a part: its images, or its text.
 type Said = (Option<Vec<String>>, Option<String>);
 
-/// The content of a message, independent of how its parts are written; `None` if the text is not a list of parts.
+/// The content of a message, independent of the JSON form of its parts; `None` if the text is not a list of parts.
 fn essence(parts: &str) -> Option<Vec<Said>> {
     let parts: Bounded<Part, MAX_PARTS> = serde_json::from_str(parts).ok()?;
     let essence = |part: Part| match part.kind.as_deref() {

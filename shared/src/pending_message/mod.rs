@@ -30,7 +30,7 @@ pub struct PendingMessage {
 /// Reads the body of a message: `{content: [at least one part], role: "user"}`.
 ///
 /// # Errors
-/// The contract's message for what is wrong.
+/// The contract's message for the violation.
 pub fn read_body(body: &[u8]) -> Result<Vec<Content>, String> {
     let given: Value = serde_json::from_slice(body).map_err(|_| "Invalid request body".to_owned())?;
     let given = given.as_object().ok_or_else(|| "Invalid request body".to_owned())?;
@@ -44,7 +44,7 @@ pub fn read_body(body: &[u8]) -> Result<Vec<Content>, String> {
     })?;
     match given.get("role") {
         None | Some(Value::Null) => Ok(content),
-        // Agents accept messages of users only.
+        // Agents accept only messages of users.
         Some(role) if role == "user" => Ok(content),
         Some(_) => Err("role must be user".to_owned()),
     }
@@ -83,8 +83,8 @@ mod tests {
             ),
             (r#"{"content": [{"text": "x"}], "role": "assistant"}"#, "role must be user"),
         ] {
-            let told = read(body).expect_err(body);
-            assert!(told.starts_with(expected), "{body}: {told}");
+            let error = read(body).expect_err(body);
+            assert!(error.starts_with(expected), "{body}: {error}");
         }
         let parts =
             r#"{"content": [{"type": "text", "text": "x"}, {"type": "image", "image_urls": ["y"]}], "role": null}"#;

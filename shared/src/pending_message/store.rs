@@ -1,4 +1,5 @@
-//! The queues of pending messages: one row in `users` for each conversation that has any. Long messages are objects in the bucket.
+//! Stores the queues of pending messages: one row in `users` for each conversation with pending messages. Long messages are objects in the
+//! bucket.
 
 use std::time::Duration;
 
@@ -18,13 +19,14 @@ use crate::objects;
 
 /// Index: queues with undelivered messages, by the time at which the sweep enqueues them again.
 pub const UNDELIVERED: &str = "undelivered";
-/// The attribute that the index holds beside its keys: the id of the conversation.
+/// The attribute that the index projects besides its keys: the id of the conversation.
 pub const CONVERSATION: &str = "id";
 /// The prefix of the objects in the bucket.
 const PREFIX: &str = "messages/";
-/// Messages of more bytes are objects. Ten of this size and the rest of the row stay below DynamoDB's 400 KB.
+/// The largest message, in bytes, that is stored in the row; larger ones are objects. Ten of this size and the rest of the row stay below
+/// DynamoDB's 400 KB.
 const INLINE: usize = 24 * 1024;
-/// Spreads the index over partitions.
+/// The number of partitions of the index.
 const SHARDS: u128 = 4;
 
 /// The queue of one conversation.
@@ -33,7 +35,7 @@ pub struct MessageQueue {
     /// The messages, oldest first.
     #[serde(default)]
     pub messages: Vec<PendingMessage>,
-    /// The start that makes the conversation, if the messages were sent to the start.
+    /// The start that creates the conversation, if the messages were sent to the start.
     #[serde(default)]
     pub task: Option<String>,
     /// The message that is being sent. It may have arrived.
@@ -69,7 +71,6 @@ pub struct Sending {
     pub since: Time,
 }
 
-/// The queues of all users.
 #[derive(Clone, Debug)]
 pub struct MessageStore {
     table: Table,
@@ -84,8 +85,8 @@ impl MessageStore {
         Self { table: Table::new(dynamodb, users), s3, bucket }
     }
 
-    /// Adds a message to the end of a queue. From `due_at` on the sweep enqueues its delivery, even if no job was enqueued. Returns the
-    /// number of messages in the queue, or `None` when the queue is full.
+    /// Appends a message to a queue. From `due_at` on the sweep enqueues its delivery, even if no job was enqueued. Returns the number of
+    /// messages in the queue, or `None` when the queue is full.
     ///
     /// # Errors
     /// [`Error::Store`]; the message may have been added then.
@@ -125,7 +126,7 @@ impl MessageStore {
                 Condition::Missing("messages"),
                 Condition::Size("messages", "<", u32::try_from(MAX_MESSAGES).unwrap_or(u32::MAX)),
             ]))
-            // The SDK repeats an update whose response was lost.
+            // The SDK retries an update whose response was lost.
             .condition(Condition::not_equal("newest", text(&newest)));
         if let Some(task) = task {
             update = update.set("task", text(id::hex(task)));
@@ -134,7 +135,7 @@ impl MessageStore {
         let queue = match self.table.update(key.clone(), update).await {
             Ok(Outcome::Applied(item) | Outcome::ConditionFailed(Some(item))) => from_item(item)?,
             Ok(Outcome::ConditionFailed(None)) => MessageQueue::default(),
-            // The message may have been added. Its sender would repeat it under another id.
+            // The message may have been added. Its sender would retry with another id.
             Err(error) => match self.table.get(key).await.and_then(|item| item.map(from_item).transpose()) {
                 Ok(Some(queue)) if MessageQueue::has(&queue, &newest) => queue,
                 _ => return Err(error),
@@ -174,7 +175,7 @@ impl MessageStore {
         Ok(self.write(user, conversation, lease, Update::new().set("sending", sending)).await?.is_applied())
     }
 
-    /// Removes the first message, which has arrived. Returns the rest of the queue, or `None` when the lease is lost.
+    /// Removes the first message after it has arrived. Returns the rest of the queue, or `None` when the lease is lost.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -209,13 +210,13 @@ impl MessageStore {
     ) -> Result<()> {
         let update =
             Update::new().set("attempts", number(attempts)).set("due_at", text(due_at.sortable())).remove("refusals");
-        // Where the lease is lost, another worker has the queue.
+        // If the lease is lost, another worker has claimed the queue.
         let _outcome = self.write(user, conversation, lease, lease::release(update)).await?;
         Ok(())
     }
 
-    /// As [`MessageStore::postpone`], after an agent server has refused the first message for the `refusals`-th consecutive time.
-    /// Returns false, with the lease kept, when a message was added since `newest`: that message restarts the count.
+    /// Like [`MessageStore::postpone`], after an agent server has refused the first message for the `refusals`-th consecutive time. Returns
+    /// false, with the lease kept, when a message was added since `newest`: that message resets the count.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -261,7 +262,7 @@ impl MessageStore {
         Ok(self.write(user, conversation, lease, update).await?.is_applied())
     }
 
-    /// Removes a queue that is empty. Returns false when it is not, or the lease is lost.
+    /// Removes an empty queue. Returns false when it is not empty, or the lease is lost.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -289,7 +290,7 @@ impl MessageStore {
     /// Removes a conversation's queue and all of its messages.
     ///
     /// # Errors
-    /// [`Error::Store`]; it may be repeated then.
+    /// [`Error::Store`]; the call may be repeated then.
     pub async fn delete_all(&self, user: &UserId, conversation: Uuid) -> Result<()> {
         let prefix = object_prefix(user, conversation);
         let mut pages = self.s3.list_objects_v2().bucket(&self.bucket).prefix(prefix).into_paginator().send();
@@ -306,7 +307,7 @@ impl MessageStore {
         Ok(())
     }
 
-    /// The index of queues with messages that are not delivered.
+    /// The index of queues with undelivered messages.
     #[must_use]
     pub fn undelivered(&self) -> DueIndex {
         DueIndex {
@@ -322,7 +323,7 @@ impl MessageStore {
         lease::write(&self.table, key(user, conversation), &lease.owner, update).await
     }
 
-    /// Removes the object of a message, best effort: one that stays is removed together with its conversation.
+    /// Removes the object of a message; best effort: an object that remains is removed together with its conversation.
     async fn remove_object(&self, object: &str) {
         let removed = self.s3.delete_object().bucket(&self.bucket).key(object).send().await;
         if let Err(error) = removed.map_err(store_error("DeleteObject messages")) {

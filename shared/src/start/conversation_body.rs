@@ -621,8 +621,11 @@ mod tests {
         assert_eq!(agent["tools"][2]["params"]["plan_path"], "/workspace/project/agents-tmp-config/PLAN.md");
         assert_eq!(agent["system_prompt_filename"], "system_prompt_planning.j2");
         assert_eq!(agent["condenser"]["llm"]["usage_id"], "planning_condenser");
-        let told = agent["agent_context"]["system_message_suffix"].as_str().expect("a suffix");
-        assert!(told.starts_with("<IMPORTANT_PLANNING_BOUNDARIES>") && told.ends_with(suffix), "{told}");
+        let system_suffix = agent["agent_context"]["system_message_suffix"].as_str().expect("a suffix");
+        assert!(
+            system_suffix.starts_with("<IMPORTANT_PLANNING_BOUNDARIES>") && system_suffix.ends_with(suffix),
+            "{system_suffix}"
+        );
     }
 
     #[test]

@@ -1,7 +1,7 @@
-# Lists what has changed below a folder: $rest from $root. Every field of the result ends with NUL: `repository` and its name
-# (empty: the folder's own), `changed` and pairs of status and path up to an empty field, `untracked` and paths up to an empty
-# field, for each repository; `failed` and git's error after the name of one that cannot be listed; `skipped` for one without the
-# commit $ref; and `end`, unless the list is cut off at $limit bytes.
+# Lists the changed files below a folder, which is $rest relative to $root. Every field of the result ends with NUL. For each repository:
+# `repository` and its name (empty: the folder's own repository); `changed` and pairs of status and path up to an empty field; `untracked`
+# and paths up to an empty field. `failed` and git's error follow the name of a repository that cannot be listed; `skipped` stands for a
+# repository without the commit $ref. `end` is last, and is missing if the list is truncated at $limit bytes.
 here=$root/$rest
 if [ ! -d "$here" ]; then
   if [ -e "$here" ]; then outcome file; else outcome nothing; fi
@@ -11,14 +11,14 @@ here=${here%??}
 case $here/ in "$root"/*) ;; *) outcome outside ;; esac
 cd "$here/" || outcome failed 'the folder cannot be entered'
 
-# Says why there is no list of the last repository.
+# Writes why the last repository has no list.
 fail() {
   printf 'failed\000%s\000' "$(head -c 2000 "$errors")"
 }
 
-# Lists the repository of the current folder, as far as it is in this folder.
+# Lists the changes of the current folder's repository, limited to this folder.
 list() {
-  # Renames are a deletion and an addition. Changes in a submodule are its own.
+  # A rename is listed as a deletion and an addition. Changes inside a submodule belong to the submodule.
   compare --name-status -z --no-renames --relative --no-ext-diff --no-textconv --ignore-submodules=dirty "$base" -- || { fail; return; }
   printf 'changed\000'
   cat "$compared"
@@ -40,7 +40,7 @@ esac
     printf 'repository\000\000'
     list
   fi
-  # Repositories in the folder, such as the clone in a workspace, are listed with it.
+  # Nested repositories, such as a clone in a workspace, are listed with the folder that contains them.
   nested=0
   for folder in ./*; do
     [ -e "$folder/.git" ] && [ ! -L "$folder" ] || continue
@@ -60,7 +60,7 @@ esac
         fi
         ;;
       2*)
-        # The folder's own repository lists the files, if there is one.
+        # If the folder has a repository of its own, that repository lists the files.
         [ "$found" != 0 ] || exit
         printf 'repository\000%s\000' "${folder#./}"
         fail

@@ -1,15 +1,15 @@
-# The beginning of changes.sh and diff.sh. Needs a POSIX shell, git from 2.20 on, `readlink` and `head -c`.
-# Input: $root the workspace, $ref the commit to compare with (empty: see find_base), $inline the most bytes to print, $temporary
-# an empty folder.
+# Common first part of changes.sh and diff.sh. It needs a POSIX shell, git 2.20 or later, `readlink` and `head -c`.
+# Input: $root is the workspace, $ref the commit to compare with (empty: see find_base), $inline the largest result in bytes that is
+# printed, $temporary an empty folder.
 export LC_ALL=C GIT_LITERAL_PATHSPECS=1 GIT_OPTIONAL_LOCKS=0 GIT_TERMINAL_PROMPT=0
-# Neither a lazy fetch of a partial clone nor anything else may use the network.
+# Git must not use the network, for a lazy fetch of a partial clone or for anything else.
 export GIT_ALLOW_PROTOCOL=none GIT_NO_LAZY_FETCH=1
 exec </dev/null
 umask 077
 errors=$temporary/errors
 result=$temporary/result
 
-# Prints the result, or the path of the file that holds it, and ends.
+# Prints the result, or the path of the file that contains it, and exits.
 deliver() {
   size=$(($(wc -c <"$result")))
   if [ "$size" -le "$inline" ] && command -v base64 >/dev/null 2>&1; then
@@ -22,14 +22,14 @@ deliver() {
   exit 0
 }
 
-# Ends with an outcome that is one word, and a text where there is one.
+# Exits with an outcome: one word and an optional text.
 outcome() {
   printf '%s\000%s\000' "$1" "${2-}" >"$result"
   deliver
 }
 
-# Git, without anything that configuration or environment could add to its output or run beside it. $overrides is a file of
-# configuration, or empty.
+# Runs git without configuration or environment that could change its output or start other programs. $overrides is the path of a
+# configuration file, or empty.
 overrides=
 g() {
   git -c core.quotePath=false -c core.fsmonitor= -c core.hooksPath=/dev/null -c "safe.directory=*" -c color.ui=false \
@@ -37,7 +37,7 @@ g() {
     ${overrides:+-c} ${overrides:+"include.path=$overrides"} "$@"
 }
 
-# Has git compare what is in the working tree without the programs of filters.
+# Disables filter programs, so that git compares the files of the working tree as they are.
 leave_filters_out() {
   overrides=
   g config --name-only --get-regexp '^filter\..*\.(clean|process|required)$' 2>/dev/null | while IFS= read -r key; do
@@ -49,9 +49,9 @@ leave_filters_out() {
   [ ! -f "$temporary/overrides" ] || overrides=$temporary/overrides
 }
 
-# `git diff`, its output in the file $compared. A file whose time has changed is read through the program of its filter. If git
-# fails, that program may be missing: files are compared as they are. If it fails again, a setting for `git diff` alone may be
-# wrong: git's plumbing ignores it, and only takes each file for changed whose time has changed.
+# Runs `git diff` and writes its output to the file $compared. Git runs the filter program on a file with a changed modification time. If
+# git fails, that program may be missing, so filters are disabled and git is retried. If it fails again, a setting that only `git diff`
+# reads may be invalid: `git diff-index` ignores it, but reports every file with a changed modification time as changed.
 compared=$temporary/compared
 compare() {
   g diff "$@" >"$compared" 2>"$errors"
@@ -74,11 +74,11 @@ fi
 root=$(cd "$root" 2>/dev/null && pwd -P && echo .) || outcome nothing
 root=${root%??}
 [ "$root" != / ] || root=
-# The colon separates paths there. Above the workspace there is no repository of ours.
+# The variable separates paths by colons, so a path with a colon cannot be set. Repositories above the workspace are ignored.
 case $root in *:*) ;; *) export GIT_CEILING_DIRECTORIES="${root%/*}" ;; esac
 
-# Sets $top to the top of the repository of the current folder and $prefix to the way from there, `a/b/`. Fails where there is
-# none in the workspace.
+# Sets $top to the top folder of the current folder's repository, and $prefix to the relative path from there, `a/b/`. Returns 1 if the
+# workspace has no such repository, 2 if git fails.
 find_repository() {
   [ -n "$has_git" ] || return 1
   if top=$(g rev-parse --show-toplevel 2>"$errors" && echo .) && prefix=$(g rev-parse --show-prefix 2>"$errors" && echo .); then
@@ -91,7 +91,7 @@ find_repository() {
   return 2
 }
 
-# The commit that a name means, or nothing.
+# Prints the commit that a revision name resolves to, or nothing.
 commit_of() {
   commit=$(g rev-parse --verify --quiet "$1^{commit}" 2>/dev/null)
   case $commit in *[!0-9a-f]*) ;; *) printf %s "$commit" ;; esac
@@ -105,8 +105,9 @@ is_clean() {
   compare --quiet --no-ext-diff --ignore-submodules=dirty HEAD --
 }
 
-# Prints the commit at which the latest start found the branch $1 (a full ref, HEAD where it is detached; empty: any), or nothing.
-# HEAD contains that commit, and that commit contains $2, if there is a $2. Starts write lines of commit and ref; junk is skipped.
+# Prints the commit that the latest start recorded for the branch $1 (a full ref; HEAD if detached; empty: any branch), or nothing. The
+# commit must be an ancestor of HEAD and, if $2 is set, a descendant of $2. Starts write lines of commit and ref; malformed lines are
+# skipped.
 begun_at() {
   notes=$(g rev-parse --git-common-dir 2>/dev/null && echo .) && notes=${notes%??}/openhands-base || return
   [ -f "$notes" ] && [ -r "$notes" ] || return
@@ -129,17 +130,17 @@ begun_at() {
   }
 }
 
-# Sets $base to where the branch left the remote's default branch, of what the repository knows; to a local main or master; to the
-# last commit; to the empty tree.
+# Sets $base to the first of these that exists: the merge base with the remote's default branch, as far as the repository knows it; a local
+# main or master; the last commit; the empty tree.
 find_fork() {
   base=$head
   [ -n "$head" ] || { base=$(empty_tree); return; }
-  # A remote that was added, not cloned, has no HEAD.
+  # A remote that was added rather than cloned has no HEAD.
   for candidate in "$(g symbolic-ref -q refs/remotes/origin/HEAD 2>/dev/null)" refs/remotes/origin/main refs/remotes/origin/master only; do
     [ "$candidate" != only ] || candidate=$(g for-each-ref --count=2 --format='%(refname)' refs/remotes/origin 2>/dev/null)
     default=$(commit_of "$candidate")
     [ -n "$default" ] || continue
-    # A shallow clone may not have the common commit.
+    # A shallow clone may lack the merge base.
     base=$(g merge-base HEAD "$default" 2>/dev/null) || base=$default
     return
   done
@@ -151,9 +152,9 @@ find_fork() {
   done
 }
 
-# Sets $base to what the work began from, without asking the remote: $ref; where a start found the branch; the branch's own
-# counterpart on the remote, unless all is pushed, because pushed work is to be shown too; see find_fork, or where a start found
-# another branch, if this one left that later.
+# Sets $base to the commit from which the work began, without access to the remote. In this order: $ref; the commit that a start recorded
+# for the branch; the branch's remote-tracking branch, unless all work is pushed, because pushed work must be shown too; the result of
+# find_fork, or the commit that a start recorded for another branch if this branch forked from that one later.
 find_base() {
   if [ -n "$ref" ]; then
     base=$(commit_of "$ref")

@@ -1,7 +1,7 @@
-# One file as it was and as it is: $rest from $root, or $other if that is not there. The result is `diff`, then kind and number of
-# bytes of either side, each ended by NUL, then both sides' bytes.
+# Prints one file before and after the change: $rest relative to $root, or $other if $rest does not exist. The result is `diff`, then the
+# kind and the size in bytes of both sides, each terminated by NUL, then the bytes of both sides.
 
-# Finds $given, without following a link at its end. Sets $here to the last folder on the way to it and $name to the remaining path.
+# Resolves $given without following a link. Sets $here to the deepest existing folder of the path and $name to the remaining path.
 walk() {
   here=$root name=$given
   while :; do
@@ -11,7 +11,7 @@ walk() {
   done
 }
 
-# Sets $base, $path (from $top) and $mode and $id of what the base has there; they are empty where there is nothing.
+# Sets $base, $path (relative to $top), and $mode and $id of the file in the base; $mode and $id are empty if the base has no such file.
 look_up() {
   top= base= mode= id=
   cd "$here/" 2>/dev/null || outcome failed 'a folder of the path cannot be entered'
@@ -22,7 +22,7 @@ look_up() {
     0) break ;;
     1) [ -z "$failure" ] || outcome failed "$failure"; return ;;
     esac
-    # Something that is no repository of git's has the name of one. A repository above lists the files.
+    # Git cannot read this repository, for example because .git is invalid. A repository above it lists the files.
     [ -n "$failure" ] || failure=$(head -c 2000 "$errors")
     [ "$above" != "$root" ] || outcome failed "$failure"
     path=${above##*/}/$path above=${above%/*}
@@ -36,7 +36,8 @@ look_up() {
   mode=${entry%% *} id=${entry#* * } id=${id%%[!0-9a-f]*}
 }
 
-# Finds $given, whose folders may be links: what a link had in the base, when it was a folder, comes before what it leads to.
+# Resolves $given, whose folders may be links. If a folder in the base became a link, its file in the base has priority over the target of
+# the link.
 find_file() {
   hops=0
   while :; do
@@ -54,7 +55,7 @@ find_file() {
   done
 }
 
-# Sets $kind to what is at $name now.
+# Sets $kind to the current kind of $name.
 see() {
   kind=none
   case $name in */*) return ;; esac
@@ -90,7 +91,8 @@ case $mode in
 *) before=file ;;
 esac
 
-# Tag, mode, id and path in the index, with line breaks of the path as another character; of a folder the first of its files.
+# The first index entry of the path: tag, mode, id and path, with newlines of the path replaced. A folder has an entry for each of its
+# files.
 staged=$(g ls-files -s -v -z -- "$path" 2>/dev/null | tr '\000\n' '\n\001' | head -n 1)
 case $staged in
 *"	$(printf %s "$path" | tr '\n' '\001')") ;;
@@ -98,7 +100,7 @@ case $staged in
 esac
 from=tree
 if [ "$kind" = none ]; then
-  # A sparse checkout leaves files out that are not deleted.
+  # A sparse checkout omits files that are not deleted.
   case $staged in
   [Ss]' 120000 '*) kind=link from=index ;;
   [Ss]' 160000 '*) kind=module from=index ;;
@@ -109,7 +111,7 @@ elif [ "$kind" = folder ]; then
     kind=module
   else
     case $staged in
-    # A submodule that was not fetched.
+    # A submodule that is not checked out.
     ?' 160000 '*) kind=module from=index ;;
     *) if [ "$before" != none ]; then kind=none; else outcome folder; fi ;;
     esac
@@ -121,13 +123,13 @@ if [ "$kind" = none ] && [ "$before" = none ]; then
 fi
 indexed=${staged#? * } indexed=${indexed%%[!0-9a-f]*}
 
-# Whether an object of git's is small enough; $size is its size.
+# Checks whether a git object is within $limit; sets $size to its size.
 is_small() {
   size=$(g cat-file -s "$1" 2>"$errors") || outcome failed "$(head -c 2000 "$errors")"
   [ "$size" -le "$limit" ]
 }
 
-# What git has, as a checkout would write it: line ends and encodings of the attributes count, programs of filters are not run.
+# Writes a blob as a checkout would: line endings and encodings of the attributes are applied, filter programs are not run.
 checked_out() {
   case $(g check-attr filter -- "$path" 2>/dev/null) in
   *': filter: unspecified' | *': filter: unset' | *': filter: set')
@@ -166,7 +168,7 @@ module-index) printf 'Subproject commit %s\n' "$indexed" >"$new" ;;
 module-tree) printf 'Subproject commit %s\n' "${module:-(none yet)}" >"$new" ;;
 link-tree)
   readlink "$file" >"$new" 2>"$errors" || outcome failed "$(head -c 2000 "$errors")"
-  # The line break is readlink's.
+  # `readlink` adds the newline.
   size=$(($(wc -c <"$new") - 1))
   head -c "$size" "$new" >"$temporary/cut" && mv "$temporary/cut" "$new"
   ;;
@@ -177,7 +179,7 @@ file-tree)
   ;;
 esac
 [ -z "$large" ] || outcome large "$size_before $size"
-# Where line ends or a filter alone make a difference, git has none.
+# Git reports no difference if only line endings or a filter differ, so both sides are shown equal.
 if [ "$before-$kind-$from" = file-file-tree ] && ! cmp -s "$old" "$new" && compare --quiet --no-ext-diff "$base" -- "$path"; then
   cat "$new" >"$old"
 fi

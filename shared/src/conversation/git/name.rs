@@ -1,11 +1,11 @@
-//! Names of files, in the forms that git and shells have for them.
+//! File names in the quoted forms of git and POSIX shells.
 
-/// A name for JSON: itself, or, if it is not UTF-8, in double quotes as git quotes it.
+/// A file name for JSON: unchanged, or in double quotes as git quotes it if the name is not UTF-8.
 pub(super) fn shown(name: Vec<u8>) -> String {
     String::from_utf8(name).unwrap_or_else(|error| quoted(error.as_bytes()))
 }
 
-/// A name as git quotes it: in double quotes, with escapes as in C.
+/// Quotes a name as git does: in double quotes, with C escapes.
 fn quoted(name: &[u8]) -> String {
     let mut quoted = String::from('"');
     for byte in name {
@@ -22,7 +22,7 @@ fn quoted(name: &[u8]) -> String {
     quoted
 }
 
-/// A path whose end is a quoted one, `a/"b\tc"`, without the quoting.
+/// Removes git's quoting from the last part of a path, such as `a/"b\tc"`.
 pub(super) fn unquoted_end(path: &str) -> Option<Vec<u8>> {
     let starts = path.match_indices('"').map(|(at, _)| at);
     starts.filter(|at| *at == 0 || path[..*at].ends_with('/')).find_map(|at| {
@@ -31,7 +31,7 @@ pub(super) fn unquoted_end(path: &str) -> Option<Vec<u8>> {
     })
 }
 
-/// What git quoted; `None` if it is not of this form.
+/// Removes git's quoting from a name; `None` if the name is not quoted.
 fn unquoted(text: &[u8]) -> Option<Vec<u8>> {
     let mut inner = text.strip_prefix(b"\"")?.strip_suffix(b"\"")?;
     let mut name = Vec::new();
@@ -66,13 +66,13 @@ fn unquoted(text: &[u8]) -> Option<Vec<u8>> {
     Some(name)
 }
 
-/// A line of a POSIX shell that sets a variable to a name, whatever its bytes.
+/// A line of POSIX shell that assigns a name of any bytes to a variable.
 pub(super) fn assigned(variable: &str, name: &[u8]) -> String {
     match std::str::from_utf8(name) {
         Ok(name) => format!("{variable}={}\n", crate::shell::quoted(name)),
         Err(_) => {
             let escaped = name.iter().fold(String::new(), |escaped, byte| escaped + &format!("\\0{byte:03o}"));
-            // The dot keeps a line break at the end.
+            // Command substitution removes trailing newlines; the dot protects them.
             format!("{variable}=$(printf '%b.' '{escaped}')\n{variable}=${{{variable}%.}}\n")
         }
     }

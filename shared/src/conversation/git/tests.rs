@@ -1,4 +1,4 @@
-//! The scripts, run by `sh` on repositories that each test builds with git.
+//! Tests of the git scripts: `sh` runs them on repositories that each test creates with git.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -9,12 +9,12 @@ use std::process::Command;
 use super::*;
 use crate::http_client::{AddressPolicy, HttpClient};
 
-/// A workspace with the repository `repo` in it, whose first commit is on its remote.
+/// A workspace with the repository `repo`, whose first commit is on its remote.
 struct Workspace {
     folder: PathBuf,
     root: PathBuf,
     agent_server: AgentServer,
-    /// The scripts are run by each of them.
+    /// The shells that run the scripts.
     shells: &'static [&'static str],
 }
 
@@ -24,11 +24,11 @@ impl Drop for Workspace {
     }
 }
 
-/// A diff's two sides, or the beginning of its refusal.
+/// Both sides of a diff, or the beginning of its error message.
 type Sides<'a> = Result<(&'a str, &'a str), &'a str>;
 
 impl Workspace {
-    /// `first` is a script that makes the files of the first commit.
+    /// `first` is a script that creates the files of the first commit.
     fn new(first: &str) -> Self {
         let folder = std::env::temp_dir().join(crate::id::new_sandbox_id());
         let root = folder.join("work space's");
@@ -47,7 +47,7 @@ impl Workspace {
     fn command(&self, script: &str, shell: &str) -> Command {
         let mut command = Command::new(shell);
         command.arg("-c").arg(script).current_dir(&self.root);
-        // No configuration of the developer's, and no variable of a git that runs the tests as a hook.
+        // Excludes the developer's git configuration, and the variables that git sets when a hook runs the tests.
         command
             .env_clear()
             .env("PATH", std::env::var_os("PATH").expect("a path"))
@@ -81,12 +81,12 @@ impl Workspace {
         format!("{}/{path}", self.root.display())
     }
 
-    /// The result of a script, as [`WorkspaceGit::run`] gets it, from each shell that is there.
+    /// Returns the result of a script, as [`WorkspaceGit::run`] receives it, from each available shell.
     fn result(&self, script: impl Fn(&WorkspaceGit<'_>) -> Result<String, Error>) -> Result<Vec<u8>, Error> {
         let root = self.root.display().to_string();
         let script = script(&WorkspaceGit { agent_server: &self.agent_server, root: &root })?;
         let run = |shell: &str| {
-            // The script itself is also to be run by each of them, on a machine that may be loaded.
+            // Each shell also runs the script itself, possibly on a loaded machine.
             let script = script.replace(&format!("seconds={SECONDS}\n"), "seconds=300\n");
             let script = script.replace("sh -c \"$body\"", &format!("{shell} -c \"$body\""));
             let ran = self.command(&script, shell).output().expect("run");
@@ -122,7 +122,7 @@ impl Workspace {
         read_changes(&result, reference)
     }
 
-    /// `A path`, `M path`, `D path`
+    /// The changes as `A path`, `M path` or `D path`.
     fn list(&self, folder: &str) -> Vec<String> {
         let changes = self.changes(folder, None).expect("a list");
         assert!(!changes.is_truncated);
@@ -154,7 +154,7 @@ impl Workspace {
         }
     }
 
-    /// Every path of the list can be given to diff, and has the side that its status says.
+    /// Checks that every path of the list has a diff, whose sides match its status.
     fn every_change_has_a_diff(&self, folder: &str, except: &[&str]) {
         for change in self.changes(folder, None).expect("a list").list {
             let path = format!("{folder}/{}", change.path);
@@ -173,7 +173,7 @@ impl Workspace {
     }
 }
 
-/// Names that have a form of their own somewhere between here and git.
+/// Names that git, JSON or a shell represents in a special form.
 const NAMES: [&str; 40] = [
     "plain.txt",
     "文.txt",
@@ -226,7 +226,7 @@ fn every_name_that_is_listed_has_a_diff() {
             workspace.write(&at(name, folder), format!("first {name}\n"));
         }
     }
-    // What git would take for more than a name, at the top of the repository.
+    // Names that git could interpret as pathspecs, revisions or options, at the top of the repository.
     let at_top = [":(glob)*", ":!x", ":0:x", "*", "-x", "[a-z]"];
     for name in at_top {
         workspace.write(&format!("repo/{name}"), "first\n");
@@ -257,11 +257,11 @@ fn every_name_that_is_listed_has_a_diff() {
     expected.extend(at_top.map(|name| format!("M {name}")));
     expected.sort_by(|one, other| one[2..].cmp(&other[2..]));
     assert_eq!(workspace.list("repo"), expected);
-    // From a folder, paths are from there.
+    // The paths of a folder's list are relative to the folder.
     assert_eq!(workspace.list("repo/untracked").len(), NAMES.len());
     workspace.assert_diff("repo/untracked/", Err("The path is a folder"));
 
-    // As git quotes them, which agent servers and their clients showed.
+    // Git's quoted form, which agent servers and their clients displayed.
     let quoted =
         workspace.command("cd repo; git ls-files -- '-updated \"in\" 文'", "bash").output().expect("run").stdout;
     let quoted = String::from_utf8(quoted).expect("text");
@@ -380,7 +380,7 @@ fn every_kind_of_change_has_a_diff() {
         ("new-link", Ok(("", "/etc/passwd"))),
         ("executable", Ok(("g\n", "g\n"))),
         ("to-pipe", Err("The path is neither a file nor a link")),
-        // Git takes it for the same.
+        // Git reports this file as unchanged.
         ("empty-to-pipe", Err("The path is neither a file nor a link")),
         ("pipe", Err("The path is neither a file nor a link")),
         ("forgotten", Ok(("i\n", "i\n"))),
@@ -411,13 +411,13 @@ fn every_kind_of_change_has_a_diff() {
 #[test]
 fn changes_are_those_since_the_work_began() {
     let commit = "git add -A; git commit -q -m More";
-    // Everybody's work on the remote, which is fetched or not.
+    // Commits of other users on the remote, fetched or not.
     let others = |branch: &str| {
         format!(
             "git clone -q ../../remote.git ../../other; (cd ../../other; git checkout -q -B {branch}; echo o >theirs; {commit}; git push -q origin {branch})"
         )
     };
-    // As a start records it. The branch `release` is ahead of the remote's default one.
+    // Records the base as a start does. The branch `release` is ahead of the remote's default branch.
     let begin = "echo \"$(git rev-parse HEAD) $(git symbolic-ref -q HEAD || echo HEAD)\" >>\"$(git rev-parse --git-common-dir)/openhands-base\"";
     let release = format!("git checkout -q -b release; echo r >r; {commit}; git push -q -u origin release");
     for (what, script, expected) in [
@@ -510,21 +510,21 @@ fn programs_and_settings_that_fail_are_left_out() {
         assert_eq!(workspace.list("repo"), [listed, "A new.bin"], "{what}");
         workspace.assert_diff("repo/b.bin", Ok((original, "v2\n")));
         workspace.every_change_has_a_diff("repo", &[]);
-        // For the base, too: what is pushed and clean is compared with where it left the default branch.
+        // The base, too: a branch that is pushed and clean is compared with its fork point from the default branch.
         workspace.sh(
             "cd repo; git symbolic-ref HEAD refs/heads/work; mv .git/config .git/kept; cp \"$REMOTE/config\" .git/config; git config core.bare false
             git config remote.origin.url \"$REMOTE\"; git config remote.origin.fetch '+refs/heads/*:refs/remotes/origin/*'
             git add -A; git commit -qm More; git push -q origin work; mv .git/kept .git/config; touch -t 200101010000 c.bin",
         );
         let expected: &[&str] = &[listed, "A new.bin"];
-        // Git's plumbing takes a file for changed whose time has changed.
+        // Git's plumbing reports a file as changed if its modification time has changed.
         if what.starts_with("no such") {
             assert_eq!(workspace.list("repo"), ["M c.bin"], "{what}");
         } else {
             assert_eq!(workspace.list("repo"), expected, "{what}");
         }
     }
-    // One that works is used: git alone knows what has changed.
+    // A filter program that works is used, because only git can determine what has changed.
     let workspace = Workspace::new(
         "echo '*.up filter=x' >.gitattributes; git config filter.x.clean 'tr a-z A-Z'; echo text >a.up; echo text >b.up",
     );
@@ -552,13 +552,13 @@ fn a_repository_that_git_cannot_read_does_not_hide_the_others() {
         let change = |status, path: &str| Change { status, path: path.to_owned() };
         assert_eq!(changes.list, [change(Status::Updated, "repo/a")], "{what}");
         assert!(changes.is_truncated, "{what}: the list says that it is not whole");
-        // Where there is no other, and where it was asked for, the error is the answer.
+        // Without a fallback, or where the path was requested directly, git's error is returned.
         let error = workspace.changes("bad", None).expect_err(what).to_string();
         assert!(error.starts_with("Git cannot list the changes: "), "{what}: {error}");
         workspace.sh("rm -rf repo");
         let error = workspace.changes("", None).expect_err(what).to_string();
         assert!(error.starts_with("Git cannot list the changes: "), "{what}: {error}");
-        // In another repository it is a folder, or an entry of that.
+        // Inside another repository it is a folder, or an entry of that repository.
         workspace.sh("git init -q; echo t >top");
         let changes = workspace.changes("", None).unwrap_or_else(|error| panic!("{what}: {error}"));
         assert!(changes.list.contains(&change(Status::Added, "top")), "{what}: {changes:?}");
@@ -587,7 +587,7 @@ fn files_beside_what_only_looks_like_a_repository_have_a_diff() {
     ] {
         workspace.assert_diff(&format!("repo/{path}"), expected);
     }
-    // Where no repository is above it, git's error is the answer.
+    // Without a repository above it, git's error is returned.
     workspace.sh("mkdir broken; echo 'gitdir: gone' >broken/.git; echo x >broken/x");
     workspace.assert_diff("broken/x", Err("Git cannot compare this file: fatal: "));
 }
@@ -691,7 +691,7 @@ fn a_reference_is_a_commit_or_refused() {
     assert!(matches!(workspace.changes("repo", Some(&"x".repeat(200_000))), Err(Error::Refused(_))));
     assert!(!workspace.root.join("ran").exists());
     workspace.assert_diff_to("repo/none", Some("HEAD"), Err("The file exists neither now nor at HEAD"));
-    // HEAD is also a good one where there is no commit yet, and each repository of a folder has its own.
+    // HEAD is also a valid reference without any commit, and each repository of a folder has its own HEAD.
     workspace.assert_diff_to("empty/e", Some("HEAD"), Ok(("", "e\n")));
     workspace.assert_diff_to("empty/e", Some("v1"), Err("The ref \"v1\""));
     let paths = |reference: &str| {
@@ -730,7 +730,7 @@ fn repositories_in_a_folder_are_listed_with_it() {
             "{outside}"
         );
     }
-    // A file in no repository has no sides.
+    // A file outside every repository has no sides.
     let result = workspace.result(|git| git.diff_script(&workspace.at("plain/p"), None)).expect("a result");
     assert_eq!(read_diff(&result, None).expect("a diff"), Diff::default());
     workspace.assert_diff("plain/none", Err("The file exists neither now nor"));
@@ -738,7 +738,7 @@ fn repositories_in_a_folder_are_listed_with_it() {
     workspace.assert_diff("link/sub/b", Ok(("b\n", "c\n")));
     workspace.assert_diff("out/etc/passwd", Err("The path must be absolute and inside the workspace"));
 
-    // The workspace itself becomes a repository: what is in the others stays theirs.
+    // The workspace itself becomes a repository: files of the nested repositories stay in those.
     workspace.sh("rm -r empty-git; git init -q; echo t >top; cd deep/er/repo; echo d >d");
     let mut with_top: Vec<&str> =
         all.into_iter().chain(["A deep/er/repo", "A link", "A out", "A plain/p", "A top"]).collect();
@@ -749,7 +749,7 @@ fn repositories_in_a_folder_are_listed_with_it() {
     let (original, modified) = workspace.diff("deep/er/repo", None).expect("a diff");
     assert!(original.is_empty() && modified.starts_with("Subproject commit "), "{modified}");
 
-    // Above the workspace there is none.
+    // There is no repository above the workspace.
     let workspace = Workspace::new("");
     workspace.sh("git init -q ..; mv repo ../repo; mkdir plain; echo p >plain/p");
     assert_eq!(workspace.list("plain"), Vec::<String>::new());
@@ -807,7 +807,7 @@ fn a_list_that_is_too_long_is_cut_and_says_so() {
     let changes = read_changes(&all(10_000), None).expect("a list");
     let size = size_of(&changes.list).expect("a size");
     assert!(changes.is_truncated && size <= PAGE_SIZE && size > PAGE_SIZE - 100_000, "{size}");
-    // Cut off in the sandbox, in a name, in a status, and where there are too many repositories.
+    // Truncated in the sandbox, inside a name or a status, and by the limit of nested repositories.
     for (result, count) in [
         (&b"repository\0\0changed\0\0untracked\0whole\0cut"[..], 1),
         (b"repository\0\0changed\0M", 0),
@@ -833,7 +833,7 @@ fn where_git_is_missing_there_are_no_changes() {
     assert_eq!(read_changes(&result, None).expect("a list"), Changes::default());
     let result = workspace.result(|git| without(git.diff_script(&workspace.at("repo/a"), None))).expect("a result");
     assert_eq!(read_diff(&result, None).expect("a diff"), Diff::default());
-    // Nor is base64 needed.
+    // The script also works without base64.
     fs::remove_file(workspace.folder.join("bin/base64")).expect("removed");
     let result = workspace.result(|git| without(git.diff_script(&workspace.at("repo/a"), None))).expect("a result");
     assert_eq!(read_diff(&result, None).expect("a diff"), Diff::default());

@@ -1,9 +1,9 @@
-//! The text of a file, in the encodings that source files have.
+//! Decodes the text of a file: UTF-8, UTF-16 or Latin-1.
 
-/// How far git looks for a NUL, which makes a file a binary one.
+/// The number of leading bytes in which git searches for a NUL, which makes a file binary.
 const LOOKED_AT: usize = 8000;
 
-/// A text of UTF-8, of UTF-16 with a byte order mark, or else of Latin-1, exactly as it is; `None` for what is binary.
+/// Decodes UTF-8, UTF-16 with a byte order mark, or else Latin-1, without any normalisation; `None` for a binary file.
 pub(super) fn decoded(bytes: &[u8]) -> Option<String> {
     if let Some(rest) = bytes.strip_prefix(&[0xff, 0xfe]) {
         return utf_16(rest, u16::from_le_bytes);
@@ -16,7 +16,7 @@ pub(super) fn decoded(bytes: &[u8]) -> Option<String> {
     }
     match std::str::from_utf8(bytes) {
         Ok(text) => Some(text.to_owned()),
-        // A short binary file may hold no NUL. Texts hold no controls but white space, backspace and escape sequences.
+        // A short binary file may contain no NUL. Texts contain no control characters except white space, backspace and escape.
         Err(_) if bytes.iter().any(|byte| matches!(byte, 0..=7 | 0x0e..=0x1a | 0x1c..=0x1f | 0x7f)) => None,
         Err(_) => Some(bytes.iter().copied().map(char::from).collect()),
     }
