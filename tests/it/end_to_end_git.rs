@@ -129,11 +129,11 @@ async fn every_change_of_a_private_repository_has_a_diff() {
     }
     for (route, path, status, reason) in [
         ("diff", "pipe", 400, "pipe"),
-        ("diff", "nowhere", 404, "no such file"),
+        ("diff", "nowhere", 404, "exists neither now nor"),
         ("diff", "-x", 400, "folder"),
         ("diff", "folder/passwd", 400, "in the workspace"),
         ("diff", "changed.txt&ref=none", 400, "no commit"),
-        ("changes", "nowhere", 404, "no such folder"),
+        ("changes", "nowhere", 404, "does not exist"),
         ("changes", ".&ref=none", 400, "no commit"),
     ] {
         let (found, answer) = both.ask(route, path).await;
