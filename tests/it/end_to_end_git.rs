@@ -131,10 +131,10 @@ async fn every_change_of_a_private_repository_has_a_diff() {
         ("diff", "pipe", 400, "pipe"),
         ("diff", "nowhere", 404, "exists neither now nor"),
         ("diff", "-x", 400, "folder"),
-        ("diff", "folder/passwd", 400, "in the workspace"),
-        ("diff", "changed.txt&ref=none", 400, "no commit"),
+        ("diff", "folder/passwd", 400, "inside the workspace"),
+        ("diff", "changed.txt&ref=none", 400, "not a commit"),
         ("changes", "nowhere", 404, "does not exist"),
-        ("changes", ".&ref=none", 400, "no commit"),
+        ("changes", ".&ref=none", 400, "not a commit"),
     ] {
         let (found, answer) = both.ask(route, path).await;
         assert!(found == status && text(&answer["detail"]).contains(reason), "{route} {path}: {found} {answer}");
