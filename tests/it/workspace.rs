@@ -241,7 +241,9 @@ async fn recorded_exchanges_get_the_recorded_responses() {
         let expected = match label.as_str() {
             // Named in docs/deviations.md.
             "outside the workspace" => (200, json!("")),
-            "hooks: agent badjson" => (502, json!({"error": "Agent-server's answer made no sense when loading hooks"})),
+            "hooks: agent badjson" => {
+                (502, json!({"error": "Agent-server returned an invalid response when loading hooks"}))
+            }
             _ => {
                 let status = u16::try_from(case["response"]["status"].as_u64().expect("a status")).expect("a status");
                 (status, case["response"]["body"].clone())
@@ -325,7 +327,7 @@ async fn every_state_of_a_sandbox_has_its_answer() {
             id,
             SandboxStatus::Error,
             (404, error(format!("Sandbox not ready for conversation {id}"))),
-            (503, detail(format!("The sandbox of conversation {id} has failed"))),
+            (503, detail(format!("The sandbox of conversation {id} has failed; start a new conversation"))),
             "not-running",
         ),
         (
@@ -333,7 +335,7 @@ async fn every_state_of_a_sandbox_has_its_answer() {
             gone,
             SandboxStatus::Missing,
             (404, error(format!("Sandbox not ready for conversation {gone}"))),
-            (410, detail(format!("The sandbox of conversation {gone} is gone"))),
+            (410, detail(format!("The sandbox of conversation {gone} no longer exists; start a new conversation"))),
             "not-running",
         ),
     ] {
@@ -595,7 +597,7 @@ async fn git_that_does_not_come_to_an_end_is_said_to_be_unfinished() {
         (json!({"exit_code": 3, "stderr": "mktemp: failed"}), 409, "The sandbox has no space"),
         (json!({"exit_code": 0, "stdout": "inline\n%%%"}), 502, "The agent server returned an invalid response"),
         (json!({"exit_code": 0, "stdout": "file /etc/passwd\n"}), 502, "The agent server returned an invalid response"),
-        (json!({"exit_code": 0, "stdout": format!("file {gone}\n")}), 502, "The agent server answered 404"),
+        (json!({"exit_code": 0, "stdout": format!("file {gone}\n")}), 502, "The agent server returned status 404"),
         (json!({"exit_code": 127, "stderr": "sh: not found"}), 502, "The agent server returned an invalid response"),
     ] {
         harness.agent.clear_faults();
@@ -661,10 +663,10 @@ async fn a_message_for_an_agent_that_cannot_be_set_up_is_answered_with_the_mista
         (
             "[Errno 28] No space left on device: secret words",
             502,
-            "The agent server answered 500. The disk of the sandbox is full; delete files or conversations in it, or use \
+            "The agent server returned status 500. The disk of the sandbox is full; delete files or conversations in it, or use \
                 another sandbox",
         ),
-        ("secret words", 502, "The agent server answered 500"),
+        ("secret words", 502, "The agent server returned status 500"),
     ] {
         let answer = json!({"detail": "Internal Server Error", "exception": exception});
         harness.agent.fail_setup(None, 500, &answer.to_string());
@@ -736,7 +738,7 @@ async fn whatever_an_agent_server_does_each_route_answers_in_time_and_says_what_
                         let expected = match (*what, status) {
                             (_, Some(status)) => format!("Agent-server returned status {status} when loading hooks"),
                             ("garbage" | "10 MB", _) => {
-                                "Agent-server's answer made no sense when loading hooks".to_owned()
+                                "Agent-server returned an invalid response when loading hooks".to_owned()
                             }
                             _ => "Failed to reach agent-server when loading hooks".to_owned(),
                         };
@@ -754,14 +756,14 @@ async fn whatever_an_agent_server_does_each_route_answers_in_time_and_says_what_
                     }
                     _ => {
                         let expected = match (*what, status) {
-                            (_, Some(status)) => format!("The agent server answered {status}"),
+                            (_, Some(status)) => format!("The agent server returned status {status}"),
                             ("garbage", _) => "The agent server returned an invalid response".to_owned(),
-                            ("10 MB", _) => "The agent server's answer is too large".to_owned(),
-                            ("hangs", _) if route == "send-message" => "The agent server did not respond in time: its \
-                                agent may be at work, and the message may still arrive"
+                            ("10 MB", _) => "The agent server's response is too large".to_owned(),
+                            ("hangs", _) if route == "send-message" => "The agent server did not respond in time; its \
+                                agent may be busy, and the message may still arrive"
                                 .to_owned(),
                             ("hangs", _) => "The agent server did not respond in time".to_owned(),
-                            _ => "The agent server's answer was cut off".to_owned(),
+                            _ => "The agent server's response was cut off".to_owned(),
                         };
                         assert_eq!((answer.status, &answer.body), (502, &json_of(&expected)), "{case}");
                     }
