@@ -28,7 +28,7 @@ await run("typescript-client", { environment: { SESSION_API_KEY: apiKey } }, asy
   say("a key lets in, another does not");
 
   // The demo's own conversation, whose progress the terminal shows.
-  await until("the demo is shown", LIMIT, async () => /^Ctrl-C ends the server\.$/m.test(server.log()));
+  await until("the demo is shown", LIMIT, async () => /^Ctrl-C stops the server\.$/m.test(server.log()));
   assert.match(server.log(), /^Start: READY$[^]*^The agent runs: echo[^]*^Agent: This is a demo: a script wrote/m);
   const shown = await client.searchConversations();
   assert.equal(shown.items.length, 1);
