@@ -244,8 +244,9 @@ impl ExportHarness {
         names.filter(|name| name.starts_with(".upload")).count()
     }
 
+    /// Reads the record beside the fault proxy, which may hold all calls.
     async fn record(&self, conversation: Uuid) -> Option<ExportRecord> {
-        let store = self.exporter.store();
+        let store = Stores::without_key(&self.names, &self.aws).exports();
         store.get(&self.user, conversation).await.expect("the store")
     }
 
@@ -1075,7 +1076,6 @@ async fn a_message_that_was_lost_is_enqueued_again_once_a_minute() {
     harness.end().await;
 }
 
-#[ignore = "hangs in this arrangement: the cause is not known yet, so it must not stop the other tests"]
 #[tokio::test]
 async fn a_process_that_lost_its_lease_publishes_nothing() {
     // A lease that needs no renewal before the object is made, so that the number of the last part's call is the same in both builds.
