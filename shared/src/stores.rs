@@ -5,9 +5,10 @@
 use std::sync::Arc;
 
 use crate::aws::Aws;
-use crate::config::{Config, ExportConfig, Names, SandboxConfig};
+use crate::config::{Config, ExportConfig, Names, SandboxConfig, StartConfig};
 use crate::conversation::store::ConversationStore;
-use crate::deletion::Deleter;
+use crate::deletion::{Deleter, Deletion};
+use crate::event::follow_up::FollowUp;
 use crate::event::store::EventStore;
 use crate::export::store::ExportStore;
 use crate::export::{ExportJobs, Exporter};
@@ -18,6 +19,7 @@ use crate::pending_message::store::MessageStore;
 use crate::sandbox::store::SandboxStore;
 use crate::sandbox::{self, SandboxService};
 use crate::start::create::StartService;
+use crate::start::saga::Saga;
 use crate::start::store::StartTaskStore;
 use crate::user::api_key::ApiKeyStore;
 use crate::user::seal::Sealer;
@@ -153,6 +155,41 @@ impl Stores {
             allow_insecure_git_access: config.start.allow_insecure_git_access,
             step_timeout: config.start.step_timeout,
         }
+    }
+
+    /// The saga of starts whose conversations run in these sandboxes.
+    #[must_use]
+    pub fn saga(&self, sandboxes: Arc<dyn SandboxService>, http: HttpClient, config: &StartConfig) -> Saga {
+        Saga {
+            tasks: self.start_tasks(),
+            conversations: self.conversations(),
+            sandboxes,
+            settings: self.settings(),
+            queue: self.queue(),
+            http,
+            sealer: self.key.clone(),
+            config: config.clone(),
+        }
+    }
+
+    /// Deletes conversations that run in these sandboxes.
+    #[must_use]
+    pub fn deletion(&self, sandboxes: Arc<dyn SandboxService>, http: HttpClient) -> Deletion {
+        Deletion {
+            deleter: self.deleter(),
+            tasks: self.start_tasks(),
+            events: self.events(),
+            exports: self.exports(),
+            messages: self.messages(),
+            sandboxes,
+            http,
+        }
+    }
+
+    /// Polls the agent servers in these sandboxes, and processes their events.
+    #[must_use]
+    pub fn follow_up(&self, sandboxes: Arc<dyn SandboxService>, http: HttpClient) -> FollowUp {
+        FollowUp { conversations: self.conversations(), events: self.events(), sandboxes, queue: self.queue(), http }
     }
 
     /// Stores and delivers pending messages of conversations that run in these sandboxes.

@@ -1353,7 +1353,7 @@ async fn a_finished_export_of_the_version_before_is_served_and_one_that_is_gone_
     assert_eq!(harness.zip(&answer.bytes().await.expect("a body")).names().await.len(), 2);
     assert_eq!(harness.download(id).await.names().await.len(), 2, "again");
     harness.aws.s3.delete_object().bucket(&harness.names.bucket).key(&zip).send().await.expect("deleted");
-    assert_eq!(harness.download(id).await.names().await.len(), 3, "anew");
+    assert_eq!(harness.download(id).await.names().await.len(), 3, "a new build");
     harness.end().await;
 }
 

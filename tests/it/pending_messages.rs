@@ -77,7 +77,7 @@ async fn messages_before_during_and_after_ready_arrive_once_and_in_order() {
     }
     // During: the worker stands in the middle of the start.
     harness.gate.arm(20, Stop::Hold(Moment::Before));
-    let message = harness.receive().await.expect("the bell");
+    let message = harness.receive().await.expect("the job");
     let (context, event) = (harness.context.clone(), WorkerHarness::event(&message));
     let worker = tokio::spawn(async move { worker::handle(&context, event).await });
     harness.gate.reached().await;

@@ -158,7 +158,7 @@ pub async fn token_of(sealer: &Sealer, user: &UserId) -> SecretString {
     key.sign(user, ProviderType::Github, SANDBOX, Duration::from_secs(60)).expect("a token")
 }
 
-/// All rows of all tables, and when all objects were written, by what tells them apart.
+/// All rows of all tables, and the times at which all objects were written, by key.
 pub async fn everything(api: &Api) -> BTreeMap<String, HashMap<String, AttributeValue>> {
     let mut all = BTreeMap::new();
     for table in schema::TABLES {

@@ -256,7 +256,7 @@ async fn recorded_exchanges_get_the_recorded_responses() {
     harness.end().await;
 }
 
-/// The recorded skills in the form in which the agent server tells them.
+/// The recorded skills in the form in which the agent server returns them.
 fn as_told_by_the_agent_server(shown: &Value) -> Value {
     let skills = shown.as_array().into_iter().flatten().map(|skill| {
         json!({

@@ -25,7 +25,7 @@ pub struct Context {
 }
 
 impl Context {
-    /// Reads `OH_APP_MODE`, which tells front ends whether to show a login: `oss`, the default, means no login.
+    /// Reads `OH_APP_MODE`, which front ends read to decide whether to show a login: `oss`, the default, means no login.
     #[must_use]
     pub fn from_env() -> Self {
         Self { app_mode: config::text("OH_APP_MODE").unwrap_or_else(|| "oss".to_owned()), started_at: Time::now() }

@@ -3,20 +3,20 @@
 mod dead_letters;
 mod jobs;
 
+use std::sync::Arc;
+
 use aws_lambda_events::event::sqs::{BatchItemFailure, SqsBatchResponse, SqsEvent, SqsMessage};
 use futures::future::{join_all, join3};
 use serde_json::Value;
 use shared::aws::Aws;
-use shared::config::Config;
-use shared::deletion::{Deleter, Deletion};
+use shared::config::{Config, StartConfig};
+use shared::deletion::Deletion;
 use shared::error::Error;
 use shared::event::follow_up::FollowUp;
-use shared::event::store::EventStore;
-use shared::export::store::ExportStore;
 use shared::http_client::HttpClient;
 use shared::jobs::queue::{DEAD_LETTER_SUFFIX, Job, JobQueue};
-use shared::pending_message::delivery::{Messages, Timing};
-use shared::pending_message::store::MessageStore;
+use shared::pending_message::delivery::Messages;
+use shared::sandbox::SandboxService;
 use shared::start::saga::Saga;
 use shared::stores::Stores;
 use shared::user::seal::Sealer;
@@ -37,56 +37,24 @@ impl Context {
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
         let stores = Stores::new(&config.names, aws, sealer);
         let sandboxes = stores.sandbox_service(&config.sandbox);
-        let http = HttpClient::new(config.address_policy);
-        let saga = Saga {
-            tasks: stores.start_tasks(),
-            conversations: stores.conversations(),
-            sandboxes,
-            settings: stores.settings(),
-            queue: stores.queue(),
-            http,
-            sealer: sealer.clone(),
-            config: config.start.clone(),
-        };
-        let (exports, export_queue) = (stores.exports(), stores.export_queue());
-        Self::new_with(saga, stores.events(), exports, export_queue, stores.messages())
+        Self::with_sandboxes(&stores, &sandboxes, &HttpClient::new(config.address_policy), &config.start)
     }
 
-    /// A context around a saga, and the events, exports and pending messages of the conversations that it creates.
+    /// A context on these stores, for conversations that run in these sandboxes.
     #[must_use]
-    pub fn new_with(
-        saga: Saga,
-        events: EventStore,
-        exports: ExportStore,
-        export_queue: JobQueue,
-        messages: MessageStore,
+    pub fn with_sandboxes(
+        stores: &Stores,
+        sandboxes: &Arc<dyn SandboxService>,
+        http: &HttpClient,
+        config: &StartConfig,
     ) -> Self {
-        let follow_up = FollowUp {
-            conversations: saga.conversations.clone(),
-            events: events.clone(),
-            sandboxes: saga.sandboxes.clone(),
-            queue: saga.queue.clone(),
-            http: saga.http.clone(),
-        };
-        let deletion = Deletion {
-            deleter: Deleter { conversations: saga.conversations.clone(), queue: saga.queue.clone() },
-            tasks: saga.tasks.clone(),
-            events,
-            exports,
-            messages: messages.clone(),
-            sandboxes: saga.sandboxes.clone(),
-            http: saga.http.clone(),
-        };
-        let messages = Messages {
-            store: messages,
-            tasks: saga.tasks.clone(),
-            conversations: saga.conversations.clone(),
-            sandboxes: saga.sandboxes.clone(),
-            queue: saga.queue.clone(),
-            http: saga.http.clone(),
-            timing: Timing::default(),
-        };
-        Self { saga, deletion, follow_up, export_queue, messages }
+        Self {
+            saga: stores.saga(sandboxes.clone(), http.clone(), config),
+            deletion: stores.deletion(sandboxes.clone(), http.clone()),
+            follow_up: stores.follow_up(sandboxes.clone(), http.clone()),
+            export_queue: stores.export_queue(),
+            messages: stores.message_delivery(sandboxes.clone(), http.clone()),
+        }
     }
 }
 

@@ -1,8 +1,8 @@
 //! The route table: every route of the API, declared once, as data.
 //!
 //! A route names its method, path, function, authentication, timeout, parameters and responses. `cargo run -p generate` writes API
-//! Gateway's definition, the router table of `cargo lambda watch` and `docs/openapi.json` from it. The local gateway reads the
-//! authentication of a route here. Tests compare the functions' routers with the table.
+//! Gateway's definition, the router table of `cargo lambda watch` and `docs/openapi.json` from it. Tests
+//! compare the functions' routers, and the authentication of the local gateway, with the table.
 //!
 //! Some responses follow from the rest of a route and are not listed in it, see [`Route::error_responses`].
 

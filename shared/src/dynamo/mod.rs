@@ -47,7 +47,8 @@ pub fn number(value: u32) -> AttributeValue {
 /// # Errors
 /// [`Error::Internal`] when the record's type cannot be written as an item, which is a defect of the type.
 pub fn to_item<T: Serialize>(record: &T) -> Result<Item> {
-    serde_dynamo::to_item(record).map_err(|error| Error::internal(format!("a record has no form as an item: {error}")))
+    serde_dynamo::to_item(record)
+        .map_err(|error| Error::internal(format!("a record cannot be written as an item: {error}")))
 }
 
 /// Converts an item to a record. Attributes that the record does not have are ignored.
@@ -56,5 +57,5 @@ pub fn to_item<T: Serialize>(record: &T) -> Result<Item> {
 /// [`Error::Internal`] when the item does not match the record's type.
 pub fn from_item<T: DeserializeOwned>(item: Item) -> Result<T> {
     serde_dynamo::from_item(item)
-        .map_err(|error| Error::internal(format!("an item does not read as its record: {error}")))
+        .map_err(|error| Error::internal(format!("an item does not match its record: {error}")))
 }

@@ -84,11 +84,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn attempts_are_counted_and_the_first_comes_at_once() {
+    async fn attempts_are_counted_and_pauses_come_between_them() {
         let began = tokio::time::Instant::now();
         let mut attempts = BACKOFF.start();
         assert!(attempts.next().await);
-        assert!(began.elapsed() < BACKOFF.first / 2);
         assert!(!attempts.is_last());
         assert!(attempts.next().await);
         assert!(began.elapsed() >= Duration::from_millis(5));

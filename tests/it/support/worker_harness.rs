@@ -23,7 +23,6 @@ use shared::pending_message::delivery::Timing;
 use shared::sandbox::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus};
 use shared::start::create::StartService;
 use shared::start::request::StartRequest;
-use shared::start::saga::Saga;
 use shared::start::store::StartTaskStore;
 use shared::start::task::{StartStatus, StartTaskRecord};
 use shared::stores::Stores;
@@ -257,19 +256,9 @@ impl WorkerHarness {
         let beside_the_gate = Arc::new(StandInSandboxes { url: agent.url(), ..StandInSandboxes::clone(&sandboxes) });
         let stores = |aws: &Aws| Stores::new(&names, aws, &sealer);
         let worker = |aws: &Aws, sandboxes: &Arc<StandInSandboxes>| {
-            let stores = stores(aws);
-            let saga = Saga {
-                tasks: stores.start_tasks(),
-                conversations: stores.conversations(),
-                sandboxes: sandboxes.clone(),
-                settings: stores.settings(),
-                queue: stores.queue(),
-                http: HttpClient::new(AddressPolicy::Any),
-                sealer: sealer.clone(),
-                config: config.clone(),
-            };
-            let (exports, export_queue) = (stores.exports(), stores.export_queue());
-            let mut context = Context::new_with(saga, stores.events(), exports, export_queue, stores.messages());
+            let sandboxes: Arc<dyn SandboxService> = sandboxes.clone();
+            let http = HttpClient::new(AddressPolicy::Any);
+            let mut context = Context::with_sandboxes(&stores(aws), &sandboxes, &http, &config);
             context.messages.timing = quick_messages();
             context
         };

@@ -6,8 +6,7 @@ use uuid::Uuid;
 use super::sort_key;
 use crate::dynamo::{Update, number, text, to_item};
 use crate::error::Result;
-use crate::id;
-use crate::id::UserId;
+use crate::id::{self, UserId};
 use crate::start::task::{PendingCommand, Snapshot};
 
 /// An update of a record's attributes.

@@ -10,8 +10,7 @@ use crate::dynamo::{Item, from_item, store_error, text};
 use crate::error::{Error, Result};
 use crate::http::page;
 pub use crate::http::sort_order::SortOrder;
-use crate::id;
-use crate::id::UserId;
+use crate::id::{self, UserId};
 use crate::paging::{self, Bounds};
 use crate::start::task::StartTaskRecord;
 use crate::user::counters::{self, Counter};
@@ -95,6 +94,15 @@ impl StartTaskStore {
         paging::count("Query start-tasks", self.query(user, filter, BY_CREATED), TOO_MANY).await
     }
 
+    /// The query for all tasks of a conversation.
+    pub(super) fn query_of_conversation(&self, user: &UserId, conversation: Uuid) -> QueryFluentBuilder {
+        self.table
+            .query()
+            .index_name(BY_CONVERSATION)
+            .key_condition_expression("conversation_key = :conversation")
+            .expression_attribute_values(":conversation", text(user.key_of(&id::hex(conversation))))
+    }
+
     async fn list_of_conversation(
         &self,
         user: &UserId,
@@ -105,15 +113,7 @@ impl StartTaskStore {
         limit: usize,
     ) -> Result<(Vec<StartTaskRecord>, Option<Cursor>)> {
         let mut items = Vec::new();
-        let mut pages = self
-            .table
-            .query()
-            .index_name(BY_CONVERSATION)
-            .key_condition_expression("conversation_key = :conversation")
-            .expression_attribute_values(":conversation", text(user.key_of(&id::hex(conversation))))
-            .into_paginator()
-            .items()
-            .send();
+        let mut pages = self.query_of_conversation(user, conversation).into_paginator().items().send();
         while let Some(item) = pages.next().await {
             items.push(item.map_err(store_error("Query start-tasks"))?);
         }

@@ -26,8 +26,7 @@ use crate::dynamo::{
     Condition, DueIndex, Item, Table, from_item, store_error, text, to_item, transact, unless_written,
 };
 use crate::error::{Error, Result};
-use crate::id;
-use crate::id::UserId;
+use crate::id::{self, UserId};
 use crate::user::counters::{self, Counter};
 use crate::user::seal::Sealer;
 
@@ -208,15 +207,7 @@ impl StartTaskStore {
     /// # Errors
     /// [`Error::Store`].
     pub async fn delete_of_conversation(&self, user: &UserId, conversation: Uuid) -> Result<()> {
-        let mut pages = self
-            .table
-            .query()
-            .index_name(BY_CONVERSATION)
-            .key_condition_expression("conversation_key = :conversation")
-            .expression_attribute_values(":conversation", text(user.key_of(&id::hex(conversation))))
-            .into_paginator()
-            .items()
-            .send();
+        let mut pages = self.query_of_conversation(user, conversation).into_paginator().items().send();
         while let Some(item) = pages.next().await {
             let record: StartTaskRecord = from_item(item.map_err(store_error("Query start-tasks"))?)?;
             // The object is removed before the row, because only the row refers to it.
