@@ -96,7 +96,7 @@ impl<K> Stores<K> {
     /// Builds exports outside requests.
     #[must_use]
     pub fn export_jobs(&self, config: &ExportConfig) -> ExportJobs {
-        ExportJobs::new(config, &self.names, &self.aws)
+        ExportJobs::new(config, self.conversations(), self.events(), self.exports())
     }
 
     #[must_use]
@@ -107,7 +107,8 @@ impl<K> Stores<K> {
     /// Builds exports of conversations that run in these sandboxes.
     #[must_use]
     pub fn exporter(&self, config: &ExportConfig, sandboxes: Arc<dyn SandboxService>, http: HttpClient) -> Exporter {
-        Exporter::new(config, &self.names, &self.aws, sandboxes, http)
+        let (conversations, events) = (self.conversations(), self.events());
+        Exporter::new(config, conversations, events, self.exports(), self.export_queue(), sandboxes, http)
     }
 
     fn start_tasks_with(&self, sealer: Sealer) -> StartTaskStore {

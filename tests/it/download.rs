@@ -24,7 +24,7 @@ use shared::digest::sha256_hex;
 use shared::event::store::{Event, EventStore};
 use shared::export::archive::ArchiveWriter;
 use shared::export::store::{ExportRecord, ExportStore, FailureReason, Lease, Upload};
-use shared::export::{Answer, ExportJobs, Exporter, OLDER_EXPORT, WARNING, python_json};
+use shared::export::{Answer, Exporter, OLDER_EXPORT, WARNING, python_json};
 use shared::http::caller::Caller;
 use shared::http_client::{AddressPolicy, HttpClient};
 use shared::jobs::process_events::ProcessEvents;
@@ -151,9 +151,12 @@ impl ExportHarness {
             .await
         };
         let sandboxes = Arc::new(StandInSandboxes::at(agent_server.url(), "/nowhere".to_owned()));
-        let exporter =
-            Exporter::new(&config, &names, &clients[0], sandboxes.clone(), HttpClient::new(AddressPolicy::Any));
-        let exports = exports::Context::with_jobs(ExportJobs::new(&config, &names, &clients[1]));
+        let exporter = Stores::without_key(&names, &clients[0]).exporter(
+            &config,
+            sandboxes.clone(),
+            HttpClient::new(AddressPolicy::Any),
+        );
+        let exports = exports::Context::with_jobs(Stores::without_key(&names, &clients[1]).export_jobs(&config));
         served.push(agent_server);
         let context = download::Context::with_exporter(exporter.clone(), config.inline_limit);
         let router = download::router(context).layer(middleware::from_fn(async |mut request: Request, next: Next| {
@@ -1026,7 +1029,8 @@ async fn a_request_does_not_wait_for_a_job_and_two_jobs_build_one_export() {
     // This request would have all the time there is, to wait or to build.
     let patient = ExportConfig { budget: 10 * END_WITHIN, ..config() };
     let http = HttpClient::new(AddressPolicy::Any);
-    let exporter = Exporter::new(&patient, &harness.names, &harness.aws, harness.sandboxes.clone(), http);
+    let exporter =
+        Stores::without_key(&harness.names, &harness.aws).exporter(&patient, harness.sandboxes.clone(), http);
     for held in [false, true] {
         let lease = match held {
             true => harness.exporter.store().claim_for_job(&harness.user, id, END_WITHIN).await.expect("the store"),
@@ -1105,7 +1109,8 @@ async fn a_process_that_lost_its_lease_publishes_nothing() {
     }
     harness.let_the_lease_run_out(id).await;
     // Beside the fault proxy.
-    let jobs = ExportJobs::new(&ExportConfig { inline_limit: 0, ..config() }, &harness.names, &harness.aws);
+    let jobs =
+        Stores::without_key(&harness.names, &harness.aws).export_jobs(&ExportConfig { inline_limit: 0, ..config() });
     timeout(Duration::from_secs(60), jobs.run(&harness.user, id)).await.expect("the other build ends").expect("built");
     let record = harness.record(id).await.expect("a record");
     assert!(record.finished.is_some() && !record.is_queued);
@@ -1146,7 +1151,7 @@ async fn a_build_that_runs_out_of_time_fails_once_and_tells_its_clients() {
     harness.age_failure(id, 11).await;
     assert_eq!(status_and_retry(&harness.get(id).await), (503, Some(5)));
     assert_eq!(harness.jobs().await, std::slice::from_ref(&job));
-    let jobs = ExportJobs::new(&self::config(), &harness.names, &harness.aws);
+    let jobs = Stores::without_key(&harness.names, &harness.aws).export_jobs(&self::config());
     jobs.run(&harness.user, id).await.expect("built");
     assert_eq!(harness.download(id).await.names().await.len(), 2);
 
@@ -1179,9 +1184,9 @@ async fn a_deadline_within_the_build_ends_it_and_aborts_its_upload() {
     let job = harness.job(id);
     let config = ExportConfig { budget: Duration::ZERO, build_budget, ..config() };
     let http = HttpClient::new(AddressPolicy::Any);
-    let exporter = Exporter::new(&config, &harness.names, &harness.aws, harness.sandboxes.clone(), http);
+    let exporter = Stores::without_key(&harness.names, &harness.aws).exporter(&config, harness.sandboxes.clone(), http);
     assert!(matches!(exporter.export(&harness.user, id).await.expect("the store"), Some(Answer::Pending)));
-    let jobs = ExportJobs::new(&config, &harness.names, &harness.clients[1]);
+    let jobs = Stores::without_key(&harness.names, &harness.clients[1]).export_jobs(&config);
     // The request's calls before the build are not the job's: any call of the build will do.
     harness.gate.arm(first_part.saturating_sub(4), Stop::Hang(Moment::Before));
     jobs.run(&harness.user, id).await.expect("recorded");
@@ -1213,7 +1218,8 @@ async fn events_are_counted_and_more_than_the_bound_are_refused_by_number() {
     harness.age_failure(id, 11).await;
     let hurried = ExportConfig { budget: Duration::ZERO, max_events: 5, ..config() };
     let http = HttpClient::new(AddressPolicy::Any);
-    let exporter = Exporter::new(&hurried, &harness.names, &harness.aws, harness.sandboxes.clone(), http);
+    let exporter =
+        Stores::without_key(&harness.names, &harness.aws).exporter(&hurried, harness.sandboxes.clone(), http);
     assert!(matches!(exporter.export(&harness.user, id).await.expect("the store"), Some(Answer::Pending)));
     assert!(harness.run(&harness.job(id)).await);
     let answer = harness.get(id).await;
@@ -1247,7 +1253,8 @@ async fn crashes_are_bounded_and_a_dead_letter_lets_the_next_request_build() {
     // Dead letters: the next request builds the export, here at once.
     let patient = ExportConfig::default();
     let http = HttpClient::new(AddressPolicy::Any);
-    let exporter = Exporter::new(&patient, &harness.names, &harness.aws, harness.sandboxes.clone(), http);
+    let exporter =
+        Stores::without_key(&harness.names, &harness.aws).exporter(&patient, harness.sandboxes.clone(), http);
     let dead = |job: &Job| message(job, &format!("download-exports{DEAD_LETTER_SUFFIX}"));
     harness.age_failure(id, 11).await;
     assert_eq!(harness.get(id).await.status(), 503);
@@ -1406,8 +1413,11 @@ async fn events_that_have_not_arrived_are_fetched() {
     // One that cannot be reached: the export says so, and is exact else.
     let gone = StandInSandboxes::at("http://127.0.0.1:1".to_owned(), "/nowhere".to_owned());
     gone.start(&harness.user, SANDBOX).await.expect("a sandbox");
-    let exporter =
-        Exporter::new(&config(), &harness.names, &harness.aws, Arc::new(gone), HttpClient::new(AddressPolicy::Any));
+    let exporter = Stores::without_key(&harness.names, &harness.aws).exporter(
+        &config(),
+        Arc::new(gone),
+        HttpClient::new(AddressPolicy::Any),
+    );
     let Some(Answer::Ready(ready)) = exporter.export(&harness.user, id).await.expect("an export") else {
         panic!("an export")
     };

@@ -9,9 +9,8 @@ use tokio::time::{Instant, timeout_at};
 
 use super::archive::ArchiveWriter;
 use super::store::{ExportStore, Lease, Part, Stored, Upload};
-use crate::aws::Aws;
 use crate::clock::Time;
-use crate::config::{ExportConfig, Names};
+use crate::config::ExportConfig;
 use crate::conversation::store::ConversationStore;
 use crate::conversation::{AppConversation, ConversationRecord};
 use crate::error::{Error, Result};
@@ -48,14 +47,8 @@ pub(super) struct Snapshot {
 }
 
 impl EventLog {
-    pub(super) fn new(config: &ExportConfig, names: &Names, aws: &Aws) -> Self {
-        let (dynamodb, s3) = (&aws.dynamodb, &aws.s3);
-        Self {
-            conversations: ConversationStore::new(dynamodb.clone(), names.conversations.clone(), names.users.clone()),
-            events: EventStore::new(dynamodb.clone(), names.events.clone(), s3.clone(), names.bucket.clone()),
-            settle: config.settle,
-            max_events: config.max_events,
-        }
+    pub(super) fn new(config: &ExportConfig, conversations: ConversationStore, events: EventStore) -> Self {
+        Self { conversations, events, settle: config.settle, max_events: config.max_events }
     }
 
     pub(super) async fn snapshot(&self, record: ConversationRecord) -> Result<Snapshot> {

@@ -10,11 +10,12 @@ use uuid::Uuid;
 use super::backfill::{Backfill, WARNING};
 use super::builder::{BuildOutcome, EventLog, ExportBuilder, Snapshot};
 use super::store::{ExportRecord, ExportStore, Failure, FailureReason, Lease};
-use crate::aws::Aws;
 use crate::clock::Time;
-use crate::config::{ExportConfig, Names};
+use crate::config::ExportConfig;
 use crate::conversation::ConversationRecord;
+use crate::conversation::store::ConversationStore;
 use crate::error::Result;
+use crate::event::store::EventStore;
 use crate::http_client::HttpClient;
 use crate::id::UserId;
 use crate::jobs::queue::{Job, JobQueue};
@@ -63,21 +64,21 @@ pub struct Exporter {
 }
 
 impl Exporter {
-    /// An exporter on the named tables, bucket and queue, which requests events from agent servers through `http`.
-    #[must_use]
-    pub fn new(
+    /// An exporter that enqueues jobs in `queue`, and requests events from agent servers through `http`.
+    pub(crate) fn new(
         config: &ExportConfig,
-        names: &Names,
-        aws: &Aws,
+        conversations: ConversationStore,
+        events: EventStore,
+        exports: ExportStore,
+        queue: JobQueue,
         sandboxes: Arc<dyn SandboxService>,
         http: HttpClient,
     ) -> Self {
-        let log = EventLog::new(config, names, aws);
         Self {
-            exports: ExportStore::new(aws.dynamodb.clone(), names.users.clone(), aws.s3.clone(), names.bucket.clone()),
-            queue: JobQueue::new(aws.sqs.clone(), names.export_queue_url.clone()),
-            backfill: Backfill { sandboxes, http, events: log.events.clone() },
-            log,
+            exports,
+            queue,
+            backfill: Backfill { sandboxes, http, events: events.clone() },
+            log: EventLog::new(config, conversations, events),
             config: config.clone(),
         }
     }

@@ -6,9 +6,10 @@ use uuid::Uuid;
 use super::builder::{BuildOutcome, EventLog, ExportBuilder};
 use super::exporter::{release, too_many_events};
 use super::store::{ExportRecord, ExportStore, Failure, FailureReason, Lease};
-use crate::aws::Aws;
-use crate::config::{ExportConfig, Names};
+use crate::config::ExportConfig;
+use crate::conversation::store::ConversationStore;
 use crate::error::Result;
+use crate::event::store::EventStore;
 use crate::id::UserId;
 
 /// The most builds that are started for a job. A build whose process crashes counts.
@@ -23,13 +24,13 @@ pub struct ExportJobs {
 }
 
 impl ExportJobs {
-    #[must_use]
-    pub fn new(config: &ExportConfig, names: &Names, aws: &Aws) -> Self {
-        Self {
-            log: EventLog::new(config, names, aws),
-            exports: ExportStore::new(aws.dynamodb.clone(), names.users.clone(), aws.s3.clone(), names.bucket.clone()),
-            config: config.clone(),
-        }
+    pub(crate) fn new(
+        config: &ExportConfig,
+        conversations: ConversationStore,
+        events: EventStore,
+        exports: ExportStore,
+    ) -> Self {
+        Self { log: EventLog::new(config, conversations, events), exports, config: config.clone() }
     }
 
     /// Builds the export, if clients still wait for it and no other process builds it. A build that exceeds its deadline fails permanently:
