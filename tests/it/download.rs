@@ -990,7 +990,7 @@ async fn an_export_that_outlasts_its_request_is_built_by_a_job_and_kept_for_ever
     let answer = harness.get(id).await;
     assert_eq!(status_and_retry(&answer), pending);
     let detail: Value = answer.json().await.expect("JSON");
-    assert_eq!(detail, json!({"detail": "The export is still being built: retry in a few seconds"}));
+    assert_eq!(detail, json!({"detail": "The export is still being built; retry in a few seconds"}));
     let job = harness.job(id);
     assert_eq!(status_and_retry(&harness.get(id).await), pending);
     assert_eq!(harness.jobs().await, std::slice::from_ref(&job), "one job, whatever the number of requests");

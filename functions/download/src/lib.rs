@@ -5,22 +5,21 @@
 //! the client must retry.
 
 use axum::Router;
-use axum::extract::rejection::PathRejection;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
 use axum::{Json, body::Body};
 use futures::TryStreamExt as _;
 use http::header::{CONTENT_DISPOSITION, CONTENT_LENGTH, CONTENT_TYPE, LOCATION, RETRY_AFTER};
 use http::{HeaderName, HeaderValue, StatusCode};
-use serde_json::json;
 use shared::aws::Aws;
 use shared::config::Config;
 use shared::error::Error;
 use shared::export::store::{CONTENT_TYPE as ZIP, Failure, FailureReason, Open};
 use shared::export::{Answer, Exporter, Ready};
 use shared::http::caller::Caller;
-use shared::http::pydantic::validation;
+use shared::http::extract::ConversationId;
+use shared::http::response::DetailOut;
 use shared::http_client::HttpClient;
 use shared::stores::Stores;
 use shared::user::seal::Sealer;
@@ -65,11 +64,8 @@ pub fn router(context: Context) -> Router {
 async fn download(
     State(context): State<Context>,
     Caller(user): Caller,
-    conversation: std::result::Result<Path<String>, PathRejection>,
+    ConversationId(conversation): ConversationId,
 ) -> Result<Response> {
-    // A path that is not UTF-8 is not a UUID either.
-    let conversation = conversation.map_or_else(|_| char::REPLACEMENT_CHARACTER.into(), |Path(text)| text);
-    let conversation = validation::path_uuid("conversation_id", &conversation).map_err(Error::Invalid)?;
     match context.exporter.export(&user, conversation).await? {
         None => Err(Error::NotFound(format!("Conversation not found: {}", id::dashed(conversation)))),
         Some(Answer::Ready(ready)) => context.deliver(conversation, ready).await,
@@ -116,7 +112,7 @@ fn streamed(object: Open) -> Body {
 }
 
 fn pending() -> Response {
-    retry_later(RETRY_PENDING_AFTER, "The export is still being built: retry in a few seconds")
+    retry_later(RETRY_PENDING_AFTER, "The export is still being built; retry in a few seconds")
 }
 
 fn failed(failure: &Failure) -> Result<Response> {
@@ -129,6 +125,6 @@ fn failed(failure: &Failure) -> Result<Response> {
 }
 
 fn retry_later(seconds: u64, detail: &str) -> Response {
-    let body = Json(json!({"detail": detail}));
+    let body = Json(DetailOut { detail: detail.to_owned() });
     (StatusCode::SERVICE_UNAVAILABLE, [(RETRY_AFTER, seconds.to_string())], body).into_response()
 }
