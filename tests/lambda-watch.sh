@@ -28,7 +28,7 @@ stop() { # a signal, then the process's end, or else its KILL
     kill -KILL "$2" 2> /dev/null || true
 }
 
-runs() { # Whether the process is there, other than as a zombie that nobody waits for.
+runs() { # Whether the process exists and is not a zombie.
     local state
     state=$(ps -o stat= -p "$1") && [[ $state != Z* ]]
 }

@@ -796,8 +796,8 @@ mod tests {
             let sent = request.send(CONNECT_TIMEOUT, |_| 0).await;
             assert!(sent.is_err(), "{host}");
         }
-        let nobody = tokio::time::timeout(Duration::from_millis(50), listener.accept()).await;
-        assert!(nobody.is_err(), "nothing was connected to");
+        let connection = tokio::time::timeout(Duration::from_millis(50), listener.accept()).await;
+        assert!(connection.is_err(), "nothing was connected to");
         let anywhere = HttpClient::new(AddressPolicy::Any);
         let request = anywhere.request(Method::GET, &format!("http://localhost:{port}/")).expect("a client");
         let request = request.send(CONNECT_TIMEOUT, |_| 0);

@@ -243,7 +243,7 @@ async function converse(page, url, say) {
 
   for (const host of stayed) left.delete(host);
   assert.deepEqual([...left], [], "the page called others");
-  say("called nobody else");
+  say("called no other host");
 }
 
 /** Repeats an attempt until it succeeds, and returns its result. */

@@ -752,7 +752,7 @@ async fn an_unchanged_conversation_is_zipped_once_and_a_changed_one_anew() {
     assert_eq!(harness.zips().await.len(), 5);
     assert_eq!(harness.record(id).await, None, "no record is left");
 
-    // What was begun right behind a change may lack what indexes did not show yet.
+    // A build that starts right after a change may lack events that the indexes do not contain yet.
     let patient = ExportHarness::new(ExportConfig { settle: Duration::from_secs(3600), ..config() }).await;
     let id = patient.conversation(None).await;
     patient.append(id, vec![numbered(1)]).await;

@@ -56,7 +56,7 @@ fn by(operation: &Value) -> Option<By> {
         Some(None) => None,
         Some(Some(scheme)) if scheme == "sandbox" => Some(By::Sandbox),
         Some(Some(scheme)) if scheme == "agent" => Some(By::Agent),
-        Some(Some(scheme)) => panic!("{scheme} is nobody's"),
+        Some(Some(scheme)) => panic!("{scheme} is unknown"),
     }
 }
 
@@ -166,7 +166,7 @@ async fn requests_made_up_from_the_document_get_the_answers_that_it_names() {
         let tested = format!("Tested: {}", operations(&document()).len() - left_out);
         assert!(output.contains(&tested), "{output}");
     }
-    // The second time it asked for the one that there is: somebody has changed it.
+    // It has also sent requests about the existing conversation, and changed it.
     let found = http.get(format!("{api}?ids={CONVERSATION}")).send().await.expect("an answer");
     let found: Value = found.json().await.expect("JSON");
     assert!(found[0].is_object() && found[0]["updated_at"] != "2025-01-01T00:00:00Z", "{found}");

@@ -254,7 +254,7 @@ async fn a_message_that_an_agent_server_never_takes_waits_for_the_next_one() {
         expected.push(said);
         assert_eq!(drive_until_given_up(&harness, conversation).await, tries, "{status} {answer}");
         harness.sweep().await;
-        assert_eq!(harness.waiting_messages().await, 0, "nobody looks after it any more");
+        assert_eq!(harness.waiting_messages().await, 0, "no worker processes it any more");
         assert!(harness.messages_wait(conversation).await, "it is kept");
         // The next message has both tried again, as often as the first was.
         let said = format!("again {status} {tries}");
@@ -273,7 +273,7 @@ async fn a_message_that_an_agent_server_never_takes_waits_for_the_next_one() {
     harness.finish().await;
 }
 
-/// Its own job finds the queue claimed and ends, so the worker that gives up must not leave it behind.
+/// Its own job finds the queue claimed and ends, so the worker that abandons the queue must not leave the message in it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_that_comes_during_the_last_try_is_tried_too() {
     const SEND: &str = "POST /api/conversations/{id}/events";
@@ -353,7 +353,7 @@ async fn many_workers_and_a_lost_bell_change_nothing() {
     }
     let all = ["first", "one", "two", "three"];
     drive_until_told(&harness, conversation, &all, "eight workers").await;
-    // Nobody hears the bell; the sweep finds the row.
+    // The job is lost; the sweep finds the row.
     keep(&harness, Addressee::Conversation(conversation), "four").await.expect("kept");
     harness.purge().await;
     tokio::time::sleep(Duration::from_millis(400)).await;
@@ -392,7 +392,7 @@ async fn messages_to_a_start_that_fails_stay_until_they_go_with_it() {
     assert_eq!(record.now.status, shared::start::task::StartStatus::Error);
     harness.settle().await;
     assert!(harness.messages_wait(task.conversation_id).await, "nothing is lost");
-    assert_eq!(harness.other_worker.messages.sweep().await.expect("swept"), 0, "and nobody is rung for it");
+    assert_eq!(harness.other_worker.messages.sweep().await.expect("swept"), 0, "and enqueues nothing");
     let refused = keep(&harness, to, "more").await.expect_err("it failed");
     assert!(matches!(refused, shared::Error::Conflict(_)), "{refused:?}");
 

@@ -196,7 +196,7 @@ async fn settings_stored_with_three_lists_open_and_change() {
     let mut expected = expected;
     expected["sse_2"] = json!({"transport": "sse", "url": "https://new.example/sse"});
     assert_eq!(stored_servers(&api, &user).await, expected);
-    // A file with servers that nobody could run is refused, without their secrets.
+    // A file with servers that cannot run is refused, and the message contains none of their secrets.
     for (servers, place) in [
         (json!({"a": {"url": "https://a.example", "headers": {"X Y": "canary"}}}), "mcp_config.a.headers.X Y"),
         (json!({"a": {}}), "mcp_config.a"),

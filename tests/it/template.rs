@@ -754,7 +754,7 @@ fn policies_grant_no_more_than_they_must() {
             }
         }
         assert_eq!(read, BTreeSet::new(), "{name}: S3 answers 403 for an object that is missing there");
-        // Nobody writes what is no user's: the data key, once it is there, and API keys.
+        // No function writes items that belong to no user: the data key, once it exists, and API keys.
         for action in ["PutItem", "UpdateItem", "DeleteItem"].map(|action| format!("dynamodb:{action}")) {
             for (key, is_first) in [("#deployment", action == "dynamodb:PutItem"), ("api-key#0a", false)] {
                 let call = Call {
@@ -777,7 +777,7 @@ fn policies_grant_no_more_than_they_must() {
     }
 }
 
-/// All routes, and what the worker does behind them, with each function held to its policy: with all objects in the bucket, and
+/// All routes, and the jobs that they cause, with each function held to its policy: with all objects in the bucket, and
 /// with none.
 #[tokio::test(flavor = "multi_thread")]
 async fn functions_get_along_with_their_policies() {

@@ -210,7 +210,7 @@ pub async fn request(api: &Api, user: &UserId, route: &Route) -> (u16, Value) {
     with_worker(api, asked).await
 }
 
-/// What was asked for, and what is left to do behind it.
+/// The requested change, and the work that is left for the worker.
 pub async fn with_worker<T>(api: &Api, asked: impl Future<Output = T>) -> T {
     let answered = AtomicBool::new(false);
     let asked = async {

@@ -36,7 +36,7 @@ use crate::support::worker_harness::{SESSION_KEY, StandInSandboxes};
 
 /// What a request has for all that it asks, on a busy machine.
 const BUDGET: Duration = Duration::from_secs(30);
-/// The same where nobody answers: short, so that a table of hanging servers is soon through.
+/// The same for servers that do not respond: short, so that a table of hanging servers ends soon.
 const SHORT_BUDGET: Duration = Duration::from_secs(3);
 /// What a whole request may take.
 const AT_MOST: Duration = Duration::from_secs(40);
@@ -351,7 +351,7 @@ async fn every_state_of_a_sandbox_has_its_answer() {
         }
         assert_eq!(harness.file(id, "").await, (String::new(), file.to_owned()), "{what}");
     }
-    assert!(harness.agent.requests().is_empty(), "nobody was asked");
+    assert!(harness.agent.requests().is_empty(), "no request was sent");
     // What is asked for is looked at first.
     for route in ["skills", "hooks", "file", "files", "git/changes", "git/diff"] {
         let answer = harness.send("GET", &format!("/api/v1/app-conversations/bad/{route}"), None).await;
@@ -772,7 +772,7 @@ async fn whatever_an_agent_server_does_each_route_answers_in_time_and_says_what_
         }
     }
     assert!(private.requests().is_empty(), "a redirect was followed");
-    // Where nobody listens.
+    // A port without a listener.
     harness.agent.clear_faults();
     let unreachable = StandInSandboxes::at("http://127.0.0.1:9".to_owned(), harness.agent.working_dir());
     unreachable.start(&harness.user, SANDBOX).await.expect("a sandbox");

@@ -1,6 +1,6 @@
 //! The component schemas of the OpenAPI document.
 //!
-//! Types that derive `utoipa::ToSchema` behind their crate's feature `openapi` are registered in [`components`]. `schemas.json` has the
+//! Types that derive `utoipa::ToSchema` with their crate's feature `openapi` are registered in [`components`]. `schemas.json` has the
 //! others: responses that have no type yet, and requests, which are validated by hand and have limits that no type shows.
 
 use serde_json::{Map, Value, json};

@@ -346,7 +346,7 @@ mod tests {
             (&[("A", &long), ("D", "small"), ("B", &long), ("C", &long)], &[], &["A", "B", "C"]),
             (&[("C", &third), ("A", &third), ("B", &third)], &[], &["A", "B", "C"]),
             (&[("C", &third), ("A", &long), ("B", &third), ("D", "small")], &[], &["A", "B", "C"]),
-            // Whoever names the longer name names the other as well.
+            // A command that contains the longer name contains the shorter one as well.
             (&[("MY_KEY", &long), ("KEY", &long)], &["MY_KEY"], &[]),
             (&[("key", &long), ("KEYS", &long)], &["KEYS"], &[]),
             (&[("KEY", &long), ("key", &long)], &["key"], &[]),

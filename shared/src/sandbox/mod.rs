@@ -1,4 +1,4 @@
-//! Sandbox lifecycle (start, pause, resume, delete) behind one trait, with one file per provider: process, Docker, runtime API, none.
+//! Sandbox lifecycle (start, pause, resume, delete) as one trait, with one file per provider: process, Docker, runtime API, none.
 
 pub mod config;
 #[cfg(feature = "docker")]

@@ -378,7 +378,7 @@ mod tests {
 
     impl Drop for Folder {
         fn drop(&mut self) {
-            // Left-overs in the temporary folder hurt nobody.
+            // Left-over files in the temporary folder are harmless.
             let _removed = fs::remove_dir_all(&self.0);
         }
     }

@@ -16,7 +16,7 @@ pub async fn load(stores: &Stores, user: &UserId, lines: impl IntoIterator<Item 
         match line["type"].as_str() {
             Some("conversation") => conversations.push(conversation(user, line["data"].take())),
             Some("start_task") => tasks.push(task(line["data"].take())),
-            other => panic!("nobody knows lines of type {other:?}"),
+            other => panic!("unknown type {other:?}"),
         }
     }
     for records in conversations.chunks(IMPORT_LIMIT) {

@@ -108,7 +108,7 @@ fi
 if is_there "$hook" && ! is_ours "$hook"; then
   if is_there "$kept"; then
     if is_same "$hook" "$kept"; then rm -f "$kept"; else
-      # A tool that has written its hook anew. Nothing is overwritten.
+      # A tool has replaced its hook. Nothing is overwritten.
       number=1
       while is_there "$kept.$number"; do number=$((number + 1)); done
       mv "$kept" "$kept.$number"
