@@ -31,7 +31,7 @@ pub enum Error {
     /// The resource existed, and is permanently unavailable.
     #[error("{0}")]
     Gone(String),
-    /// A limit on the number of such resources is reached.
+    /// A limit on the number of such resources is reached. (The rate limit of requests is API Gateway's.)
     #[error("{0}")]
     TooMany(String),
     /// A dependency of the request does not work at the moment.

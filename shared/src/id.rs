@@ -45,7 +45,7 @@ pub fn random_base62(length: usize) -> String {
     (0..length).map(|_| char::from(BASE62[generator.random_range(0..BASE62.len())])).collect()
 }
 
-/// The owner of records, and the first part of every key in the store.
+/// The owner of records (the tenant), and the first part of every key in the store: tenant isolation rests on it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct UserId(String);

@@ -1,5 +1,5 @@
 //! Cold starts: `cargo bench -p tests --bench cold_starts`, after `cargo build --profile lambda --target-dir
-//! target/cold-starts --workspace --exclude local --exclude tests --bins --examples`.
+//! target/cold-starts --workspace --exclude local --exclude tests --exclude generate --bins --examples`.
 //!
 //! Measures each function's binary, and for comparison a bare `lambda_http` of the same profile
 //! (`infra/lambda/examples/hello.rs`), in turns: the time from the start of the process to its first poll of Lambda's

@@ -29,6 +29,7 @@ use tempfile::TempDir;
 use tower::ServiceExt as _;
 use uuid::Uuid;
 
+use crate::support::api::documented;
 use crate::support::engines::Engines;
 use crate::support::server::Request;
 use crate::support::stand_in_agent::{Fault, Kind, Nth, StandInAgent};
@@ -179,7 +180,7 @@ impl WorkerHarness {
 }
 
 fn router(places: &WorkspaceLocator, budget: Duration) -> Router {
-    with_common_answers(skills::router(skills::Context::with_locator(places.clone(), budget)))
+    with_common_answers(documented(skills::router(skills::Context::with_locator(places.clone(), budget))))
 }
 
 fn said(text: &str) -> Value {

@@ -24,7 +24,7 @@ use shared::stores::Stores;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
 
-pub use crate::pending_messages::QueuedMessageOut;
+pub use crate::pending_messages::MessageQueuedOut;
 pub use crate::sandboxes::SandboxOut;
 pub use crate::secrets::SecretNamesOut;
 

@@ -15,8 +15,8 @@ use crate::Context;
 
 /// The response to a message that was queued.
 #[derive(Clone, Debug, Serialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = QueuedMessage))]
-pub struct QueuedMessageOut {
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = MessageQueued))]
+pub struct MessageQueuedOut {
     /// A UUID with dashes.
     id: String,
     queued: bool,
@@ -29,10 +29,10 @@ pub(crate) async fn enqueue(
     Caller(user): Caller,
     Path(to): Path<String>,
     body: Bytes,
-) -> Result<(StatusCode, Json<QueuedMessageOut>)> {
+) -> Result<(StatusCode, Json<MessageQueuedOut>)> {
     let parts = read_body(&body).map_err(Error::Refused)?;
     let to = Addressee::from_path(&to).ok_or_else(|| Error::NotFound("Conversation not found".to_owned()))?;
     let queued = context.messages.keep(&user, to, &parts).await?;
-    let queued = QueuedMessageOut { id: id::dashed(queued.id), queued: true, position: queued.position };
+    let queued = MessageQueuedOut { id: id::dashed(queued.id), queued: true, position: queued.position };
     Ok((StatusCode::CREATED, Json(queued)))
 }

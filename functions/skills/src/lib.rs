@@ -31,7 +31,7 @@ use shared::user::seal::Sealer;
 use uuid::Uuid;
 
 pub use crate::hooks::HooksOut;
-pub use crate::message::SentMessageOut;
+pub use crate::message::MessageSentOut;
 pub use crate::skills::SkillsOut;
 
 /// The largest body, in bytes: a message may hold images.

@@ -42,8 +42,8 @@ impl FromJson for MessageIn {
 
 /// The response to a message that the agent server has accepted.
 #[derive(Clone, Debug, Serialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = SentMessage))]
-pub struct SentMessageOut {
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = MessageSent))]
+pub struct MessageSentOut {
     success: bool,
     sandbox_status: SandboxStatus,
     /// Always null.
@@ -55,7 +55,7 @@ pub(crate) async fn send(
     Caller(user): Caller,
     ConversationId(id): ConversationId,
     JsonBody(message): JsonBody<MessageIn>,
-) -> Result<Json<SentMessageOut>> {
+) -> Result<Json<MessageSentOut>> {
     let workspace = workspace_or_error(context.locator.find(&user, id).await?, id)?;
     let parts = serde_json::to_value(&message.content).map_err(Error::internal)?;
     let sent = context.within(workspace.agent_server.send_message(id, "user", &parts, message.run)).await;
@@ -76,5 +76,5 @@ pub(crate) async fn send(
         },
         _ => upstream(&error),
     })?;
-    Ok(Json(SentMessageOut { success: true, sandbox_status: workspace.sandbox.status, message: None }))
+    Ok(Json(MessageSentOut { success: true, sandbox_status: workspace.sandbox.status, message: None }))
 }

@@ -1,8 +1,6 @@
 //! Applies the dead-letter policy of a job whose message SQS moved to the dead-letter queue. The policies themselves, and what
 //! enqueues a job again, are in `shared/src/jobs/`.
 
-use std::time::Duration;
-
 use shared::error::Result;
 use shared::jobs::advance_start::AdvanceStart;
 use shared::jobs::delete_conversation::DeleteConversation;
@@ -17,8 +15,7 @@ pub(crate) async fn handle(context: &Context, job: Job) -> Result<()> {
     let policy = job.dead_letter_policy();
     match job {
         Job::AdvanceStart(AdvanceStart { user, task }) => return context.saga.give_up(&user, task).await,
-        // Of earlier versions, like those of the job queue: the function `exports` drops the ones that no client waits for.
-        job @ Job::Export { .. } => return context.export_queue.send(&job, Duration::ZERO).await,
+        Job::Export { conversation, .. } => tracing::error!(%conversation, "worker.message_dropped"),
         Job::DeliverMessages(DeliverMessages { conversation, .. }) => {
             tracing::error!(%conversation, ?policy, "worker.messages_not_delivered");
         }

@@ -1,7 +1,5 @@
 //! Runs one job. An error makes SQS deliver the message again.
 
-use std::time::Duration;
-
 use shared::error::Result;
 use shared::jobs::advance_start::AdvanceStart;
 use shared::jobs::delete_conversation::DeleteConversation;
@@ -22,8 +20,11 @@ pub(crate) async fn run(context: &Context, job: Job) -> Result<()> {
                 Attempt::Waiting | Attempt::Busy | Attempt::Unknown => Ok(()),
             }
         }
-        // Earlier versions enqueued exports here. The function `exports` drops a message that no client waits for any more.
-        job @ Job::Export { .. } => context.export_queue.send(&job, Duration::ZERO).await,
+        // Such a message belongs into the queue of exports, and no client waits for this one.
+        Job::Export { conversation, .. } => {
+            tracing::error!(%conversation, "worker.message_dropped");
+            Ok(())
+        }
         Job::DeliverMessages(DeliverMessages { user, conversation }) => {
             context.messages.deliver(&user, conversation).await
         }

@@ -14,7 +14,7 @@ use shared::deletion::Deletion;
 use shared::error::Error;
 use shared::event::follow_up::FollowUp;
 use shared::http_client::HttpClient;
-use shared::jobs::queue::{DEAD_LETTER_SUFFIX, Job, JobQueue};
+use shared::jobs::queue::{DEAD_LETTER_SUFFIX, Job};
 use shared::pending_message::delivery::Messages;
 use shared::sandbox::SandboxService;
 use shared::start::saga::Saga;
@@ -27,8 +27,6 @@ pub struct Context {
     pub saga: Saga,
     pub deletion: Deletion,
     pub follow_up: FollowUp,
-    /// The queue of exports, to which messages of earlier versions are forwarded.
-    pub export_queue: JobQueue,
     pub messages: Messages,
 }
 
@@ -52,7 +50,6 @@ impl Context {
             saga: stores.saga(sandboxes.clone(), http.clone(), config),
             deletion: stores.deletion(sandboxes.clone(), http.clone()),
             follow_up: stores.follow_up(sandboxes.clone(), http.clone()),
-            export_queue: stores.export_queue(),
             messages: stores.message_delivery(sandboxes.clone(), http.clone()),
         }
     }

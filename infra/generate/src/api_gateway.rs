@@ -124,6 +124,7 @@ fn gateway_responses() -> Value {
             "gatewayresponse.header.Strict-Transport-Security": "'max-age=31536000'",
             "gatewayresponse.header.X-Content-Type-Options": "'nosniff'",
         });
+        // The rate limit itself is the stage's in template.yaml.
         if kind == "THROTTLED" {
             headers["gatewayresponse.header.Retry-After"] = json!("'1'");
         }

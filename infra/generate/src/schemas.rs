@@ -1,21 +1,28 @@
 //! The component schemas of the OpenAPI document.
 //!
-//! Types that derive `utoipa::ToSchema` with their crate's feature `openapi` are registered in [`components`]. `schemas.json` has the
-//! others: responses that have no type yet, and requests, which are validated by hand and have limits that no type shows.
+//! Types of responses derive `utoipa::ToSchema` with their crate's feature `openapi` and are registered in [`components`].
+//! `schemas.json` has the others: requests, which are validated by hand and have limits that no type shows, events, and the health
+//! checks of `cargo local`.
 
+use std::collections::BTreeMap;
+
+use sandboxes::{MessageQueuedOut, SandboxOut, SecretNamesOut};
 use serde_json::{Map, Value, json};
-use shared::conversation::fields::Trigger;
-use shared::conversation::git::{Change, Diff, Status as ChangeStatus};
-use shared::conversation::{AppConversation, MetricsSnapshot, TokenUsage};
-use shared::http::pydantic::validation::{Loc, Violation};
+use settings::{CurrentKeyOut, OrganizationsOut};
+use shared::conversation::AppConversation;
+use shared::conversation::git::{Change, Diff};
+use shared::http::response::{DetailOut, InvalidOut, MessageOut, SuccessOut};
+use shared::http::secret::SecretNameOut;
 use shared::http::sort_order::SortOrder;
 use shared::sandbox::spec::SandboxSpec;
-use shared::sandbox::{ExposedUrl, SandboxStatus};
 use shared::start::request::AgentType;
-use shared::start::task::{AppConversationStartTask, StartStatus};
+use shared::start::task::AppConversationStartTask;
 use shared::user::git::ProviderType;
-use shared::user::settings::SandboxGroupingStrategy;
+use shared::user::settings_document::{SettingsOut, UserOut};
+use skills::{HooksOut, LegacyErrorOut, MessageSentOut, SkillsOut};
+use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
+use web_client::{AgentProfilesOut, AliveOut, ProfilesOut, ServerInfoOut, SettingsSchemaOut, WebClientConfigOut};
 
 /// Lists whose pages are schemas: the schema of a page, and of its items.
 const PAGES: [(&str, &str); 6] = [
@@ -27,62 +34,124 @@ const PAGES: [(&str, &str); 6] = [
     ("SandboxSpecInfoPage", "SandboxSpecInfo"),
 ];
 
+/// Fields that a response may lack.
+const OPTIONAL: [(&str, &str); 7] = [
+    ("AgentSettings", "agent"),
+    ("AgentSettings", "llm"),
+    ("CondenserSettings", "max_size"),
+    ("LlmSettings", "api_key"),
+    ("LlmSettings", "base_url"),
+    ("LlmSettings", "model"),
+    ("Violation", "ctx"),
+];
+
 /// All component schemas, by name.
 ///
 /// # Errors
 /// If a schema cannot be represented in JSON, or two have the same name.
 pub fn components() -> Result<Map<String, Value>, Box<dyn std::error::Error>> {
-    let written: Map<String, Value> = serde_json::from_str(include_str!("schemas.json"))?;
-    let mut all: Vec<(String, Value)> = written.into_iter().collect();
-    all.extend(PAGES.map(|(page, item)| (page.to_owned(), page_of(item))));
-    all.extend([
-        value::<AgentType>()?,
-        value::<ChangeStatus>()?,
-        value::<Loc>()?,
-        value::<ProviderType>()?,
-        value::<SandboxGroupingStrategy>()?,
-        value::<SandboxStatus>()?,
-        value::<SortOrder>()?,
-        value::<StartStatus>()?,
-        value::<Trigger>()?,
-        response::<AppConversation>(&[])?,
-        response::<AppConversationStartTask>(&[])?,
-        response::<Change>(&[])?,
-        response::<Diff>(&[])?,
-        response::<ExposedUrl>(&[])?,
-        response::<MetricsSnapshot>(&[])?,
-        response::<SandboxSpec>(&[])?,
-        response::<TokenUsage>(&[])?,
-        response::<Violation>(&["ctx"])?,
-    ]);
-    all.sort_by(|(one, _), (other, _)| one.cmp(other));
-    if let Some(pair) = all.windows(2).find(|pair| pair[0].0 == pair[1].0) {
-        return Err(format!("two schemas are named {}", pair[0].0).into());
-    }
-    Ok(all.into_iter().collect())
-}
-
-/// The schema of a value that requests and responses share.
-fn value<T: ToSchema + PartialSchema>() -> serde_json::Result<(String, Value)> {
-    let mut schema = serde_json::to_value(T::schema())?;
-    normalise(&mut schema);
-    Ok((T::name().into_owned(), schema))
-}
-
-/// The schema of a response: serde writes every field but the optional ones, and no other.
-fn response<T: ToSchema + PartialSchema>(optional: &[&str]) -> serde_json::Result<(String, Value)> {
-    let (name, mut schema) = value::<T>()?;
-    let fields = schema["properties"].as_object().into_iter().flat_map(Map::keys);
-    let required: Vec<String> = fields.filter(|field| !optional.contains(&field.as_str())).cloned().collect();
-    schema["required"] = json!(required);
-    // Defaults of fields are for reading stored records.
-    for field in schema["properties"].as_object_mut().into_iter().flat_map(Map::values_mut) {
-        if let Some(field) = field.as_object_mut() {
-            field.remove("default");
+    let mut types = Types::default();
+    types.add::<AgentType>();
+    types.add::<ProviderType>();
+    types.add::<SortOrder>();
+    types.add::<AppConversation>();
+    types.add::<AppConversationStartTask>();
+    types.add::<Change>();
+    types.add::<Diff>();
+    types.add::<SandboxSpec>();
+    types.add::<DetailOut>();
+    types.add::<InvalidOut>();
+    types.add::<MessageOut>();
+    types.add::<SuccessOut>();
+    types.add::<SecretNameOut>();
+    types.add::<SettingsOut>();
+    types.add::<UserOut>();
+    types.add::<MessageQueuedOut>();
+    types.add::<SandboxOut>();
+    types.add::<SecretNamesOut>();
+    types.add::<CurrentKeyOut>();
+    types.add::<OrganizationsOut>();
+    types.add::<HooksOut>();
+    types.add::<LegacyErrorOut>();
+    types.add::<MessageSentOut>();
+    types.add::<SkillsOut<'_>>();
+    types.add::<AgentProfilesOut>();
+    types.add::<AliveOut>();
+    types.add::<ProfilesOut>();
+    types.add::<ServerInfoOut>();
+    types.add::<SettingsSchemaOut>();
+    types.add::<WebClientConfigOut>();
+    let mut all: Map<String, Value> = serde_json::from_str(include_str!("schemas.json"))?;
+    let pages = PAGES.map(|(page, item)| (page.to_owned(), page_of(item)));
+    for (name, schema) in pages.into_iter().chain(types.schemas()?) {
+        if all.insert(name.clone(), schema).is_some() {
+            return Err(format!("two schemas are named {name}").into());
         }
     }
+    all.sort_keys();
+    Ok(all)
+}
+
+/// The schemas of types and of the types of their fields.
+#[derive(Default)]
+struct Types(Vec<(String, RefOr<Schema>)>);
+
+impl Types {
+    fn add<T: ToSchema + PartialSchema>(&mut self) {
+        self.0.push((T::name().into_owned(), T::schema()));
+        T::schemas(&mut self.0);
+    }
+
+    fn schemas(self) -> Result<BTreeMap<String, Value>, Box<dyn std::error::Error>> {
+        let mut all = BTreeMap::new();
+        for (name, schema) in self.0 {
+            let mut schema = serde_json::to_value(schema)?;
+            normalise(&mut schema);
+            complete(&name, &mut schema);
+            // Types share the types of their fields.
+            if all.get(&name).is_some_and(|other| *other != schema) {
+                return Err(format!("two schemas are named {name}").into());
+            }
+            all.insert(name, schema);
+        }
+        Ok(all)
+    }
+}
+
+/// Completes the schema of a response: serde writes every field except the optional ones, and no other.
+fn complete(name: &str, schema: &mut Value) {
+    let Some(fields) = schema.get_mut("properties").and_then(Value::as_object_mut) else { return };
+    for (field, schema) in fields.iter_mut() {
+        if let Some(known) = known(name, field) {
+            *schema = known;
+        } else if let Some(schema) = schema.as_object_mut() {
+            // Defaults of fields are for reading stored records.
+            schema.remove("default");
+        }
+    }
+    let required: Vec<&String> = fields.keys().filter(|field| !OPTIONAL.contains(&(name, field))).collect();
+    let required = json!(required);
+    schema["required"] = required;
     schema["additionalProperties"] = json!(false);
-    Ok((name, schema))
+}
+
+/// The schema of a field that says more than the field's type.
+fn known(name: &str, field: &str) -> Option<Value> {
+    let component = |name: &str| json!({"$ref": format!("#/components/schemas/{name}")});
+    Some(match (name, field) {
+        ("Alive", "status") => json!({"const": "ok"}),
+        ("MessageSent" | "Success", "success") | ("MessageQueued", "queued") => json!({"const": true}),
+        ("MessageQueued", "position") => json!({"type": "integer", "minimum": 1}),
+        ("Settings" | "UserInfo", "condenser_max_size") => json!({"type": ["integer", "null"], "minimum": 20}),
+        ("Settings" | "UserInfo", "mcp_config") => json!({"anyOf": [component("McpConfig"), {"type": "null"}]}),
+        ("AgentSettings", "agent_kind") => json!({"const": "openhands"}),
+        ("AgentSettings", "mcp_config") => {
+            let description = "MCP servers by name.";
+            json!({"type": "object", "description": description, "additionalProperties": component("McpServer")})
+        }
+        ("WebClientConfig", "app_mode") => json!({"type": "string", "enum": ["oss", "saas"]}),
+        _ => return None,
+    })
 }
 
 fn page_of(item: &str) -> Value {

@@ -339,7 +339,7 @@ impl Server {
         variables
     }
 
-    /// Shuts down: stops the worker, stops the sandboxes so that they can be resumed, ends the requests, and closes the engines.
+    /// Graceful shutdown: stops the worker, stops the sandboxes so that they can be resumed, ends the requests, and closes the engines.
     /// The API is served until the sandboxes have stopped, because agent servers post their last events when they end, and retry
     /// after a wait if the post fails.
     pub async fn shutdown(mut self) {

@@ -46,7 +46,7 @@ const ROUTES: &[Route] = &[
         .summary("Update a conversation")
         .body("AppConversationUpdateRequest")
         .returns(&[Response::json(Schema::Component("AppConversation"))])
-        .errors(&[NOT_FOUND, INVALID]),
+        .errors(&[BAD_REQUEST, NOT_FOUND, INVALID]),
     Route::delete("/api/v1/app-conversations/{conversation_id}", "conversations", "delete_conversation")
         .summary("Delete a conversation and its sub-conversations")
         .returns(&[Response::json(Schema::Component("Success"))])
@@ -55,8 +55,8 @@ const ROUTES: &[Route] = &[
         .streamed(300)
         .summary("Download a conversation as a zip")
         .description(
-            "Returns 503 with `Retry-After` while a worker builds a large zip. A zip that a \
-            worker has finished is returned for 10 minutes.",
+            "Returns 503 with `Retry-After` while the function `exports` builds a large zip, \
+            which is then returned for 10 minutes. A conversation with more than 1,000,000 events is a 413.",
         )
         .returns(&[
             Response::new(200, Some(("application/zip", Schema::Binary)))
@@ -70,5 +70,5 @@ const ROUTES: &[Route] = &[
                 .described("The location of a zip over 64 MiB. The link is valid for 15 minutes.")
                 .headers(&[header("Location", TEXT).required()]),
         ])
-        .errors(&[NOT_FOUND, INVALID, BAD_GATEWAY]),
+        .errors(&[NOT_FOUND, CONTENT_TOO_LARGE, INVALID, BAD_GATEWAY]),
 ];

@@ -81,5 +81,5 @@ const ROUTES: &[Route] = &[
         .body("CloudProxyRequest")
         .returns(&[Response::new(200, Some(("*/*", Schema::Any)))
             .described("The agent server's response with its own status.")])
-        .errors(&[FORBIDDEN, NOT_FOUND, CONFLICT, INVALID, BAD_GATEWAY]),
+        .errors(&[BAD_REQUEST, FORBIDDEN, NOT_FOUND, CONFLICT, INVALID, BAD_GATEWAY]),
 ];

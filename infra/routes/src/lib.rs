@@ -62,12 +62,6 @@ pub fn find(method: &str, path: &str) -> Option<&'static Route> {
     routes().find(|route| route.method.as_str() == method && route.path == path)
 }
 
-/// Returns the function that answers the methods of a path that no route has, mostly `OPTIONS`: that of the path's first route.
-#[must_use]
-pub fn function_of_path(path: &str) -> Option<&'static str> {
-    routes().find(|route| route.path == path).map(|route| route.function)
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
     Get,
@@ -233,6 +227,13 @@ impl Route {
         all.dedup_by_key(|error| error.status);
         all
     }
+
+    /// Whether the route declares a response with this status.
+    #[must_use]
+    pub fn has_status(&self, status: u16) -> bool {
+        self.own_responses.iter().any(|own| own.status == status)
+            || self.error_responses().iter().any(|error| error.status == status)
+    }
 }
 
 /// The names of a path's parameters, in their order.
@@ -307,7 +308,7 @@ error_responses! {
     CONFLICT = ErrorResponse::new(
         409,
         "Conflict",
-        "The resource is not in the required state; `detail` says what must happen first.",
+        "The request conflicts with the state of the resource; `detail` says what must change first.",
     );
     GONE = ErrorResponse::new(410, "Gone", "The resource was removed permanently.");
     CONTENT_TOO_LARGE =

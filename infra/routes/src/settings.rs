@@ -1,7 +1,7 @@
 //! The caller's settings and secrets.
 
 use crate::schema::{LIMIT, PAGE_ID, query, text_up_to};
-use crate::{BAD_REQUEST, FORBIDDEN, Group, INVALID, NOT_FOUND, Response, Route, Schema};
+use crate::{BAD_REQUEST, CONFLICT, FORBIDDEN, Group, INVALID, NOT_FOUND, Response, Route, Schema};
 
 pub(crate) const GROUP: Group = Group { tag: "Settings", routes: ROUTES };
 
@@ -40,7 +40,7 @@ const ROUTES: &[Route] = &[
         .summary("Update a secret")
         .body("SecretChange")
         .returns(&[Response::json(Schema::Component("Message"))])
-        .errors(&[BAD_REQUEST, NOT_FOUND, INVALID]),
+        .errors(&[BAD_REQUEST, NOT_FOUND, CONFLICT, INVALID]),
     Route::delete("/api/v1/secrets/{secret_name}", "settings", "delete_secret")
         .summary("Delete a secret")
         .returns(&[Response::json(Schema::Component("Message"))])

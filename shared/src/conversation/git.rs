@@ -221,6 +221,7 @@ fn code(script: &str) -> String {
     lines.flat_map(|line| [line, "\n"]).collect()
 }
 
+/// Path traversal check: whether a path below the workspace stays below it.
 fn is_below(path: &[u8]) -> bool {
     !path.contains(&0)
         && path.len() <= ARGUMENT_LIMIT

@@ -148,7 +148,7 @@ impl Workspace {
     }
 }
 
-/// Converts a client's path to a path in the sandbox whose workspace is `root`; see [`Workspace::path`].
+/// Path traversal check by text: converts a client's path to a path in the sandbox whose workspace is `root`; see [`Workspace::path`].
 #[must_use]
 pub fn path_in_workspace(root: &str, given: &str) -> Option<String> {
     if !given.starts_with('/') || given.contains('\0') || given.split('/').any(|part| part == "..") {

@@ -47,7 +47,7 @@ pub fn is_condition_failure(error: &Error) -> bool {
 }
 
 /// Resolves a failed write whose outcome is unknown: it succeeded if `is_written` finds what it wrote; otherwise its own error is returned.
-/// `is_written` must read consistently. A create needs this, because its caller retries a failed create with another id.
+/// `is_written` must read consistently. An idempotent create needs this, because its caller retries a failed create with another id.
 ///
 /// # Errors
 /// The error of the write.

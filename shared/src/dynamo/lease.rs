@@ -1,4 +1,4 @@
-//! Leases: the exclusive right of one worker to change an item, until the worker releases the lease or it expires.
+//! Leases (locks with an expiry): the exclusive right of one worker to change an item, until the worker releases the lease or it expires.
 //!
 //! The item's attributes `lease_owner` and `lease_until` contain the lease. A worker that crashes releases nothing; its lease expires, and
 //! another worker claims the item. Claims and writes under a lease are idempotent: a retry by the SDK has no further effect.

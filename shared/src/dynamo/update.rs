@@ -169,7 +169,6 @@ impl Update {
 
     /// Appends values to a list, which is created if missing. Several appends to one list are combined, because an expression may contain a
     /// path only once.
-    /// path once.
     ///
     /// An append is not idempotent: send it with [`super::Table::update_once`], in a transaction, or under a condition that the append
     /// invalidates.

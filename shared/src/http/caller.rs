@@ -1,4 +1,4 @@
-//! The user who makes a request. The code that runs the router puts it into the request's extensions; handlers read it only from
+//! The user (tenant) who makes a request. The code that runs the router puts it into the request's extensions; handlers read it only from
 //! there. Requests of sandboxes carry a session key instead: see [`crate::sandbox::session_key`].
 
 use axum::extract::FromRequestParts;

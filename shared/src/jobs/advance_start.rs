@@ -22,7 +22,7 @@ pub const MAX_ATTEMPTS: u32 = 8;
 pub const MAX_REFUSALS: u32 = 3;
 
 const BACKOFF: Backoff =
-    Backoff { first: Duration::from_millis(250), longest: Duration::from_secs(5), attempts: MAX_ATTEMPTS };
+    Backoff { first: Duration::from_millis(500), longest: Duration::from_secs(8), attempts: MAX_ATTEMPTS };
 /// Temporary errors of an agent server pass within seconds (a network that a new sandbox does not have yet, a lock).
 const FIRST_REFUSAL_DELAY: Duration = Duration::from_secs(1);
 const REFUSAL_DELAY_FACTOR: u32 = 3;
@@ -41,8 +41,8 @@ impl From<AdvanceStart> for Job {
     }
 }
 
-/// Exponential backoff before the next attempt at a step that failed `attempts` times, at least once: 250 ms, doubled up to 5 s,
-/// with jitter.
+/// Exponential backoff before the next attempt at a step that failed `attempts` times, at least once: 500 ms, doubled up to 8 s,
+/// with jitter. All pauses together last for 16 s to 32 s: a network failure of that length ends no start.
 #[must_use]
 pub fn delay_after(attempts: u32) -> Duration {
     BACKOFF.pause_after(attempts)
@@ -61,7 +61,7 @@ mod tests {
 
     #[test]
     fn the_backoff_grows_up_to_its_bound() {
-        for (attempts, bound) in (1..=MAX_ATTEMPTS).zip([250, 500, 1000, 2000, 4000, 5000, 5000, 5000]) {
+        for (attempts, bound) in (1..=MAX_ATTEMPTS).zip([500, 1000, 2000, 4000, 8000, 8000, 8000, 8000]) {
             let delay = delay_after(attempts).as_millis();
             assert!((bound / 2..=bound).contains(&delay), "{attempts}: {delay}");
         }

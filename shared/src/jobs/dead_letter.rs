@@ -1,5 +1,5 @@
-//! The dead-letter policy of every job: what a worker does with a message that SQS moved to the dead-letter queue because its
-//! attempts failed too often, and what enqueues the job again.
+//! The dead-letter (DLQ) policy of every job: what a worker does with a message that SQS moved to the dead-letter queue because its
+//! attempts failed too often (`infra/schema` says how often), and what enqueues the job again.
 
 use super::queue::Job;
 use super::{advance_start, delete_conversation, deliver_messages, process_events, refresh_conversation};

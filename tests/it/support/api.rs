@@ -6,6 +6,8 @@ use std::path::Path;
 
 use axum::Router;
 use axum::body::Body;
+use axum::extract::MatchedPath;
+use axum::middleware::{self, Next};
 use http::{Request, header};
 use http_body_util::BodyExt as _;
 use regex_lite::Regex;
@@ -100,7 +102,7 @@ impl Api {
             .merge(web_client::router(web_client::Context::from_env()))
             .merge(web_client::health_router());
         self.worker = worker::Context::new(config, aws("worker"), sealer);
-        self.router = with_common_answers(routers);
+        self.router = with_common_answers(documented(routers));
         ways
     }
 
@@ -208,6 +210,20 @@ fn clients(sdk: &aws_types::SdkConfig, [dynamodb, s3, sqs]: &[String; 3]) -> Aws
     }
 }
 
+/// Fails a test whose request is answered with a status that the route table does not declare for the route.
+pub fn documented(router: Router) -> Router {
+    router.layer(middleware::from_fn(async |path: MatchedPath, request: axum::extract::Request, next: Next| {
+        let method = request.method().to_string();
+        let response = next.run(request).await;
+        // A method that the path does not have.
+        if let Some(route) = ::routes::find(&method, path.as_str()) {
+            let status = response.status().as_u16();
+            assert!(route.has_status(status), "{method} {}: {status} is undocumented", path.as_str());
+        }
+        response
+    }))
+}
+
 /// axum lists the paths of a router only in its debug output.
 fn paths(router: &Router) -> BTreeSet<String> {
     let text = format!("{router:?}");
@@ -221,5 +237,5 @@ fn paths(router: &Router) -> BTreeSet<String> {
 fn router(config: &Config, aws: &Aws, sealer: &Sealer) -> Router {
     let functions = local::server::functions(config, aws, sealer);
     let without_user = local::server::functions_without_user(config, aws, sealer);
-    with_common_answers(functions.merge(without_user).merge(web_client::health_router()))
+    with_common_answers(documented(functions.merge(without_user).merge(web_client::health_router())))
 }

@@ -260,7 +260,7 @@ impl S3Access for Rules {
         let Some((bucket, key)) = cx.s3_path().as_object() else {
             return Ok(());
         };
-        // Such a key could lead into another bucket.
+        // Path traversal check: such a key could lead into another bucket.
         if key.split('/').any(|part| part == ".." || part == ".") {
             return Err(s3_error!(
                 InvalidArgument,

@@ -1,4 +1,5 @@
 //! Steps SETTING_UP_SKILLS and STARTING_CONVERSATION of the start saga: create the conversation on the agent server and record it.
+//! The create is idempotent: all starts of one conversation id give one conversation, with one first message.
 
 use std::time::Duration;
 

@@ -82,7 +82,8 @@ impl StartTaskStore {
         Self { table, users, s3, bucket, sealer }
     }
 
-    /// Stores a new task in state WORKING. After that it ends in READY or ERROR, even if workers crash.
+    /// Stores a new task in state WORKING. After that it ends in READY or ERROR, even if workers crash. The create is idempotent towards
+    /// the SDK: after a lost response a read shows whether the task exists ([`unless_written`]).
     ///
     /// # Errors
     /// [`Error::Store`].
