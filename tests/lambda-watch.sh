@@ -14,7 +14,7 @@ tests/python-tools.sh "$tools" 'functions under cargo lambda watch' --no-deps ca
 export OPENHANDS_AGENT_SERVER_FOLDER=${OPENHANDS_AGENT_SERVER_FOLDER:-$PWD/target/agent-server}
 export LLM_MODEL=openai/none LLM_API_KEY=none
 unset SESSION_API_KEY
-deadline=${PATIENCE:-900} # seconds; the first run builds and installs
+deadline=${TIME_LIMIT:-900} # seconds; the first run builds and installs
 folder=$(mktemp -d)
 engines='' watch=''
 

@@ -176,7 +176,7 @@ fn every_condition_that_operators_must_know_has_an_alarm() {
         .into_iter()
         .map(|metric| metric.dimensions["FunctionName"]["Ref"].as_str().expect("a function").to_owned())
         .collect();
-    let expected = ["AuthorizerFunction", "EventsFunction", "WorkerFunction", "StreamStartFunction"];
+    let expected = ["AuthorizerFunction", "EventsFunction", "WorkerFunction", "ExportsFunction", "StreamStartFunction"];
     assert_eq!(throttled, expected.map(str::to_owned).into());
     // A metric filter searches the log of every function that can fail through the server's fault.
     let logs: BTreeSet<&str> = of_type(&template, "AWS::Logs::MetricFilter")

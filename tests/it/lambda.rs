@@ -33,7 +33,7 @@ use crate::support::server;
 use crate::tenants::{By, Route, furnish_in, key_of, routes, token_of};
 
 const BASE: &str = "/api/v1/app-conversations";
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIME_LIMIT: Duration = Duration::from_secs(60);
 /// The user in the recorded events.
 const CALLER: &str = "u1";
 /// The largest response that Lambda returns, in bytes.
@@ -405,7 +405,7 @@ async fn stream_start_responds_chunk_by_chunk() {
     let mut chunks = 0;
     // The first state is sent before the start has made progress; then newlines until it does.
     while !String::from_utf8_lossy(&text).contains("WORKING") || !text.ends_with(b"\n\n\n") {
-        let Some(Part::Chunk(chunk)) = timeout(PATIENCE, parts.recv()).await.expect("a chunk") else {
+        let Some(Part::Chunk(chunk)) = timeout(TIME_LIMIT, parts.recv()).await.expect("a chunk") else {
             panic!("the response has ended")
         };
         text.extend_from_slice(&chunk);
@@ -416,7 +416,7 @@ async fn stream_start_responds_chunk_by_chunk() {
     let message = received.expect("the queue").messages.unwrap_or_default().pop().expect("a message");
     worker.invoke(json!({"Records": [{"messageId": "1", "body": message.body}]})).await;
     loop {
-        match timeout(PATIENCE, parts.recv()).await.expect("a part").expect("the runtime API runs") {
+        match timeout(TIME_LIMIT, parts.recv()).await.expect("a part").expect("the runtime API runs") {
             Part::Chunk(chunk) => {
                 text.extend_from_slice(&chunk);
                 chunks += 1;
@@ -497,7 +497,7 @@ async fn export_up_to_the_limit_is_streamed_and_larger_one_is_a_redirect() {
     let (id, mut parts) = function.send(get(&path(fits), &[]));
     let (mut bytes, mut chunks) = (Vec::new(), 0);
     loop {
-        match timeout(PATIENCE, parts.recv()).await.expect("a part").expect("the runtime API runs") {
+        match timeout(TIME_LIMIT, parts.recv()).await.expect("a part").expect("the runtime API runs") {
             Part::Chunk(chunk) => bytes.extend_from_slice(&chunk),
             Part::End => break,
             other => panic!("{other:?}"),
@@ -530,7 +530,7 @@ async fn export_up_to_the_limit_is_streamed_and_larger_one_is_a_redirect() {
     // A worker is building this export.
     let item = json!({
         "user": CALLER, "kind": format!("export#{}", fits.simple()), "wanted": true,
-        "lease_owner": "worker", "lease_until": Time::now().plus(PATIENCE).sortable(),
+        "lease_owner": "worker", "lease_until": Time::now().plus(TIME_LIMIT).sortable(),
     });
     let item = shared::dynamo::to_item(&item).expect("an item");
     let put = cloud.aws.dynamodb.put_item().table_name(&cloud.config.names.users).set_item(Some(item));
@@ -561,7 +561,7 @@ async fn export_stream_is_aborted_if_the_bucket_aborts_the_object() {
     let (_, mut parts) = function.send(get(&path, &[]));
     let mut bytes = Vec::new();
     loop {
-        match timeout(PATIENCE, parts.recv()).await.expect("a part") {
+        match timeout(TIME_LIMIT, parts.recv()).await.expect("a part") {
             Some(Part::Chunk(chunk)) => bytes.extend_from_slice(&chunk),
             Some(Part::Cut) => break,
             other => panic!("{other:?}: {}", function.logged()),

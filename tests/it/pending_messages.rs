@@ -322,7 +322,7 @@ async fn an_agent_server_that_cannot_be_reached_between_two_errors_begins_the_co
 }
 
 #[tokio::test]
-async fn a_message_that_stands_at_the_door_of_an_agent_at_work_is_not_sent_again() {
+async fn a_message_that_a_busy_agent_has_accepted_is_not_sent_again() {
     let harness = WorkerHarness::start(quick()).await;
     let (_, conversation) = ready(&harness).await;
     // The agent thinks for longer than anybody waits for an answer; what was sent comes in when it is done.

@@ -113,13 +113,13 @@ async fn every_operation_accepts_only_authorized_callers() {
     let [owner, stranger] = ["actor", "stranger"].map(UserId::new);
     furnish(&api, &owner).await;
 
-    let (revoked, worthless) = keys.create(&owner, "revoked").await.expect("a key");
+    let (revoked, revoked_key) = keys.create(&owner, "revoked").await.expect("a key");
     assert!(keys.revoke(&owner, revoked.id).await.expect("the store"));
     let (_, of_stranger) = keys.create(&stranger, "a key").await.expect("a key");
     let agents = token_of(&api.sealer, &owner).await.expose_secret().to_owned();
     let mut bad = invalid(&issuer, &ec);
     bad.extend(forged(&issuer, &rsa, &ec).into_iter().filter(|(_, token)| token.is_ascii()));
-    bad.push(("a revoked key".to_owned(), worthless.expose_secret().to_owned()));
+    bad.push(("a revoked key".to_owned(), revoked_key.expose_secret().to_owned()));
     bad.push(("an unknown key".to_owned(), format!("oh-{}", shared::id::random_base62(43))));
     bad.push(("nonsense".to_owned(), "x".to_owned()));
     // Credentials that are valid elsewhere.

@@ -92,8 +92,8 @@ pub const TABLES: [Table; 5] = [
         partition_key: "conversation",
         sort_key: "id",
         indexes: &[
-            index(event::store::BY_POSITION, "conversation", "position", Projected::KeysAnd(event::store::ROOM)),
-            index(event::store::BY_KIND, "conversation", "kind_position", Projected::KeysAnd(event::store::ROOM)),
+            index(event::store::BY_POSITION, "conversation", "position", Projected::KeysAnd(event::store::SIZE)),
+            index(event::store::BY_KIND, "conversation", "kind_position", Projected::KeysAnd(event::store::SIZE)),
         ],
     },
     Table {

@@ -31,8 +31,8 @@ use crate::paging;
 pub const BY_POSITION: &str = "by-position";
 /// Index: a conversation's events by kind, then by position.
 pub const BY_KIND: &str = "by-kind";
-/// The attribute that both indexes project besides keys: the size in bytes of the event in a response.
-pub const ROOM: &str = "room";
+/// The attribute that both indexes project besides keys: the size in bytes of the event in a response. (Earlier versions chose its name.)
+pub const SIZE: &str = "room";
 
 /// The longest sort key that DynamoDB accepts, in bytes.
 const KEY_LIMIT: usize = 1024;
@@ -181,7 +181,8 @@ struct Row {
     id: String,
     position: String,
     kind_position: String,
-    room: u64,
+    #[serde(rename = "room")]
+    size: u64,
     timestamp: String,
     kind: String,
     /// The JSON of the event, unless it is in the bucket.
@@ -198,14 +199,15 @@ struct ProjectedRow {
     id: String,
     position: Option<String>,
     kind_position: Option<String>,
-    room: u64,
+    #[serde(rename = "room")]
+    size: u64,
 }
 
 /// An entry of an index.
 struct IndexEntry {
     id: String,
     position: String,
-    room: u64,
+    size: u64,
 }
 
 /// The attributes of a row that its deletion needs.
@@ -304,7 +306,7 @@ impl EventStore {
         let events: BTreeMap<String, Event> = events.into_iter().map(|event| (event.id.clone(), event)).collect();
         let mut writes = Vec::with_capacity(events.len());
         for event in events.into_values() {
-            let (position, kind_position, room) = (event.position(), event.kind_position(), event.size_bytes());
+            let (position, kind_position, size) = (event.position(), event.kind_position(), event.size_bytes());
             let (inline, object) = if event.json.len() > INLINE_EVENT_LIMIT {
                 // The object is written before the row, so that no row lacks its event. No reader finds an object without a row.
                 let name = sha256_hex(&format!("{partition}#{}", event.id));
@@ -317,7 +319,7 @@ impl EventStore {
                 id: event.id,
                 position,
                 kind_position,
-                room,
+                size,
                 timestamp: event.timestamp,
                 kind: event.kind,
                 event: inline,
@@ -375,14 +377,14 @@ impl EventStore {
             range = range.starting(after, order);
         }
         let places = self.places(&range, order, after, limit + 1).await?;
-        let mut room = 0;
+        let mut size = 0;
         let fitting = places
             .iter()
             .take(limit)
             .take_while(|place| {
-                let first = room == 0;
-                room += place.room;
-                first || room <= PAGE_SIZE
+                let first = size == 0;
+                size += place.size;
+                first || size <= PAGE_SIZE
             })
             .count();
         let places_of_page = &places[..fitting];
@@ -431,7 +433,7 @@ impl EventStore {
             let key = if range.kind.is_some() { entry.kind_position } else { entry.position }.unwrap_or_default();
             let position = key.get(prefix..).unwrap_or_default().to_owned();
             if after.is_none_or(|after| after.position != position) {
-                places.push(IndexEntry { id: entry.id, position, room: entry.room });
+                places.push(IndexEntry { id: entry.id, position, size: entry.size });
             }
         }
         places.truncate(limit);
@@ -467,8 +469,8 @@ impl EventStore {
     pub async fn batch_get(&self, user: &UserId, conversation: Uuid, ids: &[String]) -> Result<Vec<Option<Event>>> {
         let wanted: Vec<String> = ids.iter().filter(|id| !id.is_empty() && id.len() <= KEY_LIMIT).cloned().collect();
         let rows = self.rows(&partition(user, conversation), wanted).await?;
-        let room: u64 = ids.iter().filter_map(|id| rows.get(id)).map(|row| row.room).sum();
-        if rows.len() > 1 && room > PAGE_SIZE {
+        let size: u64 = ids.iter().filter_map(|id| rows.get(id)).map(|row| row.size).sum();
+        if rows.len() > 1 && size > PAGE_SIZE {
             return Err(too_large("events"));
         }
         let found: HashMap<String, Option<Event>> = stream::iter(rows)

@@ -194,16 +194,16 @@ impl StartTaskRecord {
         self.show_at(&self.now, raw(self.request.clone()))
     }
 
-    /// The record in the form of the contract. The request is abridged if its size exceeds `room` bytes of the response.
+    /// The record in the form of the contract. The request is abridged if its size exceeds `limit` bytes of the response.
     #[must_use]
-    pub fn show_within(&self, room: u64) -> AppConversationStartTask {
-        self.show_at(&self.now, self.request_within(room))
+    pub fn show_within(&self, limit: u64) -> AppConversationStartTask {
+        self.show_at(&self.now, self.request_within(limit))
     }
 
-    /// The request that the record holds, abridged if its size exceeds `room` bytes of the response.
+    /// The request that the record holds, abridged if its size exceeds `limit` bytes of the response.
     #[must_use]
-    pub fn request_within(&self, room: u64) -> Box<RawValue> {
-        let fits = size_of_text(self.request.as_bytes()) <= room;
+    pub fn request_within(&self, limit: u64) -> Box<RawValue> {
+        let fits = size_of_text(self.request.as_bytes()) <= limit;
         raw(if fits { self.request.clone() } else { abridged::abridged(&self.request) })
     }
 

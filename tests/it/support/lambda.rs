@@ -25,7 +25,7 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 /// The longest time that a response may take on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIME_LIMIT: Duration = Duration::from_secs(60);
 
 /// Builds the functions' binaries once and returns their folder.
 fn programs() -> &'static Path {
@@ -131,7 +131,7 @@ impl Function {
         let mut whole = Vec::new();
         loop {
             let part =
-                timeout(PATIENCE, parts.recv()).await.unwrap_or_else(|_| panic!("no response: {}", self.logged()));
+                timeout(TIME_LIMIT, parts.recv()).await.unwrap_or_else(|_| panic!("no response: {}", self.logged()));
             match part.expect("the runtime API runs") {
                 Part::Chunk(bytes) => whole.extend_from_slice(&bytes),
                 Part::End if self.was_streamed(&id) => return (Streamed::read(&whole).as_whole(), whole.len()),
@@ -145,7 +145,7 @@ impl Function {
     /// Sends an event and returns the error that the function reports.
     pub async fn fail(&self, event: Value) -> Value {
         let (_, mut parts) = self.send(event);
-        let part = timeout(PATIENCE, parts.recv()).await.unwrap_or_else(|_| panic!("no response: {}", self.logged()));
+        let part = timeout(TIME_LIMIT, parts.recv()).await.unwrap_or_else(|_| panic!("no response: {}", self.logged()));
         match part.expect("the runtime API runs") {
             Part::Error(error) => error,
             Part::Chunk(_) | Part::End | Part::Cut => panic!("the function did not fail"),
