@@ -1368,28 +1368,6 @@ async fn an_unfinished_export_of_the_version_before_is_built_from_the_start() {
     harness.end().await;
 }
 
-/// In the job queue, where the version before enqueued exports.
-#[tokio::test]
-async fn a_job_in_the_queue_of_the_version_before_is_forwarded() {
-    let folder = TempDir::new().expect("a folder");
-    let product = start(&folder, Environment { export: config(), ..Environment::default() }).await;
-    let (user, _, id) = product_with_events(&product, 3).await;
-    let (aws, names) = (&product.aws, &product.config.names);
-    let record = json!({"user": user.as_str(), "kind": format!("export#{}", id.simple()), "wanted": true});
-    let record: shared::dynamo::Item = shared::dynamo::to_item(&record).expect("an item");
-    aws.dynamodb.put_item().table_name(&names.users).set_item(Some(record)).send().await.expect("stored");
-    let job = Job::Export { user: user.clone(), conversation: id };
-    let stores = Stores::without_key(names, aws);
-    stores.queue().send(&job, Duration::ZERO).await.expect("sent");
-    let store = stores.exports();
-    let finished = wait_for("the export is finished", END_WITHIN, async || {
-        store.get(&user, id).await.expect("the store").and_then(|record| record.finished)
-    })
-    .await;
-    assert!(store.find(&finished.key).await.expect("the bucket").is_some());
-    product.shutdown().await;
-}
-
 #[tokio::test]
 async fn a_finished_export_of_the_version_before_is_served_and_one_that_is_gone_is_built_again() {
     let harness = ExportHarness::new(config()).await;

@@ -208,7 +208,8 @@ impl Route {
     }
 
     /// All error responses, by status: those that the route lists, and those that follow from it. Every route can fail (500), and API
-    /// Gateway refuses long addresses and headers. A route with a body can refuse it for its size. A route with credentials refuses
+    /// Gateway refuses long addresses and headers. A route with a body can refuse it for its size, and one with parameters in its path refuses
+    /// those that are not UTF-8. A route with credentials refuses
     /// wrong ones, and is unavailable when they cannot be checked.
     #[must_use]
     pub fn error_responses(&self) -> Vec<ErrorResponse> {
@@ -219,6 +220,9 @@ impl Route {
         all.extend([URI_TOO_LONG, HEADERS_TOO_LARGE, INTERNAL_SERVER_ERROR]);
         if self.body.is_some() {
             all.push(CONTENT_TOO_LARGE);
+        }
+        if path_parameters(self.path).next().is_some() {
+            all.push(BAD_REQUEST);
         }
         if self.authentication != Authentication::None {
             all.extend([UNAUTHORIZED, SERVICE_UNAVAILABLE]);
