@@ -107,7 +107,7 @@ fn client() -> Client {
 
 /// Indexes of the embedded engine never lag.
 fn config() -> ExportConfig {
-    ExportConfig { settle: Duration::ZERO, retry_pause: Duration::ZERO, ..ExportConfig::default() }
+    ExportConfig { settle: Duration::ZERO, ..ExportConfig::default() }
 }
 
 impl ExportHarness {
@@ -873,53 +873,6 @@ async fn a_failure_or_a_crash_at_any_call_of_a_handover_leaves_nothing_partial_a
 #[tokio::test]
 async fn a_failure_or_a_crash_at_any_call_of_a_job_leaves_nothing_partial_and_a_later_request_succeeds() {
     crash_at_every_call(Way::Job).await;
-}
-
-/// The builds of a job that fail one after the other are some time apart, however often clients ask.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_failed_job_is_not_enqueued_again_before_its_pause() {
-    let hour = Duration::from_secs(3600);
-    let harness = ExportHarness::new(ExportConfig { budget: Duration::ZERO, retry_pause: hour, ..config() }).await;
-    let id = harness.conversation(None).await;
-    append_large(&harness, id, 2).await;
-    assert_eq!(harness.get(id).await.status(), 503);
-    assert_eq!(harness.jobs().await, [harness.job(id)]);
-    // The first call is the claim.
-    harness.gate.arm(2, Stop::Refuse);
-    assert!(!harness.run(&harness.job(id)).await, "the build fails");
-    harness.gate.disarm();
-    for _ in 0..5 {
-        assert_eq!(harness.get(id).await.status(), 503);
-    }
-    assert_eq!(harness.jobs().await, []);
-    let past = "2000-01-01T00:00:00.000000Z".to_owned();
-    harness.change_record(id, "SET retry_at = :value", "attribute_exists(retry_at)", past).await;
-    assert_eq!(harness.get(id).await.status(), 503);
-    assert_eq!(harness.jobs().await, [harness.job(id)]);
-    assert!(harness.run(&harness.job(id)).await);
-    harness.download(id).await;
-    harness.end().await;
-}
-
-/// A store that fails for a moment ends no build: the lease lasts for two more renewals.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_build_outlives_a_renewal_of_its_lease_that_fails() {
-    let harness = ExportHarness::new(config()).await;
-    let id = harness.conversation(None).await;
-    let store = harness.exporter.store();
-    let claimed = store.claim_for_request(&harness.user, id, Duration::from_secs(6)).await;
-    let (lease, _) = claimed.expect("the store").expect("a lease");
-    let until = harness.record(id).await.expect("a record").lease_until;
-    harness.gate.arm(1, Stop::Refuse);
-    let renewed = wait_for("the lease is renewed", Duration::from_secs(60), async || {
-        (harness.record(id).await.expect("a record").lease_until > until).then_some(())
-    });
-    tokio::select! {
-        ended = store.keep(&lease) => panic!("the build ends: {ended:?}"),
-        () = renewed => {}
-    }
-    assert!(harness.gate.is_reached(), "no renewal has failed");
-    harness.end().await;
 }
 
 async fn crash_at_every_call(way: Way) {

@@ -247,7 +247,7 @@ pub(super) fn too_many_events(count: u64, bound: u64) -> Failure {
 }
 
 /// Releases the lease after a failure that the caller reports. If the release fails too, the lease expires.
-async fn release(exports: &ExportStore, lease: &Lease) {
+pub(super) async fn release(exports: &ExportStore, lease: &Lease) {
     if let Err(error) = exports.release(lease).await {
         tracing::warn!(error = %error.context(), "export.lease_not_released");
     }
