@@ -126,7 +126,9 @@ impl FaultProxy {
             })
             .map(|(_, stop)| stop)
         };
-        if stop.is_some() {
+        // A call that is stopped after its effect is reached when it has taken effect: otherwise a test would go on before that.
+        let is_after = matches!(stop, Some(Stop::Hang(Moment::After) | Stop::Hold(Moment::After)));
+        if stop.is_some() && !is_after {
             self.0.reached.send_replace(true);
         }
         match stop {
@@ -149,6 +151,7 @@ impl FaultProxy {
             Some(Stop::Hang(Moment::Before)) => hang().await,
             Some(Stop::Hang(Moment::After)) => {
                 let _answer = self.forward(request, upstream).await;
+                self.0.reached.send_replace(true);
                 hang().await
             }
             Some(Stop::Hold(moment)) => {
@@ -157,6 +160,7 @@ impl FaultProxy {
                     open.wait_for(|open| *open).await.expect("a gate");
                 }
                 let answer = self.forward(request, upstream).await;
+                self.0.reached.send_replace(true);
                 open.wait_for(|open| *open).await.expect("a gate");
                 answer
             }
