@@ -20,7 +20,7 @@ pub(crate) async fn run(context: &Context, job: Job) -> Result<()> {
                 Attempt::Waiting | Attempt::Busy | Attempt::Unknown => Ok(()),
             }
         }
-        // Such a message belongs into the queue of exports, and no client waits for this one.
+        // This code enqueues exports in the queue `exports` only.
         Job::Export { conversation, .. } => {
             tracing::error!(%conversation, "worker.message_dropped");
             Ok(())
