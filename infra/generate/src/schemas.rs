@@ -48,7 +48,7 @@ const OPTIONAL: [(&str, &str); 7] = [
 /// All component schemas, by name.
 ///
 /// # Errors
-/// If a schema cannot be represented in JSON, or two have the same name.
+/// If a schema cannot be represented in JSON, two have the same name, or a field that is named here does not exist.
 pub fn components() -> Result<Map<String, Value>, Box<dyn std::error::Error>> {
     let mut types = Types::default();
     types.add::<AgentType>();
@@ -114,6 +114,12 @@ impl Types {
             }
             all.insert(name, schema);
         }
+        for (schema, name) in OPTIONAL {
+            field(&mut all, schema, name)?;
+        }
+        for (schema, name, value) in narrower() {
+            *field(&mut all, schema, name)? = value;
+        }
         Ok(all)
     }
 }
@@ -121,13 +127,9 @@ impl Types {
 /// Completes the schema of a response: serde writes every field except the optional ones, and no other.
 fn complete(name: &str, schema: &mut Value) {
     let Some(fields) = schema.get_mut("properties").and_then(Value::as_object_mut) else { return };
-    for (field, schema) in fields.iter_mut() {
-        if let Some(known) = known(name, field) {
-            *schema = known;
-        } else if let Some(schema) = schema.as_object_mut() {
-            // Defaults of fields are for reading stored records.
-            schema.remove("default");
-        }
+    for field in fields.values_mut().filter_map(Value::as_object_mut) {
+        // Defaults of fields are for reading stored records.
+        field.remove("default");
     }
     let required: Vec<&String> = fields.keys().filter(|field| !OPTIONAL.contains(&(name, field))).collect();
     let required = json!(required);
@@ -135,23 +137,32 @@ fn complete(name: &str, schema: &mut Value) {
     schema["additionalProperties"] = json!(false);
 }
 
-/// The schema of a field that says more than the field's type.
-fn known(name: &str, field: &str) -> Option<Value> {
+/// The schemas of fields that say more than the fields' types.
+fn narrower() -> [(&'static str, &'static str, Value); 12] {
     let component = |name: &str| json!({"$ref": format!("#/components/schemas/{name}")});
-    Some(match (name, field) {
-        ("Alive", "status") => json!({"const": "ok"}),
-        ("MessageSent" | "Success", "success") | ("MessageQueued", "queued") => json!({"const": true}),
-        ("MessageQueued", "position") => json!({"type": "integer", "minimum": 1}),
-        ("Settings" | "UserInfo", "condenser_max_size") => json!({"type": ["integer", "null"], "minimum": 20}),
-        ("Settings" | "UserInfo", "mcp_config") => json!({"anyOf": [component("McpConfig"), {"type": "null"}]}),
-        ("AgentSettings", "agent_kind") => json!({"const": "openhands"}),
-        ("AgentSettings", "mcp_config") => {
-            let description = "MCP servers by name.";
-            json!({"type": "object", "description": description, "additionalProperties": component("McpServer")})
-        }
-        ("WebClientConfig", "app_mode") => json!({"type": "string", "enum": ["oss", "saas"]}),
-        _ => return None,
-    })
+    let max_size = json!({"type": ["integer", "null"], "minimum": 20});
+    let mcp_config = json!({"anyOf": [component("McpConfig"), {"type": "null"}]});
+    let mcp_servers = json!({"type": "object", "description": "MCP servers by name.", "additionalProperties": component("McpServer")});
+    [
+        ("AgentSettings", "agent_kind", json!({"const": "openhands"})),
+        ("AgentSettings", "mcp_config", mcp_servers),
+        ("Alive", "status", json!({"const": "ok"})),
+        ("MessageQueued", "position", json!({"type": "integer", "minimum": 1})),
+        ("MessageQueued", "queued", json!({"const": true})),
+        ("MessageSent", "success", json!({"const": true})),
+        ("Settings", "condenser_max_size", max_size.clone()),
+        ("Settings", "mcp_config", mcp_config.clone()),
+        ("Success", "success", json!({"const": true})),
+        ("UserInfo", "condenser_max_size", max_size),
+        ("UserInfo", "mcp_config", mcp_config),
+        ("WebClientConfig", "app_mode", json!({"type": "string", "enum": ["oss", "saas"]})),
+    ]
+}
+
+/// The schema of a field.
+fn field<'s>(schemas: &'s mut BTreeMap<String, Value>, schema: &str, name: &str) -> Result<&'s mut Value, String> {
+    let found = schemas.get_mut(schema).and_then(|found| found.get_mut("properties")?.get_mut(name));
+    found.ok_or_else(|| format!("the schema {schema} has no field {name}"))
 }
 
 fn page_of(item: &str) -> Value {

@@ -46,11 +46,11 @@ const ROUTES: &[Route] = &[
         .summary("Update a conversation")
         .body("AppConversationUpdateRequest")
         .returns(&[Response::json(Schema::Component("AppConversation"))])
-        .errors(&[BAD_REQUEST, NOT_FOUND, INVALID]),
+        .errors(&[NOT_FOUND, INVALID]),
     Route::delete("/api/v1/app-conversations/{conversation_id}", "conversations", "delete_conversation")
         .summary("Delete a conversation and its sub-conversations")
         .returns(&[Response::json(Schema::Component("Success"))])
-        .errors(&[BAD_REQUEST, NOT_FOUND]),
+        .errors(&[NOT_FOUND]),
     Route::get("/api/v1/app-conversations/{conversation_id}/download", "download", "download_conversation")
         .streamed(300)
         .summary("Download a conversation as a zip")

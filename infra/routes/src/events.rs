@@ -1,7 +1,7 @@
 //! Events of conversations.
 
 use crate::schema::{COUNT, IDS, LIMIT, PAGE_ID, query, time};
-use crate::{BAD_REQUEST, CONTENT_TOO_LARGE, Group, INVALID, Response, Route, Schema};
+use crate::{CONTENT_TOO_LARGE, Group, INVALID, Response, Route, Schema};
 
 pub(crate) const GROUP: Group = Group { tag: "Events", routes: ROUTES };
 
@@ -10,7 +10,7 @@ const ROUTES: &[Route] = &[
         .summary("Get events by id")
         .parameters(&[IDS])
         .returns(&[Response::json(Schema::NullableListOf("Event"))])
-        .errors(&[BAD_REQUEST, CONTENT_TOO_LARGE, INVALID]),
+        .errors(&[CONTENT_TOO_LARGE, INVALID]),
     Route::get("/api/v1/conversation/{conversation_id}/events/search", "events", "search_events")
         .summary("Search events")
         .parameters(&[
@@ -22,10 +22,10 @@ const ROUTES: &[Route] = &[
             LIMIT,
         ])
         .returns(&[Response::json(Schema::Component("EventPage"))])
-        .errors(&[BAD_REQUEST, INVALID]),
+        .errors(&[INVALID]),
     Route::get("/api/v1/conversation/{conversation_id}/events/count", "events", "count_events")
         .summary("Count events")
         .parameters(&[query("kind__eq", Schema::Component("EventKind")), time("timestamp__gte"), time("timestamp__lt")])
         .returns(&[Response::json(COUNT)])
-        .errors(&[BAD_REQUEST, INVALID]),
+        .errors(&[INVALID]),
 ];

@@ -231,13 +231,6 @@ impl Route {
         all.dedup_by_key(|error| error.status);
         all
     }
-
-    /// Whether the route declares a response with this status.
-    #[must_use]
-    pub fn has_status(&self, status: u16) -> bool {
-        self.own_responses.iter().any(|own| own.status == status)
-            || self.error_responses().iter().any(|error| error.status == status)
-    }
 }
 
 /// The names of a path's parameters, in their order.

@@ -33,7 +33,7 @@ const ROUTES: &[Route] = &[
         .summary("Delete a sandbox")
         .parameters(&[query("sandbox_id", TEXT).described("The same id as in the path, if present.")])
         .returns(&[Response::json(Schema::Component("Success"))])
-        .errors(&[BAD_REQUEST, NOT_FOUND, BAD_GATEWAY]),
+        .errors(&[NOT_FOUND, BAD_GATEWAY]),
     Route::post("/api/v1/sandboxes/{sandbox_id}/pause", "sandboxes", "pause_sandbox")
         .summary("Pause a sandbox")
         .returns(&[Response::json(Schema::Component("Success"))])

@@ -40,7 +40,7 @@ const ROUTES: &[Route] = &[
         .summary("Update a secret")
         .body("SecretChange")
         .returns(&[Response::json(Schema::Component("Message"))])
-        .errors(&[BAD_REQUEST, NOT_FOUND, CONFLICT, INVALID]),
+        .errors(&[NOT_FOUND, CONFLICT, INVALID]),
     Route::delete("/api/v1/secrets/{secret_name}", "settings", "delete_secret")
         .summary("Delete a secret")
         .returns(&[Response::json(Schema::Component("Message"))])

@@ -2,8 +2,8 @@
 
 use crate::schema::{TEXT, header, path, query};
 use crate::{
-    BAD_GATEWAY, BAD_REQUEST, CONFLICT, CONTENT_TOO_LARGE, GONE, Group, INVALID, LEGACY_BAD_GATEWAY, LEGACY_NOT_FOUND,
-    NOT_FOUND, Response, Route, Schema, TOO_MANY_REQUESTS,
+    BAD_GATEWAY, CONFLICT, CONTENT_TOO_LARGE, GONE, Group, INVALID, LEGACY_BAD_GATEWAY, LEGACY_NOT_FOUND, NOT_FOUND,
+    Response, Route, Schema, TOO_MANY_REQUESTS,
 };
 
 pub(crate) const GROUP: Group = Group { tag: "Inside a sandbox", routes: ROUTES };
@@ -45,7 +45,7 @@ const ROUTES: &[Route] = &[
             TEXT,
         )
         .described("`true` if the list is incomplete.")])])
-        .errors(&[BAD_REQUEST, NOT_FOUND, CONFLICT, GONE, INVALID, BAD_GATEWAY]),
+        .errors(&[NOT_FOUND, CONFLICT, GONE, INVALID, BAD_GATEWAY]),
     Route::get("/api/v1/app-conversations/{conversation_id}/git/changes", "skills", "git_changes")
         .summary("List changed files in a folder of a conversation's workspace")
         .parameters(&[
@@ -61,7 +61,7 @@ const ROUTES: &[Route] = &[
         .returns(&[Response::json(Schema::ListOf("GitChange"))
             .described("The changes, sorted by path.")
             .headers(&[header("X-Changes-Truncated", TEXT).described("`true` if the list is incomplete.")])])
-        .errors(&[BAD_REQUEST, NOT_FOUND, CONFLICT, GONE, INVALID, BAD_GATEWAY]),
+        .errors(&[NOT_FOUND, CONFLICT, GONE, INVALID, BAD_GATEWAY]),
     Route::get("/api/v1/app-conversations/{conversation_id}/git/diff", "skills", "git_diff")
         .summary("Compare a file of the workspace with its original")
         .parameters(&[
@@ -76,17 +76,17 @@ const ROUTES: &[Route] = &[
         ])
         .returns(&[Response::json(Schema::Component("GitDiff"))
             .described("Both texts. They are null for a file outside every repository.")])
-        .errors(&[BAD_REQUEST, NOT_FOUND, CONFLICT, GONE, CONTENT_TOO_LARGE, INVALID, BAD_GATEWAY]),
+        .errors(&[NOT_FOUND, CONFLICT, GONE, CONTENT_TOO_LARGE, INVALID, BAD_GATEWAY]),
     Route::post("/api/v1/app-conversations/{conversation_id}/send-message", "skills", "send_message")
         .summary("Send a message to a conversation's agent")
         .body("SentMessage")
         .returns(&[Response::json(Schema::Component("MessageSent"))])
-        .errors(&[BAD_REQUEST, NOT_FOUND, CONFLICT, GONE, INVALID, BAD_GATEWAY]),
+        .errors(&[NOT_FOUND, CONFLICT, GONE, INVALID, BAD_GATEWAY]),
     Route::post("/api/v1/conversations/{conversation_id}/pending-messages", "sandboxes", "queue_message")
         .summary("Queue a message for a conversation that is not ready")
         .parameters(&[path("conversation_id", TEXT)
             .described("The id of a conversation, or `task-` followed by the id of its start.")])
         .body("QueuedMessage")
         .returns(&[Response::json(Schema::Component("MessageQueued")).status(201)])
-        .errors(&[BAD_REQUEST, NOT_FOUND, CONFLICT, TOO_MANY_REQUESTS]),
+        .errors(&[NOT_FOUND, CONFLICT, TOO_MANY_REQUESTS]),
 ];
