@@ -145,6 +145,8 @@ pub struct ExportConfig {
     pub settle: Duration,
     /// The duration of the lease on an export unless it is renewed (`EXPORT_LEASE_SECONDS`, 30).
     pub lease: Duration,
+    /// The pause before the job of a failed build is enqueued again the first time. Not an environment variable.
+    pub retry_pause: Duration,
     /// The maximum number of events in an export. Not an environment variable: the memory of the functions depends on it.
     pub max_events: u64,
 }
@@ -158,6 +160,7 @@ impl Default for ExportConfig {
             catch_up: Duration::from_secs(5),
             settle: Duration::from_secs(5),
             lease: Duration::from_secs(30),
+            retry_pause: Duration::from_secs(10),
             max_events: MAX_EXPORT_EVENTS,
         }
     }
@@ -178,6 +181,7 @@ impl ExportConfig {
             catch_up: milliseconds("EXPORT_CATCH_UP_MS", default.catch_up)?,
             settle: milliseconds("EXPORT_SETTLE_MS", default.settle)?,
             lease: parsed("EXPORT_LEASE_SECONDS")?.map_or(default.lease, Duration::from_secs),
+            retry_pause: default.retry_pause,
             max_events: default.max_events,
         })
     }

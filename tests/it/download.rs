@@ -24,7 +24,7 @@ use shared::digest::sha256_hex;
 use shared::event::store::{Event, EventStore};
 use shared::export::archive::ArchiveWriter;
 use shared::export::store::{ExportRecord, ExportStore, FailureReason, Lease, Upload};
-use shared::export::{Answer, Exporter, OLDER_EXPORT, WARNING, python_json};
+use shared::export::{Answer, Exporter, OLDER_EXPORT, UNREADABLE, WARNING, python_json};
 use shared::http::caller::Caller;
 use shared::http_client::{AddressPolicy, HttpClient};
 use shared::jobs::process_events::ProcessEvents;
@@ -107,7 +107,7 @@ fn client() -> Client {
 
 /// Indexes of the embedded engine never lag.
 fn config() -> ExportConfig {
-    ExportConfig { settle: Duration::ZERO, ..ExportConfig::default() }
+    ExportConfig { settle: Duration::ZERO, retry_pause: Duration::ZERO, ..ExportConfig::default() }
 }
 
 impl ExportHarness {
@@ -247,9 +247,14 @@ impl ExportHarness {
         names.filter(|name| name.starts_with(".upload")).count()
     }
 
+    /// Stores beside the fault proxy.
+    fn stores(&self) -> Stores<shared::stores::NoKey> {
+        Stores::without_key(&self.names, &self.aws)
+    }
+
     /// Reads the record beside the fault proxy, which may hold all calls.
     async fn record(&self, conversation: Uuid) -> Option<ExportRecord> {
-        let store = Stores::without_key(&self.names, &self.aws).exports();
+        let store = self.stores().exports();
         store.get(&self.user, conversation).await.expect("the store")
     }
 
@@ -724,7 +729,7 @@ async fn what_is_not_the_callers_is_not_there() {
 }
 
 #[tokio::test]
-async fn an_unchanged_conversation_is_zipped_once_and_a_changed_one_anew() {
+async fn an_unchanged_conversation_is_built_once_and_a_changed_one_again() {
     let harness = ExportHarness::new(config()).await;
     let id = harness.conversation(None).await;
     harness.append(id, vec![numbered(5)]).await;
@@ -766,7 +771,7 @@ async fn an_unchanged_conversation_is_zipped_once_and_a_changed_one_anew() {
 }
 
 #[tokio::test]
-async fn a_large_one_is_behind_a_link_that_curl_and_browsers_follow() {
+async fn a_large_export_is_a_redirect_that_curl_and_browsers_follow() {
     let folder = TempDir::new().expect("a folder");
     let export = ExportConfig { inline_limit: 1000, ..config() };
     let product = start(&folder, Environment { export, ..Environment::default() }).await;
@@ -873,6 +878,53 @@ async fn a_failure_or_a_crash_at_any_call_of_a_handover_leaves_nothing_partial_a
 #[tokio::test]
 async fn a_failure_or_a_crash_at_any_call_of_a_job_leaves_nothing_partial_and_a_later_request_succeeds() {
     crash_at_every_call(Way::Job).await;
+}
+
+/// The builds of a job that fail one after the other are some time apart, however often clients ask.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_job_is_not_enqueued_again_before_its_pause() {
+    let hour = Duration::from_secs(3600);
+    let harness = ExportHarness::new(ExportConfig { budget: Duration::ZERO, retry_pause: hour, ..config() }).await;
+    let id = harness.conversation(None).await;
+    append_large(&harness, id, 2).await;
+    assert_eq!(harness.get(id).await.status(), 503);
+    assert_eq!(harness.jobs().await, [harness.job(id)]);
+    // The first call is the claim.
+    harness.gate.arm(2, Stop::Refuse);
+    assert!(!harness.run(&harness.job(id)).await, "the build fails");
+    harness.gate.disarm();
+    for _ in 0..5 {
+        assert_eq!(harness.get(id).await.status(), 503);
+    }
+    assert_eq!(harness.jobs().await, []);
+    let past = "2000-01-01T00:00:00.000000Z".to_owned();
+    harness.change_record(id, "SET retry_at = :value", "attribute_exists(retry_at)", past).await;
+    assert_eq!(harness.get(id).await.status(), 503);
+    assert_eq!(harness.jobs().await, [harness.job(id)]);
+    assert!(harness.run(&harness.job(id)).await);
+    harness.download(id).await;
+    harness.end().await;
+}
+
+/// A store that fails for a moment ends no build: the lease lasts for two more renewals.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_build_outlives_a_renewal_of_its_lease_that_fails() {
+    let harness = ExportHarness::new(config()).await;
+    let id = harness.conversation(None).await;
+    let store = harness.exporter.store();
+    let claimed = store.claim_for_request(&harness.user, id, Duration::from_secs(6)).await;
+    let (lease, _) = claimed.expect("the store").expect("a lease");
+    let until = harness.record(id).await.expect("a record").lease_until;
+    harness.gate.arm(1, Stop::Refuse);
+    let renewed = wait_for("the lease is renewed", Duration::from_secs(60), async || {
+        (harness.record(id).await.expect("a record").lease_until > until).then_some(())
+    });
+    tokio::select! {
+        ended = store.keep(&lease) => panic!("the build ends: {ended:?}"),
+        () = renewed => {}
+    }
+    assert!(harness.gate.is_reached(), "no renewal has failed");
+    harness.end().await;
 }
 
 async fn crash_at_every_call(way: Way) {
@@ -1029,8 +1081,7 @@ async fn a_request_does_not_wait_for_a_job_and_two_jobs_build_one_export() {
     // This request would have all the time there is, to wait or to build.
     let patient = ExportConfig { budget: 10 * END_WITHIN, ..config() };
     let http = HttpClient::new(AddressPolicy::Any);
-    let exporter =
-        Stores::without_key(&harness.names, &harness.aws).exporter(&patient, harness.sandboxes.clone(), http);
+    let exporter = harness.stores().exporter(&patient, harness.sandboxes.clone(), http);
     for held in [false, true] {
         let lease = match held {
             true => harness.exporter.store().claim_for_job(&harness.user, id, END_WITHIN).await.expect("the store"),
@@ -1109,8 +1160,7 @@ async fn a_process_that_lost_its_lease_publishes_nothing() {
     }
     harness.let_the_lease_run_out(id).await;
     // Beside the fault proxy.
-    let jobs =
-        Stores::without_key(&harness.names, &harness.aws).export_jobs(&ExportConfig { inline_limit: 0, ..config() });
+    let jobs = harness.stores().export_jobs(&ExportConfig { inline_limit: 0, ..config() });
     timeout(Duration::from_secs(60), jobs.run(&harness.user, id)).await.expect("the other build ends").expect("built");
     let record = harness.record(id).await.expect("a record");
     assert!(record.finished.is_some() && !record.is_queued);
@@ -1151,7 +1201,7 @@ async fn a_build_that_runs_out_of_time_fails_once_and_tells_its_clients() {
     harness.age_failure(id, 11).await;
     assert_eq!(status_and_retry(&harness.get(id).await), (503, Some(5)));
     assert_eq!(harness.jobs().await, std::slice::from_ref(&job));
-    let jobs = Stores::without_key(&harness.names, &harness.aws).export_jobs(&self::config());
+    let jobs = harness.stores().export_jobs(&self::config());
     jobs.run(&harness.user, id).await.expect("built");
     assert_eq!(harness.download(id).await.names().await.len(), 2);
 
@@ -1184,7 +1234,7 @@ async fn a_deadline_within_the_build_ends_it_and_aborts_its_upload() {
     let job = harness.job(id);
     let config = ExportConfig { budget: Duration::ZERO, build_budget, ..config() };
     let http = HttpClient::new(AddressPolicy::Any);
-    let exporter = Stores::without_key(&harness.names, &harness.aws).exporter(&config, harness.sandboxes.clone(), http);
+    let exporter = harness.stores().exporter(&config, harness.sandboxes.clone(), http);
     assert!(matches!(exporter.export(&harness.user, id).await.expect("the store"), Some(Answer::Pending)));
     let jobs = Stores::without_key(&harness.names, &harness.clients[1]).export_jobs(&config);
     // The request's calls before the build are not the job's: any call of the build will do.
@@ -1218,8 +1268,7 @@ async fn events_are_counted_and_more_than_the_bound_are_refused_by_number() {
     harness.age_failure(id, 11).await;
     let hurried = ExportConfig { budget: Duration::ZERO, max_events: 5, ..config() };
     let http = HttpClient::new(AddressPolicy::Any);
-    let exporter =
-        Stores::without_key(&harness.names, &harness.aws).exporter(&hurried, harness.sandboxes.clone(), http);
+    let exporter = harness.stores().exporter(&hurried, harness.sandboxes.clone(), http);
     assert!(matches!(exporter.export(&harness.user, id).await.expect("the store"), Some(Answer::Pending)));
     assert!(harness.run(&harness.job(id)).await);
     let answer = harness.get(id).await;
@@ -1253,8 +1302,7 @@ async fn crashes_are_bounded_and_a_dead_letter_lets_the_next_request_build() {
     // Dead letters: the next request builds the export, here at once.
     let patient = ExportConfig::default();
     let http = HttpClient::new(AddressPolicy::Any);
-    let exporter =
-        Stores::without_key(&harness.names, &harness.aws).exporter(&patient, harness.sandboxes.clone(), http);
+    let exporter = harness.stores().exporter(&patient, harness.sandboxes.clone(), http);
     let dead = |job: &Job| message(job, &format!("download-exports{DEAD_LETTER_SUFFIX}"));
     harness.age_failure(id, 11).await;
     assert_eq!(harness.get(id).await.status(), 503);
@@ -1314,7 +1362,7 @@ async fn an_unfinished_export_of_the_version_before_is_built_from_the_start() {
         }
         assert_eq!(harness.download(id).await.names().await.len(), 4);
         assert_eq!(harness.uploads().await, 0, "its upload is aborted");
-        let store = Stores::without_key(&harness.names, &harness.aws).exports();
+        let store = harness.stores().exports();
         store.delete_all(&harness.user, id).await.expect("deleted");
         assert_eq!(harness.objects().await, [""; 0], "with what the version before left");
     }
@@ -1383,6 +1431,19 @@ async fn events_that_have_not_arrived_are_fetched() {
     let answer = harness.get(id).await;
     assert_eq!((answer.status().as_u16(), answer.headers().get("x-export-warning")), (200, None));
     assert_eq!(harness.agent.asked.swap(0, Ordering::Relaxed), 1, "nothing is missing: one question");
+    // The newest event cannot be read. The one before it is fetched nevertheless, and the client learns that an event is missing.
+    {
+        let mut reported = harness.agent.events.lock().expect("events");
+        reported.insert(0, serde_json::from_str(&numbered(50).json).expect("JSON"));
+        reported.insert(0, json!({"id": "without-a-kind", "timestamp": "2025-01-01T00:02:00"}));
+    }
+    let answer = harness.get(id).await;
+    assert_eq!(
+        (answer.status().as_u16(), &answer.headers()["x-export-warning"]),
+        (200, &http::HeaderValue::from_static(UNREADABLE))
+    );
+    assert_eq!(harness.zip(&answer.bytes().await.expect("a body")).names().await.len(), 53);
+    harness.agent.asked.store(0, Ordering::Relaxed);
     // A sandbox that does not run is not asked.
     harness.sandboxes.set_status(SANDBOX, shared::sandbox::SandboxStatus::Paused);
     assert_eq!(harness.get(id).await.headers().get("x-export-warning"), None);
@@ -1391,11 +1452,7 @@ async fn events_that_have_not_arrived_are_fetched() {
     // One that cannot be reached: the export says so, and is exact else.
     let gone = StandInSandboxes::at("http://127.0.0.1:1".to_owned(), "/nowhere".to_owned());
     gone.start(&harness.user, SANDBOX).await.expect("a sandbox");
-    let exporter = Stores::without_key(&harness.names, &harness.aws).exporter(
-        &config(),
-        Arc::new(gone),
-        HttpClient::new(AddressPolicy::Any),
-    );
+    let exporter = harness.stores().exporter(&config(), Arc::new(gone), HttpClient::new(AddressPolicy::Any));
     let Some(Answer::Ready(ready)) = exporter.export(&harness.user, id).await.expect("an export") else {
         panic!("an export")
     };
@@ -1462,7 +1519,7 @@ async fn a_deleted_conversation_leaves_no_export() {
     assert_ne!(harness.uploads().await, 0);
     let store = harness.exporter.store();
     // As the worker deletes them: the policies of exports do not allow it.
-    let deleter = Stores::without_key(&harness.names, &harness.aws).exports();
+    let deleter = harness.stores().exports();
     deleter.delete_all(&harness.user, id).await.expect("deleted");
     deleter.delete_all(&harness.user, id).await.expect("deleted again");
     assert_eq!(harness.record(id).await, None);

@@ -17,6 +17,9 @@ use crate::sandbox::SandboxService;
 pub const WARNING: &str =
     "The agent server did not return its latest events in time: the export lacks them unless they had arrived before.";
 
+/// The warning of an export that lacks events that the log does not accept.
+pub const UNREADABLE: &str = "The agent server returned events that cannot be read: the export lacks them.";
+
 /// Events per request to an agent server. One event can be large, and so can a response with many.
 const PAGE: usize = 20;
 
@@ -28,47 +31,80 @@ pub(super) struct Backfill {
     pub(super) events: EventStore,
 }
 
+/// The events of one or more pages of an agent server.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Backfilled {
+    /// The number of events that the log accepts.
+    accepted: usize,
+    /// The number of those that it did not have.
+    pub(super) appended: usize,
+    /// The number of events that the log does not accept.
+    pub(super) unreadable: usize,
+}
+
+impl Backfilled {
+    fn add(&mut self, page: Self) {
+        self.accepted += page.accepted;
+        self.appended += page.appended;
+        self.unreadable += page.unreadable;
+    }
+
+    /// Whether no earlier event is missing: batches arrive in order, and the log has every event of this page.
+    fn is_complete(&self) -> bool {
+        self.accepted > 0 && self.appended == 0
+    }
+}
+
 impl Backfill {
-    /// Appends the missing events and returns their number. When the newest event is stored already, one request is enough.
+    /// Appends the missing events and returns what it has found. When the newest event is stored already, one request is enough.
     ///
     /// # Errors
     /// When the agent server or the store does not respond; events that were fetched before stay stored.
-    pub(super) async fn run(&self, record: &ConversationRecord) -> Result<usize> {
+    pub(super) async fn run(&self, record: &ConversationRecord) -> Result<Backfilled> {
         let sandbox = self.sandboxes.get(&record.user, &record.sandbox_id).await?;
-        let Some(agent_server) = sandbox.and_then(|sandbox| sandbox.agent_server(&self.http)) else { return Ok(0) };
+        let Some(agent_server) = sandbox.and_then(|sandbox| sandbox.agent_server(&self.http)) else {
+            return Ok(Backfilled::default());
+        };
         let request = async |page: Option<&str>, limit| agent_server.newest_events(record.id, page, limit).await;
         let newest = match request(None, 1).await {
             // The agent server does not have the conversation, so it has no events of it.
             Err(AgentServerError { failure: Failure::Status(status, _), .. })
                 if status == http::StatusCode::NOT_FOUND =>
             {
-                return Ok(0);
+                return Ok(Backfilled::default());
             }
             newest => newest.map_err(upstream)?,
         };
-        if self.append_missing(record, &newest).await? == 0 {
-            return Ok(0);
+        let mut backfilled = self.append_missing(record, &newest).await?;
+        if backfilled.is_complete() {
+            return Ok(backfilled);
         }
-        // Batches arrive in order: if no event of a page is missing, no earlier event is missing.
-        let (mut fetched, mut page_id) = (1, newest.next_page_id);
+        let mut page_id = newest.next_page_id;
         while let Some(id) = page_id.take() {
             let page = request(Some(&id), PAGE).await.map_err(upstream)?;
-            let missing = self.append_missing(record, &page).await?;
-            fetched += missing;
-            page_id = page.next_page_id.filter(|next| missing > 0 && *next != id);
+            let appended = self.append_missing(record, &page).await?;
+            backfilled.add(appended);
+            page_id = page.next_page_id.filter(|next| !appended.is_complete() && *next != id);
         }
-        Ok(fetched)
+        Ok(backfilled)
     }
 
-    async fn append_missing(&self, record: &ConversationRecord, page: &EventPage) -> Result<usize> {
-        let events: Vec<Event> = page.items.iter().filter_map(|item| event(item)).collect();
+    async fn append_missing(&self, record: &ConversationRecord, page: &EventPage) -> Result<Backfilled> {
+        let (mut events, mut unreadable) = (Vec::new(), 0);
+        for item in &page.items {
+            match event(item) {
+                Some(event) if event.is_transient() => {}
+                Some(event) => events.push(event),
+                None => unreadable += 1,
+            }
+        }
         let ids: Vec<String> = events.iter().map(|event| event.id.clone()).collect();
         let known = self.events.known(&record.user, record.id, &ids).await?;
         let known: HashSet<String> = known.into_iter().collect();
         let missing: Vec<Event> = events.into_iter().filter(|event| !known.contains(&event.id)).collect();
-        let count = missing.len();
+        let backfilled = Backfilled { accepted: ids.len(), appended: missing.len(), unreadable };
         self.events.append(&record.user, record.id, missing).await?;
-        Ok(count)
+        Ok(backfilled)
     }
 }
 
@@ -87,7 +123,7 @@ fn event(item: &RawValue) -> Option<Event> {
         tracing::warn!(fault, "export.event_unreadable");
         return None;
     }
-    (!event.is_transient()).then_some(event)
+    Some(event)
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "the signature that `map_err` calls")]

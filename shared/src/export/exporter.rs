@@ -7,7 +7,7 @@ use bytes::Bytes;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use uuid::Uuid;
 
-use super::backfill::{Backfill, WARNING};
+use super::backfill::{Backfill, UNREADABLE, WARNING};
 use super::builder::{BuildOutcome, EventLog, ExportBuilder, Snapshot};
 use super::store::{ExportRecord, ExportStore, Failure, FailureReason, Lease};
 use crate::clock::Time;
@@ -226,13 +226,14 @@ impl Exporter {
         Ok(Some(Answer::Failed(failure.clone())))
     }
 
-    /// Fetches the events that the agent server has not posted yet. If that fails, the export is built with a warning.
+    /// Fetches the events that the agent server has not posted yet. If that fails, or some cannot be read, the export has a warning.
     async fn backfill(&self, record: &ConversationRecord) -> Option<String> {
         let problem = match timeout(self.config.catch_up, self.backfill.run(record)).await {
-            Ok(Ok(0)) => return None,
-            Ok(Ok(fetched)) => {
-                tracing::info!(conversation = %record.id, fetched, "export.backfilled");
-                return None;
+            Ok(Ok(backfilled)) => {
+                if backfilled.appended > 0 {
+                    tracing::info!(conversation = %record.id, fetched = backfilled.appended, "export.backfilled");
+                }
+                return (backfilled.unreadable > 0).then(|| UNREADABLE.to_owned());
             }
             Ok(Err(error)) => error.context(),
             Err(_) => "it took too long".to_owned(),
@@ -247,7 +248,7 @@ pub(super) fn too_many_events(count: u64, bound: u64) -> Failure {
 }
 
 /// Releases the lease after a failure that the caller reports. If the release fails too, the lease expires.
-pub(super) async fn release(exports: &ExportStore, lease: &Lease) {
+async fn release(exports: &ExportStore, lease: &Lease) {
     if let Err(error) = exports.release(lease).await {
         tracing::warn!(error = %error.context(), "export.lease_not_released");
     }

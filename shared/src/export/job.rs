@@ -4,7 +4,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::builder::{BuildOutcome, EventLog, ExportBuilder};
-use super::exporter::{release, too_many_events};
+use super::exporter::too_many_events;
 use super::store::{ExportRecord, ExportStore, Failure, FailureReason, Lease};
 use crate::config::ExportConfig;
 use crate::conversation::store::ConversationStore;
@@ -14,6 +14,9 @@ use crate::id::UserId;
 
 /// The most builds that are started for a job. A build whose process crashes counts.
 const MAX_ATTEMPTS: u32 = 3;
+/// The growth of the pause between two builds of a job: 10 s after the first one that failed, 40 s after the second. A store that fails
+/// for half a minute does not use up the attempts.
+const RETRY_PAUSE_FACTOR: u32 = 4;
 
 /// Builds exports for jobs.
 #[derive(Clone, Debug)]
@@ -64,7 +67,10 @@ impl ExportJobs {
             Ok(Some(BuildOutcome::Built { .. } | BuildOutcome::LeaseLost)) => Ok(()),
             Ok(None) => self.exports.finish(&lease).await,
             Err(error) => {
-                release(&self.exports, &lease).await;
+                let pause = self.config.retry_pause * RETRY_PAUSE_FACTOR.saturating_pow(attempts);
+                if let Err(error) = self.exports.release_for_retry(&lease, pause).await {
+                    tracing::warn!(error = %error.context(), "export.lease_not_released");
+                }
                 Err(error)
             }
         }

@@ -13,6 +13,6 @@ mod job;
 pub mod python_json;
 pub mod store;
 
-pub use backfill::WARNING;
+pub use backfill::{UNREADABLE, WARNING};
 pub use exporter::{Answer, Exporter, OLDER_EXPORT, Ready};
 pub use job::ExportJobs;

@@ -17,7 +17,7 @@ use aws_sdk_s3::types::{CompletedMultipartUpload, CompletedPart};
 use bytes::Bytes;
 use futures::stream::{self, Stream};
 use serde::{Deserialize, Serialize};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use crate::clock::{Time, sortable};
@@ -43,7 +43,7 @@ const FAILURE_KEPT: Duration = Duration::from_secs(10 * 60);
 const REQUEUE_AFTER: Duration = Duration::from_secs(60);
 
 /// The attributes of a build, without the lease.
-const BUILD: [&str; 6] = ["upload", "progress", "wanted", "queued_at", "attempts", "warning"];
+const BUILD: [&str; 7] = ["upload", "progress", "wanted", "queued_at", "retry_at", "attempts", "warning"];
 
 const GET: &str = "GetObject exports";
 
@@ -147,6 +147,9 @@ pub struct ExportRecord {
     /// The time at which the job was last enqueued.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queued_at: Option<Time>,
+    /// The time before which the job is not enqueued again, after a build that failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_at: Option<Time>,
     /// The number of builds that the function has started for this job.
     #[serde(default)]
     pub attempts: u32,
@@ -189,7 +192,8 @@ impl ExportRecord {
     /// Whether the job must be enqueued again: its process crashed or failed, or its message was lost.
     #[must_use]
     pub fn is_requeue_due(&self) -> bool {
-        if !self.is_queued || self.is_held() {
+        let must_wait = self.retry_at.is_some_and(|retry_at| Time::now() < retry_at);
+        if !self.is_queued || self.is_held() || must_wait {
             return false;
         }
         let Some(queued_at) = self.queued_at else { return true };
@@ -363,11 +367,23 @@ impl ExportStore {
     /// # Errors
     /// [`Error::Store`].
     pub async fn keep(&self, lease: &Lease) -> Result<()> {
+        let mut renewed_at = Instant::now();
         loop {
             sleep(lease.lifetime / 3).await;
-            if !self.renew(lease).await? {
+            let renewed = loop {
+                match self.renew(lease).await {
+                    // A store that fails for a moment must not end a build of minutes, while the lease lasts.
+                    Err(error) if renewed_at.elapsed() < lease.lifetime => {
+                        tracing::warn!(error = %error.context(), "export.lease_not_renewed");
+                        sleep(lease.lifetime / 10).await;
+                    }
+                    renewed => break renewed?,
+                }
+            };
+            if !renewed {
                 return Ok(());
             }
+            renewed_at = Instant::now();
         }
     }
 
@@ -414,6 +430,19 @@ impl ExportStore {
     /// [`Error::Store`].
     pub async fn release(&self, lease: &Lease) -> Result<()> {
         self.release_with(lease, Update::new().remove_all(&["queued_at", "upload", "progress"])).await.map(|_| ())
+    }
+
+    /// Releases the lease after a job failed. Requests enqueue the job again after `pause`.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn release_for_retry(&self, lease: &Lease, pause: Duration) -> Result<()> {
+        let update = Update::new().set("retry_at", text(Time::now().plus(pause).sortable())).remove_all(&[
+            "queued_at",
+            "upload",
+            "progress",
+        ]);
+        self.release_with(lease, update).await.map(|_| ())
     }
 
     /// Releases the lease after a permanent failure of the build. An older finished export stays in the record.
