@@ -318,8 +318,8 @@ impl Served {
 
 #[tokio::test]
 async fn events_are_returned_byte_for_byte() {
-    let sent = r#"{"timestamp":"2025-01-01T00:00:00.5", "kind":"NobodyKnowsIt","more":[1.10, 1e2,123456789012345678901234567890],  "text":"\u00e9é", "id":"strange"}"#;
-    let strange = Event { json: sent.into(), ..event("strange", "2025-01-01T00:00:00.5", "NobodyKnowsIt") };
+    let sent = r#"{"timestamp":"2025-01-01T00:00:00.5", "kind":"UnknownKindEvent","more":[1.10, 1e2,123456789012345678901234567890],  "text":"\u00e9é", "id":"strange"}"#;
+    let strange = Event { json: sent.into(), ..event("strange", "2025-01-01T00:00:00.5", "UnknownKindEvent") };
     let served = Served::new(vec![strange, event("later", "2025-01-01T00:00:01", "MessageEvent")]).await;
     for (path, expected) in [
         ("/search?limit=1".to_owned(), format!(r#"{{"items":[{sent}],"next_page_id":""#)),

@@ -325,11 +325,11 @@ async fn released_claims_do_not_count_as_attempts() {
     harness.agent.inject(Fault::new("GET /api/bash/bash_events/search", Nth::Always, Kind::Status(200, running)));
     let task = harness.begin(&json!({})).await;
     assert_eq!(task.open_claims, 0);
-    let mut looks = 0;
-    while looks < 11 {
+    let mut polls = 0;
+    while polls < 11 {
         let Some(message) = harness.receive().await else { continue };
         harness.handle(&message).await;
-        looks += 1;
+        polls += 1;
         let now = harness.task(task.id).await;
         assert!(!now.now.status.is_final(), "{now:?}");
         assert_eq!(now.open_claims, 0);

@@ -403,14 +403,14 @@ async fn start_without_enabled_servers_makes_no_probe() {
     assert_eq!(probes(&harness), 0);
     assert!(harness.agent.requests_to("POST /api/file/upload").is_empty());
     // The same requests as without servers: only the number of polls may differ.
-    let looks = |requests: &[crate::support::server::Request]| {
+    let count_without_polls = |requests: &[crate::support::server::Request]| {
         requests
             .iter()
             .filter(|request| !request.is("GET /api/bash/bash_events/search") && request.path != "/alive")
             .count()
     };
     let all = harness.agent.requests();
-    assert_eq!(looks(&all[..requests]), looks(&all[requests..]));
+    assert_eq!(count_without_polls(&all[..requests]), count_without_polls(&all[requests..]));
     harness.finish().await;
 }
 

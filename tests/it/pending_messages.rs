@@ -49,7 +49,7 @@ async fn ready(harness: &WorkerHarness) -> (Uuid, Uuid) {
 }
 
 /// Handles the queued jobs, and sweeps, until the agent has received all these messages.
-async fn drive_until_told(harness: &WorkerHarness, conversation: Uuid, expected: &[&str], case: &str) {
+async fn drive_until_delivered(harness: &WorkerHarness, conversation: Uuid, expected: &[&str], case: &str) {
     let deadline = Instant::now() + END_WITHIN;
     while received(harness, conversation).len() < expected.len() || harness.messages_wait(conversation).await {
         assert!(
@@ -90,10 +90,11 @@ async fn messages_before_during_and_after_ready_arrive_once_and_in_order() {
     // After, in both ways of naming the conversation.
     keep(&harness, to, "four").await.expect("kept");
     keep(&harness, Addressee::Conversation(conversation), "five").await.expect("kept");
-    drive_until_told(&harness, conversation, &["first", "one", "two", "three", "four", "five"], "all").await;
+    drive_until_delivered(&harness, conversation, &["first", "one", "two", "three", "four", "five"], "all").await;
     harness.settle().await;
     keep(&harness, Addressee::Conversation(conversation), "six").await.expect("kept");
-    drive_until_told(&harness, conversation, &["first", "one", "two", "three", "four", "five", "six"], "later").await;
+    drive_until_delivered(&harness, conversation, &["first", "one", "two", "three", "four", "five", "six"], "later")
+        .await;
     assert!(harness.objects().await.iter().all(|key| !key.starts_with("messages/")));
     harness.finish().await;
 }
@@ -139,7 +140,7 @@ async fn a_crash_at_any_call_neither_loses_nor_repeats_nor_reorders_a_message() 
             }
             harness.gate.disarm();
             harness.expire_message_lease(conversation).await;
-            drive_until_told(&harness, conversation, &expected, &case).await;
+            drive_until_delivered(&harness, conversation, &expected, &case).await;
         }
     }
     assert!(crashes >= calls.len(), "{crashes} crashes at {calls:?}");
@@ -173,7 +174,7 @@ async fn a_store_that_refuses_any_call_delays_a_message_and_no_more() {
         harness.gate.disarm();
         harness.expire_message_lease(conversation).await;
         let expected: Vec<&str> = expected.iter().map(String::as_str).collect();
-        drive_until_told(&harness, conversation, &expected, &format!("{call} refused: {delivered:?}")).await;
+        drive_until_delivered(&harness, conversation, &expected, &format!("{call} refused: {delivered:?}")).await;
     }
     assert!(refused >= 4, "{calls:?}");
     harness.settle().await;
@@ -181,7 +182,7 @@ async fn a_store_that_refuses_any_call_delays_a_message_and_no_more() {
 }
 
 #[tokio::test]
-async fn an_agent_server_that_fails_is_tried_again_and_never_told_twice() {
+async fn an_agent_server_that_fails_gets_each_message_once() {
     let harness = WorkerHarness::start(quick()).await;
     let (_, conversation) = ready(&harness).await;
     let mut expected = vec!["first".to_owned()];
@@ -205,7 +206,7 @@ async fn an_agent_server_that_fails_is_tried_again_and_never_told_twice() {
             expected.push(said);
         }
         let expected: Vec<&str> = expected.iter().map(String::as_str).collect();
-        drive_until_told(&harness, conversation, &expected, &format!("{kind:?}")).await;
+        drive_until_delivered(&harness, conversation, &expected, &format!("{kind:?}")).await;
         harness.agent.clear_faults();
     }
     // The same words again are another message.
@@ -214,13 +215,13 @@ async fn an_agent_server_that_fails_is_tried_again_and_never_told_twice() {
         expected.push("again".to_owned());
     }
     let all: Vec<&str> = expected.iter().map(String::as_str).collect();
-    drive_until_told(&harness, conversation, &all, "the same words").await;
+    drive_until_delivered(&harness, conversation, &all, "the same words").await;
     // Neither the way there nor the look back answers.
     harness.agent.inject(Fault::new("GET /api/conversations/{id}/events/search", Nth::On(2), Kind::CutBefore));
     harness.agent.inject(Fault::new(route, Nth::Next, Kind::CutAfter));
     keep(&harness, Addressee::Conversation(conversation), "last").await.expect("kept");
     let all: Vec<&str> = all.into_iter().chain(["last"]).collect();
-    drive_until_told(&harness, conversation, &all, "no look back").await;
+    drive_until_delivered(&harness, conversation, &all, "no look back").await;
     harness.settle().await;
     harness.finish().await;
 }
@@ -267,7 +268,7 @@ async fn a_message_that_an_agent_server_never_takes_waits_for_the_next_one() {
         keep(&harness, Addressee::Conversation(conversation), &said).await.expect("kept");
         expected.push(said);
         let expected: Vec<&str> = expected.iter().map(String::as_str).collect();
-        drive_until_told(&harness, conversation, &expected, &format!("after {status} {answer}")).await;
+        drive_until_delivered(&harness, conversation, &expected, &format!("after {status} {answer}")).await;
     }
     harness.settle().await;
     harness.finish().await;
@@ -316,7 +317,7 @@ async fn an_agent_server_that_cannot_be_reached_between_two_errors_begins_the_co
         ));
     }
     keep(&harness, Addressee::Conversation(conversation), "one").await.expect("kept");
-    drive_until_told(&harness, conversation, &["first", "one"], "errors that are not in a row").await;
+    drive_until_delivered(&harness, conversation, &["first", "one"], "errors that are not in a row").await;
     harness.settle().await;
     harness.finish().await;
 }
@@ -332,7 +333,7 @@ async fn a_message_that_a_busy_agent_has_accepted_is_not_sent_again() {
     for said in ["one", "two"] {
         keep(&harness, Addressee::Conversation(conversation), said).await.expect("kept");
     }
-    drive_until_told(&harness, conversation, &["first", "one", "two"], "at work").await;
+    drive_until_delivered(&harness, conversation, &["first", "one", "two"], "at work").await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(received(&harness, conversation), ["first", "one", "two"]);
     assert_eq!(harness.agent.requests_to("POST /api/conversations/{id}/events").len(), 2, "each was sent once");
@@ -341,7 +342,7 @@ async fn a_message_that_a_busy_agent_has_accepted_is_not_sent_again() {
 }
 
 #[tokio::test]
-async fn many_workers_and_a_lost_bell_change_nothing() {
+async fn many_workers_and_a_lost_job_change_nothing() {
     let harness = WorkerHarness::start(quick()).await;
     let (_, conversation) = ready(&harness).await;
     for said in ["one", "two", "three"] {
@@ -352,13 +353,13 @@ async fn many_workers_and_a_lost_bell_change_nothing() {
         done.expect("delivered, or left to another one");
     }
     let all = ["first", "one", "two", "three"];
-    drive_until_told(&harness, conversation, &all, "eight workers").await;
+    drive_until_delivered(&harness, conversation, &all, "eight workers").await;
     // The job is lost; the sweep finds the row.
     keep(&harness, Addressee::Conversation(conversation), "four").await.expect("kept");
     harness.purge().await;
     tokio::time::sleep(Duration::from_millis(400)).await;
     assert_eq!(harness.other_worker.messages.sweep().await.expect("swept"), 1);
-    drive_until_told(&harness, conversation, &["first", "one", "two", "three", "four"], "swept").await;
+    drive_until_delivered(&harness, conversation, &["first", "one", "two", "three", "four"], "swept").await;
     harness.settle().await;
     assert_eq!(harness.other_worker.messages.sweep().await.expect("swept"), 0, "an empty queue leaves nothing behind");
     harness.finish().await;
@@ -376,7 +377,8 @@ async fn a_paused_sandbox_gets_its_messages_when_it_is_resumed() {
         assert_eq!(received(&harness, conversation), ["first"], "{status:?}");
     }
     harness.sandboxes.set_status(&sandbox, SandboxStatus::Running);
-    drive_until_told(&harness, conversation, &["first", "Paused", "Starting", "Error", "Missing"], "resumed").await;
+    drive_until_delivered(&harness, conversation, &["first", "Paused", "Starting", "Error", "Missing"], "resumed")
+        .await;
     harness.settle().await;
     harness.finish().await;
 }

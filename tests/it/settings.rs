@@ -349,7 +349,7 @@ async fn users_me_shows_secrets_to_the_users_own_sandboxes_alone() {
     api.stop().await;
 }
 
-/// Every door for secrets here, and every byte that is stored or answered.
+/// Every route that accepts secrets, and every byte that is stored or returned.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_secret_is_stored_or_answered_in_clear() {
     let folder = TempDir::new().expect("a folder");

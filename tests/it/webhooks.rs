@@ -195,7 +195,7 @@ async fn events_are_stored_unchanged_and_once() {
 
     // Byte for byte, whatever the content.
     let other = Uuid::new_v4();
-    let sent = r#"{"timestamp":"2025-01-01T00:00:00.5", "kind":"NobodyKnowsIt","more":[1.10, 1e2,123456789012345678901234567890],
+    let sent = r#"{"timestamp":"2025-01-01T00:00:00.5", "kind":"UnknownKindEvent","more":[1.10, 1e2,123456789012345678901234567890],
         "text":"\u00e9é", "id":"strange"}"#;
     let large = json!({"id": "large", "timestamp": "2025-01-01T00:00:01", "kind": "ObservationEvent",
         "text": "é".repeat(250_000)})
@@ -207,7 +207,7 @@ async fn events_are_stored_unchanged_and_once() {
     }
     let kept = fixture.owner.events_of(other).await;
     assert_eq!(kept.iter().map(|event| event.json.as_str()).collect::<Vec<_>>(), [sent, large.as_str()]);
-    assert_eq!(kept[0].kind, "NobodyKnowsIt");
+    assert_eq!(kept[0].kind, "UnknownKindEvent");
     // The large event is in the bucket, under a key that is also a valid file name.
     let objects = fixture.server.aws.s3.list_objects_v2().bucket(&fixture.server.config.names.bucket).prefix("events/");
     let objects = objects.send().await.expect("a list").contents.unwrap_or_default();

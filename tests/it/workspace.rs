@@ -209,7 +209,7 @@ async fn recorded_exchanges_get_the_recorded_responses() {
         harness.sandboxes.set_status(SANDBOX, if paused { SandboxStatus::Paused } else { SandboxStatus::Running });
         harness.agent.clear_faults();
         harness.set_budget(if label.ends_with("drop") { SHORT_BUDGET } else { BUDGET });
-        harness.agent.set_skills(as_told_by_the_agent_server(&case["response"]["body"]["skills"]));
+        harness.agent.set_skills(as_the_agent_server_returns_them(&case["response"]["body"]["skills"]));
         harness.write("PLAN.md", "# Plan ünï\nline2\n");
         harness.write("bin.dat", [0xff, 0xfe, 0x00]);
         harness.write("empty.txt", "");
@@ -258,7 +258,7 @@ async fn recorded_exchanges_get_the_recorded_responses() {
 }
 
 /// The recorded skills in the form in which the agent server returns them.
-fn as_told_by_the_agent_server(shown: &Value) -> Value {
+fn as_the_agent_server_returns_them(shown: &Value) -> Value {
     let skills = shown.as_array().into_iter().flatten().map(|skill| {
         json!({
             "name": skill["name"], "type": skill["type"], "content": skill["content"], "triggers": skill["triggers"],

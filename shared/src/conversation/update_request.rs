@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn absent_null_and_a_value_are_told_apart() {
+    fn absent_null_and_a_value_are_different_changes() {
         let request = read(&json!({"title": null, "public": "yes", "extra": 1})).expect("a request");
         let expected = UpdateRequest { title: Some(None), public: Some(Some(true)), ..UpdateRequest::default() };
         assert_eq!(request, expected);

@@ -42,7 +42,7 @@ impl From<AdvanceStart> for Job {
 }
 
 /// Exponential backoff before the next attempt at a step that failed `attempts` times, at least once: 500 ms, doubled up to 8 s,
-/// with jitter. All pauses together last for 16 s to 32 s: a network failure of that length ends no start.
+/// with jitter. All pauses together last for 16 s to 32 s, so that a network failure of 16 s ends no start.
 #[must_use]
 pub fn delay_after(attempts: u32) -> Duration {
     BACKOFF.pause_after(attempts)

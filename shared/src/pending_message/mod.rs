@@ -68,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_no_message_is_told_in_the_contracts_words() {
+    fn an_invalid_message_gets_the_contracts_error() {
         let read = |body: &str| read_body(body.as_bytes());
         for (body, expected) in [
             ("", "Invalid request body"),

@@ -50,7 +50,7 @@ const HOST: &str = "host.docker.internal";
 
 /// The timeout of every call to the engine except pulling an image and stopping a container.
 const CALL: Duration = Duration::from_secs(10);
-const STOP_PATIENCE: Duration = Duration::from_secs(10);
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 const HEALTH: Duration = Duration::from_secs(3);
 /// While a record is younger than this, a missing container counts as starting.
 const LAUNCH_GRACE: Duration = Duration::from_secs(30);
@@ -420,9 +420,9 @@ impl SandboxService for DockerSandboxes {
         let (engine, name) = (self.engine().await?, self.container(user, id));
         // A paused container does not process signals, so unpause it first. A container that does not stop is removed by force.
         let _running = engine.unpause_container(&name).await;
-        let stop_timeout = i32::try_from(STOP_PATIENCE.as_secs()).unwrap_or_default();
+        let stop_timeout = i32::try_from(STOP_TIMEOUT.as_secs()).unwrap_or_default();
         let options = StopContainerOptions { t: Some(stop_timeout), ..StopContainerOptions::default() };
-        let _stopped = timeout(STOP_PATIENCE + CALL, engine.stop_container(&name, Some(options))).await;
+        let _stopped = timeout(STOP_TIMEOUT + CALL, engine.stop_container(&name, Some(options))).await;
         let options = RemoveContainerOptions { force: true, v: true, ..RemoveContainerOptions::default() };
         match engine.remove_container(&name, Some(options)).await {
             Err(error) if status_of(&error) != Some(404) => return Err(failed("remove", &error)),

@@ -60,7 +60,7 @@ const PASSED_ON: [&str; 20] = [
 const SHARED_HOME: [&str; 4] =
     [".agents/skills", ".openhands/skills", ".openhands/microagents", ".cache/ms-playwright"];
 
-const TERMINATION_PATIENCE: Duration = Duration::from_secs(10);
+const TERMINATION_TIMEOUT: Duration = Duration::from_secs(10);
 /// The port range of agent servers. It is below the ephemeral ports of the system: an agent server needs seconds until it listens, and the
 /// system must not assign its port to another process in that time.
 const PORTS: std::ops::RangeInclusive<u16> = 20_000..=32_000;
@@ -70,7 +70,7 @@ const ALIVE_TIMEOUT: Duration = Duration::from_secs(1);
 /// While a record is younger than this, a missing process counts as starting.
 const LAUNCH_GRACE: Duration = Duration::from_secs(10);
 /// The timeout for the process id file. It is written within milliseconds after the launch.
-const PID_PATIENCE: Duration = Duration::from_secs(1);
+const PID_TIMEOUT: Duration = Duration::from_secs(1);
 const LOG_TAIL_LINES: usize = 12;
 const LOG_TAIL_BYTES: u64 = 8 * 1024;
 
@@ -139,7 +139,7 @@ impl Folder {
     /// Like [`Folder::living`], but waits until an agent server that was just launched has written its process id, so that a termination
     /// does not miss it.
     async fn living_or_launched(&self) -> Option<Pid> {
-        let deadline = Instant::now() + PID_PATIENCE;
+        let deadline = Instant::now() + PID_TIMEOUT;
         loop {
             let living = self.living();
             if living.is_some() || !self.is_locked() || Instant::now() > deadline {
@@ -419,7 +419,7 @@ async fn end_agent_server(folder: &Folder, pid: Pid) {
     for signal in [Signal::CONT, Signal::TERM] {
         let _gone = kill_process_group(pid, signal);
     }
-    let deadline = Instant::now() + TERMINATION_PATIENCE;
+    let deadline = Instant::now() + TERMINATION_TIMEOUT;
     while folder.living().is_some() && Instant::now() < deadline {
         sleep(Duration::from_millis(50)).await;
     }

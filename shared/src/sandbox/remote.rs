@@ -343,8 +343,9 @@ impl SandboxService for RemoteSandboxes {
     async fn start(&self, user: &UserId, id: &str) -> Result<()> {
         // Use a random key that is never disclosed until the runtime API has created one. Write the record first: a runtime without a
         // record could run forever.
-        let nobodys = SecretString::from(id::new_session_key());
-        let record = self.store.put_new(self.store.new_record(user, id, &self.config.image, &nobodys).await?).await?;
+        let placeholder = SecretString::from(id::new_session_key());
+        let record =
+            self.store.put_new(self.store.new_record(user, id, &self.config.image, &placeholder).await?).await?;
         let status = self.runtime(user, id).await?.and_then(|runtime| runtime.status);
         match status.as_deref().map(str::to_ascii_lowercase).as_deref() {
             Some("running" | "starting" | "paused") => Ok(()),

@@ -190,7 +190,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_key_is_told_from_other_tokens() {
+    fn a_key_is_distinguished_from_other_tokens() {
         let key = format!("{PREFIX}{}", id::random_base62(DIGITS));
         assert!(ApiKeyStore::looks_like_one(&key));
         for other in ["", "oh-", &key[1..], &key[..key.len() - 1], &format!("{key}0"), &key.replace("oh-", "oh_")] {

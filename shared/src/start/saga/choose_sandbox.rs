@@ -75,9 +75,9 @@ impl StartRun<'_> {
         }))
         .await?;
         let limit = self.saga.config.max_conversations_per_sandbox;
-        let with_room = counted.into_iter().filter(|(_, count)| *count < limit);
+        let below_limit = counted.into_iter().filter(|(_, count)| *count < limit);
         // A sandbox may have died or may hang although its provider still reports it as running.
-        let answering = join_all(with_room.map(async |(sandbox, count)| {
+        let answering = join_all(below_limit.map(async |(sandbox, count)| {
             let agent_server = sandbox.agent_server(&self.saga.http)?;
             agent_server.is_alive().await.then_some((sandbox, count))
         }));

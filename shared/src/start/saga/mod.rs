@@ -211,7 +211,7 @@ impl StartRun<'_> {
             return self.fail(fault, &reason).await;
         }
         let mut waiting_since = None;
-        let mut looks = 0;
+        let mut polls = 0;
         loop {
             if self.task.record.failure.is_some() {
                 return self.clean_up_and_end().await;
@@ -219,7 +219,7 @@ impl StartRun<'_> {
             let (pause, change) = match self.step().await {
                 Ok(Step::Ready) => return Ok(Attempt::Finished),
                 Ok(Step::Next(status, change)) => {
-                    (waiting_since, looks) = (None, 0);
+                    (waiting_since, polls) = (None, 0);
                     match self.enter(status, change).await? {
                         Ok(()) => continue,
                         Err(LeaseLost) => return Ok(Attempt::Busy),
@@ -229,11 +229,11 @@ impl StartRun<'_> {
                     return self.fail(self.fault_of_overdue(), &self.overdue_text()).await;
                 }
                 Ok(Step::Wait) => {
-                    looks += 1;
+                    polls += 1;
                     let is_first_success = std::mem::take(&mut self.task.record.refusals) > 0;
                     let change = Change::default();
                     let change = if is_first_success { change.set("refusals", attempts(0)) } else { change };
-                    (self.pause_after(looks), change)
+                    (self.pause_after(polls), change)
                 }
                 Err(StepError::LeaseLost) => return Ok(Attempt::Busy),
                 Err(StepError::Fatal(text)) => return self.fail(Fault::Server, &text).await,
@@ -284,12 +284,12 @@ impl StartRun<'_> {
 
     /// The poll interval after the n-th poll. Each poll of a command costs the agent server a scan of all its commands, so the interval
     /// grows with the wait (backoff). The limit is smaller while a sandbox boots, so that its first response is detected early.
-    fn pause_after(&self, looks: u32) -> Duration {
+    fn pause_after(&self, polls: u32) -> Duration {
         let slowest = match self.status() {
             StartStatus::WaitingForSandbox => MAX_BOOT_POLL_FACTOR,
             _ => MAX_POLL_FACTOR,
         };
-        self.saga.config.poll * (looks / 2 + 1).min(slowest)
+        self.saga.config.poll * (polls / 2 + 1).min(slowest)
     }
 
     fn status(&self) -> StartStatus {

@@ -330,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn several_tokens_of_one_host_are_told_apart_by_their_users() {
+    fn several_tokens_of_one_host_are_distinguished_by_their_users() {
         use ProviderType::{Bitbucket, Forgejo, Github, Gitlab};
         let given = tokens(&[
             (Gitlab, "a", Some("git.example:443")),
