@@ -82,6 +82,16 @@ pub struct ProcessSandboxes {
     http: HttpClient,
 }
 
+/// The state of an agent server process, as its folder shows it.
+#[derive(Debug, PartialEq, Eq)]
+enum Process {
+    NotLaunched,
+    /// It holds the lock and has not yet written its process id.
+    Launching,
+    Living(Pid),
+    Ended,
+}
+
 /// The files of one sandbox.
 struct Folder(PathBuf);
 
@@ -126,26 +136,34 @@ impl Folder {
         File::open(self.lock()).is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
     }
 
-    /// Returns the process id of this folder's agent server, if it is running.
-    fn living(&self) -> Option<Pid> {
-        if !self.is_locked() {
-            return None;
-        }
-        // A child of a dead agent server may still hold the lock, so check also that the process exists.
-        let pid = fs::read_to_string(self.pid()).ok()?.trim().parse().ok().and_then(Pid::from_raw)?;
-        test_kill_process(pid).ok().map(|()| pid)
+    /// Returns the process id that the launcher has written. The file is empty for an instant after it was created.
+    fn written_pid(&self) -> Option<Pid> {
+        fs::read_to_string(self.pid()).ok()?.trim().parse().ok().and_then(Pid::from_raw)
     }
 
-    /// Like [`Folder::living`], but waits until an agent server that was just launched has written its process id, so that a termination
-    /// does not miss it.
-    async fn living_or_launched(&self) -> Option<Pid> {
+    /// Returns the state of this folder's agent server process.
+    fn process(&self) -> Process {
+        // Read the id before the lock: a process that is launched in between has not ended.
+        let launched_before = self.written_pid().is_some();
+        match (self.is_locked(), self.written_pid()) {
+            (false, _) if launched_before => Process::Ended,
+            (false, _) => Process::NotLaunched,
+            (true, None) => Process::Launching,
+            // A child of a dead agent server may still hold the lock, so check also that the process exists.
+            (true, Some(pid)) => test_kill_process(pid).map_or(Process::Ended, |()| Process::Living(pid)),
+        }
+    }
+
+    /// Returns the process id of this folder's agent server, if it is running. Waits until an agent server that was just launched has
+    /// written its process id, so that no signal misses it.
+    async fn living(&self) -> Option<Pid> {
         let deadline = Instant::now() + PID_TIMEOUT;
         loop {
-            let living = self.living();
-            if living.is_some() || !self.is_locked() || Instant::now() > deadline {
-                return living;
+            match self.process() {
+                Process::Living(pid) => return Some(pid),
+                Process::Launching if Instant::now() < deadline => sleep(Duration::from_millis(5)).await,
+                Process::NotLaunched | Process::Launching | Process::Ended => return None,
             }
-            sleep(Duration::from_millis(5)).await;
         }
     }
 
@@ -180,7 +198,7 @@ impl ProcessSandboxes {
     pub async fn stop_all(&self, user: &UserId) -> Result<()> {
         let stopped = join_all(self.store.list(user).await?.into_iter().map(async |record| {
             let folder = self.folder(&record.id);
-            if folder.living_or_launched().await.is_none() {
+            if folder.living().await.is_none() {
                 end_leftovers(&folder).await;
                 return Ok(());
             }
@@ -222,7 +240,7 @@ impl ProcessSandboxes {
         let take = async || take_lock(&folder).await.map_err(|error| cannot_make(&folder, &error));
         let mut lock = take().await?;
         if lock.is_none() {
-            if folder.living_or_launched().await.is_some() {
+            if folder.living().await.is_some() {
                 return Ok(());
             }
             // A child process of a dead agent server holds the lock.
@@ -241,7 +259,10 @@ impl ProcessSandboxes {
         }
         // Kill the remaining child processes of a killed agent server.
         kill_all_of(&folder);
-        remove_if_there(&folder.answered()).map_err(|error| cannot_make(&folder, &error))?;
+        // The lock is held: until the new process has written its id, it counts as launching and not as the one that has ended.
+        for file in [folder.pid(), folder.answered()] {
+            remove_if_there(&file).map_err(|error| cannot_make(&folder, &error))?;
+        }
         let key = self.store.session_key(record).await?;
         self.spawn(&folder, lock, port, &key).map_err(|error| cannot_make(&folder, &error))?;
         tracing::info!(sandbox = %record.id, port, "sandbox.launched");
@@ -298,15 +319,19 @@ impl ProcessSandboxes {
             url: format!("http://127.0.0.1:{port}"),
             port,
         });
-        let (status, detail) = match (record.wanted, folder.living().is_some()) {
-            (Wanted::Stopped, _) | (Wanted::Paused, true) => (SandboxStatus::Paused, None),
-            (Wanted::Running, true) if self.answers(&folder, url.as_ref()).await => (SandboxStatus::Running, None),
-            (Wanted::Running, true) => (SandboxStatus::Starting, None),
-            (_, false) if folder.answered().exists() => (SandboxStatus::Missing, Some("Its agent server has ended")),
-            (_, false) if Time::now().since(record.created_at) < LAUNCH_GRACE && !folder.pid().exists() => {
-                (SandboxStatus::Starting, None)
+        let process = folder.process();
+        let is_young = Time::now().since(record.created_at) < LAUNCH_GRACE;
+        let (status, detail) = match (record.wanted, process) {
+            (Wanted::Stopped, _) | (Wanted::Paused, Process::Living(_) | Process::Launching) => {
+                (SandboxStatus::Paused, None)
             }
-            (_, false) => (SandboxStatus::Error, Some("Its agent server ended before its first response")),
+            (Wanted::Running, Process::Living(_)) if self.answers(&folder, url.as_ref()).await => {
+                (SandboxStatus::Running, None)
+            }
+            (Wanted::Running, Process::Living(_) | Process::Launching) => (SandboxStatus::Starting, None),
+            (_, _) if folder.answered().exists() => (SandboxStatus::Missing, Some("Its agent server has ended")),
+            (_, Process::NotLaunched) if is_young => (SandboxStatus::Starting, None),
+            (_, _) => (SandboxStatus::Error, Some("Its agent server ended before its first response")),
         };
         let running = status == SandboxStatus::Running;
         Ok(Sandbox {
@@ -366,7 +391,7 @@ impl SandboxService for ProcessSandboxes {
     }
 
     async fn pause(&self, user: &UserId, id: &str) -> Result<bool> {
-        let Some(pid) = self.folder(id).living() else { return Ok(false) };
+        let Some(pid) = self.folder(id).living().await else { return Ok(false) };
         if !self.store.set_wanted(user, id, Wanted::Paused).await? {
             return Ok(false);
         }
@@ -375,7 +400,7 @@ impl SandboxService for ProcessSandboxes {
 
     async fn resume(&self, user: &UserId, id: &str) -> Result<bool> {
         let Some(record) = self.store.get(user, id).await? else { return Ok(false) };
-        let resumed = match self.folder(id).living() {
+        let resumed = match self.folder(id).living().await {
             Some(pid) => kill_process_group(pid, Signal::CONT).is_ok(),
             // The agent server was stopped or has crashed; its folder contains everything for a new launch.
             None => self.launch(&record).await.map(|()| true)?,
@@ -407,7 +432,7 @@ impl SandboxService for ProcessSandboxes {
 
 /// Terminates the folder's agent server and all its child processes. Returns when the agent server has exited.
 async fn terminate(folder: &Folder) {
-    if let Some(pid) = folder.living_or_launched().await {
+    if let Some(pid) = folder.living().await {
         end_agent_server(folder, pid).await;
     }
     end_leftovers(folder).await;
@@ -420,12 +445,12 @@ async fn end_agent_server(folder: &Folder, pid: Pid) {
         let _gone = kill_process_group(pid, signal);
     }
     let deadline = Instant::now() + TERMINATION_TIMEOUT;
-    while folder.living().is_some() && Instant::now() < deadline {
+    while folder.living().await.is_some() && Instant::now() < deadline {
         sleep(Duration::from_millis(50)).await;
     }
     // Kill the group also when the agent server has exited by itself, because its children may still run.
     let _gone = kill_process_group(pid, Signal::KILL);
-    while folder.living().is_some() {
+    while folder.living().await.is_some() {
         sleep(Duration::from_millis(20)).await;
     }
 }
@@ -542,4 +567,32 @@ fn remove_if_there(path: &Path) -> io::Result<()> {
 
 fn cannot_make(folder: &Folder, error: &io::Error) -> Error {
     Error::Refused(format!("The sandbox in {} could not be started: {error}", folder.0.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A launcher creates its file before it writes its process id into it.
+    #[test]
+    fn a_process_that_has_not_written_its_id_is_launching() {
+        let folder = Folder(std::env::temp_dir().join(id::new_sandbox_id()));
+        fs::create_dir(&folder.0).expect("created");
+        let own_id = std::process::id().to_string();
+        assert_eq!(folder.process(), Process::NotLaunched);
+        let lock = folder.open_lock().expect("opened");
+        lock.lock().expect("locked");
+        assert_eq!(folder.process(), Process::Launching, "no file yet");
+        fs::write(folder.pid(), "").expect("written");
+        assert_eq!(folder.process(), Process::Launching, "an empty file");
+        fs::write(folder.pid(), format!("{own_id}\n")).expect("written");
+        assert_eq!(folder.process(), Process::Living(rustix::process::getpid()));
+        // The greatest process id of Linux is 4194304.
+        fs::write(folder.pid(), "4194305\n").expect("written");
+        assert_eq!(folder.process(), Process::Ended, "a child of the agent server holds the lock");
+        fs::write(folder.pid(), own_id).expect("written");
+        drop(lock);
+        assert_eq!(folder.process(), Process::Ended);
+        fs::remove_dir_all(&folder.0).expect("removed");
+    }
 }
