@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use secrecy::SecretString;
 
+use crate::dynamo::INDEX_LAG;
 pub use crate::env::{ConfigError, permitted_origins, text};
 use crate::env::{flag, parsed, required, web_url};
 use crate::http_client::AddressPolicy;
@@ -69,6 +70,8 @@ pub struct StartConfig {
     /// How long a worker waits in its own process before it returns the task to the queue (`START_INLINE_WAIT_MS`, 2000). On Lambda waiting
     /// costs money; locally it is free.
     pub inline_wait: Duration,
+    /// The longest delay between two polls of a start that waits in the queue (`START_MAX_POLL_DELAY_MS`, 15000).
+    pub max_poll_delay: Duration,
     /// The duration of a worker's lease on a task unless it is renewed (`START_LEASE_SECONDS`, 15).
     pub lease: Duration,
     /// The poll interval (`START_POLL_MS`, 100).
@@ -76,6 +79,9 @@ pub struct StartConfig {
     /// The keep-alive interval: stream-start sends a newline after this time without output (`STREAM_KEEP_ALIVE_MS`, 10000). CloudFront
     /// ends a stream that is idle for 30 s, and API Gateway one that is idle for 5 minutes.
     pub keep_alive: Duration,
+    /// The number of a user's unfinished starts at which further ones are refused with a 429 (`MAX_UNFINISHED_STARTS`, 500). It is
+    /// approximate, see [`crate::user::counters::add_below`].
+    pub max_unfinished_starts: u32,
     /// The maximum number of conversations that grouping assigns to one sandbox (`MAX_CONVERSATIONS_PER_SANDBOX`, 20).
     pub max_conversations_per_sandbox: usize,
     /// Whether a start initialises an empty git repository in a workspace without one (`INIT_GIT_IN_EMPTY_WORKSPACE`, true).
@@ -106,9 +112,11 @@ impl Default for StartConfig {
             agent_request_timeout: Duration::from_secs(120),
             mcp_probe_timeout: Duration::from_secs(5),
             inline_wait: Duration::from_secs(2),
+            max_poll_delay: Duration::from_secs(15),
             lease: Duration::from_secs(15),
             poll: Duration::from_millis(100),
             keep_alive: Duration::from_secs(10),
+            max_unfinished_starts: 500,
             max_conversations_per_sandbox: 20,
             init_git_in_empty_workspace: true,
             allow_insecure_git_access: false,
@@ -140,8 +148,8 @@ pub struct ExportConfig {
     pub build_budget: Duration,
     /// The timeout for the backfill of events that an agent server has not delivered (`EXPORT_CATCH_UP_MS`, 5000).
     pub catch_up: Duration,
-    /// The maximum lag of indexes after a write (`EXPORT_SETTLE_MS`, 5000). An export is not reused if its build started sooner than this
-    /// after a change of the log.
+    /// The maximum lag of indexes after a write (`EXPORT_SETTLE_MS`, 3000). A build of an export starts no sooner than this after the last
+    /// change of the log: the indexes may lack events until then.
     pub settle: Duration,
     /// The duration of the lease on an export unless it is renewed (`EXPORT_LEASE_SECONDS`, 30).
     pub lease: Duration,
@@ -158,7 +166,7 @@ impl Default for ExportConfig {
             budget: Duration::from_secs(20),
             build_budget: Duration::from_secs(840),
             catch_up: Duration::from_secs(5),
-            settle: Duration::from_secs(5),
+            settle: INDEX_LAG,
             lease: Duration::from_secs(30),
             retry_pause: Duration::from_secs(10),
             max_events: MAX_EXPORT_EVENTS,
@@ -213,6 +221,8 @@ pub struct Config {
     pub live_status_budget: Duration,
     /// The time limit of a request that inspects a sandbox (`SANDBOX_REQUEST_BUDGET_MS`, 20000). API Gateway waits for 29 s.
     pub sandbox_request_budget: Duration,
+    /// How long a sandbox may be idle before it is paused (`SANDBOX_IDLE_MINUTES`). `None`, and 0 in the environment: it is not paused.
+    pub sandbox_idle_limit: Option<Duration>,
     pub export: ExportConfig,
     /// The addresses of agent servers that are allowed (`ALLOW_PRIVATE_AGENT_SERVERS`, false): public ones only, or any.
     pub address_policy: AddressPolicy,
@@ -246,6 +256,7 @@ impl Config {
             live_status_budget: Duration::from_millis(parsed("LIVE_STATUS_BUDGET_MS")?.unwrap_or(1500)),
             sandbox_request_budget: parsed("SANDBOX_REQUEST_BUDGET_MS")?
                 .map_or(SANDBOX_REQUEST_BUDGET, Duration::from_millis),
+            sandbox_idle_limit: idle_limit()?,
             export: ExportConfig::from_env()?,
             address_policy: if flag("ALLOW_PRIVATE_AGENT_SERVERS", false)? {
                 AddressPolicy::Any
@@ -275,9 +286,21 @@ impl Config {
             ("SINGLE_USER", self.single_user.to_string()),
             ("ALLOW_PRIVATE_AGENT_SERVERS", (self.address_policy == AddressPolicy::Any).to_string()),
         ];
+        if let Some(limit) = self.sandbox_idle_limit {
+            variables.push(("SANDBOX_IDLE_MINUTES", limit.as_secs().div_ceil(60).to_string()));
+        }
         variables.extend(self.sandbox.to_env());
         variables
     }
+}
+
+/// Reads [`Config::sandbox_idle_limit`] from the environment.
+///
+/// # Errors
+/// When the variable is malformed.
+pub fn idle_limit() -> Result<Option<Duration>, ConfigError> {
+    let minutes: Option<u32> = parsed("SANDBOX_IDLE_MINUTES")?;
+    Ok(minutes.filter(|minutes| *minutes > 0).map(|minutes| Duration::from_secs(60 * u64::from(minutes))))
 }
 
 /// The configuration of the authorizer.
@@ -331,9 +354,11 @@ impl StartConfig {
             agent_request_timeout: seconds("AGENT_REQUEST_TIMEOUT", default.agent_request_timeout)?,
             mcp_probe_timeout: seconds("MCP_PROBE_TIMEOUT", default.mcp_probe_timeout)?,
             inline_wait: milliseconds("START_INLINE_WAIT_MS", default.inline_wait)?,
+            max_poll_delay: milliseconds("START_MAX_POLL_DELAY_MS", default.max_poll_delay)?,
             lease: seconds("START_LEASE_SECONDS", default.lease)?,
             poll: milliseconds("START_POLL_MS", default.poll)?,
             keep_alive: milliseconds("STREAM_KEEP_ALIVE_MS", default.keep_alive)?,
+            max_unfinished_starts: parsed("MAX_UNFINISHED_STARTS")?.unwrap_or(default.max_unfinished_starts),
             max_conversations_per_sandbox: parsed("MAX_CONVERSATIONS_PER_SANDBOX")?
                 .unwrap_or(default.max_conversations_per_sandbox),
             init_git_in_empty_workspace: flag("INIT_GIT_IN_EMPTY_WORKSPACE", default.init_git_in_empty_workspace)?,

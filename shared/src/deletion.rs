@@ -2,7 +2,8 @@
 //! belongs to it.
 //!
 //! The record stays, hidden, until everything else is removed. The sweep enqueues the next attempt of an interrupted deletion. Every step
-//! is idempotent and may run concurrently with itself.
+//! is idempotent and may run concurrently with itself. A tombstone then remembers the id, because an agent server may still report the
+//! conversation: one whose sandbox was paused, or whose agent was busy.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,6 +25,7 @@ use crate::jobs::queue::JobQueue;
 use crate::jobs::sweep::sweep;
 use crate::pending_message::store::MessageStore;
 use crate::sandbox::SandboxService;
+use crate::sandbox::reconciler::SandboxReconciler;
 use crate::start::store::StartTaskStore;
 
 /// The backoff between attempts to hide a conversation and its sub-conversations while sub-conversations are added or removed.
@@ -93,13 +95,14 @@ pub struct Deletion {
     pub events: EventStore,
     pub exports: ExportStore,
     pub messages: MessageStore,
+    pub reconciler: SandboxReconciler,
     pub sandboxes: Arc<dyn SandboxService>,
     pub http: HttpClient,
 }
 
 impl Deletion {
-    /// Removes everything that belongs to a conversation that is being deleted, and then its record. Does nothing when there is no
-    /// such record.
+    /// Removes everything that belongs to a conversation that is being deleted, and then replaces its record by a tombstone. Removes an
+    /// expired tombstone. Does nothing when there is neither.
     ///
     /// # Errors
     /// [`crate::Error::Store`] or [`crate::Error::Upstream`]; the deletion is unfinished then, and the sweep enqueues it again.
@@ -118,7 +121,7 @@ impl Deletion {
         self.events.delete_all(user, id).await?;
         self.exports.delete_all(user, id).await?;
         self.messages.delete_all(user, id).await?;
-        self.delete_unused_sandbox(&record).await?;
+        self.leave_sandbox(&record).await?;
         conversations.end_deletion(user, id).await?;
         tracing::info!(conversation = %id, "conversation.deleted");
         Ok(())
@@ -129,16 +132,16 @@ impl Deletion {
     /// # Errors
     /// [`crate::Error::Store`].
     pub async fn sweep(&self) -> Result<usize> {
-        sweep(&self.deleter.conversations.deletions(), &self.deleter.queue, |row| DeleteConversation {
-            user: row.user.clone(),
-            conversation: row.id,
+        sweep(&self.deleter.conversations.deletions(), &self.deleter.queue, |row| {
+            Some(DeleteConversation { user: row.user.clone(), conversation: row.uuid()? })
         })
         .await
     }
 
-    /// Best effort: a paused sandbox keeps its copy, which no client can access, until the sandbox is deleted.
+    /// Best effort: a paused sandbox keeps its copy, which no client can access, until the sandbox is deleted. An error means that the
+    /// state of the sandbox is unknown.
     async fn delete_from_agent_server(&self, record: &ConversationRecord) -> Result<()> {
-        let sandbox = self.sandboxes.get(&record.user, &record.sandbox_id).await?;
+        let sandbox = self.sandboxes.inspect(&record.user, &record.sandbox_id).await?;
         let Some(agent_server) = sandbox.and_then(|sandbox| sandbox.agent_server(&self.http)) else { return Ok(()) };
         match agent_server.delete_conversation(record.id, AGENT_TIMEOUT).await {
             Err(error) if !matches!(error.failure, Failure::Status(status, _) if status == http::StatusCode::NOT_FOUND) =>
@@ -150,17 +153,13 @@ impl Deletion {
         Ok(())
     }
 
-    /// Deletes the sandbox after its last conversation, unless an unfinished start will use it.
-    async fn delete_unused_sandbox(&self, record: &ConversationRecord) -> Result<()> {
-        let (user, sandbox) = (&record.user, &record.sandbox_id);
-        if self.sandboxes.get(user, sandbox).await?.is_none()
-            || self.deleter.conversations.count_in_sandbox(user, sandbox).await? > 0
-            || self.tasks.is_bound_for(user, sandbox).await?
-        {
-            return Ok(());
+    /// Ends the membership of the conversation in its sandbox, which is deleted after its last member has left.
+    async fn leave_sandbox(&self, record: &ConversationRecord) -> Result<()> {
+        let records = &self.reconciler.records;
+        let left = records.remove_conversation(&record.user, &record.sandbox_id, record.id, true).await?;
+        if let Some(sandbox) = left {
+            self.reconciler.member_left(&sandbox).await;
         }
-        self.sandboxes.delete(user, sandbox).await?;
-        tracing::info!(sandbox, "conversation.sandbox_deleted");
         Ok(())
     }
 }

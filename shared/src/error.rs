@@ -1,6 +1,7 @@
 //! The error type of this crate. Errors are classified by cause, not by HTTP status; `http::response` maps them to responses.
 
 use std::fmt;
+use std::time::Duration;
 
 use crate::violation::Violation;
 
@@ -34,6 +35,13 @@ pub enum Error {
     /// A limit on the number of such resources is reached. (The rate limit of requests is API Gateway's.)
     #[error("{0}")]
     TooMany(String),
+    /// The user has too much work in progress; the request may be repeated after a while.
+    #[error("{message}")]
+    Saturated {
+        message: String,
+        /// When to repeat the request.
+        retry_after: Duration,
+    },
     /// A dependency of the request does not work at the moment.
     #[error("{0}")]
     Unavailable(String),

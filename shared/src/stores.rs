@@ -16,6 +16,7 @@ use crate::http_client::HttpClient;
 use crate::jobs::queue::JobQueue;
 use crate::pending_message::delivery::{Messages, Timing};
 use crate::pending_message::store::MessageStore;
+use crate::sandbox::reconciler::SandboxReconciler;
 use crate::sandbox::store::SandboxStore;
 use crate::sandbox::{self, SandboxService};
 use crate::start::create::StartService;
@@ -141,6 +142,12 @@ impl Stores {
         sandbox::service(config, self.sandboxes())
     }
 
+    /// Deletes these sandboxes when they are not used any more.
+    #[must_use]
+    pub fn sandbox_reconciler(&self, sandboxes: Arc<dyn SandboxService>) -> SandboxReconciler {
+        SandboxReconciler { records: self.sandboxes(), sandboxes, queue: self.queue(), idle: None }
+    }
+
     #[must_use]
     pub fn settings(&self) -> SettingsStore {
         SettingsStore::new(self.aws.dynamodb.clone(), self.names.users.clone(), self.key.clone())
@@ -155,6 +162,7 @@ impl Stores {
             settings: self.settings(),
             allow_insecure_git_access: config.start.allow_insecure_git_access,
             step_timeout: config.start.step_timeout,
+            max_unfinished: config.start.max_unfinished_starts,
         }
     }
 
@@ -164,6 +172,7 @@ impl Stores {
         Saga {
             tasks: self.start_tasks(),
             conversations: self.conversations(),
+            reconciler: self.sandbox_reconciler(sandboxes.clone()),
             sandboxes,
             settings: self.settings(),
             queue: self.queue(),
@@ -182,6 +191,7 @@ impl Stores {
             events: self.events(),
             exports: self.exports(),
             messages: self.messages(),
+            reconciler: self.sandbox_reconciler(sandboxes.clone()),
             sandboxes,
             http,
         }

@@ -95,6 +95,7 @@ async fn main() {
         single_user: false,
         live_status_budget: Duration::from_secs(1),
         sandbox_request_budget: Duration::from_secs(2),
+        sandbox_idle_limit: None,
         address_policy: AddressPolicy::PublicOnly,
         export: ExportConfig::default(),
     };

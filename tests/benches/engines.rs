@@ -15,8 +15,11 @@ mod support {
     pub mod api;
     pub mod engines;
     pub mod fault_proxy;
+    pub mod hostile_aws;
     pub mod iam_proxy;
+    pub mod lagging_indexes;
     pub mod meter;
+    pub mod recurring_faults;
     pub mod seed;
     pub mod server;
     pub mod sigv4;

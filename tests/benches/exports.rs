@@ -186,7 +186,7 @@ async fn export(conversation: Uuid) {
     let sealer = Sealer::from_file(&std::path::Path::new(&folder).join("sealing-key")).expect("a key");
     let stores = Stores::new(&names, &aws, &sealer);
     let config = ExportConfig { budget: BUDGET, ..ExportConfig::default() };
-    let sandboxes = Arc::new(NoSandboxes::new(stores.sandboxes()));
+    let sandboxes = Arc::new(NoSandboxes);
     let exporter = stores.exporter(&config, sandboxes, HttpClient::new(AddressPolicy::PublicOnly));
     let before = memory();
     let started = Instant::now();

@@ -39,7 +39,7 @@ async fn main() {
     let sandboxes = Stores::new(names, aws, &sealer).sandboxes();
     let user = UserId::local();
     let record = sandboxes.new_record(&user, "sandbox", "spec", &SecretString::from(KEY)).await.expect("a record");
-    sandboxes.put_new(record).await.expect("stored");
+    sandboxes.create(record, None).await.expect("stored");
     let events = Stores::without_key(names, aws).events();
     println!("| events in a batch | connections | events/s |\n|---|---|---|");
     for connections in [1, 8] {

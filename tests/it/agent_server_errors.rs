@@ -97,6 +97,7 @@ async fn each_recorded_error_ends_its_start_after_the_expected_number_of_attempt
         let failed: Vec<&Value> = lines.iter().filter(|line| line["message"] == "start.failed").collect();
         assert_eq!(failed.len(), 1, "{case}: {lines:?}");
         assert_eq!(failed[0]["fault"], fault, "{case}: {}", failed[0]);
+        harness.settle_sandboxes().await;
         assert!(
             harness.sandboxes.made().values().all(|made| made.deleted),
             "{case}: the sandbox was made for this start"
@@ -154,15 +155,15 @@ async fn nonconsecutive_errors_do_not_end_a_start() {
     harness.finish().await;
 }
 
-/// `detail` names what a failed start could not remove.
+/// `detail` names what a failed start could not remove, until it has been removed.
 #[tokio::test]
-async fn detail_names_a_conversation_that_could_not_be_removed() {
+async fn detail_names_a_conversation_that_could_not_be_removed_yet() {
     let harness = WorkerHarness::start(quick()).await;
     let first = harness.begin(&message()).await;
     let sandbox = harness.drive(first.id).await.now.sandbox_id.expect("a sandbox");
     harness.agent.fail_setup(None, 500, r#"{"exception":"Local plugin path does not exist: /nowhere"}"#);
     let delete = "DELETE /api/conversations/{id}";
-    harness.agent.inject(Fault::new(delete, Nth::Always, Kind::Status(500, r#"{"detail":"no"}"#.into())));
+    harness.agent.inject(Fault::new(delete, Nth::Next, Kind::Status(500, r#"{"detail":"no"}"#.into())));
     let mut body = message();
     body["sandbox_id"] = sandbox.as_str().into();
     let second = harness.begin(&body).await;
@@ -170,6 +171,9 @@ async fn detail_names_a_conversation_that_could_not_be_removed() {
     assert_eq!(ended.now.status, StartStatus::Error);
     let left = format!("Its conversation {} may still be in the sandbox {sandbox}", second.conversation_id);
     assert!(detail(&ended).ends_with(&left), "{}", detail(&ended));
+    harness.undone(second.id).await;
+    assert!(!detail(&harness.task(second.id).await).contains("may still be"));
+    assert_eq!(harness.agent.conversations().len(), 1);
     harness.finish().await;
 }
 
@@ -214,6 +218,7 @@ async fn failed_start_removes_its_conversation_from_a_kept_sandbox() {
     let second = harness.begin(&body).await;
     let ended = harness.drive(second.id).await;
     assert_eq!(ended.now.status, StartStatus::Error, "{}", detail(&ended));
+    harness.settle_sandboxes().await;
     let left: Vec<Uuid> = harness.agent.conversations().iter().map(|conversation| conversation.id).collect();
     assert_eq!(left, [first.conversation_id]);
     assert!(!harness.sandboxes.made()[&sandbox].deleted, "the first conversation uses it");

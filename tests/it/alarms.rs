@@ -160,6 +160,9 @@ fn every_condition_that_operators_must_know_has_an_alarm() {
     let abandoned = of_type(&template, "AWS::Logs::MetricFilter")["ExportsAbandoned"];
     assert_eq!(abandoned["FilterPattern"], r#"{ $.message = "export.abandoned" }"#);
     assert_eq!(alarms["ExportsAbandonedAlarm"]["Threshold"], 1);
+    let not_deleted = of_type(&template, "AWS::Logs::MetricFilter")["SandboxesNotDeleted"];
+    assert_eq!(not_deleted["FilterPattern"], r#"{ $.message = "sandbox.deletion_keeps_failing" }"#);
+    assert_eq!(alarms["SandboxesNotDeletedAlarm"]["Threshold"], 1);
     // Every function that crashes or times out.
     let with_errors: BTreeSet<String> = ["FunctionErrorsAlarm", "WorkerErrorsAlarm"]
         .into_iter()

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::json;
 use shared::Time;
 use shared::conversation::search::Filter;
+use shared::event::ingest::{ConversationReport, EventIngestor};
 use shared::event::store::{Event, EventFilter};
 use shared::start::task::{StartStatus, StartTaskRecord};
 use tokio::time::{Instant, sleep};
@@ -14,7 +15,7 @@ use crate::support::fault_proxy::{Moment, Stop};
 use crate::support::worker_harness::{WorkerHarness, quick};
 
 /// A READY conversation with two events, one of them in the bucket.
-async fn conversation(harness: &WorkerHarness, body: serde_json::Value) -> StartTaskRecord {
+pub async fn conversation(harness: &WorkerHarness, body: serde_json::Value) -> StartTaskRecord {
     let task = harness.begin(&body).await;
     let ready = harness.drive(task.id).await;
     assert_eq!(ready.now.status, StartStatus::Ready, "{:?}", ready.now.detail);
@@ -31,16 +32,16 @@ async fn conversation(harness: &WorkerHarness, body: serde_json::Value) -> Start
 }
 
 /// A message too long to be stored in the row of its task.
-fn long_message() -> serde_json::Value {
+pub fn long_message() -> serde_json::Value {
     json!({"initial_message": {"content": [{"type": "text", "text": "long ".repeat(4000)}]}})
 }
 
-fn everything() -> Filter {
+pub fn everything() -> Filter {
     Filter { include_sub_conversations: true, ..Filter::default() }
 }
 
 /// Asserts that nothing of the conversation is left, except what it shares with another one.
-async fn assert_nothing_left(harness: &WorkerHarness, started: &StartTaskRecord, case: &str) {
+pub async fn assert_nothing_left(harness: &WorkerHarness, started: &StartTaskRecord, case: &str) {
     let id = started.conversation_id;
     assert!(harness.conversations.get(&harness.user, id).await.expect("the store").is_none(), "{case}: the record");
     let row = harness.conversations.take_deletion(&harness.user, id, Time::now()).await.expect("the store");
@@ -55,14 +56,14 @@ async fn assert_nothing_left(harness: &WorkerHarness, started: &StartTaskRecord,
 }
 
 /// Handles jobs until the queue and the index of deletions are empty.
-async fn settle(harness: &WorkerHarness) {
+pub async fn settle(harness: &WorkerHarness) {
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
         while let Some(message) = harness.receive().await {
             harness.handle(&message).await;
         }
         if harness.conversations.deletions().due(Time::now()).await.0.is_empty() {
-            return;
+            return harness.settle_sandboxes().await;
         }
         assert!(Instant::now() < deadline, "a deletion is not finished");
         harness.sweep().await;
@@ -136,6 +137,7 @@ async fn sandbox_is_kept_while_another_conversation_or_a_start_uses_it() {
     deleter.delete(&harness.user, second.conversation_id).await.expect("deleted");
     let deletion = harness.receive().await.expect("a message");
     harness.handle(&deletion).await;
+    harness.settle_sandboxes().await;
     assert!(!harness.sandboxes.made()[&sandbox].deleted, "an unfinished start uses it");
     let ready = harness.drive(third.id).await;
     assert_eq!(ready.now.status, StartStatus::Ready, "{:?}", ready.now.detail);
@@ -157,19 +159,141 @@ async fn lost_message_is_requeued_by_sweep() {
         assert!(Instant::now() < deadline, "the sweep has not requeued the deletion");
     };
     harness.handle(&message).await;
+    harness.settle_sandboxes().await;
     assert_nothing_left(&harness, &started, "requeued").await;
     harness.finish().await;
 }
 
-/// Crashes a worker at each of its calls in turn, and delivers the message again.
-async fn crash_everywhere(moment: Moment) {
+/// Stops each of a worker's calls in turn, and delivers the message again. A worker whose call hangs has crashed.
+async fn stop_everywhere(stop: Stop) {
     let harness = WorkerHarness::start(quick()).await;
     let mut calls = 0;
     for call in 1.. {
         let started = conversation(&harness, long_message()).await;
-        let case = format!("a crash {moment:?} call {call}");
+        let case = format!("{stop:?} at call {call}");
         harness.context.deletion.deleter.delete(&harness.user, started.conversation_id).await.expect("deleted");
         let message = harness.receive().await.expect("a message");
+        harness.gate.arm(call, stop);
+        let (context, event) = (harness.context.clone(), WorkerHarness::event(&message));
+        let mut worker = tokio::spawn(async move { worker::handle(&context, event).await });
+        let hangs = async {
+            harness.gate.reached().await;
+            if !matches!(stop, Stop::Hang(_)) {
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            handled = &mut worker => {
+                assert!(handled.expect("no panic").expect("handled").batch_item_failures.is_empty(), "{case}");
+            }
+            () = hangs => worker.abort(),
+        }
+        let is_reached = harness.gate.is_reached();
+        calls = harness.gate.calls().len();
+        harness.gate.disarm();
+        harness.handle(&message).await;
+        harness.settle_sandboxes().await;
+        assert_nothing_left(&harness, &started, &case).await;
+        let sandbox = started.now.sandbox_id.expect("a sandbox");
+        assert!(harness.sandboxes.made()[&sandbox].deleted, "{case}: its sandbox");
+        assert_eq!(harness.conversations.count(&harness.user, &everything()).await.expect("a count"), 0, "{case}");
+        let tasks =
+            harness.tasks.count(&harness.user, &shared::start::store::Filter::default()).await.expect("a count");
+        assert_eq!(tasks, 0, "{case}: the count of tasks");
+        assert_eq!(harness.objects().await, Vec::<String>::new(), "{case}: objects");
+        if !is_reached {
+            break;
+        }
+    }
+    assert!(calls > 8, "only {calls} calls");
+    harness.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn crash_before_any_call_still_removes_everything() {
+    stop_everywhere(Stop::Hang(Moment::Before)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn crash_after_any_call_still_removes_everything() {
+    stop_everywhere(Stop::Hang(Moment::After)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_lost_response_of_any_call_still_removes_everything() {
+    stop_everywhere(Stop::LoseResponses(1)).await;
+}
+
+/// A sandbox that has another conversation goes on after the deletion of one, and may report that one late.
+#[tokio::test]
+async fn late_reports_do_not_bring_a_deleted_conversation_back() {
+    let harness = WorkerHarness::start(quick()).await;
+    let (user, conversations) = (&harness.user, &harness.conversations);
+    let kept = conversation(&harness, json!({})).await;
+    let sandbox = kept.now.sandbox_id.clone().expect("a sandbox");
+    let gone = conversation(&harness, json!({"sandbox_id": sandbox})).await;
+    let id = gone.conversation_id;
+    let deleter = &harness.context.deletion.deleter;
+    assert!(deleter.delete(user, id).await.expect("deleted"));
+    settle(&harness).await;
+
+    let ingestor = EventIngestor {
+        conversations: conversations.clone(),
+        events: harness.events(),
+        sandboxes: harness.records.clone(),
+        queue: harness.context.saga.queue.clone(),
+    };
+    let reporter = harness.records.get(user, &sandbox).await.expect("the store").expect("a record");
+    let report = ConversationReport::read(id, &json!({"title": "Late", "updated_at": "2030-01-01T00:00:00Z"}));
+    ingestor.ingest_report(&reporter, &report).await.expect("acknowledged");
+    let lookup = ingestor.lookup(&reporter, id).await.expect("the store");
+    let event = json!({"id": "late", "timestamp": "2030-01-01T00:00:00", "kind": "MessageEvent"});
+    let event = Event {
+        id: "late".to_owned(),
+        timestamp: "2030-01-01T00:00:00".to_owned(),
+        kind: "MessageEvent".to_owned(),
+        json: event.to_string(),
+    };
+    ingestor.ingest_events(&reporter, id, &lookup, vec![event]).await.expect("acknowledged");
+    assert_nothing_left(&harness, &gone, "after late reports").await;
+    assert_eq!(conversations.count(user, &everything()).await.expect("a count"), 1);
+    let record = harness.records.get(user, &sandbox).await.expect("the store").expect("a record");
+    assert_eq!(record.conversations.len(), 1, "{record:?}");
+
+    // A client may use the id again: while the tombstone is there, when it has expired, and when it is gone.
+    for round in 0..3 {
+        if round > 0 {
+            harness.expire_tombstone(id).await;
+        }
+        if round == 2 {
+            harness.sweep().await;
+            settle(&harness).await;
+        }
+        assert_eq!(harness.has_conversation_row(id).await, round < 2);
+        let again = conversation(&harness, json!({"conversation_id": id})).await;
+        assert!(conversations.get(user, id).await.expect("the store").is_some());
+        assert!(deleter.delete(user, again.conversation_id).await.expect("deleted"));
+        settle(&harness).await;
+    }
+    // An import may use it at once.
+    let other = conversations.get(user, kept.conversation_id).await.expect("the store").expect("a record");
+    let imported = shared::conversation::ConversationRecord { id, ..other };
+    assert_eq!(conversations.import(user, &[imported]).await.expect("imported"), [true]);
+    harness.finish().await;
+}
+
+/// Crashes the worker that deletes a sandbox at each of its calls in turn.
+async fn crash_while_reconciling(moment: Moment) {
+    let harness = WorkerHarness::start(quick()).await;
+    let mut calls = 0;
+    for call in 1.. {
+        let started = conversation(&harness, json!({})).await;
+        let sandbox = started.now.sandbox_id.expect("a sandbox");
+        let case = format!("a crash {moment:?} call {call}");
+        harness.context.deletion.deleter.delete(&harness.user, started.conversation_id).await.expect("deleted");
+        let deletion = harness.receive().await.expect("the deletion of the conversation");
+        harness.handle(&deletion).await;
+        let message = harness.receive().await.expect("the deletion of the sandbox");
         harness.gate.arm(call, Stop::Hang(moment));
         let (context, event) = (harness.context.clone(), WorkerHarness::event(&message));
         let mut worker = tokio::spawn(async move { worker::handle(&context, event).await });
@@ -185,31 +309,60 @@ async fn crash_everywhere(moment: Moment) {
         };
         calls = harness.gate.calls().len();
         harness.gate.disarm();
-        harness.handle(&message).await;
-        assert_nothing_left(&harness, &started, &case).await;
-        let sandbox = started.now.sandbox_id.expect("a sandbox");
-        assert!(harness.sandboxes.made()[&sandbox].deleted, "{case}: its sandbox");
-        assert_eq!(harness.conversations.count(&harness.user, &everything()).await.expect("a count"), 0, "{case}");
-        let tasks =
-            harness.tasks.count(&harness.user, &shared::start::store::Filter::default()).await.expect("a count");
-        assert_eq!(tasks, 0, "{case}: the count of tasks");
-        assert_eq!(harness.objects().await, Vec::<String>::new(), "{case}: objects");
+        harness.delete(&message).await;
+        harness.settle_sandboxes().await;
+        assert!(harness.sandboxes.made()[&sandbox].deleted, "{case}");
+        assert!(harness.records.list_all(&harness.user).await.expect("records").is_empty(), "{case}: the record");
         if !crashed {
             break;
         }
     }
-    assert!(calls > 8, "only {calls} calls");
+    assert!(calls >= 3, "only {calls} calls");
     harness.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn crash_before_any_call_still_removes_everything() {
-    crash_everywhere(Moment::Before).await;
+async fn crash_before_any_call_still_deletes_the_sandbox() {
+    crash_while_reconciling(Moment::Before).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn crash_after_any_call_still_removes_everything() {
-    crash_everywhere(Moment::After).await;
+async fn crash_after_any_call_still_deletes_the_sandbox() {
+    crash_while_reconciling(Moment::After).await;
+}
+
+/// The last conversation of a sandbox is deleted while a start in the sandbox becomes READY.
+#[tokio::test(flavor = "multi_thread")]
+async fn deletion_does_not_take_the_sandbox_of_a_start_that_becomes_ready() {
+    let harness = WorkerHarness::start(quick()).await;
+    let mut last = conversation(&harness, json!({})).await;
+    let sandbox = last.now.sandbox_id.clone().expect("a sandbox");
+    for round in 0..4 {
+        let next = harness.begin(&json!({"sandbox_id": sandbox})).await;
+        let message = harness.receive().await.expect("a message");
+        let deletion = async {
+            // Each round, the deletion comes at another time of the start.
+            sleep(Duration::from_millis(60 * round)).await;
+            harness.context.deletion.deleter.delete(&harness.user, last.conversation_id).await.expect("deleted");
+            harness.context.deletion.finish(&harness.user, last.conversation_id).await.expect("finished");
+            harness.context.reconciler.reconcile(&harness.user, &sandbox).await.expect("reconciled");
+        };
+        tokio::join!(harness.handle(&message), deletion);
+        last = harness.drive(next.id).await;
+        match last.now.status {
+            StartStatus::Ready => {
+                settle(&harness).await;
+                assert!(!harness.sandboxes.made()[&sandbox].deleted, "round {round}");
+            }
+            // The deletion came before the start had joined the sandbox.
+            _ => {
+                assert_eq!(last.now.detail, Some(format!("Sandbox not found: {sandbox}")), "round {round}");
+                break;
+            }
+        }
+    }
+    settle(&harness).await;
+    harness.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -39,6 +39,7 @@ use uuid::Uuid;
 
 use crate::support::engines::{Engines, skipped_on_ministack};
 use crate::support::fault_proxy::{FaultProxy, Moment, Stop};
+use crate::support::hostile_aws::{AwsFaults, HostileAws};
 use crate::support::iam_proxy::IamProxy;
 use crate::support::product::{Product, saying};
 use crate::support::scripted_llm::ScriptedLlm;
@@ -73,6 +74,8 @@ struct ExportHarness {
     sandboxes: Arc<StandInSandboxes>,
     agent: Arc<AgentLog>,
     engines: Engines,
+    /// What the functions' calls to AWS meet after the fault proxy.
+    hostile: HostileAws,
     folder: TempDir,
     _served: Vec<server::Server>,
 }
@@ -112,21 +115,27 @@ fn config() -> ExportConfig {
 
 impl ExportHarness {
     async fn new(config: ExportConfig) -> Self {
+        Self::on(config, AwsFaults::none()).await
+    }
+
+    /// As [`Self::new`], with functions whose calls to AWS meet these faults.
+    async fn on(config: ExportConfig, faults: AwsFaults) -> Self {
         let folder = TempDir::new().expect("a folder");
         let engines = Engines::start(folder.path()).await;
-        let sdk = engines.sdk_config().await;
-        let aws = Aws::new(&sdk);
         let mut names = engines.names(PREFIX);
+        let aws = Aws::new(&engines.sdk_config().await);
         let queues = schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
+        let mut hostile = HostileAws::start(&engines, PREFIX, faults).await;
+        let aws = hostile.clients_of_test(&engines).await;
         (names.job_queue_url, names.export_queue_url) = (queues.jobs, queues.exports);
         let (gate, agent) = (FaultProxy::new(), Arc::new(AgentLog::default()));
         let iam = IamProxy::new(policies(&template()), PREFIX);
-        let network = engines.network_sdk_config().await;
+        let network = hostile.retry(engines.network_sdk_config().await);
         let mut served = Vec::new();
         let mut clients = Vec::new();
         for function in ["download", "exports"] {
             let mut urls = Vec::new();
-            for engine in [&engines.dynamodb, &engines.s3, &engines.sqs] {
+            for engine in [&hostile.dynamodb, &hostile.s3, &hostile.sqs] {
                 let held = iam.to(function, engine).await;
                 let way = gate.to(&held.url()).await;
                 urls.push(way.url());
@@ -184,6 +193,7 @@ impl ExportHarness {
             sandboxes,
             agent,
             engines,
+            hostile,
             folder,
             _served: served,
         }
@@ -757,17 +767,27 @@ async fn an_unchanged_conversation_is_built_once_and_a_changed_one_again() {
     assert_eq!(harness.zips().await.len(), 5);
     assert_eq!(harness.record(id).await, None, "no record is left");
 
-    // A build that starts right after a change may lack events that the indexes do not contain yet.
-    let patient = ExportHarness::new(ExportConfig { settle: Duration::from_secs(3600), ..config() }).await;
-    let id = patient.conversation(None).await;
-    patient.append(id, vec![numbered(1)]).await;
-    for _ in 0..2 {
-        patient.gate.arm(usize::MAX, Stop::Refuse);
-        patient.download(id).await;
-        assert!(patient.gate.calls().iter().any(|call| call.starts_with("PUT")), "{:?}", patient.gate.calls());
+    // An object whose build did not wait for the indexes may lack events, so it is not reused.
+    let patient = ExportConfig { settle: Duration::from_secs(3600), budget: Duration::from_millis(300), ..config() };
+    let http = HttpClient::new(AddressPolicy::Any);
+    let patient = Stores::without_key(&harness.names, &harness.aws).exporter(&patient, harness.sandboxes.clone(), http);
+    let answer = patient.export(&harness.user, id).await.expect("an answer");
+    assert!(matches!(answer, Some(Answer::Pending)), "{answer:?}");
+    harness.end().await;
+}
+
+#[tokio::test]
+async fn a_build_waits_for_the_indexes_and_is_then_reused() {
+    let harness = ExportHarness::new(ExportConfig { settle: Duration::from_secs(1), ..config() }).await;
+    let id = harness.conversation(None).await;
+    harness.append(id, vec![numbered(1)]).await;
+    for builds in [true, false] {
+        harness.gate.arm(usize::MAX, Stop::Refuse);
+        harness.download(id).await;
+        let calls = harness.gate.calls();
+        assert_eq!(calls.iter().any(|call| call.starts_with("PUT")), builds, "{calls:?}");
     }
     harness.end().await;
-    patient.end().await;
 }
 
 #[tokio::test]
@@ -1317,7 +1337,7 @@ async fn crashes_are_bounded_and_a_dead_letter_lets_the_next_request_build() {
     harness.append(id, vec![numbered(2)]).await;
     assert_eq!(harness.get(id).await.status(), 503);
     let claimed = store.claim_for_job(&harness.user, id, END_WITHIN).await.expect("the store").expect("a lease");
-    let other = ProcessEvents { user: harness.user.clone(), conversation: id }.into();
+    let other = ProcessEvents { user: harness.user.clone(), conversation: id, up_to: None }.into();
     for dead_letter in [dead(&job), dead(&other)] {
         let handled = exports::handle(&harness.exports, dead_letter).await.expect("handled");
         assert!(handled.batch_item_failures.is_empty());
@@ -1419,7 +1439,7 @@ async fn the_product_builds_it_through_the_queue() {
 async fn events_that_have_not_arrived_are_fetched() {
     let harness = ExportHarness::new(config()).await;
     let id = harness.conversation(None).await;
-    harness.sandboxes.start(&harness.user, SANDBOX).await.expect("a sandbox");
+    harness.sandboxes.start(&harness.user, SANDBOX, None).await.expect("a sandbox");
     let reported: Vec<Value> =
         (0..50).map(|number| serde_json::from_str(&numbered(number).json).expect("JSON")).rev().collect();
     *harness.agent.events.lock().expect("events") = reported;
@@ -1451,7 +1471,7 @@ async fn events_that_have_not_arrived_are_fetched() {
 
     // One that cannot be reached: the export says so, and is exact else.
     let gone = StandInSandboxes::at("http://127.0.0.1:1".to_owned(), "/nowhere".to_owned());
-    gone.start(&harness.user, SANDBOX).await.expect("a sandbox");
+    gone.start(&harness.user, SANDBOX, None).await.expect("a sandbox");
     let exporter = harness.stores().exporter(&config(), Arc::new(gone), HttpClient::new(AddressPolicy::Any));
     let Some(Answer::Ready(ready)) = exporter.export(&harness.user, id).await.expect("an export") else {
         panic!("an export")
@@ -1466,6 +1486,77 @@ async fn events_that_have_not_arrived_are_fetched() {
     let answer = tower::ServiceExt::oneshot(router, request).await.expect("an answer");
     assert_eq!(answer.headers()["x-export-warning"], WARNING);
     harness.end().await;
+}
+
+/// An export of several parts, whose first requests may fail.
+async fn large_export(faults: AwsFaults) {
+    let config = ExportConfig { settle: Duration::from_secs(1), ..ExportConfig::default() };
+    let harness = ExportHarness::on(config, faults).await;
+    let id = harness.conversation(None).await;
+    let expected: Vec<(String, String)> =
+        append_large(&harness, id, 8).await.into_iter().map(|(name, text)| (name, sha256_hex(&text))).collect();
+    let mut failed = 0;
+    let zip = loop {
+        let answer = harness.get(id).await;
+        let status = answer.status().as_u16();
+        // A response that is cut off is one that failed.
+        if status == 200
+            && let Ok(bytes) = answer.bytes().await
+        {
+            break harness.zip(&bytes);
+        }
+        failed += 1;
+        assert!(matches!(status, 200 | 503) && failed < 12, "{faults:?}: {status}");
+        harness.let_the_lease_run_out(id).await;
+    };
+    println!("{faults:?}: {:?}, {failed} failed", harness.hostile.counted());
+    let members = zip.digests().await;
+    assert_eq!(members[..members.len() - 1], expected, "{faults:?}");
+    harness.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_export_is_complete_although_calls_fail() {
+    for faults in AwsFaults::each(3) {
+        large_export(faults).await;
+    }
+}
+
+/// The events of an agent server are fetched just before they are exported.
+async fn export_of_a_running_agent(faults: AwsFaults) {
+    let config = ExportConfig { settle: Duration::from_secs(1), ..ExportConfig::default() };
+    let harness = ExportHarness::on(config, faults).await;
+    let id = harness.conversation(None).await;
+    harness.sandboxes.start(&harness.user, SANDBOX, None).await.expect("a sandbox");
+    let reported: Vec<Value> =
+        (0..50).map(|number| serde_json::from_str(&numbered(number).json).expect("JSON")).rev().collect();
+    *harness.agent.events.lock().expect("events") = reported;
+    harness.append(id, (0..10).map(numbered).collect()).await;
+    let mut failed = 0;
+    let answer = loop {
+        let answer = harness.get(id).await;
+        if answer.status() == 200 {
+            break answer;
+        }
+        failed += 1;
+        assert!(answer.status() == 503 && failed < 8, "{faults:?}: {answer:?}");
+        harness.let_the_lease_run_out(id).await;
+    };
+    println!("{faults:?}: {:?}, {failed} failed", harness.hostile.counted());
+    let is_warned = answer.headers().contains_key("x-export-warning");
+    let names = harness.zip(&answer.bytes().await.expect("a body")).names().await;
+    assert!(is_warned || names.len() == 51, "{faults:?}: {} of 50 events and no warning", names.len() - 1);
+    assert!(!is_warned || faults.throttled + faults.lost > 0.0, "{faults:?}: the agent server has returned all events");
+    harness.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_export_has_the_events_that_were_stored_just_before_it() {
+    for seed in [1, 2] {
+        for faults in AwsFaults::each(seed) {
+            export_of_a_running_agent(faults).await;
+        }
+    }
 }
 
 #[tokio::test]

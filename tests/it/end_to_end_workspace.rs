@@ -6,7 +6,6 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use shared::sandbox::SandboxService as _;
 use shared::user::UserId;
 
 use crate::support::git_server::GitServer;
@@ -157,7 +156,7 @@ async fn workspace_is_readable_until_its_sandbox_is_paused_or_deleted() {
     assert_eq!(product.get(&format!("/{id}/file")).await, "# Plan", "its files are still there");
 
     let user = UserId::local();
-    assert!(product.sandboxes().delete(&user, &sandbox).await.expect("deleted"));
+    assert!(product.reconciler().delete(&user, &sandbox).await.expect("deleted"));
     let (status, answer) = post(&product, &id, &message).await;
     assert_eq!(status, 404, "{answer}");
     assert!(text(&answer["detail"]).starts_with("Sandbox not found for conversation"), "{answer}");

@@ -10,6 +10,7 @@ use futures::stream::{self, StreamExt as _};
 use serde_json::{Value, json};
 use shared::agent_server::{AgentServer, AgentServerError, Failure, SkillsQuery};
 use shared::http_client::{AddressPolicy, HttpClient};
+use shared::sandbox::SandboxStatus;
 use shared::start::task::StartStatus;
 use shared::{Result, Time};
 use tracing::span::{Attributes, Id, Record};
@@ -19,6 +20,7 @@ use uuid::Uuid;
 use crate::support::fault_proxy::{Moment, Stop};
 use crate::support::log::log_to;
 use crate::support::stand_in_agent::{Fault, Kind, Nth, StandInAgent};
+use crate::support::wait::wait_until;
 use crate::support::worker_harness::{SESSION_KEY, WorkerHarness, quick};
 
 const MIB: usize = 1024 * 1024;
@@ -227,6 +229,7 @@ async fn hostile_sandbox_fails_only_its_own_start() {
             if let Some(reason) = reason {
                 assert_eq!(ended.now.status, StartStatus::Error, "{name}");
                 assert!(detail.contains(reason), "{name}: {detail}");
+                harness.settle_sandboxes().await;
                 assert!(harness.sandboxes.made().values().all(|made| made.deleted), "{name}");
             }
             assert!(harness.agent.requests_to(search).len() <= 8 * 20, "{name}: pages are bounded");
@@ -279,20 +282,23 @@ async fn start_that_kills_its_workers_ends_in_error() {
     assert_eq!(ended.now.status, StartStatus::Error);
     let detail = ended.now.detail.expect("a detail");
     assert!(detail.contains("PreparingRepository was interrupted 8 times"), "{detail}");
+    harness.settle_sandboxes().await;
     assert!(harness.sandboxes.made().values().all(|made| made.deleted));
     harness.finish().await;
 }
 
 #[tokio::test]
 async fn start_ends_after_two_workers_die_past_its_deadline() {
-    let config = shared::config::StartConfig { clone_timeout: Duration::from_millis(500), ..quick() };
-    let harness = WorkerHarness::start(config).await;
+    let harness = WorkerHarness::start(quick()).await;
     let running = json!({"items": []}).to_string();
     harness.agent.inject(Fault::new("GET /api/bash/bash_events/search", Nth::Always, Kind::Status(200, running)));
     let task = harness.begin(&json!({})).await;
     let mut crashes = 0;
     while !harness.task(task.id).await.now.status.is_final() {
         crashes += usize::from(crash(&harness, 12).await);
+        if crashes == 1 && harness.task(task.id).await.now.status == StartStatus::PreparingRepository {
+            harness.end_time_of(task.id).await;
+        }
         assert!(crashes <= 3, "its deadline is over");
     }
     let ended = harness.task(task.id).await;
@@ -304,12 +310,21 @@ async fn start_ends_after_two_workers_die_past_its_deadline() {
 /// A deployment ends workers, too: progress since then counts, even if no worker checked before the deadline.
 #[tokio::test]
 async fn one_lost_worker_does_not_end_an_overdue_start() {
-    let harness = WorkerHarness::start(quick()).await;
+    let config = shared::config::StartConfig { inline_wait: Duration::from_secs(60), ..quick() };
+    let harness = WorkerHarness::start(config).await;
+    *harness.sandboxes.begins_as.lock().expect("status") = SandboxStatus::Starting;
     let task = harness.begin(&json!({})).await;
-    assert!(crash(&harness, 5).await, "a worker must crash");
+    let message = harness.receive().await.expect("a message");
+    let (context, event) = (harness.context.clone(), WorkerHarness::event(&message));
+    let worker = tokio::spawn(async move { worker::handle(&context, event).await });
+    let waits = async || harness.task(task.id).await.now.status == StartStatus::WaitingForSandbox;
+    wait_until("the start waits for its sandbox", Duration::from_secs(60), waits).await;
+    worker.abort();
+    assert!(worker.await.is_err_and(|lost| lost.is_cancelled()), "the worker is lost");
+    harness.sandboxes.set_status(&task.new_sandbox_id, SandboxStatus::Running);
     harness.end_time_of(task.id).await;
     let late = harness.task(task.id).await;
-    assert_eq!((late.now.status, late.open_claims), (StartStatus::WaitingForSandbox, 1));
+    assert_eq!((late.now.status, harness.open_claims(task.id).await), (StartStatus::WaitingForSandbox, 1));
     assert!(late.deadline.is_some_and(|deadline| Time::now() > deadline), "{late:?}");
     harness.drive(task.id).await;
     harness.assert_one(task.id, 0, "a lost worker").await;
@@ -324,7 +339,6 @@ async fn released_claims_do_not_count_as_attempts() {
     let running = json!({"items": []}).to_string();
     harness.agent.inject(Fault::new("GET /api/bash/bash_events/search", Nth::Always, Kind::Status(200, running)));
     let task = harness.begin(&json!({})).await;
-    assert_eq!(task.open_claims, 0);
     let mut polls = 0;
     while polls < 11 {
         let Some(message) = harness.receive().await else { continue };
@@ -332,7 +346,7 @@ async fn released_claims_do_not_count_as_attempts() {
         polls += 1;
         let now = harness.task(task.id).await;
         assert!(!now.now.status.is_final(), "{now:?}");
-        assert_eq!(now.open_claims, 0);
+        assert_eq!(harness.open_claims(task.id).await, 0);
     }
     harness.agent.clear_faults();
     harness.drive(task.id).await;
@@ -417,7 +431,7 @@ async fn sweep_is_bounded_and_fair_and_continues_after_a_failure() {
     assert_eq!(harness.waiting_messages().await, 131);
     assert_eq!(harness.context.saga.sweep().await.expect("swept"), 0, "requeued rows are not due for a while");
     for (user, id) in rows.iter().map(|(user, id)| (user.as_str(), id.as_str())).chain([("flood", "no id")]) {
-        harness.remove_task(user, id).await;
+        harness.remove_due_task(user, id).await;
     }
     harness.purge().await;
     harness.finish().await;

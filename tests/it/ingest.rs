@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use futures::future::join_all;
@@ -33,6 +33,7 @@ use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::support::api::Api;
+use crate::support::hostile_aws::AwsFaults;
 use crate::support::log::{all_events, log_to};
 use crate::support::seed;
 use crate::support::stand_in_agent::{Fault, Kind, Nth};
@@ -62,7 +63,7 @@ impl Fixture {
         let api = &self.api;
         let sandboxes = api.stores.sandboxes();
         let record = sandboxes.new_record(user, id, "spec", &SecretString::from(id)).await.expect("a record");
-        sandboxes.put_new(record).await.expect("stored");
+        sandboxes.create(record, None).await.expect("stored");
     }
 
     async fn has_conversation(&self, user: &UserId, id: Uuid, sandbox: &str) -> ConversationRecord {
@@ -75,6 +76,17 @@ impl Fixture {
             [true]
         );
         record
+    }
+
+    /// A conversation whose events are logged.
+    async fn has_logged_conversation(&self, id: Uuid) {
+        let data = json!({"id": id.simple().to_string(), "sandbox_id": SANDBOX, "title": "Mine",
+            "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"});
+        let record = seed::conversation(&self.user, data);
+        let processors = [shared::conversation::fields::EventCallbackProcessor::Logging];
+        let writes = self.api.stores.conversations().put_started(&record, &processors).expect("writes").writes;
+        let written = self.api.aws.dynamodb.transact_write_items().set_transact_items(Some(writes)).send().await;
+        written.expect("stored");
     }
 
     /// Posts as the sandbox.
@@ -1042,7 +1054,7 @@ async fn access_token_returns_only_the_current_provider_token() {
         assert_eq!(get(Some(&elsewhere(sandbox))).await.0, 401, "{sandbox}");
     }
     let sandboxes = api.stores.sandboxes();
-    assert!(sandboxes.delete(&with, SANDBOX).await.expect("deleted"));
+    assert!(sandboxes.mark_deleted(&with, SANDBOX).await.expect("deleted"));
     assert_eq!(get(Some(&valid)).await, (401, json!({"detail": "Unauthorized"})), "its sandbox was deleted");
     assert_eq!(get(Some(&token(&fixture.user, ProviderType::Github, 60))).await.0, 200, "others are not concerned");
     fixture.api.stop().await;
@@ -1087,7 +1099,7 @@ async fn start_completes_the_stub_that_its_agent_server_reported_earlier() {
     ] {
         for parent in [None, Some(parent.conversation_id)] {
             let id = Uuid::new_v4();
-            assert!(store.put_stub(&stub_of(&harness, id, "elsewhere"), "!").await.expect("stored"));
+            assert!(harness.put_stub(&stub_of(&harness, id, "elsewhere")).await);
             let usage = AgentStats::read(&metrics(77), Some("agent")).expect("stats");
             let at = ReportTime::Event("2026".to_owned());
             assert!(store.set_stats(user, id, &usage, &at).await.expect("stored"));
@@ -1139,9 +1151,10 @@ async fn failed_start_removes_the_stub_that_its_agent_server_reported() {
     let harness = WorkerHarness::start(quick()).await;
     let start = harness.begin(&json!({"title": "Never"})).await;
     let stub = stub_of(&harness, start.conversation_id, &start.new_sandbox_id);
-    assert!(harness.conversations.put_stub(&stub, "!").await.expect("stored"));
+    assert!(harness.put_stub(&stub).await);
     *harness.sandboxes.begins_as.lock().expect("status") = SandboxStatus::Error;
     assert_eq!(harness.drive(start.id).await.now.status, StartStatus::Error);
+    harness.settle_sandboxes().await;
     assert!(harness.sandboxes.made()[&start.new_sandbox_id].deleted);
     assert_eq!(harness.conversations.get(&harness.user, start.conversation_id).await.expect("the store"), None);
     assert_eq!(harness.conversations.count(&harness.user, &Filter::default()).await.expect("a count"), 0);
@@ -1296,7 +1309,7 @@ async fn events_are_logged_once_and_in_order_if_the_start_requested_it() {
         let come = async |numbers: &[usize]| {
             let events = numbers.iter().map(|number| at(*number)).collect();
             processors.events.append(&harness.user, id, events).await.expect("stored");
-            let process = || processors.process_events(&harness.user, id);
+            let process = || processors.process_events(&harness.user, id, None);
             join_all((0..5).map(|_| process())).await.into_iter().for_each(|done| done.expect("processed"));
         };
         let first: Vec<usize> = (10..260).collect();
@@ -1311,20 +1324,47 @@ async fn events_are_logged_once_and_in_order_if_the_start_requested_it() {
 }
 
 #[tokio::test]
+async fn no_event_misses_the_log_on_lagging_indexes() {
+    let lines = Lines::default();
+    let _logging = lines.capture("shared=info");
+    for seed in 1..=3 {
+        let folder = TempDir::new().expect("a folder");
+        let api = Api::with_faults(folder.path(), SandboxConfig::None, AwsFaults::lagging(seed)).await;
+        let fixture = Fixture { api, user: UserId::local(), _folder: folder };
+        let (id, user) = (Uuid::new_v4(), &fixture.user);
+        fixture.has_sandbox(user, SANDBOX).await;
+        fixture.has_logged_conversation(id).await;
+        fixture.api.hostile.catch_up().await;
+        let event = |number: usize| json!({"id": format!("{seed}-{number:02}"), "timestamp": format!("2026-01-01T00:00:{number:02}"), "kind": "K"});
+        for batch in 0..5 {
+            let events: Vec<Value> = (batch * 6..batch * 6 + 6).map(event).collect();
+            fixture.post_events(SANDBOX, id, &events).await;
+            // The worker is at once where there is a job.
+            fixture.api.work().await;
+        }
+        // Nothing comes after the last batch, but its job does.
+        let is_of_seed = |event: &String| event.starts_with(&format!("{seed}-"));
+        let logged = || lines.events().into_iter().filter(is_of_seed).collect::<Vec<_>>();
+        let deadline = Instant::now() + Duration::from_secs(8);
+        while Instant::now() < deadline && logged().len() < 30 {
+            fixture.api.work().await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let expected: Vec<String> = (0..30).map(|number| format!("{seed}-{number:02}")).collect();
+        assert_eq!(logged(), expected, "seed {seed}");
+        fixture.api.stop().await;
+    }
+}
+
+#[tokio::test]
 async fn batch_with_processors_enqueues_a_job_for_them() {
     let fixture = Fixture::new().await;
     let (id, user) = (Uuid::new_v4(), &fixture.user);
-    let api = &fixture.api;
-    let record = seed::conversation(
-        user,
-        json!({"id": id.simple().to_string(), "sandbox_id": SANDBOX, "title": "Mine",
-        "created_at": "2025-01-01T00:00:00Z", "updated_at": "2025-01-01T00:00:00Z"}),
-    );
-    let processors = [shared::conversation::fields::EventCallbackProcessor::Logging];
-    let writes = api.stores.conversations().put_started(&record, &processors).expect("writes");
-    api.aws.dynamodb.transact_write_items().set_transact_items(Some(writes)).send().await.expect("stored");
+    fixture.has_logged_conversation(id).await;
     fixture.post_events(SANDBOX, id, &[]).await;
     fixture.post_events(SANDBOX, id, &[message("m")]).await;
-    assert_eq!(fixture.jobs().await, [Job::ProcessEvents(ProcessEvents { user: user.clone(), conversation: id })]);
+    let up_to = Some("2026-01-01T00:00:00.000000000Z#m".to_owned());
+    let job = ProcessEvents { user: user.clone(), conversation: id, up_to };
+    assert_eq!(fixture.jobs().await, [Job::ProcessEvents(job)]);
     fixture.api.stop().await;
 }

@@ -72,6 +72,7 @@ impl Cloud {
             single_user: false,
             live_status_budget: Duration::from_secs(1),
             sandbox_request_budget: Duration::from_secs(2),
+            sandbox_idle_limit: None,
             address_policy: shared::http_client::AddressPolicy::Any,
             export: ExportConfig::default(),
         };

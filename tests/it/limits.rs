@@ -357,7 +357,10 @@ async fn stream_of_states_abridges_large_requests_and_always_closes() {
         let dynamodb = &fixture.api.aws.dynamodb;
         let table = &fixture.api.names.start_tasks;
         let rows = dynamodb.scan().table_name(table).send().await.expect("rows").items.unwrap_or_default();
-        for row in rows.into_iter().filter(|row| row["status"].as_s().is_ok_and(|status| status == "WORKING")) {
+        for row in rows
+            .into_iter()
+            .filter(|row| row.get("status").is_some_and(|status| status.as_s().is_ok_and(|status| status == "WORKING")))
+        {
             let keys = ["user", "id"].map(|name| (name.to_owned(), row[name].clone())).into();
             dynamodb.delete_item().table_name(table).set_key(Some(keys)).send().await.expect("deleted");
         }

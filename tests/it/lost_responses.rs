@@ -14,13 +14,15 @@ use shared::conversation::search::Filter as ConversationFilter;
 use shared::conversation::store::{ConversationChange, ConversationStore};
 use shared::dynamo::{Cancellation, Condition, Item, Outcome, Table, Transacted, Update, number, text, transact};
 use shared::pending_message::store::{MessageStore, Sending};
-use shared::sandbox::store::{SandboxStore, Wanted};
+use shared::sandbox::store::{Desired, SandboxStore};
+use shared::start::identity::StartIdentity;
 use shared::start::request::StartRequest;
-use shared::start::store::{Change, Claim, Filter, ImportedTask, StartTaskStore};
+use shared::start::store::{Abandoned, Change, Claim, Filter, ImportedTask, NewStart, StartTaskStore};
 use shared::start::task::{Snapshot, StartStatus};
 use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::api_key::ApiKeyStore;
+use shared::user::counters::{Counter, read};
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
 use shared::user::settings_document::SecretChange;
@@ -104,6 +106,11 @@ impl Rig {
         result
     }
 
+    /// The user's count of unfinished starts.
+    async fn unfinished(&self) -> u64 {
+        read(&self.scratch(), &self.user, Counter::UnfinishedStarts).await.expect("a count")
+    }
+
     fn request() -> StartRequest {
         StartRequest::from_body(Some("application/json"), b"{}").expect("a request")
     }
@@ -125,6 +132,10 @@ impl Rig {
     }
 }
 
+fn new_start() -> NewStart {
+    NewStart { identity: StartIdentity::random(), deadline: Time::now().plus(LEASE), max_unfinished: 500 }
+}
+
 fn snapshot(status: StartStatus) -> Snapshot {
     Snapshot {
         status,
@@ -139,18 +150,17 @@ fn snapshot(status: StartStatus) -> Snapshot {
 #[tokio::test]
 async fn a_start_is_created_once_and_counted_once() {
     let rig = Rig::start().await;
-    let deadline = Time::now().plus(LEASE);
     let request = Rig::request();
     // First one lost response, which the SDK retries, then so many that the SDK gives up: the start is looked up.
     for (number, lost) in [(1, 1), (2, SDK_ATTEMPTS)] {
-        let create = async || rig.tasks.create(&rig.user, &request, deadline).await;
+        let create = async || rig.tasks.create(&rig.user, &request, &new_start()).await;
         let record = rig.faulty("create", Stop::LoseResponses(lost), create).await.expect("created");
         assert!(rig.tasks.get(&rig.user, record.id).await.expect("the store").is_some());
         assert_eq!(rig.tasks.count(&rig.user, &Filter::default()).await.expect("a count"), number);
     }
     // One that was not written is not found.
     rig.proxy.arm(1, Stop::Refuse);
-    rig.tasks.create(&rig.user, &request, deadline).await.expect_err("refused");
+    rig.tasks.create(&rig.user, &request, &new_start()).await.expect_err("refused");
     rig.proxy.disarm();
     assert_eq!(rig.tasks.count(&rig.user, &Filter::default()).await.expect("a count"), 2);
 
@@ -168,7 +178,7 @@ async fn a_start_is_created_once_and_counted_once() {
 async fn a_start_is_claimed_changed_and_released_once() {
     let rig = Rig::start().await;
     let (user, tasks) = (&rig.user, &rig.tasks);
-    let id = tasks.create(user, &Rig::request(), Time::now().plus(LEASE)).await.expect("created").id;
+    let id = tasks.create(user, &Rig::request(), &new_start()).await.expect("created").id;
     let claimed = rig.lossy("claim", async || tasks.claim(user, id, "w1", LEASE).await).await.expect("the store");
     let Claim::Claimed(task) = claimed else { panic!("{claimed:?}") };
     assert_eq!(task.record.open_claims, 1, "a repeated claim is no death of a worker");
@@ -189,30 +199,75 @@ async fn a_start_is_claimed_changed_and_released_once() {
     tasks.save(user, id, "w1", &change).await.expect("the store").expect_err("another worker's");
 
     let conversation = Uuid::new_v4();
-    let writes = rig.conversations.put_started(&Rig::record(conversation), &[]).expect("writes");
-    let change = Change::default().note("another");
-    let save = async || tasks.save_with(user, id, "w2", &change, writes.clone()).await;
-    rig.lossy("save_with", save).await.expect("the store").expect("saved");
-    assert_eq!(tasks.get(user, id).await.expect("the store").expect("it").notes, ["a note", "another"]);
+    let recorded = rig.conversations.put_started(&Rig::record(conversation), &[]).expect("writes");
+    let ready = StartTaskStore::ready(user, id, conversation, &snapshot(StartStatus::Ready)).expect("a change");
+    let end = async || tasks.end(user, id, "w2", &ready, recorded.clone()).await;
+    assert_eq!(rig.unfinished().await, 1);
+    rig.lossy("end", end).await.expect("the store").expect("ended");
+    end().await.expect("the store").expect_err("ended before");
     let all = ConversationFilter::default();
-    assert_eq!(rig.conversations.count(user, &all).await.expect("a count"), 1);
-
-    rig.proxy.arm(2, Stop::LoseResponses(1));
-    assert!(tasks.give_up(user, id, "no more").await.expect("the store"), "{:?}", rig.proxy.calls());
-    rig.proxy.disarm();
-    assert_eq!(tasks.get(user, id).await.expect("the store").expect("it").history.len(), 3);
+    assert_eq!((rig.conversations.count(user, &all).await.expect("a count"), rig.unfinished().await), (1, 0));
     assert!(matches!(tasks.claim(user, id, "w3", LEASE).await.expect("the store"), Claim::Finished));
     assert!(matches!(tasks.claim(user, Uuid::new_v4(), "w3", LEASE).await.expect("the store"), Claim::Unknown));
     rig.engines.shutdown().await;
 }
 
-/// A lease of an earlier version has the same two attributes and no other.
+#[tokio::test]
+async fn a_start_fails_once_and_is_undone_under_one_lease() {
+    let rig = Rig::start().await;
+    let (user, tasks) = (&rig.user, &rig.tasks);
+    let claim = async |id, worker: &'static str| tasks.claim(user, id, worker, LEASE).await.expect("the store");
+    // Under a lease, which the worker keeps to undo what it made.
+    let id = tasks.create(user, &Rig::request(), &new_start()).await.expect("created").id;
+    assert!(matches!(claim(id, "w1").await, Claim::Claimed(_)));
+    let failed = Snapshot { detail: Some("no model".to_owned()), ..snapshot(StartStatus::Error) };
+    let fail = async || tasks.fail(user, id, "w1", &failed).await;
+    rig.lossy("fail", fail).await.expect("the store").expect("failed");
+    fail().await.expect("the store").expect_err("failed before");
+    assert_eq!(rig.unfinished().await, 0);
+    let record = tasks.get(user, id).await.expect("the store").expect("it");
+    assert_eq!((record.history.len(), record.step()), (2, StartStatus::Working));
+    let change = || StartTaskStore::detail(&record, "no model\na sandbox is left");
+    let release = async || tasks.release(user, id, "w1", Time::now(), change()).await;
+    rig.lossy("release", release).await.expect("the store").expect("released");
+    let Claim::Failed(record) = claim(id, "w2").await else { panic!("not claimed") };
+    assert_eq!(record.now.detail.as_deref(), Some("no model\na sandbox is left"));
+    assert_eq!(record.history.last(), Some(&record.now));
+    assert!(!tasks.remove_failed(user, &record).await.expect("the store"), "what it made is not undone yet");
+    let compensated = async || tasks.compensated(user, id, "w2", Change::default()).await;
+    rig.lossy("compensated", compensated).await.expect("the store").expect("compensated");
+    assert!(matches!(claim(id, "w3").await, Claim::Finished));
+    let record = tasks.get(user, id).await.expect("the store").expect("it");
+    assert!(rig.lossy("remove", async || tasks.remove_failed(user, &record).await).await.expect("the store"));
+    assert!(tasks.remove_failed(user, &record).await.expect("the store"));
+    assert_eq!(tasks.count(user, &Filter::default()).await.expect("a count"), 0);
+    assert!(matches!(claim(id, "w3").await, Claim::Unknown));
+
+    // Without the lease, which another worker holds: it cannot write any more, and what it made is undone after the lease.
+    let id = tasks.create(user, &Rig::request(), &new_start()).await.expect("created").id;
+    assert!(matches!(claim(id, "w1").await, Claim::Claimed(_)));
+    rig.proxy.arm(2, Stop::LoseResponses(1));
+    let Abandoned::Now(free_at) = tasks.abandon(user, id, "no more").await.expect("the store") else { panic!("ended") };
+    rig.proxy.disarm();
+    assert!(free_at > Time::now());
+    assert!(matches!(tasks.abandon(user, id, "again").await.expect("the store"), Abandoned::Before(_)));
+    assert!(matches!(claim(id, "w2").await, Claim::Held));
+    tasks.renew(user, id, "w1", LEASE).await.expect("the store").expect_err("revoked");
+    tasks.save(user, id, "w1", &Change::default().note("late")).await.expect("the store").expect_err("revoked");
+    assert_eq!(tasks.get(user, id).await.expect("the store").expect("it").history.len(), 2);
+    assert_eq!(rig.unfinished().await, 0);
+    assert!(matches!(tasks.abandon(user, Uuid::new_v4(), "x").await.expect("the store"), Abandoned::Unknown));
+    rig.engines.shutdown().await;
+}
+
+/// Other versions of the worker write the same two attributes and no other.
 #[tokio::test]
 async fn a_lease_on_a_row_of_an_earlier_version_is_respected_and_expires() {
     let rig = Rig::start().await;
-    let id = rig.tasks.create(&rig.user, &Rig::request(), Time::now().plus(LEASE)).await.expect("created").id;
+    let id = rig.tasks.create(&rig.user, &Rig::request(), &new_start()).await.expect("created").id;
     let table = Table::new(rig.dynamodb.clone(), rig.names.start_tasks.clone());
-    let key = Item::from([("user".into(), text(rig.user.as_str())), ("id".into(), text(id.simple().to_string()))]);
+    let row = format!("{}#lease", id.simple());
+    let key = Item::from([("user".into(), text(rig.user.as_str())), ("id".into(), text(row))]);
     let held = async |until: Time| {
         let lease = Update::new().set("lease_owner", text("old")).set("lease_until", text(until.sortable()));
         assert!(table.apply(key.clone(), lease).await.expect("the store"));
@@ -290,7 +345,11 @@ async fn conversations_are_recorded_changed_and_deleted_once() {
     let (user, store, id) = (&rig.user, &rig.conversations, Uuid::new_v4());
     let record = Rig::record(id);
     let count = async || store.count(user, &ConversationFilter::default()).await.expect("a count");
-    let put = async || store.put_stub(&record, "2025-01-01T00:00:00").await;
+    let key = SecretString::from("k");
+    let sandbox = rig.sandboxes.new_record(&rig.user, "s", "spec", &key).await.expect("a record");
+    rig.sandboxes.create(sandbox, None).await.expect("stored").expect("a record");
+    let membership = || rig.sandboxes.adding(&rig.user, "s", record.id).expect("a write");
+    let put = async || store.put_stub(&record, "2025-01-01T00:00:00", membership()).await;
     assert!(rig.lossy("put_stub", put).await.expect("the store"));
     assert!(!put().await.expect("the store"), "the id is taken");
     assert_eq!(count().await, 1);
@@ -321,7 +380,8 @@ async fn conversations_are_recorded_changed_and_deleted_once() {
     let take = async || store.take_deletion(user, id, Time::now()).await;
     assert!(rig.lossy("take_deletion", take).await.expect("the store").is_some());
     rig.lossy("end_deletion", async || store.end_deletion(user, id).await).await.expect("the store");
-    assert_eq!(store.lookup(user, id).await.expect("the store"), Lookup::Absent);
+    // Its tombstone.
+    assert_eq!(store.lookup(user, id).await.expect("the store"), Lookup::Deleting);
     rig.engines.shutdown().await;
 }
 
@@ -353,12 +413,14 @@ async fn keys_settings_and_sandboxes_are_written_once() {
 
     let key = SecretString::from("k");
     let record = rig.sandboxes.new_record(user, "s", "spec", &key).await.expect("a record");
-    let stored = rig.lossy("put_new", async || rig.sandboxes.put_new(record.clone()).await).await.expect("stored");
-    assert_eq!(stored.session_key_hash, record.session_key_hash);
-    let pause = async || rig.sandboxes.set_wanted(user, "s", Wanted::Paused).await;
-    assert!(rig.lossy("set_wanted", pause).await.expect("the store"));
-    assert!(rig.sandboxes.delete(user, "s").await.expect("the store"));
-    assert!(!pause().await.expect("the store"), "there is no record");
+    let stored = rig.lossy("create", async || rig.sandboxes.create(record.clone(), None).await).await.expect("stored");
+    assert_eq!(stored.expect("a record").session_key_hash, record.session_key_hash);
+    let pause = async || rig.sandboxes.set_desired(user, "s", Desired::Paused).await;
+    assert!(rig.lossy("set_desired", pause).await.expect("the store"));
+    let delete = async || rig.sandboxes.mark_deleted(user, "s").await;
+    assert!(rig.lossy("mark_deleted", delete).await.expect("the store"));
+    assert!(!delete().await.expect("the store"), "it is marked already");
+    assert!(!pause().await.expect("the store"), "it is being deleted");
     rig.engines.shutdown().await;
 }
 

@@ -11,14 +11,20 @@
     reason = "a test fails by panicking"
 )]
 
+mod admission;
+mod agent_restarts;
 mod agent_server_errors;
 mod alarms;
 mod authorizer;
 mod clone;
+mod cloud_faults;
+mod commands;
+mod data_folders;
 mod deletion;
 mod download;
 mod end_to_end;
 mod end_to_end_clone;
+mod end_to_end_commands;
 mod end_to_end_connections;
 mod end_to_end_git;
 mod end_to_end_history;
@@ -37,6 +43,7 @@ mod lost_responses;
 mod mcp_probe;
 mod openapi;
 mod pending_messages;
+mod provider_faults;
 mod providers;
 mod records;
 mod replay;

@@ -31,7 +31,7 @@ fn text(text: &str) -> Vec<Content> {
     vec![Content::Text(TextContent { cache_prompt: false, text: text.to_owned() })]
 }
 
-async fn keep(harness: &WorkerHarness, to: Addressee, said: &str) -> shared::Result<Queued> {
+pub async fn keep(harness: &WorkerHarness, to: Addressee, said: &str) -> shared::Result<Queued> {
     harness.other_worker.messages.keep(&harness.user, to, &text(said)).await
 }
 
@@ -42,14 +42,14 @@ fn received(harness: &WorkerHarness, conversation: Uuid) -> Vec<String> {
 }
 
 /// A READY conversation whose agent has received the message `first`.
-async fn ready(harness: &WorkerHarness) -> (Uuid, Uuid) {
+pub async fn ready(harness: &WorkerHarness) -> (Uuid, Uuid) {
     let task = harness.begin(&start_body()).await;
     let record = harness.drive(task.id).await;
     (task.id, record.conversation_id)
 }
 
 /// Handles the queued jobs, and sweeps, until the agent has received all these messages.
-async fn drive_until_delivered(harness: &WorkerHarness, conversation: Uuid, expected: &[&str], case: &str) {
+pub async fn drive_until_delivered(harness: &WorkerHarness, conversation: Uuid, expected: &[&str], case: &str) {
     let deadline = Instant::now() + END_WITHIN;
     while received(harness, conversation).len() < expected.len() || harness.messages_wait(conversation).await {
         assert!(
@@ -158,23 +158,26 @@ async fn a_store_that_refuses_any_call_delays_a_message_and_no_more() {
     harness.context.messages.deliver(&harness.user, conversation).await.expect("delivered");
     let calls = harness.gate.calls();
     let mut refused = 0;
-    for (number, call) in calls.iter().enumerate().map(|(index, call)| (index + 1, call)) {
+    let numbered = calls.iter().enumerate().map(|(index, call)| (index + 1, call));
+    // The SDK repeats a call whose response was lost.
+    let stops = [Stop::Refuse, Stop::LoseResponses(1)];
+    for (stop, (number, call)) in stops.into_iter().flat_map(|stop| numbered.clone().map(move |call| (stop, call))) {
         // Those of DynamoDB have names without a path.
         if !call.chars().all(char::is_alphanumeric) {
             continue;
         }
-        let said = format!("message {number}");
+        let said = format!("message {number} {stop:?}");
         keep(&harness, Addressee::Conversation(conversation), &said).await.expect("kept");
         expected.push(said);
         harness.purge().await;
-        harness.gate.arm(number, Stop::Refuse);
+        harness.gate.arm(number, stop);
         let delivered = harness.context.messages.deliver(&harness.user, conversation).await;
         assert!(harness.gate.is_reached(), "{call}: {delivered:?}");
         refused += 1;
         harness.gate.disarm();
         harness.expire_message_lease(conversation).await;
         let expected: Vec<&str> = expected.iter().map(String::as_str).collect();
-        drive_until_delivered(&harness, conversation, &expected, &format!("{call} refused: {delivered:?}")).await;
+        drive_until_delivered(&harness, conversation, &expected, &format!("{stop:?} at {call}: {delivered:?}")).await;
     }
     assert!(refused >= 4, "{calls:?}");
     harness.settle().await;
@@ -366,7 +369,7 @@ async fn many_workers_and_a_lost_job_change_nothing() {
 }
 
 #[tokio::test]
-async fn a_paused_sandbox_gets_its_messages_when_it_is_resumed() {
+async fn messages_wait_for_their_sandbox_and_resume_a_paused_one() {
     let harness = WorkerHarness::start(quick()).await;
     let (_, conversation) = ready(&harness).await;
     let sandbox = harness.sandboxes.made().into_keys().next().expect("a sandbox");
@@ -376,6 +379,7 @@ async fn a_paused_sandbox_gets_its_messages_when_it_is_resumed() {
         harness.other_worker.messages.deliver(&harness.user, conversation).await.expect("postponed");
         assert_eq!(received(&harness, conversation), ["first"], "{status:?}");
     }
+    assert_eq!(harness.sandboxes.made()[&sandbox].resumed, 1, "the paused one");
     harness.sandboxes.set_status(&sandbox, SandboxStatus::Running);
     drive_until_delivered(&harness, conversation, &["first", "Paused", "Starting", "Error", "Missing"], "resumed")
         .await;

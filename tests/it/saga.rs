@@ -6,9 +6,11 @@ use std::time::Duration;
 use futures::future::join_all;
 use futures::stream::{self, StreamExt as _};
 use serde_json::{Value, json};
-use shared::sandbox::SandboxStatus;
+use shared::conversation::search::Filter;
+use shared::sandbox::{SandboxService as _, SandboxStatus};
 use shared::start::task::StartStatus;
 use tokio::time::timeout;
+use uuid::Uuid;
 
 use crate::support::fault_proxy::{Moment, Stop};
 use crate::support::stand_in_agent::{Fault, Kind, Nth};
@@ -155,15 +157,25 @@ async fn late_worker_after_any_call_changes_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn start_recovers_from_any_single_store_error() {
+    start_with_a_fault_at_each_call_to_aws(Stop::Refuse).await;
+}
+
+/// The call takes effect, and the SDK repeats it.
+#[tokio::test(flavor = "multi_thread")]
+async fn start_recovers_from_the_lost_response_of_any_call() {
+    start_with_a_fault_at_each_call_to_aws(Stop::LoseResponses(1)).await;
+}
+
+async fn start_with_a_fault_at_each_call_to_aws(stop: Stop) {
     let calls = calls_of_a_start().await;
     let to_aws: Vec<usize> = (1..=calls.len()).filter(|call| !calls[call - 1].contains(' ')).collect();
     stream::iter(to_aws)
         .for_each_concurrent(HARNESSES, |call| {
-            let name = format!("call {call} ({}) refused", calls[call - 1]);
+            let name = format!("{stop:?} at call {call} ({})", calls[call - 1]);
             async move {
                 let harness = WorkerHarness::start(quick()).await;
                 let task = harness.begin(&message()).await;
-                harness.gate.arm(call, Stop::Refuse);
+                harness.gate.arm(call, stop);
                 harness.drive(task.id).await;
                 harness.gate.disarm();
                 harness.assert_one(task.id, 1, &name).await;
@@ -202,18 +214,24 @@ async fn worker_without_inline_wait_releases_the_start_and_completes_it_later() 
     let first = harness.receive().await.expect("a message");
     harness.handle(&first).await;
     let waiting = harness.task(task.id).await;
-    assert!(!waiting.now.status.is_final() && waiting.command.is_some(), "{waiting:?}");
+    assert!(!waiting.now.status.is_final() && harness.pending_command(task.id).await.is_some(), "{waiting:?}");
     harness.drive(task.id).await;
     harness.assert_one(task.id, 1, "no inline_wait").await;
     harness.finish().await;
 }
 
 #[tokio::test]
-async fn a_dead_letter_ends_its_start_with_an_error() {
-    let harness = WorkerHarness::start(quick()).await;
+async fn a_dead_letter_ends_its_start_with_an_error_and_deletes_its_sandbox() {
+    let config = shared::config::StartConfig { inline_wait: Duration::ZERO, ..quick() };
+    let harness = WorkerHarness::start(config).await;
+    harness.agent.inject(endless_command());
     let task = harness.begin(&message()).await;
     let dead = harness.receive().await.expect("a message");
+    harness.handle(&dead).await;
+    let sandbox = run_to_command(&harness, task.id).await;
     harness.bury(&dead).await;
+    harness.settle_sandboxes().await;
+    assert!(harness.sandboxes.made()[&sandbox].deleted, "nothing else uses it");
     let ended = harness.task(task.id).await;
     assert_eq!(ended.now.status, StartStatus::Error);
     assert!(ended.now.detail.expect("a detail").contains("could not be started after several attempts"));
@@ -288,6 +306,7 @@ async fn permanent_fault_ends_in_an_error_with_its_reason() {
             assert_eq!(ended.now.status, StartStatus::Error, "{name}");
             let detail = ended.now.detail.expect("an ERROR has a detail");
             assert!(detail.contains(words), "{name}: {detail}");
+            harness.settle_sandboxes().await;
             assert!(
                 harness.sandboxes.made().values().all(|made| made.deleted),
                 "{name}: the sandbox was made for this start"
@@ -316,25 +335,26 @@ async fn crash_during_cleanup_keeps_the_reason_of_the_failure() {
     let detail = harness.drive(first.id).await.now.detail.expect("a detail");
     assert!(detail.contains("no such tool"), "{detail}");
     let calls = harness.gate.calls().len();
-    for call in calls.saturating_sub(4)..=calls {
+    for call in calls.saturating_sub(8)..=calls {
         let task = harness.begin(&message()).await;
         harness.crash_at(task.id, call, Stop::Hang(Moment::After)).await;
         let ended = harness.drive(task.id).await;
         assert_eq!(ended.now.detail.as_deref(), Some(detail.as_str()), "a crash after call {call}");
+        harness.undone(task.id).await;
     }
     assert!(harness.sandboxes.made().values().all(|made| made.deleted));
     harness.finish().await;
 }
 
 #[tokio::test]
-async fn a_missing_model_is_an_error_before_the_sandbox_has_booted() {
+async fn a_missing_model_is_an_error_before_a_sandbox_is_created() {
     let harness = WorkerHarness::start(quick()).await;
     harness.set_settings(json!({})).await;
     *harness.sandboxes.begins_as.lock().expect("status") = SandboxStatus::Starting;
     let task = harness.begin(&message()).await;
     let detail = harness.drive(task.id).await.now.detail.expect("a detail");
     assert!(detail.contains("LLM_MODEL"), "{detail}");
-    assert!(harness.sandboxes.made().values().all(|made| made.deleted));
+    assert!(harness.sandboxes.made().is_empty());
     harness.finish().await;
 }
 
@@ -384,6 +404,148 @@ async fn a_paused_sandbox_is_resumed_and_an_unknown_one_is_an_error() {
     assert_eq!(harness.drive(lost.id).await.now.detail.as_deref(), Some("Sandbox not found: nowhere"));
     // Another start failed in the sandbox; that start must not remove it.
     assert!(!harness.sandboxes.made()[&sandbox].deleted);
+    harness.finish().await;
+}
+
+/// Commands in the sandbox do not end until the fault is cleared.
+fn endless_command() -> Fault {
+    let running = json!({"items": []}).to_string();
+    Fault::new("GET /api/bash/bash_events/search", Nth::Always, Kind::Status(200, running))
+}
+
+/// Handles jobs until the start waits for a command.
+async fn run_to_command(harness: &WorkerHarness, task: Uuid) -> String {
+    loop {
+        let record = harness.task(task).await;
+        assert!(!record.now.status.is_final(), "{:?}", record.now.detail);
+        if harness.pending_command(task).await.is_some() {
+            return record.now.sandbox_id.expect("a sandbox");
+        }
+        match harness.receive().await {
+            Some(message) => harness.handle(&message).await,
+            None => harness.sweep().await,
+        }
+    }
+}
+
+/// Two starts share a sandbox that the first one has created. The sandbox stays while one of them, or the conversation of one, uses it.
+#[tokio::test]
+async fn sandbox_of_a_failed_start_stays_for_another_start() {
+    for second_fails in [false, true] {
+        let config = shared::config::StartConfig { inline_wait: Duration::ZERO, ..quick() };
+        let harness = WorkerHarness::start(config).await;
+        let grouping = "ADD_TO_ANY";
+        let settings = json!({"llm_model": "openai/x", "llm_api_key": "k", "sandbox_grouping_strategy": grouping});
+        harness.set_settings(settings).await;
+        harness.agent.inject(endless_command());
+        let first = harness.begin(&message()).await;
+        let sandbox = run_to_command(&harness, first.id).await;
+        let second = harness.begin(&message()).await;
+        assert_eq!(run_to_command(&harness, second.id).await, sandbox, "the strategy picks it");
+
+        harness.end_time_of(first.id).await;
+        assert_eq!(harness.drive(first.id).await.now.status, StartStatus::Error);
+        let record = harness.records.get(&harness.user, &sandbox).await.expect("the store").expect("a record");
+        assert_eq!((record.starts.len(), record.conversations.len()), (1, 0), "{record:?}");
+        if second_fails {
+            harness.end_time_of(second.id).await;
+            assert_eq!(harness.drive(second.id).await.now.status, StartStatus::Error);
+        } else {
+            harness.agent.clear_faults();
+            let ready = harness.drive(second.id).await;
+            assert_eq!(ready.now.status, StartStatus::Ready, "{:?}", ready.now.detail);
+            harness.settle_sandboxes().await;
+            let record = harness.records.get(&harness.user, &sandbox).await.expect("the store").expect("a record");
+            assert_eq!((record.starts.len(), record.conversations.len()), (0, 1), "{record:?}");
+            assert!(!harness.sandboxes.made()[&sandbox].deleted, "the conversation of the second start uses it");
+            let deleter = &harness.context.deletion.deleter;
+            assert!(deleter.delete(&harness.user, ready.conversation_id).await.expect("deleted"));
+        }
+        harness.settle_sandboxes().await;
+        assert!(harness.sandboxes.made()[&sandbox].deleted, "nothing uses it any more");
+        assert!(harness.records.list_all(&harness.user).await.expect("the store").is_empty(), "its record is removed");
+        harness.finish().await;
+    }
+}
+
+/// A sandbox that its user has created stays when a start in it fails, and is deleted with its last conversation.
+#[tokio::test]
+async fn sandbox_of_a_user_outlives_a_failed_start() {
+    let harness = WorkerHarness::start(quick()).await;
+    harness.sandboxes.start(&harness.user, "mine", None).await.expect("a sandbox");
+    let refusal = Kind::Status(422, r#"{"detail":"no such tool"}"#.into());
+    harness.agent.inject(Fault::new("POST /api/conversations", Nth::Always, refusal));
+    let mut body = message();
+    body["sandbox_id"] = "mine".into();
+    let failed = harness.begin(&body).await;
+    assert_eq!(harness.drive(failed.id).await.now.status, StartStatus::Error);
+    harness.settle_sandboxes().await;
+    assert!(!harness.sandboxes.made()["mine"].deleted);
+    harness.agent.clear_faults();
+    let ready = harness.drive(harness.begin(&body).await.id).await;
+    assert_eq!(ready.now.status, StartStatus::Ready, "{:?}", ready.now.detail);
+    let deleter = &harness.context.deletion.deleter;
+    assert!(deleter.delete(&harness.user, ready.conversation_id).await.expect("deleted"));
+    harness.settle_sandboxes().await;
+    assert!(harness.sandboxes.made()["mine"].deleted);
+    harness.finish().await;
+}
+
+/// An earlier start of the conversation has failed, and the sandbox with the id of the conversation is still being deleted.
+#[tokio::test]
+async fn start_does_not_use_a_sandbox_that_is_being_deleted() {
+    let harness = WorkerHarness::start(quick()).await;
+    let mut body = message();
+    body["conversation_id"] = "aaaa1111-0000-4000-8000-000000000003".into();
+    let task = harness.begin(&body).await;
+    harness.sandboxes.start(&harness.user, &task.new_sandbox_id, None).await.expect("a sandbox");
+    assert!(harness.records.mark_deleted(&harness.user, &task.new_sandbox_id).await.expect("the store"));
+    let ready = harness.drive(task.id).await;
+    assert_eq!(ready.now.status, StartStatus::Ready, "{:?}", ready.now.detail);
+    assert_ne!(ready.now.sandbox_id.as_ref(), Some(&task.new_sandbox_id));
+    harness.settle_sandboxes().await;
+    assert!(harness.sandboxes.made()[&task.new_sandbox_id].deleted);
+    assert!(!harness.sandboxes.made()[ready.now.sandbox_id.as_ref().expect("a sandbox")].deleted);
+    harness.finish().await;
+}
+
+/// The user deletes the sandbox after the conversation was created in it, before the start has recorded it.
+#[tokio::test]
+async fn sandbox_deleted_during_its_start_ends_the_start() {
+    let harness = WorkerHarness::start(quick()).await;
+    harness.agent.inject(Fault::new("POST /api/conversations", Nth::Next, Kind::SlowReply(Duration::from_secs(1))));
+    let task = harness.begin(&message()).await;
+    let delivered = harness.receive().await.expect("a message");
+    let deleting = async {
+        crate::support::wait::wait_until("the conversation is created", Duration::from_secs(20), async || {
+            !harness.agent.requests_to("POST /api/conversations").is_empty()
+        })
+        .await;
+        let id = harness.task(task.id).await.now.sandbox_id.expect("a sandbox");
+        assert!(harness.other_worker.reconciler.delete(&harness.user, &id).await.expect("the store"));
+    };
+    tokio::join!(harness.handle(&delivered), deleting);
+    let ended = harness.drive(task.id).await;
+    assert_eq!(ended.now.status, StartStatus::Error);
+    assert!(ended.now.detail.as_ref().is_some_and(|detail| detail.contains("during the start")), "{:?}", ended.now);
+    let everything = Filter { include_sub_conversations: true, ..Filter::default() };
+    assert_eq!(harness.conversations.count(&harness.user, &everything).await.expect("a count"), 0);
+    harness.settle_sandboxes().await;
+    harness.finish().await;
+}
+
+/// A sandbox that is paused in the middle of a start, by its provider or because the machine was restarted.
+#[tokio::test]
+async fn sandbox_paused_during_its_start_is_resumed() {
+    let config = shared::config::StartConfig { inline_wait: Duration::ZERO, ..quick() };
+    let harness = WorkerHarness::start(config).await;
+    harness.agent.inject(endless_command());
+    let task = harness.begin(&message()).await;
+    let sandbox = run_to_command(&harness, task.id).await;
+    harness.sandboxes.set_status(&sandbox, SandboxStatus::Paused);
+    harness.agent.clear_faults();
+    assert_eq!(harness.drive(task.id).await.now.status, StartStatus::Ready);
+    assert_eq!(harness.sandboxes.made()[&sandbox].resumed, 1);
     harness.finish().await;
 }
 

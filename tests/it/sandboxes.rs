@@ -1,6 +1,7 @@
 //! Sandbox providers: one conformance suite that each implementation of `SandboxService` passes, the routes, and the
 //! state of sandboxes that have ended.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::body::Body;
@@ -10,11 +11,14 @@ use secrecy::ExposeSecret as _;
 use serde_json::{Value, json};
 use shared::config::{DockerSandboxConfig, RemoteSandboxConfig, SandboxConfig};
 use shared::digest::sha256_hex;
+use shared::http_client::{AddressPolicy, HttpClient};
+use shared::sandbox::reconciler::{IdlePolicy, SandboxReconciler};
 use shared::sandbox::spec::AGENT_SERVER_VERSION;
 use shared::sandbox::store::SandboxStore;
-use shared::sandbox::{Sandbox, SandboxService, SandboxStatus, service};
+use shared::sandbox::{Launch, Sandbox, SandboxService, SandboxStatus, service};
 use shared::user::UserId;
 use tempfile::TempDir;
+use uuid::Uuid;
 
 use crate::support::api::Api;
 use crate::support::docker_engine::DockerEngine;
@@ -23,7 +27,7 @@ use crate::support::runtime_api::{API_KEY, Fault, RuntimeApi};
 use crate::support::seed;
 use crate::support::stand_in_agent::{Fault as AgentFault, Kind, Nth, StandInAgent};
 use crate::support::wait::{wait_for, wait_until};
-use crate::support::worker_harness::SESSION_KEY;
+use crate::support::worker_harness::{SESSION_KEY, WorkerHarness, quick};
 
 const BOOT: Duration = Duration::from_secs(180);
 /// The longest time that a response may take while a provider hangs, on a busy machine.
@@ -53,15 +57,17 @@ async fn running(service: &dyn SandboxService, user: &UserId, id: &str) -> Sandb
 }
 
 /// Asserts what every implementation must do.
-async fn conforms(service: &dyn SandboxService, user: &UserId, control: &impl TestControl) {
+async fn conforms(reconciler: &SandboxReconciler, user: &UserId, control: &impl TestControl) {
+    let service = &*reconciler.sandboxes;
     let stranger = UserId::new("a-stranger");
     let ids = |ids: &[&str]| ids.iter().map(|id| (*id).to_owned()).collect::<Vec<String>>();
     // Without sandboxes.
     assert!(service.get(user, "none").await.expect("an answer").is_none());
     assert!(service.batch_get(user, &[]).await.expect("an answer").is_empty());
     assert!(service.list(user).await.expect("an answer").is_empty());
+    assert!(service.inspect(user, "none").await.expect("an answer").is_none());
     for done in
-        [service.pause(user, "none").await, service.resume(user, "none").await, service.delete(user, "none").await]
+        [service.pause(user, "none").await, service.resume(user, "none").await, reconciler.delete(user, "none").await]
     {
         assert!(!done.expect("an answer"), "there is no such sandbox");
     }
@@ -70,7 +76,7 @@ async fn conforms(service: &dyn SandboxService, user: &UserId, control: &impl Te
 
     // One sandbox, created twice.
     for _ in 0..2 {
-        service.start(user, "one").await.expect("started");
+        service.start(user, "one", None).await.expect("started");
     }
     let made = service.get(user, "one").await.expect("an answer").expect("a sandbox");
     assert!(matches!(made.status, SandboxStatus::Starting | SandboxStatus::Running), "{made:?}");
@@ -80,11 +86,11 @@ async fn conforms(service: &dyn SandboxService, user: &UserId, control: &impl Te
     assert!(one.session_api_key.as_ref().is_some_and(|key| key.expose_secret().len() > 10), "{one:?}");
     assert!(one.working_dir.starts_with('/'), "{one:?}");
     assert_eq!(one.created_at, made.created_at);
-    service.start(user, "one").await.expect("started");
+    service.start(user, "one", None).await.expect("started");
     assert_eq!(status(service, user, "one").await, SandboxStatus::Running, "a running sandbox is not restarted");
 
     // A second sandbox, and isolation between users.
-    service.start(user, "two").await.expect("started");
+    service.start(user, "two", None).await.expect("started");
     control.let_run("two").await;
     running(service, user, "two").await;
     let list: Vec<String> = service.list(user).await.expect("a list").into_iter().map(|sandbox| sandbox.id).collect();
@@ -97,7 +103,7 @@ async fn conforms(service: &dyn SandboxService, user: &UserId, control: &impl Te
     assert!(service.get(&stranger, "one").await.expect("an answer").is_none());
     assert!(!service.pause(&stranger, "one").await.expect("an answer"));
     assert!(!service.resume(&stranger, "one").await.expect("an answer"));
-    assert!(!service.delete(&stranger, "one").await.expect("an answer"));
+    assert!(!reconciler.delete(&stranger, "one").await.expect("an answer"));
     assert_eq!(status(service, user, "one").await, SandboxStatus::Running);
 
     service.mark_used(user, "one").await.expect("noted");
@@ -132,9 +138,16 @@ async fn conforms(service: &dyn SandboxService, user: &UserId, control: &impl Te
 
     // Delete, also the sandbox that has ended.
     for id in ["one", "two"] {
-        assert!(service.delete(user, id).await.expect("an answer"), "{id}");
+        assert!(reconciler.delete(user, id).await.expect("an answer"), "{id}");
         assert!(service.get(user, id).await.expect("an answer").is_none(), "{id}");
-        assert!(!service.delete(user, id).await.expect("an answer"), "{id}");
+        assert!(!reconciler.delete(user, id).await.expect("an answer"), "{id}");
+        assert!(service.terminate(user, id).await.expect("an answer"), "{id}: nothing is left");
+        let left = reconciler.records.list_all(user).await.expect("records");
+        let is_confirmed = service.confirmation_delay() == Duration::ZERO;
+        assert_eq!(left.iter().any(|record| record.id == id), !is_confirmed, "{id}: the record");
+        if !is_confirmed {
+            assert_eq!(service.start(user, id, None).await.expect("an answer"), Launch::Deleted, "{id}");
+        }
     }
     assert!(service.list(user).await.expect("a list").is_empty());
 }
@@ -155,7 +168,7 @@ impl TestControl for Processes<'_> {
 #[tokio::test]
 async fn process_sandboxes_conform() {
     let product = Product::start(json!({"llm_model": "any", "llm_api_key": "any"})).await;
-    conforms(&product.sandboxes(), &UserId::local(), &Processes(&product)).await;
+    conforms(&product.reconciler(), &UserId::local(), &Processes(&product)).await;
     wait_until("their processes have ended", Duration::from_secs(20), async || product.processes().is_empty()).await;
     product.shutdown().await;
 }
@@ -212,7 +225,11 @@ impl Remote {
         self.api.stores.sandboxes()
     }
 
-    fn service(&self) -> std::sync::Arc<dyn SandboxService> {
+    fn reconciler(&self, sandboxes: Arc<dyn SandboxService>) -> SandboxReconciler {
+        self.api.stores.sandbox_reconciler(sandboxes)
+    }
+
+    fn service(&self) -> Arc<dyn SandboxService> {
         service(&SandboxConfig::Remote(remote(&self.runtimes)), self.records())
     }
 
@@ -232,7 +249,7 @@ impl Remote {
 #[tokio::test]
 async fn remote_sandboxes_conform() {
     let fixture = Remote::start().await;
-    conforms(&*fixture.service(), &fixture.user, &fixture.runtimes).await;
+    conforms(&fixture.reconciler(fixture.service()), &fixture.user, &fixture.runtimes).await;
     fixture.api.stop().await;
 }
 
@@ -270,12 +287,12 @@ async fn docker_sandboxes_conform() {
     let engine = DockerEngine::start(&fixture.agent.url()).await;
     let config = SandboxConfig::Docker(docker(Some(engine.url())));
     let service = service(&config, fixture.records());
-    conforms(&*service, &fixture.user, &engine).await;
+    conforms(&fixture.reconciler(service.clone()), &fixture.user, &engine).await;
     assert_eq!(engine.pulled(), ["registry.example.com/agent-server:1"], "once");
     assert!(engine.containers().is_empty(), "nothing is left");
 
     // The settings that containers are created with.
-    service.start(&fixture.user, "one").await.expect("started");
+    service.start(&fixture.user, "one", None).await.expect("started");
     let (name, container) = engine.containers().pop_first().expect("a container");
     assert_eq!(name, format!("oh-agent-server-{}", &sha256_hex(&fixture.user.key_of("one"))[..32]));
     let body = &container.body;
@@ -303,16 +320,20 @@ async fn docker_sandboxes_conform() {
     }
     // At the limit, the least recently used sandbox is paused.
     for id in ["two", "three"] {
-        service.start(&fixture.user, id).await.expect("started");
+        service.start(&fixture.user, id, None).await.expect("started");
     }
     let statuses: Vec<SandboxStatus> =
         service.list(&fixture.user).await.expect("a list").iter().map(|sandbox| sandbox.status).collect();
     assert_eq!(statuses, [SandboxStatus::Running, SandboxStatus::Running, SandboxStatus::Paused]);
-    // An agent server that no longer responds, and an engine that does not.
+    // Agent servers that do not respond, and an engine that does not.
+    service.start(&fixture.user, "mute", None).await.expect("started");
     fixture.agent.set_alive(false);
     let three = service.get(&fixture.user, "three").await.expect("an answer").expect("its record");
-    assert_eq!(three.status, SandboxStatus::Error, "long after its start");
-    assert!(three.exposed_urls.is_none() && three.detail.is_some(), "{three:?}");
+    assert_eq!(three.status, SandboxStatus::Starting, "it has answered before");
+    assert!(three.exposed_urls.is_none(), "{three:?}");
+    let mute = service.get(&fixture.user, "mute").await.expect("an answer").expect("its record");
+    assert_eq!(mute.status, SandboxStatus::Error, "it has never answered, long after its start");
+    assert!(mute.exposed_urls.is_none() && mute.detail.is_some(), "{mute:?}");
     fixture.agent.set_alive(true);
     engine.break_down(true);
     let three = service.get(&fixture.user, "three").await.expect("an answer").expect("its record");
@@ -321,12 +342,14 @@ async fn docker_sandboxes_conform() {
         (SandboxStatus::Error, Some("The Docker engine does not respond; check that it is running"))
     );
     assert!(service.pause(&fixture.user, "three").await.is_err());
+    let unknown = service.inspect(&fixture.user, "three").await.expect_err("its status is unknown");
+    assert!(matches!(unknown, shared::Error::Upstream { .. }), "{unknown:?}");
     engine.break_down(false);
 
     // An image that does not exist.
     let unknown = DockerSandboxConfig { image: "nowhere/none:1".to_owned(), ..docker(Some(engine.url())) };
     let service = self::service(&SandboxConfig::Docker(unknown), fixture.records());
-    let refused = service.start(&fixture.user, "four").await.expect_err("no image");
+    let refused = service.start(&fixture.user, "four", None).await.expect_err("no image");
     assert_eq!(refused.to_string(), "The image nowhere/none:1 cannot be pulled");
     fixture.api.stop().await;
 }
@@ -362,7 +385,8 @@ async fn docker_sandboxes_on_a_real_engine_conform() {
         ..docker(std::env::var("DOCKER_HOST").ok())
     };
     let control = Real(config.container_name_prefix.clone());
-    conforms(&*service(&SandboxConfig::Docker(config), fixture.records()), &fixture.user, &control).await;
+    let service = service(&SandboxConfig::Docker(config), fixture.records());
+    conforms(&fixture.reconciler(service), &fixture.user, &control).await;
     fixture.api.stop().await;
 }
 
@@ -551,6 +575,102 @@ async fn least_recently_used_sandbox_is_paused_at_the_limit() {
 }
 
 #[tokio::test]
+async fn sandbox_of_an_unfinished_start_is_never_evicted() {
+    let fixture = Remote::start().await;
+    fixture.runtimes.begin_as("running");
+    let (user, service, records) = (&fixture.user, fixture.service(), fixture.records());
+    let (first, second) = (Uuid::new_v4(), Uuid::new_v4());
+    for (id, task) in [("one", first), ("two", second)] {
+        assert_eq!(service.start(user, id, Some(task)).await.expect("an answer"), Launch::Started);
+    }
+    // Both sandboxes that may run are used by starts: nothing is created, and nothing paused.
+    for task in [Some(Uuid::new_v4()), None] {
+        assert_eq!(service.start(user, "three", task).await.expect("an answer"), Launch::Full);
+        assert!(service.get(user, "three").await.expect("an answer").is_none());
+    }
+    let (code, error) = fixture.call("POST", "/sandboxes").await;
+    assert_eq!(code, 503, "{error}");
+    assert_eq!(fixture.runtimes.sessions().len(), 2);
+    for id in ["one", "two"] {
+        assert_eq!(status(&*service, user, id).await, SandboxStatus::Running, "{id}");
+    }
+    // One start has failed, in a sandbox that has a conversation.
+    records.leave(user, "one", first, false).await.expect("the store").expect("a record");
+    assert_eq!(service.start(user, "three", None).await.expect("an answer"), Launch::Started);
+    assert_eq!(status(&*service, user, "one").await, SandboxStatus::Paused);
+    assert_eq!(status(&*service, user, "two").await, SandboxStatus::Running);
+    fixture.api.stop().await;
+}
+
+/// The provider reports that nothing is left, and then a creation takes effect whose response was lost.
+#[tokio::test]
+async fn sandbox_that_appears_after_its_deletion_is_deleted_too() {
+    let fixture = Remote::start().await;
+    let (id, session) = fixture.sandbox().await;
+    let (user, records) = (&fixture.user, fixture.records());
+    let reconciler = fixture.reconciler(fixture.service());
+    let record = async || records.list_all(user).await.expect("records").pop().expect("the record stays");
+    assert_eq!(fixture.call("DELETE", &format!("/sandboxes/{id}")).await, (200, json!({"success": true})));
+    assert_eq!(fixture.runtimes.sessions()[&session].status, "stopped");
+    reconciler.reconcile(user, &id).await.expect("reconciled");
+    assert!(record().await.gone_since.is_some());
+    fixture.runtimes.set_status(&session, "running");
+    reconciler.reconcile(user, &id).await.expect("reconciled");
+    assert_eq!(fixture.runtimes.sessions()[&session].status, "stopped");
+    assert_eq!(record().await.gone_since, None, "the confirmation begins again");
+
+    // An outage of the provider: the user sees no sandbox, and the deletion succeeds after it.
+    let (id, session) = fixture.sandbox().await;
+    fixture.runtimes.set_fault(Some(Fault::Status(503)));
+    assert_eq!(fixture.call("DELETE", &format!("/sandboxes/{id}")).await, (200, json!({"success": true})));
+    assert_eq!(fixture.call("GET", "/sandboxes/search").await.1["items"], json!([]));
+    assert_eq!(fixture.call("DELETE", &format!("/sandboxes/{id}")).await.0, 404);
+    fixture.runtimes.set_fault(None);
+    assert_eq!(fixture.runtimes.sessions()[&session].status, "running");
+    reconciler.reconcile(user, &id).await.expect("reconciled");
+    assert_eq!(fixture.runtimes.sessions()[&session].status, "stopped");
+    fixture.api.stop().await;
+}
+
+#[tokio::test]
+async fn idle_sandbox_is_paused_unless_a_start_or_an_agent_uses_it() {
+    let harness = WorkerHarness::start(quick()).await;
+    let user = &harness.user;
+    let ready = harness.drive(harness.begin(&json!({})).await.id).await;
+    let sandbox = ready.now.sandbox_id.expect("a sandbox");
+    let reconcile = async |limit: Option<Duration>| {
+        let http = HttpClient::new(AddressPolicy::Any);
+        let idle = limit.map(|limit| IdlePolicy { limit, http });
+        let reconciler = SandboxReconciler { idle, ..harness.other_worker.reconciler.clone() };
+        reconciler.reconcile(user, &sandbox).await.expect("reconciled");
+        harness.sandboxes.made()[&sandbox].status
+    };
+    // The agent server reports that it has been idle for 0 s.
+    assert_eq!(reconcile(Some(Duration::from_secs(60))).await, SandboxStatus::Running, "used a moment ago");
+    harness.agent.set_execution_status(ready.conversation_id, "running");
+    assert_eq!(reconcile(Some(Duration::ZERO)).await, SandboxStatus::Running, "its agent runs");
+    harness.agent.set_execution_status(ready.conversation_id, "idle");
+    let task = Uuid::new_v4();
+    assert_eq!(harness.sandboxes.start(user, &sandbox, Some(task)).await.expect("an answer"), Launch::Started);
+    assert_eq!(reconcile(Some(Duration::ZERO)).await, SandboxStatus::Running, "a start uses it");
+    harness.records.leave(user, &sandbox, task, false).await.expect("the store").expect("a record");
+    assert_eq!(reconcile(Some(Duration::ZERO)).await, SandboxStatus::Paused);
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn without_an_idle_limit_no_sandbox_is_paused_or_stays_due() {
+    let harness = WorkerHarness::start(quick()).await;
+    let ready = harness.drive(harness.begin(&json!({})).await.id).await;
+    let sandbox = ready.now.sandbox_id.expect("a sandbox");
+    let due = async || harness.records.due().due(shared::Time::now().plus(Duration::from_secs(86_400))).await.0.len();
+    assert_eq!(due().await, 1);
+    harness.other_worker.reconciler.reconcile(&harness.user, &sandbox).await.expect("reconciled");
+    assert_eq!((due().await, harness.sandboxes.made()[&sandbox].status), (0, SandboxStatus::Running));
+    harness.finish().await;
+}
+
+#[tokio::test]
 async fn any_status_and_any_fault_of_the_runtime_api_is_reported_in_time() {
     let fixture = Remote::start().await;
     let (id, session) = fixture.sandbox().await;
@@ -593,11 +713,11 @@ async fn any_status_and_any_fault_of_the_runtime_api_is_reported_in_time() {
         if matches!(fault, Fault::Hang) {
             continue;
         }
-        for (method, target) in [("POST", format!("/sandboxes/{id}/pause")), ("DELETE", format!("/sandboxes/{id}"))] {
-            let (status, error) = fixture.call(method, &target).await;
-            let expected = json!({"detail": "The sandbox provider does not respond; try again later"});
-            assert_eq!((status, error), (502, expected), "{fault:?}: {method}");
-        }
+        let (status, error) = fixture.call("POST", &format!("/sandboxes/{id}/pause")).await;
+        let expected = json!({"detail": "The sandbox provider does not respond; try again later"});
+        assert_eq!((status, error), (502, expected), "{fault:?}");
+        let unknown = fixture.service().inspect(&fixture.user, &id).await.expect_err("its status is unknown");
+        assert!(matches!(unknown, shared::Error::Upstream { .. }), "{fault:?}: {unknown:?}");
         let (status, error) = fixture.call("POST", "/sandboxes").await;
         assert_eq!(status, 502, "{fault:?}: {error}");
         assert!(!error.to_string().contains("secret words"), "{error}");

@@ -330,7 +330,7 @@ async fn users_me_shows_secrets_to_the_users_own_sandboxes_alone() {
     let sandboxes = api.stores.sandboxes();
     for (owner, key) in [(&user, "key of u"), (&other, "key of other")] {
         let record = sandboxes.new_record(owner, "s", "spec", &key.into()).await.expect("a record");
-        sandboxes.put_new(record).await.expect("stored");
+        sandboxes.create(record, None).await.expect("stored");
     }
     for (key, expected) in [
         (None, (401, json!("X-Session-API-Key header is required"))),

@@ -127,7 +127,7 @@ pub async fn furnish_in(aws: &Aws, names: &Names, sealer: &Sealer, owner: &UserI
     seed::load(&stores, owner, rows).await;
     let sandboxes = stores.sandboxes();
     let record = sandboxes.new_record(owner, SANDBOX, "spec", &key_of(owner)).await.expect("a record");
-    sandboxes.put_new(record).await.expect("stored");
+    sandboxes.create(record, None).await.expect("stored");
     let settings = stores.settings();
     let tokens = json!({
         "provider_tokens": {"github": {"token": format!("token of {owner}"), "host": format!("host of {owner}")}},

@@ -41,7 +41,7 @@ impl Owner {
         let sandboxes = Stores::new(names, aws, sealer).sandboxes();
         for (id, key) in [("one", KEY), ("another", OTHER_KEY)] {
             let record = sandboxes.new_record(&user, id, "spec", &SecretString::from(key)).await.expect("a record");
-            sandboxes.put_new(record).await.expect("stored");
+            sandboxes.create(record, None).await.expect("stored");
         }
         Self {
             user,
@@ -294,6 +294,7 @@ async fn webhook_is_not_acknowledged_if_the_store_fails() {
         single_user: false,
         live_status_budget: std::time::Duration::from_secs(1),
         sandbox_request_budget: std::time::Duration::from_secs(2),
+        sandbox_idle_limit: None,
         address_policy: shared::http_client::AddressPolicy::Any,
         export: ExportConfig::default(),
     };

@@ -80,7 +80,7 @@ impl WorkerHarness {
         let agent = StandInAgent::start(SESSION_KEY).await;
         let user = UserId::new("somebody");
         let sandboxes = Arc::new(StandInSandboxes::at(agent.url(), agent.working_dir()));
-        sandboxes.start(&user, SANDBOX).await.expect("a sandbox");
+        sandboxes.start(&user, SANDBOX, None).await.expect("a sandbox");
         fs::create_dir_all(agent.working_dir()).expect("a workspace");
         let conversations = Stores::without_key(&names, &aws).conversations();
         let http = HttpClient::new(AddressPolicy::Any);
@@ -776,7 +776,7 @@ async fn whatever_an_agent_server_does_each_route_answers_in_time_and_says_what_
     // A port without a listener.
     harness.agent.clear_faults();
     let unreachable = StandInSandboxes::at("http://127.0.0.1:9".to_owned(), harness.agent.working_dir());
-    unreachable.start(&harness.user, SANDBOX).await.expect("a sandbox");
+    unreachable.start(&harness.user, SANDBOX, None).await.expect("a sandbox");
     let http = HttpClient::new(AddressPolicy::Any);
     let places = WorkspaceLocator::new(harness.conversations.clone(), Arc::new(unreachable), http);
     harness.router = router(&places, BUDGET);

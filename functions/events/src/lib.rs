@@ -9,20 +9,24 @@ use shared::aws::Aws;
 use shared::config::Config;
 use shared::event::ingest::EventIngestor;
 use shared::event::store::EventStore;
+use shared::jobs::queue::JobQueue;
 use shared::sandbox::store::SandboxStore;
+use shared::start::store::StartTaskStore;
 use shared::stores::Stores;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
 pub use webhooks::webhooks_router;
 
-/// What this function can access: it reads sandboxes, settings and events, writes events, updates conversation records from them, and
-/// enqueues follow-up jobs.
+/// What this function can access: it reads sandboxes, settings, start tasks and events, writes events, updates conversation records
+/// from them, and enqueues jobs.
 #[derive(Clone, Debug)]
 pub struct Context {
     sandboxes: SandboxStore,
     settings: SettingsStore,
     events: EventStore,
     ingestor: EventIngestor,
+    tasks: StartTaskStore,
+    queue: JobQueue,
     sealer: Sealer,
 }
 
@@ -38,9 +42,12 @@ impl Context {
             ingestor: EventIngestor {
                 conversations: stores.conversations(),
                 events: events.clone(),
+                sandboxes: stores.sandboxes(),
                 queue: stores.queue(),
             },
             events,
+            tasks: stores.start_tasks(),
+            queue: stores.queue(),
             sealer: sealer.clone(),
         }
     }

@@ -1,13 +1,16 @@
 //! Webhooks: `POST /api/v1/webhooks/conversations` and `POST /api/v1/webhooks/events/{conversation_id}` receive the reports of agent
-//! servers; `GET /api/v1/webhooks/secrets` returns provider tokens to agents.
+//! servers; `POST /api/v1/webhooks/commands/{task_id}` is the notification of a command that a start waits for;
+//! `GET /api/v1/webhooks/secrets` returns provider tokens to agents.
 //!
 //! A report is acknowledged once it is stored and applied, so that an agent server resends one that was not.
 
-use axum::extract::{DefaultBodyLimit, FromRequestParts, State};
+use std::time::Duration;
+
+use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, State};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use http::HeaderMap;
 use http::request::Parts;
+use http::{HeaderMap, StatusCode};
 use secrecy::ExposeSecret as _;
 use serde_json::Value;
 use serde_json::value::RawValue;
@@ -18,10 +21,12 @@ use shared::http::extract::{ConversationId, JsonBody, RawBody, both};
 use shared::http::pydantic::body::FromJson;
 use shared::http::pydantic::validation::{self, Checked, Checker, Fields};
 use shared::http::response::SuccessOut;
+use shared::jobs::advance_start::AdvanceStart;
 use shared::metrics;
 use shared::sandbox::session_key;
 use shared::sandbox::store::SandboxRecord;
 use shared::user::token::{TokenClaims, TokenKey};
+use uuid::Uuid;
 
 use crate::Context;
 
@@ -38,6 +43,7 @@ pub fn webhooks_router(context: Context) -> Router {
         .route("/api/v1/webhooks/conversations", post(conversations))
         .route("/api/v1/webhooks/secrets", get(secret))
         .route("/api/v1/webhooks/events/{conversation_id}", post(events))
+        .route("/api/v1/webhooks/commands/{task_id}", post(command_ended))
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .with_state(context)
 }
@@ -89,6 +95,24 @@ async fn events(
     metrics::batch_received(events.len());
     context.ingestor.ingest_events(&sandbox, id, &lookup, events).await?;
     Ok(SuccessOut::json())
+}
+
+/// Enqueues a job for a start whose command has ended, so that it does not wait for the next poll. The body is ignored: a sandbox is
+/// untrusted, and the worker polls the command's outcome anyway.
+async fn command_ended(
+    State(context): State<Context>,
+    FromSandbox(sandbox): FromSandbox,
+    Path(task): Path<String>,
+) -> Result<StatusCode> {
+    let unknown = || Error::NotFound("No such start task in this sandbox".into());
+    let id = Uuid::parse_str(&task).map_err(|_| unknown())?;
+    let record = context.tasks.get(&sandbox.user, id).await?;
+    let record = record.filter(|record| record.now.sandbox_id.as_ref() == Some(&sandbox.id)).ok_or_else(unknown)?;
+    if !record.now.status.is_final() {
+        let job = AdvanceStart { user: sandbox.user, task: id }.into();
+        context.queue.send(&job, Duration::ZERO).await?;
+    }
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// Returns the user's current token of the git provider that the access token names, as long as the sandbox exists for which the

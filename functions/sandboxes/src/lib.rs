@@ -18,6 +18,7 @@ use shared::config::Config;
 use shared::http_client::HttpClient;
 use shared::pending_message::delivery::Messages;
 use shared::sandbox::SandboxService;
+use shared::sandbox::reconciler::SandboxReconciler;
 use shared::sandbox::spec::{SandboxSpec, specs};
 use shared::sandbox::store::SandboxStore;
 use shared::stores::Stores;
@@ -36,6 +37,7 @@ const BODY_LIMIT: usize = 5 * 1024 * 1024;
 #[derive(Clone, Debug)]
 pub struct Context {
     sandboxes: Arc<dyn SandboxService>,
+    reconciler: SandboxReconciler,
     records: SandboxStore,
     settings: SettingsStore,
     specs: Vec<SandboxSpec>,
@@ -52,6 +54,7 @@ impl Context {
         let http = HttpClient::new(config.address_policy);
         Self {
             messages: stores.message_delivery(sandboxes.clone(), http),
+            reconciler: stores.sandbox_reconciler(sandboxes.clone()),
             sandboxes,
             records: stores.sandboxes(),
             settings: stores.settings(),

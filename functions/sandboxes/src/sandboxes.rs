@@ -12,7 +12,7 @@ use shared::http::page::{self, PageOut};
 use shared::http::pydantic::query::Query;
 use shared::http::response::SuccessOut;
 use shared::id;
-use shared::sandbox::{ExposedUrl, Sandbox, SandboxStatus};
+use shared::sandbox::{ExposedUrl, Launch, Sandbox, SandboxStatus};
 use shared::user::UserId;
 
 use crate::Context;
@@ -117,9 +117,17 @@ pub(crate) async fn start(
         return Err(Error::NotFound(format!("Sandbox Spec not found: {spec}")));
     }
     let id = id::new_sandbox_id();
-    if let Err(error) = context.sandboxes.start(&user, &id).await {
+    let launched = match context.sandboxes.start(&user, &id, None).await {
+        Ok(Launch::Full) => Err(Error::Unavailable(
+            "Starts of conversations use all sandboxes that you may have; try again when one of them has ended"
+                .to_owned(),
+        )),
+        Ok(Launch::Started | Launch::Deleted) => Ok(()),
+        Err(error) => Err(error),
+    };
+    if let Err(error) = launched {
         // The client does not get the id, so a sandbox that was partly created would never be used.
-        if let Err(error) = context.sandboxes.delete(&user, &id).await {
+        if let Err(error) = context.reconciler.delete(&user, &id).await {
             tracing::warn!(sandbox = id, error = %error.context(), "sandbox.cleanup_failed");
         }
         return Err(match error {
@@ -158,7 +166,7 @@ pub(crate) async fn delete(
     let mut query = Query::parse(query.as_deref());
     let id = query.required_string("sandbox_id");
     query.finish().map_err(Error::Invalid)?;
-    success_or_not_found(context.sandboxes.delete(&user, &id).await?)
+    success_or_not_found(context.reconciler.delete(&user, &id).await?)
 }
 
 /// `DELETE /sandboxes/{sandbox_id}`, with or without the same id in the query.
@@ -171,7 +179,7 @@ pub(crate) async fn delete_named(
     if Query::parse(query.as_deref()).string("sandbox_id").is_some_and(|other| other != id) {
         return Err(Error::Refused("The path and `sandbox_id` refer to different sandboxes".to_owned()));
     }
-    success_or_not_found(context.sandboxes.delete(&user, &id).await?)
+    success_or_not_found(context.reconciler.delete(&user, &id).await?)
 }
 
 fn success_or_not_found(found: bool) -> Result<Json<SuccessOut>> {

@@ -1,15 +1,18 @@
-//! `GET /api/v1/app-conversations/start-tasks`, `…/search`, `…/count`: the progress of start tasks.
+//! `GET /api/v1/app-conversations/start-tasks`, `…/search`, `…/count`: the progress of start tasks. `DELETE …/start-tasks/{id}`: cancels
+//! a start.
 
 use axum::extract::{RawQuery, State};
-use axum::routing::get;
+use axum::routing::{delete, get};
 use axum::{Json, Router};
 use shared::aws::Aws;
 use shared::config::Config;
 use shared::error::Error;
 use shared::http::caller::Caller;
-use shared::http::extract::PageRequest;
+use shared::http::extract::{PageRequest, TaskId};
 use shared::http::page::PageOut;
 use shared::http::pydantic::query::Query;
+use shared::http::response::SuccessOut;
+use shared::start::cancel::Canceller;
 use shared::start::store::{Filter, SortOrder, StartTaskStore};
 use shared::start::task::AppConversationStartTask;
 use shared::stores::Stores;
@@ -17,17 +20,20 @@ use shared::stores::Stores;
 /// The most ids that one request may name.
 const MAX_IDS: usize = 100;
 
-/// What this function can access: it reads start tasks.
+/// What this function can access: it reads, ends and removes start tasks, and enqueues jobs.
 #[derive(Clone, Debug)]
 pub struct Context {
     tasks: StartTaskStore,
+    canceller: Canceller,
 }
 
 impl Context {
     /// A context on the configured tables. It has no key that could decrypt the secrets of starts, because it does not need them.
     #[must_use]
     pub fn new(config: &Config, aws: &Aws) -> Self {
-        Self { tasks: Stores::without_key(&config.names, aws).start_tasks_without_secrets() }
+        let stores = Stores::without_key(&config.names, aws);
+        let tasks = stores.start_tasks_without_secrets();
+        Self { canceller: Canceller { tasks: tasks.clone(), queue: stores.queue() }, tasks }
     }
 }
 
@@ -37,6 +43,7 @@ pub fn router(context: Context) -> Router {
         .route("/api/v1/app-conversations/start-tasks", get(batch_get))
         .route("/api/v1/app-conversations/start-tasks/search", get(search))
         .route("/api/v1/app-conversations/start-tasks/count", get(count))
+        .route("/api/v1/app-conversations/start-tasks/{task_id}", delete(cancel))
         .with_state(context)
 }
 
@@ -87,6 +94,15 @@ async fn count(
     let filter = filter(&mut query);
     query.finish().map_err(Error::Invalid)?;
     Ok(Json(context.tasks.count(&user, &filter).await?))
+}
+
+async fn cancel(
+    State(context): State<Context>,
+    Caller(user): Caller,
+    TaskId(task): TaskId,
+) -> Result<Json<SuccessOut>, Error> {
+    context.canceller.cancel(&user, task).await?;
+    Ok(SuccessOut::json())
 }
 
 fn filter(query: &mut Query) -> Filter {

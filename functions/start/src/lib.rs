@@ -8,6 +8,7 @@ use shared::config::Config;
 use shared::error::Error;
 use shared::http::caller::Caller;
 use shared::http::extract::JsonBody;
+use shared::http::idempotency_key::IdempotencyKey;
 use shared::http::page::PAGE_SIZE;
 use shared::start::create::StartService;
 use shared::start::request::StartRequest;
@@ -49,8 +50,9 @@ pub fn router(context: Context) -> Router {
 async fn start(
     State(context): State<Context>,
     Caller(user): Caller,
+    key: IdempotencyKey,
     JsonBody(request): JsonBody<StartRequest>,
 ) -> Result<Json<AppConversationStartTask>, Error> {
     // The task exists now, so its response must not exceed Lambda's limit.
-    Ok(Json(context.start_service.create(&user, request).await?.show_within(PAGE_SIZE)))
+    Ok(Json(context.start_service.create(&user, request, &key).await?.show_within(PAGE_SIZE)))
 }

@@ -16,6 +16,7 @@ use shared::config::Config;
 use shared::error::Error;
 use shared::http::caller::Caller;
 use shared::http::extract::JsonBody;
+use shared::http::idempotency_key::IdempotencyKey;
 use shared::http::page::PAGE_SIZE;
 use shared::start::create::StartService;
 use shared::start::request::StartRequest;
@@ -60,10 +61,11 @@ pub fn router(context: Context) -> Router {
 async fn stream_start(
     State(context): State<Context>,
     Caller(user): Caller,
+    key: IdempotencyKey,
     JsonBody(request): JsonBody<StartRequest>,
 ) -> Result<Response, Error> {
     // An error before the task exists is an ordinary error response with its status; the reference cuts the stream.
-    let record = context.start_service.create(&user, request).await?;
+    let record = context.start_service.create(&user, request, &key).await?;
     let states = States::new(context.start_service.tasks, user, record, context.keep_alive);
     let mut response = Response::new(Body::from_stream(states.stream()));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -146,7 +148,8 @@ impl States {
                 self.next_poll = Instant::now() + self.poll;
                 return Some(state);
             }
-            if self.record.now.status.is_final() || Instant::now() >= self.until {
+            let is_final = self.record.history.last().is_some_and(|last| last.status.is_final());
+            if is_final || Instant::now() >= self.until {
                 self.stage = Stage::Closed;
                 return Some(Bytes::from_static(b"]"));
             }
@@ -176,10 +179,10 @@ impl States {
         Some(Bytes::from(format!("{separator}{json}")))
     }
 
-    /// Polls the task. Its request is not read, because it never changes.
+    /// Polls the states of the task. Nothing else of it is read, because nothing else is shown that changes.
     async fn read(&mut self) {
-        match self.tasks.get(&self.user, self.record.id).await {
-            Ok(Some(record)) => self.record = record,
+        match self.tasks.history(&self.user, self.record.id).await {
+            Ok(Some(history)) => self.record.history = history,
             // The owner has deleted the task, so it has no more states.
             Ok(None) => self.until = Instant::now(),
             // The next read may succeed; the array ends at its time limit.

@@ -7,6 +7,7 @@ use shared::jobs::delete_conversation::DeleteConversation;
 use shared::jobs::deliver_messages::DeliverMessages;
 use shared::jobs::process_events::ProcessEvents;
 use shared::jobs::queue::Job;
+use shared::jobs::reconcile_sandbox::ReconcileSandbox;
 use shared::jobs::refresh_conversation::RefreshConversation;
 
 use crate::Context;
@@ -21,6 +22,9 @@ pub(crate) async fn handle(context: &Context, job: Job) -> Result<()> {
         }
         Job::DeleteConversation(DeleteConversation { conversation, .. }) => {
             tracing::error!(%conversation, ?policy, "worker.deletion_keeps_failing");
+        }
+        Job::ReconcileSandbox(ReconcileSandbox { sandbox, .. }) => {
+            tracing::error!(sandbox, ?policy, "worker.sandbox_not_reconciled");
         }
         Job::RefreshConversation(RefreshConversation { conversation, .. })
         | Job::ProcessEvents(ProcessEvents { conversation, .. }) => {

@@ -6,6 +6,7 @@ use shared::jobs::delete_conversation::DeleteConversation;
 use shared::jobs::deliver_messages::DeliverMessages;
 use shared::jobs::process_events::ProcessEvents;
 use shared::jobs::queue::Job;
+use shared::jobs::reconcile_sandbox::ReconcileSandbox;
 use shared::start::saga::Attempt;
 
 use crate::Context;
@@ -16,7 +17,7 @@ pub(crate) async fn run(context: &Context, job: Job) -> Result<()> {
             let attempt = context.saga.advance(&user, task).await?;
             tracing::debug!(%task, ?attempt, "worker.attempt_finished");
             match attempt {
-                Attempt::Finished => context.messages.start_ended(&user, task).await,
+                Attempt::Finished | Attempt::Compensating => context.messages.start_ended(&user, task).await,
                 Attempt::Waiting | Attempt::Busy | Attempt::Unknown => Ok(()),
             }
         }
@@ -31,9 +32,12 @@ pub(crate) async fn run(context: &Context, job: Job) -> Result<()> {
         Job::DeleteConversation(DeleteConversation { user, conversation }) => {
             context.deletion.finish(&user, conversation).await
         }
+        Job::ReconcileSandbox(ReconcileSandbox { user, sandbox }) => {
+            context.reconciler.reconcile(&user, &sandbox).await
+        }
         Job::RefreshConversation(job) => context.follow_up.refresh_from_agent_server(&job).await,
-        Job::ProcessEvents(ProcessEvents { user, conversation }) => {
-            context.follow_up.process_events(&user, conversation).await
+        Job::ProcessEvents(ProcessEvents { user, conversation, up_to }) => {
+            context.follow_up.process_events(&user, conversation, up_to.as_deref()).await
         }
     }
 }

@@ -6,7 +6,7 @@ mod jobs;
 use std::sync::Arc;
 
 use aws_lambda_events::event::sqs::{BatchItemFailure, SqsBatchResponse, SqsEvent, SqsMessage};
-use futures::future::{join_all, join3};
+use futures::future::{join_all, join4};
 use serde_json::Value;
 use shared::aws::Aws;
 use shared::config::{Config, StartConfig};
@@ -17,6 +17,7 @@ use shared::http_client::HttpClient;
 use shared::jobs::queue::{DEAD_LETTER_SUFFIX, Job};
 use shared::pending_message::delivery::Messages;
 use shared::sandbox::SandboxService;
+use shared::sandbox::reconciler::{IdlePolicy, SandboxReconciler};
 use shared::start::saga::Saga;
 use shared::stores::Stores;
 use shared::user::seal::Sealer;
@@ -28,6 +29,7 @@ pub struct Context {
     pub deletion: Deletion,
     pub follow_up: FollowUp,
     pub messages: Messages,
+    pub reconciler: SandboxReconciler,
 }
 
 impl Context {
@@ -35,7 +37,10 @@ impl Context {
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
         let stores = Stores::new(&config.names, aws, sealer);
         let sandboxes = stores.sandbox_service(&config.sandbox);
-        Self::with_sandboxes(&stores, &sandboxes, &HttpClient::new(config.address_policy), &config.start)
+        let http = HttpClient::new(config.address_policy);
+        let mut context = Self::with_sandboxes(&stores, &sandboxes, &http, &config.start);
+        context.reconciler.idle = config.sandbox_idle_limit.map(|limit| IdlePolicy { limit, http });
+        context
     }
 
     /// A context on these stores, for conversations that run in these sandboxes.
@@ -51,6 +56,7 @@ impl Context {
             deletion: stores.deletion(sandboxes.clone(), http.clone()),
             follow_up: stores.follow_up(sandboxes.clone(), http.clone()),
             messages: stores.message_delivery(sandboxes.clone(), http.clone()),
+            reconciler: stores.sandbox_reconciler(sandboxes.clone()),
         }
     }
 }
@@ -62,10 +68,11 @@ impl Context {
 /// When a scheduled sweep fails.
 pub async fn handle(context: &Context, event: Value) -> Result<SqsBatchResponse, Error> {
     if event.get("Records").is_none() {
-        let (starts, deletions, messages) =
-            join3(context.saga.sweep(), context.deletion.sweep(), context.messages.sweep()).await;
-        // All three have run by now, also when one of them failed.
-        let requeued = starts? + deletions? + messages?;
+        let (starts, deletions, messages, sandboxes) =
+            join4(context.saga.sweep(), context.deletion.sweep(), context.messages.sweep(), context.reconciler.sweep())
+                .await;
+        // All of them have run by now, also when one of them failed.
+        let requeued = starts? + deletions? + messages? + sandboxes?;
         if requeued > 0 {
             tracing::warn!(requeued, "worker.swept");
         }

@@ -126,9 +126,16 @@ fn parameter(parameter: &Parameter) -> Value {
     let mut value = Map::new();
     let mut put = |name: &str, field: Value| value.insert(name.to_owned(), field);
     match parameter.location {
-        Location::Path | Location::Query => {
+        Location::Path | Location::Query | Location::RequestHeader => {
             put("name", json!(parameter.name));
-            put("in", json!(if parameter.location == Location::Path { "path" } else { "query" }));
+            put(
+                "in",
+                json!(match parameter.location {
+                    Location::Path => "path",
+                    Location::Query => "query",
+                    Location::RequestHeader | Location::Header => "header",
+                }),
+            );
             put("required", json!(parameter.is_required));
         }
         Location::Header if parameter.is_required => {

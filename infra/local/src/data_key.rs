@@ -6,6 +6,8 @@ use std::path::Path;
 use shared::user::data_key::DataKey;
 use shared::user::seal::Sealer;
 
+use crate::engines::EngineError;
+use crate::migration;
 use crate::options::{DataKeyCommand, TargetOptions};
 use crate::server::SEALING_KEY;
 use crate::target::{Target, TargetError};
@@ -15,6 +17,9 @@ use crate::target::{Target, TargetError};
 pub enum DataKeyError {
     #[error(transparent)]
     Target(#[from] TargetError),
+    /// The data folder is newer than this program.
+    #[error(transparent)]
+    DataFolder(#[from] EngineError),
     /// The key file of the data folder cannot be read or written.
     #[error("The sealing key of the data folder cannot be replaced: {0}")]
     File(#[from] io::Error),
@@ -31,7 +36,10 @@ pub async fn run(command: &DataKeyCommand, data: &Path) -> Result<String, DataKe
     let DataKeyCommand::Rotate { target } = command;
     let count = match &target.stack {
         Some(_) => rotate_on_aws(target, data).await?,
-        None => Sealer::rotate_file(&data.join(SEALING_KEY))?,
+        None => {
+            migration::refuse_newer(data)?;
+            Sealer::rotate_file(&data.join(SEALING_KEY))?
+        }
     };
     Ok(format!(
         "There are now {count} keys. New secrets are sealed under the newest one; running processes use it after a restart.\n"

@@ -12,6 +12,7 @@ use local::demo;
 use local::import::command;
 use local::options::{Command, CommonOptions, LogKind, Options};
 use local::private_file;
+use local::recount;
 use local::server::{Environment, Readiness, Server, ServerError};
 use local::web_ui::{self, Connection, WebUiError};
 use shared::logging::{self, LogFormat};
@@ -64,6 +65,10 @@ async fn run_command() -> ExitCode {
                 None => eprintln!("No API key has this id."),
             }
             done.is_some()
+        }),
+        Some(Command::Recount { target }) => recount::run(&target, data).await.map_err(Into::into).map(|done| {
+            print!("{done}");
+            true
         }),
         Some(Command::DataKey { command }) => data_key::run(&command, data).await.map_err(Into::into).map(|done| {
             print!("{done}");

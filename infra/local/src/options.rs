@@ -80,6 +80,15 @@ pub enum Command {
         #[command(subcommand)]
         command: ApiKeyCommand,
     },
+    /// Computes a user's counters again from the rows: conversations, starts, unfinished starts.
+    ///
+    /// Counters change together with the rows that they count. They differ only after rows were changed by other means, for
+    /// example in the AWS console. The command is safe while nothing else changes the user's rows: stop the server, or, with
+    /// --stack, keep the user from using the API. Repeat it if it was interrupted.
+    Recount {
+        #[command(flatten)]
+        target: TargetOptions,
+    },
     /// Replaces the key under which secrets are sealed.
     DataKey {
         #[command(subcommand)]

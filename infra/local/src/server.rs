@@ -53,6 +53,8 @@ const GRACE_PERIOD: Duration = Duration::from_secs(3);
 const DAY: Duration = Duration::from_secs(24 * 3600);
 /// Waiting in this process costs nothing, so a start returns to the queue only after a long wait.
 const INLINE_WAIT: Duration = Duration::from_secs(60);
+/// The same applies to polls.
+const MAX_POLL_DELAY: Duration = Duration::from_secs(1);
 
 /// Why the server did not start. Each message is a sentence.
 #[derive(Debug, thiserror::Error)]
@@ -88,6 +90,8 @@ pub enum ServerError {
 pub struct Environment {
     pub start: StartConfig,
     pub export: ExportConfig,
+    /// How long a sandbox may be idle before it is paused (`SANDBOX_IDLE_MINUTES`); without a limit it is not paused.
+    pub sandbox_idle_limit: Option<Duration>,
     /// The user's settings; they take precedence over those of a settings file.
     pub settings: Map<String, Value>,
     /// The key that clients have to send (`SESSION_API_KEY`); without one, requests need no key.
@@ -106,13 +110,22 @@ impl Environment {
         if config::text("START_INLINE_WAIT_MS").is_none() {
             start.inline_wait = INLINE_WAIT;
         }
+        if config::text("START_MAX_POLL_DELAY_MS").is_none() {
+            start.max_poll_delay = MAX_POLL_DELAY;
+        }
+        let mut export = ExportConfig::from_env()?;
+        if config::text("EXPORT_SETTLE_MS").is_none() {
+            // Indexes of the embedded engine do not lag.
+            export.settle = Duration::ZERO;
+        }
         let settings = [("LLM_MODEL", "llm_model"), ("LLM_API_KEY", "llm_api_key"), ("LLM_BASE_URL", "llm_base_url")]
             .into_iter()
             .filter_map(|(variable, field)| Some((field.to_owned(), config::text(variable)?.into())))
             .collect();
         Ok(Self {
             start,
-            export: ExportConfig::from_env()?,
+            export,
+            sandbox_idle_limit: config::idle_limit()?,
             settings,
             session_api_key: config::text("SESSION_API_KEY").map(SecretString::from),
             origins: config::permitted_origins(),
@@ -479,6 +492,7 @@ fn sandbox_config(
             python: agent_server.launcher.clone(),
             version: agent_server.version.clone(),
             webhook_base_url: format!("{web_url}/api/v1/webhooks"),
+            max_sandboxes: shared::sandbox::config::max_processes()?,
             allow_cors_origins: origins_of_agent_servers(&environment.origins, port),
         }),
     })
@@ -493,6 +507,7 @@ fn config(environment: &Environment, sandbox: SandboxConfig, storage: &Storage) 
         single_user: true,
         live_status_budget: Duration::from_millis(1500),
         sandbox_request_budget: config::SANDBOX_REQUEST_BUDGET,
+        sandbox_idle_limit: environment.sandbox_idle_limit,
         address_policy: AddressPolicy::Any,
         export: environment.export.clone(),
     }

@@ -4,6 +4,7 @@
 #![cfg(target_os = "linux")] // processes are found in /proc
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::disallowed_methods, reason = "tests")]
 
+use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::net::TcpListener;
@@ -14,6 +15,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use dynoxide::{Database, ImportOptions};
+use rusqlite::Connection;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -596,4 +599,112 @@ async fn a_data_folder_becomes_private_and_workspaces_keep_their_modes() {
     };
     assert_eq!(umask(&server.child.id().to_string()), umask("self"));
     assert!(server.stop(Signal::TERM).success());
+}
+
+/// Unpacks the data folder of an earlier commit, and adds rows, so that its migration takes a while.
+fn large_data_folder(folder: &Path) {
+    let archive = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/data-folders/6132741.tar.gz");
+    fs::create_dir_all(folder).unwrap();
+    assert!(Command::new("tar").arg("-xzf").arg(archive).arg("-C").arg(folder).status().unwrap().success());
+    let database = Database::new(folder.join("dynamodb.sqlite").to_str().unwrap()).unwrap();
+    let text = |text: String| json!({"S": text});
+    let rows =
+        |row: &dyn Fn(u128) -> Value| (0..3000).map(|number| serde_json::from_value(row(number)).unwrap()).collect();
+    let user = |number: u128| text(format!("user-{}", number % 50));
+    let id = |number: u128| text(format!("{:032x}", number << 64));
+    let conversations = rows(
+        &|number| json!({"user": user(number), "id": id(number), "sandbox_id": id(number % 50), "created_sort": id(number)}),
+    );
+    let sandboxes =
+        rows(&|number| json!({"user": user(number), "id": id(number % 100), "wanted": text("running".into())}));
+    let users = rows(
+        &|number| json!({"user": user(number), "kind": text(format!("export#{number}")), "sealed": text("x".repeat(200))}),
+    );
+    for (table, rows) in [("conversations", conversations), ("sandboxes", sandboxes), ("users", users)] {
+        database.import_items(&format!("openhands-{table}"), rows, ImportOptions::default()).unwrap();
+    }
+}
+
+/// The items of a table or the entries of an index, by their keys.
+type Rows = BTreeMap<(String, String), Value>;
+
+/// The version of a database, and its items and index entries.
+fn contents(file: &Path) -> (u32, BTreeMap<String, Rows>) {
+    let connection = Connection::open(file).unwrap();
+    let version = connection.query_row("PRAGMA user_version", [], |row| row.get(0)).unwrap();
+    let names = "SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE 'openhands-%'";
+    let mut names = connection.prepare(names).unwrap();
+    let names: Vec<String> = names.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect();
+    let items = |name: &String| {
+        let mut rows = connection.prepare(&format!("SELECT * FROM \"{name}\"")).unwrap();
+        let item_column = rows.column_index("item_json").unwrap();
+        let rows = rows.query_map([], |row| {
+            let item: String = row.get(item_column)?;
+            let keys: (String, String) = (row.get(0)?, row.get(1)?);
+            Ok((keys.0, keys.1, item))
+        });
+        let items = rows.unwrap().map(Result::unwrap);
+        let items = items.map(|(first, second, item)| {
+            let item: Value = serde_json::from_str(&item).unwrap();
+            // An index may have several entries with the same keys.
+            let id = format!("{} {}", item["id"], item["kind"]);
+            ((first, format!("{second} {id}")), item)
+        });
+        items.collect()
+    };
+    (version, names.iter().map(|name| (name.clone(), items(name))).collect())
+}
+
+#[test]
+fn a_migration_that_is_killed_loses_nothing() {
+    const ROUNDS: u32 = 6;
+    let list = ["api-key", "list"];
+    let migrate = |data: &Data| {
+        let child = data.command(&list).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        Server { child, base: String::new(), http: reqwest::Client::new() }
+    };
+    let (template, reference) = (TempDir::new().unwrap(), Data::new());
+    large_data_folder(template.path());
+    let copy = |data: &Data| {
+        let copied = Command::new("cp").arg("-a").arg(template.path()).arg(data.path()).status();
+        assert!(copied.unwrap().success());
+    };
+    let (_, before) = contents(&template.path().join("dynamodb.sqlite"));
+    copy(&reference);
+    let start = Instant::now();
+    assert!(migrate(&reference).ended(INSTALL).success());
+    let duration = start.elapsed();
+    let after = contents(&reference.path().join("dynamodb.sqlite"));
+    assert_eq!(after.0, 2);
+    assert_ne!(after.1, before);
+
+    let mut interrupted = 0;
+    for round in 0..ROUNDS {
+        let data = Data::new();
+        copy(&data);
+        // Twice, so that a migration that starts again is killed as well.
+        for _ in 0..2 {
+            let server = migrate(&data);
+            thread::sleep(duration * (round + 1) / (ROUNDS + 1));
+            server.kill();
+            interrupted += u32::from(data.path().join("dynamodb.sqlite.migrating").exists());
+            // SQLite would finish the transaction of the killed process in the original, so a copy is read.
+            let looked_at = TempDir::new().unwrap();
+            for name in ["dynamodb.sqlite", "dynamodb.sqlite-wal"] {
+                if data.path().join(name).exists() {
+                    fs::copy(data.path().join(name), looked_at.path().join(name)).unwrap();
+                }
+            }
+            let found = contents(&looked_at.path().join("dynamodb.sqlite"));
+            match found.0 {
+                0 => assert_eq!(found.1, before, "round {round}"),
+                _ => assert_eq!(found, after, "round {round}"),
+            }
+        }
+        assert!(migrate(&data).ended(INSTALL).success());
+        assert_eq!(contents(&data.path().join("dynamodb.sqlite")), after, "round {round}");
+        assert_eq!(contents(&data.path().join("dynamodb.sqlite.before-2")).1, before, "round {round}");
+        assert!(!data.path().join("dynamodb.sqlite.migrating").exists());
+    }
+    assert!(interrupted > 0, "no migration was interrupted");
 }

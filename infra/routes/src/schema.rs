@@ -46,6 +46,7 @@ pub(crate) const fn text_up_to(max_length: u32) -> Schema {
 pub enum Location {
     Path,
     Query,
+    RequestHeader,
     /// A header of a response.
     Header,
 }
@@ -83,6 +84,21 @@ pub(crate) const fn header(name: &'static str, schema: Schema) -> Parameter {
     Parameter { name, location: Location::Header, is_required: false, schema, description: None }
 }
 
+/// A key under which a request can be repeated.
+pub(crate) const IDEMPOTENCY_KEY: Parameter = Parameter {
+    name: "Idempotency-Key",
+    location: Location::RequestHeader,
+    is_required: false,
+    schema: Schema::Text { format: None, max_length: Some(255) },
+    description: Some(
+        "1 to 255 visible ASCII characters. A repetition with the same key and body returns the start that the first request created, \
+        as long as its record exists; with another body it is a 409.",
+    ),
+};
+
+pub(crate) const RETRY_AFTER: Parameter =
+    header("Retry-After", INTEGER).required().described("Seconds after which the request may succeed.");
+
 /// A required list of UUIDs.
 pub(crate) const fn uuids(name: &'static str, max_items: u32, description: &'static str) -> Parameter {
     query(name, Schema::TextList { format: Some("uuid"), max_items: Some(max_items) }).required().described(description)
@@ -106,6 +122,8 @@ pub(crate) const LIMIT: Parameter =
 /// Parameters of paths that mean the same in every route.
 pub(crate) const PATH_PARAMETERS: &[Parameter] = &[
     path("conversation_id", UUID).described("With or without dashes."),
+    path("task_id", UUID).described("With or without dashes."),
     path("sandbox_id", TEXT),
     path("secret_name", TEXT),
+    path("task_id", UUID).described("With or without dashes."),
 ];

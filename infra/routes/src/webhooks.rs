@@ -18,6 +18,11 @@ const ROUTES: &[Route] = &[
         .body("EventBatch")
         .returns(&[Response::json(Schema::Component("Success"))])
         .errors(&[FORBIDDEN, NOT_FOUND, CONFLICT, INVALID]),
+    Route::post("/api/v1/webhooks/commands/{task_id}", "events", "receive_command_end")
+        .authentication(Authentication::SandboxKey)
+        .summary("Receive the notification that a command of a start has ended")
+        .returns(&[Response::new(204, None)])
+        .errors(&[NOT_FOUND]),
     Route::get("/api/v1/webhooks/secrets", "events", "provider_token")
         .authentication(Authentication::AgentToken)
         .summary("Get an agent's token for a git provider")

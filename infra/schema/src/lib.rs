@@ -14,6 +14,10 @@ use shared::config::Names;
 use shared::jobs::queue::DEAD_LETTER_SUFFIX;
 use shared::{conversation, event, pending_message, sandbox, start};
 
+/// The version of the layout: tables, indexes, and the format of items. `cargo local` migrates data folders of older versions; a change of
+/// the layout needs a new version and a step to it (`infra/local/src/migration`).
+pub const VERSION: u32 = 2;
+
 /// The attributes that an index contains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Projected {
@@ -85,6 +89,7 @@ pub const TABLES: [Table; 5] = [
                 projected: Projected::All,
             },
             index(sandbox::store::BY_CREATED, "user", "created_at", Projected::All),
+            index(sandbox::store::DUE, "due_shard", "due_at", Projected::Keys),
         ],
     },
     Table {
@@ -245,7 +250,7 @@ async fn make_table(aws: &Aws, table: &Table, name: &str) -> Result<(), SchemaEr
 }
 
 /// Checks that an existing table has all indexes: reads of a missing index fail, and an index that is added now would lack the rows
-/// without its attributes.
+/// without its attributes. A data folder has been migrated before.
 async fn check_indexes(aws: &Aws, table: &Table, name: &str) -> Result<(), SchemaError> {
     let failed = |error: &dyn std::fmt::Display| SchemaError::new(format!("table {name}"), error);
     let described = aws.dynamodb.describe_table().table_name(name).send().await;
@@ -254,7 +259,7 @@ async fn check_indexes(aws: &Aws, table: &Table, name: &str) -> Result<(), Schem
     let is_there = |wanted: &Index| indexes.iter().any(|index| index.index_name.as_deref() == Some(wanted.name));
     match table.indexes.iter().find(|index| !is_there(index)) {
         Some(missing) => Err(failed(&format!(
-            "it lacks the index {}, because an older version of this program created it; use another data folder",
+            "it lacks the index {}, because another version of this program created it; restore a backup or use another data folder",
             missing.name
         ))),
         None => Ok(()),

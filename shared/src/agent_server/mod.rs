@@ -364,6 +364,15 @@ pub struct EventPage {
     pub next_page_id: Option<String>,
 }
 
+/// The fields of `GET /server_info` that this product uses.
+#[derive(Deserialize)]
+struct ServerInfo {
+    #[serde(default, deserialize_with = "bounded::short::<_, VERSION_LENGTH>")]
+    version: Option<String>,
+    #[serde(default)]
+    uptime: Option<f64>,
+}
+
 /// A client for one agent server.
 #[derive(Clone, Debug)]
 pub struct AgentServer {
@@ -389,13 +398,33 @@ impl AgentServer {
     /// # Errors
     /// See [`Failure`].
     pub async fn version(&self) -> Result<Option<AgentServerVersion>> {
+        Ok(self.info().await?.version.and_then(|version| version.parse().ok()))
+    }
+
+    /// `GET /server_info`: returns the time since the agent server started, in whole seconds, or `None` if it is missing.
+    ///
+    /// # Errors
+    /// See [`Failure`].
+    pub async fn uptime(&self) -> Result<Option<Duration>> {
+        Ok(self.info().await?.uptime.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()))
+    }
+
+    async fn info(&self) -> Result<ServerInfo> {
+        self.call(&Call::get("/server_info").within(ALIVE_TIMEOUT)).await
+    }
+
+    /// `GET /server_info`: returns how long neither an agent nor a client has used the agent server, or `None` if it does not report that.
+    ///
+    /// # Errors
+    /// See [`Failure`].
+    pub async fn idle_time(&self) -> Result<Option<Duration>> {
         #[derive(Deserialize)]
         struct Info {
-            #[serde(default, deserialize_with = "bounded::short::<_, VERSION_LENGTH>")]
-            version: Option<String>,
+            #[serde(default)]
+            idle_time: Option<f64>,
         }
         let info: Info = self.call(&Call::get("/server_info").within(ALIVE_TIMEOUT)).await?;
-        Ok(info.version.and_then(|version| version.parse().ok()))
+        Ok(info.idle_time.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()))
     }
 
     /// Starts a shell command; returns the command's id, for [`AgentServer::command_output`].

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::store::{ConversationStore, is_alive, item, key, searchable, updated_now};
+use super::store::{ConversationStore, changes_of_counters, is_alive, is_expired, item, key, searchable, updated_now};
 use super::tags::Tags;
 use super::{ConversationRecord, MetricsSnapshot, TokenUsage, within_max_name};
 use crate::clock::Time;
@@ -19,14 +19,14 @@ use crate::conversation::fields::EventCallbackProcessor;
 use crate::dynamo::{Condition, Item, Update, from_item, text, to_item, transact};
 use crate::error::Result;
 use crate::id::{self, UserId};
-use crate::user::counters::{self, Counter};
+use crate::user::counters::{self, Counter, SubCounter};
 
 /// The result of a conversation lookup by id.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Lookup {
     /// There is no record.
     Absent,
-    /// The conversation is being deleted.
+    /// The conversation is being deleted, or was deleted a short time ago.
     Deleting,
     Present(Box<StoredConversation>),
 }
@@ -53,6 +53,15 @@ impl StoredConversation {
     pub fn has_default_title(&self) -> bool {
         self.record.title.as_ref().is_none_or(|title| default_titles(self.record.id).contains(title))
     }
+}
+
+/// The writes that record a conversation, for a transaction that changes the counters as well. They are separate, because a transaction
+/// can write each item once, and its other parts may change the same counters.
+#[derive(Clone, Debug, Default)]
+pub struct Recorded {
+    pub writes: Vec<TransactWriteItem>,
+    /// What the user's counters gain.
+    pub counted: Vec<(Counter, i64)>,
 }
 
 /// Matches `Conversation <5 hex>`, the default title from starts, and `Conversation <32 hex>`, the default title of stubs.
@@ -207,7 +216,7 @@ impl ConversationStore {
     pub async fn lookup(&self, user: &UserId, id: Uuid) -> Result<Lookup> {
         let Some(item) = self.table.get(key(user, id)).await? else { return Ok(Lookup::Absent) };
         if item.contains_key("deleting_since") {
-            return Ok(Lookup::Deleting);
+            return Ok(if is_expired(&item) { Lookup::Absent } else { Lookup::Deleting });
         }
         let internal: InternalAttributes = from_item(item.clone())?;
         Ok(Lookup::Present(Box::new(StoredConversation {
@@ -220,11 +229,17 @@ impl ConversationStore {
         })))
     }
 
-    /// Adds a stub whose metrics, model and tags are those of a snapshot with this `updated_at`. False when the id exists already.
+    /// Adds a stub whose metrics, model and tags are those of a snapshot with this `updated_at`, together with `membership`, the write by
+    /// which it becomes a member of its sandbox. False when the id exists already, or the sandbox is being deleted.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
-    pub async fn put_stub(&self, record: &ConversationRecord, reported_at: &str) -> Result<bool> {
+    pub async fn put_stub(
+        &self,
+        record: &ConversationRecord,
+        reported_at: &str,
+        membership: TransactWriteItem,
+    ) -> Result<bool> {
         let at = Some(reported_at.to_owned());
         let internal = InternalAttributes {
             stub: Some(true),
@@ -233,7 +248,9 @@ impl ConversationStore {
             tags_snapshot_at: at,
             ..InternalAttributes::default()
         };
-        let writes = self.put_with(record, &internal)?;
+        let Recorded { mut writes, counted } = self.put_with(record, &internal)?;
+        writes.push(counters::add(&self.users, &record.user, SubCounter::of(record.id), &counted)?);
+        writes.push(membership);
         Ok(transact(&self.table.client, writes, "TransactWriteItems conversations").await?.is_written())
     }
 
@@ -241,11 +258,7 @@ impl ConversationStore {
     ///
     /// # Errors
     /// [`crate::Error::Internal`] when the record has no form as an item.
-    pub fn put_started(
-        &self,
-        record: &ConversationRecord,
-        processors: &[EventCallbackProcessor],
-    ) -> Result<Vec<TransactWriteItem>> {
+    pub fn put_started(&self, record: &ConversationRecord, processors: &[EventCallbackProcessor]) -> Result<Recorded> {
         self.put_with(record, &InternalAttributes { processors: processors.to_vec(), ..InternalAttributes::default() })
     }
 
@@ -260,7 +273,7 @@ impl ConversationStore {
         stub: &StoredConversation,
         record: &ConversationRecord,
         processors: &[EventCallbackProcessor],
-    ) -> Result<Vec<TransactWriteItem>> {
+    ) -> Result<Recorded> {
         let mut record = ConversationRecord { created_at: stub.record.created_at, ..record.clone() };
         if !stub.has_default_title()
             && record.title.as_ref().is_some_and(|title| default_titles(record.id).contains(title))
@@ -284,13 +297,11 @@ impl ConversationStore {
         if record.parent_conversation_id.is_some() {
             update = update.remove("top_level_user");
         }
-        let mut writes = vec![update.in_transaction(&self.table.name, key(&record.user, record.id))?];
-        if record.parent_conversation_id.is_some() {
-            // The stub was counted as a top-level conversation.
-            let changes = [(Counter::TopLevelConversations, -1)];
-            writes.push(counters::add(&self.users, &record.user, &changes)?);
-        }
-        Ok(writes)
+        let writes = vec![update.in_transaction(&self.table.name, key(&record.user, record.id))?];
+        // The stub was counted as a top-level conversation.
+        let is_child = record.parent_conversation_id.is_some();
+        let counted = if is_child { vec![(Counter::TopLevelConversations, -1)] } else { Vec::new() };
+        Ok(Recorded { writes, counted })
     }
 
     /// Sets the title that the agent server generated, truncated to [`super::MAX_NAME`], unless the conversation has a title. Returns
@@ -401,10 +412,9 @@ impl ConversationStore {
         self.table.apply(key(user, id), updated_now(update, id).condition(is_alive())).await
     }
 
-    fn put_with(&self, record: &ConversationRecord, internal: &InternalAttributes) -> Result<Vec<TransactWriteItem>> {
+    fn put_with(&self, record: &ConversationRecord, internal: &InternalAttributes) -> Result<Recorded> {
         let mut item: Item = item(record)?;
         item.extend(to_item(internal)?);
-        let count = self.add_to_counters(&record.user, [record], 1)?;
-        Ok(vec![self.put(item)?, count])
+        Ok(Recorded { writes: vec![self.put(item)?], counted: changes_of_counters([record], 1).into() })
     }
 }

@@ -5,6 +5,7 @@
 //! page may be short or empty, and its `next_page_id` continues from there.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use aws_sdk_dynamodb::operation::query::builders::QueryFluentBuilder;
 use aws_sdk_dynamodb::types::AttributeValue;
@@ -32,6 +33,9 @@ const LIVE_STATUS_SIZE: u64 = 2048;
 
 /// The longest partition key that DynamoDB accepts, in bytes.
 const LONGEST_KEY: usize = 2048;
+
+/// How much earlier than its creation a row may have been updated, because two machines with different clocks wrote the times.
+pub(crate) const CLOCK_SKEW: Duration = Duration::from_secs(60);
 
 /// The filters of a list or a count.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -122,12 +126,21 @@ impl Filter {
         {
             ask("sandbox_key = :sandbox", ":sandbox", sandbox);
         }
+        let created = (self.created_at_gte, self.created_at_lt);
+        let updated = (self.updated_at_gte, self.updated_at_lt);
+        // A row is created before it is updated, so a bound of one time is a bound of the other, too, and fewer rows are read.
+        let (sort, (low, high), (from, before)) = if order.is_by_created() {
+            let created_before = self.updated_at_lt.map(|time| time.plus(CLOCK_SKEW));
+            let high = created.1.into_iter().chain(created_before).min();
+            ("created_sort", (created.0, high), updated)
+        } else {
+            let updated_from = self.created_at_gte.map(|time| time.minus(CLOCK_SKEW));
+            let low = updated.0.into_iter().chain(updated_from).max();
+            ("updated_sort", (low, updated.1), created)
+        };
         // A row's value is the instant, a `#` and its id, so it never equals an instant.
         let sortable = |time: Option<Time>| time.map(Time::sortable);
-        let created = (sortable(self.created_at_gte), sortable(self.created_at_lt));
-        let updated = (sortable(self.updated_at_gte), sortable(self.updated_at_lt));
-        let (sort, (low, high), (from, before)) =
-            if order.is_by_created() { ("created_sort", created, updated) } else { ("updated_sort", updated, created) };
+        let (low, high, from, before) = (sortable(low), sortable(high), sortable(from), sortable(before));
         let (from_condition, before_condition) = if order.is_by_created() {
             ("updated_sort >= :from", "updated_sort < :before")
         } else {
@@ -286,12 +299,18 @@ mod tests {
         };
         let by_created = filter.plan(&user, SortOrder::CreatedAt);
         assert_eq!((by_created.index, by_created.sort), (TOP_LEVEL_BY_CREATED, "created_sort"));
-        assert_eq!((by_created.low.as_deref(), by_created.high), (Some("2025-01-01T00:00:00.000000Z"), None));
+        assert_eq!(by_created.low.as_deref(), Some("2025-01-01T00:00:00.000000Z"));
+        assert_eq!(by_created.high.as_deref(), Some("2025-01-02T00:01:00.000000Z"), "none is created after its update");
         assert_eq!(by_created.conditions, ["updated_sort < :before", "contains(title_search, :title)"]);
         assert_eq!(by_created.values[":title"], text("a_b"));
         let by_updated = filter.plan(&user, SortOrder::UpdatedAtDesc);
         assert_eq!((by_updated.index, by_updated.sort), (TOP_LEVEL_BY_UPDATED, "updated_sort"));
-        assert_eq!((by_updated.low, by_updated.high.as_deref()), (None, Some("2025-01-02T00:00:00.000000Z")));
+        assert_eq!(
+            by_updated.low.as_deref(),
+            Some("2024-12-31T23:59:00.000000Z"),
+            "none is updated before its creation"
+        );
+        assert_eq!(by_updated.high.as_deref(), Some("2025-01-02T00:00:00.000000Z"));
         assert_eq!(by_updated.conditions, ["created_sort >= :from", "contains(title_search, :title)"]);
         let in_sandbox = Filter { sandbox_id: Some("s".into()), ..Filter::default() };
         let plan = in_sandbox.plan(&user, SortOrder::CreatedAtDesc);

@@ -1,25 +1,27 @@
 //! Stores conversation records in DynamoDB. Every key starts with the owner.
 //!
 //! A deletion keeps the record until everything that belongs to it is removed, so that the sweep can resume an interrupted deletion. For
-//! all other callers the record no longer exists: it is in no other index, no read returns it, and no update finds it.
+//! all other callers the record no longer exists: it is in no other index, no read returns it, and no update finds it. Afterwards the row
+//! stays for [`TOMBSTONE_LIFETIME`] with nothing but its key (a *tombstone*), so that late reports of an agent server do not create the
+//! conversation again.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
-use aws_sdk_dynamodb::types::{AttributeValue, Select, TransactWriteItem};
+use aws_sdk_dynamodb::types::{AttributeValue, TransactWriteItem};
 use futures::future::try_join_all;
 use uuid::Uuid;
 
 use super::ConversationRecord;
 use crate::clock::Time;
 use crate::dynamo::{
-    Backoff, Condition, DueIndex, Item, TRANSACTION_LIMIT, Table, Transacted, Update, from_item, store_error, text,
-    to_item, transact,
+    Backoff, Condition, DueIndex, Item, Outcome, TRANSACTION_LIMIT, Table, Transacted, Update, from_item, store_error,
+    text, to_item, transact,
 };
 use crate::error::{Error, Result};
 use crate::id::{self, UserId};
-use crate::user::counters::{self, Counter};
+use crate::user::counters::{self, Counter, Recount, SubCounter};
 use crate::user::git::ProviderType;
 
 /// Index: all conversations of a user by creation time.
@@ -40,6 +42,14 @@ pub const DELETIONS: &str = "deletions";
 
 /// Partitions of the deletion index.
 pub const DELETION_SHARDS: u128 = 4;
+
+/// How long the id of a deleted conversation is remembered: longer than an agent server that was paused in the meantime keeps its copy.
+pub const TOMBSTONE_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
+/// The attribute with the time to live, in seconds since 1970, after which DynamoDB removes a tombstone.
+pub const EXPIRES_AT: &str = "expires_at";
+/// DynamoDB removes an expired row within a few days. The sweep removes one that is left after this time, as all rows of an engine that
+/// removes none.
+const EXPIRY_DELAY: Duration = Duration::from_secs(3 * 24 * 3600);
 
 /// The most records that [`ConversationStore::import`] accepts at once: one transaction, together with the counters.
 pub const IMPORT_LIMIT: usize = TRANSACTION_LIMIT - 1;
@@ -141,27 +151,6 @@ impl ConversationStore {
         Ok(self.batch_get(user, &[id]).await?.pop().flatten())
     }
 
-    /// Counts the conversations in a sandbox.
-    ///
-    /// # Errors
-    /// [`Error::Store`].
-    pub async fn count_in_sandbox(&self, user: &UserId, sandbox_id: &str) -> Result<usize> {
-        let mut pages = self
-            .table
-            .query()
-            .index_name(BY_SANDBOX)
-            .key_condition_expression("sandbox_key = :sandbox")
-            .expression_attribute_values(":sandbox", text(user.key_of(sandbox_id)))
-            .select(Select::Count)
-            .into_paginator()
-            .send();
-        let mut count = 0;
-        while let Some(page) = pages.next().await {
-            count += usize::try_from(page.map_err(store_error("Query conversations"))?.count).unwrap_or_default();
-        }
-        Ok(count)
-    }
-
     /// Returns the ids of a conversation's sub-conversations, oldest first.
     ///
     /// # Errors
@@ -195,15 +184,21 @@ impl ConversationStore {
         let mut attempts = IMPORT.start();
         loop {
             attempts.next().await;
-            let mut taken: HashSet<Uuid> = self.rows(user, &ids).await?.iter().filter_map(id_of).collect();
+            // A conversation that was deleted can be imported again.
+            let rows = self.rows(user, &ids).await?;
+            let mut taken: HashSet<Uuid> = rows.iter().filter(|row| !is_tombstone(row)).filter_map(id_of).collect();
             // Of several records with the same id, the first is added.
             let new: Vec<bool> = ids.iter().map(|id| taken.insert(*id)).collect();
             let added = || records.iter().zip(&new).filter(|(_, new)| **new).map(|(record, _)| record);
             if added().next().is_none() {
                 return Ok(new);
             }
-            let mut writes = added().map(|record| self.put(item(record)?)).collect::<Result<Vec<_>>>()?;
-            writes.push(self.add_to_counters(user, added(), 1)?);
+            let is_new = Condition::Any(vec![Condition::Missing("id"), Condition::Exists(EXPIRES_AT)]);
+            let put = |record| self.table.put_in_transaction(item(record)?, &is_new);
+            let mut writes = added().map(put).collect::<Result<Vec<_>>>()?;
+            let first = ids.iter().zip(&new).find_map(|(id, new)| new.then_some(*id)).unwrap_or_default();
+            let count = counters::add(&self.users, user, SubCounter::of(first), &changes_of_counters(added(), 1))?;
+            writes.push(count);
             match transact(&self.table.client, writes, OPERATION).await? {
                 Transacted::Written => return Ok(new),
                 failed if attempts.is_last() => return failed.require(OPERATION).map(|()| Vec::new()),
@@ -227,6 +222,20 @@ impl ConversationStore {
         self.table.update(key(user, id), update).await?.applied().map(from_item).transpose()
     }
 
+    /// The update of a record as part of a transaction; it fails if the record does not exist.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] when the update cannot be built.
+    pub fn update_in_transaction(
+        &self,
+        user: &UserId,
+        id: Uuid,
+        change: ConversationChange,
+    ) -> Result<TransactWriteItem> {
+        let update = updated_now(change.0, id).condition(is_alive());
+        update.in_transaction(&self.table.name, key(user, id))
+    }
+
     /// Marks records of the user as being deleted, at most [`IMPORT_LIMIT`] at once. From then on only the worker that finishes the
     /// deletion sees them, and they are not counted. Returns false and changes nothing when one of them does not exist.
     ///
@@ -240,13 +249,14 @@ impl ConversationStore {
         for record in records {
             let update = Update::new()
                 .set("deleting_since", text(&now))
-                .set("deletion_shard", text((record.id.as_u128() % DELETION_SHARDS).to_string()))
+                .set("deletion_shard", text(deletion_shard(record.id)))
                 .set("due_at", text(due_at.sortable()))
                 .remove_all(&["created_sort", "updated_sort", "top_level_user", "sandbox_key", "parent_key"])
                 .condition(is_alive());
             writes.push(update.in_transaction(&self.table.name, key(user, record.id))?);
         }
-        writes.push(self.add_to_counters(user, records, -1)?);
+        let first = records.first().map(|record| record.id).unwrap_or_default();
+        writes.push(counters::add(&self.users, user, SubCounter::of(first), &changes_of_counters(records, -1))?);
         Ok(transact(&self.table.client, writes, "TransactWriteItems conversations").await?.is_written())
     }
 
@@ -256,19 +266,45 @@ impl ConversationStore {
     /// # Errors
     /// [`Error::Store`].
     pub async fn take_deletion(&self, user: &UserId, id: Uuid, due_at: Time) -> Result<Option<ConversationRecord>> {
-        let update =
-            Update::new().set("due_at", text(due_at.sortable())).condition(Condition::Exists("deleting_since"));
-        self.table.update(key(user, id), update).await?.applied().map(from_item).transpose()
+        let update = Update::new().set("due_at", text(due_at.sortable())).condition(is_unfinished_deletion());
+        match self.table.update(key(user, id), update).await? {
+            Outcome::Applied(item) => from_item(item).map(Some),
+            Outcome::ConditionFailed(Some(item)) if is_expired(&item) => {
+                // If the condition does not hold, another worker has removed the tombstone.
+                let _removed = self.table.delete(key(user, id), Condition::Exists(EXPIRES_AT)).await?;
+                Ok(None)
+            }
+            Outcome::ConditionFailed(_) => Ok(None),
+        }
     }
 
-    /// Removes the record of a conversation after everything else that belongs to it is removed.
+    /// Replaces the record of a conversation by a tombstone, after everything else that belongs to it is removed.
     ///
     /// # Errors
     /// [`Error::Store`].
     pub async fn end_deletion(&self, user: &UserId, id: Uuid) -> Result<()> {
-        // If the condition does not hold, another worker has removed the record.
-        let _removed = self.table.delete(key(user, id), Condition::Exists("deleting_since")).await?;
+        let now = Time::now();
+        let expires_at = now.plus(TOMBSTONE_LIFETIME);
+        let mut tombstone = key(user, id);
+        tombstone.insert("deleting_since".into(), text(now.sortable()));
+        tombstone.insert(EXPIRES_AT.into(), AttributeValue::N(expires_at.unix_seconds().to_string()));
+        tombstone.insert("deletion_shard".into(), text(deletion_shard(id)));
+        tombstone.insert("due_at".into(), text(expires_at.plus(EXPIRY_DELAY).sortable()));
+        // If the condition does not hold, another worker has replaced the record.
+        let _replaced = self.table.put(tombstone, is_unfinished_deletion()).await?;
         Ok(())
+    }
+
+    /// Removes the tombstone of a conversation, because a start has requested its id for a new one. Returns false while the deletion of the
+    /// conversation is not finished.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn reuse_id(&self, user: &UserId, id: Uuid) -> Result<bool> {
+        Ok(match self.table.delete(key(user, id), Condition::Exists(EXPIRES_AT)).await? {
+            Ok(()) | Err(None) => true,
+            Err(Some(row)) => !row.contains_key("deleting_since"),
+        })
     }
 
     /// The index of unfinished deletions.
@@ -280,6 +316,7 @@ impl ConversationStore {
             shard_attribute: "deletion_shard",
             shards: (0..DELETION_SHARDS).map(|shard| shard.to_string()).collect(),
             sort_key: "id",
+            has_uuids: true,
         }
     }
 
@@ -301,23 +338,71 @@ impl ConversationStore {
 
     /// The write of a new row, for a transaction.
     pub(super) fn put(&self, item: Item) -> Result<TransactWriteItem> {
-        self.table.put_in_transaction(item, &Condition::Missing("id"))
+        let now = AttributeValue::N(Time::now().unix_seconds().to_string());
+        let is_new = vec![Condition::Missing("id"), Condition::Compare(EXPIRES_AT, "<=", now)];
+        self.table.put_in_transaction(item, &Condition::Any(is_new))
     }
 
-    pub(super) fn add_to_counters<'r>(
-        &self,
-        user: &UserId,
-        records: impl IntoIterator<Item = &'r ConversationRecord>,
-        sign: i64,
-    ) -> Result<TransactWriteItem> {
-        let (mut all, mut top_level) = (0, 0);
-        for record in records {
-            all += sign;
-            top_level += if record.parent_conversation_id.is_none() { sign } else { 0 };
+    /// Counts the user's conversations, strongly consistent.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn recount(&self, user: &UserId, recount: &mut Recount) -> Result<()> {
+        let mut rows = self
+            .table
+            .query()
+            .key_condition_expression("#user = :user")
+            // A row that is being deleted is in no list, and is not counted.
+            .filter_expression("attribute_exists(created_sort)")
+            .projection_expression("id, top_level_user")
+            .expression_attribute_names("#user", "user")
+            .expression_attribute_values(":user", text(user.as_str()))
+            .consistent_read(true)
+            .into_paginator()
+            .items()
+            .send();
+        while let Some(row) = rows.next().await {
+            let row = row.map_err(store_error("Query conversations"))?;
+            let Some(id) = id_of(&row) else { continue };
+            recount.add(id, Counter::Conversations);
+            if row.contains_key("top_level_user") {
+                recount.add(id, Counter::TopLevelConversations);
+            }
         }
-        let changes = [(Counter::Conversations, all), (Counter::TopLevelConversations, top_level)];
-        counters::add(&self.users, user, &changes)
+        Ok(())
     }
+}
+
+/// What the counters of a user gain, or lose where the sign is -1, with these records.
+pub(super) fn changes_of_counters<'r>(
+    records: impl IntoIterator<Item = &'r ConversationRecord>,
+    sign: i64,
+) -> [(Counter, i64); 2] {
+    let (mut all, mut top_level) = (0, 0);
+    for record in records {
+        all += sign;
+        top_level += if record.parent_conversation_id.is_none() { sign } else { 0 };
+    }
+    [(Counter::Conversations, all), (Counter::TopLevelConversations, top_level)]
+}
+
+/// The row is of a conversation whose deletion is not finished.
+fn is_unfinished_deletion() -> Condition {
+    Condition::All(vec![Condition::Exists("deleting_since"), Condition::Missing(EXPIRES_AT)])
+}
+
+fn is_tombstone(row: &Item) -> bool {
+    row.contains_key(EXPIRES_AT)
+}
+
+/// Whether a row is a tombstone that counts as removed.
+pub(super) fn is_expired(row: &Item) -> bool {
+    let expires_at = row.get(EXPIRES_AT).and_then(|value| value.as_n().ok()).and_then(|text| text.parse::<i64>().ok());
+    expires_at.is_some_and(|expires_at| expires_at <= Time::now().unix_seconds())
+}
+
+fn deletion_shard(id: Uuid) -> String {
+    (id.as_u128() % DELETION_SHARDS).to_string()
 }
 
 /// Converts the record to an item, with the attributes that indexes and filters need.

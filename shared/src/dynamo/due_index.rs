@@ -24,16 +24,26 @@ pub struct DueIndex {
     pub shards: Vec<String>,
     /// The name of the table's sort key.
     pub sort_key: &'static str,
+    /// Whether the ids of rows are UUIDs. A row with another id is malformed.
+    pub has_uuids: bool,
 }
 
 /// A row that is due.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DueRow {
     pub user: UserId,
-    /// The attribute `id` of the row: the id of a start or a conversation.
-    pub id: Uuid,
+    /// The id of a start, a conversation or a sandbox: the attribute `id` of the row, of a start's lease row without its suffix.
+    pub id: String,
     due_at: String,
     key: Item,
+}
+
+impl DueRow {
+    /// The id of a start or a conversation. `None` if the row is malformed.
+    #[must_use]
+    pub fn uuid(&self) -> Option<Uuid> {
+        Uuid::try_parse(&self.id).ok()
+    }
 }
 
 /// The most rows of a shard that are read at once. The returned rows alternate between the users among them.
@@ -93,9 +103,13 @@ impl DueIndex {
         let attribute = |name: &str| item.get(name).and_then(|value| value.as_s().ok());
         let user = attribute("user")?;
         let key = [("user", user), (self.sort_key, attribute(self.sort_key)?)];
+        let mut id = attribute("id")?.as_str();
+        if self.has_uuids {
+            id = id.split('#').next().filter(|id| Uuid::try_parse(id).is_ok())?;
+        }
         Some(DueRow {
             user: UserId::new(user),
-            id: Uuid::try_parse(attribute("id")?).ok()?,
+            id: id.to_owned(),
             due_at: attribute("due_at")?.clone(),
             key: key.into_iter().map(|(name, value)| (name.to_owned(), text(value))).collect(),
         })
@@ -139,13 +153,14 @@ mod tests {
     fn users_take_turns() {
         let row = |user: &str, number: u128| DueRow {
             user: UserId::new(user),
-            id: Uuid::from_u128(number),
+            id: Uuid::from_u128(number).to_string(),
             due_at: String::new(),
             key: Item::new(),
         };
         let rows: Vec<DueRow> =
             (0..500).map(|number| row("flood", number)).chain([row("a", 500), row("b", 501), row("a", 502)]).collect();
-        let taken: Vec<u128> = in_turn(rows.clone(), 6).iter().map(|row| row.id.as_u128()).collect();
+        let taken: Vec<u128> =
+            in_turn(rows.clone(), 6).iter().filter_map(DueRow::uuid).map(|id| id.as_u128()).collect();
         assert_eq!(taken, [0, 500, 501, 1, 502, 2]);
         assert_eq!(in_turn(rows, usize::MAX).len(), 503);
     }

@@ -65,10 +65,28 @@ pub fn is_free() -> Condition {
     Condition::Any(vec![Condition::Missing(UNTIL), has_expired])
 }
 
+/// The condition that the owner has the lease.
+#[must_use]
+pub fn is_of(owner: &str) -> Condition {
+    Condition::equal(OWNER, text(owner))
+}
+
+/// The expiry time of the lease that an item contains, if it contains one.
+#[must_use]
+pub fn until(item: &Item) -> Option<Time> {
+    item.get(UNTIL)?.as_s().ok()?.parse::<jiff::Timestamp>().ok().map(Time::from)
+}
+
+/// Takes the lease from its owner with an update. The lease itself stays until it expires, so that no other worker gets it while the
+/// former owner completes a call.
+pub fn revoke(update: Update) -> Update {
+    update.set(OWNER, text(id::random_base62(16)))
+}
+
 /// Adds the condition that the owner has the lease to an update. Use it for parts of transactions, and for idempotent updates; use
 /// [`write`] for all others.
 pub fn guard(update: Update, owner: &str) -> Update {
-    update.condition(Condition::equal(OWNER, text(owner)))
+    update.condition(is_of(owner))
 }
 
 /// Releases a lease with an update.
@@ -94,8 +112,7 @@ pub async fn delete(
     owner: &str,
     conditions: impl IntoIterator<Item = Condition>,
 ) -> Result<bool> {
-    let is_own = Condition::equal(OWNER, text(owner));
-    let condition = Condition::All([is_own].into_iter().chain(conditions).collect());
+    let condition = Condition::All([is_of(owner)].into_iter().chain(conditions).collect());
     // If the item does not exist, an attempt whose response was lost has deleted it: no one else deletes it during the lease.
     Ok(!matches!(table.delete(key, condition).await?, Err(Some(_))))
 }

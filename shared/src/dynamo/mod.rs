@@ -13,6 +13,7 @@ mod transaction;
 mod update;
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use aws_sdk_dynamodb::types::AttributeValue;
 use serde::Serialize;
@@ -27,6 +28,9 @@ pub use transaction::{Cancellation, TRANSACTION_LIMIT, Transacted, transact};
 pub use update::{Condition, Outcome, Update};
 
 use crate::error::{Error, Result};
+
+/// The time after which an index contains a write. DynamoDB guarantees no bound, and usually needs a fraction of a second.
+pub const INDEX_LAG: Duration = Duration::from_secs(3);
 
 /// A DynamoDB item.
 pub type Item = HashMap<String, AttributeValue>;

@@ -20,6 +20,8 @@ pub enum Condition {
     Compare(&'static str, &'static str, AttributeValue),
     /// The attribute has one of these values.
     In(&'static str, Vec<AttributeValue>),
+    /// The attribute is a set that contains this text.
+    Contains(&'static str, AttributeValue),
     /// The size of the attribute (members of a list, bytes of a text) compares with the number by an operator.
     Size(&'static str, &'static str, u32),
     /// All of these hold.
@@ -61,6 +63,9 @@ impl Condition {
             Self::In(path, values) => {
                 let values: Vec<String> = values.iter().map(|value| text.value(value.clone())).collect();
                 format!("{} IN ({})", text.path(path), values.join(", "))
+            }
+            Self::Contains(path, value) => {
+                format!("contains({}, {})", text.path(path), text.value(value.clone()))
             }
             Self::Size(path, operator, size) => {
                 format!("size({}) {operator} {}", text.path(path), text.value(number(*size)))
@@ -125,6 +130,7 @@ pub struct Update {
     set: Vec<String>,
     remove: Vec<String>,
     add: Vec<String>,
+    delete: Vec<String>,
     append: Vec<(&'static str, Vec<AttributeValue>)>,
     conditions: Vec<Condition>,
 }
@@ -138,7 +144,8 @@ impl Update {
     /// Whether the update changes nothing.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.set.is_empty() && self.remove.is_empty() && self.add.is_empty() && self.append.is_empty()
+        let clauses = [&self.set, &self.remove, &self.add, &self.delete];
+        clauses.iter().all(|clause| clause.is_empty()) && self.append.is_empty()
     }
 
     pub fn set(mut self, path: &str, value: AttributeValue) -> Self {
@@ -188,6 +195,22 @@ impl Update {
         self
     }
 
+    /// Adds a text to a set, which is created if missing. Idempotent.
+    pub fn add_to_set(mut self, path: &str, value: &str) -> Self {
+        let value = AttributeValue::Ss(vec![value.to_owned()]);
+        let (path, value) = (self.expression.path(path), self.expression.value(value));
+        self.add.push(format!("{path} {value}"));
+        self
+    }
+
+    /// Removes a text from a set. An item has no empty set: the attribute goes with its last member. Idempotent.
+    pub fn remove_from_set(mut self, path: &str, value: &str) -> Self {
+        let value = AttributeValue::Ss(vec![value.to_owned()]);
+        let (path, value) = (self.expression.path(path), self.expression.value(value));
+        self.delete.push(format!("{path} {value}"));
+        self
+    }
+
     pub fn remove(mut self, path: &str) -> Self {
         let path = self.expression.path(path);
         self.remove.push(path);
@@ -230,7 +253,7 @@ impl Update {
             let values = self.expression.value(AttributeValue::L(values));
             self.set.push(format!("{path} = list_append(if_not_exists({path}, {empty}), {values})"));
         }
-        let clauses = [("SET", self.set), ("REMOVE", self.remove), ("ADD", self.add)];
+        let clauses = [("SET", self.set), ("REMOVE", self.remove), ("ADD", self.add), ("DELETE", self.delete)];
         let clauses: Vec<String> = clauses
             .into_iter()
             .filter(|(_, parts)| !parts.is_empty())
@@ -312,6 +335,20 @@ mod tests {
         );
         assert_eq!(expression.values[":v5"], AttributeValue::L(vec![text("a"), text("b")]));
         assert_eq!(expression.values[":v3"], AttributeValue::N("-1".into()));
+    }
+
+    #[test]
+    fn sets_have_clauses_of_their_own() {
+        let update = Update::new()
+            .add_to_set("conversations", "c")
+            .remove_from_set("starts", "t")
+            .condition(Condition::Contains("starts", text("t")));
+        assert!(!update.is_empty() && !Update::new().remove_from_set("starts", "t").is_empty());
+        let (update, condition, expression) = update.expressions();
+        assert_eq!(update.as_deref(), Some("ADD #n0 :v0 DELETE #n1 :v1"));
+        assert_eq!(condition.as_deref(), Some("contains(#n1, :v2)"));
+        assert_eq!(expression.values[":v1"], AttributeValue::Ss(vec!["t".into()]));
+        assert_eq!(expression.values[":v2"], text("t"));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::ingest::ConversationReport;
-use super::store::{Cursor, EventFilter, EventStore, SortOrder};
+use super::store::{Cursor, Event, EventFilter, EventStore, SortOrder};
 use crate::agent_server::AgentServer;
 use crate::conversation::ConversationRecord;
 use crate::conversation::fields::EventCallbackProcessor;
@@ -97,13 +97,13 @@ impl FollowUp {
         Ok(sandbox.and_then(|sandbox| sandbox.agent_server(&self.http)))
     }
 
-    /// Logs the events that were not logged yet, in order, if the conversation's start requested it. Each event is claimed before it is
+    /// Logs the events up to a position that were not logged yet, in order, if the conversation's start requested it. Each event is claimed before it is
     /// logged and is therefore logged at most once, also by concurrent calls. A late event with a position before the claimed ones is not
     /// logged.
     ///
     /// # Errors
     /// [`crate::Error::Store`]; the call may be repeated.
-    pub async fn process_events(&self, user: &UserId, conversation: Uuid) -> Result<()> {
+    pub async fn process_events(&self, user: &UserId, conversation: Uuid, up_to: Option<&str>) -> Result<()> {
         loop {
             let Lookup::Present(known) = self.conversations.lookup(user, conversation).await? else { return Ok(()) };
             if !known.processors.contains(&EventCallbackProcessor::Logging) {
@@ -113,10 +113,11 @@ impl FollowUp {
             let after = from.clone().map(|position| Cursor { position });
             let everything = EventFilter::default();
             let order = SortOrder::Timestamp;
-            let page = self.events.page(user, conversation, &everything, order, after.as_ref(), PAGE).await?;
-            let last =
-                page.next.map(|next| next.position).or_else(|| page.events.last().map(super::store::Event::position));
-            let Some(to) = last else { return Ok(()) };
+            let mut page = self.events.page(user, conversation, &everything, order, after.as_ref(), PAGE).await?;
+            page.events.retain(|event| up_to.is_none_or(|up_to| event.position().as_str() <= up_to));
+            let next =
+                page.next.map(|next| next.position).filter(|next| up_to.is_none_or(|up_to| next.as_str() <= up_to));
+            let Some(to) = next.or_else(|| page.events.last().map(Event::position)) else { return Ok(()) };
             if self.conversations.move_processed_to(user, conversation, from.as_deref(), &to).await? {
                 for event in page.events {
                     tracing::info!(%conversation, event = event.id, kind = event.kind, "event.logged");

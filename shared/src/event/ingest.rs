@@ -1,7 +1,5 @@
 //! Webhook ingestion: stores the events of agent servers, updates the conversation's record, and enqueues follow-up jobs.
 
-use std::time::Duration;
-
 use futures::FutureExt as _;
 use futures::future::{BoxFuture, try_join_all};
 use serde_json::Value;
@@ -17,10 +15,10 @@ use crate::conversation::tags::Tags;
 use crate::conversation::{ConversationRecord, MetricsSnapshot, within_max_name};
 use crate::error::{Error, Result};
 use crate::id::UserId;
-use crate::jobs::process_events::ProcessEvents;
+use crate::jobs::process_events::{self, ProcessEvents};
 use crate::jobs::queue::JobQueue;
 use crate::jobs::refresh_conversation::{FIRST_DELAY, RefreshConversation};
-use crate::sandbox::store::SandboxRecord;
+use crate::sandbox::store::{SandboxRecord, SandboxStore};
 
 /// The `execution_status` of a conversation that its agent server is about to remove.
 const DELETING: &str = "deleting";
@@ -96,6 +94,8 @@ type Writes<'w> = Vec<BoxFuture<'w, Result<bool>>>;
 pub struct EventIngestor {
     pub conversations: ConversationStore,
     pub events: EventStore,
+    /// For the membership of stubs in their sandboxes.
+    pub sandboxes: SandboxStore,
     /// Receives the follow-up jobs.
     pub queue: JobQueue,
 }
@@ -138,7 +138,8 @@ impl EventIngestor {
         if dropped > 0 {
             tracing::debug!(%conversation, dropped, "event.streamed_tokens_dropped");
         }
-        let (batch, is_empty) = (Batch::of(conversation, &events), events.is_empty());
+        let batch = Batch::of(conversation, &events);
+        let last_position = events.iter().map(Event::position).max();
         self.events.append(user, conversation, events).await?;
         self.apply(user, conversation, known, &batch).await?;
         // A conversation without a record may get one. No agent server reports titles by events, and not all report stats.
@@ -150,9 +151,9 @@ impl EventIngestor {
             self.queue.send(&job, FIRST_DELAY).await?;
         }
         let logged = known.is_some_and(|known| known.processors.contains(&EventCallbackProcessor::Logging));
-        if logged && !is_empty {
-            let job = ProcessEvents { user: user.clone(), conversation }.into();
-            self.queue.send(&job, Duration::ZERO).await?;
+        if logged && last_position.is_some() {
+            let job = ProcessEvents { user: user.clone(), conversation, up_to: last_position }.into();
+            self.queue.send(&job, process_events::DELAY).await?;
         }
         Ok(())
     }
@@ -189,11 +190,12 @@ impl EventIngestor {
             return Ok(());
         }
         if lookup == Lookup::Absent {
-            if self.conversations.put_stub(&stub(sandbox, report), &report.version()).await? {
+            let membership = self.sandboxes.adding(&sandbox.user, &sandbox.id, report.id)?;
+            if self.conversations.put_stub(&stub(sandbox, report), &report.version(), membership).await? {
                 tracing::info!(conversation = %report.id, sandbox = %sandbox.id, "conversation.found");
                 return Ok(());
             }
-            // Another request has created a record.
+            // Another request has created a record, or the sandbox is being deleted.
             lookup = self.lookup(sandbox, report.id).await?;
         }
         if !matches!(lookup, Lookup::Present(_)) {

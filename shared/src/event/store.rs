@@ -120,6 +120,12 @@ pub fn sortable_instant(timestamp: &str) -> Option<String> {
     instant(timestamp).map(sortable)
 }
 
+/// The last position that an event with a time up to this one can have.
+#[must_use]
+pub fn last_position_at(time: Time) -> String {
+    format!("{}#{LAST}", sortable(Timestamp::from(time)))
+}
+
 fn sortable(instant: Timestamp) -> String {
     format!("{instant:.9}")
 }

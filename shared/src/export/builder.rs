@@ -5,7 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use super::archive::ArchiveWriter;
 use super::store::{ExportStore, Lease, Part, Stored, Upload};
@@ -63,14 +63,18 @@ impl EventLog {
         Ok(Snapshot { key, meta: meta.into(), changed_at: version.map(|version| version.changed_at) })
     }
 
-    /// Whether an object contains the whole log. An object whose build started just after a change may lack events that the indexes did not
-    /// contain yet.
+    /// Whether an object contains the whole log. An object whose build did not wait until the indexes had settled may lack events.
     pub(super) fn is_current(&self, stored: &Stored, snapshot: &Snapshot) -> bool {
-        match (snapshot.changed_at, stored.started_at) {
+        match (self.settled_at(snapshot), stored.started_at) {
             (None, _) => true,
-            (Some(changed_at), Some(started_at)) => started_at >= changed_at.plus(self.settle),
+            (Some(settled_at), Some(started_at)) => started_at >= settled_at,
             (Some(_), None) => false,
         }
+    }
+
+    /// When the indexes contain all events of the snapshot; `None` for an empty log.
+    fn settled_at(&self, snapshot: &Snapshot) -> Option<Time> {
+        snapshot.changed_at.map(|changed_at| changed_at.plus(self.settle))
     }
 }
 
@@ -117,7 +121,7 @@ impl<'a> ExportBuilder<'a> {
         Self { exports, log, lease, snapshot, started_at, upload: None, parts: Vec::new(), length: 0 }
     }
 
-    /// Builds the export from the start, and renews the lease meanwhile. An attempt that fails aborts its upload.
+    /// Builds the export from the start, once the indexes have settled, and renews the lease meanwhile. An attempt that fails aborts its upload.
     pub(super) async fn run(mut self, deadline: Instant) -> Result<BuildOutcome> {
         if Instant::now() >= deadline {
             return Ok(BuildOutcome::OutOfTime);
@@ -137,6 +141,10 @@ impl<'a> ExportBuilder<'a> {
     }
 
     async fn build(&mut self) -> Result<BuildOutcome> {
+        if let Some(settled_at) = self.log.settled_at(self.snapshot) {
+            sleep(settled_at.since(Time::now())).await;
+            self.started_at = Time::now();
+        }
         let (user, conversation) = (self.lease.user(), self.lease.conversation());
         let count = self.log.events.count_all(user, conversation).await?;
         if count > self.log.max_events {

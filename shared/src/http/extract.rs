@@ -32,10 +32,26 @@ impl<S: Send + Sync> FromRequestParts<S> for ConversationId {
     type Rejection = Error;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self> {
-        let text = Path::<String>::from_request_parts(parts, state).await;
-        let text = text.map_or_else(|_| char::REPLACEMENT_CHARACTER.into(), |Path(text)| text);
-        validation::path_uuid("conversation_id", &text).map(Self).map_err(Error::Invalid)
+        path_id(parts, state, "conversation_id").await.map(Self)
     }
+}
+
+/// The `{task_id}` of a path, with the same violations.
+#[derive(Clone, Copy, Debug)]
+pub struct TaskId(pub Uuid);
+
+impl<S: Send + Sync> FromRequestParts<S> for TaskId {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self> {
+        path_id(parts, state, "task_id").await.map(Self)
+    }
+}
+
+async fn path_id<S: Send + Sync>(parts: &mut Parts, state: &S, name: &'static str) -> Result<Uuid> {
+    let text = Path::<String>::from_request_parts(parts, state).await;
+    let text = text.map_or_else(|_| char::REPLACEMENT_CHARACTER.into(), |Path(text)| text);
+    validation::path_uuid(name, &text).map_err(Error::Invalid)
 }
 
 /// A JSON body that its model has accepted. The violations are those of [`body::json`] and of the model.

@@ -3,6 +3,7 @@
 pub mod caller;
 pub mod cors;
 pub mod extract;
+pub mod idempotency_key;
 pub mod page;
 pub mod page_token;
 pub mod pydantic;

@@ -5,7 +5,7 @@ use axum::Router;
 use axum::extract::Request;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use http::header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, EXPIRES, LOCATION, PRAGMA};
+use http::header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, EXPIRES, LOCATION, PRAGMA, RETRY_AFTER};
 use http::{HeaderValue, StatusCode, Uri};
 use serde::Serialize;
 
@@ -75,7 +75,7 @@ impl IntoResponse for Error {
             Self::NotFound(_) => StatusCode::NOT_FOUND,
             Self::Conflict(_) => StatusCode::CONFLICT,
             Self::Gone(_) => StatusCode::GONE,
-            Self::TooMany(_) => StatusCode::TOO_MANY_REQUESTS,
+            Self::TooMany(_) | Self::Saturated { .. } => StatusCode::TOO_MANY_REQUESTS,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Unavailable(_) | Self::Store(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Upstream { .. } => StatusCode::BAD_GATEWAY,
@@ -87,6 +87,10 @@ impl IntoResponse for Error {
         }
         match self {
             Self::Invalid(detail) => (status, Json(InvalidOut { detail })).into_response(),
+            Self::Saturated { message, retry_after } => {
+                let after = [(RETRY_AFTER, retry_after.as_secs().to_string())];
+                (status, after, Json(DetailOut { detail: message })).into_response()
+            }
             other => (status, Json(DetailOut { detail: other.to_string() })).into_response(),
         }
     }

@@ -11,7 +11,7 @@ use crate::dynamo::Backoff;
 use crate::id::{UserId, as_hex};
 
 /// Dead-letter policy: the start ends with ERROR, and its `detail` says so. Workers have failed at it without being able to record
-/// why, so no further attempt is made.
+/// why, so no further attempt is made, except to undo what it made.
 pub const DEAD_LETTER_POLICY: DeadLetterPolicy = DeadLetterPolicy::Fail;
 
 /// Retry schedule: a step that fails this often in a row has failed. An attempt that ends with the death of its worker counts.
@@ -23,6 +23,9 @@ pub const MAX_REFUSALS: u32 = 3;
 
 const BACKOFF: Backoff =
     Backoff { first: Duration::from_millis(500), longest: Duration::from_secs(8), attempts: MAX_ATTEMPTS };
+/// Retry schedule of the compensation of a failed start. It has no last attempt.
+const COMPENSATION: Backoff =
+    Backoff { first: Duration::from_secs(1), longest: Duration::from_secs(900), attempts: u32::MAX };
 /// Temporary errors of an agent server pass within seconds (a network that a new sandbox does not have yet, a lock).
 const FIRST_REFUSAL_DELAY: Duration = Duration::from_secs(1);
 const REFUSAL_DELAY_FACTOR: u32 = 3;
@@ -46,6 +49,13 @@ impl From<AdvanceStart> for Job {
 #[must_use]
 pub fn delay_after(attempts: u32) -> Duration {
     BACKOFF.pause_after(attempts)
+}
+
+/// Exponential backoff before the next attempt to undo what a failed start made, after `attempts` failed ones: 1 s, doubled up to 15
+/// minutes, with jitter.
+#[must_use]
+pub fn delay_after_compensation(attempts: u32) -> Duration {
+    COMPENSATION.pause_after(attempts)
 }
 
 /// Exponential backoff before the next attempt at a step that an agent server refused `refusals` times, at least once: 1 s, tripled

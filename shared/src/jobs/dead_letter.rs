@@ -2,7 +2,9 @@
 //! attempts failed too often (`infra/schema` says how often), and what enqueues the job again.
 
 use super::queue::Job;
-use super::{advance_start, delete_conversation, deliver_messages, process_events, refresh_conversation};
+use super::{
+    advance_start, delete_conversation, deliver_messages, process_events, reconcile_sandbox, refresh_conversation,
+};
 
 /// What happens when a message of a job becomes a dead letter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +37,7 @@ impl Job {
             Self::ProcessEvents(_) => process_events::DEAD_LETTER_POLICY,
             Self::DeliverMessages(_) => deliver_messages::DEAD_LETTER_POLICY,
             Self::DeleteConversation(_) => delete_conversation::DEAD_LETTER_POLICY,
+            Self::ReconcileSandbox(_) => reconcile_sandbox::DEAD_LETTER_POLICY,
         }
     }
 }

@@ -17,5 +17,6 @@ pub mod delete_conversation;
 pub mod deliver_messages;
 pub mod process_events;
 pub mod queue;
+pub mod reconcile_sandbox;
 pub mod refresh_conversation;
 pub mod sweep;

@@ -11,7 +11,9 @@ use super::advance_start::AdvanceStart;
 use super::delete_conversation::DeleteConversation;
 use super::deliver_messages::DeliverMessages;
 use super::process_events::ProcessEvents;
+use super::reconcile_sandbox::ReconcileSandbox;
 use super::refresh_conversation::RefreshConversation;
+use crate::digest::sha256_hex;
 use crate::dynamo::store_error;
 use crate::error::{Error, Result};
 use crate::id::{UserId, as_hex};
@@ -45,6 +47,7 @@ pub enum Job {
     ProcessEvents(ProcessEvents),
     DeliverMessages(DeliverMessages),
     DeleteConversation(DeleteConversation),
+    ReconcileSandbox(ReconcileSandbox),
 }
 
 #[derive(Serialize, Deserialize)]
@@ -66,6 +69,26 @@ impl Job {
             return Err(Error::internal(format!("a queue message has version {}, not {VERSION}", message.v)));
         }
         Ok(message.job)
+    }
+
+    /// The user for whom the job is done.
+    #[must_use]
+    pub fn user(&self) -> &UserId {
+        match self {
+            Self::AdvanceStart(job) => &job.user,
+            Self::Export { user, .. } => user,
+            Self::RefreshConversation(job) => &job.user,
+            Self::ProcessEvents(job) => &job.user,
+            Self::DeliverMessages(job) => &job.user,
+            Self::DeleteConversation(job) => &job.user,
+            Self::ReconcileSandbox(job) => &job.user,
+        }
+    }
+
+    /// The group of the job's message: its user, hashed to the length that SQS allows. Where the messages of one group are many, SQS
+    /// delivers those of other groups first ("fair queues"), so that one user's jobs do not delay those of others.
+    fn group(&self) -> String {
+        sha256_hex(self.user().as_str())
     }
 
     fn to_body(&self) -> Result<String> {
@@ -96,6 +119,7 @@ impl JobQueue {
             .send_message()
             .queue_url(&self.url)
             .message_body(job.to_body()?)
+            .message_group_id(job.group())
             .delay_seconds(whole_seconds(delay))
             .send()
             .await
@@ -134,8 +158,8 @@ impl JobQueue {
     /// Sends up to ten jobs; returns the indices of those that were refused.
     async fn send_batch(&self, jobs: &[Job]) -> Result<Vec<String>> {
         let entries = jobs.iter().enumerate().map(|(index, job)| {
-            let entry = SendMessageBatchRequestEntry::builder().id(index.to_string()).message_body(job.to_body()?);
-            entry.build().map_err(Error::internal)
+            let entry = SendMessageBatchRequestEntry::builder().id(index.to_string());
+            entry.message_body(job.to_body()?).message_group_id(job.group()).build().map_err(Error::internal)
         });
         let sent = self
             .sqs
@@ -170,6 +194,7 @@ mod tests {
         let body = job.to_body().expect("a body");
         assert_eq!(body, r#"{"v":1,"type":"advance_start","user":"u","task":"00000000000000000000000000000001"}"#);
         assert_eq!(Job::from_body(&body).expect("a job"), job);
+        assert_eq!((job.user(), job.group().len()), (&user(), 64));
         assert!(Job::from_body(&body.replace("\"v\":1", "\"v\":2")).is_err());
         assert!(Job::from_body("{}").is_err());
     }
@@ -182,14 +207,18 @@ mod tests {
         let body = |fields: &str| format!(r#"{{"v":1,{fields}}}"#);
         let of = |kind: &str| body(&format!(r#""type":"{kind}","user":"u","conversation":"{ID}""#));
         let refresh = RefreshConversation { user: user(), conversation, attempt: 2 };
-        let cases: [(String, Job); 7] = [
+        let cases: [(String, Job); 8] = [
             (
                 body(&format!(r#""type":"advance_start","user":"u","task":"{ID}""#)),
                 AdvanceStart { user: user(), task: conversation }.into(),
             ),
             (of("export"), Job::Export { user: user(), conversation }),
-            (of("process_events"), ProcessEvents { user: user(), conversation }.into()),
+            (of("process_events"), ProcessEvents { user: user(), conversation, up_to: None }.into()),
             (of("deliver_messages"), DeliverMessages { user: user(), conversation }.into()),
+            (
+                body(r#""type":"reconcile_sandbox","user":"u","sandbox":"s""#),
+                ReconcileSandbox { user: user(), sandbox: "s".to_owned() }.into(),
+            ),
             (of("delete_conversation"), DeleteConversation { user: user(), conversation }.into()),
             (of("refresh_conversation").replace('}', r#","attempt":2}"#), refresh.clone().into()),
             (of("look_at_conversation").replace('}', r#","look":2}"#), refresh.into()),

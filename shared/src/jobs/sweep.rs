@@ -19,17 +19,31 @@ const POSTPONED: Duration = Duration::from_secs(20);
 /// Rows that are postponed at the same time.
 const AT_ONCE: usize = 16;
 
-/// Enqueues a job for every row that is due, up to the bound. Returns how many there were.
+/// Enqueues a job for every row that is due, up to the bound. Returns how many there were. `job` returns `None` for a malformed row.
 ///
 /// # Errors
 /// The first failure, after all that could be done was done.
-pub async fn sweep<J: Into<Job>>(rows: &DueIndex, queue: &JobQueue, job: impl Fn(&DueRow) -> J) -> Result<usize> {
+pub async fn sweep<J: Into<Job>>(
+    rows: &DueIndex,
+    queue: &JobQueue,
+    job: impl Fn(&DueRow) -> Option<J>,
+) -> Result<usize> {
     let (due, failed) = rows.due(Time::now()).await;
     let found = due.len();
-    let jobs: Vec<Job> = due.iter().map(|row| job(row).into()).collect();
+    let (mut jobs, mut with_job): (Vec<Job>, Vec<DueRow>) = (Vec::new(), Vec::new());
+    for row in due {
+        match job(&row) {
+            Some(job) => {
+                jobs.push(job.into());
+                with_job.push(row);
+            }
+            // Such a row must not delay the others.
+            None => tracing::error!(index = rows.index, id = row.id, "sweep.row_malformed"),
+        }
+    }
     let (sent, not_sent) = queue.send_all(&jobs).await;
     let until = Time::now().plus(POSTPONED);
-    let enqueued: Vec<DueRow> = due.into_iter().zip(sent).filter_map(|(row, sent)| sent.then_some(row)).collect();
+    let enqueued: Vec<DueRow> = with_job.into_iter().zip(sent).filter_map(|(row, sent)| sent.then_some(row)).collect();
     let mut not_postponed = Vec::new();
     for rows_at_once in enqueued.chunks(AT_ONCE) {
         let done = join_all(rows_at_once.iter().map(async |row| rows.postpone(row, until).await)).await;

@@ -184,9 +184,8 @@ impl Messages {
     /// # Errors
     /// [`Error::Store`].
     pub async fn sweep(&self) -> Result<usize> {
-        sweep(&self.store.undelivered(), &self.queue, |row| DeliverMessages {
-            user: row.user.clone(),
-            conversation: row.id,
+        sweep(&self.store.undelivered(), &self.queue, |row| {
+            Some(DeliverMessages { user: row.user.clone(), conversation: row.uuid()? })
         })
         .await
     }
@@ -278,13 +277,29 @@ impl Messages {
                 });
             }
         };
-        let Some(sandbox) = self.sandboxes.get(user, &record.sandbox_id).await? else {
-            return Ok(Outcome::Never("the sandbox was deleted"));
+        let sandbox = match self.sandboxes.inspect(user, &record.sandbox_id).await {
+            Ok(Some(sandbox)) => sandbox,
+            Ok(None) => return Ok(Outcome::Never("the sandbox was deleted")),
+            Err(error @ Error::Upstream { .. }) => {
+                tracing::warn!(%conversation, error = %error.context(), "pending_message.sandbox_unknown");
+                return Ok(Outcome::Later("the sandbox provider does not respond"));
+            }
+            Err(error) => return Err(error),
         };
         match sandbox.status {
             SandboxStatus::Running => {}
             SandboxStatus::Starting => return Ok(Outcome::Later("the sandbox is starting")),
-            SandboxStatus::Paused => return Ok(Outcome::Later("the sandbox is paused")),
+            SandboxStatus::Paused => {
+                // It was paused because it was idle, or by its user, who now has a message for it.
+                return Ok(match self.sandboxes.resume(user, &record.sandbox_id).await {
+                    Ok(_) => Outcome::Later("the sandbox is resumed"),
+                    Err(error @ (Error::Upstream { .. } | Error::Refused(_))) => {
+                        tracing::warn!(%conversation, error = %error.context(), "pending_message.sandbox_not_resumed");
+                        Outcome::Later("the sandbox is paused and was not resumed")
+                    }
+                    Err(error) => return Err(error),
+                });
+            }
             SandboxStatus::Error | SandboxStatus::Missing => return Ok(Outcome::Later("the sandbox does not run")),
         }
         let Some(agent_server) = sandbox.agent_server(&self.http) else {

@@ -316,6 +316,7 @@ impl MessageStore {
             shard_attribute: "undelivered_shard",
             shards: (0..SHARDS).map(|shard| shard.to_string()).collect(),
             sort_key: "kind",
+            has_uuids: true,
         }
     }
 

@@ -37,6 +37,7 @@ impl SandboxConfig {
                 python: required("AGENT_SERVER_PYTHON")?.into(),
                 version: required("AGENT_SERVER_VERSION")?,
                 webhook_base_url: required("WEBHOOK_BASE_URL")?,
+                max_sandboxes: max_processes()?,
                 allow_cors_origins: permitted_origins(),
             }),
             "remote" => SandboxConfig::Remote(RemoteSandboxConfig::from_env(spec::AGENT_SERVER_VERSION)?),
@@ -64,6 +65,7 @@ impl SandboxConfig {
                 ("AGENT_SERVER_PYTHON", process.python.display().to_string()),
                 ("AGENT_SERVER_VERSION", process.version.clone()),
                 ("WEBHOOK_BASE_URL", process.webhook_base_url.clone()),
+                ("SANDBOX_MAX_RUNNING", process.max_sandboxes.to_string()),
             ],
         }
     }
@@ -80,8 +82,19 @@ pub struct ProcessSandboxConfig {
     pub version: String,
     /// The base URL to which agent servers post events (`WEBHOOK_BASE_URL`), e.g. `http://127.0.0.1:3000/api/v1/webhooks`.
     pub webhook_base_url: String,
+    /// The maximum number of running agent servers (`SANDBOX_MAX_RUNNING`, 10); each needs about 350 MB of memory. One more causes the
+    /// eviction (a stop) of the one that has been idle for the longest time; a start waits while none may be evicted.
+    pub max_sandboxes: usize,
     /// Origins that agent servers accept in addition to those on localhost.
     pub allow_cors_origins: Vec<String>,
+}
+
+/// Reads [`ProcessSandboxConfig::max_sandboxes`] from the environment.
+///
+/// # Errors
+/// When the variable is malformed.
+pub fn max_processes() -> Result<usize, ConfigError> {
+    Ok(parsed("SANDBOX_MAX_RUNNING")?.unwrap_or(10))
 }
 
 /// Configuration of agent servers that run in Docker containers.
@@ -99,8 +112,8 @@ pub struct DockerSandboxConfig {
     pub host_port: u16,
     /// The prefix of container names (`SANDBOX_CONTAINER_NAME_PREFIX`, `oh-agent-server-`).
     pub container_name_prefix: String,
-    /// The maximum number of running sandboxes per user (`SANDBOX_MAX_RUNNING`, 5). One more causes the eviction (a pause) of the least
-    /// recently used one.
+    /// The maximum number of running sandboxes per user (`SANDBOX_MAX_RUNNING`, 5). One more causes the eviction (a pause) of the one that
+    /// has been idle for the longest time; a start waits while none may be evicted.
     pub max_sandboxes: usize,
     /// Volumes as `host:container[:mode]` (`SANDBOX_VOLUMES`, comma-separated).
     pub volumes: Vec<String>,
@@ -150,8 +163,8 @@ pub struct RemoteSandboxConfig {
     pub runtime_class: String,
     /// The runtime API's names of the secrets with which it pulls the image (`SANDBOX_REMOTE_IMAGE_PULL_SECRETS`, comma-separated).
     pub image_pull_secrets: Vec<String>,
-    /// The maximum number of running sandboxes per user (`SANDBOX_MAX_RUNNING`, 10). One more causes the eviction (a pause) of the least
-    /// recently used one.
+    /// The maximum number of running sandboxes per user (`SANDBOX_MAX_RUNNING`, 10). One more causes the eviction (a pause) of the one that
+    /// has been idle for the longest time; a start waits while none may be evicted.
     pub max_sandboxes: usize,
     /// The public address of this API (`OH_WEB_URL` or `WEB_HOST`). Without it, agent servers cannot send webhooks.
     pub web_url: Option<String>,

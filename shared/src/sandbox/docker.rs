@@ -13,14 +13,16 @@ use bollard::query_parameters::{
     CreateContainerOptions, CreateImageOptions, RemoveContainerOptions, RemoveVolumeOptions, StopContainerOptions,
 };
 use bollard::{API_DEFAULT_VERSION, Docker};
-use futures::future::{join_all, try_join_all};
+use futures::future::try_join_all;
 use futures::stream::TryStreamExt as _;
 use secrecy::{ExposeSecret as _, SecretString};
 use tokio::time::timeout;
+use uuid::Uuid;
 
+use super::capacity::to_evict;
 use super::config::DockerSandboxConfig;
-use super::store::{SandboxRecord, SandboxStore, Wanted};
-use super::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus, distinct, in_order, name_of};
+use super::store::{Desired, SandboxRecord, SandboxStore};
+use super::{AGENT_SERVER, ExposedUrl, Launch, Sandbox, SandboxService, SandboxStatus, distinct, in_order, name_of};
 use crate::clock::Time;
 use crate::error::{Error, Result};
 use crate::http_client::{AddressPolicy, HttpClient};
@@ -91,7 +93,7 @@ impl DockerSandboxes {
     }
 
     /// Returns a container, or `None` when no container has this name.
-    async fn inspect(&self, engine: &Docker, name: &str) -> Result<Option<ContainerInspectResponse>> {
+    async fn find(&self, engine: &Docker, name: &str) -> Result<Option<ContainerInspectResponse>> {
         let asked = timeout(CALL, engine.inspect_container(name, None)).await;
         match asked.map_err(|_| failed("inspect", &"no answer in time"))? {
             Ok(container) => Ok(Some(container)),
@@ -108,7 +110,7 @@ impl DockerSandboxes {
         try_join_all(records.iter().map(async |record| {
             let name = self.container(&record.user, &record.id);
             let container = match &engine {
-                Ok(engine) => self.inspect(engine, &name).await,
+                Ok(engine) => self.find(engine, &name).await,
                 Err(error) => Err(failed("connect", &error.context())),
             };
             match container {
@@ -126,7 +128,7 @@ impl DockerSandboxes {
     /// Combines a record and the state of its container into a sandbox.
     async fn show(&self, record: &SandboxRecord, container: Option<&ContainerInspectResponse>) -> Result<Sandbox> {
         let (status, detail) = match container {
-            Some(container) => status(container, record.wanted),
+            Some(container) => status(container, record.desired),
             None if Time::now().since(record.created_at) < LAUNCH_GRACE => (SandboxStatus::Starting, None),
             None => (SandboxStatus::Missing, Some("Its container no longer exists".to_owned())),
         };
@@ -136,9 +138,15 @@ impl DockerSandboxes {
         let urls = self.exposed_urls(record, container, &key);
         let agent = urls.iter().find(|url| url.name == AGENT_SERVER).map(|url| url.url.clone());
         if self.is_healthy(agent.as_deref()).await {
+            if !record.answered {
+                self.store.set_answered(&record.user, &record.id).await?;
+            }
             sandbox.session_api_key = Some(key);
             sandbox.exposed_urls = Some(urls);
-        } else if started_at(container).is_none_or(|at| Time::now().since(at) < self.config.startup_grace) {
+        } else if record.answered
+            || started_at(container).is_none_or(|at| Time::now().since(at) < self.config.startup_grace)
+        {
+            // An agent server that has answered before is busy, or starts again: its container runs.
             sandbox.status = SandboxStatus::Starting;
         } else {
             sandbox.status = SandboxStatus::Error;
@@ -173,12 +181,14 @@ impl DockerSandboxes {
         urls.collect()
     }
 
-    /// Creates the container of a record if it does not exist, and starts it.
-    async fn launch(&self, record: &SandboxRecord) -> Result<()> {
+    /// Creates the container of a record if it does not exist, and starts it. Returns false if there is no room for it.
+    async fn launch(&self, record: &SandboxRecord) -> Result<bool> {
         let engine = self.engine().await?;
         let name = self.container(&record.user, &record.id);
-        if self.inspect(&engine, &name).await?.is_none() {
-            self.evict_if_full(&engine, record).await?;
+        if self.find(&engine, &name).await?.is_none() {
+            if !self.ensure_capacity(record).await? {
+                return Ok(false);
+            }
             let mut record = record.clone();
             if self.config.use_host_network && record.port.is_none() {
                 let port = free_port()?;
@@ -188,7 +198,8 @@ impl DockerSandboxes {
             let body = self.body(&record, &self.store.session_key(&record).await?);
             self.create(&engine, &name, body).await?;
         }
-        run(&engine, &name).await
+        run(&engine, &name).await?;
+        Ok(true)
     }
 
     /// Creates the container. Pulls the image first if the engine does not have it.
@@ -268,23 +279,24 @@ impl DockerSandboxes {
         }
     }
 
-    /// Evicts (pauses) the user's least recently used sandboxes until one more may run.
-    async fn evict_if_full(&self, engine: &Docker, newcomer: &SandboxRecord) -> Result<()> {
-        let mut records = self.store.list(&newcomer.user).await?;
-        records.retain(|record| record.id != newcomer.id && record.wanted == Wanted::Running);
-        let inspected = join_all(records.iter().map(async |record| {
-            let found = self.inspect(engine, &self.container(&record.user, &record.id)).await;
-            let running = found.ok().flatten().is_some_and(|found| state(&found) == ContainerStateStatusEnum::RUNNING);
-            running.then_some(record)
-        }));
-        let mut running: Vec<&SandboxRecord> = inspected.await.into_iter().flatten().collect();
-        running.sort_by_key(|record| record.used_at);
-        let excess = (running.len() + 1).saturating_sub(self.config.max_sandboxes.max(1));
-        for record in &running[..excess] {
-            tracing::info!(sandbox = %record.id, "sandbox.evicted");
-            self.pause(&record.user, &record.id).await?;
+    /// Evicts (pauses) sandboxes of the user until one more may run. Returns false if that is not possible now.
+    async fn ensure_capacity(&self, newcomer: &SandboxRecord) -> Result<bool> {
+        let user = &newcomer.user;
+        let mut others = self.store.list(user).await?;
+        others.retain(|record| record.id != newcomer.id && record.desired == Desired::Running);
+        if others.len() < self.config.max_sandboxes {
+            return Ok(true);
         }
-        Ok(())
+        let observed = self.observe(&others.iter().collect::<Vec<_>>()).await?;
+        let others = others.into_iter().zip(observed).collect();
+        let Some(evicted) = to_evict(&self.http, newcomer, others, self.config.max_sandboxes).await else {
+            return Ok(false);
+        };
+        for id in evicted {
+            tracing::info!(sandbox = id, "sandbox.evicted");
+            self.pause(user, &id).await?;
+        }
+        Ok(true)
     }
 }
 
@@ -329,16 +341,18 @@ fn started_at(container: &ContainerInspectResponse) -> Option<Time> {
 }
 
 /// Maps a container's state to the sandbox status and a message for the user.
-fn status(container: &ContainerInspectResponse, wanted: Wanted) -> (SandboxStatus, Option<String>) {
+fn status(container: &ContainerInspectResponse, desired: Desired) -> (SandboxStatus, Option<String>) {
     let exit_code = container.state.as_ref().and_then(|state| state.exit_code).unwrap_or_default();
-    match (state(container), wanted) {
+    match (state(container), desired) {
         (ContainerStateStatusEnum::RUNNING, _) => (SandboxStatus::Running, None),
         (ContainerStateStatusEnum::PAUSED, _)
-        | (ContainerStateStatusEnum::EXITED, Wanted::Paused | Wanted::Stopped) => (SandboxStatus::Paused, None),
+        | (ContainerStateStatusEnum::EXITED, Desired::Paused | Desired::Stopped | Desired::Deleted) => {
+            (SandboxStatus::Paused, None)
+        }
         (ContainerStateStatusEnum::CREATED | ContainerStateStatusEnum::RESTARTING, _) => {
             (SandboxStatus::Starting, None)
         }
-        (ContainerStateStatusEnum::EXITED, Wanted::Running) => {
+        (ContainerStateStatusEnum::EXITED, Desired::Running) => {
             (SandboxStatus::Missing, Some(format!("Its container has ended, with exit code {exit_code}")))
         }
         (ContainerStateStatusEnum::REMOVING, _) => {
@@ -369,10 +383,21 @@ fn free_port() -> Result<u16> {
 
 #[async_trait]
 impl SandboxService for DockerSandboxes {
-    async fn start(&self, user: &UserId, id: &str) -> Result<()> {
+    async fn start(&self, user: &UserId, id: &str, task: Option<Uuid>) -> Result<Launch> {
         let key = SecretString::from(id::new_session_key());
-        let record = self.store.put_new(self.store.new_record(user, id, &self.config.image, &key).await?).await?;
-        self.launch(&record).await
+        let record = self.store.new_record(user, id, &self.config.image, &key).await?;
+        let Some(record) = self.store.create(record, task).await? else { return Ok(Launch::Deleted) };
+        if !self.launch(&record).await? {
+            self.store.withdraw(&record).await?;
+            return Ok(Launch::Full);
+        }
+        Ok(Launch::Started)
+    }
+
+    async fn inspect(&self, user: &UserId, id: &str) -> Result<Option<Sandbox>> {
+        let Some(record) = self.store.get(user, id).await? else { return Ok(None) };
+        let container = self.find(&self.engine().await?, &self.container(user, id)).await?;
+        self.show(&record, container.as_ref()).await.map(Some)
     }
 
     async fn batch_get(&self, user: &UserId, ids: &[String]) -> Result<Vec<Option<Sandbox>>> {
@@ -399,7 +424,7 @@ impl SandboxService for DockerSandboxes {
             },
             _ => return Ok(false),
         }
-        self.store.set_wanted(user, id, Wanted::Paused).await
+        self.store.set_desired(user, id, Desired::Paused).await
     }
 
     async fn resume(&self, user: &UserId, id: &str) -> Result<bool> {
@@ -408,15 +433,13 @@ impl SandboxService for DockerSandboxes {
         if inspect_state(&engine, &name).await?.is_none() {
             return Ok(false);
         }
-        self.evict_if_full(&engine, &record).await?;
+        // Its user wants it to run, so it runs even beyond the limit.
+        self.ensure_capacity(&record).await?;
         run(&engine, &name).await?;
-        self.store.set_wanted(user, id, Wanted::Running).await
+        self.store.set_desired(user, id, Desired::Running).await
     }
 
-    async fn delete(&self, user: &UserId, id: &str) -> Result<bool> {
-        if self.store.get(user, id).await?.is_none() {
-            return Ok(false);
-        }
+    async fn terminate(&self, user: &UserId, id: &str) -> Result<bool> {
         let (engine, name) = (self.engine().await?, self.container(user, id));
         // A paused container does not process signals, so unpause it first. A container that does not stop is removed by force.
         let _running = engine.unpause_container(&name).await;
@@ -435,8 +458,7 @@ impl SandboxService for DockerSandboxes {
             }
             _ => {}
         }
-        // Delete the record last, so that an interrupted deletion can be retried.
-        self.store.delete(user, id).await
+        Ok(true)
     }
 
     async fn mark_used(&self, user: &UserId, id: &str) -> Result<()> {

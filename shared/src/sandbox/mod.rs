@@ -1,20 +1,24 @@
 //! Sandbox lifecycle (start, pause, resume, delete) as one trait, with one file per provider: process, Docker, runtime API, none.
 
+mod capacity;
 pub mod config;
 #[cfg(feature = "docker")]
 pub mod docker;
 pub mod none;
 pub mod process;
+pub mod reconciler;
 pub mod remote;
 pub mod session_key;
 pub mod spec;
 pub mod store;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use self::config::SandboxConfig;
 use crate::agent_server::AgentServer;
@@ -125,17 +129,31 @@ impl Sandbox {
     }
 }
 
-/// The lifecycle of sandboxes. Every operation is idempotent.
+/// The outcome of [`SandboxService::start`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Launch {
+    /// The sandbox exists and starts, or runs already.
+    Started,
+    /// The sandbox with this id is being deleted. Another id is needed.
+    Deleted,
+    /// The user's other sandboxes leave no room for it, and none of them may be evicted now. Nothing was created.
+    Full,
+}
+
+/// The lifecycle of sandboxes. Every operation is idempotent. A sandbox that is marked for deletion does not exist for any operation but
+/// [`SandboxService::terminate`].
 #[async_trait]
 pub trait SandboxService: Send + Sync + std::fmt::Debug {
     /// Creates the sandbox with this id, or resumes an interrupted earlier call; a running sandbox stays unchanged. Returns before the
-    /// agent server responds.
+    /// agent server responds. `task` is the start that needs the sandbox, which becomes a member before anything is created at the
+    /// provider.
     ///
     /// # Errors
     /// [`crate::Error::Refused`] with a message for the user when this server cannot create one; other errors can be retried.
-    async fn start(&self, user: &UserId, id: &str) -> Result<()>;
+    async fn start(&self, user: &UserId, id: &str, task: Option<Uuid>) -> Result<Launch>;
 
-    /// Returns the user's sandboxes with these ids, in the same order, with `None` for unknown ids.
+    /// Returns the user's sandboxes with these ids, in the same order, with `None` for unknown ids. A sandbox whose provider does not
+    /// respond has status ERROR and a `detail` about that. This is for lists; use [`SandboxService::inspect`] for decisions.
     ///
     /// # Errors
     /// [`crate::Error::Store`] or [`crate::Error::Upstream`].
@@ -159,17 +177,37 @@ pub trait SandboxService: Send + Sync + std::fmt::Debug {
     /// [`crate::Error::Store`] or [`crate::Error::Upstream`].
     async fn resume(&self, user: &UserId, id: &str) -> Result<bool>;
 
-    /// Terminates a sandbox and deletes its content. Returns false when it does not exist.
+    /// Terminates a sandbox at its provider and deletes its content. The record stays. Returns whether the provider has nothing left of it;
+    /// if not, the call must be repeated.
     ///
     /// # Errors
     /// [`crate::Error::Store`] or [`crate::Error::Upstream`].
-    async fn delete(&self, user: &UserId, id: &str) -> Result<bool>;
+    async fn terminate(&self, user: &UserId, id: &str) -> Result<bool>;
+
+    /// How long a provider must report that nothing is left of a terminated sandbox until its record is removed. It is longer than a
+    /// creation whose response was lost can take: the sandbox of such a creation appears after the first report.
+    fn confirmation_delay(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    /// Whether [`SandboxService::resume`] launches a sandbox again that is MISSING, with all of its files.
+    fn relaunches(&self) -> bool {
+        false
+    }
 
     /// Records that a conversation was started in the sandbox now.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
     async fn mark_used(&self, user: &UserId, id: &str) -> Result<()>;
+
+    /// Returns one sandbox of the user with its actual status, or an error if that is unknown because the provider does not respond.
+    ///
+    /// # Errors
+    /// [`crate::Error::Upstream`] when the provider does not respond; [`crate::Error::Store`].
+    async fn inspect(&self, user: &UserId, id: &str) -> Result<Option<Sandbox>> {
+        self.get(user, id).await
+    }
 
     /// Returns one sandbox of the user.
     ///
@@ -208,6 +246,6 @@ pub fn service(config: &SandboxConfig, store: SandboxStore) -> Arc<dyn SandboxSe
         #[cfg(feature = "docker")]
         SandboxConfig::Docker(docker) => Arc::new(docker::DockerSandboxes::new(docker.clone(), store)),
         SandboxConfig::Remote(remote) => Arc::new(remote::RemoteSandboxes::new(remote.clone(), store)),
-        SandboxConfig::None => Arc::new(none::NoSandboxes::new(store)),
+        SandboxConfig::None => Arc::new(none::NoSandboxes),
     }
 }

@@ -1,29 +1,19 @@
 //! Sandbox provider without sandboxes, for servers that only keep records.
 
 use async_trait::async_trait;
+use uuid::Uuid;
 
-use super::store::SandboxStore;
-use super::{Sandbox, SandboxService};
+use super::{Launch, Sandbox, SandboxService};
 use crate::error::{Error, Result};
 use crate::id::UserId;
 
 /// A provider that refuses every start and returns no sandboxes.
-#[derive(Debug)]
-pub struct NoSandboxes {
-    store: SandboxStore,
-}
-
-impl NoSandboxes {
-    /// Creates the provider on the store of the other providers, so that a user's old records can still be deleted.
-    #[must_use]
-    pub fn new(store: SandboxStore) -> Self {
-        Self { store }
-    }
-}
+#[derive(Clone, Copy, Debug)]
+pub struct NoSandboxes;
 
 #[async_trait]
 impl SandboxService for NoSandboxes {
-    async fn start(&self, _user: &UserId, _id: &str) -> Result<()> {
+    async fn start(&self, _user: &UserId, _id: &str, _task: Option<Uuid>) -> Result<Launch> {
         Err(Error::Refused(
             "This server runs without sandboxes (SANDBOX_KIND=none, --sandbox none) and cannot start conversations; configure another kind of sandbox."
                 .into(),
@@ -46,8 +36,9 @@ impl SandboxService for NoSandboxes {
         Ok(false)
     }
 
-    async fn delete(&self, user: &UserId, id: &str) -> Result<bool> {
-        self.store.delete(user, id).await
+    /// Nothing is left of a sandbox of another provider as far as this one knows, so that the user's old records can be deleted.
+    async fn terminate(&self, _user: &UserId, _id: &str) -> Result<bool> {
+        Ok(true)
     }
 
     async fn mark_used(&self, _user: &UserId, _id: &str) -> Result<()> {

@@ -8,9 +8,11 @@
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::net::{Ipv4Addr, TcpListener};
+use std::num::NonZero;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -18,12 +20,15 @@ use futures::future::join_all;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group, test_kill_process};
 use secrecy::{ExposeSecret as _, SecretString};
 use tokio::process::Command;
-use tokio::time::{Instant, sleep};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, sleep, timeout};
+use uuid::Uuid;
 
+use super::capacity::to_evict;
 use super::config::ProcessSandboxConfig;
 use super::spec::published_image;
-use super::store::{SandboxRecord, SandboxStore, Wanted};
-use super::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus};
+use super::store::{Desired, SandboxRecord, SandboxStore};
+use super::{AGENT_SERVER, ExposedUrl, Launch, Sandbox, SandboxService, SandboxStatus};
 use crate::clock::Time;
 use crate::error::{Error, Result};
 use crate::http_client::{AddressPolicy, HttpClient};
@@ -71,6 +76,15 @@ const ALIVE_TIMEOUT: Duration = Duration::from_secs(1);
 const LAUNCH_GRACE: Duration = Duration::from_secs(10);
 /// The timeout for the process id file. It is written within milliseconds after the launch.
 const PID_TIMEOUT: Duration = Duration::from_secs(1);
+/// The agent servers that boot at the same time in this process: each needs a core for some seconds, and with many at once none would
+/// respond in time.
+static BOOTS: LazyLock<Arc<Semaphore>> =
+    LazyLock::new(|| Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, NonZero::get).max(2))));
+/// How long a request waits until another agent server may boot.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(20);
+/// An agent server that has not responded after this time no longer delays others.
+const LONGEST_BOOT: Duration = Duration::from_secs(120);
+const BOOT_POLL: Duration = Duration::from_millis(200);
 const LOG_TAIL_LINES: usize = 12;
 const LOG_TAIL_BYTES: u64 = 8 * 1024;
 
@@ -154,6 +168,10 @@ impl Folder {
         }
     }
 
+    fn is_running(&self) -> bool {
+        matches!(self.process(), Process::Launching | Process::Living(_))
+    }
+
     /// Returns the process id of this folder's agent server, if it is running. Waits until an agent server that was just launched has
     /// written its process id, so that no signal misses it.
     async fn living(&self) -> Option<Pid> {
@@ -196,14 +214,14 @@ impl ProcessSandboxes {
     /// # Errors
     /// [`Error::Store`] when the records cannot be read or written; the other agent servers are terminated nevertheless.
     pub async fn stop_all(&self, user: &UserId) -> Result<()> {
-        let stopped = join_all(self.store.list(user).await?.into_iter().map(async |record| {
+        let stopped = join_all(self.store.list_all(user).await?.into_iter().map(async |record| {
             let folder = self.folder(&record.id);
             if folder.living().await.is_none() {
                 end_leftovers(&folder).await;
                 return Ok(());
             }
             // Write the record first: if this process is killed now, the next run finds the intended state.
-            let recorded = self.store.set_wanted(user, &record.id, Wanted::Stopped).await;
+            let recorded = self.store.set_desired(user, &record.id, Desired::Stopped).await;
             terminate(&folder).await;
             recorded.map(|_| ())
         }))
@@ -233,8 +251,34 @@ impl ProcessSandboxes {
         Folder(self.config.folder.join(id))
     }
 
-    /// Launches the sandbox's agent server unless it is running.
-    async fn launch(&self, record: &SandboxRecord) -> Result<()> {
+    /// Evicts (stops) sandboxes of the user until one more may run. Returns false if that is not possible now.
+    async fn ensure_capacity(&self, newcomer: &SandboxRecord) -> Result<bool> {
+        let user = &newcomer.user;
+        let mut others = self.store.list(user).await?;
+        others.retain(|record| {
+            record.id != newcomer.id && record.desired == Desired::Running && self.folder(&record.id).is_running()
+        });
+        if others.len() < self.config.max_sandboxes {
+            return Ok(true);
+        }
+        let observed: Vec<Sandbox> =
+            join_all(others.iter().map(|record| self.observe(record))).await.into_iter().collect::<Result<_>>()?;
+        let others = others.into_iter().zip(observed).collect();
+        let Some(evicted) = to_evict(&self.http, newcomer, others, self.config.max_sandboxes).await else {
+            return Ok(false);
+        };
+        for id in evicted {
+            tracing::info!(sandbox = id, "sandbox.evicted");
+            // A stopped process still needs its memory, so the agent server is ended. A resume launches it again.
+            if self.store.set_desired(user, &id, Desired::Stopped).await? {
+                terminate(&self.folder(&id)).await;
+            }
+        }
+        Ok(true)
+    }
+
+    /// Launches the sandbox's agent server unless it is running. Keeps `boot` until the agent server responds or has ended.
+    async fn launch(&self, record: &SandboxRecord, boot: OwnedSemaphorePermit) -> Result<()> {
         let folder = self.folder(&record.id);
         make_folders(&folder, &self.config.folder).map_err(|error| cannot_make(&folder, &error))?;
         let take = async || take_lock(&folder).await.map_err(|error| cannot_make(&folder, &error));
@@ -266,6 +310,17 @@ impl ProcessSandboxes {
         let key = self.store.session_key(record).await?;
         self.spawn(&folder, lock, port, &key).map_err(|error| cannot_make(&folder, &error))?;
         tracing::info!(sandbox = %record.id, port, "sandbox.launched");
+        let (http, url) = (self.http.clone(), format!("http://127.0.0.1:{port}/alive"));
+        tokio::spawn(async move {
+            let deadline = Instant::now() + LONGEST_BOOT;
+            while Instant::now() < deadline && !http.succeeds(&url, ALIVE_TIMEOUT).await {
+                sleep(BOOT_POLL).await;
+                if !folder.is_running() {
+                    break;
+                }
+            }
+            drop(boot);
+        });
         Ok(())
     }
 
@@ -321,14 +376,14 @@ impl ProcessSandboxes {
         });
         let process = folder.process();
         let is_young = Time::now().since(record.created_at) < LAUNCH_GRACE;
-        let (status, detail) = match (record.wanted, process) {
-            (Wanted::Stopped, _) | (Wanted::Paused, Process::Living(_) | Process::Launching) => {
+        let (status, detail) = match (record.desired, process) {
+            (Desired::Stopped | Desired::Deleted, _) | (Desired::Paused, Process::Living(_) | Process::Launching) => {
                 (SandboxStatus::Paused, None)
             }
-            (Wanted::Running, Process::Living(_)) if self.answers(&folder, url.as_ref()).await => {
+            (Desired::Running, Process::Living(_)) if self.answers(&folder, url.as_ref()).await => {
                 (SandboxStatus::Running, None)
             }
-            (Wanted::Running, Process::Living(_) | Process::Launching) => (SandboxStatus::Starting, None),
+            (Desired::Running, Process::Living(_) | Process::Launching) => (SandboxStatus::Starting, None),
             (_, _) if folder.answered().exists() => (SandboxStatus::Missing, Some("Its agent server has ended")),
             (_, Process::NotLaunched) if is_young => (SandboxStatus::Starting, None),
             (_, _) => (SandboxStatus::Error, Some("Its agent server ended before its first response")),
@@ -369,11 +424,29 @@ impl ProcessSandboxes {
 
 #[async_trait]
 impl SandboxService for ProcessSandboxes {
-    async fn start(&self, user: &UserId, id: &str) -> Result<()> {
+    async fn start(&self, user: &UserId, id: &str, task: Option<Uuid>) -> Result<Launch> {
+        let is_running = self.folder(id).is_running();
+        let boot = match task {
+            _ if is_running => None,
+            // The start is tried again soon, and waits without a worker meanwhile.
+            Some(_) => match BOOTS.clone().try_acquire_owned() {
+                Ok(boot) => Some(boot),
+                Err(_) => return Ok(Launch::Full),
+            },
+            None => Some(next_boot().await?),
+        };
         let key = SecretString::from(id::new_session_key());
         let spec_id = published_image(&self.config.version);
-        let record = self.store.put_new(self.store.new_record(user, id, &spec_id, &key).await?).await?;
-        self.launch(&record).await
+        let record = self.store.new_record(user, id, &spec_id, &key).await?;
+        let Some(record) = self.store.create(record, task).await? else { return Ok(Launch::Deleted) };
+        if let Some(boot) = boot {
+            if !self.ensure_capacity(&record).await? {
+                self.store.withdraw(&record).await?;
+                return Ok(Launch::Full);
+            }
+            self.launch(&record, boot).await?;
+        }
+        Ok(Launch::Started)
     }
 
     async fn batch_get(&self, user: &UserId, ids: &[String]) -> Result<Vec<Option<Sandbox>>> {
@@ -392,7 +465,7 @@ impl SandboxService for ProcessSandboxes {
 
     async fn pause(&self, user: &UserId, id: &str) -> Result<bool> {
         let Some(pid) = self.folder(id).living().await else { return Ok(false) };
-        if !self.store.set_wanted(user, id, Wanted::Paused).await? {
+        if !self.store.set_desired(user, id, Desired::Paused).await? {
             return Ok(false);
         }
         Ok(kill_process_group(pid, Signal::STOP).is_ok())
@@ -403,17 +476,19 @@ impl SandboxService for ProcessSandboxes {
         let resumed = match self.folder(id).living().await {
             Some(pid) => kill_process_group(pid, Signal::CONT).is_ok(),
             // The agent server was stopped or has crashed; its folder contains everything for a new launch.
-            None => self.launch(&record).await.map(|()| true)?,
+            None => {
+                let boot = next_boot().await?;
+                // Its user wants it to run, so it runs even beyond the limit.
+                self.ensure_capacity(&record).await?;
+                self.launch(&record, boot).await.map(|()| true)?
+            }
         };
         // Write the record last: after an interrupted resume the sandbox is paused (and can be resumed again), not missing.
-        self.store.set_wanted(user, id, Wanted::Running).await?;
+        self.store.set_desired(user, id, Desired::Running).await?;
         Ok(resumed)
     }
 
-    async fn delete(&self, user: &UserId, id: &str) -> Result<bool> {
-        if self.store.get(user, id).await?.is_none() {
-            return Ok(false);
-        }
+    async fn terminate(&self, _user: &UserId, id: &str) -> Result<bool> {
         let folder = self.folder(id);
         terminate(&folder).await;
         if let Err(error) = fs::remove_dir_all(&folder.0)
@@ -421,12 +496,26 @@ impl SandboxService for ProcessSandboxes {
         {
             return Err(Error::internal(format!("{} cannot be removed: {error}", folder.0.display())));
         }
-        // Delete the record last, so that an interrupted deletion can be found and retried.
-        self.store.delete(user, id).await
+        Ok(true)
+    }
+
+    fn relaunches(&self) -> bool {
+        true
     }
 
     async fn mark_used(&self, user: &UserId, id: &str) -> Result<()> {
         self.store.mark_used(user, id).await.map(|_| ())
+    }
+}
+
+/// Waits until another agent server may boot.
+async fn next_boot() -> Result<OwnedSemaphorePermit> {
+    match timeout(BOOT_TIMEOUT, BOOTS.clone().acquire_owned()).await {
+        Ok(Ok(boot)) => Ok(boot),
+        Ok(Err(_)) | Err(_) => Err(Error::Upstream {
+            message: "This machine is busy starting other sandboxes; try again later".to_owned(),
+            context: format!("no agent server could boot within {} s", BOOT_TIMEOUT.as_secs()),
+        }),
     }
 }
 

@@ -11,10 +11,12 @@ use secrecy::{ExposeSecret as _, SecretString};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
+use uuid::Uuid;
 
+use super::capacity::to_evict;
 use super::config::RemoteSandboxConfig;
-use super::store::{SandboxRecord, SandboxStore, Wanted};
-use super::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus, distinct, in_order, name_of};
+use super::store::{Desired, SandboxRecord, SandboxStore};
+use super::{AGENT_SERVER, ExposedUrl, Launch, Sandbox, SandboxService, SandboxStatus, distinct, in_order, name_of};
 use crate::clock::Time;
 use crate::digest::sha256_hex;
 use crate::error::{Error, Result};
@@ -47,6 +49,8 @@ const CHANGE: Duration = Duration::from_secs(15);
 const LOOK: Duration = Duration::from_secs(5);
 /// While a record is younger than this, a sandbox that the runtime API does not have counts as starting.
 const LAUNCH_GRACE: Duration = Duration::from_secs(30);
+/// See [`SandboxService::confirmation_delay`].
+const CONFIRMATION_DELAY: Duration = Duration::from_secs(600);
 /// The maximum number of ids per request.
 const BATCH: usize = 50;
 /// The maximum size of a response in bytes.
@@ -106,7 +110,8 @@ impl RemoteSandboxes {
             let path = format!("/sessions/batch?{query}");
             match self.call::<Vec<Option<Runtime>>>(Method::GET, &path, LOOK, None).await? {
                 ApiResponse::Success(runtimes) => Ok(runtimes),
-                ApiResponse::NotFound => Ok(Vec::new()),
+                // Unknown sessions are nulls in the list, so this 404 is about the route and not about any session.
+                ApiResponse::NotFound => Err(upstream("GET /sessions/batch: 404")),
                 ApiResponse::Refused(status) => Err(upstream(format!("GET /sessions/batch: {status}"))),
             }
         });
@@ -117,25 +122,32 @@ impl RemoteSandboxes {
     /// Returns the sandboxes of records. When the runtime API does not respond, every sandbox has status ERROR and a message about that,
     /// because its status is unknown.
     async fn observe(&self, records: &[&SandboxRecord]) -> Result<Vec<Sandbox>> {
+        match self.try_to_observe(records).await {
+            Err(error @ Error::Upstream { .. }) => {
+                tracing::warn!(error = %error.context(), "sandbox.runtime_api_failed");
+                let detail = Some(error.to_string());
+                let unknown = |record: &&SandboxRecord| Sandbox {
+                    detail: detail.clone(),
+                    ..Sandbox::of(record, SandboxStatus::Error, WORKING_DIR)
+                };
+                Ok(records.iter().map(unknown).collect())
+            }
+            observed => observed,
+        }
+    }
+
+    /// Returns the sandboxes of records, or an error when the runtime API does not respond.
+    async fn try_to_observe(&self, records: &[&SandboxRecord]) -> Result<Vec<Sandbox>> {
         if records.is_empty() {
             return Ok(Vec::new());
         }
-        let runtimes = self.runtimes(records).await;
-        if let Err(error) = &runtimes {
-            tracing::warn!(error = %error.context(), "sandbox.runtime_api_failed");
-        }
-        try_join_all(records.iter().map(async |record| match &runtimes {
-            Ok(runtimes) => {
-                let runtime = runtimes.get(&name_of(&record.user, &record.id));
-                if let Some(key) = runtime.and_then(|runtime| runtime.session_api_key.as_ref()) {
-                    self.keep_key(record, key).await?;
-                }
-                Ok(show(record, runtime))
+        let runtimes = self.runtimes(records).await?;
+        try_join_all(records.iter().map(async |record| {
+            let runtime = runtimes.get(&name_of(&record.user, &record.id));
+            if let Some(key) = runtime.and_then(|runtime| runtime.session_api_key.as_ref()) {
+                self.keep_key(record, key).await?;
             }
-            Err(_) => Ok(Sandbox {
-                detail: Some("The sandbox provider does not respond; try again later".to_owned()),
-                ..Sandbox::of(record, SandboxStatus::Error, WORKING_DIR)
-            }),
+            Ok(show(record, runtime))
         }))
         .await
     }
@@ -149,7 +161,6 @@ impl RemoteSandboxes {
     }
 
     async fn make(&self, record: &SandboxRecord) -> Result<()> {
-        self.evict_if_full(record).await?;
         let mut body = json!({
             "image": record.spec_id,
             "command": COMMAND,
@@ -202,24 +213,27 @@ impl RemoteSandboxes {
         environment
     }
 
-    /// Evicts (pauses) the user's least recently used sandboxes until one more may run.
-    async fn evict_if_full(&self, newcomer: &SandboxRecord) -> Result<()> {
-        let records = self.store.list(&newcomer.user).await?;
-        let others: Vec<&SandboxRecord> =
-            records.iter().filter(|record| record.id != newcomer.id && record.wanted == Wanted::Running).collect();
+    /// Evicts (pauses) sandboxes of the user until one more may run. Returns false if that is not possible now.
+    async fn ensure_capacity(&self, newcomer: &SandboxRecord) -> Result<bool> {
+        let user = &newcomer.user;
+        let mut others = self.store.list(user).await?;
+        others.retain(|record| record.id != newcomer.id && record.desired == Desired::Running);
         if others.len() < self.config.max_sandboxes {
-            return Ok(());
+            return Ok(true);
         }
-        let observed = self.observe(&others).await?;
-        let mut running: Vec<Sandbox> =
-            observed.into_iter().filter(|sandbox| sandbox.status == SandboxStatus::Running).collect();
-        running.sort_by_key(|sandbox| sandbox.used_at);
-        let excess = (running.len() + 1).saturating_sub(self.config.max_sandboxes.max(1));
-        for sandbox in &running[..excess] {
-            tracing::info!(sandbox = %sandbox.id, "sandbox.evicted");
-            self.pause(&newcomer.user, &sandbox.id).await?;
+        // The list comes from an index; who uses a sandbox is decided by a consistent read.
+        let ids: Vec<String> = others.into_iter().map(|record| record.id).collect();
+        let others: Vec<SandboxRecord> = self.store.batch_get(user, &ids).await?.into_iter().flatten().collect();
+        let observed = self.try_to_observe(&others.iter().collect::<Vec<_>>()).await?;
+        let others = others.into_iter().zip(observed).collect();
+        let Some(evicted) = to_evict(&self.http, newcomer, others, self.config.max_sandboxes).await else {
+            return Ok(false);
+        };
+        for id in evicted {
+            tracing::info!(sandbox = id, "sandbox.evicted");
+            self.pause(user, &id).await?;
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Requests a change of a sandbox's runtime. Returns false when the runtime does not exist.
@@ -340,17 +354,33 @@ fn service_url(url: &Url, runtime_id: Option<&str>, service: &str) -> Option<Str
 
 #[async_trait]
 impl SandboxService for RemoteSandboxes {
-    async fn start(&self, user: &UserId, id: &str) -> Result<()> {
+    async fn start(&self, user: &UserId, id: &str, task: Option<Uuid>) -> Result<Launch> {
         // Use a random key that is never disclosed until the runtime API has created one. Write the record first: a runtime without a
         // record could run forever.
         let placeholder = SecretString::from(id::new_session_key());
-        let record =
-            self.store.put_new(self.store.new_record(user, id, &self.config.image, &placeholder).await?).await?;
+        let new = self.store.new_record(user, id, &self.config.image, &placeholder).await?;
+        let new_key = new.session_key_hash.clone();
+        let Some(record) = self.store.create(new, task).await? else { return Ok(Launch::Deleted) };
         let status = self.runtime(user, id).await?.and_then(|runtime| runtime.status);
         match status.as_deref().map(str::to_ascii_lowercase).as_deref() {
-            Some("running" | "starting" | "paused") => Ok(()),
-            _ => self.make(&record).await,
+            Some("running" | "starting" | "paused") => {}
+            _ => {
+                if !self.ensure_capacity(&record).await? {
+                    // A record from an earlier call may have a runtime whose creation is late.
+                    if record.session_key_hash == new_key {
+                        self.store.withdraw(&record).await?;
+                    }
+                    return Ok(Launch::Full);
+                }
+                self.make(&record).await?;
+            }
         }
+        Ok(Launch::Started)
+    }
+
+    async fn inspect(&self, user: &UserId, id: &str) -> Result<Option<Sandbox>> {
+        let Some(record) = self.store.get(user, id).await? else { return Ok(None) };
+        Ok(self.try_to_observe(&[&record]).await?.pop())
     }
 
     async fn batch_get(&self, user: &UserId, ids: &[String]) -> Result<Vec<Option<Sandbox>>> {
@@ -368,25 +398,35 @@ impl SandboxService for RemoteSandboxes {
         if self.store.get(user, id).await?.is_none() || !self.change(user, id, "/pause").await? {
             return Ok(false);
         }
-        self.store.set_wanted(user, id, Wanted::Paused).await
+        self.store.set_desired(user, id, Desired::Paused).await
     }
 
     async fn resume(&self, user: &UserId, id: &str) -> Result<bool> {
         let Some(record) = self.store.get(user, id).await? else { return Ok(false) };
-        self.evict_if_full(&record).await?;
+        // Its user wants it to run, so it runs even beyond the limit.
+        self.ensure_capacity(&record).await?;
         if !self.change(user, id, "/resume").await? {
             return Ok(false);
         }
-        self.store.set_wanted(user, id, Wanted::Running).await
+        self.store.set_desired(user, id, Desired::Running).await
     }
 
-    async fn delete(&self, user: &UserId, id: &str) -> Result<bool> {
-        if self.store.get(user, id).await?.is_none() {
-            return Ok(false);
+    async fn terminate(&self, user: &UserId, id: &str) -> Result<bool> {
+        let is_left = |runtime: Option<&Runtime>| {
+            runtime.is_some_and(|runtime| {
+                !runtime.status.as_deref().is_some_and(|status| status.eq_ignore_ascii_case("stopped"))
+            })
+        };
+        if !is_left(self.runtime(user, id).await?.as_ref()) {
+            return Ok(true);
         }
-        // A runtime that no longer exists is deleted here, too. Delete the record last, so that an interrupted deletion can be retried.
+        // The next call finds out whether the runtime has ended.
         self.change(user, id, "/stop").await?;
-        self.store.delete(user, id).await
+        Ok(false)
+    }
+
+    fn confirmation_delay(&self) -> Duration {
+        CONFIRMATION_DELAY
     }
 
     async fn mark_used(&self, user: &UserId, id: &str) -> Result<()> {

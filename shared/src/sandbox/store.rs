@@ -1,16 +1,25 @@
-//! Sandbox records in DynamoDB: owner, encrypted session key, desired state, and the provider's data.
+//! Sandbox records in DynamoDB: owner, encrypted session key, desired state, members, and the provider's data.
+//!
+//! The record decides whether its sandbox may be deleted. It holds the members of the sandbox: the unfinished starts that use it, and its
+//! conversations. A start joins by a conditional write before it depends on the sandbox, and a sandbox is marked for deletion on the
+//! condition that it has no member; both are writes of this one item, so exactly one of them succeeds. A sandbox that is marked
+//! ([`Desired::Deleted`]) no longer exists for its user: only the [`super::reconciler`] reads its record, until nothing is left of it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
+use aws_sdk_dynamodb::types::{AttributeValue, TransactWriteItem};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::clock::{Time, sortable};
 use crate::digest::sha256_hex;
-use crate::dynamo::{Condition, Item, Table, Update, from_item, number, store_error, text, to_item};
-use crate::error::Result;
-use crate::id::UserId;
+use crate::dynamo::lease::{self, Lease};
+use crate::dynamo::{Condition, DueIndex, Item, Outcome, Table, Update, from_item, number, store_error, text, to_item};
+use crate::error::{Error, Result};
+use crate::id::{self, UserId};
 use crate::sandbox::MAX_ID;
 use crate::user::seal::Sealer;
 
@@ -18,17 +27,54 @@ use crate::user::seal::Sealer;
 pub const BY_SESSION_KEY: &str = "by-session-key";
 /// Index: a user's sandboxes by creation time.
 pub const BY_CREATED: &str = "by-created";
+/// Index: sandboxes that the reconciler has to look at, by the time from which the sweep enqueues their jobs. Sparse; in [`DUE_SHARDS`]
+/// partitions.
+pub const DUE: &str = "due";
+/// Partitions of the index of due sandboxes.
+pub const DUE_SHARDS: u8 = 4;
+
+/// The attribute that puts a record into the index of due sandboxes.
+const DUE_SHARD: &str = "due_shard";
+const DUE_AT: &str = "due_at";
+/// The attributes with the ids of a sandbox's members, two sets: an update cannot both add to one set and remove from it.
+const STARTS: &str = "starts";
+const CONVERSATIONS: &str = "conversations";
+const DELETE_WHEN_EMPTY: &str = "delete_when_empty";
+const GONE_SINCE: &str = "gone_since";
+const ATTEMPTS: &str = "attempts";
+const DESIRED: &str = "desired";
+
+/// The delay between a change that the reconciler has to look at and the sweep's job for it. It leaves time for the message that the
+/// change itself enqueues.
+const SWEEP_DELAY: Duration = Duration::from_secs(2);
+/// The delay between the time when a sandbox runs without a start and the first check whether it is idle.
+const FIRST_IDLE_CHECK: Duration = Duration::from_secs(600);
+/// The attempts to create or join a record that another worker removes at the same time.
+const CREATE_ATTEMPTS: usize = 3;
 
 /// The desired state of a sandbox. Its actual state is computed on read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Wanted {
+pub enum Desired {
     /// Running.
     Running,
     /// Suspended in memory.
     Paused,
     /// Terminated. A resume launches it again.
     Stopped,
+    /// Deleted, with its content. The state is final.
+    Deleted,
+}
+
+impl Desired {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Stopped => "stopped",
+            Self::Deleted => "deleted",
+        }
+    }
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -47,11 +93,58 @@ pub struct SandboxRecord {
     /// The time of the latest start of a conversation in the sandbox.
     #[serde(serialize_with = "sortable::serialize")]
     pub used_at: Time,
-    /// The desired state.
-    pub wanted: Wanted,
+    pub desired: Desired,
+    /// The ids (hex) of the unfinished starts in the sandbox.
+    #[serde(default, with = "serde_dynamo::string_set", skip_serializing_if = "BTreeSet::is_empty")]
+    pub starts: BTreeSet<String>,
+    /// The ids (hex) of the conversations in the sandbox.
+    #[serde(default, with = "serde_dynamo::string_set", skip_serializing_if = "BTreeSet::is_empty")]
+    pub conversations: BTreeSet<String>,
+    /// Whether the sandbox is deleted once it has no member: a start has created it, or a conversation in it was deleted. A sandbox that
+    /// its user has created stays when a start in it fails.
+    #[serde(default)]
+    pub delete_when_empty: bool,
+    /// The failed attempts of the reconciler in a row.
+    #[serde(default)]
+    pub attempts: u32,
+    /// Since when the provider has reported without interruption that nothing is left of the sandbox.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gone_since: Option<Time>,
+    /// Whether its agent server has answered since the sandbox was created (Docker sandboxes).
+    #[serde(default)]
+    pub answered: bool,
     /// The port of its agent server on this machine (process sandboxes, Docker sandboxes on the host network).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
+}
+
+impl SandboxRecord {
+    /// The number of starts and conversations in the sandbox.
+    #[must_use]
+    pub fn members(&self) -> usize {
+        self.starts.len() + self.conversations.len()
+    }
+
+    /// Whether the sandbox has no member and is to be deleted for that reason.
+    #[must_use]
+    pub fn is_unused(&self) -> bool {
+        self.delete_when_empty && self.members() == 0
+    }
+
+    /// Whether a conversation is a member.
+    #[must_use]
+    pub fn has_conversation(&self, conversation: Uuid) -> bool {
+        self.conversations.contains(&id::hex(conversation))
+    }
+}
+
+/// The right of one reconciler to process a sandbox, until its lease expires.
+#[derive(Clone, Debug)]
+pub struct SandboxClaim {
+    lease: Lease,
+    /// The due time that the claim has set. A change that the reconciler has to look at sets another one.
+    due_at: Time,
+    pub record: SandboxRecord,
 }
 
 /// The store of sandbox records.
@@ -88,7 +181,13 @@ impl SandboxStore {
             session_key_hash: sha256_hex(key.expose_secret()),
             created_at: now,
             used_at: now,
-            wanted: Wanted::Running,
+            desired: Desired::Running,
+            starts: BTreeSet::new(),
+            conversations: BTreeSet::new(),
+            delete_when_empty: false,
+            attempts: 0,
+            gone_since: None,
+            answered: false,
             port: None,
         })
     }
@@ -101,15 +200,260 @@ impl SandboxStore {
         self.sealer.open(&purpose(&record.user, &record.id), &record.session_key_sealed).await
     }
 
-    /// Stores a new record. Returns it, or the existing record with the same id.
+    /// Stores a new record, or finds the existing record with the same id. If a start needs the sandbox, it becomes a member by the same
+    /// write. Returns the stored record; `None` if the sandbox with this id is being deleted.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
-    pub async fn put_new(&self, record: SandboxRecord) -> Result<SandboxRecord> {
-        if self.table.put(to_item(&record)?, Condition::Missing("id")).await? {
-            return Ok(record);
+    pub async fn create(&self, mut record: SandboxRecord, task: Option<Uuid>) -> Result<Option<SandboxRecord>> {
+        record.starts = task.map(id::hex).into_iter().collect();
+        record.delete_when_empty = task.is_some();
+        let mut item = to_item(&record)?;
+        if task.is_none() {
+            item.insert(DUE_SHARD.into(), text(shard(&record.id)));
+            item.insert(DUE_AT.into(), text(Time::now().plus(FIRST_IDLE_CHECK).sortable()));
         }
-        Ok(self.get(&record.user, &record.id).await?.unwrap_or(record))
+        let (user, id) = (record.user.clone(), record.id.clone());
+        for _ in 0..CREATE_ATTEMPTS {
+            if self.table.put(item.clone(), Condition::Missing("id")).await? {
+                return Ok(Some(record));
+            }
+            let found = match task {
+                Some(task) => match self.table.update(key(&user, &id), joined(task)).await? {
+                    Outcome::Applied(item) => Some(item),
+                    Outcome::ConditionFailed(item) => item,
+                },
+                None => self.table.get(key(&user, &id)).await?,
+            };
+            // Without an item, the record of a deleted sandbox was removed after the attempt to store the new one.
+            if let Some(item) = found {
+                let record: SandboxRecord = from_item(item)?;
+                return Ok((record.desired != Desired::Deleted).then_some(record));
+            }
+        }
+        Err(Error::internal(format!("the record of sandbox {id} is created and removed all the time")))
+    }
+
+    /// Removes the record of a sandbox that was not created at its provider, unless something else has joined the sandbox meanwhile.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn withdraw(&self, record: &SandboxRecord) -> Result<()> {
+        let starts = record.starts.iter().cloned().collect::<Vec<_>>();
+        let starts = (!starts.is_empty()).then_some(AttributeValue::Ss(starts));
+        let is_unchanged = Condition::All(vec![
+            Condition::equal(DESIRED, text(Desired::Running.as_str())),
+            Condition::unchanged(STARTS, starts),
+            Condition::Missing(CONVERSATIONS),
+        ]);
+        let _removed = self.table.delete(key(&record.user, &record.id), is_unchanged).await?;
+        Ok(())
+    }
+
+    /// The write by which a start joins a sandbox, for a transaction. It fails if the sandbox does not exist or is being deleted.
+    ///
+    /// # Errors
+    /// [`crate::Error::Internal`] when the update cannot be built.
+    pub fn joining(&self, user: &UserId, id: &str, task: Uuid) -> Result<TransactWriteItem> {
+        joined(task).in_transaction(&self.table.name, key(user, id))
+    }
+
+    /// The write by which a conversation becomes a member in place of the start that has created it, for a transaction. It fails if the
+    /// sandbox does not exist or is being deleted.
+    ///
+    /// # Errors
+    /// [`crate::Error::Internal`] when the update cannot be built.
+    pub fn completing(&self, user: &UserId, id: &str, task: Uuid, conversation: Uuid) -> Result<TransactWriteItem> {
+        is_open(due_later(Update::new(), id))
+            .add_to_set(CONVERSATIONS, &id::hex(conversation))
+            .remove_from_set(STARTS, &id::hex(task))
+            .in_transaction(&self.table.name, key(user, id))
+    }
+
+    /// The write by which a conversation becomes a member, for a transaction. It fails if the sandbox does not exist or is being deleted.
+    ///
+    /// # Errors
+    /// [`crate::Error::Internal`] when the update cannot be built.
+    pub fn adding(&self, user: &UserId, id: &str, conversation: Uuid) -> Result<TransactWriteItem> {
+        is_open(Update::new())
+            .add_to_set(CONVERSATIONS, &id::hex(conversation))
+            .in_transaction(&self.table.name, key(user, id))
+    }
+
+    /// The write by which a start leaves the sandbox that it has created, because it uses another one; for a transaction. It fails if the
+    /// sandbox does not exist.
+    ///
+    /// # Errors
+    /// [`crate::Error::Internal`] when the update cannot be built.
+    pub fn leaving(&self, user: &UserId, id: &str, task: Uuid) -> Result<TransactWriteItem> {
+        left_by_start(id, task, true).condition(Condition::Exists("id")).in_transaction(&self.table.name, key(user, id))
+    }
+
+    /// The write by which a conversation leaves a sandbox because it moves to another one, for a transaction. It fails if the sandbox
+    /// does not exist.
+    ///
+    /// # Errors
+    /// [`crate::Error::Internal`] when the update cannot be built.
+    pub fn moving_out(&self, user: &UserId, id: &str, conversation: Uuid) -> Result<TransactWriteItem> {
+        due_now(Update::new(), id)
+            .remove_from_set(CONVERSATIONS, &id::hex(conversation))
+            .condition(Condition::Exists("id"))
+            .in_transaction(&self.table.name, key(user, id))
+    }
+
+    /// Ends the membership of a start. `delete_when_empty` marks the sandbox as one that is deleted once it has no member. Returns the
+    /// record, from which the reconciler decides later; `None` if there is none.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn leave(
+        &self,
+        user: &UserId,
+        id: &str,
+        task: Uuid,
+        delete_when_empty: bool,
+    ) -> Result<Option<SandboxRecord>> {
+        if !is_id(id) {
+            return Ok(None);
+        }
+        let is_member = Condition::Contains(STARTS, text(id::hex(task)));
+        let update = left_by_start(id, task, delete_when_empty).condition(is_member);
+        self.updated(user, id, update).await
+    }
+
+    /// Ends the membership of a conversation. `delete_when_empty` as in [`SandboxStore::leave`]. Returns the record; `None` if there is
+    /// none.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn remove_conversation(
+        &self,
+        user: &UserId,
+        id: &str,
+        conversation: Uuid,
+        delete_when_empty: bool,
+    ) -> Result<Option<SandboxRecord>> {
+        if !is_id(id) {
+            return Ok(None);
+        }
+        let conversation = id::hex(conversation);
+        let mut update = due_now(Update::new(), id)
+            .remove_from_set(CONVERSATIONS, &conversation)
+            .condition(Condition::Contains(CONVERSATIONS, text(conversation)));
+        if delete_when_empty {
+            update = update.set(DELETE_WHEN_EMPTY, true_value());
+        }
+        self.updated(user, id, update).await
+    }
+
+    /// Updates a record, and returns it whether the conditions held or not.
+    async fn updated(&self, user: &UserId, id: &str, update: Update) -> Result<Option<SandboxRecord>> {
+        match self.table.update(key(user, id), update).await? {
+            Outcome::Applied(item) | Outcome::ConditionFailed(Some(item)) => from_item(item).map(Some),
+            Outcome::ConditionFailed(None) => Ok(None),
+        }
+    }
+
+    /// Marks a sandbox for deletion, with whatever members it has. Returns false if it does not exist or is being deleted already.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn mark_deleted(&self, user: &UserId, id: &str) -> Result<bool> {
+        let update = is_open(deleted(due_now(Update::new(), id)));
+        Ok(is_id(id) && self.table.update_once(key(user, id), update).await?.is_applied())
+    }
+
+    /// The index of sandboxes that the reconciler has to look at.
+    #[must_use]
+    pub fn due(&self) -> DueIndex {
+        DueIndex {
+            table: self.table.clone(),
+            index: DUE,
+            shard_attribute: DUE_SHARD,
+            shards: (0..DUE_SHARDS).map(|shard| shard.to_string()).collect(),
+            sort_key: "id",
+            has_uuids: false,
+        }
+    }
+
+    /// Claims a sandbox that the reconciler has to look at. `None` if it is not due, does not exist, or another worker has it.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn claim(&self, user: &UserId, id: &str, duration: Duration) -> Result<Option<SandboxClaim>> {
+        if !is_id(id) {
+            return Ok(None);
+        }
+        let lease = Lease::random(duration);
+        let due_at = lease.until.plus(SWEEP_DELAY);
+        let update =
+            Update::new().set(DUE_AT, text(due_at.sortable())).add(ATTEMPTS, 1).condition(Condition::Exists(DUE_SHARD));
+        let claimed = lease.claim(&self.table, key(user, id), update).await?.applied();
+        Ok(match claimed {
+            Some(item) => Some(SandboxClaim { lease, due_at, record: from_item(item)? }),
+            None => None,
+        })
+    }
+
+    /// Marks a claimed sandbox for deletion if it still has no member. Returns whether it is marked.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn mark_unused_deleted(&self, claim: &SandboxClaim) -> Result<bool> {
+        let update = is_open(deleted(Update::new()))
+            .condition(Condition::Missing(STARTS))
+            .condition(Condition::Missing(CONVERSATIONS));
+        Ok(self.write(claim, update).await?.is_applied())
+    }
+
+    /// Ends a claim: the reconciler has nothing left to do, unless something has changed since the claim.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn settle(&self, claim: &SandboxClaim) -> Result<()> {
+        self.end(claim, Update::new().remove_all(&[DUE_SHARD, DUE_AT, ATTEMPTS])).await
+    }
+
+    /// Ends a claim: the sandbox is due again at `due_at`, unless a change since the claim has made it due earlier. `gone_since` and
+    /// `attempts` are the new values of these attributes.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn postpone(
+        &self,
+        claim: &SandboxClaim,
+        due_at: Time,
+        gone_since: Option<Time>,
+        attempts: u32,
+    ) -> Result<()> {
+        let update = Update::new()
+            .set(DUE_AT, text(due_at.sortable()))
+            .set(ATTEMPTS, number(attempts))
+            .set_or_remove(GONE_SINCE, gone_since.map(|time| text(time.sortable())));
+        self.end(claim, update).await
+    }
+
+    /// Releases a claim with an update, or without it if a change since the claim has set another due time, which stays then.
+    async fn end(&self, claim: &SandboxClaim, update: Update) -> Result<()> {
+        let is_unchanged = Condition::equal(DUE_AT, text(claim.due_at.sortable()));
+        if !self.write(claim, lease::release(update).condition(is_unchanged)).await?.is_applied() {
+            // If the lease is lost, another worker has the sandbox.
+            let _released = self.write(claim, lease::release(Update::new())).await?;
+        }
+        Ok(())
+    }
+
+    /// Removes the record of a deleted sandbox.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn remove(&self, claim: &SandboxClaim) -> Result<bool> {
+        let is_deleted = Condition::equal(DESIRED, text(Desired::Deleted.as_str()));
+        lease::delete(&self.table, key(&claim.record.user, &claim.record.id), &claim.lease.owner, [is_deleted]).await
+    }
+
+    async fn write(&self, claim: &SandboxClaim, update: Update) -> Result<Outcome> {
+        lease::write(&self.table, key(&claim.record.user, &claim.record.id), &claim.lease.owner, update).await
     }
 
     /// Returns one record.
@@ -128,10 +472,11 @@ impl SandboxStore {
         if !is_id(id) {
             return Ok(false);
         }
-        Ok(self.table.get(key(user, id)).await?.is_some())
+        let found = self.table.get(key(user, id)).await?;
+        Ok(found.is_some_and(|item| item.get(DESIRED) != Some(&text(Desired::Deleted.as_str()))))
     }
 
-    /// Returns records in the order of the ids.
+    /// Returns records in the order of the ids, by a consistent read; `None` for sandboxes that do not exist or are being deleted.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
@@ -142,7 +487,9 @@ impl SandboxStore {
         wanted.dedup();
         for item in self.table.batch_get(wanted.into_iter().map(|id| key(user, id)).collect()).await? {
             let record: SandboxRecord = from_item(item)?;
-            found.insert(record.id.clone(), record);
+            if record.desired != Desired::Deleted {
+                found.insert(record.id.clone(), record);
+            }
         }
         Ok(ids.iter().map(|id| found.get(id).cloned()).collect())
     }
@@ -152,6 +499,16 @@ impl SandboxStore {
     /// # Errors
     /// [`crate::Error::Store`].
     pub async fn list(&self, user: &UserId) -> Result<Vec<SandboxRecord>> {
+        let mut records = self.list_all(user).await?;
+        records.retain(|record| record.desired != Desired::Deleted);
+        Ok(records)
+    }
+
+    /// Returns all records of a user, including those of sandboxes that are being deleted.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn list_all(&self, user: &UserId) -> Result<Vec<SandboxRecord>> {
         let mut records = Vec::new();
         let mut pages = self
             .table
@@ -185,20 +542,26 @@ impl SandboxStore {
             .send()
             .await
             .map_err(store_error("Query sandboxes"))?;
-        found.items.unwrap_or_default().pop().map(from_item).transpose()
+        let found: Option<SandboxRecord> = found.items.unwrap_or_default().pop().map(from_item).transpose()?;
+        Ok(found.filter(|record| record.desired != Desired::Deleted))
     }
 
-    /// Sets the desired state. Returns false when the record does not exist.
+    /// Sets the desired state. Returns false when the record does not exist or the sandbox is being deleted.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
-    pub async fn set_wanted(&self, user: &UserId, id: &str, wanted: Wanted) -> Result<bool> {
-        let value = match wanted {
-            Wanted::Running => "running",
-            Wanted::Paused => "paused",
-            Wanted::Stopped => "stopped",
-        };
-        self.apply(user, id, Update::new().set("wanted", text(value))).await
+    pub async fn set_desired(&self, user: &UserId, id: &str, desired: Desired) -> Result<bool> {
+        let update = Update::new().set(DESIRED, text(desired.as_str()));
+        let update = if desired == Desired::Running { due_later(update, id) } else { update };
+        self.apply(user, id, update).await
+    }
+
+    /// Records that the sandbox's agent server has answered. Returns false when the record does not exist.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn set_answered(&self, user: &UserId, id: &str) -> Result<bool> {
+        self.apply(user, id, Update::new().set("answered", true_value())).await
     }
 
     /// Sets the port of the sandbox's agent server. Returns false when the record does not exist.
@@ -236,18 +599,48 @@ impl SandboxStore {
         self.apply(user, id, Update::new().set("used_at", text(Time::now().sortable()))).await
     }
 
-    /// Deletes the record. Returns false when it does not exist.
-    ///
-    /// # Errors
-    /// [`crate::Error::Store`].
-    pub async fn delete(&self, user: &UserId, id: &str) -> Result<bool> {
-        Ok(is_id(id) && self.table.delete(key(user, id), Condition::Exists("id")).await?.is_ok())
-    }
-
-    /// Updates a record. Returns false when it does not exist.
+    /// Updates a record. Returns false when it does not exist or its sandbox is being deleted.
     async fn apply(&self, user: &UserId, id: &str, update: Update) -> Result<bool> {
-        Ok(is_id(id) && self.table.apply(key(user, id), update.condition(Condition::Exists("id"))).await?)
+        Ok(is_id(id) && self.table.apply(key(user, id), is_open(update)).await?)
     }
+}
+
+/// Adds the conditions that the sandbox exists and is not being deleted.
+fn is_open(update: Update) -> Update {
+    let is_kept = Condition::Compare(DESIRED, "<>", text(Desired::Deleted.as_str()));
+    update.condition(Condition::Exists("id")).condition(is_kept)
+}
+
+fn joined(task: Uuid) -> Update {
+    is_open(Update::new()).add_to_set(STARTS, &id::hex(task))
+}
+
+fn left_by_start(id: &str, task: Uuid, delete_when_empty: bool) -> Update {
+    let update = due_now(Update::new(), id).remove_from_set(STARTS, &id::hex(task));
+    if delete_when_empty { update.set(DELETE_WHEN_EMPTY, true_value()) } else { update }
+}
+
+fn deleted(update: Update) -> Update {
+    update.set(DESIRED, text(Desired::Deleted.as_str()))
+}
+
+/// Makes a sandbox due: the sweep enqueues its job if no worker processes it before.
+fn due_now(update: Update, id: &str) -> Update {
+    update.set(DUE_SHARD, text(shard(id))).set(DUE_AT, text(Time::now().plus(SWEEP_DELAY).sortable()))
+}
+
+/// Makes a sandbox that runs due after a while: the reconciler checks whether it is idle.
+fn due_later(update: Update, id: &str) -> Update {
+    update.set(DUE_SHARD, text(shard(id))).set(DUE_AT, text(Time::now().plus(FIRST_IDLE_CHECK).sortable()))
+}
+
+fn shard(id: &str) -> String {
+    let sum = id.bytes().fold(0_u8, u8::wrapping_add);
+    (sum % DUE_SHARDS).to_string()
+}
+
+fn true_value() -> AttributeValue {
+    AttributeValue::Bool(true)
 }
 
 fn key(user: &UserId, id: &str) -> Item {

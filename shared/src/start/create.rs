@@ -3,14 +3,16 @@
 
 use std::time::Duration;
 
+use super::identity::StartIdentity;
 use super::request::{Content, Role, SendMessageRequest, StartRequest, TextContent};
-use super::store::StartTaskStore;
+use super::store::{NewStart, StartTaskStore};
 use super::suggested_task;
 use super::task::StartTaskRecord;
 use crate::clock::Time;
 use crate::conversation::fields::Trigger;
 use crate::conversation::store::ConversationStore;
 use crate::error::{Error, Result};
+use crate::http::idempotency_key::IdempotencyKey;
 use crate::http::pydantic::validation::Checker;
 use crate::id::{self, UserId};
 use crate::jobs::advance_start::AdvanceStart;
@@ -32,17 +34,30 @@ pub struct StartService {
     pub allow_insecure_git_access: bool,
     /// Time limit of the first step.
     pub step_timeout: Duration,
+    /// The user's unfinished starts at which no more are created.
+    pub max_unfinished: u32,
 }
 
 impl StartService {
     /// Stores the task and enqueues its job. After this function returns, the start is durable: no crash loses it.
     ///
+    /// If an earlier request of the user with the same idempotency key has created a task, that task is returned, in its current state,
+    /// and nothing else happens.
+    ///
     /// # Errors
+    /// [`Error::Conflict`] for a key of another request,
     /// [`Error::NotFound`] for an unknown parent, [`Error::Refused`] for an unsupported suggested task, [`Error::Invalid`] for an invalid
-    /// repository or branch, all before anything is stored; [`Error::Store`].
-    pub async fn create(&self, user: &UserId, request: StartRequest) -> Result<StartTaskRecord> {
+    /// repository or branch, [`Error::Saturated`] for too many unfinished starts; then nothing is stored. [`Error::Store`].
+    pub async fn create(&self, user: &UserId, request: StartRequest, key: &IdempotencyKey) -> Result<StartTaskRecord> {
+        let identity = StartIdentity::of(user, key.0.as_deref(), &request)?;
+        if let Some(record) = self.tasks.find(user, &identity).await? {
+            tracing::info!(task = %record.id, "start.repeated");
+            return Ok(record);
+        }
         let request = self.with_selection(user, with_suggested_task(request)?).await?;
-        let record = self.tasks.create(user, &request, Time::now().plus(self.step_timeout)).await?;
+        let deadline = Time::now().plus(self.step_timeout);
+        let new = NewStart { identity, deadline, max_unfinished: self.max_unfinished };
+        let record = self.tasks.create(user, &request, &new).await?;
         let job = AdvanceStart { user: user.clone(), task: record.id }.into();
         if let Err(error) = self.queue.send(&job, Duration::ZERO).await {
             // The stored row is authoritative: the sweep finds it and enqueues the job again.

@@ -68,14 +68,37 @@ pub struct Snapshot {
 pub struct PendingCommand {
     /// The command's name among the commands of the start.
     pub name: String,
-    /// The id that the agent server gave the command.
+    /// The id that the agent server gave the command. Empty if the agent server has forgotten or killed the command, and the next poll sends it
+    /// again.
     pub id: String,
     /// Records of earlier versions lack it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub started_at: Option<Time>,
+    /// How often the command was sent again.
+    #[serde(default)]
+    pub resends: u32,
 }
 
-/// The stored record of a start.
+/// The undoing of what a failed start made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compensation {
+    /// It has not succeeded yet.
+    Pending,
+}
+
+impl Compensation {
+    /// Its form in the record.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+        }
+    }
+}
+
+/// The stored record of a start. The attributes from `command` to `compensation_attempts` are in its lease row, and only a claim reads
+/// them, see [`super::store`].
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct StartTaskRecord {
     pub user: UserId,
@@ -108,19 +131,28 @@ pub struct StartTaskRecord {
     /// The command that the start waits for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub command: Option<PendingCommand>,
-    /// The reason of the failure, during compensation (clean-up).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub failure: Option<String>,
-    /// The number of failed attempts at the current step.
+    /// The number of failed attempts at the current step since its last success.
     #[serde(default)]
     pub attempts: u32,
     /// The number of consecutive error responses of the agent server in the current step.
     #[serde(default)]
     pub refusals: u32,
+    /// The number of times that a worker has released the task to wait in the current step. The delay grows with it.
+    #[serde(default)]
+    pub waits: u32,
     /// The number of claims since a worker last advanced or released the task. More than one means that workers died during the step.
     #[serde(default)]
     pub open_claims: u32,
-    /// The deadline of the current step.
+    /// Present while what a failed start made has not been undone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compensation: Option<Compensation>,
+    /// The number of failed attempts to undo it.
+    #[serde(default)]
+    pub compensation_attempts: u32,
+    /// The reason of the failure. The current `detail` may say more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<String>,
+    /// The deadline of the current step. Only an unfinished start has one.
     #[serde(default, serialize_with = "sortable_option", skip_serializing_if = "Option::is_none")]
     pub deadline: Option<Time>,
     /// The request as JSON, in the form of the contract. If [`StartTaskRecord::request_object`] is set, a record that was read from the
@@ -130,6 +162,9 @@ pub struct StartTaskRecord {
     /// The S3 key of the object that holds a large request.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) request_object: Option<String>,
+    /// The sealed digest of the request, if it has an idempotency key. The digest depends on secrets.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) digest_sealed: Option<String>,
     /// The sealed secrets of the request.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) secrets_sealed: Option<String>,
@@ -188,6 +223,16 @@ fn request_schema() -> utoipa::openapi::Ref {
 pub const ABRIDGED_SIZE: u64 = 3 * abridged::MAX_LENGTH as u64;
 
 impl StartTaskRecord {
+    /// The step that the start is at, or at which it ended.
+    #[must_use]
+    pub fn step(&self) -> StartStatus {
+        let steps = self.history.iter().map(|snapshot| snapshot.status).rev();
+        match self.now.status.is_final() {
+            true => steps.into_iter().find(|status| !status.is_final()).unwrap_or(StartStatus::Working),
+            false => self.now.status,
+        }
+    }
+
     /// The record in the form of the contract, with the request that it holds.
     #[must_use]
     pub fn show(&self) -> AppConversationStartTask {
@@ -241,7 +286,8 @@ mod tests {
             "command": {"name": "git-hooks", "id": "c-1"}}"#;
         let record: StartTaskRecord = serde_json::from_str(row).expect("a record");
         assert_eq!(record.mcp_servers_left_out, [""; 0]);
-        let command = PendingCommand { name: "git-hooks".to_owned(), id: "c-1".to_owned(), started_at: None };
+        let command =
+            PendingCommand { name: "git-hooks".to_owned(), id: "c-1".to_owned(), started_at: None, resends: 0 };
         assert_eq!(record.command, Some(command));
     }
 }

@@ -22,6 +22,7 @@ use shared::user::seal::Sealer;
 use tower::ServiceExt as _;
 
 use super::engines::Engines;
+use super::hostile_aws::{AwsFaults, HostileAws};
 use super::iam_proxy::IamProxy;
 use super::meter::Meter;
 use super::server::Server;
@@ -40,15 +41,31 @@ pub struct Api {
     worker: worker::Context,
     queue: String,
     engines: Engines,
+    /// What the functions' calls to AWS meet.
+    pub hostile: HostileAws,
 }
 
 impl Api {
     /// Starts the API on the engines of a folder, which keeps all data when [`Api::stop`] is called.
     pub async fn at(folder: &Path, sandbox: SandboxConfig) -> Self {
+        Self::with_faults(folder, sandbox, AwsFaults::none()).await
+    }
+
+    /// As [`Api::at`], on an empty folder, with functions whose calls to AWS meet these faults.
+    pub async fn with_faults(folder: &Path, sandbox: SandboxConfig, faults: AwsFaults) -> Self {
         let engines = Engines::start(folder).await;
-        let aws = Aws::new(&engines.sdk_config().await);
         let mut names = engines.names(PREFIX);
+        let aws = Aws::new(&engines.sdk_config().await);
         let queues = schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
+        let mut hostile = HostileAws::start(&engines, PREFIX, faults).await;
+        let aws = hostile.clients_of_test(&engines).await;
+        let of_functions = match faults.is_none() {
+            true => aws.clone(),
+            false => {
+                let urls = [&hostile.dynamodb, &hostile.s3, &hostile.sqs].map(String::clone);
+                clients(&hostile.retry(engines.network_sdk_config().await), &urls)
+            }
+        };
         names.job_queue_url.clone_from(&queues.jobs);
         names.export_queue_url.clone_from(&queues.exports);
         let sealing_key_file = folder.join("sealing-key");
@@ -61,13 +78,14 @@ impl Api {
             single_user: false,
             live_status_budget: std::time::Duration::from_secs(1),
             sandbox_request_budget: std::time::Duration::from_secs(2),
+            sandbox_idle_limit: None,
             address_policy: shared::http_client::AddressPolicy::Any,
             export: ExportConfig::default(),
         };
-        let router = router(&config, &aws, &sealer);
+        let router = router(&config, &of_functions, &sealer);
         let stores = Stores::new(&names, &aws, &sealer);
-        let worker = worker::Context::new(&config, &aws, &sealer);
-        Self { aws, names, sealer, stores, config, router, worker, queue: queues.jobs, engines }
+        let worker = worker::Context::new(&config, &of_functions, &sealer);
+        Self { aws, names, sealer, stores, config, router, worker, queue: queues.jobs, engines, hostile }
     }
 
     /// Sends the AWS calls of each function, the worker included, through a proxy that evaluates the function's IAM
@@ -109,11 +127,27 @@ impl Api {
     /// Sends all later requests to DynamoDB through a meter.
     pub async fn measure(&mut self, meter: &Meter) -> Server {
         let way = meter.to(&self.engines).await;
+        self.use_dynamodb_at(&way.url()).await;
+        way
+    }
+
+    /// The address of DynamoDB.
+    pub fn dynamodb(&self) -> String {
+        self.engines.dynamodb.clone()
+    }
+
+    /// Sends all later requests to DynamoDB to this address.
+    pub async fn use_dynamodb_at(&mut self, url: &str) {
         let sdk = self.engines.network_sdk_config().await;
-        let dynamodb = aws_sdk_dynamodb::config::Builder::from(&sdk).endpoint_url(way.url()).build();
+        let dynamodb = aws_sdk_dynamodb::config::Builder::from(&sdk).endpoint_url(url).build();
         let aws = Aws { dynamodb: aws_sdk_dynamodb::Client::from_conf(dynamodb), ..self.aws.clone() };
         self.router = router(&self.config, &aws, &self.sealer);
-        way
+    }
+
+    /// Changes the configuration of starts for all later requests.
+    pub fn configure_starts(&mut self, change: impl FnOnce(&mut StartConfig)) {
+        change(&mut self.config.start);
+        self.router = router(&self.config, &self.aws, &self.sealer);
     }
 
     /// Sends all later requests to the engines over their ports, as other processes do.

@@ -7,12 +7,15 @@
 
 pub mod account;
 pub mod api;
+pub mod conflict_proxy;
 pub mod docker_engine;
 pub mod engines;
 pub mod fault_proxy;
 pub mod git_server;
+pub mod hostile_aws;
 pub mod iam_proxy;
 pub mod kms;
+pub mod lagging_indexes;
 pub mod lambda;
 pub mod log;
 pub mod mcp_server;
@@ -20,6 +23,7 @@ pub mod meter;
 pub mod product;
 pub mod public_address;
 pub mod raw_http;
+pub mod recurring_faults;
 pub mod runtime_api;
 pub mod scripted_llm;
 pub mod seed;

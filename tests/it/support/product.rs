@@ -3,7 +3,7 @@
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, Once, PoisonError};
+use std::sync::{Arc, Mutex, Once, PoisonError};
 use std::time::{Duration, Instant};
 
 use local::options::{CommonOptions, SandboxKind};
@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use shared::config::{SandboxConfig, SealingConfig, StartConfig};
 use shared::event::store::Event;
 use shared::sandbox::process::ProcessSandboxes;
+use shared::sandbox::reconciler::SandboxReconciler;
 use shared::sandbox::spec::AGENT_SERVER_VERSION;
 use shared::stores::Stores;
 use shared::user::UserId;
@@ -62,6 +63,7 @@ pub struct Product {
     is_demo: bool,
     web_url: Option<String>,
     agent_server_version: String,
+    setup_script_timeout: Duration,
 }
 
 /// A start that has ended.
@@ -123,13 +125,19 @@ impl Product {
         Self::start_at(None, settings).await
     }
 
+    /// As [`Product::start`], with a time limit for setup scripts.
+    pub async fn start_with_setup_limit(limit: Duration, settings: Value) -> Self {
+        let mut product = Self::new(false);
+        product.setup_script_timeout = limit;
+        product.run_with(settings).await;
+        product
+    }
+
     /// As [`Product::start`], with a public address, as in `OH_WEB_URL`.
     pub async fn start_at(web_url: Option<String>, settings: Value) -> Self {
         let mut product = Self::new(false);
         product.web_url = web_url;
-        let settings_file = product.folder.path().join("settings.json");
-        fs::write(&settings_file, settings.to_string()).expect("the settings are written");
-        product.run(Some(settings_file)).await;
+        product.run_with(settings).await;
         product
     }
 
@@ -137,9 +145,7 @@ impl Product {
     pub async fn start_with_agent_server(version: &str, settings: Value) -> Self {
         let mut product = Self::new(false);
         version.clone_into(&mut product.agent_server_version);
-        let settings_file = product.folder.path().join("settings.json");
-        fs::write(&settings_file, settings.to_string()).expect("the settings are written");
-        product.run(Some(settings_file)).await;
+        product.run_with(settings).await;
         product
     }
 
@@ -155,7 +161,15 @@ impl Product {
         let folder = TempDir::new().expect("a folder for the product");
         // Ignores the machine's proxy settings, because the server is on loopback.
         let http = Client::builder().no_proxy().build().expect("a client");
-        Self { server: None, folder, http, is_demo, web_url: None, agent_server_version: agent_server_version() }
+        Self {
+            server: None,
+            folder,
+            http,
+            is_demo,
+            web_url: None,
+            agent_server_version: agent_server_version(),
+            setup_script_timeout: StartConfig::default().setup_script_timeout,
+        }
     }
 
     /// Shuts this run down and starts another one on the same data folder.
@@ -181,6 +195,12 @@ impl Product {
         self.stop().await;
     }
 
+    async fn run_with(&mut self, settings: Value) {
+        let settings_file = self.folder.path().join("settings.json");
+        fs::write(&settings_file, settings.to_string()).expect("the settings are written");
+        self.run(Some(settings_file)).await;
+    }
+
     async fn run(&mut self, settings: Option<PathBuf>) {
         let options = CommonOptions {
             agent_server: Some(agent_server_folder()),
@@ -191,7 +211,9 @@ impl Product {
         };
         let start = StartConfig {
             allow_insecure_git_access: true,
+            setup_script_timeout: self.setup_script_timeout,
             inline_wait: Duration::from_secs(60),
+            max_poll_delay: Duration::from_secs(1),
             // Long, for a server on a slow machine.
             mcp_probe_timeout: Duration::from_secs(60),
             web_url: self.web_url.clone(),
@@ -233,6 +255,14 @@ impl Product {
     /// The sandboxes, for operations that have no route.
     pub fn sandboxes(&self) -> ProcessSandboxes {
         self.server().process_sandboxes().expect("sandboxes are processes")
+    }
+
+    /// Deletes sandboxes as the product does.
+    pub fn reconciler(&self) -> SandboxReconciler {
+        let Server { config, aws, .. } = self.server();
+        let SealingConfig::File(key) = &config.sealing else { panic!("a local key") };
+        let sealer = Sealer::from_file(key).expect("the sealing key");
+        Stores::new(&config.names, aws, &sealer).sandbox_reconciler(Arc::new(self.sandboxes()))
     }
 
     /// The events of a conversation in our store.
@@ -612,7 +642,7 @@ fn tail(text: &str, lines: usize) -> String {
 }
 
 /// Agent servers that hold the lock of a sandbox's folder.
-fn agent_servers(sandboxes: &Path) -> Vec<Pid> {
+pub fn agent_servers(sandboxes: &Path) -> Vec<Pid> {
     let folders = fs::read_dir(sandboxes).into_iter().flatten().flatten().map(|entry| entry.path());
     folders
         .filter(|folder| {

@@ -92,6 +92,17 @@ impl Injected {
     }
 }
 
+/// What happens to running commands when the server restarts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Restart {
+    /// The whole sandbox restarts, and all of its processes end. The server forgets its commands.
+    Sandbox,
+    /// The server alone restarts. Its commands run on, and it forgets them.
+    Server,
+    /// The server shuts down in an orderly way: it ends the shells of its commands, and stores the exit code -15 for them.
+    Orderly,
+}
+
 /// A conversation that a client has requested.
 #[derive(Clone, Debug)]
 pub struct Conversation {
@@ -141,6 +152,8 @@ struct BashEvent {
 struct State {
     session_key: String,
     root: PathBuf,
+    /// Additional variables of the commands' environment.
+    environment: Vec<(String, String)>,
     alive: bool,
     started: Instant,
     faults: Vec<Injected>,
@@ -154,6 +167,10 @@ struct State {
     setup_failure: Option<SetupFailure>,
     bash_events: Vec<BashEvent>,
     commands: JoinSet<()>,
+    /// How the server ended that started the commands.
+    ended_by: Arc<Mutex<Option<Restart>>>,
+    /// A folder of the sandbox that clients name although it is below the root here.
+    mounted: Option<String>,
 }
 
 /// The server. Dropping it closes its connections, kills its commands and removes its files.
@@ -174,6 +191,7 @@ impl StandInAgent {
         let state = Arc::new(Mutex::new(State {
             session_key: session_key.to_owned(),
             root: root.path().to_owned(),
+            environment: Vec::new(),
             alive: true,
             started: Instant::now(),
             faults: Vec::new(),
@@ -187,6 +205,8 @@ impl StandInAgent {
             setup_failure: None,
             bash_events: Vec::new(),
             commands: JoinSet::new(),
+            ended_by: Arc::default(),
+            mounted: None,
         }));
         let shared = Arc::clone(&state);
         let server = Server::start(move |request| answer(request, Arc::clone(&shared))).await;
@@ -234,6 +254,59 @@ impl StandInAgent {
     /// While not alive, every connection closes without a response and no request is recorded.
     pub fn set_alive(&self, alive: bool) {
         self.state().alive = alive;
+    }
+
+    /// Restarts the server. Conversations and the events of commands are on its disk, and stay; its uptime starts again.
+    pub async fn restart(&self, restart: Restart) {
+        let (mut commands, unfinished) = {
+            let mut state = self.state();
+            *state.ended_by.lock().expect("the end") = Some(restart);
+            state.ended_by = Arc::default();
+            state.started = Instant::now();
+            (std::mem::take(&mut state.commands), state.unfinished_commands())
+        };
+        commands.shutdown().await;
+        match restart {
+            Restart::Sandbox => self.kill_processes(),
+            Restart::Server => {}
+            Restart::Orderly => {
+                for id in unfinished {
+                    Output { id, order: 0, shared: Arc::clone(&self.state) }.add(Some(-15), None, None);
+                }
+            }
+        }
+    }
+
+    /// The ids of the sandbox's processes. Linux only: elsewhere there are none.
+    pub fn processes(&self) -> Vec<i32> {
+        let home = format!("HOME={}\0", self.root().join("home").display());
+        let ids = std::fs::read_dir("/proc").into_iter().flatten().filter_map(Result::ok);
+        ids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
+            .filter(|id| {
+                // A process that has ended, but was not waited for, has no environment.
+                let environment = std::fs::read(format!("/proc/{id}/environ")).unwrap_or_default();
+                find(&environment, home.as_bytes()).is_some()
+            })
+            .collect()
+    }
+
+    fn kill_processes(&self) {
+        for id in self.processes() {
+            if let Some(id) = rustix::process::Pid::from_raw(id) {
+                // It is no error if the process has ended already.
+                let _ = rustix::process::kill_process(id, rustix::process::Signal::KILL);
+            }
+        }
+    }
+
+    /// Clients name this folder, such as `/workspace`: in paths and in commands it is replaced by one below the root.
+    pub fn mount(&self, folder: &str) {
+        self.state().mounted = Some(folder.to_owned());
+    }
+
+    /// Adds a variable to the environment of later commands.
+    pub fn set_variable(&self, name: &str, value: &str) {
+        self.state().environment.push((name.to_owned(), value.to_owned()));
     }
 
     /// The skills to return, in the agent server's format.
@@ -299,6 +372,7 @@ impl Drop for StandInAgent {
     fn drop(&mut self) {
         // A running command holds a reference to the state that it reports to, so nothing else would end it.
         self.state().commands.abort_all();
+        self.kill_processes();
     }
 }
 
@@ -314,6 +388,23 @@ impl State {
             conversation.updated_at = now();
             conversation.execution_status = "finished".to_owned();
         }
+    }
+
+    /// The commands without an exit code.
+    fn unfinished_commands(&self) -> Vec<Uuid> {
+        let has_ended = |id: &Uuid| {
+            self.bash_events.iter().any(|event| event.command == Some(*id) && event.body["exit_code"].is_i64())
+        };
+        let started = self.bash_events.iter().filter(|event| event.body["kind"] == "BashCommand");
+        started.filter_map(|event| event.command).filter(|id| !has_ended(id)).collect()
+    }
+
+    /// The text with the real path of the mounted folder.
+    fn real(&self, text: &str) -> String {
+        let Some(folder) = &self.mounted else { return text.to_owned() };
+        let real = format!("{}{folder}", self.root.display());
+        // A client may have learnt the real path from a command's output.
+        text.replace(&real, folder).replace(folder.as_str(), &real)
     }
 
     /// Restricts paths to the root, so that an error in a test affects only the test's folder.
@@ -509,11 +600,11 @@ fn server_info(state: &State) -> Response {
 const PIECE: usize = 1024 * 1024;
 
 fn start_command(body: &Value, state: &mut State, shared: &Arc<Mutex<State>>) -> Response {
-    let Some(command) = body["command"].as_str().map(str::to_owned) else {
+    let Some(command) = body["command"].as_str().map(|command| state.real(command)) else {
         return missing(&["body", "command"]);
     };
     let timeout = body["timeout"].as_u64().unwrap_or(300);
-    let cwd = body["cwd"].as_str().map(PathBuf::from);
+    let cwd = body["cwd"].as_str().map(|cwd| PathBuf::from(state.real(cwd)));
     let event = state.add_bash_event(
         "BashCommand",
         None,
@@ -545,6 +636,7 @@ fn start_shell(command: &str, cwd: Option<&Path>, state: &State) -> Result<Shell
         .current_dir(cwd)
         .env("HOME", state.root.join("home"))
         .env("TMPDIR", &state.root)
+        .envs(state.environment.iter().map(|(name, value)| (name, value)))
         .env_remove("XDG_CONFIG_HOME")
         .env("GIT_CONFIG_NOSYSTEM", "1")
         // A sandbox has no terminal to prompt on.
@@ -562,13 +654,14 @@ fn start_shell(command: &str, cwd: Option<&Path>, state: &State) -> Result<Shell
             }
             _ => error.to_string(),
         })?;
-    Ok(Shell { child, done: false })
+    Ok(Shell { child, done: false, ended_by: Arc::clone(&state.ended_by) })
 }
 
-/// A running command. Dropping it kills the command and its child processes, unless it has ended by itself.
+/// A running command. Dropping it ends the command as the end of its server does.
 struct Shell {
     child: tokio::process::Child,
     done: bool,
+    ended_by: Arc<Mutex<Option<Restart>>>,
 }
 
 impl Shell {
@@ -593,7 +686,12 @@ impl Shell {
                 let status = status.expect("the command's exit status");
                 status.code().or(status.signal().map(|signal| -signal)).unwrap_or(-1)
             }
-            Err(_) => -1,
+            Err(_) => {
+                // As in the real server, which kills the shell alone: what the shell has started runs on.
+                self.done = true;
+                let _ = self.child.start_kill();
+                -1
+            }
         };
         drop(self);
         let [stdout, stderr] = std::mem::take(&mut *rest.lock().expect("the output's rest"));
@@ -604,13 +702,16 @@ impl Shell {
 
 impl Drop for Shell {
     fn drop(&mut self) {
-        if !self.done
-            && let Some(id) = self.child.id()
-            && let Some(group) = rustix::process::Pid::from_raw(id.cast_signed())
-        {
-            // It is no error if the process has ended already.
-            let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
-        }
+        use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+        let Some(id) = self.child.id().and_then(|id| Pid::from_raw(id.cast_signed())).filter(|_| !self.done) else {
+            return;
+        };
+        // It is no error if the process has ended already.
+        let _ = match *self.ended_by.lock().expect("the end") {
+            None | Some(Restart::Sandbox) => kill_process_group(id, Signal::KILL),
+            Some(Restart::Orderly) => kill_process(id, Signal::TERM),
+            Some(Restart::Server) => Ok(()),
+        };
     }
 }
 
@@ -693,7 +794,7 @@ fn search_bash_events(request: &Request, state: &State) -> Response {
 /// The query's `path`, or an error response if it is invalid.
 fn path_of(request: &Request, state: &State) -> Result<PathBuf, Box<Response>> {
     let path = request.query_value("path").ok_or_else(|| Box::new(missing(&["query", "path"])))?;
-    let path = PathBuf::from(path);
+    let path = PathBuf::from(state.real(&path));
     if !path.is_absolute() {
         return Err(Box::new(detail(StatusCode::BAD_REQUEST, "Path must be absolute")));
     }
@@ -789,7 +890,7 @@ const HOOK_EVENTS: [(&str, &str); 6] = [
 
 fn hooks(body: &Value, state: &State) -> Response {
     let hook_config = state.hooks.clone().or_else(|| {
-        let file = Path::new(body["project_dir"].as_str()?).join(".openhands/hooks.json");
+        let file = PathBuf::from(state.real(body["project_dir"].as_str()?)).join(".openhands/hooks.json");
         let read = state.holds(&file).then(|| std::fs::read(file).ok())??;
         hook_config(serde_json::from_slice(&read).ok()?)
     });

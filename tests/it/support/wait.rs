@@ -48,3 +48,9 @@ async fn poll<T>(timeout: Duration, mut probe: impl AsyncFnMut() -> Option<T>) -
         pause = (pause + pause / 4).min(PAUSES.1);
     }
 }
+
+/// Whether a process runs. A process that has ended is a zombie until its parent has waited for it.
+pub fn is_running(pid: &str) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
+}

@@ -2,6 +2,7 @@
 //! leaves messages in the queue.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -12,21 +13,28 @@ use aws_sdk_sqs::operation::delete_message::DeleteMessageError;
 use aws_sdk_sqs::types::{Message, QueueAttributeName};
 use serde_json::{Value, json};
 use shared::aws::Aws;
-use shared::config::{Names, StartConfig};
+use shared::config::{Names, RemoteSandboxConfig, SandboxConfig, StartConfig};
+use shared::conversation::ConversationRecord;
 use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
+use shared::dynamo::Table;
 use shared::event::store::EventStore;
+use shared::http::idempotency_key::IdempotencyKey;
 use shared::http_client::{AddressPolicy, HttpClient};
+use shared::jobs::advance_start::AdvanceStart;
 use shared::jobs::deliver_messages::RetrySchedule;
 use shared::jobs::queue::DEAD_LETTER_SUFFIX;
 use shared::pending_message::delivery::Timing;
-use shared::sandbox::{AGENT_SERVER, ExposedUrl, Sandbox, SandboxService, SandboxStatus};
+use shared::sandbox::store::SandboxStore;
+use shared::sandbox::{AGENT_SERVER, ExposedUrl, Launch, Sandbox, SandboxService, SandboxStatus};
+use shared::start::cancel::Canceller;
 use shared::start::create::StartService;
 use shared::start::request::StartRequest;
 use shared::start::store::StartTaskStore;
 use shared::start::task::{StartStatus, StartTaskRecord};
 use shared::stores::Stores;
 use shared::user::UserId;
+use shared::user::counters::{self, Counter};
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
 use shared::{Result, Time};
@@ -37,7 +45,9 @@ use worker::Context;
 
 use super::engines::{Engines, is_ministack};
 use super::fault_proxy::{FaultProxy, Stop};
+use super::hostile_aws::{AwsFaults, HostileAws};
 use super::iam_proxy::IamProxy;
+use super::runtime_api::{API_KEY, RuntimeApi};
 use super::server::Server;
 use super::stand_in_agent::StandInAgent;
 use crate::template::{policies, template};
@@ -47,14 +57,17 @@ const PREFIX: &str = "harness-";
 const WORKER: &str = "worker";
 const END_WITHIN: Duration = Duration::from_secs(60);
 
-/// Sandboxes that are records in memory; all of them share one agent server.
+/// Sandboxes in memory, which share one agent server. With a store they have records in it, as real ones do.
 #[derive(Clone, Debug)]
 pub struct StandInSandboxes {
     url: String,
     working_dir: String,
+    records: Option<SandboxStore>,
     state: Arc<Mutex<BTreeMap<String, Made>>>,
     /// The initial status of new sandboxes.
     pub begins_as: Arc<Mutex<SandboxStatus>>,
+    /// The number of deletions that will fail.
+    failing_deletions: Arc<AtomicUsize>,
 }
 
 /// The state of a sandbox that was created.
@@ -70,12 +83,24 @@ pub struct Made {
 impl StandInSandboxes {
     /// Starts without sandboxes; the agent server of every new one is at `url`.
     pub fn at(url: String, working_dir: String) -> Self {
-        Self { url, working_dir, state: Arc::default(), begins_as: Arc::new(Mutex::new(SandboxStatus::Running)) }
+        Self {
+            url,
+            working_dir,
+            records: None,
+            state: Arc::default(),
+            begins_as: Arc::new(Mutex::new(SandboxStatus::Running)),
+            failing_deletions: Arc::default(),
+        }
     }
 
     /// Every sandbox that was ever created.
     pub fn made(&self) -> BTreeMap<String, Made> {
         self.state.lock().expect("sandboxes").clone()
+    }
+
+    /// Lets the next deletions fail without an effect.
+    pub fn fail_deletions(&self, count: usize) {
+        self.failing_deletions.store(count, Ordering::SeqCst);
     }
 
     pub fn set_status(&self, id: &str, status: SandboxStatus) {
@@ -101,22 +126,31 @@ impl StandInSandboxes {
 
 #[async_trait]
 impl SandboxService for StandInSandboxes {
-    async fn start(&self, _user: &UserId, id: &str) -> Result<()> {
+    async fn start(&self, user: &UserId, id: &str, task: Option<Uuid>) -> Result<Launch> {
+        if let Some(records) = &self.records {
+            let record = records.new_record(user, id, "stand-in", &SESSION_KEY.into()).await?;
+            if records.create(record, task).await?.is_none() {
+                return Ok(Launch::Deleted);
+            }
+        }
         let now = Time::now();
         let status = *self.begins_as.lock().expect("status");
-        self.state.lock().expect("sandboxes").entry(id.to_owned()).or_insert(Made {
-            status,
-            deleted: false,
-            resumed: 0,
-            created_at: now,
-            used_at: now,
-        });
-        Ok(())
+        let made = Made { status, deleted: false, resumed: 0, created_at: now, used_at: now };
+        let mut state = self.state.lock().expect("sandboxes");
+        if state.get(id).is_none_or(|made| made.deleted) {
+            state.insert(id.to_owned(), made);
+        }
+        Ok(Launch::Started)
     }
 
-    async fn batch_get(&self, _user: &UserId, ids: &[String]) -> Result<Vec<Option<Sandbox>>> {
+    async fn batch_get(&self, user: &UserId, ids: &[String]) -> Result<Vec<Option<Sandbox>>> {
+        let known: Vec<bool> = match &self.records {
+            Some(records) => records.batch_get(user, ids).await?.iter().map(Option::is_some).collect(),
+            None => vec![true; ids.len()],
+        };
         let state = self.state.lock().expect("sandboxes");
-        Ok(ids.iter().map(|id| state.get(id).filter(|made| !made.deleted).map(|made| self.show(id, made))).collect())
+        let made = |id: &String| state.get(id).filter(|made| !made.deleted).map(|made| self.show(id, made));
+        Ok(ids.iter().zip(known).map(|(id, known)| made(id).filter(|_| known)).collect())
     }
 
     async fn list(&self, _user: &UserId) -> Result<Vec<Sandbox>> {
@@ -139,8 +173,15 @@ impl SandboxService for StandInSandboxes {
         Ok(true)
     }
 
-    async fn delete(&self, _user: &UserId, id: &str) -> Result<bool> {
-        self.state.lock().expect("sandboxes").get_mut(id).expect("a sandbox").deleted = true;
+    async fn terminate(&self, _user: &UserId, id: &str) -> Result<bool> {
+        let one_less = |count: usize| count.checked_sub(1);
+        if self.failing_deletions.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less).is_ok() {
+            let message = "The sandbox provider does not respond".to_owned();
+            return Err(shared::Error::Upstream { message, context: "a deletion failed by a test".to_owned() });
+        }
+        if let Some(made) = self.state.lock().expect("sandboxes").get_mut(id) {
+            made.deleted = true;
+        }
         Ok(true)
     }
 
@@ -157,13 +198,18 @@ pub struct WorkerHarness {
     guard: IamProxy,
     pub agent: StandInAgent,
     pub sandboxes: Arc<StandInSandboxes>,
+    provider: Option<RuntimeApi>,
     pub tasks: StartTaskStore,
     pub conversations: ConversationStore,
+    /// Records of sandboxes.
+    pub records: SandboxStore,
     pub settings: SettingsStore,
     /// The worker whose calls pass through the fault proxy.
     pub context: Arc<Context>,
-    /// A worker whose calls bypass the fault proxy.
+    /// A worker whose calls bypass the fault proxy and the faults of AWS.
     pub other_worker: Context,
+    /// What the worker's calls to AWS meet after the fault proxy.
+    pub hostile: HostileAws,
     start_service: StartService,
     aws: Aws,
     names: Names,
@@ -180,6 +226,7 @@ pub fn quick() -> StartConfig {
         sandbox_startup_timeout: Duration::from_secs(20),
         agent_request_timeout: Duration::from_secs(3),
         inline_wait: Duration::from_secs(5),
+        max_poll_delay: Duration::from_secs(1),
         lease: Duration::from_millis(900),
         poll: Duration::from_millis(20),
         ..StartConfig::default()
@@ -204,12 +251,27 @@ pub fn quick_messages() -> Timing {
 
 impl WorkerHarness {
     pub async fn start(config: StartConfig) -> Self {
+        Self::start_on(config, AwsFaults::none()).await
+    }
+
+    /// As [`Self::start`], with a worker whose calls to AWS meet these faults.
+    pub async fn start_on(config: StartConfig, faults: AwsFaults) -> Self {
+        Self::build(config, faults, None).await
+    }
+
+    /// As [`Self::start`], with sandboxes of a [`Self::provider`], of which a user may have so many at a time.
+    pub async fn with_provider(config: StartConfig, max_sandboxes: usize) -> Self {
+        Self::build(config, AwsFaults::none(), Some(max_sandboxes)).await
+    }
+
+    async fn build(config: StartConfig, faults: AwsFaults, max_sandboxes: Option<usize>) -> Self {
         let folder = TempDir::new().expect("a folder");
         let engines = Engines::start(folder.path()).await;
-        let sdk = engines.sdk_config().await;
-        let aws = Aws::new(&sdk);
         let mut names = engines.names(PREFIX);
+        let aws = Aws::new(&engines.sdk_config().await);
         let queues = schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
+        let mut hostile = HostileAws::start(&engines, PREFIX, faults).await;
+        let aws = hostile.clients_of_test(&engines).await;
         names.job_queue_url.clone_from(&queues.jobs);
         names.export_queue_url.clone_from(&queues.exports);
         // SQS redelivers a crashed worker's message after one second.
@@ -232,13 +294,13 @@ impl WorkerHarness {
         let agent = StandInAgent::start(SESSION_KEY).await;
         let guard = IamProxy::new(policies(&template()), PREFIX);
         let held = [
-            guard.to(WORKER, &engines.dynamodb).await,
-            guard.to(WORKER, &engines.sqs).await,
-            guard.to(WORKER, &engines.s3).await,
+            guard.to(WORKER, &hostile.dynamodb).await,
+            guard.to(WORKER, &hostile.sqs).await,
+            guard.to(WORKER, &hostile.s3).await,
         ];
         let mut ways = vec![gate.to(&held[0].url()).await, gate.to(&held[1].url()).await, gate.to(&agent.url()).await];
         // Without the product's time limits: a call that the fault proxy stops must stay stopped.
-        let network = engines.network_sdk_config().await;
+        let network = hostile.retry(engines.network_sdk_config().await);
         let gated = Aws {
             dynamodb: aws_sdk_dynamodb::Client::from_conf(
                 aws_sdk_dynamodb::config::Builder::from(&network).endpoint_url(ways[0].url()).build(),
@@ -252,11 +314,42 @@ impl WorkerHarness {
         };
         ways.extend(held);
         let sealer = Sealer::from_file(&folder.path().join("sealing-key")).expect("a key");
-        let sandboxes = Arc::new(StandInSandboxes::at(ways[2].url(), agent.working_dir()));
-        let beside_the_gate = Arc::new(StandInSandboxes { url: agent.url(), ..StandInSandboxes::clone(&sandboxes) });
         let stores = |aws: &Aws| Stores::new(&names, aws, &sealer);
+        let sandboxes = Arc::new(StandInSandboxes {
+            records: Some(stores(&gated).sandboxes()),
+            ..StandInSandboxes::at(ways[2].url(), agent.working_dir())
+        });
+        let beside_the_gate = Arc::new(StandInSandboxes {
+            url: agent.url(),
+            records: Some(stores(&aws).sandboxes()),
+            ..StandInSandboxes::clone(&sandboxes)
+        });
+        let mut provider = None;
+        if let Some(max_sandboxes) = max_sandboxes {
+            let runtimes = RuntimeApi::start(ways[2].url()).await;
+            runtimes.set_key(SESSION_KEY);
+            runtimes.begin_as("running");
+            agent.mount("/workspace");
+            let way = gate.to(&runtimes.url()).await;
+            let remote = RemoteSandboxConfig {
+                api_url: way.url(),
+                api_key: Some(API_KEY.into()),
+                image: "registry.example.com/agent-server:1".to_owned(),
+                resource_factor: 1,
+                runtime_class: "sysbox".to_owned(),
+                image_pull_secrets: Vec::new(),
+                max_sandboxes,
+                web_url: None,
+                allow_cors_origins: Vec::new(),
+            };
+            ways.push(way);
+            provider = Some((runtimes, SandboxConfig::Remote(remote)));
+        }
         let worker = |aws: &Aws, sandboxes: &Arc<StandInSandboxes>| {
-            let sandboxes: Arc<dyn SandboxService> = sandboxes.clone();
+            let sandboxes: Arc<dyn SandboxService> = match &provider {
+                Some((_, remote)) => stores(aws).sandbox_service(remote),
+                None => sandboxes.clone(),
+            };
             let http = HttpClient::new(AddressPolicy::Any);
             let mut context = Context::with_sandboxes(&stores(aws), &sandboxes, &http, &config);
             context.messages.timing = quick_messages();
@@ -270,9 +363,11 @@ impl WorkerHarness {
             sandboxes: sandboxes.clone(),
             tasks: stores(&aws).start_tasks(),
             conversations: stores(&aws).conversations(),
+            records: stores(&aws).sandboxes(),
             settings: stores(&aws).settings(),
             context: Arc::new(worker(&gated, &sandboxes)),
             other_worker: worker(&aws, &beside_the_gate),
+            hostile,
             start_service: StartService {
                 conversations: stores(&aws).conversations(),
                 tasks: stores(&aws).start_tasks(),
@@ -280,7 +375,9 @@ impl WorkerHarness {
                 settings: stores(&aws).settings(),
                 allow_insecure_git_access: config.allow_insecure_git_access,
                 step_timeout: config.step_timeout,
+                max_unfinished: config.max_unfinished_starts,
             },
+            provider: provider.map(|(runtimes, _)| runtimes),
             aws,
             names,
             queues,
@@ -291,6 +388,11 @@ impl WorkerHarness {
         };
         harness.set_settings(json!({"llm_model": "openai/scripted", "llm_api_key": "sk-test"})).await;
         harness
+    }
+
+    /// The provider of a harness from [`Self::with_provider`].
+    pub fn provider(&self) -> &RuntimeApi {
+        self.provider.as_ref().expect("a harness with a provider")
     }
 
     pub async fn set_settings(&self, settings: Value) {
@@ -306,11 +408,22 @@ impl WorkerHarness {
     pub async fn try_to_begin(&self, body: &Value) -> Result<StartTaskRecord> {
         let request =
             StartRequest::from_body(Some("application/json"), body.to_string().as_bytes()).expect("a request");
-        self.start_service.create(&self.user, request).await
+        self.start_service.create(&self.user, request, &IdempotencyKey(None)).await
+    }
+
+    /// Enqueues a job for a start, as the notification of a command does.
+    pub async fn enqueue(&self, task: Uuid) {
+        let job = AdvanceStart { user: self.user.clone(), task }.into();
+        self.start_service.queue.send(&job, Duration::ZERO).await.expect("the queue");
     }
 
     pub async fn task(&self, id: Uuid) -> StartTaskRecord {
         self.tasks.get(&self.user, id).await.expect("the store").expect("the task")
+    }
+
+    /// The number of starts that have not ended.
+    pub async fn unfinished(&self) -> usize {
+        self.tasks.unfinished().due(Time::now().plus(Duration::from_secs(3600))).await.0.len()
     }
 
     /// Receives a message from the queue; waits at most a second.
@@ -413,6 +526,61 @@ impl WorkerHarness {
         }
     }
 
+    /// Ends a start as its user does.
+    pub async fn cancel(&self, task: Uuid) -> Result<()> {
+        let stores = Stores::without_key(&self.names, &self.aws);
+        Canceller { tasks: stores.start_tasks_without_secrets(), queue: stores.queue() }.cancel(&self.user, task).await
+    }
+
+    /// Delivers messages, and sweeps when there are none, until what a failed start made has been undone.
+    pub async fn undone(&self, task: Uuid) {
+        let deadline = Instant::now() + END_WITHIN;
+        while self.lease_row(task).await.is_some_and(|row| row.contains_key("compensation")) {
+            assert!(Instant::now() < deadline, "what the start made is not undone: {:?}", self.lease_row(task).await);
+            match self.receive().await {
+                Some(message) => self.handle(&message).await,
+                None => self.sweep().await,
+            }
+        }
+        self.settle_sandboxes().await;
+    }
+
+    /// Enqueues jobs of overdue starts, and returns how many.
+    pub async fn sweep_starts(&self) -> usize {
+        self.context.saga.sweep().await.expect("swept")
+    }
+
+    /// Makes a failed start as old as one that is removed.
+    pub async fn expire(&self, id: Uuid) {
+        let past = AttributeValue::S("2020-01-01T00:00:00.000000Z".to_owned());
+        let update = self.aws.dynamodb.update_item().table_name(&self.names.start_tasks);
+        let update =
+            update.set_key(Some(self.lease_key(id))).update_expression("SET due_at = :past, expires_at = :second");
+        let update =
+            update.condition_expression("attribute_exists(expires_at)").expression_attribute_values(":past", past);
+        update
+            .expression_attribute_values(":second", AttributeValue::N("1".to_owned()))
+            .send()
+            .await
+            .expect("the store");
+    }
+
+    /// A count of the user's rows.
+    pub async fn count(&self, counter: Counter) -> u64 {
+        let users = Table::new(self.aws.dynamodb.clone(), self.names.users.clone());
+        counters::read(&users, &self.user, counter).await.expect("a count")
+    }
+
+    fn lease_key(&self, id: Uuid) -> HashMap<String, AttributeValue> {
+        let key = [("user", self.user.as_str().to_owned()), ("id", format!("{}#lease", shared::id::hex(id)))];
+        key.map(|(name, value)| (name.to_owned(), AttributeValue::S(value))).into()
+    }
+
+    async fn lease_row(&self, id: Uuid) -> Option<HashMap<String, AttributeValue>> {
+        let read = self.aws.dynamodb.get_item().table_name(&self.names.start_tasks).set_key(Some(self.lease_key(id)));
+        read.send().await.expect("the store").item
+    }
+
     /// Runs the task until the fault proxy stops the chosen call, then drops the worker: a crash at that point. Returns
     /// whether the call was reached.
     pub async fn crash_at(&self, task: Uuid, call: usize, stop: Stop) -> bool {
@@ -421,8 +589,11 @@ impl WorkerHarness {
         while !self.task(task).await.now.status.is_final() {
             assert!(Instant::now() < deadline, "call {call} was not reached and the start did not end");
             let Some(message) = self.receive().await else {
-                self.sweep().await;
-                continue;
+                // The chosen call may be one of the sweep's.
+                tokio::select! {
+                    () = self.sweep() => continue,
+                    () = self.gate.reached() => break,
+                }
             };
             let (context, event) = (self.context.clone(), Self::event(&message));
             let mut worker = tokio::spawn(async move { worker::handle(&context, event).await });
@@ -497,6 +668,73 @@ impl WorkerHarness {
         }
     }
 
+    /// Handles jobs and sweeps until the queue is empty and the reconciler has looked at every sandbox that is due. No worker may run
+    /// meanwhile: leases on sandboxes are those of crashed workers, and expire.
+    pub async fn settle_sandboxes(&self) {
+        let deadline = Instant::now() + END_WITHIN;
+        loop {
+            while let Some(message) = self.receive_from(&self.queues.jobs, 0).await {
+                self.handle(&message).await;
+            }
+            let (due, failed) = self.records.due().due(Time::now().plus(Duration::from_secs(300))).await;
+            if due.is_empty() && failed.is_none() && self.left_in_queues().await == 0 {
+                return;
+            }
+            assert!(Instant::now() < deadline, "sandboxes are still due: {due:?}");
+            for row in &due {
+                self.expire_sandbox_lease(&row.id).await;
+            }
+            self.sweep().await;
+            sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// Stores the stub of a conversation, as a webhook of its sandbox does. The sandbox gets a record if it has none.
+    pub async fn put_stub(&self, stub: &ConversationRecord) -> bool {
+        let (user, sandbox) = (&self.user, &stub.sandbox_id);
+        let record = self.records.new_record(user, sandbox, "stand-in", &SESSION_KEY.into()).await.expect("a record");
+        self.records.create(record, None).await.expect("the store").expect("a sandbox that is not being deleted");
+        let membership = self.records.adding(user, sandbox, stub.id).expect("a write");
+        self.conversations.put_stub(stub, "!", membership).await.expect("the store")
+    }
+
+    /// Lets the tombstone of a deleted conversation expire.
+    pub async fn expire_tombstone(&self, conversation: Uuid) {
+        let update = self.aws.dynamodb.update_item().table_name(&self.names.conversations);
+        let update = update
+            .set_key(Some(self.conversation_key(conversation)))
+            .update_expression("SET expires_at = :past, due_at = :past_due")
+            .condition_expression("attribute_exists(expires_at)")
+            .expression_attribute_values(":past", AttributeValue::N("1000000000".to_owned()))
+            .expression_attribute_values(":past_due", AttributeValue::S("2001-09-12T00:00:00.000000Z".to_owned()));
+        update.send().await.expect("there is a tombstone");
+    }
+
+    /// Whether the table has a row of this conversation, of whatever kind.
+    pub async fn has_conversation_row(&self, conversation: Uuid) -> bool {
+        let get = self.aws.dynamodb.get_item().table_name(&self.names.conversations);
+        get.set_key(Some(self.conversation_key(conversation))).send().await.expect("the store").item.is_some()
+    }
+
+    fn conversation_key(&self, conversation: Uuid) -> HashMap<String, AttributeValue> {
+        let key = [("user", self.user.as_str().to_owned()), ("id", conversation.simple().to_string())];
+        key.map(|(name, value)| (name.to_owned(), AttributeValue::S(value))).into()
+    }
+
+    /// Expires the reconciler's lease on a sandbox, and makes the sandbox due.
+    async fn expire_sandbox_lease(&self, sandbox: &str) {
+        let text = |text: &str| AttributeValue::S(text.to_owned());
+        let update = self.aws.dynamodb.update_item().table_name(&self.names.sandboxes);
+        let update = update
+            .key("user", text(self.user.as_str()))
+            .key("id", text(sandbox))
+            .update_expression("SET lease_until = :past, due_at = :past")
+            .condition_expression("attribute_exists(lease_owner)")
+            .expression_attribute_values(":past", text("2000-01-01T00:00:00.000000Z"));
+        // The update is refused if there is no lease.
+        drop(update.send().await);
+    }
+
     /// Expires the lease on a conversation's messages.
     pub async fn expire_message_lease(&self, conversation: Uuid) {
         let text = |text: String| aws_sdk_dynamodb::types::AttributeValue::S(text);
@@ -528,14 +766,32 @@ impl WorkerHarness {
         found.expect("the store").item
     }
 
-    /// Stores a row of an unfinished task with only the attributes that make it due.
+    /// Stores the lease row of an unfinished task with only the attributes that make it due.
     pub async fn put_due_task(&self, user: &str, id: &str, due_at: &str) {
         let put = self.aws.dynamodb.put_item().table_name(&self.names.start_tasks);
+        let id = &format!("{id}#lease");
         let attributes = [("user", user), ("id", id), ("unfinished_shard", "0"), ("due_at", due_at)];
         let put = attributes.into_iter().fold(put, |put, (name, value)| {
             put.item(name, aws_sdk_dynamodb::types::AttributeValue::S(value.to_owned()))
         });
         put.send().await.expect("the store");
+    }
+
+    /// The command for which a start waits, as its lease row names it.
+    pub async fn pending_command(&self, id: Uuid) -> Option<AttributeValue> {
+        self.lease_row(id).await?.remove("command")
+    }
+
+    /// How often the start has waited without a worker in its current step.
+    pub async fn waits(&self, id: Uuid) -> u32 {
+        let row = self.lease_row(id).await.expect("a lease row");
+        row.get("waits").and_then(|waits| waits.as_n().ok()).map_or(0, |waits| waits.parse().expect("a number"))
+    }
+
+    /// The claims of an unfinished start that no worker has released, as its lease row counts them.
+    pub async fn open_claims(&self, id: Uuid) -> u32 {
+        let row = self.lease_row(id).await.expect("an unfinished start");
+        row["open_claims"].as_n().expect("a number").parse().expect("a count")
     }
 
     /// Moves the deadline of a task's current step into the past.
@@ -550,7 +806,8 @@ impl WorkerHarness {
         update.expression_attribute_values(":past", past).send().await.expect("the store");
     }
 
-    pub async fn remove_task(&self, user: &str, id: &str) {
+    pub async fn remove_due_task(&self, user: &str, id: &str) {
+        let id = &format!("{id}#lease");
         let text = |text: &str| aws_sdk_dynamodb::types::AttributeValue::S(text.to_owned());
         let delete = self.aws.dynamodb.delete_item().table_name(&self.names.start_tasks);
         delete.key("user", text(user)).key("id", text(id)).send().await.expect("the store");

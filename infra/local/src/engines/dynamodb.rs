@@ -115,19 +115,26 @@ impl Drop for DynamoDb {
 }
 
 fn open(path: &Path) -> Result<Database, String> {
-    probe(path).map_err(|error| match error.sqlite_error_code() {
-        Some(rusqlite::ErrorCode::DatabaseBusy | rusqlite::ErrorCode::DatabaseLocked) => {
-            "another program has it locked".to_owned()
-        }
-        Some(rusqlite::ErrorCode::NotADatabase | rusqlite::ErrorCode::DatabaseCorrupt) => {
-            format!("it is damaged ({error}). Replace it with a backup, or move it to another place to start with an empty database")
-        }
-        _ => error.to_string(),
-    })?;
+    probe(path).map_err(|error| open_failure(&error))?;
     let path = path.to_str().ok_or("its path is not valid UTF-8")?;
     let database = Database::new(path).map_err(|error| error.to_string())?;
     database.database_info().map_err(|error| error.to_string())?;
     Ok(database)
+}
+
+/// The reason why a database cannot be opened, as part of a sentence.
+pub(crate) fn open_failure(error: &rusqlite::Error) -> String {
+    match error.sqlite_error_code() {
+        Some(rusqlite::ErrorCode::DatabaseBusy | rusqlite::ErrorCode::DatabaseLocked) => {
+            "another program has it locked".to_owned()
+        }
+        Some(rusqlite::ErrorCode::NotADatabase | rusqlite::ErrorCode::DatabaseCorrupt) => {
+            format!(
+                "it is damaged ({error}). Replace it with a backup, or move it to another place to start with an empty database"
+            )
+        }
+        _ => error.to_string(),
+    }
 }
 
 /// Checks that the file can be written and read. dynoxide would wait half a minute for a locked file.

@@ -34,8 +34,10 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use self::dynamodb::DynamoDb;
+pub(crate) use self::dynamodb::open_failure;
 use self::in_process::InProcessClient;
 use crate::access::Origins;
+use crate::migration;
 use crate::private_file;
 
 /// The AWS region of the engines.
@@ -79,10 +81,20 @@ pub enum EngineError {
     Credentials { path: PathBuf, reason: String },
     #[error("\"{name}\" is not a bucket name that S3 allows.")]
     BucketName { name: String },
+    #[error("The data folder {path} has version {found}, and this program supports versions up to {supported}. Use a newer version of this program, or choose another folder.", path = path.display())]
+    Newer { path: PathBuf, found: u32, supported: u32 },
+    /// It was written before version 1.
+    #[error("The data folder {path} was written by a version of this program that is too old to migrate from: it lacks {missing}. Choose another folder.", path = path.display())]
+    TooOld { path: PathBuf, missing: String },
+    #[error("{path} does not contain the version of a data folder. Delete the file if the data folder was not written by a newer version of this program.", path = path.display())]
+    Version { path: PathBuf },
+    /// The database is unchanged; the next start of the program migrates it.
+    #[error("The data folder {path} cannot be migrated: {reason}. Its data is unchanged; the next start tries again.", path = path.display())]
+    Migration { path: PathBuf, reason: String },
 }
 
 impl EngineError {
-    fn folder(path: &Path, source: io::Error) -> Self {
+    pub(crate) fn folder(path: &Path, source: io::Error) -> Self {
         Self::Folder { path: path.to_owned(), source }
     }
 }
@@ -152,11 +164,14 @@ impl Engines {
         folder(&buckets)?;
         private_file::make_tree_private(&buckets).map_err(|source| EngineError::folder(&buckets, source))?;
         let credentials = credentials(&data.join("engine-credentials.json"))?;
-        let file = data.join("dynamodb.sqlite");
-        // SQLite creates its log and its shared memory with the mode of the database.
-        private_file::ensure(&file).map_err(|source| EngineError::folder(&file, source))?;
+        let file = data.join(migration::DATABASE);
+        let folder = data.to_owned();
+        tokio::task::spawn_blocking(move || migration::prepare(&folder))
+            .await
+            .map_err(|error| EngineError::Migration { path: data.to_owned(), reason: error.to_string() })??;
+        private_file::make_private(&file).map_err(|source| EngineError::folder(&file, source))?;
         for suffix in ["-wal", "-shm"] {
-            let path = data.join(format!("dynamodb.sqlite{suffix}"));
+            let path = data.join(format!("{}{suffix}", migration::DATABASE));
             if path.exists() {
                 private_file::make_private(&path).map_err(|source| EngineError::folder(&path, source))?;
             }

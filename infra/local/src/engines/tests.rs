@@ -445,6 +445,13 @@ async fn sqs_accepts_batches_of_messages() {
     assert!(twice.into_service_error().is_batch_entry_ids_not_distinct());
     let invalid = batch().entries(entry("a b", "1")).send().await.unwrap_err();
     assert!(invalid.into_service_error().is_invalid_batch_entry_id());
+    let group = |id: &str, group: &str| {
+        let entry = sqs_types::SendMessageBatchRequestEntry::builder().id(id).message_body("grouped");
+        entry.message_group_id(group).build().unwrap()
+    };
+    let groups = batch().entries(group("a", &"x".repeat(128))).entries(group("b", &"x".repeat(129))).send();
+    let groups = groups.await.unwrap();
+    assert_eq!((groups.successful()[0].id(), groups.failed()[0].id()), ("a", "b"));
     let empty = batch().set_entries(Some(Vec::new())).send().await.unwrap_err();
     assert!(empty.into_service_error().is_empty_batch_request());
     let many = (0..11).map(|n| entry(&n.to_string(), "x")).collect();
@@ -455,7 +462,7 @@ async fn sqs_accepts_batches_of_messages() {
     assert!(long.into_service_error().is_batch_request_too_long());
     let received = queue.receive(0).await;
     let bodies: Vec<_> = received.iter().map(|message| message.body().unwrap()).collect();
-    assert_eq!(bodies, ["one", "three"]);
+    assert_eq!(bodies, ["one", "three", "grouped"]);
     engines.shutdown().await;
 }
 

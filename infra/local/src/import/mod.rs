@@ -8,7 +8,7 @@
 pub mod command;
 pub mod jsonl;
 pub mod openhands;
-mod progress;
+pub(crate) mod progress;
 mod row;
 pub mod summary;
 

@@ -1,4 +1,4 @@
-//! Shows the progress of an import on standard error: a bar on a terminal, otherwise a line every few seconds.
+//! Shows the progress of an import or a migration on standard error: a bar on a terminal, otherwise a line every few seconds.
 
 use std::io::{self, IsTerminal as _};
 use std::time::{Duration, Instant};
@@ -7,14 +7,14 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
 
-pub(super) enum Progress {
+pub(crate) enum Progress {
     Bar(ProgressBar),
     Lines { total: u64, last: Instant },
 }
 
 impl Progress {
     /// Checks once whether standard error is a terminal.
-    pub(super) fn new(total: u64) -> Self {
+    pub(crate) fn new(total: u64) -> Self {
         if !io::stderr().is_terminal() {
             return Self::Lines { total, last: Instant::now() };
         }
@@ -23,8 +23,8 @@ impl Progress {
         Self::Bar(bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar())))
     }
 
-    /// Shows how many rows are settled: imported, already present or skipped.
-    pub(super) fn report(&mut self, settled: u64) {
+    /// Shows how many rows are settled.
+    pub(crate) fn report(&mut self, settled: u64) {
         match self {
             Self::Bar(bar) => bar.set_position(settled),
             Self::Lines { total, last } => {
@@ -37,7 +37,7 @@ impl Progress {
     }
 
     /// Ends the bar, so that other output can follow it.
-    pub(super) fn finish(self) {
+    pub(crate) fn finish(self) {
         if let Self::Bar(bar) = self {
             bar.abandon();
         }

@@ -82,7 +82,7 @@ pub(super) fn conversation(data: &Value, default: DefaultOwner<'_>) -> Result<Co
             public: public?,
             tags,
             created_at: created_at?,
-            updated_at: updated_at?.or(created_at)?,
+            updated_at: last_change(created_at?, updated_at?),
         };
         if text_bytes(&record) > MAX_TEXT_BYTES || record.pr_number.len() > MAX_PULL_REQUESTS {
             refuse(check, "it is too large for the store");
@@ -139,7 +139,7 @@ pub(super) fn start_task(
         let updated_at = fields.nullable(check, "updated_at", time);
         let mut now = Snapshot {
             status: status?,
-            updated_at: updated_at?.or(created_at)?,
+            updated_at: last_change(created_at?, updated_at?),
             detail: detail?,
             app_conversation_id: app_conversation_id?,
             sandbox_id: sandbox_id?,
@@ -253,6 +253,11 @@ fn key_part(check: &mut Checker, value: &Value) -> Option<String> {
         return None;
     }
     Some(text)
+}
+
+/// When a row was last changed: no earlier than it was created, which filters rely on.
+fn last_change(created_at: Time, updated_at: Option<Time>) -> Time {
+    updated_at.map_or(created_at, |updated_at| updated_at.max(created_at))
 }
 
 fn time(check: &mut Checker, value: &Value) -> Option<Time> {

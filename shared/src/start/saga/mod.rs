@@ -19,14 +19,17 @@ mod wait_for_sandbox;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use aws_sdk_dynamodb::types::TransactWriteItem;
 use tokio::time::{Instant, sleep, sleep_until};
 use uuid::Uuid;
 
-use super::store::{Change, Claim, LeaseLost, StartTaskStore, attempts};
+use super::request::StartRequest;
+use super::store::{Abandoned, Change, Claim, LeaseLost, StartTaskStore, attempts};
 use super::task::{Snapshot, StartStatus, StartTask};
 use crate::agent_server::{AgentServer, AgentServerError, Retry, SkillInfo};
 use crate::clock::Time;
 use crate::config::StartConfig;
+use crate::conversation::ConversationRecord;
 use crate::conversation::reports::Lookup;
 use crate::conversation::store::ConversationStore;
 use crate::error::{Error, Fault, Result};
@@ -36,6 +39,8 @@ use crate::jobs::advance_start::{self, AdvanceStart, MAX_ATTEMPTS, MAX_REFUSALS}
 use crate::jobs::queue::JobQueue;
 use crate::jobs::sweep::sweep;
 use crate::metrics;
+use crate::sandbox::reconciler::SandboxReconciler;
+use crate::sandbox::store::SandboxRecord;
 use crate::sandbox::{Sandbox, SandboxService, SandboxStatus};
 use crate::user::seal::Sealer;
 use crate::user::settings::{SandboxGroupingStrategy, Settings, SettingsStore};
@@ -46,8 +51,29 @@ const MAX_POLL_FACTOR: u32 = 10;
 const MAX_BOOT_POLL_FACTOR: u32 = 3;
 /// Time that a step has after its deadline to end by itself.
 const STEP_GRACE: Duration = Duration::from_secs(30);
+/// The part of a lease's duration that work has to complete after the lease was lost.
+const LAST_MOMENT: u32 = 15;
+/// An alarm is raised each time after this number of failed attempts to undo what a start made.
+const COMPENSATION_ALARM: u32 = 8;
 /// The smallest delay of a queue message.
 const QUEUE_DELAY: Duration = Duration::from_secs(1);
+/// The delays between the polls of a start that waits without a worker: it grows with each wait in a step, up to
+/// [`StartConfig::max_poll_delay`]. A command that notifies this API does not wait for the next poll.
+const WAIT_DELAYS: [Duration; 5] = [
+    Duration::from_secs(1),
+    Duration::from_secs(2),
+    Duration::from_secs(4),
+    Duration::from_secs(8),
+    Duration::from_secs(15),
+];
+/// The longest delay while a sandbox boots, because nothing notifies this API of its first response.
+const MAX_BOOT_WAIT: Duration = Duration::from_secs(5);
+/// A worker that resumes a waiting start waits this fraction of [`StartConfig::inline_wait`]: enough for a second poll of a command that has
+/// just notified this API.
+const RESUMED_INLINE_WAIT: u32 = 10;
+/// The time between the time limit of a step's command and the deadline of the step. In this time the supervisor ends the command, and a
+/// worker polls its outcome, so that a command whose time is up always ends before its step does.
+const COMMAND_MARGIN: Duration = Duration::from_secs(30);
 
 /// The dependencies of the start saga.
 #[derive(Clone, Debug)]
@@ -55,6 +81,8 @@ pub struct Saga {
     pub tasks: StartTaskStore,
     pub conversations: ConversationStore,
     pub sandboxes: Arc<dyn SandboxService>,
+    /// Holds the records of sandboxes, which starts join and leave.
+    pub reconciler: SandboxReconciler,
     pub settings: SettingsStore,
     pub queue: JobQueue,
     /// The HTTP client for agent servers.
@@ -67,8 +95,10 @@ pub struct Saga {
 /// The outcome of a worker's attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Attempt {
-    /// The task is READY or ERROR.
+    /// The task is READY, or ERROR and what it made has been undone.
     Finished,
+    /// The task is ERROR, and what it made could not be undone yet; a delayed job is enqueued.
+    Compensating,
     /// The start waits; a delayed job is enqueued.
     Waiting,
     /// Another worker holds the lease.
@@ -81,6 +111,9 @@ pub enum Attempt {
 enum Step {
     /// The step is done: enter the next status with these changes.
     Next(StartStatus, Change),
+    /// The step has chosen a sandbox: enter the next status together with these writes, by which the start joins that sandbox and leaves
+    /// its own one if that is another.
+    Join(Vec<TransactWriteItem>),
     /// The step waits for an event in the sandbox and is polled again.
     Wait,
     /// The start is done and recorded.
@@ -95,6 +128,11 @@ enum StepError {
     Refused(String),
     /// Transient: the step is retried. The text is for the user if the retries fail.
     Retry(String),
+    /// The provider of the sandbox does not respond, so the state of the sandbox is unknown. The step waits until its deadline. The text
+    /// is for the user.
+    Unreachable(String),
+    /// No sandbox can be created, because starts use all sandboxes that the user may have. The step waits until one of them ends.
+    AtCapacity,
     /// The agent server returned an error of its own. The step is retried a few times; the error is usually permanent, and the text is then
     /// for the user.
     Refusal(Fault, String),
@@ -111,9 +149,13 @@ impl From<LeaseLost> for StepError {
 impl From<Error> for StepError {
     fn from(error: Error) -> Self {
         match error {
-            Error::Store(_) | Error::Upstream { .. } => {
+            Error::Store(_) => {
                 tracing::warn!(error = %error.context(), "start.step_failed");
                 Self::Retry(error.to_string())
+            }
+            Error::Upstream { .. } => {
+                tracing::warn!(error = %error.context(), "start.provider_unreachable");
+                Self::Unreachable(error.to_string())
             }
             Error::Internal { context } => {
                 tracing::error!(error = %context, "start.step_failed");
@@ -137,14 +179,24 @@ impl From<AgentServerError> for StepError {
 }
 
 /// One worker's run of one task, with a cache of the data that it has read.
+#[expect(clippy::struct_excessive_bools, reason = "independent facts about one run")]
 struct StartRun<'a> {
     saga: &'a Saga,
     lease: Lease<'a>,
     task: StartTask,
     sandbox: Option<Sandbox>,
+    /// Whether this run has resumed the sandbox. A provider needs some time for that, and reports the sandbox as paused meanwhile.
+    has_resumed: bool,
     settings: Option<Settings>,
     skills: Option<Vec<SkillInfo>>,
     has_normal_selection: bool,
+    /// Whether the deadline of the step was moved while the start waits for capacity.
+    has_moved_deadline: bool,
+    /// Whether the agent server may have received the request to create the conversation. The status is written before the request, so a
+    /// worker that finds the task in this status must assume that an earlier worker has sent it.
+    is_create_sent: bool,
+    /// When this worker last asked the agent server for its uptime.
+    asked_uptime_at: Option<Instant>,
 }
 
 impl Saga {
@@ -156,10 +208,19 @@ impl Saga {
         let worker = id::random_base62(12);
         let task = match self.tasks.claim(user, id, &worker, self.config.lease).await? {
             Claim::Claimed(task) => *task,
+            // Compensation does not need the request.
+            Claim::Failed(record) => StartTask { record: *record, request: StartRequest::default() },
+            Claim::Expired(record) => {
+                if self.tasks.remove_failed(user, &record).await? {
+                    tracing::info!(task = %id, "start.expired");
+                }
+                return Ok(Attempt::Finished);
+            }
             Claim::Held => return Ok(Attempt::Busy),
             Claim::Finished => return Ok(Attempt::Finished),
             Claim::Unknown => return Ok(Attempt::Unknown),
         };
+        let is_create_sent = task.record.now.status == StartStatus::StartingConversation;
         let lease =
             Lease { saga: self, user: user.clone(), id, worker, renewed_at: Arc::new(Mutex::new(Instant::now())) };
         let mut work = StartRun {
@@ -167,9 +228,13 @@ impl Saga {
             lease,
             task,
             sandbox: None,
+            has_resumed: false,
             settings: None,
             skills: None,
             has_normal_selection: false,
+            has_moved_deadline: false,
+            is_create_sent,
+            asked_uptime_at: None,
         };
         work.run().await
     }
@@ -179,23 +244,35 @@ impl Saga {
     /// # Errors
     /// [`Error::Store`].
     pub async fn sweep(&self) -> Result<usize> {
-        sweep(&self.tasks.unfinished(), &self.queue, |row| AdvanceStart { user: row.user.clone(), task: row.id }).await
+        sweep(&self.tasks.unfinished(), &self.queue, |row| {
+            Some(AdvanceStart { user: row.user.clone(), task: row.uuid()? })
+        })
+        .await
     }
 
-    /// Ends a start with ERROR after workers have repeatedly failed at it.
+    /// Ends a start with ERROR after workers have repeatedly failed at it, and enqueues the job that undoes what it made. If workers fail
+    /// repeatedly at that as well, the sweep enqueues the job again.
     ///
     /// # Errors
     /// [`Error::Store`].
     pub async fn give_up(&self, user: &UserId, id: Uuid) -> Result<()> {
         let detail = "The conversation could not be started after several attempts. Please try again.";
-        if self.tasks.give_up(user, id, detail).await? {
-            metrics::start_ended(StartStatus::Error.as_str());
-            tracing::error!(task = %id, "start.abandoned");
+        match self.tasks.abandon(user, id, detail).await? {
+            Abandoned::Now(free_at) => {
+                metrics::start_ended(StartStatus::Error.as_str());
+                tracing::error!(task = %id, "start.abandoned");
+                enqueue(&self.queue, user, id, free_at.since(Time::now())).await;
+            }
+            Abandoned::Before(record) if record.compensation.is_some() => {
+                tracing::error!(task = %id, attempt = record.compensation_attempts, "start.compensation_failing");
+            }
+            Abandoned::Before(_) | Abandoned::Unknown => {}
         }
         Ok(())
     }
 
-    fn budget(&self, status: StartStatus) -> Duration {
+    /// The configured time limit of a step.
+    fn limit(&self, status: StartStatus) -> Duration {
         match status {
             StartStatus::WaitingForSandbox => self.config.sandbox_startup_timeout,
             StartStatus::PreparingRepository => self.config.clone_timeout,
@@ -203,63 +280,107 @@ impl Saga {
             _ => self.config.step_timeout,
         }
     }
+
+    /// The time from a step's beginning to its deadline.
+    fn budget(&self, status: StartStatus) -> Duration {
+        let runs_command = matches!(
+            status,
+            StartStatus::PreparingRepository | StartStatus::RunningSetupScript | StartStatus::SettingUpGitHooks
+        );
+        self.limit(status) + if runs_command { COMMAND_MARGIN } else { Duration::ZERO }
+    }
 }
 
 impl StartRun<'_> {
     async fn run(&mut self) -> Result<Attempt> {
+        if self.task.record.now.status.is_final() {
+            return self.compensate().await;
+        }
+        // Earlier versions recorded the reason before they ended the task.
+        if let Some(reason) = self.task.record.failure.take() {
+            return self.fail(Fault::Server, &reason).await;
+        }
         if let Some((fault, reason)) = self.reason_to_end() {
             return self.fail(fault, &reason).await;
         }
         let mut waiting_since = None;
         let mut polls = 0;
         loop {
-            if self.task.record.failure.is_some() {
-                return self.clean_up_and_end().await;
-            }
-            let (pause, change) = match self.step().await {
+            let (pause, has_failed) = match self.step().await {
                 Ok(Step::Ready) => return Ok(Attempt::Finished),
                 Ok(Step::Next(status, change)) => {
                     (waiting_since, polls) = (None, 0);
-                    match self.enter(status, change).await? {
+                    match self.enter(status, change, Vec::new()).await? {
                         Ok(()) => continue,
                         Err(LeaseLost) => return Ok(Attempt::Busy),
                     }
+                }
+                Ok(Step::Join(writes)) => {
+                    let before = self.task.record.clone();
+                    if self.enter(StartStatus::WaitingForSandbox, Change::default(), writes).await?.is_ok() {
+                        (waiting_since, polls) = (None, 0);
+                        continue;
+                    }
+                    let chosen = std::mem::replace(&mut self.task.record, before).now.sandbox_id.unwrap_or_default();
+                    let user = &self.task.record.user;
+                    if self.saga.reconciler.records.get(user, &chosen).await?.is_some() {
+                        return Ok(Attempt::Busy);
+                    }
+                    // The sandbox was deleted since it was chosen: choose again.
+                    polls += 1;
+                    (self.pause_after(polls), false)
                 }
                 Ok(Step::Wait) if self.is_overdue() => {
                     return self.fail(self.fault_of_overdue(), &self.overdue_text()).await;
                 }
                 Ok(Step::Wait) => {
                     polls += 1;
-                    let is_first_success = std::mem::take(&mut self.task.record.refusals) > 0;
-                    let change = Change::default();
-                    let change = if is_first_success { change.set("refusals", attempts(0)) } else { change };
-                    (self.pause_after(polls), change)
+                    // Only failures in a row count.
+                    (self.task.record.attempts, self.task.record.refusals) = (0, 0);
+                    (self.pause_after(polls), false)
                 }
                 Err(StepError::LeaseLost) => return Ok(Attempt::Busy),
                 Err(StepError::Fatal(text)) => return self.fail(Fault::Server, &text).await,
                 Err(StepError::Refused(text)) => return self.fail(Fault::User, &text).await,
-                Err(StepError::Retry(text)) => match self.retry(&text) {
-                    Some((delay, change)) => {
-                        self.task.record.refusals = 0;
-                        (delay, change.set("refusals", attempts(0)))
+                Err(StepError::Unreachable(text)) if self.is_overdue() => {
+                    return self.fail(Fault::Server, &text).await;
+                }
+                Err(StepError::Unreachable(_)) => {
+                    polls += 1;
+                    self.sandbox = None;
+                    (advance_start::delay_after(polls), false)
+                }
+                Err(StepError::AtCapacity) => {
+                    polls += 1;
+                    // The time of the step does not run meanwhile. The other starts have deadlines, so that one of them ends.
+                    self.task.record.deadline = Some(Time::now().plus(self.saga.budget(self.status())));
+                    self.has_moved_deadline = true;
+                    (advance_start::delay_after(polls), false)
+                }
+                Err(StepError::Retry(text)) => {
+                    self.task.record.refusals = 0;
+                    match self.retry(&text) {
+                        Some(delay) => (delay, true),
+                        None => return self.fail(Fault::Server, &text).await,
                     }
-                    None => return self.fail(Fault::Server, &text).await,
-                },
+                }
                 Err(StepError::Refusal(fault, text)) => {
                     let refusals = self.task.record.refusals + 1;
                     self.task.record.refusals = refusals;
                     match self.retry(&text).filter(|_| refusals < MAX_REFUSALS) {
-                        Some((_, change)) => {
-                            let delay = advance_start::delay_after_refusal(refusals);
-                            (delay, change.set("refusals", attempts(refusals)))
-                        }
+                        Some(_) => (advance_start::delay_after_refusal(refusals), true),
                         None => return self.fail(fault, &text).await,
                     }
                 }
             };
             let waiting_since = waiting_since.get_or_insert_with(Instant::now);
-            if waiting_since.elapsed() + pause > self.saga.config.inline_wait {
-                return self.suspend(pause.max(QUEUE_DELAY), change).await;
+            if waiting_since.elapsed() + pause > self.inline_wait() {
+                let delay = if has_failed { pause.max(QUEUE_DELAY) } else { self.delay_of_wait() };
+                return self.suspend(delay).await;
+            }
+            // A worker that dies during the pause must not reset the count of failures.
+            if has_failed && self.save_failures().await?.is_err() {
+                return Ok(Attempt::Busy);
             }
             if self.lease.keep_during(sleep(pause)).await.is_err() {
                 return Ok(Attempt::Busy);
@@ -267,9 +388,37 @@ impl StartRun<'_> {
         }
     }
 
-    /// Counts a failed attempt at the step. Returns the backoff delay before the next attempt and the change that records the count, or
-    /// `None` if there is no further attempt.
-    fn retry(&mut self, reason: &str) -> Option<(Duration, Change)> {
+    /// How long this worker may wait in the current step.
+    fn inline_wait(&self) -> Duration {
+        match self.task.record.waits {
+            0 => self.saga.config.inline_wait,
+            _ => self.saga.config.inline_wait / RESUMED_INLINE_WAIT,
+        }
+    }
+
+    /// Counts a wait without a worker, and returns its delay.
+    fn delay_of_wait(&mut self) -> Duration {
+        let record = &mut self.task.record;
+        let delay = delay_of_wait(record.now.status, record.waits).min(self.saga.config.max_poll_delay);
+        record.waits += 1;
+        // The first poll after the step's deadline ends the start.
+        let left = record.deadline.map_or(delay, |deadline| deadline.since(Time::now()));
+        delay.min(left).max(QUEUE_DELAY)
+    }
+
+    async fn save_failures(&self) -> Result<Result<(), LeaseLost>> {
+        let record = &self.task.record;
+        self.saga.tasks.save(&record.user, record.id, &self.lease.worker, &self.failures()).await
+    }
+
+    /// The change that records the failures of the current step.
+    fn failures(&self) -> Change {
+        let record = &self.task.record;
+        Change::default().set("attempts", attempts(record.attempts)).set("refusals", attempts(record.refusals))
+    }
+
+    /// Counts a failed attempt at the step. Returns the backoff delay before the next attempt, or `None` if there is no further attempt.
+    fn retry(&mut self, reason: &str) -> Option<Duration> {
         self.task.record.attempts += 1;
         let count = self.task.record.attempts;
         tracing::warn!(task = %self.task.record.id, status = ?self.status(), attempt = count, reason, "start.step_retried");
@@ -278,8 +427,7 @@ impl StartRun<'_> {
         }
         // The cached state of the sandbox may be the cause.
         self.sandbox = None;
-        let delay = advance_start::delay_after(count);
-        Some((delay, Change::default().set("attempts", attempts(count))))
+        Some(advance_start::delay_after(count))
     }
 
     /// The poll interval after the n-th poll. Each poll of a command costs the agent server a scan of all its commands, so the interval
@@ -292,15 +440,16 @@ impl StartRun<'_> {
         self.saga.config.poll * (polls / 2 + 1).min(slowest)
     }
 
+    /// The step that the start is at, or at which it failed.
     fn status(&self) -> StartStatus {
-        self.task.record.now.status
+        self.task.record.step()
     }
 
     /// The reason to end the start after workers have died during the step, if any. The step itself may kill them, so that no worker
     /// survives to check its deadline. One death proves nothing: a deployment also ends workers, and the step may be complete by now.
     fn reason_to_end(&self) -> Option<(Fault, String)> {
         let record = &self.task.record;
-        if record.failure.is_some() || record.open_claims < 2 {
+        if record.open_claims < 2 {
             return None;
         }
         let count = record.open_claims - 1;
@@ -324,7 +473,7 @@ impl StartRun<'_> {
     }
 
     fn overdue_text(&self) -> String {
-        let seconds = self.saga.budget(self.status()).as_secs();
+        let seconds = self.saga.limit(self.status()).as_secs();
         match self.status() {
             StartStatus::WaitingForSandbox => {
                 let sandbox = self.task.record.now.sandbox_id.as_deref().unwrap_or_default();
@@ -360,23 +509,33 @@ impl StartRun<'_> {
         }
     }
 
-    /// Records that a step is done, and enters the next one.
-    async fn enter(&mut self, status: StartStatus, change: Change) -> Result<Result<(), LeaseLost>> {
+    /// Records that a step is done, and enters the next one, together with other writes. Returns [`LeaseLost`] also if a condition of the
+    /// other writes fails.
+    async fn enter(
+        &mut self,
+        status: StartStatus,
+        change: Change,
+        others: Vec<TransactWriteItem>,
+    ) -> Result<Result<(), LeaseLost>> {
         let record = &mut self.task.record;
         let now = Time::now();
         let deadline = now.plus(self.saga.budget(status));
         let (step, took) = (record.now.status, now.since(record.now.updated_at));
         record.now = Snapshot { status, updated_at: now, ..record.now.clone() };
-        (record.deadline, record.attempts, record.refusals, record.command) = (Some(deadline), 0, 0, None);
+        (record.deadline, record.attempts, record.refusals, record.waits, record.command) =
+            (Some(deadline), 0, 0, 0, None);
         let change = change
             .state(record.id, &record.now)?
             .set("deadline", crate::dynamo::text(deadline.sortable()))
             .set("attempts", attempts(0))
             .set("open_claims", attempts(1))
             .remove("refusals")
+            .remove("waits")
             .remove("command");
-        let saved = self.saga.tasks.save(&record.user, record.id, &self.lease.worker, &change).await?;
+        let (tasks, user, id, worker) = (&self.saga.tasks, &record.user, record.id, &self.lease.worker);
+        let saved = tasks.save_with(user, id, worker, &change, others).await?;
         if saved.is_ok() {
+            record.history.push(record.now.clone());
             tracing::info!(task = %record.id, ?status, "start.advanced");
             metrics::step_ended(step.as_str(), took);
         }
@@ -384,9 +543,12 @@ impl StartRun<'_> {
     }
 
     /// Releases the task and enqueues a delayed job.
-    async fn suspend(&self, delay: Duration, change: Change) -> Result<Attempt> {
+    async fn suspend(&self, delay: Duration) -> Result<Attempt> {
         let record = &self.task.record;
-        let mut change = change;
+        let mut change = self.failures().set("waits", attempts(record.waits));
+        if let Some(deadline) = record.deadline.filter(|_| self.has_moved_deadline) {
+            change = change.set("deadline", crate::dynamo::text(deadline.sortable()));
+        }
         if let Some(command) = &record.command {
             change = change.command(command)?;
         }
@@ -398,83 +560,119 @@ impl StartRun<'_> {
         if released.is_err() {
             return Ok(Attempt::Busy);
         }
-        let job = AdvanceStart { user: record.user.clone(), task: record.id }.into();
-        if let Err(error) = self.saga.queue.send(&job, delay).await {
-            tracing::warn!(task = %record.id, error = %error.context(), "start.enqueue_failed");
-        }
+        enqueue(&self.saga.queue, &record.user, record.id, delay).await;
         Ok(Attempt::Waiting)
     }
 
-    /// Ends the start with ERROR. It records the reason first, so that a crash does not change it, then runs the compensation (clean-up).
+    /// Ends the start with ERROR, which its user sees at once, and then undoes what it made (compensation).
     async fn fail(&mut self, fault: Fault, reason: &str) -> Result<Attempt> {
         let record = &mut self.task.record;
-        let status = record.now.status;
-        tracing::warn!(task = %record.id, ?status, fault = fault.as_str(), reason, "start.failed");
+        let (step, since) = (record.now.status, record.now.updated_at);
+        tracing::warn!(task = %record.id, status = ?step, fault = fault.as_str(), reason, "start.failed");
         let notes = record.notes.iter().map(String::as_str);
         let failure = notes.chain([reason]).collect::<Vec<_>>().join("\n");
-        let change = Change::default().set("failure", crate::dynamo::text(&failure));
-        if self.saga.tasks.save(&record.user, record.id, &self.lease.worker, &change).await?.is_err() {
-            return Ok(Attempt::Busy);
-        }
-        record.failure = Some(failure);
-        self.clean_up_and_end().await
-    }
-
-    async fn clean_up_and_end(&self) -> Result<Attempt> {
-        let record = &self.task.record;
-        let mut detail = record.failure.clone().unwrap_or_default();
-        match self.lease.keep_during(self.clean_up()).await {
-            Ok(Ok(None)) => {}
-            Ok(Ok(Some(left))) => detail += &format!("\n{left}"),
-            Ok(Err(error)) => {
-                tracing::warn!(task = %record.id, error = %error.context(), "start.not_cleaned_up");
-                let of_others = record.now.sandbox_id.as_deref().filter(|id| *id != record.new_sandbox_id);
-                detail += &match of_others {
-                    Some(sandbox) if record.now.status == StartStatus::StartingConversation => {
-                        format!("\n{}", self.conversation_left_in(sandbox))
-                    }
-                    Some(_) => String::new(),
-                    None => format!("\nIts sandbox {} could not be removed and may still run", record.new_sandbox_id),
-                };
-            }
-            Err(LeaseLost) => return Ok(Attempt::Busy),
-        }
         let snapshot = Snapshot {
             status: StartStatus::Error,
             updated_at: Time::now(),
-            detail: Some(detail),
+            detail: Some(failure.clone()),
             ..record.now.clone()
         };
-        let change = Change::default().state(record.id, &snapshot)?.finished();
-        match self.saga.tasks.save(&record.user, record.id, &self.lease.worker, &change).await? {
-            Ok(()) => {
-                metrics::step_ended(record.now.status.as_str(), snapshot.updated_at.since(record.now.updated_at));
-                metrics::start_ended(snapshot.status.as_str());
-                Ok(Attempt::Finished)
-            }
-            Err(LeaseLost) => Ok(Attempt::Busy),
+        if self.saga.tasks.fail(&record.user, record.id, &self.lease.worker, &snapshot).await?.is_err() {
+            return Ok(Attempt::Busy);
         }
+        metrics::step_ended(step.as_str(), snapshot.updated_at.since(since));
+        metrics::start_ended(snapshot.status.as_str());
+        record.history.push(snapshot.clone());
+        (record.now, record.failure) = (snapshot, Some(failure));
+        self.compensate().await
     }
 
-    /// Compensation: removes the sandbox that this start created, unless it holds a conversation, or else removes this start's conversation
-    /// from a shared sandbox. Returns a text for the user about resources that could not be removed.
-    async fn clean_up(&self) -> Result<Option<String>> {
+    /// Undoes what a failed start made. If that fails it is retried, without end: what is left costs money. The user sees what is left.
+    async fn compensate(&self) -> Result<Attempt> {
         let record = &self.task.record;
-        let (user, id) = (&record.user, &record.new_sandbox_id);
-        if self.saga.sandboxes.get(user, id).await?.is_none() {
-            return self.clean_up_conversation().await;
+        let (user, id, worker, tasks) = (&record.user, record.id, &self.lease.worker, &self.saga.tasks);
+        let failure = record.failure.clone().unwrap_or_default();
+        let with_detail = |left: Option<String>| {
+            let detail = left.map_or_else(|| failure.clone(), |left| format!("{failure}\n{left}"));
+            let is_shown = record.now.detail.as_ref() == Some(&detail);
+            if is_shown { Change::default() } else { StartTaskStore::detail(record, &detail) }
+        };
+        let error = match self.lease.keep_during(self.clean_up()).await {
+            Ok(Ok(left)) => {
+                let saved = tasks.compensated(user, id, worker, with_detail(left)).await?;
+                return Ok(if saved.is_ok() { Attempt::Finished } else { Attempt::Busy });
+            }
+            Ok(Err(error)) => error,
+            Err(LeaseLost) => return Ok(Attempt::Busy),
+        };
+        let count = record.compensation_attempts.saturating_add(1);
+        tracing::warn!(task = %id, attempt = count, error = %error.context(), "start.not_cleaned_up");
+        if count.is_multiple_of(COMPENSATION_ALARM) {
+            tracing::error!(task = %id, attempt = count, "start.compensation_failing");
         }
-        // A stub from the agent server's webhook does not keep the sandbox alive: the stub belongs to this start.
-        if let Lookup::Present(known) = self.saga.conversations.lookup(user, record.conversation_id).await?
-            && known.is_stub
-            && known.record.sandbox_id == *id
-        {
-            self.saga.conversations.begin_deletion(user, &[known.record], Time::now()).await?;
+        let of_others = record.now.sandbox_id.as_deref().filter(|id| *id != record.new_sandbox_id);
+        let left = match of_others {
+            Some(sandbox) if self.status() == StartStatus::StartingConversation => {
+                Some(self.conversation_left_in(sandbox))
+            }
+            Some(_) => None,
+            None => Some(format!(
+                "Its sandbox {} could not be removed yet and may still run; the removal is retried",
+                record.new_sandbox_id
+            )),
+        };
+        let delay = advance_start::delay_after_compensation(count);
+        let change = with_detail(left).set("compensation_attempts", attempts(count));
+        if tasks.release(user, id, worker, Time::now().plus(delay), change).await?.is_err() {
+            return Ok(Attempt::Busy);
         }
-        if self.saga.conversations.count_in_sandbox(user, id).await? > 0 {
-            return self.clean_up_conversation().await;
+        enqueue(&self.saga.queue, user, id, delay).await;
+        Ok(Attempt::Compensating)
+    }
+
+    /// Compensation: ends the membership of this start in its sandboxes, and removes its conversation from a sandbox that outlives it. The
+    /// reconciler deletes a sandbox that is unused then. Returns a text for the user about what could not be removed.
+    async fn clean_up(&self) -> Result<Option<String>> {
+        let (record, reconciler) = (&self.task.record, &self.saga.reconciler);
+        let (user, own) = (&record.user, record.new_sandbox_id.as_str());
+        let chosen = record.now.sandbox_id.as_deref().filter(|chosen| *chosen != own);
+        let mut left = None;
+        for sandbox in chosen.into_iter().chain([own]) {
+            let Some(kept) = reconciler.records.leave(user, sandbox, record.id, sandbox == own).await? else {
+                continue;
+            };
+            let stub = self.stub_in(sandbox).await?;
+            let others = kept.members() - usize::from(stub.as_ref().is_some_and(|stub| kept.has_conversation(stub.id)));
+            if others > 0 || !kept.delete_when_empty {
+                left = left.or(self.clean_up_conversation(sandbox, stub).await?);
+                continue;
+            }
+            // A stub from the agent server's webhook does not keep the sandbox alive: the stub belongs to this start.
+            let kept = match stub {
+                Some(stub) => self.delete_stub(sandbox, stub).await?.unwrap_or(kept),
+                None => kept,
+            };
+            reconciler.member_left(&kept).await;
         }
-        self.saga.sandboxes.delete(user, id).await.map(|_| None)
+        Ok(left)
+    }
+
+    /// The record that a webhook has made of this start's conversation in a sandbox.
+    async fn stub_in(&self, sandbox: &str) -> Result<Option<ConversationRecord>> {
+        let record = &self.task.record;
+        Ok(match self.saga.conversations.lookup(&record.user, record.conversation_id).await? {
+            Lookup::Present(known) if known.is_stub && known.record.sandbox_id == sandbox => Some(known.record),
+            _ => None,
+        })
+    }
+
+    /// Deletes the stub of a failed start. Unlike the deletion of a conversation by its user, this does not delete a sandbox that stays
+    /// without members. Returns the sandbox's record.
+    async fn delete_stub(&self, sandbox: &str, stub: ConversationRecord) -> Result<Option<SandboxRecord>> {
+        let user = &self.task.record.user;
+        let kept = self.saga.reconciler.records.remove_conversation(user, sandbox, stub.id, false).await?;
+        self.saga.conversations.begin_deletion(user, &[stub], Time::now()).await?;
+        Ok(kept)
     }
 
     fn conversation_left_in(&self, sandbox: &str) -> String {
@@ -483,42 +681,32 @@ impl StartRun<'_> {
 
     /// Removes this start's conversation from a sandbox that outlives the start. An agent server keeps a conversation whose agent could not
     /// be set up, so without the removal it would stay forever.
-    async fn clean_up_conversation(&self) -> Result<Option<String>> {
+    async fn clean_up_conversation(&self, sandbox: &str, stub: Option<ConversationRecord>) -> Result<Option<String>> {
         let record = &self.task.record;
         let (user, conversation) = (&record.user, record.conversation_id);
-        let Some(sandbox) =
-            record.now.sandbox_id.as_deref().filter(|_| self.status() == StartStatus::StartingConversation)
-        else {
+        if self.status() != StartStatus::StartingConversation || record.now.sandbox_id.as_deref() != Some(sandbox) {
             return Ok(None);
-        };
-        let stub = match self.saga.conversations.lookup(user, conversation).await? {
-            Lookup::Absent => None,
-            Lookup::Present(known) if known.is_stub && known.record.sandbox_id == sandbox => Some(known.record),
+        }
+        if stub.is_none() && self.saga.conversations.lookup(user, conversation).await? != Lookup::Absent {
             // The conversation belongs to another start, or is being deleted.
-            Lookup::Present(_) | Lookup::Deleting => return Ok(None),
-        };
-        let found = self.saga.sandboxes.get(user, sandbox).await?;
+            return Ok(None);
+        }
+        let found = self.saga.sandboxes.inspect(user, sandbox).await?;
         let Some(agent_server) = found.and_then(|sandbox| sandbox.agent_server(&self.saga.http)) else {
             return Ok(None);
         };
         match self.remove_from(&agent_server).await {
             Ok(true) => {}
             Ok(false) => return Ok(None),
-            // The conversation stays, so its record stays as well.
+            // The conversation stays for now, so its record stays as well.
             Err(error) => {
-                tracing::warn!(task = %record.id, %error, "start.conversation_not_removed");
-                return Ok(Some(self.conversation_left_in(sandbox)));
+                return Err(Error::Upstream { message: error.explanation(), context: error.to_string() });
             }
         }
-        let Some(stub) = stub else { return Ok(None) };
-        // The deletion of a sandbox's last conversation also deletes the sandbox. A failed start must not cause that.
-        if self.saga.conversations.count_in_sandbox(user, sandbox).await? > 1 {
-            self.saga.conversations.begin_deletion(user, &[stub], Time::now()).await?;
-            return Ok(None);
+        if let Some(stub) = stub {
+            self.delete_stub(sandbox, stub).await?;
         }
-        Ok(Some(format!(
-            "Its conversation {conversation} stays listed, without messages; deleting it also deletes the sandbox {sandbox}"
-        )))
+        Ok(None)
     }
 
     /// Normalises the repository selection for all steps; the stored request keeps the form that the client sent.
@@ -545,15 +733,24 @@ impl StartRun<'_> {
         if chosen { StepError::Refused(text) } else { StepError::Fatal(text) }
     }
 
-    /// Returns the running sandbox and its agent server; `None` while the sandbox starts.
+    /// Returns the running sandbox and its agent server; `None` while the sandbox starts. A paused sandbox is resumed.
     async fn running_sandbox(&mut self) -> Result<Option<(Sandbox, AgentServer)>, StepError> {
         if self.sandbox.is_none() {
             let id = self.task.record.now.sandbox_id.clone().unwrap_or_default();
-            let found = self.saga.sandboxes.get(&self.task.record.user, &id).await?;
+            let found = self.saga.sandboxes.inspect(&self.task.record.user, &id).await?;
             let sandbox = found.ok_or_else(|| self.lost_sandbox(format!("Sandbox not found: {id}")))?;
             match sandbox.status {
                 SandboxStatus::Running => self.sandbox = Some(sandbox),
-                SandboxStatus::Starting | SandboxStatus::Paused => return Ok(None),
+                SandboxStatus::Starting => return Ok(None),
+                SandboxStatus::Paused => {
+                    self.resume(&id).await?;
+                    return Ok(None);
+                }
+                // The start survives the end of its agent server where the files of the sandbox do.
+                SandboxStatus::Missing if self.saga.sandboxes.relaunches() => {
+                    self.resume(&id).await?;
+                    return Ok(None);
+                }
                 SandboxStatus::Error | SandboxStatus::Missing => {
                     let text = with_detail(format!("The sandbox {id} ended during the start"), &sandbox);
                     return Err(self.lost_sandbox(text));
@@ -565,6 +762,15 @@ impl StartRun<'_> {
             .agent_server(&self.saga.http)
             .ok_or_else(|| StepError::Fatal(format!("The sandbox {} has no agent server address", sandbox.id)))?;
         Ok(Some((sandbox, agent_server)))
+    }
+
+    /// Resumes a sandbox, once in each run.
+    async fn resume(&mut self, id: &str) -> Result<(), StepError> {
+        if !self.has_resumed {
+            self.saga.sandboxes.resume(&self.task.record.user, id).await?;
+            self.has_resumed = true;
+        }
+        Ok(())
     }
 
     /// The folders of this conversation. With grouping, each conversation of a sandbox has a working directory of its own.
@@ -583,6 +789,13 @@ impl StartRun<'_> {
             working_dir,
         })
     }
+}
+
+/// The delay before the next poll of a start that has waited `waits` times without a worker in the current step.
+fn delay_of_wait(status: StartStatus, waits: u32) -> Duration {
+    let number = usize::try_from(waits).unwrap_or(usize::MAX);
+    let delay = WAIT_DELAYS.get(number).or(WAIT_DELAYS.last()).copied().unwrap_or(QUEUE_DELAY);
+    if status == StartStatus::WaitingForSandbox { delay.min(MAX_BOOT_WAIT) } else { delay }
 }
 
 /// Absolute folders in the sandbox.
@@ -628,7 +841,12 @@ impl Lease<'_> {
                     tracing::warn!(task = %self.id, error = %error.context(), "start.lease_not_renewed");
                     sleep(duration / 10).await;
                 }
-                Ok(Err(LeaseLost)) | Err(_) => return Err(LeaseLost),
+                // The work may have just ended the task, and with it the lease; then only its response is outstanding. Whatever else the
+                // work still writes is refused.
+                Ok(Err(LeaseLost)) => {
+                    return tokio::time::timeout(duration / LAST_MOMENT, &mut work).await.map_err(|_| LeaseLost);
+                }
+                Err(_) => return Err(LeaseLost),
             }
         }
     }
@@ -644,9 +862,29 @@ impl Lease<'_> {
     }
 }
 
+/// Enqueues the job that continues a start. If this fails, the sweep enqueues it.
+pub(super) async fn enqueue(queue: &JobQueue, user: &UserId, task: Uuid, delay: Duration) {
+    let job = AdvanceStart { user: user.clone(), task }.into();
+    if let Err(error) = queue.send(&job, delay).await {
+        tracing::warn!(%task, error = %error.context(), "start.enqueue_failed");
+    }
+}
+
 fn with_detail(text: String, sandbox: &Sandbox) -> String {
     match &sandbox.detail {
         Some(detail) => format!("{text}. {detail}"),
         None => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_delay_of_polls_grows_up_to_its_bound() {
+        let delays = |status| (0..7).map(|waits| delay_of_wait(status, waits).as_secs()).collect::<Vec<_>>();
+        assert_eq!(delays(StartStatus::RunningSetupScript), [1, 2, 4, 8, 15, 15, 15]);
+        assert_eq!(delays(StartStatus::WaitingForSandbox), [1, 2, 4, 5, 5, 5, 5]);
     }
 }

@@ -35,9 +35,10 @@ impl StartRun<'_> {
                     .map_err(|error| StepError::Refused(error.to_string()))?
             }
         };
+        let name = "prepare-repository";
         let credentials = format!("{}/credentials", folders.state);
         // The file is uploaded only before the command starts: a later file would stay in the sandbox.
-        if self.task.record.command.is_none() && sources.iter().any(|source| source.credential.is_some()) {
+        if !self.is_sent(name) && sources.iter().any(|source| source.credential.is_some()) {
             let prepare = format!("umask 077; mkdir -p {}", quoted(&folders.state));
             let timeout = self.saga.config.clone_timeout;
             let started = agent_server.start_command(&prepare, &folders.parent, timeout).await?;
@@ -61,7 +62,7 @@ impl StartRun<'_> {
         let timeout = self.saga.config.clone_timeout;
         // Every copy of the command removes the file: the attempt that sent a waiting copy may have uploaded it again.
         let finally = format!("rm -f {}", quoted(&credentials));
-        let command = OneCommand { name: "prepare-repository", script: &script, finally: &finally, timeout };
+        let command = OneCommand { name, script: &script, finally: &finally, timeout };
         let Some(output) = self.run_once(&agent_server, &folders, command).await? else {
             return Ok(Step::Wait);
         };

@@ -96,7 +96,7 @@ impl StartRun<'_> {
         match agent_server.start_command(&command, &folders.parent, timeout).await {
             Ok(id) => {
                 let started_at = Some(Time::now());
-                self.task.record.command = Some(PendingCommand { name: NAME.to_owned(), id, started_at });
+                self.task.record.command = Some(PendingCommand { name: NAME.to_owned(), id, started_at, resends: 0 });
             }
             Err(error) => return self.not_probed(&servers, &error),
         }
@@ -163,7 +163,8 @@ impl StartRun<'_> {
             StepError::Refused(text) => StepError::Refused(masked(text)),
             StepError::Retry(text) => StepError::Retry(masked(text)),
             StepError::Refusal(fault, text) => StepError::Refusal(fault, masked(text)),
-            StepError::LeaseLost => StepError::LeaseLost,
+            StepError::Unreachable(text) => StepError::Unreachable(masked(text)),
+            waiting @ (StepError::AtCapacity | StepError::LeaseLost) => waiting,
         })
     }
 

@@ -13,12 +13,14 @@ use crate::agent_server::version::AgentServerVersion;
 use crate::agent_server::{AgentServer, AgentServerError, ConversationInfo, Failure, Retry, SkillInfo, SkillsQuery};
 use crate::clock::Time;
 use crate::conversation::fields::EventCallbackProcessor;
-use crate::conversation::reports::{Lookup, default_titles};
+use crate::conversation::reports::{Lookup, Recorded, default_titles};
 use crate::conversation::store::ConversationChange;
 use crate::conversation::tags::Tags;
 use crate::conversation::{ConversationRecord, MetricsSnapshot};
+use crate::error::{Error, StoreErrorKind};
+use crate::event;
 use crate::http::secret::InTerminal;
-use crate::jobs::process_events::ProcessEvents;
+use crate::jobs::process_events::{self, ProcessEvents};
 use crate::metrics;
 use crate::sandbox::Sandbox;
 use crate::start::conversation_body::{ConversationBody, ConversationInputs, conversation_body, uses_llm_analyzer};
@@ -163,12 +165,17 @@ impl StartRun<'_> {
         }
     }
 
-    async fn try_to_create(&self, agent_server: &AgentServer, body: &ConversationBody) -> Result<(), AgentServerError> {
+    async fn try_to_create(
+        &mut self,
+        agent_server: &AgentServer,
+        body: &ConversationBody,
+    ) -> Result<(), AgentServerError> {
         let timeout = self.saga.config.agent_request_timeout;
+        let was_sent = std::mem::replace(&mut self.is_create_sent, true);
         // After an attempt with an unknown outcome, the conversation may exist or may still be in creation: the agent server finds a
         // conversation by its id only after it has created it.
         let mut info = None;
-        if self.task.record.attempts > 0 {
+        if was_sent {
             info = self.find(agent_server).await?;
         }
         let info = match info {
@@ -179,7 +186,7 @@ impl StartRun<'_> {
                 Err(error) => return Err(error),
             },
         };
-        if self.task.record.attempts > 0 && !body.json["initial_message"].is_null() {
+        if was_sent && !body.json["initial_message"].is_null() {
             self.ensure_first_message(agent_server, info, &body.json["initial_message"]).await?;
         }
         Ok(())
@@ -270,33 +277,53 @@ impl StartRun<'_> {
         let conversations = &saga.conversations;
         let processors = request.processors.as_deref().unwrap_or_default();
         let lookup = conversations.lookup(user, conversation_id).await?;
-        let writes = match &lookup {
+        let records = &saga.reconciler.records;
+        let mut recorded = match &lookup {
             Lookup::Present(known) if known.is_stub => conversations.complete_stub(known, &conversation, processors)?,
-            Lookup::Present(_) => {
+            Lookup::Present(known) => {
                 // The conversation was started before: it keeps its record and its history, and only its sandbox changes.
                 let moved = ConversationChange::default().sandbox(user, &sandbox.id);
-                if conversations.update(user, conversation_id, moved).await?.is_none() {
-                    return Err(StepError::Retry("The conversation was deleted at the same time".into()));
+                let mut writes = vec![conversations.update_in_transaction(user, conversation_id, moved)?];
+                let before = &known.record.sandbox_id;
+                if *before != sandbox.id && records.get(user, before).await?.is_some() {
+                    writes.push(records.moving_out(user, before, conversation_id)?);
                 }
-                Vec::new()
+                Recorded { writes, ..Recorded::default() }
             }
             Lookup::Absent => conversations.put_started(&conversation, processors)?,
             Lookup::Deleting => {
-                return Err(StepError::Retry("The conversation with this id is being deleted".into()));
+                return Err(StepError::Refused("The conversation with this id was deleted during the start".into()));
             }
         };
-        if saga.tasks.save_with(user, record.id, &self.lease.worker, &ready, writes).await?.is_err() {
+        recorded.writes.push(records.completing(user, &sandbox.id, record.id, conversation_id)?);
+        let ended = match saga.tasks.end(user, record.id, &self.lease.worker, &ready, recorded).await {
+            Ok(ended) => ended,
+            // Many starts of one user end at the same time. This is no failed attempt: the conversation exists, and this step only
+            // has to be repeated, if necessary until its deadline.
+            Err(Error::Store(error))
+                if matches!(error.kind(), StoreErrorKind::Conflict | StoreErrorKind::Throttled) =>
+            {
+                tracing::warn!(task = %record.id, error = error.context(), "start.end_postponed");
+                return Ok(Step::Wait);
+            }
+            Err(error) => return Err(error.into()),
+        };
+        if ended.is_err() {
             // A concurrent writer may have changed the record (another start of the same conversation, or the agent server's webhook), so
             // the failed condition need not mean a lost lease.
             if differs(&lookup, &conversations.lookup(user, conversation_id).await?) {
                 return Err(StepError::Retry("Another request recorded the conversation at the same time".into()));
             }
+            if records.get(user, &sandbox.id).await?.is_none() {
+                return Err(self.lost_sandbox(format!("The sandbox {} was deleted during the start", sandbox.id)));
+            }
             return Err(StepError::LeaseLost);
         }
         if processors.contains(&EventCallbackProcessor::Logging) {
             // This job processes the events that arrived before the record existed. Later events enqueue their own jobs.
-            let job = ProcessEvents { user: user.clone(), conversation: conversation_id }.into();
-            if let Err(error) = saga.queue.send(&job, Duration::ZERO).await {
+            let up_to = Some(event::store::last_position_at(now));
+            let job = ProcessEvents { user: user.clone(), conversation: conversation_id, up_to }.into();
+            if let Err(error) = saga.queue.send(&job, process_events::DELAY).await {
                 tracing::warn!(task = %record.id, error = %error.context(), "start.enqueue_failed");
             }
         }

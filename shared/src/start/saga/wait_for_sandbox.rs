@@ -9,12 +9,16 @@ impl StartRun<'_> {
     pub(super) async fn wait_for_sandbox(&mut self) -> Result<Step, StepError> {
         let user = self.task.record.user.clone();
         let id = self.task.record.now.sandbox_id.clone().unwrap_or_default();
-        let found = self.saga.sandboxes.get(&user, &id).await?;
+        let found = self.saga.sandboxes.inspect(&user, &id).await?;
         let sandbox = found.ok_or_else(|| self.lost_sandbox(format!("Sandbox not found: {id}")))?;
         match sandbox.status {
             SandboxStatus::Starting => Ok(Step::Wait),
             SandboxStatus::Paused => {
-                self.saga.sandboxes.resume(&user, &id).await?;
+                self.resume(&id).await?;
+                Ok(Step::Wait)
+            }
+            SandboxStatus::Missing if self.saga.sandboxes.relaunches() => {
+                self.resume(&id).await?;
                 Ok(Step::Wait)
             }
             SandboxStatus::Error => {

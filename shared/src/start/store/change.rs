@@ -1,41 +1,50 @@
-//! Conditional updates of start task records.
+//! Conditional updates of a start task's two rows.
 
 use aws_sdk_dynamodb::types::AttributeValue;
 use uuid::Uuid;
 
-use super::sort_key;
+use super::{LEASE_ATTRIBUTES, sort_key};
 use crate::dynamo::{Update, number, text, to_item};
 use crate::error::Result;
 use crate::id::{self, UserId};
-use crate::start::task::{PendingCommand, Snapshot};
+use crate::start::task::{Compensation, PendingCommand, Snapshot};
 
-/// An update of a record's attributes.
+/// An update of a task's attributes. Each attribute is changed in the row that contains it, see [`LEASE_ATTRIBUTES`].
 #[derive(Clone, Debug, Default)]
-pub struct Change(Box<Update>);
+pub struct Change {
+    /// The change of the task's own row.
+    pub(super) task: Box<Update>,
+    /// The change of its lease row.
+    pub(super) lease: Box<Update>,
+}
 
 impl Change {
-    pub(super) fn update(&self) -> Update {
-        Update::clone(&self.0)
+    pub(super) fn map_task(self, change: impl FnOnce(Update) -> Update) -> Self {
+        Self { task: Box::new(change(*self.task)), lease: self.lease }
     }
 
-    pub(super) fn map(self, change: impl FnOnce(Update) -> Update) -> Self {
-        Self(Box::new(change(*self.0)))
+    pub(super) fn map_lease(self, change: impl FnOnce(Update) -> Update) -> Self {
+        Self { task: self.task, lease: Box::new(change(*self.lease)) }
+    }
+
+    fn map(self, name: &str, change: impl FnOnce(Update) -> Update) -> Self {
+        if LEASE_ATTRIBUTES.contains(&name) { self.map_lease(change) } else { self.map_task(change) }
     }
 
     #[must_use]
     pub fn set(self, name: &str, value: AttributeValue) -> Self {
-        self.map(|update| update.set(name, value))
+        self.map(name, |update| update.set(name, value))
     }
 
     #[must_use]
     pub fn remove(self, name: &str) -> Self {
-        self.map(|update| update.remove(name))
+        self.map(name, |update| update.remove(name))
     }
 
     /// Appends a note for the user.
     #[must_use]
     pub fn note(self, note: impl Into<String>) -> Self {
-        self.map(|update| update.append("notes", [text(note)]))
+        self.map_task(|update| update.append("notes", [text(note)]))
     }
 
     /// Sets the command that the start waits for.
@@ -61,25 +70,18 @@ impl Change {
             .set("status", item["status"].clone())
             .set("updated_at", item["updated_at"].clone())
             .set("updated_sort", text(sort_key(snapshot.updated_at, id)));
-        Ok(change.map(|update| update.append("history", [AttributeValue::M(item)])))
+        Ok(change.map_task(|update| update.append("history", [AttributeValue::M(item)])))
     }
 
-    /// Ends the task: no worker processes it again.
+    /// Replaces the text for the user in the current state and in its entry of the history.
     #[must_use]
-    pub fn finished(self) -> Self {
-        self.map(|update| {
-            update.remove_all(&[
-                "unfinished_shard",
-                "due_at",
-                "lease_owner",
-                "lease_until",
-                "command",
-                "deadline",
-                "failure",
-                "secrets_sealed",
-                "open_claims",
-            ])
-        })
+    pub(super) fn detail(self, entry: usize, detail: &str) -> Self {
+        self.set("detail", text(detail)).set(&format!("history[{entry}].detail"), text(detail))
+    }
+
+    /// Removes what only an unfinished task needs.
+    fn finished(self) -> Self {
+        self.map_task(|update| update.remove_all(&["deadline", "secrets_sealed"]))
     }
 
     /// The change that makes a task READY.
@@ -89,6 +91,18 @@ impl Change {
     pub(super) fn ready(user: &UserId, id: Uuid, conversation: Uuid, snapshot: &Snapshot) -> Result<Self> {
         let conversation = text(user.key_of(&id::hex(conversation)));
         Ok(Self::default().state(id, snapshot)?.set("conversation_key", conversation).finished())
+    }
+
+    /// The change that makes a task ERROR. What the start has made remains to be undone.
+    ///
+    /// # Errors
+    /// [`crate::Error::Internal`] if the snapshot cannot be serialised.
+    pub(super) fn failed(id: Uuid, snapshot: &Snapshot) -> Result<Self> {
+        let reason = text(snapshot.detail.clone().unwrap_or_default());
+        let failed = Self::default().state(id, snapshot)?.set("failure", reason).finished();
+        Ok(failed
+            .set("compensation", text(Compensation::Pending.as_str()))
+            .map_lease(|update| update.remove_all(&["command", "attempts", "refusals", "waits"])))
     }
 }
 

@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::id::UserId;
 use crate::start::request::StartRequest;
 use crate::start::task::Snapshot;
-use crate::user::counters::{self, Counter};
+use crate::user::counters::{self, Counter, SubCounter};
 
 /// The largest number of tasks in one [`StartTaskStore::import`]: one transaction, with the counter.
 pub const IMPORT_LIMIT: usize = TRANSACTION_LIMIT - 1;
@@ -59,7 +59,8 @@ impl StartTaskStore {
             }));
             let mut writes =
                 items.await?.into_iter().map(|item| self.put_new(item)).collect::<Result<Vec<TransactWriteItem>>>()?;
-            writes.push(counters::add(&self.users, user, &[(Counter::StartTasks, count)])?);
+            let first = tasks.iter().zip(&new).find_map(|(task, new)| new.then_some(task.id)).unwrap_or_default();
+            writes.push(counters::add(&self.users, user, SubCounter::of(first), &[(Counter::StartTasks, count)])?);
             match transact(&self.table.client, writes, OPERATION).await? {
                 Transacted::Written => return Ok(new),
                 failed if attempts.is_last() => return failed.require(OPERATION).map(|()| Vec::new()),

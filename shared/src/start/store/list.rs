@@ -6,6 +6,7 @@ use uuid::Uuid;
 
 use super::{BY_CONVERSATION, BY_CREATED, BY_UPDATED, StartTaskStore, key, sort_key};
 use crate::clock::Time;
+use crate::conversation::search::CLOCK_SKEW;
 use crate::dynamo::{Item, from_item, store_error, text};
 use crate::error::{Error, Result};
 use crate::http::page;
@@ -145,9 +146,11 @@ impl StartTaskStore {
                 .key_condition_expression("#user = :user AND created_sort >= :earliest")
                 .expression_attribute_values(":earliest", text(earliest.sortable()))
         } else {
+            // A task is created before it is updated, so rows that were updated earlier are not read.
             query
-                .key_condition_expression("#user = :user")
+                .key_condition_expression("#user = :user AND updated_sort >= :updated")
                 .filter_expression("created_at >= :earliest")
+                .expression_attribute_values(":updated", text(earliest.minus(CLOCK_SKEW).sortable()))
                 .expression_attribute_values(":earliest", text(earliest.sortable()))
         }
     }

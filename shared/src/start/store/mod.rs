@@ -1,4 +1,16 @@
 //! The DynamoDB store of start tasks. Workers share it: a worker must hold the lease on a task to write its progress.
+//!
+//! A start has two rows:
+//!
+//! - the task's own row, `<id>`: all that its user sees, with the request and the history. It is in the indexes of lists, which contain
+//!   whole rows, so it changes only with the task's state.
+//! - the lease row, `<id>#lease`: what workers change while the start goes on ([`LEASE_ATTRIBUTES`]). It is narrow, and is only in the
+//!   index of unfinished tasks. A READY task has none; that of a failed task stays until the task is removed.
+//!
+//! Earlier versions had all attributes in one row. Their rows of READY tasks are read as they are. An unfinished one is moved to this
+//! layout as follows: `user`, `id` with [`LEASE_SUFFIX`], `unfinished_shard` and all [`LEASE_ATTRIBUTES`] that it has become the lease
+//! row, and are removed from the task's own row, except for `user` and `id`; `deadline` is set where it is missing; the user's counter
+//! `unfinished_starts` grows by one. An ERROR row needs no lease row, and then does not expire.
 
 mod change;
 mod import;
@@ -10,24 +22,27 @@ use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
-use aws_sdk_dynamodb::types::{Select, TransactWriteItem};
+use aws_sdk_dynamodb::types::TransactWriteItem;
+use serde::Deserialize;
 use uuid::Uuid;
 
 pub use change::{Change, attempts};
 pub use import::{IMPORT_LIMIT, ImportedTask};
-pub use lease::{Claim, LeaseLost};
+pub use lease::{Abandoned, Claim, FAILED_STARTS_EXPIRE, LeaseLost};
 pub use list::{Cursor, Filter, SortOrder};
 
 use super::abridged::abridged;
+use super::identity::StartIdentity;
 use super::request::StartRequest;
 use super::task::{Snapshot, StartStatus, StartTaskRecord};
 use crate::clock::Time;
 use crate::dynamo::{
-    Condition, DueIndex, Item, Table, from_item, store_error, text, to_item, transact, unless_written,
+    Cancellation, Condition, DueIndex, Item, Table, Transacted, from_item, store_error, text, to_item, transact,
+    unless_written,
 };
 use crate::error::{Error, Result};
 use crate::id::{self, UserId};
-use crate::user::counters::{self, Counter};
+use crate::user::counters::{self, Counter, Recount, SubCounter};
 use crate::user::seal::Sealer;
 
 /// Index: a user's tasks by creation time.
@@ -45,17 +60,46 @@ pub const SHARDS: &str = "0123456789abcdef";
 /// Requests with more bytes are stored in the bucket, because every update of the record is charged by the record's size.
 const INLINE_REQUEST_LIMIT: usize = 8 * 1024;
 
-/// An upper bound of a start's duration; every step has a deadline.
-const LONGEST_START: Duration = Duration::from_secs(24 * 3600);
-
 /// The delay between the end of a lease or a wait and the task's due time for the sweep.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(2);
+
+/// The suffix of a lease row's `id`.
+pub const LEASE_SUFFIX: &str = "#lease";
+
+/// The attributes of the lease row, besides its keys and [`UNFINISHED_SHARD`].
+pub const LEASE_ATTRIBUTES: [&str; 12] = [
+    "due_at",
+    "lease_owner",
+    "lease_until",
+    "last_write",
+    "open_claims",
+    "attempts",
+    "refusals",
+    "waits",
+    "command",
+    "compensation",
+    "compensation_attempts",
+    "expires_at",
+];
 
 /// The attribute that puts a task into the index of unfinished tasks.
 const UNFINISHED_SHARD: &str = "unfinished_shard";
 
 /// The name of the call that creates a task, for the log.
 const CREATE: &str = "TransactWriteItems start-tasks";
+
+/// When a request that exceeds the limit of unfinished starts may be repeated.
+const RETRY_AFTER: Duration = Duration::from_secs(10);
+
+/// What a new task has besides its request.
+#[derive(Clone, Debug)]
+pub struct NewStart {
+    pub identity: StartIdentity,
+    /// The time limit of the first step.
+    pub deadline: Time,
+    /// The user's unfinished starts at which no more are created, see [`counters::add_below`].
+    pub max_unfinished: u32,
+}
 
 /// The store of all start task records.
 #[derive(Clone, Debug)]
@@ -82,14 +126,30 @@ impl StartTaskStore {
         Self { table, users, s3, bucket, sealer }
     }
 
-    /// Stores a new task in state WORKING. After that it ends in READY or ERROR, even if workers crash. The create is idempotent towards
-    /// the SDK: after a lost response a read shows whether the task exists ([`unless_written`]).
+    /// Returns the task that an earlier request with the same idempotency key has created, if there is one.
     ///
     /// # Errors
+    /// [`Error::Conflict`] when that was another request; [`Error::Store`].
+    pub async fn find(&self, user: &UserId, identity: &StartIdentity) -> Result<Option<StartTaskRecord>> {
+        let Some(digest) = &identity.digest else { return Ok(None) };
+        let Some(record) = self.get(user, identity.task).await? else { return Ok(None) };
+        match &record.digest_sealed {
+            Some(sealed) if self.is_digest(user, identity.task, sealed, digest).await? => Ok(Some(record)),
+            _ => Err(Error::Conflict(
+                "This Idempotency-Key was used for another request; send the same body, or use a new key".into(),
+            )),
+        }
+    }
+
+    /// Stores a new task in state WORKING. After that it ends in READY or ERROR, even if workers crash. If an earlier request with the same
+    /// idempotency key has created the task, it is returned and nothing is stored.
+    ///
+    /// # Errors
+    /// [`Error::Saturated`] when the user has too many unfinished starts; [`Error::Conflict`] when the key was used for another request;
     /// [`Error::Store`].
-    pub async fn create(&self, user: &UserId, request: &StartRequest, deadline: Time) -> Result<StartTaskRecord> {
+    pub async fn create(&self, user: &UserId, request: &StartRequest, new: &NewStart) -> Result<StartTaskRecord> {
         let created_at = Time::now();
-        let id = id::new_uuid();
+        let id = new.identity.task;
         let conversation_id = request.conversation_id.unwrap_or_else(id::new_uuid);
         let now = Snapshot {
             status: StartStatus::Working,
@@ -100,24 +160,46 @@ impl StartTaskStore {
             agent_server_url: None,
         };
         let mut record = StartTaskRecord {
-            deadline: Some(deadline),
+            deadline: Some(new.deadline),
             conversation_id,
             // As in the reference, a conversation with a given id gets a sandbox of the same id.
             new_sandbox_id: request.conversation_id.map_or_else(id::new_sandbox_id, id::hex),
             secrets_sealed: self.seal_secrets(user, id, request).await?,
+            digest_sealed: self.seal_digest(user, id, new.identity.digest.as_deref()).await?,
             ..record(user, id, now, created_at, request)?
         };
-        let mut item = self.item(&mut record).await?;
-        item.insert(UNFINISHED_SHARD.into(), text(shard(id)));
-        item.insert("due_at".into(), text(created_at.plus(FORGOTTEN_AFTER).sortable()));
-        let count = counters::add(&self.users, user, &[(Counter::StartTasks, 1)])?;
-        let written = transact(&self.table.client, vec![self.put_new(item)?, count], CREATE).await;
+        let item = self.item(&mut record).await?;
+        let mut lease = lease_key(user, id);
+        lease.insert(UNFINISHED_SHARD.into(), text(shard(id)));
+        lease.insert("due_at".into(), text(created_at.plus(FORGOTTEN_AFTER).sortable()));
+        let limit = (Counter::UnfinishedStarts, new.max_unfinished);
+        let count = counters::add_below(&self.users, user, SubCounter::of(id), &CREATED, limit)?;
+        let written =
+            match transact(&self.table.client, vec![self.put_new(item)?, self.put_new(lease)?, count], CREATE).await {
+                Ok(Transacted::ConditionFailed(reasons)) => {
+                    if let Some(object) = &record.request_object {
+                        self.delete_orphan(object).await;
+                    }
+                    if reasons.first() == Some(&Cancellation::None) {
+                        return Err(saturated(new.max_unfinished));
+                    }
+                    // A concurrent request with the same key has created the task.
+                    let found = self.find(user, &new.identity).await?;
+                    return found.ok_or_else(|| Error::internal("a new start has the id of an existing one"));
+                }
+                written => written.and_then(|written| written.require(CREATE)),
+            };
         // If the outcome of the write is unknown, the row is read. Without that check a client that retries would create a second start.
-        unless_written(written.and_then(|written| written.require(CREATE)), async || {
-            Ok(self.get(user, id).await?.is_some())
-        })
-        .await?;
+        let is_own = |found: StartTaskRecord| found.created_at == created_at;
+        unless_written(written, async || Ok(self.get(user, id).await?.is_some_and(is_own))).await?;
         Ok(record)
+    }
+
+    /// Removes the object of a request whose task was not created. If this fails, the object stays without a row.
+    async fn delete_orphan(&self, object: &str) {
+        if let Err(error) = self.delete_request(object).await {
+            tracing::warn!(object, error = %error.context(), "start.request_not_removed");
+        }
     }
 
     fn put_new(&self, item: Item) -> Result<TransactWriteItem> {
@@ -134,6 +216,7 @@ impl StartTaskStore {
             item.insert("request_object".into(), text(&key));
             record.request_object = Some(key);
         }
+        item.retain(|name, _| !LEASE_ATTRIBUTES.contains(&name.as_str()));
         item.insert("created_sort".into(), text(sort_key(record.created_at, record.id)));
         item.insert("updated_sort".into(), text(sort_key(record.now.updated_at, record.id)));
         if let Some(conversation) = record.now.app_conversation_id {
@@ -164,6 +247,20 @@ impl StartTaskStore {
         Ok(self.batch_get(user, &[id]).await?.pop().flatten())
     }
 
+    /// Returns the states of a task, oldest first.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn history(&self, user: &UserId, id: Uuid) -> Result<Option<Vec<Snapshot>>> {
+        #[derive(Deserialize)]
+        struct Row {
+            #[serde(default)]
+            history: Vec<Snapshot>,
+        }
+        let rows = self.table.batch_get_attribute(vec![key(user, id)], "history").await?;
+        rows.into_iter().next().map(|row| from_item(row).map(|row: Row| row.history)).transpose()
+    }
+
     /// The index of unfinished tasks. A task is due after its lease or its wait has ended, when no worker is about to continue it.
     #[must_use]
     pub fn unfinished(&self) -> DueIndex {
@@ -173,33 +270,8 @@ impl StartTaskStore {
             shard_attribute: UNFINISHED_SHARD,
             shards: SHARDS.chars().map(String::from).collect(),
             sort_key: "id",
+            has_uuids: true,
         }
-    }
-
-    /// Whether an unfinished start of the user uses or will use this sandbox.
-    ///
-    /// # Errors
-    /// [`Error::Store`].
-    pub async fn is_bound_for(&self, user: &UserId, sandbox_id: &str) -> Result<bool> {
-        let mut pages = self
-            .query(
-                user,
-                &Filter { created_at_gte: Some(Time::now().minus(LONGEST_START)), ..Filter::default() },
-                BY_CREATED,
-            )
-            .filter_expression(
-                "attribute_exists(unfinished_shard) AND (sandbox_id = :sandbox OR new_sandbox_id = :sandbox)",
-            )
-            .expression_attribute_values(":sandbox", text(sandbox_id))
-            .select(Select::Count)
-            .into_paginator()
-            .send();
-        while let Some(page) = pages.next().await {
-            if page.map_err(store_error("Query start-tasks"))?.count > 0 {
-                return Ok(true);
-            }
-        }
-        Ok(false)
     }
 
     /// Removes the tasks that made a conversation ready, with their requests. It is idempotent, so it can be repeated after an
@@ -215,21 +287,93 @@ impl StartTaskStore {
             if let Some(object) = &record.request_object {
                 self.delete_request(object).await?;
             }
-            self.delete(user, record.id).await?;
+            self.delete(user, record.id, Condition::Exists("id"), None).await?;
         }
         Ok(())
     }
 
-    /// Removes a row and decrements the counter once.
-    async fn delete(&self, user: &UserId, id: Uuid) -> Result<()> {
-        let writes = vec![
-            self.table.delete_in_transaction(key(user, id), Some(&Condition::Exists("id")))?,
-            counters::add(&self.users, user, &[(Counter::StartTasks, -1)])?,
-        ];
-        // If the condition fails, another worker has removed the row.
-        let _written = transact(&self.table.client, writes, "TransactWriteItems start-tasks").await?;
+    /// Removes a failed task, with its request, unless what it made has not been undone yet. Returns whether it no longer exists.
+    ///
+    /// # Errors
+    /// [`Error::Store`]; the call may be repeated.
+    pub async fn remove_failed(&self, user: &UserId, record: &StartTaskRecord) -> Result<bool> {
+        if record.compensation.is_some() {
+            return Ok(false);
+        }
+        // The object is removed before the row, because only the row refers to it.
+        if let Some(object) = &record.request_object {
+            self.delete_request(object).await?;
+        }
+        let is_unchanged = Condition::equal("updated_sort", text(sort_key(record.now.updated_at, record.id)));
+        let is_compensated = Condition::Missing("compensation");
+        self.delete(user, record.id, is_unchanged, Some(&is_compensated)).await
+    }
+
+    /// Counts the user's tasks, strongly consistent.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn recount(&self, user: &UserId, recount: &mut Recount) -> Result<()> {
+        let mut rows = self
+            .table
+            .query()
+            .key_condition_expression("#user = :user")
+            // Lease rows have no status.
+            .filter_expression("attribute_exists(#status)")
+            .projection_expression("id, #status, deadline")
+            .expression_attribute_names("#user", "user")
+            .expression_attribute_names("#status", "status")
+            .expression_attribute_values(":user", text(user.as_str()))
+            .consistent_read(true)
+            .into_paginator()
+            .items()
+            .send();
+        while let Some(row) = rows.next().await {
+            let row: CountedRow = from_item(row.map_err(store_error("Query start-tasks"))?)?;
+            recount.add(row.id, Counter::StartTasks);
+            // An imported task has no deadline, whatever its status.
+            if !row.status.is_final() && row.deadline.is_some() {
+                recount.add(row.id, Counter::UnfinishedStarts);
+            }
+        }
         Ok(())
     }
+
+    /// Removes a task's row on a condition, and with a further condition its lease row, and decrements the counter once. Returns whether
+    /// the rows no longer exist.
+    async fn delete(&self, user: &UserId, id: Uuid, condition: Condition, lease: Option<&Condition>) -> Result<bool> {
+        let mut writes = vec![
+            self.table.delete_in_transaction(key(user, id), Some(&condition))?,
+            counters::add(&self.users, user, SubCounter::of(id), &[(Counter::StartTasks, -1)])?,
+        ];
+        if lease.is_some() {
+            writes.push(self.table.delete_in_transaction(lease_key(user, id), lease)?);
+        }
+        if transact(&self.table.client, writes, "TransactWriteItems start-tasks").await?.is_written() {
+            return Ok(true);
+        }
+        // Another worker may have removed the row.
+        Ok(self.get(user, id).await?.is_none())
+    }
+}
+
+/// What a new task adds to the user's counters.
+const CREATED: [(Counter, i64); 2] = [(Counter::StartTasks, 1), (Counter::UnfinishedStarts, 1)];
+
+/// The attributes of a row that [`StartTaskStore::recount`] needs.
+#[derive(Deserialize)]
+struct CountedRow {
+    #[serde(with = "id::as_hex")]
+    id: Uuid,
+    status: StartStatus,
+    deadline: Option<String>,
+}
+
+fn saturated(limit: u32) -> Error {
+    let message = format!(
+        "You have too many unfinished starts (the limit is about {limit}). Wait until some have ended, or cancel some, and try again"
+    );
+    Error::Saturated { message, retry_after: RETRY_AFTER }
 }
 
 /// Creates a record in its first state, without the ids that the start will use. Secrets of the request are masked.
@@ -246,14 +390,18 @@ fn record(user: &UserId, id: Uuid, now: Snapshot, created_at: Time, request: &St
         browser: None,
         mcp_servers_left_out: Vec::new(),
         command: None,
-        failure: None,
         attempts: 0,
         refusals: 0,
+        waits: 0,
         open_claims: 0,
+        compensation: None,
+        compensation_attempts: 0,
+        failure: None,
         deadline: None,
         request: serde_json::to_string(request).map_err(Error::internal)?,
         request_object: None,
         secrets_sealed: None,
+        digest_sealed: None,
     })
 }
 
@@ -267,4 +415,10 @@ fn shard(id: Uuid) -> String {
 
 fn key(user: &UserId, id: Uuid) -> Item {
     Item::from([("user".into(), text(user.as_str())), ("id".into(), text(id::hex(id)))])
+}
+
+/// The key of a task's lease row.
+fn lease_key(user: &UserId, id: Uuid) -> Item {
+    let id = format!("{}{LEASE_SUFFIX}", id::hex(id));
+    Item::from([("user".into(), text(user.as_str())), ("id".into(), text(id))])
 }

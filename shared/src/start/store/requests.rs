@@ -76,7 +76,8 @@ impl StartTaskStore {
     /// Stores a large request in the bucket and returns its key.
     pub(super) async fn put_request(&self, record: &StartTaskRecord) -> Result<String> {
         let owner = crate::digest::sha256_hex(record.user.as_str());
-        let key = format!("start-requests/{}/{owner}.json", id::hex(record.id));
+        // The random part keeps apart concurrent requests with one idempotency key, of which one creates the task.
+        let key = format!("start-requests/{}/{owner}-{}.json", id::hex(record.id), id::random_base62(8));
         self.s3
             .put_object()
             .bucket(&self.bucket)
@@ -130,6 +131,16 @@ impl StartTaskStore {
         Ok(StartTask { record, request })
     }
 
+    pub(super) async fn seal_digest(&self, user: &UserId, id: Uuid, digest: Option<&str>) -> Result<Option<String>> {
+        let Some(digest) = digest else { return Ok(None) };
+        self.sealer.seal(&digest_purpose(user, id), &digest.into()).await.map(Some)
+    }
+
+    /// Whether a sealed digest of a request is this one.
+    pub(super) async fn is_digest(&self, user: &UserId, id: Uuid, sealed: &str, digest: &str) -> Result<bool> {
+        Ok(self.sealer.open(&digest_purpose(user, id), sealed).await?.expose_secret() == digest)
+    }
+
     pub(super) async fn seal_secrets(&self, user: &UserId, id: Uuid, request: &StartRequest) -> Result<Option<String>> {
         let Some(secrets) = &request.secrets else { return Ok(None) };
         let exposed: HashMap<&str, &str> =
@@ -167,6 +178,10 @@ async fn read_request(record: &StartTaskRecord, request: OpenRequest, limit: u64
 /// A placeholder for a deleted request.
 fn missing_request() -> Box<RawValue> {
     raw(serde_json::to_string(&StartRequest::default()).unwrap_or_default())
+}
+
+fn digest_purpose(user: &UserId, id: Uuid) -> String {
+    format!("start-digest:{user}:{}", id::hex(id))
 }
 
 fn secrets_purpose(user: &UserId, id: Uuid) -> String {

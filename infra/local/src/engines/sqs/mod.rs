@@ -378,6 +378,8 @@ struct Entry {
 struct NewMessage {
     message_body: String,
     delay_seconds: Option<i64>,
+    /// Checked and then ignored: the order of messages does not depend on it.
+    message_group_id: Option<String>,
     #[serde(default)]
     message_attributes: Map<String, Value>,
     #[serde(default)]

@@ -296,6 +296,11 @@ impl Queue {
                 "The embedded SQS does not support message attributes.",
             ));
         }
+        if new.message_group_id.is_some_and(|group| !is_group(&group)) {
+            return Err(Failure::parameter(
+                "The request include parameter that is not valid for this queue type. Reason: MessageGroupId can only include alphanumeric and punctuation characters. 1 to 128 in length".to_owned(),
+            ));
+        }
         let delay = seconds("DelaySeconds", new.delay_seconds.unwrap_or_default(), MAX_DELAY_SECONDS)?;
         let message = Message {
             id: Uuid::new_v4(),
@@ -371,6 +376,11 @@ impl Queue {
         }
         Ok(json!({}))
     }
+}
+
+/// Whether a text is a valid `MessageGroupId`.
+fn is_group(text: &str) -> bool {
+    (1..=128).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
 /// The characters that XML 1.0 allows, and therefore SQS.

@@ -1,0 +1,335 @@
+//! The step to version 2.
+//!
+//! - A sandbox holds its members: the ids of its unfinished starts (`starts`) and of its conversations (`conversations`). `wanted` is
+//!   `desired`. A sandbox that an unfinished start has created has `delete_when_empty`. Every sandbox is due (`due_shard`, `due_at`), so
+//!   that the reconciler looks at each of them once.
+//! - A start task has a second row, its lease row, with all that workers change while the start goes on. It exists while the start is
+//!   unfinished.
+//! - The counts of a user are in eight items, `counters#0` to `counters#7`, and include unfinished starts. They are counted from the rows.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use dynoxide::{AttributeValue, Item};
+
+use super::step::{Conversion, RunningStep, Step};
+
+pub(super) const STEP: Step = Step {
+    to: 2,
+    begin: || RunningStep {
+        tables: &["sandboxes", "start-tasks", "users"],
+        gathered: &["sandboxes", "conversations", "start-tasks"],
+        conversion: Box::new(ToVersion2::default()),
+    },
+};
+
+const DUE_SHARDS: u8 = 4;
+const UNFINISHED_SHARD: &str = "unfinished_shard";
+/// The attributes of a start task that are in its lease row.
+const LEASE_ATTRIBUTES: [&str; 9] = [
+    "due_at",
+    "lease_owner",
+    "lease_until",
+    "last_write",
+    "open_claims",
+    "attempts",
+    "refusals",
+    "command",
+    UNFINISHED_SHARD,
+];
+const SUB_COUNTERS: u8 = 8;
+const COUNTERS: &str = "counters";
+
+/// A user and an id.
+type Key = (String, String);
+
+#[derive(Default)]
+struct ToVersion2 {
+    sandboxes: HashMap<Key, Members>,
+    /// By user and number of the sub-counter.
+    counts: BTreeMap<(String, u8), Counts>,
+}
+
+#[derive(Default)]
+struct Members {
+    starts: BTreeSet<String>,
+    conversations: BTreeSet<String>,
+    is_of_start: bool,
+}
+
+#[derive(Default)]
+struct Counts {
+    conversations: u64,
+    top_level_conversations: u64,
+    start_tasks: u64,
+    unfinished_starts: u64,
+}
+
+impl ToVersion2 {
+    fn gather_conversation(&mut self, item: &Item) -> Option<()> {
+        let (user, id) = key(item)?;
+        // A conversation that is being deleted is not counted. It leaves its sandbox when its deletion ends.
+        if !item.contains_key("deleting_since") {
+            let counts = self.counts.entry((user.clone(), sub_counter(&id)?)).or_default();
+            counts.conversations += 1;
+            counts.top_level_conversations += u64::from(!item.contains_key("parent_conversation_id"));
+        }
+        let members = self.sandboxes.get_mut(&(user, text(item, "sandbox_id")?))?;
+        members.conversations.insert(id);
+        Some(())
+    }
+
+    fn gather_start(&mut self, item: &Item) -> Option<()> {
+        let (user, id) = key(item)?;
+        let counts = self.counts.entry((user.clone(), sub_counter(&id)?)).or_default();
+        counts.start_tasks += 1;
+        // No worker continues an imported start, which may have any status.
+        let is_unfinished = item.contains_key(UNFINISHED_SHARD);
+        if !is_unfinished {
+            return None;
+        }
+        counts.unfinished_starts += 1;
+        let created = text(item, "new_sandbox_id");
+        // Between the creation of a sandbox and the write that names it, the start has only the id that it has chosen.
+        let sandbox = text(item, "sandbox_id").or_else(|| created.clone())?;
+        let members = self.sandboxes.get_mut(&(user, sandbox.clone()))?;
+        members.is_of_start |= created == Some(sandbox);
+        members.starts.insert(id);
+        Some(())
+    }
+
+    fn sandbox(&self, mut item: Item) -> Item {
+        if let Some(wanted) = item.remove("wanted") {
+            item.insert("desired".to_owned(), wanted);
+        }
+        if let (Some(id), Some(used_at)) = (text(&item, "id"), item.get("used_at").cloned()) {
+            let shard = id.bytes().fold(0, u8::wrapping_add) % DUE_SHARDS;
+            item.insert("due_shard".to_owned(), AttributeValue::S(shard.to_string()));
+            item.insert("due_at".to_owned(), used_at);
+        }
+        if let Some(members) = key(&item).and_then(|key| self.sandboxes.get(&key)) {
+            for (name, ids) in [("starts", &members.starts), ("conversations", &members.conversations)] {
+                // DynamoDB has no empty sets.
+                if !ids.is_empty() {
+                    item.insert(name.to_owned(), AttributeValue::SS(ids.iter().cloned().collect()));
+                }
+            }
+            if members.is_of_start {
+                item.insert("delete_when_empty".to_owned(), AttributeValue::BOOL(true));
+            }
+        }
+        item
+    }
+}
+
+/// The rows of a start task.
+fn start_rows(mut item: Item) -> Vec<Item> {
+    let moved: Item = LEASE_ATTRIBUTES.iter().filter_map(|name| item.remove_entry(*name)).collect();
+    if !moved.contains_key(UNFINISHED_SHARD) {
+        return vec![item];
+    }
+    // Only a start that is unfinished has a deadline.
+    if let (false, Some(updated_at)) = (item.contains_key("deadline"), item.get("updated_at").cloned()) {
+        item.insert("deadline".to_owned(), updated_at);
+    }
+    let Some((user, id)) = key(&item) else { return vec![item] };
+    let mut lease = moved;
+    lease.insert("user".to_owned(), AttributeValue::S(user));
+    lease.insert("id".to_owned(), AttributeValue::S(format!("{id}#lease")));
+    vec![item, lease]
+}
+
+impl Conversion for ToVersion2 {
+    fn gather(&mut self, table: &str, item: &Item) {
+        // An item without a key cannot exist.
+        let _gathered = match table {
+            "sandboxes" => key(item).map(|key| drop(self.sandboxes.insert(key, Members::default()))),
+            "conversations" => self.gather_conversation(item),
+            _ => self.gather_start(item),
+        };
+    }
+
+    fn convert(&self, table: &'static str, item: Item) -> Vec<(&'static str, Item)> {
+        match table {
+            "sandboxes" => vec![(table, self.sandbox(item))],
+            "start-tasks" => start_rows(item).into_iter().map(|item| (table, item)).collect(),
+            _ if text(&item, "kind").as_deref() == Some(COUNTERS) => Vec::new(),
+            _ => vec![(table, item)],
+        }
+    }
+
+    fn finish(&self) -> Vec<(&'static str, Item)> {
+        let number = |count: u64| AttributeValue::N(count.to_string());
+        self.counts
+            .iter()
+            .map(|((user, sub_counter), counts)| {
+                let item = [
+                    ("user", AttributeValue::S(user.clone())),
+                    ("kind", AttributeValue::S(format!("{COUNTERS}#{sub_counter}"))),
+                    ("conversations", number(counts.conversations)),
+                    ("top_level_conversations", number(counts.top_level_conversations)),
+                    ("start_tasks", number(counts.start_tasks)),
+                    ("unfinished_starts", number(counts.unfinished_starts)),
+                ];
+                ("users", item.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
+            })
+            .collect()
+    }
+}
+
+fn text(item: &Item, name: &str) -> Option<String> {
+    match item.get(name)? {
+        AttributeValue::S(text) => Some(text.clone()),
+        _ => None,
+    }
+}
+
+fn key(item: &Item) -> Option<Key> {
+    Some((text(item, "user")?, text(item, "id")?))
+}
+
+/// The number of the sub-counter that counts the row with this id.
+fn sub_counter(id: &str) -> Option<u8> {
+    let id = uuid::Uuid::try_parse(id).ok()?;
+    Some(id.as_bytes().iter().fold(0, |sum, byte| sum ^ byte) % SUB_COUNTERS)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn item(attributes: Value) -> Item {
+        serde_json::from_value(attributes).expect("an item")
+    }
+
+    fn s(text: &str) -> Value {
+        json!({"S": text})
+    }
+
+    fn running() -> ToVersion2 {
+        ToVersion2::default()
+    }
+
+    const A: &str = "000000000000000000000000000000a1";
+    const B: &str = "000000000000000000000000000000b2";
+    const C: &str = "000000000000000000000000000000c3";
+
+    #[test]
+    fn a_sandbox_gets_its_members() {
+        let mut step = running();
+        let used_at = s("2026-11-20T10:00:00.000000Z");
+        let sandbox = |id: &str| item(json!({"user": s("u"), "id": s(id), "wanted": s("paused"), "used_at": used_at}));
+        for id in ["one", "two", "empty"] {
+            step.gather("sandboxes", &sandbox(id));
+        }
+        for (id, sandbox, more) in [(A, "one", None), (B, "one", Some("deleting_since")), (C, "gone", None)] {
+            let mut conversation = json!({"user": s("u"), "id": s(id), "sandbox_id": s(sandbox)});
+            if let Some(more) = more {
+                conversation[more] = s("2026-11-20T10:00:00.000000Z");
+            }
+            step.gather("conversations", &item(conversation));
+        }
+        let start = |id: &str, more: Value| {
+            let mut start = json!({"user": s("u"), "id": s(id), "status": s("WORKING")});
+            for (name, value) in more.as_object().expect("attributes") {
+                start[name] = value.clone();
+            }
+            item(start)
+        };
+        // One joined a sandbox, one has created its own and not named it yet, one is finished.
+        step.gather(
+            "start-tasks",
+            &start(A, json!({"unfinished_shard": s("a"), "sandbox_id": s("one"), "new_sandbox_id": s("x")})),
+        );
+        step.gather("start-tasks", &start(B, json!({"unfinished_shard": s("b"), "new_sandbox_id": s("two")})));
+        step.gather("start-tasks", &start(C, json!({"sandbox_id": s("two"), "new_sandbox_id": s("two")})));
+        let converted = |id: &str, shard: &str| {
+            let mut items = step.convert("sandboxes", sandbox(id));
+            assert_eq!(items.len(), 1);
+            let mut converted = serde_json::to_value(items.remove(0).1).expect("JSON");
+            let common = [("user", s("u")), ("id", s(id)), ("desired", s("paused")), ("used_at", used_at.clone())];
+            let due = [("due_shard", s(shard)), ("due_at", used_at.clone())];
+            for (name, value) in common.into_iter().chain(due) {
+                assert_eq!(converted[name].take(), value, "{name} of {id}");
+            }
+            let mut more = converted.as_object().expect("attributes").clone();
+            more.retain(|_, value| !value.is_null());
+            Value::Object(more)
+        };
+        assert_eq!(converted("one", "2"), json!({"starts": {"SS": [A]}, "conversations": {"SS": [A, B]}}));
+        assert_eq!(converted("two", "2"), json!({"starts": {"SS": [B]}, "delete_when_empty": {"BOOL": true}}));
+        assert_eq!(converted("empty", "3"), json!({}));
+    }
+
+    #[test]
+    fn an_unfinished_start_gets_a_lease_row() {
+        let step = running();
+        let rows = |row: &Value| {
+            let rows = step.convert("start-tasks", item(row.clone()));
+            assert!(rows.iter().all(|(table, _)| *table == "start-tasks"));
+            rows.into_iter().map(|(_, row)| serde_json::to_value(row).expect("JSON")).collect::<Vec<_>>()
+        };
+        let at = s("2026-11-20T10:00:00.000000Z");
+        let common =
+            json!({"user": s("u"), "id": s(A), "status": s("WORKING"), "updated_at": at, "history": {"L": []}});
+        let with = |more: Value| {
+            let mut row = common.clone();
+            row.as_object_mut().expect("attributes").extend(more.as_object().expect("attributes").clone());
+            row
+        };
+        let command = json!({"M": {"name": s("setup-script"), "id": s("c")}});
+        let leased = json!({"unfinished_shard": s("0"), "due_at": at, "lease_owner": s("w"), "lease_until": at, "last_write": s("x"),
+            "open_claims": {"N": "1"}, "attempts": {"N": "2"}, "refusals": {"N": "0"}, "command": command});
+        let mut lease = leased.clone();
+        lease["user"] = s("u");
+        lease["id"] = s(&format!("{A}#lease"));
+        let kept = json!({"deadline": s("2026-11-20T11:00:00.000000Z"), "failure": s("why")});
+        let mut whole = with(kept.clone());
+        whole.as_object_mut().expect("attributes").extend(leased.as_object().expect("attributes").clone());
+        assert_eq!(rows(&whole), [with(kept), lease.clone()]);
+        // Without a deadline, the step is overdue.
+        assert_eq!(rows(&with(leased)), [with(json!({"deadline": at})), lease]);
+        // A finished start, and one that was imported.
+        assert_eq!(rows(&with(json!({"attempts": {"N": "2"}, "last_write": s("x")}))), [common]);
+    }
+
+    #[test]
+    fn counters_are_made_from_the_rows() {
+        let mut step = running();
+        let ids: Vec<String> = (0..100u128).map(|id| uuid::Uuid::from_u128(id << 64).simple().to_string()).collect();
+        for (number, id) in ids.iter().enumerate() {
+            let mut conversation = json!({"user": s("u"), "id": s(id), "sandbox_id": s("x")});
+            if number < 30 {
+                conversation["parent_conversation_id"] = s(A);
+            }
+            step.gather("conversations", &item(conversation));
+            let mut start = json!({"user": s("u"), "id": s(id), "status": s("WORKING")});
+            if number < 20 {
+                start["unfinished_shard"] = s("0");
+            }
+            step.gather("start-tasks", &item(start));
+        }
+        step.gather("conversations", &item(json!({"user": s("v"), "id": s(A), "sandbox_id": s("x")})));
+        let deleted = json!({"user": s("v"), "id": s(B), "sandbox_id": s("x"), "deleting_since": s("2026-11-20T10:00:00.000000Z")});
+        step.gather("conversations", &item(deleted));
+        let counters = json!({"user": s("u"), "kind": s("counters"), "conversations": {"N": "7"}});
+        assert!(step.convert("users", item(counters)).is_empty());
+        let settings = item(json!({"user": s("u"), "kind": s("settings"), "sealed": s("x")}));
+        assert_eq!(step.convert("users", settings.clone()), [("users", settings)]);
+        let counted = step.finish();
+        assert_eq!(counted.len(), 9, "eight items of u, one of v");
+        let sum = |user: &str, name: &str| -> u64 {
+            let of_user = counted.iter().filter(|(_, item)| text(item, "user").as_deref() == Some(user));
+            of_user
+                .map(|(_, item)| match &item[name] {
+                    AttributeValue::N(number) => number.parse::<u64>().expect("a number"),
+                    other => panic!("{other:?}"),
+                })
+                .sum()
+        };
+        let names = ["conversations", "top_level_conversations", "start_tasks", "unfinished_starts"];
+        assert_eq!(names.map(|name| sum("u", name)), [100, 70, 100, 20]);
+        assert_eq!(names.map(|name| sum("v", name)), [1, 1, 0, 0]);
+    }
+}
