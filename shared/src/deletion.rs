@@ -13,7 +13,7 @@ use uuid::Uuid;
 use crate::agent_server::Failure;
 use crate::clock::Time;
 use crate::conversation::ConversationRecord;
-use crate::conversation::store::{ConversationStore, IMPORT_LIMIT};
+use crate::conversation::store::{ConversationStore, IMPORT_LIMIT, UnfinishedDeletion};
 use crate::dynamo::Backoff;
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::event::store::EventStore;
@@ -71,16 +71,16 @@ impl Deleter {
             }
             for record in generation {
                 tracing::info!(conversation = %record.id, "conversation.deletion_started");
-                self.enqueue(user, record.id).await;
+                self.enqueue(user, record.id, Duration::ZERO).await;
             }
         }
         Ok(true)
     }
 
     /// A failure is only logged: the sweep enqueues the job of an overdue row.
-    async fn enqueue(&self, user: &UserId, conversation: Uuid) {
+    async fn enqueue(&self, user: &UserId, conversation: Uuid, delay: Duration) {
         let job = DeleteConversation { user: user.clone(), conversation }.into();
-        if let Err(error) = self.queue.send(&job, Duration::ZERO).await {
+        if let Err(error) = self.queue.send(&job, delay).await {
             tracing::warn!(%conversation, error = %error.context(), "conversation.enqueue_failed");
         }
     }
@@ -98,6 +98,8 @@ pub struct Deletion {
     pub reconciler: SandboxReconciler,
     pub sandboxes: Arc<dyn SandboxService>,
     pub http: HttpClient,
+    /// How long indexes may lag.
+    pub index_lag: Duration,
 }
 
 impl Deletion {
@@ -108,11 +110,17 @@ impl Deletion {
     /// [`crate::Error::Store`] or [`crate::Error::Upstream`]; the deletion is unfinished then, and the sweep enqueues it again.
     pub async fn finish(&self, user: &UserId, id: Uuid) -> Result<()> {
         let conversations = &self.deleter.conversations;
-        let Some(record) = conversations.take_deletion(user, id, Time::now().plus(RETRY_AFTER_ATTEMPT)).await? else {
-            return Ok(());
-        };
+        let taken = conversations.take_deletion(user, id, Time::now().plus(RETRY_AFTER_ATTEMPT)).await?;
+        let Some(UnfinishedDeletion { record, since }) = taken else { return Ok(()) };
         for child in conversations.sub_conversations(user, id).await? {
             self.deleter.delete(user, child).await?;
+        }
+        // Only when the indexes contain all that was written before the deletion began, they have every sub-conversation and start task.
+        // None was added since: a start becomes READY on the condition that the parent of its conversation is not being deleted.
+        let left = self.index_lag.saturating_sub(Time::now().since(since));
+        if !left.is_zero() {
+            self.deleter.enqueue(user, id, left).await;
+            return Ok(());
         }
         // This runs before the events are deleted, because the agent server may still send events. They are not stored while the record
         // exists.

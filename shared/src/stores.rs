@@ -8,7 +8,9 @@ use crate::aws::Aws;
 use crate::config::{Config, ExportConfig, Names, SandboxConfig, StartConfig};
 use crate::conversation::store::ConversationStore;
 use crate::deletion::{Deleter, Deletion};
+use crate::dynamo::INDEX_LAG;
 use crate::event::follow_up::FollowUp;
+use crate::event::ingest::EventIngestor;
 use crate::event::store::EventStore;
 use crate::export::store::ExportStore;
 use crate::export::{ExportJobs, Exporter};
@@ -158,6 +160,7 @@ impl Stores {
         StartService {
             conversations: self.conversations(),
             tasks: self.start_tasks(),
+            sandboxes: self.sandboxes(),
             queue: self.queue(),
             settings: self.settings(),
             allow_insecure_git_access: config.start.allow_insecure_git_access,
@@ -194,13 +197,32 @@ impl Stores {
             reconciler: self.sandbox_reconciler(sandboxes.clone()),
             sandboxes,
             http,
+            index_lag: INDEX_LAG,
         }
     }
 
     /// Polls the agent servers in these sandboxes, and processes their events.
     #[must_use]
     pub fn follow_up(&self, sandboxes: Arc<dyn SandboxService>, http: HttpClient) -> FollowUp {
-        FollowUp { conversations: self.conversations(), events: self.events(), sandboxes, queue: self.queue(), http }
+        FollowUp {
+            conversations: self.conversations(),
+            events: self.events(),
+            sandboxes,
+            queue: self.queue(),
+            ingestor: self.event_ingestor(),
+            http,
+        }
+    }
+
+    /// Ingests the reports of agent servers.
+    #[must_use]
+    pub fn event_ingestor(&self) -> EventIngestor {
+        EventIngestor {
+            conversations: self.conversations(),
+            events: self.events(),
+            sandboxes: self.sandboxes(),
+            queue: self.queue(),
+        }
     }
 
     /// Stores and delivers pending messages of conversations that run in these sandboxes.

@@ -78,7 +78,12 @@ async fn measure(bytes: usize) {
             .sum::<f64>()
     };
     println!("\n### A first message of {bytes} bytes\n\n| write | units |\n|---|---|");
-    let new = NewStart { identity: StartIdentity::random(), deadline: Time::now().plus(LEASE), max_unfinished: 500 };
+    let new = NewStart {
+        identity: StartIdentity::random(),
+        deadline: Time::now().plus(LEASE),
+        max_unfinished: 500,
+        membership: None,
+    };
     let record = tasks.create(&user, &request, &new).await.expect("created");
     println!("| create | {} |", spent());
     let id = record.id;

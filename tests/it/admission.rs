@@ -70,7 +70,7 @@ fn id_of(task: &Value) -> String {
 }
 
 fn new_start() -> NewStart {
-    NewStart { identity: StartIdentity::random(), deadline: shared::Time::now(), max_unfinished: 500 }
+    NewStart { identity: StartIdentity::random(), deadline: shared::Time::now(), max_unfinished: 500, membership: None }
 }
 
 async fn count(api: &Api, user: &UserId, counter: Counter) -> u64 {

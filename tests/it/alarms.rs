@@ -163,6 +163,11 @@ fn every_condition_that_operators_must_know_has_an_alarm() {
     let not_deleted = of_type(&template, "AWS::Logs::MetricFilter")["SandboxesNotDeleted"];
     assert_eq!(not_deleted["FilterPattern"], r#"{ $.message = "sandbox.deletion_keeps_failing" }"#);
     assert_eq!(alarms["SandboxesNotDeletedAlarm"]["Threshold"], 1);
+    let unknown = of_type(&template, "AWS::Logs::MetricFilter")["SandboxesUnknown"];
+    assert_eq!(unknown["FilterPattern"], r#"{ $.message = "sandbox.unknown_at_provider" }"#);
+    assert_eq!(unknown["MetricTransformations"][0]["MetricValue"], "$.count");
+    assert_eq!(alarms["SandboxesUnknownAlarm"]["Threshold"], 1);
+    assert_eq!(template["Resources"]["SandboxesUnknownAlarm"]["Condition"], "HasOwnRuntimeApiKey");
     // Every function that crashes or times out.
     let with_errors: BTreeSet<String> = ["FunctionErrorsAlarm", "WorkerErrorsAlarm"]
         .into_iter()

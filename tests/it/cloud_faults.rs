@@ -145,7 +145,6 @@ async fn a_deletion_on_lagging_indexes_removes_everything_and_no_more() {
 
 /// A sub-conversation that is not in the indexes yet.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "sub-conversations are found in an index that lags"]
 async fn a_deletion_includes_a_sub_conversation_that_was_just_made() {
     let harness = WorkerHarness::start_on(quick(), AwsFaults { lag: INDEX_LAG, ..AwsFaults::lagging(50) }).await;
     let parent = deletion::conversation(&harness, json!({})).await;

@@ -204,12 +204,13 @@ async fn count_of_failures_survives_a_crash() {
             harness.sweep().await;
             continue;
         };
-        let before = harness.task(task.id).await.attempts;
+        let before = harness.attempts(task.id).await;
         let (context, event) = (harness.context.clone(), WorkerHarness::event(&message));
         let worker = tokio::spawn(async move { worker::handle(&context, event).await });
         wait_until("another failure", LIMIT, async || {
-            let now = harness.task(task.id).await;
-            now.attempts > before || now.now.status.is_final() || worker.is_finished()
+            harness.attempts(task.id).await > before
+                || harness.task(task.id).await.now.status.is_final()
+                || worker.is_finished()
         })
         .await;
         worker.abort();
@@ -307,7 +308,12 @@ async fn end_of_a_command_enqueues_a_job_only_for_an_unfinished_start_of_the_san
     }
     let tasks = api.stores.start_tasks();
     let request = StartRequest::from_body(Some("application/json"), b"{}").expect("a request");
-    let new = NewStart { identity: StartIdentity::random(), deadline: Time::now().plus(LIMIT), max_unfinished: 500 };
+    let new = NewStart {
+        identity: StartIdentity::random(),
+        deadline: Time::now().plus(LIMIT),
+        max_unfinished: 500,
+        membership: None,
+    };
     let task = tasks.create(&user, &request, &new).await.expect("a task");
     let id = task.id.to_string();
     assert_eq!(notify(&api, &id, Some("key-of-one")).await, 404, "it has no sandbox yet");

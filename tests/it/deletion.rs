@@ -62,7 +62,8 @@ pub async fn settle(harness: &WorkerHarness) {
         while let Some(message) = harness.receive().await {
             harness.handle(&message).await;
         }
-        if harness.conversations.deletions().due(Time::now()).await.0.is_empty() {
+        let is_idle = harness.waiting_messages().await == 0;
+        if is_idle && harness.conversations.deletions().due(Time::now()).await.0.is_empty() {
             return harness.settle_sandboxes().await;
         }
         assert!(Instant::now() < deadline, "a deletion is not finished");
@@ -279,6 +280,68 @@ async fn late_reports_do_not_bring_a_deleted_conversation_back() {
     let other = conversations.get(user, kept.conversation_id).await.expect("the store").expect("a record");
     let imported = shared::conversation::ConversationRecord { id, ..other };
     assert_eq!(conversations.import(user, &[imported]).await.expect("imported"), [true]);
+    harness.finish().await;
+}
+
+/// A start uses the sandbox that its request names from the request on, although no worker has begun with it.
+#[tokio::test]
+async fn sandbox_is_kept_for_a_start_that_has_only_been_requested() {
+    let harness = WorkerHarness::start(quick()).await;
+    let last = conversation(&harness, json!({})).await;
+    let sandbox = last.now.sandbox_id.clone().expect("a sandbox");
+    let start = harness.begin(&json!({"sandbox_id": sandbox})).await;
+    let job = harness.receive().await.expect("the start's message");
+    let deleter = &harness.context.deletion.deleter;
+    assert!(deleter.delete(&harness.user, last.conversation_id).await.expect("deleted"));
+    let deletion = harness.receive().await.expect("the deletion's message");
+    harness.handle(&deletion).await;
+    let record = harness.records.get(&harness.user, &sandbox).await.expect("the store");
+    assert!(record.is_some_and(|record| record.conversations.is_empty() && record.starts.len() == 1));
+    harness.handle(&job).await;
+    let ready = harness.drive(start.id).await;
+    assert_eq!((ready.now.status, ready.now.sandbox_id), (StartStatus::Ready, Some(sandbox.clone())));
+    let record = harness.records.get(&harness.user, &sandbox).await.expect("the store").expect("a sandbox");
+    assert!(record.starts.is_empty() && record.conversations.len() == 1, "{record:?}");
+
+    // One that ends before a worker has begun leaves the sandbox.
+    let cancelled = harness.begin(&json!({"sandbox_id": sandbox})).await;
+    harness.purge().await;
+    harness.cancel(cancelled.id).await.expect("cancelled");
+    harness.undone(cancelled.id).await;
+    let record = harness.records.get(&harness.user, &sandbox).await.expect("the store").expect("a sandbox");
+    assert!(record.starts.is_empty(), "{record:?}");
+    assert!(deleter.delete(&harness.user, ready.conversation_id).await.expect("deleted"));
+    settle(&harness).await;
+    assert!(harness.sandboxes.made()[&sandbox].deleted, "no one uses it any more");
+
+    // Without such a sandbox the start ends as before.
+    for unknown in [sandbox, "no-such-sandbox".to_owned(), "x".repeat(300)] {
+        let start = harness.begin(&json!({"sandbox_id": unknown})).await;
+        let ended = harness.drive(start.id).await;
+        let expected = format!("Sandbox not found: {unknown}");
+        assert_eq!((ended.now.status, ended.now.detail), (StartStatus::Error, Some(expected)));
+    }
+    settle(&harness).await;
+    harness.finish().await;
+}
+
+/// A sub-conversation whose start ends while its parent is deleted.
+#[tokio::test]
+async fn no_conversation_is_added_below_one_that_is_being_deleted() {
+    let harness = WorkerHarness::start(quick()).await;
+    let parent = conversation(&harness, json!({})).await;
+    let start = harness.begin(&json!({"parent_conversation_id": parent.conversation_id})).await;
+    let job = harness.receive().await.expect("the start's message");
+    assert!(harness.context.deletion.deleter.delete(&harness.user, parent.conversation_id).await.expect("deleted"));
+    harness.handle(&job).await;
+    let ended = harness.drive(start.id).await;
+    let expected = format!("Parent conversation {} was deleted during the start", parent.conversation_id);
+    assert_eq!((ended.now.status, ended.now.detail), (StartStatus::Error, Some(expected)));
+    harness.undone(start.id).await;
+    settle(&harness).await;
+    assert_nothing_left(&harness, &parent, "the parent").await;
+    assert_eq!(harness.conversations.count(&harness.user, &everything()).await.expect("a count"), 0);
+    assert!(harness.sandboxes.made().values().all(|made| made.deleted));
     harness.finish().await;
 }
 

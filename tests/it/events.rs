@@ -218,7 +218,9 @@ async fn batch_get_accepts_duplicate_ids() {
     let log = Log::new().await;
     log.append(vec![event("a", "2026-01-01T00:00:01", "K"), event("a", "2026-01-01T00:00:02", "K")]).await;
     let ids = ["a", "b", "a", "b"].map(ToOwned::to_owned);
-    assert_eq!(log.store.known(&log.user, log.conversation, &ids).await.expect("the store"), ["a"]);
+    let asked = ids.iter().map(|id| event(id, "2026-01-01T00:00:03", "K")).collect();
+    let unknown = log.store.unknown(&log.user, log.conversation, asked).await.expect("the store");
+    assert_eq!(unknown.iter().map(|event| event.id.as_str()).collect::<Vec<_>>(), ["b"]);
     let found = log.store.batch_get(&log.user, log.conversation, &ids).await.expect("the store");
     assert_eq!(found.iter().map(Option::is_some).collect::<Vec<_>>(), [true, false, true, false]);
     log.engines.shutdown().await;

@@ -133,7 +133,12 @@ impl Rig {
 }
 
 fn new_start() -> NewStart {
-    NewStart { identity: StartIdentity::random(), deadline: Time::now().plus(LEASE), max_unfinished: 500 }
+    NewStart {
+        identity: StartIdentity::random(),
+        deadline: Time::now().plus(LEASE),
+        max_unfinished: 500,
+        membership: None,
+    }
 }
 
 fn snapshot(status: StartStatus) -> Snapshot {

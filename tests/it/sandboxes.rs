@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use shared::config::{DockerSandboxConfig, RemoteSandboxConfig, SandboxConfig};
 use shared::digest::sha256_hex;
 use shared::http_client::{AddressPolicy, HttpClient};
+use shared::sandbox::orphans::PERIOD;
 use shared::sandbox::reconciler::{IdlePolicy, SandboxReconciler};
 use shared::sandbox::spec::AGENT_SERVER_VERSION;
 use shared::sandbox::store::SandboxStore;
@@ -28,6 +29,13 @@ use crate::support::seed;
 use crate::support::stand_in_agent::{Fault as AgentFault, Kind, Nth, StandInAgent};
 use crate::support::wait::{wait_for, wait_until};
 use crate::support::worker_harness::{SESSION_KEY, WorkerHarness, quick};
+
+/// The id of the deployment, and with what the names of its sandboxes at providers begin.
+const DEPLOYMENT: &str = "deployment-one";
+
+fn name_at_provider(user: &UserId, id: &str) -> String {
+    format!("{}-{}", &sha256_hex(DEPLOYMENT)[..12], &sha256_hex(&user.key_of(id))[..32])
+}
 
 const BOOT: Duration = Duration::from_secs(180);
 /// The longest time that a response may take while a provider hangs, on a busy machine.
@@ -187,6 +195,7 @@ impl TestControl for RuntimeApi {
 
 fn remote(runtimes: &RuntimeApi) -> RemoteSandboxConfig {
     RemoteSandboxConfig {
+        deployment: Some(DEPLOYMENT.to_owned()),
         api_url: format!("{}/", runtimes.url()),
         api_key: Some(API_KEY.into()),
         image: "registry.example.com/agent-server:1".to_owned(),
@@ -255,6 +264,7 @@ async fn remote_sandboxes_conform() {
 
 fn docker(host: Option<String>) -> DockerSandboxConfig {
     DockerSandboxConfig {
+        deployment: Some(DEPLOYMENT.to_owned()),
         host,
         image: "registry.example.com/agent-server:1".to_owned(),
         url_pattern: "http://127.0.0.1:{port}".to_owned(),
@@ -294,7 +304,7 @@ async fn docker_sandboxes_conform() {
     // The settings that containers are created with.
     service.start(&fixture.user, "one", None).await.expect("started");
     let (name, container) = engine.containers().pop_first().expect("a container");
-    assert_eq!(name, format!("oh-agent-server-{}", &sha256_hex(&fixture.user.key_of("one"))[..32]));
+    assert_eq!(name, format!("oh-agent-server-{}", name_at_provider(&fixture.user, "one")));
     let body = &container.body;
     assert_eq!(body["Cmd"], json!(["--port", "8000"]));
     assert_eq!(body["WorkingDir"], "/workspace/project");
@@ -354,13 +364,42 @@ async fn docker_sandboxes_conform() {
     fixture.api.stop().await;
 }
 
+#[tokio::test]
+async fn containers_without_a_record_are_deleted() {
+    let fixture = Remote::start().await;
+    let engine = DockerEngine::start(&fixture.agent.url()).await;
+    let service = service(&SandboxConfig::Docker(docker(Some(engine.url()))), fixture.records());
+    let (reconciler, user) = (fixture.reconciler(service.clone()), &fixture.user);
+    for id in ["used", "orphan"] {
+        service.start(user, id, None).await.expect("started");
+    }
+    let [used, orphan] = ["used", "orphan"].map(|id| format!("oh-agent-server-{}", name_at_provider(user, id)));
+    let of_another = format!("oh-agent-server-{}-{}", &sha256_hex("another")[..12], &sha256_hex("x")[..32]);
+    engine.add(&of_another);
+    engine.add("anything");
+    let records = &reconciler.records;
+    assert!(records.mark_deleted(user, "orphan").await.expect("marked"));
+    let claim = records.claim(user, "orphan", Duration::from_secs(60)).await.expect("the store").expect("it is due");
+    assert!(records.remove(&claim).await.expect("removed"));
+    // The engine reports how old a container is.
+    let now = shared::Time::now();
+    assert_eq!(reconciler.find_orphans(now).await.expect("compared"), 0);
+    assert_eq!(reconciler.find_orphans(now.plus(PERIOD)).await.expect("compared"), 1);
+    reconciler.reconcile(user, "orphan").await.expect("reconciled");
+    let left: Vec<String> = engine.containers().into_keys().collect();
+    assert_eq!(left.len(), 3, "{left:?}");
+    assert!(left.contains(&used) && left.contains(&of_another) && !left.contains(&orphan), "{left:?}");
+    assert!(records.find(user, "orphan").await.expect("the store").is_none());
+    fixture.api.stop().await;
+}
+
 /// A real engine; the prefix of its containers' names.
 struct Real(String);
 impl TestControl for Real {
     async fn let_run(&self, _: &str) {}
 
     async fn kill(&self, id: &str) {
-        let name = format!("{}{}", self.0, &sha256_hex(&UserId::new("user-one").key_of(id))[..32]);
+        let name = format!("{}{}", self.0, name_at_provider(&UserId::new("user-one"), id));
         let killed = tokio::process::Command::new("docker").args(["kill", &name]).output().await.expect("run");
         assert!(killed.status.success(), "{killed:?}");
     }

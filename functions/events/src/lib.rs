@@ -35,17 +35,11 @@ impl Context {
     #[must_use]
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
         let stores = Stores::new(&config.names, aws, sealer);
-        let events = stores.events();
         Self {
             sandboxes: stores.sandboxes(),
             settings: stores.settings(),
-            ingestor: EventIngestor {
-                conversations: stores.conversations(),
-                events: events.clone(),
-                sandboxes: stores.sandboxes(),
-                queue: stores.queue(),
-            },
-            events,
+            ingestor: stores.event_ingestor(),
+            events: stores.events(),
             tasks: stores.start_tasks(),
             queue: stores.queue(),
             sealer: sealer.clone(),

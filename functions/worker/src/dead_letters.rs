@@ -3,6 +3,7 @@
 
 use shared::error::Result;
 use shared::jobs::advance_start::AdvanceStart;
+use shared::jobs::backfill_events::BackfillEvents;
 use shared::jobs::delete_conversation::DeleteConversation;
 use shared::jobs::deliver_messages::DeliverMessages;
 use shared::jobs::process_events::ProcessEvents;
@@ -27,6 +28,7 @@ pub(crate) async fn handle(context: &Context, job: Job) -> Result<()> {
             tracing::error!(sandbox, ?policy, "worker.sandbox_not_reconciled");
         }
         Job::RefreshConversation(RefreshConversation { conversation, .. })
+        | Job::BackfillEvents(BackfillEvents { conversation, .. })
         | Job::ProcessEvents(ProcessEvents { conversation, .. }) => {
             tracing::error!(%conversation, ?policy, "worker.events_not_processed");
         }

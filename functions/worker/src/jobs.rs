@@ -35,6 +35,7 @@ pub(crate) async fn run(context: &Context, job: Job) -> Result<()> {
         Job::ReconcileSandbox(ReconcileSandbox { user, sandbox }) => {
             context.reconciler.reconcile(&user, &sandbox).await
         }
+        Job::BackfillEvents(job) => context.follow_up.fetch_missing_events(&job).await,
         Job::RefreshConversation(job) => context.follow_up.refresh_from_agent_server(&job).await,
         Job::ProcessEvents(ProcessEvents { user, conversation, up_to }) => {
             context.follow_up.process_events(&user, conversation, up_to.as_deref()).await

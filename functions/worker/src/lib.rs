@@ -6,8 +6,9 @@ mod jobs;
 use std::sync::Arc;
 
 use aws_lambda_events::event::sqs::{BatchItemFailure, SqsBatchResponse, SqsEvent, SqsMessage};
-use futures::future::{join_all, join4};
+use futures::future::{join_all, join5};
 use serde_json::Value;
+use shared::Time;
 use shared::aws::Aws;
 use shared::config::{Config, StartConfig};
 use shared::deletion::Deletion;
@@ -39,6 +40,7 @@ impl Context {
         let sandboxes = stores.sandbox_service(&config.sandbox);
         let http = HttpClient::new(config.address_policy);
         let mut context = Self::with_sandboxes(&stores, &sandboxes, &http, &config.start);
+        context.deletion.index_lag = config.export.settle;
         context.reconciler.idle = config.sandbox_idle_limit.map(|limit| IdlePolicy { limit, http });
         context
     }
@@ -68,10 +70,16 @@ impl Context {
 /// When a scheduled sweep fails.
 pub async fn handle(context: &Context, event: Value) -> Result<SqsBatchResponse, Error> {
     if event.get("Records").is_none() {
-        let (starts, deletions, messages, sandboxes) =
-            join4(context.saga.sweep(), context.deletion.sweep(), context.messages.sweep(), context.reconciler.sweep())
-                .await;
+        let (starts, deletions, messages, sandboxes, orphans) = join5(
+            context.saga.sweep(),
+            context.deletion.sweep(),
+            context.messages.sweep(),
+            context.reconciler.sweep(),
+            context.reconciler.find_orphans(Time::now()),
+        )
+        .await;
         // All of them have run by now, also when one of them failed.
+        orphans?;
         let requeued = starts? + deletions? + messages? + sandboxes?;
         if requeued > 0 {
             tracing::warn!(requeued, "worker.swept");

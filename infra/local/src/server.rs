@@ -479,11 +479,13 @@ fn sandbox_config(
     Ok(match options.sandbox {
         SandboxKind::None => SandboxConfig::None,
         SandboxKind::Docker => SandboxConfig::Docker(DockerSandboxConfig {
+            deployment: Some(deployment_id(data)?),
             allow_cors_origins: origins_of_agent_servers(&environment.origins, port),
             ..DockerSandboxConfig::from_env(port, &options.agent_server_version)?
         }),
         SandboxKind::Remote => {
             let mut remote = RemoteSandboxConfig::from_env(&options.agent_server_version)?;
+            remote.deployment = Some(deployment_id(data)?);
             remote.allow_cors_origins.extend(own_origins(port));
             SandboxConfig::Remote(remote)
         }
@@ -496,6 +498,22 @@ fn sandbox_config(
             allow_cors_origins: origins_of_agent_servers(&environment.origins, port),
         }),
     })
+}
+
+/// The id of the deployment in a data folder: a random text, created once, and the folder's path, so that a copy of the folder does not take
+/// the sandboxes of the original for its own.
+fn deployment_id(data: &Path) -> Result<String, ServerError> {
+    let file = data.join("deployment-id");
+    let stored = match fs::read_to_string(&file) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let id = shared::id::random_base62(22);
+            private_file::write(&file, id.as_bytes(), 0o600).map_err(file_error(&file))?;
+            id
+        }
+        read => read.map_err(file_error(&file))?,
+    };
+    let path = data.canonicalize().map_err(file_error(data))?;
+    Ok(format!("{stored} {}", path.display()))
 }
 
 fn config(environment: &Environment, sandbox: SandboxConfig, storage: &Storage) -> Config {

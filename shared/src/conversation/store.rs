@@ -11,6 +11,7 @@ use std::time::Duration;
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::types::{AttributeValue, TransactWriteItem};
 use futures::future::try_join_all;
+use serde::Deserialize;
 use uuid::Uuid;
 
 use super::ConversationRecord;
@@ -106,6 +107,25 @@ impl ConversationChange {
 
     fn put(self, name: &str, value: Option<AttributeValue>) -> Self {
         Self(self.0.set_or_remove(name, value))
+    }
+}
+
+/// A conversation that is being deleted.
+#[derive(Clone, Debug)]
+pub struct UnfinishedDeletion {
+    pub record: ConversationRecord,
+    /// The time of the request.
+    pub since: Time,
+}
+
+impl UnfinishedDeletion {
+    fn read(item: Item) -> Result<Self> {
+        #[derive(Deserialize)]
+        struct Deleting {
+            deleting_since: Time,
+        }
+        let Deleting { deleting_since } = from_item(item.clone())?;
+        Ok(Self { record: from_item(item)?, since: deleting_since })
     }
 }
 
@@ -236,6 +256,15 @@ impl ConversationStore {
         update.in_transaction(&self.table.name, key(user, id))
     }
 
+    /// The condition, for a transaction, that a conversation exists and is not being deleted: whoever deletes it afterwards finds what the
+    /// transaction has written.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] when the check cannot be built.
+    pub fn existing(&self, user: &UserId, id: Uuid) -> Result<TransactWriteItem> {
+        self.table.check_in_transaction(key(user, id), &is_alive())
+    }
+
     /// Marks records of the user as being deleted, at most [`IMPORT_LIMIT`] at once. From then on only the worker that finishes the
     /// deletion sees them, and they are not counted. Returns false and changes nothing when one of them does not exist.
     ///
@@ -260,15 +289,15 @@ impl ConversationStore {
         Ok(transact(&self.table.client, writes, "TransactWriteItems conversations").await?.is_written())
     }
 
-    /// Claims a deletion: returns the record of a conversation that is being deleted, and delays the sweep for it until `due_at`. `None` if
-    /// there is no such record.
+    /// Claims a deletion: returns a conversation that is being deleted, and delays the sweep for it until `due_at`. `None` if there is no
+    /// such record.
     ///
     /// # Errors
     /// [`Error::Store`].
-    pub async fn take_deletion(&self, user: &UserId, id: Uuid, due_at: Time) -> Result<Option<ConversationRecord>> {
+    pub async fn take_deletion(&self, user: &UserId, id: Uuid, due_at: Time) -> Result<Option<UnfinishedDeletion>> {
         let update = Update::new().set("due_at", text(due_at.sortable())).condition(is_unfinished_deletion());
         match self.table.update(key(user, id), update).await? {
-            Outcome::Applied(item) => from_item(item).map(Some),
+            Outcome::Applied(item) => UnfinishedDeletion::read(item).map(Some),
             Outcome::ConditionFailed(Some(item)) if is_expired(&item) => {
                 // If the condition does not hold, another worker has removed the tombstone.
                 let _removed = self.table.delete(key(user, id), Condition::Exists(EXPIRES_AT)).await?;

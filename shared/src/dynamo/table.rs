@@ -6,7 +6,9 @@ use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::operation::delete_item::DeleteItemError;
 use aws_sdk_dynamodb::operation::query::builders::QueryFluentBuilder;
 use aws_sdk_dynamodb::operation::update_item::UpdateItemError;
-use aws_sdk_dynamodb::types::{Delete, Put, ReturnValue, ReturnValuesOnConditionCheckFailure, TransactWriteItem};
+use aws_sdk_dynamodb::types::{
+    ConditionCheck, Delete, Put, ReturnValue, ReturnValuesOnConditionCheckFailure, TransactWriteItem,
+};
 
 use super::error::{is_condition_failure, store_error};
 use super::retry::Backoff;
@@ -197,6 +199,21 @@ impl Table {
                 .set_expression_attribute_values(expression.values());
         }
         Ok(TransactWriteItem::builder().delete(delete.build().map_err(Error::internal)?).build())
+    }
+
+    /// A condition on an item that is not written, as part of a transaction.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] when the key is empty.
+    pub fn check_in_transaction(&self, key: Item, condition: &Condition) -> Result<TransactWriteItem> {
+        let (condition, expression) = Expression::of(condition);
+        let check = ConditionCheck::builder()
+            .table_name(&self.name)
+            .set_key(Some(key))
+            .condition_expression(condition)
+            .set_expression_attribute_names(expression.names())
+            .set_expression_attribute_values(expression.values());
+        Ok(TransactWriteItem::builder().condition_check(check.build().map_err(Error::internal)?).build())
     }
 
     /// The name of a call in the log.

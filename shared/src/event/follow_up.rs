@@ -4,18 +4,21 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::ingest::ConversationReport;
+use super::backfill::{self, Backfill, Backfilled, Reports};
+use super::ingest::{ConversationReport, EventIngestor};
 use super::store::{Cursor, Event, EventFilter, EventStore, SortOrder};
 use crate::agent_server::AgentServer;
 use crate::conversation::ConversationRecord;
 use crate::conversation::fields::EventCallbackProcessor;
 use crate::conversation::reports::Lookup;
 use crate::conversation::store::ConversationStore;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::http_client::HttpClient;
 use crate::id::UserId;
+use crate::jobs::backfill_events::{BackfillEvents, TIME_LIMIT};
 use crate::jobs::queue::JobQueue;
 use crate::jobs::refresh_conversation::RefreshConversation;
 use crate::sandbox::SandboxService;
@@ -36,6 +39,8 @@ pub struct FollowUp {
     pub events: EventStore,
     pub sandboxes: Arc<dyn SandboxService>,
     pub queue: JobQueue,
+    /// Applies the events that have not arrived.
+    pub ingestor: EventIngestor,
     /// The client for agent servers.
     pub http: HttpClient,
 }
@@ -56,6 +61,10 @@ impl FollowUp {
             Lookup::Absent => {}
             Lookup::Present(known) => {
                 let wants_title = known.has_default_title();
+                if attempt == 0 {
+                    // A batch before the one that called for this job may have been lost.
+                    backfill::enqueue(&self.events, &self.queue, user, conversation).await?;
+                }
                 if attempt > 0 && !wants_title && known.is_stats_reported {
                     return Ok(());
                 }
@@ -90,6 +99,42 @@ impl FollowUp {
             return Ok(());
         };
         self.queue.send(&next.into(), delay).await
+    }
+
+    /// Fetches the events that the conversation's agent server has and that have not arrived, and applies them like those of a webhook. If
+    /// the agent server does not respond, the job enqueues another attempt, up to a limit.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`]; the call may be repeated.
+    pub async fn fetch_missing_events(&self, job: &BackfillEvents) -> Result<()> {
+        let BackfillEvents { user, conversation, .. } = job;
+        let Lookup::Present(known) = self.conversations.lookup(user, *conversation).await? else { return Ok(()) };
+        let run = async {
+            let record = &known.record;
+            let sandbox = self.sandboxes.inspect(&record.user, &record.sandbox_id).await?;
+            let Some(agent_server) = sandbox.and_then(|sandbox| sandbox.agent_server(&self.http)) else {
+                return Ok(Backfilled::default());
+            };
+            let (sandboxes, http, events) = (self.sandboxes.clone(), self.http.clone(), self.events.clone());
+            let backfill = Backfill { sandboxes, http, events };
+            backfill.run(&agent_server, record, Reports::Applied(&self.ingestor, &known)).await
+        };
+        let problem = match timeout(TIME_LIMIT, run).await {
+            Ok(Ok(Backfilled { appended, unreadable })) => {
+                if appended > 0 || unreadable > 0 {
+                    tracing::info!(%conversation, appended, unreadable, "event.backfilled");
+                }
+                return Ok(());
+            }
+            Ok(Err(Error::Upstream { context, .. })) => context,
+            Ok(Err(error)) => return Err(error),
+            Err(_elapsed) => "it took too long".to_owned(),
+        };
+        tracing::warn!(%conversation, attempt = job.attempt, problem, "event.backfill_failed");
+        match job.retry() {
+            Some((next, delay)) => self.queue.send(&next.into(), delay).await,
+            None => Ok(()),
+        }
     }
 
     async fn agent_server(&self, record: &ConversationRecord) -> Result<Option<AgentServer>> {

@@ -5,6 +5,7 @@ use futures::future::{BoxFuture, try_join_all};
 use serde_json::Value;
 use uuid::Uuid;
 
+use super::backfill;
 use super::batch::{Batch, Reported, reported_model, reported_tags};
 use super::store::{Event, EventStore, sortable_instant};
 use crate::clock::Time;
@@ -22,6 +23,8 @@ use crate::sandbox::store::{SandboxRecord, SandboxStore};
 
 /// The `execution_status` of a conversation that its agent server is about to remove.
 const DELETING: &str = "deleting";
+/// The `execution_status` of a conversation whose agent has run and does not run any more.
+const HALTED: [&str; 5] = ["finished", "paused", "waiting_for_confirmation", "error", "stuck"];
 
 /// A snapshot of a conversation, which its agent server posts when it starts, pauses, renames or deletes the conversation.
 #[derive(Clone, Debug, PartialEq)]
@@ -62,6 +65,11 @@ impl ConversationReport {
             stats: report.get("stats").and_then(|stats| AgentStats::read(stats, Some(&usage))),
             updated_at: text(report.get("updated_at")),
         }
+    }
+
+    /// Whether the agent has run and does not run any more.
+    fn has_halted(&self) -> bool {
+        self.execution_status.as_deref().is_some_and(|status| HALTED.contains(&status))
     }
 
     /// Its `updated_at` in a sortable form; an invalid time sorts before all others.
@@ -126,12 +134,21 @@ impl EventIngestor {
         lookup: &Lookup,
         events: Vec<Event>,
     ) -> Result<()> {
-        let user = &sandbox.user;
-        let known = match lookup {
-            Lookup::Deleting => return Ok(()),
-            Lookup::Present(known) => Some(known.as_ref()),
-            Lookup::Absent => None,
-        };
+        match lookup {
+            Lookup::Deleting => Ok(()),
+            Lookup::Present(known) => self.ingest(&sandbox.user, conversation, Some(known), events).await,
+            Lookup::Absent => self.ingest(&sandbox.user, conversation, None, events).await,
+        }
+    }
+
+    /// As [`EventIngestor::ingest_events`], for a conversation that is not being deleted.
+    pub(super) async fn ingest(
+        &self,
+        user: &UserId,
+        conversation: Uuid,
+        known: Option<&StoredConversation>,
+        events: Vec<Event>,
+    ) -> Result<()> {
         let received = events.len();
         let events: Vec<Event> = events.into_iter().filter(|event| !event.is_transient()).collect();
         let dropped = received - events.len();
@@ -207,6 +224,9 @@ impl EventIngestor {
         }
         report.apply(&self.conversations, user).await?;
         self.conversations.update(user, report.id, ConversationChange::default()).await?;
+        if report.has_halted() {
+            backfill::enqueue(&self.events, &self.queue, user, report.id).await?;
+        }
         Ok(())
     }
 }

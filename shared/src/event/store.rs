@@ -182,6 +182,12 @@ pub struct LogVersion {
 }
 
 #[derive(Serialize, Deserialize)]
+struct EnqueuedBackfill {
+    #[serde(serialize_with = "sortable::serialize")]
+    enqueued_until: Time,
+}
+
+#[derive(Serialize, Deserialize)]
 struct Row {
     conversation: String,
     id: String,
@@ -343,6 +349,27 @@ impl EventStore {
         stored.and(marked)
     }
 
+    /// Until when no further job that fetches missing events is enqueued for the conversation, because one is enqueued already.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn backfill_enqueued_until(&self, user: &UserId, conversation: Uuid) -> Result<Option<Time>> {
+        let found = self.table.get(backfill_key(&partition(user, conversation))).await?;
+        Ok(found.map(from_item::<EnqueuedBackfill>).transpose()?.map(|enqueued| enqueued.enqueued_until))
+    }
+
+    /// Sets the time of [`EventStore::backfill_enqueued_until`].
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn set_backfill_enqueued_until(&self, user: &UserId, conversation: Uuid, until: Time) -> Result<()> {
+        let mut item = to_item(&EnqueuedBackfill { enqueued_until: until })?;
+        item.extend(backfill_key(&partition(user, conversation)));
+        let put = self.table.client.put_item().table_name(&self.table.name).set_item(Some(item));
+        put.send().await.map_err(store_error("PutItem events"))?;
+        Ok(())
+    }
+
     /// Returns the version, which changes with every write to the log; `None` for a log without any writes.
     ///
     /// # Errors
@@ -487,14 +514,6 @@ impl EventStore {
         Ok(ids.iter().map(|id| found.get(id).cloned().flatten()).collect())
     }
 
-    /// Returns those of the ids, at most 100, that are stored for the conversation.
-    ///
-    /// # Errors
-    /// [`Error::Store`].
-    pub async fn known(&self, user: &UserId, conversation: Uuid, ids: &[String]) -> Result<Vec<String>> {
-        Ok(self.rows(&partition(user, conversation), ids.to_vec()).await?.into_keys().collect())
-    }
-
     /// Deletes all events of a conversation with their objects, page by page. Objects are deleted before their rows, so that an interrupted
     /// deletion can be repeated.
     ///
@@ -535,9 +554,10 @@ impl EventStore {
                 break;
             }
         }
-        let delete =
-            self.table.client.delete_item().table_name(&self.table.name).set_key(Some(version_key(&partition)));
-        delete.send().await.map_err(store_error("DeleteItem events"))?;
+        for key in [version_key(&partition), backfill_key(&partition)] {
+            let delete = self.table.client.delete_item().table_name(&self.table.name).set_key(Some(key));
+            delete.send().await.map_err(store_error("DeleteItem events"))?;
+        }
         Ok(())
     }
 
@@ -604,6 +624,10 @@ fn partition(user: &UserId, conversation: Uuid) -> String {
 /// The version has its own partition, so that no page contains it.
 fn version_key(partition: &str) -> Item {
     key(&format!("{partition}#version"), "version")
+}
+
+fn backfill_key(partition: &str) -> Item {
+    key(&format!("{partition}#version"), "backfill")
 }
 
 fn key(partition: &str, id: &str) -> Item {

@@ -7,7 +7,6 @@ use bytes::Bytes;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use uuid::Uuid;
 
-use super::backfill::{Backfill, UNREADABLE, WARNING};
 use super::builder::{BuildOutcome, EventLog, ExportBuilder, Snapshot};
 use super::store::{ExportRecord, ExportStore, Failure, FailureReason, Lease};
 use crate::clock::Time;
@@ -15,6 +14,7 @@ use crate::config::ExportConfig;
 use crate::conversation::ConversationRecord;
 use crate::conversation::store::ConversationStore;
 use crate::error::Result;
+use crate::event::backfill::Backfill;
 use crate::event::store::EventStore;
 use crate::http_client::HttpClient;
 use crate::id::UserId;
@@ -23,6 +23,13 @@ use crate::sandbox::SandboxService;
 
 /// The warning of an export that is older than the one that was requested.
 pub const OLDER_EXPORT: &str = "The conversation has changed since this export, and a newer export could not be built.";
+
+/// The warning of an export that may lack the latest events.
+pub const WARNING: &str =
+    "The agent server did not return its latest events in time: the export lacks them unless they had arrived before.";
+
+/// The warning of an export that lacks events that the log does not accept.
+pub const UNREADABLE: &str = "The agent server returned events that cannot be read: the export lacks them.";
 
 /// The shortest and the longest pause of polling an export that another request builds.
 const SHORTEST_POLL: Duration = Duration::from_millis(100);
@@ -228,7 +235,7 @@ impl Exporter {
 
     /// Fetches the events that the agent server has not posted yet. If that fails, or some cannot be read, the export has a warning.
     async fn backfill(&self, record: &ConversationRecord) -> Option<String> {
-        let problem = match timeout(self.config.catch_up, self.backfill.run(record)).await {
+        let problem = match timeout(self.config.catch_up, self.backfill.store_missing(record)).await {
             Ok(Ok(backfilled)) => {
                 if backfilled.appended > 0 {
                     tracing::info!(conversation = %record.id, fetched = backfilled.appended, "export.backfilled");

@@ -6,13 +6,11 @@
 //! otherwise the request enqueues a job, and the function `exports` restarts the build.
 
 pub mod archive;
-mod backfill;
 mod builder;
 mod exporter;
 mod job;
 pub mod python_json;
 pub mod store;
 
-pub use backfill::{UNREADABLE, WARNING};
-pub use exporter::{Answer, Exporter, OLDER_EXPORT, Ready};
+pub use exporter::{Answer, Exporter, OLDER_EXPORT, Ready, UNREADABLE, WARNING};
 pub use job::ExportJobs;

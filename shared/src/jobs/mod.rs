@@ -12,6 +12,7 @@
 //! What a worker does for each job is in `functions/worker/src/`.
 
 pub mod advance_start;
+pub mod backfill_events;
 pub mod dead_letter;
 pub mod delete_conversation;
 pub mod deliver_messages;

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::advance_start::AdvanceStart;
+use super::backfill_events::BackfillEvents;
 use super::delete_conversation::DeleteConversation;
 use super::deliver_messages::DeliverMessages;
 use super::process_events::ProcessEvents;
@@ -48,6 +49,7 @@ pub enum Job {
     DeliverMessages(DeliverMessages),
     DeleteConversation(DeleteConversation),
     ReconcileSandbox(ReconcileSandbox),
+    BackfillEvents(BackfillEvents),
 }
 
 #[derive(Serialize, Deserialize)]
@@ -82,6 +84,7 @@ impl Job {
             Self::DeliverMessages(job) => &job.user,
             Self::DeleteConversation(job) => &job.user,
             Self::ReconcileSandbox(job) => &job.user,
+            Self::BackfillEvents(job) => &job.user,
         }
     }
 
@@ -207,7 +210,7 @@ mod tests {
         let body = |fields: &str| format!(r#"{{"v":1,{fields}}}"#);
         let of = |kind: &str| body(&format!(r#""type":"{kind}","user":"u","conversation":"{ID}""#));
         let refresh = RefreshConversation { user: user(), conversation, attempt: 2 };
-        let cases: [(String, Job); 8] = [
+        let cases: [(String, Job); 9] = [
             (
                 body(&format!(r#""type":"advance_start","user":"u","task":"{ID}""#)),
                 AdvanceStart { user: user(), task: conversation }.into(),
@@ -218,6 +221,10 @@ mod tests {
             (
                 body(r#""type":"reconcile_sandbox","user":"u","sandbox":"s""#),
                 ReconcileSandbox { user: user(), sandbox: "s".to_owned() }.into(),
+            ),
+            (
+                of("backfill_events").replace('}', r#","attempt":1}"#),
+                BackfillEvents { user: user(), conversation, attempt: 1 }.into(),
             ),
             (of("delete_conversation"), DeleteConversation { user: user(), conversation }.into()),
             (of("refresh_conversation").replace('}', r#","attempt":2}"#), refresh.clone().into()),

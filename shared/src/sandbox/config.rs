@@ -101,6 +101,9 @@ pub fn max_processes() -> Result<usize, ConfigError> {
 #[cfg(feature = "docker")]
 #[derive(Clone, Debug)]
 pub struct DockerSandboxConfig {
+    /// The id of the deployment (`DEPLOYMENT_ID`), which distinguishes its sandboxes from others at the same provider. Without it none is
+    /// terminated that has no record.
+    pub deployment: Option<String>,
     /// The address of the Docker engine: `unix://` and the path of its socket, or an HTTP address (`DOCKER_HOST`). `None` is the default
     /// socket.
     pub host: Option<String>,
@@ -134,6 +137,7 @@ impl DockerSandboxConfig {
     /// Names the first variable that is malformed.
     pub fn from_env(port: u16, version: &str) -> Result<Self, ConfigError> {
         Ok(Self {
+            deployment: text("DEPLOYMENT_ID"),
             host: text("DOCKER_HOST"),
             image: spec::image(version),
             url_pattern: text("SANDBOX_CONTAINER_URL_PATTERN").unwrap_or_else(|| "http://localhost:{port}".into()),
@@ -151,6 +155,9 @@ impl DockerSandboxConfig {
 /// Configuration of sandboxes of a runtime API.
 #[derive(Clone, Debug)]
 pub struct RemoteSandboxConfig {
+    /// The id of the deployment (`DEPLOYMENT_ID`), which distinguishes its sandboxes from others at the same provider. Without it none is
+    /// terminated that has no record.
+    pub deployment: Option<String>,
     /// The URL of the runtime API (`SANDBOX_REMOTE_RUNTIME_API_URL`).
     pub api_url: String,
     /// Our key for the runtime API (`SANDBOX_API_KEY`).
@@ -179,6 +186,7 @@ impl RemoteSandboxConfig {
     /// Names the first variable that is missing or malformed.
     pub fn from_env(version: &str) -> Result<Self, ConfigError> {
         Ok(Self {
+            deployment: text("DEPLOYMENT_ID"),
             api_url: required("SANDBOX_REMOTE_RUNTIME_API_URL")?,
             api_key: text("SANDBOX_API_KEY").map(SecretString::from),
             image: spec::image(version),
@@ -203,6 +211,9 @@ impl RemoteSandboxConfig {
         if let Some((repository, tag)) = self.image.rsplit_once(':') {
             variables.push(("AGENT_SERVER_IMAGE_REPOSITORY", repository.to_owned()));
             variables.push(("AGENT_SERVER_IMAGE_TAG", tag.to_owned()));
+        }
+        if let Some(deployment) = &self.deployment {
+            variables.push(("DEPLOYMENT_ID", deployment.clone()));
         }
         if let Some(key) = &self.api_key {
             variables.push(("SANDBOX_API_KEY", key.expose_secret().to_owned()));

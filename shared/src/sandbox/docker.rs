@@ -7,10 +7,12 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bollard::errors::Error as DockerError;
 use bollard::models::{
-    ContainerCreateBody, ContainerInspectResponse, ContainerStateStatusEnum, HostConfig, PortBinding, PortMap,
+    ContainerCreateBody, ContainerInspectResponse, ContainerStateStatusEnum, ContainerSummary, HostConfig, PortBinding,
+    PortMap,
 };
 use bollard::query_parameters::{
-    CreateContainerOptions, CreateImageOptions, RemoveContainerOptions, RemoveVolumeOptions, StopContainerOptions,
+    CreateContainerOptions, CreateImageOptions, ListContainersOptions, RemoveContainerOptions, RemoveVolumeOptions,
+    StopContainerOptions,
 };
 use bollard::{API_DEFAULT_VERSION, Docker};
 use futures::future::try_join_all;
@@ -22,7 +24,10 @@ use uuid::Uuid;
 use super::capacity::to_evict;
 use super::config::DockerSandboxConfig;
 use super::store::{Desired, SandboxRecord, SandboxStore};
-use super::{AGENT_SERVER, ExposedUrl, Launch, Sandbox, SandboxService, SandboxStatus, distinct, in_order, name_of};
+use super::{
+    AGENT_SERVER, ExposedUrl, Launch, ProviderSandbox, Sandbox, SandboxService, SandboxStatus, distinct, in_order,
+    name_of, new_name, prefix_of,
+};
 use crate::clock::Time;
 use crate::error::{Error, Result};
 use crate::http_client::{AddressPolicy, HttpClient};
@@ -72,8 +77,12 @@ impl DockerSandboxes {
         Self { config, store, http: HttpClient::new(AddressPolicy::Any) }
     }
 
-    fn container(&self, user: &UserId, id: &str) -> String {
-        format!("{}{}", self.config.container_name_prefix, name_of(user, id))
+    fn container(&self, record: &SandboxRecord) -> String {
+        format!("{}{}", self.config.container_name_prefix, name_of(record))
+    }
+
+    fn new_name(&self, user: &UserId, id: &str) -> String {
+        new_name(user, id, self.config.deployment.as_deref())
     }
 
     /// Connects to the engine. Each use connects again, because the engine may be started after this process.
@@ -108,7 +117,7 @@ impl DockerSandboxes {
         }
         let engine = self.engine().await;
         try_join_all(records.iter().map(async |record| {
-            let name = self.container(&record.user, &record.id);
+            let name = self.container(record);
             let container = match &engine {
                 Ok(engine) => self.find(engine, &name).await,
                 Err(error) => Err(failed("connect", &error.context())),
@@ -184,7 +193,7 @@ impl DockerSandboxes {
     /// Creates the container of a record if it does not exist, and starts it. Returns false if there is no room for it.
     async fn launch(&self, record: &SandboxRecord) -> Result<bool> {
         let engine = self.engine().await?;
-        let name = self.container(&record.user, &record.id);
+        let name = self.container(record);
         if self.find(&engine, &name).await?.is_none() {
             if !self.ensure_capacity(record).await? {
                 return Ok(false);
@@ -385,7 +394,8 @@ fn free_port() -> Result<u16> {
 impl SandboxService for DockerSandboxes {
     async fn start(&self, user: &UserId, id: &str, task: Option<Uuid>) -> Result<Launch> {
         let key = SecretString::from(id::new_session_key());
-        let record = self.store.new_record(user, id, &self.config.image, &key).await?;
+        let mut record = self.store.new_record(user, id, &self.config.image, &key).await?;
+        record.name = Some(self.new_name(user, id));
         let Some(record) = self.store.create(record, task).await? else { return Ok(Launch::Deleted) };
         if !self.launch(&record).await? {
             self.store.withdraw(&record).await?;
@@ -396,7 +406,7 @@ impl SandboxService for DockerSandboxes {
 
     async fn inspect(&self, user: &UserId, id: &str) -> Result<Option<Sandbox>> {
         let Some(record) = self.store.get(user, id).await? else { return Ok(None) };
-        let container = self.find(&self.engine().await?, &self.container(user, id)).await?;
+        let container = self.find(&self.engine().await?, &self.container(&record)).await?;
         self.show(&record, container.as_ref()).await.map(Some)
     }
 
@@ -412,10 +422,8 @@ impl SandboxService for DockerSandboxes {
     }
 
     async fn pause(&self, user: &UserId, id: &str) -> Result<bool> {
-        if self.store.get(user, id).await?.is_none() {
-            return Ok(false);
-        }
-        let (engine, name) = (self.engine().await?, self.container(user, id));
+        let Some(record) = self.store.get(user, id).await? else { return Ok(false) };
+        let (engine, name) = (self.engine().await?, self.container(&record));
         match inspect_state(&engine, &name).await? {
             Some(ContainerStateStatusEnum::PAUSED | ContainerStateStatusEnum::EXITED) => {}
             Some(ContainerStateStatusEnum::RUNNING) => match engine.pause_container(&name).await {
@@ -429,7 +437,7 @@ impl SandboxService for DockerSandboxes {
 
     async fn resume(&self, user: &UserId, id: &str) -> Result<bool> {
         let Some(record) = self.store.get(user, id).await? else { return Ok(false) };
-        let (engine, name) = (self.engine().await?, self.container(user, id));
+        let (engine, name) = (self.engine().await?, self.container(&record));
         if inspect_state(&engine, &name).await?.is_none() {
             return Ok(false);
         }
@@ -440,7 +448,9 @@ impl SandboxService for DockerSandboxes {
     }
 
     async fn terminate(&self, user: &UserId, id: &str) -> Result<bool> {
-        let (engine, name) = (self.engine().await?, self.container(user, id));
+        let record = self.store.find(user, id).await?;
+        let name = record.map_or_else(|| self.new_name(user, id), |record| name_of(&record));
+        let (engine, name) = (self.engine().await?, format!("{}{name}", self.config.container_name_prefix));
         // A paused container does not process signals, so unpause it first. A container that does not stop is removed by force.
         let _running = engine.unpause_container(&name).await;
         let stop_timeout = i32::try_from(STOP_TIMEOUT.as_secs()).unwrap_or_default();
@@ -459,6 +469,32 @@ impl SandboxService for DockerSandboxes {
             _ => {}
         }
         Ok(true)
+    }
+
+    fn can_list_provider(&self) -> bool {
+        self.config.deployment.is_some()
+    }
+
+    /// Only this deployment's containers: other programs use the same engine.
+    async fn list_provider(&self) -> Result<Vec<ProviderSandbox>> {
+        let Some(own) = self.config.deployment.as_deref().map(prefix_of) else { return Ok(Vec::new()) };
+        let beginning = format!("/{}{own}", self.config.container_name_prefix);
+        let filters = HashMap::from([("name".to_owned(), vec![beginning.clone()])]);
+        let options = ListContainersOptions { all: true, filters: Some(filters), ..ListContainersOptions::default() };
+        let engine = self.engine().await?;
+        let listed = timeout(CALL, engine.list_containers(Some(options))).await;
+        let containers = listed.map_err(|_| failed("list", &"no answer"))?.map_err(|error| failed("list", &error))?;
+        let name = |container: &ContainerSummary| {
+            let names = container.names.iter().flatten();
+            // The engine's filter is a pattern for any part of a name.
+            let name = names.into_iter().find(|name| name.starts_with(&beginning))?;
+            name.get(1 + self.config.container_name_prefix.len()..).map(ToOwned::to_owned)
+        };
+        let found = containers.iter().filter_map(|container| {
+            let created_at = container.created.and_then(|seconds| jiff::Timestamp::from_second(seconds).ok());
+            Some(ProviderSandbox { name: name(container)?, is_own: true, created_at: created_at.map(Time::from) })
+        });
+        Ok(found.collect())
     }
 
     async fn mark_used(&self, user: &UserId, id: &str) -> Result<()> {

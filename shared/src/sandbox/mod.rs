@@ -5,6 +5,7 @@ pub mod config;
 #[cfg(feature = "docker")]
 pub mod docker;
 pub mod none;
+pub mod orphans;
 pub mod process;
 pub mod reconciler;
 pub mod remote;
@@ -93,6 +94,17 @@ pub struct Sandbox {
     pub working_dir: String,
     /// A message for the user about why the sandbox has failed or is missing.
     pub detail: Option<String>,
+}
+
+/// A sandbox that exists at a provider.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProviderSandbox {
+    /// Its name there.
+    pub name: String,
+    /// Whether the name is one that this deployment chooses.
+    pub is_own: bool,
+    /// `None` if the provider does not report it.
+    pub created_at: Option<Time>,
 }
 
 impl Sandbox {
@@ -195,6 +207,19 @@ pub trait SandboxService: Send + Sync + std::fmt::Debug {
         false
     }
 
+    /// Whether [`SandboxService::list_provider`] can tell this deployment's sandboxes from others.
+    fn can_list_provider(&self) -> bool {
+        false
+    }
+
+    /// Returns the sandboxes that exist at the provider, also those without a record.
+    ///
+    /// # Errors
+    /// [`crate::Error::Upstream`] when the provider does not respond.
+    async fn list_provider(&self) -> Result<Vec<ProviderSandbox>> {
+        Ok(Vec::new())
+    }
+
     /// Records that a conversation was started in the sandbox now.
     ///
     /// # Errors
@@ -232,10 +257,24 @@ fn in_order(records: &[Option<SandboxRecord>], observed: &[Sandbox]) -> Vec<Opti
     records.iter().map(|record| record.as_ref().and_then(find)).collect()
 }
 
-/// Returns the name of a sandbox at a provider that several owners share. Ids are unique per owner only, and clients may choose them: the
-/// name must differ between two owners with the same id.
-fn name_of(user: &UserId, id: &str) -> String {
-    sha256_hex(&user.key_of(id))[..32].to_owned()
+/// Returns the name of a new sandbox at a provider that several owners and deployments share. Ids are unique per owner only, and clients may
+/// choose them: the name must differ between two owners with the same id. It begins with [`prefix_of`] the deployment.
+fn new_name(user: &UserId, id: &str, deployment: Option<&str>) -> String {
+    let name = &sha256_hex(&user.key_of(id))[..32];
+    match deployment {
+        Some(deployment) => format!("{}{name}", prefix_of(deployment)),
+        None => name.to_owned(),
+    }
+}
+
+/// Returns the name of a sandbox at its provider. Records of earlier versions do not contain it.
+fn name_of(record: &SandboxRecord) -> String {
+    record.name.clone().unwrap_or_else(|| new_name(&record.user, &record.id, None))
+}
+
+/// Returns the beginning of the names of a deployment's sandboxes. Providers limit names to 63 characters.
+fn prefix_of(deployment: &str) -> String {
+    format!("{}-", &sha256_hex(deployment)[..12])
 }
 
 /// Creates the sandbox provider that the configuration selects. A new provider needs a file in this folder and a line here.

@@ -230,19 +230,20 @@ impl ProcessSandboxes {
     }
 
     /// Terminates orphans: agent servers in the sandbox folder without a record of the user. No request can reach them. Returns their
-    /// number.
+    /// number. Call it before anything creates sandboxes: the folder belongs to this deployment alone, and then an agent server without a
+    /// record is an orphan, whatever its age.
     ///
     /// # Errors
     /// [`Error::Store`] when the records cannot be read.
     pub async fn end_orphans(&self, user: &UserId) -> Result<usize> {
-        let known = self.store.list(user).await?;
         let Ok(entries) = fs::read_dir(&self.config.folder) else { return Ok(0) };
-        let orphans: Vec<Folder> = entries
+        let running: Vec<String> = entries
             .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
-            .filter(|name| !known.iter().any(|record| record.id == *name))
-            .map(|name| self.folder(&name))
-            .filter(Folder::is_locked)
+            .filter(|name| self.folder(name).is_locked())
             .collect();
+        let records = self.store.batch_get(user, &running).await?;
+        let without_record = running.iter().zip(records).filter(|(_, record)| record.is_none());
+        let orphans: Vec<Folder> = without_record.map(|(name, _)| self.folder(name)).collect();
         join_all(orphans.iter().map(terminate)).await;
         Ok(orphans.len())
     }

@@ -22,6 +22,7 @@ use crate::clock::Time;
 use crate::error::{Error, Result};
 use crate::http_client::HttpClient;
 use crate::id::UserId;
+use crate::jobs::backfill_events::BackfillEvents;
 use crate::jobs::queue::JobQueue;
 use crate::jobs::reconcile_sandbox::{ALARM_AFTER, ReconcileSandbox, delay_after};
 use crate::jobs::sweep::sweep;
@@ -152,6 +153,8 @@ impl SandboxReconciler {
             }
         };
         if idle < policy.limit {
+            // It was used since the last check. Once it is paused, events that have not arrived cannot be fetched.
+            self.fetch_missing_events(record).await;
             return Ok(Some(policy.limit.saturating_sub(idle).max(SHORTEST_IDLE_CHECK)));
         }
         // A start that joins now resumes the sandbox.
@@ -165,6 +168,16 @@ impl SandboxReconciler {
                 Ok(Some(SHORTEST_IDLE_CHECK))
             }
             Err(error) => Err(error),
+        }
+    }
+
+    /// Enqueues the jobs that fetch events that have not arrived. A failure is only logged: the next check enqueues them again.
+    async fn fetch_missing_events(&self, record: &SandboxRecord) {
+        let conversations = record.conversations.iter().filter_map(|id| Uuid::try_parse(id).ok());
+        let job = |conversation| BackfillEvents { user: record.user.clone(), conversation, attempt: 0 }.into();
+        let (_, failed) = self.queue.send_all(&conversations.map(job).collect::<Vec<_>>()).await;
+        if let Some(error) = failed {
+            tracing::warn!(sandbox = %record.id, error = %error.context(), "sandbox.enqueue_failed");
         }
     }
 
@@ -202,7 +215,7 @@ impl SandboxReconciler {
         Ok(())
     }
 
-    async fn enqueue(&self, user: &UserId, id: &str, delay: Duration) {
+    pub(super) async fn enqueue(&self, user: &UserId, id: &str, delay: Duration) {
         let job = ReconcileSandbox { user: user.clone(), sandbox: id.to_owned() }.into();
         if let Err(error) = self.queue.send(&job, delay).await {
             tracing::warn!(sandbox = id, error = %error.context(), "sandbox.enqueue_failed");

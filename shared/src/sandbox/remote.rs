@@ -16,7 +16,10 @@ use uuid::Uuid;
 use super::capacity::to_evict;
 use super::config::RemoteSandboxConfig;
 use super::store::{Desired, SandboxRecord, SandboxStore};
-use super::{AGENT_SERVER, ExposedUrl, Launch, Sandbox, SandboxService, SandboxStatus, distinct, in_order, name_of};
+use super::{
+    AGENT_SERVER, ExposedUrl, Launch, ProviderSandbox, Sandbox, SandboxService, SandboxStatus, distinct, in_order,
+    name_of, new_name, prefix_of,
+};
 use crate::clock::Time;
 use crate::digest::sha256_hex;
 use crate::error::{Error, Result};
@@ -76,6 +79,12 @@ struct Runtime {
     status: Option<String>,
 }
 
+/// The runtimes of all deployments that use the same API key.
+#[derive(Deserialize)]
+struct RuntimeList {
+    runtimes: Vec<Runtime>,
+}
+
 /// The outcome of a call.
 enum ApiResponse<T> {
     Success(T),
@@ -92,8 +101,12 @@ impl RemoteSandboxes {
         Self { config, store, http: HttpClient::new(AddressPolicy::Any) }
     }
 
-    async fn runtime(&self, user: &UserId, id: &str) -> Result<Option<Runtime>> {
-        let path = format!("/sessions/{}", name_of(user, id));
+    fn new_name(&self, user: &UserId, id: &str) -> String {
+        new_name(user, id, self.config.deployment.as_deref())
+    }
+
+    async fn runtime(&self, name: &str) -> Result<Option<Runtime>> {
+        let path = format!("/sessions/{name}");
         match self.call(Method::GET, &path, LOOK, None).await? {
             ApiResponse::Success(runtime) => Ok(Some(runtime)),
             ApiResponse::NotFound => Ok(None),
@@ -103,7 +116,7 @@ impl RemoteSandboxes {
 
     /// Returns the runtimes of these records, by session id.
     async fn runtimes(&self, records: &[&SandboxRecord]) -> Result<HashMap<String, Runtime>> {
-        let ids: Vec<String> = records.iter().map(|record| name_of(&record.user, &record.id)).collect();
+        let ids: Vec<String> = records.iter().map(|record| name_of(record)).collect();
         let asked = ids.chunks(BATCH).map(async |ids| {
             let query: String =
                 form_urlencoded::Serializer::new(String::new()).extend_pairs(ids.iter().map(|id| ("ids", id))).finish();
@@ -143,7 +156,7 @@ impl RemoteSandboxes {
         }
         let runtimes = self.runtimes(records).await?;
         try_join_all(records.iter().map(async |record| {
-            let runtime = runtimes.get(&name_of(&record.user, &record.id));
+            let runtime = runtimes.get(&name_of(record));
             if let Some(key) = runtime.and_then(|runtime| runtime.session_api_key.as_ref()) {
                 self.keep_key(record, key).await?;
             }
@@ -166,7 +179,7 @@ impl RemoteSandboxes {
             "command": COMMAND,
             "working_dir": "/workspace",
             "environment": self.environment(),
-            "session_id": name_of(&record.user, &record.id),
+            "session_id": name_of(record),
             "resource_factor": self.config.resource_factor,
             "run_as_user": RUN_AS,
             "run_as_group": RUN_AS,
@@ -237,8 +250,8 @@ impl RemoteSandboxes {
     }
 
     /// Requests a change of a sandbox's runtime. Returns false when the runtime does not exist.
-    async fn change(&self, user: &UserId, id: &str, path: &str) -> Result<bool> {
-        let Some(runtime) = self.runtime(user, id).await? else { return Ok(false) };
+    async fn change(&self, name: &str, path: &str) -> Result<bool> {
+        let Some(runtime) = self.runtime(name).await? else { return Ok(false) };
         let Some(runtime_id) = runtime.id else { return Ok(false) };
         match self.call::<Value>(Method::POST, path, CHANGE, Some(&json!({"runtime_id": runtime_id}))).await? {
             ApiResponse::Success(_) => Ok(true),
@@ -287,6 +300,10 @@ impl RemoteSandboxes {
             status => Err(upstream(format!("{method} {route}: {status}"))),
         }
     }
+}
+
+fn is_stopped(runtime: &Runtime) -> bool {
+    runtime.status.as_deref().is_some_and(|status| status.eq_ignore_ascii_case("stopped"))
 }
 
 fn upstream(context: impl std::fmt::Display) -> Error {
@@ -358,10 +375,11 @@ impl SandboxService for RemoteSandboxes {
         // Use a random key that is never disclosed until the runtime API has created one. Write the record first: a runtime without a
         // record could run forever.
         let placeholder = SecretString::from(id::new_session_key());
-        let new = self.store.new_record(user, id, &self.config.image, &placeholder).await?;
+        let mut new = self.store.new_record(user, id, &self.config.image, &placeholder).await?;
+        new.name = Some(self.new_name(user, id));
         let new_key = new.session_key_hash.clone();
         let Some(record) = self.store.create(new, task).await? else { return Ok(Launch::Deleted) };
-        let status = self.runtime(user, id).await?.and_then(|runtime| runtime.status);
+        let status = self.runtime(&name_of(&record)).await?.and_then(|runtime| runtime.status);
         match status.as_deref().map(str::to_ascii_lowercase).as_deref() {
             Some("running" | "starting" | "paused") => {}
             _ => {
@@ -395,7 +413,8 @@ impl SandboxService for RemoteSandboxes {
     }
 
     async fn pause(&self, user: &UserId, id: &str) -> Result<bool> {
-        if self.store.get(user, id).await?.is_none() || !self.change(user, id, "/pause").await? {
+        let Some(record) = self.store.get(user, id).await? else { return Ok(false) };
+        if !self.change(&name_of(&record), "/pause").await? {
             return Ok(false);
         }
         self.store.set_desired(user, id, Desired::Paused).await
@@ -405,24 +424,43 @@ impl SandboxService for RemoteSandboxes {
         let Some(record) = self.store.get(user, id).await? else { return Ok(false) };
         // Its user wants it to run, so it runs even beyond the limit.
         self.ensure_capacity(&record).await?;
-        if !self.change(user, id, "/resume").await? {
+        if !self.change(&name_of(&record), "/resume").await? {
             return Ok(false);
         }
         self.store.set_desired(user, id, Desired::Running).await
     }
 
     async fn terminate(&self, user: &UserId, id: &str) -> Result<bool> {
-        let is_left = |runtime: Option<&Runtime>| {
-            runtime.is_some_and(|runtime| {
-                !runtime.status.as_deref().is_some_and(|status| status.eq_ignore_ascii_case("stopped"))
-            })
-        };
-        if !is_left(self.runtime(user, id).await?.as_ref()) {
+        let record = self.store.find(user, id).await?;
+        let name = record.map_or_else(|| self.new_name(user, id), |record| name_of(&record));
+        if self.runtime(&name).await?.is_none_or(|runtime| is_stopped(&runtime)) {
             return Ok(true);
         }
         // The next call finds out whether the runtime has ended.
-        self.change(user, id, "/stop").await?;
+        self.change(&name, "/stop").await?;
         Ok(false)
+    }
+
+    fn can_list_provider(&self) -> bool {
+        self.config.deployment.is_some()
+    }
+
+    async fn list_provider(&self) -> Result<Vec<ProviderSandbox>> {
+        let own = self.config.deployment.as_deref().map(prefix_of);
+        let list: RuntimeList = match self.call(Method::GET, "/list", CHANGE, None).await? {
+            ApiResponse::Success(list) => list,
+            ApiResponse::NotFound => return Err(upstream("GET /list: 404")),
+            ApiResponse::Refused(status) => return Err(upstream(format!("GET /list: {status}"))),
+        };
+        let left = list.runtimes.into_iter().filter(|runtime| !is_stopped(runtime));
+        let named = left.filter_map(|runtime| runtime.session_id);
+        Ok(named
+            .map(|name| ProviderSandbox {
+                is_own: own.as_deref().is_some_and(|own| name.starts_with(own)),
+                name,
+                created_at: None,
+            })
+            .collect())
     }
 
     fn confirmation_delay(&self) -> Duration {
@@ -475,7 +513,7 @@ mod tests {
 
     #[test]
     fn no_two_owners_have_a_session_in_common() {
-        let id = |user: &str, id: &str| name_of(&UserId::new(user), id);
+        let id = |user: &str, id: &str| new_name(&UserId::new(user), id, None);
         assert_eq!(id("a", "one"), id("a", "one"));
         let ids = [id("a", "one"), id("b", "one"), id("a", "two"), id("a#", "one"), id("", "aone")];
         for (index, one) in ids.iter().enumerate() {

@@ -5,7 +5,7 @@
 //! condition that it has no member; both are writes of this one item, so exactly one of them succeeds. A sandbox that is marked
 //! ([`Desired::Deleted`]) no longer exists for its user: only the [`super::reconciler`] reads its record, until nothing is left of it.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
@@ -17,7 +17,9 @@ use uuid::Uuid;
 use crate::clock::{Time, sortable};
 use crate::digest::sha256_hex;
 use crate::dynamo::lease::{self, Lease};
-use crate::dynamo::{Condition, DueIndex, Item, Outcome, Table, Update, from_item, number, store_error, text, to_item};
+use crate::dynamo::{
+    Condition, DueIndex, Item, Outcome, Table, Update, from_item, number, store_error, text, to_item, transact,
+};
 use crate::error::{Error, Result};
 use crate::id::{self, UserId};
 use crate::sandbox::MAX_ID;
@@ -43,6 +45,16 @@ const DELETE_WHEN_EMPTY: &str = "delete_when_empty";
 const GONE_SINCE: &str = "gone_since";
 const ATTEMPTS: &str = "attempts";
 const DESIRED: &str = "desired";
+
+/// The attributes of rows of names, besides `owner` and `sandbox`.
+const SEEN_AT: &str = "seen_at";
+const EXPIRES_AT: &str = "expires_at";
+/// The attribute of the row of comparisons.
+const COMPARED_TO: &str = "compared_to";
+/// How long the row of a name stays after its sandbox's record was removed.
+const NAMES_EXPIRE: Duration = Duration::from_secs(30 * 24 * 3600);
+/// The name of the transactions here, for the log.
+const OPERATION: &str = "TransactWriteItems sandboxes";
 
 /// The delay between a change that the reconciler has to look at and the sweep's job for it. It leaves time for the message that the
 /// change itself enqueues.
@@ -82,6 +94,9 @@ pub struct SandboxRecord {
     /// The owner.
     pub user: UserId,
     pub id: String,
+    /// The name at a provider that owners and deployments share, and that is found by its name ([`SandboxStore::names`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
     /// The sandbox spec (the image).
     pub spec_id: String,
     /// The session key, encrypted.
@@ -147,6 +162,31 @@ pub struct SandboxClaim {
     pub record: SandboxRecord,
 }
 
+/// A sandbox that was found by its name at the provider.
+#[derive(Clone, Debug)]
+pub struct NamedSandbox {
+    /// The owner.
+    pub user: UserId,
+    pub id: String,
+    /// Whether it has a record, which may be marked for deletion.
+    pub has_record: bool,
+    /// Since when the provider has it although it has no record.
+    pub seen_at: Option<Time>,
+}
+
+/// The row of a name.
+#[derive(Deserialize)]
+struct NameRow {
+    /// The name.
+    id: String,
+    owner: UserId,
+    sandbox: String,
+    #[serde(default)]
+    seen_at: Option<Time>,
+    #[serde(default)]
+    expires_at: Option<i64>,
+}
+
 /// The store of sandbox records.
 #[derive(Clone, Debug)]
 pub struct SandboxStore {
@@ -176,6 +216,7 @@ impl SandboxStore {
         Ok(SandboxRecord {
             user: user.clone(),
             id: id.to_owned(),
+            name: None,
             spec_id: spec_id.to_owned(),
             session_key_sealed: self.sealer.seal(&purpose(user, id), key).await?,
             session_key_hash: sha256_hex(key.expose_secret()),
@@ -215,7 +256,7 @@ impl SandboxStore {
         }
         let (user, id) = (record.user.clone(), record.id.clone());
         for _ in 0..CREATE_ATTEMPTS {
-            if self.table.put(item.clone(), Condition::Missing("id")).await? {
+            if self.put_new(&record, item.clone()).await? {
                 return Ok(Some(record));
             }
             let found = match task {
@@ -234,6 +275,120 @@ impl SandboxStore {
         Err(Error::internal(format!("the record of sandbox {id} is created and removed all the time")))
     }
 
+    /// Writes the item of a new record, and the row of its name. Returns false if there is a record with the same id.
+    async fn put_new(&self, record: &SandboxRecord, item: Item) -> Result<bool> {
+        let is_new = Condition::Missing("id");
+        let Some(name) = &record.name else { return self.table.put(item, is_new).await };
+        let row = named(&record.user, &record.id).remove(EXPIRES_AT).remove(SEEN_AT);
+        let writes =
+            vec![self.table.put_in_transaction(item, &is_new)?, row.in_transaction(&self.table.name, name_key(name))?];
+        Ok(transact(&self.table.client, writes, OPERATION).await?.is_written())
+    }
+
+    /// Removes a record on a condition. The row of its name stays for [`NAMES_EXPIRE`]: the provider may create the sandbox late. Returns
+    /// whether the record no longer exists.
+    async fn delete(&self, record: &SandboxRecord, condition: Condition) -> Result<bool> {
+        let key = key(&record.user, &record.id);
+        let Some(name) = &record.name else {
+            // If the item does not exist, an attempt whose response was lost has deleted it.
+            return Ok(!matches!(self.table.delete(key, condition).await?, Err(Some(_))));
+        };
+        let expires_at = Time::now().plus(NAMES_EXPIRE).unix_seconds().to_string();
+        let row = named(&record.user, &record.id).set(EXPIRES_AT, AttributeValue::N(expires_at));
+        let writes = vec![
+            self.table.delete_in_transaction(key.clone(), Some(&condition))?,
+            row.in_transaction(&self.table.name, name_key(name))?,
+        ];
+        if transact(&self.table.client, writes, OPERATION).await?.is_written() {
+            return Ok(true);
+        }
+        Ok(self.table.batch_get(vec![key]).await?.is_empty())
+    }
+
+    /// Returns a record, also of a sandbox that is being deleted.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn find(&self, user: &UserId, id: &str) -> Result<Option<SandboxRecord>> {
+        if !is_id(id) {
+            return Ok(None);
+        }
+        self.table.batch_get(vec![key(user, id)]).await?.pop().map(from_item).transpose()
+    }
+
+    /// Returns the sandboxes with these names, by a consistent read. Names that expired or are unknown are left out.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn names(&self, names: &[String]) -> Result<HashMap<String, NamedSandbox>> {
+        let now = Time::now().unix_seconds();
+        let mut rows: Vec<NameRow> = Vec::with_capacity(names.len());
+        for item in self.table.batch_get(names.iter().map(|name| name_key(name)).collect()).await? {
+            rows.push(from_item(item)?);
+        }
+        // DynamoDB removes an expired row within a few days, and the local engine removes none.
+        rows.retain(|row| row.expires_at.is_none_or(|expires_at| expires_at > now));
+        // Several names may have been those of one sandbox.
+        let keys: HashSet<(&UserId, &str)> = rows.iter().map(|row| (&row.owner, row.sandbox.as_str())).collect();
+        let keys = keys.into_iter().map(|(owner, sandbox)| key(owner, sandbox)).collect();
+        let mut recorded: HashSet<String> = HashSet::new();
+        for item in self.table.batch_get(keys).await? {
+            let record: SandboxRecord = from_item(item)?;
+            recorded.insert(record.user.key_of(&record.id));
+        }
+        let found = rows.into_iter().map(|row| {
+            let has_record = recorded.contains(&row.owner.key_of(&row.sandbox));
+            (row.id, NamedSandbox { user: row.owner, id: row.sandbox, has_record, seen_at: row.seen_at })
+        });
+        Ok(found.collect())
+    }
+
+    /// Sets or clears since when the provider has the sandbox with this name although it has no record.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn set_seen_at(&self, name: &str, seen_at: Option<Time>) -> Result<()> {
+        let update = Update::new().set_or_remove(SEEN_AT, seen_at.map(|time| text(time.sortable())));
+        self.table.apply(name_key(name), update.condition(Condition::Exists("id"))).await?;
+        Ok(())
+    }
+
+    /// Creates the record of a sandbox that is marked for deletion, and is due. Returns false if there is a record meanwhile.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn create_deleted(&self, name: &str, sandbox: &NamedSandbox) -> Result<bool> {
+        let key = SecretString::from(id::new_session_key());
+        let mut record = self.new_record(&sandbox.user, &sandbox.id, "", &key).await?;
+        (record.desired, record.name) = (Desired::Deleted, Some(name.to_owned()));
+        let mut item = to_item(&record)?;
+        item.insert(DUE_SHARD.into(), text(shard(&record.id)));
+        item.insert(DUE_AT.into(), text(Time::now().plus(SWEEP_DELAY).sortable()));
+        self.put_new(&record, item).await
+    }
+
+    /// Claims the next comparison of the provider's sandboxes with the records. Returns the name after which it begins; `None` if the last
+    /// one was claimed less than `period` ago.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn claim_comparison(&self, now: Time, period: Duration) -> Result<Option<String>> {
+        let is_due = vec![Condition::Missing(DUE_AT), Condition::Compare(DUE_AT, "<=", text(now.sortable()))];
+        let update = Update::new().set(DUE_AT, text(now.plus(period).sortable())).condition(Condition::Any(is_due));
+        let claimed = self.table.update_once(comparison_key(), update).await?.applied();
+        let after = |item: Item| item.get(COMPARED_TO).and_then(|name| name.as_s().ok()).cloned().unwrap_or_default();
+        Ok(claimed.map(after))
+    }
+
+    /// Sets the name after which the next comparison begins.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn set_compared_to(&self, name: &str) -> Result<()> {
+        self.table.apply(comparison_key(), Update::new().set(COMPARED_TO, text(name))).await?;
+        Ok(())
+    }
+
     /// Removes the record of a sandbox that was not created at its provider, unless something else has joined the sandbox meanwhile.
     ///
     /// # Errors
@@ -246,7 +401,7 @@ impl SandboxStore {
             Condition::unchanged(STARTS, starts),
             Condition::Missing(CONVERSATIONS),
         ]);
-        let _removed = self.table.delete(key(&record.user, &record.id), is_unchanged).await?;
+        let _removed = self.delete(record, is_unchanged).await?;
         Ok(())
     }
 
@@ -256,6 +411,14 @@ impl SandboxStore {
     /// [`crate::Error::Internal`] when the update cannot be built.
     pub fn joining(&self, user: &UserId, id: &str, task: Uuid) -> Result<TransactWriteItem> {
         joined(task).in_transaction(&self.table.name, key(user, id))
+    }
+
+    /// As [`SandboxStore::joining`], for an id that a client has given. `None` if no sandbox can have it.
+    ///
+    /// # Errors
+    /// [`crate::Error::Internal`] when the update cannot be built.
+    pub fn joining_given(&self, user: &UserId, id: &str, task: Uuid) -> Result<Option<TransactWriteItem>> {
+        is_id(id).then(|| self.joining(user, id, task)).transpose()
     }
 
     /// The write by which a conversation becomes a member in place of the start that has created it, for a transaction. It fails if the
@@ -449,7 +612,8 @@ impl SandboxStore {
     /// [`crate::Error::Store`].
     pub async fn remove(&self, claim: &SandboxClaim) -> Result<bool> {
         let is_deleted = Condition::equal(DESIRED, text(Desired::Deleted.as_str()));
-        lease::delete(&self.table, key(&claim.record.user, &claim.record.id), &claim.lease.owner, [is_deleted]).await
+        let is_own = lease::is_of(&claim.lease.owner);
+        self.delete(&claim.record, Condition::All(vec![is_own, is_deleted])).await
     }
 
     async fn write(&self, claim: &SandboxClaim, update: Update) -> Result<Outcome> {
@@ -641,6 +805,19 @@ fn shard(id: &str) -> String {
 
 fn true_value() -> AttributeValue {
     AttributeValue::Bool(true)
+}
+
+/// The row of a sandbox's name. Like the row of comparisons, it is in the table's partitions whose key no user has.
+fn named(user: &UserId, id: &str) -> Update {
+    Update::new().set("owner", text(user.as_str())).set("sandbox", text(id))
+}
+
+fn name_key(name: &str) -> Item {
+    key(&UserId::new(format!("#name#{name}")), name)
+}
+
+fn comparison_key() -> Item {
+    key(&UserId::new("#comparison"), "provider")
 }
 
 fn key(user: &UserId, id: &str) -> Item {

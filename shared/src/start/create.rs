@@ -17,6 +17,7 @@ use crate::http::pydantic::validation::Checker;
 use crate::id::{self, UserId};
 use crate::jobs::advance_start::AdvanceStart;
 use crate::jobs::queue::JobQueue;
+use crate::sandbox::store::SandboxStore;
 use crate::user::git::{self, Repository, Selection};
 use crate::user::settings::{ProviderTokens, SettingsStore};
 
@@ -26,6 +27,8 @@ pub struct StartService {
     /// For lookups of parent conversations.
     pub conversations: ConversationStore,
     pub tasks: StartTaskStore,
+    /// For the membership of a start in the sandbox that its request names.
+    pub sandboxes: SandboxStore,
     /// Receives the job that advances the start.
     pub queue: JobQueue,
     /// For lookups of users' git providers.
@@ -56,7 +59,12 @@ impl StartService {
         }
         let request = self.with_selection(user, with_suggested_task(request)?).await?;
         let deadline = Time::now().plus(self.step_timeout);
-        let new = NewStart { identity, deadline, max_unfinished: self.max_unfinished };
+        // From now on no deletion of a conversation deletes that sandbox, although the worker has not begun yet.
+        let membership = match request.sandbox_id.as_deref() {
+            Some(sandbox) => self.sandboxes.joining_given(user, sandbox, identity.task)?,
+            None => None,
+        };
+        let new = NewStart { identity, deadline, max_unfinished: self.max_unfinished, membership };
         let record = self.tasks.create(user, &request, &new).await?;
         let job = AdvanceStart { user: user.clone(), task: record.id }.into();
         if let Err(error) = self.queue.send(&job, Duration::ZERO).await {

@@ -119,6 +119,9 @@ pub struct StartTaskRecord {
     /// The id of the sandbox to create if the start needs a new one. It is chosen before any step runs, for the same reason.
     #[serde(default)]
     pub new_sandbox_id: String,
+    /// The sandbox that the request names, which the start has joined when it was created, if the sandbox existed then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub given_sandbox_id: Option<String>,
     /// Notes for the user about problems that did not end the start.
     #[serde(default)]
     pub notes: Vec<String>,

@@ -9,6 +9,9 @@ use serde_json::{Value, json};
 
 use super::server::{Cut, Request, Server, json as answer, raw};
 
+/// When all containers were created, in seconds since 1970: 2025-01-01.
+const CREATED: i64 = 1_735_689_600;
+
 #[derive(Clone, Debug)]
 pub struct Container {
     pub state: String,
@@ -57,6 +60,12 @@ impl DockerEngine {
 
     pub fn pulled(&self) -> Vec<String> {
         self.state().pulled.clone()
+    }
+
+    /// Runs a container that no request to this server has created.
+    pub fn add(&self, name: &str) {
+        let container = Container { state: "running".to_owned(), exit_code: 0, body: Value::Null };
+        self.state().containers.insert(name.to_owned(), container);
     }
 
     /// Stops a container as a crash of its agent server does.
@@ -119,6 +128,19 @@ fn handle(request: &Request, state: &mut State) -> Result<Response, Cut> {
             }
             state.containers.insert(name.clone(), Container { state: "created".to_owned(), exit_code: 0, body });
             answer(StatusCode::CREATED, &json!({"Id": name, "Warnings": []}))
+        }
+        ("GET", ["containers", "json"]) => {
+            let filters: Value = serde_json::from_str(&request.query_value("filters").expect("filters")).expect("JSON");
+            let part = filters["name"][0].as_str().expect("a part of a name").trim_start_matches('/').to_owned();
+            let listed: Vec<Value> = state
+                .containers
+                .iter()
+                .filter(|(name, _)| name.contains(&part))
+                .map(|(name, container)| {
+                    json!({"Id": name, "Names": [format!("/{name}")], "Created": CREATED, "State": container.state})
+                })
+                .collect();
+            answer(StatusCode::OK, &json!(listed))
         }
         ("GET", ["containers", name, "json"]) => match state.containers.get(*name) {
             None => no_such(name),

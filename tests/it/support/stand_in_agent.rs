@@ -160,6 +160,8 @@ struct State {
     requests: Vec<Request>,
     conversations: Vec<Conversation>,
     delivered: HashMap<Uuid, Vec<Value>>,
+    /// The events of conversations, instead of those about `delivered` messages.
+    events: HashMap<Uuid, Vec<Value>>,
     skills: Value,
     hooks: Option<Value>,
     generated_title: Option<String>,
@@ -198,6 +200,7 @@ impl StandInAgent {
             requests: Vec::new(),
             conversations: Vec::new(),
             delivered: HashMap::new(),
+            events: HashMap::new(),
             skills: json!([]),
             hooks: None,
             generated_title: None,
@@ -327,6 +330,11 @@ impl StandInAgent {
     /// The title that it generates on request; without one it behaves like a version that lacks the route.
     pub fn set_generated_title(&self, title: &str) {
         self.state().generated_title = Some(title.to_owned());
+    }
+
+    /// Sets the events of a conversation, oldest first.
+    pub fn set_events(&self, id: Uuid, events: Vec<Value>) {
+        self.state().events.insert(id, events);
     }
 
     /// Sets the conversation's status. Unless set, it is `idle` before the first message and `finished` after it.
@@ -999,8 +1007,15 @@ fn conversations(request: &Request, state: &mut State) -> Response {
     }
 }
 
-/// The users' messages, newest first, in pages.
+/// The users' messages, or the events that a test has set, newest first, in pages.
 fn search_events(id: &str, request: &Request, state: &State) -> Response {
+    if let Some(events) = Uuid::parse_str(id).ok().and_then(|id| state.events.get(&id)) {
+        let limit = request.query_value("limit").and_then(|limit| limit.parse::<usize>().ok()).unwrap_or(100);
+        let (first, newest_first) = (request.query_value("page_id"), events.iter().rev());
+        let mut rest = newest_first.skip_while(|event| first.as_ref().is_some_and(|first| event["id"] != **first));
+        let items: Vec<&Value> = rest.by_ref().take(limit).collect();
+        return ok(&json!({"items": items, "next_page_id": rest.next().map(|event| &event["id"])}));
+    }
     let Some(said) = Uuid::parse_str(id).ok().and_then(|id| state.delivered.get(&id)) else {
         return ok(&json!({"items": [], "next_page_id": null}));
     };

@@ -17,7 +17,7 @@ use shared::config::{Names, RemoteSandboxConfig, SandboxConfig, StartConfig};
 use shared::conversation::ConversationRecord;
 use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
-use shared::dynamo::Table;
+use shared::dynamo::{INDEX_LAG, Table};
 use shared::event::store::EventStore;
 use shared::http::idempotency_key::IdempotencyKey;
 use shared::http_client::{AddressPolicy, HttpClient};
@@ -270,6 +270,7 @@ impl WorkerHarness {
         let mut names = engines.names(PREFIX);
         let aws = Aws::new(&engines.sdk_config().await);
         let queues = schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
+        let lag = faults.lag.min(INDEX_LAG);
         let mut hostile = HostileAws::start(&engines, PREFIX, faults).await;
         let aws = hostile.clients_of_test(&engines).await;
         names.job_queue_url.clone_from(&queues.jobs);
@@ -332,6 +333,7 @@ impl WorkerHarness {
             agent.mount("/workspace");
             let way = gate.to(&runtimes.url()).await;
             let remote = RemoteSandboxConfig {
+                deployment: Some("deployment-of-harness".to_owned()),
                 api_url: way.url(),
                 api_key: Some(API_KEY.into()),
                 image: "registry.example.com/agent-server:1".to_owned(),
@@ -353,6 +355,7 @@ impl WorkerHarness {
             let http = HttpClient::new(AddressPolicy::Any);
             let mut context = Context::with_sandboxes(&stores(aws), &sandboxes, &http, &config);
             context.messages.timing = quick_messages();
+            context.deletion.index_lag = lag;
             context
         };
         let harness = Self {
@@ -371,6 +374,7 @@ impl WorkerHarness {
             start_service: StartService {
                 conversations: stores(&aws).conversations(),
                 tasks: stores(&aws).start_tasks(),
+                sandboxes: stores(&aws).sandboxes(),
                 queue: stores(&aws).queue(),
                 settings: stores(&aws).settings(),
                 allow_insecure_git_access: config.allow_insecure_git_access,
@@ -786,6 +790,12 @@ impl WorkerHarness {
     pub async fn waits(&self, id: Uuid) -> u32 {
         let row = self.lease_row(id).await.expect("a lease row");
         row.get("waits").and_then(|waits| waits.as_n().ok()).map_or(0, |waits| waits.parse().expect("a number"))
+    }
+
+    /// The failed attempts at a start's current step, as its lease row counts them.
+    pub async fn attempts(&self, id: Uuid) -> u32 {
+        let row = self.lease_row(id).await.unwrap_or_default();
+        row.get("attempts").map_or(0, |count| count.as_n().expect("a number").parse().expect("a count"))
     }
 
     /// The claims of an unfinished start that no worker has released, as its lease row counts them.

@@ -4,12 +4,14 @@
 //!   `desired`. A sandbox that an unfinished start has created has `delete_when_empty`. Every sandbox is due (`due_shard`, `due_at`), so
 //!   that the reconciler looks at each of them once.
 //! - A start task has a second row, its lease row, with all that workers change while the start goes on. It exists while the start is
-//!   unfinished.
+//!   unfinished. A failed start keeps it, with the time (`expires_at`) after which the sweep removes both rows: 30 days after the migration.
 //! - The counts of a user are in eight items, `counters#0` to `counters#7`, and include unfinished starts. They are counted from the rows.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Duration;
 
 use dynoxide::{AttributeValue, Item};
+use shared::Time;
 
 use super::step::{Conversion, RunningStep, Step};
 
@@ -18,7 +20,7 @@ pub(super) const STEP: Step = Step {
     begin: || RunningStep {
         tables: &["sandboxes", "start-tasks", "users"],
         gathered: &["sandboxes", "conversations", "start-tasks"],
-        conversion: Box::new(ToVersion2::default()),
+        conversion: Box::new(ToVersion2::new(Time::now())),
     },
 };
 
@@ -36,14 +38,17 @@ const LEASE_ATTRIBUTES: [&str; 9] = [
     "command",
     UNFINISHED_SHARD,
 ];
+/// How long failed starts are kept.
+const FAILED_STARTS_EXPIRE: Duration = Duration::from_secs(30 * 24 * 3600);
 const SUB_COUNTERS: u8 = 8;
 const COUNTERS: &str = "counters";
 
 /// A user and an id.
 type Key = (String, String);
 
-#[derive(Default)]
 struct ToVersion2 {
+    /// When failed starts expire.
+    expires_at: Time,
     sandboxes: HashMap<Key, Members>,
     /// By user and number of the sub-counter.
     counts: BTreeMap<(String, u8), Counts>,
@@ -65,6 +70,10 @@ struct Counts {
 }
 
 impl ToVersion2 {
+    fn new(now: Time) -> Self {
+        Self { expires_at: now.plus(FAILED_STARTS_EXPIRE), sandboxes: HashMap::new(), counts: BTreeMap::new() }
+    }
+
     fn gather_conversation(&mut self, item: &Item) -> Option<()> {
         let (user, id) = key(item)?;
         // A conversation that is being deleted is not counted. It leaves its sandbox when its deletion ends.
@@ -122,13 +131,26 @@ impl ToVersion2 {
 }
 
 /// The rows of a start task.
-fn start_rows(mut item: Item) -> Vec<Item> {
-    let moved: Item = LEASE_ATTRIBUTES.iter().filter_map(|name| item.remove_entry(*name)).collect();
+fn start_rows(mut item: Item, expires_at: Time) -> Vec<Item> {
+    let mut moved: Item = LEASE_ATTRIBUTES.iter().filter_map(|name| item.remove_entry(*name)).collect();
     if !moved.contains_key(UNFINISHED_SHARD) {
-        return vec![item];
+        // Imported starts, which no worker has run, chose no sandbox and do not expire.
+        let has_run = text(&item, "new_sandbox_id").is_some_and(|id| !id.is_empty());
+        if !has_run || text(&item, "status").as_deref() != Some("ERROR") {
+            return vec![item];
+        }
+        let Some(shard) = text(&item, "id").and_then(|id| Some(id.get(..1)?.to_owned())) else { return vec![item] };
+        moved = [
+            (UNFINISHED_SHARD, AttributeValue::S(shard)),
+            ("due_at", AttributeValue::S(expires_at.sortable())),
+            ("expires_at", AttributeValue::N(expires_at.unix_seconds().to_string())),
+        ]
+        .map(|(name, value)| (name.to_owned(), value))
+        .into();
     }
     // Only a start that is unfinished has a deadline.
-    if let (false, Some(updated_at)) = (item.contains_key("deadline"), item.get("updated_at").cloned()) {
+    let lacks_deadline = !moved.contains_key("expires_at") && !item.contains_key("deadline");
+    if let (true, Some(updated_at)) = (lacks_deadline, item.get("updated_at").cloned()) {
         item.insert("deadline".to_owned(), updated_at);
     }
     let Some((user, id)) = key(&item) else { return vec![item] };
@@ -151,7 +173,7 @@ impl Conversion for ToVersion2 {
     fn convert(&self, table: &'static str, item: Item) -> Vec<(&'static str, Item)> {
         match table {
             "sandboxes" => vec![(table, self.sandbox(item))],
-            "start-tasks" => start_rows(item).into_iter().map(|item| (table, item)).collect(),
+            "start-tasks" => start_rows(item, self.expires_at).into_iter().map(|item| (table, item)).collect(),
             _ if text(&item, "kind").as_deref() == Some(COUNTERS) => Vec::new(),
             _ => vec![(table, item)],
         }
@@ -208,7 +230,7 @@ mod tests {
     }
 
     fn running() -> ToVersion2 {
-        ToVersion2::default()
+        ToVersion2::new(serde_json::from_value(json!("2026-11-20T10:00:00Z")).expect("a time"))
     }
 
     const A: &str = "000000000000000000000000000000a1";
@@ -291,7 +313,14 @@ mod tests {
         // Without a deadline, the step is overdue.
         assert_eq!(rows(&with(leased)), [with(json!({"deadline": at})), lease]);
         // A finished start, and one that was imported.
-        assert_eq!(rows(&with(json!({"attempts": {"N": "2"}, "last_write": s("x")}))), [common]);
+        assert_eq!(rows(&with(json!({"attempts": {"N": "2"}, "last_write": s("x")}))), [common.clone()]);
+        // A failed start.
+        let imported = with(json!({"status": s("ERROR"), "new_sandbox_id": s("")}));
+        assert_eq!(rows(&imported), [imported]);
+        let failed = with(json!({"status": s("ERROR"), "new_sandbox_id": s("x")}));
+        let lease = json!({"user": s("u"), "id": s(&format!("{A}#lease")), "unfinished_shard": s("0"),
+            "due_at": s("2026-12-20T10:00:00.000000Z"), "expires_at": {"N": "1797760800"}});
+        assert_eq!(rows(&failed), [failed, lease]);
     }
 
     #[test]

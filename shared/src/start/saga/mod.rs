@@ -635,9 +635,10 @@ impl StartRun<'_> {
     async fn clean_up(&self) -> Result<Option<String>> {
         let (record, reconciler) = (&self.task.record, &self.saga.reconciler);
         let (user, own) = (&record.user, record.new_sandbox_id.as_str());
-        let chosen = record.now.sandbox_id.as_deref().filter(|chosen| *chosen != own);
+        // A start that fails before it has chosen a sandbox may be a member of the one that its request names.
+        let chosen = record.now.sandbox_id.as_deref().or(record.given_sandbox_id.as_deref());
         let mut left = None;
-        for sandbox in chosen.into_iter().chain([own]) {
+        for sandbox in chosen.filter(|chosen| *chosen != own).into_iter().chain([own]) {
             let Some(kept) = reconciler.records.leave(user, sandbox, record.id, sandbox == own).await? else {
                 continue;
             };

@@ -20,6 +20,7 @@ use crate::conversation::{ConversationRecord, MetricsSnapshot};
 use crate::error::{Error, StoreErrorKind};
 use crate::event;
 use crate::http::secret::InTerminal;
+use crate::id;
 use crate::jobs::process_events::{self, ProcessEvents};
 use crate::metrics;
 use crate::sandbox::Sandbox;
@@ -279,7 +280,9 @@ impl StartRun<'_> {
         let lookup = conversations.lookup(user, conversation_id).await?;
         let records = &saga.reconciler.records;
         let mut recorded = match &lookup {
-            Lookup::Present(known) if known.is_stub => conversations.complete_stub(known, &conversation, processors)?,
+            Lookup::Present(known) if known.is_stub => {
+                self.under_parent(conversations.complete_stub(known, &conversation, processors)?)?
+            }
             Lookup::Present(known) => {
                 // The conversation was started before: it keeps its record and its history, and only its sandbox changes.
                 let moved = ConversationChange::default().sandbox(user, &sandbox.id);
@@ -290,7 +293,7 @@ impl StartRun<'_> {
                 }
                 Recorded { writes, ..Recorded::default() }
             }
-            Lookup::Absent => conversations.put_started(&conversation, processors)?,
+            Lookup::Absent => self.under_parent(conversations.put_started(&conversation, processors)?)?,
             Lookup::Deleting => {
                 return Err(StepError::Refused("The conversation with this id was deleted during the start".into()));
             }
@@ -314,6 +317,12 @@ impl StartRun<'_> {
             if differs(&lookup, &conversations.lookup(user, conversation_id).await?) {
                 return Err(StepError::Retry("Another request recorded the conversation at the same time".into()));
             }
+            if let Some(parent) = request.parent_conversation_id
+                && conversations.get(user, parent).await?.is_none()
+            {
+                let parent = id::dashed(parent);
+                return Err(StepError::Refused(format!("Parent conversation {parent} was deleted during the start")));
+            }
             if records.get(user, &sandbox.id).await?.is_none() {
                 return Err(self.lost_sandbox(format!("The sandbox {} was deleted during the start", sandbox.id)));
             }
@@ -331,6 +340,17 @@ impl StartRun<'_> {
         metrics::start_ended(snapshot.status.as_str());
         tracing::info!(task = %record.id, conversation = %conversation_id, "start.ready");
         Ok(Step::Ready)
+    }
+
+    /// Adds the condition that the parent of the conversation exists. The deletion of the parent therefore finds each of its
+    /// sub-conversations, as soon as the index of sub-conversations contains all that was written before.
+    fn under_parent(&self, mut recorded: Recorded) -> crate::error::Result<Recorded> {
+        let record = &self.task.record;
+        let parent = self.task.request.parent_conversation_id.filter(|parent| *parent != record.conversation_id);
+        if let Some(parent) = parent {
+            recorded.writes.push(self.saga.conversations.existing(&record.user, parent)?);
+        }
+        Ok(recorded)
     }
 
     /// Adds a note unless an earlier attempt has added it.

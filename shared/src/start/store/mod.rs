@@ -10,7 +10,8 @@
 //! Earlier versions had all attributes in one row. Their rows of READY tasks are read as they are. An unfinished one is moved to this
 //! layout as follows: `user`, `id` with [`LEASE_SUFFIX`], `unfinished_shard` and all [`LEASE_ATTRIBUTES`] that it has become the lease
 //! row, and are removed from the task's own row, except for `user` and `id`; `deadline` is set where it is missing; the user's counter
-//! `unfinished_starts` grows by one. An ERROR row needs no lease row, and then does not expire.
+//! `unfinished_starts` grows by one. An ERROR row that a worker has written gets
+//! a lease row with `unfinished_shard`, `expires_at` and, for the sweep, `due_at`; without one it does not expire.
 
 mod change;
 mod import;
@@ -40,7 +41,7 @@ use crate::dynamo::{
     Cancellation, Condition, DueIndex, Item, Table, Transacted, from_item, store_error, text, to_item, transact,
     unless_written,
 };
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, StoreErrorKind};
 use crate::id::{self, UserId};
 use crate::user::counters::{self, Counter, Recount, SubCounter};
 use crate::user::seal::Sealer;
@@ -99,6 +100,9 @@ pub struct NewStart {
     pub deadline: Time,
     /// The user's unfinished starts at which no more are created, see [`counters::add_below`].
     pub max_unfinished: u32,
+    /// The write by which the start joins the sandbox that its request names. If its condition fails, because there is no such sandbox, the
+    /// task is created without it, and the first step ends the start.
+    pub membership: Option<TransactWriteItem>,
 }
 
 /// The store of all start task records.
@@ -164,6 +168,7 @@ impl StartTaskStore {
             conversation_id,
             // As in the reference, a conversation with a given id gets a sandbox of the same id.
             new_sandbox_id: request.conversation_id.map_or_else(id::new_sandbox_id, id::hex),
+            given_sandbox_id: new.membership.as_ref().and(request.sandbox_id.clone()),
             secrets_sealed: self.seal_secrets(user, id, request).await?,
             digest_sealed: self.seal_digest(user, id, new.identity.digest.as_deref()).await?,
             ..record(user, id, now, created_at, request)?
@@ -174,25 +179,43 @@ impl StartTaskStore {
         lease.insert("due_at".into(), text(created_at.plus(FORGOTTEN_AFTER).sortable()));
         let limit = (Counter::UnfinishedStarts, new.max_unfinished);
         let count = counters::add_below(&self.users, user, SubCounter::of(id), &CREATED, limit)?;
-        let written =
-            match transact(&self.table.client, vec![self.put_new(item)?, self.put_new(lease)?, count], CREATE).await {
-                Ok(Transacted::ConditionFailed(reasons)) => {
-                    if let Some(object) = &record.request_object {
-                        self.delete_orphan(object).await;
-                    }
-                    if reasons.first() == Some(&Cancellation::None) {
-                        return Err(saturated(new.max_unfinished));
-                    }
-                    // A concurrent request with the same key has created the task.
-                    let found = self.find(user, &new.identity).await?;
-                    return found.ok_or_else(|| Error::internal("a new start has the id of an existing one"));
+        let writes = vec![self.put_new(item)?, self.put_new(lease)?, count];
+        let written = match self.transact_with_membership(writes, new.membership.clone()).await {
+            Ok(Transacted::ConditionFailed(reasons)) => {
+                if let Some(object) = &record.request_object {
+                    self.delete_orphan(object).await;
                 }
-                written => written.and_then(|written| written.require(CREATE)),
-            };
+                if reasons.first() == Some(&Cancellation::None) {
+                    return Err(saturated(new.max_unfinished));
+                }
+                // A concurrent request with the same key has created the task.
+                let found = self.find(user, &new.identity).await?;
+                return found.ok_or_else(|| Error::internal("a new start has the id of an existing one"));
+            }
+            written => written.and_then(|written| written.require(CREATE)),
+        };
         // If the outcome of the write is unknown, the row is read. Without that check a client that retries would create a second start.
         let is_own = |found: StartTaskRecord| found.created_at == created_at;
         unless_written(written, async || Ok(self.get(user, id).await?.is_some_and(is_own))).await?;
         Ok(record)
+    }
+
+    /// Writes a new task together with its membership in a sandbox, if that is possible, otherwise without.
+    async fn transact_with_membership(
+        &self,
+        writes: Vec<TransactWriteItem>,
+        membership: Option<TransactWriteItem>,
+    ) -> Result<Transacted> {
+        let Some(membership) = membership else { return transact(&self.table.client, writes, CREATE).await };
+        let with_membership = writes.iter().cloned().chain([membership]).collect();
+        match transact(&self.table.client, with_membership, CREATE).await {
+            Ok(Transacted::ConditionFailed(reasons))
+                if !reasons.iter().take(writes.len()).any(|reason| *reason == Cancellation::ConditionFailed) => {}
+            // Nothing was written. Many starts may join one sandbox at the same time, and those that succeed keep it.
+            Err(Error::Store(error)) if error.kind() == StoreErrorKind::Conflict => {}
+            transacted => return transacted,
+        }
+        transact(&self.table.client, writes, CREATE).await
     }
 
     /// Removes the object of a request whose task was not created. If this fails, the object stays without a row.
@@ -386,6 +409,7 @@ fn record(user: &UserId, id: Uuid, now: Snapshot, created_at: Time, request: &St
         now,
         created_at,
         new_sandbox_id: String::new(),
+        given_sandbox_id: None,
         notes: Vec::new(),
         browser: None,
         mcp_servers_left_out: Vec::new(),
