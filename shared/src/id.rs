@@ -45,6 +45,26 @@ pub fn random_base62(length: usize) -> String {
     (0..length).map(|_| char::from(BASE62[generator.random_range(0..BASE62.len())])).collect()
 }
 
+/// Writes a number with this many base-62 digits, most significant first. Texts of equal length are in the order of their numbers.
+#[must_use]
+pub fn base62(mut number: u128, digits: usize) -> String {
+    let mut text = vec![BASE62[0]; digits];
+    for digit in text.iter_mut().rev() {
+        *digit = BASE62[usize::try_from(number % 62).unwrap_or_default()];
+        number /= 62;
+    }
+    text.into_iter().map(char::from).collect()
+}
+
+/// Reads the number in a text of [`base62`]; `None` if it is not one, or exceeds 128 bits.
+#[must_use]
+pub fn from_base62(text: &str) -> Option<u128> {
+    text.bytes().try_fold(0u128, |number, byte| {
+        let digit = BASE62.iter().position(|digit| *digit == byte)?;
+        number.checked_mul(62)?.checked_add(u128::try_from(digit).ok()?)
+    })
+}
+
 /// The owner of records (the tenant), and the first part of every key in the store: tenant isolation rests on it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]

@@ -137,6 +137,7 @@ impl Server {
                 format!("{search}&title__contains={}", account::COMMON),
             ),
             ("search title__contains, in one of 500".to_owned(), format!("{search}&title__contains={}", account::RARE)),
+            ("search title__contains, in no title".to_owned(), format!("{search}&title__contains=nowhere")),
             ("count".to_owned(), format!("{BASE}/count")),
             ("batch of 10".to_owned(), format!("{BASE}?{}", newest.join("&"))),
             ("start-tasks/search limit=20".to_owned(), format!("{BASE}/start-tasks/search?limit=20")),

@@ -1,5 +1,5 @@
-//! The capacity units that reading lists consumes, by the size of the account and the depth of the page. The embedded
-//! engine counts them by DynamoDB's rules.
+//! The capacity units that reading lists and writing conversations consume, by the size of the account and the depth of the page. The
+//! embedded engine counts them by DynamoDB's rules.
 //!
 //! ```sh
 //! cargo bench -p tests --bench records --profile dev -- 100 10000 1000000
@@ -24,9 +24,11 @@ mod support {
     pub mod sigv4;
 }
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use http::Request;
 use local::import::{Entry, Importer, Pace};
+use secrecy::SecretString;
 use serde_json::{Value, json};
 use shared::config::SandboxConfig;
 use shared::conversation::search::{Cursor, Filter, SortOrder};
@@ -74,7 +76,83 @@ async fn measure(size: u64) {
         let units: f64 = costs.values().map(|cost| cost.units).sum();
         println!("| {what} | {rows} | {reads} | {units:.1} |");
     }
+    writes(&api, &user, &meter).await;
     api.stop().await;
+}
+
+/// The session key of the newest conversation's sandbox.
+const KEY: &str = "session-key";
+
+/// Measures the writes of the newest conversation.
+async fn writes(api: &Api, user: &UserId, meter: &Meter) {
+    let sandboxes = api.stores.sandboxes();
+    let key = SecretString::from(KEY);
+    let record = sandboxes.new_record(user, &account::sandbox_id(0), "spec", &key).await.expect("a record");
+    sandboxes.create(record, None).await.expect("stored");
+    let id = account::conversation_id(0).simple().to_string();
+    println!("\n| write | units of conversations | units of all tables |\n|---|---|---|");
+    let events = format!("/api/v1/webhooks/events/{id}");
+    let spent = |what: &str| {
+        let writes = ["PutItem", "UpdateItem", "DeleteItem", "TransactWriteItems", "BatchWriteItem"];
+        let (mut conversations, mut all) = (0.0, 0.0);
+        for ((operation, table), units) in meter.take_tables() {
+            if writes.contains(&operation.as_str()) {
+                all += units;
+                conversations += if table.ends_with("conversations") { units } else { 0.0 };
+            }
+        }
+        println!("| {what} | {conversations} | {all} |");
+    };
+    meter.take();
+    post(api, &events, &json!([stats(1)])).await;
+    spent("a batch with stats");
+    post(api, &events, &json!([stats(2)])).await;
+    spent("another batch with stats, at once");
+    let title = json!({"title": "Another title of the usual length, six words"});
+    let (status, answer) = api.call(user, "PATCH", &format!("/api/v1/app-conversations/{id}"), Some(&title)).await;
+    assert_eq!(status, 200, "{answer}");
+    spent("a rename");
+    let report = |status: &str, number: u32| {
+        json!({"id": id, "execution_status": status, "stats": stats(number)["value"], "title": "A title of the agent",
+            "updated_at": format!("2026-01-01T00:00:{number:02}Z"), "agent": {"llm": {"model": "a/model", "usage_id": "agent"}}})
+    };
+    post(api, "/api/v1/webhooks/conversations", &report("running", 3)).await;
+    spent("a snapshot of the conversation");
+    post(api, "/api/v1/webhooks/conversations", &report("running", 4)).await;
+    post(api, &events, &json!([event(5, "MessageEvent")])).await;
+    for number in 6..16 {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let events_of_step = [event(number, "ActionEvent"), event(number, "ObservationEvent"), stats(number)];
+        post(api, &events, &json!(events_of_step)).await;
+    }
+    let mut end = event(16, "ConversationStateUpdateEvent");
+    (end["key"], end["value"]) = (json!("execution_status"), json!("finished"));
+    post(api, &events, &json!([event(16, "MessageEvent"), end])).await;
+    post(api, "/api/v1/webhooks/conversations", &report("finished", 17)).await;
+    spent("an agent's turn: two snapshots, twelve batches, ten of them with stats, one per second");
+}
+
+async fn post(api: &Api, path: &str, body: &Value) {
+    let request = Request::post(path)
+        .header("Content-Type", "application/json")
+        .header("X-Session-API-Key", KEY)
+        .body(body.to_string().into());
+    let (status, answer) = api.send(request.expect("a request")).await;
+    assert_eq!(status, 200, "{path}: {answer}");
+}
+
+fn event(number: u32, kind: &str) -> Value {
+    let id = uuid::Uuid::new_v4();
+    json!({"id": id, "timestamp": format!("2026-01-01T00:00:{number:02}"), "source": "agent", "kind": kind, "text": "x".repeat(300)})
+}
+
+fn stats(number: u32) -> Value {
+    let mut event = event(number, "ConversationStateUpdateEvent");
+    let usage = json!({"prompt_tokens": 1000 * number, "completion_tokens": 10 * number, "cache_read_tokens": 0,
+        "cache_write_tokens": 0, "reasoning_tokens": 0, "context_window": 200_000, "per_turn_token": 1000});
+    event["key"] = json!("stats");
+    event["value"] = json!({"usage_to_metrics": {"agent": {"accumulated_cost": 0.1 * f64::from(number), "accumulated_token_usage": usage}}});
+    event
 }
 
 async fn load(api: &Api, user: &UserId, size: u64) {
@@ -117,6 +195,40 @@ fn requests(user: &UserId, size: u64) -> Vec<(String, &'static str, Query)> {
         "/search",
         with("updated_at__lt", middle.clone()),
     ));
+    let by_change = |mut query: Query| {
+        query.push(("sort_order", "UPDATED_AT_DESC".to_owned()));
+        query
+    };
+    requests.push((
+        "search, updated since the middle, oldest first".to_owned(),
+        "/search",
+        [with("updated_at__gte", middle.clone()), vec![("sort_order", "CREATED_AT".to_owned())]].concat(),
+    ));
+    requests.push((
+        "search, updated in the future, by creation".to_owned(),
+        "/search",
+        with("updated_at__gte", "2099-01-01T00:00:00Z".to_owned()),
+    ));
+    requests.push((
+        "search, created before the middle, last changed first".to_owned(),
+        "/search",
+        by_change(with("created_at__lt", middle.clone())),
+    ));
+    requests.push((
+        "search, created before the oldest, last changed first".to_owned(),
+        "/search",
+        by_change(with("created_at__lt", "1999-01-01T00:00:00Z".to_owned())),
+    ));
+    requests.push((
+        "search, one sandbox, last changed first".to_owned(),
+        "/search",
+        by_change(with("sandbox_id__eq", account::sandbox_id(size / 2))),
+    ));
+    requests.push((
+        "search, a word of no title, last changed first".to_owned(),
+        "/search",
+        by_change(with("title__contains", "nowhere".to_owned())),
+    ));
     requests.push(("search, one sandbox".to_owned(), "/search", with("sandbox_id__eq", account::sandbox_id(size / 2))));
     requests.push((
         "search, last changed first".to_owned(),
@@ -149,10 +261,8 @@ fn requests(user: &UserId, size: u64) -> Vec<(String, &'static str, Query)> {
 /// The page id that `/search` returns with a page that ends with this conversation.
 fn page_id_after(user: &UserId, number: u64) -> String {
     let number = if account::is_sub_conversation(number) { number + 1 } else { number };
-    // Rows with the same instant are ordered by the complements of their ids.
-    let id = uuid::Uuid::from_u128(!account::conversation_id(number).as_u128());
-    let row = format!("{}#{}", account::created_at(number), id.simple());
-    let after: Cursor = serde_json::from_value(json!(row)).expect("a place");
+    let created_at = serde_json::from_value(json!(account::created_at(number))).expect("a time");
+    let after = Cursor::at(created_at, account::conversation_id(number));
     let list = ("conversations".to_owned(), Filter::default(), SortOrder::CreatedAtDesc);
     page_token::encode(user, &list, &after).expect("a page id")
 }

@@ -9,8 +9,10 @@
 #[path = "../it/support"]
 #[allow(dead_code, reason = "shared with the tests")]
 mod support {
+    pub mod account;
     pub mod engines;
     pub mod meter;
+    pub mod seed;
     pub mod server;
     pub mod sigv4;
 }
@@ -20,7 +22,6 @@ use std::time::Duration;
 use serde_json::json;
 use shared::Time;
 use shared::aws::Aws;
-use shared::conversation::reports::Recorded;
 use shared::start::identity::StartIdentity;
 use shared::start::request::StartRequest;
 use shared::start::store::{Change, Claim, NewStart, StartTaskStore};
@@ -28,6 +29,7 @@ use shared::start::task::{PendingCommand, Snapshot, StartStatus};
 use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
+use support::account;
 use support::engines::Engines;
 use support::meter::Meter;
 use tempfile::TempDir;
@@ -68,14 +70,14 @@ async fn measure(bytes: usize) {
     let user = UserId::new("user");
     let body = json!({"initial_message": {"content": [{"type": "text", "text": "x".repeat(bytes)}]}}).to_string();
     let request = StartRequest::from_body(Some("application/json"), body.as_bytes()).expect("a request");
+    let conversations = Stores::without_key(&names, &aws).conversations();
+    let total = std::cell::Cell::new(0.0);
     let spent = || {
         let writes = ["PutItem", "UpdateItem", "DeleteItem", "TransactWriteItems"];
-        meter
-            .take()
-            .into_iter()
-            .filter(|(name, _)| writes.contains(&name.as_str()))
-            .map(|(_, cost)| cost.units)
-            .sum::<f64>()
+        let costs = meter.take().into_iter().filter(|(name, _)| writes.contains(&name.as_str()));
+        let units = costs.map(|(_, cost)| cost.units).sum::<f64>();
+        total.set(total.get() + units);
+        units
     };
     println!("\n### A first message of {bytes} bytes\n\n| write | units |\n|---|---|");
     let new = NewStart {
@@ -113,8 +115,13 @@ async fn measure(bytes: usize) {
     spent();
     let ready =
         StartTaskStore::ready(&user, id, record.conversation_id, &snapshot(StartStatus::Ready)).expect("a change");
-    tasks.end(&user, id, WORKER, &ready, Recorded::default()).await.expect("the store").expect("ended");
-    println!("| READY, without the conversation | {} |", spent());
+    let mut conversation = account::conversation(0)["data"].take();
+    conversation["id"] = json!(record.conversation_id.simple().to_string());
+    let conversation = support::seed::conversation(&user, conversation);
+    let recorded = conversations.put_started(&conversation, &[]).expect("a record");
+    tasks.end(&user, id, WORKER, &ready, recorded).await.expect("the store").expect("ended");
+    println!("| READY, with the conversation's record | {} |", spent());
+    println!("| the start, with two claims, one renewal and one release | {} |", total.get());
     drop(way);
     engines.shutdown().await;
 }

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use shared::Time;
 use shared::agent_server::AgentServer;
 use shared::config::SandboxConfig;
-use shared::conversation::reports::{AgentStats, Lookup, ReportTime, StoredConversation};
+use shared::conversation::reports::{AgentStats, Lookup, ReportTime, StoredConversation, Touch};
 use shared::conversation::search::{Filter, SortOrder};
 use shared::conversation::store::ConversationChange;
 use shared::conversation::{ConversationRecord, MAX_NAME};
@@ -770,6 +770,37 @@ async fn late_and_repeated_reports_do_not_replace_newer_stats() {
     fixture.api.stop().await;
 }
 
+/// A running agent reports its stats all the time; each move in the lists costs more than the report.
+#[tokio::test]
+async fn stream_of_stats_moves_the_record_at_intervals() {
+    let fixture = Fixture::new().await;
+    let (user, id) = (&fixture.user, Uuid::new_v4());
+    let before = fixture.has_conversation(user, id, SANDBOX).await;
+    let batch = async |events: &[Value], tokens: u64| {
+        fixture.post_events(SANDBOX, id, events).await;
+        let record = fixture.record(user, id).await;
+        assert_eq!(prompt_tokens(&record), tokens, "the report itself is applied");
+        record.updated_at
+    };
+    let first = batch(&[stats("a", "2026-01-01T00:00:01", 1)], 1).await;
+    assert!(first > before.updated_at);
+    assert_eq!(batch(&[stats("b", "2026-01-01T00:00:02", 2)], 2).await, first);
+    // A message and the end of a turn move it at once.
+    let message = batch(&[message("m"), stats("c", "2026-01-01T00:00:03", 3)], 3).await;
+    assert!(message > first);
+    let end = json!({"id": "e", "timestamp": "2026-01-01T00:00:04", "source": "environment", "key": "execution_status",
+        "value": "finished", "kind": "ConversationStateUpdateEvent"});
+    let ended = batch(&[end, stats("d", "2026-01-01T00:00:04", 4)], 4).await;
+    assert!(ended > message);
+    // The last move was long ago.
+    fixture.change_row(id, "SET updated_at = :long_ago").await;
+    assert!(batch(&[stats("f", "2026-01-01T00:00:05", 5)], 5).await >= ended);
+    // Lists have the record where its time says.
+    let query = [("sort_order", "UPDATED_AT_DESC".to_owned())];
+    let (status, page) = fixture.api.get(user, "/search", &query).await;
+    assert_eq!((status, &page["items"][0]["updated_at"]), (200, &json!(fixture.record(user, id).await.updated_at)));
+}
+
 #[tokio::test]
 async fn snapshot_of_a_conversation_updates_only_model_title_and_stats() {
     let fixture = Fixture::new().await;
@@ -921,7 +952,7 @@ async fn fifty_concurrent_updates_of_one_record_lose_nothing() {
     join_all((0..50_u64).map(async |number| match number % 5 {
         0 => {
             let at = ReportTime::Event(format!("2026-01-01T00:00:{number:02}.000000000Z#s"));
-            let _newest = store.set_stats(user, id, &read(number), &at).await.expect("the store");
+            let _newest = store.set_stats(user, id, &read(number), &at, Touch::Now).await.expect("the store");
         }
         1 => {
             let change = ConversationChange::default().title(Some("Mine"));
@@ -936,7 +967,7 @@ async fn fifty_concurrent_updates_of_one_record_lose_nothing() {
         }
         _ => {
             let at = ReportTime::Snapshot("2026".into());
-            assert!(store.set_reported_model(user, id, "openai/new", &at).await.expect("the store"));
+            assert!(store.set_reported_model(user, id, "openai/new", &at, Touch::Now).await.expect("the store"));
         }
     }))
     .await;
@@ -1102,10 +1133,10 @@ async fn start_completes_the_stub_that_its_agent_server_reported_earlier() {
             assert!(harness.put_stub(&stub_of(&harness, id, "elsewhere")).await);
             let usage = AgentStats::read(&metrics(77), Some("agent")).expect("stats");
             let at = ReportTime::Event("2026".to_owned());
-            assert!(store.set_stats(user, id, &usage, &at).await.expect("stored"));
-            assert!(store.set_reported_model(user, id, "openai/switched", &at).await.expect("stored"));
+            assert!(store.set_stats(user, id, &usage, &at, Touch::Now).await.expect("stored"));
+            assert!(store.set_reported_model(user, id, "openai/switched", &at, Touch::Now).await.expect("stored"));
             let tags = shared::conversation::tags::Tags::read(&json!({"a": "b"})).expect("tags").0;
-            assert!(store.set_tags(user, id, &tags, &at).await.expect("stored"));
+            assert!(store.set_tags(user, id, &tags, &at, Touch::Now).await.expect("stored"));
             if let Some(title) = agent_title {
                 assert!(store.set_agent_title(user, id, title).await.expect("stored"));
             }

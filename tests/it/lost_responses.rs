@@ -9,7 +9,7 @@ use shared::Time;
 use shared::aws::Aws;
 use shared::config::Names;
 use shared::conversation::ConversationRecord;
-use shared::conversation::reports::{AgentStats, Lookup, ReportTime};
+use shared::conversation::reports::{AgentStats, Lookup, ReportTime, Touch};
 use shared::conversation::search::Filter as ConversationFilter;
 use shared::conversation::store::{ConversationChange, ConversationStore};
 use shared::dynamo::{Cancellation, Condition, Item, Outcome, Table, Transacted, Update, number, text, transact};
@@ -365,9 +365,13 @@ async fn conversations_are_recorded_changed_and_deleted_once() {
     let stats = AgentStats::read(&json!({"usage_to_metrics": {"agent": {"accumulated_cost": 2.5}}}), None);
     let stats = stats.expect("stats");
     let time = ReportTime::Snapshot("2025-01-01T00:00:01".to_owned());
-    assert!(rig.lossy("set_stats", async || store.set_stats(user, id, &stats, &time).await).await.expect("the store"));
+    assert!(
+        rig.lossy("set_stats", async || store.set_stats(user, id, &stats, &time, Touch::Now).await)
+            .await
+            .expect("the store")
+    );
     let old = ReportTime::Snapshot("2024-01-01T00:00:01".to_owned());
-    assert!(!store.set_stats(user, id, &stats, &old).await.expect("the store"));
+    assert!(!store.set_stats(user, id, &stats, &old, Touch::Now).await.expect("the store"));
     rig.lossy("title", async || store.set_agent_title(user, id, "a title").await).await.expect("the store");
     let claim = async |from: Option<&str>, to: &str| store.move_processed_to(user, id, from, to).await;
     assert!(rig.lossy("processed_to", async || claim(None, "1").await).await.expect("the store"));

@@ -19,7 +19,7 @@ use shared::conversation::ConversationRecord;
 use shared::conversation::store::ConversationChange;
 use shared::dynamo::{Item, text};
 use shared::objects;
-use shared::paging::{self, Bounds, MAX_EVALUATED};
+use shared::paging::{self, Bounds, MAX_EVALUATED, Source};
 use shared::user::UserId;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
@@ -317,6 +317,139 @@ fn pagination_returns_the_filtered_and_sorted_list_and_count_its_length() {
             assert_eq!(api.get(user, "/count", &question.filters()).await, (200, expected.into()), "{question:?}");
         }
     });
+}
+
+/// Imports any number of rows.
+async fn store_all(api: &Api, user: &UserId, rows: &[Row]) {
+    for rows in rows.chunks(90) {
+        store(api, user, rows).await;
+    }
+}
+
+/// Rows of which one in fifty was changed late, the others soon after their creation.
+fn sparse_changes() -> Vec<Row> {
+    const DAY: i64 = 86_400_000_000;
+    let row = |id: u64| {
+        let created = At(i64::try_from(id).expect("few") * 1_000_000);
+        let updated = if id % 50 == 7 { At(40 * DAY - created.0) } else { created };
+        let sandbox = if id % 50 == 7 { "s" } else { "" };
+        Row {
+            id,
+            title: Some(format!("title {id}")),
+            sandbox,
+            parent: (id % 50 == 8).then(|| id - 1),
+            created,
+            updated,
+        }
+    };
+    (0..300).map(row).collect()
+}
+
+/// Filters that the index of the list does not have: the index of the filter serves them where it has few entries.
+#[tokio::test]
+async fn filter_of_another_index_reads_few_rows() {
+    const DAY: i64 = 86_400_000_000;
+    let folder = TempDir::new().expect("a folder");
+    let mut api = Api::at(folder.path(), SandboxConfig::None).await;
+    let user = UserId::new("user-one");
+    let rows = sparse_changes();
+    store_all(&api, &user, &rows).await;
+    let any = Question {
+        title: None,
+        created: [None; 2],
+        updated: [None; 2],
+        sandbox: None,
+        include_sub_conversations: Some(true),
+        order: Order::Created,
+        limit: 4,
+        way: 0,
+    };
+    let late = [Some(At(39 * DAY)), None];
+    let questions = [
+        Question { updated: late, ..any.clone() },
+        Question { updated: late, order: Order::CreatedDesc, include_sub_conversations: None, ..any.clone() },
+        Question { updated: late, title: Some("TITLE 1".to_owned()), ..any.clone() },
+        Question { updated: [Some(At(50 * DAY)), None], ..any.clone() },
+        Question { sandbox: Some("s"), order: Order::Updated, ..any.clone() },
+        Question { sandbox: Some("s"), order: Order::UpdatedDesc, updated: late, ..any.clone() },
+        Question { sandbox: Some("S"), order: Order::Updated, ..any.clone() },
+    ];
+    let meter = Meter::new();
+    let way = api.measure(&meter).await;
+    for question in questions {
+        let subs = question.include_sub_conversations == Some(true);
+        let mut expected: Vec<&Row> = rows.iter().filter(|row| question.is_match(row, subs)).collect();
+        question.order.sort(&mut expected);
+        let expected: Vec<Value> = expected.into_iter().map(shown).collect();
+        meter.take();
+        let found = walk(&api, &user, "/search", &question.query(), question.limit).await;
+        assert_eq!(found.iter().map(parts).collect::<Vec<_>>(), expected, "{question:?}");
+        let units: f64 = meter.take().values().map(|cost| cost.units).sum();
+        // Reading all rows would cost 150 units for each page.
+        let pages = f64::from(u32::try_from(expected.len() / question.limit + 1).expect("few"));
+        assert!(units <= 35.0 * pages, "{units} units for {pages} pages: {question:?}");
+    }
+    drop(way);
+    api.stop().await;
+}
+
+/// Neither the next rows of the list match, nor has the index of the filter few entries.
+#[tokio::test]
+async fn list_continues_in_its_order_if_the_index_of_the_filter_has_many_entries() {
+    let folder = TempDir::new().expect("a folder");
+    let api = Api::at(folder.path(), SandboxConfig::None).await;
+    let user = UserId::new("user-one");
+    let row = |id: u64| {
+        let created = At(i64::try_from(id).expect("few") * 1_000_000);
+        let (sandbox, later) = if id < 100 { ("", 1_000_000_000) } else { ("s", 0) };
+        Row { id, title: None, sandbox, parent: None, created, updated: At(created.0 + later) }
+    };
+    let rows: Vec<Row> = (0..320).map(row).collect();
+    store_all(&api, &user, &rows).await;
+    let query = |order: &str| {
+        let query = [("sandbox_id__eq", "s"), ("sort_order", order), ("limit", "50")];
+        query.map(|(name, value)| (name, value.to_owned()))
+    };
+    let mut expected: Vec<String> = rows[100..].iter().map(|row| row.uuid().simple().to_string()).collect();
+    for order in ["UPDATED_AT", "UPDATED_AT_DESC"] {
+        let found = walk(&api, &user, "/search", &query(order), 50).await;
+        let found: Vec<&str> = found.iter().filter_map(|item| item["id"].as_str()).collect();
+        assert_eq!(found, expected, "{order}");
+        expected.reverse();
+    }
+    let (status, count) = api
+        .get(&user, "/count", &[("sandbox_id__eq", "s".to_owned()), ("updated_at__gte", rows[110].updated.written(0))])
+        .await;
+    assert_eq!((status, count), (200, json!(210)));
+    api.stop().await;
+}
+
+/// An index lags: it still has the entry of a row that is being deleted, or that no longer exists.
+#[tokio::test]
+async fn entry_of_a_deleted_row_is_not_listed() {
+    let folder = TempDir::new().expect("a folder");
+    let api = Api::at(folder.path(), SandboxConfig::None).await;
+    let user = UserId::new("user-one");
+    let rows: Vec<Row> = sparse_changes().into_iter().take(5).collect();
+    store(&api, &user, &rows).await;
+    let key = |row: &Row| [("user", "user-one".to_owned()), ("id", row.uuid().simple().to_string())];
+    let mut mark = api.aws.dynamodb.update_item().table_name(&api.names.conversations);
+    for (name, value) in key(&rows[2]) {
+        mark = mark.key(name, text(value));
+    }
+    mark.update_expression("SET deleting_since = :now")
+        .expression_attribute_values(":now", text("2026-01-01T00:00:00.000000Z"))
+        .send()
+        .await
+        .expect("marked");
+    let expected: Vec<Value> = [0, 1, 3, 4].map(|row: usize| shown(&rows[row])).to_vec();
+    for (order, sandbox) in [("CREATED_AT", None), ("UPDATED_AT", None), ("CREATED_AT", Some(""))] {
+        let mut query = vec![("sort_order", order.to_owned()), ("limit", "2".to_owned())];
+        query.extend(sandbox.map(|sandbox: &str| ("sandbox_id__eq", sandbox.to_owned())));
+        let found = walk(&api, &user, "/search", &query, 2).await;
+        assert_eq!(found.iter().map(parts).collect::<Vec<_>>(), expected, "{query:?}");
+    }
+    api.stop().await;
 }
 
 /// The fields in which rows differ, as the API must return them.
@@ -749,8 +882,12 @@ async fn cost_of_a_page_does_not_depend_on_its_depth_and_unfiltered_count_costs_
         loop {
             (_, next) = page(&api, &user, "/search", &query, next).await;
             let (requests, units) = spent();
-            // Twenty-one rows of about 900 bytes, at half a unit per 4 KiB.
-            assert!(requests == 1 && units <= 3.0, "{query:?}, page {pages}: {requests} requests, {units} units");
+            // The entries of each list, and twenty rows of less than 4 KiB at half a unit each.
+            let lists = 1 + usize::from(query.iter().any(|(name, _)| *name == "include_sub_conversations"));
+            assert!(
+                requests == lists + 1 && units <= 12.0,
+                "{query:?}, page {pages}: {requests} requests, {units} units"
+            );
             pages += 1;
             if next.is_none() {
                 break;
@@ -761,7 +898,7 @@ async fn cost_of_a_page_does_not_depend_on_its_depth_and_unfiltered_count_costs_
     let row = &account::conversation(120)["data"];
     let sandbox = row["sandbox_id"].as_str().expect("a sandbox").to_owned();
     for (path, query, most) in [
-        ("/search", vec![("sandbox_id__eq", sandbox.clone())], (1, 2.0)),
+        ("/search", vec![("sandbox_id__eq", sandbox.clone())], (2, 6.0)),
         ("/count", vec![("sandbox_id__eq", sandbox)], (1, 2.0)),
         // A unit for each of the nine items that share the count.
         ("/count", vec![], (1, 9.0)),
@@ -797,25 +934,30 @@ async fn filtered_page_ends_at_its_limits_and_the_next_page_continues() {
             .expression_attribute_values(":user", text("u"))
             .expression_attribute_values(":last", text(&last))
     };
+    let source = || Source {
+        queries: vec![query()],
+        sort_key: "created_sort",
+        is_ascending: true,
+        is_filtered: true,
+        is_exact: true,
+    };
     let usual = Bounds::of_page(2);
     let unbounded = Bounds { evaluated: usize::MAX, time: Duration::from_secs(3600), ..usual };
     let walk = async |bounds: Bounds| {
-        let (mut found, mut pages, mut start) = (Vec::new(), Vec::new(), None);
+        let (mut found, mut pages, mut starts) = (Vec::new(), Vec::new(), None);
         loop {
-            let read = |item: Item| Ok((item["id"].as_s().expect("an id").clone(), 10));
-            // The key attributes with which a query on the index continues.
-            let after = |item: &Item| {
-                let keys = ["user", "id", "created_sort"].map(|name| (name.to_owned(), item[name].clone()));
-                Ok(Item::from(keys))
+            let fetch = |entries: Vec<Item>| async move {
+                Ok(entries.into_iter().map(|entry| Some(entry["id"].as_s().expect("an id").clone())).collect())
             };
-            let page = paging::page("Query", bounds, start.take(), true, query, read, after).await;
-            let (rows, next) = page.expect("the store");
-            pages.push(rows.len());
-            found.extend(rows);
-            start = next;
-            if start.is_none() {
-                return (found, pages);
-            }
+            let page = paging::page("Query", bounds, source(), starts.take(), fetch, |_| Ok(10)).await;
+            let page = page.expect("the store");
+            pages.push(page.rows.len());
+            found.extend(page.rows);
+            let Some(next) = page.next else { return (found, pages) };
+            // The key attributes with which a query on the index continues.
+            let id = next.rsplit('#').next().expect("an id").to_owned();
+            let keys = [("user", "u".to_owned()), ("id", id), ("created_sort", next)];
+            starts = Some(vec![keys.map(|(name, value)| (name.to_owned(), text(value))).into()]);
         }
     };
     assert_eq!(walk(unbounded).await, (expected.clone(), vec![2, 1]));

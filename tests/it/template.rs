@@ -104,8 +104,8 @@ fn tables_bucket_and_queues_are_those_of_the_schema() {
                 let projection = match index.projected {
                     schema::Projected::All => json!({"ProjectionType": "ALL"}),
                     schema::Projected::Keys => json!({"ProjectionType": "KEYS_ONLY"}),
-                    schema::Projected::KeysAnd(attribute) => {
-                        json!({"ProjectionType": "INCLUDE", "NonKeyAttributes": [attribute]})
+                    schema::Projected::KeysAnd(attributes) => {
+                        json!({"ProjectionType": "INCLUDE", "NonKeyAttributes": attributes})
                     }
                 };
                 let keys = keys(index.partition_key, index.sort_key);

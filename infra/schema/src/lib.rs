@@ -23,8 +23,8 @@ pub const VERSION: u32 = 2;
 pub enum Projected {
     All,
     Keys,
-    /// The keys and one other attribute.
-    KeysAnd(&'static str),
+    /// The keys and these attributes.
+    KeysAnd(&'static [&'static str]),
 }
 
 /// A global secondary index.
@@ -57,12 +57,25 @@ pub const TABLES: [Table; 5] = [
         partition_key: "user",
         sort_key: "id",
         indexes: &[
-            index(conversation::store::ALL_BY_CREATED, "user", "created_sort", Projected::All),
-            index(conversation::store::ALL_BY_UPDATED, "user", "updated_sort", Projected::All),
-            index(conversation::store::TOP_LEVEL_BY_CREATED, "top_level_user", "created_sort", Projected::All),
-            index(conversation::store::TOP_LEVEL_BY_UPDATED, "top_level_user", "updated_sort", Projected::All),
-            index(conversation::store::BY_SANDBOX, "sandbox_key", "created_sort", Projected::All),
-            index(conversation::store::BY_PARENT, "parent_key", "created_sort", Projected::Keys),
+            index(
+                conversation::store::BY_CREATED,
+                conversation::store::LIST,
+                conversation::store::CREATED_SORT,
+                Projected::KeysAnd(&[conversation::store::SEARCH]),
+            ),
+            index(
+                conversation::store::BY_UPDATED,
+                conversation::store::LIST,
+                conversation::store::UPDATED_SORT,
+                Projected::KeysAnd(&[conversation::store::CREATED, conversation::store::SEARCH]),
+            ),
+            index(
+                conversation::store::BY_SANDBOX,
+                conversation::store::SANDBOX_KEY,
+                conversation::store::CREATED_SORT,
+                Projected::KeysAnd(&[conversation::store::LIST, conversation::store::SEARCH]),
+            ),
+            index(conversation::store::BY_PARENT, "parent_key", conversation::store::CREATED_SORT, Projected::Keys),
             index(conversation::store::DELETIONS, "deletion_shard", "due_at", Projected::Keys),
         ],
     },
@@ -71,9 +84,9 @@ pub const TABLES: [Table; 5] = [
         partition_key: "user",
         sort_key: "id",
         indexes: &[
-            index(start::store::BY_CREATED, "user", "created_sort", Projected::All),
-            index(start::store::BY_UPDATED, "user", "updated_sort", Projected::All),
-            index(start::store::BY_CONVERSATION, "conversation_key", "created_sort", Projected::All),
+            index(start::store::BY_CREATED, "user", "created_sort", Projected::Keys),
+            index(start::store::BY_UPDATED, "user", "updated_sort", Projected::KeysAnd(&[start::store::CREATED_AT])),
+            index(start::store::BY_CONVERSATION, "conversation_key", "created_sort", Projected::Keys),
             index(start::store::UNFINISHED, "unfinished_shard", "due_at", Projected::Keys),
         ],
     },
@@ -97,8 +110,8 @@ pub const TABLES: [Table; 5] = [
         partition_key: "conversation",
         sort_key: "id",
         indexes: &[
-            index(event::store::BY_POSITION, "conversation", "position", Projected::KeysAnd(event::store::SIZE)),
-            index(event::store::BY_KIND, "conversation", "kind_position", Projected::KeysAnd(event::store::SIZE)),
+            index(event::store::BY_POSITION, "conversation", "position", Projected::KeysAnd(&[event::store::SIZE])),
+            index(event::store::BY_KIND, "conversation", "kind_position", Projected::KeysAnd(&[event::store::SIZE])),
         ],
     },
     Table {
@@ -109,7 +122,7 @@ pub const TABLES: [Table; 5] = [
             pending_message::store::UNDELIVERED,
             "undelivered_shard",
             "due_at",
-            Projected::KeysAnd(pending_message::store::CONVERSATION),
+            Projected::KeysAnd(&[pending_message::store::CONVERSATION]),
         )],
     },
 ];
@@ -220,7 +233,7 @@ async fn make_table(aws: &Aws, table: &Table, name: &str) -> Result<(), SchemaEr
                     Projected::KeysAnd(_) => ProjectionType::Include,
                 })
                 .set_non_key_attributes(match index.projected {
-                    Projected::KeysAnd(attribute) => Some(vec![attribute.to_owned()]),
+                    Projected::KeysAnd(attributes) => Some(attributes.iter().map(|name| (*name).to_owned()).collect()),
                     Projected::All | Projected::Keys => None,
                 })
                 .build();

@@ -11,7 +11,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::store::{ConversationStore, changes_of_counters, is_alive, is_expired, item, key, searchable, updated_now};
+use super::store::{
+    ConversationStore, SEARCH, changes_of_counters, is_alive, is_expired, item, key, searchable, updated_now,
+};
 use super::tags::Tags;
 use super::{ConversationRecord, MetricsSnapshot, TokenUsage, within_max_name};
 use crate::clock::Time;
@@ -20,6 +22,26 @@ use crate::dynamo::{Condition, Item, Update, from_item, text, to_item, transact}
 use crate::error::Result;
 use crate::id::{self, UserId};
 use crate::user::counters::{self, Counter, SubCounter};
+
+/// How often a stream of reports moves `updated_at`, at most. A move writes the entry of the index by the time of the last change anew, and
+/// costs more than the report itself.
+const TOUCH_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Whether a report sets the `updated_at` of a record to now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Touch {
+    Now,
+    /// The record changes, but its place in lists does not.
+    Keep,
+}
+
+impl Touch {
+    /// For a report of a stream: the record is moved if the last move was a while ago.
+    #[must_use]
+    pub fn at_intervals(updated_at: Time) -> Self {
+        if Time::now().since(updated_at) < TOUCH_INTERVAL { Self::Keep } else { Self::Now }
+    }
+}
 
 /// The result of a conversation lookup by id.
 #[derive(Clone, Debug, PartialEq)]
@@ -288,15 +310,12 @@ impl ConversationStore {
         if stub.is_model_reported {
             set.remove("llm_model");
         }
-        let mut update = Update::new()
+        let update = Update::new()
             .set_all(set)
             .remove("stub")
             .condition(is_alive())
             .condition(Condition::equal("stub", AttributeValue::Bool(true)))
             .condition(Condition::unchanged("title", stub.record.title.as_ref().map(text)));
-        if record.parent_conversation_id.is_some() {
-            update = update.remove("top_level_user");
-        }
         let writes = vec![update.in_transaction(&self.table.name, key(&record.user, record.id))?];
         // The stub was counted as a top-level conversation.
         let is_child = record.parent_conversation_id.is_some();
@@ -311,44 +330,63 @@ impl ConversationStore {
     /// [`crate::Error::Store`].
     pub async fn set_agent_title(&self, user: &UserId, id: Uuid, title: &str) -> Result<bool> {
         let title = within_max_name(title);
-        let update = Update::new().set("title", text(title)).set("title_search", text(searchable(title))).condition(
-            Condition::Any(vec![
-                Condition::Missing("title"),
-                Condition::In("title", default_titles(id).map(text).into()),
-            ]),
-        );
-        self.apply_report((user, id), update).await
+        let update =
+            Update::new().set("title", text(title)).set(SEARCH, text(searchable(title))).condition(Condition::Any(
+                vec![Condition::Missing("title"), Condition::In("title", default_titles(id).map(text).into())],
+            ));
+        self.apply_report((user, id), update, Touch::Now).await
     }
 
     /// Sets the usage of the models, unless a newer report was applied. Returns whether it was set.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
-    pub async fn set_stats(&self, user: &UserId, id: Uuid, stats: &AgentStats, time: &ReportTime) -> Result<bool> {
+    pub async fn set_stats(
+        &self,
+        user: &UserId,
+        id: Uuid,
+        stats: &AgentStats,
+        time: &ReportTime,
+        touch: Touch,
+    ) -> Result<bool> {
         let mut update = Update::new()
             .set("metrics.accumulated_cost", AttributeValue::N(stats.accumulated_cost.to_string()))
             .set("metrics.accumulated_token_usage", AttributeValue::M(to_item(&stats.token_usage)?));
         if let Some(budget) = stats.max_budget_per_task {
             update = update.set("metrics.max_budget_per_task", AttributeValue::N(budget.to_string()));
         }
-        self.apply_versioned((user, id), &STATS, time, update).await
+        self.apply_versioned((user, id), &STATS, time, update, touch).await
     }
 
     /// Sets the model of the agent, unless a newer report was applied. Returns whether it was set.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
-    pub async fn set_reported_model(&self, user: &UserId, id: Uuid, model: &str, time: &ReportTime) -> Result<bool> {
-        self.apply_versioned((user, id), &MODEL, time, Update::new().set("llm_model", text(model))).await
+    pub async fn set_reported_model(
+        &self,
+        user: &UserId,
+        id: Uuid,
+        model: &str,
+        time: &ReportTime,
+        touch: Touch,
+    ) -> Result<bool> {
+        self.apply_versioned((user, id), &MODEL, time, Update::new().set("llm_model", text(model)), touch).await
     }
 
     /// Replaces the tags, unless a newer report was applied. Returns whether they were replaced.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
-    pub async fn set_tags(&self, user: &UserId, id: Uuid, tags: &Tags, time: &ReportTime) -> Result<bool> {
+    pub async fn set_tags(
+        &self,
+        user: &UserId,
+        id: Uuid,
+        tags: &Tags,
+        time: &ReportTime,
+        touch: Touch,
+    ) -> Result<bool> {
         let update = Update::new().set("tags", AttributeValue::M(to_item(tags)?));
-        self.apply_versioned((user, id), &TAGS, time, update).await
+        self.apply_versioned((user, id), &TAGS, time, update, touch).await
     }
 
     /// Sets a reported value, unless a newer report of it was applied. Returns whether it was set.
@@ -358,6 +396,7 @@ impl ConversationStore {
         Sources { event, received, snapshot }: &Sources,
         time: &ReportTime,
         update: Update,
+        touch: Touch,
     ) -> Result<bool> {
         let now = Time::now();
         let is_later = |position: &str| {
@@ -385,7 +424,7 @@ impl ConversationStore {
                 )
             }
         };
-        self.apply_report(record, update).await
+        self.apply_report(record, update, touch).await
     }
 
     /// Claims the events up to a position in the log for processing, if events were processed up to `from` before. Returns whether the
@@ -407,9 +446,13 @@ impl ConversationStore {
         self.table.apply(key(user, id), update).await
     }
 
-    /// Updates a record under the update's conditions, and sets its `updated_at` to now. Returns whether the conditions held.
-    async fn apply_report(&self, (user, id): (&UserId, Uuid), update: Update) -> Result<bool> {
-        self.table.apply(key(user, id), updated_now(update, id).condition(is_alive())).await
+    /// Updates a record under the update's conditions. Returns whether the conditions held.
+    async fn apply_report(&self, (user, id): (&UserId, Uuid), update: Update, touch: Touch) -> Result<bool> {
+        let update = match touch {
+            Touch::Now => updated_now(update, id),
+            Touch::Keep => update,
+        };
+        self.table.apply(key(user, id), update.condition(is_alive())).await
     }
 
     fn put_with(&self, record: &ConversationRecord, internal: &InternalAttributes) -> Result<Recorded> {

@@ -1,8 +1,15 @@
 //! Search and count of conversations: the filters, the indexes that serve them, pagination, and the cost limits of a request.
 //!
-//! A page without filters reads the rows that it returns and one more. The bounds of the sort attribute and the sandbox are key conditions,
-//! so rows outside them are not read. The other filters are applied to rows as they are read, within the bounds of [`crate::paging`]: a
-//! page may be short or empty, and its `next_page_id` continues from there.
+//! The indexes by time have the title and the time of creation of each conversation, so most filters are applied to their entries, and
+//! only the rows of the page are read from the table, eventually consistent. Bounds of the attribute that an index is sorted by are key
+//! conditions: entries outside them are not read.
+//!
+//! No index has both times in an order of creation, and the indexes by time do not have the sandbox. A list that needs them is *inexact*: the
+//! rows of entries are read to decide. It tries three ways, in this order:
+//!
+//! 1. the next [`FIRST_CANDIDATES`] rows, which are enough where most rows match;
+//! 2. the index of the filter: if it has few entries in the filter's range, they are read and sorted;
+//! 3. more rows in the order of the list, up to [`MAX_CANDIDATES`]; the page may be short or empty then.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -10,10 +17,11 @@ use std::time::Duration;
 use aws_sdk_dynamodb::operation::query::builders::QueryFluentBuilder;
 use aws_sdk_dynamodb::types::AttributeValue;
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use super::store::{
-    ALL_BY_CREATED, ALL_BY_UPDATED, BY_SANDBOX, ConversationStore, TOP_LEVEL_BY_CREATED, TOP_LEVEL_BY_UPDATED,
-    id_in_sort_value, key, searchable, sort_value,
+    BY_CREATED, BY_SANDBOX, BY_UPDATED, CREATED, CREATED_SORT, ConversationStore, LIST, List, SANDBOX_KEY, SEARCH,
+    UPDATED_SORT, id_in_sort_value, id_of, key, searchable, sort_value, sort_value_of,
 };
 use super::{AppConversation, ConversationRecord};
 use crate::clock::Time;
@@ -22,8 +30,11 @@ use crate::error::{Error, Result};
 pub use crate::http::sort_order::SortOrder;
 use crate::http::{page, page_token};
 use crate::id::UserId;
-use crate::paging::{self, Bounds};
+use crate::paging::{self, Bounds, COUNT_BUDGET, MAX_CANDIDATES, MAX_EVALUATED, Source};
 use crate::user::counters::{self, Counter};
+
+/// The name of the reads of lists, for the log.
+const OPERATION: &str = "Query conversations";
 
 /// The error for a count that would read too many rows.
 const TOO_MANY: &str = "Too many conversations to count with these filters. Narrow them with created_at__gte and created_at__lt, or read the pages of search";
@@ -36,6 +47,12 @@ const LONGEST_KEY: usize = 2048;
 
 /// How much earlier than its creation a row may have been updated, because two machines with different clocks wrote the times.
 pub(crate) const CLOCK_SKEW: Duration = Duration::from_secs(60);
+
+/// The rows that an inexact list reads in its order before it tries the index of the filter.
+const FIRST_CANDIDATES: usize = 40;
+
+/// The most rows that are read and sorted in memory.
+const MAX_SORTED_ROWS: usize = 200;
 
 /// The filters of a list or a count.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,7 +83,13 @@ impl Cursor {
     #[must_use]
     pub fn of(conversation: &AppConversation, order: SortOrder) -> Self {
         let at = if order.is_by_created() { conversation.created_at } else { conversation.updated_at };
-        Self(sort_value(at, conversation.id))
+        Self::at(at, conversation.id)
+    }
+
+    /// The cursor of the conversation with this id and this time, by which the list is sorted.
+    #[must_use]
+    pub fn at(at: Time, id: Uuid) -> Self {
+        Self(sort_value(at, id))
     }
 }
 
@@ -79,16 +102,20 @@ pub struct Page {
     pub next: Option<Cursor>,
 }
 
-/// The query: its index, the range of its keys, and the filter conditions on its rows.
+/// The queries of a list: the index, its partitions, the range of its keys, and the filter conditions on its entries.
+#[derive(Debug)]
 struct QueryPlan {
     index: &'static str,
-    partition: &'static str,
-    owner: String,
-    sort: &'static str,
+    partition_key: &'static str,
+    partitions: Vec<String>,
+    sort_key: &'static str,
     low: Option<String>,
     high: Option<String>,
     conditions: Vec<&'static str>,
+    names: HashMap<String, String>,
     values: HashMap<String, AttributeValue>,
+    /// Whether the conditions include the whole filter.
+    is_exact: bool,
 }
 
 impl Filter {
@@ -98,82 +125,90 @@ impl Filter {
         *self == open
     }
 
-    /// The order in which counting reads the fewest rows.
+    fn has_updated_bound(&self) -> bool {
+        self.updated_at_gte.is_some() || self.updated_at_lt.is_some()
+    }
+
+    /// The order whose index has most of what the filter needs.
     fn order_for_counting(&self) -> SortOrder {
-        let created = self.created_at_gte.is_some() || self.created_at_lt.is_some() || self.sandbox_id.is_some();
-        let updated = self.updated_at_gte.is_some() || self.updated_at_lt.is_some();
-        if updated && !created { SortOrder::UpdatedAtDesc } else { SortOrder::CreatedAtDesc }
+        let is_by_updated = self.has_updated_bound() && self.sandbox_id.is_none();
+        if is_by_updated { SortOrder::UpdatedAtDesc } else { SortOrder::CreatedAtDesc }
+    }
+
+    /// Whether a record is in the list.
+    fn matches(&self, record: &ConversationRecord) -> bool {
+        let is_within = |at: Time, from: Option<Time>, before: Option<Time>| {
+            from.is_none_or(|from| at >= from) && before.is_none_or(|before| at < before)
+        };
+        let has_title = |part: &String| {
+            record.title.as_ref().is_some_and(|title| searchable(title).contains(searchable(part).as_str()))
+        };
+        self.title_contains.as_ref().is_none_or(has_title)
+            && is_within(record.created_at, self.created_at_gte, self.created_at_lt)
+            && is_within(record.updated_at, self.updated_at_gte, self.updated_at_lt)
+            && self.sandbox_id.as_ref().is_none_or(|sandbox| *sandbox == record.sandbox_id)
+            && (self.include_sub_conversations || record.parent_conversation_id.is_none())
     }
 
     fn plan(&self, user: &UserId, order: SortOrder) -> QueryPlan {
-        let mut conditions = Vec::new();
-        let mut values = HashMap::new();
-        let mut ask = |condition, name: &str, value: String| {
+        let (mut conditions, mut names, mut values) = (Vec::new(), HashMap::new(), HashMap::new());
+        let mut require = |condition, (placeholder, name): (&str, &str), value: Option<(&str, String)>| {
             conditions.push(condition);
-            values.insert(name.to_owned(), text(value));
+            names.insert(placeholder.to_owned(), name.to_owned());
+            values.extend(value.map(|(name, value)| (name.to_owned(), text(value))));
         };
-        let sandbox = self.sandbox_id.as_deref().map(|sandbox| user.key_of(sandbox));
-        let whole = || user.as_str().to_owned();
-        let (index, partition, owner) = match (order.is_by_created(), self.include_sub_conversations, &sandbox) {
-            (true, _, Some(sandbox)) => (BY_SANDBOX, "sandbox_key", sandbox.clone()),
-            (true, true, None) => (ALL_BY_CREATED, "user", whole()),
-            (true, false, None) => (TOP_LEVEL_BY_CREATED, "top_level_user", whole()),
-            (false, true, _) => (ALL_BY_UPDATED, "user", whole()),
-            (false, false, _) => (TOP_LEVEL_BY_UPDATED, "top_level_user", whole()),
+        let lists = match self.include_sub_conversations {
+            true => vec![List::TopLevel.key(user), List::SubConversations.key(user)],
+            false => vec![List::TopLevel.key(user)],
         };
-        if let Some(sandbox) = sandbox
-            && index != BY_SANDBOX
-        {
-            ask("sandbox_key = :sandbox", ":sandbox", sandbox);
-        }
-        let created = (self.created_at_gte, self.created_at_lt);
-        let updated = (self.updated_at_gte, self.updated_at_lt);
-        // A row is created before it is updated, so a bound of one time is a bound of the other, too, and fewer rows are read.
-        let (sort, (low, high), (from, before)) = if order.is_by_created() {
+        let (index, partition_key, partitions) = match (order.is_by_created(), self.sandbox_id.as_deref()) {
+            (true, Some(sandbox)) => (BY_SANDBOX, SANDBOX_KEY, vec![user.key_of(sandbox)]),
+            (true, None) => (BY_CREATED, LIST, lists),
+            (false, _) => (BY_UPDATED, LIST, lists),
+        };
+        // A row is created before it is updated, so a bound of one time is a bound of the other, too, and fewer entries are read.
+        let (sort_key, low, high) = if order.is_by_created() {
             let created_before = self.updated_at_lt.map(|time| time.plus(CLOCK_SKEW));
-            let high = created.1.into_iter().chain(created_before).min();
-            ("created_sort", (created.0, high), updated)
+            (CREATED_SORT, self.created_at_gte, self.created_at_lt.into_iter().chain(created_before).min())
         } else {
             let updated_from = self.created_at_gte.map(|time| time.minus(CLOCK_SKEW));
-            let low = updated.0.into_iter().chain(updated_from).max();
-            ("updated_sort", (low, updated.1), created)
+            (UPDATED_SORT, self.updated_at_gte.into_iter().chain(updated_from).max(), self.updated_at_lt)
         };
-        // A row's value is the instant, a `#` and its id, so it never equals an instant.
-        let sortable = |time: Option<Time>| time.map(Time::sortable);
-        let (low, high, from, before) = (sortable(low), sortable(high), sortable(from), sortable(before));
-        let (from_condition, before_condition) = if order.is_by_created() {
-            ("updated_sort >= :from", "updated_sort < :before")
-        } else {
-            ("created_sort >= :from", "created_sort < :before")
-        };
-        if let Some(from) = from {
-            ask(from_condition, ":from", from);
-        }
-        if let Some(before) = before {
-            ask(before_condition, ":before", before);
+        if !order.is_by_created() {
+            if let Some(from) = self.created_at_gte {
+                require("#created >= :from", ("#created", CREATED), Some((":from", from.compact())));
+            }
+            if let Some(before) = self.created_at_lt {
+                require("#created < :before", ("#created", CREATED), Some((":before", before.compact())));
+            }
         }
         match self.title_contains.as_deref() {
-            Some("") => conditions.push("attribute_exists(title_search)"),
-            Some(part) => {
-                conditions.push("contains(title_search, :title)");
-                values.insert(":title".to_owned(), text(searchable(part)));
-            }
+            Some("") => require("attribute_exists(#search)", ("#search", SEARCH), None),
+            Some(part) => require("contains(#search, :title)", ("#search", SEARCH), Some((":title", searchable(part)))),
             None => {}
         }
         if index == BY_SANDBOX && !self.include_sub_conversations {
-            conditions.push("attribute_exists(top_level_user)");
+            require("#list = :list", ("#list", LIST), Some((":list", List::TopLevel.key(user))));
         }
-        QueryPlan { index, partition, owner, sort, low, high, conditions, values }
+        let is_exact = if order.is_by_created() { !self.has_updated_bound() } else { self.sandbox_id.is_none() };
+        // A sort key is an instant and more digits, so it never equals an instant.
+        let [low, high] = [low, high].map(|time| time.map(Time::compact));
+        QueryPlan { index, partition_key, partitions, sort_key, low, high, conditions, names, values, is_exact }
     }
 }
 
 impl QueryPlan {
     /// Whether no row can match, because the range is empty or the key is too long. DynamoDB refuses such a query.
     fn is_empty(&self) -> bool {
-        self.owner.len() > LONGEST_KEY || matches!((&self.low, &self.high), (Some(low), Some(high)) if low >= high)
+        self.partitions.iter().any(|partition| partition.len() > LONGEST_KEY)
+            || matches!((&self.low, &self.high), (Some(low), Some(high)) if low >= high)
     }
 
-    fn query(&self, store: &ConversationStore) -> QueryFluentBuilder {
+    fn queries(&self, store: &ConversationStore) -> Vec<QueryFluentBuilder> {
+        self.partitions.iter().map(|partition| self.query(store, partition)).collect()
+    }
+
+    fn query(&self, store: &ConversationStore, partition: &str) -> QueryFluentBuilder {
         // Below and above every text that begins a time.
         let low = self.low.clone().unwrap_or_else(|| "!".to_owned());
         let high = self.high.clone().unwrap_or_else(|| "~".to_owned());
@@ -182,19 +217,22 @@ impl QueryPlan {
             .table
             .query()
             .index_name(self.index)
-            .expression_attribute_names("#owner", self.partition)
-            .expression_attribute_values(":owner", text(self.owner.clone()));
+            .expression_attribute_names("#partition", self.partition_key)
+            .expression_attribute_values(":partition", text(partition));
         query = if ranged {
             query
-                .key_condition_expression("#owner = :owner AND #sort BETWEEN :low AND :high")
-                .expression_attribute_names("#sort", self.sort)
+                .key_condition_expression("#partition = :partition AND #sort BETWEEN :low AND :high")
+                .expression_attribute_names("#sort", self.sort_key)
                 .expression_attribute_values(":low", text(low))
                 .expression_attribute_values(":high", text(high))
         } else {
-            query.key_condition_expression("#owner = :owner")
+            query.key_condition_expression("#partition = :partition")
         };
         if !self.conditions.is_empty() {
             query = query.filter_expression(self.conditions.join(" AND "));
+            for (placeholder, name) in &self.names {
+                query = query.expression_attribute_names(placeholder, name);
+            }
             for (name, value) in &self.values {
                 query = query.expression_attribute_values(name, value.clone());
             }
@@ -202,27 +240,30 @@ impl QueryPlan {
         query
     }
 
-    /// The exclusive start key of a page.
-    fn start(&self, user: &UserId, after: &Cursor) -> Result<Item> {
+    /// The exclusive start key of a page in each partition.
+    fn starts(&self, user: &UserId, after: &Cursor) -> Result<Vec<Item>> {
         let id = id_in_sort_value(&after.0).ok_or_else(page_token::invalid)?;
         let below = self.low.as_ref().is_some_and(|low| after.0 < *low);
         let above = self.high.as_ref().is_some_and(|high| after.0 > *high);
         if below || above {
             return Err(page_token::invalid());
         }
-        let mut start = key(user, id);
-        start.insert(self.partition.to_owned(), text(self.owner.clone()));
-        start.insert(self.sort.to_owned(), text(after.0.clone()));
-        Ok(start)
+        let start = |partition: &String| {
+            let mut start = key(user, id);
+            start.insert(self.partition_key.to_owned(), text(partition));
+            start.insert(self.sort_key.to_owned(), text(&after.0));
+            start
+        };
+        Ok(self.partitions.iter().map(start).collect())
     }
+}
 
-    fn after(&self, item: &Item) -> Result<Cursor> {
-        let value = item.get(self.sort).and_then(|value| value.as_s().ok());
-        value
-            .cloned()
-            .map(Cursor)
-            .ok_or_else(|| Error::internal(format!("a row of {} is without {}", self.index, self.sort)))
-    }
+/// A list: whose, which and in which order.
+#[derive(Clone, Copy, Debug)]
+struct ListRequest<'r> {
+    user: &'r UserId,
+    filter: &'r Filter,
+    order: SortOrder,
 }
 
 impl ConversationStore {
@@ -238,27 +279,141 @@ impl ConversationStore {
         after: Option<&Cursor>,
         limit: usize,
     ) -> Result<Page> {
+        let list = ListRequest { user, filter, order };
         let plan = filter.plan(user, order);
-        let start = after.map(|after| plan.start(user, after)).transpose()?;
-        if plan.is_empty() {
-            return Ok(Page { records: Vec::new(), next: None });
-        }
-        let query = || plan.query(self).scan_index_forward(order.is_ascending());
-        let read = |item| {
-            let record: ConversationRecord = from_item(item)?;
-            let size = page::size_of(&AppConversation::without_sandbox(record.clone()))? + LIVE_STATUS_SIZE;
-            Ok((record, size))
+        let all = Bounds::of_page(limit);
+        let first = match plan.is_exact {
+            true => all,
+            false => Bounds { candidates: FIRST_CANDIDATES.max(limit), ..all },
         };
-        let is_filtered = !plan.conditions.is_empty();
-        let bounds = Bounds::of_page(limit);
-        let (records, next) =
-            paging::page("Query conversations", bounds, start, is_filtered, query, read, |item| plan.after(item))
-                .await?;
-        Ok(Page { records, next })
+        let mut page = self.page_in_order(list, &plan, after, first).await?;
+        if plan.is_exact || page.is_full || page.next.is_none() {
+            return Ok(Page { records: page.rows, next: page.next.map(Cursor) });
+        }
+        if let Some(sorted) = self.sorted_page(list, after, all).await? {
+            return Ok(sorted);
+        }
+        let next = page.next.take().map(Cursor);
+        let read = page.rows.iter().map(size_of).sum::<Result<u64>>()?;
+        let bytes = all.bytes.saturating_sub(read);
+        let left = Bounds { rows: limit - page.rows.len(), candidates: MAX_CANDIDATES, bytes, ..all };
+        let rest = self.page_in_order(list, &plan, next.as_ref(), left).await?;
+        page.rows.extend(rest.rows);
+        Ok(Page { records: page.rows, next: rest.next.map(Cursor) })
     }
 
-    /// Counts the user's conversations that match the filter. Without filters it reads one counter item; otherwise it reads all rows in the
-    /// filter's key range.
+    /// Reads entries and rows in the order of the list.
+    async fn page_in_order(
+        &self,
+        list: ListRequest<'_>,
+        plan: &QueryPlan,
+        after: Option<&Cursor>,
+        bounds: Bounds,
+    ) -> Result<paging::Page<ConversationRecord>> {
+        let starts = after.map(|after| plan.starts(list.user, after)).transpose()?;
+        if plan.is_empty() {
+            return Ok(paging::Page { rows: Vec::new(), next: None, is_full: false });
+        }
+        let source = Source {
+            queries: plan.queries(self),
+            sort_key: plan.sort_key,
+            is_ascending: list.order.is_ascending(),
+            is_filtered: !plan.conditions.is_empty(),
+            is_exact: plan.is_exact,
+        };
+        let fetch = |entries: Vec<Item>| async move {
+            let ids: Vec<Uuid> = entries.iter().map(|entry| id_of(entry).unwrap_or_default()).collect();
+            self.matching(list, &ids).await
+        };
+        paging::page(OPERATION, bounds, source, starts, fetch, size_of).await
+    }
+
+    /// The row of each id, if it exists and is in the list. The read is eventually consistent.
+    async fn matching(&self, list: ListRequest<'_>, ids: &[Uuid]) -> Result<Vec<Option<ConversationRecord>>> {
+        let keys = ids.iter().map(|id| key(list.user, *id)).collect();
+        let mut found: HashMap<Uuid, ConversationRecord> = HashMap::new();
+        for item in self.table.batch_get_eventually(keys).await? {
+            if item.contains_key("deleting_since") {
+                continue;
+            }
+            let record: ConversationRecord = from_item(item)?;
+            if list.filter.matches(&record) {
+                found.insert(record.id, record);
+            }
+        }
+        Ok(ids.iter().map(|id| found.remove(id)).collect())
+    }
+
+    /// The page of a list that is sorted in memory, from the index of its filter; `None` if that has too many entries in the filter's range.
+    async fn sorted_page(&self, list: ListRequest<'_>, after: Option<&Cursor>, bounds: Bounds) -> Result<Option<Page>> {
+        let ListRequest { user, filter, order } = list;
+        let is_by_created = order.is_by_created();
+        if is_by_created && filter.sandbox_id.is_some() {
+            // The list is in the index of this filter already.
+            return Ok(None);
+        }
+        // The entries by the time of the last change have the time of creation; those of a sandbox do not have the time of the last change.
+        let (other, limit) = match is_by_created {
+            true => (SortOrder::UpdatedAtDesc, MAX_EVALUATED),
+            false => (SortOrder::CreatedAtDesc, MAX_SORTED_ROWS),
+        };
+        let plan = filter.plan(user, other);
+        let entries = match plan.is_empty() {
+            true => Vec::new(),
+            false => match paging::entries(OPERATION, limit, plan.queries(self)).await? {
+                Some(entries) => entries,
+                None => return Ok(None),
+            },
+        };
+        let mut rows: Vec<(String, Uuid, Option<ConversationRecord>)> = Vec::with_capacity(entries.len());
+        if is_by_created {
+            for entry in &entries {
+                let created = entry.get(CREATED).and_then(|value| value.as_s().ok());
+                rows.extend(id_of(entry).zip(created).map(|(id, created)| (sort_value_of(created, id), id, None)));
+            }
+        } else {
+            let ids: Vec<Uuid> = entries.iter().filter_map(id_of).collect();
+            for record in self.matching(list, &ids).await?.into_iter().flatten() {
+                rows.push((sort_value(record.updated_at, record.id), record.id, Some(record)));
+            }
+        }
+        if let Some(Cursor(after)) = after {
+            rows.retain(|(position, ..)| if order.is_ascending() { position > after } else { position < after });
+        }
+        rows.sort_unstable_by(
+            |(one, ..), (other, ..)| if order.is_ascending() { one.cmp(other) } else { other.cmp(one) },
+        );
+        let mut page = Page { records: Vec::new(), next: None };
+        let (mut bytes, mut last) = (0, None);
+        let mut rest = rows.as_mut_slice();
+        while !rest.is_empty() {
+            let (chunk, later) = rest.split_at_mut(rest.len().min((bounds.rows - page.records.len()).max(1)));
+            let missing: Vec<Uuid> = chunk.iter().filter(|(.., row)| row.is_none()).map(|(_, id, _)| *id).collect();
+            let mut fetched = match missing.is_empty() {
+                true => Vec::new(),
+                false => self.matching(list, &missing).await?,
+            }
+            .into_iter();
+            for (position, _, row) in chunk {
+                let row = row.take().or_else(|| fetched.next().flatten());
+                if let Some(row) = row {
+                    let size = size_of(&row)?;
+                    if page.records.len() == bounds.rows || (!page.records.is_empty() && bytes + size > bounds.bytes) {
+                        page.next = last.map(Cursor);
+                        return Ok(Some(page));
+                    }
+                    bytes += size;
+                    page.records.push(row);
+                }
+                last = Some(std::mem::take(position));
+            }
+            rest = later;
+        }
+        Ok(Some(page))
+    }
+
+    /// Counts the user's conversations that match the filter. Without filters it reads one counter item; otherwise it reads all entries in
+    /// the filter's key range.
     ///
     /// # Errors
     /// [`Error::Store`]; [`Error::Refused`] when there are too many rows to read in one request.
@@ -270,12 +425,30 @@ impl ConversationStore {
             };
             return counters::read(&self.users, user, counter).await;
         }
-        let plan = filter.plan(user, filter.order_for_counting());
+        let order = filter.order_for_counting();
+        let plan = filter.plan(user, order);
         if plan.is_empty() {
             return Ok(0);
         }
-        paging::count("Query conversations", plan.query(self), TOO_MANY).await
+        if !plan.is_exact {
+            let bounds = Bounds { rows: MAX_EVALUATED, bytes: u64::MAX, time: COUNT_BUDGET, ..Bounds::of_page(0) };
+            let page = self.page_in_order(ListRequest { user, filter, order }, &plan, None, bounds).await?;
+            return match page.next {
+                None => Ok(u64::try_from(page.rows.len()).unwrap_or(u64::MAX)),
+                Some(_) => Err(Error::Refused(TOO_MANY.to_owned())),
+            };
+        }
+        let mut count = 0;
+        for query in plan.queries(self) {
+            count += paging::count(OPERATION, query, TOO_MANY).await?;
+        }
+        Ok(count)
     }
+}
+
+/// The size of a record in a response.
+fn size_of(record: &ConversationRecord) -> Result<u64> {
+    Ok(page::size_of(&AppConversation::without_sandbox(record.clone()))? + LIVE_STATUS_SIZE)
 }
 
 #[cfg(test)]
@@ -291,6 +464,7 @@ mod tests {
     #[test]
     fn filters_are_conditions_on_keys_where_an_index_has_them() {
         let user = UserId::new("u");
+        let compact = |text: &str| Some(time(text).compact());
         let filter = Filter {
             title_contains: Some("A_b".into()),
             created_at_gte: Some(time("2025-01-01T00:00:00Z")),
@@ -298,24 +472,26 @@ mod tests {
             ..Filter::default()
         };
         let by_created = filter.plan(&user, SortOrder::CreatedAt);
-        assert_eq!((by_created.index, by_created.sort), (TOP_LEVEL_BY_CREATED, "created_sort"));
-        assert_eq!(by_created.low.as_deref(), Some("2025-01-01T00:00:00.000000Z"));
-        assert_eq!(by_created.high.as_deref(), Some("2025-01-02T00:01:00.000000Z"), "none is created after its update");
-        assert_eq!(by_created.conditions, ["updated_sort < :before", "contains(title_search, :title)"]);
+        assert_eq!((by_created.index, by_created.sort_key), (BY_CREATED, CREATED_SORT));
+        assert_eq!(by_created.partitions, ["u/t"]);
+        assert_eq!(by_created.low, compact("2025-01-01T00:00:00Z"));
+        assert_eq!(by_created.high, compact("2025-01-02T00:01:00Z"), "none is created after its update");
+        assert_eq!(by_created.conditions, ["contains(#search, :title)"]);
         assert_eq!(by_created.values[":title"], text("a_b"));
+        assert!(!by_created.is_exact, "the index does not have the time of the update");
         let by_updated = filter.plan(&user, SortOrder::UpdatedAtDesc);
-        assert_eq!((by_updated.index, by_updated.sort), (TOP_LEVEL_BY_UPDATED, "updated_sort"));
-        assert_eq!(
-            by_updated.low.as_deref(),
-            Some("2024-12-31T23:59:00.000000Z"),
-            "none is updated before its creation"
-        );
-        assert_eq!(by_updated.high.as_deref(), Some("2025-01-02T00:00:00.000000Z"));
-        assert_eq!(by_updated.conditions, ["created_sort >= :from", "contains(title_search, :title)"]);
+        assert_eq!((by_updated.index, by_updated.sort_key), (BY_UPDATED, UPDATED_SORT));
+        assert_eq!(by_updated.low, compact("2024-12-31T23:59:00Z"), "none is updated before its creation");
+        assert_eq!(by_updated.high, compact("2025-01-02T00:00:00Z"));
+        assert_eq!(by_updated.conditions, ["#created >= :from", "contains(#search, :title)"]);
+        assert!(by_updated.is_exact);
         let in_sandbox = Filter { sandbox_id: Some("s".into()), ..Filter::default() };
         let plan = in_sandbox.plan(&user, SortOrder::CreatedAtDesc);
-        assert_eq!((plan.index, plan.owner.as_str()), (BY_SANDBOX, "1:u#s"));
-        assert_eq!(plan.conditions, ["attribute_exists(top_level_user)"]);
+        assert_eq!((plan.index, plan.partitions.as_slice()), (BY_SANDBOX, ["1:u#s".to_owned()].as_slice()));
+        assert_eq!(plan.conditions, ["#list = :list"]);
+        assert!(plan.is_exact && !in_sandbox.plan(&user, SortOrder::UpdatedAt).is_exact);
+        let all = Filter { include_sub_conversations: true, ..Filter::default() };
+        assert_eq!(all.plan(&user, SortOrder::CreatedAt).partitions, ["u/t", "u/s"]);
     }
 
     #[test]
@@ -334,10 +510,12 @@ mod tests {
     fn only_places_in_the_list_can_be_started_from() {
         let filter = Filter { created_at_gte: Some(time("2025-01-02T00:00:00Z")), ..Filter::default() };
         let plan = filter.plan(&UserId::new("u"), SortOrder::CreatedAt);
-        let row = |time: &str| Cursor(format!("{time}#{}", Uuid::from_u128(1).simple()));
-        assert!(plan.start(&UserId::new("u"), &row("2025-01-02T00:00:00.000000Z")).is_ok());
-        for after in [row("2025-01-01T00:00:00.000000Z"), Cursor(String::new()), Cursor("2025#x".into())] {
-            assert!(matches!(plan.start(&UserId::new("u"), &after), Err(Error::Refused(_))), "{after:?}");
+        let row = |at: &str| Cursor::at(time(at), Uuid::from_u128(1));
+        assert!(plan.starts(&UserId::new("u"), &row("2025-01-02T00:00:00.000000Z")).is_ok());
+        let foreign = ["", "2025#x", "2025-01-02T00:00:00.000000Z#00000000000000000000000000000001"];
+        let foreign = foreign.map(|text| Cursor(text.to_owned()));
+        for after in [row("2025-01-01T00:00:00.000000Z")].into_iter().chain(foreign) {
+            assert!(matches!(plan.starts(&UserId::new("u"), &after), Err(Error::Refused(_))), "{after:?}");
         }
     }
 }

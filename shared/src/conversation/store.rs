@@ -15,7 +15,7 @@ use serde::Deserialize;
 use uuid::Uuid;
 
 use super::ConversationRecord;
-use crate::clock::Time;
+use crate::clock::{COMPACT_LENGTH, Time};
 use crate::dynamo::{
     Backoff, Condition, DueIndex, Item, Outcome, TRANSACTION_LIMIT, Table, Transacted, Update, from_item, store_error,
     text, to_item, transact,
@@ -25,21 +25,31 @@ use crate::id::{self, UserId};
 use crate::user::counters::{self, Counter, Recount, SubCounter};
 use crate::user::git::ProviderType;
 
-/// Index: all conversations of a user by creation time.
-pub const ALL_BY_CREATED: &str = "all-by-created";
-/// Index: all conversations of a user by the time of the last change.
-pub const ALL_BY_UPDATED: &str = "all-by-updated";
-/// Index: a user's conversations without a parent, by creation time. Sparse: sub-conversations have no `top_level_user`.
-pub const TOP_LEVEL_BY_CREATED: &str = "top-level-by-created";
-/// Index: a user's conversations without a parent, by the time of the last change.
-pub const TOP_LEVEL_BY_UPDATED: &str = "top-level-by-updated";
-/// Index: the conversations of a sandbox.
+/// Index: the conversations of each of a user's two lists ([`LIST`]) by creation time.
+pub const BY_CREATED: &str = "by-created";
+/// Index: the conversations of each of a user's two lists by the time of the last change.
+pub const BY_UPDATED: &str = "by-updated";
+/// Index: the conversations of a sandbox, by creation time.
 pub const BY_SANDBOX: &str = "by-sandbox";
 /// Index: the sub-conversations of a conversation.
 pub const BY_PARENT: &str = "by-parent";
 /// Index: conversations that are being deleted, by the time at which the sweep enqueues them again. Sparse; in
 /// [`DELETION_SHARDS`] partitions.
 pub const DELETIONS: &str = "deletions";
+
+/// The partition key of the indexes by time. Conversations without a parent and sub-conversations are in separate partitions, so that one
+/// index serves lists of the former and, merged, lists of all.
+pub const LIST: &str = "list";
+/// The sort key by creation time, see [`sort_value`].
+pub const CREATED_SORT: &str = "created_sort";
+/// The sort key by the time of the last change.
+pub const UPDATED_SORT: &str = "updated_sort";
+/// The time of creation ([`Time::compact`]), for filters of lists in the order of change.
+pub const CREATED: &str = "created";
+/// The title in its searchable form. The names of attributes in indexes are short, because DynamoDB charges for them in every entry.
+pub const SEARCH: &str = "search";
+/// The partition key of [`BY_SANDBOX`].
+pub const SANDBOX_KEY: &str = "sandbox_key";
 
 /// Partitions of the deletion index.
 pub const DELETION_SHARDS: u128 = 4;
@@ -75,7 +85,7 @@ impl ConversationChange {
 
     #[must_use]
     pub fn title(self, title: Option<&str>) -> Self {
-        self.put("title_search", title.map(|title| text(searchable(title)))).put("title", title.map(text))
+        self.put(SEARCH, title.map(|title| text(searchable(title)))).put("title", title.map(text))
     }
 
     /// Sets or clears whether other users may read it.
@@ -102,7 +112,7 @@ impl ConversationChange {
     /// Sets the sandbox in which it runs; it must be one of the user's.
     #[must_use]
     pub fn sandbox(self, user: &UserId, sandbox_id: &str) -> Self {
-        self.put("sandbox_id", Some(text(sandbox_id))).put("sandbox_key", Some(text(user.key_of(sandbox_id))))
+        self.put("sandbox_id", Some(text(sandbox_id))).put(SANDBOX_KEY, Some(text(user.key_of(sandbox_id))))
     }
 
     fn put(self, name: &str, value: Option<AttributeValue>) -> Self {
@@ -194,7 +204,8 @@ impl ConversationStore {
     }
 
     /// Imports records of the user from another server and counts them, at most [`IMPORT_LIMIT`] at once. Returns for each record whether
-    /// it was added; a record whose id exists already is left unchanged.
+    /// it was added; a record whose id exists already is left unchanged. Where `updated_at` is before `created_at`, it becomes that: lists
+    /// rely on this order.
     ///
     /// # Errors
     /// [`Error::Store`]; then none of them is added.
@@ -214,7 +225,10 @@ impl ConversationStore {
                 return Ok(new);
             }
             let is_new = Condition::Any(vec![Condition::Missing("id"), Condition::Exists(EXPIRES_AT)]);
-            let put = |record| self.table.put_in_transaction(item(record)?, &is_new);
+            let put = |record: &ConversationRecord| {
+                let updated_at = record.updated_at.max(record.created_at);
+                self.table.put_in_transaction(item(&ConversationRecord { updated_at, ..record.clone() })?, &is_new)
+            };
             let mut writes = added().map(put).collect::<Result<Vec<_>>>()?;
             let first = ids.iter().zip(&new).find_map(|(id, new)| new.then_some(*id)).unwrap_or_default();
             let count = counters::add(&self.users, user, SubCounter::of(first), &changes_of_counters(added(), 1))?;
@@ -280,7 +294,7 @@ impl ConversationStore {
                 .set("deleting_since", text(&now))
                 .set("deletion_shard", text(deletion_shard(record.id)))
                 .set("due_at", text(due_at.sortable()))
-                .remove_all(&["created_sort", "updated_sort", "top_level_user", "sandbox_key", "parent_key"])
+                .remove_all(&[CREATED_SORT, UPDATED_SORT, LIST, SANDBOX_KEY, "parent_key"])
                 .condition(is_alive());
             writes.push(update.in_transaction(&self.table.name, key(user, record.id))?);
         }
@@ -383,8 +397,9 @@ impl ConversationStore {
             .key_condition_expression("#user = :user")
             // A row that is being deleted is in no list, and is not counted.
             .filter_expression("attribute_exists(created_sort)")
-            .projection_expression("id, top_level_user")
+            .projection_expression("id, #list")
             .expression_attribute_names("#user", "user")
+            .expression_attribute_names("#list", LIST)
             .expression_attribute_values(":user", text(user.as_str()))
             .consistent_read(true)
             .into_paginator()
@@ -394,7 +409,7 @@ impl ConversationStore {
             let row = row.map_err(store_error("Query conversations"))?;
             let Some(id) = id_of(&row) else { continue };
             recount.add(id, Counter::Conversations);
-            if row.contains_key("top_level_user") {
+            if row.get(LIST) == Some(&text(List::TopLevel.key(user))) {
                 recount.add(id, Counter::TopLevelConversations);
             }
         }
@@ -434,19 +449,43 @@ fn deletion_shard(id: Uuid) -> String {
     (id.as_u128() % DELETION_SHARDS).to_string()
 }
 
+/// A list of a user's conversations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum List {
+    /// Conversations without a parent.
+    TopLevel,
+    SubConversations,
+}
+
+impl List {
+    /// The value of [`LIST`]. The suffixes have the same length, so that the keys of two users differ whatever characters their ids contain.
+    pub(super) fn key(self, user: &UserId) -> String {
+        let suffix = match self {
+            Self::TopLevel => "/t",
+            Self::SubConversations => "/s",
+        };
+        format!("{}{suffix}", user.as_str())
+    }
+}
+
 /// Converts the record to an item, with the attributes that indexes and filters need.
 pub(super) fn item(record: &ConversationRecord) -> Result<Item> {
     let mut item = to_item(record)?;
-    item.insert("created_sort".into(), text(sort_value(record.created_at, record.id)));
-    item.insert("updated_sort".into(), text(sort_value(record.updated_at, record.id)));
-    item.insert("sandbox_key".into(), text(record.user.key_of(&record.sandbox_id)));
+    item.insert(CREATED_SORT.into(), text(sort_value(record.created_at, record.id)));
+    item.insert(UPDATED_SORT.into(), text(sort_value(record.updated_at, record.id)));
+    item.insert(CREATED.into(), text(record.created_at.compact()));
+    item.insert(SANDBOX_KEY.into(), text(record.user.key_of(&record.sandbox_id)));
     if let Some(title) = &record.title {
-        item.insert("title_search".into(), text(searchable(title)));
+        item.insert(SEARCH.into(), text(searchable(title)));
     }
-    match record.parent_conversation_id {
-        Some(parent) => item.insert("parent_key".into(), text(record.user.key_of(&id::hex(parent)))),
-        None => item.insert("top_level_user".into(), text(record.user.as_str())),
+    let list = match record.parent_conversation_id {
+        Some(parent) => {
+            item.insert("parent_key".into(), text(record.user.key_of(&id::hex(parent))));
+            List::SubConversations
+        }
+        None => List::TopLevel,
     };
+    item.insert(LIST.into(), text(list.key(&record.user)));
     Ok(item)
 }
 
@@ -455,15 +494,25 @@ pub(super) fn searchable(title: &str) -> String {
     title.to_ascii_lowercase()
 }
 
+/// The digits of an id in a sort key.
+const ID_LENGTH: usize = 22;
+
 /// The sort key: the instant, followed by the complement of the id. Rows with the same instant are then listed, newest first, in the order
 /// of their ids, as in the reference.
 pub(super) fn sort_value(at: Time, id: Uuid) -> String {
-    format!("{}#{}", at.sortable(), id::hex(complement(id)))
+    sort_value_of(&at.compact(), id)
+}
+
+/// The sort key of an instant in its compact form.
+pub(super) fn sort_value_of(at: &str, id: Uuid) -> String {
+    format!("{at}{}", id::base62(complement(id).as_u128(), ID_LENGTH))
 }
 
 /// The id in a [`sort_value`]; `None` for an invalid value.
 pub(super) fn id_in_sort_value(value: &str) -> Option<Uuid> {
-    value.rsplit_once('#').and_then(|(_, id)| Uuid::try_parse(id).ok()).map(complement)
+    let (at, id) = value.split_at_checked(COMPACT_LENGTH)?;
+    id::from_base62(at)?;
+    (id.len() == ID_LENGTH).then(|| id::from_base62(id)).flatten().map(|id| complement(Uuid::from_u128(id)))
 }
 
 fn complement(id: Uuid) -> Uuid {
@@ -473,13 +522,13 @@ fn complement(id: Uuid) -> Uuid {
 /// Sets the time of the last change to now.
 pub(super) fn updated_now(update: Update, id: Uuid) -> Update {
     let now = Time::now();
-    update.set("updated_at", text(now.sortable())).set("updated_sort", text(sort_value(now, id)))
+    update.set("updated_at", text(now.sortable())).set(UPDATED_SORT, text(sort_value(now, id)))
 }
 
 pub(super) fn key(user: &UserId, id: Uuid) -> Item {
     Item::from([("user".into(), text(user.as_str())), ("id".into(), text(id::hex(id)))])
 }
 
-fn id_of(item: &Item) -> Option<Uuid> {
+pub(super) fn id_of(item: &Item) -> Option<Uuid> {
     item.get("id").and_then(|id| id.as_s().ok()).and_then(|id| Uuid::try_parse(id).ok())
 }

@@ -24,7 +24,15 @@ impl Table {
     /// # Errors
     /// [`Error::Store`].
     pub async fn batch_get(&self, keys: Vec<Item>) -> Result<Vec<Item>> {
-        self.batch_get_all(keys, None).await
+        self.batch_get_all(keys, None, true).await
+    }
+
+    /// Like [`Table::batch_get`], but eventually consistent, for half the read units: for the rows of entries of an index, which lags anyway.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn batch_get_eventually(&self, keys: Vec<Item>) -> Result<Vec<Item>> {
+        self.batch_get_all(keys, None, false).await
     }
 
     /// Like [`Table::batch_get`], but reads only one attribute of each item, so that the response is small even if items are large.
@@ -32,24 +40,30 @@ impl Table {
     /// # Errors
     /// [`Error::Store`].
     pub async fn batch_get_attribute(&self, keys: Vec<Item>, attribute: &str) -> Result<Vec<Item>> {
-        self.batch_get_all(keys, Some(attribute)).await
+        self.batch_get_all(keys, Some(attribute), true).await
     }
 
-    async fn batch_get_all(&self, keys: Vec<Item>, attribute: Option<&str>) -> Result<Vec<Item>> {
+    async fn batch_get_all(&self, keys: Vec<Item>, attribute: Option<&str>, is_consistent: bool) -> Result<Vec<Item>> {
         let mut items = Vec::with_capacity(keys.len());
         for chunk in keys.chunks(BATCH_GET_LIMIT) {
-            self.batch_get_chunk(chunk.to_vec(), attribute, &mut items).await?;
+            self.batch_get_chunk(chunk.to_vec(), attribute, is_consistent, &mut items).await?;
         }
         Ok(items)
     }
 
-    async fn batch_get_chunk(&self, keys: Vec<Item>, attribute: Option<&str>, items: &mut Vec<Item>) -> Result<()> {
+    async fn batch_get_chunk(
+        &self,
+        keys: Vec<Item>,
+        attribute: Option<&str>,
+        is_consistent: bool,
+        items: &mut Vec<Item>,
+    ) -> Result<()> {
         let mut left = keys;
         let mut attempts = UNPROCESSED.start();
         while attempts.next().await {
             let wanted = KeysAndAttributes::builder()
                 .set_keys(Some(left))
-                .consistent_read(true)
+                .consistent_read(is_consistent)
                 .set_projection_expression(attribute.map(|_| "#attribute".to_owned()))
                 .set_expression_attribute_names(
                     attribute.map(|name| HashMap::from([("#attribute".to_owned(), name.to_owned())])),

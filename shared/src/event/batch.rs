@@ -32,8 +32,9 @@ pub(super) struct Batch {
     pub(super) model: Option<Reported<String>>,
     pub(super) tags: Option<Reported<Tags>>,
     pub(super) has_message: bool,
-    /// Whether metrics may have increased: the agent has stopped (finished, paused, failed, or waits for a confirmation), or an event with
-    /// the whole state contains stats of models that were used.
+    /// Whether the agent has stopped: finished, paused, failed, or waits for a confirmation.
+    pub(super) has_stopped: bool,
+    /// Whether metrics may have increased: the agent has stopped, or an event with the whole state contains stats of models that were used.
     pub(super) may_have_stats: bool,
 }
 
@@ -94,8 +95,8 @@ impl Batch {
                 self.report_model(llm.model, event);
             }
             "execution_status" => {
-                self.may_have_stats |=
-                    serde_json::from_str::<String>(value.get()).is_ok_and(|status| status != "running");
+                self.has_stopped |= serde_json::from_str::<String>(value.get()).is_ok_and(|status| status != "running");
+                self.may_have_stats |= self.has_stopped;
             }
             _ => {}
         }

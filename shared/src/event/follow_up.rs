@@ -13,7 +13,7 @@ use super::store::{Cursor, Event, EventFilter, EventStore, SortOrder};
 use crate::agent_server::AgentServer;
 use crate::conversation::ConversationRecord;
 use crate::conversation::fields::EventCallbackProcessor;
-use crate::conversation::reports::Lookup;
+use crate::conversation::reports::{Lookup, Touch};
 use crate::conversation::store::ConversationStore;
 use crate::error::{Error, Result};
 use crate::http_client::HttpClient;
@@ -76,7 +76,7 @@ impl FollowUp {
                 // If no event reports metrics, polling is their only source.
                 let wants_stats = report.is_none() && agent_server.is_some() && !known.is_stats_reported;
                 if let Some(report) = &report {
-                    report.apply(&self.conversations, user).await?;
+                    report.apply(&self.conversations, user, Touch::Now).await?;
                 }
                 let title = match (report, agent_server) {
                     (Some(ConversationReport { title: None, .. }), Some(agent_server)) if attempt >= GENERATE_FROM => {

@@ -10,7 +10,9 @@ use super::batch::{Batch, Reported, reported_model, reported_tags};
 use super::store::{Event, EventStore, sortable_instant};
 use crate::clock::Time;
 use crate::conversation::fields::EventCallbackProcessor;
-use crate::conversation::reports::{AGENT_USAGE, AgentStats, Lookup, ReportTime, StoredConversation, default_titles};
+use crate::conversation::reports::{
+    AGENT_USAGE, AgentStats, Lookup, ReportTime, StoredConversation, Touch, default_titles,
+};
 use crate::conversation::store::{ConversationChange, ConversationStore};
 use crate::conversation::tags::Tags;
 use crate::conversation::{ConversationRecord, MetricsSnapshot, within_max_name};
@@ -78,17 +80,17 @@ impl ConversationReport {
     }
 
     /// Applies metrics, model and tags to the record, unless newer reports of them were applied.
-    pub(super) async fn apply(&self, conversations: &ConversationStore, user: &UserId) -> Result<()> {
+    pub(super) async fn apply(&self, conversations: &ConversationStore, user: &UserId, touch: Touch) -> Result<()> {
         let source = ReportTime::Snapshot(self.version());
         let mut writes = Writes::new();
         if let Some(stats) = &self.stats {
-            writes.push(conversations.set_stats(user, self.id, stats, &source).boxed());
+            writes.push(conversations.set_stats(user, self.id, stats, &source, touch).boxed());
         }
         if let Some(model) = &self.llm_model {
-            writes.push(conversations.set_reported_model(user, self.id, model, &source).boxed());
+            writes.push(conversations.set_reported_model(user, self.id, model, &source, touch).boxed());
         }
         if let Some(tags) = &self.tags {
-            writes.push(conversations.set_tags(user, self.id, tags, &source).boxed());
+            writes.push(conversations.set_tags(user, self.id, tags, &source, touch).boxed());
         }
         try_join_all(writes).await.map(|_| ())
     }
@@ -178,21 +180,27 @@ impl EventIngestor {
     /// Applies metrics, model and tags that events report to the record, unless newer reports of them were applied.
     async fn apply(&self, user: &UserId, id: Uuid, known: Option<&StoredConversation>, batch: &Batch) -> Result<()> {
         let conversations = &self.conversations;
+        // A message, and the end of a turn, are shown in the order of lists at once.
+        let touch = match known {
+            Some(known) if !batch.has_message && !batch.has_stopped => Touch::at_intervals(known.record.updated_at),
+            _ => Touch::Now,
+        };
         let mut writes = Writes::new();
         if let Some(Reported { position, mut value }) = batch.stats.clone() {
             if let Some(known) = known {
                 value.keep_current_of(&known.record.metrics);
             }
             let source = batch.stats_source(position);
-            writes.push(async move { conversations.set_stats(user, id, &value, &source).await }.boxed());
+            writes.push(async move { conversations.set_stats(user, id, &value, &source, touch).await }.boxed());
         }
         if let Some(Reported { position, value }) = batch.model.clone() {
             let source = ReportTime::Event(position);
-            writes.push(async move { conversations.set_reported_model(user, id, &value, &source).await }.boxed());
+            writes
+                .push(async move { conversations.set_reported_model(user, id, &value, &source, touch).await }.boxed());
         }
         if let Some(Reported { position, value }) = batch.tags.clone() {
             let source = ReportTime::Event(position);
-            writes.push(async move { conversations.set_tags(user, id, &value, &source).await }.boxed());
+            writes.push(async move { conversations.set_tags(user, id, &value, &source, touch).await }.boxed());
         }
         try_join_all(writes).await.map(|_| ())
     }
@@ -222,7 +230,8 @@ impl EventIngestor {
         if let Some(title) = &report.title {
             self.conversations.set_agent_title(user, report.id, title).await?;
         }
-        report.apply(&self.conversations, user).await?;
+        // The last write alone moves the record.
+        report.apply(&self.conversations, user, Touch::Keep).await?;
         self.conversations.update(user, report.id, ConversationChange::default()).await?;
         if report.has_halted() {
             backfill::enqueue(&self.events, &self.queue, user, report.id).await?;

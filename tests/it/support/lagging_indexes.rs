@@ -135,6 +135,9 @@ impl LaggingIndexes {
         let operation = target.rsplit('.').next().unwrap_or(target).to_owned();
         let body = request.json();
         let written = written(&operation, &body);
+        if operation == "BatchGetItem" && reads == Reads::Lagging {
+            return self.read_batch(request, body).await;
+        }
         if written.is_empty() {
             return match self.lagging_read(&operation, body).filter(|_| reads == Reads::Lagging) {
                 Some(body) => {
@@ -153,24 +156,58 @@ impl LaggingIndexes {
 
     /// The request that reads a shadow table instead, if it may read from the past.
     fn lagging_read(&self, operation: &str, mut body: Value) -> Option<Value> {
-        if let Some(tables) = body.get_mut("RequestItems").filter(|_| operation == "BatchGetItem") {
-            // The response would name the shadow tables; the product reads no batch that is not consistent.
-            let tables = tables.as_object()?;
-            assert!(tables.values().all(|keys| keys["ConsistentRead"] == true), "a batch is read without consistency");
-            return None;
-        }
         let table = body["TableName"].as_str()?.to_owned();
         let index = match (operation, body["IndexName"].as_str()) {
             ("Query" | "Scan", Some(index)) => index.to_owned(),
             ("Query" | "Scan" | "GetItem", None) if body["ConsistentRead"] != true => {
-                // The replica that serves the read may be current or not.
-                let number = self.0.reads.fetch_add(1, Ordering::Relaxed);
-                (self.random(&("read", number)) < 0.5).then(|| ROWS.to_owned())?
+                self.is_replica_late().then(|| ROWS.to_owned())?
             }
             _ => return None,
         };
         body["TableName"] = shadow(&table, &index).into();
         Some(body)
+    }
+
+    /// Whether the replica that serves a read is behind; it may be current.
+    fn is_replica_late(&self) -> bool {
+        let number = self.0.reads.fetch_add(1, Ordering::Relaxed);
+        self.random(&("read", number)) < 0.5
+    }
+
+    /// Sends a batch of reads, those of tables without consistency to the shadow of the table.
+    async fn read_batch(&self, request: Request, mut body: Value) -> Result<Response, Cut> {
+        let tables = body["RequestItems"].as_object().cloned().unwrap_or_default();
+        let is_late = |keys: &Value| keys["ConsistentRead"] != true && self.is_replica_late();
+        let late: Vec<String> =
+            tables.iter().filter(|(_, keys)| is_late(keys)).map(|(table, _)| table.clone()).collect();
+        if late.is_empty() {
+            return forward(&self.0.http, request, &self.0.url).await;
+        }
+        for table in &late {
+            let (name, tables) = (shadow(table, ROWS), body["RequestItems"].as_object_mut().expect("tables"));
+            let keys = tables.remove(table).expect("keys");
+            tables.insert(name.clone(), keys);
+            self.copy_due(&name, Some(Instant::now())).await;
+        }
+        let (mut parts, answer) = self.send(&request, &body).await?.into_parts();
+        let answer = axum::body::to_bytes(answer, usize::MAX).await.map_err(|_| Cut)?;
+        let Ok(mut answer) = serde_json::from_slice::<Value>(&answer) else {
+            return Ok(Response::from_parts(parts, Body::from(answer)));
+        };
+        // The client does not know the shadow tables.
+        for name in ["Responses", "UnprocessedKeys"] {
+            let Some(tables) = answer[name].as_object_mut() else { continue };
+            for table in &late {
+                if let Some(found) = tables.remove(&shadow(table, ROWS)) {
+                    tables.insert(table.clone(), found);
+                }
+            }
+        }
+        // The checksum and the length are those of the other body.
+        for name in ["content-length", "x-amz-crc32"] {
+            parts.headers.remove(name);
+        }
+        Ok(Response::from_parts(parts, Body::from(answer.to_string())))
     }
 
     /// Sends another body than the client's. The client's signature does not cover it.

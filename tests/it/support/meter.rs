@@ -25,6 +25,8 @@ pub struct Cost {
 #[derive(Debug, Default)]
 struct State {
     costs: Mutex<BTreeMap<String, Cost>>,
+    /// Units by the operation and the table's name.
+    of_tables: Mutex<BTreeMap<(String, String), f64>>,
     http: reqwest::Client,
 }
 
@@ -49,7 +51,13 @@ impl Meter {
 
     /// Returns what was consumed since the last call, by operation, and resets the counters.
     pub fn take(&self) -> BTreeMap<String, Cost> {
+        self.take_tables();
         std::mem::take(&mut *self.0.costs.lock().expect("costs"))
+    }
+
+    /// Returns the units since the last call, by operation and table, and resets these counters.
+    pub fn take_tables(&self) -> BTreeMap<(String, String), f64> {
+        std::mem::take(&mut *self.0.of_tables.lock().expect("costs"))
     }
 
     async fn pass(&self, request: Request, url: &str, credentials: &EngineCredentials) -> Result<Response, Cut> {
@@ -78,6 +86,11 @@ impl Meter {
         let body = answer.bytes().await.map_err(|_| Cut)?;
         let consumed = serde_json::from_slice::<Value>(&body).unwrap_or_default()["ConsumedCapacity"].take();
         {
+            let mut of_tables = self.0.of_tables.lock().expect("costs");
+            for table in consumed.as_array().map_or(std::slice::from_ref(&consumed), Vec::as_slice) {
+                let name = table["TableName"].as_str().unwrap_or_default().to_owned();
+                *of_tables.entry((operation.clone(), name)).or_default() += units(table);
+            }
             let mut costs = self.0.costs.lock().expect("costs");
             let cost = costs.entry(operation).or_default();
             cost.requests += 1;

@@ -250,7 +250,7 @@ fn create(database: &Database, table: &Table) -> Result<()> {
         let projection = match index.projected {
             Projected::All => json!({"ProjectionType": "ALL"}),
             Projected::Keys => json!({"ProjectionType": "KEYS_ONLY"}),
-            Projected::KeysAnd(attribute) => json!({"ProjectionType": "INCLUDE", "NonKeyAttributes": [attribute]}),
+            Projected::KeysAnd(attributes) => json!({"ProjectionType": "INCLUDE", "NonKeyAttributes": attributes}),
         };
         let keys = keys(index.partition_key, index.sort_key);
         json!({"IndexName": index.name, "KeySchema": keys, "Projection": projection})

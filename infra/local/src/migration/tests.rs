@@ -84,11 +84,14 @@ fn a_folder_of_version_1_is_migrated_and_its_database_is_kept() {
         assert_eq!(fs::read_to_string(folder.path().join(VERSION_FILE)).expect("the version"), "2\n");
         assert_eq!(contents(&folder.path().join("dynamodb.sqlite.before-2")), before);
         let after = contents(&file);
-        for table in ["conversations", "events"] {
-            let table = format!("{PREFIX}{table}");
-            assert!(!before[&table].is_empty());
-            assert_eq!(after[&table], before[&table], "{table}");
-        }
+        let [conversations, events] = ["conversations", "events"].map(|table| format!("{PREFIX}{table}"));
+        assert!(!before[&events].is_empty());
+        assert_eq!(after[&events], before[&events]);
+        assert_eq!(after[&conversations].len(), before[&conversations].len());
+        // All but one that is being deleted are in a list.
+        let count = |attribute: &str| after[&conversations].iter().filter(|row| row.contains(attribute)).count();
+        assert_eq!([count("\"list\""), count("\"search\"")], [before[&conversations].len() - 1; 2]);
+        assert_eq!([count("\"title_search\""), count("\"top_level_user\"")], [0, 0]);
         let [starts, leases] = [false, true].map(|is_lease| {
             after[&format!("{PREFIX}start-tasks")].iter().filter(|row| row.contains("#lease") == is_lease).count()
         });
@@ -114,7 +117,7 @@ fn tables_that_have_not_changed_are_not_built_anew() {
     let steps: Vec<RunningStep> = STEPS.iter().map(Step::begin).collect();
     let changed = changed_tables(&folder.path().join(DATABASE), &steps).expect("tables");
     let changed: Vec<&str> = changed.iter().map(|table| table.name).collect();
-    assert_eq!(changed, ["start-tasks", "sandboxes", "users"]);
+    assert_eq!(changed, ["conversations", "start-tasks", "sandboxes", "users"]);
 }
 
 #[tokio::test]
@@ -352,5 +355,5 @@ fn a_full_disk_is_found_before_the_migration() {
 #[test]
 fn a_change_of_the_layout_has_a_version() {
     let layout = shared::digest::sha256_hex(&format!("{:?}", schema::TABLES));
-    assert_eq!((schema::VERSION, &layout[..16]), (2, "c898a6c941056704"));
+    assert_eq!((schema::VERSION, &layout[..16]), (2, "20dfacf3ac5e9013"));
 }

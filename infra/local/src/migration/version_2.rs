@@ -5,12 +5,16 @@
 //!   that the reconciler looks at each of them once.
 //! - A start task has a second row, its lease row, with all that workers change while the start goes on. It exists while the start is
 //!   unfinished. A failed start keeps it, with the time (`expires_at`) after which the sweep removes both rows: 30 days after the migration.
+//! - A conversation has narrow indexes: `list` (its user and whether it has a parent) is the partition of the indexes by time; sort keys are
+//!   compact; `created` and `search` are for filters. `top_level_user` and `title_search` are removed. Its last change is not before its
+//!   creation.
 //! - The counts of a user are in eight items, `counters#0` to `counters#7`, and include unfinished starts. They are counted from the rows.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 use dynoxide::{AttributeValue, Item};
+use jiff::Timestamp;
 use shared::Time;
 
 use super::step::{Conversion, RunningStep, Step};
@@ -18,7 +22,7 @@ use super::step::{Conversion, RunningStep, Step};
 pub(super) const STEP: Step = Step {
     to: 2,
     begin: || RunningStep {
-        tables: &["sandboxes", "start-tasks", "users"],
+        tables: &["conversations", "sandboxes", "start-tasks", "users"],
         gathered: &["sandboxes", "conversations", "start-tasks"],
         conversion: Box::new(ToVersion2::new(Time::now())),
     },
@@ -130,6 +134,58 @@ impl ToVersion2 {
     }
 }
 
+/// A conversation with the keys of the new indexes.
+fn conversation(mut item: Item) -> Item {
+    item.remove("top_level_user");
+    let search = item.remove("title_search");
+    // A conversation that is being deleted, and a tombstone, are in no list.
+    if item.contains_key("deleting_since") {
+        return item;
+    }
+    let created = text(&item, "created_at").and_then(|text| text.parse::<Timestamp>().ok());
+    let updated = text(&item, "updated_at").and_then(|text| text.parse::<Timestamp>().ok());
+    let id = text(&item, "id").and_then(|id| uuid::Uuid::try_parse(&id).ok());
+    let (Some((user, _)), Some(created), Some(updated), Some(id)) = (key(&item), created, updated, id) else {
+        return item;
+    };
+    if updated < created
+        && let Some(created_at) = item.get("created_at").cloned()
+    {
+        item.insert("updated_at".to_owned(), created_at);
+    }
+    // Rows with the same time are in the order of the complements of their ids.
+    let id = base62(!id.as_u128(), 22);
+    let (created, updated) = (compact(created), compact(updated.max(created)));
+    let list = if item.contains_key("parent_conversation_id") { "s" } else { "t" };
+    let attributes = [
+        ("list", format!("{user}/{list}")),
+        ("created_sort", format!("{created}{id}")),
+        ("updated_sort", format!("{updated}{id}")),
+        ("created", created),
+    ];
+    for (name, value) in attributes {
+        item.insert(name.to_owned(), AttributeValue::S(value));
+    }
+    item.extend(search.map(|search| ("search".to_owned(), search)));
+    item
+}
+
+/// A time as ten base-62 digits: microseconds since long before the earliest time.
+fn compact(time: Timestamp) -> String {
+    let microseconds = time.as_microsecond().saturating_add(400_000_000_000_000_000);
+    base62(u128::try_from(microseconds).unwrap_or_default(), 10)
+}
+
+fn base62(mut number: u128, digits: usize) -> String {
+    const DIGITS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+    let mut text = vec![DIGITS[0]; digits];
+    for digit in text.iter_mut().rev() {
+        *digit = DIGITS[usize::try_from(number % 62).unwrap_or_default()];
+        number /= 62;
+    }
+    text.into_iter().map(char::from).collect()
+}
+
 /// The rows of a start task.
 fn start_rows(mut item: Item, expires_at: Time) -> Vec<Item> {
     let mut moved: Item = LEASE_ATTRIBUTES.iter().filter_map(|name| item.remove_entry(*name)).collect();
@@ -172,6 +228,7 @@ impl Conversion for ToVersion2 {
 
     fn convert(&self, table: &'static str, item: Item) -> Vec<(&'static str, Item)> {
         match table {
+            "conversations" => vec![(table, conversation(item))],
             "sandboxes" => vec![(table, self.sandbox(item))],
             "start-tasks" => start_rows(item, self.expires_at).into_iter().map(|item| (table, item)).collect(),
             _ if text(&item, "kind").as_deref() == Some(COUNTERS) => Vec::new(),
@@ -282,6 +339,38 @@ mod tests {
         assert_eq!(converted("one", "2"), json!({"starts": {"SS": [A]}, "conversations": {"SS": [A, B]}}));
         assert_eq!(converted("two", "2"), json!({"starts": {"SS": [B]}, "delete_when_empty": {"BOOL": true}}));
         assert_eq!(converted("empty", "3"), json!({}));
+    }
+
+    #[test]
+    fn a_conversation_gets_the_keys_of_narrow_indexes() {
+        let converted = |more: Value| {
+            let mut row = json!({"user": s("u"), "id": s(A), "created_at": s("2026-11-20T10:00:00.000000Z"),
+                "updated_at": s("2026-11-20T11:00:00.000000Z"), "created_sort": s("x"), "updated_sort": s("y"), "sandbox_key": s("z"),
+                "top_level_user": s("u")});
+            row.as_object_mut().expect("attributes").extend(more.as_object().expect("attributes").clone());
+            let mut rows = running().convert("conversations", item(row));
+            assert_eq!(rows.len(), 1);
+            serde_json::to_value(rows.remove(0).1).expect("JSON")
+        };
+        let row = converted(json!({"title": s("A"), "title_search": s("a")}));
+        assert_eq!([&row["list"], &row["search"]], [&s("u/t"), &s("a")]);
+        for gone in ["top_level_user", "title_search"] {
+            assert!(row.get(gone).is_none(), "{gone}");
+        }
+        // The keys that the store writes and reads.
+        let time = |text: &str| serde_json::from_value::<shared::Time>(json!(text)).expect("a time");
+        let key = |at: &str| {
+            let id = uuid::Uuid::try_parse(A).expect("an id");
+            serde_json::to_value(shared::conversation::search::Cursor::at(time(at), id)).expect("JSON")
+        };
+        let (created, updated) = ("2026-11-20T10:00:00.000000Z", "2026-11-20T11:00:00.000000Z");
+        assert_eq!(row["created"], s(&time(created).compact()));
+        assert_eq!([&row["created_sort"]["S"], &row["updated_sort"]["S"]], [&key(created), &key(updated)]);
+        let row = converted(json!({"parent_conversation_id": s(B), "updated_at": s("2026-11-20T09:00:00.000000Z")}));
+        assert_eq!([&row["list"], &row["updated_at"]], [&s("u/s"), &s(created)]);
+        assert_eq!(row["updated_sort"], row["created_sort"]);
+        let row = converted(json!({"deleting_since": s(created)}));
+        assert!(row.get("list").is_none(), "{row}");
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Paginated lists and counts of start tasks.
 
+use std::collections::HashMap;
+
 use aws_sdk_dynamodb::operation::query::builders::QueryFluentBuilder;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -12,9 +14,12 @@ use crate::error::{Error, Result};
 use crate::http::page;
 pub use crate::http::sort_order::SortOrder;
 use crate::id::{self, UserId};
-use crate::paging::{self, Bounds};
+use crate::paging::{self, Bounds, Source};
 use crate::start::task::StartTaskRecord;
 use crate::user::counters::{self, Counter};
+
+/// The name of the reads of lists, for the log.
+const OPERATION: &str = "Query start-tasks";
 
 /// The error for a count that exceeds its time limit.
 const TOO_MANY: &str =
@@ -56,20 +61,35 @@ impl StartTaskStore {
             return self.list_of_conversation(user, conversation, filter, order, after, limit).await;
         }
         let (index, sort) = index_of(order);
-        let start = after.map(|after| {
+        let starts = after.map(|after| {
             let mut start = key(user, after.id);
             start.insert(sort.into(), text(after.sort.clone()));
-            start
+            vec![start]
         });
-        let is_filtered = filter.created_at_gte.is_some() && index != BY_CREATED;
-        let query = || self.query(user, filter, index).scan_index_forward(order.is_ascending());
-        let read = |item| {
-            let record: StartTaskRecord = from_item(item)?;
-            let size = page::size_of(&record.show())?;
-            Ok((record, size))
+        let source = Source {
+            queries: vec![self.query(user, filter, index)],
+            sort_key: sort,
+            is_ascending: order.is_ascending(),
+            is_filtered: filter.created_at_gte.is_some() && index != BY_CREATED,
+            is_exact: true,
         };
-        let after = |item: &Item| after_key(item, sort);
-        paging::page("Query start-tasks", Bounds::of_page(limit), start, is_filtered, query, read, after).await
+        let fetch = |entries: Vec<Item>| async move {
+            let ids: Vec<Uuid> = entries.iter().map(|entry| id_of(entry).unwrap_or_default()).collect();
+            self.rows(user, &ids).await
+        };
+        let size = |record: &StartTaskRecord| page::size_of(&record.show());
+        let page = paging::page(OPERATION, Bounds::of_page(limit), source, starts, fetch, size).await?;
+        Ok((page.rows, page.next.map(cursor).transpose()?))
+    }
+
+    /// The row of each id, if there is one. The read is eventually consistent.
+    async fn rows(&self, user: &UserId, ids: &[Uuid]) -> Result<Vec<Option<StartTaskRecord>>> {
+        let mut found: HashMap<Uuid, StartTaskRecord> = HashMap::new();
+        for item in self.table.batch_get_eventually(ids.iter().map(|id| key(user, *id)).collect()).await? {
+            let record: StartTaskRecord = from_item(item)?;
+            found.insert(record.id, record);
+        }
+        Ok(ids.iter().map(|id| found.remove(id)).collect())
     }
 
     /// The cursor of a task in a list.
@@ -92,16 +112,25 @@ impl StartTaskStore {
                 self.list_of_conversation(user, conversation, filter, order, None, usize::MAX).await?.0.len() as u64
             );
         }
-        paging::count("Query start-tasks", self.query(user, filter, BY_CREATED), TOO_MANY).await
+        paging::count(OPERATION, self.query(user, filter, BY_CREATED), TOO_MANY).await
     }
 
-    /// The query for all tasks of a conversation.
-    pub(super) fn query_of_conversation(&self, user: &UserId, conversation: Uuid) -> QueryFluentBuilder {
-        self.table
+    /// The ids of all tasks of a conversation.
+    pub(super) async fn ids_of_conversation(&self, user: &UserId, conversation: Uuid) -> Result<Vec<Uuid>> {
+        let mut entries = self
+            .table
             .query()
             .index_name(BY_CONVERSATION)
             .key_condition_expression("conversation_key = :conversation")
             .expression_attribute_values(":conversation", text(user.key_of(&id::hex(conversation))))
+            .into_paginator()
+            .items()
+            .send();
+        let mut ids = Vec::new();
+        while let Some(entry) = entries.next().await {
+            ids.extend(id_of(&entry.map_err(store_error(OPERATION))?));
+        }
+        Ok(ids)
     }
 
     async fn list_of_conversation(
@@ -113,12 +142,8 @@ impl StartTaskStore {
         after: Option<&Cursor>,
         limit: usize,
     ) -> Result<(Vec<StartTaskRecord>, Option<Cursor>)> {
-        let mut items = Vec::new();
-        let mut pages = self.query_of_conversation(user, conversation).into_paginator().items().send();
-        while let Some(item) = pages.next().await {
-            items.push(item.map_err(store_error("Query start-tasks"))?);
-        }
-        let mut records = items.into_iter().map(from_item).collect::<Result<Vec<StartTaskRecord>>>()?;
+        let ids = self.ids_of_conversation(user, conversation).await?;
+        let mut records: Vec<StartTaskRecord> = self.rows(user, &ids).await?.into_iter().flatten().collect();
         records.retain(|record| filter.created_at_gte.is_none_or(|earliest| record.created_at >= earliest));
         records.sort_by_key(|record| sort_value(record, order));
         if !order.is_ascending() {
@@ -175,10 +200,13 @@ fn sort_value(record: &StartTaskRecord, order: SortOrder) -> String {
     }
 }
 
-fn after_key(key: &Item, sort: &str) -> Result<Cursor> {
-    let attribute = |name: &str| key.get(name).and_then(|value| value.as_s().ok()).cloned();
-    let (Some(sort), Some(Ok(id))) = (attribute(sort), attribute("id").map(|id| Uuid::parse_str(&id))) else {
-        return Err(Error::internal("a page's last key is not one of a task"));
-    };
+/// The cursor of a task with this sort key.
+fn cursor(sort: String) -> Result<Cursor> {
+    let id = sort.rsplit_once('#').and_then(|(_, id)| Uuid::try_parse(id).ok());
+    let id = id.ok_or_else(|| Error::internal("a page's last key is not one of a task"))?;
     Ok(Cursor { sort, id })
+}
+
+fn id_of(entry: &Item) -> Option<Uuid> {
+    entry.get("id").and_then(|id| id.as_s().ok()).and_then(|id| Uuid::try_parse(id).ok())
 }

@@ -2,8 +2,8 @@
 //!
 //! A start has two rows:
 //!
-//! - the task's own row, `<id>`: all that its user sees, with the request and the history. It is in the indexes of lists, which contain
-//!   whole rows, so it changes only with the task's state.
+//! - the task's own row, `<id>`: all that its user sees, with the request and the history. It is in the indexes of lists, and changes only
+//!   with the task's state.
 //! - the lease row, `<id>#lease`: what workers change while the start goes on ([`LEASE_ATTRIBUTES`]). It is narrow, and is only in the
 //!   index of unfinished tasks. A READY task has none; that of a failed task stays until the task is removed.
 //!
@@ -48,8 +48,10 @@ use crate::user::seal::Sealer;
 
 /// Index: a user's tasks by creation time.
 pub const BY_CREATED: &str = "by-created";
-/// Index: a user's tasks by last change.
+/// Index: a user's tasks by last change. Its entries have the time of creation, for filters.
 pub const BY_UPDATED: &str = "by-updated";
+/// The time of creation.
+pub const CREATED_AT: &str = "created_at";
 /// Index: tasks that made a conversation ready.
 pub const BY_CONVERSATION: &str = "by-conversation";
 /// Index: unfinished tasks, by the due time at which the sweep enqueues their jobs again. Sparse; in [`SHARDS`] partitions.
@@ -303,9 +305,9 @@ impl StartTaskStore {
     /// # Errors
     /// [`Error::Store`].
     pub async fn delete_of_conversation(&self, user: &UserId, conversation: Uuid) -> Result<()> {
-        let mut pages = self.query_of_conversation(user, conversation).into_paginator().items().send();
-        while let Some(item) = pages.next().await {
-            let record: StartTaskRecord = from_item(item.map_err(store_error("Query start-tasks"))?)?;
+        let ids = self.ids_of_conversation(user, conversation).await?;
+        for item in self.table.batch_get(ids.into_iter().map(|id| key(user, id)).collect()).await? {
+            let record: StartTaskRecord = from_item(item)?;
             // The object is removed before the row, because only the row refers to it.
             if let Some(object) = &record.request_object {
                 self.delete_request(object).await?;
