@@ -70,7 +70,10 @@ pub struct StartConfig {
     /// How long a worker waits in its own process before it returns the task to the queue (`START_INLINE_WAIT_MS`, 2000). On Lambda waiting
     /// costs money; locally it is free.
     pub inline_wait: Duration,
-    /// The longest delay between two polls of a start that waits in the queue (`START_MAX_POLL_DELAY_MS`, 15000).
+    /// The same while a sandbox boots (`START_BOOT_INLINE_WAIT_MS`, 0). The boots of all waiting starts are observed together, see
+    /// [`crate::sandbox::boots`].
+    pub boot_inline_wait: Duration,
+    /// The longest delay between two polls of a start that waits in the queue (`START_MAX_POLL_DELAY_MS`, 60000).
     pub max_poll_delay: Duration,
     /// The duration of a worker's lease on a task unless it is renewed (`START_LEASE_SECONDS`, 15).
     pub lease: Duration,
@@ -112,7 +115,8 @@ impl Default for StartConfig {
             agent_request_timeout: Duration::from_secs(120),
             mcp_probe_timeout: Duration::from_secs(5),
             inline_wait: Duration::from_secs(2),
-            max_poll_delay: Duration::from_secs(15),
+            boot_inline_wait: Duration::ZERO,
+            max_poll_delay: Duration::from_secs(60),
             lease: Duration::from_secs(15),
             poll: Duration::from_millis(100),
             keep_alive: Duration::from_secs(10),
@@ -354,6 +358,7 @@ impl StartConfig {
             agent_request_timeout: seconds("AGENT_REQUEST_TIMEOUT", default.agent_request_timeout)?,
             mcp_probe_timeout: seconds("MCP_PROBE_TIMEOUT", default.mcp_probe_timeout)?,
             inline_wait: milliseconds("START_INLINE_WAIT_MS", default.inline_wait)?,
+            boot_inline_wait: milliseconds("START_BOOT_INLINE_WAIT_MS", default.boot_inline_wait)?,
             max_poll_delay: milliseconds("START_MAX_POLL_DELAY_MS", default.max_poll_delay)?,
             lease: seconds("START_LEASE_SECONDS", default.lease)?,
             poll: milliseconds("START_POLL_MS", default.poll)?,

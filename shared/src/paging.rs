@@ -198,12 +198,9 @@ impl Entries {
 
     /// Reads more entries of each partition of which all entries are merged.
     async fn read(&mut self, missing: usize) -> Result<()> {
-        let step = match self.step {
+        let step = match self.step.filter(|_| self.is_filtered) {
+            Some(last) => (last * GROWTH).min(LONGEST_STEP).min(self.limit.saturating_sub(self.evaluated)).max(1),
             None => missing,
-            Some(last) if self.is_filtered => {
-                (last * GROWTH).min(LONGEST_STEP).min(self.limit.saturating_sub(self.evaluated)).max(1)
-            }
-            Some(_) => missing,
         };
         self.step = Some(step);
         let (operation, sort_key) = (self.operation, self.sort_key);

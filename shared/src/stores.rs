@@ -18,6 +18,7 @@ use crate::http_client::HttpClient;
 use crate::jobs::queue::JobQueue;
 use crate::pending_message::delivery::{Messages, Timing};
 use crate::pending_message::store::MessageStore;
+use crate::sandbox::boots::BootObserver;
 use crate::sandbox::reconciler::SandboxReconciler;
 use crate::sandbox::store::SandboxStore;
 use crate::sandbox::{self, SandboxService};
@@ -176,6 +177,12 @@ impl Stores {
             tasks: self.start_tasks(),
             conversations: self.conversations(),
             reconciler: self.sandbox_reconciler(sandboxes.clone()),
+            boots: BootObserver {
+                store: self.sandboxes().boots(),
+                sandboxes: sandboxes.clone(),
+                queue: self.queue(),
+                http: http.clone(),
+            },
             sandboxes,
             settings: self.settings(),
             queue: self.queue(),

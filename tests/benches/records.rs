@@ -58,11 +58,13 @@ async fn measure(size: u64) {
     let rows = u32::try_from(size).expect("an account of this size");
     println!("\n### {size} conversations\n");
     println!("Loaded in {took:.1} s, {:.2} ms a row; a row of {} bytes.\n", took * 1000.0 / f64::from(rows), bytes(0));
-    println!("| request | rows | queries and other reads | read units |\n|---|---|---|---|");
+    println!("| request | rows | queries and other reads | read units | ms |\n|---|---|---|---|---|");
     let meter = Meter::new();
     let _way = api.measure(&meter).await;
     for (what, path, query) in requests(&user, size) {
+        let sent = Instant::now();
         let (status, answer) = api.get(&user, path, &query).await;
+        let took = sent.elapsed().as_millis();
         // A filtered count of a large account may be refused after its time limit.
         assert!(status == 200 || (status == 400 && what.starts_with("count, ")), "{what}: {status} {answer}");
         let rows = match &answer {
@@ -74,7 +76,7 @@ async fn measure(size: u64) {
         let costs = meter.take();
         let reads: usize = costs.values().map(|cost| cost.requests).sum();
         let units: f64 = costs.values().map(|cost| cost.units).sum();
-        println!("| {what} | {rows} | {reads} | {units:.1} |");
+        println!("| {what} | {rows} | {reads} | {units:.1} | {took} |");
     }
     writes(&api, &user, &meter).await;
     api.stop().await;

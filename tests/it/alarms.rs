@@ -168,6 +168,9 @@ fn every_condition_that_operators_must_know_has_an_alarm() {
     assert_eq!(unknown["MetricTransformations"][0]["MetricValue"], "$.count");
     assert_eq!(alarms["SandboxesUnknownAlarm"]["Threshold"], 1);
     assert_eq!(template["Resources"]["SandboxesUnknownAlarm"]["Condition"], "HasOwnRuntimeApiKey");
+    let opened = of_type(&template, "AWS::Logs::MetricFilter")["CircuitOpened"];
+    assert_eq!(opened["FilterPattern"], r#"{ $.message = "provider.circuit_opened" }"#);
+    assert_eq!(alarms["ProviderNotRespondingAlarm"]["MetricName"], opened["MetricTransformations"][0]["MetricName"]);
     // Every function that crashes or times out.
     let with_errors: BTreeSet<String> = ["FunctionErrorsAlarm", "WorkerErrorsAlarm"]
         .into_iter()

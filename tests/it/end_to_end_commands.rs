@@ -76,6 +76,32 @@ async fn a_start_survives_its_agent_server() {
     product.shutdown().await;
 }
 
+/// The supervisor of the command notifies the API, in every supported version of the agent server.
+#[tokio::test]
+async fn the_end_of_a_command_continues_its_start_at_once() {
+    let git = GitServer::start().await;
+    git.require("someone", "token");
+    let product = Product::start_with_waits_of_aws(json!({
+        "llm_model": "openai/scripted",
+        "llm_api_key": "key-of-the-model",
+        "provider_tokens": {"github": {"token": "token", "host": git.url()}},
+    }))
+    .await;
+    let ended = product.data().join("ended");
+    let script = format!("sleep 26\ntouch {}\n", ended.display());
+    git.create_repository("owner/slow", &[(".openhands/setup.sh", &script, false)], &[]).await;
+    let id = begin(&product, "owner/slow").await;
+    wait_until("the script has ended", LIMIT, async || ended.exists()).await;
+    // The worker polls 2 s, 7 s, 22 s and 62 s after the beginning of the script.
+    wait_until("the start continues", Duration::from_secs(25), async || {
+        let task = product.get(&format!("/start-tasks?ids={id}")).await;
+        task[0]["status"] != "RUNNING_SETUP_SCRIPT"
+    })
+    .await;
+    product.follow(&id).await.conversation_id();
+    product.shutdown().await;
+}
+
 #[tokio::test]
 async fn overlong_setup_script_leaves_a_note_and_no_process() {
     let git = GitServer::start().await;

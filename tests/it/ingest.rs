@@ -1243,7 +1243,11 @@ async fn the_agents_title_is_fetched_and_a_rename_always_wins() {
     let again = async || loop {
         if let Some(message) = harness.receive().await {
             harness.delete(&message).await;
-            return Job::from_body(&message.body.unwrap_or_default()).expect("a job");
+            let job = Job::from_body(&message.body.unwrap_or_default()).expect("a job");
+            // The first poll also looks for events that have not arrived.
+            if !matches!(job, Job::BackfillEvents(_)) {
+                return job;
+            }
         }
     };
     assert_eq!(

@@ -17,6 +17,7 @@ mod agent_server_errors;
 mod alarms;
 mod authorizer;
 mod backfill;
+mod boots;
 mod clone;
 mod cloud_faults;
 mod commands;

@@ -77,6 +77,7 @@ fn config() -> StartConfig {
         setup_script_timeout: limit,
         step_timeout: limit,
         inline_wait: Duration::from_millis(100),
+        boot_inline_wait: Duration::ZERO,
         ..quick()
     }
 }

@@ -373,7 +373,7 @@ async fn containers_without_a_record_are_deleted() {
     for id in ["used", "orphan"] {
         service.start(user, id, None).await.expect("started");
     }
-    let [used, orphan] = ["used", "orphan"].map(|id| format!("oh-agent-server-{}", name_at_provider(user, id)));
+    let [kept, orphan] = ["used", "orphan"].map(|id| format!("oh-agent-server-{}", name_at_provider(user, id)));
     let of_another = format!("oh-agent-server-{}-{}", &sha256_hex("another")[..12], &sha256_hex("x")[..32]);
     engine.add(&of_another);
     engine.add("anything");
@@ -388,7 +388,7 @@ async fn containers_without_a_record_are_deleted() {
     reconciler.reconcile(user, "orphan").await.expect("reconciled");
     let left: Vec<String> = engine.containers().into_keys().collect();
     assert_eq!(left.len(), 3, "{left:?}");
-    assert!(left.contains(&used) && left.contains(&of_another) && !left.contains(&orphan), "{left:?}");
+    assert!(left.contains(&kept) && left.contains(&of_another) && !left.contains(&orphan), "{left:?}");
     assert!(records.find(user, "orphan").await.expect("the store").is_none());
     fixture.api.stop().await;
 }

@@ -25,12 +25,12 @@ use shared::jobs::advance_start::AdvanceStart;
 use shared::metrics;
 use shared::sandbox::session_key;
 use shared::sandbox::store::SandboxRecord;
-use shared::user::token::{TokenClaims, TokenKey};
+use shared::user::token::{NotificationToken, TokenClaims, TokenKey};
 use uuid::Uuid;
 
 use crate::Context;
 
-/// The header that carries the access token with which an agent requests a provider token.
+/// The header that carries the access token with which an agent requests a provider token, or the token of a command's notification.
 const ACCESS_TOKEN: &str = "x-access-token";
 /// The largest body, in bytes. A batch holds every event since the last one, and may hold a snapshot of the whole state. Lambda itself
 /// accepts 6 MB at most.
@@ -97,20 +97,23 @@ async fn events(
     Ok(SuccessOut::json())
 }
 
-/// Enqueues a job for a start whose command has ended, so that it does not wait for the next poll. The body is ignored: a sandbox is
-/// untrusted, and the worker polls the command's outcome anyway.
+/// Enqueues a job for a start whose command has ended, so that it does not wait for the next poll. The token of the start, which the command
+/// sends, permits nothing else. The body is ignored: a sandbox is untrusted, and the worker polls the command's outcome anyway.
 async fn command_ended(
     State(context): State<Context>,
-    FromSandbox(sandbox): FromSandbox,
+    headers: HeaderMap,
     Path(task): Path<String>,
 ) -> Result<StatusCode> {
-    let unknown = || Error::NotFound("No such start task in this sandbox".into());
-    let id = Uuid::parse_str(&task).map_err(|_| unknown())?;
-    let record = context.tasks.get(&sandbox.user, id).await?;
-    let record = record.filter(|record| record.now.sandbox_id.as_ref() == Some(&sandbox.id)).ok_or_else(unknown)?;
+    let refused = || Error::Unauthenticated("Unauthorized".into());
+    let token = access_token(&headers).ok_or_else(refused)?;
+    let NotificationToken { user, task } = NotificationToken::verify(&context.sealer, token)
+        .await?
+        .filter(|token| Uuid::parse_str(&task) == Ok(token.task))
+        .ok_or_else(refused)?;
+    let record = context.tasks.get(&user, task).await?;
+    let record = record.ok_or_else(|| Error::NotFound("No such start task".into()))?;
     if !record.now.status.is_final() {
-        let job = AdvanceStart { user: sandbox.user, task: id }.into();
-        context.queue.send(&job, Duration::ZERO).await?;
+        context.queue.send(&AdvanceStart { user, task }.into(), Duration::ZERO).await?;
     }
     Ok(StatusCode::NO_CONTENT)
 }
@@ -119,7 +122,7 @@ async fn command_ended(
 /// access token was issued.
 async fn secret(State(context): State<Context>, headers: HeaderMap) -> Result<String> {
     let refused = || Error::Unauthenticated("Unauthorized".into());
-    let token = headers.get(ACCESS_TOKEN).and_then(|token| token.to_str().ok()).ok_or_else(refused)?;
+    let token = access_token(&headers).ok_or_else(refused)?;
     let TokenClaims { user, provider, sandbox_id } =
         TokenKey::verify(&context.sealer, token).await?.ok_or_else(refused)?;
     if let Some(sandbox) = sandbox_id
@@ -131,6 +134,10 @@ async fn secret(State(context): State<Context>, headers: HeaderMap) -> Result<St
     let mut tokens = settings.provider_tokens.0.into_iter().filter(|(name, _)| *name == provider);
     let token = tokens.find_map(|(_, token)| token.token).filter(|token| !token.expose_secret().is_empty());
     token.map(|token| token.expose_secret().to_owned()).ok_or_else(|| Error::NotFound("No such provider".into()))
+}
+
+fn access_token(headers: &HeaderMap) -> Option<&str> {
+    headers.get(ACCESS_TOKEN)?.to_str().ok()
 }
 
 /// Reads the events of a body, of whatever kind, and keeps the bytes of each as they were sent.

@@ -27,6 +27,7 @@ pub(crate) async fn handle(context: &Context, job: Job) -> Result<()> {
         Job::ReconcileSandbox(ReconcileSandbox { sandbox, .. }) => {
             tracing::error!(sandbox, ?policy, "worker.sandbox_not_reconciled");
         }
+        Job::ObserveBoots(_) => tracing::error!(?policy, "worker.boots_not_observed"),
         Job::RefreshConversation(RefreshConversation { conversation, .. })
         | Job::BackfillEvents(BackfillEvents { conversation, .. })
         | Job::ProcessEvents(ProcessEvents { conversation, .. }) => {

@@ -36,6 +36,7 @@ pub(crate) async fn run(context: &Context, job: Job) -> Result<()> {
             context.reconciler.reconcile(&user, &sandbox).await
         }
         Job::BackfillEvents(job) => context.follow_up.fetch_missing_events(&job).await,
+        Job::ObserveBoots(_) => context.saga.boots.observe().await,
         Job::RefreshConversation(job) => context.follow_up.refresh_from_agent_server(&job).await,
         Job::ProcessEvents(ProcessEvents { user, conversation, up_to }) => {
             context.follow_up.process_events(&user, conversation, up_to.as_deref()).await

@@ -6,7 +6,7 @@ mod jobs;
 use std::sync::Arc;
 
 use aws_lambda_events::event::sqs::{BatchItemFailure, SqsBatchResponse, SqsEvent, SqsMessage};
-use futures::future::{join_all, join5};
+use futures::future::join_all;
 use serde_json::Value;
 use shared::Time;
 use shared::aws::Aws;
@@ -70,17 +70,17 @@ impl Context {
 /// When a scheduled sweep fails.
 pub async fn handle(context: &Context, event: Value) -> Result<SqsBatchResponse, Error> {
     if event.get("Records").is_none() {
-        let (starts, deletions, messages, sandboxes, orphans) = join5(
+        let (starts, deletions, messages, sandboxes, orphans, boots) = tokio::join!(
             context.saga.sweep(),
             context.deletion.sweep(),
             context.messages.sweep(),
             context.reconciler.sweep(),
             context.reconciler.find_orphans(Time::now()),
-        )
-        .await;
+            context.saga.boots.sweep(),
+        );
         // All of them have run by now, also when one of them failed.
         orphans?;
-        let requeued = starts? + deletions? + messages? + sandboxes?;
+        let requeued = starts? + deletions? + messages? + sandboxes? + boots?;
         if requeued > 0 {
             tracing::warn!(requeued, "worker.swept");
         }

@@ -110,6 +110,9 @@ impl Environment {
         if config::text("START_INLINE_WAIT_MS").is_none() {
             start.inline_wait = INLINE_WAIT;
         }
+        if config::text("START_BOOT_INLINE_WAIT_MS").is_none() {
+            start.boot_inline_wait = INLINE_WAIT;
+        }
         if config::text("START_MAX_POLL_DELAY_MS").is_none() {
             start.max_poll_delay = MAX_POLL_DELAY;
         }

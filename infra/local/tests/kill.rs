@@ -635,6 +635,7 @@ fn contents(file: &Path) -> (u32, BTreeMap<String, Rows>) {
     let names = "SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE 'openhands-%'";
     let mut names = connection.prepare(names).unwrap();
     let names: Vec<String> = names.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect();
+    let in_20_days = shared::Time::now().plus(Duration::from_secs(20 * 24 * 3600)).sortable();
     let items = |name: &String| {
         let mut rows = connection.prepare(&format!("SELECT * FROM \"{name}\"")).unwrap();
         let item_column = rows.column_index("item_json").unwrap();
@@ -644,8 +645,17 @@ fn contents(file: &Path) -> (u32, BTreeMap<String, Rows>) {
             Ok((keys.0, keys.1, item))
         });
         let items = rows.unwrap().map(Result::unwrap);
-        let items = items.map(|(first, second, item)| {
-            let item: Value = serde_json::from_str(&item).unwrap();
+        let items = items.map(|(first, mut second, item)| {
+            let mut item: Value = serde_json::from_str(&item).unwrap();
+            // The time of the migration decides when a failed start expires: those times differ from run to run, in the rows and in the
+            // keys of the index of unfinished starts.
+            let due = item["due_at"]["S"].as_str().filter(|due| **due > *in_20_days).map(str::to_owned);
+            if let Some(due) = due {
+                second = second.replace(&due, "later");
+                let attributes = item.as_object_mut().unwrap();
+                attributes.remove("due_at");
+                attributes.remove("expires_at");
+            }
             // An index may have several entries with the same keys.
             let id = format!("{} {}", item["id"], item["kind"]);
             ((first, format!("{second} {id}")), item)

@@ -91,7 +91,7 @@ pub enum Authentication {
     Caller,
     /// The session key of a sandbox. The function checks it.
     SandboxKey,
-    /// The token with which an agent looks up a secret. The function checks it.
+    /// A token that a sandbox was given: an agent looks up a secret with it, a command notifies of its end. The function checks it.
     AgentToken,
     None,
 }

@@ -384,7 +384,7 @@ impl ConversationStore {
             |(one, ..), (other, ..)| if order.is_ascending() { one.cmp(other) } else { other.cmp(one) },
         );
         let mut page = Page { records: Vec::new(), next: None };
-        let (mut bytes, mut last) = (0, None);
+        let (mut bytes, mut reached) = (0, None);
         let mut rest = rows.as_mut_slice();
         while !rest.is_empty() {
             let (chunk, later) = rest.split_at_mut(rest.len().min((bounds.rows - page.records.len()).max(1)));
@@ -399,13 +399,13 @@ impl ConversationStore {
                 if let Some(row) = row {
                     let size = size_of(&row)?;
                     if page.records.len() == bounds.rows || (!page.records.is_empty() && bytes + size > bounds.bytes) {
-                        page.next = last.map(Cursor);
+                        page.next = reached.map(Cursor);
                         return Ok(Some(page));
                     }
                     bytes += size;
                     page.records.push(row);
                 }
-                last = Some(std::mem::take(position));
+                reached = Some(std::mem::take(position));
             }
             rest = later;
         }

@@ -22,6 +22,7 @@ pub(super) struct Reported<T> {
 
 /// The reports of a batch of events. The newest report of each value is used; the order of the batch is irrelevant.
 #[derive(Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, not a state")]
 pub(super) struct Batch {
     conversation: Uuid,
     /// The usage of the models.

@@ -3,8 +3,8 @@
 
 use super::queue::Job;
 use super::{
-    advance_start, backfill_events, delete_conversation, deliver_messages, process_events, reconcile_sandbox,
-    refresh_conversation,
+    advance_start, backfill_events, delete_conversation, deliver_messages, observe_boots, process_events,
+    reconcile_sandbox, refresh_conversation,
 };
 
 /// What happens when a message of a job becomes a dead letter.
@@ -40,6 +40,7 @@ impl Job {
             Self::DeleteConversation(_) => delete_conversation::DEAD_LETTER_POLICY,
             Self::ReconcileSandbox(_) => reconcile_sandbox::DEAD_LETTER_POLICY,
             Self::BackfillEvents(_) => backfill_events::DEAD_LETTER_POLICY,
+            Self::ObserveBoots(_) => observe_boots::DEAD_LETTER_POLICY,
         }
     }
 }

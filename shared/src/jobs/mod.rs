@@ -16,6 +16,7 @@ pub mod backfill_events;
 pub mod dead_letter;
 pub mod delete_conversation;
 pub mod deliver_messages;
+pub mod observe_boots;
 pub mod process_events;
 pub mod queue;
 pub mod reconcile_sandbox;

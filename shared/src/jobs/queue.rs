@@ -11,6 +11,7 @@ use super::advance_start::AdvanceStart;
 use super::backfill_events::BackfillEvents;
 use super::delete_conversation::DeleteConversation;
 use super::deliver_messages::DeliverMessages;
+use super::observe_boots::ObserveBoots;
 use super::process_events::ProcessEvents;
 use super::reconcile_sandbox::ReconcileSandbox;
 use super::refresh_conversation::RefreshConversation;
@@ -26,6 +27,9 @@ const VERSION: u32 = 1;
 const BATCH: usize = 10;
 /// Batches that may fail as a whole before [`JobQueue::send_all`] gives up.
 const MAX_FAILED_BATCHES: usize = 5;
+
+/// The group of jobs that are done for all users, in place of a user.
+const GROUP_OF_ALL: &str = "#all";
 
 /// The suffix of a dead-letter queue's name. Workers recognise dead letters by it.
 pub const DEAD_LETTER_SUFFIX: &str = "-dead-letters";
@@ -50,6 +54,7 @@ pub enum Job {
     DeleteConversation(DeleteConversation),
     ReconcileSandbox(ReconcileSandbox),
     BackfillEvents(BackfillEvents),
+    ObserveBoots(ObserveBoots),
 }
 
 #[derive(Serialize, Deserialize)]
@@ -73,10 +78,10 @@ impl Job {
         Ok(message.job)
     }
 
-    /// The user for whom the job is done.
+    /// The user for whom the job is done; `None` for a job that is done for all users.
     #[must_use]
-    pub fn user(&self) -> &UserId {
-        match self {
+    pub fn user(&self) -> Option<&UserId> {
+        Some(match self {
             Self::AdvanceStart(job) => &job.user,
             Self::Export { user, .. } => user,
             Self::RefreshConversation(job) => &job.user,
@@ -85,13 +90,14 @@ impl Job {
             Self::DeleteConversation(job) => &job.user,
             Self::ReconcileSandbox(job) => &job.user,
             Self::BackfillEvents(job) => &job.user,
-        }
+            Self::ObserveBoots(_) => return None,
+        })
     }
 
     /// The group of the job's message: its user, hashed to the length that SQS allows. Where the messages of one group are many, SQS
     /// delivers those of other groups first ("fair queues"), so that one user's jobs do not delay those of others.
     fn group(&self) -> String {
-        sha256_hex(self.user().as_str())
+        sha256_hex(self.user().map_or(GROUP_OF_ALL, UserId::as_str))
     }
 
     fn to_body(&self) -> Result<String> {
@@ -197,7 +203,7 @@ mod tests {
         let body = job.to_body().expect("a body");
         assert_eq!(body, r#"{"v":1,"type":"advance_start","user":"u","task":"00000000000000000000000000000001"}"#);
         assert_eq!(Job::from_body(&body).expect("a job"), job);
-        assert_eq!((job.user(), job.group().len()), (&user(), 64));
+        assert_eq!((job.user(), job.group().len()), (Some(&user()), 64));
         assert!(Job::from_body(&body.replace("\"v\":1", "\"v\":2")).is_err());
         assert!(Job::from_body("{}").is_err());
     }
@@ -210,7 +216,7 @@ mod tests {
         let body = |fields: &str| format!(r#"{{"v":1,{fields}}}"#);
         let of = |kind: &str| body(&format!(r#""type":"{kind}","user":"u","conversation":"{ID}""#));
         let refresh = RefreshConversation { user: user(), conversation, attempt: 2 };
-        let cases: [(String, Job); 9] = [
+        let cases: [(String, Job); 10] = [
             (
                 body(&format!(r#""type":"advance_start","user":"u","task":"{ID}""#)),
                 AdvanceStart { user: user(), task: conversation }.into(),
@@ -226,6 +232,7 @@ mod tests {
                 of("backfill_events").replace('}', r#","attempt":1}"#),
                 BackfillEvents { user: user(), conversation, attempt: 1 }.into(),
             ),
+            (body(r#""type":"observe_boots""#), ObserveBoots {}.into()),
             (of("delete_conversation"), DeleteConversation { user: user(), conversation }.into()),
             (of("refresh_conversation").replace('}', r#","attempt":2}"#), refresh.clone().into()),
             (of("look_at_conversation").replace('}', r#","look":2}"#), refresh.into()),

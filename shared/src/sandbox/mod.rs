@@ -1,6 +1,8 @@
 //! Sandbox lifecycle (start, pause, resume, delete) as one trait, with one file per provider: process, Docker, runtime API, none.
 
+pub mod boots;
 mod capacity;
+pub mod circuit;
 pub mod config;
 #[cfg(feature = "docker")]
 pub mod docker;
@@ -17,6 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures::future::try_join_all;
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -232,6 +235,19 @@ pub trait SandboxService: Send + Sync + std::fmt::Debug {
     /// [`crate::Error::Upstream`] when the provider does not respond; [`crate::Error::Store`].
     async fn inspect(&self, user: &UserId, id: &str) -> Result<Option<Sandbox>> {
         self.get(user, id).await
+    }
+
+    /// Returns sandboxes of several users as [`SandboxService::inspect`] does, in the order of the keys, with as few calls as possible.
+    ///
+    /// # Errors
+    /// [`crate::Error::Upstream`] when the provider does not respond; [`crate::Error::Store`].
+    async fn inspect_all(&self, keys: &[(UserId, String)]) -> Result<Vec<Option<Sandbox>>> {
+        try_join_all(keys.iter().map(|(user, id)| self.inspect(user, id))).await
+    }
+
+    /// Whether the agent servers know the address of this API, so that commands can notify it of their ends.
+    fn sends_webhooks(&self) -> bool {
+        true
     }
 
     /// Returns one sandbox of the user.

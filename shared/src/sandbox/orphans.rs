@@ -50,11 +50,11 @@ impl SandboxReconciler {
         let is_cut_off = own.len() > AT_ONCE;
         own.truncate(AT_ONCE);
         let next = own.last().filter(|_| is_cut_off).map_or("", |last| &last.name).to_owned();
-        let names: Vec<String> = own.iter().map(|found| found.name.clone()).collect();
-        let mut named = self.records.names(&names).await?;
+        let looked_up: Vec<String> = own.iter().map(|found| found.name.clone()).collect();
+        let mut known = self.records.names(&looked_up).await?;
         let mut orphans = 0;
         for found in own {
-            match named.remove(&found.name) {
+            match known.remove(&found.name) {
                 Some(sandbox) => orphans += usize::from(self.check(&found, &sandbox, now).await?),
                 // Without a row of its name nothing shows that this deployment has created it.
                 None => unknown.push(found),

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::future::try_join_all;
+use reqwest::header::{HeaderMap, RETRY_AFTER};
 use reqwest::{Method, StatusCode, Url};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::Deserialize;
@@ -14,6 +15,7 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use super::capacity::to_evict;
+use super::circuit::CircuitBreaker;
 use super::config::RemoteSandboxConfig;
 use super::store::{Desired, SandboxRecord, SandboxStore};
 use super::{
@@ -56,6 +58,8 @@ const LAUNCH_GRACE: Duration = Duration::from_secs(30);
 const CONFIRMATION_DELAY: Duration = Duration::from_secs(600);
 /// The maximum number of ids per request.
 const BATCH: usize = 50;
+/// The batches that are requested at the same time.
+const BATCHES_AT_ONCE: usize = 4;
 /// The maximum size of a response in bytes.
 const ANSWER_LIMIT: usize = 4 * 1024 * 1024;
 
@@ -64,7 +68,17 @@ const ANSWER_LIMIT: usize = 4 * 1024 * 1024;
 pub struct RemoteSandboxes {
     config: RemoteSandboxConfig,
     store: SandboxStore,
+    circuit: CircuitBreaker,
     http: HttpClient,
+}
+
+/// Why the runtime API is called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    /// To decide about a sandbox or to change it. The call obeys the circuit breaker, and its outcome counts.
+    Act,
+    /// To show sandboxes to a user, whose request is a small load and shows the actual state as soon as there is one.
+    Show,
 }
 
 /// A runtime as the runtime API reports it.
@@ -98,7 +112,8 @@ impl RemoteSandboxes {
     /// Creates the provider for the configured runtime API.
     #[must_use]
     pub fn new(config: RemoteSandboxConfig, store: SandboxStore) -> Self {
-        Self { config, store, http: HttpClient::new(AddressPolicy::Any) }
+        let circuit = store.circuit();
+        Self { config, store, circuit, http: HttpClient::new(AddressPolicy::Any) }
     }
 
     fn new_name(&self, user: &UserId, id: &str) -> String {
@@ -115,27 +130,34 @@ impl RemoteSandboxes {
     }
 
     /// Returns the runtimes of these records, by session id.
-    async fn runtimes(&self, records: &[&SandboxRecord]) -> Result<HashMap<String, Runtime>> {
+    async fn runtimes(&self, records: &[&SandboxRecord], purpose: Purpose) -> Result<HashMap<String, Runtime>> {
         let ids: Vec<String> = records.iter().map(|record| name_of(record)).collect();
-        let asked = ids.chunks(BATCH).map(async |ids| {
+        let batch = async |ids: &[String]| {
             let query: String =
                 form_urlencoded::Serializer::new(String::new()).extend_pairs(ids.iter().map(|id| ("ids", id))).finish();
             let path = format!("/sessions/batch?{query}");
-            match self.call::<Vec<Option<Runtime>>>(Method::GET, &path, LOOK, None).await? {
+            let found = match purpose {
+                Purpose::Act => self.call::<Vec<Option<Runtime>>>(Method::GET, &path, LOOK, None).await?,
+                Purpose::Show => self.send(Method::GET, &path, LOOK, None).await.map_err(CallFailed::into_error)?,
+            };
+            match found {
                 ApiResponse::Success(runtimes) => Ok(runtimes),
                 // Unknown sessions are nulls in the list, so this 404 is about the route and not about any session.
                 ApiResponse::NotFound => Err(upstream("GET /sessions/batch: 404")),
                 ApiResponse::Refused(status) => Err(upstream(format!("GET /sessions/batch: {status}"))),
             }
-        });
-        let runtimes = try_join_all(asked).await?.into_iter().flatten().flatten();
-        Ok(runtimes.filter_map(|runtime| Some((runtime.session_id.clone()?, runtime))).collect())
+        };
+        let mut runtimes = Vec::new();
+        for some in ids.chunks(BATCH * BATCHES_AT_ONCE) {
+            runtimes.extend(try_join_all(some.chunks(BATCH).map(batch)).await?.into_iter().flatten().flatten());
+        }
+        Ok(runtimes.into_iter().filter_map(|runtime| Some((runtime.session_id.clone()?, runtime))).collect())
     }
 
     /// Returns the sandboxes of records. When the runtime API does not respond, every sandbox has status ERROR and a message about that,
     /// because its status is unknown.
     async fn observe(&self, records: &[&SandboxRecord]) -> Result<Vec<Sandbox>> {
-        match self.try_to_observe(records).await {
+        match self.try_to_observe(records, Purpose::Show).await {
             Err(error @ Error::Upstream { .. }) => {
                 tracing::warn!(error = %error.context(), "sandbox.runtime_api_failed");
                 let detail = Some(error.to_string());
@@ -150,11 +172,11 @@ impl RemoteSandboxes {
     }
 
     /// Returns the sandboxes of records, or an error when the runtime API does not respond.
-    async fn try_to_observe(&self, records: &[&SandboxRecord]) -> Result<Vec<Sandbox>> {
+    async fn try_to_observe(&self, records: &[&SandboxRecord], purpose: Purpose) -> Result<Vec<Sandbox>> {
         if records.is_empty() {
             return Ok(Vec::new());
         }
-        let runtimes = self.runtimes(records).await?;
+        let runtimes = self.runtimes(records, purpose).await?;
         try_join_all(records.iter().map(async |record| {
             let runtime = runtimes.get(&name_of(record));
             if let Some(key) = runtime.and_then(|runtime| runtime.session_api_key.as_ref()) {
@@ -237,7 +259,7 @@ impl RemoteSandboxes {
         // The list comes from an index; who uses a sandbox is decided by a consistent read.
         let ids: Vec<String> = others.into_iter().map(|record| record.id).collect();
         let others: Vec<SandboxRecord> = self.store.batch_get(user, &ids).await?.into_iter().flatten().collect();
-        let observed = self.try_to_observe(&others.iter().collect::<Vec<_>>()).await?;
+        let observed = self.try_to_observe(&others.iter().collect::<Vec<_>>(), Purpose::Act).await?;
         let others = others.into_iter().zip(observed).collect();
         let Some(evicted) = to_evict(&self.http, newcomer, others, self.config.max_sandboxes).await else {
             return Ok(false);
@@ -260,6 +282,7 @@ impl RemoteSandboxes {
         }
     }
 
+    /// Calls the runtime API unless the circuit is open.
     async fn call<T: DeserializeOwned>(
         &self,
         method: Method,
@@ -267,43 +290,94 @@ impl RemoteSandboxes {
         timeout: Duration,
         body: Option<&Value>,
     ) -> Result<ApiResponse<T>> {
+        let permit = self.circuit.permit().await?;
+        match self.send(method, path, timeout, body).await {
+            Ok(response) => {
+                self.circuit.succeeded(&permit).await;
+                Ok(response)
+            }
+            Err(CallFailed::Unsent(error)) => Err(error),
+            Err(CallFailed::Sent { context, retry_after }) => {
+                self.circuit.failed(&permit, retry_after, &context).await;
+                Err(upstream(context))
+            }
+        }
+    }
+
+    async fn send<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        timeout: Duration,
+        body: Option<&Value>,
+    ) -> Result<ApiResponse<T>, CallFailed> {
         let url = format!("{}{path}", self.config.api_url.trim_end_matches('/'));
         let route = path.split('?').next().unwrap_or_default();
-        let request = self.http.request(method.clone(), &url).map_err(Error::internal)?.with(|mut request| {
-            if let Some(key) = &self.config.api_key {
-                request = request.header("X-API-Key", key.expose_secret());
-            }
-            if let Some(body) = body {
-                request = request.json(body);
-            }
-            request
-        });
+        let request =
+            self.http.request(method.clone(), &url).map_err(|error| CallFailed::Unsent(Error::internal(error)))?.with(
+                |mut request| {
+                    if let Some(key) = &self.config.api_key {
+                        request = request.header("X-API-Key", key.expose_secret());
+                    }
+                    if let Some(body) = body {
+                        request = request.json(body);
+                    }
+                    request
+                },
+            );
         // Leave out the URL, because errors are logged and the URL is configuration.
-        let failed = |error: reqwest::Error| upstream(format!("{method} {route}: {}", error.without_url()));
-        let Answer { status, body: bytes, is_whole, .. } =
-            request.send(timeout, |_| ANSWER_LIMIT).await.map_err(failed)?;
+        let failed = |what: &dyn std::fmt::Display, headers: Option<&HeaderMap>| CallFailed::Sent {
+            context: format!("{method} {route}: {what}"),
+            retry_after: headers.and_then(retry_after),
+        };
+        let Answer { status, body: bytes, is_whole, headers } =
+            request.send(timeout, |_| ANSWER_LIMIT).await.map_err(|error| failed(&error.without_url(), None))?;
         if !is_whole {
-            return Err(upstream(format!("{method} {route}: more than {ANSWER_LIMIT} bytes")));
+            return Err(failed(&format_args!("more than {ANSWER_LIMIT} bytes"), None));
         }
         match status {
             StatusCode::NOT_FOUND => Ok(ApiResponse::NotFound),
             status if status.is_success() => {
                 // The response body to a change is not used, and may be empty.
                 let bytes = if bytes.is_empty() { b"null".as_slice() } else { &bytes };
-                serde_json::from_slice(bytes)
-                    .map(ApiResponse::Success)
-                    .map_err(|error| upstream(format!("{method} {route}: {error}")))
+                serde_json::from_slice(bytes).map(ApiResponse::Success).map_err(|error| failed(&error, None))
             }
             status if status.is_client_error() && status != StatusCode::TOO_MANY_REQUESTS => {
                 Ok(ApiResponse::Refused(status))
             }
-            status => Err(upstream(format!("{method} {route}: {status}"))),
+            status => Err(failed(&status, Some(&headers))),
         }
     }
 }
 
 fn is_stopped(runtime: &Runtime) -> bool {
     runtime.status.as_deref().is_some_and(|status| status.eq_ignore_ascii_case("stopped"))
+}
+
+/// The failure of a call: the provider could not be asked, or did not respond as it should.
+#[derive(Debug)]
+enum CallFailed {
+    /// Nothing was sent.
+    Unsent(Error),
+    Sent {
+        context: String,
+        /// When the provider accepts the next call.
+        retry_after: Option<Duration>,
+    },
+}
+
+impl CallFailed {
+    fn into_error(self) -> Error {
+        match self {
+            Self::Unsent(error) => error,
+            Self::Sent { context, .. } => upstream(context),
+        }
+    }
+}
+
+/// The header `Retry-After` in seconds. Its other form, a date, is ignored.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    headers.get(RETRY_AFTER)?.to_str().ok()?.trim().parse().ok().map(Duration::from_secs)
 }
 
 fn upstream(context: impl std::fmt::Display) -> Error {
@@ -398,7 +472,18 @@ impl SandboxService for RemoteSandboxes {
 
     async fn inspect(&self, user: &UserId, id: &str) -> Result<Option<Sandbox>> {
         let Some(record) = self.store.get(user, id).await? else { return Ok(None) };
-        Ok(self.try_to_observe(&[&record]).await?.pop())
+        Ok(self.try_to_observe(&[&record], Purpose::Act).await?.pop())
+    }
+
+    async fn inspect_all(&self, keys: &[(UserId, String)]) -> Result<Vec<Option<Sandbox>>> {
+        let records = self.store.batch_get_of_users(keys).await?;
+        let known: Vec<&SandboxRecord> = records.iter().flatten().collect();
+        let mut observed = self.try_to_observe(&known, Purpose::Act).await?.into_iter();
+        Ok(records.iter().map(|record| record.as_ref().and_then(|_| observed.next())).collect())
+    }
+
+    fn sends_webhooks(&self) -> bool {
+        self.config.web_url.is_some()
     }
 
     async fn batch_get(&self, user: &UserId, ids: &[String]) -> Result<Vec<Option<Sandbox>>> {

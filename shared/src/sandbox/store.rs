@@ -23,6 +23,8 @@ use crate::dynamo::{
 use crate::error::{Error, Result};
 use crate::id::{self, UserId};
 use crate::sandbox::MAX_ID;
+use crate::sandbox::boots::BootStore;
+use crate::sandbox::circuit::CircuitBreaker;
 use crate::user::seal::Sealer;
 
 /// Index for session key lookup: a sandbox by the hash of its session key.
@@ -656,6 +658,34 @@ impl SandboxStore {
             }
         }
         Ok(ids.iter().map(|id| found.get(id).cloned()).collect())
+    }
+
+    /// Returns records of several users in the order of the keys, as [`SandboxStore::batch_get`] does.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn batch_get_of_users(&self, keys: &[(UserId, String)]) -> Result<Vec<Option<SandboxRecord>>> {
+        let mut found: HashMap<(UserId, String), SandboxRecord> = HashMap::new();
+        let wanted: HashSet<&(UserId, String)> = keys.iter().filter(|(_, id)| is_id(id)).collect();
+        for item in self.table.batch_get(wanted.into_iter().map(|(user, id)| key(user, id)).collect()).await? {
+            let record: SandboxRecord = from_item(item)?;
+            if record.desired != Desired::Deleted {
+                found.insert((record.user.clone(), record.id.clone()), record);
+            }
+        }
+        Ok(keys.iter().map(|key| found.get(key).cloned()).collect())
+    }
+
+    /// The starts that wait for sandboxes.
+    #[must_use]
+    pub fn boots(&self) -> BootStore {
+        BootStore::new(self.table.clone())
+    }
+
+    /// The circuit breaker of the provider.
+    #[must_use]
+    pub fn circuit(&self) -> CircuitBreaker {
+        CircuitBreaker::new(self.table.clone())
     }
 
     /// Returns all records of a user, newest first.

@@ -1,6 +1,10 @@
-//! Agents' access tokens, with which an agent requests a provider token at `/webhooks/secrets`: JWTs (RFC 7519) signed with HS256.
+//! Tokens that this API issues to sandboxes: JWTs (RFC 7519) signed with HS256. Each kind has keys of its own, so that none is valid as
+//! another.
 //!
-//! A token names the sandbox for which it was issued, and is valid as long as that sandbox exists. Tokens of earlier versions name no
+//! With an access token ([`TokenKey`]), an agent requests a provider token at `/webhooks/secrets`. With a notification token
+//! ([`NotificationToken`]), a command in a sandbox notifies this API of its end at `/webhooks/commands`.
+//!
+//! An access token names the sandbox for which it was issued, and is valid as long as that sandbox exists. Tokens of earlier versions name no
 //! sandbox; they are valid until they expire, 14 days after they were issued.
 
 use std::time::Duration;
@@ -9,16 +13,20 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation, decode, decode_header, encode};
 use secrecy::{ExposeSecret, SecretSlice, SecretString};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use super::UserId;
 use super::seal::{DerivedKeys, Sealer};
 use crate::clock::Time;
 use crate::digest::sha256_hex;
 use crate::error::{Error, Result};
+use crate::id::as_hex;
 use crate::user::git::ProviderType;
 
 const PURPOSE: &str = "secret-access-token";
+const NOTIFICATION_PURPOSE: &str = "command-notification-token";
 const ALGORITHM: Algorithm = Algorithm::HS256;
 
 /// The keys that sign and verify tokens.
@@ -74,9 +82,7 @@ impl TokenKey {
         sandbox_id: &str,
         lifetime: Duration,
     ) -> Result<SecretString> {
-        let key = self.0.newest.expose_secret();
         let now = Time::now();
-        let header = Header { kid: Some(key_id(key)), ..Header::new(ALGORITHM) };
         let claims = Claims {
             user_id: user.shown().map(str::to_owned),
             provider_type: provider,
@@ -84,7 +90,7 @@ impl TokenKey {
             iat: now.unix_seconds(),
             exp: now.plus(lifetime).unix_seconds(),
         };
-        encode(&header, &claims, &EncodingKey::from_secret(key)).map(Into::into).map_err(Error::internal)
+        signed(&self.0, &claims)
     }
 
     /// Verifies a token as [`TokenKey::read`] does, also one that was signed with a key that another process has added since this process
@@ -93,28 +99,87 @@ impl TokenKey {
     /// # Errors
     /// Those of [`Sealer::derived_keys`].
     pub async fn verify(sealer: &Sealer, token: &str) -> Result<Option<TokenClaims>> {
-        let Some(id) = key_id_of(token) else { return Ok(None) };
-        let is_wanted = |key: &SecretSlice<u8>| id == key_id(key.expose_secret());
-        let keys = sealer.derived_keys_until(PURPOSE, is_wanted).await?;
-        Ok(Self(keys).read(token))
+        Ok(keys_of(sealer, PURPOSE, token).await?.and_then(|keys| Self(keys).read(token)))
     }
 
     /// Verifies a token from [`TokenKey::sign`]; `None` when it was signed with another key, was changed, or has expired.
     #[must_use]
     pub fn read(&self, token: &str) -> Option<TokenClaims> {
-        let id = key_id_of(token)?;
-        let key = self.0.accepted.iter().map(ExposeSecret::expose_secret).find(|key| id == key_id(key))?;
-        let mut validation = Validation::new(ALGORITHM);
-        // One process issues and verifies tokens, or several with synchronised clocks. A token is invalid from `exp` on.
-        validation.leeway = 0;
-        validation.reject_tokens_expiring_in_less_than = 1;
-        let claims = decode::<Claims>(token, &DecodingKey::from_secret(key), &validation).ok()?.claims;
+        let claims: Claims = verified(&self.0, token)?;
         Some(TokenClaims {
             user: claims.user_id.map_or_else(UserId::local, UserId::new),
             provider: claims.provider_type,
             sandbox_id: claims.sandbox_id,
         })
     }
+}
+
+/// The permission of a command in a sandbox to notify this API of its end. It is good for nothing but to enqueue the job of the start that
+/// sent the command, which this API also does by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NotificationToken {
+    /// The owner of the start.
+    pub user: UserId,
+    /// The start.
+    pub task: Uuid,
+}
+
+#[derive(Serialize, Deserialize)]
+struct NotificationClaims {
+    user_id: Option<String>,
+    #[serde(with = "as_hex")]
+    task: Uuid,
+    exp: i64,
+}
+
+impl NotificationToken {
+    /// Issues the token, which is valid for `lifetime`.
+    ///
+    /// # Errors
+    /// Those of [`Sealer::derived_keys`].
+    pub async fn issue(&self, sealer: &Sealer, lifetime: Duration) -> Result<SecretString> {
+        let claims = NotificationClaims {
+            user_id: self.user.shown().map(str::to_owned),
+            task: self.task,
+            exp: Time::now().plus(lifetime).unix_seconds(),
+        };
+        signed(&sealer.derived_keys(NOTIFICATION_PURPOSE).await?, &claims)
+    }
+
+    /// Verifies a token; `None` if it is not valid.
+    ///
+    /// # Errors
+    /// Those of [`Sealer::derived_keys`].
+    pub async fn verify(sealer: &Sealer, token: &str) -> Result<Option<Self>> {
+        let keys = keys_of(sealer, NOTIFICATION_PURPOSE, token).await?;
+        let claims = keys.and_then(|keys| verified::<NotificationClaims>(&keys, token));
+        Ok(claims
+            .map(|claims| Self { user: claims.user_id.map_or_else(UserId::local, UserId::new), task: claims.task }))
+    }
+}
+
+fn signed(keys: &DerivedKeys, claims: &impl Serialize) -> Result<SecretString> {
+    let key = keys.newest.expose_secret();
+    let header = Header { kid: Some(key_id(key)), ..Header::new(ALGORITHM) };
+    encode(&header, claims, &EncodingKey::from_secret(key)).map(Into::into).map_err(Error::internal)
+}
+
+/// The claims of a token that was signed with one of the keys and has not expired.
+fn verified<C: DeserializeOwned>(keys: &DerivedKeys, token: &str) -> Option<C> {
+    let id = key_id_of(token)?;
+    let key = keys.accepted.iter().map(ExposeSecret::expose_secret).find(|key| id == key_id(key))?;
+    let mut validation = Validation::new(ALGORITHM);
+    // One process issues and verifies tokens, or several with synchronised clocks. A token is invalid from `exp` on.
+    validation.leeway = 0;
+    validation.reject_tokens_expiring_in_less_than = 1;
+    Some(decode(token, &DecodingKey::from_secret(key), &validation).ok()?.claims)
+}
+
+/// The keys of a purpose, read again if none of them is the one that the token names. `None` if it names none.
+async fn keys_of(sealer: &Sealer, purpose: &str, token: &str) -> Result<Option<DerivedKeys>> {
+    let Some(id) = key_id_of(token) else { return Ok(None) };
+    let is_wanted = |key: &SecretSlice<u8>| id == key_id(key.expose_secret());
+    sealer.derived_keys_until(purpose, is_wanted).await.map(Some)
 }
 
 /// The id of the key that a token names.
@@ -164,6 +229,30 @@ mod tests {
         }
         for malformed in ["", "x", ".", "..", "...", "é.é.é"] {
             assert_eq!(ours.read(malformed), None);
+        }
+        std::fs::remove_dir_all(folder).expect("removed");
+    }
+
+    #[tokio::test]
+    async fn a_notification_token_is_valid_for_one_start_and_not_as_an_access_token() {
+        let folder = std::env::temp_dir().join(crate::id::new_sandbox_id());
+        std::fs::create_dir_all(&folder).expect("a folder");
+        let sealer = Sealer::from_file(&folder.join("key")).expect("a sealer");
+        for user in [UserId::local(), UserId::new("somebody")] {
+            let token = NotificationToken { user: user.clone(), task: Uuid::from_u128(1) };
+            let issue = async |seconds| {
+                token.issue(&sealer, Duration::from_secs(seconds)).await.expect("a token").expose_secret().to_owned()
+            };
+            let issued = issue(60).await;
+            assert_eq!(NotificationToken::verify(&sealer, &issued).await.expect("keys"), Some(token.clone()));
+            assert_eq!(NotificationToken::verify(&sealer, &issue(0).await).await.expect("keys"), None);
+            assert_eq!(TokenKey::verify(&sealer, &issued).await.expect("keys"), None);
+            let key = TokenKey::of(&sealer).await.expect("a key");
+            let access = key.sign(&user, ProviderType::Github, "box", Duration::from_secs(60)).expect("a token");
+            assert_eq!(NotificationToken::verify(&sealer, access.expose_secret()).await.expect("keys"), None);
+        }
+        for malformed in ["", "x", "e30.e30.e30"] {
+            assert_eq!(NotificationToken::verify(&sealer, malformed).await.expect("keys"), None);
         }
         std::fs::remove_dir_all(folder).expect("removed");
     }

@@ -219,13 +219,23 @@ fn calls(request: &Request, prefix: &str) -> Vec<Call> {
         }
         "Query" => {
             let index = body["IndexName"].as_str().map(|name| format!("/index/{name}")).unwrap_or_default();
-            let mut call = of("Query", &body["TableName"], &[]).with("dynamodb:LeadingKeys", None);
+            // The partition of an index is not that of the table.
+            let key = if index.is_empty() { queried_partition(&body) } else { None };
+            let keys = key.map(|key| vec![key]);
+            let mut call = of("Query", &body["TableName"], &[]).with("dynamodb:LeadingKeys", keys);
             call.resource += &index;
             vec![call]
         }
         "PutItem" => vec![of("PutItem", &body["TableName"], &[&body["Item"]])],
         _ => vec![of(operation, &body["TableName"], &[&body["Key"]])],
     }
+}
+
+/// The value of the partition key in a query whose condition begins with it, as in `#user = :user`.
+fn queried_partition(body: &Value) -> Option<String> {
+    let condition = body["KeyConditionExpression"].as_str()?;
+    let placeholder = condition.split_once(" = ")?.1.split(' ').next()?;
+    body["ExpressionAttributeValues"][placeholder]["S"].as_str().map(str::to_owned)
 }
 
 /// The key of a path-style S3 request: the path is the bucket, then the key.

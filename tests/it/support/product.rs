@@ -64,6 +64,8 @@ pub struct Product {
     web_url: Option<String>,
     agent_server_version: String,
     setup_script_timeout: Duration,
+    /// Whether starts wait as on AWS: outside the worker, with polls that are far apart.
+    waits_as_on_aws: bool,
 }
 
 /// A start that has ended.
@@ -133,6 +135,14 @@ impl Product {
         product
     }
 
+    /// As [`Product::start`], with starts that wait as on AWS: outside the worker, with polls that are far apart.
+    pub async fn start_with_waits_of_aws(settings: Value) -> Self {
+        let mut product = Self::new(false);
+        product.waits_as_on_aws = true;
+        product.run_with(settings).await;
+        product
+    }
+
     /// As [`Product::start`], with a public address, as in `OH_WEB_URL`.
     pub async fn start_at(web_url: Option<String>, settings: Value) -> Self {
         let mut product = Self::new(false);
@@ -169,6 +179,7 @@ impl Product {
             web_url: None,
             agent_server_version: agent_server_version(),
             setup_script_timeout: StartConfig::default().setup_script_timeout,
+            waits_as_on_aws: false,
         }
     }
 
@@ -209,15 +220,20 @@ impl Product {
             demo: self.is_demo,
             ..CommonOptions::on(self.data(), SandboxKind::Process)
         };
+        let waits = if self.waits_as_on_aws {
+            StartConfig::default()
+        } else {
+            let wait = Duration::from_secs(60);
+            let max_poll_delay = Duration::from_secs(1);
+            StartConfig { inline_wait: wait, boot_inline_wait: wait, max_poll_delay, ..StartConfig::default() }
+        };
         let start = StartConfig {
             allow_insecure_git_access: true,
             setup_script_timeout: self.setup_script_timeout,
-            inline_wait: Duration::from_secs(60),
-            max_poll_delay: Duration::from_secs(1),
             // Long, for a server on a slow machine.
             mcp_probe_timeout: Duration::from_secs(60),
             web_url: self.web_url.clone(),
-            ..StartConfig::default()
+            ..waits
         };
         let environment = Environment { start, ..Environment::default() };
         let server = Server::start(&options, environment, true, None).await.expect("the server starts");

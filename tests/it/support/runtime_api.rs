@@ -37,6 +37,8 @@ impl Session {
 pub enum Fault {
     /// This status and no effect: 429 under load, 5xx in an outage.
     Status(u16),
+    /// The status 429, and after how many seconds the request may be repeated.
+    RetryAfter(u64),
     /// The effect, and this status.
     StatusAfter(u16),
     /// The status 504 at once, and the effect this much later.
@@ -188,6 +190,11 @@ impl RuntimeApi {
         self.state().requests.iter().filter(|request| request.is(route)).cloned().collect()
     }
 
+    /// The number of requests so far.
+    pub fn requests(&self) -> usize {
+        self.state().requests.len()
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("the stand-in's state")
     }
@@ -204,6 +211,11 @@ async fn respond(request: Request, state: Arc<Mutex<State>>) -> Result<Response,
     match fault {
         None => Ok(handle(&request, &mut state.lock().expect("the stand-in's state"))),
         Some(Fault::Status(code)) => Ok(raw(status(code), "text/plain", "secret words")),
+        Some(Fault::RetryAfter(seconds)) => {
+            let mut response = raw(status(429), "text/plain", "secret words");
+            response.headers_mut().insert(http::header::RETRY_AFTER, seconds.into());
+            Ok(response)
+        }
         Some(Fault::StatusAfter(code)) => {
             drop(handle(&request, &mut state.lock().expect("the stand-in's state")));
             Ok(raw(status(code), "text/plain", "secret words"))

@@ -47,6 +47,7 @@ use super::engines::{Engines, is_ministack};
 use super::fault_proxy::{FaultProxy, Stop};
 use super::hostile_aws::{AwsFaults, HostileAws};
 use super::iam_proxy::IamProxy;
+use super::meter::Meter;
 use super::runtime_api::{API_KEY, RuntimeApi};
 use super::server::Server;
 use super::stand_in_agent::StandInAgent;
@@ -226,6 +227,7 @@ pub fn quick() -> StartConfig {
         sandbox_startup_timeout: Duration::from_secs(20),
         agent_request_timeout: Duration::from_secs(3),
         inline_wait: Duration::from_secs(5),
+        boot_inline_wait: Duration::from_secs(5),
         max_poll_delay: Duration::from_secs(1),
         lease: Duration::from_millis(900),
         poll: Duration::from_millis(20),
@@ -256,15 +258,25 @@ impl WorkerHarness {
 
     /// As [`Self::start`], with a worker whose calls to AWS meet these faults.
     pub async fn start_on(config: StartConfig, faults: AwsFaults) -> Self {
-        Self::build(config, faults, None).await
+        Self::build(config, faults, None, None).await
     }
 
     /// As [`Self::start`], with sandboxes of a [`Self::provider`], of which a user may have so many at a time.
     pub async fn with_provider(config: StartConfig, max_sandboxes: usize) -> Self {
-        Self::build(config, AwsFaults::none(), Some(max_sandboxes)).await
+        Self::build(config, AwsFaults::none(), Some(max_sandboxes), None).await
     }
 
-    async fn build(config: StartConfig, faults: AwsFaults, max_sandboxes: Option<usize>) -> Self {
+    /// As [`Self::with_provider`], with a meter of what the worker consumes of DynamoDB.
+    pub async fn metered(config: StartConfig, max_sandboxes: usize, meter: &Meter) -> Self {
+        Self::build(config, AwsFaults::none(), Some(max_sandboxes), Some(meter)).await
+    }
+
+    async fn build(
+        config: StartConfig,
+        faults: AwsFaults,
+        max_sandboxes: Option<usize>,
+        meter: Option<&Meter>,
+    ) -> Self {
         let folder = TempDir::new().expect("a folder");
         let engines = Engines::start(folder.path()).await;
         let mut names = engines.names(PREFIX);
@@ -294,8 +306,13 @@ impl WorkerHarness {
         let gate = FaultProxy::new();
         let agent = StandInAgent::start(SESSION_KEY).await;
         let guard = IamProxy::new(policies(&template()), PREFIX);
+        let metered = match meter {
+            Some(meter) => Some(meter.to(&engines).await),
+            None => None,
+        };
+        let dynamodb = metered.as_ref().map_or_else(|| hostile.dynamodb.clone(), Server::url);
         let held = [
-            guard.to(WORKER, &hostile.dynamodb).await,
+            guard.to(WORKER, &dynamodb).await,
             guard.to(WORKER, &hostile.sqs).await,
             guard.to(WORKER, &hostile.s3).await,
         ];
@@ -313,7 +330,7 @@ impl WorkerHarness {
                 aws_sdk_s3::config::Builder::from(&network).endpoint_url(held[2].url()).force_path_style(true).build(),
             ),
         };
-        ways.extend(held);
+        ways.extend(held.into_iter().chain(metered));
         let sealer = Sealer::from_file(&folder.path().join("sealing-key")).expect("a key");
         let stores = |aws: &Aws| Stores::new(&names, aws, &sealer);
         let sandboxes = Arc::new(StandInSandboxes {
@@ -341,7 +358,7 @@ impl WorkerHarness {
                 runtime_class: "sysbox".to_owned(),
                 image_pull_secrets: Vec::new(),
                 max_sandboxes,
-                web_url: None,
+                web_url: Some("https://app.example.com".to_owned()),
                 allow_cors_origins: Vec::new(),
             };
             ways.push(way);
@@ -502,6 +519,11 @@ impl WorkerHarness {
     pub async fn sweep(&self) {
         // Through the fault proxy a sweep may fail, as in production: the next scheduled one follows.
         let _swept = worker::handle(&self.context, json!({"source": "aws.scheduler"})).await;
+    }
+
+    /// A sweep by another worker, whose calls are not counted.
+    pub async fn sweep_unmetered(&self) {
+        worker::handle(&self.other_worker, json!({"source": "aws.scheduler"})).await.expect("swept");
     }
 
     /// Delivers messages, and sweeps when there are none, until the task has ended.
@@ -788,14 +810,17 @@ impl WorkerHarness {
 
     /// How often the start has waited without a worker in its current step.
     pub async fn waits(&self, id: Uuid) -> u32 {
-        let row = self.lease_row(id).await.expect("a lease row");
-        row.get("waits").and_then(|waits| waits.as_n().ok()).map_or(0, |waits| waits.parse().expect("a number"))
+        self.number_in_lease_row(id, "waits").await
+    }
+
+    async fn number_in_lease_row(&self, id: Uuid, name: &str) -> u32 {
+        let row = self.lease_row(id).await.unwrap_or_default();
+        row.get(name).map_or(0, |number| number.as_n().expect("a number").parse().expect("a number"))
     }
 
     /// The failed attempts at a start's current step, as its lease row counts them.
     pub async fn attempts(&self, id: Uuid) -> u32 {
-        let row = self.lease_row(id).await.unwrap_or_default();
-        row.get("attempts").map_or(0, |count| count.as_n().expect("a number").parse().expect("a count"))
+        self.number_in_lease_row(id, "attempts").await
     }
 
     /// The claims of an unfinished start that no worker has released, as its lease row counts them.

@@ -402,7 +402,7 @@ mod tests {
         // Without a deadline, the step is overdue.
         assert_eq!(rows(&with(leased)), [with(json!({"deadline": at})), lease]);
         // A finished start, and one that was imported.
-        assert_eq!(rows(&with(json!({"attempts": {"N": "2"}, "last_write": s("x")}))), [common.clone()]);
+        assert_eq!(rows(&with(json!({"attempts": {"N": "2"}, "last_write": s("x")}))), std::slice::from_ref(&common));
         // A failed start.
         let imported = with(json!({"status": s("ERROR"), "new_sandbox_id": s("")}));
         assert_eq!(rows(&imported), [imported]);

@@ -11,6 +11,7 @@
 
 use std::time::Duration;
 
+use secrecy::{ExposeSecret as _, SecretString};
 use tokio::time::Instant;
 
 use super::{COMMAND_MARGIN, Folders, StartRun, StepError};
@@ -19,6 +20,7 @@ use crate::clock::Time;
 use crate::id;
 use crate::shell::quoted;
 use crate::start::task::PendingCommand;
+use crate::user::token::NotificationToken;
 
 /// The largest size of a command's recorded output, in bytes.
 const OUTPUT_LIMIT: usize = 16 * 1024;
@@ -34,6 +36,8 @@ const COPY_GRACE: Duration = Duration::from_secs(15);
 /// The age from which the agent server is asked for its uptime, which shows whether it still knows a command, and the interval of these
 /// requests.
 const ASK_AFTER: Duration = Duration::from_secs(3);
+/// How long the token with which a command notifies this API is valid after the command's time limit.
+const TOKEN_GRACE: Duration = Duration::from_secs(60);
 /// The agent server reports its uptime in whole seconds.
 const UPTIME_PRECISION: Duration = Duration::from_secs(1);
 /// The exit code of a copy whose script was ended because its time was up, together with [`TIMED_OUT`]. Scripts can end with this code, too.
@@ -61,11 +65,17 @@ pub(super) struct OneCommand<'a> {
 
 impl OneCommand<'_> {
     /// The shell script of one copy of the command, which runs the command's script once, however many copies are sent. `state` is the
-    /// folder for the state of the start's commands, `task` the id with which the supervisor notifies this API.
+    /// folder for the state of the start's commands. `notification` is the id of the start and the token with which the supervisor notifies
+    /// this API; without them it does not.
+    ///
+    /// The token is a part of the command, which agent servers store and other processes of the sandbox can read, and not a file or a
+    /// variable: it permits nothing but to enqueue the start's job while the start is unfinished, which this API also does by itself. Agent
+    /// servers from 1.49 on hide their session key from commands, so that key is not available.
     ///
     /// The recorded output is readable only by its owner. The command's script runs with the umask of the agent server, because the files
     /// that it creates belong to the user.
-    fn copy(&self, state: &str, limit: Duration, task: &str) -> String {
+    fn copy(&self, state: &str, limit: Duration, notification: Option<(&str, &SecretString)>) -> String {
+        let (task, token) = notification.map_or(("", ""), |(task, token)| (task, token.expose_secret()));
         let mut copy = String::new();
         for (name, value) in [
             ("d", format!("{state}/{}", self.name).as_str()),
@@ -74,6 +84,7 @@ impl OneCommand<'_> {
             ("output_limit", &OUTPUT_LIMIT.to_string()),
             ("timed_out", TIMED_OUT),
             ("task", task),
+            ("token", token),
             ("finally", self.finally),
             ("script", self.script),
             ("functions", FUNCTIONS),
@@ -116,7 +127,10 @@ impl StartRun<'_> {
         let pending = match known {
             Some(pending) if !pending.id.is_empty() => pending,
             known => {
-                let script = command.copy(&folders.state, limit, &id::hex(self.task.record.id));
+                let token = self.notification_token(limit).await?;
+                let task = id::hex(self.task.record.id);
+                let notification = token.as_ref().map(|token| (task.as_str(), token));
+                let script = command.copy(&folders.state, limit, notification);
                 // A lost response is retried, and the count must not start again then.
                 self.task.record.command.clone_from(&known);
                 let id = agent_server.start_command(&script, &folders.parent, limit + COPY_GRACE).await?;
@@ -135,6 +149,16 @@ impl StartRun<'_> {
         }
         self.task.record.command = None;
         Ok(Some(outcome(output)))
+    }
+
+    /// The token with which a command with this time limit notifies this API, if the agent server knows its address.
+    async fn notification_token(&self, limit: Duration) -> Result<Option<SecretString>, StepError> {
+        if !self.saga.sandboxes.sends_webhooks() {
+            return Ok(None);
+        }
+        let record = &self.task.record;
+        let token = NotificationToken { user: record.user.clone(), task: record.id };
+        Ok(Some(token.issue(&self.saga.sealer, limit + TOKEN_GRACE).await?))
     }
 
     /// Whether the agent server has restarted since it started the command: it then never reports an outcome, because it keeps running
@@ -208,7 +232,7 @@ pub fn complaint(output: &CommandOutput) -> String {
 #[cfg(test)]
 pub(super) fn once(state: &str, name: &'static str, script: &str, finally: &str) -> String {
     let timeout = Duration::from_secs(60);
-    OneCommand { name, script, finally, timeout }.copy(state, timeout, "")
+    OneCommand { name, script, finally, timeout }.copy(state, timeout, None)
 }
 
 #[cfg(test)]
@@ -241,7 +265,7 @@ mod tests {
 
     fn copy(scratch: &Scratch, limit: u64, script: &str) -> String {
         let command = OneCommand { name: "x", script, finally: "", timeout: Duration::ZERO };
-        command.copy(&scratch.path("state"), Duration::from_secs(limit), "")
+        command.copy(&scratch.path("state"), Duration::from_secs(limit), None)
     }
 
     #[track_caller]
@@ -408,7 +432,7 @@ mod tests {
             let script = STUBBORN.replace("PIDS", &scratch.path("pids"));
             let command =
                 OneCommand { name: "x", script: &script, finally: "echo end >>ends", timeout: Duration::ZERO };
-            let ran = scratch.run(&command.copy(&scratch.path("state"), Duration::from_secs(1), ""));
+            let ran = scratch.run(&command.copy(&scratch.path("state"), Duration::from_secs(1), None));
             let output = CommandOutput {
                 exit_code: ran.code.expect("a code").into(),
                 stdout: ran.stdout.clone(),
@@ -460,23 +484,25 @@ mod tests {
     }
 
     #[test]
-    fn the_end_of_a_longer_command_is_posted_with_the_session_key() {
+    fn the_end_of_a_longer_command_is_posted_with_its_token() {
         for programs in [&["curl"][..], &["python3"]] {
             let scratch = Scratch::new();
             let server = TcpListener::bind("127.0.0.1:0").expect("a port");
             let url = format!("http://{}/api/v1/webhooks", server.local_addr().expect("an address"));
-            let script = |name: &'static str, script: &str| {
+            let token = SecretString::from("a-token");
+            let script = |name: &'static str, script: &str, notification| {
                 let command = OneCommand { name, script, finally: "", timeout: Duration::ZERO };
-                command.copy(&scratch.path("state"), Duration::from_secs(60), "task-1")
+                command.copy(&scratch.path("state"), Duration::from_secs(60), notification)
             };
-            // Neither without a key nor for a short command, whose end the worker polls.
-            for (script, key) in [
-                (script("no-key", "sleep 2"), None),
-                (script("short", "true"), Some("a-key")),
-                (script("long", "sleep 2"), Some("a-key")),
+            let notification = Some(("task-1", &token));
+            // Neither without a token nor for a short command, whose end the worker polls.
+            for script in [
+                script("no-token", "sleep 2", None),
+                script("short", "true", notification),
+                script("long", "sleep 2", notification),
             ] {
                 let mut command = scratch.command(&script);
-                command.env("OH_WEBHOOKS_0_BASE_URL", &url).envs(key.map(|key| ("OH_SESSION_API_KEYS_0", key)));
+                command.env("OH_WEBHOOKS_0_BASE_URL", &url);
                 let programs = [&PROGRAMS[..], &["setsid"], programs].concat();
                 let ran = with_only(&scratch, &programs, command).output().expect("a shell");
                 assert_eq!(ran.status.code(), Some(0), "{ran:?}");
@@ -486,7 +512,7 @@ mod tests {
             let length = connection.read(&mut request).expect("a request");
             let request = String::from_utf8_lossy(&request[..length]).to_lowercase();
             assert!(request.starts_with("post /api/v1/webhooks/commands/task-1 http/1.1\r\n"), "{request}");
-            assert!(request.contains("\r\nx-session-api-key: a-key\r\n"), "{request}");
+            assert!(request.contains("\r\nx-access-token: a-token\r\n"), "{request}");
             connection.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").expect("a response");
             server.set_nonblocking(true).expect("set");
             assert!(server.accept().is_err(), "one request");

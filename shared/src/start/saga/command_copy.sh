@@ -17,7 +17,7 @@ run() {
   previous=$(cat "$d/run.$((n - 1))/script" 2>/dev/null)
   if is_alive "$previous"; then stop "${previous%% *}"; fi
   (lead sh -c "$functions
-$supervisor" sh "$d" "$n" "$limit" "$mask" "$script" "$finally" "$task" $$) </dev/null >/dev/null 2>&1 &
+$supervisor" sh "$d" "$n" "$limit" "$mask" "$script" "$finally" "$task" "$token" $$) </dev/null >/dev/null 2>&1 &
   wait $!
 }
 

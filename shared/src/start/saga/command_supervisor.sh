@@ -1,5 +1,5 @@
 # The supervisor of one run: runs the script in a session of its own, ends it when its time is up, and records the outcome.
-d=$1 n=$2 limit=$3 mask=$4 script=$5 finally=$6 task=$7 copy=$8
+d=$1 n=$2 limit=$3 mask=$4 script=$5 finally=$6 task=$7 token=$8 copy=$9
 r=$d/run.$n
 umask 077
 # Another copy may have found this run without a living owner.
@@ -37,12 +37,10 @@ fi
 echo "$code $n" >"$d/exit.new" && mv "$d/exit.new" "$d/exit"
 eval "$finally"
 
-# Notifies the app server that the command has ended. Agent servers from version 1.49 on hide the session key from commands; the app server
-# then only polls. It still polls at short intervals when a command of less than 2 seconds ends.
+# Notifies the app server that the command has ended. It still polls at short intervals when a command of less than 2 seconds ends.
 notify() {
-  key=${OH_SESSION_API_KEYS_0:-${SESSION_API_KEY-}}
   url=${OH_WEBHOOKS_0_BASE_URL-}
-  if [ -z "$task" ] || [ -z "$key" ] || [ -z "$url" ] || [ $(($(date +%s) - began)) -lt 2 ]; then return 0; fi
+  if [ -z "$token" ] || [ -z "$url" ] || [ $(($(date +%s) - began)) -lt 2 ]; then return 0; fi
   # The agent server records the output after its copy of the command has ended.
   tries=20
   while [ "$tries" -gt 0 ] && kill -0 "$copy" 2>/dev/null; do
@@ -51,14 +49,13 @@ notify() {
   done
   sleep 0.3
   url=${url%/}/commands/$task
-  # The key is not an argument, because arguments are visible to other users.
   if command -v curl >/dev/null 2>&1; then
-    printf 'header = "X-Session-API-Key: %s"\n' "$key" | curl -s -m 5 -o /dev/null -X POST -K - "$url"
+    curl -s -m 5 -o /dev/null -X POST -H "X-Access-Token: $token" "$url"
   elif command -v python3 >/dev/null 2>&1; then
-    printf %s "$key" | python3 -I -c 'import sys, urllib.request as r
-r.urlopen(r.Request(sys.argv[1], data=b"", headers={"X-Session-API-Key": sys.stdin.read()}), timeout=5)' "$url"
+    python3 -I -c 'import sys, urllib.request as r
+r.urlopen(r.Request(sys.argv[1], data=b"", headers={"X-Access-Token": sys.argv[2]}), timeout=5)' "$url" "$token"
   elif command -v wget >/dev/null 2>&1; then
-    wget -q -T 5 -O /dev/null --header "X-Session-API-Key: $key" --post-data '' "$url"
+    wget -q -T 5 -O /dev/null --header "X-Access-Token: $token" --post-data '' "$url"
   fi
 }
 (notify) &

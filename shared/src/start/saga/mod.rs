@@ -39,6 +39,7 @@ use crate::jobs::advance_start::{self, AdvanceStart, MAX_ATTEMPTS, MAX_REFUSALS}
 use crate::jobs::queue::JobQueue;
 use crate::jobs::sweep::sweep;
 use crate::metrics;
+use crate::sandbox::boots::{BootObserver, BootWaiter, LONGEST_WAIT};
 use crate::sandbox::reconciler::SandboxReconciler;
 use crate::sandbox::store::SandboxRecord;
 use crate::sandbox::{Sandbox, SandboxService, SandboxStatus};
@@ -57,8 +58,8 @@ const LAST_MOMENT: u32 = 15;
 const COMPENSATION_ALARM: u32 = 8;
 /// The smallest delay of a queue message.
 const QUEUE_DELAY: Duration = Duration::from_secs(1);
-/// The delays between the polls of a start that waits without a worker: it grows with each wait in a step, up to
-/// [`StartConfig::max_poll_delay`]. A command that notifies this API does not wait for the next poll.
+/// The delays between the polls of a start that waits without a worker: they grow with each wait in a step, up to
+/// [`StartConfig::max_poll_delay`].
 const WAIT_DELAYS: [Duration; 5] = [
     Duration::from_secs(1),
     Duration::from_secs(2),
@@ -66,8 +67,9 @@ const WAIT_DELAYS: [Duration; 5] = [
     Duration::from_secs(8),
     Duration::from_secs(15),
 ];
-/// The longest delay while a sandbox boots, because nothing notifies this API of its first response.
-const MAX_BOOT_WAIT: Duration = Duration::from_secs(5);
+/// The same delays for a command that notifies this API of its end. The polls are for notifications that are lost.
+const COMMAND_WAIT_DELAYS: [Duration; 4] =
+    [Duration::from_secs(5), Duration::from_secs(15), Duration::from_secs(40), Duration::from_secs(60)];
 /// A worker that resumes a waiting start waits this fraction of [`StartConfig::inline_wait`]: enough for a second poll of a command that has
 /// just notified this API.
 const RESUMED_INLINE_WAIT: u32 = 10;
@@ -83,6 +85,8 @@ pub struct Saga {
     pub sandboxes: Arc<dyn SandboxService>,
     /// Holds the records of sandboxes, which starts join and leave.
     pub reconciler: SandboxReconciler,
+    /// Observes the sandboxes that starts wait for.
+    pub boots: BootObserver,
     pub settings: SettingsStore,
     pub queue: JobQueue,
     /// The HTTP client for agent servers.
@@ -185,6 +189,8 @@ struct StartRun<'a> {
     lease: Lease<'a>,
     task: StartTask,
     sandbox: Option<Sandbox>,
+    /// The last known status of the sandbox while the step waits for it.
+    boot: Option<SandboxStatus>,
     /// Whether this run has resumed the sandbox. A provider needs some time for that, and reports the sandbox as paused meanwhile.
     has_resumed: bool,
     settings: Option<Settings>,
@@ -228,6 +234,7 @@ impl Saga {
             lease,
             task,
             sandbox: None,
+            boot: None,
             has_resumed: false,
             settings: None,
             skills: None,
@@ -375,8 +382,13 @@ impl StartRun<'_> {
             };
             let waiting_since = waiting_since.get_or_insert_with(Instant::now);
             if waiting_since.elapsed() + pause > self.inline_wait() {
-                let delay = if has_failed { pause.max(QUEUE_DELAY) } else { self.delay_of_wait() };
-                return self.suspend(delay).await;
+                let boot = self.boot.filter(|_| !has_failed);
+                let delay = match boot {
+                    _ if has_failed => pause.max(QUEUE_DELAY),
+                    Some(_) => LONGEST_WAIT,
+                    None => self.delay_of_wait(),
+                };
+                return self.suspend(delay, boot).await;
             }
             // A worker that dies during the pause must not reset the count of failures.
             if has_failed && self.save_failures().await?.is_err() {
@@ -391,6 +403,7 @@ impl StartRun<'_> {
     /// How long this worker may wait in the current step.
     fn inline_wait(&self) -> Duration {
         match self.task.record.waits {
+            _ if self.boot.is_some() => self.saga.config.boot_inline_wait,
             0 => self.saga.config.inline_wait,
             _ => self.saga.config.inline_wait / RESUMED_INLINE_WAIT,
         }
@@ -399,7 +412,8 @@ impl StartRun<'_> {
     /// Counts a wait without a worker, and returns its delay.
     fn delay_of_wait(&mut self) -> Duration {
         let record = &mut self.task.record;
-        let delay = delay_of_wait(record.now.status, record.waits).min(self.saga.config.max_poll_delay);
+        let notifies = record.command.is_some() && self.saga.sandboxes.sends_webhooks();
+        let delay = delay_of_wait(notifies, record.waits).min(self.saga.config.max_poll_delay);
         record.waits += 1;
         // The first poll after the step's deadline ends the start.
         let left = record.deadline.map_or(delay, |deadline| deadline.since(Time::now()));
@@ -487,6 +501,7 @@ impl StartRun<'_> {
     async fn step(&mut self) -> Result<Step, StepError> {
         let (lease, overdue) = (self.lease.clone(), self.overdue_text());
         let time_left = self.task.record.deadline.map_or(STEP_GRACE, |deadline| deadline.since(Time::now()));
+        self.boot = None;
         // The futures are boxed: a step that calls other functions uses so much of the thread's stack that little is left for its caller.
         let step = async {
             self.use_normal_selection().await?;
@@ -542,8 +557,9 @@ impl StartRun<'_> {
         Ok(saved)
     }
 
-    /// Releases the task and enqueues a delayed job.
-    async fn suspend(&self, delay: Duration) -> Result<Attempt> {
+    /// Releases the task, and enqueues a delayed job or, if the start waits for its sandbox, leaves it to the observer of boots to continue
+    /// the start. `boot` is the status of that sandbox.
+    async fn suspend(&self, delay: Duration, boot: Option<SandboxStatus>) -> Result<Attempt> {
         let record = &self.task.record;
         let mut change = self.failures().set("waits", attempts(record.waits));
         if let Some(deadline) = record.deadline.filter(|_| self.has_moved_deadline) {
@@ -560,6 +576,22 @@ impl StartRun<'_> {
         if released.is_err() {
             return Ok(Attempt::Busy);
         }
+        if let Some(seen) = boot {
+            let now = Time::now();
+            let waiter = BootWaiter {
+                task: record.id,
+                user: record.user.clone(),
+                sandbox: record.now.sandbox_id.clone().unwrap_or_default(),
+                seen,
+                since: now,
+                until: record.deadline.unwrap_or_else(|| now.plus(LONGEST_WAIT)),
+            };
+            match self.saga.boots.wait(&waiter).await {
+                Ok(()) => return Ok(Attempt::Waiting),
+                Err(error) => tracing::warn!(task = %record.id, error = %error.context(), "start.boot_not_observed"),
+            }
+        }
+        let delay = if boot.is_some() { delay_of_wait(false, record.waits) } else { delay };
         enqueue(&self.saga.queue, &record.user, record.id, delay).await;
         Ok(Attempt::Waiting)
     }
@@ -738,8 +770,10 @@ impl StartRun<'_> {
     async fn running_sandbox(&mut self) -> Result<Option<(Sandbox, AgentServer)>, StepError> {
         if self.sandbox.is_none() {
             let id = self.task.record.now.sandbox_id.clone().unwrap_or_default();
+            self.boot = Some(SandboxStatus::Starting);
             let found = self.saga.sandboxes.inspect(&self.task.record.user, &id).await?;
             let sandbox = found.ok_or_else(|| self.lost_sandbox(format!("Sandbox not found: {id}")))?;
+            self.boot = Some(sandbox.status).filter(|status| *status != SandboxStatus::Running);
             match sandbox.status {
                 SandboxStatus::Running => self.sandbox = Some(sandbox),
                 SandboxStatus::Starting => return Ok(None),
@@ -792,11 +826,12 @@ impl StartRun<'_> {
     }
 }
 
-/// The delay before the next poll of a start that has waited `waits` times without a worker in the current step.
-fn delay_of_wait(status: StartStatus, waits: u32) -> Duration {
+/// The delay before the next poll of a start that has waited `waits` times without a worker in the current step; `notifies` if it waits for
+/// a command that notifies this API of its end.
+fn delay_of_wait(notifies: bool, waits: u32) -> Duration {
     let number = usize::try_from(waits).unwrap_or(usize::MAX);
-    let delay = WAIT_DELAYS.get(number).or(WAIT_DELAYS.last()).copied().unwrap_or(QUEUE_DELAY);
-    if status == StartStatus::WaitingForSandbox { delay.min(MAX_BOOT_WAIT) } else { delay }
+    let delays: &[Duration] = if notifies { &COMMAND_WAIT_DELAYS } else { &WAIT_DELAYS };
+    delays.get(number).or(delays.last()).copied().unwrap_or(QUEUE_DELAY)
 }
 
 /// Absolute folders in the sandbox.
@@ -884,8 +919,8 @@ mod tests {
 
     #[test]
     fn the_delay_of_polls_grows_up_to_its_bound() {
-        let delays = |status| (0..7).map(|waits| delay_of_wait(status, waits).as_secs()).collect::<Vec<_>>();
-        assert_eq!(delays(StartStatus::RunningSetupScript), [1, 2, 4, 8, 15, 15, 15]);
-        assert_eq!(delays(StartStatus::WaitingForSandbox), [1, 2, 4, 5, 5, 5, 5]);
+        let delays = |notifies| (0..7).map(|waits| delay_of_wait(notifies, waits).as_secs()).collect::<Vec<_>>();
+        assert_eq!(delays(false), [1, 2, 4, 8, 15, 15, 15]);
+        assert_eq!(delays(true), [5, 15, 40, 60, 60, 60, 60]);
     }
 }

@@ -1,4 +1,4 @@
-//! Step WAITING_FOR_SANDBOX of the start saga: polls until the sandbox's agent server responds.
+//! Step WAITING_FOR_SANDBOX of the start saga: waits until the sandbox's agent server responds.
 
 use super::{StartRun, Step, StepError, with_detail};
 use crate::sandbox::SandboxStatus;
@@ -9,8 +9,10 @@ impl StartRun<'_> {
     pub(super) async fn wait_for_sandbox(&mut self) -> Result<Step, StepError> {
         let user = self.task.record.user.clone();
         let id = self.task.record.now.sandbox_id.clone().unwrap_or_default();
+        self.boot = Some(SandboxStatus::Starting);
         let found = self.saga.sandboxes.inspect(&user, &id).await?;
         let sandbox = found.ok_or_else(|| self.lost_sandbox(format!("Sandbox not found: {id}")))?;
+        self.boot = Some(sandbox.status);
         match sandbox.status {
             SandboxStatus::Starting => Ok(Step::Wait),
             SandboxStatus::Paused => {
@@ -31,8 +33,10 @@ impl StartRun<'_> {
                 self.sandbox = Some(sandbox);
                 let Some((_, agent_server)) = self.running_sandbox().await? else { return Ok(Step::Wait) };
                 if !agent_server.is_alive().await {
+                    self.boot = Some(SandboxStatus::Running);
                     return Ok(Step::Wait);
                 }
+                self.boot = None;
                 self.saga.sandboxes.mark_used(&user, &id).await?;
                 Ok(Step::Next(StartStatus::PreparingRepository, Change::default()))
             }
