@@ -78,6 +78,8 @@ pub struct Page<T> {
     pub next: Option<String>,
     /// Whether a limit of the response ended the page, not one of the reads.
     pub is_full: bool,
+    /// The number of index entries that were evaluated.
+    pub evaluated: usize,
 }
 
 /// Reads a page of a list.
@@ -111,7 +113,7 @@ pub async fn page<T, F: Future<Output = Result<Vec<Option<T>>>>>(
                 let size = size(&row)?;
                 // Every page contains at least one row, so that every page makes progress.
                 if rows.len() == bounds.rows || (!rows.is_empty() && bytes + size > bounds.bytes) {
-                    return Ok(Page { rows, next: last, is_full: true });
+                    return Ok(Page { rows, next: last, is_full: true, evaluated: entries.evaluated });
                 }
                 bytes += size;
                 rows.push(row);
@@ -120,15 +122,15 @@ pub async fn page<T, F: Future<Output = Result<Vec<Option<T>>>>>(
         }
         let is_full = rows.len() == bounds.rows;
         if entries.is_finished() {
-            return Ok(Page { rows, next: None, is_full });
+            return Ok(Page { rows, next: None, is_full, evaluated: entries.evaluated });
         }
         // If not all rows match, more are read to find out whether there is a next page.
         if is_full && is_exact && entries.has_ready() {
-            return Ok(Page { rows, next: last, is_full });
+            return Ok(Page { rows, next: last, is_full, evaluated: entries.evaluated });
         }
         if entries.is_over_limit() || candidates >= bounds.candidates {
             let next = if entries.has_ready() { last } else { entries.reached().or(last) };
-            return Ok(Page { rows, next, is_full });
+            return Ok(Page { rows, next, is_full, evaluated: entries.evaluated });
         }
     }
 }

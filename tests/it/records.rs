@@ -11,6 +11,7 @@ use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
+use proptest::strategy::ValueTree as _;
 use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
 use shared::Time;
@@ -72,6 +73,11 @@ impl At {
     fn time(self) -> Time {
         const BEGIN: i64 = 1_735_689_600_000_000;
         jiff::Timestamp::from_microsecond(BEGIN + self.0).expect("an instant").into()
+    }
+
+    fn of(time: Time) -> Self {
+        let [at, begin] = [time, At(0).time()].map(|time| jiff::Timestamp::from(time).as_microsecond());
+        Self(at - begin)
     }
 
     /// The instant in one of the formats that clients send.
@@ -449,6 +455,78 @@ async fn entry_of_a_deleted_row_is_not_listed() {
         let found = walk(&api, &user, "/search", &query, 2).await;
         assert_eq!(found.iter().map(parts).collect::<Vec<_>>(), expected, "{query:?}");
     }
+    api.stop().await;
+}
+
+/// After an expensive search of an account its titles are kept in memory. Later searches find the same as without them, also what has changed
+/// since, and read little.
+#[tokio::test]
+async fn titles_in_memory_are_searched_as_the_index_is() {
+    let folder = TempDir::new().expect("a folder");
+    let mut api = Api::at(folder.path(), SandboxConfig::None).await;
+    let user = UserId::new("user-one");
+    let mut runner = TestRunner::deterministic();
+    let mut rows = vec(rows(2), 120).new_tree(&mut runner).expect("rows").current().concat();
+    // Rows without a title match no search, and make it expensive.
+    let untitled = |_| Row { id: 0, title: None, sandbox: "", parent: None, created: At(0), updated: At(0) };
+    rows.extend((0..1_000).map(untitled));
+    for (id, row) in (1_000..).zip(&mut rows) {
+        row.id = id;
+    }
+    store_all(&api, &user, &rows).await;
+    let meter = Meter::new();
+    let way = api.measure(&meter).await;
+    let nothing = [("title__contains", "nothing".to_owned()), ("include_sub_conversations", "true".to_owned())];
+    let mut units = Vec::new();
+    // The first search is expensive; the second one reads all titles; the third one reads changes.
+    for _ in 0..3 {
+        meter.take();
+        assert_eq!(api.get(&user, "/search", &nothing).await, (200, json!({"items": [], "next_page_id": null})));
+        units.push(meter.take().values().map(|cost| cost.units).sum::<f64>());
+    }
+    assert!(units[0] > 10.0 && units[1] > 10.0 && units[2] < 2.0, "{units:?}");
+
+    let question = (question(), "[abAB%_'\"\\\\ äÄß😀#:]{0,1}").prop_map(|(question, title)| Question {
+        title: Some(title),
+        sandbox: None,
+        ..question
+    });
+    for round in 0..12 {
+        for _ in 0..6 {
+            let question = question.new_tree(&mut runner).expect("a question").current();
+            let subs = question.include_sub_conversations == Some(true);
+            let mut expected: Vec<&Row> = rows.iter().filter(|row| question.is_match(row, subs)).collect();
+            question.order.sort(&mut expected);
+            let expected: Vec<Value> = expected.into_iter().map(shown).collect();
+            let found = walk(&api, &user, "/search", &question.query(), question.limit).await;
+            let found: Vec<Value> = found.iter().map(parts).collect();
+            assert_eq!(found, expected, "round {round}: {question:?}");
+        }
+        // A page id of another list is refused, as without titles in memory.
+        let foreign = [("title__contains", "a".to_owned()), ("page_id", "AAAA".to_owned())];
+        assert_eq!(api.get(&user, "/search", &foreign).await.0, 400);
+        let id = rows[round * 3].uuid();
+        let (status, _) = change(&api, &user, id, &json!({"title": "aB%"})).await;
+        assert_eq!(status, 200);
+        rows[round * 3].title = Some("aB%".to_owned());
+        let (_, shown) = api.get(&user, "", &[("ids", id.simple().to_string())]).await;
+        let updated: Time = serde_json::from_value(shown[0]["updated_at"].clone()).expect("a time");
+        rows[round * 3].updated = At::of(updated);
+        let path = format!("/api/v1/app-conversations/{}", rows[round * 3 + 1].uuid());
+        assert_eq!(api.call(&user, "DELETE", &path, None).await, (200, json!({"success": true})));
+        rows.remove(round * 3 + 1);
+        let now = At::of(Time::now());
+        let new = Row {
+            id: 10_000 + u64::try_from(round).expect("few"),
+            title: Some("Ab".to_owned()),
+            created: now,
+            updated: now,
+            ..untitled(0)
+        };
+        store(&api, &user, std::slice::from_ref(&new)).await;
+        rows.push(new);
+    }
+    drop(way);
     api.stop().await;
 }
 

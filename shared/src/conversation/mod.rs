@@ -7,6 +7,7 @@ pub mod reports;
 pub mod search;
 pub mod store;
 pub mod tags;
+mod title_cache;
 pub mod update_request;
 pub mod workspace;
 

@@ -23,6 +23,7 @@ use super::store::{
     BY_CREATED, BY_SANDBOX, BY_UPDATED, CREATED, CREATED_SORT, ConversationStore, LIST, List, SANDBOX_KEY, SEARCH,
     UPDATED_SORT, id_in_sort_value, id_of, key, searchable, sort_value, sort_value_of,
 };
+use super::title_cache::{Entry, MAX_TITLES};
 use super::{AppConversation, ConversationRecord};
 use crate::clock::Time;
 use crate::dynamo::{Item, from_item, text};
@@ -129,6 +130,38 @@ impl Filter {
         self.updated_at_gte.is_some() || self.updated_at_lt.is_some()
     }
 
+    /// Whether the titles of the user's lists decide.
+    fn searches_titles(&self) -> bool {
+        self.title_contains.is_some() && self.sandbox_id.is_none()
+    }
+
+    /// The partitions of the indexes by time.
+    fn lists(&self, user: &UserId) -> Vec<String> {
+        match self.include_sub_conversations {
+            true => vec![List::TopLevel.key(user), List::SubConversations.key(user)],
+            false => vec![List::TopLevel.key(user)],
+        }
+    }
+
+    /// Decides which entries of the user's lists match.
+    fn entry_filter(&self) -> impl Fn(&Entry) -> bool {
+        let within = |from: Option<Time>, before: Option<Time>| {
+            let (from, before) = (from.map(Time::compact), before.map(Time::compact));
+            move |at: &str| {
+                from.as_deref().is_none_or(|from| at >= from) && before.as_deref().is_none_or(|before| at < before)
+            }
+        };
+        let part = self.title_contains.as_deref().map(searchable);
+        let is_created_within = within(self.created_at_gte, self.created_at_lt);
+        let is_updated_within = within(self.updated_at_gte, self.updated_at_lt);
+        move |entry| {
+            let has_part = |part: &String| entry.search.as_ref().is_some_and(|title| title.contains(part.as_str()));
+            part.as_ref().is_none_or(has_part)
+                && is_created_within(&entry.created)
+                && is_updated_within(&entry.updated_sort)
+        }
+    }
+
     /// The order whose index has most of what the filter needs.
     fn order_for_counting(&self) -> SortOrder {
         let is_by_updated = self.has_updated_bound() && self.sandbox_id.is_none();
@@ -157,10 +190,7 @@ impl Filter {
             names.insert(placeholder.to_owned(), name.to_owned());
             values.extend(value.map(|(name, value)| (name.to_owned(), text(value))));
         };
-        let lists = match self.include_sub_conversations {
-            true => vec![List::TopLevel.key(user), List::SubConversations.key(user)],
-            false => vec![List::TopLevel.key(user)],
-        };
+        let lists = self.lists(user);
         let (index, partition_key, partitions) = match (order.is_by_created(), self.sandbox_id.as_deref()) {
             (true, Some(sandbox)) => (BY_SANDBOX, SANDBOX_KEY, vec![user.key_of(sandbox)]),
             (true, None) => (BY_CREATED, LIST, lists),
@@ -198,6 +228,22 @@ impl Filter {
 }
 
 impl QueryPlan {
+    /// The entries of a list that were changed at or after a time; all of them without one.
+    fn of_changes(list: &str, from: Option<Time>) -> Self {
+        Self {
+            index: BY_UPDATED,
+            partition_key: LIST,
+            partitions: vec![list.to_owned()],
+            sort_key: UPDATED_SORT,
+            low: from.map(Time::compact),
+            high: None,
+            conditions: Vec::new(),
+            names: HashMap::new(),
+            values: HashMap::new(),
+            is_exact: true,
+        }
+    }
+
     /// Whether no row can match, because the range is empty or the key is too long. DynamoDB refuses such a query.
     fn is_empty(&self) -> bool {
         self.partitions.iter().any(|partition| partition.len() > LONGEST_KEY)
@@ -258,6 +304,9 @@ impl QueryPlan {
     }
 }
 
+/// A row that may be in a list: its sort value, its id, and the row itself if it was read.
+type Candidate = (String, Uuid, Option<ConversationRecord>);
+
 /// A list: whose, which and in which order.
 #[derive(Clone, Copy, Debug)]
 struct ListRequest<'r> {
@@ -282,11 +331,20 @@ impl ConversationStore {
         let list = ListRequest { user, filter, order };
         let plan = filter.plan(user, order);
         let all = Bounds::of_page(limit);
+        if !plan.is_empty()
+            && let Some(found) = self.titles_in_memory(list).await?
+        {
+            after.map(|after| plan.starts(user, after)).transpose()?;
+            return self.page_of_sorted(list, found, after, all).await;
+        }
         let first = match plan.is_exact {
             true => all,
             false => Bounds { candidates: FIRST_CANDIDATES.max(limit), ..all },
         };
         let mut page = self.page_in_order(list, &plan, after, first).await?;
+        if filter.searches_titles() {
+            self.titles.note_search(&filter.lists(user), page.evaluated, Time::now());
+        }
         if plan.is_exact || page.is_full || page.next.is_none() {
             return Ok(Page { records: page.rows, next: page.next.map(Cursor) });
         }
@@ -312,7 +370,7 @@ impl ConversationStore {
     ) -> Result<paging::Page<ConversationRecord>> {
         let starts = after.map(|after| plan.starts(list.user, after)).transpose()?;
         if plan.is_empty() {
-            return Ok(paging::Page { rows: Vec::new(), next: None, is_full: false });
+            return Ok(paging::Page { rows: Vec::new(), next: None, is_full: false, evaluated: 0 });
         }
         let source = Source {
             queries: plan.queries(self),
@@ -365,7 +423,7 @@ impl ConversationStore {
                 None => return Ok(None),
             },
         };
-        let mut rows: Vec<(String, Uuid, Option<ConversationRecord>)> = Vec::with_capacity(entries.len());
+        let mut rows: Vec<Candidate> = Vec::with_capacity(entries.len());
         if is_by_created {
             for entry in &entries {
                 let created = entry.get(CREATED).and_then(|value| value.as_s().ok());
@@ -377,6 +435,18 @@ impl ConversationStore {
                 rows.push((sort_value(record.updated_at, record.id), record.id, Some(record)));
             }
         }
+        self.page_of_sorted(list, rows, after, bounds).await.map(Some)
+    }
+
+    /// The page of a list whose candidates are all known.
+    async fn page_of_sorted(
+        &self,
+        list: ListRequest<'_>,
+        mut rows: Vec<Candidate>,
+        after: Option<&Cursor>,
+        bounds: Bounds,
+    ) -> Result<Page> {
+        let order = list.order;
         if let Some(Cursor(after)) = after {
             rows.retain(|(position, ..)| if order.is_ascending() { position > after } else { position < after });
         }
@@ -400,7 +470,7 @@ impl ConversationStore {
                     let size = size_of(&row)?;
                     if page.records.len() == bounds.rows || (!page.records.is_empty() && bytes + size > bounds.bytes) {
                         page.next = reached.map(Cursor);
-                        return Ok(Some(page));
+                        return Ok(page);
                     }
                     bytes += size;
                     page.records.push(row);
@@ -409,7 +479,38 @@ impl ConversationStore {
             }
             rest = later;
         }
-        Ok(Some(page))
+        Ok(page)
+    }
+
+    /// The candidates of a title search, if the titles of the user's lists are kept in memory, see [`super::title_cache`].
+    async fn titles_in_memory(&self, list: ListRequest<'_>) -> Result<Option<Vec<Candidate>>> {
+        let ListRequest { user, filter, order } = list;
+        if !filter.searches_titles() {
+            return Ok(None);
+        }
+        let (partitions, matches) = (filter.lists(user), filter.entry_filter());
+        let Some(lists) = self.titles.lists(&partitions, Time::now()) else { return Ok(None) };
+        let mut candidates: HashMap<Uuid, String> = HashMap::new();
+        for (partition, list) in partitions.iter().zip(lists) {
+            let mut list = list.lock().await;
+            let begun = Time::now();
+            let changed_from = list.changed_from(begun);
+            let plan = QueryPlan::of_changes(partition, changed_from);
+            let Some(items) = paging::entries(OPERATION, MAX_TITLES, plan.queries(self)).await? else {
+                self.titles.refuse(partition, begun);
+                return Ok(None);
+            };
+            match changed_from {
+                Some(_) => list.refresh(begun, &items),
+                None => list.replace(begun, &items),
+            }
+            self.titles.keep(partition, &list);
+            for (id, entry) in list.entries.iter().filter(|(_, entry)| matches(entry)) {
+                let by_created = || sort_value_of(&entry.created, *id);
+                candidates.insert(*id, if order.is_by_created() { by_created() } else { entry.updated_sort.clone() });
+            }
+        }
+        Ok(Some(candidates.into_iter().map(|(id, position)| (position, id, None)).collect()))
     }
 
     /// Counts the user's conversations that match the filter. Without filters it reads one counter item; otherwise it reads all entries in

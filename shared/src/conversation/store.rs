@@ -15,6 +15,7 @@ use serde::Deserialize;
 use uuid::Uuid;
 
 use super::ConversationRecord;
+use super::title_cache::TitleCache;
 use crate::clock::{COMPACT_LENGTH, Time};
 use crate::dynamo::{
     Backoff, Condition, DueIndex, Item, Outcome, TRANSACTION_LIMIT, Table, Transacted, Update, from_item, store_error,
@@ -143,13 +144,15 @@ impl UnfinishedDeletion {
 pub struct ConversationStore {
     pub(super) table: Table,
     pub(super) users: Table,
+    pub(super) titles: TitleCache,
 }
 
 impl ConversationStore {
     /// A store on the `conversations` table, with its counters in `users`.
     #[must_use]
     pub(crate) fn new(dynamodb: Client, table: String, users_table: String) -> Self {
-        Self { table: Table::new(dynamodb.clone(), table), users: Table::new(dynamodb, users_table) }
+        let users = Table::new(dynamodb.clone(), users_table);
+        Self { table: Table::new(dynamodb, table), users, titles: TitleCache::default() }
     }
 
     /// Returns records in the order of the ids; `None` for ids that the user does not have.
