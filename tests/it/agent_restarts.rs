@@ -61,7 +61,7 @@ fn named(harness: &WorkerHarness, name: &str) -> Vec<PathBuf> {
     found
 }
 
-/// Restarts the agent server while the setup script runs. The script ends only when it is told to, after the restart. Returns the
+/// Restarts the agent server while the setup script runs. The script ends only on a signal, after the restart. Returns the
 /// start and what the script has written.
 async fn restart_in_mid_script(
     harness: &WorkerHarness,

@@ -98,7 +98,7 @@ async fn a_record_between_two_comparisons_keeps_its_sandbox() {
     assert_eq!(reconciler.sandboxes.start(&harness.user, "again", None).await.expect("started"), Launch::Started);
     let second = first.plus(MIN_AGE);
     assert_eq!(find(reconciler, second).await, 0);
-    // When the record is removed again, the time begins anew.
+    // When the record is removed again, the time begins again.
     remove_record(&harness, "again").await;
     let third = second.plus(PERIOD);
     assert_eq!(find(reconciler, third).await, 0);

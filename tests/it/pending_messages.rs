@@ -461,7 +461,7 @@ async fn the_route_keeps_ten_messages_and_says_what_is_wrong_with_others() {
     ] {
         assert_eq!(send(unknown, good).await, (404, json!({"detail": expected})), "{unknown}");
     }
-    // Twenty at once: nine have room.
+    // Twenty at once: the limit leaves nine.
     let answers = futures::future::join_all((0..20).map(|_| send(&to, good))).await;
     let mut positions: Vec<u64> = Vec::new();
     let full = json!({"detail": "Too many pending messages. Maximum 10 messages per conversation."});

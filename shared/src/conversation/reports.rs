@@ -23,7 +23,7 @@ use crate::error::Result;
 use crate::id::{self, UserId};
 use crate::user::counters::{self, Counter, SubCounter};
 
-/// How often a stream of reports moves `updated_at`, at most. A move writes the entry of the index by the time of the last change anew, and
+/// How often a stream of reports moves `updated_at`, at most. A move replaces the entry of the index by the time of the last change, and
 /// costs more than the report itself.
 const TOUCH_INTERVAL: Duration = Duration::from_secs(5);
 

@@ -1,4 +1,4 @@
-//! Makes room for one more running sandbox of a user, where their number is limited.
+//! Chooses which sandboxes of a user are evicted so that one more may run, where their number is limited.
 
 use std::cmp::Reverse;
 use std::time::Duration;

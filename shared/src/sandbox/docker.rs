@@ -190,7 +190,7 @@ impl DockerSandboxes {
         urls.collect()
     }
 
-    /// Creates the container of a record if it does not exist, and starts it. Returns false if there is no room for it.
+    /// Creates the container of a record if it does not exist, and starts it. Returns false if the limit of running sandboxes is reached.
     async fn launch(&self, record: &SandboxRecord) -> Result<bool> {
         let engine = self.engine().await?;
         let name = self.container(record);

@@ -151,7 +151,7 @@ pub enum Launch {
     Started,
     /// The sandbox with this id is being deleted. Another id is needed.
     Deleted,
-    /// The user's other sandboxes leave no room for it, and none of them may be evicted now. Nothing was created.
+    /// The limit of running sandboxes is reached, and none of the user's others may be evicted now. Nothing was created.
     Full,
 }
 

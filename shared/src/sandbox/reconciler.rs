@@ -41,7 +41,7 @@ const CONVERSATIONS_AT_ONCE: usize = 50;
 /// The time limit of the attempt that a request for a deletion makes itself. API Gateway waits for 29 s.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// When a sandbox that nobody uses is paused.
+/// When an idle sandbox is paused.
 #[derive(Clone, Debug)]
 pub struct IdlePolicy {
     /// How long neither an agent nor a client may have used the sandbox.

@@ -86,7 +86,7 @@ fn connect(file: &Path) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
-/// The tables that have to be built anew: those that steps name, and those whose definition in the database is not the present one.
+/// The tables that have to be rebuilt: those that steps name, and those whose definition in the database is not the present one.
 pub(super) fn changed_tables(file: &Path, steps: &[RunningStep]) -> Result<Vec<&'static Table>> {
     let (existing, present) = (open(file)?, Database::memory().map_err(text)?);
     let mut changed = Vec::new();
@@ -113,7 +113,7 @@ fn definition(table: &TableMetadata) -> (String, Vec<String>) {
     (table.key_schema.clone(), indexes)
 }
 
-/// Builds tables of `draft` anew from the items of `source`, as the steps convert them. `observe` gets the numbers of rows that are read.
+/// Rebuilds tables of `draft` from the items of `source`, as the steps convert them. `observe` gets the numbers of rows that are read.
 pub(super) fn build(
     source: &Path,
     draft: &Path,

@@ -8,7 +8,7 @@
 //! unchanged database when the folder is opened next. The copy stays afterwards, so that its owner can go back.
 //!
 //! A [`Step`] converts the items of one version to the next one. Tables whose definition has changed, and those that a step names, are
-//! built anew from converted items; the others, above all the events, stay as they are in the copied file.
+//! rebuilt from converted items; the others, above all the events, stay as they are in the copied file.
 
 mod database;
 mod step;
@@ -215,7 +215,7 @@ fn copy_database(file: &Path, draft: &Path) -> Result<PathBuf> {
     Ok(copy)
 }
 
-/// Checks that the disk has space for the copy, the draft, and the growth of the draft while its tables are built anew.
+/// Checks that the disk has space for the copy, the draft, and the growth of the draft while its tables are rebuilt.
 fn check_space(data: &Path, file: &Path) -> Result<()> {
     let size = fs::metadata(file).map_err(at(file))?.len();
     let disk = rustix::fs::statvfs(data).map_err(|error| at(data)(error.into()))?;

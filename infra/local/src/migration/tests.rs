@@ -141,7 +141,7 @@ async fn a_migrated_folder_has_the_definitions_of_a_new_one() {
         rows.expect("rows").collect::<rusqlite::Result<Vec<[String; 4]>>>().expect("rows")
     };
     let (old, new) = (recorded("6132741"), TempDir::new().expect("a folder"));
-    // Every table is built anew.
+    // Every table is rebuilt.
     let step = Step {
         to: schema::VERSION,
         begin: || counting(&["conversations", "start-tasks", "sandboxes", "events", "users"]),
@@ -361,7 +361,7 @@ fn a_full_disk_is_found_before_the_migration() {
 }
 
 /// The digest of the present layout. If it has changed, increase [`schema::VERSION`] and add a step (which may be empty, because tables
-/// with a changed definition are built anew), and then replace the digest. Until a version is released, its step may be changed instead.
+/// with a changed definition are rebuilt), and then replace the digest. Until a version is released, its step may be changed instead.
 #[test]
 fn a_change_of_the_layout_has_a_version() {
     let layout = shared::digest::sha256_hex(&format!("{:?}", schema::TABLES));
