@@ -249,7 +249,7 @@ async fn a_start_is_cancelled_while_a_worker_continues_it() {
     let begun = harness.begin(&body("a")).await;
     let delivered = harness.receive().await.expect("a message");
     let cancelled = async {
-        wait_until("the sandbox is created", Duration::from_secs(20), async || !harness.sandboxes.made().is_empty())
+        wait_until("the sandbox is created", Duration::from_secs(60), async || !harness.sandboxes.made().is_empty())
             .await;
         harness.cancel(begun.id).await.expect("cancelled");
         harness.cancel(begun.id).await.expect("a repetition");

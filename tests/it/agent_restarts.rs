@@ -14,7 +14,7 @@ use crate::support::stand_in_agent::Restart;
 use crate::support::wait::wait_until;
 use crate::support::worker_harness::{WorkerHarness, quick};
 
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_secs(60);
 const REPOSITORY: &str = "owner/project";
 
 /// A worker that soon releases a start that waits, as on Lambda: the start's command is then in its row.

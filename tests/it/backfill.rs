@@ -17,7 +17,7 @@ use crate::support::stand_in_agent::{Fault, Kind, Nth};
 use crate::support::worker_harness::{WorkerHarness, quick};
 
 const SEARCH: &str = "GET /api/conversations/{id}/events/search";
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_secs(60);
 
 /// The event with this number, which reports the agent's cost until then.
 fn event(number: usize) -> Value {

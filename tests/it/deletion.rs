@@ -57,7 +57,7 @@ pub async fn assert_nothing_left(harness: &WorkerHarness, started: &StartTaskRec
 
 /// Handles jobs until the queue and the index of deletions are empty.
 pub async fn settle(harness: &WorkerHarness) {
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + Duration::from_secs(120);
     loop {
         while let Some(message) = harness.receive().await {
             harness.handle(&message).await;
@@ -151,7 +151,7 @@ async fn lost_message_is_requeued_by_sweep() {
     let started = conversation(&harness, json!({})).await;
     harness.context.deletion.deleter.delete(&harness.user, started.conversation_id).await.expect("deleted");
     harness.purge().await;
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     let message = loop {
         harness.sweep().await;
         if let Some(message) = harness.receive().await {

@@ -560,8 +560,12 @@ async fn failed_clone_ends_the_start_and_removes_its_sandbox() {
     assert!(!error.contains(TOKEN), "{error}");
     assert_eq!(start.task["app_conversation_id"], Value::Null, "{:#}", start.task);
     assert_eq!(ids(&product.get("/search").await), Vec::<String>::new());
-    assert!(product.sandboxes().list(&UserId::local()).await.expect("a list").is_empty(), "the sandbox is removed");
-    wait_until("its processes have ended", Duration::from_secs(10), async || product.processes().is_empty()).await;
+    // The error is reported before the sandbox is removed.
+    wait_until("the sandbox is removed", Duration::from_secs(60), async || {
+        product.sandboxes().list(&UserId::local()).await.expect("a list").is_empty()
+    })
+    .await;
+    wait_until("its processes have ended", Duration::from_secs(60), async || product.processes().is_empty()).await;
     assert!(llm.requests().is_empty(), "no request was sent to the model");
     product.shutdown().await;
 }

@@ -24,7 +24,7 @@ use crate::support::wait::wait_until;
 use crate::support::worker_harness::{SESSION_KEY, WorkerHarness, quick};
 
 const MIB: usize = 1024 * 1024;
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(60);
 /// The longest `detail` of a start that is stored, in bytes: a text of an agent server, and the words around it.
 const MAX_DETAIL: usize = 12_000;
 

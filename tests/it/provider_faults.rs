@@ -13,7 +13,7 @@ use crate::support::stand_in_agent::{Fault as AgentFault, Kind, Nth};
 use crate::support::wait::wait_until;
 use crate::support::worker_harness::{WorkerHarness, quick};
 
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_secs(60);
 
 fn message() -> Value {
     json!({"initial_message": {"content": [{"type": "text", "text": "hi"}]}})
@@ -138,7 +138,7 @@ async fn a_failed_start_leaves_no_sandbox_after_an_outage() {
     let task = harness.begin(&message()).await.id;
     let ended = harness.drive(task).await;
     assert_eq!(ended.now.status, StartStatus::Error, "{:?}", ended.now.detail);
-    wait_until("the sandbox is removed", Duration::from_secs(30), async || {
+    wait_until("the sandbox is removed", Duration::from_secs(60), async || {
         if let Some(message) = harness.receive().await {
             harness.handle(&message).await;
         }

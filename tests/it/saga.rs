@@ -377,7 +377,7 @@ async fn sandbox_that_ends_during_the_start_is_reported_in_the_error() {
     let task = harness.begin(&message()).await;
     let delivered = harness.receive().await.expect("a message");
     let ending = async {
-        crate::support::wait::wait_until("the skills are requested", Duration::from_secs(20), async || {
+        crate::support::wait::wait_until("the skills are requested", Duration::from_secs(60), async || {
             !harness.agent.requests_to("POST /api/skills").is_empty()
         })
         .await;
@@ -517,7 +517,7 @@ async fn sandbox_deleted_during_its_start_ends_the_start() {
     let task = harness.begin(&message()).await;
     let delivered = harness.receive().await.expect("a message");
     let deleting = async {
-        crate::support::wait::wait_until("the conversation is created", Duration::from_secs(20), async || {
+        crate::support::wait::wait_until("the conversation is created", Duration::from_secs(60), async || {
             !harness.agent.requests_to("POST /api/conversations").is_empty()
         })
         .await;

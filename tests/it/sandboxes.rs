@@ -135,7 +135,7 @@ async fn conforms(reconciler: &SandboxReconciler, user: &UserId, control: &impl 
 
     // A sandbox that ends without its service does not stay running forever, and its detail says what happened.
     control.kill("two").await;
-    let gone = wait_for("the status changes", Duration::from_secs(20), async || {
+    let gone = wait_for("the status changes", Duration::from_secs(60), async || {
         let sandbox = service.get(user, "two").await.expect("an answer").expect("its record");
         (sandbox.status != SandboxStatus::Running).then_some(sandbox)
     })
@@ -177,7 +177,7 @@ impl TestControl for Processes<'_> {
 async fn process_sandboxes_conform() {
     let product = Product::start(json!({"llm_model": "any", "llm_api_key": "any"})).await;
     conforms(&product.reconciler(), &UserId::local(), &Processes(&product)).await;
-    wait_until("their processes have ended", Duration::from_secs(20), async || product.processes().is_empty()).await;
+    wait_until("their processes have ended", Duration::from_secs(60), async || product.processes().is_empty()).await;
     product.shutdown().await;
 }
 

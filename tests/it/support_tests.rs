@@ -22,7 +22,7 @@ use crate::support::stand_in_agent::{self, Fault, Kind, Nth, StandInAgent};
 use crate::support::wait::{wait_for, wait_until};
 
 const KEY: &str = "session-key";
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(60);
 
 // Log capture
 
@@ -431,7 +431,7 @@ async fn a_command_ends_with_the_stand_in() {
     let agent = StandInAgent::start(KEY).await;
     let caller = Caller::of(&agent);
     let pid = agent.root().join("pid");
-    let command = json!({"command": "sleep 60 & echo $! > pid; wait"});
+    let command = json!({"command": "sleep 600 & echo $! > pid; wait"});
     caller.send("POST /api/bash/start_bash_command", command).await;
     let pid: i32 = wait_for("the command's pid", SOON, async || {
         std::fs::read_to_string(&pid).ok().and_then(|text| text.trim().parse().ok())

@@ -46,7 +46,7 @@ const START_LIMIT: Duration = Duration::from_secs(180);
 /// Long, because a machine that runs all tests at once may give an agent server a tenth of a processor.
 const TURN_LIMIT: Duration = Duration::from_secs(180);
 /// For processes that end by themselves after their agent server has stopped.
-const GONE_LIMIT: Duration = Duration::from_secs(10);
+const GONE_LIMIT: Duration = Duration::from_secs(60);
 const API: &str = "/api/v1/app-conversations";
 
 /// The number of agent servers that may boot at the same time: each one keeps a core busy for seconds.

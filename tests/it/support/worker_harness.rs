@@ -56,7 +56,7 @@ use crate::template::{policies, template};
 pub const SESSION_KEY: &str = "session-key-of-the-stand-in";
 const PREFIX: &str = "harness-";
 const WORKER: &str = "worker";
-const END_WITHIN: Duration = Duration::from_secs(60);
+const END_WITHIN: Duration = Duration::from_secs(180);
 
 /// Sandboxes in memory, which share one agent server. With a store they have records in it, as real ones do.
 #[derive(Clone, Debug)]
@@ -667,7 +667,7 @@ impl WorkerHarness {
 
     /// Delivers the messages that are still in the queue, and fails if any remain.
     pub async fn finish(mut self) {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             while let Some(message) = self.receive_from(&self.queues.jobs, 0).await {
                 self.handle(&message).await;
