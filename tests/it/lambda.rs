@@ -30,7 +30,7 @@ use crate::support::lambda::{Function, Part, Streamed};
 use crate::support::product::contains;
 use crate::support::seed;
 use crate::support::server;
-use crate::tenants::{By, Route, furnish_in, key_of, routes, token_of};
+use crate::tenants::{By, Route, furnish_in, key_of, routes, start_token_of, token_of};
 
 const BASE: &str = "/api/v1/app-conversations";
 const TIME_LIMIT: Duration = Duration::from_secs(60);
@@ -285,7 +285,7 @@ fn event_of(route: &Route, user: &UserId, credential: Option<(&str, &str)>, in_b
     // A request without a user comes from a route without the authorizer.
     context["authorizer"] = match route.by {
         By::Caller => json!({"user_id": user.as_str(), "principalId": user.as_str(), "integrationLatency": 12}),
-        By::Sandbox | By::Agent => Value::Null,
+        By::Sandbox | By::Agent | By::Start => Value::Null,
     };
     for (name, value) in [Some(("Content-Type", "application/json")), credential].into_iter().flatten() {
         event["headers"][name] = json!(value);
@@ -319,6 +319,7 @@ async fn every_route_is_served_by_the_binary_of_its_function() {
             By::Caller => None,
             By::Sandbox => Some(("X-Session-API-Key", key_of(&owner))),
             By::Agent => Some(("X-Access-Token", token_of(&sealer, &owner).await)),
+            By::Start => Some(("X-Access-Token", start_token_of(&sealer, &owner).await)),
         };
         let shown = credential.as_ref().map(|(name, secret)| (*name, secret.expose_secret()));
         let answer = functions[name].invoke(event_of(&route, &owner, shown, number % 2 == 0)).await;

@@ -349,7 +349,7 @@ async fn routes_that_read_json_refuse_other_content_types() {
             let mut request = Request::builder().method(route.method).uri(&route.target);
             match route.by {
                 By::Caller => request = request.extension(Caller(owner.clone())),
-                By::Sandbox | By::Agent => {
+                By::Sandbox | By::Agent | By::Start => {
                     let (header, secret) = credential(&api, &owner, route.by).await;
                     request = request.header(header, secret.expose_secret());
                 }

@@ -56,6 +56,7 @@ fn by(operation: &Value) -> Option<By> {
         Some(None) => None,
         Some(Some(scheme)) if scheme == "sandbox" => Some(By::Sandbox),
         Some(Some(scheme)) if scheme == "agent" => Some(By::Agent),
+        Some(Some(scheme)) if scheme == "start" => Some(By::Start),
         Some(Some(scheme)) => panic!("{scheme} is unknown"),
     }
 }

@@ -21,7 +21,7 @@ use crate::support::git_server::GitServer;
 use crate::support::product::{Product, contains, logged, saying, with};
 use crate::support::scripted_llm::ScriptedLlm;
 use crate::template::template;
-use crate::tenants::{By, Route, everything, furnish, key_of, routes, token_of, with_worker};
+use crate::tenants::{By, Route, everything, furnish, key_of, routes, start_token_of, token_of, with_worker};
 
 /// Headers that may carry credentials.
 const HEADERS: [&str; 3] = ["authorization", "x-access-token", "x-session-api-key"];
@@ -125,6 +125,8 @@ async fn every_operation_accepts_only_authorized_callers() {
     // Credentials that are valid elsewhere.
     bad.push(("the session key of a sandbox".to_owned(), key_of(&owner).expose_secret().to_owned()));
     bad.push(("the token of an agent".to_owned(), agents));
+    let of_start = start_token_of(&api.sealer, &owner).await;
+    bad.push(("the token of a start".to_owned(), of_start.expose_secret().to_owned()));
     bad.push(("a user's name".to_owned(), owner.as_str().to_owned()));
 
     let gateway = Gateway { api, authorizer, template: template() };
@@ -152,6 +154,7 @@ async fn every_operation_accepts_only_authorized_callers() {
                 let holds = match route.by {
                     By::Sandbox => header == "x-session-api-key" && which.starts_with("the session key"),
                     By::Agent => header == "x-access-token" && which.starts_with("the token of an agent"),
+                    By::Start => header == "x-access-token" && which.starts_with("the token of a start"),
                     By::Caller => false,
                 };
                 if !holds {
@@ -190,6 +193,7 @@ async fn every_operation_accepts_only_authorized_callers() {
             By::Caller => in_header("authorization", &ec.sign(&issuer.claims(owner.as_str()))),
             By::Sandbox => in_header("x-session-api-key", key_of(&owner).expose_secret()),
             By::Agent => in_header("x-access-token", token_of(&gateway.api.sealer, &owner).await.expose_secret()),
+            By::Start => in_header("x-access-token", start_token_of(&gateway.api.sealer, &owner).await.expose_secret()),
         };
         let (status, answer) = gateway.send(route, &[header]).await;
         assert_eq!(status, route.owner.0, "{what} of the owner: {answer}");

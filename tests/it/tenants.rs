@@ -18,7 +18,7 @@ use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::git::ProviderType;
 use shared::user::seal::Sealer;
-use shared::user::token::TokenKey;
+use shared::user::token::{NotificationToken, TokenKey};
 use tempfile::TempDir;
 use uuid::Uuid;
 
@@ -39,6 +39,8 @@ pub enum By {
     Sandbox,
     /// An agent, by the token with which it looks up the user's secrets.
     Agent,
+    /// A command of the user's start, by the start's token.
+    Start,
 }
 
 impl By {
@@ -48,6 +50,7 @@ impl By {
             Authentication::Caller | Authentication::None => Self::Caller,
             Authentication::SandboxKey => Self::Sandbox,
             Authentication::AgentToken => Self::Agent,
+            Authentication::StartToken => Self::Start,
         }
     }
 }
@@ -158,6 +161,12 @@ pub async fn token_of(sealer: &Sealer, user: &UserId) -> SecretString {
     key.sign(user, ProviderType::Github, SANDBOX, Duration::from_secs(60)).expect("a token")
 }
 
+/// The token of the start that each owner has.
+pub async fn start_token_of(sealer: &Sealer, user: &UserId) -> SecretString {
+    let token = NotificationToken { user: user.clone(), task: TASK };
+    token.issue(sealer, Duration::from_secs(60)).await.expect("a token")
+}
+
 /// All rows of all tables, and the times at which all objects were written, by key.
 pub async fn everything(api: &Api) -> BTreeMap<String, HashMap<String, AttributeValue>> {
     let mut all = BTreeMap::new();
@@ -186,6 +195,7 @@ pub async fn everything(api: &Api) -> BTreeMap<String, HashMap<String, Attribute
 pub async fn credential(api: &Api, user: &UserId, by: By) -> (&'static str, SecretString) {
     match by {
         By::Agent => ("x-access-token", token_of(&api.sealer, user).await),
+        By::Start => ("x-access-token", start_token_of(&api.sealer, user).await),
         By::Sandbox | By::Caller => ("x-session-api-key", key_of(user)),
     }
 }
@@ -195,7 +205,7 @@ pub async fn request(api: &Api, user: &UserId, route: &Route) -> (u16, Value) {
     let asked = async {
         match route.by {
             By::Caller => api.call(user, route.method, &route.target, route.body.as_ref()).await,
-            By::Sandbox | By::Agent => {
+            By::Sandbox | By::Agent | By::Start => {
                 let (header, secret) = credential(api, user, route.by).await;
                 let body = route.body.as_ref().map_or_else(Body::empty, |body| Body::from(body.to_string()));
                 let request = Request::builder()

@@ -49,6 +49,7 @@ fn security_schemes() -> Value {
         "sessionApiKey": in_header("X-Session-API-Key", "An API key, or a token of the configured issuer."),
         "sandbox": in_header("X-Session-API-Key", "The session key of a sandbox."),
         "agent": in_header("X-Access-Token", "The token that an agent received for one provider."),
+        "start": in_header("X-Access-Token", "The token that the commands of a start received."),
     })
 }
 
@@ -65,6 +66,9 @@ fn operation(group: &Group, route: &Route) -> Value {
         }
         Authentication::AgentToken => {
             put("security", json!([{"agent": []}]));
+        }
+        Authentication::StartToken => {
+            put("security", json!([{"start": []}]));
         }
         Authentication::None => {
             put("security", json!([]));

@@ -91,8 +91,10 @@ pub enum Authentication {
     Caller,
     /// The session key of a sandbox. The function checks it.
     SandboxKey,
-    /// A token that a sandbox was given: an agent looks up a secret with it, a command notifies of its end. The function checks it.
+    /// The token with which an agent looks up a secret. The function checks it.
     AgentToken,
+    /// The token of a start, with which a command in the sandbox notifies of its end. The function checks it.
+    StartToken,
     None,
 }
 

@@ -19,7 +19,7 @@ const ROUTES: &[Route] = &[
         .returns(&[Response::json(Schema::Component("Success"))])
         .errors(&[FORBIDDEN, NOT_FOUND, CONFLICT, INVALID]),
     Route::post("/api/v1/webhooks/commands/{task_id}", "events", "receive_command_end")
-        .authentication(Authentication::AgentToken)
+        .authentication(Authentication::StartToken)
         .summary("Receive the notification that a command of a start has ended")
         .returns(&[Response::new(204, None)])
         .errors(&[NOT_FOUND]),
