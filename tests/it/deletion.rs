@@ -7,6 +7,7 @@ use shared::Time;
 use shared::conversation::search::Filter;
 use shared::event::ingest::{ConversationReport, EventIngestor};
 use shared::event::store::{Event, EventFilter};
+use shared::jobs::delete_conversation::RETRY_AFTER_REQUEST;
 use shared::start::task::{StartStatus, StartTaskRecord};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
@@ -63,7 +64,9 @@ pub async fn settle(harness: &WorkerHarness) {
             harness.handle(&message).await;
         }
         let is_idle = harness.waiting_messages().await == 0;
-        if is_idle && harness.conversations.deletions().due(Time::now()).await.0.is_empty() {
+        // A request whose response was lost has enqueued no job. The sweep enqueues it.
+        let soon = Time::now().plus(RETRY_AFTER_REQUEST);
+        if is_idle && harness.conversations.deletions().due(soon).await.0.is_empty() {
             return harness.settle_sandboxes().await;
         }
         assert!(Instant::now() < deadline, "a deletion is not finished");
