@@ -28,6 +28,7 @@ use uuid::Uuid;
 
 use crate::support::account;
 use crate::support::api::Api;
+use crate::support::engines::is_ministack;
 use crate::support::meter::Meter;
 use crate::support::seed;
 use crate::support::server;
@@ -484,7 +485,9 @@ async fn titles_in_memory_are_searched_as_the_index_is() {
         assert_eq!(api.get(&user, "/search", &nothing).await, (200, json!({"items": [], "next_page_id": null})));
         units.push(meter.take().values().map(|cost| cost.units).sum::<f64>());
     }
-    assert!(units[0] > 10.0 && units[1] > 10.0 && units[2] < 2.0, "{units:?}");
+    // The other engine does not count the units of a filtered query as DynamoDB does.
+    let are_expensive = is_ministack() || units[..2].iter().all(|units| *units > 10.0);
+    assert!(are_expensive && units[2] < 2.0, "{units:?}");
 
     let question = (question(), "[abAB%_'\"\\\\ äÄß😀#:]{0,1}").prop_map(|(question, title)| Question {
         title: Some(title),
