@@ -273,7 +273,7 @@ impl ConversationStore {
         update.in_transaction(&self.table.name, key(user, id))
     }
 
-    /// The condition, for a transaction, that a conversation exists and is not being deleted: whoever deletes it afterwards finds what the
+    /// The condition, for a transaction, that a conversation exists and is not being deleted: a deletion that begins afterwards finds what the
     /// transaction has written.
     ///
     /// # Errors

@@ -38,7 +38,7 @@ const CONTROL: &str = "#control";
 
 /// When a waiting start is due, whatever the observations show.
 pub const LONGEST_WAIT: Duration = Duration::from_secs(60);
-/// The delay between the begin of a wait and the first observation.
+/// The delay between the start of a wait and the first observation.
 const FIRST_DELAY: Duration = Duration::from_secs(1);
 /// A job may come this much before its time: clocks of workers differ.
 const TOLERANCE: Duration = Duration::from_millis(500);

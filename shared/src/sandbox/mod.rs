@@ -210,7 +210,7 @@ pub trait SandboxService: Send + Sync + std::fmt::Debug {
         false
     }
 
-    /// Whether [`SandboxService::list_provider`] can tell this deployment's sandboxes from others.
+    /// Whether [`SandboxService::list_provider`] distinguishes this deployment's sandboxes from others.
     fn can_list_provider(&self) -> bool {
         false
     }

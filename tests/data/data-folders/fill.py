@@ -147,7 +147,7 @@ class Program:
                            SANDBOX_STARTUP_TIMEOUT="3600", **more)
         self.environment, self.program, self.data = environment, program, data
         self.process = subprocess.Popen([program, "--data", data, "--port", "0", "--sandbox", "remote"], env=environment,
-                                        stdout=subprocess.PIPE, stderr=open("/tmp/data-folder.log", "ab"))
+                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         line = self.process.stdout.readline().decode()
         self.url = line.split()[-1]
 
