@@ -5,10 +5,31 @@ use std::time::Duration;
 
 use futures::future::join_all;
 
-use super::store::SandboxRecord;
+use super::store::{Desired, SandboxRecord, SandboxStore};
 use super::{Sandbox, SandboxStatus};
 use crate::clock::Time;
+use crate::error::Result;
 use crate::http_client::HttpClient;
+
+/// Returns the user's other sandboxes that are to run and for which `counts` holds; `None` if they are fewer than `max`, so that nothing has
+/// to be evicted. The list comes from an index; which starts use a sandbox is known from a consistent read only.
+///
+/// # Errors
+/// [`crate::Error::Store`].
+pub(super) async fn others_at_the_limit(
+    store: &SandboxStore,
+    newcomer: &SandboxRecord,
+    max: usize,
+    counts: impl Fn(&SandboxRecord) -> bool,
+) -> Result<Option<Vec<SandboxRecord>>> {
+    let mut others = store.list(&newcomer.user).await?;
+    others.retain(|record| record.id != newcomer.id && record.desired == Desired::Running && counts(record));
+    if others.len() < max {
+        return Ok(None);
+    }
+    let ids: Vec<String> = others.into_iter().map(|record| record.id).collect();
+    Ok(Some(store.batch_get(&newcomer.user, &ids).await?.into_iter().flatten().collect()))
+}
 
 /// Picks the sandboxes to evict so that the newcomer may run: those that have been idle for the longest time, by the agent servers'
 /// account, and never one that an unfinished start uses. `None` if there are not enough of them. `others` are the user's other sandboxes

@@ -21,7 +21,7 @@ use secrecy::{ExposeSecret as _, SecretString};
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::capacity::to_evict;
+use super::capacity::{others_at_the_limit, to_evict};
 use super::config::DockerSandboxConfig;
 use super::store::{Desired, SandboxRecord, SandboxStore};
 use super::{
@@ -291,14 +291,11 @@ impl DockerSandboxes {
     /// Evicts (pauses) sandboxes of the user until one more may run. Returns false if that is not possible now.
     async fn ensure_capacity(&self, newcomer: &SandboxRecord) -> Result<bool> {
         let user = &newcomer.user;
-        let mut others = self.store.list(user).await?;
-        others.retain(|record| record.id != newcomer.id && record.desired == Desired::Running);
-        if others.len() < self.config.max_sandboxes {
-            return Ok(true);
-        }
+        let max = self.config.max_sandboxes;
+        let Some(others) = others_at_the_limit(&self.store, newcomer, max, |_| true).await? else { return Ok(true) };
         let observed = self.observe(&others.iter().collect::<Vec<_>>()).await?;
         let others = others.into_iter().zip(observed).collect();
-        let Some(evicted) = to_evict(&self.http, newcomer, others, self.config.max_sandboxes).await else {
+        let Some(evicted) = to_evict(&self.http, newcomer, others, max).await else {
             return Ok(false);
         };
         for id in evicted {

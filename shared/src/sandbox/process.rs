@@ -24,7 +24,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep, timeout};
 use uuid::Uuid;
 
-use super::capacity::to_evict;
+use super::capacity::{others_at_the_limit, to_evict};
 use super::config::ProcessSandboxConfig;
 use super::spec::published_image;
 use super::store::{Desired, SandboxRecord, SandboxStore};
@@ -255,17 +255,16 @@ impl ProcessSandboxes {
     /// Evicts (stops) sandboxes of the user until one more may run. Returns false if that is not possible now.
     async fn ensure_capacity(&self, newcomer: &SandboxRecord) -> Result<bool> {
         let user = &newcomer.user;
-        let mut others = self.store.list(user).await?;
-        others.retain(|record| {
-            record.id != newcomer.id && record.desired == Desired::Running && self.folder(&record.id).is_running()
-        });
-        if others.len() < self.config.max_sandboxes {
+        let max = self.config.max_sandboxes;
+        let Some(others) =
+            others_at_the_limit(&self.store, newcomer, max, |record| self.folder(&record.id).is_running()).await?
+        else {
             return Ok(true);
-        }
+        };
         let observed: Vec<Sandbox> =
             join_all(others.iter().map(|record| self.observe(record))).await.into_iter().collect::<Result<_>>()?;
         let others = others.into_iter().zip(observed).collect();
-        let Some(evicted) = to_evict(&self.http, newcomer, others, self.config.max_sandboxes).await else {
+        let Some(evicted) = to_evict(&self.http, newcomer, others, max).await else {
             return Ok(false);
         };
         for id in evicted {

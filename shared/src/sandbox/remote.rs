@@ -14,7 +14,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use super::capacity::to_evict;
+use super::capacity::{others_at_the_limit, to_evict};
 use super::circuit::CircuitBreaker;
 use super::config::RemoteSandboxConfig;
 use super::store::{Desired, SandboxRecord, SandboxStore};
@@ -251,17 +251,11 @@ impl RemoteSandboxes {
     /// Evicts (pauses) sandboxes of the user until one more may run. Returns false if that is not possible now.
     async fn ensure_capacity(&self, newcomer: &SandboxRecord) -> Result<bool> {
         let user = &newcomer.user;
-        let mut others = self.store.list(user).await?;
-        others.retain(|record| record.id != newcomer.id && record.desired == Desired::Running);
-        if others.len() < self.config.max_sandboxes {
-            return Ok(true);
-        }
-        // The list comes from an index; who uses a sandbox is decided by a consistent read.
-        let ids: Vec<String> = others.into_iter().map(|record| record.id).collect();
-        let others: Vec<SandboxRecord> = self.store.batch_get(user, &ids).await?.into_iter().flatten().collect();
+        let max = self.config.max_sandboxes;
+        let Some(others) = others_at_the_limit(&self.store, newcomer, max, |_| true).await? else { return Ok(true) };
         let observed = self.try_to_observe(&others.iter().collect::<Vec<_>>(), Purpose::Act).await?;
         let others = others.into_iter().zip(observed).collect();
-        let Some(evicted) = to_evict(&self.http, newcomer, others, self.config.max_sandboxes).await else {
+        let Some(evicted) = to_evict(&self.http, newcomer, others, max).await else {
             return Ok(false);
         };
         for id in evicted {
