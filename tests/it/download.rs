@@ -39,7 +39,7 @@ use uuid::Uuid;
 
 use crate::support::engines::{Engines, skipped_on_ministack};
 use crate::support::fault_proxy::{FaultProxy, Moment, Stop};
-use crate::support::hostile_aws::{AwsFaults, HostileAws};
+use crate::support::hostile_aws::{self, AwsFaults, HostileAws};
 use crate::support::iam_proxy::IamProxy;
 use crate::support::product::{Product, saying};
 use crate::support::scripted_llm::ScriptedLlm;
@@ -141,14 +141,7 @@ impl ExportHarness {
                 urls.push(way.url());
                 served.extend([held, way]);
             }
-            let dynamodb = aws_sdk_dynamodb::config::Builder::from(&network).endpoint_url(&urls[0]).build();
-            let s3 = aws_sdk_s3::config::Builder::from(&network).endpoint_url(&urls[1]).force_path_style(true).build();
-            let sqs = aws_sdk_sqs::config::Builder::from(&network).endpoint_url(&urls[2]).build();
-            clients.push(Aws {
-                dynamodb: aws_sdk_dynamodb::Client::from_conf(dynamodb),
-                s3: aws_sdk_s3::Client::from_conf(s3),
-                sqs: aws_sdk_sqs::Client::from_conf(sqs),
-            });
+            clients.push(hostile_aws::clients(&network, [&urls[0], &urls[1], &urls[2]]));
         }
         let clients: [Aws; 2] = clients.try_into().expect("two");
         let agent_server = {

@@ -31,6 +31,7 @@ use uuid::Uuid;
 
 use crate::support::engines::{Engines, skipped_on_ministack};
 use crate::support::fault_proxy::{FaultProxy, Moment, Stop};
+use crate::support::hostile_aws::retries;
 use crate::support::log::all_events;
 
 const PREFIX: &str = "import-";
@@ -61,7 +62,10 @@ impl Fixture {
         let gate = FaultProxy::new();
         let way = gate.to(&engines.dynamodb).await;
         let network = engines.network_sdk_config().await;
-        let dynamodb = aws_sdk_dynamodb::config::Builder::from(&network).endpoint_url(way.url()).build();
+        let dynamodb = aws_sdk_dynamodb::config::Builder::from(&network)
+            .endpoint_url(way.url())
+            .retry_partition(retries())
+            .build();
         let gated = Aws { dynamodb: aws_sdk_dynamodb::Client::from_conf(dynamodb), ..aws.clone() };
         Self {
             stores: Stores::new(&names, &aws, &Sealer::ephemeral()),

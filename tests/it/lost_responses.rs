@@ -31,6 +31,7 @@ use uuid::Uuid;
 
 use crate::support::engines::Engines;
 use crate::support::fault_proxy::{FaultProxy, Stop};
+use crate::support::hostile_aws::retries;
 use crate::support::server::Server;
 
 const PREFIX: &str = "lost-";
@@ -66,7 +67,10 @@ impl Rig {
         let way = proxy.to(&engines.dynamodb).await;
         let network = engines.network_sdk_config().await;
         let dynamodb = aws_sdk_dynamodb::Client::from_conf(
-            aws_sdk_dynamodb::config::Builder::from(&network).endpoint_url(way.url()).build(),
+            aws_sdk_dynamodb::config::Builder::from(&network)
+                .endpoint_url(way.url())
+                .retry_partition(retries())
+                .build(),
         );
         let sealer = Sealer::ephemeral();
         let stores = Stores::new(&names, &Aws { dynamodb: dynamodb.clone(), ..aws }, &sealer);

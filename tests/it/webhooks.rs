@@ -23,6 +23,7 @@ use uuid::Uuid;
 
 use crate::support::engines::Engines;
 use crate::support::fault_proxy::{FaultProxy, Stop};
+use crate::support::hostile_aws::retries;
 use crate::support::log::all_events;
 
 const KEY: &str = "session-key-of-one";
@@ -282,7 +283,10 @@ async fn webhook_is_not_acknowledged_if_the_store_fails() {
     let network = engines.network_sdk_config().await;
     let gated = Aws {
         dynamodb: aws_sdk_dynamodb::Client::from_conf(
-            aws_sdk_dynamodb::config::Builder::from(&network).endpoint_url(way.url()).build(),
+            aws_sdk_dynamodb::config::Builder::from(&network)
+                .endpoint_url(way.url())
+                .retry_partition(retries())
+                .build(),
         ),
         ..aws.clone()
     };

@@ -22,7 +22,7 @@ use shared::user::seal::Sealer;
 use tower::ServiceExt as _;
 
 use super::engines::Engines;
-use super::hostile_aws::{AwsFaults, HostileAws};
+use super::hostile_aws::{AwsFaults, HostileAws, clients, retries};
 use super::iam_proxy::IamProxy;
 use super::meter::Meter;
 use super::server::Server;
@@ -62,8 +62,8 @@ impl Api {
         let of_functions = match faults.is_none() {
             true => aws.clone(),
             false => {
-                let urls = [&hostile.dynamodb, &hostile.s3, &hostile.sqs].map(String::clone);
-                clients(&hostile.retry(engines.network_sdk_config().await), &urls)
+                let urls = [&*hostile.dynamodb, &hostile.s3, &hostile.sqs];
+                clients(&hostile.retry(engines.network_sdk_config().await), urls)
             }
         };
         names.job_queue_url.clone_from(&queues.jobs);
@@ -102,7 +102,10 @@ impl Api {
                 url
             };
             let urls = [way(&engines.dynamodb).await, way(&engines.s3).await, way(&engines.sqs).await];
-            aws.insert(function.clone(), clients(&engines.network_sdk_config().await, &urls));
+            aws.insert(
+                function.clone(),
+                clients(&engines.network_sdk_config().await, urls.each_ref().map(String::as_str)),
+            );
         }
         let aws = |function: &str| &aws[function];
         let routers = Router::new()
@@ -139,7 +142,8 @@ impl Api {
     /// Sends all later requests to DynamoDB to this address.
     pub async fn use_dynamodb_at(&mut self, url: &str) {
         let sdk = self.engines.network_sdk_config().await;
-        let dynamodb = aws_sdk_dynamodb::config::Builder::from(&sdk).endpoint_url(url).build();
+        let dynamodb =
+            aws_sdk_dynamodb::config::Builder::from(&sdk).endpoint_url(url).retry_partition(retries()).build();
         let aws = Aws { dynamodb: aws_sdk_dynamodb::Client::from_conf(dynamodb), ..self.aws.clone() };
         self.router = router(&self.config, &aws, &self.sealer);
     }
@@ -229,18 +233,6 @@ impl Api {
     pub async fn get(&self, user: &UserId, path: &str, query: &[(&str, String)]) -> (u16, Value) {
         let query = form_urlencoded::Serializer::new(String::new()).extend_pairs(query).finish();
         self.call(user, "GET", &format!("/api/v1/app-conversations{path}?{query}"), None).await
-    }
-}
-
-/// Clients of DynamoDB, S3 and SQS at these addresses.
-fn clients(sdk: &aws_types::SdkConfig, [dynamodb, s3, sqs]: &[String; 3]) -> Aws {
-    let dynamodb = aws_sdk_dynamodb::config::Builder::from(sdk).endpoint_url(dynamodb).build();
-    let s3 = aws_sdk_s3::config::Builder::from(sdk).endpoint_url(s3).force_path_style(true).build();
-    let sqs = aws_sdk_sqs::config::Builder::from(sdk).endpoint_url(sqs).build();
-    Aws {
-        dynamodb: aws_sdk_dynamodb::Client::from_conf(dynamodb),
-        s3: aws_sdk_s3::Client::from_conf(s3),
-        sqs: aws_sdk_sqs::Client::from_conf(sqs),
     }
 }
 

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use aws_sdk_dynamodb::config::retry::RetryConfig;
+use aws_sdk_dynamodb::config::retry::{RetryConfig, RetryPartition, TokenBucket};
 use aws_types::SdkConfig;
 use shared::aws::Aws;
 
@@ -60,6 +60,24 @@ impl AwsFaults {
     pub fn is_none(&self) -> bool {
         self.lag.is_zero() && self.throttled == 0.0 && self.lost == 0.0
     }
+}
+
+/// Clients of DynamoDB, S3 and SQS at these addresses.
+pub fn clients(sdk: &SdkConfig, [dynamodb, s3, sqs]: [&str; 3]) -> Aws {
+    let dynamodb = aws_sdk_dynamodb::config::Builder::from(sdk).endpoint_url(dynamodb).retry_partition(retries());
+    let s3 = aws_sdk_s3::config::Builder::from(sdk).endpoint_url(s3).force_path_style(true).retry_partition(retries());
+    let sqs = aws_sdk_sqs::config::Builder::from(sdk).endpoint_url(sqs).retry_partition(retries());
+    Aws {
+        dynamodb: aws_sdk_dynamodb::Client::from_conf(dynamodb.build()),
+        s3: aws_sdk_s3::Client::from_conf(s3.build()),
+        sqs: aws_sdk_sqs::Client::from_conf(sqs.build()),
+    }
+}
+
+/// Retries that no other client uses up. By default the SDK's clients in one process share a quota of retries, so that the faults of one
+/// test would leave another without any.
+pub fn retries() -> RetryPartition {
+    RetryPartition::custom("test").token_bucket(TokenBucket::unlimited()).build()
 }
 
 /// The addresses of AWS with faults.

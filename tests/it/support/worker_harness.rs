@@ -45,7 +45,7 @@ use worker::Context;
 
 use super::engines::{Engines, is_ministack};
 use super::fault_proxy::{FaultProxy, Stop};
-use super::hostile_aws::{AwsFaults, HostileAws};
+use super::hostile_aws::{AwsFaults, HostileAws, clients};
 use super::iam_proxy::IamProxy;
 use super::meter::Meter;
 use super::runtime_api::{API_KEY, RuntimeApi};
@@ -319,17 +319,7 @@ impl WorkerHarness {
         let mut ways = vec![gate.to(&held[0].url()).await, gate.to(&held[1].url()).await, gate.to(&agent.url()).await];
         // Without the product's time limits: a call that the fault proxy stops must stay stopped.
         let network = hostile.retry(engines.network_sdk_config().await);
-        let gated = Aws {
-            dynamodb: aws_sdk_dynamodb::Client::from_conf(
-                aws_sdk_dynamodb::config::Builder::from(&network).endpoint_url(ways[0].url()).build(),
-            ),
-            sqs: aws_sdk_sqs::Client::from_conf(
-                aws_sdk_sqs::config::Builder::from(&network).endpoint_url(ways[1].url()).build(),
-            ),
-            s3: aws_sdk_s3::Client::from_conf(
-                aws_sdk_s3::config::Builder::from(&network).endpoint_url(held[2].url()).force_path_style(true).build(),
-            ),
-        };
+        let gated = clients(&network, [&ways[0].url(), &held[2].url(), &ways[1].url()]);
         ways.extend(held.into_iter().chain(metered));
         let sealer = Sealer::from_file(&folder.path().join("sealing-key")).expect("a key");
         let stores = |aws: &Aws| Stores::new(&names, aws, &sealer);
