@@ -114,6 +114,51 @@ impl Fault {
     }
 }
 
+/// Where the cause of a failed start is. The log field `class` and the metric `StartErrors` have it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorClass {
+    /// The user's request or settings.
+    User,
+    /// The user's repository or its setup script.
+    Repository,
+    /// The sandbox or its provider.
+    Sandbox,
+    /// The agent server, which does not respond or returns an error of its own.
+    AgentServer,
+    /// DynamoDB, S3, SQS or KMS.
+    Store,
+    /// This server.
+    Ours,
+}
+
+impl ErrorClass {
+    /// All classes.
+    pub const ALL: [Self; 6] =
+        [Self::User, Self::Repository, Self::Sandbox, Self::AgentServer, Self::Store, Self::Ours];
+
+    /// Returns the value of the log field and of the metric's dimension.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::User => "user",
+            Self::Repository => "repository",
+            Self::Sandbox => "sandbox",
+            Self::AgentServer => "agent_server",
+            Self::Store => "store",
+            Self::Ours => "ours",
+        }
+    }
+
+    /// Returns who can correct the cause.
+    #[must_use]
+    pub fn fault(self) -> Fault {
+        match self {
+            Self::User | Self::Repository => Fault::User,
+            Self::Sandbox | Self::AgentServer | Self::Store | Self::Ours => Fault::Server,
+        }
+    }
+}
+
 /// A failed call to DynamoDB, S3, SQS or KMS.
 ///
 /// No kind means that a write certainly did not happen: the SDK retries calls, so an earlier attempt may have succeeded although the last

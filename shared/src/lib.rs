@@ -33,6 +33,7 @@ pub mod sandbox;
 pub mod shell;
 pub mod start;
 pub mod stores;
+pub mod trace;
 pub mod user;
 pub mod violation;
 

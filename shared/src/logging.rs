@@ -3,10 +3,10 @@
 use std::io::IsTerminal as _;
 use std::str::FromStr as _;
 
-use tracing_subscriber::filter::Targets;
-use tracing_subscriber::fmt;
+use tracing_subscriber::filter::{Targets, filter_fn};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{Layer as _, fmt};
 
 /// The format of log lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -36,7 +36,8 @@ pub fn init(format: LogFormat) {
     let layer = fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal()).with_target(false);
     // An error means that a test or an embedding program has already set a subscriber, which stays in use.
     let _already_set = match format {
-        LogFormat::Text => registry.with(layer).try_init(),
+        // The fields of the span would fill a line of a terminal. One process has all lines of a start.
+        LogFormat::Text => registry.with(layer.with_filter(filter_fn(|metadata| metadata.is_event()))).try_init(),
         LogFormat::Json => registry.with(layer.json().flatten_event(true).with_span_list(false)).try_init(),
     };
     if let Some(fault) = fault {

@@ -85,6 +85,7 @@ async fn measure(bytes: usize) {
         deadline: Time::now().plus(LEASE),
         max_unfinished: 500,
         membership: None,
+        trace: None,
     };
     let record = tasks.create(&user, &request, &new).await.expect("created");
     println!("| create | {} |", spent());

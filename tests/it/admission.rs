@@ -70,7 +70,13 @@ fn id_of(task: &Value) -> String {
 }
 
 fn new_start() -> NewStart {
-    NewStart { identity: StartIdentity::random(), deadline: shared::Time::now(), max_unfinished: 500, membership: None }
+    NewStart {
+        identity: StartIdentity::random(),
+        deadline: shared::Time::now(),
+        max_unfinished: 500,
+        membership: None,
+        trace: None,
+    }
 }
 
 async fn count(api: &Api, user: &UserId, counter: Counter) -> u64 {

@@ -312,6 +312,7 @@ async fn end_of_a_command_enqueues_a_job_only_for_the_unfinished_start_of_its_to
         deadline: Time::now().plus(LIMIT),
         max_unfinished: 500,
         membership: None,
+        trace: None,
     };
     let task = tasks.create(&user, &request, &new).await.expect("a task");
     let id = task.id.to_string();
@@ -335,7 +336,7 @@ async fn end_of_a_command_enqueues_a_job_only_for_the_unfinished_start_of_its_to
     }
     assert_eq!(notify(&api, &unknown.to_string(), Some(&token(&user, unknown, 60).await)).await, 404, "deleted");
     assert_eq!(notify(&api, &id, Some(&token(&UserId::new("another"), task.id, 60).await)).await, 404);
-    assert!(matches!(tasks.abandon(&user, task.id, "ended").await, Ok(Abandoned::Now(_))));
+    assert!(matches!(tasks.abandon(&user, task.id, "ended").await, Ok(Abandoned::Now { .. })));
     assert_eq!(notify(&api, &id, Some(&of_start)).await, 204);
     assert_eq!(jobs(&api).await, 0);
     api.stop().await;

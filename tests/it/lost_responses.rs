@@ -142,6 +142,7 @@ fn new_start() -> NewStart {
         deadline: Time::now().plus(LEASE),
         max_unfinished: 500,
         membership: None,
+        trace: None,
     }
 }
 
@@ -256,7 +257,9 @@ async fn a_start_fails_once_and_is_undone_under_one_lease() {
     let id = tasks.create(user, &Rig::request(), &new_start()).await.expect("created").id;
     assert!(matches!(claim(id, "w1").await, Claim::Claimed(_)));
     rig.proxy.arm(2, Stop::LoseResponses(1));
-    let Abandoned::Now(free_at) = tasks.abandon(user, id, "no more").await.expect("the store") else { panic!("ended") };
+    let Abandoned::Now { free_at, .. } = tasks.abandon(user, id, "no more").await.expect("the store") else {
+        panic!("ended")
+    };
     rig.proxy.disarm();
     assert!(free_at > Time::now());
     assert!(matches!(tasks.abandon(user, id, "again").await.expect("the store"), Abandoned::Before(_)));

@@ -112,6 +112,7 @@ async fn command_ended(
         .ok_or_else(refused)?;
     let record = context.tasks.get(&user, task).await?;
     let record = record.ok_or_else(|| Error::NotFound("No such start task".into()))?;
+    record.record_in_log();
     if !record.now.status.is_final() {
         context.queue.send(&AdvanceStart { user, task }.into(), Duration::ZERO).await?;
     }

@@ -10,6 +10,7 @@ use shared::http::caller::Caller;
 use shared::http::extract::JsonBody;
 use shared::http::idempotency_key::IdempotencyKey;
 use shared::http::page::PAGE_SIZE;
+use shared::http::request_trace::RequestTrace;
 use shared::start::create::StartService;
 use shared::start::request::StartRequest;
 use shared::start::task::AppConversationStartTask;
@@ -51,8 +52,9 @@ async fn start(
     State(context): State<Context>,
     Caller(user): Caller,
     key: IdempotencyKey,
+    trace: RequestTrace,
     JsonBody(request): JsonBody<StartRequest>,
 ) -> Result<Json<AppConversationStartTask>, Error> {
     // The task exists now, so its response must not exceed Lambda's limit.
-    Ok(Json(context.start_service.create(&user, request, &key).await?.show_within(PAGE_SIZE)))
+    Ok(Json(context.start_service.create(&user, request, &key, &trace).await?.show_within(PAGE_SIZE)))
 }

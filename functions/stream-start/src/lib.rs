@@ -18,6 +18,7 @@ use shared::http::caller::Caller;
 use shared::http::extract::JsonBody;
 use shared::http::idempotency_key::IdempotencyKey;
 use shared::http::page::PAGE_SIZE;
+use shared::http::request_trace::RequestTrace;
 use shared::start::create::StartService;
 use shared::start::request::StartRequest;
 use shared::start::store::StartTaskStore;
@@ -25,6 +26,7 @@ use shared::start::task::StartTaskRecord;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use tokio::time::{Instant, sleep_until};
+use tracing::{Instrument as _, Span};
 
 /// The shortest pause between two polls of the task, after a change of its status.
 const SHORTEST_POLL: Duration = Duration::from_millis(200);
@@ -62,10 +64,11 @@ async fn stream_start(
     State(context): State<Context>,
     Caller(user): Caller,
     key: IdempotencyKey,
+    trace: RequestTrace,
     JsonBody(request): JsonBody<StartRequest>,
 ) -> Result<Response, Error> {
     // An error before the task exists is an ordinary error response with its status; the reference cuts the stream.
-    let record = context.start_service.create(&user, request, &key).await?;
+    let record = context.start_service.create(&user, request, &key, &trace).await?;
     let states = States::new(context.start_service.tasks, user, record, context.keep_alive);
     let mut response = Response::new(Body::from_stream(states.stream()));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -125,10 +128,12 @@ impl States {
 
     /// The chunks of the array, which is always closed.
     fn stream(self) -> impl Stream<Item = Result<Bytes, std::convert::Infallible>> {
-        stream::unfold(self, async |mut states| {
-            let piece = states.piece().await?;
+        // The body is polled after the request's log span has ended.
+        let span = Span::current();
+        stream::unfold((self, span), async |(mut states, span)| {
+            let piece = states.piece().instrument(span.clone()).await?;
             states.idle_at = Instant::now() + states.keep_alive;
-            Some((Ok(piece), states))
+            Some((Ok(piece), (states, span)))
         })
     }
 

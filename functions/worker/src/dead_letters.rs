@@ -10,13 +10,18 @@ use shared::jobs::process_events::ProcessEvents;
 use shared::jobs::queue::Job;
 use shared::jobs::reconcile_sandbox::ReconcileSandbox;
 use shared::jobs::refresh_conversation::RefreshConversation;
+use tracing::Span;
+use tracing::field::display;
 
 use crate::Context;
 
 pub(crate) async fn handle(context: &Context, job: Job) -> Result<()> {
     let policy = job.dead_letter_policy();
     match job {
-        Job::AdvanceStart(AdvanceStart { user, task }) => return context.saga.give_up(&user, task).await,
+        Job::AdvanceStart(AdvanceStart { user, task }) => {
+            Span::current().record("task", display(task));
+            return context.saga.give_up(&user, task).await;
+        }
         Job::Export { conversation, .. } => tracing::error!(%conversation, "worker.message_dropped"),
         Job::DeliverMessages(DeliverMessages { conversation, .. }) => {
             tracing::error!(%conversation, ?policy, "worker.messages_not_delivered");

@@ -8,14 +8,17 @@ use shared::jobs::process_events::ProcessEvents;
 use shared::jobs::queue::Job;
 use shared::jobs::reconcile_sandbox::ReconcileSandbox;
 use shared::start::saga::Attempt;
+use tracing::Span;
+use tracing::field::display;
 
 use crate::Context;
 
 pub(crate) async fn run(context: &Context, job: Job) -> Result<()> {
     match job {
         Job::AdvanceStart(AdvanceStart { user, task }) => {
+            Span::current().record("task", display(task));
             let attempt = context.saga.advance(&user, task).await?;
-            tracing::debug!(%task, ?attempt, "worker.attempt_finished");
+            tracing::info!(%task, ?attempt, "worker.attempt_finished");
             match attempt {
                 Attempt::Finished | Attempt::Compensating => context.messages.start_ended(&user, task).await,
                 Attempt::Waiting | Attempt::Busy | Attempt::Unknown => Ok(()),

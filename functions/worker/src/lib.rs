@@ -21,7 +21,9 @@ use shared::sandbox::SandboxService;
 use shared::sandbox::reconciler::{IdlePolicy, SandboxReconciler};
 use shared::start::saga::Saga;
 use shared::stores::Stores;
+use shared::trace::invocation;
 use shared::user::seal::Sealer;
+use tracing::Instrument as _;
 
 /// Everything that this function may access: all that a start needs, and all that belongs to a conversation.
 #[derive(Clone, Debug)]
@@ -69,6 +71,18 @@ impl Context {
 /// # Errors
 /// When a scheduled sweep fails.
 pub async fn handle(context: &Context, event: Value) -> Result<SqsBatchResponse, Error> {
+    handle_invocation(context, event, None).await
+}
+
+/// As [`handle`], with the id of the invocation for the log.
+///
+/// # Errors
+/// When a scheduled sweep fails.
+pub async fn handle_invocation(
+    context: &Context,
+    event: Value,
+    request_id: Option<&str>,
+) -> Result<SqsBatchResponse, Error> {
     if event.get("Records").is_none() {
         let (starts, deletions, messages, sandboxes, orphans, boots) = tokio::join!(
             context.saga.sweep(),
@@ -87,14 +101,18 @@ pub async fn handle(context: &Context, event: Value) -> Result<SqsBatchResponse,
         return Ok(SqsBatchResponse::default());
     }
     let event: SqsEvent = serde_json::from_value(event).map_err(Error::internal)?;
-    let handled = event.records.iter().map(async |message| match handle_message(context, message).await {
-        Ok(()) => None,
-        Err(error) => {
+    let handled = event.records.iter().map(|message| {
+        // A span for each message, because each is about another subject.
+        let span = invocation();
+        span.record("request_id", request_id);
+        async move {
+            let Err(error) = handle_message(context, message).await else { return None };
             tracing::error!(message_id = message.message_id, error = %error.context(), "worker.failed");
             let mut failure = BatchItemFailure::default();
             failure.item_identifier = message.message_id.clone().unwrap_or_default();
             Some(failure)
         }
+        .instrument(span)
     });
     let mut response = SqsBatchResponse::default();
     response.batch_item_failures = join_all(handled).await.into_iter().flatten().collect();

@@ -9,7 +9,9 @@ async fn main() -> Result<(), lambda_bootstrap::Error> {
     let context = worker::Context::new(&config, &aws, &sealer);
     let context = &context;
     let handle = async |event: LambdaEvent<Value>| {
-        let handled = worker::handle(context, event.payload).await.map_err(lambda_bootstrap::Error::from);
+        let request_id = Some(event.context.request_id.as_str());
+        let handled = worker::handle_invocation(context, event.payload, request_id).await;
+        let handled = handled.map_err(lambda_bootstrap::Error::from);
         lambda_bootstrap::flush_metrics();
         handled
     };

@@ -22,12 +22,14 @@ use shared::config::{Config, SealingConfig, permitted_origins, text};
 use shared::http::caller::Caller;
 use shared::http::cors::cors;
 use shared::http::page::{MAX_BODY, size_of_text};
+use shared::http::request_trace::RequestTrace;
 use shared::http::response::with_common_answers;
 use shared::logging::{self, LogFormat};
 use shared::metrics;
 use shared::user::UserId;
 use shared::user::data_key::DataKey;
 use shared::user::seal::Sealer;
+use tracing::Instrument as _;
 
 /// Reads the configuration and creates the clients and the sealer, once per process.
 ///
@@ -181,6 +183,14 @@ fn caller(single_user: bool, request: &Request) -> Option<UserId> {
 /// Logs one line per request: route, user, status, duration. The route is logged as its template, because paths and queries may contain
 /// confidential data.
 async fn log(request: Request, next: Next) -> Response {
+    let span = RequestTrace::of(request.headers()).span();
+    if let Some(context) = request.extensions().get::<Context>() {
+        span.record("request_id", &context.request_id);
+    }
+    log_in_span(request, next).instrument(span).await
+}
+
+async fn log_in_span(request: Request, next: Next) -> Response {
     static WARM: AtomicBool = AtomicBool::new(false);
     let cold_start = !WARM.swap(true, Ordering::Relaxed);
     let started_at = Instant::now();

@@ -10,8 +10,10 @@ use shared::agent_server::SESSION_API_KEY;
 use shared::digest::sha256_hex;
 use shared::http::caller::Caller;
 use shared::http::cors::cors;
+use shared::http::request_trace::RequestTrace;
 use shared::http::response::{detail, with_common_answers};
 use shared::user::UserId;
+use tracing::Instrument as _;
 
 use crate::access::Origins;
 
@@ -27,7 +29,14 @@ pub fn wrap(functions: Router, without_user: Router, key: Option<SecretString>, 
                 }
             },
         ));
-    with_common_answers(authenticated.merge(without_user)).layer(cors(move |origin| origins.allows(origin)))
+    with_common_answers(authenticated.merge(without_user))
+        .layer(cors(move |origin| origins.allows(origin)))
+        .layer(middleware::from_fn(with_log_span))
+}
+
+async fn with_log_span(request: Request, next: Next) -> Response {
+    let span = RequestTrace::of(request.headers()).span();
+    next.run(request).instrument(span).await
 }
 
 async fn as_local_user(mut request: Request, next: Next) -> Response {

@@ -1,6 +1,7 @@
 //! Sparse indexes of due rows, which the sweep reads.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use futures::future::join_all;
 use uuid::Uuid;
@@ -46,6 +47,17 @@ impl DueRow {
     }
 }
 
+/// The result of [`DueIndex::due_and_next`].
+#[derive(Debug, Default)]
+pub struct Due {
+    /// The rows to process.
+    pub rows: Vec<DueRow>,
+    /// The others.
+    pub others: Vec<DueRow>,
+    /// The first error.
+    pub failed: Option<Error>,
+}
+
 /// The most rows of a shard that are read at once. The returned rows alternate between the users among them.
 const DUE_READ: usize = 500;
 /// The most rows of a shard that are returned at once.
@@ -55,17 +67,38 @@ impl DueIndex {
     /// Reads the rows of all users that were due before `now`: the oldest of each shard, up to [`DUE_LIMIT`], alternating between users. A
     /// shard that cannot be read does not delay the others; the first error is returned together with the rows.
     pub async fn due(&self, now: Time) -> (Vec<DueRow>, Option<Error>) {
-        let (mut rows, mut failed) = (Vec::new(), None);
-        for read in join_all(self.shards.iter().map(|shard| self.due_in(shard, now))).await {
-            match read {
-                Ok(read) => rows.extend(read),
-                Err(error) => failed = failed.or(Some(error)),
-            }
-        }
+        let Due { rows, failed, .. } = self.due_and_next(now, Duration::ZERO).await;
         (rows, failed)
     }
 
-    async fn due_in(&self, shard: &str, now: Time) -> Result<Vec<DueRow>> {
+    /// As [`DueIndex::due`], together with the other rows that are due or become due within `ahead`, as far as they are among those that
+    /// are read of a shard.
+    pub async fn due_and_next(&self, now: Time, ahead: Duration) -> Due {
+        let mut due = Due::default();
+        let (now, until) = (now.sortable(), now.plus(ahead).sortable());
+        for read in join_all(self.shards.iter().map(|shard| self.due_in(shard, &until))).await {
+            match read {
+                Ok(mut read) => {
+                    due.others.extend(read.split_off(read.partition_point(|row| row.due_at < now)));
+                    let (rows, others) = in_turn(read, DUE_LIMIT);
+                    due.rows.extend(rows);
+                    due.others.extend(others);
+                }
+                Err(error) => due.failed = due.failed.or(Some(error)),
+            }
+        }
+        due
+    }
+
+    /// Reads the rows themselves, eventually consistent.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn read(&self, rows: &[DueRow]) -> Result<Vec<Item>> {
+        self.table.batch_get_eventually(rows.iter().map(|row| row.key.clone()).collect()).await
+    }
+
+    async fn due_in(&self, shard: &str, until: &str) -> Result<Vec<DueRow>> {
         let mut rows = Vec::new();
         let mut start = None;
         loop {
@@ -74,10 +107,10 @@ impl DueIndex {
                 .table
                 .query()
                 .index_name(self.index)
-                .key_condition_expression("#shard = :shard AND due_at < :now")
+                .key_condition_expression("#shard = :shard AND due_at < :until")
                 .expression_attribute_names("#shard", self.shard_attribute)
                 .expression_attribute_values(":shard", text(shard))
-                .expression_attribute_values(":now", text(now.sortable()))
+                .expression_attribute_values(":until", text(until))
                 .limit(left)
                 .set_exclusive_start_key(start)
                 .send()
@@ -94,7 +127,7 @@ impl DueIndex {
             }
             start = page.last_evaluated_key.filter(|_| read > 0 && rows.len() < DUE_READ);
             if start.is_none() {
-                return Ok(in_turn(rows, DUE_LIMIT));
+                return Ok(rows);
             }
         }
     }
@@ -128,8 +161,8 @@ impl DueIndex {
     }
 }
 
-/// Returns the first `limit` rows, alternating between users (round robin). The rows of one user keep their order.
-fn in_turn(rows: Vec<DueRow>, limit: usize) -> Vec<DueRow> {
+/// Returns the first `limit` rows, alternating between users (round robin), and the others. The rows of one user keep their order.
+fn in_turn(rows: Vec<DueRow>, limit: usize) -> (Vec<DueRow>, Vec<DueRow>) {
     let mut of_users: HashMap<UserId, usize> = HashMap::new();
     let mut turns: Vec<(usize, DueRow)> = rows
         .into_iter()
@@ -141,8 +174,9 @@ fn in_turn(rows: Vec<DueRow>, limit: usize) -> Vec<DueRow> {
         .collect();
     // The sort is stable: within a round, the oldest row comes first.
     turns.sort_by_key(|(turn, _)| *turn);
-    turns.truncate(limit);
-    turns.into_iter().map(|(_, row)| row).collect()
+    let mut rows: Vec<DueRow> = turns.into_iter().map(|(_, row)| row).collect();
+    let others = rows.split_off(limit.min(rows.len()));
+    (rows, others)
 }
 
 #[cfg(test)]
@@ -160,8 +194,9 @@ mod tests {
         let rows: Vec<DueRow> =
             (0..500).map(|number| row("flood", number)).chain([row("a", 500), row("b", 501), row("a", 502)]).collect();
         let taken: Vec<u128> =
-            in_turn(rows.clone(), 6).iter().filter_map(DueRow::uuid).map(|id| id.as_u128()).collect();
+            in_turn(rows.clone(), 6).0.iter().filter_map(DueRow::uuid).map(|id| id.as_u128()).collect();
         assert_eq!(taken, [0, 500, 501, 1, 502, 2]);
-        assert_eq!(in_turn(rows, usize::MAX).len(), 503);
+        assert_eq!(in_turn(rows.clone(), 6).1.len(), 497);
+        assert_eq!(in_turn(rows, usize::MAX).0.len(), 503);
     }
 }

@@ -20,7 +20,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub use batch::{BATCH_GET_LIMIT, BATCH_WRITE_LIMIT};
-pub use due_index::{DUE_LIMIT, DueIndex, DueRow};
+pub use due_index::{DUE_LIMIT, Due, DueIndex, DueRow};
 pub use error::{store_error, unless_written};
 pub use retry::{Attempts, Backoff};
 pub use table::Table;

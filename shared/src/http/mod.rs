@@ -7,6 +7,7 @@ pub mod idempotency_key;
 pub mod page;
 pub mod page_token;
 pub mod pydantic;
+pub mod request_trace;
 pub mod response;
 pub mod secret;
 pub mod sort_order;

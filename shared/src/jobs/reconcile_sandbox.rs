@@ -16,8 +16,10 @@ pub const DEAD_LETTER_POLICY: DeadLetterPolicy = DeadLetterPolicy::LogUntil(Requ
 /// Failed attempts in a row after which each further one is logged as an error, which raises an alarm: about a quarter of an hour.
 pub const ALARM_AFTER: u32 = 8;
 
-const BACKOFF: Backoff =
-    Backoff { first: Duration::from_secs(4), longest: Duration::from_secs(600), attempts: u32::MAX };
+/// The longest delay between two attempts.
+pub const LONGEST_RETRY: Duration = Duration::from_secs(600);
+
+const BACKOFF: Backoff = Backoff { first: Duration::from_secs(4), longest: LONGEST_RETRY, attempts: u32::MAX };
 
 /// Which sandbox to reconcile.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

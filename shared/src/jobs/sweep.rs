@@ -9,13 +9,15 @@ use std::time::Duration;
 use futures::future::join_all;
 
 use crate::clock::Time;
-use crate::dynamo::{DueIndex, DueRow};
-use crate::error::Result;
+use crate::dynamo::{Due, DueIndex, DueRow};
+use crate::error::{Error, Result};
 use crate::jobs::queue::{Job, JobQueue};
 
 /// How long a row is left alone after its job was enqueued: shorter than the time between two runs on AWS, so that it only changes
 /// the order.
 const POSTPONED: Duration = Duration::from_secs(20);
+/// The most rows that a sweep returns for gauges.
+pub const OBSERVED: usize = 1000;
 /// Rows that are postponed at the same time.
 const AT_ONCE: usize = 16;
 
@@ -28,8 +30,42 @@ pub async fn sweep<J: Into<Job>>(
     queue: &JobQueue,
     job: impl Fn(&DueRow) -> Option<J>,
 ) -> Result<usize> {
-    let (due, failed) = rows.due(Time::now()).await;
+    sweep_and_observe(rows, queue, Duration::ZERO, job).await.result()
+}
+
+/// What a sweep found and did.
+#[derive(Debug)]
+pub struct Swept {
+    /// The rows whose jobs were enqueued.
+    pub enqueued: Vec<DueRow>,
+    /// The rows that were read, for gauges. `None` if a shard could not be read.
+    pub observed: Option<Vec<DueRow>>,
+    failed: Option<Error>,
+}
+
+impl Swept {
+    /// The number of rows whose jobs were enqueued.
+    ///
+    /// # Errors
+    /// The first failure.
+    pub fn result(self) -> Result<usize> {
+        match self.failed {
+            Some(error) => Err(error),
+            None => Ok(self.enqueued.len()),
+        }
+    }
+}
+
+/// As [`sweep`], and also reads the rows that become due within `ahead`. Returns at most [`OBSERVED`] of all.
+pub async fn sweep_and_observe<J: Into<Job>>(
+    rows: &DueIndex,
+    queue: &JobQueue,
+    ahead: Duration,
+    job: impl Fn(&DueRow) -> Option<J>,
+) -> Swept {
+    let Due { rows: due, others, failed } = rows.due_and_next(Time::now(), ahead).await;
     let found = due.len();
+    let observed = failed.is_none().then(|| due.iter().chain(&others).take(OBSERVED).cloned().collect());
     let (mut jobs, mut with_job): (Vec<Job>, Vec<DueRow>) = (Vec::new(), Vec::new());
     for row in due {
         match job(&row) {
@@ -56,8 +92,5 @@ pub async fn sweep<J: Into<Job>>(
     if !enqueued.is_empty() {
         tracing::info!(index = rows.index, enqueued = enqueued.len(), due = found, "sweep.requeued");
     }
-    match failed.or(not_sent) {
-        Some(error) => Err(error),
-        None => Ok(enqueued.len()),
-    }
+    Swept { enqueued, observed, failed: failed.or(not_sent) }
 }

@@ -19,13 +19,15 @@ use super::store::{Desired, SandboxClaim, SandboxRecord, SandboxStore};
 use super::{SandboxService, SandboxStatus};
 use crate::agent_server::{AgentServer, AgentServerError};
 use crate::clock::Time;
+use crate::dynamo::{DueRow, from_item};
 use crate::error::{Error, Result};
 use crate::http_client::HttpClient;
 use crate::id::UserId;
 use crate::jobs::backfill_events::BackfillEvents;
 use crate::jobs::queue::JobQueue;
-use crate::jobs::reconcile_sandbox::{ALARM_AFTER, ReconcileSandbox, delay_after};
-use crate::jobs::sweep::sweep;
+use crate::jobs::reconcile_sandbox::{ALARM_AFTER, LONGEST_RETRY, ReconcileSandbox, delay_after};
+use crate::jobs::sweep::sweep_and_observe;
+use crate::metrics;
 
 /// The duration of the lease on a sandbox. It is longer than the calls of one attempt can take.
 const LEASE: Duration = Duration::from_secs(90);
@@ -95,10 +97,26 @@ impl SandboxReconciler {
     /// # Errors
     /// [`Error::Store`].
     pub async fn sweep(&self) -> Result<usize> {
-        sweep(&self.records.due(), &self.queue, |row| {
-            Some(ReconcileSandbox { user: row.user.clone(), sandbox: row.id.clone() })
-        })
-        .await
+        let job = |row: &DueRow| Some(ReconcileSandbox { user: row.user.clone(), sandbox: row.id.clone() });
+        let swept = sweep_and_observe(&self.records.due(), &self.queue, LONGEST_RETRY, job).await;
+        if let Some(observed) = &swept.observed
+            && let Err(error) = self.observe(observed).await
+        {
+            tracing::warn!(error = %error.context(), "sandbox.not_observed");
+        }
+        swept.result()
+    }
+
+    /// Records the number of sandboxes that still have to be deleted.
+    async fn observe(&self, rows: &[DueRow]) -> Result<()> {
+        let mut count = 0;
+        for item in self.records.due().read(rows).await? {
+            let record: SandboxRecord = from_item(item)?;
+            let is_to_be_deleted = record.desired == Desired::Deleted || record.is_unused();
+            count += u32::from(is_to_be_deleted && record.gone_since.is_none());
+        }
+        metrics::sandboxes_without_members(count);
+        Ok(())
     }
 
     /// Compares a sandbox with its record, and does what is missing. Does nothing if the record is not due or another worker has it.

@@ -9,7 +9,7 @@ use crate::clock::Time;
 use crate::error::{Error, Result};
 use crate::id::{self, UserId};
 use crate::jobs::queue::JobQueue;
-use crate::metrics;
+use crate::metrics::{self, Outcome};
 
 /// The `detail` of a start that its user has cancelled.
 pub const CANCELLED: &str = "The start was cancelled";
@@ -30,8 +30,9 @@ impl Canceller {
     /// [`Error::NotFound`]; [`Error::Conflict`] for a start that is READY; [`Error::Store`].
     pub async fn cancel(&self, user: &UserId, task: Uuid) -> Result<()> {
         match self.tasks.abandon(user, task, CANCELLED).await? {
-            Abandoned::Now(free_at) => {
-                metrics::start_ended("CANCELLED");
+            Abandoned::Now { free_at, record } => {
+                record.record_in_log();
+                metrics::start_ended(Outcome::Cancelled, Time::now().since(record.created_at), record.claims);
                 tracing::info!(%task, "start.cancelled");
                 enqueue(&self.queue, user, task, free_at.since(Time::now())).await;
                 Ok(())

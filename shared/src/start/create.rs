@@ -14,6 +14,7 @@ use crate::conversation::store::ConversationStore;
 use crate::error::{Error, Result};
 use crate::http::idempotency_key::IdempotencyKey;
 use crate::http::pydantic::validation::Checker;
+use crate::http::request_trace::RequestTrace;
 use crate::id::{self, UserId};
 use crate::jobs::advance_start::AdvanceStart;
 use crate::jobs::queue::JobQueue;
@@ -45,15 +46,22 @@ impl StartService {
     /// Stores the task and enqueues its job. After this function returns, the start is durable: no crash loses it.
     ///
     /// If an earlier request of the user with the same idempotency key has created a task, that task is returned, in its current state,
-    /// and nothing else happens.
+    /// and nothing else happens. `trace` becomes the trace of a new start.
     ///
     /// # Errors
     /// [`Error::Conflict`] for a key of another request,
     /// [`Error::NotFound`] for an unknown parent, [`Error::Refused`] for an unsupported suggested task, [`Error::Invalid`] for an invalid
     /// repository or branch, [`Error::Saturated`] for too many unfinished starts; then nothing is stored. [`Error::Store`].
-    pub async fn create(&self, user: &UserId, request: StartRequest, key: &IdempotencyKey) -> Result<StartTaskRecord> {
+    pub async fn create(
+        &self,
+        user: &UserId,
+        request: StartRequest,
+        key: &IdempotencyKey,
+        trace: &RequestTrace,
+    ) -> Result<StartTaskRecord> {
         let identity = StartIdentity::of(user, key.0.as_deref(), &request)?;
         if let Some(record) = self.tasks.find(user, &identity).await? {
+            record.record_in_log();
             tracing::info!(task = %record.id, "start.repeated");
             return Ok(record);
         }
@@ -64,8 +72,10 @@ impl StartService {
             Some(sandbox) => self.sandboxes.joining_given(user, sandbox, identity.task)?,
             None => None,
         };
-        let new = NewStart { identity, deadline, max_unfinished: self.max_unfinished, membership };
+        let (max_unfinished, trace) = (self.max_unfinished, trace.0.clone());
+        let new = NewStart { identity, deadline, max_unfinished, membership, trace };
         let record = self.tasks.create(user, &request, &new).await?;
+        record.record_in_log();
         let job = AdvanceStart { user: user.clone(), task: record.id }.into();
         if let Err(error) = self.queue.send(&job, Duration::ZERO).await {
             // The stored row is authoritative: the sweep finds it and enqueues the job again.

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
+use tracing::Span;
+use tracing::field::display;
 use uuid::Uuid;
 
 use super::abridged;
@@ -10,6 +12,7 @@ use crate::clock::{Time, sortable};
 use crate::http::page::size_of_text;
 use crate::http::pydantic::validation::wire_enum;
 use crate::id::{UserId, as_hex};
+use crate::trace::{self, TraceId};
 
 wire_enum! {
     /// The status of a start. It also names the step that is done next.
@@ -146,6 +149,9 @@ pub struct StartTaskRecord {
     /// The number of claims since a worker last advanced or released the task. More than one means that workers died during the step.
     #[serde(default)]
     pub open_claims: u32,
+    /// The number of claims so far, which is the number of jobs that have worked on the start.
+    #[serde(default)]
+    pub claims: u32,
     /// Present while what a failed start made has not been undone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compensation: Option<Compensation>,
@@ -158,6 +164,9 @@ pub struct StartTaskRecord {
     /// The deadline of the current step. Only an unfinished start has one.
     #[serde(default, serialize_with = "sortable_option", skip_serializing_if = "Option::is_none")]
     pub deadline: Option<Time>,
+    /// The trace of the request that created the start, if it had one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) trace: Option<TraceId>,
     /// The request as JSON, in the form of the contract. If [`StartTaskRecord::request_object`] is set, a record that was read from the
     /// store has the abridged request here (see [`super::abridged`]); records of earlier versions have an empty text.
     #[serde(default)]
@@ -226,6 +235,22 @@ fn request_schema() -> utoipa::openapi::Ref {
 pub const ABRIDGED_SIZE: u64 = 3 * abridged::MAX_LENGTH as u64;
 
 impl StartTaskRecord {
+    /// The trace of the start.
+    #[must_use]
+    pub fn trace(&self) -> TraceId {
+        self.trace.clone().unwrap_or_else(|| TraceId::of_start(self.created_at, self.id))
+    }
+
+    /// Records the start in the log span of the current invocation.
+    pub fn record_in_log(&self) {
+        trace::record_trace(&self.trace());
+        let span = Span::current();
+        span.record("task", display(self.id)).record("conversation", display(self.conversation_id));
+        if let Some(sandbox) = &self.now.sandbox_id {
+            span.record("sandbox", sandbox);
+        }
+    }
+
     /// The step that the start is at, or at which it ended.
     #[must_use]
     pub fn step(&self) -> StartStatus {

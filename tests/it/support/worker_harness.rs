@@ -20,6 +20,7 @@ use shared::conversation::store::ConversationStore;
 use shared::dynamo::{INDEX_LAG, Table};
 use shared::event::store::EventStore;
 use shared::http::idempotency_key::IdempotencyKey;
+use shared::http::request_trace::RequestTrace;
 use shared::http_client::{AddressPolicy, HttpClient};
 use shared::jobs::advance_start::AdvanceStart;
 use shared::jobs::deliver_messages::RetrySchedule;
@@ -419,7 +420,7 @@ impl WorkerHarness {
     pub async fn try_to_begin(&self, body: &Value) -> Result<StartTaskRecord> {
         let request =
             StartRequest::from_body(Some("application/json"), body.to_string().as_bytes()).expect("a request");
-        self.start_service.create(&self.user, request, &IdempotencyKey(None)).await
+        self.start_service.create(&self.user, request, &IdempotencyKey(None), &RequestTrace(None)).await
     }
 
     /// Enqueues a job for a start, as the notification of a command does.

@@ -7,6 +7,7 @@ use futures::future::join_all;
 
 use super::{StartRun, Step, StepError};
 use crate::dynamo::text;
+use crate::error::ErrorClass;
 use crate::id;
 use crate::sandbox::{Launch, Sandbox, SandboxStatus};
 use crate::start::conversation_body::model;
@@ -17,7 +18,8 @@ impl StartRun<'_> {
     pub(super) async fn choose_sandbox(&mut self) -> Result<Step, StepError> {
         // A missing model fails the start here, before a sandbox is created.
         let settings = self.settings().await?;
-        model(&self.task.request, &settings).map_err(|missing| StepError::Refused(missing.to_string()))?;
+        model(&self.task.request, &settings)
+            .map_err(|missing| StepError::Failed(ErrorClass::User, missing.to_string()))?;
         // As in the reference, a client can use the id of a deleted conversation again.
         if let Some(conversation) = self.task.request.conversation_id
             && !self.saga.conversations.reuse_id(&self.task.record.user, conversation).await?
@@ -42,7 +44,7 @@ impl StartRun<'_> {
         if let Some(id) = self.task.request.sandbox_id.clone().filter(|id| !id.is_empty()) {
             return match sandboxes.inspect(&user, &id).await? {
                 Some(_) => Ok(id),
-                None => Err(StepError::Refused(format!("Sandbox not found: {id}"))),
+                None => Err(StepError::Failed(ErrorClass::User, format!("Sandbox not found: {id}"))),
             };
         }
         let new_id = self.task.record.new_sandbox_id.clone();

@@ -14,8 +14,10 @@ mod run_setup_script;
 mod scratch;
 mod set_up_git_hooks;
 mod start_conversation;
+mod step_error;
 mod wait_for_sandbox;
 
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -23,22 +25,24 @@ use aws_sdk_dynamodb::types::TransactWriteItem;
 use tokio::time::{Instant, sleep, sleep_until};
 use uuid::Uuid;
 
+use self::step_error::StepError;
 use super::request::StartRequest;
 use super::store::{Abandoned, Change, Claim, LeaseLost, StartTaskStore, attempts};
 use super::task::{Snapshot, StartStatus, StartTask};
-use crate::agent_server::{AgentServer, AgentServerError, Retry, SkillInfo};
+use crate::agent_server::{AgentServer, SkillInfo};
 use crate::clock::Time;
 use crate::config::StartConfig;
 use crate::conversation::ConversationRecord;
 use crate::conversation::reports::Lookup;
 use crate::conversation::store::ConversationStore;
-use crate::error::{Error, Fault, Result};
+use crate::dynamo::DueRow;
+use crate::error::{Error, ErrorClass, Result};
 use crate::http_client::HttpClient;
 use crate::id::{self, UserId};
 use crate::jobs::advance_start::{self, AdvanceStart, MAX_ATTEMPTS, MAX_REFUSALS};
 use crate::jobs::queue::JobQueue;
-use crate::jobs::sweep::sweep;
-use crate::metrics;
+use crate::jobs::sweep::sweep_and_observe;
+use crate::metrics::{self, Age, Outcome};
 use crate::sandbox::boots::{BootObserver, BootWaiter, LONGEST_WAIT};
 use crate::sandbox::reconciler::SandboxReconciler;
 use crate::sandbox::store::SandboxRecord;
@@ -56,6 +60,8 @@ const STEP_GRACE: Duration = Duration::from_secs(30);
 const LAST_MOMENT: u32 = 15;
 /// An alarm is raised each time after this number of failed attempts to undo what a start made.
 const COMPENSATION_ALARM: u32 = 8;
+/// The time by which clocks and leases may delay the due time of a start after its wait.
+const OBSERVATION_MARGIN: Duration = Duration::from_secs(30);
 /// The smallest delay of a queue message.
 const QUEUE_DELAY: Duration = Duration::from_secs(1);
 /// The delays between the polls of a start that waits without a worker: they grow with each wait in a step, up to
@@ -124,64 +130,6 @@ enum Step {
     Ready,
 }
 
-/// The error of a step.
-enum StepError {
-    /// Permanent, caused by this server or the sandbox's provider. The text is for the user.
-    Fatal(String),
-    /// Permanent, caused by the user's request. The text is for the user.
-    Refused(String),
-    /// Transient: the step is retried. The text is for the user if the retries fail.
-    Retry(String),
-    /// The provider of the sandbox does not respond, so the state of the sandbox is unknown. The step waits until its deadline. The text
-    /// is for the user.
-    Unreachable(String),
-    /// No sandbox can be created, because starts use all sandboxes that the user may have. The step waits until one of them ends.
-    AtCapacity,
-    /// The agent server returned an error of its own. The step is retried a few times; the error is usually permanent, and the text is then
-    /// for the user.
-    Refusal(Fault, String),
-    /// Another worker holds the lease now.
-    LeaseLost,
-}
-
-impl From<LeaseLost> for StepError {
-    fn from(_: LeaseLost) -> Self {
-        Self::LeaseLost
-    }
-}
-
-impl From<Error> for StepError {
-    fn from(error: Error) -> Self {
-        match error {
-            Error::Store(_) => {
-                tracing::warn!(error = %error.context(), "start.step_failed");
-                Self::Retry(error.to_string())
-            }
-            Error::Upstream { .. } => {
-                tracing::warn!(error = %error.context(), "start.provider_unreachable");
-                Self::Unreachable(error.to_string())
-            }
-            Error::Internal { context } => {
-                tracing::error!(error = %context, "start.step_failed");
-                Self::Fatal("Internal error while starting the conversation; see the server log.".into())
-            }
-            unavailable @ Error::Unavailable(_) => Self::Fatal(unavailable.to_string()),
-            refused => Self::Refused(refused.to_string()),
-        }
-    }
-}
-
-impl From<AgentServerError> for StepError {
-    fn from(error: AgentServerError) -> Self {
-        match (error.retry(), error.fault()) {
-            (Retry::Often, _) => Self::Retry(error.to_string()),
-            (Retry::Few, fault) => Self::Refusal(fault, error.explanation()),
-            (Retry::Never, Fault::User) => Self::Refused(error.explanation()),
-            (Retry::Never, Fault::Server) => Self::Fatal(error.explanation()),
-        }
-    }
-}
-
 /// One worker's run of one task, with a cache of the data that it has read.
 #[expect(clippy::struct_excessive_bools, reason = "independent facts about one run")]
 struct StartRun<'a> {
@@ -226,6 +174,7 @@ impl Saga {
             Claim::Finished => return Ok(Attempt::Finished),
             Claim::Unknown => return Ok(Attempt::Unknown),
         };
+        task.record.record_in_log();
         let is_create_sent = task.record.now.status == StartStatus::StartingConversation;
         let lease =
             Lease { saga: self, user: user.clone(), id, worker, renewed_at: Arc::new(Mutex::new(Instant::now())) };
@@ -251,10 +200,33 @@ impl Saga {
     /// # Errors
     /// [`Error::Store`].
     pub async fn sweep(&self) -> Result<usize> {
-        sweep(&self.tasks.unfinished(), &self.queue, |row| {
-            Some(AdvanceStart { user: row.user.clone(), task: row.uuid()? })
-        })
-        .await
+        let job = |row: &DueRow| Some(AdvanceStart { user: row.user.clone(), task: row.uuid()? });
+        // Every unfinished start is due before this, because no wait is longer.
+        let ahead = LONGEST_WAIT.max(self.config.max_poll_delay) + OBSERVATION_MARGIN;
+        let swept = sweep_and_observe(&self.tasks.unfinished(), &self.queue, ahead, job).await;
+        if let Some(observed) = &swept.observed
+            && let Err(error) = self.observe(observed, &swept.enqueued).await
+        {
+            tracing::warn!(error = %error.context(), "start.not_observed");
+        }
+        swept.result()
+    }
+
+    /// Records the number of unfinished starts, and logs those whose jobs were enqueued again.
+    async fn observe(&self, rows: &[DueRow], enqueued: &[DueRow]) -> Result<()> {
+        let enqueued: HashSet<Uuid> = enqueued.iter().filter_map(DueRow::uuid).collect();
+        let (now, mut counts) = (Time::now(), [0; Age::ALL.len()]);
+        for start in self.tasks.unfinished_starts(rows).await? {
+            if !start.has_failed {
+                let age = start.created_at.map_or(Age::Older, |at| Age::of(now.since(at)));
+                counts[age as usize] += 1;
+            }
+            if enqueued.contains(&start.task) {
+                start.span().in_scope(|| tracing::info!(task = %start.task, "start.requeued"));
+            }
+        }
+        metrics::unfinished_starts(counts);
+        Ok(())
     }
 
     /// Ends a start with ERROR after workers have repeatedly failed at it, and enqueues the job that undoes what it made. If workers fail
@@ -265,12 +237,16 @@ impl Saga {
     pub async fn give_up(&self, user: &UserId, id: Uuid) -> Result<()> {
         let detail = "The conversation could not be started after several attempts. Please try again.";
         match self.tasks.abandon(user, id, detail).await? {
-            Abandoned::Now(free_at) => {
-                metrics::start_ended(StartStatus::Error.as_str());
-                tracing::error!(task = %id, "start.abandoned");
+            Abandoned::Now { free_at, record } => {
+                record.record_in_log();
+                let class = ErrorClass::Ours;
+                metrics::start_ended(Outcome::Error, Time::now().since(record.created_at), record.claims);
+                metrics::start_failed(class);
+                tracing::error!(task = %id, class = class.as_str(), "start.abandoned");
                 enqueue(&self.queue, user, id, free_at.since(Time::now())).await;
             }
             Abandoned::Before(record) if record.compensation.is_some() => {
+                record.record_in_log();
                 tracing::error!(task = %id, attempt = record.compensation_attempts, "start.compensation_failing");
             }
             Abandoned::Before(_) | Abandoned::Unknown => {}
@@ -305,10 +281,10 @@ impl StartRun<'_> {
         }
         // Earlier versions recorded the reason before they ended the task.
         if let Some(reason) = self.task.record.failure.take() {
-            return self.fail(Fault::Server, &reason).await;
+            return self.fail(ErrorClass::Ours, &reason).await;
         }
-        if let Some((fault, reason)) = self.reason_to_end() {
-            return self.fail(fault, &reason).await;
+        if let Some((class, reason)) = self.reason_to_end() {
+            return self.fail(class, &reason).await;
         }
         let mut waiting_since = None;
         let mut polls = 0;
@@ -338,7 +314,7 @@ impl StartRun<'_> {
                     (self.pause_after(polls), false)
                 }
                 Ok(Step::Wait) if self.is_overdue() => {
-                    return self.fail(self.fault_of_overdue(), &self.overdue_text()).await;
+                    return self.fail(self.class_of_overdue(), &self.overdue_text()).await;
                 }
                 Ok(Step::Wait) => {
                     polls += 1;
@@ -347,10 +323,9 @@ impl StartRun<'_> {
                     (self.pause_after(polls), false)
                 }
                 Err(StepError::LeaseLost) => return Ok(Attempt::Busy),
-                Err(StepError::Fatal(text)) => return self.fail(Fault::Server, &text).await,
-                Err(StepError::Refused(text)) => return self.fail(Fault::User, &text).await,
+                Err(StepError::Failed(class, text)) => return self.fail(class, &text).await,
                 Err(StepError::Unreachable(text)) if self.is_overdue() => {
-                    return self.fail(Fault::Server, &text).await;
+                    return self.fail(ErrorClass::Sandbox, &text).await;
                 }
                 Err(StepError::Unreachable(_)) => {
                     polls += 1;
@@ -364,19 +339,19 @@ impl StartRun<'_> {
                     self.has_moved_deadline = true;
                     (advance_start::delay_after(polls), false)
                 }
-                Err(StepError::Retry(text)) => {
+                Err(StepError::Retry(class, text)) => {
                     self.task.record.refusals = 0;
                     match self.retry(&text) {
                         Some(delay) => (delay, true),
-                        None => return self.fail(Fault::Server, &text).await,
+                        None => return self.fail(class, &text).await,
                     }
                 }
-                Err(StepError::Refusal(fault, text)) => {
+                Err(StepError::Refusal(class, text)) => {
                     let refusals = self.task.record.refusals + 1;
                     self.task.record.refusals = refusals;
                     match self.retry(&text).filter(|_| refusals < MAX_REFUSALS) {
                         Some(_) => (advance_start::delay_after_refusal(refusals), true),
-                        None => return self.fail(fault, &text).await,
+                        None => return self.fail(class, &text).await,
                     }
                 }
             };
@@ -461,7 +436,7 @@ impl StartRun<'_> {
 
     /// The reason to end the start after workers have died during the step, if any. The step itself may kill them, so that no worker
     /// survives to check its deadline. One death proves nothing: a deployment also ends workers, and the step may be complete by now.
-    fn reason_to_end(&self) -> Option<(Fault, String)> {
+    fn reason_to_end(&self) -> Option<(ErrorClass, String)> {
         let record = &self.task.record;
         if record.open_claims < 2 {
             return None;
@@ -469,20 +444,27 @@ impl StartRun<'_> {
         let count = record.open_claims - 1;
         tracing::warn!(task = %record.id, status = ?self.status(), attempt = count, "start.worker_lost");
         if count >= MAX_ATTEMPTS {
-            return Some((Fault::Server, format!("The step {:?} was interrupted {count} times", self.status())));
+            return Some((ErrorClass::Ours, format!("The step {:?} was interrupted {count} times", self.status())));
         }
-        (count > 1 && self.is_overdue()).then(|| (self.fault_of_overdue(), self.overdue_text()))
+        (count > 1 && self.is_overdue()).then(|| (self.class_of_overdue(), self.overdue_text()))
     }
 
     fn is_overdue(&self) -> bool {
         self.task.record.deadline.is_some_and(|deadline| Time::now() > deadline)
     }
 
-    /// The user's repository determines the duration of a clone and a setup script.
-    fn fault_of_overdue(&self) -> Fault {
+    /// The class of the cause why a step has not ended before its deadline.
+    fn class_of_overdue(&self) -> ErrorClass {
         match self.status() {
-            StartStatus::PreparingRepository | StartStatus::RunningSetupScript => Fault::User,
-            _ => Fault::Server,
+            // The user's repository determines the duration of a clone and a setup script.
+            StartStatus::PreparingRepository | StartStatus::RunningSetupScript => ErrorClass::Repository,
+            StartStatus::WaitingForSandbox => ErrorClass::Sandbox,
+            _ if self.boot.is_some() => ErrorClass::Sandbox,
+            StartStatus::SettingUpGitHooks | StartStatus::SettingUpSkills => ErrorClass::AgentServer,
+            // Only the transaction that records the conversation is waited for.
+            StartStatus::StartingConversation => ErrorClass::Store,
+            // Only a deletion of the conversation's former record is waited for.
+            StartStatus::Working | StartStatus::Ready | StartStatus::Error => ErrorClass::Ours,
         }
     }
 
@@ -519,7 +501,8 @@ impl StartRun<'_> {
         // A step ends even if one of its calls hangs; otherwise the lease would be renewed forever.
         match lease.keep_during(tokio::time::timeout(time_left + STEP_GRACE, step)).await {
             Ok(Ok(done)) => done,
-            Ok(Err(_elapsed)) => Err(StepError::Retry(overdue)),
+            // Every call of a step has a time limit of its own, so none should last that long.
+            Ok(Err(_elapsed)) => Err(StepError::Retry(ErrorClass::Ours, overdue)),
             Err(LeaseLost) => Err(StepError::LeaseLost),
         }
     }
@@ -551,6 +534,7 @@ impl StartRun<'_> {
         let saved = tasks.save_with(user, id, worker, &change, others).await?;
         if saved.is_ok() {
             record.history.push(record.now.clone());
+            record.record_in_log();
             tracing::info!(task = %record.id, ?status, "start.advanced");
             metrics::step_ended(step.as_str(), took);
         }
@@ -597,10 +581,11 @@ impl StartRun<'_> {
     }
 
     /// Ends the start with ERROR, which its user sees at once, and then undoes what it made (compensation).
-    async fn fail(&mut self, fault: Fault, reason: &str) -> Result<Attempt> {
+    async fn fail(&mut self, class: ErrorClass, reason: &str) -> Result<Attempt> {
         let record = &mut self.task.record;
         let (step, since) = (record.now.status, record.now.updated_at);
-        tracing::warn!(task = %record.id, status = ?step, fault = fault.as_str(), reason, "start.failed");
+        let fault = class.fault().as_str();
+        tracing::warn!(task = %record.id, status = ?step, class = class.as_str(), fault, reason, "start.failed");
         let notes = record.notes.iter().map(String::as_str);
         let failure = notes.chain([reason]).collect::<Vec<_>>().join("\n");
         let snapshot = Snapshot {
@@ -613,7 +598,8 @@ impl StartRun<'_> {
             return Ok(Attempt::Busy);
         }
         metrics::step_ended(step.as_str(), snapshot.updated_at.since(since));
-        metrics::start_ended(snapshot.status.as_str());
+        metrics::start_ended(Outcome::Error, snapshot.updated_at.since(record.created_at), record.claims);
+        metrics::start_failed(class);
         record.history.push(snapshot.clone());
         (record.now, record.failure) = (snapshot, Some(failure));
         self.compensate().await
@@ -763,7 +749,7 @@ impl StartRun<'_> {
     /// The error for a sandbox that is missing or in a final state. The user is responsible for a sandbox that they chose.
     fn lost_sandbox(&self, text: String) -> StepError {
         let chosen = self.task.request.sandbox_id.as_deref().is_some_and(|id| !id.is_empty());
-        if chosen { StepError::Refused(text) } else { StepError::Fatal(text) }
+        StepError::Failed(if chosen { ErrorClass::User } else { ErrorClass::Sandbox }, text)
     }
 
     /// Returns the running sandbox and its agent server; `None` while the sandbox starts. A paused sandbox is resumed.
@@ -793,9 +779,10 @@ impl StartRun<'_> {
             }
         }
         let Some(sandbox) = self.sandbox.clone() else { return Ok(None) };
-        let agent_server = sandbox
-            .agent_server(&self.saga.http)
-            .ok_or_else(|| StepError::Fatal(format!("The sandbox {} has no agent server address", sandbox.id)))?;
+        let agent_server = sandbox.agent_server(&self.saga.http).ok_or_else(|| {
+            let text = format!("The sandbox {} has no agent server address", sandbox.id);
+            StepError::Failed(ErrorClass::Sandbox, text)
+        })?;
         Ok(Some((sandbox, agent_server)))
     }
 

@@ -9,6 +9,7 @@ use secrecy::SecretString;
 
 use super::command::{OneCommand, complaint, note_in};
 use super::{Folders, StartRun, Step, StepError};
+use crate::error::ErrorClass;
 use crate::id;
 use crate::shell::quoted;
 use crate::start::store::Change;
@@ -32,7 +33,7 @@ impl StartRun<'_> {
             Some(name) => {
                 let insecure = self.saga.config.allow_insecure_git_access;
                 clone_sources(name, self.task.request.git_provider, &settings.provider_tokens, insecure)
-                    .map_err(|error| StepError::Refused(error.to_string()))?
+                    .map_err(|error| StepError::Failed(ErrorClass::Repository, error.to_string()))?
             }
         };
         let name = "prepare-repository";
@@ -72,7 +73,8 @@ impl StartRun<'_> {
                 None => "The workspace could not be prepared".to_owned(),
             };
             let text = format!("{what}: {}", complaint(&output));
-            return Err(if repository.is_some() { StepError::Refused(text) } else { StepError::Fatal(text) });
+            let class = if repository.is_some() { ErrorClass::Repository } else { ErrorClass::Sandbox };
+            return Err(StepError::Failed(class, text));
         }
         let browser = output.stdout.lines().any(|line| line == format!("{BROWSER}yes"));
         self.task.record.browser = Some(browser);

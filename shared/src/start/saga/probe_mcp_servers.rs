@@ -21,6 +21,7 @@ use crate::agent_server::{AgentServer, AgentServerError, CommandOutput, Retry};
 use crate::clock::Time;
 use crate::digest::sha256_hex;
 use crate::dynamo::text;
+use crate::error::ErrorClass;
 use crate::id;
 use crate::mask;
 use crate::sandbox::Sandbox;
@@ -138,7 +139,10 @@ impl StartRun<'_> {
                 }
                 Ok(Some(output)) => self.take_outcomes(&servers, &output),
                 Err(error) if error.retry() != Retry::Never && self.task.record.attempts < 2 => {
-                    return Err(StepError::Retry(without_secrets(&servers, &error.to_string())));
+                    return Err(StepError::Retry(
+                        ErrorClass::AgentServer,
+                        without_secrets(&servers, &error.to_string()),
+                    ));
                 }
                 Err(error) => self.note_unprobed(&servers, &error.to_string()),
             }
@@ -159,10 +163,9 @@ impl StartRun<'_> {
         let servers = mcp_servers(&settings, &self.saga.config);
         let masked = |text: String| without_secrets(&servers, &text);
         Ok(match error {
-            StepError::Fatal(text) => StepError::Fatal(masked(text)),
-            StepError::Refused(text) => StepError::Refused(masked(text)),
-            StepError::Retry(text) => StepError::Retry(masked(text)),
-            StepError::Refusal(fault, text) => StepError::Refusal(fault, masked(text)),
+            StepError::Failed(class, text) => StepError::Failed(class, masked(text)),
+            StepError::Retry(class, text) => StepError::Retry(class, masked(text)),
+            StepError::Refusal(class, text) => StepError::Refusal(class, masked(text)),
             StepError::Unreachable(text) => StepError::Unreachable(masked(text)),
             waiting @ (StepError::AtCapacity | StepError::LeaseLost) => waiting,
         })
@@ -188,7 +191,7 @@ impl StartRun<'_> {
 
     fn not_probed(&mut self, servers: &Map<String, Value>, error: &AgentServerError) -> Result<ProbeStart, StepError> {
         if error.retry() != Retry::Never && self.task.record.attempts < 2 {
-            return Err(StepError::Retry(without_secrets(servers, &error.to_string())));
+            return Err(StepError::Retry(ErrorClass::AgentServer, without_secrets(servers, &error.to_string())));
         }
         self.note_unprobed(servers, &error.to_string());
         Ok(ProbeStart::Skipped)

@@ -17,12 +17,12 @@ use crate::conversation::reports::{Lookup, Recorded, default_titles};
 use crate::conversation::store::ConversationChange;
 use crate::conversation::tags::Tags;
 use crate::conversation::{ConversationRecord, MetricsSnapshot};
-use crate::error::{Error, StoreErrorKind};
+use crate::error::{Error, ErrorClass, StoreErrorKind};
 use crate::event;
 use crate::http::secret::InTerminal;
 use crate::id;
 use crate::jobs::process_events::{self, ProcessEvents};
-use crate::metrics;
+use crate::metrics::{self, Outcome};
 use crate::sandbox::Sandbox;
 use crate::start::conversation_body::{ConversationBody, ConversationInputs, conversation_body, uses_llm_analyzer};
 use crate::start::request::AgentType;
@@ -77,7 +77,7 @@ impl StartRun<'_> {
             Ok(skills) => Ok(skills),
             // This retry limit is separate, so that every transient error counts alike.
             Err(error) if error.retry() != Retry::Never && self.task.record.attempts < 2 => {
-                Err(StepError::Retry(error.to_string()))
+                Err(StepError::Retry(ErrorClass::AgentServer, error.to_string()))
             }
             // As in the reference, a conversation without skills is better than none, but a note reports it.
             Err(error) => {
@@ -93,7 +93,7 @@ impl StartRun<'_> {
         let hooks = match agent_server.hooks(&folders.project_dir).await {
             Ok(hooks) => hooks,
             Err(error) if error.retry() != Retry::Never && self.task.record.attempts < 2 => {
-                return Err(StepError::Retry(error.to_string()));
+                return Err(StepError::Retry(ErrorClass::AgentServer, error.to_string()));
             }
             Err(error) => {
                 self.add_note(format!("The conversation has no hooks: {error}"));
@@ -123,7 +123,7 @@ impl StartRun<'_> {
             token_key: &token_key,
             now: Time::now(),
         })?;
-        let body = body.map_err(|missing| StepError::Refused(missing.to_string()))?;
+        let body = body.map_err(|missing| StepError::Failed(ErrorClass::User, missing.to_string()))?;
         let listed = |names: &[String]| names.iter().map(|name| shown(name)).collect::<Vec<_>>().join(", ");
         let InTerminal { left_out, too_long_together } = &body.secrets_in_terminal;
         for (reason, names) in left_out {
@@ -160,7 +160,7 @@ impl StartRun<'_> {
                 // An agent server keeps a conversation whose agent could not be set up, and returns it with that agent when the same id is
                 // created again.
                 self.remove_from(agent_server).await?;
-                Err(StepError::Retry(said))
+                Err(StepError::Retry(ErrorClass::AgentServer, said))
             }
             done => Ok(done?),
         }
@@ -295,7 +295,8 @@ impl StartRun<'_> {
             }
             Lookup::Absent => self.under_parent(conversations.put_started(&conversation, processors)?)?,
             Lookup::Deleting => {
-                return Err(StepError::Refused("The conversation with this id was deleted during the start".into()));
+                let text = "The conversation with this id was deleted during the start";
+                return Err(StepError::Failed(ErrorClass::User, text.to_owned()));
             }
         };
         recorded.writes.push(records.completing(user, &sandbox.id, record.id, conversation_id)?);
@@ -315,13 +316,15 @@ impl StartRun<'_> {
             // A concurrent writer may have changed the record (another start of the same conversation, or the agent server's webhook), so
             // the failed condition need not mean a lost lease.
             if differs(&lookup, &conversations.lookup(user, conversation_id).await?) {
-                return Err(StepError::Retry("Another request recorded the conversation at the same time".into()));
+                let text = "Another request recorded the conversation at the same time";
+                return Err(StepError::Retry(ErrorClass::Ours, text.to_owned()));
             }
             if let Some(parent) = request.parent_conversation_id
                 && conversations.get(user, parent).await?.is_none()
             {
                 let parent = id::dashed(parent);
-                return Err(StepError::Refused(format!("Parent conversation {parent} was deleted during the start")));
+                let text = format!("Parent conversation {parent} was deleted during the start");
+                return Err(StepError::Failed(ErrorClass::User, text));
             }
             if records.get(user, &sandbox.id).await?.is_none() {
                 return Err(self.lost_sandbox(format!("The sandbox {} was deleted during the start", sandbox.id)));
@@ -337,7 +340,7 @@ impl StartRun<'_> {
             }
         }
         metrics::step_ended(record.now.status.as_str(), now.since(record.now.updated_at));
-        metrics::start_ended(snapshot.status.as_str());
+        metrics::start_ended(Outcome::Ready, now.since(record.created_at), record.claims);
         tracing::info!(task = %record.id, conversation = %conversation_id, "start.ready");
         Ok(Step::Ready)
     }

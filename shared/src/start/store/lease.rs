@@ -8,6 +8,7 @@ use std::time::Duration;
 use aws_sdk_dynamodb::types::{AttributeValue, TransactWriteItem};
 use uuid::Uuid;
 
+use super::unfinished::LeaseRow;
 use super::{Change, FORGOTTEN_AFTER, StartTaskStore, UNFINISHED_SHARD, key, lease_key};
 use crate::clock::Time;
 use crate::conversation::reports::Recorded;
@@ -16,6 +17,7 @@ use crate::dynamo::{Backoff, Condition, Item, Outcome, Update, from_item, number
 use crate::error::{Error, Result};
 use crate::id::UserId;
 use crate::start::task::{Snapshot, StartStatus, StartTask, StartTaskRecord};
+use crate::trace;
 use crate::user::counters::{self, Counter, SubCounter};
 
 /// How long a failed start is kept after what it made has been undone.
@@ -51,8 +53,12 @@ pub struct LeaseLost;
 /// The result of [`StartTaskStore::abandon`].
 #[derive(Debug)]
 pub enum Abandoned {
-    /// The start has ended with ERROR. A worker can undo what it made from this time on, when the last lease ends.
-    Now(Time),
+    /// The start has ended with ERROR. A worker can undo what it made from `free_at` on, when the last lease ends.
+    Now {
+        free_at: Time,
+        /// The record as it was before.
+        record: Box<StartTaskRecord>,
+    },
     /// It had ended before, or no worker continues it.
     Before(Box<StartTaskRecord>),
     /// No task with this id exists.
@@ -70,13 +76,20 @@ impl StartTaskStore {
         let update = due_after(&lease)
             // The counter is reset when a worker releases or advances the task. A worker that dies does neither.
             .add("open_claims", 1)
+            .add("claims", 1)
             .condition(Condition::Exists(UNFINISHED_SHARD))
             .condition(Condition::Any(vec![Condition::Missing(EXPIRES_AT), has_expired]));
-        let row = match lease.claim(&self.table, lease_key(user, id), update).await? {
+        let outcome = lease.claim(&self.table, lease_key(user, id), update).await?;
+        if let Outcome::Applied(row) | Outcome::ConditionFailed(Some(row)) = &outcome {
+            record_trace(id, row);
+        }
+        let row = match outcome {
             Outcome::Applied(row) => row,
             Outcome::ConditionFailed(Some(row)) if !row.contains_key(EXPIRES_AT) => return Ok(Claim::Held),
             Outcome::ConditionFailed(_) => {
-                return Ok(if self.get(user, id).await?.is_some() { Claim::Finished } else { Claim::Unknown });
+                let Some(record) = self.get(user, id).await? else { return Ok(Claim::Unknown) };
+                record.record_in_log();
+                return Ok(Claim::Finished);
             }
         };
         let claimed = self.claimed(user, id, worker, row).await;
@@ -248,15 +261,19 @@ impl StartTaskStore {
             }
             let now = Time::now();
             let free_at = lease::until(&lease).filter(|until| *until > now).unwrap_or(now);
-            let snapshot =
-                Snapshot { status: StartStatus::Error, updated_at: now, detail: Some(detail.to_owned()), ..record.now };
+            let snapshot = Snapshot {
+                status: StartStatus::Error,
+                updated_at: now,
+                detail: Some(detail.to_owned()),
+                ..record.now.clone()
+            };
             let Change { task, lease } = Change::failed(id, &snapshot)?;
             let task = task.condition(self::is_running()).condition(Condition::unchanged("updated_sort", state));
             let lease = lease::revoke(*lease)
                 .set("due_at", text(free_at.plus(FORGOTTEN_AFTER).sortable()))
                 .condition(Condition::Exists(UNFINISHED_SHARD));
             if self.write_failure(user, id, task, lease).await? {
-                return Ok(Abandoned::Now(free_at));
+                return Ok(Abandoned::Now { free_at, record: Box::new(record) });
             }
         }
         Err(Error::internal("a start changed all the time while it was to be ended"))
@@ -315,6 +332,13 @@ fn is_running_row(item: &Item) -> bool {
 /// Sets the due time to the end of the lease plus [`FORGOTTEN_AFTER`].
 fn due_after(lease: &Lease) -> Update {
     Update::new().set("due_at", text(lease.until.plus(FORGOTTEN_AFTER).sortable()))
+}
+
+/// Records the trace of a start in the log, as its lease row has it. Rows of earlier versions have none.
+fn record_trace(id: Uuid, row: &Item) {
+    if let Some(trace) = LeaseRow::read(row).and_then(|row| row.trace(id)) {
+        trace::record_trace(&trace);
+    }
 }
 
 fn seconds(time: Time) -> AttributeValue {

@@ -18,6 +18,7 @@ mod import;
 mod lease;
 mod list;
 mod requests;
+mod unfinished;
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -31,6 +32,7 @@ pub use change::{Change, attempts};
 pub use import::{IMPORT_LIMIT, ImportedTask};
 pub use lease::{Abandoned, Claim, FAILED_STARTS_EXPIRE, LeaseLost};
 pub use list::{Cursor, Filter, SortOrder};
+pub use unfinished::UnfinishedStart;
 
 use super::abridged::abridged;
 use super::identity::StartIdentity;
@@ -43,6 +45,7 @@ use crate::dynamo::{
 };
 use crate::error::{Error, Result, StoreErrorKind};
 use crate::id::{self, UserId};
+use crate::trace::TraceId;
 use crate::user::counters::{self, Counter, Recount, SubCounter};
 use crate::user::seal::Sealer;
 
@@ -69,13 +72,14 @@ const FORGOTTEN_AFTER: Duration = Duration::from_secs(2);
 /// The suffix of a lease row's `id`.
 pub const LEASE_SUFFIX: &str = "#lease";
 
-/// The attributes of the lease row, besides its keys and [`UNFINISHED_SHARD`].
-pub const LEASE_ATTRIBUTES: [&str; 12] = [
+/// The attributes of the lease row, besides its keys, [`UNFINISHED_SHARD`] and those that are in both rows.
+pub const LEASE_ATTRIBUTES: [&str; 13] = [
     "due_at",
     "lease_owner",
     "lease_until",
     "last_write",
     "open_claims",
+    "claims",
     "attempts",
     "refusals",
     "waits",
@@ -84,6 +88,9 @@ pub const LEASE_ATTRIBUTES: [&str; 12] = [
     "compensation_attempts",
     "expires_at",
 ];
+
+/// The trace of the request. It is in both rows, as is [`CREATED_AT`].
+const TRACE: &str = "trace";
 
 /// The attribute that puts a task into the index of unfinished tasks.
 const UNFINISHED_SHARD: &str = "unfinished_shard";
@@ -105,6 +112,8 @@ pub struct NewStart {
     /// The write by which the start joins the sandbox that its request names. If its condition fails, because there is no such sandbox, the
     /// task is created without it, and the first step ends the start.
     pub membership: Option<TransactWriteItem>,
+    /// The trace of the request.
+    pub trace: Option<TraceId>,
 }
 
 /// The store of all start task records.
@@ -173,12 +182,18 @@ impl StartTaskStore {
             given_sandbox_id: new.membership.as_ref().and(request.sandbox_id.clone()),
             secrets_sealed: self.seal_secrets(user, id, request).await?,
             digest_sealed: self.seal_digest(user, id, new.identity.digest.as_deref()).await?,
+            trace: new.trace.clone(),
             ..record(user, id, now, created_at, request)?
         };
         let item = self.item(&mut record).await?;
         let mut lease = lease_key(user, id);
         lease.insert(UNFINISHED_SHARD.into(), text(shard(id)));
         lease.insert("due_at".into(), text(created_at.plus(FORGOTTEN_AFTER).sortable()));
+        // For the gauges of the sweep and for the log.
+        lease.insert(CREATED_AT.into(), text(created_at.sortable()));
+        if let Some(trace) = &new.trace {
+            lease.insert(TRACE.into(), text(trace.to_string()));
+        }
         let limit = (Counter::UnfinishedStarts, new.max_unfinished);
         let count = counters::add_below(&self.users, user, SubCounter::of(id), &CREATED, limit)?;
         let writes = vec![self.put_new(item)?, self.put_new(lease)?, count];
@@ -420,6 +435,7 @@ fn record(user: &UserId, id: Uuid, now: Snapshot, created_at: Time, request: &St
         refusals: 0,
         waits: 0,
         open_claims: 0,
+        claims: 0,
         compensation: None,
         compensation_attempts: 0,
         failure: None,
@@ -428,6 +444,7 @@ fn record(user: &UserId, id: Uuid, now: Snapshot, created_at: Time, request: &St
         request_object: None,
         secrets_sealed: None,
         digest_sealed: None,
+        trace: None,
     })
 }
 
