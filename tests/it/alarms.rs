@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex};
 
 use axum::response::IntoResponse as _;
 use serde_json::{Value, json};
-use shared::error::{Error, StoreError, StoreErrorKind};
+use shared::error::{Error, ErrorClass, StoreError, StoreErrorKind};
+use shared::http::pydantic::validation::Choice as _;
+use shared::metrics::{Age, METRICS, Outcome};
 use shared::start::task::StartStatus;
 use tracing::subscriber::DefaultGuard;
 use uuid::Uuid;
@@ -132,6 +134,113 @@ fn every_alarm_watches_a_metric_that_exists() {
                 }
             }
         }
+    }
+}
+
+/// The values of a dimension of this program's metrics.
+pub fn values_of(dimension: &str) -> Vec<&'static str> {
+    match dimension {
+        "Outcome" => Outcome::ALL.map(Outcome::as_str).into(),
+        "Class" => ErrorClass::ALL.map(ErrorClass::as_str).into(),
+        "Age" => Age::ALL.map(Age::as_str).into(),
+        "Step" => StartStatus::ALL.iter().map(|status| status.as_str()).collect(),
+        other => panic!("{other} is not a dimension"),
+    }
+}
+
+/// The metrics of the dashboard: namespace, name, and dimensions in order. The stack's name is `STACK`.
+fn shown(template: &Value) -> Vec<(String, String, Vec<(String, String)>)> {
+    let body = template["Resources"]["Dashboard"]["Properties"]["DashboardBody"]["Fn::Sub"].as_str().expect("a body");
+    let body = body.replace("${AWS::StackName}", "STACK").replace("${AWS::Region}", "eu-central-1");
+    assert!(!body.contains("${"), "{body}");
+    let body: Value = serde_json::from_str(&body).expect("JSON");
+    let mut shown = Vec::new();
+    for widget in body["widgets"].as_array().expect("widgets").iter().filter(|widget| widget["type"] == "metric") {
+        let mut before: Vec<String> = Vec::new();
+        for metric in widget["properties"]["metrics"].as_array().expect("metrics") {
+            let given: Vec<&str> = metric.as_array().expect("a metric").iter().filter_map(Value::as_str).collect();
+            // "..." repeats what the metric before has in these places, "." one of them.
+            let whole: Vec<String> = match given.split_first() {
+                Some((&"...", last)) => {
+                    let kept = before.len().checked_sub(last.len()).expect("enough before");
+                    before[..kept].iter().cloned().chain(last.iter().map(|one| (*one).to_owned())).collect()
+                }
+                _ => {
+                    let one = |(place, text): (usize, &&str)| {
+                        if *text == "." { before[place].clone() } else { (*text).into() }
+                    };
+                    given.iter().enumerate().map(one).collect()
+                }
+            };
+            let dimensions = whole[2..].chunks(2).map(|pair| (pair[0].clone(), pair[1].clone())).collect();
+            shown.push((whole[0].clone(), whole[1].clone(), dimensions));
+            before = whole;
+        }
+    }
+    shown
+}
+
+#[test]
+fn the_dashboard_shows_metrics_that_exist() {
+    let template = template();
+    let names = |kind: &str, attribute: &str| -> BTreeSet<String> {
+        let all = of_type(&template, kind).into_values();
+        all.filter_map(|one| one[attribute]["Fn::Sub"].as_str())
+            .map(|name| name.replace("${AWS::StackName}", "STACK"))
+            .collect()
+    };
+    let (functions, queues) =
+        (names("AWS::Serverless::Function", "FunctionName"), names("AWS::SQS::Queue", "QueueName"));
+    let filtered: BTreeSet<&str> = of_type(&template, "AWS::Logs::MetricFilter")
+        .values()
+        .filter_map(|filter| filter["MetricTransformations"][0]["MetricName"].as_str())
+        .collect();
+    let mut own: BTreeMap<String, BTreeSet<Option<String>>> = BTreeMap::new();
+    for (namespace, name, dimensions) in shown(&template) {
+        let what = format!("{namespace} {name} {dimensions:?}");
+        let named: Vec<&str> = dimensions.iter().map(|(name, _)| name.as_str()).collect();
+        match namespace.as_str() {
+            "AWS/SQS" => {
+                assert!(SQS.contains(&name.as_str()) && named == ["QueueName"], "{what}");
+                assert!(queues.contains(&dimensions[0].1), "{what}: {queues:?}");
+            }
+            "AWS/Lambda" => {
+                assert!(LAMBDA.contains(&name.as_str()) && named == ["FunctionName"], "{what}");
+                assert!(functions.contains(&dimensions[0].1), "{what}: {functions:?}");
+            }
+            "AWS/ApiGateway" => {
+                assert!(API_GATEWAY.contains(&name.as_str()) && named == ["ApiName", "Stage"], "{what}");
+            }
+            "STACK" if dimensions.is_empty() => assert!(filtered.contains(name.as_str()), "{what}: no filter makes it"),
+            "STACK" => {
+                let metric = METRICS.iter().find(|metric| metric.name == name);
+                let metric = metric.unwrap_or_else(|| panic!("{what}: the code has no such metric"));
+                let expected: Vec<&str> = ["Function"].into_iter().chain(metric.dimension).collect();
+                assert_eq!(named, expected, "{what}");
+                assert!(functions.contains(&dimensions[0].1), "{what}: {functions:?}");
+                if let Some((name, value)) = dimensions.get(1) {
+                    assert!(values_of(name).contains(&value.as_str()), "{what}");
+                }
+                own.entry(name).or_default().insert(dimensions.get(1).map(|(_, value)| value.clone()));
+            }
+            _ => panic!("{what}: an unknown namespace"),
+        }
+    }
+    // A start's errors and the gauges are shown with every value; otherwise a graph that shows nothing proves nothing.
+    for name in ["StartDuration", "StartErrors", "JobsPerStart", "UnfinishedStarts", "SandboxesWithoutMembers"] {
+        let metric = METRICS.iter().find(|metric| metric.name == name).unwrap_or_else(|| panic!("{name} is gone"));
+        let shown = own.get(name).unwrap_or_else(|| panic!("{name} is not shown"));
+        let expected: BTreeSet<Option<String>> = match metric.dimension {
+            // The function that cancels starts is another one, and their duration says nothing.
+            Some("Outcome") => ["READY", "ERROR"].map(|value| Some(value.to_owned())).into(),
+            Some(dimension) => values_of(dimension).into_iter().map(|value| Some(value.to_owned())).collect(),
+            None => BTreeSet::from([None]),
+        };
+        assert_eq!(*shown, expected, "{name}");
+    }
+    let operations = include_str!("../../docs/operations.md");
+    for metric in METRICS {
+        assert!(operations.contains(&format!("`{}`", metric.name)), "{} is not documented", metric.name);
     }
 }
 
@@ -307,10 +416,15 @@ impl io::Write for Log {
 
 impl Log {
     pub fn begin() -> (Self, DefaultGuard) {
+        Self::of("shared=info")
+    }
+
+    /// With the levels of these targets.
+    pub fn of(targets: &str) -> (Self, DefaultGuard) {
         let log = Self::default();
         let to = log.clone();
         let layer = tracing_subscriber::fmt().json().flatten_event(true).with_span_list(false);
-        let subscriber = layer.with_env_filter("shared=info").with_writer(move || to.clone()).finish();
+        let subscriber = layer.with_env_filter(targets).with_writer(move || to.clone()).finish();
         (log, log_to(subscriber))
     }
 
@@ -341,11 +455,18 @@ async fn a_failed_start_counts_only_if_it_is_the_servers_fault() {
         body
     };
     let cases = [
-        ("no model", message.clone(), json!({}), None, "user"),
-        ("no such sandbox", with("sandbox_id", "none"), json!({"llm_model": "openai/x"}), None, "user"),
-        ("an agent server that refuses", message.clone(), json!({"llm_model": "openai/x"}), Some(broken()), "server"),
+        ("no model", message.clone(), json!({}), None, ErrorClass::User),
+        ("no such sandbox", with("sandbox_id", "none"), json!({"llm_model": "openai/x"}), None, ErrorClass::User),
+        (
+            "an agent server that refuses",
+            message.clone(),
+            json!({"llm_model": "openai/x"}),
+            Some(broken()),
+            ErrorClass::AgentServer,
+        ),
     ];
-    for (case, body, settings, fault, expected) in cases {
+    for (case, body, settings, fault, class) in cases {
+        let expected = class.fault().as_str();
         let harness = WorkerHarness::start(quick()).await;
         harness.set_settings(settings).await;
         if let Some(fault) = fault {
@@ -358,6 +479,7 @@ async fn a_failed_start_counts_only_if_it_is_the_servers_fault() {
         let failed: Vec<&Value> = lines.iter().filter(|line| line["message"] == "start.failed").collect();
         assert_eq!(failed.len(), 1, "{case}: {lines:?}");
         assert_eq!(failed[0]["fault"], expected, "{case}: {}", failed[0]);
+        assert_eq!(failed[0]["class"], class.as_str(), "{case}: {}", failed[0]);
         assert_eq!(counted("StartsInError", &lines), usize::from(expected == "server"), "{case}");
         harness.finish().await;
     }

@@ -7,6 +7,7 @@ use serde_json::json;
 use shared::config::StartConfig;
 use shared::start::task::{StartStatus, StartTaskRecord};
 
+use crate::alarms::Log;
 use crate::support::git_server::GitServer;
 use crate::support::worker_harness::{WorkerHarness, quick};
 
@@ -132,7 +133,11 @@ async fn git_error_of_each_provider_is_quoted_once() {
     let harness = harness(&one).await;
     let tokens = json!({"github": {"token": TOKEN, "host": one.url()}, "gitlab": {"token": TOKEN, "host": two.url()}});
     harness.set_settings(json!({"llm_model": "openai/x", "provider_tokens": tokens})).await;
+    let (log, _logging) = Log::begin();
     let detail = error(&harness, "owner/none", None).await;
+    let lines = log.take();
+    let failed = lines.iter().find(|line| line["message"] == "start.failed").expect("a line");
+    assert_eq!((&failed["class"], &failed["fault"]), (&json!("repository"), &json!("user")), "{failed}");
     for host in [&one, &two] {
         assert_eq!(detail.matches(&host.url()).count(), 1, "{detail}");
         let clones = host.requests().iter().filter(|request| request.path.ends_with("/info/refs")).count();

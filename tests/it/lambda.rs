@@ -16,14 +16,18 @@ use shared::aws::Aws;
 use shared::config::{Config, ExportConfig, SandboxConfig, SealingConfig, StartConfig};
 use shared::conversation::MAX_NAME;
 use shared::export::store::ExportStore;
+use shared::metrics::{Age, METRICS};
 use shared::stores::Stores;
+use shared::trace::TraceId;
 use shared::user::UserId;
 use shared::user::data_key::DataKey;
 use shared::user::seal::Sealer;
+use shared::user::token::NotificationToken;
 use tempfile::TempDir;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 use uuid::Uuid;
 
+use crate::alarms::values_of;
 use crate::support::engines::Engines;
 use crate::support::kms::{KEY, Kms};
 use crate::support::lambda::{Function, Part, Streamed};
@@ -374,6 +378,10 @@ async fn worker_reports_only_the_failed_messages_of_a_batch() {
     let (status, rows) = status_and_body(&tasks.invoke(get).await);
     assert_eq!((status, &rows[0]["status"]), (200, &json!("ERROR")), "this deployment has no sandboxes: {rows}");
     // The metrics, as CloudWatch extracts them from the log.
+    assert_eq!(worker.invoke(event("schedule")).await, json!({"batchItemFailures": []}));
+    for document in worker.measured() {
+        assert_is_listed(&document);
+    }
     let metric = |name: &str| {
         let documents = worker.measured();
         let found = documents.into_iter().find(|document| document.get(name).is_some());
@@ -387,6 +395,23 @@ async fn worker_reports_only_the_failed_messages_of_a_batch() {
         format["Metrics"].as_array().is_some_and(|all| all.contains(&json!({"Name": "StartsEnded", "Unit": "Count"})))
     );
     assert_eq!(metric("StartStepDuration")["Step"], "WORKING");
+    assert_eq!(metric("StartDuration")["Outcome"], "ERROR");
+    assert_eq!(
+        (&metric("StartErrors")["Class"], &metric("JobsPerStart")["JobsPerStart"]),
+        (&json!("user"), &json!([1.0]))
+    );
+    // Each sweep writes the gauges, also those that are zero.
+    let ages: BTreeSet<String> = (worker.measured().iter())
+        .filter(|document| document.get("UnfinishedStarts").is_some())
+        .map(|document| document["Age"].as_str().expect("an age").to_owned())
+        .collect();
+    assert_eq!(ages, Age::ALL.map(|age| age.as_str().to_owned()).into());
+    assert_eq!(metric("SandboxesWithoutMembers")["SandboxesWithoutMembers"], json!([0.0]));
+    let documents = worker.measured().len();
+    // The failed message of the batch writes no metric of a sweep: a later invocation does not repeat the gauges.
+    worker.invoke(event("queue")).await;
+    let later = worker.measured().split_off(documents);
+    assert!(later.iter().all(|document| document.get("UnfinishedStarts").is_none()), "{later:?}");
     assert!(metric("ReadUnits")["_aws"].is_object() && metric("WriteUnits")["_aws"].is_object());
 
     // The scheduled event, and dead letters.
@@ -396,6 +421,105 @@ async fn worker_reports_only_the_failed_messages_of_a_batch() {
         record["eventSourceARN"] = json!("arn:aws:sqs:eu-central-1:123456789012:oh-jobs-dead-letters");
     }
     assert_eq!(worker.invoke(dead).await, json!({"batchItemFailures": []}), "dead letters are not redelivered forever");
+}
+
+/// Asserts that the metrics of a document are listed, each with its dimension and a known value of it.
+fn assert_is_listed(document: &Value) {
+    let format = &document["_aws"]["CloudWatchMetrics"][0];
+    let dimensions: Vec<&str> =
+        format["Dimensions"][0].as_array().expect("dimensions").iter().filter_map(Value::as_str).collect();
+    for metric in format["Metrics"].as_array().expect("metrics") {
+        let name = metric["Name"].as_str().expect("a name");
+        let listed =
+            METRICS.iter().find(|listed| listed.name == name).unwrap_or_else(|| panic!("{name} is not listed"));
+        let expected: Vec<&str> = ["Function"].into_iter().chain(listed.dimension).collect();
+        assert_eq!(dimensions, expected, "{name}");
+        if let Some(dimension) = listed.dimension {
+            let value = document[dimension].as_str().expect("a value");
+            assert!(values_of(dimension).contains(&value), "{name}: {value}");
+        }
+    }
+}
+
+/// A request like the recorded one, with this trace header.
+fn traced(mut event: Value, header: &str) -> Value {
+    event["headers"]["X-Amzn-Trace-Id"] = json!(header);
+    event["multiValueHeaders"]["X-Amzn-Trace-Id"] = json!([header]);
+    event
+}
+
+/// The functions that see a start write one trace with all lines about it: that of its request, if its header is valid.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_log_line_of_a_start_carries_its_trace() {
+    const ROOT: &str = "1-6a041d20-0123456789abcdef01234567";
+    let cloud = Cloud::start().await;
+    let sealer = cloud.sealer().await;
+    let (start, events) = (cloud.function("start").await, cloud.function("events").await);
+    let worker = cloud.function("worker").await;
+    for (header, given) in [
+        (format!("Root={ROOT};Parent=53995c3f42cd8ad8;Sampled=1"), Some(ROOT)),
+        (format!("Root=1-6a041d20-{}{{injected}}", "0".repeat(300)), None),
+        ("Root=\"injected\"; trace=injected".to_owned(), None),
+    ] {
+        let (status, task) = status_and_body(&start.invoke(traced(event("start-base64"), &header)).await);
+        assert_eq!(status, 200, "{task}");
+        let id = Uuid::parse_str(task["id"].as_str().expect("an id")).expect("an id");
+        let created_at: Time = serde_json::from_value(task["created_at"].clone()).expect("a time");
+        let trace = given.map_or_else(|| TraceId::of_start(created_at, id).to_string(), ToOwned::to_owned);
+
+        // The end of a command, which another request reports.
+        let token = NotificationToken { user: UserId::new(CALLER), task: id };
+        let token = token.issue(&sealer, Duration::from_secs(60)).await.expect("a token");
+        let path = format!("/api/v1/webhooks/commands/{}", id.simple());
+        let mut notification = traced(event("start-base64"), "Root=1-6a041d21-ffffffffffffffffffffffff");
+        notification["path"] = json!(path);
+        notification["requestContext"]["path"] = json!(format!("/v1{path}"));
+        for headers in ["headers", "multiValueHeaders"] {
+            let token = token.expose_secret();
+            notification[headers]["X-Access-Token"] = if headers == "headers" { json!(token) } else { json!([token]) };
+        }
+        assert_eq!(events.invoke(notification).await["statusCode"], 204);
+
+        // The sweep finds the start, and a worker ends it. It finds no more to do with the other messages.
+        let of_task = |function: &Function| {
+            let lines = function.lines().into_iter();
+            lines.filter(|line| line.to_string().contains(&id.to_string())).collect::<Vec<Value>>()
+        };
+        let has = |message: &str| of_task(&worker).iter().any(|line| line["message"] == message);
+        let deadline = Instant::now() + TIME_LIMIT;
+        while !has("start.requeued") {
+            assert!(Instant::now() < deadline, "{}", worker.logged());
+            worker.invoke(event("schedule")).await;
+            sleep(Duration::from_millis(200)).await;
+        }
+        let mut messages = 0;
+        while messages < 3 {
+            let received = cloud.aws.sqs.receive_message().queue_url(&cloud.config.names.job_queue_url).send().await;
+            for message in received.expect("the queue").messages.unwrap_or_default() {
+                worker.invoke(json!({"Records": [{"messageId": "1", "body": message.body}]})).await;
+                messages += 1;
+            }
+        }
+        for message in ["start.requeued", "start.failed", "worker.attempt_finished"] {
+            assert!(has(message), "{message}: {}", worker.logged());
+        }
+        for (name, function) in [("start", &start), ("events", &events), ("worker", &worker)] {
+            let with_trace = function.lines().iter().filter(|line| line["span"]["trace"] == trace.as_str()).count();
+            let lines = of_task(function);
+            assert!(with_trace > 0, "{name}: {}", function.logged());
+            for line in lines {
+                assert_eq!(line["span"]["trace"], trace.as_str(), "{name}: {line}");
+                assert_eq!(line["span"]["task"], id.to_string(), "{name}: {line}");
+            }
+            let requests: Vec<Value> =
+                function.lines().into_iter().filter(|line| line["message"] == "http.request").collect();
+            if let Some(last) = requests.last() {
+                assert_eq!(last["span"]["trace"], trace.as_str(), "{name}: {last}");
+                assert_eq!(last["span"]["request_id"], last["request_id"], "{name}: {last}");
+            }
+            assert!(!function.logged().contains("injected"), "{name}: {}", function.logged());
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

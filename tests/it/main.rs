@@ -43,6 +43,7 @@ mod limits;
 mod local_access;
 mod lost_responses;
 mod mcp_probe;
+mod observability;
 mod openapi;
 mod orphans;
 mod pending_messages;

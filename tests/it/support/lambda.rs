@@ -157,6 +157,11 @@ impl Function {
         self.shared.streamed.lock().expect("unpoisoned").get(id).copied().unwrap_or_default()
     }
 
+    /// The lines that the function has logged.
+    pub fn lines(&self) -> Vec<Value> {
+        self.logged().lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+    }
+
     /// The metrics documents that the function has written.
     pub fn measured(&self) -> Vec<Value> {
         let text = fs::read_to_string(self.log.with_extension("metrics")).expect("a file");
@@ -219,11 +224,13 @@ impl Drop for Function {
 
 async fn next(State(shared): State<Arc<Shared>>) -> Response {
     let (id, event) = shared.waiting.lock().await.recv().await.expect("the function's handle exists");
+    // Of a request it is the trace that API Gateway has passed.
+    let trace = event["headers"]["X-Amzn-Trace-Id"].as_str().unwrap_or("Root=1-65a1b2c3-0123456789abcdef01234567");
     Response::builder()
         .header("lambda-runtime-aws-request-id", id)
         .header("lambda-runtime-deadline-ms", "4102444800000")
         .header("lambda-runtime-invoked-function-arn", "arn:aws:lambda:eu-central-1:123456789012:function:f")
-        .header("lambda-runtime-trace-id", "Root=1-65a1-0123456789abcdef01234567")
+        .header("lambda-runtime-trace-id", trace)
         .header("content-type", "application/json")
         .body(Body::from(event.to_string()))
         .expect("a response")

@@ -23,6 +23,7 @@ pub mod meter;
 pub mod product;
 pub mod public_address;
 pub mod raw_http;
+pub mod recorder;
 pub mod recurring_faults;
 pub mod runtime_api;
 pub mod scripted_llm;

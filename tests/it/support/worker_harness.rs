@@ -582,6 +582,19 @@ impl WorkerHarness {
             .expect("the store");
     }
 
+    /// Changes the time of creation in the lease row of an unfinished start. Rows of earlier versions have none.
+    pub async fn set_creation_of(&self, id: Uuid, created_at: Option<Time>) {
+        let update = self.aws.dynamodb.update_item().table_name(&self.names.start_tasks);
+        let update = update.set_key(Some(self.lease_key(id))).condition_expression("attribute_exists(created_at)");
+        let update = match created_at {
+            None => update.update_expression("REMOVE created_at"),
+            Some(at) => update
+                .update_expression("SET created_at = :at")
+                .expression_attribute_values(":at", AttributeValue::S(at.sortable())),
+        };
+        update.send().await.expect("the store");
+    }
+
     /// A count of the user's rows.
     pub async fn count(&self, counter: Counter) -> u64 {
         let users = Table::new(self.aws.dynamodb.clone(), self.names.users.clone());
