@@ -37,7 +37,7 @@ pub fn init(format: LogFormat) {
     // An error means that a test or an embedding program has already set a subscriber, which stays in use.
     let _already_set = match format {
         // The fields of the span would fill a line of a terminal. One process has all lines of a start.
-        LogFormat::Text => registry.with(layer.with_filter(filter_fn(|metadata| metadata.is_event()))).try_init(),
+        LogFormat::Text => registry.with(layer.with_filter(filter_fn(|metadata| !metadata.is_span()))).try_init(),
         LogFormat::Json => registry.with(layer.json().flatten_event(true).with_span_list(false)).try_init(),
     };
     if let Some(fault) = fault {

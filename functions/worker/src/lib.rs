@@ -83,28 +83,17 @@ pub async fn handle_invocation(
     event: Value,
     request_id: Option<&str>,
 ) -> Result<SqsBatchResponse, Error> {
+    let span = || {
+        let span = invocation();
+        span.record("request_id", request_id);
+        span
+    };
     if event.get("Records").is_none() {
-        let (starts, deletions, messages, sandboxes, orphans, boots) = tokio::join!(
-            context.saga.sweep(),
-            context.deletion.sweep(),
-            context.messages.sweep(),
-            context.reconciler.sweep(),
-            context.reconciler.find_orphans(Time::now()),
-            context.saga.boots.sweep(),
-        );
-        // All of them have run by now, also when one of them failed.
-        orphans?;
-        let requeued = starts? + deletions? + messages? + sandboxes? + boots?;
-        if requeued > 0 {
-            tracing::warn!(requeued, "worker.swept");
-        }
-        return Ok(SqsBatchResponse::default());
+        return sweep(context).instrument(span()).await.map(|()| SqsBatchResponse::default());
     }
     let event: SqsEvent = serde_json::from_value(event).map_err(Error::internal)?;
     let handled = event.records.iter().map(|message| {
         // A span for each message, because each is about another subject.
-        let span = invocation();
-        span.record("request_id", request_id);
         async move {
             let Err(error) = handle_message(context, message).await else { return None };
             tracing::error!(message_id = message.message_id, error = %error.context(), "worker.failed");
@@ -112,11 +101,30 @@ pub async fn handle_invocation(
             failure.item_identifier = message.message_id.clone().unwrap_or_default();
             Some(failure)
         }
-        .instrument(span)
+        .instrument(span())
     });
     let mut response = SqsBatchResponse::default();
     response.batch_item_failures = join_all(handled).await.into_iter().flatten().collect();
     Ok(response)
+}
+
+/// Enqueues the jobs of overdue rows again, and looks for sandboxes without a record.
+async fn sweep(context: &Context) -> Result<(), Error> {
+    let (starts, deletions, messages, sandboxes, orphans, boots) = tokio::join!(
+        context.saga.sweep(),
+        context.deletion.sweep(),
+        context.messages.sweep(),
+        context.reconciler.sweep(),
+        context.reconciler.find_orphans(Time::now()),
+        context.saga.boots.sweep(),
+    );
+    // All of them have run by now, also when one of them failed.
+    orphans?;
+    let requeued = starts? + deletions? + messages? + sandboxes? + boots?;
+    if requeued > 0 {
+        tracing::warn!(requeued, "worker.swept");
+    }
+    Ok(())
 }
 
 async fn handle_message(context: &Context, message: &SqsMessage) -> Result<(), Error> {

@@ -54,7 +54,7 @@ impl StartTaskStore {
     /// [`crate::Error::Store`].
     pub async fn unfinished_starts(&self, rows: &[DueRow]) -> Result<Vec<UnfinishedStart>> {
         let items = self.unfinished().read(rows).await?;
-        Ok(items.iter().filter_map(LeaseRow::read).filter_map(UnfinishedStart::of).collect())
+        Ok(items.iter().filter_map(|item| UnfinishedStart::of(&LeaseRow::read(item)?)).collect())
     }
 }
 
@@ -70,7 +70,7 @@ impl UnfinishedStart {
         span
     }
 
-    fn of(row: LeaseRow) -> Option<Self> {
+    fn of(row: &LeaseRow) -> Option<Self> {
         let task = Uuid::try_parse(row.id.strip_suffix(LEASE_SUFFIX)?).ok()?;
         Some(Self {
             task,
