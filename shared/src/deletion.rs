@@ -31,6 +31,9 @@ use crate::start::store::StartTaskStore;
 /// The backoff between attempts to hide a conversation and its sub-conversations while sub-conversations are added or removed.
 const DELETE: Backoff = Backoff { first: Duration::from_millis(20), longest: Duration::from_millis(160), attempts: 5 };
 
+/// The shortest delay before the next attempt of a deletion whose sandbox's provider does not respond.
+const SHORTEST_DELAY: Duration = Duration::from_secs(2);
+
 /// The time limit of an agent server's request to delete a conversation.
 const AGENT_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -107,7 +110,8 @@ impl Deletion {
     /// expired tombstone. Does nothing when there is neither.
     ///
     /// # Errors
-    /// [`crate::Error::Store`] or [`crate::Error::Upstream`]; the deletion is unfinished then, and the sweep enqueues it again.
+    /// [`crate::Error::Store`]; the deletion is unfinished then, and the sweep enqueues it again. If the sandbox's provider does not respond, the
+    /// job is enqueued again with a delay.
     pub async fn finish(&self, user: &UserId, id: Uuid) -> Result<()> {
         let conversations = &self.deleter.conversations;
         let taken = conversations.take_deletion(user, id, Time::now().plus(RETRY_AFTER_ATTEMPT)).await?;
@@ -124,7 +128,17 @@ impl Deletion {
         }
         // This runs before the events are deleted, because the agent server may still send events. They are not stored while the record
         // exists.
-        self.delete_from_agent_server(&record).await?;
+        match self.delete_from_agent_server(&record).await {
+            Err(error) if error.is_upstream() => {
+                // As long as the deletion has lasted so far: soon after a short outage, seldom in a long one.
+                let delay = Time::now().since(since).clamp(SHORTEST_DELAY, RETRY_AFTER_ATTEMPT);
+                let delay_s = delay.as_secs();
+                tracing::warn!(conversation = %id, delay_s, error = %error.context(), "conversation.deletion_delayed");
+                self.deleter.enqueue(user, id, delay).await;
+                return Ok(());
+            }
+            deleted => deleted?,
+        }
         self.tasks.delete_of_conversation(user, id).await?;
         self.events.delete_all(user, id).await?;
         self.exports.delete_all(user, id).await?;

@@ -59,6 +59,9 @@ pub enum Error {
         /// For the log.
         context: String,
     },
+    /// The sandbox provider does not respond, so this call to it was not made (see [`crate::sandbox::circuit`]).
+    #[error("The sandbox provider does not respond; try again later")]
+    CircuitOpen,
     /// A defect of this server.
     #[error("Internal Server Error")]
     Internal {
@@ -71,6 +74,12 @@ impl Error {
     /// A defect of this server, with context for the log.
     pub fn internal(context: impl fmt::Display) -> Self {
         Self::Internal { context: context.to_string() }
+    }
+
+    /// Whether another service failed, or is not called because it fails: whether the call succeeds later does not depend on us.
+    #[must_use]
+    pub fn is_upstream(&self) -> bool {
+        matches!(self, Self::Upstream { .. } | Self::CircuitOpen)
     }
 
     /// Returns who can correct the cause. An upstream service is in most cases the user's own sandbox, and a temporarily unavailable
@@ -89,6 +98,7 @@ impl Error {
         match self {
             Self::Internal { context } | Self::Upstream { context, .. } => context.clone(),
             Self::Store(error) => error.context().to_owned(),
+            Self::CircuitOpen => "the circuit breaker is open".to_owned(),
             other => other.to_string(),
         }
     }

@@ -148,8 +148,16 @@ pub fn values_of(dimension: &str) -> Vec<&'static str> {
     }
 }
 
-/// The metrics of the dashboard: namespace, name, and dimensions in order. The stack's name is `STACK`.
-fn shown(template: &Value) -> Vec<(String, String, Vec<(String, String)>)> {
+/// A metric of the dashboard. The stack's name is `STACK`.
+struct Shown {
+    namespace: String,
+    name: String,
+    /// In their order, with their values.
+    dimensions: Vec<(String, String)>,
+}
+
+/// The metrics of the dashboard.
+fn shown(template: &Value) -> Vec<Shown> {
     let body = template["Resources"]["Dashboard"]["Properties"]["DashboardBody"]["Fn::Sub"].as_str().expect("a body");
     let body = body.replace("${AWS::StackName}", "STACK").replace("${AWS::Region}", "eu-central-1");
     assert!(!body.contains("${"), "{body}");
@@ -173,7 +181,7 @@ fn shown(template: &Value) -> Vec<(String, String, Vec<(String, String)>)> {
                 }
             };
             let dimensions = whole[2..].chunks(2).map(|pair| (pair[0].clone(), pair[1].clone())).collect();
-            shown.push((whole[0].clone(), whole[1].clone(), dimensions));
+            shown.push(Shown { namespace: whole[0].clone(), name: whole[1].clone(), dimensions });
             before = whole;
         }
     }
@@ -196,27 +204,27 @@ fn the_dashboard_shows_metrics_that_exist() {
         .filter_map(|filter| filter["MetricTransformations"][0]["MetricName"].as_str())
         .collect();
     let mut own: BTreeMap<String, BTreeSet<Option<String>>> = BTreeMap::new();
-    for (namespace, name, dimensions) in shown(&template) {
+    for Shown { namespace, name, dimensions } in shown(&template) {
         let what = format!("{namespace} {name} {dimensions:?}");
-        let named: Vec<&str> = dimensions.iter().map(|(name, _)| name.as_str()).collect();
+        let keys: Vec<&str> = dimensions.iter().map(|(name, _)| name.as_str()).collect();
         match namespace.as_str() {
             "AWS/SQS" => {
-                assert!(SQS.contains(&name.as_str()) && named == ["QueueName"], "{what}");
+                assert!(SQS.contains(&name.as_str()) && keys == ["QueueName"], "{what}");
                 assert!(queues.contains(&dimensions[0].1), "{what}: {queues:?}");
             }
             "AWS/Lambda" => {
-                assert!(LAMBDA.contains(&name.as_str()) && named == ["FunctionName"], "{what}");
+                assert!(LAMBDA.contains(&name.as_str()) && keys == ["FunctionName"], "{what}");
                 assert!(functions.contains(&dimensions[0].1), "{what}: {functions:?}");
             }
             "AWS/ApiGateway" => {
-                assert!(API_GATEWAY.contains(&name.as_str()) && named == ["ApiName", "Stage"], "{what}");
+                assert!(API_GATEWAY.contains(&name.as_str()) && keys == ["ApiName", "Stage"], "{what}");
             }
             "STACK" if dimensions.is_empty() => assert!(filtered.contains(name.as_str()), "{what}: no filter makes it"),
             "STACK" => {
                 let metric = METRICS.iter().find(|metric| metric.name == name);
                 let metric = metric.unwrap_or_else(|| panic!("{what}: the code has no such metric"));
                 let expected: Vec<&str> = ["Function"].into_iter().chain(metric.dimension).collect();
-                assert_eq!(named, expected, "{what}");
+                assert_eq!(keys, expected, "{what}");
                 assert!(functions.contains(&dimensions[0].1), "{what}: {functions:?}");
                 if let Some((name, value)) = dimensions.get(1) {
                     assert!(values_of(name).contains(&value.as_str()), "{what}");

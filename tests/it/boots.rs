@@ -15,7 +15,7 @@ use crate::support::runtime_api::Fault;
 use crate::support::wait::wait_until;
 use crate::support::worker_harness::{WorkerHarness, quick};
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(180);
 const BATCH: &str = "GET /sessions/batch";
 
 /// A worker that waits for no sandbox in its own process, as on AWS.

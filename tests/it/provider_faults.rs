@@ -8,6 +8,7 @@ use shared::config::StartConfig;
 use shared::start::task::StartStatus;
 use uuid::Uuid;
 
+use crate::deletion;
 use crate::support::runtime_api::Fault;
 use crate::support::stand_in_agent::{Fault as AgentFault, Kind, Nth};
 use crate::support::wait::wait_until;
@@ -232,5 +233,61 @@ async fn starts_beyond_the_cap_wait_and_pause_none_that_is_under_way() {
         let ended = harness.task(*task).await;
         assert_eq!(ended.now.status, StartStatus::Ready, "{:?}", ended.now.detail);
     }
+    harness.finish().await;
+}
+
+/// Deletions that are requested in an outage are finished by their own jobs soon after it, without a sweep.
+#[tokio::test(flavor = "multi_thread")]
+async fn deletions_in_an_outage_are_finished_soon_after_it() {
+    let harness = WorkerHarness::with_provider(quick(), 10).await;
+    let tasks = begin(&harness, 4).await;
+    drive_all(&harness, &tasks).await;
+    assert_ready(&harness, &tasks, "before the outage").await;
+    harness.provider().fail_for(Duration::from_secs(5), Fault::Status(503));
+    for task in &tasks {
+        let conversation = harness.task(*task).await.conversation_id;
+        assert!(harness.context.deletion.deleter.delete(&harness.user, conversation).await.expect("deleted"));
+    }
+    wait_until("the end of the deletions", SOON, async || {
+        if let Some(message) = harness.receive().await {
+            harness.handle(&message).await;
+        }
+        harness.provider().active().is_empty()
+    })
+    .await;
+    deletion::settle(&harness).await;
+    harness.finish().await;
+}
+
+/// Only calls that the provider has received count as attempts to delete a sandbox: many raise an alarm about this sandbox.
+#[tokio::test(flavor = "multi_thread")]
+async fn attempts_that_the_open_circuit_prevents_do_not_count() {
+    let harness = WorkerHarness::with_provider(quick(), 10).await;
+    let tasks = begin(&harness, 4).await;
+    drive_all(&harness, &tasks).await;
+    let mut sandboxes = Vec::new();
+    for task in &tasks {
+        sandboxes.push(harness.task(*task).await.now.sandbox_id.expect("a sandbox"));
+    }
+    let before = harness.provider().requests();
+    harness.provider().fail_for(Duration::from_secs(3), Fault::Status(503));
+    for sandbox in &sandboxes {
+        assert!(harness.context.reconciler.delete(&harness.user, sandbox).await.expect("marked"));
+    }
+    for _ in 0..3 {
+        for sandbox in &sandboxes {
+            harness.context.reconciler.reconcile(&harness.user, sandbox).await.expect("reconciled");
+        }
+    }
+    let calls = harness.provider().requests() - before;
+    let mut attempts = 0;
+    for sandbox in &sandboxes {
+        // The claim adds one.
+        let claim = harness.records.claim(&harness.user, sandbox, Duration::ZERO).await.expect("the store");
+        attempts += usize::try_from(claim.expect("a claim").record.attempts - 1).expect("small");
+    }
+    assert!((1..=calls).contains(&attempts), "{attempts} attempts, {calls} calls");
+    assert!(calls < sandboxes.len() * 4, "the circuit is open: {calls} calls");
+    deletion::settle(&harness).await;
     harness.finish().await;
 }

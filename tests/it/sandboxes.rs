@@ -353,7 +353,7 @@ async fn docker_sandboxes_conform() {
     );
     assert!(service.pause(&fixture.user, "three").await.is_err());
     let unknown = service.inspect(&fixture.user, "three").await.expect_err("its status is unknown");
-    assert!(matches!(unknown, shared::Error::Upstream { .. }), "{unknown:?}");
+    assert!(unknown.is_upstream(), "{unknown:?}");
     engine.break_down(false);
 
     // An image that does not exist.
@@ -756,7 +756,7 @@ async fn any_status_and_any_fault_of_the_runtime_api_is_reported_in_time() {
         let expected = json!({"detail": "The sandbox provider does not respond; try again later"});
         assert_eq!((status, error), (502, expected), "{fault:?}");
         let unknown = fixture.service().inspect(&fixture.user, &id).await.expect_err("its status is unknown");
-        assert!(matches!(unknown, shared::Error::Upstream { .. }), "{fault:?}: {unknown:?}");
+        assert!(unknown.is_upstream(), "{fault:?}: {unknown:?}");
         let (status, error) = fixture.call("POST", "/sandboxes").await;
         assert_eq!(status, 502, "{fault:?}: {error}");
         assert!(!error.to_string().contains("secret words"), "{error}");

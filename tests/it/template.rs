@@ -408,6 +408,44 @@ fn parameters_take_what_is_meant_and_nothing_else() {
     }
 }
 
+/// docs/operations.md names every variable of the configuration in a table, general ones with their defaults in the second column.
+#[test]
+fn variables_are_documented_with_their_defaults() {
+    let operations = fs::read_to_string(root().join("docs/operations.md")).expect("a document");
+    let name = Regex::new("`([A-Z][A-Z0-9_]+)`").expect("a pattern");
+    let names = |text: &str| name.captures_iter(text).map(|found| found[1].to_owned()).collect::<Vec<_>>();
+    let value = Regex::new(r"[0-9]+|\btrue\b|\bfalse\b").expect("a pattern");
+    let elsewhere = Regex::new(r"\([^)]*\)").expect("a pattern");
+    let values = |text: &str| {
+        let text = elsewhere.replace_all(text, "");
+        value.find_iter(&text).map(|found| found.as_str().to_owned()).collect::<Vec<_>>()
+    };
+    let rows: Vec<Vec<&str>> = operations.lines().map(|line| line.split(" | ").collect()).collect();
+    let declared = Regex::new(r"\(`([A-Z][A-Z0-9_]+)`(?:, (?:seconds, )?([0-9]+|true|false)[);])?").expect("a pattern");
+    let mut with_default = 0;
+    for file in ["shared/src/config.rs", "shared/src/sandbox/config.rs"] {
+        let source = fs::read_to_string(root().join(file)).expect("a source file");
+        for found in declared.captures_iter(&source) {
+            let variable = &found[1];
+            let mut cells = rows.iter().flat_map(|row| row.iter().zip(row.iter().skip(1).chain([&""])));
+            let row = cells.find(|(cell, _)| names(cell).iter().any(|one| one == variable));
+            let Some((of_row, defaults)) = row.map(|(cell, next)| (names(cell), *next)) else {
+                panic!("docs/operations.md does not name {variable}")
+            };
+            let Some(default) = found.get(2).filter(|_| file == "shared/src/config.rs") else { continue };
+            with_default += 1;
+            let position = of_row.iter().position(|one| one == variable).expect("its name");
+            let documented = if of_row.len() == 1 {
+                values(defaults).into_iter().next()
+            } else {
+                values(defaults).get(position).cloned()
+            };
+            assert_eq!(documented.as_deref(), Some(default.as_str()), "{variable} in docs/operations.md");
+        }
+    }
+    assert!(with_default > 15, "{with_default}");
+}
+
 /// The redirect from the API to the bucket makes browsers say `Origin: null`.
 #[test]
 fn links_to_zips_work_from_every_page() {

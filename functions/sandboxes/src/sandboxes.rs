@@ -37,6 +37,9 @@ pub struct SandboxOut {
     exposed_urls: Option<Vec<ExposedUrl>>,
     #[cfg_attr(feature = "openapi", schema(value_type = String, format = DateTime))]
     created_at: Time,
+    /// Why it has failed, is missing, or cannot be observed now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    detail: Option<String>,
 }
 
 impl SandboxOut {
@@ -49,6 +52,7 @@ impl SandboxOut {
             session_api_key: sandbox.session_api_key.as_ref().map(|key| key.expose_secret().to_owned()),
             exposed_urls: sandbox.exposed_urls.clone(),
             created_at: sandbox.created_at,
+            detail: sandbox.detail.clone(),
         }
     }
 }

@@ -89,13 +89,13 @@ pub async fn handle_invocation(
         span
     };
     if event.get("Records").is_none() {
-        return sweep(context).instrument(span()).await.map(|()| SqsBatchResponse::default());
+        return Box::pin(sweep(context)).instrument(span()).await.map(|()| SqsBatchResponse::default());
     }
     let event: SqsEvent = serde_json::from_value(event).map_err(Error::internal)?;
     let handled = event.records.iter().map(|message| {
         // A span for each message, because each is about another subject.
         async move {
-            let Err(error) = handle_message(context, message).await else { return None };
+            let Err(error) = Box::pin(handle_message(context, message)).await else { return None };
             tracing::error!(message_id = message.message_id, error = %error.context(), "worker.failed");
             let mut failure = BatchItemFailure::default();
             failure.item_identifier = message.message_id.clone().unwrap_or_default();

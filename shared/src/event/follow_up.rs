@@ -15,7 +15,7 @@ use crate::conversation::ConversationRecord;
 use crate::conversation::fields::EventCallbackProcessor;
 use crate::conversation::reports::{Lookup, Touch};
 use crate::conversation::store::ConversationStore;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::http_client::HttpClient;
 use crate::id::UserId;
 use crate::jobs::backfill_events::{BackfillEvents, TIME_LIMIT};
@@ -126,7 +126,7 @@ impl FollowUp {
                 }
                 return Ok(());
             }
-            Ok(Err(Error::Upstream { context, .. })) => context,
+            Ok(Err(error)) if error.is_upstream() => error.context(),
             Ok(Err(error)) => return Err(error),
             Err(_elapsed) => "it took too long".to_owned(),
         };

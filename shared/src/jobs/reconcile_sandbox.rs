@@ -16,6 +16,9 @@ pub const DEAD_LETTER_POLICY: DeadLetterPolicy = DeadLetterPolicy::LogUntil(Requ
 /// Failed attempts in a row after which each further one is logged as an error, which raises an alarm: about a quarter of an hour.
 pub const ALARM_AFTER: u32 = 8;
 
+/// Failed attempts in a row that are not logged: a provider often has a sandbox for a moment after it has agreed to delete it.
+pub const ORDINARY_ATTEMPTS: u32 = 1;
+
 /// The longest delay between two attempts.
 pub const LONGEST_RETRY: Duration = Duration::from_secs(600);
 

@@ -280,7 +280,7 @@ impl Messages {
         let sandbox = match self.sandboxes.inspect(user, &record.sandbox_id).await {
             Ok(Some(sandbox)) => sandbox,
             Ok(None) => return Ok(Outcome::Never("the sandbox was deleted")),
-            Err(error @ Error::Upstream { .. }) => {
+            Err(error) if error.is_upstream() => {
                 tracing::warn!(%conversation, error = %error.context(), "pending_message.sandbox_unknown");
                 return Ok(Outcome::Later("the sandbox provider does not respond"));
             }
@@ -293,7 +293,7 @@ impl Messages {
                 // It was paused because it was idle, or by its user, who now has a message for it.
                 return Ok(match self.sandboxes.resume(user, &record.sandbox_id).await {
                     Ok(_) => Outcome::Later("the sandbox is resumed"),
-                    Err(error @ (Error::Upstream { .. } | Error::Refused(_))) => {
+                    Err(error) if error.is_upstream() || matches!(error, Error::Refused(_)) => {
                         tracing::warn!(%conversation, error = %error.context(), "pending_message.sandbox_not_resumed");
                         Outcome::Later("the sandbox is paused and was not resumed")
                     }

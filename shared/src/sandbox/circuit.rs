@@ -64,7 +64,7 @@ impl CircuitBreaker {
     /// Permits a call, unless the circuit is open. A state that cannot be read permits it.
     ///
     /// # Errors
-    /// [`Error::Upstream`] while the circuit is open.
+    /// [`Error::CircuitOpen`].
     pub(super) async fn permit(&self) -> Result<Permit> {
         let state = match self.state().await {
             Ok(state) => state,
@@ -84,25 +84,29 @@ impl CircuitBreaker {
             probe.is_applied()
         };
         if !is_own {
-            let message = "The sandbox provider does not respond; try again later".to_owned();
-            return Err(Error::Upstream { message, context: "the circuit breaker is open".to_owned() });
+            return Err(Error::CircuitOpen);
         }
         Ok(Permit { state: State { open_until: Some(probe_until), ..state }, is_probe: true })
     }
 
-    /// Records that a permitted call was answered. Writes nothing if there was no failure before.
+    /// Records that a permitted call was answered, and closes the circuit if the call was its probe. Writes nothing if there was no failure
+    /// before. A call that had begun before the circuit was opened does not close it.
     pub(super) async fn succeeded(&self, permit: &Permit) {
         if permit.state.failures == 0 && permit.state.open_until.is_none() {
             return;
         }
-        let update = Update::new().remove_all(&[FAILURES, OPENINGS, OPEN_UNTIL]);
+        let open_until = permit.state.open_until.map(|until| text(until.sortable()));
+        let update = Update::new()
+            .remove_all(&[FAILURES, OPENINGS, OPEN_UNTIL])
+            .condition(Condition::unchanged(OPEN_UNTIL, open_until));
         match self.table.apply(control_key(), update).await {
-            Ok(_) => {
+            Ok(true) => {
                 self.note(Some(State::default()));
                 if permit.is_probe {
                     tracing::info!("provider.circuit_closed");
                 }
             }
+            Ok(false) => self.note(None),
             Err(error) => tracing::warn!(error = %error.context(), "provider.circuit_not_recorded"),
         }
     }

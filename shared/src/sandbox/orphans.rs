@@ -14,7 +14,7 @@ use super::ProviderSandbox;
 use super::reconciler::SandboxReconciler;
 use super::store::NamedSandbox;
 use crate::clock::Time;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// The time between two comparisons of the provider's sandboxes with the records.
 pub const PERIOD: Duration = Duration::from_secs(600);
@@ -37,8 +37,8 @@ impl SandboxReconciler {
         }
         let Some(after) = self.records.claim_comparison(now, PERIOD).await? else { return Ok(0) };
         let found = match self.sandboxes.list_provider().await {
-            Err(Error::Upstream { context, .. }) => {
-                tracing::warn!(error = context, "sandbox.provider_not_listed");
+            Err(error) if error.is_upstream() => {
+                tracing::warn!(error = %error.context(), "sandbox.provider_not_listed");
                 return Ok(0);
             }
             found => found?,

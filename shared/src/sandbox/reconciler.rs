@@ -25,7 +25,7 @@ use crate::http_client::HttpClient;
 use crate::id::UserId;
 use crate::jobs::backfill_events::BackfillEvents;
 use crate::jobs::queue::JobQueue;
-use crate::jobs::reconcile_sandbox::{ALARM_AFTER, LONGEST_RETRY, ReconcileSandbox, delay_after};
+use crate::jobs::reconcile_sandbox::{ALARM_AFTER, LONGEST_RETRY, ORDINARY_ATTEMPTS, ReconcileSandbox, delay_after};
 use crate::jobs::sweep::sweep_and_observe;
 use crate::metrics;
 
@@ -111,7 +111,8 @@ impl SandboxReconciler {
     async fn observe(&self, rows: &[DueRow]) -> Result<()> {
         let mut count = 0;
         for item in self.records.due().read(rows).await? {
-            let record: SandboxRecord = from_item(item)?;
+            // A malformed record is logged by the job that reads it.
+            let Ok(record) = from_item::<SandboxRecord>(item) else { continue };
             let is_to_be_deleted = record.desired == Desired::Deleted || record.is_unused();
             count += u32::from(is_to_be_deleted && record.gone_since.is_none());
         }
@@ -150,8 +151,8 @@ impl SandboxReconciler {
             return Ok(Some(policy.limit));
         }
         let sandbox = match self.sandboxes.inspect(&record.user, &record.id).await {
-            Err(Error::Upstream { context, .. }) => {
-                tracing::warn!(sandbox = %record.id, error = context, "sandbox.idle_check_failed");
+            Err(error) if error.is_upstream() => {
+                tracing::warn!(sandbox = %record.id, error = %error.context(), "sandbox.idle_check_failed");
                 return Ok(Some(policy.limit));
             }
             inspected => inspected?,
@@ -181,8 +182,8 @@ impl SandboxReconciler {
                 tracing::info!(sandbox = %record.id, idle_seconds = idle.as_secs(), "sandbox.paused_idle");
                 Ok(None)
             }
-            Err(Error::Upstream { context, .. }) => {
-                tracing::warn!(sandbox = %record.id, error = context, "sandbox.not_paused");
+            Err(error) if error.is_upstream() => {
+                tracing::warn!(sandbox = %record.id, error = %error.context(), "sandbox.not_paused");
                 Ok(Some(SHORTEST_IDLE_CHECK))
             }
             Err(error) => Err(error),
@@ -215,6 +216,8 @@ impl SandboxReconciler {
                 self.records.postpone(claim, gone_since.plus(delay), Some(gone_since), 0).await
             }
             Ok(false) => self.retry(claim, "the provider still has it").await,
+            // Nothing was attempted, so it does not count towards the alarm about this sandbox. The circuit breaker has its own.
+            Err(Error::CircuitOpen) => self.try_again(claim, record.attempts.saturating_sub(1)).await,
             Err(error) => self.retry(claim, &error.context()).await,
         }
     }
@@ -224,10 +227,16 @@ impl SandboxReconciler {
         let (record, attempts) = (&claim.record, claim.record.attempts);
         if attempts >= ALARM_AFTER {
             tracing::error!(sandbox = %record.id, attempts, error = reason, "sandbox.deletion_keeps_failing");
-        } else {
+        } else if attempts > ORDINARY_ATTEMPTS {
             tracing::warn!(sandbox = %record.id, attempts, error = reason, "sandbox.deletion_failed");
         }
-        let delay = delay_after(attempts);
+        self.try_again(claim, attempts).await
+    }
+
+    /// Enqueues the next attempt. `attempts` is the number of failed ones in a row.
+    async fn try_again(&self, claim: &SandboxClaim, attempts: u32) -> Result<()> {
+        let record = &claim.record;
+        let delay = delay_after(attempts.max(1));
         self.records.postpone(claim, Time::now().plus(delay), None, attempts).await?;
         self.enqueue(&record.user, &record.id, delay).await;
         Ok(())

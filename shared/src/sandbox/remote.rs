@@ -158,7 +158,7 @@ impl RemoteSandboxes {
     /// because its status is unknown.
     async fn observe(&self, records: &[&SandboxRecord]) -> Result<Vec<Sandbox>> {
         match self.try_to_observe(records, Purpose::Show).await {
-            Err(error @ Error::Upstream { .. }) => {
+            Err(error) if error.is_upstream() => {
                 tracing::warn!(error = %error.context(), "sandbox.runtime_api_failed");
                 let detail = Some(error.to_string());
                 let unknown = |record: &&SandboxRecord| Sandbox {

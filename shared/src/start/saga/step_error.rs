@@ -35,6 +35,8 @@ impl From<Error> for StepError {
                 tracing::warn!(error = %error.context(), "start.step_failed");
                 Self::Retry(ErrorClass::Store, error.to_string())
             }
+            // Logged once for all callers, as `provider.circuit_opened`.
+            Error::CircuitOpen => Self::Unreachable(error.to_string()),
             Error::Upstream { .. } => {
                 tracing::warn!(error = %error.context(), "start.provider_unreachable");
                 Self::Unreachable(error.to_string())
