@@ -17,6 +17,8 @@ use crate::metrics::Units;
 const DYNAMODB_ATTEMPT: Duration = Duration::from_secs(5);
 /// The timeout of one attempt, which is longer than a long poll.
 const SQS_ATTEMPT: Duration = Duration::from_secs(30);
+/// The timeout of one attempt: of an upload of a part of 8 MiB, or until the headers of a download.
+const S3_ATTEMPT: Duration = Duration::from_secs(60);
 
 /// The clients for stores and queues. A function's context decides which of them the function uses.
 #[derive(Clone, Debug)]
@@ -81,7 +83,10 @@ impl Aws {
     #[must_use]
     pub fn new(config: &SdkConfig) -> Self {
         // Path-style addresses work with every endpoint, including an embedded one on the loopback interface.
-        let s3 = aws_sdk_s3::config::Builder::from(config).force_path_style(true).build();
+        let s3 = aws_sdk_s3::config::Builder::from(config)
+            .timeout_config(timeouts(S3_ATTEMPT))
+            .force_path_style(true)
+            .build();
         let sqs = aws_sdk_sqs::config::Builder::from(config).timeout_config(timeouts(SQS_ATTEMPT)).build();
         Self {
             dynamodb: dynamodb(config),

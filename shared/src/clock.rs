@@ -22,6 +22,10 @@ impl Time {
     /// Returns the current time, truncated to microseconds.
     #[must_use]
     pub fn now() -> Self {
+        #[cfg(feature = "simulation")]
+        if let Some(now) = crate::simulation::now() {
+            return Self::from(now);
+        }
         Self::from(Timestamp::now())
     }
 

@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use percent_encoding::percent_decode;
@@ -16,6 +16,10 @@ use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::header::HeaderMap;
 use reqwest::redirect::Policy;
 use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
+use tokio::time::Instant;
+
+#[cfg(feature = "simulation")]
+use crate::simulation::{self, NoResponse};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// The idle timeout of a pooled connection. Agent servers close idle connections after 5 s, and a request in that moment is lost.
@@ -40,6 +44,38 @@ pub enum AddressPolicy {
     PublicOnly,
     /// Any address, because sandboxes run on this machine or in its network.
     Any,
+}
+
+/// Why a request has no response.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// There is no connection, or the URL or the policy does not allow one: the request had no effect.
+    Unreachable,
+    /// The response was not complete in time. The request may have had its effect.
+    TimedOut,
+    /// The connection ended before the response was complete. The request may have had its effect.
+    CutOff,
+}
+
+/// A request without a response. Its text does not contain the URL, which may be secret.
+#[derive(Debug, thiserror::Error)]
+#[error("{text}")]
+pub struct HttpError {
+    pub cause: Cause,
+    text: String,
+}
+
+impl From<reqwest::Error> for HttpError {
+    fn from(error: reqwest::Error) -> Self {
+        let cause = if error.is_timeout() {
+            Cause::TimedOut
+        } else if error.is_connect() || error.is_builder() {
+            Cause::Unreachable
+        } else {
+            Cause::CutOff
+        };
+        Self { cause, text: error.without_url().to_string() }
+    }
 }
 
 /// A client that is created on first use: TLS setup takes longer than the rest of the start-up, and many requests need no client. Clones
@@ -97,7 +133,7 @@ impl HttpClient {
     ///
     /// # Errors
     /// When TLS cannot be set up.
-    pub fn request(&self, method: Method, url: &str) -> reqwest::Result<Request> {
+    pub fn request(&self, method: Method, url: &str) -> Result<Request, HttpError> {
         let url = Url::parse(url).ok().filter(|url| self.policy == AddressPolicy::Any || may_name(url));
         let is_repeatable = method.is_safe();
         let origin = url.as_ref().map(|url| url.origin().ascii_serialization()).unwrap_or_default();
@@ -168,7 +204,7 @@ impl Request {
     ///
     /// # Errors
     /// When the response is missing or incomplete. An error status is not an error here.
-    pub async fn send(self, timeout: Duration, limit: impl Fn(StatusCode) -> usize) -> reqwest::Result<Answer> {
+    pub async fn send(self, timeout: Duration, limit: impl Fn(StatusCode) -> usize) -> Result<Answer, HttpError> {
         let deadline = Instant::now() + timeout;
         let Self { outbound, origin, builder, is_repeatable } = self;
         let mut request = builder.build()?;
@@ -182,7 +218,7 @@ impl Request {
         };
         let left = deadline.saturating_duration_since(Instant::now());
         match again {
-            Some(mut again) if is_cut(&error) && !left.is_zero() => {
+            Some(mut again) if error.cause == Cause::CutOff && !left.is_zero() => {
                 *again.timeout_mut() = Some(left);
                 exchange.make(again, false).await
             }
@@ -198,9 +234,8 @@ struct Exchange<'a, L> {
 }
 
 impl<L: Fn(StatusCode) -> usize> Exchange<'_, L> {
-    async fn make(&self, request: reqwest::Request, keeps: bool) -> reqwest::Result<Answer> {
-        let client = if keeps { &self.outbound.keeping } else { &self.outbound.once };
-        let made = match client.get()?.execute(request).await {
+    async fn make(&self, request: reqwest::Request, keeps: bool) -> Result<Answer, HttpError> {
+        let made = match self.execute(request, keeps).await {
             Ok(response) => self.read(response).await,
             Err(error) => Err(error),
         };
@@ -211,7 +246,16 @@ impl<L: Fn(StatusCode) -> usize> Exchange<'_, L> {
         made
     }
 
-    async fn read(&self, mut response: Response) -> reqwest::Result<Answer> {
+    async fn execute(&self, request: reqwest::Request, keeps: bool) -> Result<Response, HttpError> {
+        #[cfg(feature = "simulation")]
+        if let Some(network) = simulation::network() {
+            return simulated(&*network, request).await;
+        }
+        let client = if keeps { &self.outbound.keeping } else { &self.outbound.once };
+        Ok(client.get()?.execute(request).await?)
+    }
+
+    async fn read(&self, mut response: Response) -> Result<Answer, HttpError> {
         let status = response.status();
         if status.is_server_error() {
             self.outbound.distrust(self.origin);
@@ -231,9 +275,20 @@ impl<L: Fn(StatusCode) -> usize> Exchange<'_, L> {
     }
 }
 
-/// Returns whether the connection ended before the response was complete.
-fn is_cut(error: &reqwest::Error) -> bool {
-    !(error.is_timeout() || error.is_connect() || error.is_builder())
+/// Sends a request to a server of the simulation. As on the real network, it ends at its timeout.
+#[cfg(feature = "simulation")]
+async fn simulated(network: &dyn simulation::Network, request: reqwest::Request) -> Result<Response, HttpError> {
+    let failed = |cause: Cause| HttpError { cause, text: format!("{cause:?} in the simulation") };
+    if !request.url().has_host() {
+        return Err(failed(Cause::Unreachable));
+    }
+    let timeout = request.timeout().copied().unwrap_or(Duration::MAX);
+    match tokio::time::timeout(timeout, network.send(request)).await {
+        Ok(Ok(response)) => Ok(Response::from(response)),
+        Ok(Err(NoResponse::Unreachable)) => Err(failed(Cause::Unreachable)),
+        Ok(Err(NoResponse::CutOff)) => Err(failed(Cause::CutOff)),
+        Err(_) => Err(failed(Cause::TimedOut)),
+    }
 }
 
 /// Joins a path and its optional query to a base URL, with a path traversal check. Returns `None` unless the result stays on the base's
@@ -471,11 +526,11 @@ mod tests {
         }
     }
 
-    async fn get(outbound: &HttpClient, url: &str) -> reqwest::Result<Answer> {
+    async fn get(outbound: &HttpClient, url: &str) -> Result<Answer, HttpError> {
         outbound.request(Method::GET, url)?.send(TIMEOUT, |_| 100).await
     }
 
-    async fn post(outbound: &HttpClient, url: &str) -> reqwest::Result<Answer> {
+    async fn post(outbound: &HttpClient, url: &str) -> Result<Answer, HttpError> {
         outbound.request(Method::POST, url)?.with(|request| request.body("{}")).send(TIMEOUT, |_| 100).await
     }
 
@@ -530,7 +585,7 @@ mod tests {
         for (path, arrives) in [("cut-once", true), ("half-once", true), ("cut", false), ("half", false)] {
             let outbound = HttpClient::new(AddressPolicy::Any);
             let url = format!("{url}/{path}");
-            let is_whole = |answer: reqwest::Result<Answer>| answer.is_ok_and(|answer| answer.body == b"[]");
+            let is_whole = |answer: Result<Answer, HttpError>| answer.is_ok_and(|answer| answer.body == b"[]");
             server.cut.store(0, Ordering::SeqCst);
             assert_eq!(is_whole(get(&outbound, &url).await), arrives, "{path}");
             assert_eq!(server.counts(), (2, 0, 2), "{path}");
@@ -572,7 +627,11 @@ mod tests {
         let request = outbound.request(Method::GET, &format!("{url}/slow-cut")).expect("a client");
         let began = Instant::now();
         let error = request.send(TRACEBACK * 3 / 2, |_| 100).await.expect_err("no answer");
-        assert!(error.is_timeout() && began.elapsed() < TRACEBACK * 2, "{error:?} after {:?}", began.elapsed());
+        assert!(
+            error.cause == Cause::TimedOut && began.elapsed() < TRACEBACK * 2,
+            "{error:?} after {:?}",
+            began.elapsed()
+        );
         assert_eq!(server.counts(), (2, 0, 2));
     }
 

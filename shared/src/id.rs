@@ -2,16 +2,17 @@
 
 use std::fmt;
 
-use rand::RngExt as _;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+
+use crate::random;
 
 const BASE62: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 
 /// Creates a random UUID (version 4).
 #[must_use]
 pub fn new_uuid() -> Uuid {
-    Uuid::new_v4()
+    uuid::Builder::from_random_bytes(random::bytes()).into_uuid()
 }
 
 /// Formats an id as 32 lower-case hex digits, the contract's usual format.
@@ -38,11 +39,10 @@ pub fn new_session_key() -> String {
     random_base62(43)
 }
 
-/// Returns `length` random base-62 digits from the thread's cryptographic random number generator.
+/// Returns `length` random base-62 digits from a cryptographic random number generator.
 #[must_use]
 pub fn random_base62(length: usize) -> String {
-    let mut generator = rand::rng();
-    (0..length).map(|_| char::from(BASE62[generator.random_range(0..BASE62.len())])).collect()
+    (0..length).map(|_| char::from(BASE62[random::below(BASE62.len())])).collect()
 }
 
 /// Writes a number with this many base-62 digits, most significant first. Texts of equal length are in the order of their numbers.
@@ -66,7 +66,7 @@ pub fn from_base62(text: &str) -> Option<u128> {
 }
 
 /// The owner of records (the tenant), and the first part of every key in the store: tenant isolation rests on it.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct UserId(String);
 

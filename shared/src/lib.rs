@@ -29,8 +29,11 @@ mod module_graph;
 pub mod objects;
 pub mod paging;
 pub mod pending_message;
+pub mod random;
 pub mod sandbox;
 pub mod shell;
+#[cfg(feature = "simulation")]
+pub mod simulation;
 pub mod start;
 pub mod stores;
 pub mod trace;

@@ -153,7 +153,7 @@ impl Tokens {
         }
         let read = self.read_keys().await;
         keys.tried = Some((now, read.is_err()));
-        keys.jitter = rand::random_range(0.0..JITTER);
+        keys.jitter = JITTER * shared::random::fraction();
         match read {
             Ok(set) => keys.read = Some((Arc::new(set), now)),
             // The previous keys stay valid.

@@ -29,7 +29,7 @@ use self::bounded::Bounded;
 pub use self::mistake::Mistake;
 use self::version::AgentServerVersion;
 use crate::error::Fault;
-use crate::http_client::{self, Answer, HttpClient};
+use crate::http_client::{self, Answer, Cause, HttpClient, HttpError};
 use crate::id;
 use crate::mask;
 
@@ -760,7 +760,7 @@ impl AgentServer {
         fill: impl FnOnce(RequestBuilder) -> RequestBuilder,
         limit: impl Fn(StatusCode) -> usize,
     ) -> Result<Answer> {
-        let fail = |error: reqwest::Error| call.fail(transport_failure(&error));
+        let fail = |error: HttpError| call.fail(transport_failure(&error));
         // No request was sent: the base URL is invalid, or the path fails the path traversal check.
         let url = http_client::join(&self.url, call.path).ok_or_else(|| call.fail(Failure::Unreachable))?;
         let mut request = self.http.request(call.method.clone(), url.as_str()).map_err(fail)?;
@@ -847,13 +847,11 @@ impl<'a> Call<'a> {
     }
 }
 
-fn transport_failure(error: &reqwest::Error) -> Failure {
-    if error.is_timeout() {
-        Failure::TimedOut
-    } else if error.is_connect() || error.is_builder() {
-        Failure::Unreachable
-    } else {
-        Failure::CutOff
+fn transport_failure(error: &HttpError) -> Failure {
+    match error.cause {
+        Cause::TimedOut => Failure::TimedOut,
+        Cause::Unreachable => Failure::Unreachable,
+        Cause::CutOff => Failure::CutOff,
     }
 }
 

@@ -5,7 +5,7 @@
 //! stays for [`TOMBSTONE_LIFETIME`] with nothing but its key (a *tombstone*), so that late reports of an agent server do not create the
 //! conversation again.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
@@ -172,7 +172,7 @@ impl ConversationStore {
 
     /// The rows of these ids, including records that are being deleted.
     async fn rows(&self, user: &UserId, ids: &[Uuid]) -> Result<Vec<Item>> {
-        let ids: HashSet<Uuid> = ids.iter().copied().collect();
+        let ids: BTreeSet<Uuid> = ids.iter().copied().collect();
         self.table.batch_get(ids.into_iter().map(|id| key(user, id)).collect()).await
     }
 

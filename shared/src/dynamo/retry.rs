@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use tokio::time::sleep;
 
+use crate::random;
+
 /// The number of attempts and the length of the pauses between them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Backoff {
@@ -26,7 +28,7 @@ impl Backoff {
         let doubled = 2_u32.saturating_pow(failed_attempts.saturating_sub(1));
         let bound = self.first.saturating_mul(doubled).min(self.longest);
         let half = bound / 2;
-        half + half.mul_f64(rand::random_range(0.0..=1.0))
+        half + half.mul_f64(random::fraction())
     }
 
     /// Starts to count attempts.

@@ -1,7 +1,7 @@
 //! Builds update expressions and conditions. Attributes are addressed by paths such as `metrics.cost` or `messages[0]`; every name is a
 //! placeholder in the expression, so that DynamoDB's reserved words cause no conflict.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 
 use aws_sdk_dynamodb::types::{self, AttributeValue, TransactWriteItem};
@@ -169,9 +169,10 @@ impl Update {
         self
     }
 
-    /// Sets all attributes of an item.
+    /// Sets all attributes of an item, in the order of their names.
     pub fn set_all(self, item: Item) -> Self {
-        item.into_iter().fold(self, |update, (name, value)| update.set(&name, value))
+        let attributes: BTreeMap<String, AttributeValue> = item.into_iter().collect();
+        attributes.into_iter().fold(self, |update, (name, value)| update.set(&name, value))
     }
 
     /// Appends values to a list, which is created if missing. Several appends to one list are combined, because an expression may contain a

@@ -4,7 +4,7 @@
 //! timestamp differs, its position in the log changes. Two narrow indexes contain the order of the log, as a whole and by kind. A page
 //! reads index entries first and then only its own events; a count reads only index entries.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
@@ -300,7 +300,7 @@ impl EventStore {
     /// [`Error::Store`].
     pub async fn unknown(&self, user: &UserId, conversation: Uuid, events: Vec<Event>) -> Result<Vec<Event>> {
         let partition = partition(user, conversation);
-        let ids: HashSet<&str> = events.iter().map(|event| event.id.as_str()).collect();
+        let ids: BTreeSet<&str> = events.iter().map(|event| event.id.as_str()).collect();
         let key = |id: &str| Item::from([("conversation".into(), text(&partition)), ("id".into(), text(id))]);
         let keys: Vec<Item> = ids.into_iter().map(key).collect();
         let items = self.table.batch_get_attribute(keys, "id").await?;

@@ -44,6 +44,8 @@ const FIRST_DELAY: Duration = Duration::from_secs(1);
 const TOLERANCE: Duration = Duration::from_millis(500);
 /// The time after a missed observation when its job counts as lost.
 const LOST_AFTER: Duration = Duration::from_secs(3);
+/// How long a provider may report a sandbox as paused after a start has resumed it. Then the start resumes it again.
+const RESUMED_WITHIN: Duration = Duration::from_secs(15);
 /// Agent servers that are requested at the same time, and rows that are deleted at the same time.
 const AT_ONCE: usize = 16;
 
@@ -90,9 +92,9 @@ impl BootStore {
     }
 
     async fn put(&self, waiter: &BootWaiter) -> Result<()> {
-        let attributes = to_item(waiter)?.into_iter().filter(|(name, _)| name != "id");
-        let update = attributes.fold(Update::new(), |update, (name, value)| update.set(&name, value));
-        self.table.apply(key(&hex(waiter.task)), update).await?;
+        let mut attributes = to_item(waiter)?;
+        attributes.remove("id");
+        self.table.apply(key(&hex(waiter.task)), Update::new().set_all(attributes)).await?;
         Ok(())
     }
 
@@ -231,7 +233,8 @@ impl BootObserver {
         let now = Time::now();
         let has_changed = |waiter: &BootWaiter| {
             let observed = observed.get(&(waiter.user.clone(), waiter.sandbox.clone()));
-            waiter.until < now || observed.is_some_and(|observed| observed.ends_wait(waiter.seen))
+            let waited = now.since(waiter.since);
+            waiter.until < now || observed.is_some_and(|observed| observed.ends_wait(waiter.seen, waited))
         };
         waiters.into_iter().filter(has_changed).collect()
     }
@@ -289,11 +292,13 @@ enum Observed {
 }
 
 impl Observed {
-    /// Whether a start that has seen `seen` has something to do now.
-    fn ends_wait(self, seen: SandboxStatus) -> bool {
+    /// Whether a start that has seen `seen`, and has waited this long since, has something to do now.
+    fn ends_wait(self, seen: SandboxStatus, waited: Duration) -> bool {
         match self {
             Self::Unknown | Self::Alive => true,
             Self::In(SandboxStatus::Starting | SandboxStatus::Running) => false,
+            // The resume was lost, or the sandbox was paused again.
+            Self::In(SandboxStatus::Paused) if seen == SandboxStatus::Paused => waited >= RESUMED_WITHIN,
             Self::In(status) => status != seen,
         }
     }
@@ -329,7 +334,8 @@ mod tests {
             (Paused, Observed::In(Paused), false),
             (Paused, Observed::In(Missing), true),
         ] {
-            assert_eq!(observed.ends_wait(seen), ends, "{seen:?} {observed:?}");
+            assert_eq!(observed.ends_wait(seen, Duration::from_secs(5)), ends, "{seen:?} {observed:?}");
         }
+        assert!(Observed::In(Paused).ends_wait(Paused, RESUMED_WITHIN), "the resume was lost");
     }
 }

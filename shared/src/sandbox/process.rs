@@ -33,6 +33,7 @@ use crate::clock::Time;
 use crate::error::{Error, Result};
 use crate::http_client::{AddressPolicy, HttpClient};
 use crate::id::{self, UserId};
+use crate::random;
 
 /// A shell script that writes its process id and then executes the agent server under the same id.
 const LAUNCHER: &str = r#"echo $$ > "$1" && shift && exec "$@""#;
@@ -638,7 +639,7 @@ fn link(target: &Path, at: &Path) -> io::Result<()> {
 fn free_port() -> io::Result<u16> {
     let mut fault = io::Error::from(io::ErrorKind::AddrInUse);
     for _ in 0..PORT_TRIES {
-        let port = rand::random_range(PORTS);
+        let port = PORTS.start() + u16::try_from(random::below(PORTS.len())).unwrap_or_default();
         match TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
             Ok(_) => return Ok(port),
             Err(error) => fault = error,

@@ -325,7 +325,7 @@ impl RemoteSandboxes {
             retry_after: headers.and_then(retry_after),
         };
         let Answer { status, body: bytes, is_whole, headers } =
-            request.send(timeout, |_| ANSWER_LIMIT).await.map_err(|error| failed(&error.without_url(), None))?;
+            request.send(timeout, |_| ANSWER_LIMIT).await.map_err(|error| failed(&error, None))?;
         if !is_whole {
             return Err(failed(&format_args!("more than {ANSWER_LIMIT} bytes"), None));
         }

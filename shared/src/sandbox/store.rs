@@ -331,7 +331,7 @@ impl SandboxStore {
         // DynamoDB removes an expired row within a few days, and the local engine removes none.
         rows.retain(|row| row.expires_at.is_none_or(|expires_at| expires_at > now));
         // Several names may have been those of one sandbox.
-        let keys: HashSet<(&UserId, &str)> = rows.iter().map(|row| (&row.owner, row.sandbox.as_str())).collect();
+        let keys: BTreeSet<(&UserId, &str)> = rows.iter().map(|row| (&row.owner, row.sandbox.as_str())).collect();
         let keys = keys.into_iter().map(|(owner, sandbox)| key(owner, sandbox)).collect();
         let mut recorded: HashSet<String> = HashSet::new();
         for item in self.table.batch_get(keys).await? {
@@ -666,7 +666,7 @@ impl SandboxStore {
     /// [`crate::Error::Store`].
     pub async fn batch_get_of_users(&self, keys: &[(UserId, String)]) -> Result<Vec<Option<SandboxRecord>>> {
         let mut found: HashMap<(UserId, String), SandboxRecord> = HashMap::new();
-        let wanted: HashSet<&(UserId, String)> = keys.iter().filter(|(_, id)| is_id(id)).collect();
+        let wanted: BTreeSet<&(UserId, String)> = keys.iter().filter(|(_, id)| is_id(id)).collect();
         for item in self.table.batch_get(wanted.into_iter().map(|(user, id)| key(user, id)).collect()).await? {
             let record: SandboxRecord = from_item(item)?;
             if record.desired != Desired::Deleted {

@@ -14,7 +14,7 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use aes_gcm::aead::{Aead, Payload};
 use aes_gcm::{Aes256Gcm, KeyInit as _};
@@ -24,10 +24,12 @@ use hkdf::Hkdf;
 use secrecy::{ExposeSecret as _, SecretSlice, SecretString};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::RwLock;
+use tokio::time::Instant;
 
 use super::data_key::DataKey;
 use crate::digest::hex;
 use crate::error::{Error, Result};
+use crate::random;
 
 const NONCE_BYTES: usize = 12;
 const KEY_BYTES: usize = 32;
@@ -102,7 +104,7 @@ impl Sealer {
     pub fn from_file(path: &Path) -> io::Result<Self> {
         let keys = match read_file(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let key: [u8; KEY_BYTES] = rand::random();
+                let key: [u8; KEY_BYTES] = random::bytes();
                 let mut options = OpenOptions::new();
                 match options.write(true).create_new(true).mode(0o600).open(path) {
                     Ok(mut file) => {
@@ -143,7 +145,7 @@ impl Sealer {
                 path.display()
             )));
         }
-        keys.push(rand::random::<[u8; KEY_BYTES]>().to_vec());
+        keys.push(random::bytes::<KEY_BYTES>().to_vec());
         let lines: Vec<String> = keys.iter().map(|key| BASE64.encode(key)).collect();
         // The file is replaced atomically, because a deployment without its keys has lost its secrets.
         let draft = beside(".new");
@@ -167,7 +169,7 @@ impl Sealer {
     /// A sealer with a key of this process only, so that nothing it seals can be opened later. It is for stores that do not seal anything.
     #[must_use]
     pub fn ephemeral() -> Self {
-        let key: [u8; KEY_BYTES] = rand::random();
+        let key: [u8; KEY_BYTES] = random::bytes();
         Self::with(Arc::new([Key::of(key.to_vec())]), Source::Given)
     }
 
@@ -178,7 +180,7 @@ impl Sealer {
     pub async fn seal(&self, purpose: &str, secret: &SecretString) -> Result<String> {
         let keys = self.keys().await?;
         let key = newest(&keys)?;
-        let nonce: [u8; NONCE_BYTES] = rand::random();
+        let nonce: [u8; NONCE_BYTES] = random::bytes();
         let associated = associated(&key.id, purpose);
         let payload = Payload { msg: secret.expose_secret().as_bytes(), aad: associated.as_bytes() };
         let sealed = cipher(key.derive(FOR_SEALING)?.expose_secret())?

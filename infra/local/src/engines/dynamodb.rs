@@ -114,6 +114,29 @@ impl Drop for DynamoDb {
     }
 }
 
+/// DynamoDB in memory, without a thread and without a file. Each operation blocks its caller. For simulations, which have one thread.
+pub struct InMemoryDynamoDb(Database);
+
+impl InMemoryDynamoDb {
+    /// Creates a database without tables.
+    ///
+    /// # Errors
+    /// When SQLite cannot be set up.
+    pub fn new() -> Result<Self, EngineError> {
+        let failed =
+            |error: DynoxideError| EngineError::Database { path: PathBuf::from(":memory:"), reason: error.to_string() };
+        Database::memory().map(Self).map_err(failed)
+    }
+
+    /// Executes an operation of DynamoDB's JSON protocol, and returns the body of its response.
+    ///
+    /// # Errors
+    /// The status and the body of an error response.
+    pub fn execute(&self, operation: &str, body: &[u8]) -> Result<String, (u16, String)> {
+        execute(&self.0, operation, body).map_err(|error| (error.status_code(), error.to_json()))
+    }
+}
+
 fn open(path: &Path) -> Result<Database, String> {
     probe(path).map_err(|error| open_failure(&error))?;
     let path = path.to_str().ok_or("its path is not valid UTF-8")?;

@@ -34,6 +34,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use self::dynamodb::DynamoDb;
+pub use self::dynamodb::InMemoryDynamoDb;
 pub(crate) use self::dynamodb::open_failure;
 use self::in_process::InProcessClient;
 use crate::access::Origins;

@@ -1,6 +1,6 @@
 //! Import of start tasks from another server.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::time::Duration;
 
 use aws_sdk_dynamodb::types::TransactWriteItem;
@@ -72,7 +72,7 @@ impl StartTaskStore {
 
     /// The ids that already have a row.
     async fn taken(&self, user: &UserId, ids: impl Iterator<Item = Uuid>) -> Result<HashSet<Uuid>> {
-        let ids: HashSet<Uuid> = ids.collect();
+        let ids: BTreeSet<Uuid> = ids.collect();
         let items = self.table.batch_get(ids.into_iter().map(|id| key(user, id)).collect()).await?;
         let id = |item: &Item| Uuid::parse_str(item.get("id")?.as_s().ok()?).ok();
         Ok(items.iter().filter_map(id).collect())

@@ -20,7 +20,7 @@ mod list;
 mod requests;
 mod unfinished;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
@@ -271,7 +271,7 @@ impl StartTaskStore {
     /// [`Error::Store`].
     pub async fn batch_get(&self, user: &UserId, ids: &[Uuid]) -> Result<Vec<Option<StartTaskRecord>>> {
         let mut found = HashMap::new();
-        let wanted: HashSet<Uuid> = ids.iter().copied().collect();
+        let wanted: BTreeSet<Uuid> = ids.iter().copied().collect();
         for item in self.table.batch_get(wanted.into_iter().map(|id| key(user, id)).collect()).await? {
             let record: StartTaskRecord = from_item(item)?;
             found.insert(record.id, record);

@@ -1,6 +1,6 @@
 //! Storage of start requests: large ones are S3 objects, and secrets are sealed (encrypted).
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use aws_sdk_s3::operation::get_object::GetObjectOutput;
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
@@ -124,7 +124,7 @@ impl StartTaskStore {
             .map_err(|error| Error::internal(format!("a stored start request does not read: {error}")))?;
         if let Some(sealed) = &record.secrets_sealed {
             let json = self.sealer.open(&secrets_purpose(&record.user, record.id), sealed).await?;
-            let secrets: HashMap<String, String> = serde_json::from_str(json.expose_secret())
+            let secrets: BTreeMap<String, String> = serde_json::from_str(json.expose_secret())
                 .map_err(|_| Error::internal("sealed secrets of a start do not read"))?;
             request.secrets = Some(secrets.into_iter().map(|(name, value)| (name, value.into())).collect());
         }
@@ -143,7 +143,7 @@ impl StartTaskStore {
 
     pub(super) async fn seal_secrets(&self, user: &UserId, id: Uuid, request: &StartRequest) -> Result<Option<String>> {
         let Some(secrets) = &request.secrets else { return Ok(None) };
-        let exposed: HashMap<&str, &str> =
+        let exposed: BTreeMap<&str, &str> =
             secrets.values().map(|(name, value)| (name, value.expose_secret())).collect();
         if exposed.is_empty() {
             return Ok(None);

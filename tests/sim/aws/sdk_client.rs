@@ -1,0 +1,302 @@
+//! Clients of the AWS SDK that call the servers of a simulation. Their clock, sleeps and retries depend on the simulation alone.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fmt::Write as _;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
+
+use aws_config::{AppName, BehaviorVersion, Region, SdkConfig};
+use aws_sdk_dynamodb::config::retry::RetryPartition;
+use aws_sdk_dynamodb::config::{
+    AsyncSleep, Credentials, IdentityCache, SharedAsyncSleep, SharedCredentialsProvider, Sleep,
+};
+use aws_smithy_runtime_api::client::http::{
+    HttpClient, HttpConnector, HttpConnectorFuture, HttpConnectorSettings, SharedHttpConnector,
+};
+use aws_smithy_runtime_api::client::orchestrator::{HttpRequest, HttpResponse};
+use aws_smithy_runtime_api::client::result::ConnectorError;
+use aws_smithy_runtime_api::client::runtime_components::RuntimeComponents;
+use aws_smithy_types::body::SdkBody;
+use aws_smithy_types::retry::ErrorKind;
+use aws_types::sdk_config::{SharedTimeSource, TimeSource};
+use aws_types::service_config::{LoadServiceConfig, ServiceConfigKey};
+use bytes::Bytes;
+use http::Method;
+use http_body_util::BodyExt as _;
+use serde_json::Value;
+use shared::aws::Aws;
+
+use super::{Clock, lock};
+use crate::dice;
+use crate::net::{Failure, Reply, Request, Server};
+
+/// The authorities of the services. Host names below `.invalid` never resolve.
+pub const DYNAMODB: &str = "dynamodb.invalid";
+pub const S3: &str = "s3.invalid";
+pub const SQS: &str = "sqs.invalid";
+pub const REGION: &str = "us-east-1";
+
+/// The calls of a simulation in their order, as a hash. Two runs of one seed have the same.
+#[derive(Clone, Debug)]
+pub struct Trace {
+    clock: Clock,
+    state: Arc<Mutex<TraceState>>,
+}
+
+#[derive(Debug, Default)]
+struct TraceState {
+    hash: u64,
+    calls: u64,
+    /// A line for each call, with which two runs can be compared.
+    lines: Option<Vec<String>>,
+}
+
+impl Trace {
+    pub fn new(clock: Clock) -> Self {
+        Self { clock, state: Arc::default() }
+    }
+
+    /// A trace that also keeps a line for each call.
+    pub fn with_lines(clock: Clock) -> Self {
+        let trace = Self::new(clock);
+        lock(&trace.state).lines = Some(Vec::new());
+        trace
+    }
+
+    pub fn hash(&self) -> u64 {
+        lock(&self.state).hash
+    }
+
+    pub fn calls(&self) -> u64 {
+        lock(&self.state).calls
+    }
+
+    pub fn lines(&self) -> Vec<String> {
+        lock(&self.state).lines.clone().unwrap_or_default()
+    }
+
+    /// Notes a request before it is sent.
+    pub fn sent(&self, request: &Request) -> Sent {
+        let at = self.clock.elapsed();
+        let target = request.headers.get("x-amz-target").map_or(&b""[..], |target| target.as_bytes());
+        let address = (request.method.as_str(), &*request.authority, &*request.path, &*request.query);
+        let hash = canonical(&request.body);
+        let hash = dice::seeded(hash, &(at, address, target));
+        let line = lock(&self.state).lines.is_some().then(|| {
+            let (method, authority, path, query) = address;
+            let (target, body) = (String::from_utf8_lossy(target), canonical_text(&request.body));
+            format!("{at:?} {method} {authority}{path}?{query} {target} {body}")
+        });
+        Sent { hash, line }
+    }
+
+    /// Adds a call to the trace.
+    pub fn received(&self, sent: Sent, reply: &Reply) {
+        let (status, answer) = match reply {
+            Ok(response) => (response.status().as_u16(), canonical(response.body())),
+            Err(failure) => (0, *failure as u64),
+        };
+        let at = self.clock.elapsed();
+        let mut state = lock(&self.state);
+        state.hash = dice::seeded(state.hash, &(sent.hash, at, status, answer));
+        state.calls += 1;
+        if let (Some(lines), Some(mut line)) = (&mut state.lines, sent.line) {
+            let text = match reply {
+                Ok(response) => canonical_text(response.body()),
+                Err(failure) => format!("{failure:?}"),
+            };
+            let _infallible = write!(line, " -> {at:?} {status} {text}");
+            lines.push(line);
+        }
+    }
+}
+
+/// A request that has no response yet.
+#[derive(Debug)]
+pub struct Sent {
+    hash: u64,
+    /// The first half of its line.
+    line: Option<String>,
+}
+
+/// A hash of a body. The order of the members of a JSON object does not matter.
+pub fn canonical(body: &[u8]) -> u64 {
+    match body.first() {
+        Some(b'{') => serde_json::from_slice(body).map_or_else(|_| dice::seeded(5, &body), |value| hash_of(&value)),
+        _ => dice::seeded(5, &body),
+    }
+}
+
+/// The text of a body, with the members of JSON objects in the order of their names.
+fn canonical_text(body: &[u8]) -> String {
+    fn sorted(value: Value) -> Value {
+        match value {
+            Value::Object(members) => {
+                let members: BTreeMap<String, Value> = members.into_iter().collect();
+                Value::Object(members.into_iter().map(|(name, value)| (name, sorted(value))).collect())
+            }
+            Value::Array(values) => values.into_iter().map(sorted).collect(),
+            other => other,
+        }
+    }
+    match serde_json::from_slice(body) {
+        Ok(value) => sorted(value).to_string(),
+        Err(_) => String::from_utf8_lossy(body).into_owned(),
+    }
+}
+
+/// A hash of a JSON value, whatever the order of its members.
+pub fn hash_of(value: &Value) -> u64 {
+    match value {
+        Value::Object(members) => members
+            .iter()
+            .fold(1, |sum: u64, (name, value)| sum.wrapping_add(dice::seeded(hash_of(value), &name.as_str()))),
+        Value::Array(values) => values.iter().fold(2, |hash, value| dice::seeded(hash, &hash_of(value))),
+        Value::String(text) => dice::seeded(3, &text.as_str()),
+        Value::Null | Value::Bool(_) | Value::Number(_) => dice::seeded(4, &value.to_string()),
+    }
+}
+
+/// Sends the requests of SDK clients to servers, by the authority of the URL.
+#[derive(Clone)]
+pub struct SimulatedHttp {
+    servers: Arc<BTreeMap<String, Arc<dyn Server>>>,
+    trace: Trace,
+}
+
+impl fmt::Debug for SimulatedHttp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SimulatedHttp").field("servers", &self.servers.keys()).finish_non_exhaustive()
+    }
+}
+
+impl SimulatedHttp {
+    pub fn new(servers: impl IntoIterator<Item = (String, Arc<dyn Server>)>, trace: Trace) -> Self {
+        Self { servers: Arc::new(servers.into_iter().collect()), trace }
+    }
+
+    async fn send(self, request: HttpRequest) -> Result<HttpResponse, ConnectorError> {
+        let request = request.try_into_http1x().map_err(|error| ConnectorError::user(error.into()))?;
+        let (parts, body) = request.into_parts();
+        let body = match body.bytes() {
+            Some(bytes) => Bytes::copy_from_slice(bytes),
+            None => body.collect().await.map_err(ConnectorError::user)?.to_bytes(),
+        };
+        let is_head = parts.method == Method::HEAD;
+        let request = Request {
+            method: parts.method,
+            authority: parts.uri.authority().map_or_else(String::new, ToString::to_string),
+            path: parts.uri.path().to_owned(),
+            query: parts.uri.query().unwrap_or_default().to_owned(),
+            headers: parts.headers,
+            body,
+        };
+        let Some(server) = self.servers.get(&request.authority) else {
+            return Err(ConnectorError::io(format!("there is no server {}", request.authority).into()));
+        };
+        let sent = self.trace.sent(&request);
+        let reply = server.handle(request).await;
+        self.trace.received(sent, &reply);
+        match reply {
+            Ok(response) => {
+                // Responses to HEAD have headers but no body.
+                let response = response.map(|body| if is_head { SdkBody::empty() } else { SdkBody::from(body) });
+                HttpResponse::try_from(response).map_err(|error| ConnectorError::other(error.into(), None))
+            }
+            Err(Failure::Refused) => Err(ConnectorError::io("connection refused".into())),
+            // As the SDK's own client classifies hyper's "incomplete message".
+            Err(Failure::Cut) => {
+                Err(ConnectorError::other("connection closed".into(), Some(ErrorKind::TransientError)))
+            }
+            Err(Failure::Hang) => std::future::pending().await,
+        }
+    }
+}
+
+impl HttpClient for SimulatedHttp {
+    fn http_connector(&self, _: &HttpConnectorSettings, _: &RuntimeComponents) -> SharedHttpConnector {
+        SharedHttpConnector::new(self.clone())
+    }
+}
+
+impl HttpConnector for SimulatedHttp {
+    fn call(&self, request: HttpRequest) -> HttpConnectorFuture {
+        HttpConnectorFuture::new(self.clone().send(request))
+    }
+}
+
+#[derive(Debug)]
+struct TokioSleep;
+
+impl AsyncSleep for TokioSleep {
+    fn sleep(&self, duration: Duration) -> Sleep {
+        Sleep::new(tokio::time::sleep(duration))
+    }
+}
+
+impl TimeSource for Clock {
+    fn now(&self) -> SystemTime {
+        self.now()
+    }
+}
+
+#[derive(Debug)]
+struct Endpoints;
+
+impl LoadServiceConfig for Endpoints {
+    fn load_config(&self, key: ServiceConfigKey<'_>) -> Option<String> {
+        if key.env() != "AWS_ENDPOINT_URL" {
+            return None;
+        }
+        let authority = match key.service_id().to_ascii_lowercase().as_str() {
+            "dynamodb" => DYNAMODB,
+            "s3" => S3,
+            "sqs" => SQS,
+            _ => return None,
+        };
+        Some(format!("http://{authority}"))
+    }
+}
+
+/// Makes SDK clients of a simulation.
+#[derive(Clone, Debug)]
+pub struct SdkClients {
+    config: SdkConfig,
+}
+
+impl SdkClients {
+    /// Seeds this thread's generator of the SDK: the jitter of retries and the ids of requests come from it. So a simulation must not
+    /// share its thread with another one that runs at the same time.
+    pub fn new(seed: u64, clock: Clock, http: SimulatedHttp) -> Self {
+        fastrand::seed(dice::seeded(seed, &"fastrand"));
+        let keys = Credentials::new("SIMULATION", "simulation", None, None, "simulation");
+        let config = SdkConfig::builder()
+            .behavior_version(BehaviorVersion::latest())
+            .region(Region::from_static(REGION))
+            .app_name(AppName::new("simulation").expect("a name"))
+            .credentials_provider(SharedCredentialsProvider::new(keys))
+            // The default cache has a lifetime with a jitter of its own, and loads in a task.
+            .identity_cache(IdentityCache::no_cache())
+            .http_client(http)
+            .sleep_impl(SharedAsyncSleep::new(TokioSleep))
+            .time_source(SharedTimeSource::new(clock))
+            .service_config(Endpoints)
+            .build();
+        Self { config }
+    }
+
+    /// Clients with a quota of retries of their own, as those of one process on AWS have. By default all clients of the test program
+    /// would share it, and a simulation would depend on others.
+    pub fn make(&self) -> Aws {
+        let aws = Aws::new(&self.config);
+        let quota = || RetryPartition::custom("simulation").build();
+        Aws {
+            dynamodb: aws_sdk_dynamodb::Client::from_conf(
+                aws.dynamodb.config().to_builder().retry_partition(quota()).build(),
+            ),
+            s3: aws_sdk_s3::Client::from_conf(aws.s3.config().to_builder().retry_partition(quota()).build()),
+            sqs: aws_sdk_sqs::Client::from_conf(aws.sqs.config().to_builder().retry_partition(quota()).build()),
+        }
+    }
+}
