@@ -48,7 +48,7 @@ pub async fn assert_nothing_left(harness: &WorkerHarness, started: &StartTaskRec
     let row = harness.conversations.take_deletion(&harness.user, id, Time::now()).await.expect("the store");
     assert!(row.is_none(), "{case}: the row");
     assert!(harness.tasks.get(&harness.user, started.id).await.expect("the store").is_none(), "{case}: its task");
-    let events = &harness.context.deletion.events;
+    let events = &harness.other_worker.deletion.events;
     assert_eq!(events.count(&harness.user, id, &EventFilter::default()).await.expect("a count"), 0, "{case}: events");
     // The agent server's copy is removed by itself or with the sandbox.
     let sandbox = &harness.sandboxes.made()[started.now.sandbox_id.as_ref().expect("a sandbox")];
