@@ -16,7 +16,7 @@ use shared::config::{Config, ExportConfig, RemoteSandboxConfig, SandboxConfig, S
 use shared::http::caller::Caller;
 use shared::http::response::with_common_answers;
 use shared::http_client::AddressPolicy;
-use shared::simulation::{Entered, Exchange, Network, NoResponse};
+use shared::simulation::{Entered, Exchange, Network};
 use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
@@ -27,7 +27,7 @@ use crate::aws::lambda::{Ended, Function, Handler, Invocation};
 use crate::aws::sdk_client::Trace;
 use crate::aws::services::Services;
 use crate::aws::{self, Clock, lock};
-use crate::net::{Failure, Pending, Reply, Request, Server};
+use crate::net::{Pending, Reply, Request, Server, to_client};
 
 /// When every simulation begins.
 pub const EPOCH: Timestamp = Timestamp::constant(1_800_000_000, 0);
@@ -256,31 +256,14 @@ impl Server for World {
 }
 
 impl Network for Wire {
-    fn send(&self, mut request: reqwest::Request) -> Exchange {
+    fn send(&self, request: reqwest::Request) -> Exchange {
         let (sandboxes, trace) = (self.sandboxes.clone(), self.trace.clone());
         Box::pin(async move {
-            let body = match request.body_mut().take() {
-                Some(body) => body.collect().await.map_err(|_| NoResponse::CutOff)?.to_bytes(),
-                None => Bytes::new(),
-            };
-            let url = request.url();
-            let request = Request {
-                method: request.method().clone(),
-                authority: url.authority().to_owned(),
-                path: url.path().to_owned(),
-                query: url.query().unwrap_or_default().to_owned(),
-                headers: request.headers().clone(),
-                body,
-            };
+            let request = Request::of_client(request).await?;
             let sent = trace.sent(&without_boundary(&request));
             let reply: Reply = sandboxes.handle(request).await;
             trace.received(sent, &reply);
-            match reply {
-                Ok(response) => Ok(response),
-                Err(Failure::Refused) => Err(NoResponse::Unreachable),
-                Err(Failure::Cut) => Err(NoResponse::CutOff),
-                Err(Failure::Hang) => std::future::pending().await,
-            }
+            to_client(reply).await
         })
     }
 }

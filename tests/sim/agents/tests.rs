@@ -11,18 +11,17 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use http::{Method, Response, StatusCode};
-use http_body_util::BodyExt as _;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 use shared::agent_server::AgentServer;
 use shared::http_client::{AddressPolicy, Cause, HttpClient};
-use shared::simulation::{Entered, Exchange, Network, NoResponse};
+use shared::simulation::{Entered, Exchange, Network};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use super::history::{Life, Outcome};
 use super::*;
-use crate::net::{Failure, Pending, Request, Server};
+use crate::net::{Failure, Pending, Request, Server, to_client};
 
 const EPOCH: Timestamp = Timestamp::constant(1_800_000_000, 0);
 const WEBHOOKS: &str = "http://product.sim/api/v1/webhooks";
@@ -112,22 +111,10 @@ impl Wire {
 }
 
 impl Network for Wire {
-    fn send(&self, mut request: reqwest::Request) -> Exchange {
+    fn send(&self, request: reqwest::Request) -> Exchange {
         let wire = self.clone();
         Box::pin(async move {
-            let body = match request.body_mut().take() {
-                Some(body) => body.collect().await.map_err(|_| NoResponse::CutOff)?.to_bytes(),
-                None => Bytes::new(),
-            };
-            let url = request.url();
-            let request = Request {
-                method: request.method().clone(),
-                authority: url.authority().to_owned(),
-                path: url.path().to_owned(),
-                query: url.query().unwrap_or_default().to_owned(),
-                headers: request.headers().clone(),
-                body,
-            };
+            let request = Request::of_client(request).await?;
             // The boundary of a form is random.
             let content = server::multipart_file(&request).unwrap_or(&request.body);
             wire.record((request.method.as_str(), &request.authority, &request.path, &request.query, content));
@@ -136,12 +123,7 @@ impl Network for Wire {
                 Ok(response) => wire.record((response.status().as_u16(), response.body())),
                 Err(failure) => wire.record(format!("{failure:?}")),
             }
-            match reply {
-                Ok(response) => Ok(response),
-                Err(Failure::Refused) => Err(NoResponse::Unreachable),
-                Err(Failure::Cut) => Err(NoResponse::CutOff),
-                Err(Failure::Hang) => std::future::pending().await,
-            }
+            to_client(reply).await
         })
     }
 }
