@@ -13,7 +13,11 @@
 
 mod agents;
 mod aws;
+mod cost;
 mod dice;
 mod net;
 mod scenario;
 mod world;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;

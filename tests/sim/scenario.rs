@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -14,6 +15,7 @@ use uuid::Uuid;
 use crate::agents;
 use crate::agents::history::{ConversationHistory, Life, SandboxHistory};
 use crate::aws::lock;
+use crate::cost::{Costs, PerStart};
 use crate::dice::{random, seeded};
 use crate::world::{Conditions, World};
 
@@ -23,11 +25,17 @@ pub struct Load {
     pub starts: u64,
     pub tenants: u64,
     pub within: Duration,
+    /// The share of the first tenant in the starts.
+    pub first_share: f64,
+    /// Leaves out the first tenant. What the others do stays the same.
+    pub without_first: bool,
 }
 
 /// The longest time from a request to READY or ERROR: the sum of the limits of the steps (boot 120 s, clone 300 s, script 600 s, four
 /// other steps of 300 s, each with its margin), and the waits in queues.
 const LONGEST_START: Duration = Duration::from_secs(90 * 60);
+/// How often a client asks for its start's status.
+const POLL: Duration = Duration::from_secs(10);
 /// How long the rest may take after the clients have finished: deletions, compensations, confirmed ends of sandboxes.
 const LONGEST_REST: Duration = Duration::from_secs(12 * 3600);
 
@@ -56,22 +64,34 @@ pub struct Report {
     pub violations: Vec<String>,
     /// The simulated time.
     pub took: Duration,
-    pub world: Figures,
+    pub costs: Costs,
+    /// The agents' turns: messages that they received.
+    pub turns: usize,
+    /// Injected faults that happened, by service.
+    pub faults: BTreeMap<String, u64>,
+    /// The highest share of a partition's capacity that a second has used, by table and index.
+    pub peaks: Vec<(String, f64)>,
+    /// The most invocations of each function at one time.
+    pub most_concurrent: BTreeMap<&'static str, usize>,
+    /// Invocations that Lambda refused, because the account's executions were in use.
+    pub throttled: u64,
 }
 
-/// Counted costs.
-#[derive(Clone, Debug, Default)]
-pub struct Figures {
-    pub invocations: BTreeMap<String, u64>,
-    pub busy: BTreeMap<String, Duration>,
-    pub read_units: f64,
-    pub write_units: f64,
-    pub queue_requests: u64,
-    pub object_calls: u64,
-    pub provider_calls: u64,
-    pub agent_calls: u64,
-    pub faults: BTreeMap<String, u64>,
-}
+/// The most that a start may cost on average, with its agent's turns and its deletion: in a world without faults, and in a hostile one.
+/// `cost_of_a_start` prints what it is.
+const BUDGET: PerStart = PerStart {
+    worker_invocations: 30.0,
+    worker_seconds: 40.0,
+    webhook_invocations: 20.0,
+    read_units: 300.0,
+    write_units: 500.0,
+    queue_requests: 100.0,
+    provider_calls: 40.0,
+    agent_calls: 80.0,
+};
+const HOSTILE_BUDGET: PerStart = BUDGET;
+/// With fewer starts the averages say little.
+const STARTS_FOR_A_BUDGET: usize = 20;
 
 /// Runs a scenario in a runtime of its own, on a paused clock.
 pub fn run(conditions: &Conditions, load: &Load) -> Report {
@@ -83,12 +103,15 @@ pub fn run(conditions: &Conditions, load: &Load) -> Report {
         let users: Vec<UserId> = (0..load.tenants).map(|number| UserId::new(format!("tenant-{number}"))).collect();
         join_all(users.iter().map(|user| Box::pin(world.settings(user)))).await;
         let known = Arc::new(Mutex::new(Vec::new()));
-        let clients = (0..load.starts).map(|number| {
-            // The first tenant has a third of the starts.
-            let tenant = match seeded(conditions.seed, &("tenant", number)) {
-                draw if draw % 3 == 0 => 0,
-                draw => (draw >> 8) % load.tenants,
-            };
+        let tenant_of = |number: u64| {
+            if random(conditions.seed, &("first tenant", number)) < load.first_share {
+                return 0;
+            }
+            seeded(conditions.seed, &("tenant", number)) % load.tenants
+        };
+        let numbers = (0..load.starts).filter(|number| !load.without_first || tenant_of(*number) > 0);
+        let clients = numbers.map(|number| {
+            let tenant = tenant_of(number);
             let user = users[usize::try_from(tenant).expect("a small number")].clone();
             let client =
                 Client { world: world.clone(), seed: seeded(conditions.seed, &("client", number)), user, number };
@@ -106,7 +129,32 @@ pub fn run(conditions: &Conditions, load: &Load) -> Report {
             let path = std::path::Path::new(&folder).join(format!("{}-{}", conditions.seed, std::process::id()));
             std::fs::write(path, world.services().trace.lines().join("\n")).expect("a file");
         }
-        let report = Report { hash, calls, starts, violations, took: began.elapsed(), world: figures(&world) };
+        let services = world.services();
+        let costs = Costs::of(services);
+        if starts.len() >= STARTS_FOR_A_BUDGET {
+            let budget = if conditions.is_calm() { &BUDGET } else { &HOSTILE_BUDGET };
+            violations.extend(costs.per_start(starts.len()).over(budget));
+        }
+        let turns = world.sandboxes().conversations().iter().map(|one| one.messages.len()).sum();
+        let happened = services.happened().into_iter();
+        let faults = happened.map(|((service, fault), count)| (format!("{service} {fault}"), count)).collect();
+        let mut peaks: Vec<(String, f64)> =
+            services.dynamodb.peaks().into_iter().map(|(name, (peak, _))| (name, peak)).collect();
+        peaks.sort_by(|(_, one), (_, other)| other.total_cmp(one));
+        let usage = services.lambda.usage();
+        let report = Report {
+            hash,
+            calls,
+            starts,
+            violations,
+            took: began.elapsed(),
+            costs,
+            turns,
+            faults,
+            peaks,
+            most_concurrent: usage.iter().map(|(name, usage)| (*name, usage.most_concurrent)).collect(),
+            throttled: usage.values().map(|usage| usage.throttled).sum(),
+        };
         drop(entered);
         report
     })
@@ -193,7 +241,7 @@ impl Client {
                     shown["app_conversation_id"].as_str().and_then(|id| Uuid::parse_str(id).ok()).unwrap_or_default();
                 break;
             }
-            sleep(Duration::from_secs(5)).await;
+            sleep(POLL).await;
         }
         start.took = began.elapsed();
         if start.status == "READY" {
@@ -422,38 +470,16 @@ fn check_sandboxes(world: &World, violations: &mut Vec<String>) {
     }
 }
 
-fn figures(world: &World) -> Figures {
-    let services = world.services();
-    let mut figures = Figures::default();
-    for (name, usage) in services.lambda.usage() {
-        figures.invocations.insert(name.to_owned(), usage.invocations);
-        figures.busy.insert(name.to_owned(), usage.busy);
-    }
-    for usage in services.dynamodb.usage().values() {
-        figures.read_units += usage.read_units;
-        figures.write_units += usage.write_units;
-    }
-    for usage in services.sqs.usage().values() {
-        figures.queue_requests += usage.send_requests + usage.receive_requests + usage.delete_requests;
-    }
-    figures.object_calls = services.s3.usage().values().map(|usage| usage.calls).sum();
-    for (kind, count) in world.sandboxes().calls() {
-        *(if kind.starts_with("agent ") { &mut figures.agent_calls } else { &mut figures.provider_calls }) += count;
-    }
-    for ((service, fault), count) in services.happened() {
-        figures.faults.insert(format!("{service} {fault}"), count);
-    }
-    figures
-}
-
 impl Report {
-    pub fn print(&self, seed: u64) {
+    /// What a person reads of a run: a line, and with `is_long` what it cost and where it was busy.
+    pub fn text(&self, seed: u64, is_long: bool) -> String {
         let mut text = String::new();
-        let ready = self.starts.iter().filter(|start| start.status == "READY").count();
+        let ready: Vec<&Start> = self.starts.iter().filter(|start| start.status == "READY").collect();
         let _infallible = writeln!(
             text,
-            "seed {seed}: {} starts, {ready} READY, {} calls, hash {:016x}, {:?} simulated",
+            "seed {seed}: {} starts, {} READY, {} calls, hash {:016x}, {:?} simulated",
             self.starts.len(),
+            ready.len(),
             self.calls,
             self.hash,
             self.took
@@ -463,21 +489,62 @@ impl Report {
             let detail = start.detail.clone().unwrap_or_else(|| start.status.clone());
             *details.entry(detail.chars().filter(|one| !one.is_ascii_digit()).take(90).collect()).or_default() += 1;
         }
-        let _infallible = writeln!(text, "  errors {details:?}\n  {:?}", self.world);
+        for (detail, count) in &details {
+            let _infallible = writeln!(text, "  {count} ERROR: {detail}");
+        }
+        if is_long {
+            let mut took: Vec<Duration> = ready.iter().map(|start| start.took).collect();
+            took.sort();
+            let at = |share: usize| took.get((took.len() * share / 100).min(took.len().saturating_sub(1))).copied();
+            let _infallible = writeln!(
+                text,
+                "  to READY, as clients see it that ask every {POLL:?}: median {:?}, 90 % {:?}, 99 % {:?}, longest {:?}",
+                at(50).unwrap_or_default(),
+                at(90).unwrap_or_default(),
+                at(99).unwrap_or_default(),
+                at(100).unwrap_or_default()
+            );
+            let _infallible = write!(text, "{}", self.costs.table());
+            let _infallible = writeln!(text, "  one start: {}", self.costs.per_start(self.starts.len()).line());
+            let webhooks = self.costs.of_function("events");
+            let _infallible = writeln!(
+                text,
+                "  one of {} turns: {:.1} webhook requests, {:.1} read and {:.1} write units of theirs",
+                self.turns,
+                ratio(webhooks.invocations as f64, self.turns),
+                ratio(webhooks.read_units, self.turns),
+                ratio(webhooks.write_units, self.turns)
+            );
+            let peaks: Vec<String> =
+                self.peaks.iter().take(5).map(|(name, peak)| format!("{name} {:.1} %", peak * 100.0)).collect();
+            let _infallible = writeln!(text, "  busiest partitions, of what DynamoDB allows one: {}", peaks.join(", "));
+            let _infallible = writeln!(
+                text,
+                "  most invocations at a time: {:?}, refused for lack of executions: {}",
+                self.most_concurrent, self.throttled
+            );
+            let _infallible = writeln!(text, "  faults: {:?}", self.faults);
+        }
         for violation in &self.violations {
             let _infallible = writeln!(text, "  VIOLATION {violation}");
         }
-        println!("{text}");
+        text
     }
+}
+
+fn ratio(value: f64, count: usize) -> f64 {
+    value / count.max(1) as f64
+}
+
+/// A number from the environment.
+fn number(name: &str, default: u64) -> u64 {
+    let given = std::env::var(name).ok();
+    given.map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
 }
 
 /// A scenario by its numbers, from the environment: `SIM_SEED`, `SIM_SEEDS`, `SIM_STARTS`, `SIM_TENANTS`, `SIM_WORKERS`, `SIM_MINUTES`
 /// (over which the starts are spread), and `SIM_CALM` for a world without faults.
 fn from_environment() -> (std::ops::Range<u64>, impl Fn(u64) -> Conditions, Load) {
-    let number = |name: &str, default: u64| {
-        let given = std::env::var(name).ok();
-        given.map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
-    };
     let (first, seeds) = (number("SIM_SEED", 1), number("SIM_SEEDS", 1));
     let (is_calm, workers) = (std::env::var_os("SIM_CALM").is_some(), number("SIM_WORKERS", 10));
     let minutes = number("SIM_MINUTES", 10);
@@ -485,6 +552,8 @@ fn from_environment() -> (std::ops::Range<u64>, impl Fn(u64) -> Conditions, Load
         starts: number("SIM_STARTS", 10),
         tenants: number("SIM_TENANTS", 4),
         within: Duration::from_secs(60 * minutes),
+        first_share: 1.0 / 3.0,
+        without_first: false,
     };
     let conditions = move |seed| conditions(seed, is_calm, usize::try_from(workers).expect("a small number"));
     (first..first + seeds, conditions, load)
@@ -498,32 +567,114 @@ fn conditions(seed: u64, is_calm: bool, workers: usize) -> Conditions {
     Conditions { seed, aws, agents, pace: agents::Pace::default(), cap: None, workers }
 }
 
+/// The stack of a thread that runs a world, in bytes. Without optimisation the futures are large.
+const STACK: usize = 16 << 20;
+
+/// Runs seeds on as many threads as there are processors, and hands each report over in the order of the seeds.
+fn run_all(
+    seeds: std::ops::Range<u64>,
+    conditions: &(impl Fn(u64) -> Conditions + Sync),
+    load: &Load,
+    mut done: impl FnMut(u64, Report),
+) {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let next = AtomicU64::new(seeds.start);
+    let (sender, reports) = mpsc::channel();
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            let (sender, next, seeds) = (sender.clone(), &next, seeds.clone());
+            let work = move || {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if !seeds.contains(&seed) || sender.send((seed, run(&conditions(seed), load))).is_err() {
+                        return;
+                    }
+                }
+            };
+            std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, work).expect("a thread");
+        }
+        drop(sender);
+        let mut waiting = BTreeMap::new();
+        let mut expected = seeds.start;
+        for (seed, report) in reports {
+            waiting.insert(seed, report);
+            while let Some(report) = waiting.remove(&expected) {
+                done(expected, report);
+                expected += 1;
+            }
+        }
+    });
+}
+
 /// Runs the scenario of the environment, prints a report for each seed, and fails if anything does not hold.
 #[test]
 fn scenario_holds() {
     let (seeds, conditions, load) = from_environment();
+    let is_long = seeds.end - seeds.start <= 3;
     let mut failed = Vec::new();
-    for seed in seeds {
-        let report = run(&conditions(seed), &load);
-        report.print(seed);
+    let (mut count, mut starts) = (0_u64, 0_usize);
+    let began = std::time::Instant::now();
+    run_all(seeds, &conditions, &load, |seed, report| {
+        print!("{}", report.text(seed, is_long || !report.violations.is_empty()));
+        count += 1;
+        starts += report.starts.len();
         if !report.violations.is_empty() {
             failed.push(seed);
         }
-    }
+    });
+    println!("{count} seeds, {starts} starts, {:?}", began.elapsed());
     assert!(failed.is_empty(), "seeds {failed:?}");
 }
 
-/// Another process, in which the hashes of maps are different, gives the same trace.
+/// Other processes, in which the hashes of maps and the number of worlds at a time are different, give the same traces.
 #[test]
-fn trace_of_a_seed_is_the_same_in_two_processes() {
-    let hash = || {
+fn traces_of_seeds_are_the_same_in_two_processes() {
+    let seeds = number("SIM_HASHED_SEEDS", 2);
+    let start = || {
         let mut process = std::process::Command::new(std::env::current_exe().expect("this program"));
         process.args(["--exact", "scenario::scenario_holds", "--nocapture"]);
-        process.envs([("SIM_SEED", "20"), ("SIM_SEEDS", "1"), ("SIM_STARTS", "5")]);
-        let output = process.output().expect("a process");
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        let (_, rest) = text.split_once("hash ").unwrap_or_else(|| panic!("{text}"));
-        rest.chars().take(16).collect::<String>()
+        process.envs([("SIM_SEED", "20"), ("SIM_SEEDS", &seeds.to_string()), ("SIM_STARTS", "5"), ("SIM_MINUTES", "10")]);
+        process.stdout(std::process::Stdio::piped()).spawn().expect("a process")
     };
-    assert_eq!(hash(), hash());
+    let hashes = |process: std::process::Child| {
+        let output = process.wait_with_output().expect("its output");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let hashes: Vec<String> =
+            text.split("hash ").skip(1).map(|rest| rest.chars().take(16).collect::<String>()).collect();
+        assert_eq!(hashes.len() as u64, seeds, "{text}");
+        hashes
+    };
+    let (first, second) = (start(), start());
+    assert_eq!(hashes(first), hashes(second));
+}
+
+/// The starts of tenants take at most this many times as long when another tenant has many at the same time.
+const MOST_DELAY: f64 = 1.5;
+
+/// A tenant with 120 starts in a minute and five workers delays those of others by less than [`MOST_DELAY`].
+#[test]
+fn starts_of_a_tenant_do_not_wait_for_those_of_another() {
+    let medians = |without_first| {
+        let load = Load {
+            starts: 150,
+            tenants: 6,
+            within: Duration::from_secs(60),
+            first_share: 0.8,
+            without_first,
+        };
+        let report = run(&conditions(number("SIM_SEED", 1), true, 5), &load);
+        assert_eq!(report.violations, Vec::<String>::new());
+        let median = |is_first: bool| {
+            let of = report.starts.iter().filter(|start| (start.user.as_str() == "tenant-0") == is_first);
+            let mut took: Vec<Duration> = of.map(|start| start.took).collect();
+            took.sort();
+            (took.len(), took.get(took.len() / 2).copied().unwrap_or_default())
+        };
+        (median(true), median(false))
+    };
+    let (((_, first), (count, others)), ((_, _), (same, alone))) = (medians(false), medians(true));
+    println!("{count} starts of others: {others:?}, alone {alone:?}; the first tenant's {first:?}");
+    assert_eq!(count, same);
+    assert!(count >= 15);
+    assert!(others.as_secs_f64() <= alone.as_secs_f64() * MOST_DELAY, "{others:?} instead of {alone:?}");
 }

@@ -52,6 +52,13 @@ pub struct Conditions {
     pub workers: usize,
 }
 
+impl Conditions {
+    /// Whether nothing fails.
+    pub fn is_calm(&self) -> bool {
+        self.aws == aws::Faults::none() && self.agents == crate::agents::Faults::default()
+    }
+}
+
 /// The product and its surroundings.
 #[derive(Clone)]
 pub struct World(Arc<Inner>);

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 /// The probabilities of faults; none by default.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Faults {
     pub provider: ProviderFaults,
     pub sandbox: SandboxFaults,
@@ -13,7 +13,7 @@ pub struct Faults {
 }
 
 /// Faults of the provider's runtime API, each per request unless it says otherwise.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct ProviderFaults {
     /// 429 without an effect and without `Retry-After`.
     pub throttles: f64,
@@ -36,7 +36,7 @@ pub struct ProviderFaults {
 }
 
 /// Faults of sandboxes, each per boot.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct SandboxFaults {
     /// The sandbox never runs: its status is `error`.
     pub boot_failures: f64,
@@ -52,7 +52,7 @@ pub struct SandboxFaults {
 
 /// Faults between the product and agent servers, each per request. In ten minutes at most three requests to one sandbox meet a fault, and
 /// at most two of them a 500.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct NetworkFaults {
     pub refusals: f64,
     /// 503 of a proxy, without an effect.
@@ -68,7 +68,7 @@ pub struct NetworkFaults {
 }
 
 /// Faults of commands.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct CommandFaults {
     /// The repository cannot be cloned: the start has to fail. Per start.
     pub clone_refusals: f64,
@@ -85,7 +85,7 @@ pub struct CommandFaults {
 }
 
 /// Faults of webhooks, each per batch or snapshot.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct WebhookFaults {
     /// It never arrives. Batches are left to the backfill.
     pub lost: f64,

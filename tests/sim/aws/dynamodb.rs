@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 
 use super::sdk_client::hash_of;
 use super::{Call, Clock, Decider, Faults, Happened, detached, lock, pause};
-use crate::dice;
+use crate::{cost, dice};
 use crate::net::{Failure, Pending, Reply, Request, Server};
 
 /// The number of writes of a table after which the delays of its indexes change.
@@ -49,6 +49,14 @@ pub struct Usage {
     pub write_units: f64,
 }
 
+impl Usage {
+    fn add(&mut self, other: &Self) {
+        self.calls += other.calls;
+        self.read_units += other.read_units;
+        self.write_units += other.write_units;
+    }
+}
+
 /// The load of a partition in one second.
 #[derive(Clone, Copy, Debug, Default)]
 struct Load {
@@ -73,8 +81,8 @@ struct State {
     loads: BTreeMap<Partition, Load>,
     /// Items that may have expired, by the time at which they are removed.
     expiring: BTreeMap<(Duration, u64), (String, Key)>,
-    /// By table and operation. A call that concerns several tables is counted for the first one.
-    usage: BTreeMap<(String, String), Usage>,
+    /// By the function that calls, table and operation. A call that concerns several tables is counted for the first one.
+    usage: BTreeMap<(&'static str, String, String), Usage>,
 }
 
 /// A transaction that was written, and which its client may repeat with the same token.
@@ -213,7 +221,20 @@ impl DynamoDb {
 
     /// What was consumed so far, by table and operation.
     pub fn usage(&self) -> BTreeMap<(String, String), Usage> {
-        lock(&self.0.state).usage.clone()
+        let mut usage: BTreeMap<(String, String), Usage> = BTreeMap::new();
+        for ((_, table, operation), part) in &lock(&self.0.state).usage {
+            usage.entry((table.clone(), operation.clone())).or_default().add(part);
+        }
+        usage
+    }
+
+    /// What was consumed so far, by the function that called.
+    pub fn usage_by_caller(&self) -> BTreeMap<&'static str, Usage> {
+        let mut usage: BTreeMap<&'static str, Usage> = BTreeMap::new();
+        for ((caller, _, _), part) in &lock(&self.0.state).usage {
+            usage.entry(caller).or_default().add(part);
+        }
+        usage
     }
 
     /// The highest load of a second of each table's and index's busiest partition, relative to what DynamoDB allows a partition.
@@ -291,7 +312,7 @@ impl DynamoDb {
             inner.happened.count("failed");
             Err(Refusal::new(500, "InternalServerError", "Internal server error"))
         } else {
-            detached(inner.clone().execute(operation, body, call)).await
+            detached(cost::charged_to(cost::caller(), inner.clone().execute(operation, body, call))).await
         };
         if is_hung {
             inner.happened.count("hung");
@@ -998,7 +1019,7 @@ impl Inner {
 
 impl State {
     fn usage(&mut self, table: &str, operation: &str) -> &mut Usage {
-        self.usage.entry((table.to_owned(), operation.to_owned())).or_default()
+        self.usage.entry((cost::caller(), table.to_owned(), operation.to_owned())).or_default()
     }
 }
 

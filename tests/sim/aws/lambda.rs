@@ -16,6 +16,7 @@ use tokio::time::{Instant, Sleep, sleep};
 
 use super::sqs::{Received, Sqs};
 use super::{Clock, Decider, Faults, Happened, lock, pause};
+use crate::cost::{SWEEP, charged_to};
 
 /// The batches that Lambda processes at the same time when a queue begins to have messages, and how many more in each second after.
 const FIRST_POLLERS: usize = 5;
@@ -98,6 +99,8 @@ struct Inner {
     state: Mutex<BTreeMap<&'static str, FunctionState>>,
     environments: Mutex<u64>,
     panics: Mutex<Vec<String>>,
+    /// Invocations and their billed time. The scheduled ones of a function are not among its others.
+    billed: Mutex<BTreeMap<&'static str, (u64, Duration)>>,
 }
 
 /// Lambda. Clones are the same service.
@@ -117,6 +120,7 @@ impl Lambda {
             state: Mutex::default(),
             environments: Mutex::default(),
             panics: Mutex::default(),
+            billed: Mutex::default(),
         }))
     }
 
@@ -134,6 +138,11 @@ impl Lambda {
         lock(&self.0.state).iter().map(|(name, state)| (*name, state.usage)).collect()
     }
 
+    /// Invocations and their billed time by function; scheduled ones are [`SWEEP`]'s.
+    pub fn billed(&self) -> BTreeMap<&'static str, (u64, Duration)> {
+        lock(&self.0.billed).clone()
+    }
+
     /// The messages of handlers' panics. A correct product has none.
     pub fn panics(&self) -> Vec<String> {
         lock(&self.0.panics).clone()
@@ -141,8 +150,17 @@ impl Lambda {
 
     /// Invokes a function and waits for its result.
     pub async fn invoke(&self, name: &'static str, event: Value) -> Result<Result<Value, String>, Ended> {
+        self.invoke_for(name, name, event).await
+    }
+
+    async fn invoke_for(
+        &self,
+        account: &'static str,
+        name: &'static str,
+        event: Value,
+    ) -> Result<Result<Value, String>, Ended> {
         let handler = lock(&self.0.functions)[name].handler.clone();
-        let result = self.run(name, |environment| handler(Invocation { environment, event })).await;
+        let result = self.run_for(account, name, |environment| handler(Invocation { environment, event })).await;
         if matches!(result, Ok(Err(_))) {
             lock(&self.0.state).entry(name).or_default().usage.errors += 1;
         }
@@ -155,11 +173,24 @@ impl Lambda {
     where
         F: Future<Output = T>,
     {
+        self.run_for(name, name, work).await
+    }
+
+    /// Costs are charged to `account`.
+    async fn run_for<T, F>(
+        &self,
+        account: &'static str,
+        name: &'static str,
+        work: impl FnOnce(u64) -> F,
+    ) -> Result<T, Ended>
+    where
+        F: Future<Output = T>,
+    {
         let inner = &self.0;
         let call = inner.decider.call(&("invoke", name));
         let timeout = lock(&inner.functions)[name].timeout;
         let (environment, is_cold) = self.begin(name)?;
-        let mut running = Running { inner, name, environment: Some(environment), began: Instant::now() };
+        let mut running = Running { inner, account, name, environment: Some(environment), began: Instant::now() };
         if is_cold {
             pause(call.duration("cold start", Duration::from_millis(120), Duration::from_millis(900))).await;
         }
@@ -169,7 +200,7 @@ impl Lambda {
             let length = call.duration("length of freeze", Duration::from_secs(2), Duration::from_secs(120));
             (Instant::now() + at, length)
         });
-        let work = Freezing { work: Box::pin(work(environment)), freeze, thaw: None };
+        let work = Freezing { work: Box::pin(charged_to(account, work(environment))), freeze, thaw: None };
         let work = AssertUnwindSafe(work).catch_unwind();
         let longest = timeout.min(Duration::from_secs(30));
         let crash = call
@@ -324,7 +355,7 @@ impl Lambda {
                     let (lambda, event) = (lambda.clone(), event.clone());
                     tokio::spawn(async move {
                         for delay in [60, 120, 0] {
-                            if let Ok(Ok(_)) = lambda.invoke(function, event.clone()).await {
+                            if let Ok(Ok(_)) = lambda.invoke_for(SWEEP, function, event.clone()).await {
                                 return;
                             }
                             pause(Duration::from_secs(delay)).await;
@@ -366,6 +397,7 @@ impl<F: Future> Future for Freezing<F> {
 /// Counts an invocation as ended when it is dropped, also when its caller is gone.
 struct Running<'a> {
     inner: &'a Inner,
+    account: &'static str,
     name: &'static str,
     /// `None` if it is not used again.
     environment: Option<u64>,
@@ -385,6 +417,10 @@ impl Drop for Running<'_> {
         let state = states.entry(self.name).or_default();
         state.running -= 1;
         state.usage.busy += self.began.elapsed();
+        let mut billed = lock(&self.inner.billed);
+        let (invocations, busy) = billed.entry(self.account).or_default();
+        *invocations += 1;
+        *busy += self.began.elapsed();
         if let Some(environment) = self.environment {
             state.idle.insert((self.inner.clock.elapsed(), environment));
         }

@@ -52,7 +52,7 @@ impl Clock {
 }
 
 /// What AWS does to calls. Each share is a probability from 0 to 1.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Faults {
     /// Calls without a connection. They have no effect.
     pub refused: f64,

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fmt::Write as _;
+use std::hash::Hash;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
@@ -24,11 +25,13 @@ use aws_types::service_config::{LoadServiceConfig, ServiceConfigKey};
 use bytes::Bytes;
 use http::Method;
 use http_body_util::BodyExt as _;
+use serde::de::{MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use shared::aws::Aws;
 
 use super::{Clock, lock};
-use crate::dice;
+use crate::{cost, dice};
 use crate::net::{Failure, Reply, Request, Server};
 
 /// The authorities of the services. Host names below `.invalid` never resolve.
@@ -48,6 +51,8 @@ pub struct Trace {
 struct TraceState {
     hash: u64,
     calls: u64,
+    /// By the function that calls, and by what it calls.
+    by_caller: BTreeMap<(&'static str, &'static str), u64>,
     /// A line for each call, with which two runs can be compared.
     lines: Option<Vec<String>>,
 }
@@ -72,6 +77,11 @@ impl Trace {
         lock(&self.state).calls
     }
 
+    /// Requests by the function that sent them and by what they were sent to.
+    pub fn calls_by_caller(&self) -> BTreeMap<(&'static str, &'static str), u64> {
+        lock(&self.state).by_caller.clone()
+    }
+
     pub fn lines(&self) -> Vec<String> {
         lock(&self.state).lines.clone().unwrap_or_default()
     }
@@ -83,6 +93,8 @@ impl Trace {
         let address = (request.method.as_str(), &*request.authority, &*request.path, &*request.query);
         let hash = canonical(&request.body);
         let hash = dice::seeded(hash, &(at, address, target));
+        let service = service_of(&request.authority);
+        *lock(&self.state).by_caller.entry((cost::caller(), service)).or_default() += 1;
         let line = lock(&self.state).lines.is_some().then(|| {
             let (method, authority, path, query) = address;
             let (target, body) = (String::from_utf8_lossy(target), canonical_text(&request.body));
@@ -112,6 +124,18 @@ impl Trace {
     }
 }
 
+/// The name under which [`cost`] counts the requests to an authority.
+fn service_of(authority: &str) -> &'static str {
+    match authority {
+        DYNAMODB => "dynamodb",
+        S3 => "s3",
+        SQS => "sqs",
+        "runtimes.sim" => "provider",
+        other if other.starts_with("agent-") => "agents",
+        _ => "others",
+    }
+}
+
 /// A request that has no response yet.
 #[derive(Debug)]
 pub struct Sent {
@@ -123,7 +147,7 @@ pub struct Sent {
 /// A hash of a body. The order of the members of a JSON object does not matter.
 pub fn canonical(body: &[u8]) -> u64 {
     match body.first() {
-        Some(b'{') => serde_json::from_slice(body).map_or_else(|_| dice::seeded(5, &body), |value| hash_of(&value)),
+        Some(b'{') => serde_json::from_slice(body).map_or_else(|_| dice::seeded(5, &body), |Hashed(hash)| hash),
         _ => dice::seeded(5, &body),
     }
 }
@@ -148,13 +172,71 @@ fn canonical_text(body: &[u8]) -> String {
 
 /// A hash of a JSON value, whatever the order of its members.
 pub fn hash_of(value: &Value) -> u64 {
-    match value {
-        Value::Object(members) => members
-            .iter()
-            .fold(1, |sum: u64, (name, value)| sum.wrapping_add(dice::seeded(hash_of(value), &name.as_str()))),
-        Value::Array(values) => values.iter().fold(2, |hash, value| dice::seeded(hash, &hash_of(value))),
-        Value::String(text) => dice::seeded(3, &text.as_str()),
-        Value::Null | Value::Bool(_) | Value::Number(_) => dice::seeded(4, &value.to_string()),
+    Hashed::deserialize(value).expect("any value").0
+}
+
+/// The hash of a JSON value that is read, without the value.
+struct Hashed(u64);
+
+impl Hashed {
+    fn scalar(value: impl Hash) -> Self {
+        Self(dice::seeded(4, &value))
+    }
+}
+
+impl<'de> Deserialize<'de> for Hashed {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(HashVisitor)
+    }
+}
+
+struct HashVisitor;
+
+impl<'de> Visitor<'de> for HashVisitor {
+    type Value = Hashed;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JSON")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<Hashed, A::Error> {
+        let mut sum: u64 = 1;
+        while let Some((Hashed(name), Hashed(value))) = members.next_entry()? {
+            sum = sum.wrapping_add(dice::seeded(value, &name));
+        }
+        Ok(Hashed(sum))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut values: A) -> Result<Hashed, A::Error> {
+        let mut hash = 2;
+        while let Some(Hashed(value)) = values.next_element()? {
+            hash = dice::seeded(hash, &value);
+        }
+        Ok(Hashed(hash))
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Hashed, E> {
+        Ok(Hashed(dice::seeded(3, &text)))
+    }
+
+    fn visit_unit<E>(self) -> Result<Hashed, E> {
+        Ok(Hashed::scalar(()))
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Hashed, E> {
+        Ok(Hashed::scalar(value))
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Hashed, E> {
+        Ok(Hashed::scalar(value))
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Hashed, E> {
+        Ok(Hashed::scalar(value))
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Hashed, E> {
+        Ok(Hashed::scalar(value.to_bits()))
     }
 }
 
