@@ -14,6 +14,7 @@
 mod agents;
 mod aws;
 mod dice;
+mod invariants;
 mod net;
 mod scenario;
 mod world;

@@ -150,10 +150,15 @@ impl World {
         Stores::new(&self.0.config.names, &self.0.services.aws(), &self.0.sealer)
     }
 
-    /// Stores a user's settings: a model, a git provider's token and an MCP server.
-    pub async fn settings(&self, user: &UserId) {
+    /// The time since the simulation began.
+    pub fn elapsed(&self) -> Duration {
+        self.0.services.clock.elapsed()
+    }
+
+    /// Stores a user's settings: a model, a git provider's token, an MCP server, and how starts share sandboxes.
+    pub async fn settings(&self, user: &UserId, grouping: &str) {
         let document = json!({
-            "llm_model": "openai/simulated", "llm_api_key": "sk-test",
+            "llm_model": "openai/simulated", "llm_api_key": "sk-test", "sandbox_grouping_strategy": grouping,
             "provider_tokens": {"github": {"token": "ghp-1"}},
             "mcp_config": {"mcpServers": {"a": {"url": "https://mcp.example/a"}}},
         });
