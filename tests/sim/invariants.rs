@@ -9,15 +9,22 @@ use uuid::Uuid;
 
 use crate::agents::history::{ConversationHistory, Life, SandboxHistory};
 use crate::scenario::Start;
-use crate::world::{EPOCH, World};
+use crate::world::{EPOCH, WORKER, World};
 
-/// How long the provider may respond and the sandbox may be usable, within the time of a step, before the end of the start for lack of time
-/// is a fault of the product. It is the sum of what AWS alone may cost: a lost message, a worker that crashed, and the sweeps after both.
-const LONGEST_NEGLECT: Duration = Duration::from_secs(90);
+/// How long the provider may respond and a sandbox may be usable, within the time of a step, before the end of the start for lack of time
+/// is a fault of the product.
+const LONGEST_NEGLECT: Duration = Duration::from_secs(45);
+/// How much longer for each worker that crashed or stood still meanwhile, and for each message that came late: until the sweep after the
+/// next one, which may not see the row yet.
+const INTERRUPTION: Duration = Duration::from_secs(70);
 
 /// Compares what is stored and what has happened with what clients know.
 pub fn check(world: &World, starts: &[Start], violations: &mut Vec<String>) {
     violations.extend(world.services().lambda.panics().into_iter().map(|panic| format!("panic: {panic}")));
+    let overruns = world.services().lambda.overruns(WORKER);
+    if overruns > 0 {
+        violations.push(format!("{overruns} invocations of the worker ran into its time limit by themselves"));
+    }
     let facts = Facts::of(world, starts);
     for start in starts {
         match start.status.as_str() {
@@ -75,6 +82,8 @@ struct Facts<'a> {
     /// The starts whose repository could not be cloned.
     refused: BTreeSet<Uuid>,
     outages: Vec<(Duration, Duration)>,
+    /// When workers crashed or stood still, and when messages were delayed.
+    interruptions: Vec<Duration>,
 }
 
 impl<'a> Facts<'a> {
@@ -106,6 +115,7 @@ impl<'a> Facts<'a> {
             copies,
             refused: runs.iter().filter(|run| run.is_refused).map(|run| run.task).collect(),
             outages: world.sandboxes().outages(),
+            interruptions: [world.services().lambda.interruptions(), world.services().sqs.delays()].concat(),
         }
     }
 
@@ -182,8 +192,15 @@ impl<'a> Facts<'a> {
             let sandbox = sandboxes.first().copied().unwrap_or_default();
             let free = self.usable(sandbox, (*entered, *ended));
             let free = free.into_iter().map(|(begin, end)| end - begin).max().unwrap_or_default();
-            return (free > LONGEST_NEGLECT)
-                .then(|| format!("{name} is ERROR at {step} although nothing was in its way for {free:?}: {detail}"));
+            let interruptions = self.interruptions.iter().filter(|at| (entered..ended).contains(at)).count();
+            let tolerated = LONGEST_NEGLECT + INTERRUPTION * u32::try_from(interruptions).expect("a small number");
+            return (free > tolerated).then(|| {
+                let life: Vec<_> = self.runtimes(sandbox).map(|runtime| &runtime.life).collect();
+                format!(
+                    "{name} is ERROR at {step} although nothing was in its way for {free:?} of {entered:?} to {ended:?}: {detail}, \
+                     {life:?}"
+                )
+            });
         }
         // It may have come too late to join the sandbox that it names.
         if let Some(named) = &start.named
@@ -274,6 +291,10 @@ impl<'a> Facts<'a> {
                 let left = self.events.iter().filter(|row| row.to_string().contains(&id)).count();
                 if left > 0 {
                     violations.push(format!("conversation {id} was deleted and has {left} events"));
+                }
+                let is_queue = |row: &&Value| text(row, "kind") == Some(format!("messages#{id}").as_str());
+                if let Some(queue) = self.users.iter().find(is_queue) {
+                    violations.push(format!("conversation {id} was deleted and has messages: {queue}"));
                 }
                 continue;
             }

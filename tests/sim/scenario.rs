@@ -386,7 +386,8 @@ impl Report {
 }
 
 /// A scenario by its numbers, from the environment: `SIM_SEED`, `SIM_SEEDS`, `SIM_STARTS`, `SIM_TENANTS`, `SIM_WORKERS`, `SIM_MINUTES`
-/// (over which the starts are spread), and `SIM_CALM` for a world without faults.
+/// (over which the starts are spread), `SIM_CALM` for a world without faults, and `SIM_REFUSALS` for the share, in percent, of repositories
+/// that cannot be cloned.
 fn from_environment() -> (std::ops::Range<u64>, impl Fn(u64) -> Conditions, Load) {
     let number = |name: &str, default: u64| {
         let given = std::env::var(name).ok();
@@ -400,7 +401,14 @@ fn from_environment() -> (std::ops::Range<u64>, impl Fn(u64) -> Conditions, Load
         tenants: number("SIM_TENANTS", 4),
         within: Duration::from_secs(60 * minutes),
     };
-    let conditions = move |seed| conditions(seed, is_calm, usize::try_from(workers).expect("a small number"));
+    let refusals = std::env::var_os("SIM_REFUSALS").map(|_| number("SIM_REFUSALS", 0) as f64 / 100.0);
+    let conditions = move |seed| {
+        let mut conditions = conditions(seed, is_calm, usize::try_from(workers).expect("a small number"));
+        if let Some(refusals) = refusals {
+            conditions.agents.commands.clone_refusals = refusals;
+        }
+        conditions
+    };
     (first..first + seeds, conditions, load)
 }
 

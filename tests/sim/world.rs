@@ -37,7 +37,8 @@ const WORKER_TIMEOUT: Duration = Duration::from_secs(150);
 const MINUTE: Duration = Duration::from_secs(60);
 /// The concurrent executions of an account.
 const ACCOUNT_CONCURRENCY: usize = 1000;
-const WORKER: &str = "worker";
+/// The name of the worker's function.
+pub const WORKER: &str = "worker";
 
 /// The conditions of a world.
 #[derive(Clone, Debug)]
