@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Puts known faults back into the product, one at a time, and expects the simulation to find each of them with the seed that its patch
-# names. Works on the last commit, in a work tree of its own below target/. Each fault takes a build and about half a minute.
+# names. Works on the last commit, in a work tree of its own below target/. The first build takes some minutes, then each
+# fault about one.
 #
 #   tests/simulation-faults.sh [NAME…]     all faults, or those with these names
 #
@@ -10,9 +11,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 patches=$PWD/tests/sim/faults
-tree=$PWD/target/simulation-faults
-# Builds of dependencies are shared with the checkout.
-export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}
+tree=$PWD/target/simulation-faults/tree
+# Not that of the checkout: cargo takes the packages of both for the same ones, and a test of the checkout would have a fault.
+export CARGO_TARGET_DIR=$PWD/target/simulation-faults/target
 git diff --quiet HEAD -- shared functions tests/sim || echo "uncommitted changes are left out" >&2
 git worktree prune
 if [ -e "$tree/.git" ]; then
