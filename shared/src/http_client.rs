@@ -346,7 +346,11 @@ fn encodes_syntax(path: &str) -> bool {
 
 #[expect(clippy::disallowed_methods, reason = "this is what the others use")]
 fn builder() -> reqwest::ClientBuilder {
-    reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).pool_idle_timeout(IDLE_TIMEOUT).redirect(Policy::none())
+    let builder = reqwest::Client::builder();
+    // Simulated processes are many, and reading the certificates takes longer than anything else that they do.
+    #[cfg(feature = "simulation")]
+    let builder = if simulation::is_entered() { builder.tls_certs_only([]) } else { builder };
+    builder.connect_timeout(CONNECT_TIMEOUT).pool_idle_timeout(IDLE_TIMEOUT).redirect(Policy::none())
 }
 
 fn public_builder() -> reqwest::ClientBuilder {

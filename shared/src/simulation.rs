@@ -81,3 +81,8 @@ pub(crate) fn fill(bytes: &mut [u8]) -> bool {
 pub(crate) fn network() -> Option<Arc<dyn Network>> {
     WORLD.with_borrow(|world| world.as_ref().map(|world| world.network.clone()))
 }
+
+/// Whether this thread is a simulation.
+pub(crate) fn is_entered() -> bool {
+    WORLD.with_borrow(Option::is_some)
+}

@@ -65,7 +65,8 @@ impl Costs {
             functions.entry(name).or_default().calls.insert(service, calls);
         }
         let queues = services.sqs.usage();
-        let requests = queues.values().map(|usage| usage.send_requests + usage.receive_requests + usage.delete_requests);
+        let requests =
+            queues.values().map(|usage| usage.send_requests + usage.receive_requests + usage.delete_requests);
         Self { functions, queue_requests: requests.sum() }
     }
 
@@ -149,7 +150,8 @@ impl PerStart {
     pub fn over(&self, budget: &Self) -> Vec<String> {
         let both = self.named().into_iter().zip(budget.named());
         let over = both.filter(|((_, value), (_, most))| value > most);
-        over.map(|((name, value), (_, most))| format!("a start costs {value:.1} {name}, its budget is {most}")).collect()
+        over.map(|((name, value), (_, most))| format!("a start costs {value:.1} {name}, its budget is {most}"))
+            .collect()
     }
 
     pub fn line(&self) -> String {

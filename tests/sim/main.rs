@@ -15,6 +15,7 @@ mod agents;
 mod aws;
 mod cost;
 mod dice;
+mod invariants;
 mod net;
 mod scenario;
 mod world;

@@ -1,6 +1,6 @@
 //! What clients do in a world, and what must hold at its end.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
@@ -13,10 +13,10 @@ use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use crate::agents;
-use crate::agents::history::{ConversationHistory, Life, SandboxHistory};
 use crate::aws::lock;
 use crate::cost::{Costs, PerStart};
 use crate::dice::{random, seeded};
+use crate::invariants::{check, unfinished};
 use crate::world::{Conditions, World};
 
 /// The starts, their users, and how long they are spread over.
@@ -48,10 +48,29 @@ pub struct Start {
     pub message: Option<String>,
     pub status: String,
     pub detail: Option<String>,
+    /// When its client sent the request, and when the client had the response, since the simulation began.
+    pub began: Duration,
+    pub began_to_wait: Duration,
+    /// The time until the client knew the end.
     pub took: Duration,
+    /// The sandbox that its request named.
+    pub named: Option<String>,
+    /// The sandbox that it has chosen.
+    pub sandbox: Option<String>,
     /// The texts of pending messages that were accepted, in their order.
     pub accepted: Vec<String>,
-    pub is_deleted: bool,
+    /// When the client sent the request to delete its conversation, since the simulation began.
+    pub deleted_at: Option<Duration>,
+}
+
+impl Start {
+    pub fn name(&self) -> String {
+        format!("start {} of {}", self.task.simple(), self.user)
+    }
+
+    pub fn is_deleted(&self) -> bool {
+        self.deleted_at.is_some()
+    }
 }
 
 /// The result of a run.
@@ -101,7 +120,7 @@ pub fn run(conditions: &Conditions, load: &Load) -> Report {
         let began = Instant::now();
         let (world, entered) = World::start(conditions).await;
         let users: Vec<UserId> = (0..load.tenants).map(|number| UserId::new(format!("tenant-{number}"))).collect();
-        join_all(users.iter().map(|user| Box::pin(world.settings(user)))).await;
+        join_all(users.iter().map(|user| Box::pin(world.settings(user, grouping(conditions.seed, user))))).await;
         let known = Arc::new(Mutex::new(Vec::new()));
         let tenant_of = |number: u64| {
             if random(conditions.seed, &("first tenant", number)) < load.first_share {
@@ -160,6 +179,16 @@ pub fn run(conditions: &Conditions, load: &Load) -> Report {
     })
 }
 
+/// How a user's starts share sandboxes. Most users' do not.
+fn grouping(seed: u64, user: &UserId) -> &'static str {
+    match seeded(seed, &("grouping", user.as_str())) % 8 {
+        0 => "ADD_TO_ANY",
+        1 => "LEAST_RECENTLY_USED",
+        2 => "FEWEST_CONVERSATIONS",
+        _ => "NO_GROUPING",
+    }
+}
+
 struct Client {
     world: World,
     seed: u64,
@@ -197,78 +226,138 @@ impl Client {
     /// Returns what went wrong from the client's point of view.
     async fn run(self, within: Duration, known: Arc<Mutex<Vec<Start>>>) -> Vec<String> {
         sleep(within.mul_f64(self.draw("arrival"))).await;
+        let mut starts = Vec::new();
+        let wrong = self.live(&mut starts).await;
+        lock(&known).extend(starts);
+        wrong.into_iter().collect()
+    }
+
+    /// Starts a conversation and talks to it. Some clients then start another one in the same sandbox, and delete the first one about the
+    /// same time. Some delete what they have started. Returns what went wrong.
+    async fn live(&self, starts: &mut Vec<Start>) -> Option<String> {
+        let mut first = match self.start("", None).await {
+            Ok(start) => start,
+            Err(wrong) => return Some(wrong),
+        };
+        self.follow("", &mut first).await;
+        if first.status != "READY" {
+            starts.push(first);
+            return None;
+        }
+        let sandbox = first.sandbox.clone();
+        let (then, delay) = (self.draw("then"), Duration::from_secs(20).mul_f64(self.draw("delay").powi(2)));
+        let mut second = None;
+        if then < 0.12 {
+            second = Some(self.start(" again", sandbox.clone()).await);
+            sleep(delay).await;
+        }
+        let is_deleted = if then < 0.24 || self.draw("delete") < 0.5 { self.delete(&mut first).await } else { Ok(()) };
+        starts.push(first);
+        if (0.12..0.24).contains(&then) {
+            sleep(delay).await;
+            second = Some(self.start(" again", sandbox).await);
+        }
+        let mut second = match (second, is_deleted) {
+            (_, Err(wrong)) | (Some(Err(wrong)), _) => return Some(wrong),
+            (None, _) => return None,
+            (Some(Ok(second)), _) => second,
+        };
+        self.follow(" again", &mut second).await;
+        let delete = second.status == "READY" && self.draw("delete again") < 0.5;
+        let is_deleted = if delete { self.delete(&mut second).await } else { Ok(()) };
+        starts.push(second);
+        is_deleted.err()
+    }
+
+    /// Requests a start. `again` distinguishes the starts of a client.
+    async fn start(&self, again: &str, sandbox: Option<String>) -> Result<Start, String> {
         let number = self.number;
-        let message = (self.draw("message") < 0.7).then(|| format!("first message of {number}"));
+        let draw = |what: &str| self.draw(&format!("{what}{again}"));
+        let message = (draw("message") < 0.7).then(|| format!("first message of {number}{again}"));
         let mut body = json!({});
         if let Some(text) = &message {
             body["initial_message"] = json!({"role": "user", "content": [{"type": "text", "text": text}], "run": true});
         }
-        if self.draw("repository") < 0.6 {
+        if draw("repository") < 0.6 {
             body["selected_repository"] = format!("o/r{}", number % 7).into();
             body["git_provider"] = "github".into();
         }
-        let key = format!("key-{number}");
+        if let Some(sandbox) = &sandbox {
+            body["sandbox_id"] = sandbox.as_str().into();
+        }
+        let (key, began) = (format!("key-{number}{}", again.replace(' ', "-")), self.world.elapsed());
         let (status, task) = self.repeat("start", "POST", "/api/v1/app-conversations", Some(&key), &body).await;
         if status != 200 {
-            return vec![format!("start {number}: POST is {status} {task}")];
+            return Err(format!("start {number}{again}: POST is {status} {task}"));
         }
-        let began = Instant::now();
         let id = |name: &str| Uuid::parse_str(task[name].as_str().unwrap_or_default()).unwrap_or_default();
-        let mut start = Start {
+        Ok(Start {
             user: self.user.clone(),
             task: id("id"),
             conversation: Uuid::nil(),
             message,
             status: String::new(),
             detail: None,
+            began,
+            began_to_wait: self.world.elapsed(),
             took: Duration::ZERO,
+            named: sandbox,
+            sandbox: None,
             accepted: Vec::new(),
-            is_deleted: false,
-        };
-        let pending = if self.draw("early message") < 0.2 { 2 } else { 0 };
+            deleted_at: None,
+        })
+    }
+
+    /// Follows a start until its end, sends messages, and stays for a while.
+    async fn follow(&self, again: &str, start: &mut Start) {
+        let pending = if self.draw(&format!("early message{again}")) < 0.2 { 2 } else { 0 };
         let to = format!("task-{}", start.task.simple());
         for message in 0..pending {
-            self.queue_message(&mut start, &to, message).await;
+            self.queue_message(again, start, &to, message).await;
         }
         let path = format!("/api/v1/app-conversations/start-tasks?ids={}", start.task.simple());
-        while began.elapsed() < LONGEST_START {
+        while self.world.elapsed() < start.began_to_wait + LONGEST_START {
             let (status, tasks) = self.repeat("start-tasks", "GET", &path, None, &Value::Null).await;
             let shown = &tasks[0];
             if status == 200 && matches!(shown["status"].as_str(), Some("READY" | "ERROR")) {
                 start.status = shown["status"].as_str().unwrap_or_default().to_owned();
                 start.detail = shown["detail"].as_str().map(str::to_owned);
+                start.sandbox = shown["sandbox_id"].as_str().map(str::to_owned);
                 start.conversation =
                     shown["app_conversation_id"].as_str().and_then(|id| Uuid::parse_str(id).ok()).unwrap_or_default();
                 break;
             }
             sleep(POLL).await;
         }
-        start.took = began.elapsed();
+        start.took = self.world.elapsed() - start.began;
         if start.status == "READY" {
             let to = start.conversation.hyphenated().to_string();
-            for message in 2..2 + seeded(self.seed, &"messages") % 3 {
-                sleep(Duration::from_secs(seeded(self.seed, &("pause", message)) % 300)).await;
-                self.queue_message(&mut start, &to, message).await;
+            for message in 2..2 + seeded(self.seed, &format!("messages{again}")) % 3 {
+                let pause = seeded(self.seed, &(format!("pause{again}"), message)) % 300;
+                sleep(Duration::from_secs(pause)).await;
+                self.queue_message(again, start, &to, message).await;
             }
-            sleep(Duration::from_secs(seeded(self.seed, &"stay") % 1800)).await;
-            if self.draw("delete") < 0.5 {
-                let path = format!("/api/v1/app-conversations/{to}");
-                let (status, answer) = self.repeat("conversations", "DELETE", &path, None, &Value::Null).await;
-                // 404: an attempt whose response was lost has deleted it.
-                start.is_deleted = matches!(status, 200 | 204 | 404);
-                if !start.is_deleted {
-                    lock(&known).push(start);
-                    return vec![format!("start {number}: DELETE is {status} {answer}")];
-                }
-            }
+            sleep(Duration::from_secs(seeded(self.seed, &format!("stay{again}")) % 1800)).await;
         }
-        lock(&known).push(start);
-        Vec::new()
+    }
+
+    /// Deletes the conversation of a start.
+    async fn delete(&self, start: &mut Start) -> Result<(), String> {
+        let path = format!("/api/v1/app-conversations/{}", start.conversation.hyphenated());
+        let at = self.world.elapsed();
+        match self.repeat("conversations", "DELETE", &path, None, &Value::Null).await {
+            // 404: an attempt whose response was lost has deleted it.
+            (200 | 204 | 404, _) => {
+                start.deleted_at = Some(at);
+                Ok(())
+            }
+            (status, answer) => Err(format!("{}: DELETE is {status} {answer}", start.name())),
+        }
     }
 
     /// Sends a pending message. It may be stored although its response is lost; then nothing is known, and it is not repeated.
-    async fn queue_message(&self, start: &mut Start, to: &str, message: u64) {
-        let text = format!("message {message} of {}", self.number);
+    async fn queue_message(&self, again: &str, start: &mut Start, to: &str, message: u64) {
+        let text = format!("message {message} of {}{again}", self.number);
         let path = format!("/api/v1/conversations/{to}/pending-messages");
         let body = json!({"content": [{"type": "text", "text": text}]});
         if let Ok((201, _)) = self.world.send("sandboxes", &self.user, "POST", &path, None, &body).await {
@@ -293,181 +382,6 @@ async fn settle(world: &World, violations: &mut Vec<String>) {
         }
     }
     world.services().dynamodb.catch_up();
-}
-
-fn text<'a>(item: &'a Value, name: &str) -> Option<&'a str> {
-    item[name]["S"].as_str()
-}
-
-/// Rows that are to be processed: starts, deletions, queues of messages, sandboxes that are marked for deletion.
-fn unfinished(world: &World) -> Vec<String> {
-    let names = &world.services().names;
-    let rows = |table: &str| world.services().dynamodb.items(table);
-    let mut left = Vec::new();
-    for row in rows(&names.start_tasks) {
-        if text(&row, "id").is_some_and(|id| id.ends_with("#lease"))
-            && text(&row, "expires_at").is_none()
-            && row["expires_at"].is_null()
-        {
-            left.push(format!("start {}", text(&row, "id").unwrap_or_default()));
-        }
-    }
-    for row in rows(&names.conversations) {
-        if !row["due_at"].is_null() && row["expires_at"].is_null() {
-            left.push(format!("conversation {}", text(&row, "id").unwrap_or_default()));
-        }
-    }
-    for row in rows(&names.sandboxes) {
-        if text(&row, "desired") == Some("deleted") {
-            left.push(format!("sandbox {}", text(&row, "id").unwrap_or_default()));
-        }
-    }
-    left
-}
-
-/// Compares what is stored and what has happened with what clients know.
-fn check(world: &World, starts: &[Start], violations: &mut Vec<String>) {
-    violations.extend(world.services().lambda.panics().into_iter().map(|panic| format!("panic: {panic}")));
-    let histories = world.sandboxes().conversations();
-    let mut of: BTreeMap<Uuid, Vec<&ConversationHistory>> = BTreeMap::new();
-    for history in &histories {
-        of.entry(history.id).or_default().push(history);
-    }
-    let refused: BTreeSet<Uuid> =
-        world.sandboxes().runs().iter().filter(|run| run.is_refused).map(|run| run.task).collect();
-    let sandboxes = world.sandboxes().history();
-    let records = world.services().dynamodb.items(&world.services().names.sandboxes);
-    for start in starts {
-        let name = format!("start {} of {}", start.task.simple(), start.user);
-        match start.status.as_str() {
-            "READY" => {}
-            "ERROR" => {
-                let detail = start.detail.as_deref().unwrap_or_default();
-                let lost = sandboxes.iter().filter(|sandbox| sandbox.life.iter().any(|(_, what)| is_end(*what)));
-                let mut lost = lost.filter_map(|sandbox| sandbox_of(&records, sandbox));
-                let is_injected = refused.contains(&start.task)
-                    || PERMANENT.iter().any(|cause| detail.contains(cause))
-                    || lost.any(|id| detail.contains(&id));
-                if !is_injected {
-                    violations.push(format!("{name} is ERROR without a permanent cause: {detail}"));
-                }
-            }
-            _ => violations.push(format!("{name} has not ended after {:?}", start.took)),
-        }
-        if start.status != "READY" {
-            continue;
-        }
-        let received: Vec<&str> = of
-            .get(&start.conversation)
-            .into_iter()
-            .flatten()
-            .flat_map(|one| &one.messages)
-            .map(|one| one.text.as_str())
-            .collect();
-        if let Some(first) = &start.message {
-            let times = received.iter().filter(|text| *text == first).count();
-            if times != 1 {
-                violations.push(format!("{name}: the first message arrived {times} times"));
-            }
-        }
-        let mine: Vec<&str> =
-            received.iter().copied().filter(|text| start.accepted.iter().any(|one| one == text)).collect();
-        let arrived: BTreeSet<&str> = mine.iter().copied().collect();
-        if arrived.len() != mine.len() {
-            violations.push(format!("{name}: a message arrived twice: {received:?}"));
-        }
-        let in_order: Vec<&str> =
-            start.accepted.iter().map(String::as_str).filter(|text| arrived.contains(text)).collect();
-        if in_order != mine && arrived.len() == mine.len() {
-            violations.push(format!("{name}: messages arrived in another order: {received:?}"));
-        }
-        let is_dead = of.get(&start.conversation).into_iter().flatten().any(|one| {
-            let sandbox = sandboxes.iter().find(|sandbox| sandbox.runtime_id == one.runtime_id);
-            sandbox.is_none_or(|sandbox| sandbox.life.iter().any(|(_, what)| is_end(*what)))
-        });
-        if !start.is_deleted && !is_dead && arrived.len() != start.accepted.len() {
-            violations.push(format!("{name}: of {:?} arrived {received:?}", start.accepted));
-        }
-        if let Some(copies) = of.get(&start.conversation)
-            && copies.len() != 1
-        {
-            violations.push(format!("{name}: {} agent servers have had its conversation", copies.len()));
-        }
-    }
-    check_records(world, starts, violations);
-    check_sandboxes(world, violations);
-}
-
-/// Whether a sandbox has ended without a client's doing.
-fn is_end(what: Life) -> bool {
-    matches!(what, Life::Evicted | Life::Failed)
-}
-
-/// The id of the product's record of a sandbox, by its name at the provider.
-fn sandbox_of(rows: &[Value], sandbox: &SandboxHistory) -> Option<String> {
-    let named = format!("#name#{}", sandbox.session);
-    let name = rows.iter().find(|row| text(row, "user") == Some(&named))?;
-    text(name, "sandbox").map(str::to_owned)
-}
-
-/// What `detail` says of a start whose time is up: its sandbox booted too slowly, or the provider had too long an outage.
-const PERMANENT: [&str; 2] = ["Sandbox failed to start within", "The sandbox provider does not respond"];
-
-/// Nothing is left of what was deleted, and everything else is there.
-fn check_records(world: &World, starts: &[Start], violations: &mut Vec<String>) {
-    let names = &world.services().names;
-    let rows = |table: &str| world.services().dynamodb.items(table);
-    let conversations: BTreeMap<String, Value> = rows(&names.conversations)
-        .into_iter()
-        .filter(|row| row["expires_at"].is_null())
-        .map(|row| (text(&row, "id").unwrap_or_default().to_owned(), row))
-        .collect();
-    let events = rows(&names.events);
-    for start in starts {
-        let id = start.conversation.simple().to_string();
-        if start.is_deleted {
-            if conversations.contains_key(&id) {
-                violations.push(format!("conversation {id} was deleted and is there"));
-            }
-            let left = events.iter().filter(|row| row.to_string().contains(&id)).count();
-            if left > 0 {
-                violations.push(format!("conversation {id} was deleted and has {left} events"));
-            }
-        } else if start.status == "READY" && !conversations.contains_key(&id) {
-            violations.push(format!("conversation {id} is READY and is not there"));
-        }
-    }
-    let expected: BTreeSet<String> = starts
-        .iter()
-        .filter(|start| start.status == "READY" && !start.is_deleted)
-        .map(|start| start.conversation.simple().to_string())
-        .collect();
-    for id in conversations.keys().filter(|id| !expected.contains(*id)) {
-        violations.push(format!("conversation {id} belongs to no start: {}", conversations[id]));
-    }
-}
-
-/// No sandbox runs without a member, and none is gone that has members.
-fn check_sandboxes(world: &World, violations: &mut Vec<String>) {
-    let rows = world.services().dynamodb.items(&world.services().names.sandboxes);
-    let records: Vec<&Value> = rows.iter().filter(|row| text(row, "desired").is_some()).collect();
-    let is_member = |row: &Value| row["starts"].is_object() || row["conversations"].is_object();
-    for row in &records {
-        if !is_member(row) {
-            violations.push(format!("sandbox {} has no member", text(row, "id").unwrap_or_default()));
-        }
-    }
-    for sandbox in world.sandboxes().history() {
-        let is_left = matches!(sandbox.status, "starting" | "running" | "paused");
-        let id = sandbox_of(&rows, &sandbox);
-        let has_record = id.is_some() && records.iter().any(|row| text(row, "id") == id.as_deref());
-        if is_left && !has_record {
-            violations.push(format!(
-                "sandbox {} is {} and has no record: {:?}",
-                sandbox.session, sandbox.status, sandbox.life
-            ));
-        }
-    }
 }
 
 impl Report {
@@ -543,7 +457,8 @@ fn number(name: &str, default: u64) -> u64 {
 }
 
 /// A scenario by its numbers, from the environment: `SIM_SEED`, `SIM_SEEDS`, `SIM_STARTS`, `SIM_TENANTS`, `SIM_WORKERS`, `SIM_MINUTES`
-/// (over which the starts are spread), and `SIM_CALM` for a world without faults.
+/// (over which the starts are spread), `SIM_CALM` for a world without faults, and `SIM_REFUSALS` for the share, in percent, of repositories
+/// that cannot be cloned.
 fn from_environment() -> (std::ops::Range<u64>, impl Fn(u64) -> Conditions, Load) {
     let (first, seeds) = (number("SIM_SEED", 1), number("SIM_SEEDS", 1));
     let (is_calm, workers) = (std::env::var_os("SIM_CALM").is_some(), number("SIM_WORKERS", 10));
@@ -555,7 +470,14 @@ fn from_environment() -> (std::ops::Range<u64>, impl Fn(u64) -> Conditions, Load
         first_share: 1.0 / 3.0,
         without_first: false,
     };
-    let conditions = move |seed| conditions(seed, is_calm, usize::try_from(workers).expect("a small number"));
+    let refusals = std::env::var_os("SIM_REFUSALS").map(|_| number("SIM_REFUSALS", 0) as f64 / 100.0);
+    let conditions = move |seed| {
+        let mut conditions = conditions(seed, is_calm, usize::try_from(workers).expect("a small number"));
+        if let Some(refusals) = refusals {
+            conditions.agents.commands.clone_refusals = refusals;
+        }
+        conditions
+    };
     (first..first + seeds, conditions, load)
 }
 
@@ -633,7 +555,12 @@ fn traces_of_seeds_are_the_same_in_two_processes() {
     let start = || {
         let mut process = std::process::Command::new(std::env::current_exe().expect("this program"));
         process.args(["--exact", "scenario::scenario_holds", "--nocapture"]);
-        process.envs([("SIM_SEED", "20"), ("SIM_SEEDS", &seeds.to_string()), ("SIM_STARTS", "5"), ("SIM_MINUTES", "10")]);
+        process.envs([
+            ("SIM_SEED", "20"),
+            ("SIM_SEEDS", &seeds.to_string()),
+            ("SIM_STARTS", "5"),
+            ("SIM_MINUTES", "10"),
+        ]);
         process.stdout(std::process::Stdio::piped()).spawn().expect("a process")
     };
     let hashes = |process: std::process::Child| {
@@ -655,13 +582,7 @@ const MOST_DELAY: f64 = 1.5;
 #[test]
 fn starts_of_a_tenant_do_not_wait_for_those_of_another() {
     let medians = |without_first| {
-        let load = Load {
-            starts: 150,
-            tenants: 6,
-            within: Duration::from_secs(60),
-            first_share: 0.8,
-            without_first,
-        };
+        let load = Load { starts: 150, tenants: 6, within: Duration::from_secs(60), first_share: 0.8, without_first };
         let report = run(&conditions(number("SIM_SEED", 1), true, 5), &load);
         assert_eq!(report.violations, Vec::<String>::new());
         let median = |is_first: bool| {

@@ -37,7 +37,8 @@ const WORKER_TIMEOUT: Duration = Duration::from_secs(150);
 const MINUTE: Duration = Duration::from_secs(60);
 /// The concurrent executions of an account.
 const ACCOUNT_CONCURRENCY: usize = 1000;
-const WORKER: &str = "worker";
+/// The name of the worker's function.
+pub const WORKER: &str = "worker";
 
 /// The conditions of a world.
 #[derive(Clone, Debug)]
@@ -157,10 +158,15 @@ impl World {
         Stores::new(&self.0.config.names, &self.0.services.aws(), &self.0.sealer)
     }
 
-    /// Stores a user's settings: a model, a git provider's token and an MCP server.
-    pub async fn settings(&self, user: &UserId) {
+    /// The time since the simulation began.
+    pub fn elapsed(&self) -> Duration {
+        self.0.services.clock.elapsed()
+    }
+
+    /// Stores a user's settings: a model, a git provider's token, an MCP server, and how starts share sandboxes.
+    pub async fn settings(&self, user: &UserId, grouping: &str) {
         let document = json!({
-            "llm_model": "openai/simulated", "llm_api_key": "sk-test",
+            "llm_model": "openai/simulated", "llm_api_key": "sk-test", "sandbox_grouping_strategy": grouping,
             "provider_tokens": {"github": {"token": "ghp-1"}},
             "mcp_config": {"mcpServers": {"a": {"url": "https://mcp.example/a"}}},
         });

@@ -20,8 +20,10 @@ pub enum Condition {
     Compare(&'static str, &'static str, AttributeValue),
     /// The attribute has one of these values.
     In(&'static str, Vec<AttributeValue>),
-    /// The attribute is a set that contains this text.
+    /// The attribute is a set or a list that contains this text.
     Contains(&'static str, AttributeValue),
+    /// The item lacks the attribute, or the attribute does not contain this text.
+    Lacks(&'static str, AttributeValue),
     /// The size of the attribute (members of a list, bytes of a text) compares with the number by an operator.
     Size(&'static str, &'static str, u32),
     /// All of these hold.
@@ -66,6 +68,10 @@ impl Condition {
             }
             Self::Contains(path, value) => {
                 format!("contains({}, {})", text.path(path), text.value(value.clone()))
+            }
+            Self::Lacks(path, value) => {
+                let path = text.path(path);
+                format!("(attribute_not_exists({path}) OR NOT contains({path}, {}))", text.value(value.clone()))
             }
             Self::Size(path, operator, size) => {
                 format!("size({}) {operator} {}", text.path(path), text.value(number(*size)))

@@ -125,7 +125,7 @@ enum Outcome {
     Refused(u32),
     /// The message can never be delivered.
     Never(&'static str),
-    /// The lease is lost: another worker has claimed the queue.
+    /// The lease is lost: another worker has claimed the queue, or the queue was removed.
     Lost,
 }
 
@@ -263,7 +263,11 @@ impl Messages {
         }
         let record = match self.conversations.lookup(user, conversation).await? {
             Lookup::Present(known) => known.record,
-            Lookup::Deleting => return Ok(Outcome::Never("the conversation is being deleted")),
+            Lookup::Deleting => {
+                // They may have been added after the deletion had removed the others.
+                self.store.delete_all(user, conversation).await?;
+                return Ok(Outcome::Lost);
+            }
             Lookup::Absent => {
                 let task = queue.task.as_deref().and_then(|task| Uuid::try_parse(task).ok());
                 let task = match task {
@@ -313,7 +317,7 @@ impl Messages {
             let parts = self.store.content(&message).await?;
             match self.send(user, conversation, lease, &agent_server, &queue, &message, &parts).await? {
                 Some(outcome) => return Ok(outcome),
-                None => match self.store.arrived(user, conversation, lease, &message).await? {
+                None => match self.store.arrived(user, conversation, lease, &queue, &message).await? {
                     Some(left) => queue = left,
                     None => return Ok(Outcome::Lost),
                 },

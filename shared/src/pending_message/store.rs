@@ -26,6 +26,9 @@ const PREFIX: &str = "messages/";
 /// The largest message, in bytes, that is stored in the row; larger ones are objects. Ten of this size and the rest of the row stay below
 /// DynamoDB's 400 KB.
 const INLINE: usize = 24 * 1024;
+/// The ids of messages that a queue remembers after they were delivered. An attempt to append a message may take effect after a repeated one
+/// has succeeded and the message was delivered: the SDK gives up an attempt after a few seconds, and the store may still complete it.
+const REMEMBERED: usize = 16;
 /// The number of partitions of the index.
 const SHARDS: u128 = 4;
 
@@ -50,12 +53,16 @@ pub struct MessageQueue {
     /// The id of the message that was added last, in hex.
     #[serde(default)]
     pub newest: Option<String>,
+    /// The ids of the messages that were added last, in hex, oldest first. The row stays for them when the queue is empty.
+    #[serde(default)]
+    pub recent: Vec<String>,
 }
 
 impl MessageQueue {
-    /// Whether the message with this id, in hex, was added last or is still there.
+    /// Whether the message with this id, in hex, was added.
     fn has(&self, message: &str) -> bool {
-        self.newest.as_deref() == Some(message) || self.messages.iter().any(|found| id::hex(found.id) == message)
+        self.recent.iter().any(|recent| recent == message)
+            || self.messages.iter().any(|found| id::hex(found.id) == message)
     }
 }
 
@@ -117,6 +124,7 @@ impl MessageStore {
         let message = serde_dynamo::to_attribute_value(message).map_err(Error::internal)?;
         let mut update = Update::new()
             .append("messages", [message])
+            .append("recent", [text(&newest)])
             .set("id", text(id::hex(conversation)))
             .set("undelivered_shard", text(shard(conversation)))
             .set_if_missing("due_at", text(due_at.sortable()))
@@ -127,7 +135,7 @@ impl MessageStore {
                 Condition::Size("messages", "<", u32::try_from(MAX_MESSAGES).unwrap_or(u32::MAX)),
             ]))
             // The SDK retries an update whose response was lost.
-            .condition(Condition::not_equal("newest", text(&newest)));
+            .condition(Condition::Lacks("recent", text(&newest)));
         if let Some(task) = task {
             update = update.set("task", text(id::hex(task)));
         }
@@ -175,7 +183,7 @@ impl MessageStore {
         Ok(self.write(user, conversation, lease, Update::new().set("sending", sending)).await?.is_applied())
     }
 
-    /// Removes the first message after it has arrived. Returns the rest of the queue, or `None` when the lease is lost.
+    /// Removes the first message of a queue after it has arrived. Returns the rest of the queue, or `None` when the lease is lost.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -184,11 +192,16 @@ impl MessageStore {
         user: &UserId,
         conversation: Uuid,
         lease: &Lease,
+        queue: &MessageQueue,
         message: &PendingMessage,
     ) -> Result<Option<MessageQueue>> {
-        let update = Update::new()
+        let mut update = Update::new()
             .remove_all(&["messages[0]", "sending", "attempts", "refusals"])
             .condition(Condition::equal("messages[0].id", text(id::hex(message.id))));
+        // Only the holder of the lease removes ids, and others are added behind them.
+        for forgotten in 0..queue.recent.len().saturating_sub(REMEMBERED) {
+            update = update.remove(&format!("recent[{forgotten}]"));
+        }
         let Some(left) = self.write(user, conversation, lease, update).await?.applied() else { return Ok(None) };
         if let Some(object) = &message.object {
             self.remove_object(object).await;
@@ -262,13 +275,16 @@ impl MessageStore {
         Ok(self.write(user, conversation, lease, update).await?.is_applied())
     }
 
-    /// Removes an empty queue. Returns false when it is not empty, or the lease is lost.
+    /// Ends the delivery of an empty queue. Its row remembers the latest messages until the conversation is deleted. Returns false when the
+    /// queue is not empty, or the lease is lost.
     ///
     /// # Errors
     /// [`Error::Store`].
     pub async fn end(&self, user: &UserId, conversation: Uuid, lease: &Lease) -> Result<bool> {
-        let is_empty = Condition::Size("messages", "=", 0);
-        lease::delete(&self.table, key(user, conversation), &lease.owner, [is_empty]).await
+        let update = Update::new()
+            .remove_all(&["messages", "task", "undelivered_shard", "due_at"])
+            .condition(Condition::Size("messages", "=", 0));
+        Ok(self.write(user, conversation, lease, lease::release(update)).await?.is_applied())
     }
 
     /// The parts of a message, as JSON.

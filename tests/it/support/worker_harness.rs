@@ -781,7 +781,7 @@ impl WorkerHarness {
 
     /// Whether a conversation has pending messages.
     pub async fn messages_wait(&self, conversation: Uuid) -> bool {
-        self.messages_row(conversation).await.is_some()
+        self.messages_row(conversation).await.is_some_and(|row| row.contains_key("messages"))
     }
 
     /// Whether the pending messages are due for the worker.

@@ -1,11 +1,12 @@
 //! What has happened, for the invariants of a simulation. All times are since the creation of the models.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use uuid::Uuid;
 
-use super::Sandboxes;
 use super::conversations::Conversation;
+use super::{Sandboxes, provider};
 
 /// Numbers of what has happened, besides [`Sandboxes::calls`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -173,6 +174,16 @@ impl Sandboxes {
     /// The runs of all commands of starts, in the order in which they started.
     pub fn runs(&self) -> Vec<RunHistory> {
         self.0.lock().runs.clone()
+    }
+
+    /// The ids of the events in batches that were acknowledged, by conversation.
+    pub fn acknowledged(&self) -> BTreeMap<Uuid, BTreeSet<String>> {
+        self.0.lock().acknowledged.clone()
+    }
+
+    /// The outages of the provider until now, from their beginnings to their ends.
+    pub fn outages(&self) -> Vec<(Duration, Duration)> {
+        provider::outages(&self.0)
     }
 
     /// The notifications of commands that were sent, in their order.

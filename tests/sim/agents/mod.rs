@@ -15,7 +15,7 @@ mod server;
 mod tests;
 mod webhooks;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
@@ -88,6 +88,8 @@ struct State {
     notifications: Vec<Notification>,
     /// Runs of commands, of all sandboxes.
     runs: Vec<RunHistory>,
+    /// The ids of the events in batches that were acknowledged, by conversation.
+    acknowledged: BTreeMap<Uuid, BTreeSet<String>>,
     last_timestamp: i64,
 }
 

@@ -190,16 +190,27 @@ pub(super) fn pick<T: Copy>(drawn: f64, alternatives: impl IntoIterator<Item = (
 /// Whether the provider has an outage now, which depends on the seed and the time alone.
 fn is_outage(shared: &Shared) -> bool {
     let now = shared.elapsed();
-    let interval = now.as_secs() / OUTAGE_INTERVAL.as_secs();
+    outage(shared, now.as_secs() / OUTAGE_INTERVAL.as_secs()).is_some_and(|(begin, end)| (begin..end).contains(&now))
+}
+
+/// The outage that an interval has, if it has one.
+fn outage(shared: &Shared, interval: u64) -> Option<(Duration, Duration)> {
     let drawn = |what: &str| dice::random(shared.settings.seed, &("outage", what, interval));
     if drawn("begins") >= shared.settings.faults.provider.outages {
-        return false;
+        return None;
     }
     let [least, most] = shared.settings.pace.outage;
     let length = least + most.saturating_sub(least).mul_f64(drawn("length"));
     let begin = OUTAGE_INTERVAL * u32::try_from(interval).expect("an interval")
         + OUTAGE_INTERVAL.saturating_sub(length).mul_f64(drawn("at"));
-    (begin..begin + length).contains(&now)
+    Some((begin, begin + length))
+}
+
+/// The outages of all intervals until now.
+pub(super) fn outages(shared: &Shared) -> Vec<(Duration, Duration)> {
+    (0..=shared.elapsed().as_secs() / OUTAGE_INTERVAL.as_secs())
+        .filter_map(|interval| outage(shared, interval))
+        .collect()
 }
 
 /// Applies a request and returns its response.

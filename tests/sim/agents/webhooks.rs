@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderMap, Method, StatusCode, Uri, header};
+use serde_json::Value;
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
@@ -113,6 +114,22 @@ fn post_again(shared: &Arc<Shared>, state: &mut State, subject: &str, request: R
     });
 }
 
+/// What the models remember of a batch that was acknowledged.
+fn acknowledging(conversation: Uuid, batch: &[Queued]) -> impl FnOnce(&mut State) + use<> {
+    let id = |event: &Queued| {
+        let event: Value = serde_json::from_str(&event.json).expect("an event");
+        event["id"].as_str().expect("an id").to_owned()
+    };
+    let ids: Vec<String> = batch.iter().map(id).collect();
+    move |state: &mut State| {
+        let count = ids.len() as u64;
+        state.counters.posts_open -= count;
+        state.counters.batches_posted += 1;
+        state.counters.events_posted += count;
+        state.acknowledged.entry(conversation).or_default().extend(ids);
+    }
+}
+
 /// Posts the events of a conversation in batches until none waits.
 pub(super) async fn flush(shared: Arc<Shared>, process: Process, conversation: Uuid) {
     let subject = format!("{} {}", process.runtime, conversation.simple());
@@ -146,11 +163,7 @@ async fn flush_once(shared: &Arc<Shared>, process: &Process, conversation: Uuid,
         (batch, request, fate, is_doubled)
     };
     let count = batch.len() as u64;
-    let posted = move |state: &mut State| {
-        state.counters.posts_open -= count;
-        state.counters.batches_posted += 1;
-        state.counters.events_posted += count;
-    };
+    let posted = acknowledging(conversation, &batch);
     match (request, fate) {
         (None, _) | (_, Fate::Lost) => shared.lock().lose_events(count),
         (Some(request), Fate::Late) => {
@@ -201,17 +214,12 @@ pub(super) fn post_last(shared: &Arc<Shared>, state: &mut State, process: &Proce
     let path = format!("/events/{}", conversation.simple());
     let count = batch.len() as u64;
     let Some(request) = of_sandbox(state, process, &path, body.into()) else { return state.lose_events(count) };
+    let posted = acknowledging(conversation, &batch);
     let (shared, subject) = (shared.clone(), format!("{} {}", process.runtime, conversation.simple()));
     tokio::spawn(async move {
         let is_posted = post(&shared, &subject, request).await;
         let state = &mut *shared.lock();
-        if is_posted {
-            state.counters.posts_open -= count;
-            state.counters.batches_posted += 1;
-            state.counters.events_posted += count;
-        } else {
-            state.lose_events(count);
-        }
+        if is_posted { posted(state) } else { state.lose_events(count) }
     });
 }
 

@@ -17,8 +17,8 @@ use serde_json::{Map, Value, json};
 
 use super::sdk_client::hash_of;
 use super::{Call, Clock, Decider, Faults, Happened, detached, lock, pause};
-use crate::{cost, dice};
 use crate::net::{Failure, Pending, Reply, Request, Server};
+use crate::{cost, dice};
 
 /// The number of writes of a table after which the delays of its indexes change.
 const WRITES_PER_DELAY: u64 = 5;

@@ -65,6 +65,8 @@ pub struct Usage {
     pub busy: Duration,
     pub throttled: u64,
     pub timed_out: u64,
+    /// Those of them whose process nothing had stopped.
+    pub overruns: u64,
     pub crashed: u64,
     /// Invocations whose handler returned an error.
     pub errors: u64,
@@ -133,6 +135,16 @@ impl Lambda {
         self.0.happened.all()
     }
 
+    /// The invocations of a function that ran into its time limit although nothing had stopped their process.
+    pub fn overruns(&self, name: &str) -> u64 {
+        lock(&self.0.state).get(name).map_or(0, |state| state.usage.overruns)
+    }
+
+    /// When invocations crashed or were frozen, since the simulation began.
+    pub fn interruptions(&self) -> Vec<Duration> {
+        self.0.happened.times(self.0.clock, &["crashed", "frozen"])
+    }
+
     /// By function.
     pub fn usage(&self) -> BTreeMap<&'static str, Usage> {
         lock(&self.0.state).iter().map(|(name, state)| (*name, state.usage)).collect()
@@ -194,8 +206,10 @@ impl Lambda {
         if is_cold {
             pause(call.duration("cold start", Duration::from_millis(120), Duration::from_millis(900))).await;
         }
+        let mut is_frozen = false;
         let freeze = call.happens("frozen", inner.faults.frozen).then(|| {
             inner.happened.count("frozen");
+            is_frozen = true;
             let at = call.duration("time of freeze", Duration::from_millis(1), Duration::from_secs(10));
             let length = call.duration("length of freeze", Duration::from_secs(2), Duration::from_secs(120));
             (Instant::now() + at, length)
@@ -220,9 +234,12 @@ impl Lambda {
                 Err(Ended::Crashed)
             }
             Err(_) => {
-                inner.happened.count("timed_out");
+                inner.happened.count(if is_frozen { "timed_out_frozen" } else { "timed_out" });
                 running.environment = None;
-                lock(&inner.state).entry(name).or_default().usage.timed_out += 1;
+                let mut states = lock(&inner.state);
+                let usage = &mut states.entry(name).or_default().usage;
+                usage.timed_out += 1;
+                usage.overruns += u64::from(!is_frozen);
                 Err(Ended::TimedOut)
             }
         }

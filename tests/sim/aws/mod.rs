@@ -269,17 +269,24 @@ impl Call {
     }
 }
 
-/// Counted faults by their name, so that a test can show that each of them happened.
+/// When faults happened, by their name, so that a test can show that each of them did.
 #[derive(Clone, Debug, Default)]
-pub struct Happened(Arc<Mutex<BTreeMap<&'static str, u64>>>);
+pub struct Happened(Arc<Mutex<BTreeMap<&'static str, Vec<Instant>>>>);
 
 impl Happened {
     pub fn count(&self, fault: &'static str) {
-        *lock(&self.0).entry(fault).or_default() += 1;
+        lock(&self.0).entry(fault).or_default().push(Instant::now());
     }
 
     pub fn all(&self) -> BTreeMap<&'static str, u64> {
-        lock(&self.0).clone()
+        lock(&self.0).iter().map(|(fault, times)| (*fault, times.len() as u64)).collect()
+    }
+
+    /// When faults with one of these names happened, since the simulation began.
+    pub fn times(&self, clock: Clock, faults: &[&str]) -> Vec<Duration> {
+        let happened = lock(&self.0);
+        let times = faults.iter().filter_map(|fault| happened.get(fault)).flatten();
+        times.map(|at| at.duration_since(clock.began)).collect()
     }
 }
 

@@ -31,8 +31,8 @@ use serde_json::Value;
 use shared::aws::Aws;
 
 use super::{Clock, lock};
-use crate::{cost, dice};
 use crate::net::{Failure, Reply, Request, Server};
+use crate::{cost, dice};
 
 /// The authorities of the services. Host names below `.invalid` never resolve.
 pub const DYNAMODB: &str = "dynamodb.invalid";

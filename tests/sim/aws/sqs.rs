@@ -139,6 +139,11 @@ impl Sqs {
         self.0.happened.all()
     }
 
+    /// When messages were sent that are delivered late, since the simulation began.
+    pub fn delays(&self) -> Vec<Duration> {
+        self.0.happened.times(self.0.clock, &["delivered_late"])
+    }
+
     /// By queue.
     pub fn usage(&self) -> BTreeMap<String, Usage> {
         lock(&self.0.queues).iter().map(|(name, queue)| (name.clone(), queue.usage)).collect()
