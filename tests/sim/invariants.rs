@@ -282,14 +282,19 @@ impl<'a> Facts<'a> {
     /// Nothing is left of what was deleted, and everything else is there.
     fn check_conversations(&self, violations: &mut Vec<String>) {
         let mut expected = BTreeSet::new();
+        let mut events_of: BTreeMap<String, usize> = BTreeMap::new();
+        for row in &self.events {
+            for id in ids_in(&row.to_string()) {
+                *events_of.entry(id.to_owned()).or_default() += 1;
+            }
+        }
         for start in self.starts.iter().filter(|start| start.status == "READY") {
             let id = start.conversation.simple().to_string();
             if start.is_deleted() {
                 if self.conversations.contains_key(&id) {
                     violations.push(format!("conversation {id} was deleted and is there"));
                 }
-                let left = self.events.iter().filter(|row| row.to_string().contains(&id)).count();
-                if left > 0 {
+                if let Some(left) = events_of.get(&id) {
                     violations.push(format!("conversation {id} was deleted and has {left} events"));
                 }
                 let is_queue = |row: &&Value| text(row, "kind") == Some(format!("messages#{id}").as_str());
@@ -407,6 +412,11 @@ fn text<'v>(item: &'v Value, name: &str) -> Option<&'v str> {
 
 fn id_of(row: &Value) -> &str {
     text(row, "id").unwrap_or_default()
+}
+
+/// The ids without dashes in a text.
+fn ids_in(text: &str) -> BTreeSet<&str> {
+    text.split(|one: char| !one.is_ascii_hexdigit()).filter(|run| run.len() == 32).collect()
 }
 
 fn is_lease(row: &Value) -> bool {

@@ -25,8 +25,8 @@ pub struct Load {
     pub starts: u64,
     pub tenants: u64,
     pub within: Duration,
-    /// The share of the first tenant in the starts.
-    pub first_share: f64,
+    /// The share of the first tenant in the starts. `None`: a third, and what each of the tenants has of the rest.
+    pub first_share: Option<f64>,
     /// Leaves out the first tenant. What the others do stays the same.
     pub without_first: bool,
 }
@@ -35,7 +35,7 @@ pub struct Load {
 /// other steps of 300 s, each with its margin), and the waits in queues.
 const LONGEST_START: Duration = Duration::from_secs(90 * 60);
 /// How often a client asks for its start's status.
-const POLL: Duration = Duration::from_secs(10);
+const POLL: Duration = Duration::from_secs(5);
 /// How long the rest may take after the clients have finished: deletions, compensations, confirmed ends of sandboxes.
 const LONGEST_REST: Duration = Duration::from_secs(12 * 3600);
 
@@ -122,11 +122,13 @@ pub fn run(conditions: &Conditions, load: &Load) -> Report {
         let users: Vec<UserId> = (0..load.tenants).map(|number| UserId::new(format!("tenant-{number}"))).collect();
         join_all(users.iter().map(|user| Box::pin(world.settings(user, grouping(conditions.seed, user))))).await;
         let known = Arc::new(Mutex::new(Vec::new()));
-        let tenant_of = |number: u64| {
-            if random(conditions.seed, &("first tenant", number)) < load.first_share {
-                return 0;
-            }
-            seeded(conditions.seed, &("tenant", number)) % load.tenants
+        let tenant_of = |number: u64| match load.first_share {
+            Some(share) if random(conditions.seed, &("first tenant", number)) < share => 0,
+            Some(_) => seeded(conditions.seed, &("tenant", number)) % load.tenants,
+            None => match seeded(conditions.seed, &("tenant", number)) {
+                draw if draw % 3 == 0 => 0,
+                draw => (draw >> 8) % load.tenants,
+            },
         };
         let numbers = (0..load.starts).filter(|number| !load.without_first || tenant_of(*number) > 0);
         let clients = numbers.map(|number| {
@@ -456,9 +458,9 @@ fn number(name: &str, default: u64) -> u64 {
     given.map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
 }
 
-/// A scenario by its numbers, from the environment: `SIM_SEED`, `SIM_SEEDS`, `SIM_STARTS`, `SIM_TENANTS`, `SIM_WORKERS`, `SIM_MINUTES`
-/// (over which the starts are spread), `SIM_CALM` for a world without faults, and `SIM_REFUSALS` for the share, in percent, of repositories
-/// that cannot be cloned.
+/// A scenario by its numbers, from the environment: `SIM_SEED`, `SIM_SEEDS`, `SIM_STARTS`, `SIM_TENANTS`, `SIM_WORKERS`, `SIM_MINUTES` (over
+/// which the starts are spread), `SIM_FIRST_PERCENT` (the first tenant's share of the starts), `SIM_CALM` for a world without faults, and
+/// `SIM_REFUSALS` for the share, in percent, of repositories that cannot be cloned.
 fn from_environment() -> (std::ops::Range<u64>, impl Fn(u64) -> Conditions, Load) {
     let (first, seeds) = (number("SIM_SEED", 1), number("SIM_SEEDS", 1));
     let (is_calm, workers) = (std::env::var_os("SIM_CALM").is_some(), number("SIM_WORKERS", 10));
@@ -467,7 +469,7 @@ fn from_environment() -> (std::ops::Range<u64>, impl Fn(u64) -> Conditions, Load
         starts: number("SIM_STARTS", 10),
         tenants: number("SIM_TENANTS", 4),
         within: Duration::from_secs(60 * minutes),
-        first_share: 1.0 / 3.0,
+        first_share: std::env::var_os("SIM_FIRST_PERCENT").map(|_| number("SIM_FIRST_PERCENT", 0) as f64 / 100.0),
         without_first: false,
     };
     let refusals = std::env::var_os("SIM_REFUSALS").map(|_| number("SIM_REFUSALS", 0) as f64 / 100.0);
@@ -582,7 +584,8 @@ const MOST_DELAY: f64 = 1.5;
 #[test]
 fn starts_of_a_tenant_do_not_wait_for_those_of_another() {
     let medians = |without_first| {
-        let load = Load { starts: 150, tenants: 6, within: Duration::from_secs(60), first_share: 0.8, without_first };
+        let load =
+            Load { starts: 150, tenants: 6, within: Duration::from_secs(60), first_share: Some(0.8), without_first };
         let report = run(&conditions(number("SIM_SEED", 1), true, 5), &load);
         assert_eq!(report.violations, Vec::<String>::new());
         let median = |is_first: bool| {
