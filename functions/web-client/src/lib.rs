@@ -1,6 +1,7 @@
 //! Routes that a web front end reads before a user logs in: `GET /api/v1/web-client/config`, the schemas of the settings, health checks; and
-//! lists that front ends read and that are empty here: models, repositories, profiles, skills.
+//! lists that front ends read: models and providers of models, and some that are empty here: repositories, profiles, skills.
 
+mod models;
 mod schema;
 
 use axum::extract::{RawQuery, State};
@@ -15,6 +16,7 @@ use shared::http::extract::PageRequest;
 use shared::http::page::PageOut;
 use shared::http::pydantic::query::Query;
 
+pub use crate::models::{ModelOut, ProviderOut};
 pub use crate::schema::SettingsSchemaOut;
 
 /// The configuration of this function.
@@ -46,8 +48,8 @@ pub fn router(context: Context) -> Router {
     Router::new()
         .route("/api/v1/web-client/config", get(web_client_config))
         .route("/api/v1/skills/search", get(empty_page))
-        .route("/api/v1/config/models/search", get(empty_page))
-        .route("/api/v1/config/providers/search", get(empty_page))
+        .route("/api/v1/config/models/search", get(models::search_models))
+        .route("/api/v1/config/providers/search", get(models::search_providers))
         .route("/api/v1/git/repositories/search", get(empty_page))
         .route("/api/v1/git/branches/search", get(empty_page))
         .route("/api/v1/git/installations/search", get(empty_page))
@@ -121,7 +123,7 @@ async fn web_client_config(State(context): State<Context>) -> Json<WebClientConf
     })
 }
 
-/// Returns a list that is empty here: users type the names of models, providers and repositories, and agents find skills in their
+/// Returns a list that is empty here: users type the names of repositories, and agents find skills in their
 /// sandboxes.
 async fn empty_page(RawQuery(query): RawQuery) -> Result<Json<PageOut<Value>>> {
     let mut query = Query::parse(query.as_deref());

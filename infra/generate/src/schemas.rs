@@ -22,14 +22,19 @@ use shared::user::settings_document::{SettingsOut, UserOut};
 use skills::{HooksOut, LegacyErrorOut, MessageSentOut, SkillsOut};
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
-use web_client::{AgentProfilesOut, AliveOut, ProfilesOut, ServerInfoOut, SettingsSchemaOut, WebClientConfigOut};
+use web_client::{
+    AgentProfilesOut, AliveOut, ModelOut, ProfilesOut, ProviderOut, ServerInfoOut, SettingsSchemaOut,
+    WebClientConfigOut,
+};
 
 /// Lists whose pages are schemas: the schema of a page, and of its items.
-const PAGES: [(&str, &str); 6] = [
+const PAGES: [(&str, &str); 8] = [
     ("AppConversationPage", "AppConversation"),
     ("AppConversationStartTaskPage", "AppConversationStartTask"),
     ("CustomSecretPage", "SecretName"),
     ("EventPage", "Event"),
+    ("LLMModelPage", "LLMModel"),
+    ("LLMProviderPage", "LLMProvider"),
     ("SandboxPage", "SandboxInfo"),
     ("SandboxSpecInfoPage", "SandboxSpecInfo"),
 ];
@@ -77,7 +82,9 @@ pub fn components() -> Result<Map<String, Value>, Box<dyn std::error::Error>> {
     types.add::<SkillsOut<'_>>();
     types.add::<AgentProfilesOut>();
     types.add::<AliveOut>();
+    types.add::<ModelOut>();
     types.add::<ProfilesOut>();
+    types.add::<ProviderOut>();
     types.add::<ServerInfoOut>();
     types.add::<SettingsSchemaOut>();
     types.add::<WebClientConfigOut>();

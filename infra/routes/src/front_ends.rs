@@ -1,11 +1,17 @@
-//! What web front ends need: configuration, schemas of settings, and lists that are empty in this server.
+//! What web front ends need: configuration, schemas of settings, lists of models, and lists that are empty in this server.
 
-use crate::schema::{LIMIT, PAGE_ID};
+use crate::schema::{BOOLEAN, LIMIT, PAGE_ID, Parameter, TEXT, query};
 use crate::{
     Authentication, BAD_GATEWAY, BAD_REQUEST, CONFLICT, FORBIDDEN, Group, INVALID, NOT_FOUND, Response, Route, Schema,
 };
 
 pub(crate) const GROUP: Group = Group { tag: "Front ends", routes: ROUTES };
+
+/// The page of a list that is the same for every caller.
+const CATALOGUE_PAGE_ID: Parameter = query("page_id", TEXT)
+    .described("`next_page_id` of the previous page, with the same filters; anything else is the first page.");
+const CATALOGUE_LIMIT: Parameter =
+    query("limit", Schema::Integer { minimum: Some(1), maximum: Some(100), default: Some(50) });
 
 const ROUTES: &[Route] = &[
     Route::get("/api/v1/web-client/config", "web-client", "web_client_config")
@@ -20,16 +26,28 @@ const ROUTES: &[Route] = &[
         .errors(&[BAD_REQUEST, INVALID]),
     Route::get("/api/v1/config/models/search", "web-client", "search_models")
         .authentication(Authentication::None)
-        .summary("List models (always empty)")
-        .parameters(&[PAGE_ID, LIMIT])
-        .returns(&[Response::json(Schema::Component("EmptyPage"))])
-        .errors(&[BAD_REQUEST, INVALID]),
+        .summary("List models")
+        .description("The list is part of the server; a model that is not in it can be used as well.")
+        .parameters(&[
+            CATALOGUE_PAGE_ID,
+            CATALOGUE_LIMIT,
+            query("query", TEXT).described("A part of the name without its provider, in any case."),
+            query("verified__eq", BOOLEAN),
+            query("provider__eq", TEXT),
+        ])
+        .returns(&[Response::json(Schema::Component("LLMModelPage"))])
+        .errors(&[INVALID]),
     Route::get("/api/v1/config/providers/search", "web-client", "search_providers")
         .authentication(Authentication::None)
-        .summary("List model providers (always empty)")
-        .parameters(&[PAGE_ID, LIMIT])
-        .returns(&[Response::json(Schema::Component("EmptyPage"))])
-        .errors(&[BAD_REQUEST, INVALID]),
+        .summary("List providers of models")
+        .parameters(&[
+            CATALOGUE_PAGE_ID,
+            CATALOGUE_LIMIT,
+            query("query", TEXT).described("A part of the name, in any case."),
+            query("verified__eq", BOOLEAN),
+        ])
+        .returns(&[Response::json(Schema::Component("LLMProviderPage"))])
+        .errors(&[INVALID]),
     Route::get("/api/v1/git/repositories/search", "web-client", "search_repositories")
         .authentication(Authentication::None)
         .summary("List repositories (always empty)")
