@@ -111,6 +111,7 @@ pub async fn furnish_in(aws: &Aws, names: &Names, sealer: &Sealer, owner: &UserI
             "id": id.simple().to_string(),
             "sandbox_id": SANDBOX,
             "title": format!("conversation of {owner}"),
+            "tags": {"team": "red"},
             "parent_conversation_id": parent.map(|parent| parent.simple().to_string()),
             "created_at": time,
             "updated_at": time,

@@ -10,6 +10,7 @@ use shared::config::Config;
 use shared::conversation::live_status::LiveStatus;
 use shared::conversation::search::{Cursor, Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
+use shared::conversation::tags::{MAX_TAG_FILTERS, TagFilter};
 use shared::conversation::update_request::UpdateRequest;
 use shared::conversation::{AppConversation, ConversationRecord, MAX_NAME};
 use shared::deletion::Deleter;
@@ -156,6 +157,7 @@ fn filter(query: &mut Query) -> Filter {
         updated_at_gte: query.datetime("updated_at__gte").map(Into::into),
         updated_at_lt: query.datetime("updated_at__lt").map(Into::into),
         sandbox_id: query.string("sandbox_id__eq"),
+        tags: query.list("tag", MAX_TAG_FILTERS, TagFilter::read),
         include_sub_conversations: false,
     }
 }

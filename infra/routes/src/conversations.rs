@@ -1,9 +1,14 @@
 //! Conversations: lookup, search, update, deletion, export.
 
-use crate::schema::{BOOLEAN, COUNT, INTEGER, LIMIT, PAGE_ID, TEXT, header, query, text_up_to, time, uuids};
+use crate::schema::{BOOLEAN, COUNT, INTEGER, LIMIT, PAGE_ID, Parameter, TEXT, header, query, text_up_to, time, uuids};
 use crate::{BAD_GATEWAY, BAD_REQUEST, CONTENT_TOO_LARGE, Group, INVALID, NOT_FOUND, Response, Route, Schema};
 
 pub(crate) const GROUP: Group = Group { tag: "Conversations", routes: ROUTES };
+
+/// A filter by tags.
+const TAG: Parameter = query("tag", Schema::TextList { format: None, max_items: Some(10) }).described(
+    "`name:value`, or `name` for any value. Repeated, up to 10 times, it selects the conversations that have all of these tags.",
+);
 
 const ROUTES: &[Route] = &[
     Route::get("/api/v1/app-conversations", "conversations", "batch_get_conversations")
@@ -21,6 +26,7 @@ const ROUTES: &[Route] = &[
             time("updated_at__gte"),
             time("updated_at__lt"),
             query("sandbox_id__eq", TEXT),
+            TAG,
             PAGE_ID,
             LIMIT,
             query("include_sub_conversations", BOOLEAN),
@@ -38,6 +44,7 @@ const ROUTES: &[Route] = &[
             time("updated_at__gte"),
             time("updated_at__lt"),
             query("sandbox_id__eq", TEXT),
+            TAG,
             query("include_sub_conversations", BOOLEAN),
         ])
         .returns(&[Response::json(COUNT)])

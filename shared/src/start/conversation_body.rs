@@ -4,7 +4,7 @@
 //! The agent server has defaults for most fields, but the body contains every field, as in the reference. The control plane then determines
 //! the conversation's configuration, and the agent server's version does not change it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Map, Value, json};
@@ -28,6 +28,9 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 const CONDENSER_MAX_SIZE: u32 = 240;
 
 const MAX_ITERATIONS: u32 = 500;
+
+/// The template of the system prompt of agents that write code.
+const DEFAULT_PROMPT: &str = "system_prompt.j2";
 
 /// The name of the search service's MCP server. A search key adds it.
 const SEARCH_SERVER: &str = "tavily";
@@ -57,6 +60,9 @@ pub struct ConversationInputs<'a> {
     /// [`crate::agent_server::version::AgentServerVersion::streams_to_clients_only`]. Condensers never stream: no client reads their
     /// output.
     pub streaming: bool,
+    /// Whether the agent server reads a security analyzer and a system prompt, see
+    /// [`crate::agent_server::version::AgentServerVersion::has_extended_create`].
+    pub extended: bool,
     /// Names of enabled MCP servers that are left out.
     pub mcp_servers_left_out: &'a [String],
     pub config: &'a StartConfig,
@@ -108,9 +114,9 @@ pub fn conversation_body(
     } else {
         let names =
             ["terminal", "file_editor", "task_tracker"].into_iter().chain(inputs.browser.then_some("browser_tool_set"));
-        (names.map(tool).collect(), "system_prompt.j2", json!({"cli_mode": false, "llm_security_analyzer": true}))
+        (names.map(tool).collect(), DEFAULT_PROMPT, json!({"cli_mode": false, "llm_security_analyzer": true}))
     };
-    let json = json!({
+    let mut json = json!({
         "workspace": {"working_dir": inputs.project_dir, "kind": "LocalWorkspace"},
         "conversation_id": id::dashed(inputs.conversation_id),
         "confirmation_policy": confirmation_policy(settings),
@@ -130,7 +136,7 @@ pub fn conversation_body(
             "filter_tools_regex": null,
             "include_default_tools": ["FinishTool", "ThinkTool"],
             "agent_context": {
-                "skills": wire_skills(inputs.skills, settings),
+                "skills": wire_skills(inputs.skills, request, settings),
                 "system_message_suffix": system_message_suffix(request),
                 "user_message_suffix": null,
                 "load_user_skills": false,
@@ -157,7 +163,28 @@ pub fn conversation_body(
             "kind": "Agent",
         },
     });
+    // Versions that do not know tags ignore them.
+    if let Some(tags) = &request.tags {
+        json["tags"] = json!(tags);
+    }
+    if inputs.extended {
+        extend(&mut json, request, settings);
+    }
     Ok(Ok(ConversationBody { json, llm_model, secrets_in_terminal }))
+}
+
+/// Adds the security analyzer and the system prompt of the request.
+fn extend(body: &mut Value, request: &StartRequest, settings: &Settings) {
+    body["security_analyzer"] = match uses_llm_analyzer(settings) {
+        true => json!({"kind": "LLMSecurityAnalyzer"}),
+        false => Value::Null,
+    };
+    if let Some(prompt) = given(request.system_prompt.as_deref()) {
+        let agent = &mut body["agent"];
+        agent["system_prompt"] = prompt.into();
+        // An agent server refuses a prompt together with any template but the default one.
+        agent["system_prompt_filename"] = DEFAULT_PROMPT.into();
+    }
 }
 
 /// The request's model, or else the user's model.
@@ -346,8 +373,10 @@ pub fn uses_llm_analyzer(settings: &Settings) -> bool {
     settings.security_analyzer.as_deref().is_some_and(|analyzer| analyzer.eq_ignore_ascii_case("llm"))
 }
 
-fn wire_skills(skills: &[SkillInfo], settings: &Settings) -> Vec<Value> {
-    let disabled = settings.disabled_skills.as_deref().unwrap_or_default();
+/// The skills of the agent: none of those that the settings or the request disable.
+fn wire_skills(skills: &[SkillInfo], request: &StartRequest, settings: &Settings) -> Vec<Value> {
+    let lists = [&settings.disabled_skills, &request.disabled_skills];
+    let disabled: BTreeSet<&String> = lists.into_iter().flatten().flatten().collect();
     let mut by_name: Vec<&SkillInfo> = Vec::new();
     for skill in skills.iter().filter(|skill| !disabled.contains(&skill.name)) {
         match by_name.iter_mut().find(|known| known.name == skill.name) {
@@ -525,6 +554,7 @@ mod tests {
         skills: Vec<SkillInfo>,
         browser: bool,
         streaming: bool,
+        extended: bool,
         mcp_servers_left_out: Vec<String>,
     }
 
@@ -537,6 +567,7 @@ mod tests {
                 skills: Vec::new(),
                 browser: true,
                 streaming: false,
+                extended: false,
                 mcp_servers_left_out: Vec::new(),
             }
         }
@@ -559,6 +590,7 @@ mod tests {
                 hooks: None,
                 browser: self.browser,
                 streaming: self.streaming,
+                extended: self.extended,
                 mcp_servers_left_out: &self.mcp_servers_left_out,
                 config: &self.config,
                 token_key: &SecretSlice::from(vec![7; 32]).into(),
@@ -600,6 +632,29 @@ mod tests {
                 (&json!(streaming), &json!(false))
             );
         }
+    }
+
+    #[test]
+    fn newer_agent_servers_get_the_analyzer_and_the_prompt_at_once() {
+        let request = json!({"agent_type": "plan", "tags": {"team": "a"}, "system_prompt": "Be brief."});
+        let mut settings = settings();
+        settings["security_analyzer"] = "llm".into();
+        let mut case = Case::new(request, settings);
+        let body = case.body();
+        assert!(body.get("security_analyzer").is_none(), "{body}");
+        assert_eq!(body["tags"], json!({"team": "a"}), "an older one ignores them");
+        assert!(body["agent"].get("system_prompt").is_none());
+        case.extended = true;
+        let body = case.body();
+        assert_eq!(body["security_analyzer"], json!({"kind": "LLMSecurityAnalyzer"}));
+        assert_eq!(body["agent"]["system_prompt"], "Be brief.");
+        assert_eq!(body["agent"]["system_prompt_filename"], "system_prompt.j2");
+        let suffix = body["agent"]["agent_context"]["system_message_suffix"].as_str().expect("a suffix");
+        assert!(suffix.starts_with("<IMPORTANT_PLANNING_BOUNDARIES>"), "{suffix}");
+        case.request = json!({});
+        case.settings["security_analyzer"] = Value::Null;
+        let body = case.body();
+        assert_eq!((&body["security_analyzer"], body.get("tags")), (&Value::Null, None));
     }
 
     #[test]
@@ -792,10 +847,11 @@ mod tests {
     fn disabled_skills_are_left_out_and_later_ones_replace_earlier_ones() {
         let mut settings = settings();
         settings["disabled_skills"] = json!(["off"]);
-        let mut case = Case::new(json!({}), settings);
+        let mut case = Case::new(json!({"disabled_skills": ["off here"]}), settings);
         case.skills = vec![
             skill("a", &[]),
             skill("off", &[]),
+            skill("off here", &[]),
             skill("b", &["word"]),
             skill("c", &["/do", "x"]),
             skill("a", &["new"]),

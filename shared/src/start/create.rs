@@ -50,7 +50,7 @@ impl StartService {
     ///
     /// # Errors
     /// [`Error::Conflict`] for a key of another request,
-    /// [`Error::NotFound`] for an unknown parent, [`Error::Refused`] for an unsupported suggested task, [`Error::Invalid`] for an invalid
+    /// [`Error::NotFound`] for an unknown parent or agent profile, [`Error::Refused`] for an unsupported suggested task, [`Error::Invalid`] for an invalid
     /// repository or branch, [`Error::Saturated`] for too many unfinished starts; then nothing is stored. [`Error::Store`].
     pub async fn create(
         &self,
@@ -64,6 +64,9 @@ impl StartService {
             record.record_in_log();
             tracing::info!(task = %record.id, "start.repeated");
             return Ok(record);
+        }
+        if let Some(profile) = request.agent_profile_id {
+            return Err(Error::NotFound(format!("Agent profile not found: {}", id::dashed(profile))));
         }
         let request = self.with_selection(user, with_suggested_task(request)?).await?;
         let deadline = Time::now().plus(self.step_timeout);

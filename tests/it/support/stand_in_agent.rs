@@ -968,13 +968,16 @@ fn start_conversation(body: Value, state: &mut State) -> Response {
         return ok(&conversation.info());
     }
     let (time, message) = (now(), body["initial_message"].clone());
+    // 1.15 ignores it.
+    let is_read = !state.version.starts_with("1.15.");
+    let security_analyzer = if is_read { body["security_analyzer"].clone() } else { Value::Null };
     state.conversations.push(Conversation {
         id,
         body,
         posts: 1,
         title: None,
         execution_status: "idle".to_owned(),
-        security_analyzer: Value::Null,
+        security_analyzer,
         created_at: time,
         updated_at: time,
         last_message: None,
