@@ -1,8 +1,11 @@
 //! `/api/v1/app-conversations`: conversations with their live status. `GET` returns conversations by id, `…/search` (with pagination) and
 //! `…/count` those that match a filter, `PATCH …/{id}` updates one, and `DELETE …/{id}` deletes one.
+//! `POST …/{id}/switch_profile` and `…/switch_acp_model` change the model of a running one.
+
+mod switch;
 
 use axum::extract::{DefaultBodyLimit, Path, RawQuery, State};
-use axum::routing::{get, patch};
+use axum::routing::{get, patch, post};
 use axum::{Json, Router};
 use futures::future::{try_join, try_join_all};
 use shared::aws::Aws;
@@ -12,6 +15,7 @@ use shared::conversation::search::{Cursor, Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
 use shared::conversation::tags::{MAX_TAG_FILTERS, TagFilter};
 use shared::conversation::update_request::UpdateRequest;
+use shared::conversation::workspace::WorkspaceLocator;
 use shared::conversation::{AppConversation, ConversationRecord, MAX_NAME};
 use shared::deletion::Deleter;
 use shared::error::Error;
@@ -28,6 +32,8 @@ use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
 use uuid::Uuid;
 
+use crate::switch::SwitchConfig;
+
 /// The most ids that one request may name.
 const MAX_IDS: usize = 99;
 
@@ -42,6 +48,8 @@ pub struct Context {
     deleter: Deleter,
     live: LiveStatus,
     settings: SettingsStore,
+    locator: WorkspaceLocator,
+    switch: SwitchConfig,
 }
 
 impl Context {
@@ -54,8 +62,10 @@ impl Context {
         Self {
             conversations: stores.conversations(),
             deleter: stores.deleter(),
-            live: LiveStatus::new(sandboxes, http, config.live_status_budget),
+            live: LiveStatus::new(sandboxes.clone(), http.clone(), config.live_status_budget),
             settings: stores.settings(),
+            locator: WorkspaceLocator::new(stores.conversations(), sandboxes, http),
+            switch: SwitchConfig { start: config.start.clone(), budget: config.sandbox_request_budget },
         }
     }
 }
@@ -67,6 +77,8 @@ pub fn router(context: Context) -> Router {
         .route("/api/v1/app-conversations/search", get(search))
         .route("/api/v1/app-conversations/count", get(count))
         .route("/api/v1/app-conversations/{conversation_id}", patch(update).delete(delete))
+        .route("/api/v1/app-conversations/{conversation_id}/switch_profile", post(switch::switch_profile))
+        .route("/api/v1/app-conversations/{conversation_id}/switch_acp_model", post(switch::switch_acp_model))
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .with_state(context)
 }

@@ -54,7 +54,6 @@ pub fn router(context: Context) -> Router {
         .route("/api/v1/git/branches/search", get(empty_page))
         .route("/api/v1/git/installations/search", get(empty_page))
         .route("/api/v1/git/suggested-tasks/search", get(empty_page))
-        .route("/api/v1/settings/profiles", get(profiles))
         .route("/api/v1/settings/agent-schema", get(async || Json(schema::agent())))
         .route("/api/v1/settings/conversation-schema", get(async || Json(schema::conversation())))
         .route("/api/agent-profiles", get(agent_profiles))
@@ -131,19 +130,6 @@ async fn empty_page(RawQuery(query): RawQuery) -> Result<Json<PageOut<Value>>> {
     query.finish().map_err(Error::Invalid)?;
     page.only_page()?;
     Ok(Json(PageOut::new(Vec::new(), None)))
-}
-
-/// The model profiles of later versions. This server has one model, in the settings, and no profiles.
-#[derive(Clone, Debug, Default, Serialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = Profiles))]
-pub struct ProfilesOut {
-    #[cfg_attr(feature = "openapi", schema(value_type = Vec<Object>, max_items = 0))]
-    profiles: Vec<Value>,
-    active_profile: Option<String>,
-}
-
-async fn profiles() -> Json<ProfilesOut> {
-    Json(ProfilesOut::default())
 }
 
 /// The agent profiles of later versions. Front ends send their first message only after a successful response.

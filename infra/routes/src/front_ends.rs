@@ -72,10 +72,6 @@ const ROUTES: &[Route] = &[
         .parameters(&[PAGE_ID, LIMIT])
         .returns(&[Response::json(Schema::Component("EmptyPage"))])
         .errors(&[BAD_REQUEST, INVALID]),
-    Route::get("/api/v1/settings/profiles", "web-client", "profiles")
-        .authentication(Authentication::None)
-        .summary("List model profiles (always empty)")
-        .returns(&[Response::json(Schema::Component("Profiles"))]),
     Route::get("/api/v1/settings/agent-schema", "web-client", "agent_schema")
         .authentication(Authentication::None)
         .summary("Get the schema of agent settings")
@@ -91,9 +87,6 @@ const ROUTES: &[Route] = &[
     Route::get("/api/keys/current", "settings", "current_key")
         .summary("Get the owner of the credentials")
         .returns(&[Response::json(Schema::Component("CurrentKey"))]),
-    Route::get("/api/organizations", "settings", "organizations")
-        .summary("List organizations (always empty)")
-        .returns(&[Response::json(Schema::Component("Organizations"))]),
     Route::post("/api/cloud-proxy", "sandboxes", "cloud_proxy")
         .summary("Forward a request to the agent server of one of the caller's sandboxes")
         .body("CloudProxyRequest")

@@ -10,6 +10,7 @@ mod conversations;
 mod events;
 mod front_ends;
 mod health;
+mod profiles;
 mod sandboxes;
 mod schema;
 mod settings;
@@ -40,6 +41,7 @@ pub const GROUPS: &[Group] = &[
     events::GROUP,
     sandboxes::GROUP,
     settings::GROUP,
+    profiles::GROUP,
     webhooks::GROUP,
     front_ends::GROUP,
     health::GROUP,

@@ -10,6 +10,7 @@ use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
+use super::llm_body::{LlmUse, llm_body};
 use super::request::{AgentType, Content, Secrets, SendMessageRequest, StartRequest};
 use crate::agent_server::SkillInfo;
 use crate::clock::Time;
@@ -18,16 +19,24 @@ use crate::error::Result;
 use crate::http::secret::{self, InTerminal};
 use crate::id::{self, UserId};
 use crate::user::git::ProviderType;
+use crate::user::llm::Llm;
 use crate::user::settings::Settings;
 use crate::user::token::TokenKey;
-
-/// The version of this control plane in trace metadata.
-const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Default of `condenser_max_size`.
 const CONDENSER_MAX_SIZE: u32 = 240;
 
-const MAX_ITERATIONS: u32 = 500;
+/// Default of `max_iterations`.
+const MAX_ITERATIONS: i64 = 500;
+
+/// The fields of the condenser that the settings may replace, besides its size.
+const OWN_CONDENSER_FIELDS: [&str; 5] = [
+    "max_tokens",
+    "keep_first",
+    "minimum_progress",
+    "hard_context_reset_max_retries",
+    "hard_context_reset_context_scaling",
+];
 
 /// The template of the system prompt of agents that write code.
 const DEFAULT_PROMPT: &str = "system_prompt.j2";
@@ -95,14 +104,15 @@ pub fn conversation_body(
     inputs: &ConversationInputs<'_>,
 ) -> Result<std::result::Result<ConversationBody, MissingModel>> {
     let ConversationInputs { request, settings, .. } = inputs;
-    let model = match model(request, settings) {
-        Ok(model) => model,
+    let llm = match llm_of_start(request, settings) {
+        Ok(llm) => llm,
         Err(missing) => return Ok(Err(missing)),
     };
+    let usage = LlmUse { user: inputs.user, conversation_id: inputs.conversation_id, config: inputs.config };
     let plan = request.agent_type == AgentType::Plan;
-    let mut agent_llm = llm(inputs, model, "agent");
+    let mut agent_llm = llm_body(usage, &llm, "agent");
     agent_llm["stream"] = inputs.streaming.into();
-    let llm_model = agent_llm["model"].as_str().unwrap_or(model).to_owned();
+    let llm_model = agent_llm["model"].as_str().unwrap_or_default().to_owned();
     let (secrets, secrets_in_terminal) = secrets(inputs)?;
     let (tools, prompt, prompt_arguments) = if plan {
         let path = format!("{}/{}/PLAN.md", inputs.project_dir, plan_folder(request.git_provider));
@@ -121,7 +131,7 @@ pub fn conversation_body(
         "conversation_id": id::dashed(inputs.conversation_id),
         "confirmation_policy": confirmation_policy(settings),
         "initial_message": initial_message(request),
-        "max_iterations": MAX_ITERATIONS,
+        "max_iterations": settings.max_iterations.filter(|most| *most > 0).unwrap_or(MAX_ITERATIONS),
         "stuck_detection": true,
         "secrets": secrets,
         "tool_module_qualnames": {},
@@ -148,16 +158,7 @@ pub fn conversation_body(
             "system_prompt_filename": prompt,
             "security_policy_filename": "security_policy.j2",
             "system_prompt_kwargs": prompt_arguments,
-            "condenser": {
-                "llm": llm(inputs, model, if plan { "planning_condenser" } else { "condenser" }),
-                "max_size": settings.condenser_max_size.unwrap_or(CONDENSER_MAX_SIZE),
-                "max_tokens": null,
-                "keep_first": 2,
-                "minimum_progress": 0.1,
-                "hard_context_reset_max_retries": 5,
-                "hard_context_reset_context_scaling": 0.8,
-                "kind": "LLMSummarizingCondenser",
-            },
+            "condenser": condenser(inputs, llm_body(usage, &llm, if plan { "planning_condenser" } else { "condenser" })),
             "critic": null,
             "tool_concurrency_limit": 1,
             "kind": "Agent",
@@ -187,12 +188,39 @@ fn extend(body: &mut Value, request: &StartRequest, settings: &Settings) {
     }
 }
 
-/// The request's model, or else the user's model.
+/// The model of a start: that of the request, or else of the active profile, or else of the settings.
 ///
 /// # Errors
-/// [`MissingModel`] if neither is set.
-pub fn model<'a>(request: &'a StartRequest, settings: &'a Settings) -> std::result::Result<&'a str, MissingModel> {
-    given(request.llm_model.as_deref()).or_else(|| given(settings.llm_model.as_deref())).ok_or(MissingModel)
+/// [`MissingModel`] if none of them names a model.
+pub fn llm_of_start(request: &StartRequest, settings: &Settings) -> std::result::Result<Llm, MissingModel> {
+    let llm = settings.llm_of_start(request.llm_model.as_deref());
+    if llm.model().is_some() { Ok(llm) } else { Err(MissingModel) }
+}
+
+/// The condenser of the conversation's history with this model; null if the user has turned it off.
+fn condenser(inputs: &ConversationInputs<'_>, llm: Value) -> Value {
+    let settings = inputs.settings;
+    let own = &settings.condenser;
+    if settings.enable_default_condenser == Some(false) || own.get("condenser_kind").is_some_and(|kind| kind == "no_op")
+    {
+        return Value::Null;
+    }
+    let mut condenser = json!({
+        "llm": llm,
+        "max_size": settings.condenser_max_size.unwrap_or(CONDENSER_MAX_SIZE),
+        "max_tokens": null,
+        "keep_first": 2,
+        "minimum_progress": 0.1,
+        "hard_context_reset_max_retries": 5,
+        "hard_context_reset_context_scaling": 0.8,
+        "kind": "LLMSummarizingCondenser",
+    });
+    for name in OWN_CONDENSER_FIELDS {
+        if let Some(value) = own.get(name) {
+            condenser[name] = value.clone();
+        }
+    }
+    condenser
 }
 
 fn given(text: Option<&str>) -> Option<&str> {
@@ -205,87 +233,6 @@ fn tool(name: &str) -> Value {
 
 fn exposed(secret: Option<&SecretString>) -> Option<&str> {
     given(secret.map(secrecy::ExposeSecret::expose_secret))
-}
-
-fn llm(inputs: &ConversationInputs<'_>, model: &str, usage_id: &str) -> Value {
-    let ConversationInputs { settings, config, .. } = inputs;
-    let mut base_url = given(settings.llm_base_url.as_deref()).map(ToOwned::to_owned);
-    let mut model = model.to_owned();
-    if let Some(name) = model.strip_prefix("openhands/") {
-        base_url = base_url
-            .or_else(|| config.openhands_provider_base_url.clone())
-            .or_else(|| Some("https://llm-proxy.app.all-hands.dev/".to_owned()));
-        model = format!("litellm_proxy/{name}");
-    }
-    let api_version = model.starts_with("azure").then_some("2024-12-01-preview");
-    let extra_body = if model.contains("openhands/") || model.contains("litellm_proxy/") {
-        let host = config.web_host.as_deref().unwrap_or("unspecified");
-        let mut metadata = json!({
-            "trace_version": VERSION,
-            "tags": [
-                "app:openhands",
-                format!("model:{model}"),
-                format!("type:{usage_id}"),
-                format!("web_host:{host}"),
-                format!("openhands_version:{VERSION}"),
-                "conversation_version:V1",
-            ],
-            "session_id": id::dashed(inputs.conversation_id),
-        });
-        if let Some(user) = inputs.user.shown() {
-            metadata["trace_user_id"] = user.into();
-        }
-        json!({"metadata": metadata})
-    } else {
-        json!({})
-    };
-    json!({
-        "model": model,
-        "api_key": exposed(settings.llm_api_key.as_ref()),
-        "base_url": base_url,
-        "api_version": api_version,
-        "aws_access_key_id": null,
-        "aws_secret_access_key": null,
-        "aws_region_name": null,
-        "openrouter_site_url": "https://docs.all-hands.dev/",
-        "openrouter_app_name": "OpenHands",
-        "num_retries": 5,
-        "retry_multiplier": 8.0,
-        "retry_min_wait": 8,
-        "retry_max_wait": 64,
-        "timeout": 300,
-        "max_message_chars": 30000,
-        "temperature": null,
-        "top_p": null,
-        "top_k": null,
-        "max_input_tokens": null,
-        "max_output_tokens": null,
-        "model_canonical_name": null,
-        "extra_headers": null,
-        "input_cost_per_token": null,
-        "output_cost_per_token": null,
-        "ollama_base_url": null,
-        "stream": false,
-        "drop_params": true,
-        "modify_params": true,
-        "disable_vision": null,
-        "disable_stop_word": false,
-        "caching_prompt": true,
-        "log_completions": false,
-        "log_completions_folder": "logs/completions",
-        "custom_tokenizer": null,
-        "native_tool_calling": true,
-        "force_string_serializer": null,
-        "reasoning_effort": "high",
-        "reasoning_summary": null,
-        "enable_encrypted_reasoning": true,
-        "prompt_cache_retention": "24h",
-        "extended_thinking_budget": 200_000,
-        "seed": null,
-        "safety_settings": null,
-        "usage_id": usage_id,
-        "litellm_extra_body": extra_body,
-    })
 }
 
 /// Custom secrets, then provider tokens under `<PROVIDER>_TOKEN`, then the request's secrets; later ones override earlier ones. Secrets
@@ -693,6 +640,50 @@ mod tests {
         assert_eq!(case.body()["agent"]["llm"]["base_url"], "https://llm-proxy.app.all-hands.dev/");
         case.request = json!({"llm_model": "azure/gpt"});
         assert_eq!(case.body()["agent"]["llm"]["api_version"], "2024-12-01-preview");
+    }
+
+    #[test]
+    fn a_start_uses_the_requests_model_or_the_active_profile_or_the_settings() {
+        let profiles = json!({"profiles": {
+            "fast": {"model": "openai/fast", "api_key": "key-fast", "base_url": "http://fast"},
+            "slow": {"model": "openai/slow", "api_key": "key-slow", "temperature": 0.5},
+        }, "active": "fast"});
+        let mut settings = settings();
+        settings["llm_profiles"] = profiles;
+        let llm = |request: Value, settings: &Value| {
+            let body = Case::new(request, settings.clone()).whole();
+            let llm = body.json["agent"]["llm"].clone();
+            assert_eq!(body.llm_model, llm["model"]);
+            assert_eq!(body.json["agent"]["condenser"]["llm"]["api_key"], llm["api_key"]);
+            (llm["model"].clone(), llm["api_key"].clone(), llm["base_url"].clone(), llm["temperature"].clone())
+        };
+        let fast = (json!("openai/fast"), json!("key-fast"), json!("http://fast"), json!(null));
+        assert_eq!(llm(json!({}), &settings), fast);
+        let slow = (json!("openai/slow"), json!("key-slow"), json!(null), json!(0.5));
+        assert_eq!(llm(json!({"llm_model": "openai/slow"}), &settings), slow);
+        let other = (json!("openai/other"), json!("key-fast"), json!("http://fast"), json!(null));
+        assert_eq!(llm(json!({"llm_model": "openai/other"}), &settings), other);
+        settings["llm_profiles"]["active"] = Value::Null;
+        let of_settings = (json!("openai/stub"), json!("sk-fake"), json!("http://127.0.0.1:8099/v1"), json!(null));
+        assert_eq!(llm(json!({}), &settings), of_settings);
+        assert_eq!(llm(json!({"llm_model": " "}), &settings), of_settings);
+    }
+
+    #[test]
+    fn the_condenser_and_the_iterations_follow_the_settings() {
+        let mut settings = settings();
+        settings["agent_settings"] = json!({"condenser": {"keep_first": 4, "max_size": 100}});
+        settings["conversation_settings"] = json!({"max_iterations": 7});
+        let body = Case::new(json!({}), settings.clone()).body();
+        let condenser = &body["agent"]["condenser"];
+        assert_eq!(
+            (&condenser["keep_first"], &condenser["max_size"], &body["max_iterations"]),
+            (&json!(4), &json!(100), &json!(7))
+        );
+        settings["agent_settings"]["condenser"]["enabled"] = false.into();
+        settings["max_iterations"] = 0.into();
+        let body = Case::new(json!({}), settings).body();
+        assert_eq!((&body["agent"]["condenser"], &body["max_iterations"]), (&Value::Null, &json!(500)));
     }
 
     #[test]

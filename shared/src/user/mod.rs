@@ -3,8 +3,12 @@
 pub mod api_key;
 pub mod counters;
 pub mod data_key;
+pub mod declared;
 pub mod git;
+pub mod llm;
+pub mod llm_profiles;
 pub mod mcp;
+pub mod organization;
 pub mod seal;
 pub mod settings;
 pub mod settings_document;
