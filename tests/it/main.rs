@@ -12,6 +12,7 @@
 )]
 
 mod admission;
+mod agent_profiles;
 mod agent_restarts;
 mod agent_server_errors;
 mod alarms;

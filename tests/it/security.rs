@@ -26,9 +26,8 @@ use crate::tenants::{By, Route, everything, furnish, key_of, routes, start_token
 /// Headers that may carry credentials.
 const HEADERS: [&str; 3] = ["authorization", "x-access-token", "x-session-api-key"];
 /// Routes that need no credentials and return nothing about any user. This list may only become shorter.
-const OPEN: [&str; 16] = [
+const OPEN: [&str; 14] = [
     "/alive",
-    "/api/agent-profiles",
     "/api/v1/config/models/search",
     "/api/v1/config/providers/search",
     "/api/v1/git/branches/search",
@@ -38,7 +37,6 @@ const OPEN: [&str; 16] = [
     "/api/v1/settings/agent-schema",
     "/api/v1/settings/conversation-schema",
     "/api/v1/settings/profiles",
-    "/api/v1/skills/search",
     "/api/v1/web-client/config",
     "/health",
     "/ready",

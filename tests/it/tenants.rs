@@ -28,6 +28,7 @@ use crate::support::seed;
 const PARENT: Uuid = Uuid::from_u128(1);
 const CHILD: Uuid = Uuid::from_u128(2);
 const TASK: Uuid = Uuid::from_u128(3);
+const AGENT_PROFILE: Uuid = Uuid::from_u128(0xB704_A292_9166_4871_83F0_F2C3_A805_D5D4);
 const SANDBOX: &str = "one";
 
 /// Who a request shows itself to be from.
@@ -75,7 +76,7 @@ pub struct Route {
 /// are its last ones.
 pub fn routes() -> Vec<Route> {
     let text = include_str!("../data/tenants.json");
-    let ids = [("{parent}", PARENT), ("{child}", CHILD), ("{task}", TASK)];
+    let ids = [("{parent}", PARENT), ("{child}", CHILD), ("{task}", TASK), ("{reviewer}", AGENT_PROFILE)];
     let text = ids.iter().fold(text.to_owned(), |text, (name, id)| text.replace(name, &id.to_string()));
     let requests: Vec<Value> = serde_json::from_str(&text).expect("JSON");
     let status =
@@ -135,7 +136,10 @@ pub async fn furnish_in(aws: &Aws, names: &Names, sealer: &Sealer, owner: &UserI
     let settings = stores.settings();
     let tokens = json!({
         "provider_tokens": {"github": {"token": format!("token of {owner}"), "host": format!("host of {owner}")}},
+        "llm_profiles": {"profiles": {"own": {"model": format!("model of {owner}")}}, "active": null},
         "custom_secrets": {"SECRET": {"secret": "s", "description": format!("secret of {owner}")}},
+        "agent_profiles": {"profiles": {"reviewer": {"id": AGENT_PROFILE, "llm_profile_ref": "own",
+            "system_message_suffix": format!("suffix of {owner}")}}},
     });
     settings.put(owner, &tokens.to_string().into()).await.expect("stored");
     // One event in the row, one in the bucket.

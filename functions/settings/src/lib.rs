@@ -1,8 +1,10 @@
 //! `/api/v1/settings`, `/api/v1/secrets`, `/api/v1/users/me`: the settings, LLM profiles and secrets of a user. Also `/api/keys/current`
-//! and `/api/organizations`, with which front ends check their credentials and permissions.
+//! and `/api/organizations`, with which front ends check their credentials and permissions, and the list of skills.
 
+mod agent_profiles;
 mod organizations;
 mod profiles;
+mod skills;
 
 use axum::extract::{DefaultBodyLimit, Path, RawQuery, State};
 use axum::response::{IntoResponse as _, Response};
@@ -32,8 +34,13 @@ use shared::user::settings_document::{
     LEGACY_KEY, SecretChange, SettingsChanges, SettingsDocument, SettingsOut, UserOut,
 };
 
+pub use crate::agent_profiles::{
+    AgentProfileActivatedOut, AgentProfileChangedOut, AgentProfileDiagnosticsOut, AgentProfileInfoOut, AgentProfileOut,
+    AgentProfilesOut,
+};
 pub use crate::organizations::{OrganizationMeOut, OrganizationMemberOut, OrganizationOut, OrganizationsOut};
 pub use crate::profiles::{ProfileActivatedOut, ProfileChangedOut, ProfileInfoOut, ProfileOut, ProfilesOut};
+pub use crate::skills::SkillInfoOut;
 
 /// The largest body, in bytes: more than a user may store.
 const BODY_LIMIT: usize = 512 * 1024;
@@ -65,6 +72,8 @@ pub fn router(context: Context) -> Router {
         .route("/api/v1/secrets/{secret_name}", put(change_secret).delete(delete_secret))
         .route("/api/v1/users/me", get(me))
         .route("/api/keys/current", get(current_key))
+        .route("/api/v1/skills/search", get(skills::search))
+        .merge(agent_profiles::router())
         .merge(organizations::router())
         .merge(profiles::router())
         .layer(DefaultBodyLimit::max(BODY_LIMIT))

@@ -19,7 +19,7 @@ use shared::http::pydantic::body::FromJson as _;
 use shared::user::declared::Secrets;
 use shared::user::llm::Llm;
 use shared::user::llm_profiles::{LlmProfiles, name_in_path};
-use shared::user::settings_document::{LlmOut, ProfileRename, ProfileSave};
+use shared::user::settings_document::{LlmOut, ProfileRename, ProfileSave, SettingsDocument};
 
 use crate::Context;
 use crate::organizations;
@@ -168,7 +168,11 @@ async fn delete(
     // Without the profile there is nothing to write.
     let is_known = context.profiles(&user).await?.get(&name).is_some();
     if is_known {
-        context.settings.change(&user, |document| Ok(document.delete_profile(&name))).await?;
+        let delete = |document: &mut SettingsDocument| {
+            document.check_llm_profile_is_unused(&name)?;
+            Ok(document.delete_profile(&name))
+        };
+        context.settings.change(&user, delete).await?;
     } else if scope.is_organization {
         return Err(Error::NotFound(format!("Profile '{name}' not found")));
     }

@@ -1,5 +1,5 @@
 //! Routes that a web front end reads before a user logs in: `GET /api/v1/web-client/config`, the schemas of the settings, health checks; and
-//! lists that front ends read: models and providers of models, and some that are empty here: repositories, profiles, skills.
+//! lists that front ends read: models and providers of models, and some that are empty here: repositories, profiles.
 
 mod models;
 mod schema;
@@ -47,7 +47,6 @@ impl Context {
 pub fn router(context: Context) -> Router {
     Router::new()
         .route("/api/v1/web-client/config", get(web_client_config))
-        .route("/api/v1/skills/search", get(empty_page))
         .route("/api/v1/config/models/search", get(models::search_models))
         .route("/api/v1/config/providers/search", get(models::search_providers))
         .route("/api/v1/git/repositories/search", get(empty_page))
@@ -56,7 +55,6 @@ pub fn router(context: Context) -> Router {
         .route("/api/v1/git/suggested-tasks/search", get(empty_page))
         .route("/api/v1/settings/agent-schema", get(async || Json(schema::agent())))
         .route("/api/v1/settings/conversation-schema", get(async || Json(schema::conversation())))
-        .route("/api/agent-profiles", get(agent_profiles))
         .route("/server_info", get(server_info))
         .with_state(context)
 }
@@ -122,27 +120,13 @@ async fn web_client_config(State(context): State<Context>) -> Json<WebClientConf
     })
 }
 
-/// Returns a list that is empty here: users type the names of repositories, and agents find skills in their
-/// sandboxes.
+/// Returns a list that is empty here: users type the names of repositories.
 async fn empty_page(RawQuery(query): RawQuery) -> Result<Json<PageOut<Value>>> {
     let mut query = Query::parse(query.as_deref());
     let page = PageRequest::read(&mut query);
     query.finish().map_err(Error::Invalid)?;
     page.only_page()?;
     Ok(Json(PageOut::new(Vec::new(), None)))
-}
-
-/// The agent profiles of later versions. Front ends send their first message only after a successful response.
-#[derive(Clone, Debug, Default, Serialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = AgentProfiles))]
-pub struct AgentProfilesOut {
-    #[cfg_attr(feature = "openapi", schema(value_type = Vec<Object>, max_items = 0))]
-    profiles: Vec<Value>,
-    active_agent_profile_id: Option<String>,
-}
-
-async fn agent_profiles() -> Json<AgentProfilesOut> {
-    Json(AgentProfilesOut::default())
 }
 
 /// The response of `/alive`.

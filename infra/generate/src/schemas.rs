@@ -9,8 +9,9 @@ use std::collections::BTreeMap;
 use sandboxes::{MessageQueuedOut, SandboxOut, SecretNamesOut};
 use serde_json::{Map, Value, json};
 use settings::{
+    AgentProfileActivatedOut, AgentProfileChangedOut, AgentProfileDiagnosticsOut, AgentProfileOut, AgentProfilesOut,
     CurrentKeyOut, OrganizationMeOut, OrganizationMemberOut, OrganizationOut, OrganizationsOut, ProfileActivatedOut,
-    ProfileChangedOut, ProfileOut, ProfilesOut,
+    ProfileChangedOut, ProfileOut, ProfilesOut, SkillInfoOut,
 };
 use shared::conversation::AppConversation;
 use shared::conversation::git::{Change, Diff};
@@ -25,12 +26,10 @@ use shared::user::settings_document::{SettingsOut, UserOut};
 use skills::{HooksOut, LegacyErrorOut, MessageSentOut, SkillsOut};
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
-use web_client::{
-    AgentProfilesOut, AliveOut, ModelOut, ProviderOut, ServerInfoOut, SettingsSchemaOut, WebClientConfigOut,
-};
+use web_client::{AliveOut, ModelOut, ProviderOut, ServerInfoOut, SettingsSchemaOut, WebClientConfigOut};
 
 /// Lists whose pages are schemas: the schema of a page, and of its items.
-const PAGES: [(&str, &str); 8] = [
+const PAGES: [(&str, &str); 9] = [
     ("AppConversationPage", "AppConversation"),
     ("AppConversationStartTaskPage", "AppConversationStartTask"),
     ("CustomSecretPage", "SecretName"),
@@ -39,6 +38,7 @@ const PAGES: [(&str, &str); 8] = [
     ("LLMProviderPage", "LLMProvider"),
     ("SandboxPage", "SandboxInfo"),
     ("SandboxSpecInfoPage", "SandboxSpecInfo"),
+    ("SkillInfoPage", "SkillInfo"),
 ];
 
 /// Fields that a response may lack.
@@ -81,6 +81,11 @@ pub fn components() -> Result<Map<String, Value>, Box<dyn std::error::Error>> {
     types.add::<LegacyErrorOut>();
     types.add::<MessageSentOut>();
     types.add::<SkillsOut<'_>>();
+    types.add::<SkillInfoOut>();
+    types.add::<AgentProfileActivatedOut>();
+    types.add::<AgentProfileChangedOut>();
+    types.add::<AgentProfileDiagnosticsOut>();
+    types.add::<AgentProfileOut>();
     types.add::<AgentProfilesOut>();
     types.add::<AliveOut>();
     types.add::<ModelOut>();

@@ -18,11 +18,11 @@ const ROUTES: &[Route] = &[
         .authentication(Authentication::None)
         .summary("Get the configuration of web front ends")
         .returns(&[Response::json(Schema::Component("WebClientConfig"))]),
-    Route::get("/api/v1/skills/search", "web-client", "search_skills")
-        .authentication(Authentication::None)
-        .summary("List the server's skills (always empty)")
+    Route::get("/api/v1/skills/search", "settings", "search_skills")
+        .summary("List the skills that a user can disable")
+        .description("The public skills, and other skills while the settings of the caller disable them.")
         .parameters(&[PAGE_ID, LIMIT])
-        .returns(&[Response::json(Schema::Component("EmptyPage"))])
+        .returns(&[Response::json(Schema::Component("SkillInfoPage"))])
         .errors(&[BAD_REQUEST, INVALID]),
     Route::get("/api/v1/config/models/search", "web-client", "search_models")
         .authentication(Authentication::None)
@@ -80,10 +80,6 @@ const ROUTES: &[Route] = &[
         .authentication(Authentication::None)
         .summary("Get the schema of conversation settings")
         .returns(&[Response::json(Schema::Component("SettingsSchema"))]),
-    Route::get("/api/agent-profiles", "web-client", "agent_profiles")
-        .authentication(Authentication::None)
-        .summary("List agent profiles (always empty)")
-        .returns(&[Response::json(Schema::Component("AgentProfiles"))]),
     Route::get("/api/keys/current", "settings", "current_key")
         .summary("Get the owner of the credentials")
         .returns(&[Response::json(Schema::Component("CurrentKey"))]),

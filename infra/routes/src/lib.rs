@@ -6,6 +6,7 @@
 //!
 //! Some responses follow from the rest of a route and are not listed in it, see [`Route::error_responses`].
 
+mod agent_profiles;
 mod conversations;
 mod events;
 mod front_ends;
@@ -42,6 +43,7 @@ pub const GROUPS: &[Group] = &[
     sandboxes::GROUP,
     settings::GROUP,
     profiles::GROUP,
+    agent_profiles::GROUP,
     webhooks::GROUP,
     front_ends::GROUP,
     health::GROUP,

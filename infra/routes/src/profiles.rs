@@ -26,7 +26,7 @@ const ROUTES: &[Route] = &[
         .returns(&[
             Response::json(Schema::Component("ProfileChanged")).described("The profile does not exist any more.")
         ])
-        .errors(&[INVALID]),
+        .errors(&[CONFLICT, INVALID]),
     Route::post("/api/v1/settings/profiles/{profile_name}/activate", "settings", "activate_profile")
         .summary("Make an LLM profile the active one")
         .returns(&[Response::json(Schema::Component("ProfileActivated"))])
@@ -69,7 +69,7 @@ const ROUTES: &[Route] = &[
     Route::delete("/api/organizations/{org_id}/profiles/{profile_name}", "settings", "delete_organization_profile")
         .summary("Delete an LLM profile")
         .returns(&[Response::json(Schema::Component("ProfileChanged"))])
-        .errors(&[NOT_FOUND, INVALID]),
+        .errors(&[NOT_FOUND, CONFLICT, INVALID]),
     Route::post(
         "/api/organizations/{org_id}/profiles/{profile_name}/activate",
         "settings",

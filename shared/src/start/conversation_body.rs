@@ -18,6 +18,7 @@ use crate::config::StartConfig;
 use crate::error::Result;
 use crate::http::secret::{self, InTerminal};
 use crate::id::{self, UserId};
+use crate::user::agent_profiles::AgentProfile;
 use crate::user::git::ProviderType;
 use crate::user::llm::Llm;
 use crate::user::settings::Settings;
@@ -37,6 +38,8 @@ const OWN_CONDENSER_FIELDS: [&str; 5] = [
     "hard_context_reset_max_retries",
     "hard_context_reset_context_scaling",
 ];
+
+const BROWSER: &str = "browser_tool_set";
 
 /// The template of the system prompt of agents that write code.
 const DEFAULT_PROMPT: &str = "system_prompt.j2";
@@ -109,6 +112,7 @@ pub fn conversation_body(
         Err(missing) => return Ok(Err(missing)),
     };
     let usage = LlmUse { user: inputs.user, conversation_id: inputs.conversation_id, config: inputs.config };
+    let profile = profile_of(settings);
     let plan = request.agent_type == AgentType::Plan;
     let mut agent_llm = llm_body(usage, &llm, "agent");
     agent_llm["stream"] = inputs.streaming.into();
@@ -122,9 +126,7 @@ pub fn conversation_body(
             json!({"plan_structure": PLAN_STRUCTURE, "llm_security_analyzer": true}),
         )
     } else {
-        let names =
-            ["terminal", "file_editor", "task_tracker"].into_iter().chain(inputs.browser.then_some("browser_tool_set"));
-        (names.map(tool).collect(), DEFAULT_PROMPT, json!({"cli_mode": false, "llm_security_analyzer": true}))
+        (tools(inputs), DEFAULT_PROMPT, json!({"cli_mode": false, "llm_security_analyzer": true}))
     };
     let mut json = json!({
         "workspace": {"working_dir": inputs.project_dir, "kind": "LocalWorkspace"},
@@ -147,7 +149,7 @@ pub fn conversation_body(
             "include_default_tools": ["FinishTool", "ThinkTool"],
             "agent_context": {
                 "skills": wire_skills(inputs.skills, request, settings),
-                "system_message_suffix": system_message_suffix(request),
+                "system_message_suffix": system_message_suffix(request, profile),
                 "user_message_suffix": null,
                 "load_user_skills": false,
                 "load_public_skills": false,
@@ -160,7 +162,7 @@ pub fn conversation_body(
             "system_prompt_kwargs": prompt_arguments,
             "condenser": condenser(inputs, llm_body(usage, &llm, if plan { "planning_condenser" } else { "condenser" })),
             "critic": null,
-            "tool_concurrency_limit": 1,
+            "tool_concurrency_limit": profile.and_then(AgentProfile::tool_concurrency_limit).unwrap_or(1),
             "kind": "Agent",
         },
     });
@@ -227,6 +229,24 @@ fn given(text: Option<&str>) -> Option<&str> {
     text.filter(|text| !text.trim().is_empty())
 }
 
+fn profile_of(settings: &Settings) -> Option<&AgentProfile> {
+    settings.agent_profile.as_ref().map(|launch| &launch.profile)
+}
+
+/// The tools of an agent that writes code: those of its profile, or else the usual ones. A browser is left out where there is none.
+fn tools(inputs: &ConversationInputs<'_>) -> Value {
+    let usual = || ["terminal", "file_editor", "task_tracker", BROWSER].map(tool).to_vec();
+    let chosen = profile_of(inputs.settings).and_then(AgentProfile::tools).and_then(Value::as_array).cloned();
+    let mut tools = chosen.unwrap_or_else(usual);
+    tools.retain(|tool| inputs.browser || tool["name"] != BROWSER);
+    for tool in &mut tools {
+        if tool["params"].is_null() {
+            tool["params"] = json!({});
+        }
+    }
+    tools.into()
+}
+
 fn tool(name: &str) -> Value {
     json!({"name": name, "params": {}})
 }
@@ -235,7 +255,8 @@ fn exposed(secret: Option<&SecretString>) -> Option<&str> {
     given(secret.map(secrecy::ExposeSecret::expose_secret))
 }
 
-/// Custom secrets, then provider tokens under `<PROVIDER>_TOKEN`, then the request's secrets; later ones override earlier ones. Secrets
+/// Custom secrets, then provider tokens under `<PROVIDER>_TOKEN`, of both those that the agent profile chooses, then the request's secrets;
+/// later ones override earlier ones. Secrets
 /// that were stored before their names and values were validated, and cannot be environment variables, are left out: they would make the
 /// agent lose other secrets as well.
 fn secrets(inputs: &ConversationInputs<'_>) -> Result<(Map<String, Value>, InTerminal)> {
@@ -267,6 +288,10 @@ fn secrets(inputs: &ConversationInputs<'_>) -> Result<(Map<String, Value>, InTer
         let name = format!("{provider_name}_TOKEN");
         sources.insert(name.clone(), source);
         values.insert(name, value);
+    }
+    if let Some(chosen) = profile_of(settings).and_then(AgentProfile::secrets) {
+        sources.retain(|name, _| chosen.contains(name.as_str()));
+        values.retain(|name, _| chosen.contains(name.as_str()));
     }
     for (name, value) in request.secrets.iter().flat_map(Secrets::values) {
         sources.insert(name.to_owned(), fixed(value, None));
@@ -301,6 +326,9 @@ pub fn mcp_servers(settings: &Settings, config: &StartConfig) -> Map<String, Val
         servers.insert(SEARCH_SERVER.to_owned(), json!({"url": url}));
     }
     servers.extend(settings.mcp_config.for_agent());
+    if let Some(chosen) = profile_of(settings).and_then(AgentProfile::mcp_servers) {
+        servers.retain(|name, _| chosen.contains(name.as_str()));
+    }
     servers
 }
 
@@ -439,8 +467,15 @@ fn python_repr(value: &Value) -> String {
     }
 }
 
-fn system_message_suffix(request: &StartRequest) -> Option<String> {
+fn system_message_suffix(request: &StartRequest, profile: Option<&AgentProfile>) -> Option<String> {
     let suffix = request.system_message_suffix.clone();
+    let suffix = match profile.and_then(AgentProfile::system_message_suffix) {
+        Some(of_profile) => Some(match given(suffix.as_deref()) {
+            Some(suffix) => format!("{of_profile}\n\n{suffix}"),
+            None => of_profile.to_owned(),
+        }),
+        None => suffix,
+    };
     if request.agent_type != AgentType::Plan {
         return suffix;
     }
@@ -531,7 +566,10 @@ mod tests {
                 sandbox_id: "box",
                 conversation_id: Uuid::parse_str("0513cae8-43c0-4dd7-aebc-f1c2dc0f9b8f").expect("an id"),
                 request: &request,
-                settings: &Settings::from_json(&self.settings.to_string()).expect("settings"),
+                settings: &Settings::from_json(&self.settings.to_string())
+                    .expect("settings")
+                    .with_agent_profile(None)
+                    .expect("a profile"),
                 project_dir: "/workspace/project",
                 skills: &self.skills,
                 hooks: None,
@@ -602,6 +640,39 @@ mod tests {
         case.settings["security_analyzer"] = Value::Null;
         let body = case.body();
         assert_eq!((&body["security_analyzer"], body.get("tags")), (&Value::Null, None));
+    }
+
+    #[test]
+    fn an_agent_profile_chooses_tools_servers_secrets_and_text() {
+        let mut settings = settings();
+        settings["custom_secrets"] = json!({"A": {"secret": "a"}, "B": {"secret": "b"}});
+        settings["provider_tokens"] = json!({"github": {"token": "ghp"}});
+        settings["mcp_config"] = json!({"one": {"url": "https://one.example"}, "two": {"url": "https://two.example"}});
+        settings["agent_profiles"] = json!({"active": "b704a292-9166-4871-83f0-f2c3a805d5d4", "profiles": {"p": {
+            "id": "b704a292-9166-4871-83f0-f2c3a805d5d4", "revision": 1, "llm_profile_ref": "default",
+            "tools": [{"name": "terminal"}, {"name": "browser_tool_set", "params": {"x": 1}}], "mcp_server_refs": ["two"],
+            "secret_refs": ["B"], "system_message_suffix": "Be brief.", "tool_concurrency_limit": 3,
+        }}});
+        let request = json!({"secrets": {"C": "c"}, "system_message_suffix": "Answer in German."});
+        let mut case = Case::new(request, settings);
+        case.config.tavily_api_key = Some("key".into());
+        let body = case.body();
+        let agent = &body["agent"];
+        assert_eq!(
+            agent["tools"],
+            json!([{"name": "terminal", "params": {}}, {"name": "browser_tool_set", "params": {"x": 1}}])
+        );
+        assert_eq!(agent["mcp_config"], json!({"two": {"url": "https://two.example"}}));
+        assert_eq!(agent["tool_concurrency_limit"], 3);
+        assert_eq!(agent["agent_context"]["system_message_suffix"], "Be brief.\n\nAnswer in German.");
+        assert_eq!(body["secrets"].as_object().expect("secrets").keys().collect::<Vec<_>>(), ["B", "C"]);
+        case.browser = false;
+        case.request = json!({});
+        let agent = case.body()["agent"].clone();
+        assert_eq!(agent["tools"], json!([{"name": "terminal", "params": {}}]));
+        assert_eq!(agent["agent_context"]["system_message_suffix"], "Be brief.");
+        case.request = json!({"agent_type": "plan"});
+        assert_eq!(case.body()["agent"]["tools"][0]["name"], "glob", "a planning agent has its own tools");
     }
 
     #[test]

@@ -19,6 +19,7 @@ use crate::id::{self, UserId};
 use crate::jobs::advance_start::AdvanceStart;
 use crate::jobs::queue::JobQueue;
 use crate::sandbox::store::SandboxStore;
+use crate::user::agent_profiles::AgentProfileError;
 use crate::user::git::{self, Repository, Selection};
 use crate::user::settings::{ProviderTokens, SettingsStore};
 
@@ -65,8 +66,12 @@ impl StartService {
             tracing::info!(task = %record.id, "start.repeated");
             return Ok(record);
         }
-        if let Some(profile) = request.agent_profile_id {
-            return Err(Error::NotFound(format!("Agent profile not found: {}", id::dashed(profile))));
+        if request.agent_profile_id.is_some() {
+            let settings = self.settings.get(user).await?.unwrap_or_default();
+            settings.with_agent_profile(request.agent_profile_id).map_err(|error| match error {
+                AgentProfileError::Unknown(_) => Error::NotFound(error.to_string()),
+                AgentProfileError::NoLlmProfile { .. } => Error::Refused(error.to_string()),
+            })?;
         }
         let request = self.with_selection(user, with_suggested_task(request)?).await?;
         let deadline = Time::now().plus(self.step_timeout);

@@ -14,6 +14,7 @@ use crate::http::pydantic::validation::{
     string_up_to, uuid, wire_enum,
 };
 use crate::http::secret::{self, MASK, MAX_SECRETS};
+use crate::user::agent_profiles::AgentKind;
 use crate::user::git::{ProviderType, Repository, normal_branch, without_credentials};
 use crate::user::settings::ProviderTokens;
 
@@ -31,13 +32,6 @@ wire_enum! {
         Default = "default",
         /// The agent writes a plan.
         Plan = "plan",
-    }
-}
-
-wire_enum! {
-    /// The kind of an agent that a request may name.
-    pub enum AgentKind {
-        Openhands = "openhands",
     }
 }
 

@@ -1,5 +1,6 @@
 //! Users: their ids, API keys, settings, secrets and git providers.
 
+pub mod agent_profiles;
 pub mod api_key;
 pub mod counters;
 pub mod data_key;

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::UserId;
+use super::agent_profiles::{AgentProfiles, LaunchProfile};
 use super::git;
 use super::llm::Llm;
 use super::llm_profiles::LlmProfiles;
@@ -54,6 +55,12 @@ pub struct Settings {
     /// The user's LLM profiles.
     #[serde(skip)]
     pub llm_profiles: LlmProfiles,
+    /// The user's agent profiles.
+    #[serde(skip)]
+    pub agent_profiles: AgentProfiles,
+    /// The agent profile of a start, see [`Settings::with_agent_profile`].
+    #[serde(skip)]
+    pub agent_profile: Option<LaunchProfile>,
     /// How often an agent may call its model in a conversation.
     pub max_iterations: Option<i64>,
     /// Whether a conversation's history is condensed.

@@ -15,7 +15,7 @@ use crate::clock::Time;
 use crate::conversation::fields::EventCallbackProcessor;
 use crate::conversation::reports::{Lookup, Recorded, default_titles};
 use crate::conversation::store::ConversationChange;
-use crate::conversation::{ConversationRecord, MetricsSnapshot, OPENHANDS_AGENT};
+use crate::conversation::{ConversationRecord, LaunchedAgentProfile, MetricsSnapshot, OPENHANDS_AGENT};
 use crate::error::{Error, ErrorClass, StoreErrorKind};
 use crate::event;
 use crate::http::secret::InTerminal;
@@ -100,6 +100,11 @@ impl StartRun<'_> {
                 None
             }
         };
+        let missing = settings.agent_profile.as_ref().map(|launch| launch.missing_mcp_servers.as_slice());
+        if let Some(missing @ [_, ..]) = missing {
+            let names = missing.iter().map(|name| shown(name)).collect::<Vec<_>>().join(", ");
+            self.add_note(format!("The agent profile names MCP servers that the settings do not have: {names}"));
+        }
         let browser = self.task.record.browser.unwrap_or(true);
         if !browser && self.task.request.agent_type == AgentType::Default {
             self.add_note("The agent has no browser tool: no Chromium was found in its sandbox".to_owned());
@@ -258,6 +263,11 @@ impl StartRun<'_> {
 
     /// Records the conversation and the task's end in one transaction.
     async fn record_conversation(&mut self, sandbox: &Sandbox, llm_model: String) -> Result<Step, StepError> {
+        let launch = self.settings().await?.agent_profile;
+        let launched_agent_profile = launch.map(|launch| LaunchedAgentProfile {
+            agent_profile_id: launch.profile.id,
+            revision: launch.profile.revision,
+        });
         let saga = self.saga;
         let (record, request) = (&self.task.record, &self.task.request);
         let (user, conversation_id) = (&record.user, record.conversation_id);
@@ -280,7 +290,7 @@ impl StartRun<'_> {
             tags: request.tags.clone().unwrap_or_default(),
             agent_kind: OPENHANDS_AGENT.to_owned(),
             acp_server: None,
-            launched_agent_profile: None,
+            launched_agent_profile,
             created_at: now,
             updated_at: now,
         };

@@ -3,6 +3,7 @@
 //! The document is the flat settings object of version 1.6. Clients of later versions send the same fields nested, in `agent_settings_diff`
 //! and `conversation_settings_diff`; see [`nested`] for where they are stored. LLM profiles are a part of the document.
 
+mod agent_profiles;
 mod changes;
 mod fields;
 mod nested;
@@ -25,6 +26,7 @@ use crate::http::secret::MASK;
 
 pub use self::changes::{LEGACY_KEY, SettingsChanges};
 pub use self::fields::{SettingsOut, UserOut};
+pub use self::nested::CONDENSER;
 pub use self::profiles::{ProfileRename, ProfileSave};
 pub use self::secrets::SecretChange;
 pub use self::show::{AgentSettingsOut, ConversationSettingsOut, LlmOut, LlmProfilesOut};
@@ -179,14 +181,14 @@ impl SettingsDocument {
     /// # Errors
     /// Names a field that is not as it should be.
     pub fn into_settings(self) -> Result<Settings, serde_json::Error> {
-        let (llm, llm_profiles) = (self.llm(), self.llm_profiles());
+        let (llm, llm_profiles, agent_profiles) = (self.llm(), self.llm_profiles(), self.agent_profiles());
         let mut agent = self.agent_settings();
         let condenser = match agent.shift_remove("condenser") {
             Some(Value::Object(condenser)) => condenser,
             _ => Map::new(),
         };
         let settings: Settings = serde_json::from_value(Value::Object(self.0))?;
-        Ok(Settings { llm, llm_profiles, condenser, ..settings })
+        Ok(Settings { llm, llm_profiles, agent_profiles, condenser, ..settings })
     }
 
     fn mcp_servers(&self) -> Option<&Servers> {

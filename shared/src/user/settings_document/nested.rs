@@ -30,7 +30,8 @@ const CONTEXT: &[Field] = &[
     Field::optional("current_datetime", Kind::Text),
 ];
 
-const CONDENSER: &[Field] = &[
+/// The fields of a condenser.
+pub const CONDENSER: &[Field] = &[
     Field::with("enabled", Kind::Flag, Preset::Flag(true)),
     Field::with("max_size", Kind::Integer(20), Preset::Integer(240)),
     Field::with("condenser_kind", Kind::Choice(&["llm_summarizing", "no_op"]), Preset::Text("llm_summarizing")),

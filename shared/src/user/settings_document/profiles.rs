@@ -166,6 +166,7 @@ impl SettingsDocument {
         let mut profiles = self.llm_profiles();
         profiles.rename(name, new_name)?;
         self.set_llm_profiles(&profiles);
+        self.rename_llm_profile_of_agents(name, new_name);
         if let Some(title) = self.0.get_mut(TITLE_PROFILE).filter(|title| **title == name) {
             *title = new_name.into();
         }

@@ -7,11 +7,15 @@ use super::fields::{self, FIELDS, MCP, SettingsOut, UserOut};
 use super::nested::{AGENT, AGENT_KIND, CONVERSATION, LLM};
 use super::{SettingsDocument, TOKENS};
 use crate::http::secret::MASK;
+use crate::id;
 use crate::user::declared::{self, Secrets};
 #[cfg(feature = "openapi")]
 use crate::user::declared::{Field, Kind, Preset};
 use crate::user::llm::{self, Llm};
 use crate::user::{UserId, git, mcp};
+
+const ACTIVE_AGENT_PROFILE_ID: &str = "active_agent_profile_id";
+const ACTIVE_AGENT_PROFILE_REVISION: &str = "active_agent_profile_revision";
 
 /// The parts that both responses have.
 pub(super) struct Shown {
@@ -104,6 +108,8 @@ impl SettingsDocument {
     }
 
     fn show_fields(&self, expose: bool) -> Map<String, Value> {
+        let agent_profiles = self.agent_profiles();
+        let active = agent_profiles.active();
         let show = |field: &fields::Field| {
             let stored = self.0.get(field.name).filter(|value| !value.is_null());
             let value = stored.cloned().unwrap_or_else(field.default);
@@ -113,7 +119,11 @@ impl SettingsDocument {
                 fields::Kind::Mcp => {
                     self.mcp_servers().map_or(Value::Null, |servers| mcp::shown_with_lists(servers, expose))
                 }
-                fields::Kind::Fixed => (field.default)(),
+                fields::Kind::Fixed => match field.name {
+                    ACTIVE_AGENT_PROFILE_ID => active.map_or(Value::Null, |active| id::dashed(active.id).into()),
+                    ACTIVE_AGENT_PROFILE_REVISION => active.map_or(Value::Null, |active| active.revision.into()),
+                    _ => (field.default)(),
+                },
                 _ => value,
             }
         };
