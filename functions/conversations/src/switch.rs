@@ -89,10 +89,9 @@ pub(crate) async fn switch_profile(
     };
     let llm = timeout(*budget, switch).await.map_err(|_| unreachable_agent("timeout"))?;
     let llm = llm.map_err(|error| match &error.failure {
-        Failure::Status(status, _) => Error::Upstream {
-            message: format!("Agent server error: {}", status.as_u16()),
-            context: error.to_string(),
-        },
+        Failure::Status(status, _) => {
+            Error::Upstream { message: format!("Agent server error: {}", status.as_u16()), context: error.to_string() }
+        }
         _ => unreachable_agent(error),
     })?;
     context.record_model(&user, id, llm["model"].as_str().unwrap_or_default()).await;

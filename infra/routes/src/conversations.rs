@@ -1,7 +1,9 @@
 //! Conversations: lookup, search, update, deletion, export.
 
 use crate::schema::{BOOLEAN, COUNT, INTEGER, LIMIT, PAGE_ID, TEXT, header, query, text_up_to, time, uuids};
-use crate::{BAD_GATEWAY, BAD_REQUEST, CONFLICT, CONTENT_TOO_LARGE, Group, INVALID, NOT_FOUND, Response, Route, Schema};
+use crate::{
+    BAD_GATEWAY, BAD_REQUEST, CONFLICT, CONTENT_TOO_LARGE, Group, INVALID, NOT_FOUND, Response, Route, Schema,
+};
 
 pub(crate) const GROUP: Group = Group { tag: "Conversations", routes: ROUTES };
 
