@@ -26,7 +26,7 @@ use crate::tenants::{By, Route, everything, furnish, key_of, routes, start_token
 /// Headers that may carry credentials.
 const HEADERS: [&str; 3] = ["authorization", "x-access-token", "x-session-api-key"];
 /// Routes that need no credentials and return nothing about any user. This list may only become shorter.
-const OPEN: [&str; 14] = [
+const OPEN: [&str; 13] = [
     "/alive",
     "/api/v1/config/models/search",
     "/api/v1/config/providers/search",
@@ -36,7 +36,6 @@ const OPEN: [&str; 14] = [
     "/api/v1/git/suggested-tasks/search",
     "/api/v1/settings/agent-schema",
     "/api/v1/settings/conversation-schema",
-    "/api/v1/settings/profiles",
     "/api/v1/web-client/config",
     "/health",
     "/ready",
