@@ -58,7 +58,7 @@ async fn a_start_gets_what_its_agent_profile_chooses_and_no_disabled_skill() {
         "system_message_suffix": "Suffix of the request.", "trigger": "automation"});
     let start = product.start_conversation(with(with(saying("With a profile"), sandbox.clone()), fields)).await;
     let id = start.conversation_id();
-    assert!(start.detail().contains("MCP servers that the settings do not have: unknown"), "{}", start.detail());
+    assert!(start.detail().contains("MCP servers that the settings do not have: \"unknown\""), "{}", start.detail());
     let shown = product.conversation_when(&id, "finished").await;
     let launched = json!({"agent_profile_id": reviewer, "revision": 1});
     assert_eq!((&shown["launched_agent_profile"], &shown["llm_model"]), (&launched, &json!("openai/fast")));
