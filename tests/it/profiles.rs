@@ -112,15 +112,15 @@ async fn concurrent_saves_lose_no_profile() {
     let user = UserId::new("u");
     let start = json!({"llm_model": "openai/a"});
     assert_eq!(api.call(&user, "POST", "/api/v1/settings", Some(&start)).await.0, 200);
-    let saves = (0..9).map(async |index| {
+    let of_profiles = (0..9).map(async |index| {
         let body = json!({"llm": {"model": format!("openai/m{index}"), "api_key": format!("k{index}")}});
         api.call(&user, "POST", &format!("{PROFILES}/p{index}"), Some(&body)).await.0
     });
-    let changes = (0..3).map(async |index| {
+    let of_settings = (0..3).map(async |index| {
         let body = json!({"language": format!("l{index}")});
         api.call(&user, "POST", "/api/v1/settings", Some(&body)).await.0
     });
-    let (saved, changed) = tokio::join!(join_all(saves), join_all(changes));
+    let (saved, changed) = tokio::join!(join_all(of_profiles), join_all(of_settings));
     assert!(
         saved.iter().all(|status| *status == 201) && changed.iter().all(|status| *status == 200),
         "{saved:?} {changed:?}"
