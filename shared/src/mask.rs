@@ -19,7 +19,7 @@ const SHORTEST_LINE: usize = 12;
 const SECRET_NAMES: [&str; 8] =
     ["key", "token", "secret", "password", "passwd", "credential", "authorization", "cookie"];
 /// Every string below one of these keys is a secret, at any depth.
-const SECRET_CONTAINERS: [&str; 3] = ["headers", "env", "args"];
+const SECRET_CONTAINERS: [&str; 4] = ["headers", "extra_headers", "env", "args"];
 
 /// Returns the strings of a JSON document that may be secrets by the names of their keys, and the user information and query of URLs.
 #[must_use]

@@ -250,3 +250,37 @@ async fn failed_start_removes_its_conversation_from_a_kept_sandbox() {
     assert_eq!(harness.agent.conversations().len(), 2);
     harness.finish().await;
 }
+
+/// Agent servers before 1.34 ignore a system prompt and a security analyzer in the body that creates a conversation.
+#[tokio::test]
+async fn a_start_uses_what_its_agent_server_reads_and_names_what_it_lacks() {
+    let analyzer = json!({"kind": "LLMSecurityAnalyzer"});
+    for (version, is_read) in [("1.15.0", false), ("1.33.9", false), ("1.34.0", true), ("1.58.2", true)] {
+        let harness = WorkerHarness::start(quick()).await;
+        harness.agent.set_version(version);
+        harness.set_settings(json!({"llm_model": "openai/m", "security_analyzer": "llm"})).await;
+        let task = harness.begin(&json!({"tags": {"team": "a"}})).await;
+        let ended = harness.drive(task.id).await;
+        assert_eq!(ended.now.status, StartStatus::Ready, "{version}: {}", detail(&ended));
+        let conversation = harness.agent.conversations().remove(0);
+        assert_eq!(conversation.security_analyzer, analyzer, "{version}");
+        let set_later = harness.agent.requests_to("POST /api/conversations/{id}/security_analyzer").len();
+        assert_eq!(set_later, usize::from(!is_read), "{version}: an agent could act before it is set");
+        assert_eq!(conversation.body["tags"], json!({"team": "a"}));
+        let record = harness.conversations.get(&harness.user, task.conversation_id).await.expect("the store");
+        assert_eq!(json!(record.expect("a record").tags), json!({"team": "a"}), "{version}");
+
+        let task = harness.begin(&json!({"system_prompt": "Be brief."})).await;
+        let ended = harness.drive(task.id).await;
+        if is_read {
+            assert_eq!(ended.now.status, StartStatus::Ready, "{version}: {}", detail(&ended));
+            assert_eq!(harness.agent.conversations()[1].body["agent"]["system_prompt"], "Be brief.");
+        } else {
+            assert_eq!(ended.now.status, StartStatus::Error, "{version}");
+            assert!(detail(&ended).contains("from version 1.34.0 on") && detail(&ended).contains(version));
+            assert_eq!(harness.agent.conversations().len(), 1, "{version}");
+        }
+        harness.settle().await;
+        harness.finish().await;
+    }
+}

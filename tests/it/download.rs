@@ -456,6 +456,9 @@ fn record(user: &UserId, parent: Option<Uuid>) -> ConversationRecord {
         parent_conversation_id: parent,
         public: None,
         tags: shared::conversation::tags::Tags::default(),
+        agent_kind: "openhands".to_owned(),
+        acp_server: None,
+        launched_agent_profile: None,
         created_at: now,
         updated_at: now,
     }
@@ -680,7 +683,9 @@ async fn members_are_those_of_the_contract_byte_by_byte() {
   "public": null,
   "tags": {{}},
   "created_at": {},
-  "updated_at": {}
+  "updated_at": {},
+  "acp_server": null,
+  "launched_agent_profile": null
 }}"#,
         id.simple(),
         child.simple(),

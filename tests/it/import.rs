@@ -16,6 +16,7 @@ use rusqlite::{Connection, params};
 use serde_json::{Value, json};
 use shared::Time;
 use shared::aws::Aws;
+use shared::conversation::AppConversation;
 use shared::conversation::search::Filter;
 use shared::conversation::tags::{MAX_TAG_NAME, MAX_TAG_VALUE, MAX_TAGS};
 use shared::event::store::EventStore;
@@ -778,6 +779,67 @@ async fn tags_within_the_limits_are_imported_with_their_conversation() {
     for (id, tags) in expected {
         let record = fixture.stores.conversations().get(&user, id).await.expect("the store").expect("a conversation");
         assert_eq!(json!(record.tags), tags);
+    }
+    fixture.engines.shutdown().await;
+}
+
+/// What later versions store of a conversation's agent is kept, from lines and from a database.
+#[tokio::test]
+async fn agents_of_later_versions_are_imported_with_their_conversation() {
+    let fixture = Fixture::start().await;
+    let user = UserId::local();
+    let profile = json!({"agent_profile_id": "b704a292-9166-4871-83f0-f2c3a805d5d4", "revision": 3});
+    let (line_id, row_id, old) = (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
+    let mut good = seed("conversation").remove(0);
+    good["data"]["created_by_user_id"] = Value::Null;
+    let mut text = String::new();
+    for (id, agent) in [(line_id, true), (old, false)] {
+        let mut line = good.clone();
+        line["data"]["id"] = json!(id);
+        if agent {
+            line["data"]["agent_kind"] = "acp".into();
+            line["data"]["acp_server"] = "codex".into();
+            line["data"]["launched_agent_profile"] = profile.clone();
+            line["data"]["trigger"] = "automation".into();
+        }
+        text += &format!("{line}\n");
+    }
+    for (field, value) in [
+        ("agent_kind", json!("x".repeat(101))),
+        ("acp_server", json!(1)),
+        ("launched_agent_profile", json!({"agent_profile_id": "x", "revision": 1})),
+        ("launched_agent_profile", json!({"agent_profile_id": Uuid::nil(), "revision": -1})),
+    ] {
+        let mut line = good.clone();
+        line["data"]["id"] = json!(Uuid::new_v4());
+        line["data"][field] = value;
+        text += &format!("{line}\n");
+    }
+    let reference = Reference::new();
+    let columns = "ALTER TABLE conversation_metadata ADD COLUMN agent_kind TEXT;
+        ALTER TABLE conversation_metadata ADD COLUMN launched_agent_profile JSON;";
+    reference.database.execute_batch(columns).expect("columns");
+    let insert = "INSERT INTO conversation_metadata
+        (conversation_id, created_at, conversation_version, sandbox_id, agent_kind, launched_agent_profile)
+        VALUES (?1, '2025-06-01 10:00:00', 'V1', 'box', 'acp', ?2)";
+    reference.database.execute(insert, params![row_id.to_string(), profile.to_string()]).expect("a row");
+
+    let file = fixture.file("agents", text);
+    let from_lines = fixture.take(lines(&[file], Some(user.clone()))).await;
+    assert_eq!((from_lines.conversations, from_lines.skipped_rows()), (imported(2), 4), "{from_lines}");
+    let from_folder = reference.import_into(&fixture).await;
+    assert_eq!((from_folder.conversations, from_folder.skipped_rows()), (imported(1), 0), "{from_folder}");
+    for (id, kind, server, launched) in [
+        (line_id, "acp", json!("codex"), profile.clone()),
+        (row_id, "acp", Value::Null, profile),
+        (old, "openhands", Value::Null, Value::Null),
+    ] {
+        let record = fixture.stores.conversations().get(&user, id).await.expect("the store").expect("a conversation");
+        let shown = json!(AppConversation::without_sandbox(record));
+        assert_eq!(
+            (&shown["agent_kind"], &shown["acp_server"], &shown["launched_agent_profile"]),
+            (&json!(kind), &server, &launched)
+        );
     }
     fixture.engines.shutdown().await;
 }

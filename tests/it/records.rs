@@ -100,6 +100,8 @@ struct Row {
     title: Option<String>,
     sandbox: &'static str,
     parent: Option<u64>,
+    /// The value of its tag `team`.
+    team: Option<&'static str>,
     created: At,
     updated: At,
 }
@@ -117,6 +119,7 @@ impl Row {
                 "sandbox_id": self.sandbox,
                 "title": self.title,
                 "parent_conversation_id": self.parent.map(|parent| uuid_of(parent).simple().to_string()),
+                "tags": self.team.map_or_else(|| json!({}), |team| json!({"team": team, "also": ""})),
                 "created_at": self.created.time(),
                 "updated_at": self.updated.time(),
             }),
@@ -130,6 +133,7 @@ fn uuid_of(id: u64) -> Uuid {
 }
 
 const SANDBOXES: [&str; 5] = ["", "s", "S", "s#1", "sandbox-with-a-longer-name"];
+const TEAMS: [&str; 3] = ["", "a", "a:b"];
 const TITLE: &str = "[abAB%_'\"\\\\ äÄß😀#:]{0,6}";
 
 /// Few instants, so that many rows share one, and bounds fall on and next to them.
@@ -139,11 +143,18 @@ fn at() -> impl Strategy<Value = At> {
 }
 
 fn rows(most: usize) -> impl Strategy<Value = Vec<Row>> {
-    let row = (option::weighted(0.8, TITLE), select(&SANDBOXES[..]), option::weighted(0.25, 0..40_u64), at(), at());
+    let row = (
+        option::weighted(0.8, TITLE),
+        select(&SANDBOXES[..]),
+        option::weighted(0.25, 0..40_u64),
+        option::of(select(&TEAMS[..])),
+        at(),
+        at(),
+    );
     vec(row, 0..most).prop_map(|rows| {
-        let row = |(id, (title, sandbox, parent, created, updated)): (u64, (_, _, _, At, At))| {
+        let row = |(id, (title, sandbox, parent, team, created, updated)): (u64, (_, _, _, _, At, At))| {
             // No row is updated before it is created.
-            Row { id, title, sandbox, parent, created, updated: updated.max(created) }
+            Row { id, title, sandbox, parent, team, created, updated: updated.max(created) }
         };
         (0..).zip(rows).map(row).collect()
     })
@@ -188,6 +199,8 @@ struct Question {
     created: [Option<At>; 2],
     updated: [Option<At>; 2],
     sandbox: Option<&'static str>,
+    /// A filter by tag.
+    tag: Option<&'static str>,
     include_sub_conversations: Option<bool>,
     order: Order,
     limit: usize,
@@ -204,20 +217,14 @@ fn question() -> impl Strategy<Value = Question> {
         bounds(),
         bounds(),
         option::weighted(0.3, select(&SANDBOXES[..])),
+        option::weighted(0.4, select(vec!["team", "team:a", "team:", "team:a:b", "other", "team:b"])),
         option::of(any::<bool>()),
         select(orders),
         1..=8_usize,
         0..3_usize,
     )
-        .prop_map(|(title, created, updated, sandbox, include_sub_conversations, order, limit, way)| Question {
-            title,
-            created,
-            updated,
-            sandbox,
-            include_sub_conversations,
-            order,
-            limit,
-            way,
+        .prop_map(|(title, created, updated, sandbox, tag, include_sub_conversations, order, limit, way)| {
+            Question { title, created, updated, sandbox, tag, include_sub_conversations, order, limit, way }
         })
 }
 
@@ -231,6 +238,9 @@ impl Question {
             time("updated_at__gte", self.updated[0]),
             time("updated_at__lt", self.updated[1]),
             self.sandbox.map(|sandbox| ("sandbox_id__eq", sandbox.to_owned())),
+            // All filters have to match.
+            self.tag.map(|tag| ("tag", tag.to_owned())),
+            self.tag.map(|_| ("tag", "also:".to_owned())),
             self.include_sub_conversations.map(|include| ("include_sub_conversations", include.to_string())),
         ]
         .into_iter()
@@ -258,6 +268,9 @@ impl Question {
             && within(row.created, self.created)
             && within(row.updated, self.updated)
             && self.sandbox.is_none_or(|sandbox| row.sandbox == sandbox)
+            && self
+                .tag
+                .is_none_or(|tag| row.team.is_some_and(|team| tag == "team" || tag.strip_prefix("team:") == Some(team)))
             && (sub_conversations || row.parent.is_none())
     }
 }
@@ -345,6 +358,7 @@ fn sparse_changes() -> Vec<Row> {
             title: Some(format!("title {id}")),
             sandbox,
             parent: (id % 50 == 8).then(|| id - 1),
+            team: (id % 50 == 7).then_some("a"),
             created,
             updated,
         }
@@ -366,6 +380,7 @@ async fn filter_of_another_index_reads_few_rows() {
         created: [None; 2],
         updated: [None; 2],
         sandbox: None,
+        tag: None,
         include_sub_conversations: Some(true),
         order: Order::Created,
         limit: 4,
@@ -380,6 +395,9 @@ async fn filter_of_another_index_reads_few_rows() {
         Question { sandbox: Some("s"), order: Order::Updated, ..any.clone() },
         Question { sandbox: Some("s"), order: Order::UpdatedDesc, updated: late, ..any.clone() },
         Question { sandbox: Some("S"), order: Order::Updated, ..any.clone() },
+        Question { sandbox: Some("s"), tag: Some("team:a"), ..any.clone() },
+        Question { updated: late, tag: Some("team:a"), ..any.clone() },
+        Question { updated: late, tag: Some("team"), order: Order::UpdatedDesc, ..any.clone() },
     ];
     let meter = Meter::new();
     let way = api.measure(&meter).await;
@@ -409,7 +427,7 @@ async fn list_continues_in_its_order_if_the_index_of_the_filter_has_many_entries
     let row = |id: u64| {
         let created = At(i64::try_from(id).expect("few") * 1_000_000);
         let (sandbox, later) = if id < 100 { ("", 1_000_000_000) } else { ("s", 0) };
-        Row { id, title: None, sandbox, parent: None, created, updated: At(created.0 + later) }
+        Row { id, title: None, sandbox, parent: None, team: None, created, updated: At(created.0 + later) }
     };
     let rows: Vec<Row> = (0..320).map(row).collect();
     store_all(&api, &user, &rows).await;
@@ -469,7 +487,8 @@ async fn titles_in_memory_are_searched_as_the_index_is() {
     let mut runner = TestRunner::deterministic();
     let mut rows = vec(rows(2), 120).new_tree(&mut runner).expect("rows").current().concat();
     // Rows without a title match no search, and make it expensive.
-    let untitled = |_| Row { id: 0, title: None, sandbox: "", parent: None, created: At(0), updated: At(0) };
+    let untitled =
+        |_| Row { id: 0, title: None, sandbox: "", parent: None, team: None, created: At(0), updated: At(0) };
     rows.extend((0..1_000).map(untitled));
     for (id, row) in (1_000..).zip(&mut rows) {
         row.id = id;
@@ -733,6 +752,7 @@ fn plain_rows(count: u64) -> Vec<Row> {
             title: Some(format!("row {id}")),
             sandbox: "s",
             parent: None,
+            team: None,
             created: At(i64::try_from(id).expect("few") * 1_000_000),
             updated: At(0),
         })
@@ -911,6 +931,9 @@ async fn concurrent_updates_of_one_record_lose_nothing() {
             title: Some(format!("title {round}")),
             public: Some(round % 2 == 0),
             tags: shared::conversation::tags::Tags::default(),
+            agent_kind: "openhands".to_owned(),
+            acp_server: None,
+            launched_agent_profile: None,
             selected_repository: Some(format!("owner/{round}")),
             selected_branch: Some(format!("branch-{round}")),
             sandbox_id: sandbox,
@@ -1056,6 +1079,59 @@ async fn filtered_page_ends_at_its_limits_and_the_next_page_continues() {
     assert!(matches!(too_many, Err(shared::Error::Refused(text)) if text == "too many"));
     let counted = paging::count_within(Duration::from_secs(3600), "Query", query().limit(7), "too many").await;
     assert_eq!(counted.expect("a count"), 3);
+    api.stop().await;
+}
+
+/// No index has the tags: a page reads at most 2,000 rows and a few more, whichever way it takes, and a count ends at its limit.
+#[tokio::test]
+async fn filter_by_tag_reads_a_bounded_number_of_rows() {
+    let folder = TempDir::new().expect("a folder");
+    let mut api = Api::at(folder.path(), SandboxConfig::None).await;
+    let user = UserId::new("u");
+    let mut rows = plain_rows(2_400);
+    rows[0].team = Some("a");
+    rows[2_399].team = Some("a");
+    store_all(&api, &user, &rows).await;
+    let meter = Meter::new();
+    let way = api.measure(&meter).await;
+    let tag = ("tag", "team:a".to_owned());
+    for filters in [
+        vec![tag.clone()],
+        vec![tag.clone(), ("updated_at__gte", At(0).written(0))],
+        vec![tag.clone(), ("title__contains", "row".to_owned())],
+        // After an expensive search for titles, the next one has them in memory.
+        vec![tag.clone(), ("title__contains", "ro".to_owned())],
+        vec![tag.clone(), ("sandbox_id__eq", "s".to_owned()), ("sort_order", "UPDATED_AT_DESC".to_owned())],
+    ] {
+        let (mut found, mut pages, mut next) = (Vec::new(), 0, None);
+        loop {
+            meter.take();
+            let (items, following) = page(&api, &user, "/search", &filters, next).await;
+            let units: f64 = meter.take().values().map(|cost| cost.units).sum();
+            // Half a unit for each row, and the entries of the index.
+            assert!(units < 1_400.0, "{units} units: {filters:?}");
+            found.extend(items.iter().map(id_of));
+            pages += 1;
+            next = following;
+            if next.is_none() {
+                break;
+            }
+        }
+        found.sort_unstable();
+        let mut expected = [0, 2_399].map(uuid_of);
+        expected.sort_unstable();
+        assert_eq!(found, expected, "{filters:?}");
+        assert!(pages > 1, "{filters:?}");
+    }
+    assert_eq!(api.get(&user, "/count", &[tag]).await, (200, json!(2)));
+    for (tags, kind) in [(vec![""], "value_error"), (vec![":a"], "value_error"), (vec!["a"; 11], "too_long")] {
+        let query: Vec<_> = tags.into_iter().map(|tag| ("tag", tag.to_owned())).collect();
+        for path in ["/search", "/count"] {
+            let (status, answer) = api.get(&user, path, &query).await;
+            assert_eq!((status, &answer["detail"][0]["type"]), (422, &json!(kind)), "{query:?}");
+        }
+    }
+    drop(way);
     api.stop().await;
 }
 

@@ -333,7 +333,7 @@ fn is_of_the_json_parser(answer: &Value) -> bool {
 }
 
 /// Fields of a conversation that the recorded version lacks.
-const LATER_FIELDS: [&str; 2] = ["agent_kind", "tags"];
+const LATER_FIELDS: [&str; 4] = ["agent_kind", "tags", "acp_server", "launched_agent_profile"];
 
 /// A body without values that differ between runs; `loose`: without the messages of violations, too. Keeps the order of
 /// keys.

@@ -17,6 +17,7 @@ use shared::event::store::{Event, EventStore};
 use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::git::ProviderType;
+use shared::user::organization::organization_of;
 use shared::user::seal::Sealer;
 use shared::user::token::{NotificationToken, TokenKey};
 use tempfile::TempDir;
@@ -28,6 +29,7 @@ use crate::support::seed;
 const PARENT: Uuid = Uuid::from_u128(1);
 const CHILD: Uuid = Uuid::from_u128(2);
 const TASK: Uuid = Uuid::from_u128(3);
+const AGENT_PROFILE: Uuid = Uuid::from_u128(0xB704_A292_9166_4871_83F0_F2C3_A805_D5D4);
 const SANDBOX: &str = "one";
 
 /// Who a request shows itself to be from.
@@ -71,12 +73,13 @@ pub struct Route {
     pub stranger: (u16, Option<Value>),
 }
 
-/// The requests of `tests/data/tenants.json`, which has at least one for each route. Requests that delete the rows that others are about
+/// The requests of `tests/data/tenants.json`, which has at least one for each route. They name the organization of the owner `actor`. Requests that delete the rows that others are about
 /// are its last ones.
 pub fn routes() -> Vec<Route> {
     let text = include_str!("../data/tenants.json");
-    let ids = [("{parent}", PARENT), ("{child}", CHILD), ("{task}", TASK)];
+    let ids = [("{parent}", PARENT), ("{child}", CHILD), ("{task}", TASK), ("{reviewer}", AGENT_PROFILE)];
     let text = ids.iter().fold(text.to_owned(), |text, (name, id)| text.replace(name, &id.to_string()));
+    let text = text.replace("{organization}", &organization_of(&UserId::new("actor")).to_string());
     let requests: Vec<Value> = serde_json::from_str(&text).expect("JSON");
     let status =
         |value: &Value| value["status"].as_u64().and_then(|status| u16::try_from(status).ok()).expect("a status");
@@ -111,6 +114,7 @@ pub async fn furnish_in(aws: &Aws, names: &Names, sealer: &Sealer, owner: &UserI
             "id": id.simple().to_string(),
             "sandbox_id": SANDBOX,
             "title": format!("conversation of {owner}"),
+            "tags": {"team": "red"},
             "parent_conversation_id": parent.map(|parent| parent.simple().to_string()),
             "created_at": time,
             "updated_at": time,
@@ -134,7 +138,10 @@ pub async fn furnish_in(aws: &Aws, names: &Names, sealer: &Sealer, owner: &UserI
     let settings = stores.settings();
     let tokens = json!({
         "provider_tokens": {"github": {"token": format!("token of {owner}"), "host": format!("host of {owner}")}},
+        "llm_profiles": {"profiles": {"own": {"model": format!("model of {owner}")}}, "active": null},
         "custom_secrets": {"SECRET": {"secret": "s", "description": format!("secret of {owner}")}},
+        "agent_profiles": {"profiles": {"reviewer": {"id": AGENT_PROFILE, "llm_profile_ref": "own",
+            "system_message_suffix": format!("suffix of {owner}")}}},
     });
     settings.put(owner, &tokens.to_string().into()).await.expect("stored");
     // One event in the row, one in the bucket.

@@ -68,6 +68,9 @@ impl Owner {
             parent_conversation_id: None,
             public: None,
             tags: shared::conversation::tags::Tags::default(),
+            agent_kind: "openhands".to_owned(),
+            acp_server: None,
+            launched_agent_profile: None,
             created_at: now,
             updated_at: now,
         };

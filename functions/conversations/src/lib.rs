@@ -1,8 +1,13 @@
 //! `/api/v1/app-conversations`: conversations with their live status. `GET` returns conversations by id, `…/search` (with pagination) and
 //! `…/count` those that match a filter, `PATCH …/{id}` updates one, and `DELETE …/{id}` deletes one.
+//! `POST …/{id}/switch_profile` and `…/switch_acp_model` change the model of a running one.
+
+mod switch;
+
+use std::sync::Arc;
 
 use axum::extract::{DefaultBodyLimit, Path, RawQuery, State};
-use axum::routing::{get, patch};
+use axum::routing::{get, patch, post};
 use axum::{Json, Router};
 use futures::future::{try_join, try_join_all};
 use shared::aws::Aws;
@@ -10,7 +15,9 @@ use shared::config::Config;
 use shared::conversation::live_status::LiveStatus;
 use shared::conversation::search::{Cursor, Filter, SortOrder};
 use shared::conversation::store::ConversationStore;
+use shared::conversation::tags::{MAX_TAG_FILTERS, TagFilter};
 use shared::conversation::update_request::UpdateRequest;
+use shared::conversation::workspace::WorkspaceLocator;
 use shared::conversation::{AppConversation, ConversationRecord, MAX_NAME};
 use shared::deletion::Deleter;
 use shared::error::Error;
@@ -21,11 +28,14 @@ use shared::http::pydantic::query::{Query, lenient_uuid, lenient_uuids};
 use shared::http::pydantic::validation::{self, Choice as _};
 use shared::http::response::SuccessOut;
 use shared::http_client::HttpClient;
+use shared::sandbox::SandboxService;
 use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
 use uuid::Uuid;
+
+use crate::switch::SwitchConfig;
 
 /// The most ids that one request may name.
 const MAX_IDS: usize = 99;
@@ -41,6 +51,8 @@ pub struct Context {
     deleter: Deleter,
     live: LiveStatus,
     settings: SettingsStore,
+    locator: WorkspaceLocator,
+    switch: SwitchConfig,
 }
 
 impl Context {
@@ -49,12 +61,20 @@ impl Context {
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
         let stores = Stores::new(&config.names, aws, sealer);
         let sandboxes = stores.sandbox_service(&config.sandbox);
+        Self::with_sandboxes(config, &stores, sandboxes)
+    }
+
+    /// A context on these records and sandboxes.
+    #[must_use]
+    pub fn with_sandboxes(config: &Config, stores: &Stores, sandboxes: Arc<dyn SandboxService>) -> Self {
         let http = HttpClient::new(config.address_policy);
         Self {
             conversations: stores.conversations(),
             deleter: stores.deleter(),
-            live: LiveStatus::new(sandboxes, http, config.live_status_budget),
+            live: LiveStatus::new(sandboxes.clone(), http.clone(), config.live_status_budget),
             settings: stores.settings(),
+            locator: WorkspaceLocator::new(stores.conversations(), sandboxes, http),
+            switch: SwitchConfig { start: config.start.clone(), budget: config.sandbox_request_budget },
         }
     }
 }
@@ -66,6 +86,8 @@ pub fn router(context: Context) -> Router {
         .route("/api/v1/app-conversations/search", get(search))
         .route("/api/v1/app-conversations/count", get(count))
         .route("/api/v1/app-conversations/{conversation_id}", patch(update).delete(delete))
+        .route("/api/v1/app-conversations/{conversation_id}/switch_profile", post(switch::switch_profile))
+        .route("/api/v1/app-conversations/{conversation_id}/switch_acp_model", post(switch::switch_acp_model))
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .with_state(context)
 }
@@ -156,6 +178,7 @@ fn filter(query: &mut Query) -> Filter {
         updated_at_gte: query.datetime("updated_at__gte").map(Into::into),
         updated_at_lt: query.datetime("updated_at__lt").map(Into::into),
         sandbox_id: query.string("sandbox_id__eq"),
+        tags: query.list("tag", MAX_TAG_FILTERS, TagFilter::read),
         include_sub_conversations: false,
     }
 }

@@ -1,5 +1,10 @@
-//! `/api/v1/settings`, `/api/v1/secrets`, `/api/v1/users/me`: the settings and secrets of a user. Also `/api/keys/current` and
-//! `/api/organizations`, with which front ends check their credentials.
+//! `/api/v1/settings`, `/api/v1/secrets`, `/api/v1/users/me`: the settings, LLM profiles and secrets of a user. Also `/api/keys/current`
+//! and `/api/organizations`, with which front ends check their credentials and permissions, and the list of skills.
+
+mod agent_profiles;
+mod organizations;
+mod profiles;
+mod skills;
 
 use axum::extract::{DefaultBodyLimit, Path, RawQuery, State};
 use axum::response::{IntoResponse as _, Response};
@@ -15,15 +20,27 @@ use shared::http::caller::Caller;
 use shared::http::extract::{JsonBody, PageRequest};
 use shared::http::page::{self, PageOut};
 use shared::http::pydantic::query::Query;
+use shared::http::pydantic::validation::{Loc, Violation};
 use shared::http::response::MessageOut;
 use shared::http::secret::{self, SecretNameOut};
 use shared::sandbox::session_key;
 use shared::sandbox::store::SandboxStore;
 use shared::stores::Stores;
 use shared::user::UserId;
+use shared::user::organization::organization_of;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
-use shared::user::settings_document::{SecretChange, SettingsChanges, SettingsOut, UserOut};
+use shared::user::settings_document::{
+    LEGACY_KEY, SecretChange, SettingsChanges, SettingsDocument, SettingsOut, UserOut,
+};
+
+pub use crate::agent_profiles::{
+    AgentProfileActivatedOut, AgentProfileChangedOut, AgentProfileDiagnosticsOut, AgentProfileInfoOut, AgentProfileOut,
+    AgentProfilesOut,
+};
+pub use crate::organizations::{OrganizationMeOut, OrganizationMemberOut, OrganizationOut, OrganizationsOut};
+pub use crate::profiles::{ProfileActivatedOut, ProfileChangedOut, ProfileInfoOut, ProfileOut, ProfilesOut};
+pub use crate::skills::SkillInfoOut;
 
 /// The largest body, in bytes: more than a user may store.
 const BODY_LIMIT: usize = 512 * 1024;
@@ -55,7 +72,10 @@ pub fn router(context: Context) -> Router {
         .route("/api/v1/secrets/{secret_name}", put(change_secret).delete(delete_secret))
         .route("/api/v1/users/me", get(me))
         .route("/api/keys/current", get(current_key))
-        .route("/api/organizations", get(organizations))
+        .route("/api/v1/skills/search", get(skills::search))
+        .merge(agent_profiles::router())
+        .merge(organizations::router())
+        .merge(profiles::router())
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .with_state(context)
 }
@@ -71,9 +91,33 @@ async fn change(
     State(context): State<Context>,
     Caller(user): Caller,
     JsonBody(changes): JsonBody<SettingsChanges>,
-) -> Result<Json<MessageOut>> {
-    context.settings.change(&user, |document| document.change(&changes)).await?;
-    Ok(MessageOut::json("Settings stored"))
+) -> Result<Response> {
+    match context.settings.change(&user, |document| document.change(&changes)).await {
+        Ok(()) => Ok(MessageOut::json("Settings stored").into_response()),
+        Err(Error::Invalid(violations)) if violations.iter().all(|violation| violation.kind == LEGACY_KEY) => {
+            Ok((StatusCode::UNPROCESSABLE_ENTITY, Json(LegacyKeysOut::of(violations))).into_response())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// The response to a body with keys in place of which merge patches are accepted: the form of the contract, and the violations.
+#[derive(Debug, Serialize)]
+struct LegacyKeysOut {
+    error: String,
+    keys: Vec<String>,
+    detail: Vec<Violation>,
+}
+
+impl LegacyKeysOut {
+    fn of(detail: Vec<Violation>) -> Self {
+        let key = |violation: &Violation| match violation.loc.last() {
+            Some(Loc::Key(key)) => key.clone().into_owned(),
+            _ => String::new(),
+        };
+        let error = detail.first().map(|violation| violation.msg.clone()).unwrap_or_default();
+        Self { error, keys: detail.iter().map(key).collect(), detail }
+    }
 }
 
 async fn search_secrets(
@@ -166,26 +210,29 @@ pub struct CurrentKeyOut {
     auth_type: Option<String>,
 }
 
-/// Front ends take every successful response as proof that the credentials are valid, and read only the organization, of which there are
-/// none.
+/// Front ends take every successful response as proof that the credentials are valid, and read only the organization: the caller's.
 async fn current_key(Caller(user): Caller) -> Json<CurrentKeyOut> {
-    Json(CurrentKeyOut { user_id: user.shown().map(str::to_owned), ..CurrentKeyOut::default() })
-}
-
-/// The organizations of a user: none, because this server does not have any.
-#[derive(Clone, Debug, Default, Serialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = Organizations))]
-pub struct OrganizationsOut {
-    #[cfg_attr(feature = "openapi", schema(value_type = Vec<Object>, max_items = 0))]
-    items: Vec<Value>,
-    current_org_id: Option<String>,
-}
-
-async fn organizations(Caller(_): Caller) -> Json<OrganizationsOut> {
-    Json(OrganizationsOut::default())
+    Json(CurrentKeyOut {
+        org_id: Some(organization_of(&user).to_string()),
+        user_id: user.shown().map(str::to_owned),
+        ..CurrentKeyOut::default()
+    })
 }
 
 impl Context {
+    /// Changes settings that exist.
+    async fn change_existing<T>(
+        &self,
+        user: &UserId,
+        change: impl Fn(&mut SettingsDocument) -> Result<T>,
+    ) -> Result<T> {
+        // Settings are never deleted: those that exist now exist when the change is stored.
+        if self.settings.document(user).await?.is_none() {
+            return Err(Error::NotFound("Settings not found".to_owned()));
+        }
+        self.settings.change(user, change).await
+    }
+
     async fn check_session_key(&self, user: &UserId, headers: &HeaderMap) -> Result<()> {
         let sandbox = session_key::sandbox_of_request(&self.sandboxes, headers).await?;
         if sandbox.user != *user {

@@ -1,6 +1,7 @@
 //! Routes that a web front end reads before a user logs in: `GET /api/v1/web-client/config`, the schemas of the settings, health checks; and
-//! lists that front ends read and that are empty here: models, repositories, profiles, skills.
+//! lists that front ends read: models and providers of models, and some that are empty here: repositories, profiles.
 
+mod models;
 mod schema;
 
 use axum::extract::{RawQuery, State};
@@ -15,6 +16,7 @@ use shared::http::extract::PageRequest;
 use shared::http::page::PageOut;
 use shared::http::pydantic::query::Query;
 
+pub use crate::models::{ModelOut, ProviderOut};
 pub use crate::schema::SettingsSchemaOut;
 
 /// The configuration of this function.
@@ -45,17 +47,14 @@ impl Context {
 pub fn router(context: Context) -> Router {
     Router::new()
         .route("/api/v1/web-client/config", get(web_client_config))
-        .route("/api/v1/skills/search", get(empty_page))
-        .route("/api/v1/config/models/search", get(empty_page))
-        .route("/api/v1/config/providers/search", get(empty_page))
+        .route("/api/v1/config/models/search", get(models::search_models))
+        .route("/api/v1/config/providers/search", get(models::search_providers))
         .route("/api/v1/git/repositories/search", get(empty_page))
         .route("/api/v1/git/branches/search", get(empty_page))
         .route("/api/v1/git/installations/search", get(empty_page))
         .route("/api/v1/git/suggested-tasks/search", get(empty_page))
-        .route("/api/v1/settings/profiles", get(profiles))
         .route("/api/v1/settings/agent-schema", get(async || Json(schema::agent())))
         .route("/api/v1/settings/conversation-schema", get(async || Json(schema::conversation())))
-        .route("/api/agent-profiles", get(agent_profiles))
         .route("/server_info", get(server_info))
         .with_state(context)
 }
@@ -121,40 +120,13 @@ async fn web_client_config(State(context): State<Context>) -> Json<WebClientConf
     })
 }
 
-/// Returns a list that is empty here: users type the names of models, providers and repositories, and agents find skills in their
-/// sandboxes.
+/// Returns a list that is empty here: users type the names of repositories.
 async fn empty_page(RawQuery(query): RawQuery) -> Result<Json<PageOut<Value>>> {
     let mut query = Query::parse(query.as_deref());
     let page = PageRequest::read(&mut query);
     query.finish().map_err(Error::Invalid)?;
     page.only_page()?;
     Ok(Json(PageOut::new(Vec::new(), None)))
-}
-
-/// The model profiles of later versions. This server has one model, in the settings, and no profiles.
-#[derive(Clone, Debug, Default, Serialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = Profiles))]
-pub struct ProfilesOut {
-    #[cfg_attr(feature = "openapi", schema(value_type = Vec<Object>, max_items = 0))]
-    profiles: Vec<Value>,
-    active_profile: Option<String>,
-}
-
-async fn profiles() -> Json<ProfilesOut> {
-    Json(ProfilesOut::default())
-}
-
-/// The agent profiles of later versions. Front ends send their first message only after a successful response.
-#[derive(Clone, Debug, Default, Serialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = AgentProfiles))]
-pub struct AgentProfilesOut {
-    #[cfg_attr(feature = "openapi", schema(value_type = Vec<Object>, max_items = 0))]
-    profiles: Vec<Value>,
-    active_agent_profile_id: Option<String>,
-}
-
-async fn agent_profiles() -> Json<AgentProfilesOut> {
-    Json(AgentProfilesOut::default())
 }
 
 /// The response of `/alive`.

@@ -8,7 +8,11 @@ use std::collections::BTreeMap;
 
 use sandboxes::{MessageQueuedOut, SandboxOut, SecretNamesOut};
 use serde_json::{Map, Value, json};
-use settings::{CurrentKeyOut, OrganizationsOut};
+use settings::{
+    AgentProfileActivatedOut, AgentProfileChangedOut, AgentProfileDiagnosticsOut, AgentProfileOut, AgentProfilesOut,
+    CurrentKeyOut, OrganizationMeOut, OrganizationMemberOut, OrganizationOut, OrganizationsOut, ProfileActivatedOut,
+    ProfileChangedOut, ProfileOut, ProfilesOut, SkillInfoOut,
+};
 use shared::conversation::AppConversation;
 use shared::conversation::git::{Change, Diff};
 use shared::http::response::{DetailOut, InvalidOut, MessageOut, SuccessOut};
@@ -22,28 +26,23 @@ use shared::user::settings_document::{SettingsOut, UserOut};
 use skills::{HooksOut, LegacyErrorOut, MessageSentOut, SkillsOut};
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
-use web_client::{AgentProfilesOut, AliveOut, ProfilesOut, ServerInfoOut, SettingsSchemaOut, WebClientConfigOut};
+use web_client::{AliveOut, ModelOut, ProviderOut, ServerInfoOut, SettingsSchemaOut, WebClientConfigOut};
 
 /// Lists whose pages are schemas: the schema of a page, and of its items.
-const PAGES: [(&str, &str); 6] = [
+const PAGES: [(&str, &str); 9] = [
     ("AppConversationPage", "AppConversation"),
     ("AppConversationStartTaskPage", "AppConversationStartTask"),
     ("CustomSecretPage", "SecretName"),
     ("EventPage", "Event"),
+    ("LLMModelPage", "LLMModel"),
+    ("LLMProviderPage", "LLMProvider"),
     ("SandboxPage", "SandboxInfo"),
     ("SandboxSpecInfoPage", "SandboxSpecInfo"),
+    ("SkillInfoPage", "SkillInfo"),
 ];
 
 /// Fields that a response may lack.
-const OPTIONAL: [(&str, &str); 7] = [
-    ("AgentSettings", "agent"),
-    ("AgentSettings", "llm"),
-    ("CondenserSettings", "max_size"),
-    ("LlmSettings", "api_key"),
-    ("LlmSettings", "base_url"),
-    ("LlmSettings", "model"),
-    ("Violation", "ctx"),
-];
+const OPTIONAL: [(&str, &str); 1] = [("Violation", "ctx")];
 
 /// All component schemas, by name.
 ///
@@ -70,14 +69,27 @@ pub fn components() -> Result<Map<String, Value>, Box<dyn std::error::Error>> {
     types.add::<SandboxOut>();
     types.add::<SecretNamesOut>();
     types.add::<CurrentKeyOut>();
+    types.add::<OrganizationMeOut>();
+    types.add::<OrganizationMemberOut>();
+    types.add::<OrganizationOut>();
     types.add::<OrganizationsOut>();
+    types.add::<ProfileActivatedOut>();
+    types.add::<ProfileChangedOut>();
+    types.add::<ProfileOut>();
+    types.add::<ProfilesOut>();
     types.add::<HooksOut>();
     types.add::<LegacyErrorOut>();
     types.add::<MessageSentOut>();
     types.add::<SkillsOut<'_>>();
+    types.add::<SkillInfoOut>();
+    types.add::<AgentProfileActivatedOut>();
+    types.add::<AgentProfileChangedOut>();
+    types.add::<AgentProfileDiagnosticsOut>();
+    types.add::<AgentProfileOut>();
     types.add::<AgentProfilesOut>();
     types.add::<AliveOut>();
-    types.add::<ProfilesOut>();
+    types.add::<ModelOut>();
+    types.add::<ProviderOut>();
     types.add::<ServerInfoOut>();
     types.add::<SettingsSchemaOut>();
     types.add::<WebClientConfigOut>();
@@ -138,13 +150,16 @@ fn complete(name: &str, schema: &mut Value) {
 }
 
 /// The schemas of fields that say more than the fields' types.
-fn narrower() -> [(&'static str, &'static str, Value); 12] {
+fn narrower() -> [(&'static str, &'static str, Value); 13] {
     let component = |name: &str| json!({"$ref": format!("#/components/schemas/{name}")});
     let max_size = json!({"type": ["integer", "null"], "minimum": 20});
     let mcp_config = json!({"anyOf": [component("McpConfig"), {"type": "null"}]});
     let mcp_servers = json!({"type": "object", "description": "MCP servers by name.", "additionalProperties": component("McpServer")});
+    let llm_profiles =
+        json!({"type": "object", "description": "Configurations by name.", "additionalProperties": component("Llm")});
     [
         ("AgentSettings", "agent_kind", json!({"const": "openhands"})),
+        ("LlmProfiles", "profiles", llm_profiles),
         ("AgentSettings", "mcp_config", mcp_servers),
         ("Alive", "status", json!({"const": "ok"})),
         ("MessageQueued", "position", json!({"type": "integer", "minimum": 1})),

@@ -1,9 +1,16 @@
 //! Conversations: lookup, search, update, deletion, export.
 
-use crate::schema::{BOOLEAN, COUNT, INTEGER, LIMIT, PAGE_ID, TEXT, header, query, text_up_to, time, uuids};
-use crate::{BAD_GATEWAY, BAD_REQUEST, CONTENT_TOO_LARGE, Group, INVALID, NOT_FOUND, Response, Route, Schema};
+use crate::schema::{BOOLEAN, COUNT, INTEGER, LIMIT, PAGE_ID, Parameter, TEXT, header, query, text_up_to, time, uuids};
+use crate::{
+    BAD_GATEWAY, BAD_REQUEST, CONFLICT, CONTENT_TOO_LARGE, Group, INVALID, NOT_FOUND, Response, Route, Schema,
+};
 
 pub(crate) const GROUP: Group = Group { tag: "Conversations", routes: ROUTES };
+
+/// A filter by tags.
+const TAG: Parameter = query("tag", Schema::TextList { format: None, max_items: Some(10) }).described(
+    "`name:value`, or `name` for any value. Repeated, up to 10 times, it selects the conversations that have all of these tags.",
+);
 
 const ROUTES: &[Route] = &[
     Route::get("/api/v1/app-conversations", "conversations", "batch_get_conversations")
@@ -21,6 +28,7 @@ const ROUTES: &[Route] = &[
             time("updated_at__gte"),
             time("updated_at__lt"),
             query("sandbox_id__eq", TEXT),
+            TAG,
             PAGE_ID,
             LIMIT,
             query("include_sub_conversations", BOOLEAN),
@@ -38,6 +46,7 @@ const ROUTES: &[Route] = &[
             time("updated_at__gte"),
             time("updated_at__lt"),
             query("sandbox_id__eq", TEXT),
+            TAG,
             query("include_sub_conversations", BOOLEAN),
         ])
         .returns(&[Response::json(COUNT)])
@@ -51,6 +60,22 @@ const ROUTES: &[Route] = &[
         .summary("Delete a conversation and its sub-conversations")
         .returns(&[Response::json(Schema::Component("Success"))])
         .errors(&[NOT_FOUND]),
+    Route::post("/api/v1/app-conversations/{conversation_id}/switch_profile", "conversations", "switch_profile")
+        .summary("Switch a running conversation to the model of a profile")
+        .description("Needs an agent server of version 1.21 or later.")
+        .body("ProfileSwitch")
+        .returns(&[Response::json(Schema::Component("Success"))])
+        .errors(&[NOT_FOUND, CONFLICT, INVALID, BAD_GATEWAY]),
+    Route::post("/api/v1/app-conversations/{conversation_id}/switch_acp_model", "conversations", "switch_acp_model")
+        .summary("Switch a running conversation with an ACP agent to another model")
+        .body("AcpModelSwitch")
+        .returns(&[
+            Response::json(Schema::Component("Success")),
+            Response::json(Schema::Component("Detail"))
+                .status(504)
+                .described("The agent server did not switch the model in time."),
+        ])
+        .errors(&[BAD_REQUEST, NOT_FOUND, CONFLICT, INVALID, BAD_GATEWAY]),
     Route::get("/api/v1/app-conversations/{conversation_id}/download", "download", "download_conversation")
         .streamed(300)
         .summary("Download a conversation as a zip")

@@ -6,10 +6,12 @@
 //!
 //! Some responses follow from the rest of a route and are not listed in it, see [`Route::error_responses`].
 
+mod agent_profiles;
 mod conversations;
 mod events;
 mod front_ends;
 mod health;
+mod profiles;
 mod sandboxes;
 mod schema;
 mod settings;
@@ -40,6 +42,8 @@ pub const GROUPS: &[Group] = &[
     events::GROUP,
     sandboxes::GROUP,
     settings::GROUP,
+    profiles::GROUP,
+    agent_profiles::GROUP,
     webhooks::GROUP,
     front_ends::GROUP,
     health::GROUP,

@@ -125,5 +125,8 @@ pub(crate) const PATH_PARAMETERS: &[Parameter] = &[
     path("task_id", UUID).described("With or without dashes."),
     path("sandbox_id", TEXT),
     path("secret_name", TEXT),
+    path("profile_name", TEXT),
+    path("org_id", UUID),
+    path("user_id", TEXT),
     path("task_id", UUID).described("With or without dashes."),
 ];

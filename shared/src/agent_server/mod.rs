@@ -673,6 +673,26 @@ impl AgentServer {
         self.done(&Call::new(Method::DELETE, &path).within(timeout)).await
     }
 
+    /// Switches a conversation to another model, from its next call of a model on. Repeating the request changes nothing.
+    ///
+    /// # Errors
+    /// See [`Failure`]; 404 also from versions before 1.21, which do not support the request.
+    pub async fn switch_llm(&self, conversation: Uuid, llm: &Value, timeout: Duration) -> Result<()> {
+        let path = format!("/api/conversations/{}/switch_llm", id::dashed(conversation));
+        let body = json!({"llm": llm});
+        self.done(&Call::post(&path, &body).within(timeout)).await
+    }
+
+    /// Switches the model of a conversation whose agent is an ACP agent.
+    ///
+    /// # Errors
+    /// See [`Failure`]; 400 for any other agent.
+    pub async fn switch_acp_model(&self, conversation: Uuid, model: &str, timeout: Duration) -> Result<()> {
+        let path = format!("/api/conversations/{}/switch_acp_model", id::dashed(conversation));
+        let body = json!({"model": model});
+        self.done(&Call::post(&path, &body).within(timeout)).await
+    }
+
     /// Sets an LLM security analyzer, so that the conversation's model rates the risk of its own actions.
     ///
     /// # Errors

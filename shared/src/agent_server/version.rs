@@ -7,6 +7,10 @@ use std::str::FromStr;
 /// versions have no deltas.
 pub const STREAMING: AgentServerVersion = AgentServerVersion::new(1, 49, 0);
 
+/// The first tested version that reads `security_analyzer` and `agent.system_prompt` of the body that creates a conversation;
+/// 1.15 ignores them.
+pub const EXTENDED_CREATE: AgentServerVersion = AgentServerVersion::new(1, 34, 0);
+
 /// The version of an agent server. Suffixes (`rc1`, `.dev3`, `+local`) are ignored: a pre-release has the routes of its release.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct AgentServerVersion {
@@ -26,6 +30,12 @@ impl AgentServerVersion {
     #[must_use]
     pub fn streams_to_clients_only(self) -> bool {
         self >= STREAMING
+    }
+
+    /// Returns whether a conversation can be created with a security analyzer and a system prompt.
+    #[must_use]
+    pub fn has_extended_create(self) -> bool {
+        self >= EXTENDED_CREATE
     }
 }
 

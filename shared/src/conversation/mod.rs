@@ -24,8 +24,13 @@ use crate::user::git::ProviderType;
 /// The most characters of a title, a repository or a branch: a record must stay far below DynamoDB's limit of 400 KB.
 pub const MAX_NAME: usize = 10_000;
 
-/// The agent kind of every conversation; later versions of the reference have another one.
-const AGENT_KIND: &str = "openhands";
+/// The agent kind of conversations that are started here.
+pub const OPENHANDS_AGENT: &str = "openhands";
+/// The agent kind of conversations whose agent is another program, which the agent server reaches through the Agent Client Protocol. Only
+/// imported conversations, and those that were created on an agent server, have it.
+pub const ACP_AGENT: &str = "acp";
+/// The most characters of an agent kind and of the name of an ACP server.
+pub const MAX_AGENT_NAME: usize = 100;
 
 /// The first [`MAX_NAME`] characters of a text. Text that an agent server reports is truncated and not refused, because the agent server
 /// would resend a refused report forever.
@@ -77,6 +82,26 @@ pub struct TokenUsage {
     pub response_id: String,
 }
 
+/// The agent profile that a conversation was started with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct LaunchedAgentProfile {
+    /// With dashes.
+    #[cfg_attr(feature = "openapi", schema(value_type = String, format = "uuid"))]
+    pub agent_profile_id: Uuid,
+    /// The number of changes of the profile before the start.
+    pub revision: u64,
+}
+
+/// The kind of agent of records that name none.
+fn openhands_agent() -> String {
+    OPENHANDS_AGENT.to_owned()
+}
+
+fn is_openhands_agent(kind: &String) -> bool {
+    kind == OPENHANDS_AGENT
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ConversationRecord {
     pub user: UserId,
@@ -114,6 +139,14 @@ pub struct ConversationRecord {
     pub public: Option<bool>,
     #[serde(default, skip_serializing_if = "Tags::is_empty")]
     pub tags: Tags,
+    /// [`OPENHANDS_AGENT`], [`ACP_AGENT`], or another kind of a later version.
+    #[serde(default = "openhands_agent", skip_serializing_if = "is_openhands_agent")]
+    pub agent_kind: String,
+    /// The program behind the Agent Client Protocol, such as `claude-code`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub acp_server: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub launched_agent_profile: Option<LaunchedAgentProfile>,
     #[serde(serialize_with = "sortable::serialize")]
     pub created_at: Time,
     /// The time of the last change.
@@ -140,9 +173,8 @@ pub struct AppConversation {
     pub trigger: Option<Trigger>,
     pub pr_number: Vec<i64>,
     pub llm_model: Option<String>,
-    /// Always `openhands`.
-    #[cfg_attr(feature = "openapi", schema(schema_with = schemas::agent_kind))]
-    pub agent_kind: &'static str,
+    /// `openhands`, or `acp` for agents of other makers.
+    pub agent_kind: String,
     pub metrics: MetricsSnapshot,
     /// A UUID without dashes.
     #[serde(with = "as_hex::option")]
@@ -166,16 +198,15 @@ pub struct AppConversation {
     pub conversation_url: Option<String>,
     /// The key for that agent server, sent as `X-Session-API-Key`.
     pub session_api_key: Option<String>,
+    /// The program behind an agent of the kind `acp`, such as `claude-code`.
+    pub acp_server: Option<String>,
+    pub launched_agent_profile: Option<LaunchedAgentProfile>,
 }
 
 /// Schemas that `utoipa::ToSchema` cannot derive from the types of the fields.
 #[cfg(feature = "openapi")]
 mod schemas {
-    use utoipa::openapi::schema::{Array, ArrayBuilder, Object, ObjectBuilder, Type};
-
-    pub(super) fn agent_kind() -> Object {
-        ObjectBuilder::new().schema_type(Type::String).enum_values(Some([super::AGENT_KIND])).build()
-    }
+    use utoipa::openapi::schema::{Array, ArrayBuilder, ObjectBuilder, Type};
 
     pub(super) fn sub_conversation_ids() -> Array {
         let id = ObjectBuilder::new()
@@ -201,7 +232,7 @@ impl AppConversation {
             trigger: record.trigger,
             pr_number: record.pr_number,
             llm_model: record.llm_model,
-            agent_kind: AGENT_KIND,
+            agent_kind: record.agent_kind,
             metrics: record.metrics,
             parent_conversation_id: record.parent_conversation_id,
             sub_conversation_ids: Vec::new(),
@@ -213,6 +244,8 @@ impl AppConversation {
             execution_status: None,
             conversation_url: None,
             session_api_key: None,
+            acp_server: record.acp_server,
+            launched_agent_profile: record.launched_agent_profile,
         }
     }
 }

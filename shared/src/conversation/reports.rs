@@ -70,6 +70,12 @@ pub struct StoredConversation {
 }
 
 impl StoredConversation {
+    /// Whether a report has set tags.
+    #[must_use]
+    pub fn is_tagged(&self) -> bool {
+        !self.record.tags.is_empty()
+    }
+
     /// Whether neither the user nor the agent has given it a title.
     #[must_use]
     pub fn has_default_title(&self) -> bool {
@@ -304,18 +310,28 @@ impl ConversationStore {
         }
         let mut set = item(&record)?;
         set.extend(to_item(&InternalAttributes { processors: processors.to_vec(), ..InternalAttributes::default() })?);
-        for kept in ["user", "id", "metrics", "tags"] {
+        for kept in ["user", "id", "metrics"] {
             set.remove(kept);
+        }
+        // An agent server that knows tags has those of the start, and may have reported newer ones. 1.15 does not know them.
+        let sets_tags = !stub.is_tagged() && !record.tags.is_empty();
+        if !sets_tags {
+            set.remove("tags");
         }
         if stub.is_model_reported {
             set.remove("llm_model");
         }
-        let update = Update::new()
+        let mut update = Update::new()
             .set_all(set)
             .remove("stub")
             .condition(is_alive())
             .condition(Condition::equal("stub", AttributeValue::Bool(true)))
             .condition(Condition::unchanged("title", stub.record.title.as_ref().map(text)));
+        if sets_tags {
+            let no_tags = AttributeValue::M(Item::new());
+            update =
+                update.condition(Condition::Any(vec![Condition::Missing("tags"), Condition::equal("tags", no_tags)]));
+        }
         let writes = vec![update.in_transaction(&self.table.name, key(&record.user, record.id))?];
         // The stub was counted as a top-level conversation.
         let is_child = record.parent_conversation_id.is_some();

@@ -4,12 +4,14 @@
 //! only the rows of the page are read from the table, eventually consistent. Bounds of the attribute that an index is sorted by are key
 //! conditions: entries outside them are not read.
 //!
-//! No index has both times in an order of creation, and the indexes by time do not have the sandbox. A list that needs them is *inexact*: the
-//! rows of entries are read to decide. It tries three ways, in this order:
+//! No index has both times in an order of creation, the indexes by time do not have the sandbox, and none has the tags. A list that needs
+//! them is *inexact*: the rows of entries are read to decide. It tries three ways, in this order:
 //!
 //! 1. the next [`FIRST_CANDIDATES`] rows, which are enough where most rows match;
-//! 2. the index of the filter: if it has few entries in the filter's range, they are read and sorted;
+//! 2. the index of the filter, if there is one: if it has few entries in the filter's range, they are read and sorted;
 //! 3. more rows in the order of the list, up to [`MAX_CANDIDATES`]; the page may be short or empty then.
+//!
+//! A list that is filtered by tags never reads more rows than [`MAX_CANDIDATES`] for a page, whichever way it takes.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -23,10 +25,11 @@ use super::store::{
     BY_CREATED, BY_SANDBOX, BY_UPDATED, CREATED, CREATED_SORT, ConversationStore, LIST, List, SANDBOX_KEY, SEARCH,
     UPDATED_SORT, id_in_sort_value, id_of, key, searchable, sort_value, sort_value_of,
 };
+use super::tags::TagFilter;
 use super::title_cache::{Entry, MAX_TITLES};
 use super::{AppConversation, ConversationRecord};
 use crate::clock::Time;
-use crate::dynamo::{Item, from_item, text};
+use crate::dynamo::{BATCH_GET_LIMIT, Item, from_item, text};
 use crate::error::{Error, Result};
 pub use crate::http::sort_order::SortOrder;
 use crate::http::{page, page_token};
@@ -70,6 +73,9 @@ pub struct Filter {
     pub updated_at_lt: Option<Time>,
     /// In this sandbox.
     pub sandbox_id: Option<String>,
+    /// With all of these tags.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tags: Vec<TagFilter>,
     /// Whether conversations with a parent are included.
     pub include_sub_conversations: bool,
 }
@@ -180,6 +186,7 @@ impl Filter {
             && is_within(record.created_at, self.created_at_gte, self.created_at_lt)
             && is_within(record.updated_at, self.updated_at_gte, self.updated_at_lt)
             && self.sandbox_id.as_ref().is_none_or(|sandbox| *sandbox == record.sandbox_id)
+            && self.tags.iter().all(|filter| filter.matches(&record.tags))
             && (self.include_sub_conversations || record.parent_conversation_id.is_none())
     }
 
@@ -220,7 +227,8 @@ impl Filter {
         if index == BY_SANDBOX && !self.include_sub_conversations {
             require("#list = :list", ("#list", LIST), Some((":list", List::TopLevel.key(user))));
         }
-        let is_exact = if order.is_by_created() { !self.has_updated_bound() } else { self.sandbox_id.is_none() };
+        let has_index = if order.is_by_created() { !self.has_updated_bound() } else { self.sandbox_id.is_none() };
+        let is_exact = has_index && self.tags.is_empty();
         // A sort key is an instant and more digits, so it never equals an instant.
         let [low, high] = [low, high].map(|time| time.map(Time::compact));
         QueryPlan { index, partition_key, partitions, sort_key, low, high, conditions, names, values, is_exact }
@@ -410,6 +418,10 @@ impl ConversationStore {
             // The list is in the index of this filter already.
             return Ok(None);
         }
+        if !filter.has_updated_bound() && filter.sandbox_id.is_none() {
+            // No index has the tags.
+            return Ok(None);
+        }
         // The entries by the time of the last change have the time of creation; those of a sandbox do not have the time of the last change.
         let (other, limit) = match is_by_created {
             true => (SortOrder::UpdatedAtDesc, MAX_EVALUATED),
@@ -454,10 +466,18 @@ impl ConversationStore {
             |(one, ..), (other, ..)| if order.is_ascending() { one.cmp(other) } else { other.cmp(one) },
         );
         let mut page = Page { records: Vec::new(), next: None };
-        let (mut bytes, mut reached) = (0, None);
+        let (mut bytes, mut candidates, mut reached) = (0, 0, None);
+        // All filters but tags were applied to the candidates, of which most therefore match.
+        let (chunk_size, most) =
+            if list.filter.tags.is_empty() { (1, usize::MAX) } else { (BATCH_GET_LIMIT, MAX_CANDIDATES) };
         let mut rest = rows.as_mut_slice();
         while !rest.is_empty() {
-            let (chunk, later) = rest.split_at_mut(rest.len().min((bounds.rows - page.records.len()).max(1)));
+            if candidates >= most {
+                page.next = reached.map(Cursor);
+                return Ok(page);
+            }
+            let (chunk, later) = rest.split_at_mut(rest.len().min((bounds.rows - page.records.len()).max(chunk_size)));
+            candidates += chunk.len();
             let missing: Vec<Uuid> = chunk.iter().filter(|(.., row)| row.is_none()).map(|(_, id, _)| *id).collect();
             let mut fetched = match missing.is_empty() {
                 true => Vec::new(),

@@ -89,6 +89,11 @@ impl ConversationChange {
         self.put(SEARCH, title.map(|title| text(searchable(title)))).put("title", title.map(text))
     }
 
+    #[must_use]
+    pub fn llm_model(self, model: &str) -> Self {
+        self.put("llm_model", Some(text(model)))
+    }
+
     /// Sets or clears whether other users may read it.
     #[must_use]
     pub fn public(self, public: Option<bool>) -> Self {

@@ -2,6 +2,7 @@
 
 use futures::FutureExt as _;
 use futures::future::{BoxFuture, try_join_all};
+use serde::Deserialize as _;
 use serde_json::Value;
 use uuid::Uuid;
 
@@ -15,7 +16,10 @@ use crate::conversation::reports::{
 };
 use crate::conversation::store::{ConversationChange, ConversationStore};
 use crate::conversation::tags::Tags;
-use crate::conversation::{ConversationRecord, MetricsSnapshot, within_max_name};
+use crate::conversation::{
+    ACP_AGENT, ConversationRecord, LaunchedAgentProfile, MAX_AGENT_NAME, MetricsSnapshot, OPENHANDS_AGENT,
+    within_max_name,
+};
 use crate::error::{Error, Result};
 use crate::id::UserId;
 use crate::jobs::process_events::{self, ProcessEvents};
@@ -36,6 +40,9 @@ pub struct ConversationReport {
     pub title: Option<String>,
     llm_model: Option<String>,
     tags: Option<Tags>,
+    agent_kind: &'static str,
+    acp_server: Option<String>,
+    launched_agent_profile: Option<LaunchedAgentProfile>,
     stats: Option<AgentStats>,
     updated_at: Option<String>,
 }
@@ -57,6 +64,9 @@ impl ConversationReport {
             short.to_owned()
         });
         let llm_model = text(report.pointer("/agent/llm/model")).and_then(|model| reported_model(&model, id));
+        let is_acp = report.pointer("/agent/kind").is_some_and(|kind| kind == "ACPAgent");
+        let acp_server = text(report.pointer("/agent/acp_server"));
+        let profile = report.get("launched_agent_profile");
         let usage = text(report.pointer("/agent/llm/usage_id")).unwrap_or_else(|| AGENT_USAGE.to_owned());
         Self {
             id,
@@ -64,6 +74,9 @@ impl ConversationReport {
             title,
             llm_model,
             tags: report.get("tags").and_then(|tags| reported_tags(tags, id)),
+            agent_kind: if is_acp { ACP_AGENT } else { OPENHANDS_AGENT },
+            acp_server: acp_server.filter(|name| is_acp && name.chars().count() <= MAX_AGENT_NAME),
+            launched_agent_profile: profile.and_then(|profile| LaunchedAgentProfile::deserialize(profile).ok()),
             stats: report.get("stats").and_then(|stats| AgentStats::read(stats, Some(&usage))),
             updated_at: text(report.get("updated_at")),
         }
@@ -258,6 +271,9 @@ fn stub(sandbox: &SandboxRecord, report: &ConversationReport) -> ConversationRec
         parent_conversation_id: None,
         public: None,
         tags: report.tags.clone().unwrap_or_default(),
+        agent_kind: report.agent_kind.to_owned(),
+        acp_server: report.acp_server.clone(),
+        launched_agent_profile: report.launched_agent_profile,
         created_at: now,
         updated_at: now,
     }

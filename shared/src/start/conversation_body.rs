@@ -4,12 +4,13 @@
 //! The agent server has defaults for most fields, but the body contains every field, as in the reference. The control plane then determines
 //! the conversation's configuration, and the agent server's version does not change it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
+use super::llm_body::{LlmUse, llm_body};
 use super::request::{AgentType, Content, Secrets, SendMessageRequest, StartRequest};
 use crate::agent_server::SkillInfo;
 use crate::clock::Time;
@@ -17,17 +18,31 @@ use crate::config::StartConfig;
 use crate::error::Result;
 use crate::http::secret::{self, InTerminal};
 use crate::id::{self, UserId};
+use crate::user::agent_profiles::AgentProfile;
 use crate::user::git::ProviderType;
+use crate::user::llm::Llm;
 use crate::user::settings::Settings;
 use crate::user::token::TokenKey;
-
-/// The version of this control plane in trace metadata.
-const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Default of `condenser_max_size`.
 const CONDENSER_MAX_SIZE: u32 = 240;
 
-const MAX_ITERATIONS: u32 = 500;
+/// Default of `max_iterations`.
+const MAX_ITERATIONS: i64 = 500;
+
+/// The fields of the condenser that the settings may replace, besides its size.
+const OWN_CONDENSER_FIELDS: [&str; 5] = [
+    "max_tokens",
+    "keep_first",
+    "minimum_progress",
+    "hard_context_reset_max_retries",
+    "hard_context_reset_context_scaling",
+];
+
+const BROWSER: &str = "browser_tool_set";
+
+/// The template of the system prompt of agents that write code.
+const DEFAULT_PROMPT: &str = "system_prompt.j2";
 
 /// The name of the search service's MCP server. A search key adds it.
 const SEARCH_SERVER: &str = "tavily";
@@ -57,6 +72,9 @@ pub struct ConversationInputs<'a> {
     /// [`crate::agent_server::version::AgentServerVersion::streams_to_clients_only`]. Condensers never stream: no client reads their
     /// output.
     pub streaming: bool,
+    /// Whether the agent server reads a security analyzer and a system prompt, see
+    /// [`crate::agent_server::version::AgentServerVersion::has_extended_create`].
+    pub extended: bool,
     /// Names of enabled MCP servers that are left out.
     pub mcp_servers_left_out: &'a [String],
     pub config: &'a StartConfig,
@@ -89,14 +107,16 @@ pub fn conversation_body(
     inputs: &ConversationInputs<'_>,
 ) -> Result<std::result::Result<ConversationBody, MissingModel>> {
     let ConversationInputs { request, settings, .. } = inputs;
-    let model = match model(request, settings) {
-        Ok(model) => model,
+    let llm = match llm_of_start(request, settings) {
+        Ok(llm) => llm,
         Err(missing) => return Ok(Err(missing)),
     };
+    let usage = LlmUse { user: inputs.user, conversation_id: inputs.conversation_id, config: inputs.config };
+    let profile = profile_of(settings);
     let plan = request.agent_type == AgentType::Plan;
-    let mut agent_llm = llm(inputs, model, "agent");
+    let mut agent_llm = llm_body(usage, &llm, "agent");
     agent_llm["stream"] = inputs.streaming.into();
-    let llm_model = agent_llm["model"].as_str().unwrap_or(model).to_owned();
+    let llm_model = agent_llm["model"].as_str().unwrap_or_default().to_owned();
     let (secrets, secrets_in_terminal) = secrets(inputs)?;
     let (tools, prompt, prompt_arguments) = if plan {
         let path = format!("{}/{}/PLAN.md", inputs.project_dir, plan_folder(request.git_provider));
@@ -106,16 +126,14 @@ pub fn conversation_body(
             json!({"plan_structure": PLAN_STRUCTURE, "llm_security_analyzer": true}),
         )
     } else {
-        let names =
-            ["terminal", "file_editor", "task_tracker"].into_iter().chain(inputs.browser.then_some("browser_tool_set"));
-        (names.map(tool).collect(), "system_prompt.j2", json!({"cli_mode": false, "llm_security_analyzer": true}))
+        (tools(inputs), DEFAULT_PROMPT, json!({"cli_mode": false, "llm_security_analyzer": true}))
     };
-    let json = json!({
+    let mut json = json!({
         "workspace": {"working_dir": inputs.project_dir, "kind": "LocalWorkspace"},
         "conversation_id": id::dashed(inputs.conversation_id),
         "confirmation_policy": confirmation_policy(settings),
         "initial_message": initial_message(request),
-        "max_iterations": MAX_ITERATIONS,
+        "max_iterations": settings.max_iterations.filter(|most| *most > 0).unwrap_or(MAX_ITERATIONS),
         "stuck_detection": true,
         "secrets": secrets,
         "tool_module_qualnames": {},
@@ -130,8 +148,8 @@ pub fn conversation_body(
             "filter_tools_regex": null,
             "include_default_tools": ["FinishTool", "ThinkTool"],
             "agent_context": {
-                "skills": wire_skills(inputs.skills, settings),
-                "system_message_suffix": system_message_suffix(request),
+                "skills": wire_skills(inputs.skills, request, settings),
+                "system_message_suffix": system_message_suffix(request, profile),
                 "user_message_suffix": null,
                 "load_user_skills": false,
                 "load_public_skills": false,
@@ -142,34 +160,91 @@ pub fn conversation_body(
             "system_prompt_filename": prompt,
             "security_policy_filename": "security_policy.j2",
             "system_prompt_kwargs": prompt_arguments,
-            "condenser": {
-                "llm": llm(inputs, model, if plan { "planning_condenser" } else { "condenser" }),
-                "max_size": settings.condenser_max_size.unwrap_or(CONDENSER_MAX_SIZE),
-                "max_tokens": null,
-                "keep_first": 2,
-                "minimum_progress": 0.1,
-                "hard_context_reset_max_retries": 5,
-                "hard_context_reset_context_scaling": 0.8,
-                "kind": "LLMSummarizingCondenser",
-            },
+            "condenser": condenser(inputs, &llm_body(usage, &llm, if plan { "planning_condenser" } else { "condenser" })),
             "critic": null,
-            "tool_concurrency_limit": 1,
+            "tool_concurrency_limit": profile.and_then(AgentProfile::tool_concurrency_limit).unwrap_or(1),
             "kind": "Agent",
         },
     });
+    // Versions that do not know tags ignore them.
+    if let Some(tags) = &request.tags {
+        json["tags"] = json!(tags);
+    }
+    if inputs.extended {
+        extend(&mut json, request, settings);
+    }
     Ok(Ok(ConversationBody { json, llm_model, secrets_in_terminal }))
 }
 
-/// The request's model, or else the user's model.
+/// Adds the security analyzer and the system prompt of the request.
+fn extend(body: &mut Value, request: &StartRequest, settings: &Settings) {
+    body["security_analyzer"] = match uses_llm_analyzer(settings) {
+        true => json!({"kind": "LLMSecurityAnalyzer"}),
+        false => Value::Null,
+    };
+    if let Some(prompt) = given(request.system_prompt.as_deref()) {
+        let agent = &mut body["agent"];
+        agent["system_prompt"] = prompt.into();
+        // An agent server refuses a prompt together with any template but the default one.
+        agent["system_prompt_filename"] = DEFAULT_PROMPT.into();
+    }
+}
+
+/// The model of a start: that of the request, or else of the active profile, or else of the settings.
 ///
 /// # Errors
-/// [`MissingModel`] if neither is set.
-pub fn model<'a>(request: &'a StartRequest, settings: &'a Settings) -> std::result::Result<&'a str, MissingModel> {
-    given(request.llm_model.as_deref()).or_else(|| given(settings.llm_model.as_deref())).ok_or(MissingModel)
+/// [`MissingModel`] if none of them names a model.
+pub fn llm_of_start(request: &StartRequest, settings: &Settings) -> std::result::Result<Llm, MissingModel> {
+    let llm = settings.llm_of_start(request.llm_model.as_deref());
+    if llm.model().is_some() { Ok(llm) } else { Err(MissingModel) }
+}
+
+/// The condenser of the conversation's history with this model; null if the user has turned it off.
+fn condenser(inputs: &ConversationInputs<'_>, llm: &Value) -> Value {
+    let settings = inputs.settings;
+    let own = &settings.condenser;
+    if settings.enable_default_condenser == Some(false) || own.get("condenser_kind").is_some_and(|kind| kind == "no_op")
+    {
+        return Value::Null;
+    }
+    let mut condenser = json!({
+        "llm": llm,
+        "max_size": settings.condenser_max_size.unwrap_or(CONDENSER_MAX_SIZE),
+        "max_tokens": null,
+        "keep_first": 2,
+        "minimum_progress": 0.1,
+        "hard_context_reset_max_retries": 5,
+        "hard_context_reset_context_scaling": 0.8,
+        "kind": "LLMSummarizingCondenser",
+    });
+    for name in OWN_CONDENSER_FIELDS {
+        if let Some(value) = own.get(name) {
+            condenser[name] = value.clone();
+        }
+    }
+    condenser
 }
 
 fn given(text: Option<&str>) -> Option<&str> {
     text.filter(|text| !text.trim().is_empty())
+}
+
+fn profile_of(settings: &Settings) -> Option<&AgentProfile> {
+    settings.agent_profile.as_ref().map(|launch| &launch.profile)
+}
+
+/// The tools of an agent that writes code: those of its profile, or else the usual ones. A browser is left out where there is none.
+fn tools(inputs: &ConversationInputs<'_>) -> Value {
+    let usual = || ["terminal", "file_editor", "task_tracker", BROWSER].map(tool).to_vec();
+    let chosen = profile_of(inputs.settings).and_then(AgentProfile::tools).and_then(Value::as_array).cloned();
+    let mut tools = chosen.unwrap_or_else(usual);
+    tools.retain(|tool| inputs.browser || tool["name"] != BROWSER);
+    for tool in &mut tools {
+        if tool["params"].is_null() {
+            tool["params"] = json!({});
+        }
+    }
+    tools.into()
 }
 
 fn tool(name: &str) -> Value {
@@ -180,88 +255,8 @@ fn exposed(secret: Option<&SecretString>) -> Option<&str> {
     given(secret.map(secrecy::ExposeSecret::expose_secret))
 }
 
-fn llm(inputs: &ConversationInputs<'_>, model: &str, usage_id: &str) -> Value {
-    let ConversationInputs { settings, config, .. } = inputs;
-    let mut base_url = given(settings.llm_base_url.as_deref()).map(ToOwned::to_owned);
-    let mut model = model.to_owned();
-    if let Some(name) = model.strip_prefix("openhands/") {
-        base_url = base_url
-            .or_else(|| config.openhands_provider_base_url.clone())
-            .or_else(|| Some("https://llm-proxy.app.all-hands.dev/".to_owned()));
-        model = format!("litellm_proxy/{name}");
-    }
-    let api_version = model.starts_with("azure").then_some("2024-12-01-preview");
-    let extra_body = if model.contains("openhands/") || model.contains("litellm_proxy/") {
-        let host = config.web_host.as_deref().unwrap_or("unspecified");
-        let mut metadata = json!({
-            "trace_version": VERSION,
-            "tags": [
-                "app:openhands",
-                format!("model:{model}"),
-                format!("type:{usage_id}"),
-                format!("web_host:{host}"),
-                format!("openhands_version:{VERSION}"),
-                "conversation_version:V1",
-            ],
-            "session_id": id::dashed(inputs.conversation_id),
-        });
-        if let Some(user) = inputs.user.shown() {
-            metadata["trace_user_id"] = user.into();
-        }
-        json!({"metadata": metadata})
-    } else {
-        json!({})
-    };
-    json!({
-        "model": model,
-        "api_key": exposed(settings.llm_api_key.as_ref()),
-        "base_url": base_url,
-        "api_version": api_version,
-        "aws_access_key_id": null,
-        "aws_secret_access_key": null,
-        "aws_region_name": null,
-        "openrouter_site_url": "https://docs.all-hands.dev/",
-        "openrouter_app_name": "OpenHands",
-        "num_retries": 5,
-        "retry_multiplier": 8.0,
-        "retry_min_wait": 8,
-        "retry_max_wait": 64,
-        "timeout": 300,
-        "max_message_chars": 30000,
-        "temperature": null,
-        "top_p": null,
-        "top_k": null,
-        "max_input_tokens": null,
-        "max_output_tokens": null,
-        "model_canonical_name": null,
-        "extra_headers": null,
-        "input_cost_per_token": null,
-        "output_cost_per_token": null,
-        "ollama_base_url": null,
-        "stream": false,
-        "drop_params": true,
-        "modify_params": true,
-        "disable_vision": null,
-        "disable_stop_word": false,
-        "caching_prompt": true,
-        "log_completions": false,
-        "log_completions_folder": "logs/completions",
-        "custom_tokenizer": null,
-        "native_tool_calling": true,
-        "force_string_serializer": null,
-        "reasoning_effort": "high",
-        "reasoning_summary": null,
-        "enable_encrypted_reasoning": true,
-        "prompt_cache_retention": "24h",
-        "extended_thinking_budget": 200_000,
-        "seed": null,
-        "safety_settings": null,
-        "usage_id": usage_id,
-        "litellm_extra_body": extra_body,
-    })
-}
-
-/// Custom secrets, then provider tokens under `<PROVIDER>_TOKEN`, then the request's secrets; later ones override earlier ones. Secrets
+/// Custom secrets, then provider tokens under `<PROVIDER>_TOKEN`, of both those that the agent profile chooses, then the request's secrets;
+/// later ones override earlier ones. Secrets
 /// that were stored before their names and values were validated, and cannot be environment variables, are left out: they would make the
 /// agent lose other secrets as well.
 fn secrets(inputs: &ConversationInputs<'_>) -> Result<(Map<String, Value>, InTerminal)> {
@@ -293,6 +288,10 @@ fn secrets(inputs: &ConversationInputs<'_>) -> Result<(Map<String, Value>, InTer
         let name = format!("{provider_name}_TOKEN");
         sources.insert(name.clone(), source);
         values.insert(name, value);
+    }
+    if let Some(chosen) = profile_of(settings).and_then(AgentProfile::secrets) {
+        sources.retain(|name, _| chosen.contains(name.as_str()));
+        values.retain(|name, _| chosen.contains(name.as_str()));
     }
     for (name, value) in request.secrets.iter().flat_map(Secrets::values) {
         sources.insert(name.to_owned(), fixed(value, None));
@@ -327,6 +326,9 @@ pub fn mcp_servers(settings: &Settings, config: &StartConfig) -> Map<String, Val
         servers.insert(SEARCH_SERVER.to_owned(), json!({"url": url}));
     }
     servers.extend(settings.mcp_config.for_agent());
+    if let Some(chosen) = profile_of(settings).and_then(AgentProfile::mcp_servers) {
+        servers.retain(|name, _| chosen.contains(name.as_str()));
+    }
     servers
 }
 
@@ -346,8 +348,10 @@ pub fn uses_llm_analyzer(settings: &Settings) -> bool {
     settings.security_analyzer.as_deref().is_some_and(|analyzer| analyzer.eq_ignore_ascii_case("llm"))
 }
 
-fn wire_skills(skills: &[SkillInfo], settings: &Settings) -> Vec<Value> {
-    let disabled = settings.disabled_skills.as_deref().unwrap_or_default();
+/// The skills of the agent: none of those that the settings or the request disable.
+fn wire_skills(skills: &[SkillInfo], request: &StartRequest, settings: &Settings) -> Vec<Value> {
+    let lists = [&settings.disabled_skills, &request.disabled_skills];
+    let disabled: BTreeSet<&String> = lists.into_iter().flatten().flatten().collect();
     let mut by_name: Vec<&SkillInfo> = Vec::new();
     for skill in skills.iter().filter(|skill| !disabled.contains(&skill.name)) {
         match by_name.iter_mut().find(|known| known.name == skill.name) {
@@ -463,8 +467,15 @@ fn python_repr(value: &Value) -> String {
     }
 }
 
-fn system_message_suffix(request: &StartRequest) -> Option<String> {
+fn system_message_suffix(request: &StartRequest, profile: Option<&AgentProfile>) -> Option<String> {
     let suffix = request.system_message_suffix.clone();
+    let suffix = match profile.and_then(AgentProfile::system_message_suffix) {
+        Some(of_profile) => Some(match given(suffix.as_deref()) {
+            Some(suffix) => format!("{of_profile}\n\n{suffix}"),
+            None => of_profile.to_owned(),
+        }),
+        None => suffix,
+    };
     if request.agent_type != AgentType::Plan {
         return suffix;
     }
@@ -525,6 +536,7 @@ mod tests {
         skills: Vec<SkillInfo>,
         browser: bool,
         streaming: bool,
+        extended: bool,
         mcp_servers_left_out: Vec<String>,
     }
 
@@ -537,6 +549,7 @@ mod tests {
                 skills: Vec::new(),
                 browser: true,
                 streaming: false,
+                extended: false,
                 mcp_servers_left_out: Vec::new(),
             }
         }
@@ -553,12 +566,16 @@ mod tests {
                 sandbox_id: "box",
                 conversation_id: Uuid::parse_str("0513cae8-43c0-4dd7-aebc-f1c2dc0f9b8f").expect("an id"),
                 request: &request,
-                settings: &Settings::from_json(&self.settings.to_string()).expect("settings"),
+                settings: &Settings::from_json(&self.settings.to_string())
+                    .expect("settings")
+                    .with_agent_profile(None)
+                    .expect("a profile"),
                 project_dir: "/workspace/project",
                 skills: &self.skills,
                 hooks: None,
                 browser: self.browser,
                 streaming: self.streaming,
+                extended: self.extended,
                 mcp_servers_left_out: &self.mcp_servers_left_out,
                 config: &self.config,
                 token_key: &SecretSlice::from(vec![7; 32]).into(),
@@ -603,6 +620,62 @@ mod tests {
     }
 
     #[test]
+    fn newer_agent_servers_get_the_analyzer_and_the_prompt_at_once() {
+        let request = json!({"agent_type": "plan", "tags": {"team": "a"}, "system_prompt": "Be brief."});
+        let mut settings = settings();
+        settings["security_analyzer"] = "llm".into();
+        let mut case = Case::new(request, settings);
+        let body = case.body();
+        assert!(body.get("security_analyzer").is_none(), "{body}");
+        assert_eq!(body["tags"], json!({"team": "a"}), "an older one ignores them");
+        assert!(body["agent"].get("system_prompt").is_none());
+        case.extended = true;
+        let body = case.body();
+        assert_eq!(body["security_analyzer"], json!({"kind": "LLMSecurityAnalyzer"}));
+        assert_eq!(body["agent"]["system_prompt"], "Be brief.");
+        assert_eq!(body["agent"]["system_prompt_filename"], "system_prompt.j2");
+        let suffix = body["agent"]["agent_context"]["system_message_suffix"].as_str().expect("a suffix");
+        assert!(suffix.starts_with("<IMPORTANT_PLANNING_BOUNDARIES>"), "{suffix}");
+        case.request = json!({});
+        case.settings["security_analyzer"] = Value::Null;
+        let body = case.body();
+        assert_eq!((&body["security_analyzer"], body.get("tags")), (&Value::Null, None));
+    }
+
+    #[test]
+    fn an_agent_profile_chooses_tools_servers_secrets_and_text() {
+        let mut settings = settings();
+        settings["custom_secrets"] = json!({"A": {"secret": "a"}, "B": {"secret": "b"}});
+        settings["provider_tokens"] = json!({"github": {"token": "ghp"}});
+        settings["mcp_config"] = json!({"one": {"url": "https://one.example"}, "two": {"url": "https://two.example"}});
+        settings["agent_profiles"] = json!({"active": "b704a292-9166-4871-83f0-f2c3a805d5d4", "profiles": {"p": {
+            "id": "b704a292-9166-4871-83f0-f2c3a805d5d4", "revision": 1, "llm_profile_ref": "default",
+            "tools": [{"name": "terminal"}, {"name": "browser_tool_set", "params": {"x": 1}}], "mcp_server_refs": ["two"],
+            "secret_refs": ["B"], "system_message_suffix": "Be brief.", "tool_concurrency_limit": 3,
+        }}});
+        let request = json!({"secrets": {"C": "c"}, "system_message_suffix": "Answer in German."});
+        let mut case = Case::new(request, settings);
+        case.config.tavily_api_key = Some("key".into());
+        let body = case.body();
+        let agent = &body["agent"];
+        assert_eq!(
+            agent["tools"],
+            json!([{"name": "terminal", "params": {}}, {"name": "browser_tool_set", "params": {"x": 1}}])
+        );
+        assert_eq!(agent["mcp_config"], json!({"two": {"url": "https://two.example"}}));
+        assert_eq!(agent["tool_concurrency_limit"], 3);
+        assert_eq!(agent["agent_context"]["system_message_suffix"], "Be brief.\n\nAnswer in German.");
+        assert_eq!(body["secrets"].as_object().expect("secrets").keys().collect::<Vec<_>>(), ["B", "C"]);
+        case.browser = false;
+        case.request = json!({});
+        let agent = case.body()["agent"].clone();
+        assert_eq!(agent["tools"], json!([{"name": "terminal", "params": {}}]));
+        assert_eq!(agent["agent_context"]["system_message_suffix"], "Be brief.");
+        case.request = json!({"agent_type": "plan"});
+        assert_eq!(case.body()["agent"]["tools"][0]["name"], "glob", "a planning agent has its own tools");
+    }
+
+    #[test]
     fn without_a_browser_its_tool_is_left_out() {
         let mut case = Case::new(json!({}), settings());
         case.browser = false;
@@ -638,6 +711,50 @@ mod tests {
         assert_eq!(case.body()["agent"]["llm"]["base_url"], "https://llm-proxy.app.all-hands.dev/");
         case.request = json!({"llm_model": "azure/gpt"});
         assert_eq!(case.body()["agent"]["llm"]["api_version"], "2024-12-01-preview");
+    }
+
+    #[test]
+    fn a_start_uses_the_requests_model_or_the_active_profile_or_the_settings() {
+        let profiles = json!({"profiles": {
+            "fast": {"model": "openai/fast", "api_key": "key-fast", "base_url": "http://fast"},
+            "slow": {"model": "openai/slow", "api_key": "key-slow", "temperature": 0.5},
+        }, "active": "fast"});
+        let mut settings = settings();
+        settings["llm_profiles"] = profiles;
+        let llm = |request: Value, settings: &Value| {
+            let body = Case::new(request, settings.clone()).whole();
+            let llm = body.json["agent"]["llm"].clone();
+            assert_eq!(body.llm_model, llm["model"]);
+            assert_eq!(body.json["agent"]["condenser"]["llm"]["api_key"], llm["api_key"]);
+            (llm["model"].clone(), llm["api_key"].clone(), llm["base_url"].clone(), llm["temperature"].clone())
+        };
+        let fast = (json!("openai/fast"), json!("key-fast"), json!("http://fast"), json!(null));
+        assert_eq!(llm(json!({}), &settings), fast);
+        let slow = (json!("openai/slow"), json!("key-slow"), json!(null), json!(0.5));
+        assert_eq!(llm(json!({"llm_model": "openai/slow"}), &settings), slow);
+        let other = (json!("openai/other"), json!("key-fast"), json!("http://fast"), json!(null));
+        assert_eq!(llm(json!({"llm_model": "openai/other"}), &settings), other);
+        settings["llm_profiles"]["active"] = Value::Null;
+        let of_settings = (json!("openai/stub"), json!("sk-fake"), json!("http://127.0.0.1:8099/v1"), json!(null));
+        assert_eq!(llm(json!({}), &settings), of_settings);
+        assert_eq!(llm(json!({"llm_model": " "}), &settings), of_settings);
+    }
+
+    #[test]
+    fn the_condenser_and_the_iterations_follow_the_settings() {
+        let mut settings = settings();
+        settings["agent_settings"] = json!({"condenser": {"keep_first": 4, "max_size": 100}});
+        settings["conversation_settings"] = json!({"max_iterations": 7});
+        let body = Case::new(json!({}), settings.clone()).body();
+        let condenser = &body["agent"]["condenser"];
+        assert_eq!(
+            (&condenser["keep_first"], &condenser["max_size"], &body["max_iterations"]),
+            (&json!(4), &json!(100), &json!(7))
+        );
+        settings["agent_settings"]["condenser"]["enabled"] = false.into();
+        settings["max_iterations"] = 0.into();
+        let body = Case::new(json!({}), settings).body();
+        assert_eq!((&body["agent"]["condenser"], &body["max_iterations"]), (&Value::Null, &json!(500)));
     }
 
     #[test]
@@ -792,10 +909,11 @@ mod tests {
     fn disabled_skills_are_left_out_and_later_ones_replace_earlier_ones() {
         let mut settings = settings();
         settings["disabled_skills"] = json!(["off"]);
-        let mut case = Case::new(json!({}), settings);
+        let mut case = Case::new(json!({"disabled_skills": ["off here"]}), settings);
         case.skills = vec![
             skill("a", &[]),
             skill("off", &[]),
+            skill("off here", &[]),
             skill("b", &["word"]),
             skill("c", &["/do", "x"]),
             skill("a", &["new"]),

@@ -19,6 +19,7 @@ use crate::id::{self, UserId};
 use crate::jobs::advance_start::AdvanceStart;
 use crate::jobs::queue::JobQueue;
 use crate::sandbox::store::SandboxStore;
+use crate::user::agent_profiles::AgentProfileError;
 use crate::user::git::{self, Repository, Selection};
 use crate::user::settings::{ProviderTokens, SettingsStore};
 
@@ -50,7 +51,7 @@ impl StartService {
     ///
     /// # Errors
     /// [`Error::Conflict`] for a key of another request,
-    /// [`Error::NotFound`] for an unknown parent, [`Error::Refused`] for an unsupported suggested task, [`Error::Invalid`] for an invalid
+    /// [`Error::NotFound`] for an unknown parent or agent profile, [`Error::Refused`] for an unsupported suggested task, [`Error::Invalid`] for an invalid
     /// repository or branch, [`Error::Saturated`] for too many unfinished starts; then nothing is stored. [`Error::Store`].
     pub async fn create(
         &self,
@@ -64,6 +65,13 @@ impl StartService {
             record.record_in_log();
             tracing::info!(task = %record.id, "start.repeated");
             return Ok(record);
+        }
+        if request.agent_profile_id.is_some() {
+            let settings = self.settings.get(user).await?.unwrap_or_default();
+            settings.with_agent_profile(request.agent_profile_id).map_err(|error| match error {
+                AgentProfileError::Unknown(_) => Error::NotFound(error.to_string()),
+                AgentProfileError::NoLlmProfile { .. } => Error::Refused(error.to_string()),
+            })?;
         }
         let request = self.with_selection(user, with_suggested_task(request)?).await?;
         let deadline = Time::now().plus(self.step_timeout);

@@ -5,6 +5,7 @@ pub mod cancel;
 pub mod conversation_body;
 pub mod create;
 pub mod identity;
+pub mod llm_body;
 pub mod request;
 pub mod saga;
 pub mod store;

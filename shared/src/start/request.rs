@@ -7,14 +7,21 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use crate::conversation::fields::{EventCallbackProcessor, Trigger, name, repository};
+use crate::conversation::tags::Tags;
 use crate::http::pydantic::body::{self, FromJson};
 use crate::http::pydantic::validation::{
-    Checked, Checker, Fields, boolean, choice, constant, dictionary, first_of, integer, list, literal, string, uuid,
-    wire_enum,
+    Checked, Checker, Fields, boolean, choice, constant, dictionary, first_of, integer, list, literal, string,
+    string_up_to, uuid, wire_enum,
 };
 use crate::http::secret::{self, MASK, MAX_SECRETS};
+use crate::user::agent_profiles::AgentKind;
 use crate::user::git::{ProviderType, Repository, normal_branch, without_credentials};
 use crate::user::settings::ProviderTokens;
+
+/// The most skills that one request disables.
+pub const MAX_DISABLED_SKILLS: usize = 1000;
+/// The most characters of a skill's name.
+pub const MAX_SKILL_NAME: usize = 256;
 
 wire_enum! {
     /// The agent that runs the conversation.
@@ -95,9 +102,24 @@ pub struct StartRequest {
     /// Marks the conversation as public: everyone may read it.
     pub public: Option<bool>,
     pub plugins: Option<Vec<PluginSpec>>,
-    /// Secrets for the sandbox. An extension of the contract, so the key is absent unless a client sent it.
+    /// Secrets for the sandbox. An extension of the contract, so the key is absent unless a client sent it, as those of the fields below.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub secrets: Option<Secrets>,
+    /// Tags of the conversation.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tags: Option<Tags>,
+    /// The system prompt, instead of the agent's own. Agent servers before 1.34 have no such field.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub system_prompt: Option<String>,
+    /// Skills that this conversation does not get, in addition to those that are disabled in the settings.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disabled_skills: Option<Vec<String>>,
+    /// The agent profile to use, instead of the active one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agent_profile_id: Option<Uuid>,
+    /// `openhands`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agent_kind: Option<AgentKind>,
 }
 
 impl StartRequest {
@@ -145,6 +167,12 @@ impl FromJson for StartRequest {
         let public = fields.nullable(check, "public", boolean);
         let plugins = fields.nullable(check, "plugins", |check, value| list(check, value, PluginSpec::read));
         let secrets = fields.nullable(check, "secrets", Secrets::read);
+        let tags = fields.nullable(check, "tags", Tags::requested);
+        let system_prompt = fields.nullable(check, "system_prompt", string);
+        let disabled_skills = fields.nullable(check, "disabled_skills", read_skill_names);
+        let agent_profile_id = fields.nullable(check, "agent_profile_id", uuid);
+        let agent_kind = fields.nullable(check, "agent_kind", literal);
+        fields.nullable(check, "acp_server", refuse_acp_server)?;
         Some(Self {
             sandbox_id: sandbox_id?,
             conversation_id: conversation_id?,
@@ -164,8 +192,31 @@ impl FromJson for StartRequest {
             public: public?,
             plugins: plugins?,
             secrets: secrets?,
+            tags: tags?,
+            system_prompt: system_prompt?.filter(|text| !text.trim().is_empty()),
+            disabled_skills: disabled_skills?,
+            agent_profile_id: agent_profile_id?,
+            agent_kind: agent_kind?,
         })
     }
+}
+
+fn read_skill_names(check: &mut Checker, value: &Value) -> Option<Vec<String>> {
+    let names = list(check, value, |check, value| string_up_to(MAX_SKILL_NAME, check, value))?;
+    if names.len() > MAX_DISABLED_SKILLS {
+        let (most, found) = (MAX_DISABLED_SKILLS, names.len());
+        let msg = format!("List should have at most {most} items after validation, not {found}");
+        let ctx = json!({"field_type": "List", "max_length": most, "actual_length": found});
+        check.report("too_long", msg, Value::Null, Some(ctx));
+        return None;
+    }
+    Some(names)
+}
+
+/// Agents of other makers, which speak the Agent Client Protocol, are not started here.
+fn refuse_acp_server(check: &mut Checker, value: &Value) -> Option<()> {
+    check.report_value_error("agents behind an ACP server cannot be started here: leave acp_server out", value.clone());
+    None
 }
 
 /// A message to the agent.
@@ -600,6 +651,36 @@ mod tests {
 
         let absent = serde_json::to_string(&read(&json!({"secrets": null})).unwrap()).unwrap();
         assert!(!absent.contains("secrets"));
+    }
+
+    #[test]
+    fn fields_of_later_versions_are_read_or_refused() {
+        let profile = "b704a292-9166-4871-83f0-f2c3a805d5d4";
+        let body = json!({"tags": {"team": "a"}, "system_prompt": "Be brief.", "disabled_skills": ["docker"],
+            "agent_profile_id": profile, "agent_kind": "openhands", "acp_server": null});
+        let request = read(&body).unwrap();
+        let shown = serde_json::to_value(&request).unwrap();
+        for field in ["tags", "system_prompt", "disabled_skills", "agent_profile_id", "agent_kind"] {
+            assert_eq!(shown[field], body[field], "{field}");
+        }
+        let again: StartRequest = serde_json::from_value(shown.clone()).unwrap();
+        assert_eq!(serde_json::to_value(again).unwrap(), shown);
+        let empty = json!({"tags": null, "system_prompt": " ", "disabled_skills": null, "agent_profile_id": null, "agent_kind": null});
+        let shown = serde_json::to_value(read(&empty).unwrap()).unwrap();
+        assert!(empty.as_object().unwrap().keys().all(|field| shown.get(field).is_none()), "{shown}");
+        for (body, kind, loc) in [
+            (json!({"tags": {"A": "x"}}), "value_error", json!(["body", "tags", "A", "[key]"])),
+            (json!({"system_prompt": 1}), "string_type", json!(["body", "system_prompt"])),
+            (json!({"disabled_skills": "docker"}), "list_type", json!(["body", "disabled_skills"])),
+            (json!({"disabled_skills": vec!["a"; 1001]}), "too_long", json!(["body", "disabled_skills"])),
+            (json!({"disabled_skills": ["a".repeat(257)]}), "string_too_long", json!(["body", "disabled_skills", 0])),
+            (json!({"agent_profile_id": "default"}), "uuid_parsing", json!(["body", "agent_profile_id"])),
+            (json!({"agent_kind": "acp"}), "literal_error", json!(["body", "agent_kind"])),
+            (json!({"acp_server": "codex"}), "value_error", json!(["body", "acp_server"])),
+        ] {
+            let violations = detail(read(&body).unwrap_err());
+            assert_eq!((&violations[0]["type"], &violations[0]["loc"]), (&json!(kind), &loc));
+        }
     }
 
     #[test]

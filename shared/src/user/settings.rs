@@ -6,9 +6,13 @@ use std::time::Duration;
 use aws_sdk_dynamodb::Client;
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use super::UserId;
+use super::agent_profiles::{AgentProfiles, LaunchProfile};
 use super::git;
+use super::llm::Llm;
+use super::llm_profiles::LlmProfiles;
 use super::mcp::{self, McpServers};
 use super::seal::Sealer;
 use super::settings_document::SettingsDocument;
@@ -45,6 +49,25 @@ pub struct Settings {
     pub llm_api_key: Option<SecretString>,
     /// Where it is served.
     pub llm_base_url: Option<String>,
+    /// The whole configuration of the model, the three fields above included.
+    #[serde(skip)]
+    pub llm: Llm,
+    /// The user's LLM profiles.
+    #[serde(skip)]
+    pub llm_profiles: LlmProfiles,
+    /// The user's agent profiles.
+    #[serde(skip)]
+    pub agent_profiles: AgentProfiles,
+    /// The agent profile of a start, see [`Settings::with_agent_profile`].
+    #[serde(skip)]
+    pub agent_profile: Option<LaunchProfile>,
+    /// How often an agent may call its model in a conversation.
+    pub max_iterations: Option<i64>,
+    /// Whether a conversation's history is condensed.
+    pub enable_default_condenser: Option<bool>,
+    /// The settings of the condenser that have no flat name.
+    #[serde(skip)]
+    pub condenser: Map<String, Value>,
     /// Whether the agent asks before it acts.
     pub confirmation_mode: Option<bool>,
     /// `llm` lets the model judge its own actions' risk.
@@ -70,9 +93,6 @@ pub struct Settings {
     /// Secrets that agents may use, by name.
     #[serde(deserialize_with = "null_is_default")]
     pub custom_secrets: BTreeMap<String, CustomSecret>,
-    /// The settings file's other place for tokens and secrets.
-    #[serde(deserialize_with = "null_is_default")]
-    secrets_store: SecretsStore,
 }
 
 /// Tokens in the order in which they were given: it is the order in which they are tried.
@@ -100,15 +120,6 @@ pub struct CustomSecret {
     /// What it is for.
     #[serde(default)]
     pub description: Option<String>,
-}
-
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
-struct SecretsStore {
-    #[serde(deserialize_with = "null_is_default")]
-    provider_tokens: ProviderTokens,
-    #[serde(deserialize_with = "null_is_default")]
-    custom_secrets: BTreeMap<String, CustomSecret>,
 }
 
 impl<'de> Deserialize<'de> for ProviderTokens {
@@ -144,11 +155,21 @@ impl Settings {
     /// # Errors
     /// Says which field is not as it should be.
     pub fn from_json(json: &str) -> Result<Self, serde_json::Error> {
-        let mut settings: Self = serde_json::from_str(json)?;
-        let SecretsStore { provider_tokens, custom_secrets } = std::mem::take(&mut settings.secrets_store);
-        settings.provider_tokens.0.extend(provider_tokens.0);
-        settings.custom_secrets.extend(custom_secrets);
-        Ok(settings)
+        SettingsDocument::parse(json)?.into_settings()
+    }
+
+    /// The model of a start that names this one, or none. A named model is that of the profile that has it, with its key; without such a
+    /// profile the name replaces that of the active profile's model, or else of the settings' model.
+    #[must_use]
+    pub fn llm_of_start(&self, named: Option<&str>) -> Llm {
+        let own = self.llm_profiles.active_llm().map(|llm| llm.clone().with_key_of(&self.llm));
+        let own = own.unwrap_or_else(|| self.llm.clone());
+        let Some(model) = named.filter(|model| !model.trim().is_empty()) else { return own };
+        match self.llm_profiles.with_model(model) {
+            Some(llm) => llm.clone().with_key_of(&own),
+            None if own.model() == Some(model) => own,
+            None => own.with_model(model),
+        }
     }
 }
 
@@ -228,7 +249,7 @@ impl SettingsStore {
     /// [`Error::Refused`] when they are not valid settings; those of [`SettingsStore::change`].
     pub async fn lay_over(&self, user: &UserId, json: &SecretString) -> Result<()> {
         check_given(json)?;
-        let over = SettingsDocument::parse(json.expose_secret()).map_err(unreadable)?;
+        let over = SettingsDocument::parse_given(json.expose_secret()).map_err(unreadable)?;
         self.change(user, |document| {
             document.merge(&over);
             Ok(())

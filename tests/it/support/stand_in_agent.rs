@@ -968,13 +968,16 @@ fn start_conversation(body: Value, state: &mut State) -> Response {
         return ok(&conversation.info());
     }
     let (time, message) = (now(), body["initial_message"].clone());
+    // 1.15 ignores it.
+    let is_read = !state.version.starts_with("1.15.");
+    let security_analyzer = if is_read { body["security_analyzer"].clone() } else { Value::Null };
     state.conversations.push(Conversation {
         id,
         body,
         posts: 1,
         title: None,
         execution_status: "idle".to_owned(),
-        security_analyzer: Value::Null,
+        security_analyzer,
         created_at: time,
         updated_at: time,
         last_message: None,
@@ -1069,6 +1072,13 @@ fn conversation(method: &str, id: Uuid, rest: &[&str], body: Value, state: &mut 
         }
         ("POST", ["events"], None) => {
             detail(StatusCode::NOT_FOUND, &format!("Conversation not found: {}", id.hyphenated()))
+        }
+        ("POST", ["switch_llm"], Some(_)) => match body["llm"]["model"].as_str() {
+            None => missing(&["body", "llm"]),
+            Some(_) => success(true),
+        },
+        ("POST", ["switch_acp_model"], Some(_)) => {
+            detail(StatusCode::BAD_REQUEST, "Conversation does not have an ACP agent")
         }
         ("POST", ["security_analyzer"], Some(conversation)) => match body.get("security_analyzer") {
             None => missing(&["body", "security_analyzer"]),

@@ -77,7 +77,7 @@ impl Conversation {
             title: None,
             created_at: format!("{time:.6}"),
             updated_at: format!("{time:.6}"),
-            security_analyzer: Value::Null,
+            security_analyzer: body["security_analyzer"].clone(),
             last_message: None,
             messages: Vec::new(),
             model_requests: 0,

@@ -324,6 +324,7 @@ fn columns(row: &Row<'_>) -> rusqlite::Result<Columns> {
 fn conversation(mut columns: Columns) -> Value {
     decode(&mut columns, "pr_number");
     decode(&mut columns, "tags");
+    decode(&mut columns, "launched_agent_profile");
     let mut part = |names: &[(&str, &str)]| -> Map<String, Value> {
         names.iter().filter_map(|(column, field)| Some(((*field).to_owned(), columns.remove(*column)?))).collect()
     };

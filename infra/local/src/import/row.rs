@@ -9,11 +9,13 @@ use serde::Deserialize;
 use serde_json::Value;
 use shared::Time;
 use shared::conversation::tags::Tags;
-use shared::conversation::{ConversationRecord, MetricsSnapshot, TokenUsage};
+use shared::conversation::{
+    ConversationRecord, LaunchedAgentProfile, MAX_AGENT_NAME, MetricsSnapshot, OPENHANDS_AGENT, TokenUsage,
+};
 use shared::event::store::Event;
 use shared::http::pydantic::query::read_datetime;
 use shared::http::pydantic::validation::{
-    Checker, Fields, Loc, Violation, boolean, choice, float, integer, list, string, uuid, uuid_from_text,
+    Checker, Fields, Loc, Violation, boolean, choice, float, integer, list, string, string_up_to, uuid, uuid_from_text,
 };
 use shared::http::secret::{MAX_NAME, MAX_SECRETS};
 use shared::start::request::{Secrets, StartRequest};
@@ -60,6 +62,9 @@ pub(super) fn conversation(data: &Value, default: DefaultOwner<'_>) -> Result<Co
         let parent_conversation_id = fields.nullable(check, "parent_conversation_id", uuid);
         let public = fields.nullable(check, "public", boolean);
         let tags = fields.nullable(check, "tags", tags);
+        let agent_kind = fields.nullable(check, "agent_kind", agent_name);
+        let acp_server = fields.nullable(check, "acp_server", agent_name);
+        let launched_agent_profile = fields.nullable(check, "launched_agent_profile", launched_agent_profile);
         let created_at = fields.required(check, "created_at", time);
         let updated_at = fields.nullable(check, "updated_at", time);
         let (tags, left_out) = tags?.unwrap_or_default();
@@ -81,6 +86,9 @@ pub(super) fn conversation(data: &Value, default: DefaultOwner<'_>) -> Result<Co
             parent_conversation_id: parent_conversation_id?,
             public: public?,
             tags,
+            agent_kind: agent_kind?.unwrap_or_else(|| OPENHANDS_AGENT.to_owned()),
+            acp_server: acp_server?,
+            launched_agent_profile: launched_agent_profile?,
             created_at: created_at?,
             updated_at: last_change(created_at?, updated_at?),
         };
@@ -89,6 +97,24 @@ pub(super) fn conversation(data: &Value, default: DefaultOwner<'_>) -> Result<Co
         }
         Some(record)
     })
+}
+
+/// The kind of an agent, or the name of an ACP server.
+fn agent_name(check: &mut Checker, value: &Value) -> Option<String> {
+    string_up_to(MAX_AGENT_NAME, check, value)
+}
+
+fn launched_agent_profile(check: &mut Checker, value: &Value) -> Option<LaunchedAgentProfile> {
+    let fields = Fields::of(check, value)?;
+    let agent_profile_id = fields.required(check, "agent_profile_id", uuid);
+    let revision = fields.required(check, "revision", |check, value| {
+        let revision = u64::try_from(integer(check, value)?).ok();
+        if revision.is_none() {
+            refuse(check, "it is not a revision");
+        }
+        revision
+    });
+    Some(LaunchedAgentProfile { agent_profile_id: agent_profile_id?, revision: revision? })
 }
 
 /// A repository, which is not validated because it is history. Credentials in its URL are removed.

@@ -136,6 +136,29 @@ impl Query {
         texts
     }
 
+    /// A repeated parameter that may be absent; `read` reports violations of each value at its index. More than `most` values are
+    /// `too_long`.
+    pub fn list<T>(
+        &mut self,
+        name: &'static str,
+        most: usize,
+        read: impl Fn(&mut Checker, &str) -> Option<T>,
+    ) -> Vec<T> {
+        let texts: Vec<&str> =
+            self.pairs.iter().filter(|(key, _)| key == name).map(|(_, text)| text.as_str()).collect();
+        self.check.within(name, |check| {
+            if texts.len() > most {
+                let found = texts.len();
+                let msg = format!("List should have at most {most} items after validation, not {found}");
+                let ctx = json!({"field_type": "List", "max_length": most, "actual_length": found});
+                check.report("too_long", msg, Value::Null, Some(ctx));
+                return Vec::new();
+            }
+            let read = |(index, text): (usize, &&str)| check.within(index, |check| read(check, text));
+            texts.iter().enumerate().filter_map(read).collect()
+        })
+    }
+
     /// A value of an enum; violation `enum`.
     pub fn choice<T: Choice>(&mut self, name: &'static str) -> Option<T> {
         self.read(name, |check, text| choice(check, &text.into()))

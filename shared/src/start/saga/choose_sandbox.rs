@@ -10,7 +10,7 @@ use crate::dynamo::text;
 use crate::error::ErrorClass;
 use crate::id;
 use crate::sandbox::{Launch, Sandbox, SandboxStatus};
-use crate::start::conversation_body::model;
+use crate::start::conversation_body::llm_of_start;
 use crate::start::store::Change;
 use crate::user::settings::SandboxGroupingStrategy;
 
@@ -18,7 +18,7 @@ impl StartRun<'_> {
     pub(super) async fn choose_sandbox(&mut self) -> Result<Step, StepError> {
         // A missing model fails the start here, before a sandbox is created.
         let settings = self.settings().await?;
-        model(&self.task.request, &settings)
+        llm_of_start(&self.task.request, &settings)
             .map_err(|missing| StepError::Failed(ErrorClass::User, missing.to_string()))?;
         // As in the reference, a client can use the id of a deleted conversation again.
         if let Some(conversation) = self.task.request.conversation_id

@@ -738,10 +738,12 @@ impl StartRun<'_> {
         Ok(())
     }
 
-    /// The user's settings, read once per attempt.
+    /// The user's settings with the agent profile of the start, read once per attempt.
     async fn settings(&mut self) -> Result<Settings, StepError> {
         if self.settings.is_none() {
-            self.settings = Some(self.saga.settings.get(&self.task.record.user).await?.unwrap_or_default());
+            let stored = self.saga.settings.get(&self.task.record.user).await?.unwrap_or_default();
+            let settings = stored.with_agent_profile(self.task.request.agent_profile_id);
+            self.settings = Some(settings.map_err(|error| StepError::Failed(ErrorClass::User, error.to_string()))?);
         }
         Ok(self.settings.clone().unwrap_or_default())
     }

@@ -9,14 +9,13 @@ use tokio::time::{Instant, sleep};
 
 use super::probe_mcp_servers::{ProbeStart, shown};
 use super::{StartRun, Step, StepError};
-use crate::agent_server::version::AgentServerVersion;
+use crate::agent_server::version::{AgentServerVersion, EXTENDED_CREATE};
 use crate::agent_server::{AgentServer, AgentServerError, ConversationInfo, Failure, Retry, SkillInfo, SkillsQuery};
 use crate::clock::Time;
 use crate::conversation::fields::EventCallbackProcessor;
 use crate::conversation::reports::{Lookup, Recorded, default_titles};
 use crate::conversation::store::ConversationChange;
-use crate::conversation::tags::Tags;
-use crate::conversation::{ConversationRecord, MetricsSnapshot};
+use crate::conversation::{ConversationRecord, LaunchedAgentProfile, MetricsSnapshot, OPENHANDS_AGENT};
 use crate::error::{Error, ErrorClass, StoreErrorKind};
 use crate::event;
 use crate::http::secret::InTerminal;
@@ -56,6 +55,7 @@ impl StartRun<'_> {
         }
         let settings = self.settings().await?;
         if uses_llm_analyzer(&settings)
+            && body.json.get("security_analyzer").is_none()
             && let Err(error) = agent_server.set_llm_security_analyzer(self.task.record.conversation_id).await
         {
             self.add_note(format!("The security analyzer was not set: {error}"));
@@ -100,12 +100,18 @@ impl StartRun<'_> {
                 None
             }
         };
+        let missing = settings.agent_profile.as_ref().map(|launch| launch.missing_mcp_servers.as_slice());
+        if let Some(missing @ [_, ..]) = missing {
+            let names = missing.iter().map(|name| shown(name)).collect::<Vec<_>>().join(", ");
+            self.add_note(format!("The agent profile names MCP servers that the settings do not have: {names}"));
+        }
         let browser = self.task.record.browser.unwrap_or(true);
         if !browser && self.task.request.agent_type == AgentType::Default {
             self.add_note("The agent has no browser tool: no Chromium was found in its sandbox".to_owned());
         }
-        let streaming = self.saga.config.token_streaming
-            && self.agent_server_version(agent_server).await.is_some_and(AgentServerVersion::streams_to_clients_only);
+        let version = self.agent_server_version(agent_server).await?;
+        let streaming =
+            self.saga.config.token_streaming && version.is_some_and(AgentServerVersion::streams_to_clients_only);
         let token_key = TokenKey::of(&self.saga.sealer).await?;
         let body = conversation_body(&ConversationInputs {
             user: &self.task.record.user,
@@ -118,6 +124,7 @@ impl StartRun<'_> {
             hooks,
             browser,
             streaming,
+            extended: version.is_some_and(AgentServerVersion::has_extended_create),
             mcp_servers_left_out: &self.task.record.mcp_servers_left_out,
             config: &self.saga.config,
             token_key: &token_key,
@@ -139,14 +146,27 @@ impl StartRun<'_> {
         Ok(body)
     }
 
-    /// Returns the version of the agent server, or `None` if it cannot be determined. That does not fail the start: the conversation then
-    /// uses no feature that a version may lack.
-    async fn agent_server_version(&self, agent_server: &AgentServer) -> Option<AgentServerVersion> {
+    /// Returns the version of the agent server, or `None` if it cannot be determined. That does not fail the start, unless its request
+    /// needs a feature that a version may lack: the conversation uses no such feature.
+    async fn agent_server_version(&self, agent_server: &AgentServer) -> Result<Option<AgentServerVersion>, StepError> {
         let version = agent_server.version().await;
+        if self.task.request.system_prompt.is_some() {
+            return match version? {
+                Some(version) if version.has_extended_create() => Ok(Some(version)),
+                version => {
+                    let found = version.map_or_else(|| "another version".to_owned(), |version| version.to_string());
+                    let text = format!(
+                        "The request has a system_prompt, which agent servers accept from version {EXTENDED_CREATE} on, and the sandbox runs \
+                         {found}. Use system_message_suffix, or a sandbox with a newer agent server"
+                    );
+                    Err(StepError::Failed(ErrorClass::User, text))
+                }
+            };
+        }
         if let Err(error) = &version {
             tracing::warn!(task = %self.task.record.id, %error, "start.agent_server_version_unknown");
         }
-        version.ok().flatten()
+        Ok(version.ok().flatten())
     }
 
     /// Creates the conversation once, and ensures that it has its first message.
@@ -243,6 +263,11 @@ impl StartRun<'_> {
 
     /// Records the conversation and the task's end in one transaction.
     async fn record_conversation(&mut self, sandbox: &Sandbox, llm_model: String) -> Result<Step, StepError> {
+        let launch = self.settings().await?.agent_profile;
+        let launched_agent_profile = launch.map(|launch| LaunchedAgentProfile {
+            agent_profile_id: launch.profile.id,
+            revision: launch.profile.revision,
+        });
         let saga = self.saga;
         let (record, request) = (&self.task.record, &self.task.request);
         let (user, conversation_id) = (&record.user, record.conversation_id);
@@ -262,7 +287,10 @@ impl StartRun<'_> {
             metrics: MetricsSnapshot::default(),
             parent_conversation_id: request.parent_conversation_id,
             public: request.public,
-            tags: Tags::default(),
+            tags: request.tags.clone().unwrap_or_default(),
+            agent_kind: OPENHANDS_AGENT.to_owned(),
+            acp_server: None,
+            launched_agent_profile,
             created_at: now,
             updated_at: now,
         };
@@ -368,7 +396,8 @@ impl StartRun<'_> {
 fn differs(before: &Lookup, now: &Lookup) -> bool {
     match (before, now) {
         (Lookup::Present(before), Lookup::Present(now)) => {
-            before.is_stub && (!now.is_stub || before.record.title != now.record.title)
+            let is_same = before.record.title == now.record.title && before.is_tagged() == now.is_tagged();
+            before.is_stub && (!now.is_stub || !is_same)
         }
         (before, now) => before != now,
     }

@@ -35,6 +35,11 @@ impl McpServers {
         self.0.keys().map(String::as_str)
     }
 
+    /// Keeps the servers whose names are chosen.
+    pub fn retain(&mut self, is_chosen: impl Fn(&str) -> bool) {
+        self.0.retain(|name, _| is_chosen(name));
+    }
+
     /// The enabled servers, in the one form that agent servers from 1.15 to 1.58 accept: flat, with headers instead
     /// of `auth`, without nulls, and with the timeout in whole milliseconds. A server that needs an OAuth token and has none is left
     /// out: it has no header to send, and agent servers of 1.15 end a conversation whose MCP server rejects them.

@@ -2,11 +2,14 @@
 
 use serde_json::{Map, Value, json};
 
-use super::fields::{FIELDS, Kind, MCP_PATHS, NESTED};
-use super::{MAX_TEXT, TOKENS};
+use super::fields::{FIELDS, Kind, MCP_PATHS, NULL_KEEPS};
+use super::nested::{AGENT, AGENT_KIND, AGENT_SETTINGS, CONVERSATION, CONVERSATION_SETTINGS};
+use super::{MAX_TEXT, SettingsDocument, TOKENS};
+use crate::error::{Error, Result};
 use crate::http::pydantic::body::FromJson;
-use crate::http::pydantic::validation::{self, Checked, Checker, Fields, Loc};
+use crate::http::pydantic::validation::{self, Checked, Checker, Loc};
 use crate::http::secret::{self, MASK};
+use crate::user::declared::{self, Secrets};
 use crate::user::git;
 use crate::user::git::ProviderType;
 use crate::user::mcp::McpChange;
@@ -15,10 +18,33 @@ use crate::user::settings::SandboxGroupingStrategy;
 /// The most entries of a list.
 const MAX_LIST: usize = 1_000;
 
+/// The fields of a marketplace.
+const MARKETPLACE: &[declared::Field] = &[
+    declared::Field::optional("name", declared::Kind::Text),
+    declared::Field::optional("source", declared::Kind::Text),
+    declared::Field::optional("ref", declared::Kind::Text),
+    declared::Field::optional("repo_path", declared::Kind::Text),
+    declared::Field::with("auto_load", declared::Kind::Flag, declared::Preset::Flag(false)),
+    declared::Field::with("scope", declared::Kind::Text, declared::Preset::Text("personal")),
+];
+
+/// The type of a violation for a key in place of which later versions accept a merge patch.
+pub const LEGACY_KEY: &str = "legacy_key";
+const USE_DIFFS: &str = "Use *_diff nested settings payloads instead of legacy keys";
+
+/// The merge patches of nested settings.
+const AGENT_DIFF: &str = "agent_settings_diff";
+const CONVERSATION_DIFF: &str = "conversation_settings_diff";
+
 /// The checked changes of one request. A field with the value `null` is cleared.
 #[derive(Debug)]
 pub struct SettingsChanges {
     pub(super) fields: Map<String, Value>,
+    /// The merge patch of `agent_settings`, without MCP servers.
+    pub(super) agent: Option<Map<String, Value>>,
+    pub(super) conversation: Option<Map<String, Value>>,
+    /// Whole nested objects, which are accepted only if they change nothing.
+    legacy: Vec<(&'static str, Value)>,
     /// The path in the body, and the change there.
     pub(super) mcp: Option<(&'static [&'static str], McpChange)>,
     pub(super) tokens: Option<Map<String, Value>>,
@@ -40,18 +66,26 @@ impl SettingsChanges {
 impl FromJson for SettingsChanges {
     fn from_json(check: &mut Checker, body: &Value) -> Option<Self> {
         if !body.is_object() {
-            Fields::of(check, &MASK.into())?;
+            check.report("dict_type", "Input should be a valid dictionary", MASK.into(), None);
+            return None;
         }
         let mut fields = Map::new();
         for field in FIELDS.iter().filter(|field| !matches!(field.kind, Kind::Fixed | Kind::Mcp)) {
-            let nested = NESTED.iter().filter(|(_, name)| *name == field.name).map(|(path, _)| *path);
-            for path in nested.chain([&[field.name][..]]) {
-                let Some(value) = value_at(body, path) else { continue };
-                if let Some(read) = at(check, path, |check| read_field(check, field.kind, value)) {
-                    fields.insert(field.name.to_owned(), read);
-                }
+            let Some(value) = body.get(field.name) else { continue };
+            if value.is_null() && NULL_KEEPS.contains(&field.name) {
+                continue;
+            }
+            if let Some(read) = check.within(field.name, |check| read_field(check, field.kind, value)) {
+                fields.insert(field.name.to_owned(), read);
             }
         }
+        let agent = check.within(AGENT_DIFF, |check| read_agent_diff(check, body.get(AGENT_DIFF)));
+        let conversation = check.within(CONVERSATION_DIFF, |check| match body.get(CONVERSATION_DIFF) {
+            None => Some(Value::Null),
+            Some(patch) => declared::read_object(check, CONVERSATION, patch),
+        });
+        let legacy = [AGENT_SETTINGS, CONVERSATION_SETTINGS];
+        let legacy = legacy.into_iter().filter_map(|key| Some((key, body.get(key)?.clone()))).collect();
         let mcp = MCP_PATHS.into_iter().find_map(|path| Some((path, value_at(body, path)?)));
         let mcp = match mcp {
             Some((path, value)) => at(check, path, |check| McpChange::read(check, value)).map(|change| (path, change)),
@@ -62,7 +96,42 @@ impl FromJson for SettingsChanges {
             Some(Value::Null) => Some(Map::new()),
             Some(value) => check.within(TOKENS, |check| read_tokens(check, value)),
         };
-        Some(Self { fields, mcp, tokens })
+        let object = |patch: Value| match patch {
+            Value::Object(patch) => Some(patch),
+            _ => None,
+        };
+        Some(Self { fields, agent: object(agent?), conversation: object(conversation?), legacy, mcp, tokens })
+    }
+}
+
+/// Reads the merge patch of `agent_settings`. MCP servers are read elsewhere.
+fn read_agent_diff(check: &mut Checker, patch: Option<&Value>) -> Option<Value> {
+    let patch = patch.unwrap_or(&Value::Null);
+    if let Some(kind) = patch.get("agent_kind").filter(|kind| !kind.is_null() && **kind != AGENT_KIND) {
+        let kind = if kind.is_string() { kind.clone() } else { MASK.into() };
+        check.within("agent_kind", |check| {
+            check.report_value_error("this server starts agents of the kind openhands only", kind);
+        });
+        return None;
+    }
+    declared::read_object(check, AGENT, patch)
+}
+
+impl SettingsDocument {
+    /// Refuses whole nested objects, as later versions do. Forms of older clients send back everything that they have read: an object is
+    /// accepted if it is what responses show.
+    pub(super) fn check_legacy(&self, changes: &SettingsChanges) -> Result<()> {
+        let mut check = Checker::new("body");
+        for (key, given) in &changes.legacy {
+            let is_shown = |secrets| match *key {
+                AGENT_SETTINGS => json!(self.show_agent_settings(secrets)) == *given,
+                _ => json!(self.show_conversation_settings()) == *given,
+            };
+            if ![Secrets::Hidden, Secrets::Masked].into_iter().any(is_shown) {
+                check.within(*key, |check| check.report(LEGACY_KEY, USE_DIFFS, MASK.into(), None));
+            }
+        }
+        check.finish(Some(())).map_err(Error::Invalid)
     }
 }
 
@@ -87,6 +156,7 @@ fn read_field(check: &mut Checker, kind: Kind, value: &Value) -> Option<Value> {
         Kind::Secret => read_key(check, value).map(Value::from),
         Kind::Flag => validation::boolean(check, value).map(Value::from),
         Kind::Float => validation::float(check, value).map(Value::from),
+        Kind::Marketplaces => read_marketplaces(check, value),
         Kind::Grouping => validation::choice::<SandboxGroupingStrategy>(check, value).map(|choice| json!(choice)),
         Kind::Mcp | Kind::Fixed => None,
         Kind::Integer { least } => {
@@ -107,6 +177,43 @@ fn read_field(check: &mut Checker, kind: Kind, value: &Value) -> Option<Value> {
             Some(texts.into())
         }
     }
+}
+
+/// Reads the marketplaces that a user has registered.
+fn read_marketplaces(check: &mut Checker, value: &Value) -> Option<Value> {
+    let read = validation::list(check, value, |check, marketplace| {
+        let Value::Object(given) = marketplace else {
+            check.report("dict_type", "Input should be a valid dictionary", marketplace.clone(), None);
+            return None;
+        };
+        let read = declared::read(check, MARKETPLACE, given);
+        let fields = validation::Fields::of(check, marketplace)?;
+        let name = fields.required(check, "name", |check, value| {
+            let name = validation::string_up_to(MAX_TEXT, check, value)?;
+            let is_valid = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-'))
+                && name.bytes().next().is_some_and(|first| first.is_ascii_alphabetic());
+            if !is_valid {
+                let text = "name must start with a letter and contain only letters, numbers, hyphens, and underscores";
+                check.report_value_error(text, value.clone());
+            }
+            is_valid.then_some(name)
+        });
+        let source = fields.required(check, "source", |check, value| {
+            let source = validation::string_up_to(MAX_TEXT, check, value)?;
+            let is_valid = !source.trim().is_empty() && !source.contains(char::is_whitespace);
+            if !is_valid {
+                check.report_value_error("source must be github:owner/repository, a git URL or a path", value.clone());
+            }
+            is_valid.then_some(source)
+        });
+        let read = read.zip(name.and(source))?.0;
+        Some(Value::Object(declared::shown(MARKETPLACE, &read, Secrets::Masked)))
+    })?;
+    if read.len() > MAX_LIST {
+        secret::report_too_long(check, "List", MAX_LIST, read.len());
+        return None;
+    }
+    Some(read.into())
 }
 
 /// Reads a key or token, without the blanks around it.

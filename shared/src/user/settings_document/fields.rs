@@ -1,9 +1,9 @@
-//! The fields of the settings: their names, kinds and defaults, and where clients of later versions nest them.
+//! The flat fields of the settings: their names, kinds and defaults.
 
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::show::AgentSettingsOut;
+use super::show::{AgentSettingsOut, ConversationSettingsOut, LlmProfilesOut, Shown};
 use crate::id::UserId;
 use crate::user::settings::SandboxGroupingStrategy;
 
@@ -17,6 +17,7 @@ pub(super) enum Kind {
     Float,
     Flag,
     Texts,
+    Marketplaces,
     Mcp,
     /// Clients cannot change it: the value is always the default.
     Fixed,
@@ -49,6 +50,8 @@ macro_rules! fields {
         pub struct SettingsOut {
             $($(#[$meta])* #[cfg_attr(feature = "openapi", schema(value_type = $type))] $name: Value,)+
             agent_settings: AgentSettingsOut,
+            conversation_settings: ConversationSettingsOut,
+            llm_profiles: LlmProfilesOut,
             pub(super) llm_api_key_set: bool,
             pub(super) search_api_key_set: bool,
             /// The providers that have a token, each with its host, or null for the provider's own.
@@ -57,10 +60,13 @@ macro_rules! fields {
         }
 
         impl SettingsOut {
-            pub(super) fn new(mut fields: Map<String, Value>, agent_settings: AgentSettingsOut) -> Self {
+            pub(super) fn new(shown: Shown) -> Self {
+                let Shown { mut fields, agent_settings, conversation_settings, llm_profiles } = shown;
                 Self {
                     $($name: fields.remove(stringify!($name)).unwrap_or_default(),)+
                     agent_settings,
+                    conversation_settings,
+                    llm_profiles,
                     llm_api_key_set: false,
                     search_api_key_set: false,
                     provider_tokens_set: Map::new(),
@@ -74,15 +80,20 @@ macro_rules! fields {
         pub struct UserOut {
             $($(#[$meta])* #[cfg_attr(feature = "openapi", schema(value_type = $type))] $name: Value,)+
             agent_settings: AgentSettingsOut,
+            conversation_settings: ConversationSettingsOut,
+            llm_profiles: LlmProfilesOut,
             /// Null on a server of a single user.
             id: Option<String>,
         }
 
         impl UserOut {
-            pub(super) fn new(mut fields: Map<String, Value>, agent_settings: AgentSettingsOut, user: &UserId) -> Self {
+            pub(super) fn new(shown: Shown, user: &UserId) -> Self {
+                let Shown { mut fields, agent_settings, conversation_settings, llm_profiles } = shown;
                 Self {
                     $($name: fields.remove(stringify!($name)).unwrap_or_default(),)+
                     agent_settings,
+                    conversation_settings,
+                    llm_profiles,
                     id: user.shown().map(str::to_owned),
                 }
             }
@@ -120,22 +131,21 @@ fields! {
     email_verified: Option<bool> = Kind::Flag, Value::Null;
     git_user_name: Option<String> = Kind::Text, Value::Null;
     git_user_email: Option<String> = Kind::Text, Value::Null;
+    git_full_clone: bool = Kind::Flag, false.into();
     v1_enabled: bool = Kind::Flag, true.into();
     sandbox_grouping_strategy: SandboxGroupingStrategy = Kind::Grouping, json!(SandboxGroupingStrategy::default());
+    default_sandbox_spec_id: Option<String> = Kind::Text, Value::Null;
+    title_llm_profile: Option<String> = Kind::Text, Value::Null;
+    enabled_skills: Option<Vec<String>> = Kind::Texts, Value::Null;
+    active_agent_profile_id: Option<String> = Kind::Fixed, Value::Null;
+    active_agent_profile_revision: Option<i64> = Kind::Fixed, Value::Null;
+    registered_marketplaces: Vec<Object> = Kind::Marketplaces, json!([]);
+    /// Always empty: there is nobody from whom a user inherits.
+    inherited_marketplaces: Vec<Object> = Kind::Fixed, json!([]);
 }
 
-/// Where clients of later versions nest fields: the path in the body, and the flat name.
-pub(super) const NESTED: [(&[&str], &str); 9] = [
-    (&["agent_settings_diff", "llm", "model"], "llm_model"),
-    (&["agent_settings_diff", "llm", "api_key"], "llm_api_key"),
-    (&["agent_settings_diff", "llm", "base_url"], "llm_base_url"),
-    (&["agent_settings_diff", "agent"], "agent"),
-    (&["agent_settings_diff", "condenser", "enabled"], "enable_default_condenser"),
-    (&["agent_settings_diff", "condenser", "max_size"], "condenser_max_size"),
-    (&["conversation_settings_diff", "confirmation_mode"], "confirmation_mode"),
-    (&["conversation_settings_diff", "security_analyzer"], "security_analyzer"),
-    (&["conversation_settings_diff", "max_iterations"], "max_iterations"),
-];
+/// Fields for which null means unchanged.
+pub(super) const NULL_KEEPS: [&str; 2] = ["disabled_skills", "user_consents_to_analytics"];
 
 /// The paths of MCP servers in a body. Only the first one that is present counts, as in the reference.
 pub(super) const MCP_PATHS: [&[&str]; 2] = [&["agent_settings_diff", MCP], &[MCP]];

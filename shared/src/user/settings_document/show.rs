@@ -3,119 +3,159 @@
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::fields::{FIELDS, Field, Kind, SettingsOut, UserOut};
+use super::fields::{self, FIELDS, MCP, SettingsOut, UserOut};
+use super::nested::{AGENT, AGENT_KIND, CONVERSATION, LLM};
 use super::{SettingsDocument, TOKENS};
 use crate::http::secret::MASK;
+use crate::id;
+use crate::user::declared::{self, Secrets};
+#[cfg(feature = "openapi")]
+use crate::user::declared::{Field, Kind, Preset};
+use crate::user::llm::{self, Llm};
 use crate::user::{UserId, git, mcp};
 
-/// The settings that later clients read below `agent_settings`. Fields without a value are absent.
-#[derive(Clone, Debug, Serialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = AgentSettings))]
-pub struct AgentSettingsOut {
-    #[cfg_attr(feature = "openapi", schema(value_type = String))]
-    agent_kind: &'static str,
-    #[serde(skip_serializing_if = "LlmSettingsOut::is_empty")]
-    llm: LlmSettingsOut,
-    #[serde(skip_serializing_if = "Value::is_null")]
-    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
-    agent: Value,
-    condenser: CondenserSettingsOut,
-    /// MCP servers by name.
-    #[cfg_attr(feature = "openapi", schema(value_type = std::collections::HashMap<String, Object>))]
-    mcp_config: Map<String, Value>,
+const ACTIVE_AGENT_PROFILE_ID: &str = "active_agent_profile_id";
+const ACTIVE_AGENT_PROFILE_REVISION: &str = "active_agent_profile_revision";
+
+/// The parts that both responses have.
+pub(super) struct Shown {
+    pub(super) fields: Map<String, Value>,
+    pub(super) agent_settings: AgentSettingsOut,
+    pub(super) conversation_settings: ConversationSettingsOut,
+    pub(super) llm_profiles: LlmProfilesOut,
 }
 
-/// The settings of the model.
-#[derive(Clone, Debug, Serialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = LlmSettings))]
-pub struct LlmSettingsOut {
-    #[serde(skip_serializing_if = "Value::is_null")]
-    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
-    model: Value,
-    /// Null in `GET /settings`, where `llm_api_key_set` says whether there is a key.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
-    api_key: Option<Value>,
-    #[serde(skip_serializing_if = "Value::is_null")]
-    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
-    base_url: Value,
+/// Declares a part of a response whose fields are in a table.
+macro_rules! declared_out {
+    ($($(#[$meta:meta])* $name:ident as $schema:literal = $of:expr;)+) => { $(
+        $(#[$meta])*
+        #[derive(Clone, Debug, Serialize)]
+        #[serde(transparent)]
+        pub struct $name(pub(crate) Map<String, Value>);
+
+        #[cfg(feature = "openapi")]
+        impl utoipa::PartialSchema for $name {
+            fn schema() -> utoipa::openapi::RefOr<utoipa::openapi::Schema> {
+                $of
+            }
+        }
+
+        #[cfg(feature = "openapi")]
+        impl utoipa::ToSchema for $name {
+            fn name() -> std::borrow::Cow<'static, str> {
+                $schema.into()
+            }
+        }
+    )+ };
 }
 
-impl LlmSettingsOut {
-    fn is_empty(&self) -> bool {
-        self.model.is_null() && self.api_key.is_none() && self.base_url.is_null()
+declared_out! {
+    /// The settings that later clients read below `agent_settings`.
+    AgentSettingsOut as "AgentSettings" = declared::schema::of(AGENT, &[("schema_version", "integer"), ("agent_kind", "string"), ("mcp_config", "object")]);
+    /// The settings that later clients read below `conversation_settings`.
+    ConversationSettingsOut as "ConversationSettings" = declared::schema::of(CONVERSATION, &[("schema_version", "integer")]);
+    /// The configuration of a model.
+    LlmOut as "Llm" = declared::schema::of(llm::FIELDS, &[("is_subscription", "boolean")]);
+    /// The LLM profiles by name, and the name of the active one.
+    LlmProfilesOut as "LlmProfiles" = declared::schema::of(&[Field::with("profiles", Kind::Open, Preset::Object), Field::optional("active", Kind::Text)], &[]);
+}
+
+impl LlmOut {
+    /// A configuration with every field.
+    #[must_use]
+    pub fn of(llm: &Llm, secrets: Secrets) -> Self {
+        Self(llm.shown(secrets))
     }
-}
-
-/// The settings of the condenser, which summarises the history of a conversation.
-#[derive(Clone, Debug, Serialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = CondenserSettings))]
-pub struct CondenserSettingsOut {
-    #[cfg_attr(feature = "openapi", schema(value_type = bool))]
-    enabled: Value,
-    #[serde(skip_serializing_if = "Value::is_null")]
-    #[cfg_attr(feature = "openapi", schema(value_type = Option<i64>))]
-    max_size: Value,
 }
 
 impl SettingsDocument {
+    /// The user's e-mail address, if they have set it.
+    #[must_use]
+    pub fn email(&self) -> Option<&str> {
+        self.0.get("email").and_then(Value::as_str)
+    }
+
     /// The response of `GET /api/v1/users/me`; secrets are in clear only with `expose`.
     #[must_use]
     pub fn show_user(&self, user: &UserId, expose: bool) -> UserOut {
-        let fields = self.show_fields(expose);
-        let agent_settings = self.show_agent_settings(&fields, expose);
-        UserOut::new(fields, agent_settings, user)
+        UserOut::new(self.show(if expose { Secrets::Clear } else { Secrets::Masked }), user)
     }
 
-    /// The response of `GET /api/v1/settings`: secrets are masked, and flags say which are set.
+    /// The response of `GET /api/v1/settings`: secrets are masked, and flags say which are set. As in the reference, the keys of nested
+    /// models are null.
     #[must_use]
     pub fn show_settings(&self) -> SettingsOut {
-        let fields = self.show_fields(false);
-        let is_set = |name: &str| fields.get(name).is_some_and(|value| !value.is_null());
+        let shown = self.show(Secrets::Hidden);
+        let is_set = |name: &str| shown.fields.get(name).is_some_and(|value| !value.is_null());
         let (llm_api_key_set, search_api_key_set) = (is_set("llm_api_key"), is_set("search_api_key"));
-        let mut agent_settings = self.show_agent_settings(&fields, false);
-        // As in the reference, which shows the flag only.
-        if let Some(key) = &mut agent_settings.llm.api_key {
-            *key = Value::Null;
-        }
-        let mut settings = SettingsOut::new(fields, agent_settings);
+        let mut settings = SettingsOut::new(shown);
         settings.llm_api_key_set = llm_api_key_set;
         settings.search_api_key_set = search_api_key_set;
         settings.provider_tokens_set = self.hosts_of_tokens();
         settings
     }
 
+    fn show(&self, secrets: Secrets) -> Shown {
+        Shown {
+            fields: self.show_fields(secrets == Secrets::Clear),
+            agent_settings: self.show_agent_settings(secrets),
+            conversation_settings: self.show_conversation_settings(),
+            llm_profiles: LlmProfilesOut(match self.llm_profiles().shown(secrets) {
+                Value::Object(shown) => shown,
+                _ => Map::new(),
+            }),
+        }
+    }
+
     fn show_fields(&self, expose: bool) -> Map<String, Value> {
-        let show = |field: &Field| {
+        let agent_profiles = self.agent_profiles();
+        let active = agent_profiles.active();
+        let show = |field: &fields::Field| {
             let stored = self.0.get(field.name).filter(|value| !value.is_null());
             let value = stored.cloned().unwrap_or_else(field.default);
             match field.kind {
-                Kind::Secret if value.as_str().is_none_or(|text| text.trim().is_empty()) => Value::Null,
-                Kind::Secret if !expose => MASK.into(),
-                Kind::Mcp => self.mcp_servers().map_or(Value::Null, |servers| mcp::shown_with_lists(servers, expose)),
-                Kind::Fixed => (field.default)(),
+                fields::Kind::Secret if value.as_str().is_none_or(|text| text.trim().is_empty()) => Value::Null,
+                fields::Kind::Secret if !expose => MASK.into(),
+                fields::Kind::Mcp => {
+                    self.mcp_servers().map_or(Value::Null, |servers| mcp::shown_with_lists(servers, expose))
+                }
+                fields::Kind::Fixed => match field.name {
+                    ACTIVE_AGENT_PROFILE_ID => active.map_or(Value::Null, |active| id::dashed(active.id).into()),
+                    ACTIVE_AGENT_PROFILE_REVISION => active.map_or(Value::Null, |active| active.revision.into()),
+                    _ => (field.default)(),
+                },
                 _ => value,
             }
         };
         FIELDS.iter().map(|field| (field.name.to_owned(), show(field))).collect()
     }
 
-    fn show_agent_settings(&self, fields: &Map<String, Value>, expose: bool) -> AgentSettingsOut {
-        let field = |name: &str| fields.get(name).cloned().unwrap_or_default();
-        AgentSettingsOut {
-            agent_kind: "openhands",
-            llm: LlmSettingsOut {
-                model: field("llm_model"),
-                api_key: Some(field("llm_api_key")).filter(|key| !key.is_null()),
-                base_url: field("llm_base_url"),
-            },
-            agent: field("agent"),
-            condenser: CondenserSettingsOut {
-                enabled: field("enable_default_condenser"),
-                max_size: field("condenser_max_size"),
-            },
-            mcp_config: self.mcp_servers().map(|servers| mcp::shown(servers, expose)).unwrap_or_default(),
+    pub(super) fn show_agent_settings(&self, secrets: Secrets) -> AgentSettingsOut {
+        let mut shown = Map::new();
+        shown.insert("schema_version".to_owned(), 4.into());
+        shown.insert("agent_kind".to_owned(), AGENT_KIND.into());
+        for (name, mut value) in declared::shown(AGENT, &self.agent_settings(), secrets) {
+            if name == "agent_context" {
+                let servers = self.mcp_servers().map(|servers| mcp::shown(servers, secrets == Secrets::Clear));
+                shown.insert(MCP.to_owned(), servers.unwrap_or_default().into());
+            }
+            if name == LLM {
+                let llm = self.llm();
+                let mut fields = llm.shown(secrets);
+                if llm.base_url().is_some() && llm.base_url() == llm.model().and_then(llm::default_base_url) {
+                    fields.insert("base_url".to_owned(), Value::Null);
+                }
+                value = fields.into();
+            }
+            shown.insert(name, value);
         }
+        AgentSettingsOut(shown)
+    }
+
+    pub(super) fn show_conversation_settings(&self) -> ConversationSettingsOut {
+        let mut shown = Map::from_iter([("schema_version".to_owned(), 1.into())]);
+        shown.extend(declared::shown(CONVERSATION, &self.conversation_settings(), Secrets::Masked));
+        ConversationSettingsOut(shown)
     }
 
     /// The providers that have a token, each with its host.
