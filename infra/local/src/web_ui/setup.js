@@ -46,6 +46,17 @@
     // Without storage the UI prompts for the server.
   }
 
+  // Hides what this server cannot serve: links to pages of its hosted counterpart, automations, and keys that profiles share.
+  var missing = [
+    "[data-testid=settings-integrations-link]",
+    "[data-testid=settings-cloud-link]",
+    ":has(> [data-testid=sidebar-automations-link])",
+    "div:has(> div > [data-testid=add-provider-connection])",
+  ];
+  var style = document.createElement("style");
+  style.textContent = missing.join(",") + "{display:none !important}";
+  document.head.appendChild(style);
+
   // The UI sends the key of a sandbox in the first message of a websocket. Only agent servers of the UI's own version read it there;
   // all others read it from the address when the websocket is opened. The keys are taken from the API's responses with
   // conversations, which is where the UI gets them, too.
