@@ -19,6 +19,9 @@ export const LIMIT = 600_000;
 /** Less than `LIMIT`, so that a start that times out fails with its own reason. (A loaded machine exceeds the default of 120 s.) */
 const SANDBOX_STARTUP_TIMEOUT = "540";
 
+/** Several data folders share one installation of the agent server. */
+export const agentServerFolder = process.env.OPENHANDS_AGENT_SERVER_FOLDER ?? path.join(target, "agent-server");
+
 /** Variables that would give the user of a test a model. */
 const NO_MODEL = { LLM_MODEL: undefined, LLM_API_KEY: undefined, LLM_BASE_URL: undefined };
 
@@ -27,11 +30,9 @@ const NO_MODEL = { LLM_MODEL: undefined, LLM_API_KEY: undefined, LLM_BASE_URL: u
  */
 export async function startServer({ options = [], environment = {}, isDemo = true } = {}) {
   const folder = await mkdtemp(path.join(tmpdir(), "clients-"));
-  // Several data folders share one installation of the agent server.
-  const agentServer = process.env.OPENHANDS_AGENT_SERVER_FOLDER ?? path.join(target, "agent-server");
   const child = spawn(
     path.join(target, "debug/local"),
-    [...(isDemo ? ["--demo"] : []), "--port", "0", "--data", folder, "--agent-server", agentServer, ...options],
+    [...(isDemo ? ["--demo"] : []), "--port", "0", "--data", folder, "--agent-server", agentServerFolder, ...options],
     { env: { ...process.env, ...NO_MODEL, SANDBOX_STARTUP_TIMEOUT, ...environment }, stdio: ["ignore", "pipe", "pipe"] },
   );
   let said = "";
