@@ -18,6 +18,10 @@ async function get(url, path) {
 /** The first dialog, of a server without a model: a model from the lists, which becomes the first profile. */
 export async function firstDialog(page, url, say, picture) {
   await page.goto(url);
+  // Agents of other kinds are not supported, and hidden.
+  await page.getByTestId("onboarding-agent-option-openhands").waitFor();
+  await page.getByTestId("onboarding-agent-option-codex").waitFor({ state: "hidden" });
+  await picture("first-dialog-agents");
   await page.getByTestId("onboarding-agent-next").click();
   const step = page.getByTestId("onboarding-step-setup-llm");
   await choose(page, step.getByTestId("llm-provider-input"), "Anthropic");
@@ -68,6 +72,7 @@ export async function llmProfiles(page, url, say, picture) {
   await repeat("the lists are shown", () => page.getByTestId("sdk-section-basic-toggle").click(ATTEMPT), basic);
   await choose(page, page.getByTestId("llm-provider-input"), "Anthropic");
   await choose(page, page.getByTestId("llm-model-input"), "claude-sonnet-4-5-20250929");
+  await page.getByTestId("llm-auth-type-input").waitFor({ state: "hidden" });
   await key.fill(KEY);
   await name.fill("claude");
   await picture("profile-from-lists");
@@ -124,6 +129,7 @@ export async function agentProfiles(page, url, say, picture) {
   await repeat("a profile can be added", () => page.getByTestId("add-agent-profile").click(ATTEMPT), name);
   await name.fill("reviewer");
   await choose(page, page.getByTestId("agent-profile-llm-selector"), /^default/);
+  await page.getByTestId("agent-type-selector").waitFor({ state: "hidden" });
   await picture("agent-profile");
   await repeat("it is saved", () => page.getByTestId("save-agent-profile-btn").click(ATTEMPT), name, "hidden");
   await row.waitFor();
@@ -174,18 +180,38 @@ export async function skills(page, url, say, picture) {
 
 /** The other pages: settings that can be saved, and what this server hides. */
 export async function otherPages(page, url, say, picture) {
+  const saved = (what, is) => until(`the settings have ${what}`, LIMIT, async () => is(await get(url, "/api/v1/settings")));
   await page.goto(`${url}/settings/condenser`);
   await page.getByTestId("sdk-settings-condenser.max_size").fill("60");
   await page.getByTestId("save-button").click();
-  await until("the settings have the size", LIMIT, async () => {
-    const settings = await get(url, "/api/v1/settings");
-    return settings.agent_settings.condenser.max_size === 60;
-  });
-  await picture("condenser");
+  await saved("the size", (settings) => settings.agent_settings.condenser.max_size === 60);
+
+  await page.goto(`${url}/settings/verification`);
+  const confirmation = page.getByTestId("sdk-settings-confirmation_mode");
+  await page.locator("label").filter({ has: confirmation }).click();
+  await page.getByTestId("save-button").click();
+  await saved("the confirmation mode", (settings) => settings.conversation_settings.confirmation_mode === true);
+
+  await page.goto(`${url}/settings/app`);
+  await page.getByTestId("git-user-name-input").fill("Ada");
+  await page.getByTestId("submit-button").click();
+  await saved("the name", (settings) => settings.git_user_name === "Ada");
+  await picture("application");
+
+  const names = async () => (await get(url, "/api/v1/secrets/search")).items.map((secret) => secret.name);
+  await page.goto(`${url}/settings/secrets`);
+  const form = page.getByTestId("add-secret-form");
+  await repeat("a secret can be added", () => page.getByTestId("add-secret-button").click(ATTEMPT), form);
+  await form.getByTestId("name-input").fill("DEPLOY_KEY");
+  await form.getByTestId("value-input").fill(KEY);
+  await repeat("the secret is saved", () => form.getByTestId("submit-button").click(ATTEMPT), form, "hidden");
+  await page.getByText("DEPLOY_KEY").waitFor();
+  assert.deepEqual(await names(), ["DEPLOY_KEY"]);
+  await picture("secrets");
   for (const hidden of ["sidebar-automations-link", "settings-integrations-link", "settings-cloud-link"]) {
     assert.equal(await page.getByTestId(hidden).isVisible(), false, hidden);
   }
-  say("saved a setting, and hid what this server cannot serve");
+  say("saved settings and a secret, and hid what this server cannot serve");
 }
 
 /** Adds an MCP server, changes it and removes it. */

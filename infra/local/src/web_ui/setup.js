@@ -46,12 +46,16 @@
     // Without storage the UI prompts for the server.
   }
 
-  // Hides what this server cannot serve: links to pages of its hosted counterpart, automations, and keys that profiles share.
+  // Hides what this server cannot serve: links to pages of its hosted counterpart, automations, keys that profiles share, the login with
+  // a subscription in place of a key, and agents of other kinds than OpenHands.
   var missing = [
     "[data-testid=settings-integrations-link]",
     "[data-testid=settings-cloud-link]",
     ":has(> [data-testid=sidebar-automations-link])",
     "div:has(> div > [data-testid=add-provider-connection])",
+    "label:has([data-testid=llm-auth-type-input])",
+    "label:has([data-testid=agent-type-selector])",
+    "[data-testid^=onboarding-agent-option-]:not([data-testid=onboarding-agent-option-openhands])",
   ];
   var style = document.createElement("style");
   style.textContent = missing.join(",") + "{display:none !important}";
