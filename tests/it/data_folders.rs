@@ -171,6 +171,12 @@ impl Opened {
         let stores = Stores::new(&self.server.config.names, &self.server.aws, &sealer);
         let settings = stores.settings().get(&UserId::local()).await.expect("settings").expect("settings");
         assert_eq!(settings.llm_api_key.expect("a key").expose_secret(), secrets["llm_api_key"]);
+        // Settings that are older than profiles have one.
+        let active = settings.llm_profiles.active_llm().expect("a profile");
+        assert_eq!(
+            (settings.llm_profiles.active(), active.api_key()),
+            (Some("default"), secrets["llm_api_key"].as_str())
+        );
         assert_eq!(settings.custom_secrets["A_SECRET"].secret.expose_secret(), secrets["A_SECRET"]);
         let start_tasks = stores.start_tasks();
         for task in self.object("unfinished").keys() {

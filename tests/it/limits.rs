@@ -13,6 +13,7 @@ use shared::http::caller::Caller;
 use shared::http::response::MAX_HEADERS;
 use shared::sandbox::MAX_ID;
 use shared::user::UserId;
+use shared::user::organization::organization_of;
 use tempfile::TempDir;
 use uuid::Uuid;
 
@@ -63,6 +64,7 @@ fn is_too_long(answer: &(u16, Value), field: &str, longest: usize) {
 async fn bodies_are_accepted_up_to_the_limit_of_their_route() {
     let fixture = Fixture::new().await;
     let conversation = Uuid::from_u128(1);
+    let organization = organization_of(&fixture.user).to_string();
     let limits = [
         ("POST", API.to_owned(), 6 * MIB),
         ("POST", format!("{API}/stream-start"), 6 * MIB),
@@ -75,14 +77,28 @@ async fn bodies_are_accepted_up_to_the_limit_of_their_route() {
         ("POST", "/api/v1/webhooks/conversations".to_owned(), 32 * MIB),
         ("POST", format!("/api/v1/webhooks/events/{conversation}"), 32 * MIB),
         ("POST", "/api/cloud-proxy".to_owned(), 5 * MIB),
+        ("POST", format!("{API}/{conversation}/switch_profile"), MIB),
+        ("POST", format!("{API}/{conversation}/switch_acp_model"), MIB),
+        ("POST", "/api/v1/settings/profiles/NAME".to_owned(), MIB / 2),
+        ("POST", "/api/v1/settings/profiles/NAME/rename".to_owned(), MIB / 2),
+        ("POST", format!("/api/organizations/{organization}/profiles/NAME"), MIB / 2),
+        ("POST", format!("/api/organizations/{organization}/profiles/NAME/rename"), MIB / 2),
+        ("POST", "/api/agent-profiles/NAME".to_owned(), MIB / 2),
+        ("POST", "/api/agent-profiles/NAME/rename".to_owned(), MIB / 2),
+        ("POST", "/api/agent-profiles/NAME/materialize".to_owned(), MIB / 2),
     ];
     let document = document();
     let with_body = operations(&document).into_iter().filter(|(.., operation)| operation.get("requestBody").is_some());
-    let with_body: BTreeSet<(String, String)> = with_body
-        .map(|(method, path, _)| (method, path.replace("{conversation_id}", &conversation.to_string())))
-        .collect();
-    let with_body: BTreeSet<(String, String)> =
-        with_body.into_iter().map(|(method, path)| (method, path.replace("{secret_name}", "SECRET"))).collect();
+    let parameters = [
+        ("{conversation_id}", conversation.to_string()),
+        ("{org_id}", organization),
+        ("{secret_name}", "SECRET".to_owned()),
+        ("{profile_name}", "NAME".to_owned()),
+        ("{agent_profile}", "NAME".to_owned()),
+    ];
+    let target =
+        |path: &str| parameters.iter().fold(path.to_owned(), |path, (parameter, value)| path.replace(parameter, value));
+    let with_body: BTreeSet<(String, String)> = with_body.map(|(method, path, _)| (method, target(path))).collect();
     let tried = limits.iter().map(|(method, target, _)| ((*method).to_owned(), target.clone())).collect();
     assert_eq!(with_body, tried, "every route that reads a body");
     for (method, target, limit) in limits {

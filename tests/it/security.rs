@@ -12,6 +12,7 @@ use shared::config::{AuthorizerConfig, OidcConfig, SandboxConfig};
 use shared::http::caller::Caller;
 use shared::user::UserId;
 use shared::user::api_key::ApiKeyStore;
+use shared::user::organization::organization_of;
 use tempfile::TempDir;
 
 use crate::authorizer::{AUDIENCE, Issuer, Signer, forged, invalid};
@@ -26,7 +27,7 @@ use crate::tenants::{By, Route, everything, furnish, key_of, routes, start_token
 /// Headers that may carry credentials.
 const HEADERS: [&str; 3] = ["authorization", "x-access-token", "x-session-api-key"];
 /// Routes that need no credentials and return nothing about any user. This list may only become shorter.
-const OPEN: [&str; 14] = [
+const OPEN: [&str; 13] = [
     "/alive",
     "/api/v1/config/models/search",
     "/api/v1/config/providers/search",
@@ -36,7 +37,6 @@ const OPEN: [&str; 14] = [
     "/api/v1/git/suggested-tasks/search",
     "/api/v1/settings/agent-schema",
     "/api/v1/settings/conversation-schema",
-    "/api/v1/settings/profiles",
     "/api/v1/web-client/config",
     "/health",
     "/ready",
@@ -284,6 +284,41 @@ async fn secrets_of_every_input_are_in_no_response_log_or_store() {
             "/api/v1/settings",
             json!({"mcp_config": {"shttp_servers": [{"api_key": value}], "stdio_servers": [{"env": {"A": [value]}}]}}),
         ),
+        (
+            "POST",
+            "/api/v1/settings",
+            json!({"agent_settings_diff": {"llm": {"aws_secret_access_key": canaries.for_input("aws-of-settings"),
+                "extra_headers": {"X-Key": canaries.for_input("header-of-settings")}},
+                "verification": {"critic_api_key": canaries.for_input("critic")},
+                "agent_context": {"secrets": {"OF_CONTEXT": canaries.for_input("context")}}}}),
+        ),
+        (
+            "POST",
+            "/api/v1/settings",
+            json!({"agent_settings_diff": {"llm": {"api_key": [value], "extra_headers": value, "aws_session_token": {"a": value}},
+                "verification": value, "agent_context": {"secrets": [value]}}, "agent_settings": {"llm": {"api_key": value}},
+                "conversation_settings_diff": [value]}),
+        ),
+        (
+            "POST",
+            "/api/v1/settings/profiles/other",
+            json!({"llm": {"model": "openai/other", "base_url": llm.base_url(), "api_key": canaries.for_input("profile"),
+                "aws_access_key_id": canaries.for_input("aws-id"), "aws_secret_access_key": canaries.for_input("aws-secret"),
+                "aws_session_token": canaries.for_input("aws-token"),
+                "extra_headers": {"Authorization": format!("Bearer {}", canaries.for_input("header"))}}}),
+        ),
+        (
+            "POST",
+            "/api/v1/settings/profiles/broken",
+            json!({"llm": {"model": "m", "api_key": [value], "extra_headers": [value], "key": value}}),
+        ),
+        ("POST", "/api/v1/settings/profiles/broken", json!({"llm": {"api_key": value}})),
+        ("POST", "/api/v1/settings/profiles/broken", json!({"llm": value})),
+        ("POST", "/api/v1/settings/profiles/broken", json!(value)),
+        ("POST", "/api/v1/settings/profiles/broken", json!({"llm": {"model": "m", "api_key": long}})),
+        ("POST", &format!("/api/v1/app-conversations/{id}/switch_profile"), json!({"profile_name": "other"})),
+        ("POST", "/api/v1/settings/profiles/other/activate", json!({})),
+        ("POST", "/api/v1/settings/profiles/other/rename", json!({"new_name": "renamed"})),
         ("POST", "/api/v1/secrets", json!({"name": "OF_API", "value": canaries.for_input("secret-of-api")})),
         ("PUT", "/api/v1/secrets/OF_API", json!({"value": canaries.for_input("changed-secret")})),
         ("POST", "/api/v1/secrets", json!({"value": value})),
@@ -297,12 +332,24 @@ async fn secrets_of_every_input_are_in_no_response_log_or_store() {
         answers.push(product.answer_to(method, path, &[], Some(&body.to_string())).await);
     }
     // Truncated, so that it is not valid JSON.
-    for path in ["/api/v1/settings", "/api/v1/secrets", "/api/v1/app-conversations"] {
+    for path in ["/api/v1/settings", "/api/v1/settings/profiles/p", "/api/v1/secrets", "/api/v1/app-conversations"] {
         answers.push(product.answer_to("POST", path, &[], Some(&format!("{{\"llm_api_key\": \"{value}"))).await);
     }
-    for path in ["/api/v1/settings", "/api/v1/users/me", "/api/v1/secrets/search", "/api/v1/sandbox-specs/search"] {
+    let organization = format!("/api/organizations/{}", organization_of(&UserId::local()));
+    for path in [
+        "/api/v1/settings",
+        "/api/v1/users/me",
+        "/api/v1/secrets/search",
+        "/api/v1/sandbox-specs/search",
+        "/api/v1/settings/profiles",
+        "/api/v1/settings/profiles/renamed",
+        &format!("{organization}/me"),
+        &format!("{organization}/profiles"),
+        &format!("{organization}/profiles/renamed"),
+    ] {
         answers.push(product.answer_to("GET", path, &[], None).await);
     }
+    assert!(answers.last().is_some_and(|answer| answer.contains("openai/other")), "the profile was stored");
     // Invalid credentials, in every header and query parameter.
     let shown = canaries.for_input("credential");
     let cookie = format!("session={shown}");

@@ -17,6 +17,7 @@ use shared::event::store::{Event, EventStore};
 use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::git::ProviderType;
+use shared::user::organization::organization_of;
 use shared::user::seal::Sealer;
 use shared::user::token::{NotificationToken, TokenKey};
 use tempfile::TempDir;
@@ -72,12 +73,13 @@ pub struct Route {
     pub stranger: (u16, Option<Value>),
 }
 
-/// The requests of `tests/data/tenants.json`, which has at least one for each route. Requests that delete the rows that others are about
+/// The requests of `tests/data/tenants.json`, which has at least one for each route. They name the organization of the owner `actor`. Requests that delete the rows that others are about
 /// are its last ones.
 pub fn routes() -> Vec<Route> {
     let text = include_str!("../data/tenants.json");
     let ids = [("{parent}", PARENT), ("{child}", CHILD), ("{task}", TASK), ("{reviewer}", AGENT_PROFILE)];
     let text = ids.iter().fold(text.to_owned(), |text, (name, id)| text.replace(name, &id.to_string()));
+    let text = text.replace("{organization}", &organization_of(&UserId::new("actor")).to_string());
     let requests: Vec<Value> = serde_json::from_str(&text).expect("JSON");
     let status =
         |value: &Value| value["status"].as_u64().and_then(|status| u16::try_from(status).ok()).expect("a status");

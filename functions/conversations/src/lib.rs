@@ -4,6 +4,8 @@
 
 mod switch;
 
+use std::sync::Arc;
+
 use axum::extract::{DefaultBodyLimit, Path, RawQuery, State};
 use axum::routing::{get, patch, post};
 use axum::{Json, Router};
@@ -26,6 +28,7 @@ use shared::http::pydantic::query::{Query, lenient_uuid, lenient_uuids};
 use shared::http::pydantic::validation::{self, Choice as _};
 use shared::http::response::SuccessOut;
 use shared::http_client::HttpClient;
+use shared::sandbox::SandboxService;
 use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
@@ -58,6 +61,12 @@ impl Context {
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
         let stores = Stores::new(&config.names, aws, sealer);
         let sandboxes = stores.sandbox_service(&config.sandbox);
+        Self::with_sandboxes(config, &stores, sandboxes)
+    }
+
+    /// A context on these records and sandboxes.
+    #[must_use]
+    pub fn with_sandboxes(config: &Config, stores: &Stores, sandboxes: Arc<dyn SandboxService>) -> Self {
         let http = HttpClient::new(config.address_policy);
         Self {
             conversations: stores.conversations(),

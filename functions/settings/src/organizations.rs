@@ -45,6 +45,7 @@ pub(crate) fn check(user: &UserId, id: &str) -> Result<Uuid> {
 /// An organization, with the fields of the reference. Those that this server has no values for are null.
 #[derive(Clone, Debug, Serialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = Organization))]
+#[expect(clippy::struct_excessive_bools, reason = "the contract's form")]
 pub struct OrganizationOut {
     #[cfg_attr(feature = "openapi", schema(value_type = String))]
     id: Uuid,

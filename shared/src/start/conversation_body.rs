@@ -160,7 +160,7 @@ pub fn conversation_body(
             "system_prompt_filename": prompt,
             "security_policy_filename": "security_policy.j2",
             "system_prompt_kwargs": prompt_arguments,
-            "condenser": condenser(inputs, llm_body(usage, &llm, if plan { "planning_condenser" } else { "condenser" })),
+            "condenser": condenser(inputs, &llm_body(usage, &llm, if plan { "planning_condenser" } else { "condenser" })),
             "critic": null,
             "tool_concurrency_limit": profile.and_then(AgentProfile::tool_concurrency_limit).unwrap_or(1),
             "kind": "Agent",
@@ -200,7 +200,7 @@ pub fn llm_of_start(request: &StartRequest, settings: &Settings) -> std::result:
 }
 
 /// The condenser of the conversation's history with this model; null if the user has turned it off.
-fn condenser(inputs: &ConversationInputs<'_>, llm: Value) -> Value {
+fn condenser(inputs: &ConversationInputs<'_>, llm: &Value) -> Value {
     let settings = inputs.settings;
     let own = &settings.condenser;
     if settings.enable_default_condenser == Some(false) || own.get("condenser_kind").is_some_and(|kind| kind == "no_op")

@@ -314,9 +314,11 @@ fn with_object(stored: &mut Map<String, Value>, name: &str, change: impl FnOnce(
     }
 }
 
-/// Stores a value unless it is the default.
+/// Stores a value unless it is the default. Of a text without a default, a blank is none.
 fn put(stored: &mut Map<String, Value>, field: &Field, value: Value) {
-    if value == field.default.value() {
+    let is_blank = matches!((field.kind, field.default), (Kind::Text, Preset::Null))
+        && value.as_str().is_some_and(|text| text.trim().is_empty());
+    if is_blank || value == field.default.value() {
         stored.shift_remove(field.name);
     } else {
         stored.insert(field.name.to_owned(), value);

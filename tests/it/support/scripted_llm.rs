@@ -21,6 +21,7 @@ struct State {
     script: VecDeque<Reply>,
     title: Option<String>,
     requests: Vec<Value>,
+    keys: Vec<String>,
     title_requests: Vec<Value>,
 }
 
@@ -60,6 +61,11 @@ impl ScriptedLlm {
         self.state().requests.clone()
     }
 
+    /// The keys that the requests so far had, in the order of [`Self::requests`].
+    pub fn keys(&self) -> Vec<String> {
+        self.state().keys.clone()
+    }
+
     /// The bodies of the requests for a title so far.
     pub fn title_requests(&self) -> Vec<Value> {
         self.state().title_requests.clone()
@@ -78,18 +84,21 @@ async fn handle(request: Request, state: Arc<Mutex<State>>) -> Result<Response, 
             if !body["messages"].is_array() {
                 return Ok(failure(StatusCode::BAD_REQUEST, "messages is missing"));
             }
-            let reply = next_reply(&body, &mut state.lock().expect("the script"));
+            let key = request.header("authorization").unwrap_or_default();
+            let key = key.strip_prefix("Bearer ").unwrap_or(key).to_owned();
+            let reply = next_reply(&body, key, &mut state.lock().expect("the script"));
             answer(&body, reply).await
         }
         _ => failure(StatusCode::NOT_FOUND, "no such route"),
     })
 }
 
-fn next_reply(body: &Value, state: &mut State) -> Reply {
+fn next_reply(body: &Value, key: String, state: &mut State) -> Reply {
     if is_title_request(body) {
         state.title_requests.push(body.clone());
         return Reply::text(state.title.as_deref().unwrap_or(DEFAULT_TITLE));
     }
     state.requests.push(body.clone());
+    state.keys.push(key);
     state.script.pop_front().unwrap_or_else(|| Reply::text(DEFAULT_TEXT))
 }

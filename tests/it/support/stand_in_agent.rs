@@ -1073,6 +1073,13 @@ fn conversation(method: &str, id: Uuid, rest: &[&str], body: Value, state: &mut 
         ("POST", ["events"], None) => {
             detail(StatusCode::NOT_FOUND, &format!("Conversation not found: {}", id.hyphenated()))
         }
+        ("POST", ["switch_llm"], Some(_)) => match body["llm"]["model"].as_str() {
+            None => missing(&["body", "llm"]),
+            Some(_) => success(true),
+        },
+        ("POST", ["switch_acp_model"], Some(_)) => {
+            detail(StatusCode::BAD_REQUEST, "Conversation does not have an ACP agent")
+        }
         ("POST", ["security_analyzer"], Some(conversation)) => match body.get("security_analyzer") {
             None => missing(&["body", "security_analyzer"]),
             Some(analyzer) => {

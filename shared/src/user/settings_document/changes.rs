@@ -25,6 +25,7 @@ const MARKETPLACE: &[declared::Field] = &[
     declared::Field::optional("ref", declared::Kind::Text),
     declared::Field::optional("repo_path", declared::Kind::Text),
     declared::Field::with("auto_load", declared::Kind::Flag, declared::Preset::Flag(false)),
+    declared::Field::with("scope", declared::Kind::Text, declared::Preset::Text("personal")),
 ];
 
 /// The type of a violation for a key in place of which later versions accept a merge patch.
@@ -185,7 +186,7 @@ fn read_marketplaces(check: &mut Checker, value: &Value) -> Option<Value> {
             check.report("dict_type", "Input should be a valid dictionary", marketplace.clone(), None);
             return None;
         };
-        declared::read(check, MARKETPLACE, given)?;
+        let read = declared::read(check, MARKETPLACE, given);
         let fields = validation::Fields::of(check, marketplace)?;
         let name = fields.required(check, "name", |check, value| {
             let name = validation::string_up_to(MAX_TEXT, check, value)?;
@@ -205,10 +206,8 @@ fn read_marketplaces(check: &mut Checker, value: &Value) -> Option<Value> {
             }
             is_valid.then_some(source)
         });
-        let known = |name: &str| MARKETPLACE.iter().any(|field| field.name == name);
-        let known: Map<String, Value> =
-            given.iter().filter(|(name, _)| known(name)).map(|(name, value)| (name.clone(), value.clone())).collect();
-        name.and(source).map(|_| Value::Object(known))
+        let read = read.zip(name.and(source))?.0;
+        Some(Value::Object(declared::shown(MARKETPLACE, &read, Secrets::Masked)))
     })?;
     if read.len() > MAX_LIST {
         secret::report_too_long(check, "List", MAX_LIST, read.len());
