@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Real clients against a server of this workspace and a real agent server: the npm package of a client, and the web UI in a browser.
-# `tests/clients/run.sh` runs both, `tests/clients/run.sh typescript-client` or `… web-ui` one of them.
-# What is not there is installed: packages by npm, and on CI (CI=true, as root) the browser by apt-get. What cannot be had is said.
+# Real clients against a server of this workspace and a real agent server: the npm package of a client, the Python package of a workspace,
+# and the web UI in a browser. `tests/clients/run.sh` runs all, `tests/clients/run.sh typescript-client`, `… cloud-workspace` or
+# `… web-ui` one of them. What is not there is installed: packages by npm and pip, and on CI (CI=true, as root) the browser by apt-get.
+# What cannot be had is said.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-tests=("${@:-typescript-client web-ui}")
+tests=("${@:-typescript-client cloud-workspace web-ui}")
 # shellcheck disable=SC2206 # words
 tests=(${tests[*]})
 

@@ -1,4 +1,4 @@
-// Starts a server of this workspace for a test: `cargo local --demo` with its own data folder and port.
+// Starts a server of this workspace for a test: `cargo local`, usually with `--demo`, with its own data folder and port.
 
 import { spawn } from "node:child_process";
 import { once } from "node:events";
@@ -19,17 +19,21 @@ export const LIMIT = 600_000;
 /** Less than `LIMIT`, so that a start that times out fails with its own reason. (A loaded machine exceeds the default of 120 s.) */
 const SANDBOX_STARTUP_TIMEOUT = "540";
 
+/** Several data folders share one installation of the agent server. */
+export const agentServerFolder = process.env.OPENHANDS_AGENT_SERVER_FOLDER ?? path.join(target, "agent-server");
+
+/** Variables that would give the user of a test a model. */
+const NO_MODEL = { LLM_MODEL: undefined, LLM_API_KEY: undefined, LLM_BASE_URL: undefined };
+
 /**
  * Starts the server and waits until it is ready. `stop()` stops it together with its sandboxes; `log()` returns its output.
  */
-export async function startServer({ options = [], environment = {} } = {}) {
+export async function startServer({ options = [], environment = {}, isDemo = true } = {}) {
   const folder = await mkdtemp(path.join(tmpdir(), "clients-"));
-  // Several data folders share one installation of the agent server.
-  const agentServer = process.env.OPENHANDS_AGENT_SERVER_FOLDER ?? path.join(target, "agent-server");
   const child = spawn(
     path.join(target, "debug/local"),
-    ["--demo", "--port", "0", "--data", folder, "--agent-server", agentServer, ...options],
-    { env: { ...process.env, SANDBOX_STARTUP_TIMEOUT, ...environment }, stdio: ["ignore", "pipe", "pipe"] },
+    [...(isDemo ? ["--demo"] : []), "--port", "0", "--data", folder, "--agent-server", agentServerFolder, ...options],
+    { env: { ...process.env, ...NO_MODEL, SANDBOX_STARTUP_TIMEOUT, ...environment }, stdio: ["ignore", "pipe", "pipe"] },
   );
   let said = "";
   for (const stream of [child.stdout, child.stderr]) stream.on("data", (bytes) => (said += bytes));
@@ -84,6 +88,16 @@ export function zipMembers(bytes) {
     at += 46 + name + extra + comment;
   }
   return names;
+}
+
+/** Runs a test against another server, and stops that. */
+export async function withServer(settings, test) {
+  const server = await startServer(settings);
+  try {
+    return await test(server);
+  } finally {
+    await server.stop();
+  }
 }
 
 /** Runs a test against a server, prints each step, and exits with the result. */

@@ -23,8 +23,11 @@ await run("typescript-client", { environment: { SESSION_API_KEY: apiKey } }, asy
   for (const ask of ["getOrganizations", "getCurrentApiKey", "searchConversations"]) {
     await assert.rejects(stranger[ask](), hasStatus(401));
   }
-  assert.deepEqual(await client.getOrganizations(), { items: [], currentOrgId: null });
-  assert.equal((await client.getCurrentApiKey()).org_id, null);
+  const organizations = await client.getOrganizations();
+  assert.deepEqual(organizations.items.map(({ id, name, is_personal }) => [id, name, is_personal]), [
+    [organizations.currentOrgId, "Personal", true],
+  ]);
+  assert.equal((await client.getCurrentApiKey()).org_id, organizations.currentOrgId);
   say("a key lets in, another does not");
 
   // The demo's own conversation, whose progress the terminal shows.
@@ -51,19 +54,49 @@ await run("typescript-client", { environment: { SESSION_API_KEY: apiKey } }, asy
   assert.ok(!JSON.stringify(secrets).includes("secret value"));
   await client.deleteSecret("RENAMED");
   assert.deepEqual(await client.listSecrets(), []);
-  assert.deepEqual(await client.listProfiles(), { profiles: [], active_profile: null });
-  assert.deepEqual(await client.listSkills(), []);
+  const skills = await client.listSkills();
+  assert.ok(skills.length > 20 && skills.every((skill) => skill.name), `${skills.length} skills`);
   const repository = { provider: "github", repository: "owner/name" };
   const pages = await Promise.all([
     client.searchRepositories(repository),
     client.getRepositoryBranches(repository),
     client.getInstallations(repository),
     client.getSuggestedTasks(),
-    client.searchModels({ limit: 50, provider__eq: "openai" }),
-    client.searchProviders({ limit: 50 }),
   ]);
   assert.deepEqual(pages, pages.map(() => ({ items: [], next_page_id: null })));
+  const models = await client.searchModels({ limit: 50, provider__eq: "openai", verified__eq: true });
+  assert.ok(models.items.length > 0 && models.items.every((model) => model.provider === "openai" && model.verified));
+  const providers = await client.searchProviders({ limit: 100, query: "ANTHROP" });
+  assert.deepEqual(providers.items, [{ name: "anthropic", verified: true }]);
   say("settings, secrets and lists");
+
+  // LLM profiles, under both paths.
+  const inOrganization = new CloudClient({ host: server.url, apiKey, orgId: organizations.currentOrgId });
+  const script = settings.agent_settings.llm.base_url;
+  const key = randomBytes(16).toString("hex");
+  const fast = { model: "openai/scripted-fast", api_key: key, base_url: script };
+  await client.saveProfile("fast", { llm: fast, include_secrets: true });
+  await inOrganization.saveProfile("slow", { llm: { ...fast, model: "openai/scripted-slow" } });
+  assert.deepEqual(await client.listProfiles(), await inOrganization.listProfiles());
+  const listed = await client.listProfiles();
+  assert.deepEqual(listed.profiles.map((profile) => profile.name), ["default", "fast", "slow"]);
+  assert.equal(listed.active_profile, "default");
+  for (const one of [client, inOrganization]) {
+    const shown = await one.getProfile("fast");
+    assert.deepEqual([shown.config.model, shown.api_key_set], [fast.model, true]);
+    assert.ok(!JSON.stringify(shown).includes(key), "a secret is shown");
+  }
+  await inOrganization.renameProfile("slow", "slower");
+  assert.equal((await client.activateProfile("slower")).llm_applied, true);
+  assert.equal((await client.getSettings()).agent_settings.llm.model, "openai/scripted-slow");
+  await client.activateProfile("fast");
+  await client.deleteProfile("slower");
+  await assert.rejects(client.activateProfile("slower"), hasStatus(404));
+  assert.deepEqual(
+    await client.listProfiles().then((list) => [list.profiles.map((profile) => profile.name), list.active_profile]),
+    [["default", "fast"], "fast"],
+  );
+  say("profiles saved, shown without their keys, renamed, activated and deleted");
 
   // Start and poll.
   const started = async (request) => {
@@ -93,6 +126,14 @@ await run("typescript-client", { environment: { SESSION_API_KEY: apiKey } }, asy
   assert.match(answer, /a script wrote this answer/);
   assert.match(answer, /Say hello/);
   say(`a start is READY and answered, in sandbox ${task.sandbox_id}`);
+
+  // The conversation has the model of the active profile, until it is switched.
+  assert.equal((await conversation()).llm_model, "openai/scripted-fast");
+  await client.switchConversationProfile(id, "default");
+  assert.equal((await conversation()).llm_model, "openai/scripted-demo");
+  await assert.rejects(client.switchConversationProfile(id, "slower"), hasStatus(404));
+  await assert.rejects(client.switchConversationAcpModel(id, "another"), hasStatus(400));
+  say("its profile was switched");
 
   // Search and pagination: two more conversations in the same sandbox.
   const ids = [id];
@@ -176,5 +217,5 @@ await run("typescript-client", { environment: { SESSION_API_KEY: apiKey } }, asy
   assert.deepEqual((await client.searchConversations()).items, []);
   await until("the sandbox is gone", LIMIT, async () => (await sandbox()) === null);
   say("deleted, and the sandbox with the last one");
-  assert.ok(!server.log().includes(apiKey), "the key is in the log");
+  for (const hidden of [apiKey, key]) assert.ok(!server.log().includes(hidden), "a key is in the log");
 });

@@ -1,52 +1,28 @@
-// Tests the prebuilt web UI that `cargo local --ui` serves, in a real browser, against a real agent server: a conversation from its
-// first message to its deletion.
-//
-// A page that is being redrawn can drop a click, and the UI does not always retry a request that fails or is sent too early. Every action
-// is therefore repeated until the page shows its effect, as a user would do.
+// Tests the prebuilt web UI that `cargo local --ui` serves, in a real browser, against a real agent server: the first dialog, a
+// conversation from its first message to its deletion, profiles of models and agents, MCP servers, and skills.
 //
 // SCREENSHOTS=FOLDER writes a screenshot of each step to that folder.
 
 import assert from "node:assert/strict";
-import { access, readFile } from "node:fs/promises";
-import path from "node:path";
+import { readFile } from "node:fs/promises";
 
-import { chromium } from "playwright-core";
-
-import { LIMIT, run, until, zipMembers } from "./server.mjs";
-
-/** The timeout of one attempt at an action, in milliseconds, before the action is repeated. */
-const ATTEMPT = { timeout: 20_000 };
-const CHROMIUM = process.env.CHROMIUM ?? "/usr/bin/chromium";
-// The first flag is for users for whom Chromium cannot create its sandbox, such as root; the others disable requests to its vendor.
-const FLAGS =
-  "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync";
-const SIZE = { width: 1280, height: 800 };
-
-await access(CHROMIUM);
+import { ATTEMPT, SIZE, onPage, repeat, retry, set, started, write } from "./browser.mjs";
+import { LIMIT, run, until, withServer, zipMembers } from "./server.mjs";
+import { agentProfiles, firstDialog, llmProfiles, mcpServers, otherPages, skills } from "./web-ui-pages.mjs";
 
 await run("web-ui", { options: ["--ui"] }, async (server, say) => {
-  const browser = await chromium.launch({ executablePath: CHROMIUM, args: FLAGS.split(" ") });
-  try {
-    const context = await browser.newContext({ viewport: SIZE, acceptDownloads: true });
-    const page = await context.newPage();
-    // The server serves the UI before it has fetched the UI's editor.
-    await until("the editor of the UI is served", LIMIT, async () => {
-      const { parts } = await (await fetch(`${server.url}/ready`)).json();
-      return parts.web_ui_editor === "ready";
-    });
-    try {
-      await converse(page, server.url, say);
-    } catch (error) {
-      if (process.env.SCREENSHOTS) await page.screenshot({ path: path.join(process.env.SCREENSHOTS, "failed.png") });
-      throw error;
-    }
-  } finally {
-    await browser.close();
-  }
+  // The server serves the UI before it has fetched the UI's editor.
+  await until("the editor of the UI is served", LIMIT, async () => {
+    const { parts } = await (await fetch(`${server.url}/ready`)).json();
+    return parts.web_ui_editor === "ready";
+  });
+  await onPage(say, (page, picture) => converse(page, server.url, say, picture));
+  await withServer({ isDemo: false, options: ["--ui", "--sandbox", "none"] }, ({ url }) =>
+    onPage(say, (page, picture) => firstDialog(page, url, say, picture)),
+  );
 });
 
-async function converse(page, url, say) {
-  page.setDefaultTimeout(LIMIT);
+async function converse(page, url, say, picture) {
   const left = new Set();
   const editors = new Set();
   page.on("request", (request) => {
@@ -63,24 +39,6 @@ async function converse(page, url, say) {
     if (request.failure()?.errorText === "csp") stayed.add(new URL(request.url()).hostname);
   });
   const api = async (route) => (await fetch(`${url}/api/v1/app-conversations${route}`)).json();
-  let pictures = 0;
-  const picture = async (name) => {
-    if (!process.env.SCREENSHOTS) return;
-    const file = path.join(process.env.SCREENSHOTS, `${++pictures}-${name}.png`);
-    await page.screenshot({ path: file });
-    say(`a picture: ${file}`);
-  };
-  // The page clears the input when it accepts a message, and ignores the Enter key while it accepts none.
-  const write = async (text) => {
-    const input = page.getByTestId("chat-input");
-    await retry(`“${text}” is sent`, async () => {
-      await input.fill(text, ATTEMPT);
-      assert.equal((await input.innerText(ATTEMPT)).trim(), text);
-      await input.press("Enter", ATTEMPT);
-      const unsent = input.filter({ hasText: text });
-      await until("the input is empty", 5_000, async () => (await unsent.count()) === 0);
-    });
-  };
   /** Shows or hides the panel beside the conversation. */
   const setPanel = async (shown) => {
     // A notice may cover the toggle, and stays while the mouse is over it.
@@ -108,19 +66,37 @@ async function converse(page, url, say) {
   await picture("open");
   say("opens with an empty list, connected to this server");
 
-  // A message starts a conversation, and its response arrives.
-  await write("Say hello");
-  await until("the conversation is open", LIMIT, async () => {
-    const failed = (await api("/start-tasks/search")).items.find((task) => task.status === "ERROR");
-    assert.equal(failed, undefined, failed?.detail);
-    return /\/conversations\/(?!task-)./.test(page.url());
-  });
+  await llmProfiles(page, url, say, picture);
+
+  // A message starts a conversation with the profile that is chosen, and its response arrives.
+  await page.goto(url);
+  const chooseProfile = async (name) => {
+    const option = page.getByTestId(`chat-input-llm-profile-option-${name}`);
+    const picker = page.getByTestId("chat-input-llm-profile");
+    await repeat(`the profiles are listed`, () => picker.click(ATTEMPT), option);
+    await picture("profiles-of-a-message");
+    await option.click(ATTEMPT);
+    await picker.getByText(name, { exact: true }).waitFor();
+  };
+  await chooseProfile("fast");
+  await write(page, "Say hello");
+  const row = await started(page, url);
   await page.getByText("a script wrote this answer").waitFor();
   await page.getByText("You said: “Say hello”").waitFor();
-  const [row] = (await api("/search")).items;
-  assert.ok(new URL(page.url()).pathname.endsWith(row.id), page.url());
-  say("started a conversation with a message, and showed the answer");
-  await write("And again");
+  assert.deepEqual((await api("/search")).items.map((one) => [one.id, one.llm_model]), [[row.id, "openai/scripted-fast"]]);
+  say("started a conversation with a message and a chosen profile, and showed the answer");
+  const model = async () => {
+    const headers = { "X-Session-API-Key": row.session_api_key };
+    return (await (await fetch(row.conversation_url, { headers })).json()).agent.llm.model;
+  };
+  assert.equal(await model(), "openai/scripted-fast");
+  await chooseProfile("default");
+  await page.getByText("Switched to profile").waitFor();
+  assert.equal(await model(), "openai/scripted-demo");
+  assert.equal((await api(`?ids=${row.id}`))[0].llm_model, "openai/scripted-demo");
+  await picture("switched");
+  say("switched the profile of the running conversation");
+  await write(page, "And again");
   await page.getByText("You said: “And again”").waitFor();
   say("sent a second message, and showed the answer");
 
@@ -240,43 +216,13 @@ async function converse(page, url, say) {
   say("deleted it");
 
   await mcpServers(page, url, say, picture);
+  await agentProfiles(page, url, say, picture);
+  await skills(page, url, say, picture);
+  await otherPages(page, url, say, picture);
 
   for (const host of stayed) left.delete(host);
   assert.deepEqual([...left], [], "the page called others");
   say("called no other host");
-}
-
-/** Repeats an attempt until it succeeds, and returns its result. */
-async function retry(what, attempt) {
-  let failure;
-  const attempted = async () => {
-    try {
-      return { result: await attempt() };
-    } catch (error) {
-      failure = error;
-      return undefined;
-    }
-  };
-  try {
-    return (await until(what, LIMIT, attempted)).result;
-  } catch (error) {
-    throw new Error(error.message, { cause: failure });
-  }
-}
-
-/** Repeats an action until an element is visible, or in another state. */
-async function repeat(what, act, element, state = "visible") {
-  await retry(what, async () => {
-    if ((await element.isVisible()) === (state === "visible")) return;
-    await act();
-    await element.waitFor({ state, ...ATTEMPT });
-  });
-}
-
-/** Clicks a toggle until one of its ARIA attributes has this value. */
-async function set(toggle, attribute, value) {
-  const done = toggle.and(toggle.page().locator(`[${attribute}="${value}"]`));
-  await repeat(`${attribute} of ${toggle} is ${value}`, () => toggle.click(ATTEMPT), done);
 }
 
 /** Runs a command in the workspace of a conversation. */
@@ -287,63 +233,4 @@ async function command(row, line) {
   const run = new URL("/api/bash/execute_bash_command", row.conversation_url);
   const ran = await (await fetch(run, { method: "POST", headers, body })).json();
   assert.equal(ran.exit_code, 0, JSON.stringify(ran));
-}
-
-/** Adds an MCP server, changes it and removes it. */
-async function mcpServers(page, url, say, picture) {
-  const stored = async () => (await (await fetch(`${url}/api/v1/settings`)).json()).agent_settings.mcp_config;
-  const form = page.getByTestId("mcp-custom-editor");
-  const servers = page.getByTestId("mcp-server-item");
-  const submit = () =>
-    repeat("the form is saved", () => form.getByTestId("submit-button").click(ATTEMPT), form, "hidden");
-  const add = () => repeat("a form is open", () => page.getByTestId("mcp-add-custom-server").click(ATTEMPT), form);
-  const edit = (name) =>
-    repeat(`the form of ${name} is open`, () => servers.getByText(name, { exact: true }).click(ATTEMPT), form);
-  const select = async (dropdown, name, field) => {
-    const option = page.getByRole("option", { name });
-    const choose = async () => {
-      await repeat(`${dropdown} has ${name}`, () => form.getByTestId(dropdown).click(ATTEMPT), option);
-      await option.click(ATTEMPT);
-    };
-    await repeat(`${name} is selected`, choose, form.getByTestId(field));
-  };
-  await page.goto(`${url}/mcp`);
-  await add();
-  await form.getByTestId("server-name-input").fill("tracker");
-  await form.getByTestId("url-input").fill("https://tracker.example/sse");
-  await select("auth-mode-dropdown", "Bearer token", "api-key-input");
-  await form.getByTestId("api-key-input").fill("key-of-the-tracker");
-  await submit();
-  await servers.getByText("tracker", { exact: true }).waitFor();
-  const server = { transport: "sse", url: "https://tracker.example/sse", auth: { strategy: "bearer", value: "**********" } };
-  assert.deepEqual(await stored(), { tracker: server });
-  await picture("mcp");
-  say("added an MCP server with a token");
-
-  // A second MCP server, as a process: the first one stays.
-  await add();
-  await select("server-type-dropdown", "STDIO", "command-input");
-  await form.getByTestId("name-input").fill("files");
-  await form.getByTestId("command-input").fill("npx");
-  await form.getByTestId("env-input").fill("TOKEN=secret");
-  await submit();
-  const files = { transport: "stdio", command: "npx", env: { TOKEN: "**********" } };
-  assert.deepEqual(await stored(), { tracker: server, files });
-
-  // The form is saved while the token is masked, and the server keeps the token. (With another address it would refuse the form.)
-  await edit("tracker");
-  await submit();
-  assert.deepEqual(await stored(), { tracker: server, files });
-  await page.reload();
-  await servers.getByText("files", { exact: true }).waitFor();
-  await until("both servers are listed", LIMIT, async () => (await servers.count()) === 2);
-  say("listed two MCP servers, and kept their secrets when one was saved again");
-
-  await edit("tracker");
-  const confirm = page.getByTestId("confirm-button");
-  await repeat("the page asks for a confirmation", () => form.getByTestId("mcp-custom-editor-delete").click(ATTEMPT), confirm);
-  await repeat("the server is removed", () => confirm.click(ATTEMPT), form, "hidden");
-  await servers.getByText("tracker", { exact: true }).waitFor({ state: "detached" });
-  assert.deepEqual(await stored(), { files });
-  say("removed one of them");
 }

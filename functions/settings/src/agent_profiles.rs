@@ -78,7 +78,9 @@ impl AgentProfilesOut {
 }
 
 async fn list(State(context): State<Context>, Caller(user): Caller) -> Result<Json<AgentProfilesOut>> {
-    let Some(document) = context.settings.document(&user).await? else { return Ok(Json(AgentProfilesOut::default())) };
+    let Some(document) = context.document_with_profile(&user).await? else {
+        return Ok(Json(AgentProfilesOut::default()));
+    };
     let (mut profiles, llm_profiles) = (document.agent_profiles(), document.llm_profiles());
     if profiles.ensure_active(&llm_profiles) {
         // The ids that are shown are those that were stored, also when another request has made the profile meanwhile.

@@ -94,8 +94,12 @@ pub struct ProfilesOut {
     active_profile: Option<String>,
 }
 
-async fn list(_: Scope, State(context): State<Context>, Caller(user): Caller) -> Result<Json<ProfilesOut>> {
-    let profiles = context.profiles(&user).await?;
+async fn list(scope: Scope, State(context): State<Context>, Caller(user): Caller) -> Result<Json<ProfilesOut>> {
+    // The other path is older than the web UI's pages of profiles, and its clients expect no profile that they did not save.
+    let profiles = match scope.is_organization {
+        true => context.document_with_profile(&user).await?.unwrap_or_default().llm_profiles(),
+        false => context.profiles(&user).await?,
+    };
     let info = |(name, llm): (&str, &Llm)| ProfileInfoOut {
         name: name.to_owned(),
         model: llm.model().map(str::to_owned),
@@ -221,5 +225,18 @@ impl Context {
     async fn profiles(&self, user: &shared::user::UserId) -> Result<LlmProfiles> {
         let document = self.settings.document(user).await?;
         Ok(document.map(|document| document.llm_profiles()).unwrap_or_default())
+    }
+
+    /// The user's settings, with a profile for a model that was chosen before any; see [`SettingsDocument::offer_first_profile`].
+    pub(crate) async fn document_with_profile(&self, user: &shared::user::UserId) -> Result<Option<SettingsDocument>> {
+        let document = self.settings.document(user).await?;
+        if !document.as_ref().is_some_and(|document| document.clone().offer_first_profile()) {
+            return Ok(document);
+        }
+        let offer = |document: &mut SettingsDocument| {
+            document.offer_first_profile();
+            Ok(document.clone())
+        };
+        self.settings.change(user, offer).await.map(Some)
     }
 }

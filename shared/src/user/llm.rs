@@ -14,6 +14,8 @@ pub const MAX_LLM: usize = 16 * 1024;
 
 /// A field that is computed. Clients send it back with the others.
 const IS_SUBSCRIPTION: &str = "is_subscription";
+/// A field of later versions: a key that profiles share. Clients send null for a profile with a key of its own.
+const PROVIDER_CONNECTION: &str = "provider_connection_id";
 const SUBSCRIPTION: &str = "subscription";
 const MODEL: &str = "model";
 const API_KEY: &str = "api_key";
@@ -233,13 +235,15 @@ impl GivenLlm {
             check.report("model_attributes_type", msg, MASK.into(), None);
             return None;
         };
-        let unknown = given
-            .keys()
-            .filter(|name| *name != IS_SUBSCRIPTION && FIELDS.iter().all(|field| field.name != name.as_str()));
-        for name in unknown {
-            check.within(name.clone(), |check| {
-                check.report("extra_forbidden", "Extra inputs are not permitted", MASK.into(), None);
-            });
+        for (name, value) in given {
+            let msg = match name.as_str() {
+                IS_SUBSCRIPTION => continue,
+                PROVIDER_CONNECTION if value.is_null() => continue,
+                PROVIDER_CONNECTION => "Provider connections are not supported; set the key in the profile",
+                name if FIELDS.iter().any(|field| field.name == name) => continue,
+                _ => "Extra inputs are not permitted",
+            };
+            check.within(name.clone(), |check| check.report("extra_forbidden", msg, MASK.into(), None));
         }
         let read = declared::read(check, FIELDS, given)?;
         let is_model_set = read.get(MODEL).and_then(Value::as_str).is_some_and(|model| !model.trim().is_empty());
@@ -309,6 +313,16 @@ mod tests {
         }
         assert_eq!(given(&json!({"model": 5})).expect_err("not valid")[0]["type"], "string_type");
         assert_eq!(given(&json!("canary")).expect_err("not valid")[0]["type"], "model_attributes_type");
+    }
+
+    #[test]
+    fn only_the_absence_of_a_provider_connection_is_accepted() {
+        let own_key = given(&json!({"model": "m", "api_key": "k", "provider_connection_id": null})).expect("valid");
+        assert_eq!(own_key.in_place_of(None), llm(&json!({"model": "m", "api_key": "k"})));
+        let violations = given(&json!({"model": "m", "provider_connection_id": "shared"})).expect_err("not valid");
+        assert_eq!(violations[0]["type"], "extra_forbidden");
+        assert_eq!(violations[0]["loc"], json!(["body", "llm", "provider_connection_id"]));
+        assert_eq!(violations[0]["msg"], "Provider connections are not supported; set the key in the profile");
     }
 
     #[test]

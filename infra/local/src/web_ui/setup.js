@@ -46,6 +46,21 @@
     // Without storage the UI prompts for the server.
   }
 
+  // Hides what this server cannot serve: links to pages of its hosted counterpart, automations, keys that profiles share, the login with
+  // a subscription in place of a key, and agents of other kinds than OpenHands.
+  var missing = [
+    "[data-testid=settings-integrations-link]",
+    "[data-testid=settings-cloud-link]",
+    ":has(> [data-testid=sidebar-automations-link])",
+    "div:has(> div > [data-testid=add-provider-connection])",
+    "label:has([data-testid=llm-auth-type-input])",
+    "label:has([data-testid=agent-type-selector])",
+    "[data-testid^=onboarding-agent-option-]:not([data-testid=onboarding-agent-option-openhands])",
+  ];
+  var style = document.createElement("style");
+  style.textContent = missing.join(",") + "{display:none !important}";
+  document.head.appendChild(style);
+
   // The UI sends the key of a sandbox in the first message of a websocket. Only agent servers of the UI's own version read it there;
   // all others read it from the address when the websocket is opened. The keys are taken from the API's responses with
   // conversations, which is where the UI gets them, too.

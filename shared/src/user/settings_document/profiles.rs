@@ -17,6 +17,8 @@ use crate::user::llm_profiles::{self, DEFAULT_NAME, LlmProfiles};
 pub(super) const LLM_PROFILES: &str = "llm_profiles";
 /// The key of the digest of the model with which the server was started last; see [`SettingsDocument::start_with_llm`].
 const STARTED_WITH: &str = "started_with_llm";
+/// The key that is set once the settings' model has been offered as a profile; see [`SettingsDocument::offer_first_profile`].
+const OFFERED: &str = "offered_first_profile";
 /// A profile that names another in the settings.
 const TITLE_PROFILE: &str = "title_llm_profile";
 
@@ -95,6 +97,22 @@ impl SettingsDocument {
             self.set_llm(active.clone());
         }
         self.set_llm_profiles(&profiles);
+    }
+
+    /// Makes the settings' model the profile `default`, and active, for a user who chose a model before any profile: the first dialog of
+    /// the web UI saves only settings, and its pages show only profiles. Returns whether it did. It does so once, so that a user can
+    /// delete the last profile, and never where the server's environment has made a profile.
+    pub fn offer_first_profile(&mut self) -> bool {
+        if self.0.contains_key(OFFERED) || self.0.contains_key(STARTED_WITH) {
+            return false;
+        }
+        let first = LlmProfiles::of_settings(self.llm());
+        if first.active().is_none() || self.llm_profiles().iter().next().is_some() {
+            return false;
+        }
+        self.set_llm_profiles(&first);
+        self.0.insert(OFFERED.to_owned(), true.into());
+        true
     }
 
     /// Saves a profile. A profile that is active stays active, with the new configuration.
