@@ -13,6 +13,7 @@ use shared::http::caller::Caller;
 use shared::http::response::MAX_HEADERS;
 use shared::sandbox::MAX_ID;
 use shared::user::UserId;
+use shared::user::organization::organization_of;
 use tempfile::TempDir;
 use uuid::Uuid;
 
@@ -63,13 +64,20 @@ fn is_too_long(answer: &(u16, Value), field: &str, longest: usize) {
 async fn bodies_are_accepted_up_to_the_limit_of_their_route() {
     let fixture = Fixture::new().await;
     let conversation = Uuid::from_u128(1);
+    let organization = organization_of(&fixture.user);
     let limits = [
         ("POST", API.to_owned(), 6 * MIB),
         ("POST", format!("{API}/stream-start"), 6 * MIB),
         ("PATCH", format!("{API}/{conversation}"), MIB),
         ("POST", format!("{API}/{conversation}/send-message"), 5 * MIB),
         ("POST", format!("/api/v1/conversations/{conversation}/pending-messages"), 5 * MIB),
+        ("POST", format!("{API}/{conversation}/switch_profile"), MIB),
+        ("POST", format!("{API}/{conversation}/switch_acp_model"), MIB),
         ("POST", "/api/v1/settings".to_owned(), MIB / 2),
+        ("POST", "/api/v1/settings/profiles/fast".to_owned(), MIB / 2),
+        ("POST", "/api/v1/settings/profiles/fast/rename".to_owned(), MIB / 2),
+        ("POST", format!("/api/organizations/{organization}/profiles/fast"), MIB / 2),
+        ("POST", format!("/api/organizations/{organization}/profiles/fast/rename"), MIB / 2),
         ("POST", "/api/v1/secrets".to_owned(), MIB / 2),
         ("PUT", "/api/v1/secrets/SECRET".to_owned(), MIB / 2),
         ("POST", "/api/v1/webhooks/conversations".to_owned(), 32 * MIB),
@@ -78,11 +86,17 @@ async fn bodies_are_accepted_up_to_the_limit_of_their_route() {
     ];
     let document = document();
     let with_body = operations(&document).into_iter().filter(|(.., operation)| operation.get("requestBody").is_some());
-    let with_body: BTreeSet<(String, String)> = with_body
-        .map(|(method, path, _)| (method, path.replace("{conversation_id}", &conversation.to_string())))
-        .collect();
+    let (conversation_text, organization_text) = (conversation.to_string(), organization.to_string());
+    let parameters = [
+        ("{conversation_id}", conversation_text.as_str()),
+        ("{secret_name}", "SECRET"),
+        ("{profile_name}", "fast"),
+        ("{org_id}", &organization_text),
+    ];
+    let target_of =
+        |path: &str| parameters.iter().fold(path.to_owned(), |path, (name, value)| path.replace(name, value));
     let with_body: BTreeSet<(String, String)> =
-        with_body.into_iter().map(|(method, path)| (method, path.replace("{secret_name}", "SECRET"))).collect();
+        with_body.map(|(method, path, _)| (method.clone(), target_of(path))).collect();
     let tried = limits.iter().map(|(method, target, _)| ((*method).to_owned(), target.clone())).collect();
     assert_eq!(with_body, tried, "every route that reads a body");
     for (method, target, limit) in limits {
