@@ -100,8 +100,8 @@ fn providers(list: &'static str) -> Vec<ProviderOut> {
     let mut providers: Vec<ProviderOut> = Vec::new();
     for model in models(list) {
         let Some(name) = model.provider else { continue };
-        match providers.last_mut().filter(|last| last.name == name) {
-            Some(last) => last.verified |= model.verified,
+        match providers.last_mut().filter(|provider| provider.name == name) {
+            Some(provider) => provider.verified |= model.verified,
             None => providers.push(ProviderOut { name, verified: model.verified }),
         }
     }

@@ -11,7 +11,7 @@ const ID: &[Parameter] = &[path("agent_profile", TEXT).described("The id of the 
 const ROUTES: &[Route] = &[
     Route::get("/api/agent-profiles", "settings", "agent_profiles")
         .summary("List agent profiles")
-        .description("The first request of a user with an LLM profile makes the profile `default`, which is active and follows the active LLM profile.")
+        .description("If no profile is active, the profile `default` is. It is made if it is missing, and follows the active LLM profile until it is saved.")
         .returns(&[Response::json(Schema::Component("AgentProfiles"))]),
     Route::get("/api/agent-profiles/{agent_profile}", "settings", "agent_profile")
         .summary("Get an agent profile")

@@ -217,11 +217,6 @@ impl AgentProfiles {
         self.profiles.iter()
     }
 
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.profiles.is_empty()
-    }
-
     /// The profile that starts use which name none.
     #[must_use]
     pub fn active(&self) -> Option<&AgentProfile> {
@@ -255,22 +250,22 @@ impl AgentProfiles {
         }
     }
 
-    /// Ensures that there is a profile and that one is active, if the user has an active LLM profile: the first is made with the name
-    /// [`DEFAULT_NAME`], and follows the LLM profile that is active. Returns whether anything changed.
+    /// Ensures that a profile is active, if there is any or the user has an active LLM profile. Without a valid choice it is the profile
+    /// [`DEFAULT_NAME`], which is made if it is missing and follows the LLM profile that is active. Returns whether anything changed.
     pub fn ensure_active(&mut self, llm_profiles: &LlmProfiles) -> bool {
         if self.active().is_some() {
             return false;
         }
-        if self.is_empty() {
-            if llm_profiles.active().is_none() {
-                return std::mem::take(&mut self.active).is_some();
-            }
+        let has_default = self.find(DEFAULT_NAME).is_ok();
+        if !has_default && self.profiles.len() < MAX_AGENT_PROFILES && llm_profiles.active().is_some() {
             let (id, name) = (id::new_uuid(), DEFAULT_NAME.to_owned());
             self.profiles.push(AgentProfile { id, name, revision: 0, llm_profile: None, fields: Map::new() });
         }
         let default = self.iter().find(|profile| profile.name == DEFAULT_NAME);
-        self.active = default.or_else(|| self.iter().next()).map(|profile| profile.id);
-        true
+        let active = default.or_else(|| self.iter().next()).map(|profile| profile.id);
+        let is_changed = self.active != active;
+        self.active = active;
+        is_changed
     }
 
     /// Saves a profile under its name. One that has the name keeps its id, and its revision grows.
@@ -619,6 +614,8 @@ mod tests {
         profiles.put("other", &save(&json!({"llm_profile_ref": "a"}))).expect("stored");
         assert!(profiles.delete("default") && !profiles.delete("default"));
         assert!(profiles.active().is_none() && profiles.ensure_active(&llms));
+        assert_eq!(active(&profiles, &llms), ("default".to_owned(), Some("b".to_owned())), "it is made again");
+        assert!(profiles.delete("default") && profiles.ensure_active(&LlmProfiles::default()));
         assert_eq!(active(&profiles, &llms).0, "other");
         let id = profiles.active().expect("a profile").id;
         profiles.rename("other", "default").expect("renamed");
