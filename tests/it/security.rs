@@ -304,8 +304,13 @@ async fn secrets_of_every_input_are_in_no_response_log_or_store() {
             "/api/v1/settings/profiles/other",
             json!({"llm": {"model": "openai/other", "base_url": llm.base_url(), "api_key": canaries.for_input("profile"),
                 "aws_access_key_id": canaries.for_input("aws-id"), "aws_secret_access_key": canaries.for_input("aws-secret"),
-                "aws_session_token": canaries.for_input("aws-token"),
-                "extra_headers": {"Authorization": format!("Bearer {}", canaries.for_input("header"))}}}),
+                "aws_session_token": canaries.for_input("aws-token")}}),
+        ),
+        // No conversation uses this one: agent servers keep headers in clear text in their sandbox.
+        (
+            "POST",
+            "/api/v1/settings/profiles/headers",
+            json!({"llm": {"model": "m", "extra_headers": {"Authorization": format!("Bearer {}", canaries.for_input("header"))}}}),
         ),
         (
             "POST",
@@ -342,6 +347,7 @@ async fn secrets_of_every_input_are_in_no_response_log_or_store() {
         "/api/v1/secrets/search",
         "/api/v1/sandbox-specs/search",
         "/api/v1/settings/profiles",
+        "/api/v1/settings/profiles/headers",
         "/api/v1/settings/profiles/renamed",
         &format!("{organization}/me"),
         &format!("{organization}/profiles"),

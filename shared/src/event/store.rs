@@ -15,6 +15,7 @@ use jiff::Timestamp;
 use jiff::civil::DateTime;
 use jiff::tz::Offset;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use uuid::Uuid;
 
 use crate::clock::{Time, sortable};
@@ -24,6 +25,7 @@ use crate::error::{Error, Result};
 use crate::http::page::{PAGE_SIZE, size_of_text, too_large};
 use crate::http::pydantic::validation::wire_enum;
 use crate::id::{self, UserId};
+use crate::mask::MASK;
 use crate::objects;
 use crate::paging;
 
@@ -54,6 +56,8 @@ const LAST: &str = "~";
 /// The kind of events that contain one token each. They are for clients that watch the stream; the complete message follows as another
 /// event.
 const DELTA: &str = "StreamingDeltaEvent";
+/// The key of the headers with which a model is called, as it is in JSON.
+const EXTRA_HEADERS: &str = "\"extra_headers\"";
 
 /// An event, as its agent server sent it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,6 +100,20 @@ impl Event {
         (longest > KEY_LIMIT).then_some("id, timestamp and kind are too long")
     }
 
+    /// The event with the values of models' `extra_headers` masked. Agent servers mask the keys of models in the state that they report, but
+    /// not these headers, which may contain credentials.
+    fn without_credentials(mut self) -> Self {
+        let headers =
+            |rest: &str| rest.trim_start().strip_prefix(':').is_some_and(|rest| rest.trim_start().starts_with('{'));
+        if self.json.split(EXTRA_HEADERS).skip(1).any(headers)
+            && let Ok(mut event) = serde_json::from_str(&self.json)
+        {
+            mask_headers(&mut event, false);
+            self.json = event.to_string();
+        }
+        self
+    }
+
     fn kind_position(&self) -> String {
         of_kind(&self.kind, &self.position())
     }
@@ -103,6 +121,20 @@ impl Event {
     /// Its size in bytes in a response, see [`crate::http::page`].
     fn size_bytes(&self) -> u64 {
         size_of_text(self.json.as_bytes()) + 1
+    }
+}
+
+/// Masks the texts below `extra_headers`, wherever it is.
+fn mask_headers(value: &mut Value, is_header: bool) {
+    match value {
+        Value::String(text) if is_header => MASK.clone_into(text),
+        Value::Array(items) => items.iter_mut().for_each(|item| mask_headers(item, is_header)),
+        Value::Object(fields) => {
+            for (name, value) in fields {
+                mask_headers(value, is_header || name == "extra_headers");
+            }
+        }
+        _ => {}
     }
 }
 
@@ -315,7 +347,8 @@ impl EventStore {
     pub async fn append(&self, user: &UserId, conversation: Uuid, events: Vec<Event>) -> Result<()> {
         let partition = partition(user, conversation);
         // DynamoDB refuses a batch with duplicate keys.
-        let events: BTreeMap<String, Event> = events.into_iter().map(|event| (event.id.clone(), event)).collect();
+        let events: BTreeMap<String, Event> =
+            events.into_iter().map(|event| (event.id.clone(), event.without_credentials())).collect();
         let mut writes = Vec::with_capacity(events.len());
         for event in events.into_values() {
             let (position, kind_position, size) = (event.position(), event.kind_position(), event.size_bytes());
@@ -632,4 +665,34 @@ fn backfill_key(partition: &str) -> Item {
 
 fn key(partition: &str, id: &str) -> Item {
     Item::from([("conversation".into(), text(partition)), ("id".into(), text(id))])
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn headers_of_models_are_masked_and_other_events_stay_as_they_are() {
+        let stored = |json: &str| {
+            let text = String::new;
+            Event { id: text(), timestamp: text(), kind: text(), json: json.to_owned() }.without_credentials().json
+        };
+        let llm = r#"{"value": {"agent": {"llm": {"model": "m", "extra_headers" : {"Authorization": "Bearer canary"}},
+            "condenser": {"llm": {"extra_headers": null}}}}}"#;
+        let masked: Value = serde_json::from_str(&stored(llm)).expect("JSON");
+        assert_eq!(
+            masked.pointer("/value/agent/llm"),
+            Some(&json!({"model": "m", "extra_headers": {"Authorization": MASK}}))
+        );
+        for other in [
+            r#"{"llm": {"extra_headers": null},  "n": 1.50}"#,
+            r#"{"text": "\"extra_headers\": {\"a\": 1}"}"#,
+            r#"{"text": "extra_headers"}"#,
+            r#"{"extra_headers": {"#,
+        ] {
+            assert_eq!(stored(other), other);
+        }
+    }
 }
