@@ -47,7 +47,7 @@
   }
 
   // Hides what this server cannot serve: links to pages of its hosted counterpart, automations, keys that profiles share, the login with
-  // a subscription in place of a key, and agents of other kinds than OpenHands.
+  // a subscription in place of a key, agents of other kinds than OpenHands, and sub-agents.
   var missing = [
     "[data-testid=settings-integrations-link]",
     "[data-testid=settings-cloud-link]",
@@ -55,6 +55,7 @@
     "div:has(> div > [data-testid=add-provider-connection])",
     "label:has([data-testid=llm-auth-type-input])",
     "label:has([data-testid=agent-type-selector])",
+    "div:has(> label > [data-testid=agent-settings-enable-sub-agents])",
     "[data-testid^=onboarding-agent-option-]:not([data-testid=onboarding-agent-option-openhands])",
   ];
   var style = document.createElement("style");
