@@ -191,7 +191,7 @@ impl<'a> Facts<'a> {
         {
             let sandbox = sandboxes.first().copied().unwrap_or_default();
             let free = self.usable(sandbox, (*entered, *ended));
-            let free = free.into_iter().map(|(begin, end)| end - begin).max().unwrap_or_default();
+            let free = free.into_iter().map(|(begin, end)| end.saturating_sub(begin)).max().unwrap_or_default();
             let interruptions = self.interruptions.iter().filter(|at| (entered..ended).contains(at)).count();
             let tolerated = LONGEST_NEGLECT + INTERRUPTION * u32::try_from(interruptions).expect("a small number");
             return (free > tolerated).then(|| {
