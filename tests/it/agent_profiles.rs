@@ -140,7 +140,8 @@ async fn a_profile_is_saved_renamed_activated_and_deleted() {
 async fn a_model_that_was_chosen_before_any_profile_becomes_one_once() {
     let fixture = Fixture::new().await;
     let newcomer = UserId::new("newcomer");
-    let call = async |method, path: &str, body: Option<Value>| fixture.api.call(&newcomer, method, path, body.as_ref()).await;
+    let call =
+        async |method, path: &str, body: Option<Value>| fixture.api.call(&newcomer, method, path, body.as_ref()).await;
     let organization = call("GET", "/api/organizations", None).await.1["current_org_id"].clone();
     let in_ui = format!("/api/organizations/{}/profiles", organization.as_str().expect("an id"));
     assert_eq!(call("GET", &in_ui, None).await, (200, json!({"profiles": [], "active_profile": null})));
@@ -149,7 +150,11 @@ async fn a_model_that_was_chosen_before_any_profile_becomes_one_once() {
     assert_eq!(call("POST", "/api/v1/settings", Some(json!({"agent_settings_diff": {"llm": llm}}))).await.0, 200);
     let made = json!({"profiles": [{"name": "default", "model": "anthropic/claude", "base_url": "https://api.anthropic.com", "api_key_set": true}],
         "active_profile": "default"});
-    assert_eq!(call("GET", "/api/v1/settings/profiles", None).await.1["profiles"], json!([]), "clients of 1.11 see none");
+    assert_eq!(
+        call("GET", "/api/v1/settings/profiles", None).await.1["profiles"],
+        json!([]),
+        "clients of 1.11 see none"
+    );
     assert_eq!(call("GET", &in_ui, None).await, (200, made.clone()));
     assert_eq!(call("GET", "/api/v1/settings/profiles", None).await, (200, made));
     assert_eq!(call("GET", PROFILES, None).await.1["profiles"][0]["llm_profile_ref"], "default");
