@@ -331,7 +331,7 @@ impl Client {
             let (status, tasks) = self.repeat("start-tasks", "GET", &path, None, &Value::Null).await;
             let shown = &tasks[0];
             if status == 200 && matches!(shown["status"].as_str(), Some("READY" | "ERROR")) {
-                start.status = shown["status"].as_str().unwrap_or_default().to_owned();
+                shown["status"].as_str().unwrap_or_default().clone_into(&mut start.status);
                 start.detail = shown["detail"].as_str().map(str::to_owned);
                 start.sandbox = shown["sandbox_id"].as_str().map(str::to_owned);
                 start.conversation =
@@ -340,7 +340,7 @@ impl Client {
             }
             sleep(POLL).await;
         }
-        start.took = self.world.elapsed() - start.began;
+        start.took = self.world.elapsed().saturating_sub(start.began);
         if start.status == "READY" {
             let to = start.conversation.hyphenated().to_string();
             for message in 2..2 + seeded(self.seed, &format!("messages{again}")) % 3 {
