@@ -6,7 +6,7 @@
 #   tests/simulation-faults.sh [NAME…]     all faults, or those with these names
 #
 # The header of a patch says what is wrong: `seed N: …`. If 12 starts of 3 tenants do not show it, a line `run VARIABLE=VALUE …` has the
-# variables of the scenario, see tests/README.md. SIM_PROFILE selects cargo's profile.
+# variables of the scenario, see tests/README.md, or a line `test NAME` the test that finds it. SIM_PROFILE selects cargo's profile.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -30,12 +30,13 @@ for name in "$@"; do
     name=$(basename "$name" .patch)
     patch=$patches/$name.patch
     seed=$(sed -n 's/^seed \([0-9]*\):.*/\1/p' "$patch")
+    test=$(sed -n 's/^test //p' "$patch")
     read -ra variables <<< "$(sed -n 's/^run //p' "$patch")"
     git -C "$tree" apply "$patch"
     if (
         cd "$tree"
         env SIM_SEED="$seed" SIM_STARTS=12 SIM_TENANTS=3 ${variables[@]+"${variables[@]}"} \
-            cargo test --workspace --profile "${SIM_PROFILE:-dev}" --test sim -- --exact scenario::scenario_holds --nocapture
+            cargo test --workspace --profile "${SIM_PROFILE:-dev}" --test sim -- --exact "${test:-scenario::scenario_holds}" --nocapture
     ) > "$log" 2>&1; then
         echo "NOT FOUND: $name"
         failed=1

@@ -16,6 +16,7 @@ mod aws;
 mod cost;
 mod dice;
 mod invariants;
+mod known_faults;
 mod net;
 mod scenario;
 mod world;

@@ -492,7 +492,7 @@ fn from_environment() -> (std::ops::Range<u64>, impl Fn(u64) -> Conditions, Load
     (first..first + seeds, conditions, load)
 }
 
-fn conditions(seed: u64, is_calm: bool, workers: usize) -> Conditions {
+pub fn conditions(seed: u64, is_calm: bool, workers: usize) -> Conditions {
     let (aws, agents) = match is_calm {
         true => (crate::aws::Faults::none(), agents::Faults::default()),
         false => (crate::aws::Faults::hostile(), agents::Faults::usual()),
