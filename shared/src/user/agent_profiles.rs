@@ -12,7 +12,7 @@ use super::settings::Settings;
 use super::settings_document::CONDENSER;
 use crate::error::{Error, Result};
 use crate::http::pydantic::body::FromJson;
-use crate::http::pydantic::validation::{Checker, literal, string_up_to, wire_enum};
+use crate::http::pydantic::validation::{Checker, Fields, literal, string_up_to, wire_enum};
 use crate::id;
 
 wire_enum! {
@@ -440,6 +440,7 @@ pub struct AgentProfileMaterialize {
 
 impl FromJson for AgentProfileMaterialize {
     fn from_json(check: &mut Checker, value: &Value) -> Option<Self> {
+        Fields::of(check, value)?;
         let draft = match value.get("profile") {
             None | Some(Value::Null) => None,
             Some(profile) => Some(check.within("profile", |check| AgentProfileSave::from_json(check, profile))?),
