@@ -150,12 +150,6 @@ async fn every_recorded_exchange_of_the_later_version_gets_the_recorded_response
             let mut missing = Vec::new();
             lacks(&wanted, &answer, String::new(), &mut missing);
             if status != wanted_status || !missing.is_empty() {
-                {
-                    use std::io::Write as _;
-                    let mut out =
-                        fs::OpenOptions::new().create(true).append(true).open("/tmp/replay-dump.jsonl").unwrap();
-                    writeln!(out, "{}", json!({"file": case.file, "index": case.index, "label": case.label, "wanted_status": wanted_status, "status": status, "wanted": wanted, "answer": answer})).unwrap();
-                }
                 faults.push(format!(
                     "{} {} [{}] {} {}\n    status {wanted_status}, ours {status}\n    {}\n    ours {answer:.600}",
                     case.file,
