@@ -11,8 +11,7 @@ use crate::agents::history::{ConversationHistory, Life, SandboxHistory};
 use crate::scenario::Start;
 use crate::world::{EPOCH, WORKER, World};
 
-/// How long the provider may respond and a sandbox may be usable, within the time of a step, before the end of the start for lack of time
-/// is a fault of the product.
+/// How long a start may wait while the provider responds and its sandbox is usable or could be resumed.
 const LONGEST_NEGLECT: Duration = Duration::from_secs(45);
 /// How much longer for each worker that crashed or stood still meanwhile, and for each message that came late: until the sweep after the
 /// next one, which may not see the row yet.
@@ -35,6 +34,7 @@ pub fn check(world: &World, starts: &[Start], violations: &mut Vec<String>) {
         facts.check_kept(start, violations);
     }
     facts.check_tasks(violations);
+    facts.check_waits(violations);
     facts.check_conversations(violations);
     facts.check_events(world, violations);
     facts.check_sandboxes(violations);
@@ -187,20 +187,15 @@ impl<'a> Facts<'a> {
         if sandboxes.iter().any(is_lost) {
             return None;
         }
-        if detail.contains("The sandbox provider does not respond") || detail.contains("Sandbox failed to start within")
-        {
+        let is_late = |line: &str| {
+            ["The sandbox provider does not respond", "Sandbox failed to start within"]
+                .iter()
+                .any(|text| line.starts_with(text))
+        };
+        if detail.lines().any(is_late) {
             let sandbox = sandboxes.first().copied().unwrap_or_default();
-            let free = self.usable(sandbox, (*entered, *ended));
-            let free = free.into_iter().map(|(begin, end)| end.saturating_sub(begin)).max().unwrap_or_default();
-            let interruptions = self.interruptions.iter().filter(|at| (entered..ended).contains(at)).count();
-            let tolerated = LONGEST_NEGLECT + INTERRUPTION * u32::try_from(interruptions).expect("a small number");
-            return (free > tolerated).then(|| {
-                let life: Vec<_> = self.runtimes(sandbox).map(|runtime| &runtime.life).collect();
-                format!(
-                    "{name} is ERROR at {step} although nothing was in its way for {free:?} of {entered:?} to {ended:?}: {detail}, \
-                     {life:?}"
-                )
-            });
+            let neglect = self.neglect(sandbox, (*entered, *ended))?;
+            return Some(format!("{name} is ERROR at {step}, {detail}: {neglect}"));
         }
         // It may have come too late to join the sandbox that it names.
         if let Some(named) = &start.named
@@ -211,6 +206,46 @@ impl<'a> Facts<'a> {
             return None;
         }
         Some(format!("{name} is ERROR at {step} without an injected cause: {detail}"))
+    }
+
+    /// No start waits for a sandbox that it could use, and the sandbox of a start does not stay paused.
+    fn check_waits(&self, violations: &mut Vec<String>) {
+        for (id, task) in &self.tasks {
+            let (sandbox, states) = (text(task, "sandbox_id").unwrap_or_default(), states(task));
+            for step in states.windows(2).filter(|step| step[0].0 != "WORKING") {
+                let (entered, ended) = (step[0].1, step[1].1);
+                let neglect = match step[0].0.as_str() {
+                    "WAITING_FOR_SANDBOX" => self.neglect(sandbox, (entered, ended)),
+                    _ => self.paused(sandbox).into_iter().find_map(|(begin, end)| {
+                        (begin < ended && end > entered)
+                            .then(|| self.neglect(sandbox, (begin.max(entered), end.min(ended))))?
+                    }),
+                };
+                if let Some(neglect) = neglect {
+                    violations.push(format!("start {id} waited for its sandbox in {}: {neglect}", step[0].0));
+                }
+            }
+        }
+    }
+
+    /// When a sandbox was paused.
+    fn paused(&self, sandbox: &str) -> Vec<(Duration, Duration)> {
+        let life = self.runtimes(sandbox).last().map_or(&[][..], |runtime| &runtime.life);
+        let pauses =
+            life.iter().enumerate().filter(|(_, (_, what))| matches!(what, Life::Paused | Life::PausedByProvider));
+        pauses.map(|(index, (at, _))| (*at, life.get(index + 1).map_or(Duration::MAX, |(end, _)| *end))).collect()
+    }
+
+    /// Describes the longest time within a period in which nothing was in the way of a start, if it is too long.
+    fn neglect(&self, sandbox: &str, (from, to): (Duration, Duration)) -> Option<String> {
+        let usable = self.usable(sandbox, (from, to));
+        let longest = usable.into_iter().map(|(begin, end)| end.saturating_sub(begin)).max().unwrap_or_default();
+        let interruptions = self.interruptions.iter().filter(|at| (from..to).contains(*at)).count();
+        let tolerated = LONGEST_NEGLECT + INTERRUPTION * u32::try_from(interruptions).expect("a small number");
+        (longest > tolerated).then(|| {
+            let life: Vec<_> = self.runtimes(sandbox).map(|runtime| &runtime.life).collect();
+            format!("nothing was in its way for {longest:?} of {from:?} to {to:?}, {life:?}")
+        })
     }
 
     /// Whether a sandbox certainly had a member when a start was accepted: a READY conversation whose deletion was not requested before.

@@ -10,16 +10,13 @@ use shared::error::{Error, Result};
 use shared::http::caller::Caller;
 use shared::http::extract::{JsonBody, RawBody, both};
 use shared::http::pydantic::body::FromJson as _;
-use shared::http::pydantic::validation::Checker;
 use shared::http::pydantic::validation::path_uuid;
 use shared::id;
-use shared::user::agent_profiles::{AgentProfile, AgentProfileMaterialize, AgentProfileSave, AgentProfiles};
-use shared::user::llm_profiles::{LlmProfiles, read_name};
+use shared::user::agent_profiles::{AgentKind, AgentProfile, AgentProfileMaterialize, AgentProfileSave, AgentProfiles};
+use shared::user::llm_profiles::{LlmProfiles, name_in_path};
 use shared::user::settings_document::{ProfileRename, SettingsDocument};
 
 use crate::Context;
-
-const KIND: &str = "openhands";
 
 pub(crate) fn router() -> Router<Context> {
     Router::new()
@@ -30,11 +27,8 @@ pub(crate) fn router() -> Router<Context> {
         .route("/api/agent-profiles/{agent_profile}/materialize", post(materialize))
 }
 
-/// Reads the name in a path.
 fn name(text: &str) -> Result<String> {
-    let mut check = Checker::new("path");
-    let read = check.within("name", |check| read_name(check, &text.into()));
-    check.finish(read).map_err(Error::Invalid)
+    name_in_path(text).map_err(Error::Invalid)
 }
 
 /// An agent profile in a list.
@@ -65,7 +59,7 @@ impl AgentProfilesOut {
         let info = |profile: &AgentProfile| AgentProfileInfoOut {
             id: id::dashed(profile.id),
             name: profile.name.clone(),
-            agent_kind: KIND,
+            agent_kind: AgentKind::Openhands.as_str(),
             revision: profile.revision,
             llm_profile_ref: profile.llm_profile(llm_profiles).map(str::to_owned),
             mcp_server_refs: profile.mcp_servers().map(|names| names.into_iter().map(str::to_owned).collect()),
@@ -256,7 +250,7 @@ async fn materialize(
         _ => None,
     };
     Ok(Json(AgentProfileDiagnosticsOut {
-        agent_kind: KIND,
+        agent_kind: AgentKind::Openhands.as_str(),
         valid: errors.is_empty(),
         errors,
         llm_profile_resolved: llm.is_some(),

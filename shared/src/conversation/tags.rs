@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::http::pydantic::validation::{Checker, string_up_to};
 
@@ -77,10 +77,7 @@ impl Tags {
             return None;
         };
         if entries.len() > MAX_TAGS {
-            let (most, found) = (MAX_TAGS, entries.len());
-            let msg = format!("Dictionary should have at most {most} items after validation, not {found}");
-            let ctx = json!({"field_type": "Dictionary", "max_length": most, "actual_length": found});
-            check.report("too_long", msg, Value::Null, Some(ctx));
+            check.report_too_long("Dictionary", MAX_TAGS, entries.len(), Value::Null);
             return None;
         }
         let read: Vec<_> = entries

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::pydantic::validation::{self, Checker};
 
@@ -224,9 +224,7 @@ pub fn value<'v>(check: &mut Checker, value: &'v Value) -> Option<&'v str> {
 
 /// Reports `too_long` for a value that is a secret or contains secrets.
 pub fn report_too_long(check: &mut Checker, what: &str, most: usize, found: usize) {
-    let msg = format!("{what} should have at most {most} items after validation, not {found}");
-    let ctx = json!({"field_type": what, "max_length": most, "actual_length": found});
-    check.report("too_long", msg, MASK.into(), Some(ctx));
+    check.report_too_long(what, most, found, MASK.into());
 }
 
 #[cfg(test)]

@@ -256,9 +256,8 @@ fn exposed(secret: Option<&SecretString>) -> Option<&str> {
 }
 
 /// Custom secrets, then provider tokens under `<PROVIDER>_TOKEN`, of both those that the agent profile chooses, then the request's secrets;
-/// later ones override earlier ones. Secrets
-/// that were stored before their names and values were validated, and cannot be environment variables, are left out: they would make the
-/// agent lose other secrets as well.
+/// later ones override earlier ones. Secrets that were stored before their names and values were validated, and cannot be environment
+/// variables, are left out: they would make the agent lose other secrets as well.
 fn secrets(inputs: &ConversationInputs<'_>) -> Result<(Map<String, Value>, InTerminal)> {
     let ConversationInputs { request, settings, config, .. } = inputs;
     let fixed = |value: &SecretString, description: Option<&str>| json!({"description": description, "value": value.expose_secret(), "kind": "StaticSecret"});

@@ -50,9 +50,9 @@ impl StartService {
     /// and nothing else happens. `trace` becomes the trace of a new start.
     ///
     /// # Errors
-    /// [`Error::Conflict`] for a key of another request,
-    /// [`Error::NotFound`] for an unknown parent or agent profile, [`Error::Refused`] for an unsupported suggested task, [`Error::Invalid`] for an invalid
-    /// repository or branch, [`Error::Saturated`] for too many unfinished starts; then nothing is stored. [`Error::Store`].
+    /// [`Error::Conflict`] for a key of another request, [`Error::NotFound`] for an unknown parent or agent profile, [`Error::Refused`] for
+    /// an unsupported suggested task or an agent profile without its LLM profile, [`Error::Invalid`] for an invalid repository or branch,
+    /// [`Error::Saturated`] for too many unfinished starts; then nothing is stored. [`Error::Store`].
     pub async fn create(
         &self,
         user: &UserId,

@@ -204,10 +204,7 @@ impl FromJson for StartRequest {
 fn read_skill_names(check: &mut Checker, value: &Value) -> Option<Vec<String>> {
     let names = list(check, value, |check, value| string_up_to(MAX_SKILL_NAME, check, value))?;
     if names.len() > MAX_DISABLED_SKILLS {
-        let (most, found) = (MAX_DISABLED_SKILLS, names.len());
-        let msg = format!("List should have at most {most} items after validation, not {found}");
-        let ctx = json!({"field_type": "List", "max_length": most, "actual_length": found});
-        check.report("too_long", msg, Value::Null, Some(ctx));
+        check.report_too_long("List", MAX_DISABLED_SKILLS, names.len(), Value::Null);
         return None;
     }
     Some(names)

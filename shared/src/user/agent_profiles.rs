@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::declared::{self, Field, Kind, Preset, Secrets};
 use super::llm_profiles::{self, LlmProfiles};
 use super::settings::Settings;
-use super::settings_document::CONDENSER;
+use super::settings_document::{CONDENSER, VERIFICATION_WITHOUT_KEY};
 use crate::error::{Error, Result};
 use crate::http::pydantic::body::FromJson;
 use crate::http::pydantic::validation::{Checker, Fields, literal, string_up_to, wire_enum};
@@ -39,20 +39,6 @@ const SET_HERE: [&str; 4] = ["id", "name", "revision", "schema_version"];
 /// The longest name of a tool, in characters.
 const MAX_TOOL_NAME: usize = 100;
 
-const VERIFICATION: &[Field] = &[
-    Field::with("critic_enabled", Kind::Flag, Preset::Flag(false)),
-    Field::with(
-        "critic_mode",
-        Kind::Choice(&["finish_and_message", "all_actions"]),
-        Preset::Text("finish_and_message"),
-    ),
-    Field::with("enable_iterative_refinement", Kind::Flag, Preset::Flag(false)),
-    Field::with("critic_threshold", Kind::Number(0.0, 1.0), Preset::Number(0.6)),
-    Field::with("max_refinement_iterations", Kind::Integer(1), Preset::Integer(3)),
-    Field::optional("critic_server_url", Kind::Text),
-    Field::optional("critic_model_name", Kind::Text),
-];
-
 /// The fields of agent servers from 1.34 to 1.58, without the LLM profile.
 const FIELDS: &[Field] = &[
     Field::with("agent", Kind::Choice(&["CodeActAgent"]), Preset::Text("CodeActAgent")),
@@ -60,7 +46,7 @@ const FIELDS: &[Field] = &[
     Field::optional("system_message_suffix", Kind::Text),
     Field::with("disabled_skills", Kind::Texts, Preset::List),
     Field::with("condenser", Kind::Object(CONDENSER), Preset::Object),
-    Field::with("verification", Kind::Object(VERIFICATION), Preset::Object),
+    Field::with("verification", Kind::Object(VERIFICATION_WITHOUT_KEY), Preset::Object),
     Field::optional("mcp_server_refs", Kind::Texts),
     Field::optional("secret_refs", Kind::Texts),
     Field::with("enable_sub_agents", Kind::Flag, Preset::Flag(false)),

@@ -148,10 +148,7 @@ impl Query {
             self.pairs.iter().filter(|(key, _)| key == name).map(|(_, text)| text.as_str()).collect();
         self.check.within(name, |check| {
             if texts.len() > most {
-                let found = texts.len();
-                let msg = format!("List should have at most {most} items after validation, not {found}");
-                let ctx = json!({"field_type": "List", "max_length": most, "actual_length": found});
-                check.report("too_long", msg, Value::Null, Some(ctx));
+                check.report_too_long("List", most, texts.len(), Value::Null);
                 return Vec::new();
             }
             let read = |(index, text): (usize, &&str)| check.within(index, |check| read(check, text));

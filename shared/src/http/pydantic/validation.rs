@@ -109,6 +109,13 @@ impl Checker {
         self.violations.push(Violation { kind, loc: self.loc.clone(), msg: msg.into(), input, ctx });
     }
 
+    /// Reports `too_long`: a list or a dictionary (`what`) has more than `most` items. `input` is what the violation shows of it.
+    pub fn report_too_long(&mut self, what: &str, most: usize, found: usize, input: Value) {
+        let msg = format!("{what} should have at most {most} items after validation, not {found}");
+        let ctx = json!({"field_type": what, "max_length": most, "actual_length": found});
+        self.report("too_long", msg, input, Some(ctx));
+    }
+
     /// Reports `missing`. `parent` is the object that lacks the value, or null for a parameter.
     pub fn report_missing(&mut self, parent: Value) {
         self.report("missing", "Field required", parent, None);

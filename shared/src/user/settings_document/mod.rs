@@ -26,7 +26,7 @@ use crate::http::secret::MASK;
 
 pub use self::changes::{LEGACY_KEY, SettingsChanges};
 pub use self::fields::{SettingsOut, UserOut};
-pub use self::nested::CONDENSER;
+pub use self::nested::{CONDENSER, VERIFICATION_WITHOUT_KEY};
 pub use self::profiles::{ProfileRename, ProfileSave};
 pub use self::secrets::SecretChange;
 pub use self::show::{AgentSettingsOut, ConversationSettingsOut, LlmOut, LlmProfilesOut};

@@ -56,6 +56,8 @@ const VERIFICATION: &[Field] = &[
     Field::optional("critic_model_name", Kind::Text),
     Field::optional("critic_api_key", Kind::Secret),
 ];
+/// The fields of a critic in an agent profile, which contains no secrets: all but the key, which is the last one.
+pub const VERIFICATION_WITHOUT_KEY: &[Field] = VERIFICATION.split_at(VERIFICATION.len() - 1).0;
 
 /// The fields of `agent_settings`, without MCP servers, which have rules of their own.
 pub(super) const AGENT: &[Field] = &[

@@ -233,11 +233,13 @@ impl SettingsDocument {
             self.set_llm(llm);
             return;
         }
-        let is_made =
-            (is_first || profiles.get(DEFAULT_NAME).is_some()) && profiles.put(DEFAULT_NAME, llm.clone()).is_ok();
-        if is_made && is_first {
-            // It was stored above.
-            let _active = profiles.activate(DEFAULT_NAME);
+        // After its user has deleted it, it is not made again.
+        if is_first || profiles.get(DEFAULT_NAME).is_some() {
+            let made = profiles.put(DEFAULT_NAME, llm.clone());
+            let made = made.and_then(|()| if is_first { profiles.activate(DEFAULT_NAME).map(|_| ()) } else { Ok(()) });
+            if let Err(error) = made {
+                tracing::warn!(profile = DEFAULT_NAME, %error, "settings.profile_left_out");
+            }
         }
         if profiles.active().is_none() || profiles.active() == Some(DEFAULT_NAME) {
             self.set_llm(llm);
@@ -252,8 +254,8 @@ impl SettingsDocument {
             let given = LlmProfiles::stored(given);
             let mut profiles = self.llm_profiles();
             for (name, llm) in given.iter() {
-                if profiles.put(name, llm.clone()).is_err() {
-                    tracing::warn!(limit = llm_profiles::MAX_PROFILES, "settings.profile_left_out");
+                if let Err(error) = profiles.put(name, llm.clone()) {
+                    tracing::warn!(profile = name, %error, "settings.profile_left_out");
                 }
             }
             self.set_llm_profiles(&profiles);
