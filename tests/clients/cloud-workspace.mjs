@@ -29,6 +29,7 @@ await run("cloud-workspace", { environment: { SESSION_API_KEY: apiKey } }, async
     KEY: apiKey,
     MODEL_KEY: modelKey,
     SECRET: secret,
+    FOLDER: path.join(server.folder, "workspace"),
     PYTHONPATH: packages,
     // Nothing is fetched from other hosts, and nothing is printed except the steps.
     LITELLM_LOCAL_MODEL_COST_MAP: "True",

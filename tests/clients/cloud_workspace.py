@@ -9,7 +9,7 @@ from openhands.sdk import Agent, Conversation, Tool
 from openhands.tools.terminal import TerminalTool
 from openhands.workspace import OpenHandsCloudWorkspace
 
-URL, KEY, MODEL_KEY, SECRET = (os.environ[name] for name in ("URL", "KEY", "MODEL_KEY", "SECRET"))
+URL, KEY, MODEL_KEY, SECRET, FOLDER = (os.environ[name] for name in ("URL", "KEY", "MODEL_KEY", "SECRET", "FOLDER"))
 
 
 def api(method: str, path: str, body=None):
@@ -32,7 +32,8 @@ tracker = {"url": "https://tracker.example/mcp", "transport": "http"}
 files = {"command": "npx", "args": ["-y", "files"]}
 api("POST", "/api/v1/settings", {"agent_settings_diff": {"mcp_config": {"tracker": tracker, "files": files}}})
 
-with OpenHandsCloudWorkspace(cloud_api_url=URL, cloud_api_key=KEY) as workspace:
+# The default, /workspace/project, is a folder of this machine, since the sandbox is a process.
+with OpenHandsCloudWorkspace(cloud_api_url=URL, cloud_api_key=KEY, working_dir=FOLDER) as workspace:
     ran = workspace.execute_command("echo $((6 * 7))", timeout=120)
     assert (ran.exit_code, ran.stdout.strip()) == (0, "42"), ran
     say("a sandbox of its own runs commands")

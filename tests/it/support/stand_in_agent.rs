@@ -171,9 +171,11 @@ struct State {
     commands: JoinSet<()>,
     /// How the server ended that started the commands.
     ended_by: Arc<Mutex<Option<Restart>>>,
-    /// A folder of the sandbox that clients name although it is below the root here.
-    mounted: Option<String>,
 }
+
+/// The workspace's path in a container. In paths and in commands it is replaced by the folder below the root, so that a folder of this
+/// name on the machine plays no part.
+const WORKSPACE: &str = "/workspace";
 
 /// The server. Dropping it closes its connections, kills its commands and removes its files.
 #[derive(Debug)]
@@ -209,7 +211,6 @@ impl StandInAgent {
             bash_events: Vec::new(),
             commands: JoinSet::new(),
             ended_by: Arc::default(),
-            mounted: None,
         }));
         let shared = Arc::clone(&state);
         let server = Server::start(move |request| answer(request, Arc::clone(&shared))).await;
@@ -300,11 +301,6 @@ impl StandInAgent {
                 let _ = rustix::process::kill_process(id, rustix::process::Signal::KILL);
             }
         }
-    }
-
-    /// Clients name this folder, such as `/workspace`: in paths and in commands it is replaced by one below the root.
-    pub fn mount(&self, folder: &str) {
-        self.state().mounted = Some(folder.to_owned());
     }
 
     /// Adds a variable to the environment of later commands.
@@ -407,12 +403,11 @@ impl State {
         started.filter_map(|event| event.command).filter(|id| !has_ended(id)).collect()
     }
 
-    /// The text with the real path of the mounted folder.
+    /// The text with the path that [`WORKSPACE`] has here.
     fn real(&self, text: &str) -> String {
-        let Some(folder) = &self.mounted else { return text.to_owned() };
-        let real = format!("{}{folder}", self.root.display());
+        let real = format!("{}{WORKSPACE}", self.root.display());
         // A client may have learnt the real path from a command's output.
-        text.replace(&real, folder).replace(folder.as_str(), &real)
+        text.replace(&real, WORKSPACE).replace(WORKSPACE, &real)
     }
 
     /// Restricts paths to the root, so that an error in a test affects only the test's folder.

@@ -338,7 +338,6 @@ impl WorkerHarness {
             let runtimes = RuntimeApi::start(ways[2].url()).await;
             runtimes.set_key(SESSION_KEY);
             runtimes.begin_as("running");
-            agent.mount("/workspace");
             let way = gate.to(&runtimes.url()).await;
             let remote = RemoteSandboxConfig {
                 deployment: Some("deployment-of-harness".to_owned()),
