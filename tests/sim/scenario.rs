@@ -469,23 +469,29 @@ fn number(name: &str, default: u64) -> u64 {
 
 /// A scenario by its numbers, from the environment: `SIM_SEED`, `SIM_SEEDS`, `SIM_STARTS`, `SIM_TENANTS`, `SIM_WORKERS`, `SIM_MINUTES` (over
 /// which the starts are spread), `SIM_FIRST_PERCENT` (the first tenant's share of the starts), `SIM_CALM` for a world without faults, and
-/// `SIM_REFUSALS` for the share, in percent, of repositories that cannot be cloned.
+/// `SIM_REFUSALS` for the share, in percent, of repositories that cannot be cloned, `SIM_OUTAGES` for the share of minutes in which a
+/// service of AWS fails half of its calls. With `SIM_BODIES` the hash of the trace includes
+/// bodies.
 fn from_environment() -> (std::ops::Range<u64>, impl Fn(u64) -> Conditions, Load) {
     let (first, seeds) = (number("SIM_SEED", 1), number("SIM_SEEDS", 1));
     let (is_calm, workers) = (std::env::var_os("SIM_CALM").is_some(), number("SIM_WORKERS", 10));
     let minutes = number("SIM_MINUTES", 10);
+    let share = |name: &str| std::env::var_os(name).map(|_| number(name, 0) as f64 / 100.0);
+    let (refusals, outages) = (share("SIM_REFUSALS"), share("SIM_OUTAGES"));
     let load = Load {
         starts: number("SIM_STARTS", 10),
         tenants: number("SIM_TENANTS", 4),
         within: Duration::from_secs(60 * minutes),
-        first_share: std::env::var_os("SIM_FIRST_PERCENT").map(|_| number("SIM_FIRST_PERCENT", 0) as f64 / 100.0),
+        first_share: share("SIM_FIRST_PERCENT"),
         without_first: false,
     };
-    let refusals = std::env::var_os("SIM_REFUSALS").map(|_| number("SIM_REFUSALS", 0) as f64 / 100.0);
     let conditions = move |seed| {
         let mut conditions = conditions(seed, is_calm, usize::try_from(workers).expect("a small number"));
         if let Some(refusals) = refusals {
             conditions.agents.commands.clone_refusals = refusals;
+        }
+        if let Some(outages) = outages {
+            conditions.aws.outages = outages;
         }
         conditions
     };
@@ -571,6 +577,7 @@ fn traces_of_seeds_are_the_same_in_two_processes() {
             ("SIM_SEEDS", &seeds.to_string()),
             ("SIM_STARTS", "5"),
             ("SIM_MINUTES", "10"),
+            ("SIM_BODIES", "1"),
         ]);
         process.stdout(std::process::Stdio::piped()).spawn().expect("a process")
     };

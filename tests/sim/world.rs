@@ -24,7 +24,7 @@ use tower::ServiceExt as _;
 
 use crate::agents::{API_KEY, PROVIDER_URL, Pace, Sandboxes, Settings};
 use crate::aws::lambda::{Ended, Function, Handler, Invocation};
-use crate::aws::sdk_client::Trace;
+use crate::aws::sdk_client::{Detail, Trace};
 use crate::aws::services::Services;
 use crate::aws::{self, Clock, lock};
 use crate::net::{Pending, Reply, Request, Server, to_client};
@@ -85,7 +85,13 @@ impl World {
     pub async fn start(conditions: &Conditions) -> (Self, Entered) {
         let Conditions { seed, aws, agents, pace, cap, workers } = conditions.clone();
         let clock = Clock::start(EPOCH);
-        let trace = if std::env::var_os("SIM_LINES").is_some() { Trace::with_lines(clock) } else { Trace::new(clock) };
+        let is_set = |name: &str| std::env::var_os(name).is_some();
+        let detail = match (is_set("SIM_LINES"), is_set("SIM_BODIES")) {
+            (true, _) => Detail::Lines,
+            (false, true) => Detail::Bodies,
+            (false, false) => Detail::Sizes,
+        };
+        let trace = Trace::new(clock, detail);
         let sandboxes = Sandboxes::new(Settings { seed, epoch: EPOCH, faults: agents, pace, cap });
         let wire = Wire { sandboxes: sandboxes.clone(), trace: trace.clone() };
         let entered = shared::simulation::enter(seed, EPOCH, Arc::new(wire));

@@ -346,10 +346,7 @@ fn respond(id: u64, answer: Answer) -> http::Response<Bytes> {
 impl Inner {
     /// Executes an operation of the engine.
     fn run(&self, operation: &str, body: &Value) -> Answer {
-        match self.engine.execute(operation, body.to_string().as_bytes()) {
-            Ok(text) => Ok(serde_json::from_str(&text).expect("the engine's JSON")),
-            Err((status, body)) => Err(Refusal { status, body }),
-        }
+        self.engine.execute(operation, body).map_err(|(status, body)| Refusal { status, body })
     }
 
     /// Creates a table, its indexes and its replica. This has no faults.

@@ -12,13 +12,17 @@ use aws_sdk_dynamodb::config::retry::RetryPartition;
 use aws_sdk_dynamodb::config::{
     AsyncSleep, Credentials, IdentityCache, SharedAsyncSleep, SharedCredentialsProvider, Sleep,
 };
+use aws_smithy_runtime_api::box_error::BoxError;
+use aws_smithy_runtime_api::client::auth::{AuthScheme, AuthSchemeEndpointConfig, AuthSchemeId, Sign};
 use aws_smithy_runtime_api::client::http::{
     HttpClient, HttpConnector, HttpConnectorFuture, HttpConnectorSettings, SharedHttpConnector,
 };
+use aws_smithy_runtime_api::client::identity::{Identity, SharedIdentityResolver};
 use aws_smithy_runtime_api::client::orchestrator::{HttpRequest, HttpResponse};
 use aws_smithy_runtime_api::client::result::ConnectorError;
-use aws_smithy_runtime_api::client::runtime_components::RuntimeComponents;
+use aws_smithy_runtime_api::client::runtime_components::{GetIdentityResolver, RuntimeComponents};
 use aws_smithy_types::body::SdkBody;
+use aws_smithy_types::config_bag::ConfigBag;
 use aws_smithy_types::retry::ErrorKind;
 use aws_types::sdk_config::{SharedTimeSource, TimeSource};
 use aws_types::service_config::{LoadServiceConfig, ServiceConfigKey};
@@ -40,10 +44,23 @@ pub const S3: &str = "s3.invalid";
 pub const SQS: &str = "sqs.invalid";
 pub const REGION: &str = "us-east-1";
 
+/// How much of a request and of a response is in the hash of a trace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Detail {
+    /// Of bodies, the sizes alone. Their JSON is read and hashed in any order of the members otherwise, which takes a fifth of the time of
+    /// a simulation.
+    Sizes,
+    /// Everything.
+    Bodies,
+    /// Everything, and a line for each call, with which two runs can be compared.
+    Lines,
+}
+
 /// The calls of a simulation in their order, as a hash. Two runs of one seed have the same.
 #[derive(Clone, Debug)]
 pub struct Trace {
     clock: Clock,
+    detail: Detail,
     state: Arc<Mutex<TraceState>>,
 }
 
@@ -58,15 +75,9 @@ struct TraceState {
 }
 
 impl Trace {
-    pub fn new(clock: Clock) -> Self {
-        Self { clock, state: Arc::default() }
-    }
-
-    /// A trace that also keeps a line for each call.
-    pub fn with_lines(clock: Clock) -> Self {
-        let trace = Self::new(clock);
-        lock(&trace.state).lines = Some(Vec::new());
-        trace
+    pub fn new(clock: Clock, detail: Detail) -> Self {
+        let lines = (detail == Detail::Lines).then(Vec::new);
+        Self { clock, detail, state: Arc::new(Mutex::new(TraceState { lines, ..TraceState::default() })) }
     }
 
     pub fn hash(&self) -> u64 {
@@ -91,7 +102,7 @@ impl Trace {
         let at = self.clock.elapsed();
         let target = request.headers.get("x-amz-target").map_or(&b""[..], |target| target.as_bytes());
         let address = (request.method.as_str(), &*request.authority, &*request.path, &*request.query);
-        let hash = canonical(&request.body);
+        let hash = self.hash_of_body(&request.body);
         let hash = dice::seeded(hash, &(at, address, target));
         let service = service_of(&request.authority);
         *lock(&self.state).by_caller.entry((cost::caller(), service)).or_default() += 1;
@@ -103,10 +114,17 @@ impl Trace {
         Sent { hash, line }
     }
 
+    fn hash_of_body(&self, body: &[u8]) -> u64 {
+        match self.detail {
+            Detail::Sizes => body.len() as u64,
+            Detail::Bodies | Detail::Lines => canonical(body),
+        }
+    }
+
     /// Adds a call to the trace.
     pub fn received(&self, sent: Sent, reply: &Reply) {
         let (status, answer) = match reply {
-            Ok(response) => (response.status().as_u16(), canonical(response.body())),
+            Ok(response) => (response.status().as_u16(), self.hash_of_body(response.body())),
             Err(failure) => (0, *failure as u64),
         };
         let at = self.clock.elapsed();
@@ -145,7 +163,7 @@ pub struct Sent {
 }
 
 /// A hash of a body. The order of the members of a JSON object does not matter.
-pub fn canonical(body: &[u8]) -> u64 {
+fn canonical(body: &[u8]) -> u64 {
     match body.first() {
         Some(b'{') => serde_json::from_slice(body).map_or_else(|_| dice::seeded(5, &body), |Hashed(hash)| hash),
         _ => dice::seeded(5, &body),
@@ -323,6 +341,37 @@ impl TimeSource for Clock {
     }
 }
 
+/// Replaces the signatures of requests, which the models do not check, by nothing.
+#[derive(Debug)]
+struct Unsigned;
+
+impl AuthScheme for Unsigned {
+    fn scheme_id(&self) -> AuthSchemeId {
+        AuthSchemeId::new("sigv4")
+    }
+
+    fn identity_resolver(&self, resolvers: &dyn GetIdentityResolver) -> Option<SharedIdentityResolver> {
+        resolvers.identity_resolver(self.scheme_id())
+    }
+
+    fn signer(&self) -> &dyn Sign {
+        self
+    }
+}
+
+impl Sign for Unsigned {
+    fn sign_http_request(
+        &self,
+        _: &mut HttpRequest,
+        _: &Identity,
+        _: AuthSchemeEndpointConfig<'_>,
+        _: &RuntimeComponents,
+        _: &ConfigBag,
+    ) -> Result<(), BoxError> {
+        Ok(())
+    }
+}
+
 #[derive(Debug)]
 struct Endpoints;
 
@@ -373,12 +422,12 @@ impl SdkClients {
     pub fn make(&self) -> Aws {
         let aws = Aws::new(&self.config);
         let quota = || RetryPartition::custom("simulation").build();
+        let dynamodb = aws.dynamodb.config().to_builder().retry_partition(quota()).push_auth_scheme(Unsigned);
+        let sqs = aws.sqs.config().to_builder().retry_partition(quota()).push_auth_scheme(Unsigned);
         Aws {
-            dynamodb: aws_sdk_dynamodb::Client::from_conf(
-                aws.dynamodb.config().to_builder().retry_partition(quota()).build(),
-            ),
+            dynamodb: aws_sdk_dynamodb::Client::from_conf(dynamodb.build()),
             s3: aws_sdk_s3::Client::from_conf(aws.s3.config().to_builder().retry_partition(quota()).build()),
-            sqs: aws_sdk_sqs::Client::from_conf(aws.sqs.config().to_builder().retry_partition(quota()).build()),
+            sqs: aws_sdk_sqs::Client::from_conf(sqs.build()),
         }
     }
 }

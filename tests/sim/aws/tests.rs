@@ -28,7 +28,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tower::ServiceExt as _;
 
 use super::lambda::{Ended, Function, Handler, Invocation, Mapping};
-use super::sdk_client::Trace;
+use super::sdk_client::{Detail, Trace};
 use super::services::Services;
 use super::sqs::{Depth, url};
 use super::{Clock, Faults, lock};
@@ -40,11 +40,11 @@ const CONVERSATIONS: &str = "conversations";
 
 /// Runs a simulation in a runtime and a thread of its own. The product's futures need more stack than a test has.
 fn simulate<F: Future<Output: Send>>(seed: u64, faults: &Faults, run: impl FnOnce(Services) -> F + Send) -> F::Output {
-    simulate_with(Trace::with_lines, seed, faults, run)
+    simulate_with(Detail::Lines, seed, faults, run)
 }
 
 fn simulate_with<F: Future<Output: Send>>(
-    trace: fn(Clock) -> Trace,
+    detail: Detail,
     seed: u64,
     faults: &Faults,
     run: impl FnOnce(Services) -> F + Send,
@@ -54,7 +54,7 @@ fn simulate_with<F: Future<Output: Send>>(
         let runtime = runtime.enable_time().start_paused(true).build().expect("a runtime");
         runtime.block_on(async {
             let clock = Clock::start(Timestamp::constant(1_800_000_000, 0));
-            let services = Services::start(seed, clock, faults, 1000, trace(clock)).await;
+            let services = Services::start(seed, clock, faults, 1000, Trace::new(clock, detail)).await;
             run(services).await
         })
     };
@@ -766,7 +766,7 @@ fn cost_of_calls() {
     const COUNT: u32 = 2000;
     let all = [("no faults", Faults::none()), ("usual", Faults::usual()), ("hostile", Faults::hostile())];
     for (name, faults) in all {
-        simulate_with(Trace::new, SEED, &faults, async |services| {
+        simulate_with(Detail::Sizes, SEED, &faults, async |services| {
             let aws = services.aws();
             let user = |number: u32| format!("user-{}", number % 50);
             let id = |number: u32| format!("{number:06}");
@@ -820,20 +820,20 @@ fn cost_of_calls() {
             { "AttributeName": "user", "AttributeType": "S" }, { "AttributeName": "id", "AttributeType": "S" },
         ],
     });
-    engine.execute("CreateTable", table.to_string().as_bytes()).expect("a table");
+    engine.execute("CreateTable", &table).expect("a table");
     let key = |number: u32| json!({ "user": { "S": "u" }, "id": { "S": number.to_string() } });
     let began = std::time::Instant::now();
     for number in 0..COUNT {
         let mut item = key(number);
         item["body"] = json!({ "S": "x".repeat(800) });
         let body = json!({ "TableName": "plain", "Item": item, "ReturnConsumedCapacity": "TOTAL" });
-        engine.execute("PutItem", body.to_string().as_bytes()).expect("a put");
+        engine.execute("PutItem", &body).expect("a put");
     }
     println!("engine: put {:?}", began.elapsed() / COUNT);
     let began = std::time::Instant::now();
     for number in 0..COUNT {
         let body = json!({ "TableName": "plain", "Key": key(number), "ConsistentRead": true });
-        engine.execute("GetItem", body.to_string().as_bytes()).expect("a get");
+        engine.execute("GetItem", &body).expect("a get");
     }
     println!("engine: get {:?}", began.elapsed() / COUNT);
 }

@@ -21,7 +21,7 @@ use http::header::CONTENT_TYPE;
 use http::{HeaderMap, HeaderName, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
@@ -132,8 +132,8 @@ impl InMemoryDynamoDb {
     ///
     /// # Errors
     /// The status and the body of an error response.
-    pub fn execute(&self, operation: &str, body: &[u8]) -> Result<String, (u16, String)> {
-        execute(&self.0, operation, body).map_err(|error| (error.status_code(), error.to_json()))
+    pub fn execute(&self, operation: &str, body: &Value) -> Result<Value, (u16, String)> {
+        execute_value(&self.0, operation, body).map_err(|error| (error.status_code(), error.to_json()))
     }
 }
 
@@ -276,6 +276,14 @@ macro_rules! operations {
                 other => Err(DynoxideError::UnsupportedCapability(other.to_owned())),
             }
         }
+
+        /// As [`execute`], without the JSON text.
+        fn execute_value(database: &Database, operation: &str, body: &Value) -> Result<Value, DynoxideError> {
+            match operation {
+                $($name => write_value(&database.$method(read_value::<$request>(body)?)?),)*
+                other => Err(DynoxideError::UnsupportedCapability(other.to_owned())),
+            }
+        }
     };
 }
 
@@ -303,8 +311,16 @@ fn write(output: &impl Serialize) -> Result<String, DynoxideError> {
     serde_json::to_string(output).map_err(|error| DynoxideError::InternalServerError(error.to_string()))
 }
 
+fn write_value(output: &impl Serialize) -> Result<Value, DynoxideError> {
+    serde_json::to_value(output).map_err(|error| DynoxideError::InternalServerError(error.to_string()))
+}
+
 fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, DynoxideError> {
     serde_json::from_slice(body).map_err(|error| deserialization_error(&error.to_string()))
+}
+
+fn read_value<T: DeserializeOwned>(body: &Value) -> Result<T, DynoxideError> {
+    T::deserialize(body).map_err(|error| deserialization_error(&error.to_string()))
 }
 
 /// The error for a body that does not deserialize. dynoxide's request types report DynamoDB's error message as the text of a serde
