@@ -90,7 +90,7 @@ async fn measure(bytes: usize) {
     let record = tasks.create(&user, &request, &new).await.expect("created");
     println!("| create | {} |", spent());
     let id = record.id;
-    let claim = async || match tasks.claim(&user, id, WORKER, LEASE).await.expect("the store") {
+    let claim = async || match tasks.claim(&user, id, WORKER, LEASE, None).await.expect("the store") {
         Claim::Claimed(_) => {}
         other => panic!("{other:?}"),
     };

@@ -189,10 +189,10 @@ async fn a_start_is_claimed_changed_and_released_once() {
     let rig = Rig::start().await;
     let (user, tasks) = (&rig.user, &rig.tasks);
     let id = tasks.create(user, &Rig::request(), &new_start()).await.expect("created").id;
-    let claimed = rig.lossy("claim", async || tasks.claim(user, id, "w1", LEASE).await).await.expect("the store");
+    let claimed = rig.lossy("claim", async || tasks.claim(user, id, "w1", LEASE, None).await).await.expect("the store");
     let Claim::Claimed(task) = claimed else { panic!("{claimed:?}") };
     assert_eq!(task.record.open_claims, 1, "a repeated claim is no death of a worker");
-    assert!(matches!(tasks.claim(user, id, "w2", LEASE).await.expect("the store"), Claim::Held));
+    assert!(matches!(tasks.claim(user, id, "w2", LEASE, None).await.expect("the store"), Claim::Held));
 
     rig.lossy("renew", async || tasks.renew(user, id, "w1", LEASE).await).await.expect("the store").expect("renewed");
     let next = snapshot(StartStatus::WaitingForSandbox);
@@ -205,7 +205,16 @@ async fn a_start_is_claimed_changed_and_released_once() {
     let release = async || tasks.release(user, id, "w1", Time::now(), Change::default()).await;
     rig.lossy("release", release).await.expect("the store").expect("released");
     release().await.expect("the store").expect_err("released before");
-    assert!(matches!(tasks.claim(user, id, "w2", LEASE).await.expect("the store"), Claim::Claimed(_)));
+    // A job that continues a wait ends if a job that was enqueued since continues it later.
+    assert!(matches!(tasks.claim(user, id, "w1", LEASE, None).await.expect("the store"), Claim::Claimed(_)));
+    let later = Time::now().plus(Duration::from_secs(60));
+    let due_at = tasks.release(user, id, "w1", later, Change::default()).await.expect("the store").expect("released");
+    let obsolete = Some(due_at.minus(Duration::from_micros(1)));
+    assert!(matches!(tasks.claim(user, id, "w2", LEASE, obsolete).await.expect("the store"), Claim::Held));
+    let claimed = tasks.claim(user, id, "w1", LEASE, Some(due_at)).await.expect("the store");
+    assert!(matches!(claimed, Claim::Claimed(_)), "{claimed:?}");
+    tasks.release(user, id, "w1", Time::now(), Change::default()).await.expect("the store").expect("released");
+    assert!(matches!(tasks.claim(user, id, "w2", LEASE, None).await.expect("the store"), Claim::Claimed(_)));
     tasks.save(user, id, "w1", &change).await.expect("the store").expect_err("another worker's");
 
     let conversation = Uuid::new_v4();
@@ -217,8 +226,8 @@ async fn a_start_is_claimed_changed_and_released_once() {
     end().await.expect("the store").expect_err("ended before");
     let all = ConversationFilter::default();
     assert_eq!((rig.conversations.count(user, &all).await.expect("a count"), rig.unfinished().await), (1, 0));
-    assert!(matches!(tasks.claim(user, id, "w3", LEASE).await.expect("the store"), Claim::Finished));
-    assert!(matches!(tasks.claim(user, Uuid::new_v4(), "w3", LEASE).await.expect("the store"), Claim::Unknown));
+    assert!(matches!(tasks.claim(user, id, "w3", LEASE, None).await.expect("the store"), Claim::Finished));
+    assert!(matches!(tasks.claim(user, Uuid::new_v4(), "w3", LEASE, None).await.expect("the store"), Claim::Unknown));
     rig.engines.shutdown().await;
 }
 
@@ -226,7 +235,7 @@ async fn a_start_is_claimed_changed_and_released_once() {
 async fn a_start_fails_once_and_is_undone_under_one_lease() {
     let rig = Rig::start().await;
     let (user, tasks) = (&rig.user, &rig.tasks);
-    let claim = async |id, worker: &'static str| tasks.claim(user, id, worker, LEASE).await.expect("the store");
+    let claim = async |id, worker: &'static str| tasks.claim(user, id, worker, LEASE, None).await.expect("the store");
     // Under a lease, which the worker keeps to undo what it made.
     let id = tasks.create(user, &Rig::request(), &new_start()).await.expect("created").id;
     assert!(matches!(claim(id, "w1").await, Claim::Claimed(_)));
@@ -283,7 +292,7 @@ async fn a_lease_on_a_row_of_an_earlier_version_is_respected_and_expires() {
     let held = async |until: Time| {
         let lease = Update::new().set("lease_owner", text("old")).set("lease_until", text(until.sortable()));
         assert!(table.apply(key.clone(), lease).await.expect("the store"));
-        rig.tasks.claim(&rig.user, id, "new", LEASE).await.expect("the store")
+        rig.tasks.claim(&rig.user, id, "new", LEASE, None).await.expect("the store")
     };
     assert!(matches!(held(Time::now().plus(LEASE)).await, Claim::Held));
     let saved = rig.tasks.save(&rig.user, id, "old", &Change::default().note("a note")).await;
@@ -303,7 +312,7 @@ async fn a_message_is_added_once_and_its_queue_is_worked_on_under_one_lease() {
         let added = rig.faulty("append", Stop::LoseResponses(lost), append).await.expect("the store");
         assert_eq!(added, Some(index + 1), "{lost} lost responses");
     }
-    let claim = async || store.claim(user, conversation, LEASE).await;
+    let claim = async || store.claim(user, conversation, LEASE, None).await;
     let (lease, queue) = rig.lossy("claim", claim).await.expect("the store").expect("the lease");
     assert_eq!(queue.messages.iter().map(|message| message.id).collect::<Vec<_>>(), ids);
     assert!(claim().await.expect("the store").is_none(), "another worker has it");

@@ -7,7 +7,7 @@ use http::Request;
 use serde_json::{Value, json};
 use shared::config::SandboxConfig;
 use shared::http::caller::Caller;
-use shared::jobs::deliver_messages::DeliverMessages;
+use shared::jobs::deliver_messages::{DeliverMessages, FREQUENT_ATTEMPTS};
 use shared::jobs::queue::Job;
 use shared::pending_message::delivery::{Addressee, Queued};
 use shared::sandbox::SandboxStatus;
@@ -25,6 +25,11 @@ const END_WITHIN: Duration = Duration::from_secs(180);
 
 fn start_body() -> Value {
     json!({"initial_message": {"content": [{"type": "text", "text": "first"}]}})
+}
+
+/// A job that does not continue a wait.
+fn job(user: &UserId, conversation: Uuid) -> DeliverMessages {
+    DeliverMessages { user: user.clone(), conversation, due_at: None }
 }
 
 fn text(text: &str) -> Vec<Content> {
@@ -114,7 +119,7 @@ async fn a_crash_at_any_call_neither_loses_nor_repeats_nor_reorders_a_message() 
     };
     let conversation = queued().await;
     harness.gate.arm(usize::MAX, Stop::Refuse);
-    harness.context.messages.deliver(&harness.user, conversation).await.expect("delivered");
+    harness.context.messages.deliver(&job(&harness.user, conversation)).await.expect("delivered");
     let calls = harness.gate.calls();
     assert_eq!(received(&harness, conversation), expected);
     assert!(
@@ -129,7 +134,7 @@ async fn a_crash_at_any_call_neither_loses_nor_repeats_nor_reorders_a_message() 
             harness.gate.arm(number, Stop::Hang(moment));
             let messages = harness.context.messages.clone();
             let user = harness.user.clone();
-            let mut worker = tokio::spawn(async move { messages.deliver(&user, conversation).await });
+            let mut worker = tokio::spawn(async move { messages.deliver(&job(&user, conversation)).await });
             tokio::select! {
                 _ended = &mut worker => {}
                 () = harness.gate.reached() => {
@@ -155,7 +160,7 @@ async fn a_store_that_refuses_any_call_delays_a_message_and_no_more() {
     let mut expected = vec!["first".to_owned(), "message 0".to_owned()];
     keep(&harness, Addressee::Conversation(conversation), "message 0").await.expect("kept");
     harness.gate.arm(usize::MAX, Stop::Refuse);
-    harness.context.messages.deliver(&harness.user, conversation).await.expect("delivered");
+    harness.context.messages.deliver(&job(&harness.user, conversation)).await.expect("delivered");
     let calls = harness.gate.calls();
     let mut refused = 0;
     let numbered = calls.iter().enumerate().map(|(index, call)| (index + 1, call));
@@ -171,7 +176,7 @@ async fn a_store_that_refuses_any_call_delays_a_message_and_no_more() {
         expected.push(said);
         harness.purge().await;
         harness.gate.arm(number, stop);
-        let delivered = harness.context.messages.deliver(&harness.user, conversation).await;
+        let delivered = harness.context.messages.deliver(&job(&harness.user, conversation)).await;
         assert!(harness.gate.is_reached(), "{call}: {delivered:?}");
         refused += 1;
         harness.gate.disarm();
@@ -351,7 +356,8 @@ async fn many_workers_and_a_lost_job_change_nothing() {
     for said in ["one", "two", "three"] {
         keep(&harness, Addressee::Conversation(conversation), said).await.expect("kept");
     }
-    let workers = (0..8).map(|_| harness.other_worker.messages.deliver(&harness.user, conversation));
+    let job = job(&harness.user, conversation);
+    let workers = (0..8).map(|_| harness.other_worker.messages.deliver(&job));
     for done in futures::future::join_all(workers).await {
         done.expect("delivered, or left to another one");
     }
@@ -376,7 +382,7 @@ async fn messages_wait_for_their_sandbox_and_resume_a_paused_one() {
     for status in [SandboxStatus::Paused, SandboxStatus::Starting, SandboxStatus::Error, SandboxStatus::Missing] {
         harness.sandboxes.set_status(&sandbox, status);
         keep(&harness, Addressee::Conversation(conversation), &format!("{status:?}")).await.expect("kept");
-        harness.other_worker.messages.deliver(&harness.user, conversation).await.expect("postponed");
+        harness.other_worker.messages.deliver(&job(&harness.user, conversation)).await.expect("postponed");
         assert_eq!(received(&harness, conversation), ["first"], "{status:?}");
     }
     assert_eq!(harness.sandboxes.made()[&sandbox].resumed, 1, "the paused one");
@@ -384,6 +390,62 @@ async fn messages_wait_for_their_sandbox_and_resume_a_paused_one() {
     drive_until_delivered(&harness, conversation, &["first", "Paused", "Starting", "Error", "Missing"], "resumed")
         .await;
     harness.settle().await;
+    harness.finish().await;
+}
+
+/// Each of several jobs for one queue that has to wait enqueues the next job; only the last one of these continues the wait.
+#[tokio::test]
+async fn a_wait_is_continued_by_one_job() {
+    let harness = WorkerHarness::start(quick()).await;
+    let (_, conversation) = ready(&harness).await;
+    let sandbox = harness.sandboxes.made().into_keys().next().expect("a sandbox");
+    harness.sandboxes.set_status(&sandbox, SandboxStatus::Starting);
+    keep(&harness, Addressee::Conversation(conversation), "wait").await.expect("kept");
+    harness.purge().await;
+    let mut messages = harness.other_worker.messages.clone();
+    messages.timing.sweep_delay = Duration::from_secs(60);
+    for _ in 0..3 {
+        messages.deliver(&job(&harness.user, conversation)).await.expect("postponed");
+    }
+    for expected in [3, 1, 1] {
+        let mut received = Vec::new();
+        let until = Instant::now() + Duration::from_secs(4);
+        while received.len() < expected && Instant::now() < until {
+            received.extend(harness.receive().await);
+        }
+        assert_eq!(received.len(), expected);
+        for message in received {
+            let Ok(Job::DeliverMessages(job)) = Job::from_body(message.body.as_deref().unwrap_or_default()) else {
+                panic!("{message:?}")
+            };
+            assert!(job.due_at.is_some(), "{job:?}");
+            messages.deliver(&job).await.expect("postponed, or left to another job");
+            harness.delete(&message).await;
+        }
+    }
+    harness.sandboxes.set_status(&sandbox, SandboxStatus::Running);
+    messages.deliver(&job(&harness.user, conversation)).await.expect("delivered");
+    assert_eq!(received(&harness, conversation), ["first", "wait"]);
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn messages_for_a_sandbox_that_is_gone_wait_for_the_next_one() {
+    let harness = WorkerHarness::start(quick()).await;
+    let (_, conversation) = ready(&harness).await;
+    let sandbox = harness.sandboxes.made().into_keys().next().expect("a sandbox");
+    let messages = &harness.other_worker.messages;
+    harness.sandboxes.set_status(&sandbox, SandboxStatus::Missing);
+    keep(&harness, Addressee::Conversation(conversation), "one").await.expect("kept");
+    for attempt in 0..=FREQUENT_ATTEMPTS + 1 {
+        assert!(harness.messages_are_due(conversation).await, "{attempt}");
+        messages.deliver(&job(&harness.user, conversation)).await.expect("postponed");
+    }
+    assert!(!harness.messages_are_due(conversation).await);
+    harness.purge().await;
+    harness.sandboxes.set_status(&sandbox, SandboxStatus::Running);
+    keep(&harness, Addressee::Conversation(conversation), "two").await.expect("kept");
+    drive_until_delivered(&harness, conversation, &["first", "one", "two"], "the sandbox is back").await;
     harness.finish().await;
 }
 
@@ -481,6 +543,6 @@ async fn the_route_keeps_ten_messages_and_says_what_is_wrong_with_others() {
 #[test]
 fn what_a_job_of_this_kind_looks_like_on_the_queue() {
     let body = r#"{"v":1,"type":"deliver_messages","user":"u","conversation":"00000000000000000000000000000001"}"#;
-    let job = Job::from_body(body).expect("a job");
-    assert_eq!(job, Job::DeliverMessages(DeliverMessages { user: UserId::new("u"), conversation: Uuid::from_u128(1) }));
+    let read = Job::from_body(body).expect("a job");
+    assert_eq!(read, Job::DeliverMessages(job(&UserId::new("u"), Uuid::from_u128(1))));
 }

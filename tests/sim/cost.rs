@@ -14,6 +14,9 @@ tokio::task_local! {
 /// The scheduled invocations of the worker. They do not depend on the number of starts alone.
 pub const SWEEP: &str = "sweep";
 
+/// The function that answers clients who poll their starts.
+const POLLS: &str = "start-tasks";
+
 /// The function that a call belongs to; `client` outside of all functions.
 pub fn caller() -> &'static str {
     CALLER.try_with(|caller| *caller).unwrap_or("client")
@@ -74,9 +77,13 @@ impl Costs {
         self.functions.get(name).cloned().unwrap_or_default()
     }
 
-    /// The costs of all functions but the sweep, which runs without starts, too.
+    /// The costs of all functions but the sweep, which runs without starts, too, and the polls of clients, which depend on how long and how
+    /// often they ask.
     fn caused(&self) -> impl Iterator<Item = (&'static str, &Cost)> {
-        self.functions.iter().filter(|(name, _)| !matches!(**name, SWEEP | "client")).map(|(name, cost)| (*name, cost))
+        self.functions
+            .iter()
+            .filter(|(name, _)| !matches!(**name, SWEEP | POLLS | "client"))
+            .map(|(name, cost)| (*name, cost))
     }
 
     /// The averages of one start: its own requests, its worker, its agent's turns and its deletion.

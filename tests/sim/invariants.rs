@@ -81,7 +81,8 @@ struct Facts<'a> {
     copies: BTreeMap<Uuid, Vec<ConversationHistory>>,
     /// The starts whose repository could not be cloned.
     refused: BTreeSet<Uuid>,
-    outages: Vec<(Duration, Duration)>,
+    /// When the provider had an outage, and when all workers were busy.
+    unavailable: Vec<(Duration, Duration)>,
     /// When workers crashed or stood still, and when messages were delayed.
     interruptions: Vec<Duration>,
 }
@@ -114,7 +115,7 @@ impl<'a> Facts<'a> {
             sandboxes: world.sandboxes().history(),
             copies,
             refused: runs.iter().filter(|run| run.is_refused).map(|run| run.task).collect(),
-            outages: world.sandboxes().outages(),
+            unavailable: [world.sandboxes().outages(), world.services().lambda.busy()].concat(),
             interruptions: [world.services().lambda.interruptions(), world.services().sqs.delays()].concat(),
         }
     }
@@ -259,10 +260,10 @@ impl<'a> Facts<'a> {
         })
     }
 
-    /// The times within a period at which a sandbox could be used, or could have been resumed: the provider had no outage, and no boot and
-    /// no restart was going on.
+    /// The times within a period at which a sandbox could be used, or could have been resumed: the provider had no outage, a worker was
+    /// free, and no boot and no restart was going on.
     fn usable(&self, sandbox: &str, (from, to): (Duration, Duration)) -> Vec<(Duration, Duration)> {
-        let mut blocked: Vec<(Duration, Duration)> = self.outages.clone();
+        let mut blocked: Vec<(Duration, Duration)> = self.unavailable.clone();
         if let Some(runtime) = self.runtimes(sandbox).last() {
             for (index, (at, what)) in runtime.life.iter().enumerate() {
                 if matches!(what, Life::Created | Life::Resumed | Life::Crashed | Life::Restarted) {

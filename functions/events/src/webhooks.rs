@@ -114,7 +114,7 @@ async fn command_ended(
     let record = record.ok_or_else(|| Error::NotFound("No such start task".into()))?;
     record.record_in_log();
     if !record.now.status.is_final() {
-        context.queue.send(&AdvanceStart { user, task }.into(), Duration::ZERO).await?;
+        context.queue.send(&AdvanceStart { user, task, due_at: None }.into(), Duration::ZERO).await?;
     }
     Ok(StatusCode::NO_CONTENT)
 }

@@ -18,7 +18,7 @@ use crate::Context;
 pub(crate) async fn handle(context: &Context, job: Job) -> Result<()> {
     let policy = job.dead_letter_policy();
     match job {
-        Job::AdvanceStart(AdvanceStart { user, task }) => {
+        Job::AdvanceStart(AdvanceStart { user, task, .. }) => {
             Span::current().record("task", display(task));
             return context.saga.give_up(&user, task).await;
         }

@@ -1,9 +1,7 @@
 //! Runs one job. An error makes SQS deliver the message again.
 
 use shared::error::Result;
-use shared::jobs::advance_start::AdvanceStart;
 use shared::jobs::delete_conversation::DeleteConversation;
-use shared::jobs::deliver_messages::DeliverMessages;
 use shared::jobs::process_events::ProcessEvents;
 use shared::jobs::queue::Job;
 use shared::jobs::reconcile_sandbox::ReconcileSandbox;
@@ -15,12 +13,12 @@ use crate::Context;
 
 pub(crate) async fn run(context: &Context, job: Job) -> Result<()> {
     match job {
-        Job::AdvanceStart(AdvanceStart { user, task }) => {
-            Span::current().record("task", display(task));
-            let attempt = context.saga.advance(&user, task).await?;
-            tracing::info!(%task, ?attempt, "worker.attempt_finished");
+        Job::AdvanceStart(job) => {
+            Span::current().record("task", display(job.task));
+            let attempt = context.saga.advance(&job).await?;
+            tracing::info!(task = %job.task, ?attempt, "worker.attempt_finished");
             match attempt {
-                Attempt::Finished | Attempt::Compensating => context.messages.start_ended(&user, task).await,
+                Attempt::Finished | Attempt::Compensating => context.messages.start_ended(&job.user, job.task).await,
                 Attempt::Waiting | Attempt::Busy | Attempt::Unknown => Ok(()),
             }
         }
@@ -29,9 +27,7 @@ pub(crate) async fn run(context: &Context, job: Job) -> Result<()> {
             tracing::error!(%conversation, "worker.message_dropped");
             Ok(())
         }
-        Job::DeliverMessages(DeliverMessages { user, conversation }) => {
-            context.messages.deliver(&user, conversation).await
-        }
+        Job::DeliverMessages(job) => context.messages.deliver(&job).await,
         Job::DeleteConversation(DeleteConversation { user, conversation }) => {
             context.deletion.finish(&user, conversation).await
         }

@@ -65,6 +65,14 @@ pub fn is_free() -> Condition {
     Condition::Any(vec![Condition::Missing(UNTIL), has_expired])
 }
 
+/// The condition that the row of a job is due: by now, or by the time at which it was due when the job was enqueued. If neither holds, a
+/// job that was enqueued later continues the work.
+#[must_use]
+pub fn is_due(attribute: &'static str, due_at: Time) -> Condition {
+    let by = |time: Time| Condition::Compare(attribute, "<=", text(time.sortable()));
+    Condition::Any(vec![by(due_at), by(Time::now())])
+}
+
 /// The condition that the owner has the lease.
 #[must_use]
 pub fn is_of(owner: &str) -> Condition {

@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use super::dead_letter::DeadLetterPolicy;
 use super::queue::Job;
+use crate::clock::Time;
 use crate::dynamo::Backoff;
 use crate::id::{UserId, as_hex};
 
@@ -36,6 +37,11 @@ pub struct AdvanceStart {
     pub user: UserId,
     #[serde(with = "as_hex")]
     pub task: Uuid,
+    /// If the job continues a wait: until when its row was due when the job was enqueued. A row that is due later belongs to a job that was
+    /// enqueued since, so this one ends. Otherwise each job that comes twice would continue the wait for ever, next to the others. Jobs of
+    /// earlier versions have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub due_at: Option<Time>,
 }
 
 impl From<AdvanceStart> for Job {

@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use super::dead_letter::{DeadLetterPolicy, Requeue};
 use super::queue::Job;
+use crate::clock::Time;
 use crate::dynamo::Backoff;
 use crate::id::{UserId, as_hex};
 
@@ -15,7 +16,7 @@ use crate::id::{UserId, as_hex};
 pub const DEAD_LETTER_POLICY: DeadLetterPolicy = DeadLetterPolicy::LogUntil(Requeue::Sweep);
 
 /// Attempts after which the delay is [`RetrySchedule::later_delay`]: with the default delays, about an hour.
-const FREQUENT_ATTEMPTS: u32 = 60;
+pub const FREQUENT_ATTEMPTS: u32 = 60;
 
 /// Which conversation's messages to deliver.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +24,9 @@ pub struct DeliverMessages {
     pub user: UserId,
     #[serde(with = "as_hex")]
     pub conversation: Uuid,
+    /// As in [`AdvanceStart`](super::advance_start::AdvanceStart::due_at).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub due_at: Option<Time>,
 }
 
 impl From<DeliverMessages> for Job {

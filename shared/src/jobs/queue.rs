@@ -199,7 +199,7 @@ mod tests {
 
     #[test]
     fn a_message_is_tagged_and_versioned() {
-        let job = Job::from(AdvanceStart { user: user(), task: Uuid::from_u128(1) });
+        let job = Job::from(AdvanceStart { user: user(), task: Uuid::from_u128(1), due_at: None });
         let body = job.to_body().expect("a body");
         assert_eq!(body, r#"{"v":1,"type":"advance_start","user":"u","task":"00000000000000000000000000000001"}"#);
         assert_eq!(Job::from_body(&body).expect("a job"), job);
@@ -219,11 +219,11 @@ mod tests {
         let cases: [(String, Job); 10] = [
             (
                 body(&format!(r#""type":"advance_start","user":"u","task":"{ID}""#)),
-                AdvanceStart { user: user(), task: conversation }.into(),
+                AdvanceStart { user: user(), task: conversation, due_at: None }.into(),
             ),
             (of("export"), Job::Export { user: user(), conversation }),
             (of("process_events"), ProcessEvents { user: user(), conversation, up_to: None }.into()),
-            (of("deliver_messages"), DeliverMessages { user: user(), conversation }.into()),
+            (of("deliver_messages"), DeliverMessages { user: user(), conversation, due_at: None }.into()),
             (
                 body(r#""type":"reconcile_sandbox","user":"u","sandbox":"s""#),
                 ReconcileSandbox { user: user(), sandbox: "s".to_owned() }.into(),

@@ -27,7 +27,7 @@ use crate::dynamo::lease::Lease;
 use crate::error::{Error, Result};
 use crate::http_client::HttpClient;
 use crate::id::{self, UserId};
-use crate::jobs::deliver_messages::{DeliverMessages, RetrySchedule};
+use crate::jobs::deliver_messages::{DeliverMessages, FREQUENT_ATTEMPTS, RetrySchedule};
 use crate::jobs::queue::JobQueue;
 use crate::jobs::sweep::sweep;
 use crate::sandbox::{SandboxService, SandboxStatus};
@@ -145,7 +145,7 @@ impl Messages {
         })?;
         // The lookup must follow the write: either this lookup finds the conversation, or the start that creates it finds the message.
         if let Lookup::Present(_) = self.conversations.lookup(user, conversation).await? {
-            self.enqueue(user, conversation, Duration::ZERO).await;
+            self.enqueue(user, conversation, Duration::ZERO, None).await;
         }
         Ok(Queued { id, position })
     }
@@ -176,7 +176,7 @@ impl Messages {
     /// [`Error::Store`]; the call may be repeated.
     pub async fn start_ended(&self, user: &UserId, task: Uuid) -> Result<()> {
         let Some(record) = self.tasks.get(user, task).await? else { return Ok(()) };
-        self.deliver(user, record.conversation_id).await
+        self.deliver(&DeliverMessages { user: user.clone(), conversation: record.conversation_id, due_at: None }).await
     }
 
     /// Enqueues overdue deliveries of all users again. Returns how many.
@@ -185,7 +185,7 @@ impl Messages {
     /// [`Error::Store`].
     pub async fn sweep(&self) -> Result<usize> {
         sweep(&self.store.undelivered(), &self.queue, |row| {
-            Some(DeliverMessages { user: row.user.clone(), conversation: row.uuid()? })
+            Some(DeliverMessages { user: row.user.clone(), conversation: row.uuid()?, due_at: None })
         })
         .await
     }
@@ -194,11 +194,11 @@ impl Messages {
     ///
     /// # Errors
     /// [`Error::Store`] or an error of the sandboxes; the call may be repeated.
-    pub async fn deliver(&self, user: &UserId, conversation: Uuid) -> Result<()> {
+    pub async fn deliver(&self, job: &DeliverMessages) -> Result<()> {
+        let (user, conversation, mut due_at) = (&job.user, job.conversation, job.due_at);
         loop {
-            let Some((lease, queue)) = self.store.claim(user, conversation, self.timing.lease).await? else {
-                return Ok(());
-            };
+            let claimed = self.store.claim(user, conversation, self.timing.lease, due_at.take()).await?;
+            let Some((lease, queue)) = claimed else { return Ok(()) };
             let (attempts, newest) = (queue.attempts, queue.newest.clone());
             match self.send_all(user, conversation, &lease, queue).await {
                 Ok(Outcome::Lost) => return Ok(()),
@@ -214,7 +214,7 @@ impl Messages {
                     tracing::info!(%conversation, why, attempts, "pending_message.postponed");
                     let due_at = Time::now().plus(pause + self.timing.sweep_delay);
                     self.store.postpone(user, conversation, &lease, attempts + 1, due_at).await?;
-                    self.enqueue(user, conversation, pause).await;
+                    self.enqueue(user, conversation, pause, Some(due_at)).await;
                     return Ok(());
                 }
                 Ok(Outcome::Refused(refusals)) if refusals < self.timing.retry.max_refusals => {
@@ -224,7 +224,7 @@ impl Messages {
                     if !self.store.refused(user, conversation, &lease, newest, refusals, due_at).await? {
                         self.store.postpone(user, conversation, &lease, attempts, due_at).await?;
                     }
-                    self.enqueue(user, conversation, pause).await;
+                    self.enqueue(user, conversation, pause, Some(due_at)).await;
                     return Ok(());
                 }
                 Ok(ended @ (Outcome::Refused(_) | Outcome::Never(_))) => {
@@ -303,6 +303,10 @@ impl Messages {
                     }
                     Err(error) => return Err(error),
                 });
+            }
+            // A provider may report this of a sandbox that it has created a moment ago, or during an outage of its own.
+            SandboxStatus::Error | SandboxStatus::Missing if queue.attempts > FREQUENT_ATTEMPTS => {
+                return Ok(Outcome::Never("the sandbox has failed or is gone"));
             }
             SandboxStatus::Error | SandboxStatus::Missing => return Ok(Outcome::Later("the sandbox does not run")),
         }
@@ -399,8 +403,8 @@ impl Messages {
     }
 
     /// A failure is only logged: the sweep enqueues the job of an overdue row.
-    async fn enqueue(&self, user: &UserId, conversation: Uuid, delay: Duration) {
-        let job = DeliverMessages { user: user.clone(), conversation }.into();
+    async fn enqueue(&self, user: &UserId, conversation: Uuid, delay: Duration, due_at: Option<Time>) {
+        let job = DeliverMessages { user: user.clone(), conversation, due_at }.into();
         if let Err(error) = self.queue.send(&job, delay).await {
             tracing::warn!(%conversation, error = %error.context(), "pending_message.enqueue_failed");
         }

@@ -158,7 +158,8 @@ impl MessageStore {
         Ok(None)
     }
 
-    /// Claims the lease on a queue. Returns `None` when there is no queue, or another worker has the lease.
+    /// Claims the lease on a queue. Returns `None` when there is no queue, another worker has the lease, or the queue is due later than the
+    /// caller's job says.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -167,9 +168,14 @@ impl MessageStore {
         user: &UserId,
         conversation: Uuid,
         duration: Duration,
+        due_at: Option<Time>,
     ) -> Result<Option<(Lease, MessageQueue)>> {
         let lease = Lease::random(duration);
-        let update = Update::new().set("due_at", text(lease.until.sortable())).condition(Condition::Exists("messages"));
+        let mut update =
+            Update::new().set("due_at", text(lease.until.sortable())).condition(Condition::Exists("messages"));
+        if let Some(due_at) = due_at {
+            update = update.condition(lease::is_due("due_at", due_at));
+        }
         let claimed = lease.claim(&self.table, key(user, conversation), update).await?.applied();
         Ok(claimed.map(from_item).transpose()?.map(|queue| (lease, queue)))
     }

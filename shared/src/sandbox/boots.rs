@@ -249,8 +249,10 @@ impl BootObserver {
 
     /// Enqueues the jobs of starts, and removes their rows. Returns how many.
     async fn wake(&self, waiters: Vec<BootWaiter>) -> usize {
-        let jobs: Vec<Job> =
-            waiters.iter().map(|waiter| AdvanceStart { user: waiter.user.clone(), task: waiter.task }.into()).collect();
+        let jobs: Vec<Job> = waiters
+            .iter()
+            .map(|waiter| AdvanceStart { user: waiter.user.clone(), task: waiter.task, due_at: None }.into())
+            .collect();
         let (sent, failed) = self.queue.send_all(&jobs).await;
         // A row is removed after the job is sent. If that fails the job is sent again, which is harmless.
         let woken: Vec<&BootWaiter> =

@@ -34,7 +34,7 @@ impl Canceller {
                 record.record_in_log();
                 metrics::start_ended(Outcome::Cancelled, Time::now().since(record.created_at), record.claims);
                 tracing::info!(%task, "start.cancelled");
-                enqueue(&self.queue, user, task, free_at.since(Time::now())).await;
+                enqueue(&self.queue, user, task, free_at.since(Time::now()), None).await;
                 Ok(())
             }
             Abandoned::Before(record) if record.now.status == StartStatus::Ready => {

@@ -84,7 +84,7 @@ impl StartService {
         let new = NewStart { identity, deadline, max_unfinished, membership, trace };
         let record = self.tasks.create(user, &request, &new).await?;
         record.record_in_log();
-        let job = AdvanceStart { user: user.clone(), task: record.id }.into();
+        let job = AdvanceStart { user: user.clone(), task: record.id, due_at: None }.into();
         if let Err(error) = self.queue.send(&job, Duration::ZERO).await {
             // The stored row is authoritative: the sweep finds it and enqueues the job again.
             tracing::warn!(task = %record.id, error = %error.context(), "start.enqueue_failed");

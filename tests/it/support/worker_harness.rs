@@ -424,7 +424,7 @@ impl WorkerHarness {
 
     /// Enqueues a job for a start, as the notification of a command does.
     pub async fn enqueue(&self, task: Uuid) {
-        let job = AdvanceStart { user: self.user.clone(), task }.into();
+        let job = AdvanceStart { user: self.user.clone(), task, due_at: None }.into();
         self.start_service.queue.send(&job, Duration::ZERO).await.expect("the queue");
     }
 

@@ -101,6 +101,8 @@ struct Inner {
     state: Mutex<BTreeMap<&'static str, FunctionState>>,
     environments: Mutex<u64>,
     panics: Mutex<Vec<String>>,
+    /// The times at which an event source mapping could not invoke its function more often.
+    busy: Mutex<Vec<(Duration, Duration)>>,
     /// Invocations and their billed time. The scheduled ones of a function are not among its others.
     billed: Mutex<BTreeMap<&'static str, (u64, Duration)>>,
 }
@@ -122,6 +124,7 @@ impl Lambda {
             state: Mutex::default(),
             environments: Mutex::default(),
             panics: Mutex::default(),
+            busy: Mutex::default(),
             billed: Mutex::default(),
         }))
     }
@@ -153,6 +156,11 @@ impl Lambda {
     /// Invocations and their billed time by function; scheduled ones are [`SWEEP`]'s.
     pub fn billed(&self) -> BTreeMap<&'static str, (u64, Duration)> {
         lock(&self.0.billed).clone()
+    }
+
+    /// The times at which messages may have waited because an event source mapping could not invoke its function more often.
+    pub fn busy(&self) -> Vec<(Duration, Duration)> {
+        lock(&self.0.busy).clone()
     }
 
     /// The messages of handlers' panics. A correct product has none.
@@ -299,7 +307,9 @@ impl Lambda {
             let allowed = allowed.min(mapping.maximum_concurrency).min(MOST_POLLERS);
             if now_running >= allowed {
                 busy_since.get_or_insert_with(Instant::now);
+                let begin = self.0.clock.elapsed();
                 let _either = tokio::time::timeout(Duration::from_secs(1), ended.notified()).await;
+                lock(&self.0.busy).push((begin, self.0.clock.elapsed()));
                 continue;
             }
             let messages = sqs.receive(&mapping.queue, mapping.batch_size);

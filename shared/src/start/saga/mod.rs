@@ -158,9 +158,10 @@ impl Saga {
     ///
     /// # Errors
     /// [`Error::Store`] if the outcome could not be written: the queue should deliver the message again.
-    pub async fn advance(&self, user: &UserId, id: Uuid) -> Result<Attempt> {
+    pub async fn advance(&self, job: &AdvanceStart) -> Result<Attempt> {
+        let (user, id) = (&job.user, job.task);
         let worker = id::random_base62(12);
-        let task = match self.tasks.claim(user, id, &worker, self.config.lease).await? {
+        let task = match self.tasks.claim(user, id, &worker, self.config.lease, job.due_at).await? {
             Claim::Claimed(task) => *task,
             // Compensation does not need the request.
             Claim::Failed(record) => StartTask { record: *record, request: StartRequest::default() },
@@ -200,7 +201,7 @@ impl Saga {
     /// # Errors
     /// [`Error::Store`].
     pub async fn sweep(&self) -> Result<usize> {
-        let job = |row: &DueRow| Some(AdvanceStart { user: row.user.clone(), task: row.uuid()? });
+        let job = |row: &DueRow| Some(AdvanceStart { user: row.user.clone(), task: row.uuid()?, due_at: None });
         // Every unfinished start is due before this, because no wait is longer.
         let ahead = LONGEST_WAIT.max(self.config.max_poll_delay) + OBSERVATION_MARGIN;
         let swept = sweep_and_observe(&self.tasks.unfinished(), &self.queue, ahead, job).await;
@@ -243,7 +244,7 @@ impl Saga {
                 metrics::start_ended(Outcome::Error, Time::now().since(record.created_at), record.claims);
                 metrics::start_failed(class);
                 tracing::error!(task = %id, class = class.as_str(), "start.abandoned");
-                enqueue(&self.queue, user, id, free_at.since(Time::now())).await;
+                enqueue(&self.queue, user, id, free_at.since(Time::now()), None).await;
             }
             Abandoned::Before(record) if record.compensation.is_some() => {
                 record.record_in_log();
@@ -552,14 +553,9 @@ impl StartRun<'_> {
         if let Some(command) = &record.command {
             change = change.command(command)?;
         }
-        let released = self
-            .saga
-            .tasks
-            .release(&record.user, record.id, &self.lease.worker, Time::now().plus(delay), change)
-            .await?;
-        if released.is_err() {
-            return Ok(Attempt::Busy);
-        }
+        let wake_at = Time::now().plus(delay);
+        let released = self.saga.tasks.release(&record.user, record.id, &self.lease.worker, wake_at, change).await?;
+        let Ok(due_at) = released else { return Ok(Attempt::Busy) };
         if let Some(seen) = boot {
             let now = Time::now();
             let waiter = BootWaiter {
@@ -576,7 +572,7 @@ impl StartRun<'_> {
             }
         }
         let delay = if boot.is_some() { delay_of_wait(false, record.waits) } else { delay };
-        enqueue(&self.saga.queue, &record.user, record.id, delay).await;
+        enqueue(&self.saga.queue, &record.user, record.id, delay, Some(due_at)).await;
         Ok(Attempt::Waiting)
     }
 
@@ -641,10 +637,10 @@ impl StartRun<'_> {
         };
         let delay = advance_start::delay_after_compensation(count);
         let change = with_detail(left).set("compensation_attempts", attempts(count));
-        if tasks.release(user, id, worker, Time::now().plus(delay), change).await?.is_err() {
+        let Ok(due_at) = tasks.release(user, id, worker, Time::now().plus(delay), change).await? else {
             return Ok(Attempt::Busy);
-        }
-        enqueue(&self.saga.queue, user, id, delay).await;
+        };
+        enqueue(&self.saga.queue, user, id, delay, Some(due_at)).await;
         Ok(Attempt::Compensating)
     }
 
@@ -887,9 +883,9 @@ impl Lease<'_> {
     }
 }
 
-/// Enqueues the job that continues a start. If this fails, the sweep enqueues it.
-pub(super) async fn enqueue(queue: &JobQueue, user: &UserId, task: Uuid, delay: Duration) {
-    let job = AdvanceStart { user: user.clone(), task }.into();
+/// Enqueues the job that continues a start, which is due until `due_at` if it waits. If this fails, the sweep enqueues it.
+pub(super) async fn enqueue(queue: &JobQueue, user: &UserId, task: Uuid, delay: Duration, due_at: Option<Time>) {
+    let job = AdvanceStart { user: user.clone(), task, due_at }.into();
     if let Err(error) = queue.send(&job, delay).await {
         tracing::warn!(%task, error = %error.context(), "start.enqueue_failed");
     }

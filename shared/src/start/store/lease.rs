@@ -38,7 +38,7 @@ pub enum Claim {
     Failed(Box<StartTaskRecord>),
     /// The start has failed long ago, and its record is to be removed. The caller holds the lease.
     Expired(Box<StartTaskRecord>),
-    /// Another worker holds the lease.
+    /// Another worker holds the lease, or another job continues the task later.
     Held,
     /// The task is finished.
     Finished,
@@ -66,11 +66,18 @@ pub enum Abandoned {
 }
 
 impl StartTaskStore {
-    /// Claims an unfinished task for a duration, unless another worker holds the lease.
+    /// Claims an unfinished task for a duration, unless another worker holds the lease, or the task is due later than the caller's job says.
     ///
     /// # Errors
     /// [`Error::Store`].
-    pub async fn claim(&self, user: &UserId, id: Uuid, worker: &str, duration: Duration) -> Result<Claim> {
+    pub async fn claim(
+        &self,
+        user: &UserId,
+        id: Uuid,
+        worker: &str,
+        duration: Duration,
+        due_at: Option<Time>,
+    ) -> Result<Claim> {
         let lease = Lease::of(worker, duration);
         let has_expired = Condition::Compare(EXPIRES_AT, "<=", seconds(Time::now()));
         let update = due_after(&lease)
@@ -79,6 +86,10 @@ impl StartTaskStore {
             .add("claims", 1)
             .condition(Condition::Exists(UNFINISHED_SHARD))
             .condition(Condition::Any(vec![Condition::Missing(EXPIRES_AT), has_expired]));
+        let update = match due_at {
+            Some(due_at) => update.condition(lease::is_due("due_at", due_at)),
+            None => update,
+        };
         let outcome = lease.claim(&self.table, lease_key(user, id), update).await?;
         if let Outcome::Applied(row) | Outcome::ConditionFailed(Some(row)) = &outcome {
             record_trace(id, row);
@@ -175,7 +186,7 @@ impl StartTaskStore {
         Ok(if saved { Ok(()) } else { Err(LeaseLost) })
     }
 
-    /// Releases the lease; the task is due again at `wake_at`.
+    /// Releases the lease; the task is to be continued at `wake_at`. Returns the time from which the sweep does that.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -186,9 +197,10 @@ impl StartTaskStore {
         worker: &str,
         wake_at: Time,
         change: Change,
-    ) -> Result<Result<(), LeaseLost>> {
-        let change = change.set("due_at", text(wake_at.plus(FORGOTTEN_AFTER).sortable())).set("open_claims", number(0));
-        self.save(user, id, worker, &change.map_lease(lease::release)).await
+    ) -> Result<Result<Time, LeaseLost>> {
+        let due_at = wake_at.plus(FORGOTTEN_AFTER);
+        let change = change.set("due_at", text(due_at.sortable())).set("open_claims", number(0));
+        Ok(self.save(user, id, worker, &change.map_lease(lease::release)).await?.map(|()| due_at))
     }
 
     /// Ends a task READY: one transaction writes the task, removes its lease row, and writes the records that the start made and the
