@@ -45,7 +45,7 @@ print(json.dumps({
     "random": [random.random(), stand_in.generator.OWN.random(), str(uuid.uuid4()), ssl.RAND_bytes(16).hex(),
                outgoing.read().hex()],
     "signals": [signal.getsignal(signal.SIGINT) is signal.default_int_handler, str(signal.getsignal(signal.SIGCHLD))],
-    "zone": time.strftime("%Z"),
+    "zone": time.strftime("%Z"), "started": stand_in.paths.STARTED,
 }), flush=True)
 if "--exit" in sys.argv:
     sys.exit(int(sys.argv[-1]))
@@ -58,6 +58,8 @@ FILES = {
     "paths.py": """
         import os, pathlib
         SKILLS = pathlib.Path.home() / ".openhands" / "skills"
+        import time
+        STARTED = time.time()
         LEVEL = os.environ.get("LOG_LEVEL")
         """,
     "tls.py": "import ssl\nCONTEXT = ssl.create_default_context()",
@@ -167,6 +169,7 @@ class Forks(unittest.TestCase):
 
     def test_a_process_has_what_its_request_says_and_nothing_else(self):
         supervisor = self.ready()
+        ready = time.time()
         sees = {}
         for name in ("one", "two"):
             answer, sees[name] = supervisor.boot(name, ["--port", "1"], TZ="America/Bogota", TMPDIR="/tmp")
@@ -186,6 +189,7 @@ class Forks(unittest.TestCase):
             self.assertEqual(seen["descriptors"], files)
             self.assertEqual(seen["signals"], [True, "0"])
             self.assertEqual(seen["zone"], "-05")
+            self.assertGreater(seen["started"], ready)
             self.assertNotIn(other, json.dumps(seen["environment"]))
         pairs = zip(sees["one"]["random"], sees["two"]["random"])
         self.assertEqual([one == two for one, two in pairs], [False] * 5)

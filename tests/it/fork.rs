@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead as _, Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use local::agent_server::find_python;
 use reqwest::StatusCode;
@@ -209,6 +209,7 @@ async fn the_supervisor_alone() {
 #[tokio::test]
 async fn forked_agent_servers_share_nothing() {
     let product = product().await;
+    let started = Instant::now();
     let (one, two) = (sandbox(&product, "one").await, sandbox(&product, "two").await);
     assert!(was_forked(&product, "one") && was_forked(&product, "two"), "{}", logged());
     let supervisor = supervisor(&product);
@@ -236,8 +237,8 @@ async fn forked_agent_servers_share_nothing() {
             assert!(!shown.contains(foreign), "{foreign} is in the environment of {}", mine.id);
         }
         assert_eq!(seen["session"], pid.as_raw_nonzero().get());
-        let url = mine.agent_server_url().expect("a URL");
-        let port = url.rsplit(':').next().expect("a port");
+        let port = mine.agent_server_url().expect("a URL");
+        let port = port.rsplit(':').next().expect("a port");
         let arguments = seen["arguments"].as_array().expect("arguments");
         assert_eq!(arguments[1..], ["--host", "127.0.0.1", "--port", port]);
 
@@ -245,6 +246,14 @@ async fn forked_agent_servers_share_nothing() {
         let skills = seen["skills"].as_array().expect("folders");
         assert!(!skills.is_empty() && skills.iter().all(|path| text(path).starts_with(&own_folder)), "{skills:?}");
         assert_eq!(seen["homes"], json!([]));
+        // So are times: an agent server that seemed idle since then would be paused.
+        let url = mine.agent_server_url().expect("a URL");
+        let info: Value =
+            http.get(format!("{url}/server_info")).send().await.expect("sent").json().await.expect("JSON");
+        for name in ["uptime", "idle_time"] {
+            let seconds = info[name].as_f64().expect("a number");
+            assert!(seconds < started.elapsed().as_secs_f64() + 1.0, "{name} of {}: {info:#}", mine.id);
+        }
         let paths = seen["paths"].to_string();
         assert!(!paths.contains(&other_folder), "{paths}");
 

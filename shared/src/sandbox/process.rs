@@ -92,7 +92,7 @@ static BOOTS: LazyLock<Arc<Semaphore>> =
 const BOOT_TIMEOUT: Duration = Duration::from_secs(20);
 /// An agent server that has not responded after this time no longer delays others.
 const LONGEST_BOOT: Duration = Duration::from_secs(120);
-const BOOT_POLL: Duration = Duration::from_millis(200);
+const BOOT_POLL: Duration = Duration::from_millis(100);
 const LOG_TAIL_LINES: usize = 12;
 const LOG_TAIL_BYTES: u64 = 8 * 1024;
 

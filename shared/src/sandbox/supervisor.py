@@ -21,6 +21,7 @@ Python, where an imported module has read a variable of the environment that has
 
 Modules compute paths below the home directory while they are imported. They are imported with HOME set to a placeholder; the forked
 process replaces it in each of these paths. Where the placeholder is in anything else than a path, the supervisor refuses to fork.
+Times that modules have read while they were imported, such as that of the start of the agent server, become those of the fork.
 """
 
 import ast
@@ -44,9 +45,19 @@ import time
 
 # Not imported: a process executes them when it has its environment. `browser_use` creates folders in the home directory.
 AFTER_FORK = ("openhands.agent_server.__main__", "openhands.agent_server.api", "browser_use", "openhands.tools.browser_use.impl")
-# Imported besides the modules that MODULE and its `api` import. uvicorn imports the protocols by name.
+# Imported besides the modules that MODULE and its `api` import, as far as they exist: uvicorn imports the protocols by name, and
+# `browser_use`, which agent servers import in the background, is slow because of the modules that it imports.
 ALSO_IMPORTED = (
+    "anyio._backends._asyncio",
+    "bubus",
+    "cdp_use.client",
+    "lmnr",
     "openhands.tools.preset.default",
+    "posthog",
+    "psutil",
+    "pyotp",
+    "screeninfo",
+    "uuid_extensions",
     "uvicorn.lifespan.on",
     "uvicorn.loops.auto",
     "uvicorn.protocols.http.auto",
@@ -124,6 +135,7 @@ class Preloaded:
         # litellm would read the `.env` of any folder above its own, which may contain keys.
         os.environ["PYTHON_DOTENV_DISABLED"] = "1"
         os.environ.__class__ = RecordingEnviron
+        began = time.time()
         try:
             self._import()
         finally:
@@ -138,6 +150,13 @@ class Preloaded:
         # Python seeds the generator of the module `random` after a fork, but no other.
         self.generators = [
             o for o in objects if isinstance(o, random.Random) and not isinstance(o, random.SystemRandom)
+        ]
+        now = time.time()
+        self.times = [
+            (vars(module), name)
+            for module in sys.modules.values()
+            for name, value in getattr(module, "__dict__", {}).items()
+            if type(value) is float and began <= value <= now
         ]
         for path in self.paths:
             self._check(path)
@@ -203,6 +222,8 @@ class Preloaded:
         for path in self.paths:
             relative = str(path)[len(PLACEHOLDER) :].lstrip("/")
             give_state(path, type(path)(environment["HOME"], relative))
+        for variables, name in self.times:
+            variables[name] = time.time()
         for generator in self.generators:
             generator.seed()
         numpy = sys.modules.get("numpy.random")

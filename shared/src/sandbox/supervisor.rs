@@ -369,3 +369,122 @@ fn connect(folder: &Path, name: &str) -> io::Result<UnixStream> {
 fn text(value: &std::ffi::OsStr) -> io::Result<&str> {
     value.to_str().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "a path or a variable is not UTF-8"))
 }
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// A supervisor whose interpreter is a shell script.
+    struct Fixture {
+        folder: PathBuf,
+        supervisor: Supervisor,
+        states: Mutex<Vec<BootState>>,
+    }
+
+    impl Fixture {
+        fn new(script: &str) -> Self {
+            let folder = std::env::temp_dir().join(crate::id::new_sandbox_id());
+            fs::create_dir(&folder).expect("created");
+            let python = folder.join("python");
+            fs::write(&python, format!("#!/bin/sh\nFOLDER='{}'\n{script}", folder.display())).expect("written");
+            fs::set_permissions(&python, fs::Permissions::from_mode(0o700)).expect("executable");
+            let config = ProcessSandboxConfig {
+                folder: folder.clone(),
+                python,
+                version: "1".to_owned(),
+                webhook_base_url: String::new(),
+                max_sandboxes: 1,
+                allow_cors_origins: Vec::new(),
+            };
+            Self { supervisor: Supervisor::new(&config), folder, states: Mutex::default() }
+        }
+
+        async fn run(&self, stop: impl Future<Output = ()> + Send) -> Vec<BootState> {
+            self.supervisor.run(stop, |state| self.states.lock().expect("states").push(state)).await;
+            self.states()
+        }
+
+        fn states(&self) -> Vec<BootState> {
+            self.states.lock().expect("states").clone()
+        }
+
+        fn read(&self, name: &str) -> String {
+            fs::read_to_string(self.folder.join(name)).unwrap_or_default()
+        }
+    }
+
+    impl Drop for Fixture {
+        fn drop(&mut self) {
+            let _gone = fs::remove_dir_all(&self.folder);
+        }
+    }
+
+    fn is_alive(pid: Pid) -> bool {
+        proc::stat(pid).is_some_and(|stat| !stat.is_zombie)
+    }
+
+    #[tokio::test]
+    async fn a_supervisor_that_cannot_fork_is_not_started_again() {
+        let fixture =
+            Fixture::new("echo listening; echo $$ >> $FOLDER/runs; touch $2; echo 'refused: no fork here'; exit 1");
+        let states = fixture.run(std::future::pending()).await;
+        assert_eq!(states.first(), Some(&BootState::Preparing));
+        assert_eq!(states.last(), Some(&BootState::Plain("no fork here".to_owned())));
+        assert_eq!(fixture.read("runs").lines().count(), 1);
+        let files = &fixture.supervisor.files;
+        assert!(!files.folder.join(files.socket_name()).exists(), "boots do not try it");
+        let mode = fs::metadata(&files.folder).expect("a folder").permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
+    }
+
+    #[tokio::test]
+    async fn a_supervisor_that_has_ended_is_started_again_until_the_stop() {
+        let script = "echo run >> $FOLDER/runs; env > $FOLDER/environment; echo listening; echo ready
+            test $(wc -l < $FOLDER/runs) = 1 && { echo 'the cause' >&2; exit 3; }
+            echo $$ > $FOLDER/second; read forever";
+        let fixture = Fixture::new(script);
+        let stop = async {
+            while fixture.states().iter().filter(|state| **state == BootState::Fork).count() < 2 {
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let reason = "the supervisor has ended (exit status: 3; the cause)".to_owned();
+        let (prepared, forks) = (BootState::Preparing, BootState::Fork);
+        let expected = [prepared.clone(), forks.clone(), BootState::Plain(reason), prepared, forks];
+        assert_eq!(fixture.run(stop).await, expected);
+        let second = Pid::from_raw(fixture.read("second").trim().parse().expect("a number")).expect("a process id");
+        assert!(!is_alive(second));
+        let environment = fixture.read("environment");
+        let names = environment.lines().filter_map(|line| Some(line.split_once('=')?.0));
+        let of_shell = ["PWD", "OLDPWD", "SHLVL", "_"];
+        for name in names.filter(|name| !of_shell.contains(name)) {
+            assert!(PASSED_ON.contains(&name) || name == "LITELLM_LOCAL_MODEL_COST_MAP", "{name}");
+        }
+        assert!(environment.contains("PWD=/\n"), "no process of a sandbox's folder: {environment}");
+    }
+
+    #[tokio::test]
+    async fn a_supervisor_of_an_earlier_run_is_ended_unless_its_id_belongs_to_another_process() {
+        let fixture = Fixture::new("echo 'refused: enough'");
+        let files = &fixture.supervisor.files;
+        fs::create_dir(&files.folder).expect("created");
+        fs::write(files.folder.join("supervisor-of-before.sock"), "").expect("written");
+        let mut sleeping = [(); 2].map(|()| Command::new("sleep").arg("60").kill_on_drop(true).spawn().expect("run"));
+        let pids =
+            sleeping.each_ref().map(|child| Pid::from_raw(child.id().expect("runs").cast_signed()).expect("an id"));
+        let started = pids.map(|pid| proc::start_time(pid).expect("runs"));
+        proc::write_start(&files.pid(), pids[0], &started[0]).expect("written");
+        fixture.run(std::future::pending()).await;
+        sleeping[0].wait().await.expect("ended");
+        assert!(!files.folder.join("supervisor-of-before.sock").exists());
+
+        let other = proc::start_time(rustix::process::getpid()).expect("runs");
+        assert_ne!(other, started[1]);
+        proc::write_start(&files.pid(), pids[1], &other).expect("written");
+        fixture.run(std::future::pending()).await;
+        assert!(is_alive(pids[1]));
+    }
+}
