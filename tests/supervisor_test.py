@@ -62,7 +62,7 @@ FILES = {
         STARTED = time.time()
         LEVEL = os.environ.get("LOG_LEVEL")
         """,
-    "tls.py": "import ssl\nCONTEXT = ssl.create_default_context()",
+    "tls.py": "import ssl\nprint('ready')\nCONTEXT = ssl.create_default_context()",
     "generator.py": "import random\nOWN = random.Random()",
 }
 
@@ -70,13 +70,15 @@ FILES = {
 class Supervisor:
     """A supervisor with a package `stand_in`, in a folder of its own."""
 
-    def __init__(self, files=None):
+    def __init__(self, files=None, left=None):
         # The path of a socket may not be longer than 107 bytes; this one is.
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="supervisor-"))
         self.sockets = self.folder / ("long" * 30)
         package = self.folder / "lib" / "stand_in"
         for folder in (self.sockets, package):
             folder.mkdir(parents=True)
+        if left:
+            (self.sockets / left).touch()
         for name, text in {**FILES, **(files or {})}.items():
             (package / name).write_text(textwrap.dedent(text))
         site = self.folder / "lib"
@@ -124,8 +126,9 @@ class Supervisor:
         self.pids.append(answer["pid"])
         connection.sendall(b"\n")
         log = folder / "log"
-        wait(lambda: "\n" in log.read_text(), f"{name} reports")
-        return answer, json.loads(log.read_text().splitlines()[0])
+        wait(lambda: "}\n" in log.read_text(), f"{name} reports")
+        (report,) = (line for line in log.read_text().splitlines() if line.startswith("{"))
+        return answer, json.loads(report)
 
     def close(self):
         self.process.kill()
@@ -227,12 +230,20 @@ class Forks(unittest.TestCase):
             self.assertEqual(seen["home"], home + "/.openhands/skills")
             self.assertEqual(len(seen["descriptors"]), 3, seen["descriptors"])
 
+    def test_a_process_starts_with_a_locale_that_does_not_exist_and_after_a_crash_of_the_supervisor(self):
+        supervisor = self.ready(left="s.sock.new")
+        answer, seen = supervisor.boot("one", LC_CTYPE="xx_XX.UTF-8")
+        self.assertEqual((answer["boot"], seen["environment"]["LC_CTYPE"]), ("fork", "xx_XX.UTF-8"))
+
     def test_what_cannot_be_forked_is_refused_with_the_reason(self):
         thread = "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()"
         for name, text, reason in (
             ("tls.py", thread, "have started a thread"),
             ("tls.py", "import os\nALL = dict(os.environ)", "stand_in read the whole environment"),
             ("tls.py", "import os\nSKILLS = [os.path.expanduser('~/skills')]", "as a text"),
+            ("tls.py", "import os\nSKILLS = {'a': os.path.expanduser('~/skills')}", "as a text"),
+            ("tls.py", "import os\nSKILLS = [{'a': (os.path.expanduser('~/skills'), 1)}]", "as a text"),
+            ("tls.py", "import os\nSKILLS = b'file://' + os.path.expanduser('~').encode()", "as a text"),
             ("tls.py", "import pathlib\nALL = {pathlib.Path.home() / 'x': 1}", "a dict has a path"),
             ("tls.py", "import pathlib\nALL = frozenset([pathlib.Path.home() / 'x'])", "a frozenset has a path"),
             ("tls.py", "import stand_in.api", "imported before the fork"),

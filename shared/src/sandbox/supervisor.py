@@ -25,6 +25,7 @@ Times that modules have read while they were imported, such as that of the start
 """
 
 import ast
+import contextlib
 import gc
 import importlib
 import importlib.util
@@ -63,7 +64,8 @@ ALSO_IMPORTED = (
     "uvicorn.protocols.http.auto",
     "uvicorn.protocols.websockets.wsproto_impl",
 )
-PLACEHOLDER = "/home-of-the-sandbox-7c1e0b52"
+# In two parts, because a library keeps the text of this file, in which it would be found.
+PLACEHOLDER = "/home-of-the-sandbox" + "-7c1e0b52"
 # Set by a shell that has executed the supervisor.
 OF_SHELL = ("PWD", "OLDPWD", "SHLVL", "_")
 # Packages that read all variables with a prefix while they are imported.
@@ -72,6 +74,8 @@ PREFIXES = {"fastmcp": "FASTMCP_", "tqdm": "TQDM_"}
 OF_INTERPRETER = ("PYTHON", "LD_", "GLIBC_", "MALLOC_", "OPENSSL_")
 # Set by the supervisor and not by requests: both values mean the same to the forked process.
 IGNORED = {"HOME", "LITELLM_LOCAL_MODEL_COST_MAP", "OPENHANDS_SUPPRESS_BANNER", "PYTHON_DOTENV_DISABLED", "PYTHONUNBUFFERED"}
+# The descriptor to which states are written.
+STATES = 100
 MAX_REQUEST_BYTES = 1024 * 1024
 # The time in which a client sends its request, and its confirmation.
 CLIENT_TIMEOUT = 30
@@ -170,7 +174,7 @@ class Preloaded:
             if name not in AFTER_FORK and name not in sys.modules:
                 try:
                     importlib.import_module(name)
-                except ImportError:
+                except Exception:
                     if name not in ALSO_IMPORTED:
                         raise
         for name in AFTER_FORK:
@@ -182,13 +186,19 @@ class Preloaded:
         paths = {id(path) for path in self.paths}
         parts = {id(value) for path in self.paths for value in gc.get_referents(path)}
         own = {id(o) for o in (self.environment, os.environ._data, globals(), self.paths)}
-        for container in objects:
-            if id(container) in paths or id(container) in parts or id(container) in own:
-                continue
+        bytes_of_placeholder = PLACEHOLDER.encode()
+        pending = [o for o in objects if not (id(o) in paths or id(o) in parts or id(o) in own)]
+        while pending:
+            container = pending.pop()
             kind = type(container).__name__
             for value in gc.get_referents(container):
-                if type(value) is str and value.startswith(PLACEHOLDER) and value is not PLACEHOLDER:
+                if (type(value) is str and PLACEHOLDER in value and value is not PLACEHOLDER) or (
+                    type(value) is bytes and bytes_of_placeholder in value
+                ):
                     raise Refusal(f"a {kind} contains the path {value} as a text")
+                # The collector does not list these where all that they contain are texts and numbers.
+                if type(value) in (dict, tuple) and not gc.is_tracked(value) and id(value) not in own:
+                    pending.append(value)
                 if id(value) not in paths:
                     continue
                 keys = container if isinstance(container, (dict, set, frozenset)) else ()
@@ -231,7 +241,8 @@ class Preloaded:
             numpy.seed()
         tempfile.tempdir = None
         time.tzset()
-        locale.setlocale(locale.LC_CTYPE, "")
+        with contextlib.suppress(locale.Error):  # Python does the same where the system does not have the locale
+            locale.setlocale(locale.LC_CTYPE, "")
 
 
 def give_state(path, source):
@@ -241,13 +252,10 @@ def give_state(path, source):
         for name in (names,) if isinstance(names, str) else names:
             if name == "__weakref__":
                 continue
-            try:
+            with contextlib.suppress(AttributeError):
+                delattr(path, name)
+            with contextlib.suppress(AttributeError):
                 setattr(path, name, getattr(source, name))
-            except AttributeError:
-                try:
-                    delattr(path, name)
-                except AttributeError:
-                    pass
 
 
 def threads():
@@ -256,7 +264,7 @@ def threads():
 
 def report(state):
     try:
-        os.write(1, (state + "\n").encode())
+        os.write(STATES, (state + "\n").encode())
     except OSError:
         pass  # the owner has ended; the end of standard input says so, too
 
@@ -376,9 +384,14 @@ def main():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     path, module = sys.argv[1], (sys.argv[2:] or ["openhands.agent_server"])[0]
     folder, name = os.path.split(path)
+    # What modules print goes to standard error.
+    os.dup2(1, STATES, inheritable=False)
+    os.dup2(2, 1)
     # Bound by its name in the working directory, because the path of a socket has at most 107 bytes.
     os.chdir(folder)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name + ".new")  # of a supervisor that was killed here
     listener.bind(name + ".new")
     os.chmod(name + ".new", 0o600)
     listener.listen(128)
@@ -393,6 +406,9 @@ def main():
     except Exception as error:
         report(f"refused: {error}")
         raise
+    # A forked process would write what is buffered into its own log.
+    sys.stdout.flush()
+    sys.stderr.flush()
     gc.collect()
     # The collector would write to the objects, and so copy their memory into each forked process.
     gc.freeze()
