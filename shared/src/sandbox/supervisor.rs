@@ -370,7 +370,8 @@ fn text(value: &std::ffi::OsStr) -> io::Result<&str> {
     value.to_str().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "a path or a variable is not UTF-8"))
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(target_os = "linux")]
+#[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
     use std::sync::Mutex;
