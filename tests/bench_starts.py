@@ -2,9 +2,13 @@
 """Measures starts on this machine, as a client sees them.
 
     cargo build -p local && python3 tests/bench_starts.py [--binary target/debug/local] [--starts 10] [--at-once 20]
+    python3 tests/bench_starts.py --new-sandboxes --binary BEFORE --binary AFTER [--starts 10]
 
 Runs the program on a new data folder, with the agent server of target/agent-server (or OPENHANDS_AGENT_SERVER_FOLDER),
 and prints a table. No model is asked: the conversations have no first message. Only the standard library is used.
+
+With --new-sandboxes it compares builds of the program: starts in new sandboxes one after the other, alternating between the
+builds, then 4 and 20 at once, and the memory of their agent servers.
 """
 import argparse, concurrent.futures, json, os, re, shutil, signal, statistics, subprocess, sys, tempfile, threading, time
 import urllib.error, urllib.request
@@ -19,6 +23,7 @@ class Server:
         environment = dict(os.environ, LLM_MODEL="openai/none", LLM_API_KEY="none")
         environment.setdefault("OPENHANDS_AGENT_SERVER_FOLDER", os.path.abspath("target/agent-server"))
         environment.pop("SESSION_API_KEY", None)
+        environment["SANDBOX_MAX_RUNNING"] = "100"
         self.process = subprocess.Popen(
             [binary, "--data", os.path.join(self.data, "data"), "--port", "0", "--log", "json"],
             stdout=subprocess.PIPE, stderr=open(self.log, "w"), env=environment, text=True)
@@ -26,8 +31,8 @@ class Server:
         self.base = re.search(r"http://[\d.:]+", line).group()
         threading.Thread(target=self.process.stdout.read, daemon=True).start()
 
-    def call(self, path, body=None):
-        request = urllib.request.Request(self.base + path, method="GET" if body is None else "POST",
+    def call(self, path, body=None, method=None):
+        request = urllib.request.Request(self.base + path, method=method or ("GET" if body is None else "POST"),
                                          data=None if body is None else json.dumps(body).encode(),
                                          headers={"content-type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -65,6 +70,27 @@ class Server:
         status = open(f"/proc/{self.process.pid}/status").read()
         return {name: int(re.search(rf"{name}:\s+(\d+) kB", status).group(1)) / 1024 for name in ("VmRSS", "VmHWM")}
 
+    def wait_until_prepared(self):
+        """Until sandboxes boot as they always will. Builds that only have plain boots do not say how."""
+        while self.call("/ready")["parts"].get("sandbox_boot", "plain").startswith("being"):
+            time.sleep(0.2)
+
+    def folder(self, *names):
+        return os.path.join(self.data, "data", "sandboxes", *names)
+
+    def agent_server(self, sandbox):
+        return open(self.folder(sandbox, "agent-server.pid")).read().strip()
+
+    def supervisor(self):
+        try:
+            return open(self.folder(".boot", "supervisor.pid")).read().split()[0]
+        except FileNotFoundError:
+            return None
+
+    def delete(self, sandboxes):
+        for sandbox in sandboxes:
+            self.call(f"/api/v1/sandboxes/{sandbox}", method="DELETE")
+
     def stop(self):
         self.process.send_signal(signal.SIGINT)
         self.process.wait(60)
@@ -86,14 +112,87 @@ def first_answer(port):
             time.sleep(POLL)
 
 
+def proportional_mib(pid):
+    text = open(f"/proc/{pid}/smaps_rollup").read()
+    return int(re.search(r"^Pss:\s+(\d+) kB", text, re.M).group(1)) / 1024
+
+
+def cpu_seconds(pid):
+    """The CPU time of a process and of its children that have ended."""
+    fields = open(f"/proc/{pid}/stat").read().rpartition(") ")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def compare(binaries, starts):
+    servers = [Server(binary) for binary in binaries]
+    rows = {}
+
+    def add(what, index, text):
+        rows.setdefault(what, [""] * len(servers))[index] = text
+
+    try:
+        for index, server in enumerate(servers):
+            began = time.monotonic()
+            server.wait_until_alive()
+            server.wait_until_prepared()
+            add("until sandboxes boot at full speed, once", index, f"{time.monotonic() - began:.1f} s")
+        print("load average at the beginning:", *os.getloadavg(), flush=True)
+        times, cpu = [[] for _ in servers], [[] for _ in servers]
+        for _ in range(starts):
+            for index, server in enumerate(servers):
+                began = time.monotonic()
+                task, ready = server.wait_for(server.begin({}))
+                times[index].append(ready - began)
+                cpu[index].append(cpu_seconds(server.agent_server(task["sandbox_id"])))
+                # It still loads tools in the background, which belongs to no other start.
+                time.sleep(4)
+                server.delete([task["sandbox_id"]])
+        for index, values in enumerate(times):
+            text = f"{statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f})"
+            add(f"POST to READY in a new sandbox, median of {starts}", index, text)
+            add("CPU time of its agent server until READY, median", index, f"{statistics.median(cpu[index]):.2f} s")
+        for count in (4, 20):
+            for index, server in enumerate(servers):
+
+                def one(_):
+                    began = time.monotonic()
+                    task, ready = server.wait_for(server.begin({}), pause=0.25)
+                    return task["sandbox_id"], ready - began
+
+                with concurrent.futures.ThreadPoolExecutor(count) as pool:
+                    began = time.monotonic()
+                    done = list(pool.map(one, range(count)))
+                    add(f"{count} new sandboxes at once, all READY", index, f"{time.monotonic() - began:.1f} s")
+                time.sleep(15)
+                pids = [server.agent_server(sandbox) for sandbox, _ in done]
+                memory = sum(map(proportional_mib, pids)) / count
+                add(f"memory per agent server while {count} run (proportional set size)", index, f"{memory:.0f} MiB")
+                if server.supervisor():
+                    shown = f"{proportional_mib(server.supervisor()):.0f} MiB"
+                    add(f"memory of the supervisor while {count} run", index, shown)
+                server.delete([sandbox for sandbox, _ in done])
+        print("load average at the end:", *os.getloadavg())
+        print("| |", " | ".join(binaries), "|\n|---|" + "---|" * len(binaries))
+        for what, texts in rows.items():
+            print(f"| {what} |", " | ".join(texts), "|")
+    finally:
+        for server in servers:
+            server.stop()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--binary", default="target/debug/local")
+    parser.add_argument("--binary", action="append", help="the program; several with --new-sandboxes")
+    parser.add_argument("--new-sandboxes", action="store_true", help="compares starts in new sandboxes")
     parser.add_argument("--starts", type=int, default=10, help="starts one after the other")
     parser.add_argument("--at-once", type=int, default=20, help="starts at once in one sandbox")
     parser.add_argument("--own", type=int, default=4, help="starts at once with sandboxes of their own")
     a = parser.parse_args()
-    server = Server(a.binary)
+    binaries = a.binary or ["target/debug/local"]
+    if a.new_sandboxes:
+        compare(binaries, a.starts)
+        return
+    server = Server(binaries[0])
     try:
         server.wait_until_alive()
         at_rest = server.memory()

@@ -38,6 +38,7 @@ mod end_to_end_secrets;
 mod end_to_end_upgrade;
 mod end_to_end_workspace;
 mod events;
+mod fork;
 mod hostile;
 mod import;
 mod ingest;

@@ -25,6 +25,7 @@ use shared::config::{
 use shared::http_client::{AddressPolicy, HttpClient};
 use shared::sandbox::SandboxService as _;
 use shared::sandbox::process::ProcessSandboxes;
+use shared::sandbox::supervisor::{BootState, Supervisor};
 use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
@@ -48,6 +49,8 @@ use crate::worker::{Consumer, EXPORT_CONCURRENCY, WORKER_CONCURRENCY, poll, swee
 pub(crate) const PREFIX: &str = "openhands-";
 /// The file in the data folder that holds the keys under which secrets are sealed.
 pub const SEALING_KEY: &str = "sealing-key";
+/// How long the first start waits for the supervisor. Without it, sandboxes boot all the same.
+const SUPERVISOR_TIMEOUT: Duration = Duration::from_secs(30);
 /// The time that requests in flight have to finish at shutdown.
 const GRACE_PERIOD: Duration = Duration::from_secs(3);
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -147,6 +150,8 @@ pub struct Server {
     sealer: Sealer,
     tasks: Vec<JoinHandle<()>>,
     stop_serving: Option<(oneshot::Sender<()>, JoinHandle<()>)>,
+    /// The supervisor that forks agent servers.
+    stop_supervisor: Option<(oneshot::Sender<()>, JoinHandle<()>)>,
     readiness: Readiness,
 }
 
@@ -161,6 +166,8 @@ enum Part {
     /// The server is ready without this part. Holds the current activity.
     Background(&'static str),
     Ready,
+    /// Works, in the way that it names.
+    Works(String),
     /// Starts cannot succeed. Holds the reason.
     Failed(String),
     /// The part is missing and everything else works without it. Holds the reason.
@@ -182,6 +189,7 @@ impl Readiness {
         let shown = |part| match part {
             Part::Pending(activity) | Part::Background(activity) => activity.to_owned(),
             Part::Ready => "ready".to_owned(),
+            Part::Works(how) => how,
             Part::Failed(reason) => format!("failed: {reason}"),
             Part::Unavailable(reason) => format!("not served: {reason}"),
         };
@@ -191,7 +199,7 @@ impl Readiness {
     /// Whether everything that conversations need is available.
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        self.parts().values().all(|part| matches!(part, Part::Ready | Part::Background(_) | Part::Unavailable(_)))
+        self.parts().values().all(|part| !matches!(part, Part::Pending(_) | Part::Failed(_)))
     }
 }
 
@@ -257,6 +265,7 @@ impl Server {
             sealer,
             tasks: Vec::new(),
             stop_serving: None,
+            stop_supervisor: None,
             readiness: Readiness::default(),
         };
         if let Some(sandboxes) = server.process_sandboxes() {
@@ -321,6 +330,14 @@ impl Server {
         agent_server: AgentServerOptions,
     ) {
         let install = matches!(self.config.sandbox, SandboxConfig::Process(_));
+        let (installed, is_installed) = oneshot::channel();
+        let (listens, is_listening) = oneshot::channel();
+        if let SandboxConfig::Process(process) = &self.config.sandbox {
+            let (stop, stopped) = oneshot::channel();
+            let supervisor = Supervisor::new(process);
+            let running = run_supervisor(supervisor, is_installed, listens, stopped, self.readiness.clone());
+            self.stop_supervisor = Some((stop, tokio::spawn(running)));
+        }
         let (sqs, readiness) = (self.aws.sqs.clone(), self.readiness.clone());
         let poll_exports = poll(sqs.clone(), queues.exports, exports.clone(), EXPORT_CONCURRENCY);
         let poll_dead_exports = poll(sqs.clone(), queues.export_dead_letters, exports, EXPORT_CONCURRENCY);
@@ -333,6 +350,10 @@ impl Server {
                 return;
             }
             if install {
+                // Errors mean that the server is being shut down. The first start waits until the supervisor accepts requests, because its
+                // sandbox would boot without it.
+                let _gone = installed.send(());
+                let _listens = tokio::time::timeout(SUPERVISOR_TIMEOUT, is_listening).await;
                 readiness.set("agent_server", Part::Ready);
             }
             // Polling begins after the install: a start that is handled earlier would fail for lack of an agent server.
@@ -368,6 +389,12 @@ impl Server {
             && let Err(error) = sandboxes.stop_all(&UserId::local()).await
         {
             tracing::error!(error = %error.context(), "local.sandboxes_not_stopped");
+        }
+        // It reaps the agent servers that it has forked, so it ends after them.
+        if let Some((stop, stopped)) = self.stop_supervisor.take() {
+            // The receiver is gone if agent servers cannot be forked.
+            let _gone = stop.send(());
+            let _ended = stopped.await;
         }
         if let Some((stop, mut served)) = self.stop_serving.take() {
             // The receiver is gone if serving has already ended.
@@ -686,6 +713,38 @@ async fn adopt_sandboxes(sandboxes: &ProcessSandboxes, user: &UserId) -> Result<
         tracing::info!(sandbox = %sandbox.id, status = ?sandbox.status, "local.sandbox_found");
     }
     Ok(())
+}
+
+/// Runs the supervisor after the install of the agent server. Sends `listens` when it accepts requests, or cannot run. While it is being
+/// prepared, boots of sandboxes wait for it.
+async fn run_supervisor(
+    supervisor: Supervisor,
+    installed: oneshot::Receiver<()>,
+    listens: oneshot::Sender<()>,
+    stop: oneshot::Receiver<()>,
+    readiness: Readiness,
+) {
+    if installed.await.is_err() {
+        return; // the install has failed, or the server is being shut down
+    }
+    let stop = async {
+        // An error means that the sender was dropped with the server.
+        let _stop = stop.await;
+    };
+    let listens = Mutex::new(Some(listens));
+    let report = |state| {
+        if let Some(listens) = listens.lock().ok().and_then(|mut listens| listens.take()) {
+            // The receiver is gone if the server is being shut down.
+            let _gone = listens.send(());
+        }
+        let part = match state {
+            BootState::Preparing => Part::Background("being prepared"),
+            BootState::Fork => Part::Works("fork".to_owned()),
+            BootState::Plain(reason) => Part::Works(format!("plain: {reason}")),
+        };
+        readiness.set("sandbox_boot", part);
+    };
+    supervisor.run(stop, report).await;
 }
 
 struct AgentServerOptions {

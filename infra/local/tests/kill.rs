@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::disallowed_methods, reason = "tests")]
 
 use std::collections::BTreeMap;
-use std::fs::{self, Permissions};
+use std::fs::{self, Permissions, TryLockError};
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt as _;
@@ -68,10 +68,25 @@ impl Data {
         self.find(|_, own| own)
     }
 
-    /// The agent servers of this data folder, without the processes that they forked.
+    /// The agent servers of this data folder: those that hold the locks of their folders.
     fn agent_servers(&self) -> Vec<Pid> {
-        let all = self.find(|command, own| own && command.contains("-m openhands.agent_server "));
-        all.iter().copied().filter(|pid| !all.iter().any(|other| Some(*other) == parent(*pid))).collect()
+        let folders = fs::read_dir(self.path().join("sandboxes")).into_iter().flatten().flatten();
+        let running = folders.map(|entry| entry.path()).filter(|folder| {
+            fs::File::open(folder.join("agent-server.lock"))
+                .is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+        });
+        running
+            .filter_map(|folder| {
+                let pid = fs::read_to_string(folder.join("agent-server.pid")).ok()?;
+                Pid::from_raw(pid.trim().parse().ok()?)
+            })
+            .collect()
+    }
+
+    /// The process that forks agent servers.
+    fn supervisor(&self) -> Pid {
+        let text = fs::read_to_string(self.path().join("sandboxes/.boot/supervisor.pid")).unwrap();
+        Pid::from_raw(text.split(' ').next().unwrap().parse().unwrap()).unwrap()
     }
 
     fn find(&self, wanted: impl Fn(&str, bool) -> bool) -> Vec<Pid> {
@@ -177,12 +192,6 @@ impl Data {
 
 fn contains(bytes: &[u8], text: &str) -> bool {
     bytes.windows(text.len()).any(|window| window == text.as_bytes())
-}
-
-fn parent(pid: Pid) -> Option<Pid> {
-    let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
-    let (_, fields) = stat.rsplit_once(") ")?;
-    Pid::from_raw(fields.split(' ').nth(1)?.parse().ok()?)
 }
 
 /// A running server process. Dropping it kills the process.
@@ -311,7 +320,13 @@ async fn a_start_survives_two_killed_servers_and_later_runs_adopt_its_agent_serv
     })
     .await;
     let agent_servers = data.agent_servers();
+    let supervisor = data.supervisor();
     server.kill();
+    // It may still import modules, and ends then.
+    wait_for("the supervisor ends with the server", BOOT, async || {
+        (!data.processes().contains(&supervisor)).then_some(())
+    })
+    .await;
 
     let server = data.run(&[]);
     let ready = server.ready(&task).await;

@@ -82,7 +82,7 @@ pub struct ProcessSandboxConfig {
     pub version: String,
     /// The base URL to which agent servers post events (`WEBHOOK_BASE_URL`), e.g. `http://127.0.0.1:3000/api/v1/webhooks`.
     pub webhook_base_url: String,
-    /// The maximum number of running agent servers (`SANDBOX_MAX_RUNNING`, 10); each needs about 350 MB of memory. One more causes the
+    /// The maximum number of running agent servers (`SANDBOX_MAX_RUNNING`, 10); each needs 150 to 300 MB of memory. One more causes the
     /// eviction (a stop) of the one that has been idle for the longest time; a start waits while none may be evicted.
     pub max_sandboxes: usize,
     /// Origins that agent servers accept in addition to those on localhost.

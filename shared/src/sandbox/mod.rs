@@ -8,12 +8,14 @@ pub mod config;
 pub mod docker;
 pub mod none;
 pub mod orphans;
+mod proc;
 pub mod process;
 pub mod reconciler;
 pub mod remote;
 pub mod session_key;
 pub mod spec;
 pub mod store;
+pub mod supervisor;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -2,9 +2,14 @@
 //!
 //! Several processes may manage the same sandboxes (this server, functions under an emulator, the next run after a crash), so no state is
 //! kept in memory. An agent server holds an exclusive lock on a file in its folder until it exits: it inherits the locked file as its
-//! standard input, and the kernel releases the lock when the process ends, even after a crash. The process writes its id to a file before
-//! it executes the agent server. Therefore a running agent server can be found at any time.
+//! standard input, and the kernel releases the lock when the process ends, even after a crash. Its process id is in a file before it runs.
+//! Therefore a running agent server can be found at any time.
+//!
+//! An agent server is forked by the [supervisor](super::supervisor) where there is one. Otherwise it is a new Python (a *plain boot*). A
+//! forked process shows the environment of the supervisor in `/proc`, so its start time is recorded: its processes are those of its session.
 
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::net::{Ipv4Addr, TcpListener};
@@ -26,8 +31,10 @@ use uuid::Uuid;
 
 use super::capacity::{others_at_the_limit, to_evict};
 use super::config::ProcessSandboxConfig;
+use super::proc::{self, StartTime};
 use super::spec::published_image;
 use super::store::{Desired, SandboxRecord, SandboxStore};
+use super::supervisor::{self, ForkRequest};
 use super::{AGENT_SERVER, ExposedUrl, Launch, Sandbox, SandboxService, SandboxStatus};
 use crate::clock::Time;
 use crate::error::{Error, Result};
@@ -85,7 +92,7 @@ static BOOTS: LazyLock<Arc<Semaphore>> =
 const BOOT_TIMEOUT: Duration = Duration::from_secs(20);
 /// An agent server that has not responded after this time no longer delays others.
 const LONGEST_BOOT: Duration = Duration::from_secs(120);
-const BOOT_POLL: Duration = Duration::from_millis(200);
+const BOOT_POLL: Duration = Duration::from_millis(100);
 const LOG_TAIL_LINES: usize = 12;
 const LOG_TAIL_BYTES: u64 = 8 * 1024;
 
@@ -117,6 +124,11 @@ impl Folder {
 
     fn pid(&self) -> PathBuf {
         self.0.join("agent-server.pid")
+    }
+
+    /// The process id and start time of an agent server that was forked.
+    fn start(&self) -> PathBuf {
+        self.0.join("agent-server.start")
     }
 
     fn log(&self) -> PathBuf {
@@ -165,7 +177,19 @@ impl Folder {
             (false, _) => Process::NotLaunched,
             (true, None) => Process::Launching,
             // A child of a dead agent server may still hold the lock, so check also that the process exists.
-            (true, Some(pid)) => test_kill_process(pid).map_or(Process::Ended, |()| Process::Living(pid)),
+            (true, Some(pid)) if self.exists(pid) => Process::Living(pid),
+            (true, Some(_)) => Process::Ended,
+        }
+    }
+
+    /// Whether the agent server with this id exists, and not another process that has the id by now.
+    fn exists(&self, pid: Pid) -> bool {
+        match proc::read_start(&self.start()) {
+            // A forked process is reaped by the supervisor, or by the system after the supervisor has ended.
+            Some((forked, started)) if forked == pid => {
+                proc::start_time(pid) == Some(started) && proc::stat(pid).is_some_and(|stat| !stat.is_zombie)
+            }
+            _ => test_kill_process(pid).is_ok(),
         }
     }
 
@@ -305,12 +329,12 @@ impl ProcessSandboxes {
         // Kill the remaining child processes of a killed agent server.
         kill_all_of(&folder);
         // The lock is held: until the new process has written its id, it counts as launching and not as the one that has ended.
-        for file in [folder.pid(), folder.answered()] {
+        for file in [folder.pid(), folder.start(), folder.answered()] {
             remove_if_there(&file).map_err(|error| cannot_make(&folder, &error))?;
         }
         let key = self.store.session_key(record).await?;
-        self.spawn(&folder, lock, port, &key).map_err(|error| cannot_make(&folder, &error))?;
-        tracing::info!(sandbox = %record.id, port, "sandbox.launched");
+        let boot_kind = self.boot(&folder, lock, port, &key).await.map_err(|error| cannot_make(&folder, &error))?;
+        tracing::info!(sandbox = %record.id, port, boot = boot_kind, "sandbox.launched");
         let (http, url) = (self.http.clone(), format!("http://127.0.0.1:{port}/alive"));
         tokio::spawn(async move {
             let deadline = Instant::now() + LONGEST_BOOT;
@@ -325,14 +349,53 @@ impl ProcessSandboxes {
         Ok(())
     }
 
-    fn spawn(&self, folder: &Folder, lock: File, port: u16, key: &SecretString) -> io::Result<()> {
+    /// Boots the agent server: by fork if possible. Returns how.
+    async fn boot(&self, folder: &Folder, lock: File, port: u16, key: &SecretString) -> io::Result<&'static str> {
         let log = OpenOptions::new().create(true).append(true).mode(0o600).open(folder.log())?;
+        let arguments = ["--host", "127.0.0.1", "--port", &port.to_string()].map(str::to_owned);
+        let environment = self.environment(folder, key)?;
+        let request = ForkRequest {
+            arguments: arguments.to_vec(),
+            environment: environment.clone(),
+            folder: folder.0.clone(),
+            stdin: lock.try_clone()?,
+            output: log.try_clone()?,
+        };
+        let (start_file, pid_file) = (folder.start(), folder.pid());
+        let record = move |pid: Pid, started: &StartTime| {
+            proc::write_start(&start_file, pid, started)?;
+            fs::write(&pid_file, format!("{}\n", pid.as_raw_nonzero()))
+        };
+        match supervisor::fork(&self.config, request, record).await {
+            Ok(true) => return Ok("fork"),
+            Ok(false) => return Ok("exec"),
+            // Without a supervisor this is the usual case.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => tracing::warn!(folder = %folder.0.display(), %error, "sandbox.not_forked"),
+        }
+        // A process that was forked has ended, or ends without running anything.
+        for file in [folder.pid(), folder.start()] {
+            remove_if_there(&file)?;
+        }
+        self.spawn(folder, lock, log, &arguments, environment)?;
+        Ok("plain")
+    }
+
+    fn spawn(
+        &self,
+        folder: &Folder,
+        lock: File,
+        log: File,
+        arguments: &[String],
+        environment: BTreeMap<String, OsString>,
+    ) -> io::Result<()> {
         let mut command = Command::new("/bin/sh");
         command
             .args(["-c", LAUNCHER, "sh"])
             .arg(folder.pid())
             .arg(&self.config.python)
-            .args(["-m", "openhands.agent_server", "--host", "127.0.0.1", "--port", &port.to_string()])
+            .args(["-m", "openhands.agent_server"])
+            .args(arguments)
             .current_dir(&folder.0)
             .stdin(Stdio::from(lock))
             .stdout(Stdio::from(log.try_clone()?))
@@ -340,31 +403,40 @@ impl ProcessSandboxes {
             // Use a separate process group: Ctrl-C for this process does not reach it, and a signal to the group terminates its children.
             .process_group(0)
             .env_clear()
-            .envs(PASSED_ON.iter().filter_map(|name| Some((name, std::env::var_os(name)?))))
-            .env("HOME", folder.home())
-            .env("TMUX_TMPDIR", folder.tmux())
-            .env("PYTHONUNBUFFERED", "1")
-            .env("OH_SESSION_API_KEYS_0", key.expose_secret())
-            .env("OH_SECRET_KEY", key.expose_secret())
-            .env("OH_WEBHOOKS_0_BASE_URL", &self.config.webhook_base_url)
-            .envs(super::WEBHOOK_VARIABLES)
-            .envs(super::STORAGE_VARIABLES)
-            .env("OH_CONVERSATIONS_PATH", folder.0.join("workspace/conversations"))
-            .env("OH_BASH_EVENTS_DIR", folder.0.join("workspace/bash_events"))
-            .env("OH_ENABLE_VSCODE", "0")
-            .env("OH_ENABLE_VNC", "0");
-        for (index, origin) in self.config.allow_cors_origins.iter().enumerate() {
-            command.env(format!("OH_ALLOW_CORS_ORIGINS_{index}"), origin);
-        }
-        // The operator's variables override the ones above.
-        if let Some(given) = crate::env::text("OH_AGENT_SERVER_ENV") {
-            let given: std::collections::BTreeMap<String, String> = serde_json::from_str(&given).map_err(|error| {
-                io::Error::new(io::ErrorKind::InvalidInput, format!("OH_AGENT_SERVER_ENV: {error}"))
-            })?;
-            command.envs(given);
-        }
+            .envs(environment);
         // Dropping the handle does not kill the process: the runtime reaps it when it exits, and it may outlive this process.
         command.spawn().map(drop)
+    }
+
+    /// The whole environment of an agent server.
+    fn environment(&self, folder: &Folder, key: &SecretString) -> io::Result<BTreeMap<String, OsString>> {
+        let mut environment: BTreeMap<String, OsString> =
+            PASSED_ON.iter().filter_map(|name| Some(((*name).to_owned(), std::env::var_os(name)?))).collect();
+        let own: [(&str, OsString); 10] = [
+            ("HOME", folder.home().into()),
+            ("TMUX_TMPDIR", folder.tmux().into()),
+            ("PYTHONUNBUFFERED", "1".into()),
+            ("OH_SESSION_API_KEYS_0", key.expose_secret().into()),
+            ("OH_SECRET_KEY", key.expose_secret().into()),
+            ("OH_WEBHOOKS_0_BASE_URL", self.config.webhook_base_url.clone().into()),
+            ("OH_CONVERSATIONS_PATH", folder.0.join("workspace/conversations").into()),
+            ("OH_BASH_EVENTS_DIR", folder.0.join("workspace/bash_events").into()),
+            ("OH_ENABLE_VSCODE", "0".into()),
+            ("OH_ENABLE_VNC", "0".into()),
+        ];
+        environment.extend(own.map(|(name, value)| (name.to_owned(), value)));
+        let common = super::WEBHOOK_VARIABLES.into_iter().chain(super::STORAGE_VARIABLES);
+        environment.extend(common.map(|(name, value)| (name.to_owned(), value.into())));
+        let origins = self.config.allow_cors_origins.iter().enumerate();
+        environment.extend(origins.map(|(index, origin)| (format!("OH_ALLOW_CORS_ORIGINS_{index}"), origin.into())));
+        // The operator's variables override the ones above.
+        if let Some(given) = crate::env::text("OH_AGENT_SERVER_ENV") {
+            let given: BTreeMap<String, String> = serde_json::from_str(&given).map_err(|error| {
+                io::Error::new(io::ErrorKind::InvalidInput, format!("OH_AGENT_SERVER_ENV: {error}"))
+            })?;
+            environment.extend(given.into_iter().map(|(name, value)| (name, value.into())));
+        }
+        Ok(environment)
     }
 
     async fn observe(&self, record: &SandboxRecord) -> Result<Sandbox> {
@@ -576,16 +648,23 @@ async fn end_leftovers(folder: &Folder) {
     }
 }
 
-/// Kills every process whose `HOME` is the sandbox's home directory. Agents' terminals run in their own sessions, so a signal to the agent
-/// server's process group does not reach them. On systems that do not show environments in `/proc`, only the agent server itself can
-/// terminate them.
+/// Kills every process whose `HOME` is the sandbox's home directory, and those of the session of an agent server that was forked. Agents'
+/// terminals run in their own sessions, so a signal to the agent server's process group does not reach them. On systems that do not show
+/// environments in `/proc`, only the agent server itself can terminate them.
 fn kill_all_of(folder: &Folder) {
     let home = format!("HOME={}", folder.home().display());
-    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| Pid::from_raw(name.parse().ok()?)) else { continue };
+    let forked = proc::read_start(&folder.start());
+    // No process gets the id of a session while the session exists. So if the id belongs to another process, the session has ended.
+    let session = forked.and_then(|(leader, started)| {
+        let is_own = proc::start_time(leader).is_none_or(|now| now == started);
+        is_own.then_some(leader.as_raw_nonzero().get())
+    });
+    for pid in proc::all() {
         // The environment is unreadable when the process has exited or belongs to another user.
-        let Ok(environment) = fs::read(entry.path().join("environ")) else { continue };
-        if environment.split(|byte| *byte == 0).any(|variable| variable == home.as_bytes()) {
+        let environment = fs::read(format!("/proc/{}/environ", pid.as_raw_nonzero())).unwrap_or_default();
+        let has_home = environment.split(|byte| *byte == 0).any(|variable| variable == home.as_bytes());
+        let is_in_session = session.is_some() && proc::stat(pid).map(|stat| stat.session) == session;
+        if has_home || is_in_session {
             let _gone = kill_process(pid, Signal::KILL);
         }
     }
