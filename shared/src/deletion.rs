@@ -115,7 +115,7 @@ impl Deletion {
     pub async fn finish(&self, user: &UserId, id: Uuid) -> Result<()> {
         let conversations = &self.deleter.conversations;
         let taken = conversations.take_deletion(user, id, Time::now().plus(RETRY_AFTER_ATTEMPT)).await?;
-        let Some(UnfinishedDeletion { record, since }) = taken else { return Ok(()) };
+        let Some(UnfinishedDeletion { record, since }) = taken else { return self.expire(user, id).await };
         for child in conversations.sub_conversations(user, id).await? {
             self.deleter.delete(user, child).await?;
         }
@@ -146,6 +146,17 @@ impl Deletion {
         self.leave_sandbox(&record).await?;
         conversations.end_deletion(user, id).await?;
         tracing::info!(conversation = %id, "conversation.deleted");
+        Ok(())
+    }
+
+    /// Removes a tombstone that has expired. A write of events whose caller no longer waited may have taken effect after the deletion, so events
+    /// are removed once more.
+    async fn expire(&self, user: &UserId, id: Uuid) -> Result<()> {
+        let conversations = &self.deleter.conversations;
+        if conversations.has_expired(user, id).await? {
+            self.events.delete_all(user, id).await?;
+            conversations.remove_tombstone(user, id).await?;
+        }
         Ok(())
     }
 

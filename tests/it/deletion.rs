@@ -270,8 +270,19 @@ async fn late_reports_do_not_bring_a_deleted_conversation_back() {
             harness.expire_tombstone(id).await;
         }
         if round == 2 {
+            // A write that took effect after the deletion.
+            let late = Event {
+                id: "later".to_owned(),
+                timestamp: "2030-01-01T00:00:00".to_owned(),
+                kind: "MessageEvent".to_owned(),
+                json: json!({"id": "later", "timestamp": "2030-01-01T00:00:00", "kind": "MessageEvent"}).to_string(),
+            };
+            harness.events().append(user, id, vec![late]).await.expect("stored");
+            let stored = async || harness.other_worker.deletion.events.count_all(user, id).await.expect("a count");
+            assert_eq!(stored().await, 1);
             harness.sweep().await;
             settle(&harness).await;
+            assert_eq!(stored().await, 0, "late events go with the tombstone");
         }
         assert_eq!(harness.has_conversation_row(id).await, round < 2);
         let again = conversation(&harness, json!({"conversation_id": id})).await;

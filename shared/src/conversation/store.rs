@@ -320,13 +320,26 @@ impl ConversationStore {
         let update = Update::new().set("due_at", text(due_at.sortable())).condition(is_unfinished_deletion());
         match self.table.update(key(user, id), update).await? {
             Outcome::Applied(item) => UnfinishedDeletion::read(item).map(Some),
-            Outcome::ConditionFailed(Some(item)) if is_expired(&item) => {
-                // If the condition does not hold, another worker has removed the tombstone.
-                let _removed = self.table.delete(key(user, id), Condition::Exists(EXPIRES_AT)).await?;
-                Ok(None)
-            }
             Outcome::ConditionFailed(_) => Ok(None),
         }
+    }
+
+    /// Whether the id has a tombstone that has expired.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn has_expired(&self, user: &UserId, id: Uuid) -> Result<bool> {
+        Ok(self.table.get(key(user, id)).await?.is_some_and(|item| is_expired(&item)))
+    }
+
+    /// Removes the tombstone of a conversation.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn remove_tombstone(&self, user: &UserId, id: Uuid) -> Result<()> {
+        // If the condition does not hold, another worker has removed it, or the id is used again.
+        let _removed = self.table.delete(key(user, id), Condition::Exists(EXPIRES_AT)).await?;
+        Ok(())
     }
 
     /// Replaces the record of a conversation by a tombstone, after everything else that belongs to it is removed.

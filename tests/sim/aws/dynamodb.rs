@@ -83,6 +83,8 @@ struct State {
     expiring: BTreeMap<(Duration, u64), (String, Key)>,
     /// By the function that calls, table and operation. A call that concerns several tables is counted for the first one.
     usage: BTreeMap<(&'static str, String, String), Usage>,
+    /// The calls that had their effect when their callers no longer waited for it.
+    late: Vec<Value>,
 }
 
 /// A transaction that was written, and which its client may repeat with the same token.
@@ -249,6 +251,17 @@ impl DynamoDb {
         peaks
     }
 
+    /// The items that were put by calls which had their effect when their callers no longer waited for it.
+    pub fn put_late(&self) -> Vec<Value> {
+        let put = |call: &Value| -> Vec<Value> {
+            let batches = call["RequestItems"].as_object().into_iter().flat_map(|tables| tables.values());
+            let requests = batches.filter_map(Value::as_array).flatten();
+            let batched = requests.map(|request| &request["PutRequest"]["Item"]);
+            batched.chain([&call["Item"]]).filter(|item| item.is_object()).cloned().collect()
+        };
+        lock(&self.0.state).late.iter().flat_map(put).collect()
+    }
+
     /// Lets items of a table expire: at the time in this attribute they may be removed. They are removed up to 48 hours later.
     pub fn expire(&self, table: &str, attribute: &str) {
         lock(&self.0.state).tables.get_mut(table).expect("a table").expires = Some(attribute.to_owned());
@@ -408,6 +421,7 @@ impl Inner {
     async fn execute(self: Arc<Self>, operation: String, mut body: Value, call: Call) -> Answer {
         if let Some(stall) = call.stall(&self.faults) {
             self.happened.count("stalled");
+            lock(&self.state).late.push(body.clone());
             pause(stall).await;
         }
         let is_wanted = body["ReturnConsumedCapacity"] == "TOTAL";
