@@ -13,8 +13,8 @@ use crate::world::{EPOCH, WORKER, World};
 
 /// How long a start may wait while the provider responds and its sandbox is usable or could be resumed.
 const LONGEST_NEGLECT: Duration = Duration::from_secs(45);
-/// How much longer for each worker that crashed or stood still meanwhile, and for each message that came late: until the sweep after the
-/// next one, which may not see the row yet.
+/// How much longer for each worker that crashed or stood still meanwhile, for each message that came late, and for each minute in which
+/// enqueueing may have failed: until the sweep after the next one, which may not see the row yet.
 const INTERRUPTION: Duration = Duration::from_secs(70);
 
 /// Compares what is stored and what has happened with what clients know.
@@ -86,7 +86,7 @@ struct Facts<'a> {
     refused: BTreeSet<Uuid>,
     /// When the provider had an outage, and when all workers were busy.
     unavailable: Vec<(Duration, Duration)>,
-    /// When workers crashed or stood still, and when messages were delayed.
+    /// When workers crashed or stood still, when messages were delayed, and the minutes of outages of DynamoDB and SQS.
     interruptions: Vec<Duration>,
 }
 
@@ -120,7 +120,11 @@ impl<'a> Facts<'a> {
             copies,
             refused: runs.iter().filter(|run| run.is_refused).map(|run| run.task).collect(),
             unavailable: [world.sandboxes().outages(), world.services().lambda.busy()].concat(),
-            interruptions: [world.services().lambda.interruptions(), world.services().sqs.delays()].concat(),
+            interruptions: {
+                let services = world.services();
+                let outages = services.sqs.outages().into_iter().chain(services.dynamodb.outages());
+                [services.lambda.interruptions(), services.sqs.delays(), outages.collect()].concat()
+            },
         }
     }
 
@@ -245,7 +249,9 @@ impl<'a> Facts<'a> {
     fn neglect(&self, sandbox: &str, (from, to): (Duration, Duration)) -> Option<String> {
         let usable = self.usable(sandbox, (from, to));
         let longest = usable.into_iter().map(|(begin, end)| end.saturating_sub(begin)).max().unwrap_or_default();
-        let interruptions = self.interruptions.iter().filter(|at| (from..to).contains(*at)).count();
+        // An outage lasts for a minute.
+        let begin = from.saturating_sub(Duration::from_secs(60));
+        let interruptions = self.interruptions.iter().filter(|at| (begin..to).contains(*at)).count();
         let tolerated = LONGEST_NEGLECT + INTERRUPTION * u32::try_from(interruptions).expect("a small number");
         (longest > tolerated).then(|| {
             let life: Vec<_> = self.runtimes(sandbox).map(|runtime| &runtime.life).collect();

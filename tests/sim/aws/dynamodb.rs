@@ -262,6 +262,12 @@ impl DynamoDb {
         lock(&self.0.state).late.iter().flat_map(put).collect()
     }
 
+    /// The minutes in which calls failed because of an outage, since the simulation began.
+    pub fn outages(&self) -> BTreeSet<Duration> {
+        let times = self.0.happened.times(self.0.clock, &["outage"]);
+        times.into_iter().map(|at| Duration::from_secs(at.as_secs() / 60 * 60)).collect()
+    }
+
     /// Lets items of a table expire: at the time in this attribute they may be removed. They are removed up to 48 hours later.
     pub fn expire(&self, table: &str, attribute: &str) {
         lock(&self.0.state).tables.get_mut(table).expect("a table").expires = Some(attribute.to_owned());

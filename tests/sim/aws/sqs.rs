@@ -139,6 +139,12 @@ impl Sqs {
         self.0.happened.all()
     }
 
+    /// The minutes in which calls failed because of an outage, since the simulation began.
+    pub fn outages(&self) -> BTreeSet<Duration> {
+        let times = self.0.happened.times(self.0.clock, &["outage"]);
+        times.into_iter().map(|at| Duration::from_secs(at.as_secs() / 60 * 60)).collect()
+    }
+
     /// When messages were sent that are delivered late, since the simulation began.
     pub fn delays(&self) -> Vec<Duration> {
         self.0.happened.times(self.0.clock, &["delivered_late"])
