@@ -22,7 +22,9 @@ pub fn check(world: &World, starts: &[Start], violations: &mut Vec<String>) {
     violations.extend(world.services().lambda.panics().into_iter().map(|panic| format!("panic: {panic}")));
     let overruns = world.services().lambda.overruns(WORKER);
     if overruns > 0 {
-        violations.push(format!("{overruns} invocations of the worker ran into its time limit by themselves"));
+        let which = world.services().lambda.overran();
+        violations
+            .push(format!("{overruns} invocations of the worker ran into its time limit by themselves: {which:?}"));
     }
     let facts = Facts::of(world, starts);
     for start in starts {

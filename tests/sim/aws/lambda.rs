@@ -103,6 +103,7 @@ struct Inner {
     panics: Mutex<Vec<String>>,
     /// The times at which an event source mapping could not invoke its function more often.
     busy: Mutex<Vec<(Duration, Duration)>>,
+    overran: Mutex<Vec<String>>,
     /// Invocations and their billed time. The scheduled ones of a function are not among its others.
     billed: Mutex<BTreeMap<&'static str, (u64, Duration)>>,
 }
@@ -125,6 +126,7 @@ impl Lambda {
             environments: Mutex::default(),
             panics: Mutex::default(),
             busy: Mutex::default(),
+            overran: Mutex::default(),
             billed: Mutex::default(),
         }))
     }
@@ -141,6 +143,11 @@ impl Lambda {
     /// The invocations of a function that ran into its time limit although nothing had stopped their process.
     pub fn overruns(&self, name: &str) -> u64 {
         lock(&self.0.state).get(name).map_or(0, |state| state.usage.overruns)
+    }
+
+    /// When invocations ran into their time limit by themselves, and what they were to do.
+    pub fn overran(&self) -> Vec<String> {
+        lock(&self.0.overran).clone()
     }
 
     /// When invocations crashed or were frozen, since the simulation began.
@@ -180,7 +187,12 @@ impl Lambda {
         event: Value,
     ) -> Result<Result<Value, String>, Ended> {
         let handler = lock(&self.0.functions)[name].handler.clone();
+        let named = || event["Records"][0]["body"].as_str().map_or_else(|| event.to_string(), str::to_owned);
+        let (named, overruns) = (named(), self.overruns(name));
         let result = self.run_for(account, name, |environment| handler(Invocation { environment, event })).await;
+        if matches!(result, Err(Ended::TimedOut)) && self.overruns(name) > overruns {
+            lock(&self.0.overran).push(format!("until {:?}: {named}", self.0.clock.elapsed()));
+        }
         if matches!(result, Ok(Err(_))) {
             lock(&self.0.state).entry(name).or_default().usage.errors += 1;
         }
