@@ -256,8 +256,8 @@ impl DynamoDb {
         let put = |call: &Value| -> Vec<Value> {
             let batches = call["RequestItems"].as_object().into_iter().flat_map(|tables| tables.values());
             let requests = batches.filter_map(Value::as_array).flatten();
-            let batched = requests.map(|request| &request["PutRequest"]["Item"]);
-            batched.chain([&call["Item"]]).filter(|item| item.is_object()).cloned().collect()
+            let items = requests.map(|request| &request["PutRequest"]["Item"]);
+            items.chain([&call["Item"]]).filter(|item| item.is_object()).cloned().collect()
         };
         lock(&self.0.state).late.iter().flat_map(put).collect()
     }

@@ -187,11 +187,11 @@ impl Lambda {
         event: Value,
     ) -> Result<Result<Value, String>, Ended> {
         let handler = lock(&self.0.functions)[name].handler.clone();
-        let named = || event["Records"][0]["body"].as_str().map_or_else(|| event.to_string(), str::to_owned);
-        let (named, overruns) = (named(), self.overruns(name));
+        let work = event["Records"][0]["body"].as_str().map_or_else(|| event.to_string(), str::to_owned);
+        let overruns = self.overruns(name);
         let result = self.run_for(account, name, |environment| handler(Invocation { environment, event })).await;
         if matches!(result, Err(Ended::TimedOut)) && self.overruns(name) > overruns {
-            lock(&self.0.overran).push(format!("until {:?}: {named}", self.0.clock.elapsed()));
+            lock(&self.0.overran).push(format!("until {:?}: {work}", self.0.clock.elapsed()));
         }
         if matches!(result, Ok(Err(_))) {
             lock(&self.0.state).entry(name).or_default().usage.errors += 1;
