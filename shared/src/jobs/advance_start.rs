@@ -37,9 +37,9 @@ pub struct AdvanceStart {
     pub user: UserId,
     #[serde(with = "as_hex")]
     pub task: Uuid,
-    /// If the job continues a wait: until when its row was due when the job was enqueued. A row that is due later belongs to a job that was
-    /// enqueued since, so this one ends. Otherwise each job that comes twice would continue the wait for ever, next to the others. Jobs of
-    /// earlier versions have none.
+    /// For a delayed job: the due time of its row when the job was enqueued. If the row is due later now, another job has been enqueued
+    /// since, and this one ends. Otherwise each job that the queue delivers twice would start a second series of retries. Jobs of earlier
+    /// versions have none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub due_at: Option<Time>,
 }
