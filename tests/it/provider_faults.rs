@@ -108,7 +108,7 @@ async fn an_outage_in_a_later_step_ends_no_start() {
     let task = harness.begin(&message()).await.id;
     let outage = async {
         reached(&harness, task, StartStatus::PreparingRepository).await;
-        harness.provider().fail_for(Duration::from_secs(3), Fault::Status(503));
+        harness.provider().fail_for(Duration::from_secs(8), Fault::Status(503));
     };
     futures::future::join(harness.drive(task), outage).await;
     assert_ready(&harness, &[task], "an outage in a later step").await;
@@ -270,11 +270,13 @@ async fn attempts_that_the_open_circuit_prevents_do_not_count() {
         sandboxes.push(harness.task(*task).await.now.sandbox_id.expect("a sandbox"));
     }
     let before = harness.provider().requests();
-    harness.provider().fail_for(Duration::from_secs(3), Fault::Status(503));
+    harness.provider().fail_for(Duration::from_secs(8), Fault::Status(503));
     for sandbox in &sandboxes {
         assert!(harness.context.reconciler.delete(&harness.user, sandbox).await.expect("marked"));
     }
-    for _ in 0..3 {
+    // The circuit opens when calls have failed for a second.
+    for _ in 0..4 {
+        tokio::time::sleep(Duration::from_millis(1500)).await;
         for sandbox in &sandboxes {
             harness.context.reconciler.reconcile(&harness.user, sandbox).await.expect("reconciled");
         }
@@ -287,7 +289,7 @@ async fn attempts_that_the_open_circuit_prevents_do_not_count() {
         attempts += usize::try_from(claim.expect("a claim").record.attempts - 1).expect("small");
     }
     assert!((1..=calls).contains(&attempts), "{attempts} attempts, {calls} calls");
-    assert!(calls < sandboxes.len() * 4, "the circuit is open: {calls} calls");
+    assert!(calls < sandboxes.len() * 3, "the circuit is open: {calls} calls");
     deletion::settle(&harness).await;
     harness.finish().await;
 }

@@ -88,8 +88,9 @@ struct Facts<'a> {
     refused: BTreeSet<Uuid>,
     /// When the provider had an outage, and when all workers were busy.
     unavailable: Vec<(Duration, Duration)>,
-    /// When workers crashed or stood still, when messages were delayed, and the minutes of outages of DynamoDB and SQS.
-    interruptions: Vec<Duration>,
+    /// When workers crashed or stood still, when messages were delayed, each with the bodies of the messages, and the minutes of outages
+    /// of DynamoDB and SQS.
+    interruptions: Vec<(Duration, String)>,
 }
 
 impl<'a> Facts<'a> {
@@ -125,7 +126,8 @@ impl<'a> Facts<'a> {
             interruptions: {
                 let services = world.services();
                 let outages = services.sqs.outages().into_iter().chain(services.dynamodb.outages());
-                [services.lambda.interruptions(), services.sqs.delays(), outages.collect()].concat()
+                let outages = outages.map(|at| (at, String::new())).collect();
+                [services.lambda.interruptions(), services.sqs.delays(), outages].concat()
             },
         }
     }
@@ -251,14 +253,29 @@ impl<'a> Facts<'a> {
     fn neglect(&self, sandbox: &str, (from, to): (Duration, Duration)) -> Option<String> {
         let usable = self.usable(sandbox, (from, to));
         let longest = usable.into_iter().map(|(begin, end)| end.saturating_sub(begin)).max().unwrap_or_default();
+        if longest <= LONGEST_NEGLECT {
+            return None;
+        }
         // An outage lasts for a minute.
         let begin = from.saturating_sub(Duration::from_secs(60));
-        let interruptions = self.interruptions.iter().filter(|at| (begin..to).contains(*at)).count();
+        let concerned = self.concerned(sandbox);
+        let interrupts = |(at, work): &&(Duration, String)| {
+            // A sweep, an observation of boots and an outage concern every start.
+            let is_for_all = !work.contains(r#""type":"#) || work.contains("observe_boots");
+            (begin..to).contains(at) && (is_for_all || concerned.iter().any(|id| work.contains(*id)))
+        };
+        let interruptions = self.interruptions.iter().filter(interrupts).count();
         let tolerated = LONGEST_NEGLECT + INTERRUPTION * u32::try_from(interruptions).expect("a small number");
         (longest > tolerated).then(|| {
             let life: Vec<_> = self.runtimes(sandbox).map(|runtime| &runtime.life).collect();
             format!("nothing was in its way for {longest:?} of {from:?} to {to:?}, {life:?}")
         })
+    }
+
+    /// The ids that are in messages about a sandbox: its own one, and those of the starts that use it.
+    fn concerned<'s>(&'s self, sandbox: &'s str) -> Vec<&'s str> {
+        let starts = self.tasks.iter().filter(|(_, task)| text(task, "sandbox_id") == Some(sandbox));
+        [sandbox].into_iter().chain(starts.map(|(id, _)| id.as_str())).collect()
     }
 
     /// Whether a sandbox certainly had a member when a start was accepted: a READY conversation whose deletion was not requested before.
@@ -275,7 +292,7 @@ impl<'a> Facts<'a> {
     /// The times within a period at which a sandbox could be used, or could have been resumed: the provider had no outage, a worker was
     /// free, and no boot and no restart was going on.
     fn usable(&self, sandbox: &str, (from, to): (Duration, Duration)) -> Vec<(Duration, Duration)> {
-        let mut blocked: Vec<(Duration, Duration)> = self.unavailable.clone();
+        let mut blocked: Vec<(Duration, Duration)> = Vec::new();
         if let Some(runtime) = self.runtimes(sandbox).last() {
             for (index, (at, what)) in runtime.life.iter().enumerate() {
                 if matches!(what, Life::Created | Life::Resumed | Life::Crashed | Life::Restarted) {
@@ -284,9 +301,11 @@ impl<'a> Facts<'a> {
                 }
             }
         }
+        blocked.extend(&self.unavailable);
+        blocked.retain(|(begin, end)| *end > from && *begin < to);
         blocked.sort_unstable();
         let (mut free, mut at) = (Vec::new(), from);
-        for (begin, end) in blocked.into_iter().filter(|(begin, end)| *end > from && *begin < to) {
+        for (begin, end) in blocked {
             if begin > at {
                 free.push((at, begin));
             }

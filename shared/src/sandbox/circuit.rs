@@ -1,8 +1,13 @@
 //! The circuit breaker of the sandbox provider: after failures in a row, no worker calls the provider for a while.
 //!
 //! Its state is an item that all workers share. A failure is a call without a usable response: a 429, a 5xx, a timeout, a cut connection.
-//! After [`THRESHOLD`] of them in a row the circuit is *open* and calls fail at once. When the pause is over, one caller makes a *probe*:
-//! if it succeeds the circuit is closed, otherwise the next pause is longer. A response with `Retry-After` opens the circuit at once.
+//! After [`THRESHOLD`] of them in a row, for at least [`PERIOD`], the circuit is *open* and calls fail at once. When the pause is over, one
+//! caller makes a *probe*: if it succeeds the circuit is closed, otherwise the next pause is longer. A response with `Retry-After` opens the
+//! circuit at once.
+//!
+//! The period is what many workers need: of a thousand calls some fail in every second, also if the provider responds to nearly all. A
+//! number of failures alone would then open the circuit again and again. Other processes see a failure after [`CACHED`], and the next
+//! success of one of them ends the row, so a row that lasts for the whole period had no success in it.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -17,6 +22,8 @@ use crate::error::{Error, Result};
 
 /// Failures in a row that open the circuit.
 const THRESHOLD: u32 = 3;
+/// How long a row of failures lasts at least before it opens the circuit. Longer than [`CACHED`] and a call.
+const PERIOD: Duration = Duration::from_secs(1);
 /// The pauses of an open circuit, with jitter.
 const PAUSES: Backoff = Backoff { first: Duration::from_secs(1), longest: Duration::from_secs(30), attempts: u32::MAX };
 /// The longest `Retry-After` that is honoured.
@@ -27,6 +34,7 @@ const PROBE: Duration = Duration::from_secs(20);
 const CACHED: Duration = Duration::from_millis(500);
 
 const FAILURES: &str = "failures";
+const FAILING_SINCE: &str = "failing_since";
 const OPENINGS: &str = "openings";
 const OPEN_UNTIL: &str = "open_until";
 
@@ -36,6 +44,8 @@ const OPEN_UNTIL: &str = "open_until";
 struct State {
     /// Failures in a row.
     failures: u32,
+    /// The time of the first one of them.
+    failing_since: Option<Time>,
     /// How often the circuit has been opened in a row.
     openings: u32,
     /// The end of the pause or of the probe. Without it the circuit is closed.
@@ -97,7 +107,7 @@ impl CircuitBreaker {
         }
         let open_until = permit.state.open_until.map(|until| text(until.sortable()));
         let update = Update::new()
-            .remove_all(&[FAILURES, OPENINGS, OPEN_UNTIL])
+            .remove_all(&[FAILURES, FAILING_SINCE, OPENINGS, OPEN_UNTIL])
             .condition(Condition::unchanged(OPEN_UNTIL, open_until));
         match self.table.apply(control_key(), update).await {
             Ok(true) => {
@@ -126,19 +136,22 @@ impl CircuitBreaker {
     /// Returns the number of openings in a row and the pause, if the circuit was opened.
     async fn open_if_needed(&self, permit: &Permit, retry_after: Option<Duration>) -> Result<Option<(u32, Duration)>> {
         self.note(None);
-        let counted = self.table.update(control_key(), Update::new().add(FAILURES, 1)).await?;
+        let now = Time::now();
+        let count = Update::new().add(FAILURES, 1).set_if_missing(FAILING_SINCE, text(now.sortable()));
+        let counted = self.table.update(control_key(), count).await?;
         let Outcome::Applied(item) = counted else { return Ok(None) };
         let state: State = from_item(item)?;
         // Calls that had begun before the circuit was opened do not make its pause longer.
         let expected = if permit.is_probe { permit.state.open_until } else { None };
-        let is_due = permit.is_probe || retry_after.is_some() || state.failures >= THRESHOLD;
+        let lasted = state.failing_since.map(|since| now.since(since)).unwrap_or_default();
+        let is_due = permit.is_probe || retry_after.is_some() || (state.failures >= THRESHOLD && lasted >= PERIOD);
         if !is_due || state.open_until != expected {
             return Ok(None);
         }
         let openings = state.openings.saturating_add(1);
         let pause = PAUSES.pause_after(openings).max(retry_after.unwrap_or_default().min(LONGEST_RETRY_AFTER));
         let update = Update::new()
-            .set(OPEN_UNTIL, text(Time::now().plus(pause).sortable()))
+            .set(OPEN_UNTIL, text(now.plus(pause).sortable()))
             .set(OPENINGS, number(openings))
             .condition(Condition::unchanged(OPEN_UNTIL, expected.map(|until| text(until.sortable()))));
         Ok(self.table.apply(control_key(), update).await?.then_some((openings, pause)))

@@ -17,8 +17,8 @@ pub struct Faults {
 pub struct ProviderFaults {
     /// 429 without an effect and without `Retry-After`.
     pub throttles: f64,
-    /// 429 without an effect and with `Retry-After`.
-    pub throttles_with_time: f64,
+    /// A minute has some seconds in which all requests are refused with 429 and `Retry-After`, as by a limit of requests per minute.
+    pub throttled_minutes: f64,
     /// 500 without an effect.
     pub errors: f64,
     /// The effect, and then 500.
@@ -101,7 +101,7 @@ impl Faults {
         Self {
             provider: ProviderFaults {
                 throttles: 0.01,
-                throttles_with_time: 0.01,
+                throttled_minutes: 0.1,
                 errors: 0.01,
                 errors_after: 0.01,
                 late: 0.01,
@@ -154,6 +154,8 @@ pub struct Pace {
     pub agent: [Duration; 2],
     /// An outage of the provider. A longer one than the product's limit for boots makes starts fail.
     pub outage: [Duration; 2],
+    /// The time in a minute for which all requests to the provider are refused with `Retry-After`.
+    pub throttled: [Duration; 2],
     pub clone: [Duration; 2],
     pub setup: [Duration; 2],
     /// Until a conversation is created, and until its first message is delivered.
@@ -179,6 +181,7 @@ impl Default for Pace {
             provider: milliseconds(20, 800),
             agent: milliseconds(5, 300),
             outage: milliseconds(10_000, 240_000),
+            throttled: milliseconds(1_000, 20_000),
             clone: milliseconds(500, 60_000),
             setup: milliseconds(100, 120_000),
             create: milliseconds(100, 8_000),

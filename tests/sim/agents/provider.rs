@@ -21,8 +21,6 @@ const OUTAGE_INTERVAL: Duration = Duration::from_secs(600);
 const LATE: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(60)];
 /// The time for which an agent server is down in a restart.
 const RESTART: [Duration; 2] = [Duration::from_secs(2), Duration::from_secs(15)];
-/// The longest `Retry-After`, in seconds.
-const RETRY_AFTER: u32 = 30;
 
 /// The status of a sandbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +67,7 @@ pub(super) struct Runtime {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
-    Throttled { retry_after: Option<u32> },
+    Throttled { retry_after: Option<u64> },
     Status(StatusCode),
     StatusAfter(StatusCode),
     Late,
@@ -152,19 +150,20 @@ fn text(body: &Value, field: &str) -> String {
 /// Decides which fault a request meets.
 fn fault(shared: &Shared, state: &mut State, subject: &str, is_change: bool) -> Option<Fault> {
     let faults = &shared.settings.faults.provider;
-    let seconds = shared.number(state, "retry after", subject, RETRY_AFTER);
     let drawn = shared.draw(state, "provider fault", subject);
     let found = if state.is_healed {
         None
     } else if is_outage(shared) {
         Some(Fault::Status(StatusCode::SERVICE_UNAVAILABLE))
+    } else if let Some(end) = throttled_until(shared) {
+        // In whole seconds, not before the end.
+        Some(Fault::Throttled { retry_after: Some(end.saturating_sub(shared.elapsed()).as_secs() + 1) })
     } else {
         let late = if is_change { faults.late } else { 0.0 };
         pick(
             drawn,
             [
                 (faults.throttles, Fault::Throttled { retry_after: None }),
-                (faults.throttles_with_time, Fault::Throttled { retry_after: Some(seconds) }),
                 (faults.errors, Fault::Status(StatusCode::INTERNAL_SERVER_ERROR)),
                 (faults.errors_after, Fault::StatusAfter(StatusCode::INTERNAL_SERVER_ERROR)),
                 (late, Fault::Late),
@@ -187,30 +186,68 @@ pub(super) fn pick<T: Copy>(drawn: f64, alternatives: impl IntoIterator<Item = (
     })
 }
 
-/// Whether the provider has an outage now, which depends on the seed and the time alone.
-fn is_outage(shared: &Shared) -> bool {
-    let now = shared.elapsed();
-    outage(shared, now.as_secs() / OUTAGE_INTERVAL.as_secs()).is_some_and(|(begin, end)| (begin..end).contains(&now))
+/// Times that depend on the seed alone: in an interval at most one, with this probability.
+#[derive(Clone, Copy)]
+struct Periods {
+    name: &'static str,
+    interval: Duration,
+    probability: f64,
+    length: [Duration; 2],
 }
 
-/// The outage that an interval has, if it has one.
-fn outage(shared: &Shared, interval: u64) -> Option<(Duration, Duration)> {
-    let drawn = |what: &str| dice::random(shared.settings.seed, &("outage", what, interval));
-    if drawn("begins") >= shared.settings.faults.provider.outages {
-        return None;
+impl Periods {
+    fn in_interval(self, seed: u64, number: u64) -> Option<(Duration, Duration)> {
+        let drawn = |what: &str| dice::random(seed, &(self.name, what, number));
+        if drawn("begins") >= self.probability {
+            return None;
+        }
+        let [least, most] = self.length;
+        let length = least + most.saturating_sub(least).mul_f64(drawn("length"));
+        let begin = self.interval * u32::try_from(number).expect("an interval")
+            + self.interval.saturating_sub(length).mul_f64(drawn("at"));
+        Some((begin, begin + length))
     }
-    let [least, most] = shared.settings.pace.outage;
-    let length = least + most.saturating_sub(least).mul_f64(drawn("length"));
-    let begin = OUTAGE_INTERVAL * u32::try_from(interval).expect("an interval")
-        + OUTAGE_INTERVAL.saturating_sub(length).mul_f64(drawn("at"));
-    Some((begin, begin + length))
+
+    /// The period that goes on at this time.
+    fn at(self, seed: u64, now: Duration) -> Option<(Duration, Duration)> {
+        let period = self.in_interval(seed, now.as_secs() / self.interval.as_secs());
+        period.filter(|(begin, end)| (*begin..*end).contains(&now))
+    }
+
+    fn until(self, seed: u64, now: Duration) -> impl Iterator<Item = (Duration, Duration)> {
+        (0..=now.as_secs() / self.interval.as_secs()).filter_map(move |number| self.in_interval(seed, number))
+    }
 }
 
-/// The outages of all intervals until now.
+/// The outages of the provider.
+fn outage_periods(shared: &Shared) -> Periods {
+    let probability = shared.settings.faults.provider.outages;
+    Periods { name: "outage", interval: OUTAGE_INTERVAL, probability, length: shared.settings.pace.outage }
+}
+
+/// The times at which the provider refuses all requests.
+fn throttled_periods(shared: &Shared) -> Periods {
+    let probability = shared.settings.faults.provider.throttled_minutes;
+    Periods {
+        name: "throttled",
+        interval: Duration::from_secs(60),
+        probability,
+        length: shared.settings.pace.throttled,
+    }
+}
+
+fn is_outage(shared: &Shared) -> bool {
+    outage_periods(shared).at(shared.settings.seed, shared.elapsed()).is_some()
+}
+
+fn throttled_until(shared: &Shared) -> Option<Duration> {
+    throttled_periods(shared).at(shared.settings.seed, shared.elapsed()).map(|(_, end)| end)
+}
+
+/// The times until now at which the provider had an outage or refused all requests.
 pub(super) fn outages(shared: &Shared) -> Vec<(Duration, Duration)> {
-    (0..=shared.elapsed().as_secs() / OUTAGE_INTERVAL.as_secs())
-        .filter_map(|interval| outage(shared, interval))
-        .collect()
+    let (seed, now) = (shared.settings.seed, shared.elapsed());
+    outage_periods(shared).until(seed, now).chain(throttled_periods(shared).until(seed, now)).collect()
 }
 
 /// Applies a request and returns its response.

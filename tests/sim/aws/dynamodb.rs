@@ -1,5 +1,4 @@
-//! A model of DynamoDB. The embedded engine, in memory, evaluates conditions, transactions, queries and capacity. The model adds what the
-//! engine does not have:
+//! A model of DynamoDB. [`Engine`] executes calls; the model adds what makes DynamoDB hard to use:
 //!
 //! - Secondary indexes lag, each by a delay of its own that changes with time, and items overtake each other. The tables have no indexes.
 //!   Each index is a *shadow table*, into which items are copied when their delay is over, so an index is never a consistent snapshot.
@@ -12,9 +11,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use local::engines::InMemoryDynamoDb;
 use serde_json::{Map, Value, json};
 
+use super::engine::{Done, Engine, Written};
 use super::sdk_client::hash_of;
 use super::{Call, Clock, Decider, Faults, Happened, detached, lock, pause};
 use crate::net::{Failure, Pending, Reply, Request, Server};
@@ -29,14 +28,13 @@ const PARTITION_READS: f64 = 3000.0;
 const PARTITION_WRITES: f64 = 1000.0;
 /// Milliseconds.
 const LATENCY: [u64; 2] = [2, 30];
-const BATCH: usize = 25;
 /// The items of a shadow that no one has read for some time.
 const MOST_PENDING: usize = 2000;
 /// How long a transaction's token is known.
 const TOKEN_LIFETIME: Duration = Duration::from_secs(600);
 
 /// The values of an item's key. The second one is empty in a table without a sort key.
-type Key = [String; 2];
+pub(super) type Key = [String; 2];
 
 /// A partition of a table or of an index: the shadow's name and the partition key.
 type Partition = (String, String);
@@ -153,7 +151,7 @@ struct Copy {
 }
 
 struct Inner {
-    engine: InMemoryDynamoDb,
+    engine: Mutex<Engine>,
     clock: Clock,
     faults: Faults,
     decider: Decider,
@@ -167,15 +165,29 @@ pub struct DynamoDb(Arc<Inner>);
 
 /// An error response.
 #[derive(Debug)]
-struct Refusal {
-    status: u16,
-    body: String,
+pub(super) struct Refusal {
+    pub status: u16,
+    pub body: String,
+    /// The size in bytes of the item for which a condition does not hold; 0 if there is none.
+    failed_condition: Option<usize>,
 }
 
 impl Refusal {
-    fn new(status: u16, kind: &str, message: &str) -> Self {
+    pub(super) fn new(status: u16, kind: &str, message: &str) -> Self {
         let body = json!({ "__type": format!("com.amazonaws.dynamodb.v20120810#{kind}"), "message": message });
-        Self { status, body: body.to_string() }
+        Self { status, body: body.to_string(), failed_condition: None }
+    }
+
+    /// A condition does not hold for the present item, which is shown if it is wanted.
+    pub(super) fn condition_failed(present: Option<&Value>, is_wanted: bool) -> Self {
+        let mut body = json!({
+            "__type": "com.amazonaws.dynamodb.v20120810#ConditionalCheckFailedException",
+            "message": "The conditional request failed",
+        });
+        if let Some(item) = present.filter(|_| is_wanted) {
+            body["Item"] = item.clone();
+        }
+        Self { status: 400, body: body.to_string(), failed_condition: Some(present.map_or(0, size_of)) }
     }
 
     fn throttled() -> Self {
@@ -184,14 +196,20 @@ impl Refusal {
 
     /// A cancelled transaction of `count` items, of which this one has this reason.
     fn cancelled(count: usize, index: usize, code: &str) -> Self {
-        let reason = |number| if number == index { json!({ "Code": code }) } else { json!({ "Code": "None" }) };
-        let reasons: Vec<Value> = (0..count).map(reason).collect();
+        let reason = |number| json!({ "Code": if number == index { code } else { "None" } });
+        Self::cancelled_for((0..count).map(reason).collect())
+    }
+
+    /// A transaction that was cancelled for these reasons, one for each of its actions.
+    pub(super) fn cancelled_for(reasons: Vec<Value>) -> Self {
+        let codes: Vec<&str> = reasons.iter().filter_map(|reason| reason["Code"].as_str()).collect();
+        let codes = codes.join(", ");
         let body = json!({
             "__type": "com.amazonaws.dynamodb.v20120810#TransactionCanceledException",
-            "Message": format!("Transaction cancelled, please refer cancellation reasons for specific reasons [{code}]"),
+            "Message": format!("Transaction cancelled, please refer cancellation reasons for specific reasons [{codes}]"),
             "CancellationReasons": reasons,
         });
-        Self { status: 400, body: body.to_string() }
+        Self { status: 400, body: body.to_string(), failed_condition: None }
     }
 }
 
@@ -207,7 +225,7 @@ impl Server for DynamoDb {
 impl DynamoDb {
     pub fn new(seed: u64, clock: Clock, faults: Faults) -> Self {
         Self(Arc::new(Inner {
-            engine: InMemoryDynamoDb::new().expect("a database in memory"),
+            engine: Mutex::default(),
             clock,
             faults,
             decider: Decider::new(seed, "dynamodb"),
@@ -278,19 +296,8 @@ impl DynamoDb {
         let mut state = lock(&self.0.state);
         self.0.remove_expired(&mut state);
         drop(state);
-        let mut request = json!({ "TableName": table, "ConsistentRead": true });
-        let mut items = Vec::new();
-        loop {
-            let mut page = self.0.run("Scan", &request).expect("a scan");
-            items.extend(page["Items"].as_array_mut().map(std::mem::take).unwrap_or_default());
-            match page.get_mut("LastEvaluatedKey") {
-                Some(key) => request["ExclusiveStartKey"] = key.take(),
-                None => break,
-            }
-        }
-        let key = lock(&self.0.state).tables[table].key.clone();
-        items.sort_by_cached_key(|item| key_of(&key, item));
-        items
+        let engine = lock(&self.0.engine);
+        engine.items(table).map(|item| (**item).clone()).collect()
     }
 
     /// Lets all indexes and replicas catch up with all writes.
@@ -299,7 +306,7 @@ impl DynamoDb {
         for table in state.tables.values_mut() {
             let shadows = table.indexes.iter_mut().map(|index| &mut index.shadow).chain([&mut table.replica]);
             for shadow in shadows.filter(|shadow| !shadow.name.is_empty()) {
-                self.0.copy(shadow, &table.key, Duration::MAX, &Wanted::All);
+                self.0.copy(shadow, Duration::MAX, &Wanted::All);
             }
         }
     }
@@ -364,8 +371,13 @@ fn respond(id: u64, answer: Answer) -> http::Response<Bytes> {
 
 impl Inner {
     /// Executes an operation of the engine.
-    fn run(&self, operation: &str, body: &Value) -> Answer {
-        self.engine.execute(operation, body).map_err(|(status, body)| Refusal { status, body })
+    fn run(&self, operation: &str, body: &Value) -> Result<Done, Refusal> {
+        lock(&self.engine).execute(operation, body)
+    }
+
+    /// The response to a call that needs nothing but the engine.
+    fn answer(&self, operation: &str, body: &Value) -> Answer {
+        self.run(operation, body).map(|done| done.answer)
     }
 
     /// Creates a table, its indexes and its replica. This has no faults.
@@ -376,29 +388,24 @@ impl Inner {
             _ => Vec::new(),
         };
         let key: Vec<String> = elements(&body["KeySchema"]);
-        let all_attributes = body["AttributeDefinitions"].clone();
-        let only = |names: &[&String]| -> Value {
-            let definitions = all_attributes.as_array().into_iter().flatten();
-            definitions.filter(|one| names.iter().any(|name| one["AttributeName"] == name.as_str())).cloned().collect()
-        };
-        let members = body.as_object_mut().expect("an object");
-        members.remove("GlobalSecondaryIndexes");
-        members.insert("AttributeDefinitions".to_owned(), only(&key.iter().collect::<Vec<_>>()));
-        self.run("CreateTable", &body)?;
+        let definitions = body["AttributeDefinitions"].as_array().into_iter().flatten();
+        if let Some(other) = { definitions }.find(|definition| definition["AttributeType"] != "S") {
+            panic!("the model has keys of strings: {other}");
+        }
+        let mut engine = lock(&self.engine);
+        engine.create(&name, &key, None);
         let mut indexes = Vec::new();
         for described in described {
             let index_key = elements(&described["KeySchema"]);
             let [partition_key, rest @ ..] = &index_key[..] else { panic!("an index without a key") };
             let index_name = text(&described["IndexName"]);
             let shadow = Shadow { name: format!("{name}.{index_name}"), ..Shadow::default() };
-            let mut request = body.clone();
-            request["TableName"] = shadow.name.clone().into();
-            request["AttributeDefinitions"] = only(&key.iter().chain(&index_key).collect::<Vec<_>>());
             let projection = &described["Projection"];
             let attributes = (projection["ProjectionType"] != "ALL").then(|| {
                 let others = projection["NonKeyAttributes"].as_array().into_iter().flatten().map(text);
                 key.iter().chain(&index_key).cloned().chain(others).collect()
             });
+            engine.create(&shadow.name, &key, Some(&index_key));
             indexes.push(Index {
                 name: index_name,
                 partition_key: partition_key.clone(),
@@ -407,17 +414,13 @@ impl Inner {
                 shadow,
                 entries: BTreeMap::new(),
             });
-            request["GlobalSecondaryIndexes"] = json!([described]);
-            self.run("CreateTable", &request)?;
         }
         let mut replica = Shadow::default();
         if self.faults.late_replicas > 0.0 {
             replica.name = format!("{name}.replica");
-            let mut request = body.clone();
-            request["TableName"] = replica.name.clone().into();
-            self.run("CreateTable", &request)?;
+            engine.create(&replica.name, &key, None);
         }
-        // The engine's response contains the real time.
+        drop(engine);
         let created = json!({ "TableDescription": { "TableName": name, "TableStatus": "ACTIVE" } });
         lock(&self.state).tables.insert(name, Table { key, indexes, replica, expires: None });
         Ok(created)
@@ -436,7 +439,7 @@ impl Inner {
             "GetItem" => self.get(body, call),
             "Query" | "Scan" => self.query(&operation, body, call),
             "BatchGetItem" => self.batch_get(body, call),
-            "PutItem" | "UpdateItem" | "DeleteItem" => self.write(&operation, body, call),
+            "PutItem" | "UpdateItem" | "DeleteItem" => self.write(&operation, &body, call),
             "BatchWriteItem" => self.batch_write(body, call),
             "TransactWriteItems" => self.clone().transact(body, call).await,
             other => panic!("the model of DynamoDB has no {other}"),
@@ -454,20 +457,20 @@ impl Inner {
         self.remove_expired(&mut state);
         let name = text(&body["TableName"]);
         state.usage(&name, "GetItem").calls += 1;
-        let Some(table) = state.tables.get(&name) else { return self.run("GetItem", &body) };
+        let Some(table) = state.tables.get(&name) else { return self.answer("GetItem", &body) };
         let key = key_of(&table.key, &body["Key"]);
         self.admit(&state, call, &[(name.clone(), key[0].clone())])?;
         let table = state.tables.get_mut(&name).expect("the table");
         if self.is_late(&body, call, "replica") {
             let wanted = BTreeSet::from([key.clone()]);
-            if self.copy(&mut table.replica, &table.key, self.clock.elapsed(), &Wanted::Items(&wanted)) {
+            if self.copy(&mut table.replica, self.clock.elapsed(), &Wanted::Items(&wanted)) {
                 self.happened.count("late_replica_read");
             }
             body["TableName"] = table.replica.name.clone().into();
         }
-        let mut answer = self.run("GetItem", &body)?;
-        self.charge_read(&mut state, "GetItem", &name, vec![(name.clone(), key[0].clone())], &mut answer);
-        Ok(answer)
+        let done = self.run("GetItem", &body)?;
+        let partition = (name.clone(), key[0].clone());
+        Ok(self.charge_read(&mut state, "GetItem", &name, vec![partition], done))
     }
 
     fn query(&self, operation: &str, mut body: Value, call: Call) -> Answer {
@@ -478,12 +481,12 @@ impl Inner {
         let now = self.clock.elapsed();
         let index_name = body.get("IndexName").map(text);
         let is_late = index_name.is_none() && self.is_late(&body, call, "replica");
-        let Some(table) = state.tables.get_mut(&name) else { return self.run(operation, &body) };
+        let Some(table) = state.tables.get_mut(&name) else { return self.answer(operation, &body) };
         let partition = if let Some(index_name) = index_name {
             let Some(index) = table.indexes.iter_mut().find(|index| index.name == index_name) else {
                 return Err(Refusal::new(400, "ValidationException", "The table does not have the specified index"));
             };
-            if self.copy(&mut index.shadow, &table.key, now, &Wanted::All) {
+            if self.copy(&mut index.shadow, now, &Wanted::All) {
                 self.happened.count("lagging_index_read");
             }
             body["TableName"] = index.shadow.name.clone().into();
@@ -492,7 +495,7 @@ impl Inner {
             let value = partition_of_query(&body, &table.key[0]);
             if is_late {
                 let wanted = if operation == "Scan" { Wanted::All } else { Wanted::Partition(&value) };
-                if self.copy(&mut table.replica, &table.key, now, &wanted) {
+                if self.copy(&mut table.replica, now, &wanted) {
                     self.happened.count("late_replica_read");
                 }
                 body["TableName"] = table.replica.name.clone().into();
@@ -500,9 +503,8 @@ impl Inner {
             (name.clone(), value)
         };
         self.admit(&state, call, std::slice::from_ref(&partition))?;
-        let mut answer = self.run(operation, &body)?;
-        self.charge_read(&mut state, operation, &name, vec![partition], &mut answer);
-        Ok(answer)
+        let done = self.run(operation, &body)?;
+        Ok(self.charge_read(&mut state, operation, &name, vec![partition], done))
     }
 
     fn batch_get(&self, mut body: Value, call: Call) -> Answer {
@@ -543,7 +545,7 @@ impl Inner {
             let table = state.tables.get_mut(&name).expect("the table");
             let read_from = if is_late {
                 let keys: BTreeSet<Key> = taken.iter().map(|key| key_of(&key_names, key)).collect();
-                if self.copy(&mut table.replica, &table.key, self.clock.elapsed(), &Wanted::Items(&keys)) {
+                if self.copy(&mut table.replica, self.clock.elapsed(), &Wanted::Items(&keys)) {
                     self.happened.count("late_replica_read");
                 }
                 names_of_replicas.insert(table.replica.name.clone(), name);
@@ -558,9 +560,9 @@ impl Inner {
             return Err(Refusal::throttled());
         }
         body["RequestItems"] = wanted.into();
-        let mut answer = self.run("BatchGetItem", &body)?;
-        for part in ["Responses", "UnprocessedKeys"] {
-            let Some(tables) = answer[part].as_object_mut() else { continue };
+        let mut done = self.run("BatchGetItem", &body)?;
+        let answer = &mut done.answer;
+        if let Some(tables) = answer["Responses"].as_object_mut() {
             for (replica, name) in &names_of_replicas {
                 if let Some(found) = tables.remove(replica) {
                     tables.insert(name.clone(), found);
@@ -573,30 +575,16 @@ impl Inner {
                 items.sort_by_cached_key(|item| dice::seeded(call.id(), &(name.as_str(), hash_of(item))));
             }
         }
-        for capacity in answer["ConsumedCapacity"].as_array_mut().into_iter().flatten() {
-            if let Some(name) = names_of_replicas.get(&text(&capacity["TableName"])) {
-                capacity["TableName"] = name.clone().into();
-            }
-        }
-        for (name, rest) in unprocessed {
-            match &mut answer["UnprocessedKeys"][&name]["Keys"] {
-                Value::Array(keys) => keys.extend(rest["Keys"].as_array().into_iter().flatten().cloned()),
-                missing => {
-                    let _absent = missing.take();
-                    answer["UnprocessedKeys"][&name] = rest;
-                }
-            }
-        }
-        self.charge_read(&mut state, "BatchGetItem", &first, partitions, &mut answer);
-        Ok(answer)
+        answer["UnprocessedKeys"] = unprocessed.into();
+        Ok(self.charge_read(&mut state, "BatchGetItem", &first, partitions, done))
     }
 
-    fn write(&self, operation: &str, mut body: Value, call: Call) -> Answer {
+    fn write(&self, operation: &str, body: &Value, call: Call) -> Answer {
         let mut state = lock(&self.state);
         self.remove_expired(&mut state);
         let name = text(&body["TableName"]);
         state.usage(&name, operation).calls += 1;
-        let Some(table) = state.tables.get(&name) else { return self.run(operation, &body) };
+        let Some(table) = state.tables.get(&name) else { return self.answer(operation, body) };
         let key = key_of(&table.key, if operation == "PutItem" { &body["Item"] } else { &body["Key"] });
         self.admit(&state, call, &written_partitions(table, &name, &key))?;
         if state.locked.contains(&(name.clone(), key.clone())) {
@@ -604,34 +592,20 @@ impl Inner {
             let message = "Transaction is ongoing for the item";
             return Err(Refusal::new(400, "TransactionConflictException", message));
         }
-        let returned = text(&body["ReturnValues"]);
-        let is_returned = !matches!(&*returned, "" | "NONE");
-        if operation == "UpdateItem" && !is_returned {
-            body["ReturnValues"] = "ALL_NEW".into();
-        }
-        let mut answer = match self.run(operation, &body) {
-            Ok(answer) => answer,
+        let partition = (name.clone(), key[0].clone());
+        let done = match self.run(operation, body) {
+            Ok(done) => done,
             Err(refusal) => {
-                if refusal.body.contains("ConditionalCheckFailed") {
+                if let Some(size) = refusal.failed_condition {
                     // A write whose condition does not hold is charged for the item that exists.
-                    let error: Value = serde_json::from_str(&refusal.body).unwrap_or_default();
-                    let units = write_units(error.get("Item").map_or(0, size_of)).max(1.0);
+                    let units = write_units(size).max(1.0);
                     state.usage(&name, operation).write_units += units;
-                    self.charge(&mut state, (name, key[0].clone()), 0.0, units);
+                    self.charge(&mut state, partition, 0.0, units);
                 }
                 return Err(refusal);
             }
         };
-        let item = match operation {
-            "PutItem" => Some(Arc::new(body["Item"].take())),
-            "DeleteItem" => None,
-            _ if is_returned && returned != "ALL_NEW" => self.read(&name, &body["Key"]),
-            _ if is_returned => Some(Arc::new(answer["Attributes"].clone())),
-            _ => answer.as_object_mut().and_then(|members| members.remove("Attributes")).map(Arc::new),
-        };
-        let of_indexes = self.replicate(&mut state, &name, &key, item);
-        self.charge_write(&mut state, operation, &name, vec![(name.clone(), key[0].clone())], of_indexes, &mut answer);
-        Ok(answer)
+        Ok(self.charge_write(&mut state, operation, &name, vec![partition], done))
     }
 
     fn batch_write(&self, mut body: Value, call: Call) -> Answer {
@@ -641,7 +615,7 @@ impl Inner {
         let first = requested.keys().next().cloned().unwrap_or_default();
         state.usage(&first, "BatchWriteItem").calls += 1;
         let (mut wanted, mut unprocessed) = (Map::new(), Map::new());
-        let (mut written, mut partitions) = (Vec::new(), Vec::new());
+        let mut partitions = Vec::new();
         for (name, mut writes) in requested {
             let Some(table) = state.tables.get(&name) else {
                 wanted.insert(name, writes);
@@ -659,7 +633,6 @@ impl Inner {
                     left.push(write);
                 } else {
                     partitions.push((name.clone(), key[0].clone()));
-                    written.push((name.clone(), key, item.cloned().map(Arc::new)));
                     taken.push(write);
                 }
             }
@@ -674,16 +647,9 @@ impl Inner {
             return Err(Refusal::throttled());
         }
         body["RequestItems"] = wanted.into();
-        let mut answer = self.run("BatchWriteItem", &body)?;
-        let mut of_indexes = Vec::new();
-        for (name, key, item) in written {
-            of_indexes.extend(self.replicate(&mut state, &name, &key, item));
-        }
-        for (name, left) in unprocessed {
-            answer["UnprocessedItems"][&name] = left;
-        }
-        self.charge_write(&mut state, "BatchWriteItem", &first, partitions, of_indexes, &mut answer);
-        Ok(answer)
+        let mut done = self.run("BatchWriteItem", &body)?;
+        done.answer["UnprocessedItems"] = unprocessed.into();
+        Ok(self.charge_write(&mut state, "BatchWriteItem", &first, partitions, done))
     }
 
     async fn transact(self: Arc<Self>, mut body: Value, call: Call) -> Answer {
@@ -692,7 +658,7 @@ impl Inner {
         let token = body.as_object_mut().and_then(|members| members.remove("ClientRequestToken"));
         let token = token.as_ref().map(text).unwrap_or_default();
         let hash_of_actions = hash_of(&body["TransactItems"]);
-        let mut items: Vec<(String, Key, Value, bool)> = Vec::new();
+        let mut items: Vec<(String, Key)> = Vec::new();
         {
             let mut state = lock(&self.state);
             self.remove_expired(&mut state);
@@ -700,14 +666,13 @@ impl Inner {
             for action in &actions {
                 let (kind, action) = action.as_object().and_then(|action| action.iter().next()).expect("an action");
                 let name = text(&action["TableName"]);
-                let Some(table) = state.tables.get(&name) else { return self.run("TransactWriteItems", &body) };
+                let Some(table) = state.tables.get(&name) else { return self.answer("TransactWriteItems", &body) };
                 let item = &action[if kind == "Put" { "Item" } else { "Key" }];
                 let key = key_of(&table.key, item);
-                let raw: Map<String, Value> = table.key.iter().map(|name| (name.clone(), item[name].clone())).collect();
                 partitions.push(written_partitions(table, &name, &key));
-                items.push((name, key, raw.into(), kind != "ConditionCheck"));
+                items.push((name, key));
             }
-            let first = items.first().map(|(name, ..)| name.clone()).unwrap_or_default();
+            let first = items.first().map(|(name, _)| name.clone()).unwrap_or_default();
             state.usage(&first, "TransactWriteItems").calls += 1;
             let now = self.clock.elapsed();
             while state.transacted_at.front().is_some_and(|(at, _)| now > *at + TOKEN_LIFETIME) {
@@ -727,14 +692,12 @@ impl Inner {
                     return Err(Refusal::cancelled(items.len(), number, "ThrottlingError"));
                 }
             }
-            let is_locked =
-                |(name, key, ..): &(String, Key, Value, bool)| state.locked.contains(&(name.clone(), key.clone()));
             if !token.is_empty() && state.tokens.contains(&token) {
                 self.happened.count("transaction_in_progress");
                 let message = "The transaction with the given request token is already in progress.";
                 return Err(Refusal::new(400, "TransactionInProgressException", message));
             }
-            if let Some(number) = items.iter().position(is_locked) {
+            if let Some(number) = items.iter().position(|item| state.locked.contains(item)) {
                 self.happened.count("transaction_conflict");
                 return Err(Refusal::cancelled(items.len(), number, "TransactionConflict"));
             }
@@ -743,20 +706,20 @@ impl Inner {
                 let number = call.index("item in conflict", items.len());
                 return Err(Refusal::cancelled(items.len(), number, "TransactionConflict"));
             }
-            state.locked.extend(items.iter().map(|(name, key, ..)| (name.clone(), key.clone())));
+            state.locked.extend(items.iter().cloned());
             state.tokens.insert(token.clone());
         }
         // The transaction prepares its items, and then commits.
         pause(call.duration("prepare", Duration::from_millis(2), Duration::from_millis(20))).await;
         let mut state = lock(&self.state);
         state.tokens.remove(&token);
-        for (name, key, ..) in &items {
-            state.locked.remove(&(name.clone(), key.clone()));
+        for item in &items {
+            state.locked.remove(item);
         }
-        let first = items.first().map(|(name, ..)| name.clone()).unwrap_or_default();
-        let partitions: Vec<Partition> = items.iter().map(|(name, key, ..)| (name.clone(), key[0].clone())).collect();
-        let mut answer = match self.run("TransactWriteItems", &body) {
-            Ok(answer) => answer,
+        let first = items.first().map(|(name, _)| name.clone()).unwrap_or_default();
+        let partitions: Vec<Partition> = items.iter().map(|(name, key)| (name.clone(), key[0].clone())).collect();
+        let done = match self.run("TransactWriteItems", &body) {
+            Ok(done) => done,
             Err(refusal) => {
                 // What was prepared is charged.
                 for partition in partitions {
@@ -766,26 +729,12 @@ impl Inner {
                 return Err(refusal);
             }
         };
-        let mut of_indexes = Vec::new();
-        for (name, key, raw, is_write) in items {
-            if is_write {
-                let item = self.read(&name, &raw);
-                of_indexes.extend(self.replicate(&mut state, &name, &key, item));
-            }
-        }
-        self.charge_write(&mut state, "TransactWriteItems", &first, partitions, of_indexes, &mut answer);
+        let answer = self.charge_write(&mut state, "TransactWriteItems", &first, partitions, done);
         if !token.is_empty() {
             state.transacted_at.push_back((self.clock.elapsed(), token.clone()));
             state.transacted.insert(token, Transacted { actions: hash_of_actions, answer: answer.clone() });
         }
         Ok(answer)
-    }
-
-    /// The current item.
-    fn read(&self, table: &str, key: &Value) -> Option<Arc<Value>> {
-        let mut answer =
-            self.run("GetItem", &json!({ "TableName": table, "Key": key, "ConsistentRead": true })).ok()?;
-        answer.as_object_mut()?.remove("Item").map(Arc::new)
     }
 
     /// The number of items of a batch that are processed.
@@ -846,56 +795,48 @@ impl Inner {
         load.peak = load.peak.max(load.reads / PARTITION_READS).max(load.writes / PARTITION_WRITES);
     }
 
-    #[allow(clippy::cast_precision_loss, reason = "a batch is small")]
+    /// Charges a read, and returns its response.
     fn charge_read(
         &self,
         state: &mut State,
         operation: &str,
         table: &str,
         partitions: Vec<Partition>,
-        answer: &mut Value,
-    ) {
-        let units = units_of(&answer["ConsumedCapacity"]);
-        if let Some(capacity) = answer["ConsumedCapacity"].as_object_mut() {
-            capacity["TableName"] = table.into();
-        }
+        done: Done,
+    ) -> Value {
+        let Done { answer, units, .. } = done;
         state.usage(table, operation).read_units += units;
-        let each = units / partitions.len().max(1) as f64;
+        let each = share(units, &partitions);
         for partition in partitions {
             self.charge(state, partition, each, 0.0);
         }
+        with_capacity(answer, operation, table, units)
     }
 
-    /// Charges a write, and adds the units of indexes to the response.
-    #[allow(clippy::cast_precision_loss, reason = "a batch is small")]
+    /// Charges a write and those of the indexes, lets copies be made, and returns the response.
     fn charge_write(
         &self,
         state: &mut State,
         operation: &str,
         table: &str,
         partitions: Vec<Partition>,
-        of_indexes: Vec<(Partition, f64)>,
-        answer: &mut Value,
-    ) {
-        let units = units_of(&answer["ConsumedCapacity"]);
-        let sum: f64 = of_indexes.iter().map(|(_, units)| units).sum();
-        let capacity = match &mut answer["ConsumedCapacity"] {
-            Value::Array(capacities) => capacities.first_mut(),
-            Value::Null => None,
-            capacity => Some(capacity),
-        };
-        if let Some(capacity) = capacity {
-            let of_table = capacity["CapacityUnits"].as_f64().unwrap_or_default();
-            capacity["CapacityUnits"] = json!(of_table + sum);
+        done: Done,
+    ) -> Value {
+        let Done { answer, units, written } = done;
+        let mut of_indexes = Vec::new();
+        for Written { table, key, item } in written {
+            of_indexes.extend(self.replicate(state, &table, &key, item));
         }
+        let sum: f64 = of_indexes.iter().map(|(_, units)| units).sum();
         state.usage(table, operation).write_units += units + sum;
-        let each = units / partitions.len().max(1) as f64;
+        let each = share(units, &partitions);
         for partition in partitions {
             self.charge(state, partition, 0.0, each);
         }
         for (partition, units) in of_indexes {
             self.charge(state, partition, 0.0, units);
         }
+        with_capacity(answer, operation, table, units + sum)
     }
 
     /// Lets an item be copied into the shadows of its table, into each after a delay of its own. Returns the units that the indexes
@@ -936,7 +877,7 @@ impl Inner {
             let delay = self.index_delay(&index.shadow.name, key, version);
             index.shadow.push(now, key, Copy { due_at: now + delay, version, item: projected });
             if index.shadow.pending.len() > MOST_PENDING {
-                self.copy(&mut index.shadow, &table.key, now, &Wanted::All);
+                self.copy(&mut index.shadow, now, &Wanted::All);
             }
         }
         if !table.replica.name.is_empty() {
@@ -944,7 +885,7 @@ impl Inner {
             let due_at = now + self.faults.replica_lag.mul_f64(share);
             table.replica.push(now, key, Copy { due_at, version, item: item.clone() });
             if table.replica.pending.len() > MOST_PENDING {
-                self.copy(&mut table.replica, &table.key, now, &Wanted::All);
+                self.copy(&mut table.replica, now, &Wanted::All);
             }
         }
         if let Some(attribute) = &table.expires
@@ -970,7 +911,7 @@ impl Inner {
     }
 
     /// Copies the wanted items that are due at this time. Returns whether the shadow is still behind.
-    fn copy(&self, shadow: &mut Shadow, key_names: &[String], now: Duration, wanted: &Wanted) -> bool {
+    fn copy(&self, shadow: &mut Shadow, now: Duration, wanted: &Wanted) -> bool {
         let keys: BTreeSet<Key> = match wanted {
             Wanted::All => {
                 let later = shadow.due.split_off(&(now.saturating_add(Duration::from_nanos(1)), Key::default()));
@@ -982,7 +923,7 @@ impl Inner {
                 from.map(|(key, _)| key.clone()).take_while(|key| key[0] == *value).collect()
             }
         };
-        let mut writes = Vec::new();
+        let mut engine = lock(&self.engine);
         let mut is_behind = matches!(wanted, Wanted::All) && !shadow.due.is_empty();
         for key in keys {
             let Some(copies) = shadow.pending.get_mut(&key) else { continue };
@@ -999,16 +940,7 @@ impl Inner {
                 continue;
             }
             *present = version;
-            writes.push(match item {
-                Some(item) => json!({ "PutRequest": { "Item": &*item } }),
-                None => json!({ "DeleteRequest": { "Key": raw_key(key_names, &key) } }),
-            });
-        }
-        for writes in writes.chunks(BATCH) {
-            let request = json!({ "RequestItems": { &*shadow.name: writes } });
-            if let Err(refusal) = self.run("BatchWriteItem", &request) {
-                panic!("an item cannot be in {}: {}", shadow.name, refusal.body);
-            }
+            engine.store(&shadow.name, key, item);
         }
         is_behind
     }
@@ -1020,15 +952,14 @@ impl Inner {
             let (name, key) = first.remove();
             let Some(table) = state.tables.get(&name) else { continue };
             let Some(attribute) = &table.expires else { continue };
-            let raw = raw_key(&table.key, &key);
-            let item = self.read(&name, &raw);
+            let item = lock(&self.engine).item(&name, &key);
             let expires_at = item.as_ref().and_then(|item| item[attribute]["N"].as_str()?.parse::<f64>().ok());
             // It may have been changed since.
             if expires_at.is_none_or(|expires_at| expires_at > self.clock.unix_seconds()) {
                 continue;
             }
             self.happened.count("expired");
-            self.run("DeleteItem", &json!({ "TableName": name, "Key": raw })).expect("a deletion");
+            lock(&self.engine).store(&name, key.clone(), None);
             self.replicate(state, &name, &key, None);
         }
     }
@@ -1085,7 +1016,7 @@ fn tables_of(body: &mut Value) -> BTreeMap<String, Value> {
     }
 }
 
-fn text(value: &Value) -> String {
+pub(super) fn text(value: &Value) -> String {
     value.as_str().unwrap_or_default().to_owned()
 }
 
@@ -1095,17 +1026,11 @@ fn elements(schema: &Value) -> Vec<String> {
 }
 
 /// The value of a key's attribute.
-fn value_text(value: &Value) -> String {
+pub(super) fn value_text(value: &Value) -> String {
     value["S"].as_str().map_or_else(|| value.to_string(), ToOwned::to_owned)
 }
 
-/// The key of an item as DynamoDB's JSON. All keys are strings.
-fn raw_key(names: &[String], key: &Key) -> Value {
-    let members = names.iter().zip(key).map(|(name, value)| (name.clone(), json!({ "S": value })));
-    Value::Object(members.collect())
-}
-
-fn key_of(names: &[String], item: &Value) -> Key {
+pub(super) fn key_of(names: &[String], item: &Value) -> Key {
     let value = |index: usize| names.get(index).map(|name| value_text(&item[name])).unwrap_or_default();
     [value(0), value(1)]
 }
@@ -1146,11 +1071,18 @@ fn subject(operation: &str, body: &Value) -> (String, String, u64) {
     (operation.to_owned(), text(&body["TableName"]), concerned)
 }
 
-fn units_of(capacity: &Value) -> f64 {
-    match capacity {
-        Value::Array(capacities) => capacities.iter().map(units_of).sum(),
-        capacity => capacity["CapacityUnits"].as_f64().unwrap_or_default(),
-    }
+/// The units of each partition.
+#[allow(clippy::cast_precision_loss, reason = "a batch is small")]
+fn share(units: f64, partitions: &[Partition]) -> f64 {
+    units / partitions.len().max(1) as f64
+}
+
+/// A response with the consumed units, which are all reported for one table.
+fn with_capacity(mut answer: Value, operation: &str, table: &str, units: f64) -> Value {
+    let capacity = json!({ "TableName": table, "CapacityUnits": units });
+    let is_list = matches!(operation, "BatchGetItem" | "BatchWriteItem" | "TransactWriteItems");
+    answer["ConsumedCapacity"] = if is_list { json!([capacity]) } else { capacity };
+    answer
 }
 
 #[allow(clippy::cast_precision_loss, reason = "an item has 400 KiB at most")]
@@ -1159,7 +1091,7 @@ fn write_units(size: usize) -> f64 {
 }
 
 /// The size of an item in bytes, as DynamoDB counts it.
-fn size_of(item: &Value) -> usize {
+pub(super) fn size_of(item: &Value) -> usize {
     fn of(value: &Value) -> usize {
         let Some((kind, value)) = value.as_object().and_then(|members| members.iter().next()) else { return 0 };
         match (&**kind, value) {

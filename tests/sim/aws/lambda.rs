@@ -103,6 +103,7 @@ struct Inner {
     panics: Mutex<Vec<String>>,
     /// The times at which an event source mapping could not invoke its function more often.
     busy: Mutex<Vec<(Duration, Duration)>>,
+    interruptions: Mutex<Vec<(Duration, String)>>,
     overran: Mutex<Vec<String>>,
     /// Invocations and their billed time. The scheduled ones of a function are not among its others.
     billed: Mutex<BTreeMap<&'static str, (u64, Duration)>>,
@@ -126,6 +127,7 @@ impl Lambda {
             environments: Mutex::default(),
             panics: Mutex::default(),
             busy: Mutex::default(),
+            interruptions: Mutex::default(),
             overran: Mutex::default(),
             billed: Mutex::default(),
         }))
@@ -150,9 +152,10 @@ impl Lambda {
         lock(&self.0.overran).clone()
     }
 
-    /// When invocations crashed or were frozen, since the simulation began.
-    pub fn interruptions(&self) -> Vec<Duration> {
-        self.0.happened.times(self.0.clock, &["crashed", "frozen"])
+    /// When invocations that had events crashed or were frozen, since the simulation began, and the bodies of their messages, or the event
+    /// if it has no messages.
+    pub fn interruptions(&self) -> Vec<(Duration, String)> {
+        lock(&self.0.interruptions).clone()
     }
 
     /// By function.
@@ -187,9 +190,12 @@ impl Lambda {
         event: Value,
     ) -> Result<Result<Value, String>, Ended> {
         let handler = lock(&self.0.functions)[name].handler.clone();
-        let work = event["Records"][0]["body"].as_str().map_or_else(|| event.to_string(), str::to_owned);
+        let bodies: Vec<&str> =
+            event["Records"].as_array().into_iter().flatten().filter_map(|record| record["body"].as_str()).collect();
+        let work = if bodies.is_empty() { event.to_string() } else { bodies.join("\n") };
         let overruns = self.overruns(name);
-        let result = self.run_for(account, name, |environment| handler(Invocation { environment, event })).await;
+        let handle = |environment| handler(Invocation { environment, event });
+        let result = self.run_for(account, name, Some(&work), handle).await;
         if matches!(result, Err(Ended::TimedOut)) && self.overruns(name) > overruns {
             lock(&self.0.overran).push(format!("until {:?}: {work}", self.0.clock.elapsed()));
         }
@@ -205,14 +211,15 @@ impl Lambda {
     where
         F: Future<Output = T>,
     {
-        self.run_for(name, name, work).await
+        self.run_for(name, name, None, work).await
     }
 
-    /// Costs are charged to `account`.
+    /// Costs are charged to `account`. `event` describes what is interrupted.
     async fn run_for<T, F>(
         &self,
         account: &'static str,
         name: &'static str,
+        event: Option<&str>,
         work: impl FnOnce(u64) -> F,
     ) -> Result<T, Ended>
     where
@@ -226,9 +233,12 @@ impl Lambda {
         if is_cold {
             pause(call.duration("cold start", Duration::from_millis(120), Duration::from_millis(900))).await;
         }
+        let interrupted =
+            || lock(&inner.interruptions).extend(event.map(|event| (inner.clock.elapsed(), event.to_owned())));
         let mut is_frozen = false;
         let freeze = call.happens("frozen", inner.faults.frozen).then(|| {
             inner.happened.count("frozen");
+            interrupted();
             is_frozen = true;
             let at = call.duration("time of freeze", Duration::from_millis(1), Duration::from_secs(10));
             let length = call.duration("length of freeze", Duration::from_secs(2), Duration::from_secs(120));
@@ -250,6 +260,7 @@ impl Lambda {
             }
             Err(_) if crash.is_some() => {
                 inner.happened.count("crashed");
+                interrupted();
                 running.crash();
                 Err(Ended::Crashed)
             }

@@ -2,6 +2,8 @@
 //! and the faults that the embedded engines of `cargo local` do not have.
 
 pub mod dynamodb;
+mod engine;
+mod expressions;
 pub mod lambda;
 pub mod s3;
 pub mod sdk_client;

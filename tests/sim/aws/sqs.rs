@@ -99,6 +99,8 @@ struct Inner {
     decider: Decider,
     happened: Happened,
     queues: Mutex<BTreeMap<String, Queue>>,
+    /// When messages were sent that are delivered late, and their bodies.
+    late: Mutex<Vec<(Duration, String)>>,
 }
 
 /// SQS. Clones are the same service.
@@ -132,6 +134,7 @@ impl Sqs {
             decider: Decider::new(seed, "sqs"),
             happened: Happened::default(),
             queues: Mutex::default(),
+            late: Mutex::default(),
         }))
     }
 
@@ -145,9 +148,9 @@ impl Sqs {
         times.into_iter().map(|at| Duration::from_secs(at.as_secs() / 60 * 60)).collect()
     }
 
-    /// When messages were sent that are delivered late, since the simulation began.
-    pub fn delays(&self) -> Vec<Duration> {
-        self.0.happened.times(self.0.clock, &["delivered_late"])
+    /// When messages were sent that are delivered late, since the simulation began, and their bodies.
+    pub fn delays(&self) -> Vec<(Duration, String)> {
+        lock(&self.0.late).clone()
     }
 
     /// By queue.
@@ -412,6 +415,7 @@ impl Inner {
         let mut until = now + Duration::from_secs(message["DelaySeconds"].as_u64().unwrap_or_default());
         if call.happens(&decision("delayed"), self.faults.delayed) {
             self.happened.count("delivered_late");
+            lock(&self.late).push((now, body.clone()));
             until += Duration::from_secs(60).mul_f64(call.random(&decision("delay")));
         }
         let id = format!("{:016x}-{number}-{}", call.id(), queue.sequence);
