@@ -7,6 +7,7 @@
 
 pub mod agent_server;
 pub mod aws;
+mod blocking;
 pub mod clock;
 pub mod config;
 pub mod conversation;

@@ -1,16 +1,21 @@
 //! What clients do in a world, and what must hold at its end.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
+use std::io::Cursor;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
+use axum::body::Body;
 use futures::future::join_all;
+use http::StatusCode;
 use serde_json::{Value, json};
+use shared::http::caller::Caller;
 use shared::user::UserId;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
+use zip::ZipArchive;
 
 use crate::agents;
 use crate::aws::lock;
@@ -36,6 +41,8 @@ pub struct Load {
 const LONGEST_START: Duration = Duration::from_secs(90 * 60);
 /// How often a client asks for its start's status.
 const POLL: Duration = Duration::from_secs(5);
+/// The longest time from a request to an export: the time limit of a build, and its repetition.
+const LONGEST_EXPORT: Duration = Duration::from_secs(30 * 60);
 /// How long the rest may take after the clients have finished: deletions, compensations, confirmed ends of sandboxes.
 const LONGEST_REST: Duration = Duration::from_secs(12 * 3600);
 
@@ -255,6 +262,11 @@ impl Client {
             starts.push(first);
             return None;
         }
+        let exported = if self.draw("export") < 0.2 { self.export(&first).await } else { Ok(()) };
+        if let Err(wrong) = exported {
+            starts.push(first);
+            return Some(wrong);
+        }
         let sandbox = first.sandbox.clone();
         let (then, delay) = (self.draw("then"), Duration::from_secs(20).mul_f64(self.draw("delay").powi(2)));
         let mut second = None;
@@ -352,6 +364,25 @@ impl Client {
         }
     }
 
+    /// Downloads the export of a conversation. Returns what is wrong with it.
+    async fn export(&self, start: &Start) -> Result<(), String> {
+        let path = format!("/api/v1/app-conversations/{}/download", start.conversation.hyphenated());
+        for _ in 0..LONGEST_EXPORT.as_secs() / POLL.as_secs() {
+            let stored = self.world.stored_events(&self.user, start.conversation);
+            let request = http::Request::get(&path).extension(Caller(self.user.clone())).body(Body::empty());
+            match self.world.call("download", request.expect("a request")).await {
+                Ok((StatusCode::OK, zip)) => {
+                    return check_export(&zip, &stored).map_err(|wrong| format!("{}: {wrong}", start.name()));
+                }
+                Ok((status, _)) if status.is_client_error() && status != StatusCode::TOO_MANY_REQUESTS => {
+                    return Err(format!("{}: its export is {status}", start.name()));
+                }
+                _ => sleep(POLL).await,
+            }
+        }
+        Err(format!("{}: no export within {LONGEST_EXPORT:?}", start.name()))
+    }
+
     /// Deletes the conversation of a start.
     async fn delete(&self, start: &mut Start) -> Result<(), String> {
         let path = format!("/api/v1/app-conversations/{}", start.conversation.hyphenated());
@@ -374,6 +405,28 @@ impl Client {
         if let Ok((201, _)) = self.world.send("sandboxes", &self.user, "POST", &path, None, &body).await {
             start.accepted.push(text);
         }
+    }
+}
+
+/// An export is a whole zip file with the conversation and every event that was stored before the request.
+fn check_export(zip: &[u8], stored: &BTreeSet<String>) -> Result<(), String> {
+    let mut archive = ZipArchive::new(Cursor::new(zip)).map_err(|error| format!("its export is no zip: {error}"))?;
+    let mut events = BTreeSet::new();
+    let mut has_meta = false;
+    for index in 0..archive.len() {
+        let mut member = archive.by_index(index).map_err(|error| error.to_string())?;
+        let name = member.name().map_err(|error| error.to_string())?.into_owned();
+        let content: Value = serde_json::from_reader(&mut member).map_err(|error| format!("{name}: {error}"))?;
+        match name.strip_prefix("event_") {
+            Some(_) => drop(events.insert(content["id"].as_str().unwrap_or_default().to_owned())),
+            None => has_meta |= name == "meta.json",
+        }
+    }
+    let lost: Vec<&String> = stored.difference(&events).collect();
+    match (has_meta, lost.is_empty()) {
+        (false, _) => Err("its export has no meta.json".to_owned()),
+        (true, false) => Err(format!("its export lacks {} of {} events: {lost:?}", lost.len(), stored.len())),
+        (true, true) => Ok(()),
     }
 }
 

@@ -1,6 +1,6 @@
 //! A world: the product's functions on the models of AWS, of the sandbox provider and of agent servers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -21,6 +21,7 @@ use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use tower::ServiceExt as _;
+use uuid::Uuid;
 
 use crate::agents::{API_KEY, PROVIDER_URL, Pace, Sandboxes, Settings};
 use crate::aws::lambda::{Ended, Function, Handler, Invocation};
@@ -34,6 +35,9 @@ pub const EPOCH: Timestamp = Timestamp::constant(1_800_000_000, 0);
 /// What API Gateway waits for a function.
 const GATEWAY_TIMEOUT: Duration = Duration::from_secs(29);
 const WORKER_TIMEOUT: Duration = Duration::from_secs(150);
+const EXPORT_TIMEOUT: Duration = Duration::from_secs(900);
+/// `ExportConcurrency`.
+const EXPORTS: usize = 2;
 const MINUTE: Duration = Duration::from_secs(60);
 /// The concurrent executions of an account.
 const ACCOUNT_CONCURRENCY: usize = 1000;
@@ -72,6 +76,7 @@ struct Inner {
     /// The routes of each function in each execution environment, since a process keeps state.
     routers: Mutex<BTreeMap<(&'static str, u64), Router>>,
     workers: Mutex<BTreeMap<u64, Arc<worker::Context>>>,
+    exports: Mutex<BTreeMap<u64, Arc<exports::Context>>>,
 }
 
 /// Sends what the product's HTTP client sends to the models.
@@ -130,10 +135,11 @@ impl World {
             sealer,
             routers,
             workers: workers_of_environments,
+            exports: Mutex::default(),
         }));
         let handler: Handler =
             Arc::new(|_: Invocation| Box::pin(async { Err("it is called with a request".to_owned()) }));
-        for name in ["start", "start-tasks", "conversations", "sandboxes", "events"] {
+        for name in ["start", "start-tasks", "conversations", "sandboxes", "events", "download"] {
             services.lambda.add(Function { name, timeout: GATEWAY_TIMEOUT, reserved: None, handler: handler.clone() });
         }
         let of_worker = world.clone();
@@ -146,6 +152,16 @@ impl World {
         });
         services.lambda.add(Function { name: WORKER, timeout: WORKER_TIMEOUT, reserved: None, handler });
         services.map_worker(WORKER, workers);
+        let of_exports = world.clone();
+        let handler: Handler = Arc::new(move |invocation: Invocation| {
+            let context = of_exports.exports(invocation.environment);
+            Box::pin(async move {
+                let response = exports::handle(&context, invocation.event).await.map_err(|error| error.context())?;
+                serde_json::to_value(response).map_err(|error| error.to_string())
+            })
+        });
+        services.lambda.add(Function { name: "exports", timeout: EXPORT_TIMEOUT, reserved: None, handler });
+        services.map_exports("exports", EXPORTS);
         services.lambda.schedule(WORKER, MINUTE, json!({"source": "aws.scheduler"}));
         sandboxes.connect(Arc::new(world.clone()));
         (world, entered)
@@ -162,6 +178,13 @@ impl World {
     /// Stores on clients of their own, whose calls meet faults too.
     pub fn stores(&self) -> Stores {
         Stores::new(&self.0.config.names, &self.0.services.aws(), &self.0.sealer)
+    }
+
+    /// The ids of a conversation's events that are stored.
+    pub fn stored_events(&self, user: &UserId, conversation: Uuid) -> BTreeSet<String> {
+        let partition = user.key_of(&conversation.simple().to_string());
+        let rows = self.0.services.dynamodb.partition(&self.0.services.names.events, &partition);
+        rows.iter().filter_map(|row| row["id"]["S"].as_str().map(str::to_owned)).collect()
     }
 
     /// The time since the simulation began.
@@ -192,6 +215,13 @@ impl World {
         workers.entry(environment).or_insert_with(context).clone()
     }
 
+    fn exports(&self, environment: u64) -> Arc<exports::Context> {
+        let inner = &*self.0;
+        let mut contexts = lock(&inner.exports);
+        let context = || Arc::new(exports::Context::new(&inner.config, &inner.services.aws()));
+        contexts.entry(environment).or_insert_with(context).clone()
+    }
+
     fn router(&self, function: &'static str, environment: u64) -> Router {
         let inner = &*self.0;
         let make = || {
@@ -201,6 +231,7 @@ impl World {
                 "start-tasks" => start_tasks::router(start_tasks::Context::new(config, aws)),
                 "conversations" => conversations::router(conversations::Context::new(config, aws, sealer)),
                 "sandboxes" => sandboxes::router(sandboxes::Context::new(config, aws, sealer)),
+                "download" => download::router(download::Context::new(config, aws, sealer)),
                 _ => events::webhooks_router(events::Context::new(config, aws, sealer)),
             };
             with_common_answers(routes)

@@ -16,6 +16,7 @@ use zip::write::{SimpleFileOptions, StreamWriter};
 use zip::{CompressionMethod, DateTime, ZipWriter};
 
 use super::python_json;
+use crate::blocking;
 use crate::clock::Time;
 use crate::event::store::Event;
 
@@ -43,7 +44,7 @@ impl ArchiveWriter {
     /// Creates an empty archive, and the receiver of its chunks. All members have the modification time `modified`, in UTC.
     #[must_use]
     pub fn new(modified: Time) -> (Self, mpsc::Receiver<Bytes>) {
-        let (chunks, receiver) = mpsc::channel(CHUNKS);
+        let (chunks, receiver) = mpsc::channel(blocking::capacity(CHUNKS));
         let is_discarded = Arc::new(AtomicBool::new(false));
         let output = ChunkSender { chunk: Vec::with_capacity(CHUNK), chunks, is_discarded: is_discarded.clone() };
         let options = SimpleFileOptions::default()
@@ -124,7 +125,7 @@ struct ChunkSender {
 impl ChunkSender {
     fn send(&mut self) {
         let chunk = std::mem::replace(&mut self.chunk, Vec::with_capacity(CHUNK));
-        if !chunk.is_empty() && self.chunks.blocking_send(chunk.into()).is_err() {
+        if !chunk.is_empty() && blocking::send(&self.chunks, chunk.into()).is_err() {
             self.is_discarded.store(true, Ordering::Relaxed);
         }
     }

@@ -9,6 +9,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use super::archive::ArchiveWriter;
 use super::store::{ExportStore, Lease, Part, Stored, Upload};
+use crate::blocking;
 use crate::clock::Time;
 use crate::config::ExportConfig;
 use crate::conversation::store::ConversationStore;
@@ -156,7 +157,7 @@ impl<'a> ExportBuilder<'a> {
         loop {
             let EventPage { events, next } = page;
             // The next page is read while this one is compressed; no page is read while a part is uploaded.
-            let adding = tokio::task::spawn_blocking(move || {
+            let adding = blocking::spawn(move || {
                 for event in &events {
                     archive.add_event(event)?;
                 }
@@ -184,7 +185,7 @@ impl<'a> ExportBuilder<'a> {
             }
         }
         let meta = self.snapshot.meta.clone();
-        let finishing = tokio::task::spawn_blocking(move || {
+        let finishing = blocking::spawn(move || {
             archive.add("meta.json", &meta)?;
             archive.finish()
         });

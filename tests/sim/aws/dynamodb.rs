@@ -300,6 +300,11 @@ impl DynamoDb {
         engine.items(table).map(|item| (**item).clone()).collect()
     }
 
+    /// The current items of a partition, without a call that is counted.
+    pub fn partition(&self, table: &str, partition: &str) -> Vec<Arc<Value>> {
+        lock(&self.0.engine).partition(table, partition).cloned().collect()
+    }
+
     /// Lets all indexes and replicas catch up with all writes.
     pub fn catch_up(&self) {
         let mut state = lock(&self.0.state);

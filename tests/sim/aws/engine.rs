@@ -134,6 +134,13 @@ impl Engine {
         self.tables[table].items.values()
     }
 
+    /// The items of a partition in the order of their keys.
+    pub(super) fn partition(&self, table: &str, partition: &str) -> impl Iterator<Item = &Arc<Value>> {
+        let first = [partition.to_owned(), String::new()];
+        let next = [format!("{partition}\0"), String::new()];
+        self.tables[table].items.range(first..next).map(|(_, item)| item)
+    }
+
     /// Puts an item or deletes it, without conditions.
     pub(super) fn store(&mut self, table: &str, key: Key, item: Option<Arc<Value>>) {
         self.tables.get_mut(table).expect("a table").store(key, item);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use schema::JOB_QUEUE;
+use schema::{EXPORT_QUEUE, JOB_QUEUE};
 use shared::aws::Aws;
 use shared::config::Names;
 use shared::jobs::queue::DEAD_LETTER_SUFFIX;
@@ -67,9 +67,19 @@ impl Services {
 
     /// Delivers the messages of the job queue and of its dead letters to the function `worker`, as `template.yaml` says.
     pub fn map_worker(&self, worker: &'static str, concurrency: usize) {
-        let dead_letters = format!("{}{DEAD_LETTER_SUFFIX}", JOB_QUEUE.name);
-        for (queue, maximum_concurrency) in [(JOB_QUEUE.name.to_owned(), concurrency), (dead_letters, 2)] {
-            self.lambda.map(&self.sqs, Mapping { queue, function: worker, batch_size: 1, maximum_concurrency });
+        self.map(JOB_QUEUE.name, worker, concurrency);
+    }
+
+    /// The same for the queue of exports.
+    pub fn map_exports(&self, exports: &'static str, concurrency: usize) {
+        self.map(EXPORT_QUEUE.name, exports, concurrency);
+    }
+
+    fn map(&self, queue: &str, function: &'static str, concurrency: usize) {
+        for (queue, maximum_concurrency) in
+            [(queue.to_owned(), concurrency), (format!("{queue}{DEAD_LETTER_SUFFIX}"), 2)]
+        {
+            self.lambda.map(&self.sqs, Mapping { queue, function, batch_size: 1, maximum_concurrency });
         }
     }
 
