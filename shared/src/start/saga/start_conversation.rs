@@ -199,15 +199,19 @@ impl StartRun<'_> {
         if was_sent {
             info = self.find(agent_server).await?;
         }
+        let mut is_certain = !was_sent;
         let info = match info {
             Some(info) => info,
             None => match agent_server.create_conversation(&body.json, timeout).await {
                 Ok(info) => info,
-                Err(error) if error.is_ambiguous() => self.find(agent_server).await?.ok_or(error)?,
+                Err(error) if error.is_ambiguous() => {
+                    is_certain = false;
+                    self.find(agent_server).await?.ok_or(error)?
+                }
                 Err(error) => return Err(error),
             },
         };
-        if was_sent && !body.json["initial_message"].is_null() {
+        if !is_certain && !body.json["initial_message"].is_null() {
             self.ensure_first_message(agent_server, info, &body.json["initial_message"]).await?;
         }
         Ok(())
