@@ -83,7 +83,7 @@ fn config() -> StartConfig {
     }
 }
 
-const COMMAND: &str = "POST /api/bash/start_bash_command";
+const COMMAND: &str = "POST /api/bash/execute_bash_command";
 /// Steps after the sandbox has answered, and a request that each of them sends.
 const STEPS: [(StartStatus, &str); 2] =
     [(StartStatus::PreparingRepository, COMMAND), (StartStatus::SettingUpSkills, "POST /api/skills")];
@@ -104,7 +104,8 @@ async fn an_outage_in_a_later_step_ends_no_start() {
     let harness = WorkerHarness::with_provider(config(), 10).await;
     slow_down(&harness, COMMAND);
     let failed = Kind::Status(503, "busy".to_owned());
-    harness.agent.inject(AgentFault::new("GET /api/bash/bash_events/search", Nth::Next, failed));
+    // The first request for skills is sent while the command runs.
+    harness.agent.inject(AgentFault::new("POST /api/skills", Nth::On(2), failed));
     let task = harness.begin(&message()).await.id;
     let outage = async {
         reached(&harness, task, StartStatus::PreparingRepository).await;
