@@ -88,9 +88,11 @@ const COMMAND: &str = "POST /api/bash/execute_bash_command";
 const STEPS: [(StartStatus, &str); 2] =
     [(StartStatus::PreparingRepository, COMMAND), (StartStatus::SettingUpSkills, "POST /api/skills")];
 
-/// Makes the first request to a route take a while, so that a start can be met in its step.
+/// Makes the first request of a step to a route take a while, so that a start can be met in its step.
 fn slow_down(harness: &WorkerHarness, route: &str) {
-    harness.agent.inject(AgentFault::new(route, Nth::Next, Kind::SlowReply(Duration::from_secs(1))));
+    // The first request for skills is sent while the workspace is prepared.
+    let nth = if route.ends_with("/skills") { 2 } else { 1 };
+    harness.agent.inject(AgentFault::new(route, Nth::On(nth), Kind::SlowReply(Duration::from_secs(1))));
 }
 
 async fn reached(harness: &WorkerHarness, task: Uuid, status: StartStatus) {
