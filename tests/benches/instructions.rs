@@ -181,13 +181,13 @@ async fn record(folder: &Path, route: &str) {
     sandboxes.create(record, None).await.expect("stored");
 
     let router = router(folder, names.clone(), &aws, &sealer);
-    let mut recorded = Vec::new();
+    let mut last = Vec::new();
     for number in 0..2 {
         *calls.lock().expect("the calls") = Vec::new();
         send(&router, request(&user, route, number)).await;
-        recorded = std::mem::take(&mut *calls.lock().expect("the calls"));
+        last = std::mem::take(&mut *calls.lock().expect("the calls"));
     }
-    let file = Recording { names: [names.bucket, names.job_queue_url, names.export_queue_url], calls: recorded };
+    let file = Recording { names: [names.bucket, names.job_queue_url, names.export_queue_url], calls: last };
     fs::write(folder.join(route), serde_json::to_vec(&file).expect("JSON")).expect("written");
     drop((router, stores, sandboxes));
     engines.shutdown().await;

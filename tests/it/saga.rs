@@ -34,7 +34,8 @@ async fn start_ends_ready_and_creates_everything_exactly_once() {
     assert_eq!(done.now.sandbox_id, harness.sandboxes.made().keys().next().cloned());
     assert!(done.now.agent_server_url.is_some());
     // Skills are loaded once: those of the project when its workspace is prepared, the others meanwhile.
-    let loaded: Vec<Value> = harness.agent.requests_to("POST /api/skills").iter().map(|load| load.json()).collect();
+    let loaded: Vec<Value> =
+        harness.agent.requests_to("POST /api/skills").iter().map(crate::support::server::Request::json).collect();
     let sources = |load: &Value| [&load["load_public"], &load["load_user"], &load["load_project"]].map(Value::as_bool);
     let [base, project] = [[true, true, false], [false, false, true]].map(|sources| sources.map(Some));
     assert_eq!(loaded.iter().map(sources).collect::<Vec<_>>(), [base, project]);

@@ -666,7 +666,7 @@ mod tests {
             let found = size_of(&record).expect("a size");
             assert!(found == exact || found <= SMALL, "{length}: {found} instead of {exact}");
         }
-        assert!(SMALL * 100 <= page::PAGE_SIZE);
+        const { assert!(SMALL * 100 <= page::PAGE_SIZE) };
     }
 
     #[test]

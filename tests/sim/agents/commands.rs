@@ -413,12 +413,10 @@ fn plan(shared: &Shared, state: &mut State, runtime: &str, once: &Once, subject:
                 return failed(length, 1, "fatal: Authentication failed\n");
             }
             let browser = if has_browser { "yes" } else { "no" };
-            let scripts: String = ["setup.sh", "pre-commit.sh"]
-                .into_iter()
-                .filter(|name| crate::dice::random(shared.settings.seed, &("script", name, subject)) < SCRIPTS)
-                .map(|name| format!(" {name}"))
-                .collect();
-            Plan { stdout: format!("openhands-browser:{browser}\nopenhands-scripts:{scripts}\n"), ..done(length) }
+            let has = |name: &str| crate::dice::random(shared.settings.seed, &("script", name, subject)) < SCRIPTS;
+            let scripts =
+                ["setup.sh", "pre-commit.sh"].into_iter().filter(|name| has(name)).collect::<Vec<_>>().join(" ");
+            Plan { stdout: format!("openhands-browser:{browser}\nopenhands-scripts: {scripts}\n"), ..done(length) }
         }
         Kind::SetupScript { project_dir } | Kind::GitHooks { project_dir } if missing(project_dir) => {
             cannot_enter(project_dir)
