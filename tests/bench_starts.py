@@ -3,14 +3,17 @@
 
     cargo build -p local && python3 tests/bench_starts.py [--binary target/debug/local] [--starts 10] [--at-once 20]
     python3 tests/bench_starts.py --new-sandboxes --binary BEFORE --binary AFTER [--starts 10]
+    python3 tests/bench_starts.py --running --binary BEFORE --binary AFTER [--starts 10]
 
 Runs the program on a new data folder, with the agent server of target/agent-server (or OPENHANDS_AGENT_SERVER_FOLDER),
-and prints a table. No model is asked: the conversations have no first message. Only the standard library is used.
+and prints a table. No model is asked: the conversations have no first message, except for some with --running, whose model is a server
+of this script. Only the standard library is used.
 
 With --new-sandboxes it compares builds of the program: starts in new sandboxes one after the other, alternating between the
-builds, then 4 and 20 at once, and the memory of their agent servers.
+builds, then 4 and 20 at once, and the memory of their agent servers. With --running it compares starts in a running sandbox, with and
+without a first message, alternating between the builds.
 """
-import argparse, concurrent.futures, json, os, re, shutil, signal, statistics, subprocess, sys, tempfile, threading, time
+import argparse, concurrent.futures, http.server, json, os, re, shutil, signal, statistics, subprocess, sys, tempfile, threading, time
 import urllib.error, urllib.request
 
 POLL = 0.02
@@ -180,15 +183,75 @@ def compare(binaries, starts):
             server.stop()
 
 
+class Model(http.server.BaseHTTPRequestHandler):
+    """A language model that says one thing."""
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        message = {"role": "assistant", "content": "Done."}
+        answer = json.dumps({"id": "1", "object": "chat.completion", "created": 1, "model": "none",
+                             "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+                             "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_):
+        pass
+
+
+def compare_running(binaries, starts):
+    model = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Model)
+    threading.Thread(target=model.serve_forever, daemon=True).start()
+    os.environ["LLM_BASE_URL"] = f"http://127.0.0.1:{model.server_port}/v1"
+    servers = [Server(binary) for binary in binaries]
+    rows = {}
+    try:
+        sandboxes = []
+        for server in servers:
+            server.wait_until_alive()
+            server.wait_until_prepared()
+            sandboxes.append(server.wait_for(server.begin({}))[0]["sandbox_id"])
+        # The agent servers still load tools in the background.
+        time.sleep(5)
+        print("load average at the beginning:", *os.getloadavg(), flush=True)
+        message = {"content": [{"type": "text", "text": "Hello"}]}
+        for what, body in (("without a message", {}), ("with a first message", {"initial_message": message})):
+            times = [[] for _ in servers]
+            for _ in range(starts):
+                for index, server in enumerate(servers):
+                    began = time.monotonic()
+                    task = server.begin(dict(body, sandbox_id=sandboxes[index]))
+                    times[index].append(server.wait_for(task, pause=0.005)[1] - began)
+                    # The agent of a conversation works after READY, too.
+                    time.sleep(1.5)
+            rows[what] = [f"{statistics.median(of):.3f} s ({min(of):.3f} to {max(of):.3f})" for of in times]
+        print("load average at the end:", *os.getloadavg())
+        print("| POST to READY in a running sandbox, median (least to most) |", " | ".join(binaries), "|")
+        print("|---|" + "---|" * len(binaries))
+        for what, texts in rows.items():
+            print(f"| {what} |", " | ".join(texts), "|")
+    finally:
+        for server in servers:
+            server.stop()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--binary", action="append", help="the program; several with --new-sandboxes")
+    parser.add_argument("--binary", action="append", help="the program; several with --new-sandboxes and --running")
     parser.add_argument("--new-sandboxes", action="store_true", help="compares starts in new sandboxes")
+    parser.add_argument("--running", action="store_true", help="compares starts in a running sandbox")
     parser.add_argument("--starts", type=int, default=10, help="starts one after the other")
     parser.add_argument("--at-once", type=int, default=20, help="starts at once in one sandbox")
     parser.add_argument("--own", type=int, default=4, help="starts at once with sandboxes of their own")
     a = parser.parse_args()
     binaries = a.binary or ["target/debug/local"]
+    if a.running:
+        compare_running(binaries, a.starts)
+        return
     if a.new_sandboxes:
         compare(binaries, a.starts)
         return

@@ -119,7 +119,7 @@ async fn unknown_errors_get_three_attempts_and_network_errors_more() {
         (Kind::Status(503, r#"{"detail":"busy"}"#.into()), 4, StartStatus::Ready),
         (Kind::Status(429, r#"{"detail":"busy"}"#.into()), 4, StartStatus::Ready),
     ] {
-        for route in [CREATE, "POST /api/bash/start_bash_command"] {
+        for route in [CREATE, "POST /api/bash/execute_bash_command"] {
             let case = format!("{route} {times} times {kind:?}");
             let harness = WorkerHarness::start(quick()).await;
             for nth in 1..=times {

@@ -31,6 +31,7 @@ use crate::support::wait::{is_running, wait_until};
 use crate::support::worker_harness::{ALL_STATUSES, WorkerHarness, quick};
 
 const LIMIT: Duration = Duration::from_secs(60);
+const EXECUTE: &str = "POST /api/bash/execute_bash_command";
 const POLL: &str = "GET /api/bash/bash_events/search";
 
 /// Makes the project's setup script.
@@ -142,8 +143,8 @@ async fn command_with_a_negative_exit_code_is_sent_again() {
 #[tokio::test]
 async fn command_is_sent_again_a_bounded_number_of_times() {
     let harness = WorkerHarness::start(quick()).await;
-    let killed = json!({"items": [{"kind": "BashOutput", "exit_code": -9, "order": 0}]}).to_string();
-    harness.agent.inject(Fault::new(POLL, Nth::Always, Kind::Status(200, killed)));
+    let killed = json!({"kind": "BashOutput", "exit_code": -9, "order": 0});
+    harness.agent.inject(Fault::new(EXECUTE, Nth::Always, Kind::Status(200, killed.to_string())));
     let task = harness.begin(&json!({})).await;
     let ended = harness.drive(task.id).await;
     assert_eq!(ended.now.status, StartStatus::Error);
@@ -174,6 +175,63 @@ async fn overlong_setup_scripts_all_end_alike_and_leave_no_process() {
     harness.finish().await;
 }
 
+/// A request does not wait long for its command. The command goes on, and is polled under its id, which its text finds.
+#[tokio::test]
+async fn long_command_is_sent_once_and_then_polled() {
+    let harness = WorkerHarness::start(quick()).await;
+    let [runs, go] = set_up_until_released(&harness);
+    let task = harness.begin(&json!({})).await;
+    let ended = while_driven(&harness, task.id, async || {
+        wait_until("the script runs", LIMIT, async || runs.exists()).await;
+        wait_until("polls", LIMIT, async || harness.agent.requests_to(POLL).len() > 3).await;
+        std::fs::write(&go, "").expect("written");
+    })
+    .await;
+    assert_eq!((ended.now.status, ended.now.detail), (StartStatus::Ready, None));
+    assert_eq!((lines(&runs).len(), copies(&harness)), (1, 1));
+    harness.finish().await;
+}
+
+/// The names of the commands so far, in order.
+fn names(harness: &WorkerHarness) -> Vec<String> {
+    let name = |command: &String| {
+        let folder = command.lines().next()?.strip_prefix("d='")?.strip_suffix('\'')?.to_owned();
+        folder.rsplit('/').next().map(str::to_owned)
+    };
+    harness.agent.commands().iter().filter_map(name).collect()
+}
+
+/// The command that prepares the workspace sees which scripts the project has. All states are in the history nevertheless.
+#[tokio::test(flavor = "multi_thread")]
+async fn steps_without_a_script_of_the_project_send_no_command() {
+    let makes_a_hook = "mkdir -p .openhands && echo true >.openhands/pre-commit.sh\n";
+    for (files, expected) in [
+        (&[][..], &["prepare-repository"][..]),
+        (&[("pre-commit.sh", "true\n")], &["prepare-repository", "git-hooks"]),
+        (&[("setup.sh", makes_a_hook)], &["prepare-repository", "setup-script", "git-hooks"]),
+        (&[("setup.sh", "true\n"), ("pre-commit.sh", "true\n")], &["prepare-repository", "setup-script", "git-hooks"]),
+    ] {
+        let harness = WorkerHarness::start(quick()).await;
+        let project = PathBuf::from(harness.agent.working_dir());
+        std::fs::create_dir_all(project.join(".openhands")).expect("a folder");
+        for (name, content) in files {
+            std::fs::write(project.join(".openhands").join(name), content).expect("a script");
+        }
+        let ended = harness.drive(harness.begin(&json!({})).await.id).await;
+        assert_eq!((ended.now.status, ended.now.detail), (StartStatus::Ready, None), "{files:?}");
+        assert_eq!(names(&harness), expected, "{files:?}");
+        let statuses: Vec<StartStatus> = ended.history.iter().map(|snapshot| snapshot.status).collect();
+        assert_eq!(statuses, ALL_STATUSES, "{files:?}");
+        assert_eq!(project.join(".git/hooks/pre-commit").exists(), expected.contains(&"git-hooks"), "{files:?}");
+        // A setup script may have installed skills, so none that were loaded before are used.
+        let loads = harness.agent.requests_to("POST /api/skills");
+        let last = loads.last().expect("skills are loaded").json();
+        let has_setup = expected.contains(&"setup-script");
+        assert_eq!((&last["load_public"], &last["load_project"]), (&json!(has_setup), &json!(true)), "{files:?}");
+        harness.finish().await;
+    }
+}
+
 /// Only failures in a row end a start.
 #[tokio::test]
 async fn failures_between_successful_polls_do_not_end_a_start() {
@@ -198,7 +256,7 @@ async fn failures_between_successful_polls_do_not_end_a_start() {
 #[tokio::test]
 async fn count_of_failures_survives_a_crash() {
     let harness = WorkerHarness::start(quick()).await;
-    harness.agent.inject(Fault::new(POLL, Nth::Always, Kind::Status(503, String::new())));
+    harness.agent.inject(Fault::new(EXECUTE, Nth::Always, Kind::Status(503, String::new())));
     let task = harness.begin(&json!({})).await;
     let mut crashes = 0;
     while !harness.task(task.id).await.now.status.is_final() {

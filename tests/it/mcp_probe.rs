@@ -450,13 +450,13 @@ async fn failed_probe_does_not_fail_the_start() {
     let repeats_a_secret = || Kind::Status(422, json!({"detail": format!("bad value {KEY}")}).to_string());
     let upload = "POST /api/file/upload";
     let cases = [
-        // The probe's command is the fourth.
-        ("POST /api/bash/start_bash_command", Nth::On(4), repeats_a_secret()),
+        // The probe's command is the only one that is not waited for.
+        ("POST /api/bash/start_bash_command", Nth::On(1), repeats_a_secret()),
         (upload, Nth::Always, broken()),
         (upload, Nth::Always, repeats_a_secret()),
         (upload, Nth::Always, Kind::Status(404, "{}".into())),
         (upload, Nth::Always, Kind::CutBefore),
-        ("POST /api/bash/start_bash_command", Nth::On(4), Kind::Status(404, r#"{"detail":"Not Found"}"#.into())),
+        ("POST /api/bash/start_bash_command", Nth::On(1), Kind::Status(404, r#"{"detail":"Not Found"}"#.into())),
     ];
     stream::iter(cases)
         .for_each_concurrent(2, |(route, nth, kind)| async move {
@@ -485,7 +485,7 @@ async fn start_recovers_from_any_single_fault_during_the_probe() {
             Kind::CutAfter,
         ]
     };
-    let routes = [("POST /api/file/upload", 1), ("POST /api/bash/start_bash_command", 4)];
+    let routes = [("POST /api/file/upload", 1), ("POST /api/bash/start_bash_command", 1)];
     let cases = routes.into_iter().flat_map(|(route, nth)| kinds().map(|kind| (route, nth, kind)));
     stream::iter(cases)
         .for_each_concurrent(2, |(route, nth, kind)| async move {
@@ -514,7 +514,7 @@ async fn calls_of_the_probe() -> Vec<(usize, String)> {
     let calls = harness.gate.calls();
     harness.finish().await;
     let upload = calls.iter().position(|call| call.starts_with("POST /api/file/upload")).expect("an upload");
-    let skills = calls.iter().position(|call| call.starts_with("POST /api/skills")).expect("skills");
+    let skills = calls.iter().rposition(|call| call.starts_with("POST /api/skills")).expect("skills");
     (upload..=skills + 2).map(|call| (call, calls[call - 1].clone())).collect()
 }
 

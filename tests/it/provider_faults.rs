@@ -83,14 +83,16 @@ fn config() -> StartConfig {
     }
 }
 
-const COMMAND: &str = "POST /api/bash/start_bash_command";
+const COMMAND: &str = "POST /api/bash/execute_bash_command";
 /// Steps after the sandbox has answered, and a request that each of them sends.
 const STEPS: [(StartStatus, &str); 2] =
     [(StartStatus::PreparingRepository, COMMAND), (StartStatus::SettingUpSkills, "POST /api/skills")];
 
-/// Makes the first request to a route take a while, so that a start can be met in its step.
+/// Makes the first request of a step to a route take a while, so that a start can be met in its step.
 fn slow_down(harness: &WorkerHarness, route: &str) {
-    harness.agent.inject(AgentFault::new(route, Nth::Next, Kind::SlowReply(Duration::from_secs(1))));
+    // The first request for skills is sent while the workspace is prepared.
+    let nth = if route.ends_with("/skills") { 2 } else { 1 };
+    harness.agent.inject(AgentFault::new(route, Nth::On(nth), Kind::SlowReply(Duration::from_secs(1))));
 }
 
 async fn reached(harness: &WorkerHarness, task: Uuid, status: StartStatus) {
@@ -104,7 +106,8 @@ async fn an_outage_in_a_later_step_ends_no_start() {
     let harness = WorkerHarness::with_provider(config(), 10).await;
     slow_down(&harness, COMMAND);
     let failed = Kind::Status(503, "busy".to_owned());
-    harness.agent.inject(AgentFault::new("GET /api/bash/bash_events/search", Nth::Next, failed));
+    // The first request for skills is sent while the command runs.
+    harness.agent.inject(AgentFault::new("POST /api/skills", Nth::On(2), failed));
     let task = harness.begin(&message()).await.id;
     let outage = async {
         reached(&harness, task, StartStatus::PreparingRepository).await;

@@ -18,6 +18,8 @@ use crate::support::worker_harness::{WorkerHarness, quick};
 
 /// How many harnesses run at the same time in tests that need many.
 const HARNESSES: usize = 4;
+const EXECUTE: &str = "POST /api/bash/execute_bash_command";
+const START_COMMAND: &str = "POST /api/bash/start_bash_command";
 
 fn message() -> Value {
     json!({"initial_message": {"content": [{"type": "text", "text": "hi"}]}})
@@ -31,8 +33,14 @@ async fn start_ends_ready_and_creates_everything_exactly_once() {
     harness.assert_one(task.id, 1, "a plain start").await;
     assert_eq!(done.now.sandbox_id, harness.sandboxes.made().keys().next().cloned());
     assert!(done.now.agent_server_url.is_some());
-    // Skills are loaded once.
-    assert_eq!(harness.agent.requests_to("POST /api/skills").len(), 1);
+    // Skills are loaded once: those of the project when its workspace is prepared, the others meanwhile.
+    let loaded: Vec<Value> =
+        harness.agent.requests_to("POST /api/skills").iter().map(crate::support::server::Request::json).collect();
+    let sources = |load: &Value| [&load["load_public"], &load["load_user"], &load["load_project"]].map(Value::as_bool);
+    let [base, project] = [[true, true, false], [false, false, true]].map(|sources| sources.map(Some));
+    assert_eq!(loaded.iter().map(sources).collect::<Vec<_>>(), [base, project]);
+    // Without scripts of the project, one command prepares everything.
+    assert_eq!(harness.agent.commands().len(), 1);
     harness.finish().await;
 }
 
@@ -243,7 +251,8 @@ async fn a_dead_letter_ends_its_start_with_an_error_and_deletes_its_sandbox() {
 async fn start_recovers_from_any_single_fault_of_the_agent_server() {
     let routes = [
         "GET /alive",
-        "POST /api/bash/start_bash_command",
+        EXECUTE,
+        START_COMMAND,
         "GET /api/bash/bash_events/search",
         "POST /api/skills",
         "POST /api/hooks",
@@ -265,6 +274,9 @@ async fn start_recovers_from_any_single_fault_of_the_agent_server() {
         .for_each_concurrent(HARNESSES, |(route, kind)| async move {
             let name = format!("{route}: {kind:?}");
             let harness = WorkerHarness::start(quick()).await;
+            if [START_COMMAND, "GET /api/bash/bash_events/search"].contains(&route) {
+                harness.agent.refuse_to_wait_for_commands();
+            }
             harness.agent.inject(Fault::new(route, Nth::Next, kind));
             let task = harness.begin(&message()).await;
             harness.drive(task.id).await;
@@ -291,7 +303,7 @@ async fn conversation_created_after_a_timeout_is_found_and_not_created_again() {
 async fn permanent_fault_ends_in_an_error_with_its_reason() {
     let broken = || Kind::Status(500, r#"{"detail":"Internal Server Error","exception":"the disk is full"}"#.into());
     let cases = [
-        ("POST /api/bash/start_bash_command", broken(), "the disk is full"),
+        (EXECUTE, broken(), "the disk is full"),
         ("POST /api/conversations", broken(), "the disk is full"),
         ("POST /api/conversations", Kind::Status(422, r#"{"detail":"no such tool"}"#.into()), "no such tool"),
         ("POST /api/conversations", Kind::CutBefore, "cut off"),

@@ -143,22 +143,25 @@ fn access_token(headers: &HeaderMap) -> Option<&str> {
 
 /// Reads the events of a body, of whatever kind, and keeps the bytes of each as they were sent.
 fn batch(body: &RawBody) -> Checked<Vec<Event>> {
-    let mut events = body.read(|check, value| validation::list(check, value, event))?;
-    let text = std::str::from_utf8(&body.bytes).unwrap_or_default();
-    // This cannot fail, because the same text was parsed above. If it did, the events would be stored as serialised again.
-    let sent: Vec<&RawValue> = serde_json::from_str(text.trim_start_matches('\u{feff}')).unwrap_or_default();
-    for (event, sent) in events.iter_mut().zip(sent) {
-        sent.get().clone_into(&mut event.json);
-    }
-    Ok(events)
+    body.read(|check, value| {
+        let mut events = validation::list(check, value, event)?;
+        let text = std::str::from_utf8(&body.bytes).unwrap_or_default();
+        // This cannot fail, because the same text has been parsed. If it did, the events would be stored as serialised again.
+        let sent: Vec<&RawValue> = serde_json::from_str(text.trim_start_matches('\u{feff}')).unwrap_or_default();
+        for (number, event) in events.iter_mut().enumerate() {
+            event.json = sent.get(number).map_or_else(|| value[number].to_string(), |sent| sent.get().to_owned());
+        }
+        Some(events)
+    })
 }
 
+/// Reads an event without its text, which [`batch`] adds.
 fn event(check: &mut Checker, value: &Value) -> Option<Event> {
     let fields = Fields::of(check, value)?;
     let id = fields.required(check, "id", validation::string);
     let timestamp = fields.required(check, "timestamp", validation::string);
     let kind = fields.required(check, "kind", validation::string);
-    let event = Event { id: id?, timestamp: timestamp?, kind: kind?, json: value.to_string() };
+    let event = Event { id: id?, timestamp: timestamp?, kind: kind?, json: String::new() };
     if let Some(fault) = event.fault() {
         check.report_value_error(fault, value.clone());
         return None;

@@ -30,6 +30,7 @@ pub(crate) async fn skills(
         let query = SkillsQuery {
             project_dir: workspace.folder().await?,
             sandbox_config: workspace.sandbox.exposed_urls.as_ref().map(|urls| json!({"exposed_urls": urls})),
+            ..SkillsQuery::default()
         };
         workspace.agent_server.skills(&query).await
     });

@@ -305,6 +305,58 @@ async fn conversations_of_agent_server(conversation: &Value) -> usize {
     usize::try_from(count.as_u64().unwrap()).unwrap()
 }
 
+/// Versions before the supervisor booted each agent server as a new Python, and so does this one where no supervisor can run. What both leave
+/// on disk is the same. The next run that has a supervisor adopts these agent servers, uses, pauses and ends them.
+#[tokio::test]
+async fn agent_servers_that_booted_plainly_are_adopted_by_a_run_that_forks() {
+    let _turn = ONE_AT_A_TIME.lock().await;
+    let data = Data::new();
+    let boot = data.path().join("sandboxes/.boot");
+    fs::create_dir_all(data.path().join("sandboxes")).unwrap();
+    fs::write(&boot, "no folder, so that there is no supervisor").unwrap();
+    let how = async |server: &Server, expected: &str| {
+        wait_for(&format!("/ready says {expected}"), BOOT, async || {
+            let how = server.get("/ready").await["parts"]["sandbox_boot"].as_str().unwrap_or_default().to_owned();
+            how.starts_with(expected).then_some(how)
+        })
+        .await
+    };
+    let server = data.run(&[]);
+    server.alive(INSTALL).await;
+    let reason = how(&server, "plain: ").await;
+    assert!(reason.starts_with("plain: the supervisor cannot be started: "), "{reason}");
+    let task = server.ready(&server.start(&json!({"title": "Before the supervisor"})).await).await;
+    let sandbox = task["sandbox_id"].as_str().unwrap().to_owned();
+    let start_time = data.path().join("sandboxes").join(&sandbox).join("agent-server.start");
+    assert!(!start_time.exists(), "it is of forked ones");
+    let agent_servers = data.agent_servers();
+    assert_eq!(agent_servers.len(), 1);
+    server.kill();
+
+    fs::remove_file(&boot).unwrap();
+    let server = data.run(&[]);
+    server.alive(INSTALL).await;
+    how(&server, "fork").await;
+    assert_eq!(data.agent_servers(), agent_servers, "it is adopted");
+    assert_eq!(conversations_of_agent_server(&server.conversation().await).await, 1);
+    server.ready(&server.start(&json!({"sandbox_id": sandbox})).await).await;
+    for action in ["pause", "resume"] {
+        let url = format!("{}/api/v1/sandboxes/{sandbox}/{action}", server.base);
+        assert_eq!(server.http.post(url).send().await.unwrap().status(), 200, "{action}");
+    }
+    server.ready(&server.start(&json!({"sandbox_id": sandbox})).await).await;
+    assert_eq!(data.agent_servers(), agent_servers, "neither has replaced it");
+    assert!(server.stop(Signal::INT).success());
+    assert!(data.agent_servers().is_empty(), "the end of a run ends it");
+
+    // It boots by fork from then on.
+    let server = data.run(&[]);
+    server.alive(INSTALL).await;
+    server.ready(&server.start(&json!({"sandbox_id": sandbox})).await).await;
+    assert!(start_time.exists(), "it was forked");
+    assert_ne!(data.agent_servers(), agent_servers);
+}
+
 #[tokio::test]
 async fn a_start_survives_two_killed_servers_and_later_runs_adopt_its_agent_server() {
     let _turn = ONE_AT_A_TIME.lock().await;

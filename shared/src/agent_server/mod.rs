@@ -66,6 +66,9 @@ const OUTPUT_PAGES: usize = 20;
 const OUTPUT_LIMIT: usize = MIB;
 /// The maximum number of output pieces per page: twice the requested number.
 const PIECES: usize = 200;
+/// The number of commands among which the id of a command is looked for, and the response limit for them. Those of starts have about 25 KiB.
+const LAST_COMMANDS: &str = "20";
+const COMMANDS_LIMIT: usize = 2 * MIB;
 /// The maximum number of skills in a list, and of triggers per skill.
 const SKILLS: usize = 2000;
 const TRIGGERS: usize = 1000;
@@ -219,6 +222,24 @@ pub struct CommandOutput {
     pub stderr: String,
 }
 
+/// The response to a request that waits for the end of its command.
+#[derive(Deserialize)]
+struct ExecutedCommand {
+    exit_code: Option<i64>,
+    stdout: Option<String>,
+    stderr: Option<String>,
+}
+
+impl From<ExecutedCommand> for CommandOutput {
+    fn from(executed: ExecutedCommand) -> Self {
+        Self {
+            exit_code: executed.exit_code.unwrap_or(-1),
+            stdout: executed.stdout.unwrap_or_default(),
+            stderr: executed.stderr.unwrap_or_default(),
+        }
+    }
+}
+
 /// A conversation in the agent server's response, reduced to the fields that this product uses.
 #[derive(Clone, Debug, Deserialize)]
 pub struct ConversationInfo {
@@ -326,9 +347,22 @@ impl WholeConversation {
     }
 }
 
+/// The sources of skills.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SkillSources {
+    /// Public skills, the user's skills in the sandbox, and those of the project.
+    #[default]
+    All,
+    /// All but those of the project.
+    WithoutProject,
+    /// Those of the project alone.
+    Project,
+}
+
 /// The parameters of a skills request.
 #[derive(Clone, Debug, Default)]
 pub struct SkillsQuery {
+    pub sources: SkillSources,
     /// The folder with the project's skills.
     pub project_dir: String,
     /// The sandbox's exposed URLs in the agent server's format.
@@ -443,6 +477,54 @@ impl AgentServer {
         started.id.ok_or_else(|| call.fail(Failure::Malformed("there is no id".to_owned())))
     }
 
+    /// Runs a shell command, and waits at most `wait` for its end. The command may be sent twice, so it must be idempotent.
+    ///
+    /// # Errors
+    /// See [`Failure`]. If the error is ambiguous the command may still run, and [`AgentServer::command_id`] finds it.
+    pub async fn execute_command(
+        &self,
+        command: &str,
+        cwd: &str,
+        timeout: Duration,
+        wait: Duration,
+    ) -> Result<CommandOutput> {
+        let body = json!({"command": command, "timeout": timeout.as_secs(), "cwd": cwd});
+        let call = Call::post("/api/bash/execute_bash_command", &body).within(wait).at_most(SHORT_COMMAND_LIMIT);
+        Ok(self.call::<ExecutedCommand>(&call.repeatable()).await?.into())
+    }
+
+    /// Returns the id of the newest command with exactly this text, if it is among the last ones. Commands of other clients are in the same
+    /// list, and a list of them that is too long counts as one without this command.
+    ///
+    /// # Errors
+    /// See [`Failure`].
+    pub async fn command_id(&self, command: &str) -> Result<Option<String>> {
+        #[derive(Deserialize)]
+        struct Page {
+            items: Bounded<Started, PIECES>,
+        }
+        #[derive(Deserialize)]
+        struct Started {
+            #[serde(default, deserialize_with = "bounded::text::<_, ID_LENGTH>")]
+            id: Option<String>,
+            command: Option<String>,
+        }
+        let call = Call::get("/api/bash/bash_events/search").within(LOOK_TIMEOUT).at_most(COMMANDS_LIMIT);
+        let found = self.call_with(&call, |request| {
+            request.query(&[("sort_order", "TIMESTAMP_DESC"), ("limit", LAST_COMMANDS), ("kind__eq", "BashCommand")])
+        });
+        let (page, _): (Page, usize) = match found.await {
+            Err(AgentServerError { failure: Failure::TooLarge(_), .. }) => return Ok(None),
+            found => found?,
+        };
+        Ok(page
+            .items
+            .0
+            .into_iter()
+            .find(|started| started.command.as_deref() == Some(command))
+            .and_then(|found| found.id))
+    }
+
     /// Returns the output of a command, or `None` while the command is running.
     ///
     /// # Errors
@@ -505,21 +587,10 @@ impl AgentServer {
     /// # Errors
     /// See [`Failure`].
     pub async fn run_command(&self, command: &str, timeout: Duration) -> Result<CommandOutput> {
-        #[derive(Deserialize)]
-        struct Output {
-            exit_code: Option<i64>,
-            stdout: Option<String>,
-            stderr: Option<String>,
-        }
         let body = json!({"command": command, "timeout": timeout.as_secs().max(1)});
         let call =
             Call::post("/api/bash/execute_bash_command", &body).within(timeout + COMMAND_START_TIMEOUT).repeatable();
-        let output: Output = self.call(&call.at_most(SHORT_COMMAND_LIMIT)).await?;
-        Ok(CommandOutput {
-            exit_code: output.exit_code.unwrap_or(-1),
-            stdout: output.stdout.unwrap_or_default(),
-            stderr: output.stderr.unwrap_or_default(),
-        })
+        Ok(self.call::<ExecutedCommand>(&call.at_most(SHORT_COMMAND_LIMIT)).await?.into())
     }
 
     /// Returns the content of the file at an absolute path, or `None` when it has more than `limit` bytes.
@@ -550,7 +621,7 @@ impl AgentServer {
         done.await.map(drop)
     }
 
-    /// Returns all skills that apply to a project, merged.
+    /// Returns the skills that apply to a project, merged.
     ///
     /// # Errors
     /// See [`Failure`].
@@ -560,9 +631,11 @@ impl AgentServer {
             skills: Bounded<Box<RawValue>, SKILLS>,
         }
         // The body names no organization's skills repository: the name of that field depends on the version.
+        let base = query.sources != SkillSources::Project;
         let body = json!({
-            "load_public": true, "load_user": true, "load_project": true, "load_org": false,
-            "project_dir": query.project_dir, "sandbox_config": query.sandbox_config,
+            "load_public": base, "load_user": base, "load_project": query.sources != SkillSources::WithoutProject,
+            "load_org": false, "project_dir": query.project_dir,
+            "sandbox_config": query.sandbox_config.as_ref().filter(|_| base),
         });
         let call = Call::post("/api/skills", &body).within(SKILLS_TIMEOUT).at_most(SKILLS_LIMIT).repeatable();
         let found: Found = self.call(&call).await?;

@@ -27,7 +27,7 @@ use super::store::{
 };
 use super::tags::TagFilter;
 use super::title_cache::{Entry, MAX_TITLES};
-use super::{AppConversation, ConversationRecord};
+use super::{AppConversation, ConversationRecord, MetricsSnapshot};
 use crate::clock::Time;
 use crate::dynamo::{BATCH_GET_LIMIT, Item, from_item, text};
 use crate::error::{Error, Result};
@@ -45,6 +45,17 @@ const TOO_MANY: &str = "Too many conversations to count with these filters. Narr
 
 /// The most bytes that the live status adds to a conversation: its URL, its session key and its statuses.
 const LIVE_STATUS_SIZE: u64 = 2048;
+
+/// The size in a response up to which a bound of a record's size is enough: a page of 100 such records fits into it.
+const SMALL: u64 = page::PAGE_SIZE / 100;
+/// More than the size of a record in a response without its texts, its lists and its live status: names, ids, times and numbers.
+const FIXED_SIZE: u64 = 2048;
+/// The most bytes that a byte of a text has in a response: `\\u0001`.
+const LONGEST_ESCAPE: usize = 7;
+/// The most bytes of a number with its comma.
+const LONGEST_NUMBER: usize = 22;
+/// More than the quotes, the colon and the comma of an entry of an object.
+const QUOTES: usize = 12;
 
 /// The longest partition key that DynamoDB accepts, in bytes.
 const LONGEST_KEY: usize = 2048;
@@ -567,9 +578,47 @@ impl ConversationStore {
     }
 }
 
-/// The size of a record in a response.
+/// The size of a record in a response, or more if it is small: to serialise a record only for its size would be a large part of the work for
+/// a page. As many records as a page may have, with [`SMALL`] bytes each, fit into it.
 fn size_of(record: &ConversationRecord) -> Result<u64> {
+    let bound = size_bound(record);
+    if bound <= SMALL {
+        return Ok(bound);
+    }
     Ok(page::size_of(&AppConversation::without_sandbox(record.clone()))? + LIVE_STATUS_SIZE)
+}
+
+/// A size that a record does not exceed in a response.
+fn size_bound(record: &ConversationRecord) -> u64 {
+    // Destructured, so that no text of a later version is forgotten.
+    let ConversationRecord {
+        user,
+        id: _,
+        sandbox_id,
+        selected_repository,
+        selected_branch,
+        git_provider: _,
+        title,
+        trigger: _,
+        pr_number,
+        llm_model,
+        metrics: MetricsSnapshot { model_name, accumulated_cost: _, max_budget_per_task: _, accumulated_token_usage },
+        parent_conversation_id: _,
+        public: _,
+        tags,
+        agent_kind,
+        acp_server,
+        launched_agent_profile: _,
+        created_at: _,
+        updated_at: _,
+    } = record;
+    let given = [selected_repository, selected_branch, title, llm_model, acp_server].into_iter().flatten();
+    let usage = accumulated_token_usage.iter().flat_map(|usage| [&usage.model, &usage.response_id]);
+    let tags: Vec<usize> = tags.iter().map(|(name, value)| name.len() + value.len()).collect();
+    let texts = given.chain(usage).chain([sandbox_id, model_name, agent_kind]).map(String::len);
+    let texts = texts.sum::<usize>() + user.as_str().len() + tags.iter().sum::<usize>();
+    let lists = pr_number.len() * LONGEST_NUMBER + tags.len() * QUOTES;
+    FIXED_SIZE + LIVE_STATUS_SIZE + (texts * LONGEST_ESCAPE + lists) as u64
 }
 
 #[cfg(test)]
@@ -580,6 +629,44 @@ mod tests {
 
     fn time(text: &str) -> Time {
         serde_json::from_value(text.into()).expect("a time")
+    }
+
+    #[test]
+    fn the_bound_of_a_size_is_not_exceeded_and_a_page_of_small_records_fits() {
+        // The byte that has the longest form.
+        let text = |length: usize| "\u{1}".repeat(length);
+        let token_usage = |text: String| {
+            serde_json::json!({
+                "model": text, "prompt_tokens": u64::MAX, "completion_tokens": u64::MAX, "cache_read_tokens": u64::MAX,
+                "cache_write_tokens": u64::MAX, "reasoning_tokens": u64::MAX, "context_window": u64::MAX,
+                "per_turn_token": u64::MAX, "response_id": text,
+            })
+        };
+        for length in [0, 1, 10, 500, 10_000] {
+            let tags: serde_json::Map<String, serde_json::Value> =
+                (0..length.min(50)).map(|number| (format!("tag{number}"), text(length).into())).collect();
+            let record: ConversationRecord = serde_json::from_value(serde_json::json!({
+                "user": text(length), "id": Uuid::max().simple().to_string(), "sandbox_id": text(length),
+                "selected_repository": text(length), "selected_branch": text(length), "git_provider": "bitbucket_data_center",
+                "title": text(length), "trigger": "gui", "pr_number": vec![i64::MIN; length], "llm_model": text(length),
+                "metrics": {
+                    "model_name": text(length), "accumulated_cost": 1.234_567_890_123_456_7e-300, "max_budget_per_task": 1.0e300,
+                    "accumulated_token_usage": token_usage(text(length)),
+                },
+                "parent_conversation_id": Uuid::max().simple().to_string(), "public": false, "tags": tags,
+                "agent_kind": text(length), "acp_server": text(length),
+                "launched_agent_profile": {"agent_profile_id": Uuid::max(), "revision": u64::MAX},
+                "created_at": "2025-01-01T00:00:00.123456Z", "updated_at": "2025-01-01T00:00:00.123456Z",
+            }))
+            .expect("a record");
+            let shown = AppConversation::without_sandbox(record.clone());
+            let size = page::size_of(&shown).expect("a size");
+            assert!(size + LIVE_STATUS_SIZE <= size_bound(&record), "{length}: {size}");
+            let exact = size + LIVE_STATUS_SIZE;
+            let found = size_of(&record).expect("a size");
+            assert!(found == exact || found <= SMALL, "{length}: {found} instead of {exact}");
+        }
+        const { assert!(SMALL * 100 <= page::PAGE_SIZE) };
     }
 
     #[test]

@@ -39,6 +39,11 @@ pub(super) fn schema() -> utoipa::openapi::Object {
 }
 
 impl Tags {
+    /// The names and values.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&String, &String)> {
+        self.0.iter()
+    }
+
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()

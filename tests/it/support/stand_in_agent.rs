@@ -352,8 +352,14 @@ impl StandInAgent {
 
     /// The commands so far, in order.
     pub fn commands(&self) -> Vec<String> {
-        let started = self.requests_to("POST /api/bash/start_bash_command");
-        started.iter().filter_map(|request| request.json()["command"].as_str().map(str::to_owned)).collect()
+        let routes = ["POST /api/bash/start_bash_command", "POST /api/bash/execute_bash_command"];
+        let started = self.requests().into_iter().filter(|request| routes.iter().any(|route| request.is(route)));
+        started.filter_map(|request| request.json()["command"].as_str().map(str::to_owned)).collect()
+    }
+
+    /// Cuts off each request that waits for the end of its command, so that commands are started and polled.
+    pub fn refuse_to_wait_for_commands(&self) {
+        self.inject(Fault::new("POST /api/bash/execute_bash_command", Nth::Always, Kind::CutBefore));
     }
 
     /// The existing conversations, oldest first.
@@ -564,7 +570,7 @@ fn handle(request: &Request, shared: &Arc<Mutex<State>>) -> Response {
         ("GET", ["bash", "bash_events", "search"]) => search_bash_events(request, state),
         ("POST", ["file", "upload"]) => upload(request, state),
         ("GET", ["file", "download"]) => download(request, state),
-        ("POST", ["skills"]) => skills(state),
+        ("POST", ["skills"]) => skills(&body, state),
         ("POST", ["hooks"]) => hooks(&body, state),
         ("POST", ["conversations"]) => start_conversation(body, state),
         ("GET", ["conversations"]) => conversations(request, state),
@@ -611,7 +617,8 @@ fn start_command(body: &Value, state: &mut State, shared: &Arc<Mutex<State>>) ->
     let event = state.add_bash_event(
         "BashCommand",
         None,
-        json!({"command": command, "cwd": cwd, "timeout": timeout, "id": null, "timestamp": null, "kind": null}),
+        // As it was sent: clients find a command by its text.
+        json!({"command": body["command"], "cwd": cwd, "timeout": timeout, "id": null, "timestamp": null, "kind": null}),
     );
     let id = Uuid::parse_str(event["id"].as_str().expect("an event's id")).expect("an event's id");
     let started = start_shell(&command, cwd.as_deref(), state);
@@ -876,10 +883,12 @@ fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
 
 // Skills and hooks
 
-fn skills(state: &State) -> Response {
-    let count = state.skills.as_array().map_or(0, Vec::len);
-    let sources = json!({"sandbox": 0, "sdk_base": 0, "org": 0, "project": count});
-    ok(&json!({"skills": state.skills, "sources": sources}))
+/// All skills are public ones.
+fn skills(body: &Value, state: &State) -> Response {
+    let skills = if body["load_public"].as_bool() == Some(false) { json!([]) } else { state.skills.clone() };
+    let count = skills.as_array().map_or(0, Vec::len);
+    let sources = json!({"sandbox": 0, "sdk_base": count, "org": 0, "project": 0});
+    ok(&json!({"skills": skills, "sources": sources}))
 }
 
 const HOOK_EVENTS: [(&str, &str); 6] = [

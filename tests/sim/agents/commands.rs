@@ -1,6 +1,7 @@
 //! What the commands of starts do in a sandbox: the runs of their scripts, the copies that wait for them, the outputs that agent servers
 //! store, and the notifications of their ends.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,8 +27,12 @@ const POLL: [Duration; 2] = [Duration::from_millis(10), Duration::from_millis(50
 const STOP: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(10)];
 /// A short script.
 const SHORT: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(900)];
+/// The share of projects with each of the scripts for which a start has a step.
+const SCRIPTS: f64 = 0.7;
 /// A probe of MCP servers, after its file has arrived.
 const PROBE: [Duration; 2] = [Duration::from_millis(300), Duration::from_secs(8)];
+/// How often a request that waits for its command checks whether the agent server still runs.
+const PROCESS_CHECK: Duration = Duration::from_millis(100);
 const FILE_POLL: Duration = Duration::from_millis(100);
 /// A supervisor notifies of the ends of runs that took at least this long.
 const NOTIFIED: Duration = Duration::from_secs(2);
@@ -41,6 +46,11 @@ const DEFAULT_TIMEOUT: u64 = 300;
 /// A command of an agent server.
 #[derive(Default)]
 pub(super) struct Command {
+    /// Its text, and its number among the commands of its sandbox.
+    text: String,
+    nth: u64,
+    /// Wakes the requests that wait for its end.
+    changed: Arc<Notify>,
     /// The stored pieces of output.
     outputs: Vec<Value>,
     /// Whether it has ended.
@@ -83,34 +93,76 @@ impl Folder {
 
 /// Starts a command.
 pub(super) fn start(shared: &Arc<Shared>, process: &Process, body: &Value) -> Reply {
+    let Some((id, time)) = begin(shared, process, body) else { return Err(Failure::Cut) };
+    ok(&json!({
+        "id": id.simple().to_string(), "timestamp": time, "kind": "BashCommand",
+        "command": body["command"], "cwd": body["cwd"], "timeout": body["timeout"],
+    }))
+}
+
+/// Runs a command, and returns its whole output at its end. The connection is cut when the agent server ends.
+pub(super) async fn execute(shared: &Arc<Shared>, process: &Process, body: &Value) -> Reply {
+    let Some((id, time)) = begin(shared, process, body) else { return Err(Failure::Cut) };
+    loop {
+        let changed = {
+            let mut state = shared.lock();
+            let Some(runtime) = process.of(&mut state) else { return Err(Failure::Cut) };
+            let command = &runtime.server.commands[&id];
+            if command.has_ended {
+                let whole = |name: &str| {
+                    let pieces: String = command.outputs.iter().filter_map(|output| output[name].as_str()).collect();
+                    (!pieces.is_empty()).then_some(pieces)
+                };
+                return ok(&json!({
+                    "id": id.simple().to_string(), "timestamp": time, "kind": "BashOutput",
+                    "command_id": id.simple().to_string(), "order": command.outputs.len() - 1,
+                    "exit_code": command.outputs.last().map_or(&Value::Null, |output| &output["exit_code"]),
+                    "stdout": whole("stdout"), "stderr": whole("stderr"),
+                }));
+            }
+            command.changed.clone()
+        };
+        // No await is between the unlock and the registration, and all is one thread: no change is missed, only the end of the process.
+        let _ended_or_not = timeout(PROCESS_CHECK, changed.notified()).await;
+    }
+}
+
+fn begin(shared: &Arc<Shared>, process: &Process, body: &Value) -> Option<(Uuid, String)> {
     let text = body["command"].as_str().expect("a command");
     let script = recognise(text);
     let limit = Duration::from_secs(body["timeout"].as_u64().unwrap_or(DEFAULT_TIMEOUT));
     let state = &mut *shared.lock();
-    let nth = {
-        let Some(runtime) = process.of(state) else { return Err(Failure::Cut) };
-        runtime.server.commands.len() as u64
-    };
+    let nth = process.of(state)?.server.commands.len() as u64;
     let id = shared.id("command", &process.runtime, nth);
     let time = naive(shared.timestamp(state));
-    let runtime = process.of(state).expect("it was there");
-    runtime.server.commands.insert(id, Command::default());
+    let command = Command { text: text.to_owned(), nth, ..Command::default() };
+    process.of(state)?.server.commands.insert(id, command);
     tokio::spawn(run_command(shared.clone(), process.clone(), id, script, limit));
-    ok(&json!({
-        "id": id.simple().to_string(), "timestamp": time, "kind": "BashCommand",
-        "command": text, "cwd": body["cwd"], "timeout": body["timeout"],
-    }))
+    Some((id, time))
 }
 
-/// Returns the stored outputs of a command.
+/// Returns the stored outputs of a command, or the last commands.
 pub(super) fn search(shared: &Shared, process: &Process, request: &Request) -> Reply {
-    let id = query_value(request, "command_id__eq").expect("the id of a command");
-    assert_eq!(query_value(request, "kind__eq").as_deref(), Some("BashOutput"), "outputs alone are requested");
-    let id = Uuid::parse_str(&id).expect("an id");
     let mut state = shared.lock();
     let Some(runtime) = process.of(&mut state) else { return Err(Failure::Cut) };
-    let outputs = runtime.server.commands.get(&id).map(|command| command.outputs.clone()).unwrap_or_default();
-    ok(&json!({"items": outputs, "next_page_id": null}))
+    let commands = &runtime.server.commands;
+    let items: Vec<Value> = match query_value(request, "kind__eq").as_deref() {
+        Some("BashOutput") => {
+            let id = query_value(request, "command_id__eq").expect("the id of a command");
+            let id = Uuid::parse_str(&id).expect("an id");
+            commands.get(&id).map(|command| command.outputs.clone()).unwrap_or_default()
+        }
+        Some("BashCommand") => {
+            assert_eq!(query_value(request, "sort_order").as_deref(), Some("TIMESTAMP_DESC"), "the last commands");
+            let limit = query_value(request, "limit").and_then(|limit| limit.parse().ok()).expect("a limit");
+            let mut commands: Vec<(&Uuid, &Command)> = commands.iter().collect();
+            commands.sort_by_key(|(_, command)| Reverse(command.nth));
+            let shown = |(id, command): (&Uuid, &Command)| json!({"id": id.simple().to_string(), "kind": "BashCommand", "command": command.text});
+            commands.into_iter().take(limit).map(shown).collect()
+        }
+        kind => panic!("outputs or commands are requested: {kind:?}"),
+    };
+    ok(&json!({"items": items, "next_page_id": null}))
 }
 
 /// Ends the commands of an agent server that shuts down: it stores their exit codes.
@@ -195,6 +247,7 @@ fn store(
     }
     add(Some(exit_code), &rest, &stderr);
     command.has_ended = true;
+    command.changed.notify_waiters();
 }
 
 /// A copy of an idempotent command: starts a run if there is none, or waits for the one that there is, and repeats its outcome. Returns
@@ -360,7 +413,10 @@ fn plan(shared: &Shared, state: &mut State, runtime: &str, once: &Once, subject:
                 return failed(length, 1, "fatal: Authentication failed\n");
             }
             let browser = if has_browser { "yes" } else { "no" };
-            Plan { stdout: format!("openhands-browser:{browser}\n"), ..done(length) }
+            let has = |name: &str| crate::dice::random(shared.settings.seed, &("script", name, subject)) < SCRIPTS;
+            let scripts =
+                ["setup.sh", "pre-commit.sh"].into_iter().filter(|name| has(name)).collect::<Vec<_>>().join(" ");
+            Plan { stdout: format!("openhands-browser:{browser}\nopenhands-scripts: {scripts}\n"), ..done(length) }
         }
         Kind::SetupScript { project_dir } | Kind::GitHooks { project_dir } if missing(project_dir) => {
             cannot_enter(project_dir)

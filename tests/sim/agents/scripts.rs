@@ -181,6 +181,8 @@ fn preparation(script: &str) -> Option<Kind> {
             "note() {\n  echo \"openhands-note:$1\"\n}\n",
             "mkdir -p \"$working_dir\"\ncd \"$working_dir\"\n",
             "echo \"openhands-browser:$browser\"\n",
+            "  if [ -f \"$project_dir/.openhands/$name\" ]; then scripts=\"$scripts $name\"; fi\n",
+            "echo \"openhands-scripts:$scripts\"\n",
         ],
     );
     let mut urls = Vec::new();
@@ -191,7 +193,7 @@ fn preparation(script: &str) -> Option<Kind> {
             urls.push(url);
             words = after.to_owned();
         }
-        assert_eq!(words, "\n", "only addresses follow");
+        assert!(words.starts_with("\nscripts=\n"), "only addresses follow, and the report of scripts");
     }
     Some(Kind::PrepareRepository { working_dir, project_dir, credentials, urls })
 }

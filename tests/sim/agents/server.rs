@@ -146,7 +146,7 @@ impl Fault {
 fn kind_of(request: &Request, segments: &[&str]) -> String {
     let path = match segments {
         ["alive" | "server_info"]
-        | ["api", "bash", "start_bash_command"]
+        | ["api", "bash", "start_bash_command" | "execute_bash_command"]
         | ["api", "bash", "bash_events", "search"]
         | ["api", "file", "upload" | "download"]
         | ["api", "skills" | "hooks" | "conversations"] => format!("/{}", segments.join("/")),
@@ -245,7 +245,10 @@ async fn respond(shared: &Arc<Shared>, process: &Process, kind: &str, segments: 
             _ if request_header(&request, "x-session-api-key") != Some(runtime.key.as_str()) => {
                 return detail(StatusCode::UNAUTHORIZED, "Unauthorized");
             }
-            "/api/bash/start_bash_command" | "/api/file/upload" | "/api/file/download" => {
+            "/api/bash/start_bash_command"
+            | "/api/bash/execute_bash_command"
+            | "/api/file/upload"
+            | "/api/file/download" => {
                 runtime.server.used = Instant::now();
             }
             _ => {}
@@ -253,6 +256,7 @@ async fn respond(shared: &Arc<Shared>, process: &Process, kind: &str, segments: 
     }
     match (method, path) {
         ("POST", "/api/bash/start_bash_command") => commands::start(shared, process, &json_body(&request)),
+        ("POST", "/api/bash/execute_bash_command") => commands::execute(shared, process, &json_body(&request)).await,
         ("GET", "/api/bash/bash_events/search") => commands::search(shared, process, &request),
         ("POST", "/api/file/upload") => {
             let path = query_value(&request, "path").filter(|path| path.starts_with('/')).expect("an absolute path");
@@ -278,7 +282,10 @@ async fn respond(shared: &Arc<Shared>, process: &Process, kind: &str, segments: 
                 "name": "simulated", "content": "Use the simulated tools.", "triggers": [], "source": "public",
                 "description": null, "is_agentskills_format": false,
             });
-            ok(&json!({"skills": [skill], "sources": {"sandbox": 0, "sdk_base": 1, "org": 0, "project": 0}}))
+            let skills: Vec<Value> =
+                json_body(&request)["load_public"].as_bool().unwrap_or(true).then_some(skill).into_iter().collect();
+            let count = skills.len();
+            ok(&json!({"skills": skills, "sources": {"sandbox": 0, "sdk_base": count, "org": 0, "project": 0}}))
         }
         ("POST", "/api/hooks") => {
             let wait = shared.between(&mut shared.lock(), "hooks", runtime, HOOKS);

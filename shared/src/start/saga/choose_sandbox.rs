@@ -26,6 +26,7 @@ impl StartRun<'_> {
         {
             return Ok(Step::Wait);
         }
+        self.chosen = None;
         let id = self.sandbox_to_use().await?;
         let records = &self.saga.reconciler.records;
         let (user, task, own) = (&self.task.record.user, self.task.record.id, &self.task.record.new_sandbox_id);
@@ -43,7 +44,10 @@ impl StartRun<'_> {
         let sandboxes = &self.saga.sandboxes;
         if let Some(id) = self.task.request.sandbox_id.clone().filter(|id| !id.is_empty()) {
             return match sandboxes.inspect(&user, &id).await? {
-                Some(_) => Ok(id),
+                Some(sandbox) => {
+                    self.chosen = Some(sandbox).filter(|sandbox| sandbox.status == SandboxStatus::Running);
+                    Ok(id)
+                }
                 None => Err(StepError::Failed(ErrorClass::User, format!("Sandbox not found: {id}"))),
             };
         }
@@ -62,7 +66,9 @@ impl StartRun<'_> {
             && let Some(home) = sandboxes.inspect(&user, &existing.sandbox_id).await?
             && matches!(home.status, SandboxStatus::Starting | SandboxStatus::Running | SandboxStatus::Paused)
         {
-            return Ok(home.id);
+            let id = home.id.clone();
+            self.chosen = Some(home).filter(|sandbox| sandbox.status == SandboxStatus::Running);
+            return Ok(id);
         }
         if let Some(shared) = self.sandbox_to_share().await? {
             return Ok(shared);

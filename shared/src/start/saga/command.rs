@@ -36,6 +36,10 @@ const COPY_GRACE: Duration = Duration::from_secs(15);
 /// The age from which the agent server is asked for its uptime, which shows whether it still knows a command, and the interval of these
 /// requests.
 const ASK_AFTER: Duration = Duration::from_secs(3);
+/// The longest time for which a request waits for the end of its command. It is not longer than a worker may wait.
+const LONGEST_EXECUTION: Duration = Duration::from_secs(2);
+/// A request does not wait for less: no command would end in this time.
+const SHORTEST_EXECUTION: Duration = Duration::from_millis(50);
 /// How long the token with which a command notifies this API is valid after the command's time limit.
 const TOKEN_GRACE: Duration = Duration::from_secs(60);
 /// The agent server reports its uptime in whole seconds.
@@ -51,6 +55,13 @@ pub(super) const RUN_SCRIPT: &str = include_str!("run_script.sh");
 const FUNCTIONS: &str = include_str!("command.sh");
 const SUPERVISOR: &str = include_str!("command_supervisor.sh");
 const COPY: &str = include_str!("command_copy.sh");
+
+/// What became of a copy of a command.
+enum Sent {
+    Ended(CommandOutput),
+    /// It runs, under this id.
+    Runs(String),
+}
 
 /// An idempotent command of a start.
 pub(super) struct OneCommand<'a> {
@@ -124,8 +135,15 @@ impl StartRun<'_> {
         let left = self.task.record.deadline.map_or(command.timeout, |at| at.since(Time::now().plus(COMMAND_MARGIN)));
         let limit = command.timeout.min(left).max(SHORTEST_LIMIT);
         let known = self.task.record.command.take().filter(|command| command.name == name);
-        let pending = match known {
-            Some(pending) if !pending.id.is_empty() => pending,
+        let (pending, output) = match known {
+            Some(pending) if !pending.id.is_empty() => {
+                self.task.record.command = Some(pending.clone());
+                let Some(output) = agent_server.command_output(&pending.id).await? else {
+                    let is_waiting = !self.is_forgotten(agent_server, &pending).await || self.send_again(&pending);
+                    return Ok((!is_waiting).then(|| self.lost(&pending)));
+                };
+                (pending, output)
+            }
             known => {
                 let token = self.notification_token(limit).await?;
                 let task = id::hex(self.task.record.id);
@@ -133,15 +151,18 @@ impl StartRun<'_> {
                 let script = command.copy(&folders.state, limit, notification);
                 // A lost response is retried, and the count must not start again then.
                 self.task.record.command.clone_from(&known);
-                let id = agent_server.start_command(&script, &folders.parent, limit + COPY_GRACE).await?;
                 let resends = known.map_or(0, |known| known.resends);
-                PendingCommand { name: name.to_owned(), id, started_at: Some(Time::now()), resends }
+                let started_at = Some(Time::now());
+                let sent = self.send(agent_server, &script, folders, limit + COPY_GRACE).await?;
+                let pending = |id| PendingCommand { name: name.to_owned(), id, started_at, resends };
+                match sent {
+                    Sent::Ended(output) => (pending(String::new()), output),
+                    Sent::Runs(id) => {
+                        self.task.record.command = Some(pending(id));
+                        return Ok(None);
+                    }
+                }
             }
-        };
-        self.task.record.command = Some(pending.clone());
-        let Some(output) = agent_server.command_output(&pending.id).await? else {
-            let is_waiting = !self.is_forgotten(agent_server, &pending).await || self.send_again(&pending);
-            return Ok((!is_waiting).then(|| self.lost(&pending)));
         };
         // The agent server killed the copy, or could not start it. The script's own exit codes are not negative.
         if output.exit_code < 0 && left > SHORTEST_LIMIT && self.send_again(&pending) {
@@ -149,6 +170,31 @@ impl StartRun<'_> {
         }
         self.task.record.command = None;
         Ok(Some(outcome(output)))
+    }
+
+    /// Sends a copy of a command, and waits a short time for its end: most commands take less time than two requests. The response of a
+    /// request that waits is the only one with the output, so for a longer command the id is looked up, and if it is not found (a request
+    /// may not have arrived), another copy is sent.
+    async fn send(
+        &self,
+        agent_server: &AgentServer,
+        script: &str,
+        folders: &Folders,
+        timeout: Duration,
+    ) -> Result<Sent, StepError> {
+        let wait = self.inline_wait().min(LONGEST_EXECUTION);
+        if wait >= SHORTEST_EXECUTION {
+            match agent_server.execute_command(script, &folders.parent, timeout, wait).await {
+                Ok(output) => return Ok(Sent::Ended(output)),
+                Err(error) if error.is_ambiguous() => {
+                    if let Some(id) = agent_server.command_id(script).await? {
+                        return Ok(Sent::Runs(id));
+                    }
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(Sent::Runs(agent_server.start_command(script, &folders.parent, timeout).await?))
     }
 
     /// The token with which a command with this time limit notifies this API, if the agent server knows its address.

@@ -22,9 +22,12 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use aws_sdk_dynamodb::types::TransactWriteItem;
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 use uuid::Uuid;
 
+use self::prepare_repository::Scripts;
+use self::start_conversation::Loaded;
 use self::step_error::StepError;
 use super::request::StartRequest;
 use super::store::{Abandoned, Change, Claim, LeaseLost, StartTaskStore, attempts};
@@ -119,8 +122,8 @@ pub enum Attempt {
 
 /// The outcome of a step.
 enum Step {
-    /// The step is done: enter the next status with these changes.
-    Next(StartStatus, Change),
+    /// The step is done: enter these statuses, one after the other, with these changes. All but the last one have nothing to do.
+    Next(&'static [StartStatus], Change),
     /// The step has chosen a sandbox: enter the next status together with these writes, by which the start joins that sandbox and leaves
     /// its own one if that is another.
     Join(Vec<TransactWriteItem>),
@@ -137,12 +140,20 @@ struct StartRun<'a> {
     lease: Lease<'a>,
     task: StartTask,
     sandbox: Option<Sandbox>,
+    /// The sandbox that the first step has chosen and found running, for the step after it.
+    chosen: Option<Sandbox>,
     /// The last known status of the sandbox while the step waits for it.
     boot: Option<SandboxStatus>,
     /// Whether this run has resumed the sandbox. A provider needs some time for that, and reports the sandbox as paused meanwhile.
     has_resumed: bool,
     settings: Option<Settings>,
     skills: Option<Vec<SkillInfo>>,
+    /// The skills that do not depend on the project, which are loaded while the workspace is prepared.
+    skills_ahead: JoinSet<Option<Vec<SkillInfo>>>,
+    /// What the step that creates the conversation needs, if it was loaded together with the skills.
+    loaded: Option<Loaded>,
+    /// The scripts of the project, as the command that prepared the workspace saw them. `None` if another worker ran that command.
+    scripts: Option<Scripts>,
     has_normal_selection: bool,
     /// Whether the deadline of the step was moved while the start waits for capacity.
     has_moved_deadline: bool,
@@ -184,10 +195,14 @@ impl Saga {
             lease,
             task,
             sandbox: None,
+            chosen: None,
             boot: None,
             has_resumed: false,
             settings: None,
             skills: None,
+            skills_ahead: JoinSet::new(),
+            loaded: None,
+            scripts: None,
             has_normal_selection: false,
             has_moved_deadline: false,
             is_create_sent,
@@ -290,18 +305,19 @@ impl StartRun<'_> {
         let mut waiting_since = None;
         let mut polls = 0;
         loop {
+            let began = Instant::now();
             let (pause, has_failed) = match self.step().await {
                 Ok(Step::Ready) => return Ok(Attempt::Finished),
-                Ok(Step::Next(status, change)) => {
+                Ok(Step::Next(statuses, change)) => {
                     (waiting_since, polls) = (None, 0);
-                    match self.enter(status, change, Vec::new()).await? {
+                    match self.enter(statuses, change, Vec::new()).await? {
                         Ok(()) => continue,
                         Err(LeaseLost) => return Ok(Attempt::Busy),
                     }
                 }
                 Ok(Step::Join(writes)) => {
                     let before = self.task.record.clone();
-                    if self.enter(StartStatus::WaitingForSandbox, Change::default(), writes).await?.is_ok() {
+                    if self.enter(&[StartStatus::WaitingForSandbox], Change::default(), writes).await?.is_ok() {
                         (waiting_since, polls) = (None, 0);
                         continue;
                     }
@@ -319,6 +335,8 @@ impl StartRun<'_> {
                 }
                 Ok(Step::Wait) => {
                     polls += 1;
+                    // A step may have waited for its command.
+                    waiting_since.get_or_insert(began);
                     // Only failures in a row count.
                     (self.task.record.attempts, self.task.record.refusals) = (0, 0);
                     (self.pause_after(polls), false)
@@ -508,23 +526,28 @@ impl StartRun<'_> {
         }
     }
 
-    /// Records that a step is done, and enters the next one, together with other writes. Returns [`LeaseLost`] also if a condition of the
-    /// other writes fails.
+    /// Records that a step is done, and enters the next one, together with other writes. Of several statuses all but the last one are
+    /// passed: they are in the history. Returns [`LeaseLost`] also if a condition of the other writes fails.
     async fn enter(
         &mut self,
-        status: StartStatus,
-        change: Change,
+        statuses: &[StartStatus],
+        mut change: Change,
         others: Vec<TransactWriteItem>,
     ) -> Result<Result<(), LeaseLost>> {
         let record = &mut self.task.record;
-        let now = Time::now();
-        let deadline = now.plus(self.saga.budget(status));
-        let (step, took) = (record.now.status, now.since(record.now.updated_at));
-        record.now = Snapshot { status, updated_at: now, ..record.now.clone() };
+        let (before, now) = (record.now.clone(), Time::now());
+        let states: Vec<Snapshot> =
+            statuses.iter().map(|status| Snapshot { status: *status, updated_at: now, ..before.clone() }).collect();
+        let Some((state, passed)) = states.split_last() else { return Ok(Ok(())) };
+        let deadline = now.plus(self.saga.budget(state.status));
+        record.now = state.clone();
         (record.deadline, record.attempts, record.refusals, record.waits, record.command) =
             (Some(deadline), 0, 0, 0, None);
+        for state in passed {
+            change = change.passed_state(state)?;
+        }
         let change = change
-            .state(record.id, &record.now)?
+            .state(record.id, state)?
             .set("deadline", crate::dynamo::text(deadline.sortable()))
             .set("attempts", attempts(0))
             .set("open_claims", attempts(1))
@@ -534,10 +557,14 @@ impl StartRun<'_> {
         let (tasks, user, id, worker) = (&self.saga.tasks, &record.user, record.id, &self.lease.worker);
         let saved = tasks.save_with(user, id, worker, &change, others).await?;
         if saved.is_ok() {
-            record.history.push(record.now.clone());
             record.record_in_log();
-            tracing::info!(task = %record.id, ?status, "start.advanced");
-            metrics::step_ended(step.as_str(), took);
+            let mut since = before;
+            for state in states {
+                tracing::info!(task = %record.id, status = ?state.status, "start.advanced");
+                metrics::step_ended(since.status.as_str(), now.since(since.updated_at));
+                record.history.push(state.clone());
+                since = state;
+            }
         }
         Ok(saved)
     }

@@ -16,8 +16,17 @@ use crate::start::store::Change;
 use crate::start::task::StartStatus;
 use crate::user::git::{CloneSource, clone_sources};
 
+/// The name of the command.
+pub(super) const PREPARE: &str = "prepare-repository";
+
 /// The prefix of the output line that reports whether there is a browser.
 const BROWSER: &str = "openhands-browser:";
+
+/// The prefix of the output line that names the scripts of the project.
+const SCRIPTS: &str = "openhands-scripts:";
+
+/// The time limit of the command that creates the folder for the credentials.
+const MKDIR_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// See [`Preparation::lock_wait`].
 const LOCK_WAIT: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(5)];
@@ -36,16 +45,12 @@ impl StartRun<'_> {
                     .map_err(|error| StepError::Failed(ErrorClass::Repository, error.to_string()))?
             }
         };
-        let name = "prepare-repository";
+        self.load_skills_ahead(&sandbox, &agent_server).await?;
         let credentials = format!("{}/credentials", folders.state);
         // The file is uploaded only before the command starts: a later file would stay in the sandbox.
-        if !self.is_sent(name) && sources.iter().any(|source| source.credential.is_some()) {
+        if !self.is_sent(PREPARE) && sources.iter().any(|source| source.credential.is_some()) {
             let prepare = format!("umask 077; mkdir -p {}", quoted(&folders.state));
-            let timeout = self.saga.config.clone_timeout;
-            let started = agent_server.start_command(&prepare, &folders.parent, timeout).await?;
-            while agent_server.command_output(&started).await?.is_none() {
-                tokio::time::sleep(self.saga.config.poll / 4).await;
-            }
+            agent_server.execute_command(&prepare, &folders.parent, MKDIR_TIMEOUT, MKDIR_TIMEOUT).await?;
             agent_server.upload(&credentials, &credential_lines(&sources)).await?;
         }
         let workspace = format!("openhands-workspace-{}", id::hex(self.task.record.conversation_id));
@@ -63,7 +68,7 @@ impl StartRun<'_> {
         let timeout = self.saga.config.clone_timeout;
         // Every copy of the command removes the file: the attempt that sent a waiting copy may have uploaded it again.
         let finally = format!("rm -f {}", quoted(&credentials));
-        let command = OneCommand { name, script: &script, finally: &finally, timeout };
+        let command = OneCommand { name: PREPARE, script: &script, finally: &finally, timeout };
         let Some(output) = self.run_once(&agent_server, &folders, command).await? else {
             return Ok(Step::Wait);
         };
@@ -78,12 +83,43 @@ impl StartRun<'_> {
         }
         let browser = output.stdout.lines().any(|line| line == format!("{BROWSER}yes"));
         self.task.record.browser = Some(browser);
+        let scripts = Scripts::in_output(&output.stdout);
+        self.scripts = scripts;
         let mut change = Change::default().set("browser", aws_sdk_dynamodb::types::AttributeValue::Bool(browser));
         if let Some(note) = note_in(&output) {
             self.task.record.notes.push(note.clone());
             change = change.note(note);
         }
-        Ok(Step::Next(StartStatus::RunningSetupScript, change))
+        let next: &[StartStatus] = match scripts {
+            Some(Scripts { has_setup: false, has_pre_commit: false }) => {
+                &[StartStatus::RunningSetupScript, StartStatus::SettingUpGitHooks, StartStatus::SettingUpSkills]
+            }
+            Some(Scripts { has_setup: false, .. }) => {
+                &[StartStatus::RunningSetupScript, StartStatus::SettingUpGitHooks]
+            }
+            _ => &[StartStatus::RunningSetupScript],
+        };
+        Ok(Step::Next(next, change))
+    }
+}
+
+/// The scripts of a project for which a start has a step, as the command that prepares the workspace finds them at its end. Without a
+/// script its step sends no command. A setup script may create any file, so after it nothing is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Scripts {
+    /// `.openhands/setup.sh`
+    pub(super) has_setup: bool,
+    /// `.openhands/pre-commit.sh`
+    has_pre_commit: bool,
+}
+
+impl Scripts {
+    /// Reads the command's report; `None` if there is none.
+    fn in_output(output: &str) -> Option<Self> {
+        // Programs of the project may have printed lines before.
+        let report = output.lines().rev().find_map(|line| line.strip_prefix(SCRIPTS))?;
+        let has = |name| report.split(' ').any(|script| script == name);
+        Some(Self { has_setup: has("setup.sh"), has_pre_commit: has("pre-commit.sh") })
     }
 }
 
@@ -132,6 +168,7 @@ impl Preparation<'_> {
         }
         script += BROWSER_PROBE;
         if self.sources.is_empty() {
+            script += REPORT_SCRIPTS;
             if self.init_without_repository {
                 script += "command -v git >/dev/null || exit 0\n[ -e .git ] || init\ntrust \"$working_dir\"\n";
             }
@@ -141,7 +178,7 @@ impl Preparation<'_> {
         let urls: Vec<String> = self.sources.iter().map(|source| quoted(&source.url)).collect();
         script += &format!(
             "trap 'rm -f \"$credentials\"' EXIT\nexport GIT_TERMINAL_PROMPT=0 GIT_ASKPASS=true\n\
-             is_expected_origin() {{\n  case $1 in ''|{}) ;; *) return 1 ;; esac\n}}\nprepare {}\n",
+             is_expected_origin() {{\n  case $1 in ''|{}) ;; *) return 1 ;; esac\n}}\nprepare {}\n{REPORT_SCRIPTS}",
             same.join("|"),
             urls.join(" "),
         );
@@ -180,6 +217,9 @@ for b in /usr/bin/google-chrome /usr/bin/google-chrome-stable /usr/bin/chromium 
 done
 echo "openhands-browser:$browser"
 "#;
+
+/// Reports the scripts of the project, see [`Scripts`]. It is the last part that looks at the project: `git init` changes none of its files.
+const REPORT_SCRIPTS: &str = include_str!("report_scripts.sh");
 
 #[cfg(test)]
 mod tests {
@@ -997,5 +1037,36 @@ mod tests {
         assert!(error.contains("holds another repository") && !error.contains("secret"), "{error}");
         start.git("remote remove origin");
         assert_eq!(start.ready("main"), "");
+    }
+
+    #[test]
+    fn the_scripts_of_the_project_are_reported() {
+        for (files, has_setup, has_pre_commit) in [
+            (&[][..], false, false),
+            (&["setup.sh"], true, false),
+            (&["pre-commit.sh"], false, true),
+            (&["pre-commit.sh", "setup.sh"], true, true),
+            // A folder is no script.
+            (&["setup.sh/x"], false, false),
+        ] {
+            for shell in shells() {
+                let scratch = Scratch::with(&shell);
+                let add = files
+                    .iter()
+                    .map(|file| format!("mkdir -p $(dirname .openhands/{file}); echo true >.openhands/{file}\n"));
+                let add: String = add.collect();
+                scratch.must(&format!(
+                    "mkdir -p o w && git init -q w && cd w && {{ echo x >x\n{add}}}\ngit add -A && git commit -q -m First && git clone -q --bare . ../o/r.git"
+                ));
+                let ran = Start::new(&scratch).run("");
+                assert_eq!(ran.code, Some(0), "{ran:?}");
+                let expected = Some(Scripts { has_setup, has_pre_commit });
+                assert_eq!(Scripts::in_output(&ran.stdout), expected, "{files:?} {ran:?}");
+            }
+        }
+        let expected = Some(Scripts { has_setup: true, has_pre_commit: false });
+        let output = "openhands-scripts:\nopenhands-scripts: setup.sh\nopenhands-note:x\n";
+        assert_eq!(Scripts::in_output(output), expected, "what came before is no report");
+        assert_eq!(Scripts::in_output("openhands-browser:yes\n"), None);
     }
 }

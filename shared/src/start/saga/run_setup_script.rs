@@ -23,7 +23,7 @@ impl StartRun<'_> {
             self.task.record.notes.push(note.clone());
             change = change.note(note);
         }
-        Ok(Step::Next(StartStatus::SettingUpGitHooks, change))
+        Ok(Step::Next(&[StartStatus::SettingUpGitHooks], change))
     }
 }
 

@@ -28,7 +28,7 @@ impl StartRun<'_> {
             self.task.record.notes.push(note.clone());
             change = change.note(note);
         }
-        Ok(Step::Next(StartStatus::SettingUpSkills, change))
+        Ok(Step::Next(&[StartStatus::SettingUpSkills], change))
     }
 }
 

@@ -4,13 +4,17 @@
 use std::time::Duration;
 
 use http::StatusCode;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
+use tracing::Instrument as _;
 
+use super::prepare_repository::PREPARE;
 use super::probe_mcp_servers::{ProbeStart, shown};
 use super::{StartRun, Step, StepError};
 use crate::agent_server::version::{AgentServerVersion, EXTENDED_CREATE};
-use crate::agent_server::{AgentServer, AgentServerError, ConversationInfo, Failure, Retry, SkillInfo, SkillsQuery};
+use crate::agent_server::{
+    AgentServer, AgentServerError, ConversationInfo, Failure, Retry, SkillInfo, SkillSources, SkillsQuery,
+};
 use crate::clock::Time;
 use crate::conversation::fields::EventCallbackProcessor;
 use crate::conversation::reports::{Lookup, Recorded, default_titles};
@@ -29,6 +33,24 @@ use crate::start::store::StartTaskStore;
 use crate::start::task::{Snapshot, StartStatus};
 use crate::user::token::TokenKey;
 
+/// What the agent server returns about itself and the project, for the request that creates the conversation.
+pub(super) struct Loaded {
+    /// The hooks of the project.
+    hooks: Result<Option<Value>, AgentServerError>,
+    version: Result<Option<AgentServerVersion>, AgentServerError>,
+}
+
+impl Loaded {
+    async fn load(agent_server: &AgentServer, project_dir: &str) -> Self {
+        let (hooks, version) = tokio::join!(agent_server.hooks(project_dir), agent_server.version());
+        Self { hooks, version }
+    }
+
+    fn is_complete(&self) -> bool {
+        self.hooks.is_ok() && self.version.is_ok()
+    }
+}
+
 impl StartRun<'_> {
     pub(super) async fn set_up_skills(&mut self) -> Result<Step, StepError> {
         let Some((sandbox, agent_server)) = self.running_sandbox().await? else { return Ok(Step::Wait) };
@@ -37,11 +59,16 @@ impl StartRun<'_> {
         // This step reads the skills, and the next step uses them. Within one attempt they are cached; after a crash the next step reads
         // them again. The probe runs meanwhile; polls of a pending probe do not read them again.
         if self.skills.is_none() && probe != ProbeStart::Pending {
-            self.skills = Some(self.load_skills(&sandbox, &agent_server).await?);
+            let project_dir = self.folders(&sandbox).await?.project_dir;
+            let (skills, loaded) =
+                tokio::join!(self.load_skills(&sandbox, &agent_server), Loaded::load(&agent_server, &project_dir));
+            self.skills = Some(skills?);
+            // The next step requests what has failed again.
+            self.loaded = Some(loaded).filter(Loaded::is_complete);
         }
         let Some(change) = self.end_mcp_probe(&agent_server).await? else { return Ok(Step::Wait) };
         self.task.record.now.agent_server_url = Some(url);
-        Ok(Step::Next(StartStatus::StartingConversation, change))
+        Ok(Step::Next(&[StartStatus::StartingConversation], change))
     }
 
     pub(super) async fn start_conversation(&mut self) -> Result<Step, StepError> {
@@ -63,17 +90,51 @@ impl StartRun<'_> {
         self.record_conversation(&sandbox, body.llm_model).await
     }
 
+    /// Starts to load the skills that do not depend on the project, while a command prepares the workspace. Agent servers update their copy
+    /// of the public skills from the network for each request. Only a setup script can change these skills, so without one they are still
+    /// valid when those of the project are loaded.
+    pub(super) async fn load_skills_ahead(
+        &mut self,
+        sandbox: &Sandbox,
+        agent_server: &AgentServer,
+    ) -> Result<(), StepError> {
+        if self.skills_ahead.is_empty() && self.scripts.is_none() && !self.is_sent(PREPARE) {
+            let query = self.skills_query(sandbox, SkillSources::WithoutProject).await?;
+            let agent_server = agent_server.clone();
+            self.skills_ahead.spawn(async move { agent_server.skills(&query).await.ok() }.in_current_span());
+        }
+        Ok(())
+    }
+
+    async fn skills_query(&mut self, sandbox: &Sandbox, sources: SkillSources) -> Result<SkillsQuery, StepError> {
+        Ok(SkillsQuery {
+            sources,
+            project_dir: self.folders(sandbox).await?.project_dir,
+            sandbox_config: sandbox.exposed_urls.as_ref().map(|urls| json!({"exposed_urls": urls})),
+        })
+    }
+
     async fn load_skills(
         &mut self,
         sandbox: &Sandbox,
         agent_server: &AgentServer,
     ) -> Result<Vec<SkillInfo>, StepError> {
-        let folders = self.folders(sandbox).await?;
-        let query = SkillsQuery {
-            project_dir: folders.project_dir,
-            sandbox_config: sandbox.exposed_urls.as_ref().map(|urls| json!({"exposed_urls": urls})),
+        let mut ahead = std::mem::take(&mut self.skills_ahead);
+        let is_valid = self.scripts.is_some_and(|scripts| !scripts.has_setup);
+        let query =
+            self.skills_query(sandbox, if is_valid { SkillSources::Project } else { SkillSources::All }).await?;
+        let loaded = if is_valid && !ahead.is_empty() {
+            let (base, of_project) = tokio::join!(ahead.join_next(), agent_server.skills(&query));
+            match base.and_then(Result::ok).flatten() {
+                Some(base) => of_project.map(|of_project| merged(base, of_project)),
+                // Its error is unknown here, and may be permanent.
+                None => agent_server.skills(&SkillsQuery { sources: SkillSources::All, ..query }).await,
+            }
+        } else {
+            drop(ahead);
+            agent_server.skills(&SkillsQuery { sources: SkillSources::All, ..query }).await
         };
-        match agent_server.skills(&query).await {
+        match loaded {
             Ok(skills) => Ok(skills),
             // This retry limit is separate, so that every transient error counts alike.
             Err(error) if error.retry() != Retry::Never && self.task.record.attempts < 2 => {
@@ -90,7 +151,11 @@ impl StartRun<'_> {
     async fn body(&mut self, sandbox: &Sandbox, agent_server: &AgentServer) -> Result<ConversationBody, StepError> {
         let folders = self.folders(sandbox).await?;
         let settings = self.settings().await?;
-        let hooks = match agent_server.hooks(&folders.project_dir).await {
+        let Loaded { hooks, version } = match self.loaded.take() {
+            Some(loaded) => loaded,
+            None => Loaded::load(agent_server, &folders.project_dir).await,
+        };
+        let hooks = match hooks {
             Ok(hooks) => hooks,
             Err(error) if error.retry() != Retry::Never && self.task.record.attempts < 2 => {
                 return Err(StepError::Retry(ErrorClass::AgentServer, error.to_string()));
@@ -109,7 +174,7 @@ impl StartRun<'_> {
         if !browser && self.task.request.agent_type == AgentType::Default {
             self.add_note("The agent has no browser tool: no Chromium was found in its sandbox".to_owned());
         }
-        let version = self.agent_server_version(agent_server).await?;
+        let version = self.agent_server_version(version)?;
         let streaming =
             self.saga.config.token_streaming && version.is_some_and(AgentServerVersion::streams_to_clients_only);
         let token_key = TokenKey::of(&self.saga.sealer).await?;
@@ -148,8 +213,10 @@ impl StartRun<'_> {
 
     /// Returns the version of the agent server, or `None` if it cannot be determined. That does not fail the start, unless its request
     /// needs a feature that a version may lack: the conversation uses no such feature.
-    async fn agent_server_version(&self, agent_server: &AgentServer) -> Result<Option<AgentServerVersion>, StepError> {
-        let version = agent_server.version().await;
+    fn agent_server_version(
+        &self,
+        version: Result<Option<AgentServerVersion>, AgentServerError>,
+    ) -> Result<Option<AgentServerVersion>, StepError> {
         if self.task.request.system_prompt.is_some() {
             return match version? {
                 Some(version) if version.has_extended_create() => Ok(Some(version)),
@@ -396,6 +463,17 @@ impl StartRun<'_> {
     }
 }
 
+/// Merges skills as agent servers do: a later one replaces an earlier one with the same name, in its place.
+fn merged(mut skills: Vec<SkillInfo>, later: Vec<SkillInfo>) -> Vec<SkillInfo> {
+    for skill in later {
+        match skills.iter_mut().find(|known| known.name == skill.name) {
+            Some(known) => *known = skill,
+            None => skills.push(skill),
+        }
+    }
+    skills
+}
+
 /// Whether a record was created, deleted or, in the case of a stub, changed since it was read.
 fn differs(before: &Lookup, now: &Lookup) -> bool {
     match (before, now) {
@@ -404,5 +482,29 @@ fn differs(before: &Lookup, now: &Lookup) -> bool {
             before.is_stub && (!now.is_stub || !is_same)
         }
         (before, now) => before != now,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_skill_of_the_project_replaces_another_one_in_its_place() {
+        let skill = |name: &str, content: &str| SkillInfo {
+            name: name.to_owned(),
+            content: content.to_owned(),
+            triggers: Vec::new(),
+            source: None,
+            description: None,
+            is_agentskills_format: false,
+        };
+        let skills = merged(
+            vec![skill("a", "public"), skill("b", "public"), skill("c", "public")],
+            vec![skill("d", "project"), skill("b", "project")],
+        );
+        let skills: Vec<(&str, &str)> =
+            skills.iter().map(|skill| (skill.name.as_str(), skill.content.as_str())).collect();
+        assert_eq!(skills, [("a", "public"), ("b", "project"), ("c", "public"), ("d", "project")]);
     }
 }

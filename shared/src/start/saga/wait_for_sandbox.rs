@@ -10,7 +10,12 @@ impl StartRun<'_> {
         let user = self.task.record.user.clone();
         let id = self.task.record.now.sandbox_id.clone().unwrap_or_default();
         self.boot = Some(SandboxStatus::Starting);
-        let found = self.saga.sandboxes.inspect(&user, &id).await?;
+        let chosen = self.chosen.take().filter(|sandbox| sandbox.id == id);
+        let is_chosen = chosen.is_some();
+        let found = match chosen {
+            Some(sandbox) => Some(sandbox),
+            None => self.saga.sandboxes.inspect(&user, &id).await?,
+        };
         let sandbox = found.ok_or_else(|| self.lost_sandbox(format!("Sandbox not found: {id}")))?;
         self.boot = Some(sandbox.status);
         match sandbox.status {
@@ -32,13 +37,24 @@ impl StartRun<'_> {
             SandboxStatus::Running => {
                 self.sandbox = Some(sandbox);
                 let Some((_, agent_server)) = self.running_sandbox().await? else { return Ok(Step::Wait) };
-                if !agent_server.is_alive().await {
+                let is_alive = if is_chosen {
+                    // It ran a moment ago, so it most probably responds.
+                    let (is_alive, marked) =
+                        tokio::join!(agent_server.is_alive(), self.saga.sandboxes.mark_used(&user, &id));
+                    marked?;
+                    is_alive
+                } else {
+                    agent_server.is_alive().await
+                };
+                if !is_alive {
                     self.boot = Some(SandboxStatus::Running);
                     return Ok(Step::Wait);
                 }
                 self.boot = None;
-                self.saga.sandboxes.mark_used(&user, &id).await?;
-                Ok(Step::Next(StartStatus::PreparingRepository, Change::default()))
+                if !is_chosen {
+                    self.saga.sandboxes.mark_used(&user, &id).await?;
+                }
+                Ok(Step::Next(&[StartStatus::PreparingRepository], Change::default()))
             }
         }
     }

@@ -73,6 +73,15 @@ impl Change {
         Ok(change.map_task(|update| update.append("history", [AttributeValue::M(item)])))
     }
 
+    /// Adds a state to the history that the task passes in the update that changes it to a later state, which must follow.
+    ///
+    /// # Errors
+    /// [`crate::Error::Internal`] if the snapshot cannot be serialised.
+    pub fn passed_state(self, snapshot: &Snapshot) -> Result<Self> {
+        let item = to_item(snapshot)?;
+        Ok(self.map_task(|update| update.append("history", [AttributeValue::M(item)])))
+    }
+
     /// Replaces the text for the user in the current state and in its entry of the history.
     #[must_use]
     pub(super) fn detail(self, entry: usize, detail: &str) -> Self {

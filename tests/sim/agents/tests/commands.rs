@@ -12,6 +12,7 @@ const SUPERVISOR: &str = include_str!("../../../../shared/src/start/saga/command
 const COPY: &str = include_str!("../../../../shared/src/start/saga/command_copy.sh");
 const RUN_SCRIPT: &str = include_str!("../../../../shared/src/start/saga/run_script.sh");
 const PREPARE: &str = include_str!("../../../../shared/src/start/saga/prepare_repository.sh");
+const REPORT_SCRIPTS: &str = include_str!("../../../../shared/src/start/saga/report_scripts.sh");
 
 const TASK: Uuid = Uuid::from_u128(0x0123_4567_89ab_cdef_0123_4567_89ab_cdef);
 const SETUP: &str = "setup-script";
@@ -51,7 +52,7 @@ impl Copy {
             }
         };
         let script = format!(
-            "{variables}lock_wait=30\n{PREPARE}set -e\nmkdir -p \"$working_dir\"\ncd \"$working_dir\"\necho \"openhands-browser:$browser\"\n{prepare}"
+            "{variables}lock_wait=30\n{PREPARE}set -e\nmkdir -p \"$working_dir\"\ncd \"$working_dir\"\necho \"openhands-browser:$browser\"\n{prepare}{REPORT_SCRIPTS}"
         );
         Self { name: "prepare-repository", script, finally: "rm -f '/workspace/credentials'", limit: 300, token: "" }
     }
@@ -106,7 +107,9 @@ async fn prepared(mut settings: Settings) -> (World, Value, AgentServer) {
     let id = Copy::preparation("").send(&agent_server).await;
     let prepared = output(&agent_server, &id).await.expect("an output");
     assert_eq!(prepared.exit_code, 0);
-    assert!(["openhands-browser:yes\n", "openhands-browser:no\n"].contains(&prepared.stdout.as_str()), "{prepared:?}");
+    let lines: Vec<&str> = prepared.stdout.lines().collect();
+    assert!(["openhands-browser:yes", "openhands-browser:no"].contains(&lines[0]), "{prepared:?}");
+    assert!(lines.len() == 2 && lines[1].starts_with("openhands-scripts:"), "{prepared:?}");
     (world, runtime, agent_server)
 }
 
