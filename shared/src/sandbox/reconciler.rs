@@ -133,21 +133,37 @@ impl SandboxReconciler {
         if is_deleted {
             return self.finish_deletion(&claim).await;
         }
-        match &self.idle {
-            Some(policy) if claim.record.desired == Desired::Running => {
-                match self.next_idle_check(&claim, policy).await? {
-                    Some(delay) => self.records.postpone(&claim, Time::now().plus(delay), None, 0).await,
-                    None => self.records.settle(&claim).await,
-                }
+        let period = self.sandboxes.inspection_period();
+        let next = match &self.idle {
+            Some(policy) if claim.record.desired == Desired::Running => self.next_idle_check(&claim, policy).await?,
+            None if claim.record.desired == Desired::Running && period.is_some() => {
+                self.is_running(&claim.record).await?.then_some(Duration::MAX)
             }
-            _ => self.records.settle(&claim).await,
+            _ => None,
+        };
+        match next.map(|delay| delay.min(period.unwrap_or(Duration::MAX))) {
+            Some(delay) => self.records.postpone(&claim, Time::now().plus(delay), None, 0).await,
+            None => self.records.settle(&claim).await,
+        }
+    }
+
+    /// Inspects a sandbox. Returns whether it runs or starts, or whether that is unknown.
+    async fn is_running(&self, record: &SandboxRecord) -> Result<bool> {
+        match self.sandboxes.inspect(&record.user, &record.id).await {
+            Err(error) if error.is_upstream() => {
+                tracing::warn!(sandbox = %record.id, error = %error.context(), "sandbox.not_inspected");
+                Ok(true)
+            }
+            inspected => Ok(inspected?.is_some_and(|sandbox| {
+                matches!(sandbox.status, SandboxStatus::Running | SandboxStatus::Starting | SandboxStatus::Error)
+            })),
         }
     }
 
     /// Pauses a sandbox that is idle. Returns the delay until it has to be checked again; `None` if that is when it is resumed.
     async fn next_idle_check(&self, claim: &SandboxClaim, policy: &IdlePolicy) -> Result<Option<Duration>> {
         let record = &claim.record;
-        if !record.starts.is_empty() {
+        if !record.starts.is_empty() && self.sandboxes.inspection_period().is_none() {
             return Ok(Some(policy.limit));
         }
         let sandbox = match self.sandboxes.inspect(&record.user, &record.id).await {
@@ -161,8 +177,13 @@ impl SandboxReconciler {
         let agent_server = match (sandbox.status, sandbox.agent_server(&policy.http)) {
             (SandboxStatus::Running, Some(agent_server)) => agent_server,
             (SandboxStatus::Starting, _) => return Ok(Some(policy.limit)),
+            // Its provider may run it again, or its agent server may respond again.
+            (SandboxStatus::Error, _) if self.sandboxes.inspection_period().is_some() => return Ok(Some(policy.limit)),
             _ => return Ok(None),
         };
+        if !record.starts.is_empty() {
+            return Ok(Some(policy.limit));
+        }
         let idle = match idle_time(&agent_server, record).await {
             Ok(Some(idle)) => idle,
             Ok(None) => return Ok(Some(policy.limit)),
