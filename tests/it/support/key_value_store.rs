@@ -76,6 +76,15 @@ impl KeyValueStore {
         self.state().contended = updates;
     }
 
+    /// Sets a key without a call, at once.
+    pub fn poison(&self, key: &str, value: &str) {
+        let mut state = self.state();
+        state.keys.insert(key.to_owned(), value.to_owned());
+        state.version += 1;
+        let keys = state.keys.clone();
+        state.seen.push((Instant::now(), keys));
+    }
+
     /// All calls fail with this status, or no longer.
     pub fn set_fault(&self, status: Option<u16>) {
         self.state().fault = status;

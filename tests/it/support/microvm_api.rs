@@ -280,6 +280,25 @@ impl MicrovmApi {
         state.set(id, "TERMINATED");
     }
 
+    /// What the supervisors of all VMs have logged.
+    pub fn logs(&self) -> String {
+        let state = self.state();
+        let folders = state.vms.values().filter_map(|vm| vm.folder.as_ref());
+        folders.map(|folder| fs::read_to_string(folder.path().join("guest.log")).unwrap_or_default()).collect()
+    }
+
+    /// Kills the agent servers of all VMs, but not their supervisors.
+    pub fn kill_agent(&self) {
+        for id in self.state().vms.keys() {
+            for pid in processes(id) {
+                let name = fs::read_to_string(format!("/proc/{}/comm", pid.as_raw_nonzero())).unwrap_or_default();
+                if name.trim() == "agent-server" {
+                    kill_process(pid, Signal::KILL).expect("killed");
+                }
+            }
+        }
+    }
+
     /// Runs a VM as a worker does that crashes before it records it.
     pub fn run_unrecorded(&self) -> String {
         let body = json!({

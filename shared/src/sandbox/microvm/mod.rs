@@ -44,10 +44,10 @@ use crate::id::{self, UserId};
 pub const GUEST_PROGRAM: &str = include_str!("guest.py");
 /// The working directory of conversations in the image.
 pub(super) const WORKING_DIR: &str = "/workspace/project";
-/// The environment variables that all sandboxes have in common.
-pub(super) const ENVIRONMENT: [(&str, &str); 6] = [
+/// The environment variables that all sandboxes have in common. `LOG_JSON` is not among them: modules read it while they are imported, so
+/// with it an agent server could not be forked, and its log goes nowhere.
+pub(super) const ENVIRONMENT: [(&str, &str); 5] = [
     ("OPENVSCODE_SERVER_ROOT", "/openhands/.openvscode-server"),
-    ("LOG_JSON", "true"),
     ("OH_ENABLE_VNC", "0"),
     ("OH_CONVERSATIONS_PATH", "/workspace/conversations"),
     ("OH_BASH_EVENTS_DIR", "/workspace/bash_events"),
@@ -78,7 +78,7 @@ const AT_ONCE: usize = 8;
 const LAUNCHES: usize = 4;
 /// How often a call is repeated while AWS still suspends the MicroVM or reports an earlier state, and the pause between two attempts. A
 /// suspension takes 1 to 2 s.
-const REPEATS: usize = 6;
+const REPEATS: usize = 8;
 const REPEAT_PAUSE: Duration = Duration::from_millis(500);
 /// See [`SandboxService::confirmation_delay`].
 const CONFIRMATION_DELAY: Duration = Duration::from_secs(60);
@@ -486,6 +486,7 @@ impl MicrovmSandboxes {
 
     /// Resumes a MicroVM. Returns false when it has ended.
     async fn wake(&self, id: &str) -> Result<bool> {
+        let mut is_running = false;
         for attempt in 0..REPEATS {
             if attempt > 0 {
                 sleep(REPEAT_PAUSE).await;
@@ -493,16 +494,18 @@ impl MicrovmSandboxes {
             match self.call(api::resume(self.client(), id)).await {
                 Ok(()) => return Ok(true),
                 Err(ApiError::NotFound) => return Ok(false),
-                Err(ApiError::Conflict) => match self.call(api::get(self.client(), id)).await? {
-                    None => return Ok(false),
-                    Some(vm) if vm.has_ended() => return Ok(false),
-                    Some(vm) if matches!(vm.state, MicrovmState::Pending | MicrovmState::Running) => return Ok(true),
-                    Some(_) => {}
-                },
+                Err(ApiError::Conflict) => {}
                 Err(error) => return Err(error.into()),
             }
+            match self.call(api::get(self.client(), id)).await? {
+                None => return Ok(false),
+                Some(vm) if vm.has_ended() => return Ok(false),
+                Some(vm) if vm.state == MicrovmState::Pending => return Ok(true),
+                // It runs because of a concurrent call, or AWS suspends it and does not report that yet.
+                Some(vm) => is_running = vm.state == MicrovmState::Running,
+            }
         }
-        Err(unavailable("AWS still suspends the MicroVM"))
+        if is_running { Ok(true) } else { Err(unavailable("AWS still suspends the MicroVM")) }
     }
 }
 
