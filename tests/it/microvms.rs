@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aws_sdk_dynamodb::types::AttributeValue;
+use axum::body::Body;
 use futures::future::{join, join_all};
-use http::StatusCode;
+use http::{Request, StatusCode};
 use secrecy::ExposeSecret as _;
 use serde_json::{Value, json};
 use shared::aws::Aws;
@@ -22,15 +23,18 @@ use shared::stores::Stores;
 use shared::user::UserId;
 use shared::user::seal::Sealer;
 use tempfile::TempDir;
+use tokio::sync::OnceCell;
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
+use crate::support::api::Api;
 use crate::support::engines::Engines;
 use crate::support::fault_proxy::{FaultProxy, Moment, Stop};
 use crate::support::hostile_aws::clients;
 use crate::support::microvm_api::{Fault, Machines};
 use crate::support::microvm_cloud::{MicrovmCloud, agent_server_python};
-use crate::support::server::Server;
+use crate::support::scripted_llm::{Reply, ScriptedLlm};
+use crate::support::server::{Cut, Server};
 use crate::support::stand_in_agent::StandInAgent;
 use crate::support::wait::wait_for;
 use crate::support::websocket::WebSocket;
@@ -93,10 +97,10 @@ impl Rig {
         let stores = Stores::new(&names, &aws, &sealer);
         let held_config = cloud.config_at(DEPLOYMENT, &ways[3].url(), &cloud.routes.url()).await;
         Self {
-            held: service(&SandboxConfig::Microvm(held_config), stores.sandboxes()),
+            held: service(&SandboxConfig::Microvm(Box::new(held_config)), stores.sandboxes()),
             at_api,
-            gated: service(&SandboxConfig::Microvm(gated_config), gated_stores.sandboxes()),
-            service: service(&SandboxConfig::Microvm(config.clone()), stores.sandboxes()),
+            gated: service(&SandboxConfig::Microvm(Box::new(gated_config)), gated_stores.sandboxes()),
+            service: service(&SandboxConfig::Microvm(Box::new(config.clone())), stores.sandboxes()),
             cloud,
             proxy,
             config,
@@ -369,7 +373,7 @@ async fn a_start_after_a_deployment_takes_the_next_generation() {
     assert_eq!(lost.len(), 1);
     let mut config = rig.config.clone();
     config.allow_cors_origins.push("https://another.example.com".to_owned());
-    let redeployed = service(&SandboxConfig::Microvm(config), rig.records());
+    let redeployed = service(&SandboxConfig::Microvm(Box::new(config)), rig.records());
     assert_eq!(redeployed.start(&rig.user, "one", None).await.expect("started"), Launch::Started);
     rig.running("one").await;
     let record = rig.record("one").await;
@@ -579,8 +583,6 @@ async fn a_microvm_lives_for_eight_hours_and_a_start_replaces_it() {
     rig.cloud.api.turn(Duration::from_secs(3600));
     assert_eq!(rig.get("one").await.status, SandboxStatus::Missing);
     rig.service.start(&rig.user, "one", None).await.expect("started");
-    // Its desired state is still that of the pause.
-    rig.service.resume(&rig.user, "one").await.expect("resumed");
     let after = rig.running("one").await;
     assert_eq!(after.agent_server_url(), before.agent_server_url(), "the address is stable");
     let key = |sandbox: &Sandbox| sandbox.session_api_key.as_ref().map(|key| key.expose_secret().to_owned());
@@ -594,7 +596,7 @@ async fn a_viewer_shows_sandboxes_and_only_reads() {
     let rig = Rig::start().await;
     rig.started("one").await;
     let calls = rig.cloud.api.calls().len();
-    let viewer = viewer(&SandboxConfig::Microvm(rig.config.clone()), rig.records());
+    let viewer = viewer(&SandboxConfig::Microvm(Box::new(rig.config.clone())), rig.records());
     let shown = viewer.get(&rig.user, "one").await.expect("an answer").expect("a sandbox");
     assert_eq!(shown.status, SandboxStatus::Running);
     assert!(shown.session_api_key.is_some());
@@ -686,7 +688,7 @@ async fn neither_tokens_nor_keys_are_logged_or_shown() {
     // AWS quotes the payload in an error.
     let mut config = rig.config.clone();
     config.image = "arn:aws:lambda:us-east-1:123456789012:microvm-image:another".to_owned();
-    let other = service(&SandboxConfig::Microvm(config.clone()), rig.records());
+    let other = service(&SandboxConfig::Microvm(Box::new(config.clone())), rig.records());
     let refused = other.start(&rig.user, "two", None).await.expect_err("refused");
     let texts =
         [format!("{one:?}"), format!("{refused:?}"), refused.context(), format!("{config:?}"), format!("{other:?}")];
@@ -707,7 +709,7 @@ async fn a_real_agent_server_is_reached_through_the_door() {
     schema::make_all(&aws, &names, PREFIX).await.expect("a schema");
     let stores = Stores::new(&names, &aws, &Sealer::ephemeral());
     let config = MicrovmSandboxConfig { web_url: None, ..cloud.config(DEPLOYMENT).await };
-    let service = service(&SandboxConfig::Microvm(config), stores.sandboxes());
+    let service = service(&SandboxConfig::Microvm(Box::new(config)), stores.sandboxes());
     let user = UserId::new("user-one");
     service.start(&user, "one", None).await.expect("started");
     let sandbox = wait_for("it runs", Duration::from_secs(180), async || {
@@ -790,4 +792,137 @@ async fn a_real_agent_server_is_reached_through_the_door() {
     assert!(reconciler.delete(&user, "one").await.expect("deleted"));
     assert_eq!(cloud.api.living(), []);
     engines.shutdown().await;
+}
+
+/// A conversation through the functions, the worker, the front door and a real agent server in a MicroVM.
+#[tokio::test]
+async fn a_conversation_runs_in_a_microvm() {
+    let llm = ScriptedLlm::start().await;
+    llm.reply_with(vec![Reply::text("Hello from the MicroVM.")]);
+    let cloud = MicrovmCloud::start(Machines::Guests(agent_server_python().await)).await;
+    let (folder, workspace) = (TempDir::new().expect("a folder"), TempDir::new().expect("a folder"));
+    // Where agent servers send webhooks.
+    let api: Arc<OnceCell<Api>> = Arc::default();
+    let of_server = api.clone();
+    let gateway = Server::start(move |request| {
+        let api = of_server.clone();
+        async move {
+            let api = api.get().ok_or(Cut)?;
+            let uri = format!("{}?{}", request.path, request.query);
+            let mut forwarded =
+                Request::builder().method(request.method).uri(uri).body(Body::from(request.body)).map_err(|_| Cut)?;
+            *forwarded.headers_mut() = request.headers;
+            Ok(api.response(forwarded).await)
+        }
+    })
+    .await;
+    let config = MicrovmSandboxConfig {
+        web_url: Some(gateway.url()),
+        working_dir: workspace.path().join("project").display().to_string(),
+        ..cloud.config(DEPLOYMENT).await
+    };
+    let made = Api::at(folder.path(), SandboxConfig::Microvm(Box::new(config))).await;
+    let api = api.get_or_init(async || made).await;
+    let user = UserId::new("user-one");
+    let settings =
+        json!({"llm_model": "openai/scripted", "llm_api_key": "sk-scripted", "llm_base_url": llm.base_url()})
+            .to_string();
+    api.stores.settings().put(&user, &settings.into()).await.expect("settings");
+    let call = async |method: &str, path: &str, body: Option<Value>| {
+        let (status, answer) = api.call(&user, method, &format!("/api/v1{path}"), body.as_ref()).await;
+        assert!(status < 300, "{method} {path}: {status} {answer}");
+        answer
+    };
+    let body = json!({"initial_message": {"content": [{"type": "text", "text": "Say hello"}]}});
+    let start = call("POST", "/app-conversations", Some(body)).await;
+    let task = format!("/app-conversations/start-tasks?ids={}", start["id"].as_str().expect("an id"));
+    let ready = wait_for("the start is ready", Duration::from_secs(180), async || {
+        api.work().await;
+        let task = call("GET", &task, None).await[0].clone();
+        assert_ne!(task["status"], "ERROR", "{task:#}");
+        (task["status"] == "READY").then_some(task)
+    })
+    .await;
+    let id = ready["app_conversation_id"].as_str().expect("an id").to_owned();
+    let sandbox = ready["sandbox_id"].as_str().expect("an id").to_owned();
+    let shown = async || call("GET", &format!("/app-conversations?ids={id}"), None).await[0].clone();
+    let conversation = shown().await;
+    let (url, key) = (conversation["conversation_url"].clone(), conversation["session_api_key"].clone());
+    let url = url.as_str().expect("an address").to_owned();
+    assert!(url.starts_with(&cloud.edge.url()), "{url}");
+    // A browser follows it through the front door.
+    let (base, hex) = url.split_once("/api/conversations/").expect("a conversation's address");
+    let key = key.as_str().expect("a key").to_owned();
+    let socket = format!("{base}/sockets/events/{hex}?session_api_key={key}&resend_all=true");
+    let mut socket = WebSocket::connect(&socket).await;
+    let followed = async {
+        loop {
+            let event = socket.next().await.expect("an open socket").to_string();
+            if event.contains("Hello from the MicroVM.") {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(LIMIT, followed).await.expect("the agent's message");
+    // The agent server has posted it, too.
+    wait_for("the event is stored", LIMIT, async || {
+        api.work().await;
+        let events = call("GET", &format!("/conversation/{id}/events/search?limit=100"), None).await;
+        events.to_string().contains("Hello from the MicroVM.").then_some(())
+    })
+    .await;
+    assert!(cloud.api.logs().contains(r#""boot": "fork""#), "{}", cloud.api.logs());
+    call("POST", &format!("/sandboxes/{sandbox}/pause"), None).await;
+    assert_eq!(shown().await["sandbox_status"], "PAUSED");
+    call("POST", &format!("/sandboxes/{sandbox}/resume"), None).await;
+    let resumed = wait_for("it runs again", LIMIT, async || {
+        let conversation = shown().await;
+        (conversation["sandbox_status"] == "RUNNING").then_some(conversation)
+    })
+    .await;
+    assert_eq!((&resumed["conversation_url"], &resumed["session_api_key"]), (&json!(url), &json!(key)));
+    call("DELETE", &format!("/app-conversations/{id}"), None).await;
+    wait_for("nothing is left", LIMIT, async || {
+        api.work().await;
+        (cloud.api.living().is_empty() && cloud.routes.keys().is_empty()).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_web_ui_keeps_the_keys_of_sandboxes_that_share_a_host() {
+    let script = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../infra/local/src/web_ui/setup.js"));
+    let script = script.expect("the script").replace("__SERVER__", "{}");
+    // What the script uses of a browser.
+    let program = format!(
+        r#"
+        const opened = [], stored = new Map();
+        const conversations = ["one", "two"].map((name) => ({{
+            conversation_url: "https://front.example.com/" + name + "/api/conversations/1", session_api_key: "key-of-" + name,
+        }}));
+        conversations.push({{ conversation_url: "http://127.0.0.1:8000/api/conversations/2", session_api_key: "key-of-three" }});
+        globalThis.window = globalThis;
+        window.location = {{ href: "http://127.0.0.1:3000/", origin: "http://127.0.0.1:3000" }};
+        window.localStorage = {{ getItem: (name) => stored.get(name) ?? null, setItem: (name, value) => stored.set(name, value) }};
+        window.document = {{ createElement: () => ({{}}), head: {{ appendChild() {{}} }} }};
+        window.fetch = async () => new Response(JSON.stringify(conversations));
+        window.WebSocket = class {{ constructor(url) {{ opened.push(url); }} }};
+        {script}
+        window.fetch("/api/v1/app-conversations").then(() => {{
+            for (const url of ["wss://front.example.com/two/sockets/events/1", "wss://front.example.com/one/sockets/events/1",
+                "ws://127.0.0.1:8000/sockets/events/2", "wss://front.example.com/other/sockets/events/1"]) new window.WebSocket(url);
+            console.log(JSON.stringify(opened));
+        }});
+        "#
+    );
+    let output = tokio::process::Command::new("node").arg("-e").arg(program).output().await.expect("Node.js");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let opened: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let expected = json!([
+        "wss://front.example.com/two/sockets/events/1?session_api_key=key-of-two",
+        "wss://front.example.com/one/sockets/events/1?session_api_key=key-of-one",
+        "ws://127.0.0.1:8000/sockets/events/2?session_api_key=key-of-three",
+        "wss://front.example.com/other/sockets/events/1",
+    ]);
+    assert_eq!(opened, expected);
 }

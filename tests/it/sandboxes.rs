@@ -280,8 +280,8 @@ impl TestControl for MicrovmCloud {
 async fn microvm_sandboxes_conform() {
     let cloud = MicrovmCloud::start(Machines::Guests(agent_server_python().await)).await;
     let folder = TempDir::new().expect("a folder");
-    let api = Api::at(folder.path(), SandboxConfig::Microvm(cloud.config(DEPLOYMENT).await)).await;
-    let config = SandboxConfig::Microvm(cloud.config(DEPLOYMENT).await);
+    let api = Api::at(folder.path(), SandboxConfig::Microvm(Box::new(cloud.config(DEPLOYMENT).await))).await;
+    let config = SandboxConfig::Microvm(Box::new(cloud.config(DEPLOYMENT).await));
     let reconciler = api.stores.sandbox_reconciler(service(&config, api.stores.sandboxes()));
     conforms(&reconciler, &UserId::new("user-one"), &cloud).await;
     assert_eq!(cloud.api.living(), [], "nothing runs");

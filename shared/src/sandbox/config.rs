@@ -24,7 +24,7 @@ pub enum SandboxConfig {
     /// Sandboxes of a runtime API, which runs images on remote machines.
     Remote(RemoteSandboxConfig),
     /// One AWS Lambda MicroVM per sandbox.
-    Microvm(MicrovmSandboxConfig),
+    Microvm(Box<MicrovmSandboxConfig>),
     /// No sandboxes: a start ends with status ERROR and a message that names the reason.
     None,
 }
@@ -45,7 +45,7 @@ impl SandboxConfig {
                 allow_cors_origins: permitted_origins(),
             }),
             "remote" => SandboxConfig::Remote(RemoteSandboxConfig::from_env(spec::AGENT_SERVER_VERSION)?),
-            "microvm" => SandboxConfig::Microvm(MicrovmSandboxConfig::from_env(spec::AGENT_SERVER_VERSION)?),
+            "microvm" => SandboxConfig::Microvm(Box::new(MicrovmSandboxConfig::from_env(spec::AGENT_SERVER_VERSION)?)),
             "none" => SandboxConfig::None,
             other => {
                 return Err(ConfigError {
@@ -236,7 +236,7 @@ pub struct MicrovmSandboxConfig {
     /// The ARN of the MicroVM image (`SANDBOX_MICROVM_IMAGE`), such as `arn:aws:lambda:us-east-1:123456789012:microvm-image:NAME`.
     pub image: String,
     /// The address of the front door (`SANDBOX_MICROVM_URL`), such as `https://d111111abcdef8.cloudfront.net`.
-    pub door_url: String,
+    pub front_door_url: String,
     /// The ARN of the CloudFront KeyValueStore with the front door's routes (`SANDBOX_MICROVM_ROUTES`).
     pub routes: String,
     /// The container image from which the MicroVM image is built, the id of the sandbox spec; see [`spec::image`].
@@ -248,6 +248,8 @@ pub struct MicrovmSandboxConfig {
     pub web_url: Option<String>,
     /// Origins that agent servers accept in addition to the origin of this API.
     pub allow_cors_origins: Vec<String>,
+    /// The folder in which conversations work, an absolute path in the image.
+    pub working_dir: String,
     /// The configuration of the AWS clients.
     pub aws: SdkConfig,
     /// The address of a stand-in for CloudFront KeyValueStore (`AWS_ENDPOINT_URL_CLOUDFRONT_KEYVALUESTORE`).
@@ -263,12 +265,13 @@ impl MicrovmSandboxConfig {
         let config = Self {
             deployment: text("DEPLOYMENT_ID"),
             image: required(IMAGE)?,
-            door_url: required("SANDBOX_MICROVM_URL")?,
+            front_door_url: required("SANDBOX_MICROVM_URL")?,
             routes: required("SANDBOX_MICROVM_ROUTES")?,
             spec: spec::image(version),
             max_sandboxes: parsed("SANDBOX_MAX_RUNNING")?.unwrap_or(10),
             web_url: web_url(),
             allow_cors_origins: permitted_origins(),
+            working_dir: microvm::WORKING_DIR.to_owned(),
             aws: sdk_config_from_env(),
             routes_endpoint: text("AWS_ENDPOINT_URL_CLOUDFRONT_KEYVALUESTORE"),
         };
@@ -310,7 +313,7 @@ impl MicrovmSandboxConfig {
         let mut variables = vec![
             ("SANDBOX_KIND", "microvm".to_owned()),
             (IMAGE, self.image.clone()),
-            ("SANDBOX_MICROVM_URL", self.door_url.clone()),
+            ("SANDBOX_MICROVM_URL", self.front_door_url.clone()),
             ("SANDBOX_MICROVM_ROUTES", self.routes.clone()),
             ("SANDBOX_MAX_RUNNING", self.max_sandboxes.to_string()),
         ];

@@ -318,7 +318,7 @@ pub fn service(config: &SandboxConfig, store: SandboxStore) -> Arc<dyn SandboxSe
         #[cfg(feature = "docker")]
         SandboxConfig::Docker(docker) => Arc::new(docker::DockerSandboxes::new(docker.clone(), store)),
         SandboxConfig::Remote(remote) => Arc::new(remote::RemoteSandboxes::new(remote.clone(), store)),
-        SandboxConfig::Microvm(microvm) => Arc::new(microvm::MicrovmSandboxes::new(microvm.clone(), store)),
+        SandboxConfig::Microvm(microvm) => Arc::new(microvm::MicrovmSandboxes::new((**microvm).clone(), store)),
         SandboxConfig::None => Arc::new(none::NoSandboxes),
     }
 }
@@ -327,7 +327,7 @@ pub fn service(config: &SandboxConfig, store: SandboxStore) -> Arc<dyn SandboxSe
 #[must_use]
 pub fn viewer(config: &SandboxConfig, store: SandboxStore) -> Arc<dyn SandboxService> {
     match config {
-        SandboxConfig::Microvm(microvm) => Arc::new(microvm::MicrovmViewer::new(microvm.clone(), store)),
+        SandboxConfig::Microvm(microvm) => Arc::new(microvm::MicrovmViewer::new((**microvm).clone(), store)),
         SandboxConfig::Process(process) => Arc::new(process::ProcessSandboxes::new(process.clone(), store)),
         #[cfg(feature = "docker")]
         SandboxConfig::Docker(docker) => Arc::new(docker::DockerSandboxes::new(docker.clone(), store)),

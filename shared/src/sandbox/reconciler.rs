@@ -134,11 +134,10 @@ impl SandboxReconciler {
             return self.finish_deletion(&claim).await;
         }
         let period = self.sandboxes.inspection_period();
-        let next = match &self.idle {
-            Some(policy) if claim.record.desired == Desired::Running => self.next_idle_check(&claim, policy).await?,
-            None if claim.record.desired == Desired::Running && period.is_some() => {
-                self.is_running(&claim.record).await?.then_some(Duration::MAX)
-            }
+        let is_to_run = claim.record.desired == Desired::Running;
+        let next = match (&self.idle, period) {
+            (Some(policy), _) if is_to_run => self.next_idle_check(&claim, policy).await?,
+            (None, Some(period)) if is_to_run => self.next_inspection(&claim.record, period).await?,
             _ => None,
         };
         match next.map(|delay| delay.min(period.unwrap_or(Duration::MAX))) {
@@ -147,15 +146,17 @@ impl SandboxReconciler {
         }
     }
 
-    /// Inspects a sandbox. Returns whether it runs or starts, or whether that is unknown.
-    async fn is_running(&self, record: &SandboxRecord) -> Result<bool> {
+    /// Inspects a sandbox. Returns the delay until it has to be inspected again; `None` if that is when it is resumed.
+    async fn next_inspection(&self, record: &SandboxRecord, period: Duration) -> Result<Option<Duration>> {
         match self.sandboxes.inspect(&record.user, &record.id).await {
             Err(error) if error.is_upstream() => {
                 tracing::warn!(sandbox = %record.id, error = %error.context(), "sandbox.not_inspected");
-                Ok(true)
+                Ok(Some(SHORTEST_IDLE_CHECK))
             }
-            inspected => Ok(inspected?.is_some_and(|sandbox| {
-                matches!(sandbox.status, SandboxStatus::Running | SandboxStatus::Starting | SandboxStatus::Error)
+            inspected => Ok(inspected?.and_then(|sandbox| match sandbox.status {
+                SandboxStatus::Running => Some(period),
+                SandboxStatus::Starting | SandboxStatus::Error => Some(SHORTEST_IDLE_CHECK),
+                SandboxStatus::Paused | SandboxStatus::Missing => None,
             })),
         }
     }
@@ -163,7 +164,8 @@ impl SandboxReconciler {
     /// Pauses a sandbox that is idle. Returns the delay until it has to be checked again; `None` if that is when it is resumed.
     async fn next_idle_check(&self, claim: &SandboxClaim, policy: &IdlePolicy) -> Result<Option<Duration>> {
         let record = &claim.record;
-        if !record.starts.is_empty() && self.sandboxes.inspection_period().is_none() {
+        let is_inspected = self.sandboxes.inspection_period().is_some();
+        if !record.starts.is_empty() && !is_inspected {
             return Ok(Some(policy.limit));
         }
         let sandbox = match self.sandboxes.inspect(&record.user, &record.id).await {
@@ -176,9 +178,11 @@ impl SandboxReconciler {
         let Some(sandbox) = sandbox else { return Ok(None) };
         let agent_server = match (sandbox.status, sandbox.agent_server(&policy.http)) {
             (SandboxStatus::Running, Some(agent_server)) => agent_server,
+            // Its provider has to be asked again soon where it depends on inspections.
+            (SandboxStatus::Starting | SandboxStatus::Error, _) if is_inspected => {
+                return Ok(Some(SHORTEST_IDLE_CHECK));
+            }
             (SandboxStatus::Starting, _) => return Ok(Some(policy.limit)),
-            // Its provider may run it again, or its agent server may respond again.
-            (SandboxStatus::Error, _) if self.sandboxes.inspection_period().is_some() => return Ok(Some(policy.limit)),
             _ => return Ok(None),
         };
         if !record.starts.is_empty() {

@@ -83,7 +83,7 @@ pub fn specs(config: &SandboxConfig) -> Vec<SandboxSpec> {
         }
         SandboxConfig::Microvm(microvm) => {
             let (command, environment) = (["--port", "8000"], super::microvm::ENVIRONMENT);
-            vec![spec(microvm.spec.clone(), &command, super::microvm::WORKING_DIR, &environment)]
+            vec![spec(microvm.spec.clone(), &command, &microvm.working_dir, &environment)]
         }
         SandboxConfig::None => Vec::new(),
     }

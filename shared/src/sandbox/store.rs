@@ -806,7 +806,8 @@ impl SandboxStore {
     pub async fn record_vm(&self, record: &SandboxRecord, vm: &str, endpoint: &str) -> Result<bool> {
         let (user, id) = (&record.user, record.id.as_str());
         let expires_at = Time::now().plus(VMS_EXPIRE).unix_seconds().to_string();
-        let update = is_open(Update::new())
+        // Its route has to be opened once it runs, also if no one looks at it.
+        let update = is_open(due_now(Update::new(), id))
             .set(VM, text(vm))
             .set(ENDPOINT, text(endpoint))
             .set(TURNED_AT, text(Time::now().sortable()))
@@ -819,13 +820,14 @@ impl SandboxStore {
         Ok(transact(&self.table.client, writes, OPERATION).await?.is_written())
     }
 
-    /// Begins the next generation of a sandbox, which has no MicroVM yet, unless that was done already. Returns the record, whichever
+    /// Begins the next generation of a sandbox, which is to run and has no MicroVM yet, unless that was done already. Returns the record, whichever
     /// generation it has now; `None` if the sandbox does not exist or is being deleted.
     ///
     /// # Errors
     /// [`crate::Error::Store`].
     pub async fn next_generation(&self, record: &SandboxRecord) -> Result<Option<SandboxRecord>> {
-        let update = is_open(Update::new())
+        let update = is_open(due_now(Update::new(), &record.id))
+            .set(DESIRED, text(Desired::Running.as_str()))
             .set(GENERATION, number(record.generation.saturating_add(1)))
             .set(TURNED_AT, text(Time::now().sortable()))
             .remove_all(&[VM, ENDPOINT, ROUTE_UNTIL])
@@ -839,7 +841,7 @@ impl SandboxStore {
     /// # Errors
     /// [`crate::Error::Store`].
     pub async fn set_turned(&self, user: &UserId, id: &str, vm: &str) -> Result<bool> {
-        let update = due_later(Update::new(), id)
+        let update = due_now(Update::new(), id)
             .set(DESIRED, text(Desired::Running.as_str()))
             .set(TURNED_AT, text(Time::now().sortable()))
             .condition(Condition::equal(VM, text(vm)));

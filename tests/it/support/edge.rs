@@ -126,7 +126,7 @@ impl Function {
 
 /// The text of the function, as CloudFormation deploys it in the region of the tests.
 pub fn text() -> String {
-    let file: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../infra/sandbox-door.js");
+    let file: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../infra/front-door.js");
     std::fs::read_to_string(file).expect("the function").replace("${AWS::Region}", "us-east-1")
 }
 

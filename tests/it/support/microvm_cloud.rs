@@ -42,12 +42,13 @@ impl MicrovmCloud {
         MicrovmSandboxConfig {
             deployment: Some(deployment.to_owned()),
             image: IMAGE.to_owned(),
-            door_url: format!("{}/", self.edge.url()),
+            front_door_url: format!("{}/", self.edge.url()),
             routes: ARN.to_owned(),
             spec: "registry.example.com/agent-server:1".to_owned(),
             max_sandboxes: 2,
             web_url: Some("https://app.example.com/v1/".to_owned()),
             allow_cors_origins: vec!["https://ui.example.com".to_owned()],
+            working_dir: "/workspace/project".to_owned(),
             aws,
             routes_endpoint: Some(routes.to_owned()),
         }

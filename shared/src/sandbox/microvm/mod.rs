@@ -8,11 +8,11 @@
 //! still exists and has the same generation, and into a row of the MicroVM, provided that it is not marked as an orphan. What AWS runs and no
 //! record has is marked and terminated by [`SandboxService::end_orphans`].
 //!
-//! The address of a sandbox is `<door>/<name>`, for as long as the sandbox exists. The route behind it has an access token, which is renewed
+//! The address of a sandbox is `<front door>/<name>`, for as long as the sandbox exists. The route behind it has an access token, which is renewed
 //! before it expires whenever a running sandbox is inspected; [`SandboxService::inspection_period`] sees to it that this is often enough.
 
 mod api;
-mod door;
+mod routes;
 
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ use uuid::Uuid;
 
 pub use self::api::LONGEST_LIFE;
 use self::api::{ApiError, Microvm, Run, TOKEN_LIFE, unavailable};
-use self::door::{Door, Route};
+use self::routes::{Route, Routes};
 use super::capacity::{others_at_the_limit, to_evict};
 use super::circuit::CircuitBreaker;
 use super::config::MicrovmSandboxConfig;
@@ -119,7 +119,7 @@ impl MicrovmViewer {
     }
 
     fn url_of(&self, record: &SandboxRecord) -> String {
-        format!("{}/{}", self.config.door_url.trim_end_matches('/'), name_of(record))
+        format!("{}/{}", self.config.front_door_url.trim_end_matches('/'), name_of(record))
     }
 
     async fn look(&self, record: &SandboxRecord) -> Result<Look, ApiError> {
@@ -156,7 +156,7 @@ impl MicrovmViewer {
     async fn show(&self, record: &SandboxRecord, look: &Look) -> Result<Sandbox> {
         let now = Time::now();
         let (status, detail) = status(record, look, now);
-        let mut sandbox = Sandbox { detail, ..Sandbox::of(record, status, WORKING_DIR) };
+        let mut sandbox = Sandbox { detail, ..Sandbox::of(record, status, &self.config.working_dir) };
         if status != SandboxStatus::Running {
             return Ok(sandbox);
         }
@@ -199,11 +199,10 @@ fn status(record: &SandboxRecord, look: &Look, now: Time) -> (SandboxStatus, Opt
         Look::Gone => return (SandboxStatus::Missing, Some(ended(None, true))),
     };
     match vm.state {
-        MicrovmState::Pending => (SandboxStatus::Starting, None),
         // AWS does not report its suspension yet.
         MicrovmState::Running if record.desired == Desired::Paused => (SandboxStatus::Paused, Some(kept(vm))),
         MicrovmState::Running if record.route_until.is_some_and(|until| until > now) => (SandboxStatus::Running, None),
-        MicrovmState::Running => (SandboxStatus::Starting, None),
+        MicrovmState::Pending | MicrovmState::Running => (SandboxStatus::Starting, None),
         MicrovmState::Suspending | MicrovmState::Suspended => {
             let is_resumed = record.desired == Desired::Running
                 && record.turned_at.is_some_and(|turned_at| now.since(turned_at) < RESUME_LAG);
@@ -291,7 +290,7 @@ impl SandboxService for MicrovmViewer {
 pub struct MicrovmSandboxes {
     viewer: MicrovmViewer,
     circuit: CircuitBreaker,
-    door: Door,
+    routes: Routes,
 }
 
 impl MicrovmSandboxes {
@@ -299,8 +298,8 @@ impl MicrovmSandboxes {
     #[must_use]
     pub fn new(config: MicrovmSandboxConfig, store: SandboxStore) -> Self {
         let circuit = store.circuit();
-        let door = Door::new(&config.aws, config.routes.clone(), config.routes_endpoint.as_deref());
-        Self { viewer: MicrovmViewer::new(config, store), circuit, door }
+        let routes = Routes::new(&config.aws, config.routes.clone(), config.routes_endpoint.as_deref());
+        Self { viewer: MicrovmViewer::new(config, store), circuit, routes }
     }
 
     fn config(&self) -> &MicrovmSandboxConfig {
@@ -371,15 +370,15 @@ impl MicrovmSandboxes {
         if wanted.is_empty() {
             return Ok(());
         }
-        let mut routes: Vec<Route> = Vec::with_capacity(wanted.len());
+        let mut opened: Vec<Route> = Vec::with_capacity(wanted.len());
         for some in wanted.chunks(AT_ONCE) {
             let made = some.iter().map(async |(record, vm)| {
                 let token = self.call(api::access_token(self.client(), &vm.id, AGENT_SERVER_PORT)).await?;
                 Ok::<_, Error>(Route { name: name_of(record), host: vm.endpoint.clone(), token })
             });
-            routes.extend(try_join_all(made).await?);
+            opened.extend(try_join_all(made).await?);
         }
-        self.door.open(&routes).await?;
+        self.routes.open(&opened).await?;
         let until = now.plus(TOKEN_LIFE.saturating_sub(TOKEN_MARGIN));
         for (record, vm) in wanted {
             // Noted after the write. A worker that crashes in between leaves a route that is written again.
@@ -570,7 +569,7 @@ impl SandboxService for MicrovmSandboxes {
         if !self.suspend(&vm).await? {
             return Ok(false);
         }
-        self.door.close(&name_of(&record)).await?;
+        self.routes.close(&name_of(&record)).await?;
         self.store().set_route(user, id, &vm.id, None).await?;
         self.store().set_desired(user, id, Desired::Paused).await
     }
@@ -586,15 +585,25 @@ impl SandboxService for MicrovmSandboxes {
         }
         // Its user wants it to run, so it runs even beyond the limit.
         self.ensure_capacity(&record).await?;
-        // The record first, with a due time: a sandbox that runs is inspected from time to time.
+        // The record first, with a due time: a sandbox that runs is inspected soon, and then from time to time.
         if !self.store().set_turned(user, id, &vm.id).await? {
             return Ok(false);
         }
-        match vm.state {
-            MicrovmState::Pending => Ok(true),
-            // Running, or what was reported is out of date.
-            _ => self.wake(&vm.id).await,
+        if vm.state == MicrovmState::Pending {
+            return Ok(true);
         }
+        // It is suspended, or what was reported is out of date.
+        if !self.wake(&vm.id).await? {
+            return Ok(false);
+        }
+        // A client that only looks at conversations does not open the route. If this fails, the reconciler does it within a minute or two.
+        if let Some(record) = self.store().get(user, id).await? {
+            let look = Look::Found(Microvm { state: MicrovmState::Running, ..vm });
+            if let Err(error) = self.open_routes(&mut [record], &[look]).await {
+                tracing::warn!(error = %error.context(), "sandbox.route_not_opened");
+            }
+        }
+        Ok(true)
     }
 
     async fn terminate(&self, user: &UserId, id: &str) -> Result<bool> {
@@ -611,7 +620,7 @@ impl SandboxService for MicrovmSandboxes {
             Look::NotRun | Look::Gone | Look::Unknown(_) => false,
         };
         // Always, because a concurrent inspection may have opened the route again.
-        self.door.close(&name_of(&record)).await?;
+        self.routes.close(&name_of(&record)).await?;
         Ok(!is_left)
     }
 

@@ -42,7 +42,7 @@ pub(super) struct Route {
 
 /// The routes of a deployment.
 #[derive(Clone, Debug)]
-pub(super) struct Door {
+pub(super) struct Routes {
     client: Client,
     store: String,
 }
@@ -69,7 +69,7 @@ impl ResolveEndpoint for FixedEndpoint {
     }
 }
 
-impl Door {
+impl Routes {
     /// The routes in the KeyValueStore with this ARN. `endpoint` is the address of a stand-in for the service.
     pub fn new(config: &SdkConfig, store: String, endpoint: Option<&str>) -> Self {
         // Without the endpoint of the other clients, if these have one.

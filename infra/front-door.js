@@ -1,7 +1,7 @@
 // The function of the front door, a CloudFront distribution: sends a request for `/<name>/...` to the MicroVM of the sandbox with this name.
 //
 // The KeyValueStore has the host of the MicroVM's endpoint and an access token for it. Requests go to no other hosts than endpoints of
-// MicroVMs, so the door is no open proxy, and a token reaches nothing else. The token guards the endpoint only; the agent server behind it
+// MicroVMs, so this is no open proxy, and a token reaches nothing else. The token guards the endpoint only; the agent server behind it
 // requires its own session key. CloudFormation replaces the name of the region.
 import cf from 'cloudfront';
 
@@ -42,7 +42,7 @@ async function handler(event) {
     return refusal(request, 502, 'Bad Gateway');
   }
   request.uri = found[2] || '/';
-  // All sandboxes share the door's host, and so their cookies.
+  // All sandboxes share the host of the front door, and so their cookies.
   request.cookies = {};
   for (const name in request.headers) {
     if (name.startsWith('x-aws-proxy-')) {
