@@ -307,10 +307,7 @@ impl MicrovmApi {
             "runHookPayload": "{}", "logging": {"disabled": {}},
         });
         let mut state = self.state();
-        match run(&body, &mut state, &self.state) {
-            Ok(id) => id,
-            Err(_) => panic!("it is refused"),
-        }
+        run(&body, &mut state, &self.state).expect("it is not refused")
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

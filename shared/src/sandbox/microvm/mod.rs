@@ -699,3 +699,107 @@ impl MicrovmSandboxConfig {
         environment
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use aws_types::SdkConfig;
+
+    use super::*;
+
+    fn config() -> MicrovmSandboxConfig {
+        MicrovmSandboxConfig {
+            deployment: None,
+            image: "arn:aws-cn:lambda:cn-north-1:123456789012:microvm-image:one".to_owned(),
+            front_door_url: "https://front.example.com".to_owned(),
+            routes: String::new(),
+            spec: "image:1".to_owned(),
+            max_sandboxes: 1,
+            web_url: Some("https://api.example.com/v1/".to_owned()),
+            allow_cors_origins: vec!["https://ui.example.com".to_owned()],
+            working_dir: WORKING_DIR.to_owned(),
+            aws: SdkConfig::builder().build(),
+            routes_endpoint: None,
+        }
+    }
+
+    fn record(changes: &Value) -> SandboxRecord {
+        let now = Time::now().sortable();
+        let mut record = json!({
+            "user": "u", "id": "one", "spec_id": "s", "session_key_sealed": "", "session_key_hash": "", "created_at": now, "used_at": now,
+            "desired": "running",
+        });
+        for (name, value) in changes.as_object().expect("changes") {
+            record[name] = value.clone();
+        }
+        serde_json::from_value(record).expect("a record")
+    }
+
+    #[test]
+    fn the_payload_follows_from_key_and_configuration() {
+        let (config, key) = (config(), SecretString::from("key"));
+        let payload = |config: &MicrovmSandboxConfig| config.payload(&key).map(|text| text.expose_secret().to_owned());
+        let text = payload(&config).expect("a payload");
+        assert_eq!(text, payload(&config).expect("a payload"), "AWS compares it with that of an earlier call");
+        let environment = &serde_json::from_str::<Value>(&text).expect("JSON")["environment"];
+        assert_eq!(environment["OH_WEBHOOKS_0_BASE_URL"], "https://api.example.com/v1/api/v1/webhooks");
+        assert_eq!(environment["OH_ALLOW_CORS_ORIGINS_0"], "https://api.example.com");
+        assert_eq!(environment["OH_ALLOW_CORS_ORIGINS_1"], "https://ui.example.com");
+        assert_eq!(
+            (&environment["OH_SESSION_API_KEYS_0"], &environment["OH_SECRET_KEY"]),
+            (&json!("key"), &json!("key"))
+        );
+        // Up to the limit.
+        let mut long = config.clone();
+        long.allow_cors_origins = vec!["x".repeat("https://ui.example.com".len() + LONGEST_PAYLOAD - text.len())];
+        assert_eq!(payload(&long).expect("a payload").len(), LONGEST_PAYLOAD);
+        long.allow_cors_origins[0].push('x');
+        assert!(payload(&long).is_err());
+        assert!(config.connectors()[0].starts_with("arn:aws-cn:lambda:cn-north-1:aws:network-connector:"));
+    }
+
+    #[test]
+    fn states_of_a_microvm_are_statuses_of_its_sandbox() {
+        use MicrovmState::{Pending, Running, Suspended, Suspending, Terminated, Terminating};
+        let now = Time::now();
+        let vm = |state: &MicrovmState| {
+            Look::Found(Microvm {
+                id: "vm".to_owned(),
+                endpoint: "host".to_owned(),
+                state: state.clone(),
+                started_at: now,
+                reason: Some("Out of memory".to_owned()),
+            })
+        };
+        let (soon, past) =
+            (now.plus(Duration::from_secs(60)).sortable(), now.minus(Duration::from_secs(60)).sortable());
+        let routed = json!({"vm": "vm", "route_until": soon});
+        let expired = json!({"vm": "vm", "route_until": past});
+        let paused = json!({"vm": "vm", "desired": "paused", "route_until": soon});
+        let resumed = json!({"vm": "vm", "turned_at": now.sortable()});
+        let resumed_before = json!({"vm": "vm", "turned_at": past});
+        for (changes, state, expected) in [
+            (&routed, Pending, SandboxStatus::Starting),
+            (&routed, Running, SandboxStatus::Running),
+            (&expired, Running, SandboxStatus::Starting),
+            (&paused, Running, SandboxStatus::Paused),
+            (&paused, Suspending, SandboxStatus::Paused),
+            (&paused, Suspended, SandboxStatus::Paused),
+            (&resumed, Suspended, SandboxStatus::Starting),
+            (&resumed_before, Suspended, SandboxStatus::Paused),
+            (&routed, Terminating, SandboxStatus::Missing),
+            (&routed, Terminated, SandboxStatus::Missing),
+            (&routed, MicrovmState::from("NEW"), SandboxStatus::Error),
+        ] {
+            let (status, detail) = status(&record(changes), &vm(&state), now);
+            assert_eq!(status, expected, "{changes} {state:?}");
+            let has_detail = matches!(status, SandboxStatus::Paused | SandboxStatus::Missing | SandboxStatus::Error);
+            assert_eq!(detail.is_some(), has_detail, "{changes} {state:?}");
+        }
+        let ended = status(&record(&routed), &vm(&Terminated), now).1;
+        assert_eq!(ended.as_deref(), Some("Its MicroVM has ended (Out of memory)"));
+        assert_eq!(status(&record(&json!({})), &Look::NotRun, now).0, SandboxStatus::Starting);
+        let later = now.plus(LAUNCH_GRACE + Duration::from_secs(1));
+        assert_eq!(status(&record(&json!({})), &Look::NotRun, later).0, SandboxStatus::Missing);
+        assert_eq!(status(&record(&json!({"vm": "vm"})), &Look::Gone, now).0, SandboxStatus::Missing);
+    }
+}
