@@ -51,7 +51,7 @@ impl LoadServiceConfig for EndpointsFromEnv {
         if key.env() != "AWS_ENDPOINT_URL" {
             return None;
         }
-        text(&format!("AWS_ENDPOINT_URL_{}", key.service_id().to_uppercase()))
+        text(&format!("AWS_ENDPOINT_URL_{}", key.service_id().to_uppercase().replace(' ', "_")))
     }
 }
 

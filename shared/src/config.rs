@@ -11,7 +11,7 @@ use crate::env::{flag, parsed, required, web_url};
 use crate::http_client::AddressPolicy;
 #[cfg(feature = "docker")]
 pub use crate::sandbox::config::DockerSandboxConfig;
-pub use crate::sandbox::config::{ProcessSandboxConfig, RemoteSandboxConfig, SandboxConfig};
+pub use crate::sandbox::config::{MicrovmSandboxConfig, ProcessSandboxConfig, RemoteSandboxConfig, SandboxConfig};
 
 /// The names of the tables and the bucket, and the URLs of the queues.
 #[derive(Clone, Debug)]

@@ -145,6 +145,12 @@ impl Stores {
         sandbox::service(config, self.sandboxes())
     }
 
+    /// The sandboxes of the configured provider, for a function that only shows them.
+    #[must_use]
+    pub fn sandbox_viewer(&self, config: &SandboxConfig) -> Arc<dyn SandboxService> {
+        sandbox::viewer(config, self.sandboxes())
+    }
+
     /// Deletes these sandboxes when they are not used any more.
     #[must_use]
     pub fn sandbox_reconciler(&self, sandboxes: Arc<dyn SandboxService>) -> SandboxReconciler {

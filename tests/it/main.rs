@@ -47,6 +47,7 @@ mod limits;
 mod local_access;
 mod lost_responses;
 mod mcp_probe;
+mod microvms;
 mod observability;
 mod openapi;
 mod orphans;

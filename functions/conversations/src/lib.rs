@@ -60,7 +60,7 @@ impl Context {
     #[must_use]
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
         let stores = Stores::new(&config.names, aws, sealer);
-        let sandboxes = stores.sandbox_service(&config.sandbox);
+        let sandboxes = stores.sandbox_viewer(&config.sandbox);
         Self::with_sandboxes(config, &stores, sandboxes)
     }
 

@@ -44,7 +44,7 @@ impl Context {
     #[must_use]
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
         let stores = Stores::new(&config.names, aws, sealer);
-        let sandboxes = stores.sandbox_service(&config.sandbox);
+        let sandboxes = stores.sandbox_viewer(&config.sandbox);
         let exporter = stores.exporter(&config.export, sandboxes, HttpClient::new(config.address_policy));
         Self::with_exporter(exporter, config.export.inline_limit)
     }

@@ -49,7 +49,7 @@ impl Context {
     #[must_use]
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
         let stores = Stores::new(&config.names, aws, sealer);
-        let sandboxes = stores.sandbox_service(&config.sandbox);
+        let sandboxes = stores.sandbox_viewer(&config.sandbox);
         let http = HttpClient::new(config.address_policy);
         let locator = WorkspaceLocator::new(stores.conversations(), sandboxes, http);
         Self::with_locator(locator, config.sandbox_request_budget)

@@ -4,9 +4,11 @@ use std::path::PathBuf;
 #[cfg(feature = "docker")]
 use std::time::Duration;
 
+use aws_types::SdkConfig;
 use secrecy::{ExposeSecret as _, SecretString};
 
-use super::spec;
+use super::{microvm, spec};
+use crate::aws::sdk_config_from_env;
 #[cfg(feature = "docker")]
 use crate::env::flag;
 use crate::env::{ConfigError, list, parsed, permitted_origins, required, text, web_url};
@@ -21,6 +23,8 @@ pub enum SandboxConfig {
     Docker(DockerSandboxConfig),
     /// Sandboxes of a runtime API, which runs images on remote machines.
     Remote(RemoteSandboxConfig),
+    /// One AWS Lambda MicroVM per sandbox.
+    Microvm(Box<MicrovmSandboxConfig>),
     /// No sandboxes: a start ends with status ERROR and a message that names the reason.
     None,
 }
@@ -41,11 +45,12 @@ impl SandboxConfig {
                 allow_cors_origins: permitted_origins(),
             }),
             "remote" => SandboxConfig::Remote(RemoteSandboxConfig::from_env(spec::AGENT_SERVER_VERSION)?),
+            "microvm" => SandboxConfig::Microvm(Box::new(MicrovmSandboxConfig::from_env(spec::AGENT_SERVER_VERSION)?)),
             "none" => SandboxConfig::None,
             other => {
                 return Err(ConfigError {
                     name: "SANDBOX_KIND",
-                    problem: format!("`{other}` is not one of process, remote, none"),
+                    problem: format!("`{other}` is not one of process, remote, microvm, none"),
                 });
             }
         })
@@ -56,6 +61,7 @@ impl SandboxConfig {
         match self {
             SandboxConfig::None => vec![("SANDBOX_KIND", "none".into())],
             SandboxConfig::Remote(remote) => remote.to_env(),
+            SandboxConfig::Microvm(microvm) => microvm.to_env(),
             // Other processes cannot use Docker sandboxes: functions under `cargo lambda watch` are built without the feature.
             #[cfg(feature = "docker")]
             SandboxConfig::Docker(_) => vec![("SANDBOX_KIND", "none".into())],
@@ -221,3 +227,106 @@ impl RemoteSandboxConfig {
         variables
     }
 }
+
+/// Configuration of sandboxes that are AWS Lambda MicroVMs.
+#[derive(Clone, Debug)]
+pub struct MicrovmSandboxConfig {
+    /// The id of the deployment (`DEPLOYMENT_ID`), which distinguishes its sandboxes from others in the same account.
+    pub deployment: Option<String>,
+    /// The ARN of the MicroVM image (`SANDBOX_MICROVM_IMAGE`), such as `arn:aws:lambda:us-east-1:123456789012:microvm-image:NAME`.
+    pub image: String,
+    /// The address of the front door (`SANDBOX_MICROVM_URL`), such as `https://d111111abcdef8.cloudfront.net`.
+    pub front_door_url: String,
+    /// The ARN of the CloudFront KeyValueStore with the front door's routes (`SANDBOX_MICROVM_ROUTES`).
+    pub routes: String,
+    /// The container image from which the MicroVM image is built, the id of the sandbox spec; see [`spec::image`].
+    pub spec: String,
+    /// The maximum number of running sandboxes per user (`SANDBOX_MAX_RUNNING`, 10). One more causes the eviction (a pause) of the one that
+    /// has been idle for the longest time; a start waits while none may be evicted.
+    pub max_sandboxes: usize,
+    /// The public address of this API (`OH_WEB_URL` or `WEB_HOST`). Without it, agent servers cannot send webhooks.
+    pub web_url: Option<String>,
+    /// Origins that agent servers accept in addition to the origin of this API.
+    pub allow_cors_origins: Vec<String>,
+    /// The folder in which conversations work, an absolute path in the image.
+    pub working_dir: String,
+    /// The configuration of the AWS clients.
+    pub aws: SdkConfig,
+    /// The address of a stand-in for CloudFront KeyValueStore (`AWS_ENDPOINT_URL_CLOUDFRONT_KEYVALUESTORE`).
+    pub routes_endpoint: Option<String>,
+}
+
+impl MicrovmSandboxConfig {
+    /// Reads the environment. `version` is the agent server version of the default image.
+    ///
+    /// # Errors
+    /// Names the first variable that is missing or malformed.
+    pub fn from_env(version: &str) -> Result<Self, ConfigError> {
+        let config = Self {
+            deployment: text("DEPLOYMENT_ID"),
+            image: required(IMAGE)?,
+            front_door_url: required("SANDBOX_MICROVM_URL")?,
+            routes: required("SANDBOX_MICROVM_ROUTES")?,
+            spec: spec::image(version),
+            max_sandboxes: parsed("SANDBOX_MAX_RUNNING")?.unwrap_or(10),
+            web_url: web_url(),
+            allow_cors_origins: permitted_origins(),
+            working_dir: microvm::WORKING_DIR.to_owned(),
+            aws: sdk_config_from_env(),
+            routes_endpoint: text("AWS_ENDPOINT_URL_CLOUDFRONT_KEYVALUESTORE"),
+        };
+        if config.arn().is_none() {
+            return Err(ConfigError {
+                name: IMAGE,
+                problem: format!("`{}` is not the ARN of a MicroVM image", config.image),
+            });
+        }
+        if config.payload(&crate::id::new_session_key().into()).is_err() {
+            return Err(ConfigError {
+                name: "PERMITTED_CORS_ORIGINS",
+                problem: format!("is too long: a MicroVM accepts {} bytes at its start", microvm::LONGEST_PAYLOAD),
+            });
+        }
+        Ok(config)
+    }
+
+    /// The partition and the region of the image.
+    fn arn(&self) -> Option<(&str, &str)> {
+        let parts: Vec<&str> = self.image.split(':').collect();
+        match parts[..] {
+            ["arn", partition, "lambda", region, _, "microvm-image", name] if !name.is_empty() => {
+                Some((partition, region))
+            }
+            _ => None,
+        }
+    }
+
+    /// The ARNs of the network connectors that AWS manages: for requests to a MicroVM from the internet, and for its own to the internet.
+    #[must_use]
+    pub fn connectors(&self) -> [String; 2] {
+        let (partition, region) = self.arn().unwrap_or(("aws", "us-east-1"));
+        ["HTTP_INGRESS", "INTERNET_EGRESS"]
+            .map(|name| format!("arn:{partition}:lambda:{region}:aws:network-connector:aws-network-connector:{name}"))
+    }
+
+    fn to_env(&self) -> Vec<(&'static str, String)> {
+        let mut variables = vec![
+            ("SANDBOX_KIND", "microvm".to_owned()),
+            (IMAGE, self.image.clone()),
+            ("SANDBOX_MICROVM_URL", self.front_door_url.clone()),
+            ("SANDBOX_MICROVM_ROUTES", self.routes.clone()),
+            ("SANDBOX_MAX_RUNNING", self.max_sandboxes.to_string()),
+        ];
+        if let Some((repository, tag)) = self.spec.rsplit_once(':') {
+            variables.push(("AGENT_SERVER_IMAGE_REPOSITORY", repository.to_owned()));
+            variables.push(("AGENT_SERVER_IMAGE_TAG", tag.to_owned()));
+        }
+        if let Some(deployment) = &self.deployment {
+            variables.push(("DEPLOYMENT_ID", deployment.clone()));
+        }
+        variables
+    }
+}
+
+/// The variable with the ARN of the MicroVM image.
+const IMAGE: &str = "SANDBOX_MICROVM_IMAGE";

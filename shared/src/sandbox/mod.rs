@@ -1,4 +1,4 @@
-//! Sandbox lifecycle (start, pause, resume, delete) as one trait, with one file per provider: process, Docker, runtime API, none.
+//! Sandbox lifecycle (start, pause, resume, delete) as one trait, with one file per provider: process, Docker, MicroVM, runtime API, none.
 
 pub mod boots;
 mod capacity;
@@ -6,6 +6,7 @@ pub mod circuit;
 pub mod config;
 #[cfg(feature = "docker")]
 pub mod docker;
+pub mod microvm;
 pub mod none;
 pub mod orphans;
 mod proc;
@@ -225,6 +226,20 @@ pub trait SandboxService: Send + Sync + std::fmt::Debug {
         Ok(Vec::new())
     }
 
+    /// Terminates what the provider runs for this deployment and no sandbox uses, where [`SandboxService::list_provider`] cannot name it.
+    /// Returns how much.
+    ///
+    /// # Errors
+    /// [`crate::Error::Upstream`] when the provider does not respond; [`crate::Error::Store`].
+    async fn end_orphans(&self, _now: Time) -> Result<usize> {
+        Ok(0)
+    }
+
+    /// The longest time between two inspections of a running sandbox; `None` if it need not be inspected.
+    fn inspection_period(&self) -> Option<Duration> {
+        None
+    }
+
     /// Records that a conversation was started in the sandbox now.
     ///
     /// # Errors
@@ -299,6 +314,20 @@ fn prefix_of(deployment: &str) -> String {
 #[must_use]
 pub fn service(config: &SandboxConfig, store: SandboxStore) -> Arc<dyn SandboxService> {
     match config {
+        SandboxConfig::Process(process) => Arc::new(process::ProcessSandboxes::new(process.clone(), store)),
+        #[cfg(feature = "docker")]
+        SandboxConfig::Docker(docker) => Arc::new(docker::DockerSandboxes::new(docker.clone(), store)),
+        SandboxConfig::Remote(remote) => Arc::new(remote::RemoteSandboxes::new(remote.clone(), store)),
+        SandboxConfig::Microvm(microvm) => Arc::new(microvm::MicrovmSandboxes::new((**microvm).clone(), store)),
+        SandboxConfig::None => Arc::new(none::NoSandboxes),
+    }
+}
+
+/// Creates what [`service`] creates, for a function that only shows sandboxes. It contains less code, and needs fewer permissions.
+#[must_use]
+pub fn viewer(config: &SandboxConfig, store: SandboxStore) -> Arc<dyn SandboxService> {
+    match config {
+        SandboxConfig::Microvm(microvm) => Arc::new(microvm::MicrovmViewer::new((**microvm).clone(), store)),
         SandboxConfig::Process(process) => Arc::new(process::ProcessSandboxes::new(process.clone(), store)),
         #[cfg(feature = "docker")]
         SandboxConfig::Docker(docker) => Arc::new(docker::DockerSandboxes::new(docker.clone(), store)),

@@ -7,6 +7,8 @@
 //! with the same id succeeds. From there on the reconciler deletes it like any other sandbox.
 //!
 //! Whatever else the provider runs may belong to someone else, and is only reported.
+//!
+//! A provider whose sandboxes have no names finds its orphans itself ([`super::SandboxService::end_orphans`]).
 
 use std::time::Duration;
 
@@ -36,10 +38,17 @@ impl SandboxReconciler {
             return Ok(0);
         }
         let Some(after) = self.records.claim_comparison(now, PERIOD).await? else { return Ok(0) };
+        let mut orphans = match self.sandboxes.end_orphans(now).await {
+            Err(error) if error.is_upstream() => {
+                tracing::warn!(error = %error.context(), "sandbox.provider_not_listed");
+                0
+            }
+            ended => ended?,
+        };
         let found = match self.sandboxes.list_provider().await {
             Err(error) if error.is_upstream() => {
                 tracing::warn!(error = %error.context(), "sandbox.provider_not_listed");
-                return Ok(0);
+                return Ok(orphans);
             }
             found => found?,
         };
@@ -52,7 +61,6 @@ impl SandboxReconciler {
         let next = own.last().filter(|_| is_cut_off).map_or("", |last| &last.name).to_owned();
         let looked_up: Vec<String> = own.iter().map(|found| found.name.clone()).collect();
         let mut known = self.records.names(&looked_up).await?;
-        let mut orphans = 0;
         for found in own {
             match known.remove(&found.name) {
                 Some(sandbox) => orphans += usize::from(self.check(&found, &sandbox, now).await?),

@@ -133,21 +133,39 @@ impl SandboxReconciler {
         if is_deleted {
             return self.finish_deletion(&claim).await;
         }
-        match &self.idle {
-            Some(policy) if claim.record.desired == Desired::Running => {
-                match self.next_idle_check(&claim, policy).await? {
-                    Some(delay) => self.records.postpone(&claim, Time::now().plus(delay), None, 0).await,
-                    None => self.records.settle(&claim).await,
-                }
+        let period = self.sandboxes.inspection_period();
+        let is_to_run = claim.record.desired == Desired::Running;
+        let next = match (&self.idle, period) {
+            (Some(policy), _) if is_to_run => self.next_idle_check(&claim, policy).await?,
+            (None, Some(period)) if is_to_run => self.next_inspection(&claim.record, period).await?,
+            _ => None,
+        };
+        match next.map(|delay| delay.min(period.unwrap_or(Duration::MAX))) {
+            Some(delay) => self.records.postpone(&claim, Time::now().plus(delay), None, 0).await,
+            None => self.records.settle(&claim).await,
+        }
+    }
+
+    /// Inspects a sandbox. Returns the delay until it has to be inspected again; `None` if that is when it is resumed.
+    async fn next_inspection(&self, record: &SandboxRecord, period: Duration) -> Result<Option<Duration>> {
+        match self.sandboxes.inspect(&record.user, &record.id).await {
+            Err(error) if error.is_upstream() => {
+                tracing::warn!(sandbox = %record.id, error = %error.context(), "sandbox.not_inspected");
+                Ok(Some(SHORTEST_IDLE_CHECK))
             }
-            _ => self.records.settle(&claim).await,
+            inspected => Ok(inspected?.and_then(|sandbox| match sandbox.status {
+                SandboxStatus::Running => Some(period),
+                SandboxStatus::Starting | SandboxStatus::Error => Some(SHORTEST_IDLE_CHECK),
+                SandboxStatus::Paused | SandboxStatus::Missing => None,
+            })),
         }
     }
 
     /// Pauses a sandbox that is idle. Returns the delay until it has to be checked again; `None` if that is when it is resumed.
     async fn next_idle_check(&self, claim: &SandboxClaim, policy: &IdlePolicy) -> Result<Option<Duration>> {
         let record = &claim.record;
-        if !record.starts.is_empty() {
+        let is_inspected = self.sandboxes.inspection_period().is_some();
+        if !record.starts.is_empty() && !is_inspected {
             return Ok(Some(policy.limit));
         }
         let sandbox = match self.sandboxes.inspect(&record.user, &record.id).await {
@@ -160,9 +178,16 @@ impl SandboxReconciler {
         let Some(sandbox) = sandbox else { return Ok(None) };
         let agent_server = match (sandbox.status, sandbox.agent_server(&policy.http)) {
             (SandboxStatus::Running, Some(agent_server)) => agent_server,
+            // Its provider has to be asked again soon where it depends on inspections.
+            (SandboxStatus::Starting | SandboxStatus::Error, _) if is_inspected => {
+                return Ok(Some(SHORTEST_IDLE_CHECK));
+            }
             (SandboxStatus::Starting, _) => return Ok(Some(policy.limit)),
             _ => return Ok(None),
         };
+        if !record.starts.is_empty() {
+            return Ok(Some(policy.limit));
+        }
         let idle = match idle_time(&agent_server, record).await {
             Ok(Some(idle)) => idle,
             Ok(None) => return Ok(Some(policy.limit)),

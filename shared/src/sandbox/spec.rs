@@ -81,6 +81,10 @@ pub fn specs(config: &SandboxConfig) -> Vec<SandboxSpec> {
             let (command, environment) = (super::remote::COMMAND, super::remote::ENVIRONMENT);
             vec![spec(remote.image.clone(), &command, super::remote::WORKING_DIR, &environment)]
         }
+        SandboxConfig::Microvm(microvm) => {
+            let (command, environment) = (["--port", "8000"], super::microvm::ENVIRONMENT);
+            vec![spec(microvm.spec.clone(), &command, &microvm.working_dir, &environment)]
+        }
         SandboxConfig::None => Vec::new(),
     }
 }

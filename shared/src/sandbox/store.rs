@@ -47,6 +47,18 @@ const DELETE_WHEN_EMPTY: &str = "delete_when_empty";
 const GONE_SINCE: &str = "gone_since";
 const ATTEMPTS: &str = "attempts";
 const DESIRED: &str = "desired";
+/// The attributes of sandboxes that are MicroVMs.
+const GENERATION: &str = "generation";
+const VM: &str = "vm";
+const ENDPOINT: &str = "endpoint";
+const TURNED_AT: &str = "turned_at";
+const ROUTE_UNTIL: &str = "route_until";
+/// The attributes of rows of MicroVMs, besides [`EXPIRES_AT`]: the sandbox, or that no sandbox may use the MicroVM.
+const OWNER: &str = "owner";
+const SANDBOX: &str = "sandbox";
+const ORPHAN: &str = "orphan";
+/// How long the row of a MicroVM stays. It is longer than a MicroVM can exist.
+const VMS_EXPIRE: Duration = Duration::from_secs(2 * 24 * 3600);
 
 /// The attributes of rows of names, besides `owner` and `sandbox`.
 const SEEN_AT: &str = "seen_at";
@@ -130,6 +142,21 @@ pub struct SandboxRecord {
     /// Whether its agent server has answered since the sandbox was created (Docker sandboxes).
     #[serde(default)]
     pub answered: bool,
+    /// The number of launches before the current one (MicroVMs). Each launch has an idempotency token of its own.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub generation: u32,
+    /// The id of its MicroVM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<String>,
+    /// The host name of its MicroVM's endpoint.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<String>,
+    /// The time of its latest launch or resume (MicroVMs).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub turned_at: Option<Time>,
+    /// Until when the front door has a valid route to its MicroVM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub route_until: Option<Time>,
     /// The port of its agent server on this machine (process sandboxes, Docker sandboxes on the host network).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
@@ -231,6 +258,11 @@ impl SandboxStore {
             attempts: 0,
             gone_since: None,
             answered: false,
+            generation: 0,
+            vm: None,
+            endpoint: None,
+            turned_at: None,
+            route_until: None,
             port: None,
         })
     }
@@ -766,6 +798,103 @@ impl SandboxStore {
         self.apply(user, id, Update::new().set("port", number(port.into()))).await
     }
 
+    /// Enters the MicroVM of the record's generation into the record, and the sandbox into the row of the MicroVM. Returns false if the
+    /// sandbox is being deleted, has another generation meanwhile, or the MicroVM is marked as an orphan.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn record_vm(&self, record: &SandboxRecord, vm: &str, endpoint: &str) -> Result<bool> {
+        let (user, id) = (&record.user, record.id.as_str());
+        let expires_at = Time::now().plus(VMS_EXPIRE).unix_seconds().to_string();
+        // Its route has to be opened once it runs, also if no one looks at it.
+        let update = is_open(due_now(Update::new(), id))
+            .set(VM, text(vm))
+            .set(ENDPOINT, text(endpoint))
+            .set(TURNED_AT, text(Time::now().sortable()))
+            .condition(has_generation(record));
+        let row = named(user, id).set(EXPIRES_AT, AttributeValue::N(expires_at)).condition(Condition::Missing(ORPHAN));
+        let writes = vec![
+            update.in_transaction(&self.table.name, key(user, id))?,
+            row.in_transaction(&self.table.name, vm_key(vm))?,
+        ];
+        Ok(transact(&self.table.client, writes, OPERATION).await?.is_written())
+    }
+
+    /// Begins the next generation of a sandbox, which is to run and has no MicroVM yet, unless that was done already. Returns the record, whichever
+    /// generation it has now; `None` if the sandbox does not exist or is being deleted.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn next_generation(&self, record: &SandboxRecord) -> Result<Option<SandboxRecord>> {
+        let update = is_open(due_now(Update::new(), &record.id))
+            .set(DESIRED, text(Desired::Running.as_str()))
+            .set(GENERATION, number(record.generation.saturating_add(1)))
+            .set(TURNED_AT, text(Time::now().sortable()))
+            .remove_all(&[VM, ENDPOINT, ROUTE_UNTIL])
+            .condition(has_generation(record));
+        let found = self.updated(&record.user, &record.id, update).await?;
+        Ok(found.filter(|record| record.desired != Desired::Deleted))
+    }
+
+    /// Records that a sandbox with this MicroVM is to run from now on. Returns false when it is being deleted or has another MicroVM.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn set_turned(&self, user: &UserId, id: &str, vm: &str) -> Result<bool> {
+        let update = due_now(Update::new(), id)
+            .set(DESIRED, text(Desired::Running.as_str()))
+            .set(TURNED_AT, text(Time::now().sortable()))
+            .condition(Condition::equal(VM, text(vm)));
+        self.apply(user, id, update).await
+    }
+
+    /// Sets until when the front door has a valid route to this MicroVM. Returns false when the sandbox is being deleted or has another
+    /// MicroVM.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn set_route(&self, user: &UserId, id: &str, vm: &str, until: Option<Time>) -> Result<bool> {
+        let update = Update::new()
+            .set_or_remove(ROUTE_UNTIL, until.map(|until| text(until.sortable())))
+            .condition(Condition::equal(VM, text(vm)));
+        self.apply(user, id, update).await
+    }
+
+    /// Returns those of these MicroVMs that are in the record of a sandbox, by consistent reads. The sandbox may be marked for deletion.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn used_vms(&self, vms: &[String]) -> Result<HashSet<String>> {
+        let mut sandboxes: BTreeSet<(String, String)> = BTreeSet::new();
+        for item in self.table.batch_get(vms.iter().map(|vm| vm_key(vm)).collect()).await? {
+            let attribute = |name: &str| item.get(name).and_then(|value| value.as_s().ok()).cloned();
+            if let (Some(owner), Some(sandbox)) = (attribute(OWNER), attribute(SANDBOX)) {
+                sandboxes.insert((owner, sandbox));
+            }
+        }
+        let keys = sandboxes.into_iter().map(|(owner, sandbox)| key(&UserId::new(owner), &sandbox)).collect();
+        let mut used = HashSet::new();
+        for item in self.table.batch_get(keys).await? {
+            used.extend(from_item::<SandboxRecord>(item)?.vm);
+        }
+        Ok(used)
+    }
+
+    /// Marks a MicroVM that no record has as an orphan, which no sandbox can use any more. Returns false if a sandbox uses it meanwhile.
+    ///
+    /// # Errors
+    /// [`crate::Error::Store`].
+    pub async fn mark_orphan(&self, vm: &str) -> Result<bool> {
+        let expires_at = Time::now().plus(VMS_EXPIRE).unix_seconds().to_string();
+        let mark = Update::new().set(ORPHAN, true_value()).set(EXPIRES_AT, AttributeValue::N(expires_at));
+        if self.table.apply(vm_key(vm), mark.condition(Condition::Missing(OWNER))).await? {
+            return Ok(true);
+        }
+        // The row has been written together with the record. A record that has another MicroVM now never gets this one again, because
+        // its generation has changed.
+        Ok(!self.used_vms(&[vm.to_owned()]).await?.contains(vm))
+    }
+
     /// Sets the spec and the port with which the agent server is launched. Returns false when the record does not exist.
     ///
     /// # Errors
@@ -839,7 +968,21 @@ fn true_value() -> AttributeValue {
 
 /// The row of a sandbox's name. Like the row of comparisons, it is in the table's partitions whose key no user has.
 fn named(user: &UserId, id: &str) -> Update {
-    Update::new().set("owner", text(user.as_str())).set("sandbox", text(id))
+    Update::new().set(OWNER, text(user.as_str())).set(SANDBOX, text(id))
+}
+
+fn vm_key(vm: &str) -> Item {
+    key(&UserId::new(format!("#vm#{vm}")), vm)
+}
+
+fn has_generation(record: &SandboxRecord) -> Condition {
+    Condition::unchanged(GENERATION, (record.generation > 0).then(|| number(record.generation)))
+}
+
+/// For serde.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 fn name_key(name: &str) -> Item {

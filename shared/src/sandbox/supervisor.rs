@@ -37,7 +37,8 @@ use super::config::ProcessSandboxConfig;
 use super::proc::{self, StartTime};
 use crate::digest::sha256_hex;
 
-const PROGRAM: &str = include_str!("supervisor.py");
+/// The program of the boot supervisor, as `supervisor.py`.
+pub const PROGRAM: &str = include_str!("supervisor.py");
 /// The environment variables of the supervisor: those that modules read while they are imported, as far as they are the same for all
 /// sandboxes and contain no secrets. With another value in a request, the supervisor executes a new Python.
 const PASSED_ON: [&str; 10] = [

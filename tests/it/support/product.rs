@@ -614,7 +614,7 @@ async fn send(request: RequestBuilder) -> (u16, Value) {
 }
 
 /// One installation for all tests and all runs.
-fn agent_server_folder() -> PathBuf {
+pub fn agent_server_folder() -> PathBuf {
     shared::config::text("OPENHANDS_AGENT_SERVER_FOLDER")
         .map_or_else(|| Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("agent-server"), PathBuf::from)
 }

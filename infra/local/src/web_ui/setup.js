@@ -65,11 +65,15 @@
   // The UI sends the key of a sandbox in the first message of a websocket. Only agent servers of the UI's own version read it there;
   // all others read it from the address when the websocket is opened. The keys are taken from the API's responses with
   // conversations, which is where the UI gets them, too.
+  // Several sandboxes may share a host, and have paths of their own then.
   var keys = {};
+  function addressOf(url, rest) {
+    return url.host + url.pathname.split(rest)[0];
+  }
   function remember(rows) {
     rows.forEach(function (row) {
       if (row && row.conversation_url && row.session_api_key) {
-        keys[new URL(row.conversation_url).host] = row.session_api_key;
+        keys[addressOf(new URL(row.conversation_url), "/api/conversations")] = row.session_api_key;
       }
     });
   }
@@ -96,7 +100,7 @@
   window.WebSocket = class extends Plain {
     constructor(address, protocols) {
       var url = new URL(address, window.location.href);
-      var known = url.pathname.indexOf("/sockets/") >= 0 && keys[url.host];
+      var known = url.pathname.indexOf("/sockets/") >= 0 && keys[addressOf(url, "/sockets/")];
       if (known && !url.searchParams.has("session_api_key")) url.searchParams.set("session_api_key", known);
       super(url.href, protocols || []);
       this.is_known = Boolean(known);
