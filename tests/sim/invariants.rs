@@ -13,7 +13,7 @@ use crate::world::{EPOCH, WORKER, World};
 
 /// How long a start may wait while the provider responds and its sandbox is usable or could be resumed.
 const LONGEST_NEGLECT: Duration = Duration::from_secs(45);
-/// How much longer for each worker that crashed or stood still meanwhile, for each message that came late, and for each minute in which
+/// How much longer for each worker that crashed, failed or stood still meanwhile with a message about it, for each such message that came late, and for each minute in which
 /// enqueueing may have failed: until the sweep after the next one, which may not see the row yet.
 const INTERRUPTION: Duration = Duration::from_secs(70);
 
@@ -209,6 +209,16 @@ impl<'a> Facts<'a> {
             let sandbox = sandboxes.first().copied().unwrap_or_default();
             let neglect = self.neglect(sandbox, (*entered, *ended))?;
             return Some(format!("{name} is ERROR at {step}, {detail}: {neglect}"));
+        }
+        // A command whose time is up ends before its step does, but its end is not seen in a sandbox that boots at that time.
+        if detail.starts_with("The step ") && detail.contains("did not finish within") {
+            let last = (ended.saturating_sub(LONGEST_NEGLECT), *ended);
+            let sandbox = sandboxes.first().copied().unwrap_or_default();
+            let usable: Duration =
+                self.usable(sandbox, last).into_iter().map(|(begin, end)| end.saturating_sub(begin)).sum();
+            if usable < LONGEST_NEGLECT / 2 {
+                return None;
+            }
         }
         // It may have come too late to join the sandbox that it names.
         if let Some(named) = &start.named

@@ -152,8 +152,8 @@ impl Lambda {
         lock(&self.0.overran).clone()
     }
 
-    /// When invocations that had events crashed or were frozen, since the simulation began, and the bodies of their messages, or the event
-    /// if it has no messages.
+    /// When invocations that had events crashed, were frozen or failed, since the simulation began, and the bodies of their messages, or
+    /// the event if it has no messages.
     pub fn interruptions(&self) -> Vec<(Duration, String)> {
         lock(&self.0.interruptions).clone()
     }
@@ -351,6 +351,11 @@ impl Lambda {
         }
     }
 
+    fn note_failures<'a>(&self, bodies: impl Iterator<Item = &'a str>) {
+        let now = self.0.clock.elapsed();
+        lock(&self.0.interruptions).extend(bodies.map(|body| (now, body.to_owned())));
+    }
+
     /// Invokes the function with a batch, and deletes the messages that it processed. The others stay hidden until their visibility
     /// timeout is over.
     async fn deliver(&self, sqs: &Sqs, mapping: &Mapping, messages: Vec<Received>) {
@@ -369,12 +374,17 @@ impl Lambda {
                     backoff *= 2;
                 }
                 Ok(Ok(response)) => break response,
-                Ok(Err(_)) | Err(_) => return,
+                Ok(Err(_)) => {
+                    self.note_failures(messages.iter().map(|message| &*message.body));
+                    return;
+                }
+                Err(_) => return,
             }
         };
         let failures = response["batchItemFailures"].as_array().cloned().unwrap_or_default();
         let failed: BTreeSet<&str> =
             failures.iter().map(|failure| failure["itemIdentifier"].as_str().unwrap_or_default()).collect();
+        self.note_failures(messages.iter().filter(|one| failed.contains(&*one.id)).map(|message| &*message.body));
         // A failure of an unknown message fails the batch.
         if failed.iter().any(|id| !ids.contains(id)) {
             return;

@@ -65,6 +65,8 @@ const LAST_MOMENT: u32 = 15;
 const COMPENSATION_ALARM: u32 = 8;
 /// The time by which clocks and leases may delay the due time of a start after its wait.
 const OBSERVATION_MARGIN: Duration = Duration::from_secs(30);
+/// The time within which a worker ends a run. Lambda ends the worker after 150 s (`schema::WORKER_TIMEOUT`), with whatever it waits for.
+const LONGEST_RUN: Duration = Duration::from_secs(140);
 /// The smallest delay of a queue message.
 const QUEUE_DELAY: Duration = Duration::from_secs(1);
 /// The delays between the polls of a start that waits without a worker: they grow with each wait in a step, up to
@@ -160,6 +162,8 @@ struct StartRun<'a> {
     /// Whether the agent server may have received the request to create the conversation. The status is written before the request, so a
     /// worker that finds the task in this status must assume that an earlier worker has sent it.
     is_create_sent: bool,
+    /// When this worker began with the task.
+    began: Instant,
     /// When this worker last asked the agent server for its uptime.
     asked_uptime_at: Option<Instant>,
 }
@@ -206,6 +210,7 @@ impl Saga {
             has_normal_selection: false,
             has_moved_deadline: false,
             is_create_sent,
+            began: Instant::now(),
             asked_uptime_at: None,
         };
         work.run().await

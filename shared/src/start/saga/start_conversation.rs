@@ -10,7 +10,7 @@ use tracing::Instrument as _;
 
 use super::prepare_repository::PREPARE;
 use super::probe_mcp_servers::{ProbeStart, shown};
-use super::{StartRun, Step, StepError};
+use super::{LONGEST_RUN, StartRun, Step, StepError};
 use crate::agent_server::version::{AgentServerVersion, EXTENDED_CREATE};
 use crate::agent_server::{
     AgentServer, AgentServerError, ConversationInfo, Failure, Retry, SkillInfo, SkillSources, SkillsQuery,
@@ -50,6 +50,11 @@ impl Loaded {
         self.hooks.is_ok() && self.version.is_ok()
     }
 }
+
+/// The timeout of a lookup of a conversation.
+const FIND_TIMEOUT: Duration = Duration::from_secs(15);
+/// The timeout of a creation for which a worker has hardly any time left.
+const SHORTEST_CREATE: Duration = Duration::from_secs(30);
 
 impl StartRun<'_> {
     pub(super) async fn set_up_skills(&mut self) -> Result<Step, StepError> {
@@ -258,7 +263,9 @@ impl StartRun<'_> {
         agent_server: &AgentServer,
         body: &ConversationBody,
     ) -> Result<(), AgentServerError> {
-        let timeout = self.saga.config.agent_request_timeout;
+        // Time is left to find out what became of a request without a response.
+        let left = LONGEST_RUN.saturating_sub(self.began.elapsed() + FIND_TIMEOUT + self.time_for_first_message());
+        let timeout = self.saga.config.agent_request_timeout.min(left.max(SHORTEST_CREATE));
         let was_sent = std::mem::replace(&mut self.is_create_sent, true);
         // After an attempt with an unknown outcome, the conversation may exist or may still be in creation: the agent server finds a
         // conversation by its id only after it has created it.
@@ -292,11 +299,7 @@ impl StartRun<'_> {
         mut info: ConversationInfo,
         message: &serde_json::Value,
     ) -> Result<(), AgentServerError> {
-        let wait = match self.task.record.refusals {
-            0 => self.saga.config.agent_request_timeout / 8,
-            _ => Duration::ZERO,
-        };
-        let deadline = Instant::now() + wait;
+        let deadline = Instant::now() + self.time_for_first_message();
         while info.last_user_message_id.is_none() {
             if Instant::now() >= deadline {
                 let role = message["role"].as_str().unwrap_or("user");
@@ -308,9 +311,18 @@ impl StartRun<'_> {
         Ok(())
     }
 
+    /// How long an agent server may take to send the first message of a conversation that it has created.
+    fn time_for_first_message(&self) -> Duration {
+        match self.task.record.refusals {
+            0 => self.saga.config.agent_request_timeout / 8,
+            _ => Duration::ZERO,
+        }
+    }
+
     async fn find(&self, agent_server: &AgentServer) -> Result<Option<ConversationInfo>, AgentServerError> {
         let id = self.task.record.conversation_id;
-        Ok(agent_server.conversations(&[id], self.saga.config.agent_request_timeout).await?.pop().flatten())
+        let timeout = self.saga.config.agent_request_timeout.min(FIND_TIMEOUT);
+        Ok(agent_server.conversations(&[id], timeout).await?.pop().flatten())
     }
 
     /// Removes this start's conversation from the agent server. Returns false if it has a user's message: a user works with it, possibly
