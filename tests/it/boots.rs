@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use aws_sdk_sqs::types::Message;
 use futures::future::join_all;
 use serde_json::{Value, json};
 use shared::config::StartConfig;
@@ -133,6 +134,44 @@ async fn a_killed_observer_loses_no_start() {
         }
     }
     harness.finish().await;
+}
+
+/// Each call of an observation loses its response once, and the SDK repeats it. While a sandbox boots, the next observation follows.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_observation_whose_responses_are_lost_is_followed_by_another() {
+    let harness = WorkerHarness::with_provider(config(), 10).await;
+    harness.provider().begin_as("starting");
+    let task = harness.begin(&message()).await.id;
+    drive_until_waiting(&harness, &[task]).await;
+    for call in 1.. {
+        let observation = wait_for_observation(&harness, call).await;
+        harness.gate.arm(call, Stop::LoseResponses(1));
+        harness.handle(&observation).await;
+        let is_reached = harness.gate.is_reached();
+        harness.gate.disarm();
+        if !is_reached {
+            assert!(call > 3, "the observer makes more calls");
+            break;
+        }
+    }
+    harness.provider().set_status(&harness.provider().newest().0, "running");
+    drive_all(&harness, &[task]).await;
+    harness.finish().await;
+}
+
+/// Receives the next observation. No sweep enqueues it, and the start is due by itself after a minute only.
+async fn wait_for_observation(harness: &WorkerHarness, call: usize) -> Message {
+    let end = Instant::now() + Duration::from_secs(40);
+    while Instant::now() < end {
+        match harness.receive().await {
+            Some(message) if message.body.as_deref().is_some_and(|body| body.contains("observe_boots")) => {
+                return message;
+            }
+            Some(other) => harness.handle(&other).await,
+            None => {}
+        }
+    }
+    panic!("call {call}: the observations have ended");
 }
 
 /// The provider fails while nine starts create their sandboxes, or while they wait for them.

@@ -143,7 +143,8 @@ impl BootStore {
         let update = Update::new()
             .set_or_remove("due_at", due_at.map(|at| text(at.sortable())))
             .condition(Condition::unchanged("due_at", seen.map(|at| text(at.sortable()))));
-        self.table.apply(control_key(), update).await
+        // Once: a retry whose first attempt took effect must not look like another observer, or the observations end.
+        Ok(self.table.update_once(control_key(), update).await?.is_applied())
     }
 }
 

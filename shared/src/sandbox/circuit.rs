@@ -89,7 +89,7 @@ impl CircuitBreaker {
             let update = Update::new()
                 .set(OPEN_UNTIL, text(probe_until.sortable()))
                 .condition(Condition::equal(OPEN_UNTIL, text(open_until.sortable())));
-            let probe = self.table.update(control_key(), update).await?;
+            let probe = self.table.update_once(control_key(), update).await?;
             self.note(None);
             probe.is_applied()
         };
@@ -154,7 +154,8 @@ impl CircuitBreaker {
             .set(OPEN_UNTIL, text(now.plus(pause).sortable()))
             .set(OPENINGS, number(openings))
             .condition(Condition::unchanged(OPEN_UNTIL, expected.map(|until| text(until.sortable()))));
-        Ok(self.table.apply(control_key(), update).await?.then_some((openings, pause)))
+        let opened = self.table.update_once(control_key(), update).await?;
+        Ok(opened.is_applied().then_some((openings, pause)))
     }
 
     async fn state(&self) -> Result<State> {
