@@ -365,7 +365,7 @@ impl StartRun<'_> {
                 }
                 Err(StepError::Retry(class, text)) => {
                     self.task.record.refusals = 0;
-                    match self.retry(&text) {
+                    match self.retry(class, &text) {
                         Some(delay) => (delay, true),
                         None => return self.fail(class, &text).await,
                     }
@@ -373,7 +373,7 @@ impl StartRun<'_> {
                 Err(StepError::Refusal(class, text)) => {
                     let refusals = self.task.record.refusals + 1;
                     self.task.record.refusals = refusals;
-                    match self.retry(&text).filter(|_| refusals < MAX_REFUSALS) {
+                    match self.retry(class, &text).filter(|_| refusals < MAX_REFUSALS) {
                         Some(_) => (advance_start::delay_after_refusal(refusals), true),
                         None => return self.fail(class, &text).await,
                     }
@@ -431,11 +431,12 @@ impl StartRun<'_> {
     }
 
     /// Counts a failed attempt at the step. Returns the backoff delay before the next attempt, or `None` if there is no further attempt.
-    fn retry(&mut self, reason: &str) -> Option<Duration> {
+    fn retry(&mut self, class: ErrorClass, reason: &str) -> Option<Duration> {
         self.task.record.attempts += 1;
         let count = self.task.record.attempts;
         tracing::warn!(task = %self.task.record.id, status = ?self.status(), attempt = count, reason, "start.step_retried");
-        if count >= MAX_ATTEMPTS || self.is_overdue() {
+        // A failure of the store says nothing about the step, which may be complete by now.
+        if count >= MAX_ATTEMPTS || (self.is_overdue() && class != ErrorClass::Store) {
             return None;
         }
         // The cached state of the sandbox may be the cause.
