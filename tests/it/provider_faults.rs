@@ -273,13 +273,13 @@ async fn attempts_that_the_open_circuit_prevents_do_not_count() {
         sandboxes.push(harness.task(*task).await.now.sandbox_id.expect("a sandbox"));
     }
     let before = harness.provider().requests();
-    harness.provider().fail_for(Duration::from_secs(8), Fault::Status(503));
+    harness.provider().fail_for(Duration::from_secs(4), Fault::Status(503));
     for sandbox in &sandboxes {
         assert!(harness.context.reconciler.delete(&harness.user, sandbox).await.expect("marked"));
     }
     // The circuit opens when calls have failed for a second.
-    for _ in 0..4 {
-        tokio::time::sleep(Duration::from_millis(1500)).await;
+    for _ in 0..3 {
+        tokio::time::sleep(Duration::from_millis(1200)).await;
         for sandbox in &sandboxes {
             harness.context.reconciler.reconcile(&harness.user, sandbox).await.expect("reconciled");
         }
