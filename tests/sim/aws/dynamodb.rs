@@ -321,7 +321,7 @@ impl DynamoDb {
         let operation = target.rsplit('.').next().unwrap_or_default().to_owned();
         let body: Value = serde_json::from_slice(&request.body).expect("the SDK sends JSON");
         if operation == "CreateTable" {
-            return Ok(respond(0, self.0.create_table(body)));
+            return Ok(respond(0, Ok(self.0.create_table(body))));
         }
         let (inner, faults) = (&self.0, &self.0.faults);
         let call = inner.decider.call(&subject(&operation, &body));
@@ -386,7 +386,7 @@ impl Inner {
     }
 
     /// Creates a table, its indexes and its replica. This has no faults.
-    fn create_table(&self, mut body: Value) -> Answer {
+    fn create_table(&self, mut body: Value) -> Value {
         let name = text(&body["TableName"]);
         let described = match body["GlobalSecondaryIndexes"].take() {
             Value::Array(indexes) => indexes,
@@ -428,7 +428,7 @@ impl Inner {
         drop(engine);
         let created = json!({ "TableDescription": { "TableName": name, "TableStatus": "ACTIVE" } });
         lock(&self.state).tables.insert(name, Table { key, indexes, replica, expires: None });
-        Ok(created)
+        created
     }
 
     /// The service's part of a call.

@@ -400,12 +400,12 @@ impl Path {
                 }
             }
             Step::Index(index) => {
-                let list = inner.get_mut("L").and_then(Value::as_array_mut).ok_or_else(invalid)?;
-                match change(list.get(*index))? {
-                    Some(value) if *index < list.len() => list[*index] = value,
+                let values = inner.get_mut("L").and_then(Value::as_array_mut).ok_or_else(invalid)?;
+                match change(values.get(*index))? {
+                    Some(value) if *index < values.len() => values[*index] = value,
                     // Beyond the end it is appended.
-                    Some(value) => list.push(value),
-                    None if *index < list.len() => drop(list.remove(*index)),
+                    Some(value) => values.push(value),
+                    None if *index < values.len() => drop(values.remove(*index)),
                     None => {}
                 }
             }

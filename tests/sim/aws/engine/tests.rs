@@ -248,7 +248,7 @@ fn query(rng: &mut Rng) -> Value {
         0 => request["Select"] = "COUNT".into(),
         1 => {
             request["ProjectionExpression"] =
-                format!("{}, {}", placeholders.name("id"), placeholders.name("text")).into()
+                format!("{}, {}", placeholders.name("id"), placeholders.name("text")).into();
         }
         _ => {}
     }
