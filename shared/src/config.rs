@@ -62,7 +62,8 @@ pub struct StartConfig {
     pub setup_script_timeout: Duration,
     /// The timeout of every other step (`STEP_TIMEOUT`, seconds, 300).
     pub step_timeout: Duration,
-    /// The timeout of one request to an agent server (`AGENT_REQUEST_TIMEOUT`, seconds, 120).
+    /// The timeout of one request to an agent server (`AGENT_REQUEST_TIMEOUT`, seconds, 120). The creation of a conversation ends earlier
+    /// where a worker would have no time left to find out what became of it.
     pub agent_request_timeout: Duration,
     /// The timeout of an MCP server's response, after which a conversation is created without this server (`MCP_PROBE_TIMEOUT`, seconds, 5;
     /// 0 turns the probe off).

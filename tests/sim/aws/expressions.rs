@@ -1,5 +1,6 @@
 //! DynamoDB's expressions: parsed, and evaluated on items in DynamoDB's JSON. The rules are those of the developer guide's pages on
-//! condition, update and projection expressions. What the product does not use (binary values, sets of sets) is refused, never ignored.
+//! condition, update and projection expressions. Binary values are only compared for equality, and there are no sets of them: the
+//! product needs no more.
 
 use std::cmp::Ordering;
 use std::collections::BTreeSet;

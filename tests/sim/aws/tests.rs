@@ -829,11 +829,11 @@ fn cost_of_calls() {
         let body = json!({ "TableName": "plain", "Item": item, "ReturnConsumedCapacity": "TOTAL" });
         engine.execute("PutItem", &body).expect("a put");
     }
-    println!("engine: put {:?}", began.elapsed() / COUNT);
+    println!("embedded engine: put {:?}", began.elapsed() / COUNT);
     let began = std::time::Instant::now();
     for number in 0..COUNT {
         let body = json!({ "TableName": "plain", "Key": key(number), "ConsistentRead": true });
         engine.execute("GetItem", &body).expect("a get");
     }
-    println!("engine: get {:?}", began.elapsed() / COUNT);
+    println!("embedded engine: get {:?}", began.elapsed() / COUNT);
 }

@@ -114,7 +114,8 @@ impl Drop for DynamoDb {
     }
 }
 
-/// DynamoDB in memory, without a thread and without a file. Each operation blocks its caller. For simulations, which have one thread.
+/// DynamoDB in memory, without a thread and without a file. Each operation blocks its caller. The simulation compares its model of
+/// DynamoDB with it.
 pub struct InMemoryDynamoDb(Database);
 
 impl InMemoryDynamoDb {
