@@ -62,5 +62,7 @@ check("the roles", len(roles), 13 + 1)
 for name, role in roles.items():
     for policy in role.get("Policies", []):
         for statement in policy["PolicyDocument"]["Statement"]:
+            # With all options on.
+            statement = statement["Fn::If"][1] if "Fn::If" in statement else statement
             actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
             check(f"wildcards in {name}", [action for action in actions if "*" in action], [])

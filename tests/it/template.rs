@@ -353,6 +353,17 @@ fn parameters_take_what_is_meant_and_nothing_else() {
             (vec!["1.58.2-python", "latest", "_1"], vec!["", "-python", ".1", "a b", "a:b", "1.58.2+python"]),
         ),
         (
+            "SandboxImage",
+            (
+                vec!["", "arn:aws:lambda:us-east-1:123456789012:microvm-image:mine-sandbox"],
+                vec![
+                    "mine-sandbox",
+                    "arn:aws:lambda:us-east-1:123456789012:function:mine",
+                    "arn:aws:lambda:us-east-1:123456789012:microvm-image:*",
+                ],
+            ),
+        ),
+        (
             "AlarmEmail",
             (vec!["", "ops@example.com"], vec!["ops", "ops@example", "a@example.com,b@example.com", "a b@example.com"]),
         ),
@@ -672,22 +683,127 @@ fn a_hosted_web_ui_is_an_option() {
     assert!(origins[1]["Fn::Sub"][0].as_str().expect("a list").starts_with("https://${WebUi.DomainName},"));
 }
 
+/// Without `Sandboxes=microvm` there is no front door and no permission for MicroVMs; with it, the front door runs the function that is tested.
+#[test]
+fn microvms_are_an_option() {
+    let template = template();
+    assert_eq!(template["Conditions"]["HasMicrovms"], json!({"Fn::Equals": [{"Ref": "Sandboxes"}, "microvm"]}));
+    assert_eq!(template["Parameters"]["Sandboxes"]["Default"], "none");
+    let resources = template["Resources"].as_object().expect("resources");
+    let optional: BTreeSet<&str> =
+        resources.iter().filter(|(_, one)| one["Condition"] == "HasMicrovms").map(|(id, _)| id.as_str()).collect();
+    let expected = ["SandboxFrontDoor", "SandboxFrontDoorFunction", "SandboxFrontDoorHeaders", "SandboxRoutes"];
+    assert_eq!(optional, expected.into());
+    // Nothing refers to them but themselves, and what has the same condition.
+    for (id, resource) in resources.iter().filter(|(id, _)| !optional.contains(id.as_str())) {
+        assert_no_reference_without_condition(resource, &optional, id);
+    }
+    assert_no_reference_without_condition(&template["Globals"], &optional, "Globals");
+    for (id, output) in template["Outputs"].as_object().expect("outputs") {
+        if output["Condition"] != "HasMicrovms" {
+            assert_no_reference_without_condition(output, &optional, id);
+        }
+    }
+    // Each function has the permissions on MicroVMs of what it contains: the provider, or the viewer.
+    for (name, statements) in policies(&template) {
+        let actions: BTreeSet<&str> = statements
+            .iter()
+            .flat_map(|one| &one.actions)
+            .map(String::as_str)
+            .filter(|one| one.contains("Microvm"))
+            .collect();
+        let change = [
+            "lambda:CreateMicrovmAuthToken",
+            "lambda:GetMicrovm",
+            "lambda:ResumeMicrovm",
+            "lambda:RunMicrovm",
+            "lambda:SuspendMicrovm",
+            "lambda:TerminateMicrovm",
+        ];
+        let expected: BTreeSet<&str> = match name.as_str() {
+            "worker" => change.into_iter().chain(["lambda:ListMicrovms"]).collect(),
+            "sandboxes" => change.into(),
+            "conversations" | "download" | "skills" => ["lambda:GetMicrovm"].into(),
+            _ => BTreeSet::new(),
+        };
+        assert_eq!(actions, expected, "{name}");
+    }
+    let rule = &template["Rules"]["MicrovmsHaveAnImage"];
+    assert_eq!(rule["RuleCondition"], template["Conditions"]["HasMicrovms"]);
+    let variables = &template["Globals"]["Function"]["Environment"]["Variables"];
+    assert_eq!(
+        variables["SANDBOX_KIND"],
+        json!({"Fn::If": ["HasMicrovms", "microvm", {"Fn::If": ["HasRuntimeApi", "remote", "none"]}]})
+    );
+
+    let function = &resources["SandboxFrontDoorFunction"]["Properties"];
+    let code = function["FunctionCode"]["Fn::Sub"].as_str().expect("a text");
+    assert_eq!(code, fs::read_to_string(root().join("infra/front-door.js")).expect("a file"), "they are the same");
+    // CloudFormation replaces the region, and must find nothing else to replace. CloudFront permits 10 KB.
+    assert_eq!(code.matches("${").count(), code.matches("${AWS::Region}").count());
+    assert!(code.len() < 10_000);
+    assert_eq!(function["FunctionConfig"]["Runtime"], "cloudfront-js-2.0", "the older one has no KeyValueStore");
+    let distribution = &resources["SandboxFrontDoor"]["Properties"]["DistributionConfig"];
+    assert_eq!(distribution.get("Logging"), None, "session keys are in the query strings of websockets");
+    let behavior = &distribution["DefaultCacheBehavior"];
+    assert_eq!(behavior["CachePolicyId"], "4135ea2d-6df8-44a3-9df3-4b5a84be39ad", "AWS's policy that caches nothing");
+    assert_eq!(
+        behavior["OriginRequestPolicyId"], "b689b0a8-53d0-40ab-baf2-68738e2966ac",
+        "AWS's policy that forwards all but the host: the endpoint's host is that of the MicroVM"
+    );
+    assert_eq!(behavior["ViewerProtocolPolicy"], "https-only");
+    assert_eq!(behavior["AllowedMethods"].as_array().map(Vec::len), Some(7));
+}
+
+/// Without the condition, CloudFormation refuses a reference to a resource that is not created.
+fn assert_no_reference_without_condition(value: &Value, optional: &BTreeSet<&str>, place: &str) {
+    match value {
+        Value::Object(fields) => {
+            for (name, value) in fields {
+                let choice = if name == "Fn::If" && value[0] == "HasMicrovms" { &value[2] } else { value };
+                assert_no_reference_without_condition(choice, optional, place);
+            }
+        }
+        Value::Array(values) => {
+            for value in values {
+                assert_no_reference_without_condition(value, optional, place);
+            }
+        }
+        Value::String(text) => {
+            let is_reference = optional.iter().any(|id| text == id || text.contains(&format!("${{{id}")));
+            assert!(!is_reference, "{place} refers to {text}");
+        }
+        _ => {}
+    }
+}
+
 /// A function's policy, statement by statement.
 fn policy(template: &Value, function: &Value) -> Vec<Statement> {
     let table = |id: &str| own_name(&template["Resources"][id]["Properties"]["TableName"]).to_owned();
     let resource = |resource: &Value| {
+        if resource == "*" {
+            return "*".to_owned();
+        }
+        if resource["Ref"] == "SandboxImage" {
+            return "sandbox-image".to_owned();
+        }
         if let Some(id) = resource["Fn::GetAtt"][0].as_str() {
             return match id {
                 "JobQueue" => "queue".to_owned(),
                 "ExportQueue" => "export-queue".to_owned(),
                 "Key" => "key".to_owned(),
                 "Bucket" => "bucket".to_owned(),
+                "SandboxRoutes" => "sandbox-routes".to_owned(),
                 table_id => table(table_id),
             };
         }
         let text = resource["Fn::Sub"].as_str().expect("a resource of this template");
         if let Some(prefix) = text.strip_prefix("${Bucket.Arn}/") {
             return prefix.strip_suffix('*').expect("a prefix").to_owned();
+        }
+        let connectors = "arn:${AWS::Partition}:lambda:${AWS::Region}:aws:network-connector:aws-network-connector:";
+        if let Some(name) = text.strip_prefix(connectors) {
+            return format!("connector/{name}");
         }
         let (id, index) = text.strip_prefix("${").and_then(|text| text.split_once(".Arn}")).expect("an index");
         format!("{}{index}", table(id))
@@ -699,6 +815,15 @@ fn policy(template: &Value, function: &Value) -> Vec<Statement> {
     });
     statements
         .map(|statement| {
+            // The permissions with all options on.
+            let statement = statement.get("Fn::If").map_or(statement, |choice| {
+                assert_eq!(
+                    (&choice[0], &choice[2]),
+                    (&json!("HasMicrovms"), &json!({"Ref": "AWS::NoValue"})),
+                    "{statement}"
+                );
+                &choice[1]
+            });
             let known = ["Effect", "Action", "Resource", "Condition"];
             let unknown: Vec<_> = statement
                 .as_object()
