@@ -6,7 +6,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use http::header::{ACCEPT, AUTHORIZATION, HeaderMap, RETRY_AFTER};
 use http::{HeaderValue, Method, StatusCode};
-use secrecy::ExposeSecret as _;
+use secrecy::{ExposeSecret as _, SecretString};
 
 use super::encoded;
 use super::host::GitHost;
@@ -45,7 +45,7 @@ impl TokenChecker {
     /// [`Error::Saturated`] when the provider limits requests; [`Error::Upstream`] when it does not respond or fails;
     /// [`Error::Refused`] when the host is not allowed. None contains the token.
     pub async fn check(&self, provider: ProviderType, token: &ProviderToken) -> Result<()> {
-        let secret = token.token.as_ref().map(|token| token.expose_secret()).unwrap_or_default();
+        let secret = token.token.as_ref().map_or("", SecretString::expose_secret);
         let host = GitHost::of(provider, token.host.as_deref())
             .map_err(|error| Error::Refused(format!("The host of {provider} is not valid: {error}")))?;
         if host.is_insecure && !self.allow_insecure {
@@ -100,7 +100,7 @@ fn invalid(provider: ProviderType) -> Error {
 fn url_of_check(provider: ProviderType, host: &GitHost) -> Option<String> {
     let origin = host.origin();
     let is_public = *host == GitHost::public(provider);
-    let folder: String = host.path.iter().map(|segment| format!("/{}", encoded(segment))).collect();
+    let folder = folder(&host.path);
     match provider {
         ProviderType::Github if is_public => Some("https://api.github.com/user".to_owned()),
         // GitHub's hosts of single enterprises.
@@ -122,11 +122,16 @@ fn url_of_check(provider: ProviderType, host: &GitHost) -> Option<String> {
         ProviderType::AzureDevops => {
             // A second segment of the public host is a project.
             let levels = if host.is_public_azure() { 1 } else { host.path.len() };
-            let folder: String = host.path[..levels].iter().map(|segment| format!("/{}", encoded(segment))).collect();
-            Some(format!("{origin}{folder}/_apis/connectionData?api-version=7.1-preview.1"))
+            let organisation = self::folder(&host.path[..levels]);
+            Some(format!("{origin}{organisation}/_apis/connectionData?api-version=7.1-preview.1"))
         }
         ProviderType::EnterpriseSso => None,
     }
+}
+
+/// The path of a host's folder, with a slash before each segment.
+fn folder(segments: &[String]) -> String {
+    segments.iter().flat_map(|segment| ["/".to_owned(), encoded(segment)]).collect()
 }
 
 /// The header with which the provider's API accepts a token.
@@ -148,7 +153,7 @@ fn authorization(provider: ProviderType, token: &str) -> String {
 /// A token that was given as `user:token`, `token:` or `token:x-oauth-basic` for git; APIs take it by itself.
 fn without_user(token: &str) -> &str {
     match token.split_once(':') {
-        Some((token, "" | "x-oauth-basic")) | Some((_, token)) => token,
+        Some((token, "" | "x-oauth-basic") | (_, token)) => token,
         None => token,
     }
 }
