@@ -39,6 +39,7 @@ mod end_to_end_upgrade;
 mod end_to_end_workspace;
 mod events;
 mod fork;
+mod git_providers;
 mod hostile;
 mod import;
 mod ingest;

@@ -2,6 +2,7 @@
 //! and `/api/organizations`, with which front ends check their credentials and permissions, and the list of skills.
 
 mod agent_profiles;
+mod git_providers;
 mod organizations;
 mod profiles;
 mod skills;
@@ -23,10 +24,12 @@ use shared::http::pydantic::query::Query;
 use shared::http::pydantic::validation::{Loc, Violation};
 use shared::http::response::MessageOut;
 use shared::http::secret::{self, SecretNameOut};
+use shared::http_client::HttpClient;
 use shared::sandbox::session_key;
 use shared::sandbox::store::SandboxStore;
 use shared::stores::Stores;
 use shared::user::UserId;
+use shared::user::git::TokenChecker;
 use shared::user::organization::organization_of;
 use shared::user::seal::Sealer;
 use shared::user::settings::SettingsStore;
@@ -47,11 +50,12 @@ const BODY_LIMIT: usize = 512 * 1024;
 /// The list to which page ids belong.
 const LIST: &str = "secrets";
 
-/// What this function can access: settings, and the session keys of sandboxes.
+/// What this function can access: settings, the session keys of sandboxes, and the APIs of git providers.
 #[derive(Clone, Debug)]
 pub struct Context {
     settings: SettingsStore,
     sandboxes: SandboxStore,
+    tokens: TokenChecker,
 }
 
 impl Context {
@@ -59,7 +63,9 @@ impl Context {
     #[must_use]
     pub fn new(config: &Config, aws: &Aws, sealer: &Sealer) -> Self {
         let stores = Stores::new(&config.names, aws, sealer);
-        Self { settings: stores.settings(), sandboxes: stores.sandboxes() }
+        let http = HttpClient::new(config.address_policy);
+        let tokens = TokenChecker::new(http, config.start.allow_insecure_git_access);
+        Self { settings: stores.settings(), sandboxes: stores.sandboxes(), tokens }
     }
 }
 
@@ -74,6 +80,7 @@ pub fn router(context: Context) -> Router {
         .route("/api/keys/current", get(current_key))
         .route("/api/v1/skills/search", get(skills::search))
         .merge(agent_profiles::router())
+        .merge(git_providers::router())
         .merge(organizations::router())
         .merge(profiles::router())
         .layer(DefaultBodyLimit::max(BODY_LIMIT))

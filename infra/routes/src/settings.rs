@@ -1,7 +1,10 @@
 //! The caller's settings and secrets.
 
 use crate::schema::{LIMIT, PAGE_ID, query, text_up_to};
-use crate::{BAD_REQUEST, CONFLICT, FORBIDDEN, Group, INVALID, NOT_FOUND, Response, Route, Schema};
+use crate::{
+    BAD_GATEWAY, BAD_REQUEST, CONFLICT, FORBIDDEN, Group, INVALID, NOT_FOUND, Response, Route, Schema,
+    TOO_MANY_REQUESTS,
+};
 
 pub(crate) const GROUP: Group = Group { tag: "Settings", routes: ROUTES };
 
@@ -36,6 +39,18 @@ const ROUTES: &[Route] = &[
             Response::json(Schema::Component("Message")).status(201).described("The secret is created."),
         ])
         .errors(&[BAD_REQUEST, INVALID]),
+    Route::post("/api/v1/secrets/git-providers", "settings", "put_git_providers")
+        .summary("Replace the tokens of git providers")
+        .description(
+            "Each provider accepts its new token before any is stored; a token that it refuses is a 401. A provider that is not named is \
+            removed. One that is named without a token keeps its stored token, for the same host.",
+        )
+        .body("GitProvidersRequest")
+        .returns(&[Response::json(Schema::Component("Message"))])
+        .errors(&[BAD_REQUEST, INVALID, TOO_MANY_REQUESTS, BAD_GATEWAY]),
+    Route::delete("/api/v1/secrets/git-providers", "settings", "delete_git_providers")
+        .summary("Remove the tokens of all git providers")
+        .returns(&[Response::json(Schema::Component("Message"))]),
     Route::put("/api/v1/secrets/{secret_name}", "settings", "change_secret")
         .summary("Update a secret")
         .body("SecretChange")

@@ -5,6 +5,7 @@
 
 mod address;
 mod branch;
+mod check;
 mod host;
 mod provider;
 mod repository;
@@ -14,6 +15,7 @@ use secrecy::{ExposeSecret as _, SecretString};
 
 pub use address::without_credentials;
 pub use branch::{BranchError, normal_branch};
+pub use check::TokenChecker;
 pub use host::{HostError, normal_host};
 pub use provider::ProviderType;
 pub(crate) use repository::report_at;

@@ -260,7 +260,7 @@ fn read_tokens(check: &mut Checker, value: &Value) -> Option<Map<String, Value>>
 }
 
 /// Reads a token of a git provider; `None` for one that leaves the stored token unchanged: a blank, a mask or null.
-fn read_token(check: &mut Checker, value: &Value) -> Option<Value> {
+pub(super) fn read_token(check: &mut Checker, value: &Value) -> Option<Value> {
     if value.is_null() {
         return None;
     }
@@ -275,7 +275,7 @@ fn read_token(check: &mut Checker, value: &Value) -> Option<Value> {
 }
 
 /// Reads the host of a git provider; null for the provider's own.
-fn read_host(check: &mut Checker, provider: ProviderType, value: &Value) -> Option<Value> {
+pub(super) fn read_host(check: &mut Checker, provider: ProviderType, value: &Value) -> Option<Value> {
     if value.is_null() {
         return Some(Value::Null);
     }

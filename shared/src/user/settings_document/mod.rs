@@ -6,6 +6,7 @@
 mod agent_profiles;
 mod changes;
 mod fields;
+mod git_providers;
 mod nested;
 mod profiles;
 mod secrets;
@@ -26,6 +27,7 @@ use crate::http::secret::MASK;
 
 pub use self::changes::{LEGACY_KEY, SettingsChanges};
 pub use self::fields::{SettingsOut, UserOut};
+pub use self::git_providers::GitProvidersChange;
 pub use self::nested::{CONDENSER, VERIFICATION_WITHOUT_KEY};
 pub use self::profiles::{ProfileRename, ProfileSave};
 pub use self::secrets::SecretChange;
