@@ -108,7 +108,7 @@ async fn measure(bytes: usize) {
         entered += spent();
     }
     println!("| next step, six times | {entered} |");
-    let command = PendingCommand { name: "clone".to_owned(), id: "c".to_owned(), started_at: None, resends: 0 };
+    let command = PendingCommand { name: "clone".to_owned(), id: "c".to_owned(), ..PendingCommand::default() };
     let change = Change::default().command(&command).expect("a change");
     tasks.release(&user, id, WORKER, Time::now(), change).await.expect("the store").expect("released");
     println!("| release | {} |", spent());

@@ -364,7 +364,7 @@ async fn a_wait_writes_only_the_lease_row() {
     let lease = Duration::from_secs(60);
     assert!(matches!(tasks.claim(&user, id, "w", lease, None).await.expect("the store"), Claim::Claimed(_)));
     tasks.renew(&user, id, "w", lease).await.expect("the store").expect("renewed");
-    let command = PendingCommand { name: "clone".to_owned(), id: "c".to_owned(), started_at: None, resends: 0 };
+    let command = PendingCommand { name: "clone".to_owned(), id: "c".to_owned(), ..PendingCommand::default() };
     let change = Change::default().command(&command).expect("a change");
     tasks.release(&user, id, "w", shared::Time::now(), change).await.expect("the store").expect("released");
     let spent = meter.take();

@@ -422,6 +422,12 @@ impl AgentServer {
         Self { http, url: url.trim_end_matches('/').to_owned(), key }
     }
 
+    /// Its URL, without a slash at the end.
+    #[must_use]
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
     /// `GET /alive`: returns whether the agent server responds.
     pub async fn is_alive(&self) -> bool {
         self.http.succeeds(&format!("{}/alive", self.url), ALIVE_TIMEOUT).await

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::operation::query::builders::QueryFluentBuilder;
-use aws_sdk_dynamodb::types::{DeleteRequest, PutRequest, WriteRequest};
+use aws_sdk_dynamodb::types::{DeleteRequest, PutRequest, Select, WriteRequest};
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use jiff::Timestamp;
 use jiff::civil::DateTime;
@@ -38,6 +38,8 @@ pub const SIZE: &str = "room";
 
 /// The longest sort key that DynamoDB accepts, in bytes.
 const KEY_LIMIT: usize = 1024;
+/// The most pages of 1 MiB that [`EventStore::count_stored`] reads: 4,096 read units in all.
+const CHECKED_PAGES: usize = 16;
 /// The largest event, in bytes, that is stored in the table; larger ones are objects in the bucket. DynamoDB accepts no item over 400 KB.
 const INLINE_EVENT_LIMIT: usize = 300 * 1024;
 /// The error for a count that would read too many rows.
@@ -201,6 +203,8 @@ pub struct EventPage {
     pub events: Vec<Event>,
     /// The cursor of the next page, if there is one.
     pub next: Option<Cursor>,
+    /// The number of index entries that the page was read by. Fewer events if some were deleted meanwhile.
+    pub entries: u64,
 }
 
 /// The version of a log at some time.
@@ -470,7 +474,7 @@ impl EventStore {
             .try_filter_map(async |event| Ok(event))
             .try_collect()
             .await?;
-        Ok(EventPage { events, next })
+        Ok(EventPage { events, next, entries: fitting as u64 })
     }
 
     /// Reads the next index entries of a range, at most `limit`, without the entry of the cursor.
@@ -526,6 +530,35 @@ impl EventStore {
         let range = Range::new(partition(user, conversation), &EventFilter::default());
         let query = range.ask(self.table.query());
         paging::count_within(Duration::from_secs(24 * 3600), "Query events", query, TOO_MANY).await
+    }
+
+    /// Counts the conversation's stored events, whether the indexes contain them or not. `None` for a log of more than
+    /// [`CHECKED_PAGES`] MiB: unlike [`Self::count_all`], this reads the events themselves.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn count_stored(&self, user: &UserId, conversation: Uuid) -> Result<Option<u64>> {
+        let mut pages = self
+            .table
+            .query()
+            .key_condition_expression("conversation = :conversation")
+            .expression_attribute_values(":conversation", text(partition(user, conversation)))
+            .filter_expression("attribute_exists(#position)")
+            .expression_attribute_names("#position", "position")
+            .consistent_read(true)
+            .select(Select::Count)
+            .into_paginator()
+            .send();
+        let mut count = 0;
+        for _ in 0..CHECKED_PAGES {
+            let Some(page) = pages.next().await else { return Ok(Some(count)) };
+            let page = page.map_err(store_error("Query events"))?;
+            count += u64::try_from(page.count).unwrap_or_default();
+            if page.last_evaluated_key.is_none() {
+                return Ok(Some(count));
+            }
+        }
+        Ok(None)
     }
 
     /// Returns events in the order of the ids, at most 100; `None` for ids that the conversation does not have.

@@ -25,6 +25,10 @@ const PART_SIZE: usize = 8 * 1024 * 1024;
 const MAX_PARTS: usize = 10_000;
 /// The most events that are read at once; the store returns fewer if they are large.
 const PAGE: usize = 100;
+/// How long a build waits for index entries that lag behind their events. Usually they lag for less than a second.
+const LONGEST_LAG: Duration = Duration::from_secs(60);
+/// The pause between two attempts while index entries lag.
+const LAG_PAUSE: Duration = Duration::from_secs(1);
 
 /// The sources of an export: records and events.
 #[derive(Clone, Debug)]
@@ -147,15 +151,45 @@ impl<'a> ExportBuilder<'a> {
             self.started_at = Time::now();
         }
         let (user, conversation) = (self.lease.user(), self.lease.conversation());
+        let stored = self.log.events.count_stored(user, conversation).await?;
+        let patience = Instant::now() + LONGEST_LAG;
+        loop {
+            let has_patience = Instant::now() < patience;
+            let expected = stored.filter(|_| has_patience).unwrap_or_default();
+            if !has_patience {
+                tracing::warn!(%conversation, "export.may_lack_events");
+                // The object is not current then, so that the next request builds another one.
+                self.started_at = self.snapshot.changed_at.unwrap_or(self.started_at);
+            }
+            if let Some(outcome) = self.build_once(expected).await? {
+                return Ok(outcome);
+            }
+            if let Some(upload) = self.upload.take() {
+                self.exports.abort(&upload).await;
+            }
+            self.parts.clear();
+            self.length = 0;
+            sleep(LAG_PAUSE).await;
+        }
+    }
+
+    /// Builds the export from the events that the index contains. Returns `None` if these are fewer than `expected`.
+    async fn build_once(&mut self, expected: u64) -> Result<Option<BuildOutcome>> {
+        let (user, conversation) = (self.lease.user(), self.lease.conversation());
         let count = self.log.events.count_all(user, conversation).await?;
         if count > self.log.max_events {
-            return Ok(BuildOutcome::TooManyEvents(count));
+            return Ok(Some(BuildOutcome::TooManyEvents(count)));
         }
+        if count < expected {
+            return Ok(None);
+        }
+        let mut entries = 0;
         let (mut archive, mut chunks) = ArchiveWriter::new(self.started_at);
         let mut part = Vec::new();
         let mut page = self.page(None).await?;
         loop {
-            let EventPage { events, next } = page;
+            let EventPage { events, next, entries: of_page } = page;
+            entries += of_page;
             // The next page is read while this one is compressed; no page is read while a part is uploaded.
             let adding = blocking::spawn(move || {
                 for event in &events {
@@ -173,16 +207,20 @@ impl<'a> ExportBuilder<'a> {
             archive = added?.map_err(Error::internal)?;
             // The log may have grown since its events were counted.
             if archive.members() > self.log.max_events {
-                return Ok(BuildOutcome::TooManyEvents(archive.members()));
+                return Ok(Some(BuildOutcome::TooManyEvents(archive.members())));
             }
             let read = read?;
             if part.len() >= PART_SIZE && !self.upload(&mut part).await? {
-                return Ok(BuildOutcome::LeaseLost);
+                return Ok(Some(BuildOutcome::LeaseLost));
             }
             match read {
                 Some(read) => page = read,
                 None => break,
             }
+        }
+        // Each page may be from another time.
+        if entries < expected {
+            return Ok(None);
         }
         let meta = self.snapshot.meta.clone();
         let finishing = blocking::spawn(move || {
@@ -193,11 +231,11 @@ impl<'a> ExportBuilder<'a> {
         while let Some(chunk) = chunks.recv().await {
             part.extend_from_slice(&chunk);
             if part.len() >= PART_SIZE && !self.upload(&mut part).await? {
-                return Ok(BuildOutcome::LeaseLost);
+                return Ok(Some(BuildOutcome::LeaseLost));
             }
         }
         finishing.await.map_err(Error::internal)?.map_err(Error::internal)?;
-        self.publish(part).await
+        self.publish(part).await.map(Some)
     }
 
     async fn page(&self, after: Option<&Cursor>) -> Result<EventPage> {

@@ -67,7 +67,7 @@ pub struct Snapshot {
 }
 
 /// A command that runs in the sandbox while no worker waits for it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PendingCommand {
     /// The command's name among the commands of the start.
     pub name: String,
@@ -80,6 +80,9 @@ pub struct PendingCommand {
     /// How often the command was sent again.
     #[serde(default)]
     pub resends: u32,
+    /// The URL of the agent server that it was sent to. Records of earlier versions lack it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent_server: Option<String>,
 }
 
 /// The undoing of what a failed start made.
@@ -315,7 +318,7 @@ mod tests {
         let record: StartTaskRecord = serde_json::from_str(row).expect("a record");
         assert_eq!(record.mcp_servers_left_out, [""; 0]);
         let command =
-            PendingCommand { name: "git-hooks".to_owned(), id: "c-1".to_owned(), started_at: None, resends: 0 };
+            PendingCommand { name: "git-hooks".to_owned(), id: "c-1".to_owned(), ..PendingCommand::default() };
         assert_eq!(record.command, Some(command));
     }
 }

@@ -138,6 +138,10 @@ impl StartRun<'_> {
         let (pending, output) = match known {
             Some(pending) if !pending.id.is_empty() => {
                 self.task.record.command = Some(pending.clone());
+                // The provider shows another machine for the sandbox, which has never had the command.
+                if pending.agent_server.as_deref().is_some_and(|url| url != agent_server.url()) {
+                    return Ok((!self.send_again(&pending)).then(|| self.lost(&pending)));
+                }
                 let Some(output) = agent_server.command_output(&pending.id).await? else {
                     let is_waiting = !self.is_forgotten(agent_server, &pending).await || self.send_again(&pending);
                     return Ok((!is_waiting).then(|| self.lost(&pending)));
@@ -154,7 +158,9 @@ impl StartRun<'_> {
                 let resends = known.map_or(0, |known| known.resends);
                 let started_at = Some(Time::now());
                 let sent = self.send(agent_server, &script, folders, limit + COPY_GRACE).await?;
-                let pending = |id| PendingCommand { name: name.to_owned(), id, started_at, resends };
+                let url = agent_server.url().to_owned();
+                let pending =
+                    |id| PendingCommand { name: name.to_owned(), id, started_at, resends, agent_server: Some(url) };
                 match sent {
                     Sent::Ended(output) => (pending(String::new()), output),
                     Sent::Runs(id) => {

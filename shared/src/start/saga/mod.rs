@@ -59,6 +59,8 @@ const MAX_POLL_FACTOR: u32 = 10;
 const MAX_BOOT_POLL_FACTOR: u32 = 3;
 /// Time that a step has after its deadline to end by itself.
 const STEP_GRACE: Duration = Duration::from_secs(30);
+/// The longest time after a step's deadline in which failed requests are repeated. In it, a provider recovers from a short outage.
+const LONGEST_GRACE: Duration = Duration::from_secs(60);
 /// The part of a lease's duration that work has to complete after the lease was lost.
 const LAST_MOMENT: u32 = 15;
 /// An alarm is raised each time after this number of failed attempts to undo what a start made.
@@ -348,7 +350,7 @@ impl StartRun<'_> {
                 }
                 Err(StepError::LeaseLost) => return Ok(Attempt::Busy),
                 Err(StepError::Failed(class, text)) => return self.fail(class, &text).await,
-                Err(StepError::Unreachable(text)) if self.is_overdue() => {
+                Err(StepError::Unreachable(text)) if self.is_past_grace() => {
                     return self.fail(ErrorClass::Sandbox, &text).await;
                 }
                 Err(StepError::Unreachable(_)) => {
@@ -435,8 +437,8 @@ impl StartRun<'_> {
         self.task.record.attempts += 1;
         let count = self.task.record.attempts;
         tracing::warn!(task = %self.task.record.id, status = ?self.status(), attempt = count, reason, "start.step_retried");
-        // A failure of the store says nothing about the step, which may be complete by now.
-        if count >= MAX_ATTEMPTS || (self.is_overdue() && class != ErrorClass::Store) {
+        // A failure of the store says nothing about the step, and does not need a time limit: no other start waits meanwhile.
+        if count >= MAX_ATTEMPTS || (self.is_past_grace() && class != ErrorClass::Store) {
             return None;
         }
         // The cached state of the sandbox may be the cause.
@@ -476,6 +478,13 @@ impl StartRun<'_> {
 
     fn is_overdue(&self) -> bool {
         self.task.record.deadline.is_some_and(|deadline| Time::now() > deadline)
+    }
+
+    /// Whether the step's deadline has passed so long ago that a failed request ends the start. A request that fails says nothing about the
+    /// step, which may be complete by now, so the one request after the deadline must not decide.
+    fn is_past_grace(&self) -> bool {
+        let grace = (self.saga.budget(self.status()) / 10).min(LONGEST_GRACE);
+        self.task.record.deadline.is_some_and(|deadline| Time::now() > deadline.plus(grace))
     }
 
     /// The class of the cause why a step has not ended before its deadline.

@@ -97,7 +97,8 @@ impl StartRun<'_> {
         match agent_server.start_command(&command, &folders.parent, timeout).await {
             Ok(id) => {
                 let started_at = Some(Time::now());
-                self.task.record.command = Some(PendingCommand { name: NAME.to_owned(), id, started_at, resends: 0 });
+                self.task.record.command =
+                    Some(PendingCommand { name: NAME.to_owned(), id, started_at, ..PendingCommand::default() });
             }
             Err(error) => return self.not_probed(&servers, &error),
         }
