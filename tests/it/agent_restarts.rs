@@ -104,6 +104,25 @@ async fn a_setup_script_survives_a_restart_of_the_agent_server() {
     }
 }
 
+/// A provider that has made two machines for one sandbox shows first one, then the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_is_sent_again_to_another_machine() {
+    let git = repository(SCRIPT).await;
+    let harness = harness(&git, config(Duration::from_secs(20))).await;
+    let task = harness.begin(&json!({"selected_repository": REPOSITORY})).await.id;
+    let log = file(&harness, "log");
+    let moved = async {
+        wait_until("the script runs", SOON, async || !lines(&log).is_empty()).await;
+        harness.move_pending_command(task).await;
+        fs::write(file(&harness, "go"), "").expect("written");
+    };
+    let (ended, ()) = futures::future::join(harness.drive(task), moved).await;
+    assert_set_up(&ended, "another machine");
+    // The copy that was sent again has found the run of the first one.
+    assert_eq!(lines(&log), ["begin", "end"]);
+    harness.finish().await;
+}
+
 /// An agent server that shuts down in an orderly way stores an exit code for the commands that it has ended.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_setup_script_survives_an_orderly_restart() {

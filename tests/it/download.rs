@@ -1557,6 +1557,22 @@ async fn an_export_has_the_events_that_were_stored_just_before_it() {
     }
 }
 
+/// Under load, an index of AWS may lag for longer than a build waits in any case.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_export_waits_for_index_entries_that_lag() {
+    for seed in [1, 2, 3] {
+        let lag = Duration::from_secs(3);
+        let harness = ExportHarness::on(config(), AwsFaults { lag, ..AwsFaults::lagging(seed) }).await;
+        let id = harness.conversation(None).await;
+        for number in 0..20 {
+            harness.append(id, vec![numbered(number)]).await;
+        }
+        let zip = harness.download(id).await;
+        assert_eq!(zip.names().await.len(), 21, "seed {seed}");
+        harness.end().await;
+    }
+}
+
 #[tokio::test]
 async fn a_real_agents_events_are_in_an_export_before_it_has_posted_them() {
     let llm = ScriptedLlm::start().await;

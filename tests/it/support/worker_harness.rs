@@ -52,6 +52,7 @@ use super::meter::Meter;
 use super::runtime_api::{API_KEY, RuntimeApi};
 use super::server::Server;
 use super::stand_in_agent::StandInAgent;
+use super::wait::wait_until;
 use crate::template::{policies, template};
 
 pub const SESSION_KEY: &str = "session-key-of-the-stand-in";
@@ -809,6 +810,22 @@ impl WorkerHarness {
     /// The command for which a start waits, as its lease row names it.
     pub async fn pending_command(&self, id: Uuid) -> Option<AttributeValue> {
         self.lease_row(id).await?.remove("command")
+    }
+
+    /// Makes the command for which a start waits one of another machine's agent server, as soon as no worker has the start.
+    pub async fn move_pending_command(&self, id: Uuid) {
+        let text = |text: &str| AttributeValue::S(text.to_owned());
+        wait_until("a start without a worker", END_WITHIN, async || {
+            let update = self.aws.dynamodb.update_item().table_name(&self.names.start_tasks);
+            let update = update
+                .set_key(Some(self.lease_key(id)))
+                .update_expression("SET command.agent_server = :other, command.id = :id")
+                .condition_expression("attribute_exists(command.agent_server) AND attribute_not_exists(lease_owner)")
+                .expression_attribute_values(":other", text("http://127.0.0.1:9"))
+                .expression_attribute_values(":id", text(&Uuid::new_v4().to_string()));
+            update.send().await.is_ok()
+        })
+        .await;
     }
 
     /// How often the start has waited without a worker in its current step.

@@ -483,8 +483,15 @@ impl StartRun<'_> {
     /// Whether the step's deadline has passed so long ago that a failed request ends the start. A request that fails says nothing about the
     /// step, which may be complete by now, so the one request after the deadline must not decide.
     fn is_past_grace(&self) -> bool {
-        let grace = (self.saga.budget(self.status()) / 10).min(LONGEST_GRACE);
+        let grace = grace(self.saga.budget(self.status()));
         self.task.record.deadline.is_some_and(|deadline| Time::now() > deadline.plus(grace))
+    }
+
+    /// When a start that waits must be continued in any case: at the step's deadline; if that has passed, at the end of the time for
+    /// repeated requests.
+    fn end_of_wait(&self) -> Option<Time> {
+        let deadline = self.task.record.deadline?;
+        Some(if self.is_overdue() { deadline.plus(grace(self.saga.budget(self.status()))) } else { deadline })
     }
 
     /// The class of the cause why a step has not ended before its deadline.
@@ -606,7 +613,7 @@ impl StartRun<'_> {
                 sandbox: record.now.sandbox_id.clone().unwrap_or_default(),
                 seen,
                 since: now,
-                until: record.deadline.unwrap_or_else(|| now.plus(LONGEST_WAIT)),
+                until: self.end_of_wait().unwrap_or_else(|| now.plus(LONGEST_WAIT)),
             };
             match self.saga.boots.wait(&waiter).await {
                 Ok(()) => return Ok(Attempt::Waiting),
@@ -853,6 +860,11 @@ impl StartRun<'_> {
     }
 }
 
+/// The time after a step's deadline in which failed requests are repeated, if the step has this much time.
+fn grace(budget: Duration) -> Duration {
+    (budget / 10).min(LONGEST_GRACE)
+}
+
 /// The delay before the next poll of a start that has waited `waits` times without a worker in the current step; `notifies` if it waits for
 /// a command that notifies this API of its end.
 fn delay_of_wait(notifies: bool, waits: u32) -> Duration {
@@ -943,6 +955,12 @@ fn with_detail(text: String, sandbox: &Sandbox) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn failed_requests_are_repeated_after_the_deadline_of_a_step() {
+        let seconds = |budget| grace(Duration::from_secs(budget)).as_secs();
+        assert_eq!([30, 120, 630, 3600].map(seconds), [3, 12, 60, 60]);
+    }
 
     #[test]
     fn the_delay_of_polls_grows_up_to_its_bound() {
