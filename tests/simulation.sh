@@ -6,8 +6,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Faults that these seeds have found are open; tests/README.md describes them.
-export SIM_SKIP=${SIM_SKIP-9 33 56}
 export SIM_SEEDS=${SIM_SEEDS:-100} SIM_STARTS=${SIM_STARTS:-100} SIM_TENANTS=${SIM_TENANTS:-10} SIM_WORKERS=${SIM_WORKERS:-10}
 export SIM_HASHED_SEEDS=${SIM_HASHED_SEEDS:-20}
 cargo build --profile simulation --package tests --test sim --locked

@@ -112,7 +112,7 @@ const BUDGET: PerStart = PerStart {
     write_units: 480.0,
     queue_requests: 75.0,
     provider_calls: 26.0,
-    agent_calls: 65.0,
+    agent_calls: 42.0,
 };
 /// The same in a hostile world, in which calls, messages and invocations are repeated.
 const HOSTILE_BUDGET: PerStart = PerStart {
@@ -123,7 +123,7 @@ const HOSTILE_BUDGET: PerStart = PerStart {
     write_units: 600.0,
     queue_requests: 150.0,
     provider_calls: 40.0,
-    agent_calls: 75.0,
+    agent_calls: 60.0,
 };
 /// With fewer starts the averages say little.
 const STARTS_FOR_A_BUDGET: usize = 50;
