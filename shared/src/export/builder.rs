@@ -157,7 +157,7 @@ impl<'a> ExportBuilder<'a> {
             let has_patience = Instant::now() < patience;
             let expected = stored.filter(|_| has_patience).unwrap_or_default();
             if !has_patience {
-                tracing::warn!(%conversation, "export.may_lack_events");
+                tracing::warn!(%conversation, "export.index_lagged");
                 // The object is not current then, so that the next request builds another one.
                 self.started_at = self.snapshot.changed_at.unwrap_or(self.started_at);
             }
