@@ -123,7 +123,7 @@ const HOSTILE_BUDGET: PerStart = PerStart {
     write_units: 600.0,
     queue_requests: 150.0,
     provider_calls: 40.0,
-    agent_calls: 60.0,
+    agent_calls: 75.0,
 };
 /// With fewer starts the averages say little.
 const STARTS_FOR_A_BUDGET: usize = 50;
