@@ -73,6 +73,7 @@ async fn bodies_are_accepted_up_to_the_limit_of_their_route() {
         ("POST", format!("/api/v1/conversations/{conversation}/pending-messages"), 5 * MIB),
         ("POST", "/api/v1/settings".to_owned(), MIB / 2),
         ("POST", "/api/v1/secrets".to_owned(), MIB / 2),
+        ("POST", "/api/v1/secrets/git-providers".to_owned(), MIB / 2),
         ("PUT", "/api/v1/secrets/SECRET".to_owned(), MIB / 2),
         ("POST", "/api/v1/webhooks/conversations".to_owned(), 32 * MIB),
         ("POST", format!("/api/v1/webhooks/events/{conversation}"), 32 * MIB),
