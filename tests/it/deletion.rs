@@ -58,7 +58,7 @@ pub async fn assert_nothing_left(harness: &WorkerHarness, started: &StartTaskRec
 
 /// Handles jobs until the queue and the index of deletions are empty.
 pub async fn settle(harness: &WorkerHarness) {
-    let deadline = Instant::now() + Duration::from_secs(120);
+    let deadline = Instant::now() + Duration::from_secs(300);
     loop {
         while let Some(message) = harness.receive().await {
             harness.handle(&message).await;
