@@ -437,7 +437,7 @@ impl StartRun<'_> {
         self.task.record.attempts += 1;
         let count = self.task.record.attempts;
         tracing::warn!(task = %self.task.record.id, status = ?self.status(), attempt = count, reason, "start.step_retried");
-        // A failure of the store says nothing about the step, and does not need a time limit: no other start waits meanwhile.
+        // Failures of the store are limited by their number alone: the step may be complete, and only a later attempt can record that.
         if count >= MAX_ATTEMPTS || (self.is_past_grace() && class != ErrorClass::Store) {
             return None;
         }

@@ -64,7 +64,7 @@ impl GitProvidersChange {
         Some(Self(given))
     }
 
-    /// The tokens that the request sends anew, each with its host. They are to be checked before they are stored.
+    /// The new tokens in the request, each with its host. The caller checks them before it stores the change.
     #[must_use]
     pub fn new_tokens(&self) -> Vec<(ProviderType, ProviderToken)> {
         let new = self.0.iter().filter_map(|given| {
